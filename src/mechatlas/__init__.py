@@ -1,0 +1,87 @@
+"""An atlas of the features of any trained PyTorch network.
+
+    import mechatlas as ma
+
+    network = ma.build(ma.Network(name="inception_mini"))
+    samples = ma.open_samples(ma.Images(source="photos", side=63, crops=50), network)
+    store = ma.collect(network, samples, ma.find_sites(network, ["mixed3b"]), Path("store"))
+    rows = store.rows("mixed3b")
+    dictionary = ma.train(ma.Autoencoder(d_in=rows.d_in, n_latents=1024), rows, steps=500)
+
+Names are imported when first used, so that `import mechatlas` costs next to nothing.
+"""
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from mechatlas.activations.collect import Collecting, collect
+    from mechatlas.activations.networks import Network, build
+    from mechatlas.activations.positions import Positions
+    from mechatlas.activations.samples import Arrays, Images, Texts, open_samples
+    from mechatlas.activations.sites import edited, find_sites, list_sites, read
+    from mechatlas.activations.store import Store
+    from mechatlas.base import Dictionary, Rows, Site, UserError
+    from mechatlas.dictionaries.autoencoder import Autoencoder
+    from mechatlas.dictionaries.formats import load, save
+    from mechatlas.dictionaries.metrics import evaluate, fvu
+    from mechatlas.dictionaries.rows import ArrayRows
+    from mechatlas.dictionaries.sparsity import TopK
+    from mechatlas.dictionaries.training import train
+
+_HOMES = {
+    "activations.collect": ("Collecting", "collect"),
+    "activations.networks": ("Network", "build"),
+    "activations.positions": ("Positions",),
+    "activations.samples": ("Arrays", "Images", "Texts", "open_samples"),
+    "activations.sites": ("edited", "find_sites", "list_sites", "read"),
+    "activations.store": ("Store",),
+    "base": ("Dictionary", "Rows", "Site", "UserError"),
+    "dictionaries.autoencoder": ("Autoencoder",),
+    "dictionaries.formats": ("load", "save"),
+    "dictionaries.metrics": ("evaluate", "fvu"),
+    "dictionaries.rows": ("ArrayRows",),
+    "dictionaries.sparsity": ("TopK",),
+    "dictionaries.training": ("train",),
+}
+_HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
+
+__all__ = [
+    "ArrayRows",
+    "Arrays",
+    "Autoencoder",
+    "Collecting",
+    "Dictionary",
+    "Images",
+    "Network",
+    "Positions",
+    "Rows",
+    "Site",
+    "Store",
+    "Texts",
+    "TopK",
+    "UserError",
+    "build",
+    "collect",
+    "edited",
+    "evaluate",
+    "find_sites",
+    "fvu",
+    "list_sites",
+    "load",
+    "open_samples",
+    "read",
+    "save",
+    "train",
+]
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module 'mechatlas' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"mechatlas.{_HOME_OF[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, "__version__"])

@@ -1,0 +1,1 @@
+"""Networks with their own input range, by architecture."""

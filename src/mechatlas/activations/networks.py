@@ -1,0 +1,162 @@
+"""From a name in a recipe to a network with its weights.
+
+build          a bundled name or `package.module:factory` -> nn.Module in eval mode
+load_weights   a file of weights into a network, every mismatch named
+read_tensors   a file of weights -> tensors, never executing code
+digest         a checksum of all weights, kept with everything made from them
+"""
+
+import dataclasses
+import difflib
+import importlib
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+import xxhash
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from mechatlas.base import UserError, WeightsError
+
+ARCHITECTURES = "mechatlas.activations.architectures"
+BUNDLED = {
+    "inception_mini": f"{ARCHITECTURES}.inception:inception_mini",
+    "inception_v1": f"{ARCHITECTURES}.inception_v1:inception_v1",
+    "squeezenet": f"{ARCHITECTURES}.squeezenet:squeezenet",
+    "efficientnet_lite0": f"{ARCHITECTURES}.efficientnet:efficientnet_lite0",
+    "transformer": f"{ARCHITECTURES}.language:transformer",
+}
+"""Networks that a recipe can name without a module path."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Network:
+    """Which network, with which weights."""
+
+    name: str
+    """A bundled name (inception_mini, ...) or `package.module:factory`."""
+    weights: Path | None = None
+    """File of weights, given to the factory as `weights=`."""
+    arguments: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """Further arguments of the factory."""
+
+
+def build(recipe: Network) -> nn.Module:
+    """Call the factory that a recipe names.
+
+    Returns:
+        The network in evaluation mode.
+
+    Raises:
+        UserError: No such factory, or it did not return an `nn.Module`.
+    """
+    factory = _factory(recipe.name)
+    arguments = dict(recipe.arguments)
+    if recipe.weights is not None:
+        arguments["weights"] = recipe.weights
+    try:
+        network = factory(**arguments)
+    except TypeError as error:
+        raise UserError(f"Network {recipe.name!r} refused its arguments: {error}.") from error
+    if not isinstance(network, nn.Module):
+        raise UserError(
+            f"{recipe.name!r} returned {type(network).__name__}, expected a torch.nn.Module."
+        )
+    return network.eval()
+
+
+def _factory(name: str) -> Callable[..., Any]:
+    path = BUNDLED.get(name, name)
+    module_name, colon, attribute = path.partition(":")
+    if not colon:
+        near = difflib.get_close_matches(name, BUNDLED, n=2)
+        hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
+        raise UserError(
+            f"There is no bundled network {name!r}.{hint} Bundled: {', '.join(BUNDLED)}. "
+            "Name your own as 'package.module:factory'."
+        )
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"Network {name!r}: cannot import {error.name!r}. Is it installed, and is its "
+            "folder on PYTHONPATH?"
+        ) from error
+    factory = getattr(module, attribute, None)
+    if not callable(factory):
+        raise UserError(f"Network {name!r}: module {module_name!r} has no function {attribute!r}.")
+    return factory
+
+
+def load_weights(
+    network: nn.Module, path: Path, rename: Callable[[str], str | None] = lambda name: name
+) -> None:
+    """Copy a file of weights into a network.
+
+    Args:
+        network: Changed in place; only if every key and shape fits.
+        path: A safetensors file, or a `.pt` or `.pth` file of plain tensors.
+        rename: The network's name of a key in the file, or `None` for keys to pass over.
+
+    Raises:
+        WeightsError: The file cannot be read, or keys or shapes differ; lists all of them.
+    """
+    wanted = network.state_dict()
+    given: dict[str, Tensor] = {}
+    for name, tensor in read_tensors(path).items():
+        renamed = rename(name)
+        if renamed is not None:
+            given[renamed] = tensor
+    wrong = [f"missing {name}" for name in wanted if name not in given]
+    wrong += [f"surplus {name}" for name in given if name not in wanted]
+    wrong += [
+        f"{name} has shape {tuple(given[name].shape)}, expected {tuple(wanted[name].shape)}"
+        for name in wanted
+        if name in given and given[name].shape != wanted[name].shape
+    ]
+    bad = [name for name, tensor in given.items() if not tensor.isfinite().all()]
+    wrong += [f"{name} has NaN or infinite values" for name in bad]
+    if wrong:
+        shown = "; ".join(wrong[:8]) + (f"; and {len(wrong) - 8} more" if len(wrong) > 8 else "")
+        raise WeightsError(
+            f"{path} does not fit {type(network).__name__}: {shown}. "
+            "Is it the weights file of this architecture?"
+        )
+    network.load_state_dict({name: t.to(wanted[name].dtype) for name, t in given.items()})
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of a safetensors file, or of a `.pt` file with nothing but tensors.
+
+    Raises:
+        WeightsError: There is no such file, or it is damaged or holds more than tensors.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise WeightsError(f"There is no weights file {path}.")
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except (safetensors.SafetensorError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        reason = str(error).splitlines()[0]
+        raise WeightsError(
+            f"{path} cannot be read as weights ({reason}). Is the file whole?"
+        ) from error
+    if not isinstance(loaded, dict) or not all(isinstance(v, Tensor) for v in loaded.values()):
+        raise WeightsError(f"{path} holds more than a dict of tensors; save `state_dict()` alone.")
+    return loaded
+
+
+def digest(network: nn.Module) -> str:
+    """Checksum (xxh3, 128 bits) of the names, shapes and bytes of all weights."""
+    state = xxhash.xxh3_128()
+    for name, tensor in network.state_dict().items():
+        state.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        whole = tensor.detach().cpu().contiguous().flatten()
+        state.update(whole.view(torch.uint8).numpy() if whole.numel() else b"")
+    return state.hexdigest()

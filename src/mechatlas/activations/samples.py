@@ -1,0 +1,387 @@
+"""What is put into a network: images, arrays or texts, one sample at a time.
+
+    Images, Arrays, Texts     recipes: where the samples come from, how they are cut
+    open_samples              a recipe and a network -> `Samples`
+
+Reading a sample depends on nothing but the recipe and the sample's number, so a run can
+be resumed anywhere and a page can show later exactly what the network saw.
+"""
+
+import dataclasses
+import io
+import threading
+import zipfile
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Sequence
+from fnmatch import fnmatchcase
+from importlib import resources, util
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from jaxtyping import UInt8
+from PIL import Image
+from torch import Tensor, nn
+
+from mechatlas.base import InputError, RecipeError
+
+SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"}
+# The photographs in scikit-image's wheel; the rest of its data are drawings and scans.
+SCIKIT_IMAGE = (
+    "astronaut.png brick.png camera.png chelsea.png coffee.png coins.png grass.png gravel.png "
+    "hubble_deep_field.jpg ihc.png moon.png motorcycle_left.png motorcycle_right.png retina.jpg "
+    "rocket.jpg"
+)
+CACHE_BYTES = 64 << 20
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Images:
+    """Photographs from a folder, a zip, an array file, or those that come with the package."""
+
+    source: str = "photos"
+    """"photos" (in the package), "scikit-image" (the [demo] extra), or the path of a folder,
+    a .zip, or an .npz or .npy with (n, height, width, channels) bytes or floats in 0..1."""
+    include: str = "*"
+    """Glob over file names inside the source, such as "train/*"."""
+    side: int | None = None
+    """Side of the square given to the network, in pixels; by default the network's own."""
+    crops: int = 1
+    """Samples taken from each image. 1: its largest centred square. More: random squares."""
+    smallest_crop: float = 0.3
+    """Side of the smallest random square, as a share of the image's shorter side."""
+    seed: int = 0
+    """Seed of the random squares."""
+
+    def __post_init__(self) -> None:
+        if self.crops < 1:
+            raise ValueError(f"crops must be at least 1, got {self.crops}.")
+        if not 0 < self.smallest_crop <= 1:
+            raise ValueError(f"smallest_crop must be in (0, 1], got {self.smallest_crop}.")
+        if self.side is not None and self.side < 1:
+            raise ValueError(f"side must be at least 1 pixel, got {self.side}.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Arrays:
+    """Samples that are already numbers: one row of an array each, given as they are."""
+
+    source: Path
+    """An .npy file, or an .npz with one array. The first axis counts the samples."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Texts:
+    """Plain text, cut into windows of tokens by the network's own tokenizer."""
+
+    source: Path
+    """A text file, or a folder or zip of them."""
+    include: str = "*.txt"
+    """Glob over file names inside the source."""
+    context: int = 128
+    """Tokens in a window, special tokens included."""
+
+
+SampleRecipe = Images | Arrays | Texts
+
+
+@runtime_checkable
+class Samples(Protocol):
+    """Numbered inputs of a network."""
+
+    def __len__(self) -> int:
+        """How many there are."""
+        ...
+
+    def name(self, index: int) -> str:
+        """Where a sample came from."""
+        ...
+
+    def read(self, index: int) -> np.ndarray:
+        """One sample, as bytes (h, w, channel) for images, else as the network takes it.
+
+        Raises:
+            InputError: It cannot be read.
+        """
+        ...
+
+    def stack(self, samples: Sequence[np.ndarray]) -> Tensor:
+        """A batch for the network."""
+        ...
+
+
+def open_samples(recipe: SampleRecipe, network: nn.Module) -> Samples:
+    """The samples that a recipe describes, cut to what a network expects.
+
+    Raises:
+        InputError: There is nothing there, or it does not fit the network.
+        RecipeError: The network does not say how large its images are, nor does the recipe.
+    """
+    if isinstance(recipe, Arrays):
+        return ArraySamples(recipe.source)
+    if isinstance(recipe, Texts):
+        return TextSamples(recipe, network)
+    expected = getattr(network, "input", None)
+    side = recipe.side or getattr(expected, "side", None)
+    if side is None:
+        raise RecipeError(
+            f"{type(network).__name__} does not say how large its images are; "
+            "set `side` in the recipe."
+        )
+    return ImageSamples(recipe, side, getattr(expected, "channels", 3))
+
+
+class ImageSamples:
+    """Squares cut from images; sample i is crop i % crops of image i // crops."""
+
+    def __init__(self, recipe: Images, side: int, channels: int) -> None:
+        self.recipe, self.side, self.channels = recipe, side, channels
+        self._images = _open_images(recipe)
+        self._decoded: OrderedDict[int, np.ndarray] = OrderedDict()  # a small cache
+        self._lock = threading.Lock()  # `collect` reads ahead in threads
+        if not len(self._images.names):
+            raise InputError(
+                f"{recipe.source} has no image whose name matches {recipe.include!r} "
+                f"(of {', '.join(sorted(SUFFIXES))})."
+            )
+
+    def __len__(self) -> int:
+        return len(self._images.names) * self.recipe.crops
+
+    def name(self, index: int) -> str:
+        """File name inside the source, with the crop's number if there are several."""
+        image, crop = divmod(index, self.recipe.crops)
+        return self._images.names[image] + (f" crop {crop}" if self.recipe.crops > 1 else "")
+
+    def read(self, index: int) -> UInt8[np.ndarray, "side side channel"]:
+        """Cut and resize one square.
+
+        Raises:
+            InputError: The image cannot be read or has the wrong number of channels.
+        """
+        image, crop = divmod(index, self.recipe.crops)
+        pixels = self._pixels(image)
+        height, width = pixels.shape[:2]
+        size = min(height, width)
+        left, top = (width - size) / 2, (height - size) / 2
+        if self.recipe.crops > 1:
+            random = np.random.default_rng([self.recipe.seed, image, crop])
+            smallest = max(self.recipe.smallest_crop, min(1.0, self.side / size))
+            size *= random.uniform(smallest, 1.0)
+            left, top = random.uniform(0, width - size), random.uniform(0, height - size)
+        box = (left, top, left + size, top + size)
+        square = pixels[:, :, 0] if self.channels == 1 else pixels
+        resized = Image.fromarray(square).resize(
+            (self.side, self.side), Image.Resampling.BICUBIC, box=box
+        )
+        return np.asarray(resized).reshape(self.side, self.side, self.channels)
+
+    def stack(self, samples: Sequence[np.ndarray]) -> Tensor:
+        """Floats in 0..1, channels first in shape and last in memory."""
+        return torch.from_numpy(np.stack(samples)).permute(0, 3, 1, 2).float().div_(255)
+
+    def _pixels(self, image: int) -> np.ndarray:
+        with self._lock:
+            if image in self._decoded:
+                self._decoded.move_to_end(image)
+                return self._decoded[image]
+        name = f"{self.recipe.source}: {self._images.names[image]}"
+        try:
+            pixels = self._images.read(image, self.channels)
+        except (OSError, ValueError, SyntaxError, zipfile.BadZipFile) as error:
+            raise InputError(f"{name} cannot be read as an image ({error}).") from error
+        except Image.DecompressionBombError as error:
+            raise InputError(f"{name} is too large to be a photograph ({error}).") from error
+        if pixels.shape[2] != self.channels:
+            raise InputError(
+                f"{name} has {pixels.shape[2]} channels, the network expects {self.channels}."
+            )
+        with self._lock:
+            self._decoded[image] = pixels
+            while sum(p.nbytes for p in self._decoded.values()) > CACHE_BYTES:
+                self._decoded.popitem(last=False)
+        return pixels
+
+
+class _Files:
+    """Images as files of a folder."""
+
+    def __init__(self, folder: Path, names: Sequence[str]) -> None:
+        self.folder, self.names = folder, names
+
+    def read(self, image: int, channels: int) -> np.ndarray:
+        return _decode(self.folder / self.names[image], channels)
+
+
+class _Zip:
+    """Images as members of a zip."""
+
+    def __init__(self, path: Path, include: str) -> None:
+        try:
+            self.archive = zipfile.ZipFile(path)
+        except (zipfile.BadZipFile, OSError) as error:
+            raise InputError(f"{path} cannot be read as a zip ({error}).") from error
+        self.names = _matching(self.archive.namelist(), include, SUFFIXES)
+
+    def read(self, image: int, channels: int) -> np.ndarray:
+        return _decode(io.BytesIO(self.archive.read(self.names[image])), channels)
+
+
+class _Array:
+    """Images as rows of one array."""
+
+    def __init__(self, path: Path) -> None:
+        self.images = _load_array(path)
+        if self.images.ndim != 4 or self.images.shape[3] > 4:
+            raise InputError(
+                f"{path} has shape {self.images.shape}, expected images of shape "
+                "(n, height, width, channels)."
+            )
+        self.names = [f"image {i}" for i in range(len(self.images))]
+
+    def read(self, image: int, channels: int) -> np.ndarray:
+        del channels
+        pixels = self.images[image]
+        if pixels.dtype == np.uint8:
+            return pixels
+        if not (np.isfinite(pixels).all() and pixels.min() >= 0 and pixels.max() <= 1):
+            raise ValueError("values must be bytes, or floats in 0..1")
+        return np.round(pixels * 255).astype(np.uint8)
+
+
+def _open_images(recipe: Images) -> _Files | _Zip | _Array:
+    if recipe.source == "photos":
+        folder = Path(str(resources.files("mechatlas") / "bundled" / "photos"))
+        return _Files(folder, sorted(p.name for p in folder.glob("*.jpg")))
+    if recipe.source == "scikit-image":
+        found = util.find_spec("skimage")
+        if found is None or found.origin is None:
+            raise InputError("Images of scikit-image need it: pip install 'mechatlas[demo]'.")
+        return _Files(Path(found.origin).parent / "data", SCIKIT_IMAGE.split())
+    path = Path(recipe.source)
+    if path.is_dir():
+        names = (str(p.relative_to(path)) for p in path.rglob("*") if p.is_file())
+        return _Files(path, _matching(names, recipe.include, SUFFIXES))
+    if not path.exists():
+        raise InputError(f"There is no folder or file {path} to read images from.")
+    if path.suffix == ".zip":
+        return _Zip(path, recipe.include)
+    if path.suffix in (".npz", ".npy"):
+        return _Array(path)
+    raise InputError(f"{path} is not a folder, a .zip, an .npz or an .npy of images.")
+
+
+def _matching(names: Iterable[str], include: str, suffixes: set[str]) -> list[str]:
+    return sorted(
+        n for n in names if fnmatchcase(n, include) and Path(n).suffix.lower() in suffixes
+    )
+
+
+def _decode(file: Path | io.BytesIO, channels: int) -> np.ndarray:
+    with Image.open(file) as image:
+        converted = image.convert("L" if channels == 1 else "RGB")
+    return np.asarray(converted).reshape(converted.height, converted.width, -1)
+
+
+def _load_array(path: Path) -> np.ndarray:
+    try:
+        loaded = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, zipfile.BadZipFile, EOFError) as error:
+        raise InputError(f"{path} cannot be read as an array ({error}).") from error
+    if isinstance(loaded, np.ndarray):
+        return loaded
+    if len(loaded.files) != 1:
+        raise InputError(f"{path} holds {len(loaded.files)} arrays, expected one.")
+    return loaded[loaded.files[0]]
+
+
+class ArraySamples:
+    """Rows of one array, given to the network as they are."""
+
+    def __init__(self, source: Path) -> None:
+        self.source = source
+        self.array = _load_array(source)
+        if self.array.ndim < 1 or not len(self.array):
+            raise InputError(f"{source} is empty; expected at least one sample.")
+
+    def __len__(self) -> int:
+        return len(self.array)
+
+    def name(self, index: int) -> str:
+        """The row's number."""
+        return f"{self.source} row {index}"
+
+    def read(self, index: int) -> np.ndarray:
+        """One row.
+
+        Raises:
+            InputError: It has a NaN or an infinity.
+        """
+        row = np.asarray(self.array[index])
+        if np.issubdtype(row.dtype, np.floating) and not np.isfinite(row).all():
+            where = np.argwhere(~np.isfinite(np.atleast_1d(row)))[0].tolist()
+            raise InputError(f"{self.name(index)} is NaN or infinite at {where}.")
+        return row
+
+    def stack(self, samples: Sequence[np.ndarray]) -> Tensor:
+        """Floats as float32, whole numbers as int64."""
+        rows = torch.from_numpy(np.stack(samples))
+        return rows.float() if rows.is_floating_point() else rows.long()
+
+
+class TextSamples:
+    """Windows of tokens, from texts read one after another."""
+
+    def __init__(self, recipe: Texts, network: nn.Module) -> None:
+        self.recipe = recipe
+        tokenizer = getattr(network, "input", None)
+        if tokenizer is None or not hasattr(tokenizer, "windows"):
+            raise InputError(
+                f"{type(network).__name__} has no tokenizer; texts need a network of "
+                "`mechatlas.activations.architectures.language`."
+            )
+        self._windows, self._names = [], []
+        for name, text in _read_texts(recipe):
+            windows = tokenizer.windows(text, recipe.context)
+            self._windows.append(windows.astype(np.int32))
+            self._names += [f"{name} window {i}" for i in range(len(windows))]
+        if not self._names:
+            raise InputError(
+                f"{recipe.source} has no text of at least {recipe.context} tokens in a file "
+                f"that matches {recipe.include!r}."
+            )
+        self._tokens = np.concatenate(self._windows)
+        del self._windows
+
+    def __len__(self) -> int:
+        return len(self._tokens)
+
+    def name(self, index: int) -> str:
+        """File and number of the window."""
+        return self._names[index]
+
+    def read(self, index: int) -> np.ndarray:
+        """Token ids of one window."""
+        return self._tokens[index]
+
+    def stack(self, samples: Sequence[np.ndarray]) -> Tensor:
+        """Token ids (batch, context)."""
+        return torch.from_numpy(np.stack(samples)).long()
+
+
+def _read_texts(recipe: Texts) -> Iterator[tuple[str, str]]:
+    path = recipe.source
+    if path.is_dir():
+        files = (p for p in path.rglob("*") if p.is_file())
+        names = _matching((str(p.relative_to(path)) for p in files), recipe.include, {".txt"})
+        for name in names:
+            yield name, (path / name).read_text(encoding="utf-8", errors="replace")
+    elif path.suffix == ".zip" and path.exists():
+        with zipfile.ZipFile(path) as archive:
+            for name in _matching(archive.namelist(), recipe.include, {".txt"}):
+                yield name, archive.read(name).decode("utf-8", errors="replace")
+    elif path.is_file():
+        yield path.name, path.read_text(encoding="utf-8", errors="replace")
+    else:
+        raise InputError(f"There is no text file, folder or zip {path}.")

@@ -1,0 +1,339 @@
+"""Activations on disk: rows in shuffled shards, each with a checksum.
+
+    Store          a folder made by `collect`: `manifest.json` and one folder a site
+    StoreRows      the rows of one site of it, to train on
+    write_shard    rows and where they came from -> one safetensors file
+
+A shard holds `rows (n, d_in)` and `where (n, 3)`: the sample, y and x of each row (for
+texts the window, token and 0). Shards are written already shuffled among many samples;
+reading shuffles again within a pool of shards taken at random from the whole store, so
+two neighbours of a batch are related about as rarely as two rows drawn at random.
+"""
+
+import dataclasses
+import json
+import math
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import safetensors.torch
+import torch
+import xxhash
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from mechatlas.base import Batch, Site, StoreError
+from mechatlas.files import checksum, read_json, write
+
+SCHEMA = 1
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+_SAFETENSORS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+POOL_BYTES = 128 << 20
+PIECE_BYTES = 256 << 10  # read and hashed while in cache
+
+Split = Literal["train", "held"]
+
+
+class Shard(NamedTuple):
+    """What the manifest says of one file."""
+
+    site: str
+    split: Split
+    file: str
+    rows: int
+    bytes: int
+    xxh3: str
+
+
+class SiteShape(NamedTuple):
+    """What the manifest says of one site."""
+
+    width: int
+    grid: tuple[int, int]
+    """Height and width of the map; (tokens, 1) for texts, (1, 1) for plain vectors."""
+    branches: dict[str, tuple[int, int]]
+    """First channel and the one after the last, by name."""
+
+
+def folder_of(site: Site | str) -> str:
+    """Name of a site's folder."""
+    return str(site).replace("/", "~").replace(":", "~")
+
+
+def write_shard(
+    root: Path,
+    site: str,
+    split: Split,
+    number: int,
+    rows: Float[Tensor, "n d_in"],
+    where: Int[Tensor, "n 3"],
+) -> Shard:
+    """Write one file of a store and return its entry in the manifest.
+
+    Raises:
+        DiskError: The disk is full or the folder is not writable.
+    """
+    data = safetensors.torch.save({"rows": rows.contiguous(), "where": where.contiguous()})
+    file = f"{folder_of(site)}/{split}-{number:05d}.safetensors"
+    write(root / file, data)
+    return Shard(site, split, file, len(rows), len(data), checksum(data))
+
+
+class Store:
+    """A finished activation store.
+
+    Raises:
+        StoreError: The folder is not a store, or collecting it was never finished.
+    """
+
+    def __init__(self, root: Path | str) -> None:
+        self.root = Path(root)
+        path = self.root / "manifest.json"
+        if not path.is_file():
+            raise StoreError(f"{self.root} is not an activation store: it has no manifest.json.")
+        self.manifest: dict[str, Any] = read_json(path)
+        if self.manifest.get("kind") != "store" or self.manifest.get("schema") != SCHEMA:
+            raise StoreError(
+                f"{path} is of kind {self.manifest.get('kind')!r}, schema "
+                f"{self.manifest.get('schema')!r}; expected an activation store of schema {SCHEMA}."
+            )
+        if not self.manifest["complete"]:
+            raise StoreError(
+                f"{self.root} is not finished ({self.manifest['rounds_done']} of "
+                f"{self.manifest['rounds']} rounds). Run the same `mechatlas collect` again; "
+                "it goes on where it stopped."
+            )
+        self.shapes = {
+            name: SiteShape(s["width"], tuple(s["grid"]), s["branches"])
+            for name, s in self.manifest["sites"].items()
+        }
+        self.shards = [Shard(*entry) for entry in self.manifest["shards"]]
+
+    @property
+    def sites(self) -> list[str]:
+        """Names of the sites collected."""
+        return list(self.shapes)
+
+    def rows(self, site: str | None = None, *, pool_bytes: int = POOL_BYTES) -> "StoreRows":
+        """The rows of one site, or of a named branch of it.
+
+        Args:
+            site: May be left out when the store has one site only.
+            pool_bytes: Memory for the pool of rows that are shuffled together; twice this is
+                used, since the next pool is read while one is in use.
+
+        Raises:
+            StoreError: The store has no such site or branch, or several and none was named.
+        """
+        have = f"{self.root} has the sites {', '.join(self.sites)}"
+        if site is None:
+            if len(self.sites) > 1:
+                raise StoreError(f"{have}; say which.")
+            site = self.sites[0]
+        if site in self.shapes:
+            return StoreRows(self, site, slice(0, self.shapes[site].width), pool_bytes)
+        base, _, branch = site.partition("/")
+        if base in self.shapes and branch in self.shapes[base].branches:
+            return StoreRows(self, base, slice(*self.shapes[base].branches[branch]), pool_bytes)
+        known = ", ".join(self.shapes[base].branches) if base in self.shapes else ""
+        also = f" Branches of {base}: {known}." if known else ""
+        raise StoreError(f"{have}; there is no {site!r}.{also}")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Pool:
+    rows: Tensor
+    ids: Tensor
+
+
+class StoreRows:
+    """Rows of one site; fits the `Rows` protocol.
+
+    Rows are numbered through the shards of the train split, then of the held-out split.
+    """
+
+    def __init__(self, store: Store, site: str, channels: slice, pool_bytes: int) -> None:
+        self.store, self.site, self.channels = store, site, channels
+        self.shape = store.shapes[site]
+        self.d_in = len(range(*channels.indices(self.shape.width)))
+        self._train = [s for s in store.shards if s.site == site and s.split == "train"]
+        self._held = [s for s in store.shards if s.site == site and s.split == "held"]
+        self._all = self._train + self._held
+        self._first = np.concatenate([[0], np.cumsum([s.rows for s in self._all])])
+        self.n_rows = sum(s.rows for s in self._train)
+        self.n_held_out = sum(s.rows for s in self._held)
+        self._pool_bytes = pool_bytes
+        if not self.n_rows:
+            raise StoreError(f"{store.root} has no rows at {site}.")
+
+    def batches(self, batch_size: int, *, seed: int = 0, start: int = 0) -> Iterator[Batch]:
+        """Endless shuffled batches, one epoch after another.
+
+        Args:
+            batch_size: Rows in every batch; the end of an epoch is filled from the next.
+            seed: Seed of the order.
+            start: Number of the first batch; the stream from there is the same as if all
+                before it had been read.
+
+        Yields:
+            Batches in float32.
+
+        Raises:
+            StoreError: A shard is damaged or missing; it is named.
+        """
+        missing, parts = batch_size, []
+        for pool, order in self._pools(seed, start * batch_size):
+            taken = 0
+            while taken < len(order):
+                index = order[taken : taken + missing]
+                parts.append((pool.rows.index_select(0, index), pool.ids[index]))
+                taken += len(index)
+                missing -= len(index)
+                if not missing:
+                    x = parts[0][0] if len(parts) == 1 else torch.cat([p[0] for p in parts])
+                    yield Batch(x[:, self.channels].float(), torch.cat([p[1] for p in parts]))
+                    missing, parts = batch_size, []
+
+    def _pools(self, seed: int, first_row: int) -> Iterator[tuple[_Pool, Tensor]]:
+        """Pools of shards in random order, each with a random order of its rows."""
+        epoch, skip = divmod(first_row, self.n_rows)
+        groups = self._groups(seed, epoch)
+        n_groups = len(groups)
+        with ThreadPoolExecutor(1) as reader:
+            pool = _Pool(torch.empty(0), torch.empty(0))
+            buffers = [torch.empty(0, dtype=torch.uint8)] * 2
+            number = 0
+            while skip >= (n := sum(self._all[i].rows for i in groups[number])):
+                skip, number = skip - n, number + 1
+            turn = 0
+            ahead = reader.submit(self._load, groups[number], buffers, turn)
+            while True:
+                if n_groups > 1 or not len(pool.rows):
+                    pool = ahead.result()
+                following = (epoch, number + 1) if number + 1 < n_groups else (epoch + 1, 0)
+                if n_groups > 1:
+                    if following[0] > epoch:
+                        groups = self._groups(seed, following[0])
+                    turn = 1 - turn
+                    ahead = reader.submit(self._load, groups[following[1]], buffers, turn)
+                random = torch.Generator().manual_seed(_mix(seed, epoch, number))
+                yield pool, torch.randperm(len(pool.rows), generator=random)[skip:]
+                skip, (epoch, number) = 0, following
+
+    def _groups(self, seed: int, epoch: int) -> list[list[int]]:
+        """The train shards in random order, cut into pools of about equal size."""
+        n_shards = len(self._train)
+        total = sum(s.bytes for s in self._train)
+        n_groups = min(n_shards, math.ceil(total / self._pool_bytes))
+        if n_groups == 1:
+            return [list(range(n_shards))]
+        order = np.random.default_rng([seed, epoch]).permutation(n_shards)
+        return [part.tolist() for part in np.array_split(order, n_groups)]
+
+    def held_out(self, n_rows: int) -> Batch:
+        """The first rows of the held-out split: of samples that `batches` never yields."""
+        parts: list[Tensor] = []
+        missing = n_rows
+        for shard in self._held:
+            if missing <= 0:
+                break
+            rows = read_shard(self.store.root, shard)[0]
+            parts.append(rows[:missing, self.channels].float())
+            missing -= len(parts[-1])
+        x = torch.cat(parts) if parts else torch.empty(0, self.d_in)
+        return Batch(x, torch.arange(self.n_rows, self.n_rows + len(x)))
+
+    def scan(self) -> Iterator[tuple[Batch, Int[Tensor, "batch 3"]]]:
+        """Every row once in stored order, train then held out, with its sample, y and x.
+
+        Raises:
+            StoreError: A shard is damaged or missing; it is named.
+        """
+        for i, shard in enumerate(self._all):
+            rows, where = read_shard(self.store.root, shard)
+            ids = torch.arange(int(self._first[i]), int(self._first[i + 1]))
+            yield Batch(rows[:, self.channels].float(), ids), where
+
+    def describe(self, row: int) -> str:
+        """File and line of a row."""
+        i = int(np.searchsorted(self._first, row, side="right")) - 1
+        return f"{self.store.root / self._all[i].file} row {row - int(self._first[i])}"
+
+    def _load(self, shards: list[int], buffers: list[Tensor], turn: int) -> _Pool:
+        entries = [self._all[i] for i in shards]
+        size = sum(s.bytes for s in entries)
+        if buffers[turn].numel() < size:
+            buffers[turn] = torch.empty(size, dtype=torch.uint8)
+        rows, ids, used = None, [], 0
+        for i, shard in zip(shards, entries, strict=True):
+            dtype, n_bytes = _read_rows_into(self.store.root, shard, buffers[turn][used:])
+            used += n_bytes
+            rows = dtype
+            ids.append(torch.arange(int(self._first[i]), int(self._first[i + 1])))
+        assert rows is not None
+        whole = buffers[turn][:used].view(rows).view(-1, self.shape.width)
+        return _Pool(whole, torch.cat(ids))
+
+
+def _mix(*numbers: int) -> int:
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
+
+
+def read_shard(root: Path, shard: Shard) -> tuple[Tensor, Tensor]:
+    """Rows and places of one shard, its checksum verified.
+
+    Raises:
+        StoreError: It is damaged or missing.
+    """
+    path = root / shard.file
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise StoreError(f"Cannot read {path}: {error.strerror}.") from error
+    if len(data) != shard.bytes or checksum(data) != shard.xxh3:
+        raise StoreError(_damaged(path, shard, len(data)))
+    tensors = safetensors.torch.load(data)
+    return tensors["rows"], tensors["where"]
+
+
+def _damaged(path: Path, shard: Shard, size: int) -> str:
+    found = "its checksum differs from the manifest's"
+    if size != shard.bytes:
+        found = f"it has {size} bytes, expected {shard.bytes}"
+    return f"{path} is damaged: {found}. Delete the store and collect it again."
+
+
+def _read_rows_into(root: Path, shard: Shard, out: Tensor) -> tuple[torch.dtype, int]:
+    """Read the rows of a shard straight into memory, hashing each piece while it is in cache.
+
+    Returns:
+        The type of the rows and how many bytes they took.
+
+    Raises:
+        StoreError: The shard is damaged or missing.
+    """
+    path = root / shard.file
+    state = xxhash.xxh3_128()
+    try:
+        size = path.stat().st_size
+        with open(path, "rb", buffering=0) as file:
+            start = file.read(8)
+            header = file.read(int.from_bytes(start, "little")) if size == shard.bytes else b""
+            state.update(start + header)
+            rows = json.loads(header)["rows"] if header else {"data_offsets": (0, 0), "dtype": ""}
+            begin, end = rows["data_offsets"]
+            state.update(file.read(begin))
+            target = memoryview(out[: end - begin].numpy())  # pyright: ignore[reportArgumentType]
+            for done in range(0, end - begin, PIECE_BYTES):
+                piece = target[done : done + PIECE_BYTES]
+                file.readinto(piece)
+                state.update(piece)
+            state.update(file.read())
+    except (OSError, ValueError, KeyError) as error:
+        raise StoreError(f"{path} is damaged or missing ({error}).") from error
+    if size != shard.bytes or state.hexdigest() != shard.xxh3:
+        raise StoreError(_damaged(path, shard, size))
+    return _SAFETENSORS[rows["dtype"]], end - begin

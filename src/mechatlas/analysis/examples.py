@@ -1,0 +1,447 @@
+"""What each feature of a dictionary looks like on data.
+
+    feature_statistics    one pass over the rows of a store: how often and how strongly each
+                          latent is active, and the rows where it is strongest
+    examples              run the network on those samples again: the activation map of each
+                          latent around each of those places
+
+Nothing here chooses what is nice to look at: examples are the strongest rows, at most one
+of each sample, and are the same on every run.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int, UInt8
+from torch import Tensor, nn
+
+from mechatlas.activations.receptive import ReceptiveField
+from mechatlas.activations.samples import Samples
+from mechatlas.activations.sites import channels_last, read
+from mechatlas.activations.store import StoreRows
+from mechatlas.base import Dictionary, InputError, Progress, Site, no_progress
+
+BINS = 24
+"""Bars of a histogram; each is a factor of `2 ** (1 / PER_OCTAVE)` wide."""
+PER_OCTAVE = 4
+_LOWEST, _HIGHEST = -24, 24  # octaves counted while reading; what lies outside joins the end
+CODE_BYTES = 64 << 20
+"""Memory for one dense block of codes."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class FeatureStatistics:
+    """How each latent behaves on the rows of a store. Active means above zero."""
+
+    n_rows: int
+    """Rows read."""
+    density: Float[np.ndarray, " latent"]
+    """Share of the rows where the latent is active."""
+    mean: Float[np.ndarray, " latent"]
+    """Mean activation over the rows where it is active; 0 if it never is."""
+    max: Float[np.ndarray, " latent"]
+    """Largest activation."""
+    histogram: Int[np.ndarray, "latent bin"]
+    """Rows by activation, in bins of equal ratio; the last holds the largest activation and
+    the first also everything smaller."""
+    upper: Float[np.ndarray, " latent"]
+    """Upper end of the last bin; bin b from the end ends at `upper * 2 ** (-b / 4)`."""
+    sample: Int[np.ndarray, "latent top"]
+    """Samples of the strongest rows, strongest first, each sample once; -1 where the latent
+    was active in fewer."""
+    place: Int[np.ndarray, "latent top 2"]
+    """Where in the sample: y and x of the position (token and 0 for texts)."""
+    value: Float[np.ndarray, "latent top"]
+    """Activation there; 0 where there is none."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Crop:
+    """How squares of pixels belong to the positions of a site."""
+
+    side: int
+    """Side of every square, in pixels."""
+    cell: float
+    """Pixels from one position to the next."""
+    origin: float
+    """Left edge of position 0's cell, in pixels from the left edge of the input."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Examples:
+    """The strongest examples of each latent, with its activation all around them."""
+
+    sample: Int[np.ndarray, "latent top"]
+    """Number of the sample; -1 where there is none."""
+    place: Int[np.ndarray, "latent top 2"]
+    """y and x of the position (token and 0 for texts)."""
+    value: Float[np.ndarray, "latent top"]
+    """Activation at the position, from the network run again."""
+    first: Int[np.ndarray, "latent top 2"]
+    """y and x of the first position of the map."""
+    heat: UInt8[np.ndarray, "latent top h w"]
+    """Activations at the positions from `first` on: 255 is `scale`."""
+    scale: Float[np.ndarray, " latent"]
+    """Largest activation in the maps of a latent."""
+    corner: Int[np.ndarray, "latent top 2"]
+    """Top and left pixel of the square to show; all zero if samples are not images."""
+    crop: Crop | None
+    """Geometry of the squares; `None` if samples are not images."""
+    drift: float
+    """Largest difference between an activation in the store and the same one run again, as a
+    share of the latent's largest. Rounding on disk explains up to about 0.01; much more means
+    that network, samples or dictionary are not those the statistics came from."""
+
+
+@torch.inference_mode()
+def feature_statistics(
+    dictionary: Dictionary,
+    rows: StoreRows,
+    *,
+    top: int = 9,
+    max_rows: int | None = None,
+    on_progress: Progress = no_progress,
+) -> FeatureStatistics:
+    """Read a store once and measure every latent.
+
+    Args:
+        dictionary: Any; only `encode` is used.
+        rows: Rows of the site it was trained on.
+        top: Strongest rows kept of each latent.
+        max_rows: Stop after about as many; rows are stored in random order of samples.
+        on_progress: Told how many rows are done.
+
+    Raises:
+        InputError: The rows are not as wide as the dictionary.
+        StoreError: A shard is damaged or missing; it is named.
+    """
+    if rows.d_in != dictionary.d_in:
+        raise InputError(
+            f"The rows of {rows.site} are {rows.d_in} wide, the dictionary reads "
+            f"{dictionary.d_in}. Is this the site it was trained on?"
+        )
+    total = rows.n_rows + rows.n_held_out
+    total = min(total, max_rows or total)
+    tally, strongest = _Tally(dictionary.n_latents), _Strongest(dictionary.n_latents, top)
+    for x, where in _blocks(rows, dictionary, total):
+        latent, row, value = _active(dictionary, x)
+        tally.add(latent, value, len(x))
+        strongest.add(latent, value, where[row])
+        on_progress(tally.n_rows, total)
+    return tally.finish(*strongest.finish())
+
+
+def _blocks(
+    rows: StoreRows, dictionary: Dictionary, n_rows: int
+) -> Iterator[tuple[Tensor, np.ndarray]]:
+    size = _rows_at_once(dictionary)
+    for batch, where in rows.scan():
+        if n_rows <= 0:
+            return
+        kept = min(n_rows, len(batch.x))
+        n_rows -= kept
+        for i in range(0, kept, size):
+            piece = slice(i, min(i + size, kept))
+            yield batch.x[piece], where[piece].numpy()
+
+
+def _rows_at_once(dictionary: Dictionary) -> int:
+    return max(1, CODE_BYTES // (4 * dictionary.n_latents))
+
+
+def _encode(dictionary: Dictionary, x: Tensor) -> Tensor:
+    decoder = getattr(dictionary, "W_dec", None)
+    return dictionary.encode(x.to(decoder.device) if isinstance(decoder, Tensor) else x)
+
+
+def _active(dictionary: Dictionary, x: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Latent, row and value of every entry of the code above zero."""
+    code = _encode(dictionary, x)
+    flat = (code > 0).flatten().nonzero().squeeze(1)
+    value = code.flatten()[flat].float().cpu().numpy()
+    row, latent = np.divmod(flat.cpu().numpy(), dictionary.n_latents)
+    return latent, row, value
+
+
+class _Tally:
+    """Counts, sums and histograms, block by block."""
+
+    def __init__(self, n_latents: int) -> None:
+        self.n_latents, self.n_rows = n_latents, 0
+        self.n_bins = (_HIGHEST - _LOWEST) * PER_OCTAVE
+        self.count = np.zeros(n_latents, dtype=np.int64)
+        self.sum = np.zeros(n_latents)
+        self.bins = np.zeros(n_latents * self.n_bins, dtype=np.int64)
+
+    def add(self, latent: np.ndarray, value: np.ndarray, n_rows: int) -> None:
+        self.n_rows += n_rows
+        self.count += np.bincount(latent, minlength=self.n_latents)
+        self.sum += np.bincount(latent, weights=value, minlength=self.n_latents)
+        octave = (np.log2(value) - _LOWEST) * PER_OCTAVE
+        index = np.clip(octave.astype(np.int64), 0, self.n_bins - 1)
+        self.bins += np.bincount(latent * self.n_bins + index, minlength=len(self.bins))
+
+    def finish(self, sample: np.ndarray, place: np.ndarray, value: np.ndarray) -> FeatureStatistics:
+        """Keep the bins below each latent's largest activation."""
+        bins = self.bins.reshape(self.n_latents, self.n_bins)
+        last = self.n_bins - 1 - (bins[:, ::-1] > 0).argmax(axis=1)
+        last = np.where(self.count > 0, np.maximum(last, BINS - 1), BINS - 1)
+        wanted = last[:, None] + np.arange(-BINS + 1, 1)
+        histogram = np.take_along_axis(bins, wanted, axis=1)
+        histogram[:, 0] += self.count - histogram.sum(axis=1)
+        return FeatureStatistics(
+            n_rows=self.n_rows,
+            density=self.count / max(self.n_rows, 1),
+            mean=self.sum / np.maximum(self.count, 1),
+            max=value[:, 0].copy(),
+            histogram=histogram,
+            upper=2.0 ** ((last + 1) / PER_OCTAVE + _LOWEST),
+            sample=sample,
+            place=place,
+            value=value,
+        )
+
+
+class _Strongest:
+    """The strongest entries of each latent, one of each sample.
+
+    Entries that cannot be among them are dropped at once; the others wait until there are
+    enough to be worth a sort.
+    """
+
+    def __init__(self, n_latents: int, top: int) -> None:
+        self.n_latents, self.top = n_latents, top
+        self.latent = np.zeros(0, dtype=np.int64)
+        self.value = np.zeros(0, dtype=np.float32)
+        self.where = np.zeros((0, 3), dtype=np.int32)
+        self.floor = np.zeros(n_latents, dtype=np.float32)
+        self.waiting: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+        self.enough = max(1 << 19, 2 * n_latents * top)
+
+    def add(self, latent: np.ndarray, value: np.ndarray, where: np.ndarray) -> None:
+        able = value > self.floor[latent]
+        self.waiting.append((latent[able], value[able], where[able]))
+        if sum(len(part[0]) for part in self.waiting) > self.enough:
+            self._merge()
+
+    def _merge(self) -> None:
+        parts = [(self.latent, self.value, self.where), *self.waiting]
+        latent, value, where = (np.concatenate(column) for column in zip(*parts, strict=True))
+        self.waiting = []
+        # Positive floats sort like their bits. The sort is stable: of equal values the row that
+        # was read first is kept, however the rows are cut into blocks.
+        falling = np.uint64(0xFFFFFFFF) - value.view(np.uint32).astype(np.uint64)
+        order = np.argsort(latent.astype(np.uint64) << np.uint64(32) | falling, kind="stable")
+        pair = (latent[order] << 32) | where[order, 0]
+        order = order[np.sort(np.unique(pair, return_index=True)[1])]
+        rank = _rank(latent[order], self.n_latents)
+        order = order[rank < self.top]
+        self.latent, self.value, self.where = latent[order], value[order], where[order]
+        rank = _rank(self.latent, self.n_latents)
+        weakest = rank == self.top - 1
+        self.floor[self.latent[weakest]] = self.value[weakest]
+
+    def finish(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Samples, places and values."""
+        self._merge()
+        at = (self.latent, _rank(self.latent, self.n_latents))
+        sample = np.full((self.n_latents, self.top), -1, dtype=np.int32)
+        place = np.zeros((self.n_latents, self.top, 2), dtype=np.int32)
+        value = np.zeros((self.n_latents, self.top), dtype=np.float32)
+        sample[at], place[at], value[at] = self.where[:, 0], self.where[:, 1:], self.value
+        return sample, place, value
+
+
+def _rank(latent: np.ndarray, n_latents: int) -> np.ndarray:
+    """Place of each entry among those of its latent, of entries sorted by latent."""
+    first = np.searchsorted(latent, np.arange(n_latents))
+    return np.arange(len(latent)) - first[latent]
+
+
+@torch.inference_mode()
+def examples(
+    network: nn.Module,
+    samples: Samples,
+    site: Site,
+    dictionary: Dictionary,
+    statistics: FeatureStatistics,
+    *,
+    field: ReceptiveField | None = None,
+    smallest_crop: float = 0.3,
+    context: tuple[int, int] = (12, 4),
+    on_progress: Progress = no_progress,
+) -> Examples:
+    """Run the network on the samples of the strongest rows and map each latent around them.
+
+    Args:
+        network: The one the statistics came from, in evaluation mode.
+        samples: What the store was collected from.
+        site: The site of the dictionary.
+        dictionary: Any; only `encode` is used.
+        statistics: What `feature_statistics` found.
+        field: What a position sees, if the samples are images; squares show all of it.
+        smallest_crop: Side of the smallest square shown, as a share of the input's side.
+        context: For texts, tokens kept before and after the position.
+        on_progress: Told how many samples are done.
+
+    Raises:
+        InputError: A sample cannot be read any more.
+    """
+    needed = np.unique(statistics.sample[statistics.sample >= 0])
+    window: _Window | None = None
+    filled: _Maps | None = None
+    done = 0
+    while done < len(needed):
+        grid = window.grid if window else None
+        chunk = needed[done : done + _samples_at_once(dictionary, grid)]
+        raw = [samples.read(int(i)) for i in chunk]
+        inputs = samples.stack(raw)
+        activation = channels_last(_read(network, inputs, site))
+        if window is None or filled is None:
+            window = _window(activation, inputs, field, smallest_crop, context)
+            filled = _Maps(statistics, window)
+        _fill(filled, activation, dictionary, chunk)
+        done += len(chunk)
+        on_progress(done, len(needed))
+    if window is None or filled is None:
+        window = _Window((1, 1), (1, 1), (0, 0), None, 0)
+        filled = _Maps(statistics, window)
+    return filled.finish(statistics)
+
+
+def _read(network: nn.Module, inputs: Tensor, site: Site) -> Tensor:
+    device = next((p.device for p in network.parameters()), torch.device("cpu"))
+    return read(network, inputs.to(device), [site])[site]
+
+
+def _samples_at_once(dictionary: Dictionary, grid: tuple[int, int] | None) -> int:
+    if grid is None:
+        return 1  # the first sample shows how many positions there are
+    return int(np.clip(_rows_at_once(dictionary) * 4 // (grid[0] * grid[1]), 1, 64))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Window:
+    """Which positions around a place are shown."""
+
+    grid: tuple[int, int]
+    shape: tuple[int, int]
+    before: tuple[int, int]
+    crop: Crop | None
+    side: int
+
+    def corners(self, place: np.ndarray) -> np.ndarray:
+        """Top and left pixel of the square whose middle is a position's."""
+        if self.crop is None:
+            return np.zeros_like(place)
+        middle = self.crop.origin + self.crop.cell * (place + 0.5)
+        corner = np.rint(middle - self.crop.side / 2)
+        return np.clip(corner, 0, self.side - self.crop.side).astype(np.int32)
+
+    def firsts(self, place: np.ndarray) -> np.ndarray:
+        """First position of the map."""
+        if self.crop is None:
+            first = place - np.array(self.before)
+        else:
+            first = np.floor((self.corners(place) - self.crop.origin) / self.crop.cell)
+        return np.clip(first, 0, np.array(self.grid) - np.array(self.shape)).astype(np.int32)
+
+
+def _window(
+    activation: Tensor,
+    inputs: Tensor,
+    field: ReceptiveField | None,
+    smallest_crop: float,
+    context: tuple[int, int],
+) -> _Window:
+    height, width = (*activation.shape[1:-1], 1, 1)[:2]
+    grid = (int(height), int(width))
+    if inputs.ndim != 4 or inputs.shape[2] != inputs.shape[3]:
+        rows = min(grid[0], context[0] + 1 + context[1]) if grid[1] == 1 else grid[0]
+        return _Window(grid, (rows, grid[1]), (context[0] if grid[1] == 1 else 0, 0), None, 0)
+    side = int(inputs.shape[2])
+    if field is None or field.stride == 0:  # the positions share the input evenly
+        crop = Crop(side, side / max(grid), 0.0)
+    else:
+        cell = float(field.stride)
+        extent = min(side, max(field.size, round(smallest_crop * side)))
+        crop = Crop(extent, cell, field.offset + field.size / 2 - cell / 2)
+    cells = int(np.ceil(crop.side / crop.cell)) + 1
+    return _Window(grid, (min(grid[0], cells), min(grid[1], cells)), (0, 0), crop, side)
+
+
+class _Maps:
+    """Maps of all examples, filled sample by sample."""
+
+    def __init__(self, statistics: FeatureStatistics, window: _Window) -> None:
+        self.window = window
+        self.first = window.firsts(statistics.place)
+        self.place = statistics.place
+        shape = (*statistics.sample.shape, *window.shape)
+        self.heat = np.zeros(shape, dtype=np.float16)
+        self.value = np.zeros(statistics.sample.shape, dtype=np.float32)
+        # Half precision has 11 bits but ends at 65504, so maps are kept as shares of the
+        # largest activation in the store.
+        self.unit = np.maximum(statistics.max, np.finfo(np.float32).tiny).astype(np.float32)
+        flat = statistics.sample.ravel()
+        self.order = np.argsort(flat, kind="stable")
+        self.sorted = flat[self.order]
+
+    def of(self, sample: int) -> tuple[np.ndarray, np.ndarray]:
+        """Latents and ranks of the examples that show a sample."""
+        begin, end = np.searchsorted(self.sorted, [sample, sample + 1])
+        return np.divmod(self.order[begin:end], self.heat.shape[1])
+
+    def finish(self, statistics: FeatureStatistics) -> Examples:
+        """Quantise."""
+        there = statistics.sample >= 0
+        share = self.heat.max(axis=(1, 2, 3)).astype(np.float32)
+        scale = np.where(share > 0, share, 1)
+        heat = np.empty(self.heat.shape, dtype=np.uint8)
+        for i in range(0, len(heat), 512):  # a block at a time: no second copy in float
+            block = self.heat[i : i + 512] / scale[i : i + 512, None, None, None]
+            heat[i : i + 512] = np.ceil(np.clip(block, 0, 1) * 255)
+        difference = np.abs(self.value - statistics.value) / self.unit[:, None]
+        return Examples(
+            sample=statistics.sample,
+            place=statistics.place,
+            value=self.value,
+            first=np.where(there[..., None], self.first, 0),
+            heat=heat,
+            scale=share * self.unit,
+            corner=np.where(there[..., None], self.window.corners(statistics.place), 0),
+            crop=self.window.crop,
+            drift=float(difference[there].max()) if there.any() else 0.0,
+        )
+
+
+def _fill(
+    maps: _Maps, activation: Tensor, dictionary: Dictionary, chunk: Int[np.ndarray, " n"]
+) -> None:
+    """Encode all positions of some samples and cut out the maps of the latents they show."""
+    height, width = maps.window.shape
+    rows = torch.arange(height)[None, :, None]
+    columns = torch.arange(width)[None, None, :]
+    for i, sample in enumerate(chunk.tolist()):
+        flat = activation[i].reshape(-1, activation.shape[-1])
+        size = _rows_at_once(dictionary)
+        latent, rank = maps.of(sample)
+        wanted = torch.from_numpy(latent)
+        codes = []
+        for piece in flat.split(size):
+            code = _encode(dictionary, piece.float())
+            codes.append(code.index_select(1, wanted.to(code.device)).float().cpu())
+        code = torch.cat(codes).T.reshape(len(latent), *maps.window.grid)
+        example = torch.arange(len(latent))
+        first = torch.from_numpy(maps.first[latent, rank]).long()
+        place = torch.from_numpy(maps.place[latent, rank]).long()
+        cut = code[
+            example[:, None, None],
+            first[:, 0, None, None] + rows,
+            first[:, 1, None, None] + columns,
+        ].clamp_min(0)
+        unit = torch.from_numpy(maps.unit[latent])
+        maps.heat[latent, rank] = (cut / unit[:, None, None]).half().numpy()
+        maps.value[latent, rank] = code[example, place[:, 0], place[:, 1]].numpy()

@@ -1,0 +1,200 @@
+"""The command line: `mechatlas COMMAND ...`.
+
+Exit codes: 0 success, 2 a mistake of the user's (one sentence, no traceback), 1 one of ours.
+"""
+
+import dataclasses
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Never
+
+import tyro
+from tyro.conf import Positional, arg
+
+from mechatlas.base import UserError
+
+OVERVIEW = """\
+mechatlas: an atlas of the features of a trained PyTorch network.
+
+usage: mechatlas COMMAND ...
+
+  demo     --out DIR                         the whole tour on bundled inputs, in about a minute
+  sites    NETWORK                           list the sites and branches of a network
+  collect  RECIPE.toml [--field value ...]   network, samples -> activation store
+  train    RECIPE.toml [--field value ...]   activation store -> dictionary
+  report   DIR --out page.html               folder of runs -> one HTML page
+
+Try:
+
+  mechatlas demo --out runs/demo
+  mechatlas sites inception_mini
+  mechatlas collect recipes/quick/collect.toml --samples.crops 20
+  mechatlas COMMAND --help
+
+Every command takes --json: print the result as one JSON object, and nothing else.
+"""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Demo:
+    """The whole tour on bundled inputs: collect, train, draw the page. No network access.
+
+    Example:  mechatlas demo --out runs/demo
+    """
+
+    out: Path
+    """Folder for the runs and the page."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sites:
+    """List the sites of a network, with shapes and branches.
+
+    Examples:  mechatlas sites inception_mini
+               mechatlas sites squeezenet --weights squeezenet.safetensors
+               mechatlas sites my_package.my_module:my_factory --shape 3 32 32
+    """
+
+    network: Positional[str]
+    """A bundled name, `package.module:factory`, or a recipe with a [network] table."""
+    weights: Path | None = None
+    """File of weights for it."""
+    shape: tuple[int, ...] = ()
+    """Shape of one sample; only for networks that do not say what they expect."""
+    everything: bool = False
+    """Also list the modules inside other sites' modules."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Report:
+    """Draw one self-contained HTML page of all runs in a folder.
+
+    Example:  mechatlas report runs/demo --out atlas.html
+    """
+
+    folder: Annotated[Positional[Path], arg(metavar="DIR")]
+    """Folder with the runs (stores and dictionaries), itself one or up to two levels above."""
+    out: Path
+    """The page to write."""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run one command; exits by itself unless the command succeeded.
+
+    Raises:
+        SystemExit: 2 for a user's mistake, 130 when interrupted, 0 after help.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    as_json = "--json" in words
+    words = [word for word in words if word != "--json"]
+    if not words or words[0] in ("-h", "--help"):
+        print(OVERVIEW)
+        raise SystemExit(0 if words else 2)
+    command = COMMANDS.get(words[0])
+    if command is None:
+        fail(f"There is no command {words[0]!r}. Commands: {', '.join(COMMANDS)}.")
+    try:
+        result, text = command(words[1:])
+    except UserError as error:
+        fail(str(error))
+    except KeyboardInterrupt:
+        print("mechatlas: interrupted; what was finished is kept.", file=sys.stderr)
+        raise SystemExit(130) from None
+    print(json.dumps(result) if as_json else text)
+
+
+def fail(message: str) -> Never:
+    """Say what the user can mend.
+
+    Raises:
+        SystemExit: Always, with code 2.
+    """
+    print(f"mechatlas: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+Answer = tuple[dict[str, Any], str]
+"""What a command found, and the same in words."""
+
+
+def demo(words: list[str]) -> Answer:
+    """Run the tour."""
+    from mechatlas.app import demo as tour
+
+    options = tyro.cli(Demo, args=words, prog="mechatlas demo")
+    result = tour.run(options.out)
+    return result, tour.in_words(result)
+
+
+def sites(words: list[str]) -> Answer:
+    """List sites."""
+    from mechatlas.app import listing
+
+    options = tyro.cli(Sites, args=words, prog="mechatlas sites")
+    found = listing.sites(options.network, options.weights, options.shape)
+    return found, listing.in_words(found, everything=options.everything)
+
+
+def collect(words: list[str]) -> Answer:
+    """Collect a store."""
+    from mechatlas.app import jobs, recipes
+
+    result = jobs.collect(from_words(recipes.Collect, words, "collect"))
+    widths = ", ".join(f"{n} ({s['rows']} rows)" for n, s in result["sites"].items())
+    skipped = f"; skipped {result['skipped']} unreadable samples" if result["skipped"] else ""
+    return result, f"Collected {widths}{skipped}.\nStore: {result['out']}"
+
+
+def train(words: list[str]) -> Answer:
+    """Train a dictionary."""
+    from mechatlas.app import jobs, recipes
+
+    result = jobs.train(from_words(recipes.Train, words, "train"))
+    quality = f"fvu {result['fvu']:.4f}, l0 {result['l0']:.1f}, dead {result['dead_share']:.1%}"
+    return result, f"Held out: {quality}.\nDictionary: {result['out']}"
+
+
+def report(words: list[str]) -> Answer:
+    """Draw the page."""
+    from mechatlas.app import jobs
+
+    options = tyro.cli(Report, args=words, prog="mechatlas report")
+    result = jobs.report(options.folder, options.out)
+    return result, f"Page: {result['page']} ({result['bytes'] / 2**20:.1f} MiB)"
+
+
+COMMANDS: dict[str, Callable[[list[str]], Answer]] = {
+    "demo": demo,
+    "sites": sites,
+    "collect": collect,
+    "train": train,
+    "report": report,
+}
+
+
+def from_words(kind: type[Any], words: list[str], command: str) -> Any:
+    """A recipe from `RECIPE.toml [--field value ...]`.
+
+    Raises:
+        RecipeError: No recipe file was named, or it has mistakes.
+    """
+    from mechatlas.app.recipes import read_recipe
+    from mechatlas.base import RecipeError
+
+    described = f"{kind.__doc__}\n\nExample:  mechatlas {command} recipes/quick/{command}.toml"
+    prog = f"mechatlas {command} RECIPE.toml"
+    files = [word for word in words[:1] if word.endswith(".toml")]
+    if not files:
+        if "-h" in words or "--help" in words:
+            tyro.cli(kind, args=["--help"], prog=prog, description=described)
+        raise RecipeError(
+            f"`mechatlas {command}` needs a recipe file first: mechatlas {command} RECIPE.toml "
+            f"[--field value ...]. `mechatlas {command} --help` lists the fields."
+        )
+    recipe = read_recipe(Path(files[0]), kind)
+    try:
+        return tyro.cli(kind, args=words[1:], default=recipe, prog=prog, description=described)
+    except ValueError as error:
+        raise RecipeError(f"{error} (on the command line, over {files[0]})") from error

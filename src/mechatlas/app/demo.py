@@ -1,0 +1,64 @@
+"""The whole tour on bundled inputs, in about a minute and without network access."""
+
+import time
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from mechatlas.activations.collect import Collecting
+from mechatlas.activations.networks import Network
+from mechatlas.activations.positions import Positions
+from mechatlas.activations.samples import Images
+from mechatlas.app import jobs
+from mechatlas.app.recipes import Collect, Train
+from mechatlas.dictionaries.sparsity import TopK
+from mechatlas.files import write_json
+
+SITES = ("mixed3b", "mixed4c")
+
+
+def run(out: Path) -> dict[str, Any]:
+    """Collect, train and report.
+
+    Raises:
+        UserError: `out` is not writable or holds something else.
+    """
+    started = time.perf_counter()
+    source = "scikit-image" if find_spec("skimage") else "photos"
+    collect = Collect(
+        network=Network(name="inception_mini"),
+        sites=SITES,
+        samples=Images(source=source, side=63, crops=60),
+        collecting=Collecting(positions=Positions(per_sample=40)),
+        out=out / "store",
+    )
+    stages = {"store": jobs.collect(collect)}
+    for site in SITES:
+        recipe = Train(
+            store=collect.out,
+            site=site,
+            out=out / site,
+            n_latents=1024,
+            sparsity=TopK(k=16),
+            steps=600,
+            batch_size=1024,
+        )
+        stages[site] = jobs.train(recipe)
+    stages["page"] = jobs.report(out, out / "atlas.html")
+    result = {**stages, "wall_seconds": round(time.perf_counter() - started, 1)}
+    write_json(out / "result.json", result)
+    return {"out": str(out), **result}
+
+
+def in_words(result: dict[str, Any]) -> str:
+    """What the tour found."""
+    lines = [f"{result['store']['samples']} crops of photographs through inception_mini"]
+    for site in SITES:
+        r = result[site]
+        lines.append(
+            f"{site}: {r['n_latents']} latents, fvu {r['fvu']:.3f} held out, l0 {r['l0']:.1f}, "
+            f"dead {r['dead_share']:.1%}"
+        )
+    lines.append(f"Done in {result['wall_seconds']:.0f} s.")
+    lines.append(f"Page: {Path(result['page']['page']).resolve()}")
+    return "\n".join(lines)

@@ -1,0 +1,165 @@
+"""What the commands do: each job reads a recipe, writes a folder and returns its result.
+
+    collect    network, samples -> store
+    train      store -> dictionary
+    report     folder of runs -> page
+
+Every folder holds the data, `recipe.toml`, `manifest.json` and `result.json`.
+"""
+
+import dataclasses
+import json
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+
+from mechatlas.activations import networks
+from mechatlas.activations.collect import collect as collect_rows
+from mechatlas.activations.samples import open_samples
+from mechatlas.activations.sites import find_sites
+from mechatlas.activations.store import Store
+from mechatlas.app.progress import bar
+from mechatlas.app.recipes import Collect, Train, as_dict
+from mechatlas.app.report.page import write_page
+from mechatlas.base import DiskError
+from mechatlas.dictionaries.autoencoder import Autoencoder
+from mechatlas.dictionaries.formats import FILE, save
+from mechatlas.dictionaries.training import train as train_dictionary
+from mechatlas.files import checksum, write, write_json
+
+Result = dict[str, Any]
+
+
+def collect(recipe: Collect) -> Result:
+    """Collect activations into a store.
+
+    Raises:
+        UserError: See `mechatlas.activations.collect.collect`.
+    """
+    clock = time.process_time()
+    network = networks.build(recipe.network)
+    sites = find_sites(network, recipe.sites)
+    samples = open_samples(recipe.samples, network)
+    made_from = as_dict(dataclasses.replace(recipe, out=Path("store"), device="cpu"))
+    with bar("collecting") as progress:
+        store = collect_rows(
+            network,
+            samples,
+            sites,
+            recipe.out,
+            recipe.collecting,
+            recipe=made_from,
+            device=recipe.device,
+            on_progress=progress,
+        )
+    rows = {name: store.rows(name) for name in store.sites}
+    result: Result = {
+        "samples": len(samples),
+        "skipped": len(store.manifest["skipped"]),
+        "sites": {
+            name: {"width": r.d_in, "rows": r.n_rows, "held_out_rows": r.n_held_out}
+            for name, r in rows.items()
+        },
+        "bytes": sum(shard.bytes for shard in store.shards),
+    }
+    return _finish(recipe.out, recipe, result, clock)
+
+
+def train(recipe: Train) -> Result:
+    """Train a dictionary on one site of a store.
+
+    Raises:
+        UserError: See `mechatlas.dictionaries.training.train`; or `out` holds something else.
+    """
+    clock = time.process_time()
+    store = Store(recipe.store)
+    rows = store.rows(recipe.site)
+    _refuse_strangers(recipe.out, "dictionary")
+    dictionary = Autoencoder(
+        d_in=rows.d_in,
+        n_latents=recipe.n_latents,
+        sparsity=recipe.sparsity,
+        tied=recipe.tied,
+        seed=recipe.seed,
+    )
+    with bar("training") as progress:
+        train_dictionary(
+            dictionary,
+            rows,
+            steps=recipe.steps,
+            batch_size=recipe.batch_size,
+            lr=recipe.lr,
+            seed=recipe.seed,
+            device=recipe.device,
+            on_progress=progress,
+        )
+    history = dictionary.history
+    assert history is not None
+    file = save(dictionary.cpu(), recipe.out)
+    write_json(recipe.out / "history.json", dataclasses.asdict(history))
+    manifest = {
+        "schema": 1,
+        "kind": "dictionary",
+        "site": recipe.site or store.sites[0],
+        "store": str(recipe.store.resolve()),
+        "parents": {"store": checksum((recipe.store / "manifest.json").read_bytes())},
+        "files": {FILE: checksum(file.read_bytes())},
+    }
+    write_json(recipe.out / "manifest.json", manifest)
+    result: Result = {
+        "fvu": history.fvu[-1],
+        "l0": history.l0[-1],
+        "dead_share": history.dead_share[-1],
+        "steps": recipe.steps,
+        "seconds_per_step": sorted(history.seconds_per_step)[len(history.step) // 2],
+        "d_in": rows.d_in,
+        "n_latents": recipe.n_latents,
+        "rows": rows.n_rows,
+        "held_out_rows": rows.n_held_out,
+    }
+    return _finish(recipe.out, recipe, result, clock)
+
+
+def report(folder: Path, out: Path) -> Result:
+    """Write one HTML page of all runs in a folder.
+
+    Raises:
+        UserError: The folder holds no runs, or the page cannot be written.
+    """
+    clock = time.process_time()
+    with bar("drawing the page") as progress:
+        page = write_page(folder, out, on_progress=progress)
+    return {"page": str(page), "bytes": page.stat().st_size, **_cost(clock)}
+
+
+def _finish(out: Path, recipe: Any, result: Result, clock: float) -> Result:
+    """Write `recipe.toml` and `result.json`."""
+    write(out / "recipe.toml", tomli_w.dumps(as_dict(recipe)).encode())
+    whole = {**result, **_cost(clock)}
+    write_json(out / "result.json", whole)
+    return {"out": str(out), **whole}
+
+
+def _cost(clock: float) -> Result:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return {
+        "seconds": round(time.process_time() - clock, 3),
+        "peak_bytes": peak if sys.platform == "darwin" else peak * 1024,
+    }
+
+
+def _refuse_strangers(out: Path, kind: str) -> None:
+    # Before any work: never write among files that are not ours.
+    if out.exists() and not out.is_dir():
+        raise DiskError(f"{out} is a file, expected a folder.")
+    if out.is_dir() and any(out.iterdir()):
+        try:
+            found = json.loads((out / "manifest.json").read_text()).get("kind")
+        except (OSError, ValueError, AttributeError):
+            found = None
+        if found != kind:
+            raise DiskError(f"{out} is not empty and is not a {kind}. Choose another --out.")

@@ -1,0 +1,213 @@
+"""Recipes: what a run is made from, as a TOML file and as a dataclass.
+
+    Collect, Train    the recipes
+    read_recipe       a TOML file -> a recipe, or every mistake in it at once
+    as_dict           a recipe -> plain values, as kept in manifests and `recipe.toml`
+    reopen            the recipe of a store -> its network and samples
+
+Paths in a recipe are relative to the folder where the command runs.
+"""
+
+import dataclasses
+import difflib
+import tomllib
+from pathlib import Path
+from typing import Any, TypeVar, get_args
+
+import cattrs
+from cattrs.gen import make_dict_structure_fn
+from cattrs.strategies import configure_tagged_union
+from torch import nn
+
+from mechatlas.activations.collect import Collecting
+from mechatlas.activations.networks import Network, build
+from mechatlas.activations.samples import (
+    Images,
+    SampleRecipe,
+    Samples,
+    open_samples,
+)
+from mechatlas.base import RecipeError
+from mechatlas.dictionaries.sparsity import Sparsity, TopK
+
+Recipe = TypeVar("Recipe")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Collect:
+    """Run a network over samples and write the activations at some sites to a store."""
+
+    network: Network
+    """Which network, with which weights."""
+    sites: tuple[str, ...]
+    """Sites or globs, such as "mixed4*" or "mixed4a/5x5"; see `mechatlas sites NETWORK`."""
+    samples: SampleRecipe = dataclasses.field(default_factory=Images)
+    """What to run it on: Images, Arrays or Texts."""
+    collecting: Collecting = dataclasses.field(default_factory=Collecting)
+    """Positions, number format, memory."""
+    out: Path = Path("store")
+    """Folder of the store. The same command continues an unfinished one."""
+    device: str = "cpu"
+    """Where the network runs, such as "cpu" or "cuda"."""
+
+    def __post_init__(self) -> None:
+        if not self.sites:
+            raise ValueError("sites must name at least one site.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Train:
+    """Train one dictionary on the activations of one site."""
+
+    store: Path
+    """Activation store to read, as written by `mechatlas collect`."""
+    site: str | None = None
+    """Site of the store, or a branch of it; may be left out if the store has one site."""
+    out: Path = Path("dictionary")
+    """Folder for the weights, the recipe and the training curve."""
+    n_latents: int = 4096
+    """Size of the dictionary."""
+    sparsity: Sparsity = dataclasses.field(default_factory=TopK)
+    """What makes the code sparse."""
+    tied: bool = False
+    """The encoder is the transpose of the decoder."""
+    steps: int = 20_000
+    """Optimiser steps."""
+    batch_size: int = 4096
+    """Rows in a step."""
+    lr: float = 1e-3
+    """Largest learning rate of Adam; falls linearly over the last fifth of the steps."""
+    seed: int = 0
+    """Seed of the weights and of the order of batches."""
+    device: str = "cpu"
+    """Where to train, such as "cpu" or "cuda"."""
+
+    def __post_init__(self) -> None:
+        for name in ("n_latents", "steps", "batch_size", "lr"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be > 0, got {getattr(self, name)}.")
+        if self.n_latents < self.sparsity.k:
+            raise ValueError(
+                f"n_latents ({self.n_latents}) must be at least k ({self.sparsity.k}): "
+                "a sample cannot use more latents than there are."
+            )
+
+
+def _converter() -> cattrs.Converter:
+    converter = cattrs.Converter(forbid_extra_keys=True)
+    converter.register_structure_hook(Path, lambda value, _: Path(_typed(value, str)))
+    for plain in (str, int, bool):
+        converter.register_structure_hook(plain, _typed)
+    converter.register_structure_hook(float, lambda value, _: float(_typed(value, (int, float))))
+    structure_network = make_dict_structure_fn(Network, converter)
+
+    def network(value: Any, _: type) -> Network:
+        return structure_network({"name": value} if isinstance(value, str) else value, Network)
+
+    converter.register_structure_hook(Network, network)
+    converter.register_unstructure_hook(Path, str)
+    configure_tagged_union(SampleRecipe, converter, tag_name="type", default=Images)
+    return converter
+
+
+def _typed(value: Any, kind: Any) -> Any:
+    # cattrs would turn "12" into 12 and 3.7 into 3; a recipe says what it means.
+    kinds = kind if isinstance(kind, tuple) else (kind,)
+    if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+        raise ValueError(f"expected {kinds[-1].__name__}, got {value!r}")
+    return value
+
+
+CONVERTER = _converter()
+
+
+def read_recipe(path: Path, kind: type[Recipe]) -> Recipe:
+    """Read a recipe file.
+
+    Raises:
+        RecipeError: There is no such file, it is not TOML, or it has unknown keys or wrong
+            values; the message lists all of them.
+    """
+    try:
+        raw = tomllib.loads(Path(path).read_text())
+    except FileNotFoundError as error:
+        raise RecipeError(f"There is no recipe file {path}.") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path} cannot be read ({error}).") from error
+    except tomllib.TOMLDecodeError as error:
+        raise RecipeError(f"{path} is not TOML: {error}.") from error
+    return from_dict(raw, kind, str(path))
+
+
+def from_dict(raw: dict[str, Any], kind: type[Recipe], source: str) -> Recipe:
+    """A recipe from plain values.
+
+    Raises:
+        RecipeError: Unknown keys or wrong values; the message lists all of them.
+    """
+    try:
+        return CONVERTER.structure(raw, kind)
+    except cattrs.BaseValidationError as error:
+        mistakes = "".join(f"\n  {line}" for line in _mistakes(error, kind))
+        raise RecipeError(f"{source} is not a {kind.__name__} recipe:{mistakes}") from error
+
+
+def _mistakes(error: cattrs.BaseValidationError, kind: type) -> list[str]:
+    known = sorted(_keys(kind))
+    lines = []
+    for line in cattrs.transform_error(error, path="recipe", format_exception=_describe):
+        text = line.removeprefix("extra fields found (")
+        if text != line:
+            names, _, place = text.partition(") @ ")
+            for name in names.split(", "):
+                near = difflib.get_close_matches(name, known, n=1)
+                hint = f" (did you mean {near[0]}?)" if near else ""
+                lines.append(f"unknown key {name}{hint} @ {place}")
+        else:
+            lines.append(line)
+    return lines
+
+
+def _describe(error: BaseException, kind: Any) -> str:
+    if isinstance(error, KeyError):
+        return f"missing key {error.args[0]}"
+    if isinstance(error, ValueError):
+        return str(error)
+    if " not in literal " in str(error):
+        value = str(error).partition(" not in literal ")[0]
+        return f"expected one of {', '.join(map(repr, get_args(kind)))}, got {value!r}"
+    return cattrs.v.format_exception(error, kind)
+
+
+def _keys(kind: type) -> set[str]:
+    """Every key that a recipe or a table inside it can have."""
+    found: set[str] = set()
+    for field in dataclasses.fields(kind):
+        found.add(field.name)
+        for part in (field.type, *get_args(field.type)):
+            if isinstance(part, type) and dataclasses.is_dataclass(part):
+                found |= _keys(part)
+    return found
+
+
+def as_dict(recipe: Any) -> dict[str, Any]:
+    """Plain values that `from_dict` reads back; keys without a value are left out."""
+    return _without_none(CONVERTER.unstructure(recipe, unstructure_as=type(recipe)))
+
+
+def _without_none(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_none(item) for key, item in value.items() if item is not None}
+    return [_without_none(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def reopen(recipe: dict[str, Any]) -> tuple[nn.Module, Samples]:
+    """The network and the samples that a store was collected from.
+
+    Raises:
+        RecipeError: The recipe is not one of `mechatlas collect`.
+        UserError: The network or the samples are no longer there.
+    """
+    collected = from_dict(recipe, Collect, "The store's manifest")
+    network = build(collected.network)
+    return network, open_samples(collected.samples, network)

@@ -1,0 +1,109 @@
+"""What the decoder rows of a dictionary say by themselves.
+
+branch_shares    how much of an atom is written by each branch, and what width predicts
+neighbours       the atoms most alike, and how alike shuffled atoms would be
+flat_map         a picture of all atoms in two dimensions
+"""
+
+import dataclasses
+from collections.abc import Mapping
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+FEWEST_FOR_UMAP = 32
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Neighbours:
+    """The most similar atoms of each atom, nearest first."""
+
+    latent: Int[np.ndarray, "latent n"]
+    """Number of the neighbour; -1 where there is none."""
+    cosine: Float[np.ndarray, "latent n"]
+    chance: float
+    """Cosine that one shuffled atom in a hundred has with its nearest atom. Shuffled: every
+    channel drawn anew from what the atoms have in that channel."""
+
+
+def branch_shares(
+    atoms: Float[np.ndarray, "latent d_in"], branches: Mapping[str, slice]
+) -> tuple[Float[np.ndarray, "latent branch"], Float[np.ndarray, " branch"]]:
+    """Length of the positive part of an atom inside each branch, over its whole length.
+
+    Activations after a rectifier are positive, so only the positive part can be written.
+    The squares of the shares add up to 1.
+
+    Returns:
+        The shares, and the share that a branch's width alone predicts.
+    """
+    if not branches:
+        return np.zeros((len(atoms), 0)), np.zeros(0)
+    positive = np.maximum(atoms, 0)
+    whole = np.maximum(np.linalg.norm(positive, axis=1), np.finfo(np.float32).tiny)
+    shares = [np.linalg.norm(positive[:, s], axis=1) / whole for s in branches.values()]
+    width = [len(range(*s.indices(atoms.shape[1]))) for s in branches.values()]
+    return np.stack(shares, axis=1), np.sqrt(np.array(width) / atoms.shape[1])
+
+
+def neighbours(
+    atoms: Float[np.ndarray, "latent d_in"],
+    alive: Bool[np.ndarray, " latent"],
+    *,
+    n: int = 8,
+    seed: int = 0,
+) -> Neighbours:
+    """The nearest atoms by cosine, among those that are ever active."""
+    unit = _unit(atoms.astype(np.float32))
+    latent = np.full((len(atoms), n), -1, dtype=np.int32)
+    cosine = np.zeros((len(atoms), n), dtype=np.float32)
+    pool = np.flatnonzero(alive)
+    kept = min(n, len(pool) - 1)
+    if kept < 1:
+        return Neighbours(latent, cosine, 1.0)
+    for i in range(0, len(pool), 1024):
+        block = pool[i : i + 1024]
+        products = unit[block] @ unit[pool].T
+        products[np.arange(len(block)), np.arange(i, i + len(block))] = -np.inf
+        nearest = np.argpartition(-products, kept - 1, axis=1)[:, :kept]
+        value = np.take_along_axis(products, nearest, axis=1)
+        order = np.argsort(-value, axis=1, kind="stable")
+        latent[block, :kept] = pool[np.take_along_axis(nearest, order, axis=1)]
+        cosine[block, :kept] = np.take_along_axis(value, order, axis=1)
+    return Neighbours(latent, cosine, _chance(unit[pool], seed))
+
+
+def _unit(atoms: np.ndarray) -> np.ndarray:
+    return atoms / np.maximum(np.linalg.norm(atoms, axis=1, keepdims=True), 1e-12)
+
+
+def _chance(unit: np.ndarray, seed: int) -> float:
+    random = np.random.default_rng(seed)
+    drawn = random.integers(len(unit), size=(min(len(unit), 2048), unit.shape[1]))
+    shuffled = _unit(np.take_along_axis(unit, drawn, axis=0))
+    return float(np.quantile((shuffled @ unit.T).max(axis=1), 0.99))
+
+
+def flat_map(
+    atoms: Float[np.ndarray, "latent d_in"], alive: Bool[np.ndarray, " latent"], *, seed: int = 0
+) -> tuple[Float[np.ndarray, "latent 2"], str]:
+    """Two coordinates for each atom that is ever active, NaN for the others.
+
+    Returns:
+        The coordinates and the name of what made them: UMAP of cosines, or the first two
+        principal components where there are too few atoms for it.
+    """
+    flat = np.full((len(atoms), 2), np.nan, dtype=np.float32)
+    unit = _unit(atoms[alive].astype(np.float32))
+    if len(unit) < FEWEST_FOR_UMAP:
+        if len(unit) > 1:
+            centred = unit - unit.mean(axis=0)
+            axes = np.linalg.svd(centred, full_matrices=False)[2][:2]
+            flat[alive, : len(axes)] = centred @ axes.T
+            flat[alive, len(axes) :] = 0
+        return flat, "principal components"
+    from umap import UMAP  # importing it compiles for seconds; only pages with features need it
+
+    reducer = UMAP(n_neighbors=15, min_dist=0.1, metric="cosine", random_state=seed, n_jobs=1)
+    flat[alive] = reducer.fit_transform(unit)
+    return flat, "UMAP"

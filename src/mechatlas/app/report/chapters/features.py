@@ -1,0 +1,256 @@
+"""Every feature of every dictionary: what makes it active, and what its atom is made of."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from mechatlas.activations.networks import digest
+from mechatlas.activations.receptive import receptive_field
+from mechatlas.activations.samples import ImageSamples, Samples, TextSamples
+from mechatlas.activations.store import StoreRows
+from mechatlas.analysis.examples import (
+    BINS,
+    PER_OCTAVE,
+    Examples,
+    FeatureStatistics,
+    examples,
+    feature_statistics,
+)
+from mechatlas.app.report.atoms import Neighbours, branch_shares, flat_map, neighbours
+from mechatlas.app.report.chapter import Chapter, render
+from mechatlas.app.report.pictures import Gallery, gallery
+from mechatlas.app.report.runs import Run, Runs
+from mechatlas.base import Progress, Site, UserError
+from mechatlas.dictionaries.formats import load
+
+TOP = 12
+"""Examples of each feature."""
+MAX_ROWS = 100_000
+"""Rows of a store that are read; they are stored in random order of samples."""
+DRIFT = 0.05
+"""A difference between store and network that rounding does not explain."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Opened:
+    """A dictionary with everything it is drawn from."""
+
+    run: Run
+    key: str
+    atoms: np.ndarray
+    rows: StoreRows
+    store: Path
+    samples: Samples
+    statistics: FeatureStatistics
+    shown: Examples
+    tokens: tuple[np.ndarray, list[str]] | None
+    problems: list[str]
+
+
+def chapter(runs: Runs, on_progress: Progress) -> Chapter | None:
+    """Cards, search and a map of the features of each dictionary."""
+    found = runs.of_kind("dictionary")
+    if not found:
+        return None
+    opened: list[_Opened] = []
+    failed: list[tuple[str, str]] = []
+    total = 100 * len(found) + 10
+    for number, run in enumerate(found):
+        key = _key(run, [o.key for o in opened])
+        try:
+            opened.append(_open(run, key, runs, _part(on_progress, number * 100, 80, total)))
+        except UserError as error:  # one broken run must not cost the page of the others
+            failed.append((run.name, str(error)))
+    galleries = _galleries(opened)
+    data: dict[str, Any] = {"galleries": {}, "dictionaries": []}
+    arrays: dict[str, np.ndarray] = {}
+    images: dict[str, bytes] = {}
+    for name, pictures in galleries.values():
+        data["galleries"][name] = _describe_gallery(pictures)
+        images |= {f"{name}/{i}": sheet for i, sheet in enumerate(pictures.sheets)}
+    for number, one in enumerate(opened):
+        name, pictures = galleries[one.store]
+        described, own = _describe(one, name, pictures)
+        data["dictionaries"].append(described)
+        arrays |= {f"{number}/{key}": array for key, array in own.items()}
+        on_progress(100 * len(found) * (number + 1) // len(opened), total)
+    return Chapter(
+        name="features",
+        title="Features",
+        html=render("features.html", opened=opened, failed=failed),
+        data=data,
+        arrays=arrays,
+        images=images,
+        scripts=("cards.js", "query.js", "features.js"),
+    )
+
+
+def _part(on_progress: Progress, start: int, share: int, total: int) -> Progress:
+    return lambda done, of: on_progress(start + share * done // max(of, 1), total)
+
+
+def _key(run: Run, taken: list[str]) -> str:
+    """The site, as in links to features; with the run's name where a site has several."""
+    site = str(run.manifest.get("site", run.name))
+    return site if site not in taken else f"{site}@{run.name}"
+
+
+def _open(run: Run, key: str, runs: Runs, on_progress: Progress) -> _Opened:
+    """Read, run and measure.
+
+    Raises:
+        UserError: The dictionary, its store, the network or the samples are not there.
+    """
+    dictionary = load(run.folder)
+    folder = runs.store_of(run)
+    store = runs.open_store(folder)
+    rows = store.rows(str(run.manifest["site"]))
+    statistics = feature_statistics(
+        dictionary, rows, top=TOP, max_rows=MAX_ROWS, on_progress=_part(on_progress, 0, 40, 100)
+    )
+    network, samples = runs.reopen(folder)
+    site = Site.parse(str(run.manifest["site"]))
+    field = None
+    if isinstance(samples, ImageSamples):
+        field = receptive_field(network, site, samples.side, samples.channels)
+    shown = examples(
+        network, samples, site, dictionary, statistics,
+        field=field, on_progress=_part(on_progress, 40, 60, 100),
+    )  # fmt: skip
+    problems = []
+    if digest(network) != store.manifest["network"]:
+        problems.append("The network found now has other weights than the store's.")
+    if shown.drift > DRIFT:
+        problems.append(
+            f"Activations differ from those in the store by up to {shown.drift:.0%} of a "
+            "feature's maximum: network, samples and store do not belong together."
+        )
+    tokens = _tokens(network, samples, shown) if isinstance(samples, TextSamples) else None
+    atoms = dictionary.W_dec.detach().float().cpu().numpy()
+    return _Opened(
+        run, key, atoms, rows, folder, samples, statistics, shown, tokens, problems
+    )  # fmt: skip
+
+
+def _tokens(
+    network: nn.Module, samples: TextSamples, shown: Examples
+) -> tuple[np.ndarray, list[str]]:
+    """The tokens of each example as numbers into a list of words."""
+    length = shown.heat.shape[2]
+    ids = np.zeros((*shown.sample.shape, length), dtype=np.int64)
+    windows = {int(s): samples.read(int(s)) for s in np.unique(shown.sample) if s >= 0}
+    for latent, rank in np.argwhere(shown.sample >= 0):
+        first = shown.first[latent, rank, 0]
+        window = windows[int(shown.sample[latent, rank])]
+        ids[latent, rank] = window[first : first + length]
+    known, index = np.unique(ids, return_inverse=True)
+    return index.reshape(ids.shape).astype(np.uint32), _words(network, known)
+
+
+def _words(network: nn.Module, ids: np.ndarray) -> list[str]:
+    """What tokens look like, as the network's tokenizer tells."""
+    words: Callable[[list[int]], list[str]] | None = getattr(
+        getattr(network, "input", None), "words", None
+    )
+    return [str(w) for w in words(ids.tolist())] if words else [f"#{i}" for i in ids]
+
+
+def _galleries(opened: list[_Opened]) -> dict[Path, tuple[str, Gallery]]:
+    """One gallery for each store, with the samples that any of its dictionaries shows."""
+    found: dict[Path, tuple[str, Gallery]] = {}
+    for one in opened:
+        if one.store not in found:
+            shown = [o.shown.sample for o in opened if o.store == one.store]
+            needed = np.unique(np.concatenate([s[s >= 0] for s in shown]))
+            found[one.store] = f"g{len(found)}", gallery(one.samples, needed)
+    return found
+
+
+def _describe_gallery(pictures: Gallery) -> dict[str, Any]:
+    return {
+        "names": pictures.names,
+        "side": pictures.side,
+        "tile": pictures.tile,
+        "columns": pictures.columns,
+        "sheets": len(pictures.sheets),
+    }
+
+
+def _describe(
+    one: _Opened, name: str, pictures: Gallery
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """The plain values and the arrays of one dictionary."""
+    statistics, shown = one.statistics, one.shown
+    alive = statistics.density > 0
+    flat, method = flat_map(one.atoms, alive)
+    near = neighbours(one.atoms, alive)
+    branches = _branches(one.rows)
+    shares, expected = branch_shares(one.atoms, branches)
+    slot = np.searchsorted(pictures.samples, shown.sample)
+    arrays = {
+        "density": statistics.density.astype(np.float32),
+        "mean": statistics.mean.astype(np.float32),
+        "max": statistics.max.astype(np.float32),
+        "histogram": statistics.histogram.astype(np.uint32),
+        "upper": statistics.upper.astype(np.float32),
+        "shares": shares.astype(np.float32),
+        "near": near.latent,
+        "cosine": near.cosine,
+        "flat": flat,
+        "slot": np.where(shown.sample >= 0, slot, -1).astype(np.int32),
+        "place": shown.place.astype(np.int16),
+        "value": shown.value,
+        "first": shown.first.astype(np.int16),
+        "corner": shown.corner.astype(np.int16),
+        "heat": shown.heat,
+        "scale": shown.scale,
+    }
+    if one.tokens is not None:
+        arrays["tokens"] = one.tokens[0]
+    return _facts(one, name, pictures, method, near, list(branches), expected.tolist()), arrays
+
+
+def _facts(
+    one: _Opened,
+    name: str,
+    pictures: Gallery,
+    method: str,
+    near: Neighbours,
+    branches: list[str],
+    expected: list[float],
+) -> dict[str, Any]:
+    crop = one.shown.crop
+    return {
+        "key": one.key,
+        "run": one.run.name,
+        "site": str(one.run.manifest["site"]),
+        "n": len(one.atoms),
+        "top": TOP,
+        "rows": one.statistics.n_rows,
+        "allRows": one.rows.n_rows + one.rows.n_held_out,
+        "drift": one.shown.drift,
+        "alive": int((one.statistics.density > 0).sum()),
+        "map": method,
+        "chance": near.chance,
+        "branches": branches,
+        "expected": expected,
+        "kind": "text" if one.tokens else "image" if pictures.sheets and crop else "array",
+        "crop": dataclasses.asdict(crop) if crop else None,
+        "heat": list(one.shown.heat.shape[2:]),
+        "gallery": name,
+        "words": one.tokens[1] if one.tokens else [],
+        "bins": BINS,
+        "perOctave": PER_OCTAVE,
+        "problems": one.problems,
+    }
+
+
+def _branches(rows: StoreRows) -> dict[str, slice]:
+    """Branches of the site, if the dictionary reads all of it."""
+    if rows.d_in != rows.shape.width:
+        return {}
+    return {name: slice(*ends) for name, ends in rows.shape.branches.items()}

@@ -1,0 +1,136 @@
+"""What the runs are about: networks, stores and dictionaries with their numbers."""
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import nn
+
+from mechatlas.activations.networks import digest
+from mechatlas.activations.samples import Samples
+from mechatlas.activations.sites import SiteInfo, list_sites
+from mechatlas.app.report.chapter import MISSING, Chapter, render
+from mechatlas.app.report.runs import Run, Runs
+from mechatlas.base import Progress, UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Branch:
+    """One segment of the picture of a site."""
+
+    name: str
+    width: int
+    share: float
+    colour: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Subject:
+    """One network, as the page tells of it."""
+
+    name: str
+    kind: str
+    parameters: int | None
+    checksum: str
+    """Checksum in the store's manifest."""
+    problem: str
+    """Why the network cannot be shown, or why it is not the one of the store."""
+    sites: list[SiteInfo]
+    hidden: list[SiteInfo]
+    """Sites inside others, which are folded away."""
+    branched: dict[str, list[Branch]]
+    samples: int | None
+
+
+def chapter(runs: Runs, on_progress: Progress) -> Chapter | None:
+    """The first thing to read."""
+    stores = runs.of_kind("store")
+    subjects: dict[str, Subject] = {}
+    for done, run in enumerate(stores):
+        key = f"{run.manifest.get('network')} {run.manifest.get('recipe', {}).get('network')}"
+        if key not in subjects:
+            subjects[key] = _subject(run, runs)
+        on_progress(done + 1, len(stores))
+    return Chapter(
+        name="overview",
+        title="Overview",
+        html=render(
+            "overview.html",
+            subjects=list(subjects.values()),
+            stores=[_store(run) for run in stores],
+            dictionaries=[_dictionary(run) for run in runs.of_kind("dictionary")],
+            others=[r for r in runs.all if r.kind not in ("store", "dictionary")],
+        ),
+    )
+
+
+def _subject(run: Run, runs: Runs) -> Subject:
+    name = run.manifest.get("recipe", {}).get("network", {}).get("name", "unknown network")
+    written = str(run.manifest.get("network", ""))
+    try:
+        network, samples = runs.reopen(run.folder)
+        infos = list_sites(network, _one(network, samples))
+    except UserError as error:
+        return Subject(str(name), "", None, written, str(error), [], [], {}, None)
+    problem = ""
+    if digest(network) != written:
+        problem = "The weights found now are not those that the store was collected from."
+    branched = {str(i.site): _branches(i) for i in infos if i.branches}
+    inside = [i for i in infos if any(str(i.site).startswith(f"{b}.") for b in branched)]
+    return Subject(
+        name=str(name),
+        kind=type(network).__name__,
+        parameters=sum(p.numel() for p in network.parameters()),
+        checksum=written,
+        problem=problem,
+        sites=[i for i in infos if i not in inside],
+        hidden=inside,
+        branched=branched,
+        samples=len(samples),
+    )
+
+
+def _one(network: nn.Module, samples: Samples) -> torch.Tensor:
+    device = next((p.device for p in network.parameters()), torch.device("cpu"))
+    return samples.stack([samples.read(0)]).to(device)
+
+
+def _branches(info: SiteInfo) -> list[Branch]:
+    widths = {n: len(range(*s.indices(info.width))) for n, s in info.branches.items()}
+    total = max(sum(widths.values()), 1)
+    return [
+        Branch(name, width, width / total, number % 8)
+        for number, (name, width) in enumerate(widths.items())
+    ]
+
+
+def _store(run: Run) -> dict[str, Any]:
+    manifest = run.manifest
+    settings = manifest.get("settings", {})
+    rows: dict[str, dict[str, int]] = {}
+    for site, split, _file, n_rows, *_ in manifest.get("shards", []):
+        rows.setdefault(site, {"train": 0, "held": 0})[split] += n_rows
+    return {
+        "name": run.name,
+        "complete": manifest.get("complete", False),
+        "samples": manifest.get("n_samples"),
+        "source": manifest.get("recipe", {}).get("samples", {}).get("source", MISSING),
+        "skipped": len(manifest.get("skipped", [])),
+        "dtype": settings.get("dtype", MISSING),
+        "positions": settings.get("positions", {}).get("rule", MISSING),
+        "per_sample": settings.get("positions", {}).get("per_sample"),
+        "bytes": sum(shard[4] for shard in manifest.get("shards", [])),
+        "sites": [
+            {"name": name, **shape, **rows.get(name, {"train": 0, "held": 0})}
+            for name, shape in manifest.get("sites", {}).items()
+        ],
+    }
+
+
+def _dictionary(run: Run) -> dict[str, Any]:
+    keys = ("n_latents", "d_in", "fvu", "l0", "dead_share", "steps", "seconds_per_step")
+    return {
+        "name": run.name,
+        "site": run.manifest.get("site", MISSING),
+        **{key: run.result.get(key) for key in keys},
+    }

@@ -1,0 +1,58 @@
+"""How each dictionary learned: the curves of its training."""
+
+from typing import Any
+
+from mechatlas.app.report.chapter import Chapter, render
+from mechatlas.app.report.runs import Runs
+from mechatlas.base import Progress
+
+CURVES = {
+    "fvu": "fvu, held out",
+    "l0": "l0, held out",
+    "dead_share": "dead share",
+}
+
+
+def chapter(runs: Runs, on_progress: Progress) -> Chapter | None:
+    """Curves of every dictionary that has a `history.json`.
+
+    Raises:
+        DiskError: A history is damaged.
+    """
+    del on_progress
+    histories = {run.name: run.read("history.json") for run in runs.of_kind("dictionary")}
+    histories = {name: h for name, h in histories.items() if h and h.get("step")}
+    if not histories:
+        return None
+    return Chapter(
+        name="training",
+        title="Training",
+        html=render("training.html", curves=CURVES),
+        figures={key: _figure(key, histories) for key in CURVES},
+    )
+
+
+def _figure(key: str, histories: dict[str, Any]) -> dict[str, Any]:
+    traces = [
+        {
+            "type": "scatter",
+            "mode": "lines+markers",
+            "name": name,
+            "x": history["step"],
+            "y": history[key],
+            "marker": {"size": 4},
+            "line": {"width": 2},
+            "hovertemplate": "step %{x:,}<br>%{y:.4g}",
+        }
+        for name, history in histories.items()
+        if history.get(key)
+    ]
+    percent = {"tickformat": ".0%"} if key == "dead_share" else {}
+    return {
+        "data": traces,
+        "layout": {
+            "xaxis": {"title": {"text": "step"}},
+            "yaxis": {"rangemode": "tozero", **percent},
+            "showlegend": len(histories) > 1,
+        },
+    }

@@ -1,0 +1,109 @@
+"""One HTML file with everything that some runs found.
+
+    write_page    find the runs, make the chapters, write the page
+
+The page is one file and asks for nothing from anywhere: scripts, styles, pictures and
+numbers are inside, and its content policy forbids the browser to load anything else.
+"""
+
+import importlib.metadata
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from plotly.offline import get_plotlyjs
+
+from mechatlas.app.report.chapter import (
+    Chapter,
+    ChapterOf,
+    as_base64,
+    as_json,
+    packed,
+    render,
+    text_of,
+)
+from mechatlas.app.report.chapters import features, overview, training
+from mechatlas.app.report.runs import Runs, find_runs
+from mechatlas.base import Progress, no_progress
+from mechatlas.files import write
+
+CHAPTERS: tuple[ChapterOf, ...] = (overview.chapter, training.chapter, features.chapter)
+"""The page, in this order. A new analysis adds its function here."""
+
+STEPS = 1000
+"""Parts of a chapter's work that are told apart in the progress of the page."""
+
+
+def write_page(folder: Path, out: Path, *, on_progress: Progress = no_progress) -> Path:
+    """Write one page about every run in a folder.
+
+    Args:
+        folder: A run, or a folder with runs up to two levels below.
+        out: The file to write.
+        on_progress: Told how much is done.
+
+    Returns:
+        `out`.
+
+    Raises:
+        DiskError: The folder is not there, or the page cannot be written.
+        UserError: The folder holds no run.
+    """
+    runs = find_runs(folder)
+    chapters = []
+    total = len(CHAPTERS) * STEPS
+    for number, make in enumerate(CHAPTERS):
+        on_progress(number * STEPS, total)
+        made = make(
+            runs,
+            lambda done, of, before=number: on_progress(
+                before * STEPS + done * STEPS // max(of, 1), total
+            ),
+        )
+        if made is not None:
+            chapters.append(made)
+    write(Path(out), assemble(_title(runs), chapters).encode())
+    on_progress(total, total)
+    return Path(out)
+
+
+def assemble(title: str, chapters: list[Chapter]) -> str:
+    """The text of the page."""
+    scripts = ["page.js", *(name for chapter in chapters for name in chapter.scripts)]
+    return render(
+        "template.html",
+        title=title,
+        version=importlib.metadata.version("mechatlas"),
+        chapters=chapters,
+        css=text_of("page.css"),
+        data=as_json({c.name: {"data": c.data, "figures": c.figures} for c in chapters}),
+        arrays=[_array(c.name, *item) for c in chapters for item in c.arrays.items()],
+        images=[
+            {"name": f"{c.name}/{name}", "text": as_base64(data)}
+            for c in chapters
+            for name, data in c.images.items()
+        ],
+        plotly=packed(get_plotlyjs().encode()),
+        scripts=[text_of(name) for name in dict.fromkeys(scripts)],
+    )
+
+
+def _array(chapter: str, name: str, array: np.ndarray) -> dict[str, Any]:
+    whole = np.ascontiguousarray(array)
+    if sys.byteorder == "big":
+        whole = whole.byteswap()
+    return {
+        "name": f"{chapter}/{name}",
+        "dtype": whole.dtype.name,
+        "shape": ",".join(map(str, whole.shape)),
+        "text": packed(whole.tobytes()),
+    }
+
+
+def _title(runs: Runs) -> str:
+    names = {
+        str(run.manifest.get("recipe", {}).get("network", {}).get("name", ""))
+        for run in runs.of_kind("store")
+    } - {""}
+    return " and ".join(sorted(name.rpartition(":")[2] for name in names)) or runs.folder.name

@@ -1,0 +1,87 @@
+"""Samples as pictures, each stored once.
+
+gallery    the samples that a page shows -> sheets of equal tiles, and their names
+"""
+
+import dataclasses
+import io
+import math
+
+import numpy as np
+from jaxtyping import Int
+from PIL import Image
+
+from mechatlas.activations.samples import Samples
+from mechatlas.base import Progress, no_progress
+
+SHEET_SIDE = 2048
+"""Sheets are at most this many pixels wide and high."""
+PIXELS = 20_000_000
+"""Pixels of all sheets of a page; with more samples than fit, tiles are made smaller."""
+QUALITY = 88
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Gallery:
+    """Samples laid out on sheets, row by row, in the order of their numbers."""
+
+    samples: Int[np.ndarray, " n"]
+    """Numbers of the samples, ascending."""
+    names: list[str]
+    side: int
+    """Side of a sample, in pixels of the network's input; 0 if samples are not images."""
+    tile: int
+    """Side of a tile, in pixels of the sheet."""
+    columns: int
+    """Tiles in a row of a sheet, and rows of a sheet."""
+    sheets: list[bytes]
+    """WebP files."""
+
+
+def gallery(
+    samples: Samples, needed: Int[np.ndarray, " n"], *, on_progress: Progress = no_progress
+) -> Gallery:
+    """Draw samples on sheets; samples that are no images have names only.
+
+    Raises:
+        InputError: A sample cannot be read any more.
+    """
+    names = [samples.name(int(i)) for i in needed]
+    first = samples.read(int(needed[0])) if len(needed) else np.zeros(0)
+    if not is_image(first):
+        return Gallery(needed, names, 0, 0, 1, [])
+    side = first.shape[0]
+    tile = max(8, min(side, math.isqrt(PIXELS // len(needed))))
+    columns = max(1, SHEET_SIDE // tile)
+    sheets = []
+    for i in range(0, len(needed), columns * columns):
+        part = needed[i : i + columns * columns]
+        rows = math.ceil(len(part) / columns)
+        sheet = np.zeros((rows * tile, min(len(part), columns) * tile, 3), dtype=np.uint8)
+        for n, sample in enumerate(part):
+            y, x = divmod(n, columns)
+            picture = _picture(samples.read(int(sample)), tile)
+            sheet[y * tile : (y + 1) * tile, x * tile : (x + 1) * tile] = picture
+            on_progress(i + n + 1, len(needed))
+        encoded = io.BytesIO()
+        Image.fromarray(sheet).save(encoded, "WEBP", quality=QUALITY, method=2)
+        sheets.append(encoded.getvalue())
+    return Gallery(needed, names, side, tile, columns, sheets)
+
+
+def is_image(sample: np.ndarray) -> bool:
+    """Whether a sample is a square of bytes with one or three channels."""
+    return (
+        sample.dtype == np.uint8
+        and sample.ndim == 3
+        and sample.shape[0] == sample.shape[1]
+        and sample.shape[2] in (1, 3)
+    )
+
+
+def _picture(pixels: np.ndarray, tile: int) -> np.ndarray:
+    colour = np.broadcast_to(pixels, (*pixels.shape[:2], 3))
+    if pixels.shape[0] == tile:
+        return colour
+    image = Image.fromarray(np.ascontiguousarray(colour))
+    return np.asarray(image.resize((tile, tile), Image.Resampling.LANCZOS))

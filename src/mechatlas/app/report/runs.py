@@ -1,0 +1,124 @@
+"""The folders of finished runs that a page is made from.
+
+find_runs    a folder -> every run in it
+Runs         the runs, and what they open to; each network and store is opened once
+"""
+
+import dataclasses
+import functools
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from mechatlas.activations.samples import Samples
+from mechatlas.activations.store import Store
+from mechatlas.app.recipes import reopen
+from mechatlas.base import DiskError, StoreError, UserError
+from mechatlas.files import checksum, read_json
+
+DEPTH = 2
+"""Folders below the one asked for in which runs are looked for."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One folder with a `manifest.json`."""
+
+    folder: Path
+    name: str
+    """Path below the folder of the page."""
+    manifest: dict[str, Any]
+    result: dict[str, Any]
+    """What `result.json` holds; empty if there is none."""
+
+    @property
+    def kind(self) -> str:
+        """What made it: "store", "dictionary", ..."""
+        return str(self.manifest.get("kind", ""))
+
+    def read(self, file: str) -> Any:
+        """A JSON file of the run, or `None`.
+
+        Raises:
+            DiskError: It is there and damaged.
+        """
+        path = self.folder / file
+        return read_json(path) if path.is_file() else None
+
+
+def find_runs(folder: Path) -> "Runs":
+    """Every run in a folder: the folder itself and up to two levels below.
+
+    Raises:
+        DiskError: There is no such folder, or a manifest in it is damaged.
+        UserError: It holds no run.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise DiskError(f"There is no folder {folder}.")
+    found = []
+    for depth in range(DEPTH + 1):
+        for path in sorted(folder.glob("*/" * depth + "manifest.json")):
+            manifest = read_json(path)
+            if isinstance(manifest, dict) and "kind" in manifest:
+                result = path.with_name("result.json")
+                name = path.parent.relative_to(folder).as_posix()
+                values = read_json(result) if result.is_file() else {}
+                name = folder.resolve().name if name == "." else name
+                found.append(Run(path.parent, name, manifest, values))
+    if not found:
+        raise UserError(
+            f"{folder} holds no runs: no manifest.json in it or up to {DEPTH} levels below. "
+            "Name the folder that `mechatlas collect` or `mechatlas train` wrote, or the one "
+            "around it."
+        )
+    return Runs(folder, found)
+
+
+class Runs:
+    """All runs of a page."""
+
+    def __init__(self, folder: Path, runs: list[Run]) -> None:
+        self.folder, self.all = folder, runs
+        self.open_store = functools.cache(self._open_store)
+        self.reopen = functools.cache(self._reopen)
+
+    def of_kind(self, kind: str) -> list[Run]:
+        """Runs of one kind, in the order of their names."""
+        return [run for run in self.all if run.kind == kind]
+
+    def store_of(self, run: Run) -> Path:
+        """Folder of the store that a dictionary was trained on.
+
+        A store in the folder of the page with the same manifest is preferred to the path
+        that was written down, so that folders can be moved.
+
+        Raises:
+            StoreError: It is nowhere to be found.
+        """
+        wanted = run.manifest.get("parents", {}).get("store")
+        for other in self.of_kind("store"):
+            if wanted and checksum((other.folder / "manifest.json").read_bytes()) == wanted:
+                return other.folder
+        written = Path(str(run.manifest.get("store", "")))
+        for path in (run.folder / written, self.folder / written, written):
+            if (path / "manifest.json").is_file():
+                return path
+        raise StoreError(f"The store of {run.name} ({written}) is no longer there.")
+
+    def _open_store(self, folder: Path) -> Store:
+        """Open a store.
+
+        Raises:
+            StoreError: It is damaged or unfinished.
+        """
+        return Store(folder)
+
+    def _reopen(self, folder: Path) -> tuple[nn.Module, Samples]:
+        """The network and samples of a store.
+
+        Raises:
+            UserError: They are no longer there.
+        """
+        return reopen(self.open_store(folder).manifest["recipe"])

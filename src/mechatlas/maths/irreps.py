@@ -1,0 +1,549 @@
+"""Irreducible representations of finite groups over the real numbers.
+
+Main path, in reading order:
+
+    character_table      exact characters over the complex numbers, from the class algebra
+    real_irreps          orthogonal matrices for each irrep over the reals, and their check
+    fourier              functions on the group -> one matrix for each irrep
+    inverse_fourier      and back
+    isotypic_projection  the part of a function that belongs to one irrep
+    energies             how much of a function belongs to each irrep
+
+Normalisation. An irrep rho of dimension d over the reals commutes with a field K of
+dimension c: the reals (c = 1), the complex numbers (2) or the quaternions (4), which is its
+type. It occurs d/c times in the regular representation, so over all irreps
+
+    sum of d^2 / c = order,    sum of (d / c) * character(g) = order if g = e, else 0.
+
+    fourier          F(rho) = sum over g of f(g) rho(g)
+    inverse_fourier  f(g) = 1/order * sum over rho of d/c * trace(F(rho) rho(g)^T)
+    Parseval         sum of f(g)^2 = 1/order * sum over rho of d/c * |F(rho)|^2 (Frobenius)
+    convolution      (f * h)(x) = sum over y of f(y) h(y^-1 x) becomes F(rho) H(rho)
+
+All functions work on bare arrays; `mechatlas.maths.groups.Group` calls them.
+
+Source: Serre, Linear Representations of Finite Groups (1977), chapters 2, 6, 12, 13; Dixon,
+High speed computation of group characters (1967), for the class algebra and for rounding.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+import numpy as np
+from jaxtyping import Complex, Float, Int
+
+from mechatlas.base import UserError
+
+RealType = Literal["real", "complex", "quaternionic"]
+
+MAX_CLASSES = 1500
+"""Most conjugacy classes, and so irreps over the complex numbers, that are computed."""
+
+TOLERANCE = 1e-10
+"""Largest error of a product of two matrices, or of a character, that is let through."""
+
+_TYPE_OF_INDICATOR: dict[int, RealType] = {1: "real", 0: "complex", -1: "quaternionic"}
+_COMMUTANT: dict[RealType, int] = {"real": 1, "complex": 2, "quaternionic": 4}
+_ATTEMPTS = 8
+
+
+class RepresentationLimitError(UserError):
+    """A group has more irreps than `MAX_CLASSES`."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class CharacterTable:
+    """The irreducible characters over the complex numbers.
+
+    Rows are sorted by degree, then type, then value, so row 0 is trivial; columns are the
+    conjugacy classes of the group, of which column 0 is the identity.
+    """
+
+    values: Complex[np.ndarray, "irrep class"]
+    """Each is the sum of roots of unity that it has to be, up to rounding (about 1e-15)."""
+    indicators: Int[np.ndarray, " irrep"]
+    """Frobenius and Schur's: 1 real, 0 complex, -1 quaternionic."""
+
+    @property
+    def degrees(self) -> Int[np.ndarray, " irrep"]:
+        """The dimensions of the representations; their squares sum to the order."""
+        return np.rint(np.real(self.values[:, 0])).astype(np.int64)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Irrep:
+    """A representation over the real numbers that has no invariant subspace."""
+
+    matrices: Float[np.ndarray, "order d d"]
+    """Orthogonal, one for each element, with matrices[a] @ matrices[b] = matrices[a*b]."""
+    character: Float[np.ndarray, " order"]
+    """Trace of each matrix, from the exact character table."""
+    type: RealType
+    """Which matrices commute with all of them: a copy of the reals, the complex numbers or
+    the quaternions. Over the complex numbers, a real irrep stays irreducible, a complex one
+    falls into two different conjugate irreps, a quaternionic one into two equal ones."""
+    name: str
+    """The dimension, and a letter that counts irreps of that dimension: "1a" is trivial."""
+    error: float
+    """Bound on the Frobenius norm of matrices[a] @ matrices[b] - matrices[a*b] for all a, b,
+    evaluated in float64. See `real_irreps`."""
+
+    @property
+    def dimension(self) -> int:
+        """Size d of the matrices."""
+        return self.matrices.shape[1]
+
+    @property
+    def commutant(self) -> int:
+        """Dimension c of the commuting field: 1, 2 or 4."""
+        return _COMMUTANT[self.type]
+
+    @property
+    def multiplicity(self) -> int:
+        """How many times it occurs in the regular representation: d / c."""
+        return self.dimension // self.commutant
+
+
+def character_table(
+    table: Int[np.ndarray, "order order"],
+    inverses: Int[np.ndarray, " order"],
+    class_of: Int[np.ndarray, " order"],
+    element_orders: Int[np.ndarray, " order"],
+) -> CharacterTable:
+    """The irreducible characters over the complex numbers.
+
+    A random Hermitian element of the centre of the group algebra acts on each irrep as a
+    different real number, so its eigenvectors among the class functions are the characters.
+    The eigenvalues of rho(g) are roots of unity whose multiplicities follow from the
+    characters of the powers of g. They are whole numbers: rounding them makes each character
+    exact, and a wrong one would be noticed.
+
+    Args:
+        table: The Cayley table of a group.
+        inverses: Of each element.
+        class_of: Conjugacy class of each element; the identity alone is class 0.
+        element_orders: Of each element.
+
+    Raises:
+        RepresentationLimitError: There are more than `MAX_CLASSES` classes.
+        ArithmeticError: No attempt gave whole multiplicities and orthogonal characters.
+    """
+    if class_of.max() >= MAX_CLASSES:
+        raise RepresentationLimitError(
+            f"The group has {class_of.max() + 1} conjugacy classes; the irreps of groups with up "
+            f"to {MAX_CLASSES} are computed, since the time grows with the cube of their number."
+        )
+    classes = _Classes.of(table, inverses, class_of, element_orders)
+    for seed in range(_ATTEMPTS):
+        estimate = _approximate_characters(table, inverses, classes, seed)
+        values = _exact_characters(estimate, classes)
+        if values is None or not _orthonormal(values, classes):
+            continue
+        indicators = np.rint(np.real(values[:, classes.square] @ classes.sizes) / len(table))
+        rank = _order_of(indicators, values)
+        indicators = indicators[rank].astype(np.int64)
+        values = values[rank]
+        values[indicators != 0] = np.real(values[indicators != 0])
+        return CharacterTable(values, indicators)
+    raise ArithmeticError(
+        f"The characters of a group of order {len(table)} could not be told apart in {_ATTEMPTS} "
+        "attempts."
+    )
+
+
+class _Classes(NamedTuple):
+    """The conjugacy classes of a group, as arrays."""
+
+    class_of: Int[np.ndarray, " order"]
+    sizes: Int[np.ndarray, " class"]
+    representatives: Int[np.ndarray, " class"]
+    inverse: Int[np.ndarray, " class"]
+    square: Int[np.ndarray, " class"]
+    powers: list[Int[np.ndarray, " _"]]
+    """For each class, the classes of g^0, g^1, ..., up to the order of g."""
+
+    @classmethod
+    def of(
+        cls,
+        table: Int[np.ndarray, "order order"],
+        inverses: Int[np.ndarray, " order"],
+        class_of: Int[np.ndarray, " order"],
+        element_orders: Int[np.ndarray, " order"],
+    ) -> "_Classes":
+        _, representatives, sizes = np.unique(class_of, return_index=True, return_counts=True)
+        identity = representatives[0]
+        powers = []
+        for g in representatives:
+            power = [identity]
+            while len(power) < element_orders[g]:
+                power.append(table[power[-1], g])
+            powers.append(class_of[np.array(power)])
+        inverse = class_of[inverses[representatives]]
+        square = class_of[table[representatives, representatives]]
+        return cls(class_of, sizes, representatives, inverse, square, powers)
+
+
+def _approximate_characters(
+    table: Int[np.ndarray, "order order"],
+    inverses: Int[np.ndarray, " order"],
+    classes: _Classes,
+    seed: int,
+) -> Complex[np.ndarray, "irrep class"]:
+    rng = np.random.default_rng([seed, 0x6368])
+    parts = rng.normal(size=(2, len(classes.sizes)))
+    z = parts[0] + 1j * parts[1]
+    z = (z + z[classes.inverse].conj()) / np.sqrt(classes.sizes)
+    # (z * phi)(x) = sum over y of z(x y^-1) phi(y), for class functions phi, in the basis of
+    # normalised indicators of classes, where it is a Hermitian matrix.
+    by_class = np.argsort(classes.class_of, kind="stable")
+    starts = np.cumsum(classes.sizes) - classes.sizes
+    kernel = z[classes.class_of[table[classes.representatives][:, inverses[by_class]]]]
+    root = np.sqrt(classes.sizes)
+    operator = np.add.reduceat(kernel, starts, axis=1) * root[:, None] / root
+    _, vectors = np.linalg.eigh((operator + operator.conj().T) / 2)
+    shape = vectors.T / root
+    shape /= shape[:, :1]
+    degrees = np.sqrt(len(table) / (np.abs(shape) ** 2 @ classes.sizes))
+    return degrees[:, None] * shape
+
+
+def _exact_characters(
+    estimate: Complex[np.ndarray, "irrep class"], classes: _Classes
+) -> Complex[np.ndarray, "irrep class"] | None:
+    exact = np.zeros_like(estimate)
+    done = np.zeros(len(classes.sizes), bool)
+    # The powers of an element of large order settle many other classes at once.
+    for k in sorted(range(len(done)), key=lambda k: -len(classes.powers[k])):
+        if done[k]:
+            continue
+        powers = classes.powers[k]
+        order = len(powers)
+        found = np.fft.fft(estimate[:, powers], axis=1) / order
+        multiplicities = np.rint(found.real)
+        if np.abs(found - multiplicities).max() > 1e-3 or multiplicities.min() < 0:
+            return None
+        exponents = np.arange(order)[:, None] * np.arange(order) % order
+        roots = np.exp(2j * np.pi * np.arange(order) / order)
+        exact[:, powers] = multiplicities @ roots[exponents]
+        done[powers] = True
+    # Sums of roots that are whole numbers should look it.
+    for part in (np.real(exact), np.imag(exact)):
+        whole = np.rint(part)
+        near = np.abs(part - whole) < 1e-12
+        part[near] = whole[near] + 0.0
+    return exact
+
+
+def _orthonormal(values: Complex[np.ndarray, "irrep class"], classes: _Classes) -> bool:
+    order = classes.sizes.sum()
+    gram = values * classes.sizes @ values.conj().T / order
+    return bool(np.abs(gram - np.eye(len(values))).max() < TOLERANCE)
+
+
+def _order_of(indicators: np.ndarray, characters: np.ndarray) -> Int[np.ndarray, " irrep"]:
+    """By dimension, then real, complex, quaternionic, then larger characters first."""
+    columns = np.round(np.stack([np.real(characters), np.imag(characters)]), 9) + 0.0
+    keys = [*columns.transpose(2, 0, 1).reshape(-1, len(characters))]
+    return np.lexsort([*(-key for key in reversed(keys)), -indicators, columns[0, :, 0]])
+
+
+def real_irreps(
+    table: Int[np.ndarray, "order order"],
+    inverses: Int[np.ndarray, " order"],
+    class_of: Int[np.ndarray, " order"],
+    characters: CharacterTable,
+    generators: Sequence[int],
+) -> tuple[Irrep, ...]:
+    """All irreps over the reals, as orthogonal matrices.
+
+    One copy of an irrep is a minimal left ideal of the group algebra. Multiplying on the
+    right by a random symmetric element r cuts the part of the algebra that belongs to the
+    irrep into such ideals, which are the eigenspaces; a Krylov sequence from the central
+    idempotent gives an idempotent that generates one of them. The matrices of the generators
+    are read off there, and all others are products of these.
+
+    The check: take the generators and some of their powers. Let eps be the largest norm of
+    rho(s) rho(x) - rho(s*x) for these s and all x, eta the largest of |rho(x)| - 1, and L
+    the length of the longest element as a word in them. Writing a = s*b gives
+
+        error(a) <= (1 + eta) error(b) + (2 + eta) eps
+
+    for the largest norm of rho(a) rho(x) - rho(a*x), hence
+    error <= L (2 + eta) (1 + eta)^L eps for all pairs.
+
+    Args:
+        table: The Cayley table of a group.
+        inverses: Of each element.
+        class_of: Conjugacy class of each element; the identity alone is class 0.
+        characters: As `character_table` gives them.
+        generators: Some elements that generate the group.
+
+    Raises:
+        ArithmeticError: The bound exceeds `TOLERANCE` in all attempts.
+    """
+    words = _spell(table, inverses, generators)
+    indicators, traces = _characters_over_reals(characters)
+    found = []
+    for indicator, values in zip(indicators, traces, strict=True):
+        kind = _TYPE_OF_INDICATOR[int(indicator)]
+        character = values.real[class_of]
+        if kind != "quaternionic" and round(values[0].real) == _COMMUTANT[kind]:
+            # Over the complex numbers it has dimension one: its character is its matrix.
+            matrices = _rotations(character, values.imag[class_of], kind)
+            found.append((kind, character, matrices, _error(matrices, table, words)))
+        else:
+            found.append((kind, character, *_attempt(table, inverses, character, kind, words)))
+    dimensions = [matrices.shape[1] for _, _, matrices, _ in found]
+    seen = dict.fromkeys(dimensions, 0)
+    irreps = []
+    for dimension, (kind, character, matrices, error) in zip(dimensions, found, strict=True):
+        seen[dimension] += 1
+        name = f"{dimension}{_letters(seen[dimension])}"
+        for array in (matrices, character):
+            array.flags.writeable = False
+        irreps.append(Irrep(matrices, character, kind, name, error))
+    return tuple(irreps)
+
+
+def _characters_over_reals(
+    characters: CharacterTable,
+) -> tuple[Int[np.ndarray, " irrep"], Complex[np.ndarray, "irrep class"]]:
+    """Sorted indicators and traces. The imaginary part is that of one of a conjugate pair."""
+    values, indicators = characters.values, characters.indicators
+    # Of a conjugate pair, the first stands for both.
+    row_of = {row.tobytes(): i for i, row in enumerate(np.round(values, 6) + 0)}
+    conjugates = np.round(values.conj(), 6) + 0
+    kept = [i for i, row in enumerate(conjugates) if i <= row_of[row.tobytes()]]
+    doubled = np.where(indicators[kept] == 1, 1, 2)[:, None]
+    traces = doubled * np.real(values[kept]) + 1j * np.imag(values[kept])
+    rank = _order_of(indicators[kept], traces)
+    return indicators[kept][rank], traces[rank]
+
+
+def _rotations(
+    trace: Float[np.ndarray, " order"], sine: Float[np.ndarray, " order"], kind: RealType
+) -> Float[np.ndarray, "order d d"]:
+    if kind == "real":
+        return trace[:, None, None].copy()
+    cosine = trace / 2
+    return np.stack([cosine, -sine, sine, cosine], axis=-1).reshape(-1, 2, 2)
+
+
+def _attempt(
+    table: Int[np.ndarray, "order order"],
+    inverses: Int[np.ndarray, " order"],
+    character: Float[np.ndarray, " order"],
+    kind: RealType,
+    words: "_Words",
+) -> tuple[Float[np.ndarray, "order d d"], float]:
+    error = np.inf
+    for seed in range(_ATTEMPTS):
+        rng = np.random.default_rng([seed, 0x6972])
+        ideal = _minimal_left_ideal(table, inverses, character, kind, words, rng)
+        if ideal is not None:
+            matrices = _multiply_out(ideal, table, words)
+            error = _error(matrices, table, words)
+            trace = np.trace(matrices, axis1=1, axis2=2)
+            if error < TOLERANCE and np.abs(trace - character).max() < TOLERANCE:
+                return matrices, error
+    raise ArithmeticError(
+        f"An irrep of dimension {round(character.max())} of a group of order {len(table)} could "
+        f"not be found to {TOLERANCE:g} in {_ATTEMPTS} attempts; the last error was {error:.2g}."
+    )
+
+
+def _minimal_left_ideal(
+    table: Int[np.ndarray, "order order"],
+    inverses: Int[np.ndarray, " order"],
+    character: Float[np.ndarray, " order"],
+    kind: RealType,
+    words: "_Words",
+    rng: np.random.Generator,
+) -> Float[np.ndarray, "order d"] | None:
+    """Orthonormal basis of one copy of the irrep in the left regular representation."""
+    dimension = round(character.max())
+    n_copies = dimension // _COMMUTANT[kind]
+    # Right multiplication by a random symmetric element; one of a few terms costs little.
+    terms = np.concatenate([words.generators, rng.integers(len(table), size=8)])
+    weights = rng.normal(size=len(terms))
+    shifts = np.stack([table[:, terms], table[:, inverses[terms]]])
+
+    def multiply(vectors: Float[np.ndarray, "... order"]) -> Float[np.ndarray, "... order"]:
+        return vectors[..., shifts].sum(axis=-3) @ weights
+
+    # The character is, up to a factor, the unit of the part that belongs to the irrep. Its
+    # Krylov space under right multiplication has one dimension for each copy.
+    krylov = np.zeros((n_copies, len(table)))
+    vector = character
+    for i in range(n_copies):
+        for _ in range(2):
+            vector = vector - krylov[:i].T @ (krylov[:i] @ vector)
+        norm = np.linalg.norm(vector)
+        if norm < 1e-6:
+            return None
+        krylov[i] = vector / norm
+        vector = multiply(krylov[i])
+    small = multiply(krylov) @ krylov.T
+    eigenvalues, eigenvectors = np.linalg.eigh((small + small.T) / 2)
+    # The ideal that is best separated from the others is the most accurate.
+    gaps = np.diff(eigenvalues, prepend=-np.inf, append=np.inf)
+    best = int(np.minimum(gaps[:-1], gaps[1:]).argmax())
+    idempotent = eigenvectors[:, best] @ krylov
+    # Some of its left translates span the ideal.
+    translates = rng.permutation(len(table))[: 2 * dimension + 8]
+    spanning = idempotent[table[inverses[translates]]].T
+    basis, sizes, _ = np.linalg.svd(spanning, full_matrices=False)
+    if sizes[dimension - 1] < 1e-2 * sizes[0]:
+        return None
+    return basis[:, :dimension]
+
+
+class _Words(NamedTuple):
+    """How to reach every element from a few generators, by few rounds of products."""
+
+    identity: int
+    generators: list[int]
+    rounds: list[tuple[np.ndarray, np.ndarray, np.ndarray]]
+    """Elements found together, and the earlier ones, left and right, that they are products of."""
+    longest: int
+    """Bound on the length of an element as a word in the generators."""
+
+
+def _spell(
+    table: Int[np.ndarray, "order order"],
+    inverses: Int[np.ndarray, " order"],
+    generators: Sequence[int],
+) -> _Words:
+    order = len(table)
+    identity = int(table[0, inverses[0]])
+    # Powers of generators that are of large order, so that all words are short: errors grow
+    # with their length.
+    alphabet = dict.fromkeys(generators)
+    for s in generators:
+        power = s
+        for _ in range(2, order.bit_length()):
+            power = int(table[power, power])
+            if power == identity or power in alphabet:
+                break
+            alphabet[power] = None
+    generators = list(alphabet)
+    lengths = np.full(order, -1)
+    lengths[identity] = 0
+    lengths[generators] = 1
+    known = np.array([*generators, identity])
+    rounds = []
+    while len(known) < order:
+        # Products of two known elements, so that words double in length; generators come
+        # first among the left factors, so that each round finds something.
+        left = known[: max(len(generators), 4 * order // len(known))]
+        products = table[np.ix_(left, known)]
+        _, where = np.unique(products, return_index=True)
+        i, j = np.unravel_index(where, products.shape)
+        new = lengths[products[i, j]] < 0
+        a, b = left[i[new]], known[j[new]]
+        found = table[a, b]
+        lengths[found] = lengths[a] + lengths[b]
+        rounds.append((found, a, b))
+        known = np.concatenate([known, found])
+    return _Words(identity, generators, rounds, int(lengths.max()))
+
+
+def _multiply_out(
+    basis: Float[np.ndarray, "order d"], table: Int[np.ndarray, "order order"], words: _Words
+) -> Float[np.ndarray, "order d d"]:
+    dimension = basis.shape[1]
+    matrices = np.empty((len(table), dimension, dimension))
+    matrices[words.identity] = np.eye(dimension)
+    for s in words.generators:
+        # The nearest orthogonal matrix: errors of the basis enter in second order only.
+        left, _, right = np.linalg.svd(basis[table[s]].T @ basis)
+        matrices[s] = left @ right
+    for found, a, b in words.rounds:
+        matrices[found] = matrices[a] @ matrices[b]
+    return matrices
+
+
+def _error(
+    matrices: Float[np.ndarray, "order d d"], table: Int[np.ndarray, "order order"], words: _Words
+) -> float:
+    """The bound that `real_irreps` proves."""
+    unit = np.eye(matrices.shape[1])
+    # |A^T A - 1| <= t implies |A| <= sqrt(1 + t) in the spectral norm.
+    defect = _largest_norm(matrices.transpose(0, 2, 1) @ matrices - unit)
+    eta = np.sqrt(1 + defect) - 1
+    steps = [_largest_norm(matrices[s] @ matrices - matrices[table[s]]) for s in words.generators]
+    eps = max([*steps, _largest_norm(matrices[[words.identity]] - unit)])
+    return float(words.longest * (2 + eta) * (1 + eta) ** words.longest * eps)
+
+
+def _largest_norm(matrices: Float[np.ndarray, "count d d"]) -> float:
+    return float(np.sqrt(np.square(matrices).sum(axis=(1, 2)).max()))
+
+
+def _letters(count: int) -> str:
+    text = ""
+    while count:
+        count, letter = divmod(count - 1, 26)
+        text = chr(ord("a") + letter) + text
+    return text
+
+
+def fourier(
+    f: Float[np.ndarray, "*batch order"], irreps: Sequence[Irrep]
+) -> tuple[Float[np.ndarray, "*batch _ _"], ...]:
+    """Fourier transform of functions on the group: sum over g of f(g) rho(g), for each rho.
+
+    Args:
+        f: Functions on the group, along the last axis.
+        irreps: As `Group.irreps` gives them, or some of them.
+
+    Returns:
+        For each irrep, matrices of its dimension along the last two axes.
+    """
+    return tuple(np.tensordot(f, irrep.matrices, axes=1) for irrep in irreps)
+
+
+def inverse_fourier(
+    transform: Sequence[Float[np.ndarray, "*batch _ _"]], irreps: Sequence[Irrep]
+) -> Float[np.ndarray, "*batch order"]:
+    """The function with that Fourier transform.
+
+    Given some irreps only, it is the part of the function that belongs to them.
+
+    Raises:
+        ValueError: There is not one matrix for each irrep, or no irrep.
+    """
+    if not irreps or len(transform) != len(irreps):
+        raise ValueError(f"Got {len(transform)} transforms for {len(irreps)} irreps.")
+    order = len(irreps[0].character)
+    parts = [
+        np.tensordot(each, irrep.matrices, axes=((-2, -1), (1, 2))) * irrep.multiplicity
+        for each, irrep in zip(transform, irreps, strict=True)
+    ]
+    return np.sum(parts, axis=0) / order
+
+
+def isotypic_projection(
+    f: Float[np.ndarray, "*batch order"], irrep: Irrep
+) -> Float[np.ndarray, "*batch order"]:
+    """The part of a function on the group that is made of matrix elements of one irrep.
+
+    An orthogonal projection that commutes with translations on both sides; over all irreps
+    the parts add up to the function.
+    """
+    return inverse_fourier(fourier(f, [irrep]), [irrep])
+
+
+def energies(
+    f: Float[np.ndarray, "*batch order"], irreps: Sequence[Irrep]
+) -> Float[np.ndarray, "*batch irrep"]:
+    """Squared norm of the part of a function that belongs to each irrep.
+
+    Over all irreps they sum to the sum of f(g)^2 (Parseval).
+    """
+    parts = [
+        np.square(each).sum(axis=(-2, -1)) * irrep.multiplicity / len(irrep.character)
+        for each, irrep in zip(fourier(f, irreps), irreps, strict=True)
+    ]
+    return np.stack(parts, axis=-1)

@@ -1,0 +1,333 @@
+"""Collecting: right rows, exact resume, honest shuffling, and clear refusals."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from mechatlas.activations import collect as module
+from mechatlas.activations.collect import Collecting, collect
+from mechatlas.activations.positions import Positions
+from mechatlas.activations.samples import Arrays, Images, Samples, open_samples
+from mechatlas.activations.sites import find_sites, read
+from mechatlas.activations.store import Store
+from mechatlas.base import DiskError, InputError, NonFiniteError, Site, StoreError
+from tests.networks import sick, tiny
+
+NETWORK = tiny()
+SITES = find_sites(NETWORK, ["mixed", "first"])
+
+
+def images(tmp_path: Path, n: int = 60) -> Samples:
+    source = tmp_path / "images.npy"
+    np.save(source, np.random.default_rng(0).integers(0, 256, (n, 9, 9, 3), dtype=np.uint8))
+    return open_samples(Images(source=str(source), side=9), NETWORK)
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("rule", ["norm", "random", "all"])
+def test_every_row_is_what_the_network_gives_at_its_place(tmp_path, rule, dtype):
+    samples = images(tmp_path)
+    settings = Collecting(positions=Positions(rule=rule, per_sample=7), dtype=dtype, batch_size=8)
+    store = collect(NETWORK, samples, SITES, tmp_path / "store", settings)
+    assert store.sites == ["mixed", "first"]
+    for site in SITES:
+        seen = set()
+        for batch, where in store.rows(str(site)).scan():
+            for x, (sample, row, column) in zip(batch.x, where.tolist(), strict=True):
+                inputs = samples.stack([samples.read(sample)])
+                expected = read(NETWORK, inputs, [site])[site][0, :, row, column]
+                torch.testing.assert_close(
+                    x, expected.to(getattr(torch, dtype)).float(), atol=1e-5, rtol=1e-2
+                )
+                seen.add((sample, row, column))
+        assert len(seen) == 60 * (81 if rule == "all" else 7)
+
+
+def test_paired_rows_are_of_the_same_places(tmp_path):
+    settings = Collecting(paired=True)
+    store = collect(NETWORK, images(tmp_path), SITES, tmp_path / "store", settings)
+    a, b = (torch.cat([w for _, w in store.rows(str(s)).scan()]) for s in SITES)
+    assert torch.equal(a, b)
+
+
+def test_held_out_samples_are_never_trained_on(tmp_path):
+    settings = Collecting(held_out=0.2)
+    store = collect(NETWORK, images(tmp_path), SITES, tmp_path / "store", settings)
+    rows = store.rows("mixed")
+    assert rows.n_held_out == 12 * 10
+    assert rows.n_rows == 48 * 10
+    where = torch.cat([w for _, w in rows.scan()])
+    train, held = where[: rows.n_rows, 0], where[rows.n_rows :, 0]
+    assert not set(train.tolist()) & set(held.tolist())
+    batches = rows.batches(100)
+    drawn = torch.cat([next(batches).row for _ in range(20)])
+    assert drawn.max() < rows.n_rows
+
+
+def test_a_branch_of_a_site_can_be_read_from_its_store(tmp_path):
+    store = collect(NETWORK, images(tmp_path), SITES[:1], tmp_path / "store")
+    whole, part = store.rows("mixed").held_out(9).x, store.rows("mixed/right").held_out(9).x
+    assert torch.equal(whole[:, 5:], part)
+    with pytest.raises(StoreError, match=r"there is no 'mixed/middle'\. Branches of mixed: left"):
+        store.rows("mixed/middle")
+
+
+def test_neighbours_in_a_shuffled_stream_are_strangers(tmp_path, monkeypatch):
+    # Samples in the order of the data set, as of classes in a folder: where one of two rows
+    # that follow each other comes from must say nothing of the other, over four rounds and a
+    # pool of a quarter of the store, and they share a sample no more often than by chance.
+    monkeypatch.setattr(module, "SHARD_BYTES", 4000)
+
+    def in_four_rounds(n_samples, shapes, settings):
+        del shapes
+        order = np.random.default_rng([settings.seed, 0]).permutation(n_samples)
+        return [module.Round("train", part) for part in np.array_split(order, 4)]
+
+    monkeypatch.setattr(module, "_plan", in_four_rounds)
+    n = 400
+    store = collect(NETWORK, images(tmp_path, n), SITES[:1], tmp_path / "store")
+    rows = store.rows("mixed", pool_bytes=sum(s.bytes for s in store.shards) // 4)
+    of_row = torch.cat([w[:, 0] for _, w in rows.scan()]).numpy()
+    bins = 10
+    table, same, pairs = np.zeros((bins, bins)), 0, 0
+    for seed in range(10):
+        batches = rows.batches(200, seed=seed)
+        order = of_row[torch.cat([next(batches).row for _ in range(20)]).numpy()]
+        np.add.at(table, (order[:-1] * bins // n, order[1:] * bins // n), 1)
+        same += int((order[:-1] == order[1:]).sum())
+        pairs += len(order) - 1
+    expected = pairs / bins**2
+    chi2, freedom = ((table - expected) ** 2 / expected).sum(), (bins - 1) ** 2
+    assert chi2 < freedom + 4 * np.sqrt(2 * freedom)
+    by_chance = pairs * 9 / (10 * n - 1)
+    assert same < 2 * by_chance + 4 * np.sqrt(by_chance)
+
+
+KILLED = """
+import sys, torch
+torch.set_num_threads(1)
+from pathlib import Path
+from mechatlas.activations import collect as c
+from mechatlas.activations.samples import Images, open_samples
+from mechatlas.activations.sites import find_sites
+sys.path.insert(0, sys.argv[3])
+from tests.networks import tiny
+c.SHARD_BYTES = 2000  # many small files, so that a kill can fall anywhere
+c._plan = lambda n, shapes, settings, plan=c._plan: [
+    c.Round(r.split, part) for r in plan(n, shapes, settings)
+    for part in __import__("numpy").array_split(r.samples, 12) if len(part)]
+network = tiny()
+samples = open_samples(Images(source=sys.argv[1], side=9), network)
+print("ready", flush=True)
+c.collect(network, samples, find_sites(network, ["mixed", "first"]), Path(sys.argv[2]))
+"""
+
+
+def test_a_run_killed_at_any_moment_ends_with_the_same_bytes(tmp_path):
+    images(tmp_path, 400)
+    command = [sys.executable, "-c", KILLED, str(tmp_path / "images.npy")]
+    root = str(Path(__file__).parents[2])
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    started = time.perf_counter()
+    process = subprocess.Popen([*command, str(whole), root], stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    process.stdout.readline()
+    ready = time.perf_counter()
+    assert process.wait() == 0
+    length = time.perf_counter() - ready
+    assert ready > started
+    moments = random.Random(0)
+    kills = 0
+    while True:
+        process = subprocess.Popen([*command, str(killed), root], stdout=subprocess.PIPE)
+        assert process.stdout is not None
+        process.stdout.readline()
+        if kills < 4:
+            time.sleep(moments.uniform(0.05, 0.6) * length)
+            process.send_signal(signal.SIGKILL)
+            kills += process.wait() != 0
+            if not (killed / "manifest.json").exists():
+                continue
+            if json.loads((killed / "manifest.json").read_text())["complete"]:
+                break
+        else:
+            assert process.wait() == 0
+            break
+    assert kills >= 1
+    leftovers = [name for name in files(killed) if name.endswith(".tmp")]
+    for name in leftovers:
+        (killed / name).unlink()
+    assert files(killed) == files(whole)
+
+
+def test_a_store_made_by_another_recipe_is_refused_and_left_alone(tmp_path):
+    samples = images(tmp_path)
+    out = tmp_path / "store"
+    collect(NETWORK, samples, SITES, out, recipe={"a": 1})
+    before = files(out)
+    with pytest.raises(StoreError, match=r"differs in settings\.seed: 0 there, 5 here"):
+        collect(NETWORK, samples, SITES, out, Collecting(seed=5), recipe={"a": 1})
+    with pytest.raises(StoreError, match=r"differs in recipe\.a: 1 there, 2 here"):
+        collect(NETWORK, samples, SITES, out, recipe={"a": 2})
+    other = tiny()
+    torch.nn.init.normal_(other.first.weight)
+    with pytest.raises(StoreError, match="differs in network"):
+        collect(other, samples, SITES, out, recipe={"a": 1})
+    assert files(out) == before
+
+
+def test_a_folder_of_something_else_is_refused(tmp_path):
+    out = tmp_path / "mine"
+    out.mkdir()
+    (out / "thesis.tex").write_text("precious")
+    with pytest.raises(StoreError, match="is not empty and is not a store"):
+        collect(NETWORK, images(tmp_path), SITES, out)
+    with pytest.raises(DiskError, match="is a file, expected a folder"):
+        collect(NETWORK, images(tmp_path), SITES, out / "thesis.tex")
+
+
+def test_a_finished_store_is_not_collected_again(tmp_path):
+    samples = images(tmp_path)
+    collect(NETWORK, samples, SITES, tmp_path / "store")
+    calls = []
+    NETWORK.first.register_forward_hook(lambda *_: calls.append(1))
+    try:
+        collect(NETWORK, samples, SITES, tmp_path / "store")
+        assert len(calls) == 1  # the one sample that tells the shapes
+    finally:
+        NETWORK.first._forward_hooks.clear()
+
+
+def test_a_network_that_gives_nan_is_refused_with_site_sample_and_channel(tmp_path):
+    pixels = np.full((20, 9, 9, 3), 100, np.uint8)
+    pixels[13] = 0
+    np.save(tmp_path / "x.npy", pixels)
+    network = sick()
+    samples = open_samples(Images(source=str(tmp_path / "x.npy"), side=9), network)
+    with pytest.raises(NonFiniteError, match="gave nan at site scale, sample image 13, channel 0"):
+        collect(network, samples, [Site("scale")], tmp_path / "store")
+
+
+def test_unreadable_images_are_refused_or_skipped_and_counted(tmp_path):
+    folder = tmp_path / "photos"
+    shutil.copytree(Path(str(__import__("mechatlas").__path__[0])) / "bundled" / "photos", folder)
+    broken = sorted(folder.glob("*.jpg"))[2]
+    broken.write_bytes(broken.read_bytes()[:900])
+    samples = open_samples(Images(source=str(folder), side=9), NETWORK)
+    with pytest.raises(InputError, match=broken.name):
+        collect(NETWORK, samples, SITES, tmp_path / "a")
+    store = collect(NETWORK, samples, SITES, tmp_path / "b", Collecting(skip_bad=True))
+    assert len(store.manifest["skipped"]) == 1
+    assert broken.name in store.manifest["skipped"][0]
+    total = store.rows("mixed").n_rows + store.rows("mixed").n_held_out
+    assert total == 10 * (len(samples) - 1)
+
+
+def test_when_no_image_can_be_read_there_is_no_store(tmp_path):
+    (tmp_path / "p").mkdir()
+    (tmp_path / "p" / "a.jpg").write_bytes(b"no")
+    samples = open_samples(Images(source=str(tmp_path / "p"), side=9), NETWORK)
+    with pytest.raises(InputError, match="None of the 1 samples"):
+        collect(NETWORK, samples, SITES, tmp_path / "s", Collecting(skip_bad=True))
+    assert not (tmp_path / "s").exists()
+
+
+def test_a_damaged_shard_is_named_and_refused(tmp_path):
+    store = collect(NETWORK, images(tmp_path), SITES, tmp_path / "store")
+    shard = tmp_path / "store" / "mixed" / "train-00000.safetensors"
+    whole = bytearray(shard.read_bytes())
+    whole[len(whole) // 2] ^= 1
+    shard.write_bytes(whole)
+    with pytest.raises(StoreError, match=r"train-00000\.safetensors is damaged: its checksum"):
+        next(store.rows("mixed").batches(10))
+    with pytest.raises(StoreError, match="is damaged: its checksum"):
+        list(store.rows("mixed").scan())
+    shard.write_bytes(whole[:300])
+    with pytest.raises(StoreError, match="it has 300 bytes, expected"):
+        next(store.rows("mixed").batches(10))
+    shard.unlink()
+    with pytest.raises(StoreError, match=r"train-00000\.safetensors"):
+        next(store.rows("mixed").batches(10))
+    next(store.rows("first").batches(10))
+
+
+def test_an_unfinished_store_or_no_store_is_refused(tmp_path):
+    with pytest.raises(StoreError, match="is not an activation store"):
+        Store(tmp_path)
+    store = collect(NETWORK, images(tmp_path), SITES, tmp_path / "store")
+    manifest = dict(store.manifest, complete=False)
+    (tmp_path / "store" / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(StoreError, match=r"is not finished .* it goes on where it stopped"):
+        Store(tmp_path / "store")
+
+
+FULL = """
+import resource, signal, sys
+from pathlib import Path
+from mechatlas.activations.collect import collect
+from mechatlas.activations.samples import Images, open_samples
+from mechatlas.activations.sites import find_sites
+from mechatlas.base import DiskError
+sys.path.insert(0, sys.argv[3])
+from tests.networks import tiny
+network = tiny()
+samples = open_samples(Images(source=sys.argv[1], side=9), network)
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (6000, 6000))  # the system refuses longer files
+try:
+    collect(network, samples, find_sites(network, ["mixed"]), Path(sys.argv[2]))
+except DiskError as error:
+    print(error)
+"""
+
+
+def test_when_the_disk_refuses_nothing_half_written_is_left(tmp_path):
+    images(tmp_path)
+    root = str(Path(__file__).parents[2])
+    out = tmp_path / "store"
+    command = [sys.executable, "-c", FULL, str(tmp_path / "images.npy"), str(out), root]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert "Cannot write" in said
+    assert "Nothing half-written was left" in said
+    assert not [name for name in files(out) if name.endswith(".tmp")]
+
+
+def test_too_little_space_is_refused_before_any_work(tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    with pytest.raises(DiskError, match="GiB free"):
+        collect(NETWORK, images(tmp_path), SITES, tmp_path / "store")
+    assert not (tmp_path / "store").exists()
+
+
+@pytest.mark.skipif(os.geteuid() != 0 and sys.platform == "win32", reason="needs POSIX")
+def test_an_unwritable_place_is_refused_in_one_sentence(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DiskError, match=r"Cannot write|is a file"):
+        collect(NETWORK, images(tmp_path), SITES, tmp_path / "file" / "store")
+
+
+def test_rows_of_a_plain_network_on_arrays(tmp_path):
+    x = np.random.default_rng(0).normal(size=(50, 5)).astype(np.float32)
+    np.save(tmp_path / "x.npy", x)
+    network = torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.ReLU(), torch.nn.Linear(7, 2))
+    samples = open_samples(Arrays(source=tmp_path / "x.npy"), network)
+    store = collect(network, samples, [Site("1")], tmp_path / "store")
+    assert store.shapes["1"].grid == (1, 1)
+    for batch, where in store.rows().scan():
+        expected = network[:2](torch.from_numpy(x[where[:, 0].numpy()]))
+        torch.testing.assert_close(batch.x, expected.detach())

@@ -1,0 +1,124 @@
+import pytest
+import torch
+from torch import nn
+
+from mechatlas.activations.sites import branches_of, edited, find_sites, list_sites, read
+from mechatlas.base import Site, SiteError
+from tests.networks import Sequence, tiny
+
+X = torch.rand(4, 3, 9, 9, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("text", ["mixed", "mixed/left", "a.b:input", "a.b:input/head3"])
+def test_a_site_reads_back_what_it_writes(text):
+    assert str(Site.parse(text)) == text
+
+
+def test_reading_stops_after_the_last_site_needed():
+    network = tiny()
+    read(network, X, [Site("mixed"), Site("first")])
+    assert network.head_calls == 0
+    network(X)
+    assert network.head_calls == 1
+
+
+def test_several_sites_come_from_one_pass_and_equal_the_modules_own_outputs():
+    network = tiny()
+    sites = find_sites(network, ["first", "mixed", "mixed/right", "mixed/left"])
+    found = read(network, X, sites)
+    expected = network.mixed(network.first(X).relu())
+    torch.testing.assert_close(found[Site("mixed")], expected)
+    torch.testing.assert_close(found[Site("mixed", "right")], expected[:, 5:])
+    torch.testing.assert_close(found[Site("mixed", "left")], expected[:, :5])
+
+
+def test_globs_stay_within_a_name_and_double_stars_cross_dots():
+    network = tiny()
+    assert [str(s) for s in find_sites(network, ["*"])] == ["first", "mixed", "head"]
+    assert [str(s) for s in find_sites(network, ["mixed.*"])] == ["mixed.left", "mixed.right"]
+    assert len(find_sites(network, ["**"])) == 5
+    assert [str(s) for s in find_sites(network, ["mix*/r*"])] == ["mixed/right"]
+
+
+def test_a_branch_may_be_a_submodule():
+    network = tiny()
+    del network.mixed.branches
+    assert [str(s) for s in find_sites(network, ["mixed/right"])] == ["mixed.right"]
+
+
+def test_an_unknown_site_is_refused_with_near_names():
+    with pytest.raises(SiteError, match=r"no module 'mixd' .* mean 'mixed'"):
+        find_sites(tiny(), ["mixd"])
+    with pytest.raises(SiteError, match="branches left, right; it has no branch 'middle'"):
+        find_sites(tiny(), ["mixed/middle"])
+    with pytest.raises(SiteError, match="':input' and ':output'"):
+        Site.parse("mixed:sideways")
+
+
+def test_a_module_that_is_never_called_is_named():
+    network = nn.Sequential(nn.Linear(3, 3))
+    network[0].register_module("spare", nn.Linear(2, 2))
+    with pytest.raises(SiteError, match=r"without calling the module of: 0\.spare"):
+        read(network, torch.zeros(1, 3), [Site("0.spare")])
+
+
+def test_the_input_of_a_module_can_be_read():
+    network = tiny()
+    found = read(network, X, [Site("mixed", take="input")])
+    torch.testing.assert_close(found[Site("mixed", take="input")], network.first(X).relu())
+
+
+def test_attention_heads_are_branches_of_a_tuple_output():
+    network = Sequence()
+    tokens = torch.randint(11, (2, 5))
+    assert list(branches_of(network, "attention")) == ["head0", "head1", "head2", "head3"]
+    whole = read(network, tokens, [Site("attention")])[Site("attention")]
+    third = Site("attention", "head2")
+    torch.testing.assert_close(read(network, tokens, [third])[third], whole[..., 4:6])
+    with edited(network, {third: torch.zeros_like}):
+        changed = network(tokens)
+    assert (changed[..., 4:6] == 0).all()
+    torch.testing.assert_close(changed[..., :4], whole[..., :4])
+
+
+def test_an_ablated_branch_changes_what_follows_and_nothing_else_remains():
+    network = tiny()
+    before = network(X)
+    with edited(network, {Site("mixed", "left"): torch.zeros_like}):
+        inside = read(network, X, [Site("mixed")])[Site("mixed")]
+        during = network(X)
+    assert (inside[:, :5] == 0).all()
+    assert (inside[:, 5:] > 0).any()
+    torch.testing.assert_close(network.head(inside.mean(dim=(2, 3))), during)
+    assert not torch.equal(before, during)
+    torch.testing.assert_close(network(X), before)
+
+
+def test_an_edited_input_reaches_the_module():
+    network = tiny()
+    with edited(network, {Site("mixed", take="input"): torch.zeros_like}):
+        inside = read(network, X, [Site("mixed")])[Site("mixed")]
+    torch.testing.assert_close(inside, network.mixed(torch.zeros(4, 6, 9, 9)))
+
+
+def test_an_edit_that_changes_the_shape_is_refused():
+    with (
+        edited(tiny(), {Site("first"): lambda a: a[:, :2]}) as network,
+        pytest.raises(SiteError, match=r"at first returned shape \(4, 2, 9, 9\)"),
+    ):
+        network(X)
+
+
+def test_hooks_are_gone_after_an_error():
+    network = tiny()
+    with pytest.raises(RuntimeError):
+        read(network, torch.zeros(1, 5, 9, 9), [Site("mixed")])
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in network.modules())
+
+
+def test_every_site_is_listed_with_its_shape_and_branches():
+    found = {str(info.site): info for info in list_sites(tiny(), X)}
+    assert found["mixed"].shape == (8, 9, 9)
+    assert found["mixed"].branches == {"left": slice(0, 5), "right": slice(5, 8)}
+    assert found["head"].width == 2
+    assert set(found) == {"first", "mixed", "mixed.left", "mixed.right", "head"}

@@ -1,0 +1,101 @@
+"""Reading a store: every row once an epoch, in an order in which neighbours are strangers."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+from mechatlas.activations.store import Store, write_shard
+from mechatlas.base import Rows, StoreError
+from mechatlas.files import write_json
+
+N_SHARDS, PER_SHARD, D = 24, 200, 3
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory) -> Store:
+    """24 shards; the rows are in order, so that only reading can shuffle them."""
+    root = tmp_path_factory.mktemp("store")
+    shards = []
+    for i in range(N_SHARDS):
+        number = torch.arange(i * PER_SHARD, (i + 1) * PER_SHARD)
+        rows = number[:, None].float().expand(-1, D)
+        where = torch.stack([number // 10, number * 0, number * 0], dim=1).int()
+        shards.append(list(write_shard(root, "a", "train", i, rows, where)))
+    manifest = {
+        "schema": 1, "kind": "store", "complete": True, "shards": shards, "skipped": [],
+        "sites": {"a": {"width": D, "grid": [1, 1], "branches": {}}},
+    }  # fmt: skip
+    write_json(root / "manifest.json", manifest)
+    return Store(root)
+
+
+def take(store: Store, n: int, batch: int, pool: int, **options) -> torch.Tensor:
+    rows = store.rows("a", pool_bytes=pool)
+    batches = itertools.islice(rows.batches(batch, **options), n)
+    return torch.cat([b.x[:, 0] for b in batches]).long()
+
+
+SMALL = 8 * PER_SHARD * 4 * (D + 3)  # eight shards in a pool, three pools an epoch
+LARGE = 1 << 30
+
+
+@pytest.mark.parametrize("pool", [SMALL, LARGE])
+def test_an_epoch_has_every_row_once(store, pool):
+    total = N_SHARDS * PER_SHARD
+    order = take(store, 2 * total // 160, 160, pool)
+    for epoch in (order[:total], order[total:]):
+        assert torch.equal(epoch.sort().values, torch.arange(total))
+    assert not torch.equal(order[:total], order[total:])
+
+
+@pytest.mark.parametrize("pool", [SMALL, LARGE])
+def test_row_numbers_go_with_the_rows(store, pool):
+    batch = next(store.rows("a", pool_bytes=pool).batches(77, seed=3))
+    assert torch.equal(batch.row, batch.x[:, 0].long())
+    assert batch.x.shape == (77, D)
+
+
+@pytest.mark.parametrize("pool", [SMALL, LARGE])
+@pytest.mark.parametrize("start", [1, 7, 30, 95])
+def test_a_stream_can_be_entered_anywhere(store, pool, start):
+    whole = take(store, start + 3, 130, pool, seed=2)
+    assert torch.equal(take(store, 3, 130, pool, seed=2, start=start), whole[start * 130 :])
+
+
+def test_the_order_depends_on_the_seed_alone(store):
+    assert torch.equal(take(store, 5, 100, SMALL, seed=1), take(store, 5, 100, SMALL, seed=1))
+    assert not torch.equal(take(store, 5, 100, SMALL, seed=1), take(store, 5, 100, SMALL, seed=2))
+
+
+def test_neighbours_are_as_unrelated_as_rows_drawn_at_random(store):
+    # The joint distribution of the places (in thirtieths of the store) of two rows that follow
+    # each other, over 12 epochs, against independence; and how often they share a sample. The
+    # rows of this store are in order, so all of it is the reader's doing. What a pool smaller
+    # than the store gives is tested on a collected store, in test_collect.py.
+    total = N_SHARDS * PER_SHARD
+    bins = 30
+    table, same, pairs = np.zeros((bins, bins)), 0, 0
+    for seed in range(12):
+        order = take(store, total // 160, 160, LARGE, seed=seed).numpy()
+        np.add.at(table, (order[:-1] * bins // total, order[1:] * bins // total), 1)
+        same += int((order[:-1] // 10 == order[1:] // 10).sum())
+        pairs += len(order) - 1
+    expected, freedom = pairs / bins**2, (bins - 1) ** 2
+    chi2 = ((table - expected) ** 2 / expected).sum()
+    assert abs(chi2 - freedom) < 4 * np.sqrt(2 * freedom)
+    assert abs(same - pairs * 9 / (total - 1)) < 4 * np.sqrt(pairs * 9 / total)
+
+
+def test_it_fits_the_protocol(store):
+    assert isinstance(store.rows("a"), Rows)
+
+
+def test_a_row_is_described_by_file_and_line(store):
+    assert store.rows("a").describe(2 * PER_SHARD + 5).endswith("train-00002.safetensors row 5")
+
+
+def test_a_site_that_is_not_there_is_refused(store):
+    with pytest.raises(StoreError, match="has the sites a; there is no 'b'"):
+        store.rows("b")

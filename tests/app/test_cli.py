@@ -1,0 +1,155 @@
+"""The command line: exit codes, one sentence for a mistake, and a whole small run."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mechatlas.app.cli import COMMANDS, main
+
+ROOT = Path(__file__).parents[2]
+
+COLLECT = """
+sites = ["mixed"]
+out = "store"
+[network]
+name = "tests.networks:tiny"
+[samples]
+type = "Images"
+source = "photos"
+side = 9
+crops = 8
+"""
+TRAIN = """
+store = "store"
+out = "dictionary"
+n_latents = 20
+steps = 20
+batch_size = 64
+[sparsity]
+k = 3
+"""
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "collect.toml").write_text(COLLECT)
+    (tmp_path / "train.toml").write_text(TRAIN)
+    return tmp_path
+
+
+def refused(words: list[str], capsys) -> str:
+    with pytest.raises(SystemExit) as exit_:
+        main(words)
+    said = capsys.readouterr()
+    assert exit_.value.code == 2
+    assert said.out == ""
+    assert said.err.startswith("mechatlas: ")
+    assert "Traceback" not in said.err
+    return said.err
+
+
+def test_collect_and_train_write_folders_with_results(here, capsys):
+    main(["collect", "collect.toml", "--json"])
+    said = json.loads(capsys.readouterr().out)
+    result = json.loads((here / "store" / "result.json").read_text())
+    assert {k: v for k, v in said.items() if k != "out"} == result
+    assert result["sites"]["mixed"]["width"] == 8
+    assert result["peak_bytes"] > 1 << 20
+    main(["train", "train.toml", "--steps", "30", "--json"])
+    trained = json.loads(capsys.readouterr().out)
+    wanted = {"fvu", "l0", "dead_share", "steps", "seconds_per_step", "peak_bytes"}
+    assert wanted <= trained.keys()
+    assert trained["steps"] == 30
+    assert 0 < trained["fvu"] < 1.5
+    names = {p.name for p in (here / "dictionary").iterdir()}
+    assert names == {
+        "dictionary.safetensors", "history.json", "manifest.json", "recipe.toml", "result.json",
+    }  # fmt: skip
+    assert "steps = 30" in (here / "dictionary" / "recipe.toml").read_text()
+
+
+def test_the_recipe_that_a_run_keeps_runs_again(here, capsys):
+    main(["collect", "collect.toml", "--samples.crops", "3"])
+    main(["collect", "store/recipe.toml", "--json"])
+    out = capsys.readouterr().out
+    assert json.loads(out[out.index("{") :])["samples"] == 24
+
+
+def test_results_are_said_in_words_and_where_they_are(here, capsys):
+    main(["collect", "collect.toml"])
+    said = capsys.readouterr().out
+    assert "mixed (" in said
+    assert "Store: store" in said
+
+
+def test_mistakes_get_one_sentence_and_exit_code_2(here, capsys):
+    assert "no command 'colect'. Commands: demo" in refused(["colect"], capsys)
+    assert "There is no recipe file nothing.toml" in refused(["collect", "nothing.toml"], capsys)
+    assert "needs a recipe file first" in refused(["collect", "--out", "x"], capsys)
+    assert "is not an activation store" in refused(["train", "train.toml"], capsys)
+    (here / "bad.toml").write_text(COLLECT.replace("mixed", "mixd"))
+    assert "Did you mean 'mixed'" in refused(["collect", "bad.toml"], capsys)
+    assert not (here / "store").exists()
+    bad = ["collect", "collect.toml", "--samples.crops", "0"]
+    assert "crops must be at least 1, got 0" in refused(bad, capsys)
+    assert "no bundled network 'inception_mni'" in refused(["sites", "inception_mni"], capsys)
+    assert "cannot import 'nowhere'" in refused(["sites", "nowhere:f"], capsys)
+    assert "has no function 'huge'" in refused(["sites", "tests.networks:huge"], capsys)
+    said = refused(["sites", "tests.networks:not_a_network"], capsys)
+    assert "returned int, expected a torch.nn.Module" in said
+    assert "give the shape of one sample" in refused(["sites", "tests.networks:tiny"], capsys)
+    wrong = ["sites", "tests.networks:tiny", "--shape", "5", "9", "9"]
+    assert "does not run on a sample of shape (5, 9, 9)" in refused(wrong, capsys)
+    assert "inception_v1 refused its arguments" not in refused(
+        ["sites", "inception_mini", "--weights", "none.safetensors"], capsys
+    )
+
+
+def test_training_never_writes_among_strangers(here, capsys):
+    main(["collect", "collect.toml"])
+    (here / "dictionary").mkdir()
+    (here / "dictionary" / "thesis.tex").write_text("precious")
+    capsys.readouterr()
+    assert "is not empty and is not a dictionary" in refused(["train", "train.toml"], capsys)
+    assert [p.name for p in (here / "dictionary").iterdir()] == ["thesis.tex"]
+
+
+def test_nothing_asked_and_help_are_answered(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main([])
+    assert exit_.value.code == 2
+    assert "usage: mechatlas COMMAND" in capsys.readouterr().out
+    for command in COMMANDS:
+        with pytest.raises(SystemExit) as exit_:
+            main([command, "--help"])
+        assert exit_.value.code == 0
+        assert f"mechatlas {command}" in capsys.readouterr().out
+
+
+def test_sites_lists_modules_and_branches(capsys):
+    main(["sites", "tests.networks:tiny", "--shape", "3", "9", "9"])
+    said = capsys.readouterr().out
+    assert "8 x 9 x 9" in said
+    assert "left (5)  right (3)" in said
+    main(["sites", "inception_mini", "--json"])
+    found = json.loads(capsys.readouterr().out)
+    names = [s["site"] for s in found["sites"] if s["branches"]]
+    assert names == ["mixed3a", "mixed3b", "mixed4a", "mixed4b", "mixed4c", "mixed4d"]
+
+
+def test_a_failure_of_ours_is_not_called_the_users(tmp_path):
+    code = (
+        "import mechatlas.app.cli as c\n"
+        "def broken(words): raise RuntimeError('ours')\n"
+        "c.COMMANDS['sites'] = broken\n"
+        "c.main(['sites', 'x'])"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, env=environment)
+    assert done.returncode == 1
+    assert b"RuntimeError: ours" in done.stderr

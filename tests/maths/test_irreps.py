@@ -1,0 +1,251 @@
+import numpy as np
+import pytest
+from hypothesis import given, settings
+
+from mechatlas.maths.groups import Group
+from mechatlas.maths.irreps import (
+    RepresentationLimitError,
+    energies,
+    fourier,
+    inverse_fourier,
+    isotypic_projection,
+)
+from mechatlas.maths.named_groups import group
+from tests.maths.group_strategies import build, relabelled, seeds, specs
+
+quick = settings(deadline=None, max_examples=25)
+
+# Dimension and type (r, c, q) of the irreps over the reals.
+IRREPS = {
+    "C1": "1r",
+    "C2": "1r 1r",
+    "C3": "1r 2c",
+    "C12": "1r 1r 2c 2c 2c 2c 2c",
+    "C2xC4": "1r 1r 1r 1r 2c 2c",
+    "D8": "1r 1r 1r 1r 2r 2r 2r",
+    "Q8": "1r 1r 1r 1r 4q",
+    "Q12": "1r 1r 2r 2c 4q",
+    "A4": "1r 2c 3r",
+    "S4": "1r 1r 2r 3r 3r",
+    "A5": "1r 3r 3r 4r 5r",
+    "S5": "1r 1r 4r 4r 5r 5r 6r",
+    "PSL(2,7)": "1r 6r 6c 7r 8r",
+    "PSL(2,8)": "1r 7r 7r 7r 7r 8r 9r 9r 9r",
+    "S6": "1r 1r 5r 5r 5r 5r 9r 9r 10r 10r 16r",
+    "Q8xC3": "1r 1r 1r 1r 2c 2c 2c 2c 4c 4q",
+    "Q8xQ8": " ".join(["1r"] * 16 + ["4r"] + ["4q"] * 8),
+    "Q8xS3": " ".join(["1r"] * 8 + ["2r"] * 4 + ["4q"] * 2 + ["8q"]),
+}
+DEGREES = {
+    "S5": [1, 1, 4, 4, 5, 5, 6],
+    "PSL(2,7)": [1, 3, 3, 6, 7, 8],
+    "Q8": [1, 1, 1, 1, 2],
+    "C5": [1, 1, 1, 1, 1],
+}
+
+
+@pytest.mark.parametrize("name", IRREPS)
+def test_dimensions_and_types_are_the_known_ones(name):
+    found = [f"{each.dimension}{each.type[0]}" for each in group(name).irreps()]
+    assert " ".join(found) == IRREPS[name]
+
+
+@pytest.mark.parametrize("name", DEGREES)
+def test_degrees_over_the_complex_numbers_are_the_known_ones(name):
+    assert group(name).character_table().degrees.tolist() == DEGREES[name]
+
+
+def test_indicators_tell_the_types_apart():
+    assert group("Q8").character_table().indicators.tolist() == [1, 1, 1, 1, -1]
+    assert group("C3").character_table().indicators.tolist() == [1, 0, 0]
+    assert group("D4").character_table().indicators.tolist() == [1, 1, 1, 1, 1]
+
+
+def test_the_characters_of_a5_hold_the_golden_ratio():
+    golden = (1 + 5**0.5) / 2
+    values = group("A5").character_table().values
+    assert sorted(map(len, group("A5").classes)) == [1, 12, 12, 15, 20]
+    expected = [
+        [1, 1, 1, 1, 1],
+        [3, -1, 0, golden, 1 - golden],
+        [3, -1, 0, 1 - golden, golden],
+        [4, 0, 1, -1, -1],
+        [5, 1, -1, 0, 0],
+    ]
+    np.testing.assert_allclose(values, expected, atol=1e-14)
+
+
+@pytest.mark.parametrize("n", [1, 2, 5, 12, 113])
+def test_the_characters_of_a_cyclic_group_are_powers_of_roots_of_unity(n):
+    cyclic = group(f"C{n}")
+    values = cyclic.character_table().values[:, cyclic.class_of]
+    expected = np.exp(2j * np.pi * np.outer(np.arange(n), np.arange(n)) / n)
+    assert {tuple(np.round(row, 9) + 0) for row in values} == {
+        tuple(np.round(row, 9) + 0) for row in expected
+    }
+
+
+@quick
+@given(specs(120))
+def test_rows_and_columns_of_the_character_table_are_orthogonal(spec):
+    each = build(spec)
+    characters = each.character_table()
+    sizes = np.array([len(c) for c in each.classes])
+    values = characters.values
+    assert values.shape == (len(sizes), len(sizes))
+    rows = values * sizes @ values.conj().T / each.order
+    columns = values.conj().T @ values * sizes / each.order
+    np.testing.assert_allclose(rows, np.eye(len(sizes)), atol=1e-10)
+    np.testing.assert_allclose(columns, np.eye(len(sizes)), atol=1e-10)
+    assert np.square(characters.degrees).sum() == each.order
+    roots_of_unity = np.abs(characters.values).max(axis=1) <= characters.degrees + 1e-10
+    assert roots_of_unity.all()
+    # Elements that square to the identity are counted by degrees and indicators.
+    involutions = (each.element_orders <= 2).sum()
+    assert characters.degrees @ characters.indicators == involutions
+
+
+@quick
+@given(specs(64))
+def test_matrices_multiply_as_the_group_does(spec):
+    each = build(spec)
+    for irrep in each.irreps():
+        m = irrep.matrices
+        products = m[:, None] @ m[None, :]
+        error = np.sqrt(np.square(products - m[each.table]).sum(axis=(2, 3))).max()
+        assert error <= irrep.error + 1e-14
+        assert irrep.error < 1e-10
+        unit = np.broadcast_to(np.eye(irrep.dimension), m.shape)
+        np.testing.assert_allclose(m @ m.transpose(0, 2, 1), unit, atol=1e-11)
+        np.testing.assert_allclose(m[each.identity], unit[0], atol=1e-15)
+        np.testing.assert_allclose(np.trace(m, axis1=1, axis2=2), irrep.character, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", ["S5", "D59", "C113", "PSL(2,7)", "Q8xC15"])
+def test_matrices_multiply_as_larger_groups_do(name):
+    each = group(name)
+    for irrep in each.irreps():
+        m = irrep.matrices
+        for x in range(0, each.order, 7):
+            assert np.abs(m[x] @ m - m[each.table[x]]).max() < 1e-10
+        assert irrep.error < 1e-11
+
+
+@quick
+@given(specs(48))
+def test_matrix_elements_are_orthogonal_as_schur_says(spec):
+    each = build(spec)
+    irreps = each.irreps()
+    for i, one in enumerate(irreps):
+        flat = one.matrices.reshape(each.order, -1)
+        for other in irreps[:i]:
+            assert np.abs(flat.T @ other.matrices.reshape(each.order, -1)).max() < 1e-9
+        # The average of rho x rho projects onto the matrices that commute with rho; their
+        # space has the dimension of the type.
+        mean = flat.T @ flat / each.order
+        d, c = one.dimension, one.commutant
+        singular = np.linalg.svd(mean, compute_uv=False)
+        expected = np.r_[np.full(d * d // c, c / d), np.zeros(d * d - d * d // c)]
+        np.testing.assert_allclose(singular, expected, atol=1e-10)
+        assert np.square(one.character).mean() == pytest.approx(c)
+
+
+@quick
+@given(specs(120))
+def test_multiplicities_add_up_to_the_regular_representation(spec):
+    each = build(spec)
+    irreps = each.irreps()
+    assert sum(i.dimension**2 // i.commutant for i in irreps) == each.order
+    regular = sum(i.multiplicity * i.character for i in irreps)
+    delta = each.order * (np.arange(each.order) == each.identity)
+    np.testing.assert_allclose(regular, delta, atol=1e-9)
+    assert len({i.name for i in irreps}) == len(irreps)
+    assert (irreps[0].character == 1).all()
+    ranks = [(i.dimension, ("real", "complex", "quaternionic").index(i.type)) for i in irreps]
+    assert ranks == sorted(ranks)
+
+
+@quick
+@given(specs(48), seeds)
+def test_irreps_do_not_depend_on_labels(spec, seed):
+    original, renamed, label = relabelled(spec, seed)
+
+    def summary(each: Group, order: np.ndarray) -> list[tuple[str, tuple[float, ...]]]:
+        rounded = [(i.type, tuple(np.round(i.character[order], 8) + 0)) for i in each.irreps()]
+        return sorted(rounded)
+
+    assert summary(renamed, label) == summary(original, np.arange(original.order))
+
+
+@pytest.mark.parametrize("name", ["S4", "Q8xC3", "D5"])
+def test_irreps_are_the_same_bytes_each_time(name):
+    table = group(name).table
+    one, other = Group(table).irreps(), Group(table).irreps()
+    assert [i.matrices.tobytes() for i in one] == [i.matrices.tobytes() for i in other]
+    assert [i.name for i in one] == [i.name for i in other]
+    assert not one[0].matrices.flags.writeable
+
+
+@quick
+@given(specs(120), seeds)
+def test_the_fourier_transform_can_be_undone_and_keeps_norms(spec, seed):
+    each, rng = build(spec), np.random.default_rng(seed)
+    irreps = each.irreps()
+    f = rng.normal(size=(2, 3, each.order))
+    transform = fourier(f, irreps)
+    assert [t.shape for t in transform] == [(2, 3, i.dimension, i.dimension) for i in irreps]
+    np.testing.assert_allclose(inverse_fourier(transform, irreps), f, atol=1e-9)
+    norms = energies(f, irreps)
+    assert norms.shape == (2, 3, len(irreps))
+    np.testing.assert_allclose(norms.sum(axis=-1), np.square(f).sum(axis=-1), rtol=1e-9)
+
+
+@quick
+@given(specs(60), seeds)
+def test_convolutions_become_products(spec, seed):
+    each, rng = build(spec), np.random.default_rng(seed)
+    f, h = rng.normal(size=(2, each.order))
+    slowly = np.zeros(each.order)
+    for y in range(each.order):
+        slowly[each.table[y]] += f[y] * h
+    np.testing.assert_allclose(each.convolve(f, h), slowly, atol=1e-10)
+    irreps = each.irreps()
+    transforms = zip(*(fourier(x, irreps) for x in (slowly, f, h)), strict=True)
+    for product, left, right in transforms:
+        np.testing.assert_allclose(product, left @ right, atol=1e-8)
+
+
+@quick
+@given(specs(60), seeds)
+def test_isotypic_parts_are_orthogonal_and_move_with_translations(spec, seed):
+    each, rng = build(spec), np.random.default_rng(seed)
+    irreps = each.irreps()
+    f = rng.normal(size=each.order)
+    parts = np.array([isotypic_projection(f, irrep) for irrep in irreps])
+    np.testing.assert_allclose(parts.sum(axis=0), f, atol=1e-9)
+    np.testing.assert_allclose(parts @ parts.T, np.diag(energies(f, irreps)), atol=1e-8)
+    x = int(rng.integers(each.order))
+    for irrep, part in zip(irreps, parts, strict=True):
+        np.testing.assert_allclose(isotypic_projection(part, irrep), part, atol=1e-9)
+        for moved in (each.table[x], each.table[:, x]):
+            moved_part = isotypic_projection(f[moved], irrep)
+            np.testing.assert_allclose(moved_part, part[moved], atol=1e-9)
+
+
+def test_an_inverse_transform_of_the_wrong_length_is_refused():
+    irreps = group("S3").irreps()
+    with pytest.raises(ValueError, match="Got 1 transforms for 3 irreps"):
+        inverse_fourier([np.ones((1, 1))], irreps)
+
+
+def test_too_many_classes_are_refused_rather_than_taking_for_ever():
+    with pytest.raises(RepresentationLimitError, match="has 1501 conjugacy classes"):
+        group("C1501").irreps()
+
+
+@pytest.mark.parametrize("name", ["A5", "C113", "D59", "S5", "S6"])
+def test_the_tables_of_trained_networks_have_the_irreps_of_their_groups(name, data):
+    taken = Group(np.load(data(f"group_nets/{name}_table.npy")))
+    expected = [(i.dimension, i.type) for i in group(name).irreps()]
+    assert [(i.dimension, i.type) for i in taken.irreps()] == expected
+    assert max(i.error for i in taken.irreps()) < 1e-10

@@ -1,0 +1,53 @@
+"""The code in the README and the documentation runs, in order, as it stands."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", ROOT / "docs" / "tutorial.md", ROOT / "docs" / "own.md"]
+BLOCK = re.compile(r"^```(\w+)(?: title=\"([^\"]+)\")?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_the_code_on_a_page_runs(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {"__name__": page.stem}
+    ran = 0
+    for language, title, code in BLOCK.findall(page.read_text()):
+        if language == "toml" and title:
+            (tmp_path / title).write_text(code)
+        elif language == "python":
+            exec(compile(code, str(page), "exec"), names)
+            ran += 1
+        elif language == "sh" and page.name == "tutorial.md":
+            for line in code.splitlines():
+                words = shlex.split(line, comments=True)
+                done = subprocess.run(
+                    [sys.executable, "-m", *words],
+                    capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+                )  # fmt: skip
+                assert done.returncode == 0, f"{line}\n{done.stderr}"
+                ran += 1
+    assert ran >= 1
+
+
+def test_the_readme_promises_within_its_first_screen():
+    lines = (ROOT / "README.md").read_text().splitlines()
+    assert any(line.startswith("```sh") for line in lines[:12])
+    assert any(line.startswith("```python") for line in lines[:25])
+
+
+def test_every_command_and_recipe_that_is_mentioned_exists():
+    from mechatlas.app.cli import COMMANDS
+
+    text = "\n".join(p.read_text() for p in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")))
+    for command in re.findall(r"mechatlas ([a-z]+) (?=[A-Z\-a-z./])", text):
+        assert command in COMMANDS or command in ("is", "as", "to"), command
+    for recipe in re.findall(r"recipes/[\w/]+\.toml", text):
+        assert (ROOT / recipe).exists(), recipe

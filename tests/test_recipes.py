@@ -1,0 +1,83 @@
+"""Every recipe in `recipes/` is valid, and a bad one is refused with every mistake at once."""
+
+from pathlib import Path
+
+import pytest
+
+from mechatlas.app.recipes import Collect, Train, as_dict, from_dict, read_recipe
+from mechatlas.base import RecipeError
+from mechatlas.dictionaries.sparsity import TopK
+
+ROOT = Path(__file__).parents[1]
+RECIPES = sorted((ROOT / "recipes").rglob("*.toml"))
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_a_recipe_of_the_project_reads_and_writes_back(path):
+    kind = {"collect": Collect, "train": Train}[path.stem.partition("_")[0]]
+    recipe = read_recipe(path, kind)
+    assert from_dict(as_dict(recipe), kind, "again") == recipe
+
+
+def test_all_mistakes_are_told_at_once(tmp_path):
+    (tmp_path / "bad.toml").write_text(
+        """
+        sitse = ["mixed3b"]
+        out = 3
+        [network]
+        nme = "inception_mini"
+        [samples]
+        type = "Images"
+        crops = "many"
+        [collecting]
+        dtype = "float8"
+        [collecting.positions]
+        per_sample = 0
+        """
+    )
+    with pytest.raises(RecipeError) as caught:
+        read_recipe(tmp_path / "bad.toml", Collect)
+    for part in (
+        "unknown key sitse (did you mean sites?) @ recipe",
+        "expected str, got 3 @ recipe.out",
+        "unknown key nme (did you mean name?) @ recipe.network",
+        "expected int, got 'many' @ recipe.samples.crops",
+        "expected one of 'float32', 'float16', 'bfloat16', got 'float8'",
+        "per_sample must be at least 1, got 0. @ recipe.collecting.positions",
+    ):
+        assert part in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("n_latents = true\nstore = 's'", "expected int, got True @ recipe.n_latents"),
+        ("n_latents = 3.5\nstore = 's'", "expected int, got 3.5"),
+        ("lr = '1e-3'\nstore = 's'", "expected float, got '1e-3' @ recipe.lr"),
+        ("n_latents = 8\nstore = 's'", "must be at least k \\(32\\)"),
+        ("steps = 0\nstore = 's'", "steps must be > 0, got 0"),
+        ("steps = 5", "missing key store"),
+        ("steps = ", "is not TOML"),
+        ("store = 's'\n[sparsity]\nkk = 3", "unknown key kk"),
+    ],
+)
+def test_one_mistake_is_told_in_one_line(tmp_path, text, message):
+    (tmp_path / "t.toml").write_text(text)
+    with pytest.raises(RecipeError, match=message):
+        read_recipe(tmp_path / "t.toml", Train)
+
+
+def test_a_recipe_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(RecipeError, match=r"There is no recipe file .*nothing\.toml"):
+        read_recipe(tmp_path / "nothing.toml", Train)
+
+
+def test_a_network_may_be_named_by_a_word_and_samples_have_a_default():
+    recipe = from_dict({"network": "inception_mini", "sites": ["a"]}, Collect, "here")
+    assert recipe.network.name == "inception_mini"
+    assert recipe.samples.source == "photos"
+
+
+def test_whole_numbers_will_do_for_floats():
+    assert from_dict({"store": "s", "lr": 1}, Train, "here").lr == 1.0
+    assert from_dict({"store": "s", "sparsity": {"k": 5}}, Train, "here").sparsity == TopK(k=5)
