@@ -32,7 +32,7 @@ page-test: setup
 	$(BIN)/pytest -m page
 
 bench: setup
-	$(BIN)/python -m benchmarks
+	$(BIN)/pytest benchmarks -o python_files='bench_*.py' --benchmark-only -m ''
 
 docs: setup
 	$(BIN)/mkdocs build --strict

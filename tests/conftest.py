@@ -13,7 +13,7 @@ hook = install_import_hook("mechatlas", "beartype.beartype")
 import torch  # noqa: E402
 
 DATA = Path(os.environ.get("MECHATLAS_DATA", Path(__file__).parents[2] / "shared" / "data"))
-torch.set_num_threads(min(2, torch.get_num_threads()))
+torch.set_num_threads(1)  # on a busy machine threads that wait for one another are slow
 
 
 @pytest.fixture(scope="session")

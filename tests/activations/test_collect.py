@@ -44,16 +44,16 @@ def test_every_row_is_what_the_network_gives_at_its_place(tmp_path, rule, dtype)
     settings = Collecting(positions=Positions(rule=rule, per_sample=7), dtype=dtype, batch_size=8)
     store = collect(NETWORK, samples, SITES, tmp_path / "store", settings)
     assert store.sites == ["mixed", "first"]
+    inputs = samples.stack([samples.read(i) for i in range(len(samples))])
+    whole = read(NETWORK, inputs, SITES)
     for site in SITES:
+        expected = whole[site].detach().to(getattr(torch, dtype)).float()
         seen = set()
         for batch, where in store.rows(str(site)).scan():
-            for x, (sample, row, column) in zip(batch.x, where.tolist(), strict=True):
-                inputs = samples.stack([samples.read(sample)])
-                expected = read(NETWORK, inputs, [site])[site][0, :, row, column]
-                torch.testing.assert_close(
-                    x, expected.to(getattr(torch, dtype)).float(), atol=1e-5, rtol=1e-2
-                )
-                seen.add((sample, row, column))
+            sample, row, column = where.long().T
+            found = expected[sample, :, row, column]
+            torch.testing.assert_close(batch.x, found, atol=1e-5, rtol=1e-2)
+            seen |= set(map(tuple, where.tolist()))
         assert len(seen) == 60 * (81 if rule == "all" else 7)
 
 

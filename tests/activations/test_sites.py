@@ -101,6 +101,26 @@ def test_an_edited_input_reaches_the_module():
     torch.testing.assert_close(inside, network.mixed(torch.zeros(4, 6, 9, 9)))
 
 
+def test_an_input_given_by_keyword_can_be_read_and_edited():
+    class Caller(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = Called()
+
+        def forward(self, x):
+            return self.inner(x=x)
+
+    class Called(nn.Module):
+        def forward(self, x):
+            return 2 * x
+
+    network, site = Caller(), Site("inner", take="input")
+    x = torch.ones(2, 3)
+    assert torch.equal(read(network, x, [site])[site], x)
+    with edited(network, {site: lambda a: a + 1}):
+        assert torch.equal(network(x), torch.full((2, 3), 4.0))
+
+
 def test_an_edit_that_changes_the_shape_is_refused():
     with (
         edited(tiny(), {Site("first"): lambda a: a[:, :2]}) as network,

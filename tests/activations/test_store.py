@@ -1,6 +1,7 @@
 """Reading a store: every row once an epoch, in an order in which neighbours are strangers."""
 
 import itertools
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,7 +9,9 @@ import torch
 
 from mechatlas.activations.store import Store, write_shard
 from mechatlas.base import Rows, StoreError
+from mechatlas.dictionaries.rows import ArrayRows
 from mechatlas.files import write_json
+from tests.conformance import ROWS_CHECKS
 
 N_SHARDS, PER_SHARD, D = 24, 200, 3
 
@@ -88,8 +91,32 @@ def test_neighbours_are_as_unrelated_as_rows_drawn_at_random(store):
     assert abs(same - pairs * 9 / (total - 1)) < 4 * np.sqrt(pairs * 9 / total)
 
 
-def test_it_fits_the_protocol(store):
-    assert isinstance(store.rows("a"), Rows)
+def stored(tmp_path: Path) -> Rows:
+    random = torch.Generator().manual_seed(0)
+    shards = []
+    for i, split in enumerate(("train", "train", "train", "held")):
+        rows = torch.randn(30 + i, 4, generator=random)
+        where = torch.zeros(len(rows), 3, dtype=torch.int32)
+        shards.append(list(write_shard(tmp_path, "a", split, i, rows, where)))
+    sites = {"a": {"width": 4, "grid": [1, 1], "branches": {}}}
+    manifest = {"schema": 1, "kind": "store", "complete": True, "shards": shards, "sites": sites}
+    write_json(tmp_path / "manifest.json", manifest)
+    return Store(tmp_path).rows("a", pool_bytes=1000)
+
+
+SOURCES = {
+    "a store": stored,
+    "an array": lambda _: ArrayRows(torch.randn(100, 4)),
+    "a memory map": lambda path: ArrayRows(
+        np.lib.format.open_memmap(path / "x.npy", mode="w+", dtype=np.float32, shape=(100, 4))
+    ),
+}
+
+
+@pytest.mark.parametrize("check", ROWS_CHECKS, ids=lambda check: check.__name__)
+@pytest.mark.parametrize("source", SOURCES)
+def test_conformance(source, check, tmp_path):
+    check(SOURCES[source](tmp_path))
 
 
 def test_a_row_is_described_by_file_and_line(store):

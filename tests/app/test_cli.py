@@ -95,8 +95,10 @@ def test_mistakes_get_one_sentence_and_exit_code_2(here, capsys):
     (here / "bad.toml").write_text(COLLECT.replace("mixed", "mixd"))
     assert "Did you mean 'mixed'" in refused(["collect", "bad.toml"], capsys)
     assert not (here / "store").exists()
-    bad = ["collect", "collect.toml", "--samples.crops", "0"]
-    assert "crops must be at least 1, got 0" in refused(bad, capsys)
+    with pytest.raises(SystemExit) as exit_:  # the parser's own words for flags
+        main(["collect", "collect.toml", "--samples.crops", "0"])
+    assert exit_.value.code == 2
+    assert "crops must be at least 1, got 0" in capsys.readouterr().err
     assert "no bundled network 'inception_mni'" in refused(["sites", "inception_mni"], capsys)
     assert "cannot import 'nowhere'" in refused(["sites", "nowhere:f"], capsys)
     assert "has no function 'huge'" in refused(["sites", "tests.networks:huge"], capsys)

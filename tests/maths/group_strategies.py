@@ -7,7 +7,8 @@ import math
 import hypothesis.strategies as st
 import numpy as np
 
-from mechatlas.maths.groups import Group, permutation_group, semidirect_product
+from mechatlas.maths.group_constructions import permutation_group, semidirect_product
+from mechatlas.maths.groups import Group
 from mechatlas.maths.named_groups import cyclic, group
 
 Spec = tuple[str, str] | tuple[str, int, int, int] | tuple[str, tuple[tuple[int, ...], ...]]

@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given, settings
 
 from mechatlas.maths import subgroups
-from mechatlas.maths.groups import Group, semidirect_product
+from mechatlas.maths.group_constructions import semidirect_product
+from mechatlas.maths.groups import Group
 from mechatlas.maths.named_groups import group
 from mechatlas.maths.subgroups import SubgroupLimitError
 from tests.maths.group_strategies import all_subgroups, build, relabelled, seeds, specs

@@ -180,7 +180,7 @@ def _probe(
         found = read(network, samples.stack([first]).to(device), sites)
     shapes = {}
     for site, activation in found.items():
-        named = {} if site.branch else branches_of(network, site.module)
+        named = {} if site.branch else branches_of(network, site.module, site.take)
         ranges = {name: (s.start, s.stop) for name, s in named.items()}
         width = channels_last(activation).shape[-1]
         shapes[site] = SiteShape(width, grid_of(activation), ranges)

@@ -17,7 +17,7 @@ import functools
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -79,7 +79,7 @@ def _with_branch(network: nn.Module, site: Site) -> list[Site]:
     if site.branch is None:
         return [site]
     glob = _glob(site.branch)
-    branches = branches_of(network, site.module)
+    branches = branches_of(network, site.module, site.take)
     named = [dataclasses.replace(site, branch=name) for name in branches if glob.fullmatch(name)]
     if named:
         return named
@@ -98,37 +98,55 @@ def _no_such_module(site: Site, names: list[str]) -> str:
 
 
 def _no_such_branch(network: nn.Module, site: Site, modules: list[str]) -> str:
-    known = sorted({name for module in modules for name in branches_of(network, module)})
+    known = sorted({name for module in modules for name in branches_of(network, module, site.take)})
     have = f"has the branches {', '.join(known)}" if known else "has no named branches"
     return f"Module {modules[0]!r} {have}; it has no branch {site.branch!r} (site {site})."
 
 
-def branches_of(network: nn.Module, module_name: str) -> dict[str, slice]:
-    """The named channel slices of a module's output (of its input, for `:input` sites).
+HEADS_MIXED_BY = {"c_proj", "o_proj", "out_proj", "out_lin", "dense"}
+"""Names of the linear layers that take the heads, side by side, and mix them."""
+HEADS_MADE_BY = {"query", "key", "value"} | {f"{x}_{end}" for x in "qkv" for end in ("proj", "lin")}
+"""Names of the linear layers whose outputs are the heads, side by side."""
 
-    A module names them in an attribute `branches`, a dict of name to slice. Attention
-    modules that tell their number of heads get `head0`, `head1`, ... in equal slices.
+
+def branches_of(
+    network: nn.Module, module_name: str, take: Literal["output", "input"] = "output"
+) -> dict[str, slice]:
+    """The named channel slices of what a module returns, or of what it is given.
+
+    A module names those of its output in an attribute `branches`, a dict of name to slice.
+    Where an attention module keeps its heads side by side they are `head0`, `head1`, ...:
+    in its output if nothing inside it mixes them, in the input of the layer that does, and
+    in the queries, keys and values.
     """
-    module = network.get_submodule(module_name)
-    branches = getattr(module, "branches", None)
+    branches = getattr(network.get_submodule(module_name), "branches", None)
     if isinstance(branches, Mapping) and not isinstance(branches, nn.Module):
-        return dict(branches)
-    heads = _heads(network, module_name)
-    return {f"head{i}": slice(i * heads[1], (i + 1) * heads[1]) for i in range(heads[0])}
+        return dict(branches) if take == "output" else {}
+    n_heads, width = _heads(network, module_name, take)
+    return {f"head{i}": slice(i * width, (i + 1) * width) for i in range(n_heads)}
 
 
-def _heads(network: nn.Module, module_name: str) -> tuple[int, int]:
-    """Number and width of the heads whose concatenation a module gives or is given."""
+def _heads(network: nn.Module, module_name: str, take: str) -> tuple[int, int]:
+    """Number and width of the heads that lie side by side there; 0 where they do not."""
     module = network.get_submodule(module_name)
-    parent = network.get_submodule(module_name.rpartition(".")[0])
-    holder = parent if isinstance(module, nn.Linear) or _is_conv1d(module) else module
-    config = getattr(holder, "config", None)
+    parent, _, name = module_name.rpartition(".")
+    linear = isinstance(module, nn.Linear) or _is_conv1d(module)
+    if linear:
+        apart = name in (HEADS_MIXED_BY if take == "input" else HEADS_MADE_BY)
+    else:
+        inside = {child for child, _ in module.named_children()}
+        apart = take == "output" and not inside & HEADS_MIXED_BY
+    holder = network.get_submodule(parent) if linear else module
     n_heads = _first(holder, "num_attention_heads", "num_heads", "n_heads")
     if n_heads is None and "attention" in type(holder).__name__.lower():
-        n_heads = _first(config, "num_attention_heads", "n_head", "n_heads")
-    width = _first(holder, "attention_head_size", "head_dim")
-    if n_heads is None or width is None:
+        n_heads = _first(
+            getattr(holder, "config", None), "num_attention_heads", "n_head", "n_heads"
+        )
+    width = _first(holder, "attention_head_size", "head_dim", "head_size")
+    if not apart or n_heads is None or width is None:
         return 0, 0
+    if isinstance(module, nn.Linear) and take == "output":
+        n_heads = module.out_features // width  # keys and values may have fewer heads
     return n_heads, width
 
 
@@ -149,7 +167,7 @@ def select(network: nn.Module, site: Site) -> slice:
     """
     if site.branch is None:
         return slice(None)
-    branches = branches_of(network, site.module)
+    branches = branches_of(network, site.module, site.take)
     if site.branch not in branches:
         raise SiteError(_no_such_branch(network, site, [site.module]))
     return branches[site.branch]
@@ -243,13 +261,25 @@ def edited(network: nn.Module, edits: Mapping[Site, Edit]) -> Iterator[nn.Module
                     lambda _m, _args, output, change=change: change(output)
                 )
             else:
-
-                def on_input(_module: nn.Module, given: Any, change: Edit = change) -> Any:
-                    return change(given)
-
-                handle = module.register_forward_pre_hook(on_input)
+                handle = module.register_forward_pre_hook(
+                    functools.partial(_edit_input, change=change), with_kwargs=True
+                )
             hooks.callback(handle.remove)
         yield network
+
+
+def _edit_input(
+    _module: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    *,
+    change: Callable[[Any], Any],
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    # Some networks pass everything by keyword; what `read` takes is then the first of these.
+    if args:
+        return change(args), kwargs
+    name = next(iter(kwargs))
+    return args, {**kwargs, name: change(kwargs[name])}
 
 
 def _edit(value: Any, *, site: Site, edit: Edit, channels: slice) -> Any:

@@ -57,7 +57,7 @@ class Sites:
                mechatlas sites my_package.my_module:my_factory --shape 3 32 32
     """
 
-    network: Positional[str]
+    network: Annotated[Positional[str], arg(metavar="NETWORK")]
     """A bundled name, `package.module:factory`, or a recipe with a [network] table."""
     weights: Path | None = None
     """File of weights for it."""
@@ -114,6 +114,8 @@ def fail(message: str) -> Never:
     print(f"mechatlas: {message}", file=sys.stderr)
     raise SystemExit(2)
 
+
+FLAT = (tyro.conf.AvoidSubcommands,)  # a recipe has chosen its kind of samples already
 
 Answer = tuple[dict[str, Any], str]
 """What a command found, and the same in words."""
@@ -188,13 +190,15 @@ def from_words(kind: type[Any], words: list[str], command: str) -> Any:
     files = [word for word in words[:1] if word.endswith(".toml")]
     if not files:
         if "-h" in words or "--help" in words:
-            tyro.cli(kind, args=["--help"], prog=prog, description=described)
+            tyro.cli(kind, args=["--help"], prog=prog, description=described, config=FLAT)
         raise RecipeError(
             f"`mechatlas {command}` needs a recipe file first: mechatlas {command} RECIPE.toml "
             f"[--field value ...]. `mechatlas {command} --help` lists the fields."
         )
     recipe = read_recipe(Path(files[0]), kind)
     try:
-        return tyro.cli(kind, args=words[1:], default=recipe, prog=prog, description=described)
+        return tyro.cli(
+            kind, args=words[1:], default=recipe, prog=prog, description=described, config=FLAT
+        )
     except ValueError as error:
         raise RecipeError(f"{error} (on the command line, over {files[0]})") from error

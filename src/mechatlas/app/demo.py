@@ -28,8 +28,8 @@ def run(out: Path) -> dict[str, Any]:
     collect = Collect(
         network=Network(name="inception_mini"),
         sites=SITES,
-        samples=Images(source=source, side=63, crops=60),
-        collecting=Collecting(positions=Positions(per_sample=40)),
+        samples=Images(source=source, side=47, crops=40),
+        collecting=Collecting(positions=Positions(per_sample=50)),
         out=out / "store",
     )
     stages = {"store": jobs.collect(collect)}
@@ -40,8 +40,8 @@ def run(out: Path) -> dict[str, Any]:
             out=out / site,
             n_latents=1024,
             sparsity=TopK(k=16),
-            steps=600,
-            batch_size=1024,
+            steps=500,
+            batch_size=512,
         )
         stages[site] = jobs.train(recipe)
     stages["page"] = jobs.report(out, out / "atlas.html")

@@ -2,8 +2,7 @@
 
 Main path, in reading order:
 
-    character_table      exact characters over the complex numbers, from the class algebra
-    real_irreps          orthogonal matrices for each irrep over the reals, and their check
+    real_irreps          orthogonal matrices for each irrep, and their check
     fourier              functions on the group -> one matrix for each irrep
     inverse_fourier      and back
     isotypic_projection  the part of a function that belongs to one irrep
@@ -22,8 +21,7 @@ type. It occurs d/c times in the regular representation, so over all irreps
 
 All functions work on bare arrays; `mechatlas.maths.groups.Group` calls them.
 
-Source: Serre, Linear Representations of Finite Groups (1977), chapters 2, 6, 12, 13; Dixon,
-High speed computation of group characters (1967), for the class algebra and for rounding.
+Source: Serre, Linear Representations of Finite Groups (1977), chapters 2, 6, 12 and 13.
 """
 
 import dataclasses
@@ -33,12 +31,9 @@ from typing import Literal, NamedTuple
 import numpy as np
 from jaxtyping import Complex, Float, Int
 
-from mechatlas.base import UserError
+from mechatlas.maths.characters import CharacterTable, reading_order
 
 RealType = Literal["real", "complex", "quaternionic"]
-
-MAX_CLASSES = 1500
-"""Most conjugacy classes, and so irreps over the complex numbers, that are computed."""
 
 TOLERANCE = 1e-10
 """Largest error of a product of two matrices, or of a character, that is let through."""
@@ -46,29 +41,6 @@ TOLERANCE = 1e-10
 _TYPE_OF_INDICATOR: dict[int, RealType] = {1: "real", 0: "complex", -1: "quaternionic"}
 _COMMUTANT: dict[RealType, int] = {"real": 1, "complex": 2, "quaternionic": 4}
 _ATTEMPTS = 8
-
-
-class RepresentationLimitError(UserError):
-    """A group has more irreps than `MAX_CLASSES`."""
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class CharacterTable:
-    """The irreducible characters over the complex numbers.
-
-    Rows are sorted by degree, then type, then value, so row 0 is trivial; columns are the
-    conjugacy classes of the group, of which column 0 is the identity.
-    """
-
-    values: Complex[np.ndarray, "irrep class"]
-    """Each is the sum of roots of unity that it has to be, up to rounding (about 1e-15)."""
-    indicators: Int[np.ndarray, " irrep"]
-    """Frobenius and Schur's: 1 real, 0 complex, -1 quaternionic."""
-
-    @property
-    def degrees(self) -> Int[np.ndarray, " irrep"]:
-        """The dimensions of the representations; their squares sum to the order."""
-        return np.rint(np.real(self.values[:, 0])).astype(np.int64)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -105,149 +77,6 @@ class Irrep:
         return self.dimension // self.commutant
 
 
-def character_table(
-    table: Int[np.ndarray, "order order"],
-    inverses: Int[np.ndarray, " order"],
-    class_of: Int[np.ndarray, " order"],
-    element_orders: Int[np.ndarray, " order"],
-) -> CharacterTable:
-    """The irreducible characters over the complex numbers.
-
-    A random Hermitian element of the centre of the group algebra acts on each irrep as a
-    different real number, so its eigenvectors among the class functions are the characters.
-    The eigenvalues of rho(g) are roots of unity whose multiplicities follow from the
-    characters of the powers of g. They are whole numbers: rounding them makes each character
-    exact, and a wrong one would be noticed.
-
-    Args:
-        table: The Cayley table of a group.
-        inverses: Of each element.
-        class_of: Conjugacy class of each element; the identity alone is class 0.
-        element_orders: Of each element.
-
-    Raises:
-        RepresentationLimitError: There are more than `MAX_CLASSES` classes.
-        ArithmeticError: No attempt gave whole multiplicities and orthogonal characters.
-    """
-    if class_of.max() >= MAX_CLASSES:
-        raise RepresentationLimitError(
-            f"The group has {class_of.max() + 1} conjugacy classes; the irreps of groups with up "
-            f"to {MAX_CLASSES} are computed, since the time grows with the cube of their number."
-        )
-    classes = _Classes.of(table, inverses, class_of, element_orders)
-    for seed in range(_ATTEMPTS):
-        estimate = _approximate_characters(table, inverses, classes, seed)
-        values = _exact_characters(estimate, classes)
-        if values is None or not _orthonormal(values, classes):
-            continue
-        indicators = np.rint(np.real(values[:, classes.square] @ classes.sizes) / len(table))
-        rank = _order_of(indicators, values)
-        indicators = indicators[rank].astype(np.int64)
-        values = values[rank]
-        values[indicators != 0] = np.real(values[indicators != 0])
-        return CharacterTable(values, indicators)
-    raise ArithmeticError(
-        f"The characters of a group of order {len(table)} could not be told apart in {_ATTEMPTS} "
-        "attempts."
-    )
-
-
-class _Classes(NamedTuple):
-    """The conjugacy classes of a group, as arrays."""
-
-    class_of: Int[np.ndarray, " order"]
-    sizes: Int[np.ndarray, " class"]
-    representatives: Int[np.ndarray, " class"]
-    inverse: Int[np.ndarray, " class"]
-    square: Int[np.ndarray, " class"]
-    powers: list[Int[np.ndarray, " _"]]
-    """For each class, the classes of g^0, g^1, ..., up to the order of g."""
-
-    @classmethod
-    def of(
-        cls,
-        table: Int[np.ndarray, "order order"],
-        inverses: Int[np.ndarray, " order"],
-        class_of: Int[np.ndarray, " order"],
-        element_orders: Int[np.ndarray, " order"],
-    ) -> "_Classes":
-        _, representatives, sizes = np.unique(class_of, return_index=True, return_counts=True)
-        identity = representatives[0]
-        powers = []
-        for g in representatives:
-            power = [identity]
-            while len(power) < element_orders[g]:
-                power.append(table[power[-1], g])
-            powers.append(class_of[np.array(power)])
-        inverse = class_of[inverses[representatives]]
-        square = class_of[table[representatives, representatives]]
-        return cls(class_of, sizes, representatives, inverse, square, powers)
-
-
-def _approximate_characters(
-    table: Int[np.ndarray, "order order"],
-    inverses: Int[np.ndarray, " order"],
-    classes: _Classes,
-    seed: int,
-) -> Complex[np.ndarray, "irrep class"]:
-    rng = np.random.default_rng([seed, 0x6368])
-    parts = rng.normal(size=(2, len(classes.sizes)))
-    z = parts[0] + 1j * parts[1]
-    z = (z + z[classes.inverse].conj()) / np.sqrt(classes.sizes)
-    # (z * phi)(x) = sum over y of z(x y^-1) phi(y), for class functions phi, in the basis of
-    # normalised indicators of classes, where it is a Hermitian matrix.
-    by_class = np.argsort(classes.class_of, kind="stable")
-    starts = np.cumsum(classes.sizes) - classes.sizes
-    kernel = z[classes.class_of[table[classes.representatives][:, inverses[by_class]]]]
-    root = np.sqrt(classes.sizes)
-    operator = np.add.reduceat(kernel, starts, axis=1) * root[:, None] / root
-    _, vectors = np.linalg.eigh((operator + operator.conj().T) / 2)
-    shape = vectors.T / root
-    shape /= shape[:, :1]
-    degrees = np.sqrt(len(table) / (np.abs(shape) ** 2 @ classes.sizes))
-    return degrees[:, None] * shape
-
-
-def _exact_characters(
-    estimate: Complex[np.ndarray, "irrep class"], classes: _Classes
-) -> Complex[np.ndarray, "irrep class"] | None:
-    exact = np.zeros_like(estimate)
-    done = np.zeros(len(classes.sizes), bool)
-    # The powers of an element of large order settle many other classes at once.
-    for k in sorted(range(len(done)), key=lambda k: -len(classes.powers[k])):
-        if done[k]:
-            continue
-        powers = classes.powers[k]
-        order = len(powers)
-        found = np.fft.fft(estimate[:, powers], axis=1) / order
-        multiplicities = np.rint(found.real)
-        if np.abs(found - multiplicities).max() > 1e-3 or multiplicities.min() < 0:
-            return None
-        exponents = np.arange(order)[:, None] * np.arange(order) % order
-        roots = np.exp(2j * np.pi * np.arange(order) / order)
-        exact[:, powers] = multiplicities @ roots[exponents]
-        done[powers] = True
-    # Sums of roots that are whole numbers should look it.
-    for part in (np.real(exact), np.imag(exact)):
-        whole = np.rint(part)
-        near = np.abs(part - whole) < 1e-12
-        part[near] = whole[near] + 0.0
-    return exact
-
-
-def _orthonormal(values: Complex[np.ndarray, "irrep class"], classes: _Classes) -> bool:
-    order = classes.sizes.sum()
-    gram = values * classes.sizes @ values.conj().T / order
-    return bool(np.abs(gram - np.eye(len(values))).max() < TOLERANCE)
-
-
-def _order_of(indicators: np.ndarray, characters: np.ndarray) -> Int[np.ndarray, " irrep"]:
-    """By dimension, then real, complex, quaternionic, then larger characters first."""
-    columns = np.round(np.stack([np.real(characters), np.imag(characters)]), 9) + 0.0
-    keys = [*columns.transpose(2, 0, 1).reshape(-1, len(characters))]
-    return np.lexsort([*(-key for key in reversed(keys)), -indicators, columns[0, :, 0]])
-
-
 def real_irreps(
     table: Int[np.ndarray, "order order"],
     inverses: Int[np.ndarray, " order"],
@@ -276,7 +105,7 @@ def real_irreps(
         table: The Cayley table of a group.
         inverses: Of each element.
         class_of: Conjugacy class of each element; the identity alone is class 0.
-        characters: As `character_table` gives them.
+        characters: As `characters.character_table` gives them.
         generators: Some elements that generate the group.
 
     Raises:
@@ -317,7 +146,7 @@ def _characters_over_reals(
     kept = [i for i, row in enumerate(conjugates) if i <= row_of[row.tobytes()]]
     doubled = np.where(indicators[kept] == 1, 1, 2)[:, None]
     traces = doubled * np.real(values[kept]) + 1j * np.imag(values[kept])
-    rank = _order_of(indicators[kept], traces)
+    rank = reading_order(indicators[kept], traces)
     return indicators[kept][rank], traces[rank]
 
 
@@ -390,13 +219,32 @@ def _minimal_left_ideal(
     gaps = np.diff(eigenvalues, prepend=-np.inf, append=np.inf)
     best = int(np.minimum(gaps[:-1], gaps[1:]).argmax())
     idempotent = eigenvectors[:, best] @ krylov
-    # Some of its left translates span the ideal.
-    translates = rng.permutation(len(table))[: 2 * dimension + 8]
-    spanning = idempotent[table[inverses[translates]]].T
-    basis, sizes, _ = np.linalg.svd(spanning, full_matrices=False)
-    if sizes[dimension - 1] < 1e-2 * sizes[0]:
-        return None
-    return basis[:, :dimension]
+    return _range_of_projector(table, inverses, idempotent, dimension)
+
+
+def _range_of_projector(
+    table: Int[np.ndarray, "order order"],
+    inverses: Int[np.ndarray, " order"],
+    idempotent: Float[np.ndarray, " order"],
+    rank: int,
+) -> Float[np.ndarray, "order d"] | None:
+    """Orthonormal basis of the left ideal, by Cholesky factors of idempotent(y^-1 x).
+
+    That matrix is the orthogonal projector onto the ideal, up to a factor; and if a multiple
+    of a projector is L L^T with L of full rank, then the columns of L are orthogonal.
+    """
+    identity = table[0, inverses[0]]
+    idempotent = idempotent * rank / (idempotent[identity] * len(table))
+    factor = np.zeros((rank, len(table)))
+    left = np.full(len(table), idempotent[identity])
+    for i in range(rank):
+        pivot = int(left.argmax())
+        if left[pivot] < 1e-4 * idempotent[identity]:
+            return None
+        column = idempotent[table[inverses[pivot]]] - factor[:i, pivot] @ factor[:i]
+        factor[i] = column / np.sqrt(left[pivot])
+        left -= factor[i] ** 2
+    return factor.T.copy()
 
 
 class _Words(NamedTuple):
@@ -456,9 +304,11 @@ def _multiply_out(
     matrices = np.empty((len(table), dimension, dimension))
     matrices[words.identity] = np.eye(dimension)
     for s in words.generators:
-        # The nearest orthogonal matrix: errors of the basis enter in second order only.
-        left, _, right = np.linalg.svd(basis[table[s]].T @ basis)
-        matrices[s] = left @ right
+        # Towards the nearest orthogonal matrix; errors of the basis enter in second order only.
+        matrix = basis[table[s]].T @ basis
+        for _ in range(2):
+            matrix = 1.5 * matrix - 0.5 * matrix @ matrix.T @ matrix
+        matrices[s] = matrix
     for found, a, b in words.rounds:
         matrices[found] = matrices[a] @ matrices[b]
     return matrices

@@ -19,13 +19,8 @@ from functools import lru_cache
 import numpy as np
 from jaxtyping import Int
 
-from mechatlas.maths.groups import (
-    MAX_ORDER,
-    Group,
-    GroupError,
-    direct_product,
-    permutation_group,
-)
+from mechatlas.maths.group_constructions import direct_product, permutation_group
+from mechatlas.maths.groups import MAX_ORDER, Group, GroupError
 
 _FACTOR = re.compile(r"(?:([CDSAQ])(\d{1,9})|PSL\(2,(\d{1,9})\))(?:\^([1-9]\d?))?")
 

@@ -43,7 +43,8 @@ _KNOWN_BY_ORDERS = {
     # (element order, how many elements have it). For simple groups the order of the group and
     # the orders that occur are enough (Vasil'ev, Grechkoseva and Mazurov, 2009). S5 and S6
     # follow: 6 and 36 Sylow 5-subgroups force A5 and A6 inside, and of the few groups of that
-    # order that have those inside, each has other element orders.
+    # order that have those inside, each has other element orders; A4 and S4 are seen from the
+    # lists of groups of order 12 and 24.
     ((1, 1), (2, 3), (3, 8)): "A4",
     ((1, 1), (2, 9), (3, 8), (4, 6)): "S4",
     ((1, 1), (2, 15), (3, 20), (5, 24)): "A5",

@@ -11,6 +11,8 @@ from collections.abc import Mapping
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+from mechatlas.app.report.layout import umap
+
 FEWEST_FOR_UMAP = 32
 
 
@@ -102,8 +104,5 @@ def flat_map(
             flat[alive, : len(axes)] = centred @ axes.T
             flat[alive, len(axes) :] = 0
         return flat, "principal components"
-    from umap import UMAP  # importing it compiles for seconds; only pages with features need it
-
-    reducer = UMAP(n_neighbors=15, min_dist=0.1, metric="cosine", random_state=seed, n_jobs=1)
-    flat[alive] = reducer.fit_transform(unit)
+    flat[alive] = umap(unit, seed=seed)
     return flat, "UMAP"

@@ -11,6 +11,9 @@ large groups an epoch, in place of one by one. The result depends on the seed al
 Source: McInnes, Healy and Melville, UMAP (2018).
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import numpy as np
 import torch
 from jaxtyping import Float, Int
@@ -21,12 +24,12 @@ A, B = 1.577, 0.8951
 """Of the curve 1 / (1 + A d^(2 B)) that fits a least distance of 0.1."""
 GROUPS = 4
 """Parts of an epoch; all edges at once would pull hubs too far."""
-REPULSIONS = 5
-"""Random points that each edge's end is pushed away from."""
+REPULSIONS = 2
+"""Random points that either end of an edge is pushed away from."""
 
 
 def umap(
-    unit: Float[np.ndarray, "n d_in"], *, n_neighbors: int = 15, n_epochs: int = 240, seed: int = 0
+    unit: Float[np.ndarray, "n d_in"], *, n_neighbors: int = 15, n_epochs: int = 200, seed: int = 0
 ) -> Float[np.ndarray, "n 2"]:
     """Lay out unit vectors by their cosines.
 
@@ -67,7 +70,7 @@ def _fuzzy_graph(index: np.ndarray, distance: np.ndarray) -> sparse.coo_matrix:
     rows = np.repeat(np.arange(n), k)
     one_way = sparse.csr_matrix((weight.ravel(), (rows, index.ravel())), shape=(n, n))
     product = one_way.multiply(one_way.T)
-    return sparse.coo_matrix(one_way + one_way.T - product)
+    return sparse.coo_matrix(sparse.triu(one_way + one_way.T - product, k=1))
 
 
 def _start(unit: np.ndarray, seed: int) -> np.ndarray:
@@ -85,14 +88,26 @@ def _settle(
     at = torch.from_numpy(start).float()
     ends = torch.from_numpy(np.stack([graph.row, graph.col]).astype(np.int64))
     chance = torch.from_numpy(graph.data / graph.data.max()).float()
-    for epoch in range(n_epochs):
-        rate = 1 - epoch / n_epochs
-        drawn = ends[:, torch.rand(len(chance), generator=random) < chance]
-        drawn = drawn[:, torch.randperm(drawn.shape[1], generator=random)]
-        for group in drawn.chunk(GROUPS, dim=1):
-            _pull(at, group, rate)
-            _push(at, group[0].repeat(REPULSIONS), rate, random)
+    with _one_thread():
+        for epoch in range(n_epochs):
+            rate = 1 - epoch / n_epochs
+            drawn = ends[:, torch.rand(len(chance), generator=random) < chance]
+            drawn = drawn[:, torch.randperm(drawn.shape[1], generator=random)]
+            for group in drawn.chunk(GROUPS, dim=1):
+                _pull(at, group, rate)
+                _push(at, group.flatten().repeat(REPULSIONS), rate, random)
     return at.numpy()
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    # The steps are too small to share: with several threads most of the time is waiting.
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _pull(at: Tensor, edges: Tensor, rate: float) -> None:
@@ -100,8 +115,8 @@ def _pull(at: Tensor, edges: Tensor, rate: float) -> None:
     square = apart.square().sum(dim=1, keepdim=True).clamp_min(1e-8)
     force = 2 * A * B * square ** (B - 1) / (1 + A * square**B)
     step = (force * apart).clamp(-4, 4) * rate
-    at.index_add_(0, edges[0], step, alpha=-0.5)  # each edge is drawn from both of its ends
-    at.index_add_(0, edges[1], step, alpha=0.5)
+    at.index_add_(0, edges[0], step, alpha=-1)
+    at.index_add_(0, edges[1], step)
 
 
 def _push(at: Tensor, points: Tensor, rate: float, random: torch.Generator) -> None:
@@ -109,4 +124,4 @@ def _push(at: Tensor, points: Tensor, rate: float, random: torch.Generator) -> N
     apart = at[points] - at[others]
     square = apart.square().sum(dim=1, keepdim=True)
     force = 2 * B / ((1e-3 + square) * (1 + A * square**B))
-    at.index_add_(0, points, (force * apart).clamp(-4, 4) * rate, alpha=0.5)
+    at.index_add_(0, points, (force * apart).clamp(-4, 4) * rate)

@@ -1,0 +1,65 @@
+"""Shuffled reading of a store against a plain sequential read of the same bytes.
+
+Run: `make bench`, or `pytest benchmarks/bench_store.py -o python_files='bench_*.py'
+--benchmark-only`. Both read from the page cache, wall seconds, interleaved, medians.
+"""
+
+import statistics
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from mechatlas.activations.store import Store, write_shard
+from mechatlas.files import write_json
+
+N_SHARDS, ROWS, WIDTH = 256, 4096, 512  # 2 GiB of float32
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory) -> Store:
+    root = tmp_path_factory.mktemp("store")
+    random = torch.Generator().manual_seed(0)
+    shards = []
+    for i in range(N_SHARDS):
+        rows = torch.randn(ROWS, WIDTH, generator=random)
+        where = torch.zeros(ROWS, 3, dtype=torch.int32)
+        shards.append(list(write_shard(root, "a", "train", i, rows, where)))
+    sites = {"a": {"width": WIDTH, "grid": [1, 1], "branches": {}}}
+    manifest = {"schema": 1, "kind": "store", "complete": True, "shards": shards, "sites": sites}
+    write_json(root / "manifest.json", manifest)
+    return Store(root)
+
+
+def plain(store: Store) -> float:
+    buffer = np.empty(max(s.bytes for s in store.shards), np.uint8)
+    started = time.perf_counter()
+    for shard in store.shards:
+        with open(store.root / shard.file, "rb", buffering=0) as file:
+            file.readinto(buffer.data[: shard.bytes])  # pyright: ignore[reportArgumentType]
+    return time.perf_counter() - started
+
+
+def shuffled(store: Store, seed: int) -> float:
+    rows = store.rows("a")
+    batches = rows.batches(4096, seed=seed)
+    started = time.perf_counter()
+    for _ in range(rows.n_rows // 4096):
+        next(batches)
+    return time.perf_counter() - started
+
+
+def test_shuffled_reading_against_a_sequential_read(benchmark, store):
+    plain(store)  # once, to fill the page cache
+    pairs = [(plain(store), shuffled(store, seed)) for seed in range(7)]
+    size = sum(s.bytes for s in store.shards) / 2**30
+    ratio = statistics.median(a / b for a, b in pairs)
+    benchmark.extra_info.update(
+        gib=size,
+        plain_gib_per_s=size / statistics.median(a for a, _ in pairs),
+        shuffled_gib_per_s=size / statistics.median(b for _, b in pairs),
+        ratio=ratio,
+    )
+    print(f"\n{benchmark.extra_info}")
+    benchmark.pedantic(shuffled, args=(store, 99), rounds=1)
