@@ -33,7 +33,7 @@ Split = tuple[np.ndarray, np.ndarray]
 
 def main() -> None:
     """Train, fold, report the test accuracy and write the weights."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Train the bundled network on CIFAR-10.")
     parser.add_argument("cifar", type=Path)
     parser.add_argument("--work", type=Path, default=Path("runs/inception_mini"))
     parser.add_argument("--out", type=Path, default=Path("inception_mini.safetensors"))
@@ -45,7 +45,8 @@ def main() -> None:
 
     train, test = read_cifar(options.cifar, options.work)
     torch.manual_seed(options.seed)
-    network = with_batch_norm(InceptionMini()).to(memory_format=torch.channels_last)
+    network = with_batch_norm(InceptionMini())
+    network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     trained = fit(network, train, test, options)
     folded = fold(trained).half().float()
     accuracy = evaluate(folded, *test)
@@ -153,16 +154,12 @@ def with_batch_norm(network: InceptionMini) -> InceptionMini:
     """The same network with a batch normalisation after each convolution."""
     for module in network.modules():
         if isinstance(module, ConvReLU):
-            conv = module.conv
+            conv, side = module.conv, module.conv.kernel_size[0]
             bare = nn.Conv2d(
-                conv.in_channels,
-                conv.out_channels,
-                conv.kernel_size,
-                padding=conv.padding,
-                bias=False,
+                conv.in_channels, conv.out_channels, side, padding=side // 2, bias=False
             )
             nn.init.kaiming_normal_(bare.weight, nonlinearity="relu")
-            module.conv = nn.Sequential(bare, nn.BatchNorm2d(conv.out_channels))
+            module.add_module("conv", nn.Sequential(bare, nn.BatchNorm2d(conv.out_channels)))
     return network
 
 
@@ -171,7 +168,10 @@ def fold(network: InceptionMini) -> InceptionMini:
     folded = copy.deepcopy(network).eval()
     for module in folded.modules():
         if isinstance(module, ConvReLU):
-            module.conv = nn.utils.fuse_conv_bn_eval(module.conv[0], module.conv[1])
+            conv, norm = module.conv.children()
+            assert isinstance(conv, nn.Conv2d)
+            assert isinstance(norm, nn.BatchNorm2d)
+            module.add_module("conv", nn.utils.fuse_conv_bn_eval(conv, norm))
     return folded
 
 

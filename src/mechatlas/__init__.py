@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from mechatlas.dictionaries.rows import ArrayRows
     from mechatlas.dictionaries.sparsity import TopK
     from mechatlas.dictionaries.training import train
+    from mechatlas.maths.groups import Group
+    from mechatlas.maths.named_groups import group
 
 _HOMES = {
     "activations.collect": ("Collecting", "collect"),
@@ -43,6 +45,8 @@ _HOMES = {
     "dictionaries.rows": ("ArrayRows",),
     "dictionaries.sparsity": ("TopK",),
     "dictionaries.training": ("train",),
+    "maths.groups": ("Group",),
+    "maths.named_groups": ("group",),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 
@@ -52,6 +56,7 @@ __all__ = [
     "Autoencoder",
     "Collecting",
     "Dictionary",
+    "Group",
     "Images",
     "Network",
     "Positions",
@@ -67,6 +72,7 @@ __all__ = [
     "evaluate",
     "find_sites",
     "fvu",
+    "group",
     "list_sites",
     "load",
     "open_samples",

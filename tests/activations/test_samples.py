@@ -165,7 +165,7 @@ def test_a_row_with_nan_is_named(tmp_path):
         samples.read(2)
 
 
-class Letters:
+class Letters(torch.nn.Module):
     """A tokenizer of one token a letter."""
 
     def windows(self, text: str, context: int) -> np.ndarray:
@@ -175,7 +175,7 @@ class Letters:
 
 def test_texts_are_cut_into_windows_in_order_of_their_names(tmp_path):
     network = tiny()
-    network.input = Letters()  # pyright: ignore[reportAttributeAccessIssue]
+    network.input = Letters()
     (tmp_path / "b.txt").write_text("abcdefgh")
     (tmp_path / "a.txt").write_text("ABCDE")
     (tmp_path / "c.md").write_text("xxxxxxxxx")
@@ -197,7 +197,7 @@ def test_texts_that_are_too_short_or_have_no_tokenizer_are_refused(tmp_path):
     with pytest.raises(InputError, match="has no tokenizer"):
         open_samples(Texts(source=tmp_path), tiny())
     network = tiny()
-    network.input = Letters()  # pyright: ignore[reportAttributeAccessIssue]
+    network.input = Letters()
     with pytest.raises(InputError, match="no text of at least 4 tokens"):
         open_samples(Texts(source=tmp_path, context=4), network)
 

@@ -45,8 +45,10 @@ def world(tmp_path_factory):
     samples = open_samples(Images(source="scikit-image", crops=2), network)
     settings = Collecting(positions=Positions(rule="random", per_sample=40), held_out=0.2)
     store = collect(network, samples, [SITE], tmp_path_factory.mktemp("run") / "store", settings)
-    dictionary = Projections(atoms(50, 136), threshold=0.1)
-    return network, samples, store.rows("mixed3b"), dictionary
+    rows = store.rows("mixed3b")
+    projections = rows.held_out(500).x @ atoms(50, 136).T
+    dictionary = Projections(atoms(50, 136), threshold=float(projections.quantile(0.8)))
+    return network, samples, rows, dictionary
 
 
 def everything(rows, dictionary):
@@ -164,7 +166,7 @@ def test_a_square_holds_the_pixels_that_its_position_sees(world):
 def test_a_changed_dictionary_is_noticed(world):
     network, samples, rows, dictionary = world
     found = feature_statistics(dictionary, rows, top=4)
-    shuffled = Projections(dictionary.W_dec.roll(1, dims=0), threshold=0.1)
+    shuffled = Projections(dictionary.W_dec.roll(1, dims=0), dictionary.threshold)
     assert examples(network, samples, SITE, shuffled, found, field=FIELD).drift > 0.2
 
 

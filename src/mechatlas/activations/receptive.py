@@ -8,7 +8,7 @@ depend on that pixel; the converse holds up to weights that are exactly zero.
 """
 
 import dataclasses
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from typing import Literal
 
 import numpy as np
@@ -45,8 +45,8 @@ class ReceptiveField:
     """First pixel of position 0."""
 
     def span(
-        self, position: Int[np.ndarray, " n"], side: int
-    ) -> tuple[Int[np.ndarray, " n"], Int[np.ndarray, " n"]]:
+        self, position: Int[np.ndarray, "*n"], side: int
+    ) -> tuple[Int[np.ndarray, "*n"], Int[np.ndarray, "*n"]]:
         """First pixel seen and the one after the last, cut to an input of `side` pixels."""
         first = self.offset + self.stride * np.asarray(position)
         return np.clip(first, 0, side), np.clip(first + self.size, 0, side)
@@ -115,14 +115,11 @@ def _thin(
     network: nn.Module, site: Site, side: int, axis: Literal[0, 1], channels: int
 ) -> tuple[Bool[np.ndarray, "position pixel"] | None, int]:
     """What is seen along one axis, and how thin the inputs were that showed it."""
-    for thin in (*(t for t in THIN if t < side), side):
+    for thin in (t for t in THIN if t < side):
         sides = (side, thin) if axis == 0 else (thin, side)
-        try:
+        with suppress(RuntimeError, ValueError):  # too thin, or a network for squares only
             return _sees(network, site, sides, axis, np.arange(side), channels), thin
-        except (RuntimeError, ValueError):  # too thin, or a network for squares only
-            if thin == side:
-                raise
-    return None, side
+    return _sees(network, site, (side, side), axis, np.arange(side), channels), side
 
 
 def _device(network: nn.Module) -> torch.device:

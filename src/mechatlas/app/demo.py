@@ -28,7 +28,7 @@ def run(out: Path) -> dict[str, Any]:
     collect = Collect(
         network=Network(name="inception_mini"),
         sites=SITES,
-        samples=Images(source=source, side=47, crops=40),
+        samples=Images(source=source, side=47, crops=32),
         collecting=Collecting(positions=Positions(per_sample=50)),
         out=out / "store",
     )
@@ -40,7 +40,7 @@ def run(out: Path) -> dict[str, Any]:
             out=out / site,
             n_latents=1024,
             sparsity=TopK(k=16),
-            steps=500,
+            steps=400,
             batch_size=512,
         )
         stages[site] = jobs.train(recipe)

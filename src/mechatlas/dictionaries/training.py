@@ -17,7 +17,7 @@ from mechatlas.dictionaries.autoencoder import Autoencoder
 from mechatlas.dictionaries.metrics import History, evaluate
 from mechatlas.dictionaries.rows import as_rows
 
-MEASUREMENTS = 40
+MEASUREMENTS = 25
 HELD_OUT_ROWS = 4096
 DEAD_AFTER_ROWS = 250_000
 

@@ -19,7 +19,7 @@ type. It occurs d/c times in the regular representation, so over all irreps
     Parseval         sum of f(g)^2 = 1/order * sum over rho of d/c * |F(rho)|^2 (Frobenius)
     convolution      (f * h)(x) = sum over y of f(y) h(y^-1 x) becomes F(rho) H(rho)
 
-All functions work on bare arrays; `mechatlas.maths.groups.Group` calls them.
+All functions work on bare arrays; `Group.irreps` calls `real_irreps` and keeps the result.
 
 Source: Serre, Linear Representations of Finite Groups (1977), chapters 2, 6, 12 and 13.
 """

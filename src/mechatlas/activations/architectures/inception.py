@@ -94,10 +94,10 @@ class InceptionMini(nn.Module):
     exactly quarter-turns and mirrors of every grid. Other sides 8 n + 7 keep this.
     """
 
-    # fmt: off
-    classes = ("airplane", "automobile", "bird", "cat", "deer",
-               "dog", "frog", "horse", "ship", "truck")
-    # fmt: on
+    classes: tuple[str, ...] = (
+        *("airplane", "automobile", "bird", "cat", "deer"),
+        *("dog", "frog", "horse", "ship", "truck"),
+    )
 
     def __init__(self) -> None:
         super().__init__()

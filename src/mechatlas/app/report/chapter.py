@@ -73,7 +73,7 @@ def _number(value: Any) -> str:
     return f"{value:,.1f}" if size >= 100 else f"{value:.3g}" if size >= 1e-3 else f"{value:.1e}"
 
 
-def _size(n_bytes: float | None) -> str:
+def _size(n_bytes: int | float | None) -> str:
     for unit in ("B", "KiB", "MiB", "GiB"):
         if n_bytes is None:
             return MISSING

@@ -4,20 +4,26 @@
 const cards = (() => {
   const { el, number } = atlas;
 
-  // From pale yellow to deep red; weak activations are more transparent.
+  // A light in the dark: what is not active is dimmed, what is active shows through an amber tint.
   function heatColour(v) {
-    const t = v / 255;
-    return [255, Math.round(225 * (1 - t) + 20 * t), Math.round(60 * (1 - t) + 70 * t), Math.round(215 * Math.pow(t, 0.75))];
+    const t = v / 255, dark = 0.4 * (1 - t), tint = 0.56 * Math.sqrt(t), sum = dark + tint;
+    return [255 * tint / sum, 178 * tint / sum, 0, 255 * sum].map(Math.round);
   }
   const ramp = Array.from({ length: 256 }, (_, v) => heatColour(v));
 
+  // One pixel a position, and one more around: pixels beyond the outermost positions exist too.
   function heatCanvas(d, at) {
     const [h, w] = d.heat_shape;
     const canvas = document.createElement("canvas");
-    canvas.width = w;
-    canvas.height = h;
-    const pixels = new ImageData(w, h);
-    for (let p = 0; p < h * w; p++) pixels.data.set(ramp[d.heat[at * h * w + p]], 4 * p);
+    canvas.width = w + 2;
+    canvas.height = h + 2;
+    const pixels = new ImageData(w + 2, h + 2);
+    for (let y = 0; y < h + 2; y++) {
+      const row = at * h * w + Math.min(Math.max(y - 1, 0), h - 1) * w;
+      for (let x = 0; x < w + 2; x++) {
+        pixels.data.set(ramp[d.heat[row + Math.min(Math.max(x - 1, 0), w - 1)]], 4 * (y * (w + 2) + x));
+      }
+    }
     canvas.getContext("2d").putImageData(pixels, 0, 0);
     return canvas;
   }
@@ -38,11 +44,19 @@ const cards = (() => {
       const [h, w] = d.heat_shape, cell = d.crop.cell;
       const hx = (d.crop.origin + cell * d.first[2 * at + 1] - left) * unit;
       const hy = (d.crop.origin + cell * d.first[2 * at] - top) * unit;
-      context.fillStyle = "rgba(0,0,0,.18)";
-      context.fillRect(0, 0, size, size);
-      context.drawImage(heatCanvas(d, at), hx, hy, w * cell * unit, h * cell * unit);
+      context.drawImage(heatCanvas(d, at), hx - cell * unit, hy - cell * unit, (w + 2) * cell * unit, (h + 2) * cell * unit);
+      if (size > 100) mark(context, hx, hy, cell * unit, d.place[2 * at + 1] - d.first[2 * at + 1], d.place[2 * at] - d.first[2 * at]);
     }
     canvas.dataset.drawn = "yes";
+  }
+
+  // A frame around the position itself.
+  function mark(context, x, y, cell, column, row) {
+    context.lineWidth = 1.25;
+    for (const [grow, style] of [[1.2, "rgba(0,0,0,.55)"], [0, "rgba(255,255,255,.95)"]]) {
+      context.strokeStyle = style;
+      context.strokeRect(x + cell * column - grow, y + cell * row - grow, cell + 2 * grow, cell + 2 * grow);
+    }
   }
 
   function crop(d, i, rank, css) {
@@ -185,10 +199,10 @@ const cards = (() => {
     const bars = branchBars(d, i, true);
     return [
       part(d.kind === "text" ? "Strongest tokens" : "Strongest examples",
-        shown ? `The ${shown} strongest rows, at most one of each sample, strongest first.${d.kind === "image" ? " Each square holds all that the position sees, cut to the picture; the heat is the activation at every position, relative to the feature’s largest." : ""}` : "",
+        shown ? `The ${shown} strongest rows, at most one of each sample, strongest first.${d.kind === "image" ? " Each square holds all that the position sees, cut to the picture; light is the activation at every position, relative to the feature’s largest, and the frame is the position itself." : ""}` : "",
         exampleList(d, i, d.top, 132, showHeat)),
       el("div", { class: "columns" },
-        part("Activations", `Density: share of ${read} of the store where it is active. Mean: over those rows. Below: how many rows by activation; both axes are compressed (ratios across, square roots up).`, facts(d, i), d.density[i] > 0 ? histogram(d, i) : null),
+        part("Activations", `Density: share of ${read} of the store where it is active. Mean: over those rows. Bars: number of rows by activation, with ratios across and square roots up; the first bar holds everything weaker.`, facts(d, i), d.density[i] > 0 ? histogram(d, i) : null),
         bars ? part("Branches", "Length of the atom’s positive part inside each branch, over its whole length; squares add up to 1. The tick is what the branch’s width predicts. A description: whether a difference stands against chance is for `mechatlas branches` to say.", bars) : null,
         part("Nearest atoms", `Cosine of decoder rows, among features that are ever active. One shuffled atom in a hundred reaches ${number(d.chance)}; fainter ones are below that.`, neighbourList(d, i, showHeat, open))),
     ];

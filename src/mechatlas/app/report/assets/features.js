@@ -9,7 +9,7 @@
   const byId = (id) => document.getElementById(id);
   const PER_PAGE = 24;
   const dialog = byId("detail");
-  const state = { d: null, found: [], page: 0, open: null, heat: true, rising: false, observers: [] };
+  const state = { d: null, found: [], page: 0, open: null, heat: true, rising: true, observers: [] };
   const opened = new Map();
 
   // Arrays of a dictionary are decoded when it is first looked at.
@@ -105,7 +105,7 @@
     const bare = { visible: false, showgrid: false, zeroline: false };
     return { data, layout: {
       xaxis: bare, yaxis: { ...bare, scaleanchor: "x" }, margin: { l: 4, r: 4, t: 4, b: 4 }, hovermode: "closest",
-      dragmode: "pan", showlegend: by === "branch", legend: { orientation: "h", y: -0.02, itemsizing: "constant" }, uirevision: `${d.index}`,
+      dragmode: "pan", showlegend: by === "branch", legend: { orientation: "h", x: 0, y: -0.02, yanchor: "top", itemsizing: "constant" }, uirevision: `${d.index}`,
     } };
   }
 
@@ -133,12 +133,14 @@
     const [back, forth] = [step(-1), step(1)];
     const button = (text, label, action) =>
       el("button", { type: "button", "aria-label": label, title: label, disabled: !action, onclick: action || (() => {}) }, text);
+    const heatButton = button("heat", "show or hide the heat maps", toggleHeat);
+    heatButton.setAttribute("aria-pressed", state.heat);
     dialog.replaceChildren(
       el("header", {},
         el("h3", { id: "detail-title" }, `${d.key}/`, el("b", {}, String(i))),
         el("span", { class: "spacer" }),
         button("←", "previous feature", back), button("→", "next feature", forth),
-        button("heat", "show or hide the heat maps", toggleHeat), button("✕", "close", () => dialog.close())),
+        heatButton, button("✕", "close", () => dialog.close())),
       el("div", { class: `inside ${d.kind}` }, ...cards.detail(d, i, state.heat, openFeature)));
     dialog.step = (by) => step(by)?.();
     if (!dialog.open) dialog.showModal();
@@ -169,7 +171,7 @@
     const d = state.d;
     root.querySelectorAll("[role=tab]").forEach((tab, k) => tab.setAttribute("aria-selected", k === index));
     const option = (value, text = value) => el("option", { value }, text);
-    byId("sort").replaceChildren(...["density", "max", "mean", "number", "shuffled"].map((n) => option(n)), ...d.branches.map((n) => option(n, `share of ${n}`)));
+    byId("sort").replaceChildren(...["number", "density", "max", "mean", "shuffled"].map((n) => option(n)), ...d.branches.map((n) => option(n, `share of ${n}`)));
     byId("map-colour").replaceChildren(...(d.branches.length ? [option("branch")] : []), option("density"), option("max"));
     byId("help-branches").textContent = d.branches.length
       ? `, ${d.branches[0]}>0.8 by number · ${d.branches.join(", ")}: features that lean to a branch` : "";
@@ -184,7 +186,7 @@
     const terms = [
       ["density", "share of the store’s rows where the feature is active (above zero)"],
       ["max, mean", "largest and mean activation where it is active, in the units of the code"],
-      ["heat", "activation at every position, relative to the feature’s largest in the squares shown"],
+      ["heat", "light is the activation at every position, relative to the feature’s largest in the squares shown; what is dimmed is not active"],
       ["examples", `from ${number(d.rows)} of ${number(d.allRows)} rows, then run through the network again; the two agree within ${number(d.drift)} of each feature’s maximum`],
     ];
     if (d.branches.length) terms.push(["branch bars", "share of the atom’s length in each branch; the tick is what the branch’s width predicts. A feature leans to the branch that exceeds its tick by the largest factor"]);

@@ -1,7 +1,6 @@
 """Every feature of every dictionary: what makes it active, and what its atom is made of."""
 
 import dataclasses
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -58,11 +57,11 @@ def chapter(runs: Runs, on_progress: Progress) -> Chapter | None:
         return None
     opened: list[_Opened] = []
     failed: list[tuple[str, str]] = []
-    total = 100 * len(found) + 10
+    total = 100 * len(found)
     for number, run in enumerate(found):
         key = _key(run, [o.key for o in opened])
         try:
-            opened.append(_open(run, key, runs, _part(on_progress, number * 100, 80, total)))
+            opened.append(_open(run, key, runs, _part(on_progress, number * 90, 90, total)))
         except UserError as error:  # one broken run must not cost the page of the others
             failed.append((run.name, str(error)))
     galleries = _galleries(opened)
@@ -77,7 +76,7 @@ def chapter(runs: Runs, on_progress: Progress) -> Chapter | None:
         described, own = _describe(one, name, pictures)
         data["dictionaries"].append(described)
         arrays |= {f"{number}/{key}": array for key, array in own.items()}
-        on_progress(100 * len(found) * (number + 1) // len(opened), total)
+        on_progress(90 * len(found) + 10 * (number + 1), total)
     return Chapter(
         name="features",
         title="Features",
@@ -148,15 +147,8 @@ def _tokens(
         window = windows[int(shown.sample[latent, rank])]
         ids[latent, rank] = window[first : first + length]
     known, index = np.unique(ids, return_inverse=True)
-    return index.reshape(ids.shape).astype(np.uint32), _words(network, known)
-
-
-def _words(network: nn.Module, ids: np.ndarray) -> list[str]:
-    """What tokens look like, as the network's tokenizer tells."""
-    words: Callable[[list[int]], list[str]] | None = getattr(
-        getattr(network, "input", None), "words", None
-    )
-    return [str(w) for w in words(ids.tolist())] if words else [f"#{i}" for i in ids]
+    words = network.get_submodule("input").decode(known)  # pyright: ignore[reportCallIssue]
+    return index.reshape(ids.shape).astype(np.uint32), [str(word) for word in words]
 
 
 def _galleries(opened: list[_Opened]) -> dict[Path, tuple[str, Gallery]]:

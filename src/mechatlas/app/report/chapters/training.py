@@ -47,7 +47,7 @@ def _figure(key: str, histories: dict[str, Any]) -> dict[str, Any]:
         for name, history in histories.items()
         if history.get(key)
     ]
-    percent = {"tickformat": ".0%"} if key == "dead_share" else {}
+    percent = {"tickformat": ".1%"} if key == "dead_share" else {}
     return {
         "data": traces,
         "layout": {

@@ -1,0 +1,285 @@
+"""The page: whole, self-contained, escaped, of a bounded size."""
+
+import base64
+import gzip
+import json
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+
+from mechatlas.activations.store import Store
+from mechatlas.analysis.examples import feature_statistics
+from mechatlas.app.report.atoms import branch_shares, flat_map, neighbours
+from mechatlas.app.report.chapter import Chapter, as_json, render
+from mechatlas.app.report.layout import umap
+from mechatlas.app.report.page import CHAPTERS, assemble, write_page
+from mechatlas.app.report.pictures import gallery
+from mechatlas.base import DiskError, UserError
+from mechatlas.dictionaries.formats import load
+
+from .worlds import HOSTILE_FILE, HOSTILE_RUN, HOSTILE_WORD, pictures_and_words
+
+
+class Reader(HTMLParser):
+    """Elements with their attributes, and the text of scripts."""
+
+    def __init__(self):
+        super().__init__()
+        self.elements, self.scripts, self.text = [], [], []
+
+    def handle_starttag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+        if tag == "script":
+            self.scripts.append((dict(attrs), []))
+
+    def handle_data(self, data):
+        if self.elements and self.elements[-1][0] == "script" and self.scripts:
+            self.scripts[-1][1].append(data)
+        else:
+            self.text.append(data)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return pictures_and_words(tmp_path_factory.mktemp("page") / "runs")
+
+
+@pytest.fixture(scope="module")
+def page(folder, tmp_path_factory):
+    steps = []
+    out = tmp_path_factory.mktemp("out") / "atlas.html"
+    written = write_page(folder, out, on_progress=lambda *step: steps.append(step))
+    assert written == out
+    assert steps == sorted(steps)
+    assert steps[-1][0] == steps[-1][1]
+    return out.read_text()
+
+
+@pytest.fixture(scope="module")
+def read(page):
+    reader = Reader()
+    reader.feed(page)
+    return reader
+
+
+def array(read, name):
+    """An array of the page, as the browser will see it."""
+    (attributes, text), *_ = [s for s in read.scripts if s[0].get("data-array") == name]
+    raw = gzip.decompress(base64.b64decode("".join(text)))
+    shape = [int(n) for n in attributes["data-shape"].split(",") if n]
+    return np.frombuffer(raw, attributes["data-dtype"]).reshape(shape)
+
+
+def chapters(read):
+    (_, text), *_ = [s for s in read.scripts if s[0].get("id") == "chapters"]
+    return json.loads("".join(text))
+
+
+def test_nothing_is_loaded_from_anywhere(read):
+    for tag, attributes in read.elements:
+        for name in ("src", "href", "action", "data", "poster", "srcset"):
+            value = attributes.get(name) or ""
+            assert value.startswith(("#", "data:")) or not value, (tag, name, value)
+        assert "@import" not in (attributes.get("style") or "")
+    policy = [a["content"] for t, a in read.elements if a.get("http-equiv")]
+    assert len(policy) == 1
+    assert "default-src 'none'" in policy[0]
+    assert "http" not in policy[0]
+
+
+def test_hostile_names_stay_text(page, read):
+    tags = [tag for tag, _ in read.elements]
+    assert "img" not in tags
+    assert "i" not in tags
+    assert "alert(1)</script>" not in page
+    assert HOSTILE_RUN not in page
+    assert any(HOSTILE_RUN in text for text in read.text)
+    data = chapters(read)["features"]["data"]
+    assert any(HOSTILE_FILE in name for g in data["galleries"].values() for name in g["names"])
+    assert any(HOSTILE_WORD in d["words"] for d in data["dictionaries"])
+
+
+def test_every_script_that_runs_is_one_of_ours(read):
+    running = [s for s in read.scripts if s[0].get("type") in (None, "module", "text/javascript")]
+    assert len(running) == 4
+    assert all("use strict" in "".join(text) for _, text in running)
+
+
+def test_the_numbers_are_those_of_the_runs(folder, read):
+    facts = chapters(read)["features"]["data"]["dictionaries"]
+    number = [d["key"] for d in facts].index("mixed")
+    dictionary = load(folder / "mixed")
+    rows = Store(folder / "pictures").rows("mixed")
+    statistics = feature_statistics(dictionary, rows, top=facts[number]["top"])
+    np.testing.assert_allclose(array(read, f"features/{number}/density"), statistics.density)
+    np.testing.assert_allclose(array(read, f"features/{number}/max"), statistics.max)
+    assert facts[number]["rows"] == rows.n_rows + rows.n_held_out
+    assert facts[number]["branches"] == ["left", "right"]
+    assert facts[number]["drift"] < 0.01
+    assert facts[number]["crop"]["side"] >= 3
+    slot = array(read, f"features/{number}/slot")
+    assert ((slot >= 0) == (statistics.sample >= 0)).all()
+
+
+def test_texts_come_with_their_words(read):
+    data = chapters(read)["features"]["data"]
+    number = [d["kind"] for d in data["dictionaries"]].index("text")
+    tokens = array(read, f"features/{number}/tokens")
+    assert tokens.max() < len(data["dictionaries"][number]["words"])
+    assert data["dictionaries"][number]["branches"] == []
+    assert array(read, f"features/{number}/heat").shape == (50, 12, 17, 1)
+
+
+def test_training_and_overview_are_there(read):
+    assert {"overview", "training", "features"} == set(chapters(read))
+    curves = chapters(read)["training"]["figures"]["fvu"]["data"]
+    assert {c["name"] for c in curves} == {"mixed", HOSTILE_RUN, "words"}
+    text = " ".join(read.text)
+    assert "tests.networks:tiny" in text
+    assert "fraction of variance unexplained" in text
+
+
+def test_a_page_is_small(page):
+    arrays = sum(len(m) for m in re.findall(r"<script type=\"text/plain\" data-[^>]*>[^<]*", page))
+    assert arrays < 410 * 3000  # bytes for each of the features
+    assert len(page) < 4_000_000
+    scripts = len(page) - arrays
+    assert scripts < 2_300_000  # nearly all of it is plotly
+
+
+def test_the_same_runs_give_the_same_page(folder, page, tmp_path):
+    assert write_page(folder, tmp_path / "again.html").read_text() == page
+
+
+def test_one_broken_run_does_not_cost_the_page(folder, tmp_path):
+    broken = tmp_path / "runs"
+    broken.mkdir()
+    (broken / "mixed").symlink_to(folder / "mixed")
+    (broken / "lost").mkdir()
+    manifest = {"schema": 1, "kind": "dictionary", "site": "mixed", "store": "gone"}
+    (broken / "lost" / "manifest.json").write_text(json.dumps(manifest))
+    text = write_page(broken, tmp_path / "page.html").read_text()
+    assert "There is no dictionary at" in text
+    assert 'data-array="features/0/heat"' in text
+
+
+def test_a_store_alone_has_a_page(folder, tmp_path):
+    text = write_page(folder / "pictures", tmp_path / "page.html").read_text()
+    assert "<code>mixed</code>" in text
+    assert 'id="features"' not in text
+
+
+def test_a_folder_without_runs_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"holds no runs: no manifest\.json"):
+        write_page(tmp_path, tmp_path / "page.html")
+    with pytest.raises(DiskError, match="There is no folder"):
+        write_page(tmp_path / "none", tmp_path / "page.html")
+
+
+def test_a_chapter_needs_no_script_of_its_own():
+    figure = {"data": [{"type": "bar", "y": [1, 2]}], "layout": {}}
+    html = render("training.html", curves={"fvu": "<b>"})
+    chapter = Chapter(name="mine", title="Mine & yours", html=html, figures={"fvu": figure})
+    page = assemble("a title", [chapter])
+    assert "Mine &amp; yours" in page
+    assert "&lt;b&gt;" in page
+    assert '"figures":{"fvu":{"data":[{"type":"bar"' in page
+    assert len(CHAPTERS) >= 3
+
+
+def test_json_cannot_end_its_script():
+    nasty = "</script><!--\u2028&"
+    assert "<" not in as_json([nasty])
+    assert json.loads(as_json([nasty])) == [nasty]
+
+
+def test_shares_of_an_atom_in_one_branch_alone():
+    atoms = np.array([[3.0, 4.0, 0.0, 0.0], [1.0, 0.0, -5.0, 1.0]])
+    shares, expected = branch_shares(atoms, {"a": slice(0, 2), "b": slice(2, 4)})
+    np.testing.assert_allclose(shares, [[1, 0], [0.5**0.5, 0.5**0.5]])
+    np.testing.assert_allclose(expected, [0.5**0.5] * 2)
+    assert branch_shares(atoms, {})[0].shape == (2, 0)
+
+
+def test_neighbours_are_the_nearest_living_atoms():
+    random = np.random.default_rng(0)
+    atoms = random.normal(size=(200, 16))
+    atoms[7] = atoms[3] * 2
+    alive = np.ones(200, dtype=bool)
+    alive[9] = False
+    found = neighbours(atoms, alive, n=4)
+    assert found.latent[3, 0] == 7
+    assert found.cosine[3, 0] == pytest.approx(1)
+    assert 9 not in found.latent
+    assert (found.latent[9] == -1).all()
+    unit = atoms / np.linalg.norm(atoms, axis=1, keepdims=True)
+    for i in (0, 50, 199):
+        products = np.where(alive, unit @ unit[i], -2)
+        products[i] = -2
+        assert set(found.latent[i]) == set(np.argsort(-products)[:4])
+    assert 0.5 < found.chance < 0.95
+
+
+def test_a_map_keeps_clusters_apart_and_depends_on_the_seed_alone():
+    random = np.random.default_rng(0)
+    label = np.repeat(np.arange(6), 50)
+    centres = random.normal(size=(6, 32))
+    unit = centres[label] + 0.3 * random.normal(size=(300, 32))
+    unit = (unit / np.linalg.norm(unit, axis=1, keepdims=True)).astype(np.float32)
+    flat = umap(unit)
+    apart = np.square(flat[:, None] - flat[None]).sum(axis=2)
+    np.fill_diagonal(apart, np.inf)
+    assert (label[apart.argmin(axis=1)] == label).mean() > 0.97
+    np.testing.assert_array_equal(flat, umap(unit))
+
+
+def test_few_atoms_are_laid_out_by_principal_components():
+    atoms = np.random.default_rng(0).normal(size=(20, 8))
+    alive = np.arange(20) < 12
+    flat, method = flat_map(atoms, alive)
+    assert method == "principal components"
+    assert np.isfinite(flat[alive]).all()
+    assert np.isnan(flat[~alive]).all()
+
+
+class Squares:
+    """Samples whose every pixel is the sample's number."""
+
+    def __init__(self, side, n):
+        self.side, self.n = side, n
+
+    def __len__(self):
+        return self.n
+
+    def name(self, index):
+        return f"square {index}"
+
+    def read(self, index):
+        return np.full((self.side, self.side, 1), index, dtype=np.uint8)
+
+    def stack(self, samples):
+        raise NotImplementedError
+
+
+def test_pictures_stand_where_the_page_looks_for_them(monkeypatch):
+    import io
+
+    from PIL import Image
+
+    monkeypatch.setattr("mechatlas.app.report.pictures.SHEET_SIDE", 100)
+    needed = np.array([5, 60, 61, 120, 200, 201, 202, 203, 204, 205, 250])
+    found = gallery(Squares(30, 256), needed)
+    assert (found.tile, found.columns, len(found.sheets)) == (30, 3, 2)
+    for slot, sample in enumerate(needed):
+        sheet = np.asarray(Image.open(io.BytesIO(found.sheets[slot // 9])))
+        y, x = divmod(slot % 9, 3)
+        middle = sheet[y * 30 + 10 : y * 30 + 20, x * 30 + 10 : x * 30 + 20]
+        assert abs(middle.mean() - sample) < 4
+
+
+def test_many_large_pictures_are_made_smaller(monkeypatch):
+    monkeypatch.setattr("mechatlas.app.report.pictures.PIXELS", 40_000)
+    found = gallery(Squares(200, 256), np.arange(100))
+    assert (found.side, found.tile) == (200, 20)

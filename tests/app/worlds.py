@@ -1,0 +1,104 @@
+"""Small finished runs to make pages of, with names that no page should trust."""
+
+import io
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from mechatlas.activations.collect import Collecting
+from mechatlas.activations.networks import Network
+from mechatlas.activations.positions import Positions
+from mechatlas.activations.samples import Images, Texts
+from mechatlas.app import jobs
+from mechatlas.app.recipes import Collect, Train
+from mechatlas.dictionaries.sparsity import TopK
+
+HOSTILE_FILE = "a</script><script>alert(1)</script>&<b>.png"
+HOSTILE_RUN = "<img src=x onerror=alert(1)>"
+HOSTILE_WORD = "</script><i>"
+
+
+class Words(nn.Module):
+    """Word vectors and one mixing of neighbours."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.input = Spaces()
+        self.embed = nn.Embedding(40, 12)
+        self.mix = nn.Conv1d(12, 12, 3, padding=1)
+        self.out = nn.Identity()
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.out(self.mix(self.embed(tokens).movedim(1, 2)).movedim(1, 2).relu())
+
+
+class Spaces(nn.Module):
+    """A tokenizer whose tokens are the lengths of words."""
+
+    def windows(self, text: str, context: int) -> np.ndarray:
+        lengths = np.array([min(len(word), 39) for word in text.split()])
+        return lengths[: len(lengths) // context * context].reshape(-1, context)
+
+    def decode(self, tokens: np.ndarray) -> list[str]:
+        return [HOSTILE_WORD if t == 3 else f" {'w' * int(t)}" for t in tokens]
+
+
+def words() -> Words:
+    torch.manual_seed(0)
+    return Words().eval()
+
+
+def photographs(path: Path, n: int = 24, side: int = 40) -> Path:
+    """A zip of smooth random pictures, one of them with a hostile name."""
+    random = np.random.default_rng(0)
+    with zipfile.ZipFile(path, "w") as archive:
+        for i in range(n):
+            coarse = random.integers(0, 256, (5, 5, 3), dtype=np.uint8)
+            data = io.BytesIO()
+            Image.fromarray(coarse).resize((side, side), Image.Resampling.BICUBIC).save(data, "PNG")
+            archive.writestr(HOSTILE_FILE if i == 0 else f"photo {i}.png", data.getvalue())
+    return path
+
+
+def pictures_and_words(folder: Path) -> Path:
+    """Two dictionaries of a convolutional network and one of a language model."""
+    positions = Positions(rule="random", per_sample=30)
+    pictures = Collect(
+        network=Network(name="tests.networks:tiny"),
+        sites=("first", "mixed"),
+        samples=Images(source=str(photographs(folder.with_suffix(".zip"))), side=15, crops=3),
+        collecting=Collecting(positions=positions),
+        out=folder / "pictures",
+    )
+    jobs.collect(pictures)
+    folder.with_suffix(".txt").write_text(" ".join("w" * (1 + i * i % 23) for i in range(3000)))
+    texts = Collect(
+        network=Network(name="tests.app.worlds:words"),
+        sites=("out",),
+        samples=Texts(source=folder.with_suffix(".txt"), context=40),
+        collecting=Collecting(positions=positions),
+        out=folder / "texts",
+    )
+    jobs.collect(texts)
+    runs = [
+        (pictures.out, "mixed", 300, "mixed"),
+        (pictures.out, "first", 60, HOSTILE_RUN),
+        (texts.out, "out", 50, "words"),
+    ]
+    for store, site, n_latents, name in runs:
+        jobs.train(
+            Train(
+                store=store,
+                site=site,
+                out=folder / name,
+                n_latents=n_latents,
+                sparsity=TopK(k=3),
+                steps=12,
+                batch_size=64,
+            )
+        )
+    return folder
