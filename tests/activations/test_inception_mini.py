@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mechatlas.activations.architectures.inception import InceptionMini, inception_mini
 from mechatlas.activations.networks import load_weights
-from mechatlas.activations.sites import find_sites, read
+from mechatlas.activations.sites import branches_of, find_sites, read
 from mechatlas.base import InputError, WeightsError
 
 POSES = [(turns, mirror) for turns in range(4) for mirror in (False, True)]
@@ -50,7 +50,7 @@ def test_its_modules_are_named_as_in_inception_v1_and_have_four_branches():
     names = [name for name, m in network.named_modules() if hasattr(m, "branches")]
     assert names == ["mixed3a", "mixed3b", "mixed4a", "mixed4b", "mixed4c", "mixed4d"]
     for name in names:
-        branches = network.get_submodule(name).branches
+        branches = branches_of(network, name)
         assert list(branches) == ["1x1", "3x3", "5x5", "pool"]
 
 
