@@ -105,8 +105,10 @@ class Browser:
 
     def press(self, key: str) -> None:
         """One key, to whatever has the focus."""
-        text = {"text": key} if len(key) == 1 else {}
-        self.send("Input.dispatchKeyEvent", type="keyDown", key=key, **text)
+        more: dict[str, Any] = {"text": key} if len(key) == 1 else {}
+        if key == "Escape":  # what closes dialogs looks at the code
+            more = {"code": key, "windowsVirtualKeyCode": 27}
+        self.send("Input.dispatchKeyEvent", type="keyDown", key=key, **more)
         self.send("Input.dispatchKeyEvent", type="keyUp", key=key)
 
     def picture(self, file: Path) -> bytes:

@@ -199,8 +199,9 @@
     let index = dictionaries.findIndex((d) => d.key === key), i = feature;
     if (index < 0) [index, i] = [dictionaries.findIndex((d) => d.key === text), undefined];
     await choose(index < 0 ? state.d?.index ?? 0 : index);
-    if (index >= 0 && i !== undefined && Number(i) < state.d.n) openFeature(Number(i), { link: false });
-    else if (index >= 0) byId("features").scrollIntoView();
+    if (index < 0) return;
+    byId("features").scrollIntoView({ behavior: "instant" });
+    if (i !== undefined && Number(i) < state.d.n) openFeature(Number(i), { link: false });
   }
 
   // ---- events --------------------------------------------------------------------------
