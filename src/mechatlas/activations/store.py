@@ -32,7 +32,6 @@ SCHEMA = 1
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _SAFETENSORS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 POOL_BYTES = 128 << 20
-PIECE_BYTES = 256 << 10  # read and hashed while in cache
 
 Split = Literal["train", "held"]
 
@@ -307,7 +306,7 @@ def _damaged(path: Path, shard: Shard, size: int) -> str:
 
 
 def _read_rows_into(root: Path, shard: Shard, out: Tensor) -> tuple[torch.dtype, int]:
-    """Read the rows of a shard straight into memory, hashing each piece while it is in cache.
+    """Read the rows of a shard straight into memory and check the whole of it.
 
     Returns:
         The type of the rows and how many bytes they took.
@@ -327,10 +326,8 @@ def _read_rows_into(root: Path, shard: Shard, out: Tensor) -> tuple[torch.dtype,
             begin, end = rows["data_offsets"]
             state.update(file.read(begin))
             target = memoryview(out[: end - begin].numpy())  # pyright: ignore[reportArgumentType]
-            for done in range(0, end - begin, PIECE_BYTES):
-                piece = target[done : done + PIECE_BYTES]
-                file.readinto(piece)
-                state.update(piece)
+            file.readinto(target)
+            state.update(target)  # while it is still in cache
             state.update(file.read())
     except (OSError, ValueError, KeyError) as error:
         raise StoreError(f"{path} is damaged or missing ({error}).") from error

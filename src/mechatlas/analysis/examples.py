@@ -420,28 +420,28 @@ class _Maps:
 def _fill(
     maps: _Maps, activation: Tensor, dictionary: Dictionary, chunk: Int[np.ndarray, " n"]
 ) -> None:
-    """Encode all positions of some samples and cut out the maps of the latents they show."""
+    """Encode the positions that maps of some samples show, and cut out the maps."""
     height, width = maps.window.shape
-    rows = torch.arange(height)[None, :, None]
-    columns = torch.arange(width)[None, None, :]
+    columns = maps.window.grid[1]
+    inside = (torch.arange(height)[:, None] * columns + torch.arange(width)).flatten()
     for i, sample in enumerate(chunk.tolist()):
-        flat = activation[i].reshape(-1, activation.shape[-1])
-        size = _rows_at_once(dictionary)
         latent, rank = maps.of(sample)
-        wanted = torch.from_numpy(latent)
-        codes = []
-        for piece in flat.split(size):
-            code = _encode(dictionary, piece.float())
-            codes.append(code.index_select(1, wanted.to(code.device)).float().cpu())
-        code = torch.cat(codes).T.reshape(len(latent), *maps.window.grid)
         example = torch.arange(len(latent))
         first = torch.from_numpy(maps.first[latent, rank]).long()
         place = torch.from_numpy(maps.place[latent, rank]).long()
-        cut = code[
-            example[:, None, None],
-            first[:, 0, None, None] + rows,
-            first[:, 1, None, None] + columns,
-        ].clamp_min(0)
-        unit = torch.from_numpy(maps.unit[latent])
-        maps.heat[latent, rank] = (cut / unit[:, None, None]).half().numpy()
-        maps.value[latent, rank] = code[example, place[:, 0], place[:, 1]].numpy()
+        shown = (first[:, 0] * columns + first[:, 1])[:, None] + inside
+        needed, index = shown.unique(return_inverse=True)
+        flat = activation[i].reshape(-1, activation.shape[-1])[needed.to(activation.device)]
+        codes = []
+        for piece in flat.split(_rows_at_once(dictionary)):
+            code = _encode(dictionary, piece.float())
+            wanted = torch.from_numpy(latent).to(code.device)
+            codes.append(code.index_select(1, wanted).float().cpu())
+        code = torch.cat(codes)
+        cut = (
+            code[index, example[:, None]].clamp_min(0)
+            / torch.from_numpy(maps.unit[latent])[:, None]
+        )
+        maps.heat[latent, rank] = cut.view(-1, height, width).half().numpy()
+        peak = torch.searchsorted(needed, place[:, 0] * columns + place[:, 1])
+        maps.value[latent, rank] = code[peak, example].numpy()

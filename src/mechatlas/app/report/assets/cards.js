@@ -73,7 +73,7 @@ const cards = (() => {
     const peak = d.place[2 * at] - d.first[2 * at];
     for (let t = 0; t < length; t++) {
       const heat = d.heat[at * length + t];
-      const token = el("span", { class: t === peak ? "peak" : null }, d.words[d.tokens[at * length + t]]);
+      const token = el("span", { class: t === peak ? "peak" : null }, d.words[d.tokens[at * length + t]].replaceAll("\n", "↵"));
       if (showHeat && heat) token.style.setProperty("--heat", (heat / 255).toFixed(3));
       line.append(token);
     }
@@ -199,11 +199,11 @@ const cards = (() => {
     const bars = branchBars(d, i, true);
     return [
       part(d.kind === "text" ? "Strongest tokens" : "Strongest examples",
-        shown ? `The ${shown} strongest rows, at most one of each sample, strongest first.${d.kind === "image" ? " Each square holds all that the position sees, cut to the picture; light is the activation at every position, relative to the feature’s largest, and the frame is the position itself." : ""}` : "",
+        shown ? `The ${shown} strongest rows, at most one of each sample, strongest first.${d.kind === "image" ? " Crops of one photograph are different samples. Each square holds all that the position sees, cut to the picture; light is the activation at every position, relative to the feature’s largest, and the frame is the position itself." : ""}` : "",
         exampleList(d, i, d.top, 132, showHeat)),
       el("div", { class: "columns" },
         part("Activations", `Density: share of ${read} of the store where it is active. Mean: over those rows. Bars: number of rows by activation, with ratios across and square roots up; the first bar holds everything weaker.`, facts(d, i), d.density[i] > 0 ? histogram(d, i) : null),
-        bars ? part("Branches", "Length of the atom’s positive part inside each branch, over its whole length; squares add up to 1. The tick is what the branch’s width predicts. A description: whether a difference stands against chance is for `mechatlas branches` to say.", bars) : null,
+        bars ? part("Branches", "Length of the atom’s positive part inside each branch, over its whole length; squares add up to 1. The tick is what the branch’s width predicts. A description: whether a difference stands against chance takes a test to say (“mechatlas branches”).", bars) : null,
         part("Nearest atoms", `Cosine of decoder rows, among features that are ever active. One shuffled atom in a hundred reaches ${number(d.chance)}; fainter ones are below that.`, neighbourList(d, i, showHeat, open))),
     ];
   }

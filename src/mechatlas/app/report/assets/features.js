@@ -95,8 +95,7 @@
       selectedpoints: matched ? members.flatMap((i, k) => (matched.has(i) ? [k] : [])) : null,
       unselected: { marker: { opacity: 0.07 } },
       marker: by === "branch" ? { size, opacity: 0.75, color: atlas.branchColour(g) }
-        : { size, opacity: 0.8, colorscale: "Viridis", color: members.map((i) => Math.log10(by === "density" ? d.density[i] : d.max[i])),
-          colorbar: { thickness: 8, outlinewidth: 0, tickprefix: "10^", title: { text: by, side: "right" } } },
+        : { size, opacity: 0.8, colorscale: "Viridis", color: members.map((i) => Math.log10(d[by][i])), colorbar: scale(members.map((i) => d[by][i]), by) },
     }));
     if (state.open != null && Number.isFinite(d.flat[2 * state.open])) {
       data.push({ type: "scatter", mode: "markers", x: [d.flat[2 * state.open]], y: [d.flat[2 * state.open + 1]],
@@ -107,6 +106,20 @@
       xaxis: bare, yaxis: { ...bare, scaleanchor: "x" }, margin: { l: 4, r: 4, t: 4, b: 4 }, hovermode: "closest",
       dragmode: "pan", showlegend: by === "branch", legend: { orientation: "h", x: 0, y: -0.02, yanchor: "top", itemsizing: "constant" }, uirevision: `${d.index}`,
     } };
+  }
+
+  // A bar of colours for the logarithm of some values, labelled with the values.
+  function scale(values, title) {
+    const [low, high] = values.reduce(([a, b], v) => [Math.min(a, v), Math.max(b, v)], [Infinity, 0]);
+    const ticks = [];
+    for (let decade = Math.floor(Math.log10(low)); decade <= Math.log10(high); decade++) {
+      for (const step of high / low > 100 ? [1] : [1, 2, 5]) {
+        const value = step * Math.pow(10, decade);
+        if (value >= low && value <= high) ticks.push(value);
+      }
+    }
+    return { thickness: 8, outlinewidth: 0, title: { text: title, side: "right" },
+      tickvals: ticks.map(Math.log10), ticktext: ticks.map(number) };
   }
 
   let mapWanted = false, mapReady = false;

@@ -104,15 +104,18 @@ def _open(run: Run, key: str, runs: Runs, on_progress: Progress) -> _Opened:
     Raises:
         UserError: The dictionary, its store, the network or the samples are not there.
     """
+    written = run.manifest.get("site")
+    if not isinstance(written, str):
+        raise UserError(f"The manifest of {run.name} names no single site that it was trained on.")
+    site = Site.parse(written)
     dictionary = load(run.folder)
     folder = runs.store_of(run)
     store = runs.open_store(folder)
-    rows = store.rows(str(run.manifest["site"]))
+    rows = store.rows(written)
     statistics = feature_statistics(
         dictionary, rows, top=TOP, max_rows=MAX_ROWS, on_progress=_part(on_progress, 0, 40, 100)
     )
     network, samples = runs.reopen(folder)
-    site = Site.parse(str(run.manifest["site"]))
     field = None
     if isinstance(samples, ImageSamples):
         field = receptive_field(network, site, samples.side, samples.channels)

@@ -47,12 +47,13 @@ def _figure(key: str, histories: dict[str, Any]) -> dict[str, Any]:
         for name, history in histories.items()
         if history.get(key)
     ]
+    most = max((max(t["y"]) for t in traces), default=0.0)
     percent = {"tickformat": ".1%"} if key == "dead_share" else {}
     return {
         "data": traces,
         "layout": {
             "xaxis": {"title": {"text": "step"}},
-            "yaxis": {"rangemode": "tozero", **percent},
+            "yaxis": {"range": [0, 1.08 * most or 0.01], **percent},
             "showlegend": len(histories) > 1,
         },
     }
