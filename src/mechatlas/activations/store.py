@@ -265,7 +265,8 @@ class StoreRows:
         entries = [self._all[i] for i in shards]
         size = sum(s.bytes for s in entries)
         if buffers[turn].numel() < size:
-            buffers[turn] = torch.empty(size, dtype=torch.uint8)
+            # numpy asks the system for huge pages, which makes reading rows at random faster.
+            buffers[turn] = torch.from_numpy(np.empty(size, np.uint8))
         rows, ids, used = None, [], 0
         for i, shard in zip(shards, entries, strict=True):
             dtype, n_bytes = _read_rows_into(self.store.root, shard, buffers[turn][used:])
