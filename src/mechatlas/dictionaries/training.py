@@ -1,11 +1,13 @@
 """Train a dictionary on rows of activations.
 
-The main path is `train`, top to bottom. Decoder rows are kept at length 1, and the part
-of their gradient along themselves is removed, so that a code's size means something.
+The main path is `train`, top to bottom; what one step does is in `steps`. Decoder rows are
+kept at length 1, and the part of their gradient along themselves is removed, so that a code's
+size means something.
 
 Source: Gao et al., Scaling and evaluating sparse autoencoders (2024).
 """
 
+import math
 import time
 from typing import Any
 
@@ -16,6 +18,7 @@ from mechatlas.base import Batch, InputError, NonFiniteError, Progress, Rows, no
 from mechatlas.dictionaries.autoencoder import Autoencoder
 from mechatlas.dictionaries.metrics import History, evaluate
 from mechatlas.dictionaries.rows import as_rows
+from mechatlas.dictionaries.steps import step_for
 
 MEASUREMENTS = 40
 HELD_OUT_ROWS = 4096
@@ -50,7 +53,8 @@ def train(
 
     Raises:
         InputError: The rows are not as wide as the dictionary, or all are equal.
-        NonFiniteError: A row has a NaN or an infinity; nothing was trained on it.
+        NonFiniteError: A row has a NaN or an infinity (nothing was trained on it), or the loss
+            became infinite.
         ValueError: `steps`, `batch_size` or `lr` is not positive.
     """
     if steps < 1 or batch_size < 1 or not lr > 0:
@@ -60,7 +64,7 @@ def train(
         raise InputError(f"The rows are {rows.d_in} wide, the dictionary reads {dictionary.d_in}.")
     held_out = _checked(rows.held_out(HELD_OUT_ROWS), rows)
     dictionary.to(device)
-    optimiser = torch.optim.Adam(dictionary.parameters(), lr=lr, betas=(0.9, 0.999), fused=True)
+    take_step = step_for(dictionary)
     last_fired = torch.zeros(dictionary.n_latents, dtype=torch.long, device=device)
     history = History()
     clock = time.process_time()
@@ -68,15 +72,14 @@ def train(
         x = _checked(batch, rows).to(device)
         if step == 0:
             _begin(dictionary, x)
-        optimiser.param_groups[0]["lr"] = lr * min(1.0, (steps - step) / (0.2 * steps))
-        code = dictionary.encode(x)
-        loss = (x - dictionary.decode(code)).square().sum(dim=-1).mean()
-        optimiser.zero_grad(set_to_none=True)
-        loss.backward()
-        _remove_parallel(dictionary)
-        optimiser.step()
-        dictionary.normalise()
-        last_fired[(code.detach() != 0).any(dim=0)] = step + 1
+        rate = lr * min(1.0, (steps - step) / (0.2 * steps))
+        loss, fired = take_step(x, rate)
+        if not math.isfinite(loss):
+            raise NonFiniteError(
+                f"The loss became {loss} at step {step + 1}: training diverged. Train with a "
+                f"smaller learning rate than {lr}, or look for rows of very large activations."
+            )
+        last_fired[fired] = step + 1
         on_progress(step + 1, steps)
         if (step + 1) % max(1, steps // MEASUREMENTS) == 0 or step + 1 == steps:
             seconds = (time.process_time() - clock) / (step + 1 - (history.step or [0])[-1])
@@ -119,14 +122,6 @@ def _checked(batch: Batch, rows: Rows) -> Tensor:
                 "this batch; mend or drop the row."
             )
     return batch.x
-
-
-@torch.no_grad()
-def _remove_parallel(dictionary: Autoencoder) -> None:
-    # The length of an atom is fixed, so a step along it would only be undone.
-    gradient, atoms = dictionary.W_dec.grad, dictionary.W_dec
-    if gradient is not None:
-        gradient.sub_((gradient * atoms).sum(dim=-1, keepdim=True) * atoms)
 
 
 def _measure(
