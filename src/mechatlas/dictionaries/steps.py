@@ -47,6 +47,11 @@ class Stepped(NamedTuple):
 class Step(Protocol):
     """How a dictionary is changed by one batch."""
 
+    n_steps: int
+    """Steps taken, as the correction of the moments counts them."""
+    moments: dict[str, tuple[Tensor, Tensor]]
+    """First and second moment of each parameter; with `n_steps` all that a step remembers."""
+
     def __call__(self, x: Float[Tensor, "batch d_in"], lr: float) -> Stepped:
         """Change the dictionary in place."""
         ...
@@ -156,14 +161,24 @@ class AutogradStep:
 
     def __init__(self, dictionary: Autoencoder) -> None:
         """Make the optimiser."""
-        self.dictionary = dictionary
-        self.optimiser = torch.optim.Adam(
-            dictionary.parameters(), betas=BETAS, eps=EPSILON, fused=True
-        )
+        self.dictionary, self.n_steps = dictionary, 0
+        parameters = dict(dictionary.named_parameters())
+        self.optimiser = torch.optim.Adam(parameters.values(), betas=BETAS, eps=EPSILON, fused=True)
+        self.moments = {
+            name: (torch.zeros_like(p.data), torch.zeros_like(p.data))
+            for name, p in parameters.items()
+        }
+        for name, (first, second) in self.moments.items():
+            p = parameters[name]
+            count = torch.zeros((), dtype=torch.float32, device=p.device)
+            self.optimiser.state[p] = {"step": count, "exp_avg": first, "exp_avg_sq": second}
 
     def __call__(self, x: Float[Tensor, "batch d_in"], lr: float) -> Stepped:
         """Change the dictionary in place."""
         self.optimiser.param_groups[0]["lr"] = lr
+        for state in self.optimiser.state.values():
+            state["step"].fill_(self.n_steps)
+        self.n_steps += 1
         code = self.dictionary.encode(x)
         loss = (x - self.dictionary.decode(code)).square().sum(dim=-1).mean()
         self.optimiser.zero_grad(set_to_none=True)
