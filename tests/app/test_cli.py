@@ -1,7 +1,9 @@
 """The command line: exit codes, one sentence for a mistake, and a whole small run."""
 
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -119,6 +121,31 @@ def test_training_never_writes_among_strangers(here, capsys):
     capsys.readouterr()
     assert "is not empty and is not a dictionary" in refused(["train", "train.toml"], capsys)
     assert [p.name for p in (here / "dictionary").iterdir()] == ["thesis.tex"]
+
+
+def test_the_same_command_continues_a_killed_run(here, capsys, monkeypatch):
+    main(["collect", "collect.toml"])
+    words = ["train", "train.toml", "--checkpoint-every", "5"]
+    main([*words, "--out", "whole"])
+
+    @contextlib.contextmanager
+    def killer(what):
+        def on_progress(done, total):
+            if done == 12:
+                os.kill(os.getpid(), signal.SIGINT)
+
+        yield on_progress
+
+    with monkeypatch.context() as patched:
+        patched.setattr("mechatlas.app.jobs.bar", killer)
+        with pytest.raises((KeyboardInterrupt, SystemExit)):
+            main(words)
+    left = [str(p.relative_to(here / "dictionary")) for p in (here / "dictionary").rglob("*.*")]
+    assert left == ["checkpoint/checkpoint.safetensors"]
+    main(words)
+    file = "dictionary.safetensors"
+    assert (here / "dictionary" / file).read_bytes() == (here / "whole" / file).read_bytes()
+    assert not (here / "dictionary" / "checkpoint").exists()
 
 
 def test_nothing_asked_and_help_are_answered(capsys):

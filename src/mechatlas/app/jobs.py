@@ -10,6 +10,7 @@ Every folder holds the data, `recipe.toml`, `manifest.json` and `result.json`.
 import dataclasses
 import json
 import resource
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -78,7 +79,9 @@ def train(recipe: Train) -> Result:
     clock = time.process_time()
     store = Store(recipe.store)
     rows = store.rows(recipe.site)
-    _refuse_strangers(recipe.out, "dictionary")
+    checkpoint = recipe.out / "checkpoint"
+    if [p.name for p in _inside(recipe.out)] != [checkpoint.name]:  # not of a killed run
+        _refuse_strangers(recipe.out, "dictionary")
     dictionary = Autoencoder(
         d_in=rows.d_in,
         n_latents=recipe.n_latents,
@@ -95,6 +98,9 @@ def train(recipe: Train) -> Result:
             lr=recipe.lr,
             seed=recipe.seed,
             device=recipe.device,
+            schedule=recipe.schedule,
+            checkpoint=checkpoint,
+            checkpoint_every=recipe.checkpoint_every,
             on_progress=progress,
         )
     history = dictionary.history
@@ -110,6 +116,7 @@ def train(recipe: Train) -> Result:
         "files": {FILE: checksum(file.read_bytes())},
     }
     write_json(recipe.out / "manifest.json", manifest)
+    shutil.rmtree(checkpoint)  # three times the size of the dictionary, and of no more use
     result: Result = {
         "fvu": history.fvu[-1],
         "l0": history.l0[-1],
@@ -150,6 +157,10 @@ def _cost(clock: float) -> Result:
         "seconds": round(time.process_time() - clock, 3),
         "peak_bytes": peak if sys.platform == "darwin" else peak * 1024,
     }
+
+
+def _inside(folder: Path) -> list[Path]:
+    return list(folder.iterdir()) if folder.is_dir() else []
 
 
 def _refuse_strangers(out: Path, kind: str) -> None:

@@ -29,6 +29,7 @@ from mechatlas.activations.samples import (
 )
 from mechatlas.base import RecipeError
 from mechatlas.dictionaries.sparsity import Sparsity, TopK
+from mechatlas.dictionaries.training import Schedule
 
 Recipe = TypeVar("Recipe")
 
@@ -76,14 +77,18 @@ class Train:
     batch_size: int = 4096
     """Rows in a step."""
     lr: float = 1e-3
-    """Largest learning rate of Adam; falls linearly over the last fifth of the steps."""
+    """Largest learning rate of Adam."""
+    schedule: Schedule = dataclasses.field(default_factory=Schedule)
+    """How the learning rate changes."""
+    checkpoint_every: int = 1000
+    """Steps between two checkpoints. The same command continues a run that was stopped."""
     seed: int = 0
     """Seed of the weights and of the order of batches."""
     device: str = "cpu"
     """Where to train, such as "cpu" or "cuda"."""
 
     def __post_init__(self) -> None:
-        for name in ("n_latents", "steps", "batch_size", "lr"):
+        for name in ("n_latents", "steps", "batch_size", "lr", "checkpoint_every"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be > 0, got {getattr(self, name)}.")
         if self.n_latents < self.sparsity.k:

@@ -61,7 +61,8 @@ class Autoencoder(nn.Module):
         atoms = nn.functional.normalize(torch.randn(n_latents, d_in, generator=random), dim=-1)
         self.W_dec = nn.Parameter(atoms)
         if not tied:
-            self._W_enc = nn.Parameter(atoms.T.clone())
+            # The numbers of a latent lie side by side in memory: training reads them by latent.
+            self._W_enc = nn.Parameter(atoms.clone().T)
         self.b_enc = nn.Parameter(torch.zeros(n_latents))
         self.b_dec = nn.Parameter(torch.zeros(d_in))
 

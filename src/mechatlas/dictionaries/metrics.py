@@ -56,7 +56,7 @@ class Quality(NamedTuple):
 
 @torch.no_grad()
 def evaluate(
-    dictionary: Dictionary, x: Float[Tensor, "batch d_in"], *, batch_size: int = 1024
+    dictionary: Dictionary, x: Float[Tensor, "batch d_in"], *, batch_size: int = 256
 ) -> Quality:
     """Measure a dictionary without holding more than one batch of codes.
 
