@@ -25,9 +25,10 @@ if TYPE_CHECKING:
     from mechatlas.dictionaries.autoencoder import Autoencoder
     from mechatlas.dictionaries.formats import load, save
     from mechatlas.dictionaries.metrics import evaluate, fvu
+    from mechatlas.dictionaries.revival import AuxK
     from mechatlas.dictionaries.rows import ArrayRows
     from mechatlas.dictionaries.sparsity import TopK
-    from mechatlas.dictionaries.training import train
+    from mechatlas.dictionaries.training import Schedule, train
 
 _HOMES = {
     "activations.collect": ("Collecting", "collect"),
@@ -40,9 +41,10 @@ _HOMES = {
     "dictionaries.autoencoder": ("Autoencoder",),
     "dictionaries.formats": ("load", "save"),
     "dictionaries.metrics": ("evaluate", "fvu"),
+    "dictionaries.revival": ("AuxK",),
     "dictionaries.rows": ("ArrayRows",),
     "dictionaries.sparsity": ("TopK",),
-    "dictionaries.training": ("train",),
+    "dictionaries.training": ("Schedule", "train"),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 
@@ -50,12 +52,14 @@ __all__ = [
     "ArrayRows",
     "Arrays",
     "Autoencoder",
+    "AuxK",
     "Collecting",
     "Dictionary",
     "Images",
     "Network",
     "Positions",
     "Rows",
+    "Schedule",
     "Site",
     "Store",
     "Texts",
