@@ -25,9 +25,10 @@ if TYPE_CHECKING:
     from mechatlas.dictionaries.autoencoder import Autoencoder
     from mechatlas.dictionaries.formats import load, save
     from mechatlas.dictionaries.metrics import evaluate, fvu
+    from mechatlas.dictionaries.revival import AuxK
     from mechatlas.dictionaries.rows import ArrayRows
     from mechatlas.dictionaries.sparsity import TopK
-    from mechatlas.dictionaries.training import train
+    from mechatlas.dictionaries.training import Schedule, train
     from mechatlas.maths.groups import Group
     from mechatlas.maths.named_groups import group
 
@@ -42,9 +43,10 @@ _HOMES = {
     "dictionaries.autoencoder": ("Autoencoder",),
     "dictionaries.formats": ("load", "save"),
     "dictionaries.metrics": ("evaluate", "fvu"),
+    "dictionaries.revival": ("AuxK",),
     "dictionaries.rows": ("ArrayRows",),
     "dictionaries.sparsity": ("TopK",),
-    "dictionaries.training": ("train",),
+    "dictionaries.training": ("Schedule", "train"),
     "maths.groups": ("Group",),
     "maths.named_groups": ("group",),
 }
@@ -54,6 +56,7 @@ __all__ = [
     "ArrayRows",
     "Arrays",
     "Autoencoder",
+    "AuxK",
     "Collecting",
     "Dictionary",
     "Group",
@@ -61,6 +64,7 @@ __all__ = [
     "Network",
     "Positions",
     "Rows",
+    "Schedule",
     "Site",
     "Store",
     "Texts",

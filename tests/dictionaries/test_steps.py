@@ -9,6 +9,7 @@ from mechatlas.base import NonFiniteError
 from mechatlas.dictionaries import fallback, kernels, steps
 from mechatlas.dictionaries.autoencoder import Autoencoder
 from mechatlas.dictionaries.metrics import evaluate
+from mechatlas.dictionaries.revival import AuxK
 from mechatlas.dictionaries.sparsity import TopK
 from mechatlas.dictionaries.steps import AutogradStep, SparseStep, step_for
 from mechatlas.dictionaries.training import train
@@ -164,6 +165,54 @@ def test_a_latent_that_never_fires_keeps_its_place(tied, compiled):
     assert not any(bool(step(batch(seed=seed), 1e-2).fired[5]) for seed in range(3))
     torch.testing.assert_close(dictionary.W_dec[5], kept[0])
     torch.testing.assert_close(dictionary.W_enc[:, 5], kept[1])
+
+
+@FORMS
+@BACKENDS
+def test_dead_latents_learn_from_the_residual_as_autograd_says(tied, compiled):
+    dictionary = random_dictionary(tied, torch.float64)
+    dead, aux, x = torch.arange(3, 300, 7), AuxK(k=5, weight=0.3), batch(dtype=torch.float64)
+    loss = (x - dictionary(x)).square().sum(dim=-1).mean()
+    left = (x - dictionary(x)).detach()
+    pre = (x - dictionary.b_dec.detach()) @ dictionary.W_enc[:, dead] + dictionary.b_enc[dead]
+    rebuilt = TopK(k=5)(pre) @ dictionary.W_dec[dead]
+    (loss + 0.3 * (left - rebuilt).square().sum(dim=-1).mean()).backward()
+    wanted = dictionary.W_dec.grad
+    assert wanted is not None
+    wanted = wanted - (wanted * dictionary.W_dec).sum(dim=1, keepdim=True) * dictionary.W_dec
+    names = {"b_enc": dictionary.b_enc.grad, "b_dec": dictionary.b_dec.grad, "W_dec": wanted}
+    if not tied:
+        assert dictionary._W_enc.grad is not None
+        names["W_enc"] = dictionary._W_enc.grad.T
+    copied = copy.deepcopy(dictionary)
+    step = SparseStep(dictionary, compiled=compiled)
+    step(x, 1e-3, (aux, dead))
+    found = gradients_from_moments(step)
+    for name, gradient in names.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-10, atol=1e-10, msg=name)
+    AutogradStep(copied)(x, 1e-3, (aux, dead))
+    for mine, theirs in zip(dictionary.parameters(), copied.parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-10)
+
+
+def test_revival_lowers_the_dead_share_and_explains_more():
+    x, _ = planted(6000, d=48, atoms=256)
+
+    def last(aux) -> tuple[float, float]:
+        built = Autoencoder(d_in=48, n_latents=256, sparsity=TopK(k=3))
+        with torch.no_grad():
+            built._W_enc[:, :128] *= 0.05  # too weak to be among the largest
+        history = train(built, x, steps=400, batch_size=256, lr=3e-3, aux=aux).history
+        assert history is not None
+        return history.dead_share[-1], history.fvu[-1]
+
+    dead, unexplained = last(None)
+    assert dead > 0.4
+    revived, left = last(AuxK(k=12, dead_after_rows=5000))
+    assert revived < 0.05
+    assert left < 0.7 * unexplained
+    with pytest.raises(ValueError, match=r"k \(0\), weight"):
+        AuxK(k=0)
 
 
 def test_only_topk_is_stepped_sparsely():

@@ -99,6 +99,7 @@ def train(recipe: Train) -> Result:
             seed=recipe.seed,
             device=recipe.device,
             schedule=recipe.schedule,
+            aux=recipe.aux,
             checkpoint=checkpoint,
             checkpoint_every=recipe.checkpoint_every,
             on_progress=progress,

@@ -28,6 +28,7 @@ from mechatlas.activations.samples import (
     open_samples,
 )
 from mechatlas.base import RecipeError
+from mechatlas.dictionaries.revival import AuxK
 from mechatlas.dictionaries.sparsity import Sparsity, TopK
 from mechatlas.dictionaries.training import Schedule
 
@@ -80,6 +81,8 @@ class Train:
     """Largest learning rate of Adam."""
     schedule: Schedule = dataclasses.field(default_factory=Schedule)
     """How the learning rate changes."""
+    aux: AuxK | None = None
+    """How dead latents are brought back, such as `k = 256` in a table [aux]; by default not."""
     checkpoint_every: int = 1000
     """Steps between two checkpoints. The same command continues a run that was stopped."""
     seed: int = 0

@@ -63,6 +63,7 @@ def update(
     state: dict[str, tuple[Tensor, Tensor, Tensor]],
     adam: list[float],
     d_input: Tensor,
+    extra: tuple[Tensor, ...],
 ) -> None:
     """Take one step of Adam on the latents of `span`, and add to the input's gradient.
 
@@ -83,6 +84,11 @@ def update(
     part = {name: [t[span.start : span.stop] for t in group] for name, group in state.items()}
     tied = "W_enc" not in state
     d_input += gradients["b_enc"] @ part["W_dec" if tied else "W_enc"][0]
+    place, *added = extra
+    mine = (place[span.start : span.stop] >= 0).nonzero()[:, 0]
+    theirs = place[span.start : span.stop][mine].long()
+    for name, more in zip(("W_dec", "W_enc", "b_enc"), added, strict=True):
+        gradients[name][mine] += more[theirs]
     if tied:
         gradients["W_dec"] += gradients.pop("W_enc")
     atoms = part["W_dec"][0]

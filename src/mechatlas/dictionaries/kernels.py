@@ -272,7 +272,7 @@ def _unit_length(atom, least):
 
 
 @_compiled
-def _gradients(j, k, tied, pairs, batch, scratch):
+def _gradients(j, k, tied, pairs, batch, extra, scratch):
     order, starts, values, d_code = pairs
     x, g = batch
     gradient, encoder_gradient, d_bias = scratch
@@ -282,26 +282,33 @@ def _gradients(j, k, tied, pairs, batch, scratch):
     for q in range(starts[j], starts[j + 1]):
         total += d_code[order[q]]
     d_bias[0] = total
+    place, extra_atoms, extra_rows, extra_bias = extra
+    i = place[j]
+    if i >= 0:
+        d_bias[0] += extra_bias[i]
+        for c in range(len(gradient)):
+            gradient[c] += extra_atoms[i, c]
+            encoder_gradient[c] += extra_rows[i, c]
     if tied:
         for c in range(len(gradient)):
             gradient[c] += encoder_gradient[c]
 
 
 @_compiled
-def _update(low, high, k, tied, pairs, batch, decoder, encoder, bias, adam, least, d_input):
-    atoms, atoms1, atoms2 = decoder
-    rows, rows1, rows2 = encoder
-    b, b1, b2 = bias
+def _update(low, high, k, tied, pairs, batch, parameters, adam, least, d_input, extra):
+    (atoms, atoms1, atoms2), (rows, rows1, rows2), (b, b1, b2) = parameters
     d = atoms.shape[1]
     gradient, encoder_gradient = np.empty(d, atoms.dtype), np.empty(d, atoms.dtype)
     d_bias = np.zeros(1, atoms.dtype)
     scratch = (gradient, encoder_gradient, d_bias)
     for j in range(low, high):
-        _gradients(j, k, tied, pairs, batch, scratch)
-        # Through the input's bias: before the encoder row changes.
+        _gradients(j, k, tied, pairs, batch, extra, scratch)
+        # Through the input's bias: before the encoder row changes. The added gradients have
+        # no part in it.
         row, atom = rows[j], atoms[j]
+        through = d_bias[0] if extra[0][j] < 0 else d_bias[0] - extra[3][extra[0][j]]
         for c in range(d):
-            d_input[c] += d_bias[0] * row[c]
+            d_input[c] += through * row[c]
         _remove_along(gradient, atom)
         if not tied:
             _adam(row, rows1[j], rows2[j], encoder_gradient, adam)
@@ -318,6 +325,7 @@ def update(
     state: dict[str, tuple[Tensor, Tensor, Tensor]],
     adam: list[float],
     d_input: Tensor,
+    extra: tuple[Tensor, ...],
 ) -> None:
     """Take one step of Adam on the latents of `span`, and add to the input's gradient.
 
@@ -331,6 +339,8 @@ def update(
         adam: Decay and weight of the first moment, of the second, rate with its correction,
             one over the root of the second moment's correction, epsilon.
         d_input: Gradient of the sum of the encoder's inputs, (d_in,). Added to.
+        extra: For each latent the row of its added gradients or -1, and the added gradients
+            of decoder rows, encoder rows and encoder biases.
     """
     values, d_code = (t.view(-1).numpy() for t in codes)
     parts = {name: tuple(t.numpy() for t in group) for name, group in state.items()}
@@ -342,10 +352,13 @@ def update(
         "W_enc" not in parts,
         (grouped[0].numpy(), grouped[1].numpy(), values, d_code),
         tuple(t.numpy() for t in batch),
-        parts["W_dec"],
-        parts.get("W_enc", parts["W_dec"]),
-        tuple(t[:, None] for t in parts["b_enc"]),
+        (
+            parts["W_dec"],
+            parts.get("W_enc", parts["W_dec"]),
+            tuple(t[:, None] for t in parts["b_enc"]),
+        ),
         tuple(dtype(value) for value in adam),
         dtype(1e-12),
         d_input.numpy(),
+        tuple(t.numpy() for t in extra),
     )

@@ -21,17 +21,22 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from mechatlas.dictionaries import fallback
 from mechatlas.dictionaries.autoencoder import Autoencoder
+from mechatlas.dictionaries.revival import AuxK, revive
 from mechatlas.dictionaries.sparsity import TopK
 
 BETAS = (0.9, 0.999)
 EPSILON = 1e-8
 TILE = 2**22
 LATENTS = 256
+
+
+Dead = tuple[AuxK, Int[Tensor, " dead"]]
+"""How to revive which latents."""
 
 
 class Stepped(NamedTuple):
@@ -52,8 +57,10 @@ class Step(Protocol):
     moments: dict[str, tuple[Tensor, Tensor]]
     """First and second moment of each parameter; with `n_steps` all that a step remembers."""
 
-    def __call__(self, x: Float[Tensor, "batch d_in"], lr: float) -> Stepped:
-        """Change the dictionary in place."""
+    def __call__(
+        self, x: Float[Tensor, "batch d_in"], lr: float, dead: Dead | None = None
+    ) -> Stepped:
+        """Change the dictionary in place; `dead` latents also learn from the residual."""
         ...
 
 
@@ -97,8 +104,10 @@ class SparseStep:
         return getattr(self.dictionary, name).data
 
     @torch.no_grad()
-    def __call__(self, x: Float[Tensor, "batch d_in"], lr: float) -> Stepped:
-        """Change the dictionary in place."""
+    def __call__(
+        self, x: Float[Tensor, "batch d_in"], lr: float, dead: Dead | None = None
+    ) -> Stepped:
+        """Change the dictionary in place; `dead` latents also learn from the residual."""
         self.n_steps += 1
         room = self._make_room(x)
         n_latents = self.dictionary.n_latents
@@ -114,9 +123,10 @@ class SparseStep:
             adam = self._adam(lr)
             state = {n: (self._parameter(n), *m) for n, m in self.moments.items() if n != "b_dec"}
             codes, batch = (values, room["d_code"]), (room["x"], room["g"])
+            extra = self._revival(dead, len(x))
             run(
                 lambda i: self.parts.update(
-                    blocks[i], grouped, codes, batch, state, adam, d_input[i]
+                    blocks[i], grouped, codes, batch, state, adam, d_input[i], extra
                 ),
                 len(blocks),
             )
@@ -136,6 +146,20 @@ class SparseStep:
         self.parts.select(pre, self._parameter("b_enc"), self.k, *codes)
         out = room["g"][rows], room["d_code"][rows], g_sum
         return self.parts.residual(x[rows], atoms, bias, codes, 2 / len(x), out)
+
+    def _revival(self, dead: Dead | None, n_rows: int) -> tuple[Tensor, ...]:
+        """Added gradients of atoms, encoder rows and biases, and where each latent's are."""
+        atoms, bias = self._parameter("W_dec"), self._parameter("b_enc")
+        encoder = atoms if self.dictionary.tied else self._parameter("W_enc")
+        place = torch.full((len(bias),), -1, dtype=torch.int32, device=bias.device)
+        if dead is None or not len(dead[1]):
+            return place, atoms[:0], encoder[:0], bias[:0]
+        left = self._room["g"] * (-n_rows / 2)  # g is scaled
+        found = revive(*dead, (atoms, encoder, bias), self._room["x"], left)
+        place[found.latents] = torch.arange(
+            len(found.latents), dtype=torch.int32, device=bias.device
+        )
+        return place, found.atoms, found.rows, found.bias
 
     def _make_room(self, x: Tensor) -> dict[str, Tensor]:
         """Arrays of the size of a batch, kept from step to step."""
@@ -173,8 +197,10 @@ class AutogradStep:
             count = torch.zeros((), dtype=torch.float32, device=p.device)
             self.optimiser.state[p] = {"step": count, "exp_avg": first, "exp_avg_sq": second}
 
-    def __call__(self, x: Float[Tensor, "batch d_in"], lr: float) -> Stepped:
-        """Change the dictionary in place."""
+    def __call__(
+        self, x: Float[Tensor, "batch d_in"], lr: float, dead: Dead | None = None
+    ) -> Stepped:
+        """Change the dictionary in place; `dead` latents also learn from the residual."""
         self.optimiser.param_groups[0]["lr"] = lr
         for state in self.optimiser.state.values():
             state["step"].fill_(self.n_steps)
@@ -183,10 +209,28 @@ class AutogradStep:
         loss = (x - self.dictionary.decode(code)).square().sum(dim=-1).mean()
         self.optimiser.zero_grad(set_to_none=True)
         loss.backward()
+        if dead is not None and len(dead[1]):
+            self._revive(dead, x, code)
         self._remove_along()
         self.optimiser.step()
         self.dictionary.normalise()
         return Stepped(float(loss.detach()), (code.detach() != 0).any(dim=0))
+
+    @torch.no_grad()
+    def _revive(self, dead: Dead, x: Tensor, code: Tensor) -> None:
+        owner = self.dictionary
+        parameters = owner.W_dec, owner.W_enc.T, owner.b_enc
+        left = x - owner.decode(code)
+        found = revive(*dead, parameters, x - owner.b_dec, left)
+        rows = owner.W_dec if owner.tied else owner._W_enc
+        for p, gradient in (
+            (owner.W_dec, found.atoms),
+            (rows, found.rows),
+            (owner.b_enc, found.bias),
+        ):
+            if p.grad is not None:
+                whole = p.grad.T if p is rows and not owner.tied else p.grad
+                whole[found.latents] += gradient
 
     @torch.no_grad()
     def _remove_along(self) -> None:

@@ -21,6 +21,7 @@ from mechatlas.base import Batch, InputError, NonFiniteError, Progress, Rows, no
 from mechatlas.dictionaries import checkpoints
 from mechatlas.dictionaries.autoencoder import Autoencoder
 from mechatlas.dictionaries.metrics import History, evaluate
+from mechatlas.dictionaries.revival import AuxK
 from mechatlas.dictionaries.rows import as_rows
 from mechatlas.dictionaries.steps import step_for
 from mechatlas.files import checksum
@@ -60,6 +61,7 @@ def train(
     batch_size: int = 4096,
     lr: float = 1e-3,
     schedule: Schedule | None = None,
+    aux: AuxK | None = None,
     seed: int = 0,
     device: torch.device | str = "cpu",
     checkpoint: Path | str | None = None,
@@ -75,6 +77,7 @@ def train(
         batch_size: Rows in a step.
         lr: Largest learning rate.
         schedule: How it changes; by default it falls linearly over the last fifth.
+        aux: How dead latents are brought back; by default they are not.
         seed: Seed of the order of rows.
         device: Where to train.
         checkpoint: Folder for the state of the run. If there is one of a run with the same
@@ -114,6 +117,7 @@ def train(
         "lr": lr,
         "seed": seed,
         "schedule": dataclasses.asdict(schedule),
+        "aux": None if aux is None else dataclasses.asdict(aux),
     }
     if checkpoint is not None:
         run.resume(Path(checkpoint), settings)
@@ -121,7 +125,7 @@ def train(
     clock = time.process_time()
     while run.done < steps:
         x = _checked(next(batches), rows).to(device)
-        run.step(x, lr * schedule(run.done, steps))
+        run.step(x, lr * schedule(run.done, steps), aux)
         on_progress(run.done, steps)
         if run.done % max(1, steps // MEASUREMENTS) == 0 or run.done == steps:
             run.measure(held_out, batch_size, time.process_time() - clock)
@@ -145,7 +149,7 @@ class _Run:
         self.done = 0
         self.since = 0  # steps that `history` has not been told the seconds of
 
-    def step(self, x: Tensor, rate: float) -> None:
+    def step(self, x: Tensor, rate: float, aux: AuxK | None) -> None:
         """Train on one batch.
 
         Raises:
@@ -154,7 +158,11 @@ class _Run:
         """
         if self.done == 0:
             _begin(self.dictionary, x)
-        loss, fired = self.take_step(x, rate)
+        dead = None
+        if aux is not None:
+            silent = (self.done - self.last_fired) * len(x)
+            dead = aux, (silent >= aux.dead_after_rows).nonzero()[:, 0]
+        loss, fired = self.take_step(x, rate, dead)
         self.done += 1
         self.since += 1
         if not math.isfinite(loss):
