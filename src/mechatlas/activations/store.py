@@ -10,11 +10,11 @@ reading shuffles again within a pool of shards taken at random from the whole st
 two neighbours of a batch are related about as rarely as two rows drawn at random.
 """
 
-import dataclasses
 import json
 import math
+from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -31,7 +31,8 @@ from mechatlas.files import checksum, read_json, write
 SCHEMA = 1
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _SAFETENSORS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-POOL_BYTES = 128 << 20
+POOL_BYTES = 64 << 20
+BATCHES_AHEAD = 3
 
 Split = Literal["train", "held"]
 
@@ -121,8 +122,8 @@ class Store:
 
         Args:
             site: May be left out when the store has one site only.
-            pool_bytes: Memory for the pool of rows that are shuffled together; twice this is
-                used, since the next pool is read while one is in use.
+            pool_bytes: Memory for the pool of rows that are shuffled together; up to five times
+                this is used, since pools are read ahead and batches are still being gathered.
 
         Raises:
             StoreError: The store has no such site or branch, or several and none was named.
@@ -142,10 +143,12 @@ class Store:
         raise StoreError(f"{have}; there is no {site!r}.{also}")
 
 
-@dataclasses.dataclass(frozen=True)
-class _Pool:
-    rows: Tensor
-    ids: Tensor
+class _Pool(NamedTuple):
+    """Rows, as bytes, that are shuffled together, and which rows of the site they are."""
+
+    rows: np.ndarray
+    dtype: torch.dtype
+    ids: np.ndarray
 
 
 class StoreRows:
@@ -183,44 +186,66 @@ class StoreRows:
         Raises:
             StoreError: A shard is damaged or missing; it is named.
         """
+        with ThreadPoolExecutor(2) as workers:
+            ahead: deque[Future[Batch]] = deque()
+            for parts in self._parts(batch_size, seed, start, workers):
+                ahead.append(workers.submit(self._gather, parts))
+                if len(ahead) > BATCHES_AHEAD:
+                    yield ahead.popleft().result()
+
+    def _parts(
+        self, batch_size: int, seed: int, start: int, workers: ThreadPoolExecutor
+    ) -> Iterator[list[tuple[_Pool, np.ndarray]]]:
+        """For each batch, the rows that it takes from one pool or several."""
         missing, parts = batch_size, []
-        for pool, order in self._pools(seed, start * batch_size):
+        for pool, order in self._pools(seed, start * batch_size, batch_size, workers):
             taken = 0
             while taken < len(order):
-                index = order[taken : taken + missing]
-                parts.append((pool.rows.index_select(0, index), pool.ids[index]))
-                taken += len(index)
-                missing -= len(index)
+                parts.append((pool, order[taken : taken + missing]))
+                taken += len(parts[-1][1])
+                missing -= len(parts[-1][1])
                 if not missing:
-                    x = parts[0][0] if len(parts) == 1 else torch.cat([p[0] for p in parts])
-                    yield Batch(x[:, self.channels].float(), torch.cat([p[1] for p in parts]))
+                    yield parts
                     missing, parts = batch_size, []
 
-    def _pools(self, seed: int, first_row: int) -> Iterator[tuple[_Pool, Tensor]]:
+    def _gather(self, parts: list[tuple[_Pool, np.ndarray]]) -> Batch:
+        n = sum(len(order) for _, order in parts)
+        out = np.empty((n, parts[0][0].rows.shape[1]), np.uint8)
+        done = 0
+        for pool, order in parts:
+            # Whole rows as bytes: numpy has no bfloat16. "clip" spares a copy, nothing is clipped.
+            np.take(pool.rows, order, axis=0, out=out[done : done + len(order)], mode="clip")
+            done += len(order)
+        x = torch.from_numpy(out).view(parts[0][0].dtype)
+        ids = np.concatenate([pool.ids[order] for pool, order in parts])
+        return Batch(x[:, self.channels].float(), torch.from_numpy(ids))
+
+    def _pools(
+        self, seed: int, first_row: int, batch_size: int, workers: ThreadPoolExecutor
+    ) -> Iterator[tuple[_Pool, np.ndarray]]:
         """Pools of shards in random order, each with a random order of its rows."""
         epoch, skip = divmod(first_row, self.n_rows)
         groups = self._groups(seed, epoch)
         n_groups = len(groups)
-        with ThreadPoolExecutor(1) as reader:
-            pool = _Pool(torch.empty(0), torch.empty(0))
-            buffers = [torch.empty(0, dtype=torch.uint8)] * 2
-            number = 0
-            while skip >= (n := sum(self._all[i].rows for i in groups[number])):
-                skip, number = skip - n, number + 1
-            turn = 0
-            ahead = reader.submit(self._load, groups[number], buffers, turn)
-            while True:
-                if n_groups > 1 or not len(pool.rows):
-                    pool = ahead.result()
-                following = (epoch, number + 1) if number + 1 < n_groups else (epoch + 1, 0)
-                if n_groups > 1:
-                    if following[0] > epoch:
-                        groups = self._groups(seed, following[0])
-                    turn = 1 - turn
-                    ahead = reader.submit(self._load, groups[following[1]], buffers, turn)
-                random = torch.Generator().manual_seed(_mix(seed, epoch, number))
-                yield pool, torch.randperm(len(pool.rows), generator=random)[skip:]
-                skip, (epoch, number) = 0, following
+        number = 0
+        while skip >= (n := sum(self._all[i].rows for i in groups[number])):
+            skip, number = skip - n, number + 1
+        # Memory is used again (fresh pages cost as much as reading), but not before the batches
+        # still being gathered from it can be done.
+        smallest = min(sum(self._all[i].rows for i in group) for group in groups)
+        in_use = math.ceil((BATCHES_AHEAD + 2) * batch_size / smallest)
+        room = deque([np.empty(0, np.uint8)] * (3 + in_use))
+        pool = self._load(groups[number], room)
+        while True:
+            following = (epoch, number + 1) if number + 1 < n_groups else (epoch + 1, 0)
+            if following[0] > epoch:
+                groups = self._groups(seed, following[0])
+            ahead = workers.submit(self._load, groups[following[1]], room) if n_groups > 1 else None
+            random = np.random.default_rng([seed, epoch, number])
+            yield pool, random.permutation(len(pool.ids))[skip:]
+            if ahead is not None:
+                pool = ahead.result()
+            skip, (epoch, number) = 0, following
 
     def _groups(self, seed: int, epoch: int) -> list[list[int]]:
         """The train shards in random order, cut into pools of about equal size."""
@@ -261,25 +286,19 @@ class StoreRows:
         i = int(np.searchsorted(self._first, row, side="right")) - 1
         return f"{self.store.root / self._all[i].file} row {row - int(self._first[i])}"
 
-    def _load(self, shards: list[int], buffers: list[Tensor], turn: int) -> _Pool:
+    def _load(self, shards: list[int], room: deque[np.ndarray]) -> _Pool:
         entries = [self._all[i] for i in shards]
-        size = sum(s.bytes for s in entries)
-        if buffers[turn].numel() < size:
-            # numpy asks the system for huge pages, which makes reading rows at random faster.
-            buffers[turn] = torch.from_numpy(np.empty(size, np.uint8))
-        rows, ids, used = None, [], 0
-        for i, shard in zip(shards, entries, strict=True):
-            dtype, n_bytes = _read_rows_into(self.store.root, shard, buffers[turn][used:])
+        buffer, size = room.popleft(), sum(s.bytes for s in entries)
+        buffer = buffer if len(buffer) >= size else np.empty(size, np.uint8)
+        room.append(buffer)
+        used, dtypes = 0, []
+        for shard in entries:
+            dtype, n_bytes = _read_rows_into(self.store.root, shard, buffer[used:])
+            dtypes.append(dtype)
             used += n_bytes
-            rows = dtype
-            ids.append(torch.arange(int(self._first[i]), int(self._first[i + 1])))
-        assert rows is not None
-        whole = buffers[turn][:used].view(rows).view(-1, self.shape.width)
-        return _Pool(whole, torch.cat(ids))
-
-
-def _mix(*numbers: int) -> int:
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
+        ids = [np.arange(self._first[i], self._first[i + 1]) for i in shards]
+        row_bytes = self.shape.width * dtypes[0].itemsize
+        return _Pool(buffer[:used].reshape(-1, row_bytes), dtypes[0], np.concatenate(ids))
 
 
 def read_shard(root: Path, shard: Shard) -> tuple[Tensor, Tensor]:
@@ -306,7 +325,7 @@ def _damaged(path: Path, shard: Shard, size: int) -> str:
     return f"{path} is damaged: {found}. Delete the store and collect it again."
 
 
-def _read_rows_into(root: Path, shard: Shard, out: Tensor) -> tuple[torch.dtype, int]:
+def _read_rows_into(root: Path, shard: Shard, out: np.ndarray) -> tuple[torch.dtype, int]:
     """Read the rows of a shard straight into memory and check the whole of it.
 
     Returns:
@@ -326,7 +345,7 @@ def _read_rows_into(root: Path, shard: Shard, out: Tensor) -> tuple[torch.dtype,
             rows = json.loads(header)["rows"] if header else {"data_offsets": (0, 0), "dtype": ""}
             begin, end = rows["data_offsets"]
             state.update(file.read(begin))
-            target = memoryview(out[: end - begin].numpy())  # pyright: ignore[reportArgumentType]
+            target = out[: end - begin].data
             file.readinto(target)
             state.update(target)  # while it is still in cache
             state.update(file.read())
