@@ -139,6 +139,7 @@ class ImageSamples:
         self.recipe, self.side, self.channels = recipe, side, channels
         self._images = _open_images(recipe)
         self._decoded: OrderedDict[int, np.ndarray] = OrderedDict()  # a small cache
+        self._cached = 0  # bytes
         self._lock = threading.Lock()  # `collect` reads ahead in threads
         if not len(self._images.names):
             raise InputError(
@@ -198,9 +199,11 @@ class ImageSamples:
                 f"{name} has {pixels.shape[2]} channels, the network expects {self.channels}."
             )
         with self._lock:
-            self._decoded[image] = pixels
-            while sum(p.nbytes for p in self._decoded.values()) > CACHE_BYTES:
-                self._decoded.popitem(last=False)
+            if image not in self._decoded:  # another thread may have been faster
+                self._decoded[image] = pixels
+                self._cached += pixels.nbytes
+            while self._cached > CACHE_BYTES:
+                self._cached -= self._decoded.popitem(last=False)[1].nbytes
         return pixels
 
 
