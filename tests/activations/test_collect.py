@@ -1,7 +1,6 @@
 """Collecting: right rows, exact resume, honest shuffling, and clear refusals."""
 
 import json
-import os
 import random
 import shutil
 import signal
@@ -142,14 +141,12 @@ def test_a_run_killed_at_any_moment_ends_with_the_same_bytes(tmp_path):
     command = [sys.executable, "-c", KILLED, str(tmp_path / "images.npy")]
     root = str(Path(__file__).parents[2])
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    started = time.perf_counter()
     process = subprocess.Popen([*command, str(whole), root], stdout=subprocess.PIPE)
     assert process.stdout is not None
     process.stdout.readline()
     ready = time.perf_counter()
     assert process.wait() == 0
     length = time.perf_counter() - ready
-    assert ready > started
     moments = random.Random(0)
     kills = 0
     while True:
@@ -314,10 +311,9 @@ def test_too_little_space_is_refused_before_any_work(tmp_path, monkeypatch):
     assert not (tmp_path / "store").exists()
 
 
-@pytest.mark.skipif(os.geteuid() != 0 and sys.platform == "win32", reason="needs POSIX")
 def test_an_unwritable_place_is_refused_in_one_sentence(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(DiskError, match=r"Cannot write|is a file"):
+    with pytest.raises(DiskError, match="Cannot write"):
         collect(NETWORK, images(tmp_path), SITES, tmp_path / "file" / "store")
 
 

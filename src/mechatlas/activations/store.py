@@ -231,8 +231,9 @@ class StoreRows:
         while skip >= (n := sum(self._all[i].rows for i in groups[number])):
             skip, number = skip - n, number + 1
         # Memory is used again (fresh pages cost as much as reading), but not before the batches
-        # still being gathered from it can be done.
-        smallest = min(sum(self._all[i].rows for i in group) for group in groups)
+        # still being gathered from it can be done, however small a pool of any epoch may be.
+        fewest = min(map(len, groups))
+        smallest = sum(sorted(shard.rows for shard in self._train)[:fewest])
         in_use = math.ceil((BATCHES_AHEAD + 2) * batch_size / smallest)
         room = deque([np.empty(0, np.uint8)] * (3 + in_use))
         pool = self._load(groups[number], room)
