@@ -17,8 +17,9 @@ from safetensors.numpy import save
 
 from mechatlas.analysis.proofs.exact import brute_force
 from mechatlas.analysis.proofs.training import Settings, train_net
+from mechatlas.app.folders import refuse_strangers
 from mechatlas.app.progress import bar
-from mechatlas.base import DiskError, RecipeError
+from mechatlas.base import RecipeError
 from mechatlas.files import checksum, write, write_json
 from mechatlas.maths.group_constructions import permutation_group
 from mechatlas.maths.groups import Group
@@ -84,9 +85,7 @@ def train(recipe: TrainGroup) -> dict[str, Any]:
     """
     clock = time.process_time()
     group = find_group(recipe)
-    strangers = recipe.out.exists() and not (recipe.out / NET).exists()
-    if strangers and (not recipe.out.is_dir() or any(recipe.out.iterdir())):
-        raise DiskError(f"{recipe.out} is not empty and is not a net. Choose another out.")
+    refuse_strangers(recipe.out, "group_net")
     with bar("training") as progress:
         weights = train_net(np.asarray(group.table), recipe, on_progress=progress)
     accuracy = brute_force(weights, group.table, np.float64)

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.numpy import save as save_tensors
 
 from mechatlas.activations import networks
 from mechatlas.activations.networks import digest
@@ -19,11 +18,11 @@ from mechatlas.activations.samples import Samples, open_samples
 from mechatlas.activations.sites import find_sites
 from mechatlas.analysis.interaction.ablation import Needed
 from mechatlas.analysis.interaction.analysis import Interaction, Layer, basis
-from mechatlas.app.jobs import _finish, _refuse_strangers
+from mechatlas.app.folders import finish, refuse_strangers, write_tensors
 from mechatlas.app.progress import bar
 from mechatlas.app.recipes import Interact, as_dict
 from mechatlas.base import InputError, RecipeError, Site, SiteError
-from mechatlas.files import checksum, write, write_json
+from mechatlas.files import checksum, write_json
 
 FILE = "basis.safetensors"
 SPECTRA = "spectra.json"
@@ -39,7 +38,7 @@ def interact(recipe: Interact) -> dict[str, Any]:
             something else.
     """
     clock = time.process_time()
-    _refuse_strangers(recipe.out, "basis")
+    refuse_strangers(recipe.out, "basis")
     network = networks.build(recipe.network)
     sites = [_one_site(network, layer) for layer in recipe.layers]
     samples = open_samples(recipe.samples, network)
@@ -49,8 +48,7 @@ def interact(recipe: Interact) -> dict[str, Any]:
     data = inputs if labels is None else (inputs, labels)
     with bar("analysing") as progress:
         found = basis(network, data, sites, recipe.how, on_progress=progress)
-    weights = save_tensors(_tensors(found))
-    write(recipe.out / FILE, weights)
+    weights = write_tensors(recipe.out / FILE, _tensors(found))
     write_json(recipe.out / SPECTRA, _spectra(found))
     manifest = {
         "schema": 1,
@@ -60,7 +58,7 @@ def interact(recipe: Interact) -> dict[str, Any]:
         "files": {FILE: checksum(weights)},
     }
     write_json(recipe.out / "manifest.json", manifest)
-    return _finish(recipe.out, recipe, summary(found, len(inputs)), clock)
+    return finish(recipe.out, recipe, summary(found, len(inputs)), clock)
 
 
 def _one_site(network: torch.nn.Module, layer: str) -> Site:
@@ -162,7 +160,7 @@ def _tensors(found: Interaction) -> dict[str, np.ndarray]:
         for kind, edges in layer.all_edges.items():
             tensors[f"{layer.name}.{kind}.edges"] = edges.strength
             tensors[f"{layer.name}.{kind}.edge_errors"] = edges.standard_error
-    return {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
+    return tensors
 
 
 def _spectra(found: Interaction) -> dict[str, Any]:

@@ -1,37 +1,27 @@
 """What the commands do: each job reads a recipe, writes a folder and returns its result.
 
-    collect    network, samples -> store
-    train      store -> dictionary
-    report     folder of runs -> page
-
-Every folder holds the data, `recipe.toml`, `manifest.json` and `result.json`.
+collect    network, samples -> store
+train      store -> dictionary
+report     folder of runs -> page
 """
 
 import dataclasses
-import json
-import resource
 import shutil
-import sys
 import time
 from pathlib import Path
-from typing import Any
-
-import tomli_w
 
 from mechatlas.activations import networks
 from mechatlas.activations.collect import collect as collect_rows
 from mechatlas.activations.samples import open_samples
 from mechatlas.activations.sites import find_sites
 from mechatlas.activations.store import PairedRows, Store
+from mechatlas.app.folders import Result, cost, finish, refuse_strangers
 from mechatlas.app.progress import bar
 from mechatlas.app.recipes import Collect, Train, as_dict
 from mechatlas.app.report.page import write_page
-from mechatlas.base import DiskError
 from mechatlas.dictionaries.formats import FILE, save
 from mechatlas.dictionaries.training import train as train_dictionary
-from mechatlas.files import checksum, write, write_json
-
-Result = dict[str, Any]
+from mechatlas.files import checksum, write_json
 
 
 def collect(recipe: Collect) -> Result:
@@ -66,7 +56,7 @@ def collect(recipe: Collect) -> Result:
         },
         "bytes": sum(shard.bytes for shard in store.shards),
     }
-    return _finish(recipe.out, recipe, result, clock)
+    return finish(recipe.out, recipe, result, clock)
 
 
 def train(recipe: Train) -> Result:
@@ -81,8 +71,7 @@ def train(recipe: Train) -> Result:
         store.paired([s for s in recipe.sites if s]) if recipe.writes else store.rows(recipe.site)
     )
     checkpoint = recipe.out / "checkpoint"
-    if [p.name for p in _inside(recipe.out)] != [checkpoint.name]:  # not of a killed run
-        _refuse_strangers(recipe.out, "dictionary")
+    refuse_strangers(recipe.out, "dictionary", unfinished=checkpoint.name)
     parts = rows.rows if isinstance(rows, PairedRows) else [rows]
     widths = {site: part.d_in for site, part in zip(recipe.sites, parts, strict=True)}
     dictionary = recipe.build(widths)
@@ -129,7 +118,7 @@ def train(recipe: Train) -> Result:
         "rows": rows.n_rows,
         "held_out_rows": rows.n_held_out,
     }
-    return _finish(recipe.out, recipe, result, clock)
+    return finish(recipe.out, recipe, result, clock)
 
 
 def report(folder: Path, out: Path) -> Result:
@@ -141,37 +130,4 @@ def report(folder: Path, out: Path) -> Result:
     clock = time.process_time()
     with bar("drawing the page") as progress:
         page = write_page(folder, out, on_progress=progress)
-    return {"page": str(page), "bytes": page.stat().st_size, **_cost(clock)}
-
-
-def _finish(out: Path, recipe: Any, result: Result, clock: float) -> Result:
-    """Write `recipe.toml` and `result.json`."""
-    write(out / "recipe.toml", tomli_w.dumps(as_dict(recipe)).encode())
-    whole = {**result, **_cost(clock)}
-    write_json(out / "result.json", whole)
-    return {"out": str(out), **whole}
-
-
-def _cost(clock: float) -> Result:
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return {
-        "seconds": round(time.process_time() - clock, 3),
-        "peak_bytes": peak if sys.platform == "darwin" else peak * 1024,
-    }
-
-
-def _inside(folder: Path) -> list[Path]:
-    return list(folder.iterdir()) if folder.is_dir() else []
-
-
-def _refuse_strangers(out: Path, kind: str) -> None:
-    # Before any work: never write among files that are not ours.
-    if out.exists() and not out.is_dir():
-        raise DiskError(f"{out} is a file, expected a folder.")
-    if out.is_dir() and any(out.iterdir()):
-        try:
-            found = json.loads((out / "manifest.json").read_text()).get("kind")
-        except (OSError, ValueError, AttributeError):
-            found = None
-        if found != kind:
-            raise DiskError(f"{out} is not empty and is not a {kind}. Choose another --out.")
+    return {"page": str(page), "bytes": page.stat().st_size, **cost(clock)}

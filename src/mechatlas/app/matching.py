@@ -9,17 +9,13 @@ import dataclasses
 import io
 import itertools
 import json
-import resource
 import shutil
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 import tyro
 from tyro.conf import Positional, arg
@@ -44,8 +40,9 @@ from mechatlas.analysis.matching.evidence import (
 from mechatlas.analysis.matching.folding import fold, mean_active
 from mechatlas.analysis.matching.nulls import NULLS, Null, reordered
 from mechatlas.analysis.matching.pairing import Match, correlate, match, relatives
+from mechatlas.app.folders import cost, peak_bytes, refuse_strangers, write_table
 from mechatlas.app.progress import bar
-from mechatlas.base import DiskError, RecipeError, StoreError
+from mechatlas.base import RecipeError, StoreError
 from mechatlas.dictionaries.formats import load
 from mechatlas.files import checksum, read_json, write, write_json
 from mechatlas.maths.assignment import State
@@ -136,7 +133,7 @@ def match_dictionaries(recipe: Matching) -> dict[str, Any]:
         pair = {"a": name_a, "b": name_b, **_facts(found)}
         pair["seconds"] = round(time.process_time() - started, 3)
         pair["wall_seconds"] = round(time.perf_counter() - wall, 3)
-        pair["peak_bytes"] = _peak()
+        pair["peak_bytes"] = peak_bytes()
         if unseen:
             pair |= _worth(dictionaries[k : k + 2], units[k : k + 2], unseen[k : k + 2], found,
                            views[k : k + 2], recipe.seed)  # fmt: skip
@@ -162,7 +159,7 @@ def match_dictionaries(recipe: Matching) -> dict[str, Any]:
         "files": {f.name: checksum(f.read_bytes()) for f in sorted(recipe.out.glob("*.parquet"))},
     }
     write_json(recipe.out / "manifest.json", manifest)
-    result |= {"seconds": round(time.process_time() - clock, 3), "peak_bytes": _peak()}
+    result |= cost(clock)
     write_json(recipe.out / "result.json", result)
     shutil.rmtree(recipe.out / "unfinished", ignore_errors=True)
     return {"out": str(recipe.out), **result}
@@ -194,14 +191,7 @@ def _check(recipe: Matching) -> None:
             f"--rate must lie between 0 and 1 (got {recipe.rate}) and --rows be at least 2 "
             f"(got {recipe.rows})."
         )
-    out = recipe.out
-    if out.exists() and not out.is_dir():
-        raise DiskError(f"{out} is a file, expected a folder.")
-    if out.is_dir() and any(p.name != "unfinished" for p in out.iterdir()):
-        manifest = out / "manifest.json"
-        kind = read_json(manifest).get("kind") if manifest.is_file() else None
-        if kind != KIND:
-            raise DiskError(f"{out} is not empty and is not a {KIND}. Choose another --out.")
+    refuse_strangers(recipe.out, KIND, unfinished="unfinished")
 
 
 def _names(paths: tuple[Path, ...]) -> list[str]:
@@ -483,13 +473,13 @@ def _write_matches(path: Path, matches: list[Match]) -> None:
             "matched": found.matched[rows],
         }.items():
             columns.setdefault(name, []).append(values)
-    _write_table(path, {name: np.concatenate(parts) for name, parts in columns.items()})
+    write_table(path, {name: np.concatenate(parts) for name, parts in columns.items()})
 
 
 def _write_tracks(path: Path, tracks: Tracks, lines: LifeLines) -> None:
     there = tracks.latents >= 0
     which, layer = np.nonzero(there)
-    _write_table(
+    write_table(
         path,
         {
             "track": which,
@@ -503,14 +493,3 @@ def _write_tracks(path: Path, tracks: Tracks, lines: LifeLines) -> None:
             "latest_death": lines.latest_death[which],
         },
     )
-
-
-def _write_table(path: Path, columns: dict[str, np.ndarray]) -> None:
-    packed = io.BytesIO()
-    pq.write_table(pa.table(columns), packed)
-    write(path, packed.getvalue())
-
-
-def _peak() -> int:
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

@@ -7,7 +7,6 @@ check    proof, weights -> the bound, verified anew
 import dataclasses
 import time
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -23,11 +22,10 @@ from mechatlas.analysis.proofs.prove import (
 )
 from mechatlas.analysis.proofs.prove import prove as prove_bound
 from mechatlas.analysis.proofs.verify import Verdict, verify
-from mechatlas.base import DiskError, InputError, WeightsError
+from mechatlas.app.folders import Result, refuse_strangers
+from mechatlas.base import InputError, WeightsError
 from mechatlas.files import checksum, write_json
 from mechatlas.maths.groups import Group
-
-Result = dict[str, Any]
 
 FILE = "proof.safetensors"
 KEYS = ("left", "right", "unembed")
@@ -71,7 +69,7 @@ def prove(recipe: Prove) -> Result:
     table = read_table(recipe.table)
     group = Group(table, name=recipe.table.stem.removesuffix("_table"))
     weights = as_weights(*weights_given, group.order)
-    _refuse_strangers(recipe.out)
+    refuse_strangers(recipe.out, "proof")
     bound = prove_bound(*weights, group, effort=recipe.effort)
     verdict = bound.verdict
     recipe.out.mkdir(parents=True, exist_ok=True)
@@ -317,15 +315,3 @@ def _compare(weights: Weights, group: Group, bound: Bound) -> Result:
         "seconds_brute_force_f64": float(np.median(times[np.float64])),
         "seconds_verify": float(np.median(ours)),
     }
-
-
-def _refuse_strangers(out: Path) -> None:
-    """Never write among files that are not ours.
-
-    Raises:
-        DiskError: `out` is a file, or holds something else.
-    """
-    if out.exists() and not out.is_dir():
-        raise DiskError(f"{out} is a file, expected a folder.")
-    if out.is_dir() and any(out.iterdir()) and not (out / FILE).exists():
-        raise DiskError(f"{out} is not empty and is not a proof. Choose another --out.")

@@ -1,0 +1,79 @@
+"""Evidence from many tests at once.
+
+q_values      p-values -> smallest false discovery rate at which each still stands
+enrichment    are the members of one set more often than by chance in another?
+proportion    a share with its interval
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float, Int
+from scipy import stats
+
+
+def q_values(p_values: Float[np.ndarray, "*shape"]) -> Float[np.ndarray, "*shape"]:
+    """Smallest false discovery rate at which each test is still a discovery.
+
+    All entries are one family of tests. Entries that are NaN were not tested: they stay NaN and
+    do not count. Holds for independent tests and for positively dependent ones.
+
+    Raises:
+        ValueError: A p-value lies outside 0..1.
+
+    Source:
+        Benjamini and Hochberg, Controlling the false discovery rate (1995).
+    """
+    flat = np.asarray(p_values, dtype=np.float64).ravel()
+    tested = np.flatnonzero(~np.isnan(flat))
+    if len(tested) and not (flat[tested].min() >= 0 and flat[tested].max() <= 1):
+        bad = flat[tested].min() if flat[tested].min() < 0 else flat[tested].max()
+        raise ValueError(f"p-values must lie between 0 and 1, got {bad:.3g}.")
+    order = tested[np.argsort(flat[tested], kind="stable")]
+    scaled = flat[order] * len(order) / np.arange(1, len(order) + 1)
+    q = np.full(len(flat), np.nan)
+    q[order] = np.minimum(np.minimum.accumulate(scaled[::-1])[::-1], 1.0)
+    return q.reshape(np.shape(p_values))
+
+
+def enrichment(
+    both: Int[np.ndarray, "*shape"],
+    first: Int[np.ndarray, "*shape"],
+    second: Int[np.ndarray, "*shape"],
+    total: int,
+) -> Float[np.ndarray, "*shape"]:
+    """Probability of at least `both` common members if the sets were independent.
+
+    Args:
+        both: Members of both sets.
+        first: Members of the first.
+        second: Members of the second.
+        total: Things that could be members.
+
+    Returns:
+        One-sided hypergeometric p-values (Fisher's exact test).
+    """
+    return np.clip(np.asarray(stats.hypergeom.sf(np.asarray(both) - 1, total, first, second)), 0, 1)
+
+
+class Proportion(NamedTuple):
+    """A share of some trials, and its interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+def proportion(hits: int, trials: int, *, level: float = 0.95) -> Proportion:
+    """A share with its Wilson interval; NaN and 0..1 where there were no trials.
+
+    Source:
+        Wilson, Probable inference, the law of succession, and statistical inference (1927).
+    """
+    if trials == 0:
+        return Proportion(np.nan, 0.0, 1.0)
+    z2 = float(stats.norm.ppf(0.5 + level / 2)) ** 2
+    share = hits / trials
+    middle = (share + z2 / (2 * trials)) / (1 + z2 / trials)
+    half = np.sqrt(z2 * (share * (1 - share) / trials + z2 / (4 * trials**2))) / (1 + z2 / trials)
+    return Proportion(share, max(0.0, float(middle - half)), min(1.0, float(middle + half)))
