@@ -53,7 +53,9 @@ def enrichment(
     Returns:
         One-sided hypergeometric p-values (Fisher's exact test).
     """
-    return np.clip(np.asarray(stats.hypergeom.sf(np.asarray(both) - 1, total, first, second)), 0, 1)
+    # scipy knows no empty population; there, and for empty sets, everything is as by chance.
+    p = stats.hypergeom.sf(np.asarray(both) - 1, max(total, 1), first, second)
+    return np.clip(np.asarray(p), 0, 1)
 
 
 class Proportion(NamedTuple):
