@@ -8,9 +8,10 @@ import torch
 from torch import nn
 
 from mechatlas.activations.sites import read
+from mechatlas.analysis.interaction import sections as derivatives
 from mechatlas.analysis.interaction.bases import KINDS, interaction, neurons, rotated
 from mechatlas.analysis.interaction.edges import measure_edges
-from mechatlas.analysis.interaction.sections import jacobians, like, rows_of, sections_of
+from mechatlas.analysis.interaction.sections import directional, like, rows_of, sections_of
 from mechatlas.analysis.interaction.statistics import Inputs, gradients, observe, pullback
 from mechatlas.base import NonFiniteError, Site, SiteError
 
@@ -151,39 +152,85 @@ def test_edges_of_a_relu_section_are_gradient_times_coordinate(name):
     assert found.points == 1
 
 
-def test_quadrature_adds_up_to_the_change_of_the_output():
-    network, x, sections, _ = setting("attention")
+@pytest.mark.parametrize("name", ["attention", "norm", "gelu"])
+def test_edges_of_any_section_are_integrals_along_the_path(name):
+    network, x, sections, _ = setting(name)
     layers, _ = observe(network, Inputs.of(x), LAYERS, sections, batch_size=7)
-    source, target = neurons(layers[0].moments), neurons(layers[1].moments)
-    errors = []
+    source = rotated(neurons(layers[0].moments), seed=1)
+    target = rotated(neurons(layers[1].moments), seed=2)
+    found = measure_edges(network, sections[0], source, target, Inputs.of(x), points=2)
     rows = rows_of(x)
     mean = rows.new_tensor(source.mean)
+    nodes, weights = np.polynomial.legendre.leggauss(2)
+    total: Any = 0
+    for node, weight in zip((nodes + 1) / 2, weights / 2, strict=True):
+        _, jacobian = whole_jacobian(network, like(mean + node * (rows - mean), x))
+        total = total + weight * torch.einsum(
+            "ntosd,ok,jd,nsj->ntkj",
+            jacobian,
+            torch.from_numpy(target.to_basis),
+            torch.from_numpy(source.from_basis),
+            source.transform(rows),
+        )
+    brute = total.square().sum(1)
+    np.testing.assert_allclose(found.strength, brute.mean(0), atol=1e-10 * float(brute.max()))
+
+
+def test_quadrature_adds_up_to_the_change_of_the_output():
+    network, x, sections, _ = setting("attention")
+    mean = x.mean(dim=(0, 1)).expand_as(x)
+    errors = []
     for points in (2, 12):
         nodes, weights = np.polynomial.legendre.leggauss(points)
-        total = 0
-        for node, weight in zip((nodes + 1) / 2, weights / 2, strict=True):
-            blocks = jacobians(
-                sections[0], mean + node * (rows - mean), x, target.to_basis, source.from_basis
-            )
-            total = total + weight * torch.stack(
-                [torch.einsum("nskj,nsj->nk", j, source.transform(rows)) for j, _ in blocks], dim=1
-            )
-        change = network[1](x) - network[1](mean.expand_as(x))
-        errors.append(float((total - change).abs().max()))
+        total = sum(
+            weight * next(directional(sections[0], mean + node * (x - mean), x, [x - mean]))
+            for node, weight in zip((nodes + 1) / 2, weights / 2, strict=True)
+        )
+        errors.append(float((total - (network[1](x) - network[1](mean))).abs().max()))
     assert errors[1] < 1e-8
     assert errors[1] < errors[0]
 
 
-def test_random_sources_keep_the_expected_second_moments():
+@pytest.mark.parametrize("name", NETWORKS)
+def test_derivatives_along_a_change_are_the_same_forwards_and_backwards(name):
+    network, x, sections, _ = setting(name)
+    tangent = torch.randn(x.shape, dtype=x.dtype, generator=torch.Generator().manual_seed(2))
+    (found,) = directional(sections[0], x, x, [tangent])
+    _, jacobian = whole_jacobian(network, x)
+    brute = torch.einsum("ntosd,nsd->nto", jacobian, rows_of(tangent))
+    torch.testing.assert_close(found, brute, atol=1e-12, rtol=1e-10)
+    torch.testing.assert_close(derivatives._twice(sections[0], x, x, tangent), brute)
+
+
+class Doubled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x * 2
+
+    @staticmethod
+    def backward(ctx, *grads):
+        return grads[0] * 2
+
+
+def test_a_module_without_a_forward_derivative_has_one_all_the_same():
+    class Own(nn.Module):
+        def forward(self, x):
+            return Doubled.apply(x)
+
+    network = nn.Sequential(nn.Identity(), Own())
+    x = torch.randn(4, 3, dtype=torch.float64)
+    section = sections_of(network, LAYERS, x)[0]
+    (found,) = directional(section, x, x, [torch.ones_like(x)])
+    assert (found == 2).all()
+
+
+def test_random_sources_keep_the_expected_second_moments(monkeypatch):
+    monkeypatch.setattr(derivatives, "MOST_GRADIENTS", 4)
     network, x, sections, _ = setting("attention")
-    inputs = Inputs.of(x)
-    exact = pullback(network, sections[0], inputs, np.eye(3), batch_size=2)
-    many = [
-        pullback(network, sections[0], Inputs.of(torch.cat([x] * 20)), np.eye(3), batch_size=4,
-                 sources=s)
-        for s in (1, 2)
-    ]  # fmt: skip
-    for found in many:
+    exact = pullback(network, sections[0], Inputs.of(x), np.eye(3), batch_size=2)
+    many = Inputs.of(torch.cat([x] * 40))
+    for sources in (1, 4):
+        found = pullback(network, sections[0], many, np.eye(3), batch_size=4, sources=sources)
         assert np.abs(found - exact).max() < 0.25 * np.abs(exact).max()
         assert np.abs(found - exact).max() > 0
 

@@ -66,8 +66,9 @@ class Analysing:
     gradients of the outputs are taken on an eighth of them."""
     ablation_samples: int = 4096
     """Samples on which changed networks are scored."""
-    sources: int = 8
-    """Output positions (or random sums over them) for each gradient; exact up to this many."""
+    sources: int = 64
+    """Random sums over outputs that gradients are taken of, where a layer has too many outputs
+    (coordinates times positions, more than 512) to take the gradient of each."""
     points: int = 3
     """Quadrature points for edges of sections that are not linear or ReLU."""
     score: Literal["answers", "numbers"] = "answers"
@@ -349,7 +350,6 @@ class _Analysis:
                     found[number + 1],
                     self.some,
                     points=self.how.points,
-                    sources=self.how.sources,
                 )
             )
             self.step()

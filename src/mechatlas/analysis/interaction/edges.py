@@ -8,6 +8,10 @@ straight path from zero its gradient does not change, and gradient times coordin
 integral. For all others the path runs from the mean of the layer to the sample (what leaving a
 coordinate out goes back to), and the integral is taken by Gauss-Legendre quadrature.
 
+The inner sum is the derivative along what coordinate j contributes at all positions. So one
+forward derivative for each source coordinate is enough, however many outputs and positions there
+are; matrices between positions that do not touch are multiplied out instead.
+
 Source: Bushnaq et al., The local interaction basis (2024), section 4.
 """
 
@@ -19,7 +23,13 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from mechatlas.analysis.interaction.bases import Basis
-from mechatlas.analysis.interaction.sections import Section, jacobians, like, rows_of
+from mechatlas.analysis.interaction.sections import (
+    Section,
+    directional,
+    form_jacobians,
+    like,
+    rows_of,
+)
 from mechatlas.analysis.interaction.statistics import Inputs
 
 ENTRIES = 1 << 24
@@ -33,7 +43,7 @@ class Edges:
     strength: Float[np.ndarray, "k j"]
     """Row i, column j: from source coordinate j to target coordinate i."""
     standard_error: Float[np.ndarray, "k j"]
-    """Over samples; with random sources it includes their noise."""
+    """Over samples."""
     samples: int
     points: int
     """Quadrature points; 1 where one is exact."""
@@ -51,7 +61,6 @@ def measure_edges(
     inputs: Inputs,
     *,
     points: int = 3,
-    sources: int | None = None,
 ) -> Edges:
     """Edges of a section, with standard errors over the samples.
 
@@ -62,20 +71,18 @@ def measure_edges(
         target: Coordinates of the second.
         inputs: Samples to average over.
         points: Quadrature points where the section is not 1-homogeneous.
-        sources: As for `vector_jacobian_products`; sums over positions stay unbiased.
     """
-    exact = section.form is not None
     nodes, weights = np.polynomial.legendre.leggauss(points)
     path = (
         [(1.0, 1.0)]
-        if exact
+        if section.form is not None
         else [((float(n) + 1) / 2, float(w) / 2) for n, w in zip(nodes, weights, strict=True)]
     )
     total = np.zeros((2, len(target), len(source)))
-    done, size = 0, _block_size(network, section, source, target, inputs, sources)
+    done, size = 0, _block_size(network, section, source, target, inputs)
     for batch in inputs.batches(size):
         x = batch.read(network, [section.source])[section.source]
-        squares = _attributions(section, x, batch.tensor, source, target, path, sources, seed=done)
+        squares = _attributions(section, x, batch.tensor, source, target, path)
         total[0] += squares.sum(0).double().numpy()
         total[1] += torch.einsum("nkj,nkj->kj", squares, squares).double().numpy()
         done += len(batch)
@@ -91,46 +98,41 @@ def _attributions(
     source: Basis,
     target: Basis,
     path: list[tuple[float, float]],
-    sources: int | None,
-    seed: int,
 ) -> Float[Tensor, "n k j"]:
     """Squared attributions of each sample, summed over output positions."""
+    coordinates = source.transform(rows_of(x))
+    squares = x.new_zeros(len(x), len(target), len(source))
+    form = section.form
+    if form is not None and form.is_linear_map:
+        blocks = form_jacobians(form, x, target.to_basis, source.from_basis)
+        for position, jacobian in enumerate(blocks):
+            squares.add_((jacobian * coordinates[:, position, None]).square_())
+        return squares
     rows = rows_of(x)
-    coordinates = source.transform(rows)
     mean = rows.new_tensor(source.mean)
-    by_time: list[Tensor] = []
-    for alpha, weight in path:
-        at = x if alpha == 1.0 else like(mean + alpha * (rows - mean), x)
-        blocks = jacobians(
-            section, at, batch, target.to_basis, source.from_basis, sources=sources, seed=seed
+    out_of, read = rows.new_tensor(source.from_basis), rows.new_tensor(target.to_basis)
+    points = [x if a == 1.0 else like(mean + a * (rows - mean), x) for a, _ in path]
+    for j in range(len(source)):
+        # One derivative, along what coordinate j contributes at all positions, gives all of
+        # its attributions.
+        tangent = like(coordinates[..., j, None] * out_of[j], x)
+        along = sum(
+            weight * next(directional(section, at, batch, [tangent]))
+            for at, (_, weight) in zip(points, path, strict=True)
         )
-        for time, (jacobian, positions) in enumerate(blocks):
-            part = weight * torch.einsum("nskj,nsj->nkj", jacobian, coordinates[:, positions])
-            if time == len(by_time):
-                by_time.append(part)
-            else:
-                by_time[time] += part
-    squares = by_time[0].square_()
-    for part in by_time[1:]:
-        squares.addcmul_(part, part)
+        assert isinstance(along, Tensor)
+        squares[:, :, j] = (along @ read).square_().sum(dim=1)
     return squares
 
 
 def _block_size(
-    network: nn.Module,
-    section: Section,
-    source: Basis,
-    target: Basis,
-    inputs: Inputs,
-    sources: int | None,
+    network: nn.Module, section: Section, source: Basis, target: Basis, inputs: Inputs
 ) -> int:
     found = inputs.first(1).read(network, [section.source, section.target])
-    positions = rows_of(found[section.source]).shape[1]
-    times = rows_of(found[section.target]).shape[1]
-    times = times if sources is None else min(times, sources)
-    if section.form is not None and section.form.is_linear_map:
-        positions = 1
-        width = max(section.form.weight.shape[0], len(source))
+    form = section.form
+    if form is not None and form.is_linear_map:
+        numbers = max(form.weight.shape[0], len(source)) * len(target)
     else:
-        width = max(len(source), len(source.mean))
-    return int(np.clip(ENTRIES // (positions * times * len(target) * width), 1, 4096))
+        there = sum(found[site].numel() for site in (section.source, section.target))
+        numbers = max(len(source) * len(target), 16 * there)
+    return int(np.clip(ENTRIES // numbers, 1, 4096))

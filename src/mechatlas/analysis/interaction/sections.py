@@ -2,7 +2,7 @@
 
     sections_of   a network and its layers -> one `Section` between each layer and the next
     rows_of       activations as (sample, position, channel), whatever the layer's shape
-    vector_jacobian_products, jacobians    their derivatives, one block at a time
+    vector_jacobian_products, directional, form_jacobians    their derivatives
 
 A section is recognised by running it, never by name: a chain of modules that leads from one
 layer to the next, or one of the forms of `ReluForm` inside that chain, is used only where it
@@ -12,7 +12,7 @@ with the layer replaced, which is slower and needs no assumption.
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -20,9 +20,14 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mechatlas.activations.sites import channels_last, edited, read
 from mechatlas.base import Site, SiteError
+
+MOST_GRADIENTS = 512
+"""Outputs of which every gradient is taken; of more, random sums where that is allowed."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -262,20 +267,21 @@ def vector_jacobian_products(
     sources: int | None = None,
     seed: int = 0,
 ) -> Iterator[Float[Tensor, "n position d"]]:
-    """Gradients of each output direction with respect to the source.
+    """Gradients of output directions with respect to the source.
 
     Args:
         section: The section.
         x: Activations of the source, in the shape the network gives them.
         inputs: The network's inputs for the same samples.
         directions: Each column is a direction of the target's channels.
-        sources: By default one gradient for each direction and output position. If given, so
-            many random sums over positions with signs of +-1 for each direction instead, each
-            divided by the root of their number: second moments keep their expected value.
+        sources: By default one gradient for each direction and output position. If given, and
+            there are more than `MOST_GRADIENTS` of these, so many random sums over them instead,
+            with signs of +-1 and divided by the root of their number: second moments keep their
+            expected value.
         seed: Of the random signs.
 
     Yields:
-        One gradient at a time, ordered by direction and then by position or source.
+        One gradient at a time, ordered by direction and then by position, or by source.
     """
     start = x.detach().clone().requires_grad_()
     with torch.enable_grad():
@@ -283,61 +289,71 @@ def vector_jacobian_products(
     n, positions, _ = out.shape
     columns = torch.as_tensor(directions.T.copy(), dtype=out.dtype, device=out.device)
     generator = torch.Generator().manual_seed(seed)
-    exact = sources is None or positions <= sources
-    times = positions if exact else sources
+    exact = sources is None or positions * len(columns) <= MOST_GRADIENTS
+    times = positions * len(columns) if exact else sources
     assert times is not None
-    for number, column in enumerate(columns):
-        for time in range(times):
-            if exact:
-                cotangent = torch.zeros_like(out)
-                cotangent[:, time] = column
-            else:
-                signs = torch.randint(0, 2, (n, positions, 1), generator=generator) * 2 - 1
-                cotangent = signs.to(out) * column / times**0.5
-            last = number == len(columns) - 1 and time == times - 1
-            (gradient,) = torch.autograd.grad(out, start, cotangent, retain_graph=not last)
-            yield rows_of(gradient)
+    for time in range(times):
+        if exact:
+            cotangent = torch.zeros_like(out)
+            cotangent[:, time % positions] = columns[time // positions]
+        else:
+            signs = torch.randint(0, 2, (n, positions, len(columns)), generator=generator) * 2 - 1
+            cotangent = signs.to(out) @ columns / times**0.5
+        (gradient,) = torch.autograd.grad(out, start, cotangent, retain_graph=time < times - 1)
+        yield rows_of(gradient)
 
 
-def jacobians(
-    section: Section,
-    x: Tensor,
-    inputs: Tensor,
-    left: Float[np.ndarray, "o k"],
-    right: Float[np.ndarray, "j d"],
-    *,
-    sources: int | None = None,
-    seed: int = 0,
-) -> Iterator[tuple[Float[Tensor, "n s k j"], slice]]:
-    """Jacobians of each sample, one output position (or source) at a time.
+def directional(
+    section: Section, x: Tensor, inputs: Tensor, tangents: Iterable[Tensor]
+) -> Iterator[Float[Tensor, "n t o"]]:
+    """Derivatives of the target along changes of the source, at all output positions at once.
 
     Args:
         section: The section.
         x: Activations of the source, in the shape the network gives them.
         inputs: The network's inputs for the same samples.
-        left: Each column is a direction of the target that is read.
-        right: Each row is what a unit of a source coordinate adds to the activations.
-        sources: As for `vector_jacobian_products`.
-        seed: Of the random signs.
+        tangents: Changes of the source, of the shape of `x`.
 
     Yields:
-        The Jacobian, and the source positions of its second axis; it is zero at all others.
+        One derivative for each tangent.
     """
-    if section.form is not None and section.form.is_linear_map:
-        yield from _form_jacobians(section.form, x, left, right)
-        return
-    turn = torch.as_tensor(right.T.copy(), dtype=x.dtype, device=x.device)
-    k = left.shape[1]
-    gradients = vector_jacobian_products(section, x, inputs, left, sources=sources, seed=seed)
-    found = [g @ turn for g in gradients]
-    times = len(found) // max(k, 1)
-    for time in range(times):
-        yield torch.stack([found[i * times + time] for i in range(k)], dim=2), slice(None)
+    for tangent in tangents:
+        try:
+            yield _forward(section, x, inputs, tangent)
+        except (NotImplementedError, RuntimeError):  # an operation without forward derivative
+            yield _twice(section, x, inputs, tangent)
 
 
-def _form_jacobians(
-    form: ReluForm, x: Tensor, left: np.ndarray, right: np.ndarray
-) -> Iterator[tuple[Tensor, slice]]:
+def _forward(section: Section, x: Tensor, inputs: Tensor, tangent: Tensor) -> Tensor:
+    # Of the ways to compute attention only this one has a forward derivative.
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), forward_ad.dual_level():
+        out = section.run(forward_ad.make_dual(x, tangent), inputs)
+        found = forward_ad.unpack_dual(out).tangent
+        return rows_of(torch.zeros_like(out) if found is None else found)
+
+
+def _twice(section: Section, x: Tensor, inputs: Tensor, tangent: Tensor) -> Tensor:
+    """The gradient, by the cotangent, of the gradient along the tangent."""
+    start = x.detach().clone().requires_grad_()
+    with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+        out = section.run(start, inputs)
+        cotangent = torch.zeros_like(out, requires_grad=True)
+        (back,) = torch.autograd.grad(out, start, cotangent, create_graph=True)
+        (along,) = torch.autograd.grad((back * tangent).sum(), cotangent)
+    return rows_of(along)
+
+
+def form_jacobians(
+    form: ReluForm, x: Tensor, left: Float[np.ndarray, "o k"], right: Float[np.ndarray, "j d"]
+) -> Iterator[Float[Tensor, "n k j"]]:
+    """Jacobians of each sample, one position at a time; it is zero between positions.
+
+    Args:
+        form: A linear map, with or without a ReLU and a second one.
+        x: Activations of the source, in the shape the network gives them.
+        left: Each column is a direction of the target that is read.
+        right: Each row is what a unit of a source coordinate adds to the activations.
+    """
     assert isinstance(form.inner, nn.Linear)
     rows = rows_of(x)
     a = torch.as_tensor(left, dtype=x.dtype, device=x.device)
@@ -354,7 +370,7 @@ def _form_jacobians(
             whole = (outer @ inner).expand(len(rows), -1, -1)
         if around is not None:
             whole = whole + around
-        yield whole[:, None], slice(time, time + 1)
+        yield whole
 
 
 def taps_of(

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from mechatlas.activations.sites import channels_last, read
 from mechatlas.analysis.interaction.sections import (
+    MOST_GRADIENTS,
     Section,
     rows_of,
     taps_of,
@@ -268,7 +269,7 @@ def gradients(
     """
     whole = any(s.how.startswith("the whole network") for s in sections)
     positions, width = _shape_of_last(network, to_end[0], inputs)
-    if whole or (sources is not None and positions > sources):
+    if whole or (sources is not None and positions * width > MOST_GRADIENTS):
         return [
             pullback(network, s, inputs, np.eye(width), batch_size=batch_size, sources=sources)
             for s in to_end
