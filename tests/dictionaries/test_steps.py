@@ -142,9 +142,7 @@ def test_gradients_equal_those_of_autograd(rule, form, way, monkeypatch):
     x = batch(dtype=torch.float64)
     wanted = written_out(dictionary, x, 0.6)
     sparse = way != "autograd"
-    step = (
-        SparseStep(dictionary, compiled=way != "torch") if sparse else AutogradStep(dictionary)
-    )
+    step = SparseStep(dictionary, compiled=way != "torch") if sparse else AutogradStep(dictionary)
     assert step(x, 1e-3, pressure=0.6).loss == pytest.approx(float(wanted.pop("loss")), rel=1e-12)
     found = gradients_from_moments(step)
     assert found.keys() == wanted.keys()
