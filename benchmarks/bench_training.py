@@ -5,7 +5,11 @@ Run: `make bench`, or `pytest benchmarks/bench_training.py -s -o python_files='b
 run; set OMP_NUM_THREADS=1 and pin the process to one core. The added memory is measured in a
 process of its own, from before the dictionary is built to the peak after some steps. Both
 trainers start from the same weights and see the same batches; their FVU is on held-out rows.
-The last test compares wall seconds of one thread and of two.
+Then wall seconds of one thread and of two are compared.
+
+The last test is a decoder as wide as a group crosscoder's. What it must move at least is the
+atoms, their moments and gradients, each read and written, and the batch: `floor_gb`; what it
+reads from caches besides, each pair's atom twice and its row once, is `cache_gb`.
 """
 
 import copy
@@ -20,18 +24,19 @@ import numpy as np
 import pytest
 import torch
 
-from mechatlas.dictionaries.autoencoder import Autoencoder
+from mechatlas.dictionaries.autoencoder import Autoencoder, Crosscoder
 from mechatlas.dictionaries.metrics import evaluate
 from mechatlas.dictionaries.sparse_steps import SparseStep
-from mechatlas.dictionaries.sparsity import TopK
+from mechatlas.dictionaries.sparsity import BatchTopK, TopK
 from mechatlas.dictionaries.steps import AutogradStep
 
 BATCH, K, STEPS = 4096, 32, 7
 SHAPES = {
-    "512x8192": (512, 8192, False),
-    "384x6144": (384, 6144, False),
-    "768x12288": (768, 12288, False),
-    "512x8192 tied": (512, 8192, True),
+    "512x8192": (512, 8192, TopK, False),
+    "384x6144": (384, 6144, TopK, False),
+    "768x12288": (768, 12288, TopK, False),
+    "512x8192 tied": (512, 8192, TopK, True),
+    "512x8192 BatchTopK": (512, 8192, BatchTopK, False),
 }
 
 
@@ -58,8 +63,8 @@ def seconds(action, clock=time.process_time) -> float:
 
 
 def build(shape: str) -> Autoencoder:
-    d_in, n_latents, tied = SHAPES[shape]
-    return Autoencoder(d_in=d_in, n_latents=n_latents, sparsity=TopK(k=K), tied=tied)
+    d_in, n_latents, rule, tied = SHAPES[shape]
+    return Autoencoder(d_in=d_in, n_latents=n_latents, sparsity=rule(k=K), tied=tied)
 
 
 def product(dictionary: Autoencoder, x: torch.Tensor) -> float:
@@ -135,6 +140,36 @@ def test_two_threads_against_one(benchmark):
     benchmark.extra_info.update(one_s=one, two_s=two, speed_up=round(speed_up, 3))
     print(f"\n{dict(benchmark.extra_info)}")
     benchmark.pedantic(step, args=(x, 1e-3), rounds=1)
+
+
+def test_a_wide_decoder_against_the_dense_trainer(benchmark):
+    threads, sites, width, n_latents = torch.get_num_threads(), 32, 480, 7680
+    torch.set_num_threads(1)
+    widths = {f"pose{i}": width for i in range(sites)}
+    ours = Crosscoder(widths=widths, n_latents=n_latents, sparsity=TopK(k=K), reads="pose0")
+    x = torch.cat([rows(width, BATCH, seed=i) for i in range(sites)], dim=1)
+    sparse_step = SparseStep(ours)
+    sparse_step(x, 1e-3)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    dense = copy.deepcopy(ours)
+    dense_step = AutogradStep(dense)
+    table, plain = [], []
+    for _ in range(3):
+        table += [seconds(lambda: sparse_step(x, 1e-3)) for _ in range(3)]
+        plain.append(seconds(lambda: dense_step(x, 1e-3)))
+    step, theirs = statistics.median(table), statistics.median(plain)
+    atoms, pairs = n_latents * sites * width * 4, BATCH * K * sites * width * 4
+    benchmark.extra_info.update(
+        step_s=round(step, 3),
+        dense_s=round(theirs, 2),
+        speed_up=round(theirs / step, 2),
+        floor_gb=round((9 * atoms + x.numel() * 4) / 1e9, 2),
+        cache_gb=round(3 * pairs / 1e9, 1),
+        peak_gb=round(peak / 2**20, 2),
+    )
+    print(f"\n{dict(benchmark.extra_info)}")
+    benchmark.pedantic(sparse_step, args=(x, 1e-3), rounds=1)
+    torch.set_num_threads(threads)
 
 
 def measure_memory(shape: str) -> int:

@@ -128,7 +128,7 @@ def written_out(built: SparseCoder, x, pressure) -> dict[str, torch.Tensor]:
     return {"loss": (loss / n).detach(), **found}
 
 
-EVERY_WAY = itertools.product(RULES, FORMS, ["compiled", "torch", "autograd"])
+EVERY_WAY = itertools.product(RULES, FORMS, ["compiled", "by columns", "torch", "autograd"])
 BY_AUTOGRAD = itertools.product(["gated"], FORMS, ["autograd"])
 
 
@@ -136,14 +136,13 @@ BY_AUTOGRAD = itertools.product(["gated"], FORMS, ["autograd"])
 def test_gradients_equal_those_of_autograd(rule, form, way, monkeypatch):
     monkeypatch.setattr(steps, "TILE", M * 33)  # more than one tile, and a short one
     monkeypatch.setattr(sparse_steps, "DENSE", 1)
+    monkeypatch.setattr(sparse_steps, "WIDE", 0 if way == "by columns" else 2**24)
     chosen = {**RULES, "gated": Gated(l1=0.4)}[rule]
     dictionary = in_general_position(FORMS[form](chosen), torch.float64)
     x = batch(dtype=torch.float64)
     wanted = written_out(dictionary, x, 0.6)
     sparse = way != "autograd"
-    step = (
-        SparseStep(dictionary, compiled=way == "compiled") if sparse else AutogradStep(dictionary)
-    )
+    step = SparseStep(dictionary, compiled=way != "torch") if sparse else AutogradStep(dictionary)
     assert step(x, 1e-3, pressure=0.6).loss == pytest.approx(float(wanted.pop("loss")), rel=1e-12)
     found = gradients_from_moments(step)
     assert found.keys() == wanted.keys()
@@ -175,6 +174,21 @@ def test_steps_equal_those_of_the_dense_trainer(
             off = (ours.state_dict()[name] - theirs).abs().flatten().sort().values
             assert off[int(0.999 * (len(off) - 1))] <= tolerance, name
             assert off[-1] <= 1e4 * tolerance, name
+
+
+@pytest.mark.parametrize("clip", [None, 0.05])
+def test_wide_atoms_are_stepped_like_narrow_ones(clip, monkeypatch):
+    widths, x = {"a": 300, "b": 450, "c": 333}, batch(60, 300 + 450 + 333, torch.float64)
+    steps_of = {}
+    for wide in (0, 2**24):
+        monkeypatch.setattr(sparse_steps, "WIDE", wide)
+        built = Crosscoder(widths=widths, n_latents=50, sparsity=TopK(k=5), reads="b")
+        step = SparseStep(built.double(), Objective(clip=clip), compiled=True)
+        losses = [step(x, 1e-2).loss for _ in range(3)]
+        steps_of[wide] = losses, list(built.parameters())
+    assert steps_of[0][0] == pytest.approx(steps_of[2**24][0], rel=1e-12)
+    for mine, theirs in zip(steps_of[0][1], steps_of[2**24][1], strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-9)
 
 
 def test_relative_errors_weigh_rows_by_their_length():
@@ -307,8 +321,10 @@ def test_codes_are_grouped_by_latent_in_the_order_of_rows(parts):
 
 
 @TIED
-def test_the_number_of_threads_does_not_change_a_bit(tied, monkeypatch):
+@pytest.mark.parametrize("wide", [0, 2**24], ids=["by columns", "by rows"])
+def test_the_number_of_threads_does_not_change_a_bit(tied, wide, monkeypatch):
     monkeypatch.setattr(steps, "TILE", 2048 * 64)
+    monkeypatch.setattr(sparse_steps, "WIDE", wide)
     before = torch.get_num_threads()
     runs = []
     for n_threads in (1, 2, 3):

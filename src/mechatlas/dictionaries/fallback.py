@@ -79,14 +79,14 @@ def group(latents: Tensor, values: Tensor, n_latents: int) -> tuple[Tensor, Tens
     """
     ordered = latents.masked_fill(values == 0, n_latents).sort(stable=True)
     bounds = torch.arange(n_latents + 1, device=latents.device, dtype=latents.dtype)
-    return ordered.indices, torch.searchsorted(ordered.values, bounds)
+    starts = torch.searchsorted(ordered.values, bounds)
+    return ordered.indices[: int(starts[-1])], starts
 
 
 def update(
     span: range,
-    grouped: tuple[Tensor, Tensor],
-    codes: tuple[Tensor, Tensor, Tensor],
-    batch: tuple[Tensor, Tensor, Tensor],
+    pairs: tuple[Tensor, Tensor, Tensor, Tensor],
+    batch: tuple[Tensor, Tensor, Tensor, Tensor],
     state: dict[str, tuple[Tensor, Tensor, Tensor]],
     edges: Tensor,
     adam: list[float],
@@ -102,7 +102,7 @@ def update(
         Sum of the squared gradients if they were only measured, else 0.
     """
     part = {name: [t[span.start : span.stop] for t in group] for name, group in state.items()}
-    gradients = _gradients(span, grouped, codes, batch)
+    gradients = _gradients(span, pairs, batch)
     tied = "W_enc" not in state
     d_input += gradients["b_enc"] @ part["W_dec" if tied else "W_enc"][0]
     place, *added = extra
@@ -125,20 +125,17 @@ def update(
 
 def _gradients(
     span: range,
-    grouped: tuple[Tensor, Tensor],
-    codes: tuple[Tensor, Tensor, Tensor],
-    batch: tuple[Tensor, Tensor, Tensor],
+    pairs: tuple[Tensor, Tensor, Tensor, Tensor],
+    batch: tuple[Tensor, Tensor, Tensor, Tensor],
 ) -> dict[str, Tensor]:
     """Gradients of the reconstruction's error for the latents of a span."""
-    order, starts = grouped
-    row_of, values, d_code = codes
-    x, g, prefixes = batch
-    starts = starts[span.start : span.stop + 1]
-    pairs = order[int(starts[0]) : int(starts[-1])]
-    rows, offsets = row_of[pairs].long(), (starts[:-1] - starts[0]).long()
+    starts = pairs[0][span.start : span.stop + 1]
+    rows, values, d_code = (t[int(starts[0]) : int(starts[-1])] for t in pairs[1:])
+    x, g, _, prefixes = batch
+    rows, offsets = rows.long(), (starts[:-1] - starts[0]).long()
 
     def summed(table: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-        return embedding_bag(index, table, offsets, per_sample_weights=weights[pairs], mode="sum")
+        return embedding_bag(index, table, offsets, per_sample_weights=weights, mode="sum")
 
     counts = starts[1:] - starts[:-1]
     latents = torch.repeat_interleave(torch.arange(span.start, span.stop, device=x.device), counts)

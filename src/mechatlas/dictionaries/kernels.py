@@ -3,7 +3,8 @@
     select      pre-activations of some rows -> the k largest of each
     above       pre-activations of some rows -> those above a bound of their latent
     residual    codes -> gradient of the reconstruction and of each code, and the loss
-    group       codes of all rows -> the same codes, grouped by latent
+    group       codes of all rows -> their order when grouped by latent
+    columns     `residual` and the gradients of atoms together, for some columns of many
     update      codes by latent -> gradients, Adam and unit length, one latent at a time
 
 Codes are pairs of a row and a latent, row by row: for each row where its pairs begin, and for
@@ -26,7 +27,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-COLUMNS = 2048
+from mechatlas.dictionaries.vectors import add_rows, dot_rows
+
+COLUMNS = 128
+"""Of a row that are decoded and at once read again."""
+BLOCK = 256
+"""Columns that `columns` copies at a time: long enough for memory, few enough for the cache."""
 
 
 def _compiled(function: Callable[..., Any]) -> Any:
@@ -158,54 +164,6 @@ def above(pre: Tensor, bias: Tensor, low: Tensor) -> tuple[Tensor, Tensor, Tenso
 
 
 @_compiled
-def _add_atoms(row, low, atoms, latents, values, first, last):
-    """Add the atoms of the pairs first, ..., last - 1 to a row of columns from `low`."""
-    d = len(row)
-    t = first
-    # Four atoms at a time: the row is then read and written a quarter as often. Slices, because
-    # an index that is a sum might be below zero, for all the compiler knows.
-    while t + 4 <= last:
-        v0, v1, v2, v3 = values[t], values[t + 1], values[t + 2], values[t + 3]
-        a, b = atoms[latents[t], low : low + d], atoms[latents[t + 1], low : low + d]
-        e, f = atoms[latents[t + 2], low : low + d], atoms[latents[t + 3], low : low + d]
-        for c in range(d):
-            row[c] += (v0 * a[c] + v1 * b[c]) + (v2 * e[c] + v3 * f[c])
-        t += 4
-    for r in range(t, last):
-        v0, a = values[r], atoms[latents[r], low : low + d]
-        for c in range(d):
-            row[c] += v0 * a[c]
-
-
-@_compiled
-def _read_atoms(row, low, atoms, latents, out, first, last):
-    """Add the product of a row of columns from `low` with the atom of each pair."""
-    d = len(row)
-    zero = row[0] - row[0]
-    t = first
-    while t + 4 <= last:
-        a, b = atoms[latents[t], low : low + d], atoms[latents[t + 1], low : low + d]
-        e, f = atoms[latents[t + 2], low : low + d], atoms[latents[t + 3], low : low + d]
-        s0, s1, s2, s3 = zero, zero, zero, zero
-        for c in range(d):
-            s0 += row[c] * a[c]
-            s1 += row[c] * b[c]
-            s2 += row[c] * e[c]
-            s3 += row[c] * f[c]
-        out[t] += s0
-        out[t + 1] += s1
-        out[t + 2] += s2
-        out[t + 3] += s3
-        t += 4
-    for r in range(t, last):
-        a = atoms[latents[r], low : low + d]
-        s0 = zero
-        for c in range(d):
-            s0 += row[c] * a[c]
-        out[r] += s0
-
-
-@_compiled
 def _bounds(starts, i, latents, prefixes, bounds):
     """Where the pairs of a row begin that belong to each prefix and not to a shorter one."""
     bounds[0] = starts[i]
@@ -241,7 +199,8 @@ def _residual(target, atoms, bias, codes, scales, prefixes, out):
                         row[c] = constant[c] - wanted[c]
                 else:
                     row[:] = g[level - 1, i, low:high]
-                _add_atoms(row, low, atoms, latents, values, bounds[level], bounds[level + 1])
+                first, last = bounds[level], bounds[level + 1]
+                add_rows(row, low, atoms, latents, values, first, last)
             for level in range(n_levels - 1, -1, -1):
                 row = g[level, i, low:high]
                 square = zero
@@ -253,7 +212,8 @@ def _residual(target, atoms, bias, codes, scales, prefixes, out):
                     after = g[level + 1, i, low:high]
                     for c in range(len(row)):
                         row[c] += after[c]
-                _read_atoms(row, low, atoms, latents, d_code, bounds[level], bounds[level + 1])
+                first, last = bounds[level], bounds[level + 1]
+                dot_rows(row, low, atoms, latents, d_code, first, last)
         row = g[0, i]
         for c in range(d):
             g_sum[c] += row[c]
@@ -315,28 +275,82 @@ def group(latents: Tensor, values: Tensor, n_latents: int) -> tuple[Tensor, Tens
     starts = latents.new_zeros(n_latents + 1)
     order = latents.new_empty(values.numel())
     _group(values.numpy(), latents.numpy(), starts.numpy(), order.numpy())
-    return order, starts
+    return order[: int(starts[-1])], starts
 
 
 @_compiled
-def _sum_rows(weights, rows, row_of, order, first, last, out):
-    """Write the sum of weights[p] * rows[row_of[p]] over the pairs p in order[first:last]."""
-    d = len(out)
-    for c in range(d):
-        out[c] = 0
-    q = first
-    while q + 4 <= last:
-        p0, p1, p2, p3 = order[q], order[q + 1], order[q + 2], order[q + 3]
-        w0, w1, w2, w3 = weights[p0], weights[p1], weights[p2], weights[p3]
-        a, b, e, f = row_of[p0], row_of[p1], row_of[p2], row_of[p3]
-        for c in range(d):
-            out[c] += (w0 * rows[a, c] + w1 * rows[b, c]) + (w2 * rows[e, c] + w3 * rows[f, c])
-        q += 4
-    for r in range(q, last):
-        p0 = order[r]
-        w0, a = weights[p0], row_of[p0]
-        for c in range(d):
-            out[c] += w0 * rows[a, c]
+def _copy(whole, low, part):
+    """Copy the columns from `low`, as many as the part has."""
+    for i in range(len(part)):
+        # Slices, because loops over whole arrays alone are vectorised.
+        source, target = whole[i, low : low + part.shape[1]], part[i]
+        for c in range(len(target)):
+            target[c] = source[c]
+
+
+@_compiled
+def _columns(low, high, target, atoms, bias, codes, scales, prefixes, grouped, out):
+    gradient, d_code, g_sum = out
+    starts, rows, values = grouped
+    n_rows, n_latents, n_levels = len(target), len(atoms), len(prefixes)
+    room_of_rows = np.empty((1 + n_levels) * n_rows * BLOCK, target.dtype)
+    room_of_atoms = np.empty(n_latents * BLOCK, target.dtype)
+    loss = 0.0
+    for first in range(low, high, BLOCK):
+        last = min(first + BLOCK, high)
+        n = last - first
+        batch = room_of_rows[: (1 + n_levels) * n_rows * n].reshape((1 + n_levels, n_rows, n))
+        wanted, g = batch[0], batch[1:]
+        packed = room_of_atoms[: n_latents * n].reshape((n_latents, n))
+        _copy(target, first, wanted)
+        _copy(atoms, first, packed)
+        its_out = (g, d_code, g_sum[first:last])
+        loss += _residual(wanted, packed, bias[first:last], codes, scales, prefixes, its_out)
+        level = 0
+        for j in range(n_latents):
+            while j >= prefixes[level]:
+                level += 1
+            row = gradient[j, first:last]
+            row[:] = 0
+            add_rows(row, 0, g[level], rows, values, starts[j], starts[j + 1])
+    return loss
+
+
+def columns(
+    span: range,
+    target: Tensor,
+    parameters: tuple[Tensor, Tensor],
+    codes: tuple[Tensor, Tensor, Tensor],
+    scales: Tensor,
+    prefixes: Tensor,
+    grouped: tuple[Tensor, Tensor, Tensor],
+    out: tuple[Tensor, Tensor, Tensor],
+) -> float:
+    """Write the gradients of atoms, and of each code what the columns of `span` have in it.
+
+    For dictionaries whose atoms are so wide that they do not fit in the cache: a block of
+    columns of all rows and of all atoms does.
+
+    Args:
+        span: Columns to work on.
+        target: What is to be reconstructed, (rows, d_out).
+        parameters: As for `residual`.
+        codes: As for `residual`, of all rows.
+        scales: As for `residual`.
+        prefixes: As for `residual`.
+        grouped: Where each latent's pairs begin when they are grouped by latent (one entry more
+            than there are latents); then the row and the value of each.
+        out: Gradient of the atoms, (latents, d_out), whose columns are written; gradient of each
+            code, added to; sum over rows of the reconstruction's gradient, (d_out,), added to.
+
+    Returns:
+        The part of the squared errors times their weights.
+    """
+    its_parameters, its_codes, its_grouped, its_out = (
+        tuple(t.numpy() for t in group) for group in (parameters, codes, grouped, out)
+    )
+    fixed = (its_codes, scales.numpy(), prefixes.numpy(), its_grouped, its_out)
+    return _columns(span.start, span.stop, target.numpy(), *its_parameters, *fixed)
 
 
 @_compiled
@@ -393,14 +407,19 @@ def _unit_length(atom, edges, least):
 
 
 @_compiled
-def _gradients(j, g, tied, pairs, x, extra, scratch):
-    order, starts, row_of, values, d_code = pairs
+def _gradients(j, g, summed, tied, pairs, x, extra, scratch):
+    starts, row_of, values, d_code = pairs
     gradient, encoder_gradient, d_bias = scratch
-    _sum_rows(values, g, row_of, order, starts[j], starts[j + 1], gradient)
-    _sum_rows(d_code, x, row_of, order, starts[j], starts[j + 1], encoder_gradient)
+    encoder_gradient[:] = 0
+    if len(summed):
+        gradient[:] = summed[j]
+    else:
+        gradient[:] = 0
+        add_rows(gradient, 0, g, row_of, values, starts[j], starts[j + 1])
+    add_rows(encoder_gradient, 0, x, row_of, d_code, starts[j], starts[j + 1])
     total = d_bias[0] - d_bias[0]
     for q in range(starts[j], starts[j + 1]):
-        total += d_code[order[q]]
+        total += d_code[q]
     d_bias[0] = total
     place, extra_atoms, extra_rows, extra_bias = extra
     i = place[j]
@@ -418,7 +437,7 @@ def _gradients(j, g, tied, pairs, x, extra, scratch):
 @_compiled
 def _update(low, high, tied, pairs, batch, parameters, edges, adam, clip, out, extra):
     (atoms, atoms1, atoms2), (rows, rows1, rows2), (b, b1, b2) = parameters
-    x, g, prefixes = batch
+    x, g, summed, prefixes = batch
     d_input, least, apply = out
     gradient = np.empty(atoms.shape[1], atoms.dtype)
     encoder_gradient = np.empty(rows.shape[1], atoms.dtype)
@@ -429,7 +448,7 @@ def _update(low, high, tied, pairs, batch, parameters, edges, adam, clip, out, e
     for j in range(low, high):
         while j >= prefixes[level]:
             level += 1
-        _gradients(j, g[level], tied, pairs, x, extra, scratch)
+        _gradients(j, g[level], summed, tied, pairs, x, extra, scratch)
         row, atom = rows[j], atoms[j]
         _remove_along(gradient, atom, edges)
         if not apply:
@@ -459,9 +478,8 @@ def _update(low, high, tied, pairs, batch, parameters, edges, adam, clip, out, e
 
 def update(
     span: range,
-    grouped: tuple[Tensor, Tensor],
-    codes: tuple[Tensor, Tensor, Tensor],
-    batch: tuple[Tensor, Tensor, Tensor],
+    pairs: tuple[Tensor, Tensor, Tensor, Tensor],
+    batch: tuple[Tensor, Tensor, Tensor, Tensor],
     state: dict[str, tuple[Tensor, Tensor, Tensor]],
     edges: Tensor,
     adam: list[float],
@@ -473,9 +491,10 @@ def update(
 
     Args:
         span: Latents to update.
-        grouped: What `group` returned.
-        codes: For each pair its row, its value and the gradient of the value.
-        batch: What the encoder read, the gradients that `residual` wrote, and its prefixes.
+        pairs: Where each latent's pairs begin when they are grouped by latent (one entry more
+            than there are latents); then the row, the value and the gradient of each.
+        batch: What the encoder read, the gradients that `residual` wrote, those of the atoms
+            if `columns` wrote them (else none), and the prefixes.
         state: Parameter, first and second moment of `W_dec`, `W_enc` (latents by d_in; absent
             when tied) and `b_enc`. Changed in place.
         edges: Where the sites begin and end in an atom, whose length is the sum of theirs.
@@ -490,12 +509,12 @@ def update(
         Sum of the squared gradients if they were only measured, else 0.
     """
     parts = {name: tuple(t.numpy() for t in group) for name, group in state.items()}
-    dtype = codes[1].numpy().dtype.type
+    dtype = pairs[2].numpy().dtype.type
     return _update(
         span.start,
         span.stop,
         "W_enc" not in parts,
-        tuple(t.numpy() for t in (*grouped, *codes)),
+        tuple(t.numpy() for t in pairs),
         tuple(t.numpy() for t in batch),
         (
             parts["W_dec"],

@@ -38,6 +38,10 @@ from mechatlas.dictionaries.steps import (
 )
 
 LATENTS = 256
+WIDE = 2**24
+"""Numbers in the atoms from which some columns of all rows are worked on, not all of some."""
+GROUPS = 16
+"""Shares of the columns, if they are shared out."""
 DENSE = 0.08
 """Share of pairs with a code from which autograd is faster."""
 RULES = (TopK, BatchTopK, ReLU, JumpReLU)
@@ -139,19 +143,27 @@ class SparseStep:
         self, x: Tensor, codes: Codes, lr: float, dead: Dead | None, pressure: float, run: Run
     ) -> Stepped:
         """Change the dictionary by a batch, given its codes."""
-        owner, room = self.dictionary, self._room
+        owner = self.dictionary
         self.n_steps += 1
         scales = self.objective.weights(x[:, owner.writes]).mul_(2 / len(x) / len(owner.prefixes))
         prefixes = torch.tensor(owner.prefixes, device=x.device)
-        loss, d_code, g_sum = self._residual(x, codes, scales, prefixes, run)
+        order, starts = self.parts.group(codes.latents, codes.values, owner.n_latents)
+        grouped = starts, _rows(codes.starts)[order], codes.values[order]
+        by_columns = self._by_columns(dead)
+        g = self._room_for("g", (len(prefixes), 0 if by_columns else len(x), owner.d_out), x)
+        atoms = self._room_for("atoms", (owner.n_latents if by_columns else 0, owner.d_out), x)
+        if by_columns:
+            found = self._columns(x, codes, grouped, scales, prefixes, run)
+        else:
+            found = self._residual(x, codes, scales, prefixes, run)
+        loss, d_code, g_sum = found
         added, learnt = self._penalise(codes, d_code, pressure / len(x))
-        grouped = self.parts.group(codes.latents, codes.values, owner.n_latents)
-        pairs = (_rows(codes.starts), codes.values, d_code)
-        batch = (room["x"], room["g"], prefixes)
+        pairs = (*grouped, d_code[order])
+        batch = (self._room["x"], g, atoms, prefixes)
         extra, adam = self._revival(dead, scales), self._adam(lr)
 
         def sweep(clip: float | None) -> float:
-            squares, d_input = self._update(grouped, pairs, batch, adam, clip, extra, run)
+            squares, d_input = self._update(pairs, batch, adam, clip, extra, run)
             learnt["b_dec"] = g_sum - d_input if owner.centred else g_sum
             return squares
 
@@ -164,19 +176,18 @@ class SparseStep:
         for name, gradient in learnt.items():
             moments = self.moments[name]
             fallback.step_adam(self._parameter(name), *moments, gradient * factor, adam)
-        starts = grouped[1]
         return Stepped(loss + added, starts[1:] > starts[:-1])
 
     def _select(self, x: Tensor, run: Run) -> Codes | None:
         """The codes of a batch; `None` if they are not sparse."""
         owner, rule = self.dictionary, self.rule
-        room = self._make_room(x)
+        room = self._room_for("x", (len(x), owner.d_in), x)
         tile = max(1, steps.TILE // owner.n_latents)
         spans = [slice(i, i + tile) for i in range(0, len(x), tile)]
         read = x[:, owner.reads]
 
         def pre(i: int) -> Tensor:
-            rows = room["x"][spans[i]]
+            rows = room[spans[i]]
             if owner.centred:
                 torch.sub(read[spans[i]], self._parameter("b_dec"), out=rows)
             else:
@@ -235,6 +246,31 @@ class SparseStep:
 
         return sum(run(residual, len(spans))), d_code, g_sums.sum(dim=0)
 
+    def _columns(
+        self,
+        x: Tensor,
+        codes: Codes,
+        grouped: tuple[Tensor, Tensor, Tensor],
+        scales: Tensor,
+        prefixes: Tensor,
+        run: Run,
+    ) -> tuple[float, Tensor, Tensor]:
+        """What `_residual` gives; writes the gradients of the atoms too."""
+        owner = self.dictionary
+        share = -(-owner.d_out // GROUPS)
+        spans = [range(i, min(i + share, owner.d_out)) for i in range(0, owner.d_out, share)]
+        d_codes = x.new_zeros(len(spans), len(codes.values))
+        g_sum = x.new_zeros(owner.d_out)
+        parameters = self._parameter("W_dec"), self._parameter("b_dec")
+        its_codes = codes.starts, codes.latents, codes.values
+        fixed = (x[:, owner.writes], parameters, its_codes, scales, prefixes, grouped)
+
+        def columns(i: int) -> float:
+            out = (self._room["atoms"], d_codes[i], g_sum)
+            return self.parts.columns(spans[i], *fixed, out)
+
+        return sum(run(columns, len(spans))), d_codes.sum(dim=0), g_sum
+
     def _penalise(
         self, codes: Codes, d_code: Tensor, weight: float
     ) -> tuple[float, dict[str, Tensor]]:
@@ -255,9 +291,8 @@ class SparseStep:
 
     def _update(
         self,
-        grouped: tuple[Tensor, Tensor],
-        pairs: tuple[Tensor, Tensor, Tensor],
-        batch: tuple[Tensor, Tensor, Tensor],
+        pairs: tuple[Tensor, Tensor, Tensor, Tensor],
+        batch: tuple[Tensor, Tensor, Tensor, Tensor],
         adam: list[float],
         clip: float | None,
         extra: tuple[Tensor, ...],
@@ -273,7 +308,7 @@ class SparseStep:
         state = {name: (self._parameter(name), *self.moments[name]) for name in names}
 
         def update(i: int) -> float:
-            fixed = (grouped, pairs, batch, state, edges, adam, clip)
+            fixed = (pairs, batch, state, edges, adam, clip)
             return self.parts.update(blocks[i], *fixed, d_input[i], extra)
 
         return sum(run(update, len(blocks))), d_input.sum(dim=0)
@@ -291,15 +326,16 @@ class SparseStep:
         )
         return place, found.atoms, found.rows, found.bias
 
-    def _make_room(self, x: Tensor) -> dict[str, Tensor]:
-        """Arrays of the size of a batch, kept from step to step."""
-        owner = self.dictionary
-        if not self._room or len(self._room["x"]) != len(x):
-            self._room = {
-                "x": x.new_empty(len(x), owner.d_in),
-                "g": x.new_empty(len(owner.prefixes), len(x), owner.d_out),
-            }
-        return self._room
+    def _by_columns(self, dead: Dead | None) -> bool:
+        """Whether the atoms are too wide for whole rows; the dead read whole rows."""
+        wide = self.dictionary.n_latents * self.dictionary.d_out > WIDE
+        return wide and self.parts is not fallback and (dead is None or not len(dead[1]))
+
+    def _room_for(self, name: str, shape: tuple[int, ...], x: Tensor) -> Tensor:
+        """An array that is kept from step to step."""
+        if name not in self._room or self._room[name].shape != shape:
+            self._room[name] = x.new_empty(shape)
+        return self._room[name]
 
     def _adam(self, lr: float) -> list[float]:
         (one, two), n = BETAS, self.n_steps
