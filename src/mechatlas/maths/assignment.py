@@ -37,8 +37,10 @@ FINER = 6.0
 TIMES = 3
 BIDS = 300
 """Bids for each row in one round, and exact ones before paths are searched."""
-FEW = 1000
+FEW = 500
 """One row in so many may be left over by a round of bids."""
+SMALL = 1 << 24
+"""Pairs up to which longer lists are not tried twice: paths are then searched over all pairs."""
 SAMPLED = 16
 """One row in so many is looked at for first prices where costs are not kept."""
 
@@ -124,7 +126,8 @@ class State:
     free: np.ndarray
     """Rows that wait, in the order in which they do."""
     plan: np.ndarray
-    """What bids overpay now, rounds of them still to do, and bids left in this round."""
+    """What bids overpay now, rounds of them still to do, bids left in this round, and how often
+    lists were made longer."""
     rows_priced: np.ndarray
 
     def arrays(self) -> dict[str, np.ndarray]:
@@ -241,7 +244,7 @@ def _begin(costs: Costs, unmatched: float, on_progress: Progress) -> State:
         row_of=np.full(m, -1, np.int32),
         column_of=np.full(n, -1, np.int32),
         free=np.arange(n - 1, -1, -1, dtype=np.int32),
-        plan=np.array([0.0, 0.0, BIDS * n]),
+        plan=np.array([0.0, 0.0, BIDS * n, 0.0]),
         rows_priced=np.array([n]),
     )
     if all_paired:
@@ -340,13 +343,13 @@ def _approach(state: State, costs: Costs, unmatched: float) -> np.ndarray:
         *pairing, wanted,
     )  # fmt: skip
     waiting = np.flatnonzero(wanted)
-    if len(waiting) > n // FEW and state.plan[2] > 0:
+    if len(waiting) > 1 + n // FEW and state.plan[2] > 0:
         state.free = waiting.astype(np.int32)
         return waiting
     # Prices are near enough for this step. Pairs do not matter: only exact ones are kept.
     state.row_of[:], state.column_of[:] = -1, -1
     state.free = np.arange(n - 1, -1, -1, dtype=np.int32)
-    state.plan[:] = state.plan[0] / FINER, state.plan[1] - 1, BIDS * n
+    state.plan[:3] = state.plan[0] / FINER, state.plan[1] - 1, BIDS * n
     if state.plan[1]:
         return waiting
     near_horizon(rows, lists, prices, wanted)
@@ -359,7 +362,7 @@ def _pair(state: State, costs: Costs, unmatched: float) -> tuple[np.ndarray, flo
     Returns:
         Rows that need a new list, and by how much it must be longer.
     """
-    from mechatlas.maths.augmenting import augment, bid
+    from mechatlas.maths.augmenting import augment, bid, finish
 
     n = len(state.row_prices)
     rows, lists = _for_kernels(state)
@@ -378,8 +381,15 @@ def _pair(state: State, costs: Costs, unmatched: float) -> tuple[np.ndarray, flo
         # As long a list would not help where so many cost the same, as far as float32 can tell.
         error, nearest = rows[3][waiting], lists[1][rows[0][waiting]]
         waiting = waiting[rows[2][waiting] > nearest + 2 * error]
-        state.plan[2] = bids if len(waiting) > n // FEW else 0
+        state.plan[2] = bids if len(waiting) > 1 + n // FEW else 0
         return waiting, 1.0
+    if state.plan[3] >= 1 and n * costs.n_columns <= SMALL:
+        matrix = costs.matrix()
+        finish(state.free, matrix, *prices, *pairing)
+        np.maximum(rows[2], (matrix - state.column_prices).min(axis=1), out=rows[2])
+        state.free = state.free[:0]
+        return state.free, 1.0
+    state.plan[3] += 1
     n_free, _, _ = augment(free, n_free, n_free, rows, lists, *prices, *pairing, wanted, factors)
     state.free = free[:n_free].copy()
     return np.flatnonzero(wanted), LONGER

@@ -3,6 +3,7 @@
     approach   bids that overpay by a little, on rounded costs: column prices near to the best
     bid        exact bids: free rows take their cheapest column while prices say who gives way
     augment    shortest augmenting paths for the rows that are left
+    finish     the same without lists, over a matrix of exact costs
     reprice    exact row prices for given column prices
 
 Prices: u of rows, v of columns. Always u_i + v_j <= c_ij, and where columns may stay free, v <= 0
@@ -316,6 +317,41 @@ def augment(free, n_free, most, rows, lists, price, u, v, row_of, column_of, wan
     for turn in range(tried, n_free):
         free[stopped + turn - tried] = free[turn]
     return stopped, n_free - tried + stopped, work
+
+
+@compiled
+def finish(free, costs, price, u, v, row_of, column_of):
+    """Shortest augmenting paths for all free rows over a matrix of exact costs."""
+    n, m = costs.shape
+    dist, before, done = np.empty(m), np.empty(m, np.int32), np.empty(m, np.bool_)
+    tree_rows, tree_dist = np.empty(n + 1, np.int32), np.empty(n + 1)
+    room = dist, before, before, before, before, tree_rows, tree_dist
+    for root in free:
+        dist[:], done[:] = np.inf, False
+        best, last, leaver, n_tree = np.inf, -1, -1, 0
+        i, so_far = root, 0.0
+        while True:
+            tree_rows[n_tree], tree_dist[n_tree] = i, so_far
+            n_tree += 1
+            base = so_far - u[i]
+            if base + price < best:
+                best, last, leaver = base + price, -1, i
+            nearest, least = -1, best
+            for j in range(m):
+                if done[j]:
+                    continue
+                far = max(base + costs[i, j] - v[j], so_far)
+                if far < dist[j]:
+                    dist[j], before[j] = far, i
+                    if row_of[j] < 0 and far < best:
+                        best, last, leaver = far, j, -1
+                if dist[j] < least and row_of[j] >= 0:
+                    nearest, least = j, dist[j]
+            if nearest < 0 or least >= best:
+                break
+            done[nearest] = True
+            i, so_far = row_of[nearest], least
+        _pass_on(best, last, leaver, n_tree, u, v, row_of, column_of, room)
 
 
 @compiled

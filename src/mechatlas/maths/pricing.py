@@ -59,6 +59,10 @@ class Costs(Protocol):
         """Costs of pairs in float64."""
         ...
 
+    def matrix(self) -> Float[np.ndarray, "n m"]:
+        """All costs in float64, for few rows and columns."""
+        ...
+
     def last_digits(self) -> float:
         """How far at most a cost in float64, plus or minus its prices, is from the real number."""
         ...
@@ -147,6 +151,11 @@ class Factors:
             found[part] = self.row_offsets[i].astype(np.float64) + self.column_offsets[j] - dots
         return found
 
+    def matrix(self) -> Float[np.ndarray, "n m"]:
+        """All costs in float64."""
+        wide = self.a.astype(np.float64) @ self.b.T.astype(np.float64)
+        return self.row_offsets[:, None] + self.column_offsets - wide
+
     def last_digits(self) -> float:
         """As `rounding`, of float64."""
         a, b = self._norms
@@ -214,6 +223,10 @@ class Matrix:
     ) -> Float[np.ndarray, " pair"]:
         """The entries."""
         return self.values[rows, columns].astype(np.float64)
+
+    def matrix(self) -> Float[np.ndarray, "n m"]:
+        """All costs in float64."""
+        return self.values.astype(np.float64)
 
     def last_digits(self) -> float:
         """Of the sums with prices alone."""
