@@ -2,15 +2,17 @@
 
 Main path, in reading order:
 
-    assign       look at every pair once, in blocks, and keep a short list for each row
-                 (`_list_cheapest`); pair over the lists (`_pair`); where a list was too short to
-                 say what is cheapest, look at those rows again, at the prices found by then
-                 (`_lengthen`); repeat until nothing is open
+    assign       look at every pair once, in blocks, and keep a short list for each row (`_begin`);
+                 find prices near to the best ones by bids that overpay by less and less
+                 (`_approach`), which needs as many columns as rows; pair exactly from there
+                 (`_pair`); where a list was too short to say what is cheapest, look at those
+                 rows again, at the prices found by then (`_list`); until nothing is open
     Assignment   the pairing, and prices of rows and columns that prove it
     certify      check the proof by pricing every pair again, independently of the solver
 
-Proof: for prices u, v with u_i + v_j <= c_ij for every pair, v <= 0 (and u_i at most the price of
-staying unmatched), no pairing costs less than the sum of all prices. The difference is the gap.
+Proof: for prices u, v with u_i + v_j <= c_ij for every pair, v <= 0 where columns may stay free
+(and u_i at most the price of staying unmatched), no pairing costs less than the sum of all prices.
+The difference is the gap.
 """
 
 import dataclasses
@@ -22,18 +24,25 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from mechatlas.base import InputError, Progress, no_progress
-from mechatlas.maths.pricing import Costs, Factors, Matrix, block_rows, in_threads
+from mechatlas.maths.pricing import Costs, Factors, Kept, Matrix, block_rows, in_threads
 
-LISTED = 48
+LISTED = 40
 """Cheapest columns listed for each row at first."""
-LISTED_OF_COLUMNS = 16
-"""Cheapest rows of each column; they join the lists of those rows."""
 LONGER = 3.0
 """By how much a list that was too short is lengthened, at least."""
-BIDS = 40
-"""Bids for each row before paths are searched."""
-SEARCHES = 1024
-"""Paths searched before progress is told."""
+STEP = 0.03
+"""What bids overpay at first, as a share of how far a list reaches in the middle of all rows."""
+FINER = 6.0
+"""By how much less they overpay each time."""
+TIMES = 3
+BIDS = 300
+"""Bids for each row in one round, and exact ones before paths are searched."""
+FEW = 500
+"""One row in so many may be left over by a round of bids."""
+SMALL = 1 << 24
+"""Pairs up to which longer lists are not tried twice: paths are then searched over all pairs."""
+SAMPLED = 16
+"""One row in so many is looked at for first prices where costs are not kept."""
 
 
 class CertificateError(AssertionError):
@@ -108,14 +117,17 @@ class State:
     """All that a search knows; arrays only, so that it can be written down and continued."""
 
     lists: dict[str, np.ndarray]
-    """`columns`, `keys` and `costs` of all entries, `starts`, `counts` and `horizon` of rows."""
+    """`columns`, `keys`, `rough` and `costs` of all entries, `starts`, `counts`, `horizon` and
+    `error` of rows; see `maths.augmenting`."""
     row_prices: np.ndarray
     column_prices: np.ndarray
     row_of: np.ndarray
     column_of: np.ndarray
     free: np.ndarray
-    wanted: np.ndarray
-    """How many columns the list of a row should get; 0 where it is long enough."""
+    """Rows that wait, in the order in which they do."""
+    plan: np.ndarray
+    """What bids overpay now, rounds of them still to do, bids left in this round, and how often
+    lists were made longer."""
     rows_priced: np.ndarray
 
     def arrays(self) -> dict[str, np.ndarray]:
@@ -164,20 +176,31 @@ def assign(
             on_state=on_state,
         )
         return _turned_back(turned, costs.n_rows, unmatched)
-    n, m = costs.n_rows, costs.n_columns
+    n = costs.n_rows
+    costs = costs.kept() if isinstance(costs, Factors) else costs
     state = resume
     if state is None:
-        state = _list_cheapest(costs, unmatched, on_progress)
+        state = _begin(costs, unmatched, on_progress)
         if on_state is not None:
             on_state(state)
     while len(state.free):
-        _pair(state, costs, unmatched, on_progress)
-        if len(state.free):
-            _lengthen(state, costs, on_progress)
-            if on_state is not None:
-                on_state(state)
-    on_progress(2 * n, 2 * n)
-    return _finish(state, costs, unmatched, m)
+        if state.plan[1]:
+            wanted, longer = _approach(state, costs, unmatched), 1.0
+        else:
+            wanted, longer = _pair(state, costs, unmatched)
+        if len(wanted):
+            _list(state, costs, wanted, longer)
+            state.rows_priced = np.append(state.rows_priced, len(wanted))
+        on_progress(n + round(n * _done(state)), 2 * n)
+        if on_state is not None and len(state.free):
+            on_state(state)
+    return _finish(state, costs, unmatched)
+
+
+def _done(state: State) -> float:
+    """How far it is after the first look, as a share."""
+    parts = 1 - len(state.free) / len(state.row_prices) if state.plan[1] == 0 else 0.0
+    return (TIMES - state.plan[1] + parts) / (TIMES + 1)
 
 
 def _turned_back(found: Assignment, n_rows: int, unmatched: float) -> Assignment:
@@ -197,191 +220,203 @@ def _turned_back(found: Assignment, n_rows: int, unmatched: float) -> Assignment
     )
 
 
-def _list_cheapest(costs: Costs, unmatched: float, on_progress: Progress) -> State:
-    """Look at every pair once: the cheapest columns of each row, and rows of each column."""
-    from mechatlas.maths.selection import keep_cheapest_of_columns, keep_cheapest_of_rows
+def _begin(costs: Costs, unmatched: float, on_progress: Progress) -> State:
+    """First prices, and a list for each row: every pair is looked at.
 
+    Where all columns are paired, prices may be any, and begin with what each column costs at least.
+    """
     n, m = costs.n_rows, costs.n_columns
-    listed, of_columns = min(LISTED, m), min(LISTED_OF_COLUMNS, n)
-    values, names = np.empty((n, listed)), np.empty((n, listed), np.int32)
-    following, no_prices = np.empty(n), np.zeros(m)
-    kind = costs.block(slice(0, 1)).dtype
-    tops, top_rows = np.full((m, of_columns), np.inf, kind), np.full((m, of_columns), -1, np.int32)
-    step = block_rows(costs)
-    for start in range(0, n, step):
-        part = slice(start, min(start + step, n))
-        block = costs.block(part)
-        own = values[part], names[part], following[part]
-
-        def rows(first: int, last: int, block: np.ndarray = block, own: Any = own) -> None:
-            keep_cheapest_of_rows(block, no_prices, first, last, *own)
-
-        def columns(first: int, last: int, block: np.ndarray = block, at: int = start) -> None:
-            keep_cheapest_of_columns(block, at, first, last, tops, top_rows)
-
-        in_threads(rows, len(block))
-        in_threads(columns, m)
-        on_progress(part.stop, 2 * n)
-    return _merged(costs, unmatched, (values, names, following), (tops, top_rows))
-
-
-def _merged(
-    costs: Costs,
-    unmatched: float,
-    of_rows: tuple[np.ndarray, np.ndarray, np.ndarray],
-    of_columns: tuple[np.ndarray, np.ndarray],
-) -> State:
-    """One list for each row: its cheapest columns, then those that have it among their cheapest."""
-    n, m = costs.n_rows, costs.n_columns
-    values, names, following = of_rows
-    tops, top_rows = of_columns
-    listed, kept = values.shape[1], tops.shape[1]
-    error = costs.rounding(slice(0, n))
-    extra_rows, extra_columns = top_rows.reshape(-1), np.repeat(np.arange(m), kept)
-    extra_values = tops.reshape(-1).astype(np.float64)
-    last = values[extra_rows, -1]
-    new = extra_values > last
-    for tie in np.flatnonzero(extra_values == last):
-        new[tie] = extra_columns[tie] not in names[extra_rows[tie]]
-    order = np.flatnonzero(new)
-    order = order[np.lexsort((extra_values[order], extra_rows[order]))]
-    more = np.bincount(extra_rows[order], minlength=n)
-    counts = listed + more
-    starts = np.cumsum(counts) - counts
-    all_columns, keys = np.empty(counts.sum(), np.int32), np.empty(counts.sum())
-    place = starts[:, None] + np.arange(listed)
-    all_columns[place], keys[place] = names, values - error[:, None]
-    i = extra_rows[order]
-    place = starts[i] + listed + np.arange(len(i)) - np.repeat(np.cumsum(more) - more, more)
-    all_columns[place], keys[place] = extra_columns[order], extra_values[order] - error[i]
-    prices = np.minimum(values[:, 0] - error, unmatched)
+    listed, all_paired = min(LISTED, m), n == m and math.isinf(unmatched)
     lists = {
-        "columns": all_columns,
-        "keys": keys,
-        "costs": keys.copy() if isinstance(costs, Matrix) else np.full(len(keys), np.nan),
-        "starts": starts,
-        "counts": counts,
-        "horizon": following - error,
-        "next_of_rows": following - error,
-        "next_of_columns": np.where(kept < n, tops[:, 0].astype(np.float64), np.inf),
+        "columns": np.zeros(n * listed, np.int32),
+        "keys": np.zeros(n * listed),
+        "rough": np.zeros(n * listed),
+        "costs": np.zeros(n * listed),
+        "starts": np.arange(n) * listed,
+        "counts": np.full(n, listed),
+        "horizon": np.zeros(n),
+        "error": costs.rounding(slice(0, n)),
     }
-    lists["next_of_columns"] -= error.max()
-    return State(
+    state = State(
         lists=lists,
-        row_prices=prices,
+        row_prices=np.zeros(n),
         column_prices=np.zeros(m),
         row_of=np.full(m, -1, np.int32),
         column_of=np.full(n, -1, np.int32),
         free=np.arange(n - 1, -1, -1, dtype=np.int32),
-        wanted=np.zeros(n, np.bool_),
+        plan=np.array([0.0, 0.0, BIDS * n, 0.0]),
         rows_priced=np.array([n]),
     )
+    if all_paired:
+        _lower_to_least(costs, state.column_prices, np.arange(n)[:: 1 if _kept(costs) else SAMPLED])
+    step = block_rows(costs)
+    for start in range(0, n, step):
+        _list(state, costs, np.arange(start, min(start + step, n)), lower=all_paired)
+        on_progress(min(start + step, n), 2 * n)
+    keys = lists["keys"].reshape(n, listed)
+    state.row_prices = np.minimum(keys[:, 0], unmatched)
+    overpaid = STEP * float(np.median(keys[:, -1] - keys[:, 0]) or np.ptp(keys))
+    if all_paired and overpaid > FINER**TIMES * costs.last_digits():
+        state.plan[:2] = overpaid, TIMES
+    return state
 
 
-def _pair(state: State, costs: Costs, unmatched: float, on_progress: Progress) -> None:
-    """Pair as many free rows as the lists allow."""
-    from mechatlas.maths.augmenting import augment, bid
-
-    lists, n = state.lists, len(state.row_prices)
-    factors = _for_kernels(costs)
-    entries = lists["columns"], lists["keys"], lists["costs"]
-    free, n_free = np.empty(n, np.int32), len(state.free)
-    free[:n_free] = state.free
-    pairing = state.row_of, state.column_of
-    prices = unmatched, state.row_prices, state.column_prices
-    where = lists["starts"], lists["counts"], entries
-    if len(state.rows_priced) == 1:
-        n_free = bid(
-            free, n_free, *where, lists["horizon"], *prices, *pairing, BIDS * n, factors
-        )  # fmt: skip
-    _see_further(state)
-    state.wanted[:] = False
-    stopped, untried = 0, n_free
-    while untried:
-        block = free[stopped : stopped + untried]
-        more, left, _ = augment(
-            block, untried, SEARCHES, *where, lists["horizon"], *prices, *pairing,
-            state.wanted, factors,
-        )  # fmt: skip
-        stopped, untried = stopped + more, left - more
-        on_progress(2 * n - stopped - untried, 2 * n)
-    n_free = stopped
-    state.free = free[:n_free].copy()
+def _kept(costs: Costs) -> bool:
+    return isinstance(costs, Kept | Matrix)
 
 
-def _see_further(state: State) -> None:
-    """Move horizons: column prices have fallen since the lists were made.
+def _lower_to_least(costs: Costs, prices: np.ndarray, rows: np.ndarray) -> None:
+    """Set prices to the least cost of each column in some rows."""
+    from mechatlas.maths.selection import least_of_columns
 
-    A pair (i, j) that is on no list costs at least what comes next in the list of row i, and in
-    that of column j; less the price of j, at least the smallest of these over all columns.
+    prices[:] = np.inf
+    step = block_rows(costs)
+    for start in range(0, len(rows), step):
+        block = costs.block(rows[start : start + step])
+        in_threads(lambda *part, block=block: least_of_columns(block, *part, prices), len(prices))
+
+
+def _list(
+    state: State, costs: Costs, rows: np.ndarray, longer: float = 1.0, *, lower: bool = False
+) -> None:
+    """Look at all columns of some rows, at the prices of now, and keep the cheapest.
+
+    With `lower`, prices fall to the least cost first, where these rows have one that is less.
     """
-    lists = state.lists
-    order = np.argsort(lists["next_of_columns"], kind="stable")
-    nearest = lists["next_of_columns"][order]
-    prices = state.column_prices[order]
-    dearest = np.concatenate([[-np.inf], np.maximum.accumulate(prices)])
-    beyond = np.concatenate([np.minimum.accumulate((nearest - prices)[::-1])[::-1], [np.inf]])
-    at = np.searchsorted(nearest, lists["next_of_rows"])
-    with np.errstate(invalid="ignore"):
-        seen = np.minimum(lists["next_of_rows"] - dearest[at], beyond[at])
-    np.maximum(lists["horizon"], np.nan_to_num(seen, nan=-np.inf, posinf=np.inf, neginf=-np.inf),
-               out=lists["horizon"])  # fmt: skip
+    from mechatlas.maths.selection import keep_cheapest_of_rows, least_of_columns
 
-
-def _lengthen(state: State, costs: Costs, on_progress: Progress) -> None:
-    """Look at all columns of the wanted rows again, at the prices of now."""
-    from mechatlas.maths.selection import keep_cheapest_of_rows
-
-    lists, m = state.lists, costs.n_columns
-    wanted = np.flatnonzero(state.wanted)
-    length = 2 ** np.ceil(np.log2(LONGER * lists["counts"][wanted]))
-    length = np.minimum(length, m).astype(np.int64)
-    parts: dict[str, list[np.ndarray]] = {"columns": [], "keys": [], "costs": []}
-    end = len(lists["columns"])
+    lists, prices = state.lists, state.column_prices
+    length = lists["counts"][rows]
+    if longer > 1:
+        length = 2 ** np.ceil(np.log2(longer * length))
+        length = np.minimum(length, costs.n_columns).astype(np.int64)
     step = block_rows(costs)
     for listed in np.unique(length):
-        group = wanted[length == listed]
+        group = rows[length == listed]
+        _make_room(lists, group, int(listed))
         for start in range(0, len(group), step):
-            rows = group[start : start + step]
-            block = costs.block(rows)
-            values, names = np.empty((len(rows), listed)), np.empty((len(rows), listed), np.int32)
-            following = np.empty(len(rows))
-
-            def work(first: int, last: int, a: Any = (block,), b: Any = (values, names, following)):
-                keep_cheapest_of_rows(*a, state.column_prices, first, last, *b)
-
-            in_threads(work, len(rows))
-            error = costs.rounding(rows)
-            parts["columns"].append(names.reshape(-1))
-            parts["keys"].append((values - error[:, None]).reshape(-1))
-            known = isinstance(costs, Matrix)
-            exact = block[np.arange(len(rows))[:, None], names] if known else values * np.nan
-            parts["costs"].append(exact.reshape(-1))
-            lists["horizon"][rows] = following - error
-            lists["next_of_rows"][rows] = -np.inf  # said of another list
-            lists["starts"][rows] = end + np.arange(len(rows)) * listed
-            lists["counts"][rows] = listed
-            end += names.size
-    for name, new in parts.items():
-        lists[name] = np.concatenate([lists[name], *new])
-    state.wanted[:] = False
-    state.rows_priced = np.append(state.rows_priced, len(wanted))
+            part = group[start : start + step]
+            block = costs.block(part)
+            if lower:
+                in_threads(lambda *some, b=block: least_of_columns(b, *some, prices), len(prices))
+            values, names = np.empty((len(part), listed)), np.empty((len(part), listed), np.int32)
+            following = np.empty(len(part))
+            out = values, names, following
+            in_threads(
+                lambda *some, b=block, out=out: keep_cheapest_of_rows(b, prices, *some, *out),
+                len(part),
+            )
+            error = lists["error"][part]
+            place = lists["starts"][part, None] + np.arange(listed)
+            lists["columns"][place] = names
+            lists["keys"][place] = values - error[:, None]
+            lists["rough"][place] = values + prices[names]
+            lists["costs"][place] = np.nan
+            if isinstance(costs, Matrix):
+                lists["rough"][place] = block[np.arange(len(part))[:, None], names]
+                lists["costs"][place] = lists["rough"][place]
+            lists["horizon"][part] = following - error
 
 
-def _for_kernels(costs: Costs) -> tuple[np.ndarray, ...]:
+def _make_room(lists: dict[str, np.ndarray], rows: np.ndarray, listed: int) -> None:
+    """Give rows whose lists get another length a new place, at the end."""
+    moved = rows[lists["counts"][rows] != listed]
+    if not len(moved):
+        return
+    lists["starts"][moved] = len(lists["columns"]) + np.arange(len(moved)) * listed
+    lists["counts"][moved] = listed
+    for name in ("columns", "keys", "rough", "costs"):
+        lists[name] = np.append(lists[name], np.zeros(len(moved) * listed, lists[name].dtype))
+
+
+def _approach(state: State, costs: Costs, unmatched: float) -> np.ndarray:
+    """One round of bids that overpay; returns rows that need a new list before the next."""
+    from mechatlas.maths.augmenting import approach, near_horizon
+
+    n = len(state.row_prices)
+    rows, lists = _for_kernels(state)
+    queue, wanted = np.empty(n, np.int32), np.zeros(n, np.bool_)
+    queue[: len(state.free)] = state.free
+    prices, pairing = state.column_prices, (state.row_of, state.column_of)
+    state.plan[2] -= approach(
+        queue, len(state.free), state.plan[0], int(state.plan[2]), rows, lists, prices,
+        *pairing, wanted,
+    )  # fmt: skip
+    waiting = np.flatnonzero(wanted)
+    if len(waiting) > 1 + n // FEW and state.plan[2] > 0:
+        state.free = waiting.astype(np.int32)
+        return waiting
+    # Prices are near enough for this step. Pairs do not matter: only exact ones are kept.
+    state.row_of[:], state.column_of[:] = -1, -1
+    state.free = np.arange(n - 1, -1, -1, dtype=np.int32)
+    state.plan[:3] = state.plan[0] / FINER, state.plan[1] - 1, BIDS * n
+    if state.plan[1]:
+        return waiting
+    near_horizon(rows, lists, prices, wanted)
+    return np.flatnonzero(wanted)
+
+
+def _pair(state: State, costs: Costs, unmatched: float) -> tuple[np.ndarray, float]:
+    """Pair as many free rows as the lists allow.
+
+    Returns:
+        Rows that need a new list, and by how much it must be longer.
+    """
+    from mechatlas.maths.augmenting import augment, bid, finish
+
+    n = len(state.row_prices)
+    rows, lists = _for_kernels(state)
+    factors = _factors(costs)
+    free, n_free, wanted = np.empty(n, np.int32), len(state.free), np.zeros(n, np.bool_)
+    free[:n_free] = state.free
+    prices = unmatched, state.row_prices, state.column_prices
+    pairing = state.row_of, state.column_of
+    if state.plan[2]:
+        if state.plan[2] == BIDS * n:
+            _reprice(state, costs, unmatched)
+        n_free, bids = bid(
+            free, n_free, rows, lists, *prices, *pairing, int(state.plan[2]), wanted, factors
+        )
+        state.free, waiting = free[:n_free].copy(), np.flatnonzero(wanted)
+        # As long a list would not help where so many cost the same, as far as float32 can tell.
+        error, nearest = rows[3][waiting], lists[1][rows[0][waiting]]
+        waiting = waiting[rows[2][waiting] > nearest + 2 * error]
+        state.plan[2] = bids if len(waiting) > 1 + n // FEW else 0
+        return waiting, 1.0
+    if state.plan[3] >= 1 and n * costs.n_columns <= SMALL:
+        matrix = costs.matrix()
+        finish(state.free, matrix, *prices, *pairing)
+        np.maximum(rows[2], (matrix - state.column_prices).min(axis=1), out=rows[2])
+        state.free = state.free[:0]
+        return state.free, 1.0
+    state.plan[3] += 1
+    n_free, _, _ = augment(free, n_free, n_free, rows, lists, *prices, *pairing, wanted, factors)
+    state.free = free[:n_free].copy()
+    return np.flatnonzero(wanted), LONGER
+
+
+def _reprice(state: State, costs: Costs, unmatched: float) -> None:
+    from mechatlas.maths.augmenting import reprice
+
+    prices = state.row_prices, state.column_prices
+    reprice(*_for_kernels(state), unmatched, *prices, _factors(costs))
+
+
+def _for_kernels(state: State) -> tuple[tuple[np.ndarray, ...], tuple[np.ndarray, ...]]:
+    lists = state.lists
+    rows = lists["starts"], lists["counts"], lists["horizon"], lists["error"]
+    return rows, (lists["columns"], lists["keys"], lists["rough"], lists["costs"])
+
+
+def _factors(costs: Costs) -> tuple[np.ndarray, ...]:
     if isinstance(costs, Factors):
         return costs.a, costs.b, costs.row_offsets, costs.column_offsets
     return np.empty((0, 0)), np.empty((0, 0)), np.empty(0), np.empty(0)
 
 
-def _finish(state: State, costs: Costs, unmatched: float, m: int) -> Assignment:
-    from mechatlas.maths.augmenting import reprice
-
-    lists = state.lists
-    entries = lists["columns"], lists["keys"], lists["costs"]
-    where = lists["starts"], lists["counts"], entries, lists["horizon"]
+def _finish(state: State, costs: Costs, unmatched: float) -> Assignment:
+    _reprice(state, costs, unmatched)
     u, v = state.row_prices, state.column_prices
-    reprice(*where, unmatched, u, v, _for_kernels(costs))
     columns = np.where(state.column_of < 0, -1, state.column_of).astype(np.int64)
     cost = _total(costs, columns, unmatched)
     # No optimum is above what this pairing costs; prices can be, by their last digit.

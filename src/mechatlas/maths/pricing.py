@@ -27,6 +27,8 @@ HALF_ULP = 2.0**-24
 """Unit roundoff of float32."""
 EPSILON = 2.0**-52
 BLOCK_BYTES = 192 << 20
+KEPT_BYTES = 1280 << 20
+"""Costs in float32 that are kept when they take no more: 18,000 x 18,000."""
 
 
 @runtime_checkable
@@ -55,6 +57,10 @@ class Costs(Protocol):
         self, rows: Int[np.ndarray, " pair"], columns: Int[np.ndarray, " pair"]
     ) -> Float[np.ndarray, " pair"]:
         """Costs of pairs in float64."""
+        ...
+
+    def matrix(self) -> Float[np.ndarray, "n m"]:
+        """All costs in float64, for few rows and columns."""
         ...
 
     def last_digits(self) -> float:
@@ -145,6 +151,11 @@ class Factors:
             found[part] = self.row_offsets[i].astype(np.float64) + self.column_offsets[j] - dots
         return found
 
+    def matrix(self) -> Float[np.ndarray, "n m"]:
+        """All costs in float64."""
+        wide = self.a.astype(np.float64) @ self.b.T.astype(np.float64)
+        return self.row_offsets[:, None] + self.column_offsets - wide
+
     def last_digits(self) -> float:
         """As `rounding`, of float64."""
         a, b = self._norms
@@ -154,6 +165,29 @@ class Factors:
     def transposed(self) -> "Factors":
         """Columns for rows."""
         return Factors(self.b, self.a, self.column_offsets, self.row_offsets)
+
+    def kept(self) -> "Factors":
+        """The same, with the blocks of all rows kept if that takes moderate memory."""
+        if 4 * self.n_rows * self.n_columns > KEPT_BYTES:
+            return self
+        return Kept(self.a, self.b, self.row_offsets, self.column_offsets)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Kept(Factors):
+    """Factors whose blocks are computed once."""
+
+    @cached_property
+    def _values(self) -> np.ndarray:
+        values = np.empty((self.n_rows, self.n_columns), np.float32)
+        step = block_rows(self)
+        for start in range(0, self.n_rows, step):
+            values[start : start + step] = super().block(slice(start, start + step))
+        return values
+
+    def block(self, rows: Any) -> np.ndarray:
+        """Costs of some rows with every column, in float32."""
+        return self._values[rows]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -190,6 +224,10 @@ class Matrix:
         """The entries."""
         return self.values[rows, columns].astype(np.float64)
 
+    def matrix(self) -> Float[np.ndarray, "n m"]:
+        """All costs in float64."""
+        return self.values.astype(np.float64)
+
     def last_digits(self) -> float:
         """Of the sums with prices alone."""
         return 8 * EPSILON * float(max(self.values.max(), -self.values.min()))
@@ -204,6 +242,10 @@ def block_rows(costs: Costs) -> int:
     return int(np.clip(BLOCK_BYTES // (4 * costs.n_columns), 16, 4096))
 
 
+FEW = 16
+"""Rows that are not worth another thread."""
+
+
 def n_threads() -> int:
     """As many as torch uses for products."""
     return torch.get_num_threads()
@@ -211,7 +253,7 @@ def n_threads() -> int:
 
 def in_threads(work: Callable[[int, int], Any], n: int) -> list[Any]:
     """`work(first, last)` over equal parts of `range(n)`, one thread each."""
-    parts = min(n_threads(), n)
+    parts = min(n_threads(), max(1, n // FEW))
     edges = [n * k // parts for k in range(parts + 1)]
     if parts == 1:
         return [work(0, n)]

@@ -1,7 +1,7 @@
 """The compiled parts that look at every pair of a block of costs.
 
     keep_cheapest_of_rows       the cheapest columns of each row of a block
-    keep_cheapest_of_columns    the cheapest rows of each column, over all blocks so far
+    least_of_columns            the least cost of each column, over all blocks so far
     underpriced                 the pairs of a block that cost less than their prices say
 
 Each runs on one thread without the interpreter's lock and writes only its own rows or columns,
@@ -15,6 +15,9 @@ from typing import Any
 
 import numba
 import numpy as np
+
+CHUNK = 64
+"""Columns looked at together."""
 
 
 def compiled(function: Callable[..., Any], *, fastmath: Any = False) -> Any:
@@ -69,10 +72,17 @@ def keep_cheapest_of_rows(block, prices, first, last, values, names, following):
         size = min(n_kept + 1, n_columns)
         heap[:] = np.inf
         who[:] = -1
-        for j in range(n_columns):
-            value = block[row, j] - prices[j]
-            if value < heap[0]:
-                _sink(heap, who, 0, size, value, j)
+        for start in range(0, n_columns, CHUNK):
+            end = min(start + CHUNK, n_columns)
+            some, limit = 0, heap[0]
+            for j in range(start, end):  # no branch: many at a time
+                some += block[row, j] - prices[j] < limit
+            if some == 0:
+                continue
+            for j in range(start, end):
+                value = block[row, j] - prices[j]
+                if value < heap[0]:
+                    _sink(heap, who, 0, size, value, j)
         _sort(heap, who, 0, size)
         for k in range(min(n_kept, size)):
             values[row, k] = heap[k]
@@ -81,14 +91,11 @@ def keep_cheapest_of_rows(block, prices, first, last, values, names, following):
 
 
 @compiled
-def keep_cheapest_of_columns(block, row_name, first, last, values, names):
-    """Add the rows of a block to the lists of columns first..last (heaps, dearest first)."""
-    n_kept = values.shape[1]
-    flat, who = values.reshape(-1), names.reshape(-1)
+def least_of_columns(block, first, last, least):
+    """Lower `least` of columns first..last to the least of a block."""
     for row in range(block.shape[0]):
         for j in range(first, last):
-            if block[row, j] < flat[j * n_kept]:
-                _sink(flat, who, j * n_kept, n_kept, block[row, j], row_name + row)
+            least[j] = min(least[j], block[row, j])
 
 
 @compiled
