@@ -6,10 +6,11 @@
 Source: the induction in `mechatlas.maths.irreps.real_irreps`, for homomorphisms.
 """
 
+import dataclasses
 import functools
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Float32, Int
 
 from mechatlas.analysis.proofs.explanation import Explanation, Grid, ProofError
 from mechatlas.maths.groups import Group
@@ -18,6 +19,22 @@ U32, U64 = 2.0**-24, 2.0**-53
 """Unit roundoff of float32 and float64."""
 LARGEST = 1e25
 """Numbers above this could overflow float32 when multiplied and are refused."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Known:
+    """What is true of an irrep of a group, or of an action, whatever network it is used for."""
+
+    array: np.ndarray
+    group: Group
+    defect: float = 0.0
+    rho: Float32[np.ndarray, "dd order"] | None = None
+    """The matrices as rows of entries, in float32."""
+    rho64: Float[np.ndarray, "dd order"] | None = None
+    norms: Float[np.ndarray, " order"] | None = None
+    """Frobenius norm of 1 - rho(g)."""
+    merged: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None
+    """Sign of each row of rho, and which of these rows it is, up to the sign."""
 
 
 def growth(operations: int, unit: float) -> float:
@@ -31,7 +48,7 @@ def growth(operations: int, unit: float) -> float:
     return operations * unit / (1 - operations * unit)
 
 
-def check(width: int, group: Group, explanation: Explanation) -> float:
+def check(width: int, group: Group, explanation: Explanation) -> tuple[float, list[Known]]:
     """Refuse an explanation that is not well formed.
 
     Args:
@@ -41,48 +58,69 @@ def check(width: int, group: Group, explanation: Explanation) -> float:
 
     Returns:
         Bound on the Frobenius norm of rho(a) rho(b) - rho(ab) and of rho(a)^T rho(a) - 1 for
-        all a, b and all irreps of the explanation, rounding of this check included.
+        all a, b and all irreps of the explanation, rounding of this check included; and what
+        is known of the irrep of each circuit.
 
     Raises:
         ProofError: A shape, label or number is impossible; the message says which.
     """
     n, e = group.order, explanation
-    _refuse_shape("exponents", e.exponents, (width,))
+    k = len(e.order)
+    _check_standing(width, e)
+    _refuse_shape("exponents", e.exponents, (k,))
     _refuse_labels("exponents", e.exponents, -40, 41)
-    for name, array in (("row", e.row), ("column", e.column)):
-        _refuse_shape(name, array, (n, width))
-        _refuse_numbers(name, array)
+    _refuse_shape("row", e.row, (n, k))
+    _refuse_numbers("row", e.row)
+    _refuse_shape("column", e.column, (k, n))
+    _refuse_numbers("column", e.column)
     for name, share in (("second_share", e.second_share), ("third_share", e.third_share)):
         if not 0 <= share <= 1:
             raise ProofError(f"{name} must be from 0 to 1, got {share}.")
-    _refuse_shape("silent", e.silent, (width,))
-    used = e.silent.copy()
+    cuts = e.blocks.tolist()
+    if not cuts or cuts[0] != 0 or cuts[-1] != k or sorted(set(cuts)) != cuts:
+        raise ProofError(f"blocks must ascend from 0 to {k}.")
+    taken = set()
     for number, grid in enumerate(e.grids):
-        _check_grid(f"grid {number}", grid, n, width)
-        if used[grid.neurons].any() or len(np.unique(grid.neurons)) < len(grid.neurons):
-            raise ProofError(f"Grid {number} has a neuron that is silent or used twice.")
-        used[grid.neurons] = True
-    worst = 0.0
+        _check_grid(f"grid {number}", grid, group)
+        block = cuts.index(grid.start) if grid.start in cuts[:-1] else -1
+        if block < 0 or cuts[block + 1] != grid.start + len(grid.scale) or block in taken:
+            raise ProofError(f"Grid {number} is not a block of its own.")
+        taken.add(block)
+    known = []
     for number, c in enumerate(e.circuits):
         name = f"circuit {number}"
-        d, entries, columns = c.matrices.shape[-1], len(c.neurons), len(c.right)
+        d = c.matrices.shape[-1]
         if not 1 <= d <= 64:
             raise ProofError(f"{name}: matrices must be 1 to 64 wide, got {d}.")
         _refuse_shape(f"{name}: matrices", c.matrices, (n, d, d))
-        _refuse_shape(f"{name}: left", c.left, (entries, d))
-        _refuse_shape(f"{name}: right", c.right, (columns, d))
         _refuse_shape(f"{name}: mean", c.mean, (d, d))
-        _refuse_shape(f"{name}: columns", c.columns, (entries,))
-        for array in (c.matrices, c.left, c.right, c.mean):
-            _refuse_numbers(name, array)
-        _refuse_labels(f"{name}: neurons", c.neurons, 0, width)
-        _refuse_labels(f"{name}: columns", c.columns, 0, columns)
-        if e.silent[c.neurons].any():
-            raise ProofError(f"{name} has a neuron that is silent.")
-        if (np.diff(c.columns) < 0).any():
-            raise ProofError(f"{name}: columns must ascend.")
-        worst = max(worst, _known_defect(name, c.matrices, group))
-    return worst
+        if c.weights.shape[0] != d * d or not 0 <= c.start <= k - c.weights.shape[1]:
+            raise ProofError(f"{name}: weights {c.weights.shape} from {c.start} do not fit.")
+        _refuse_numbers(f"{name}: weights", c.weights)
+        _refuse_numbers(f"{name}: mean", c.mean)
+        known.append(_known_irrep(name, c.matrices, group))
+    return max((irrep.defect for irrep in known), default=0.0), known
+
+
+def _check_standing(width: int, e: Explanation) -> None:
+    """Each neuron must be silent, stand for itself or have one that does.
+
+    Raises:
+        ProofError: One does not.
+    """
+    for name, array in (("silent", e.silent), ("leaders", e.leaders), ("ratios", e.ratios)):
+        _refuse_shape(name, array, (width,))
+    _refuse_numbers("ratios", e.ratios)
+    _refuse_labels("leaders", e.leaders, 0, width)
+    _refuse_labels("order", e.order, 0, width)
+    stands = np.zeros(width, bool)
+    stands[e.order] = True
+    if int(stands.sum()) != len(e.order) or e.silent[e.order].any():
+        raise ProofError("order has a neuron twice, or a silent one.")
+    fine = stands[e.leaders] | e.silent
+    fine[e.order] = (e.leaders[e.order] == e.order) & (e.ratios[e.order] == 1)
+    if not fine.all():
+        raise ProofError(f"Neuron {int(np.argmin(fine))} has no neuron that stands for it.")
 
 
 @functools.lru_cache(maxsize=32)
@@ -131,24 +169,79 @@ def _defect(name: str, matrices: Float[np.ndarray, "order d d"], group: Group) -
     return length * (2 + eta) * (1 + eta) ** length * eps + defect
 
 
-# Kept for arrays that nobody can change, together with the array, so that its id stays its own.
-_KNOWN: dict[int, tuple[np.ndarray, Group, float]] = {}
+# Found once for the read-only arrays of a group, which are the same each time. The array is
+# kept as well, so that its id stays its own.
+_KNOWN: dict[int, Known] = {}
 
 
-def _known_defect(name: str, matrices: Float[np.ndarray, "order d d"], group: Group) -> float:
-    """`_defect`, once for the irreps of a group, which are the same read-only arrays each time.
+def _remember(array: np.ndarray, known: Known) -> Known:
+    if not array.flags.writeable and array.base is None:
+        if len(_KNOWN) > 512:
+            _KNOWN.clear()
+        _KNOWN[id(array)] = known
+    return known
+
+
+def _recall(array: np.ndarray, group: Group) -> Known | None:
+    known = _KNOWN.get(id(array))
+    if known is None or known.array is not array or array.flags.writeable:
+        return None
+    return known if known.group is group or known.group == group else None
+
+
+def _known_irrep(name: str, matrices: Float[np.ndarray, "order d d"], group: Group) -> Known:
+    """The matrices are checked, once for the irreps of a group.
 
     Raises:
         ProofError: As `_defect`.
     """
-    if matrices.flags.writeable or matrices.base is not None:
-        return _defect(name, matrices, group)
-    known = _KNOWN.get(id(matrices))
-    if known is None or known[0] is not matrices or known[1] != group:
-        if len(_KNOWN) > 256:
-            _KNOWN.clear()
-        known = _KNOWN[id(matrices)] = (matrices, group, _defect(name, matrices, group))
-    return known[2]
+    known = _recall(matrices, group)
+    if known is not None:
+        return known
+    _refuse_numbers(f"{name}: matrices", matrices)
+    defect = _defect(name, matrices, group)
+    flat = matrices.reshape(len(matrices), -1)
+    rho = np.ascontiguousarray(flat.T)
+    one = flat[group.identity] - flat
+    norms = np.sqrt(np.einsum("ij,ij->i", one, one))
+    single = rho.astype(np.float32)
+    merged = _merge_rows(single)
+    return _remember(matrices, Known(matrices, group, defect, single, rho, norms, merged))
+
+
+def _merge_rows(rho: Float32[np.ndarray, "row order"]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Rows of rho that are the same up to sign, as cosines and sines are."""
+    signs, to = np.ones(len(rho), np.float32), np.zeros(len(rho), np.int64)
+    seen: dict[bytes, int] = {}
+    kept = []
+    for i, row in enumerate(rho + np.float32(0)):
+        for sign in (1, -1):
+            found = seen.get((np.float32(sign) * row + np.float32(0)).tobytes())
+            if found is not None:
+                signs[i], to[i] = sign, found
+                break
+        else:
+            seen[row.tobytes()] = to[i] = len(kept)
+            kept.append(i)
+    return signs, to, np.ascontiguousarray(rho[kept])
+
+
+def _refuse_action(name: str, action: Int[np.ndarray, "order point"], group: Group) -> None:
+    """Each element must permute the points; checked once for the actions of a group.
+
+    Raises:
+        ProofError: One does not.
+    """
+    if _recall(action, group) is not None:
+        return
+    size = action.shape[1]
+    _refuse_shape(f"{name}: action", action, (group.order, size))
+    _refuse_labels(f"{name}: action", action, 0, size)
+    hit = np.zeros(action.shape, bool)
+    hit[np.arange(group.order)[:, None], action] = True
+    if not hit.all():
+        raise ProofError(f"{name}: an element does not permute the points.")
+    _remember(action, Known(action, group))
 
 
 def _largest(matrices: Float[np.ndarray, "count d d"]) -> float:
@@ -156,32 +249,29 @@ def _largest(matrices: Float[np.ndarray, "count d d"]) -> float:
     return float(np.sqrt(np.einsum("ij,ij->i", flat, flat).max()))
 
 
-def _check_grid(name: str, grid: Grid, order: int, width: int) -> None:
-    """Each element must permute the points, and keep opposite ones opposite.
+def _check_grid(name: str, grid: Grid, group: Group) -> None:
+    """Each element must permute the points, and the table be the same for opposite ones.
 
     Raises:
         ProofError: Something is impossible.
     """
     k, k2 = grid.table.shape
-    _refuse_shape(f"{name}: scale", grid.scale, (len(grid.neurons),))
-    _refuse_numbers(name, grid.scale)
-    _refuse_numbers(name, grid.table)
-    _refuse_labels(f"{name}: neurons", grid.neurons, 0, width)
-    sides = (
+    neurons = len(grid.scale)
+    _refuse_numbers(f"{name}: scale", grid.scale)
+    _refuse_numbers(f"{name}: table", grid.table)
+    for size, action, points, antipodes in (
         (k, grid.left_action, grid.left_points, grid.left_antipodes),
         (k2, grid.right_action, grid.right_points, grid.right_antipodes),
-    )
-    for size, action, points, antipodes in sides:
-        _refuse_shape(f"{name}: action", action, (order, size))
-        _refuse_shape(f"{name}: points", points, (len(grid.neurons),))
+    ):
+        if action.shape[1] != size:
+            raise ProofError(f"{name}: the action must have {size} points, as the table has.")
+        _refuse_action(name, action, group)
+        _refuse_shape(f"{name}: points", points, (neurons,))
         _refuse_shape(f"{name}: antipodes", antipodes, (size,))
         _refuse_labels(f"{name}: points", points, 0, size)
         _refuse_labels(f"{name}: antipodes", antipodes, 0, size)
-        _refuse_labels(f"{name}: action", action, 0, size)
-        hit = np.zeros((order, size), bool)
-        hit[np.arange(order)[:, None], action] = True
-        if not hit.all():
-            raise ProofError(f"{name}: an element does not permute the points.")
+        if (antipodes == np.arange(size)).all():
+            continue
         if not np.array_equal(antipodes[antipodes], np.arange(size)):
             raise ProofError(f"{name}: the opposite of the opposite is another point.")
         if not np.array_equal(action[:, antipodes], antipodes[action]):

@@ -23,7 +23,7 @@ from safetensors.numpy import load as load_arrays
 from safetensors.numpy import save as save_arrays
 
 from mechatlas.analysis.proofs import exact
-from mechatlas.analysis.proofs.explain import Directions, explain
+from mechatlas.analysis.proofs.explain import Directions, explain, find_directions
 from mechatlas.analysis.proofs.explanation import Circuit, Explanation, Grid, ProofError
 from mechatlas.analysis.proofs.verify import Verdict, verify
 from mechatlas.base import DiskError, InputError, NonFiniteError
@@ -40,11 +40,11 @@ ENOUGH = 0.95
 """A bound from which on no more detail is tried."""
 GAIN = 0.03
 """What more detail must add to the bound: it takes longer to verify."""
-DETAILS = (0, 1, 2)
-"""0: one matrix element for each neuron in a rho-set; 1: all of its irrep; 2: a second irrep."""
+DETAILS = (0, 1)
+"""0: the unembedding of each neuron within its own irrep; 1: in a second irrep as well."""
 LOW_RANK_EFFORT = 0.6
 """Effort where no rho-sets were found: the second stage is then the whole proof."""
-SCHEMA = "mechatlas.proof/1"
+SCHEMA = "mechatlas.proof/2"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -90,9 +90,10 @@ class Proof:
             for number, part in enumerate(parts):
                 for field in dataclasses.fields(part):
                     value = getattr(part, field.name)
-                    if isinstance(value, np.ndarray):
-                        arrays[f"{kind}.{number}.{field.name}"] = np.ascontiguousarray(value)
-        for name in ("exponents", "row", "column", "silent"):
+                    if not isinstance(value, str):
+                        array = np.ascontiguousarray(np.atleast_1d(value))
+                        arrays[f"{kind}.{number}.{field.name}"] = array
+        for name in _WHOLE:
             arrays[name] = np.ascontiguousarray(getattr(e, name))
         about = {
             "schema": SCHEMA,
@@ -156,9 +157,8 @@ def prove(
     group = table if isinstance(table, Group) else Group(table)
     weights = as_weights(left, right, unembed, group.order)
     best: tuple[Verdict, Explanation] | None = None
-    directions = None
     for detail in DETAILS:
-        found, directions = explain(*weights, group, detail=detail)
+        found = explain(*weights, group, detail=detail)
         found = _with_effort(found, group, effort)
         verdict = verify(*weights, group, found)
         if best is None or verdict.accuracy_bound > best[0].accuracy_bound + GAIN:
@@ -166,7 +166,7 @@ def prove(
         if best[0].accuracy_bound >= ENOUGH:
             break
     assert best is not None
-    assert directions is not None
+    directions = find_directions(*weights, group.irreps())
     middle = time.process_time()
     verdict = verify(*weights, group, best[1])
     end = time.process_time()
@@ -289,15 +289,13 @@ def _from_arrays(arrays: dict[str, np.ndarray], about: dict[str, Any]) -> Proof:
     grids = tuple(
         _part(Grid, f"grids.{i}", str(name), arrays) for i, name in enumerate(about["grids"])
     )
+    whole = {name: _typed(arrays[name], *kind) for name, kind in _WHOLE.items()}
     explanation = Explanation(
-        _typed(arrays["exponents"], 1, np.int64),
-        _typed(arrays["row"], 2, np.float32),
-        _typed(arrays["column"], 2, np.float32),
-        _typed(arrays["silent"], 1, np.bool_),
-        circuits,
-        grids,
-        float(about["second_share"]),
-        float(about["third_share"]),
+        **whole,
+        circuits=circuits,
+        grids=grids,
+        second_share=float(about["second_share"]),
+        third_share=float(about["third_share"]),
     )
     table = _typed(arrays["table"], 2, np.int32)
     return Proof(
@@ -306,10 +304,14 @@ def _from_arrays(arrays: dict[str, np.ndarray], about: dict[str, Any]) -> Proof:
     )  # fmt: skip
 
 
-_SHAPES: dict[str, tuple[int, type]] = {
-    "matrices": (3, np.float64), "neurons": (1, np.int64), "columns": (1, np.int64),
-    "left": (2, np.float32), "right": (2, np.float32), "mean": (2, np.float64),
-    "left_action": (2, np.int64), "right_action": (2, np.int64),
+_WHOLE: dict[str, tuple[int, type]] = {
+    "silent": (1, np.bool_), "leaders": (1, np.int64), "ratios": (1, np.float32),
+    "order": (1, np.int64), "exponents": (1, np.int64), "row": (2, np.float32),
+    "column": (2, np.float32), "blocks": (1, np.int64),
+}  # fmt: skip
+_PARTS: dict[str, tuple[int, type]] = {
+    "start": (1, np.int64), "matrices": (3, np.float64), "weights": (2, np.float32),
+    "mean": (2, np.float64), "left_action": (2, np.int64), "right_action": (2, np.int64),
     "left_points": (1, np.int64), "right_points": (1, np.int64),
     "left_antipodes": (1, np.int64), "right_antipodes": (1, np.int64),
     "scale": (1, np.float32), "table": (2, np.float32),
@@ -319,7 +321,8 @@ _SHAPES: dict[str, tuple[int, type]] = {
 
 def _part(kind: Any, prefix: str, name: str, arrays: dict[str, np.ndarray]) -> Any:
     fields = [field.name for field in dataclasses.fields(kind) if field.name != "name"]
-    return kind(name, *(_typed(arrays[f"{prefix}.{f}"], *_SHAPES[f]) for f in fields))
+    values = {f: _typed(arrays[f"{prefix}.{f}"], *_PARTS[f]) for f in fields}
+    return kind(name=name, **(values | {"start": values["start"].item()}))
 
 
 def _typed(array: np.ndarray, ndim: int, dtype: type) -> np.ndarray:
