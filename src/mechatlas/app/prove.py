@@ -15,6 +15,7 @@ from mechatlas.analysis.proofs.exact import brute_force
 from mechatlas.analysis.proofs.explain import Directions
 from mechatlas.analysis.proofs.explanation import Explanation, Grid
 from mechatlas.analysis.proofs.prove import (
+    EFFORT,
     Bound,
     Weights,
     as_weights,
@@ -56,7 +57,7 @@ class Prove:
     """Finish the pairs that are not certified by brute force."""
     compare: bool = False
     """Also time brute force, in the same run."""
-    effort: float | None = None
+    effort: float = EFFORT
     """Share of the multiply-adds of brute force that the later stages may use."""
 
 

@@ -1,7 +1,6 @@
 """Bounds against brute force in higher precision, whatever the explanation says."""
 
 import dataclasses
-import importlib
 
 import hypothesis.strategies as st
 import numpy as np
@@ -10,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from safetensors.numpy import load_file
 
-from mechatlas.analysis.proofs import exact, kernels, plain
+from mechatlas.analysis.proofs import checks, exact, kernels, plain
 from mechatlas.analysis.proofs.explain import explain
 from mechatlas.analysis.proofs.explanation import Explanation, ProofError
 from mechatlas.analysis.proofs.prove import Weights, count_exactly, load_proof, prove
@@ -21,9 +20,6 @@ from mechatlas.maths.groups import Group, GroupError
 from mechatlas.maths.named_groups import group
 
 from .planted import planted, proved, true_margins
-
-# The module that holds what is replaced below.
-terms = importlib.import_module("mechatlas.analysis.proofs.terms")
 
 NETS = [("S4", 0.0, 0), ("S4", 0.02, 1), ("A5", 0.01, 2), ("D5", 0.02, 3), ("S5", 0.002, 4)]
 
@@ -296,9 +292,9 @@ def test_thousands_of_damaged_proofs_are_refused_or_true(tmp_path):
 def test_the_loops_in_numpy_give_the_same(name, monkeypatch):
     of, weights, bound = proved(name, 0.02, 3)
     e = dataclasses.replace(bound.proof.explanation, second_share=1.0)
-    assert terms.loops is kernels
+    assert checks.loops is kernels
     compiled = verify(*weights, of, e)
-    monkeypatch.setattr(terms, "loops", plain)
+    monkeypatch.setattr(checks, "loops", plain)
     slow = verify(*weights, of, e)
     np.testing.assert_allclose(slow.margins, compiled.margins, atol=2e-3)
     assert (slow.margins <= true_margins(weights, of.table)).all()

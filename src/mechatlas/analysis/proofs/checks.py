@@ -8,12 +8,18 @@ Source: the induction in `mechatlas.maths.irreps.real_irreps`, for homomorphisms
 
 import dataclasses
 import functools
+from typing import TypeVar
 
 import numpy as np
 from jaxtyping import Float, Float32, Int
 
 from mechatlas.analysis.proofs.explanation import Explanation, Grid, ProofError
 from mechatlas.maths.groups import Group
+
+try:
+    from mechatlas.analysis.proofs import kernels as loops
+except ImportError:  # numba is missing: slower, and tested to be the same
+    from mechatlas.analysis.proofs import plain as loops
 
 U32, U64 = 2.0**-24, 2.0**-53
 """Unit roundoff of float32 and float64."""
@@ -22,19 +28,30 @@ LARGEST = 1e25
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Known:
-    """What is true of an irrep of a group, or of an action, whatever network it is used for."""
+class KnownIrrep:
+    """What is true of an irrep of a group, whatever network it is used for."""
 
-    array: np.ndarray
+    array: Float[np.ndarray, "order d d"]
     group: Group
-    defect: float = 0.0
-    rho: Float32[np.ndarray, "dd order"] | None = None
-    """The matrices as rows of entries, in float32."""
-    rho64: Float[np.ndarray, "dd order"] | None = None
-    norms: Float[np.ndarray, " order"] | None = None
+    defect: float
+    """See `check`."""
+    rho: Float32[np.ndarray, "dd order"]
+    """The matrices as rows of entries."""
+    rho64: Float[np.ndarray, "dd order"]
+    norms: Float[np.ndarray, " order"]
     """Frobenius norm of 1 - rho(g)."""
-    merged: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None
-    """Sign of each row of rho, and which of these rows it is, up to the sign."""
+    merged: tuple[np.ndarray, np.ndarray, np.ndarray]
+    """Sign of each row of rho, which of the distinct rows it is up to the sign, and those."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class KnownAction:
+    """What is true of a group's action on points."""
+
+    array: Int[np.ndarray, "order point"]
+    group: Group
+    inverse: Int[np.ndarray, "order point"]
+    """Where the inverse of each element takes each point."""
 
 
 def growth(operations: int, unit: float) -> float:
@@ -48,7 +65,7 @@ def growth(operations: int, unit: float) -> float:
     return operations * unit / (1 - operations * unit)
 
 
-def check(width: int, group: Group, explanation: Explanation) -> tuple[float, list[Known]]:
+def check(width: int, group: Group, explanation: Explanation) -> tuple[float, list[KnownIrrep]]:
     """Refuse an explanation that is not well formed.
 
     Args:
@@ -113,14 +130,9 @@ def _check_standing(width: int, e: Explanation) -> None:
     _refuse_numbers("ratios", e.ratios)
     _refuse_labels("leaders", e.leaders, 0, width)
     _refuse_labels("order", e.order, 0, width)
-    stands = np.zeros(width, bool)
-    stands[e.order] = True
-    if int(stands.sum()) != len(e.order) or e.silent[e.order].any():
-        raise ProofError("order has a neuron twice, or a silent one.")
-    fine = stands[e.leaders] | e.silent
-    fine[e.order] = (e.leaders[e.order] == e.order) & (e.ratios[e.order] == 1)
-    if not fine.all():
-        raise ProofError(f"Neuron {int(np.argmin(fine))} has no neuron that stands for it.")
+    stranger = loops.find_stranger(e.silent, e.leaders, e.ratios, e.order)
+    if stranger >= 0:
+        raise ProofError(f"Neuron {stranger} has no neuron that stands for it, or too many.")
 
 
 @functools.lru_cache(maxsize=32)
@@ -171,10 +183,11 @@ def _defect(name: str, matrices: Float[np.ndarray, "order d d"], group: Group) -
 
 # Found once for the read-only arrays of a group, which are the same each time. The array is
 # kept as well, so that its id stays its own.
-_KNOWN: dict[int, Known] = {}
+_KNOWN: dict[int, KnownIrrep | KnownAction] = {}
+_Known = TypeVar("_Known", KnownIrrep, KnownAction)
 
 
-def _remember(array: np.ndarray, known: Known) -> Known:
+def _remember(array: np.ndarray, known: _Known) -> _Known:
     if not array.flags.writeable and array.base is None:
         if len(_KNOWN) > 512:
             _KNOWN.clear()
@@ -182,20 +195,20 @@ def _remember(array: np.ndarray, known: Known) -> Known:
     return known
 
 
-def _recall(array: np.ndarray, group: Group) -> Known | None:
+def _recall(array: np.ndarray, group: Group, kind: type[_Known]) -> _Known | None:
     known = _KNOWN.get(id(array))
-    if known is None or known.array is not array or array.flags.writeable:
+    if not isinstance(known, kind) or known.array is not array or array.flags.writeable:
         return None
     return known if known.group is group or known.group == group else None
 
 
-def _known_irrep(name: str, matrices: Float[np.ndarray, "order d d"], group: Group) -> Known:
+def _known_irrep(name: str, matrices: Float[np.ndarray, "order d d"], group: Group) -> KnownIrrep:
     """The matrices are checked, once for the irreps of a group.
 
     Raises:
         ProofError: As `_defect`.
     """
-    known = _recall(matrices, group)
+    known = _recall(matrices, group, KnownIrrep)
     if known is not None:
         return known
     _refuse_numbers(f"{name}: matrices", matrices)
@@ -206,7 +219,7 @@ def _known_irrep(name: str, matrices: Float[np.ndarray, "order d d"], group: Gro
     norms = np.sqrt(np.einsum("ij,ij->i", one, one))
     single = rho.astype(np.float32)
     merged = _merge_rows(single)
-    return _remember(matrices, Known(matrices, group, defect, single, rho, norms, merged))
+    return _remember(matrices, KnownIrrep(matrices, group, defect, single, rho, norms, merged))
 
 
 def _merge_rows(rho: Float32[np.ndarray, "row order"]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -232,7 +245,7 @@ def _refuse_action(name: str, action: Int[np.ndarray, "order point"], group: Gro
     Raises:
         ProofError: One does not.
     """
-    if _recall(action, group) is not None:
+    if _recall(action, group, KnownAction) is not None:
         return
     size = action.shape[1]
     _refuse_shape(f"{name}: action", action, (group.order, size))
@@ -241,7 +254,13 @@ def _refuse_action(name: str, action: Int[np.ndarray, "order point"], group: Gro
     hit[np.arange(group.order)[:, None], action] = True
     if not hit.all():
         raise ProofError(f"{name}: an element does not permute the points.")
-    _remember(action, Known(action, group))
+    _remember(action, KnownAction(action, group, action[group.inverses]))
+
+
+def inverse_action(action: Int[np.ndarray, "order point"], group: Group) -> np.ndarray:
+    """Where the inverse of each element takes each point."""
+    known = _recall(action, group, KnownAction)
+    return known.inverse if known is not None else action[group.inverses]
 
 
 def _largest(matrices: Float[np.ndarray, "count d d"]) -> float:
@@ -270,13 +289,9 @@ def _check_grid(name: str, grid: Grid, group: Group) -> None:
         _refuse_shape(f"{name}: antipodes", antipodes, (size,))
         _refuse_labels(f"{name}: points", points, 0, size)
         _refuse_labels(f"{name}: antipodes", antipodes, 0, size)
-        if (antipodes == np.arange(size)).all():
-            continue
-        if not np.array_equal(antipodes[antipodes], np.arange(size)):
-            raise ProofError(f"{name}: the opposite of the opposite is another point.")
-        if not np.array_equal(action[:, antipodes], antipodes[action]):
+        if not loops.keeps_opposite(antipodes, action):
             raise ProofError(f"{name}: opposite points do not stay opposite.")
-    if not np.array_equal(grid.table[grid.left_antipodes][:, grid.right_antipodes], grid.table):
+    if not loops.is_even(grid.table, grid.left_antipodes, grid.right_antipodes):
         raise ProofError(f"{name}: the table changes when both points are replaced by opposites.")
 
 
@@ -286,11 +301,10 @@ def _refuse_shape(name: str, array: np.ndarray, shape: tuple[int, ...]) -> None:
 
 
 def _refuse_numbers(name: str, array: np.ndarray) -> None:
-    # Written so that NaN fails as well.
-    if array.size and not float(np.abs(array).max()) < LARGEST:
+    if not loops.is_below(array.reshape(-1), LARGEST):
         raise ProofError(f"{name} has a number that is not finite or is above {LARGEST:g}.")
 
 
 def _refuse_labels(name: str, array: np.ndarray, low: int, high: int) -> None:
-    if array.size and not (array.min() >= low and array.max() < high):
+    if not loops.is_label(array.reshape(-1), low, high):
         raise ProofError(f"{name} must be from {low} to {high - 1}.")

@@ -1,209 +1,131 @@
 """The compiled inner loops of the verifier, for CPUs.
 
     bound_pairs  weights and explanation -> a lower bound on the margin of each pair
-    reduce       neurons that are the same up to scale -> one, and what that may cost
-    spread       vectors -> the largest distance of each from any other
-    add_spans    vectors -> all their distances
 
-`plain.py` has the same functions in numpy. Sums may be taken in any order and multiplications
-fused into them: the bounds on rounding hold for every order. All input is finite and so small
-that nothing overflows: `verify` sees to that.
+What does not depend on the pair is prepared by `compiled.py`, whose functions are offered here
+as well. `plain.py` has the same functions in numpy.
 """
 
-import inspect
-from collections.abc import Callable
-from typing import Any
-
-import numba
 import numpy as np
 
-
-def _compiled(function: Callable[..., Any]) -> Any:
-    options: dict[str, Any] = {"nogil": True, "error_model": "numpy"}
-    options["fastmath"] = {"contract", "reassoc"}
-    try:
-        return numba.njit(cache=True, **options)(inspect.unwrap(function))
-    except RuntimeError:  # no writable place for the cache: compile in every process
-        return numba.njit(**options)(inspect.unwrap(function))
-
-
-@_compiled
-def reduce(weights, standing, order, factor):
-    """Merge neurons: one that is a multiple of another adds to the unembedding of that one.
-
-    Returns scaled left, right, the unembedding u, the linear part v of mirrored neurons, the
-    mass (what |u| adds up to), losses by x and by y, and the smallest scaled weight but 0.
-    """
-    left, right, unembed = weights
-    silent, leaders, ratios = standing
-    n, m = left.shape
-    k = len(order)
-    place = np.zeros(m, np.int64)
-    for j in range(k):
-        place[order[j]] = j
-    u, v = np.zeros((k, n)), np.zeros((k, n))
-    sums, mass = np.zeros((k, n)), np.zeros(k)
-    x_loss, y_loss = np.zeros(n), np.zeros(n)
-    for i in range(m):
-        to, ratio = unembed[i], np.float64(ratios[i])
-        j = place[leaders[i]]
-        if silent[i] or leaders[i] != i:
-            most = least = to[0]
-            for z in range(n):
-                most, least = max(most, to[z]), min(least, to[z])
-            span = 1.000001 * (np.float64(most) - np.float64(least))
-            if silent[i]:
-                for x in range(n):
-                    x_loss[x] += span * max(np.float64(left[x, i]), 0.0)
-                    y_loss[x] += span * max(np.float64(right[x, i]), 0.0)
-                continue
-            who = leaders[i]
-            for x in range(n):
-                x_loss[x] += span * abs(np.float64(left[x, i]) - ratio * left[x, who])
-                y_loss[x] += span * abs(np.float64(right[x, i]) - ratio * right[x, who])
-        scale = abs(ratio) / np.float64(factor[j])
-        mine, total = u[j], sums[j]
-        for z in range(n):
-            part = scale * np.float64(to[z])
-            mine[z] += part
-            total[z] += abs(part)
-        if ratio < 0:
-            mirrored = v[j]
-            for z in range(n):
-                mirrored[z] -= scale * np.float64(to[z])
-    for j in range(k):
-        total = sums[j]
-        for z in range(n):
-            mass[j] = max(mass[j], total[z])
-    scaled_left = np.empty((n, k), np.float32)
-    scaled_right = np.empty((k, n), np.float32)
-    least = np.float32(1)
-    for x in range(n):
-        for j in range(k):
-            a, b = left[x, order[j]] * factor[j], right[x, order[j]] * factor[j]
-            scaled_left[x, j], scaled_right[j, x] = a, b
-            if a != 0:
-                least = min(least, abs(a))
-            if b != 0:
-                least = min(least, abs(b))
-    return scaled_left, scaled_right, u, v, mass, x_loss, y_loss, least
+from mechatlas.analysis.proofs.compiled import (
+    add_spans,
+    class_bins,
+    compiled,
+    farthest,
+    find_stranger,
+    is_below,
+    is_even,
+    is_label,
+    keeps_opposite,
+    lay_tables,
+    lose,
+    reduce,
+    sizes_of,
+    weigh,
+    weigh_run,
+)
 
 
-@_compiled
-def spread(gram, rounding):
-    """From all inner products of some vectors: the largest distance of each from any other."""
-    n = len(gram)
-    norms = np.empty(n)
-    for z in range(n):
-        norms[z] = gram[z, z]
-    far = np.empty(n)
-    for z in range(n):
-        line, most = gram[z], 0.0
-        for w in range(n):
-            most = max(most, norms[w] - 2 * line[w])
-        far[z] = np.sqrt(max(most + norms[z] + rounding, 0.0))
-    return far
-
-
-@_compiled
-def add_spans(gram, rounding, size, spans):
-    """Add to spans the distance of all vectors, times size."""
-    n = len(gram)
-    norms = np.empty(n)
-    for z in range(n):
-        norms[z] = gram[z, z] + rounding / 2
-    for z in range(n):
-        line, to, mine = gram[z], spans[z], norms[z]
-        for w in range(n):
-            to[w] += size * np.sqrt(max(norms[w] + mine - 2 * line[w], 0.0))
-
-
-@_compiled
+@compiled
 def _interact(x, start, stop, neurons, lookup, kept, squares):
-    """Neurons start to stop at one x: their values at every y, and the squared rests."""
+    """Neurons start to stop at x and x + 1: their values at every y, and the squared rests.
+
+    Two x together, since the weights come from afar; the second is a dummy at the end.
+    """
     left, row, right, column, scale = neurons
     first, points, moves, tables = lookup
-    zero = np.float32(0)
-    squares[:] = 0
-    j = start
-    # Slices, because the compiler vectorises loops over whole arrays alone; two neurons at a
-    # time, because then each sum is loaded and stored half as often.
-    while j < stop:
-        more = min(j + 2, stop)
-        for i in range(j, more):
-            at, value, r = left[x, i], kept[i], right[i]
-            for y in range(len(value)):
-                t = at + r[y]
-                value[y] = t if t > zero else zero
-        a, s, value, c = row[x, j], scale[j], kept[j], column[j]
-        table = tables[first[j] + moves[x, points[j]]]
-        if more == j + 2:
-            a2, s2, value2, c2 = row[x, j + 1], scale[j + 1], kept[j + 1], column[j + 1]
-            table2 = tables[first[j + 1] + moves[x, points[j + 1]]]
-            for y in range(len(value)):
-                rest = value[y] - a - c[y] - s * table[y]
-                rest2 = value2[y] - a2 - c2[y] - s2 * table2[y]
-                squares[y] += rest * rest + rest2 * rest2
-        else:
-            for y in range(len(value)):
-                rest = value[y] - a - c[y] - s * table[y]
-                squares[y] += rest * rest
-        j = more
+    n = right.shape[1]
+    one, two, zero = squares[0], squares[1], np.float32(0)
+    one[:] = 0
+    two[:] = 0
+    x2 = min(x + 1, n - 1)
+    # Slices, because the compiler vectorises loops over whole arrays alone.
+    for j in range(start, stop):
+        a, a2, r = left[x, j], left[x2, j], right[j]
+        value, value2 = kept[j, :n], kept[j, n:]
+        for y in range(n):
+            t, t2 = a + r[y], a2 + r[y]
+            value[y] = t if t > zero else zero
+            value2[y] = t2 if t2 > zero else zero
+        s, c, base, point, a, a2 = scale[j], column[j], first[j], points[j], row[x, j], row[x2, j]
+        table, table2 = tables[base + moves[x, point]], tables[base + moves[x2, point]]
+        for y in range(n):
+            rest = value[y] - a - c[y] - s * table[y]
+            one[y] += rest * rest
+        for y in range(n):
+            rest = value2[y] - a2 - c[y] - s * table2[y]
+            two[y] += rest * rest
+    _root(one)
+    _root(two)
 
 
-@_compiled
+@compiled
 def _root(values):
     for y in range(len(values)):
         values[y] = np.sqrt(values[y])
 
 
-@_compiled
+@compiled
 def _compare(part, framed, rho, d, rest, squares):
     """The squared entries of part - framed rho(y)."""
     squares[:] = 0
     for a in range(d):
         for b in range(d):
-            whole = part[a * d + b]
+            whole, f, r = part[a * d + b], framed[a * d], rho[b]
             for y in range(len(rest)):
-                rest[y] = whole[y]
-            for e in range(d):
-                factor, its_rho = framed[a * d + e], rho[e * d + b]
+                rest[y] = whole[y] - f * r[y]
+            e = 1
+            while e + 1 < d:  # two at a time: each number is loaded and stored less often
+                f, f2 = framed[a * d + e], framed[a * d + e + 1]
+                r, r2 = rho[e * d + b], rho[(e + 1) * d + b]
                 for y in range(len(rest)):
-                    rest[y] -= factor * its_rho[y]
-            for y in range(len(rest)):
-                squares[y] += rest[y] * rest[y]
+                    rest[y] -= f * r[y] + f2 * r2[y]
+                e += 2
+            if e < d:
+                f, r = framed[a * d + e], rho[e * d + b]
+                for y in range(len(rest)):
+                    left = rest[y] - f * r[y]
+                    squares[y] += left * left
+            else:
+                for y in range(len(rest)):
+                    squares[y] += rest[y] * rest[y]
 
 
-@_compiled
-def _explain(x, circuits, kept, whole, rest, moved):
-    """The matrices V at one x, and how far they are from the mean in the frame of x and y."""
+@compiled
+def _explain(x, circuits, kept, both, rest, whole, moved):
+    """The matrices V at x and x + 1, and how far they are from the mean in their frames."""
     dims, starts, counts, flat, of_x, of_y, framed, rho = circuits
+    n = kept.shape[1] // 2
     base = offset = 0
     for c in range(len(dims)):
         d, k = dims[c], counts[c]
-        part = whole[base : base + d * d]
         weights = flat[offset : offset + d * d * k].reshape((d * d, k))
-        np.dot(weights, kept[starts[c] : starts[c] + k], part)
-        for r in range(d * d):
-            to, row, column = part[r], of_x[x, base + r], of_y[base + r]
-            for y in range(len(to)):
-                to[y] = to[y] - row - column[y]
-        _compare(part, framed[x, base : base + d * d], rho[base : base + d * d], d, rest, moved[c])
-        _root(moved[c])
+        np.dot(weights, kept[starts[c] : starts[c] + k], both[: d * d])
+        for i in range(2):
+            part, its_x = whole[i, base : base + d * d], min(x + i, n - 1)
+            for r in range(d * d):
+                to, source = part[r], both[r, i * n : i * n + n]
+                row, column = of_x[its_x, base + r], of_y[base + r]
+                for y in range(n):
+                    to[y] = source[y] - row - column[y]
+            its_frame = framed[its_x, base : base + d * d]
+            _compare(part, its_frame, rho[base : base + d * d], d, rest, moved[i, c])
+            _root(moved[i, c])
         base += d * d
         offset += d * d * k
 
 
-@_compiled
-def _screen(zs, rests, moved, bins, losses, total, worst):
-    """The first bound at one x: total is what to take from worst."""
+@compiled
+def _screen(zs, rests, i, moved, bins, losses, total, worst):
+    """The first bound at one x, the i-th of two: total is what to take from worst."""
     gaps, norms = bins
     x_loss, y_loss, errors = losses
     for y in range(len(zs)):
         z = zs[y]
         total[y] = x_loss[z] + y_loss[y, z]
     for b in range(len(rests)):
-        rest, error = rests[b], errors[b]
+        rest, error = rests[b, i], errors[b]
         for y in range(len(zs)):
             total[y] += rest[y] * error[zs[y]]
     worst[:] = np.inf
@@ -218,7 +140,7 @@ def _screen(zs, rests, moved, bins, losses, total, worst):
             worst[y] = min(worst[y], value[y])
 
 
-@_compiled
+@compiled
 def _sharpen(ys, zs, whole, merged, x_sum, y_sums, spans, out):
     """Right logit less the largest other one, where each other one gets all it could."""
     rows, signs, to, rho = merged
@@ -251,31 +173,36 @@ def _sharpen(ys, zs, whole, merged, x_sum, y_sums, spans, out):
         out[i] = right - best
 
 
-@_compiled
+@compiled
 def bound_pairs(table, neurons, blocks, lookup, circuits, bins, losses, slack, second, out):
     """Lower bounds on the margins of all pairs, by the first stage and the second.
 
-    Returns how many pairs the second stage took.
+    Returns how many pairs the second stage took, and how many are left.
     """
     merged, x_sums, y_sums, spans, pairs_left, hopeless = second
     x_slack, y_slack, x_run, y_run, inflate = slack
-    margins, stages, rests, moved, sample_rests, sample_moved = out
+    margins, stages, sample_rests, sample_moved = out
     k, n = neurons[2].shape
-    kept = np.empty((k, n), np.float32)
-    whole = np.empty((len(circuits[-1]), n), np.float32)
+    kept = np.empty((k, 2 * n), np.float32)
+    rests = np.empty((len(blocks) - 1, 2, n), np.float32)
+    moved = np.empty((2, len(circuits[0]), n), np.float32)
+    whole = np.empty((2, len(circuits[-1]), n), np.float32)
+    both = np.empty((len(circuits[-1]), 2 * n), np.float32)
     rest, total, worst = np.empty(n, np.float32), np.empty(n, np.float32), np.empty(n, np.float32)
     failed, sharper = np.empty(n, np.int64), np.empty(n, np.float32)
-    used = 0
+    used = open_pairs = 0
     for x in range(n):
-        for b in range(len(blocks) - 1):
-            _interact(x, blocks[b], blocks[b + 1], neurons, lookup, kept, rests[b])
-            _root(rests[b])
-        _explain(x, circuits, kept, whole, rest, moved)
+        i = x % 2
+        if not i:
+            for b in range(len(blocks) - 1):
+                _interact(x, blocks[b], blocks[b + 1], neurons, lookup, kept, rests[b])
+            _explain(x, circuits, kept, both, rest, whole, moved)
         if x == 0:
-            sample_rests[:] = rests
-            sample_moved[:] = moved
+            sample_rests[:] = rests[:, 0]
+            sample_moved[:] = moved[0]
         zs = table[x]
-        _screen(zs, rests, moved, bins, (losses[0][x], losses[1], losses[2]), total, worst)
+        its_losses = (losses[0][x], losses[1], losses[2])
+        _screen(zs, rests, i, moved[i], bins, its_losses, total, worst)
         count = 0
         for y in range(n):
             bound = np.float64(worst[y]) - inflate * np.float64(total[y]) - x_slack[x] - y_slack[y]
@@ -283,25 +210,33 @@ def bound_pairs(table, neurons, blocks, lookup, circuits, bins, losses, slack, s
             if not bound > x_run[x] + y_run[y]:
                 failed[count] = y
                 count += 1
+        open_pairs += count
         count = min(count, pairs_left)
         if not count:
             continue
         ys = failed[:count]
-        _sharpen(ys, zs, whole, merged, x_sums[x], y_sums, spans, sharper)
+        _sharpen(ys, zs, whole[i], merged, x_sums[x], y_sums, spans, sharper)
         good = 0
-        for i in range(count):
-            y = ys[i]
+        for j in range(count):
+            y = ys[j]
             z = zs[y]
             loss = 0.0
             for b in range(len(rests)):
-                loss += np.float64(rests[b, y]) * np.float64(losses[2][b, z])
-            bound = np.float64(sharper[i]) - inflate * loss - x_slack[x] - y_slack[y]
+                loss += np.float64(rests[b, i, y]) * np.float64(losses[2][b, z])
+            bound = np.float64(sharper[j]) - inflate * loss - x_slack[x] - y_slack[y]
             if bound > margins[x, y]:
                 margins[x, y] = bound
                 stages[x, y] = 2
             good += bound > x_run[x] + y_run[y]
         used += count
+        open_pairs -= good
         pairs_left -= count
         if good < hopeless * count:
             pairs_left = 0
-    return used
+    return used, open_pairs
+
+
+__all__ = [
+    "add_spans", "bound_pairs", "class_bins", "farthest", "find_stranger", "is_below", "is_even",
+    "is_label", "keeps_opposite", "lay_tables", "lose", "reduce", "sizes_of", "weigh", "weigh_run",
+]  # fmt: skip

@@ -42,8 +42,8 @@ GAIN = 0.03
 """What more detail must add to the bound: it takes longer to verify."""
 DETAILS = (0, 1)
 """0: the unembedding of each neuron within its own irrep; 1: in a second irrep as well."""
-LOW_RANK_EFFORT = 0.6
-"""Effort where no rho-sets were found: the second stage is then the whole proof."""
+EFFORT = 0.6
+"""Multiply-adds that the later stages may use, as a share of those of brute force."""
 SCHEMA = "mechatlas.proof/2"
 
 
@@ -135,7 +135,7 @@ def prove(
     unembed: ArrayLike,
     table: ArrayLike | Group,
     *,
-    effort: float | None = None,
+    effort: float = EFFORT,
 ) -> Bound:
     """Bound the accuracy of logits = relu(left[x] + right[y]) @ unembed on a group's table.
 
@@ -145,8 +145,7 @@ def prove(
         unembed: Array (m, order).
         table: `table[x, y]` is the right answer for x, y; or the group.
         effort: Multiply-adds that the second and third stage may use together, as a share of
-            those of brute force. By default 2 % + 12 / order, which keeps a proof much
-            cheaper than brute force, or 60 % where no rho-sets were found.
+            those of brute force. They take only pairs that the first stage left.
 
     Raises:
         InputError: Shapes do not fit.
@@ -159,7 +158,7 @@ def prove(
     best: tuple[Verdict, Explanation] | None = None
     for detail in DETAILS:
         found = explain(*weights, group, detail=detail)
-        found = _with_effort(found, group, effort)
+        found = _with_effort(found, effort)
         verdict = verify(*weights, group, found)
         if best is None or verdict.accuracy_bound > best[0].accuracy_bound + GAIN:
             best = (verdict, found)
@@ -179,9 +178,7 @@ def prove(
     return Bound(proof, verdict, group, directions, middle - clock, end - middle)
 
 
-def _with_effort(found: Explanation, group: Group, effort: float | None) -> Explanation:
-    if effort is None:
-        effort = LOW_RANK_EFFORT if not found.grids else min(0.6, 0.02 + 12 / group.order)
+def _with_effort(found: Explanation, effort: float) -> Explanation:
     if not 0 <= effort <= 1:
         raise InputError(f"effort must be from 0 to 1, got {effort}.")
     third = min(0.01, effort / 4)

@@ -12,14 +12,10 @@ import itertools
 import numpy as np
 from jaxtyping import Float, Float32, Int
 
-from mechatlas.analysis.proofs.checks import U32, U64, Known, growth
-from mechatlas.analysis.proofs.explanation import Explanation, Grid, ProofError
+from mechatlas.analysis.proofs import checks
+from mechatlas.analysis.proofs.checks import U32, U64, KnownIrrep, growth, inverse_action
+from mechatlas.analysis.proofs.explanation import Explanation, ProofError
 from mechatlas.maths.groups import Group
-
-try:
-    from mechatlas.analysis.proofs import kernels as loops
-except ImportError:  # numba is missing: slower, and tested to be the same
-    from mechatlas.analysis.proofs import plain as loops
 
 BINS = 12
 """Conjugacy classes are put together until there are no more than this."""
@@ -33,7 +29,7 @@ Weights = tuple[
 
 @dataclasses.dataclass(eq=False)
 class Terms:
-    """Arrays for the inner loops. Neurons are those that stand for themselves."""
+    """Arrays for the inner checks.loops. Neurons are those that stand for themselves."""
 
     neurons: tuple[np.ndarray, ...]
     blocks: Int[np.ndarray, " start"]
@@ -61,7 +57,7 @@ class Terms:
 
 
 def build_terms(
-    weights: Weights, group: Group, e: Explanation, defect: float, known: list[Known]
+    weights: Weights, group: Group, e: Explanation, defect: float, known: list[KnownIrrep]
 ) -> Terms:
     """Prepare a bound.
 
@@ -76,29 +72,26 @@ def build_terms(
         ProofError: Numbers are so large or so small that rounding cannot be bounded.
     """
     n, k = group.order, len(e.order)
-    left, right, u, v, mass, x_lost, y_lost = _reduce(weights, e)
+    left, right, u, v, mirrored, mass, x_lost, y_lost = _reduce(weights, e)
     rest, sizes, circuits = _circuits(e, known, u)
     scale, lookup, tops = _lookup(e, group)
-    spans, cell_cost = _spans(e, rest)
-    x_sums, y_sums = _sums(e, left, right, u, v)
+    x_sums, y_sums = _sums(e, left, right, u, v[mirrored], mirrored)
     widest = int(circuits[0].max(initial=1))
     several = 2 * k + widest**2 + len(e.circuits) + len(e.blocks) + 64
     inflate = 1 + 1.01 * growth(several, U32)
-    errors = np.array([_farthest(rest[a:b]) for a, b in itertools.pairwise(e.blocks)])
-    span_losses = spans.max(axis=1) * np.float32(1 + 1e-6)
-    losses = (
-        x_sums.max(axis=1)[:, None] - x_sums + span_losses,
-        y_sums.max(axis=1)[:, None] - y_sums,
-        (errors.reshape(-1, n) * inflate).astype(np.float32),
-    )
     weight = mass + 1.01 * np.sqrt(widest) * sizes
+    spans, off_centre, cell_cost = _spans(e, rest, weight)
+    errors = np.array([_farthest(rest[a:b]) for a, b in itertools.pairwise(e.blocks)])
+    *losses, span_losses = checks.loops.lose(x_sums, y_sums, spans)
+    errors = (errors.reshape(-1, n) * inflate).astype(np.float32)
     rate = _rounding_rate(e, len(circuits[-1])) + 16 * defect
     # In float32 these sums are off by less than a thousandth, which the 1.01 covers.
     small = (1.01 * rate * weight).astype(np.float32)
-    of_x = (np.abs(left) + np.abs(e.row)) @ small + float(small @ tops)
-    of_y = small @ (np.abs(right) + np.abs(e.column))
-    frames = sum(1.01 * c.matrices.shape[1] * float(np.linalg.norm(c.mean)) for c in e.circuits)
-    constant = rate * frames + _off_centre(e, weight) + 1e-12
+    of_x, of_y = checks.loops.weigh(left, e.row, right, e.column, small)
+    frames = sum(
+        1.01 * c.matrices.shape[1] * float(np.sqrt(np.vdot(c.mean, c.mean))) for c in e.circuits
+    )
+    constant = rate * frames + float(small @ tops) + off_centre + 1e-12
     of_x = of_x.astype(np.float64) + 1.0001 * x_lost + constant
     of_y = of_y.astype(np.float64) + 1.0001 * y_lost
     if not max(of_x.max() + of_y.max(), mass.max(initial=0)) < 1e20:
@@ -112,7 +105,7 @@ def build_terms(
         lookup=lookup,
         circuits=circuits,
         bins=_bins(e, group, known, inflate),
-        losses=losses,
+        losses=(*losses, errors),
         merged=merged,
         sums=(x_sums, y_sums),
         spans=spans,
@@ -137,7 +130,7 @@ def _reduce(weights: Weights, e: Explanation) -> tuple[np.ndarray, ...]:
     """
     factor = np.ldexp(np.float32(1), e.exponents).astype(np.float32)
     standing = (e.silent, e.leaders, e.ratios)
-    *found, least = loops.reduce(weights, standing, e.order, factor)
+    *found, least = checks.loops.reduce(weights, standing, e.order, factor)
     if least < 2.0**-80:  # exact unless it leaves the normal numbers
         for after, before in ((found[0].T, weights[0]), (found[1], weights[1])):
             if not np.array_equal(after / factor[:, None], before[:, e.order].T):
@@ -152,6 +145,7 @@ def _rounding_rate(e: Explanation, rows: int) -> float:
     cells = max((g.table.size for g in e.grids), default=1)
     single = growth(len(e.order) + 3 * widest + 24, U32)  # matrices V, and the mean in a frame
     single += growth(2 * len(e.order) + 8, U32)  # additive parts
+    single += growth(len(e.leaders) + widest**2 + 16, U32)  # u and what of it is not explained
     single += growth(rows + 8, U32)  # logits of the second stage
     single += growth(len(e.circuits) + 32, U32)  # the rest of a sum
     double = growth(16 * (k + 64) + 8 * cells + widest**2, U64) * (1 + cells)
@@ -163,27 +157,22 @@ def _float32_parts(weights: Weights) -> tuple[np.ndarray, np.ndarray]:
 
     For each logit m + 2 operations in a row on terms of at most max |u_i| (relu(l) + relu(r)).
     """
-    left, right, unembed = weights
-    every = np.maximum(unembed.max(axis=1), -unembed.min(axis=1))
-    run = (2.04 * growth(len(every) + 2, U32) * every).astype(np.float32)
-    tiny = 1e-30 * (1 + float(every.sum()))  # what falls below the normal numbers
-    of_x = (np.maximum(left, 0) @ run).astype(np.float64) + tiny
-    return of_x, (np.maximum(right, 0) @ run).astype(np.float64)
+    rate = 2.05 * growth(len(weights[2]) + 2, U32)
+    of_x, of_y = checks.loops.weigh_run(*weights, rate)
+    tiny = 1e-30 * (1 + float(np.abs(weights[2]).max()) * len(weights[2]))  # below normal numbers
+    return of_x.astype(np.float64) + tiny, of_y.astype(np.float64)
 
 
-def _sums(e: Explanation, left, right, u, v) -> tuple[np.ndarray, np.ndarray]:
+def _sums(e: Explanation, left, right, u, linear, mirrored) -> tuple[np.ndarray, np.ndarray]:
     """What additive parts, and the linear parts of mirrored neurons, give each logit."""
-    single = u.astype(np.float32)
-    x_sums, y_sums = e.row @ single, e.column.T @ single
-    mirrored = np.flatnonzero(v.any(axis=1))
-    if len(mirrored):
-        few = v[mirrored].astype(np.float32)
-        x_sums += left[:, mirrored] @ few
-        y_sums += right[mirrored].T @ few
+    x_sums, y_sums = e.row @ u, e.column.T @ u
+    if len(linear):
+        x_sums += left[:, mirrored] @ linear
+        y_sums += right[mirrored].T @ linear
     return x_sums, y_sums
 
 
-def _circuits(e: Explanation, known: list[Known], u: Float[np.ndarray, "neuron order"]):
+def _circuits(e: Explanation, known: list[KnownIrrep], u: Float32[np.ndarray, "neuron order"]):
     """What of the unembedding is not explained, sizes of the M_i, and arrays for the loops."""
     n = u.shape[1]
     rest, sizes = u.copy(), np.zeros(len(u))
@@ -191,12 +180,12 @@ def _circuits(e: Explanation, known: list[Known], u: Float[np.ndarray, "neuron o
     for c, irrep in zip(e.circuits, known, strict=True):
         count = c.weights.shape[1]
         mine = slice(c.start, c.start + count)
-        rest[mine] -= c.weights.T.astype(np.float64) @ irrep.rho64
-        sizes[mine] += np.sqrt(np.square(c.weights, dtype=np.float64).sum(axis=0))
+        rest[mine] -= c.weights.T @ irrep.rho
+        sizes[mine] += checks.loops.sizes_of(c.weights)
         flat.append(c.weights.ravel())
         of_x.append(e.row[:, mine] @ c.weights.T)
         of_y.append(c.weights @ e.column[mine])
-        framed.append((c.matrices @ c.mean).reshape(n, -1))
+        framed.append((c.matrices.reshape(-1, len(c.mean)) @ c.mean).reshape(n, -1))
         rho.append(irrep.rho)
     empty = [np.zeros((0, n), np.float32)]
     arrays = (
@@ -217,81 +206,50 @@ def _lookup(e: Explanation, group: Group):
     k, n = len(e.order), group.order
     scale, top = np.zeros(k, np.float32), np.zeros(k, np.float32)
     first, points = np.zeros(k, np.int64), np.zeros(k, np.int64)
-    moves, tables = [np.zeros((n, 1), np.int64)], [np.zeros((1, n), np.float32)]
+    moves = [np.zeros((n, 1), np.int64)]
+    tables = np.zeros((1 + sum(g.table.size for g in e.grids), n), np.float32)
     base = width = 1
     for grid in e.grids:
         mine = slice(grid.start, grid.start + len(grid.scale))
         size = len(grid.table)
         scale[mine] = grid.scale
-        top[mine] = np.abs(grid.scale) * np.float32(1.0001 * np.abs(grid.table).max())
-        # Row base + q k + p holds the table at p and where y takes q.
         first[mine] = base + grid.right_points * size
         points[mine] = width + grid.left_points
-        moves.append(grid.left_action[group.inverses])
-        tables.append(grid.table.T[grid.right_action.T].transpose(0, 2, 1).reshape(-1, n))
+        moves.append(inverse_action(grid.left_action, group))
+        most = checks.loops.lay_tables(grid.table, grid.right_action, tables, base)
+        top[mine] = np.abs(grid.scale) * np.float32(1.0001 * most)
         base += grid.table.size
         width += size
-    rows = np.ascontiguousarray(np.concatenate(tables))
-    every = (first, points, np.concatenate(moves, axis=1), rows)
+    every = (first, points, np.concatenate(moves, axis=1), tables)
     return scale, every, top
 
 
-def _spans(e: Explanation, rest: Float[np.ndarray, "neuron order"]):
-    """How much the cells of all grids could take, for each two answers; and its cost."""
-    n = rest.shape[1]
-    spans, cost = np.zeros((n, n)), 0
-    for grid in e.grids:
-        cells = _centred_cells(grid, rest[grid.start : grid.start + len(grid.scale)])
-        gram = cells.T @ cells
-        rounding = growth(4 * len(cells) + 16, U64) * 8 * float(gram.diagonal().max(initial=0))
-        size = 1.000001 * float(np.linalg.norm(grid.table.astype(np.float64)))
-        loops.add_spans(gram, rounding, size, spans)
-        cost += len(cells) + 2
-    return (1.000001 * spans).astype(np.float32), cost
+def _spans(e: Explanation, rest: Float32[np.ndarray, "neuron order"], weight):
+    """How much the cells of all grids could take, for each two answers.
 
-
-def _centred_cells(grid: Grid, rest: Float[np.ndarray, "neuron order"]) -> np.ndarray:
-    """What the rests add up to in each cell, without row and column means.
-
-    Of two opposite cells, which are the same, only one is kept, times the root of two.
+    Also what they could because a table has row or column means, and the number of cells.
     """
-    k, k2 = grid.table.shape
-    cell = np.zeros((k * k2, len(rest)))
-    other = grid.left_antipodes[grid.left_points] * k2 + grid.right_antipodes[grid.right_points]
-    neurons, half = np.arange(len(rest)), 0.5 * grid.scale.astype(np.float64)
-    cell[grid.left_points * k2 + grid.right_points, neurons] += half
-    cell[other, neurons] += half
-    cell = cell.reshape(k, k2, -1)
-    cell = cell - cell.mean(axis=0) - cell.mean(axis=1, keepdims=True) + cell.mean(axis=(0, 1))
-    cell = cell.reshape(k * k2, -1)
-    opposite = (grid.left_antipodes[:, None] * k2 + grid.right_antipodes).ravel()
-    own = np.arange(k * k2)
-    cell = cell[own <= opposite] * np.where(own == opposite, 1, np.sqrt(2))[own <= opposite, None]
-    return cell @ rest
-
-
-def _farthest(vectors: Float[np.ndarray, "any order"]) -> Float[np.ndarray, " order"]:
-    """Upper bound on the distance of each column from any other."""
-    if not len(vectors):
-        return np.zeros(vectors.shape[1])
-    gram = vectors.T @ vectors
-    rounding = growth(4 * len(vectors) + 16, U64) * 8 * float(gram.diagonal().max(initial=0))
-    return loops.spread(gram, rounding)
-
-
-def _off_centre(e: Explanation, weight: np.ndarray) -> float:
-    """Loss because a table has row or column means, which `_centred_cells` took out."""
-    total = 0.0
+    n = rest.shape[1]
+    spans, off_centre, cells = np.zeros((n, n), np.float32), 0.0, 0
     for grid in e.grids:
-        t = grid.table.astype(np.float64)
-        means = t.mean(axis=0) + t.mean(axis=1, keepdims=True) - t.mean()
-        size = float(np.linalg.norm(means)) + growth(t.size + 8, U64) * float(np.linalg.norm(t)) * 4
-        mine = weight[grid.start : grid.start + len(grid.scale)]
-        total += 2 * size * float(mine @ np.abs(grid.scale)) * 1.01
-    return total
+        mine = slice(grid.start, grid.start + len(grid.scale))
+        taken, count = checks.loops.add_spans(
+            rest[mine], (grid.left_points, grid.right_points),
+            (grid.left_antipodes, grid.right_antipodes), grid.scale, grid.table,
+            weight[mine], growth(4 * grid.table.size + 64, U32) * 8, spans,
+        )  # fmt: skip
+        off_centre += taken
+        cells += count + 2
+    spans *= np.float32(1 + 2e-6)
+    return spans, off_centre, cells
 
 
-def _bins(e: Explanation, group: Group, known: list[Known], inflate: float):
+def _farthest(vectors: Float32[np.ndarray, "any order"]) -> Float[np.ndarray, " order"]:
+    """Upper bound on the distance of each column from any other."""
+    return checks.loops.farthest(vectors, growth(4 * len(vectors) + 64, U32) * 8)
+
+
+def _bins(e: Explanation, group: Group, known: list[KnownIrrep], inflate: float):
     """Least ideal margin and largest norms of 1 - rho(g), for parts of the group but 1."""
     n = group.order
     gaps, norms = np.zeros(n), np.zeros((n, len(known)))
@@ -299,27 +257,15 @@ def _bins(e: Explanation, group: Group, known: list[Known], inflate: float):
         inner = circuit.mean.ravel() @ irrep.rho64
         gaps += inner[group.identity] - inner
         norms[:, c] = irrep.norms
-    by_class = np.argsort(group.class_of, kind="stable")
-    starts = np.flatnonzero(np.diff(group.class_of[by_class], prepend=-1))
-    # A pair x, y meets one element of each class; which one depends on y.
-    gaps = np.minimum.reduceat(gaps[by_class], starts)[1:]
-    norms = np.maximum.reduceat(norms[by_class], starts, axis=0)[1:]
-    rank = np.argsort(gaps, kind="stable")
-    edges = np.unique(np.linspace(0, len(rank), min(BINS, len(rank)) + 1).astype(int)[:-1])
-    if not len(rank):
-        return np.full(1, np.inf, np.float32), np.zeros((1, len(known)), np.float32)
-    return (
-        np.minimum.reduceat(gaps[rank], edges).astype(np.float32),
-        (np.maximum.reduceat(norms[rank], edges, axis=0) * inflate).astype(np.float32),
-    )
+    classes = int(group.class_of.max()) + 1
+    return checks.loops.class_bins(gaps, norms, group.class_of, classes, BINS, inflate)
 
 
-def _merge(known: list[Known]) -> tuple[np.ndarray, ...]:
+def _merge(known: list[KnownIrrep]) -> tuple[np.ndarray, ...]:
     """Rows of V that meet the same row of rho, up to sign: which, signs, to which, and rho."""
     rows, signs, to, rho = [], [], [], [np.zeros((0, 0), np.float32)]
     base = count = 0
     for irrep in known:
-        assert irrep.merged is not None
         rows.append(base + np.arange(len(irrep.merged[0])))
         signs.append(irrep.merged[0])
         to.append(count + irrep.merged[1])

@@ -37,7 +37,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Float32, Int
 
-from mechatlas.analysis.proofs import terms
+from mechatlas.analysis.proofs import checks
 from mechatlas.analysis.proofs.checks import U32, U64, check, growth
 from mechatlas.analysis.proofs.explanation import Explanation, ProofError
 from mechatlas.analysis.proofs.terms import Terms, build_terms
@@ -126,18 +126,19 @@ def verify(
     t = build_terms(weights, group, explanation, defect, known)
     whole = n * n * n * len(unembed)
     margins, stages = np.empty((n, n)), np.ones((n, n), np.int8)
-    rests = np.empty((len(t.blocks) - 1, n), np.float32)
-    moved = np.empty((len(known), n), np.float32)
-    sample = (rests.copy(), moved.copy())
+    sample = (
+        np.empty((len(t.blocks) - 1, n), np.float32),
+        np.empty((len(known), n), np.float32),
+    )
     few = int(explanation.second_share * whole / t.second_cost)
-    taken = terms.loops.bound_pairs(
+    taken, left_over = checks.loops.bound_pairs(
         table, t.neurons, t.blocks, t.lookup, t.circuits, t.bins, t.losses,
         (*t.slack, *t.run, t.inflate), (t.merged, *t.sums, t.spans, few, HOPELESS),
-        (margins, stages, rests, moved, *sample),
+        (margins, stages, *sample),
     )  # fmt: skip
     used = t.prepared + n * n * t.first_cost + taken * t.second_cost
     few = int(explanation.third_share * whole / t.third_cost)
-    if few:
+    if few and left_over:
         used += t.third_cost * _outright(t, table, few, margins, stages)
     if not np.isfinite(margins.sum()):
         raise ProofError("The bound is not a number: the explanation has absurd sizes.")
