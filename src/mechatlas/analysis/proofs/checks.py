@@ -13,7 +13,8 @@ from typing import TypeVar
 import numpy as np
 from jaxtyping import Float, Float32, Int
 
-from mechatlas.analysis.proofs.explanation import Explanation, Grid, ProofError
+from mechatlas.analysis.proofs.explanation import Explanation, ProofError
+from mechatlas.analysis.proofs.packing import Packed, pack
 from mechatlas.maths.groups import Group
 
 try:
@@ -27,29 +28,48 @@ LARGEST = 1e25
 """Numbers above this could overflow float32 when multiplied and are refused."""
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class KnownIrrep:
-    """What is true of an irrep of a group, whatever network it is used for."""
+FAULTS = (
+    "",
+    "An exponent is not from -40 to 40.",
+    f"row or column has a number that is not finite or is above {LARGEST:g}.",
+    f"A circuit has a number that is not finite or is above {LARGEST:g}.",
+    f"A table, scale or ratio is not finite or is above {LARGEST:g}.",
+    "leaders or order has a number that no neuron has.",
+    "A neuron has no other that stands for it, or too many, or is called silent and is used.",
+    "A neuron of a grid is at a point that the grid does not have.",
+    "The opposite of a point is one that the grid does not have.",
+    "A table changes when both points are replaced by their opposites.",
+)
+"""What `find_fault` finds, by its number."""
 
-    array: Float[np.ndarray, "order d d"]
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class KnownIrreps:
+    """What is true of some irreps of a group, whatever network they are used for."""
+
+    arrays: tuple[Float[np.ndarray, "_ _ _"], ...]
     group: Group
     defect: float
-    """See `check`."""
-    rho: Float32[np.ndarray, "dd order"]
-    """The matrices as rows of entries."""
-    rho64: Float[np.ndarray, "dd order"]
-    norms: Float[np.ndarray, " order"]
+    """Bound on the Frobenius norm of rho(a) rho(b) - rho(ab) and of rho(a)^T rho(a) - 1 for
+    all a, b and all of them, rounding of the check included."""
+    rho: Float32[np.ndarray, "row order"]
+    """The entries of all matrices, a row for each entry."""
+    norms: Float[np.ndarray, "order irrep"]
     """Frobenius norm of 1 - rho(g)."""
     merged: tuple[np.ndarray, np.ndarray, np.ndarray]
     """Sign of each row of rho, which of the distinct rows it is up to the sign, and those."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class KnownAction:
-    """What is true of a group's action on points."""
+class KnownActions:
+    """What is true of some actions of a group on points."""
 
-    array: Int[np.ndarray, "order point"]
+    arrays: tuple[Int[np.ndarray, "_ _"], ...]
     group: Group
+    offsets: Int[np.ndarray, " action"]
+    """Where the points of each begin."""
+    whole: Int[np.ndarray, "order point"]
+    """All of them, side by side, after a point that stays."""
     inverse: Int[np.ndarray, "order point"]
     """Where the inverse of each element takes each point."""
 
@@ -65,74 +85,45 @@ def growth(operations: int, unit: float) -> float:
     return operations * unit / (1 - operations * unit)
 
 
-def check(width: int, group: Group, explanation: Explanation) -> tuple[float, list[KnownIrrep]]:
+def check(width: int, group: Group, e: Explanation) -> tuple[Packed, KnownIrreps, KnownActions]:
     """Refuse an explanation that is not well formed.
 
     Args:
         width: Number of neurons.
         group: The group.
-        explanation: What was claimed.
+        e: What was claimed.
 
     Returns:
-        Bound on the Frobenius norm of rho(a) rho(b) - rho(ab) and of rho(a)^T rho(a) - 1 for
-        all a, b and all irreps of the explanation, rounding of this check included; and what
-        is known of the irrep of each circuit.
+        The explanation in one form, and what is known of its irreps and actions.
 
     Raises:
         ProofError: A shape, label or number is impossible; the message says which.
     """
-    n, e = group.order, explanation
-    k = len(e.order)
-    _check_standing(width, e)
-    _refuse_shape("exponents", e.exponents, (k,))
-    _refuse_labels("exponents", e.exponents, -40, 41)
-    _refuse_shape("row", e.row, (n, k))
-    _refuse_numbers("row", e.row)
-    _refuse_shape("column", e.column, (k, n))
-    _refuse_numbers("column", e.column)
+    packed = pack(e)
+    if (packed.width, packed.order) != (width, group.order):
+        raise ProofError(
+            f"The explanation is about {packed.width} neurons and a group of order "
+            f"{packed.order}, the network has {width} and {group.order}."
+        )
+    parts = (
+        packed.weights, packed.means, packed.tables, packed.scale, packed.points,
+        packed.antipodes, packed.grids,
+    )  # fmt: skip
+    standing = (e.silent, e.leaders, e.ratios)
+    fault = loops.find_fault(standing, e.order, e.exponents, e.row, e.column, parts, LARGEST)
+    if fault:
+        raise ProofError(FAULTS[fault])
     for name, share in (("second_share", e.second_share), ("third_share", e.third_share)):
         if not 0 <= share <= 1:
             raise ProofError(f"{name} must be from 0 to 1, got {share}.")
-    cuts = e.blocks.tolist()
-    if not cuts or cuts[0] != 0 or cuts[-1] != k or sorted(set(cuts)) != cuts:
-        raise ProofError(f"blocks must ascend from 0 to {k}.")
-    taken = set()
-    for number, grid in enumerate(e.grids):
-        _check_grid(f"grid {number}", grid, group)
-        block = cuts.index(grid.start) if grid.start in cuts[:-1] else -1
-        if block < 0 or cuts[block + 1] != grid.start + len(grid.scale) or block in taken:
-            raise ProofError(f"Grid {number} is not a block of its own.")
-        taken.add(block)
-    known = []
-    for number, c in enumerate(e.circuits):
-        name = f"circuit {number}"
-        d = c.matrices.shape[-1]
-        if not 1 <= d <= 64:
-            raise ProofError(f"{name}: matrices must be 1 to 64 wide, got {d}.")
-        _refuse_shape(f"{name}: matrices", c.matrices, (n, d, d))
-        _refuse_shape(f"{name}: mean", c.mean, (d, d))
-        if c.weights.shape[0] != d * d or not 0 <= c.start <= k - c.weights.shape[1]:
-            raise ProofError(f"{name}: weights {c.weights.shape} from {c.start} do not fit.")
-        _refuse_numbers(f"{name}: weights", c.weights)
-        _refuse_numbers(f"{name}: mean", c.mean)
-        known.append(_known_irrep(name, c.matrices, group))
-    return max((irrep.defect for irrep in known), default=0.0), known
-
-
-def _check_standing(width: int, e: Explanation) -> None:
-    """Each neuron must be silent, stand for itself or have one that does.
-
-    Raises:
-        ProofError: One does not.
-    """
-    for name, array in (("silent", e.silent), ("leaders", e.leaders), ("ratios", e.ratios)):
-        _refuse_shape(name, array, (width,))
-    _refuse_numbers("ratios", e.ratios)
-    _refuse_labels("leaders", e.leaders, 0, width)
-    _refuse_labels("order", e.order, 0, width)
-    stranger = loops.find_stranger(e.silent, e.leaders, e.ratios, e.order)
-    if stranger >= 0:
-        raise ProofError(f"Neuron {stranger} has no neuron that stands for it, or too many.")
+    irreps = _recall(packed.matrices, group, KnownIrreps) or _irreps(packed.matrices, group)
+    actions = _recall(packed.actions, group, KnownActions) or _actions(packed.actions, group)
+    for grid, sides in zip(packed.grids.tolist(), packed.sides.tolist(), strict=True):
+        for size, start, side in zip(grid[2:4], grid[4:6], sides, strict=True):
+            antipodes = packed.antipodes[start : start + size]
+            if not loops.keeps_opposite(antipodes, packed.actions[side]):
+                raise ProofError("Opposite points of a grid do not stay opposite.")
+    return packed, irreps, actions
 
 
 @functools.lru_cache(maxsize=32)
@@ -164,6 +155,8 @@ def _defect(name: str, matrices: Float[np.ndarray, "order d d"], group: Group) -
     """
     d = matrices.shape[1]
     unit = np.eye(d)
+    if not np.abs(matrices).max() < 10:  # NaN as well
+        raise ProofError(f"{name}: the matrices are not an orthogonal representation.")
     steps = [
         _largest(matrices[s] @ matrices - matrices[group.table[s]])
         for s in (*group.generators, group.identity)
@@ -181,45 +174,64 @@ def _defect(name: str, matrices: Float[np.ndarray, "order d d"], group: Group) -
     return length * (2 + eta) * (1 + eta) ** length * eps + defect
 
 
-# Found once for the read-only arrays of a group, which are the same each time. The array is
-# kept as well, so that its id stays its own.
-_KNOWN: dict[int, KnownIrrep | KnownAction] = {}
-_Known = TypeVar("_Known", KnownIrrep, KnownAction)
+# Found once for the read-only arrays of a group, which are the same each time. The arrays are
+# kept as well, so that their ids stay their own.
+_KNOWN: dict[tuple[type, int, tuple[int, ...]], KnownIrreps | KnownActions] = {}
+_Known = TypeVar("_Known", KnownIrreps, KnownActions)
 
 
-def _remember(array: np.ndarray, known: _Known) -> _Known:
-    if not array.flags.writeable and array.base is None:
-        if len(_KNOWN) > 512:
+def _remember(known: _Known) -> _Known:
+    if all(not a.flags.writeable and a.base is None for a in known.arrays):
+        if len(_KNOWN) > 256:
             _KNOWN.clear()
-        _KNOWN[id(array)] = known
+        _KNOWN[type(known), id(known.group), tuple(map(id, known.arrays))] = known
     return known
 
 
-def _recall(array: np.ndarray, group: Group, kind: type[_Known]) -> _Known | None:
-    known = _KNOWN.get(id(array))
-    if not isinstance(known, kind) or known.array is not array or array.flags.writeable:
+def _recall(arrays: tuple[np.ndarray, ...], group: Group, kind: type[_Known]) -> _Known | None:
+    known = _KNOWN.get((kind, id(group), tuple(map(id, arrays))))
+    if not isinstance(known, kind) or any(a.flags.writeable for a in arrays):
         return None
-    return known if known.group is group or known.group == group else None
+    return known
 
 
-def _known_irrep(name: str, matrices: Float[np.ndarray, "order d d"], group: Group) -> KnownIrrep:
-    """The matrices are checked, once for the irreps of a group.
+def _irreps(arrays: tuple[Float[np.ndarray, "_ _ _"], ...], group: Group) -> KnownIrreps:
+    """Matrices must be orthogonal representations; checked once for the irreps of a group.
 
     Raises:
         ProofError: As `_defect`.
     """
-    known = _recall(matrices, group, KnownIrrep)
-    if known is not None:
-        return known
-    _refuse_numbers(f"{name}: matrices", matrices)
-    defect = _defect(name, matrices, group)
-    flat = matrices.reshape(len(matrices), -1)
-    rho = np.ascontiguousarray(flat.T)
-    one = flat[group.identity] - flat
-    norms = np.sqrt(np.einsum("ij,ij->i", one, one))
-    single = rho.astype(np.float32)
-    merged = _merge_rows(single)
-    return _remember(matrices, KnownIrrep(matrices, group, defect, single, rho, norms, merged))
+    n, defect = group.order, 0.0
+    rows, norms = [np.zeros((0, n), np.float32)], [np.zeros((n, 0))]
+    for number, matrices in enumerate(arrays):
+        defect = max(defect, _defect(f"circuit {number}", matrices, group))
+        flat = matrices.reshape(n, -1)
+        one = flat[group.identity] - flat
+        norms.append(np.sqrt(np.einsum("ij,ij->i", one, one))[:, None])
+        rows.append(flat.T.astype(np.float32))
+    rho = np.ascontiguousarray(np.concatenate(rows))
+    size = np.ascontiguousarray(np.concatenate(norms, axis=1))
+    return _remember(KnownIrreps(arrays, group, defect, rho, size, _merge_rows(rho)))
+
+
+def _actions(arrays: tuple[Int[np.ndarray, "_ _"], ...], group: Group) -> KnownActions:
+    """Each element must permute the points; checked once for the actions of a group.
+
+    Raises:
+        ProofError: One does not.
+    """
+    n = group.order
+    for action in arrays:
+        hit = np.zeros(action.shape, bool)
+        if action.size and not (action.min() >= 0 and action.max() < action.shape[1]):
+            raise ProofError("An action takes a point to one that is none.")
+        hit[np.arange(n)[:, None], action] = True
+        if not hit.all():
+            raise ProofError("An element does not permute the points of a grid.")
+    offsets = np.cumsum([1, *(action.shape[1] for action in arrays)])[:-1]
+    # The first column is a point that stays, for neurons in no grid.
+    whole = np.ascontiguousarray(np.concatenate([np.zeros((n, 1), np.int64), *arrays], axis=1))
+    return _remember(KnownActions(arrays, group, offsets, whole, whole[group.inverses]))
 
 
 def _merge_rows(rho: Float32[np.ndarray, "row order"]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -239,72 +251,6 @@ def _merge_rows(rho: Float32[np.ndarray, "row order"]) -> tuple[np.ndarray, np.n
     return signs, to, np.ascontiguousarray(rho[kept])
 
 
-def _refuse_action(name: str, action: Int[np.ndarray, "order point"], group: Group) -> None:
-    """Each element must permute the points; checked once for the actions of a group.
-
-    Raises:
-        ProofError: One does not.
-    """
-    if _recall(action, group, KnownAction) is not None:
-        return
-    size = action.shape[1]
-    _refuse_shape(f"{name}: action", action, (group.order, size))
-    _refuse_labels(f"{name}: action", action, 0, size)
-    hit = np.zeros(action.shape, bool)
-    hit[np.arange(group.order)[:, None], action] = True
-    if not hit.all():
-        raise ProofError(f"{name}: an element does not permute the points.")
-    _remember(action, KnownAction(action, group, action[group.inverses]))
-
-
-def inverse_action(action: Int[np.ndarray, "order point"], group: Group) -> np.ndarray:
-    """Where the inverse of each element takes each point."""
-    known = _recall(action, group, KnownAction)
-    return known.inverse if known is not None else action[group.inverses]
-
-
 def _largest(matrices: Float[np.ndarray, "count d d"]) -> float:
     flat = matrices.reshape(len(matrices), -1)
     return float(np.sqrt(np.einsum("ij,ij->i", flat, flat).max()))
-
-
-def _check_grid(name: str, grid: Grid, group: Group) -> None:
-    """Each element must permute the points, and the table be the same for opposite ones.
-
-    Raises:
-        ProofError: Something is impossible.
-    """
-    k, k2 = grid.table.shape
-    neurons = len(grid.scale)
-    _refuse_numbers(f"{name}: scale", grid.scale)
-    _refuse_numbers(f"{name}: table", grid.table)
-    for size, action, points, antipodes in (
-        (k, grid.left_action, grid.left_points, grid.left_antipodes),
-        (k2, grid.right_action, grid.right_points, grid.right_antipodes),
-    ):
-        if action.shape[1] != size:
-            raise ProofError(f"{name}: the action must have {size} points, as the table has.")
-        _refuse_action(name, action, group)
-        _refuse_shape(f"{name}: points", points, (neurons,))
-        _refuse_shape(f"{name}: antipodes", antipodes, (size,))
-        _refuse_labels(f"{name}: points", points, 0, size)
-        _refuse_labels(f"{name}: antipodes", antipodes, 0, size)
-        if not loops.keeps_opposite(antipodes, action):
-            raise ProofError(f"{name}: opposite points do not stay opposite.")
-    if not loops.is_even(grid.table, grid.left_antipodes, grid.right_antipodes):
-        raise ProofError(f"{name}: the table changes when both points are replaced by opposites.")
-
-
-def _refuse_shape(name: str, array: np.ndarray, shape: tuple[int, ...]) -> None:
-    if array.shape != shape:
-        raise ProofError(f"{name} must have the shape {shape}, got {array.shape}.")
-
-
-def _refuse_numbers(name: str, array: np.ndarray) -> None:
-    if not loops.is_below(array.reshape(-1), LARGEST):
-        raise ProofError(f"{name} has a number that is not finite or is above {LARGEST:g}.")
-
-
-def _refuse_labels(name: str, array: np.ndarray, low: int, high: int) -> None:
-    if not loops.is_label(array.reshape(-1), low, high):
-        raise ProofError(f"{name} must be from {low} to {high - 1}.")

@@ -1,9 +1,12 @@
 """Compiled loops that prepare a verification: checks, and all that does not depend on the pair.
 
-    is_below, is_label, find_stranger, keeps_opposite, is_even   whether arrays are well formed
+    find_fault   explanation -> what is impossible in it
     reduce       neurons that are the same up to scale -> one, and what that may cost
-    add_spans    what is left of the unembedding in the cells of a grid -> what it could take
-    farthest     vectors -> the largest distance of each from any other
+    project      unembedding and circuits -> what of it they do not explain
+    frame        means of circuits -> ideal margins
+    look_up      grids -> where each neuron finds its table
+    span         what is left of the unembedding in the cells of grids -> what it could take
+    farthest     the same in blocks of neurons
     class_bins   ideal margins -> the least for each class of elements
     lose         sums of additive parts and spans -> what they could take from each answer
     weigh        sums of absolute values, for bounds on rounding
@@ -98,21 +101,55 @@ def reduce(weights, standing, order, factor):
 
 
 @compiled
-def is_below(values, limit):
-    """Whether all absolute values are below a limit; NaN is not."""
-    fine = True
+def _is_below(values, limit):
+    fine = True  # written so that NaN fails as well
     for i in range(len(values)):
         fine &= abs(values[i]) < limit
     return fine
 
 
 @compiled
-def is_label(values, low, high):
-    """Whether all integers are from low to high - 1."""
+def _is_label(values, low, high):
     fine = True
     for i in range(len(values)):
         fine &= (values[i] >= low) & (values[i] < high)
     return fine
+
+
+@compiled
+def find_fault(standing, order, exponents, row, column, packed, limit):
+    """The number of the first thing that is impossible in an explanation, or 0.
+
+    See `checks.FAULTS` for what the numbers mean.
+    """
+    silent, leaders, ratios = standing
+    weights, means, tables, scale, points, antipodes, grids = packed
+    if not _is_label(exponents, -40, 41):
+        return 1
+    if not (_is_below(row.reshape(-1), limit) and _is_below(column.reshape(-1), limit)):
+        return 2
+    if not (_is_below(weights, limit) and _is_below(means, limit)):
+        return 3
+    if not (_is_below(tables, limit) and _is_below(scale, limit) and _is_below(ratios, limit)):
+        return 4
+    if not (_is_label(leaders, 0, len(leaders)) and _is_label(order, 0, len(leaders))):
+        return 5
+    if _find_stranger(silent, leaders, ratios, order) >= 0:
+        return 6
+    for g in range(len(grids)):
+        start, count, k, k2, left, right, cell, _ = grids[g]
+        first, second = points[0, start : start + count], points[1, start : start + count]
+        if not (_is_label(first, 0, k) and _is_label(second, 0, k2)):
+            return 7
+        one, two = antipodes[left : left + k], antipodes[right : right + k2]
+        if not (_is_label(one, 0, k) and _is_label(two, 0, k2)):
+            return 8
+        for p in range(k):
+            for q in range(k2):
+                other = one[p] * k2 + two[q]
+                if tables[cell + p * k2 + q] != tables[cell + other]:
+                    return 9
+    return 0
 
 
 @compiled
@@ -144,7 +181,7 @@ def lose(x_sums, y_sums, spans):
 
 
 @compiled
-def find_stranger(silent, leaders, ratios, order):
+def _find_stranger(silent, leaders, ratios, order):
     """The first neuron that is neither silent nor has one that stands for it, or -1."""
     stands = np.zeros(len(leaders), np.int64)
     for j in order:
@@ -170,43 +207,85 @@ def keeps_opposite(antipodes, action):
 
 
 @compiled
-def is_even(table, left_antipodes, right_antipodes):
-    """Whether a table is the same when both points are replaced by their opposites."""
-    fine = True
-    for p in range(table.shape[0]):
-        for q in range(table.shape[1]):
-            fine &= table[p, q] == table[left_antipodes[p], right_antipodes[q]]
-    return fine
+def project(u, row, column, circuits, weights, rho):
+    """What of the unembedding circuits do not explain, and sizes of the M_i.
 
-
-@compiled
-def sizes_of(weights):
-    """Norm of each column."""
-    sizes = np.zeros(weights.shape[1])
-    for r in range(len(weights)):
-        line = weights[r]
-        for j in range(len(sizes)):
-            sizes[j] += np.float64(line[j]) ** 2
-    return np.sqrt(sizes)
-
-
-@compiled
-def lay_tables(table, right_action, out, base):
-    """Row base + q k + p of out: the table at p and where each y takes q.
-
-    Returns the largest entry.
+    Also the parts of V that x and y add up to.
     """
-    k, k2 = table.shape
-    most = 0.0
-    for p in range(k):
+    k, n = u.shape
+    rest, sizes = u.copy(), np.zeros(k)
+    of_x, of_y = np.zeros((n, len(rho)), np.float32), np.zeros((len(rho), n), np.float32)
+    base = offset = 0
+    for c in range(len(circuits)):
+        d, start, count = circuits[c]
+        dd, stop = d * d, start + count
+        m = weights[offset : offset + dd * count].reshape((dd, count))
+        explained = np.dot(m.T, rho[base : base + dd])
+        for j in range(count):
+            to, line, square = rest[start + j], explained[j], 0.0
+            for z in range(n):
+                to[z] -= line[z]
+            for r in range(dd):
+                square += np.float64(m[r, j]) ** 2
+            sizes[start + j] += np.sqrt(square)
+        of_x[:, base : base + dd] = np.dot(np.ascontiguousarray(row[:, start:stop]), m.T)
+        of_y[base : base + dd] = np.dot(m, column[start:stop])
+        base += dd
+        offset += dd * count
+    return rest, sizes, of_x, of_y
+
+
+@compiled
+def frame(circuits, means, rho, identity):
+    """rho(x) mean, by entry and x; and the ideal margin <mean, 1 - rho(g)> of each g."""
+    n = rho.shape[1]
+    framed, inner = np.zeros((len(rho), n), np.float32), np.zeros(n)
+    base = 0
+    for c in range(len(circuits)):
+        d = circuits[c, 0]
+        for a in range(d):
+            for b in range(d):
+                to, mean = framed[base + a * d + b], means[base + a * d + b]
+                line = rho[base + a * d + b]
+                for x in range(n):
+                    inner[x] += mean * line[x]
+                for e in range(d):
+                    factor, line = np.float32(means[base + e * d + b]), rho[base + a * d + e]
+                    for x in range(n):
+                        to[x] += factor * line[x]
+        base += d * d
+    return framed, inner[identity] - inner
+
+
+@compiled
+def look_up(grids, sides, offsets, points, scale, tables, actions):
+    """Where each neuron finds its table: row first[i] + (left point of x) of out.
+
+    Row base + q k + p of out is the table of a grid at p and where each y takes q. Returns
+    first, the column of each neuron in the actions, out, and the largest of |s T|.
+    """
+    n, k = len(actions), len(scale)
+    first, column = np.zeros(k, np.int64), np.zeros(k, np.int64)
+    out, top = np.zeros((len(tables) + 1, n), np.float32), np.zeros(k, np.float32)
+    zeros = len(tables)  # a row for neurons in no grid, whose scale is 0
+    for j in range(k):
+        first[j] = zeros
+    for g in range(len(grids)):
+        start, count, k1, k2, _, _, cell, _ = grids[g]
+        left, right = offsets[sides[g, 0]], offsets[sides[g, 1]]
+        most = np.float32(0)
+        for i in range(k1 * k2):
+            most = max(most, abs(tables[cell + i]))
+        for j in range(start, start + count):
+            first[j] = cell + points[1, j] * k1
+            column[j] = left + points[0, j]
+            top[j] = np.float32(1.0001) * abs(scale[j]) * most
         for q in range(k2):
-            most = max(most, abs(table[p, q]))
-    for q in range(k2):
-        for p in range(k):
-            line, to = table[p], out[base + q * k + p]
-            for y in range(len(to)):
-                to[y] = line[right_action[y, q]]
-    return most
+            for p in range(k1):
+                to = out[cell + q * k1 + p]
+                for y in range(n):
+                    to[y] = tables[cell + p * k2 + actions[y, right + q]]
+    return first, column, out, top
 
 
 @compiled
@@ -248,8 +327,21 @@ def weigh_run(left, right, unembed, rate):
 
 
 @compiled
-def farthest(vectors, rate):
-    """Upper bound on the distance of each column from any other; rate covers rounding."""
+def farthest(rest, blocks, rate, inflate):
+    """Bounds on the distance of each column from any other, in each block of rows.
+
+    rate covers rounding.
+    """
+    errors = np.empty((len(blocks) - 1, rest.shape[1]), np.float32)
+    for b in range(len(errors)):
+        far, to = _farthest(rest[blocks[b] : blocks[b + 1]], rate), errors[b]
+        for z in range(len(to)):
+            to[z] = inflate * far[z]
+    return errors
+
+
+@compiled
+def _farthest(vectors, rate):
     n = vectors.shape[1]
     far = np.zeros(n)
     if not len(vectors):
@@ -270,7 +362,28 @@ def farthest(vectors, rate):
 
 
 @compiled
-def add_spans(rest, points, antipodes, scale, table, weight, rate, spans):
+def span(rest, weight, grids, points, antipodes, scale, tables, rate):
+    """How much the cells of all grids could take, for each two answers.
+
+    Also what they could because tables have row or column means, and the number of cells.
+    """
+    n = rest.shape[1]
+    spans, off_centre, cells = np.zeros((n, n), np.float32), 0.0, 0
+    for g in range(len(grids)):
+        start, count, k, k2, left, right, cell, _ = grids[g]
+        mine = slice(start, start + count)
+        taken, kept = _add_spans(
+            rest[mine], (points[0, mine], points[1, mine]),
+            (antipodes[left : left + k], antipodes[right : right + k2]), scale[mine],
+            tables[cell : cell + k * k2].reshape((k, k2)), weight[mine], rate, spans,
+        )  # fmt: skip
+        off_centre += taken
+        cells += kept + 2
+    return spans, off_centre, cells
+
+
+@compiled
+def _add_spans(rest, points, antipodes, scale, table, weight, rate, spans):
     """How much the cells of a grid could take, for each two answers, is added to spans.
 
     A cell holds what the rests in it add up to, without row and column means. Of two opposite
@@ -319,7 +432,7 @@ def add_spans(rest, points, antipodes, scale, table, weight, rate, spans):
     for z in range(n):
         norms[z] = gram[z, z] + np.float32(0.5 * rate) * top
     size, means = _table_sizes(table)
-    zero, two, times32 = np.float32(0), np.float32(2), np.float32(size)
+    zero, two, times32 = np.float32(0), np.float32(2), np.float32(1.000002 * size)
     for z in range(n):
         line, to, mine = gram[z], spans[z], norms[z]
         for w in range(n):

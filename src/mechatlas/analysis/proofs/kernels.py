@@ -9,19 +9,17 @@ as well. `plain.py` has the same functions in numpy.
 import numpy as np
 
 from mechatlas.analysis.proofs.compiled import (
-    add_spans,
     class_bins,
     compiled,
     farthest,
-    find_stranger,
-    is_below,
-    is_even,
-    is_label,
+    find_fault,
+    frame,
     keeps_opposite,
-    lay_tables,
+    look_up,
     lose,
+    project,
     reduce,
-    sizes_of,
+    span,
     weigh,
     weigh_run,
 )
@@ -95,13 +93,13 @@ def _compare(part, framed, rho, d, rest, squares):
 @compiled
 def _explain(x, circuits, kept, both, rest, whole, moved):
     """The matrices V at x and x + 1, and how far they are from the mean in their frames."""
-    dims, starts, counts, flat, of_x, of_y, framed, rho = circuits
+    shapes, flat, of_x, of_y, framed, rho = circuits
     n = kept.shape[1] // 2
     base = offset = 0
-    for c in range(len(dims)):
-        d, k = dims[c], counts[c]
+    for c in range(len(shapes)):
+        d, start, k = shapes[c]
         weights = flat[offset : offset + d * d * k].reshape((d * d, k))
-        np.dot(weights, kept[starts[c] : starts[c] + k], both[: d * d])
+        np.dot(weights, kept[start : start + k], both[: d * d])
         for i in range(2):
             part, its_x = whole[i, base : base + d * d], min(x + i, n - 1)
             for r in range(d * d):
@@ -109,7 +107,7 @@ def _explain(x, circuits, kept, both, rest, whole, moved):
                 row, column = of_x[its_x, base + r], of_y[base + r]
                 for y in range(n):
                     to[y] = source[y] - row - column[y]
-            its_frame = framed[its_x, base : base + d * d]
+            its_frame = framed[base : base + d * d, its_x]
             _compare(part, its_frame, rho[base : base + d * d], d, rest, moved[i, c])
             _root(moved[i, c])
         base += d * d
@@ -143,11 +141,11 @@ def _screen(zs, rests, i, moved, bins, losses, total, worst):
 @compiled
 def _sharpen(ys, zs, whole, merged, x_sum, y_sums, spans, out):
     """Right logit less the largest other one, where each other one gets all it could."""
-    rows, signs, to, rho = merged
+    signs, to, rho = merged
     n = rho.shape[1]
     v = np.zeros((len(ys), len(rho)), np.float32)
-    for r in range(len(rows)):
-        source, sign, g = whole[rows[r]], signs[r], to[r]
+    for r in range(len(signs)):
+        source, sign, g = whole[r], signs[r], to[r]
         for i in range(len(ys)):
             v[i, g] += sign * source[ys[i]]
     logits = np.dot(v, rho)
@@ -237,6 +235,6 @@ def bound_pairs(table, neurons, blocks, lookup, circuits, bins, losses, slack, s
 
 
 __all__ = [
-    "add_spans", "bound_pairs", "class_bins", "farthest", "find_stranger", "is_below", "is_even",
-    "is_label", "keeps_opposite", "lay_tables", "lose", "reduce", "sizes_of", "weigh", "weigh_run",
+    "bound_pairs", "class_bins", "farthest", "find_fault", "frame", "keeps_opposite", "look_up",
+    "lose", "project", "reduce", "span", "weigh", "weigh_run",
 ]  # fmt: skip

@@ -42,16 +42,6 @@ def reduce(weights: Arrays, standing: Arrays, order: np.ndarray, factor: np.ndar
     return scaled_left, scaled_right, u, v, mirrored, mass, x_loss, y_loss, least
 
 
-def is_below(values: np.ndarray, limit: float) -> bool:
-    """Whether all absolute values are below a limit; NaN is not."""
-    return not values.size or bool(np.abs(values).max() < limit)
-
-
-def is_label(values: np.ndarray, low: int, high: int) -> bool:
-    """Whether all integers are from low to high - 1."""
-    return not values.size or bool(values.min() >= low and values.max() < high)
-
-
 def lose(x_sums: np.ndarray, y_sums: np.ndarray, spans: np.ndarray) -> Arrays:
     """See `kernels.lose`."""
     most = spans.max(axis=1)
@@ -59,15 +49,51 @@ def lose(x_sums: np.ndarray, y_sums: np.ndarray, spans: np.ndarray) -> Arrays:
     return x_loss, y_sums.max(axis=1)[:, None] - y_sums, most
 
 
-def find_stranger(
-    silent: np.ndarray, leaders: np.ndarray, ratios: np.ndarray, order: np.ndarray
+def _is_below(values: np.ndarray, limit: float) -> bool:
+    return not values.size or bool(np.abs(values).max() < limit)
+
+
+def _is_label(values: np.ndarray, low: int, high: int | np.integer) -> bool:
+    return not values.size or bool(values.min() >= low and values.max() < high)
+
+
+def find_fault(
+    standing: Arrays,
+    order: np.ndarray,
+    exponents: np.ndarray,
+    row: np.ndarray,
+    column: np.ndarray,
+    packed: Arrays,
+    limit: float,
 ) -> int:
-    """The first neuron that is neither silent nor has one that stands for it, or -1."""
-    stands = np.bincount(order, minlength=len(leaders))
-    own = (stands == 1) & ~silent & (leaders == np.arange(len(leaders))) & (ratios == 1)
-    follows = (stands == 0) & (silent | (stands[leaders] == 1))
-    strangers = np.flatnonzero(~(own | follows))
-    return int(strangers[0]) if len(strangers) else -1
+    """The number of the first thing that is impossible in an explanation, or 0."""
+    silent, leaders, ratios = standing
+    weights, means, tables, scale, points, antipodes, grids = packed
+    width = len(leaders)
+    tests = [
+        _is_label(exponents, -40, 41),
+        _is_below(row, limit) and _is_below(column, limit),
+        _is_below(weights, limit) and _is_below(means, limit),
+        all(_is_below(values, limit) for values in (tables, scale, ratios)),
+        _is_label(leaders, 0, width) and _is_label(order, 0, width),
+    ]
+    if not all(tests):
+        return tests.index(False) + 1
+    stands = np.bincount(order, minlength=width)
+    own = (stands == 1) & ~silent & (leaders == np.arange(width)) & (ratios == 1)
+    if not (own | (stands == 0) & (silent | (stands[leaders] == 1))).all():
+        return 6
+    for start, count, k, k2, left, right, cell, _ in grids:
+        mine = slice(start, start + count)
+        if not (_is_label(points[0, mine], 0, k) and _is_label(points[1, mine], 0, k2)):
+            return 7
+        one, two = antipodes[left : left + k], antipodes[right : right + k2]
+        if not (_is_label(one, 0, k) and _is_label(two, 0, k2)):
+            return 8
+        table = tables[cell : cell + k * k2].reshape(k, k2)
+        if not np.array_equal(table[one][:, two], table):
+            return 9
+    return 0
 
 
 def keeps_opposite(antipodes: np.ndarray, action: np.ndarray) -> bool:
@@ -76,21 +102,64 @@ def keeps_opposite(antipodes: np.ndarray, action: np.ndarray) -> bool:
     return paired and np.array_equal(action[:, antipodes], antipodes[action])
 
 
-def is_even(table: np.ndarray, left_antipodes: np.ndarray, right_antipodes: np.ndarray) -> bool:
-    """Whether a table is the same when both points are replaced by their opposites."""
-    return np.array_equal(table[left_antipodes][:, right_antipodes], table)
+def project(
+    u: np.ndarray,
+    row: np.ndarray,
+    column: np.ndarray,
+    circuits: np.ndarray,
+    weights: np.ndarray,
+    rho: np.ndarray,
+) -> Arrays:
+    """See `kernels.project`."""
+    rest, sizes = u.copy(), np.zeros(len(u))
+    of_x, of_y = [np.zeros((u.shape[1], 0), np.float32)], [np.zeros((0, u.shape[1]), np.float32)]
+    base = offset = 0
+    for d, start, count in circuits:
+        mine = slice(start, start + count)
+        m = weights[offset : offset + d * d * count].reshape(d * d, count)
+        rest[mine] -= m.T @ rho[base : base + d * d]
+        sizes[mine] += np.sqrt(np.square(m, dtype=np.float64).sum(axis=0))
+        of_x.append(row[:, mine] @ m.T)
+        of_y.append(m @ column[mine])
+        base, offset = base + d * d, offset + d * d * count
+    return rest, sizes, np.concatenate(of_x, axis=1), np.concatenate(of_y)
 
 
-def sizes_of(weights: np.ndarray) -> np.ndarray:
-    """Norm of each column."""
-    return np.sqrt(np.square(weights, dtype=np.float64).sum(axis=0))
+def frame(circuits: np.ndarray, means: np.ndarray, rho: np.ndarray, identity: int) -> Arrays:
+    """rho(x) mean, by entry and x; and the ideal margin <mean, 1 - rho(g)> of each g."""
+    framed, base = np.zeros(rho.shape, np.float32), 0
+    for d in circuits[:, 0]:
+        mine = slice(base, base + d * d)
+        mean = means[mine].reshape(d, d).astype(np.float32)
+        whole = np.einsum("aex,eb->abx", rho[mine].reshape(d, d, -1), mean)
+        framed[mine] = whole.reshape(d * d, -1)
+        base += d * d
+    inner = means @ rho
+    return framed, inner[identity] - inner
 
 
-def lay_tables(table: np.ndarray, right_action: np.ndarray, out: np.ndarray, base: int) -> float:
-    """Row base + q k + p of out: the table at p and where each y takes q."""
-    rows = table.T[right_action.T].transpose(0, 2, 1).reshape(-1, len(right_action))
-    out[base : base + table.size] = rows
-    return float(np.abs(table).max())
+def look_up(
+    grids: np.ndarray,
+    sides: np.ndarray,
+    offsets: np.ndarray,
+    points: np.ndarray,
+    scale: np.ndarray,
+    tables: np.ndarray,
+    actions: np.ndarray,
+) -> Arrays:
+    """See `kernels.look_up`."""
+    first = np.full(len(scale), len(tables), np.int64)
+    column, top = np.zeros(len(scale), np.int64), np.zeros(len(scale), np.float32)
+    out = np.zeros((len(tables) + 1, len(actions)), np.float32)
+    for (start, count, k, k2, _, _, cell, _), side in zip(grids, sides, strict=True):
+        left, right = offsets[side]
+        mine, table = slice(start, start + count), tables[cell : cell + k * k2].reshape(k, k2)
+        first[mine] = cell + points[1, mine] * k
+        column[mine] = left + points[0, mine]
+        top[mine] = np.float32(1.0001) * np.abs(scale[mine]) * np.abs(table).max()
+        rows = table.T[actions[:, right : right + k2].T].transpose(0, 2, 1)
+        out[cell : cell + k * k2] = rows.reshape(-1, len(actions))
+    return first, column, out, top
 
 
 def weigh(
@@ -113,38 +182,47 @@ def _distances(vectors: np.ndarray, rate: float) -> np.ndarray:
     return np.sqrt(np.maximum(norms + norms[:, None] + rounding - 2 * gram, 0))
 
 
-def farthest(vectors: np.ndarray, rate: float) -> np.ndarray:
-    """Upper bound on the distance of each column from any other; rate covers rounding."""
-    return _distances(vectors, rate).max(axis=1) if len(vectors) else np.zeros(vectors.shape[1])
+def farthest(rest: np.ndarray, blocks: np.ndarray, rate: float, inflate: float) -> np.ndarray:
+    """Bounds on the distance of each column from any other, in each block of rows."""
+    errors = np.zeros((len(blocks) - 1, rest.shape[1]), np.float32)
+    for b in range(len(errors)):
+        errors[b] = inflate * _distances(rest[blocks[b] : blocks[b + 1]], rate).max(axis=1)
+    return errors
 
 
-def add_spans(
+def span(
     rest: np.ndarray,
-    points: Arrays,
-    antipodes: Arrays,
-    scale: np.ndarray,
-    table: np.ndarray,
     weight: np.ndarray,
+    grids: np.ndarray,
+    points: np.ndarray,
+    antipodes: np.ndarray,
+    scale: np.ndarray,
+    tables: np.ndarray,
     rate: float,
-    spans: np.ndarray,
-) -> tuple[float, int]:
-    """See `kernels.add_spans`."""
-    k, k2 = table.shape
-    cells = np.zeros((k, k2, rest.shape[1]))
-    half = 0.5 * scale.astype(np.float64)[:, None] * rest
-    np.add.at(cells, points, half)
-    np.add.at(cells, (antipodes[0][points[0]], antipodes[1][points[1]]), half)
-    cells = cells - cells.mean(axis=0) - cells.mean(axis=1, keepdims=True) + cells.mean((0, 1))
-    own = np.arange(k * k2)
-    other = (antipodes[0][:, None] * k2 + antipodes[1]).ravel()
-    times = np.where(own == other, 1, np.sqrt(2))[own <= other, None]
-    kept = times * cells.reshape(k * k2, -1)[own <= other]
-    t = table.astype(np.float64)
-    means = t.mean(axis=0) + t.mean(axis=1, keepdims=True) - t.mean()
-    size = 1.000001 * float(np.linalg.norm(t))
-    spans += (size * _distances(kept.astype(np.float32), rate)).astype(np.float32)
-    total = float(weight @ np.abs(scale))
-    return 2.02 * (float(np.linalg.norm(means)) + 1e-10 * size) * total, len(kept)
+) -> tuple[np.ndarray, float, int]:
+    """See `kernels.span`."""
+    n = rest.shape[1]
+    spans, off_centre, count_cells = np.zeros((n, n), np.float32), 0.0, 0
+    for start, count, k, k2, left, right, cell, _ in grids:
+        mine = slice(start, start + count)
+        one, two = antipodes[left : left + k], antipodes[right : right + k2]
+        p, q = points[:, mine]
+        cells = np.zeros((k, k2, n))
+        half = 0.5 * scale[mine].astype(np.float64)[:, None] * rest[mine]
+        np.add.at(cells, (p, q), half)
+        np.add.at(cells, (one[p], two[q]), half)
+        cells = cells - cells.mean(axis=0) - cells.mean(axis=1, keepdims=True) + cells.mean((0, 1))
+        own, other = np.arange(k * k2), (one[:, None] * k2 + two).ravel()
+        times = np.where(own == other, 1, np.sqrt(2))[own <= other, None]
+        kept = times * cells.reshape(k * k2, -1)[own <= other]
+        t = tables[cell : cell + k * k2].reshape(k, k2).astype(np.float64)
+        means = t.mean(axis=0) + t.mean(axis=1, keepdims=True) - t.mean()
+        size = 1.000001 * float(np.linalg.norm(t))
+        spans += (1.000002 * size * _distances(kept.astype(np.float32), rate)).astype(np.float32)
+        total = float(weight[mine] @ np.abs(scale[mine]))
+        off_centre += 2.02 * (float(np.linalg.norm(means)) + 1e-10 * size) * total
+        count_cells += len(kept) + 2
+    return spans, off_centre, count_cells
 
 
 def class_bins(
@@ -227,14 +305,14 @@ def bound_pairs(
 
 
 def _explain(x: int, circuits: Arrays, kept: np.ndarray, moved: np.ndarray) -> np.ndarray:
-    dims, starts, counts, flat, of_x, of_y, framed, rho = circuits
+    shapes, flat, of_x, of_y, framed, rho = circuits
     whole = np.empty((len(rho), kept.shape[1]), np.float32)
     base = offset = 0
-    for c, (d, start, k) in enumerate(zip(dims, starts, counts, strict=True)):
+    for c, (d, start, k) in enumerate(shapes):
         mine = slice(base, base + d * d)
         weights = flat[offset : offset + d * d * k].reshape(d * d, k)
         part = weights @ kept[start : start + k] - of_x[x, mine, None] - of_y[mine]
-        ideal = np.tensordot(framed[x, mine].reshape(d, d), rho[mine].reshape(d, d, -1), axes=1)
+        ideal = np.tensordot(framed[mine, x].reshape(d, d), rho[mine].reshape(d, d, -1), axes=1)
         moved[c] = np.sqrt(np.square(part - ideal.reshape(d * d, -1)).sum(axis=0))
         whole[mine] = part
         base, offset = base + d * d, offset + d * d * k
@@ -250,9 +328,9 @@ def _sharpen(
     y_sums: np.ndarray,
     spans: np.ndarray,
 ) -> np.ndarray:
-    rows, signs, to, rho = merged
+    signs, to, rho = merged
     v = np.zeros((len(rho), len(ys)), np.float32)
-    np.add.at(v, to, signs[:, None] * whole[rows][:, ys])
+    np.add.at(v, to, signs[:, None] * whole[:, ys])
     z, pairs = zs[ys], np.arange(len(ys))
     value = v.T @ rho + x_sum + y_sums[ys] + spans[z]
     right = value[pairs, z] - spans[z, z]

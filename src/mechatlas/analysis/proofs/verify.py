@@ -122,13 +122,13 @@ def verify(
     """
     weights = (left, right, unembed)
     table, n = group.table, group.order
-    defect, known = check(len(unembed), group, explanation)
-    t = build_terms(weights, group, explanation, defect, known)
+    packed, irreps, actions = check(len(unembed), group, explanation)
+    t = build_terms(weights, explanation, packed, irreps, actions)
     whole = n * n * n * len(unembed)
     margins, stages = np.empty((n, n)), np.ones((n, n), np.int8)
     sample = (
         np.empty((len(t.blocks) - 1, n), np.float32),
-        np.empty((len(known), n), np.float32),
+        np.empty((len(packed.circuits), n), np.float32),
     )
     few = int(explanation.second_share * whole / t.second_cost)
     taken, left_over = checks.loops.bound_pairs(
