@@ -1,6 +1,7 @@
 """The compiled inner loops of the verifier, for CPUs.
 
     bound_pairs  weights and explanation -> a lower bound on the margin of each pair
+    judge        logits of some pairs -> which are right, which are wrong and which are near
 
 What does not depend on the pair is prepared by `compiled.py`, whose functions are offered here
 as well. `plain.py` has the same functions in numpy.
@@ -234,7 +235,33 @@ def bound_pairs(table, neurons, blocks, lookup, circuits, bins, losses, slack, s
     return used, open_pairs
 
 
+@compiled
+def judge(logits, answers, bounds, out):
+    """1 where the right logit is the largest by more than a bound, 0 where another one is.
+
+    2 where neither is sure. The right logits are overwritten.
+    """
+    n = logits.shape[1]
+    maxima = np.empty(16, np.float32)
+    for i in range(len(answers)):
+        line, z = logits[i], answers[i]
+        right = line[z]
+        line[z] = -np.inf
+        maxima[:] = -np.inf
+        for start in range(0, n - 15, 16):
+            part = line[start : start + 16]
+            for c in range(16):
+                maxima[c] = part[c] if part[c] > maxima[c] else maxima[c]
+        best = maxima[0]
+        for c in range(1, 16):
+            best = max(best, maxima[c])
+        for c in range(n - n % 16, n):
+            best = max(best, line[c])
+        margin = right - best
+        out[i] = 1 if margin > bounds[i] else (0 if margin < -bounds[i] else 2)
+
+
 __all__ = [
-    "bound_pairs", "class_bins", "farthest", "find_fault", "frame", "keeps_opposite", "look_up",
-    "lose", "project", "reduce", "span", "weigh", "weigh_run",
+    "bound_pairs", "class_bins", "farthest", "find_fault", "frame", "judge", "keeps_opposite",
+    "look_up", "lose", "project", "reduce", "span", "weigh", "weigh_run",
 ]  # fmt: skip

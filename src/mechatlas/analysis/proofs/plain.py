@@ -336,3 +336,12 @@ def _sharpen(
     right = value[pairs, z] - spans[z, z]
     value[pairs, z] = -np.inf
     return right - value.max(axis=1)
+
+
+def judge(logits: np.ndarray, answers: np.ndarray, bounds: np.ndarray, out: np.ndarray) -> None:
+    """See `kernels.judge`."""
+    pairs = np.arange(len(answers))
+    right = logits[pairs, answers]
+    logits[pairs, answers] = -np.inf
+    margins = right - logits.max(axis=1, initial=-np.inf)
+    out[:] = np.where(margins > bounds, 1, np.where(margins < -bounds, 0, 2))
