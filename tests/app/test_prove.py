@@ -35,7 +35,7 @@ def test_a_proof_is_made_checked_and_drawn(net, tmp_path, capsys):
         "--exact", "--compare")  # fmt: skip
     result = json.loads((out / "result.json").read_text())
     truth = float((true_margins(weights, s4.table) > 0).mean())
-    assert result["order"], result["width"] == (24, weights[0].shape[1])
+    assert (result["order"], result["width"]) == (24, weights[0].shape[1])
     assert 0.9 < result["accuracy_bound"] <= result["accuracy_bound_real"] <= truth
     assert result["accuracy_exact"] == truth
     assert result["accuracy_brute_force"] == pytest.approx(truth, abs=1e-3)

@@ -89,8 +89,8 @@ class Prove:
     """Finish the pairs that are not certified by brute force, for the exact accuracy."""
     compare: bool = False
     """Also run and time brute force."""
-    effort: float | None = None
-    """Share of the multiply-adds of brute force for the later stages; by default 0.02 + 12/n."""
+    effort: float = 0.6
+    """Multiply-adds for the later stages, as a share of those of brute force."""
     check: Path | None = None
     """Verify this proof (a file or its folder) instead of making one."""
 

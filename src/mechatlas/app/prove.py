@@ -13,7 +13,9 @@ from safetensors import SafetensorError, safe_open
 
 from mechatlas.analysis.proofs.exact import brute_force
 from mechatlas.analysis.proofs.explain import Directions
+from mechatlas.analysis.proofs.explanation import Explanation, Grid
 from mechatlas.analysis.proofs.prove import (
+    EFFORT,
     Bound,
     Weights,
     as_weights,
@@ -55,7 +57,7 @@ class Prove:
     """Finish the pairs that are not certified by brute force."""
     compare: bool = False
     """Also time brute force, in the same run."""
-    effort: float | None = None
+    effort: float = EFFORT
     """Share of the multiply-adds of brute force that the later stages may use."""
 
 
@@ -121,7 +123,7 @@ def check(proof_path: Path, weights_path: Path) -> Result:
     verdict = proof.check(*weights)
     return {
         "order": len(proof.table),
-        "width": len(verdict.sample[0].weights[2]),
+        "width": verdict.sample[0].weights[2].shape[0],
         "accuracy_bound": verdict.accuracy_bound,
         "accuracy_bound_real": verdict.accuracy_bound_real,
         "claimed": proof.accuracy_bound,
@@ -237,13 +239,13 @@ def describe(weights: Weights, group: Group, bound: Bound) -> Result:
     grids = [
         {
             "irrep": grid.name,
-            "neurons": grid.neurons.tolist(),
+            "neurons": _neurons(explanation, grid).tolist(),
             "left": grid.left_points.tolist(),
             "right": grid.right_points.tolist(),
             "scale": np.round(grid.scale.astype(float), 6).tolist(),
             "left_vectors": np.round(grid.left_vectors, 6).tolist(),
             "right_vectors": np.round(grid.right_vectors, 6).tolist(),
-            "spread_of_a": _spread_of_a(seen, grid.neurons),
+            "spread_of_a": _spread_of_a(seen, _neurons(explanation, grid)),
         }
         for grid in explanation.grids
     ]
@@ -257,10 +259,16 @@ def describe(weights: Weights, group: Group, bound: Bound) -> Result:
             for part, values in zip(KEYS, seen.shares, strict=True)
         },
         "grids": grids,
-        "unplaced": int((seen.irrep >= 0).sum() - sum(len(g.neurons) for g in explanation.grids)),
+        "unplaced": len(explanation.order) - sum(len(g.scale) for g in explanation.grids),
         "silent": int(explanation.silent.sum()),
+        "merged": len(explanation.silent) - int(explanation.silent.sum()) - len(explanation.order),
         "histogram": {"edges": edges, "certified": certified, "true": true},
     }
+
+
+def _neurons(explanation: Explanation, grid: Grid) -> np.ndarray:
+    """Those of a grid that stand for themselves, as the network numbers them."""
+    return explanation.order[grid.start : grid.start + len(grid.scale)]
 
 
 def _spread_of_a(seen: Directions, neurons: np.ndarray) -> float:

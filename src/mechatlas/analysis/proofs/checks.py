@@ -6,18 +6,72 @@
 Source: the induction in `mechatlas.maths.irreps.real_irreps`, for homomorphisms.
 """
 
+import dataclasses
 import functools
+from typing import TypeVar
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Float32, Int
 
-from mechatlas.analysis.proofs.explanation import Explanation, Grid, ProofError
+from mechatlas.analysis.proofs.explanation import Explanation, ProofError
+from mechatlas.analysis.proofs.packing import Packed, pack
 from mechatlas.maths.groups import Group
+
+try:
+    from mechatlas.analysis.proofs import kernels as loops
+except ImportError:  # numba is missing: slower, and tested to be the same
+    from mechatlas.analysis.proofs import plain as loops
 
 U32, U64 = 2.0**-24, 2.0**-53
 """Unit roundoff of float32 and float64."""
 LARGEST = 1e25
 """Numbers above this could overflow float32 when multiplied and are refused."""
+
+
+FAULTS = (
+    "",
+    "An exponent is not from -40 to 40.",
+    f"row or column has a number that is not finite or is above {LARGEST:g}.",
+    f"A circuit has a number that is not finite or is above {LARGEST:g}.",
+    f"A table, scale or ratio is not finite or is above {LARGEST:g}.",
+    "leaders or order has a number that no neuron has.",
+    "A neuron has no other that stands for it, or too many, or is called silent and is used.",
+    "A neuron of a grid is at a point that the grid does not have.",
+    "The opposite of a point is one that the grid does not have.",
+    "A table changes when both points are replaced by their opposites.",
+)
+"""What `find_fault` finds, by its number."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class KnownIrreps:
+    """What is true of some irreps of a group, whatever network they are used for."""
+
+    arrays: tuple[Float[np.ndarray, "_ _ _"], ...]
+    group: Group
+    defect: float
+    """Bound on the Frobenius norm of rho(a) rho(b) - rho(ab) and of rho(a)^T rho(a) - 1 for
+    all a, b and all of them, rounding of the check included."""
+    rho: Float32[np.ndarray, "row order"]
+    """The entries of all matrices, a row for each entry."""
+    norms: Float[np.ndarray, "order irrep"]
+    """Frobenius norm of 1 - rho(g)."""
+    merged: tuple[np.ndarray, np.ndarray, np.ndarray]
+    """Sign of each row of rho, which of the distinct rows it is up to the sign, and those."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class KnownActions:
+    """What is true of some actions of a group on points."""
+
+    arrays: tuple[Int[np.ndarray, "_ _"], ...]
+    group: Group
+    offsets: Int[np.ndarray, " action"]
+    """Where the points of each begin."""
+    whole: Int[np.ndarray, "order point"]
+    """All of them, side by side, after a point that stays."""
+    inverse: Int[np.ndarray, "order point"]
+    """Where the inverse of each element takes each point."""
 
 
 def growth(operations: int, unit: float) -> float:
@@ -31,58 +85,45 @@ def growth(operations: int, unit: float) -> float:
     return operations * unit / (1 - operations * unit)
 
 
-def check(width: int, group: Group, explanation: Explanation) -> float:
+def check(width: int, group: Group, e: Explanation) -> tuple[Packed, KnownIrreps, KnownActions]:
     """Refuse an explanation that is not well formed.
 
     Args:
         width: Number of neurons.
         group: The group.
-        explanation: What was claimed.
+        e: What was claimed.
 
     Returns:
-        Bound on the Frobenius norm of rho(a) rho(b) - rho(ab) and of rho(a)^T rho(a) - 1 for
-        all a, b and all irreps of the explanation, rounding of this check included.
+        The explanation in one form, and what is known of its irreps and actions.
 
     Raises:
         ProofError: A shape, label or number is impossible; the message says which.
     """
-    n, e = group.order, explanation
-    _refuse_shape("exponents", e.exponents, (width,))
-    _refuse_labels("exponents", e.exponents, -40, 41)
-    for name, array in (("row", e.row), ("column", e.column)):
-        _refuse_shape(name, array, (n, width))
-        _refuse_numbers(name, array)
+    packed = pack(e)
+    if (packed.width, packed.order) != (width, group.order):
+        raise ProofError(
+            f"The explanation is about {packed.width} neurons and a group of order "
+            f"{packed.order}, the network has {width} and {group.order}."
+        )
+    parts = (
+        packed.weights, packed.means, packed.tables, packed.scale, packed.points,
+        packed.antipodes, packed.grids,
+    )  # fmt: skip
+    standing = (e.silent, e.leaders, e.ratios)
+    fault = loops.find_fault(standing, e.order, e.exponents, e.row, e.column, parts, LARGEST)
+    if fault:
+        raise ProofError(FAULTS[fault])
     for name, share in (("second_share", e.second_share), ("third_share", e.third_share)):
         if not 0 <= share <= 1:
             raise ProofError(f"{name} must be from 0 to 1, got {share}.")
-    _refuse_shape("silent", e.silent, (width,))
-    used = e.silent.copy()
-    for number, grid in enumerate(e.grids):
-        _check_grid(f"grid {number}", grid, n, width)
-        if used[grid.neurons].any() or len(np.unique(grid.neurons)) < len(grid.neurons):
-            raise ProofError(f"Grid {number} has a neuron that is silent or used twice.")
-        used[grid.neurons] = True
-    worst = 0.0
-    for number, c in enumerate(e.circuits):
-        name = f"circuit {number}"
-        d, entries, columns = c.matrices.shape[-1], len(c.neurons), len(c.right)
-        if not 1 <= d <= 64:
-            raise ProofError(f"{name}: matrices must be 1 to 64 wide, got {d}.")
-        _refuse_shape(f"{name}: matrices", c.matrices, (n, d, d))
-        _refuse_shape(f"{name}: left", c.left, (entries, d))
-        _refuse_shape(f"{name}: right", c.right, (columns, d))
-        _refuse_shape(f"{name}: mean", c.mean, (d, d))
-        _refuse_shape(f"{name}: columns", c.columns, (entries,))
-        for array in (c.matrices, c.left, c.right, c.mean):
-            _refuse_numbers(name, array)
-        _refuse_labels(f"{name}: neurons", c.neurons, 0, width)
-        _refuse_labels(f"{name}: columns", c.columns, 0, columns)
-        if e.silent[c.neurons].any():
-            raise ProofError(f"{name} has a neuron that is silent.")
-        if (np.diff(c.columns) < 0).any():
-            raise ProofError(f"{name}: columns must ascend.")
-        worst = max(worst, _known_defect(name, c.matrices, group))
-    return worst
+    irreps = _recall(packed.matrices, group, KnownIrreps) or _irreps(packed.matrices, group)
+    actions = _recall(packed.actions, group, KnownActions) or _actions(packed.actions, group)
+    for grid, sides in zip(packed.grids.tolist(), packed.sides.tolist(), strict=True):
+        for size, start, side in zip(grid[2:4], grid[4:6], sides, strict=True):
+            antipodes = packed.antipodes[start : start + size]
+            if not loops.keeps_opposite(antipodes, packed.actions[side]):
+                raise ProofError("Opposite points of a grid do not stay opposite.")
+    return packed, irreps, actions
 
 
 @functools.lru_cache(maxsize=32)
@@ -114,6 +155,8 @@ def _defect(name: str, matrices: Float[np.ndarray, "order d d"], group: Group) -
     """
     d = matrices.shape[1]
     unit = np.eye(d)
+    if not np.abs(matrices).max() < 10:  # NaN as well
+        raise ProofError(f"{name}: the matrices are not an orthogonal representation.")
     steps = [
         _largest(matrices[s] @ matrices - matrices[group.table[s]])
         for s in (*group.generators, group.identity)
@@ -131,76 +174,83 @@ def _defect(name: str, matrices: Float[np.ndarray, "order d d"], group: Group) -
     return length * (2 + eta) * (1 + eta) ** length * eps + defect
 
 
-# Kept for arrays that nobody can change, together with the array, so that its id stays its own.
-_KNOWN: dict[int, tuple[np.ndarray, Group, float]] = {}
+# Found once for the read-only arrays of a group, which are the same each time. The arrays are
+# kept as well, so that their ids stay their own.
+_KNOWN: dict[tuple[type, int, tuple[int, ...]], KnownIrreps | KnownActions] = {}
+_Known = TypeVar("_Known", KnownIrreps, KnownActions)
 
 
-def _known_defect(name: str, matrices: Float[np.ndarray, "order d d"], group: Group) -> float:
-    """`_defect`, once for the irreps of a group, which are the same read-only arrays each time.
+def _remember(known: _Known) -> _Known:
+    if all(not a.flags.writeable and a.base is None for a in known.arrays):
+        if len(_KNOWN) > 256:
+            _KNOWN.clear()
+        _KNOWN[type(known), id(known.group), tuple(map(id, known.arrays))] = known
+    return known
+
+
+def _recall(arrays: tuple[np.ndarray, ...], group: Group, kind: type[_Known]) -> _Known | None:
+    known = _KNOWN.get((kind, id(group), tuple(map(id, arrays))))
+    if not isinstance(known, kind) or any(a.flags.writeable for a in arrays):
+        return None
+    return known
+
+
+def _irreps(arrays: tuple[Float[np.ndarray, "_ _ _"], ...], group: Group) -> KnownIrreps:
+    """Matrices must be orthogonal representations; checked once for the irreps of a group.
 
     Raises:
         ProofError: As `_defect`.
     """
-    if matrices.flags.writeable or matrices.base is not None:
-        return _defect(name, matrices, group)
-    known = _KNOWN.get(id(matrices))
-    if known is None or known[0] is not matrices or known[1] != group:
-        if len(_KNOWN) > 256:
-            _KNOWN.clear()
-        known = _KNOWN[id(matrices)] = (matrices, group, _defect(name, matrices, group))
-    return known[2]
+    n, defect = group.order, 0.0
+    rows, norms = [np.zeros((0, n), np.float32)], [np.zeros((n, 0))]
+    for number, matrices in enumerate(arrays):
+        defect = max(defect, _defect(f"circuit {number}", matrices, group))
+        flat = matrices.reshape(n, -1)
+        one = flat[group.identity] - flat
+        norms.append(np.sqrt(np.einsum("ij,ij->i", one, one))[:, None])
+        rows.append(flat.T.astype(np.float32))
+    rho = np.ascontiguousarray(np.concatenate(rows))
+    size = np.ascontiguousarray(np.concatenate(norms, axis=1))
+    return _remember(KnownIrreps(arrays, group, defect, rho, size, _merge_rows(rho)))
+
+
+def _actions(arrays: tuple[Int[np.ndarray, "_ _"], ...], group: Group) -> KnownActions:
+    """Each element must permute the points; checked once for the actions of a group.
+
+    Raises:
+        ProofError: One does not.
+    """
+    n = group.order
+    for action in arrays:
+        hit = np.zeros(action.shape, bool)
+        if action.size and not (action.min() >= 0 and action.max() < action.shape[1]):
+            raise ProofError("An action takes a point to one that is none.")
+        hit[np.arange(n)[:, None], action] = True
+        if not hit.all():
+            raise ProofError("An element does not permute the points of a grid.")
+    offsets = np.cumsum([1, *(action.shape[1] for action in arrays)])[:-1]
+    # The first column is a point that stays, for neurons in no grid.
+    whole = np.ascontiguousarray(np.concatenate([np.zeros((n, 1), np.int64), *arrays], axis=1))
+    return _remember(KnownActions(arrays, group, offsets, whole, whole[group.inverses]))
+
+
+def _merge_rows(rho: Float32[np.ndarray, "row order"]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Rows of rho that are the same up to sign, as cosines and sines are."""
+    signs, to = np.ones(len(rho), np.float32), np.zeros(len(rho), np.int64)
+    seen: dict[bytes, int] = {}
+    kept = []
+    for i, row in enumerate(rho + np.float32(0)):
+        for sign in (1, -1):
+            found = seen.get((np.float32(sign) * row + np.float32(0)).tobytes())
+            if found is not None:
+                signs[i], to[i] = sign, found
+                break
+        else:
+            seen[row.tobytes()] = to[i] = len(kept)
+            kept.append(i)
+    return signs, to, np.ascontiguousarray(rho[kept])
 
 
 def _largest(matrices: Float[np.ndarray, "count d d"]) -> float:
     flat = matrices.reshape(len(matrices), -1)
     return float(np.sqrt(np.einsum("ij,ij->i", flat, flat).max()))
-
-
-def _check_grid(name: str, grid: Grid, order: int, width: int) -> None:
-    """Each element must permute the points, and keep opposite ones opposite.
-
-    Raises:
-        ProofError: Something is impossible.
-    """
-    k, k2 = grid.table.shape
-    _refuse_shape(f"{name}: scale", grid.scale, (len(grid.neurons),))
-    _refuse_numbers(name, grid.scale)
-    _refuse_numbers(name, grid.table)
-    _refuse_labels(f"{name}: neurons", grid.neurons, 0, width)
-    sides = (
-        (k, grid.left_action, grid.left_points, grid.left_antipodes),
-        (k2, grid.right_action, grid.right_points, grid.right_antipodes),
-    )
-    for size, action, points, antipodes in sides:
-        _refuse_shape(f"{name}: action", action, (order, size))
-        _refuse_shape(f"{name}: points", points, (len(grid.neurons),))
-        _refuse_shape(f"{name}: antipodes", antipodes, (size,))
-        _refuse_labels(f"{name}: points", points, 0, size)
-        _refuse_labels(f"{name}: antipodes", antipodes, 0, size)
-        _refuse_labels(f"{name}: action", action, 0, size)
-        hit = np.zeros((order, size), bool)
-        hit[np.arange(order)[:, None], action] = True
-        if not hit.all():
-            raise ProofError(f"{name}: an element does not permute the points.")
-        if not np.array_equal(antipodes[antipodes], np.arange(size)):
-            raise ProofError(f"{name}: the opposite of the opposite is another point.")
-        if not np.array_equal(action[:, antipodes], antipodes[action]):
-            raise ProofError(f"{name}: opposite points do not stay opposite.")
-    if not np.array_equal(grid.table[grid.left_antipodes][:, grid.right_antipodes], grid.table):
-        raise ProofError(f"{name}: the table changes when both points are replaced by opposites.")
-
-
-def _refuse_shape(name: str, array: np.ndarray, shape: tuple[int, ...]) -> None:
-    if array.shape != shape:
-        raise ProofError(f"{name} must have the shape {shape}, got {array.shape}.")
-
-
-def _refuse_numbers(name: str, array: np.ndarray) -> None:
-    # Written so that NaN fails as well.
-    if array.size and not float(np.abs(array).max()) < LARGEST:
-        raise ProofError(f"{name} has a number that is not finite or is above {LARGEST:g}.")
-
-
-def _refuse_labels(name: str, array: np.ndarray, low: int, high: int) -> None:
-    if array.size and not (array.min() >= low and array.max() < high):
-        raise ProofError(f"{name} must be from {low} to {high - 1}.")

@@ -12,8 +12,9 @@ Source: Higham, Accuracy and Stability of Numerical Algorithms (2002), section 3
 from fractions import Fraction
 
 import numpy as np
-from jaxtyping import Bool, Float, Float32, Int
+from jaxtyping import Bool, Float32, Int, Int8
 
+from mechatlas.analysis.proofs import checks
 from mechatlas.analysis.proofs.checks import U32, U64, growth
 
 Weights = tuple[
@@ -42,59 +43,43 @@ def finish(
         True where the right answer has the largest logit, alone; False for all other pairs.
     """
     left, right, unembed = weights
+    m, n = unembed.shape
     right_answer = np.zeros(table.shape, bool)
-    errors = _Errors(weights, U32)
-    if left_over.all():  # no need to gather rows
-        n = len(table)
-        step = max(1, ROWS // n)
-        for start in range(0, n, step):
-            hidden = left[start : start + step, None] + right
-            np.maximum(hidden, 0, out=hidden)
-            z = table[start : start + step]
-            margins = _margins(hidden.reshape(-1, left.shape[1]) @ unembed, z.ravel())
-            margins = margins.reshape(z.shape)
-            bound = errors(start, step)
-            right_answer[start : start + step] = margins > bound
-            for i, y in np.argwhere(np.abs(margins) <= bound):
-                right_answer[start + i, y] = _decide(weights, start + int(i), int(y), int(z[i, y]))
+    of_x, of_y = checks.loops.weigh_run(*weights, 2.05 * growth(m + 2, U32))
+    bounds = (of_x[:, None] + of_y) * np.float32(1.0001)
+    bounds += np.float32(1e-30 * (1 + float(np.abs(unembed).max()) * m))
+    if not left_over.all():
+        xs, ys = np.nonzero(left_over)
+        for start in range(0, len(xs), ROWS):
+            x, y = xs[start : start + ROWS], ys[start : start + ROWS]
+            found = _try(left[x] + right[y], unembed, table[x, y], bounds[x, y])
+            for i in np.flatnonzero(found == 2):
+                found[i] = _decide(weights, int(x[i]), int(y[i]), int(table[x[i], y[i]]))
+            right_answer[x, y] = found == 1
         return right_answer
-    xs, ys = np.nonzero(left_over)
-    for start in range(0, len(xs), ROWS):
-        x, y = xs[start : start + ROWS], ys[start : start + ROWS]
-        hidden = left[x] + right[y]
-        np.maximum(hidden, 0, out=hidden)
-        z = table[x, y]
-        margins = _margins(hidden @ unembed, z)
-        bound = errors.pairs(x, y)
-        right_answer[x, y] = margins > bound
-        for i in np.flatnonzero(np.abs(margins) <= bound):
-            right_answer[x[i], y[i]] = _decide(weights, int(x[i]), int(y[i]), int(z[i]))
+    step = max(1, ROWS // n)
+    for start in range(0, n, step):  # no need to gather rows
+        some = slice(start, start + step)
+        sums = (left[some, None] + right).reshape(-1, m)
+        found = _try(sums, unembed, table[some].ravel(), bounds[some].ravel())
+        for i in np.flatnonzero(found == 2):
+            x, y = start + int(i) // n, int(i) % n
+            found[i] = _decide(weights, x, y, int(table[x, y]))
+        right_answer[some] = (found == 1).reshape(-1, n)
     return right_answer
 
 
-class _Errors:
-    """Bound on the error of the margin of each pair, for one unit roundoff."""
-
-    def __init__(self, weights: tuple[np.ndarray, ...], unit: float) -> None:
-        left, right, unembed = (np.asarray(w, np.float64) for w in weights)
-        top = np.abs(unembed).max(axis=1, initial=0)
-        rate = 2.02 * growth(left.shape[1] + 2, unit)
-        tiny = 1e-30 * (1 + float(top.sum()))
-        self.of_x = rate * (np.maximum(left, 0) @ top) + tiny
-        self.of_y = rate * (np.maximum(right, 0) @ top)
-
-    def __call__(self, start: int, step: int) -> Float[np.ndarray, "some order"]:
-        return self.of_x[start : start + step, None] + self.of_y
-
-    def pairs(self, x: np.ndarray, y: np.ndarray) -> Float[np.ndarray, " pair"]:
-        return self.of_x[x] + self.of_y[y]
-
-
-def _margins(logits: np.ndarray, answers: np.ndarray) -> np.ndarray:
-    pairs = np.arange(len(answers))
-    right = logits[pairs, answers]
-    logits[pairs, answers] = -np.inf
-    return right - logits.max(axis=1)
+def _try(
+    sums: Float32[np.ndarray, "pair neuron"],
+    unembed: Float32[np.ndarray, "neuron order"],
+    answers: Int[np.ndarray, " pair"],
+    bounds: Float32[np.ndarray, " pair"],
+) -> Int8[np.ndarray, " pair"]:
+    """1 for pairs that are right, 0 for wrong ones, 2 where float32 cannot tell."""
+    found = np.empty(len(answers), np.int8)
+    np.maximum(sums, 0, out=sums)
+    checks.loops.judge(sums @ unembed, answers, bounds, found)
+    return found
 
 
 def _decide(weights: Weights, x: int, y: int, z: int) -> bool:
@@ -102,8 +87,10 @@ def _decide(weights: Weights, x: int, y: int, z: int) -> bool:
     left, right, unembed = weights
     hidden = np.maximum(left[x].astype(np.float64) + right[y].astype(np.float64), 0)
     logits = hidden @ unembed.astype(np.float64)
-    bound = _Errors((left[[x]], right[[y]], unembed), U64)
-    near = logits >= logits[z] - bound.pairs(np.zeros(1, int), np.zeros(1, int))[0] * 1.01
+    top = np.abs(unembed).max(axis=1).astype(np.float64)
+    size = float((np.maximum(left[x], 0) + np.maximum(right[y], 0)) @ top)
+    bound = 2.1 * growth(len(top) + 2, U64) * size + 1e-30 * (1 + float(top.sum()))
+    near = logits >= logits[z] - bound
     near[z] = False
     exact = [max(Fraction(float(a)) + Fraction(float(b)), Fraction(0)) for a, b in
              zip(left[x], right[y], strict=True)]  # fmt: skip

@@ -1,13 +1,13 @@
 """The prover: from weights to an explanation. Nothing that it says is trusted later.
 
     explain          weights, group -> explanation
+    merge            which neurons are the same up to scale, and which too weak to look at
     find_directions  which irrep each neuron lives in, and its vectors b, b' and a
 
 Source: Wu et al. (ICLR 2025), sections 4 and 5, for b, b', a and circuits.
 """
 
 import dataclasses
-from typing import TypeVar
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -21,13 +21,12 @@ TINY = 1e-3
 """Neurons below this size, relative to the largest, belong nowhere."""
 SILENCE = 0.3
 """Logits that all silent neurons together may take."""
+MERGED = 0.5
+"""Logits that merging could cost, at most."""
 SET_TOLERANCE = 0.15
 """Largest 1 - cosine between a direction and the point of a rho-set."""
 SAME_TABLE = 0.8
 """Least cosine between the interaction of a neuron and that of its grid."""
-
-
-_Part = TypeVar("_Part", Circuit, Grid)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -51,7 +50,7 @@ def explain(
     unembed: Float[np.ndarray, "neuron order"],
     group: Group,
     detail: int = 0,
-) -> tuple[Explanation, Directions]:
+) -> Explanation:
     """Look for circuits and grids.
 
     Args:
@@ -59,51 +58,85 @@ def explain(
         right: r_i(y).
         unembed: u_i(z).
         group: The group.
-        detail: 0 keeps one matrix element of the unembedding of a neuron in a rho-set, 1 all
-            of its irrep, 2 those of a second irrep as well. More detail leaves less to bound
-            and takes longer to verify.
+        detail: 0 keeps of the unembedding of a neuron its own irrep, 1 a second one as well.
+            More detail leaves less to bound and takes longer to verify.
 
     Returns:
-        What a verifier takes, and what people want to see.
+        What a verifier takes.
     """
     irreps = group.irreps()
-    m = left.shape[1]
     left, right, unembed = (np.asarray(w, np.float64) for w in (left, right, unembed))
-    unembed = unembed - unembed.mean(axis=1, keepdims=True)
-    row, column, spread = _additive_parts(left, right)
-    found = find_directions(left, right, unembed, irreps)
+    silent, leaders, ratios = merge(left, right, unembed)
+    members = np.flatnonzero(~silent & (leaders == np.arange(len(leaders))))
+    first, second, u = _merged(left, right, unembed, (silent, leaders, ratios), members)
+    row, column, spread = _additive_parts(first, second)
+    found = find_directions(first, second, u, irreps)
     placed = [_place(group, irrep, k, found) for k, irrep in enumerate(irreps)]
-    projected = np.zeros_like(unembed)
-    parts = []
-    for k, irrep in enumerate(irreps):
-        if not k:
-            continue
-        members = np.flatnonzero(found.irrep == k)
-        extra = _second_irreps(k, found, unembed, irreps) if detail > 1 else members[:0]
-        if len(members) + len(extra):
-            part = _entries(irrep, members, placed[k], found, extra, unembed, full=detail > 0)
-            parts.append((k, part))
-            full = _matrices(part, m, irrep.dimension)
-            projected += np.tensordot(full, irrep.matrices, axes=((1, 2), (1, 2)))
-    exponents = _exponents(unembed - projected, spread)
+    parts, projected = _matrices(found, u, irreps, detail)
+    exponents = _exponents(u - projected, spread)
     factor = np.ldexp(1.0, exponents)
-    inter = _interaction(left * factor, right * factor, row * factor, column * factor)
-    grids = []
+    inter = _interaction(first * factor, second * factor, row * factor, column * factor)
+    laid, blocks, grids = [], [0], []
     for k, irrep in enumerate(irreps):
-        grids += _grids(group, irrep, placed[k], inter)
-    circuits = [_circuit(irreps[k], part, factor, inter) for k, part in parts]
-    silent = _silent(left, right, unembed)
-    circuits = [_without(c, silent) for c in circuits]
-    grids = [_without(g, silent) for g in grids]
-    explanation = Explanation(
-        exponents,
-        (row * factor).astype(np.float32),
-        (column * factor).astype(np.float32),
+        mine = _grids(group, irrep, placed[k], inter)
+        left_over = set(np.flatnonzero(found.irrep == k).tolist())
+        for neurons, grid in mine:
+            grids.append(dataclasses.replace(grid, start=len(laid)))
+            laid += neurons
+            blocks.append(len(laid))
+            left_over -= set(neurons)
+        laid += sorted(left_over)
+        if left_over:
+            blocks.append(len(laid))
+    left_over = sorted(set(range(len(members))) - set(laid))
+    laid += left_over
+    if left_over:
+        blocks.append(len(laid))
+    by_place = np.array(laid, np.int64)
+    return Explanation(
         silent,
-        tuple(c for c in circuits if len(c.neurons)),
-        tuple(g for g in grids if len(g.neurons)),
+        leaders,
+        ratios,
+        members[by_place],
+        exponents[by_place],
+        np.ascontiguousarray((row * factor)[:, by_place], np.float32),
+        np.ascontiguousarray((column * factor)[:, by_place].T, np.float32),
+        np.array(blocks, np.int64),
+        tuple(_circuit(irreps[k], part, by_place, factor, inter) for k, part in parts.items()),
+        tuple(grids),
     )
-    return explanation, found
+
+
+def merge(left, right, unembed):
+    """Neurons that can be left out, and which are about multiples of stronger ones."""
+    n, m = left.shape
+    silent = _silent(left, right, unembed)
+    leaders, ratios = np.arange(m), np.ones(m, np.float32)
+    both, span = np.concatenate([left, right]), np.ptp(unembed, axis=1)
+    norms = np.square(both).sum(axis=0)
+    strength = norms * span**2
+    rank = np.argsort(-strength, kind="stable")
+    todo = [int(i) for i in rank if not silent[i]]
+    allowed = MERGED / max(m, 1)
+    while todo:
+        i, *others = todo
+        ratio = (both[:, i] @ both[:, others] / norms[i]).astype(np.float32).astype(np.float64)
+        off = np.abs(both[:, others] - ratio * both[:, [i]])
+        cost = (off[:n].max(axis=0, initial=0) + off[n:].max(axis=0, initial=0)) * span[others]
+        same = (cost < allowed) & (ratio != 0)
+        for j, c in zip(np.array(others, int)[same], ratio[same], strict=True):
+            leaders[j], ratios[j] = i, c
+        todo = [j for j, yes in zip(others, same, strict=True) if not yes]
+    return silent, leaders, ratios
+
+
+def _merged(left, right, unembed, standing, members):
+    """The smaller network: what `verify` makes of it, but for linear parts."""
+    silent, leaders, ratios = standing
+    u = np.zeros_like(unembed)
+    loud = ~silent
+    np.add.at(u, leaders[loud], np.abs(ratios[loud], dtype=np.float64)[:, None] * unembed[loud])
+    return left[:, members], right[:, members], u[members] - u[members].mean(axis=1, keepdims=True)
 
 
 def _exponents(rest, spread) -> Int[np.ndarray, " neuron"]:
@@ -114,12 +147,14 @@ def _exponents(rest, spread) -> Int[np.ndarray, " neuron"]:
     return np.where(np.isfinite(wanted), np.clip(wanted, -30, 30), 0).astype(np.int64)
 
 
-def _circuit(irrep: Irrep, part, factor, inter) -> Circuit:
-    neurons, columns, lefts, rights = part
-    lefts = lefts / factor[neurons][:, None]
-    mean = _mean_matrix(irrep, neurons, columns, lefts, rights, inter)
-    left32, right32 = lefts.astype(np.float32), rights.astype(np.float32)
-    return Circuit(irrep.name, irrep.matrices, neurons, columns, left32, right32, mean)
+def _circuit(irrep: Irrep, matrices, by_place, factor, inter) -> Circuit:
+    """From a matrix for each neuron, many of them zero, to a circuit of those that are not."""
+    matrices = matrices / factor[:, None, None]
+    mean = _mean_matrix(irrep, matrices, inter)
+    flat = matrices[by_place].reshape(len(by_place), -1)
+    used = np.flatnonzero(flat.any(axis=1))
+    weights = flat[used[0] : used[-1] + 1].T.astype(np.float32)
+    return Circuit(irrep.name, irrep.matrices, int(used[0]), np.ascontiguousarray(weights), mean)
 
 
 def _silent(left, right, unembed):
@@ -131,15 +166,6 @@ def _silent(left, right, unembed):
     silent = np.zeros(len(most), bool)
     silent[weakest[np.cumsum(most[weakest]) < SILENCE]] = True
     return silent
-
-
-def _without(part: _Part, silent: np.ndarray) -> _Part:
-    """The same circuit or grid without its silent neurons."""
-    kept = ~silent[part.neurons]
-    names = ("neurons", "left_points", "right_points", "scale")
-    if isinstance(part, Circuit):
-        names = ("neurons", "columns", "left")
-    return dataclasses.replace(part, **{name: getattr(part, name)[kept] for name in names})
 
 
 def _additive_parts(left, right):
@@ -168,6 +194,7 @@ def _unit(v: np.ndarray) -> np.ndarray:
 
 def find_directions(left, right, unembed, irreps) -> Directions:
     """The irrep of each neuron, and its vectors within."""
+    left, right, unembed = (np.asarray(w, np.float64) for w in (left, right, unembed))
     n, m = left.shape
     functions = [left.T, right.T, unembed]
     spectra = [energies(f - f.mean(axis=1, keepdims=True), irreps) for f in functions]
@@ -245,56 +272,31 @@ def _second_irreps(k, found, unembed, irreps):
     return np.sort(np.concatenate(chosen)) if chosen else np.zeros(0, np.int64)
 
 
-def _entries(irrep: Irrep, members, placed: _Placed, found: Directions, extra, unembed, full):
-    """Neurons, columns, left and right vectors of a circuit."""
-    d, n = irrep.dimension, len(irrep.matrices)
-    rights, column_of = [], {}
-    neurons, columns, lefts = [], [], []
-    loose = [(i, found.matrices[i]) for i in members if full or int(i) not in placed.cells]
-    loose += [(i, fourier(unembed[i], [irrep])[0] * irrep.multiplicity / n) for i in extra]
-    for i in members:
-        cell = placed.cells.get(int(i))
-        if cell is None or full:
+def _matrices(found: Directions, unembed, irreps, detail: int):
+    """The matrix M_i of each neuron in each irrep that is used, and what they add up to."""
+    n, parts = unembed.shape[1], {}
+    projected = np.zeros_like(unembed)
+    for k, irrep in enumerate(irreps):
+        members = np.flatnonzero(found.irrep == k) if k else np.zeros(0, np.int64)
+        extra = _second_irreps(k, found, unembed, irreps) if k and detail else members[:0]
+        if not len(members) + len(extra):
             continue
-        s2, p2 = cell[2:]
-        vb2 = placed.sets[s2].vectors[p2]
-        column = column_of.setdefault((s2, p2), len(rights))
-        if column == len(rights):
-            rights.append(vb2)
-        neurons.append(i)
-        columns.append(column)
-        lefts.append(found.matrices[i] @ vb2)
-    base = len(rights)
-    if loose:
-        rights += list(np.eye(d))
-        for i, matrix in loose:
-            for e in range(d):
-                neurons.append(i)
-                columns.append(base + e)
-                lefts.append(matrix[:, e])
-    rank = np.argsort(columns, kind="stable")
-    return (
-        np.array(neurons, np.int64)[rank], np.array(columns, np.int64)[rank],
-        np.array(lefts).reshape(-1, d)[rank], np.array(rights).reshape(-1, d),
-    )  # fmt: skip
+        matrices = np.zeros((len(unembed), irrep.dimension, irrep.dimension))
+        for i in (*members, *extra):
+            matrices[i] = fourier(unembed[i], [irrep])[0] * irrep.multiplicity / n
+        if matrices.any():
+            parts[k] = matrices
+            projected += np.tensordot(matrices, irrep.matrices, axes=((1, 2), (1, 2)))
+    return parts, projected
 
 
-def _matrices(part, m: int, d: int):
-    neurons, columns, lefts, rights = part
-    full = np.zeros((m, d, d))
-    np.add.at(full, neurons, lefts[:, :, None] * rights[columns][:, None, :])
-    return full
-
-
-def _mean_matrix(irrep: Irrep, neurons, columns, lefts, rights, inter):
+def _mean_matrix(irrep: Irrep, matrices, inter):
     """Mean over all pairs of rho(x)^T V(x, y) rho(y)^T."""
     n, d = len(irrep.matrices), irrep.dimension
     total = np.zeros((d, d))
-    for i in np.unique(neurons):
-        mine = neurons == i
-        matrix = np.einsum("ea,eb->ab", lefts[mine], rights[columns[mine]])
+    for i in np.flatnonzero(matrices.any(axis=(1, 2))):
         first = np.tensordot(irrep.matrices.transpose(0, 2, 1), inter(i), axes=(0, 0))  # a c y
-        u, s, vt = np.linalg.svd(matrix)
+        u, s, vt = np.linalg.svd(matrices[i])
         for e in range(d):
             if s[e] > 1e-12 * s[0]:
                 a = np.tensordot(first, u[:, e], axes=(1, 0)) * s[e]  # d y
@@ -303,7 +305,8 @@ def _mean_matrix(irrep: Irrep, neurons, columns, lefts, rights, inter):
     return total / n**2
 
 
-def _grids(group: Group, irrep: Irrep, placed: _Placed, inter) -> list[Grid]:
+def _grids(group: Group, irrep: Irrep, placed: _Placed, inter) -> list[tuple[list[int], Grid]]:
+    """Neurons of each grid, and the grid, whose start is not known yet."""
     kinds: dict[tuple[int, int], list[int]] = {}
     for i, (s, _, s2, _) in placed.cells.items():
         kinds.setdefault((s, s2), []).append(i)
@@ -326,7 +329,8 @@ def _grids(group: Group, irrep: Irrep, placed: _Placed, inter) -> list[Grid]:
             if near.sum() < 4:
                 break
             mine = [i for i, yes in zip(left, near, strict=True) if yes]
-            grids.append(_grid(irrep, first, second, placed, mine, shape, stack[near] @ shape))
+            grid = _grid(irrep, first, second, placed, mine, shape, stack[near] @ shape)
+            grids.append((mine, grid))
             left = [i for i, yes in zip(left, near, strict=True) if not yes]
     return grids
 
@@ -358,7 +362,7 @@ def _grid(irrep, first: RhoSet, second: RhoSet, placed, mine, shape, scale) -> G
     first_half = np.arange(len(flip))[:, None] <= flip[:, None]
     table = np.where(first_half, table, table[flip][:, flip2])
     return Grid(
-        irrep.name, np.array(mine), first.action, second.action,
+        irrep.name, 0, first.action, second.action,
         np.array([placed.cells[i][1] for i in mine]), np.array([placed.cells[i][3] for i in mine]),
         flip, flip2, scale.astype(np.float32), table.astype(np.float32),
         first.vectors, second.vectors,

@@ -2,13 +2,13 @@
 
 The network is f(z|x,y) = sum over neurons i of u_i(z) relu(l_i(x) + r_i(y)).
 
-    Circuit      u_i(z) is about <M_i, rho(z)>, for the neurons of one irrep rho
+    Explanation  which neurons are the same up to scale, which are too weak to look at; the
+                 part of each that x and y add up to; circuits and grids
+    Circuit      u_i(z) is about <M_i, rho(z)>, for one irrep rho
     Grid         relu(l_i(x) + r_i(y)) is about a table of two cosets, for those of one grid
-    Explanation  circuits, grids, and the part of each neuron that x and y add up to
 
 Every number here may be wrong: `verify` checks what it needs and bounds the rest.
-Vectors b and b' of the paper are the `left` and `right` of a circuit; its rho-sets are the
-points that `left_action` and `right_action` of a grid permute.
+The rho-sets of the paper are the points that `left_action` and `right_action` of a grid permute.
 
 Source: Wu, Jaburi, Drori and Gross, Towards a unified and verified understanding of
 group-operation networks (ICLR 2025), for rho-sets and circuits.
@@ -28,21 +28,16 @@ class ProofError(UserError):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Circuit:
-    """Neurons whose unembedding lies in the matrix elements of one irrep.
-
-    The matrix of neuron i is the sum, over its entries, of `left[entry]` times
-    `right[its column]`: one entry where u = b^T rho(z) b', d of them otherwise.
-    """
+    """Neurons whose unembedding lies in the matrix elements of one irrep."""
 
     name: str
     """Of the irrep, for people."""
     matrices: Float[np.ndarray, "order d d"]
     """rho of every element."""
-    neurons: Int[np.ndarray, " entry"]
-    columns: Int[np.ndarray, " entry"]
-    """Which row of `right` belongs to the entry; in ascending order."""
-    left: Float32[np.ndarray, "entry d"]
-    right: Float32[np.ndarray, "column d"]
+    start: int
+    """Place of its first neuron in `Explanation.order`; the others follow."""
+    weights: Float32[np.ndarray, "dd neuron"]
+    """M_i of each of them, row by row: d times d numbers in a column."""
     mean: Float[np.ndarray, "d d"]
     """About what sum of M_i (interaction of i at x, y) is, seen from x and y."""
 
@@ -57,7 +52,8 @@ class Grid:
 
     name: str
     """Of the irrep, for people."""
-    neurons: Int[np.ndarray, " neuron"]
+    start: int
+    """Place of its first neuron in `Explanation.order`; the others follow."""
     left_action: Int[np.ndarray, "order k"]
     """`left_action[g, p]` is where g takes the point p."""
     right_action: Int[np.ndarray, "order k2"]
@@ -77,15 +73,24 @@ class Grid:
 class Explanation:
     """All that the prover says."""
 
+    silent: Bool[np.ndarray, " width"]
+    """Neurons too weak to look at: all they could do is taken off every margin."""
+    leaders: Int[np.ndarray, " width"]
+    """Which neuron each is about a multiple of: itself, or one that stands for it."""
+    ratios: Float32[np.ndarray, " width"]
+    """That multiple. Where it is negative, relu(-t) = relu(t) - t is used."""
+    order: Int[np.ndarray, " neuron"]
+    """The neurons that stand for themselves, in the order of all that follows."""
     exponents: Int[np.ndarray, " neuron"]
     """Neuron i is taken with left and right times 2^k and unembed times 2^-k, which changes
     nothing and is exact; it makes errors of all neurons comparable."""
     row: Float32[np.ndarray, "order neuron"]
     """The part of each neuron, so scaled, that depends on x alone."""
-    column: Float32[np.ndarray, "order neuron"]
+    column: Float32[np.ndarray, "neuron order"]
     """The part that depends on y alone. What is left is the interaction."""
-    silent: Bool[np.ndarray, " neuron"]
-    """Neurons too weak to look at: all they could do is taken off every margin."""
+    blocks: Int[np.ndarray, " cut"]
+    """Where blocks of neurons begin whose rests are bounded together, and where the last
+    ends. Each grid is one block."""
     circuits: tuple[Circuit, ...]
     grids: tuple[Grid, ...]
     second_share: float = 0.0

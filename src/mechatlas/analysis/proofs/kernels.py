@@ -1,184 +1,162 @@
 """The compiled inner loops of the verifier, for CPUs.
 
-    measure   weights and explanation -> how far each pair is from what was explained
-    screen    those distances -> a lower bound on the margin of each pair
-    finish    low-rank logits of some pairs -> a sharper lower bound on their margins
+    bound_pairs  weights and explanation -> a lower bound on the margin of each pair
+    judge        logits of some pairs -> which are right, which are wrong and which are near
 
-`plain.py` has the same functions in numpy. Multiplications may be fused into sums, which
-only makes rounding smaller; sums are not reordered. All input is finite and so small that
-nothing overflows: `verify` sees to that.
+What does not depend on the pair is prepared by `compiled.py`, whose functions are offered here
+as well. `plain.py` has the same functions in numpy.
 """
 
-import inspect
-from collections.abc import Callable
-from typing import Any
-
-import numba
 import numpy as np
 
+from mechatlas.analysis.proofs.compiled import (
+    class_bins,
+    compiled,
+    farthest,
+    find_fault,
+    frame,
+    keeps_opposite,
+    look_up,
+    lose,
+    project,
+    reduce,
+    span,
+    weigh,
+    weigh_run,
+)
 
-def _compiled(function: Callable[..., Any]) -> Any:
-    options: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": {"contract"}}
-    try:
-        return numba.njit(cache=True, **options)(inspect.unwrap(function))
-    except RuntimeError:  # no writable place for the cache: compile in every process
-        return numba.njit(**options)(inspect.unwrap(function))
 
-
-@_compiled
+@compiled
 def _interact(x, start, stop, neurons, lookup, kept, squares):
-    """Neurons start to stop at one x: interaction with every y, and the squared rest of it."""
+    """Neurons start to stop at x and x + 1: their values at every y, and the squared rests.
+
+    Two x together, since the weights come from afar; the second is a dummy at the end.
+    """
     left, row, right, column, scale = neurons
-    which, tables = lookup
-    zero = np.float32(0)
-    j = start
-    # Slices, because the compiler vectorises loops over whole arrays alone; two neurons at a
-    # time, because then each sum is loaded and stored half as often.
-    while j + 1 < stop:
-        at, at2 = left[x, j], left[x, j + 1]
-        a, a2 = row[x, j], row[x, j + 1]
-        value, value2 = kept[j], kept[j + 1]
-        r, r2, c, c2 = right[j], right[j + 1], column[j], column[j + 1]
-        for y in range(len(value)):
-            t, t2 = at + r[y], at2 + r2[y]
-            value[y] = (t if t > zero else zero) - a - c[y]
-            value2[y] = (t2 if t2 > zero else zero) - a2 - c2[y]
-        s, s2 = scale[j], scale[j + 1]
-        table, table2 = tables[which[x, j]], tables[which[x, j + 1]]
-        for y in range(len(value)):
-            rest, rest2 = value[y] - s * table[y], value2[y] - s2 * table2[y]
-            squares[y] += rest * rest + rest2 * rest2
-        j += 2
-    if j < stop:
-        at, a, s = left[x, j], row[x, j], scale[j]
-        value, r, c, table = kept[j], right[j], column[j], tables[which[x, j]]
-        for y in range(len(value)):
-            t = at + r[y]
-            value[y] = (t if t > zero else zero) - a - c[y]
-            rest = value[y] - s * table[y]
-            squares[y] += rest * rest
+    first, points, moves, tables = lookup
+    n = right.shape[1]
+    one, two, zero = squares[0], squares[1], np.float32(0)
+    one[:] = 0
+    two[:] = 0
+    x2 = min(x + 1, n - 1)
+    # Slices, because the compiler vectorises loops over whole arrays alone.
+    for j in range(start, stop):
+        a, a2, r = left[x, j], left[x2, j], right[j]
+        value, value2 = kept[j, :n], kept[j, n:]
+        for y in range(n):
+            t, t2 = a + r[y], a2 + r[y]
+            value[y] = t if t > zero else zero
+            value2[y] = t2 if t2 > zero else zero
+        s, c, base, point, a, a2 = scale[j], column[j], first[j], points[j], row[x, j], row[x2, j]
+        table, table2 = tables[base + moves[x, point]], tables[base + moves[x2, point]]
+        for y in range(n):
+            rest = value[y] - a - c[y] - s * table[y]
+            one[y] += rest * rest
+        for y in range(n):
+            rest = value2[y] - a2 - c[y] - s * table2[y]
+            two[y] += rest * rest
+    _root(one)
+    _root(two)
 
 
-@_compiled
+@compiled
 def _root(values):
     for y in range(len(values)):
         values[y] = np.sqrt(values[y])
 
 
-@_compiled
-def _gather(start, stop, of, left, d, kept, total):
-    """Write sum of left[e] kept[of[e]] over entries start to stop, a row for each of d."""
-    for a in range(d):
-        to = total[a]
-        to[:] = 0
-        e = start
-        while e + 3 < stop:  # four at a time: each sum is loaded and stored less often
-            p, q, r, s = left[e, a], left[e + 1, a], left[e + 2, a], left[e + 3, a]
-            k0, k1, k2, k3 = kept[of[e]], kept[of[e + 1]], kept[of[e + 2]], kept[of[e + 3]]
-            for y in range(len(to)):
-                to[y] += p * k0[y] + q * k1[y] + r * k2[y] + s * k3[y]
-            e += 4
-        while e < stop:
-            p, k0 = left[e, a], kept[of[e]]
-            for y in range(len(to)):
-                to[y] += p * k0[y]
-            e += 1
-
-
-@_compiled
+@compiled
 def _compare(part, framed, rho, d, rest, squares):
-    """Add the squared entries of part - framed rho(y) to squares."""
+    """The squared entries of part - framed rho(y)."""
+    squares[:] = 0
     for a in range(d):
         for b in range(d):
-            whole = part[a * d + b]
+            whole, f, r = part[a * d + b], framed[a * d], rho[b]
             for y in range(len(rest)):
-                rest[y] = whole[y]
-            for e in range(d):
-                factor, its_rho = framed[a * d + e], rho[e * d + b]
+                rest[y] = whole[y] - f * r[y]
+            e = 1
+            while e + 1 < d:  # two at a time: each number is loaded and stored less often
+                f, f2 = framed[a * d + e], framed[a * d + e + 1]
+                r, r2 = rho[e * d + b], rho[(e + 1) * d + b]
                 for y in range(len(rest)):
-                    rest[y] -= factor * its_rho[y]
-            for y in range(len(rest)):
-                squares[y] += rest[y] * rest[y]
+                    rest[y] -= f * r[y] + f2 * r2[y]
+                e += 2
+            if e < d:
+                f, r = framed[a * d + e], rho[e * d + b]
+                for y in range(len(rest)):
+                    left = rest[y] - f * r[y]
+                    squares[y] += left * left
+            else:
+                for y in range(len(rest)):
+                    squares[y] += rest[y] * rest[y]
 
 
-@_compiled
-def measure(xs, neurons, blocks, lookup, circuits, out):
-    """For each x and y: sizes of the rests by block, distances by circuit, and matrices V."""
-    dims, columns, ends, of, lefts, rights, framed, rho = circuits
-    rests, moved, matrices = out
-    m, n = neurons[2].shape
-    kept = np.empty((m, n), np.float32)
-    total = np.empty((lefts.shape[1], n), np.float32)
-    rest = np.empty(n, np.float32)
-    for i in range(len(xs)):
-        x = xs[i]
-        rests[i] = 0
-        moved[i] = 0
-        whole = matrices[i % len(matrices)]  # one place is enough where V is not asked for
-        whole[:] = 0
-        for b in range(len(blocks) - 1):
-            _interact(x, blocks[b], blocks[b + 1], neurons, lookup, kept, rests[i, b])
-            _root(rests[i, b])
-        base = entry = column = 0
-        for c in range(len(dims)):
-            d = dims[c]
-            part = whole[base : base + d * d]
-            for _ in range(columns[c]):
-                _gather(entry, ends[column], of, lefts, d, kept, total)
-                entry = ends[column]
-                for b in range(d):
-                    factor = rights[column, b]
-                    if factor != 0:
-                        for a in range(d):
-                            to, its_total = part[a * d + b], total[a]
-                            for y in range(n):
-                                to[y] += factor * its_total[y]
-                column += 1
-            _compare(
-                part, framed[x, base : base + d * d], rho[base : base + d * d],
-                d, rest, moved[i, c],
-            )  # fmt: skip
+@compiled
+def _explain(x, circuits, kept, both, rest, whole, moved):
+    """The matrices V at x and x + 1, and how far they are from the mean in their frames."""
+    shapes, flat, of_x, of_y, framed, rho = circuits
+    n = kept.shape[1] // 2
+    base = offset = 0
+    for c in range(len(shapes)):
+        d, start, k = shapes[c]
+        weights = flat[offset : offset + d * d * k].reshape((d * d, k))
+        np.dot(weights, kept[start : start + k], both[: d * d])
+        for i in range(2):
+            part, its_x = whole[i, base : base + d * d], min(x + i, n - 1)
+            for r in range(d * d):
+                to, source = part[r], both[r, i * n : i * n + n]
+                row, column = of_x[its_x, base + r], of_y[base + r]
+                for y in range(n):
+                    to[y] = source[y] - row - column[y]
+            its_frame = framed[base : base + d * d, its_x]
+            _compare(part, its_frame, rho[base : base + d * d], d, rest, moved[i, c])
             _root(moved[i, c])
-            base += d * d
+        base += d * d
+        offset += d * d * k
 
 
-@_compiled
-def screen(xs, table, distances, bins, losses, out):
-    """The first bound of each pair."""
-    rests, moved = distances
+@compiled
+def _screen(zs, rests, i, moved, bins, losses, total, worst):
+    """The first bound at one x, the i-th of two: total is what to take from worst."""
     gaps, norms = bins
     x_loss, y_loss, errors = losses
-    n_blocks, n_circuits, n_bins = rests.shape[1], moved.shape[1], len(gaps)
-    part = np.empty(n_circuits)
-    for i in range(len(xs)):
-        x = xs[i]
-        for y in range(table.shape[0]):
-            z = table[x, y]
-            loss = x_loss[x, z] + y_loss[y, z]
-            for b in range(n_blocks):
-                loss += np.float64(rests[i, b, y]) * errors[b, z]
-            for c in range(n_circuits):
-                part[c] = np.float64(moved[i, c, y])
-            worst = np.inf
-            for k in range(n_bins):
-                value = gaps[k]
-                for c in range(n_circuits):
-                    value -= part[c] * norms[k, c]
-                worst = min(worst, value)
-            out[i, y] = worst - loss
+    for y in range(len(zs)):
+        z = zs[y]
+        total[y] = x_loss[z] + y_loss[y, z]
+    for b in range(len(rests)):
+        rest, error = rests[b, i], errors[b]
+        for y in range(len(zs)):
+            total[y] += rest[y] * error[zs[y]]
+    worst[:] = np.inf
+    value = np.empty(len(zs), np.float32)
+    for k in range(len(gaps)):
+        value[:] = gaps[k]
+        for c in range(len(moved)):
+            part, norm = moved[c], norms[k, c]
+            for y in range(len(zs)):
+                value[y] -= part[y] * norm
+        for y in range(len(zs)):
+            worst[y] = min(worst[y], value[y])
 
 
-@_compiled
-def finish(xs, ys, zs, logits, sums, spans, out):
+@compiled
+def _sharpen(ys, zs, whole, merged, x_sum, y_sums, spans, out):
     """Right logit less the largest other one, where each other one gets all it could."""
-    x_sums, y_sums = sums
-    n = logits.shape[1]
+    signs, to, rho = merged
+    n = rho.shape[1]
+    v = np.zeros((len(ys), len(rho)), np.float32)
+    for r in range(len(signs)):
+        source, sign, g = whole[r], signs[r], to[r]
+        for i in range(len(ys)):
+            v[i, g] += sign * source[ys[i]]
+    logits = np.dot(v, rho)
     value = np.empty((n + 15) // 16 * 16, np.float32)
     value[:] = -np.inf
     maxima = np.empty(16, np.float32)
-    for i in range(len(xs)):
-        z = zs[i]
-        x_sum, y_sum, logit, span = x_sums[xs[i]], y_sums[ys[i]], logits[i], spans[z]
+    for i in range(len(ys)):
+        y = ys[i]
+        z = zs[y]
+        y_sum, logit, span = y_sums[y], logits[i], spans[z]
         for w in range(n):
             value[w] = logit[w] + x_sum[w] + y_sum[w] + span[w]
         right = value[z] - span[z]
@@ -186,9 +164,104 @@ def finish(xs, ys, zs, logits, sums, spans, out):
         maxima[:] = -np.inf
         for start in range(0, len(value), 16):
             part = value[start : start + 16]
-            for c in range(len(part)):
+            for c in range(16):
                 maxima[c] = part[c] if part[c] > maxima[c] else maxima[c]
         best = maxima[0]
         for c in range(1, 16):
             best = max(best, maxima[c])
         out[i] = right - best
+
+
+@compiled
+def bound_pairs(table, neurons, blocks, lookup, circuits, bins, losses, slack, second, out):
+    """Lower bounds on the margins of all pairs, by the first stage and the second.
+
+    Returns how many pairs the second stage took, and how many are left.
+    """
+    merged, x_sums, y_sums, spans, pairs_left, hopeless = second
+    x_slack, y_slack, x_run, y_run, inflate = slack
+    margins, stages, sample_rests, sample_moved = out
+    k, n = neurons[2].shape
+    kept = np.empty((k, 2 * n), np.float32)
+    rests = np.empty((len(blocks) - 1, 2, n), np.float32)
+    moved = np.empty((2, len(circuits[0]), n), np.float32)
+    whole = np.empty((2, len(circuits[-1]), n), np.float32)
+    both = np.empty((len(circuits[-1]), 2 * n), np.float32)
+    rest, total, worst = np.empty(n, np.float32), np.empty(n, np.float32), np.empty(n, np.float32)
+    failed, sharper = np.empty(n, np.int64), np.empty(n, np.float32)
+    used = open_pairs = 0
+    for x in range(n):
+        i = x % 2
+        if not i:
+            for b in range(len(blocks) - 1):
+                _interact(x, blocks[b], blocks[b + 1], neurons, lookup, kept, rests[b])
+            _explain(x, circuits, kept, both, rest, whole, moved)
+        if x == 0:
+            sample_rests[:] = rests[:, 0]
+            sample_moved[:] = moved[0]
+        zs = table[x]
+        its_losses = (losses[0][x], losses[1], losses[2])
+        _screen(zs, rests, i, moved[i], bins, its_losses, total, worst)
+        count = 0
+        for y in range(n):
+            bound = np.float64(worst[y]) - inflate * np.float64(total[y]) - x_slack[x] - y_slack[y]
+            margins[x, y] = bound
+            if not bound > x_run[x] + y_run[y]:
+                failed[count] = y
+                count += 1
+        open_pairs += count
+        count = min(count, pairs_left)
+        if not count:
+            continue
+        ys = failed[:count]
+        _sharpen(ys, zs, whole[i], merged, x_sums[x], y_sums, spans, sharper)
+        good = 0
+        for j in range(count):
+            y = ys[j]
+            z = zs[y]
+            loss = 0.0
+            for b in range(len(rests)):
+                loss += np.float64(rests[b, i, y]) * np.float64(losses[2][b, z])
+            bound = np.float64(sharper[j]) - inflate * loss - x_slack[x] - y_slack[y]
+            if bound > margins[x, y]:
+                margins[x, y] = bound
+                stages[x, y] = 2
+            good += bound > x_run[x] + y_run[y]
+        used += count
+        open_pairs -= good
+        pairs_left -= count
+        if good < hopeless * count:
+            pairs_left = 0
+    return used, open_pairs
+
+
+@compiled
+def judge(logits, answers, bounds, out):
+    """1 where the right logit is the largest by more than a bound, 0 where another one is.
+
+    2 where neither is sure. The right logits are overwritten.
+    """
+    n = logits.shape[1]
+    maxima = np.empty(16, np.float32)
+    for i in range(len(answers)):
+        line, z = logits[i], answers[i]
+        right = line[z]
+        line[z] = -np.inf
+        maxima[:] = -np.inf
+        for start in range(0, n - 15, 16):
+            part = line[start : start + 16]
+            for c in range(16):
+                maxima[c] = part[c] if part[c] > maxima[c] else maxima[c]
+        best = maxima[0]
+        for c in range(1, 16):
+            best = max(best, maxima[c])
+        for c in range(n - n % 16, n):
+            best = max(best, line[c])
+        margin = right - best
+        out[i] = 1 if margin > bounds[i] else (0 if margin < -bounds[i] else 2)
+
+
+__all__ = [
+    "bound_pairs", "class_bins", "farthest", "find_fault", "frame", "judge", "keeps_opposite",
+    "look_up", "lose", "project", "reduce", "span", "weigh", "weigh_run",
+]  # fmt: skip

@@ -74,6 +74,7 @@ def _orbit(
     vector = images[fixing].mean(axis=0)
     vector /= np.linalg.norm(vector)
     action = group.coset_action(fixing.tolist())
+    action.flags.writeable = False  # so that a verifier may remember what it found of it
     cosets = group.left_cosets(fixing.tolist())
     vectors = irrep.matrices[cosets[:, 0]] @ vector
     gram = vectors @ vectors.T

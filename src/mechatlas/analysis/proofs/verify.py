@@ -17,32 +17,31 @@ The last three are bounded by Cauchy-Schwarz: within an irrep, among the cells o
 takes V exactly, where that was not enough; the third computes all logits of a few pairs.
 A, B, M, T, s and mean are what the explanation says: any values give a true statement.
 
+Before that, neurons are merged that are about multiples of one another: with l_i = c l_j + dl
+and r_i = c r_j + dr, relu(l_i + r_i) is within |dl| + |dr| of relu(c (l_j + r_j)), which is
+c relu(l_j + r_j), or that of -c less -c (l_j + r_j) where c < 0. What this may cost is a part
+of x and a part of y, and so is what neurons that are called silent could do.
+
 Rounding. Every error of float32 and float64 is bounded a priori in the usual model,
 fl(a op b) = (a op b)(1 + d) with |d| <= u: by k u / (1 - k u) for k operations in a row times
-the sum of the absolute values of the terms. `Terms.size` bounds that sum for every pair.
+the sum of the absolute values of the terms, which `Terms.slack` bounds for every pair.
 
 Source: Wu et al. (ICLR 2025) for the idea; Higham, Accuracy and Stability of Numerical
 Algorithms (2002), section 3.1, for rounding.
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Float32, Int
 
+from mechatlas.analysis.proofs import checks
 from mechatlas.analysis.proofs.checks import U32, U64, check, growth
 from mechatlas.analysis.proofs.explanation import Explanation, ProofError
 from mechatlas.analysis.proofs.terms import Terms, build_terms
 from mechatlas.maths.groups import Group
-
-try:
-    from mechatlas.analysis.proofs import kernels as loops
-except ImportError:  # numba is missing: slower, and tested to be the same
-    from mechatlas.analysis.proofs import plain as loops
-
-FLOATS = 2**19
-"""Numbers of V held at a time: as many x are taken together as fit."""
 
 HOPELESS = 0.1
 """The second stage is given up where it certifies a smaller share of what it is given."""
@@ -54,8 +53,10 @@ class Verdict:
 
     margins: Float[np.ndarray, "order order"]
     """Lower bound on the margin in exact arithmetic on the stored weights."""
-    float32_errors: Float[np.ndarray, "order order"]
-    """Upper bound on how much less the margin can be in float32, in any order of sums."""
+    run: tuple[Float[np.ndarray, " order"], Float[np.ndarray, " order"]] = dataclasses.field(
+        repr=False
+    )
+    """The two parts of `float32_errors`: that of x and that of y."""
     stages: Int[np.ndarray, "order order"]
     """Which stage gave the bound of the pair: 1, 2 or 3."""
     multiply_adds: int
@@ -69,19 +70,25 @@ class Verdict:
 
         Each at the class of elements where the pair is weakest.
         """
-        t, table, xs, rests, moved, slack = self.sample
+        t, table, rests, moved = self.sample
         gaps, norms = t.bins
-        pulls = np.einsum("kc,icy->kiy", norms, moved.astype(np.float64))
-        worst = (gaps[:, None, None] - pulls).argmin(axis=0)
+        pulls = norms @ moved.astype(np.float64)
+        worst = (gaps[:, None] - pulls).argmin(axis=0)
         pull = np.take_along_axis(pulls, worst[None], 0)[0]
         x_loss, y_loss, errors = t.losses
-        z = table[xs]
-        rest = np.einsum("iby,biy->iy", rests.astype(np.float64), errors[:, z])
+        z = table[0]
+        rest = (rests.astype(np.float64) * errors[:, z]).sum(axis=0)
         cells = t.span_losses[z]
-        additive = x_loss[xs[:, None], z] + y_loss[np.arange(len(y_loss)), z] - cells
+        additive = x_loss[0, z] + y_loss[np.arange(len(z)), z] - cells
+        slack = t.slack[0][0] + t.slack[1]
         values = (gaps[worst], -additive, -pull, -cells, -rest, -slack)
         names = ("ideal", "additive", "moved", "cells", "rest", "rounding")
         return {name: float(np.median(v)) for name, v in zip(names, values, strict=True)}
+
+    @functools.cached_property
+    def float32_errors(self) -> Float[np.ndarray, "order order"]:
+        """Upper bound on how much less the margin can be in float32, in any order of sums."""
+        return self.run[0][:, None] + self.run[1]
 
     @property
     def accuracy_bound(self) -> float:
@@ -113,114 +120,49 @@ def verify(
     Raises:
         ProofError: The explanation is not even well formed.
     """
-    n, m = left.shape
-    defect = check(m, group, explanation)
-    terms = build_terms((left, right, unembed), group, explanation, defect)
-    run = _Run(terms, group, explanation)
-    for start in range(0, n, run.step):
-        run.take(start)
-    return run.verdict()
+    weights = (left, right, unembed)
+    table, n = group.table, group.order
+    packed, irreps, actions = check(len(unembed), group, explanation)
+    t = build_terms(weights, explanation, packed, irreps, actions)
+    whole = n * n * n * len(unembed)
+    margins, stages = np.empty((n, n)), np.ones((n, n), np.int8)
+    sample = (
+        np.empty((len(t.blocks) - 1, n), np.float32),
+        np.empty((len(packed.circuits), n), np.float32),
+    )
+    few = int(explanation.second_share * whole / t.second_cost)
+    taken, left_over = checks.loops.bound_pairs(
+        table, t.neurons, t.blocks, t.lookup, t.circuits, t.bins, t.losses,
+        (*t.slack, *t.run, t.inflate), (t.merged, *t.sums, t.spans, few, HOPELESS),
+        (margins, stages, *sample),
+    )  # fmt: skip
+    used = t.prepared + n * n * t.first_cost + taken * t.second_cost
+    few = int(explanation.third_share * whole / t.third_cost)
+    if few and left_over:
+        used += t.third_cost * _outright(t, table, few, margins, stages)
+    if not np.isfinite(margins.sum()):
+        raise ProofError("The bound is not a number: the explanation has absurd sizes.")
+    return Verdict(margins, t.run, stages, used, (t, table, *sample))
 
 
-class _Run:
-    """The margins found so far, and how much of each stage has been used."""
-
-    def __init__(self, terms: Terms, group: Group, explanation: Explanation) -> None:
-        n = group.order
-        self.terms, self.group = terms, group
-        self.margins = np.empty((n, n))
-        self.errors = terms.float32_errors(np.arange(n))
-        self.stages = np.ones((n, n), np.int8)
-        whole = n * n * n * terms.width
-        self.left_over = [explanation.second_share * whole, explanation.third_share * whole]
-        self.used = terms.multiply_adds
-        self.step = min(n, max(1, FLOATS // max(1, (terms.n_rows + terms.n_blocks) * n)))
-        self.rests = np.empty((self.step, terms.n_blocks, n), np.float32)
-        self.moved = np.empty((self.step, terms.n_circuits, n), np.float32)
-        kept = self.step if explanation.second_share > 0 else 1
-        self.matrices = np.empty((kept, terms.n_rows, n), np.float32)
-        self.sample: tuple[np.ndarray, ...] = ()
-
-    def take(self, start: int) -> None:
-        """Bound all pairs with x from `start` on, as many as are taken together."""
-        t, n = self.terms, self.group.order
-        xs = np.arange(start, min(n, start + self.step))
-        rests, moved, matrices = self.rests[: len(xs)], self.moved[: len(xs)], self.matrices
-        loops.measure(xs, t.neurons, t.blocks, t.lookup, t.circuits, (rests, moved, matrices))
-        bound = self.margins[xs[0] : xs[-1] + 1]
-        loops.screen(
-            xs, self.group.table, (rests, moved), t.bins, t.losses, bound
-        )  # fmt: skip
-        slack = t.slack(xs)
-        bound -= slack
-        self.used += len(xs) * n * t.first_cost
-        if not start:
-            self.sample = (xs[:1], rests[:1].copy(), moved[:1].copy(), slack[:1])
-        self._second(xs, bound, slack, (rests, matrices))
-        self._third(xs, bound, slack)
-
-    def _second(self, xs, bound, slack, found) -> None:
-        t, table = self.terms, self.group.table
-        rests, matrices = found
-        if self.left_over[0] <= 0:
-            return
-        i, y = np.nonzero(bound <= self.errors[xs[0] : xs[-1] + 1])
-        i, y = _first(i, y, self.left_over[0] // t.second_cost)
-        if not len(i):
-            return
-        z = table[xs[i], y]
-        logits = t.logits(matrices, i, y)
-        margins = np.empty(len(i), np.float32)
-        loops.finish(xs[i], y, z, logits, t.sums, t.spans, margins)
-        rest = rests[i, :, y].astype(np.float64)
-        sharper = margins - np.einsum("pb,bp->p", rest, t.losses[2][:, z]) - slack[i, y]
-        sharper -= t.silent[0][xs[i]] + t.silent[1][y]
-        self.stages[xs[i], y] = np.where(sharper > bound[i, y], 2, self.stages[xs[i], y])
-        bound[i, y] = np.maximum(bound[i, y], sharper)
-        self._spend(0, len(i) * t.second_cost)
-        if (sharper > self.errors[xs[i], y]).mean() < HOPELESS:
-            self.left_over[0] = 0
-
-    def _third(self, xs, bound, slack) -> None:
-        t, table = self.terms, self.group.table
-        i, y = np.nonzero(bound <= self.errors[xs[0] : xs[-1] + 1])
-        i, y = _first(i, y, self.left_over[1] // t.third_cost)
-        if not len(i):
-            return
-        pairs = np.arange(len(i))
-        z = table[xs[i], y]
-        logits = t.outright(xs[i], y)
-        right = logits[pairs, z].copy()
+def _outright(t: Terms, table, few: int, margins, stages) -> int:
+    """Compute all logits of a few of the pairs that are left."""
+    of_x, of_y = t.run
+    x, y = (i[:few] for i in np.nonzero(margins <= of_x[:, None] + of_y))
+    left, right, unembed = (w.astype(np.float64) for w in t.weights)
+    step = max(1, 2**20 // len(unembed))
+    for start in range(0, len(x), step):
+        some = slice(start, start + step)
+        z = table[x[some], y[some]]
+        logits = np.maximum(left[x[some]] + right[y[some]], 0) @ unembed
+        pairs = np.arange(len(z))
+        answer = logits[pairs, z].copy()
         logits[pairs, z] = -np.inf
-        bound[i, y] = right - logits.max(axis=1) - slack[i, y]
-        self.stages[xs[i], y] = 3
-        self._spend(1, len(i) * t.third_cost)
-
-    def _spend(self, stage: int, cost: int) -> None:
-        self.left_over[stage] -= cost
-        self.used += cost
-
-    def verdict(self) -> Verdict:
-        """What was found.
-
-        Raises:
-            ProofError: A bound is not a number.
-        """
-        if not np.isfinite(self.margins.sum()):
-            raise ProofError("The bound is not a number: the explanation has absurd sizes.")
-        table = self.group.table
-        return Verdict(
-            self.margins,
-            self.errors,
-            self.stages,
-            int(self.used),
-            (self.terms, table, *self.sample),
-        )
-
-
-def _first(i: np.ndarray, y: np.ndarray, count: float) -> tuple[np.ndarray, np.ndarray]:
-    some = int(min(len(i), max(count, 0)))
-    return i[:some], y[:some]
+        # In float64 the error is at most this share of that in float32.
+        rounding = 1e-6 * (of_x[x[some]] + of_y[y[some]])
+        margins[x[some], y[some]] = answer - logits.max(axis=1) - rounding
+    stages[x, y] = 3
+    return len(x)
 
 
 __all__ = ["U32", "U64", "Verdict", "growth", "verify"]
