@@ -4,7 +4,8 @@ Main path, in reading order:
 
     symmetry   decoder blocks -> stabilisers, families and poses
     Symmetry   the answer with its evidence
-    shuffled   the same blocks with the pairing of elements broken: the control
+    shuffled   the same blocks with the pairing of elements broken
+    control    how many features of shuffled blocks pass: about none
 
 A feature has one decoder block D_g for each element g of a group that acts on the input. Seen in
 another pose it has blocks D'_g = D_gh, so h leaves it unchanged just if D_gh = D_g for all g; all
@@ -178,6 +179,18 @@ def shuffled(
         if g != group.identity:
             out[:, g] = blocks[order, g]
     return out
+
+
+def control(halves: Any, group: Group, *, rate: float = RATE, seed: int = 0) -> int:
+    """How many features have a stabiliser larger than {e} if the pairing is broken.
+
+    Raises:
+        InputError: The shapes do not fit the group or one another.
+        NonFiniteError: A block has NaN or infinite values.
+    """
+    a, b = _as_halves(halves, group, np.shape(halves[0]))
+    evidence = from_halves(shuffled(a, group, seed=seed), shuffled(b, group, seed=seed), group)
+    return int((choose(evidence, group, rate).q_values <= rate).sum())
 
 
 def _spearman_brown(ceiling: Float[np.ndarray, " feature"]) -> Float[np.ndarray, " feature"]:
