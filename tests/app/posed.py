@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from mechatlas.activations.store import SCHEMA, write_shard
+from mechatlas.activations.store import SCHEMA, Split, write_shard
 from mechatlas.dictionaries.autoencoder import Autoencoder, Crosscoder
 from mechatlas.dictionaries.sparsity import ReLU
 from mechatlas.files import write_json
@@ -31,7 +31,7 @@ def features(seed=0):
     return np.array(blocks, np.float32), stabilisers, np.array(families)
 
 
-def write_store(root: Path, *, images=60, crops=2, each=40, noise=0.5, named="D4", mixed=False):
+def write_store(root: Path, *, images=60, crops=2, each=40, noise=0.5, mixed=False):
     """Rows of sparse codes times blocks, with noise; `mixed` breaks the pairing of poses."""
     random = np.random.default_rng(1)
     blocks, _, _ = features()
@@ -47,13 +47,14 @@ def write_store(root: Path, *, images=60, crops=2, each=40, noise=0.5, named="D4
     where = np.stack([sample, random.integers(0, 9, n), random.integers(0, 9, n)], axis=1)
     held = sample >= (images - 6) * crops
     shards = []
-    for split, chosen in (("train", ~held), ("held", held)):
+    splits: list[tuple[Split, np.ndarray]] = [("train", ~held), ("held", held)]
+    for split, chosen in splits:
         order = random.permutation(np.flatnonzero(chosen))
         for number, part in enumerate(np.array_split(order, 3)):
             x = torch.from_numpy(rows[part].reshape(len(part), -1)).float()
             place = torch.from_numpy(where[part]).int()
             shards.append(write_shard(root, "layer", split, number, x, place))
-    g = group(named)
+    g = D4
     manifest = {
         "schema": SCHEMA,
         "kind": "store",

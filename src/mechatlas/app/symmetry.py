@@ -24,6 +24,7 @@ from tyro.conf import Positional, arg
 from mechatlas.activations.store import Store, StoreRows
 from mechatlas.analysis.symmetry.baselines import Explained, PoseMaps
 from mechatlas.analysis.symmetry.classify import RATE, Symmetry, control, symmetry
+from mechatlas.analysis.symmetry.evidence import ALIKE
 from mechatlas.analysis.symmetry.names import NOT_RELIABLE
 from mechatlas.analysis.symmetry.regression import CodeRegression
 from mechatlas.app.folders import finish, refuse_strangers, write_table, write_tensors
@@ -60,6 +61,8 @@ class FindSymmetry:
     """Site of the store; by default the one that the dictionary was trained on."""
     rate: float = RATE
     """False discovery rate of the claim that something leaves a feature unchanged."""
+    alike: float = ALIKE
+    """How alike two blocks must be to count as equal: cosine, corrected for noise."""
     seed: int = 0
     """Seed of the nulls."""
 
@@ -110,12 +113,15 @@ def find_symmetry(recipe: FindSymmetry) -> dict[str, Any]:
         blocks, intercept = posed.own_blocks, None
     with bar("comparing features") as progress:
         found = symmetry(
-            blocks, posed.group, halves, rate=recipe.rate, seed=recipe.seed, on_progress=progress
-        )
+            blocks, posed.group, halves, rate=recipe.rate, alike=recipe.alike, seed=recipe.seed,
+            on_progress=progress,
+        )  # fmt: skip
     r2, n_held = _measure(posed, maps, blocks, intercept)
     result = {
         **_summary(found),
-        "discoveries_shuffled": control(halves, posed.group, rate=recipe.rate, seed=recipe.seed),
+        "discoveries_shuffled": control(
+            halves, posed.group, rate=recipe.rate, alike=recipe.alike, seed=recipe.seed
+        ),
         "agreement": _agreement(blocks, halves, found),
         "group": _described(posed),
         "site": posed.site,
@@ -335,6 +341,7 @@ def _summary(found: Symmetry) -> dict[str, Any]:
         "n_features": len(found.stabilisers),
         "classes": {name: counts[name] for name in order if counts[name]},
         "fdr": found.rate,
+        "alike": found.alike,
         "discoveries": found.n_discoveries,
         "reliable": int(found.reliable.sum()),
         "noise_ceiling": quartiles[1],

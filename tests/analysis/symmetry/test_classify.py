@@ -226,3 +226,20 @@ def test_bad_blocks_are_refused_in_one_sentence():
     bad[1, 5, 0] = np.nan
     with pytest.raises(NonFiniteError, match=r"feature 1 for element 5 \(r s\)"):
         symmetry(bad, D4)
+
+
+def test_features_that_are_almost_poses_join_a_family_and_overlapping_families_stay_apart():
+    random = np.random.default_rng(0)
+    template = function_on_cosets(D4, {0}, 64, random)
+    exact = [template[D4.table[:, h]] for h in (0, 3, 5)]
+    other = [function_on_cosets(D4, {0}, 64, random) for _ in range(4)]
+    # Two are most like the family, though surely not its poses; two are unlike it.
+    almost = [0.9 * exact[0] + 0.4359 * other[0], 0.9 * exact[1] + 0.4359 * other[1]]
+    blocks = np.array([*exact, *almost, 0.6 * exact[2] + 0.8 * other[2], other[3]])
+    halves = blocks + 0.1 * random.standard_normal((2, *blocks.shape))
+    found = symmetry(halves.mean(axis=0), D4, halves)
+    assert found.families[:5].tolist() == [0] * 5
+    assert found.families[5] != found.families[6]
+    assert 0 not in found.families[5:]
+    likeness = found.likeness_to_reference
+    assert likeness[3:5] == pytest.approx(0.9, abs=0.1)

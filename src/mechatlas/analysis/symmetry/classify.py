@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 
-from mechatlas.analysis.symmetry.evidence import from_channels, from_halves
+from mechatlas.analysis.symmetry.evidence import ALIKE, SUPPORT, from_channels, from_halves
 from mechatlas.analysis.symmetry.families import Families, families
 from mechatlas.analysis.symmetry.names import NOT_RELIABLE, class_names
 from mechatlas.analysis.symmetry.stabilisers import choose
@@ -74,6 +74,8 @@ class Symmetry:
     """What variances were multiplied with because entries err together; 1 if they do not."""
     rate: float
     """False discovery rate asked for."""
+    alike: float
+    """How alike blocks must be to count as equal."""
     missing: str
     """What evidence there is none of; empty with halves."""
 
@@ -97,6 +99,7 @@ def symmetry(
     halves: Any = None,
     *,
     rate: float = RATE,
+    alike: float = ALIKE,
     seed: int = 0,
     on_progress: Progress = no_progress,
 ) -> Symmetry:
@@ -108,6 +111,8 @@ def symmetry(
         halves: Two estimates of the blocks with independent noise, of the same shape, from
             different samples. Without them noise cannot be told from asymmetry: see `missing`.
         rate: False discovery rate of the claim that a stabiliser is larger than {e}.
+        alike: How alike D_gh and D_g must be (cosine, corrected for noise) to count as equal.
+            Nothing in a real network is exactly equal.
         seed: Seed of the null for families.
         on_progress: Told how many tiles of pairs of features have been looked at.
 
@@ -118,12 +123,14 @@ def symmetry(
     """
     if not 0 < rate < 1:
         raise InputError(f"The false discovery rate must lie between 0 and 1, got {rate}.")
+    if not SUPPORT < alike <= 1:
+        raise InputError(f"alike must be above {SUPPORT:.4f} and at most 1, got {alike}.")
     whole = _as_blocks(blocks, group, "blocks")
     if halves is None:
-        evidence = from_channels(whole, group)
+        evidence = from_channels(whole, group, alike)
     else:
         first, second = _as_halves(halves, group, whole.shape)
-        evidence = from_halves(first, second, group)
+        evidence = from_halves(first, second, group, alike)
     chosen = choose(evidence, group, rate)
     subgroups = group.subgroups()
     stabilisers = tuple(subgroups[i] for i in chosen.subgroup)
@@ -131,7 +138,7 @@ def symmetry(
     share = np.where(np.isnan(reliability), 1.0, np.maximum(reliability, 0))
     found: Families = families(
         whole, np.where(evidence.p_signal <= rate, share, 0), evidence.noise, stabilisers, group,
-        rate=rate, seed=seed, on_progress=on_progress,
+        rate=rate, alike=alike, seed=seed, on_progress=on_progress,
     )  # fmt: skip
     class_of = np.array([group.lattice().class_of(each) for each in subgroups])
     return Symmetry(
@@ -154,6 +161,7 @@ def symmetry(
         chance=found.chance,
         inflation=evidence.inflation,
         rate=rate,
+        alike=alike,
         missing="" if halves is not None else WITHOUT_HALVES,
     )
 
@@ -181,7 +189,9 @@ def shuffled(
     return out
 
 
-def control(halves: Any, group: Group, *, rate: float = RATE, seed: int = 0) -> int:
+def control(
+    halves: Any, group: Group, *, rate: float = RATE, alike: float = ALIKE, seed: int = 0
+) -> int:
     """How many features have a stabiliser larger than {e} if the pairing is broken.
 
     Raises:
@@ -189,7 +199,8 @@ def control(halves: Any, group: Group, *, rate: float = RATE, seed: int = 0) -> 
         NonFiniteError: A block has NaN or infinite values.
     """
     a, b = _as_halves(halves, group, np.shape(halves[0]))
-    evidence = from_halves(shuffled(a, group, seed=seed), shuffled(b, group, seed=seed), group)
+    a, b = (shuffled(half, group, seed=seed) for half in (a, b))
+    evidence = from_halves(a, b, group, alike)
     return int((choose(evidence, group, rate).q_values <= rate).sum())
 
 

@@ -40,7 +40,7 @@ SUPPORT = 0.5**0.5
 """A symmetry needs support that blocks are more alike than this: more than half of each explains
 the other (cosine squared)."""
 ALIKE = 0.95
-"""And it must not be certain that they are less alike than this."""
+"""And it must not be certain that they are less alike than this, unless told otherwise."""
 _CHUNK_BYTES = 1 << 18
 
 
@@ -57,7 +57,7 @@ class Evidence:
     p_support: Float[np.ndarray, "feature element"]
     """Of the null hypothesis that it is at most `SUPPORT`."""
     p_unlike: Float[np.ndarray, "feature element"]
-    """Of the null hypothesis that it is at least `ALIKE` times the ceiling."""
+    """Of the null hypothesis that it is at least `alike` times the ceiling."""
     p_signal: Float[np.ndarray, " feature"]
     """Of the null hypothesis that the two halves share nothing."""
     ceiling: Float[np.ndarray, " feature"]
@@ -104,6 +104,7 @@ def from_halves(
     a: Float[np.ndarray, "feature order d"],
     b: Float[np.ndarray, "feature order d"],
     group: Group,
+    alike: float = ALIKE,
 ) -> Evidence:
     """Judge every shift of every feature against the feature's own noise ceiling."""
     common = (common_part(a) + common_part(b)) / 2
@@ -132,7 +133,7 @@ def from_halves(
         with np.errstate(invalid="ignore"):
             ceiling[part] = _dot(x, y) / lengths
         noise[part] = _dot(error, error) / (4 * flat.shape[1])
-    return _weigh(moments, alone, ceiling, noise, group)
+    return _weigh(moments, alone, ceiling, noise, group, alike)
 
 
 def _weigh(
@@ -141,6 +142,7 @@ def _weigh(
     ceiling: np.ndarray,
     noise: np.ndarray,
     group: Group,
+    alike: float,
 ) -> Evidence:
     """Tests from the sums that one pass over the blocks gave."""
     shifts = _shifts(group)
@@ -163,7 +165,7 @@ def _weigh(
     # Satterthwaite: the fourth moment of a normal number is three times its variance squared.
     freedom = np.maximum(3 * line_squares**2 / np.maximum(line_fourth, 1e-300), 1)
     support = _upper(products - SUPPORT * energy, inflation * variance(SUPPORT), freedom)
-    unlike = _upper(ALIKE * energy - products, inflation * variance(ALIKE), freedom)
+    unlike = _upper(alike * energy - products, inflation * variance(alike), freedom)
     signal = _upper(energy, inflation * line_squares, freedom)
     likeness = np.where(energy > 0, products / np.where(energy > 0, energy, 1), 0.0)
     likeness[:, ~others] = 1.0
@@ -182,7 +184,9 @@ def _weigh(
     )
 
 
-def from_channels(blocks: Float[np.ndarray, "feature order d"], group: Group) -> Evidence:
+def from_channels(
+    blocks: Float[np.ndarray, "feature order d"], group: Group, alike: float = ALIKE
+) -> Evidence:
     """What one estimate says: how alike shifted blocks are, and how that spreads over channels.
 
     Noise cannot be told from asymmetry then. The ceiling of a feature is taken to be its
@@ -217,7 +221,7 @@ def from_channels(blocks: Float[np.ndarray, "feature order d"], group: Group) ->
         likeness=likeness,
         errors=np.where(alive, np.sqrt(variance), np.inf),
         p_support=np.where(alive, _upper(likeness - SUPPORT, variance, freedom), 1.0),
-        p_unlike=np.where(alive, _upper(ALIKE * ceiling - likeness, variance, freedom), 1.0),
+        p_unlike=np.where(alive, _upper(alike * ceiling - likeness, variance, freedom), 1.0),
         p_signal=np.where(alive[:, 0], 0.0, 1.0),
         ceiling=np.full(n, np.nan),
         noise=np.full(n, np.nan),

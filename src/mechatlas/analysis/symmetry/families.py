@@ -19,10 +19,10 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from scipy import sparse, stats
 
-from mechatlas.analysis.symmetry.evidence import ALIKE, SUPPORT, common_part, without
+from mechatlas.analysis.symmetry.evidence import SUPPORT, common_part, without
 from mechatlas.base import Progress, no_progress
 from mechatlas.maths.groups import Group
 from mechatlas.maths.irreps import Irrep
@@ -86,12 +86,12 @@ class Spectra:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Links:
-    """Pairs of features that are poses of one another."""
+    """Pairs of features that are alike in some pose. Likenesses, each pair both ways."""
 
-    graph: sparse.csr_array
-    """Likeness of each linked pair, both ways."""
-    chance: float
-    """Likeness that a pair of unrelated features exceeds about `rate / features` of the time."""
+    poses: sparse.csr_array
+    """Pairs that may be exactly one another's poses."""
+    kin: sparse.csr_array
+    """Those, and pairs that are surely more alike than chance and `SUPPORT`."""
 
 
 def find_links(
@@ -99,12 +99,14 @@ def find_links(
     noise: Float[np.ndarray, " feature"],
     chance: float,
     rate: float,
+    alike: float,
     n_entries: int,
     on_progress: Progress = no_progress,
 ) -> Links:
-    """All pairs that are surely more alike than chance and `SUPPORT`, and not surely unlike.
+    """All pairs that are surely more alike than chance and `SUPPORT`.
 
-    Where the noise is not known (NaN), only the former is asked, of what is seen.
+    Where the noise is not known (NaN), what is seen counts, and kin are no poses: noise and
+    difference look the same.
 
     Args:
         spectra: Of the features.
@@ -112,31 +114,36 @@ def find_links(
             not known.
         chance: See `chance_of`.
         rate: Share of wrong links that is let through for a feature.
+        alike: Poses are those pairs that are not surely less alike than this.
         n_entries: Numbers that a feature has.
         on_progress: Told how many tiles are done.
     """
     n = spectra.n
     certain = float(stats.norm.isf(rate / max(n * spectra.order, 1)))
     doubtful = float(stats.norm.isf(rate))
-    rows, columns, values = [], [], []
+    found: list[tuple[np.ndarray, ...]] = []
     tiles = [(i, j) for i in range(0, n, TILE) for j in range(i, n, TILE)]
     for done, (i, j) in enumerate(tiles):
         a, b = slice(i, i + TILE), slice(j, j + TILE)
         best = spectra.correlate(a, b).max(axis=2)
         x, y = np.minimum(noise[a], 1e6)[:, None], np.minimum(noise[b], 1e6)[None]
         error = np.sqrt(x + y + n_entries * x * y)
-        sure = best - np.nan_to_num(certain * error) > max(SUPPORT, chance)
-        linked = sure & (np.isnan(error) | (best + doubtful * error >= ALIKE))
+        linked = best - np.nan_to_num(certain * error) > max(SUPPORT, chance)
         if i == j:
             linked &= np.tri(*linked.shape, k=-1, dtype=bool).T
         p, q = np.nonzero(linked)
-        rows.append(i + p)
-        columns.append(j + q)
-        values.append(best[p, q])
+        exact = best[p, q] + doubtful * error[p, q] >= alike
+        found.append((i + p, j + q, best[p, q], exact))
         on_progress(done + 1, len(tiles))
-    row, column, value = (np.concatenate(each) for each in (rows, columns, values))
+    row, column, value, exact = (np.concatenate(parts) for parts in zip(*found, strict=True))
+    return Links(
+        _both_ways(row[exact], column[exact], value[exact], n), _both_ways(row, column, value, n)
+    )
+
+
+def _both_ways(row: np.ndarray, column: np.ndarray, value: np.ndarray, n: int) -> sparse.csr_array:
     half = sparse.coo_array((value, (row, column)), shape=(n, n))
-    return Links(sparse.csr_array(half + half.T), chance)
+    return sparse.csr_array(half + half.T)
 
 
 def chance_of(
@@ -190,43 +197,76 @@ def gather(
     spectra: Spectra,
     stabilisers: Sequence[frozenset[int]],
     group: Group,
+    chance: float,
 ) -> Families:
     """Families around the features that have most links.
 
-    Each member is linked with the reference itself, so that overlapping families do not run into
-    one another along chains.
+    First those of features that may be exact poses of one another. Each member is linked with
+    the reference itself, so that overlapping families do not run into one another along chains.
+    Then features that are still alone join the reference that they are most alike, or one
+    another, if they are surely more alike than chance: in real networks poses differ a little.
     """
-    reference = _references(links.graph)
-    pose = np.full(len(reference), group.identity)
-    likeness = np.ones(len(reference))
+    n = spectra.n
+    reference = _references(links.poses, np.ones(n, bool), np.arange(n))
+    alone = np.bincount(reference, minlength=n)[reference] == 1
+    centres = ~alone & (reference == np.arange(n))
+    _join_nearest(links.kin, alone, centres, reference)
+    alone &= reference == np.arange(n)
+    reference = _references(links.kin, alone, reference)
+    pose = np.full(n, group.identity)
+    likeness = np.ones(n)
     for centre, members in _by_reference(reference):
-        stabiliser = np.array(sorted(stabilisers[centre]))
-        cosets = group.table[:, stabiliser]
+        cosets = group.table[:, np.array(sorted(stabilisers[centre]))]
         for i in range(0, len(members), TILE):
             some = members[i : i + TILE]
-            alike = spectra.correlate(np.array([centre]), some)[0][:, cosets].mean(axis=2)
-            best = alike.argmax(axis=1)
+            similar = spectra.correlate(np.array([centre]), some)[0][:, cosets].mean(axis=2)
+            best = similar.argmax(axis=1)
             pose[some] = cosets[best].min(axis=1)
-            likeness[some] = alike[np.arange(len(some)), best]
+            likeness[some] = similar[np.arange(len(some)), best]
     _, found, sizes = np.unique(reference, return_inverse=True, return_counts=True)
     rank = np.argsort(np.argsort(-sizes, kind="stable"))
-    return Families(rank[found], reference, pose, likeness, links.chance)
+    return Families(rank[found], reference, pose, likeness, chance)
 
 
-def _references(graph: sparse.csr_array) -> Int[np.ndarray, " feature"]:
-    degree = np.diff(graph.indptr).astype(np.int64)
-    reference = np.arange(len(degree))
-    free = np.ones(len(degree), bool)
-    while (centre := int(np.where(free, degree, -1).argmax())) >= 0 and free[centre]:
-        if not degree[centre]:
+def _references(
+    graph: sparse.csr_array,
+    free: Bool[np.ndarray, " feature"],
+    reference: Int[np.ndarray, " feature"],
+) -> Int[np.ndarray, " feature"]:
+    """Put free features together around those that have most free neighbours."""
+    free, reference = free.copy(), reference.copy()
+
+    def near(i: int | np.integer) -> np.ndarray:
+        return graph.indices[graph.indptr[i] : graph.indptr[i + 1]]
+
+    degree = np.array([int(free[near(i)].sum()) for i in range(len(free))])
+    while free.any():
+        centre = int(np.where(free, degree, -1).argmax())
+        if degree[centre] < 1:
             break
-        near = graph.indices[graph.indptr[centre] : graph.indptr[centre + 1]]
-        members = np.append(near[free[near]], centre)
+        members = np.append(near(centre)[free[near(centre)]], centre)
         reference[members] = centre
         free[members] = False
         for member in members:  # no longer to be had
-            degree[graph.indices[graph.indptr[member] : graph.indptr[member + 1]]] -= 1
+            degree[near(member)] -= 1
     return reference
+
+
+def _join_nearest(
+    kin: sparse.csr_array,
+    alone: Bool[np.ndarray, " feature"],
+    centres: Bool[np.ndarray, " feature"],
+    reference: Int[np.ndarray, " feature"],
+) -> None:
+    """Give features that are alone the centre that they are most alike, if it is their nearest."""
+    for i in np.flatnonzero(alone):
+        part = slice(kin.indptr[i], kin.indptr[i + 1])
+        near, value = kin.indices[part], kin.data[part]
+        allowed = alone[near] | centres[near]
+        if allowed.any():
+            best = near[allowed][value[allowed].argmax()]
+            if centres[best]:
+                reference[i] = best
 
 
 def _by_reference(
@@ -249,6 +289,7 @@ def families(
     group: Group,
     *,
     rate: float,
+    alike: float,
     seed: int,
     on_progress: Progress = no_progress,
 ) -> Families:
@@ -262,6 +303,7 @@ def families(
         stabilisers: Of each feature.
         group: The group.
         rate: Of wrong links.
+        alike: See `find_links`.
         seed: Of the null.
         on_progress: Told how many tiles of pairs are done.
     """
@@ -270,8 +312,8 @@ def families(
     chance = chance_of(centred, energy, group, rate, seed)
     spectra = Spectra(centred, energy, group)
     entries = blocks.shape[1] * blocks.shape[2]
-    links = find_links(spectra, noise, chance, rate, entries, on_progress)
-    return gather(links, spectra, stabilisers, group)
+    links = find_links(spectra, noise, chance, rate, alike, entries, on_progress)
+    return gather(links, spectra, stabilisers, group, chance)
 
 
 def _lengths(blocks: Float[np.ndarray, "feature order d"]) -> Float[np.ndarray, " feature"]:
