@@ -387,6 +387,7 @@ def _write(
             "table": group.table.tolist(),
             "elements": list(group.element_names),
             "action": posed.action,
+            "classes": list(found.class_names),
         },
         "files": {TABLE: checksum(table), TENSORS: checksum(tensors)},
     }

@@ -29,10 +29,9 @@ class Planted:
         random = np.random.default_rng([seed, 5])
         n, _, d = self.clean.shape
         # Own blocks have mean square 1; what they share is no part of the scale of the noise.
-        scale = noise * np.exp(uneven * random.standard_normal((n, 1, d)))
-        halves = np.stack([
-            self.clean + scale * random.standard_normal(self.clean.shape) for _ in range(2)
-        ]).astype(np.float32)  # fmt: skip
+        scale = (noise * np.exp(uneven * random.standard_normal((n, 1, d)))).astype(np.float32)
+        noises = [scale * random.standard_normal(self.clean.shape, np.float32) for _ in range(2)]
+        halves = np.stack([self.clean + each for each in noises])
         return halves.mean(axis=0), halves
 
 
@@ -76,7 +75,7 @@ def plant(
             template = unit(np.sqrt(1 - overlap) * own + np.sqrt(overlap) * unit(part))
             number = len(set(label))
             for pose in random.integers(0, group.order, members):
-                clean.append(template[group.table[:, pose]])
+                clean.append(template[group.table[:, pose]].astype(np.float32))
                 back = group.inverses[pose]
                 # D_g = T_gp, so s leaves D unchanged just if p^-1 s p leaves T unchanged.
                 stabilisers.append(
@@ -86,11 +85,12 @@ def plant(
                 poses.append(pose)
     first_decoy = len(clean)
     for _ in range(decoys):
-        clean.append(unit(random.standard_normal((group.order, d))))
+        clean.append(unit(random.standard_normal((group.order, d))).astype(np.float32))
         stabilisers.append(frozenset({group.identity}))
         label.append(len(set(label)))
         poses.append(group.identity)
-    blocks = np.array(clean) + common * unit(random.standard_normal(d))
+    blocks = np.array(clean, np.float32)
+    blocks += (common * unit(random.standard_normal(d))).astype(np.float32)
     order = random.permutation(len(blocks))
     return Planted(
         group,

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 from safetensors import SafetensorError
 from safetensors.numpy import load
 
-from mechatlas.analysis.symmetry.names import NOT_RELIABLE, class_names, rotations
+from mechatlas.analysis.symmetry.names import NOT_RELIABLE, rotations
 from mechatlas.app.report.atoms import flat_map
 from mechatlas.app.report.chapter import Chapter, render
 from mechatlas.app.report.runs import Run, Runs
@@ -46,9 +46,9 @@ def chapter(runs: Runs, on_progress: Progress) -> Chapter | None:
         kept = run.manifest["group"]
         group = Group(kept["table"], name=kept["name"], element_names=kept["elements"])
         table, tensors = _columns(run.folder / TABLE), _tensors(run.folder / TENSORS)
-        names = [*class_names(group), NOT_RELIABLE]
+        names = [*kept["classes"], NOT_RELIABLE]
         colours = _colours(names, table["class"])
-        figures[f"lattice{number}"] = _lattice(group, table["class"], colours)
+        figures[f"lattice{number}"] = _lattice(group, names, table["class"], colours)
         figures[f"map{number}"] = _map(tensors["atoms"], table, colours)
         figures[f"r2{number}"] = _r2(run, group)
         arrays[f"{number}/s"] = tensors["stabiliser_function"]
@@ -68,7 +68,7 @@ def chapter(runs: Runs, on_progress: Progress) -> Chapter | None:
             "name": run.name,
             "number": number,
             "result": run.result,
-            "counts": _counts(group, table["class"], colours),
+            "counts": _counts(group, names, table["class"], colours),
             "families": len(families),
             "ways": [(words, run.result["r2_mean"].get(way)) for way, words in WAYS.items()],
         })  # fmt: skip
@@ -130,7 +130,9 @@ def _colours(names: list[str], of: np.ndarray) -> dict[str, str]:
     return {name: pale.get(name) or next(own) for name in there}
 
 
-def _counts(group: Group, of: np.ndarray, colours: dict[str, str]) -> list[dict[str, Any]]:
+def _counts(
+    group: Group, names: list[str], of: np.ndarray, colours: dict[str, str]
+) -> list[dict[str, Any]]:
     lattice = group.lattice()
     rows = [
         {
@@ -140,7 +142,7 @@ def _counts(group: Group, of: np.ndarray, colours: dict[str, str]) -> list[dict[
             "conjugates": each.size,
             "n": int((of == name).sum()),
         }
-        for name, kind, each in zip(class_names(group), lattice.names, lattice.classes, strict=True)
+        for name, kind, each in zip(names[:-1], lattice.names, lattice.classes, strict=True)
     ]
     rows.append({"name": NOT_RELIABLE, "kind": "", "order": None, "conjugates": None,
                  "n": int((of == NOT_RELIABLE).sum())})  # fmt: skip
@@ -149,13 +151,15 @@ def _counts(group: Group, of: np.ndarray, colours: dict[str, str]) -> list[dict[
             for row in kept]  # fmt: skip
 
 
-def _lattice(group: Group, of: np.ndarray, colours: dict[str, str]) -> dict[str, Any]:
+def _lattice(
+    group: Group, names: list[str], of: np.ndarray, colours: dict[str, str]
+) -> dict[str, Any]:
     """Classes of subgroups by order; a line joins a class with the next larger that hold it."""
-    lattice, names = group.lattice(), class_names(group)
+    lattice = group.lattice()
     counts = [int((of == name).sum()) for name in names]
-    shown = list(range(len(names)))
+    shown = list(range(len(lattice.classes)))
     if len(shown) > MOST_NODES:
-        shown = [c for c in shown if counts[c] or c in (0, len(names) - 1)]
+        shown = [c for c in shown if counts[c] or c in (0, len(lattice.classes) - 1)]
     holds = lattice.contains[np.ix_(shown, shown)] > 0
     np.fill_diagonal(holds, False)
     covers = holds & ~(holds.astype(int) @ holds.astype(int) > 0)
