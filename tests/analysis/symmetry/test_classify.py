@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import mechatlas
-from mechatlas.analysis.symmetry.classify import shuffled, symmetry
+from mechatlas.analysis.symmetry.classify import control, shuffled, symmetry
 from mechatlas.analysis.symmetry.evidence import common_part, from_halves, without
 from mechatlas.analysis.symmetry.names import NOT_RELIABLE
 from mechatlas.base import InputError, NonFiniteError
@@ -243,3 +243,59 @@ def test_features_that_are_almost_poses_join_a_family_and_overlapping_families_s
     assert 0 not in found.families[5:]
     likeness = found.likeness_to_reference
     assert likeness[3:5] == pytest.approx(0.9, abs=0.1)
+
+
+def test_superposed_features_have_what_both_parts_have():
+    random = np.random.default_rng(0)
+    _, subgroups = SUBGROUPS["D4"]
+    blocks = []
+    for _ in range(80):
+        a, b = (subgroups[random.integers(len(subgroups))] for _ in range(2))
+        one, other = (function_on_cosets(D4, h, 48, random) for h in (a, b))
+        blocks.append(one + 0.6 * other[D4.table[:, random.integers(8)]])
+    true = [
+        frozenset(h for h in range(8) if np.allclose(block[D4.table[:, h]], block))
+        for block in blocks
+    ]
+    halves = np.array(blocks) + 0.2 * random.standard_normal((2, len(blocks), 8, 48))
+    found = symmetry(halves.mean(axis=0), D4, halves)
+    agree = [a == b for a, b in zip(found.stabilisers, true, strict=True)]
+    assert np.mean(agree) >= 0.95
+    claimed = np.flatnonzero(found.q_values <= 0.05)
+    assert np.mean([not found.stabilisers[i] <= true[i] for i in claimed]) <= 0.05
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("level", ["low", "middle"])
+def test_planted_features_at_the_width_of_a_real_layer(level):
+    g, subgroups = SUBGROUPS["D16"]
+    planted = plant(g, subgroups, d=480, families_each=6, members=12, decoys=200, overlap=0.5)
+    blocks, halves = planted.measured(NOISE[level], uneven=0.5)
+    told = score(planted, symmetry(blocks, g, halves))
+    assert told["f1"] >= 0.95
+    assert told["fdr"] <= 0.05
+    assert told["ari"] >= 0.9
+    assert told["poses"] >= 0.95
+    assert control(halves, g) == 0
+
+
+@pytest.mark.slow
+def test_the_false_discovery_rate_holds_where_features_are_nearly_symmetric():
+    """Decoys at the edge: half-turns that leave just half of each block explained."""
+    random = np.random.default_rng(0)
+    claimed, false = 0, 0
+    share = (1 + 0.5**0.5) / 2
+    for _ in range(20):
+        even = [function_on_cosets(D4, {0, 2}, 40, random) for _ in range(150)]
+        odd = [b - b[D4.table[:, 2]] for b in random.standard_normal((100, 8, 40))]
+        edge = np.sqrt(share) * np.array(even[:100]) + np.sqrt(1 - share) * np.array(
+            [b / np.sqrt(np.square(b).mean()) for b in odd]
+        )
+        blocks = np.concatenate([edge, even[100:]])
+        halves = blocks + 0.8 * random.standard_normal((2, *blocks.shape))
+        found = symmetry(halves.mean(axis=0), D4, halves)
+        stands = found.q_values <= 0.05
+        claimed += stands.sum()
+        false += stands[:100].sum()
+    assert claimed > 500
+    assert false / claimed <= 0.05

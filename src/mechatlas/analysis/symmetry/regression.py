@@ -96,7 +96,10 @@ class CodeRegression:
                 "The noise ceiling needs two halves of the samples, and one is empty: "
                 f"{self.rows[0]} and {self.rows[1]} rows."
             )
-        return np.stack([self._solve([0])[0], self._solve([1])[0]])
+        out = np.empty((2, self.n_latents, self.width), np.float32)
+        for half in range(2):
+            out[half] = self._solve([half])[0]
+        return out
 
     def whole(self) -> tuple[Float[np.ndarray, "latent width"], Float[np.ndarray, " width"]]:
         """The blocks as all rows give them, and what is predicted where no latent is active."""
