@@ -10,7 +10,16 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-NAMES = ("tutorial", "own", "dictionaries", "formats", "interaction", "matching", "proofs")
+NAMES = (
+    "tutorial",
+    "own",
+    "dictionaries",
+    "formats",
+    "interaction",
+    "matching",
+    "proofs",
+    "symmetry",
+)
 PAGES = [ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in NAMES)]
 BLOCK = re.compile(r"^```(\w+)(?: title=\"([^\"]+)\")?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 

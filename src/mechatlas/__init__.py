@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from mechatlas.analysis.matching.chains import track
     from mechatlas.analysis.matching.pairing import match, relatives
     from mechatlas.analysis.proofs.prove import load_proof, prove
+    from mechatlas.analysis.symmetry.classify import symmetry
     from mechatlas.base import Dictionary, Rows, Site, UserError
     from mechatlas.dictionaries.autoencoder import Autoencoder, Crosscoder, Transcoder
     from mechatlas.dictionaries.formats import load, save
@@ -50,6 +51,7 @@ _HOMES = {
     "analysis.matching.chains": ("track",),
     "analysis.matching.pairing": ("match", "relatives"),
     "analysis.proofs.prove": ("load_proof", "prove"),
+    "analysis.symmetry.classify": ("symmetry",),
     "base": ("Dictionary", "Rows", "Site", "UserError"),
     "dictionaries.autoencoder": ("Autoencoder", "Crosscoder", "Transcoder"),
     "dictionaries.formats": ("load", "save"),
@@ -114,6 +116,7 @@ __all__ = [
     "read",
     "relatives",
     "save",
+    "symmetry",
     "track",
     "train",
 ]

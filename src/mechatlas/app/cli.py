@@ -26,6 +26,7 @@ usage: mechatlas COMMAND ...
   train    RECIPE.toml [--field value ...]   activation store -> dictionary
   basis    RECIPE.toml [--field value ...]   network, samples -> degeneracy, interaction basis
   match    DICT_A DICT_B [...] --out DIR     which latent is which, with proof and false match rate
+  symmetry DICT --store STORE --out DIR      what leaves each feature unchanged; families of poses
   prove    WEIGHTS --table TABLE --out DIR   bound the accuracy of a group-operation network
   report   DIR --out page.html               folder of runs -> one HTML page
 
@@ -204,6 +205,13 @@ def match(words: list[str]) -> Answer:
     return matching.run(words)
 
 
+def symmetry(words: list[str]) -> Answer:
+    """Classify features by what leaves them unchanged."""
+    from mechatlas.app import symmetry as job
+
+    return job.run(words)
+
+
 def prove(words: list[str]) -> Answer:
     """Prove a bound, or check a proof.
 
@@ -239,6 +247,7 @@ COMMANDS: dict[str, Callable[[list[str]], Answer]] = {
     "train": train,
     "basis": basis,
     "match": match,
+    "symmetry": symmetry,
     "prove": prove,
     "report": report,
 }

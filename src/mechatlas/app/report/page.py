@@ -29,6 +29,7 @@ from mechatlas.app.report.chapters import (
     matching,
     overview,
     proofs,
+    symmetry,
     training,
 )
 from mechatlas.app.report.runs import Runs, find_runs
@@ -41,6 +42,7 @@ CHAPTERS: tuple[ChapterOf, ...] = (
     features.chapter,
     interaction.chapter,
     matching.chapter,
+    symmetry.chapter,
     proofs.chapter,
 )
 """The page, in this order. A new analysis adds its function here."""

@@ -10,7 +10,7 @@ from torch import nn
 from mechatlas.activations.networks import digest
 from mechatlas.activations.receptive import receptive_field
 from mechatlas.activations.samples import ImageSamples, Samples, TextSamples
-from mechatlas.activations.store import StoreRows
+from mechatlas.activations.store import POOL_BYTES, StoreRows
 from mechatlas.analysis.examples import (
     BINS,
     PER_OCTAVE,
@@ -112,6 +112,8 @@ def _open(run: Run, key: str, runs: Runs, on_progress: Progress) -> _Opened:
     folder = runs.store_of(run)
     store = runs.open_store(folder)
     rows = store.rows(written)
+    if store.manifest.get("group"):  # the untransformed block: what the network gives for a sample
+        rows = StoreRows(store, rows.site, slice(0, dictionary.d_in), POOL_BYTES)
     statistics = feature_statistics(
         dictionary, rows, top=TOP, max_rows=MAX_ROWS, on_progress=_part(on_progress, 0, 40, 100)
     )
@@ -132,7 +134,7 @@ def _open(run: Run, key: str, runs: Runs, on_progress: Progress) -> _Opened:
             "feature's maximum: network, samples and store do not belong together."
         )
     tokens = _tokens(network, samples, shown) if isinstance(samples, TextSamples) else None
-    atoms = dictionary.W_dec.detach().float().cpu().numpy()
+    atoms = dictionary.W_dec.detach()[:, : rows.d_in].float().cpu().numpy()
     return _Opened(
         run, key, atoms, rows, folder, samples, statistics, shown, tokens, problems
     )  # fmt: skip

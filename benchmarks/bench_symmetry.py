@@ -1,0 +1,77 @@
+"""Planted symmetries: classes, families and poses found, false discoveries, and time at full size.
+
+Run: `pytest benchmarks/bench_symmetry.py -s -o python_files='bench_*.py' --benchmark-only -m ''`.
+Families have every class of stabilisers of D4, or those of D16 (order 32) up to order 8; there are
+as many random decoys as a fifth of the features, noise of each half is 0.1, 0.5 or 1.5 times the
+blocks, families overlap (cosine 0.5 in the same pose) or share a direction, noise may be uneven.
+Nominal false discovery rate: 5 %.
+"""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mechatlas.analysis.symmetry.classify import control, symmetry
+from mechatlas.maths.named_groups import group
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from tests.analysis.symmetry.planted import NOISE, plant, score
+
+MIXTURES = {
+    "apart": {},
+    "overlap": {"overlap": 0.5},
+    "common": {"common": 2.0},
+    "uneven": {"overlap": 0.3, "uneven": 0.5},
+}
+SEEDS = 3
+
+
+def subgroups_of(name):
+    g = group(name)
+    return g, [c.representative for c in g.lattice().classes if c.order <= 8]
+
+
+@pytest.mark.parametrize("mixture", MIXTURES)
+@pytest.mark.parametrize("level", NOISE)
+@pytest.mark.parametrize("name", ["D4", "D16"])
+def test_planted(benchmark, name, level, mixture):
+    g, subgroups = subgroups_of(name)
+    how = dict(MIXTURES[mixture])
+    uneven = how.pop("uneven", 0.0)
+    told, by_chance = [], 0
+    for seed in range(SEEDS):
+        planted = plant(g, subgroups, d=64, families_each=4, members=8, decoys=60, seed=seed, **how)
+        blocks, halves = planted.measured(NOISE[level], seed=seed, uneven=uneven)
+        if seed == 0:
+            benchmark.pedantic(symmetry, (blocks, g, halves), rounds=1)
+        told.append(score(planted, symmetry(blocks, g, halves)))
+        by_chance += control(halves, g)
+    mean = {key: round(float(np.mean([one[key] for one in told])), 4) for key in told[0]}
+    print(f"\n{name} {level} {mixture} ({len(blocks)} features): {mean}, shuffled {by_chance}")
+    benchmark.extra_info.update(mean, shuffled=by_chance)
+    assert by_chance == 0
+    assert mean["fdr"] <= 0.05
+    if level != "high":
+        assert mean["f1"] >= 0.95
+        assert mean["ari"] >= 0.9
+        assert mean["poses"] >= 0.95
+
+
+@pytest.mark.parametrize("n", [1024, 8192])
+def test_full_width(benchmark, n):
+    """Order 32, 480 channels: what the paper's layer needs."""
+    g, subgroups = subgroups_of("D16")
+    planted = plant(
+        g, subgroups, d=480, families_each=1, members=(n - n // 8) // len(subgroups),
+        decoys=n // 8,
+    )  # fmt: skip
+    blocks, halves = planted.measured(NOISE["middle"])
+    found = benchmark.pedantic(symmetry, (blocks, g, halves), rounds=1)
+    told = score(planted, found)
+    print(f"\n{len(blocks)} features, order 32, 480 channels: {told}")
+    benchmark.extra_info.update(told)
+    assert told["f1"] >= 0.95
+    assert told["fdr"] <= 0.05
+    assert told["ari"] >= 0.9

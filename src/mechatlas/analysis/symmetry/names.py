@@ -1,0 +1,74 @@
+"""What the classes of stabilisers are called.
+
+class_names    a name for each conjugacy class of subgroups
+rotations      the turns inside a dihedral group
+"""
+
+import re
+from collections import Counter
+
+import numpy as np
+
+from mechatlas.maths.groups import Group
+
+NOT_RELIABLE = "not reliable"
+_TURNS = {2: "half-turn", 3: "third-turn", 4: "quarter-turn", 6: "sixth-turn", 8: "eighth-turn"}
+
+
+def rotations(group: Group) -> frozenset[int] | None:
+    """The turns inside a dihedral group, or all of a group called Cn; None for other groups.
+
+    They are a cyclic subgroup with every element outside an involution. That is unique from
+    order 6 on; smaller groups must be called D1 or D2, with their turns first.
+    """
+    if re.fullmatch(r"C\d+", group.name):
+        return frozenset(range(group.order))
+    n = group.order // 2
+    if group.order >= 6 and group.order % 2 == 0:
+        for z in np.flatnonzero(group.element_orders == n):
+            turns = group.closure([z])
+            outside = [g for g in range(group.order) if g not in turns]
+            if (group.element_orders[outside] == 2).all():
+                return turns
+    return frozenset(range(n)) if group.name in ("D1", "D2") else None
+
+
+def class_names(group: Group) -> tuple[str, ...]:
+    """A name for each class of `Group.lattice().classes`; all are different.
+
+    In dihedral groups and those called Cn: invariant, half-turn (line-like), quarter-turn, mirror
+    only, half-turn and mirror, ..., none (curve-like). In others the type of the subgroup. Where
+    several classes would be called the same, an element of the first member is named too.
+    """
+    lattice = group.lattice()
+    turns = rotations(group)
+    names = []
+    for each, kind in zip(lattice.classes, lattice.names, strict=True):
+        if each.order == group.order:
+            names.append("invariant" if group.order > 1 else "none")
+        elif turns is None:
+            names.append(kind if each.order > 1 else "none")
+        else:
+            names.append(_turning(each.representative, turns))
+    often = Counter(names)
+    return tuple(
+        name
+        if often[name] == 1
+        else f"{name}: {_telling_element(group, each.representative, turns)}"
+        for name, each in zip(names, lattice.classes, strict=True)
+    )
+
+
+def _turning(subgroup: frozenset[int], turns: frozenset[int]) -> str:
+    k = len(subgroup & turns)
+    turn = _TURNS.get(k, f"1/{k} turn") if k > 1 else ""
+    if not subgroup <= turns:
+        return f"{turn} and mirror" if turn else "mirror only"
+    if k == 1:
+        return "none (curve-like)"
+    return "half-turn (line-like)" if k == 2 else turn
+
+
+def _telling_element(group: Group, subgroup: frozenset[int], turns: frozenset[int] | None) -> str:
+    beyond = sorted(subgroup - (turns or frozenset()) - {group.identity})
+    return group.element_names[beyond[0] if beyond else max(subgroup)]

@@ -1,0 +1,268 @@
+"""What leaves each feature unchanged, and the families of poses: counts, lattice, map, wheels."""
+
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+from safetensors import SafetensorError
+from safetensors.numpy import load
+
+from mechatlas.analysis.symmetry.names import NOT_RELIABLE, rotations
+from mechatlas.app.report.atoms import flat_map
+from mechatlas.app.report.chapter import Chapter, render
+from mechatlas.app.report.runs import Run, Runs
+from mechatlas.app.symmetry import TABLE, TENSORS
+from mechatlas.base import DiskError, Progress
+from mechatlas.maths.groups import Group
+
+WHEELS = 60
+"""Largest families that are drawn."""
+MOST_NODES = 40
+"""Classes in a lattice; of more, only those with features are drawn."""
+COLOURS = ("#2a8f86", "#d98c2b", "#5a6fd0", "#c65b7c", "#7d9a2e", "#8d62b8", "#3b8fc4", "#9c7448")
+PALE = {NOT_RELIABLE: "#cfcac2"}
+WAYS = {
+    "linear": "best linear map",
+    "dictionary": "this dictionary",
+    "invariant": "the activation itself",
+    "shuffled": "linear map, shuffled pairing",
+}
+
+
+def chapter(runs: Runs, on_progress: Progress) -> Chapter | None:
+    """One part for every run of `mechatlas symmetry`.
+
+    Raises:
+        DiskError: A file of a run is damaged.
+    """
+    found = [run for run in runs.of_kind("symmetry") if run.result]
+    if not found:
+        return None
+    folders = {run.folder.resolve(): run.name for run in runs.of_kind("dictionary")}
+    parts, data, figures, arrays = [], [], {}, {}
+    for number, run in enumerate(found):
+        kept = run.manifest["group"]
+        group = Group(kept["table"], name=kept["name"], element_names=kept["elements"])
+        table, tensors = _columns(run.folder / TABLE), _tensors(run.folder / TENSORS)
+        names = [*kept["classes"], NOT_RELIABLE]
+        colours = _colours(names, table["class"])
+        figures[f"lattice{number}"] = _lattice(group, names, table["class"], colours)
+        figures[f"map{number}"] = _map(tensors["atoms"], table, colours)
+        figures[f"r2{number}"] = _r2(run, group)
+        arrays[f"{number}/s"] = tensors["stabiliser_function"]
+        for key in ("q_value", "noise_ceiling", "likeness"):
+            arrays[f"{number}/{key}"] = table[key].astype(np.float32)
+        arrays[f"{number}/class"] = _numbers(table["class"], names)
+        families = _families(table, group)
+        data.append({
+            "run": folders.get(Path(run.manifest["dictionary"]).resolve(), ""),
+            "elements": list(group.element_names),
+            "turns": sorted(rotations(group) or []),
+            "classes": names,
+            "colours": [colours.get(name, "") for name in names],
+            "families": families,
+        })  # fmt: skip
+        parts.append({
+            "name": run.name,
+            "number": number,
+            "result": run.result,
+            "counts": _counts(group, names, table["class"], colours),
+            "families": len(families),
+            "ways": [(words, run.result["r2_mean"].get(way)) for way, words in WAYS.items()],
+        })  # fmt: skip
+        on_progress(number + 1, len(found))
+    return Chapter(
+        name="symmetry",
+        title="Symmetry",
+        html=render("symmetry.html", parts=parts),
+        figures=figures,
+        data=data,
+        arrays=arrays,
+        scripts=("symmetry.js",),
+    )
+
+
+def _columns(path: Path) -> dict[str, Any]:
+    """A table as arrays.
+
+    Raises:
+        DiskError: It is missing or damaged.
+    """
+    try:
+        table = pq.read_table(io.BytesIO(path.read_bytes()))
+    except (OSError, ValueError) as error:
+        raise DiskError(
+            f"{path} cannot be read ({error}). Run `mechatlas symmetry` again."
+        ) from error
+    lists = {"stabiliser_elements"}
+    return {
+        name: table[name].to_pylist() if name in lists else table[name].to_numpy()
+        for name in table.column_names
+    }
+
+
+def _tensors(path: Path) -> dict[str, np.ndarray]:
+    """Arrays of a run.
+
+    Raises:
+        DiskError: The file is missing or damaged.
+    """
+    try:
+        return load(path.read_bytes())
+    except (OSError, SafetensorError) as error:
+        raise DiskError(
+            f"{path} cannot be read ({error}). Run `mechatlas symmetry` again."
+        ) from error
+
+
+def _numbers(of: np.ndarray, names: list[str]) -> np.ndarray:
+    number = {name: i for i, name in enumerate(names)}
+    return np.array([number[name] for name in of], np.uint16)
+
+
+def _colours(names: list[str], of: np.ndarray) -> dict[str, str]:
+    """A colour for each class that has features; classes without symmetry are pale."""
+    there = [name for name in names if (of == name).any()]
+    pale = {names[0]: "#8f959c", **PALE}
+    own = iter(COLOURS * (1 + len(there) // len(COLOURS)))
+    return {name: pale.get(name) or next(own) for name in there}
+
+
+def _counts(
+    group: Group, names: list[str], of: np.ndarray, colours: dict[str, str]
+) -> list[dict[str, Any]]:
+    lattice = group.lattice()
+    rows = [
+        {
+            "name": name,
+            "kind": kind if each.order > 1 else "{e}",
+            "order": each.order,
+            "conjugates": each.size,
+            "n": int((of == name).sum()),
+        }
+        for name, kind, each in zip(names[:-1], lattice.names, lattice.classes, strict=True)
+    ]
+    rows.append({"name": NOT_RELIABLE, "kind": "", "order": None, "conjugates": None,
+                 "n": int((of == NOT_RELIABLE).sum())})  # fmt: skip
+    kept = [row for row in rows if row["n"] or len(rows) <= MOST_NODES]
+    return [{**row, "share": row["n"] / len(of), "colour": colours.get(row["name"], "#0000")}
+            for row in kept]  # fmt: skip
+
+
+def _lattice(
+    group: Group, names: list[str], of: np.ndarray, colours: dict[str, str]
+) -> dict[str, Any]:
+    """Classes of subgroups by order; a line joins a class with the next larger that hold it."""
+    lattice = group.lattice()
+    counts = [int((of == name).sum()) for name in names]
+    shown = list(range(len(lattice.classes)))
+    if len(shown) > MOST_NODES:
+        shown = [c for c in shown if counts[c] or c in (0, len(lattice.classes) - 1)]
+    holds = lattice.contains[np.ix_(shown, shown)] > 0
+    np.fill_diagonal(holds, False)
+    covers = holds & ~(holds.astype(int) @ holds.astype(int) > 0)
+    order = np.array([lattice.classes[c].order for c in shown])
+    x = np.zeros(len(shown))
+    for level in np.unique(order):
+        row = np.flatnonzero(order == level)
+        x[row] = (np.arange(len(row)) - (len(row) - 1) / 2) / max(1, len(row) - 1) ** 0.3
+    y = np.log2(order)
+    edges_x, edges_y = [], []
+    for big, small in np.argwhere(covers):
+        edges_x += [float(x[big]), float(x[small]), None]
+        edges_y += [float(y[big]), float(y[small]), None]
+    size = [12 + 34 * (counts[c] / max(max(counts), 1)) ** 0.5 for c in shown]
+    nodes = {
+        "type": "scatter", "mode": "markers+text", "x": x.tolist(), "y": y.tolist(),
+        "text": [f"{names[c]}<br><b>{counts[c]:,}</b>" for c in shown],
+        "textposition": "middle right", "hoverinfo": "text", "showlegend": False,
+        "marker": {"size": size, "opacity": 1, "line": {"width": 0},
+                   "color": [colours.get(names[c], "#d9d5cd") for c in shown]},
+    }  # fmt: skip
+    lines = {
+        "type": "scatter", "mode": "lines", "x": edges_x, "y": edges_y, "hoverinfo": "skip",
+        "showlegend": False, "line": {"width": 1, "color": "#b9b4aa"},
+    }  # fmt: skip
+    levels = np.unique(order)
+    bare = {"showgrid": False, "zeroline": False}
+    wide = [float(x.min()) - 0.4, float(x.max()) + 1]
+    return {
+        "data": [lines, nodes],
+        "layout": {
+            "xaxis": {**bare, "visible": False, "range": wide},
+            "yaxis": {**bare, "tickvals": np.log2(levels).tolist(), "ticktext": levels.tolist(),
+                      "title": {"text": "order of the stabiliser"}},
+            "margin": {"l": 52, "r": 8, "t": 12, "b": 12},
+        },
+    }  # fmt: skip
+
+
+def _map(atoms: np.ndarray, table: dict[str, Any], colours: dict[str, str]) -> dict[str, Any]:
+    """All features by their untransformed block, coloured by class."""
+    flat, _ = flat_map(atoms, np.abs(atoms).max(axis=1, initial=0) > 0)
+    size = 3.5 if len(atoms) > 3000 else 5 if len(atoms) > 800 else 7
+    traces = []
+    for name, colour in sorted(colours.items(), key=lambda item: item[0] != NOT_RELIABLE):
+        rows = np.flatnonzero((table["class"] == name) & np.isfinite(flat[:, 0]))
+        text = [f"{i} · {name} · family {table['family'][i]} of {table['family_size'][i]}"
+                for i in rows]  # fmt: skip
+        traces.append({
+            "type": "scatter", "mode": "markers", "name": name, "text": text,
+            "x": flat[rows, 0].tolist(), "y": flat[rows, 1].tolist(),
+            "hovertemplate": "%{text}<extra></extra>",
+            "marker": {"size": size, "color": colour, "opacity": 0.85},
+        })  # fmt: skip
+    bare = {"visible": False, "showgrid": False, "zeroline": False}
+    return {
+        "data": traces,
+        "layout": {
+            "xaxis": bare, "yaxis": {**bare, "scaleanchor": "x"}, "hovermode": "closest",
+            "margin": {"l": 4, "r": 4, "t": 4, "b": 4},
+            "legend": {"orientation": "h", "x": 0, "y": -0.02, "yanchor": "top"},
+        },
+    }  # fmt: skip
+
+
+def _r2(run: Run, group: Group) -> dict[str, Any]:
+    traces = [
+        {
+            "type": "scatter", "mode": "lines+markers", "name": words,
+            "x": list(group.element_names), "y": run.result["r2"].get(way),
+        }
+        for way, words in WAYS.items()
+        if run.result["r2"].get(way)
+    ]  # fmt: skip
+    return {
+        "data": traces,
+        "layout": {
+            "yaxis": {"title": {"text": "R², held out"}, "range": [-0.5, 1.02]},
+            "xaxis": {"type": "category"},
+        },
+    }
+
+
+def _families(table: dict[str, Any], group: Group) -> list[dict[str, Any]]:
+    """The largest families: which feature stands for each pose of the reference."""
+    found = []
+    for family in range(WHEELS):
+        members = np.flatnonzero(table["family"] == family)
+        if len(members) < 2:
+            break
+        reference = int(table["reference"][members[0]])
+        stabiliser = sorted(table["stabiliser_elements"][reference])
+        likeness = np.where(members == reference, np.inf, table["likeness"][members])
+        slots = np.full(group.order, -1)
+        for i in members[np.argsort(likeness, kind="stable")]:  # the most alike last: they stay
+            slots[group.table[table["pose"][i], stabiliser]] = i
+        found.append({
+            "family": family,
+            "reference": reference,
+            "size": len(members),
+            "class": str(table["class"][reference]),
+            "slots": slots.tolist(),
+            "members": members.tolist(),
+            "poses": [str(name) for name in table["pose_name"][members]],
+        })  # fmt: skip
+    return found

@@ -1,0 +1,418 @@
+"""`mechatlas symmetry`: a dictionary and a store of posed activations -> classes and families.
+
+The folder has `result.json`, `features.parquet` (a row for each feature), `symmetry.safetensors`
+(stabiliser functions, spectra and the untransformed blocks, which the page draws), and
+`manifest.json`.
+
+A group crosscoder brings its own decoder blocks. For any other dictionary that reads the
+untransformed block they are estimated from its codes. The two halves that the noise ceiling needs
+are estimated from codes in both cases, each from half of the images.
+"""
+
+import dataclasses
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import tyro
+from jaxtyping import Float
+from tyro.conf import Positional, arg
+
+from mechatlas.activations.store import Store, StoreRows
+from mechatlas.analysis.symmetry.baselines import Explained, PoseMaps
+from mechatlas.analysis.symmetry.classify import RATE, Symmetry, control, symmetry
+from mechatlas.analysis.symmetry.evidence import ALIKE
+from mechatlas.analysis.symmetry.names import NOT_RELIABLE
+from mechatlas.analysis.symmetry.regression import CodeRegression
+from mechatlas.app.folders import finish, refuse_strangers, write_table, write_tensors
+from mechatlas.app.progress import bar
+from mechatlas.base import RecipeError, StoreError, WeightsError
+from mechatlas.dictionaries.formats import load
+from mechatlas.files import checksum, read_json, write_json
+from mechatlas.maths.groups import Group
+
+KIND = "symmetry"
+TENSORS = "symmetry.safetensors"
+TABLE = "features.parquet"
+BATCH = 4096
+MAP_ROWS = 30_000
+"""Rows that the linear maps of the baselines are learnt from."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FindSymmetry:
+    """Classify the features of a dictionary by what leaves them unchanged.
+
+    Examples:  mechatlas symmetry runs/crosscoder --store runs/posed --out runs/symmetry
+               mechatlas symmetry sae.safetensors --store runs/posed --site mixed3b --out runs/sym
+    """
+
+    dictionary: Annotated[Positional[Path], arg(metavar="DICT")]
+    """A group crosscoder, or any dictionary that reads the untransformed activations, in any
+    supported format."""
+    store: Path
+    """Store collected with a [group], which has the activations of every input in all poses."""
+    out: Path
+    """Folder for the result."""
+    site: str | None = None
+    """Site of the store; by default the one that the dictionary was trained on."""
+    rate: float = RATE
+    """False discovery rate of the claim that something leaves a feature unchanged."""
+    alike: float = ALIKE
+    """How alike two blocks must be to count as equal: cosine, corrected for noise."""
+    seed: int = 0
+    """Seed of the nulls."""
+
+
+def run(words: list[str]) -> tuple[dict[str, Any], str]:
+    """Classify, from the words of the command line."""
+    result = find_symmetry(tyro.cli(FindSymmetry, args=words, prog="mechatlas symmetry"))
+    return result, in_words(result)
+
+
+def in_words(result: dict[str, Any]) -> str:
+    """What was found."""
+    counts = ", ".join(f"{n} {name}" for name, n in result["classes"].items())
+    ceiling = result["noise_ceiling"]
+    told = "not known" if ceiling is None else f"{ceiling:.2f}"
+    r2 = {way: "unknown" if v is None else f"{v:.3f}" for way, v in result["r2_mean"].items()}
+    return "\n".join([
+        f"{result['n_features']} features under {result['group']['name']}: {counts}.",
+        f"{result['discoveries']} have a symmetry at a false discovery rate of {result['fdr']:.0%} "
+        f"({result['discoveries_shuffled']} with shuffled pairing); median noise ceiling {told}.",
+        f"{result['families']} families of two or more hold {result['features_in_families']}.",
+        f"R2 of other poses, held out: dictionary {r2['dictionary']}, linear map {r2['linear']}, "
+        f"the activation itself {r2['invariant']}, shuffled pairing {r2['shuffled']}.",
+        f"Result: {result['out']}",
+    ])  # fmt: skip
+
+
+def find_symmetry(recipe: FindSymmetry) -> dict[str, Any]:
+    """Classify the features of a dictionary.
+
+    Raises:
+        DiskError: `out` holds something else, or cannot be written.
+        RecipeError: A choice is out of range, or no site was named and there are several.
+        StoreError: The store has no group, is damaged, or does not fit the dictionary.
+        WeightsError: The dictionary cannot be read, or is one for another group.
+    """
+    clock = time.process_time()
+    if not 0 < recipe.rate < 1:
+        raise RecipeError(f"--rate must lie between 0 and 1, got {recipe.rate}.")
+    refuse_strangers(recipe.out, KIND)
+    posed = _open(recipe)
+    regression, maps = _learn(posed, recipe.seed)
+    halves = regression.halves().reshape(2, -1, posed.group.order, posed.d)
+    if posed.own_blocks is None:
+        solved, intercept = regression.whole()
+        blocks = solved.reshape(halves.shape[1:])
+    else:
+        blocks, intercept = posed.own_blocks, None
+    with bar("comparing features") as progress:
+        found = symmetry(
+            blocks, posed.group, halves, rate=recipe.rate, alike=recipe.alike, seed=recipe.seed,
+            on_progress=progress,
+        )  # fmt: skip
+    r2, n_held = _measure(posed, maps, blocks, intercept)
+    result = {
+        **_summary(found),
+        "discoveries_shuffled": control(
+            halves, posed.group, rate=recipe.rate, alike=recipe.alike, seed=recipe.seed
+        ),
+        "agreement": _agreement(blocks, halves, found),
+        "group": _described(posed),
+        "site": posed.site,
+        "blocks": "estimated from codes" if posed.own_blocks is None else "decoder",
+        "rows": int(regression.rows.sum()),
+        "rows_of_halves": regression.rows.tolist(),
+        "held_out_rows": n_held,
+        "r2": r2,
+        "r2_mean": {way: _mean_of_others(values, posed.group) for way, values in r2.items()},
+    }
+    _write(recipe, posed, found, blocks, regression)
+    return finish(recipe.out, recipe, result, clock)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Posed:
+    """A dictionary and the posed rows that it belongs to."""
+
+    dictionary: Any
+    rows: StoreRows
+    site: str
+    group: Group
+    action: str
+    columns: slice
+    """Of each block, those that the dictionary reads."""
+    own_blocks: np.ndarray | None
+    """Decoder blocks, if the dictionary writes all of them."""
+    crops: int
+    """Samples that were cut from one image, which must not lie in different halves."""
+
+    @property
+    def d(self) -> int:
+        """Channels of one block that the dictionary reads."""
+        return self.dictionary.d_in
+
+    def cut(self, x: torch.Tensor) -> torch.Tensor:
+        """All blocks of some rows, side by side, in the columns that the dictionary reads."""
+        blocks = x.view(len(x), self.group.order, -1)[:, :, self.columns]
+        return blocks.reshape(len(x), -1)
+
+
+def _open(recipe: FindSymmetry) -> _Posed:
+    """The dictionary, the store and the group, which must fit one another.
+
+    Raises:
+        RecipeError: No site was named, and there are several.
+        StoreError: The store has no group, or its rows are of another width.
+        WeightsError: The dictionary was trained for another group.
+    """
+    store = Store(recipe.store)
+    described = store.manifest.get("group")
+    if described is None:
+        raise StoreError(
+            f"{recipe.store} holds activations of inputs as they are, in one pose each. Collect a "
+            "store with a [group] in the recipe."
+        )
+    group = Group(
+        described["table"], name=described["name"], element_names=described.get("elements")
+    )
+    dictionary = load(recipe.dictionary)
+    manifest = _manifest(recipe.dictionary)
+    site = recipe.site or manifest.get("site")
+    if site is None and len(store.sites) > 1:
+        raise RecipeError(
+            f"{recipe.dictionary} does not say which site it reads; name one of "
+            f"{', '.join(store.sites)} with --site."
+        )
+    site = site or store.sites[0]
+    base, _, branch = site.partition("/")
+    whole = site if site in store.shapes else base
+    rows = store.rows(whole)
+    ends = store.shapes[whole].branches
+    d = rows.d_in // group.order
+    if whole != site and branch not in ends:
+        raise StoreError(f"{recipe.store} has no branch {branch!r} of {whole}.")
+    columns = slice(0, d) if whole == site else slice(*ends[branch])
+    own = _own_blocks(recipe, dictionary, manifest, group, len(range(*columns.indices(d))), rows)
+    crops = int(store.manifest.get("recipe", {}).get("samples", {}).get("crops", 1))
+    return _Posed(
+        dictionary, rows, site, group, str(described.get("action", "")), columns, own, crops
+    )
+
+
+def _own_blocks(
+    recipe: FindSymmetry,
+    dictionary: Any,
+    manifest: dict[str, Any],
+    group: Group,
+    d: int,
+    rows: StoreRows,
+) -> np.ndarray | None:
+    """Decoder blocks of a group crosscoder; None for a dictionary of the untransformed block.
+
+    Raises:
+        StoreError: The dictionary reads rows of another width.
+        WeightsError: It writes blocks of another group.
+    """
+    n_written = getattr(dictionary, "d_out", dictionary.d_in)
+    if dictionary.d_in != d:
+        raise StoreError(
+            f"{recipe.dictionary} reads {dictionary.d_in} numbers, but one pose of {rows.site} in "
+            f"{recipe.store} has {d} ({rows.d_in} for the {group.order} elements of {group.name})."
+        )
+    trained_for = manifest.get("group") or {}
+    other = trained_for.get("table") not in (None, group.table.tolist())
+    if n_written not in (d, group.order * d) or other:
+        name = trained_for.get("name", f"{n_written // d} poses")
+        raise WeightsError(
+            f"{recipe.dictionary} was trained for {name}, but {recipe.store} was collected with "
+            f"{group.name} (order {group.order})."
+        )
+    if n_written == d or getattr(dictionary, "reads", slice(0, d)).start:
+        return None
+    atoms = dictionary.W_dec.detach().float().cpu().numpy()
+    return atoms.reshape(len(atoms), group.order, d)
+
+
+def _manifest(path: Path) -> dict[str, Any]:
+    file = path / "manifest.json"
+    return read_json(file) if file.is_file() else {}
+
+
+@torch.no_grad()
+def _learn(posed: _Posed, seed: int) -> tuple[CodeRegression, PoseMaps]:
+    """One pass over the training rows: codes against all poses, and linear maps.
+
+    Raises:
+        StoreError: A shard is damaged.
+    """
+    order, d = posed.group.order, posed.d
+    regression = CodeRegression(posed.dictionary.n_latents, order * d)
+    maps = PoseMaps(order, d, posed.group.identity, seed=seed)
+    with bar("reading posed activations") as progress:
+        done = 0
+        for batch, where in posed.rows.scan():
+            if int(batch.row[0]) >= posed.rows.n_rows:
+                break
+            x = posed.cut(batch.x)
+            second = (where[:, 0].numpy() // posed.crops) % 2 == 1
+            for i in range(0, len(x), BATCH):
+                some = slice(i, i + BATCH)
+                codes = posed.dictionary.encode(_untransformed(posed, x[some]))
+                regression.add(codes, x[some], second[some])
+            if maps.n < MAP_ROWS:
+                maps.add(x.numpy())
+            done += len(x)
+            progress(done, posed.rows.n_rows)
+    return regression, maps
+
+
+def _untransformed(posed: _Posed, x: torch.Tensor) -> torch.Tensor:
+    start = posed.group.identity * posed.d
+    return x[:, start : start + posed.d]
+
+
+@torch.no_grad()
+def _measure(
+    posed: _Posed, maps: PoseMaps, blocks: np.ndarray, intercept: np.ndarray | None
+) -> tuple[dict[str, list[float | None]], int]:
+    """R2 of every pose on held-out rows: of the dictionary and of the baselines.
+
+    Raises:
+        StoreError: There are no held-out rows, or a shard is damaged.
+    """
+    if posed.rows.n_held_out < 2:
+        raise StoreError(f"{posed.rows.store.root} has no held-out rows to measure on.")
+    linear = maps.solve()
+    explained = Explained(posed.group.order, posed.d)
+    weights = torch.from_numpy(blocks.reshape(len(blocks), -1))
+    for batch, _ in posed.rows.scan():
+        if int(batch.row[0]) < posed.rows.n_rows:
+            continue
+        for x in posed.cut(batch.x).split(BATCH):
+            codes = posed.dictionary.encode(_untransformed(posed, x)).float()
+            if intercept is None:
+                said = posed.dictionary.decode(codes)
+            else:
+                said = codes @ weights + torch.from_numpy(intercept)
+            rows = x.numpy()
+            explained.add(rows, dictionary=said.float().numpy(), **linear.predict(rows))
+    r2 = explained.r2()
+    plain = {
+        way: [None if np.isnan(v) else round(float(v), 6) for v in values]
+        for way, values in r2.items()
+    }
+    return plain, explained.n
+
+
+def _mean_of_others(values: list[float | None], group: Group) -> float | None:
+    """Mean over the elements that do something."""
+    kept = [v for g, v in enumerate(values) if g != group.identity and v is not None]
+    return round(float(np.mean(kept)), 6) if kept else None
+
+
+def _agreement(
+    blocks: Float[np.ndarray, "feature order d"],
+    halves: Float[np.ndarray, "2 feature order d"],
+    found: Symmetry,
+) -> float | None:
+    """Median cosine of decoder blocks with those estimated from codes, corrected for noise."""
+    mean = halves.mean(axis=0)
+    lengths = np.sqrt(np.einsum("igk,igk->i", mean, mean) * np.einsum("igk,igk->i", blocks, blocks))
+    kept = found.reliable & (lengths > 0)
+    if not kept.any():
+        return None
+    cosine = np.einsum("igk,igk->i", mean, blocks)[kept] / lengths[kept]
+    return float(np.median(cosine / np.sqrt(np.maximum(found.reliability[kept], 1e-6))))
+
+
+def _summary(found: Symmetry) -> dict[str, Any]:
+    counts = Counter(found.names)
+    sizes = np.bincount(found.families)
+    ceilings = found.noise_ceiling[~np.isnan(found.noise_ceiling)]
+    quartiles = np.quantile(ceilings, [0.25, 0.5, 0.75]).tolist() if len(ceilings) else [None] * 3
+    order = [*found.class_names, NOT_RELIABLE]
+    return {
+        "n_features": len(found.stabilisers),
+        "classes": {name: counts[name] for name in order if counts[name]},
+        "fdr": found.rate,
+        "alike": found.alike,
+        "discoveries": found.n_discoveries,
+        "reliable": int(found.reliable.sum()),
+        "noise_ceiling": quartiles[1],
+        "noise_ceiling_quartiles": [quartiles[0], quartiles[2]],
+        "noise_inflation": found.inflation,
+        "families": int((sizes > 1).sum()),
+        "features_in_families": int(sizes[sizes > 1].sum()),
+        "largest_family": int(sizes.max(initial=0)),
+        "chance_likeness": found.chance,
+    }
+
+
+def _described(posed: _Posed) -> dict[str, Any]:
+    return {"name": posed.group.name, "order": posed.group.order, "action": posed.action}
+
+
+def _write(
+    recipe: FindSymmetry,
+    posed: _Posed,
+    found: Symmetry,
+    blocks: np.ndarray,
+    regression: CodeRegression,
+) -> None:
+    group = posed.group
+    table = write_table(recipe.out / TABLE, _columns(found, regression.active))
+    tensors = write_tensors(
+        recipe.out / TENSORS,
+        {
+            "stabiliser_function": found.stabiliser_function.astype(np.float32),
+            "errors": np.minimum(found.errors, 1e6).astype(np.float32),
+            "spectrum": found.spectrum.astype(np.float32),
+            "atoms": blocks[:, group.identity].astype(np.float32),
+        },
+    )
+    manifest = {
+        "schema": 1,
+        "kind": KIND,
+        "dictionary": str(recipe.dictionary.resolve()),
+        "store": str(recipe.store.resolve()),
+        "parents": {"store": checksum((recipe.store / "manifest.json").read_bytes())},
+        "group": {
+            "name": group.name,
+            "table": group.table.tolist(),
+            "elements": list(group.element_names),
+            "action": posed.action,
+            "classes": list(found.class_names),
+        },
+        "files": {TABLE: checksum(table), TENSORS: checksum(tensors)},
+    }
+    write_json(recipe.out / "manifest.json", manifest)
+
+
+def _columns(found: Symmetry, active: np.ndarray) -> dict[str, np.ndarray | list[Any]]:
+    names = found.group.element_names
+    orders = [len(each) for each in found.stabilisers]
+    return {
+        "feature": np.arange(len(orders), dtype=np.int32),
+        "stabiliser": [found.class_names[c] for c in found.classes],
+        "stabiliser_order": np.array(orders, np.int32),
+        "stabiliser_elements": [sorted(each) for each in found.stabilisers],
+        "class": found.names,
+        "family": found.families.astype(np.int32),
+        "family_size": np.bincount(found.families)[found.families].astype(np.int32),
+        "reference": found.references.astype(np.int32),
+        "pose": found.poses.astype(np.int32),
+        "pose_name": [names[pose] for pose in found.poses],
+        "likeness": found.likeness_to_reference,
+        "p_value": found.p_values,
+        "q_value": found.q_values,
+        "reliable": found.reliable,
+        "noise_ceiling": found.noise_ceiling,
+        "reliability": found.reliability,
+        "rows_active": active.sum(axis=0),
+    }

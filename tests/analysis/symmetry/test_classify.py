@@ -1,0 +1,301 @@
+"""Stabilisers, families and poses of features for which they are known."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import mechatlas
+from mechatlas.analysis.symmetry.classify import control, shuffled, symmetry
+from mechatlas.analysis.symmetry.evidence import common_part, from_halves, without
+from mechatlas.analysis.symmetry.names import NOT_RELIABLE
+from mechatlas.base import InputError, NonFiniteError
+from mechatlas.maths.groups import Group
+from mechatlas.maths.irreps import energies
+from mechatlas.maths.named_groups import group
+from tests.analysis.symmetry.planted import NOISE, function_on_cosets, plant, score
+
+D4 = group("D4")
+D16 = group("D16")
+SUBGROUPS = {
+    "D4": (D4, [each.representative for each in D4.lattice().classes]),
+    "D16": (D16, [each.representative for each in D16.lattice().classes if each.order <= 8]),
+}
+
+
+@pytest.mark.parametrize("level", ["low", "middle"])
+@pytest.mark.parametrize("name", SUBGROUPS)
+@pytest.mark.parametrize("mixture", [{}, {"overlap": 0.5}, {"common": 2.0}])
+def test_planted_stabilisers_families_and_poses_are_found(name, level, mixture):
+    g, subgroups = SUBGROUPS[name]
+    planted = plant(g, subgroups, **mixture)
+    found = symmetry(*_in(planted, NOISE[level]))
+    told = score(planted, found)
+    assert told["f1"] >= 0.95
+    assert told["fdr"] <= 0.05
+    assert told["ari"] >= 0.9
+    assert told["poses"] >= 0.95
+    assert told["posed"] >= 0.7 * (~planted.decoy).sum()
+
+
+def _in(planted, noise, **how):
+    blocks, halves = planted.measured(noise, **how)
+    return blocks, planted.group, halves
+
+
+@pytest.mark.parametrize("name", SUBGROUPS)
+def test_noise_makes_features_unreliable_and_no_claim_false(name):
+    g, subgroups = SUBGROUPS[name]
+    claimed, false = 0, 0
+    for seed in range(4):
+        planted = plant(g, subgroups, overlap=0.4, seed=seed)
+        told = score(planted, symmetry(*_in(planted, NOISE["high"], seed=seed, uneven=0.5)))
+        claimed += told["claimed"]
+        false += told["fdr"] * told["claimed"]
+        assert told["reliable"] < 0.9
+    assert false <= 0.05 * max(claimed, 20)
+
+
+def test_nothing_is_found_where_the_pairing_is_broken():
+    planted = plant(D4, SUBGROUPS["D4"][1])
+    blocks, halves = planted.measured(NOISE["low"])
+    broken = symmetry(shuffled(blocks, D4), D4, [shuffled(h, D4) for h in halves])
+    assert broken.n_discoveries == 0
+    assert len(set(broken.families)) == len(blocks)
+
+
+def test_nothing_is_found_in_random_blocks():
+    random = np.random.default_rng(0)
+    blocks, *halves = random.standard_normal((3, 200, 8, 16))
+    assert symmetry(blocks, D4).n_discoveries == 0
+    noise = symmetry(blocks, D4, halves)
+    assert noise.n_discoveries == 0
+    assert noise.names.count(NOT_RELIABLE) >= 190
+    exact = symmetry(blocks, D4, (blocks, blocks))
+    assert exact.n_discoveries == 0
+    assert exact.reliable.all()
+
+
+@given(st.sampled_from(["C6", "D3", "Q8", "C2xC4", "A4", "S4", "D1", "C1"]), st.integers(0, 99))
+@settings(deadline=None, max_examples=20)
+def test_every_subgroup_of_any_group_is_told_exactly(name, seed):
+    g = group(name)
+    random = np.random.default_rng(seed)
+    # Another order of the elements: nothing may rest on the identity being 0.
+    g = g.relabel(random.permutation(g.order))
+    subgroups = list(g.subgroups())
+    blocks = np.stack([function_on_cosets(g, h, 40, random) for h in subgroups])
+    halves = blocks + 0.05 * random.standard_normal((2, *blocks.shape))
+    found = symmetry(blocks, g, halves)
+    assert list(found.stabilisers) == subgroups
+    assert found.reliable.all()
+    np.testing.assert_array_equal(found.families, np.arange(len(subgroups)))
+
+
+@given(st.integers(0, 99))
+@settings(deadline=None, max_examples=10)
+def test_another_pose_has_the_conjugate_stabiliser(seed):
+    random = np.random.default_rng(seed)
+    g = group("D6")
+    subgroups = g.subgroups()
+    subgroup = subgroups[random.integers(1, len(subgroups) - 1)]
+    template = function_on_cosets(g, subgroup, 30, random)
+    blocks = np.stack([template[g.table[:, h]] for h in range(g.order)])
+    halves = blocks + 0.1 * random.standard_normal((2, *blocks.shape))
+    found = symmetry(halves.mean(axis=0), g, halves)
+    assert found.stabilisers == tuple(g.conjugate(subgroup, h) for h in range(g.order))
+    assert len(set(found.families)) == 1
+    reference = blocks[found.references[0]]
+    for i, pose in enumerate(found.poses):
+        np.testing.assert_allclose(blocks[i], reference[g.table[:, pose]])
+        assert pose == min(g.table[pose, list(found.stabilisers[found.references[i]])])
+
+
+def test_a_feature_that_is_nearly_symmetric_is_not_called_symmetric():
+    random = np.random.default_rng(0)
+    line = [function_on_cosets(D4, {0, 2}, 64, random) for _ in range(30)]
+    other = [function_on_cosets(D4, {0}, 64, random) for _ in range(30)]
+    blocks = np.sqrt(0.85) * np.array(line) + np.sqrt(0.15) * np.array(other)
+    halves = blocks + 0.1 * random.standard_normal((2, *blocks.shape))
+    found = symmetry(halves.mean(axis=0), D4, halves)
+    assert found.n_discoveries == 0
+    assert found.reliable.all()
+    assert found.stabiliser_function[:, 2] == pytest.approx(0.85, abs=0.05)
+
+
+def test_weak_features_are_not_reliable_whatever_the_others_are():
+    planted = plant(D4, SUBGROUPS["D4"][1])
+    blocks, halves = planted.measured(NOISE["low"])
+    random = np.random.default_rng(1)
+    weak = np.arange(0, len(blocks), 5)
+    halves[:, weak] = random.standard_normal((2, len(weak), 8, 32))
+    halves[:, weak[0]] = 0  # a dead latent
+    found = symmetry(halves.mean(axis=0), D4, halves)
+    assert not found.reliable[weak].any()
+    assert np.delete(found.reliable, weak).all()
+    assert score(planted, found)["fdr"] == 0
+
+
+def test_the_likeness_has_no_bias_and_its_error_is_right():
+    random = np.random.default_rng(0)
+    template = function_on_cosets(D4, {0, 4}, 24, random)
+    template -= template.mean(axis=0)  # all features have it: it would count as common
+    spread = 0.3 * np.exp(random.standard_normal(24))
+    noise = spread * random.standard_normal((2, 400, 8, 24))
+    found = symmetry(template + noise.mean(axis=0), D4, template + noise)
+    true = [np.sum(template[D4.table[:, h]] * template) / np.sum(template**2) for h in range(8)]
+    got = found.stabiliser_function.mean(axis=0)
+    assert got == pytest.approx(np.array(true), abs=0.05)
+    spread_seen = found.stabiliser_function[:, 1:].std(axis=0)
+    assert np.median(found.errors[:, 1:], axis=0) == pytest.approx(spread_seen, rel=0.3)
+
+
+def test_p_values_are_uniform_at_the_edge_of_the_null():
+    random = np.random.default_rng(0)
+    even = [function_on_cosets(D4, {0, 2}, 50, random) for _ in range(300)]
+    odd = [b - b[D4.table[:, 2]] for b in random.standard_normal((300, 8, 50))]
+    odd = [b / np.sqrt(np.square(b).mean()) for b in odd]
+    share = (1 + 0.5**0.5) / 2  # s(half-turn) is share - (1 - share)
+    blocks = np.sqrt(share) * np.array(even) + np.sqrt(1 - share) * np.array(odd)
+    halves = blocks + 1.0 * random.standard_normal((2, *blocks.shape))
+    p = from_halves(halves[0], halves[1], D4).p_support[:, 2]
+    for level in (0.05, 0.2, 0.5):
+        assert (p <= level).mean() == pytest.approx(level, abs=0.08)
+
+
+def test_noise_that_channels_share_does_not_make_claims():
+    random = np.random.default_rng(0)
+    blocks = random.standard_normal((300, 8, 32))
+    together = random.standard_normal((8, 32, 4))  # the noise lies in four directions
+    noise = np.einsum("hnk,gdk->hngd", random.standard_normal((2, 300, 4)), together)
+    halves = blocks + noise
+    found = symmetry(halves.mean(axis=0), D4, halves)
+    assert found.inflation > 3
+    assert found.n_discoveries == 0
+
+
+def test_without_halves_the_answer_says_what_is_missing():
+    planted = plant(D4, SUBGROUPS["D4"][1])
+    blocks, _ = planted.measured(NOISE["middle"])
+    found = mechatlas.symmetry(torch.from_numpy(blocks), D4)
+    told = score(planted, found)
+    assert told["f1"] >= 0.9
+    assert told["fdr"] <= 0.05
+    assert told["ari"] >= 0.9
+    assert "No halves" in found.missing
+    assert np.isnan(found.noise_ceiling).all()
+
+
+def test_the_same_call_gives_the_same_answer():
+    planted = plant(D4, SUBGROUPS["D4"][1])
+    a, b = (symmetry(*_in(planted, NOISE["middle"])) for _ in range(2))
+    for name in ("q_values", "families", "poses", "stabiliser_function", "spectrum"):
+        np.testing.assert_array_equal(getattr(a, name), getattr(b, name))
+
+
+def test_classes_have_names_that_a_person_understands():
+    found = symmetry(np.ones((3, 8, 2)), D4)
+    assert found.class_names == (
+        "none (curve-like)", "half-turn (line-like)", "mirror only: s", "mirror only: r s",
+        "quarter-turn", "half-turn and mirror: s", "half-turn and mirror: r s", "invariant",
+    )  # fmt: skip
+    assert "eighth-turn and mirror: s" in symmetry(np.ones((1, 32, 2)), D16).class_names
+    assert symmetry(np.ones((1, 24, 2)), group("S4")).class_names[-1] == "invariant"
+    unnamed = Group(group("C2xC2").table)
+    assert symmetry(np.ones((1, 4, 2)), unnamed).class_names[:2] == ("none", "C2: 1")
+
+
+def test_the_spectrum_of_a_feature_is_that_of_its_blocks():
+    random = np.random.default_rng(0)
+    blocks = random.standard_normal((5, 32, 12))
+    found = symmetry(blocks, D16, (blocks, blocks))
+    centred = without(blocks, common_part(blocks))
+    shares = energies(centred.transpose(0, 2, 1), D16.irreps()).sum(axis=1)
+    np.testing.assert_allclose(found.spectrum, shares / shares.sum(axis=1, keepdims=True))
+
+
+def test_bad_blocks_are_refused_in_one_sentence():
+    with pytest.raises(InputError, match=r"\(n_features, 8, d\).*got \(3, 7, 2\)"):
+        symmetry(np.ones((3, 7, 2)), D4)
+    with pytest.raises(InputError, match="two estimates"):
+        symmetry(np.ones((3, 8, 2)), D4, np.ones((3, 3, 8, 2)))
+    with pytest.raises(InputError, match="Each half"):
+        symmetry(np.ones((3, 8, 2)), D4, np.ones((2, 3, 8, 1)))
+    bad = np.ones((3, 8, 2))
+    bad[1, 5, 0] = np.nan
+    with pytest.raises(NonFiniteError, match=r"feature 1 for element 5 \(r s\)"):
+        symmetry(bad, D4)
+
+
+def test_features_that_are_almost_poses_join_a_family_and_overlapping_families_stay_apart():
+    random = np.random.default_rng(0)
+    template = function_on_cosets(D4, {0}, 64, random)
+    exact = [template[D4.table[:, h]] for h in (0, 3, 5)]
+    other = [function_on_cosets(D4, {0}, 64, random) for _ in range(4)]
+    # Two are most like the family, though surely not its poses; two are unlike it.
+    almost = [0.9 * exact[0] + 0.4359 * other[0], 0.9 * exact[1] + 0.4359 * other[1]]
+    blocks = np.array([*exact, *almost, 0.6 * exact[2] + 0.8 * other[2], other[3]])
+    halves = blocks + 0.1 * random.standard_normal((2, *blocks.shape))
+    found = symmetry(halves.mean(axis=0), D4, halves)
+    assert found.families[:5].tolist() == [0] * 5
+    assert found.families[5] != found.families[6]
+    assert 0 not in found.families[5:]
+    likeness = found.likeness_to_reference
+    assert likeness[3:5] == pytest.approx(0.9, abs=0.1)
+
+
+def test_superposed_features_have_what_both_parts_have():
+    random = np.random.default_rng(0)
+    _, subgroups = SUBGROUPS["D4"]
+    blocks = []
+    for _ in range(80):
+        a, b = (subgroups[random.integers(len(subgroups))] for _ in range(2))
+        one, other = (function_on_cosets(D4, h, 48, random) for h in (a, b))
+        blocks.append(one + 0.6 * other[D4.table[:, random.integers(8)]])
+    true = [
+        frozenset(h for h in range(8) if np.allclose(block[D4.table[:, h]], block))
+        for block in blocks
+    ]
+    halves = np.array(blocks) + 0.2 * random.standard_normal((2, len(blocks), 8, 48))
+    found = symmetry(halves.mean(axis=0), D4, halves)
+    agree = [a == b for a, b in zip(found.stabilisers, true, strict=True)]
+    assert np.mean(agree) >= 0.95
+    claimed = np.flatnonzero(found.q_values <= 0.05)
+    assert np.mean([not found.stabilisers[i] <= true[i] for i in claimed]) <= 0.05
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("level", ["low", "middle"])
+def test_planted_features_at_the_width_of_a_real_layer(level):
+    g, subgroups = SUBGROUPS["D16"]
+    planted = plant(g, subgroups, d=480, families_each=6, members=12, decoys=200, overlap=0.5)
+    blocks, halves = planted.measured(NOISE[level], uneven=0.5)
+    told = score(planted, symmetry(blocks, g, halves))
+    assert told["f1"] >= 0.95
+    assert told["fdr"] <= 0.05
+    assert told["ari"] >= 0.9
+    assert told["poses"] >= 0.95
+    assert control(halves, g) == 0
+
+
+@pytest.mark.slow
+def test_the_false_discovery_rate_holds_where_features_are_nearly_symmetric():
+    """Decoys at the edge: half-turns that leave just half of each block explained."""
+    random = np.random.default_rng(0)
+    claimed, false = 0, 0
+    share = (1 + 0.5**0.5) / 2
+    for _ in range(20):
+        even = [function_on_cosets(D4, {0, 2}, 40, random) for _ in range(150)]
+        odd = [b - b[D4.table[:, 2]] for b in random.standard_normal((100, 8, 40))]
+        edge = np.sqrt(share) * np.array(even[:100]) + np.sqrt(1 - share) * np.array(
+            [b / np.sqrt(np.square(b).mean()) for b in odd]
+        )
+        blocks = np.concatenate([edge, even[100:]])
+        halves = blocks + 0.8 * random.standard_normal((2, *blocks.shape))
+        found = symmetry(halves.mean(axis=0), D4, halves)
+        stands = found.q_values <= 0.05
+        claimed += stands.sum()
+        false += stands[:100].sum()
+    assert claimed > 500
+    assert false / claimed <= 0.05

@@ -1,0 +1,99 @@
+"""A store of posed activations that are made of planted features, and dictionaries of it."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from mechatlas.activations.store import SCHEMA, Split, write_shard
+from mechatlas.dictionaries.autoencoder import Autoencoder, Crosscoder
+from mechatlas.dictionaries.sparsity import ReLU
+from mechatlas.files import write_json
+from mechatlas.maths.named_groups import group
+from tests.analysis.symmetry.planted import function_on_cosets
+
+D4 = group("D4")
+SUBGROUPS = [frozenset({0}), frozenset({0, 2}), frozenset({0, 4}), frozenset(range(4)),
+             frozenset(range(8))]  # fmt: skip
+D = 36
+
+
+def features(seed=0):
+    """Blocks of every pose of one family for each of five stabilisers, and what is true of them."""
+    random = np.random.default_rng(seed)
+    blocks, stabilisers, families = [], [], []
+    for number, subgroup in enumerate(SUBGROUPS):
+        template = function_on_cosets(D4, subgroup, D, random)
+        for coset in D4.left_cosets(subgroup):
+            blocks.append(template[D4.table[:, coset[0]]])
+            stabilisers.append(D4.conjugate(subgroup, coset[0]))
+            families.append(number)
+    return np.array(blocks, np.float32), stabilisers, np.array(families)
+
+
+def write_store(root: Path, *, images=60, crops=2, each=40, noise=0.5, mixed=False):
+    """Rows of sparse codes times blocks, with noise; `mixed` breaks the pairing of poses."""
+    random = np.random.default_rng(1)
+    blocks, _, _ = features()
+    n = images * crops * each
+    codes = random.exponential(size=(n, len(blocks))) * (random.random((n, len(blocks))) < 0.15)
+    rows = np.einsum("ni,igk->ngk", codes, blocks)
+    if mixed:
+        for g in range(1, 8):
+            rows[:, g] = rows[random.permutation(n), g]
+    # The untransformed block is what the dictionaries read: it has no noise.
+    rows[:, 1:] += noise * random.standard_normal((n, 7, D))
+    sample = np.repeat(np.arange(images * crops), each)
+    where = np.stack([sample, random.integers(0, 9, n), random.integers(0, 9, n)], axis=1)
+    held = sample >= (images - 6) * crops
+    shards = []
+    splits: list[tuple[Split, np.ndarray]] = [("train", ~held), ("held", held)]
+    for split, chosen in splits:
+        order = random.permutation(np.flatnonzero(chosen))
+        for number, part in enumerate(np.array_split(order, 3)):
+            x = torch.from_numpy(rows[part].reshape(len(part), -1)).float()
+            place = torch.from_numpy(where[part]).int()
+            shards.append(write_shard(root, "layer", split, number, x, place))
+    g = D4
+    manifest = {
+        "schema": SCHEMA,
+        "kind": "store",
+        "complete": True,
+        "recipe": {"samples": {"type": "Images", "source": "none", "crops": crops}},
+        "settings": {"paired": True},
+        "network": "0",
+        "sites": {"layer": {"width": 8 * D, "grid": [9, 9], "branches": {"part": [0, 20]}}},
+        "shards": [list(shard) for shard in shards],
+        "group": {
+            "name": g.name,
+            "table": g.table.tolist(),
+            "elements": list(g.element_names),
+            "action": "rotate",
+        },
+        "skipped": [],
+    }
+    write_json(root / "manifest.json", manifest)
+    return root
+
+
+def plain_dictionary():
+    """Reads the codes exactly out of the untransformed block."""
+    blocks, _, _ = features()
+    made = Autoencoder(d_in=D, n_latents=len(blocks), sparsity=ReLU())
+    with torch.no_grad():
+        made.W_dec.copy_(torch.from_numpy(blocks[:, 0]))
+        made._W_enc.copy_(torch.linalg.pinv(torch.from_numpy(blocks[:, 0])))
+    return made
+
+
+def group_crosscoder():
+    """Reads the same, and writes all blocks."""
+    blocks, _, _ = features()
+    made = Crosscoder(
+        widths=dict.fromkeys(D4.element_names, D), n_latents=len(blocks), sparsity=ReLU(),
+        reads="e",
+    )  # fmt: skip
+    with torch.no_grad():
+        made.W_dec.copy_(torch.from_numpy(blocks.reshape(len(blocks), -1)))
+        made._W_enc.copy_(torch.linalg.pinv(torch.from_numpy(blocks[:, 0])))
+    return made

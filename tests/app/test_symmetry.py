@@ -1,0 +1,146 @@
+import json
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from safetensors.numpy import load_file
+
+from mechatlas.app import cli, symmetry
+from mechatlas.base import DiskError
+from mechatlas.dictionaries.autoencoder import Autoencoder
+from mechatlas.dictionaries.formats import save
+from mechatlas.files import read_json, write_json
+from tests.analysis.symmetry.planted import adjusted_rand
+from tests.app import posed
+
+KEYS = {"n_features", "classes", "fdr", "noise_ceiling", "families", "r2", "discoveries_shuffled"}
+COLUMNS = {"feature", "stabiliser", "stabiliser_order", "family", "pose", "q_value", "reliability"}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    root = tmp_path_factory.mktemp("posed")
+    posed.write_store(root / "store")
+    save(posed.plain_dictionary(), root / "plain")
+    save(posed.group_crosscoder(), root / "crosscoder")
+    return root
+
+
+def run(world, name, out, *more):
+    return symmetry.run(
+        [str(world / name), "--store", str(world / "store"), "--out", str(out), *more]
+    )
+
+
+@pytest.mark.parametrize("name", ["plain", "crosscoder"])
+def test_planted_features_are_classified_from_a_store(world, tmp_path, name):
+    result, text = run(world, name, tmp_path / "out")
+    written = json.loads((tmp_path / "out" / "result.json").read_text())
+    assert set(written) >= KEYS
+    table = pq.read_table(tmp_path / "out" / "features.parquet")
+    assert set(table.column_names) >= COLUMNS
+    blocks, stabilisers, families = posed.features()
+    assert written["n_features"] == len(blocks)
+    assert [frozenset(each) for each in table["stabiliser_elements"].to_pylist()] == stabilisers
+    assert adjusted_rand(table["family"].to_numpy(), families) == 1
+    assert all(table["reliable"].to_pylist())
+    assert sum(written["classes"].values()) == len(blocks)
+    assert written["classes"]["half-turn (line-like)"] == 4
+    assert written["families"] == 4  # all but the invariant feature, which is alone
+    assert written["discoveries"] == 11
+    assert written["discoveries_shuffled"] == 0
+    assert written["noise_ceiling"] > 0.9
+    assert written["agreement"] == pytest.approx(1, abs=0.02)
+    reference, pose = table["reference"].to_numpy(), table["pose"].to_numpy()
+    for i in range(len(blocks)):
+        again = blocks[reference[i]][posed.D4.table[:, pose[i]]]
+        np.testing.assert_allclose(blocks[i], again, atol=1e-5)
+    assert "15 features under D4" not in text  # there are 19
+    assert f"{len(blocks)} features under D4" in text
+    assert load_file(tmp_path / "out" / "symmetry.safetensors")["atoms"].shape == (len(blocks), 36)
+    assert result["out"] == str(tmp_path / "out")
+
+
+def test_the_baselines_stand_beside_the_dictionary(world, tmp_path):
+    result, _ = run(world, "crosscoder", tmp_path / "out")
+    r2 = result["r2"]
+    for way in ("dictionary", "linear", "invariant", "shuffled"):
+        assert len(r2[way]) == 8
+    # The planted code is linear in the untransformed block: both explain all but the noise.
+    signal = 1 - 0.25 / (0.25 + np.square(posed.features()[0]).mean() * 19 * 0.15 * 1.85)
+    for way in ("dictionary", "linear"):
+        assert r2[way][0] == pytest.approx(1, abs=1e-3)
+        assert r2[way][3] == pytest.approx(signal, abs=0.03)
+    assert abs(r2["shuffled"][3]) < 0.05
+    assert r2["invariant"][0] == 1
+    assert r2["invariant"][3] < 0.5
+
+
+def test_nothing_is_found_where_poses_do_not_belong_together(world, tmp_path):
+    posed.write_store(tmp_path / "store", mixed=True)
+    result, _ = symmetry.run(
+        [str(world / "plain"), "--store", str(tmp_path / "store"), "--out", str(tmp_path / "out")]
+    )
+    assert result["discoveries"] == 0
+    assert result["families"] == 0
+    assert abs(result["r2_mean"]["dictionary"]) < 0.05
+
+
+def test_a_run_gives_the_same_files_again(world, tmp_path):
+    for name in ("a", "b"):
+        run(world, "plain", tmp_path / name)
+    for file in (symmetry.TABLE, symmetry.TENSORS):
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+    run(world, "plain", tmp_path / "a")  # its own folder may be written again
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c" / "mine.txt").write_text("mine")
+    with pytest.raises(DiskError, match="not empty"):
+        run(world, "plain", tmp_path / "c")
+
+
+def test_a_dictionary_of_a_branch_is_compared_with_that_branch_of_every_pose(world, tmp_path):
+    save(Autoencoder(d_in=20, n_latents=40, seed=1), tmp_path / "branch")
+    result, _ = symmetry.run([
+        str(tmp_path / "branch"), "--store", str(world / "store"), "--site", "layer/part",
+        "--out", str(tmp_path / "out"),
+    ])  # fmt: skip
+    assert result["site"] == "layer/part"
+    assert result["n_features"] == 40
+
+
+def refused(world, tmp_path, capsys, *words):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["symmetry", *words, "--out", str(tmp_path / "out")])
+    assert stopped.value.code == 2
+    assert not (tmp_path / "out").exists()
+    return capsys.readouterr().err
+
+
+def test_what_does_not_fit_is_refused_in_one_sentence(world, tmp_path, capsys):
+    store = str(world / "store")
+    manifest = read_json(world / "store" / "manifest.json")
+    plain = {k: v for k, v in manifest.items() if k != "group"}
+    (tmp_path / "store").mkdir()
+    write_json(tmp_path / "store" / "manifest.json", plain)
+    said = refused(
+        world, tmp_path, capsys, str(world / "plain"), "--store", str(tmp_path / "store")
+    )
+    assert "Collect a store with a [group]" in said
+    save(Autoencoder(d_in=12, n_latents=40, seed=1), tmp_path / "narrow")
+    said = refused(world, tmp_path, capsys, str(tmp_path / "narrow"), "--store", store)
+    assert "reads 12 numbers, but one pose of layer" in said
+    said = refused(world, tmp_path, capsys, str(world / "plain"), "--store", store, "--rate", "2")
+    assert "--rate must lie between 0 and 1" in said
+    write_json(tmp_path / "narrow" / "manifest.json", {"group": {"name": "C8", "table": [[0]]}})
+    save(posed.plain_dictionary(), tmp_path / "narrow")
+    said = refused(world, tmp_path, capsys, str(tmp_path / "narrow"), "--store", store)
+    assert "was trained for C8, but" in said
+    assert "order 8" in said
+
+
+def test_the_command_prints_the_result_as_json(world, tmp_path, capsys):
+    cli.main([
+        "symmetry", str(world / "plain"), "--store", str(world / "store"),
+        "--out", str(tmp_path / "out"), "--json",
+    ])  # fmt: skip
+    assert json.loads(capsys.readouterr().out)["n_features"] == 19
