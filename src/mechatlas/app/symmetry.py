@@ -18,11 +18,10 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 import tyro
-from jaxtyping import Float
 from tyro.conf import Positional, arg
 
 from mechatlas.activations.store import Store, StoreRows
-from mechatlas.analysis.symmetry.baselines import Explained, PoseMaps
+from mechatlas.analysis.symmetry.baselines import Explained, LinearMaps, PoseMaps
 from mechatlas.analysis.symmetry.classify import RATE, Symmetry, control, symmetry
 from mechatlas.analysis.symmetry.evidence import ALIKE
 from mechatlas.analysis.symmetry.names import NOT_RELIABLE
@@ -95,6 +94,7 @@ def find_symmetry(recipe: FindSymmetry) -> dict[str, Any]:
 
     Raises:
         DiskError: `out` holds something else, or cannot be written.
+        InputError: All images are in one half.
         RecipeError: A choice is out of range, or no site was named and there are several.
         StoreError: The store has no group, is damaged, or does not fit the dictionary.
         WeightsError: The dictionary cannot be read, or is one for another group.
@@ -104,35 +104,30 @@ def find_symmetry(recipe: FindSymmetry) -> dict[str, Any]:
         raise RecipeError(f"--rate must lie between 0 and 1, got {recipe.rate}.")
     refuse_strangers(recipe.out, KIND)
     posed = _open(recipe)
-    regression, maps = _learn(posed, recipe.seed)
-    halves = regression.halves().reshape(2, -1, posed.group.order, posed.d)
-    if posed.own_blocks is None:
-        solved, intercept = regression.whole()
-        blocks = solved.reshape(halves.shape[1:])
-    else:
-        blocks, intercept = posed.own_blocks, None
+    learnt = _learn(posed, recipe.seed)
     with bar("comparing features") as progress:
         found = symmetry(
-            blocks, posed.group, halves, rate=recipe.rate, alike=recipe.alike, seed=recipe.seed,
-            on_progress=progress,
+            learnt.blocks, posed.group, learnt.halves, rate=recipe.rate, alike=recipe.alike,
+            seed=recipe.seed, on_progress=progress,
         )  # fmt: skip
-    r2, n_held = _measure(posed, maps, blocks, intercept)
+    shuffled = control(
+        learnt.halves, posed.group, rate=recipe.rate, alike=recipe.alike, seed=recipe.seed
+    )
+    r2, n_held = _measure(posed, learnt)
     result = {
         **_summary(found),
-        "discoveries_shuffled": control(
-            halves, posed.group, rate=recipe.rate, alike=recipe.alike, seed=recipe.seed
-        ),
-        "agreement": _agreement(blocks, halves, found),
+        "discoveries_shuffled": shuffled,
+        "agreement": _agreement(learnt, found),
         "group": _described(posed),
         "site": posed.site,
         "blocks": "estimated from codes" if posed.own_blocks is None else "decoder",
-        "rows": int(regression.rows.sum()),
-        "rows_of_halves": regression.rows.tolist(),
+        "rows": int(learnt.rows.sum()),
+        "rows_of_halves": learnt.rows.tolist(),
         "held_out_rows": n_held,
         "r2": r2,
         "r2_mean": {way: _mean_of_others(values, posed.group) for way, values in r2.items()},
     }
-    _write(recipe, posed, found, blocks, regression)
+    _write(recipe, posed, found, learnt)
     return finish(recipe.out, recipe, result, clock)
 
 
@@ -244,8 +239,43 @@ def _manifest(path: Path) -> dict[str, Any]:
     return read_json(file) if file.is_file() else {}
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Learnt:
+    """What the training rows say."""
+
+    blocks: np.ndarray
+    """(n_features, order, d)"""
+    halves: np.ndarray
+    """(2, n_features, order, d)"""
+    intercept: np.ndarray | None
+    """What is predicted where nothing is active, if blocks were estimated."""
+    maps: LinearMaps
+    rows: np.ndarray
+    """In each half."""
+    active: np.ndarray
+    """Rows on which each latent was active."""
+
+
+def _learn(posed: _Posed, seed: int) -> _Learnt:
+    """Blocks from all rows and from two halves of the images, and linear maps.
+
+    Raises:
+        InputError: A half has no rows.
+        StoreError: A shard is damaged.
+    """
+    regression, maps = _read(posed, seed)
+    shape = (-1, posed.group.order, posed.d)
+    halves = regression.halves().reshape(2, *shape)
+    blocks, intercept = posed.own_blocks, None
+    if blocks is None:
+        solved, intercept = regression.whole()
+        blocks = solved.reshape(shape)
+    active = regression.active.sum(axis=0)
+    return _Learnt(blocks, halves, intercept, maps.solve(), regression.rows, active)
+
+
 @torch.no_grad()
-def _learn(posed: _Posed, seed: int) -> tuple[CodeRegression, PoseMaps]:
+def _read(posed: _Posed, seed: int) -> tuple[CodeRegression, PoseMaps]:
     """One pass over the training rows: codes against all poses, and linear maps.
 
     Raises:
@@ -278,9 +308,7 @@ def _untransformed(posed: _Posed, x: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def _measure(
-    posed: _Posed, maps: PoseMaps, blocks: np.ndarray, intercept: np.ndarray | None
-) -> tuple[dict[str, list[float | None]], int]:
+def _measure(posed: _Posed, learnt: _Learnt) -> tuple[dict[str, list[float | None]], int]:
     """R2 of every pose on held-out rows: of the dictionary and of the baselines.
 
     Raises:
@@ -288,20 +316,19 @@ def _measure(
     """
     if posed.rows.n_held_out < 2:
         raise StoreError(f"{posed.rows.store.root} has no held-out rows to measure on.")
-    linear = maps.solve()
     explained = Explained(posed.group.order, posed.d)
-    weights = torch.from_numpy(blocks.reshape(len(blocks), -1))
+    weights = torch.from_numpy(learnt.blocks.reshape(len(learnt.blocks), -1))
     for batch, _ in posed.rows.scan():
         if int(batch.row[0]) < posed.rows.n_rows:
             continue
         for x in posed.cut(batch.x).split(BATCH):
             codes = posed.dictionary.encode(_untransformed(posed, x)).float()
-            if intercept is None:
+            if learnt.intercept is None:
                 said = posed.dictionary.decode(codes)
             else:
-                said = codes @ weights + torch.from_numpy(intercept)
+                said = codes @ weights + torch.from_numpy(learnt.intercept)
             rows = x.numpy()
-            explained.add(rows, dictionary=said.float().numpy(), **linear.predict(rows))
+            explained.add(rows, dictionary=said.float().numpy(), **learnt.maps.predict(rows))
     r2 = explained.r2()
     plain = {
         way: [None if np.isnan(v) else round(float(v), 6) for v in values]
@@ -316,13 +343,9 @@ def _mean_of_others(values: list[float | None], group: Group) -> float | None:
     return round(float(np.mean(kept)), 6) if kept else None
 
 
-def _agreement(
-    blocks: Float[np.ndarray, "feature order d"],
-    halves: Float[np.ndarray, "2 feature order d"],
-    found: Symmetry,
-) -> float | None:
+def _agreement(learnt: _Learnt, found: Symmetry) -> float | None:
     """Median cosine of decoder blocks with those estimated from codes, corrected for noise."""
-    mean = halves.mean(axis=0)
+    blocks, mean = learnt.blocks, learnt.halves.mean(axis=0)
     lengths = np.sqrt(np.einsum("igk,igk->i", mean, mean) * np.einsum("igk,igk->i", blocks, blocks))
     kept = found.reliable & (lengths > 0)
     if not kept.any():
@@ -358,22 +381,16 @@ def _described(posed: _Posed) -> dict[str, Any]:
     return {"name": posed.group.name, "order": posed.group.order, "action": posed.action}
 
 
-def _write(
-    recipe: FindSymmetry,
-    posed: _Posed,
-    found: Symmetry,
-    blocks: np.ndarray,
-    regression: CodeRegression,
-) -> None:
+def _write(recipe: FindSymmetry, posed: _Posed, found: Symmetry, learnt: _Learnt) -> None:
     group = posed.group
-    table = write_table(recipe.out / TABLE, _columns(found, regression.active))
+    table = write_table(recipe.out / TABLE, _columns(found, learnt.active))
     tensors = write_tensors(
         recipe.out / TENSORS,
         {
             "stabiliser_function": found.stabiliser_function.astype(np.float32),
             "errors": np.minimum(found.errors, 1e6).astype(np.float32),
             "spectrum": found.spectrum.astype(np.float32),
-            "atoms": blocks[:, group.identity].astype(np.float32),
+            "atoms": learnt.blocks[:, group.identity].astype(np.float32),
         },
     )
     manifest = {
@@ -414,5 +431,5 @@ def _columns(found: Symmetry, active: np.ndarray) -> dict[str, np.ndarray | list
         "reliable": found.reliable,
         "noise_ceiling": found.noise_ceiling,
         "reliability": found.reliability,
-        "rows_active": active.sum(axis=0),
+        "rows_active": active,
     }
