@@ -71,8 +71,8 @@ def proportion(hits: int, trials: int, *, level: float = 0.95) -> Proportion:
     """A share with its Wilson interval; NaN and 0..1 where there were no trials."""
     if trials == 0:
         return Proportion(np.nan, 0.0, 1.0)
-    low, high = wilson(np.array(hits / trials), np.array(float(trials)), level=level)
-    return Proportion(hits / trials, float(low), float(high))
+    low, high = wilson(np.array([hits / trials]), np.array([float(trials)]), level=level)
+    return Proportion(hits / trials, float(low[0]), float(high[0]))
 
 
 def wilson(

@@ -2,6 +2,8 @@
 
     spectrum    variances and correlations of the channels, from activations
     branches    decoder rows and branches -> shares, expected shares, p-values, q-values
+    by_lot      the same on atoms whose channels were drawn by lot, as a control
+    plain_shares    the shares alone
 
 The share of a branch is the paper's: the length of the positive part of a decoder row inside the
 branch, over its whole length. What is expected of a feature that belongs to no branch is the
@@ -130,10 +132,39 @@ def branches(
             )
     if positive is None:
         positive = known is None or not known.signed
-    units, places = _places(named, d, known, positive)
     shape = (n, len(named))
-    energy, p, low, high, lumps = (np.full(shape, np.nan) for _ in range(5))
-    wanted = np.ones(n, dtype=bool) if tested is None else tested
+    units, places = _places(named, d, known, positive)
+    energy, p, lumps = _tails(atoms, named, units, places, positive)
+    low, high = wilson(energy, lumps)
+    if tested is not None:
+        p[~tested] = np.nan
+    expected = np.sqrt([[place.share for place in places]]) * np.ones(shape)
+    expected[np.isnan(energy)] = np.nan
+    return Specialization(
+        names=tuple(named),
+        share=np.sqrt(energy),
+        expected=expected,
+        p_values=p,
+        q_values=q_values(p),
+        low=np.sqrt(low),
+        high=np.sqrt(high),
+        lumps=lumps,
+    )
+
+
+_tested = branches  # where an argument has the name
+
+
+def _tails(
+    atoms: np.ndarray,
+    named: Mapping[str, slice],
+    units: np.ndarray,
+    places: list[Places],
+    positive: bool,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Share of the energy, p-value and number of lumps of every atom in every branch."""
+    n = len(atoms)
+    energy, p, lumps = (np.full((n, len(named)), np.nan) for _ in range(3))
     for start in range(0, n, ROWS_AT_ONCE):
         block = atoms[start : start + ROWS_AT_ONCE].astype(np.float64)
         _finite(block, "W_dec", start)
@@ -147,20 +178,63 @@ def branches(
         for k, place in enumerate(places):
             p[rows, k], effect = tail(taken_apart, energy[rows, k], place)
             lumps[rows, k] = np.maximum(1 / (plain * effect), 1.0)
-            low[rows, k], high[rows, k] = wilson(energy[rows, k], lumps[rows, k])
-    p[~wanted] = np.nan
-    expected = np.sqrt([[place.share for place in places]]) * np.ones(shape)
-    expected[np.isnan(energy)] = np.nan
-    return Specialization(
-        names=tuple(named),
-        share=np.sqrt(energy),
-        expected=expected,
-        p_values=p,
-        q_values=q_values(p),
-        low=np.sqrt(low),
-        high=np.sqrt(high),
-        lumps=lumps,
-    )
+    return energy, p, lumps
+
+
+def by_lot(
+    W_dec: Any,  # noqa: N803 - the field's name
+    branches: Mapping[str, Any],
+    activations: Any = None,
+    *,
+    positive: bool | None = None,
+    tested: Bool[np.ndarray, " feature"] | None = None,
+    seed: int = 0,
+) -> Specialization:
+    """The control: the same test on atoms whose channels were drawn by lot.
+
+    Each atom is divided by the deviations of the channels, its entries are put in random order,
+    mixed as the channels are correlated, and multiplied by the deviations again. What is found
+    specialised then is what the test finds where there is nothing.
+
+    Args:
+        W_dec: As for `branches`, and so are the others.
+        branches: Name -> channels.
+        activations: Rows, or their spectrum.
+        positive: Only the positive part of a row counts.
+        tested: Features to test.
+        seed: Seed of the lots.
+
+    Raises:
+        InputError: As for `branches`.
+    """
+    atoms = matrix(getattr(W_dec, "W_dec", W_dec), "W_dec", "n_features, d").astype(np.float64)
+    known = activations
+    if activations is not None and not isinstance(activations, Spectrum):
+        known = spectrum(activations)
+    order = np.argsort(np.random.default_rng([seed, 3]).random(atoms.shape), axis=1)
+    if known is None:
+        drawn = np.take_along_axis(atoms, order, axis=1)
+    else:
+        deviation = np.sqrt(known.variance)
+        least = FAINTEST * np.sqrt(np.mean(known.variance))
+        values, vectors = np.linalg.eigh(known.correlation)
+        root = (vectors * np.sqrt(np.maximum(values, 0))) @ vectors.T
+        entries = np.take_along_axis(atoms / np.maximum(deviation, least), order, axis=1)
+        drawn = entries @ root * deviation
+    return _tested(drawn, branches, known, positive=positive, tested=tested)
+
+
+def plain_shares(
+    atoms: Float[np.ndarray, "feature d"], branches: Mapping[str, slice], *, positive: bool = True
+) -> tuple[Float[np.ndarray, "feature branch"], Float[np.ndarray, " branch"]]:
+    """Shares without a test, 0 for atoms without length, and what width alone predicts."""
+    part = np.maximum(atoms, 0) if positive else np.abs(atoms)
+    whole = np.maximum(np.linalg.norm(part, axis=1), np.finfo(np.float32).tiny)
+    widths = [len(range(*s.indices(atoms.shape[1]))) for s in branches.values()]
+    shares = np.zeros((len(atoms), len(widths)))
+    for k, s in enumerate(branches.values()):
+        shares[:, k] = np.linalg.norm(part[:, s], axis=1) / whole
+    return shares, np.sqrt(np.array(widths, dtype=np.float64) / atoms.shape[1])
 
 
 def _places(
