@@ -35,9 +35,13 @@ def train(site: str, store: ma.Store, options: argparse.Namespace) -> Path:
         recipe = read_recipe(options.recipe, Train)
         width = store.rows(site).d_in
         changed = dataclasses.replace(
-            recipe, store=options.store, site=site, out=out, n_latents=options.expansion * width,
+            recipe,
+            store=options.store,
+            site=site,
+            out=out,
+            n_latents=options.expansion * width,
             steps=options.steps or recipe.steps,
-        )  # fmt: skip
+        )
         found = jobs.train(changed)
         print(f"{site}: fvu {found['fvu']:.3f}, dead {found['dead_share']:.1%}", flush=True)
     return out
@@ -57,7 +61,7 @@ def matched(paths: list[Path], name: str, options: argparse.Namespace) -> Path |
                 cost="codes",
                 store=options.store,
                 rows=options.match_rows,
-            )  # fmt: skip
+            )
         )
     return out
 
