@@ -87,6 +87,7 @@ def main() -> None:
     parser.add_argument("--recipe", type=Path, default=HERE / "train.toml")
     parser.add_argument("--expansion", type=int, default=16)
     parser.add_argument("--steps", type=int, help="by default the recipe's")
+    parser.add_argument("--sites", nargs="*", help="by default all that have branches")
     parser.add_argument(
         "--branch", nargs="*", default=[], help="branches with their own dictionary"
     )
@@ -96,6 +97,7 @@ def main() -> None:
     options.out = options.out or options.store.parent
     store = ma.Store(options.store)
     sites = [name for name, shape in store.shapes.items() if shape.branches]
+    sites = [site for site in sites if not options.sites or site in options.sites]
     paths = [train(site, store, options) for site in sites]
     between = matched(paths, "match", options)
     table = []

@@ -61,8 +61,9 @@ def test_the_chapter_shows_counts_features_and_layers_and_escapes_names(folder):
     for words in ("1 of 2", "80.0%", "curve", "no such pairs"):
         assert words in made.html
     strongest = made.data[0]["strongest"]
-    assert [one["feature"] for one in strongest[0]] == [0]
-    assert strongest[1] == []
+    assert [one["feature"] for one in strongest[0]] == [0, 1]
+    assert [one["stands"] for one in strongest[0]] == [True, False]
+    assert not any(one["stands"] for one in strongest[1])
     json.dumps(made.figures, allow_nan=False)
     json.dumps(made.data, allow_nan=False)
     grey, red = made.figures["shares0"]["data"]

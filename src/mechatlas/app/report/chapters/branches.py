@@ -83,16 +83,19 @@ def _of_branch(table: dict[str, np.ndarray], k: int, n: int) -> dict[str, np.nda
 
 
 def _strongest(run: Run, table: dict[str, np.ndarray], k: int, n: int) -> list[dict[str, Any]]:
-    """The features that stand against the null and lie most in a branch."""
+    """The features that lie most in a branch; first those that stand against the null."""
     own = _of_branch(table, k, n)
-    stands = np.flatnonzero(np.nan_to_num(own["q_value"], nan=np.inf) <= run.result["rate"])
-    best = stands[np.argsort(-own["share"][stands], kind="stable")][:STRONGEST]
+    q = np.nan_to_num(own["q_value"], nan=np.inf)
+    stands = q <= run.result["rate"]
+    order = np.lexsort((-np.nan_to_num(own["share"]), ~stands))
+    best = [i for i in order[:STRONGEST] if np.isfinite(q[i])]
     return [
         {
             "feature": int(own["feature"][i]),
+            "stands": bool(stands[i]),
             "share": float(own["share"][i]),
             "expected": float(own["expected_share"][i]),
-            "q": float(own["q_value"][i]),
+            "q": float(q[i]),
             "ablation": _finite(own["ablation_share"][i]),
             "activation": _finite(own["activation_share"][i]),
         }
