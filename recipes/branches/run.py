@@ -92,6 +92,7 @@ def main() -> None:
         "--branch", nargs="*", default=[], help="branches with their own dictionary"
     )
     parser.add_argument("--rows", type=int, default=branches.ROWS)
+    parser.add_argument("--alone", action="store_true", help="do not match sites with one another")
     parser.add_argument("--match-rows", type=int, default=4096)
     options = parser.parse_args()
     options.out = options.out or options.store.parent
@@ -99,7 +100,7 @@ def main() -> None:
     sites = [name for name, shape in store.shapes.items() if shape.branches]
     sites = [site for site in sites if not options.sites or site in options.sites]
     paths = [train(site, store, options) for site in sites]
-    between = matched(paths, "match", options)
+    between = None if options.alone else matched(paths, "match", options)
     table = []
     for site, path in zip(sites, paths, strict=True):
         for branch in options.branch:
