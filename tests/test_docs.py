@@ -17,8 +17,9 @@ NAMES = (
     "formats",
     "interaction",
     "matching",
-    "proofs",
     "symmetry",
+    "branches",
+    "proofs",
 )
 PAGES = [ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in NAMES)]
 BLOCK = re.compile(r"^```(\w+)(?: title=\"([^\"]+)\")?\n(.*?)^```$", re.MULTILINE | re.DOTALL)

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from mechatlas.activations.samples import Arrays, Images, Texts, open_samples
     from mechatlas.activations.sites import edited, find_sites, list_sites, read
     from mechatlas.activations.store import Store
+    from mechatlas.analysis.branches.specialization import branches
     from mechatlas.analysis.interaction.analysis import Analysing, Interaction, basis
     from mechatlas.analysis.matching.chains import track
     from mechatlas.analysis.matching.pairing import match, relatives
@@ -47,6 +48,7 @@ _HOMES = {
     "activations.samples": ("Arrays", "Images", "Texts", "open_samples"),
     "activations.sites": ("edited", "find_sites", "list_sites", "read"),
     "activations.store": ("Store",),
+    "analysis.branches.specialization": ("branches",),
     "analysis.interaction.analysis": ("Analysing", "Interaction", "basis"),
     "analysis.matching.chains": ("track",),
     "analysis.matching.pairing": ("match", "relatives"),
@@ -100,6 +102,7 @@ __all__ = [
     "UserError",
     "assign",
     "basis",
+    "branches",
     "build",
     "collect",
     "edited",

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from mechatlas.activations.store import Store
+from mechatlas.analysis.branches.specialization import plain_shares
 from mechatlas.analysis.examples import feature_statistics
-from mechatlas.app.report.atoms import branch_shares, flat_map, neighbours
+from mechatlas.app.report.atoms import flat_map, neighbours
 from mechatlas.app.report.chapter import Chapter, as_json, render
 from mechatlas.app.report.layout import umap
 from mechatlas.app.report.page import CHAPTERS, assemble, write_page
@@ -197,10 +198,10 @@ def test_json_cannot_end_its_script():
 
 def test_shares_of_an_atom_in_one_branch_alone():
     atoms = np.array([[3.0, 4.0, 0.0, 0.0], [1.0, 0.0, -5.0, 1.0]])
-    shares, expected = branch_shares(atoms, {"a": slice(0, 2), "b": slice(2, 4)})
+    shares, expected = plain_shares(atoms, {"a": slice(0, 2), "b": slice(2, 4)})
     np.testing.assert_allclose(shares, [[1, 0], [0.5**0.5, 0.5**0.5]])
     np.testing.assert_allclose(expected, [0.5**0.5] * 2)
-    assert branch_shares(atoms, {})[0].shape == (2, 0)
+    assert plain_shares(atoms, {})[0].shape == (2, 0)
 
 
 def test_neighbours_are_the_nearest_living_atoms():

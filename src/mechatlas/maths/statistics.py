@@ -3,6 +3,7 @@
 q_values      p-values -> smallest false discovery rate at which each still stands
 enrichment    are the members of one set more often than by chance in another?
 proportion    a share with its interval
+wilson        the same for many shares at once
 """
 
 from typing import NamedTuple
@@ -67,15 +68,23 @@ class Proportion(NamedTuple):
 
 
 def proportion(hits: int, trials: int, *, level: float = 0.95) -> Proportion:
-    """A share with its Wilson interval; NaN and 0..1 where there were no trials.
+    """A share with its Wilson interval; NaN and 0..1 where there were no trials."""
+    if trials == 0:
+        return Proportion(np.nan, 0.0, 1.0)
+    low, high = wilson(np.array([hits / trials]), np.array([float(trials)]), level=level)
+    return Proportion(hits / trials, float(low[0]), float(high[0]))
+
+
+def wilson(
+    share: Float[np.ndarray, "*shape"], trials: Float[np.ndarray, "*shape"], *, level: float = 0.95
+) -> tuple[Float[np.ndarray, "*shape"], Float[np.ndarray, "*shape"]]:
+    """Ends of the Wilson intervals of shares of some trials, which need not be whole.
 
     Source:
         Wilson, Probable inference, the law of succession, and statistical inference (1927).
     """
-    if trials == 0:
-        return Proportion(np.nan, 0.0, 1.0)
     z2 = float(stats.norm.ppf(0.5 + level / 2)) ** 2
-    share = hits / trials
     middle = (share + z2 / (2 * trials)) / (1 + z2 / trials)
-    half = np.sqrt(z2 * (share * (1 - share) / trials + z2 / (4 * trials**2))) / (1 + z2 / trials)
-    return Proportion(share, max(0.0, float(middle - half)), min(1.0, float(middle + half)))
+    spread = z2 * (share * (1 - share) / trials + z2 / (4 * trials**2))
+    half = np.sqrt(np.maximum(spread, 0)) / (1 + z2 / trials)
+    return np.maximum(0.0, np.asarray(middle - half)), np.minimum(1.0, np.asarray(middle + half))

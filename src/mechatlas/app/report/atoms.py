@@ -1,12 +1,10 @@
 """What the decoder rows of a dictionary say by themselves.
 
-branch_shares    how much of an atom is written by each branch, and what width predicts
 neighbours       the atoms most alike, and how alike shuffled atoms would be
 flat_map         a picture of all atoms in two dimensions
 """
 
 import dataclasses
-from collections.abc import Mapping
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -26,26 +24,6 @@ class Neighbours:
     chance: float
     """Cosine that one shuffled atom in a hundred has with its nearest atom. Shuffled: every
     channel drawn anew from what the atoms have in that channel."""
-
-
-def branch_shares(
-    atoms: Float[np.ndarray, "latent d_in"], branches: Mapping[str, slice]
-) -> tuple[Float[np.ndarray, "latent branch"], Float[np.ndarray, " branch"]]:
-    """Length of the positive part of an atom inside each branch, over its whole length.
-
-    Activations after a rectifier are positive, so only the positive part can be written.
-    The squares of the shares add up to 1.
-
-    Returns:
-        The shares, and the share that a branch's width alone predicts.
-    """
-    if not branches:
-        return np.zeros((len(atoms), 0)), np.zeros(0)
-    positive = np.maximum(atoms, 0)
-    whole = np.maximum(np.linalg.norm(positive, axis=1), np.finfo(np.float32).tiny)
-    shares = [np.linalg.norm(positive[:, s], axis=1) / whole for s in branches.values()]
-    width = [len(range(*s.indices(atoms.shape[1]))) for s in branches.values()]
-    return np.stack(shares, axis=1), np.sqrt(np.array(width) / atoms.shape[1])
 
 
 def neighbours(

@@ -203,7 +203,7 @@ const cards = (() => {
         exampleList(d, i, d.top, 132, showHeat)),
       el("div", { class: "columns" },
         part("Activations", `Density: share of ${read} of the store where it is active. Mean: over those rows. Bars: number of rows by activation, with ratios across and square roots up; the first bar holds everything weaker.`, facts(d, i), d.density[i] > 0 ? histogram(d, i) : null),
-        bars ? part("Branches", "Length of the atom’s positive part inside each branch, over its whole length; squares add up to 1. The tick is what the branch’s width predicts. A description: whether a difference stands against chance takes a test to say (“mechatlas branches”).", bars) : null,
+        bars ? part("Branches", "Length of the atom’s positive part inside each branch, over its whole length; squares add up to 1. The tick is what the branch’s width predicts. A description: whether a difference stands against chance is in the chapter on branches, where “mechatlas branches” was run.", bars) : null,
         part("Nearest atoms", `Cosine of decoder rows, among features that are ever active. One shuffled atom in a hundred reaches ${number(d.chance)}; fainter ones are below that.`, neighbourList(d, i, showHeat, open))),
     ];
   }

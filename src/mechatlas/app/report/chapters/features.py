@@ -11,6 +11,7 @@ from mechatlas.activations.networks import digest
 from mechatlas.activations.receptive import receptive_field
 from mechatlas.activations.samples import ImageSamples, Samples, TextSamples
 from mechatlas.activations.store import POOL_BYTES, StoreRows
+from mechatlas.analysis.branches.specialization import plain_shares
 from mechatlas.analysis.examples import (
     BINS,
     PER_OCTAVE,
@@ -19,7 +20,7 @@ from mechatlas.analysis.examples import (
     examples,
     feature_statistics,
 )
-from mechatlas.app.report.atoms import Neighbours, branch_shares, flat_map, neighbours
+from mechatlas.app.report.atoms import Neighbours, flat_map, neighbours
 from mechatlas.app.report.chapter import Chapter, render
 from mechatlas.app.report.pictures import Gallery, gallery
 from mechatlas.app.report.runs import Run, Runs
@@ -186,7 +187,7 @@ def _describe(
     flat, method = flat_map(one.atoms, alive)
     near = neighbours(one.atoms, alive)
     branches = _branches(one.rows)
-    shares, expected = branch_shares(one.atoms, branches)
+    shares, expected = plain_shares(one.atoms, branches)
     slot = np.searchsorted(pictures.samples, shown.sample)
     arrays = {
         "density": statistics.density.astype(np.float32),

@@ -1,0 +1,83 @@
+"""Shares, p-values and what they are worth: power and false discoveries on planted sites.
+
+    pytest benchmarks/bench_branches.py -o python_files='bench_*.py' --benchmark-only -m ''
+    python benchmarks/bench_branches.py          the table of power and false discovery rates
+
+Floor of a test: a p-value takes some 10 sums over lumps and places, so 8,192 features in 4 branches
+with 64 lumps at up to 18 places are about 8,192 * 4 * 64 * 18 * 10 = 380 million exponentials.
+"""
+
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mechatlas.analysis.branches.specialization import branches
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from tests.analysis.branches.planted import BRANCHES, factors, null_atoms, placed, world
+
+WORLDS = {
+    "widths alone": (world(), "gaussian"),
+    "heavy tails": (world(), "heavy"),
+    "unequal variances": (world(scales=True), "gaussian"),
+    "uneven variances": (world(uneven=0.5, scales=True), "gaussian"),
+    "correlated in branches": (world(scales=True, within=0.05), "gaussian"),
+    "factors in branches": (factors(), "gaussian"),
+    "factors over all": (factors(per_branch=False), "gaussian"),
+}
+EXCESS = 0.9
+N, EACH = 2000, 100
+
+
+def measure(name: str, seed: int, excess: float = EXCESS) -> tuple[float, float, int]:
+    """Power, false discovery proportion, and discoveries where nothing is planted."""
+    at, draw = WORLDS[name]
+    atoms = null_atoms(at, N, draw, seed=seed)
+    nothing = int(branches(atoms, BRANCHES, at.spectrum).specialised().sum())
+    truth = np.zeros((N, len(BRANCHES)), dtype=bool)
+    for k, branch in enumerate(BRANCHES):
+        mine = slice(EACH * k, EACH * (k + 1))
+        atoms[mine] = placed(atoms[mine], at, branch, excess)
+        truth[mine, k] = True
+    found = branches(atoms, BRANCHES, at.spectrum).specialised()
+    false = (found & ~truth).sum() / max(found.sum(), 1)
+    return float(found[truth].mean()), float(false), nothing
+
+
+@pytest.mark.parametrize("name", WORLDS)
+def test_branches(benchmark, name):
+    power, false, nothing = benchmark.pedantic(measure, args=(name, 0), rounds=1)
+    benchmark.extra_info.update(power=power, false_discoveries=false, in_nulls=nothing)
+
+
+@pytest.mark.parametrize("n", [1024, 8192])
+def test_time_of_a_test(benchmark, n):
+    random = np.random.default_rng(0)
+    atoms = random.standard_normal((n, 512)).astype(np.float32)
+    rows = np.maximum(random.standard_normal((4096, 512)), 0)
+    ends = [0, 128, 320, 448, 512]
+    named = {f"b{k}": (ends[k], ends[k + 1]) for k in range(4)}
+    found = benchmark.pedantic(branches, args=(atoms, named, rows), rounds=1)
+    benchmark.extra_info.update(features=n, discoveries=int(found.specialised().sum()))
+
+
+def main(draws: int = 10) -> None:
+    """Print the table."""
+    print(f"excess {EXCESS}, {EACH} of {N} features placed in each branch, {draws} draws")
+    for name in WORLDS:
+        clock = time.process_time()
+        found = np.array([measure(name, seed) for seed in range(draws)])
+        power, false, nothing = found.mean(axis=0)
+        seconds = (time.process_time() - clock) / draws
+        print(
+            f"{name:24} power {power:.3f}  false discovery rate {false:.3f}  "
+            f"discoveries in {draws} nulls {nothing * draws:.0f}  {seconds:.1f} s CPU",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()

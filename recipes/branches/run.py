@@ -1,0 +1,125 @@
+"""A dictionary for every site of a store, its features tested for branches, and the table of it.
+
+    mechatlas collect recipes/branches/collect_inception_mini.toml --samples.source cifar10.zip
+    python recipes/branches/run.py runs/branches/inception_mini/store
+    python recipes/branches/run.py runs/branches/untrained/store        # the control
+
+Beside the store: one folder a site with its dictionary, `SITE-branches`, and for a paired store
+`match`, by codes; then `table.json`. What is there already is not made again.
+`--branch 5x5 1x1` also trains dictionaries on those branches alone, as in the paper, and matches
+each with the one of the whole site.
+"""
+
+import argparse
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import mechatlas as ma
+from mechatlas.app import branches, jobs, matching
+from mechatlas.app.recipes import Train, read_recipe
+from mechatlas.files import read_json, write_json
+
+HERE = Path(__file__).parent
+
+
+def folder_of(root: Path, site: str) -> Path:
+    """Folder of a site's dictionary."""
+    return root / site.replace("/", "~").replace(":", "~")
+
+
+def train(site: str, store: ma.Store, options: argparse.Namespace) -> Path:
+    """Train the dictionary of a site, unless it is there."""
+    out = folder_of(options.out, site)
+    if not (out / "result.json").is_file():
+        recipe = read_recipe(options.recipe, Train)
+        width = store.rows(site).d_in
+        changed = dataclasses.replace(
+            recipe,
+            store=options.store,
+            site=site,
+            out=out,
+            n_latents=options.expansion * width,
+            steps=options.steps or recipe.steps,
+        )
+        found = jobs.train(changed)
+        print(f"{site}: fvu {found['fvu']:.3f}, dead {found['dead_share']:.1%}", flush=True)
+    return out
+
+
+def matched(paths: list[Path], name: str, options: argparse.Namespace) -> Path | None:
+    """Match dictionaries in a row by their codes, where the store is paired."""
+    out = options.out / name
+    paired = ma.Store(options.store).manifest["settings"]["paired"]
+    if len(paths) < 2 or not paired:
+        return None
+    if not (out / "result.json").is_file():
+        matching.match_dictionaries(
+            matching.Matching(
+                dictionaries=tuple(paths),
+                out=out,
+                cost="codes",
+                store=options.store,
+                rows=options.match_rows,
+            )
+        )
+    return out
+
+
+def row(site: str, result: dict[str, Any]) -> dict[str, Any]:
+    """One row of the table."""
+    return {
+        "site": site,
+        "features": result["n_features"],
+        "tested": result["tested"],
+        "specialised": result["specialised"],
+        "by_lot": result["specialised_by_lot"],
+        "branches": {one["name"]: one["specialised"] for one in result["branches"]},
+        "consistency": result.get("consistency", []),
+    }
+
+
+def main() -> None:
+    """Train, match, test and print."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("store", type=Path)
+    parser.add_argument("--out", type=Path, help="by default the folder of the store")
+    parser.add_argument("--recipe", type=Path, default=HERE / "train.toml")
+    parser.add_argument("--expansion", type=int, default=16)
+    parser.add_argument("--steps", type=int, help="by default the recipe's")
+    parser.add_argument("--sites", nargs="*", help="by default all that have branches")
+    parser.add_argument(
+        "--branch", nargs="*", default=[], help="branches with their own dictionary"
+    )
+    parser.add_argument("--rows", type=int, default=branches.ROWS)
+    parser.add_argument("--alone", action="store_true", help="do not match sites with one another")
+    parser.add_argument("--match-rows", type=int, default=4096)
+    options = parser.parse_args()
+    options.out = options.out or options.store.parent
+    store = ma.Store(options.store)
+    sites = [name for name, shape in store.shapes.items() if shape.branches]
+    sites = [site for site in sites if not options.sites or site in options.sites]
+    paths = [train(site, store, options) for site in sites]
+    between = None if options.alone else matched(paths, "match", options)
+    table = []
+    for site, path in zip(sites, paths, strict=True):
+        for branch in options.branch:
+            if branch in store.shapes[site].branches:
+                part = train(f"{site}/{branch}", store, options)
+                matched([part, path], f"{part.name}-match", options)
+        out = path.with_name(f"{path.name}-branches")
+        if not (out / "result.json").is_file():
+            branches.specialise(
+                branches.Branches(
+                    dictionary=path, store=options.store, out=out, match=between, rows=options.rows
+                )
+            )
+        table.append(row(site, read_json(out / "result.json")))
+        counts = ", ".join(f"{name} {n}" for name, n in table[-1]["branches"].items())
+        print("{site:12} {features:6} features, {tested:6} tested, {specialised:5} specialised "
+              "({by_lot} by lot): ".format(**table[-1]) + counts, flush=True)  # fmt: skip
+    write_json(options.out / "table.json", table)
+
+
+if __name__ == "__main__":
+    main()

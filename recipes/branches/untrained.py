@@ -1,0 +1,50 @@
+"""The same network with weights drawn anew: the control that a trained one is compared with.
+
+    python recipes/branches/untrained.py inception_mini --out runs/branches/untrained.safetensors
+    mechatlas collect recipes/branches/collect_inception_mini.toml \
+        --network.weights runs/branches/untrained.safetensors --out runs/branches/untrained/store
+
+Weights are Gaussian with variance 2 / inputs (He et al., 2015), so that activations keep their
+size from layer to layer; biases are zero.
+"""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import safetensors.torch
+import torch
+
+import mechatlas as ma
+from mechatlas.files import write
+
+
+def untrained(network: torch.nn.Module, seed: int) -> dict[str, torch.Tensor]:
+    """Fresh weights under the names and shapes of a network's own."""
+    random = np.random.default_rng(seed)
+    fresh = {}
+    for name, tensor in network.state_dict().items():
+        if tensor.ndim < 2:
+            fresh[name] = torch.zeros(tensor.shape) if name.endswith("bias") else tensor.clone()
+            continue
+        inputs = tensor[0].numel()
+        drawn = random.standard_normal(tuple(tensor.shape)) * np.sqrt(2 / inputs)
+        fresh[name] = torch.from_numpy(drawn.astype(np.float32))
+    return fresh
+
+
+def main() -> None:
+    """Draw weights and write them."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("network", help="a bundled name or package.module:factory")
+    parser.add_argument("--weights", type=Path, help="file of weights, if the network needs one")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    network = ma.build(ma.Network(name=options.network, weights=options.weights))
+    write(options.out, safetensors.torch.save(untrained(network, options.seed)))
+    print(f"Weights: {options.out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Which branch of a site computes a feature."""

@@ -1,0 +1,370 @@
+"""How much of each feature is in each branch of a site, and whether that is more than by chance.
+
+    spectrum    variances and correlations of the channels, from activations
+    branches    decoder rows and branches -> shares, expected shares, p-values, q-values
+    by_lot      the same on atoms whose channels were drawn by lot, as a control
+    plain_shares    the shares alone
+
+The share of a branch is the paper's: the length of the positive part of a decoder row inside the
+branch, over its whole length. What is expected of a feature that belongs to no branch is the
+branch's share of the channels or, where activations are given, of their variance.
+
+Source: Bozoukov, Branch specialization with k-sparse autoencoders (2025), for the share.
+"""
+
+import dataclasses
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from mechatlas.analysis.branches.null import (
+    Lumps,
+    Places,
+    covariance_of_squares,
+    places_of,
+    tail,
+)
+from mechatlas.base import InputError
+from mechatlas.maths.statistics import q_values, wilson
+
+ROWS_AT_ONCE = 1024
+FAINTEST = 0.1
+"""Standard deviation, over the root mean square of all channels', below which a channel's entry is
+not divided by its own: what an atom has left in a dead channel says nothing about it."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Spectrum:
+    """How the channels of a site vary."""
+
+    n_rows: int
+    mean: Float[np.ndarray, " d"]
+    variance: Float[np.ndarray, " d"]
+    correlation: Float[np.ndarray, "d d"]
+    """0 with channels that do not vary."""
+    signed: bool
+    """Whether any activation is negative."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Specialization:
+    """Shares of features in branches, with their evidence.
+
+    Every matrix has a row for each feature and a column for each branch, in the order of `names`.
+    Features without any decoder row to speak of have NaN.
+    """
+
+    names: tuple[str, ...]
+    share: Float[np.ndarray, "feature branch"]
+    """Length of the (positive part of the) decoder row in the branch over its whole length; the
+    squares of the shares of branches that cover a site add up to 1."""
+    expected: Float[np.ndarray, "feature branch"]
+    """Root mean square of the share under the null."""
+    p_values: Float[np.ndarray, "feature branch"]
+    """Probability of at least such a share if the feature belonged to no branch."""
+    q_values: Float[np.ndarray, "feature branch"]
+    """Smallest false discovery rate, over all features and branches, at which the claim that the
+    feature is specialised still stands."""
+    low: Float[np.ndarray, "feature branch"]
+    """95 % interval of the share, if the atom were drawn anew as so many independent lumps."""
+    high: Float[np.ndarray, "feature branch"]
+    lumps: Float[np.ndarray, "feature branch"]
+    """How many independent pieces an atom comes to, after correlations of the channels."""
+
+    @property
+    def excess(self) -> Float[np.ndarray, "feature branch"]:
+        """Effect size: 0 as expected, 1 all in the branch, negative if less than expected."""
+        expected = np.square(self.expected)
+        return (np.square(self.share) - expected) / np.maximum(1 - expected, 1e-300)
+
+    def specialised(self, rate: float = 0.05) -> Bool[np.ndarray, "feature branch"]:
+        """Which features are specialised to which branch at a false discovery rate."""
+        return np.nan_to_num(self.q_values, nan=np.inf) <= rate
+
+    def branch_of(self, rate: float = 0.05) -> Int[np.ndarray, " feature"]:
+        """The branch that each feature is specialised to most; -1 for none."""
+        stands = self.specialised(rate)
+        excess = np.where(stands, self.excess, -np.inf)
+        return np.where(stands.any(axis=1), excess.argmax(axis=1), -1)
+
+
+def branches(
+    W_dec: Any,  # noqa: N803 - the field's name
+    branches: Mapping[str, Any],
+    activations: Any = None,
+    *,
+    positive: bool | None = None,
+    tested: Bool[np.ndarray, " feature"] | None = None,
+) -> Specialization:
+    """Test every feature for more of itself in a branch than chance would put there.
+
+    Args:
+        W_dec: Decoder rows (n_features, d), numpy or torch; or a dictionary.
+        branches: Name -> channels, as a slice or (first, one after the last). They must not
+            overlap; together they need not cover the site.
+        activations: Rows (n, d) of the site, or what `spectrum` made of them. Without them all
+            channels count as equally and independently variable.
+        positive: Only the positive part of a row counts, as after a rectifier. By default it does
+            unless activations are given and some are negative.
+        tested: Features to test, such as those that are ever active; by default all. The others
+            have shares, but no p-values.
+
+    Returns:
+        Shares, expected shares, p-values and q-values, each (n_features, n_branches).
+
+    Raises:
+        InputError: There is nothing to compare, shapes do not fit, or a value is not finite.
+    """
+    atoms = matrix(getattr(W_dec, "W_dec", W_dec), "W_dec", "n_features, d")
+    n, d = atoms.shape
+    named = checked_branches(branches, d)
+    known = None
+    if activations is not None:
+        known = activations if isinstance(activations, Spectrum) else spectrum(activations)
+        if len(known.variance) != d:
+            raise InputError(
+                f"Decoder rows have {d} channels, the activations {len(known.variance)}. Are they "
+                "of the same site?"
+            )
+    if positive is None:
+        positive = known is None or not known.signed
+    shape = (n, len(named))
+    units, places = _places(named, d, known, positive)
+    energy, p, lumps = _tails(atoms, named, units, places, positive)
+    low, high = wilson(energy, lumps)
+    if tested is not None:
+        p[~tested] = np.nan
+    expected = np.sqrt([[place.share for place in places]]) * np.ones(shape)
+    expected[np.isnan(energy)] = np.nan
+    return Specialization(
+        names=tuple(named),
+        share=np.sqrt(energy),
+        expected=expected,
+        p_values=p,
+        q_values=q_values(p),
+        low=np.sqrt(low),
+        high=np.sqrt(high),
+        lumps=lumps,
+    )
+
+
+_tested = branches  # where an argument has the name
+
+
+def _tails(
+    atoms: np.ndarray,
+    named: Mapping[str, slice],
+    units: np.ndarray,
+    places: list[Places],
+    positive: bool,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Share of the energy, p-value and number of lumps of every atom in every branch."""
+    n = len(atoms)
+    energy, p, lumps = (np.full((n, len(named)), np.nan) for _ in range(3))
+    for start in range(0, n, ROWS_AT_ONCE):
+        block = atoms[start : start + ROWS_AT_ONCE].astype(np.float64)
+        _finite(block, "W_dec", start)
+        squares = np.square(np.maximum(block, 0) if positive else block)
+        whole = squares.sum(axis=1)
+        there = np.flatnonzero((whole > 0) & (squares / units).any(axis=1))
+        squares = squares[there] / whole[there, None]
+        rows = start + there
+        energy[rows] = np.stack([squares[:, s].sum(axis=1) for s in named.values()], axis=1)
+        taken_apart, plain = Lumps.of(squares / units), np.square(squares).sum(axis=1)
+        for k, place in enumerate(places):
+            p[rows, k], effect = tail(taken_apart, energy[rows, k], place)
+            lumps[rows, k] = np.maximum(1 / (plain * effect), 1.0)
+    return energy, p, lumps
+
+
+def by_lot(
+    W_dec: Any,  # noqa: N803 - the field's name
+    branches: Mapping[str, Any],
+    activations: Any = None,
+    *,
+    positive: bool | None = None,
+    tested: Bool[np.ndarray, " feature"] | None = None,
+    seed: int = 0,
+) -> Specialization:
+    """The control: the same test on atoms whose channels were drawn by lot.
+
+    Each atom is divided by the deviations of the channels, its entries are put in random order,
+    mixed as the channels are correlated, and multiplied by the deviations again. What is found
+    specialised then is what the test finds where there is nothing.
+
+    Args:
+        W_dec: As for `branches`, and so are the others.
+        branches: Name -> channels.
+        activations: Rows, or their spectrum.
+        positive: Only the positive part of a row counts.
+        tested: Features to test.
+        seed: Seed of the lots.
+
+    Raises:
+        InputError: As for `branches`.
+    """
+    atoms = matrix(getattr(W_dec, "W_dec", W_dec), "W_dec", "n_features, d").astype(np.float64)
+    known = activations
+    if activations is not None and not isinstance(activations, Spectrum):
+        known = spectrum(activations)
+    order = np.argsort(np.random.default_rng([seed, 3]).random(atoms.shape), axis=1)
+    if known is None:
+        drawn = np.take_along_axis(atoms, order, axis=1)
+    else:
+        deviation = np.sqrt(known.variance)
+        least = FAINTEST * np.sqrt(np.mean(known.variance))
+        values, vectors = np.linalg.eigh(known.correlation)
+        root = (vectors * np.sqrt(np.maximum(values, 0))) @ vectors.T
+        entries = np.take_along_axis(atoms / np.maximum(deviation, least), order, axis=1)
+        drawn = entries @ root * deviation
+    return _tested(drawn, branches, known, positive=positive, tested=tested)
+
+
+def plain_shares(
+    atoms: Float[np.ndarray, "feature d"], branches: Mapping[str, slice], *, positive: bool = True
+) -> tuple[Float[np.ndarray, "feature branch"], Float[np.ndarray, " branch"]]:
+    """Shares without a test, 0 for atoms without length, and what width alone predicts."""
+    part = np.maximum(atoms, 0) if positive else np.abs(atoms)
+    whole = np.maximum(np.linalg.norm(part, axis=1), np.finfo(np.float32).tiny)
+    widths = [len(range(*s.indices(atoms.shape[1]))) for s in branches.values()]
+    shares = np.zeros((len(atoms), len(widths)))
+    for k, s in enumerate(branches.values()):
+        shares[:, k] = np.linalg.norm(part[:, s], axis=1) / whole
+    return shares, np.sqrt(np.array(widths, dtype=np.float64) / atoms.shape[1])
+
+
+def _places(
+    named: Mapping[str, slice], d: int, known: Spectrum | None, positive: bool
+) -> tuple[np.ndarray, list[Places]]:
+    """Variance that each channel's entries are divided by, and the places of every branch.
+
+    Raises:
+        InputError: No channel varies.
+    """
+    variance, together = np.ones(d), None
+    if known is not None:
+        if not known.variance.any():
+            raise InputError(f"All {known.n_rows} rows of activations are equal.")
+        variance = known.variance / known.variance.mean()
+        together = covariance_of_squares(known.correlation, positive=positive)
+    made = []
+    for channels in named.values():
+        inside = np.zeros(d, dtype=bool)
+        inside[channels] = True
+        made.append(places_of(variance, inside, together))
+    return np.maximum(variance, FAINTEST**2), made
+
+
+def spectrum(activations: Any) -> Spectrum:
+    """Variances and correlations of channels.
+
+    Args:
+        activations: Rows (n, d), numpy or torch; or several such arrays one after another, read
+            once, so that they need not fit into memory.
+
+    Raises:
+        InputError: They are no rows, fewer than two, or a value is not finite.
+    """
+    count, low = 0, 0.0
+    total = square = None
+    shift = np.zeros(0)
+    for block in _blocks(activations):
+        if total is None or square is None:
+            shift = block.mean(axis=0)
+            total, square = np.zeros(len(shift)), np.zeros((len(shift), len(shift)))
+        if block.shape[1] != len(shift):
+            raise InputError(
+                f"Rows of activations have {block.shape[1]} channels, earlier ones {len(shift)}."
+            )
+        _finite(block, "activations", count)
+        low = min(low, float(block.min()))
+        block = block - shift  # else a large mean would drown a small variance
+        total += block.sum(axis=0)
+        square += block.T @ block
+        count += len(block)
+    if total is None or square is None or count < 2:
+        raise InputError(f"Variances need two rows of activations or more, got {count}.")
+    mean = total / count
+    covariance = (square - count * np.outer(mean, mean)) / (count - 1)
+    variance = np.maximum(np.diag(covariance), 0)
+    deviation = np.sqrt(variance)
+    varies = deviation > 1e-12 * max(float(deviation.max()), 1e-300)
+    scale = np.where(varies, deviation, np.inf)
+    correlation = np.clip(covariance / scale[:, None] / scale, -1, 1)
+    np.fill_diagonal(correlation, 1.0)
+    return Spectrum(count, mean + shift, np.where(varies, variance, 0), correlation, low < 0)
+
+
+def _blocks(activations: Any) -> Iterator[np.ndarray]:
+    if not isinstance(activations, np.ndarray | Tensor) and isinstance(activations, Iterable):
+        for part in activations:
+            yield from _blocks(part)
+        return
+    rows = matrix(activations, "activations", "n, d")
+    for start in range(0, len(rows), ROWS_AT_ONCE):
+        yield rows[start : start + ROWS_AT_ONCE].astype(np.float64)
+
+
+def checked_branches(branches: Mapping[str, Any], d: int) -> dict[str, slice]:
+    """Branches as slices of the channels.
+
+    Raises:
+        InputError: There is nothing to compare; or one is empty, does not fit, or overlaps.
+    """
+    named: dict[str, slice] = {}
+    owner = np.full(d, -1)
+    for number, (name, ends) in enumerate(dict(branches).items()):
+        first, last = (ends.start, ends.stop) if isinstance(ends, slice) else tuple(ends)
+        first, last = 0 if first is None else int(first), d if last is None else int(last)
+        if isinstance(ends, slice) and ends.step not in (None, 1):
+            raise InputError(f"Branch {name!r} takes every {ends.step}th channel, expected all.")
+        if not 0 <= first < last <= d:
+            raise InputError(
+                f"Branch {name!r} is channels {first} to {last}; expected some of 0 to {d}."
+            )
+        taken = owner[first:last]
+        if (taken >= 0).any():
+            other = list(named)[int(taken.max())]
+            raise InputError(f"Branches {other!r} and {name!r} overlap.")
+        owner[first:last] = number
+        named[str(name)] = slice(first, last)
+    if not named:
+        raise InputError("There are no branches: pass a dict of name -> slice of the channels.")
+    if len(named) == 1 and (owner >= 0).all():
+        raise InputError(
+            f"The branch {next(iter(named))!r} is all {d} channels, so there is nothing to compare "
+            "it with. Use a dictionary of the whole site."
+        )
+    return named
+
+
+def matrix(value: Any, name: str, shape: str) -> np.ndarray:
+    """A numpy or torch matrix of numbers, as numpy.
+
+    Raises:
+        InputError: It is none, or it is empty.
+    """
+    if isinstance(value, Tensor):
+        value = value.detach().cpu()
+        value = value.float() if value.dtype == torch.bfloat16 else value
+    array = np.asarray(value)
+    if array.ndim != 2 or array.dtype.kind not in "fiu" or not array.size:
+        raise InputError(
+            f"{name} must be a matrix ({shape}) of numbers, got shape {array.shape} of "
+            f"{array.dtype}."
+        )
+    return array
+
+
+def _finite(block: np.ndarray, name: str, start: int) -> None:
+    bad = np.argwhere(~np.isfinite(block))
+    if len(bad):
+        row, column = bad[0]
+        raise InputError(
+            f"{name} is not finite at row {start + row}, column {column} "
+            f"({block[row, column]}). Remove the row, or find out where it came from."
+        )

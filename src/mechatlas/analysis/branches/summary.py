@@ -1,0 +1,233 @@
+"""What a specialization says about branches, labels and layers.
+
+    enriched        do the features of a branch carry a label more often than the others?
+    consistency     are matched features of two layers in the same branch more often than by chance?
+    svd_order       units in the order of what distinguishes their weights
+
+Source: Distill, Branch specialization (Voss et al., 2021), for enrichment and the ordering.
+"""
+
+import dataclasses
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+from mechatlas.base import InputError
+from mechatlas.maths.statistics import Proportion, enrichment, proportion, q_values
+
+DRAWS = 1999
+"""Permutations behind the p-value of an agreement."""
+
+
+class Enriched(NamedTuple):
+    """One label in one branch."""
+
+    branch: str
+    label: str
+    both: int
+    """Features of the branch that carry the label."""
+    in_branch: int
+    with_label: int
+    total: int
+    p_value: float
+    q_value: float
+
+
+def enriched(
+    branch_of: Int[np.ndarray, " feature"],
+    names: Sequence[str],
+    labels: Any,
+    *,
+    tested: Bool[np.ndarray, " feature"] | None = None,
+) -> list[Enriched]:
+    """Labels that the features of a branch carry more often than the others.
+
+    Args:
+        branch_of: Branch of each feature, -1 for none.
+        names: Of the branches.
+        labels: One label for each feature: numbers or strings; `None`, NaN or "" for no label.
+        tested: Features that count; by default all.
+
+    Returns:
+        Every label in every branch, surest first. The q-values count all of them as one family.
+
+    Raises:
+        InputError: There are not as many labels as features.
+    """
+    values = list(labels)
+    if len(values) != len(branch_of):
+        raise InputError(f"There are {len(values)} labels for {len(branch_of)} features.")
+    words = np.array(["" if v is None or v != v else str(v) for v in values], dtype=object)
+    counted = np.ones(len(words), dtype=bool) if tested is None else tested
+    kinds = sorted(set(words[counted]) - {""})
+    found = []
+    total = int(counted.sum())
+    for k, name in enumerate(names):
+        mine = counted & (branch_of == k)
+        for kind in kinds:
+            carries = counted & (words == kind)
+            both = np.array([int((mine & carries).sum())])
+            sizes = np.array([int(mine.sum())]), np.array([int(carries.sum())])
+            p = float(enrichment(both, *sizes, total)[0])
+            found.append(
+                Enriched(
+                    name, kind, int(both[0]), int(sizes[0][0]), int(sizes[1][0]), total, p, 1.0
+                )
+            )
+    q = q_values(np.array([one.p_value for one in found], dtype=np.float64))
+    found = [one._replace(q_value=float(value)) for one, value in zip(found, q, strict=True)]
+    return sorted(found, key=lambda one: one.p_value)
+
+
+@dataclasses.dataclass(frozen=True)
+class Agreement:
+    """How often two things are the same, and how often they would be by chance."""
+
+    pairs: int
+    same: Proportion
+    chance: float
+    """Expected share if partners were drawn by lot among the pairs compared."""
+    p_value: float
+    """Share of permutations that agree at least as often (one-sided)."""
+
+    @property
+    def kappa(self) -> float:
+        """0 by chance, 1 always the same (Cohen's kappa); NaN if chance alone says 1."""
+        return (self.same.value - self.chance) / (1 - self.chance) if self.chance < 1 else np.nan
+
+
+class Consistency(NamedTuple):
+    """Whether features stay in the same kind of branch from one layer to another."""
+
+    same_branch: Agreement
+    """Among matched pairs in which both features are specialised."""
+    same_branch_of_equal_size: Agreement
+    """The same among those pairs whose two branches have equal kernels, with partners drawn by lot
+    among pairs of that size only: what filter size cannot explain. Sizes that only one branch has
+    say nothing and are left out."""
+
+
+def consistency(
+    branch_a: Int[np.ndarray, " feature_a"],
+    branch_b: Int[np.ndarray, " feature_b"],
+    names_a: Sequence[str],
+    names_b: Sequence[str],
+    *,
+    latent_a: Int[np.ndarray, " pair"],
+    latent_b: Int[np.ndarray, " pair"],
+    matched: Bool[np.ndarray, " pair"],
+    sizes: Mapping[str, int] | None = None,
+    seed: int = 0,
+) -> Consistency:
+    """Compare the branches of matched features.
+
+    Args:
+        branch_a: Branch of each feature of the first dictionary, -1 for none.
+        branch_b: Of the second.
+        names_a: Names of the branches; branches of the same name are the same kind.
+        names_b: Of the second.
+        latent_a: Feature of the first dictionary in each pair, as in `matches.parquet`.
+        latent_b: Feature of the second.
+        matched: Whether the pair stands against chance.
+        sizes: Kernel size of each kind of branch; by default read from its name.
+        seed: Seed of the permutations.
+
+    Raises:
+        InputError: A pair names a feature that there is not.
+    """
+    for which, latent, known in (("a", latent_a, branch_a), ("b", latent_b, branch_b)):
+        if len(latent) and not 0 <= int(latent.min()) <= int(latent.max()) < len(known):
+            raise InputError(
+                f"Pairs name features {int(latent.min())} to {int(latent.max())} of dictionary "
+                f"{which}, which has {len(known)}. Is the matching of these dictionaries?"
+            )
+    kinds = sorted({*names_a, *names_b})
+    of_a = np.array([*(kinds.index(n) for n in names_a), -1])
+    of_b = np.array([*(kinds.index(n) for n in names_b), -1])
+    a, b = of_a[branch_a[latent_a]], of_b[branch_b[latent_b]]
+    both = matched & (a >= 0) & (b >= 0)
+    a, b = a[both], b[both]
+    known_sizes = kernel_sizes(kinds) if sizes is None else sizes
+    size = np.array([known_sizes.get(kind, 0) for kind in kinds])
+    several = np.isin(size, [s for s in set(size.tolist()) if (size == s).sum() > 1])
+    fair = (size[a] == size[b]) & several[a]
+    return Consistency(
+        _agreement(a, b, np.zeros(len(a), dtype=np.int64), seed),
+        _agreement(a[fair], b[fair], size[a[fair]], seed),
+    )
+
+
+def kernel_sizes(names: Sequence[str]) -> dict[str, int]:
+    """Side of the kernel in a name: 5 of "5x5" and "expand5x5"; 1 where a pool is projected.
+
+    Branches that name no size, such as attention heads, all have size 0.
+    """
+    found = {}
+    for name in names:
+        side = re.search(r"(\d+)x\d+", name)
+        found[name] = int(side[1]) if side else 1 if "pool" in name else 0
+    return found
+
+
+def _agreement(a: np.ndarray, b: np.ndarray, stratum: np.ndarray, seed: int) -> Agreement:
+    n, same = len(a), int((a == b).sum())
+    if not n:
+        return Agreement(0, proportion(0, 0), float("nan"), float("nan"))
+    chance, parts = 0.0, []
+    for one in np.unique(stratum):
+        mine = np.flatnonzero(stratum == one)
+        kinds = np.unique([a[mine], b[mine]])
+        chance += sum((a[mine] == k).sum() * (b[mine] == k).mean() for k in kinds)
+        parts.append(mine)
+    random = np.random.default_rng([seed, 11])
+    hits = 0
+    for _ in range(DRAWS):
+        agree = sum(int((a[mine] == b[random.permutation(mine)]).sum()) for mine in parts)
+        hits += agree >= same
+    return Agreement(n, proportion(same, n), float(chance / n), (1 + hits) / (1 + DRAWS))
+
+
+class Order(NamedTuple):
+    """Rows and columns of weights, sorted by what distinguishes them."""
+
+    rows: Int[np.ndarray, " row"]
+    columns: Int[np.ndarray, " column"]
+    row_loading: Float[np.ndarray, " row"]
+    """Entry of each row, as it was given, in the singular vector."""
+    column_loading: Float[np.ndarray, " column"]
+    explained: float
+    """Share of the squares of |W| that the component explains."""
+
+
+def svd_order(weights: Float[np.ndarray, "row column"], *, component: int = 1) -> Order:
+    """Sort units by a singular vector of the absolute weights.
+
+    Args:
+        weights: Weights between two layers, or decoder rows.
+        component: 0 is how strong units are overall; 1, the default, is the largest way in which
+            they differ apart from that. The sign is such that the loadings of columns are mostly
+            positive.
+
+    Raises:
+        InputError: There are not so many components, or a value is not finite.
+    """
+    if not 0 <= component < min(weights.shape):
+        raise InputError(
+            f"Weights of shape {weights.shape} have no component {component}: expected 0 to "
+            f"{min(weights.shape) - 1}."
+        )
+    if not np.isfinite(weights).all():
+        row, column = np.argwhere(~np.isfinite(weights))[0]
+        raise InputError(f"weights is not finite at row {row}, column {column}.")
+    left, values, right = np.linalg.svd(
+        np.abs(np.asarray(weights, np.float64)), full_matrices=False
+    )
+    sign = 1.0 if right[component].sum() >= 0 else -1.0
+    row, column = sign * left[:, component], sign * right[component]
+    explained = float(values[component] ** 2 / max(float(np.square(values).sum()), 1e-300))
+    return Order(
+        np.argsort(row, kind="stable"), np.argsort(column, kind="stable"), row, column, explained
+    )

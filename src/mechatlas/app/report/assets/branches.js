@@ -1,0 +1,34 @@
+// The strongest features of each branch, with their examples and a link to their cards.
+"use strict";
+
+(() => {
+  const { el, number } = atlas;
+  const facts = atlas.data("branches");
+
+  async function start(section) {
+    const { run, branches, strongest } = facts[Number(section.dataset.run)];
+    const place = section.querySelector(".strongest");
+    // The features chapter may not be on the page, or not have this dictionary.
+    const d = run && atlas.features ? await atlas.features.ofRun(run) : null;
+    branches.forEach((name, k) => {
+      if (!strongest[k].length) return;
+      const made = strongest[k].map((one) => {
+        const head = d ? el("a", { href: cards.link(d, one.feature) }, String(one.feature)) : el("b", {}, String(one.feature));
+        const lost = one.ablation === null ? "" : ` · lost without it ${number(one.ablation)}`;
+        return el("article", { class: "card" },
+          el("header", {}, head,
+            el("span", { class: "brief" }, `share ${number(one.share)}, expected ${number(one.expected)} · q ${number(one.q)}${lost}`),
+            el("span", { class: "lean" }, el("i", { class: `dot c${k % 8}` }), one.stands ? name : "could be chance")),
+          d ? cards.exampleList(d, one.feature, d.kind === "image" ? 6 : 3, 72, true) : null);
+      });
+      place.append(el("h5", {}, name), el("div", { class: "pairs" }, ...made));
+    });
+    section.dataset.ready = "yes";
+  }
+
+  for (const section of document.querySelectorAll("section.branches")) {
+    const place = section.querySelector(".strongest");
+    if (place) atlas.whenSeen(place, () => start(section), "400px");
+    else section.dataset.ready = "yes";
+  }
+})();

@@ -1,0 +1,134 @@
+import json
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from mechatlas.activations.collect import Collecting
+from mechatlas.activations.networks import Network
+from mechatlas.activations.positions import Positions
+from mechatlas.activations.samples import Images
+from mechatlas.activations.store import Store
+from mechatlas.app import branches, cli, jobs
+from mechatlas.app.matching import Matching, match_dictionaries
+from mechatlas.app.recipes import Collect, Train
+from mechatlas.base import DiskError, InputError, RecipeError, StoreError
+from mechatlas.dictionaries.sparsity import TopK
+from tests.app.worlds import photographs
+
+COLUMNS = ("feature", "branch", "share", "expected_share", "p_value", "q_value")
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A paired store of a small network, a dictionary of its site with branches, and others."""
+    root = tmp_path_factory.mktemp("branches")
+    collect = Collect(
+        network=Network(name="tests.networks:tiny"),
+        sites=("first", "mixed"),
+        samples=Images(source=str(photographs(root / "photos.zip")), side=15, crops=3),
+        collecting=Collecting(positions=Positions(rule="random", per_sample=30), paired=True),
+        out=root / "store",
+    )
+    jobs.collect(collect)
+    for name, site, seed in (
+        ("whole", "mixed", 0), ("again", "mixed", 1), ("part", "mixed/left", 0),
+        ("first", "first", 0),
+    ):  # fmt: skip
+        jobs.train(
+            Train(store=collect.out, site=site, out=root / name, n_latents=40, steps=60,
+                  sparsity=TopK(k=3), batch_size=128, seed=seed)
+        )  # fmt: skip
+    return root
+
+
+def run(root, out, *more, name="whole"):
+    words = [str(root / name), "--store", str(root / "store"), "--out", str(out), "--rows", "600"]
+    return branches.run([*words, *more])
+
+
+def test_the_result_has_what_scripts_rely_on(world, tmp_path):
+    result, text = run(world, tmp_path / "out")
+    table = pq.read_table(tmp_path / "out" / "features.parquet")
+    assert tuple(table.column_names)[: len(COLUMNS)] == COLUMNS
+    assert len(table) == 40 * 2
+    assert table["branch"].to_pylist()[:2] == ["left", "right"]
+    shares = table["share"].to_numpy().reshape(40, 2)
+    there = ~np.isnan(shares).any(axis=1)
+    assert np.square(shares[there]).sum(axis=1) == pytest.approx(1)
+    activation = table["activation_share"].to_numpy().reshape(40, 2)
+    there = ~np.isnan(activation).any(axis=1)
+    assert activation[there].sum(axis=1) == pytest.approx(1)
+    written = json.loads((tmp_path / "out" / "result.json").read_text())
+    assert written["site"] == "mixed"
+    assert [one["width"] for one in written["branches"]] == [5, 3]
+    assert sum(one["expected_share"] ** 2 for one in written["branches"]) == pytest.approx(1)
+    assert written["tested"] + written["never_active"] <= 40
+    assert written["rows"] == 600
+    assert str(tmp_path / "out") in text
+    assert result["out"] == str(tmp_path / "out")
+    picture = json.loads((tmp_path / "out" / "picture.json").read_text())
+    assert sorted(picture["channels"]) == list(range(8))
+
+
+def test_the_same_command_gives_the_same_bytes(world, tmp_path):
+    for name in ("one", "two"):
+        run(world, tmp_path / name)
+    for file in ("features.parquet", "picture.json"):
+        assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
+
+
+def test_labels_are_looked_for_in_the_branches(world, tmp_path):
+    labels = ["x" if k % 2 else None for k in range(40)]
+    pq.write_table(pa.table({"feature": list(range(40)), "kind": labels}), tmp_path / "l.parquet")
+    result, _ = run(world, tmp_path / "out", "--labels", f"{tmp_path / 'l.parquet'}:kind")
+    assert result["labels"]["kinds"] == 1
+    assert {one["branch"] for one in result["labels"]["surest"]} == {"left", "right"}
+
+
+def test_matched_features_are_compared_by_branch(world, tmp_path):
+    two = (world / "whole", world / "again")
+    match_dictionaries(
+        Matching(dictionaries=two, out=tmp_path / "match", cost="codes", store=world / "store")
+    )
+    result, _ = run(world, tmp_path / "out", "--match", str(tmp_path / "match"), "--rate", "0.5")
+    found = result["consistency"][0]
+    assert (found["a"], found["b"]) == ("whole", "again")
+    assert found["same_branch"]["pairs"] >= found["same_branch_of_equal_size"]["pairs"]
+    match_dictionaries(Matching(dictionaries=two, out=tmp_path / "plain"))
+    with pytest.raises(RecipeError, match="--cost decoder, which compares channel with channel"):
+        run(world, tmp_path / "out2", "--match", str(tmp_path / "plain"))
+
+
+def test_a_dictionary_of_one_branch_has_nothing_to_compare(world, tmp_path):
+    with pytest.raises(InputError, match=r"the branch mixed/left alone.*nothing to compare"):
+        run(world, tmp_path / "out", name="part")
+
+
+def test_a_site_without_branches_is_refused_with_those_that_have_some(world, tmp_path):
+    with pytest.raises(StoreError, match=r"first has no named branches. Sites .* have some: mixed"):
+        run(world, tmp_path / "out", name="first")
+
+
+@pytest.mark.parametrize(
+    ("more", "kind", "said"),
+    [
+        (["--rate", "2"], RecipeError, "--rate must lie between 0 and 1"),
+        (["--site", "mixd"], StoreError, "there is no 'mixd'"),
+        (["--labels", "nothing"], RecipeError, "must be FILE.parquet:COLUMN"),
+        (["--labels", "nowhere.parquet:kind"], DiskError, "nowhere.parquet cannot be read"),
+        (["--match", "nowhere"], DiskError, "nowhere"),
+    ],
+)
+def test_mistakes_are_named_before_any_work(world, tmp_path, more, kind, said):
+    with pytest.raises(kind, match=said):
+        run(world, tmp_path / "out", *more)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_command_line_knows_it(world, tmp_path, capsys):
+    cli.main(["branches", str(world / "whole"), "--store", str(world / "store"), "--out",
+              str(tmp_path / "out"), "--rows", "300"])  # fmt: skip
+    assert "mixed: " in capsys.readouterr().out
+    assert Store(world / "store").shapes["mixed"].branches["right"] == [5, 8]

@@ -1,0 +1,56 @@
+"""The recipes for branches run, from images to the table."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mechatlas.activations.networks import Network, build
+from mechatlas.app import cli
+
+ROOT = Path(__file__).parents[1]
+RECIPES = ROOT / "recipes" / "branches"
+
+
+def script(name: str, *words: str) -> str:
+    """What a script of the recipes prints."""
+    done = subprocess.run(
+        [sys.executable, str(RECIPES / name), *words],
+        capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_an_untrained_network_has_other_weights_and_activations_of_like_size(tmp_path):
+    import torch
+
+    script("untrained.py", "inception_mini", "--out", str(tmp_path / "fresh.safetensors"))
+    fresh = build(Network(name="inception_mini", weights=tmp_path / "fresh.safetensors"))
+    trained = build(Network(name="inception_mini"))
+    with torch.no_grad():
+        images = torch.rand(4, 3, 31, 31, generator=torch.Generator().manual_seed(0))
+        logits = fresh(images)
+    assert not torch.equal(fresh.get_parameter("conv2d0.conv.weight"),
+                           trained.get_parameter("conv2d0.conv.weight"))  # fmt: skip
+    assert 1e-3 < float(logits.std()) < 1e3
+
+
+@pytest.mark.slow
+def test_inception_v1_from_random_weights_to_the_table(tmp_path):
+    collect = str(RECIPES / "collect_inception_v1.toml")
+    words = ["--samples.source", "photos", "--samples.crops", "4", "--collecting.batch-size", "8"]
+    cli.main(["collect", collect, *words, "--out", str(tmp_path / "store")])
+    told = script("run.py", str(tmp_path / "store"), "--expansion", "1", "--steps", "3", "--branch",
+                  "5x5", "1x1", "--rows", "64", "--match-rows", "16")  # fmt: skip
+    table = json.loads((tmp_path / "table.json").read_text())
+    assert [row["site"] for row in table] == [f"mixed4{x}" for x in "abcde"]
+    assert [row["features"] for row in table] == [508, 512, 512, 528, 832]
+    assert set(table[0]["branches"]) == {"1x1", "3x3", "5x5", "pool"}
+    assert (tmp_path / "mixed4a~5x5" / "dictionary.safetensors").is_file()
+    assert (tmp_path / "mixed4a~1x1-match" / "matches.parquet").is_file()
+    assert len(table[1]["consistency"]) == 2
+    assert "mixed4e" in told
