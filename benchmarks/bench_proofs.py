@@ -5,7 +5,6 @@ Run: `make bench`, or `pytest benchmarks/bench_proofs.py -o python_files='bench_
 verification as a share of those of brute force, which is the figure without noise.
 """
 
-import dataclasses
 import os
 import statistics
 import time
@@ -14,10 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
-from tests.analysis.proofs.planted import planted
+from tests.analysis.proofs.planted import wide
 
 from mechatlas.analysis.proofs.exact import brute_force
-from mechatlas.analysis.proofs.explain import explain
 from mechatlas.analysis.proofs.prove import Weights, count_exactly, prove
 from mechatlas.analysis.proofs.verify import verify
 from mechatlas.maths.groups import Group
@@ -69,11 +67,11 @@ def test_nets_trained_elsewhere(benchmark, name):
 
 @pytest.mark.parametrize("noise", [0.0, 0.003, 0.02])
 @pytest.mark.parametrize("name", ["S4", "A5", "S5", "PSL(2,7)", "A6", "S6"])
-def test_scaling_with_planted_circuits(benchmark, name, noise):
+def test_planted_circuits(benchmark, name, noise):
     of = group(name)
-    weights = planted(of, noise=noise, seed=0)
+    weights = wide(of, noise=noise, seed=0)
     found = compare(weights, of, 3 if of.order < 300 else 1)
     benchmark.extra_info.update(order=of.order, noise=noise, width=weights[0].shape[1], **found)
     print(f"\n{name} noise {noise} {benchmark.extra_info}")
-    explanation = dataclasses.replace(explain(*weights, of)[0], second_share=0.0)
-    benchmark.pedantic(lambda: verify(*weights, of, explanation), rounds=1)
+    bound = prove(*weights, of)
+    benchmark.pedantic(lambda: verify(*weights, of, bound.proof.explanation), rounds=1)

@@ -40,6 +40,43 @@ def planted(of: Group, *, noise: float, seed: int, missing: int = 0) -> Weights:
     )  # pyright: ignore[reportReturnType]
 
 
+def wide(of: Group, *, noise: float, seed: int, width: int = 128) -> Weights:
+    """Full grids of one irrep, each with an a of its own, about `width` neurons together.
+
+    The rho-set is the orbit of a vector that a subgroup of index 3 to 12 fixes.
+    """
+    random = np.random.default_rng(seed)
+    irreps = [r for r in of.irreps() if r.type == "real" and 2 <= r.dimension <= 7]
+    while True:
+        members = np.array(sorted(of.closure(random.integers(of.order, size=2).tolist())))
+        k = of.order // len(members)
+        for irrep in irreps:
+            fixed = irrep.matrices[members].mean(axis=0)
+            if 3 <= k <= 12 and k == irrep.dimension + 1 and round(float(np.trace(fixed))) == 1:
+                break
+        else:
+            continue
+        break
+    v = fixed @ random.normal(size=len(fixed))
+    b = irrep.matrices[of.left_cosets(members.tolist())[:, 0]] @ (v / np.linalg.norm(v))
+    copies = max(1, round(width / k**2))
+    a = random.normal(size=(copies, irrep.dimension))
+    a /= np.linalg.norm(a, axis=1, keepdims=True)
+    left = np.einsum("pd,xde,ce->xcp", b, irrep.matrices, a)
+    right = -np.einsum("cd,yde,qe->ycq", a, irrep.matrices, b)
+    both = np.einsum("pd,zde,qe->pqz", b, irrep.matrices, b)
+    n = of.order
+    arrays = (
+        np.repeat(left[:, :, :, None], k, axis=3).reshape(n, -1),
+        np.repeat(right[:, :, None], k, axis=2).reshape(n, -1),
+        np.tile(-60 / k / copies * both.reshape(-1, n), (copies, 1)),
+    )
+    return tuple(
+        (w + noise * np.abs(w).max() * random.normal(size=w.shape)).astype(np.float32)
+        for w in arrays
+    )  # pyright: ignore[reportReturnType]
+
+
 @functools.cache
 def proved(name: str, noise: float, seed: int) -> tuple[Group, Weights, Bound]:
     """A planted network and its bound; made once."""

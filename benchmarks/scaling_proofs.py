@@ -1,0 +1,125 @@
+"""How the cost of a proof grows with the group: the ratio to brute force, by order and noise.
+
+Run: `python benchmarks/scaling_proofs.py --out scaling.html`. Prints a table and the fitted
+exponents, and draws both ratios in a log-log plot. Synthetic circuits (full grids B x B', about
+128 neurons) on groups of order 24 to 720. Times are medians of process CPU seconds, brute force
+and verification in turn.
+
+Theory: brute force takes n^3 m multiply-adds and the first stage of a proof n^2 m c, where c
+does not depend on n, so the ratio falls as n^-1 while rho-sets stay as small as they are.
+"""
+
+import argparse
+import json
+import math
+import statistics
+import time
+from pathlib import Path
+
+import numpy as np
+import plotly.graph_objects as go
+from tests.analysis.proofs.planted import wide
+
+from mechatlas.analysis.proofs.exact import brute_force
+from mechatlas.analysis.proofs.prove import prove
+from mechatlas.analysis.proofs.verify import verify
+from mechatlas.maths.named_groups import group
+
+GROUPS = ("S4", "A5", "S5", "PSL(2,7)", "A6", "S6")
+NOISES = (0.0, 0.003, 0.02)
+
+
+def seconds(work) -> float:
+    """Process CPU seconds of one call."""
+    clock = time.process_time()
+    work()
+    return time.process_time() - clock
+
+
+def measure(name: str, noise: float) -> dict[str, float | str]:
+    """One group at one noise level."""
+    of = group(name)
+    weights = wide(of, noise=noise, seed=0)
+    bound = prove(*weights, of)
+    ours, theirs = [], []
+    for _ in range(15 if of.order < 150 else 7 if of.order < 300 else 3):
+        ours.append(seconds(lambda: verify(*weights, of, bound.proof.explanation)))
+        theirs.append(seconds(lambda: brute_force(weights, of.table, np.float64)))
+    whole = of.order**3 * weights[0].shape[1]
+    return {
+        "group": name,
+        "order": of.order,
+        "width": weights[0].shape[1],
+        "noise": noise,
+        "bound": bound.accuracy_bound,
+        "multiply_adds": bound.verdict.multiply_adds / whole,
+        "time": statistics.median(ours) / statistics.median(theirs),
+        "seconds_verify": statistics.median(ours),
+        "seconds_brute_force_f64": statistics.median(theirs),
+    }
+
+
+def exponent(rows: list[dict], key: str) -> float:
+    """Slope of log(ratio) against log(order), by least squares."""
+    x = [math.log(row["order"]) for row in rows]
+    return float(np.polyfit(x, [math.log(row[key]) for row in rows], 1)[0])
+
+
+def draw(rows: list[dict], fits: list[dict]) -> go.Figure:
+    """Both ratios against the order, and the theory."""
+    figure = go.Figure()
+    for key, dash in (("multiply_adds", "solid"), ("time", "dot")):
+        for fit in fits:
+            mine = [row for row in rows if row["noise"] == fit["noise"]]
+            name = f"{key.replace('_', '-')}, noise {fit['noise']:g}: n^{fit[key]:.2f}"
+            figure.add_scatter(
+                x=[row["order"] for row in mine], y=[row[key] for row in mine], name=name,
+                mode="lines+markers", line={"dash": dash},
+            )  # fmt: skip
+    orders = [24, 720]
+    figure.add_scatter(
+        x=orders, y=[12 / n for n in orders], name="theory: n^-1", mode="lines",
+        line={"color": "black", "dash": "dash"},
+    )  # fmt: skip
+    axes = {"type": "log"}
+    figure.update_layout(
+        xaxis=axes | {"title": "order of the group"},
+        yaxis=axes | {"title": "verification as a share of brute force"},
+    )
+    return figure
+
+
+def main() -> None:
+    """Measure, print and draw."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("scaling.html"))
+    out = parser.parse_args().out
+    rows = []
+    print("group      n    m  noise   bound  multiply-adds   time (float64)")
+    for noise in NOISES:
+        for name in GROUPS:
+            row = measure(name, noise)
+            rows.append(row)
+            print(
+                f"{name:8} {row['order']:4} {row['width']:4}  {noise:<6g} {row['bound']:.4f}"
+                f"  {row['multiply_adds']:.4f}         {row['time']:.4f}",
+                flush=True,
+            )
+    fits = []
+    for noise in NOISES:
+        mine = [row for row in rows if row["noise"] == noise]
+        large = [row for row in mine if row["order"] >= 120]
+        fits.append({"noise": noise, **{k: exponent(mine, k) for k in ("multiply_adds", "time")}})
+        tail = {k: exponent(large, k) for k in ("multiply_adds", "time")}
+        print(
+            f"noise {noise:g}: multiply-adds n^{fits[-1]['multiply_adds']:.2f}, time "
+            f"n^{fits[-1]['time']:.2f}; from n = 120 on n^{tail['multiply_adds']:.2f}, "
+            f"n^{tail['time']:.2f} (theory n^-1)"
+        )
+    draw(rows, fits).write_html(out, include_plotlyjs=True)
+    out.with_suffix(".json").write_text(json.dumps({"rows": rows, "fits": fits}, indent=1))
+    print(f"Drawn: {out}")
+
+
+if __name__ == "__main__":
+    main()
