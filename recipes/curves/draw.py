@@ -17,19 +17,16 @@ from mechatlas.app.progress import bar
 from mechatlas.files import write, write_json
 
 KINDS = {
-    "TopK": lambda level: {"sparsity": ma.TopK(k=level)},
-    "TopK, tied": lambda level: {"sparsity": ma.TopK(k=level), "tied": True},
-    "BatchTopK": lambda level: {"sparsity": ma.BatchTopK(k=level)},
-    "Matryoshka BatchTopK": lambda level: {"sparsity": ma.BatchTopK(k=level), "nested": True},
-    "JumpReLU": lambda level: {"sparsity": ma.JumpReLU(l0=penalty(level, 0.012, 1.3))},
-    "ReLU": lambda level: {"sparsity": ma.ReLU(l1=penalty(level, 0.06, 1.0))},
-    "Gated": lambda level: {"sparsity": ma.Gated(l1=penalty(level, 0.06, 1.0))},
+    "TopK": lambda level, _: {"sparsity": ma.TopK(k=level)},
+    "TopK, tied": lambda level, _: {"sparsity": ma.TopK(k=level), "tied": True},
+    "BatchTopK": lambda level, _: {"sparsity": ma.BatchTopK(k=level)},
+    "Matryoshka BatchTopK": lambda level, _: {"sparsity": ma.BatchTopK(k=level), "nested": True},
+    "JumpReLU": lambda level, d: {"sparsity": ma.JumpReLU(l0=0.33 * d / level)},
+    "ReLU": lambda level, d: {"sparsity": ma.ReLU(l1=1.15 * d / level)},
+    "Gated": lambda level, d: {"sparsity": ma.Gated(l1=1.4 * d / level)},
 }
-
-
-def penalty(level: int, scale: float, power: float) -> float:
-    """A weight that leaves some `level` latents of a row; only where on the curve, not how low."""
-    return scale * (128 / level) ** power
+"""What a kind is built with, given the level and the width. A penalty only says where on its curve
+a dictionary lies: these left about `level` latents of a row on mixed3b of inception_mini."""
 
 
 def main() -> None:
@@ -48,7 +45,7 @@ def main() -> None:
     names, built = [], []
     for kind, settings in KINDS.items():
         for level in options.levels:
-            chosen = settings(level)
+            chosen = settings(level, rows.d_in)
             nested = (n_latents // 16, n_latents // 4) if chosen.pop("nested", False) else ()
             names.append((kind, level))
             built.append(

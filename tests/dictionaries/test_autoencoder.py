@@ -8,7 +8,7 @@ from mechatlas.base import InputError, NonFiniteError
 from mechatlas.dictionaries.autoencoder import Autoencoder
 from mechatlas.dictionaries.metrics import evaluate, fvu
 from mechatlas.dictionaries.rows import ArrayRows, as_rows
-from mechatlas.dictionaries.sparsity import TopK
+from mechatlas.dictionaries.sparsity import JumpReLU, ReLU, TopK
 from mechatlas.dictionaries.training import train
 from tests.conformance import CHECKS
 
@@ -185,3 +185,12 @@ def test_array_rows_can_be_entered_anywhere_and_hold_out_what_they_never_yield(n
     held = set(rows.held_out(n).row.tolist())
     assert not held & set(whole.tolist())
     assert len(held) + rows.n_rows == n
+
+
+@pytest.mark.parametrize("rule", [ReLU(), JumpReLU(threshold=0.01)])
+def test_a_code_that_starts_dense_rebuilds_a_row_once_and_not_many_times(rule):
+    x = torch.randn(200, 32, generator=torch.Generator().manual_seed(1))
+    built = Autoencoder(d_in=32, n_latents=512, sparsity=rule)
+    assert float((built.encode(x) != 0).float().mean()) > 0.3
+    left = (x - built(x)).detach().square().sum() / x.square().sum()
+    assert float(left) < 0.3

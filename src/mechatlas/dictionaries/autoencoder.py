@@ -81,7 +81,12 @@ class SparseCoder(nn.Module):
         atoms = torch.randn(self.n_latents, self.d_out, generator=random)
         self.W_dec = nn.Parameter(atoms / atom_lengths(atoms, self.edges))
         if not self.tied:
-            self._W_enc = nn.Parameter(self._first_encoder(random).T)
+            rows = self._first_encoder(random)
+            if not hasattr(self.sparsity, "k"):
+                # Half of the latents are above zero at first. Together they should rebuild a
+                # row once, not as many times over as there are more of them than columns.
+                rows *= min(1.0, 2 * self.d_in / self.n_latents)
+            self._W_enc = nn.Parameter(rows.T)
         self.b_enc = nn.Parameter(torch.zeros(self.n_latents))
         self.b_dec = nn.Parameter(torch.zeros(self.d_out))
         self._state = [*self.rule.parameters(1), *self.rule.buffers(1)]
