@@ -99,6 +99,8 @@ def main() -> None:
     store = ma.Store(options.store)
     sites = [name for name, shape in store.shapes.items() if shape.branches]
     sites = [site for site in sites if not options.sites or site in options.sites]
+    if not sites:
+        parser.error(f"{options.store} has no such sites with branches: {', '.join(store.sites)}.")
     paths = [train(site, store, options) for site in sites]
     between = None if options.alone else matched(paths, "match", options)
     table = []
