@@ -42,6 +42,7 @@ def collect(recipe: Collect) -> Result:
             sites,
             recipe.out,
             recipe.collecting,
+            group=recipe.group,
             recipe=made_from,
             device=recipe.device,
             on_progress=progress,

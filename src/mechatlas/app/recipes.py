@@ -20,6 +20,7 @@ from torch import nn
 
 from mechatlas.activations.collect import Collecting
 from mechatlas.activations.networks import Network, build
+from mechatlas.activations.posing import Posing
 from mechatlas.activations.samples import (
     Images,
     SampleRecipe,
@@ -49,6 +50,9 @@ class Collect:
     """What to run it on: Images, Arrays or Texts."""
     collecting: Collecting = dataclasses.field(default_factory=Collecting)
     """Positions, number format, memory."""
+    group: Posing | None = None
+    """Keep the activations of every input in all poses of a group, such as `name = "D4"` in a
+    table [group]; by default only of the input as it is."""
     out: Path = Path("store")
     """Folder of the store. The same command continues an unfinished one."""
     device: str = "cpu"
