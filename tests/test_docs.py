@@ -14,6 +14,7 @@ NAMES = (
     "tutorial",
     "own",
     "dictionaries",
+    "group_stores",
     "formats",
     "interaction",
     "matching",

@@ -25,6 +25,16 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from mechatlas.activations import networks
+from mechatlas.activations.posing import (
+    Places,
+    Posing,
+    action_of,
+    described,
+    paired_places,
+    places_of,
+    read_pose,
+    refuse_lawless,
+)
 from mechatlas.activations.positions import Positions
 from mechatlas.activations.samples import Samples
 from mechatlas.activations.sites import branches_of, channels_last, grid_of, read
@@ -48,6 +58,7 @@ from mechatlas.base import (
     no_progress,
 )
 from mechatlas.files import read_json, write_json
+from mechatlas.maths.actions import Action
 
 SHARD_BYTES = 8 << 20
 
@@ -99,10 +110,27 @@ class _Rows:
     used: int = 0
 
     def add(self, rows: Tensor, where: Tensor) -> None:
-        end = self.used + len(rows)
-        self.rows[self.used : end] = rows
+        self.put(0, rows)
+        self.done(where)
+
+    def put(self, column: int, rows: Tensor) -> None:
+        """Columns from `column` on of the rows after those that are done."""
+        end = column + rows.shape[1]
+        self.rows[self.used : self.used + len(rows), column:end] = rows
+
+    def done(self, where: Tensor) -> None:
+        """All columns of as many rows are there."""
+        end = self.used + len(where)
         self.where[self.used : end] = where
         self.used = end
+
+
+class _Posed(NamedTuple):
+    """How inputs are posed, which places of each site are kept, and the grids they are of."""
+
+    action: Action
+    places: dict[Site, Places]
+    grids: dict[Site, tuple[int, int]]
 
 
 def collect(
@@ -112,6 +140,7 @@ def collect(
     out: Path,
     settings: Collecting | None = None,
     *,
+    group: Posing | Action | None = None,
     recipe: dict[str, Any] | None = None,
     device: torch.device | str = "cpu",
     on_progress: Progress = no_progress,
@@ -124,6 +153,8 @@ def collect(
         sites: Where to read; all in one pass that stops after the last.
         out: Folder of the store. One left unfinished by the same recipe is continued.
         settings: See `Collecting`.
+        group: Keep the activations of all poses of each input side by side: a row then has the
+            channels of element 0, the input itself, then those of element 1, and so on.
         recipe: Kept in the manifest; a store made from another is not continued.
         device: Where the network runs.
         on_progress: Told how many samples are done.
@@ -133,19 +164,23 @@ def collect(
 
     Raises:
         StoreError: `out` holds something else, or a store made by another recipe.
-        InputError: A sample cannot be read and `skip_bad` is off, or none could be read.
+        InputError: A sample cannot be read and `skip_bad` is off, or none could be read; or no
+            position can be followed through all poses.
+        GroupError: The group cannot act so.
         NonFiniteError: The network gave NaN or infinity; names the site, sample and channel.
         DiskError: The rows cannot fit on the disk, or the folder is not writable.
     """
     settings = settings or Collecting()
     network = network.to(device)
-    shapes = _probe(network, samples, sites, settings, device)
+    first = _first(samples, settings).to(device)
+    posed = _pose(network, sites, first, settings, group)
+    shapes = _probe(network, sites, first, posed)
     rounds = _plan(len(samples), shapes, settings)
-    manifest = _start(network, samples, shapes, len(rounds), out, settings, recipe or {})
+    manifest = _start(network, samples, shapes, len(rounds), out, settings, recipe or {}, posed)
     done = sum(len(r.samples) for r in rounds[: manifest["rounds_done"]])
     for number in range(manifest["rounds_done"], len(rounds)):
         shards, skipped = _do_round(
-            network, samples, sites, shapes, rounds, number, out, settings, device,
+            network, samples, sites, shapes, rounds, number, out, settings, device, posed,
             lambda n, before=done: on_progress(before + n, len(samples)),
         )  # fmt: skip
         done += len(rounds[number].samples)
@@ -159,31 +194,52 @@ def collect(
     return Store(out)
 
 
-def _probe(
-    network: nn.Module,
-    samples: Samples,
-    sites: Sequence[Site],
-    settings: Collecting,
-    device: torch.device | str,
-) -> dict[Site, SiteShape]:
-    # From one sample: the first that can be read.
+def _first(samples: Samples, settings: Collecting) -> Tensor:
+    # A batch of the first sample that can be read.
     for i in range(len(samples)):
         try:
-            first = samples.read(i)
-            break
+            return samples.stack([samples.read(i)])
         except InputError:
             if not settings.skip_bad:
                 raise
-    else:
-        raise InputError(f"None of the {len(samples)} samples could be read.")
+    raise InputError(f"None of the {len(samples)} samples could be read.")
+
+
+def _pose(
+    network: nn.Module,
+    sites: Sequence[Site],
+    first: Tensor,
+    settings: Collecting,
+    group: Posing | Action | None,
+) -> _Posed | None:
+    if group is None:
+        return None
+    action = action_of(group) if isinstance(group, Posing) else group
+    refuse_lawless(action, first)
     with torch.inference_mode():
-        found = read(network, samples.stack([first]).to(device), sites)
+        grids = {site: grid_of(a) for site, a in read(network, first, sites).items()}
+    places = {site: places_of(action, network, site, first) for site in sites}
+    if settings.paired:
+        places = paired_places(places, grids)
+    on_device = {site: Places(*(t.to(first.device) for t in its)) for site, its in places.items()}
+    return _Posed(action, on_device, grids)
+
+
+def _probe(
+    network: nn.Module, sites: Sequence[Site], first: Tensor, posed: _Posed | None
+) -> dict[Site, SiteShape]:
+    with torch.inference_mode():
+        found = read(network, first, sites)
     shapes = {}
     for site, activation in found.items():
         named = {} if site.branch else branches_of(network, site.module, site.take)
         ranges = {name: (s.start, s.stop) for name, s in named.items()}
         width = channels_last(activation).shape[-1]
-        shapes[site] = SiteShape(width, grid_of(activation), ranges)
+        if posed is None:
+            shapes[site] = SiteShape(width, grid_of(activation), ranges)
+        else:
+            width, kept = width * posed.action.group.order, len(posed.places[site].kept)
+            shapes[site] = SiteShape(width, grid_of(activation), ranges, kept)
     return shapes
 
 
@@ -193,7 +249,10 @@ def _row_bytes(shape: SiteShape, settings: Collecting) -> int:
 
 def _kept(shapes: dict[Site, SiteShape], settings: Collecting) -> dict[Site, int]:
     """Rows kept of each sample at each site."""
-    counts = {site: settings.positions.count(math.prod(s.grid)) for site, s in shapes.items()}
+    counts = {
+        site: settings.positions.count(math.prod(s.grid) if s.places is None else s.places)
+        for site, s in shapes.items()
+    }
     first = next(iter(counts.values()))
     return dict.fromkeys(counts, first) if settings.paired else counts
 
@@ -224,6 +283,7 @@ def _start(
     out: Path,
     settings: Collecting,
     recipe: dict[str, Any],
+    posed: _Posed | None,
 ) -> dict[str, Any]:
     # That of an unfinished run, or a new one.
     fresh: dict[str, Any] = {
@@ -234,9 +294,15 @@ def _start(
         "network": networks.digest(network),
         "n_samples": len(samples),
         "sites": {
-            str(site): {"width": s.width, "grid": list(s.grid), "branches": s.branches}
+            str(site): {
+                "width": s.width,
+                "grid": list(s.grid),
+                "branches": s.branches,
+                **({} if s.places is None else {"places": s.places}),
+            }
             for site, s in shapes.items()
         },
+        **({} if posed is None else {"group": described(posed.action)}),
         "rounds": n_rounds,
         "rounds_done": 0,
         "complete": False,
@@ -246,8 +312,9 @@ def _start(
     path = out / "manifest.json"
     if path.exists():
         old = read_json(path)
-        made_from = ("schema", "kind", "recipe", "settings", "network", "n_samples", "rounds")
-        differs = [key for key in made_from if old.get(key) != _plain(fresh[key])]
+        given = ("recipe", "settings", "network", "n_samples", "group")
+        made_from = ("schema", "kind", *given, "rounds")
+        differs = [key for key in made_from if old.get(key) != _plain(fresh.get(key))]
         if differs:
             raise StoreError(
                 f"{out} holds a store made from another recipe (it differs in "
@@ -312,6 +379,7 @@ def _do_round(
     out: Path,
     settings: Collecting,
     device: torch.device | str,
+    posed: _Posed | None,
     on_progress: Any,
 ) -> tuple[list[Shard], list[str]]:
     """Fill the rows of every site for one round, shuffle them, write them as shards."""
@@ -327,7 +395,11 @@ def _do_round(
     skipped: list[str] = []
     done = 0
     for indices, inputs in _batches(samples, this.samples, settings, skipped):
-        if indices:
+        if indices and posed is not None:
+            _keep_poses(
+                network, sites, inputs.to(device), indices, samples, filled, settings, posed
+            )
+        elif indices:
             with torch.inference_mode():
                 found = read(network, inputs.to(device), sites)
             _keep_positions(found, indices, samples, filled, settings)
@@ -414,6 +486,35 @@ def _keep_positions(
         sample = torch.tensor(indices, device=here.device)[:, None].expand_as(here)
         where = torch.stack([sample, here // grid[1], here % grid[1]], dim=-1)
         filled[site].add(taken.flatten(0, 1).cpu(), where.flatten(0, 1).int().cpu())
+
+
+@torch.inference_mode()
+def _keep_poses(
+    network: nn.Module,
+    sites: Sequence[Site],
+    inputs: Tensor,
+    indices: list[int],
+    samples: Samples,
+    filled: dict[Site, _Rows],
+    settings: Collecting,
+    posed: _Posed,
+) -> None:
+    """Draw places from the untransformed inputs, and add their rows pose by pose."""
+    chosen: dict[Site, Tensor] = {}
+    for element in range(posed.action.group.order):
+        for site, flat in read_pose(network, posed.action, element, inputs, sites).items():
+            places = posed.places[site]
+            _refuse_non_finite(flat, site, indices, samples)
+            if element == 0 and settings.paired and chosen:
+                chosen[site] = chosen[sites[0]]
+            elif element == 0:
+                chosen[site] = settings.positions.draw(flat[:, places.kept], indices)
+            rows = places.take(element, flat, chosen[site])
+            filled[site].put(element * flat.shape[-1], rows.flatten(0, 1).cpu())
+    for site, part in filled.items():
+        at, width = posed.places[site].kept[chosen[site]].cpu(), posed.grids[site][1]
+        sample = torch.tensor(indices)[:, None].expand_as(at)
+        part.done(torch.stack([sample, at // width, at % width], dim=-1).flatten(0, 1).int())
 
 
 def _same_place(position: Tensor, grid: tuple[int, int], other: tuple[int, int]) -> Tensor:

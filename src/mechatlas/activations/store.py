@@ -18,6 +18,7 @@ import sys
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -29,6 +30,7 @@ from torch import Tensor
 
 from mechatlas.base import Batch, Site, StoreError
 from mechatlas.files import checksum, read_json, write
+from mechatlas.maths.groups import Group
 
 SCHEMA = 1
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -57,7 +59,10 @@ class SiteShape(NamedTuple):
     grid: tuple[int, int]
     """Height and width of the map; (tokens, 1) for texts, (1, 1) for plain vectors."""
     branches: dict[str, tuple[int, int]]
-    """First channel and the one after the last, by name."""
+    """First channel and the one after the last, by name; in a store with a group, those of
+    one element's channels."""
+    places: int | None = None
+    """Positions of the map that may be kept, if not all: those of a store with a group."""
 
 
 def folder_of(site: Site | str) -> str:
@@ -109,10 +114,25 @@ class Store:
                 "it goes on where it stopped."
             )
         self.shapes = {
-            name: SiteShape(s["width"], tuple(s["grid"]), s["branches"])
+            name: SiteShape(s["width"], tuple(s["grid"]), s["branches"], s.get("places"))
             for name, s in self.manifest["sites"].items()
         }
         self.shards = [Shard(*entry) for entry in self.manifest["shards"]]
+
+    @cached_property
+    def group(self) -> Group | None:
+        """The group in whose poses the activations were collected, if they were.
+
+        Rows then hold the channels of element 0, the untransformed input, then those of
+        element 1, and so on.
+
+        Raises:
+            GroupError: The manifest's table is not that of a group.
+        """
+        kept = self.manifest.get("group")
+        if kept is None:
+            return None
+        return Group(kept["table"], name=kept["name"], element_names=kept["elements"])
 
     @property
     def sites(self) -> list[str]:
@@ -123,7 +143,8 @@ class Store:
         """The rows of one site, or of a named branch of it.
 
         Args:
-            site: May be left out when the store has one site only.
+            site: May be left out when the store has one site only. A branch of a site of a store
+                with a group is that of the untransformed input.
             pool_bytes: Size of the pool of rows that are shuffled together. They stay in their
                 files, mapped into memory; the next pool is mapped ahead.
 

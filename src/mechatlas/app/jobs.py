@@ -19,6 +19,7 @@ from mechatlas.app.folders import Result, cost, finish, refuse_strangers
 from mechatlas.app.progress import bar
 from mechatlas.app.recipes import Collect, Train, as_dict
 from mechatlas.app.report.page import write_page
+from mechatlas.base import RecipeError
 from mechatlas.dictionaries.formats import FILE, save
 from mechatlas.dictionaries.training import train as train_dictionary
 from mechatlas.files import checksum, write_json
@@ -42,6 +43,7 @@ def collect(recipe: Collect) -> Result:
             sites,
             recipe.out,
             recipe.collecting,
+            group=recipe.group,
             recipe=made_from,
             device=recipe.device,
             on_progress=progress,
@@ -63,6 +65,7 @@ def train(recipe: Train) -> Result:
     """Train a dictionary on one site of a store.
 
     Raises:
+        RecipeError: The dictionary does not suit the store.
         UserError: See `mechatlas.dictionaries.training.train`; or `out` holds something else.
     """
     clock = time.process_time()
@@ -74,7 +77,11 @@ def train(recipe: Train) -> Result:
     refuse_strangers(recipe.out, "dictionary", unfinished=checkpoint.name)
     parts = rows.rows if isinstance(rows, PairedRows) else [rows]
     widths = {site: part.d_in for site, part in zip(recipe.sites, parts, strict=True)}
-    dictionary = recipe.build(widths)
+    whole = parts[0].d_in == parts[0].shape.width  # not a branch, which has one block only
+    try:
+        dictionary = recipe.build(widths, store.group if whole else None)
+    except ValueError as error:
+        raise RecipeError(f"{recipe.store}: {error}") from error
     with bar("training") as progress:
         train_dictionary(
             dictionary,
@@ -104,6 +111,8 @@ def train(recipe: Train) -> Result:
         "parents": {"store": checksum((recipe.store / "manifest.json").read_bytes())},
         "files": {FILE: checksum(file.read_bytes())},
     }
+    if store.group is not None and whole:
+        manifest["group"] = store.manifest["group"]
     write_json(recipe.out / "manifest.json", manifest)
     shutil.rmtree(checkpoint)  # three times the size of the dictionary, and of no more use
     result: Result = {

@@ -20,6 +20,7 @@ from torch import nn
 
 from mechatlas.activations.collect import Collecting
 from mechatlas.activations.networks import Network, build
+from mechatlas.activations.posing import Posing
 from mechatlas.activations.samples import (
     Images,
     SampleRecipe,
@@ -29,10 +30,12 @@ from mechatlas.activations.samples import (
 from mechatlas.analysis.interaction.analysis import Analysing
 from mechatlas.base import RecipeError
 from mechatlas.dictionaries.autoencoder import Autoencoder, Crosscoder, SparseCoder, Transcoder
+from mechatlas.dictionaries.pose_tied import PoseTied
 from mechatlas.dictionaries.revival import AuxK, Resample
 from mechatlas.dictionaries.sparsity import Sparsity, TopK
 from mechatlas.dictionaries.steps import Objective
 from mechatlas.dictionaries.training import Schedule
+from mechatlas.maths.groups import Group
 
 Recipe = TypeVar("Recipe")
 
@@ -49,6 +52,9 @@ class Collect:
     """What to run it on: Images, Arrays or Texts."""
     collecting: Collecting = dataclasses.field(default_factory=Collecting)
     """Positions, number format, memory."""
+    group: Posing | None = None
+    """Keep the activations of every input in all poses of a group, such as `name = "D4"` in a
+    table [group]; by default only of the input as it is."""
     out: Path = Path("store")
     """Folder of the store. The same command continues an unfinished one."""
     device: str = "cpu"
@@ -78,6 +84,9 @@ class Train:
     """What makes the code sparse: TopK, BatchTopK, ReLU, JumpReLU or Gated."""
     tied: bool = False
     """The encoder is the transpose of the decoder."""
+    pose_tied: bool = False
+    """Of a store with a group: few atoms in all poses, and one encoder for every pose, instead of
+    a crosscoder that reads the input as it is and writes all poses."""
     prefixes: tuple[int, ...] = ()
     """The first so many latents must explain the activations on their own (Matryoshka)."""
     steps: int = 20_000
@@ -107,15 +116,22 @@ class Train:
             raise ValueError(
                 f"A transcoder to {self.writes[0]} needs another site to read, and cannot be tied."
             )
-        self.build(dict.fromkeys(self.sites, 1))  # refuses what cannot be
+        if self.pose_tied and (self.writes or self.tied or self.prefixes or self.revival):
+            raise ValueError("pose_tied goes without writes, tied, prefixes and revival.")
+        if not self.pose_tied:
+            self.build(dict.fromkeys(self.sites, 1))  # refuses what cannot be
 
     @property
     def sites(self) -> tuple[str | None, ...]:
         """Sites whose columns make up a row."""
         return (self.site, *self.writes) if len(self.writes) < 2 else self.writes
 
-    def build(self, widths: dict[str | None, int]) -> SparseCoder:
+    def build(self, widths: dict[str | None, int], group: Group | None = None) -> SparseCoder:
         """The dictionary, for sites of these widths.
+
+        Args:
+            widths: Width of each site.
+            group: That of the store, if its rows hold a block for every element.
 
         Raises:
             ValueError: It cannot be built as asked.
@@ -126,12 +142,33 @@ class Train:
             "prefixes": self.prefixes,
             "seed": self.seed,
         }
+        if group is not None:
+            return self._of_group(group, widths[self.site], options)
+        if self.pose_tied:
+            raise ValueError("pose_tied needs a store that was collected with a [group].")
         if not self.writes:
             return Autoencoder(d_in=widths[self.site], tied=self.tied, **options)
         if len(self.writes) == 1:
             return Transcoder(d_in=widths[self.site], d_out=widths[self.writes[0]], **options)
         written = {site: widths[site] for site in self.writes}
         return Crosscoder(widths=written, reads=self.site, tied=self.tied, **options)
+
+    def _of_group(self, group: Group, width: int, options: dict[str, Any]) -> SparseCoder:
+        """Of all poses, read from the untransformed block or, pose-tied, from every block.
+
+        Raises:
+            ValueError: It cannot be built as asked.
+        """
+        if self.writes or self.tied:
+            raise ValueError("A dictionary of a store with a group goes without writes and tied.")
+        if self.pose_tied:
+            del options["prefixes"]
+            return PoseTied(group=group, d_in=width, **options)
+        names = group.element_names
+        if len(set(names)) < group.order:
+            names = tuple(map(str, range(group.order)))
+        widths = dict.fromkeys(names, width // group.order)
+        return Crosscoder(widths=widths, reads=names[0], **options)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -4,9 +4,10 @@
     load    a folder or file -> a dictionary, whichever library wrote it
 
 Our own file is `dictionary.safetensors`: `W_enc (d_in, n_latents)` (absent when tied), `b_enc`,
-`W_dec (n_latents, d_out)`, `b_dec` and the sparsity rule's own tensors (such as `threshold`), with
-the kind and its configuration as JSON in its metadata. The files of other libraries are told by
-their names, and a file under another name by its keys; how each is read is in `foreign`.
+`W_dec (n_latents, d_out)`, `b_dec` and the sparsity rule's own tensors (such as `threshold`); of a
+pose-tied one only `atoms`, `encoder`, `b_enc` and `b_dec` of one pose. The kind and its
+configuration are JSON in its metadata. The files of other libraries are told by their names, and a
+file under another name by its keys; how each is read is in `foreign`.
 """
 
 import dataclasses
@@ -22,12 +23,13 @@ from mechatlas.base import WeightsError
 from mechatlas.dictionaries.autoencoder import Autoencoder, Crosscoder, SparseCoder, Transcoder
 from mechatlas.dictionaries.foreign import dictionary_learning, gemma_scope, saelens, sparsify
 from mechatlas.dictionaries.foreign.weights import read_header, read_tensors, reading
+from mechatlas.dictionaries.pose_tied import PoseTied
 from mechatlas.dictionaries.pretrained import Pretrained
 from mechatlas.dictionaries.sparsity import Sparsity
 from mechatlas.files import write
 
 FILE = "dictionary.safetensors"
-KINDS = {kind.__name__: kind for kind in (Autoencoder, Transcoder, Crosscoder)}
+KINDS = {kind.__name__: kind for kind in (Autoencoder, Transcoder, Crosscoder, PoseTied)}
 SPARSITY = {rule.__name__: rule for rule in get_args(Sparsity)}
 
 

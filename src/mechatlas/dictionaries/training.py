@@ -25,10 +25,12 @@ from mechatlas.base import Batch, InputError, NonFiniteError, Progress, Rows, no
 from mechatlas.dictionaries import checkpoints
 from mechatlas.dictionaries.autoencoder import SparseCoder
 from mechatlas.dictionaries.metrics import History, evaluate
+from mechatlas.dictionaries.pose_tied import PoseTied
+from mechatlas.dictionaries.posed_steps import PosedStep
 from mechatlas.dictionaries.revival import AuxK, Resample, resample
 from mechatlas.dictionaries.rows import as_rows
 from mechatlas.dictionaries.sparse_steps import step_for
-from mechatlas.dictionaries.steps import Objective
+from mechatlas.dictionaries.steps import Objective, Step
 from mechatlas.files import checksum
 
 MEASUREMENTS = 25
@@ -174,9 +176,14 @@ class _Run:
         self.dictionary, self.revival, self.seed = dictionary, revival, seed
         self.scale = _scale(dictionary, held_out)
         self.held_out = held_out * self.scale
-        self.take_step = step_for(dictionary, objective)
+        if isinstance(dictionary, PoseTied):
+            self.take_step: Step = PosedStep(dictionary, objective)
+        else:
+            self.take_step = step_for(dictionary, objective)
+        if isinstance(dictionary, PoseTied) and revival is not None:
+            raise ValueError(f"Latents of a pose-tied dictionary cannot be revived ({revival}).")
         self.last_fired = torch.zeros(
-            dictionary.n_latents, dtype=torch.long, device=dictionary.W_dec.device
+            dictionary.n_latents, dtype=torch.long, device=held_out.device
         )
         self.history = History()
         self.done = 0

@@ -1,0 +1,575 @@
+"""How a finite group acts on inputs: turns, mirrors, hues, shifts, permutations, or your own.
+
+    Rotate     turns and mirrors of square images: C_n, D_n
+    Hue        turns (and mirrors) of the colour wheel: C_n, D_n
+    Shift      cyclic shifts along the last axis: C_n
+    Permute    permutations of the places of an axis: any group that acts on them
+    Scale      zooming in by equal factors: labelled by C_n, but not a group of order n
+    Custom     a function of an element and inputs
+
+An action is called as `action(g, x)` and gives gx, so `action(g, action(h, x))` is
+`action(g*h, x)`: exactly where no value is interpolated, else to the error of interpolating.
+With `a` the activations of a network, the rows of a group store hold x(I)_g = a(gI), so those
+of a posed input are x(hI)_g = a(g*h*I) = x(I)_gh.
+
+What acts on places moves the content at p to `moved(g, p)`. `pull_back(g, maps)` reads a map
+there, so that a position of the result means the same content for every g.
+"""
+
+import abc
+import dataclasses
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int, Shaped
+from torch import Tensor
+from torch.nn import functional
+
+from mechatlas.base import InputError
+from mechatlas.maths.groups import Group, GroupError
+from mechatlas.maths.named_groups import cyclic, dihedral
+
+Array = TypeVar("Array", np.ndarray, Tensor)
+Points = Float[np.ndarray, "n 2"]
+"""Places as (y, x), in pixels or positions; the second alone counts along an only axis."""
+ON_GRID = 1e-6
+"""Places nearer to a position than this are that position."""
+REACH = 3.0
+"""Pixels around a place that interpolating there may read, rounded up."""
+
+
+class Action(abc.ABC):
+    """How the elements of a group act on a batch of inputs, the first axis of which counts them.
+
+    Deterministic, and the same for each sample whatever the others are.
+    """
+
+    group: Group
+    name: str
+    """What a recipe calls it."""
+    moves_places = False
+    """Whether the content of one place goes to another."""
+    masks = False
+    """Whether only what is inside the inscribed circle of an image is kept."""
+    keeps_neighbours = True
+    """Whether what lies together moves together."""
+    closes = True
+    """Whether action(g, action(h, x)) is action(g*h, x) for all g and h."""
+
+    @abc.abstractmethod
+    def act(self, element: int, x: Tensor) -> Tensor:
+        """The inputs with an element applied."""
+
+    def __call__(self, element: int, x: Array) -> Array:
+        """Apply an element to numpy or torch inputs.
+
+        Raises:
+            GroupError: There is no such element.
+            InputError: The group cannot act on inputs of this shape.
+        """
+        if not 0 <= element < self.group.order:
+            raise GroupError(
+                f"{element} is not an element of {self.group.name}; its labels are 0 to "
+                f"{self.group.order - 1}."
+            )
+        if isinstance(x, Tensor):
+            return self.act(element, x)
+        return self.act(element, torch.from_numpy(np.ascontiguousarray(x))).numpy()
+
+    def exact(self, element: int) -> bool:
+        """Whether an element only moves numbers, and computes none."""
+        del element
+        return True
+
+    def moved(self, element: int, points: Points, side: int) -> Points:
+        """Where the content of some places goes, in inputs that are `side` long."""
+        del element, side
+        return points
+
+    def pull_back(self, element: int, maps: Array) -> Array:
+        """Maps (..., h, w) of the posed input, read so that places mean the same as before.
+
+        Position p of the result is `maps` at `moved(element, p)`: a number of the map where that
+        is a position, else interpolated linearly between four; 0 where it is outside the map.
+
+        Raises:
+            InputError: The maps are not square, but the action needs them to be.
+        """
+        h, w = maps.shape[-2:]
+        if self.masks_or_turns and h != w:
+            raise InputError(f"{self.name} needs square maps, got {h} x {w}.")
+        points = grid_points(h, w)
+        corners = corners_of(self.moved(element, points, w), (h, w))
+        if isinstance(maps, np.ndarray):
+            flat = maps.reshape(*maps.shape[:-2], h * w)[..., corners.index]
+            weight: Any = corners.weight.astype(maps.dtype)
+        else:
+            flat = maps.reshape(*maps.shape[:-2], h * w)[..., torch.from_numpy(corners.index)]
+            weight = torch.from_numpy(corners.weight).to(maps)
+        if (corners.weight[:, 1:] == 0).all():
+            return (flat[..., 0] * weight[:, 0]).reshape(maps.shape)
+        return (flat * weight).sum(-1).reshape(maps.shape)
+
+    @property
+    def masks_or_turns(self) -> bool:
+        """Whether it needs squares."""
+        return self.masks
+
+
+@dataclasses.dataclass(frozen=True)
+class Corners:
+    """Places as weighted sums of positions of a grid; a place outside has no weight."""
+
+    index: Int[np.ndarray, "n 4"]
+    """Flat positions. The first is the position itself where the place is one."""
+    weight: Float[np.ndarray, "n 4"]
+
+
+def grid_points(h: int, w: int) -> Points:
+    """The positions of a grid, row by row."""
+    y, x = np.indices((h, w), np.float64)
+    return np.stack([y.ravel(), x.ravel()], axis=1)
+
+
+def corners_of(points: Points, grid: tuple[int, int]) -> Corners:
+    """Linear interpolation between the positions of a grid."""
+    h, w = grid
+    nearest = np.round(points)
+    points = np.where(np.abs(points - nearest) < ON_GRID, nearest, points)
+    low = np.floor(points)
+    share = points - low
+    index, weight = [], []
+    for dy in (0, 1):
+        for dx in (0, 1):
+            y, x = low[:, 0] + dy, low[:, 1] + dx
+            its = (share[:, 0] if dy else 1 - share[:, 0]) * (
+                share[:, 1] if dx else 1 - share[:, 1]
+            )
+            inside = (y >= 0) & (y < h) & (x >= 0) & (x < w)
+            weight.append(np.where(inside, its, 0.0))
+            index.append(np.where(inside & (its > 0), y * w + x, 0).astype(np.int64))
+    return Corners(np.stack(index, axis=1), np.stack(weight, axis=1))
+
+
+class Rotate(Action):
+    """Turns of square images, and their mirror images: C_n or D_n.
+
+    Element r^k turns by k/n of a circle, counter-clockwise as images are shown; r^k s first
+    mirrors left and right. Quarter-turns and mirrors of them move pixels; other turns
+    interpolate (cubic, clipped to the range of the image), and then for every element what is
+    outside the inscribed circle is 0.
+
+    Raises:
+        GroupError: The group is not C_n or D_n, in the order of `named_groups`.
+    """
+
+    name = "rotate"
+    moves_places = True
+
+    def __init__(self, group: Group) -> None:
+        self.group = group
+        self.n, _ = _turns_of(group, self.name)
+        self.masks = not all(self.exact(g) for g in range(group.order))
+
+    @property
+    def masks_or_turns(self) -> bool:
+        """It needs squares."""
+        return True
+
+    def exact(self, element: int) -> bool:
+        """Whether it is a quarter-turn, or the mirror image of one."""
+        return 4 * (element % self.n) % self.n == 0
+
+    def act(self, element: int, x: Shaped[Tensor, "*batch h w"]) -> Shaped[Tensor, "*batch h w"]:
+        """Turned, and masked if any element interpolates.
+
+        Raises:
+            InputError: The images are not square.
+        """
+        _refuse_unless_square(x, self.name)
+        turned = self._turned(x, element)
+        return turned * _circle(x.shape[-1]).to(x) if self.masks else turned
+
+    def _turned(self, x: Tensor, element: int) -> Tensor:
+        k, mirrored = element % self.n, element >= self.n
+        if self.exact(element):
+            turned = x.flip(-1) if mirrored else x
+            return torch.rot90(turned, 4 * k // self.n, dims=(-2, -1))
+        side = x.shape[-1]
+        source = self.moved(int(self.group.inverses[element]), grid_points(side, side), side)
+        return _cubic(x, source)
+
+    def matched(self, element: int, x: Float[Tensor, "*batch h w"]) -> Float[Tensor, "*batch h w"]:
+        """Turned half a step too far, a whole one more, and back: every element is as blurred.
+
+        Nothing is exact then, not even the identity: what still differs between quarter-turns
+        and other turns is not the work of interpolation. (Only there and back would meet the
+        pixels again, and blur those less that need no turn between.)
+
+        Raises:
+            InputError: The images are not square.
+        """
+        _refuse_unless_square(x, self.name)
+        side, half = x.shape[-1], np.pi / self.n
+        points, middle = grid_points(side, side), (side - 1) / 2
+        # First the part of the turn that moves pixels, so that the rest is alike.
+        k, mirrored = element % self.n, element >= self.n
+        quarters = 4 * k // self.n
+        turned = torch.rot90(x.flip(-1) if mirrored else x, quarters, dims=(-2, -1))
+        rest = 2 * np.pi * k / self.n - quarters * np.pi / 2
+        for angle in (rest + half, 2 * half, -3 * half):
+            turned = _cubic(turned, _rotated(points - middle, -angle) + middle)
+        return turned * _circle(side).to(x)
+
+    def moved(self, element: int, points: Points, side: int) -> Points:
+        """Turned about the middle."""
+        middle = (side - 1) / 2
+        centred = points - middle
+        if element >= self.n:
+            centred = centred * [1.0, -1.0]
+        return _rotated(centred, 2 * np.pi * (element % self.n) / self.n) + middle
+
+
+class Hue(Action):
+    """Turns of the colour wheel of images with three channels (axis -3), and its mirror: C_n, D_n.
+
+    r^k adds k/n of a circle to the hue and leaves saturation and value as they are, so that
+    colours stay in 0..1; the mirror exchanges green and blue. Thirds of a circle move channels;
+    others compute, to rounding.
+
+    Raises:
+        GroupError: The group is not C_n or D_n, in the order of `named_groups`.
+    """
+
+    name = "hue"
+
+    def __init__(self, group: Group) -> None:
+        self.group = group
+        self.n, _ = _turns_of(group, self.name)
+
+    def exact(self, element: int) -> bool:
+        """Whether it moves channels."""
+        return 3 * (element % self.n) % self.n == 0
+
+    def act(
+        self, element: int, x: Shaped[Tensor, "*batch c h w"]
+    ) -> Shaped[Tensor, "*batch c h w"]:
+        """With other hues.
+
+        Raises:
+            InputError: There are not three channels.
+        """
+        if x.ndim < 3 or x.shape[-3] != 3:
+            raise InputError(f"hue acts on images with three channels, got shape {tuple(x.shape)}.")
+        k, mirrored = element % self.n, element >= self.n
+        x = x[..., [0, 2, 1], :, :] if mirrored else x
+        if self.exact(element):
+            return x.roll(3 * k // self.n, dims=-3) if k else x
+        value, low = x.amax(dim=-3), x.amin(dim=-3)
+        chroma = value - low
+        red, green, blue = x.unbind(dim=-3)
+        safe = torch.where(chroma > 0, chroma, torch.ones_like(chroma))
+        hue = torch.where(
+            value == red,
+            (green - blue) / safe,
+            torch.where(value == green, (blue - red) / safe + 2, (red - green) / safe + 4),
+        )
+        hue = hue + 6 * k / self.n
+        channels = []
+        for start in (5, 3, 1):
+            f = (start + hue) % 6
+            channels.append(value - chroma * torch.minimum(f, 4 - f).clamp(0, 1))
+        return torch.stack(channels, dim=-3)
+
+
+class Shift(Action):
+    """Cyclic shifts along the last axis (x of images, tokens of texts): C_n.
+
+    Raises:
+        GroupError: The group is not C_n, in the order of `named_groups`.
+    """
+
+    name = "shift"
+    moves_places = True
+
+    def __init__(self, group: Group) -> None:
+        self.group = group
+        self.n, mirrors = _turns_of(group, self.name)
+        if mirrors:
+            raise GroupError(f"shift needs a cyclic group, got {group.name}.")
+
+    def act(self, element: int, x: Tensor) -> Tensor:
+        """Shifted by `element / n` of its length.
+
+        Raises:
+            InputError: The length is not a multiple of n.
+        """
+        return x.roll(element * self._step(x.shape[-1]), dims=-1)
+
+    def moved(self, element: int, points: Points, side: int) -> Points:
+        """To the right, and in again from the left."""
+        step = side / self.n
+        return np.stack([points[:, 0], (points[:, 1] + element * step) % side], axis=1)
+
+    def _step(self, length: int) -> int:
+        if length % self.n:
+            raise InputError(
+                f"{self.n} cyclic shifts need a length that {self.n} divides, got {length}."
+            )
+        return length // self.n
+
+
+class Permute(Action):
+    """Permutations of the places of one axis, such as channels or tokens.
+
+    Args:
+        group: Any group.
+        permutations: Row g says where each place goes: content i goes to `permutations[g, i]`.
+        axis: Which axis, counted from the end; the last one is that of the places of a site.
+
+    Raises:
+        GroupError: A row is not a permutation, or rows do not multiply as the group does.
+    """
+
+    name = "permute"
+    keeps_neighbours = False
+
+    def __init__(
+        self, group: Group, permutations: Int[np.ndarray, "order place"], *, axis: int = -1
+    ) -> None:
+        self.group, self.axis = group, axis
+        self.permutations = np.asarray(permutations).astype(np.int64)
+        self.moves_places = axis == -1
+        n = self.permutations.shape[1]
+        if len(self.permutations) != group.order or axis >= 0:
+            raise GroupError(
+                f"{group.name} needs {group.order} permutations and an axis counted from the end, "
+                f"got {len(self.permutations)} and axis {axis}."
+            )
+        if (np.sort(self.permutations, axis=1) != np.arange(n)).any():
+            bad = int((np.sort(self.permutations, axis=1) != np.arange(n)).any(axis=1).argmax())
+            raise GroupError(f"Row {bad} is not a permutation of 0 to {n - 1}.")
+        for g in range(group.order):
+            products = self.permutations[g][self.permutations]  # h, i -> g(h(i))
+            wrong = (products != self.permutations[group.table[g]]).any(axis=1)
+            if wrong.any():
+                h = int(wrong.argmax())
+                raise GroupError(
+                    f"Permutation {g} after {h} is not permutation {group.table[g, h]}, as "
+                    f"{group.name} says."
+                )
+
+    def act(self, element: int, x: Tensor) -> Tensor:
+        """With its places permuted.
+
+        Raises:
+            InputError: The axis has another length.
+        """
+        n = self.permutations.shape[1]
+        if x.ndim < -self.axis or x.shape[self.axis] != n:
+            raise InputError(
+                f"The permutations are of {n} places, got shape {tuple(x.shape)} with axis "
+                f"{self.axis}."
+            )
+        inverse = self.permutations[self.group.inverses[element]]
+        return x.index_select(self.axis, torch.from_numpy(inverse).to(x.device))
+
+    def moved(self, element: int, points: Points, side: int) -> Points:
+        """To the place it is sent to.
+
+        Raises:
+            InputError: A point lies between two places.
+        """
+        del side
+        at = np.round(points[:, 1]).astype(np.int64)
+        if not self.moves_places:
+            return points
+        if (np.abs(points[:, 1] - at) > ON_GRID).any() or (at < 0).any():
+            raise InputError("Permutations act on whole places; the site has others.")
+        return np.stack([points[:, 0], self.permutations[element][at].astype(np.float64)], axis=1)
+
+
+class Scale(Action):
+    """Zooming in on the middle of images by factors step^0, step^1, ..., step^(n-1).
+
+    Scalings are an infinite group, and no finite set of steps is closed under it: C_n only
+    labels the steps. Laws of the group hold as long as a product of steps does not wrap round,
+    so what an analysis says of wrapped pairs means nothing; `closes` is False.
+
+    Raises:
+        GroupError: The group is not C_n, in the order of `named_groups`.
+        ValueError: The step is not above 1.
+    """
+
+    name = "scale"
+    moves_places = True
+    closes = False
+
+    def __init__(self, group: Group, *, step: float = 2**0.5) -> None:
+        self.group, self.step = group, step
+        self.n, mirrors = _turns_of(group, self.name)
+        if mirrors:
+            raise GroupError(f"scale labels its steps by a cyclic group, got {group.name}.")
+        if not step > 1:
+            raise ValueError(f"step must be above 1 (zooming in), got {step}.")
+
+    @property
+    def masks_or_turns(self) -> bool:
+        """It needs squares."""
+        return True
+
+    def exact(self, element: int) -> bool:
+        """Only the first step is."""
+        return element == 0
+
+    def act(self, element: int, x: Float[Tensor, "*batch h w"]) -> Float[Tensor, "*batch h w"]:
+        """Zoomed in.
+
+        Raises:
+            InputError: The images are not square.
+        """
+        _refuse_unless_square(x, self.name)
+        side = x.shape[-1]
+        middle = (side - 1) / 2
+        source = (grid_points(side, side) - middle) * self.step**-element + middle
+        return x if element == 0 else _cubic(x, source)
+
+    def moved(self, element: int, points: Points, side: int) -> Points:
+        """Away from the middle."""
+        middle = (side - 1) / 2
+        return (points - middle) * self.step**element + middle
+
+
+class Custom(Action):
+    """A function of an element and a batch of inputs.
+
+    Args:
+        group: Any group.
+        function: Called as `function(element, x)`, gives inputs of the same shape. Where it has an
+            attribute `moved`, a function (element, points, side) -> points, it acts on places.
+        name: What to call it.
+    """
+
+    def __init__(
+        self, group: Group, function: Callable[[int, Tensor], Tensor], *, name: str = "custom"
+    ) -> None:
+        self.group, self.function, self.name = group, function, name
+        self._moved = getattr(function, "moved", None)
+        self.moves_places = self._moved is not None
+
+    def act(self, element: int, x: Tensor) -> Tensor:
+        """What the function returns.
+
+        Raises:
+            InputError: It has another shape, or is no tensor.
+        """
+        out = self.function(element, x)
+        if not isinstance(out, Tensor) or out.shape != x.shape:
+            found = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
+            raise InputError(f"{self.name} returned {found}, expected shape {tuple(x.shape)}.")
+        return out
+
+    def exact(self, element: int) -> bool:
+        """Nothing is known of it."""
+        return element == self.group.identity
+
+    def moved(self, element: int, points: Points, side: int) -> Points:
+        """As the function's own `moved` says."""
+        return points if self._moved is None else self._moved(element, points, side)
+
+
+def law_error(action: Action, x: Tensor) -> tuple[float, tuple[int, int]]:
+    """How far an action is from its group's law on some inputs, and where.
+
+    Returns:
+        The largest root-mean-square difference of action(g, action(h, x)) and action(g*h, x),
+        over generators h and all g, as a share of the spread of x; and that g and h.
+    """
+    group, worst, where = action.group, 0.0, (0, 0)
+    posed = {g: action(g, x).double() for g in range(group.order)}
+    spread = float((posed[group.identity] - posed[group.identity].mean()).square().mean().sqrt())
+    for h in group.generators:
+        its = action(h, x)
+        for g in range(group.order):
+            left = action(g, its).double() - posed[int(group.table[g, h])]
+            error = float(left.square().mean().sqrt()) / max(spread, 1e-30)
+            if error > worst:
+                worst, where = error, (g, h)
+    return worst, where
+
+
+def _turns_of(group: Group, name: str) -> tuple[int, bool]:
+    """Turns in a full circle, and whether there are mirrors.
+
+    Raises:
+        GroupError: The group is not C_n or D_n.
+    """
+    n = group.order
+    if group == cyclic(n) and group.name != "D1":
+        return n, False
+    if n % 2 == 0 and group == dihedral(n // 2):
+        return n // 2, True
+    raise GroupError(
+        f"{name} needs a group C_n (turns) or D_n (turns and mirrors, order 2n), with the "
+        f"elements in the order of `group('C{n}')`; got {group.name}."
+    )
+
+
+def _refuse_unless_square(x: Tensor, name: str) -> None:
+    if x.ndim < 3 or x.shape[-1] != x.shape[-2]:
+        raise InputError(f"{name} acts on square images, got shape {tuple(x.shape)}.")
+
+
+def _rotated(centred: Points, angle: float) -> Points:
+    """Points about 0, turned counter-clockwise where y points down."""
+    turn = np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
+    return centred @ turn
+
+
+def _circle(side: int) -> Tensor:
+    """1 inside the inscribed circle of a square, 0 outside."""
+    centred = grid_points(side, side) - (side - 1) / 2
+    inside = (centred**2).sum(axis=1) <= ((side - 1) / 2) ** 2 + ON_GRID
+    return torch.from_numpy(inside.reshape(side, side))
+
+
+def _cubic(x: Tensor, source: Points) -> Tensor:
+    """Images read at other places, one for each pixel, clipped to the range of each image.
+
+    Source: Keys, Cubic convolution interpolation (1981), with a = -1/2, which is exact for
+    quadratic polynomials; torch's own has a = -3/4 and is twenty times less exact.
+    """
+    h, w = x.shape[-2:]
+    low = np.floor(source)
+    taps_y, taps_x = (_keys(source[:, axis] - low[:, axis]) for axis in (0, 1))
+    y, x_at = (
+        np.clip(low[:, axis, None] + np.arange(-1, 3), 0, length - 1)
+        for axis, length in ((0, h), (1, w))
+    )
+    index = (y[:, :, None] * w + x_at[:, None, :]).reshape(-1, 16).astype(np.int64)
+    weight = (taps_y[:, :, None] * taps_x[:, None, :]).reshape(-1, 16)
+    images = x.reshape(-1, h * w)
+    read = functional.embedding_bag(
+        torch.from_numpy(index).to(x.device),
+        images.T.contiguous(),
+        per_sample_weights=torch.from_numpy(weight).to(x),
+        mode="sum",
+    ).T
+    low, high = images.amin(dim=1, keepdim=True), images.amax(dim=1, keepdim=True)
+    return torch.clamp(read, low, high).reshape(x.shape)
+
+
+def _keys(t: Float[np.ndarray, " n"]) -> Float[np.ndarray, "n 4"]:
+    """Weights of the four neighbours of points a share t beyond the second."""
+    t2, t3 = t * t, t * t * t
+    return np.stack(
+        [
+            -0.5 * t + t2 - 0.5 * t3,
+            1 - 2.5 * t2 + 1.5 * t3,
+            0.5 * t + 2 * t2 - 1.5 * t3,
+            0.5 * (t3 - t2),
+        ],
+        axis=1,
+    )
