@@ -468,7 +468,7 @@ def _added(raw: _Raw) -> Step | None:
 
 
 def _clamped(raw: _Raw) -> Step | None:
-    ends = raw.arguments[1:] if len(raw.arguments) == 3 else (-1.0, 1.0)
+    ends: tuple[Any, ...] = raw.arguments[1:] if len(raw.arguments) == 3 else (-1.0, 1.0)
     low, high = float(ends[0]), float(ends[1])
     return Gate(lambda z: functional.hardtanh(z, low, high)) if low <= 0 <= high else None
 

@@ -27,6 +27,7 @@ usage: mechatlas COMMAND ...
   basis    RECIPE.toml [--field value ...]   network, samples -> degeneracy, interaction basis
   match    DICT_A DICT_B [...] --out DIR     which latent is which, with proof and false match rate
   symmetry DICT --store STORE --out DIR      what leaves each feature unchanged; families of poses
+  circuit  DICT_A DICT_B [...] --out DIR     which feature is made of which, by which branch
   prove    WEIGHTS --table TABLE --out DIR   bound the accuracy of a group-operation network
   report   DIR --out page.html               folder of runs -> one HTML page
 
@@ -212,6 +213,13 @@ def symmetry(words: list[str]) -> Answer:
     return job.run(words)
 
 
+def circuit(words: list[str]) -> Answer:
+    """Find circuits."""
+    from mechatlas.app import circuit as job
+
+    return job.run(words)
+
+
 def prove(words: list[str]) -> Answer:
     """Prove a bound, or check a proof.
 
@@ -248,6 +256,7 @@ COMMANDS: dict[str, Callable[[list[str]], Answer]] = {
     "basis": basis,
     "match": match,
     "symmetry": symmetry,
+    "circuit": circuit,
     "prove": prove,
     "report": report,
 }
