@@ -418,7 +418,7 @@ def _explained(k: int, one: _Found, given: Attribution, paths: Sequence[Stronges
     pairs = {(path.latents[k], path.latents[k + 1]) for path in paths}
     found = []
     for t, target in enumerate(given.targets.tolist()):
-        whole = sum(given.given[t, p] for p in _distinct(one.wiring))
+        whole = given.given[t, _distinct(one.wiring)].sum(axis=0)
         kept = np.unique(one.edges.source[one.edges.target == target])
         shown = np.array(sorted(j for j, i in pairs if i == target), np.int64)
         drive = float(given.drive[t])

@@ -143,7 +143,7 @@ def attribute(
         parts: Channels of the target's module, such as those of each route.
         steps: Points of the line at which gradients are taken.
     """
-    atoms, encoder = a.W_dec.detach(), b.W_enc.detach()
+    encoder, written = b.W_enc.detach(), a.W_dec.detach().float().cpu().numpy()
     given = np.zeros((len(targets), len(parts), a.n_latents))
     drive, places = np.zeros(len(targets)), np.zeros(len(targets), np.int64)
     for x in maps:
@@ -151,7 +151,7 @@ def attribute(
             out = wiring.run(x)[:, wiring.reads]
             code = encode(a, x[:, wiring.writes])
             on = encode(b, out)[:, targets].toarray() > 0
-            features = torch.from_numpy(code @ atoms.float().cpu().numpy()).to(x)
+            features = torch.from_numpy(code @ written).to(x)
             features = features.view(len(x), *x.shape[2:], -1).movedim(-1, 1)
             bare = x.clone()
             bare[:, wiring.writes] -= features
@@ -163,9 +163,8 @@ def attribute(
             point = bare + (step + 0.5) / steps * (x - bare)
             slopes = _slopes(wiring, point, encoder[:, targets], mask, parts)
             for t, p, slope in slopes:
-                gain = channels_last(slope[:, wiring.writes]).flatten(0, 2) @ atoms.T
-                per = code.multiply(gain.float().cpu().numpy()).sum(axis=0)
-                given[t, p] += np.asarray(per).ravel() / steps
+                rows = channels_last(slope[:, wiring.writes]).flatten(0, 2).float().cpu().numpy()
+                given[t, p] += ((code.T @ rows) * written).sum(axis=1) / steps
     n = np.maximum(places, 1)
     given, drive = given / n[:, None, None], drive / n
     whole = np.zeros(len(targets))

@@ -24,6 +24,7 @@ from mechatlas.app.report.chapter import (
     text_of,
 )
 from mechatlas.app.report.chapters import (
+    circuits,
     features,
     interaction,
     matching,
@@ -43,6 +44,7 @@ CHAPTERS: tuple[ChapterOf, ...] = (
     interaction.chapter,
     matching.chapter,
     symmetry.chapter,
+    circuits.chapter,
     proofs.chapter,
 )
 """The page, in this order. A new analysis adds its function here."""
