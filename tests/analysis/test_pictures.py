@@ -21,17 +21,17 @@ def directions(width: int, n: int = 3) -> torch.Tensor:
 
 @pytest.mark.parametrize(("site", "width"), [("mixed4a", 184), ("mixed4a/5x5", 32)])
 def test_a_picture_beats_every_photograph_and_noise(network, site, width):
-    units = torch.eye(width)[[0, 7, 20]]
-    pictures, reached = optimise(network, Site.parse(site), units, side=31, how=Climbing(steps=64))
+    units = directions(width)
+    pictures, reached = optimise(network, Site.parse(site), units, side=31, how=Climbing(steps=48))
     assert pictures.shape == (3, 31, 31, 3)
     assert (pictures >= 0).all()
     assert (pictures <= 1).all()
-    samples = open_samples(Images(crops=10), network)
-    crops = samples.stack([samples.read(i) for i in range(80)])
-    noise = torch.rand(80, 3, 31, 31, generator=torch.Generator().manual_seed(1))
+    samples = open_samples(Images(crops=5), network)
+    crops = samples.stack([samples.read(i) for i in range(40)])
+    noise = torch.rand(40, 3, 31, 31, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         for k, unit in enumerate(units):
-            every = unit.expand(80, -1)
+            every = unit.expand(40, -1)
             for others in (crops, noise):
                 best = drives(network, Site.parse(site), others, every).max()
                 assert reached[k] > float(best)
@@ -52,11 +52,11 @@ def test_the_same_call_gives_the_same_bytes_whatever_else_is_made(network):
 
 def test_a_penalty_makes_pictures_smoother(network):
     def rough(smoothness):
-        how = Climbing(steps=24, smoothness=smoothness)
+        how = Climbing(steps=16, smoothness=smoothness)
         pictures, _ = optimise(network, Site("mixed3b"), directions(136), side=31, how=how)
         return np.abs(np.diff(pictures, axis=1)).mean()
 
-    assert rough(300.0) < 0.8 * rough(0.0)
+    assert rough(1000.0) < 0.8 * rough(0.0)
 
 
 def test_the_network_is_not_changed_and_wrong_widths_are_refused(network):

@@ -462,8 +462,7 @@ def _batch_norm(raw: _Raw) -> Step | None:
 
 def _concatenated(raw: _Raw) -> Step | None:
     dim = raw.arguments[1] if len(raw.arguments) > 1 else raw.keywords.get("dim", 0)
-    parts: Any = raw.arguments[0]
-    same = len(parts) == len(raw.parents)
+    same = len(list(_tensors(raw.arguments))) == len(raw.parents)
     return Concatenate() if dim in (1, -3) and same else None
 
 

@@ -29,6 +29,9 @@ from mechatlas.base import InputError, Site
 COLOURS = ((0.26, 0.09, 0.02), (0.27, 0.00, -0.05), (0.27, -0.09, 0.03))
 """Root of the covariance of red, green and blue in ImageNet (Lucid)."""
 
+STARTS = (0.01, 0.01, 0.1, 0.1, 0.3, 0.3, 1.0, 1.0, 2.0, 2.0, 4.0, 4.0)
+"""Sizes of the noise that a picture may start from."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Climbing:
@@ -93,11 +96,8 @@ def _climb(
     how: Climbing,
     random: torch.Generator,
 ) -> tuple[np.ndarray, np.ndarray]:
-    shape = (1, 2, 3, side, side // 2 + 1)
-    # All start alike, so that a picture does not depend on which others are made with it.
-    first = 0.01 * torch.randn(shape, generator=random)
-    spectrum = first.expand(len(directions), *shape[1:]).clone().requires_grad_()
-    start = drives(network, site, paint(spectrum.detach(), side), directions).abs().clamp_min(1e-3)
+    spectrum = _starts(network, site, directions, side, random).requires_grad_()
+    start = drives(network, site, paint(spectrum, side), directions).detach().abs().clamp_min(1e-3)
     adam = torch.optim.Adam([spectrum], lr=how.lr)
     for _ in range(how.steps):
         with torch.enable_grad():
@@ -116,11 +116,28 @@ def _climb(
     return pictures.movedim(1, -1).numpy(), reached.numpy()
 
 
+@torch.no_grad()
+def _starts(
+    network: nn.Module, site: Site, directions: Tensor, side: int, random: torch.Generator
+) -> Tensor:
+    """The faintest noise that moves a direction well: a rectified unit that is off has no slope.
+
+    Every direction chooses among the same, so that a picture does not depend on which others are
+    made with it.
+    """
+    noise = torch.randn(len(STARTS), 2, 3, side, side // 2 + 1, generator=random)
+    noise *= torch.tensor(STARTS)[:, None, None, None, None]
+    rows = (middles(network, site, paint(noise, side), directions) @ directions.T).T
+    enough = (rows != 0) & (rows >= 0.3 * rows.max(dim=1, keepdim=True).values)
+    first = torch.where(enough.any(dim=1), enough.int().argmax(dim=1), len(noise) - 1)
+    return noise[first].clone()
+
+
 def paint(spectrum: Float[Tensor, "n 2 3 side half"], side: int) -> Float[Tensor, "n 3 side side"]:
     """A picture from its spectrum."""
     y = torch.fft.fftfreq(side)[:, None]
     x = torch.fft.rfftfreq(side)
-    scale = side / (x.square() + y.square()).sqrt().clamp_min(1 / side)
+    scale = 1 / (x.square() + y.square()).sqrt().clamp_min(1 / side)
     waves = torch.complex(spectrum[:, 0], spectrum[:, 1]) * scale
     plain = torch.fft.irfft2(waves, s=(side, side), norm="ortho") / 4
     colours = torch.tensor(COLOURS)
@@ -139,6 +156,20 @@ def drives(
     Raises:
         InputError: The site is not a map, or not as wide as the directions.
     """
+    return (middles(network, site, pictures, directions) * directions).sum(dim=1)
+
+
+def middles(
+    network: nn.Module,
+    site: Site,
+    pictures: Float[Tensor, "n 3 side side"],
+    directions: Float[Tensor, "m d"],
+) -> Float[Tensor, "n d"]:
+    """Activations at the middle of the map.
+
+    Raises:
+        InputError: The site is not a map, or not as wide as the directions.
+    """
     activations = read(network, pictures, [site])[site]
     if activations.ndim != 4 or activations.shape[1] != directions.shape[1]:
         raise InputError(
@@ -146,8 +177,7 @@ def drives(
             f"a map of {directions.shape[1]} channels, as wide as the directions."
         )
     rows = channels_last(activations)
-    middle = rows[:, rows.shape[1] // 2, rows.shape[2] // 2]
-    return (middle * directions).sum(dim=1)
+    return rows[:, rows.shape[1] // 2, rows.shape[2] // 2]
 
 
 def _jittered(pictures: Tensor, how: Climbing, random: torch.Generator) -> Tensor:

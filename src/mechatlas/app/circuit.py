@@ -1,7 +1,8 @@
 """`mechatlas circuit`: dictionaries of consecutive sites -> which feature is made of which.
 
 The folder has `result.json`, `edges.parquet` (a row for each pair of features and branch),
-`kernels.safetensors` (their spatial kernels), `recipe.toml` and `manifest.json`.
+`kernels.safetensors` (their spatial kernels), `pictures.safetensors` (of the features drawn),
+`recipe.toml` and `manifest.json`.
 """
 
 import dataclasses
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from tyro.conf import Positional, arg
 
 from mechatlas.activations.networks import digest
-from mechatlas.activations.samples import Samples
+from mechatlas.activations.samples import ImageSamples, Samples
 from mechatlas.activations.sites import read
 from mechatlas.activations.store import Store, read_shard
 from mechatlas.activations.wiring import Wiring, trace
@@ -36,6 +37,7 @@ from mechatlas.analysis.circuits.effects import (
 from mechatlas.analysis.circuits.paths import Path as Strongest
 from mechatlas.analysis.circuits.paths import strongest
 from mechatlas.analysis.circuits.weights import Edges, blocks, edges, kernels, responses
+from mechatlas.analysis.pictures import Climbing, optimise
 from mechatlas.app.folders import Result, finish, refuse_strangers, write_table, write_tensors
 from mechatlas.app.progress import bar
 from mechatlas.app.recipes import reopen
@@ -44,6 +46,9 @@ from mechatlas.dictionaries.formats import load
 from mechatlas.files import checksum, read_json, write_json
 
 KIND = "circuit"
+PICTURES = "pictures.safetensors"
+AT_ONCE = 16
+"""Pictures that are climbed together."""
 MAP_NUMBERS = 1 << 22
 """Numbers of the source's maps that are run on at once."""
 
@@ -74,8 +79,10 @@ class Circuit:
     """Features of the last site whose paths are traced, attributed and drawn."""
     rate: float = 0.05
     """False discovery rate at which an edge stands."""
+    pictures: int = 96
+    """Steps of activation maximisation for a picture of each feature drawn; 0 for no pictures."""
     seed: int = 0
-    """Seed of the null, the features removed and the intervals."""
+    """Seed of the null, the features removed, the intervals and the pictures."""
 
 
 def run(words: list[str]) -> tuple[Result, str]:
@@ -163,7 +170,7 @@ def circuit(recipe: Circuit) -> Result:
         table = _table(opened, k, one, removed, given)
         shown += _explained(k, one, given, paths)
         tables.append(table)
-    _write(recipe, opened, found, tables)
+    _write(recipe, opened, found, tables, _pictures(recipe, opened, paths))
     result: Result = {
         "dictionaries": opened.names,
         "sites": [str(site) for site in opened.sites],
@@ -194,6 +201,8 @@ def _check(recipe: Circuit) -> None:
         if getattr(recipe, name) < least:
             option = name.replace("_", "-")
             raise RecipeError(f"--{option} must be at least {least}, got {getattr(recipe, name)}.")
+    if recipe.pictures < 0:
+        raise RecipeError(f"--pictures must be at least 0 steps, got {recipe.pictures}.")
     if not 0 < recipe.rate < 1:
         raise RecipeError(f"--rate must lie between 0 and 1, got {recipe.rate}.")
     refuse_strangers(recipe.out, KIND)
@@ -440,10 +449,38 @@ def _distinct(wiring: Wiring) -> list[int]:
     return [k for k, part in enumerate(parts) if part not in parts[:k]]
 
 
+def _pictures(
+    recipe: Circuit, opened: _Opened, paths: Sequence[Strongest]
+) -> dict[str, np.ndarray]:
+    """A picture of each feature on a path, by layer; none if the network does not take photos."""
+    samples = opened.samples
+    if not recipe.pictures or not isinstance(samples, ImageSamples) or samples.channels != 3:
+        return {}
+    made: dict[str, np.ndarray] = {}
+    how = Climbing(steps=recipe.pictures, seed=recipe.seed)
+    for layer, (site, dictionary) in enumerate(zip(opened.sites, opened.dictionaries, strict=True)):
+        latents = _of_layer(paths, layer)
+        rows = dictionary.W_enc.detach().T[torch.from_numpy(latents)]
+        with bar(f"drawing features of {site}") as progress:
+            parts = []
+            for first in range(0, len(rows), AT_ONCE):
+                part = rows[first : first + AT_ONCE]
+                parts.append(optimise(opened.network, site, part, side=samples.side, how=how)[0])
+                progress(first + len(part), len(rows))
+        if parts:
+            made[f"{layer}.latents"] = latents.astype(np.int32)
+            made[f"{layer}.pictures"] = np.rint(255 * np.concatenate(parts)).astype(np.uint8)
+    return made
+
+
 def _write(
-    recipe: Circuit, opened: _Opened, found: list[_Found], tables: list[dict[str, np.ndarray]]
+    recipe: Circuit,
+    opened: _Opened,
+    found: list[_Found],
+    tables: list[dict[str, np.ndarray]],
+    pictures: dict[str, np.ndarray],
 ) -> None:
-    """The table, the kernels and the manifest."""
+    """The table, the kernels, the pictures and the manifest."""
     columns = {name: np.concatenate([table[name] for table in tables]) for name in tables[0]}
     columns["branch"] = columns["branch"].astype(str)
     tensors: dict[str, np.ndarray] = {}
@@ -457,6 +494,10 @@ def _write(
         "edges.parquet": write_table(recipe.out / "edges.parquet", columns),
         "kernels.safetensors": write_tensors(recipe.out / "kernels.safetensors", tensors),
     }
+    if pictures:
+        files[PICTURES] = write_tensors(recipe.out / PICTURES, pictures)
+    else:
+        (recipe.out / PICTURES).unlink(missing_ok=True)  # of an earlier run
     manifest = {
         "schema": 1,
         "kind": KIND,

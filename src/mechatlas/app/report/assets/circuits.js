@@ -35,13 +35,27 @@
       + `drive lost when removed: ${effect}\nq ${number(edge.q_value)}${edge.q_value <= rate ? "" : ": does not stand"}`;
   }
 
+  // What excites the feature most of all that can be painted.
+  function painted(part, name) {
+    if (!part.pictures.includes(name)) return null;
+    const canvas = el("canvas", { class: "painted", width: 112, height: 112, role: "img", title: "made to excite this feature (activation maximisation): a picture, not a claim" });
+    atlas.image("circuits", name).then((bitmap) => {
+      const context = canvas.getContext("2d");
+      context.imageSmoothingQuality = "high";
+      context.drawImage(bitmap, 0, 0, 112, 112);
+    });
+    return canvas;
+  }
+
   function card(part, d, layer, fact) {
     const title = `${part.sites[layer]}/${fact.latent}`;
     const head = d ? el("a", { href: cards.link(d, fact.latent) }, title) : el("b", {}, title);
     const body = el("div", { class: "body" });
-    if (d) body.append(cards.exampleList(d, fact.latent, d.kind === "image" ? 4 : 2, 52, true));
+    const picture = painted(part, `${parts.indexOf(part)}/${layer}/${fact.latent}`);
+    if (picture) body.append(picture);
+    if (d) body.append(cards.exampleList(d, fact.latent, d.kind === "image" ? 6 : 2, 52, true));
     const share = layer && fact.explained_by_paths != null
-      ? el("p", { class: "caption", title: `by all ${"sources kept"}: ${percent(fact.explained_by_kept)}; ${number(fact.places)} places on held-out samples` },
+      ? el("p", { class: "caption", title: `by all sources kept: ${percent(fact.explained_by_kept)}; ${number(fact.places)} places on held-out samples` },
         `${percent(fact.explained_by_paths)} of its drive by the edges shown`) : null;
     return el("article", { class: "unit", "data-layer": layer, "data-latent": fact.latent }, el("header", {}, head), body, share);
   }
@@ -112,6 +126,6 @@
       place.append(holder);
       atlas.whenSeen(holder, () => draw(holder, part, drawing, dictionaries), "400px");
     });
-    place.append(el("p", { class: "caption" }, "A column is a site; the crops are the strongest of each feature. Each line is a pair of features, as thick as its share of all that the later one is given (counted without signs); orange excites, blue inhibits, dashed does not stand against the null. On it the kernels of the two branches that carry most, as the later feature sees them: each cell is a place of the earlier feature. Hover for the numbers."));
+    place.append(el("p", { class: "caption" }, "A column is a site; the crops are the strongest of each feature, the framed picture was made from noise to excite it. Each line is a pair of features, as thick as its share of all that the later one is given (counted without signs); orange excites, blue inhibits, dashed does not stand against the null. On it the kernels of the two branches that carry most, as the later feature sees them: each cell is a place of the earlier feature. Hover for the numbers."));
   });
 })();

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import safetensors
+from PIL import Image
 from safetensors.numpy import load
 
 from mechatlas.app.report.chapter import Chapter, render
@@ -28,15 +29,19 @@ def chapter(runs: Runs, on_progress: Progress) -> Chapter | None:
         return None
     folders = {run.folder.resolve(): run.name for run in runs.of_kind("dictionary")}
     parts, data = [], []
+    images: dict[str, bytes] = {}
     for number, run in enumerate(found):
         places = [folders.get(Path(p).resolve(), "") for p in run.manifest["dictionaries"]]
         drawings = _drawings(run)
+        pictures = _pictures(run, number)
+        images |= pictures
         data.append({
             "names": run.result["dictionaries"],
             "sites": run.result["sites"],
             "runs": places,
             "rate": run.result["rate"],
             "drawings": drawings,
+            "pictures": list(pictures),
         })  # fmt: skip
         parts.append({
             "name": run.name,
@@ -51,8 +56,35 @@ def chapter(runs: Runs, on_progress: Progress) -> Chapter | None:
         title="Circuits",
         html=render("circuits.html", parts=parts),
         data=data,
+        images=images,
         scripts=("circuits.js",),
     )
+
+
+def _pictures(run: Run, number: int) -> dict[str, bytes]:
+    """The picture of each feature drawn, as WebP, named by run, layer and latent.
+
+    Raises:
+        DiskError: The file is damaged.
+    """
+    path = run.folder / "pictures.safetensors"
+    if not path.is_file():
+        return {}
+    try:
+        tensors = load(path.read_bytes())
+    except (OSError, safetensors.SafetensorError) as error:
+        raise DiskError(
+            f"{path} cannot be read ({error}). Run `mechatlas circuit` again."
+        ) from error
+    made = {}
+    for layer in range(len(run.result["sites"])):
+        latents = tensors.get(f"{layer}.latents", np.zeros(0, np.int32))
+        for k, latent in enumerate(latents.tolist()):
+            picture = Image.fromarray(tensors[f"{layer}.pictures"][k])
+            encoded = io.BytesIO()
+            picture.save(encoded, "WEBP", quality=90)
+            made[f"{number}/{layer}/{latent}"] = encoded.getvalue()
+    return made
 
 
 def _drawings(run: Run) -> list[dict[str, Any]]:
