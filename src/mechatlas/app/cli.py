@@ -28,6 +28,7 @@ usage: mechatlas COMMAND ...
   match    DICT_A DICT_B [...] --out DIR     which latent is which, with proof and false match rate
   symmetry DICT --store STORE --out DIR      what leaves each feature unchanged; families of poses
   branches DICT --store STORE --out DIR      which branch of its site each feature belongs to
+  circuit  DICT_A DICT_B [...] --out DIR     which feature is made of which, by which branch
   prove    WEIGHTS --table TABLE --out DIR   bound the accuracy of a group-operation network
   report   DIR --out page.html               folder of runs -> one HTML page
 
@@ -220,6 +221,13 @@ def branches(words: list[str]) -> Answer:
     return job.run(words)
 
 
+def circuit(words: list[str]) -> Answer:
+    """Find circuits."""
+    from mechatlas.app import circuit as job
+
+    return job.run(words)
+
+
 def prove(words: list[str]) -> Answer:
     """Prove a bound, or check a proof.
 
@@ -257,6 +265,7 @@ COMMANDS: dict[str, Callable[[list[str]], Answer]] = {
     "match": match,
     "symmetry": symmetry,
     "branches": branches,
+    "circuit": circuit,
     "prove": prove,
     "report": report,
 }

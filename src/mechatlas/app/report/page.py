@@ -25,6 +25,7 @@ from mechatlas.app.report.chapter import (
 )
 from mechatlas.app.report.chapters import (
     branches,
+    circuits,
     features,
     interaction,
     matching,
@@ -45,6 +46,7 @@ CHAPTERS: tuple[ChapterOf, ...] = (
     matching.chapter,
     symmetry.chapter,
     branches.chapter,
+    circuits.chapter,
     proofs.chapter,
 )
 """The page, in this order. A new analysis adds its function here."""

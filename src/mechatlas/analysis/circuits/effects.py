@@ -1,0 +1,308 @@
+"""What virtual weights are worth on data: features removed, drives attributed.
+
+    ablate       take a feature away wherever it is active, run on, and see what each drive loses
+    attribute    integrated gradients from features to drives
+    reproduced   how much of each drive the composed kernels reproduce
+    agreement    rank correlation of predicted and measured effects, beside its null
+
+Nothing here uses averaged gates: the network itself runs from one site to the next.
+
+Source: Sundararajan et al., Axiomatic attribution for deep networks (2017), for integrated
+gradients.
+"""
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from scipy import stats
+from torch import Tensor
+
+from mechatlas.activations.sites import channels_last
+from mechatlas.activations.wiring import Wiring
+from mechatlas.analysis.circuits.compose import Coder, Response, encode, seen
+
+RESAMPLES = 1000
+STEPS = 16
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Ablation:
+    """What the channels of the target lose when a feature of the source is removed."""
+
+    sources: Int[np.ndarray, " source"]
+    everywhere: Float[np.ndarray, "source sample channel"]
+    """Mean over all positions of a sample; channels of the target's site."""
+    active: Float[np.ndarray, "source target channel"]
+    """Mean over the places where a target is active."""
+    mean: Float[np.ndarray, " source"]
+    """Mean activation of the source over all its positions."""
+
+    def drives(self, encoder: Float[Tensor, "d target"]) -> Float[np.ndarray, "source target"]:
+        """What each drive loses, on average over all positions."""
+        return self.everywhere.mean(axis=1) @ encoder.detach().float().cpu().numpy()
+
+    def where_active(
+        self, encoder: Float[Tensor, "d target"]
+    ) -> Float[np.ndarray, "source target"]:
+        """What each drive loses where its feature is active."""
+        rows = encoder.detach().float().cpu().numpy()
+        return np.einsum("stc,ct->st", self.active, rows)
+
+
+@torch.no_grad()
+def ablate(
+    wiring: Wiring,
+    a: Coder,
+    b: Coder,
+    maps: Iterable[Tensor],
+    sources: Int[np.ndarray, " source"],
+) -> Ablation:
+    """Remove features one at a time and run on.
+
+    Args:
+        wiring: From the site of `a` to that of `b`.
+        a: Dictionary of the source.
+        b: Dictionary of the target.
+        maps: Activations of the source's module, batch by batch.
+        sources: Which features to remove.
+    """
+    atoms = a.W_dec.detach()
+    width = wiring.reads.stop - wiring.reads.start
+    means: list[np.ndarray] = []
+    active = np.zeros((len(sources), b.n_latents, width), np.float32)
+    count, total, positions = np.zeros(b.n_latents), np.zeros(len(sources)), 0
+    for x in maps:
+        out = wiring.run(x)[:, wiring.reads]
+        code = encode(a, x[:, wiring.writes])[:, sources].tocsc()
+        on = encode(b, out)
+        on.data = (on.data > 0).astype(np.float32)
+        count += np.asarray(on.sum(axis=0)).ravel()
+        positions += code.shape[0]
+        part = np.zeros((len(sources), len(x), width), np.float32)
+        for k, source in enumerate(sources):
+            activation = code[:, [k]].toarray().ravel()
+            touched = np.flatnonzero(activation.reshape(len(x), -1).any(axis=1))
+            total[k] += activation.sum()
+            if not len(touched):
+                continue
+            # Samples where it is never active lose nothing.
+            given = x[touched].clone()
+            f = torch.from_numpy(activation).to(x).view(len(x), 1, *x.shape[2:])[touched]
+            given[:, wiring.writes] -= f * atoms[source][:, None, None]
+            lost = (out[touched] - wiring.run(given)[:, wiring.reads]).float()
+            part[k, touched] = lost.mean(dim=(2, 3)).cpu().numpy()
+            size = out.shape[2] * out.shape[3]
+            rows = (touched[:, None] * size + np.arange(size)).ravel()
+            active[k] += on[rows].T @ channels_last(lost).reshape(-1, width).cpu().numpy()
+        means.append(part)
+    active /= np.maximum(count, 1)[None, :, None]
+    return Ablation(sources, np.concatenate(means, axis=1), active, total / max(positions, 1))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Attribution:
+    """Where the drives of some targets come from, on average over the places they are active."""
+
+    targets: Int[np.ndarray, " target"]
+    places: Int[np.ndarray, " target"]
+    """Places where each was active."""
+    given: Float[np.ndarray, "target route source"]
+    """By each feature of the source through each part of the target's channels."""
+    drive: Float[np.ndarray, " target"]
+    """What the drive loses if all features of the source are removed at once."""
+    gap: Float[np.ndarray, " target"]
+    """Share of `drive` that the attributions miss, from the finite number of steps."""
+
+
+def attribute(
+    wiring: Wiring,
+    a: Coder,
+    b: Coder,
+    maps: Iterable[Tensor],
+    targets: Int[np.ndarray, " target"],
+    parts: Sequence[slice],
+    *,
+    steps: int = STEPS,
+) -> Attribution:
+    """Integrated gradients of drives with respect to the activations of features.
+
+    From the activations without any of the features (what the dictionary does not explain) to
+    those with all of them, in a straight line. What all features are given adds up to the drive
+    that they make, up to `gap`. Where the section is 1-homogeneous along the line (no biases, and
+    nothing left without the features), all gradients on it are equal and one step is exact.
+
+    Args:
+        wiring: From the site of `a` to that of `b`.
+        a: Dictionary of the source.
+        b: Dictionary of the target.
+        maps: Activations of the source's module, batch by batch.
+        targets: Features of the target.
+        parts: Channels of the target's module, such as those of each route.
+        steps: Points of the line at which gradients are taken.
+    """
+    encoder, written = b.W_enc.detach(), a.W_dec.detach().float().cpu().numpy()
+    given = np.zeros((len(targets), len(parts), a.n_latents))
+    drive, places = np.zeros(len(targets)), np.zeros(len(targets), np.int64)
+    for x in maps:
+        with torch.no_grad():
+            out = wiring.run(x)[:, wiring.reads]
+            code = encode(a, x[:, wiring.writes])
+            on = encode(b, out)[:, targets].toarray() > 0
+            features = torch.from_numpy(code @ written).to(x)
+            features = features.view(len(x), *x.shape[2:], -1).movedim(-1, 1)
+            bare = x.clone()
+            bare[:, wiring.writes] -= features
+            lost = channels_last(out - wiring.run(bare)[:, wiring.reads]).flatten(0, 2)
+            mask = torch.from_numpy(on).to(x)
+            drive += ((lost @ encoder[:, targets]) * mask).sum(dim=0).double().cpu().numpy()
+            places += on.sum(axis=0)
+        for step in range(steps):
+            point = bare + (step + 0.5) / steps * (x - bare)
+            slopes = _slopes(wiring, point, encoder[:, targets], mask, parts)
+            for t, p, slope in slopes:
+                rows = channels_last(slope[:, wiring.writes]).flatten(0, 2).float().cpu().numpy()
+                given[t, p] += ((code.T @ rows) * written).sum(axis=1) / steps
+    n = np.maximum(places, 1)
+    given, drive = given / n[:, None, None], drive / n
+    whole = np.zeros(len(targets))
+    for p in _apart(parts):
+        whole += given[:, p].sum(axis=-1)
+    gap = np.abs(whole - drive) / np.maximum(np.abs(drive), 1e-30)
+    return Attribution(targets, places, given, drive, gap)
+
+
+def _apart(parts: Sequence[slice]) -> list[int]:
+    """One of each set of equal parts."""
+    return [k for k, part in enumerate(parts) if part not in parts[:k]]
+
+
+def _slopes(
+    wiring: Wiring, point: Tensor, encoder: Tensor, mask: Tensor, parts: Sequence[slice]
+) -> Iterable[tuple[int, int, Tensor]]:
+    """Gradient of the sum of each drive over the places of its feature, by part."""
+    start = point.detach().requires_grad_()
+    with torch.enable_grad():
+        out = wiring.run(start)
+    rows = out.new_zeros(out.shape[1])
+    for t in range(encoder.shape[1]):
+        if not bool(mask[:, t].any()):
+            continue
+        here = mask[:, t].view(len(out), 1, *out.shape[2:])
+        for p, part in enumerate(parts):
+            rows.zero_()
+            rows[wiring.reads] = encoder[:, t]
+            rows[: part.start], rows[part.stop :] = 0, 0
+            (slope,) = torch.autograd.grad(
+                out, start, here * rows[:, None, None], retain_graph=True
+            )
+            yield t, p, slope
+
+
+@torch.no_grad()
+def reproduced(
+    wiring: Wiring, found: Sequence[Response], a: Coder, b: Coder, maps: Iterable[Tensor]
+) -> Float[np.ndarray, " target"]:
+    """Share of the variance of each drive over positions that the composed kernels reproduce.
+
+    With the kernels of all features of the source and a free constant. What the dictionary does
+    not explain of the source, and what averaged gates get wrong, are both missing. NaN for
+    drives that do not vary.
+    """
+    encoder = b.W_enc.detach()
+    sums, squares, count = np.zeros((2, b.n_latents)), np.zeros((2, b.n_latents)), 0
+    for x in maps:
+        out = wiring.run(x)
+        code = encode(a, x[:, wiring.writes])
+        made = np.zeros((len(out) * out.shape[2] * out.shape[3], out.shape[1]), np.float32)
+        for response in found:
+            for tap, values in zip(response.taps, response.values, strict=True):
+                here, there = seen(
+                    len(x), (out.shape[2], out.shape[3]), (x.shape[2], x.shape[3]),
+                    response.stride, (int(tap[0]), int(tap[1])),
+                )  # fmt: skip
+                made[here, response.channels] += code[there] @ values.float().cpu().numpy()
+        true = channels_last(out[:, wiring.reads]).flatten(0, 2) @ encoder
+        guess = torch.from_numpy(made[:, wiring.reads]).to(true) @ encoder
+        true, rest = true.double().cpu().numpy(), (true - guess).double().cpu().numpy()
+        count += len(true)
+        sums[0] += true.sum(axis=0)
+        sums[1] += rest.sum(axis=0)
+        squares[0] += np.square(true).sum(axis=0)
+        squares[1] += np.square(rest).sum(axis=0)
+    spread = squares / max(count, 1) - np.square(sums / max(count, 1))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.where(spread[0] > 1e-12, 1 - spread[1] / spread[0], np.nan)
+
+
+@dataclasses.dataclass(frozen=True)
+class Agreement:
+    """Rank correlation of predictions with measurements, and of predictions of other pairs."""
+
+    spearman: float
+    low: float
+    """End of the 95 % interval over the features removed."""
+    high: float
+    null: float
+    """Mean when predictions are dealt to random pairs."""
+    null_low: float
+    null_high: float
+    other_source: float
+    """When the prediction is that of another of the features removed, for the same target."""
+    other_low: float
+    other_high: float
+    pairs: int
+
+
+def agreement(
+    predicted: Float[np.ndarray, "source target"],
+    measured: Float[np.ndarray, "source target"],
+    *,
+    seed: int = 0,
+    resamples: int = 200,
+) -> Agreement:
+    """Spearman's rank correlation over all pairs, with its interval and its nulls.
+
+    Args:
+        predicted: Virtual weights times mean activations.
+        measured: What drives lost.
+        seed: Seed of the resampling and of the nulls.
+        resamples: Draws for each interval.
+    """
+    random = np.random.default_rng(seed)
+    n, m = predicted.shape
+    x = stats.rankdata(predicted).reshape(n, m)
+    y = stats.rankdata(measured).reshape(n, m)
+
+    def correlation(p: np.ndarray, q: np.ndarray) -> float:
+        p, q = p - p.mean(), q - q.mean()
+        size = np.sqrt(float((p * p).sum()) * float((q * q).sum()))
+        return float((p * q).sum()) / size if size else 0.0
+
+    drawn, null, other = [], [], []
+    for _ in range(resamples):
+        rows = random.integers(n, size=n)
+        drawn.append(correlation(x[rows], y[rows]))
+        null.append(correlation(random.permutation(x.ravel()), y.ravel()))
+        shift = random.permutation(n)
+        other.append(correlation(x[shift], y))
+    low, high = np.quantile(drawn, [0.025, 0.975])
+    ends, others = np.quantile(null, [0.025, 0.975]), np.quantile(other, [0.025, 0.975])
+    return Agreement(
+        correlation(x, y), float(low), float(high),
+        float(np.mean(null)), float(ends[0]), float(ends[1]),
+        float(np.mean(other)), float(others[0]), float(others[1]), n * m,
+    )  # fmt: skip
+
+
+def interval(
+    values: Float[np.ndarray, "edge sample"], *, seed: int = 0
+) -> tuple[Float[np.ndarray, " edge"], Float[np.ndarray, " edge"]]:
+    """95 % bootstrap interval of the mean over samples, for each row."""
+    random = np.random.default_rng(seed)
+    n = values.shape[1]
+    weights = random.multinomial(n, np.full(n, 1 / n), size=RESAMPLES) / n
+    low, high = np.quantile(values @ weights.T, [0.025, 0.975], axis=1)
+    return low, high

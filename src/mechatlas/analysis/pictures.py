@@ -1,0 +1,196 @@
+"""Pictures that a feature answers to most strongly, made from noise.
+
+    optimise    a network, a site and directions of its channels -> one picture for each
+
+The picture is a sum of waves (a Fourier spectrum scaled by 1 / frequency, so that all scales move
+alike) with colours decorrelated as in photographs, put through a sigmoid. Each step it is
+shifted, scaled and turned a little, and Adam climbs the drive of the feature at the position in
+the middle of the map. Nothing else is added: the regulariser is the parametrisation, the
+transformations and, if asked, a penalty on total variation.
+
+A picture is a picture, not a claim: it shows one thing that a feature answers to, and says
+nothing of what else does.
+
+Source: Olah et al., Feature visualization (2017), and its library Lucid, whose colour matrix and
+transformations these are.
+"""
+
+import dataclasses
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional
+
+from mechatlas.activations.sites import channels_last, read
+from mechatlas.base import InputError, Site
+
+COLOURS = ((0.26, 0.09, 0.02), (0.27, 0.00, -0.05), (0.27, -0.09, 0.03))
+"""Root of the covariance of red, green and blue in ImageNet (Lucid)."""
+
+STARTS = (0.01, 0.01, 0.1, 0.1, 0.3, 0.3, 1.0, 1.0, 2.0, 2.0, 4.0, 4.0)
+"""Sizes of the noise that a picture may start from."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Climbing:
+    """How pictures are made."""
+
+    steps: int = 192
+    """Steps of Adam."""
+    lr: float = 0.05
+    """Its learning rate."""
+    shift: float = 0.08
+    """Largest shift, as a share of the picture's side."""
+    turn: float = 6.0
+    """Largest turn, in degrees."""
+    zoom: float = 0.08
+    """Largest change of scale, as a share."""
+    smoothness: float = 0.0
+    """Weight of the total variation of the picture, against the drive in units of its start."""
+    seed: int = 0
+    """Seed of the first picture and of the transformations."""
+
+
+def optimise(
+    network: nn.Module,
+    site: Site,
+    directions: Float[Tensor, "feature d"],
+    *,
+    side: int,
+    how: Climbing | None = None,
+) -> tuple[Float[np.ndarray, "feature side side 3"], Float[np.ndarray, " feature"]]:
+    """Climb the drive of each direction at the middle of the site's map.
+
+    Args:
+        network: Takes RGB images in 0..1; its weights are not changed.
+        site: Where the directions live, such as `mixed4b` or one branch of it.
+        directions: Encoder columns, one row a feature.
+        side: Side of the pictures, in pixels.
+        how: Steps, transformations and seed.
+
+    Returns:
+        The pictures, in 0..1, and their drives without any transformation.
+
+    Raises:
+        InputError: The directions are not as wide as the site, or the site is not a map.
+    """
+    how = how or Climbing()
+    random = torch.Generator().manual_seed(how.seed)
+    frozen = [(p, p.requires_grad) for p in network.parameters()]
+    try:
+        for parameter, _ in frozen:
+            parameter.requires_grad_(False)
+        return _climb(network, site, directions, side, how, random)
+    finally:
+        for parameter, before in frozen:
+            parameter.requires_grad_(before)
+
+
+def _climb(
+    network: nn.Module,
+    site: Site,
+    directions: Tensor,
+    side: int,
+    how: Climbing,
+    random: torch.Generator,
+) -> tuple[np.ndarray, np.ndarray]:
+    spectrum = _starts(network, site, directions, side, random).requires_grad_()
+    start = drives(network, site, paint(spectrum, side), directions).detach().abs().clamp_min(1e-3)
+    adam = torch.optim.Adam([spectrum], lr=how.lr)
+    for _ in range(how.steps):
+        with torch.enable_grad():
+            pictures = paint(spectrum, side)
+            drive = drives(network, site, _jittered(pictures, how, random), directions)
+            loss = -(drive / start).sum()
+            if how.smoothness:
+                rough = pictures.diff(dim=2).abs().mean() + pictures.diff(dim=3).abs().mean()
+                loss = loss + how.smoothness * rough * len(directions)
+            adam.zero_grad()
+            loss.backward()
+        adam.step()
+    with torch.no_grad():
+        pictures = paint(spectrum, side)
+        reached = drives(network, site, pictures, directions)
+    return pictures.movedim(1, -1).numpy(), reached.numpy()
+
+
+@torch.no_grad()
+def _starts(
+    network: nn.Module, site: Site, directions: Tensor, side: int, random: torch.Generator
+) -> Tensor:
+    """The faintest noise that moves a direction well: a rectified unit that is off has no slope.
+
+    Every direction chooses among the same, so that a picture does not depend on which others are
+    made with it.
+    """
+    noise = torch.randn(len(STARTS), 2, 3, side, side // 2 + 1, generator=random)
+    noise *= torch.tensor(STARTS)[:, None, None, None, None]
+    rows = (middles(network, site, paint(noise, side), directions) @ directions.T).T
+    enough = (rows != 0) & (rows >= 0.3 * rows.max(dim=1, keepdim=True).values)
+    first = torch.where(enough.any(dim=1), enough.int().argmax(dim=1), len(noise) - 1)
+    return noise[first].clone()
+
+
+def paint(spectrum: Float[Tensor, "n 2 3 side half"], side: int) -> Float[Tensor, "n 3 side side"]:
+    """A picture from its spectrum."""
+    y = torch.fft.fftfreq(side)[:, None]
+    x = torch.fft.rfftfreq(side)
+    scale = 1 / (x.square() + y.square()).sqrt().clamp_min(1 / side)
+    waves = torch.complex(spectrum[:, 0], spectrum[:, 1]) * scale
+    plain = torch.fft.irfft2(waves, s=(side, side), norm="ortho") / 4
+    colours = torch.tensor(COLOURS)
+    colours = colours / colours.norm(dim=0).max()
+    return torch.einsum("ab,nbyx->nayx", colours, plain).sigmoid()
+
+
+def drives(
+    network: nn.Module,
+    site: Site,
+    pictures: Float[Tensor, "n 3 side side"],
+    directions: Float[Tensor, "n d"],
+) -> Float[Tensor, " n"]:
+    """Drive of each picture's own direction at the middle of the map.
+
+    Raises:
+        InputError: The site is not a map, or not as wide as the directions.
+    """
+    return (middles(network, site, pictures, directions) * directions).sum(dim=1)
+
+
+def middles(
+    network: nn.Module,
+    site: Site,
+    pictures: Float[Tensor, "n 3 side side"],
+    directions: Float[Tensor, "m d"],
+) -> Float[Tensor, "n d"]:
+    """Activations at the middle of the map.
+
+    Raises:
+        InputError: The site is not a map, or not as wide as the directions.
+    """
+    activations = read(network, pictures, [site])[site]
+    if activations.ndim != 4 or activations.shape[1] != directions.shape[1]:
+        raise InputError(
+            f"Site {site} has activations of shape {tuple(activations.shape[1:])}; pictures need "
+            f"a map of {directions.shape[1]} channels, as wide as the directions."
+        )
+    rows = channels_last(activations)
+    return rows[:, rows.shape[1] // 2, rows.shape[2] // 2]
+
+
+def _jittered(pictures: Tensor, how: Climbing, random: torch.Generator) -> Tensor:
+    """The pictures, all turned, scaled and shifted alike; beyond their rim they are mirrored."""
+    draw = 2 * torch.rand(4, generator=random) - 1
+    angle = float(draw[0]) * how.turn * np.pi / 180
+    size = 1 + float(draw[1]) * how.zoom
+    cos, sin = np.cos(angle) * size, np.sin(angle) * size
+    dx, dy = (2 * how.shift * float(v) for v in draw[2:])
+    turn = torch.tensor([[cos, -sin, dx], [sin, cos, dy]], dtype=pictures.dtype)
+    grid = functional.affine_grid(
+        turn.expand(len(pictures), 2, 3), list(pictures.shape), align_corners=False
+    )
+    return functional.grid_sample(
+        pictures, grid, mode="bilinear", padding_mode="reflection", align_corners=False
+    )

@@ -1,0 +1,168 @@
+"""Circuits drawn: features as cards, edges with their kernels, and what each claim rests on."""
+
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import safetensors
+from PIL import Image
+from safetensors.numpy import load
+
+from mechatlas.app.report.chapter import Chapter, render
+from mechatlas.app.report.runs import Run, Runs
+from mechatlas.base import DiskError, Progress
+
+NUMBERS = ("weight", "contribution", "share", "attribution", "effect", "effect_low", "effect_high",
+           "q_value")  # fmt: skip
+
+
+def chapter(runs: Runs, on_progress: Progress) -> Chapter | None:
+    """One part for every run of `mechatlas circuit`.
+
+    Raises:
+        DiskError: A result is damaged.
+    """
+    found = runs.of_kind("circuit")
+    if not found:
+        return None
+    folders = {run.folder.resolve(): run.name for run in runs.of_kind("dictionary")}
+    parts, data = [], []
+    images: dict[str, bytes] = {}
+    for number, run in enumerate(found):
+        places = [folders.get(Path(p).resolve(), "") for p in run.manifest["dictionaries"]]
+        drawings = _drawings(run)
+        pictures = _pictures(run, number)
+        images |= pictures
+        data.append({
+            "names": run.result["dictionaries"],
+            "sites": run.result["sites"],
+            "runs": places,
+            "rate": run.result["rate"],
+            "drawings": drawings,
+            "pictures": list(pictures),
+        })  # fmt: skip
+        parts.append({
+            "name": run.name,
+            "number": number,
+            "result": run.result,
+            "drawings": drawings,
+            "names": run.result["dictionaries"],
+        })  # fmt: skip
+        on_progress(number + 1, len(found))
+    return Chapter(
+        name="circuits",
+        title="Circuits",
+        html=render("circuits.html", parts=parts),
+        data=data,
+        images=images,
+        scripts=("circuits.js",),
+    )
+
+
+def _pictures(run: Run, number: int) -> dict[str, bytes]:
+    """The picture of each feature drawn, as WebP, named by run, layer and latent.
+
+    Raises:
+        DiskError: The file is damaged.
+    """
+    path = run.folder / "pictures.safetensors"
+    if not path.is_file():
+        return {}
+    try:
+        tensors = load(path.read_bytes())
+    except (OSError, safetensors.SafetensorError) as error:
+        raise DiskError(
+            f"{path} cannot be read ({error}). Run `mechatlas circuit` again."
+        ) from error
+    made = {}
+    for layer in range(len(run.result["sites"])):
+        latents = tensors.get(f"{layer}.latents", np.zeros(0, np.int32))
+        for k, latent in enumerate(latents.tolist()):
+            picture = Image.fromarray(tensors[f"{layer}.pictures"][k])
+            encoded = io.BytesIO()
+            picture.save(encoded, "WEBP", quality=90)
+            made[f"{number}/{layer}/{latent}"] = encoded.getvalue()
+    return made
+
+
+def _drawings(run: Run) -> list[dict[str, Any]]:
+    """One drawing for each feature of the last site that has paths, strongest first."""
+    table, tensors = _read(run)
+    explained = {(f["layer"], f["latent"]): f for f in run.result["features"]}
+    drawings: dict[int, dict[str, Any]] = {}
+    for path in run.result["paths"]:
+        latents = path["latents"]
+        drawing = drawings.setdefault(
+            latents[-1],
+            {"target": latents[-1], "paths": [], "columns": [[] for _ in latents], "edges": {}},
+        )
+        drawing["paths"].append(path)
+        for layer, latent in enumerate(latents):
+            column = drawing["columns"][layer]
+            if latent not in [card["latent"] for card in column]:
+                column.append({"latent": latent, **_fact(explained.get((layer, latent)))})
+        for pair in range(len(latents) - 1):
+            key = (pair, latents[pair], latents[pair + 1])
+            if key not in drawing["edges"]:
+                drawing["edges"][key] = _edges(table, tensors, *key)
+    for drawing in drawings.values():
+        drawing["edges"] = [edge for edges in drawing["edges"].values() for edge in edges]
+    return list(drawings.values())
+
+
+def _fact(found: dict[str, Any] | None) -> dict[str, Any]:
+    keys = ("explained_by_paths", "explained_by_kept", "places")
+    return {key: found[key] if found else None for key in keys}
+
+
+def _edges(
+    table: dict[str, np.ndarray], tensors: dict[str, np.ndarray], pair: int, a: int, b: int
+) -> list[dict[str, Any]]:
+    """The edges of one pair of features, by branch, largest contribution first."""
+    own = (table["pair"] == pair) & (table["latent_a"] == a) & (table["latent_b"] == b)
+    rows = np.flatnonzero(own)
+    rows = rows[np.argsort(-np.abs(table["contribution"][rows]), kind="stable")]
+    return [
+        {
+            "pair": pair,
+            "a": a,
+            "b": b,
+            "branch": str(table["branch"][row]),
+            "kernel": _kernel(tensors, f"{pair}.{table['branch'][row]}", int(table["kernel"][row])),
+            **{name: _plain(table[name][row]) for name in NUMBERS},
+        }
+        for row in rows
+    ]
+
+
+def _kernel(tensors: dict[str, np.ndarray], name: str, row: int) -> dict[str, Any]:
+    """A kernel as a picture: how wide, how high, and its numbers row by row."""
+    taps, values = tensors[f"{name}.taps"], tensors[f"{name}.kernels"][row]
+    low = taps.min(axis=0)
+    height, width = (taps.max(axis=0) - low + 1).tolist()
+    picture = np.zeros((height, width), np.float32)
+    picture[tuple((taps - low).T)] = values
+    return {"h": height, "w": width, "values": [round(float(v), 6) for v in picture.ravel()]}
+
+
+def _plain(value: Any) -> float | None:
+    number = float(value)
+    return None if np.isnan(number) else number
+
+
+def _read(run: Run) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """The edges and the kernels.
+
+    Raises:
+        DiskError: One is missing or damaged.
+    """
+    try:
+        table = pq.read_table(io.BytesIO((run.folder / "edges.parquet").read_bytes()))
+        tensors = load((run.folder / "kernels.safetensors").read_bytes())
+    except (OSError, ValueError, safetensors.SafetensorError) as error:
+        raise DiskError(
+            f"The edges in {run.folder} cannot be read ({error}). Run `mechatlas circuit` again."
+        ) from error
+    return {name: table[name].to_numpy() for name in table.column_names}, tensors

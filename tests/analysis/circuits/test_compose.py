@@ -1,0 +1,289 @@
+"""Composed kernels are what an impulse does, and with mean gates what removing a feature does."""
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from mechatlas.activations.sites import read
+from mechatlas.activations.wiring import trace
+from mechatlas.analysis.circuits.compose import record, respond
+from mechatlas.analysis.circuits.effects import ablate, agreement, attribute, interval, reproduced
+from mechatlas.analysis.circuits.weights import blocks, edges, kernels, responses
+from mechatlas.base import InputError
+from tests.analysis.circuits.small import A, B, Linear, two, without_gates
+
+
+def images(n: int = 8, side: int = 12, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(n, 3, side, side, generator=torch.Generator().manual_seed(1)).to(dtype)
+
+
+def maps(network: nn.Module, x: Tensor) -> list[Tensor]:
+    with torch.no_grad():
+        return [read(network, part, [A])[A] for part in x.split(4)]
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_with_gates_open_kernels_are_impulse_responses(seed, dtype, tolerance):
+    network = two(seed, dtype)
+    wiring = trace(network, A, B, images(1, dtype=dtype))
+    a, b = Linear(16, 7, seed=2, dtype=dtype), Linear(18, 6, seed=3, dtype=dtype)
+    side = 11
+    impulses = torch.zeros(a.n_latents, 16, side, side, dtype=dtype)
+    impulses[:, :, 5, 5] = a.W_dec
+    with torch.no_grad():
+        out = without_gates(network.second, impulses)
+    found = responses(wiring, a)
+    for route, response in zip(wiring.routes, found, strict=True):
+        read_by = torch.zeros_like(b.W_enc)
+        read_by[route.channels] = b.W_enc[route.channels]
+        expected = torch.einsum("ncyx,ct->ntyx", out, read_by)
+        kernel = torch.einsum("knc,ct->knt", response.values, b.W_enc[route.channels])
+        for tap, value in zip(response.taps, kernel, strict=True):
+            y, x = 5 - tap
+            assert (value - expected[:, :, y, x]).abs().max() <= tolerance
+            expected[:, :, y, x] = 0
+        assert expected.abs().max() <= tolerance, "nothing outside the kernel"
+
+
+class Turned(nn.Module):
+    """A stride, a dilation, groups and a mean between two maps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 6, 1)
+        self.thin = nn.Conv2d(6, 6, 3, stride=2, padding=1, groups=3)
+        self.wide = nn.Conv2d(6, 8, (3, 2), dilation=2, padding=(2, 1))
+        self.last = nn.Conv2d(8, 5, 3, stride=2)
+        self.second = nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.wide(functional.avg_pool2d(self.thin(self.first(x)), 2, stride=1))
+        return self.second(self.last(functional.pad(x, (1, 0, 2, 0))))
+
+
+def test_strides_dilations_groups_and_pads_compose():
+    torch.manual_seed(0)
+    network = Turned().double()
+    x = torch.randn(1, 3, 40, 40, dtype=torch.float64)
+    wiring = trace(network, A, B, x)
+    (route,) = wiring.routes
+    response = respond(wiring, route, torch.eye(6, dtype=torch.float64))
+    with torch.no_grad():
+        start = read(network, x, [A])[A]
+        still = wiring.run(torch.zeros_like(start))
+        for y, x_ in ((16, 16), (17, 20), (19, 15)):
+            impulse = torch.zeros(6, 6, 40, 40, dtype=torch.float64)
+            impulse[:, :, y, x_] = torch.eye(6, dtype=torch.float64)
+            out = wiring.run(impulse) - still
+            for tap, values in zip(response.taps, response.values, strict=True):
+                q, rest = np.divmod(np.array([y, x_]) - tap, response.stride)
+                if not rest.any():
+                    assert (out[:, :, q[0], q[1]] - values).abs().max() < 1e-10
+                    out[:, :, q[0], q[1]] = 0
+            assert out.abs().max() < 1e-10
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_with_mean_gates_weights_rank_like_ablations(seed):
+    network = two(seed, torch.float32)
+    x = images(48, 12, torch.float32)
+    wiring = trace(network, A, B, x[:1])
+    a, b = Linear(16, 24, seed=4, dtype=torch.float32), Linear(18, 30, seed=5, dtype=torch.float32)
+    recording = record(wiring, a, b, maps(network, x[:24]))
+    removed = ablate(wiring, a, b, maps(network, x[24:]), np.arange(24))
+    block = next(blocks(wiring, responses(wiring, a, recording.gates), b.W_enc))
+    predicted = block.weight.sum(axis=0).T * removed.mean[:, None]
+    found = agreement(predicted, removed.drives(b.W_enc))
+    assert found.spearman >= 0.9
+    assert found.low > found.null_high
+    assert found.null_low < 0 < found.null_high
+    # Nothing is left of it when features trade places.
+    assert found.other_high < found.low
+
+
+def test_gates_are_shares_and_those_of_a_maximum_add_up():
+    network = two(0, torch.float32)
+    wiring = trace(network, A, B, images(1, dtype=torch.float32))
+    a, b = Linear(16, 9, seed=4, dtype=torch.float32), Linear(18, 9, seed=5, dtype=torch.float32)
+    recording = record(wiring, a, b, maps(network, images(8, dtype=torch.float32)))
+    for place, means in recording.gates.means.items():
+        assert means.min() >= 0
+        assert means.max() <= 1 + 1e-6
+        if len(means) == 9 and place.number == wiring.routes[-1].nodes[0]:
+            inner = means[:, -1].sum(dim=0)
+            assert ((inner > 0.9) & (inner < 1.3)).all()  # the rim has fewer places
+
+
+def test_a_gate_of_one_feature_is_the_mean_where_it_is_active():
+    network = two(0, torch.float32)
+    x = maps(network, images(8, dtype=torch.float32))
+    wiring = trace(network, A, B, images(1, dtype=torch.float32))
+    a, b = Linear(16, 9, seed=4, dtype=torch.float32), Linear(18, 9, seed=5, dtype=torch.float32)
+    recording = record(wiring, a, b, x)
+    route = wiring.routes[1]
+    place = next(p for p in recording.gates.means if p.number == route.nodes[1])
+    whole = torch.cat(x)
+    with torch.no_grad():
+        fires = (network.second.reduce_3x3.conv(whole) > 0).float().movedim(1, -1).flatten(0, 2)
+    code = a.encode(whole.movedim(1, -1).flatten(0, 2))
+    every = fires.mean(dim=0)
+    prior = 4 * code.sum(dim=0) / (code > 0).sum(dim=0)
+    expected = (code.T @ fires + prior[:, None] * every) / (code.sum(dim=0) + prior)[:, None]
+    torch.testing.assert_close(recording.gates.means[place][0, :-1], expected)
+
+
+def test_norms_kernels_and_weights_agree_however_small_the_blocks():
+    network = two(0, torch.float32)
+    x = maps(network, images(16, dtype=torch.float32))
+    wiring = trace(network, A, B, images(1, dtype=torch.float32))
+    a, b = Linear(16, 40, seed=4, dtype=torch.float32), Linear(18, 150, seed=5, dtype=torch.float32)
+    recording = record(wiring, a, b, x)
+    found = responses(wiring, a, recording.gates)
+    whole = list(blocks(wiring, found, b.W_enc, recording))
+    parts = list(blocks(wiring, found, b.W_enc, recording, block_bytes=1))
+    assert len(whole) == 1 < len(parts)
+    for name in ("weight", "norm", "contribution"):
+        joined = np.concatenate([getattr(part, name) for part in parts], axis=1)
+        np.testing.assert_allclose(joined, getattr(whole[0], name), rtol=1e-4, atol=1e-6)
+    kept = edges(wiring, found, b, recording, keep=5)
+    for k, kernel in enumerate(kernels(wiring, found, b.W_enc, kept)):
+        own = kept.route == k
+        np.testing.assert_allclose(kernel.sum(axis=1), kept.weight[own], rtol=1e-3, atol=1e-5)
+        np.testing.assert_allclose(
+            np.linalg.norm(kernel, axis=1), kept.norm[own], rtol=1e-3, atol=1e-6
+        )
+
+
+def test_contributions_are_what_the_kernels_give_around_each_activation():
+    network = two(3, torch.float32)
+    x = torch.cat(maps(network, images(4, 7, torch.float32)))
+    wiring = trace(network, A, B, images(1, dtype=torch.float32))
+    a, b = Linear(16, 5, seed=4, dtype=torch.float32), Linear(18, 4, seed=5, dtype=torch.float32)
+    recording = record(wiring, a, b, [x])
+    found = responses(wiring, a, recording.gates)
+    block = next(blocks(wiring, found, b.W_enc, recording))
+    code = a.encode(x.movedim(1, -1).flatten(0, 2)).view(4, 7, 7, 5)
+    with torch.no_grad():
+        on = b.encode(wiring.run(x).movedim(1, -1).flatten(0, 2)).view(4, 7, 7, 4) > 0
+    response, k = found[1], 1
+    rows = b.W_enc[response.channels]
+    expected = torch.zeros(4, 5)
+    for n, y, x_, i in on.nonzero().tolist():
+        for tap, values in zip(response.taps, response.values, strict=True):
+            at = y + int(tap[0]), x_ + int(tap[1])
+            if 0 <= at[0] < 7 and 0 <= at[1] < 7:
+                expected[i] += (values @ rows[:, i]) * code[n, at[0], at[1]]
+    expected /= on.flatten(0, 2).sum(dim=0)[:, None]
+    assert block.contribution is not None
+    np.testing.assert_allclose(block.contribution[k], expected.numpy(), rtol=1e-3, atol=1e-5)
+
+
+def test_attributions_add_up_to_the_drive_and_one_step_is_exact_where_it_is_homogeneous():
+    network = two(0, torch.float64)
+    for name, parameter in network.second.named_parameters():
+        if name.endswith("bias"):
+            nn.init.zeros_(parameter)
+    a, b = Linear(16, 16, seed=4, dtype=torch.float64), Linear(18, 9, seed=5, dtype=torch.float64)
+    a.W_dec = torch.eye(16, dtype=torch.float64)
+    a.encode = lambda x: x.relu()  # rectified channels are all there is: nothing is left over
+    x = maps(network, images(4))
+    wiring = trace(network, A, B, images(1))
+    parts = [route.channels for route in wiring.routes]
+    one = attribute(wiring, a, b, x, np.arange(4), parts, steps=1)
+    many = attribute(wiring, a, b, x, np.arange(4), parts, steps=6)
+    assert one.gap.max() < 1e-5  # codes are float32
+    np.testing.assert_allclose(one.given, many.given, rtol=1e-5, atol=1e-7)
+    biased = two(0, torch.float64)
+    wiring, x = trace(biased, A, B, images(1)), maps(biased, images(4))
+    rough = attribute(wiring, a, b, x, np.arange(4), parts, steps=32)
+    assert rough.gap.max() < 0.02
+
+
+def test_ablations_are_the_network_run_without_the_feature():
+    network = two(0, torch.float64)
+    x = torch.cat(maps(network, images(4)))
+    wiring = trace(network, A, B, images(1))
+    a, b = Linear(16, 6, seed=4, dtype=torch.float64), Linear(18, 5, seed=5, dtype=torch.float64)
+    removed = ablate(wiring, a, b, [x[:2], x[2:]], np.array([1, 4]))
+    code = a.encode(x.movedim(1, -1))
+    for k, j in enumerate((1, 4)):
+        bare = x - (code[..., [j]] * a.W_dec[j]).movedim(-1, 1)
+        with torch.no_grad():
+            full, less = network.second(x).movedim(1, -1), network.second(bare).movedim(1, -1)
+        lost = (full - less) @ b.W_enc
+        np.testing.assert_allclose(
+            removed.drives(b.W_enc)[k], lost.mean(dim=(0, 1, 2)), rtol=1e-4, atol=1e-6
+        )
+        on = b.encode(full.flatten(0, 2)) > 0
+        where = (lost.flatten(0, 2) * on).sum(dim=0) / on.sum(dim=0)
+        np.testing.assert_allclose(removed.where_active(b.W_enc)[k], where, rtol=1e-3, atol=1e-5)
+    drives = np.einsum("snc,ct->snt", removed.everywhere, b.W_enc.numpy())[0].T
+    low, high = interval(drives)
+    assert (low <= drives.mean(axis=1)).all()
+    assert (drives.mean(axis=1) <= high).all()
+
+
+class Planted(nn.Module):
+    """Each of 64 channels feeds one channel of the next map, and all others a little."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        random = torch.Generator().manual_seed(0)
+        self.order = torch.randperm(64, generator=random)
+        self.first = nn.Identity()
+        self.conv = nn.Conv2d(64, 64, 1)
+        self.second = nn.ReLU()
+        weight = torch.eye(64)[self.order] + 0.02 * torch.randn(64, 64, generator=random)
+        self.conv.weight.data = weight[:, :, None, None]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.conv(self.first(x * 1.0)))
+
+
+def test_planted_edges_are_found_and_the_weights_of_other_targets_are_not():
+    network = Planted()
+    random = torch.Generator().manual_seed(1)
+    x = torch.rand(8, 64, 12, 12, generator=random)
+    x = x * (torch.rand(x.shape, generator=random) < 0.05)
+    wiring = trace(network, A, B, x[:1])
+    one = Linear(64, 64, seed=0, dtype=torch.float32)
+    one.W_dec, one.W_enc, one.encode = torch.eye(64), torch.eye(64), lambda x: (x - 0.2).relu()
+    recording = record(wiring, one, one, [x])
+    found = responses(wiring, one, recording.gates)
+    kept = edges(wiring, found, one, recording)
+    discovered = kept.q_value <= 0.05
+    planted = kept.source == network.order.numpy()[kept.target]
+    assert planted.sum() == 64
+    assert discovered[planted].mean() >= 0.95
+    assert planted[discovered].mean() >= 0.95
+    one.W_enc = torch.eye(64).roll(7, 1)  # the drive of a target is now that of another
+    mixed = edges(wiring, found, one, recording)
+    assert mixed.discoveries.max() < 0.001
+    assert not (mixed.q_value <= 0.05).any()
+
+
+def test_composed_kernels_reproduce_a_linear_section_exactly():
+    torch.manual_seed(0)
+    network = Turned()
+    network.forward = lambda x: network.second(network.wide(network.thin(network.first(x))))
+    network.thin.padding, network.wide.padding = (0, 0), (0, 0)  # no rim
+    x = torch.randn(3, 3, 20, 20)
+    wiring = trace(network, A, B, x)
+    a, b = Linear(6, 12, seed=0, dtype=torch.float32), Linear(8, 4, seed=1, dtype=torch.float32)
+    a.W_dec, a.W_enc = torch.eye(12)[:, :6] - torch.eye(12)[:, :6].roll(6, 0), a.W_enc
+    a.encode = lambda x: torch.cat([x.relu(), (-x).relu()], dim=1)
+    with torch.no_grad():
+        given = read(network, x, [A])[A]
+    share = reproduced(wiring, responses(wiring, a), a, b, [given])
+    assert (share > 1 - 1e-5).all()
+
+
+def test_dictionaries_of_other_widths_are_refused():
+    network = two(0, torch.float32)
+    wiring = trace(network, A, B, images(1, dtype=torch.float32))
+    a, b = Linear(16, 6, seed=4, dtype=torch.float32), Linear(16, 5, seed=5, dtype=torch.float32)
+    with pytest.raises(InputError, match="second has 18 channels, its dictionary reads 16"):
+        record(wiring, a, b, maps(network, images(4, dtype=torch.float32)))
