@@ -1,5 +1,6 @@
 """The whole tour on bundled inputs, in about a minute and without network access."""
 
+import dataclasses
 import time
 from importlib.util import find_spec
 from pathlib import Path
@@ -7,17 +8,21 @@ from typing import Any
 
 from mechatlas.activations.collect import Collecting
 from mechatlas.activations.networks import Network
+from mechatlas.activations.posing import Posing
 from mechatlas.activations.positions import Positions
 from mechatlas.activations.samples import Images
 from mechatlas.analysis.interaction.analysis import Analysing
 from mechatlas.app import group_nets, interact, jobs
 from mechatlas.app import prove as proving
+from mechatlas.app.branches import Branches, specialise
+from mechatlas.app.circuit import Circuit, circuit
 from mechatlas.app.matching import Matching, match_dictionaries
 from mechatlas.app.recipes import Collect, Interact, Train
+from mechatlas.app.symmetry import FindSymmetry, find_symmetry
 from mechatlas.dictionaries.sparsity import TopK
 from mechatlas.files import write_json
 
-SITES = ("mixed3b", "mixed4c")
+SITES = ("mixed3b", "mixed4a")
 
 
 def run(out: Path) -> dict[str, Any]:
@@ -56,6 +61,32 @@ def run(out: Path) -> dict[str, Any]:
             rows=2000,
         )
     )
+    stages["branches"] = specialise(
+        Branches(dictionary=out / SITES[1], store=collect.out, out=out / "branches")
+    )
+    stages["circuit"] = circuit(
+        Circuit(
+            dictionaries=tuple(out / site for site in SITES),
+            out=out / "circuit",
+            samples=96,
+            held_out=24,
+            removed=12,
+            features=4,
+            pictures=0,
+        )
+    )
+    posed = dataclasses.replace(
+        collect,
+        sites=SITES[:1],
+        samples=Images(source=source, side=63, crops=16),
+        collecting=Collecting(positions=Positions(per_sample=40)),
+        group=Posing(name="D4"),
+        out=out / "posed",
+    )
+    stages["posed"] = jobs.collect(posed)
+    stages["symmetry"] = find_symmetry(
+        FindSymmetry(dictionary=out / SITES[0], store=posed.out, out=out / "symmetry")
+    )
     stages["proof"] = _prove(out)
     stages["basis"] = interact.interact(
         Interact(
@@ -91,6 +122,24 @@ def _prove(out: Path) -> dict[str, Any]:
     )
 
 
+def _in_words(result: dict[str, Any]) -> list[str]:
+    """What was found about branches, circuits and symmetry."""
+    branches, symmetry = result["branches"], result["symmetry"]
+    edges = result["circuit"]["pairs"][0]
+    return [
+        f"{branches['site']}: {branches['specialised']} of {branches['tested']} features "
+        "specialised to a branch at a false discovery rate of "
+        f"{branches['rate']:.0%}",
+        f"{edges['a']} -> {edges['b']}: weights of edges and ablations agree with rank "
+        f"correlation {edges['agreement']['spearman']:.2f}, random pairs "
+        f"{edges['agreement']['null']:.2f}",
+        f"{SITES[0]}: {symmetry['discoveries']} of {symmetry['n_features']} features have a "
+        f"symmetry of the square at a false discovery rate of {symmetry['fdr']:.0%}, "
+        f"{symmetry['discoveries_shuffled']} with shuffled pairing; "
+        f"{symmetry['families']} families",
+    ]
+
+
 def in_words(result: dict[str, Any]) -> str:
     """What the tour found."""
     lines = [f"{result['store']['samples']} crops of photographs through inception_mini"]
@@ -110,6 +159,7 @@ def in_words(result: dict[str, Any]) -> str:
         f"{pair['a']} -> {pair['b']}: {pair['n_matched']} of {pair['n_a']} latents matched by "
         f"codes at a false match rate of {result['match']['rate']:.0%}, gap {pair['gap']:.1e}"
     )
+    lines += _in_words(result)
     head = result["basis"]["layers"][0]
     lines.append(
         f"{head['name']}: {head['edges_needed']} edges and {head['vectors_needed']} vectors of its "
