@@ -14,12 +14,13 @@ from mechatlas.activations import networks
 from mechatlas.activations.collect import collect as collect_rows
 from mechatlas.activations.samples import open_samples
 from mechatlas.activations.sites import find_sites
-from mechatlas.activations.store import PairedRows, Store
+from mechatlas.activations.store import PairedRows, Store, StoreRows
 from mechatlas.app.folders import Result, cost, finish, refuse_strangers
 from mechatlas.app.progress import bar
 from mechatlas.app.recipes import Collect, Train, as_dict
 from mechatlas.app.report.page import write_page
 from mechatlas.base import RecipeError
+from mechatlas.dictionaries.autoencoder import SparseCoder
 from mechatlas.dictionaries.formats import FILE, save
 from mechatlas.dictionaries.training import train as train_dictionary
 from mechatlas.files import checksum, write_json
@@ -75,13 +76,7 @@ def train(recipe: Train) -> Result:
     )
     checkpoint = recipe.out / "checkpoint"
     refuse_strangers(recipe.out, "dictionary", unfinished=checkpoint.name)
-    parts = rows.rows if isinstance(rows, PairedRows) else [rows]
-    widths = {site: part.d_in for site, part in zip(recipe.sites, parts, strict=True)}
-    whole = parts[0].d_in == parts[0].shape.width  # not a branch, which has one block only
-    try:
-        dictionary = recipe.build(widths, store.group if whole else None)
-    except ValueError as error:
-        raise RecipeError(f"{recipe.store}: {error}") from error
+    dictionary, of_group = _built(recipe, store, rows)
     with bar("training") as progress:
         train_dictionary(
             dictionary,
@@ -111,7 +106,7 @@ def train(recipe: Train) -> Result:
         "parents": {"store": checksum((recipe.store / "manifest.json").read_bytes())},
         "files": {FILE: checksum(file.read_bytes())},
     }
-    if store.group is not None and whole:
+    if of_group:
         manifest["group"] = store.manifest["group"]
     write_json(recipe.out / "manifest.json", manifest)
     shutil.rmtree(checkpoint)  # three times the size of the dictionary, and of no more use
@@ -128,6 +123,22 @@ def train(recipe: Train) -> Result:
         "held_out_rows": rows.n_held_out,
     }
     return finish(recipe.out, recipe, result, clock)
+
+
+def _built(recipe: Train, store: Store, rows: StoreRows | PairedRows) -> tuple[SparseCoder, bool]:
+    """The dictionary, and whether it is one of all poses.
+
+    Raises:
+        RecipeError: It does not suit the store.
+    """
+    parts = rows.rows if isinstance(rows, PairedRows) else [rows]
+    widths = {site: part.d_in for site, part in zip(recipe.sites, parts, strict=True)}
+    # A branch has one block only, that of the untransformed input.
+    group = store.group if parts[0].d_in == parts[0].shape.width else None
+    try:
+        return recipe.build(widths, group), group is not None
+    except ValueError as error:
+        raise RecipeError(f"{recipe.store}: {error}") from error
 
 
 def report(folder: Path, out: Path) -> Result:
