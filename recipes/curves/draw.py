@@ -31,7 +31,7 @@ a dictionary lies: these left about `level` latents of a row on mixed3b of incep
 
 def main() -> None:
     """Train, measure and draw."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("store", type=Path)
     parser.add_argument("site")
     parser.add_argument("--out", type=Path, required=True)
