@@ -27,7 +27,7 @@ from mechatlas.base import InputError, Progress, no_progress
 from mechatlas.maths.pricing import Costs, Factors, Kept, Matrix, block_rows, in_threads
 
 LISTED = 40
-"""Cheapest columns listed for each row at first."""
+"""Cheapest columns listed for each row at first; twice as many where costs are not kept."""
 LONGER = 3.0
 """By how much a list that was too short is lengthened, at least."""
 STEP = 0.03
@@ -226,7 +226,7 @@ def _begin(costs: Costs, unmatched: float, on_progress: Progress) -> State:
     Where all columns are paired, prices may be any, and begin with what each column costs at least.
     """
     n, m = costs.n_rows, costs.n_columns
-    listed, all_paired = min(LISTED, m), n == m and math.isinf(unmatched)
+    listed, all_paired = min((2 - _kept(costs)) * LISTED, m), n == m and math.isinf(unmatched)
     lists = {
         "columns": np.zeros(n * listed, np.int32),
         "keys": np.zeros(n * listed),
