@@ -1,0 +1,118 @@
+"""`mechatlas circuit`: the folder, the table, the chapter, and mistakes in one sentence."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+from safetensors.numpy import load_file
+
+from mechatlas.activations.collect import Collecting
+from mechatlas.activations.networks import Network
+from mechatlas.activations.positions import Positions
+from mechatlas.activations.samples import Images
+from mechatlas.app import jobs
+from mechatlas.app.circuit import Circuit, circuit
+from mechatlas.app.cli import main
+from mechatlas.app.recipes import Collect, Train
+from mechatlas.app.report.chapters import circuits
+from mechatlas.app.report.runs import find_runs
+from mechatlas.base import no_progress
+from mechatlas.dictionaries.sparsity import TopK
+
+SITES = ("mixed4a", "mixed4b", "mixed4d")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A store of `inception_mini`, three small dictionaries, and a circuit of two."""
+    root = tmp_path_factory.mktemp("runs")
+    jobs.collect(
+        Collect(
+            network=Network(name="inception_mini"),
+            sites=SITES,
+            samples=Images(crops=12),
+            collecting=Collecting(positions=Positions(per_sample=20), held_out=0.2),
+            out=root / "store",
+        )
+    )
+    for site in SITES:
+        jobs.train(
+            Train(store=root / "store", site=site, out=root / site, n_latents=96, steps=60,
+                  batch_size=256, sparsity=TopK(k=8))
+        )  # fmt: skip
+    circuit(
+        Circuit(dictionaries=(root / SITES[0], root / SITES[1]), out=root / "circuit",
+                removed=8, features=3, pictures=2)
+    )  # fmt: skip
+    return root
+
+
+def test_the_folder_holds_edges_kernels_and_their_validation(folder):
+    result = json.loads((folder / "circuit" / "result.json").read_text())
+    (pair,) = result["pairs"]
+    assert pair["branches"] == ["1x1", "3x3", "5x5", "pool"]
+    assert pair["kernel_taps"] == [1, 9, 25, 9]
+    found = pair["agreement"]
+    assert found["spearman"] > 0.5
+    assert found["low"] > found["null_high"]
+    assert found["spearman"] > pair["agreement_gates_open"]["spearman"]
+    table = pq.read_table(folder / "circuit" / "edges.parquet").to_pydict()
+    kernels = load_file(folder / "circuit" / "kernels.safetensors")
+    for branch, row, weight in list(
+        zip(table["branch"], table["kernel"], table["weight"], strict=True)
+    )[:50]:
+        kernel = kernels[f"0.{branch}.kernels"][row]
+        assert kernel.sum() == pytest.approx(weight, rel=1e-3, abs=1e-5)
+    assert all(0 <= q <= 1 for q in table["q_value"])
+
+
+def test_the_chapter_draws_what_was_found(folder):
+    made = circuits.chapter(find_runs(folder), no_progress)
+    assert made is not None
+    json.dumps(made.data, allow_nan=False)
+    (part,) = made.data
+    assert part["runs"] == list(SITES[:2])
+    assert len(part["drawings"]) == 3
+    assert set(part["pictures"]) == set(made.images)
+    assert made.images
+
+
+def test_the_same_command_gives_the_same_edges(folder, tmp_path):
+    again = Circuit(dictionaries=(folder / SITES[0], folder / SITES[1]), out=tmp_path / "again",
+                    removed=8, features=3, pictures=2)  # fmt: skip
+    circuit(again)
+    for name in ("edges.parquet", "kernels.safetensors", "pictures.safetensors"):
+        assert (tmp_path / "again" / name).read_bytes() == (folder / "circuit" / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["mixed4a"], "needs two dictionaries or more, got 1"),
+        (["mixed4b", "mixed4d"], "not consecutive: the branches of 'mixed4c' lie between"),
+        (["mixed4b", "mixed4a"], "mixed4a does not follow site mixed4b"),
+        (["mixed4a", "mixed4b", "--rate", "2"], "--rate must lie between 0 and 1"),
+        (["mixed4a", "mixed4b", "--store", "nowhere"], "is not an activation store"),
+    ],
+)
+def test_a_mistake_is_one_sentence(folder, tmp_path, monkeypatch, capsys, words, message):
+    monkeypatch.chdir(folder)
+    with pytest.raises(SystemExit) as caught:
+        main(["circuit", *words, "--out", str(tmp_path / "out")])
+    assert caught.value.code == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
+
+
+def test_a_store_that_is_gone_is_named(folder, tmp_path, monkeypatch, capsys):
+    for site in SITES[:2]:
+        shutil.copytree(folder / site, tmp_path / site)
+        manifest = json.loads((tmp_path / site / "manifest.json").read_text())
+        (tmp_path / site / "manifest.json").write_text(json.dumps(manifest | {"store": "/gone"}))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):
+        main(["circuit", *SITES[:2], "--out", "out"])
+    assert "The store of mixed4a (/gone) is no longer there" in capsys.readouterr().err
