@@ -31,7 +31,7 @@ def main(n: int = 2048) -> None:
     for response in found:
         rows = readers(wiring, response, encoder).T.contiguous()
         for values in response.values:
-            rows @ values.T
+            torch.mm(rows, values.T)
     floor = time.process_time() - clock
     clock = time.process_time()
     total = sum(float(block.norm.sum()) for block in blocks(wiring, found, encoder))

@@ -40,16 +40,17 @@ def test_planted(benchmark, name, level, mixture):
     g, subgroups = subgroups_of(name)
     how = dict(MIXTURES[mixture])
     uneven = how.pop("uneven", 0.0)
-    told, by_chance = [], 0
+    told, by_chance, n_features = [], 0, 0
     for seed in range(SEEDS):
         planted = plant(g, subgroups, d=64, families_each=4, members=8, decoys=60, seed=seed, **how)
         blocks, halves = planted.measured(NOISE[level], seed=seed, uneven=uneven)
+        n_features = len(blocks)
         if seed == 0:
             benchmark.pedantic(symmetry, (blocks, g, halves), rounds=1)
         told.append(score(planted, symmetry(blocks, g, halves)))
         by_chance += control(halves, g)
     mean = {key: round(float(np.mean([one[key] for one in told])), 4) for key in told[0]}
-    print(f"\n{name} {level} {mixture} ({len(blocks)} features): {mean}, shuffled {by_chance}")
+    print(f"\n{name} {level} {mixture} ({n_features} features): {mean}, shuffled {by_chance}")
     benchmark.extra_info.update(mean, shuffled=by_chance)
     assert by_chance == 0
     assert mean["fdr"] <= 0.05

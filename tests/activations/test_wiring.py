@@ -67,8 +67,8 @@ def test_lopsided_pooling_of_inception_v1_is_a_pad_and_a_maximum():
 
 def test_residual_blocks_have_a_direct_route_and_normalisation_is_folded():
     network = Residual().eval()
-    network.norm.running_mean.normal_()
-    network.norm.running_var.uniform_(0.5, 2)
+    torch.nn.init.normal_(network.norm.get_buffer("running_mean"))
+    torch.nn.init.uniform_(network.norm.get_buffer("running_var"), 0.5, 2)
     wiring = trace(network, Site("stem"), Site("out"), images(2, 9))
     assert [route.name for route in wiring.routes] == ["direct", "two"]
     kinds = {type(node.step) for node in wiring.nodes}

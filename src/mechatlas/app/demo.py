@@ -48,7 +48,7 @@ def run(out: Path) -> dict[str, Any]:
             out=out / site,
             n_latents=1024,
             sparsity=TopK(k=16),
-            steps=400,
+            steps=300,
             batch_size=512,
         )
         stages[site] = jobs.train(recipe)
@@ -68,9 +68,9 @@ def run(out: Path) -> dict[str, Any]:
         Circuit(
             dictionaries=tuple(out / site for site in SITES),
             out=out / "circuit",
-            samples=96,
-            held_out=24,
-            removed=12,
+            samples=48,
+            held_out=16,
+            removed=8,
             features=4,
             pictures=0,
         )
@@ -78,7 +78,7 @@ def run(out: Path) -> dict[str, Any]:
     posed = dataclasses.replace(
         collect,
         sites=SITES[:1],
-        samples=Images(source=source, side=63, crops=16),
+        samples=Images(source=source, side=63, crops=10),
         collecting=Collecting(positions=Positions(per_sample=40)),
         group=Posing(name="D4"),
         out=out / "posed",
