@@ -23,6 +23,8 @@ from mechatlas.dictionaries.sparsity import TopK
 from mechatlas.files import write_json
 
 SITES = ("mixed3b", "mixed4a")
+FEW = "mixed3b_few"
+"""A dictionary so small that its features are active often enough to know their symmetry."""
 
 
 def run(out: Path) -> dict[str, Any]:
@@ -41,17 +43,17 @@ def run(out: Path) -> dict[str, Any]:
         out=out / "store",
     )
     stages = {"store": jobs.collect(collect)}
-    for site in SITES:
+    for name, site, n_latents, k in (*((s, s, 1024, 16) for s in SITES), (FEW, SITES[0], 128, 8)):
         recipe = Train(
             store=collect.out,
             site=site,
-            out=out / site,
-            n_latents=1024,
-            sparsity=TopK(k=16),
-            steps=300,
+            out=out / name,
+            n_latents=n_latents,
+            sparsity=TopK(k=k),
+            steps=400,
             batch_size=512,
         )
-        stages[site] = jobs.train(recipe)
+        stages[name] = jobs.train(recipe)
     stages["match"] = match_dictionaries(
         Matching(
             dictionaries=tuple(out / site for site in SITES),
@@ -61,6 +63,31 @@ def run(out: Path) -> dict[str, Any]:
             rows=2000,
         )
     )
+    stages |= _look_inside(collect, out)
+    stages["proof"] = _prove(out)
+    stages["basis"] = interact.interact(
+        Interact(
+            network=collect.network,
+            layers=("classify:input", "classify"),
+            samples=Images(source=source, side=31, crops=40),
+            n_samples=320,
+            how=Analysing(kinds=("lib", "pca")),
+            out=out / "basis",
+        )
+    )
+    stages["page"] = jobs.report(out, out / "atlas.html")
+    result = {**stages, "wall_seconds": round(time.perf_counter() - started, 1)}
+    write_json(out / "result.json", result)
+    return {"out": str(out), **result}
+
+
+def _look_inside(collect: Collect, out: Path) -> dict[str, Any]:
+    """Branches, circuits and symmetry of what was trained.
+
+    Raises:
+        UserError: `out` is not writable or holds something else.
+    """
+    stages = {}
     stages["branches"] = specialise(
         Branches(dictionary=out / SITES[1], store=collect.out, out=out / "branches")
     )
@@ -78,30 +105,16 @@ def run(out: Path) -> dict[str, Any]:
     posed = dataclasses.replace(
         collect,
         sites=SITES[:1],
-        samples=Images(source=source, side=63, crops=10),
+        samples=dataclasses.replace(collect.samples, side=63, crops=12),
         collecting=Collecting(positions=Positions(per_sample=40)),
         group=Posing(name="D4"),
         out=out / "posed",
     )
     stages["posed"] = jobs.collect(posed)
     stages["symmetry"] = find_symmetry(
-        FindSymmetry(dictionary=out / SITES[0], store=posed.out, out=out / "symmetry")
+        FindSymmetry(dictionary=out / FEW, store=posed.out, out=out / "symmetry")
     )
-    stages["proof"] = _prove(out)
-    stages["basis"] = interact.interact(
-        Interact(
-            network=collect.network,
-            layers=("classify:input", "classify"),
-            samples=Images(source=source, side=31, crops=40),
-            n_samples=320,
-            how=Analysing(kinds=("lib", "pca")),
-            out=out / "basis",
-        )
-    )
-    stages["page"] = jobs.report(out, out / "atlas.html")
-    result = {**stages, "wall_seconds": round(time.perf_counter() - started, 1)}
-    write_json(out / "result.json", result)
-    return {"out": str(out), **result}
+    return stages
 
 
 def _prove(out: Path) -> dict[str, Any]:
@@ -133,7 +146,7 @@ def _in_words(result: dict[str, Any]) -> list[str]:
         f"{edges['a']} -> {edges['b']}: weights of edges and ablations agree with rank "
         f"correlation {edges['agreement']['spearman']:.2f}, random pairs "
         f"{edges['agreement']['null']:.2f}",
-        f"{SITES[0]}: {symmetry['discoveries']} of {symmetry['n_features']} features have a "
+        f"{FEW}: {symmetry['discoveries']} of {symmetry['n_features']} features have a "
         f"symmetry of the square at a false discovery rate of {symmetry['fdr']:.0%}, "
         f"{symmetry['discoveries_shuffled']} with shuffled pairing; "
         f"{symmetry['families']} families",
