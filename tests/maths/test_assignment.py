@@ -10,7 +10,7 @@ from hypothesis.extra.numpy import arrays
 from scipy.optimize import linear_sum_assignment
 
 from mechatlas.base import InputError
-from mechatlas.maths import assignment
+from mechatlas.maths import assignment, pricing
 from mechatlas.maths.assignment import CertificateError, State, assign, certify
 from mechatlas.maths.pricing import Factors, Matrix
 
@@ -49,6 +49,27 @@ def check(costs, dense, unmatched=math.inf):
 @settings(deadline=None)
 def test_no_pairing_is_cheaper(cost):
     check(cost, cost)
+
+
+@pytest.mark.parametrize("unmatched", [math.inf, 0.3])
+@pytest.mark.parametrize(("n", "m"), [(90, 90), (60, 90), (90, 60)])
+@pytest.mark.parametrize("kind", ["random", "clusters", "few directions", "twins"])
+def test_costs_that_are_never_kept_lead_to_the_same_optimum(kind, n, m, unmatched, monkeypatch):
+    monkeypatch.setattr(pricing, "KEPT_BYTES", 0)
+    monkeypatch.setattr(pricing, "BLOCK_BYTES", 4 * m * 16)  # several blocks of rows
+    random = np.random.default_rng(n + m)
+    spread = 1 / np.arange(1, 13) if kind == "few directions" else np.ones(12)
+    a, b = (random.normal(size=(k, 12)) * spread for k in (n, m))
+    if kind == "clusters":
+        a, b = (
+            random.normal(size=(5, 12))[random.integers(5, size=len(x))] + 0.05 * x for x in (a, b)
+        )
+    if kind == "twins":
+        a[1::2], b[: len(b) // 2] = a[: len(a) // 2], b[len(b) - len(b) // 2 :]
+    a, b = (np.ascontiguousarray(x, dtype=np.float32) for x in (a, b))
+    offsets = random.normal(size=n), random.normal(size=m)
+    dense = offsets[0][:, None] + offsets[1] - a.astype(np.float64) @ b.T.astype(np.float64)
+    check(Factors(a, b, *offsets), dense, unmatched)
 
 
 @given(costs, st.floats(-6, 6))
