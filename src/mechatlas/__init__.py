@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from mechatlas.activations.collect import Collecting, collect
     from mechatlas.activations.networks import Network, build
+    from mechatlas.activations.posing import Posing
     from mechatlas.activations.positions import Positions
     from mechatlas.activations.samples import Arrays, Images, Texts, open_samples
     from mechatlas.activations.sites import edited, find_sites, list_sites, read
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from mechatlas.dictionaries.autoencoder import Autoencoder, Crosscoder, Transcoder
     from mechatlas.dictionaries.formats import load, save
     from mechatlas.dictionaries.metrics import evaluate, fvu
+    from mechatlas.dictionaries.pose_tied import PoseTied
     from mechatlas.dictionaries.pretrained import Pretrained
     from mechatlas.dictionaries.revival import AuxK, Resample
     from mechatlas.dictionaries.rows import ArrayRows, StreamRows
@@ -44,6 +46,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "activations.collect": ("Collecting", "collect"),
     "activations.networks": ("Network", "build"),
+    "activations.posing": ("Posing",),
     "activations.positions": ("Positions",),
     "activations.samples": ("Arrays", "Images", "Texts", "open_samples"),
     "activations.sites": ("edited", "find_sites", "list_sites", "read"),
@@ -58,6 +61,7 @@ _HOMES = {
     "dictionaries.autoencoder": ("Autoencoder", "Crosscoder", "Transcoder"),
     "dictionaries.formats": ("load", "save"),
     "dictionaries.metrics": ("evaluate", "fvu"),
+    "dictionaries.pose_tied": ("PoseTied",),
     "dictionaries.pretrained": ("Pretrained",),
     "dictionaries.revival": ("AuxK", "Resample"),
     "dictionaries.rows": ("ArrayRows", "StreamRows"),
@@ -87,6 +91,8 @@ __all__ = [
     "JumpReLU",
     "Network",
     "Objective",
+    "PoseTied",
+    "Posing",
     "Positions",
     "Pretrained",
     "ReLU",
