@@ -18,6 +18,7 @@ NAMES = (
     "formats",
     "interaction",
     "matching",
+    "circuits",
     "symmetry",
     "branches",
     "proofs",
