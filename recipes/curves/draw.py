@@ -26,7 +26,8 @@ KINDS = {
     "Gated": lambda level, d: {"sparsity": ma.Gated(l1=1.4 * d / level)},
 }
 """What a kind is built with, given the level and the width. A penalty only says where on its curve
-a dictionary lies: these left about `level` latents of a row on mixed3b of inception_mini."""
+a dictionary lies: these aim at about `level` latents of a row on mixed3b of inception_mini. They
+come from short runs; the curve itself says what was left."""
 
 
 def main() -> None:
