@@ -143,16 +143,20 @@ def test_features_of_few_channels_are_no_discoveries(k):
 )
 def test_features_placed_in_a_branch_are_found_at_the_stated_rate(name):
     at, draw = NULLS[name]
-    atoms = null_atoms(at, 1200, draw, seed=5)
     truth = np.zeros((1200, 4), dtype=bool)
-    for k, branch in enumerate(BRANCHES):
-        mine = slice(50 * k, 50 * (k + 1))
-        atoms[mine] = placed(atoms[mine], at, branch, 0.8)
-        truth[mine, k] = True
-    found = branches(atoms, BRANCHES, at.spectrum).specialised()
-    assert found[truth].mean() >= 0.95
-    false = (found & ~truth).sum() / found.sum()
-    assert false <= 0.08  # 0.05 on average; the benchmark measures it over many draws
+    for k in range(4):
+        truth[50 * k : 50 * (k + 1), k] = True
+    power, false = [], []
+    for seed in range(5, 25):  # the rate holds on average, not in each draw
+        atoms = null_atoms(at, 1200, draw, seed=seed)
+        for k, branch in enumerate(BRANCHES):
+            mine = slice(50 * k, 50 * (k + 1))
+            atoms[mine] = placed(atoms[mine], at, branch, 0.8)
+        found = branches(atoms, BRANCHES, at.spectrum).specialised()
+        power.append(found[truth].mean())
+        false.append((found & ~truth).sum() / found.sum())
+    assert np.mean(power) >= 0.95
+    assert np.mean(false) <= 0.05
 
 
 def test_activations_and_their_spectrum_say_the_same():

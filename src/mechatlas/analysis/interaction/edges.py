@@ -117,7 +117,7 @@ def _attributions(
         # its attributions.
         tangent = like(coordinates[..., j, None] * out_of[j], x)
         along = sum(
-            weight * next(directional(section, at, batch, [tangent]))
+            weight * directional(section, at, batch, tangent)
             for at, (_, weight) in zip(points, path, strict=True)
         )
         assert isinstance(along, Tensor)

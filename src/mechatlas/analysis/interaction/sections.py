@@ -12,7 +12,7 @@ with the layer replaced, which is slower and needs no assumption.
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -304,24 +304,20 @@ def vector_jacobian_products(
 
 
 def directional(
-    section: Section, x: Tensor, inputs: Tensor, tangents: Iterable[Tensor]
-) -> Iterator[Float[Tensor, "n t o"]]:
-    """Derivatives of the target along changes of the source, at all output positions at once.
+    section: Section, x: Tensor, inputs: Tensor, tangent: Tensor
+) -> Float[Tensor, "n t o"]:
+    """Derivative of the target along a change of the source, at all output positions at once.
 
     Args:
         section: The section.
         x: Activations of the source, in the shape the network gives them.
         inputs: The network's inputs for the same samples.
-        tangents: Changes of the source, of the shape of `x`.
-
-    Yields:
-        One derivative for each tangent.
+        tangent: Change of the source, of the shape of `x`.
     """
-    for tangent in tangents:
-        try:
-            yield _forward(section, x, inputs, tangent)
-        except (NotImplementedError, RuntimeError):  # an operation without forward derivative
-            yield _twice(section, x, inputs, tangent)
+    try:
+        return _forward(section, x, inputs, tangent)
+    except NotImplementedError:  # an operation without a forward derivative
+        return _twice(section, x, inputs, tangent)
 
 
 def _forward(section: Section, x: Tensor, inputs: Tensor, tangent: Tensor) -> Tensor:

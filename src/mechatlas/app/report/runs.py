@@ -6,9 +6,16 @@ Runs         the runs, and what they open to; each network and store is opened o
 
 import dataclasses
 import functools
+import io
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from safetensors import SafetensorError
+from safetensors.numpy import load as load_tensors
 from torch import nn
 
 from mechatlas.activations.samples import Samples
@@ -45,6 +52,35 @@ class Run:
         """
         path = self.folder / file
         return read_json(path) if path.is_file() else None
+
+    def table(self, file: str) -> dict[str, Any]:
+        """The columns of a parquet file: arrays, and lists where entries are lists.
+
+        Raises:
+            DiskError: It is missing or damaged.
+        """
+        table = self._whole(file, lambda data: pq.read_table(io.BytesIO(data)))
+        return {
+            name: column.to_pylist() if pa.types.is_list(column.type) else column.to_numpy()
+            for name, column in zip(table.column_names, table.columns, strict=True)
+        }
+
+    def tensors(self, file: str) -> dict[str, np.ndarray]:
+        """The arrays of a safetensors file.
+
+        Raises:
+            DiskError: It is missing or damaged.
+        """
+        return self._whole(file, load_tensors)
+
+    def _whole(self, file: str, parse: Callable[[bytes], Any]) -> Any:
+        path = self.folder / file
+        try:
+            return parse(path.read_bytes())
+        except (OSError, ValueError, SafetensorError) as error:
+            raise DiskError(
+                f"{path} cannot be read ({error}). Run the command that wrote {self.folder} again."
+            ) from error
 
 
 def find_runs(folder: Path) -> "Runs":

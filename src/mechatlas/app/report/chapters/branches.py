@@ -1,15 +1,13 @@
 """Which branch computes a feature: counts against the control, shares, strongest features."""
 
-import io
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 
 from mechatlas.app.report.chapter import Chapter, render
 from mechatlas.app.report.runs import Run, Runs
-from mechatlas.base import DiskError, Progress
+from mechatlas.base import Progress
 
 STRONGEST = 6
 """Features shown of each branch."""
@@ -30,7 +28,7 @@ def chapter(runs: Runs, on_progress: Progress) -> Chapter | None:
     folders = {run.folder.resolve(): run.name for run in runs.of_kind("dictionary")}
     parts, figures, data = [], {}, []
     for number, run in enumerate(found):
-        table = _columns(run.folder / "features.parquet")
+        table = run.table("features.parquet")
         names = [one["name"] for one in run.result["branches"]]
         figures[f"shares{number}"] = _shares(run, table, names)
         figures[f"agree{number}"] = _agreement(run, table, names)
@@ -61,21 +59,6 @@ def chapter(runs: Runs, on_progress: Progress) -> Chapter | None:
         data=data,
         scripts=("branches.js",),
     )
-
-
-def _columns(path: Path) -> dict[str, np.ndarray]:
-    """A table as arrays.
-
-    Raises:
-        DiskError: It is missing or damaged.
-    """
-    try:
-        table = pq.read_table(io.BytesIO(path.read_bytes()))
-    except (OSError, ValueError) as error:
-        raise DiskError(
-            f"{path} cannot be read ({error}). Run `mechatlas branches` again."
-        ) from error
-    return {name: table[name].to_numpy() for name in table.column_names}
 
 
 def _of_branch(table: dict[str, np.ndarray], k: int, n: int) -> dict[str, np.ndarray]:

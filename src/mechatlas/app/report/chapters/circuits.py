@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 import safetensors
 from PIL import Image
 from safetensors.numpy import load
@@ -89,7 +88,7 @@ def _pictures(run: Run, number: int) -> dict[str, bytes]:
 
 def _drawings(run: Run) -> list[dict[str, Any]]:
     """One drawing for each feature of the last site that has paths, strongest first."""
-    table, tensors = _read(run)
+    table, tensors = run.table("edges.parquet"), run.tensors("kernels.safetensors")
     explained = {(f["layer"], f["latent"]): f for f in run.result["features"]}
     drawings: dict[int, dict[str, Any]] = {}
     for path in run.result["paths"]:
@@ -150,19 +149,3 @@ def _kernel(tensors: dict[str, np.ndarray], name: str, row: int) -> dict[str, An
 def _plain(value: Any) -> float | None:
     number = float(value)
     return None if np.isnan(number) else number
-
-
-def _read(run: Run) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """The edges and the kernels.
-
-    Raises:
-        DiskError: One is missing or damaged.
-    """
-    try:
-        table = pq.read_table(io.BytesIO((run.folder / "edges.parquet").read_bytes()))
-        tensors = load((run.folder / "kernels.safetensors").read_bytes())
-    except (OSError, ValueError, safetensors.SafetensorError) as error:
-        raise DiskError(
-            f"The edges in {run.folder} cannot be read ({error}). Run `mechatlas circuit` again."
-        ) from error
-    return {name: table[name].to_numpy() for name in table.column_names}, tensors

@@ -1,15 +1,13 @@
 """Where features go from one dictionary to the next: flow, life lines, pairs and their evidence."""
 
-import io
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 
 from mechatlas.app.report.chapter import Chapter, render
 from mechatlas.app.report.runs import Run, Runs
-from mechatlas.base import DiskError, Progress
+from mechatlas.base import Progress
 
 LONGEST = 40
 """Tracks in the table of life lines."""
@@ -39,7 +37,7 @@ def chapter(runs: Runs, on_progress: Progress) -> Chapter | None:
     folders = {run.folder.resolve(): run.name for run in runs.of_kind("dictionary")}
     parts, figures, arrays, data = [], {}, {}, []
     for number, run in enumerate(found):
-        table = _columns(run.folder / "matches.parquet")
+        table = run.table("matches.parquet")
         names = [str(name) for name in run.result["dictionaries"]]
         places = [folders.get(Path(p).resolve(), "") for p in run.manifest["dictionaries"]]
         figures[f"flow{number}"] = _flow(run, table, names)
@@ -68,19 +66,6 @@ def chapter(runs: Runs, on_progress: Progress) -> Chapter | None:
         arrays=arrays,
         scripts=("matching.js",),
     )
-
-
-def _columns(path: Path) -> dict[str, np.ndarray]:
-    """A table as arrays.
-
-    Raises:
-        DiskError: It is missing or damaged.
-    """
-    try:
-        table = pq.read_table(io.BytesIO(path.read_bytes()))
-    except (OSError, ValueError) as error:
-        raise DiskError(f"{path} cannot be read ({error}). Run `mechatlas match` again.") from error
-    return {name: table[name].to_numpy() for name in table.column_names}
 
 
 def _flow(run: Run, table: dict[str, np.ndarray], names: list[str]) -> dict[str, Any]:
@@ -150,7 +135,7 @@ def _births(run: Run, table: dict[str, np.ndarray], n_layers: int) -> tuple[list
     """The layer where the line of each latent begins: by tracks, or by the matches themselves."""
     sizes = [p["n_a"] for p in run.result["pairs"]] + [run.result["pairs"][-1]["n_b"]]
     if (run.folder / "tracks.parquet").is_file():
-        tracks = _columns(run.folder / "tracks.parquet")
+        tracks = run.table("tracks.parquet")
         found = []
         for layer, size in enumerate(sizes):
             own = tracks["layer"] == layer
@@ -198,10 +183,9 @@ def _lives(run: Run) -> list[dict[str, Any]]:
 
 def _longest(run: Run, names: list[str]) -> list[dict[str, Any]]:
     """The surest of the longest tracks."""
-    path = run.folder / "tracks.parquet"
-    if not path.is_file():
+    if not (run.folder / "tracks.parquet").is_file():
         return []
-    t = _columns(path)
+    t = run.table("tracks.parquet")
     order = np.lexsort((t["layer"], t["track"]))
     t = {name: values[order] for name, values in t.items()}
     _, first, count = np.unique(t["track"], return_index=True, return_counts=True)

@@ -1,20 +1,16 @@
 """What leaves each feature unchanged, and the families of poses: counts, lattice, map, wheels."""
 
-import io
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
-from safetensors import SafetensorError
-from safetensors.numpy import load
 
 from mechatlas.analysis.symmetry.names import NOT_RELIABLE, rotations
 from mechatlas.app.report.atoms import flat_map
 from mechatlas.app.report.chapter import Chapter, render
 from mechatlas.app.report.runs import Run, Runs
 from mechatlas.app.symmetry import TABLE, TENSORS
-from mechatlas.base import DiskError, Progress
+from mechatlas.base import Progress
 from mechatlas.maths.groups import Group
 
 WHEELS = 60
@@ -45,7 +41,7 @@ def chapter(runs: Runs, on_progress: Progress) -> Chapter | None:
     for number, run in enumerate(found):
         kept = run.manifest["group"]
         group = Group(kept["table"], name=kept["name"], element_names=kept["elements"])
-        table, tensors = _columns(run.folder / TABLE), _tensors(run.folder / TENSORS)
+        table, tensors = run.table(TABLE), run.tensors(TENSORS)
         names = [*kept["classes"], NOT_RELIABLE]
         colours = _colours(names, table["class"])
         figures[f"lattice{number}"] = _lattice(group, names, table["class"], colours)
@@ -82,39 +78,6 @@ def chapter(runs: Runs, on_progress: Progress) -> Chapter | None:
         arrays=arrays,
         scripts=("symmetry.js",),
     )
-
-
-def _columns(path: Path) -> dict[str, Any]:
-    """A table as arrays.
-
-    Raises:
-        DiskError: It is missing or damaged.
-    """
-    try:
-        table = pq.read_table(io.BytesIO(path.read_bytes()))
-    except (OSError, ValueError) as error:
-        raise DiskError(
-            f"{path} cannot be read ({error}). Run `mechatlas symmetry` again."
-        ) from error
-    lists = {"stabiliser_elements"}
-    return {
-        name: table[name].to_pylist() if name in lists else table[name].to_numpy()
-        for name in table.column_names
-    }
-
-
-def _tensors(path: Path) -> dict[str, np.ndarray]:
-    """Arrays of a run.
-
-    Raises:
-        DiskError: The file is missing or damaged.
-    """
-    try:
-        return load(path.read_bytes())
-    except (OSError, SafetensorError) as error:
-        raise DiskError(
-            f"{path} cannot be read ({error}). Run `mechatlas symmetry` again."
-        ) from error
 
 
 def _numbers(of: np.ndarray, names: list[str]) -> np.ndarray:
