@@ -1,6 +1,9 @@
 """Reading a store: every row once an epoch, in an order in which neighbours are strangers."""
 
 import itertools
+import os
+import time
+from collections import deque
 from pathlib import Path
 
 import numpy as np
@@ -124,6 +127,32 @@ def test_conformance(source, check, tmp_path):
 
 def test_a_row_is_described_by_file_and_line(store):
     assert store.rows("a").describe(2 * PER_SHARD + 5).endswith("train-00002.safetensors row 5")
+
+
+@pytest.mark.parametrize("harm", ["cut short", "overwritten", "deleted"])
+def test_a_file_that_changes_while_it_is_mapped_is_named(tmp_path, harm):
+    stored(tmp_path)
+    batches = Store(tmp_path).rows("a").batches(8)
+    next(batches)
+    time.sleep(0.3)  # for the batches that are read ahead
+    for path in (tmp_path / "a").glob("train-*"):
+        if harm == "cut short":
+            os.truncate(path, 100)
+        elif harm == "overwritten":
+            path.write_bytes(path.read_bytes()[:-1] + b"?")
+        else:
+            path.unlink()
+    with pytest.raises(StoreError, match=r"train-0000.* was changed, replaced or deleted while"):
+        deque(itertools.islice(batches, 20))
+
+
+def test_a_shard_damaged_between_two_readings_is_refused(tmp_path):
+    rows = stored(tmp_path)
+    next(rows.batches(8))
+    path = tmp_path / "a" / "train-00001.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"?")
+    with pytest.raises(StoreError, match=r"train-00001.* is damaged: its checksum differs"):
+        deque(itertools.islice(rows.batches(8), 30))
 
 
 def test_a_site_that_is_not_there_is_refused(store):

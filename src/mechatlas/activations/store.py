@@ -41,6 +41,10 @@ BATCHES_AHEAD = 3
 Split = Literal["train", "held"]
 
 
+Signature = tuple[int, int, int]
+"""Inode, bytes and time of the last change of a file: another one is another file."""
+
+
 class Shard(NamedTuple):
     """What the manifest says of one file."""
 
@@ -118,6 +122,7 @@ class Store:
             for name, s in self.manifest["sites"].items()
         }
         self.shards = [Shard(*entry) for entry in self.manifest["shards"]]
+        self.verified: dict[str, Signature] = {}
 
     @cached_property
     def group(self) -> Group | None:
@@ -181,12 +186,36 @@ class Store:
         return PairedRows(rows)
 
 
+class _Mapped(NamedTuple):
+    """A shard whose checksum was right, in its file."""
+
+    path: Path
+    signature: Signature
+    dtype: torch.dtype
+    rows: np.ndarray
+    """Row by row, as bytes."""
+
+    def check(self) -> None:
+        """Refuse a file that was changed meanwhile: a page cut off would end the process.
+
+        Raises:
+            StoreError: It was changed, replaced or deleted.
+        """
+        try:
+            same = _signature(self.path) == self.signature
+        except OSError:
+            same = False
+        if not same:
+            raise StoreError(
+                f"{self.path} was changed, replaced or deleted while it was being read. "
+                "Let nothing write to a store that is in use; start again."
+            )
+
+
 class _Pool(NamedTuple):
     """Rows that are shuffled together: mapped shards, and which rows of the site they hold."""
 
-    shards: list[np.ndarray]
-    """Rows as bytes, still in their files."""
-    dtype: torch.dtype
+    shards: list[_Mapped]
     firsts: np.ndarray
     """Number, in the pool, of the first row of each shard; at the end that of all rows."""
     ids: np.ndarray
@@ -226,13 +255,14 @@ class StoreRows:
             Batches in float32.
 
         Raises:
-            StoreError: A shard is damaged or missing; it is named.
+            StoreError: A shard is damaged or missing, or changes while it is read; it is named.
+                Every shard is checked whole when it is first read, and again if it changed.
         """
         spare: list[np.ndarray] = []
         with ThreadPoolExecutor(2) as workers:
             ahead: deque[Future[Batch]] = deque()
             for parts in self._parts(batch_size, seed, start, workers):
-                size = batch_size * self.shape.width * parts[0][0].dtype.itemsize
+                size = batch_size * parts[0][0].shards[0].rows.shape[1]
                 ahead.append(workers.submit(self._gather, parts, _spare(spare, size)))
                 if len(ahead) > BATCHES_AHEAD:
                     yield ahead.popleft().result()
@@ -258,7 +288,7 @@ class StoreRows:
         for pool, order in parts:
             _gather_rows(pool, order, out[done : done + len(order)])
             done += len(order)
-        x = torch.from_numpy(room).view(parts[0][0].dtype).view(len(out), -1)
+        x = torch.from_numpy(room).view(parts[0][0].shards[0].dtype).view(len(out), -1)
         ids = np.concatenate([pool.ids[order] for pool, order in parts])
         return Batch(x[:, self.channels].float(), torch.from_numpy(ids))
 
@@ -324,12 +354,33 @@ class StoreRows:
 
     def _load(self, shards: list[int]) -> _Pool:
         entries = [self._all[i] for i in shards]
-        mapped = [_map_rows(self.store.root, shard) for shard in entries]
         ids = [np.arange(self._first[i], self._first[i + 1]) for i in shards]
         firsts = np.concatenate([[0], np.cumsum([shard.rows for shard in entries])])
-        row_bytes = self.shape.width * mapped[0][0].itemsize
-        rows = [data.reshape(-1, row_bytes) for _, data in mapped]
-        return _Pool(rows, mapped[0][0], firsts, np.concatenate(ids))
+        return _Pool([self._map(shard) for shard in entries], firsts, np.concatenate(ids))
+
+    def _map(self, shard: Shard) -> _Mapped:
+        """Map a shard into memory; check the whole of it unless this store has done so.
+
+        Raises:
+            StoreError: The shard is damaged or missing.
+        """
+        path = self.store.root / shard.file
+        try:
+            signature = _signature(path)
+            if signature[1] != shard.bytes:
+                raise StoreError(_damaged(path, shard, signature[1]))
+            data = np.frombuffer(_mapped(path), np.uint8)
+        except (OSError, ValueError) as error:
+            raise StoreError(f"Cannot read {path} ({error}).") from error
+        if self.store.verified.get(shard.file) != signature:
+            if checksum(data.data) != shard.xxh3:
+                raise StoreError(_damaged(path, shard, len(data)))
+            self.store.verified[shard.file] = signature
+        length = int.from_bytes(data[:8].tobytes(), "little")
+        rows = json.loads(data[8 : 8 + length].tobytes())["rows"]
+        begin, end = (8 + length + offset for offset in rows["data_offsets"])
+        cells = np.asarray(data[begin:end]).reshape(shard.rows, -1)
+        return _Mapped(path, signature, _SAFETENSORS[rows["dtype"]], cells)
 
 
 class PairedRows:
@@ -382,29 +433,9 @@ def _damaged(path: Path, shard: Shard, size: int) -> str:
     return f"{path} is damaged: {found}. Delete the store and collect it again."
 
 
-def _map_rows(root: Path, shard: Shard) -> tuple[torch.dtype, np.ndarray]:
-    """Map the rows of a shard into memory and check the whole of it.
-
-    Returns:
-        The type of the rows, and their bytes.
-
-    Raises:
-        StoreError: The shard is damaged or missing.
-    """
-    path = root / shard.file
-    try:
-        size = path.stat().st_size
-        if size != shard.bytes:
-            raise StoreError(_damaged(path, shard, size))
-        data = np.frombuffer(_mapped(path), np.uint8)
-    except (OSError, ValueError) as error:
-        raise StoreError(f"Cannot read {path} ({error}).") from error
-    if checksum(data.data) != shard.xxh3:
-        raise StoreError(_damaged(path, shard, size))
-    length = int.from_bytes(data[:8].tobytes(), "little")
-    rows = json.loads(data[8 : 8 + length].tobytes())["rows"]
-    begin, end = (8 + length + offset for offset in rows["data_offsets"])
-    return _SAFETENSORS[rows["dtype"]], np.asarray(data[begin:end])
+def _signature(path: Path) -> Signature:
+    status = path.stat()
+    return status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def _mapped(path: Path) -> mmap.mmap:
@@ -432,6 +463,8 @@ def _gather_rows(pool: _Pool, order: np.ndarray, out: np.ndarray) -> None:
     """Write rows of a pool, in order; the pool keeps them mapped meanwhile."""
     from mechatlas.activations.copying import copy_rows  # compiled, so only when it is used
 
+    for mapped in pool.shards:
+        mapped.check()
     shard = np.searchsorted(pool.firsts, order, side="right") - 1
-    starts = np.array([rows.ctypes.data for rows in pool.shards], np.int64)
+    starts = np.array([mapped.rows.ctypes.data for mapped in pool.shards], np.int64)
     copy_rows(starts[shard] + (order - pool.firsts[shard]) * out.shape[1], out)
