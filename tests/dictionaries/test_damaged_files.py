@@ -93,7 +93,8 @@ def test_a_wrong_key_is_refused_by_file_and_key(name, tmp_path):
             broken = tensor.clone(memory_format=torch.contiguous_format)
             broken.view(-1)[-1] = bad
             write({**others, key: broken}, file)
-            refused(folder, f"{key} has NaN or infinite values", file.name)
+            where = [n - 1 for n in broken.shape] or ""
+            refused(folder, f"{key}{where} is {bad}", file.name)
 
 
 @pytest.mark.parametrize("name", NAMES)

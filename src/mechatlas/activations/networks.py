@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from mechatlas.base import UserError, WeightsError
+from mechatlas.files import non_finite
 
 ARCHITECTURES = "mechatlas.activations.architectures"
 BUNDLED = {
@@ -118,8 +119,7 @@ def load_weights(
         for name in wanted
         if name in given and given[name].shape != wanted[name].shape
     ]
-    bad = [name for name, tensor in given.items() if not tensor.isfinite().all()]
-    wrong += [f"{name} has NaN or infinite values" for name in bad]
+    wrong += non_finite(given)
     if wrong:
         shown = "; ".join(wrong[:8]) + (f"; and {len(wrong) - 8} more" if len(wrong) > 8 else "")
         raise WeightsError(

@@ -26,7 +26,7 @@ from mechatlas.dictionaries.foreign.weights import read_header, read_tensors, re
 from mechatlas.dictionaries.pose_tied import PoseTied
 from mechatlas.dictionaries.pretrained import Pretrained
 from mechatlas.dictionaries.sparsity import Sparsity
-from mechatlas.files import write
+from mechatlas.files import non_finite, write
 
 FILE = "dictionary.safetensors"
 KINDS = {kind.__name__: kind for kind in (Autoencoder, Transcoder, Crosscoder, PoseTied)}
@@ -181,11 +181,7 @@ def _rebuild(config: Any, tensors: dict[str, Tensor], file: Path) -> SparseCoder
         for name, t in tensors.items()
         if not t.is_floating_point()
     ]
-    wrong += [
-        f"{name} has NaN or infinite values"
-        for name, t in tensors.items()
-        if not t.isfinite().all()
-    ]
+    wrong += non_finite(tensors)
     if wrong:
         raise WeightsError(f"{file} does not hold a whole dictionary: {'; '.join(wrong)}.")
     own = {name: tensors[name.lstrip("_")] for name in dictionary.state_dict()}

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from mechatlas.activations.text_input import TextInput
 from mechatlas.base import UserError, WeightsError
+from mechatlas.files import non_finite
 
 
 def transformer(path: str | Path) -> nn.Module:
@@ -92,11 +93,7 @@ def _network(folder: Path, path: str | Path) -> Any:
         f"{name} has shape {tuple(given)}, expected {tuple(expected)}"
         for name, given, expected in sorted(report["mismatched_keys"])
     ]
-    wrong += [
-        f"{name} has NaN or infinite values"
-        for name, tensor in network.state_dict().items()
-        if not tensor.isfinite().all()
-    ]
+    wrong += non_finite(network.state_dict())
     if wrong:
         more = f"; and {len(wrong) - 8} more" if len(wrong) > 8 else ""
         raise WeightsError(

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from mechatlas.base import WeightsError
+from mechatlas.files import non_finite
 
 
 @contextlib.contextmanager
@@ -232,8 +233,7 @@ def fit(
             wrong.append(f"{key} is {str(tensor.dtype).removeprefix('torch.')}, expected floats")
         else:
             whole[key] = tensor.to(torch.float32)
-            if not whole[key].isfinite().all():
-                wrong.append(f"{key} has NaN or infinite values")
+            wrong += non_finite({key: whole[key]})
     if wrong:
         raise WeightsError(f"{file} does not hold a whole dictionary: {'; '.join(wrong)}.")
     return whole
