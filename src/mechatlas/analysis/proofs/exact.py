@@ -15,13 +15,7 @@ import numpy as np
 from jaxtyping import Bool, Float32, Int, Int8
 
 from mechatlas.analysis.proofs import checks
-from mechatlas.analysis.proofs.checks import U32, U64, growth
-
-Weights = tuple[
-    Float32[np.ndarray, "order neuron"],
-    Float32[np.ndarray, "order neuron"],
-    Float32[np.ndarray, "neuron order"],
-]
+from mechatlas.analysis.proofs.checks import U64, Weights, growth
 
 ROWS = 1024
 """Pairs whose logits are held at a time."""
@@ -45,9 +39,8 @@ def finish(
     left, right, unembed = weights
     m, n = unembed.shape
     right_answer = np.zeros(table.shape, bool)
-    of_x, of_y = checks.loops.weigh_run(*weights, 2.05 * growth(m + 2, U32))
-    bounds = (of_x[:, None] + of_y) * np.float32(1.0001)
-    bounds += np.float32(1e-30 * (1 + float(np.abs(unembed).max()) * m))
+    of_x, of_y = checks.float32_errors(weights)
+    bounds = (1.0001 * (of_x[:, None] + of_y)).astype(np.float32)
     if not left_over.all():
         xs, ys = np.nonzero(left_over)
         for start in range(0, len(xs), ROWS):
@@ -89,7 +82,7 @@ def _decide(weights: Weights, x: int, y: int, z: int) -> bool:
     logits = hidden @ unembed.astype(np.float64)
     top = np.abs(unembed).max(axis=1).astype(np.float64)
     size = float((np.maximum(left[x], 0) + np.maximum(right[y], 0)) @ top)
-    bound = 2.1 * growth(len(top) + 2, U64) * size + 1e-30 * (1 + float(top.sum()))
+    bound = 2.1 * growth(len(top) + 2, U64) * size + 1e-300
     near = logits >= logits[z] - bound
     near[z] = False
     exact = [max(Fraction(float(a)) + Fraction(float(b)), Fraction(0)) for a, b in
