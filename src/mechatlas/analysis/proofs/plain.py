@@ -255,7 +255,7 @@ def bound_pairs(
     slack: Arrays,
     second: Arrays,
     out: Arrays,
-) -> tuple[int, int]:
+) -> tuple[int, int, int]:
     """Lower bounds on the margins of all pairs, by the first stage and the second."""
     left, row, right, column, scale = neurons
     first, points, moves, tables = lookup
@@ -264,8 +264,9 @@ def bound_pairs(
     margins, stages, sample_rests, sample_moved = out
     rests, moved = np.empty_like(sample_rests), np.empty_like(sample_moved)
     gaps, norms = bins
-    every, used, left_over = np.arange(len(table)), 0, 0
-    for x in range(len(table)):
+    n = len(table)
+    every, used, left_over = np.arange(n), 0, 0
+    for x in range(n):
         kept = np.maximum(left[x][:, None] + right, 0) - row[x][:, None] - column
         rest = np.square(kept - scale[:, None] * tables[first + moves[x, points]])
         for b in range(len(blocks) - 1):
@@ -280,6 +281,9 @@ def bound_pairs(
         run = x_run[x] + y_run
         ys = np.flatnonzero(~(margins[x] > run))
         left_over += len(ys)
+        if x == n // 8 and not pairs_left and left_over > (1 - hopeless / 5) * (x + 1) * n:
+            margins[x + 1 :] = -1e30
+            return used, left_over + (n - x - 1) * n, x + 1
         ys = ys[:pairs_left]
         if not len(ys):
             continue
@@ -294,7 +298,7 @@ def bound_pairs(
         left_over -= good
         if good < hopeless * len(ys):
             pairs_left = 0
-    return used, left_over
+    return used, left_over, n
 
 
 def _explain(x: int, circuits: Arrays, kept: np.ndarray, moved: np.ndarray) -> np.ndarray:
@@ -331,9 +335,15 @@ def _sharpen(
     return right - value.max(axis=1)
 
 
+def activate(left: np.ndarray, right: np.ndarray, xs, ys, out: np.ndarray) -> None:
+    """See `kernels.activate`."""
+    np.maximum(left[xs] + right[ys], 0, out=out[: len(xs)])
+
+
 def judge(logits: np.ndarray, answers: np.ndarray, bounds: np.ndarray, out: np.ndarray) -> None:
     """See `kernels.judge`."""
     pairs = np.arange(len(answers))
+    logits, out = logits[: len(pairs)], out[: len(pairs)]
     right = logits[pairs, answers]
     logits[pairs, answers] = -np.inf
     margins = right - logits.max(axis=1, initial=-np.inf)
