@@ -41,6 +41,9 @@ def test_a_proof_is_made_checked_and_drawn(net, tmp_path, capsys):
     assert result["accuracy_brute_force"] == pytest.approx(truth, abs=1e-3)
     for key in ("verify", "prove", "exact", "brute_force_f32", "brute_force_f64"):
         assert result[f"seconds_{key}"] > 0
+    assert 0.98 < result["bi_equivariance"] < 1
+    assert result["cosets"]["left"]["neurons"] == result["width"]
+    assert result["cosets"]["right"]["concentration"] > 0.99
     assert {"float32", "real", "checked", "rounding"} <= set(result["sound"])
     capsys.readouterr()
     run("prove", "--check", out, folder / "net.safetensors", "--json")
@@ -50,6 +53,7 @@ def test_a_proof_is_made_checked_and_drawn(net, tmp_path, capsys):
     report(out, page)
     text = page.read_text()
     assert "rho-set" in text
+    assert "bi-equivariance" in text
     assert "scatter3d" in text
 
 

@@ -23,6 +23,7 @@ from mechatlas.analysis.proofs.prove import (
     load_proof,
 )
 from mechatlas.analysis.proofs.prove import prove as prove_bound
+from mechatlas.analysis.proofs.structure import Cosets, bi_equivariance, concentrate
 from mechatlas.analysis.proofs.verify import Verdict, verify
 from mechatlas.app.folders import Result, refuse_strangers
 from mechatlas.base import InputError, WeightsError
@@ -95,7 +96,18 @@ def prove(recipe: Prove) -> Result:
         result["accuracy_exact"], result["seconds_exact"] = count_exactly(bound, weights)
     if recipe.compare:
         result |= _compare(weights, group, bound)
-    details = describe(weights, group, bound)
+    cosets = {side: concentrate(w, group, side) for side, w in zip(KEYS[:2], weights, strict=False)}
+    result["bi_equivariance"] = bi_equivariance(*weights, group)
+    result["cosets"] = {side: _summarise(found) for side, found in cosets.items()}
+    details = describe(weights, group, bound) | {
+        "cosets": {
+            side: {
+                "order": found.order.tolist(),
+                "concentration": np.round(found.concentration, 4).tolist(),
+            }
+            for side, found in cosets.items()
+        }
+    }
     write_json(recipe.out / "neurons.json", details)
     manifest = {
         "schema": 1,
@@ -264,6 +276,13 @@ def describe(weights: Weights, group: Group, bound: Bound) -> Result:
         "merged": len(explanation.silent) - int(explanation.silent.sum()) - len(explanation.order),
         "histogram": {"edges": edges, "certified": certified, "true": true},
     }
+
+
+def _summarise(found: Cosets) -> Result:
+    """How many neurons have a subgroup, and the median of how concentrated they are."""
+    some = found.order > 1
+    median = float(np.median(found.concentration[some])) if some.any() else 0.0
+    return {"neurons": int(some.sum()), "concentration": median}
 
 
 def _neurons(explanation: Explanation, grid: Grid) -> np.ndarray:

@@ -227,6 +227,94 @@ def test_copies_of_neurons_are_merged_and_cost_nothing(anti):
     assert again.accuracy_bound == 1
 
 
+def _swapped() -> tuple[Group, Weights, Explanation]:
+    """A network that gives two answers for each other, and the explanation of the right one."""
+    of = group("S4")
+    left, right, unembed = planted(of, noise=0.0, seed=5)
+    found = explain(left, right, unembed, of)
+    swapped = unembed.copy()
+    swapped[:, [3, 7]] = swapped[:, [7, 3]]
+    return of, (left, right, swapped), dataclasses.replace(found, second_share=1.0)
+
+
+def _refused_or_true(weights: Weights, of: Group, e: Explanation) -> None:
+    try:
+        verdict = verify(*weights, of, e)
+    except ProofError:
+        return
+    assert (verdict.margins <= true_margins(weights, of.table)).all()
+
+
+@pytest.mark.parametrize("k", [-120, -80, -60, 40, 60, 80, 120])
+def test_a_scale_that_makes_squares_vanish_or_overflow_hides_no_loss(k):
+    of, weights, e = _swapped()
+    assert 0.9 < (true_margins(weights, of.table) > 0).mean() < 1
+    grids = [
+        dataclasses.replace(
+            g,
+            scale=np.ldexp(g.scale, k).astype(np.float32),
+            table=np.ldexp(g.table, -k).astype(np.float32),
+        )
+        for g in e.grids
+    ]
+    _refused_or_true(weights, of, dataclasses.replace(e, grids=tuple(grids)))
+
+
+@pytest.mark.parametrize("in_grids", [True, False])
+@pytest.mark.parametrize(("down", "up"), [(-30, 4), (-36, 4), (-42, 6), (-36, 12), (30, -4)])
+@pytest.mark.parametrize("exponent", [-40, 40])
+def test_exponents_that_make_rests_vanish_hide_no_loss(in_grids, down, up, exponent):
+    of, weights, e = _swapped()
+    powers = [np.float32(2.0**k) for k in (down, down, up)]
+    left, right, unembed = (w * f for w, f in zip(weights, powers, strict=True))
+    more = exponent + down - e.exponents  # of values; weights of circuits get the opposite
+    less = up - exponent + e.exponents
+
+    def times(array, power):
+        return np.ldexp(array.astype(np.float64), power).astype(np.float32)
+
+    circuits = []
+    for c in e.circuits:
+        mine = less[c.start : c.start + c.weights.shape[1]]
+        mean = np.ldexp(c.mean, down + up)
+        circuits.append(dataclasses.replace(c, weights=times(c.weights, mine), mean=mean))
+    grids = [
+        dataclasses.replace(g, scale=times(g.scale, more[g.start : g.start + len(g.scale)]))
+        for g in e.grids
+    ]
+    changed = dataclasses.replace(
+        e,
+        exponents=np.full_like(e.exponents, exponent),
+        row=times(e.row, more),
+        column=times(e.column, more[:, None]),
+        circuits=tuple(circuits),
+        grids=tuple(grids) if in_grids else (),
+        blocks=e.blocks if in_grids else np.array([0, len(e.order)]),
+    )
+    _refused_or_true((left, right, unembed), of, changed)
+
+
+def test_a_tie_is_not_counted_as_right():
+    of = group("C3")
+    left, right = np.ones((2, 3, 4), np.float32)
+    bound = prove(left, right, np.ones((4, 3), np.float32), of)
+    assert bound.accuracy_bound == bound.verdict.accuracy_bound_real == 0
+    assert count_exactly(bound, (left, right, np.ones((4, 3), np.float32)))[0] == 0
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-40, 1e-20, 1e11])
+def test_networks_of_absurd_sizes_are_bounded_soundly_or_refused(size):
+    of = group("D5")
+    left, right, unembed = planted(of, noise=0.02, seed=3)
+    small = tuple(np.float32(size) * w for w in (left, right, unembed / np.abs(unembed).max()))
+    try:
+        bound = prove(*small, of)
+    except UserError:
+        assert size > 1e10
+        return
+    assert (bound.verdict.margins <= true_margins(small, of.table)).all()
+
+
 def test_matrices_that_are_no_representation_are_refused():
     of, weights, bound = proved("S4", 0.02, 1)
     circuit = bound.proof.explanation.circuits[0]

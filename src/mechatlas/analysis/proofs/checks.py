@@ -24,9 +24,16 @@ except ImportError:  # numba is missing: slower, and tested to be the same
 
 U32, U64 = 2.0**-24, 2.0**-53
 """Unit roundoff of float32 and float64."""
-LARGEST = 1e25
-"""Numbers above this could overflow float32 when multiplied and are refused."""
+LARGEST = 1e15
+"""Numbers above this are refused, so that their squares and sums of these stay finite."""
+TINIEST = 2.0**-126
+"""No result of float32 loses more than this below the normal numbers, flushed to 0 or not."""
 
+Weights = tuple[
+    Float32[np.ndarray, "order neuron"],
+    Float32[np.ndarray, "order neuron"],
+    Float32[np.ndarray, "neuron order"],
+]
 
 FAULTS = (
     "",
@@ -83,6 +90,18 @@ def growth(operations: int, unit: float) -> float:
     if operations * unit > 0.01:
         raise ProofError(f"Rounding of {operations} operations in a row cannot be bounded.")
     return operations * unit / (1 - operations * unit)
+
+
+def float32_errors(weights: Weights) -> tuple[np.ndarray, np.ndarray]:
+    """Bound on the error of a margin when the network runs in float32: of x and of y.
+
+    For each logit m + 2 operations in a row on terms of at most max |u_i| (relu(l) + relu(r)).
+    """
+    m = len(weights[2])
+    of_x, of_y = loops.weigh_run(*weights, 2.05 * growth(m + 2, U32))
+    largest = [float(np.abs(w).max(initial=0)) for w in weights]
+    tiny = 8 * m * TINIEST * (1 + sum(largest))
+    return of_x.astype(np.float64) + tiny, of_y.astype(np.float64)
 
 
 def check(width: int, group: Group, e: Explanation) -> tuple[Packed, KnownIrreps, KnownActions]:

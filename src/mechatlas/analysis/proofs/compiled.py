@@ -12,8 +12,8 @@
     weigh        sums of absolute values, for bounds on rounding
 
 `plain.py` has the same functions in numpy. Sums may be taken in any order and multiplications
-fused into them: the bounds on rounding hold for every order. All input is finite and so small
-that nothing overflows: `checks` sees to that.
+fused into them: the bounds on rounding hold for every order. Input is finite (`checks`), and
+what could have overflowed here is refused afterwards (`terms`).
 """
 
 import inspect
@@ -40,7 +40,7 @@ def reduce(weights, standing, order, factor):
 
     Returns scaled left and right, the unembedding u, the linear part v of those that stand for
     mirrored neurons, which these are, the mass (what |u| adds up to), losses by x and by y,
-    and the smallest scaled weight but 0.
+    and whether a scaled weight is too small to be sure that scaling is exact.
     """
     left, right, unembed = weights
     silent, leaders, ratios = standing
@@ -88,16 +88,22 @@ def reduce(weights, standing, order, factor):
         mass[j] = most
     scaled_left = np.empty((n, k), np.float32)
     scaled_right = np.empty((k, n), np.float32)
-    least = np.float32(1)
     for x in range(n):
+        first, second, to = left[x], right[x], scaled_left[x]
         for j in range(k):
-            a, b = left[x, order[j]] * factor[j], right[x, order[j]] * factor[j]
-            scaled_left[x, j], scaled_right[j, x] = a, b
-            if a != 0:
-                least = min(least, abs(a))
-            if b != 0:
-                least = min(least, abs(b))
-    return scaled_left, scaled_right, u, v, mirrored, mass, x_loss, y_loss, least
+            to[j] = first[order[j]] * factor[j]
+            scaled_right[j, x] = second[order[j]] * factor[j]
+    tiny = _is_tiny(scaled_left.reshape(-1)) or _is_tiny(scaled_right.reshape(-1))
+    return scaled_left, scaled_right, u, v, mirrored, mass, x_loss, y_loss, tiny
+
+
+@compiled
+def _is_tiny(values):
+    """Whether a number but 0 is so small that scaling it may have rounded it."""
+    small, found = np.float32(2.0**-80), False
+    for i in range(len(values)):
+        found |= (abs(values[i]) < small) & (values[i] != 0)
+    return found
 
 
 @compiled
@@ -207,18 +213,14 @@ def keeps_opposite(antipodes, action):
 
 
 @compiled
-def project(u, row, column, circuits, weights, rho):
-    """What of the unembedding circuits do not explain, and sizes of the M_i.
-
-    Also the parts of V that x and y add up to.
-    """
+def project(u, circuits, weights, rho):
+    """What of the unembedding circuits do not explain, and sizes of the M_i."""
     k, n = u.shape
     rest, sizes = u.copy(), np.zeros(k)
-    of_x, of_y = np.zeros((n, len(rho)), np.float32), np.zeros((len(rho), n), np.float32)
     base = offset = 0
     for c in range(len(circuits)):
         d, start, count = circuits[c]
-        dd, stop = d * d, start + count
+        dd = d * d
         m = weights[offset : offset + dd * count].reshape((dd, count))
         explained = np.dot(m.T, rho[base : base + dd])
         for j in range(count):
@@ -228,11 +230,9 @@ def project(u, row, column, circuits, weights, rho):
             for r in range(dd):
                 square += np.float64(m[r, j]) ** 2
             sizes[start + j] += np.sqrt(square)
-        of_x[:, base : base + dd] = np.dot(np.ascontiguousarray(row[:, start:stop]), m.T)
-        of_y[base : base + dd] = np.dot(m, column[start:stop])
         base += dd
         offset += dd * count
-    return rest, sizes, of_x, of_y
+    return rest, sizes
 
 
 @compiled
@@ -290,19 +290,30 @@ def look_up(grids, sides, offsets, points, scale, tables, actions):
 
 @compiled
 def weigh(left, row, right, column, small):
-    """Sum over neurons of small (|left| + |row|), by x; the same of the others, by y."""
+    """Sum over neurons of small (|left| + |row|), by x; the same of the others, by y.
+
+    Also more than the largest of all these numbers.
+    """
     k, n = right.shape
     of_x, of_y = np.empty(n, np.float32), np.zeros(n, np.float32)
+    every, largest = np.zeros(n, np.float32), np.float32(0)
     for x in range(n):
-        first, second, total = left[x], row[x], np.float32(0)
+        first, second, total, whole = left[x], row[x], np.float32(0), np.float32(0)
         for j in range(k):
-            total += small[j] * (abs(first[j]) + abs(second[j]))
+            value = abs(first[j]) + abs(second[j])
+            total += small[j] * value
+            whole += value
         of_x[x] = total
+        largest += whole
     for j in range(k):
         first, second, size = right[j], column[j], small[j]
         for y in range(n):
-            of_y[y] += size * (abs(first[y]) + abs(second[y]))
-    return of_x, of_y
+            value = abs(first[y]) + abs(second[y])
+            of_y[y] += size * value
+            every[y] += value
+    for y in range(n):
+        largest += every[y]
+    return of_x, of_y, np.float64(largest)
 
 
 @compiled
@@ -365,33 +376,37 @@ def _farthest(vectors, rate):
 def span(rest, weight, grids, points, antipodes, scale, tables, rate):
     """How much the cells of all grids could take, for each two answers.
 
-    Also what they could because tables have row or column means, and the number of cells.
+    Also what they could because tables have row or column means, more than the largest
+    number in a cell, and the number of cells.
     """
     n = rest.shape[1]
-    spans, off_centre, cells = np.zeros((n, n), np.float32), 0.0, 0
+    spans, off_centre, largest, cells = np.zeros((n, n), np.float32), 0.0, 0.0, 0
+    inflate = 1.000002 + 2.0**-22 * len(grids)
     for g in range(len(grids)):
         start, count, k, k2, left, right, cell, _ = grids[g]
         mine = slice(start, start + count)
-        taken, kept = _add_spans(
+        taken, most, kept = _add_spans(
             rest[mine], (points[0, mine], points[1, mine]),
             (antipodes[left : left + k], antipodes[right : right + k2]), scale[mine],
-            tables[cell : cell + k * k2].reshape((k, k2)), weight[mine], rate, spans,
+            tables[cell : cell + k * k2].reshape((k, k2)), weight[mine], rate, inflate, spans,
         )  # fmt: skip
         off_centre += taken
+        largest += most
         cells += kept + 2
-    return spans, off_centre, cells
+    return spans, off_centre, largest, cells
 
 
 @compiled
-def _add_spans(rest, points, antipodes, scale, table, weight, rate, spans):
+def _add_spans(rest, points, antipodes, scale, table, weight, rate, inflate, spans):
     """How much the cells of a grid could take, for each two answers, is added to spans.
 
-    A cell holds what the rests in it add up to, without row and column means. Of two opposite
-    cells, which are the same, only one is kept, times the root of two. Returns what the row
-    and column means of the table could take (weight is that of each neuron, largest u and
-    all), and how many cells were kept.
+    A cell holds what the rests in it add up to, without row and column means, times the norm
+    of the table. Of two opposite cells, which are the same, only one is kept, times the root
+    of two. Returns what the row and column means of the table could take (weight is that of
+    each neuron, largest u and all), more than the largest cell, and how many were kept.
     """
     k, k2 = table.shape
+    size, means = _table_sizes(table)
     n = rest.shape[1]
     cells = np.zeros((k * k2, n))
     for j in range(len(rest)):
@@ -419,7 +434,7 @@ def _add_spans(rest, points, antipodes, scale, table, weight, rate, spans):
             cell, other = p * k2 + q, antipodes[0][p] * k2 + antipodes[1][q]
             if other < cell:
                 continue
-            times = 1.0 if other == cell else np.sqrt(2.0)
+            times = size if other == cell else np.sqrt(2.0) * size
             own, row, column, to = cells[cell], rows[p], columns[q], cells[kept]
             for z in range(n):
                 to[z] = times * (own[z] - row[z] - column[z] + every[z])
@@ -431,17 +446,16 @@ def _add_spans(rest, points, antipodes, scale, table, weight, rate, spans):
         top = max(top, gram[z, z])
     for z in range(n):
         norms[z] = gram[z, z] + np.float32(0.5 * rate) * top
-    size, means = _table_sizes(table)
-    zero, two, times32 = np.float32(0), np.float32(2), np.float32(1.000002 * size)
+    zero, two, more = np.float32(0), np.float32(2), np.float32(inflate)
     for z in range(n):
         line, to, mine = gram[z], spans[z], norms[z]
         for w in range(n):
             square = norms[w] + mine - two * line[w]
-            to[w] += times32 * np.sqrt(square if square > zero else zero)
+            to[w] += more * np.sqrt(square if square > zero else zero)
     total = 0.0
     for j in range(len(rest)):
         total += weight[j] * abs(np.float64(scale[j]))
-    return 2.02 * (means + 1e-10 * size) * total, kept
+    return 2.02 * (means + 1e-10 * size) * total, 4 * size * total, kept
 
 
 @compiled

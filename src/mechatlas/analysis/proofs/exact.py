@@ -12,16 +12,10 @@ Source: Higham, Accuracy and Stability of Numerical Algorithms (2002), section 3
 from fractions import Fraction
 
 import numpy as np
-from jaxtyping import Bool, Float32, Int, Int8
+from jaxtyping import Bool, Int
 
 from mechatlas.analysis.proofs import checks
-from mechatlas.analysis.proofs.checks import U32, U64, growth
-
-Weights = tuple[
-    Float32[np.ndarray, "order neuron"],
-    Float32[np.ndarray, "order neuron"],
-    Float32[np.ndarray, "neuron order"],
-]
+from mechatlas.analysis.proofs.checks import U64, Weights, growth
 
 ROWS = 1024
 """Pairs whose logits are held at a time."""
@@ -45,41 +39,22 @@ def finish(
     left, right, unembed = weights
     m, n = unembed.shape
     right_answer = np.zeros(table.shape, bool)
-    of_x, of_y = checks.loops.weigh_run(*weights, 2.05 * growth(m + 2, U32))
-    bounds = (of_x[:, None] + of_y) * np.float32(1.0001)
-    bounds += np.float32(1e-30 * (1 + float(np.abs(unembed).max()) * m))
-    if not left_over.all():
-        xs, ys = np.nonzero(left_over)
-        for start in range(0, len(xs), ROWS):
-            x, y = xs[start : start + ROWS], ys[start : start + ROWS]
-            found = _try(left[x] + right[y], unembed, table[x, y], bounds[x, y])
-            for i in np.flatnonzero(found == 2):
-                found[i] = _decide(weights, int(x[i]), int(y[i]), int(table[x[i], y[i]]))
-            right_answer[x, y] = found == 1
-        return right_answer
-    step = max(1, ROWS // n)
-    for start in range(0, n, step):  # no need to gather rows
-        some = slice(start, start + step)
-        sums = (left[some, None] + right).reshape(-1, m)
-        found = _try(sums, unembed, table[some].ravel(), bounds[some].ravel())
-        for i in np.flatnonzero(found == 2):
-            x, y = start + int(i) // n, int(i) % n
-            found[i] = _decide(weights, x, y, int(table[x, y]))
-        right_answer[some] = (found == 1).reshape(-1, n)
+    of_x, of_y = (1.0001 * part for part in checks.float32_errors(weights))
+    xs, ys = np.nonzero(left_over)
+    rows = min(ROWS, len(xs))
+    hidden, logits = np.empty((rows, m), np.float32), np.empty((rows, n), np.float32)
+    found = np.empty(rows, np.int8)
+    for start in range(0, len(xs), ROWS):
+        x, y = xs[start : start + ROWS], ys[start : start + ROWS]
+        now = slice(0, len(x))
+        checks.loops.activate(left, right, x, y, hidden)
+        np.matmul(hidden[now], unembed, out=logits[now])
+        answers = table[x, y]
+        checks.loops.judge(logits, answers, of_x[x] + of_y[y], found)
+        for i in np.flatnonzero(found[now] == 2):
+            found[i] = _decide(weights, int(x[i]), int(y[i]), int(answers[i]))
+        right_answer[x, y] = found[now] == 1
     return right_answer
-
-
-def _try(
-    sums: Float32[np.ndarray, "pair neuron"],
-    unembed: Float32[np.ndarray, "neuron order"],
-    answers: Int[np.ndarray, " pair"],
-    bounds: Float32[np.ndarray, " pair"],
-) -> Int8[np.ndarray, " pair"]:
-    """1 for pairs that are right, 0 for wrong ones, 2 where float32 cannot tell."""
-    found = np.empty(len(answers), np.int8)
-    np.maximum(sums, 0, out=sums)
-    checks.loops.judge(sums @ unembed, answers, bounds, found)
-    return found
 
 
 def _decide(weights: Weights, x: int, y: int, z: int) -> bool:
@@ -89,7 +64,7 @@ def _decide(weights: Weights, x: int, y: int, z: int) -> bool:
     logits = hidden @ unembed.astype(np.float64)
     top = np.abs(unembed).max(axis=1).astype(np.float64)
     size = float((np.maximum(left[x], 0) + np.maximum(right[y], 0)) @ top)
-    bound = 2.1 * growth(len(top) + 2, U64) * size + 1e-30 * (1 + float(top.sum()))
+    bound = 2.1 * growth(len(top) + 2, U64) * size + 1e-300
     near = logits >= logits[z] - bound
     near[z] = False
     exact = [max(Fraction(float(a)) + Fraction(float(b)), Fraction(0)) for a, b in

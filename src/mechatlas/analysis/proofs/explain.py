@@ -21,7 +21,7 @@ TINY = 1e-3
 """Neurons below this size, relative to the largest, belong nowhere."""
 SILENCE = 0.3
 """Logits that all silent neurons together may take."""
-MERGED = 0.5
+MERGED = 1.0
 """Logits that merging could cost, at most."""
 SET_TOLERANCE = 0.15
 """Largest 1 - cosine between a direction and the point of a rho-set."""
@@ -203,7 +203,7 @@ def find_directions(left, right, unembed, irreps) -> Directions:
     which = np.sum(relative, axis=0)[:, 1:].argmax(axis=1) + 1 if len(irreps) > 1 else np.zeros(m)
     which = which.astype(int)
     size = np.sqrt((totals[0] + totals[1]) * totals[2])
-    silent = size <= TINY * size.max()
+    silent = size <= TINY * size.max(initial=0)
     shares = np.stack([r[np.arange(m), which] for r in relative])
     b, b2, a, matrices = [], [], [], []
     for i in range(m):

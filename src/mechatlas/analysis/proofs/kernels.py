@@ -1,6 +1,7 @@
 """The compiled inner loops of the verifier, for CPUs.
 
     bound_pairs  weights and explanation -> a lower bound on the margin of each pair
+    activate     weights -> the hidden values of some pairs
     judge        logits of some pairs -> which are right, which are wrong and which are near
 
 What does not depend on the pair is prepared by `compiled.py`, whose functions are offered here
@@ -27,36 +28,43 @@ from mechatlas.analysis.proofs.compiled import (
 
 
 @compiled
-def _interact(x, start, stop, neurons, lookup, kept, squares):
-    """Neurons start to stop at x and x + 1: their values at every y, and the squared rests.
+def _interact(x, at, neurons, blocks, lookup, kept, rests):
+    """The interaction of all neurons at one x and every y, and the size of their rests.
 
-    Two x together, since the weights come from afar; the second is a dummy at the end.
+    What is kept begins at column `at`. Loops are short and over slices, because the compiler
+    vectorises those over few whole arrays alone.
     """
-    left, row, right, column, scale = neurons
+    left, row, right, column, _ = neurons
+    n, zero = right.shape[1], np.float32(0)
+    for j in range(len(right)):
+        a, b, value, r, c = left[x, j], row[x, j], kept[j, at : at + n], right[j], column[j]
+        for y in range(n):
+            t = a + r[y]
+            value[y] = (t if t > zero else zero) - b - c[y]
+    for b in range(len(blocks) - 1):
+        _add_squares(x, at, blocks[b], blocks[b + 1], neurons[4], lookup, kept, rests[b])
+
+
+@compiled
+def _add_squares(x, at, start, stop, scale, lookup, kept, squares):
+    """The root of the sum of squares of what tables do not explain, at every y."""
     first, points, moves, tables = lookup
-    n = right.shape[1]
-    one, two, zero = squares[0], squares[1], np.float32(0)
-    one[:] = 0
-    two[:] = 0
-    x2 = min(x + 1, n - 1)
-    # Slices, because the compiler vectorises loops over whole arrays alone.
-    for j in range(start, stop):
-        a, a2, r = left[x, j], left[x2, j], right[j]
-        value, value2 = kept[j, :n], kept[j, n:]
-        for y in range(n):
-            t, t2 = a + r[y], a2 + r[y]
-            value[y] = t if t > zero else zero
-            value2[y] = t2 if t2 > zero else zero
-        s, c, base, point, a, a2 = scale[j], column[j], first[j], points[j], row[x, j], row[x2, j]
-        table, table2 = tables[base + moves[x, point]], tables[base + moves[x2, point]]
-        for y in range(n):
-            rest = value[y] - a - c[y] - s * table[y]
-            one[y] += rest * rest
-        for y in range(n):
-            rest = value2[y] - a2 - c[y] - s * table2[y]
-            two[y] += rest * rest
-    _root(one)
-    _root(two)
+    j, to = start, at + len(squares)
+    squares[:] = 0
+    while j + 1 < stop:  # two at a time: each sum is loaded and stored less often
+        value, value2, s, s2 = kept[j, at:to], kept[j + 1, at:to], scale[j], scale[j + 1]
+        table = tables[first[j] + moves[x, points[j]]]
+        table2 = tables[first[j + 1] + moves[x, points[j + 1]]]
+        for y in range(len(squares)):
+            rest, rest2 = value[y] - s * table[y], value2[y] - s2 * table2[y]
+            squares[y] += rest * rest + rest2 * rest2
+        j += 2
+    if j < stop:
+        value, s, table = kept[j, at:to], scale[j], tables[first[j] + moves[x, points[j]]]
+        for y in range(len(squares)):
+            rest = value[y] - s * table[y]
+            squares[y] += rest * rest
+    _root(squares)
 
 
 @compiled
@@ -66,12 +74,12 @@ def _root(values):
 
 
 @compiled
-def _compare(part, framed, rho, d, rest, squares):
+def _compare(part, at, framed, rho, d, rest, squares):
     """The squared entries of part - framed rho(y)."""
     squares[:] = 0
     for a in range(d):
         for b in range(d):
-            whole, f, r = part[a * d + b], framed[a * d], rho[b]
+            whole, f, r = part[a * d + b, at : at + len(rest)], framed[a * d], rho[b]
             for y in range(len(rest)):
                 rest[y] = whole[y] - f * r[y]
             e = 1
@@ -92,39 +100,34 @@ def _compare(part, framed, rho, d, rest, squares):
 
 
 @compiled
-def _explain(x, circuits, kept, both, rest, whole, moved):
+def _explain(x, circuits, kept, rest, whole, moved):
     """The matrices V at x and x + 1, and how far they are from the mean in their frames."""
-    shapes, flat, of_x, of_y, framed, rho = circuits
+    shapes, flat, framed, rho = circuits
     n = kept.shape[1] // 2
     base = offset = 0
     for c in range(len(shapes)):
         d, start, k = shapes[c]
+        stop = base + d * d
         weights = flat[offset : offset + d * d * k].reshape((d * d, k))
-        np.dot(weights, kept[start : start + k], both[: d * d])
+        np.dot(weights, kept[start : start + k], whole[base:stop])
         for i in range(2):
-            part, its_x = whole[i, base : base + d * d], min(x + i, n - 1)
-            for r in range(d * d):
-                to, source = part[r], both[r, i * n : i * n + n]
-                row, column = of_x[its_x, base + r], of_y[base + r]
-                for y in range(n):
-                    to[y] = source[y] - row - column[y]
-            its_frame = framed[base : base + d * d, its_x]
-            _compare(part, its_frame, rho[base : base + d * d], d, rest, moved[i, c])
+            its_frame = framed[base:stop, min(x + i, n - 1)]
+            _compare(whole[base:stop], i * n, its_frame, rho[base:stop], d, rest, moved[i, c])
             _root(moved[i, c])
-        base += d * d
+        base = stop
         offset += d * d * k
 
 
 @compiled
-def _screen(zs, rests, i, moved, bins, losses, total, worst):
-    """The first bound at one x, the i-th of two: total is what to take from worst."""
+def _screen(zs, rests, moved, bins, losses, total, worst):
+    """The first bound at one x: total is what to take from worst."""
     gaps, norms = bins
     x_loss, y_loss, errors = losses
     for y in range(len(zs)):
         z = zs[y]
         total[y] = x_loss[z] + y_loss[y, z]
     for b in range(len(rests)):
-        rest, error = rests[b, i], errors[b]
+        rest, error = rests[b], errors[b]
         for y in range(len(zs)):
             total[y] += rest[y] * error[zs[y]]
     worst[:] = np.inf
@@ -140,7 +143,7 @@ def _screen(zs, rests, i, moved, bins, losses, total, worst):
 
 
 @compiled
-def _sharpen(ys, zs, whole, merged, x_sum, y_sums, spans, out):
+def _sharpen(ys, zs, whole, at, merged, x_sum, y_sums, spans, out):
     """Right logit less the largest other one, where each other one gets all it could."""
     signs, to, rho = merged
     n = rho.shape[1]
@@ -148,7 +151,7 @@ def _sharpen(ys, zs, whole, merged, x_sum, y_sums, spans, out):
     for r in range(len(signs)):
         source, sign, g = whole[r], signs[r], to[r]
         for i in range(len(ys)):
-            v[i, g] += sign * source[ys[i]]
+            v[i, g] += sign * source[at + ys[i]]
     logits = np.dot(v, rho)
     value = np.empty((n + 15) // 16 * 16, np.float32)
     value[:] = -np.inf
@@ -176,32 +179,32 @@ def _sharpen(ys, zs, whole, merged, x_sum, y_sums, spans, out):
 def bound_pairs(table, neurons, blocks, lookup, circuits, bins, losses, slack, second, out):
     """Lower bounds on the margins of all pairs, by the first stage and the second.
 
-    Returns how many pairs the second stage took, and how many are left.
+    Returns how many pairs the second stage took, how many are left, and how many x were tried:
+    where an eighth of them is certified hardly anywhere, the others are not tried.
     """
     merged, x_sums, y_sums, spans, pairs_left, hopeless = second
     x_slack, y_slack, x_run, y_run, inflate = slack
     margins, stages, sample_rests, sample_moved = out
     k, n = neurons[2].shape
-    kept = np.empty((k, 2 * n), np.float32)
-    rests = np.empty((len(blocks) - 1, 2, n), np.float32)
+    kept = np.zeros((k, 2 * n), np.float32)
+    rests = np.empty((2, len(blocks) - 1, n), np.float32)
     moved = np.empty((2, len(circuits[0]), n), np.float32)
-    whole = np.empty((2, len(circuits[-1]), n), np.float32)
-    both = np.empty((len(circuits[-1]), 2 * n), np.float32)
+    whole = np.empty((len(circuits[-1]), 2 * n), np.float32)
     rest, total, worst = np.empty(n, np.float32), np.empty(n, np.float32), np.empty(n, np.float32)
     failed, sharper = np.empty(n, np.int64), np.empty(n, np.float32)
     used = open_pairs = 0
     for x in range(n):
         i = x % 2
         if not i:
-            for b in range(len(blocks) - 1):
-                _interact(x, blocks[b], blocks[b + 1], neurons, lookup, kept, rests[b])
-            _explain(x, circuits, kept, both, rest, whole, moved)
+            for j in range(min(2, n - x)):  # two together, for the product of matrices
+                _interact(x + j, j * n, neurons, blocks, lookup, kept, rests[j])
+            _explain(x, circuits, kept, rest, whole, moved)
         if x == 0:
-            sample_rests[:] = rests[:, 0]
+            sample_rests[:] = rests[0]
             sample_moved[:] = moved[0]
         zs = table[x]
         its_losses = (losses[0][x], losses[1], losses[2])
-        _screen(zs, rests, i, moved[i], bins, its_losses, total, worst)
+        _screen(zs, rests[i], moved[i], bins, its_losses, total, worst)
         count = 0
         for y in range(n):
             bound = np.float64(worst[y]) - inflate * np.float64(total[y]) - x_slack[x] - y_slack[y]
@@ -210,18 +213,21 @@ def bound_pairs(table, neurons, blocks, lookup, circuits, bins, losses, slack, s
                 failed[count] = y
                 count += 1
         open_pairs += count
+        if x == n // 8 and not pairs_left and open_pairs > (1 - hopeless / 5) * (x + 1) * n:
+            margins[x + 1 :] = -1e30
+            return used, open_pairs + (n - x - 1) * n, x + 1
         count = min(count, pairs_left)
         if not count:
             continue
         ys = failed[:count]
-        _sharpen(ys, zs, whole[i], merged, x_sums[x], y_sums, spans, sharper)
+        _sharpen(ys, zs, whole, i * n, merged, x_sums[x], y_sums, spans, sharper)
         good = 0
         for j in range(count):
             y = ys[j]
             z = zs[y]
             loss = 0.0
-            for b in range(len(rests)):
-                loss += np.float64(rests[b, i, y]) * np.float64(losses[2][b, z])
+            for b in range(len(losses[2])):
+                loss += np.float64(rests[i, b, y]) * np.float64(losses[2][b, z])
             bound = np.float64(sharper[j]) - inflate * loss - x_slack[x] - y_slack[y]
             if bound > margins[x, y]:
                 margins[x, y] = bound
@@ -232,7 +238,18 @@ def bound_pairs(table, neurons, blocks, lookup, circuits, bins, losses, slack, s
         pairs_left -= count
         if good < hopeless * count:
             pairs_left = 0
-    return used, open_pairs
+    return used, open_pairs, n
+
+
+@compiled
+def activate(left, right, xs, ys, out):
+    """relu(left[x] + right[y]) of some pairs, a row for each."""
+    zero = np.float32(0)
+    for i in range(len(xs)):
+        first, second, to = left[xs[i]], right[ys[i]], out[i]
+        for j in range(len(to)):
+            t = first[j] + second[j]
+            to[j] = t if t > zero else zero
 
 
 @compiled
@@ -262,6 +279,6 @@ def judge(logits, answers, bounds, out):
 
 
 __all__ = [
-    "bound_pairs", "class_bins", "farthest", "find_fault", "frame", "judge", "keeps_opposite",
+    "activate", "bound_pairs", "class_bins", "farthest", "find_fault", "frame", "judge", "keeps_opposite",
     "look_up", "lose", "project", "reduce", "span", "weigh", "weigh_run",
 ]  # fmt: skip

@@ -37,9 +37,9 @@ def reduce(weights: Arrays, standing: Arrays, order: np.ndarray, factor: np.ndar
     scaled_left = weights[0][:, order] * factor
     scaled_right = np.ascontiguousarray((weights[1][:, order] * factor).T)
     sizes = np.abs(np.concatenate([scaled_left.ravel(), scaled_right.ravel()]))
-    least = sizes.min(initial=1, where=sizes > 0)
+    tiny = bool(((sizes > 0) & (sizes < 2.0**-80)).any())
     mass = sums.max(axis=1, initial=0).astype(np.float64)
-    return scaled_left, scaled_right, u, v, mirrored, mass, x_loss, y_loss, least
+    return scaled_left, scaled_right, u, v, mirrored, mass, x_loss, y_loss, tiny
 
 
 def lose(x_sums: np.ndarray, y_sums: np.ndarray, spans: np.ndarray) -> Arrays:
@@ -102,27 +102,17 @@ def keeps_opposite(antipodes: np.ndarray, action: np.ndarray) -> bool:
     return paired and np.array_equal(action[:, antipodes], antipodes[action])
 
 
-def project(
-    u: np.ndarray,
-    row: np.ndarray,
-    column: np.ndarray,
-    circuits: np.ndarray,
-    weights: np.ndarray,
-    rho: np.ndarray,
-) -> Arrays:
+def project(u: np.ndarray, circuits: np.ndarray, weights: np.ndarray, rho: np.ndarray) -> Arrays:
     """See `kernels.project`."""
     rest, sizes = u.copy(), np.zeros(len(u))
-    of_x, of_y = [np.zeros((u.shape[1], 0), np.float32)], [np.zeros((0, u.shape[1]), np.float32)]
     base = offset = 0
     for d, start, count in circuits:
         mine = slice(start, start + count)
         m = weights[offset : offset + d * d * count].reshape(d * d, count)
         rest[mine] -= m.T @ rho[base : base + d * d]
         sizes[mine] += np.sqrt(np.square(m, dtype=np.float64).sum(axis=0))
-        of_x.append(row[:, mine] @ m.T)
-        of_y.append(m @ column[mine])
         base, offset = base + d * d, offset + d * d * count
-    return rest, sizes, np.concatenate(of_x, axis=1), np.concatenate(of_y)
+    return rest, sizes
 
 
 def frame(circuits: np.ndarray, means: np.ndarray, rho: np.ndarray, identity: int) -> Arrays:
@@ -165,8 +155,9 @@ def look_up(
 def weigh(
     left: np.ndarray, row: np.ndarray, right: np.ndarray, column: np.ndarray, small: np.ndarray
 ) -> Arrays:
-    """Sum over neurons of small (|left| + |row|), by x; the same of the others, by y."""
-    return (np.abs(left) + np.abs(row)) @ small, small @ (np.abs(right) + np.abs(column))
+    """See `kernels.weigh`."""
+    of_x, of_y = np.abs(left) + np.abs(row), np.abs(right) + np.abs(column)
+    return of_x @ small, small @ of_y, float(of_x.sum()) + float(of_y.sum())
 
 
 def weigh_run(left: np.ndarray, right: np.ndarray, unembed: np.ndarray, rate: float) -> Arrays:
@@ -199,10 +190,11 @@ def span(
     scale: np.ndarray,
     tables: np.ndarray,
     rate: float,
-) -> tuple[np.ndarray, float, int]:
+) -> tuple[np.ndarray, float, float, int]:
     """See `kernels.span`."""
     n = rest.shape[1]
-    spans, off_centre, count_cells = np.zeros((n, n), np.float32), 0.0, 0
+    spans, off_centre, largest, count_cells = np.zeros((n, n), np.float32), 0.0, 0.0, 0
+    inflate = 1.000002 + 2.0**-22 * len(grids)
     for start, count, k, k2, left, right, cell, _ in grids:
         mine = slice(start, start + count)
         one, two = antipodes[left : left + k], antipodes[right : right + k2]
@@ -218,11 +210,13 @@ def span(
         t = tables[cell : cell + k * k2].reshape(k, k2).astype(np.float64)
         means = t.mean(axis=0) + t.mean(axis=1, keepdims=True) - t.mean()
         size = 1.000001 * float(np.linalg.norm(t))
-        spans += (1.000002 * size * _distances(kept.astype(np.float32), rate)).astype(np.float32)
+        kept = (size * kept).astype(np.float32)
+        spans += (inflate * _distances(kept, rate)).astype(np.float32)
         total = float(weight[mine] @ np.abs(scale[mine]))
         off_centre += 2.02 * (float(np.linalg.norm(means)) + 1e-10 * size) * total
+        largest += 4 * size * total
         count_cells += len(kept) + 2
-    return spans, off_centre, count_cells
+    return spans, off_centre, largest, count_cells
 
 
 def class_bins(
@@ -261,7 +255,7 @@ def bound_pairs(
     slack: Arrays,
     second: Arrays,
     out: Arrays,
-) -> tuple[int, int]:
+) -> tuple[int, int, int]:
     """Lower bounds on the margins of all pairs, by the first stage and the second."""
     left, row, right, column, scale = neurons
     first, points, moves, tables = lookup
@@ -270,11 +264,11 @@ def bound_pairs(
     margins, stages, sample_rests, sample_moved = out
     rests, moved = np.empty_like(sample_rests), np.empty_like(sample_moved)
     gaps, norms = bins
-    every, used, left_over = np.arange(len(table)), 0, 0
-    for x in range(len(table)):
-        kept = np.maximum(left[x][:, None] + right, 0)
-        rest = kept - row[x][:, None] - column
-        rest = np.square(rest - scale[:, None] * tables[first + moves[x, points]])
+    n = len(table)
+    every, used, left_over = np.arange(n), 0, 0
+    for x in range(n):
+        kept = np.maximum(left[x][:, None] + right, 0) - row[x][:, None] - column
+        rest = np.square(kept - scale[:, None] * tables[first + moves[x, points]])
         for b in range(len(blocks) - 1):
             rests[b] = np.sqrt(rest[blocks[b] : blocks[b + 1]].sum(axis=0))
         whole = _explain(x, circuits, kept, moved)
@@ -287,6 +281,9 @@ def bound_pairs(
         run = x_run[x] + y_run
         ys = np.flatnonzero(~(margins[x] > run))
         left_over += len(ys)
+        if x == n // 8 and not pairs_left and left_over > (1 - hopeless / 5) * (x + 1) * n:
+            margins[x + 1 :] = -1e30
+            return used, left_over + (n - x - 1) * n, x + 1
         ys = ys[:pairs_left]
         if not len(ys):
             continue
@@ -301,17 +298,17 @@ def bound_pairs(
         left_over -= good
         if good < hopeless * len(ys):
             pairs_left = 0
-    return used, left_over
+    return used, left_over, n
 
 
 def _explain(x: int, circuits: Arrays, kept: np.ndarray, moved: np.ndarray) -> np.ndarray:
-    shapes, flat, of_x, of_y, framed, rho = circuits
+    shapes, flat, framed, rho = circuits
     whole = np.empty((len(rho), kept.shape[1]), np.float32)
     base = offset = 0
     for c, (d, start, k) in enumerate(shapes):
         mine = slice(base, base + d * d)
         weights = flat[offset : offset + d * d * k].reshape(d * d, k)
-        part = weights @ kept[start : start + k] - of_x[x, mine, None] - of_y[mine]
+        part = weights @ kept[start : start + k]
         ideal = np.tensordot(framed[mine, x].reshape(d, d), rho[mine].reshape(d, d, -1), axes=1)
         moved[c] = np.sqrt(np.square(part - ideal.reshape(d * d, -1)).sum(axis=0))
         whole[mine] = part
@@ -338,9 +335,15 @@ def _sharpen(
     return right - value.max(axis=1)
 
 
+def activate(left: np.ndarray, right: np.ndarray, xs, ys, out: np.ndarray) -> None:
+    """See `kernels.activate`."""
+    np.maximum(left[xs] + right[ys], 0, out=out[: len(xs)])
+
+
 def judge(logits: np.ndarray, answers: np.ndarray, bounds: np.ndarray, out: np.ndarray) -> None:
     """See `kernels.judge`."""
     pairs = np.arange(len(answers))
+    logits, out = logits[: len(pairs)], out[: len(pairs)]
     right = logits[pairs, answers]
     logits[pairs, answers] = -np.inf
     margins = right - logits.max(axis=1, initial=-np.inf)

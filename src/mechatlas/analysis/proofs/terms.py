@@ -12,18 +12,21 @@ import numpy as np
 from jaxtyping import Float32, Int
 
 from mechatlas.analysis.proofs import checks
-from mechatlas.analysis.proofs.checks import U32, U64, KnownActions, KnownIrreps, growth
+from mechatlas.analysis.proofs.checks import (
+    LARGEST,
+    TINIEST,
+    U32,
+    U64,
+    KnownActions,
+    KnownIrreps,
+    Weights,
+    growth,
+)
 from mechatlas.analysis.proofs.explanation import Explanation, ProofError
 from mechatlas.analysis.proofs.packing import Packed
 
 BINS = 12
 """Conjugacy classes are put together until there are no more than this."""
-
-Weights = tuple[
-    Float32[np.ndarray, "order neuron"],
-    Float32[np.ndarray, "order neuron"],
-    Float32[np.ndarray, "neuron order"],
-]
 
 
 @dataclasses.dataclass(eq=False)
@@ -77,7 +80,7 @@ def build_terms(
     p, do, group = packed, checks.loops, irreps.group
     n, k, m, rho = group.order, len(e.order), p.width, irreps.rho
     left, right, u, linear, mirrored, mass, x_lost, y_lost = _reduce(weights, e)
-    rest, sizes, of_x, of_y = do.project(u, e.row, e.column, p.circuits, p.weights, rho)
+    rest, sizes = do.project(u, p.circuits, p.weights, rho)
     framed, gaps = do.frame(p.circuits, p.means, rho, group.identity)
     *lookup, tables, tops = do.look_up(
         p.grids, p.sides, actions.offsets, p.points, p.scale, p.tables, actions.whole
@@ -86,7 +89,7 @@ def build_terms(
     inflate = 1 + 1.01 * growth(
         2 * k + p.widest**2 + len(p.circuits) + len(e.blocks) + 64, U32
     )  # fmt: skip
-    spans, off_centre, cells = do.span(
+    spans, off_centre, in_cells, cells = do.span(
         rest, weight, p.grids, p.points, p.antipodes, p.scale, p.tables,
         8 * growth(4 * p.largest + 64, U32),
     )  # fmt: skip
@@ -96,12 +99,16 @@ def build_terms(
     rate = _rounding_rate(p, k, len(rho)) + 16 * irreps.defect
     # In float32 these sums are off by less than a thousandth, which the 1.01 covers.
     small = (1.01 * rate * weight).astype(np.float32)
-    x_slack, y_slack = do.weigh(left, e.row, right, e.column, small)
+    x_slack, y_slack, size = do.weigh(left, e.row, right, e.column, small)
     frames = 1.01 * p.widest * float(np.abs(p.means).sum())
+    size += float(tops.sum())
+    heaviest = frames + float(weight.max(initial=0))
     constant = rate * frames + float(small @ tops) + off_centre + 1e-12
+    constant += _below_normal(p, k) * (1 + size) * (1 + heaviest)
     x_slack = x_slack.astype(np.float64) + 1.0001 * x_lost + constant
     y_slack = y_slack.astype(np.float64) + 1.0001 * y_lost
-    if not max(x_slack.max() + y_slack.max(), mass.max(initial=0)) < 1e20:
+    # Now squares of all that is added up are finite in float32, and NaN is nowhere.
+    if not (max(size, heaviest, in_cells) < LARGEST and x_slack.max() + y_slack.max() < 1e10):
         raise ProofError("The explanation has absurd sizes: rounding could be anything.")
     n_classes = int(group.class_of.max()) + 1
     d = p.circuits[:, 0]
@@ -109,7 +116,7 @@ def build_terms(
         neurons=(left, e.row, right, e.column, p.scale),
         blocks=e.blocks,
         lookup=(*lookup, actions.inverse, tables),
-        circuits=(p.circuits, p.weights, of_x, of_y, framed, rho),
+        circuits=(p.circuits, p.weights, framed, rho),
         bins=do.class_bins(gaps, irreps.norms, group.class_of, n_classes, BINS, inflate),
         losses=(*losses, errors),
         merged=irreps.merged,
@@ -117,7 +124,7 @@ def build_terms(
         spans=spans,
         weights=weights,
         slack=(x_slack, y_slack),
-        run=_float32_parts(weights),
+        run=checks.float32_errors(weights),
         inflate=inflate,
         prepared=n * n * (3 * k + cells) + n * len(p.weights) + n * m,
         first_cost=3 * k + len(p.weights) + int((d**3 + d**2).sum()) + 8 * (len(d) + len(e.blocks)),
@@ -135,8 +142,8 @@ def _reduce(weights: Weights, e: Explanation) -> tuple[np.ndarray, ...]:
     """
     factor = np.ldexp(np.float32(1), e.exponents).astype(np.float32)
     standing = (e.silent, e.leaders, e.ratios)
-    *found, least = checks.loops.reduce(weights, standing, e.order, factor)
-    if least < 2.0**-80:  # exact unless it leaves the normal numbers
+    *found, tiny = checks.loops.reduce(weights, standing, e.order, factor)
+    if tiny:  # exact unless it leaves the normal numbers; a weight may itself be below them
         for after, before in ((found[0].T, weights[0]), (found[1], weights[1])):
             if not np.array_equal(after / factor[:, None], before[:, e.order].T):
                 raise ProofError("The exponents make weights too small for float32.")
@@ -154,15 +161,14 @@ def _rounding_rate(p: Packed, k: int, rows: int) -> float:
     return 2.2 * single + 8 * double * (1 + p.largest)
 
 
-def _float32_parts(weights: Weights) -> tuple[np.ndarray, np.ndarray]:
-    """Bound on the error of a margin when the network runs in float32: of x and of y.
+def _below_normal(p: Packed, k: int) -> float:
+    """What is lost below the normal numbers, per unit of a weight and of a value.
 
-    For each logit m + 2 operations in a row on terms of at most max |u_i| (relu(l) + relu(r)).
+    Each product loses `TINIEST`, but a root of a sum of k squares as much as the root of k of
+    them: values below 1e-19 can vanish, and are then multiplied by what they stand beside.
     """
-    rate = 2.05 * growth(len(weights[2]) + 2, U32)
-    of_x, of_y = checks.loops.weigh_run(*weights, rate)
-    tiny = 1e-30 * (1 + float(np.abs(weights[2]).max()) * len(weights[2]))  # below normal numbers
-    return of_x.astype(np.float64) + tiny, of_y.astype(np.float64)
+    terms = p.width + 2 * k + p.largest + len(p.circuits) * p.widest**2 + 64
+    return 16 * terms * TINIEST**0.5
 
 
 def _sums(e: Explanation, left, right, u, linear, mirrored) -> tuple[np.ndarray, np.ndarray]:

@@ -44,7 +44,8 @@ from mechatlas.analysis.proofs.terms import Terms, build_terms
 from mechatlas.maths.groups import Group
 
 HOPELESS = 0.1
-"""The second stage is given up where it certifies a smaller share of what it is given."""
+"""The second stage is given up where it certifies a smaller share of what it is given, and
+everything where after it a fiftieth of the first pairs is not certified."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -131,12 +132,12 @@ def verify(
         np.empty((len(packed.circuits), n), np.float32),
     )
     few = int(explanation.second_share * whole / t.second_cost)
-    taken, left_over = checks.loops.bound_pairs(
+    taken, left_over, tried = checks.loops.bound_pairs(
         table, t.neurons, t.blocks, t.lookup, t.circuits, t.bins, t.losses,
         (*t.slack, *t.run, t.inflate), (t.merged, *t.sums, t.spans, few, HOPELESS),
         (margins, stages, *sample),
     )  # fmt: skip
-    used = t.prepared + n * n * t.first_cost + taken * t.second_cost
+    used = t.prepared + tried * n * t.first_cost + taken * t.second_cost
     few = int(explanation.third_share * whole / t.third_cost)
     if few and left_over:
         used += t.third_cost * _outright(t, table, few, margins, stages)
