@@ -17,13 +17,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from mechatlas.activations.sites import channels_last, read
-from mechatlas.analysis.interaction.sections import (
-    MOST_GRADIENTS,
-    Section,
-    rows_of,
-    taps_of,
-    vector_jacobian_products,
-)
+from mechatlas.analysis.interaction.derivatives import MOST_GRADIENTS, vector_jacobian_products
+from mechatlas.analysis.interaction.sections import Section, rows_of, taps_of
 from mechatlas.base import InputError, NonFiniteError, Progress, Site, no_progress
 from mechatlas.maths.linalg import Firing, Moments, gram, relu_pullback, skip_pullback
 
@@ -261,15 +256,15 @@ def gradients(
     Args:
         network: The network.
         sections: From each layer to the next.
-        to_end: From each layer to the last; used where a section is not a chain of modules, so
-            that what goes around a layer is not counted as passing through it.
+        to_end: From each layer to the last; used where something goes around a layer, so that
+            it is not counted as passing through it.
         inputs: The samples.
         batch_size: Samples at a time.
         sources: As for `vector_jacobian_products`.
     """
-    whole = any(s.how.startswith("the whole network") for s in sections)
     positions, width = _shape_of_last(network, to_end[0], inputs)
-    if whole or (sources is not None and positions * width > MOST_GRADIENTS):
+    around = not all(section.apart for section in sections)
+    if around or (sources is not None and positions * width > MOST_GRADIENTS):
         return [
             pullback(network, s, inputs, np.eye(width), batch_size=batch_size, sources=sources)
             for s in to_end
