@@ -84,6 +84,24 @@ class Needed:
     curve: tuple[tuple[int, float], ...]
     """Numbers kept that were tried, rising, and their scores."""
 
+    def state(self) -> dict[str, np.ndarray]:
+        """Arrays from which `from_state` makes the same."""
+        return {
+            "number": np.array([] if self.number is None else [self.number], dtype=np.int64),
+            "of": np.array(self.of),
+            "scores": np.array([self.score, self.unchanged]),
+            "kept": np.array([number for number, _ in self.curve]),
+            "curve": np.array([score for _, score in self.curve]),
+        }
+
+    @classmethod
+    def from_state(cls, state: dict[str, np.ndarray]) -> "Needed":
+        """What `state` was called on."""
+        number = state["number"].tolist()
+        curve = zip(state["kept"].tolist(), state["curve"].tolist(), strict=True)
+        score, unchanged = state["scores"].tolist()
+        return cls(number[0] if number else None, state["of"].item(), score, unchanged, tuple(curve))
+
 
 def search(
     of: int, score: Callable[[int], float], unchanged: float, allowed: float = ALLOWED_FALL

@@ -52,6 +52,20 @@ class Edges:
     points: int
     """Quadrature points; 1 where one is exact."""
 
+    def state(self) -> dict[str, np.ndarray]:
+        """Arrays from which `from_state` makes the same edges."""
+        return {
+            "strength": self.strength,
+            "standard_error": self.standard_error,
+            "counts": np.array([self.samples, self.points]),
+        }
+
+    @classmethod
+    def from_state(cls, state: dict[str, np.ndarray]) -> "Edges":
+        """The edges that `state` was called on."""
+        samples, points = state["counts"].tolist()
+        return cls(state["strength"], state["standard_error"], samples, points)
+
     def order(self) -> list[int]:
         """Edges as flat indices, strongest first; equals keep their order."""
         return np.argsort(-self.strength, axis=None, kind="stable").tolist()
