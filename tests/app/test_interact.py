@@ -1,6 +1,8 @@
 """`mechatlas basis`: the folder, the keys that others rely on, the page, and mistakes named."""
 
+import dataclasses
 import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,7 +11,10 @@ import torch
 from safetensors.numpy import load_file
 from torch import nn
 
+from mechatlas.analysis.interaction import analysis
 from mechatlas.app.cli import main
+from mechatlas.app.interact import interact
+from mechatlas.app.recipes import Interact, read_recipe
 from mechatlas.app.report.page import write_page
 
 from .test_cli import refused
@@ -77,6 +82,59 @@ def test_a_run_writes_what_others_rely_on(here, capsys):
     capsys.readouterr()
     first, second = ((here / n / "basis.safetensors").read_bytes() for n in ("basis", "again"))
     assert first == second
+
+
+def test_a_killed_run_goes_on_where_it_stopped(here, capsys, monkeypatch):
+    main(["basis", "basis.toml", "--json"])
+    capsys.readouterr()
+    whole = (here / "basis" / "basis.safetensors").read_bytes()
+    done: list[str] = []
+    search = analysis.needed_edges
+
+    def killed(*arguments):
+        done.append("search")
+        if len(done) == 3:
+            raise KeyboardInterrupt
+        return search(*arguments)
+
+    monkeypatch.setattr(analysis, "needed_edges", killed)
+    again = ["basis", "basis.toml", "--json", "--out", "again"]
+    with pytest.raises(KeyboardInterrupt):
+        interact(dataclasses.replace(read_recipe(here / "basis.toml", Interact), out=Path("again")))
+    left = {path.name for path in (here / "again").iterdir()}
+    assert left == {"unfinished"}
+    monkeypatch.setattr(analysis, "observe", None)  # statistics and edges are there
+    monkeypatch.setattr(analysis, "measure_edges", edges_of_rotated(analysis.measure_edges))
+    main(again)
+    capsys.readouterr()
+    assert len(done) == 3 + 2  # of four searches two were done
+    assert (here / "again" / "basis.safetensors").read_bytes() == whole
+    first, second = (json.loads((here / n / "result.json").read_text()) for n in ("basis", "again"))
+    for key in ("seconds", "peak_bytes"):
+        first.pop(key), second.pop(key)
+    assert first == second
+    assert not (here / "again" / "unfinished").exists()
+
+
+def test_what_another_recipe_left_is_not_taken(here, capsys):
+    main(["basis", "basis.toml", "--json"])
+    capsys.readouterr()
+    (here / "other" / "unfinished").mkdir(parents=True)
+    (here / "other" / "unfinished" / "made_from.json").write_text('{"recipe": "of something else"}')
+    (here / "other" / "unfinished" / "statistics.safetensors").write_bytes(b"not to be read")
+    main(["basis", "basis.toml", "--json", "--out", "other"])
+    first, second = ((here / n / "basis.safetensors").read_bytes() for n in ("basis", "other"))
+    assert first == second
+
+
+def edges_of_rotated(measure):
+    """Edges may only be measured for the control, which comes after the searches."""
+
+    def checked(model, section, source, *rest, **options):
+        assert "rotated" in source.kind
+        return measure(model, section, source, *rest, **options)
+
+    return checked
 
 
 def test_mistakes_are_named(here, capsys):

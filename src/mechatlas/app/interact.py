@@ -1,16 +1,22 @@
 """The job of `mechatlas basis`: a recipe -> a folder with bases, edges, ledger and modules.
 
+unfinished/          what a run that was killed had finished; gone when it ends
 basis.safetensors    for each layer and basis `mean`, `to_basis`, `from_basis`, `importance`,
                      and `edges`, `edge_errors` to the next layer
 spectra.json         eigenvalues, ablation curves, the graph: what the page draws
 """
 
 import dataclasses
+import json
+import shutil
 import time
+from collections.abc import Iterator, MutableMapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors.numpy import load_file
 
 from mechatlas.activations import networks
 from mechatlas.activations.networks import digest
@@ -22,10 +28,11 @@ from mechatlas.app.folders import finish, refuse_strangers, write_tensors
 from mechatlas.app.progress import bar
 from mechatlas.app.recipes import Interact, as_dict
 from mechatlas.base import InputError, RecipeError, Site, SiteError
-from mechatlas.files import checksum, write_json
+from mechatlas.files import checksum, read_json, write_json
 
 FILE = "basis.safetensors"
 SPECTRA = "spectra.json"
+UNFINISHED = "unfinished"
 SHOWN_EDGES = 600
 """Edges of the graph that the page can draw."""
 
@@ -38,7 +45,7 @@ def interact(recipe: Interact) -> dict[str, Any]:
             something else.
     """
     clock = time.process_time()
-    refuse_strangers(recipe.out, "basis")
+    refuse_strangers(recipe.out, "basis", unfinished=UNFINISHED)
     network = networks.build(recipe.network)
     sites = [_one_site(network, layer) for layer in recipe.layers]
     samples = open_samples(recipe.samples, network)
@@ -46,19 +53,57 @@ def interact(recipe: Interact) -> dict[str, Any]:
     labels = _labels(recipe, samples, chosen)
     inputs = samples.stack([samples.read(int(i)) for i in chosen])
     data = inputs if labels is None else (inputs, labels)
+    made_from = {"recipe": as_dict(recipe), "network": digest(network)}
+    kept = _Kept(recipe.out / UNFINISHED, made_from)
     with bar("analysing") as progress:
-        found = basis(network, data, sites, recipe.how, on_progress=progress)
+        found = basis(network, data, sites, recipe.how, kept=kept, on_progress=progress)
     weights = write_tensors(recipe.out / FILE, _tensors(found))
     write_json(recipe.out / SPECTRA, _spectra(found))
     manifest = {
         "schema": 1,
         "kind": "basis",
-        "recipe": as_dict(recipe),
-        "network": digest(network),
+        **made_from,
         "files": {FILE: checksum(weights)},
     }
     write_json(recipe.out / "manifest.json", manifest)
-    return finish(recipe.out, recipe, summary(found, len(inputs)), clock)
+    result = finish(recipe.out, recipe, summary(found, len(inputs)), clock)
+    kept.remove()
+    return result
+
+
+class _Kept(MutableMapping[str, dict[str, np.ndarray]]):
+    """Arrays by name, each a file of a folder; those of another recipe or network are dropped."""
+
+    def __init__(self, folder: Path, made_from: dict[str, Any]) -> None:
+        self.folder = folder
+        mark = folder / "made_from.json"
+        if mark.is_file() and read_json(mark) != json.loads(json.dumps(made_from)):
+            self.remove()
+        write_json(mark, made_from)
+
+    def remove(self) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _file(self, name: str) -> Path:
+        return self.folder / f"{name}.safetensors"
+
+    def __getitem__(self, name: str) -> dict[str, np.ndarray]:
+        try:
+            return load_file(self._file(name))
+        except FileNotFoundError:
+            raise KeyError(name) from None
+
+    def __setitem__(self, name: str, arrays: dict[str, np.ndarray]) -> None:
+        write_tensors(self._file(name), arrays)
+
+    def __delitem__(self, name: str) -> None:
+        self._file(name).unlink()
+
+    def __iter__(self) -> Iterator[str]:
+        return (path.stem for path in sorted(self.folder.glob("*.safetensors")))
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
 
 
 def _one_site(network: torch.nn.Module, layer: str) -> Site:

@@ -80,7 +80,7 @@ class Moments:
     def from_state(cls, state: dict[str, np.ndarray]) -> "Moments":
         """The stream as it was when `state` was called."""
         moments = cls(len(state["mean"]))
-        moments.n, moments.mean = int(state["n"]), state["mean"].copy()
+        moments.n, moments.mean = state["n"].item(), state["mean"].copy()
         moments._upper = np.asfortranarray(state["upper"])
         return moments
 
@@ -125,7 +125,7 @@ class Firing:
     def from_state(cls, state: dict[str, np.ndarray]) -> "Firing":
         """The stream as it was when `state` was called."""
         firing = cls(len(state["upper"]))
-        firing.n, firing._upper = int(state["n"]), np.asfortranarray(state["upper"])
+        firing.n, firing._upper = state["n"].item(), np.asfortranarray(state["upper"])
         return firing
 
 

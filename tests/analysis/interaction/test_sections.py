@@ -8,10 +8,11 @@ import torch
 from torch import nn
 
 from mechatlas.activations.sites import read
-from mechatlas.analysis.interaction import sections as derivatives
+from mechatlas.analysis.interaction import derivatives
 from mechatlas.analysis.interaction.bases import KINDS, interaction, neurons, rotated
+from mechatlas.analysis.interaction.derivatives import directional
 from mechatlas.analysis.interaction.edges import measure_edges
-from mechatlas.analysis.interaction.sections import directional, like, rows_of, sections_of
+from mechatlas.analysis.interaction.sections import like, rows_of, sections_of
 from mechatlas.analysis.interaction.statistics import Inputs, gradients, observe, pullback
 from mechatlas.base import NonFiniteError, Site, SiteError
 
@@ -183,7 +184,7 @@ def test_quadrature_adds_up_to_the_change_of_the_output():
     for points in (2, 12):
         nodes, weights = np.polynomial.legendre.leggauss(points)
         total = sum(
-            weight * directional(sections[0], mean + node * (x - mean), x, x - mean)
+            weight * directional(sections[0], mean + node * (x - mean), x, (x - mean)[None])[0]
             for node, weight in zip((nodes + 1) / 2, weights / 2, strict=True)
         )
         errors.append(float((total - (network[1](x) - network[1](mean))).abs().max()))
@@ -194,12 +195,13 @@ def test_quadrature_adds_up_to_the_change_of_the_output():
 @pytest.mark.parametrize("name", NETWORKS)
 def test_derivatives_along_a_change_are_the_same_forwards_and_backwards(name):
     network, x, sections, _ = setting(name)
-    tangent = torch.randn(x.shape, dtype=x.dtype, generator=torch.Generator().manual_seed(2))
-    found = directional(sections[0], x, x, tangent)
+    tangents = torch.randn(2, *x.shape, dtype=x.dtype, generator=torch.Generator().manual_seed(2))
+    found = directional(sections[0], x, x, tangents)
     _, jacobian = whole_jacobian(network, x)
-    brute = torch.einsum("ntosd,nsd->nto", jacobian, rows_of(tangent))
-    torch.testing.assert_close(found, brute, atol=1e-12, rtol=1e-10)
-    torch.testing.assert_close(derivatives._twice(sections[0], x, x, tangent), brute)
+    for along, tangent in zip(found, tangents, strict=True):
+        brute = torch.einsum("ntosd,nsd->nto", jacobian, rows_of(tangent))
+        torch.testing.assert_close(along, brute, atol=1e-12, rtol=1e-10)
+        torch.testing.assert_close(derivatives._twice(sections[0], x, x, tangent), brute)
 
 
 class Doubled(torch.autograd.Function):
@@ -220,7 +222,7 @@ def test_a_module_without_a_forward_derivative_has_one_all_the_same():
     network = nn.Sequential(nn.Identity(), Own())
     x = torch.randn(4, 3, dtype=torch.float64)
     section = sections_of(network, LAYERS, x)[0]
-    found = directional(section, x, x, torch.ones_like(x))
+    found = directional(section, x, x, torch.ones_like(x)[None])
     assert (found == 2).all()
 
 
@@ -250,6 +252,7 @@ def test_what_goes_around_a_layer_is_not_hidden():
     sections = sections_of(network, [Site("a"), Site("b"), Site("c")], x)
     assert sections[0].form is not None
     assert sections[1].how.startswith("the whole network")
+    assert not sections[1].apart
     hidden = network.b(network.a(x))
     np.testing.assert_allclose(
         sections[1].run(hidden * 2, x).detach(),

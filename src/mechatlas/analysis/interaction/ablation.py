@@ -84,6 +84,24 @@ class Needed:
     curve: tuple[tuple[int, float], ...]
     """Numbers kept that were tried, rising, and their scores."""
 
+    def state(self) -> dict[str, np.ndarray]:
+        """Arrays from which `from_state` makes the same."""
+        return {
+            "number": np.array([] if self.number is None else [self.number], dtype=np.int64),
+            "of": np.array(self.of),
+            "scores": np.array([self.score, self.unchanged]),
+            "kept": np.array([number for number, _ in self.curve]),
+            "curve": np.array([score for _, score in self.curve]),
+        }
+
+    @classmethod
+    def from_state(cls, state: dict[str, np.ndarray]) -> "Needed":
+        """What `state` was called on."""
+        number = state["number"].tolist()
+        curve = zip(state["kept"].tolist(), state["curve"].tolist(), strict=True)
+        score, unchanged = state["scores"].tolist()
+        return cls(number[0] if number else None, state["of"].item(), score, unchanged, tuple(curve))
+
 
 def search(
     of: int, score: Callable[[int], float], unchanged: float, allowed: float = ALLOWED_FALL
@@ -191,10 +209,12 @@ class EdgeAblation:
     def __init__(self, stage: Stage, source: Basis, target: Basis) -> None:
         self.stage, self.source, self.target = stage, source, target
         self.coordinates = source.transform(rows_of(stage.x))
+        self._tried: list[tuple[np.ndarray, Tensor]] = []
         form = stage.section.form
         self._fast = form is not None and form.is_linear_map
         if self._fast:
             self._prepare()
+        self._whole = source.inverse(self.coordinates)
 
     def _prepare(self) -> None:
         # Hidden units are linear in the coordinates: a mask costs only the columns it keeps.
@@ -219,28 +239,53 @@ class EdgeAblation:
 
     def outputs(self, mask: Bool[np.ndarray, "k j"]) -> Float[Tensor, "n t d"]:
         """Outputs of the network with the edges of a mask alone."""
-        patterns, which = np.unique(mask, axis=0, return_inverse=True)
         shape = rows_of(self.stage.after).shape
         result = self.coordinates.new_empty((*shape[:2], len(self.target)))
+        waiting = np.ones(len(mask), dtype=bool)
+        for known, found in self._tried:  # a search changes few rows at a time towards its end
+            same = waiting & (known == mask).all(axis=1)
+            result[..., same] = found[..., same]
+            waiting &= ~same
+        rows = np.flatnonzero(waiting)
+        patterns, which = np.unique(mask[rows], axis=0, return_inverse=True)
         for number, pattern in enumerate(patterns):
-            wanted = np.flatnonzero(which.reshape(-1) == number)
+            wanted = rows[which.reshape(-1) == number]
             kept = np.flatnonzero(pattern)
             run = self._run_fast if self._fast else self._run
             result[..., wanted] = run(kept, wanted)
-        whole = like(self.target.inverse(result), self.stage.after)
-        return self.stage.finish(whole)
+        self._remember(mask, result)
+        return self.stage.finish(like(self.target.inverse(result), self.stage.after))
+
+    def _remember(self, mask: np.ndarray, result: Tensor) -> None:
+        """Keep the new one, and of the others the next smaller and the next larger."""
+        size = mask.sum()
+        below = [t for t in self._tried if t[0].sum() < size]
+        above = [t for t in self._tried if t[0].sum() > size]
+        near = (
+            sorted(below, key=lambda t: -t[0].sum())[:1]
+            + sorted(above, key=lambda t: t[0].sum())[:1]
+        )
+        self._tried = [(mask, result), *near]
 
     def score(self, mask: Bool[np.ndarray, "k j"]) -> float:
         """Score with the edges of a mask alone."""
         return self.stage.behaviour.score(self.outputs(mask))
 
     def _run(self, kept: np.ndarray, wanted: np.ndarray) -> Tensor:
-        rows = self.coordinates[..., kept] @ self.coordinates.new_tensor(
-            self.source.from_basis[kept]
-        ) + self.coordinates.new_tensor(self.source.mean)
+        section, target = self.stage.section, self.target
+        rows = self._keeping(kept)
         with torch.no_grad():
-            after = self.stage.section.run(like(rows, self.stage.x), self.stage.inputs.tensor)
-        return self.target.transform(rows_of(after))[..., wanted]
+            after = section.run(like(rows, self.stage.x), self.stage.inputs.tensor)
+        to = after.new_tensor(target.to_basis[:, wanted])
+        return rows_of(after) @ to - after.new_tensor(target.mean) @ to
+
+    def _keeping(self, kept: np.ndarray) -> Float[Tensor, "n s d"]:
+        """Activations of the source with some coordinates alone, the others at their mean."""
+        left = np.setdiff1d(np.arange(len(self.source)), kept)
+        few, sign = (kept, 1) if len(kept) <= len(left) else (left, -1)
+        out_of = self.coordinates.new_tensor(sign * self.source.from_basis[few])
+        start = self._whole if sign < 0 else self.coordinates.new_tensor(self.source.mean)
+        return start + self.coordinates[..., few] @ out_of
 
     def _run_fast(self, kept: np.ndarray, wanted: np.ndarray) -> Tensor:
         form = self.stage.section.form

@@ -13,7 +13,8 @@ Main path, in reading order:
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, MutableMapping, Sequence
+from functools import partial
 from typing import Literal
 
 import numpy as np
@@ -42,11 +43,13 @@ from mechatlas.analysis.interaction.modularity import (
 )
 from mechatlas.analysis.interaction.sections import Section, sections_of
 from mechatlas.analysis.interaction.statistics import (
+    Arrays,
     Inputs,
     LayerMoments,
     SectionFiring,
     gradients,
     observe,
+    part_of,
     pullback,
 )
 from mechatlas.base import Progress, Site, SiteError, UserError, no_progress
@@ -206,6 +209,7 @@ def basis(
     layers: Sequence[str | Site],
     how: Analysing | None = None,
     *,
+    kept: MutableMapping[str, Arrays] | None = None,
     on_progress: Progress = no_progress,
 ) -> Interaction:
     """Find the directions that matter in some layers of a network, and how they interact.
@@ -216,6 +220,8 @@ def basis(
         layers: Sites in the order in which the network reaches them; the last holds the outputs
             whose behaviour counts.
         how: Settings.
+        kept: What an earlier call with the same arguments has finished is taken from here, and
+            what this one finishes is put here; a mapping that writes files makes it resumable.
         on_progress: Told how much is done.
 
     Returns:
@@ -234,7 +240,7 @@ def basis(
     trained = [m for m in model.modules() if m.training]
     model.eval()
     try:
-        return _Analysis(model, inputs, sites, how, on_progress).run()
+        return _Analysis(model, inputs, sites, how, {} if kept is None else kept, on_progress).run()
     finally:
         for module in trained:
             module.training = True
@@ -249,9 +255,11 @@ class _Analysis:
         inputs: Inputs,
         sites: list[Site],
         how: Analysing,
+        kept: MutableMapping[str, Arrays],
         on_progress: Progress,
     ) -> None:
         self.model, self.inputs, self.sites, self.how = model, inputs, sites, how
+        self.kept = kept
         few = inputs.tensor[: min(16, len(inputs))]
         self.sections = sections_of(model, sites, few)
         self.to_end = [sections_of(model, [s, sites[-1]], few)[0] for s in sites[:-1]]
@@ -267,21 +275,63 @@ class _Analysis:
         self.done += 1
         self.progress(min(self.done, self.steps), self.steps)
 
+    def once(self, name: str, make: Callable[[], Arrays]) -> Arrays:
+        """What was kept under a name, or else make it and keep it."""
+        if name not in self.kept:
+            self.kept[name] = make()
+        return self.kept[name]
+
+    def needed_of(self, name: str, make: Callable[[], Needed]) -> Needed:
+        """The same for the end of a search."""
+        return Needed.from_state(self.once(name, lambda: make().state()))
+
+    def observe(self) -> None:
+        """One pass over all samples."""
+
+        def seen() -> Arrays:
+            layers, firing = observe(
+                self.model, self.inputs, self.sites, self.sections, batch_size=self.how.batch_size
+            )
+            whole = {
+                f"layer{i}.{k}": v for i, of in enumerate(layers) for k, v in of.state().items()
+            }
+            for i, of in enumerate(firing):
+                state = {} if of is None else of.state()
+                whole |= {f"section{i}.{k}": v for k, v in state.items()}
+            return whole
+
+        found = self.once("statistics", seen)
+        self.layers = [
+            LayerMoments.from_state(part_of(found, f"layer{i}")) for i in range(len(self.sites))
+        ]
+        self.firing = [
+            None if s.form is None else SectionFiring.from_state(s, part_of(found, f"section{i}"))
+            for i, s in enumerate(self.sections)
+        ]
+        self.step()
+
+    def pull(self) -> None:
+        """Gradients of the last layer, to every other one."""
+
+        def made() -> Arrays:
+            found = gradients(
+                self.model,
+                self.sections,
+                self.to_end,
+                self.fewer,
+                batch_size=self.how.batch_size,
+                sources=self.how.sources,
+            )
+            return {str(number): pulled for number, pulled in enumerate(found)}
+
+        found = self.once("gradients", made)
+        self.pulled = [found[str(number)] for number in range(len(self.sections))]
+        self.step()
+
     def run(self) -> Interaction:
         how = self.how
-        self.layers, self.firing = observe(
-            self.model, self.inputs, self.sites, self.sections, batch_size=how.batch_size
-        )
-        self.step()
-        self.pulled = gradients(
-            self.model,
-            self.sections,
-            self.to_end,
-            self.fewer,
-            batch_size=how.batch_size,
-            sources=how.sources,
-        )
-        self.step()
+        self.observe()
+        self.pull()
         ledger = degeneracy.account(self.model, self.sections, self.inputs)
         stages = stages_of(
             self.model,
@@ -291,15 +341,18 @@ class _Analysis:
             as_numbers=how.score == "numbers",
         )
         bases_of: dict[str, list[Basis]] = {kind: self.bases(kind) for kind in how.kinds}
-        edges_of = {kind: self.edges(found) for kind, found in bases_of.items()}
+        edges_of = {kind: self.edges(found, kind) for kind, found in bases_of.items()}
         needed: dict[str, list[Needed]] = {kind: [] for kind in how.kinds}
         vectors: dict[str, list[Needed]] = {kind: [] for kind in how.kinds}
         for kind in how.kinds if how.ablations else ():
             for number, stage in enumerate(stages):
                 pair = bases_of[kind][number : number + 2]
                 found = edges_of[kind][number]
-                needed[kind].append(needed_edges(stage, found, pair[0], pair[1], how.allowed_fall))
-                vectors[kind].append(needed_vectors(stage, pair[0], how.allowed_fall))
+
+                edges = partial(needed_edges, stage, found, *pair, how.allowed_fall)
+                coordinates = partial(needed_vectors, stage, pair[0], how.allowed_fall)
+                needed[kind].append(self.needed_of(f"needed.{kind}.{number}", edges))
+                vectors[kind].append(self.needed_of(f"vectors.{kind}.{number}", coordinates))
                 self.step()
         made = tuple(
             self.layer(number, ledger, bases_of, edges_of, needed, vectors)
@@ -330,28 +383,34 @@ class _Analysis:
         firing: SectionFiring | None = self.firing[number]
         if firing is not None:
             return firing.pullback(after.to_basis @ after.to_basis.T)
-        return pullback(
-            self.model,
-            self.sections[number],
-            self.some,
-            after.to_basis,
-            batch_size=self.how.batch_size,
-            sources=self.how.sources,
-        )
 
-    def edges(self, found: list[Basis]) -> list[Edges]:
+        def made() -> Arrays:
+            found = pullback(
+                self.model,
+                self.sections[number],
+                self.some,
+                after.to_basis,
+                batch_size=self.how.batch_size,
+                sources=self.how.sources,
+            )
+            return {"pulled": found}
+
+        return self.once(f"local.{number}", made)["pulled"]
+
+    def edges(self, found: list[Basis], name: str) -> list[Edges]:
         result = []
         for number, section in enumerate(self.sections):
-            result.append(
-                measure_edges(
-                    self.model,
-                    section,
-                    found[number],
-                    found[number + 1],
-                    self.some,
-                    points=self.how.points,
-                )
+            measure = partial(
+                measure_edges,
+                self.model,
+                section,
+                found[number],
+                found[number + 1],
+                self.some,
+                points=self.how.points,
             )
+            kept = self.once(f"edges.{name}.{number}", lambda m=measure: m().state())
+            result.append(Edges.from_state(kept))
             self.step()
         return result
 
@@ -432,7 +491,7 @@ class _Analysis:
         stable = stability(graph, modules, strengths, errors, smallest, seed=how.seed)
         turned = [bases.rotated(layer.basis, seed=how.seed + i) for i, layer in enumerate(made)]
         turned[-1] = made[-1].basis
-        rotated = [e.strength for e in self.edges(turned)]
+        rotated = [e.strength for e in self.edges(turned, "rotated")]
         null = graph_of(rotated, [_least(s, n) for s, n in zip(rotated, numbers, strict=True)])
         q = find_modules(null, seed=how.seed, nulls=0).q if len(null.weight) else None
         return graph, modules, stable, q

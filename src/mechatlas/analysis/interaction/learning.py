@@ -1,22 +1,27 @@
 """The local learning coefficient by sampling: an estimate that knows nothing of the ledger.
 
-    learning_coefficient    stochastic-gradient Langevin dynamics around the network's weights
+    learning_coefficient    samples weights around the network's own, and how often they matter
+    quadratic_coefficient   what theory says, from the curvatures alone
 
 Samples weights w from exp(-n beta L_B(w) - gamma/2 |w - w*|^2) and returns n beta E[L_B], which is
 the learning coefficient at the resolution eps = E[L_B] that beta sets. The behavioral loss is zero
 at w*, so nothing has to be subtracted. In the quadratic region each direction of curvature h adds
 n beta h / (n beta h + gamma) / 2: twice the estimate counts the directions that matter at that
-resolution, and tends to the rank of the Hessian as beta grows (until steps get too large) and to
-zero as it falls.
+resolution, and tends to the rank of the Hessian as beta grows and to zero as it falls.
 
-The largest curvature sets the step, so spectra wider than the number of steps mix slowly along
-their weak directions: the standard error over chains shows it.
+The target is the one of stochastic-gradient Langevin dynamics. But spectra span many powers of ten,
+and a chain of Langevin steps, which the stiffest direction keeps short, hardly moves along weak
+ones: it underestimates. Hamiltonian steps in coordinates in which the Hessian at w* is the identity
+move along all of them alike, and accepting or rejecting each makes the samples exact, whatever the
+step. What then differs from theory is that the loss is not quadratic at that distance.
 
-Source: Lau et al., The local learning coefficient (2023); Bushnaq et al., Using degeneracy in the
-loss landscape (2024), section 2, for the behavioral loss and its resolution.
+Source: Lau et al., The local learning coefficient (2023), for the target; Neal, MCMC using
+Hamiltonian dynamics (2011); Vehtari et al., Rank-normalization, folding and localization (2021),
+for R-hat; Bushnaq et al., Using degeneracy in the loss landscape (2024), section 2.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -25,6 +30,15 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from mechatlas.base import NonFiniteError
+
+LARGEST = 4096
+"""Parameters of which the whole Hessian is formed; of more, only its diagonal."""
+ROWS = 1 << 24
+"""Numbers in a block of derivatives: bounds the memory."""
+ACCEPTED = 0.8
+"""Share of accepted steps that the step size is tuned to."""
+MOST_STEPS = 32
+"""Steps on the way to one sample."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +52,11 @@ class LearningCoefficient:
     resolution: float
     """Mean behavioral loss of the samples: changes smaller than this are not seen."""
     by_chain: tuple[float, ...]
+    r_hat: float
+    """Spread between halves of all chains against the spread within: 1 if they are mixed, and
+    not to be trusted above 1.1."""
+    accepted: float
+    """Share of the proposals taken."""
 
     @property
     def parameters(self) -> float:
@@ -51,9 +70,8 @@ def learning_coefficient(
     *,
     n_beta: float,
     gamma: float = 1.0,
-    step: float | None = None,
-    steps: int = 4000,
-    burn_in: int = 1000,
+    samples: int = 200,
+    burn_in: int = 50,
     chains: int = 4,
     seed: int = 0,
 ) -> LearningCoefficient:
@@ -61,87 +79,138 @@ def learning_coefficient(
 
     Args:
         network: In evaluation mode; unchanged afterwards.
-        inputs: All samples are used in every step, so the only noise is Langevin's own.
+        inputs: All of them are used in every step.
         n_beta: Inverse temperature; the resolution is about lambda / n_beta.
-        gamma: Pull back to the network's weights, so that free directions stay bounded.
-        step: Step size; by default a quarter of the inverse of the largest curvature, which
-            overstates the share of the stiffest direction by 7 %, and of all others by less.
-        steps: Steps of a chain, after `burn_in`.
-        burn_in: Steps before samples count.
+        gamma: Pull back to the network's weights, so that free directions stay bounded: along
+            them weights move by about `gamma ** -0.5`.
+        samples: Of each chain, after `burn_in`. A sample takes some five gradients, and is nearly
+            independent of the one before it unless there are more than `LARGEST` parameters.
+        burn_in: Samples that only tune the step size.
         chains: Independent chains.
         seed: Of the noise.
 
     Raises:
-        NonFiniteError: The steps were too large and the chain left for infinity.
+        NonFiniteError: The outputs of the network are not all finite.
     """
     names = [name for name, _ in network.named_parameters()]
-    start = [p.detach().clone() for p in network.parameters()]
+    shapes = [p.shape for p in network.parameters()]
+    home = torch.cat([p.detach().flatten() for p in network.parameters()])
+    sizes = [shape.numel() for shape in shapes]
+
+    def outputs(weights: Tensor, given: Tensor) -> Tensor:
+        parts = [w.view(s) for w, s in zip(weights.split(sizes), shapes, strict=True)]
+        made = torch.func.functional_call(network, dict(zip(names, parts, strict=True)), (given,))
+        return made.flatten(1)
+
     with torch.no_grad():
-        wanted = network(inputs)
+        wanted = outputs(home, inputs)
+    if not wanted.isfinite().all():
+        raise NonFiniteError("The outputs of the network are not all finite.")
 
-    def loss(values: list[Tensor]) -> Tensor:
-        given = dict(zip(names, values, strict=True))
-        changed = torch.func.functional_call(network, given, (inputs,))
-        return (changed - wanted).square().flatten(1).sum(1).mean()
+    def loss(weights: Tensor) -> Tensor:
+        return (outputs(weights, inputs) - wanted).square().sum(1).mean()
 
-    size = step or 0.25 / (n_beta * _curvature(loss, start) + gamma)
+    target = _Target(loss, home, _root(outputs, home, inputs, n_beta, gamma), n_beta, gamma)
     generator = torch.Generator().manual_seed(seed)
-    found, losses = [], []
-    for _ in range(chains):
-        seen = _chain(loss, start, n_beta, gamma, size, steps, burn_in, generator)
-        if not np.isfinite(seen):
-            raise NonFiniteError(
-                f"A chain of the learning coefficient went to infinity with step {size:.2g}; "
-                "give a smaller one."
-            )
-        losses.append(seen)
-        found.append(n_beta * seen)
-    error = float(np.std(found, ddof=1) / chains**0.5) if chains > 1 else float("nan")
-    return LearningCoefficient(float(np.mean(found)), error, float(np.mean(losses)), tuple(found))
+    made = [_chain(target, samples, burn_in, generator) for _ in range(chains)]
+    losses = np.array([found for found, _ in made])
+    found = n_beta * losses.mean(axis=1)
+    return LearningCoefficient(
+        value=float(found.mean()),
+        standard_error=float(found.std(ddof=1) / chains**0.5) if chains > 1 else math.nan,
+        resolution=float(losses.mean()),
+        by_chain=tuple(found.tolist()),
+        r_hat=_r_hat(losses),
+        accepted=float(np.mean([taken for _, taken in made])),
+    )
+
+
+def _root(
+    outputs: Callable[[Tensor, Tensor], Tensor],
+    home: Tensor,
+    inputs: Tensor,
+    n_beta: float,
+    gamma: float,
+) -> Tensor:
+    """A root of n beta H + gamma: lower triangular, or the diagonal alone if it is large."""
+    n, width = len(inputs), outputs(home, inputs[:1]).shape[1]
+    block = max(ROWS // (width * len(home)), 1)
+    whole = len(home) <= LARGEST
+    total = home.new_zeros((len(home), len(home)) if whole else len(home))
+    for some in inputs.split(block):
+        rows = torch.func.jacrev(outputs)(home, some).detach().flatten(0, 1)
+        total += rows.T @ rows if whole else rows.square().sum(0)
+    strength = total * (2 * n_beta / n)
+    if not whole:
+        return (strength + gamma).sqrt()
+    return torch.linalg.cholesky(strength + gamma * torch.eye(len(home)).to(home))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Target:
+    """The log-density, in coordinates in which it is nearly a standard normal one."""
+
+    loss: Callable[[Tensor], Tensor]
+    home: Tensor
+    root: Tensor
+    n_beta: float
+    gamma: float
+
+    def weights(self, place: Tensor) -> Tensor:
+        if self.root.ndim == 1:
+            return place / self.root
+        return torch.linalg.solve_triangular(self.root.T, place[:, None], upper=True)[:, 0]
+
+    def energy(self, place: Tensor) -> tuple[float, float, Tensor]:
+        """Behavioral loss, energy, and the slope of the energy."""
+        start = place.detach().requires_grad_()
+        with torch.enable_grad():
+            step = self.weights(start)
+            loss = self.loss(self.home + step)
+            energy = self.n_beta * loss + self.gamma / 2 * step.square().sum()
+            (slope,) = torch.autograd.grad(energy, start)
+        return float(loss.detach()), float(energy.detach()), slope
 
 
 def _chain(
-    loss: Callable[[list[Tensor]], Tensor],
-    start: list[Tensor],
-    n_beta: float,
-    gamma: float,
-    size: float,
-    steps: int,
-    burn_in: int,
-    generator: torch.Generator,
-) -> float:
-    values = [w.clone().requires_grad_() for w in start]
-    total = 0.0
-    for number in range(burn_in + steps):
-        current = loss(values)
-        slopes = torch.autograd.grad(current, values)
-        if number >= burn_in:
-            total += float(current.detach())
-        with torch.no_grad():
-            for value, slope, home in zip(values, slopes, start, strict=True):
-                noise = torch.randn(value.shape, generator=generator, dtype=value.dtype)
-                drift = n_beta * slope + gamma * (value - home)
-                value += -size / 2 * drift + size**0.5 * noise
-    return total / steps
+    target: _Target, samples: int, burn_in: int, generator: torch.Generator
+) -> tuple[list[float], float]:
+    """Behavioral losses of the samples, and the share of proposals accepted."""
+
+    def normal() -> Tensor:
+        return torch.randn(target.home.shape, generator=generator, dtype=target.home.dtype)
+
+    place = normal()
+    loss, energy, slope = target.energy(place)
+    size, losses, taken = 0.3, [], 0
+    for number in range(burn_in + samples):
+        motion = normal()
+        before = energy + float(motion.square().sum()) / 2
+        far = (0.8 + 0.4 * float(torch.rand((), generator=generator))) * math.pi / 2
+        at, new, steep = place, (loss, energy), slope
+        for _ in range(min(math.ceil(far / size), MOST_STEPS)):
+            motion = motion - size / 2 * steep
+            at = at + size * motion
+            *new, steep = target.energy(at)
+            motion = motion - size / 2 * steep
+        change = before - new[1] - float(motion.square().sum()) / 2
+        chance = math.exp(min(change, 0.0)) if math.isfinite(change) else 0.0
+        if float(torch.rand((), generator=generator)) < chance:
+            place, (loss, energy), slope = at, new, steep
+            taken += number >= burn_in
+        if number < burn_in:
+            size = min(size * math.exp((chance - ACCEPTED) / (1 + number) ** 0.5), 1.0)
+        else:
+            losses.append(loss)
+    return losses, taken / samples
 
 
-def _curvature(
-    loss: Callable[[list[Tensor]], Tensor], start: list[Tensor], times: int = 12
-) -> float:
-    """Largest eigenvalue of the Hessian at the network, by power iteration."""
-    values = [w.clone().requires_grad_() for w in start]
-    generator = torch.Generator().manual_seed(0)
-    direction = [torch.randn(w.shape, generator=generator, dtype=w.dtype) for w in start]
-    largest = 0.0
-    for _ in range(times):
-        norm = torch.stack([d.square().sum() for d in direction]).sum().sqrt()
-        direction = [d / norm for d in direction]
-        slopes = torch.autograd.grad(loss(values), values, create_graph=True)
-        along = sum((s * d).sum() for s, d in zip(slopes, direction, strict=True))
-        assert isinstance(along, Tensor)
-        direction = [d.detach() for d in torch.autograd.grad(along, values)]
-        largest = float(torch.stack([d.square().sum() for d in direction]).sum().sqrt())
-    return largest
+def _r_hat(losses: Float[np.ndarray, "chain sample"]) -> float:
+    half = losses.shape[1] // 2
+    parts = np.concatenate([losses[:, :half], losses[:, -half:]])
+    within = parts.var(axis=1, ddof=1).mean()
+    between = parts.mean(axis=1).var(ddof=1)
+    return float(np.sqrt((within * (half - 1) / half + between) / within)) if within else 1.0
 
 
 def quadratic_coefficient(

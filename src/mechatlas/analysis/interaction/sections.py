@@ -2,32 +2,26 @@
 
     sections_of   a network and its layers -> one `Section` between each layer and the next
     rows_of       activations as (sample, position, channel), whatever the layer's shape
-    vector_jacobian_products, directional, form_jacobians    their derivatives
 
 A section is recognised by running it, never by name: a chain of modules that leads from one
 layer to the next, or one of the forms of `ReluForm` inside that chain, is used only where it
-gives the very numbers the network gives. Where nothing is recognised the whole network runs
-with the layer replaced, which is slower and needs no assumption.
+gives the very numbers the network gives. Where nothing is recognised the network runs with the
+layer replaced; what it computes before that layer is left out only if it makes no difference.
 """
 
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
-import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mechatlas.activations.sites import channels_last, edited, read
 from mechatlas.base import Site, SiteError
-
-MOST_GRADIENTS = 512
-"""Outputs of which every gradient is taken; of more, random sums where that is allowed."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -63,13 +57,18 @@ class Section:
 
     source: Site
     target: Site
-    run: Callable[[Tensor, Tensor], Tensor]
+    run: "Run"
     """Activations of the source, as the network has them, and the network's inputs of the
     same samples -> activations of the target."""
     form: ReluForm | None
     """What it is, if it is one of the forms with a closed solution."""
     how: str
     """In words, how the section is run."""
+    bends: bool
+    """Its gradient changes along straight paths from zero, with biases scaled alike: it is not
+    piecewise linear, and integrals along a path need more than one point."""
+    apart: bool
+    """The target depends on the source alone: nothing goes around it."""
 
 
 def rows_of(activations: Tensor) -> Float[Tensor, "n position d"]:
@@ -129,13 +128,111 @@ def _section(
         modules = chain
         form = _recognise(chain, before, after)
         names = " > ".join(type(m).__name__ for m in chain)
-        return Section(source, target, lambda x, _i: _run_chain(modules, x), form, names)
+
+        def run(x: Tensor, _inputs: Tensor) -> Tensor:
+            return _run_chain(modules, x)
+
+        bends = form is None and _bends(run, before, inputs)
+        return Section(source, target, run, form, names, bends, apart=True)
 
     def whole(x: Tensor, samples: Tensor) -> Tensor:
         with edited(network, {source: lambda _old: x}):
             return read(network, samples, [target])[target]
 
-    return Section(source, target, whole, None, "the whole network, one layer replaced")
+    idle = _before(network, source, inputs)
+    own = network.get_submodule(source.module)
+
+    def short(x: Tensor, samples: Tensor) -> Tensor:
+        if own not in idle:
+            with _standing_in({m: out.expand(len(x), *out.shape[1:]) for m, out in idle.items()}):
+                return whole(x, samples)
+        with _standing_in({**idle, own: x}):  # up to the layer one sample is enough
+            return read(network, samples[:1], [target])[target]
+
+    with torch.no_grad():
+        apart = bool(idle) and _agree(short, whole, before, inputs)
+    run = short if apart else whole
+    how = f"the network after {source}" if apart else "the whole network, one layer replaced"
+    return Section(source, target, run, None, how, _bends(run, before, inputs), apart)
+
+
+Run = Callable[[Tensor, Tensor], Tensor]
+
+
+def _before(network: nn.Module, source: Site, inputs: Tensor) -> dict[nn.Module, Tensor]:
+    """Outermost modules that are done before a layer is reached, and what they gave for a sample.
+
+    The layer's own module is among them if all that it gives is replaced.
+    """
+    names = {module: name for name, module in network.named_modules()}
+    done: dict[nn.Module, list[Any]] = {}
+    reached = False
+
+    def start(module: nn.Module, _args: Any) -> None:
+        nonlocal reached
+        reached = reached or names[module] == source.module
+
+    def end(module: nn.Module, _args: Any, out: Any) -> None:
+        own = names[module] == source.module and source.take == "output" and not source.branch
+        kept = torch.is_tensor(out) and len(out) == len(inputs) and (own or not reached)
+        done.setdefault(module, []).append(out[:1].detach() if kept else None)
+
+    with ExitStack() as hooks, torch.no_grad():
+        for module in names:
+            hooks.callback(module.register_forward_pre_hook(start).remove)
+            hooks.callback(module.register_forward_hook(end).remove)
+        network(inputs)
+    idle = {m: outs[0] for m, outs in done.items() if len(outs) == 1 and outs[0] is not None}
+    inside = {id(part) for module in idle for part in module.modules() if part is not module}
+    return {module: out for module, out in idle.items() if id(module) not in inside}
+
+
+@contextmanager
+def _standing_in(idle: dict[nn.Module, Tensor]) -> Iterator[None]:
+    """Let modules give a tensor, whatever they are given."""
+
+    def give(out: Tensor) -> Callable[..., Tensor]:
+        return lambda *_args, **_kwargs: out
+
+    own = {module: vars(module).get("forward") for module in idle}
+    try:
+        for module, out in idle.items():
+            vars(module)["forward"] = give(out)
+        yield
+    finally:
+        for module, forward in own.items():
+            del vars(module)["forward"]
+            if forward is not None:
+                vars(module)["forward"] = forward
+
+
+def _agree(one: Run, other: Run, x: Tensor, inputs: Tensor) -> bool:
+    """Two ways to run a section give the same, also for activations of other samples."""
+    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(x)
+    try:
+        return all(
+            _same(one(trial, inputs), other(trial, inputs)) for trial in (x, x.flip(0), noise)
+        )
+    except (RuntimeError, SiteError):
+        return False
+
+
+def _bends(run: Run, x: Tensor, inputs: Tensor) -> bool:
+    """Whether gradients depend on where they are taken, other than by jumps."""
+    start = x[:4].detach().clone().requires_grad_()
+    random = torch.Generator().manual_seed(0)
+    try:
+        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+            out = run(start, inputs[:4])
+            along = torch.randn(out.shape, generator=random).to(out)
+            (slope,) = torch.autograd.grad(out, start, along, create_graph=True)
+            if not slope.requires_grad:
+                return False
+            across = torch.randn(slope.shape, generator=random).to(slope)
+            (second,) = torch.autograd.grad(slope, start, across, allow_unused=True)
+    except RuntimeError:  # an operation without a second derivative: assume nothing
+        return True
+    return second is not None and bool(second.any())
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -256,117 +353,6 @@ def _check_order(section: Section, before: Tensor, inputs: Tensor) -> None:
             f"Layer {section.target} does not depend on layer {section.source}. Name the layers "
             "in the order in which the network reaches them."
         )
-
-
-def vector_jacobian_products(
-    section: Section,
-    x: Tensor,
-    inputs: Tensor,
-    directions: Float[np.ndarray, "d k"],
-    *,
-    sources: int | None = None,
-    seed: int = 0,
-) -> Iterator[Float[Tensor, "n position d"]]:
-    """Gradients of output directions with respect to the source.
-
-    Args:
-        section: The section.
-        x: Activations of the source, in the shape the network gives them.
-        inputs: The network's inputs for the same samples.
-        directions: Each column is a direction of the target's channels.
-        sources: By default one gradient for each direction and output position. If given, and
-            there are more than `MOST_GRADIENTS` of these, so many random sums over them instead,
-            with signs of +-1 and divided by the root of their number: second moments keep their
-            expected value.
-        seed: Of the random signs.
-
-    Yields:
-        One gradient at a time, ordered by direction and then by position, or by source.
-    """
-    start = x.detach().clone().requires_grad_()
-    with torch.enable_grad():
-        out = rows_of(section.run(start, inputs))
-    n, positions, _ = out.shape
-    columns = torch.as_tensor(directions.T.copy(), dtype=out.dtype, device=out.device)
-    generator = torch.Generator().manual_seed(seed)
-    exact = sources is None or positions * len(columns) <= MOST_GRADIENTS
-    times = positions * len(columns) if exact else sources
-    assert times is not None
-    for time in range(times):
-        if exact:
-            cotangent = torch.zeros_like(out)
-            cotangent[:, time % positions] = columns[time // positions]
-        else:
-            signs = torch.randint(0, 2, (n, positions, len(columns)), generator=generator) * 2 - 1
-            cotangent = signs.to(out) @ columns / times**0.5
-        (gradient,) = torch.autograd.grad(out, start, cotangent, retain_graph=time < times - 1)
-        yield rows_of(gradient)
-
-
-def directional(
-    section: Section, x: Tensor, inputs: Tensor, tangent: Tensor
-) -> Float[Tensor, "n t o"]:
-    """Derivative of the target along a change of the source, at all output positions at once.
-
-    Args:
-        section: The section.
-        x: Activations of the source, in the shape the network gives them.
-        inputs: The network's inputs for the same samples.
-        tangent: Change of the source, of the shape of `x`.
-    """
-    try:
-        return _forward(section, x, inputs, tangent)
-    except NotImplementedError:  # an operation without a forward derivative
-        return _twice(section, x, inputs, tangent)
-
-
-def _forward(section: Section, x: Tensor, inputs: Tensor, tangent: Tensor) -> Tensor:
-    # Of the ways to compute attention only this one has a forward derivative.
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), forward_ad.dual_level():
-        out = section.run(forward_ad.make_dual(x, tangent), inputs)
-        found = forward_ad.unpack_dual(out).tangent
-        return rows_of(torch.zeros_like(out) if found is None else found)
-
-
-def _twice(section: Section, x: Tensor, inputs: Tensor, tangent: Tensor) -> Tensor:
-    """The gradient, by the cotangent, of the gradient along the tangent."""
-    start = x.detach().clone().requires_grad_()
-    with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
-        out = section.run(start, inputs)
-        cotangent = torch.zeros_like(out, requires_grad=True)
-        (back,) = torch.autograd.grad(out, start, cotangent, create_graph=True)
-        (along,) = torch.autograd.grad((back * tangent).sum(), cotangent)
-    return rows_of(along)
-
-
-def form_jacobians(
-    form: ReluForm, x: Tensor, left: Float[np.ndarray, "o k"], right: Float[np.ndarray, "j d"]
-) -> Iterator[Float[Tensor, "n k j"]]:
-    """Jacobians of each sample, one position at a time; it is zero between positions.
-
-    Args:
-        form: A linear map, with or without a ReLU and a second one.
-        x: Activations of the source, in the shape the network gives them.
-        left: Each column is a direction of the target that is read.
-        right: Each row is what a unit of a source coordinate adds to the activations.
-    """
-    assert isinstance(form.inner, nn.Linear)
-    rows = rows_of(x)
-    a = torch.as_tensor(left, dtype=x.dtype, device=x.device)
-    b = torch.as_tensor(right.T.copy(), dtype=x.dtype, device=x.device)
-    inner = form.inner.weight.detach() @ b
-    outer = a.T if form.out is None else a.T @ form.out.weight.detach()
-    around = a.T @ b if form.skip else None
-    for time in range(rows.shape[1]):
-        if form.relu:
-            with torch.no_grad():
-                fires = (form.inner(rows[:, time]) > 0).to(x.dtype)
-            whole = ((outer * fires[:, None, :]).flatten(0, 1) @ inner).unflatten(0, (-1, len(a.T)))
-        else:
-            whole = (outer @ inner).expand(len(rows), -1, -1)
-        if around is not None:
-            whole = whole + around
-        yield whole
 
 
 def taps_of(

@@ -17,13 +17,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from mechatlas.activations.sites import channels_last, read
-from mechatlas.analysis.interaction.sections import (
-    MOST_GRADIENTS,
-    Section,
-    rows_of,
-    taps_of,
-    vector_jacobian_products,
-)
+from mechatlas.analysis.interaction.derivatives import MOST_GRADIENTS, vector_jacobian_products
+from mechatlas.analysis.interaction.sections import Section, rows_of, taps_of
 from mechatlas.base import InputError, NonFiniteError, Progress, Site, no_progress
 from mechatlas.maths.linalg import Firing, Moments, gram, relu_pullback, skip_pullback
 
@@ -99,6 +94,19 @@ class Inputs:
         return Inputs(self.tensor, self.labels, kept)
 
 
+Arrays = dict[str, np.ndarray]
+
+
+def _named(name: str, of: Moments | Firing) -> Arrays:
+    return {f"{name}.{key}": value for key, value in of.state().items()}
+
+
+def part_of(state: Arrays, name: str) -> Arrays:
+    """The arrays whose name starts with a name and a dot, without it."""
+    start = f"{name}."
+    return {k.removeprefix(start): v for k, v in state.items() if k.startswith(start)}
+
+
 class LayerMoments:
     """One layer: mean and Gram matrix of its activations, and which are above zero together."""
 
@@ -122,6 +130,20 @@ class LayerMoments:
         self.firing.merge(other.firing)
         self.rectified = self.rectified and other.rectified
         self.zeros = self.zeros or other.zeros
+
+    def state(self) -> Arrays:
+        """Arrays from which `from_state` goes on."""
+        flags = {"rectified": np.array(self.rectified), "zeros": np.array(self.zeros)}
+        return _named("moments", self.moments) | _named("firing", self.firing) | flags
+
+    @classmethod
+    def from_state(cls, state: Arrays) -> "LayerMoments":
+        """The stream as it was when `state` was called."""
+        layer = cls(len(state["moments.mean"]))
+        layer.moments = Moments.from_state(part_of(state, "moments"))
+        layer.firing = Firing.from_state(part_of(state, "firing"))
+        layer.rectified, layer.zeros = state["rectified"].item(), state["zeros"].item()
+        return layer
 
 
 class SectionFiring:
@@ -157,6 +179,26 @@ class SectionFiring:
         self.whole.merge(other.whole)
         for place, firing in other._taps.items():
             self._taps.setdefault(place, Firing(self.whole.width)).merge(firing)
+
+    def state(self) -> Arrays:
+        """Arrays from which `from_state` goes on."""
+        state = {"rows": np.array(self.rows), **_named("whole", self.whole)}
+        for (row, column), firing in self._taps.items():
+            state |= _named(f"tap.{row}.{column}", firing)
+        return state
+
+    @classmethod
+    def from_state(cls, section: Section, state: Arrays) -> "SectionFiring":
+        """The stream as it was when `state` was called."""
+        firing = cls(section)
+        firing.rows = state["rows"].item()
+        firing.whole = Firing.from_state(part_of(state, "whole"))
+        for name in state:
+            if name.startswith("tap.") and name.endswith(".n"):
+                _, row, column, _ = name.split(".")
+                part = part_of(state, f"tap.{row}.{column}")
+                firing._taps[int(row), int(column)] = Firing.from_state(part)
+        return firing
 
     def pullback(self, after: Float[np.ndarray, "o o"]) -> Float[np.ndarray, "d d"]:
         """E[J^T A J] summed over target positions and averaged over source positions."""
@@ -261,15 +303,15 @@ def gradients(
     Args:
         network: The network.
         sections: From each layer to the next.
-        to_end: From each layer to the last; used where a section is not a chain of modules, so
-            that what goes around a layer is not counted as passing through it.
+        to_end: From each layer to the last; used where something goes around a layer, so that
+            it is not counted as passing through it.
         inputs: The samples.
         batch_size: Samples at a time.
         sources: As for `vector_jacobian_products`.
     """
-    whole = any(s.how.startswith("the whole network") for s in sections)
     positions, width = _shape_of_last(network, to_end[0], inputs)
-    if whole or (sources is not None and positions * width > MOST_GRADIENTS):
+    around = not all(section.apart for section in sections)
+    if around or (sources is not None and positions * width > MOST_GRADIENTS):
         return [
             pullback(network, s, inputs, np.eye(width), batch_size=batch_size, sources=sources)
             for s in to_end
