@@ -11,9 +11,10 @@ import itertools
 import json
 import shutil
 import time
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import numpy as np
 import torch
@@ -40,7 +41,7 @@ from mechatlas.analysis.matching.evidence import (
     transport,
 )
 from mechatlas.analysis.matching.folding import Parts, fold, mean_active
-from mechatlas.analysis.matching.nulls import NULLS, Null, reordered
+from mechatlas.analysis.matching.nulls import NULLS, Evidence, Null, reordered
 from mechatlas.analysis.matching.pairing import Match, correlate, match, relatives
 from mechatlas.analysis.matching.splicing import permuted, references, splice
 from mechatlas.app.folders import cost, peak_bytes, refuse_strangers, write_table
@@ -57,6 +58,7 @@ CODES = 16
 KEEP_EVERY = 15.0
 """Seconds of work that an interrupt may cost, once the first look at all pairs is done."""
 KIND = "matching"
+Kept = TypeVar("Kept")
 AT_ONCE = 32
 """Samples in one forward pass."""
 
@@ -310,7 +312,7 @@ def _pair(recipe: Matching, k: int, views: list[Any], units: list[Any], number: 
         "dictionaries": [_checksum_of(p) for p in recipe.dictionaries[k : k + 2]],
     }
     with bar(f"pairing {k + 1} of {len(views) - 1}") as progress:
-        return match(
+        found = match(
             views[k],
             views[k + 1],
             parts=recipe.cost,  # pyright: ignore
@@ -318,10 +320,20 @@ def _pair(recipe: Matching, k: int, views: list[Any], units: list[Any], number: 
             rate=recipe.rate,
             nulls=_nulls(recipe),
             seed=recipe.seed,
-            resume=_kept(folder, asked),
+            resume=_kept(folder, "state", asked, State.from_arrays),
+            evidence=_kept(folder, "evidence", asked, _evidence),
             on_progress=progress,
             on_state=_keeper(folder, asked),
         )
+    _keep(
+        folder, "evidence", asked, {k: np.asarray(v) for k, v in found.evidence._asdict().items()}
+    )
+    return found
+
+
+def _evidence(arrays: dict[str, np.ndarray]) -> Evidence:
+    without = int(arrays["without_partner"])
+    return Evidence(arrays["q_values"], without, arrays["null"])
 
 
 def _keeper(folder: Path, asked: dict[str, Any]) -> Callable[[State], None]:
@@ -329,26 +341,29 @@ def _keeper(folder: Path, asked: dict[str, Any]) -> Callable[[State], None]:
 
     def keep(state: State) -> None:
         nonlocal last
-        if time.monotonic() - last < KEEP_EVERY:
+        if len(state.free) and time.monotonic() - last < KEEP_EVERY:
             return
         last = time.monotonic()
-        packed = io.BytesIO()
-        np.savez(packed, allow_pickle=False, **state.arrays())  # pyright: ignore
-        write(folder / "state.npz", packed.getvalue())
-        write_json(folder / "asked.json", asked)
+        _keep(folder, "state", asked, state.arrays())
 
     return keep
 
 
-def _kept(folder: Path, asked: dict[str, Any]) -> State | None:
-    """The state of a pairing that was stopped, if it was of the same dictionaries."""
+def _keep(folder: Path, name: str, asked: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
+    packed = io.BytesIO()
+    np.savez(packed, allow_pickle=False, asked=json.dumps(asked), **arrays)  # pyright: ignore
+    write(folder / f"{name}.npz", packed.getvalue())
+
+
+def _kept(folder: Path, name: str, asked: dict[str, Any], read: Callable[..., Kept]) -> Kept | None:
+    """What a run that was stopped has kept of the same dictionaries."""
     try:
-        if json.loads((folder / "asked.json").read_text()) != json.loads(json.dumps(asked)):
-            return None
-        with np.load(folder / "state.npz", allow_pickle=False) as arrays:
-            return State.from_arrays({name: arrays[name] for name in arrays.files})
-    except (OSError, ValueError, KeyError):
-        return None  # stopped while it was written: begin anew
+        with np.load(folder / f"{name}.npz", allow_pickle=False) as arrays:
+            if str(arrays["asked"]) == json.dumps(asked):
+                return read({name: arrays[name] for name in arrays.files if name != "asked"})
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+        pass  # stopped while it was written: begin anew
+    return None
 
 
 def _facts(found: Match) -> dict[str, Any]:
@@ -360,7 +375,7 @@ def _facts(found: Match) -> dict[str, Any]:
         "lower_bound": found.lower_bound,
         "gap": found.gap,
         "matched": int(found.matched.sum()),
-        "without_partner": found.without_partner,
+        "without_partner": found.evidence.without_partner,
         "least_cosine": found.threshold if found.matched.any() else None,
         "pricing_rounds": found.assignment.rounds,
         "looks": sum(found.assignment.rows_priced) / len(found.assignment.columns),

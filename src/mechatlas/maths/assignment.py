@@ -27,7 +27,9 @@ from mechatlas.base import InputError, Progress, no_progress
 from mechatlas.maths.pricing import Costs, Factors, Kept, Matrix, block_rows, in_threads
 
 LISTED = 40
-"""Cheapest columns listed for each row at first; twice as many where costs are not kept."""
+"""Cheapest columns listed for each row at first."""
+FARTHER = 8
+"""Times as many where costs are not kept and another look at a row is another product."""
 LONGER = 3.0
 """By how much a list that was too short is lengthened, at least."""
 STEP = 0.03
@@ -39,7 +41,7 @@ BIDS = 300
 """Bids for each row in one round, and exact ones before paths are searched."""
 FEW = 500
 """One row in so many may be left over by a round of bids."""
-SMALL = ((1 << 20, 1), (1 << 24, 3))
+SMALL = ((1 << 20, 1), (1 << 24, 6))
 """Pairs up to which paths are searched over all of them, once lists were made longer so often."""
 SAMPLED = 16
 """One row in so many is looked at for first prices where costs are not kept."""
@@ -159,7 +161,7 @@ def assign(
             are more rows than columns.
         resume: What `on_state` was told last, in a run that was stopped.
         on_progress: Told how many rows have been priced or paired, of about how many.
-        on_state: Told the state after every pricing round.
+        on_state: Told the state after every pricing round; the last one has no free rows.
 
     Raises:
         InputError: The costs are empty or not finite, or `unmatched` is NaN.
@@ -191,7 +193,7 @@ def assign(
         if len(wanted):
             _list_again(state, costs, wanted, longer)
         on_progress(n + round(n * _done(state)), 2 * n)
-        if on_state is not None and len(state.free):
+        if on_state is not None:
             on_state(state)
     return _finish(state, costs, unmatched)
 
@@ -225,7 +227,10 @@ def _begin(costs: Costs, unmatched: float, on_progress: Progress) -> State:
     Where all columns are paired, prices may be any, and begin with what each column costs at least.
     """
     n, m = costs.n_rows, costs.n_columns
-    listed, all_paired = min((2 - _kept(costs)) * LISTED, m), n == m and math.isinf(unmatched)
+    listed, all_paired = (
+        min((1 if _kept(costs) else FARTHER) * LISTED, m),
+        n == m and math.isinf(unmatched),
+    )
     lists = {
         "columns": np.zeros(n * listed, np.int32),
         "keys": np.zeros(n * listed),

@@ -21,7 +21,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from mechatlas.analysis.matching.folding import Atoms, Parts, fold, unit_rows, vectors
-from mechatlas.analysis.matching.nulls import NULLS, Null, weigh
+from mechatlas.analysis.matching.nulls import NULLS, Evidence, Null, weigh
 from mechatlas.base import InputError, Progress, no_progress
 from mechatlas.maths.assignment import Assignment, State, assign
 from mechatlas.maths.pricing import Factors
@@ -29,7 +29,7 @@ from mechatlas.maths.pricing import Factors
 RATE = 0.05
 NEAR = 0.75
 """Cosine of a relative, as a share of the best that either side has."""
-SUMS = 2048
+SUMS = 4096
 """Numbers that codes on many rows are added up to."""
 LEAST_ACTIVE = 10
 """Rows on which a latent is active without which its codes say nothing."""
@@ -58,8 +58,8 @@ class Match:
     """False match rate asked for."""
     threshold: float
     """Least cosine that counts as a partner: the price of having no partner is 2 - 2 times it."""
-    without_partner: int
-    """Pairs taken to be chance."""
+    evidence: Evidence
+    """What the null says of the pairs, in the order of rows that have one."""
     assignment: Assignment
     """The pairing with its prices, for `certify(match.costs)`."""
     costs: Factors
@@ -90,6 +90,7 @@ def match(
     nulls: Sequence[Null] = NULLS,
     seed: int = 0,
     resume: State | None = None,
+    evidence: Evidence | None = None,
     on_progress: Progress = no_progress,
     on_state: Callable[[State], None] | None = None,
 ) -> Match:
@@ -104,6 +105,7 @@ def match(
         nulls: How null dictionaries are made; `(reordered,)` for codes.
         seed: Seed of the null.
         resume: State of a pairing that was stopped.
+        evidence: That of a run which ended, if it is known.
         on_progress: Told how far the pairing is.
         on_state: Told the state of the pairing after every round.
 
@@ -116,7 +118,7 @@ def match(
     there = _paired(x, y) if parts == "codes" else (np.arange(len(x)), np.arange(len(y)))
     costs = Factors.squared_distances(x[there[0]], y[there[1]])
     found = assign(costs, resume=resume, on_progress=on_progress, on_state=on_state)
-    one = weighed(found, costs, rate=rate, nulls=nulls, seed=seed)
+    one = weighed(found, costs, rate=rate, nulls=nulls, seed=seed, evidence=evidence)
     return one if parts != "codes" else _spread(one, *there, len(x), len(y))
 
 
@@ -180,13 +182,14 @@ def weighed(
     rate: float = RATE,
     nulls: Sequence[Null] = NULLS,
     seed: int = 0,
+    evidence: Evidence | None = None,
 ) -> Match:
     """A pairing with the evidence for each of its pairs."""
     n = costs.n_rows
     unit_a, unit_b = unit_rows(costs.a), unit_rows(costs.b)
     rows = np.flatnonzero(found.columns >= 0)
     columns = found.columns[rows]
-    evidence = weigh(unit_a, unit_b, rows, columns, nulls=nulls, seed=seed)
+    evidence = evidence or weigh(unit_a, unit_b, rows, columns, nulls=nulls, seed=seed)
     pair_costs, cosines, q_values = np.full(n, np.nan), np.zeros(n), np.ones(n)
     pair_costs[rows] = costs.exact(rows, columns)
     cosines[rows] = np.einsum("pd,pd->p", unit_a[rows], unit_b[columns], dtype=np.float64)
@@ -205,7 +208,7 @@ def weighed(
         matched=matched,
         rate=rate,
         threshold=least if matched.any() else math.inf,
-        without_partner=evidence.without_partner,
+        evidence=evidence,
         assignment=found,
         costs=costs,
         unit_a=unit_a,
