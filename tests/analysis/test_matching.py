@@ -187,7 +187,7 @@ def test_splitting_and_merging_are_seen_from_both_sides():
 
 
 def test_the_joint_solution_reaches_further_than_composition():
-    planted = chain(300, 96, 6, noise=LEVELS["high"], turn=0.2, seed=3)
+    planted = chain(200, 64, 6, noise=LEVELS["high"], turn=0.2, seed=3)
     matches = [match(*planted.dictionaries[k : k + 2]) for k in range(5)]
     composed = compose([np.where(m.matched, m.columns, -1) for m in matches])
     layers = [m.unit_a for m in matches] + [matches[-1].unit_b]
@@ -200,7 +200,7 @@ def test_the_joint_solution_reaches_further_than_composition():
 
 
 def test_life_lines_of_a_chain_show_its_births_and_deaths():
-    planted = chain(400, 96, 4, noise=0.3, churn=0.2, splits=0)
+    planted = chain(300, 64, 4, noise=0.3, churn=0.2, splits=0)
     matches = [match(*planted.dictionaries[k : k + 2]) for k in range(3)]
     tracks = track([m.unit_a for m in matches] + [matches[-1].unit_b], matches)
     lines = live(tracks, matches)
@@ -276,8 +276,46 @@ def test_codes_match_dictionaries_of_different_widths(two):
         b.W_dec[:, 12:], b._W_enc[12:] = 0, 0
     with pytest.raises(InputError, match=r"A has 12 numbers for a latent and B has 17"):
         match(a, b)
-    found = match(correlate(a, x), correlate(b, wide))
+    found = match(correlate(a, x), correlate(b, wide), parts="codes")
     np.testing.assert_array_equal(found.columns, np.arange(24))
+
+
+def test_latents_that_are_hardly_active_are_not_paired_by_their_codes(two):
+    a, b, x = two
+    codes = [correlate(one, x) for one in (a, b)]
+    whole = match(*codes, parts="codes", nulls=(reordered,))
+    codes[0][[3, 7]] = 0
+    codes[1][5] = 0
+    found = match(*codes, parts="codes", nulls=(reordered,))
+    assert found.columns[[3, 7]].tolist() == [-1, -1]
+    assert 5 not in found.columns
+    kept = np.setdiff1d(np.arange(24), [3, 7, np.flatnonzero(whole.columns == 5)[0]])
+    np.testing.assert_array_equal(found.columns[kept], whole.columns[kept])
+    assert found.assignment.certify(found.costs).gap < 1e-9
+    rows = np.flatnonzero(found.columns >= 0)
+    cosine = (codes[0][rows] * codes[1][found.columns[rows]]).sum(axis=1)
+    np.testing.assert_allclose(found.cosines[rows], cosine, atol=1e-5)
+    np.testing.assert_allclose(found.pair_costs[rows], 2 - 2 * cosine, atol=1e-5)
+    assert (found.partial()[[3, 7]] == -1).all()
+    near = relatives(found)
+    assert not set(near.latent_a.tolist()) & {3, 7}
+    prices = near.reduced_cost[near.latent_b == found.columns[near.latent_a]]
+    np.testing.assert_allclose(prices, 0, atol=1e-9)
+    with pytest.raises(InputError, match="No latent of B is active often enough"):
+        match(codes[0], np.zeros_like(codes[1]), parts="codes")
+
+
+def test_codes_of_many_rows_are_added_up_and_keep_their_products():
+    one = Autoencoder(d_in=12, n_latents=40, sparsity=TopK(k=6), seed=0)
+    x = torch.randn(4000, 12)
+    exact, added = correlate(one, x), correlate(one, x, sums=1500)
+    assert exact.shape == (40, 4000)
+    assert added.shape == (40, 1500)
+    off = added @ added.T - exact @ exact.T
+    assert np.abs(off).max() < 5 / np.sqrt(1500)
+    assert off.std() < 1.3 / np.sqrt(1500)
+    rare = one.encode(x).count_nonzero(dim=0).numpy() < 500
+    assert not correlate(one, x, least=500)[rare].any()
 
 
 def test_rare_codes_that_coincide_by_chance_do_not_match():
@@ -286,7 +324,7 @@ def test_rare_codes_that_coincide_by_chance_do_not_match():
     codes = (random.random((2, 250, 600)) < rate) * random.gamma(2, 1, (2, 250, 600))
     codes -= codes.mean(axis=2, keepdims=True)
     a, b = (x.astype(np.float32) for x in codes)
-    assert match(a, b, parts="cosine", nulls=(reordered,)).matched.mean() < 0.02
+    assert match(a, b, parts="codes", nulls=(reordered,)).matched.mean() < 0.02
 
 
 def test_units_from_data_fold_rules_without_thresholds(two):

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 
 import numpy as np
@@ -5,14 +6,21 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from mechatlas.activations.collect import Collecting
+from mechatlas.activations.networks import Network
+from mechatlas.activations.positions import Positions
+from mechatlas.activations.samples import Images
 from mechatlas.analysis.matching import pairing
-from mechatlas.app import cli, matching
+from mechatlas.app import cli, jobs, matching
 from mechatlas.app.matching import Matching, match_dictionaries
-from mechatlas.base import DiskError, RecipeError, StoreError, UserError
+from mechatlas.app.recipes import Collect, Train
+from mechatlas.base import DiskError, InputError, RecipeError, StoreError, UserError
 from mechatlas.dictionaries.autoencoder import Autoencoder
 from mechatlas.dictionaries.formats import save
 from mechatlas.dictionaries.sparsity import TopK
+from mechatlas.maths import assignment
 from tests.analysis.planted import chain
+from tests.app.worlds import photographs
 
 KEYS = {
     "n_a", "n_b", "cost", "lower_bound", "gap", "matched", "seconds", "wall_seconds", "peak_bytes"
@@ -75,28 +83,92 @@ def test_the_same_command_gives_the_same_bytes(saved, tmp_path):
         assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
 
 
-def test_a_killed_run_continues(saved, tmp_path, monkeypatch):
-    run(saved, tmp_path / "whole")
+def test_an_interrupt_loses_nothing_that_the_same_command_needs(saved, tmp_path, monkeypatch):
     monkeypatch.setattr(matching, "KEEP_EVERY", 0.0)
+    monkeypatch.setattr(assignment, "LISTED", 3)
+    run(saved, tmp_path / "whole", layers=3)
+    solve, weigh, looks, weighed = pairing.assign, pairing.weigh, [], []
 
-    def killed(*_, **__):
-        raise KeyboardInterrupt
+    def stopped(*args, on_state=None, **options):
+        states = []
+
+        def stop(state):
+            on_state(state)
+            states.append(state)
+            if len(states) == 3 and len(looks) == 1:  # in the middle of the second pairing
+                raise KeyboardInterrupt
+
+        found = solve(*args, on_state=stop, **options)
+        looks.append(found.rows_priced)
+        return found
 
     with monkeypatch.context() as patched:
-        patched.setattr(pairing, "weighed", killed)
+        patched.setattr(pairing, "assign", stopped)
         with pytest.raises(KeyboardInterrupt):
-            run(saved, tmp_path / "killed")
-    assert (tmp_path / "killed" / "unfinished" / "0" / "state.npz").is_file()
-    looked = []
-    listing = pairing.assign
+            run(saved, tmp_path / "killed", layers=3)
+    assert len(looks) == 1, "the second pairing must need further rounds"
+    resumed = []
     monkeypatch.setattr(
-        pairing, "assign", lambda *a, **k: (looked.append(k["resume"]), listing(*a, **k))[1]
+        pairing, "assign", lambda *a, **k: (resumed.append(k["resume"]), solve(*a, **k))[1]
     )
-    run(saved, tmp_path / "killed")
-    assert looked[0] is not None
-    for file in ("matches.parquet",):
-        whole = (tmp_path / "whole" / file).read_bytes()
-        assert (tmp_path / "killed" / file).read_bytes() == whole
+    monkeypatch.setattr(pairing, "weigh", lambda *a, **k: (weighed.append(a), weigh(*a, **k))[1])
+    monkeypatch.setattr(matching, "_joint", lambda *_: {})
+    run(saved, tmp_path / "killed", layers=3)
+    assert len(resumed[0].free) == 0, "the first pairing was kept whole"
+    assert len(resumed[1].rows_priced) > 1, "the second one goes on where it was"
+    assert len(weighed) == 1, "the evidence of the first was kept"
+    whole = (tmp_path / "whole" / "matches.parquet").read_bytes()
+    assert (tmp_path / "killed" / "matches.parquet").read_bytes() == whole
+    assert not (tmp_path / "killed" / "unfinished").exists()
+
+
+@pytest.fixture(scope="module")
+def paired(tmp_path_factory):
+    """A paired store of a small network, and a dictionary of each of its sites."""
+    root = tmp_path_factory.mktemp("paired")
+    collecting = Collecting(
+        positions=Positions(rule="random", per_sample=20), paired=True, held_out=0.2
+    )
+    jobs.collect(
+        Collect(
+            network=Network(name="tests.networks:tiny"),
+            sites=("first", "mixed"),
+            samples=Images(source=str(photographs(root / "p.zip")), side=15, crops=3),
+            collecting=collecting,
+            out=root / "store",
+        )
+    )
+    for site in ("first", "mixed"):
+        jobs.train(
+            Train(store=root / "store", site=site, out=root / site, n_latents=16,
+                  sparsity=TopK(k=8), steps=200, batch_size=64)
+        )  # fmt: skip
+    return root
+
+
+def test_with_a_store_the_network_runs_on_what_a_match_writes(paired, tmp_path):
+    recipe = Matching(
+        dictionaries=(paired / "first", paired / "mixed"),
+        out=tmp_path / "out", cost="codes", store=paired / "store", samples=6,
+    )  # fmt: skip
+    pair = match_dictionaries(recipe)["pairs"][0]
+    told = pair["spliced"]
+    assert pair["samples"] == 6
+    assert {"matched", "match", "random", "same number", "B itself", "mean of B"} <= set(told)
+    assert "layer drop" not in told  # 6 and 8 channels
+    for way in told.values():
+        assert set(way) == {"lost", "divergence", "agreement"}
+        assert all(e["low"] <= e["value"] <= e["high"] for e in way.values())
+    assert told["B itself"]["lost"]["value"] < told["mean of B"]["lost"]["value"]
+    assert told["mean of B"]["divergence"]["value"] > 0
+    again = match_dictionaries(dataclasses.replace(recipe, samples=0, out=tmp_path / "none"))
+    assert "spliced" not in again["pairs"][0]
+    with pytest.raises(InputError, match=r"reaches first before mixed"):
+        match_dictionaries(
+            dataclasses.replace(
+                recipe, dictionaries=recipe.dictionaries[::-1], out=tmp_path / "backwards"
+            )
+        )
 
 
 @pytest.mark.parametrize(

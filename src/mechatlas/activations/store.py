@@ -170,6 +170,20 @@ class Store:
         also = f" Branches of {base}: {known}." if known else ""
         raise StoreError(f"{have}; there is no {site!r}.{also}")
 
+    def samples(self, split: Split, n: int) -> list[int]:
+        """Numbers of up to `n` samples of a split, ascending.
+
+        Raises:
+            StoreError: A shard is damaged or missing; it is named.
+        """
+        numbers: dict[int, None] = {}
+        for shard in (s for s in self.shards if s.site == self.sites[0] and s.split == split):
+            where = read_shard(self.root, shard)[1][:, 0]
+            numbers |= dict.fromkeys(where.tolist())
+            if len(numbers) >= n:
+                break
+        return sorted(list(numbers)[:n])
+
     def paired(self, sites: Sequence[str]) -> "PairedRows":
         """The rows of several sites side by side, for a transcoder or crosscoder.
 

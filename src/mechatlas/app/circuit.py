@@ -21,7 +21,7 @@ from tyro.conf import Positional, arg
 from mechatlas.activations.networks import digest
 from mechatlas.activations.samples import ImageSamples, Samples
 from mechatlas.activations.sites import read
-from mechatlas.activations.store import Store, read_shard
+from mechatlas.activations.store import Store
 from mechatlas.activations.wiring import Wiring, trace
 from mechatlas.analysis.circuits.compose import MeanGates, Recording, Response, record
 from mechatlas.analysis.circuits.effects import (
@@ -248,8 +248,8 @@ def _open(recipe: Circuit) -> _Opened:
         raise StoreError(
             f"The network found now has other weights than when {store.root} was made."
         )
-    known = _samples(store, "train", recipe.samples)
-    unseen = _samples(store, "held", recipe.held_out)
+    known = np.array(store.samples("train", recipe.samples), np.int64)
+    unseen = np.array(store.samples("held", recipe.held_out), np.int64)
     if len(unseen) < 2:
         raise StoreError(f"{store.root} has no held-out samples to remove features on.")
     names = [p.name for p in recipe.dictionaries]
@@ -279,18 +279,6 @@ def _store_of(path: Path) -> Path:
         f"The store of {path} ({written}) is no longer there; name one of the same network with "
         "--store STORE."
     )
-
-
-def _samples(store: Store, split: str, n: int) -> np.ndarray:
-    """Numbers of up to `n` samples of a split, ascending."""
-    site = store.sites[0]
-    numbers: list[int] = []
-    for shard in (s for s in store.shards if s.site == site and s.split == split):
-        where = read_shard(store.root, shard)[1][:, 0].numpy()
-        numbers += [i for i in dict.fromkeys(where.tolist()) if i not in set(numbers)]
-        if len(numbers) >= n:
-            break
-    return np.array(sorted(numbers[:n]), np.int64)
 
 
 def _weigh(recipe: Circuit, opened: _Opened, k: int, wiring: Wiring) -> _Found:

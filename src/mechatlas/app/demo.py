@@ -169,7 +169,7 @@ def in_words(result: dict[str, Any]) -> str:
     )
     pair = result["match"]["pairs"][0]
     lines.append(
-        f"{pair['a']} -> {pair['b']}: {pair['n_matched']} of {pair['n_a']} latents matched by "
+        f"{pair['a']} -> {pair['b']}: {pair['matched']} of {pair['n_a']} latents matched by "
         f"codes at a false match rate of {result['match']['rate']:.0%}, gap {pair['gap']:.1e}"
     )
     lines += _in_words(result)

@@ -11,15 +11,18 @@ import itertools
 import json
 import shutil
 import time
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import numpy as np
 import torch
 import tyro
+from torch import nn
 from tyro.conf import Positional, arg
 
+from mechatlas.activations.networks import digest
 from mechatlas.activations.store import Store
 from mechatlas.analysis.matching.chains import (
     LifeLines,
@@ -37,20 +40,27 @@ from mechatlas.analysis.matching.evidence import (
     firing,
     transport,
 )
-from mechatlas.analysis.matching.folding import fold, mean_active
-from mechatlas.analysis.matching.nulls import NULLS, Null, reordered
+from mechatlas.analysis.matching.folding import Parts, fold, mean_active
+from mechatlas.analysis.matching.nulls import NULLS, Evidence, Null, reordered
 from mechatlas.analysis.matching.pairing import Match, correlate, match, relatives
+from mechatlas.analysis.matching.splicing import permuted, references, splice
 from mechatlas.app.folders import cost, peak_bytes, refuse_strangers, write_table
 from mechatlas.app.progress import bar
-from mechatlas.base import RecipeError, StoreError
+from mechatlas.app.recipes import reopen
+from mechatlas.base import RecipeError, Site, StoreError
 from mechatlas.dictionaries.formats import load
 from mechatlas.files import checksum, read_json, write, write_json
 from mechatlas.maths.assignment import State
 
 ROWS = 4096
+CODES = 16
+"""Times as many rows are read to correlate codes: rare latents need them."""
 KEEP_EVERY = 15.0
 """Seconds of work that an interrupt may cost, once the first look at all pairs is done."""
 KIND = "matching"
+Kept = TypeVar("Kept")
+AT_ONCE = 32
+"""Samples in one forward pass."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -77,7 +87,11 @@ class Matching:
     """What folding takes for 1: the threshold of a latent (where it has one), or its mean when
     active on rows of the store (data)."""
     rows: int = ROWS
-    """Rows of the store to measure on, and as many others to fold or correlate with."""
+    """Rows of the store to measure on, and as many others to fold with (16 times as many to
+    correlate codes on)."""
+    samples: int = 64
+    """Held-out samples of the store on which the network runs with the second site written from
+    the first; 0 for none."""
     seed: int = 0
     """Seed of the nulls and intervals."""
 
@@ -94,7 +108,7 @@ def in_words(result: dict[str, Any]) -> str:
     lines = []
     for pair in result["pairs"]:
         lines.append(
-            f"{pair['a']} -> {pair['b']}: {pair['n_matched']} of {min(pair['n_a'], pair['n_b'])} "
+            f"{pair['a']} -> {pair['b']}: {pair['matched']} of {min(pair['n_a'], pair['n_b'])} "
             f"latents matched (false match rate {result['rate']:.0%}), cost {pair['cost']:.6g}, "
             f"gap {pair['gap']:.1e}"
         )
@@ -125,6 +139,7 @@ def match_dictionaries(recipe: Matching) -> dict[str, Any]:
     names = _names(recipe.dictionaries)
     dictionaries = [load(path) for path in recipe.dictionaries]
     known, unseen = _rows(recipe, dictionaries)
+    running = _network(recipe)
     views, units = _views(recipe, dictionaries, known)
     matches, pairs = [], []
     for k, (name_a, name_b) in enumerate(itertools.pairwise(names)):
@@ -135,8 +150,11 @@ def match_dictionaries(recipe: Matching) -> dict[str, Any]:
         pair["wall_seconds"] = round(time.perf_counter() - wall, 3)
         pair["peak_bytes"] = peak_bytes()
         if unseen:
-            pair |= _worth(dictionaries[k : k + 2], units[k : k + 2], unseen[k : k + 2], found,
-                           views[k : k + 2], recipe.seed)  # fmt: skip
+            two = dictionaries[k : k + 2]
+            ways = _ways(two, units[k : k + 2], found, recipe.seed)
+            pair |= _worth(two, ways, unseen[k : k + 2], recipe.seed)
+            if running is not None:
+                pair |= _spliced(recipe, running, k, two, ways)
         matches.append(found)
         pairs.append(pair)
     result: dict[str, Any] = {
@@ -186,10 +204,10 @@ def _check(recipe: Matching) -> None:
             raise RecipeError(f"--{name} must be one of {', '.join(choices)}, got {value!r}.")
     if recipe.store is None and (recipe.cost == "codes" or recipe.units == "data"):
         raise RecipeError("--cost codes and --units data need rows: give --store STORE too.")
-    if not 0 < recipe.rate < 1 or recipe.rows < 2:
+    if not 0 < recipe.rate < 1 or recipe.rows < 2 or recipe.samples < 0:
         raise RecipeError(
-            f"--rate must lie between 0 and 1 (got {recipe.rate}) and --rows be at least 2 "
-            f"(got {recipe.rows})."
+            f"--rate must lie between 0 and 1 (got {recipe.rate}), --rows be at least 2 (got "
+            f"{recipe.rows}) and --samples at least 0 (got {recipe.samples})."
         )
     refuse_strangers(recipe.out, KIND, unfinished="unfinished")
 
@@ -227,13 +245,7 @@ def _rows(
         )
     known, unseen = [], []
     for path, dictionary in zip(recipe.dictionaries, dictionaries, strict=True):
-        manifest = path / "manifest.json"
-        site = read_json(manifest).get("site") if manifest.is_file() else None
-        if site is None:
-            raise RecipeError(
-                f"{path} does not say which site it reads (no manifest.json with a site), so "
-                f"rows of {recipe.store} cannot be chosen for it. Leave --store out."
-            )
+        site = _site(path)
         rows = store.rows(site)
         if rows.d_in != dictionary.d_in:
             raise StoreError(
@@ -241,10 +253,27 @@ def _rows(
                 f"{dictionary.d_in}."
             )
         unseen.append(rows.held_out(recipe.rows).x)
-        known.append(_first_rows(rows, recipe.rows))
+        times = CODES if recipe.cost == "codes" else 1
+        known.append(_first_rows(rows, times * recipe.rows))
     if min(len(x) for x in unseen) < 2:
         raise StoreError(f"{recipe.store} has no held-out rows to measure on.")
     return known, unseen
+
+
+def _site(path: Path) -> str:
+    """The site that a dictionary reads.
+
+    Raises:
+        RecipeError: It does not say so.
+    """
+    manifest = path / "manifest.json"
+    site = read_json(manifest).get("site") if manifest.is_file() else None
+    if site is None:
+        raise RecipeError(
+            f"{path} does not say which site it reads (no manifest.json with a site), so rows of "
+            "a store cannot be chosen for it. Leave --store out."
+        )
+    return site
 
 
 def _first_rows(rows: Any, n: int) -> torch.Tensor:
@@ -283,18 +312,28 @@ def _pair(recipe: Matching, k: int, views: list[Any], units: list[Any], number: 
         "dictionaries": [_checksum_of(p) for p in recipe.dictionaries[k : k + 2]],
     }
     with bar(f"pairing {k + 1} of {len(views) - 1}") as progress:
-        return match(
+        found = match(
             views[k],
             views[k + 1],
-            parts="decoder" if recipe.cost == "codes" else recipe.cost,  # pyright: ignore
+            parts=recipe.cost,  # pyright: ignore
             units=(units[k], units[k + 1]),
             rate=recipe.rate,
             nulls=_nulls(recipe),
             seed=recipe.seed,
-            resume=_kept(folder, asked),
+            resume=_kept(folder, "state", asked, State.from_arrays),
+            evidence=_kept(folder, "evidence", asked, _evidence),
             on_progress=progress,
             on_state=_keeper(folder, asked),
         )
+    _keep(
+        folder, "evidence", asked, {k: np.asarray(v) for k, v in found.evidence._asdict().items()}
+    )
+    return found
+
+
+def _evidence(arrays: dict[str, np.ndarray]) -> Evidence:
+    without = int(arrays["without_partner"])
+    return Evidence(arrays["q_values"], without, arrays["null"])
 
 
 def _keeper(folder: Path, asked: dict[str, Any]) -> Callable[[State], None]:
@@ -302,26 +341,29 @@ def _keeper(folder: Path, asked: dict[str, Any]) -> Callable[[State], None]:
 
     def keep(state: State) -> None:
         nonlocal last
-        if time.monotonic() - last < KEEP_EVERY:
+        if len(state.free) and time.monotonic() - last < KEEP_EVERY:
             return
         last = time.monotonic()
-        packed = io.BytesIO()
-        np.savez(packed, allow_pickle=False, **state.arrays())  # pyright: ignore
-        write(folder / "state.npz", packed.getvalue())
-        write_json(folder / "asked.json", asked)
+        _keep(folder, "state", asked, state.arrays())
 
     return keep
 
 
-def _kept(folder: Path, asked: dict[str, Any]) -> State | None:
-    """The state of a pairing that was stopped, if it was of the same dictionaries."""
+def _keep(folder: Path, name: str, asked: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
+    packed = io.BytesIO()
+    np.savez(packed, allow_pickle=False, asked=json.dumps(asked), **arrays)  # pyright: ignore
+    write(folder / f"{name}.npz", packed.getvalue())
+
+
+def _kept(folder: Path, name: str, asked: dict[str, Any], read: Callable[..., Kept]) -> Kept | None:
+    """What a run that was stopped has kept of the same dictionaries."""
     try:
-        if json.loads((folder / "asked.json").read_text()) != json.loads(json.dumps(asked)):
-            return None
-        with np.load(folder / "state.npz", allow_pickle=False) as arrays:
-            return State.from_arrays({name: arrays[name] for name in arrays.files})
-    except (OSError, ValueError, KeyError):
-        return None  # stopped while it was written: begin anew
+        with np.load(folder / f"{name}.npz", allow_pickle=False) as arrays:
+            if str(arrays["asked"]) == json.dumps(asked):
+                return read({name: arrays[name] for name in arrays.files if name != "asked"})
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+        pass  # stopped while it was written: begin anew
+    return None
 
 
 def _facts(found: Match) -> dict[str, Any]:
@@ -333,47 +375,94 @@ def _facts(found: Match) -> dict[str, Any]:
         "lower_bound": found.lower_bound,
         "gap": found.gap,
         "matched": int(found.matched.sum()),
-        "n_matched": int(found.matched.sum()),
-        "without_partner": found.without_partner,
+        "without_partner": found.evidence.without_partner,
         "least_cosine": found.threshold if found.matched.any() else None,
         "pricing_rounds": found.assignment.rounds,
-        "rows_priced": list(found.assignment.rows_priced),
+        "looks": sum(found.assignment.rows_priced) / len(found.assignment.columns),
         "split": len(near.split()),
         "merged": len(near.merged()),
     }
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Way:
+    """A way to pair."""
+
+    columns: np.ndarray
+    ratio: np.ndarray
+    """What a unit of each latent of A is worth in units of its partner, as folding says."""
+
+
+def _ways(two: list[Any], units: list[Any], found: Match, seed: int) -> dict[str, _Way]:
+    """The match, and every baseline."""
+    a, b = two
+    columns = {"matched": np.where(found.matched, found.columns, -1)}
+    columns |= baselines(a, b, found, seed=seed)
+    scale = fold(a, unit=units[0]).unit, fold(b, unit=units[1]).unit
+    return {
+        way: _Way(of_a, scale[1][np.maximum(of_a, 0)] / scale[0]) for way, of_a in columns.items()
+    }
+
+
 def _worth(
-    two: list[Any],
-    units: list[Any],
-    rows: list[torch.Tensor],
-    found: Match,
-    views: list[Any],
-    seed: int,
+    two: list[Any], ways: dict[str, _Way], rows: list[torch.Tensor], seed: int
 ) -> dict[str, Any]:
     """Co-firing and transport on held-out rows, beside every baseline."""
     a, b = two
     fired = firing(a, b, rows[0], rows[1])
-    ways = baselines(a, b, found, seed=seed)
-    ways["matched"] = np.where(found.matched, found.columns, -1)
-    plain = {way: _numbers(co_firing(fired, columns, seed=seed)) for way, columns in ways.items()}
-    scale = fold(a, unit=units[0]).unit, fold(b, unit=units[1]).unit
+    plain = {w: _numbers(co_firing(fired, way.columns, seed=seed)) for w, way in ways.items()}
     moved: dict[str, Any] = {}
-    for way, columns in ways.items():
-        partner = np.maximum(columns, 0)
-        ratio = scale[1][partner] / scale[0]
-        moved[way] = {
-            "permuted": _number(transport(fired, b, rows[1], columns, seed=seed)),
-            "permuted and rescaled": _number(
-                transport(fired, b, rows[1], columns, ratio, seed=seed)
-            ),
-        }
+    for name, way in ways.items():
+        for key, ratio in (("permuted", None), ("permuted and rescaled", way.ratio)):
+            estimate = transport(fired, b, rows[1], way.columns, ratio, seed=seed)
+            moved.setdefault(name, {})[key] = _number(estimate)
     if rows[0].shape == rows[1].shape:
         moved["layer drop"] = {"permuted": _number(explained(rows[1], rows[0], seed=seed))}
     with torch.no_grad():
         own = b.decode(b.encode(rows[1]))
     moved["B itself"] = {"permuted": _number(explained(rows[1], own, seed=seed))}
     return {"held_out_rows": len(rows[0]), "co_firing": plain, "explained_variance": moved}
+
+
+def _network(recipe: Matching) -> tuple[nn.Module, list[torch.Tensor]] | None:
+    """The network of the store, and batches of held-out samples.
+
+    Raises:
+        StoreError: The network found now has other weights.
+        UserError: The network or the samples are no longer there.
+    """
+    if recipe.store is None or not recipe.samples:
+        return None
+    store = Store(recipe.store)
+    network, samples = reopen(store.manifest["recipe"])
+    if digest(network) != store.manifest["network"]:
+        raise StoreError(
+            f"The network found now has other weights than when {store.root} was made. Give "
+            "--samples 0 to match without running it."
+        )
+    numbers = store.samples("held", recipe.samples)
+    return network, [
+        samples.stack([samples.read(i) for i in numbers[start : start + AT_ONCE]])
+        for start in range(0, len(numbers), AT_ONCE)
+    ]
+
+
+def _spliced(
+    recipe: Matching,
+    running: tuple[nn.Module, list[torch.Tensor]],
+    k: int,
+    two: list[Any],
+    ways: dict[str, _Way],
+) -> dict[str, Any]:
+    """The network's output when the second site is written from the first, by every way."""
+    a, b = two
+    sites = [Site.parse(_site(path)) for path in recipe.dictionaries[k : k + 2]]
+    guesses = {name: permuted(a, b, way.columns, way.ratio) for name, way in ways.items()}
+    guesses |= references(a, b)
+    network, batches = running
+    found = splice(network, batches, (sites[0], sites[1]), guesses, seed=recipe.seed)
+    told = {way: _numbers({k: v for k, v in vars(r).items() if v}) for way, r in found.items()}
+    return {"samples": sum(map(len, batches)), "spliced": told}
 
 
 def _number(estimate: Any) -> dict[str, Any]:
@@ -427,21 +516,10 @@ def _first_to_last(
 ) -> dict[str, Any]:
     """Three ways from the first dictionary to the last."""
     last = len(layers) - 1
-    direct = match(
-        layers[0],
-        layers[-1],
-        parts="cosine",
-        rate=recipe.rate,
-        nulls=_nulls(recipe),
-        seed=recipe.seed,
-    )
-    back = match(
-        layers[-1],
-        layers[0],
-        parts="cosine",
-        rate=recipe.rate,
-        nulls=_nulls(recipe),
-        seed=recipe.seed,
+    parts: Parts = "codes" if recipe.cost == "codes" else "cosine"
+    direct, back = (
+        match(a, b, parts=parts, rate=recipe.rate, nulls=_nulls(recipe), seed=recipe.seed)
+        for a, b in ((layers[0], layers[-1]), (layers[-1], layers[0]))
     )
     composed = compose([np.where(m.matched, m.columns, -1) for m in matches])
     ways = {

@@ -27,7 +27,9 @@ from mechatlas.base import InputError, Progress, no_progress
 from mechatlas.maths.pricing import Costs, Factors, Kept, Matrix, block_rows, in_threads
 
 LISTED = 40
-"""Cheapest columns listed for each row at first; twice as many where costs are not kept."""
+"""Cheapest columns listed for each row at first."""
+FARTHER = 8
+"""Times as many where costs are not kept and another look at a row is another product."""
 LONGER = 3.0
 """By how much a list that was too short is lengthened, at least."""
 STEP = 0.03
@@ -39,8 +41,8 @@ BIDS = 300
 """Bids for each row in one round, and exact ones before paths are searched."""
 FEW = 500
 """One row in so many may be left over by a round of bids."""
-SMALL = 1 << 24
-"""Pairs up to which longer lists are not tried twice: paths are then searched over all pairs."""
+SMALL = ((1 << 20, 1), (1 << 24, 6))
+"""Pairs up to which paths are searched over all of them, once lists were made longer so often."""
 SAMPLED = 16
 """One row in so many is looked at for first prices where costs are not kept."""
 
@@ -118,7 +120,7 @@ class State:
 
     lists: dict[str, np.ndarray]
     """`columns`, `keys`, `rough` and `costs` of all entries, `starts`, `counts`, `horizon` and
-    `error` of rows; see `maths.augmenting`."""
+    `error` of rows, see `maths.augmenting`; and the round in which each was `made`."""
     row_prices: np.ndarray
     column_prices: np.ndarray
     row_of: np.ndarray
@@ -159,7 +161,7 @@ def assign(
             are more rows than columns.
         resume: What `on_state` was told last, in a run that was stopped.
         on_progress: Told how many rows have been priced or paired, of about how many.
-        on_state: Told the state after every pricing round.
+        on_state: Told the state after every pricing round; the last one has no free rows.
 
     Raises:
         InputError: The costs are empty or not finite, or `unmatched` is NaN.
@@ -189,10 +191,9 @@ def assign(
         else:
             wanted, longer = _pair(state, costs, unmatched)
         if len(wanted):
-            _list(state, costs, wanted, longer)
-            state.rows_priced = np.append(state.rows_priced, len(wanted))
+            _list_again(state, costs, wanted, longer)
         on_progress(n + round(n * _done(state)), 2 * n)
-        if on_state is not None and len(state.free):
+        if on_state is not None:
             on_state(state)
     return _finish(state, costs, unmatched)
 
@@ -226,7 +227,10 @@ def _begin(costs: Costs, unmatched: float, on_progress: Progress) -> State:
     Where all columns are paired, prices may be any, and begin with what each column costs at least.
     """
     n, m = costs.n_rows, costs.n_columns
-    listed, all_paired = min((2 - _kept(costs)) * LISTED, m), n == m and math.isinf(unmatched)
+    listed, all_paired = (
+        min((1 if _kept(costs) else FARTHER) * LISTED, m),
+        n == m and math.isinf(unmatched),
+    )
     lists = {
         "columns": np.zeros(n * listed, np.int32),
         "keys": np.zeros(n * listed),
@@ -236,6 +240,7 @@ def _begin(costs: Costs, unmatched: float, on_progress: Progress) -> State:
         "counts": np.full(n, listed),
         "horizon": np.zeros(n),
         "error": costs.rounding(slice(0, n)),
+        "made": np.zeros(n, np.int64),
     }
     state = State(
         lists=lists,
@@ -318,6 +323,20 @@ def _list(
             lists["horizon"][part] = following - error
 
 
+def _list_again(state: State, costs: Costs, rows: np.ndarray, longer: float) -> None:
+    """New lists for rows; twice as long for those whose last one did not even last a round.
+
+    Where many rows like the same columns equally well, a list of the same length would be used up
+    at once, time and again.
+    """
+    made, now = state.lists["made"], len(state.rows_priced)
+    used_up = made[rows] == now - 1 if longer == 1 and now > 1 else np.zeros(len(rows), bool)
+    _list(state, costs, rows[~used_up], longer)
+    _list(state, costs, rows[used_up], max(longer, 2.0))
+    made[rows] = now
+    state.rows_priced = np.append(state.rows_priced, len(rows))
+
+
 def _make_room(lists: dict[str, np.ndarray], rows: np.ndarray, listed: int) -> None:
     """Give rows whose lists get another length a new place, at the end."""
     moved = rows[lists["counts"][rows] != listed]
@@ -383,7 +402,7 @@ def _pair(state: State, costs: Costs, unmatched: float) -> tuple[np.ndarray, flo
         waiting = waiting[rows[2][waiting] > nearest + 2 * error]
         state.plan[2] = bids if len(waiting) > 1 + n // FEW else 0
         return waiting, 1.0
-    if state.plan[3] >= 1 and n * costs.n_columns <= SMALL:
+    if any(n * costs.n_columns <= pairs and state.plan[3] >= times for pairs, times in SMALL):
         matrix = costs.matrix()
         finish(state.free, matrix, *prices, *pairing)
         np.maximum(rows[2], (matrix - state.column_prices).min(axis=1), out=rows[2])

@@ -58,7 +58,7 @@ def approach(queue, n_queue, step, most, rows, lists, v, row_of, column_of, want
     number of bids.
     """
     starts, counts, horizon, error = rows
-    columns, _, rough, _ = lists
+    columns, keys, rough, _ = lists
     room, head, bids = len(queue), 0, 0
     while n_queue > 0 and bids < most:
         i = queue[head]
@@ -66,6 +66,8 @@ def approach(queue, n_queue, step, most, rows, lists, v, row_of, column_of, want
         n_queue -= 1
         one, two, first = np.inf, np.inf, -1
         for k in range(starts[i], starts[i] + counts[i]):
+            if keys[k] >= two:
+                break
             value = rough[k] - v[columns[k]]
             if value < one:
                 two, one, first = one, value, columns[k]
@@ -374,10 +376,12 @@ def reprice(rows, lists, price, u, v, f):
 def near_horizon(rows, lists, v, near):
     """Mark rows whose horizon is nearer than their second cheapest listed column."""
     starts, counts, horizon, error = rows
-    columns, _, rough, _ = lists
+    columns, keys, rough, _ = lists
     for i in range(len(horizon)):
         one, two = np.inf, np.inf
         for k in range(starts[i], starts[i] + counts[i]):
+            if keys[k] >= two:
+                break
             value = rough[k] - v[columns[k]]
             if value < one:
                 two, one = one, value

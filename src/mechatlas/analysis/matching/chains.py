@@ -101,12 +101,14 @@ def track(
         order = sorted(range(n_layers), key=lambda k: (abs(2 * k - n_layers + 1), k))
         for done, layer in enumerate(order if sweep % 2 == 0 else order[::-1]):
             names, centres = _centres(layers, owner, layer)
+            there = np.flatnonzero(layers[layer].any(axis=1))  # of codes some are zero
             new = np.full(len(layers[layer]), -1)
-            if len(names):
-                factors = Factors.squared_distances(layers[layer], centres)
+            q_values[layer], cosines[layer] = np.ones(len(new)), np.zeros(len(new))
+            if len(names) and len(there):
+                factors = Factors.squared_distances(layers[layer][there], centres)
                 found = weighed(assign(factors), factors, rate=rate, nulls=nulls, seed=seed)
-                new[found.matched] = names[found.columns[found.matched]]
-                q_values[layer], cosines[layer] = found.q_values, found.cosines
+                new[there[found.matched]] = names[found.columns[found.matched]]
+                q_values[layer][there], cosines[layer][there] = found.q_values, found.cosines
             alone = np.flatnonzero(new < 0)
             new[alone] = np.arange(len(alone)) + max(int(o.max(initial=-1)) for o in owner) + 1
             changed += _moved(owner, layer, new)
@@ -141,7 +143,8 @@ def _centres(
         if k != left_out:
             weight = np.float32(NEARER ** (abs(k - left_out) - 1))
             centres[np.searchsorted(names, owner[k])] += weight * x
-    return names, unit_rows(centres)
+    real = centres.any(axis=1)
+    return names[real], unit_rows(centres[real])
 
 
 def _moved(owner: list[np.ndarray], layer: int, new: np.ndarray) -> int:

@@ -142,11 +142,12 @@ def transport(
         scale: What a unit of each latent of A is worth in units of its partner; 1 if not given.
         seed: Seed of the interval.
     """
-    code = np.zeros_like(fired.b)
     rows = np.flatnonzero(columns >= 0)
-    own = fired.a[rows] if scale is None else fired.a[rows] * scale[rows, None].astype(np.float32)
-    np.add.at(code, columns[rows], own)
-    guess = b.decode(torch.from_numpy(code.T.copy()))
+    own = torch.from_numpy(fired.a[rows])
+    if scale is not None:
+        own *= torch.from_numpy(scale[rows, None]).float()
+    code = torch.zeros(fired.b.shape).index_add_(0, torch.from_numpy(columns[rows]), own)
+    guess = b.decode(code.T.contiguous())
     return explained(y, guess, seed=seed)
 
 

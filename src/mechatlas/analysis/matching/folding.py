@@ -22,10 +22,11 @@ from torch import Tensor
 
 from mechatlas.base import InputError
 
-Parts = Literal["decoder", "encoder", "all", "balanced", "cosine"]
+Parts = Literal["decoder", "encoder", "all", "balanced", "cosine", "codes"]
 """decoder: folded decoder rows; encoder: folded encoder columns; all: both and the encoder's
 bias, as they are (the paper's full cost, which the decoder dominates); balanced: the same with
-each part scaled to weigh alike; cosine: decoder rows at length 1."""
+each part scaled to weigh alike; cosine: decoder rows at length 1; codes: matrices as `correlate`
+gives them, where rows of zeros are latents that are not paired."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -140,7 +141,7 @@ def vectors(atoms: Atoms, other: Atoms, parts: Parts) -> Float[np.ndarray, "late
     Raises:
         InputError: A part is needed that a matrix of decoder rows does not have.
     """
-    if parts == "decoder":
+    if parts in ("decoder", "codes"):
         return atoms.decoder
     if parts == "cosine":
         return unit_rows(atoms.decoder)

@@ -21,7 +21,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from mechatlas.analysis.matching.folding import Atoms, Parts, fold, unit_rows, vectors
-from mechatlas.analysis.matching.nulls import NULLS, Null, weigh
+from mechatlas.analysis.matching.nulls import NULLS, Evidence, Null, weigh
 from mechatlas.base import InputError, Progress, no_progress
 from mechatlas.maths.assignment import Assignment, State, assign
 from mechatlas.maths.pricing import Factors
@@ -29,6 +29,10 @@ from mechatlas.maths.pricing import Factors
 RATE = 0.05
 NEAR = 0.75
 """Cosine of a relative, as a share of the best that either side has."""
+SUMS = 4096
+"""Numbers that codes on many rows are added up to."""
+LEAST_ACTIVE = 10
+"""Rows on which a latent is active without which its codes say nothing."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -54,19 +58,26 @@ class Match:
     """False match rate asked for."""
     threshold: float
     """Least cosine that counts as a partner: the price of having no partner is 2 - 2 times it."""
-    without_partner: int
-    """Pairs taken to be chance."""
+    evidence: Evidence
+    """What the null says of the pairs, in the order of rows that have one."""
     assignment: Assignment
     """The pairing with its prices, for `certify(match.costs)`."""
     costs: Factors
     unit_a: Float[np.ndarray, "latent_a width"]
     """The compared vectors at length 1."""
     unit_b: Float[np.ndarray, "latent_b width"]
+    of_a: Int[np.ndarray, " rows"]
+    """Latents of A that were paired, the rows of `costs`: all, but of codes only active ones."""
+    of_b: Int[np.ndarray, " columns"]
 
     def partial(self) -> Int[np.ndarray, " latent_a"]:
         """The best pairing by cosine when a latent may also have no partner, for its price."""
         price = 2 - 2 * min(self.threshold, 1.0)
-        return assign(Factors.squared_distances(self.unit_a, self.unit_b), unmatched=price).columns
+        costs = Factors.squared_distances(self.unit_a[self.of_a], self.unit_b[self.of_b])
+        columns = np.full(len(self.unit_a), -1)
+        found = assign(costs, unmatched=price).columns
+        columns[self.of_a] = np.where(found < 0, -1, self.of_b[found])
+        return columns
 
 
 def match(
@@ -79,6 +90,7 @@ def match(
     nulls: Sequence[Null] = NULLS,
     seed: int = 0,
     resume: State | None = None,
+    evidence: Evidence | None = None,
     on_progress: Progress = no_progress,
     on_state: Callable[[State], None] | None = None,
 ) -> Match:
@@ -93,6 +105,7 @@ def match(
         nulls: How null dictionaries are made; `(reordered,)` for codes.
         seed: Seed of the null.
         resume: State of a pairing that was stopped.
+        evidence: That of a run which ended, if it is known.
         on_progress: Told how far the pairing is.
         on_state: Told the state of the pairing after every round.
 
@@ -102,9 +115,11 @@ def match(
     if not 0 < rate < 1:
         raise InputError(f"The false match rate must lie between 0 and 1, got {rate}.")
     x, y = _compared(fold(a, unit=units[0]), fold(b, unit=units[1], name="B"), parts)
-    costs = Factors.squared_distances(x, y)
+    there = _paired(x, y) if parts == "codes" else (np.arange(len(x)), np.arange(len(y)))
+    costs = Factors.squared_distances(x[there[0]], y[there[1]])
     found = assign(costs, resume=resume, on_progress=on_progress, on_state=on_state)
-    return weighed(found, costs, rate=rate, nulls=nulls, seed=seed)
+    one = weighed(found, costs, rate=rate, nulls=nulls, seed=seed, evidence=evidence)
+    return one if parts != "codes" else _spread(one, *there, len(x), len(y))
 
 
 def _compared(a: Atoms, b: Atoms, parts: Parts) -> tuple[np.ndarray, np.ndarray]:
@@ -122,6 +137,44 @@ def _compared(a: Atoms, b: Atoms, parts: Parts) -> tuple[np.ndarray, np.ndarray]
     return x, y
 
 
+def _paired(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Latents whose codes are not zero.
+
+    Raises:
+        InputError: There is none.
+    """
+    there = np.flatnonzero(x.any(axis=1)), np.flatnonzero(y.any(axis=1))
+    for name, latents in zip("AB", there, strict=True):
+        if not len(latents):
+            raise InputError(
+                f"No latent of {name} is active often enough on these rows to be paired by its "
+                "codes. Give more rows."
+            )
+    return there
+
+
+def _spread(one: Match, of_a: np.ndarray, of_b: np.ndarray, n: int, m: int) -> Match:
+    """The match of some latents as one of all; the others stay without a pair."""
+
+    def among(values: np.ndarray, size: int, of: np.ndarray, empty: Any) -> np.ndarray:
+        every = np.full((size, *values.shape[1:]), empty, values.dtype)
+        every[of] = values
+        return every
+
+    return dataclasses.replace(
+        one,
+        columns=among(np.where(one.columns < 0, -1, of_b[one.columns]), n, of_a, -1),
+        pair_costs=among(one.pair_costs, n, of_a, np.nan),
+        cosines=among(one.cosines, n, of_a, 0.0),
+        q_values=among(one.q_values, n, of_a, 1.0),
+        matched=among(one.matched, n, of_a, False),
+        unit_a=among(one.unit_a, n, of_a, 0.0),
+        unit_b=among(one.unit_b, m, of_b, 0.0),
+        of_a=of_a,
+        of_b=of_b,
+    )
+
+
 def weighed(
     found: Assignment,
     costs: Factors,
@@ -129,13 +182,14 @@ def weighed(
     rate: float = RATE,
     nulls: Sequence[Null] = NULLS,
     seed: int = 0,
+    evidence: Evidence | None = None,
 ) -> Match:
     """A pairing with the evidence for each of its pairs."""
     n = costs.n_rows
     unit_a, unit_b = unit_rows(costs.a), unit_rows(costs.b)
     rows = np.flatnonzero(found.columns >= 0)
     columns = found.columns[rows]
-    evidence = weigh(unit_a, unit_b, rows, columns, nulls=nulls, seed=seed)
+    evidence = evidence or weigh(unit_a, unit_b, rows, columns, nulls=nulls, seed=seed)
     pair_costs, cosines, q_values = np.full(n, np.nan), np.zeros(n), np.ones(n)
     pair_costs[rows] = costs.exact(rows, columns)
     cosines[rows] = np.einsum("pd,pd->p", unit_a[rows], unit_b[columns], dtype=np.float64)
@@ -154,11 +208,13 @@ def weighed(
         matched=matched,
         rate=rate,
         threshold=least if matched.any() else math.inf,
-        without_partner=evidence.without_partner,
+        evidence=evidence,
         assignment=found,
         costs=costs,
         unit_a=unit_a,
         unit_b=unit_b,
+        of_a=np.arange(n),
+        of_b=np.arange(costs.n_columns),
     )
 
 
@@ -197,7 +253,7 @@ def relatives(found: Match, *, most: int = 4) -> Relatives:
             top = near.topk(min(most, near.shape[1]), dim=1)
             values, others = top.values.numpy(), top.indices.numpy()
             largest.append(values[:, 0])
-            i, k = np.nonzero(values >= found.threshold)
+            i, k = np.nonzero(values >= max(found.threshold, 1e-6))
             new = np.stack([i + start, others[i, k]], axis=1)
             pairs = np.concatenate([pairs, new[:, ::-1] if turned else new])
         best.append(np.concatenate(largest))
@@ -205,19 +261,54 @@ def relatives(found: Match, *, most: int = 4) -> Relatives:
     cosine = np.einsum("pd,pd->p", found.unit_a[i], found.unit_b[j], dtype=np.float64)
     close = cosine >= NEAR * np.maximum(best[0][i], best[1][j])
     i, j, cosine = i[close], j[close], cosine[close]
-    prices = found.assignment.row_prices[i] + found.assignment.column_prices[j]
-    return Relatives(i, j, cosine, found.costs.exact(i, j) - prices)
+    row, column = np.searchsorted(found.of_a, i), np.searchsorted(found.of_b, j)
+    prices = found.assignment.row_prices[row] + found.assignment.column_prices[column]
+    return Relatives(i, j, cosine, found.costs.exact(row, column) - prices)
 
 
 @torch.no_grad()
 def correlate(
-    dictionary: Any, x: Float[Tensor, "row d_in"], *, batch_size: int = 512
-) -> Float[np.ndarray, "latent row"]:
-    """Codes on some rows, centred and at length 1 for each latent; zero for those never active.
+    dictionary: Any,
+    x: Float[Tensor, "row d_in"],
+    *,
+    sums: int = SUMS,
+    least: int = LEAST_ACTIVE,
+    batch_size: int = 512,
+) -> Float[np.ndarray, "latent width"]:
+    """Codes on some rows, centred and at length 1 for each latent; zero for those hardly active.
 
     The squared distance of two such vectors is 2 - 2 times the correlation of two latents, so
-    that dictionaries of any two places compare that were given the same rows.
+    that dictionaries of any two places compare that were given the same rows. More than `sums`
+    rows are added up in so many sums with random signs, the same for every dictionary: that keeps
+    products but for an error of about 1 / sqrt(sums), and many rows are what tells rare latents
+    apart.
+
+    Args:
+        dictionary: What encodes.
+        x: The rows.
+        sums: Numbers kept of each latent.
+        least: Rows on which a latent must be active to have a vector that is not zero.
+        batch_size: Rows encoded at once.
+
+    Source:
+        Charikar, Chen, Farach-Colton, Finding frequent items in data streams (2002), for the sums.
     """
-    codes = torch.cat([dictionary.encode(part) for part in x.split(batch_size)]).T.contiguous()
-    codes -= codes.mean(dim=1, keepdim=True)
-    return unit_rows(codes.float().numpy())
+    random = np.random.default_rng([len(x), sums])
+    width = min(sums, len(x))
+    place, sign = np.arange(len(x)), np.ones(len(x), np.float32)
+    if len(x) > sums:
+        place = random.integers(0, sums, len(x))
+        sign = random.choice(np.array([-1, 1], np.float32), len(x))
+    where, signs = torch.from_numpy(place), torch.from_numpy(sign)
+    total = torch.zeros(width, dictionary.n_latents)
+    mean = torch.zeros(dictionary.n_latents)
+    active = torch.zeros(dictionary.n_latents, dtype=torch.int64)
+    for start in range(0, len(x), batch_size):
+        part = slice(start, start + batch_size)
+        code = dictionary.encode(x[part]).float()
+        total.index_add_(0, where[part], code * signs[part, None])
+        mean += code.sum(dim=0) / len(x)
+        active += (code != 0).sum(dim=0)
+    total -= torch.zeros(width).index_add_(0, where, signs)[:, None] * mean
+    total[:, active < least] = 0
+    return unit_rows(total.T.numpy())

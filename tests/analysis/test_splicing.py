@@ -1,0 +1,121 @@
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from mechatlas.activations.sites import read
+from mechatlas.analysis.matching.splicing import permuted, references, splice
+from mechatlas.base import InputError, Site
+
+
+def rotation(seed):
+    """A dictionary that loses nothing: an orthogonal basis, in some order."""
+    q = torch.linalg.qr(torch.randn(6, 6, generator=torch.Generator().manual_seed(seed)))[0]
+    return SimpleNamespace(
+        d_in=6, n_latents=6, q=q, encode=lambda x: x @ q, decode=lambda code: code @ q.T
+    )
+
+
+def reordered(one, order):
+    """The same with its latents in another order."""
+    return SimpleNamespace(
+        d_in=6, n_latents=6, encode=lambda x: one.encode(x)[:, order],
+        decode=lambda code: one.decode(code[:, np.argsort(order)]),
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def network():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 6), nn.Identity(), nn.Linear(6, 3)).eval()
+
+
+BATCHES = list(torch.randn(40, 4, generator=torch.Generator().manual_seed(1)).split(16))
+FIRST, SECOND = Site("0"), Site("1")
+
+
+@pytest.mark.parametrize("sites", [(FIRST, SECOND), (FIRST, FIRST)])
+def test_the_right_pairing_changes_nothing_and_a_wrong_one_does(network, sites):
+    a = rotation(0)
+    order = np.random.default_rng(0).permutation(6)
+    b = reordered(a, order)
+    right = np.argsort(order)
+    found = splice(
+        network, BATCHES, sites,
+        {"right": permuted(a, b, right), "wrong": permuted(a, b, np.roll(right, 1))},
+    )  # fmt: skip
+    assert found["right"].lost.value == pytest.approx(0, abs=1e-9)
+    assert found["right"].divergence.value == pytest.approx(0, abs=1e-9)
+    assert found["right"].agreement.value == 1
+    assert found["wrong"].lost.value > 0.3
+    assert found["wrong"].divergence.low > 0.01
+    assert found["wrong"].lost.n == 40
+
+
+def test_activations_are_rescaled_and_latents_without_partner_are_dropped(network):
+    a = rotation(0)
+    doubled = SimpleNamespace(**{**vars(a), "decode": lambda code: a.decode(code / 2)})
+    columns = np.arange(6)
+    x = torch.randn(5, 6)
+    assert torch.allclose(permuted(a, doubled, columns, np.full(6, 2.0))(x, x), x, atol=1e-5)
+    columns[2] = -1
+    without = a.encode(x)
+    without[:, 2] = 0
+    assert torch.allclose(permuted(a, a, columns)(x, x), a.decode(without), atol=1e-5)
+
+
+def test_divergence_is_the_rise_of_the_cross_entropy_with_the_untouched_answer(network):
+    x = torch.cat(BATCHES)
+    ways = references(rotation(0), rotation(0))
+    found = splice(network, [x], (FIRST, SECOND), ways)
+    assert found["layer drop"].lost.value == 0
+    assert found["B itself"].divergence.value == pytest.approx(0, abs=1e-9)
+    clean = network(x)
+    mean = network[2](network[0](x).mean(dim=0))
+    p = clean.softmax(-1)
+    rise = (p * clean.log_softmax(-1)).sum(-1) - (p * mean.log_softmax(-1)).sum(-1)
+    assert found["mean of B"].divergence.value == pytest.approx(
+        float(rise.mean().detach()), rel=1e-4
+    )
+    assert found["mean of B"].lost.value == pytest.approx(1, abs=1e-5)
+
+
+def test_a_smaller_map_is_written_from_the_cells_at_its_centres():
+    network = nn.Sequential(nn.Identity(), nn.MaxPool2d(3, stride=3), nn.Flatten())
+    x = torch.randn(4, 6, 9, 9)
+    layer_drop = {"drop": references(rotation(0), rotation(0))["layer drop"]}
+    found = splice(network, [x], (Site("0"), Site("1")), layer_drop)
+    centres = x[:, :, 1::3, 1::3].flatten(1)
+    clean = network(x)
+    lost = (centres - clean).square().sum() / (clean - clean.mean(dim=0)).square().sum()
+    assert found["drop"].lost.value == pytest.approx(float(lost), rel=1e-4)
+
+
+def test_hidden_states_are_no_logits():
+    class States(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed = nn.Embedding(9, 6)
+
+        def forward(self, tokens):
+            return {"last_hidden_state": self.embed(tokens)}
+
+    found = splice(
+        States().eval(), [torch.arange(8).view(2, 4)], (Site("embed"), Site("embed")),
+        {"same": references(rotation(1), rotation(1))["B itself"]},
+    )["same"]  # fmt: skip
+    assert found.divergence is None
+    assert found.agreement is None
+    assert found.lost.value == pytest.approx(0, abs=1e-9)
+
+
+def test_sites_in_the_wrong_order_are_refused_and_the_network_is_left_as_it_was(network):
+    ways = {"any": permuted(rotation(0), rotation(0), np.arange(6))}
+    before = read(network, BATCHES[0], [SECOND])[SECOND]
+    with pytest.raises(InputError, match="reaches 0 before 1"):
+        splice(network, BATCHES, (SECOND, FIRST), ways)
+    with pytest.raises(InputError, match="no samples"):
+        splice(network, [], (FIRST, SECOND), ways)
+    assert torch.equal(read(network, BATCHES[0], [SECOND])[SECOND], before)
