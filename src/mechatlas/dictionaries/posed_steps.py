@@ -15,7 +15,7 @@ from torch import Tensor
 from mechatlas.dictionaries import fallback, steps
 from mechatlas.dictionaries.pose_tied import PoseTied
 from mechatlas.dictionaries.sparse_steps import Run, can_compile, workers
-from mechatlas.dictionaries.steps import BETAS, EPSILON, Dead, Objective, Stepped
+from mechatlas.dictionaries.steps import Dead, Objective, Stepped
 
 FAMILIES = 16
 """Families that are updated together."""
@@ -41,10 +41,8 @@ class PosedStep:
             compiled: Use numba's kernels; by default on a CPU with numba installed.
         """
         self.dictionary, self.objective, self.n_steps = dictionary, objective or Objective(), 0
-        self.moments = {
-            name: (torch.zeros_like(p.data), torch.zeros_like(p.data))
-            for name, p in dictionary.named_parameters()
-        }
+        parameters = {name: p.data for name, p in dictionary.named_parameters()}
+        self.moments = steps.moments_of(parameters)
         self._compiled = can_compile(dictionary._atoms) if compiled is None else compiled
 
     @torch.no_grad()
@@ -65,9 +63,7 @@ class PosedStep:
         if dead is not None:
             raise ValueError("Latents of a pose-tied dictionary cannot be revived.")
         self.n_steps += 1
-        (one, two), n = BETAS, self.n_steps
-        rate, correction = lr / (1 - one**n), (1 - two**n) ** -0.5
-        adam = [one, 1 - one, two, 1 - two, rate, correction, EPSILON]
+        adam = steps.adam(lr, self.n_steps)
         scales = self.objective.weights(x).mul_(2 / len(x))
         if not self._compiled:
             return self._by_autograd(x, scales, adam)

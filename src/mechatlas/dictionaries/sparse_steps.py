@@ -27,15 +27,7 @@ from mechatlas.dictionaries import fallback, steps
 from mechatlas.dictionaries.autoencoder import SparseCoder
 from mechatlas.dictionaries.revival import revive
 from mechatlas.dictionaries.sparsity import BatchTopK, JumpReLU, ReLU, TopK
-from mechatlas.dictionaries.steps import (
-    BETAS,
-    EPSILON,
-    AutogradStep,
-    Dead,
-    Objective,
-    Step,
-    Stepped,
-)
+from mechatlas.dictionaries.steps import AutogradStep, Dead, Objective, Step, Stepped
 
 LATENTS = 256
 WIDE = 2**24
@@ -92,10 +84,7 @@ class SparseStep:
         self.objective = objective or Objective()
         self._learnt = list(dictionary.rule.parameters(1))
         names = ["W_dec", "b_enc", "b_dec", *([] if dictionary.tied else ["W_enc"]), *self._learnt]
-        self.moments = {
-            name: (torch.zeros_like(p), torch.zeros_like(p))
-            for name, p in ((name, self._parameter(name)) for name in names)
-        }
+        self.moments = steps.moments_of({name: self._parameter(name) for name in names})
         self.parts: Any = fallback
         if compiled or (compiled is None and can_compile(dictionary.W_dec)):
             self.parts = importlib.import_module("mechatlas.dictionaries.kernels")
@@ -160,7 +149,7 @@ class SparseStep:
         added, learnt = self._penalise(codes, d_code, pressure / len(x))
         pairs = (*grouped, d_code[order])
         batch = (self._room["x"], g, atoms, prefixes)
-        extra, adam = self._revival(dead, scales), self._adam(lr)
+        extra, adam = self._revival(dead, scales), steps.adam(lr, self.n_steps)
 
         def sweep(clip: float | None) -> float:
             squares, d_input = self._update(pairs, batch, adam, clip, extra, run)
@@ -336,11 +325,6 @@ class SparseStep:
         if name not in self._room or self._room[name].shape != shape:
             self._room[name] = x.new_empty(shape)
         return self._room[name]
-
-    def _adam(self, lr: float) -> list[float]:
-        (one, two), n = BETAS, self.n_steps
-        rate, correction = lr / (1 - one**n), (1 - two**n) ** -0.5
-        return [one, 1 - one, two, 1 - two, rate, correction, EPSILON]
 
 
 def _rows(starts: Tensor) -> Tensor:
