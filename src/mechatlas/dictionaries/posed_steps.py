@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mechatlas.dictionaries import fallback, steps
 from mechatlas.dictionaries.pose_tied import PoseTied
-from mechatlas.dictionaries.sparse_steps import Run, can_compile, workers
+from mechatlas.dictionaries.sparse_steps import Run, can_compile, products, workers
 from mechatlas.dictionaries.steps import Dead, Objective, Stepped
 
 FAMILIES = 16
@@ -129,7 +129,7 @@ class PosedStep:
 
         def select(i: int) -> None:
             rows = spans[i]
-            pre = centred[rows].reshape(-1, owner.d_block) @ owner._encoder.data.T
+            pre = products(centred[rows].reshape(-1, owner.d_block), owner._encoder.data)
             whole = pre.view(-1, owner.n_latents)
             kernels.select(whole, bias, k, values[rows], latents[rows])
 
