@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mechatlas.dictionaries import fallback, steps
 from mechatlas.dictionaries.pose_tied import PoseTied
-from mechatlas.dictionaries.sparse_steps import Run, can_compile, products, workers
+from mechatlas.dictionaries.sparse_steps import Run, can_compile, products, tiles, workers
 from mechatlas.dictionaries.steps import Dead, Objective, Stepped
 
 FAMILIES = 16
@@ -78,7 +78,7 @@ class PosedStep:
         blocks = x.reshape(len(x), order, d)
         latents, values, centred = self._select(blocks, run)
         g, d_code = torch.empty_like(blocks), torch.zeros_like(values)
-        spans = _spans(len(x), owner.n_latents)
+        spans = tiles(len(x), owner.n_latents)
         g_sums = x.new_zeros(len(spans), d)
         parameters = owner.atoms.data, owner._b_dec.data
         inverses = torch.from_numpy(owner.group.inverses.astype("int64"))
@@ -125,7 +125,7 @@ class PosedStep:
         values = blocks.new_empty(len(blocks), k)
         latents = torch.empty_like(values, dtype=torch.int32)
         centred = blocks - owner._b_dec.data
-        spans = _spans(len(blocks), owner.n_latents)
+        spans = tiles(len(blocks), owner.n_latents)
 
         def select(i: int) -> None:
             rows = spans[i]
@@ -154,8 +154,3 @@ class PosedStep:
             fallback.step_adam(named[name].data, *moments, gradient * factor, adam)
         owner.normalise()
         return Stepped(float(loss.detach()), (code.detach() != 0).any(dim=0))
-
-
-def _spans(n_rows: int, n_latents: int) -> list[slice]:
-    tile = max(1, steps.TILE // n_latents)
-    return [slice(i, min(i + tile, n_rows)) for i in range(0, n_rows, tile)]

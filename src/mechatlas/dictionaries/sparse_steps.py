@@ -29,6 +29,8 @@ from mechatlas.dictionaries.revival import revive
 from mechatlas.dictionaries.sparsity import BatchTopK, JumpReLU, ReLU, TopK
 from mechatlas.dictionaries.steps import AutogradStep, Dead, Objective, Step, Stepped
 
+TILE = 2**21
+"""Pre-activations that exist at once, for each thread."""
 LATENTS = 256
 WIDE = 2**24
 """Numbers in the atoms from which some columns of all rows are worked on, not all of some."""
@@ -172,8 +174,7 @@ class SparseStep:
         """The codes of a batch; `None` if they are not sparse."""
         owner, rule = self.dictionary, self.rule
         room = self._room_for("x", (len(x), owner.d_in), x)
-        tile = max(1, steps.TILE // owner.n_latents)
-        spans = [slice(i, i + tile) for i in range(0, len(x), tile)]
+        spans = tiles(len(x), owner.n_latents)
         read = x[:, owner.reads]
 
         def pre(i: int) -> Tensor:
@@ -221,8 +222,7 @@ class SparseStep:
         """Squared error, its gradient for each code, and summed over the reconstructions."""
         owner, g = self.dictionary, self._room["g"]
         target, d_code = x[:, owner.writes], torch.zeros_like(codes.values)
-        tile = max(1, steps.TILE // owner.n_latents)
-        spans = [slice(i, min(i + tile, len(x))) for i in range(0, len(x), tile)]
+        spans = tiles(len(x), owner.n_latents)
         g_sums = x.new_zeros(len(spans), owner.d_out)
         parameters = self._parameter("W_dec"), self._parameter("b_dec")
 
@@ -363,6 +363,12 @@ def can_compile(tensor: Tensor) -> bool:
     if tensor.device.type != "cpu" or tensor.dtype not in (torch.float32, torch.float64):
         return False
     return importlib.util.find_spec("numba") is not None
+
+
+def tiles(n_rows: int, n_latents: int) -> list[slice]:
+    """Rows whose pre-activations exist together."""
+    tile = max(1, TILE // n_latents)
+    return [slice(i, min(i + tile, n_rows)) for i in range(0, n_rows, tile)]
 
 
 def products(

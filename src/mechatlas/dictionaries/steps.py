@@ -26,7 +26,7 @@ from mechatlas.dictionaries.revival import AuxK, revive
 BETAS = (0.9, 0.999)
 EPSILON = 1e-8
 TILE = 2**22
-"""Pre-activations that exist at once."""
+"""Pre-activations that `AutogradStep` makes at once."""
 SHORT = 1e-3
 
 
