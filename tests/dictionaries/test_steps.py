@@ -134,7 +134,8 @@ BY_AUTOGRAD = itertools.product(["gated"], FORMS, ["autograd"])
 
 @pytest.mark.parametrize(("rule", "form", "way"), [*EVERY_WAY, *BY_AUTOGRAD])
 def test_gradients_equal_those_of_autograd(rule, form, way, monkeypatch):
-    monkeypatch.setattr(steps, "TILE", M * 33)  # more than one tile, and a short one
+    for module in (steps, sparse_steps):
+        monkeypatch.setattr(module, "TILE", M * 33)  # more than one tile, and a short one
     monkeypatch.setattr(sparse_steps, "DENSE", 1)
     monkeypatch.setattr(sparse_steps, "WIDE", 0 if way == "by columns" else 2**24)
     chosen = {**RULES, "gated": Gated(l1=0.4)}[rule]
@@ -323,7 +324,7 @@ def test_codes_are_grouped_by_latent_in_the_order_of_rows(parts):
 @TIED
 @pytest.mark.parametrize("wide", [0, 2**24], ids=["by columns", "by rows"])
 def test_the_number_of_threads_does_not_change_a_bit(tied, wide, monkeypatch):
-    monkeypatch.setattr(steps, "TILE", 2048 * 64)
+    monkeypatch.setattr(sparse_steps, "TILE", 2048 * 64)
     monkeypatch.setattr(sparse_steps, "WIDE", wide)
     before = torch.get_num_threads()
     runs = []

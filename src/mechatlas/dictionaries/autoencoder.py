@@ -79,7 +79,7 @@ class SparseCoder(nn.Module):
         self.prefixes = (*_checked_prefixes(config["prefixes"], self.n_latents), self.n_latents)
         random = torch.Generator().manual_seed(config["seed"])
         atoms = torch.randn(self.n_latents, self.d_out, generator=random)
-        self.W_dec = nn.Parameter(atoms / atom_lengths(atoms, self.edges))
+        self.W_dec = nn.Parameter(atoms.div_(atom_lengths(atoms, self.edges)))
         if not self.tied:
             rows = self._first_encoder(random)
             if not hasattr(self.sparsity, "k"):

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from mechatlas.dictionaries import fallback, steps
 from mechatlas.dictionaries.pose_tied import PoseTied
-from mechatlas.dictionaries.sparse_steps import Run, can_compile, workers
-from mechatlas.dictionaries.steps import BETAS, EPSILON, Dead, Objective, Stepped
+from mechatlas.dictionaries.sparse_steps import Run, can_compile, products, tiles, workers
+from mechatlas.dictionaries.steps import Dead, Objective, Stepped
 
 FAMILIES = 16
 """Families that are updated together."""
@@ -41,10 +41,8 @@ class PosedStep:
             compiled: Use numba's kernels; by default on a CPU with numba installed.
         """
         self.dictionary, self.objective, self.n_steps = dictionary, objective or Objective(), 0
-        self.moments = {
-            name: (torch.zeros_like(p.data), torch.zeros_like(p.data))
-            for name, p in dictionary.named_parameters()
-        }
+        parameters = {name: p.data for name, p in dictionary.named_parameters()}
+        self.moments = steps.moments_of(parameters)
         self._compiled = can_compile(dictionary._atoms) if compiled is None else compiled
 
     @torch.no_grad()
@@ -65,9 +63,7 @@ class PosedStep:
         if dead is not None:
             raise ValueError("Latents of a pose-tied dictionary cannot be revived.")
         self.n_steps += 1
-        (one, two), n = BETAS, self.n_steps
-        rate, correction = lr / (1 - one**n), (1 - two**n) ** -0.5
-        adam = [one, 1 - one, two, 1 - two, rate, correction, EPSILON]
+        adam = steps.adam(lr, self.n_steps)
         scales = self.objective.weights(x).mul_(2 / len(x))
         if not self._compiled:
             return self._by_autograd(x, scales, adam)
@@ -82,7 +78,7 @@ class PosedStep:
         blocks = x.reshape(len(x), order, d)
         latents, values, centred = self._select(blocks, run)
         g, d_code = torch.empty_like(blocks), torch.zeros_like(values)
-        spans = _spans(len(x), owner.n_latents)
+        spans = tiles(len(x), owner.n_latents)
         g_sums = x.new_zeros(len(spans), d)
         parameters = owner.atoms.data, owner._b_dec.data
         inverses = torch.from_numpy(owner.group.inverses.astype("int64"))
@@ -129,11 +125,11 @@ class PosedStep:
         values = blocks.new_empty(len(blocks), k)
         latents = torch.empty_like(values, dtype=torch.int32)
         centred = blocks - owner._b_dec.data
-        spans = _spans(len(blocks), owner.n_latents)
+        spans = tiles(len(blocks), owner.n_latents)
 
         def select(i: int) -> None:
             rows = spans[i]
-            pre = centred[rows].reshape(-1, owner.d_block) @ owner._encoder.data.T
+            pre = products(centred[rows].reshape(-1, owner.d_block), owner._encoder.data)
             whole = pre.view(-1, owner.n_latents)
             kernels.select(whole, bias, k, values[rows], latents[rows])
 
@@ -158,8 +154,3 @@ class PosedStep:
             fallback.step_adam(named[name].data, *moments, gradient * factor, adam)
         owner.normalise()
         return Stepped(float(loss.detach()), (code.detach() != 0).any(dim=0))
-
-
-def _spans(n_rows: int, n_latents: int) -> list[slice]:
-    tile = max(1, steps.TILE // n_latents)
-    return [slice(i, min(i + tile, n_rows)) for i in range(0, n_rows, tile)]

@@ -107,7 +107,7 @@ class TopK(Rule):
         """Zero all but the k largest entries of each row, and those below zero."""
         del state
         top = pre.topk(self.k, dim=-1)
-        return torch.zeros_like(pre).scatter(-1, top.indices, top.values.relu())
+        return torch.zeros_like(pre).scatter_(-1, top.indices, top.values.relu())
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -146,7 +146,7 @@ class BatchTopK(Rule):
         del state
         flat = pre.reshape(-1)
         top = flat.topk(min(self.k * len(pre), flat.numel()))
-        return torch.zeros_like(flat).scatter(-1, top.indices, top.values.relu()).view_as(pre)
+        return torch.zeros_like(flat).scatter_(-1, top.indices, top.values.relu()).view_as(pre)
 
     def observe(self, smallest: Float[Tensor, ""], state: State) -> None:
         """Move the threshold a hundredth of the way."""

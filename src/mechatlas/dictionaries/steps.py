@@ -26,7 +26,7 @@ from mechatlas.dictionaries.revival import AuxK, revive
 BETAS = (0.9, 0.999)
 EPSILON = 1e-8
 TILE = 2**22
-"""Pre-activations that exist at once."""
+"""Pre-activations that `AutogradStep` makes at once."""
 SHORT = 1e-3
 
 
@@ -99,6 +99,18 @@ class Step(Protocol):
         ...
 
 
+def moments_of(parameters: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+    """Moments of parameters that have not been stepped yet."""
+    return {name: (torch.zeros_like(p), torch.zeros_like(p)) for name, p in parameters.items()}
+
+
+def adam(lr: float, n_steps: int) -> list[float]:
+    """Adam's numbers at the n-th step, as the kernels take them."""
+    one, two = BETAS
+    rate, correction = lr / (1 - one**n_steps), (1 - two**n_steps) ** -0.5
+    return [one, 1 - one, two, 1 - two, rate, correction, EPSILON]
+
+
 class AutogradStep:
     """Steps of any dictionary, a tile of rows at a time where its sparsity rule allows it."""
 
@@ -120,10 +132,9 @@ class AutogradStep:
         self.n_steps = 0
         parameters = dict(dictionary.named_parameters())
         self.optimiser = torch.optim.Adam(parameters.values(), betas=BETAS, eps=EPSILON, fused=True)
-        self.moments = dict(moments or {})
+        missing = {name: p.data for name, p in parameters.items() if name not in (moments or {})}
+        self.moments = {**(moments or {}), **moments_of(missing)}
         for name, p in parameters.items():
-            if name not in self.moments:
-                self.moments[name] = (torch.zeros_like(p.data), torch.zeros_like(p.data))
             first, second = self.moments[name]
             count = torch.zeros((), dtype=torch.float32, device=p.device)
             self.optimiser.state[p] = {"step": count, "exp_avg": first, "exp_avg_sq": second}
