@@ -20,8 +20,10 @@ from jaxtyping import Float, Int
 from scipy import stats
 from torch import Tensor
 
+from mechatlas.activations.layer import Layer
 from mechatlas.activations.sites import channels_last
 from mechatlas.activations.wiring import Wiring
+from mechatlas.analysis.circuits.attention import Spread, arriving
 from mechatlas.analysis.circuits.compose import Coder, Response, encode, seen
 
 RESAMPLES = 1000
@@ -54,7 +56,7 @@ class Ablation:
 
 @torch.no_grad()
 def ablate(
-    wiring: Wiring,
+    wiring: Wiring | Layer,
     a: Coder,
     b: Coder,
     maps: Iterable[Tensor],
@@ -109,8 +111,10 @@ class Attribution:
     targets: Int[np.ndarray, " target"]
     places: Int[np.ndarray, " target"]
     """Places where each was active."""
-    given: Float[np.ndarray, "target route source"]
-    """By each feature of the source through each part of the target's channels."""
+    given: Float[np.ndarray, "target part source"]
+    """By each feature of the source through each different part of the target's channels."""
+    part: Int[np.ndarray, " route"]
+    """Which of those is that of each route."""
     drive: Float[np.ndarray, " target"]
     """What the drive loses if all features of the source are removed at once."""
     gap: Float[np.ndarray, " target"]
@@ -118,7 +122,7 @@ class Attribution:
 
 
 def attribute(
-    wiring: Wiring,
+    wiring: Wiring | Layer,
     a: Coder,
     b: Coder,
     maps: Iterable[Tensor],
@@ -144,7 +148,8 @@ def attribute(
         steps: Points of the line at which gradients are taken.
     """
     encoder, written = b.W_enc.detach(), a.W_dec.detach().float().cpu().numpy()
-    given = np.zeros((len(targets), len(parts), a.n_latents))
+    apart = [part for k, part in enumerate(parts) if part not in parts[:k]]
+    given = np.zeros((len(targets), len(apart), a.n_latents))
     drive, places = np.zeros(len(targets)), np.zeros(len(targets), np.int64)
     for x in maps:
         with torch.no_grad():
@@ -161,26 +166,19 @@ def attribute(
             places += on.sum(axis=0)
         for step in range(steps):
             point = bare + (step + 0.5) / steps * (x - bare)
-            slopes = _slopes(wiring, point, encoder[:, targets], mask, parts)
-            for t, p, slope in slopes:
+            for t, p, slope in _slopes(wiring, point, encoder[:, targets], mask, apart):
                 rows = channels_last(slope[:, wiring.writes]).flatten(0, 2).float().cpu().numpy()
                 given[t, p] += ((code.T @ rows) * written).sum(axis=1) / steps
     n = np.maximum(places, 1)
     given, drive = given / n[:, None, None], drive / n
-    whole = np.zeros(len(targets))
-    for p in _apart(parts):
-        whole += given[:, p].sum(axis=-1)
+    whole = given.sum(axis=(1, 2))
     gap = np.abs(whole - drive) / np.maximum(np.abs(drive), 1e-30)
-    return Attribution(targets, places, given, drive, gap)
-
-
-def _apart(parts: Sequence[slice]) -> list[int]:
-    """One of each set of equal parts."""
-    return [k for k, part in enumerate(parts) if part not in parts[:k]]
+    each = np.array([apart.index(part) for part in parts], np.int64)
+    return Attribution(targets, places, given, each, drive, gap)
 
 
 def _slopes(
-    wiring: Wiring, point: Tensor, encoder: Tensor, mask: Tensor, parts: Sequence[slice]
+    wiring: Wiring | Layer, point: Tensor, encoder: Tensor, mask: Tensor, parts: Sequence[slice]
 ) -> Iterable[tuple[int, int, Tensor]]:
     """Gradient of the sum of each drive over the places of its feature, by part."""
     start = point.detach().requires_grad_()
@@ -203,7 +201,7 @@ def _slopes(
 
 @torch.no_grad()
 def reproduced(
-    wiring: Wiring, found: Sequence[Response], a: Coder, b: Coder, maps: Iterable[Tensor]
+    wiring: Wiring | Layer, found: Sequence[Response], a: Coder, b: Coder, maps: Iterable[Tensor]
 ) -> Float[np.ndarray, " target"]:
     """Share of the variance of each drive over positions that the composed kernels reproduce.
 
@@ -217,7 +215,13 @@ def reproduced(
         out = wiring.run(x)
         code = encode(a, x[:, wiring.writes])
         made = np.zeros((len(out) * out.shape[2] * out.shape[3], out.shape[1]), np.float32)
+        watched = wiring.watch(x) if isinstance(wiring, Layer) else None
         for response in found:
+            if watched is not None:
+                assert isinstance(response, Spread)
+                arrived = arriving(watched, code, response.head)
+                made += arrived @ response.values[0].float().cpu().numpy()
+                continue
             for tap, values in zip(response.taps, response.values, strict=True):
                 here, there = seen(
                     len(x), (out.shape[2], out.shape[3]), (x.shape[2], x.shape[3]),
