@@ -290,7 +290,8 @@ def _samples(store: Store, split: str, n: int) -> np.ndarray:
     numbers: list[int] = []
     for shard in (s for s in store.shards if s.site == site and s.split == split):
         where = read_shard(store.root, shard)[1][:, 0].numpy()
-        numbers += [i for i in dict.fromkeys(where.tolist()) if i not in set(numbers)]
+        known = set(numbers)
+        numbers += [i for i in dict.fromkeys(where.tolist()) if i not in known]
         if len(numbers) >= n:
             break
     return np.array(sorted(numbers[:n]), np.int64)
@@ -350,7 +351,7 @@ def _measure(
     drawn = random.permutation(active)[: recipe.removed]
     sources = np.union1d(drawn, _of_layer(paths, k))
     maps = opened.maps(one.wiring.source, opened.unseen)
-    removed = ablate(one.wiring, a, b, maps, sources)
+    removed = ablate(one.wiring, a, maps, sources)
     parts = [route.channels for route in one.wiring.routes]
     maps = opened.maps(one.wiring.source, opened.unseen)
     return removed, attribute(one.wiring, a, b, maps, _of_layer(paths, k + 1), parts)

@@ -120,7 +120,7 @@ def test_weights_rank_like_ablations(order, seed):
     layer, maps = layer_of(network, x)
     a, b = Linear(12, 24, seed=4, dtype=torch.float32), Linear(12, 30, seed=5, dtype=torch.float32)
     recording = record(layer, a, b, maps[:32].split(8))
-    removed = ablate(layer, a, b, maps[32:].split(8), np.arange(24))
+    removed = ablate(layer, a, maps[32:].split(8), np.arange(24))
     block = next(blocks(layer, responses(layer, a, recording.gates), b.W_enc))
     predicted = block.weight.sum(axis=0).T * removed.mean[:, None]
     found = agreement(predicted, removed.drives(b.W_enc))

@@ -37,8 +37,6 @@ class Ablation:
     sources: Int[np.ndarray, " source"]
     everywhere: Float[np.ndarray, "source sample channel"]
     """Mean over all positions of a sample; channels of the target's site."""
-    active: Float[np.ndarray, "source target channel"]
-    """Mean over the places where a target is active."""
     mean: Float[np.ndarray, " source"]
     """Mean activation of the source over all its positions."""
 
@@ -46,42 +44,29 @@ class Ablation:
         """What each drive loses, on average over all positions."""
         return self.everywhere.mean(axis=1) @ encoder.detach().float().cpu().numpy()
 
-    def where_active(
-        self, encoder: Float[Tensor, "d target"]
-    ) -> Float[np.ndarray, "source target"]:
-        """What each drive loses where its feature is active."""
-        rows = encoder.detach().float().cpu().numpy()
-        return np.einsum("stc,ct->st", self.active, rows)
-
 
 @torch.no_grad()
 def ablate(
     wiring: Wiring | Layer,
     a: Coder,
-    b: Coder,
     maps: Iterable[Tensor],
     sources: Int[np.ndarray, " source"],
 ) -> Ablation:
     """Remove features one at a time and run on.
 
     Args:
-        wiring: From the site of `a` to that of `b`.
+        wiring: From the site of `a` to the target's.
         a: Dictionary of the source.
-        b: Dictionary of the target.
         maps: Activations of the source's module, batch by batch.
         sources: Which features to remove.
     """
     atoms = a.W_dec.detach()
     width = wiring.reads.stop - wiring.reads.start
     means: list[np.ndarray] = []
-    active = np.zeros((len(sources), b.n_latents, width), np.float32)
-    count, total, positions = np.zeros(b.n_latents), np.zeros(len(sources)), 0
+    total, positions = np.zeros(len(sources)), 0
     for x in maps:
         out = wiring.run(x)[:, wiring.reads]
         code = encode(a, x[:, wiring.writes])[:, sources].tocsc()
-        on = encode(b, out)
-        on.data = (on.data > 0).astype(np.float32)
-        count += np.asarray(on.sum(axis=0)).ravel()
         positions += code.shape[0]
         part = np.zeros((len(sources), len(x), width), np.float32)
         for k, source in enumerate(sources):
@@ -94,14 +79,10 @@ def ablate(
             given = x[touched].clone()
             f = torch.from_numpy(activation).to(x).view(len(x), 1, *x.shape[2:])[touched]
             given[:, wiring.writes] -= f * atoms[source][:, None, None]
-            lost = (out[touched] - wiring.run(given)[:, wiring.reads]).float()
-            part[k, touched] = lost.mean(dim=(2, 3)).cpu().numpy()
-            size = out.shape[2] * out.shape[3]
-            rows = (touched[:, None] * size + np.arange(size)).ravel()
-            active[k] += on[rows].T @ channels_last(lost).reshape(-1, width).cpu().numpy()
+            lost = out[touched] - wiring.run(given)[:, wiring.reads]
+            part[k, touched] = lost.float().mean(dim=(2, 3)).cpu().numpy()
         means.append(part)
-    active /= np.maximum(count, 1)[None, :, None]
-    return Ablation(sources, np.concatenate(means, axis=1), active, total / max(positions, 1))
+    return Ablation(sources, np.concatenate(means, axis=1), total / max(positions, 1))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -282,7 +263,7 @@ def agreement(
 
     def correlation(p: np.ndarray, q: np.ndarray) -> float:
         p, q = p - p.mean(), q - q.mean()
-        size = np.sqrt(float((p * p).sum()) * float((q * q).sum()))
+        size = float(np.sqrt((p * p).sum() * (q * q).sum()))
         return float((p * q).sum()) / size if size else 0.0
 
     drawn, null, other = [], [], []
