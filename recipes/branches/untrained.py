@@ -5,11 +5,14 @@
         --network.weights runs/branches/untrained.safetensors --out runs/branches/untrained/store
 
 Weights are Gaussian with variance 2 / inputs (He et al., 2015), so that activations keep their
-size from layer to layer; biases are zero.
+size from layer to layer; biases are zero. Of a transformer a folder is written:
+
+    python recipes/branches/untrained.py transformer --weights all_minilm_l6_v2 --out runs/untrained
 """
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import safetensors.torch
@@ -41,8 +44,15 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    network = ma.build(ma.Network(name=options.network, weights=options.weights))
-    write(options.out, safetensors.torch.save(untrained(network, options.seed)))
+    if options.network == "transformer":
+        named = ma.Network(name="transformer", arguments={"path": str(options.weights)})
+        network: Any = ma.build(named)
+        network.load_state_dict(untrained(network, options.seed))
+        network.save_pretrained(options.out)
+        network.input.tokenizer.save_pretrained(options.out)
+    else:
+        network = ma.build(ma.Network(name=options.network, weights=options.weights))
+        write(options.out, safetensors.torch.save(untrained(network, options.seed)))
     print(f"Weights: {options.out}")
 
 

@@ -6,7 +6,7 @@ import torch
 
 from mechatlas.activations.architectures.inception import inception_mini
 from mechatlas.activations.samples import Images, open_samples
-from mechatlas.analysis.pictures import Climbing, drives, optimise
+from mechatlas.analysis.pictures import Climbing, Redirected, drives, optimise
 from mechatlas.base import InputError, Site
 
 
@@ -70,3 +70,26 @@ def test_the_network_is_not_changed_and_wrong_widths_are_refused(network):
         optimise(network, Site("mixed3b"), directions(7), side=31)
     with pytest.raises(InputError, match="classify has activations of shape"):
         optimise(network, Site("classify"), directions(10), side=31)
+
+
+def test_single_units_that_are_off_are_opened(network):
+    units = torch.eye(184)[::23]
+    pictures, reached = optimise(network, Site("mixed4a"), units, side=31, how=Climbing(steps=24))
+    noise = 0.5 + 0.01 * torch.randn(1, 3, 31, 31, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        before = drives(network, Site("mixed4a"), noise.expand(8, -1, -1, -1), units)
+    assert (before == 0).sum() >= 4, "these have no slope of their own"
+    assert (reached > 0).all()
+    assert np.ptp(pictures, axis=(1, 2)).min() > 0.1
+
+
+def test_slopes_are_redirected_only_where_none_gets_through():
+    x = torch.tensor([[-1.0, 2.0], [-1.0, -2.0], [-3.0, 4.0]], requires_grad=True)
+    slope = torch.tensor([[-1.0, 1.0], [-1.0, 1.0], [1.0, 0.0]])
+    with Redirected():
+        out = torch.relu(x)
+    assert torch.equal(out, x.detach().clamp_min(0))
+    out.backward(slope)
+    # A slope below zero would, followed downhill, open a unit.
+    assert x.grad is not None
+    assert x.grad.tolist() == [[0.0, 1.0], [-1.0, 0.0], [0.0, 0.0]]

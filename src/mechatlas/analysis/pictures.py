@@ -5,23 +5,26 @@
 The picture is a sum of waves (a Fourier spectrum scaled by 1 / frequency, so that all scales move
 alike) with colours decorrelated as in photographs, put through a sigmoid. Each step it is
 shifted, scaled and turned a little, and Adam climbs the drive of the feature at the position in
-the middle of the map. Nothing else is added: the regulariser is the parametrisation, the
+the middle of the map. Where a rectifier is shut and nothing gets through, slopes that would open it
+do. Nothing else is added: the regulariser is the parametrisation, the
 transformations and, if asked, a penalty on total variation.
 
 A picture is a picture, not a claim: it shows one thing that a feature answers to, and says
 nothing of what else does.
 
-Source: Olah et al., Feature visualization (2017), and its library Lucid, whose colour matrix and
-transformations these are.
+Source: Olah et al., Feature visualization (2017), and its library Lucid, whose colour matrix,
+transformations and redirected rectifiers these are.
 """
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 
 from mechatlas.activations.sites import channels_last, read
 from mechatlas.base import InputError, Site
@@ -29,8 +32,10 @@ from mechatlas.base import InputError, Site
 COLOURS = ((0.26, 0.09, 0.02), (0.27, 0.00, -0.05), (0.27, -0.09, 0.03))
 """Root of the covariance of red, green and blue in ImageNet (Lucid)."""
 
-STARTS = (0.01, 0.01, 0.1, 0.1, 0.3, 0.3, 1.0, 1.0, 2.0, 2.0, 4.0, 4.0)
-"""Sizes of the noise that a picture may start from."""
+RECTIFIERS = {torch.relu, torch.relu_, Tensor.relu, Tensor.relu_, functional.relu, functional.relu_}
+
+FAINT = 0.01
+"""Size of the noise that a picture starts from."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -96,11 +101,13 @@ def _climb(
     how: Climbing,
     random: torch.Generator,
 ) -> tuple[np.ndarray, np.ndarray]:
-    spectrum = _starts(network, site, directions, side, random).requires_grad_()
+    # The same faint noise for all, so that a picture does not depend on which others are made.
+    noise = FAINT * torch.randn(2, 3, side, side // 2 + 1, generator=random)
+    spectrum = noise.repeat(len(directions), 1, 1, 1, 1).requires_grad_()
     start = drives(network, site, paint(spectrum, side), directions).detach().abs().clamp_min(1e-3)
     adam = torch.optim.Adam([spectrum], lr=how.lr)
     for _ in range(how.steps):
-        with torch.enable_grad():
+        with torch.enable_grad(), Redirected():
             pictures = paint(spectrum, side)
             drive = drives(network, site, _jittered(pictures, how, random), directions)
             loss = -(drive / start).sum()
@@ -116,21 +123,33 @@ def _climb(
     return pictures.movedim(1, -1).numpy(), reached.numpy()
 
 
-@torch.no_grad()
-def _starts(
-    network: nn.Module, site: Site, directions: Tensor, side: int, random: torch.Generator
-) -> Tensor:
-    """The faintest noise that moves a direction well: a rectified unit that is off has no slope.
+class Redirected(TorchFunctionMode):
+    """Rectifiers that are shut let a slope through that would open them, if none else gets through.
 
-    Every direction chooses among the same, so that a picture does not depend on which others are
-    made with it.
+    A unit that is off has no slope to climb; with this it has, for each picture by itself.
     """
-    noise = torch.randn(len(STARTS), 2, 3, side, side // 2 + 1, generator=random)
-    noise *= torch.tensor(STARTS)[:, None, None, None, None]
-    rows = (middles(network, site, paint(noise, side), directions) @ directions.T).T
-    enough = (rows != 0) & (rows >= 0.3 * rows.max(dim=1, keepdim=True).values)
-    first = torch.where(enough.any(dim=1), enough.int().argmax(dim=1), len(noise) - 1)
-    return noise[first].clone()
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Replace rectifiers."""
+        del types
+        return _Rectifier.apply(args[0]) if func in RECTIFIERS else func(*args, **(kwargs or {}))
+
+
+class _Rectifier(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.clamp_min(0)
+
+    @staticmethod
+    def backward(ctx: Any, *slopes: Tensor) -> Tensor:
+        (x,), (slope,) = ctx.saved_tensors, slopes
+        plain = torch.where(x > 0, slope, 0.0)
+        opening = torch.where((x <= 0) & (slope > 0), 0.0, slope)  # losses fall against the slope
+        through = plain.flatten(1).any(dim=1).view(-1, *[1] * (x.ndim - 1))
+        return torch.where(through, plain, opening)
 
 
 def paint(spectrum: Float[Tensor, "n 2 3 side half"], side: int) -> Float[Tensor, "n 3 side side"]:
@@ -156,20 +175,6 @@ def drives(
     Raises:
         InputError: The site is not a map, or not as wide as the directions.
     """
-    return (middles(network, site, pictures, directions) * directions).sum(dim=1)
-
-
-def middles(
-    network: nn.Module,
-    site: Site,
-    pictures: Float[Tensor, "n 3 side side"],
-    directions: Float[Tensor, "m d"],
-) -> Float[Tensor, "n d"]:
-    """Activations at the middle of the map.
-
-    Raises:
-        InputError: The site is not a map, or not as wide as the directions.
-    """
     activations = read(network, pictures, [site])[site]
     if activations.ndim != 4 or activations.shape[1] != directions.shape[1]:
         raise InputError(
@@ -177,7 +182,8 @@ def middles(
             f"a map of {directions.shape[1]} channels, as wide as the directions."
         )
     rows = channels_last(activations)
-    return rows[:, rows.shape[1] // 2, rows.shape[2] // 2]
+    middle = rows[:, rows.shape[1] // 2, rows.shape[2] // 2]
+    return (middle * directions).sum(dim=1)
 
 
 def _jittered(pictures: Tensor, how: Climbing, random: torch.Generator) -> Tensor:

@@ -18,12 +18,15 @@ import tyro
 from torch import Tensor, nn
 from tyro.conf import Positional, arg
 
+from mechatlas.activations.layer import Layer, as_maps, wire
 from mechatlas.activations.networks import digest
 from mechatlas.activations.samples import ImageSamples, Samples
 from mechatlas.activations.sites import read
 from mechatlas.activations.store import Store
-from mechatlas.activations.wiring import Wiring, trace
-from mechatlas.analysis.circuits.compose import MeanGates, Recording, Response, record
+from mechatlas.activations.wiring import Wiring
+from mechatlas.analysis.circuits import attention
+from mechatlas.analysis.circuits.attention import Attended
+from mechatlas.analysis.circuits.compose import Recording, Response, record
 from mechatlas.analysis.circuits.effects import (
     Ablation,
     Agreement,
@@ -127,7 +130,7 @@ class _Opened:
         while len(numbers):
             batch = self.samples.stack([self.samples.read(int(i)) for i in numbers[:size]])
             with torch.no_grad():
-                x = read(self.network, batch, [whole])[whole]
+                x = as_maps(read(self.network, batch, [whole])[whole])
             numbers = numbers[size:]
             size = max(1, min(64, MAP_NUMBERS // max(1, x[0].numel())))
             yield x
@@ -137,9 +140,9 @@ class _Opened:
 class _Found:
     """What was found between two sites."""
 
-    wiring: Wiring
-    recording: Recording
-    responses: list[Response]
+    wiring: Wiring | Layer
+    recording: Recording | Attended
+    responses: Sequence[Response]
     edges: Edges
     facts: Result
 
@@ -159,7 +162,7 @@ def circuit(recipe: Circuit) -> Result:
     opened = _open(recipe)
     first = opened.samples.stack([opened.samples.read(int(opened.known[0]))])
     wirings = [
-        trace(opened.network, a, b, first) for a, b in itertools.pairwise(opened.sites)
+        wire(opened.network, a, b, first) for a, b in itertools.pairwise(opened.sites)
     ]  # every refusal comes before any work
     found = [_weigh(recipe, opened, k, wiring) for k, wiring in enumerate(wirings)]
     paths = strongest([f.edges for f in found], features=recipe.features, rate=recipe.rate)
@@ -281,11 +284,15 @@ def _store_of(path: Path) -> Path:
     )
 
 
-def _weigh(recipe: Circuit, opened: _Opened, k: int, wiring: Wiring) -> _Found:
+def _weigh(recipe: Circuit, opened: _Opened, k: int, wiring: Wiring | Layer) -> _Found:
     """All pairs of features of two sites, and how well their kernels reproduce drives."""
     a, b = opened.dictionaries[k : k + 2]
     clock = time.process_time()
-    recording = record(wiring, a, b, opened.maps(wiring.source, opened.known))
+    maps = opened.maps(wiring.source, opened.known)
+    if isinstance(wiring, Layer):
+        recording = attention.record(wiring, a, b, maps)
+    else:
+        recording = record(wiring, a, b, maps)
     found = responses(wiring, a, recording.gates)
     with bar(f"weighing {opened.names[k]} -> {opened.names[k + 1]}") as progress:
         kept = edges(
@@ -331,7 +338,7 @@ def _measure(
     drawn = random.permutation(active)[: recipe.removed]
     sources = np.union1d(drawn, _of_layer(paths, k))
     maps = opened.maps(one.wiring.source, opened.unseen)
-    removed = ablate(one.wiring, a, b, maps, sources)
+    removed = ablate(one.wiring, a, maps, sources)
     parts = [route.channels for route in one.wiring.routes]
     maps = opened.maps(one.wiring.source, opened.unseen)
     return removed, attribute(one.wiring, a, b, maps, _of_layer(paths, k + 1), parts)
@@ -349,11 +356,10 @@ def _validated(recipe: Circuit, opened: _Opened, k: int, one: _Found, removed: A
     measured = removed.drives(b.W_enc)[own]
     gates = {
         "agreement": one.responses,
-        "agreement_one_gate_for_all": responses(
-            one.wiring, a, MeanGates(one.recording.gates.means, False)
-        ),
-        "agreement_gates_open": responses(one.wiring, a),
+        "agreement_one_gate_for_all": responses(one.wiring, a, one.recording.gates.shared()),
     }
+    if isinstance(one.wiring, Wiring):
+        gates["agreement_gates_open"] = responses(one.wiring, a)
     made = {}
     for name, found in gates.items():
         weight = np.concatenate(
@@ -390,7 +396,7 @@ def _table(
     attribution = np.full(n, np.nan)
     at = np.searchsorted(given.targets, e.target).clip(0, max(0, len(given.targets) - 1))
     known = np.isin(e.target, given.targets[given.places > 0])
-    attribution[known] = given.given[at[known], e.route[known], e.source[known]]
+    attribution[known] = given.given[at[known], given.part[e.route[known]], e.source[known]]
     kernel = np.zeros(n, np.int32)
     for r in range(len(routes)):
         kernel[e.route == r] = np.arange((e.route == r).sum())
@@ -415,7 +421,7 @@ def _explained(k: int, one: _Found, given: Attribution, paths: Sequence[Stronges
     pairs = {(path.latents[k], path.latents[k + 1]) for path in paths}
     found = []
     for t, target in enumerate(given.targets.tolist()):
-        whole = given.given[t, _distinct(one.wiring)].sum(axis=0)
+        whole = given.given[t].sum(axis=0)
         kept = np.unique(one.edges.source[one.edges.target == target])
         shown = np.array(sorted(j for j, i in pairs if i == target), np.int64)
         drive = float(given.drive[t])
@@ -430,11 +436,6 @@ def _explained(k: int, one: _Found, given: Attribution, paths: Sequence[Stronges
             "attribution_gap": float(given.gap[t]) if known else None,
         })  # fmt: skip
     return found
-
-
-def _distinct(wiring: Wiring) -> list[int]:
-    parts = [route.channels for route in wiring.routes]
-    return [k for k, part in enumerate(parts) if part not in parts[:k]]
 
 
 def _pictures(

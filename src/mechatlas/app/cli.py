@@ -109,6 +109,9 @@ class Report:
     """Folder with the runs (stores and dictionaries), itself one or up to two levels above."""
     out: Path
     """The page to write."""
+    pictures: int = 0
+    """Features of each dictionary of images for which a picture is made that excites them most,
+    and one of their part in a branch: those most in each branch."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -252,7 +255,7 @@ def report(words: list[str]) -> Answer:
     from mechatlas.app import jobs
 
     options = tyro.cli(Report, args=words, prog="mechatlas report")
-    result = jobs.report(options.folder, options.out)
+    result = jobs.report(options.folder, options.out, pictures=options.pictures)
     return result, f"Page: {result['page']} ({result['bytes'] / 2**20:.1f} MiB)"
 
 

@@ -141,13 +141,16 @@ def _built(recipe: Train, store: Store, rows: StoreRows | PairedRows) -> tuple[S
         raise RecipeError(f"{recipe.store}: {error}") from error
 
 
-def report(folder: Path, out: Path) -> Result:
+def report(folder: Path, out: Path, *, pictures: int = 0) -> Result:
     """Write one HTML page of all runs in a folder.
 
     Raises:
+        RecipeError: `pictures` is negative.
         UserError: The folder holds no runs, or the page cannot be written.
     """
+    if pictures < 0:
+        raise RecipeError(f"--pictures must be at least 0 features, got {pictures}.")
     clock = time.process_time()
     with bar("drawing the page") as progress:
-        page = write_page(folder, out, on_progress=progress)
+        page = write_page(folder, out, pictures=pictures, on_progress=progress)
     return {"page": str(page), "bytes": page.stat().st_size, **cost(clock)}

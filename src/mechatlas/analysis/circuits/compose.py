@@ -28,6 +28,7 @@ from scipy import sparse
 from torch import Tensor
 from torch.nn import functional
 
+from mechatlas.activations.layer import Layer
 from mechatlas.activations.sites import channels_last
 from mechatlas.activations.wiring import (
     Affine,
@@ -169,8 +170,19 @@ class Response:
     stride: tuple[int, int]
     channels: slice
     """Channels of the target's module."""
-    values: Float[Tensor, "tap latent channel"]
-    """For an activation of 1."""
+    values: Float[Tensor, "entry latent channel"]
+    """For an activation of 1; an entry for each tap."""
+
+    def entries(self) -> Iterator[tuple[Tensor, Tensor | float, Tensor | float]]:
+        """Values, the sum of what they count for at all taps, and the sum of squares."""
+        for values in self.values:
+            yield values, 1.0, 1.0
+
+    def kernel(
+        self, latents: Int[np.ndarray, " edge"], read: Float[Tensor, "edge channel"]
+    ) -> Float[Tensor, "edge tap"]:
+        """The kernels of some latents into what is read."""
+        return torch.einsum("kec,ec->ek", self.values[:, latents], read)
 
 
 @torch.no_grad()
@@ -252,6 +264,10 @@ class MeanGates:
         every = self.means[place]
         return every[:, :-1][:, latents] if self.by_feature else every[:, -1:]
 
+    def shared(self) -> "MeanGates":
+        """The same for all features: the mean over all places."""
+        return dataclasses.replace(self, by_feature=False)
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Recording:
@@ -264,6 +280,14 @@ class Recording:
     grid_b: tuple[int, int]
     n_samples: int
     gates: MeanGates
+
+    def around(
+        self, on: sparse.csr_matrix, response: Response, entry: int
+    ) -> Float[np.ndarray, "target source"]:
+        """How active each source is at a tap of where each target is active, summed."""
+        y, x = response.taps[entry].tolist()
+        here, there = seen(self.n_samples, self.grid_b, self.grid_a, response.stride, (y, x))
+        return (on[here].T.tocsr() @ self.codes_a[there]).toarray()
 
 
 @torch.no_grad()
@@ -305,14 +329,14 @@ def record(
             _add(sums, weights, place, node, given[:, slice(*place.channels)], active, grids[0])
     if not n_samples:
         raise InputError("There are no samples to average gates over.")
-    whole = _stacked(codes_a)
-    prior = np.append(PRIOR * np.nan_to_num(_mean_active(whole)), 0.0).astype(np.float32)
+    whole = stacked(codes_a)
+    prior = np.append(prior_of(whole), 0.0).astype(np.float32)
     means = {place: _means(sums[place], weights[place], prior, maps_like=a) for place in places}
     gates = MeanGates(means, by_feature)
-    return Recording(whole, _stacked(codes_b), *grids, n_samples, gates)
+    return Recording(whole, stacked(codes_b), *grids, n_samples, gates)
 
 
-def check_width(wiring: Wiring, a: Coder, b: Coder) -> None:
+def check_width(wiring: Wiring | Layer, a: Coder, b: Coder) -> None:
     """Refuse dictionaries of other sites.
 
     Raises:
@@ -340,10 +364,11 @@ def encode(dictionary: Coder, x: Float[Tensor, "n channel y x"]) -> sparse.csr_m
         sparse.csr_matrix(dictionary.encode(part).detach().float().cpu().numpy())
         for part in rows.split(size)
     ]
-    return _stacked(parts)
+    return stacked(parts)
 
 
-def _stacked(parts: list[sparse.csr_matrix]) -> sparse.csr_matrix:
+def stacked(parts: list[sparse.csr_matrix]) -> sparse.csr_matrix:
+    """Codes of one batch after the other."""
     return sparse.csr_matrix(sparse.vstack(parts))
 
 
@@ -352,10 +377,10 @@ def n_columns(codes: sparse.csr_matrix) -> int:
     return int(codes.get_shape()[1])
 
 
-def _mean_active(codes: sparse.csr_matrix) -> np.ndarray:
-    """Mean of each latent where it is active."""
+def prior_of(codes: sparse.csr_matrix) -> Float[np.ndarray, " latent"]:
+    """What the mean over all places weighs in a latent's own: some of its activations."""
     count = np.bincount(codes.indices, minlength=n_columns(codes))
-    return np.asarray(codes.sum(axis=0)).ravel() / np.maximum(count, 1)
+    return PRIOR * np.asarray(codes.sum(axis=0)).ravel() / np.maximum(count, 1)
 
 
 def seen(

@@ -20,8 +20,10 @@ from jaxtyping import Float, Int
 from scipy import stats
 from torch import Tensor
 
+from mechatlas.activations.layer import Layer
 from mechatlas.activations.sites import channels_last
 from mechatlas.activations.wiring import Wiring
+from mechatlas.analysis.circuits.attention import Spread, arriving
 from mechatlas.analysis.circuits.compose import Coder, Response, encode, seen
 
 RESAMPLES = 1000
@@ -35,8 +37,6 @@ class Ablation:
     sources: Int[np.ndarray, " source"]
     everywhere: Float[np.ndarray, "source sample channel"]
     """Mean over all positions of a sample; channels of the target's site."""
-    active: Float[np.ndarray, "source target channel"]
-    """Mean over the places where a target is active."""
     mean: Float[np.ndarray, " source"]
     """Mean activation of the source over all its positions."""
 
@@ -44,42 +44,29 @@ class Ablation:
         """What each drive loses, on average over all positions."""
         return self.everywhere.mean(axis=1) @ encoder.detach().float().cpu().numpy()
 
-    def where_active(
-        self, encoder: Float[Tensor, "d target"]
-    ) -> Float[np.ndarray, "source target"]:
-        """What each drive loses where its feature is active."""
-        rows = encoder.detach().float().cpu().numpy()
-        return np.einsum("stc,ct->st", self.active, rows)
-
 
 @torch.no_grad()
 def ablate(
-    wiring: Wiring,
+    wiring: Wiring | Layer,
     a: Coder,
-    b: Coder,
     maps: Iterable[Tensor],
     sources: Int[np.ndarray, " source"],
 ) -> Ablation:
     """Remove features one at a time and run on.
 
     Args:
-        wiring: From the site of `a` to that of `b`.
+        wiring: From the site of `a` to the target's.
         a: Dictionary of the source.
-        b: Dictionary of the target.
         maps: Activations of the source's module, batch by batch.
         sources: Which features to remove.
     """
     atoms = a.W_dec.detach()
     width = wiring.reads.stop - wiring.reads.start
     means: list[np.ndarray] = []
-    active = np.zeros((len(sources), b.n_latents, width), np.float32)
-    count, total, positions = np.zeros(b.n_latents), np.zeros(len(sources)), 0
+    total, positions = np.zeros(len(sources)), 0
     for x in maps:
         out = wiring.run(x)[:, wiring.reads]
         code = encode(a, x[:, wiring.writes])[:, sources].tocsc()
-        on = encode(b, out)
-        on.data = (on.data > 0).astype(np.float32)
-        count += np.asarray(on.sum(axis=0)).ravel()
         positions += code.shape[0]
         part = np.zeros((len(sources), len(x), width), np.float32)
         for k, source in enumerate(sources):
@@ -92,14 +79,10 @@ def ablate(
             given = x[touched].clone()
             f = torch.from_numpy(activation).to(x).view(len(x), 1, *x.shape[2:])[touched]
             given[:, wiring.writes] -= f * atoms[source][:, None, None]
-            lost = (out[touched] - wiring.run(given)[:, wiring.reads]).float()
-            part[k, touched] = lost.mean(dim=(2, 3)).cpu().numpy()
-            size = out.shape[2] * out.shape[3]
-            rows = (touched[:, None] * size + np.arange(size)).ravel()
-            active[k] += on[rows].T @ channels_last(lost).reshape(-1, width).cpu().numpy()
+            lost = out[touched] - wiring.run(given)[:, wiring.reads]
+            part[k, touched] = lost.float().mean(dim=(2, 3)).cpu().numpy()
         means.append(part)
-    active /= np.maximum(count, 1)[None, :, None]
-    return Ablation(sources, np.concatenate(means, axis=1), active, total / max(positions, 1))
+    return Ablation(sources, np.concatenate(means, axis=1), total / max(positions, 1))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -109,8 +92,10 @@ class Attribution:
     targets: Int[np.ndarray, " target"]
     places: Int[np.ndarray, " target"]
     """Places where each was active."""
-    given: Float[np.ndarray, "target route source"]
-    """By each feature of the source through each part of the target's channels."""
+    given: Float[np.ndarray, "target part source"]
+    """By each feature of the source through each different part of the target's channels."""
+    part: Int[np.ndarray, " route"]
+    """Which of those is that of each route."""
     drive: Float[np.ndarray, " target"]
     """What the drive loses if all features of the source are removed at once."""
     gap: Float[np.ndarray, " target"]
@@ -118,7 +103,7 @@ class Attribution:
 
 
 def attribute(
-    wiring: Wiring,
+    wiring: Wiring | Layer,
     a: Coder,
     b: Coder,
     maps: Iterable[Tensor],
@@ -144,7 +129,8 @@ def attribute(
         steps: Points of the line at which gradients are taken.
     """
     encoder, written = b.W_enc.detach(), a.W_dec.detach().float().cpu().numpy()
-    given = np.zeros((len(targets), len(parts), a.n_latents))
+    apart = [part for k, part in enumerate(parts) if part not in parts[:k]]
+    given = np.zeros((len(targets), len(apart), a.n_latents))
     drive, places = np.zeros(len(targets)), np.zeros(len(targets), np.int64)
     for x in maps:
         with torch.no_grad():
@@ -161,26 +147,19 @@ def attribute(
             places += on.sum(axis=0)
         for step in range(steps):
             point = bare + (step + 0.5) / steps * (x - bare)
-            slopes = _slopes(wiring, point, encoder[:, targets], mask, parts)
-            for t, p, slope in slopes:
+            for t, p, slope in _slopes(wiring, point, encoder[:, targets], mask, apart):
                 rows = channels_last(slope[:, wiring.writes]).flatten(0, 2).float().cpu().numpy()
                 given[t, p] += ((code.T @ rows) * written).sum(axis=1) / steps
     n = np.maximum(places, 1)
     given, drive = given / n[:, None, None], drive / n
-    whole = np.zeros(len(targets))
-    for p in _apart(parts):
-        whole += given[:, p].sum(axis=-1)
+    whole = given.sum(axis=(1, 2))
     gap = np.abs(whole - drive) / np.maximum(np.abs(drive), 1e-30)
-    return Attribution(targets, places, given, drive, gap)
-
-
-def _apart(parts: Sequence[slice]) -> list[int]:
-    """One of each set of equal parts."""
-    return [k for k, part in enumerate(parts) if part not in parts[:k]]
+    each = np.array([apart.index(part) for part in parts], np.int64)
+    return Attribution(targets, places, given, each, drive, gap)
 
 
 def _slopes(
-    wiring: Wiring, point: Tensor, encoder: Tensor, mask: Tensor, parts: Sequence[slice]
+    wiring: Wiring | Layer, point: Tensor, encoder: Tensor, mask: Tensor, parts: Sequence[slice]
 ) -> Iterable[tuple[int, int, Tensor]]:
     """Gradient of the sum of each drive over the places of its feature, by part."""
     start = point.detach().requires_grad_()
@@ -203,7 +182,7 @@ def _slopes(
 
 @torch.no_grad()
 def reproduced(
-    wiring: Wiring, found: Sequence[Response], a: Coder, b: Coder, maps: Iterable[Tensor]
+    wiring: Wiring | Layer, found: Sequence[Response], a: Coder, b: Coder, maps: Iterable[Tensor]
 ) -> Float[np.ndarray, " target"]:
     """Share of the variance of each drive over positions that the composed kernels reproduce.
 
@@ -217,7 +196,13 @@ def reproduced(
         out = wiring.run(x)
         code = encode(a, x[:, wiring.writes])
         made = np.zeros((len(out) * out.shape[2] * out.shape[3], out.shape[1]), np.float32)
+        watched = wiring.watch(x) if isinstance(wiring, Layer) else None
         for response in found:
+            if watched is not None:
+                assert isinstance(response, Spread)
+                arrived = arriving(watched, code, response.head)
+                made += arrived @ response.values[0].float().cpu().numpy()
+                continue
             for tap, values in zip(response.taps, response.values, strict=True):
                 here, there = seen(
                     len(x), (out.shape[2], out.shape[3]), (x.shape[2], x.shape[3]),
@@ -278,7 +263,7 @@ def agreement(
 
     def correlation(p: np.ndarray, q: np.ndarray) -> float:
         p, q = p - p.mean(), q - q.mean()
-        size = np.sqrt(float((p * p).sum()) * float((q * q).sum()))
+        size = float(np.sqrt((p * p).sum() * (q * q).sum()))
         return float((p * q).sum()) / size if size else 0.0
 
     drawn, null, other = [], [], []

@@ -57,13 +57,13 @@ def _order(path: Path) -> tuple[bool, float, tuple[int, ...]]:
 
 
 def _pairs(edges: Edges, rate: float) -> list[tuple[int, int, float, bool]]:
-    """Each pair once, with its share and whether any of its edges stands."""
-    _, first, index = np.unique(
-        np.stack([edges.source, edges.target]), axis=1, return_index=True, return_inverse=True
-    )
-    least = np.ones(len(first))
-    np.minimum.at(least, index.ravel(), edges.q_value)
+    """Each pair once, with its share and whether the edge that carries most of it stands."""
+    order = np.lexsort([-np.abs(edges.contribution), edges.target, edges.source])
+    source, target = edges.source[order], edges.target[order]
+    new = np.ones(len(order), bool)
+    new[1:] = (np.diff(source) != 0) | (np.diff(target) != 0)
     return [
-        (int(edges.source[k]), int(edges.target[k]), float(edges.share[k]), bool(q <= rate))
-        for k, q in zip(first, least, strict=True)
-    ]
+        (int(edges.source[k]), int(edges.target[k]), float(edges.share[k]),
+         bool(edges.q_value[k] <= rate))
+        for k in order[new]
+    ]  # fmt: skip

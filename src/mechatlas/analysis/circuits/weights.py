@@ -24,7 +24,10 @@ from jaxtyping import Float, Int
 from scipy import sparse
 from torch import Tensor
 
-from mechatlas.activations.wiring import Route, Wiring
+from mechatlas.activations.layer import Layer
+from mechatlas.activations.wiring import Wiring
+from mechatlas.analysis.circuits import attention
+from mechatlas.analysis.circuits.attention import Attended, Standing
 from mechatlas.analysis.circuits.compose import (
     Coder,
     Gates,
@@ -33,7 +36,6 @@ from mechatlas.analysis.circuits.compose import (
     all_open,
     n_columns,
     respond,
-    seen,
 )
 from mechatlas.base import Progress, no_progress
 
@@ -49,13 +51,15 @@ _SHIFT = 17  # of the bits of a float32, so that an octave has 64 bins
 
 
 def responses(
-    wiring: Wiring, a: Coder, gates: Gates = all_open, *, routes: Sequence[Route] | None = None
-) -> list[Response]:
+    wiring: Wiring | Layer, a: Coder, gates: Gates | Standing = all_open
+) -> Sequence[Response]:
     """What every atom of the source's dictionary adds to the target, by each route."""
-    return [
-        respond(wiring, route, a.W_dec.detach(), gates)
-        for route in (wiring.routes if routes is None else routes)
-    ]
+    atoms = a.W_dec.detach()
+    if isinstance(gates, Standing):
+        assert isinstance(wiring, Layer)
+        return [attention.respond(wiring, route, atoms, gates) for route in wiring.routes]
+    assert isinstance(wiring, Wiring)
+    return [respond(wiring, route, atoms, gates) for route in wiring.routes]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -71,7 +75,9 @@ class Block:
     """The same with the weights of another target, at equal length of what it reads."""
 
 
-def readers(wiring: Wiring, response: Response, encoder: Float[Tensor, "d target"]) -> Tensor:
+def readers(
+    wiring: Wiring | Layer, response: Response, encoder: Float[Tensor, "d target"]
+) -> Tensor:
     """What encoders read of the channels that a route writes (channel, target)."""
     rows = encoder.new_zeros(response.channels.stop - response.channels.start, encoder.shape[1])
     first, own = response.channels.start, wiring.reads.start
@@ -82,10 +88,10 @@ def readers(wiring: Wiring, response: Response, encoder: Float[Tensor, "d target
 
 @torch.no_grad()
 def blocks(
-    wiring: Wiring,
+    wiring: Wiring | Layer,
     found: Sequence[Response],
     encoder: Float[Tensor, "d target"],
-    recording: Recording | None = None,
+    recording: Recording | Attended | None = None,
     *,
     decoys: int = 0,
     seed: int = 0,
@@ -117,16 +123,17 @@ def blocks(
         for k, response in enumerate(found):
             rows = readers(wiring, response, encoder[:, targets]).T.contiguous()
             length = rows.norm(dim=1).clamp_min(1e-30).float().cpu().numpy()
-            for tap, values in zip(response.taps, response.values, strict=True):
-                product = (rows @ values.T).float().cpu().numpy()
-                weight[k] += product
+            for entry, (values, total, squares) in enumerate(response.entries()):
+                made = rows @ values.T
+                weight[k] += (made * total).float().cpu().numpy()
+                product = made.float().cpu().numpy()
                 if together is not None and given is not None:
-                    around = together(tap, response.stride)
+                    around = together(response, entry)
                     given[k] += product * around
                     for draw, order in enumerate(orders):
                         assert chance is not None
                         chance[draw, k] += product[order] * around
-                norm[k] += np.square(product, out=product)
+                norm[k] += (made.square_() * squares).float().cpu().numpy()
             np.sqrt(norm[k], out=norm[k])
             for draw, order in enumerate(orders):
                 if chance is not None:
@@ -143,23 +150,16 @@ def _deranged(n: int, random: np.random.Generator) -> np.ndarray:
 
 
 class _Together:
-    """How active each source is around the places where each target is, on average."""
+    """How much of each source is around the places where each target is active, on average."""
 
-    def __init__(self, recording: Recording, targets: slice) -> None:
+    def __init__(self, recording: Recording | Attended, targets: slice) -> None:
         self.recording = recording
-        on = recording.codes_b[:, targets].copy()
-        on.data = (on.data > 0).astype(np.float32)
-        self.on = on
-        self.count = np.maximum(np.asarray(on.sum(axis=0)).ravel(), 1.0)[:, None]
-        self.known: dict[tuple[int, ...], np.ndarray] = {}
+        self.on = recording.codes_b[:, targets].copy()
+        self.on.data = (self.on.data > 0).astype(np.float32)
+        self.count = np.maximum(np.asarray(self.on.sum(axis=0)).ravel(), 1.0)[:, None]
 
-    def __call__(self, tap: np.ndarray, stride: tuple[int, int]) -> np.ndarray:
-        at = (int(tap[0]), int(tap[1]))
-        here, there = seen(
-            self.recording.n_samples, self.recording.grid_b, self.recording.grid_a, stride, at
-        )
-        product = self.on[here].T.tocsr() @ self.recording.codes_a[there]
-        return product.toarray() / self.count
+    def __call__(self, response: Response, entry: int) -> np.ndarray:
+        return self.recording.around(self.on, response, entry) / self.count
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -187,10 +187,10 @@ class Edges:
 
 @torch.no_grad()
 def edges(
-    wiring: Wiring,
+    wiring: Wiring | Layer,
     found: Sequence[Response],
     b: Coder,
-    recording: Recording,
+    recording: Recording | Attended,
     *,
     keep: int = 8,
     seed: int = 0,
@@ -324,7 +324,10 @@ def _tail(counts: np.ndarray) -> np.ndarray:
 
 @torch.no_grad()
 def kernels(
-    wiring: Wiring, found: Sequence[Response], encoder: Float[Tensor, "d target"], edges: Edges
+    wiring: Wiring | Layer,
+    found: Sequence[Response],
+    encoder: Float[Tensor, "d target"],
+    edges: Edges,
 ) -> list[Float[np.ndarray, "edge tap"]]:
     """For each route, the kernels of its edges, in their order; taps as in the response."""
     made = []
@@ -334,9 +337,7 @@ def kernels(
         kernel = np.empty((len(own), len(response.taps)), np.float32)
         for first in range(0, len(own), 1024):
             part = own[first : first + 1024]
-            read = rows[:, edges.target[part]]
-            write = response.values[:, edges.source[part]]
-            product = torch.einsum("kec,ce->ek", write, read)
-            kernel[first : first + len(part)] = product.float().cpu().numpy()
+            made_of = response.kernel(edges.source[part], rows.T[edges.target[part]])
+            kernel[first : first + len(part)] = made_of.float().cpu().numpy()
         made.append(kernel)
     return made

@@ -55,12 +55,15 @@ STEPS = 1000
 """Parts of a chapter's work that are told apart in the progress of the page."""
 
 
-def write_page(folder: Path, out: Path, *, on_progress: Progress = no_progress) -> Path:
+def write_page(
+    folder: Path, out: Path, *, pictures: int = 0, on_progress: Progress = no_progress
+) -> Path:
     """Write one page about every run in a folder.
 
     Args:
         folder: A run, or a folder with runs up to two levels below.
         out: The file to write.
+        pictures: Features of each dictionary that are drawn by activation maximisation.
         on_progress: Told how much is done.
 
     Returns:
@@ -70,7 +73,7 @@ def write_page(folder: Path, out: Path, *, on_progress: Progress = no_progress) 
         DiskError: The folder is not there, or the page cannot be written.
         UserError: The folder holds no run.
     """
-    runs = find_runs(folder)
+    runs = find_runs(folder, pictures=pictures)
     chapters = []
     total = len(CHAPTERS) * STEPS
     for number, make in enumerate(CHAPTERS):

@@ -83,8 +83,12 @@ class Run:
             ) from error
 
 
-def find_runs(folder: Path) -> "Runs":
+def find_runs(folder: Path, *, pictures: int = 0) -> "Runs":
     """Every run in a folder: the folder itself and up to two levels below.
+
+    Args:
+        folder: Where to look.
+        pictures: Features of each dictionary that are drawn by activation maximisation.
 
     Raises:
         DiskError: There is no such folder, or a manifest in it is damaged.
@@ -109,14 +113,21 @@ def find_runs(folder: Path) -> "Runs":
             "Name the folder that `mechatlas collect` or `mechatlas train` wrote, or the one "
             "around it."
         )
-    return Runs(folder, found)
+    return Runs(folder, found, pictures)
 
 
 class Runs:
     """All runs of a page."""
 
-    def __init__(self, folder: Path, runs: list[Run]) -> None:
-        self.folder, self.all = folder, runs
+    def __init__(self, folder: Path, runs: list[Run], pictures: int = 0) -> None:
+        """Keep them.
+
+        Args:
+            folder: Of the page.
+            runs: Those found in it.
+            pictures: Features of each dictionary that are drawn by activation maximisation.
+        """
+        self.folder, self.all, self.pictures = folder, runs, pictures
         self.open_store = functools.cache(self._open_store)
         self.reopen = functools.cache(self._reopen)
 

@@ -169,7 +169,10 @@ const cards = (() => {
     element.append(body);
     const bars = branchBars(d, i, false);
     if (bars) element.append(bars);
-    const fill = () => body.replaceChildren(exampleList(d, i, d.kind === "image" ? 8 : 4, 72, showHeat));
+    const fill = () => {
+      body.replaceChildren(exampleList(d, i, d.kind === "image" ? 8 : 4, 72, showHeat));
+      if (d.painted.includes(String(i))) body.prepend(painted("features", `painted${d.index}/${i}`, 156));
+    };
     return [element, atlas.whenSeen(element, fill, "200px")];
   }
 
@@ -193,6 +196,26 @@ const cards = (() => {
   const part = (title, caption, ...children) =>
     el("section", {}, el("h4", {}, title), ...children, el("p", { class: "caption" }, caption));
 
+  // What excites a feature most of all that can be painted.
+  function painted(chapter, name, pixels) {
+    const canvas = el("canvas", { class: "painted", width: pixels, height: pixels, role: "img", title: "made to excite this feature (activation maximisation): a picture, not a claim" });
+    atlas.image(chapter, name).then((bitmap) => {
+      const context = canvas.getContext("2d");
+      context.imageSmoothingQuality = "high";
+      context.drawImage(bitmap, 0, 0, pixels, pixels);
+    });
+    return canvas;
+  }
+
+  function paintings(d, i) {
+    const names = d.painted.filter((name) => name.split("/")[0] === String(i));
+    if (!names.length) return null;
+    const pictures = names.map((name) => el("figure", {}, painted("features", `painted${d.index}/${name}`, 264),
+      el("figcaption", {}, name.slice(String(i).length + 1) || "all of it")));
+    return part("Made to excite it", "Activation maximisation, from noise: the drive at the middle of the map is climbed, of the whole feature and of its part in the branch it lies most in. A picture, not a claim.",
+      el("div", { class: "paintings" }, ...pictures));
+  }
+
   function detail(d, i, showHeat, open) {
     const shown = countExamples(d, i);
     const read = d.rows < d.allRows ? `${number(d.rows)} of ${number(d.allRows)} rows` : `all ${number(d.rows)} rows`;
@@ -201,6 +224,7 @@ const cards = (() => {
       part(d.kind === "text" ? "Strongest tokens" : "Strongest examples",
         shown ? `The ${shown} strongest rows, at most one of each sample, strongest first.${d.kind === "image" ? " Crops of one photograph are different samples. Each square holds all that the position sees, cut to the picture; light is the activation at every position, relative to the feature’s largest, and the frame is the position itself." : ""}` : "",
         exampleList(d, i, d.top, 132, showHeat)),
+      paintings(d, i),
       el("div", { class: "columns" },
         part("Activations", `Density: share of ${read} of the store where it is active. Mean: over those rows. Bars: number of rows by activation, with ratios across and square roots up; the first bar holds everything weaker.`, facts(d, i), d.density[i] > 0 ? histogram(d, i) : null),
         bars ? part("Branches", "Length of the atom’s positive part inside each branch, over its whole length; squares add up to 1. The tick is what the branch’s width predicts. A description: whether a difference stands against chance is in the chapter on branches, where “mechatlas branches” was run.", bars) : null,
@@ -208,5 +232,5 @@ const cards = (() => {
     ];
   }
 
-  return { card, detail, exampleList, link };
+  return { card, detail, exampleList, link, painted };
 })();

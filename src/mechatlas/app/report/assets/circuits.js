@@ -15,15 +15,16 @@
   function kernelPicture(kernel) {
     const most = Math.max(...kernel.values.map(Math.abs), 1e-12);
     const cell = Math.max(3, Math.min(CELL, Math.floor(36 / Math.max(kernel.w, kernel.h))));
-    const picture = el("canvas", { class: "kernel", width: kernel.w * cell, height: kernel.h * cell });
+    const tall = kernel.h === 1 && kernel.w > 1 ? 3 * cell : cell;  // a sequence is a strip
+    const picture = el("canvas", { class: "kernel", width: kernel.w * cell, height: kernel.h * tall });
     const context = picture.getContext("2d");
     kernel.values.forEach((value, k) => {
       const strength = Math.abs(value) / most;
       context.fillStyle = atlas.colour("--raised");
-      context.fillRect((k % kernel.w) * cell, Math.floor(k / kernel.w) * cell, cell, cell);
+      context.fillRect((k % kernel.w) * cell, Math.floor(k / kernel.w) * tall, cell, tall);
       context.globalAlpha = strength;
       context.fillStyle = atlas.colour(value < 0 ? "--branch-2" : "--branch-1");
-      context.fillRect((k % kernel.w) * cell, Math.floor(k / kernel.w) * cell, cell, cell);
+      context.fillRect((k % kernel.w) * cell, Math.floor(k / kernel.w) * tall, cell, tall);
       context.globalAlpha = 1;
     });
     return picture;
@@ -35,24 +36,12 @@
       + `drive lost when removed: ${effect}\nq ${number(edge.q_value)}${edge.q_value <= rate ? "" : ": does not stand"}`;
   }
 
-  // What excites the feature most of all that can be painted.
-  function painted(part, name) {
-    if (!part.pictures.includes(name)) return null;
-    const canvas = el("canvas", { class: "painted", width: 112, height: 112, role: "img", title: "made to excite this feature (activation maximisation): a picture, not a claim" });
-    atlas.image("circuits", name).then((bitmap) => {
-      const context = canvas.getContext("2d");
-      context.imageSmoothingQuality = "high";
-      context.drawImage(bitmap, 0, 0, 112, 112);
-    });
-    return canvas;
-  }
-
   function card(part, d, layer, fact) {
     const title = `${part.sites[layer]}/${fact.latent}`;
     const head = d ? el("a", { href: cards.link(d, fact.latent) }, title) : el("b", {}, title);
     const body = el("div", { class: "body" });
-    const picture = painted(part, `${parts.indexOf(part)}/${layer}/${fact.latent}`);
-    if (picture) body.append(picture);
+    const name = `${parts.indexOf(part)}/${layer}/${fact.latent}`;
+    if (part.pictures.includes(name)) body.append(cards.painted("circuits", name, 112));
     if (d) body.append(cards.exampleList(d, fact.latent, d.kind === "image" ? 6 : 2, 52, true));
     const share = layer && fact.explained_by_paths != null
       ? el("p", { class: "caption", title: `by all sources kept: ${percent(fact.explained_by_kept)}; ${number(fact.places)} places on held-out samples` },
@@ -79,7 +68,7 @@
       const [x0, y0] = [from.right - box.left, from.top + from.height / 2 - box.top];
       const [x1, y1] = [to.left - box.left, to.top + to.height / 2 - box.top];
       const bend = (x1 - x0) / 2;
-      const stands = edges.some((edge) => edge.q_value <= part.rate);
+      const stands = edges[0].q_value <= part.rate;  // the one that carries most
       lines.append(svg("path", {
         d: `M${x0},${y0} C${x0 + bend},${y0} ${x1 - bend},${y1} ${x1},${y1}`,
         class: share < 0 ? "minus" : "plus",
@@ -126,6 +115,6 @@
       place.append(holder);
       atlas.whenSeen(holder, () => draw(holder, part, drawing, dictionaries), "400px");
     });
-    place.append(el("p", { class: "caption" }, "A column is a site; the crops are the strongest of each feature, the framed picture was made from noise to excite it. Each line is a pair of features, as thick as its share of all that the later one is given (counted without signs); orange excites, blue inhibits, dashed does not stand against the null. On it the kernels of the two branches that carry most, as the later feature sees them: each cell is a place of the earlier feature. Hover for the numbers."));
+    place.append(el("p", { class: "caption" }, "A column is a site; the crops are the strongest of each feature, the framed picture was made from noise to excite it. Each line is a pair of features, as thick as its share of all that the later one is given (counted without signs); orange excites, blue inhibits, dashed does not stand against the null. On it the kernels of the two branches that carry most, as the later feature sees them: each cell is a place of the earlier feature (in a text, a token before or after; the outermost are all that lie farther). Hover for the numbers."));
   });
 })();

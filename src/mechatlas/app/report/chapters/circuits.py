@@ -1,15 +1,14 @@
 """Circuits drawn: features as cards, edges with their kernels, and what each claim rests on."""
 
-import io
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import safetensors
-from PIL import Image
 from safetensors.numpy import load
 
 from mechatlas.app.report.chapter import Chapter, render
+from mechatlas.app.report.paintings import as_webp
 from mechatlas.app.report.runs import Run, Runs
 from mechatlas.base import DiskError, Progress
 
@@ -79,10 +78,7 @@ def _pictures(run: Run, number: int) -> dict[str, bytes]:
     for layer in range(len(run.result["sites"])):
         latents = tensors.get(f"{layer}.latents", np.zeros(0, np.int32))
         for k, latent in enumerate(latents.tolist()):
-            picture = Image.fromarray(tensors[f"{layer}.pictures"][k])
-            encoded = io.BytesIO()
-            picture.save(encoded, "WEBP", quality=90)
-            made[f"{number}/{layer}/{latent}"] = encoded.getvalue()
+            made[f"{number}/{layer}/{latent}"] = as_webp(tensors[f"{layer}.pictures"][k])
     return made
 
 

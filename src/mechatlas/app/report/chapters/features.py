@@ -22,6 +22,7 @@ from mechatlas.analysis.examples import (
 )
 from mechatlas.app.report.atoms import Neighbours, flat_map, neighbours
 from mechatlas.app.report.chapter import Chapter, render
+from mechatlas.app.report.paintings import most_in_each, paint
 from mechatlas.app.report.pictures import Gallery, gallery
 from mechatlas.app.report.runs import Run, Runs
 from mechatlas.base import Progress, Site, UserError
@@ -48,6 +49,8 @@ class _Opened:
     statistics: FeatureStatistics
     shown: Examples
     tokens: tuple[np.ndarray, list[str]] | None
+    painted: dict[str, bytes]
+    """Pictures made to excite some features, by latent, or latent and branch."""
     problems: list[str]
 
 
@@ -77,6 +80,7 @@ def chapter(runs: Runs, on_progress: Progress) -> Chapter | None:
         described, own = _describe(one, name, pictures)
         data["dictionaries"].append(described)
         arrays |= {f"{number}/{key}": array for key, array in own.items()}
+        images |= {f"painted{number}/{key}": file for key, file in one.painted.items()}
         on_progress(90 * len(found) + 10 * (number + 1), total)
     return Chapter(
         name="features",
@@ -124,8 +128,19 @@ def _open(run: Run, key: str, runs: Runs, on_progress: Progress) -> _Opened:
         field = receptive_field(network, site, samples.side, samples.channels)
     shown = examples(
         network, samples, site, dictionary, statistics,
-        field=field, on_progress=_part(on_progress, 40, 60, 100),
+        field=field, on_progress=_part(on_progress, 40, 40, 100),
     )  # fmt: skip
+    painted: dict[str, bytes] = {}
+    if runs.pictures and field is not None and dictionary.W_enc.shape[0] == rows.d_in:
+        assert isinstance(samples, ImageSamples)
+        branches = _branches(rows)
+        shares, _ = plain_shares(dictionary.W_dec.detach().float().cpu().numpy(), branches)
+        latents = most_in_each(shares, statistics.density, runs.pictures)
+        home = shares[latents].argmax(axis=1) if branches else np.full(len(latents), -1)
+        painted = paint(
+            network, samples, site, dictionary, latents, branches, home,
+            on_progress=_part(on_progress, 80, 20, 100),
+        )  # fmt: skip
     problems = []
     if digest(network) != store.manifest["network"]:
         problems.append("The network found now has other weights than the store's.")
@@ -137,7 +152,7 @@ def _open(run: Run, key: str, runs: Runs, on_progress: Progress) -> _Opened:
     tokens = _tokens(network, samples, shown) if isinstance(samples, TextSamples) else None
     atoms = dictionary.W_dec.detach()[:, : rows.d_in].float().cpu().numpy()
     return _Opened(
-        run, key, atoms, rows, folder, samples, statistics, shown, tokens, problems
+        run, key, atoms, rows, folder, samples, statistics, shown, tokens, painted, problems
     )  # fmt: skip
 
 
@@ -241,6 +256,7 @@ def _facts(
         "heat": list(one.shown.heat.shape[2:]),
         "gallery": name,
         "words": one.tokens[1] if one.tokens else [],
+        "painted": list(one.painted),
         "bins": BINS,
         "perOctave": PER_OCTAVE,
         "problems": one.problems,
