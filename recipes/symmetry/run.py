@@ -130,7 +130,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--steps", type=int, help="by default the recipe's")
     parser.add_argument("--latents", type=int, help="by default the recipe's")
-    parser.add_argument("--swaps", type=int, default=64)
+    parser.add_argument("--swaps", type=int, default=40)
     options = parser.parse_args()
     options.out = options.out or options.store.parent
     table = []

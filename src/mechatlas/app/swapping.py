@@ -40,7 +40,9 @@ from mechatlas.maths.statistics import proportion
 
 MOST_ROWS = 20_000
 """Held-out rows whose codes are kept."""
-COLUMNS = ("swap_alignment", "swap_null", "swap_p_value", "swap_q_value", "swap_change")
+COLUMNS = (
+    "swap_alignment", "swap_null", "swap_wrong_pose", "swap_p_value", "swap_q_value", "swap_change",
+)  # fmt: skip
 
 
 class Held:
@@ -131,7 +133,7 @@ def check(
         return {"missing": few}, columns
     trials = choose(
         sparse.csr_array(codes[:, : len(blocks)]), where[:, 0], eligible, found.stabilisers,
-        elements, most=asked.most, seed=asked.seed,
+        elements, found.group, most=asked.most, seed=asked.seed,
     )  # fmt: skip
     used, index = np.unique(trials.row, return_inverse=True)
     shape = (len(used), found.group.order, blocks.shape[2])
@@ -149,6 +151,7 @@ def check(
         )  # fmt: skip
     columns["swap_alignment"][swaps.features] = swaps.alignment
     columns["swap_null"][swaps.features] = swaps.null.mean(axis=1)
+    columns["swap_wrong_pose"][swaps.features] = swaps.wrong
     columns["swap_p_value"][swaps.features] = swaps.p_values
     columns["swap_q_value"][swaps.features] = swaps.q_values
     columns["swap_change"][swaps.symmetric] = swaps.change
@@ -207,6 +210,7 @@ def _facts(swaps: Swaps, found: Symmetry) -> Result:
         "share_of_null": _number(np.mean(null >= least) if len(null) else np.nan),
         "alignment": _median(swaps.alignment),
         "alignment_null": _median(null),
+        "alignment_wrong_pose": _median(swaps.wrong),
         "repaired": _median(swaps.repaired),
         "repaired_null": _median(swaps.repaired_null.ravel()),
         "repaired_together": _number(swaps.together),

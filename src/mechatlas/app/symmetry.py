@@ -66,7 +66,7 @@ class FindSymmetry:
     """False discovery rate of the claim that something leaves a feature unchanged."""
     alike: float = ALIKE
     """How alike two blocks must be to count as equal: cosine, corrected for noise."""
-    swaps: int = 64
+    swaps: int = 40
     """Features whose pose is swapped inside the network, if its recipe can still be followed."""
     downstream: str | None = None
     """Site where answers to swaps are compared; by default the output of the network."""

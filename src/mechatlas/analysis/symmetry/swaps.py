@@ -9,8 +9,9 @@ The network runs on hI, but at one place it is given the activation of the untra
 a(I). What follows then differs from the answer to hI. Where the feature was active with code f, its
 contribution f D_e is replaced by f D_h: if the blocks are right, that moves what follows towards
 the answer to hI. How much so is the cosine between the move and what was missing, at the network's
-output or any site downstream. The null is other features: their own D_h - D_e, of the same length,
-in the same places.
+output or any site downstream. There are two nulls, and a feature must stand against both: other
+features in its place (their own D_h - D_e, of the same length), and the feature itself in a wrong
+pose (taking f D_e away is right whatever the pose, and other features do not show that).
 
 Elements h that leave the feature unchanged are swapped too: what follows must hardly change, in
 units of the change when the feature is removed.
@@ -33,15 +34,20 @@ from mechatlas.activations.samples import Samples
 from mechatlas.activations.sites import channels_last, edited, read
 from mechatlas.base import InputError, Progress, Site, no_progress
 from mechatlas.maths.actions import Action
+from mechatlas.maths.groups import Group
 from mechatlas.maths.statistics import q_values
 
-SAMPLES = 8
+SAMPLES = 16
 """Held-out samples on which a feature is swapped, where it is most active."""
-FEWEST = 4
+FEWEST = 6
 """Samples that a feature must be active on."""
-NULLS = 4
+NULLS = 2
 """Other features that are swapped in place of each."""
+WRONG = 2
+"""Wrong poses that each is swapped to."""
 BATCH = 32
+N_OWN = 5
+"""Measures of a trial before those of the nulls."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -55,6 +61,8 @@ class Trials:
     element: Int[np.ndarray, " trial"]
     unchanged: Bool[np.ndarray, " trial"]
     """Whether the element leaves the feature unchanged."""
+    wrong: Int[np.ndarray, "trial pose"]
+    """Other elements, in whose poses the feature differs from both; -1 if there is none."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -67,13 +75,16 @@ class Swaps:
     """Mean cosine of the move with what was missing; 1 if the swap does just what posing does."""
     null: Float[np.ndarray, "tested null"]
     """The same with the blocks of other features."""
+    wrong: Float[np.ndarray, " tested"]
+    """The same in a wrong pose; NaN if there is no other."""
     repaired: Float[np.ndarray, " tested"]
     """Mean share of what was missing, as a sum of squares, that the swap takes away."""
     repaired_null: Float[np.ndarray, "tested null"]
     together: float
     """Median share that swapping all that the dictionary says takes away."""
     p_values: Float[np.ndarray, " tested"]
-    """Rank among all null alignments."""
+    """The larger of two: the rank of the alignment among those of other features, and a test by
+    exact sign flips that it is larger in the right pose than in a wrong one (if there is any)."""
     q_values: Float[np.ndarray, " tested"]
     symmetric: Int[np.ndarray, " symmetric"]
     """Features that were swapped by elements that leave them unchanged."""
@@ -100,6 +111,7 @@ def choose(
     eligible: Int[np.ndarray, " eligible"],
     stabilisers: Sequence[frozenset[int]],
     elements: Bool[np.ndarray, " element"],
+    group: Group,
     *,
     most: int,
     seed: int = 0,
@@ -112,39 +124,49 @@ def choose(
         eligible: Features to draw from.
         stabilisers: What leaves each feature unchanged.
         elements: Which elements may be used.
+        group: The group.
         most: Features that are drawn, of those active on enough samples.
         seed: Of the draw.
     """
     random = np.random.default_rng([seed, 0x73776170])
     columns = codes.tocsc()
-    found: list[tuple[int, int, float, int, bool]] = []
+    found: list[tuple[int, int, float, int, bool, list[int]]] = []
     drawn = 0
     for feature in random.permutation(eligible):
-        span = slice(columns.indptr[feature], columns.indptr[feature + 1])
-        rows, values = columns.indices[span], columns.data[span]
-        order = np.lexsort((rows, -values))
-        rows, values = rows[order], values[order]
-        _, first = np.unique(samples[rows], return_index=True)
-        first = np.sort(first)[:SAMPLES]
-        if len(first) < FEWEST:
+        rows, values = _strongest(columns, samples, int(feature))
+        if len(rows) < FEWEST:
             continue
-        inside = np.zeros(len(elements), bool)
-        inside[list(stabilisers[feature])] = True
+        fixed = np.zeros(group.order, bool)
+        fixed[list(stabilisers[feature])] = True
         for unchanged in (False, True):
-            allowed = np.flatnonzero(elements & (inside == unchanged))
-            if len(allowed):
-                found += [
-                    (int(feature), int(rows[i]), float(values[i]), int(h), unchanged)
-                    for i, h in zip(first, random.choice(allowed, len(first)), strict=True)
-                ]
+            allowed = np.flatnonzero(elements & (fixed == unchanged))
+            for row, value in zip(rows, values, strict=True) if len(allowed) else ():
+                h = int(random.choice(allowed))
+                other = np.flatnonzero(~fixed & ~fixed[group.table[group.inverses[h]]])
+                wrong = random.permutation(other)[:WRONG].tolist()
+                wrong += (wrong[:1] or [-1]) * (WRONG - len(wrong))
+                found.append((int(feature), int(row), float(value), h, unchanged, wrong))
         drawn += 1
         if drawn == most:
             break
-    parts = list(zip(*sorted(found, key=lambda t: (samples[t[1]], t[0])), strict=True)) or [()] * 5
+    found.sort(key=lambda trial: (samples[trial[1]], *trial))
+    feature, row, code, element, unchanged, wrong = zip(*found, strict=True) if found else [()] * 6
     return Trials(
-        np.array(parts[0], int), np.array(parts[1], int), np.array(parts[2], float),
-        np.array(parts[3], int), np.array(parts[4], bool),
+        np.array(feature, int), np.array(row, int), np.array(code, float), np.array(element, int),
+        np.array(unchanged, bool), np.array(wrong, int).reshape(-1, WRONG),
     )  # fmt: skip
+
+
+def _strongest(
+    columns: sparse.csc_array, samples: Int[np.ndarray, " row"], feature: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """The strongest row of each of the samples where a feature is most active."""
+    span = slice(columns.indptr[feature], columns.indptr[feature + 1])
+    rows, values = columns.indices[span], columns.data[span]
+    order = np.lexsort((rows, -values))
+    _, first = np.unique(samples[rows[order]], return_index=True)
+    best = order[np.sort(first)[:SAMPLES]]
+    return rows[best], values[best]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -246,7 +268,7 @@ def swap(
         SiteError: The network never calls the module downstream.
     """
     partners = _partners(trials.feature, stabilisers, others, blocks.shape[1], seed)
-    measured = np.full((len(trials.feature), 4 + 2 * NULLS), np.nan)
+    measured = np.full((len(trials.feature), N_OWN + 2 * NULLS), np.nan)
     done = 0
     for unchanged in (False, True):
         its = np.flatnonzero(trials.unchanged == unchanged)
@@ -293,7 +315,7 @@ def _measure(
     blocks: Float[np.ndarray, "feature order d"],
     partners: dict[int, Int[np.ndarray, " null"]],
 ) -> Float[np.ndarray, "batch measure"]:
-    """Alignment, repair, repair by all features, change; then alignment and repair of nulls."""
+    """Alignment, repair, repair by all, change, alignment if wrong; both of the first of nulls."""
     feature, row, h = trials.feature[part], trials.row[part], trials.element[part]
     e = bench.action.group.identity
     number = np.searchsorted(bench.places.kept.numpy(), rows.position[row])
@@ -310,19 +332,28 @@ def _measure(
     before = answer(np.zeros_like(own))
     moved = answer(own) - before
     lost = answer(-code * blocks[feature, e]) - before
-    out = np.full((len(part), 4 + 2 * NULLS), np.nan)
+    out = np.full((len(part), N_OWN + 2 * NULLS), np.nan)
     out[:, 3] = _ratio(_length(moved), _length(lost))
     if trials.unchanged[part].all():
         return out
     missing = bench.answer(inputs) - before
     out[:, :2] = _towards(moved, missing)
     out[:, 2] = _towards(answer(rows.said[row, h] - rows.said[row, e]) - before, missing)[:, 1]
+    length = np.linalg.norm(own, axis=1, keepdims=True)
+
+    def instead(feature: np.ndarray, element: np.ndarray) -> np.ndarray:
+        its = blocks[feature, element] - blocks[feature, e]
+        its = its * _ratio(length, np.linalg.norm(its, axis=1, keepdims=True), otherwise=0.0)
+        return _towards(answer(its) - before, missing)
+
+    wrong = trials.wrong[part].T
+    if (wrong >= 0).any():
+        its = np.mean([instead(feature, np.maximum(pose, 0))[:, 0] for pose in wrong], axis=0)
+        out[:, 4] = np.where(wrong[0] >= 0, its, np.nan)
     other = np.stack([partners[i] for i in feature])
     for k in range(NULLS):
-        its = blocks[other[:, k], h] - blocks[other[:, k], e]
-        length = np.linalg.norm(its, axis=1, keepdims=True)
-        its = its * _ratio(np.linalg.norm(own, axis=1, keepdims=True), length, otherwise=0.0)
-        out[:, 4 + 2 * k : 6 + 2 * k] = _towards(answer(its) - before, missing)
+        at = N_OWN + 2 * k
+        out[:, at : at + 2] = instead(other[:, k], h)
     return out
 
 
@@ -353,16 +384,31 @@ def _summary(trials: Trials, measured: Float[np.ndarray, "trial measure"]) -> Sw
 
     features, values = means(False)
     symmetric, kept = means(True)
-    null = values[:, 4::2]
+    null = values[:, N_OWN::2]
     pool = np.sort(null[np.isfinite(null)])
     above = len(pool) - np.searchsorted(pool, values[:, 0], side="left")
     p = np.where(np.isfinite(values[:, 0]), (1 + above) / (1 + len(pool)), np.nan)
+    better = measured[:, 0] - measured[:, 4]
+    flips = [_sign_flips(better[~trials.unchanged & (trials.feature == i)]) for i in features]
+    p = np.fmax(p, np.array(flips))
     return Swaps(
-        features=features, alignment=values[:, 0], null=null, repaired=values[:, 1],
-        repaired_null=values[:, 5::2], together=_median(values[:, 2]), p_values=p,
+        features=features, alignment=values[:, 0], null=null, wrong=values[:, 4],
+        repaired=values[:, 1],
+        repaired_null=values[:, N_OWN + 1 :: 2], together=_median(values[:, 2]), p_values=p,
         q_values=q_values(p), symmetric=symmetric, change=kept[:, 3],
         change_of_others=values[:, 3],
     )  # fmt: skip
+
+
+def _sign_flips(differences: np.ndarray) -> float:
+    """One-sided p-value of a mean above 0, exact for differences that are symmetric about 0."""
+    kept = differences[np.isfinite(differences)]
+    if not len(kept):
+        return float("nan")
+    sums = np.zeros(1)
+    for value in kept:
+        sums = np.concatenate([sums + value, sums - value])
+    return float((sums >= kept.sum() - 1e-12).mean())
 
 
 def _mean(values: np.ndarray) -> np.ndarray:
