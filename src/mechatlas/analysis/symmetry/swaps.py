@@ -21,6 +21,7 @@ activations between inputs.
 """
 
 import dataclasses
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -42,7 +43,9 @@ SAMPLES = 16
 FEWEST = 6
 """Samples that a feature must be active on."""
 NULLS = 2
-"""Other features that are swapped in place of each."""
+"""Other features that are swapped in place of each, at least."""
+POOL = 100
+"""Null alignments there should be in all, for small p-values of few features."""
 WRONG = 2
 """Wrong poses that each is swapped to."""
 BATCH = 32
@@ -267,8 +270,10 @@ def swap(
         InputError: Nothing downstream depends on the site, or a sample cannot be read.
         SiteError: The network never calls the module downstream.
     """
-    partners = _partners(trials.feature, stabilisers, others, blocks.shape[1], seed)
-    measured = np.full((len(trials.feature), N_OWN + 2 * NULLS), np.nan)
+    tested = max(len(np.unique(trials.feature[~trials.unchanged])), 1)
+    n_nulls = max(NULLS, min(math.ceil(POOL / tested), len(others) - 1))
+    partners = _partners(trials.feature, stabilisers, others, blocks.shape[1], n_nulls, seed)
+    measured = np.full((len(trials.feature), N_OWN + 2 * n_nulls), np.nan)
     done = 0
     for unchanged in (False, True):
         its = np.flatnonzero(trials.unchanged == unchanged)
@@ -291,6 +296,7 @@ def _partners(
     stabilisers: Sequence[frozenset[int]],
     others: Int[np.ndarray, " other"],
     order: int,
+    n_nulls: int,
     seed: int,
 ) -> dict[int, Int[np.ndarray, " null"]]:
     """For each feature others that are, if there are some, changed by all that changes it."""
@@ -302,8 +308,8 @@ def _partners(
         random = np.random.default_rng([seed, 0x6F7468, int(feature)])
         rest = others[others != feature]
         alike = rest[~(fixed[rest] & ~fixed[feature]).any(axis=1)]
-        pool = alike if len(alike) >= NULLS else rest
-        drawn[int(feature)] = random.choice(pool, NULLS, replace=len(pool) < NULLS)
+        pool = alike if len(alike) >= n_nulls else rest
+        drawn[int(feature)] = random.choice(pool, n_nulls, replace=len(pool) < n_nulls)
     return drawn
 
 
@@ -332,7 +338,8 @@ def _measure(
     before = answer(np.zeros_like(own))
     moved = answer(own) - before
     lost = answer(-code * blocks[feature, e]) - before
-    out = np.full((len(part), N_OWN + 2 * NULLS), np.nan)
+    other = np.stack([partners[i] for i in feature])
+    out = np.full((len(part), N_OWN + 2 * other.shape[1]), np.nan)
     out[:, 3] = _ratio(_length(moved), _length(lost))
     if trials.unchanged[part].all():
         return out
@@ -350,8 +357,7 @@ def _measure(
     if (wrong >= 0).any():
         its = np.mean([instead(feature, np.maximum(pose, 0))[:, 0] for pose in wrong], axis=0)
         out[:, 4] = np.where(wrong[0] >= 0, its, np.nan)
-    other = np.stack([partners[i] for i in feature])
-    for k in range(NULLS):
+    for k in range(other.shape[1]):
         at = N_OWN + 2 * k
         out[:, at : at + 2] = instead(other[:, k], h)
     return out
