@@ -41,7 +41,8 @@ from mechatlas.maths.statistics import proportion
 MOST_ROWS = 20_000
 """Held-out rows whose codes are kept."""
 COLUMNS = (
-    "swap_alignment", "swap_null", "swap_wrong_pose", "swap_p_value", "swap_q_value", "swap_change",
+    "swap_alignment", "swap_null", "swap_wrong_pose", "swap_p_value", "swap_q_value",
+    "swap_pose_p_value", "swap_pose_q_value", "swap_change",
 )  # fmt: skip
 
 
@@ -154,6 +155,8 @@ def check(
     columns["swap_wrong_pose"][swaps.features] = swaps.wrong
     columns["swap_p_value"][swaps.features] = swaps.p_values
     columns["swap_q_value"][swaps.features] = swaps.q_values
+    columns["swap_pose_p_value"][swaps.features] = swaps.pose_p_values
+    columns["swap_pose_q_value"][swaps.features] = swaps.pose_q_values
     columns["swap_change"][swaps.symmetric] = swaps.change
     names = [name for name, used in zip(found.group.element_names, elements, strict=True) if used]
     return {
@@ -196,18 +199,13 @@ def _features(
 
 
 def _facts(swaps: Swaps, found: Symmetry) -> Result:
-    passed = swaps.passed(found.rate)
-    tested = np.isfinite(swaps.q_values)
-    share = proportion(int(passed.sum()), int(tested.sum()))
+    passed = swaps.q_values <= found.rate
     least = swaps.alignment[passed].min(initial=np.inf)
     null = swaps.null[np.isfinite(swaps.null)]
     return {
-        "tested": int(tested.sum()),
-        "passed": int(passed.sum()),
-        "share": _number(share.value),
-        "low": share.low,
-        "high": share.high,
+        **_share(swaps.q_values, found.rate),
         "share_of_null": _number(np.mean(null >= least) if len(null) else np.nan),
+        "pose": _share(swaps.pose_q_values, found.rate),
         "alignment": _median(swaps.alignment),
         "alignment_null": _median(null),
         "alignment_wrong_pose": _median(swaps.wrong),
@@ -218,6 +216,19 @@ def _facts(swaps: Swaps, found: Symmetry) -> Result:
         "change_if_unchanged": _median(swaps.change),
         "change_of_others": _median(swaps.change_of_others),
         "classes": _by_class([found.names[i] for i in swaps.features], passed),
+    }
+
+
+def _share(q: np.ndarray, rate: float) -> Result:
+    """Features tested and passed, and the share with its interval."""
+    passed, tested = int((q <= rate).sum()), int(np.isfinite(q).sum())
+    share = proportion(passed, tested)
+    return {
+        "tested": tested,
+        "passed": passed,
+        "share": _number(share.value),
+        "low": share.low,
+        "high": share.high,
     }
 
 
@@ -242,11 +253,13 @@ def in_words(causal: Result) -> str:
         return f"Poses were not swapped inside the network: {causal['missing']}"
     if not causal["tested"]:
         return "Poses were not swapped inside the network: no feature was active often enough."
+    pose = causal["pose"]
     told = (
         f"Poses swapped inside the network: {causal['passed']} of {causal['tested']} features "
-        f"move {causal['downstream']} towards its answer to the posed input "
-        f"({causal['low']:.0%} to {causal['high']:.0%}; of other features in their place "
-        f"{causal['share_of_null']:.1%})."
+        f"bring {causal['downstream']} nearer its answer to the posed input than other features do "
+        f"({causal['low']:.0%} to {causal['high']:.0%}; of the others "
+        f"{causal['share_of_null']:.1%} do), {pose['passed']} of {pose['tested']} nearer than they "
+        f"do in a wrong pose ({pose['low']:.0%} to {pose['high']:.0%})."
     )
     if causal["change_if_unchanged"] is not None:
         told += (

@@ -8,10 +8,11 @@
 The network runs on hI, but at one place it is given the activation of the untransformed input,
 a(I). What follows then differs from the answer to hI. Where the feature was active with code f, its
 contribution f D_e is replaced by f D_h: if the blocks are right, that moves what follows towards
-the answer to hI. How much so is the cosine between the move and what was missing, at the network's
-output or any site downstream. There are two nulls, and a feature must stand against both: other
-features in its place (their own D_h - D_e, of the same length), and the feature itself in a wrong
-pose (taking f D_e away is right whatever the pose, and other features do not show that).
+the answer to hI. The alignment is the cosine between what putting in f D_h changes, and what is
+missing without f D_e, at the network's output or any site downstream. There are two nulls for what
+is put in, of the same length: the block D_h of other features, which asks whether it is this
+feature that was missing, and the feature's own block in a wrong pose, which asks the harder
+question whether it was missing in this pose.
 
 Elements h that leave the feature unchanged are swapped too: what follows must hardly change, in
 units of the change when the feature is removed.
@@ -75,30 +76,30 @@ class Swaps:
     features: Int[np.ndarray, " tested"]
     """Those whose pose was swapped by elements that change them."""
     alignment: Float[np.ndarray, " tested"]
-    """Mean cosine of the move with what was missing; 1 if the swap does just what posing does."""
+    """Mean cosine of what the block in pose h changes with what is missing without the feature."""
     null: Float[np.ndarray, "tested null"]
     """The same with the blocks of other features."""
     wrong: Float[np.ndarray, " tested"]
     """The same in a wrong pose; NaN if there is no other."""
     repaired: Float[np.ndarray, " tested"]
-    """Mean share of what was missing, as a sum of squares, that the swap takes away."""
+    """Mean share of what differed from the answer to hI, as a sum of squares, that the swap takes
+    away."""
     repaired_null: Float[np.ndarray, "tested null"]
     together: float
     """Median share that swapping all that the dictionary says takes away."""
     p_values: Float[np.ndarray, " tested"]
-    """The larger of two: the rank of the alignment among those of other features, and a test by
-    exact sign flips that it is larger in the right pose than in a wrong one (if there is any)."""
+    """Rank of the alignment among those of other features."""
     q_values: Float[np.ndarray, " tested"]
+    pose_p_values: Float[np.ndarray, " tested"]
+    """Test by exact sign flips that it is larger in the right pose than in wrong ones; NaN if there
+    is no other."""
+    pose_q_values: Float[np.ndarray, " tested"]
     symmetric: Int[np.ndarray, " symmetric"]
     """Features that were swapped by elements that leave them unchanged."""
     change: Float[np.ndarray, " symmetric"]
     """What that changes downstream, in units of what removing the feature does."""
     change_of_others: Float[np.ndarray, " tested"]
     """The same for the elements that do change a feature."""
-
-    def passed(self, rate: float) -> Bool[np.ndarray, " tested"]:
-        """Which features the network treats as their blocks say, at a false discovery rate."""
-        return self.q_values <= rate
 
 
 def usable(places: Places, action: Action) -> Bool[np.ndarray, " element"]:
@@ -334,25 +335,27 @@ def _measure(
         return bench.answer_with(inputs, there, given + torch.from_numpy(move).to(given))
 
     code = trials.code[part, None]
-    own = code * (blocks[feature, h] - blocks[feature, e])
-    before = answer(np.zeros_like(own))
-    moved = answer(own) - before
-    lost = answer(-code * blocks[feature, e]) - before
+    gone, put = -code * blocks[feature, e], code * blocks[feature, h]
+    before, without, swapped = answer(np.zeros_like(put)), answer(gone), answer(gone + put)
     other = np.stack([partners[i] for i in feature])
     out = np.full((len(part), N_OWN + 2 * other.shape[1]), np.nan)
-    out[:, 3] = _ratio(_length(moved), _length(lost))
+    out[:, 3] = _ratio(_length(swapped - before), _length(without - before))
     if trials.unchanged[part].all():
         return out
-    missing = bench.answer(inputs) - before
-    out[:, :2] = _towards(moved, missing)
-    out[:, 2] = _towards(answer(rows.said[row, h] - rows.said[row, e]) - before, missing)[:, 1]
-    length = np.linalg.norm(own, axis=1, keepdims=True)
+    target = bench.answer(inputs)
+
+    def compared(answered: Tensor) -> np.ndarray:
+        cosine = _cosine(answered - without, target - without)
+        repaired = 1 - _ratio(_length(target - answered) ** 2, _length(target - before) ** 2)
+        return np.stack([cosine, repaired], axis=1)
 
     def instead(feature: np.ndarray, element: np.ndarray) -> np.ndarray:
-        its = blocks[feature, element] - blocks[feature, e]
-        its = its * _ratio(length, np.linalg.norm(its, axis=1, keepdims=True), otherwise=0.0)
-        return _towards(answer(its) - before, missing)
+        its = blocks[feature, element]
+        lengths = (np.linalg.norm(x, axis=1, keepdims=True) for x in (put, its))
+        return compared(answer(gone + its * _ratio(*lengths, otherwise=0.0)))
 
+    out[:, :2] = compared(swapped)
+    out[:, 2] = compared(answer(rows.said[row, h] - rows.said[row, e]))[:, 1]
     wrong = trials.wrong[part].T
     if (wrong >= 0).any():
         its = np.mean([instead(feature, np.maximum(pose, 0))[:, 0] for pose in wrong], axis=0)
@@ -371,14 +374,12 @@ def _ratio(above: np.ndarray, below: np.ndarray, *, otherwise: float = np.nan) -
     return np.where(below > 0, above / np.where(below > 0, below, 1), otherwise)
 
 
-def _towards(
+def _cosine(
     moved: Float[Tensor, "batch width"], missing: Float[Tensor, "batch width"]
-) -> Float[np.ndarray, "batch 2"]:
-    """Cosine of a move with what is missing, and the share of its square that it takes away."""
+) -> Float[np.ndarray, " batch"]:
     product = (moved.double() * missing.double()).sum(dim=1).numpy()
-    move, whole = _length(moved), _length(missing)
-    cosine = np.where(whole > 0, _ratio(product, move * whole, otherwise=0.0), np.nan)
-    return np.stack([cosine, _ratio(2 * product - move**2, whole**2)], axis=1)
+    whole = _length(missing)
+    return np.where(whole > 0, _ratio(product, _length(moved) * whole, otherwise=0.0), np.nan)
 
 
 def _summary(trials: Trials, measured: Float[np.ndarray, "trial measure"]) -> Swaps:
@@ -396,13 +397,13 @@ def _summary(trials: Trials, measured: Float[np.ndarray, "trial measure"]) -> Sw
     p = np.where(np.isfinite(values[:, 0]), (1 + above) / (1 + len(pool)), np.nan)
     better = measured[:, 0] - measured[:, 4]
     flips = [_sign_flips(better[~trials.unchanged & (trials.feature == i)]) for i in features]
-    p = np.fmax(p, np.array(flips))
+    pose_p = np.array(flips, float)
     return Swaps(
         features=features, alignment=values[:, 0], null=null, wrong=values[:, 4],
         repaired=values[:, 1],
         repaired_null=values[:, N_OWN + 1 :: 2], together=_median(values[:, 2]), p_values=p,
-        q_values=q_values(p), symmetric=symmetric, change=kept[:, 3],
-        change_of_others=values[:, 3],
+        q_values=q_values(p), pose_p_values=pose_p, pose_q_values=q_values(pose_p),
+        symmetric=symmetric, change=kept[:, 3], change_of_others=values[:, 3],
     )  # fmt: skip
 
 
