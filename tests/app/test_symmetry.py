@@ -185,10 +185,12 @@ def turning(tmp_path_factory):
 
 def test_swapped_poses_pass_in_a_network_that_sees_every_pose_alike(turning, tmp_path):
     root, _, stabilisers = turning
-    result, text = run(root, "plain", tmp_path / "out", "--downstream", "after")
+    result, text = run(root, "plain", tmp_path / "out")
     table = pq.read_table(tmp_path / "out" / "features.parquet")
     assert [frozenset(each) for each in table["stabiliser_elements"].to_pylist()] == stabilisers
     causal = result["causal"]
+    assert causal["downstream"] == "after"  # the next module
+    assert causal["pose"]["share"] > 0.9
     assert causal["tested"] == 28  # all but the one that nothing changes
     assert causal["share"] > 0.9
     assert causal["low"] < causal["share"] <= causal["high"] + 1e-9
@@ -197,7 +199,7 @@ def test_swapped_poses_pass_in_a_network_that_sees_every_pose_alike(turning, tmp
     assert causal["symmetric"] == 5
     assert causal["change_if_unchanged"] < 0.05 < causal["change_of_others"]
     assert causal["elements"] == list(posed.D4.element_names[1:])
-    assert "28 of 28 features move after towards its answer to the posed input" in text
+    assert f"{causal['passed']} of 28 features bring after nearer its answer" in text
     assert np.isnan(table["swap_q_value"].to_numpy()).tolist() == [*[False] * 28, True]
     assert np.isfinite(table["swap_change"].to_numpy()).sum() == 5
 
@@ -211,7 +213,7 @@ def test_poses_are_swapped_where_the_network_can_be_run_again_or_it_is_said_why_
     root, _, _ = turning
     result, _ = run(root, "plain", tmp_path / "out", "--swaps", "0")
     assert result["causal"]["missing"] == "Not asked for (--swaps 0)."
-    result, _ = run(root, "plain", tmp_path / "out", "--swaps", "3")
+    result, _ = run(root, "plain", tmp_path / "out", "--swaps", "3", "--downstream", "output")
     assert (result["causal"]["tested"], result["causal"]["downstream"]) == (3, "output")
 
 

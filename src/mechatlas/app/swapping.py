@@ -9,8 +9,10 @@ changed, there is no check, and `missing` says why.
 """
 
 import dataclasses
+import functools
 from collections import Counter
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
@@ -40,6 +42,8 @@ from mechatlas.maths.statistics import proportion
 
 MOST_ROWS = 20_000
 """Held-out rows whose codes are kept."""
+OUTPUT = "output"
+"""What the output of the network is called."""
 COLUMNS = (
     "swap_alignment", "swap_null", "swap_wrong_pose", "swap_p_value", "swap_q_value",
     "swap_pose_p_value", "swap_pose_q_value", "swap_change",
@@ -84,7 +88,7 @@ class Asked:
     whole: str
     """Site of the store that it is, or is a branch of."""
     downstream: str | None
-    """Where answers are compared; by default the output of the network."""
+    """Where answers are compared, or "output"; by default the next module."""
     most: int
     """Features that are drawn."""
     seed: int
@@ -124,8 +128,9 @@ def check(
         return {"missing": str(error)}, columns
     codes, where = held.codes, held.where
     action, site = action_of(posing), Site.parse(asked.site)
-    after = find_sites(network, [asked.downstream])[0] if asked.downstream else Site("")
-    places = places_of(action, network, site, samples.stack([samples.read(int(where[0, 0]))]))
+    first = samples.stack([samples.read(int(where[0, 0]))])
+    after = _after(network, site, first, asked.downstream)
+    places = places_of(action, network, site, first)
     bench = Bench(network, samples, action, site, after, places)
     elements = usable(places, action)
     eligible, others = _features(found, blocks, elements)
@@ -160,7 +165,7 @@ def check(
     columns["swap_change"][swaps.symmetric] = swaps.change
     names = [name for name, used in zip(found.group.element_names, elements, strict=True) if used]
     return {
-        "downstream": str(after) or "output",
+        "downstream": str(after) or OUTPUT,
         "elements": names,
         **_facts(swaps, found),
     }, columns
@@ -184,6 +189,27 @@ def _reopened(store: Store) -> tuple[nn.Module, Samples, Posing]:
             f"The network found now has other weights than when {store.root} was made."
         )
     return network, samples, posing
+
+
+def _after(network: nn.Module, site: Site, inputs: Tensor, asked: str | None) -> Site:
+    """Where answers are compared: by default the next module with the same parent.
+
+    Raises:
+        SiteError: There is no site of the name asked for.
+    """
+    if asked is not None:
+        return Site("") if asked == OUTPUT else find_sites(network, [asked])[0]
+    parent = site.module.rpartition(".")[0]
+    called: list[str] = []
+    with ExitStack() as hooks, torch.no_grad():
+        for name, module in network.get_submodule(parent).named_children():
+            note = functools.partial(lambda name, *_: called.append(name), name)
+            hooks.callback(module.register_forward_hook(note).remove)
+        network(inputs)
+    own = site.module.rpartition(".")[2]
+    later = called[called.index(own) + 1 :] if own in called else []
+    following = [name for name in later if name != own]
+    return Site(f"{parent}.{following[0]}".strip(".")) if following else Site("")
 
 
 def _features(

@@ -69,7 +69,8 @@ class FindSymmetry:
     swaps: int = 40
     """Features whose pose is swapped inside the network, if its recipe can still be followed."""
     downstream: str | None = None
-    """Site where answers to swaps are compared; by default the output of the network."""
+    """Site where answers to swaps are compared, or "output" for the network's; by default the next
+    module after the site that has the same parent."""
     seed: int = 0
     """Seed of the nulls, and of the features that are swapped."""
 

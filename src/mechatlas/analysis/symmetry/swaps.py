@@ -45,7 +45,7 @@ FEWEST = 6
 """Samples that a feature must be active on."""
 NULLS = 2
 """Other features that are swapped in place of each, at least."""
-POOL = 100
+POOL = 200
 """Null alignments there should be in all, for small p-values of few features."""
 WRONG = 2
 """Wrong poses that each is swapped to."""
@@ -88,7 +88,8 @@ class Swaps:
     together: float
     """Median share that swapping all that the dictionary says takes away."""
     p_values: Float[np.ndarray, " tested"]
-    """Rank of the alignment among those of other features."""
+    """Rank of the alignment among those of other features, each less the mean of the (other)
+    nulls in the same places."""
     q_values: Float[np.ndarray, " tested"]
     pose_p_values: Float[np.ndarray, " tested"]
     """Test by exact sign flips that it is larger in the right pose than in wrong ones; NaN if there
@@ -392,9 +393,7 @@ def _summary(trials: Trials, measured: Float[np.ndarray, "trial measure"]) -> Sw
     features, values = means(False)
     symmetric, kept = means(True)
     null = values[:, N_OWN::2]
-    pool = np.sort(null[np.isfinite(null)])
-    above = len(pool) - np.searchsorted(pool, values[:, 0], side="left")
-    p = np.where(np.isfinite(values[:, 0]), (1 + above) / (1 + len(pool)), np.nan)
+    p = _rank(values[:, 0], null)
     better = measured[:, 0] - measured[:, 4]
     flips = [_sign_flips(better[~trials.unchanged & (trials.feature == i)]) for i in features]
     pose_p = np.array(flips, float)
@@ -405,6 +404,19 @@ def _summary(trials: Trials, measured: Float[np.ndarray, "trial measure"]) -> Sw
         q_values=q_values(p), pose_p_values=pose_p, pose_q_values=q_values(pose_p),
         symmetric=symmetric, change=kept[:, 3], change_of_others=values[:, 3],
     )  # fmt: skip
+
+
+def _rank(
+    own: Float[np.ndarray, " tested"], null: Float[np.ndarray, "tested null"]
+) -> Float[np.ndarray, " tested"]:
+    """p-values of the own among all nulls, less what is common to a row."""
+    k = null.shape[1]
+    mean = null.mean(axis=1, keepdims=True)
+    # Of a null the others are subtracted: that errs on the side of larger nulls.
+    pool = np.sort(((null - mean) * k / max(k - 1, 1)).ravel())
+    pool = pool[np.isfinite(pool)]
+    above = len(pool) - np.searchsorted(pool, own - mean[:, 0], side="left")
+    return np.where(np.isfinite(own), (1 + above) / (1 + len(pool)), np.nan)
 
 
 def _sign_flips(differences: np.ndarray) -> float:
