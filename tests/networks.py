@@ -3,6 +3,9 @@
 import torch
 from torch import Tensor, nn
 
+from mechatlas.maths.actions import Rotate
+from mechatlas.maths.named_groups import group
+
 
 class Tiny(nn.Module):
     """Two convolutions with two named branches, then a head that must not always run."""
@@ -29,6 +32,33 @@ class Pair(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.cat([self.left(x), self.right(x)], dim=1).relu()
+
+
+class Turning(nn.Module):
+    """Sees the same in every pose of a square: every kernel is there eight times, posed.
+
+    Channel `8 * kind + g` of `posed` has kernel `kind` in pose g, so that posing the input by h
+    takes what channel g says to channel h*g. Kinds 0 to 2 have no symmetry, 3 is unchanged by
+    half-turns, 4 by everything. What follows is as chance has it.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        action = Rotate(group("D4"))
+        kernels = torch.randn(5, 3, 5, 5)
+        kernels[3] += action(2, kernels[3])
+        kernels[4] = torch.stack([action(g, kernels[4]) for g in range(8)]).sum(0) / 8**0.5
+        poses = [action(g, kernels) for g in range(8)]
+        self.posed = nn.Conv2d(3, 40, 5)
+        self.posed.weight.data = torch.stack(poses, dim=1).flatten(0, 1) / 4
+        self.posed.bias.data.fill_(-0.2)
+        self.seen = nn.ReLU()
+        self.after = nn.Conv2d(40, 24, 3)
+        self.head = nn.Linear(24, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.after(self.seen(self.posed(x - 0.5))).relu()
+        return self.head(x.mean(dim=(2, 3)))
 
 
 class Sequence(nn.Module):
@@ -67,6 +97,11 @@ class Sick(nn.Module):
 def tiny() -> Tiny:
     torch.manual_seed(0)
     return Tiny().eval()
+
+
+def turning() -> Turning:
+    torch.manual_seed(0)
+    return Turning().eval()
 
 
 def sick() -> Sick:

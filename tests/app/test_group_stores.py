@@ -1,26 +1,36 @@
 """From a recipe with a group to its crosscoders, untied and tied."""
 
 import json
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from mechatlas.activations.collect import Collecting
 from mechatlas.activations.networks import Network
-from mechatlas.activations.posing import Posing
+from mechatlas.activations.posing import Posing, action_of
 from mechatlas.activations.positions import Positions
-from mechatlas.activations.samples import Images
+from mechatlas.activations.samples import Images, open_samples
+from mechatlas.activations.sites import read
 from mechatlas.activations.store import Store
-from mechatlas.app import jobs
+from mechatlas.app import jobs, symmetry
 from mechatlas.app.recipes import Collect, Train, from_dict
-from mechatlas.base import RecipeError
+from mechatlas.app.report.chapters import features
+from mechatlas.app.report.runs import find_runs
+from mechatlas.base import RecipeError, Site, no_progress
 from mechatlas.dictionaries.autoencoder import Autoencoder, Crosscoder
-from mechatlas.dictionaries.formats import load
+from mechatlas.dictionaries.formats import load, save
 from mechatlas.dictionaries.pose_tied import PoseTied
 from mechatlas.dictionaries.sparsity import ReLU, TopK
 from mechatlas.maths.named_groups import group
 from tests.app.worlds import photographs
+from tests.networks import tiny
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -106,10 +116,103 @@ def test_a_plain_store_cannot_be_pose_tied(tmp_path):
         Train(store=tmp_path, n_latents=24, sparsity=TopK(k=3), pose_tied=True).build({None: 8})
 
 
-def test_a_page_can_be_made_of_a_folder_with_group_dictionaries(store, tmp_path):
+def test_the_page_has_cards_of_group_crosscoders_and_says_why_not_of_pose_tied_ones(store):
     folder = store.parent
     trained(store, folder / "untied", n_latents=24, sparsity=TopK(k=3))
     trained(store, folder / "tied", n_latents=24, sparsity=TopK(k=4), pose_tied=True)
-    result = jobs.report(folder, tmp_path / "page.html")
-    text = Path(result["page"]).read_text()
-    assert "untied" in text
+    chapter = features.chapter(find_runs(folder), no_progress)
+    assert chapter is not None
+    (cards,) = chapter.data["dictionaries"]
+    assert (cards["run"], cards["n"], cards["problems"]) == ("untied", 24, [])
+    assert cards["drift"] < 1e-3  # what is shown is what the store has of the input as it is
+    assert chapter.arrays["0/heat"].max() > 0
+    assert "It is pose-tied" in chapter.html
+
+
+@pytest.mark.slow
+def test_a_killed_run_of_a_group_store_goes_on_to_the_same_bytes(store, tmp_path):
+    """SIGKILL in the middle of a round, twice; rows said to be large make many rounds."""
+    script = (
+        "import sys; from mechatlas.app import cli;"
+        "import mechatlas.activations.collect as c, os, signal;"
+        "do = c._keep_poses; n = 0\n"
+        "def kill(*words):\n"
+        "    global n; n += 1\n"
+        "    if n == int(sys.argv[1]): os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    do(*words)\n"
+        "c._keep_poses = kill\n"
+        "c._row_bytes = lambda shape, settings: 100_000\n"
+        "cli.main(['collect', sys.argv[2], '--out', sys.argv[3]])"
+    )
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(
+        'sites = ["mixed"]\n[network]\nname = "tests.networks:tiny"\n'
+        f'[samples]\ntype = "Images"\nsource = "{store.parent / "photos.zip"}"\nside = 15\n'
+        'crops = 4\n[group]\nname = "D4"\n[collecting]\nbatch_size = 8\nmemory_mib = 512\n'
+        "[collecting.positions]\nper_sample = 100\n"
+    )
+
+    def collect(out, at):
+        words = [sys.executable, "-c", script, str(at), str(recipe), str(out)]
+        return subprocess.run(words, cwd=ROOT, capture_output=True, check=False).returncode
+
+    assert collect(tmp_path / "whole", 0) == 0
+    codes = [collect(tmp_path / "killed", at) for at in (4, 6, 0)]
+    assert codes == [-signal.SIGKILL, -signal.SIGKILL, 0]
+    whole, killed = (Store(tmp_path / name) for name in ("whole", "killed"))
+    assert whole.manifest["rounds"] > 2
+    assert whole.shards == killed.shards  # with the checksum of each file
+
+
+@pytest.mark.parametrize(
+    ("action", "name", "closes"), [("shift", "C4", True), ("scale", "C3", False)]
+)
+def test_shifts_and_scales_are_collected_and_told(action, name, closes, store, tmp_path):
+    collected = jobs.collect(
+        Collect(
+            network=Network(name="tests.networks:tiny"),
+            sites=("first",),
+            samples=Images(source=str(store.parent / "photos.zip"), side=16, crops=2),
+            collecting=Collecting(positions=Positions(rule="random", per_sample=10)),
+            group=Posing(name=name, action=action),
+            out=tmp_path / "store",
+        )
+    )
+    order = group(name).order
+    assert collected["sites"]["first"]["width"] == 6 * order
+    kept = Store(tmp_path / "store")
+    assert kept.manifest["group"]["closes"] is closes
+    network, samples, act = tiny(), _samples(store, 16), action_of(Posing(name=name, action=action))
+    batch, where = next(iter(kept.rows().scan()))
+    side = 16
+    for row in range(0, len(where), 7):
+        sample, y, x = where[row].tolist()
+        image = samples.stack([samples.read(sample)])
+        for g in range(order):
+            with torch.no_grad():
+                found = read(network, act(g, image), [Site("first")])[Site("first")][0]
+            at = act.moved(g, np.array([[y, x]], float), side)[0]
+            low = np.floor(at).astype(int)
+            share = at - low
+            expected = sum(
+                found[:, low[0] + i, low[1] + j]
+                * float((share[0] if i else 1 - share[0]) * (share[1] if j else 1 - share[1]))
+                for i in (0, 1)
+                for j in (0, 1)
+                if (i == 0 or share[0] > 1e-6) and (j == 0 or share[1] > 1e-6)
+            )
+            torch.testing.assert_close(
+                batch.x[row].view(order, 6)[g], expected, atol=1e-4, rtol=1e-4
+            )
+    save(Autoencoder(d_in=6, n_latents=12, sparsity=TopK(k=2)), tmp_path / "d")
+    result, text = symmetry.run([
+        str(tmp_path / "d"), "--store", str(tmp_path / "store"), "--out", str(tmp_path / "found"),
+    ])  # fmt: skip
+    assert result["group"]["closes"] is closes
+    assert ("closes: false" in text) is not closes
+    assert not any("turn" in each or "mirror" in each for each in result["classes"])
+
+
+def _samples(store: Path, side: int):
+    recipe = Images(source=str(store.parent / "photos.zip"), side=side, crops=2)
+    return open_samples(recipe, tiny())

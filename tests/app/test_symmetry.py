@@ -3,15 +3,27 @@ import json
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 from safetensors.numpy import load_file
 
-from mechatlas.app import cli, symmetry
-from mechatlas.base import DiskError
+from mechatlas.activations.collect import Collecting
+from mechatlas.activations.networks import Network
+from mechatlas.activations.posing import Posing
+from mechatlas.activations.positions import Positions
+from mechatlas.activations.samples import Images
+from mechatlas.app import cli, jobs, symmetry
+from mechatlas.app.recipes import Collect
+from mechatlas.base import DiskError, WeightsError
 from mechatlas.dictionaries.autoencoder import Autoencoder
 from mechatlas.dictionaries.formats import save
+from mechatlas.dictionaries.pose_tied import PoseTied
+from mechatlas.dictionaries.sparsity import ReLU, TopK
 from mechatlas.files import read_json, write_json
+from mechatlas.maths.named_groups import group
 from tests.analysis.symmetry.planted import adjusted_rand
+from tests.analysis.symmetry.test_swaps import true_features
 from tests.app import posed
+from tests.app.worlds import photographs
 
 KEYS = {"n_features", "classes", "fdr", "noise_ceiling", "families", "r2", "discoveries_shuffled"}
 COLUMNS = {"feature", "stabiliser", "stabiliser_order", "family", "pose", "q_value", "reliability"}
@@ -144,3 +156,93 @@ def test_the_command_prints_the_result_as_json(world, tmp_path, capsys):
         "--out", str(tmp_path / "out"), "--json",
     ])  # fmt: skip
     assert json.loads(capsys.readouterr().out)["n_features"] == 19
+
+
+@pytest.fixture(scope="module")
+def turning(tmp_path_factory):
+    """Posed activations of a network that sees every pose alike, and what it sees."""
+    root = tmp_path_factory.mktemp("turning")
+    jobs.collect(
+        Collect(
+            network=Network(name="tests.networks:turning"),
+            sites=("seen",),
+            samples=Images(source=str(photographs(root / "photos.zip")), side=11, crops=4),
+            collecting=Collecting(
+                positions=Positions(rule="random", per_sample=20), held_out=0.3, batch_size=32
+            ),
+            group=Posing(name="D4"),
+            out=root / "store",
+        )
+    )
+    blocks, stabilisers = true_features()
+    made = Autoencoder(d_in=40, n_latents=len(blocks), sparsity=ReLU())
+    with torch.no_grad():
+        made.W_dec.copy_(torch.from_numpy(blocks[:, 0]))
+        made._W_enc.copy_(torch.linalg.pinv(torch.from_numpy(blocks[:, 0])))
+    save(made, root / "plain")
+    return root, blocks, stabilisers
+
+
+def test_swapped_poses_pass_in_a_network_that_sees_every_pose_alike(turning, tmp_path):
+    root, _, stabilisers = turning
+    result, text = run(root, "plain", tmp_path / "out")
+    table = pq.read_table(tmp_path / "out" / "features.parquet")
+    assert [frozenset(each) for each in table["stabiliser_elements"].to_pylist()] == stabilisers
+    causal = result["causal"]
+    assert causal["downstream"] == "after"  # the next module
+    assert causal["pose"]["share"] > 0.9
+    assert causal["tested"] == 28  # all but the one that nothing changes
+    assert causal["share"] > 0.9
+    assert causal["low"] < causal["share"] <= causal["high"] + 1e-9
+    assert causal["share_of_null"] < 0.05
+    assert causal["repaired_together"] == pytest.approx(1, abs=0.01)
+    assert causal["symmetric"] == 5
+    assert causal["change_if_unchanged"] < 0.05 < causal["change_of_others"]
+    assert causal["elements"] == list(posed.D4.element_names[1:])
+    assert f"{causal['passed']} of 28 features bring after nearer its answer" in text
+    assert np.isnan(table["swap_q_value"].to_numpy()).tolist() == [*[False] * 28, True]
+    assert np.isfinite(table["swap_change"].to_numpy()).sum() == 5
+
+
+def test_poses_are_swapped_where_the_network_can_be_run_again_or_it_is_said_why_not(
+    world, turning, tmp_path
+):
+    result, text = run(world, "plain", tmp_path / "out")
+    assert "is not a Collect recipe" in result["causal"]["missing"]
+    assert "Poses were not swapped inside the network" in text
+    root, _, _ = turning
+    result, _ = run(root, "plain", tmp_path / "out", "--swaps", "0")
+    assert result["causal"]["missing"] == "Not asked for (--swaps 0)."
+    result, _ = run(root, "plain", tmp_path / "out", "--swaps", "3", "--downstream", "output")
+    assert (result["causal"]["tested"], result["causal"]["downstream"]) == (3, "output")
+
+
+def test_a_pose_tied_dictionary_is_told_by_its_atoms(turning, tmp_path):
+    root, _, _ = turning
+    made = PoseTied(group=posed.D4, d_in=8 * 40, n_latents=8 * 5, sparsity=TopK(k=40))
+    with torch.no_grad():
+        made._atoms.zero_()
+        for kind in range(5):  # channel g of a kind is the atom's pose g
+            for g in range(8):
+                made.atoms[kind, g, 8 * kind + g] = 1
+        made._encoder.copy_(made.atoms[:, 0])
+        made._b_dec.zero_()
+    save(made, root / "tied")
+    result, text = run(root, "tied", tmp_path / "out")
+    assert result["reads"] == "all poses"
+    assert "reads all poses: the linear map, which reads one, is no ceiling" in text
+    assert result["n_features"] == 5
+    assert result["r2_mean"]["dictionary"] == pytest.approx(1, abs=1e-4)
+    assert result["causal"]["tested"] > 0
+    assert result["rows_of_halves"][0] + result["rows_of_halves"][1] == result["rows"]
+    table = pq.read_table(tmp_path / "out" / "features.parquet")
+    # Kinds 0 to 2 have no symmetry. Of the others the codes of poses are equal, so that only sums
+    # of blocks are known: they are told as symmetric.
+    orders = table["stabiliser_order"].to_pylist()
+    assert orders[:3] == [1, 1, 1]
+    other = PoseTied(group=group("C8"), d_in=320, n_latents=40, sparsity=TopK(k=8))
+    save(other, tmp_path / "other")
+    with pytest.raises(WeightsError, match="was collected with"):
+        symmetry.run(
+            [str(tmp_path / "other"), "--store", str(root / "store"), "--out", str(tmp_path / "x")]
+        )

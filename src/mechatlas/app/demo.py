@@ -112,7 +112,7 @@ def _look_inside(collect: Collect, out: Path) -> dict[str, Any]:
     )
     stages["posed"] = jobs.collect(posed)
     stages["symmetry"] = find_symmetry(
-        FindSymmetry(dictionary=out / FEW, store=posed.out, out=out / "symmetry")
+        FindSymmetry(dictionary=out / FEW, store=posed.out, out=out / "symmetry", swaps=0)
     )
     return stages
 

@@ -12,6 +12,7 @@ are estimated from codes in both cases, each from half of the images.
 import dataclasses
 import time
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -26,11 +27,14 @@ from mechatlas.analysis.symmetry.classify import RATE, Symmetry, control, symmet
 from mechatlas.analysis.symmetry.evidence import ALIKE
 from mechatlas.analysis.symmetry.names import NOT_RELIABLE
 from mechatlas.analysis.symmetry.regression import CodeRegression
+from mechatlas.app import swapping
 from mechatlas.app.folders import finish, refuse_strangers, write_table, write_tensors
 from mechatlas.app.progress import bar
 from mechatlas.base import RecipeError, StoreError, WeightsError
 from mechatlas.dictionaries.formats import load
+from mechatlas.dictionaries.pose_tied import PoseTied
 from mechatlas.files import checksum, read_json, write_json
+from mechatlas.maths.actions import Rotate
 from mechatlas.maths.groups import Group
 
 KIND = "symmetry"
@@ -62,8 +66,13 @@ class FindSymmetry:
     """False discovery rate of the claim that something leaves a feature unchanged."""
     alike: float = ALIKE
     """How alike two blocks must be to count as equal: cosine, corrected for noise."""
+    swaps: int = 40
+    """Features whose pose is swapped inside the network, if its recipe can still be followed."""
+    downstream: str | None = None
+    """Site where answers to swaps are compared, or "output" for the network's; by default the next
+    module after the site that has the same parent."""
     seed: int = 0
-    """Seed of the nulls."""
+    """Seed of the nulls, and of the features that are swapped."""
 
 
 def run(words: list[str]) -> tuple[dict[str, Any], str]:
@@ -85,8 +94,21 @@ def in_words(result: dict[str, Any]) -> str:
         f"{result['families']} families of two or more hold {result['features_in_families']}.",
         f"R2 of other poses, held out: dictionary {r2['dictionary']}, linear map {r2['linear']}, "
         f"the activation itself {r2['invariant']}, shuffled pairing {r2['shuffled']}.",
+        *([READS_ALL] if result["reads"] == "all poses" else []),
+        *([] if result["group"]["closes"] else [NO_GROUP.format(**result["group"])]),
+        swapping.in_words(result["causal"]),
         f"Result: {result['out']}",
     ])  # fmt: skip
+
+
+READS_ALL = (
+    "The dictionary is pose-tied and reads all poses: the linear map, which reads one, is no "
+    "ceiling for it."
+)
+NO_GROUP = (
+    "The store's manifest says `closes: false`: steps of {action} do not return to the start, so "
+    "{name} only labels them, and no subgroup of it need be a symmetry."
+)
 
 
 def find_symmetry(recipe: FindSymmetry) -> dict[str, Any]:
@@ -96,24 +118,31 @@ def find_symmetry(recipe: FindSymmetry) -> dict[str, Any]:
         DiskError: `out` holds something else, or cannot be written.
         InputError: All images are in one half.
         RecipeError: A choice is out of range, or no site was named and there are several.
+        SiteError: There is no such site downstream.
         StoreError: The store has no group, is damaged, or does not fit the dictionary.
         WeightsError: The dictionary cannot be read, or is one for another group.
     """
     clock = time.process_time()
     if not 0 < recipe.rate < 1:
         raise RecipeError(f"--rate must lie between 0 and 1, got {recipe.rate}.")
+    if recipe.swaps < 0:
+        raise RecipeError(f"--swaps must be at least 0, got {recipe.swaps}.")
     refuse_strangers(recipe.out, KIND)
     posed = _open(recipe)
     learnt = _learn(posed, recipe.seed)
     with bar("comparing features") as progress:
         found = symmetry(
             learnt.blocks, posed.group, learnt.halves, rate=recipe.rate, alike=recipe.alike,
-            seed=recipe.seed, on_progress=progress,
+            seed=recipe.seed, turns=posed.action == Rotate.name, on_progress=progress,
         )  # fmt: skip
     shuffled = control(
         learnt.halves, posed.group, rate=recipe.rate, alike=recipe.alike, seed=recipe.seed
     )
-    r2, n_held = _measure(posed, learnt)
+    r2, held, n_held = _measure(posed, learnt)
+    causal, swapped = swapping.check(
+        posed.rows.store, held, found, learnt.blocks, lambda codes: _said(posed, learnt, codes),
+        swapping.Asked(posed.site, posed.rows.site, recipe.downstream, recipe.swaps, recipe.seed),
+    )  # fmt: skip
     result = {
         **_summary(found),
         "discoveries_shuffled": shuffled,
@@ -121,13 +150,15 @@ def find_symmetry(recipe: FindSymmetry) -> dict[str, Any]:
         "group": _described(posed),
         "site": posed.site,
         "blocks": "estimated from codes" if posed.own_blocks is None else "decoder",
+        "reads": "all poses" if posed.tied else "the untransformed input",
         "rows": int(learnt.rows.sum()),
         "rows_of_halves": learnt.rows.tolist(),
         "held_out_rows": n_held,
         "r2": r2,
         "r2_mean": {way: _mean_of_others(values, posed.group) for way, values in r2.items()},
+        "causal": causal,
     }
-    _write(recipe, posed, found, learnt)
+    _write(recipe, posed, found, learnt, swapped)
     return finish(recipe.out, recipe, result, clock)
 
 
@@ -139,7 +170,8 @@ class _Posed:
     rows: StoreRows
     site: str
     group: Group
-    action: str
+    described: dict[str, Any]
+    """What the store's manifest says of the group and how it acts."""
     columns: slice
     """Of each block, those that the dictionary reads."""
     own_blocks: np.ndarray | None
@@ -148,9 +180,24 @@ class _Posed:
     """Samples that were cut from one image, which must not lie in different halves."""
 
     @property
+    def tied(self) -> bool:
+        """Whether it reads all poses, with the same atoms."""
+        return isinstance(self.dictionary, PoseTied)
+
+    @property
     def d(self) -> int:
         """Channels of one block that the dictionary reads."""
-        return self.dictionary.d_in
+        return self.dictionary.d_block if self.tied else self.dictionary.d_in
+
+    @property
+    def action(self) -> str:
+        """How the group acts."""
+        return str(self.described.get("action", ""))
+
+    def encode(self, x: torch.Tensor) -> torch.Tensor:
+        """Codes of rows of all blocks; those of features first."""
+        start = self.group.identity * self.d
+        return self.dictionary.encode(x if self.tied else x[:, start : start + self.d]).float()
 
     def cut(self, x: torch.Tensor) -> torch.Tensor:
         """All blocks of some rows, side by side, in the columns that the dictionary reads."""
@@ -195,9 +242,7 @@ def _open(recipe: FindSymmetry) -> _Posed:
     columns = slice(0, d) if whole == site else slice(*ends[branch])
     own = _own_blocks(recipe, dictionary, manifest, group, len(range(*columns.indices(d))), rows)
     crops = int(store.manifest.get("recipe", {}).get("samples", {}).get("crops", 1))
-    return _Posed(
-        dictionary, rows, site, group, str(described.get("action", "")), columns, own, crops
-    )
+    return _Posed(dictionary, rows, site, group, described, columns, own, crops)
 
 
 def _own_blocks(
@@ -215,19 +260,23 @@ def _own_blocks(
         WeightsError: It writes blocks of another group.
     """
     n_written = getattr(dictionary, "d_out", dictionary.d_in)
-    if dictionary.d_in != d:
+    tied = isinstance(dictionary, PoseTied)
+    if (dictionary.d_block if tied else dictionary.d_in) != d:
         raise StoreError(
             f"{recipe.dictionary} reads {dictionary.d_in} numbers, but one pose of {rows.site} in "
             f"{recipe.store} has {d} ({rows.d_in} for the {group.order} elements of {group.name})."
         )
     trained_for = manifest.get("group") or {}
-    other = trained_for.get("table") not in (None, group.table.tolist())
+    known = dictionary.group.table.tolist() if tied else trained_for.get("table")
+    other = known not in (None, group.table.tolist())
     if n_written not in (d, group.order * d) or other:
         name = trained_for.get("name", f"{n_written // d} poses")
         raise WeightsError(
             f"{recipe.dictionary} was trained for {name}, but {recipe.store} was collected with "
             f"{group.name} (order {group.order})."
         )
+    if tied:
+        return dictionary.atoms.detach().float().cpu().numpy()
     if n_written == d or getattr(dictionary, "reads", slice(0, d)).start:
         return None
     atoms = dictionary.W_dec.detach().float().cpu().numpy()
@@ -264,14 +313,24 @@ def _learn(posed: _Posed, seed: int) -> _Learnt:
         StoreError: A shard is damaged.
     """
     regression, maps = _read(posed, seed)
-    shape = (-1, posed.group.order, posed.d)
-    halves = regression.halves().reshape(2, *shape)
-    blocks, intercept = posed.own_blocks, None
+    order, d = posed.group.order, posed.d
+    halves = np.stack([_as_blocks(posed, half) for half in regression.halves()])
+    blocks, intercept, rows = posed.own_blocks, None, regression.rows
     if blocks is None:
         solved, intercept = regression.whole()
-        blocks = solved.reshape(shape)
+        blocks = solved.reshape(-1, order, d)
     active = regression.active.sum(axis=0)
-    return _Learnt(blocks, halves, intercept, maps.solve(), regression.rows, active)
+    if posed.tied:
+        rows, active = rows // order, active[: len(blocks)]
+    return _Learnt(blocks, halves, intercept, maps.solve(), rows, active)
+
+
+def _as_blocks(posed: _Posed, solved: np.ndarray) -> np.ndarray:
+    """Estimates (feature, order, d). Of pose-tied ones there is a row for each block of an atom."""
+    order, d = posed.group.order, posed.d
+    return (
+        solved.reshape(order, -1, d).swapaxes(0, 1) if posed.tied else solved.reshape(-1, order, d)
+    )
 
 
 @torch.no_grad()
@@ -282,7 +341,8 @@ def _read(posed: _Posed, seed: int) -> tuple[CodeRegression, PoseMaps]:
         StoreError: A shard is damaged.
     """
     order, d = posed.group.order, posed.d
-    regression = CodeRegression(posed.dictionary.n_latents, order * d)
+    width = d if posed.tied else order * d
+    regression = CodeRegression(posed.dictionary.n_latents, width)
     maps = PoseMaps(order, d, posed.group.identity, seed=seed)
     with bar("reading posed activations") as progress:
         done = 0
@@ -293,8 +353,8 @@ def _read(posed: _Posed, seed: int) -> tuple[CodeRegression, PoseMaps]:
             second = (where[:, 0].numpy() // posed.crops) % 2 == 1
             for i in range(0, len(x), BATCH):
                 some = slice(i, i + BATCH)
-                codes = posed.dictionary.encode(_untransformed(posed, x[some]))
-                regression.add(codes, x[some], second[some])
+                for codes, targets in _equations(posed, x[some]):
+                    regression.add(codes, targets, second[some])
             if maps.n < MAP_ROWS:
                 maps.add(x.numpy())
             done += len(x)
@@ -302,39 +362,57 @@ def _read(posed: _Posed, seed: int) -> tuple[CodeRegression, PoseMaps]:
     return regression, maps
 
 
-def _untransformed(posed: _Posed, x: torch.Tensor) -> torch.Tensor:
-    start = posed.group.identity * posed.d
-    return x[:, start : start + posed.d]
+def _equations(posed: _Posed, x: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Codes, and what they should add up to.
+
+    Of a pose-tied dictionary x_g is the sum over k of the codes in pose k^-1 g times block k of
+    the atoms: one equation for every block.
+    """
+    codes = posed.encode(x)
+    if not posed.tied:
+        yield codes, x
+        return
+    group, by_pose = posed.group, codes.view(len(x), posed.group.order, -1)
+    for g in range(group.order):
+        poses = group.table[group.inverses, g]
+        yield by_pose[:, poses].flatten(1), x[:, g * posed.d : (g + 1) * posed.d]
 
 
 @torch.no_grad()
-def _measure(posed: _Posed, learnt: _Learnt) -> tuple[dict[str, list[float | None]], int]:
-    """R2 of every pose on held-out rows: of the dictionary and of the baselines.
+def _said(posed: _Posed, learnt: _Learnt, codes: torch.Tensor) -> torch.Tensor:
+    """What a dictionary, or blocks that were estimated for it, make of codes in every pose."""
+    if learnt.intercept is None:
+        return posed.dictionary.decode(codes).float()
+    weights = torch.from_numpy(learnt.blocks.reshape(len(learnt.blocks), -1))
+    return codes @ weights + torch.from_numpy(learnt.intercept)
+
+
+@torch.no_grad()
+def _measure(
+    posed: _Posed, learnt: _Learnt
+) -> tuple[dict[str, list[float | None]], swapping.Held, int]:
+    """R2 of every pose on held-out rows: of the dictionary and of the baselines; and their codes.
 
     Raises:
         StoreError: There are no held-out rows, or a shard is damaged.
     """
     if posed.rows.n_held_out < 2:
         raise StoreError(f"{posed.rows.store.root} has no held-out rows to measure on.")
-    explained = Explained(posed.group.order, posed.d)
-    weights = torch.from_numpy(learnt.blocks.reshape(len(learnt.blocks), -1))
-    for batch, _ in posed.rows.scan():
+    explained, held = Explained(posed.group.order, posed.d), swapping.Held()
+    for batch, where in posed.rows.scan():
         if int(batch.row[0]) < posed.rows.n_rows:
             continue
-        for x in posed.cut(batch.x).split(BATCH):
-            codes = posed.dictionary.encode(_untransformed(posed, x)).float()
-            if learnt.intercept is None:
-                said = posed.dictionary.decode(codes)
-            else:
-                said = codes @ weights + torch.from_numpy(learnt.intercept)
-            rows = x.numpy()
-            explained.add(rows, dictionary=said.float().numpy(), **learnt.maps.predict(rows))
+        for x, at in zip(posed.cut(batch.x).split(BATCH), where.split(BATCH), strict=True):
+            codes = posed.encode(x)
+            held.add(codes, at)
+            said, rows = _said(posed, learnt, codes).numpy(), x.numpy()
+            explained.add(rows, dictionary=said, **learnt.maps.predict(rows))
     r2 = explained.r2()
     plain = {
         way: [None if np.isnan(v) else round(float(v), 6) for v in values]
         for way, values in r2.items()
     }
-    return plain, explained.n
+    return plain, held, explained.n
 
 
 def _mean_of_others(values: list[float | None], group: Group) -> float | None:
@@ -378,12 +456,23 @@ def _summary(found: Symmetry) -> dict[str, Any]:
 
 
 def _described(posed: _Posed) -> dict[str, Any]:
-    return {"name": posed.group.name, "order": posed.group.order, "action": posed.action}
+    return {
+        "name": posed.group.name,
+        "order": posed.group.order,
+        "action": posed.action,
+        "closes": bool(posed.described.get("closes", True)),
+    }
 
 
-def _write(recipe: FindSymmetry, posed: _Posed, found: Symmetry, learnt: _Learnt) -> None:
+def _write(
+    recipe: FindSymmetry,
+    posed: _Posed,
+    found: Symmetry,
+    learnt: _Learnt,
+    swapped: dict[str, np.ndarray],
+) -> None:
     group = posed.group
-    table = write_table(recipe.out / TABLE, _columns(found, learnt.active))
+    table = write_table(recipe.out / TABLE, {**_columns(found, learnt.active), **swapped})
     tensors = write_tensors(
         recipe.out / TENSORS,
         {

@@ -101,6 +101,7 @@ def symmetry(
     rate: float = RATE,
     alike: float = ALIKE,
     seed: int = 0,
+    turns: bool = True,
     on_progress: Progress = no_progress,
 ) -> Symmetry:
     """Which elements leave each feature unchanged, and which features are one another's poses.
@@ -114,6 +115,8 @@ def symmetry(
         alike: How alike D_gh and D_g must be (cosine, corrected for noise) to count as equal.
             Nothing in a real network is exactly equal.
         seed: Seed of the null for families.
+        turns: Whether C_n and D_n act by turns and mirrors, so that classes can be called so;
+            with hues or shifts they are called by the type of their group.
         on_progress: Told how many tiles of pairs of features have been looked at.
 
     Raises:
@@ -148,7 +151,7 @@ def symmetry(
         q_values=chosen.q_values,
         reliable=chosen.settled,
         classes=class_of[chosen.subgroup],
-        class_names=class_names(group),
+        class_names=class_names(group, turns=turns),
         families=found.label,
         poses=found.pose,
         references=found.reference,

@@ -33,28 +33,29 @@ def rotations(group: Group) -> frozenset[int] | None:
     return frozenset(range(n)) if group.name in ("D1", "D2") else None
 
 
-def class_names(group: Group) -> tuple[str, ...]:
+def class_names(group: Group, *, turns: bool = True) -> tuple[str, ...]:
     """A name for each class of `Group.lattice().classes`; all are different.
 
-    In dihedral groups and those called Cn: invariant, half-turn (line-like), quarter-turn, mirror
-    only, half-turn and mirror, ..., none (curve-like). In others the type of the subgroup. Where
-    several classes would be called the same, an element of the first member is named too.
+    If a dihedral group, or one called Cn, acts by turns and mirrors: invariant, half-turn
+    (line-like), quarter-turn, mirror only, half-turn and mirror, ..., none (curve-like).
+    Otherwise the type of the subgroup. Where several classes would be called the same, an element
+    of the first member is named too.
     """
     lattice = group.lattice()
-    turns = rotations(group)
+    turning = rotations(group) if turns else None
     names = []
     for each, kind in zip(lattice.classes, lattice.names, strict=True):
         if each.order == group.order:
             names.append("invariant" if group.order > 1 else "none")
-        elif turns is None:
+        elif turning is None:
             names.append(kind if each.order > 1 else "none")
         else:
-            names.append(_turning(each.representative, turns))
+            names.append(_turning(each.representative, turning))
     often = Counter(names)
     return tuple(
         name
         if often[name] == 1
-        else f"{name}: {_telling_element(group, each.representative, turns)}"
+        else f"{name}: {_telling_element(group, each.representative, turning)}"
         for name, each in zip(names, lattice.classes, strict=True)
     )
 

@@ -27,6 +27,7 @@ from mechatlas.app.report.pictures import Gallery, gallery
 from mechatlas.app.report.runs import Run, Runs
 from mechatlas.base import Progress, Site, UserError
 from mechatlas.dictionaries.formats import load
+from mechatlas.dictionaries.pose_tied import PoseTied
 
 TOP = 12
 """Examples of each feature."""
@@ -114,6 +115,11 @@ def _open(run: Run, key: str, runs: Runs, on_progress: Progress) -> _Opened:
         raise UserError(f"The manifest of {run.name} names no single site that it was trained on.")
     site = Site.parse(written)
     dictionary = load(run.folder)
+    if isinstance(dictionary, PoseTied):
+        raise UserError(
+            "It is pose-tied: its codes need every input in all poses, and cards show inputs as "
+            "they are. `mechatlas symmetry` tells what its features are."
+        )
     folder = runs.store_of(run)
     store = runs.open_store(folder)
     rows = store.rows(written)

@@ -47,6 +47,8 @@ def chapter(runs: Runs, on_progress: Progress) -> Chapter | None:
         figures[f"lattice{number}"] = _lattice(group, names, table["class"], colours)
         figures[f"map{number}"] = _map(tensors["atoms"], table, colours)
         figures[f"r2{number}"] = _r2(run, group)
+        if run.result.get("causal", {}).get("tested"):
+            figures[f"swaps{number}"] = _swaps(table, run.result["fdr"])
         arrays[f"{number}/s"] = tensors["stabiliser_function"]
         for key in ("q_value", "noise_ceiling", "likeness"):
             arrays[f"{number}/{key}"] = table[key].astype(np.float32)
@@ -66,6 +68,7 @@ def chapter(runs: Runs, on_progress: Progress) -> Chapter | None:
             "result": run.result,
             "counts": _counts(group, names, table["class"], colours),
             "families": len(families),
+            "causal": run.result.get("causal"),
             "ways": [(words, run.result["r2_mean"].get(way)) for way, words in WAYS.items()],
         })  # fmt: skip
         on_progress(number + 1, len(found))
@@ -202,6 +205,37 @@ def _r2(run: Run, group: Group) -> dict[str, Any]:
         "layout": {
             "yaxis": {"title": {"text": "R², held out"}, "range": [-0.5, 1.02]},
             "xaxis": {"type": "category"},
+        },
+    }
+
+
+def _swaps(table: dict[str, Any], rate: float) -> dict[str, Any]:
+    """How swaps of single features align with what is missing, beside both nulls."""
+    shown = np.flatnonzero(np.isfinite(table["swap_alignment"]))
+    order = shown[np.argsort(-table["swap_alignment"][shown], kind="stable")]
+    rank = list(range(1, len(order) + 1))
+    stands = np.nan_to_num(table["swap_q_value"][order], nan=1.0) <= rate
+    traces = []
+    for key, name, colour in (
+        ("swap_null", "other features", "#b9b4aa"),
+        ("swap_wrong_pose", "wrong pose", "#d98c2b"),
+        ("swap_alignment", "its pose", "#2a8f86"),
+    ):
+        own = key == "swap_alignment"
+        symbol = ["circle" if ok or not own else "circle-open" for ok in stands]
+        values = table[key][order]
+        traces.append({
+            "type": "scatter", "mode": "markers", "name": name, "x": rank,
+            "y": [float(v) if np.isfinite(v) else None for v in values],
+            "text": [f"feature {i}" for i in order],
+            "hovertemplate": "%{text}: %{y:.2f}<extra>" + name + "</extra>",
+            "marker": {"color": colour, "size": 7 if own else 5, "symbol": symbol},
+        })  # fmt: skip
+    return {
+        "data": traces,
+        "layout": {
+            "xaxis": {"title": {"text": "features, most aligned first"}},
+            "yaxis": {"title": {"text": "alignment"}},
         },
     }
 

@@ -1,0 +1,274 @@
+"""What a group crosscoder finds that simpler ways do not, at the same number of active latents.
+
+    python benchmarks/compare_symmetry.py STORE [--site SITE] [--out DIR]
+
+Every way has the same rows, steps, latents and k, and several seeds:
+
+    plain           a sparse autoencoder of the untransformed block; how its codes predict the
+                    other poses is estimated by regression afterwards
+    per transform   one autoencoder for every pose; latents of each are matched one to one with
+                    those of the untransformed one by the correlation of their codes
+    untied          a group crosscoder: reads the untransformed block, writes all
+    tied            few atoms in all poses; reads all poses. With as many parameters in the
+                    decoder as the untied one, with k for a row of all poses, or for every pose
+
+Told are R2 of the poses other than e on held-out rows (of a linear map from a(I) too, the ceiling
+of all but the tied), features with a symmetry at a false discovery rate of 5 %, families of two or
+more, and over pairs of seeds the share of features that have a partner (`match`, on untransformed
+blocks) and, of partners that both are reliable, the share of one class beside chance.
+"""
+
+import argparse
+import itertools
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow.parquet as pq
+import torch
+from safetensors.numpy import load_file
+from torch import Tensor
+
+import mechatlas as ma
+from mechatlas.app.symmetry import TABLE, TENSORS, FindSymmetry, find_symmetry
+from mechatlas.base import InputError
+from mechatlas.dictionaries.autoencoder import SparseCoder
+from mechatlas.files import write_json
+
+BATCH = 4096
+
+
+class Way(NamedTuple):
+    """What one way found with one seed."""
+
+    facts: dict[str, Any]
+    atoms: np.ndarray
+    classes: np.ndarray
+    reliable: np.ndarray
+
+
+class Problem:
+    """Rows of a store, in memory."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options, self.store = options, ma.Store(options.store)
+        self.site = options.site or self.store.sites[0]
+        group = self.store.group
+        if group is None:
+            raise InputError(f"{options.store} was collected without a group.")
+        self.group = group
+        rows = self.store.rows(self.site)
+        x = torch.cat([batch.x for batch, _ in rows.scan()])
+        self.train, self.held = x[: rows.n_rows], x[rows.n_rows :]
+        self.d = x.shape[1] // group.order
+
+    def block(self, x: Tensor, g: int) -> Tensor:
+        """Activations of one pose."""
+        return x[:, g * self.d : (g + 1) * self.d]
+
+    def fit(self, dictionary: SparseCoder, x: Tensor, seed: int) -> SparseCoder:
+        """Train on some columns of the rows."""
+        options = self.options
+        rows = ma.ArrayRows(x)
+        ma.train(dictionary, rows, steps=options.steps, batch_size=options.batch_size, seed=seed)
+        return dictionary
+
+    def r2_of_others(self, said: Tensor) -> float:
+        """Mean R2 of all poses but e on held-out rows."""
+        values = []
+        for g in range(1, self.group.order):
+            true, found = self.block(self.held, g), self.block(said, g)
+            total = (true - true.mean(dim=0)).square().sum()
+            values.append(float(1 - (true - found).square().sum() / total))
+        return float(np.mean(values))
+
+
+def from_folder(problem: Problem, dictionary: SparseCoder, out: Path, seed: int) -> Way:
+    """Classify a dictionary as `mechatlas symmetry` does."""
+    ma.save(dictionary, out / "dictionary")
+    found = find_symmetry(
+        FindSymmetry(
+            dictionary=out / "dictionary",
+            store=problem.options.store,
+            site=problem.site,
+            out=out / "symmetry",
+            swaps=0,
+            seed=seed,
+        )
+    )
+    table = pq.read_table(out / "symmetry" / TABLE)
+    facts = {
+        "r2": found["r2_mean"]["dictionary"],
+        "linear": found["r2_mean"]["linear"],
+        **{key: found[key] for key in ("n_features", "reliable", "discoveries", "families")},
+        "in_families": found["features_in_families"],
+        "classes": found["classes"],
+    }
+    return Way(
+        facts,
+        load_file(out / "symmetry" / TENSORS)["atoms"],
+        np.array(table["class"].to_pylist()),
+        table["reliable"].to_numpy(),
+    )
+
+
+def plain(problem: Problem, out: Path, seed: int) -> Way:
+    """One autoencoder, its blocks by regression."""
+    options = problem.options
+    built = ma.Autoencoder(
+        d_in=problem.d, n_latents=options.latents, sparsity=ma.TopK(k=options.k), seed=seed
+    )
+    return from_folder(
+        problem, problem.fit(built, problem.block(problem.train, 0), seed), out, seed
+    )
+
+
+def untied(problem: Problem, out: Path, seed: int) -> Way:
+    """A group crosscoder."""
+    options, names = problem.options, problem.group.element_names
+    built = ma.Crosscoder(
+        widths=dict.fromkeys(names, problem.d),
+        n_latents=options.latents,
+        sparsity=ma.TopK(k=options.k),
+        reads=names[0],
+        seed=seed,
+    )
+    return from_folder(problem, problem.fit(built, problem.train, seed), out, seed)
+
+
+def tied(problem: Problem, out: Path, seed: int, poses: int) -> Way:
+    """Atoms in all poses, with k latents a row for each of some poses."""
+    options = problem.options
+    built = ma.PoseTied(
+        group=problem.group,
+        d_in=problem.d * problem.group.order,
+        n_latents=options.latents * problem.group.order,
+        sparsity=ma.TopK(k=options.k * poses),
+        seed=seed,
+    )
+    return from_folder(problem, problem.fit(built, problem.train, seed), out, seed)
+
+
+@torch.no_grad()
+def codes_of(dictionary: SparseCoder, x: Tensor) -> Tensor:
+    """Codes of many rows."""
+    return torch.cat([dictionary.encode(part) for part in x.split(BATCH)])
+
+
+def per_transform(problem: Problem, out: Path, seed: int) -> Way:
+    """An autoencoder for every pose, latents matched by their codes."""
+    del out
+    options, order = problem.options, problem.group.order
+    made = [
+        problem.fit(
+            ma.Autoencoder(
+                d_in=problem.d,
+                n_latents=options.latents,
+                sparsity=ma.TopK(k=options.k),
+                seed=seed * order + g,
+            ),
+            problem.block(problem.train, g),
+            seed,
+        )
+        for g in range(order)
+    ]
+    some = problem.train[:20_000]
+    base = codes_of(made[0], problem.block(some, 0))
+    centred = base - base.mean(dim=0)
+    blocks = np.zeros((options.latents, order, problem.d), np.float32)
+    own, said = [], torch.zeros_like(problem.held)
+    held = codes_of(made[0], problem.block(problem.held, 0))
+    correlations = []
+    for g, dictionary in enumerate(made):
+        codes = codes_of(dictionary, problem.block(some, g))
+        other = codes - codes.mean(dim=0)
+        products = centred.T @ other
+        lengths = centred.norm(dim=0)[:, None] * other.norm(dim=0)
+        correlation = (products / lengths.clamp(min=1e-9)).numpy()
+        columns = ma.assign(1 - correlation).columns
+        rows = np.arange(options.latents)
+        slope = products[rows, columns] / centred.square().sum(dim=0).clamp(min=1e-9)
+        atoms = dictionary.W_dec.detach()[columns] * slope[:, None]
+        blocks[:, g] = atoms.numpy()
+        # The intercept that makes the mean right.
+        bias = problem.block(some, g).mean(dim=0) - base.mean(dim=0) @ atoms
+        problem.block(said, g).copy_(held @ atoms + bias)
+        with torch.no_grad():
+            true = problem.block(problem.held, g)
+            found = torch.cat([dictionary(part) for part in true.split(BATCH)])
+            total = (true - true.mean(dim=0)).square().sum()
+            own.append(float(1 - (true - found).square().sum() / total))
+        if g:
+            correlations.append(float(np.median(correlation[rows, columns])))
+    found = ma.symmetry(blocks, problem.group)
+    sizes = np.bincount(found.families)
+    facts = {
+        "r2": problem.r2_of_others(said),
+        "r2_of_own_pose": float(np.mean(own[1:])),
+        "median_correlation": float(np.mean(correlations)),
+        "n_features": len(blocks),
+        "reliable": int(found.reliable.sum()),
+        "discoveries": found.n_discoveries,
+        "families": int((sizes > 1).sum()),
+        "in_families": int(sizes[sizes > 1].sum()),
+        "missing": "no halves: noise is not told from asymmetry",
+    }
+    return Way(facts, blocks[:, 0], np.array(found.names), found.reliable)
+
+
+def stability(ways: list[Way]) -> dict[str, Any]:
+    """Partners over all pairs of seeds, and whether they belong to the same class."""
+    shares, same, chances = [], [], []
+    for a, b in itertools.combinations(ways, 2):
+        live = [np.flatnonzero(np.abs(way.atoms).max(axis=1) > 0) for way in (a, b)]
+        found = ma.match(a.atoms[live[0]], b.atoms[live[1]])
+        rows = np.flatnonzero(found.matched)
+        shares.append(len(rows) / len(found.matched))
+        i, j = live[0][rows], live[1][found.columns[rows]]
+        both = a.reliable[i] & b.reliable[j]
+        one, two = a.classes[i[both]], b.classes[j[both]]
+        if len(one):
+            same.append(float((one == two).mean()))
+            names = np.unique(np.concatenate([one, two]))
+            chances.append(sum(float((one == n).mean() * (two == n).mean()) for n in names))
+    mean = lambda values: float(np.mean(values)) if values else None  # noqa: E731
+    return {"matched": mean(shares), "same_class": mean(same), "chance": mean(chances)}
+
+
+def main() -> None:
+    """Train, classify, compare and print."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("store", type=Path)
+    parser.add_argument("--site")
+    parser.add_argument("--out", type=Path, default=Path("runs/compare_symmetry"))
+    parser.add_argument("--latents", type=int, default=512)
+    parser.add_argument("--k", type=int, default=16)
+    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--batch-size", type=int, default=1024)
+    parser.add_argument("--seeds", type=int, default=2)
+    options = parser.parse_args()
+    problem = Problem(options)
+    order = problem.group.order
+    ways = {
+        "plain": plain,
+        "per transform": per_transform,
+        "untied": untied,
+        "tied, k a row": lambda p, out, seed: tied(p, out, seed, 1),
+        "tied, k a pose": lambda p, out, seed: tied(p, out, seed, order),
+    }
+    results = {}
+    for name, way in ways.items():
+        found = []
+        for seed in range(options.seeds):
+            folder = options.out / f"{name.replace(', ', '-').replace(' ', '-')}-{seed}"
+            folder.mkdir(parents=True, exist_ok=True)
+            found.append(way(problem, folder, seed))
+            print(f"{name}, seed {seed}: {found[-1].facts}", flush=True)
+        told = stability(found) if len(found) > 1 else {}
+        print(f"{name}, over seeds: {told}", flush=True)
+        results[name] = {"seeds": [one.facts for one in found], "stability": told}
+        write_json(options.out / "results.json", results)
+
+
+if __name__ == "__main__":
+    main()

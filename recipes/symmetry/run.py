@@ -1,0 +1,152 @@
+"""Group crosscoders of every site of a store of poses, two seeds each, and the table of them.
+
+    mechatlas collect recipes/symmetry/collect_squeezenet.toml --samples.source photographs.zip
+    python recipes/symmetry/run.py runs/symmetry/squeezenet/store
+
+Beside the store: a folder `SITE-SEED` for each dictionary, one `SITE-SEED-symmetry` for what leaves
+its features unchanged, and `table.json`. What is there already is not made again.
+"""
+
+import argparse
+import dataclasses
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+
+import mechatlas as ma
+from mechatlas.app import jobs, symmetry
+from mechatlas.app.recipes import Train, read_recipe
+from mechatlas.files import read_json, write_json
+
+HERE = Path(__file__).parent
+
+
+def trained(site: str, seed: int, options: argparse.Namespace) -> Path:
+    """The folder of a dictionary, trained unless it is there."""
+    out = options.out / f"{site}-{seed}"
+    if not (out / "result.json").is_file():
+        recipe = read_recipe(options.recipe, Train)
+        changed = dataclasses.replace(
+            recipe,
+            store=options.store,
+            site=site,
+            out=out,
+            seed=seed,
+            steps=options.steps or recipe.steps,
+            n_latents=options.latents or recipe.n_latents,
+        )
+        jobs.train(changed)
+    return out
+
+
+def classified(dictionary: Path, options: argparse.Namespace) -> Path:
+    """The folder of what leaves its features unchanged, made unless it is there."""
+    out = dictionary.with_name(f"{dictionary.name}-symmetry")
+    if not (out / "result.json").is_file():
+        symmetry.find_symmetry(
+            symmetry.FindSymmetry(
+                dictionary=dictionary, store=options.store, out=out, swaps=options.swaps
+            )
+        )
+    return out
+
+
+def agreement(dictionaries: list[Path], folders: list[Path]) -> dict[str, Any]:
+    """Do matched features of two seeds belong to the same class?
+
+    Chance is what the counts of classes among them would give.
+    """
+    a, b = (ma.load(path).W_dec.detach().numpy() for path in dictionaries)
+    found = ma.match(a, b)
+    tables = [pq.read_table(folder / symmetry.TABLE) for folder in folders]
+    names = [np.array(table["class"].to_pylist()) for table in tables]
+    reliable = [table["reliable"].to_numpy() for table in tables]
+    rows = np.flatnonzero(found.matched)
+    kept = rows[reliable[0][rows] & reliable[1][found.columns[rows]]]
+    one, two = names[0][kept], names[1][found.columns[kept]]
+    counts = [Counter(each.tolist()) for each in (one, two)]
+    n = len(kept)
+    return {
+        "matched": len(rows),
+        "both_reliable": n,
+        "same_class": float((one == two).mean()) if n else None,
+        "chance": sum(counts[0][name] * counts[1][name] for name in counts[0]) / n**2
+        if n
+        else None,
+    }
+
+
+def row(dictionary: Path, folder: Path) -> dict[str, Any]:
+    """One row of the table."""
+    found, trained = read_json(folder / "result.json"), read_json(dictionary / "result.json")
+    others = [g for g, r2 in enumerate(found["r2"]["invariant"]) if r2 != 1]
+    keys = (
+        "n_features", "reliable", "classes", "discoveries", "discoveries_shuffled",
+        "families", "features_in_families", "largest_family", "noise_ceiling", "agreement",
+        "causal",
+    )  # fmt: skip
+    return {
+        "name": dictionary.name,
+        "l0": trained["l0"],
+        "dead_share": trained["dead_share"],
+        **{key: found[key] for key in keys},
+        "r2": {way: [found["r2"][way][g] for g in others] for way in ("dictionary", "linear")},
+        "r2_mean": found["r2_mean"],
+    }
+
+
+def told(one: dict[str, Any]) -> str:
+    """The row in words."""
+    classes = ", ".join(f"{n} {name}" for name, n in one["classes"].items())
+    r2 = "; ".join(
+        f"{way} {one['r2_mean'][way]:.3f} ({min(values):.3f} to {max(values):.3f})"
+        for way, values in one["r2"].items()
+    )
+    causal, ceiling = one["causal"], one["noise_ceiling"] or 0
+    swaps = (
+        f"{causal['passed']}/{causal['tested']} (null {causal['share_of_null']})"
+        if causal.get("tested")
+        else causal.get("missing")
+    )
+    return (
+        f"{one['name']}: {classes}\n  {one['discoveries']} with a symmetry "
+        f"({one['discoveries_shuffled']} shuffled), ceiling {ceiling:.2f}, {one['families']} "
+        f"families of {one['features_in_families']} features, dead {one['dead_share']:.1%}\n"
+        f"  R2 {r2}; itself {one['r2_mean']['invariant']:.3f}, shuffled pairing "
+        f"{one['r2_mean']['shuffled']:.3f}\n  swaps {swaps}"
+    )
+
+
+def main() -> None:
+    """Train, classify, compare seeds and print."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("store", type=Path)
+    parser.add_argument("--out", type=Path, help="by default the folder of the store")
+    parser.add_argument("--recipe", type=Path, default=HERE / "train.toml")
+    parser.add_argument("--sites", nargs="*", help="by default all")
+    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--steps", type=int, help="by default the recipe's")
+    parser.add_argument("--latents", type=int, help="by default the recipe's")
+    parser.add_argument("--swaps", type=int, default=40)
+    options = parser.parse_args()
+    options.out = options.out or options.store.parent
+    table = []
+    for site in options.sites or ma.Store(options.store).sites:
+        dictionaries = [trained(site, seed, options) for seed in range(options.seeds)]
+        folders = [classified(path, options) for path in dictionaries]
+        rows = [row(*pair) for pair in zip(dictionaries, folders, strict=True)]
+        if options.seeds > 1:
+            rows[0]["seeds_agree"] = agreement(dictionaries[:2], folders[:2])
+        for one in rows:
+            print(told(one), flush=True)
+        if options.seeds > 1:
+            print(f"  seeds {rows[0]['seeds_agree']}", flush=True)
+        table += rows
+        write_json(options.out / "table.json", {"rows": table})
+
+
+if __name__ == "__main__":
+    main()

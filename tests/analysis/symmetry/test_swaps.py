@@ -1,0 +1,154 @@
+import numpy as np
+import pytest
+import torch
+from scipy import sparse
+
+from mechatlas.activations.posing import places_of
+from mechatlas.activations.sites import read
+from mechatlas.analysis.symmetry.swaps import SAMPLES, Bench, Rows, choose, swap, usable
+from mechatlas.base import InputError, Site
+from mechatlas.maths.actions import Rotate
+from mechatlas.maths.named_groups import group
+from tests.networks import turning
+
+D4 = group("D4")
+SITE = Site("seen")
+
+
+class Pictures:
+    """Smooth random images."""
+
+    channels, side = 3, 11
+
+    def __init__(self, n):
+        random = np.random.default_rng(0)
+        coarse = random.random((n, 3, 6, 6), np.float32)
+        self.images = np.kron(coarse, np.ones((2, 2), np.float32))[:, :, :11, :11]
+
+    def __len__(self):
+        return len(self.images)
+
+    def name(self, index):
+        return str(index)
+
+    def read(self, index):
+        return self.images[index]
+
+    def stack(self, samples):
+        return torch.from_numpy(np.stack(samples))
+
+
+def true_features():
+    """Blocks of what the network sees, one feature for each coset, and their stabilisers."""
+    blocks, stabilisers = [], []
+    for kind in range(5):
+        subgroup = [{0}, {0}, {0}, {0, 2}, set(range(8))][kind]
+        for coset in D4.left_cosets(frozenset(subgroup)):
+            block = np.zeros((8, 40), np.float32)
+            for g in range(8):
+                block[g, 8 * kind + D4.table[g, sorted(coset)]] = 1
+            blocks.append(block)
+            stabilisers.append(D4.conjugate(frozenset(subgroup), coset[0]))
+    return np.array(blocks), stabilisers
+
+
+@pytest.fixture(scope="module")
+def world():
+    network, samples, action = turning(), Pictures(60), Rotate(D4)
+    bench = Bench(
+        network, samples, action, SITE, Site(""),
+        places_of(action, network, SITE, samples.stack([samples.read(0)])),
+    )  # fmt: skip
+    blocks, stabilisers = true_features()
+    with torch.no_grad():
+        maps = read(network, torch.from_numpy(samples.images), [SITE])[SITE]
+    kept = bench.places.kept
+    x = maps.flatten(2).movedim(1, 2)[:, kept].flatten(0, 1).numpy()
+    codes = sparse.csr_array(x @ np.linalg.pinv(blocks[:, 0]).clip(min=0))
+    rows = Rows(
+        np.repeat(np.arange(60), len(kept)),
+        np.tile(kept.numpy(), 60),
+        np.einsum("ni,igk->ngk", codes.toarray(), blocks),
+    )
+    return bench, blocks, stabilisers, codes, rows
+
+
+def swapped(world, blocks, **changes):
+    bench, _, stabilisers, codes, rows = world
+    elements = usable(bench.places, bench.action)
+    trials = choose(
+        codes, rows.sample, np.arange(len(blocks)), stabilisers, elements, D4, most=len(blocks)
+    )
+    others = np.arange(len(blocks) - 1)
+    return swap(
+        Bench(**{**vars(bench), **changes}), trials, rows, blocks, stabilisers, others
+    )  # fmt: skip
+
+
+def test_features_of_a_network_that_sees_every_pose_alike_pass(world):
+    found = swapped(world, world[1])
+    # One feature is unchanged by everything: it is the only one that cannot be swapped.
+    assert found.features.tolist() == list(range(28))
+    assert (found.q_values <= 0.05).mean() > 0.9
+    assert (found.pose_q_values <= 0.05).mean() > 0.9
+    assert np.median(found.alignment) > 0.3
+    assert np.median(found.null) < np.median(found.wrong) + 0.1 < np.median(found.alignment)
+    # All features together make of a(I) just what the network sees of hI.
+    assert found.together == pytest.approx(1, abs=1e-4)
+    assert np.median(found.repaired) > 0 > np.median(found.repaired_null)
+    # Half-turns change nothing of kind 3, and nothing changes kind 4.
+    assert found.symmetric.tolist() == list(range(24, 29))
+    np.testing.assert_allclose(found.change, 0, atol=1e-5)
+    assert found.change_of_others.min() > 0.3
+
+
+def test_random_features_do_not_pass(world):
+    random = np.random.default_rng(1)
+    blocks = random.standard_normal(world[1].shape).astype(np.float32)
+    blocks[:, 0] = world[1][:, 0]  # even if they are right where the input is as it is
+    found = swapped(world, blocks)
+    assert (found.q_values <= 0.05).sum() <= 1
+    assert (found.pose_q_values <= 0.05).sum() <= 1
+
+
+def test_features_in_the_wrong_pose_do_not_pass(world):
+    """The same blocks, those of each pose given to another."""
+    wrong = world[1][:, [0, *np.roll(np.arange(1, 8), 3)]]
+    assert (swapped(world, wrong).pose_q_values <= 0.05).mean() < 0.1
+
+
+def test_every_trial_is_the_strongest_place_of_another_sample(world):
+    bench, _, stabilisers, codes, rows = world
+    elements = usable(bench.places, bench.action)
+    assert elements.tolist() == [False, *[True] * 7]
+    eligible = np.array([3, 20, 25, 28])
+    trials = choose(codes, rows.sample, eligible, stabilisers, elements, D4, most=4, seed=1)
+    dense = codes.toarray()
+    for feature in eligible:
+        for unchanged in (False, True):
+            its = (trials.feature == feature) & (trials.unchanged == unchanged)
+            within = (
+                stabilisers[feature] - {0} if unchanged else set(range(8)) - stabilisers[feature]
+            )
+            assert its.sum() == (SAMPLES if within else 0)
+            assert set(trials.element[its]) <= within
+            samples = rows.sample[trials.row[its]]
+            assert len(set(samples)) == len(samples)
+            for row, code in zip(trials.row[its], trials.code[its], strict=True):
+                strongest = dense[rows.sample == rows.sample[row], feature].max()
+                assert code == pytest.approx(strongest)
+    again = choose(codes, rows.sample, eligible, stabilisers, elements, D4, most=4, seed=1)
+    assert (again.element == trials.element).all()
+    few = choose(codes, rows.sample, eligible, stabilisers, elements, D4, most=2, seed=1)
+    assert len(set(few.feature)) == 2
+
+
+def test_a_site_that_is_not_downstream_is_refused(world):
+    with pytest.raises(InputError, match="Nothing changes at posed if features are removed"):
+        swapped(world, world[1], downstream=Site("posed"))
+
+
+def test_answers_may_be_compared_at_any_site_downstream(world):
+    found = swapped(world, world[1], downstream=Site("after"))
+    assert (found.q_values <= 0.05).mean() > 0.9
+    assert found.together == pytest.approx(1, abs=1e-4)
