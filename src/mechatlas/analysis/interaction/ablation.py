@@ -100,7 +100,9 @@ class Needed:
         number = state["number"].tolist()
         curve = zip(state["kept"].tolist(), state["curve"].tolist(), strict=True)
         score, unchanged = state["scores"].tolist()
-        return cls(number[0] if number else None, state["of"].item(), score, unchanged, tuple(curve))
+        return cls(
+            number[0] if number else None, state["of"].item(), score, unchanged, tuple(curve)
+        )
 
 
 def search(

@@ -279,6 +279,6 @@ def judge(logits, answers, bounds, out):
 
 
 __all__ = [
-    "activate", "bound_pairs", "class_bins", "farthest", "find_fault", "frame", "judge", "keeps_opposite",
-    "look_up", "lose", "project", "reduce", "span", "weigh", "weigh_run",
+    "activate", "bound_pairs", "class_bins", "farthest", "find_fault", "frame", "judge",
+    "keeps_opposite", "look_up", "lose", "project", "reduce", "span", "weigh", "weigh_run",
 ]  # fmt: skip
