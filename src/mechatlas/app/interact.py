@@ -28,6 +28,7 @@ from mechatlas.app.folders import finish, refuse_strangers, write_tensors
 from mechatlas.app.progress import bar
 from mechatlas.app.recipes import Interact, as_dict
 from mechatlas.base import InputError, RecipeError, Site, SiteError
+from mechatlas.dictionaries.formats import load
 from mechatlas.files import checksum, read_json, write_json
 
 FILE = "basis.safetensors"
@@ -49,14 +50,26 @@ def interact(recipe: Interact) -> dict[str, Any]:
     network = networks.build(recipe.network)
     sites = [_one_site(network, layer) for layer in recipe.layers]
     samples = open_samples(recipe.samples, network)
+    dictionaries = {layer: load(path) for layer, path in recipe.dictionaries.items()}
     chosen = np.unique(np.linspace(0, len(samples) - 1, recipe.n_samples).round().astype(int))
     labels = _labels(recipe, samples, chosen)
     inputs = samples.stack([samples.read(int(i)) for i in chosen])
     data = inputs if labels is None else (inputs, labels)
     made_from = {"recipe": as_dict(recipe), "network": digest(network)}
+    # What is read from files may have changed since a run was killed.
+    read = [recipe.labels, *recipe.dictionaries.values()]
+    made_from |= {"read": {str(p): _content(p) for p in read if p is not None}}
     kept = _Kept(recipe.out / UNFINISHED, made_from)
     with bar("analysing") as progress:
-        found = basis(network, data, sites, recipe.how, kept=kept, on_progress=progress)
+        found = basis(
+            network,
+            data,
+            sites,
+            recipe.how,
+            dictionaries=dictionaries,
+            kept=kept,
+            on_progress=progress,
+        )
     weights = write_tensors(recipe.out / FILE, _tensors(found))
     write_json(recipe.out / SPECTRA, _spectra(found))
     manifest = {
@@ -104,6 +117,11 @@ class _Kept(MutableMapping[str, dict[str, np.ndarray]]):
 
     def __len__(self) -> int:
         return sum(1 for _ in self)
+
+
+def _content(path: Path) -> str:
+    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+    return checksum(b"".join(checksum(file.read_bytes()).encode() for file in files))
 
 
 def _one_site(network: torch.nn.Module, layer: str) -> Site:

@@ -185,6 +185,8 @@ class Interact:
     """An .npy file with one right answer a sample; without it the network's own count as right."""
     n_samples: int = 4096
     """At most so many samples, evenly spread over those there are."""
+    dictionaries: dict[str, Path] = dataclasses.field(default_factory=dict)
+    """By layer: a folder or file of a dictionary whose latents are compared with the bases."""
     how: Analysing = dataclasses.field(default_factory=Analysing)
     """Bases to compare, samples for Jacobians and ablations, thresholds."""
     out: Path = Path("basis")

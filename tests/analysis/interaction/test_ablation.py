@@ -20,6 +20,7 @@ from mechatlas.analysis.interaction.analysis import Analysing, basis
 from mechatlas.analysis.interaction.bases import components, interaction, neurons
 from mechatlas.analysis.interaction.sections import rows_of
 from mechatlas.analysis.interaction.statistics import Inputs, observe
+from mechatlas.base import InputError, SiteError
 
 from .test_sections import LAYERS, NETWORKS, setting
 
@@ -107,3 +108,69 @@ def test_a_stage_keeps_activations_for_vectors():
     found = needed_vectors(stage, neurons(layers[0].moments))
     assert found.number == 5
     assert found.score == pytest.approx(1)
+
+
+class Signs:
+    """Every channel as two latents: what is above zero, and what is below."""
+
+    def __init__(self, d_in: int) -> None:
+        self.d_in, self.n_latents = d_in, 2 * d_in
+
+    def encode(self, x):
+        return torch.cat([x, -x], dim=1).relu()
+
+    def decode(self, code):
+        return code[:, : self.d_in] - code[:, self.d_in :]
+
+
+class Lossy(Signs):
+    """It forgets the last channel."""
+
+    def encode(self, x):
+        return super().encode(x * torch.tensor([1.0] * (self.d_in - 1) + [0.0]))
+
+
+def test_dictionaries_are_compared_in_the_same_harness():
+    torch.manual_seed(0)
+    x = torch.randn(200, 4)
+    network: Any = torch.nn.Sequential(
+        torch.nn.Identity(), torch.nn.Sequential(torch.nn.Linear(4, 5), torch.nn.ReLU()),
+        torch.nn.Linear(5, 3),
+    )  # fmt: skip
+    with torch.no_grad():
+        network[1][0].weight[:, 0] = 0  # nothing reads the first channel
+    how = Analysing(kinds=("neurons",), score="numbers")
+    found = basis(network, x, ["0", "1", "2"], how, dictionaries={"0": Signs(4)})
+    first, second, _ = found.layers
+    made = first.bases["dictionary"]
+    assert len(made) == 8
+    torch.testing.assert_close(made.inverse(made.transform(x)), x, atol=1e-5, rtol=1e-5)
+    assert "dictionary" not in second.bases
+    strength = first.all_edges["dictionary"].strength
+    assert strength.shape == (5, 8)
+    np.testing.assert_allclose(strength[:, [0, 4]], 0, atol=1e-9)
+    needed = first.needed["dictionary"]
+    assert needed.of == 40
+    assert needed.number is not None
+    assert needed.number <= 30
+    assert needed.score >= 0.999
+    assert first.vectors["dictionary"].of == 8
+    lossy = basis(network, x, ["0", "1", "2"], how, dictionaries={"0": Lossy(4)})
+    assert lossy[0].needed["dictionary"].number is None
+    assert lossy[0].needed["dictionary"].score < 0.99
+
+
+def test_a_dictionary_that_does_not_fit_is_refused():
+    network: Any = torch.nn.Sequential(torch.nn.Identity(), torch.nn.Linear(3, 2))
+    x = torch.randn(20, 3)
+    with pytest.raises(InputError, match="reads 4 channels, the layer has 3"):
+        basis(network, x, ["0", "1"], dictionaries={"0": Signs(4)})
+    with pytest.raises(SiteError, match=r"dictionary for 1, but layers .* are 0"):
+        basis(network, x, ["0", "1"], dictionaries={"1": Signs(2)})
+
+    class Bent(Signs):
+        def decode(self, code):
+            return super().decode(code).square()
+
+    with pytest.raises(InputError, match="not affine"):
+        basis(network, x, ["0", "1"], dictionaries={"0": Bent(3)})

@@ -104,7 +104,33 @@ def test_neurons_of_a_mixed_network_do_not_show_its_parts():
     same, found = agreement(2, 0, "neurons")
     assert same < 0.5
     assert found.modules is not None
+    assert not found.modules.stand
     assert found.modules.q < agreement(2, 0, "lib")[1].modules.q
+
+
+def test_principal_components_show_parts_that_vary_apart_with_more_edges():
+    same, found = agreement(2, 0, "pca")
+    _, lib = agreement(2, 0, "lib")
+    assert same == 1.0  # the parts see independent samples
+    for layer, other in zip(found.layers[:-1], lib.layers[:-1], strict=True):
+        assert layer.needed["pca"].number > other.needed["lib"].number
+
+
+def test_a_mixed_network_without_parts_has_no_modules():
+    """The control: as wide and as deep, but the hidden weights of its parts are shuffled."""
+    for seed in range(3):
+        network, x, _ = side_by_side(2, seed)
+        random = np.random.default_rng(seed)
+        with torch.no_grad():
+            for layer in list(network)[1:]:
+                weight = layer.inner.weight
+                mixed = random.permutation(weight.numpy().flatten()).reshape(weight.shape)
+                weight.copy_(torch.from_numpy(mixed))
+        names = [str(i) for i in range(len(network))]
+        how = Analysing(kinds=("lib",), score="numbers", seed=seed)
+        found = basis(network, x, names, how)
+        assert found.modules is not None
+        assert not found.modules.stand
 
 
 @given(st.integers(0, 1000))

@@ -13,9 +13,10 @@ Main path, in reading order:
 """
 
 import dataclasses
-from collections.abc import Callable, MutableMapping, Sequence
+import itertools
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from functools import partial
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -41,7 +42,7 @@ from mechatlas.analysis.interaction.modularity import (
     graph_of,
     stability,
 )
-from mechatlas.analysis.interaction.sections import Section, sections_of
+from mechatlas.analysis.interaction.sections import Section, rows_of, sections_of
 from mechatlas.analysis.interaction.statistics import (
     Arrays,
     Inputs,
@@ -52,8 +53,12 @@ from mechatlas.analysis.interaction.statistics import (
     part_of,
     pullback,
 )
-from mechatlas.base import Progress, Site, SiteError, UserError, no_progress
+from mechatlas.base import Dictionary, Progress, Site, SiteError, UserError, no_progress
 from mechatlas.maths.linalg import RELATIVE, Cut, cut, parts_of, spectral
+
+CODES = "dictionary"
+"""Name of the latents of a dictionary among the bases."""
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -88,7 +93,7 @@ class Analysing:
     nulls: int = NULLS
     """Graphs with the same degrees that modularity is compared with."""
     seed: int = 0
-    """Of Leiden, of the null graphs and of random sources."""
+    """Of Leiden, of the null graphs, of random sources, and of the samples that are chosen."""
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "jacobian_samples", "ablation_samples", "sources", "points"):
@@ -209,6 +214,7 @@ def basis(
     layers: Sequence[str | Site],
     how: Analysing | None = None,
     *,
+    dictionaries: Mapping[str, Dictionary] | None = None,
     kept: MutableMapping[str, Arrays] | None = None,
     on_progress: Progress = no_progress,
 ) -> Interaction:
@@ -220,6 +226,8 @@ def basis(
         layers: Sites in the order in which the network reaches them; the last holds the outputs
             whose behaviour counts.
         how: Settings.
+        dictionaries: By layer: their latents are compared with the bases, as "dictionary"; edges
+            go from them to the next layer's coordinates in the basis that is reported.
         kept: What an earlier call with the same arguments has finished is taken from here, and
             what this one finishes is put here; a mapping that writes files makes it resumable.
         on_progress: Told how much is done.
@@ -240,7 +248,8 @@ def basis(
     trained = [m for m in model.modules() if m.training]
     model.eval()
     try:
-        return _Analysis(model, inputs, sites, how, {} if kept is None else kept, on_progress).run()
+        kept = {} if kept is None else kept
+        return _Analysis(model, inputs, sites, how, kept, on_progress).run(dictionaries or {})
     finally:
         for module in trained:
             module.training = True
@@ -263,7 +272,7 @@ class _Analysis:
         few = inputs.tensor[: min(16, len(inputs))]
         self.sections = sections_of(model, sites, few)
         self.to_end = [sections_of(model, [s, sites[-1]], few)[0] for s in sites[:-1]]
-        several = inputs.first(max(how.jacobian_samples, how.ablation_samples))
+        several = inputs.drawn(max(how.jacobian_samples, how.ablation_samples), seed=how.seed)
         self.several = several.keeping(model, sites, size=how.batch_size)
         self.some = self.several.first(how.jacobian_samples)
         self.fewer = self.several.first(max(how.jacobian_samples // 8, 1))
@@ -328,8 +337,15 @@ class _Analysis:
         self.pulled = [found[str(number)] for number in range(len(self.sections))]
         self.step()
 
-    def run(self) -> Interaction:
+    def run(self, dictionaries: Mapping[str, Dictionary]) -> Interaction:
         how = self.how
+        sources = self.sites[:-1]
+        strangers = set(dictionaries) - {str(site) for site in sources}
+        if strangers:
+            raise SiteError(
+                f"There is a dictionary for {', '.join(sorted(strangers))}, but layers that act on "
+                f"a next one are {', '.join(map(str, sources))}."
+            )
         self.observe()
         self.pull()
         ledger = degeneracy.account(self.model, self.sections, self.inputs)
@@ -340,22 +356,38 @@ class _Analysis:
             self.several.first(how.ablation_samples),
             as_numbers=how.score == "numbers",
         )
-        bases_of: dict[str, list[Basis]] = {kind: self.bases(kind) for kind in how.kinds}
-        edges_of = {kind: self.edges(found, kind) for kind, found in bases_of.items()}
-        needed: dict[str, list[Needed]] = {kind: [] for kind in how.kinds}
-        vectors: dict[str, list[Needed]] = {kind: [] for kind in how.kinds}
-        for kind in how.kinds if how.ablations else ():
+        bases_of = {kind: self.bases(kind) for kind in how.kinds}
+        pairs: dict[str, list[tuple[Basis, Basis] | None]] = {
+            kind: list(itertools.pairwise(found)) for kind, found in bases_of.items()
+        }
+        if dictionaries:
+            after = bases_of[how.kind][1:]
+            pairs[CODES] = [
+                (self.coded(dictionaries[str(site)], site), target)
+                if str(site) in dictionaries
+                else None
+                for site, target in zip(sources, after, strict=True)
+            ]
+        edges_of = {kind: self.edges(found, kind) for kind, found in pairs.items()}
+        needed: dict[str, list[Needed | None]] = {kind: [] for kind in pairs}
+        vectors: dict[str, list[Needed | None]] = {kind: [] for kind in pairs}
+        for kind in pairs if how.ablations else ():
             for number, stage in enumerate(stages):
-                pair = bases_of[kind][number : number + 2]
-                found = edges_of[kind][number]
-
+                pair, found = pairs[kind][number], edges_of[kind][number]
+                if pair is None or found is None:
+                    needed[kind].append(None)
+                    vectors[kind].append(None)
+                    continue
                 edges = partial(needed_edges, stage, found, *pair, how.allowed_fall)
                 coordinates = partial(needed_vectors, stage, pair[0], how.allowed_fall)
                 needed[kind].append(self.needed_of(f"needed.{kind}.{number}", edges))
                 vectors[kind].append(self.needed_of(f"vectors.{kind}.{number}", coordinates))
                 self.step()
+        every: dict[str, list[Basis | None]] = {kind: [*found] for kind, found in bases_of.items()}
+        if dictionaries:
+            every[CODES] = [None if pair is None else pair[0] for pair in pairs[CODES]]
         made = tuple(
-            self.layer(number, ledger, bases_of, edges_of, needed, vectors)
+            self.layer(number, ledger, every, edges_of, needed, vectors)
             for number in range(len(self.sites))
         )
         behaviour: Behaviour = stages[0].behaviour
@@ -397,15 +429,21 @@ class _Analysis:
 
         return self.once(f"local.{number}", made)["pulled"]
 
-    def edges(self, found: list[Basis], name: str) -> list[Edges]:
-        result = []
-        for number, section in enumerate(self.sections):
+    def coded(self, dictionary: Dictionary, site: Site) -> Basis:
+        rows = rows_of(self.several.read(self.model, [site])[site]).flatten(0, 1)
+        return bases.coded(dictionary, rows)
+
+    def edges(self, pairs: Sequence[tuple[Basis, Basis] | None], name: str) -> list[Edges | None]:
+        result: list[Edges | None] = []
+        for number, (section, pair) in enumerate(zip(self.sections, pairs, strict=True)):
+            if pair is None:
+                result.append(None)
+                continue
             measure = partial(
                 measure_edges,
                 self.model,
                 section,
-                found[number],
-                found[number + 1],
+                *pair,
                 self.some,
                 points=self.how.points,
             )
@@ -418,10 +456,10 @@ class _Analysis:
         self,
         number: int,
         ledger: Ledger | None,
-        bases_of: dict[str, list[Basis]],
-        edges_of: dict[str, list[Edges]],
-        needed: dict[str, list[Needed]],
-        vectors: dict[str, list[Needed]],
+        bases_of: Mapping[str, list[Basis | None]],
+        edges_of: Mapping[str, list[Edges | None]],
+        needed: Mapping[str, list[Needed | None]],
+        vectors: Mapping[str, list[Needed | None]],
     ) -> Layer:
         of = self.layers[number]
         last = number == len(self.sections)
@@ -446,10 +484,10 @@ class _Analysis:
             always_on=always,
             blocks=blocks,
             account=entry,
-            bases={kind: found[number] for kind, found in bases_of.items()},
-            all_edges={} if last else {kind: found[number] for kind, found in edges_of.items()},
-            needed={k: found[number] for k, found in needed.items() if number < len(found)},
-            vectors={k: found[number] for k, found in vectors.items() if number < len(found)},
+            bases=_there(bases_of, number),
+            all_edges=_there(edges_of, number),
+            needed=_there(needed, number),
+            vectors=_there(vectors, number),
             kind=self.how.kind,
             how="" if last else self.sections[number].how,
             rows=of.moments.n,
@@ -491,10 +529,17 @@ class _Analysis:
         stable = stability(graph, modules, strengths, errors, smallest, seed=how.seed)
         turned = [bases.rotated(layer.basis, seed=how.seed + i) for i, layer in enumerate(made)]
         turned[-1] = made[-1].basis
-        rotated = [e.strength for e in self.edges(turned, "rotated")]
+        again = self.edges(list(itertools.pairwise(turned)), "rotated")
+        rotated = [e.strength for e in again if e is not None]
         null = graph_of(rotated, [_least(s, n) for s, n in zip(rotated, numbers, strict=True)])
         q = find_modules(null, seed=how.seed, nulls=0).q if len(null.weight) else None
         return graph, modules, stable, q
+
+
+def _there(found: Mapping[str, list[T | None]], number: int) -> dict[str, T]:
+    """What there is for a layer, by basis."""
+    at = {kind: of[number] for kind, of in found.items() if number < len(of)}
+    return {kind: one for kind, one in at.items() if one is not None}
 
 
 def _least(strength: np.ndarray, number: int) -> float:

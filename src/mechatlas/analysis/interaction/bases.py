@@ -4,6 +4,7 @@
     components    eigenvectors of the covariance (PCA)
     interaction   directions that do not interact: activations and gradients diagonal at once
     rotated       a basis turned at random: what any number must be compared with
+    coded         the latents of a dictionary: more coordinates than channels, most of them zero
 
 All have one interface, `Basis`, and every coordinate is zero at the mean of the layer, so that
 to leave one out is to set it to its mean. With a constant 1 appended to the activations, as in
@@ -13,12 +14,15 @@ Source: Bushnaq et al., The local interaction basis (2024), section 3.
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Literal
 
 import numpy as np
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mechatlas.base import Dictionary, InputError
 from mechatlas.maths.linalg import RELATIVE, Moments, spectral
 
 Kind = Literal["neurons", "pca", "lib", "gib"]
@@ -37,6 +41,8 @@ class Basis:
     """Pseudo-inverse of `to_basis`: what is not in it the basis leaves out."""
     importance: Float[np.ndarray, " k"]
     """Falling; the order in which vectors are kept. Variance of the coordinate."""
+    encode: Callable[[Tensor], Tensor] | None = None
+    """Rows of activations to coordinates, where these are no linear map of them."""
 
     def __len__(self) -> int:
         """Number of coordinates."""
@@ -44,6 +50,8 @@ class Basis:
 
     def transform(self, activations: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch k"]:
         """Coordinates of activations."""
+        if self.encode is not None:
+            return self.encode(activations.flatten(0, -2)).unflatten(0, activations.shape[:-1])
         return (activations - activations.new_tensor(self.mean)) @ activations.new_tensor(
             self.to_basis
         )
@@ -112,6 +120,49 @@ def rotated(basis: Basis, *, seed: int) -> Basis:
         basis.to_basis @ turn,
         turn.T @ basis.from_basis,
         importance,
+    )
+
+
+def coded(dictionary: Dictionary, rows: Float[Tensor, "n d"]) -> Basis:
+    """The latents of a dictionary, each less its mean, so that zero leaves it out.
+
+    `from_basis` are its decoder rows and `to_basis` their pseudo-inverse, but coordinates are
+    its codes; what it does not reconstruct is missing, whatever is kept.
+
+    Args:
+        dictionary: Its decoder must be affine.
+        rows: To take the means and variances from.
+
+    Raises:
+        InputError: It reads another width, or its decoder is not affine.
+    """
+    if dictionary.d_in != rows.shape[1]:
+        raise InputError(
+            f"The dictionary reads {dictionary.d_in} channels, the layer has {rows.shape[1]}."
+        )
+    with torch.no_grad():
+        codes = dictionary.encode(rows.float())
+        mean = codes.mean(dim=0)
+        zero = dictionary.decode(torch.zeros(1, dictionary.n_latents))
+        atoms = dictionary.decode(torch.eye(dictionary.n_latents)) - zero
+        straight = codes[:8] @ atoms + zero
+        if not torch.allclose(dictionary.decode(codes[:8]), straight, rtol=1e-3, atol=1e-4):
+            raise InputError("The dictionary's decoder is not affine: its latents are no basis.")
+        start = (mean @ atoms + zero[0]).double().numpy()
+        importance = codes.var(dim=0) * atoms.square().sum(dim=1)
+
+    def encode(given: Tensor) -> Tensor:
+        with torch.no_grad():
+            return (dictionary.encode(given.float()) - mean).to(given.dtype)
+
+    from_basis = atoms.double().numpy()
+    return Basis(
+        "dictionary",
+        start,
+        np.linalg.pinv(from_basis),
+        from_basis,
+        importance.double().numpy(),
+        encode,
     )
 
 

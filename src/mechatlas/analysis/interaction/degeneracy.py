@@ -118,7 +118,7 @@ def account(network: nn.Module, sections: Sequence[Section], inputs: Inputs) -> 
     """
     if not all(_is_layer(section) for section in sections) or _work(sections, inputs) > MOST_WORK:
         return None
-    stack = _Stack(network, sections, inputs)
+    stack = Stack(network, sections, inputs)
     entries = tuple(stack.entry(number) for number in range(len(sections)))
     if len(sections) == 1 and len(stack.blocks[0]) == 1:
         return Ledger(entries, 0)  # one block: there is nothing to depend on
@@ -143,10 +143,16 @@ def _work(sections: Sequence[Section], inputs: Inputs) -> float:
     return sum(2.0 * len(inputs) * int(units) * int(width) ** 2 for units, width in shapes)
 
 
-class _Stack:
-    """Activations and gradients of every layer of a stack."""
+class Stack:
+    """Activations and gradients of every layer of a stack of linear and ReLU layers.
+
+    Raises:
+        InputError: A section is something else, or a layer has positions.
+    """
 
     def __init__(self, network: nn.Module, sections: Sequence[Section], inputs: Inputs) -> None:
+        if not all(_is_layer(section) for section in sections):
+            raise InputError("The account of free directions needs linear and ReLU layers alone.")
         layers = [sections[0].source] + [s.target for s in sections]
         found = inputs.read(network, layers)
         if any(rows_of(found[layer]).shape[1] != 1 for layer in layers):
@@ -178,6 +184,7 @@ class _Stack:
         self.blocks = [_blocks(on) for on in self.fires]
 
     def biased(self, number: int) -> bool:
+        """Whether a section has biases."""
         form = self.sections[number].form
         assert form is not None
         return form.inner.bias is not None
@@ -188,6 +195,7 @@ class _Stack:
         return _with_constant(values) if self.biased(number) else values
 
     def entry(self, number: int) -> Account:
+        """Free directions of one weight matrix, by cause."""
         reads = self.read_by(number)
         width, units = reads.shape[1], self.fires[number].shape[1]
         dead = activations = gradients = joint = 0
@@ -212,11 +220,26 @@ class _Stack:
         wide = [g.shape[2] * self.read_by(i).shape[1] for i, g in enumerate(self.gradients)]
         if n * n_out * sum(wide) > LARGEST or n * n_out * sum(wide) ** 2 > MOST_WORK / 25:
             return None
+        return rank_of(self.jacobian(), self.relative)
+
+    def jacobian(self) -> Float[np.ndarray, "rows p"]:
+        """Derivatives of the outputs of all samples by all weights, each unit's bias last."""
+        rows = self.gradients[0].shape[0] * self.gradients[0].shape[1]
         parts = [
-            np.einsum("nok,nd->nokd", g, self.read_by(i)).reshape(n * n_out, -1)
+            np.einsum("nok,nd->nokd", g, self.read_by(i)).reshape(rows, -1)
             for i, g in enumerate(self.gradients)
         ]
-        return rank_of(np.concatenate(parts, axis=1), self.relative)
+        return np.concatenate(parts, axis=1)
+
+    def weights(self) -> Float[np.ndarray, " p"]:
+        """All weights, in the order of the columns of the Jacobian."""
+        found = []
+        for section in self.sections:
+            assert section.form is not None
+            weight, bias = section.form.weight, section.form.inner.bias
+            whole = weight if bias is None else torch.cat([weight, bias[:, None]], dim=1)
+            found.append(whole.detach().cpu().double().flatten().numpy())
+        return np.concatenate(found)
 
     def _gauge(self, number: int) -> tuple[int, int]:
         """Of the hidden layer that section `number` leads to."""

@@ -70,6 +70,12 @@ class Inputs:
         """The first `n` of them."""
         return self._part(0, n)
 
+    def drawn(self, n: int, *, seed: int = 0) -> "Inputs":
+        """At most `n` of them in random order: those given may be sorted, by class for one."""
+        chosen = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))[:n]
+        labels = None if self.labels is None else self.labels[chosen]
+        return Inputs(self.tensor[chosen], labels, {k: x[chosen] for k, x in self.kept.items()})
+
     def _part(self, start: int, stop: int) -> "Inputs":
         labels = None if self.labels is None else self.labels[start:stop]
         kept = {site: x[start:stop] for site, x in self.kept.items()}
