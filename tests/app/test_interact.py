@@ -16,6 +16,9 @@ from mechatlas.app.cli import main
 from mechatlas.app.interact import interact
 from mechatlas.app.recipes import Interact, read_recipe
 from mechatlas.app.report.page import write_page
+from mechatlas.dictionaries.autoencoder import Autoencoder
+from mechatlas.dictionaries.formats import save
+from mechatlas.dictionaries.sparsity import TopK
 
 from .test_cli import refused
 
@@ -31,6 +34,8 @@ source = "rows.npy"
 [how]
 kinds = ["lib", "pca"]
 nulls = 5
+[dictionaries]
+1 = "latents"
 """
 LAYER_KEYS = {
     "name", "width", "rank_activations", "rank_gradients", "synchronised_blocks", "dead_units",
@@ -55,6 +60,8 @@ def here(tmp_path, monkeypatch):
     with torch.no_grad():
         np.save("labels.npy", small()(torch.from_numpy(rows).float()).argmax(1).numpy())
     (tmp_path / "basis.toml").write_text(RECIPE)
+    torch.manual_seed(0)
+    save(Autoencoder(d_in=8, n_latents=12, sparsity=TopK(k=4)), tmp_path / "latents")
     return tmp_path
 
 
@@ -70,6 +77,10 @@ def test_a_run_writes_what_others_rely_on(here, capsys):
     assert hidden["dead_units"] == 1
     assert hidden["synchronised_blocks"] == 1
     assert hidden["rank_activations"] == 6
+    assert set(hidden["by_basis"]) == {"lib", "pca", "dictionary"}
+    assert hidden["by_basis"]["dictionary"]["vectors"] == 12
+    assert hidden["by_basis"]["dictionary"]["edges"] == 36
+    assert set(result["layers"][0]["by_basis"]) == {"lib", "pca"}
     assert result["free_directions_exact"]
     assert result["score"] == 1.0
     assert result["measure"] == "accuracy"
@@ -78,6 +89,8 @@ def test_a_run_writes_what_others_rely_on(here, capsys):
     np.testing.assert_allclose(back @ to, np.eye(to.shape[1]), atol=1e-6)
     page = write_page(here / "basis", here / "page.html").read_text()
     assert "free directions of the weights" in page
+    assert "latents of a dictionary" in page
+    assert "of the importance" in page  # what a vector of the graph is made of
     main(["basis", "basis.toml", "--json", "--out", "again"])
     capsys.readouterr()
     first, second = ((here / n / "basis.safetensors").read_bytes() for n in ("basis", "again"))
@@ -148,6 +161,7 @@ def test_mistakes_are_named(here, capsys):
     np.save("labels.npy", np.zeros(7, dtype=int))
     assert "expected 300 whole numbers" in refused(["basis", "basis.toml"], capsys)
     for old, new, sentence in (
+        ('1 = "latents"', '0 = "latents"', "reads 8 channels, the layer has 6"),
         ("nulls = 5", "nuls = 5", "did you mean nulls?"),
         ("nulls = 5", "relative = 2.0", "relative must be in (0, 1)"),
         ('"0", "1", "2"', '"1"', "layers must name at least two layers, got 1"),

@@ -36,6 +36,8 @@ SPECTRA = "spectra.json"
 UNFINISHED = "unfinished"
 SHOWN_EDGES = 600
 """Edges of the graph that the page can draw."""
+SHOWN_CHANNELS = 4
+"""Channels that are named of each vector."""
 
 
 def interact(recipe: Interact) -> dict[str, Any]:
@@ -198,6 +200,7 @@ def _layer(layer: Layer) -> dict[str, Any]:
         "by_basis": {
             name: {
                 "vectors": len(layer.bases[name]),
+                "edges": layer.needed[name].of if name in layer.needed else None,
                 "edges_needed": _number(layer.needed.get(name)),
                 "vectors_needed": _number(layer.vectors.get(name)),
             }
@@ -261,9 +264,11 @@ def _graph(found: Interaction) -> dict[str, Any] | None:
     strongest = np.argsort(-graph.weight, kind="stable")[:SHOWN_EDGES]
     used = np.unique(np.concatenate([graph.source[strongest], graph.target[strongest]]))
     number = {int(node): i for i, node in enumerate(used)}
+    nodes = list(zip(graph.layer[used].tolist(), graph.vector[used].tolist(), strict=True))
     return {
         "layer": graph.layer[used].tolist(),
         "vector": graph.vector[used].tolist(),
+        "is": [_feature(found.layers[layer], vector) for layer, vector in nodes],
         "module": modules.label[used].tolist(),
         "source": [number[int(n)] for n in graph.source[strongest]],
         "target": [number[int(n)] for n in graph.target[strongest]],
@@ -271,6 +276,17 @@ def _graph(found: Interaction) -> dict[str, Any] | None:
         "stand": modules.stand,
         "all_edges": len(graph.weight),
     }
+
+
+def _feature(layer: Layer, vector: int) -> str:
+    """How much a coordinate varies, and what it is made of."""
+    importance = layer.basis.importance
+    share = importance[vector] / max(float(importance.sum()), 1e-300)
+    row = layer.basis.from_basis[vector]
+    strongest = np.argsort(-np.abs(row), kind="stable")[:SHOWN_CHANNELS]
+    largest = max(float(np.abs(row).max()), 1e-300)
+    parts = [f"{row[c] / largest:+.2f} channel {c}" for c in strongest.tolist() if row[c]]
+    return f"{share:.1%} of the importance<br>{', '.join(parts)}"
 
 
 def in_words(result: dict[str, Any]) -> str:

@@ -13,6 +13,7 @@ LABELS = {
     "pca": "principal components",
     "lib": "local interaction basis",
     "gib": "global interaction basis",
+    "dictionary": "latents of a dictionary",
 }
 CAUSES = ("dead", "activations", "gradients", "joint", "scale", "synchronised")
 BUCKETS = 4
@@ -52,6 +53,7 @@ def _facts(run: Run, number: int, drawn: dict[str, Any]) -> dict[str, Any]:
         "number": number,
         "network": run.manifest.get("recipe", {}).get("network", {}).get("name", ""),
         "layers": result["layers"],
+        "kinds": list(dict.fromkeys(k for layer in result["layers"] for k in layer["by_basis"])),
         "has_curves": any(layer["edges"] for layer in drawn["layers"]),
         "has_graph": drawn["graph"] is not None,
         "graph": drawn["graph"],
@@ -183,7 +185,8 @@ def _graph(graph: dict[str, Any], names: list[str]) -> dict[str, Any]:
         )
     for number in np.unique(module):
         mine = np.flatnonzero(module == number)
-        words = [f"{names[layer[i]]}, vector {graph['vector'][i]}" for i in mine]
+        made_of = graph.get("is", [""] * len(layer))
+        words = [f"{names[layer[i]]}, vector {graph['vector'][i]}<br>{made_of[i]}" for i in mine]
         label = f"module {number}" if graph["stand"] else f"group {number} (no better than chance)"
         traces.append(
             {
