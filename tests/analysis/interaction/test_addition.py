@@ -21,7 +21,7 @@ def test_fewer_edges_than_the_reference(data):
     needed = []
     for seed in range(3):
         network = addition(data(f"modadd/modadd_p113_seed{seed}.safetensors"))
-        how = Analysing(kinds=("lib",), points=1, batch_size=1024)
+        how = Analysing(kinds=("lib",), points=1, batch_size=1024, jacobian_samples=3830)
         found = basis(network, training_pairs(), LAYERS, how)
         assert found.measure == "accuracy"
         assert found.score == 1.0

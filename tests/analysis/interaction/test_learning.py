@@ -36,7 +36,15 @@ def test_a_linear_network_has_the_coefficient_of_a_quadratic_loss():
     assert found == learning_coefficient(network, x, n_beta=100.0, samples=100, chains=2)
 
 
-@pytest.mark.parametrize("what", ["nothing", "dead units", "null gradients", "duplicated units"])
+@pytest.mark.parametrize(
+    "what",
+    [
+        "dead units",
+        "duplicated units",
+        pytest.param("nothing", marks=pytest.mark.slow),
+        pytest.param("null gradients", marks=pytest.mark.slow),
+    ],
+)
 def test_sampling_finds_what_theory_says_at_a_fine_resolution(what):
     x = samples(4, 1, n=150)
     network = plant(stack([4, 6, 2], 1), x, what, 1)

@@ -63,11 +63,12 @@ def test_directions_that_are_free_alone_are_not_always_free_together():
     """c x1 x2 with both at zero: a cross, not a plane."""
     interplay = []
     for joint in (0.0, 1.0):
-        network = nn.Sequential(nn.Identity(), *[nn.Linear(1, 1) for _ in range(3)]).double()
+        layers = [nn.Linear(1, 1) for _ in range(3)]
+        network = nn.Sequential(nn.Identity(), *layers).double()
         with torch.no_grad():
-            for number, weight in ((1, 0.0), (2, joint), (3, 0.0)):
-                network[number].weight.fill_(weight)
-                network[number].bias.fill_(0.0 if number < 3 else 1.0)
+            for layer, weight, bias in zip(layers, (0, joint, 0), (0, 0, 1), strict=True):
+                layer.weight.fill_(weight)
+                layer.bias.fill_(bias)
         labels = [np.array([part]) for part in (0, 0, 1, 1)]
         found = measured(network, samples(1, 0, n=50), labels)
         assert found.free == (2, 2)

@@ -346,6 +346,11 @@ class _Analysis:
                 f"There is a dictionary for {', '.join(sorted(strangers))}, but layers that act on "
                 f"a next one are {', '.join(map(str, sources))}."
             )
+        codes = {
+            str(site): self.coded(dictionaries[str(site)], site)
+            for site in sources
+            if str(site) in dictionaries
+        }
         self.observe()
         self.pull()
         ledger = degeneracy.account(self.model, self.sections, self.inputs)
@@ -363,9 +368,7 @@ class _Analysis:
         if dictionaries:
             after = bases_of[how.kind][1:]
             pairs[CODES] = [
-                (self.coded(dictionaries[str(site)], site), target)
-                if str(site) in dictionaries
-                else None
+                (codes[str(site)], target) if str(site) in codes else None
                 for site, target in zip(sources, after, strict=True)
             ]
         edges_of = {kind: self.edges(found, kind) for kind, found in pairs.items()}
@@ -385,7 +388,7 @@ class _Analysis:
                 self.step()
         every: dict[str, list[Basis | None]] = {kind: [*found] for kind, found in bases_of.items()}
         if dictionaries:
-            every[CODES] = [None if pair is None else pair[0] for pair in pairs[CODES]]
+            every[CODES] = [codes.get(str(site)) for site in sources]
         made = tuple(
             self.layer(number, ledger, every, edges_of, needed, vectors)
             for number in range(len(self.sites))

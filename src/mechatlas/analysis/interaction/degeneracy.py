@@ -234,10 +234,12 @@ class Stack:
     def weights(self) -> Float[np.ndarray, " p"]:
         """All weights, in the order of the columns of the Jacobian."""
         found = []
-        for section in self.sections:
+        for number, section in enumerate(self.sections):
             assert section.form is not None
-            weight, bias = section.form.weight, section.form.inner.bias
-            whole = weight if bias is None else torch.cat([weight, bias[:, None]], dim=1)
+            whole = section.form.weight
+            if self.biased(number):
+                bias = section.form.inner.get_parameter("bias")
+                whole = torch.cat([whole, bias[:, None]], dim=1)
             found.append(whole.detach().cpu().double().flatten().numpy())
         return np.concatenate(found)
 

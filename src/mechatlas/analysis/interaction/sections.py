@@ -129,11 +129,11 @@ def _section(
         form = _recognise(chain, before, after)
         names = " > ".join(type(m).__name__ for m in chain)
 
-        def run(x: Tensor, _inputs: Tensor) -> Tensor:
+        def chained(x: Tensor, _inputs: Tensor) -> Tensor:
             return _run_chain(modules, x)
 
-        bends = form is None and _bends(run, before, inputs)
-        return Section(source, target, run, form, names, bends, apart=True)
+        bends = form is None and _bends(chained, before, inputs)
+        return Section(source, target, chained, form, names, bends, apart=True)
 
     def whole(x: Tensor, samples: Tensor) -> Tensor:
         with edited(network, {source: lambda _old: x}):
