@@ -1,5 +1,7 @@
 """Statistics of a layer against the matrix products they need: the promise is at most 1.5 times.
 
+And edges of an inception module, against running the module once for each direction.
+
 Run: `pytest benchmarks/bench_interaction.py -o python_files='bench_*.py' --benchmark-only`.
 
 The products are those that a library without symmetric updates would take: X^T X of the float32
@@ -12,6 +14,12 @@ import numpy as np
 import pytest
 import torch
 
+import mechatlas as ma
+from mechatlas.analysis.interaction import bases
+from mechatlas.analysis.interaction.edges import measure_edges
+from mechatlas.analysis.interaction.sections import sections_of
+from mechatlas.analysis.interaction.statistics import Inputs, observe
+from mechatlas.base import Site
 from mechatlas.maths.linalg import BLOCK, Firing, Moments, relu_pullback
 
 WIDTH, ROWS = 1024, 65_536
@@ -55,3 +63,30 @@ def test_statistics(benchmark, rows):
     benchmark.pedantic(both, rounds=3)
     benchmark.extra_info.update(ratio=float(np.median(ratios)), ratios=ratios)
     assert np.median(ratios) <= 1.5
+
+
+def test_edges_of_an_inception_module(benchmark):
+    torch.set_num_threads(1)
+    network = ma.build(ma.Network(name="inception_mini"))
+    samples = ma.open_samples(ma.Images(crops=16), network)
+    images = samples.stack([samples.read(i) for i in range(64)])
+    layers = [Site("mixed3b"), Site("mixed4a")]
+    sections = sections_of(network, layers, images[:8])
+    moments, _ = observe(network, Inputs.of(images), layers, sections, batch_size=64)
+    inputs = Inputs.of(images).keeping(network, layers, size=64)
+    source, target = (bases.components(layer.moments) for layer in moments)
+    seconds = {}
+
+    def both():
+        start = time.process_time()
+        found = measure_edges(network, sections[0], source, target, inputs)
+        middle = time.process_time()
+        with torch.no_grad():
+            for _ in range(len(source)):
+                sections[0].run(inputs.kept[layers[0]], images)
+        seconds.update(edges=middle - start, runs=time.process_time() - middle)
+        return found
+
+    found = benchmark.pedantic(both, rounds=1)
+    error = np.median(found.standard_error / found.strength.clip(min=1e-30))
+    benchmark.extra_info.update(**seconds, directions=len(source), relative_error=float(error))

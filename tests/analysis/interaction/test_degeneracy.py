@@ -3,11 +3,14 @@
 import itertools
 from typing import Any
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from mechatlas.analysis.interaction import degeneracy
+from mechatlas.analysis.interaction.analysis import Analysing, basis
 from mechatlas.analysis.interaction.degeneracy import account, hessian_rank
 from mechatlas.analysis.interaction.sections import sections_of
 from mechatlas.analysis.interaction.statistics import Inputs
@@ -106,6 +109,21 @@ def test_free_directions_are_the_rank_deficiency_of_the_hessian(
     assert found.across >= 0
     if not more:
         assert found.across == 0, (what, found)
+
+
+@pytest.mark.parametrize("what", PLANTS)
+def test_where_there_are_only_bounds_they_are_bounds(what, monkeypatch):
+    monkeypatch.setattr(degeneracy, "MOST_WORK", 0)
+    x = samples(4, 2, null=1 if what in ("null inputs", "everything") else 0)
+    network = plant(stack([4, 8, 6, 2], 2), x, what, 2)
+    how = Analysing(kinds=("neurons",), ablations=False, score="numbers")
+    found = basis(network, x, ["0", "1", "2", "3"], how)
+    assert found.ledger is None
+    counted = sum(layer.free_directions for layer in found.layers)
+    rank, parameters = hessian_rank(network, x)
+    assert counted <= parameters - rank
+    if what in ("dead units", "null inputs", "everything"):
+        assert counted > 0
 
 
 def test_each_cause_is_booked_where_it_belongs():

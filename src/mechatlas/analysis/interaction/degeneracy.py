@@ -318,7 +318,8 @@ def bound(
     missing = max(width - rank, 0) * taps
     live = units - dead
     unreached = 0
-    if form.out is None and not form.skip:
+    # Behind a ReLU gradients of rank one can reach all units, each on its own samples.
+    if form.out is None and not form.skip and not form.relu:
         unreached = max(live - reached, 0) * (rank * taps + constant)
     return Account(
         units * (width * taps + constant),

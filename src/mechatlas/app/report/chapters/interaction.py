@@ -16,6 +16,8 @@ LABELS = {
     "dictionary": "latents of a dictionary",
 }
 CAUSES = ("dead", "activations", "gradients", "joint", "scale", "synchronised")
+COLOURS = ("#1b998b", "#e08e45", "#4c6fbf", "#d1495b", "#7a9e35")
+DASHES = ("solid", "dot", "dash", "dashdot")
 BUCKETS = 4
 """Widths of line that edges are drawn with."""
 SMALLEST = 1e-18
@@ -133,19 +135,29 @@ def _spectra(layers: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _curves(layers: list[dict[str, Any]], what: str) -> dict[str, Any]:
+    """A colour for each basis, a dash for each layer."""
+    kinds = list(dict.fromkeys(kind for layer in layers for kind in layer[what]))
     traces = []
-    for layer in layers:
+    for number, layer in enumerate(layers):
         for kind, curve in layer[what].items():
             traces.append(
                 {
                     "type": "scatter",
                     "mode": "lines+markers",
-                    "name": f"{layer['name']}, {LABELS.get(kind, kind)}",
+                    "name": LABELS.get(kind, kind),
+                    "legendgroup": kind,
+                    "showlegend": kind
+                    not in [k for before in layers[:number] for k in before[what]],
                     "x": [max(kept, 0.5) for kept in curve["kept"]],
                     "y": curve["score"],
-                    "marker": {"size": 4},
-                    "line": {"width": 1.5},
-                    "hovertemplate": f"%{{x}} of {curve['of']} kept<br>score %{{y:.4f}}",
+                    "marker": {"size": 4, "color": COLOURS[kinds.index(kind) % len(COLOURS)]},
+                    "line": {
+                        "width": 1.5,
+                        "dash": DASHES[number % len(DASHES)],
+                        "color": COLOURS[kinds.index(kind) % len(COLOURS)],
+                    },
+                    "hovertemplate": f"{layer['name']}: %{{x}} of {curve['of']} kept<br>"
+                    "score %{y:.4f}",
                 }
             )
     return {
