@@ -13,7 +13,14 @@ from mechatlas.analysis.interaction.bases import KINDS, interaction, neurons, ro
 from mechatlas.analysis.interaction.derivatives import directional
 from mechatlas.analysis.interaction.edges import measure_edges
 from mechatlas.analysis.interaction.sections import like, rows_of, sections_of
-from mechatlas.analysis.interaction.statistics import Inputs, gradients, observe, pullback
+from mechatlas.analysis.interaction.statistics import (
+    Inputs,
+    LayerMoments,
+    SectionFiring,
+    gradients,
+    observe,
+    pullback,
+)
 from mechatlas.base import NonFiniteError, Site, SiteError
 
 
@@ -286,3 +293,91 @@ def test_bad_layers_and_bad_numbers_are_named():
 
 def test_every_kind_of_basis_has_a_name():
     assert set(KINDS) == {"neurons", "pca", "lib", "gib"}
+
+
+@pytest.mark.parametrize("name", ["relu", "residual", "strided"])
+def test_halves_merge_to_the_whole_and_a_stream_goes_on_from_its_state(name):
+    network, x, sections, _ = setting(name)
+    half = len(x) // 2
+    (_, whole), (fires,) = observe(network, Inputs.of(x), LAYERS, sections, batch_size=4)
+    (_, first), (left,) = observe(network, Inputs.of(x[:half]), LAYERS, sections, batch_size=4)
+    (_, second), (right,) = observe(network, Inputs.of(x[half:]), LAYERS, sections, batch_size=4)
+    assert fires is not None
+    assert left is not None
+    assert right is not None
+    first = LayerMoments.from_state(first.state())
+    left = SectionFiring.from_state(sections[0], left.state())
+    first.merge(second)
+    left.merge(right)
+    np.testing.assert_allclose(
+        first.moments.covariance, whole.moments.covariance, rtol=1e-12, atol=1e-12
+    )
+    if whole.rectified:  # of others firing is not counted on
+        np.testing.assert_array_equal(first.firing.together, whole.firing.together)
+    assert (first.rectified, first.zeros) == (whole.rectified, whole.zeros)
+    after = np.eye(fires.whole.width if name != "residual" else 5)
+    np.testing.assert_allclose(left.pullback(after), fires.pullback(after), rtol=1e-12, atol=1e-12)
+
+
+class Stem(nn.Module):
+    """A network with functions between its modules, and a part that a later layer may skip to."""
+
+    def __init__(self, *, around: bool):
+        super().__init__()
+        self.stem, self.body = ConvReLU(3, 4, 3, padding=1), ConvReLU(4, 4, 3, padding=1)
+        self.head, self.around = nn.Linear(4, 2), around
+
+    def forward(self, x):
+        h = self.stem(x)
+        pooled = torch.nn.functional.max_pool2d(h, 2)
+        y = self.body(pooled) + (pooled if self.around else 0)
+        return self.head(y.mean(dim=(2, 3)))
+
+
+@pytest.mark.parametrize("around", [False, True])
+def test_what_comes_before_a_layer_is_left_out_only_if_it_makes_no_difference(around):
+    network = double(lambda: Stem(around=around))
+    x = torch.randn(6, 3, 6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    calls: list[int] = []
+    network.stem.register_forward_hook(lambda *_: calls.append(1))
+    first, second = sections_of(network, [Site("stem"), Site("body"), Site("head")], x)
+    assert first.apart  # nothing goes around the stem
+    assert second.apart is not around  # around the body there may be
+    assert not first.bends
+    other = torch.rand(5, 4, 6, 6, dtype=torch.float64)
+    whole = network.body(torch.nn.functional.max_pool2d(other, 2))
+    torch.testing.assert_close(first.run(other, x[:5]), whole)
+    calls.clear()
+    body = network.body(torch.rand(6, 4, 3, 3, dtype=torch.float64))
+    skipped = torch.nn.functional.max_pool2d(network.stem(x), 2) if around else 0
+    wanted = network.head((body + skipped).mean(dim=(2, 3)))
+    torch.testing.assert_close(second.run(body, x), wanted)
+    assert "forward" not in vars(network.stem)
+    torch.testing.assert_close(network(x), network(x.clone()))
+
+
+def test_edges_through_many_modules_are_gradient_times_coordinate():
+    """Forwards, where there are few source coordinates, and backwards, where outputs are few."""
+    network = double(lambda: Stem(around=False))
+    x = torch.randn(6, 3, 6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    layers = [Site("stem"), Site("body"), Site("head")]
+    sections = sections_of(network, layers, x)
+    moments, _ = observe(network, Inputs.of(x), layers, sections, batch_size=6)
+    made = [rotated(neurons(layer.moments), seed=i) for i, layer in enumerate(moments)]
+    found = read(network, x, layers)
+    for number, section in enumerate(sections):
+        source, target = made[number : number + 2]
+        edges = measure_edges(network, section, source, target, Inputs.of(x))
+        assert edges.points == 1
+        start = found[section.source].detach()
+        f = source.transform(rows_of(start))
+        jacobian = torch.func.jacrev(lambda a, s=section: rows_of(s.run(a, x)).sum(0))(start)
+        jacobian = jacobian.movedim(-3, -1).flatten(-3, -2)  # (t, o, n, s, d)
+        turned = torch.einsum(
+            "tonsd,ok,jd->ntksj",
+            jacobian,
+            torch.from_numpy(target.to_basis),
+            torch.from_numpy(source.from_basis),
+        )
+        brute = torch.einsum("ntksj,nsj->ntkj", turned, f).square().sum(1).mean(0)
+        np.testing.assert_allclose(edges.strength, brute, atol=1e-10 * float(brute.max()))
