@@ -10,7 +10,7 @@ from torch import nn
 from mechatlas.activations.sites import read
 from mechatlas.analysis.interaction import derivatives
 from mechatlas.analysis.interaction.bases import KINDS, interaction, neurons, rotated
-from mechatlas.analysis.interaction.derivatives import directional
+from mechatlas.analysis.interaction.derivatives import directional, vector_jacobian_products
 from mechatlas.analysis.interaction.edges import measure_edges
 from mechatlas.analysis.interaction.sections import like, rows_of, sections_of
 from mechatlas.analysis.interaction.statistics import (
@@ -242,6 +242,23 @@ def test_random_sources_keep_the_expected_second_moments(monkeypatch):
         found = pullback(network, sections[0], many, np.eye(3), batch_size=4, sources=sources)
         assert np.abs(found - exact).max() < 0.25 * np.abs(exact).max()
         assert np.abs(found - exact).max() > 0
+
+
+def test_random_sources_have_the_variance_that_is_stated(monkeypatch):
+    _, x, sections, _ = setting("attention")
+    one, many = x[:1], x[:1].repeat(4000, 1, 1)  # every copy draws signs of its own
+    every = vector_jacobian_products(sections[0], one, one, np.eye(3))
+    gradients_of_one = torch.cat([g.flatten()[None] for g in every])
+    monkeypatch.setattr(derivatives, "MOST_GRADIENTS", 4)
+    sources = 3
+    sums = vector_jacobian_products(sections[0], many, many, np.eye(3), sources=sources)
+    rows = torch.stack([g.flatten(1) for g in sums], dim=1)
+    measured = (rows.mT @ rows).var(dim=0)
+    exact, squares = gradients_of_one.T @ gradients_of_one, gradients_of_one.square()
+    diagonal = exact.diagonal()
+    own = 2 * squares.T @ squares
+    stated = (torch.outer(diagonal, diagonal) + exact.square() - own) / sources
+    torch.testing.assert_close(measured, stated, atol=0.1 * float(stated.max()), rtol=0.1)
 
 
 def test_what_goes_around_a_layer_is_not_hidden():

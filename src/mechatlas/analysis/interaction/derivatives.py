@@ -37,8 +37,9 @@ def vector_jacobian_products(
         directions: Each column is a direction of the target's channels.
         sources: By default one gradient for each direction and output position. If given, and
             there are more than `MOST_GRADIENTS` of these, so many random sums over them instead,
-            with signs of +-1 and divided by the root of their number: second moments keep their
-            expected value.
+            with signs of +-1 and divided by the root of their number. Second moments G of a
+            sample keep their expected value; the variance of entry (i, j) is
+            (G_ii G_jj + G_ij^2 - 2 sum_o g_oi^2 g_oj^2) / sources, over all gradients g_o.
         seed: Of the random signs.
 
     Yields:
