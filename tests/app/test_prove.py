@@ -49,6 +49,11 @@ def test_a_proof_is_made_checked_and_drawn(net, tmp_path, capsys):
     run("prove", "--check", out, folder / "net.safetensors", "--json")
     again = json.loads(capsys.readouterr().out)
     assert again["accuracy_bound"] == result["accuracy_bound"]
+    run("prove", "--check", out, folder / "net.safetensors", "--table", folder / "table.npy")
+    np.save(tmp_path / "other.npy", s4.table.T)
+    said = _refused(capsys, "prove", "--check", out, folder / "net.safetensors",
+                    "--table", tmp_path / "other.npy")  # fmt: skip
+    assert "about another table" in said
     page = tmp_path / "page.html"
     report(out, page)
     text = page.read_text()

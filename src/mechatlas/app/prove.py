@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 
 from mechatlas.analysis.proofs.exact import brute_force
 from mechatlas.analysis.proofs.explain import Directions
-from mechatlas.analysis.proofs.explanation import Explanation, Grid
+from mechatlas.analysis.proofs.explanation import Explanation, Grid, ProofError
 from mechatlas.analysis.proofs.prove import (
     EFFORT,
     Bound,
@@ -121,16 +121,18 @@ def prove(recipe: Prove) -> Result:
     return {"out": str(recipe.out), **result}
 
 
-def check(proof_path: Path, weights_path: Path) -> Result:
-    """Verify a saved proof, without the prover.
+def check(proof_path: Path, weights_path: Path, table_path: Path | None = None) -> Result:
+    """Verify a saved proof, without the prover; it must be about the table, if one is given.
 
     Raises:
-        ProofError: It is damaged, forged, or about other weights.
+        ProofError: It is damaged, forged, or about other weights or another table.
         UserError: A file cannot be read.
     """
     path = proof_path / FILE if proof_path.is_dir() else proof_path
     proof = load_proof(path)
     weights = read_weights(weights_path)
+    if table_path is not None and not np.array_equal(proof.table, read_table(table_path)):
+        raise ProofError(f"The proof is about another table than {table_path}.")
     clock = time.process_time()
     verdict = proof.check(*weights)
     return {
@@ -139,6 +141,7 @@ def check(proof_path: Path, weights_path: Path) -> Result:
         "accuracy_bound": verdict.accuracy_bound,
         "accuracy_bound_real": verdict.accuracy_bound_real,
         "claimed": proof.accuracy_bound,
+        "table": checksum(np.ascontiguousarray(proof.table, np.int64).tobytes()),
         "sound": SOUND,
         "verifier": _in_stages(verdict),
         "seconds_verify": time.process_time() - clock,
