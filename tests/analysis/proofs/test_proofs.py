@@ -306,7 +306,8 @@ def test_a_tie_is_not_counted_as_right():
 def test_networks_of_absurd_sizes_are_bounded_soundly_or_refused(size):
     of = group("D5")
     left, right, unembed = planted(of, noise=0.02, seed=3)
-    small = tuple(np.float32(size) * w for w in (left, right, unembed / np.abs(unembed).max()))
+    times = np.float32(size)
+    small = (times * left, times * right, times * (unembed / np.abs(unembed).max()))
     try:
         bound = prove(*small, of)
     except UserError:
@@ -376,13 +377,12 @@ def test_nan_anywhere_in_an_explanation_is_refused():
                 continue
             broken = array.copy()
             broken.flat[broken.size // 2] = np.nan
-            changed = dataclasses.replace(part, **{field.name: broken})
-            if part is not e:
-                changed = dataclasses.replace(
-                    e,
-                    circuits=tuple(changed if c is part else c for c in e.circuits),
-                    grids=tuple(changed if g is part else g for g in e.grids),
-                )
+            forged = dataclasses.replace(part, **{field.name: broken})
+            changed = dataclasses.replace(
+                forged if isinstance(forged, Explanation) else e,
+                circuits=tuple(forged if c is part else c for c in e.circuits),
+                grids=tuple(forged if g is part else g for g in e.grids),
+            )
             with pytest.raises(ProofError):
                 verify(*weights, of, changed)
 
