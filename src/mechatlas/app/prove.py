@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 
 from mechatlas.analysis.proofs.exact import brute_force, finish
 from mechatlas.analysis.proofs.explain import Directions
-from mechatlas.analysis.proofs.explanation import Explanation, Grid, ProofError
+from mechatlas.analysis.proofs.explanation import NOT_TRIED, Explanation, Grid, ProofError
 from mechatlas.analysis.proofs.prove import (
     EFFORT,
     Bound,
@@ -313,6 +313,7 @@ def _histograms(weights: Weights, group: Group, verdict: Verdict) -> tuple[list,
         logits[pairs, answers] = -np.inf
         true.append(mine - logits.max(axis=1))
     certified = verdict.margins[xs].ravel()
+    certified = certified[certified > NOT_TRIED]
     margins = np.concatenate(true)
     low, high = np.quantile(np.concatenate([certified, margins]), [0.001, 1])
     edges = np.linspace(low, high, 61)

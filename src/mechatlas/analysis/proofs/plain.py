@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from mechatlas.analysis.proofs.explanation import NOT_TRIED
+
 Arrays = tuple[Any, ...]
 
 
@@ -284,7 +286,7 @@ def bound_pairs(
         ys = np.flatnonzero(~(margins[x] > run))
         left_over += len(ys)
         if x == n // 8 and not pairs_left and left_over > (1 - hopeless / 5) * (x + 1) * n:
-            margins[x + 1 :] = -1e30
+            margins[x + 1 :] = NOT_TRIED
             return used, left_over + (n - x - 1) * n, x + 1
         ys = ys[:pairs_left]
         if not len(ys):
