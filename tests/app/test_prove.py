@@ -49,12 +49,37 @@ def test_a_proof_is_made_checked_and_drawn(net, tmp_path, capsys):
     run("prove", "--check", out, folder / "net.safetensors", "--json")
     again = json.loads(capsys.readouterr().out)
     assert again["accuracy_bound"] == result["accuracy_bound"]
+    run("prove", "--check", out, folder / "net.safetensors", "--table", folder / "table.npy")
+    np.save(tmp_path / "other.npy", s4.table.T)
+    said = _refused(capsys, "prove", "--check", out, folder / "net.safetensors",
+                    "--table", tmp_path / "other.npy")  # fmt: skip
+    assert "about another table" in said
     page = tmp_path / "page.html"
     report(out, page)
     text = page.read_text()
     assert "rho-set" in text
     assert "bi-equivariance" in text
     assert "scatter3d" in text
+
+
+def test_a_hopeless_network_is_given_up_and_drawn_all_the_same(tmp_path):
+    s4, random = group("S4"), np.random.default_rng(0)
+    shapes = {"left": (24, 30), "right": (24, 30), "unembed": (30, 24)}
+    arrays = {name: random.normal(size=s).astype(np.float32) for name, s in shapes.items()}
+    save_file(arrays, tmp_path / "net.safetensors")
+    np.save(tmp_path / "table.npy", s4.table)
+    run("prove", tmp_path / "net.safetensors", "--table", tmp_path / "table.npy", "--exact",
+        "--out", tmp_path / "proof")  # fmt: skip
+    result = json.loads((tmp_path / "proof" / "result.json").read_text())
+    truth = (
+        true_margins((arrays["left"], arrays["right"], arrays["unembed"]), s4.table) > 0
+    ).mean()
+    assert result["accuracy_exact"] == truth
+    assert result["accuracy_bound"] <= truth
+    assert result["multiply_adds_share"] < 0.9
+    drawn = json.loads((tmp_path / "proof" / "neurons.json").read_text())["histogram"]
+    assert drawn["edges"][0] > -1000
+    assert 0 < sum(drawn["certified"]) < 24**2 == sum(drawn["true"])
 
 
 def _refused(capsys, *words) -> str:

@@ -95,7 +95,8 @@ class Prove:
     effort: float = 0.6
     """Multiply-adds for the later stages, as a share of those of brute force."""
     check: Path | None = None
-    """Verify this proof (a file or its folder) instead of making one."""
+    """Verify this proof (a file or its folder) instead of making one. With --table as well, it
+    must be about that table."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -241,7 +242,7 @@ def prove(words: list[str]) -> Answer:
 
     options = tyro.cli(Prove, args=words, prog="mechatlas prove")
     if options.check is not None:
-        result = job.check(options.check, options.weights)
+        result = job.check(options.check, options.weights, options.table)
         return result, f"The proof holds.\n{job.in_words(result)}"
     if options.table is None or options.out is None:
         raise UserError("`mechatlas prove WEIGHTS` needs --table TABLE.npy and --out DIR.")

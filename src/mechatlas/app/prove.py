@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from mechatlas.analysis.proofs.exact import brute_force
+from mechatlas.analysis.proofs.exact import brute_force, finish
 from mechatlas.analysis.proofs.explain import Directions
-from mechatlas.analysis.proofs.explanation import Explanation, Grid
+from mechatlas.analysis.proofs.explanation import NOT_TRIED, Explanation, Grid, ProofError
 from mechatlas.analysis.proofs.prove import (
     EFFORT,
     Bound,
@@ -93,9 +93,10 @@ def prove(recipe: Prove) -> Result:
         "why": explain_in_words(bound),
     }
     if recipe.exact:
+        finish(weights, group.table, np.eye(group.order, dtype=bool))  # loads compiled code
         result["accuracy_exact"], result["seconds_exact"] = count_exactly(bound, weights)
     if recipe.compare:
-        result |= _compare(weights, group, bound)
+        result |= _compare(weights, group, bound, exact=recipe.exact)
     cosets = {side: concentrate(w, group, side) for side, w in zip(KEYS[:2], weights, strict=False)}
     result["bi_equivariance"] = bi_equivariance(*weights, group)
     result["cosets"] = {side: _summarise(found) for side, found in cosets.items()}
@@ -121,16 +122,18 @@ def prove(recipe: Prove) -> Result:
     return {"out": str(recipe.out), **result}
 
 
-def check(proof_path: Path, weights_path: Path) -> Result:
-    """Verify a saved proof, without the prover.
+def check(proof_path: Path, weights_path: Path, table_path: Path | None = None) -> Result:
+    """Verify a saved proof, without the prover; it must be about the table, if one is given.
 
     Raises:
-        ProofError: It is damaged, forged, or about other weights.
+        ProofError: It is damaged, forged, or about other weights or another table.
         UserError: A file cannot be read.
     """
     path = proof_path / FILE if proof_path.is_dir() else proof_path
     proof = load_proof(path)
     weights = read_weights(weights_path)
+    if table_path is not None and not np.array_equal(proof.table, read_table(table_path)):
+        raise ProofError(f"The proof is about another table than {table_path}.")
     clock = time.process_time()
     verdict = proof.check(*weights)
     return {
@@ -139,6 +142,7 @@ def check(proof_path: Path, weights_path: Path) -> Result:
         "accuracy_bound": verdict.accuracy_bound,
         "accuracy_bound_real": verdict.accuracy_bound_real,
         "claimed": proof.accuracy_bound,
+        "table": checksum(np.ascontiguousarray(proof.table, np.int64).tobytes()),
         "sound": SOUND,
         "verifier": _in_stages(verdict),
         "seconds_verify": time.process_time() - clock,
@@ -309,6 +313,7 @@ def _histograms(weights: Weights, group: Group, verdict: Verdict) -> tuple[list,
         logits[pairs, answers] = -np.inf
         true.append(mine - logits.max(axis=1))
     certified = verdict.margins[xs].ravel()
+    certified = certified[certified > NOT_TRIED]
     margins = np.concatenate(true)
     low, high = np.quantile(np.concatenate([certified, margins]), [0.001, 1])
     edges = np.linspace(low, high, 61)
@@ -323,10 +328,10 @@ def _in_stages(verdict: Verdict) -> str:
     return ", ".join(f"{name} {s:.2%}" for name, s in zip(names, shares, strict=True))
 
 
-def _compare(weights: Weights, group: Group, bound: Bound) -> Result:
-    """Brute force and verification in turn, medians."""
+def _compare(weights: Weights, group: Group, bound: Bound, *, exact: bool) -> Result:
+    """Brute force, verification and exact count in turn, medians."""
     times: dict[type, list[float]] = {np.float32: [], np.float64: []}
-    ours = [bound.seconds_verify]
+    ours, counts = [bound.seconds_verify], []
     accuracy = 0.0
     for _ in range(REPEATS if group.order < 300 else 1):
         for dtype, seconds in times.items():
@@ -336,7 +341,10 @@ def _compare(weights: Weights, group: Group, bound: Bound) -> Result:
         clock = time.process_time()
         verify(*weights, group, bound.proof.explanation)
         ours.append(time.process_time() - clock)
-    return {
+        if exact:
+            counts.append(count_exactly(bound, weights)[1])
+    medians = {"seconds_exact": float(np.median(counts))} if exact else {}
+    return medians | {
         "accuracy_brute_force": accuracy,
         "seconds_brute_force_f32": float(np.median(times[np.float32])),
         "seconds_brute_force_f64": float(np.median(times[np.float64])),

@@ -306,13 +306,85 @@ def test_a_tie_is_not_counted_as_right():
 def test_networks_of_absurd_sizes_are_bounded_soundly_or_refused(size):
     of = group("D5")
     left, right, unembed = planted(of, noise=0.02, seed=3)
-    small = tuple(np.float32(size) * w for w in (left, right, unembed / np.abs(unembed).max()))
+    times = np.float32(size)
+    small = (times * left, times * right, times * (unembed / np.abs(unembed).max()))
     try:
         bound = prove(*small, of)
     except UserError:
         assert size > 1e10
         return
     assert (bound.verdict.margins <= true_margins(small, of.table)).all()
+
+
+def test_circuits_of_a_wrong_irrep_and_wrong_rho_sets_prove_nothing_false():
+    of, weights, bound = proved("S4", 0.05, 9)
+    e, truth = bound.proof.explanation, true_margins(weights, of.table)
+    random = np.random.default_rng(0)
+    (grid,) = e.grids
+    circuit = next(c for c in e.circuits if c.name == grid.name)
+    others = [r for r in of.irreps() if r.dimension == 3 and r.name != grid.name]
+    assert others
+    changed = [
+        dataclasses.replace(e, circuits=(dataclasses.replace(circuit, matrices=r.matrices),))
+        for r in others
+    ]
+    k = len(grid.left_vectors)
+    for _ in range(20):
+        names = ("left_action", "right_action", "left_points", "right_points")
+        wrong = {
+            names[0]: grid.left_action[random.permutation(of.order)],
+            names[1]: np.array([random.permutation(k) for _ in range(of.order)]),
+            names[2]: random.integers(k, size=len(grid.scale)),
+            names[3]: random.permutation(grid.right_points),
+        }
+        some = {name: wrong[name] for name in names if random.random() < 0.5}
+        changed.append(dataclasses.replace(e, grids=(dataclasses.replace(grid, **some),)))
+    for number, forged in enumerate(changed):
+        forged = dataclasses.replace(forged, second_share=float(number % 2))
+        try:
+            verdict = verify(*weights, of, forged)
+        except ProofError:  # opposite points of an action that is none need not stay opposite
+            continue
+        assert (verdict.margins <= truth).all()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_network_with_permuted_labels_gets_no_bound_above_its_accuracy(seed):
+    of, (left, right, unembed), _ = proved("S4", 0.02, 1)
+    random = np.random.default_rng(seed)
+    names = random.permutation(of.order)
+    table = np.empty_like(of.table)
+    table[np.ix_(names, names)] = names[of.table]  # the same group, its elements renamed
+    bound = prove(left, right, unembed, Group(table))
+    truth = true_margins((left, right, unembed), table)
+    assert (bound.verdict.margins <= truth).all()
+    assert bound.accuracy_bound <= (truth > 0).mean() < 0.5
+    renamed = prove(
+        left[np.argsort(names)], right[np.argsort(names)], unembed[:, np.argsort(names)], table
+    )
+    assert renamed.accuracy_bound == 1  # the labels were all that was wrong
+
+
+def test_nan_anywhere_in_an_explanation_is_refused():
+    of, weights, bound = proved("S4", 0.05, 9)
+    e = bound.proof.explanation
+    for part in (e, *e.circuits, *e.grids):
+        for field in dataclasses.fields(part):
+            array = getattr(part, field.name)
+            if not isinstance(array, np.ndarray) or array.dtype.kind != "f":
+                continue
+            if field.name.endswith("vectors"):  # for drawings only
+                continue
+            broken = array.copy()
+            broken.flat[broken.size // 2] = np.nan
+            forged = dataclasses.replace(part, **{field.name: broken})
+            changed = dataclasses.replace(
+                forged if isinstance(forged, Explanation) else e,
+                circuits=tuple(forged if c is part else c for c in e.circuits),
+                grids=tuple(forged if g is part else g for g in e.grids),
+            )
+            with pytest.raises(ProofError):
+                verify(*weights, of, changed)
 
 
 def test_matrices_that_are_no_representation_are_refused():

@@ -98,9 +98,8 @@ def float32_errors(weights: Weights) -> tuple[np.ndarray, np.ndarray]:
     For each logit m + 2 operations in a row on terms of at most max |u_i| (relu(l) + relu(r)).
     """
     m = len(weights[2])
-    of_x, of_y = loops.weigh_run(*weights, 2.05 * growth(m + 2, U32))
-    largest = [float(np.abs(w).max(initial=0)) for w in weights]
-    tiny = 8 * m * TINIEST * (1 + sum(largest))
+    of_x, of_y, size = loops.weigh_run(*weights, 2.05 * growth(m + 2, U32))
+    tiny = 8 * m * TINIEST * (1 + size)
     return of_x.astype(np.float64) + tiny, of_y.astype(np.float64)
 
 

@@ -318,23 +318,30 @@ def weigh(left, row, right, column, small):
 
 @compiled
 def weigh_run(left, right, unembed, rate):
-    """Sum over neurons of rate max |u_i| max(l_i, 0), by x; the same of r_i, by y."""
+    """Sum over neurons of rate max |u_i| max(l_i, 0), by x; the same of r_i, by y.
+
+    Also more than the largest of all these numbers.
+    """
     n, m = left.shape
-    run = np.empty(m, np.float32)
+    run, size = np.empty(m, np.float32), 0.0
     for i in range(m):
         line, most = unembed[i], np.float32(0)
         for z in range(n):
             most = max(most, abs(line[z]))
         run[i] = rate * np.float64(most)
+        size += np.float64(most)
     of_x, of_y = np.empty(n, np.float32), np.empty(n, np.float32)
     for x in range(n):
         first, second = left[x], right[x]
-        total, total2 = np.float32(0), np.float32(0)
+        total, total2, whole = np.float32(0), np.float32(0), np.float32(0)
         for i in range(m):
-            total += run[i] * max(first[i], np.float32(0))
-            total2 += run[i] * max(second[i], np.float32(0))
+            value, value2 = max(first[i], np.float32(0)), max(second[i], np.float32(0))
+            total += run[i] * value
+            total2 += run[i] * value2
+            whole += value + value2
         of_x[x], of_y[x] = total, total2
-    return of_x, of_y
+        size += np.float64(whole)
+    return of_x, of_y, size
 
 
 @compiled

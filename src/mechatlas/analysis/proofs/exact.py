@@ -18,7 +18,7 @@ from mechatlas.analysis.proofs import checks
 from mechatlas.analysis.proofs.checks import U64, Weights, growth
 
 ROWS = 1024
-"""Pairs whose logits are held at a time."""
+"""About as many pairs have their logits held at a time, but at least those of one x."""
 
 
 def finish(
@@ -41,11 +41,12 @@ def finish(
     right_answer = np.zeros(table.shape, bool)
     of_x, of_y = (1.0001 * part for part in checks.float32_errors(weights))
     xs, ys = np.nonzero(left_over)
-    rows = min(ROWS, len(xs))
+    step = max(1, ROWS // n) * n
+    rows = min(step, len(xs))
     hidden, logits = np.empty((rows, m), np.float32), np.empty((rows, n), np.float32)
     found = np.empty(rows, np.int8)
-    for start in range(0, len(xs), ROWS):
-        x, y = xs[start : start + ROWS], ys[start : start + ROWS]
+    for start in range(0, len(xs), step):
+        x, y = xs[start : start + step], ys[start : start + step]
         now = slice(0, len(x))
         checks.loops.activate(left, right, x, y, hidden)
         np.matmul(hidden[now], unembed, out=logits[now])

@@ -21,6 +21,9 @@ from jaxtyping import Bool, Float, Float32, Int
 
 from mechatlas.base import UserError
 
+NOT_TRIED = -1e30
+"""The margin of pairs that a verifier did not look at, because there was no hope."""
+
 
 class ProofError(UserError):
     """A proof is damaged, forged, or about other weights; nothing follows from it."""

@@ -25,6 +25,7 @@ from mechatlas.analysis.proofs.compiled import (
     weigh,
     weigh_run,
 )
+from mechatlas.analysis.proofs.explanation import NOT_TRIED
 
 
 @compiled
@@ -214,7 +215,7 @@ def bound_pairs(table, neurons, blocks, lookup, circuits, bins, losses, slack, s
                 count += 1
         open_pairs += count
         if x == n // 8 and not pairs_left and open_pairs > (1 - hopeless / 5) * (x + 1) * n:
-            margins[x + 1 :] = -1e30
+            margins[x + 1 :] = NOT_TRIED
             return used, open_pairs + (n - x - 1) * n, x + 1
         count = min(count, pairs_left)
         if not count:

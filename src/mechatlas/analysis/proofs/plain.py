@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from mechatlas.analysis.proofs.explanation import NOT_TRIED
+
 Arrays = tuple[Any, ...]
 
 
@@ -161,9 +163,11 @@ def weigh(
 
 
 def weigh_run(left: np.ndarray, right: np.ndarray, unembed: np.ndarray, rate: float) -> Arrays:
-    """Sum over neurons of rate max |u_i| max(l_i, 0), by x; the same of r_i, by y."""
-    run = (rate * np.abs(unembed).max(axis=1).astype(np.float64)).astype(np.float32)
-    return np.maximum(left, 0) @ run, np.maximum(right, 0) @ run
+    """See `kernels.weigh_run`."""
+    top, first, second = np.abs(unembed).max(axis=1), np.maximum(left, 0), np.maximum(right, 0)
+    run = (rate * top.astype(np.float64)).astype(np.float32)
+    size = sum(float(part.sum(dtype=np.float64)) for part in (top, first, second))
+    return first @ run, second @ run, size
 
 
 def _distances(vectors: np.ndarray, rate: float) -> np.ndarray:
@@ -282,7 +286,7 @@ def bound_pairs(
         ys = np.flatnonzero(~(margins[x] > run))
         left_over += len(ys)
         if x == n // 8 and not pairs_left and left_over > (1 - hopeless / 5) * (x + 1) * n:
-            margins[x + 1 :] = -1e30
+            margins[x + 1 :] = NOT_TRIED
             return used, left_over + (n - x - 1) * n, x + 1
         ys = ys[:pairs_left]
         if not len(ys):
