@@ -7,8 +7,8 @@
     python recipes/matching/run.py runs/branches/inception_mini/store --n-latents 1024 --cost codes
 
 Beside the store: `seed0/SITE` and so on, the dictionaries; `layers0`, ... each seed through all
-sites; `seeds-SITE` all seeds of a site. What is there already is not made again. Prints two tables:
-how often pairs fire together on held-out rows, of all ways to pair, and how well seeds agree.
+sites; `seeds-SITE` all seeds of a site. What is there already is not made again. Prints tables:
+what pairs are worth on held-out rows and samples, by way to pair, and how well seeds agree.
 """
 
 import argparse
@@ -75,14 +75,18 @@ def print_table(
 ) -> None:
     """One row a way to pair, one column a pair of sites."""
     names = [f"{pair['a']} → {pair['b']}" for pair in results[0]["pairs"]]
-    print(f"\n| {title} | {' | '.join(names)} |\n|{'---|' * (len(names) + 1)}")
+    lines = []
     for way in ways:
         cells = []
         for k in range(len(names)):
-            parts = [r["pairs"][k].get(key, {}).get(way, {}).get(part) for r in results]
+            told = [r["pairs"][k].get(key, {}).get(way, {}) for r in results]
+            parts = [one.get(part) or one.get("permuted") for one in told]
             cells.append(over_seeds([one for one in parts if one]))
         if set(cells) != {"-"}:
-            print(f"| {way} | {' | '.join(cells)} |")
+            lines.append(f"| {way} | {' | '.join(cells)} |")
+    if lines:
+        print(f"\n| {title} | {' | '.join(names)} |\n|{'---|' * (len(names) + 1)}")
+        print("\n".join(lines))
 
 
 def print_agreement(results: dict[str, dict[str, Any]]) -> None:
@@ -136,6 +140,10 @@ def main() -> None:
     print_table(layers, WAYS, "co_firing", "given_a", "fire together")
     print_table(layers, WAYS, "co_firing", "either", "of either")
     print_table(layers, MOVED, "explained_variance", "permuted and rescaled", "explained variance")
+    for part, title in (
+        ("lost", "output variance lost"), ("divergence", "loss added"), ("agreement", "same answer")
+    ):  # fmt: skip
+        print_table(layers, MOVED, "spliced", part, title)
     print_agreement(seeds)
 
 
