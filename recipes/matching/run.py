@@ -55,7 +55,12 @@ def matched(paths: list[Path], out: Path, cost: str, options: argparse.Namespace
     """The match of dictionaries in a row, made unless it is there."""
     if not (out / "result.json").is_file():
         recipe = matching.Matching(
-            dictionaries=tuple(paths), out=out, cost=cost, store=options.store, seed=options.seed
+            dictionaries=tuple(paths),
+            out=out,
+            cost=cost,
+            store=options.store,
+            samples=options.samples,
+            seed=options.seed,
         )
         print(matching.in_words(matching.match_dictionaries(recipe)), flush=True)
     return read_json(out / "result.json")
@@ -120,6 +125,7 @@ def main() -> None:
     parser.add_argument("--k", type=int, default=24)
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--samples", type=int, default=64, help="on which the network runs")
     parser.add_argument("--cost", default="decoder", help="of layers; seeds always by decoder rows")
     parser.add_argument("--seed", type=int, default=0, help="of nulls and intervals")
     parser.add_argument("--train-only", action="store_true")
