@@ -126,7 +126,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--samples", type=int, default=64, help="on which the network runs")
-    parser.add_argument("--cost", default="decoder", help="of layers; seeds always by decoder rows")
+    parser.add_argument("--cost", default="decoder", help="decoder rows, or codes")
     parser.add_argument("--seed", type=int, default=0, help="of nulls and intervals")
     parser.add_argument("--train-only", action="store_true")
     options = parser.parse_args()
@@ -140,7 +140,7 @@ def main() -> None:
         for s, own in enumerate(paths)
     ]
     seeds = {
-        site: matched([own[k] for own in paths], options.out / f"seeds-{site}", "decoder", options)
+        site: matched([own[k] for own in paths], options.out / f"seeds-{site}", options.cost, options)
         for k, site in enumerate(sites)
     }
     print_table(layers, WAYS, "co_firing", "given_a", "fire together")
