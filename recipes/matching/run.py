@@ -7,8 +7,8 @@
     python recipes/matching/run.py runs/branches/inception_mini/store --n-latents 1024 --cost codes
 
 Beside the store: `seed0/SITE` and so on, the dictionaries; `layers0`, ... each seed through all
-sites; `seeds-SITE` all seeds of a site. What is there already is not made again. Prints two tables:
-how often pairs fire together on held-out rows, of all ways to pair, and how well seeds agree.
+sites; `seeds-SITE` all seeds of a site. What is there already is not made again. Prints tables:
+what pairs are worth on held-out rows and samples, by way to pair, and how well seeds agree.
 """
 
 import argparse
@@ -55,7 +55,12 @@ def matched(paths: list[Path], out: Path, cost: str, options: argparse.Namespace
     """The match of dictionaries in a row, made unless it is there."""
     if not (out / "result.json").is_file():
         recipe = matching.Matching(
-            dictionaries=tuple(paths), out=out, cost=cost, store=options.store, seed=options.seed
+            dictionaries=tuple(paths),
+            out=out,
+            cost=cost,
+            store=options.store,
+            samples=options.samples,
+            seed=options.seed,
         )
         print(matching.in_words(matching.match_dictionaries(recipe)), flush=True)
     return read_json(out / "result.json")
@@ -75,14 +80,18 @@ def print_table(
 ) -> None:
     """One row a way to pair, one column a pair of sites."""
     names = [f"{pair['a']} → {pair['b']}" for pair in results[0]["pairs"]]
-    print(f"\n| {title} | {' | '.join(names)} |\n|{'---|' * (len(names) + 1)}")
+    lines = []
     for way in ways:
         cells = []
         for k in range(len(names)):
-            parts = [r["pairs"][k].get(key, {}).get(way, {}).get(part) for r in results]
+            told = [r["pairs"][k].get(key, {}).get(way, {}) for r in results]
+            parts = [one.get(part) or one.get("permuted") for one in told]
             cells.append(over_seeds([one for one in parts if one]))
         if set(cells) != {"-"}:
-            print(f"| {way} | {' | '.join(cells)} |")
+            lines.append(f"| {way} | {' | '.join(cells)} |")
+    if lines:
+        print(f"\n| {title} | {' | '.join(names)} |\n|{'---|' * (len(names) + 1)}")
+        print("\n".join(lines))
 
 
 def print_agreement(results: dict[str, dict[str, Any]]) -> None:
@@ -116,7 +125,8 @@ def main() -> None:
     parser.add_argument("--k", type=int, default=24)
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--cost", default="decoder", help="of layers; seeds always by decoder rows")
+    parser.add_argument("--samples", type=int, default=64, help="on which the network runs")
+    parser.add_argument("--cost", default="decoder", help="decoder rows, or codes")
     parser.add_argument("--seed", type=int, default=0, help="of nulls and intervals")
     parser.add_argument("--train-only", action="store_true")
     options = parser.parse_args()
@@ -130,12 +140,16 @@ def main() -> None:
         for s, own in enumerate(paths)
     ]
     seeds = {
-        site: matched([own[k] for own in paths], options.out / f"seeds-{site}", "decoder", options)
+        site: matched([own[k] for own in paths], options.out / f"seeds-{site}", options.cost, options)
         for k, site in enumerate(sites)
     }
     print_table(layers, WAYS, "co_firing", "given_a", "fire together")
     print_table(layers, WAYS, "co_firing", "either", "of either")
     print_table(layers, MOVED, "explained_variance", "permuted and rescaled", "explained variance")
+    for part, title in (
+        ("lost", "output variance lost"), ("divergence", "loss added"), ("agreement", "same answer")
+    ):  # fmt: skip
+        print_table(layers, MOVED, "spliced", part, title)
     print_agreement(seeds)
 
 

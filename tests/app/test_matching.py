@@ -89,7 +89,7 @@ def test_an_interrupt_loses_nothing_that_the_same_command_needs(saved, tmp_path,
     run(saved, tmp_path / "whole", layers=3)
     solve, weigh, looks, weighed = pairing.assign, pairing.weigh, [], []
 
-    def stopped(*args, on_state=None, **options):
+    def stopped(*args, on_state, **options):
         states = []
 
         def stop(state):

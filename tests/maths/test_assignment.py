@@ -46,7 +46,7 @@ def check(costs, dense, unmatched=math.inf):
 
 
 @given(costs)
-@settings(deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_no_pairing_is_cheaper(cost):
     check(cost, cost)
 
@@ -73,7 +73,7 @@ def test_costs_that_are_never_kept_lead_to_the_same_optimum(kind, n, m, unmatche
 
 
 @given(costs, st.floats(-6, 6))
-@settings(deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_rows_stay_unmatched_where_that_is_cheaper(cost, price):
     found = check(cost, cost, price)
     paired = np.flatnonzero(found.columns >= 0)
@@ -110,7 +110,7 @@ def instances(how_many):
             yield random.normal(size=(n, m))
 
 
-@pytest.mark.parametrize("how_many", [480, pytest.param(4000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("how_many", [240, pytest.param(4000, marks=pytest.mark.slow)])
 def test_awkward_instances_agree_with_scipy(how_many):
     for number, cost in enumerate(instances(how_many)):
         check(cost, cost, math.inf if number % 3 else float(np.median(cost)))
@@ -118,7 +118,7 @@ def test_awkward_instances_agree_with_scipy(how_many):
 
 def factor_instances():
     random = np.random.default_rng(1)
-    for number in range(300):
+    for number in range(150):
         n, m, d = random.integers(1, 40), random.integers(1, 40), random.integers(1, 9)
         a, b = random.normal(size=(n, d)), random.normal(size=(m, d))
         kind = number % 5
@@ -190,7 +190,7 @@ def test_the_answer_does_not_depend_on_the_number_of_threads():
 
 
 def test_a_run_that_was_stopped_ends_as_if_it_had_not_been():
-    factors = Factors.squared_distances(*planted(400, 400, 6))
+    factors = Factors.squared_distances(*planted(200, 200, 6))
     kept: list[dict[str, Any]] = []
 
     def keep(state: State) -> None:
@@ -198,7 +198,7 @@ def test_a_run_that_was_stopped_ends_as_if_it_had_not_been():
 
     whole = assign(factors, on_state=keep)
     assert len(kept) > 2, "the instance must need further rounds"
-    for arrays_ in [*kept[:: len(kept) // 6], kept[-1]]:
+    for arrays_ in [*kept[:: len(kept) // 4], kept[-1]]:
         again = assign(factors, resume=State.from_arrays({n: a.copy() for n, a in arrays_.items()}))
         np.testing.assert_array_equal(again.columns, whole.columns)
         np.testing.assert_array_equal(again.column_prices, whole.column_prices)

@@ -22,6 +22,12 @@ WAYS = {
     "random": "random",
     "layer drop": "no dictionary: the row itself",
     "B itself": "no matching: the second dictionary itself",
+    "mean of B": "no matching: the second place's mean",
+}
+OUTPUT = {
+    "lost": "output variance lost",
+    "divergence": "loss added (nats)",
+    "agreement": "same answer",
 }
 
 
@@ -159,15 +165,25 @@ def _evidence(pair: dict[str, Any]) -> dict[str, Any] | None:
     rows = []
     for way, words in WAYS.items():
         fire, moved = pair["co_firing"].get(way), pair["explained_variance"].get(way)
-        if fire or moved:
+        after = pair.get("spliced", {}).get(way)
+        if fire or moved or after:
             rows.append({
                 "way": words,
                 "given": fire and fire["given_a"],
                 "either": fire and fire["either"],
                 "moved": moved and moved["permuted"],
                 "rescaled": moved and moved.get("permuted and rescaled"),
+                **{key: after and after.get(key) for key in ("lost", "divergence", "agreement")},
             })  # fmt: skip
-    return {"a": pair["a"], "b": pair["b"], "rows": rows, "n": pair["held_out_rows"]}
+    shown = [key for key in ("lost", "divergence", "agreement") if any(row[key] for row in rows)]
+    return {
+        "a": pair["a"],
+        "b": pair["b"],
+        "rows": rows,
+        "n": pair["held_out_rows"],
+        "samples": pair.get("samples", 0),
+        "shown": {key: OUTPUT[key] for key in shown},
+    }
 
 
 def _lives(run: Run) -> list[dict[str, Any]]:
