@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from mechatlas.base import InputError
+from mechatlas.base import InputError, NonFiniteError
 from mechatlas.dictionaries.autoencoder import Autoencoder, Crosscoder, Transcoder
 from mechatlas.dictionaries.formats import load, save
 from mechatlas.dictionaries.metrics import evaluate
@@ -262,3 +262,13 @@ def test_a_memory_map_is_trained_on_without_reading_it_whole(tmp_path):
     one = train(built, mapped, steps=20, batch_size=128)
     two = train(FORMS["autoencoder"](TopK(k=3)), X, steps=20, batch_size=128)
     assert torch.equal(one.W_dec, two.W_dec)
+
+
+def test_a_bad_row_of_a_memory_map_is_named_with_its_file(tmp_path):
+    x = X[:300].numpy().copy()
+    x[int(ArrayRows(x)._train[7]), 5] = np.nan
+    np.save(tmp_path / "x.npy", x)
+    mapped = np.load(tmp_path / "x.npy", mmap_mode="r")
+    built = Autoencoder(d_in=24, n_latents=48, sparsity=TopK(k=3))
+    with pytest.raises(NonFiniteError, match=r"row \d+ of .*x\.npy, column 5\. Nothing"):
+        train(built, mapped, steps=3, batch_size=280)

@@ -34,7 +34,9 @@ class ArrayRows:
         seed: int = 0,
     ) -> None:
         alone = isinstance(arrays, Tensor | np.ndarray)
-        self.arrays = [_matrix(array) for array in ([arrays] if alone else arrays)]
+        given = [arrays] if alone else list(arrays)
+        self._files = [str(file) for a in given if (file := getattr(a, "filename", None))]
+        self.arrays = [_matrix(array) for array in given]
         counts = {len(array) for array in self.arrays}
         if len(counts) != 1:
             told = ", ".join(str(tuple(array.shape)) for array in self.arrays)
@@ -73,8 +75,8 @@ class ArrayRows:
         return self._rows(self._held[:n_rows])
 
     def describe(self, row: int) -> str:
-        """The row's number."""
-        return f"row {row}"
+        """The row's number, and the files of memory maps."""
+        return f"row {row}" + (f" of {', '.join(self._files)}" if self._files else "")
 
 
 class StreamRows:

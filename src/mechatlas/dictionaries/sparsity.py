@@ -201,7 +201,7 @@ class _Jump(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Any) -> Any:
         (gradient,), (pre, threshold) = gradients, ctx.saved_tensors
         window = _window(pre, threshold, ctx.bandwidth)
-        to_threshold = -(threshold / ctx.bandwidth * window * gradient).sum(dim=0)
+        to_threshold = -(threshold / ctx.bandwidth) * (window * gradient).sum(dim=0)
         return gradient * (pre > threshold), to_threshold, None
 
 
@@ -218,11 +218,11 @@ class _Count(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Any) -> Any:
         (gradient,), (pre, threshold) = gradients, ctx.saved_tensors
         window = _window(pre, threshold, ctx.bandwidth)
-        return None, -(window / ctx.bandwidth * gradient).sum(dim=0), None
+        return None, -(window * gradient).sum(dim=0) / ctx.bandwidth, None
 
 
 def _window(pre: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
-    return ((pre - threshold).abs() < bandwidth / 2) & (pre > 0)
+    return ((pre - threshold).abs_() < bandwidth / 2).logical_and_(pre > 0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

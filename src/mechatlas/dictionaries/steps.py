@@ -168,6 +168,9 @@ class AutogradStep:
             left += [residual] if revived else []
             if not owner.rule.by_row and bool((code > 0).any()):
                 owner.rule.observe(code[code > 0].min(), owner.state)
+        if owner.centred and owner.b_dec.grad is not None and owner.b_enc.grad is not None:
+            # It shifts all rows that are encoded alike, so its gradient needs no product with them.
+            owner.b_dec.grad -= (owner.W_enc @ owner.b_enc.grad).detach()
         if dead is not None and revived:
             self._revive(dead, x[:, owner.reads], torch.cat(left))
         self._limit()
@@ -179,7 +182,9 @@ class AutogradStep:
         """Loss of some rows, summed; their codes and what was left over, without gradient."""
         owner = self.dictionary
         target = x[:, owner.writes]
-        pre = owner.pre_activations(x[:, owner.reads])
+        read = x[:, owner.reads]
+        read = read - owner.b_dec.detach() if owner.centred else read
+        pre = torch.addmm(owner.b_enc, read, owner.W_enc)
         code = owner.rule.training_code(pre, owner.state)
         left, error = target - owner.b_dec, weights.new_zeros(())
         for low, high in pairwise((0, *owner.prefixes)):
