@@ -137,7 +137,7 @@ class Layer:
         return rows @ self.value.weight[:, own].to(rows) @ self.mixed.weight[own].to(rows)
 
     def finished(
-        self, rows: Float[Tensor, "n d"], inner: Float[Tensor, "n hidden"] | None
+        self, rows: Float[Tensor, "n d"], inner: Float[Tensor, "#n hidden"] | None
     ) -> Float[Tensor, "n d"]:
         """What the target is given, past the MLP or by it, with normalisation held at 1."""
         if self.norms is not None and self.order == "after":

@@ -72,3 +72,8 @@ def small(order: str, seed: int = 0, dtype: torch.dtype = torch.float64, **how: 
         centre = 1.0 if parameter.ndim == 1 and name.endswith("weight") else 0.0
         nn.init.normal_(parameter, mean=centre, std=0.25)
     return network
+
+
+def single() -> Small:
+    """A network in the precision of a store, as a recipe names it."""
+    return small("after", dtype=torch.float32)
