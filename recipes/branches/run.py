@@ -118,7 +118,7 @@ def agreement(one: dict[str, Any]) -> str:
 
 def main() -> None:
     """Train, match, test and print."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("store", type=Path)
     parser.add_argument("--out", type=Path, help="by default the folder of the store")
     parser.add_argument("--recipe", type=Path, default=HERE / "train.toml")

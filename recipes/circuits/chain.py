@@ -44,7 +44,7 @@ def train(site: str, options: argparse.Namespace) -> Path:
 
 def main() -> None:
     """Train, weigh, and draw."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("store", type=Path)
     parser.add_argument("sites", nargs="+", help="consecutive sites, in the order of the network")
     parser.add_argument("--out", type=Path, help="by default the folder of the store")

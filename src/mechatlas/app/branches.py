@@ -451,8 +451,8 @@ def _consistency(recipe: Branches, store: Store, pair: _Pair) -> Result:
 
     def compare(homes: list[np.ndarray]) -> Result:
         agreed = consistency(
-            *homes, *(one.names for one in found), latent_a=pair.latent_a, latent_b=pair.latent_b,
-            matched=pair.matched, seed=recipe.seed,
+            homes[0], homes[1], found[0].names, found[1].names, latent_a=pair.latent_a,
+            latent_b=pair.latent_b, matched=pair.matched, seed=recipe.seed,
         )  # fmt: skip
         return {name: _agreement(one) for name, one in agreed._asdict().items()}
 
