@@ -54,3 +54,16 @@ def test_inception_v1_from_random_weights_to_the_table(tmp_path):
     assert (tmp_path / "mixed4a~1x1-match" / "matches.parquet").is_file()
     assert len(table[1]["consistency"]) == 2
     assert "mixed4e" in told
+
+
+@pytest.mark.slow
+def test_a_chain_of_dictionaries_becomes_a_page(tmp_path):
+    collect = str(RECIPES / "collect_inception_mini.toml")
+    words = ["--samples.source", "photos", "--samples.crops", "12", "--samples.include", "*"]
+    cli.main(["collect", collect, *words, "--out", str(tmp_path / "store")])
+    told = script("../circuits/chain.py", str(tmp_path / "store"), "mixed4a", "mixed4b", "mixed4c",
+                  "--expansion", "1", "--steps", "20", "--features", "2", "--pictures", "2",
+                  "--samples", "32")  # fmt: skip
+    assert "mixed4b -> mixed4c: weights and ablations agree" in told
+    assert (tmp_path / "circuit" / "edges.parquet").is_file()
+    assert (tmp_path / "circuit.html").stat().st_size > 100_000

@@ -66,11 +66,15 @@ def matched(paths: list[Path], name: str, options: argparse.Namespace) -> Path |
     return out
 
 
-def row(site: str, result: dict[str, Any]) -> dict[str, Any]:
+def row(site: str, path: Path, result: dict[str, Any]) -> dict[str, Any]:
     """One row of the table."""
+    trained = read_json(path / "result.json")
     return {
         "site": site,
         "features": result["n_features"],
+        "fvu": trained["fvu"],
+        "dead_share": trained["dead_share"],
+        "steps": trained["steps"],
         "tested": result["tested"],
         "specialised": result["specialised"],
         "by_lot": result["specialised_by_lot"],
@@ -79,9 +83,42 @@ def row(site: str, result: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def in_words(table: list[dict[str, Any]]) -> str:
+    """The table in Markdown, and how often matched features keep their kind of branch."""
+    lines = [
+        "| site | features | FVU | dead | specialised, q < 0.05 | by lot | by branch |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for one in table:
+        counts = ", ".join(f"{name} {n}" for name, n in one["branches"].items() if n)
+        lines.append(
+            f"| {one['site']} | {one['features']:,} | {one['fvu']:.3f} | {one['dead_share']:.1%} "
+            f"| {one['specialised']:,} of {one['tested']:,} | {one['by_lot']} | {counts or '-'} |"
+        )
+    ways = {f"{one['a']} -> {one['b']}": one for row in table for one in row["consistency"]}
+    if ways:
+        lines += ["", "| matched features | leaning to the same branch | with equal kernels | "
+                  "both specialised |", "|---|---|---|---|"]  # fmt: skip
+    for way, one in ways.items():
+        told = [one["leaning"]["same_branch"], one["leaning"]["same_branch_of_equal_size"],
+                one["same_branch"]]  # fmt: skip
+        lines.append(f"| {way} | {' | '.join(map(agreement, told))} |")
+    return "\n".join(lines)
+
+
+def agreement(one: dict[str, Any]) -> str:
+    """One agreement in words."""
+    if not one["pairs"]:
+        return "no pairs"
+    return (
+        f"{one['value']:.1%} [{one['low']:.1%}, {one['high']:.1%}] of {one['pairs']:,}, "
+        f"chance {one['chance']:.1%}"
+    )
+
+
 def main() -> None:
     """Train, match, test and print."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("store", type=Path)
     parser.add_argument("--out", type=Path, help="by default the folder of the store")
     parser.add_argument("--recipe", type=Path, default=HERE / "train.toml")
@@ -110,17 +147,17 @@ def main() -> None:
                 part = train(f"{site}/{branch}", store, options)
                 matched([part, path], f"{part.name}-match", options)
         out = path.with_name(f"{path.name}-branches")
-        if not (out / "result.json").is_file():
+        made = read_json(out / "result.json") if (out / "result.json").is_file() else {}
+        if not made or (between and "consistency" not in made):
             branches.specialise(
                 branches.Branches(
                     dictionary=path, store=options.store, out=out, match=between, rows=options.rows
                 )
             )
-        table.append(row(site, read_json(out / "result.json")))
-        counts = ", ".join(f"{name} {n}" for name, n in table[-1]["branches"].items())
-        print("{site:12} {features:6} features, {tested:6} tested, {specialised:5} specialised "
-              "({by_lot} by lot): ".format(**table[-1]) + counts, flush=True)  # fmt: skip
+        table.append(row(site, path, read_json(out / "result.json")))
+        print(in_words(table[-1:]).splitlines()[2], flush=True)
     write_json(options.out / "table.json", table)
+    print(in_words(table))
 
 
 if __name__ == "__main__":

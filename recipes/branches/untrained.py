@@ -38,7 +38,7 @@ def untrained(network: torch.nn.Module, seed: int) -> dict[str, torch.Tensor]:
 
 def main() -> None:
     """Draw weights and write them."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("network", help="a bundled name or package.module:factory")
     parser.add_argument("--weights", type=Path, help="file of weights, if the network needs one")
     parser.add_argument("--out", type=Path, required=True)

@@ -96,6 +96,7 @@ def test_matched_features_are_compared_by_branch(world, tmp_path):
     found = result["consistency"][0]
     assert (found["a"], found["b"]) == ("whole", "again")
     assert found["same_branch"]["pairs"] >= found["same_branch_of_equal_size"]["pairs"]
+    assert found["leaning"]["same_branch"]["pairs"] >= found["same_branch"]["pairs"]
     match_dictionaries(Matching(dictionaries=two, out=tmp_path / "plain"))
     with pytest.raises(RecipeError, match="--cost decoder, which compares channel with channel"):
         run(world, tmp_path / "out2", "--match", str(tmp_path / "plain"))

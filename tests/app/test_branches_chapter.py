@@ -28,7 +28,8 @@ def folder(tmp_path):
         "shares_agree": {"activation": None, "ablation": 0.5},
         "branches": [{"name": HOSTILE, **BRANCH}, {"name": "3x3", **BRANCH}],
         "consistency": [
-            {"a": "x", "b": "y", "same_branch": AGREED, "same_branch_of_equal_size": {"pairs": 0}}
+            {"a": "x", "b": "y", "same_branch": AGREED, "same_branch_of_equal_size": {"pairs": 0},
+             "leaning": {"same_branch": AGREED, "same_branch_of_equal_size": AGREED}}
         ],
         "labels": {"surest": [
             {"branch": "3x3", "label": "curve", "both": 1, "in_branch": 1, "with_label": 1,

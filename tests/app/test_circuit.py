@@ -4,6 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from safetensors.numpy import load_file
@@ -11,7 +12,7 @@ from safetensors.numpy import load_file
 from mechatlas.activations.collect import Collecting
 from mechatlas.activations.networks import Network
 from mechatlas.activations.positions import Positions
-from mechatlas.activations.samples import Images
+from mechatlas.activations.samples import Arrays, Images
 from mechatlas.app import jobs
 from mechatlas.app.circuit import Circuit, circuit
 from mechatlas.app.cli import main
@@ -116,3 +117,37 @@ def test_a_store_that_is_gone_is_named(folder, tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         main(["circuit", *SITES[:2], "--out", "out"])
     assert "The store of mixed4a (/gone) is no longer there" in capsys.readouterr().err
+
+
+def test_a_transformer_has_circuits_by_heads_and_mlp(tmp_path):
+    random = np.random.default_rng(0)
+    np.save(tmp_path / "x.npy", random.standard_normal((120, 10, 12)).astype(np.float32))
+    name = "tests.analysis.circuits.transformers:single"
+    sites = ("layers.0", "layers.1")
+    jobs.collect(
+        Collect(
+            network=Network(name=name), sites=sites, samples=Arrays(source=tmp_path / "x.npy"),
+            collecting=Collecting(held_out=0.3), out=tmp_path / "store",
+        )
+    )  # fmt: skip
+    for site in sites:
+        jobs.train(
+            Train(store=tmp_path / "store", site=site, out=tmp_path / site, n_latents=48, steps=80,
+                  batch_size=128, sparsity=TopK(k=6))
+        )  # fmt: skip
+    found = circuit(
+        Circuit(dictionaries=tuple(tmp_path / site for site in sites), out=tmp_path / "circuit",
+                removed=12, features=3)
+    )  # fmt: skip
+    (pair,) = found["pairs"]
+    assert pair["branches"] == [
+        "direct", "head0", "head1", "head2", "mlp", "head0 > mlp", "head1 > mlp", "head2 > mlp"
+    ]  # fmt: skip
+    assert set(pair["kernel_taps"]) == {17}
+    assert pair["agreement"]["spearman"] > 0.9
+    assert pair["agreement"]["low"] > pair["agreement"]["null_high"]
+    assert "agreement_gates_open" not in pair
+    made = circuits.chapter(find_runs(tmp_path), no_progress)
+    assert made is not None
+    edge = made.data[0]["drawings"][0]["edges"][0]
+    assert (edge["kernel"]["h"], edge["kernel"]["w"]) == (1, 17)

@@ -12,12 +12,15 @@ import pytest
 from mechatlas.activations.store import Store
 from mechatlas.analysis.branches.specialization import plain_shares
 from mechatlas.analysis.examples import feature_statistics
+from mechatlas.app.report import paintings
 from mechatlas.app.report.atoms import flat_map, neighbours
 from mechatlas.app.report.chapter import Chapter, as_json, render
+from mechatlas.app.report.chapters import features
 from mechatlas.app.report.layout import umap
 from mechatlas.app.report.page import CHAPTERS, assemble, write_page
 from mechatlas.app.report.pictures import gallery
-from mechatlas.base import DiskError, UserError
+from mechatlas.app.report.runs import find_runs
+from mechatlas.base import DiskError, UserError, no_progress
 from mechatlas.dictionaries.formats import load
 
 from .worlds import HOSTILE_FILE, HOSTILE_RUN, HOSTILE_WORD, pictures_and_words
@@ -284,3 +287,26 @@ def test_many_large_pictures_are_made_smaller(monkeypatch):
     monkeypatch.setattr("mechatlas.app.report.pictures.PIXELS", 40_000)
     found = gallery(Squares(200, 256), np.arange(100))
     assert (found.side, found.tile) == (200, 20)
+
+
+def test_the_page_draws_as_many_features_as_asked(folder, monkeypatch):
+    monkeypatch.setattr(paintings, "STEPS", 2)
+    made = features.chapter(find_runs(folder, pictures=3), no_progress)
+    assert made is not None
+    for number, one in enumerate(made.data["dictionaries"]):
+        whole = [name for name in one["painted"] if "/" not in name]
+        assert len(whole) == (3 if one["kind"] == "image" else 0)
+        for name in one["painted"]:
+            assert made.images[f"painted{number}/{name}"][8:12] == b"WEBP"
+        if one["branches"] and whole:
+            parts = [name.split("/") for name in one["painted"] if "/" in name]
+            assert [latent for latent, _ in sorted(parts)] == sorted(whole)
+    assert any(one["painted"] for one in made.data["dictionaries"])
+
+
+def test_those_most_in_each_branch_are_drawn_in_turn():
+    shares = np.array([[0.9, 0.1], [0.2, 0.8], [0.7, 0.3], [0.1, 0.99], [1.0, 0.0]])
+    density = np.array([1, 1, 1, 1, 0.0])
+    assert paintings.most_in_each(shares, density, 2).tolist() == [0, 3]
+    assert paintings.most_in_each(shares, density, 9).tolist() == [0, 1, 2, 3]
+    assert paintings.most_in_each(np.zeros((5, 0)), np.arange(5.0), 2).tolist() == [3, 4]

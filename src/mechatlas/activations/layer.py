@@ -137,7 +137,7 @@ class Layer:
         return rows @ self.value.weight[:, own].to(rows) @ self.mixed.weight[own].to(rows)
 
     def finished(
-        self, rows: Float[Tensor, "n d"], inner: Float[Tensor, "n hidden"] | None
+        self, rows: Float[Tensor, "n d"], inner: Float[Tensor, "#n hidden"] | None
     ) -> Float[Tensor, "n d"]:
         """What the target is given, past the MLP or by it, with normalisation held at 1."""
         if self.norms is not None and self.order == "after":
@@ -311,7 +311,9 @@ def _said(linear: Sequence[_Call]) -> str:
     return ", ".join(f"{c.name} {c.given.shape[-1]} -> {c.out.shape[-1]}" for c in linear) or "none"
 
 
-def _parts(linear: Sequence[_Call], source: Site, target: Site) -> list[Affine]:
+def _parts(
+    linear: Sequence[_Call], source: Site, target: Site
+) -> tuple[Affine, Affine, Affine, Affine, Affine, Affine]:
     """Queries, keys, values, the mixing of heads, and both maps of the MLP.
 
     Raises:
@@ -332,7 +334,8 @@ def _parts(linear: Sequence[_Call], source: Site, target: Site) -> list[Affine]:
         and up.weight.shape == (d, down.weight.shape[0])
         and down.weight.shape[1] == d
     ):
-        return [*made, mixed, up, down]
+        query, key, value = made
+        return query, key, value, mixed, up, down
     raise SiteError(
         f"The module of {target} after {source} has the linear maps {_said(linear)}; circuits "
         "through transformers need queries, keys and values (together or apart), one map that "

@@ -28,7 +28,6 @@ from mechatlas.analysis.branches.specialization import (
 )
 from mechatlas.analysis.branches.summary import (
     Agreement,
-    Consistency,
     consistency,
     enriched,
     svd_order,
@@ -97,13 +96,17 @@ def in_words(result: Result) -> str:
         for one in result["branches"]
     ]
     for one in result.get("consistency", []):
-        same = one["same_branch"]
-        if same["pairs"]:
-            lines.append(
-                f"  {one['a']} -> {one['b']}: {same['pairs']} matched pairs of specialised "
-                f"features, same branch in {same['value']:.0%} [{same['low']:.0%}, "
-                f"{same['high']:.0%}], by chance {same['chance']:.0%}"
-            )
+        kinds = {
+            "specialised features": one,
+            "all features, by the branch they lean to": one["leaning"],
+        }
+        lines += [
+            f"  {one['a']} -> {one['b']}: {same['pairs']} matched pairs of {which}, same branch in "
+            f"{same['value']:.0%} [{same['low']:.0%}, {same['high']:.0%}], by chance "
+            f"{same['chance']:.0%}"
+            for which, kind in kinds.items()
+            if (same := kind["same_branch"])["pairs"]
+        ]
     return "\n".join([*lines, f"Result: {result['out']}"])
 
 
@@ -249,13 +252,15 @@ def _summary(
                 "specialised_by_lot": int(drawn[:, k].sum()),
             }
         )
+    n, by_chance = int(stands.any(axis=1).sum()), int(drawn.any(axis=1).sum())
     return {
         "branches": listed,
         "n_features": len(home),
         "tested": tested,
         "never_active": int((~alive).sum()),
-        "specialised": int(stands.any(axis=1).sum()),
-        "specialised_by_lot": int(drawn.any(axis=1).sum()),
+        "specialised": n,
+        "specialised_by_lot": by_chance,
+        "false_discovery_rate_by_lot": min(1.0, by_chance / n) if n else None,
         "rows": driven.n_rows,
         "positive": not known.signed,
         "shares_agree": _rank_correlations(found, driven),
@@ -437,22 +442,26 @@ def _pairs(folder: Path, dictionary: Path) -> list[_Pair]:
 
 
 def _consistency(recipe: Branches, store: Store, pair: _Pair) -> Result:
-    homes, names = [], []
+    """How often matched features are in the same kind of branch: those specialised, and all."""
+    found = []
     for path in pair.paths:
         one = _open(path, store, recipe.site if path == recipe.dictionary.resolve() else None)
         known = spectrum(x for x, _ in _read(one.rows, recipe.rows))
-        found = branches(one.dictionary, one.branches, known)
-        homes.append(found.branch_of(recipe.rate))
-        names.append(found.names)
-    agreed = consistency(
-        *homes, *names, latent_a=pair.latent_a, latent_b=pair.latent_b, matched=pair.matched,
-        seed=recipe.seed,
-    )  # fmt: skip
-    return {"a": pair.paths[0].name, "b": pair.paths[1].name, **_agreements(agreed)}
+        found.append(branches(one.dictionary, one.branches, known))
 
+    def compare(homes: list[np.ndarray]) -> Result:
+        agreed = consistency(
+            homes[0], homes[1], found[0].names, found[1].names, latent_a=pair.latent_a,
+            latent_b=pair.latent_b, matched=pair.matched, seed=recipe.seed,
+        )  # fmt: skip
+        return {name: _agreement(one) for name, one in agreed._asdict().items()}
 
-def _agreements(found: Consistency) -> Result:
-    return {name: _agreement(one) for name, one in found._asdict().items()}
+    return {
+        "a": pair.paths[0].name,
+        "b": pair.paths[1].name,
+        **compare([one.branch_of(recipe.rate) for one in found]),
+        "leaning": compare([one.leaning() for one in found]),
+    }
 
 
 def _agreement(one: Agreement) -> Result:

@@ -256,3 +256,17 @@ SICK[1, 6] = np.nan
 def test_mistakes_are_named(atoms, named, rows, said):
     with pytest.raises(InputError, match=said):
         branches(atoms, named, rows)
+
+
+@pytest.mark.parametrize("name", ["widths alone", "correlated", "factors in branches"])
+def test_intervals_of_shares_cover_what_features_are_drawn_with(name):
+    at, draw = NULLS[name]
+    atoms = null_atoms(at, 500, draw, seed=3)
+    where = BRANCHES["3x3"]
+    energy = np.square(at.deviation)
+    inside, outside = energy[where].sum(), energy.sum() - energy[where].sum()
+    atoms[:, where] *= 2
+    found = branches(atoms, BRANCHES, at.spectrum)
+    truth = np.sqrt(4 * inside / (4 * inside + outside))
+    k = list(BRANCHES).index("3x3")
+    assert np.mean((found.low[:, k] <= truth) & (truth <= found.high[:, k])) >= 0.9

@@ -1,6 +1,7 @@
 """Weights through a layer of a transformer are its mean derivative, and rank like ablations."""
 
 import functools
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from mechatlas.analysis.circuits.effects import ablate, agreement, attribute, re
 from mechatlas.analysis.circuits.weights import blocks, edges, kernels, responses
 from mechatlas.base import Site, SiteError
 from tests.analysis.circuits.small import Linear
-from tests.analysis.circuits.transformers import A, B, Small, small
+from tests.analysis.circuits.transformers import A, B, Block, Small, small
 
 ORDERS = ["before", "after", "none"]
 
@@ -34,14 +35,14 @@ def layer_of(network: nn.Module, x: Tensor) -> tuple[Layer, Tensor]:
 
 def held(network: Small, x: Tensor, at: Tensor) -> Tensor:
     """The second layer on `x`, with attention and normalisation as they are on `at`."""
-    block = network.layers[1]
+    block = network.last
 
     def norm(part: nn.LayerNorm, rows: Tensor, there: Tensor) -> Tensor:
         size = (there.var(dim=-1, correction=0, keepdim=True) + part.eps).rsqrt()
         return (rows - rows.mean(dim=-1, keepdim=True)) * size * part.weight + part.bias
 
     def attend(rows: Tensor, there: Tensor) -> Tensor:
-        made = block.attention.made
+        made = block.attention.linear
         heads = block.attention.num_heads
         split = [[p for m in made for p in m(r).split(12, dim=-1)] for r in (rows, there)]
         q, k = (p.unflatten(-1, (heads, -1)).transpose(1, 2) for p in split[1][:2])
@@ -82,7 +83,7 @@ def test_weights_are_the_mean_derivative_of_the_layer_as_it_stands(order, monkey
     recording = record(layer, a, b, [maps[:2], maps[2:]])
     found = responses(layer, a, recording.gates)
     rows = maps[:, :, 0].transpose(1, 2)
-    torch.testing.assert_close(held(network, rows, rows), network.layers[1](rows))
+    torch.testing.assert_close(held(network, rows, rows), network.last(rows))
     slope = torch.stack([slope_of(network, row) for row in rows])
     code = torch.from_numpy(recording.codes_a.toarray()).double().view(3, 5, 9)
     mean = torch.einsum("nqcsd,nsj,jd->jc", slope, code, a.W_dec) / code.sum(dim=(0, 1))[:, None]
@@ -95,21 +96,22 @@ def test_weights_are_the_mean_derivative_of_the_layer_as_it_stands(order, monkey
 def test_the_routes_of_a_head_are_what_is_missing_without_it(monkeypatch):
     monkeypatch.setattr(compose, "PRIOR", 0.0)
     network, x = small("none"), sequences(1, 6)
-    network.layers[1].up.bias.data += 50  # all slopes are 1, with the head and without it
+    network.last.up.bias.data += 50  # all slopes are 1, with the head and without it
     layer, maps = layer_of(network, x)
     assert [route.name for route in layer.routes] == [
         "direct", "head0", "head1", "head2", "mlp", "head0 > mlp", "head1 > mlp", "head2 > mlp",
     ]  # fmt: skip
     a = Linear(12, 6, seed=2, dtype=torch.float64)
     found = responses(layer, a, record(layer, a, a, [maps]).gates)
-    given = [r.values[0] * r.spread.sum(dim=0)[:, None] for r in found]
+    given = [r.values[0] * torch.as_tensor(total)[:, None]
+             for r in found for _, total, _ in r.entries()]  # fmt: skip
     rows = maps[:, :, 0].transpose(1, 2)
-    network.layers[1].attention.out_proj.weight.data[:, 4:8] = 0  # nobody reads head1
+    network.last.attention.out_proj.weight.data[:, 4:8] = 0  # nobody reads head1
     slope = slope_of(network, rows[0])
     code = a.encode(rows[0])
     mean = torch.einsum("qcsd,sj,jd->jc", slope, code, a.W_dec) / code.sum(dim=0)[:, None]
     on = code.sum(dim=0) > 0
-    rest = sum(given) - given[2] - given[6]
+    rest = torch.stack(given).sum(dim=0) - given[2] - given[6]
     torch.testing.assert_close(rest[on], mean[on], rtol=1e-4, atol=1e-5)
 
 
@@ -177,8 +179,8 @@ def test_the_spread_is_attention_by_distance_and_far_ones_are_not_lost():
 
 def test_a_layer_without_slopes_is_reproduced_and_attributed_exactly():
     network, x = small("none", dtype=torch.float32), sequences(6, 8, torch.float32)
-    network.layers[1].up.bias.data += 50
-    for part in network.layers[1].attention.made[:2]:
+    network.last.up.bias.data += 50
+    for part in network.last.attention.linear[:2]:
         part.weight.data.zero_()  # attention is even whatever comes
     layer, maps = layer_of(network, x)
     a, b = Linear(12, 24, seed=4, dtype=torch.float32), Linear(12, 5, seed=5, dtype=torch.float32)
@@ -198,15 +200,25 @@ def test_a_layer_without_slopes_is_reproduced_and_attributed_exactly():
     )
 
 
+class GatedBlock(Block):
+    def __init__(self, *shape: Any, **how: bool) -> None:
+        super().__init__(*shape, **how)
+        self.gate = nn.Linear(12, 20)
+
+    def mlp(self, x: Tensor) -> Tensor:
+        return self.down(self.gate(x) * self.up(x))
+
+
 class Gated(Small):
     """Its MLP has a gate of its own."""
 
     def __init__(self) -> None:
         super().__init__("after")
-        self.layers[1].gate = nn.Linear(12, 20)
-        self.layers[1].mlp = lambda h: self.layers[1].down(
-            self.layers[1].gate(h) * self.layers[1].up(h)
-        )
+        self.layers[1] = GatedBlock("after", 12, 3, 20, fused=False, causal=False)
+
+
+def turned(_module: nn.Module, _given: Any, out: Tensor) -> Tensor:
+    return out * torch.arange(out.shape[1])[:, None]
 
 
 class Turned(Small):
@@ -214,8 +226,7 @@ class Turned(Small):
 
     def __init__(self) -> None:
         super().__init__("after")
-        made = self.layers[1].attention.made[0]
-        made.register_forward_hook(lambda _m, _a, out: out * torch.arange(out.shape[1])[:, None])
+        self.last.attention.linear[0].register_forward_hook(turned)
 
 
 @pytest.mark.parametrize(
@@ -229,7 +240,7 @@ class Turned(Small):
 )
 def test_other_layers_are_refused(network, sites, message):
     with pytest.raises(SiteError, match=message):
-        wire(network.eval(), *sites, sequences(2, 4, torch.float32))
+        wire(network.eval(), sites[0], sites[1], sequences(2, 4, torch.float32))
 
 
 def test_layers_of_bert_and_gpt2_are_repeated():

@@ -20,8 +20,13 @@ class Attention(nn.Module):
             self.made.extend(nn.Linear(d, d) for _ in range(3))
         self.out_proj = nn.Linear(d, d)
 
+    @property
+    def linear(self) -> list[nn.Linear]:
+        """What makes queries, keys and values."""
+        return [made for made in self.made if isinstance(made, nn.Linear)]
+
     def forward(self, x: Tensor) -> Tensor:
-        parts = [part for made in self.made for part in made(x).split(x.shape[-1], dim=-1)]
+        parts = [part for made in self.linear for part in made(x).split(x.shape[-1], dim=-1)]
         q, k, v = (p.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for p in parts)
         out = functional.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
         return self.out_proj(out.transpose(1, 2).flatten(2))
@@ -29,6 +34,9 @@ class Attention(nn.Module):
 
 class Block(nn.Module):
     """One layer, in one of three orders."""
+
+    first: nn.LayerNorm
+    second: nn.LayerNorm
 
     def __init__(self, order: str, d: int, heads: int, hidden: int, **how: bool) -> None:
         super().__init__()
@@ -61,6 +69,13 @@ class Small(nn.Module):
         how = {"fused": order == "before", "causal": order == "before"} | how
         self.layers = nn.Sequential(*(Block(order, d, heads, hidden, **how) for _ in range(2)))
 
+    @property
+    def last(self) -> Block:
+        """The layer between the two sites."""
+        block = self.layers[1]
+        assert isinstance(block, Block)
+        return block
+
     def forward(self, x: Tensor) -> Tensor:
         return self.layers(x)
 
@@ -72,3 +87,8 @@ def small(order: str, seed: int = 0, dtype: torch.dtype = torch.float64, **how: 
         centre = 1.0 if parameter.ndim == 1 and name.endswith("weight") else 0.0
         nn.init.normal_(parameter, mean=centre, std=0.25)
     return network
+
+
+def single() -> Small:
+    """A network in the precision of a store, as a recipe names it."""
+    return small("after", dtype=torch.float32)

@@ -91,6 +91,11 @@ class Specialization:
         excess = np.where(stands, self.excess, -np.inf)
         return np.where(stands.any(axis=1), excess.argmax(axis=1), -1)
 
+    def leaning(self) -> Int[np.ndarray, " feature"]:
+        """The branch that each feature lies in most surely, proved or not; -1 if not tested."""
+        p = np.where(np.isnan(self.p_values), np.inf, self.p_values)
+        return np.where(np.isfinite(p).any(axis=1), p.argmin(axis=1), -1)
+
 
 def branches(
     W_dec: Any,  # noqa: N803 - the field's name

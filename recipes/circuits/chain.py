@@ -1,0 +1,75 @@
+"""Dictionaries of consecutive sites, the circuit through them, and its page.
+
+    mechatlas collect recipes/branches/collect_inception_mini.toml --samples.source cifar10.zip
+    python recipes/circuits/chain.py runs/branches/inception_mini/store mixed4a mixed4b mixed4c
+
+    mechatlas collect recipes/text/collect_paired.toml --samples.source my_texts.zip
+    python recipes/circuits/chain.py runs/text/paired encoder.layer.1 encoder.layer.2 \
+        encoder.layer.3 --expansion 4
+
+Beside the store: a folder a site, `circuit`, and `circuit.html`, which draws the strongest paths as
+the paper does. A dictionary that is there already is not trained again.
+"""
+
+import argparse
+import dataclasses
+from pathlib import Path
+
+import mechatlas as ma
+from mechatlas.app import circuit, jobs
+from mechatlas.app.recipes import Train, read_recipe
+
+HERE = Path(__file__).parent
+
+
+def train(site: str, options: argparse.Namespace) -> Path:
+    """Train the dictionary of a site, unless it is there."""
+    out = options.out / site.replace("/", "~").replace(":", "~")
+    if not (out / "result.json").is_file():
+        width = ma.Store(options.store).rows(site).d_in
+        recipe = read_recipe(options.recipe, Train)
+        found = jobs.train(
+            dataclasses.replace(
+                recipe,
+                store=options.store,
+                site=site,
+                out=out,
+                n_latents=options.expansion * width,
+                steps=options.steps or recipe.steps,
+            )
+        )
+        print(f"{site}: fvu {found['fvu']:.3f}, dead {found['dead_share']:.1%}", flush=True)
+    return out
+
+
+def main() -> None:
+    """Train, weigh, and draw."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("store", type=Path)
+    parser.add_argument("sites", nargs="+", help="consecutive sites, in the order of the network")
+    parser.add_argument("--out", type=Path, help="by default the folder of the store")
+    parser.add_argument("--recipe", type=Path, default=HERE.parent / "branches" / "train.toml")
+    parser.add_argument("--expansion", type=int, default=16)
+    parser.add_argument("--steps", type=int, help="by default the recipe's")
+    parser.add_argument("--features", type=int, default=8, help="features of the last site drawn")
+    parser.add_argument("--samples", type=int, default=256)
+    parser.add_argument("--pictures", type=int, default=96, help="steps of each; 0 for none")
+    options = parser.parse_args()
+    options.out = options.out or options.store.parent
+    paths = tuple(train(site, options) for site in options.sites)
+    found = circuit.circuit(
+        circuit.Circuit(
+            dictionaries=paths,
+            out=options.out / "circuit",
+            store=options.store,
+            samples=options.samples,
+            features=options.features,
+            pictures=options.pictures,
+        )
+    )
+    print(circuit.in_words(found))
+    print("Page:", jobs.report(options.out, options.out / "circuit.html")["page"])
+
+
+if __name__ == "__main__":
+    main()
