@@ -242,7 +242,7 @@ def stability(ways: list[Way]) -> dict[str, Any]:
 
 def main() -> None:
     """Train, classify, compare and print."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("store", type=Path)
     parser.add_argument("--site")
     parser.add_argument("--out", type=Path, default=Path("runs/compare_symmetry"))

@@ -68,7 +68,7 @@ def measure(name: str, blurred: bool, options: argparse.Namespace) -> dict[str, 
 
 def main() -> None:
     """Measure both and print."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("photographs")
     parser.add_argument("--network", default="inception_mini")
     parser.add_argument("--weights", type=Path)

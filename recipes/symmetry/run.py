@@ -125,7 +125,7 @@ def told(one: dict[str, Any]) -> str:
 
 def main() -> None:
     """Train, classify, compare seeds and print."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("store", type=Path)
     parser.add_argument("--out", type=Path, help="by default the folder of the store")
     parser.add_argument("--recipe", type=Path, default=HERE / "train.toml")
