@@ -14,8 +14,9 @@ Every way has the same rows, steps, latents and k, and several seeds:
 
 Told are R2 of the poses other than e on held-out rows (of a linear map from a(I) too, the ceiling
 of all but the tied), features with a symmetry at a false discovery rate of 5 %, families of two or
-more, and over pairs of seeds the share of features that have a partner (`match`, on untransformed
-blocks) and, of partners that both are reliable, the share of one class beside chance.
+more. Over pairs of seeds: the median cosine of untransformed blocks in the best one-to-one pairing,
+the share of pairs that stand against the null of `match`, and of the features with a symmetry whose
+partner is reliable the share of partners that have one too, beside chance.
 """
 
 import argparse
@@ -33,7 +34,7 @@ import mechatlas as ma
 from mechatlas.app.symmetry import TABLE, TENSORS, FindSymmetry, find_symmetry
 from mechatlas.base import InputError
 from mechatlas.dictionaries.autoencoder import SparseCoder
-from mechatlas.files import write_json
+from mechatlas.files import read_json, write_json
 
 BATCH = 4096
 
@@ -43,7 +44,8 @@ class Way(NamedTuple):
 
     facts: dict[str, Any]
     atoms: np.ndarray
-    classes: np.ndarray
+    symmetric: np.ndarray
+    """Whether a stabiliser is larger than {e}."""
     reliable: np.ndarray
 
 
@@ -107,7 +109,7 @@ def from_folder(problem: Problem, dictionary: SparseCoder, out: Path, seed: int)
     return Way(
         facts,
         load_file(out / "symmetry" / TENSORS)["atoms"],
-        np.array(table["class"].to_pylist()),
+        table["stabiliser_order"].to_numpy() > 1,
         table["reliable"].to_numpy(),
     )
 
@@ -213,31 +215,34 @@ def per_transform(problem: Problem, out: Path, seed: int) -> Way:
         "in_families": int(sizes[sizes > 1].sum()),
         "missing": "no halves: noise is not told from asymmetry",
     }
-    return Way(facts, blocks[:, 0], np.array(found.names), found.reliable)
+    return Way(
+        facts, blocks[:, 0], np.array([len(each) > 1 for each in found.stabilisers]), found.reliable
+    )
 
 
 def stability(ways: list[Way]) -> dict[str, Any]:
-    """Partners over all pairs of seeds, and whether they belong to the same class."""
-    shares, same, chances = [], [], []
+    """Over pairs of seeds: cosine of partners, how many stand, and whether classes agree."""
+    told: dict[str, list[float]] = {
+        "cosine": [], "matched": [], "symmetric_too": [], "by_chance": []
+    }  # fmt: skip
     for a, b in itertools.combinations(ways, 2):
         live = [np.flatnonzero(np.abs(way.atoms).max(axis=1) > 0) for way in (a, b)]
         found = ma.match(a.atoms[live[0]], b.atoms[live[1]])
-        rows = np.flatnonzero(found.matched)
-        shares.append(len(rows) / len(found.matched))
+        rows = np.flatnonzero(found.columns >= 0)
         i, j = live[0][rows], live[1][found.columns[rows]]
         both = a.reliable[i] & b.reliable[j]
-        one, two = a.classes[i[both]], b.classes[j[both]]
-        if len(one):
-            same.append(float((one == two).mean()))
-            names = np.unique(np.concatenate([one, two]))
-            chances.append(sum(float((one == n).mean() * (two == n).mean()) for n in names))
-    mean = lambda values: float(np.mean(values)) if values else None  # noqa: E731
-    return {"matched": mean(shares), "same_class": mean(same), "chance": mean(chances)}
+        has, other_has = a.symmetric[i[both]], b.symmetric[j[both]]
+        told["cosine"].append(float(np.median(found.cosines[rows])))
+        told["matched"].append(float(found.matched.mean()))
+        if has.any():
+            told["symmetric_too"].append(float(other_has[has].mean()))
+            told["by_chance"].append(float(other_has.mean()))
+    return {name: float(np.mean(values)) if values else None for name, values in told.items()}
 
 
 def main() -> None:
     """Train, classify, compare and print."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("store", type=Path)
     parser.add_argument("--site")
     parser.add_argument("--out", type=Path, default=Path("runs/compare_symmetry"))
@@ -246,6 +251,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--batch-size", type=int, default=1024)
     parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--ways", nargs="*", help="by default all; what others found is kept")
     options = parser.parse_args()
     problem = Problem(options)
     order = problem.group.order
@@ -256,8 +262,10 @@ def main() -> None:
         "tied, k a row": lambda p, out, seed: tied(p, out, seed, 1),
         "tied, k a pose": lambda p, out, seed: tied(p, out, seed, order),
     }
-    results = {}
-    for name, way in ways.items():
+    kept = options.out / "results.json"
+    results = read_json(kept) if kept.is_file() else {}
+    for name in options.ways or ways:
+        way = ways[name]
         found = []
         for seed in range(options.seeds):
             folder = options.out / f"{name.replace(', ', '-').replace(' ', '-')}-{seed}"
@@ -267,7 +275,7 @@ def main() -> None:
         told = stability(found) if len(found) > 1 else {}
         print(f"{name}, over seeds: {told}", flush=True)
         results[name] = {"seeds": [one.facts for one in found], "stability": told}
-        write_json(options.out / "results.json", results)
+        write_json(kept, results)
 
 
 if __name__ == "__main__":

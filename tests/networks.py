@@ -50,8 +50,9 @@ class Turning(nn.Module):
         kernels[4] = torch.stack([action(g, kernels[4]) for g in range(8)]).sum(0) / 8**0.5
         poses = [action(g, kernels) for g in range(8)]
         self.posed = nn.Conv2d(3, 40, 5)
-        self.posed.weight.data = torch.stack(poses, dim=1).flatten(0, 1) / 4
-        self.posed.bias.data.fill_(-0.2)
+        self.posed.load_state_dict(
+            {"weight": torch.stack(poses, dim=1).flatten(0, 1) / 4, "bias": torch.full((40,), -0.2)}
+        )
         self.seen = nn.ReLU()
         self.after = nn.Conv2d(40, 24, 3)
         self.head = nn.Linear(24, 10)

@@ -9,7 +9,6 @@ its features unchanged, and `table.json`. What is there already is not made agai
 
 import argparse
 import dataclasses
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -55,27 +54,31 @@ def classified(dictionary: Path, options: argparse.Namespace) -> Path:
 
 
 def agreement(dictionaries: list[Path], folders: list[Path]) -> dict[str, Any]:
-    """Do matched features of two seeds belong to the same class?
+    """Do the features that the best pairing of two seeds puts together belong to the same class?
 
-    Chance is what the counts of classes among them would give.
+    Of the pairs that are both reliable: the share of one class, and the share in which the second
+    has a symmetry if the first has one, each beside what the counts of classes would give by
+    chance. Of all pairs: the median cosine, and how many stand against the null of `match`.
     """
     a, b = (ma.load(path).W_dec.detach().numpy() for path in dictionaries)
     found = ma.match(a, b)
     tables = [pq.read_table(folder / symmetry.TABLE) for folder in folders]
     names = [np.array(table["class"].to_pylist()) for table in tables]
+    orders = [table["stabiliser_order"].to_numpy() for table in tables]
     reliable = [table["reliable"].to_numpy() for table in tables]
-    rows = np.flatnonzero(found.matched)
-    kept = rows[reliable[0][rows] & reliable[1][found.columns[rows]]]
-    one, two = names[0][kept], names[1][found.columns[kept]]
-    counts = [Counter(each.tolist()) for each in (one, two)]
-    n = len(kept)
+    both = np.flatnonzero(reliable[0] & reliable[1][found.columns])
+    one, two = names[0][both], names[1][found.columns[both]]
+    has, other_has = orders[0][both] > 1, orders[1][found.columns[both]] > 1
     return {
-        "matched": len(rows),
-        "both_reliable": n,
-        "same_class": float((one == two).mean()) if n else None,
-        "chance": sum(counts[0][name] * counts[1][name] for name in counts[0]) / n**2
-        if n
-        else None,
+        "median_cosine": float(np.median(found.cosines)),
+        "matched": int(found.matched.sum()),
+        "both_reliable": len(both),
+        "same_class": float((one == two).mean()),
+        "same_class_by_chance": sum(
+            float((one == n).mean() * (two == n).mean()) for n in np.unique(one)
+        ),
+        "symmetric_too": float(other_has[has].mean()) if has.any() else None,
+        "symmetric_by_chance": float(other_has.mean()),
     }
 
 
@@ -122,7 +125,7 @@ def told(one: dict[str, Any]) -> str:
 
 def main() -> None:
     """Train, classify, compare seeds and print."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("store", type=Path)
     parser.add_argument("--out", type=Path, help="by default the folder of the store")
     parser.add_argument("--recipe", type=Path, default=HERE / "train.toml")

@@ -13,7 +13,9 @@ from mechatlas.activations.positions import Positions
 from mechatlas.activations.samples import Images
 from mechatlas.app import cli, jobs, symmetry
 from mechatlas.app.recipes import Collect
-from mechatlas.base import DiskError, WeightsError
+from mechatlas.app.report.chapters.symmetry import chapter as symmetry_chapter
+from mechatlas.app.report.runs import find_runs
+from mechatlas.base import DiskError, WeightsError, no_progress
 from mechatlas.dictionaries.autoencoder import Autoencoder
 from mechatlas.dictionaries.formats import save
 from mechatlas.dictionaries.pose_tied import PoseTied
@@ -200,6 +202,10 @@ def test_swapped_poses_pass_in_a_network_that_sees_every_pose_alike(turning, tmp
     assert causal["change_if_unchanged"] < 0.05 < causal["change_of_others"]
     assert causal["elements"] == list(posed.D4.element_names[1:])
     assert f"{causal['passed']} of 28 features bring after nearer its answer" in text
+    chapter = symmetry_chapter(find_runs(tmp_path), no_progress)
+    assert chapter is not None
+    assert "swaps0" in chapter.figures
+    assert "28 of 28" in chapter.html.replace("\n", " ")
     assert np.isnan(table["swap_q_value"].to_numpy()).tolist() == [*[False] * 28, True]
     assert np.isfinite(table["swap_change"].to_numpy()).sum() == 5
 

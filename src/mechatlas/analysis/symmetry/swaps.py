@@ -167,7 +167,7 @@ def _strongest(
 ) -> tuple[np.ndarray, np.ndarray]:
     """The strongest row of each of the samples where a feature is most active."""
     span = slice(columns.indptr[feature], columns.indptr[feature + 1])
-    rows, values = columns.indices[span], columns.data[span]
+    rows, values = np.asarray(columns.indices[span]), np.asarray(columns.data[span], float)
     order = np.lexsort((rows, -values))
     _, first = np.unique(samples[rows[order]], return_index=True)
     best = order[np.sort(first)[:SAMPLES]]
