@@ -140,7 +140,9 @@ def main() -> None:
         for s, own in enumerate(paths)
     ]
     seeds = {
-        site: matched([own[k] for own in paths], options.out / f"seeds-{site}", options.cost, options)
+        site: matched(
+            [own[k] for own in paths], options.out / f"seeds-{site}", options.cost, options
+        )
         for k, site in enumerate(sites)
     }
     print_table(layers, WAYS, "co_firing", "given_a", "fire together")

@@ -110,8 +110,7 @@ def build_terms(
     # Now squares of all that is added up are finite in float32, and NaN is nowhere.
     if not (max(size, heaviest, in_cells) < LARGEST and x_slack.max() + y_slack.max() < 1e10):
         raise ProofError("The explanation has absurd sizes: rounding could be anything.")
-    n_classes = int(group.class_of.max()) + 1
-    d = p.circuits[:, 0]
+    d, n_classes = p.circuits[:, 0], int(group.class_of.max()) + 1
     return Terms(
         neurons=(left, e.row, right, e.column, p.scale),
         blocks=e.blocks,
