@@ -86,9 +86,7 @@ def build_terms(
         p.grids, p.sides, actions.offsets, p.points, p.scale, p.tables, actions.whole
     )
     weight = mass + 1.01 * np.sqrt(p.widest) * sizes
-    inflate = 1 + 1.01 * growth(
-        2 * k + p.widest**2 + len(p.circuits) + len(e.blocks) + 64, U32
-    )  # fmt: skip
+    inflate = 1 + 1.01 * growth(2 * k + p.widest**2 + len(p.circuits) + len(e.blocks) + 64, U32)
     spans, off_centre, in_cells, cells = do.span(
         rest, weight, p.grids, p.points, p.antipodes, p.scale, p.tables,
         8 * growth(4 * p.largest + 64, U32),
@@ -100,23 +98,22 @@ def build_terms(
     # In float32 these sums are off by less than a thousandth, which the 1.01 covers.
     small = (1.01 * rate * weight).astype(np.float32)
     x_slack, y_slack, size = do.weigh(left, e.row, right, e.column, small)
-    frames = 1.01 * p.widest * float(np.abs(p.means).sum())
-    size += float(tops.sum())
-    heaviest = frames + float(weight.max(initial=0))
-    constant = rate * frames + float(small @ tops) + off_centre + 1e-12
-    constant += _below_normal(p, k) * (1 + size) * (1 + heaviest)
+    frames, size = 1.01 * p.widest * float(np.abs(p.means).sum()), size + float(tops.sum())
+    most = frames + float(weight.max(initial=0))
+    lost = off_centre + _below_normal(p, k) * (1 + size) * (1 + most)
+    constant = rate * frames + float(small @ tops) + lost + 1e-12
     x_slack = x_slack.astype(np.float64) + 1.0001 * x_lost + constant
     y_slack = y_slack.astype(np.float64) + 1.0001 * y_lost
     # Now squares of all that is added up are finite in float32, and NaN is nowhere.
-    if not (max(size, heaviest, in_cells) < LARGEST and x_slack.max() + y_slack.max() < 1e10):
+    if not (max(size, most, in_cells) < LARGEST and x_slack.max() + y_slack.max() < 1e10):
         raise ProofError("The explanation has absurd sizes: rounding could be anything.")
-    d, n_classes = p.circuits[:, 0], int(group.class_of.max()) + 1
+    d, classes = p.circuits[:, 0], (group.class_of, int(group.class_of.max()) + 1)
     return Terms(
         neurons=(left, e.row, right, e.column, p.scale),
         blocks=e.blocks,
         lookup=(*lookup, actions.inverse, tables),
         circuits=(p.circuits, p.weights, framed, rho),
-        bins=do.class_bins(gaps, irreps.norms, group.class_of, n_classes, BINS, inflate),
+        bins=do.class_bins(gaps, irreps.norms, *classes, BINS, inflate),
         losses=(*losses, errors),
         merged=irreps.merged,
         sums=(x_sums, y_sums),
