@@ -11,9 +11,11 @@ reading shuffles again within a pool of shards taken at random from the whole st
 two neighbours of a batch are related about as rarely as two rows drawn at random.
 """
 
+import contextlib
 import json
 import math
 import mmap
+import os
 import sys
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -368,6 +370,8 @@ class StoreRows:
 
     def _load(self, shards: list[int]) -> _Pool:
         entries = [self._all[i] for i in shards]
+        for shard in entries:
+            _want(self.store.root / shard.file)
         ids = [np.arange(self._first[i], self._first[i + 1]) for i in shards]
         firsts = np.concatenate([[0], np.cumsum([shard.rows for shard in entries])])
         return _Pool([self._map(shard) for shard in entries], firsts, np.concatenate(ids))
@@ -450,6 +454,16 @@ def _damaged(path: Path, shard: Shard, size: int) -> str:
 def _signature(path: Path) -> Signature:
     status = path.stat()
     return status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def _want(path: Path) -> None:
+    """Have the disk fetch a file while others are checked."""
+    if hasattr(os, "posix_fadvise"):
+        with (
+            contextlib.suppress(OSError),
+            open(path, "rb") as file,
+        ):  # mapping it says what is wrong
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
 
 
 def _mapped(path: Path) -> mmap.mmap:
