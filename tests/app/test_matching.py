@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import shutil
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -14,10 +15,11 @@ from mechatlas.analysis.matching import pairing
 from mechatlas.app import cli, jobs, matching
 from mechatlas.app.matching import Matching, match_dictionaries
 from mechatlas.app.recipes import Collect, Train
-from mechatlas.base import DiskError, InputError, RecipeError, StoreError, UserError
+from mechatlas.base import DiskError, RecipeError, StoreError, UserError
 from mechatlas.dictionaries.autoencoder import Autoencoder
 from mechatlas.dictionaries.formats import save
 from mechatlas.dictionaries.sparsity import TopK
+from mechatlas.files import read_json, write_json
 from mechatlas.maths import assignment
 from tests.analysis.planted import chain
 from tests.app.worlds import photographs
@@ -163,12 +165,24 @@ def test_with_a_store_the_network_runs_on_what_a_match_writes(paired, tmp_path):
     assert told["mean of B"]["divergence"]["value"] > 0
     again = match_dictionaries(dataclasses.replace(recipe, samples=0, out=tmp_path / "none"))
     assert "spliced" not in again["pairs"][0]
-    with pytest.raises(InputError, match=r"reaches first before mixed"):
-        match_dictionaries(
-            dataclasses.replace(
-                recipe, dictionaries=recipe.dictionaries[::-1], out=tmp_path / "backwards"
-            )
-        )
+    assert "not_run" not in again["pairs"][0]
+
+
+def test_where_the_network_cannot_be_run_the_match_stands_and_says_why(paired, tmp_path):
+    recipe = Matching(
+        dictionaries=(paired / "mixed", paired / "first"),
+        out=tmp_path / "out", cost="codes", store=paired / "store", samples=6,
+    )  # fmt: skip
+    found = match_dictionaries(recipe)
+    assert "reaches first before mixed" in found["pairs"][0]["not_run"]
+    assert "spliced" not in found["pairs"][0]
+    shutil.copytree(paired / "store", tmp_path / "store")
+    path = tmp_path / "store" / "manifest.json"
+    write_json(path, {**read_json(path), "recipe": {}})  # as `collect` in Python leaves it
+    recipe = dataclasses.replace(recipe, store=tmp_path / "store", out=tmp_path / "other")
+    pair = match_dictionaries(recipe)["pairs"][0]
+    assert "The store's manifest" in pair["not_run"]
+    assert pair["co_firing"]["matched"]["given_a"]["n"] > 0
 
 
 @pytest.mark.parametrize(

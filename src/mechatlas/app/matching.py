@@ -47,7 +47,7 @@ from mechatlas.analysis.matching.splicing import permuted, references, splice
 from mechatlas.app.folders import cost, peak_bytes, refuse_strangers, write_table
 from mechatlas.app.progress import bar
 from mechatlas.app.recipes import reopen
-from mechatlas.base import RecipeError, Site, StoreError
+from mechatlas.base import RecipeError, Site, StoreError, UserError
 from mechatlas.dictionaries.formats import load
 from mechatlas.files import checksum, read_json, write, write_json
 from mechatlas.maths.assignment import State
@@ -120,6 +120,8 @@ def in_words(result: dict[str, Any]) -> str:
                 f"[{together['low']:.1%}, {together['high']:.1%}] of rows; "
                 f"random pairs in {chance['value']:.1%}"
             )
+        if "not_run" in pair:
+            lines.append(f"  the network was not run with what was matched: {pair['not_run']}")
     if "tracks" in result:
         lines.append(f"{result['tracks']['n']} tracks through {result['tracks']['layers']} layers")
     return "\n".join([*lines, f"Result: {result['out']}"])
@@ -139,7 +141,7 @@ def match_dictionaries(recipe: Matching) -> dict[str, Any]:
     names = _names(recipe.dictionaries)
     dictionaries = [load(path) for path in recipe.dictionaries]
     known, unseen = _rows(recipe, dictionaries)
-    running = _network(recipe)
+    running, not_run = _network(recipe)
     views, units = _views(recipe, dictionaries, known)
     matches, pairs = [], []
     for k, (name_a, name_b) in enumerate(itertools.pairwise(names)):
@@ -155,6 +157,8 @@ def match_dictionaries(recipe: Matching) -> dict[str, Any]:
             pair |= _worth(two, ways, unseen[k : k + 2], recipe.seed)
             if running is not None:
                 pair |= _spliced(recipe, running, k, two, ways)
+            elif not_run:
+                pair["not_run"] = not_run
         matches.append(found)
         pairs.append(pair)
     result: dict[str, Any] = {
@@ -424,27 +428,23 @@ def _worth(
     return {"held_out_rows": len(rows[0]), "co_firing": plain, "explained_variance": moved}
 
 
-def _network(recipe: Matching) -> tuple[nn.Module, list[torch.Tensor]] | None:
-    """The network of the store, and batches of held-out samples.
-
-    Raises:
-        StoreError: The network found now has other weights.
-        UserError: The network or the samples are no longer there.
-    """
+def _network(recipe: Matching) -> tuple[tuple[nn.Module, list[torch.Tensor]] | None, str]:
+    """The network of the store and batches of held-out samples, or why it cannot be run."""
     if recipe.store is None or not recipe.samples:
-        return None
+        return None, ""
     store = Store(recipe.store)
-    network, samples = reopen(store.manifest["recipe"])
-    if digest(network) != store.manifest["network"]:
-        raise StoreError(
-            f"The network found now has other weights than when {store.root} was made. Give "
-            "--samples 0 to match without running it."
-        )
     numbers = store.samples("held", recipe.samples)
-    return network, [
-        samples.stack([samples.read(i) for i in numbers[start : start + AT_ONCE]])
-        for start in range(0, len(numbers), AT_ONCE)
-    ]
+    try:
+        network, samples = reopen(store.manifest["recipe"])
+        batches = [
+            samples.stack([samples.read(i) for i in numbers[start : start + AT_ONCE]])
+            for start in range(0, len(numbers), AT_ONCE)
+        ]
+    except UserError as error:
+        return None, str(error)
+    if digest(network) != store.manifest["network"]:
+        return None, f"The network found now has other weights than when {store.root} was made."
+    return (network, batches), ""
 
 
 def _spliced(
@@ -460,7 +460,10 @@ def _spliced(
     guesses = {name: permuted(a, b, way.columns, way.ratio) for name, way in ways.items()}
     guesses |= references(a, b)
     network, batches = running
-    found = splice(network, batches, (sites[0], sites[1]), guesses, seed=recipe.seed)
+    try:
+        found = splice(network, batches, (sites[0], sites[1]), guesses, seed=recipe.seed)
+    except UserError as error:  # such as sites in the wrong order
+        return {"not_run": str(error)}
     told = {way: _numbers({k: v for k, v in vars(r).items() if v}) for way, r in found.items()}
     return {"samples": sum(map(len, batches)), "spliced": told}
 
