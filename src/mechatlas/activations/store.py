@@ -39,6 +39,8 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 _SAFETENSORS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 POOL_BYTES = 64 << 20
 BATCHES_AHEAD = 3
+POOLS_AHEAD = 2
+"""Pools that the disk is asked for beyond the one in use: one is checked, one is on its way."""
 
 Split = Literal["train", "held"]
 
@@ -153,7 +155,7 @@ class Store:
             site: May be left out when the store has one site only. A branch of a site of a store
                 with a group is that of the untransformed input.
             pool_bytes: Size of the pool of rows that are shuffled together. They stay in their
-                files, mapped into memory; the next pool is mapped ahead.
+                files, mapped into memory; the next pool is mapped ahead, the one after it fetched.
 
         Raises:
             StoreError: The store has no such site or branch, or several and none was named.
@@ -313,22 +315,33 @@ class StoreRows:
     ) -> Iterator[tuple[_Pool, np.ndarray]]:
         """Pools of shards in random order, each with a random order of its rows."""
         epoch, skip = divmod(first_row, self.n_rows)
-        groups = self._groups(seed, epoch)
-        n_groups = len(groups)
-        number = 0
-        while skip >= (n := sum(self._all[i].rows for i in groups[number])):
-            skip, number = skip - n, number + 1
-        pool = self._load(groups[number])
-        while True:
-            following = (epoch, number + 1) if number + 1 < n_groups else (epoch + 1, 0)
-            if following[0] > epoch:
-                groups = self._groups(seed, following[0])
-            ahead = workers.submit(self._load, groups[following[1]]) if n_groups > 1 else None
+        pool: _Pool | None = None
+        loading: Future[_Pool] | None = None
+        coming: deque[tuple[int, int, list[int]]] = deque()
+        for turn in self._turns(seed, epoch):
+            n = sum(self._all[i].rows for i in turn[2])
+            if not coming and skip >= n:
+                skip -= n
+                continue
+            self._want(turn[2])
+            coming.append(turn)
+            if len(coming) <= POOLS_AHEAD:
+                continue
+            (epoch, number, shards), following = coming.popleft(), coming[0][2]
+            if loading is not None:
+                pool = loading.result()
+            pool = pool or self._load(shards)
+            loading = workers.submit(self._load, following) if following != shards else None
             random = np.random.default_rng([seed, epoch, number])
             yield pool, random.permutation(len(pool.ids))[skip:]
-            if ahead is not None:
-                pool = ahead.result()
-            skip, (epoch, number) = 0, following
+            skip = 0
+
+    def _turns(self, seed: int, epoch: int) -> Iterator[tuple[int, int, list[int]]]:
+        """Epoch, number in the epoch and shards of each pool, without end."""
+        while True:
+            for number, shards in enumerate(self._groups(seed, epoch)):
+                yield epoch, number, shards
+            epoch += 1
 
     def _groups(self, seed: int, epoch: int) -> list[list[int]]:
         """The train shards in random order, cut into pools of about equal size."""
@@ -368,10 +381,18 @@ class StoreRows:
         i = int(np.searchsorted(self._first, row, side="right")) - 1
         return f"{self.store.root / self._all[i].file} row {row - int(self._first[i])}"
 
+    def _want(self, shards: list[int]) -> None:
+        """Have the disk fetch shards while others are checked and used."""
+        if hasattr(os, "posix_fadvise"):
+            for i in shards:  # mapping it says what is wrong
+                with (
+                    contextlib.suppress(OSError),
+                    open(self.store.root / self._all[i].file, "rb") as file,
+                ):
+                    os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
+
     def _load(self, shards: list[int]) -> _Pool:
         entries = [self._all[i] for i in shards]
-        for shard in entries:
-            _want(self.store.root / shard.file)
         ids = [np.arange(self._first[i], self._first[i + 1]) for i in shards]
         firsts = np.concatenate([[0], np.cumsum([shard.rows for shard in entries])])
         return _Pool([self._map(shard) for shard in entries], firsts, np.concatenate(ids))
@@ -454,16 +475,6 @@ def _damaged(path: Path, shard: Shard, size: int) -> str:
 def _signature(path: Path) -> Signature:
     status = path.stat()
     return status.st_ino, status.st_size, status.st_mtime_ns
-
-
-def _want(path: Path) -> None:
-    """Have the disk fetch a file while others are checked."""
-    if hasattr(os, "posix_fadvise"):
-        with (
-            contextlib.suppress(OSError),
-            open(path, "rb") as file,
-        ):  # mapping it says what is wrong
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
 
 
 def _mapped(path: Path) -> mmap.mmap:
