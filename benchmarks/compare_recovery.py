@@ -6,14 +6,17 @@ Rows are sparse sums of known atoms, 4 or 8 times as many as dimensions, with no
 levels. Every trainer gets the same rows, batches, steps, k (that of the rows) and as many latents
 as there are atoms, and each learning rate of `--lrs`; of these the one counts whose
 reconstruction of held-out rows is best, for each trainer and problem, without a look at the
-atoms. Recovery is the mean over the planted atoms of the best cosine with any learnt atom, and,
-one to one (the pairing with the largest sum), the mean cosine and the share above 0.9. Beside the
+atoms. With `--dead-after` all of them revive latents (AuxK, weight 1/32 where it can be chosen)
+that so many rows did not use; 0 is what each library does by itself, which for ours is nothing.
+Recovery is the mean over the planted atoms of the best cosine with any learnt atom, and, one to
+one (the pairing with the largest sum), the mean cosine and the share above 0.9. Beside the
 trainers stand as many random atoms, which find nothing.
 
 What has been measured is in `results.jsonl`; run again, only what is missing or failed is.
 """
 
 import argparse
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -22,8 +25,6 @@ import compare_training as training
 import numpy as np
 from peers.activations import write_planted
 from scipy.optimize import linear_sum_assignment
-
-TRAINERS = ("ours", "ours_revived", *training.TRAINERS[1:])
 
 
 def recovery(planted: np.ndarray, learnt: np.ndarray) -> dict[str, float]:
@@ -45,15 +46,14 @@ def measure(
     planted: np.ndarray,
     options: argparse.Namespace,
     seed: int,
+    dead_after: int,
 ) -> dict[str, Any]:
     """Train once and compare the atoms."""
     kept = options.out / "atoms.npy"
     kept.unlink(missing_ok=True)
-    words = training.command(trainer.split("_revived")[0], setting, rows, options)
-    words += [f"--atoms={kept}", f"--seed={seed}"]
-    if trainer == "ours_revived":
-        words.append(f"--dead-after={options.dead_after}")
-    result = training.run(trainer.split("_revived")[0], words, setting, options.timeout)
+    words = training.command(trainer, setting, rows, options)
+    words += [f"--atoms={kept}", f"--seed={seed}", f"--dead-after={dead_after}"]
+    result = training.run(trainer, words, setting, options.timeout)
     if "fvu" in result:
         learnt = np.load(kept)
         result |= recovery(planted, learnt if learnt.shape == planted.shape else learnt.T)
@@ -88,7 +88,9 @@ def parse() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--peers", type=Path, default=training.HERE.parent / ".venv-peers")
-    parser.add_argument("--only", nargs="+", choices=TRAINERS, default=list(TRAINERS))
+    parser.add_argument(
+        "--only", nargs="+", choices=training.TRAINERS, default=list(training.TRAINERS)
+    )
     parser.add_argument("--d-in", type=int, default=64)
     parser.add_argument("--superposition", nargs="+", type=int, default=[4, 8])
     parser.add_argument("--noise", nargs="+", type=float, default=[0.0, 0.2, 0.5])
@@ -98,11 +100,38 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--batch-size", type=int, default=512)
     parser.add_argument("--rows", type=int, default=131072)
-    parser.add_argument("--dead-after", type=int, default=10_000, help="rows, for ours_revived")
+    parser.add_argument("--dead-after", nargs="+", type=int, default=[0, 10_000])
     parser.add_argument("--core", default="0", help="for taskset; empty for no pinning")
     parser.add_argument("--timeout", type=float, default=1800.0, help="seconds for one run")
     parser.add_argument("--out", type=Path, default=Path("runs/compare_recovery"))
     return parser.parse_args()
+
+
+def settle(
+    name: str,
+    planted: np.ndarray,
+    dead_after: int,
+    results: training.Results,
+    options: argparse.Namespace,
+) -> dict[str, list[dict[str, Any]]]:
+    """Measure what is missing on one problem; what was found, by trainer."""
+    found: dict[str, list[dict[str, Any]]] = {trainer: [] for trainer in options.only}
+    for seed, lr, trainer in itertools.product(options.seeds, options.lrs, options.only):
+        setting = training.Setting(
+            f"{options.d_in}x{len(planted)}", "topk", False, options.at_once,
+            options.batch_size, options.steps, lr, 1,
+        )  # fmt: skip
+        key = (*results.key(setting, trainer, seed), name, dead_after)
+        if "step_s" not in results.found.get(key, {}):
+            rows = options.out / f"{name}.npy"
+            result = measure(trainer, setting, rows, planted, options, seed, dead_after)
+            results.keep(key, result)
+            print(
+                f"{name} lr {lr:g} after {dead_after} {trainer}: {json.dumps(result)}", flush=True
+            )
+        if "fvu" in (result := results.found[key]):
+            found[trainer].append({**result, "lr": lr, "seed": seed})
+    return found
 
 
 def main() -> None:
@@ -110,38 +139,21 @@ def main() -> None:
     options = parse()
     results = training.Results(options.out / "results.jsonl")
     tables = []
-    for ratio in options.superposition:
-        for noise in options.noise:
-            n_atoms = ratio * options.d_in
-            name = f"planted_{options.rows}x{options.d_in}_{n_atoms}_{options.at_once}_{noise:g}"
-            rows = options.out / f"{name}.npy"
-            planted = write_planted(
-                rows, options.rows, options.d_in, n_atoms, at_once=options.at_once, noise=noise
-            )
-            found: dict[str, list[dict[str, Any]]] = {trainer: [] for trainer in options.only}
-            for seed in options.seeds:
-                for lr in options.lrs:
-                    setting = training.Setting(
-                        f"{options.d_in}x{n_atoms}", "topk", False, options.at_once,
-                        options.batch_size, options.steps, lr, 1,
-                    )  # fmt: skip
-                    for trainer in options.only:
-                        key = (*results.key(setting, trainer, seed), name)
-                        if "step_s" not in results.found.get(key, {}):
-                            result = measure(trainer, setting, rows, planted, options, seed)
-                            results.keep(key, result)
-                            said = json.dumps(result)
-                            print(
-                                f"{ratio}:1 noise {noise:g} lr {lr:g} {trainer}: {said}", flush=True
-                            )
-                        result = results.found[key]
-                        if "fvu" in result:
-                            found[trainer].append({**result, "lr": lr, "seed": seed})
-            control = random_atoms(planted)
+    for ratio, noise in itertools.product(options.superposition, options.noise):
+        n_atoms = ratio * options.d_in
+        name = f"planted_{options.rows}x{options.d_in}_{n_atoms}_{options.at_once}_{noise:g}"
+        planted = write_planted(
+            options.out / f"{name}.npy", options.rows, options.d_in, n_atoms,
+            at_once=options.at_once, noise=noise,
+        )  # fmt: skip
+        control = random_atoms(planted)
+        for dead_after in options.dead_after:
+            found = settle(name, planted, dead_after, results, options)
+            revived = f"revived after {dead_after} rows" if dead_after else "as each library does"
             lines = [
                 f"### {ratio}:1 ({n_atoms} atoms in {options.d_in} dimensions), "
                 f"{options.at_once} at once, noise {noise:g}; {options.steps} steps of "
-                f"{options.batch_size}, {len(options.seeds)} seed(s)",
+                f"{options.batch_size}, {len(options.seeds)} seed(s), {revived}",
                 "",
                 "| trainer | best cosine | one to one | found | FVU | lr | CPU ms a step |",
                 "|---|---|---|---|---|---|---|",

@@ -41,7 +41,12 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rule", choices=RULES, default="topk")
     parser.add_argument("--tied", action="store_true")
-    parser.add_argument("--dead-after", type=int, default=0, help="rows until ours are revived")
+    parser.add_argument(
+        "--dead-after",
+        type=int,
+        default=0,
+        help="rows without a latent until it is revived; 0: the library's own wait",
+    )
     parser.add_argument("--atoms", type=Path, help="keep the atoms here (.npy)")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)

@@ -32,6 +32,8 @@ class Kept(kind):
     def __init__(self, **settings) -> None:
         super().__init__(**settings)
         kept.append(self)
+        if options.dead_after:
+            self.dead_feature_threshold = options.dead_after
 
 
 batches = measurement.batches(options.steps + 1)

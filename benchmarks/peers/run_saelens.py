@@ -32,6 +32,7 @@ settings = SAETrainerConfig(
     lr=options.lr,
     lr_end=options.lr,
     logger=LoggingConfig(log_to_wandb=False),
+    dead_feature_window=-(-options.dead_after // options.batch_size) or 1000,
 )
 trainer = SAETrainer(cfg=settings, sae=sae, data_provider=batches)
 sae.b_dec.data = measurement.x[: options.batch_size].mean(dim=0)

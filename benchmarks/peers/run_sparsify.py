@@ -23,10 +23,12 @@ for number, x in enumerate(measurement.batches(options.steps)):
         coder.b_dec.data = x.mean(dim=0)
     coder.set_decoder_norm_to_unit_norm()
     variance = (x - x.mean(dim=0)).square().sum()
-    out = coder(x=x, y=x, dead_mask=None, total_variance=variance)
+    dead = silent > options.dead_after if options.dead_after else None
+    out = coder(x=x, y=x, dead_mask=dead, total_variance=variance)
     fired = torch.zeros(options.n_latents, dtype=torch.bool)
     fired[out.latent_indices.flatten()] = True
-    out.fvu.backward()
+    loss = out.fvu + out.auxk_loss / 32 if options.dead_after else out.fvu
+    loss.backward()
     coder.remove_gradient_parallel_to_decoder_directions()
     optimiser.step()
     optimiser.zero_grad()
