@@ -31,6 +31,9 @@ from mechatlas.dictionaries.vectors import add_rows, dot_rows
 
 COLUMNS = 128
 """Of a row that are decoded and at once read again."""
+BISECTIONS = 12
+FEW = 256
+"""Values of which the k-th largest is found by comparing each with each."""
 BLOCK = 256
 """Columns that `columns` copies at a time: long enough for memory, few enough for the cache."""
 
@@ -90,51 +93,90 @@ def _maxima(row, bias, maxima):
 
 
 @_compiled
+def _reach(values, n, low):
+    """How many of the first n values are at least `low`."""
+    part, count = values[:n], 0
+    for t in range(len(part)):
+        count += part[t] >= low
+    return count
+
+
+@_compiled
+def _exceed(values, n, low):
+    """How many of the first n values are above `low`."""
+    part, count = values[:n], 0
+    for t in range(len(part)):
+        count += part[t] > low
+    return count
+
+
+@_compiled
+def _reached_by(values, k):
+    """Something that at least k values are not below, and hardly more than k: by bisection."""
+    low, high = values[0], values[0]
+    for t in range(len(values)):
+        low = values[t] if values[t] < low else low
+        high = values[t] if values[t] > high else high
+    half = values.dtype.type(0.5)
+    for _ in range(BISECTIONS):
+        middle = half * low + half * high
+        n = _reach(values, len(values), middle)
+        if n >= k:
+            low = middle
+            if n <= k + k // 4:
+                break
+        else:
+            high = middle
+    return low
+
+
+@_compiled
+def _last_of(values, n, k, scratch):
+    """The k-th largest of the first n values; few are compared each with each."""
+    if n <= FEW:
+        for t in range(n):
+            if _exceed(values, n, values[t]) < k and _reach(values, n, values[t]) >= k:
+                return values[t]
+    scratch[:n] = values[:n]
+    return _kth_largest(scratch, n, k)
+
+
+@_compiled
 def _select(pre, bias, k, n_groups, values, latents):
     n_rows, m = pre.shape
     maxima = np.empty(n_groups, pre.dtype)
-    scratch = np.empty(max(n_groups, m), pre.dtype)
-    kept = np.empty(m, pre.dtype)
-    where = np.empty(m, np.int32)
+    scratch = np.empty(m + 1, pre.dtype)
+    kept = np.empty(m + 1, pre.dtype)
+    where = np.empty(m + 1, np.int32)
     for i in range(n_rows):
         row = pre[i]
         _maxima(row, bias, maxima)
         # k groups have a member of at least `bound`, so the k largest are at least that.
-        scratch[:n_groups] = maxima
-        bound = _kth_largest(scratch, n_groups, k)
+        bound = _reached_by(maxima, k)
         n_kept = 0
         for c in range(n_groups):
             if maxima[c] >= bound:
                 for j in range(c, m, n_groups):
+                    # Written always, kept if counted: no branch to be guessed wrong.
                     value = row[j] + bias[j]
-                    if value >= bound:
-                        kept[n_kept] = value
-                        where[n_kept] = j
-                        n_kept += 1
-        last = bound
-        if n_kept > k:
-            scratch[:n_kept] = kept[:n_kept]
-            last = _kth_largest(scratch, n_kept, k)
-        above = 0
-        for t in range(n_kept):
-            above += kept[t] > last
-        ties = k - above  # of those equal to the k-th, as many as there is room for
+                    kept[n_kept], where[n_kept] = value, j
+                    n_kept += value >= bound
+        last = _last_of(kept, n_kept, k, scratch) if n_kept > k else bound
+        ties = k - _exceed(kept, n_kept, last)  # as many of those equal to it as have room
         n = 0
         for t in range(n_kept):
-            equal = kept[t] == last
-            if kept[t] > last or (equal and ties > 0):
-                ties -= equal
-                values[i, n] = max(kept[t], 0)
-                latents[i, n] = where[t]
-                n += 1
+            equal = (kept[t] == last) & (ties > 0)
+            ties -= equal
+            scratch[n], where[n] = max(kept[t], 0), where[t]
+            n += equal | (kept[t] > last)
         for t in range(n, k):  # only if there are NaN among the pre-activations
-            values[i, t] = np.nan
-            latents[i, t] = t
+            scratch[t], where[t] = np.nan, t
+        values[i], latents[i] = scratch[:k], where[:k]
 
 
 def select(pre: Tensor, bias: Tensor, k: int, values: Tensor, latents: Tensor) -> None:
     """Write the k largest of each row of `pre + bias` (zero if below) and which they are."""
-    n_groups = min(pre.shape[1], max(256, 2 * k))
+    n_groups = min(pre.shape[1], max(512, 2 * k))
     arrays = (pre.numpy(), bias.numpy(), k, n_groups, values.numpy(), latents.numpy())
     _select(*arrays)
 

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from mechatlas.dictionaries import fallback, steps
 from mechatlas.dictionaries.pose_tied import PoseTied
-from mechatlas.dictionaries.sparse_steps import Run, can_compile, products, tiles, workers
+from mechatlas.dictionaries.products import product_with
+from mechatlas.dictionaries.sparse_steps import Run, can_compile, tiles, workers
 from mechatlas.dictionaries.steps import Dead, Objective, Stepped
 
 FAMILIES = 16
@@ -126,10 +127,11 @@ class PosedStep:
         latents = torch.empty_like(values, dtype=torch.int32)
         centred = blocks - owner._b_dec.data
         spans = tiles(len(blocks), owner.n_latents)
+        product = product_with(owner._encoder.data, spans[0].stop * blocks.shape[1])
 
         def select(i: int) -> None:
             rows = spans[i]
-            pre = products(centred[rows].reshape(-1, owner.d_block), owner._encoder.data)
+            pre = product(centred[rows].reshape(-1, owner.d_block))
             whole = pre.view(-1, owner.n_latents)
             kernels.select(whole, bias, k, values[rows], latents[rows])
 

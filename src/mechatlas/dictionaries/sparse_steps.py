@@ -6,10 +6,6 @@
 Only the encoder's product is dense. Its result, the pre-activations of a batch, never exists:
 it comes in tiles of `TILE` numbers, of which only the codes are kept, as pairs of a row and a
 latent. The rest is sparse: what it does is in `kernels` (numba) and `fallback` (torch).
-
-The product is oneDNN's where torch has it: on one AVX-512 core of an AMD processor it took 0.34 s
-at 512 x 8192, numpy's 0.38 and torch's own 0.41 to 0.45. A choice by a stopwatch would make two
-runs of the same seed differ.
 """
 
 import importlib
@@ -25,6 +21,7 @@ from torch import Tensor
 
 from mechatlas.dictionaries import fallback, steps
 from mechatlas.dictionaries.autoencoder import SparseCoder
+from mechatlas.dictionaries.products import product_with
 from mechatlas.dictionaries.revival import revive
 from mechatlas.dictionaries.sparsity import BatchTopK, JumpReLU, ReLU, TopK
 from mechatlas.dictionaries.steps import AutogradStep, Dead, Objective, Step, Stepped
@@ -39,7 +36,6 @@ GROUPS = 16
 DENSE = 0.08
 """Share of pairs with a code from which autograd is faster."""
 RULES = (TopK, BatchTopK, ReLU, JumpReLU)
-ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 Run = Callable[[Callable[[int], Any], int], Sequence[Any]]
 
@@ -175,6 +171,7 @@ class SparseStep:
         owner, rule = self.dictionary, self.rule
         room = self._room_for("x", (len(x), owner.d_in), x)
         spans = tiles(len(x), owner.n_latents)
+        product = product_with(self._encoder, spans[0].stop)
         read = x[:, owner.reads]
 
         def pre(i: int) -> Tensor:
@@ -183,7 +180,7 @@ class SparseStep:
                 torch.sub(read[spans[i]], self._parameter("b_dec"), out=rows)
             else:
                 rows.copy_(read[spans[i]])
-            return products(rows, self._encoder)
+            return product(rows)
 
         bias = self._parameter("b_enc")
         if isinstance(rule, TopK):
@@ -369,15 +366,6 @@ def tiles(n_rows: int, n_latents: int) -> list[slice]:
     """Rows whose pre-activations exist together."""
     tile = max(1, TILE // n_latents)
     return [slice(i, min(i + tile, n_rows)) for i in range(0, n_rows, tile)]
-
-
-def products(
-    x: Float[Tensor, "row d_in"], rows: Float[Tensor, "latent d_in"]
-) -> Float[Tensor, "row latent"]:
-    """Each product of a row of `x` with one of `rows`, by the fastest that there is."""
-    if ONEDNN and x.device.type == "cpu" and x.dtype == torch.float32:
-        return torch.ops.mkldnn._linear_pointwise(x, rows, None, "none", [], "")
-    return x @ rows.T
 
 
 @contextmanager
