@@ -28,7 +28,7 @@ from mechatlas.dictionaries.steps import AutogradStep, Dead, Objective, Step, St
 
 TILE = 2**21
 """Pre-activations that exist at once, for each thread."""
-LATENTS = 256
+LATENTS = 512
 WIDE = 2**24
 """Numbers in the atoms from which some columns of all rows are worked on, not all of some."""
 GROUPS = 16
