@@ -32,6 +32,8 @@ from mechatlas.dictionaries.vectors import add_rows, dot_rows
 COLUMNS = 128
 """Of a row that are decoded and at once read again."""
 BISECTIONS = 12
+BESIDE = 32
+"""Latents side by side that `above` looks at together, and one by one if any of them is."""
 FEW = 256
 """Values of which the k-th largest is found by comparing each with each."""
 BLOCK = 256
@@ -187,11 +189,17 @@ def _above(pre, bias, low, counts, latents, values):
     n = 0
     for i in range(n_rows):
         before, row = n, pre[i]
-        for j in range(m):
-            # Written always, kept if counted: no branch to be guessed wrong.
-            value = row[j] + bias[j]
-            values[n], latents[n] = value, j
-            n += value > low[j]
+        for first in range(0, m, BESIDE):
+            last = min(first + BESIDE, m)
+            part, its_bias, its_low = row[first:last], bias[first:last], low[first:last]
+            hits = 0
+            for c in range(len(part)):
+                hits += part[c] + its_bias[c] > its_low[c]
+            if hits:
+                for c in range(len(part)):
+                    value = part[c] + its_bias[c]
+                    values[n], latents[n] = value, first + c
+                    n += value > its_low[c]
         counts[i] = n - before
     return n
 

@@ -34,7 +34,9 @@ WIDE = 2**24
 GROUPS = 16
 """Shares of the columns, if they are shared out."""
 DENSE = 0.08
-"""Share of pairs with a code from which autograd is faster."""
+"""Share of pairs with a code, in the first tile, from which autograd is faster."""
+CLOSE = 0.9
+"""Of the smallest code of the last batch, from which on those of the next are looked for."""
 RULES = (TopK, BatchTopK, ReLU, JumpReLU)
 
 Run = Callable[[Callable[[int], Any], int], Sequence[Any]]
@@ -88,6 +90,7 @@ class SparseStep:
         if compiled or (compiled is None and can_compile(dictionary.W_dec)):
             self.parts = importlib.import_module("mechatlas.dictionaries.kernels")
         self._room: dict[str, Tensor] = {}
+        self._smallest = 0.0  # code of the last batch, for BatchTopK
 
     def _parameter(self, name: str) -> Tensor:
         """A parameter's data, latents first."""
@@ -194,21 +197,34 @@ class SparseStep:
             starts = torch.arange(0, values.numel() + 1, rule.k, device=x.device)
             return Codes(starts, latents.view(-1), values.view(-1), values.view(-1))
 
-        def above(low: Tensor) -> Codes:
-            found = run(lambda i: self.parts.above(pre(i), bias, low), len(spans))
+        def above(low: Tensor, *found: Any) -> Codes:
+            done = len(found)
+            found += tuple(
+                run(lambda i: self.parts.above(pre(done + i), bias, low), len(spans) - done)
+            )
             counts, latents, values = (torch.cat(parts) for parts in zip(*found, strict=True))
             starts = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
             return Codes(starts, latents, values, values)
 
         if isinstance(rule, BatchTopK):
-            return _keep_largest(owner, above, rule.k * len(x))
+            if self._smallest <= 0:
+                first = (pre(0) + bias).flatten()
+                drop = len(first) - min(rule.k * spans[0].stop, len(first))
+                self._smallest = float(first.kthvalue(drop + 1).values)
+            found = _keep_largest(above, rule.k * len(x), self._smallest, bias)
+            if len(found.values):
+                smallest = found.values.min()
+                owner.rule.observe(smallest, owner.state)
+                self._smallest = float(smallest)
+            return found
         threshold = low = torch.zeros_like(bias)
         if isinstance(rule, JumpReLU):
             threshold = owner.state["log_threshold"].detach().exp()
             low = (threshold - rule.bandwidth / 2).clamp_min(0)
-        found = above(low)
-        if len(found.values) > DENSE * len(x) * owner.n_latents:
+        first = self.parts.above(pre(0), bias, low)
+        if len(first[-1]) > DENSE * spans[0].stop * owner.n_latents:
             return None
+        found = above(low, first)
         if isinstance(rule, JumpReLU):
             return found._replace(values=found.raw * (found.raw > threshold[found.latents]))
         return found
@@ -331,12 +347,11 @@ def _rows(starts: Tensor) -> Tensor:
     return torch.repeat_interleave(rows, starts[1:] - starts[:-1])
 
 
-def _keep_largest(owner: SparseCoder, above: Callable[[Tensor], Codes], n: int) -> Codes:
-    """The n largest codes above zero of a batch, exactly, from a guess of how large they are."""
-    guess = torch.full_like(owner.b_enc.detach(), 0.7 * float(owner.state["threshold"])).relu_()
-    found = above(guess)
-    if len(found.values) < n and float(guess[0]) > 0:
-        found = above(torch.zeros_like(guess))
+def _keep_largest(above: Callable[[Tensor], Codes], n: int, smallest: float, bias: Tensor) -> Codes:
+    """The n largest codes above zero of a batch, exactly, from a guess of the smallest."""
+    found = above(torch.full_like(bias, max(CLOSE * smallest, 0.0)))
+    if len(found.values) < n and smallest > 0:
+        found = above(torch.zeros_like(bias))
     values = found.values
     if len(values) > n:
         last = values.kthvalue(len(values) - n + 1).values
@@ -344,8 +359,6 @@ def _keep_largest(owner: SparseCoder, above: Callable[[Tensor], Codes], n: int) 
         kept = (values > last) | (ties & (ties.cumsum(0) <= n - (values > last).sum()))
         before = torch.cat([kept.new_zeros(1, dtype=torch.long), kept.cumsum(0)])
         found = Codes(before[found.starts], found.latents[kept], values[kept], values[kept])
-    if len(found.values):
-        owner.rule.observe(found.values.min(), owner.state)
     return found
 
 
