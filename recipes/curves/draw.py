@@ -9,12 +9,13 @@ dictionary was trained on; a killed run goes on where it stopped.
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import plotly.graph_objects as go
 
 import mechatlas as ma
 from mechatlas.app.progress import bar
-from mechatlas.files import write, write_json
+from mechatlas.files import read_json, write, write_json
 
 KINDS = {
     "TopK": lambda level, _: {"sparsity": ma.TopK(k=level)},
@@ -30,17 +31,8 @@ a dictionary lies: these aim at about `level` latents of a row on mixed3b of inc
 come from short runs; the curve itself says what was left."""
 
 
-def main() -> None:
-    """Train, measure and draw."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("store", type=Path)
-    parser.add_argument("site")
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--expansion", type=int, default=16)
-    parser.add_argument("--levels", type=int, nargs="+", default=[8, 16, 32, 64])
-    parser.add_argument("--steps", type=int, default=2000)
-    parser.add_argument("--batch-size", type=int, default=1024)
-    options = parser.parse_args()
+def trained(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """What every dictionary came to."""
     rows = ma.Store(options.store).rows(options.site)
     n_latents = options.expansion * rows.d_in
     names, built = [], []
@@ -76,15 +68,42 @@ def main() -> None:
                 "seconds_per_step": history.seconds_per_step[-1],
             }
         )
-        print("{kind:22} l0 {l0:7.1f}  fvu {fvu:.4f}  dead {dead_share:.2%}".format(**found[-1]))
-    write_json(options.out / "curves.json", {"site": options.site, "dictionaries": found})
+    return found
+
+
+def draw(found: list[dict[str, Any]], title: str) -> go.Figure:
+    """The curves; a dictionary that says nothing (L0 below 1) is in the table alone."""
     figure = go.Figure()
     for kind in KINDS:
-        mine = sorted((f for f in found if f["kind"] == kind), key=lambda f: f["l0"])
+        mine = [f for f in found if f["kind"] == kind and f["l0"] >= 1]
+        mine.sort(key=lambda f: f["l0"])
         figure.add_scatter(x=[f["l0"] for f in mine], y=[f["fvu"] for f in mine], name=kind)
     figure.update_xaxes(type="log", title="L0 (mean latents of a held-out row)")
     figure.update_yaxes(type="log", title="FVU (held out)")
-    figure.update_layout(title=f"{options.site}, {n_latents} latents, {options.steps} steps")
+    figure.update_layout(title=title)
+    return figure
+
+
+def main() -> None:
+    """Train, measure and draw."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("store", type=Path)
+    parser.add_argument("site")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--expansion", type=int, default=16)
+    parser.add_argument("--levels", type=int, nargs="+", default=[8, 16, 32, 64])
+    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--batch-size", type=int, default=1024)
+    options = parser.parse_args()
+    kept = options.out / "curves.json"
+    if not kept.is_file():
+        write_json(kept, {"site": options.site, "dictionaries": trained(options)})
+    found = read_json(kept)["dictionaries"]
+    for each in found:
+        print("{kind:22} l0 {l0:7.1f}  fvu {fvu:.4f}  dead {dead_share:.2%}".format(**each))
+    figure = draw(
+        found, f"{options.site}, {options.expansion} latents a column, {options.steps} steps"
+    )
     write(options.out / "curves.html", figure.to_html(include_plotlyjs=True).encode())
 
 
