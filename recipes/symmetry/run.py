@@ -3,6 +3,11 @@
     mechatlas collect recipes/symmetry/collect_squeezenet.toml --samples.source photographs.zip
     python recipes/symmetry/run.py runs/symmetry/squeezenet/store
 
+With the control, weights drawn anew (see `collect_inception_mini.toml`), which is run first:
+
+    python recipes/symmetry/run.py runs/symmetry/untrained/store
+    python recipes/symmetry/run.py runs/symmetry/squeezenet/store --control runs/symmetry/untrained
+
 Beside the store: a folder `SITE-SEED` for each dictionary, one `SITE-SEED-symmetry` for what leaves
 its features unchanged, and `table.json`. What is there already is not made again.
 """
@@ -44,10 +49,15 @@ def trained(site: str, seed: int, options: argparse.Namespace) -> Path:
 def classified(dictionary: Path, options: argparse.Namespace) -> Path:
     """The folder of what leaves its features unchanged, made unless it is there."""
     out = dictionary.with_name(f"{dictionary.name}-symmetry")
+    control = options.control / out.name if options.control else None
     if not (out / "result.json").is_file():
         symmetry.find_symmetry(
             symmetry.FindSymmetry(
-                dictionary=dictionary, store=options.store, out=out, swaps=options.swaps
+                dictionary=dictionary,
+                store=options.store,
+                out=out,
+                swaps=options.swaps,
+                control=control,
             )
         )
     return out
@@ -89,7 +99,7 @@ def row(dictionary: Path, folder: Path) -> dict[str, Any]:
     keys = (
         "n_features", "reliable", "classes", "discoveries", "discoveries_shuffled",
         "families", "features_in_families", "largest_family", "noise_ceiling", "agreement",
-        "causal",
+        "causal", "control",
     )  # fmt: skip
     return {
         "name": dictionary.name,
@@ -114,12 +124,13 @@ def told(one: dict[str, Any]) -> str:
         if causal.get("tested")
         else causal.get("missing")
     )
+    beside = symmetry.control_in_words(one["control"]) if one["control"] else "no control"
     return (
         f"{one['name']}: {classes}\n  {one['discoveries']} with a symmetry "
         f"({one['discoveries_shuffled']} shuffled), ceiling {ceiling:.2f}, {one['families']} "
         f"families of {one['features_in_families']} features, dead {one['dead_share']:.1%}\n"
         f"  R2 {r2}; itself {one['r2_mean']['invariant']:.3f}, shuffled pairing "
-        f"{one['r2_mean']['shuffled']:.3f}\n  swaps {swaps}"
+        f"{one['r2_mean']['shuffled']:.3f}\n  swaps {swaps}\n  {beside}"
     )
 
 
@@ -134,6 +145,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="by default the recipe's")
     parser.add_argument("--latents", type=int, help="by default the recipe's")
     parser.add_argument("--swaps", type=int, default=40)
+    parser.add_argument("--control", type=Path, help="--out of a run with weights drawn anew")
     options = parser.parse_args()
     options.out = options.out or options.store.parent
     table = []
