@@ -134,10 +134,7 @@ def _control_of(folder: Path, group: Group) -> list[str]:
     return pq.read_table(folder / TABLE)["class"].to_pylist()
 
 
-READS_ALL = (
-    "The dictionary is pose-tied and reads all poses: the linear map, which reads one, is no "
-    "ceiling for it."
-)
+READS_ALL = "The dictionary is pose-tied and reads all poses; the linear map reads one."
 NO_GROUP = (
     "The store's manifest says `closes: false`: steps of {action} do not return to the start, so "
     "{name} only labels them, and no subgroup of it need be a symmetry."
