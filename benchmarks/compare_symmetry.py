@@ -14,9 +14,10 @@ Every way has the same rows, steps, latents and k, and several seeds:
 
 Told are R2 of the poses other than e on held-out rows (of a linear map from a(I) too, which
 has no bottleneck; the tied form reads all poses), features with a symmetry at a false discovery
-rate of 5 %, families of two or more. Over pairs of seeds: the median cosine of untransformed blocks in the best one-to-one pairing,
-the share of pairs that stand against the null of `match`, and of the features with a symmetry whose
-partner is reliable the share of partners that have one too, beside chance.
+rate of 5 %, families of two or more. Over pairs of seeds: the median cosine of untransformed
+blocks in the best one-to-one pairing, the share of pairs that stand against the null of `match`,
+and of the features with a symmetry whose partner is reliable the share of partners that have one
+too, beside chance.
 """
 
 import argparse
