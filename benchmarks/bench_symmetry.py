@@ -3,7 +3,8 @@
 Run: `pytest benchmarks/bench_symmetry.py -s -o python_files='bench_*.py' --benchmark-only -m ''`.
 Families have every class of stabilisers of D4, or those of D16 (order 32) up to order 8; there are
 as many random decoys as a fifth of the features, noise of each half is 0.1, 0.5 or 1.5 times the
-blocks, families overlap (cosine 0.5 in the same pose) or share a direction, noise may be uneven.
+blocks, families overlap (cosine 0.5 in the same pose) or share a direction, noise may be uneven,
+decoys may nearly have a symmetry (alike to 0.65; a symmetry needs 0.71).
 Nominal false discovery rate: 5 %.
 """
 
@@ -24,6 +25,7 @@ MIXTURES = {
     "overlap": {"overlap": 0.5},
     "common": {"common": 2.0},
     "uneven": {"overlap": 0.3, "uneven": 0.5},
+    "near": {"near": 0.65},
 }
 SEEDS = 3
 

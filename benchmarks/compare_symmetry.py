@@ -12,11 +12,12 @@ Every way has the same rows, steps, latents and k, and several seeds:
     tied            few atoms in all poses; reads all poses. With as many parameters in the
                     decoder as the untied one, with k for a row of all poses, or for every pose
 
-Told are R2 of the poses other than e on held-out rows (of a linear map from a(I) too, the ceiling
-of all but the tied), features with a symmetry at a false discovery rate of 5 %, families of two or
-more. Over pairs of seeds: the median cosine of untransformed blocks in the best one-to-one pairing,
-the share of pairs that stand against the null of `match`, and of the features with a symmetry whose
-partner is reliable the share of partners that have one too, beside chance.
+Told are R2 of the poses other than e on held-out rows (of a linear map from a(I) too, which
+has no bottleneck; the tied form reads all poses), features with a symmetry at a false discovery
+rate of 5 %, families of two or more. Over pairs of seeds: the median cosine of untransformed
+blocks in the best one-to-one pairing (of tied atoms, in the best pose), the share of pairs that
+stand against the null of `match`, and of the features with a symmetry whose partner is reliable
+the share of partners that have one too, beside chance.
 """
 
 import argparse
@@ -35,6 +36,7 @@ from mechatlas.app.symmetry import TABLE, TENSORS, FindSymmetry, find_symmetry
 from mechatlas.base import InputError
 from mechatlas.dictionaries.autoencoder import SparseCoder
 from mechatlas.files import read_json, write_json
+from mechatlas.maths.groups import Group
 
 BATCH = 4096
 
@@ -47,6 +49,8 @@ class Way(NamedTuple):
     symmetric: np.ndarray
     """Whether a stabiliser is larger than {e}."""
     reliable: np.ndarray
+    posed: np.ndarray | None = None
+    """Atoms in every pose, if the pose they are in is arbitrary."""
 
 
 class Problem:
@@ -148,7 +152,8 @@ def tied(problem: Problem, out: Path, seed: int, poses: int) -> Way:
         sparsity=ma.TopK(k=options.k * poses),
         seed=seed,
     )
-    return from_folder(problem, problem.fit(built, problem.train, seed), out, seed)
+    way = from_folder(problem, problem.fit(built, problem.train, seed), out, seed)
+    return way._replace(posed=built.atoms.detach().numpy())
 
 
 @torch.no_grad()
@@ -220,12 +225,27 @@ def per_transform(problem: Problem, out: Path, seed: int) -> Way:
     )
 
 
-def stability(ways: list[Way]) -> dict[str, Any]:
+def in_the_pose_of(a: np.ndarray, b: np.ndarray, group: Group) -> np.ndarray:
+    """Untransformed blocks of b, each in the pose in which it is most like its partner in a."""
+    flat = [each.reshape(len(each), -1) for each in (a, b)]
+    lengths = [np.maximum(np.linalg.norm(each, axis=1), 1e-9) for each in flat]
+    cosines = np.stack([
+        flat[0] @ b[:, group.table[:, h]].reshape(len(b), -1).T for h in range(group.order)
+    ]) / np.outer(*lengths)  # fmt: skip
+    columns = ma.assign(1 - cosines.max(axis=0)).columns
+    out = b[:, group.identity].copy()
+    out[columns] = b[columns, cosines[:, np.arange(len(a)), columns].argmax(axis=0)]
+    return out
+
+
+def stability(ways: list[Way], group: Group) -> dict[str, Any]:
     """Over pairs of seeds: cosine of partners, how many stand, and whether classes agree."""
     told: dict[str, list[float]] = {
         "cosine": [], "matched": [], "symmetric_too": [], "by_chance": []
     }  # fmt: skip
     for a, b in itertools.combinations(ways, 2):
+        if a.posed is not None and b.posed is not None:
+            b = b._replace(atoms=in_the_pose_of(a.posed, b.posed, group))
         live = [np.flatnonzero(np.abs(way.atoms).max(axis=1) > 0) for way in (a, b)]
         found = ma.match(a.atoms[live[0]], b.atoms[live[1]])
         rows = np.flatnonzero(found.columns >= 0)
@@ -272,7 +292,7 @@ def main() -> None:
             folder.mkdir(parents=True, exist_ok=True)
             found.append(way(problem, folder, seed))
             print(f"{name}, seed {seed}: {found[-1].facts}", flush=True)
-        told = stability(found) if len(found) > 1 else {}
+        told = stability(found, problem.group) if len(found) > 1 else {}
         print(f"{name}, over seeds: {told}", flush=True)
         results[name] = {"seeds": [one.facts for one in found], "stability": told}
         write_json(kept, results)

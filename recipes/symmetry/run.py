@@ -3,6 +3,11 @@
     mechatlas collect recipes/symmetry/collect_squeezenet.toml --samples.source photographs.zip
     python recipes/symmetry/run.py runs/symmetry/squeezenet/store
 
+With the control, weights drawn anew (see `collect_inception_mini.toml`), which is run first:
+
+    python recipes/symmetry/run.py runs/symmetry/untrained/store
+    python recipes/symmetry/run.py runs/symmetry/squeezenet/store --control runs/symmetry/untrained
+
 Beside the store: a folder `SITE-SEED` for each dictionary, one `SITE-SEED-symmetry` for what leaves
 its features unchanged, and `table.json`. What is there already is not made again.
 """
@@ -14,8 +19,10 @@ from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
+from safetensors.numpy import load_file
 
 import mechatlas as ma
+from mechatlas.analysis.symmetry.evidence import SUPPORT
 from mechatlas.app import jobs, symmetry
 from mechatlas.app.recipes import Train, read_recipe
 from mechatlas.files import read_json, write_json
@@ -44,10 +51,15 @@ def trained(site: str, seed: int, options: argparse.Namespace) -> Path:
 def classified(dictionary: Path, options: argparse.Namespace) -> Path:
     """The folder of what leaves its features unchanged, made unless it is there."""
     out = dictionary.with_name(f"{dictionary.name}-symmetry")
+    control = options.control / out.name if options.control else None
     if not (out / "result.json").is_file():
         symmetry.find_symmetry(
             symmetry.FindSymmetry(
-                dictionary=dictionary, store=options.store, out=out, swaps=options.swaps
+                dictionary=dictionary,
+                store=options.store,
+                out=out,
+                swaps=options.swaps,
+                control=control,
             )
         )
     return out
@@ -82,6 +94,25 @@ def agreement(dictionaries: list[Path], folders: list[Path]) -> dict[str, Any]:
     }
 
 
+def beyond_invariance(folder: Path) -> dict[str, int]:
+    """How many symmetric features are so beyond what all their poses have in common.
+
+    The blocks of a feature less their mean have the stabiliser function (s - mean) / (1 - mean):
+    of a blur, which is nearly the same in every pose, little is left. It must stay above the
+    support that a symmetry needs, for all elements that are claimed.
+    """
+    table = pq.read_table(folder / symmetry.TABLE)
+    s = load_file(folder / symmetry.TENSORS)["stabiliser_function"]
+    mean = s.mean(axis=1, keepdims=True)
+    rest = (s - mean) / np.maximum(1 - mean, 1e-9)
+    told = {"symmetric": 0, "beyond": 0}
+    for i, stabiliser in enumerate(table["stabiliser_elements"].to_pylist()):
+        if table["reliable"][i].as_py() and 1 < len(stabiliser) < s.shape[1]:
+            told["symmetric"] += 1
+            told["beyond"] += bool((rest[i, stabiliser] > SUPPORT).all())
+    return told
+
+
 def row(dictionary: Path, folder: Path) -> dict[str, Any]:
     """One row of the table."""
     found, trained = read_json(folder / "result.json"), read_json(dictionary / "result.json")
@@ -89,7 +120,7 @@ def row(dictionary: Path, folder: Path) -> dict[str, Any]:
     keys = (
         "n_features", "reliable", "classes", "discoveries", "discoveries_shuffled",
         "families", "features_in_families", "largest_family", "noise_ceiling", "agreement",
-        "causal",
+        "causal", "control",
     )  # fmt: skip
     return {
         "name": dictionary.name,
@@ -98,6 +129,7 @@ def row(dictionary: Path, folder: Path) -> dict[str, Any]:
         **{key: found[key] for key in keys},
         "r2": {way: [found["r2"][way][g] for g in others] for way in ("dictionary", "linear")},
         "r2_mean": found["r2_mean"],
+        "beyond_invariance": beyond_invariance(folder),
     }
 
 
@@ -109,17 +141,20 @@ def told(one: dict[str, Any]) -> str:
         for way, values in one["r2"].items()
     )
     causal, ceiling = one["causal"], one["noise_ceiling"] or 0
+    beyond = one["beyond_invariance"]
     swaps = (
         f"{causal['passed']}/{causal['tested']} (null {causal['share_of_null']})"
         if causal.get("tested")
         else causal.get("missing")
     )
+    beside = symmetry.control_in_words(one["control"]) if one["control"] else "no control"
     return (
         f"{one['name']}: {classes}\n  {one['discoveries']} with a symmetry "
         f"({one['discoveries_shuffled']} shuffled), ceiling {ceiling:.2f}, {one['families']} "
         f"families of {one['features_in_families']} features, dead {one['dead_share']:.1%}\n"
+        f"  {beyond['beyond']} of {beyond['symmetric']} reliable ones beyond what all poses share\n"
         f"  R2 {r2}; itself {one['r2_mean']['invariant']:.3f}, shuffled pairing "
-        f"{one['r2_mean']['shuffled']:.3f}\n  swaps {swaps}"
+        f"{one['r2_mean']['shuffled']:.3f}\n  swaps {swaps}\n  {beside}"
     )
 
 
@@ -134,6 +169,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="by default the recipe's")
     parser.add_argument("--latents", type=int, help="by default the recipe's")
     parser.add_argument("--swaps", type=int, default=40)
+    parser.add_argument("--control", type=Path, help="--out of a run with weights drawn anew")
     options = parser.parse_args()
     options.out = options.out or options.store.parent
     table = []

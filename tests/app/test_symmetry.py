@@ -100,6 +100,26 @@ def test_nothing_is_found_where_poses_do_not_belong_together(world, tmp_path):
     assert abs(result["r2_mean"]["dictionary"]) < 0.05
 
 
+def test_classes_stand_beside_those_of_a_control(world, tmp_path):
+    control, _ = run(world, "plain", tmp_path / "control")
+    assert control["control"] is None
+    result, text = run(
+        world, "crosscoder", tmp_path / "out", "--control", str(tmp_path / "control")
+    )
+    assert "here and in the control: no class differs" in text
+    rows = {row["name"]: row for row in result["control"]["classes"]}
+    assert (rows["any symmetry"]["n"], rows["any symmetry"]["n_control"]) == (11, 11)
+    chapter = symmetry_chapter(find_runs(tmp_path), no_progress)
+    assert chapter is not None
+    assert "weights drawn anew" in chapter.html
+    table = pq.read_table(tmp_path / "control" / "features.parquet")
+    without = ["none (curve-like)"] * table.num_rows
+    changed = table.set_column(table.column_names.index("class"), "class", [without])
+    pq.write_table(changed, tmp_path / "control" / "features.parquet")
+    _, text = run(world, "crosscoder", tmp_path / "out", "--control", str(tmp_path / "control"))
+    assert "any symmetry 57.9% and 0.0% (q " in text
+
+
 def test_a_run_gives_the_same_files_again(world, tmp_path):
     for name in ("a", "b"):
         run(world, "plain", tmp_path / name)
@@ -140,6 +160,10 @@ def test_what_does_not_fit_is_refused_in_one_sentence(world, tmp_path, capsys):
         world, tmp_path, capsys, str(world / "plain"), "--store", str(tmp_path / "store")
     )
     assert "Collect a store with a [group]" in said
+    said = refused(
+        world, tmp_path, capsys, str(world / "plain"), "--store", store, "--control", store
+    )
+    assert "is no result of `mechatlas symmetry`" in said
     save(Autoencoder(d_in=12, n_latents=40, seed=1), tmp_path / "narrow")
     said = refused(world, tmp_path, capsys, str(tmp_path / "narrow"), "--store", store)
     assert "reads 12 numbers, but one pose of layer" in said
@@ -236,7 +260,7 @@ def test_a_pose_tied_dictionary_is_told_by_its_atoms(turning, tmp_path):
     save(made, root / "tied")
     result, text = run(root, "tied", tmp_path / "out")
     assert result["reads"] == "all poses"
-    assert "reads all poses: the linear map, which reads one, is no ceiling" in text
+    assert "reads all poses; the linear map reads one" in text
     assert result["n_features"] == 5
     assert result["r2_mean"]["dictionary"] == pytest.approx(1, abs=1e-4)
     assert result["causal"]["tested"] > 0

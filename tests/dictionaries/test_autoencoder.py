@@ -5,11 +5,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mechatlas.base import InputError, NonFiniteError
-from mechatlas.dictionaries.autoencoder import Autoencoder
+from mechatlas.dictionaries.autoencoder import Autoencoder, Crosscoder
 from mechatlas.dictionaries.metrics import evaluate, fvu
+from mechatlas.dictionaries.pose_tied import PoseTied
 from mechatlas.dictionaries.rows import ArrayRows, as_rows
 from mechatlas.dictionaries.sparsity import JumpReLU, ReLU, TopK
 from mechatlas.dictionaries.training import train
+from mechatlas.maths.named_groups import group
 from tests.conformance import CHECKS
 
 
@@ -194,3 +196,22 @@ def test_a_code_that_starts_dense_rebuilds_a_row_once_and_not_many_times(rule):
     assert float((built.encode(x) != 0).float().mean()) > 0.3
     left = (x - built(x)).detach().square().sum() / x.square().sum()
     assert float(left) < 0.3
+
+
+@pytest.mark.parametrize("kind", ["untied", "tied"])
+def test_several_narrow_sites_are_learnt_from_one_in_few_steps(kind):
+    """At first 16 of 512 latents add noise at the sites not read: more than there is to explain."""
+    random = torch.Generator().manual_seed(0)
+    turn = torch.linalg.qr(torch.randn(7, 24, 24, generator=random)).Q
+    spread = 0.5 ** torch.arange(0, 6, 0.25)
+    first = torch.randn(4000, 24, generator=random) * spread
+    x = torch.cat([first, *(first @ turn)], dim=1)
+    widths, rule = dict.fromkeys("abcdefgh", 24), TopK(k=16)
+    built = (
+        PoseTied(group=group("D4"), d_in=192, n_latents=512, sparsity=rule)
+        if kind == "tied"
+        else Crosscoder(widths=widths, n_latents=512, sparsity=rule, reads="a")
+    )
+    train(built, x, steps=120, batch_size=256)
+    assert built.history is not None
+    assert built.history.fvu[-1] < 0.3

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 from scipy import stats
 
-from mechatlas.maths.statistics import enrichment, proportion, q_values
+from mechatlas.maths.statistics import difference, enrichment, proportion, q_values
 
 p_arrays = arrays(np.float64, array_shapes(max_dims=2, max_side=20), elements=st.floats(0, 1))
 
@@ -58,3 +58,24 @@ def test_a_share_lies_in_its_interval(hits, misses):
     assert found.low == pytest.approx(expected.low, abs=1e-12)
     assert found.high == pytest.approx(expected.high, abs=1e-12)
     assert found.low - 1e-12 <= found.value <= found.high + 1e-12
+
+
+@given(st.integers(0, 30), st.integers(0, 30), st.integers(0, 30), st.integers(0, 30))
+def test_a_difference_of_shares_has_the_test_of_fisher_and_is_antisymmetric(a, b, c, d):
+    there = difference((a, a + b), (c, c + d))
+    if not (a + b and c + d):
+        assert np.isnan(there.value)
+        return
+    back = difference((c, c + d), (a, a + b))
+    assert there.low - 1e-12 <= there.value <= there.high + 1e-12
+    assert (back.low, back.high) == pytest.approx((-there.high, -there.low), abs=1e-12)
+    one_sided = [
+        stats.fisher_exact([[a, b], [c, d]], alternative=each)[1] for each in ("less", "greater")
+    ]
+    assert there.p_value == pytest.approx(min(1, 2 * min(one_sided)), abs=1e-9)
+
+
+def test_the_interval_of_a_difference_is_newcombes():
+    # Table II of Newcombe (1998), method 10: 56/70 - 48/80.
+    found = difference((56, 70), (48, 80))
+    assert (found.low, found.high) == pytest.approx((0.0524, 0.3339), abs=5e-5)

@@ -119,56 +119,69 @@ def check(
         InputError: Nothing downstream depends on the site.
         SiteError: There is no such site downstream.
     """
-    columns = {name: np.full(len(blocks), np.nan) for name in COLUMNS}
+    nothing = {name: np.full(len(blocks), np.nan) for name in COLUMNS}
     if not asked.most:
-        return {"missing": "Not asked for (--swaps 0)."}, columns
+        return {"missing": "Not asked for (--swaps 0)."}, nothing
     try:
         network, samples, posing = _reopened(store)
     except UserError as error:
-        return {"missing": str(error)}, columns
+        return {"missing": str(error)}, nothing
     codes, where = held.codes, held.where
-    action, site = action_of(posing), Site.parse(asked.site)
-    first = samples.stack([samples.read(int(where[0, 0]))])
-    after = _after(network, site, first, asked.downstream)
-    places = places_of(action, network, site, first)
-    bench = Bench(network, samples, action, site, after, places)
-    elements = usable(places, action)
+    bench = _bench(network, samples, posing, int(where[0, 0]), asked)
+    elements = usable(bench.places, bench.action)
     eligible, others = _features(found, blocks, elements)
-    if not elements.any() or len(others) < 2:
-        few = "There are too few features." if elements.any() else "No pose moves whole positions."
-        return {"missing": few}, columns
+    if not elements.any():
+        return {"missing": "No pose moves whole positions."}, nothing
+    if len(others) < 2:
+        return {"missing": "There are too few features."}, nothing
     trials = choose(
         sparse.csr_array(codes[:, : len(blocks)]), where[:, 0], eligible, found.stabilisers,
         elements, found.group, most=asked.most, seed=asked.seed,
     )  # fmt: skip
     used, index = np.unique(trials.row, return_inverse=True)
-    shape = (len(used), found.group.order, blocks.shape[2])
-    said = say(torch.from_numpy(codes[used].toarray())).numpy() if len(used) else np.empty(0)
-    width = store.shapes[asked.whole].grid[1]
+    said = np.zeros((len(used), *blocks.shape[1:]), np.float32)
+    if len(used):
+        said[:] = say(torch.from_numpy(codes[used].toarray())).numpy().reshape(said.shape)
     rows = Rows(
         where[used, 0].astype(np.int64),
-        (where[used, 1] * width + where[used, 2]).astype(np.int64),
-        said.reshape(shape),
+        (where[used, 1] * store.shapes[asked.whole].grid[1] + where[used, 2]).astype(np.int64),
+        said,
     )
     with bar("swapping poses") as progress:
         swaps = swap(
             bench, dataclasses.replace(trials, row=index), rows, blocks, found.stabilisers, others,
             seed=asked.seed, on_progress=progress,
         )  # fmt: skip
-    columns["swap_alignment"][swaps.features] = swaps.alignment
-    columns["swap_null"][swaps.features] = swaps.null.mean(axis=1)
-    columns["swap_wrong_pose"][swaps.features] = swaps.wrong
-    columns["swap_p_value"][swaps.features] = swaps.p_values
-    columns["swap_q_value"][swaps.features] = swaps.q_values
-    columns["swap_pose_p_value"][swaps.features] = swaps.pose_p_values
-    columns["swap_pose_q_value"][swaps.features] = swaps.pose_q_values
-    columns["swap_change"][swaps.symmetric] = swaps.change
     names = [name for name, used in zip(found.group.element_names, elements, strict=True) if used]
-    return {
-        "downstream": str(after) or OUTPUT,
-        "elements": names,
-        **_facts(swaps, found),
-    }, columns
+    facts = {"downstream": str(bench.downstream) or OUTPUT, "elements": names}
+    return {**facts, **_facts(swaps, found)}, _columns(swaps, len(blocks))
+
+
+def _columns(swaps: Swaps, n_features: int) -> dict[str, np.ndarray]:
+    """Columns of the table: NaN where nothing was swapped."""
+    measured = (
+        swaps.alignment, swaps.null.mean(axis=1), swaps.wrong, swaps.p_values, swaps.q_values,
+        swaps.pose_p_values, swaps.pose_q_values, swaps.change,
+    )  # fmt: skip
+    columns = {}
+    for name, values in zip(COLUMNS, measured, strict=True):
+        columns[name] = np.full(n_features, np.nan)
+        columns[name][swaps.symmetric if name == "swap_change" else swaps.features] = values
+    return columns
+
+
+def _bench(
+    network: nn.Module, samples: Samples, posing: Posing, sample: int, asked: Asked
+) -> Bench:
+    """The network at the site, and where answers are compared; some sample is passed through.
+
+    Raises:
+        SiteError: There is no such site downstream.
+    """
+    action, site = action_of(posing), Site.parse(asked.site)
+    inputs = samples.stack([samples.read(sample)])
+    after = _after(network, site, inputs, asked.downstream)
+    return Bench(network, samples, action, site, after, places_of(action, network, site, inputs))
 
 
 def _reopened(store: Store) -> tuple[nn.Module, Samples, Posing]:

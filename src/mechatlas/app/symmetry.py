@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import torch
 import tyro
 from tyro.conf import Positional, arg
@@ -24,6 +25,7 @@ from tyro.conf import Positional, arg
 from mechatlas.activations.store import Store, StoreRows
 from mechatlas.analysis.symmetry.baselines import Explained, LinearMaps, PoseMaps
 from mechatlas.analysis.symmetry.classify import RATE, Symmetry, control, symmetry
+from mechatlas.analysis.symmetry.contrast import contrast
 from mechatlas.analysis.symmetry.evidence import ALIKE
 from mechatlas.analysis.symmetry.names import NOT_RELIABLE
 from mechatlas.analysis.symmetry.regression import CodeRegression
@@ -71,6 +73,9 @@ class FindSymmetry:
     downstream: str | None = None
     """Site where answers to swaps are compared, or "output" for the network's; by default the next
     module after the site that has the same parent."""
+    control: Path | None = None
+    """Result of this command for the same site of the network with weights drawn anew: says of
+    which classes there are more or fewer here."""
     seed: int = 0
     """Seed of the nulls, and of the features that are swapped."""
 
@@ -96,15 +101,40 @@ def in_words(result: dict[str, Any]) -> str:
         f"the activation itself {r2['invariant']}, shuffled pairing {r2['shuffled']}.",
         *([READS_ALL] if result["reads"] == "all poses" else []),
         *([] if result["group"]["closes"] else [NO_GROUP.format(**result["group"])]),
+        *([control_in_words(result["control"])] if result["control"] else []),
         swapping.in_words(result["causal"]),
         f"Result: {result['out']}",
     ])  # fmt: skip
 
 
-READS_ALL = (
-    "The dictionary is pose-tied and reads all poses: the linear map, which reads one, is no "
-    "ceiling for it."
-)
+def control_in_words(control: dict[str, Any]) -> str:
+    """Of which classes there are more or fewer than in the control."""
+    told = "; ".join(
+        "{name} {share:.1%} and {share_control:.1%} (q {q_value:.2g})".format(**each)
+        for each in control["classes"]
+        if each["q_value"] <= RATE
+    )
+    return f"Reliable features here and in the control: {told or 'no class differs'}."
+
+
+def _control_of(folder: Path, group: Group) -> list[str]:
+    """The class of each feature of a control.
+
+    Raises:
+        RecipeError: The folder is no result of this command, or one for another group.
+    """
+    manifest = _manifest(folder)
+    if manifest.get("kind") != KIND or not (folder / TABLE).is_file():
+        raise RecipeError(f"--control {folder} is no result of `mechatlas symmetry`.")
+    if manifest["group"]["table"] != group.table.tolist():
+        raise RecipeError(
+            f"--control {folder} is one for {manifest['group']['name']}, but the store for "
+            f"{group.name}."
+        )
+    return pq.read_table(folder / TABLE)["class"].to_pylist()
+
+
+READS_ALL = "The dictionary is pose-tied and reads all poses; the linear map reads one."
 NO_GROUP = (
     "The store's manifest says `closes: false`: steps of {action} do not return to the start, so "
     "{name} only labels them, and no subgroup of it need be a symmetry."
@@ -117,7 +147,8 @@ def find_symmetry(recipe: FindSymmetry) -> dict[str, Any]:
     Raises:
         DiskError: `out` holds something else, or cannot be written.
         InputError: All images are in one half.
-        RecipeError: A choice is out of range, or no site was named and there are several.
+        RecipeError: A choice is out of range, the control is none, or no site was named and there
+            are several.
         SiteError: There is no such site downstream.
         StoreError: The store has no group, is damaged, or does not fit the dictionary.
         WeightsError: The dictionary cannot be read, or is one for another group.
@@ -129,6 +160,7 @@ def find_symmetry(recipe: FindSymmetry) -> dict[str, Any]:
         raise RecipeError(f"--swaps must be at least 0, got {recipe.swaps}.")
     refuse_strangers(recipe.out, KIND)
     posed = _open(recipe)
+    control_names = _control_of(recipe.control, posed.group) if recipe.control else None
     learnt = _learn(posed, recipe.seed)
     with bar("comparing features") as progress:
         found = symmetry(
@@ -157,6 +189,15 @@ def find_symmetry(recipe: FindSymmetry) -> dict[str, Any]:
         "r2": r2,
         "r2_mean": {way: _mean_of_others(values, posed.group) for way, values in r2.items()},
         "causal": causal,
+        "control": None
+        if control_names is None
+        else {
+            "folder": str(recipe.control),
+            "classes": [
+                dataclasses.asdict(each)
+                for each in contrast(found.names, control_names, found.class_names)
+            ],
+        },
     }
     _write(recipe, posed, found, learnt, swapped)
     return finish(recipe.out, recipe, result, clock)

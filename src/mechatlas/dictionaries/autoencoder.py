@@ -166,6 +166,11 @@ class SparseCoder(nn.Module):
         if not self.centred:
             self.b_enc.copy_(-(mean[self.reads] @ self.W_enc))
 
+    @property
+    def encoder_parts(self) -> list[Tensor]:
+        """What codes are proportional to: the encoder's weights and biases."""
+        return [self._W_enc, self.b_enc]
+
     @torch.no_grad()
     def rescale(self, scale: Float[Tensor, " width"]) -> None:
         """Change from rows times `scale` to rows, without changing what is computed.

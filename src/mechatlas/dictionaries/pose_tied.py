@@ -172,6 +172,11 @@ class PoseTied(SparseCoder):
         """Set the bias to the mean of all blocks."""
         self._b_dec.copy_(mean.view(self.group.order, -1).mean(dim=0))
 
+    @property
+    def encoder_parts(self) -> list[Tensor]:
+        """What codes are proportional to: the encoder's weights and biases."""
+        return [self._encoder, self._b_enc]
+
     @torch.no_grad()
     def rescale(self, scale: Float[Tensor, " width"]) -> None:
         """Change from rows times `scale`, one number, to rows; see `SparseCoder.rescale`."""

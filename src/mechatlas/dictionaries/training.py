@@ -34,6 +34,8 @@ from mechatlas.dictionaries.steps import Objective, Step
 from mechatlas.files import checksum
 
 MEASUREMENTS = 25
+FIRST_ROWS = 1024
+"""Of the first batch, that the size of the first codes is taken from."""
 HELD_OUT_ROWS = 4096
 DEAD_AFTER_ROWS = 250_000
 
@@ -327,7 +329,7 @@ def _scale(dictionary: SparseCoder, x: Tensor) -> Tensor:
 
 
 def _begin(dictionary: SparseCoder, x: Tensor) -> None:
-    """Start the biases at the mean.
+    """Start the biases at the mean, and the encoder of several sites at the right size.
 
     Raises:
         InputError: All rows are equal.
@@ -338,6 +340,25 @@ def _begin(dictionary: SparseCoder, x: Tensor) -> None:
             "Is the site constant, or the network without weights?"
         )
     dictionary.start_at(x.mean(dim=0))
+    if len(dictionary.edges) > 2 and not dictionary.tied and hasattr(dictionary.sparsity, "k"):
+        _shrink(dictionary, x[:FIRST_ROWS])
+
+
+@torch.no_grad()
+def _shrink(dictionary: SparseCoder, x: Tensor) -> None:
+    """If rows are rebuilt worse than by their mean, begin with smaller codes.
+
+    What reads an atom as 1 at one site says nothing of the others at first: there the k latents
+    of a row add noise, as much at each site as they explain at one, which Adam unlearns slowly.
+    Codes start at the geometric mean of the size that is best now and of that which is right once
+    the other sites are learnt. Which are the k largest does not change.
+    """
+    said = dictionary.decode(dictionary.encode(x[:, dictionary.reads])) - dictionary.b_dec
+    target = x[:, dictionary.writes] - dictionary.b_dec
+    best = float((said * target).sum() / said.square().sum().clamp(min=1e-30))
+    if 0 < best < 0.5:  # above, the error is less than that of no code at all
+        for part in dictionary.encoder_parts:
+            part.mul_(math.sqrt(best))
 
 
 def _checked(batch: Batch, rows: Rows) -> Tensor:

@@ -3,6 +3,7 @@
 q_values      p-values -> smallest false discovery rate at which each still stands
 enrichment    are the members of one set more often than by chance in another?
 proportion    a share with its interval
+difference    by how much two shares differ, with interval and test
 wilson        the same for many shares at once
 """
 
@@ -88,3 +89,42 @@ def wilson(
     spread = z2 * (share * (1 - share) / trials + z2 / (4 * trials**2))
     half = np.sqrt(np.maximum(spread, 0)) / (1 + z2 / trials)
     return np.maximum(0.0, np.asarray(middle - half)), np.minimum(1.0, np.asarray(middle + half))
+
+
+class Difference(NamedTuple):
+    """By how much two shares differ, its interval, and a test that they do not."""
+
+    value: float
+    low: float
+    high: float
+    p_value: float
+    """Twice the smaller one-sided one of Fisher's exact test."""
+
+
+def difference(
+    first: tuple[int, int], second: tuple[int, int], *, level: float = 0.95
+) -> Difference:
+    """The share of the first less that of the second; NaN and -1..1 where one had no trials.
+
+    Args:
+        first: Hits and trials.
+        second: Hits and trials.
+        level: Of the interval.
+
+    Source:
+        Newcombe, Interval estimation for the difference between independent proportions (1998),
+        for intervals made of two Wilson intervals.
+    """
+    if not (first[1] and second[1]):
+        return Difference(np.nan, -1.0, 1.0, 1.0)
+    (p, p_low, p_high), (q, q_low, q_high) = (
+        proportion(*each, level=level) for each in (first, second)
+    )
+    hits, trials = np.array([first, second]).T
+    one_sided = enrichment(hits, np.repeat(hits.sum(), 2), trials, int(trials.sum()))
+    return Difference(
+        p - q,
+        p - q - float(np.hypot(p - p_low, q_high - q)),
+        p - q + float(np.hypot(p_high - p, q - q_low)),
+        min(1.0, 2 * float(one_sided.min())),
+    )

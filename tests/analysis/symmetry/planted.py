@@ -58,12 +58,14 @@ def plant(
     decoys=40,
     overlap=0.0,
     common=0.0,
+    near=0.0,
     seed=0,
 ):
     """Families for each subgroup, and random decoys.
 
     `overlap` is the cosine between families in the same pose (they share a function on the
-    group, with the stabiliser of each), `common` the length of a vector that all blocks share.
+    group, with the stabiliser of each), `common` the length of a vector that all blocks share,
+    `near` how alike decoys are to themselves shifted by a subgroup.
     """
     random = np.random.default_rng([seed, 3])
     clean, stabilisers, label, poses = [], [], [], []
@@ -84,8 +86,13 @@ def plant(
                 label.append(number)
                 poses.append(pose)
     first_decoy = len(clean)
-    for _ in range(decoys):
-        clean.append(unit(random.standard_normal((group.order, d))).astype(np.float32))
+    larger = [each for each in subgroups if len(each) > 1]
+    for k in range(decoys):
+        decoy = unit(random.standard_normal((group.order, d)))
+        if near:
+            own = function_on_cosets(group, larger[k % len(larger)], d, random)
+            decoy = unit(np.sqrt(near) * own + np.sqrt(1 - near) * decoy)
+        clean.append(decoy.astype(np.float32))
         stabilisers.append(frozenset({group.identity}))
         label.append(len(set(label)))
         poses.append(group.identity)

@@ -5,9 +5,9 @@
     Explained     sums of squares on held-out rows -> R2 for each element
 
 No symmetry of features may be claimed without these beside it: the best linear map from a(I) to
-a(gI) (a ceiling for what a linear decoder can do, whatever the code), a(I) itself as a prediction
-(how invariant the layer is), and the linear map learnt from rows that do not belong together
-(what the rest of the pipeline makes of nothing).
+a(gI) (what is to be had without sparsity; codes that are not linear in a(I) may exceed it), a(I)
+itself as a prediction (how invariant the layer is), and the linear map learnt from rows that do
+not belong together (what the rest of the pipeline makes of nothing).
 """
 
 import dataclasses
@@ -131,7 +131,7 @@ class Baselines:
     """R2 on held-out rows for each element of the group."""
 
     linear: Float[np.ndarray, " order"]
-    """The best linear map from a(I) to a(gI): what no linear decoder can exceed."""
+    """The best linear map from a(I) to a(gI): what is to be had without sparsity."""
     invariant: Float[np.ndarray, " order"]
     """a(I) itself as a prediction of a(gI)."""
     shuffled: Float[np.ndarray, " order"]

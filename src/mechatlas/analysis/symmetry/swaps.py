@@ -50,8 +50,6 @@ POOL = 200
 WRONG = 2
 """Wrong poses that each is swapped to."""
 BATCH = 32
-N_OWN = 5
-"""Measures of a trial before those of the nulls."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -275,22 +273,55 @@ def swap(
     tested = max(len(np.unique(trials.feature[~trials.unchanged])), 1)
     n_nulls = max(NULLS, min(math.ceil(POOL / tested), len(others) - 1))
     partners = _partners(trials.feature, stabilisers, others, blocks.shape[1], n_nulls, seed)
-    measured = np.full((len(trials.feature), N_OWN + 2 * n_nulls), np.nan)
+    measures = _Measures.none(len(trials.feature), n_nulls)
     done = 0
     for unchanged in (False, True):
         its = np.flatnonzero(trials.unchanged == unchanged)
         for part in np.split(its, range(BATCH, len(its), BATCH)):
             if len(part):
-                measured[part] = _measure(bench, trials, part, rows, blocks, partners)
+                _measure(bench, trials, part, rows, blocks, partners, measures)
             done += len(part)
-            on_progress(done, len(measured))
-    if len(measured) and np.isnan(measured[:, 3]).all():
+            on_progress(done, len(trials.feature))
+    if len(trials.feature) and np.isnan(measures.change).all():
         where = str(bench.downstream) or "the output"
         raise InputError(
             f"Nothing changes at {where} if features are removed from {bench.site}. Name a site "
             "downstream of it."
         )
-    return _summary(trials, measured)
+    return _summary(trials, measures)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Measures:
+    """What was seen, by trial or by feature; NaN where it was not looked at."""
+
+    alignment: Float[np.ndarray, " trial"]
+    wrong: Float[np.ndarray, " trial"]
+    """The alignment of wrong poses."""
+    null: Float[np.ndarray, "trial null"]
+    """The alignment of other features."""
+    repaired: Float[np.ndarray, " trial"]
+    repaired_null: Float[np.ndarray, "trial null"]
+    together: Float[np.ndarray, " trial"]
+    """What all that the dictionary says repairs."""
+    change: Float[np.ndarray, " trial"]
+
+    @classmethod
+    def none(cls, n_trials: int, n_nulls: int) -> "_Measures":
+        """To be filled in."""
+        names = [field.name for field in dataclasses.fields(cls)]
+        shapes = [(n_trials, n_nulls) if "null" in name else (n_trials,) for name in names]
+        return cls(*[np.full(shape, np.nan) for shape in shapes])
+
+    def means(self, trials: list[Bool[np.ndarray, " trial"]]) -> "_Measures":
+        """Means over some sets of trials."""
+
+        def over_sets(values: np.ndarray) -> np.ndarray:
+            columns = np.atleast_2d(values.T).T
+            means = [_mean(columns[chosen]) for chosen in trials]
+            return np.reshape(means, (len(trials), *values.shape[1:]))
+
+        return _Measures(**{name: over_sets(values) for name, values in vars(self).items()})
 
 
 def _partners(
@@ -322,8 +353,9 @@ def _measure(
     rows: Rows,
     blocks: Float[np.ndarray, "feature order d"],
     partners: dict[int, Int[np.ndarray, " null"]],
-) -> Float[np.ndarray, "batch measure"]:
-    """Alignment, repair, repair by all, change, alignment if wrong; both of the first of nulls."""
+    measures: _Measures,
+) -> None:
+    """Run the network for some trials and fill in what is seen."""
     feature, row, h = trials.feature[part], trials.row[part], trials.element[part]
     e = bench.action.group.identity
     number = np.searchsorted(bench.places.kept.numpy(), rows.position[row])
@@ -333,38 +365,39 @@ def _measure(
     inputs = bench.posed(inputs, h)
 
     def answer(move: np.ndarray) -> Tensor:
+        """What follows a(I) and a move, put where the network sees hI."""
         return bench.answer_with(inputs, there, given + torch.from_numpy(move).to(given))
 
     code = trials.code[part, None]
     gone, put = -code * blocks[feature, e], code * blocks[feature, h]
     before, without, swapped = answer(np.zeros_like(put)), answer(gone), answer(gone + put)
-    other = np.stack([partners[i] for i in feature])
-    out = np.full((len(part), N_OWN + 2 * other.shape[1]), np.nan)
-    out[:, 3] = _ratio(_length(swapped - before), _length(without - before))
+    measures.change[part] = _ratio(_length(swapped - before), _length(without - before))
     if trials.unchanged[part].all():
-        return out
+        return
     target = bench.answer(inputs)
 
-    def compared(answered: Tensor) -> np.ndarray:
-        cosine = _cosine(answered - without, target - without)
-        repaired = 1 - _ratio(_length(target - answered) ** 2, _length(target - before) ** 2)
-        return np.stack([cosine, repaired], axis=1)
+    def aligned(answered: Tensor) -> np.ndarray:
+        return _cosine(answered - without, target - without)
 
-    def instead(feature: np.ndarray, element: np.ndarray) -> np.ndarray:
+    def repaired(answered: Tensor) -> np.ndarray:
+        return 1 - _ratio(_length(target - answered) ** 2, _length(target - before) ** 2)
+
+    def instead(feature: np.ndarray, element: np.ndarray) -> Tensor:
+        """The answer to other blocks of the same length."""
         its = blocks[feature, element]
         lengths = (np.linalg.norm(x, axis=1, keepdims=True) for x in (put, its))
-        return compared(answer(gone + its * _ratio(*lengths, otherwise=0.0)))
+        return answer(gone + its * _ratio(*lengths, otherwise=0.0))
 
-    out[:, :2] = compared(swapped)
-    out[:, 2] = compared(answer(rows.said[row, h] - rows.said[row, e]))[:, 1]
+    measures.alignment[part], measures.repaired[part] = aligned(swapped), repaired(swapped)
+    measures.together[part] = repaired(answer(rows.said[row, h] - rows.said[row, e]))
     wrong = trials.wrong[part].T
     if (wrong >= 0).any():
-        its = np.mean([instead(feature, np.maximum(pose, 0))[:, 0] for pose in wrong], axis=0)
-        out[:, 4] = np.where(wrong[0] >= 0, its, np.nan)
-    for k in range(other.shape[1]):
-        at = N_OWN + 2 * k
-        out[:, at : at + 2] = instead(other[:, k], h)
-    return out
+        its = np.mean([aligned(instead(feature, np.maximum(g, 0))) for g in wrong], axis=0)
+        measures.wrong[part] = np.where(wrong[0] >= 0, its, np.nan)
+    for k, other in enumerate(np.stack([partners[i] for i in feature]).T):
+        answered = instead(other, h)
+        measures.null[part, k] = aligned(answered)
+        measures.repaired_null[part, k] = repaired(answered)
 
 
 def _length(x: Float[Tensor, "batch width"]) -> np.ndarray:
@@ -383,27 +416,35 @@ def _cosine(
     return np.where(whole > 0, _ratio(product, _length(moved) * whole, otherwise=0.0), np.nan)
 
 
-def _summary(trials: Trials, measured: Float[np.ndarray, "trial measure"]) -> Swaps:
-    def means(unchanged: bool) -> tuple[np.ndarray, np.ndarray]:
+def _summary(trials: Trials, measures: _Measures) -> Swaps:
+    def by_feature(unchanged: bool) -> tuple[np.ndarray, list[np.ndarray]]:
+        """Features that were swapped, and the trials of each."""
         its = trials.unchanged == unchanged
         features = np.unique(trials.feature[its])
-        rows = [_mean(measured[its & (trials.feature == i)]) for i in features]
-        return features, np.reshape(rows, (len(rows), measured.shape[1]))
+        return features, [its & (trials.feature == i) for i in features]
 
-    features, values = means(False)
-    symmetric, kept = means(True)
-    null = values[:, N_OWN::2]
-    p = _rank(values[:, 0], null)
-    better = measured[:, 0] - measured[:, 4]
-    flips = [_sign_flips(better[~trials.unchanged & (trials.feature == i)]) for i in features]
-    pose_p = np.array(flips, float)
+    features, tried = by_feature(False)
+    symmetric, kept = by_feature(True)
+    seen = measures.means(tried)
+    p = _rank(seen.alignment, seen.null)
+    better = measures.alignment - measures.wrong
+    pose_p = np.array([_sign_flips(better[each]) for each in tried], float)
     return Swaps(
-        features=features, alignment=values[:, 0], null=null, wrong=values[:, 4],
-        repaired=values[:, 1],
-        repaired_null=values[:, N_OWN + 1 :: 2], together=_median(values[:, 2]), p_values=p,
-        q_values=q_values(p), pose_p_values=pose_p, pose_q_values=q_values(pose_p),
-        symmetric=symmetric, change=kept[:, 3], change_of_others=values[:, 3],
-    )  # fmt: skip
+        features=features,
+        alignment=seen.alignment,
+        null=seen.null,
+        wrong=seen.wrong,
+        repaired=seen.repaired,
+        repaired_null=seen.repaired_null,
+        together=_median(seen.together),
+        p_values=p,
+        q_values=q_values(p),
+        pose_p_values=pose_p,
+        pose_q_values=q_values(pose_p),
+        symmetric=symmetric,
+        change=measures.means(kept).change,
+        change_of_others=seen.change,
+    )
 
 
 def _rank(
