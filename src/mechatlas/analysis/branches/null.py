@@ -234,10 +234,10 @@ def _merged(
         here = lumps[start : start + AT_ONCE]
         largest = np.argsort(-here, axis=1, kind="stable")[:, :SINGLE]
         size = np.take_along_axis(here, largest, axis=1)
-        here_from = spilled[largest] * size[:, :, None]
-        here_from[size[:, :, None] <= here[:, None, :]] = 0
-        source = here_from.argmax(axis=1)
-        moved = np.take_along_axis(here_from, source[:, None], axis=1)[:, 0]
+        from_larger = spilled[largest] * size[:, :, None]
+        from_larger[size[:, :, None] <= here[:, None, :]] = 0
+        source = from_larger.argmax(axis=1)
+        moved = np.take_along_axis(from_larger, source[:, None], axis=1)[:, 0]
         moved = np.minimum(moved, here)
         to = np.take_along_axis(largest, source, axis=1)
         to = to + np.arange(len(here))[:, None] * here.shape[1]
