@@ -17,7 +17,16 @@ import pytest
 from mechatlas.analysis.branches.specialization import branches
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from tests.analysis.branches.planted import BRANCHES, factors, null_atoms, placed, world
+from tests.analysis.branches.planted import (
+    BRANCHES,
+    clusters,
+    factors,
+    few_entries,
+    mixed,
+    null_atoms,
+    placed,
+    world,
+)
 
 WORLDS = {
     "widths alone": (world(), "gaussian"),
@@ -27,7 +36,9 @@ WORLDS = {
     "correlated in branches": (world(scales=True, within=0.05), "gaussian"),
     "factors in branches": (factors(), "gaussian"),
     "factors over all": (factors(per_branch=False), "gaussian"),
+    "few entries, mixed": (clusters(8, 0.5), "few"),
 }
+"""In the last one features of no branch have five entries, each mixed with seven channels."""
 EXCESSES = (0.7, 0.8, 0.9, 0.95, 0.99)
 """Effect sizes: 0 is the share that the variance predicts, 1 is all in the branch."""
 POWER = 0.95
@@ -37,11 +48,15 @@ N, EACH = 2000, 100
 def measure(name: str, seed: int, excess: float = 0.9) -> tuple[float, float, int]:
     """Power, false discovery proportion, and discoveries where nothing is planted."""
     at, draw = WORLDS[name]
-    atoms = null_atoms(at, N, draw, seed=seed)
+    few = draw == "few"
+    entries = few_entries(N, 5, seed=seed)
+    atoms = mixed(entries, at) if few else null_atoms(at, N, draw, seed=seed)
     nothing = int(branches(atoms, BRANCHES, at.spectrum).specialised().sum())
     truth = np.zeros((N, len(BRANCHES)), dtype=bool)
     for k, branch in enumerate(BRANCHES):
         mine = slice(EACH * k, EACH * (k + 1))
+        if few:
+            atoms[mine] = null_atoms(at, EACH, seed=seed)
         atoms[mine] = placed(atoms[mine], at, branch, excess)
         truth[mine, k] = True
     found = branches(atoms, BRANCHES, at.spectrum).specialised()

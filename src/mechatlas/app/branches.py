@@ -13,12 +13,13 @@ from typing import Annotated, Any
 
 import numpy as np
 import pyarrow.parquet as pq
+import torch
 import tyro
 from torch import Tensor
 from tyro.conf import Positional, arg
 
 from mechatlas.activations.store import Store, StoreRows
-from mechatlas.analysis.branches.drive import Drive, drive
+from mechatlas.analysis.branches.drive import ROWS_AT_ONCE, Drive, drive
 from mechatlas.analysis.branches.specialization import (
     Specialization,
     Spectrum,
@@ -43,6 +44,8 @@ KIND = "branches"
 ROWS = 16_384
 LABELS_SHOWN = 50
 """Labels in `result.json`, surest first."""
+PICTURE_ROWS = 160
+"""Rows of the picture of a decoder; each is the mean of neighbours."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -157,7 +160,7 @@ def specialise(recipe: Branches) -> Result:
     if labels is not None:
         result["labels"] = _label_facts(recipe, found, labels, alive)
     if pairs:
-        result["consistency"] = [_consistency(recipe, store, pair) for pair in pairs]
+        result["consistency"] = [_consistency(recipe, store, pair, found) for pair in pairs]
     table = _table(found, driven)
     files = {"features.parquet": checksum(write_table(recipe.out / "features.parquet", table))}
     write_json(recipe.out / "picture.json", _picture(opened, known))
@@ -342,10 +345,6 @@ def _picture(opened: _Opened, known: Spectrum) -> dict[str, Any]:
     }
 
 
-PICTURE_ROWS = 160
-"""Rows of the picture of a decoder; each is the mean of neighbours."""
-
-
 def _labels(text: str, n: int) -> list[Any]:
     """One label for each feature, from `FILE.parquet:COLUMN`.
 
@@ -441,13 +440,17 @@ def _pairs(folder: Path, dictionary: Path) -> list[_Pair]:
     return found
 
 
-def _consistency(recipe: Branches, store: Store, pair: _Pair) -> Result:
+def _consistency(recipe: Branches, store: Store, pair: _Pair, own: Specialization) -> Result:
     """How often matched features are in the same kind of branch: those specialised, and all."""
     found = []
     for path in pair.paths:
-        one = _open(path, store, recipe.site if path == recipe.dictionary.resolve() else None)
+        if path == recipe.dictionary.resolve():
+            found.append(own)
+            continue
+        one = _open(path, store, None)
         known = spectrum(x for x, _ in _read(one.rows, recipe.rows))
-        found.append(branches(one.dictionary, one.branches, known))
+        alive = _ever_active(one.dictionary, _read(one.rows, recipe.rows))
+        found.append(branches(one.dictionary, one.branches, known, tested=alive))
 
     def compare(homes: list[np.ndarray]) -> Result:
         agreed = consistency(
@@ -462,6 +465,15 @@ def _consistency(recipe: Branches, store: Store, pair: _Pair) -> Result:
         **compare([one.branch_of(recipe.rate) for one in found]),
         "leaning": compare([one.leaning() for one in found]),
     }
+
+
+@torch.no_grad()
+def _ever_active(dictionary: Any, rows: Iterator[tuple[Tensor, Tensor]]) -> np.ndarray:
+    active = torch.zeros(dictionary.n_latents, dtype=torch.bool)
+    for x, _ in rows:
+        for part in x.float().split(ROWS_AT_ONCE):
+            active |= (dictionary.encode(part) != 0).any(dim=0).cpu()
+    return active.numpy()
 
 
 def _agreement(one: Agreement) -> Result:

@@ -70,6 +70,16 @@ def factors(*, rank_decay: float = 1.0, per_branch: bool = True, seed: int = 0) 
     return World(deviation, covariance / np.outer(deviation, deviation), False)
 
 
+def clusters(size: int, rho: float) -> World:
+    """A site whose neighbouring channels go along with one another, `size` at a time."""
+    correlation = np.eye(WIDTH)
+    for s in BRANCHES.values():
+        for first in range(s.start, s.stop, size):
+            own = slice(first, min(first + size, s.stop))
+            correlation[own, own] += rho * (1 - np.eye(own.stop - own.start))
+    return World(np.ones(WIDTH), correlation, False)
+
+
 Draw = Callable[[np.random.Generator, tuple[int, int]], np.ndarray]
 DRAWS: dict[str, Draw] = {
     "gaussian": lambda random, shape: random.standard_normal(shape),
@@ -93,6 +103,12 @@ def few_entries(n: int, k: int, *, seed: int = 0) -> np.ndarray:
     atoms = np.zeros((n, WIDTH))
     np.put_along_axis(atoms, order, random.exponential(size=(n, k)) + 0.1, axis=1)
     return atoms
+
+
+def mixed(atoms: np.ndarray, of: World) -> np.ndarray:
+    """The same features, their entries spread over channels as these are correlated."""
+    values, vectors = np.linalg.eigh(of.correlation)
+    return atoms @ (vectors * np.sqrt(np.maximum(values, 0))) @ vectors.T * of.deviation
 
 
 def placed(atoms: np.ndarray, of: World, branch: str, excess: float) -> np.ndarray:

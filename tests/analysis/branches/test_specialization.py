@@ -6,14 +6,16 @@ from hypothesis import strategies as st
 
 import mechatlas as ma
 from mechatlas.analysis.branches.null import Lumps, covariance_of_squares, places_of, tail
-from mechatlas.analysis.branches.specialization import branches, spectrum
+from mechatlas.analysis.branches.specialization import branches, by_lot, spectrum
 from mechatlas.base import InputError
 from tests.analysis.branches.planted import (
     BRANCHES,
     WIDTH,
     WIDTHS,
+    clusters,
     factors,
     few_entries,
+    mixed,
     null_atoms,
     placed,
     world,
@@ -64,7 +66,7 @@ def test_a_p_value_is_that_of_a_permutation_of_the_channels(uneven, tails):
     for one in energy:
         shares = [place.share * f for f in (0.8, 1.1, 1.3)]
         by_lot = [brute_force(one, inside, variance, t, 4000, random) for t in shares]
-        exact, _ = tail(Lumps.of(np.tile(one, (3, 1))), np.array(shares), place)
+        exact, _ = tail(Lumps.of(np.tile(one / one.sum(), (3, 1))), np.array(shares), place)
         margin = 0.12  # of lots that are few, and conservative where channels are uneven
         assert exact == pytest.approx(np.array(by_lot), abs=margin)
 
@@ -78,7 +80,7 @@ def test_the_far_tail_is_right_to_a_factor():
     place = places_of(np.ones(WIDTH), inside, None)
     energy = np.square(np.random.default_rng(0).standard_normal((200, WIDTH)))
     for t in (0.4, 0.5, 0.6):
-        p, _ = tail(Lumps.of(energy), np.full(200, t), place)
+        p, _ = tail(Lumps.of(energy / energy.sum(axis=1, keepdims=True)), np.full(200, t), place)
         exact = stats.beta.logsf(t, 40, 88)
         assert exact - 1 < np.log(p.mean()) < exact + 1 + 0.1 * abs(exact)
 
@@ -136,6 +138,27 @@ def test_p_values_of_8192_null_features_are_uniform_or_larger(name):
 @pytest.mark.parametrize("k", [1, 2, 5, 20])
 def test_features_of_few_channels_are_no_discoveries(k):
     assert not branches(few_entries(1000, k), BRANCHES).specialised().any()
+
+
+@pytest.mark.parametrize(("size", "rho"), [(8, 0.5), (16, 0.5), (16, 0.8), (4, 0.9)])
+@pytest.mark.parametrize("k", [1, 2, 5, 20])
+def test_few_entries_mixed_with_channels_that_go_along_are_no_discoveries(size, rho, k):
+    # Each entry is as many lumps as it has companions, all in one branch.
+    at = clusters(size, rho)
+    found = branches(mixed(few_entries(2000, k), at), BRANCHES, at.spectrum)
+    assert not found.specialised().any()
+    for alpha, most in ((0.05, 1.1), (0.01, 1.5), (0.001, 3)):
+        assert np.mean(found.p_values <= alpha, axis=0).max() <= most * alpha, alpha
+
+
+def test_features_drawn_by_lot_are_like_those_of_few_mixed_entries():
+    at = clusters(8, 0.5)
+    atoms = mixed(few_entries(500, 2), at)
+    again = by_lot(atoms, BRANCHES, at.spectrum)
+    there = branches(atoms, BRANCHES, at.spectrum)
+    assert np.median(again.lumps) == pytest.approx(np.median(there.lumps), rel=0.05)
+    assert np.mean(again.share > 0.99) == pytest.approx(np.mean(there.share > 0.99), rel=0.2)
+    assert not again.specialised().any()
 
 
 @pytest.mark.parametrize(

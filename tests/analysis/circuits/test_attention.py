@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mechatlas.activations.layer import Layer, as_maps, wire
 from mechatlas.activations.sites import read
-from mechatlas.analysis.circuits import compose
+from mechatlas.analysis.circuits import attention
 from mechatlas.analysis.circuits.attention import record
 from mechatlas.analysis.circuits.effects import ablate, agreement, attribute, reproduced
 from mechatlas.analysis.circuits.weights import blocks, edges, kernels, responses
@@ -76,7 +76,7 @@ def slope_of(network: Small, row: Tensor) -> Float[Tensor, "query channel key ch
 
 @pytest.mark.parametrize("order", ORDERS)
 def test_weights_are_the_mean_derivative_of_the_layer_as_it_stands(order, monkeypatch):
-    monkeypatch.setattr(compose, "PRIOR", 0.0)
+    monkeypatch.setattr(attention, "PRIOR", 0.0)
     network, x = small(order), sequences(3, 5)
     layer, maps = layer_of(network, x)
     a, b = Linear(12, 9, seed=2, dtype=torch.float64), Linear(12, 7, seed=3, dtype=torch.float64)
@@ -94,7 +94,7 @@ def test_weights_are_the_mean_derivative_of_the_layer_as_it_stands(order, monkey
 
 
 def test_the_routes_of_a_head_are_what_is_missing_without_it(monkeypatch):
-    monkeypatch.setattr(compose, "PRIOR", 0.0)
+    monkeypatch.setattr(attention, "PRIOR", 0.0)
     network, x = small("none"), sequences(1, 6)
     network.last.up.bias.data += 50  # all slopes are 1, with the head and without it
     layer, maps = layer_of(network, x)

@@ -130,7 +130,7 @@ def test_a_gate_of_one_feature_is_the_mean_where_it_is_active():
         fires = (network.second.reduce_3x3.conv(whole) > 0).float().movedim(1, -1).flatten(0, 2)
     code = a.encode(whole.movedim(1, -1).flatten(0, 2))
     every = fires.mean(dim=0)
-    prior = 4 * code.sum(dim=0) / (code > 0).sum(dim=0)
+    prior = 32 * code.sum(dim=0) / (code > 0).sum(dim=0)
     expected = (code.T @ fires + prior[:, None] * every) / (code.sum(dim=0) + prior)[:, None]
     torch.testing.assert_close(recording.gates.means[place][0, :-1], expected)
 

@@ -22,19 +22,19 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from mechatlas.analysis.branches.null import (
+    FAINTEST,
     Lumps,
     Places,
     covariance_of_squares,
+    mixing,
     places_of,
+    spill,
     tail,
 )
 from mechatlas.base import InputError
 from mechatlas.maths.statistics import q_values, wilson
 
 ROWS_AT_ONCE = 1024
-FAINTEST = 0.1
-"""Standard deviation, over the root mean square of all channels', below which a channel's entry is
-not divided by its own: what an atom has left in a dead channel says nothing about it."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -138,12 +138,12 @@ def branches(
     if positive is None:
         positive = known is None or not known.signed
     shape = (n, len(named))
-    units, places = _places(named, d, known, positive)
-    energy, p, lumps = _tails(atoms, named, units, places, positive)
+    site = _Site.of(named, d, known, positive=positive)
+    energy, p, lumps = _tails(atoms, site)
     low, high = wilson(energy, lumps)
     if tested is not None:
         p[~tested] = np.nan
-    expected = np.sqrt([[place.share for place in places]]) * np.ones(shape)
+    expected = np.sqrt([[place.share for place in site.places]]) * np.ones(shape)
     expected[np.isnan(energy)] = np.nan
     return Specialization(
         names=tuple(named),
@@ -160,30 +160,61 @@ def branches(
 _tested = branches  # where an argument has the name
 
 
-def _tails(
-    atoms: np.ndarray,
-    named: Mapping[str, slice],
-    units: np.ndarray,
-    places: list[Places],
-    positive: bool,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Share of the energy, p-value and number of lumps of every atom in every branch."""
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Site:
+    """What the null knows of the channels."""
+
+    branches: dict[str, slice]
+    places: list[Places]
+    units: Float[np.ndarray, " d"]
+    """Variance that each channel's entries are divided by."""
+    spilled: Float[np.ndarray, "d d"] | None
+    positive: bool
+
+    @classmethod
+    def of(
+        cls, named: dict[str, slice], d: int, known: Spectrum | None, *, positive: bool
+    ) -> "_Site":
+        """From the variances and correlations, or from widths alone.
+
+        Raises:
+            InputError: No channel varies.
+        """
+        variance, together, spilled = np.ones(d), None, None
+        if known is not None:
+            if not known.variance.any():
+                raise InputError(f"All {known.n_rows} rows of activations are equal.")
+            variance = known.variance / known.variance.mean()
+            together = covariance_of_squares(known.correlation, positive=positive)
+            spilled = spill(mixing(known.correlation)[0])
+        places = []
+        for channels in named.values():
+            inside = np.zeros(d, dtype=bool)
+            inside[channels] = True
+            places.append(places_of(variance, inside, together))
+        units = np.maximum(variance, FAINTEST**2)
+        return cls(named, places, units, spilled, positive)
+
+
+def _tails(atoms: np.ndarray, site: _Site) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Share of the energy, p-value and number of pieces of every atom in every branch."""
     n = len(atoms)
-    energy, p, lumps = (np.full((n, len(named)), np.nan) for _ in range(3))
+    energy, p, pieces = (np.full((n, len(site.places)), np.nan) for _ in range(3))
     for start in range(0, n, ROWS_AT_ONCE):
         block = atoms[start : start + ROWS_AT_ONCE].astype(np.float64)
         _finite(block, "W_dec", start)
-        squares = np.square(np.maximum(block, 0) if positive else block)
+        squares = np.square(np.maximum(block, 0) if site.positive else block)
         whole = squares.sum(axis=1)
-        there = np.flatnonzero((whole > 0) & (squares / units).any(axis=1))
+        there = np.flatnonzero((whole > 0) & (squares / site.units).any(axis=1))
         squares = squares[there] / whole[there, None]
         rows = start + there
-        energy[rows] = np.stack([squares[:, s].sum(axis=1) for s in named.values()], axis=1)
-        taken_apart, plain = Lumps.of(squares / units), np.square(squares).sum(axis=1)
-        for k, place in enumerate(places):
-            p[rows, k], effect = tail(taken_apart, energy[rows, k], place)
-            lumps[rows, k] = np.maximum(1 / (plain * effect), 1.0)
-    return energy, p, lumps
+        energy[rows] = np.stack(
+            [squares[:, channels].sum(axis=1) for channels in site.branches.values()], axis=1
+        )
+        lumps = Lumps.of(squares, site.units, site.spilled)
+        for k, place in enumerate(site.places):
+            p[rows, k], pieces[rows, k] = tail(lumps, energy[rows, k], place)
+    return energy, p, pieces
 
 
 def by_lot(
@@ -197,9 +228,9 @@ def by_lot(
 ) -> Specialization:
     """The control: the same test on atoms whose channels were drawn by lot.
 
-    Each atom is divided by the deviations of the channels, its entries are put in random order,
-    mixed as the channels are correlated, and multiplied by the deviations again. What is found
-    specialised then is what the test finds where there is nothing.
+    Each atom is divided by the deviations of the channels and freed of their correlations, its
+    entries are put in random order, mixed as the channels are correlated, and multiplied by the
+    deviations again. What is found specialised then is what the test finds where there is nothing.
 
     Args:
         W_dec: As for `branches`, and so are the others.
@@ -222,10 +253,9 @@ def by_lot(
     else:
         deviation = np.sqrt(known.variance)
         least = FAINTEST * np.sqrt(np.mean(known.variance))
-        values, vectors = np.linalg.eigh(known.correlation)
-        root = (vectors * np.sqrt(np.maximum(values, 0))) @ vectors.T
-        entries = np.take_along_axis(atoms / np.maximum(deviation, least), order, axis=1)
-        drawn = entries @ root * deviation
+        mix, unmix = mixing(known.correlation)
+        entries = atoms / np.maximum(deviation, least) @ unmix
+        drawn = np.take_along_axis(entries, order, axis=1) @ mix * deviation
     return _tested(drawn, branches, known, positive=positive, tested=tested)
 
 
@@ -240,28 +270,6 @@ def plain_shares(
     for k, s in enumerate(branches.values()):
         shares[:, k] = np.linalg.norm(part[:, s], axis=1) / whole
     return shares, np.sqrt(np.array(widths, dtype=np.float64) / atoms.shape[1])
-
-
-def _places(
-    named: Mapping[str, slice], d: int, known: Spectrum | None, positive: bool
-) -> tuple[np.ndarray, list[Places]]:
-    """Variance that each channel's entries are divided by, and the places of every branch.
-
-    Raises:
-        InputError: No channel varies.
-    """
-    variance, together = np.ones(d), None
-    if known is not None:
-        if not known.variance.any():
-            raise InputError(f"All {known.n_rows} rows of activations are equal.")
-        variance = known.variance / known.variance.mean()
-        together = covariance_of_squares(known.correlation, positive=positive)
-    made = []
-    for channels in named.values():
-        inside = np.zeros(d, dtype=bool)
-        inside[channels] = True
-        made.append(places_of(variance, inside, together))
-    return np.maximum(variance, FAINTEST**2), made
 
 
 def spectrum(activations: Any) -> Spectrum:

@@ -37,6 +37,8 @@ from mechatlas.base import InputError
 
 FARTHEST = 8
 """Relative positions are told apart up to here; all that lie farther count as this."""
+PRIOR = 4.0
+"""Activations of a feature that the mean over all places counts for in its own mean."""
 TAPS = np.stack([np.zeros(2 * FARTHEST + 1, int), np.arange(-FARTHEST, FARTHEST + 1)], axis=1)
 
 
@@ -174,7 +176,7 @@ class _Sums:
 
     def means(self, codes: sparse.csr_matrix) -> Standing:
         """Means, those of each latent drawn towards the mean over all places."""
-        prior = np.append(prior_of(codes), 0.0).astype(np.float32)
+        prior = np.append(prior_of(codes, PRIOR), 0.0).astype(np.float32)
 
         def mean(sums: np.ndarray) -> np.ndarray:
             columns = (np.newaxis,) * (sums.ndim - 1)
