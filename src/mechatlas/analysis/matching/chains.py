@@ -13,12 +13,13 @@ step lowers the agreement within tracks unless the null says that the agreement 
 
 import dataclasses
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from mechatlas.analysis.matching.folding import unit_rows
-from mechatlas.analysis.matching.nulls import NULLS, Null
+from mechatlas.analysis.matching.nulls import NULLS, Null, chances
 from mechatlas.analysis.matching.pairing import RATE, Match, weighed
 from mechatlas.base import Progress, no_progress
 from mechatlas.maths.assignment import assign
@@ -60,12 +61,47 @@ class Tracks:
     """Of the claim that the latent belongs to the track; 1 where there is none."""
     cosines: Float[np.ndarray, "track layer"]
     """Of the latent with the rest of its track; 0 where there is none."""
+    strays: Float[np.ndarray, "track layer"]
+    """Chance that the latent does not belong to the rest of the track; 1 where there is none."""
+    breaks: Float[np.ndarray, "track layer"]
+    """Chance that the track is another feature from this layer on than before it; 0 in the first
+    layer of the track, and where it has no latent."""
 
-    def between(self, first: int, last: int, *, n: int) -> Int[np.ndarray, " n"]:
-        """The match of two layers that the tracks say; -1 where a track misses one."""
-        both = (self.latents[:, first] >= 0) & (self.latents[:, last] >= 0)
+    def doubts(self, first: int, last: int) -> Float[np.ndarray, " track"]:
+        """Chance that two latents of a track are not one feature; at least 1 if it misses one."""
+        there = self.latents >= 0
+        chance = self.breaks[:, first + 1 : last + 1].sum(axis=1)
+        # At its ends a track breaks where a latent strays: that counts once.
+        chance += np.where(there[:, :first].any(axis=1), self.strays[:, first], 0.0)
+        chance += np.where(there[:, last + 1 :].any(axis=1), self.strays[:, last], 0.0)
+        return np.where(there[:, first] & there[:, last], chance, np.inf)
+
+    def stand(self, first: int, last: int, *, rate: float = RATE) -> Bool[np.ndarray, " track"]:
+        """Tracks whose latents of two layers are one feature, but for this share of them."""
+        doubts = np.minimum(self.doubts(first, last), 1.0)
+        order = np.argsort(doubts, kind="stable")
+        told = np.cumsum(doubts[order]) / np.arange(1, len(order) + 1)
+        stands = np.zeros(len(doubts), bool)
+        stands[order] = (told <= rate) & (doubts[order] < 1)
+        return stands
+
+    def between(
+        self, first: int, last: int, *, n: int, rate: float = RATE
+    ) -> Int[np.ndarray, " n"]:
+        """The match of two layers that the tracks say, at a false match rate.
+
+        Args:
+            first: The layer whose latents are matched.
+            last: A later layer.
+            n: Latents of the first.
+            rate: False match rate.
+
+        Returns:
+            The latent of the last layer for each of the first; -1 for none.
+        """
+        stands = self.stand(first, last, rate=rate)
         columns = np.full(n, -1)
-        columns[self.latents[both, first]] = self.latents[both, last]
+        columns[self.latents[stands, first]] = self.latents[stands, last]
         return columns
 
 
@@ -84,39 +120,60 @@ def track(
     Args:
         layers: Vectors of the latents of each layer, all of one width.
         matches: The match of each layer with the next, to start from.
-        rate: False match rate at which a latent joins a track.
+        rate: False match rate at which parts are joined to tracks.
         nulls: How null dictionaries are made.
         seed: Seed of the nulls.
-        sweeps: Times that every layer is matched again; fewer if nothing changes.
-        on_progress: Told how many layers have been matched.
+        sweeps: Times that everything is matched again; fewer if nothing changes.
+        on_progress: Told how many times parts have been matched.
     """
     layers = [unit_rows(x) for x in layers]
     owner = _composed([len(x) for x in layers], matches)
-    q_values = [np.ones(len(x)) for x in layers]
-    cosines = [np.zeros(len(x)) for x in layers]
-    n_layers = len(layers)
+    told = _Told.nothing([len(x) for x in layers])
+    divisions = _divisions(len(layers))
     for sweep in range(sweeps):
         changed = 0
-        # First from the middle out, where most is known, then back.
-        order = sorted(range(n_layers), key=lambda k: (abs(2 * k - n_layers + 1), k))
-        for done, layer in enumerate(order if sweep % 2 == 0 else order[::-1]):
-            names, centres = _centres(layers, owner, layer)
-            there = np.flatnonzero(layers[layer].any(axis=1))  # of codes some are zero
-            new = np.full(len(layers[layer]), -1)
-            q_values[layer], cosines[layer] = np.ones(len(new)), np.zeros(len(new))
-            if len(names) and len(there):
-                factors = Factors.squared_distances(layers[layer][there], centres)
-                found = weighed(assign(factors), factors, rate=rate, nulls=nulls, seed=seed)
-                new[there[found.matched]] = names[found.columns[found.matched]]
-                q_values[layer][there], cosines[layer][there] = found.q_values, found.cosines
-            alone = np.flatnonzero(new < 0)
-            new[alone] = np.arange(len(alone)) + max(int(o.max(initial=-1)) for o in owner) + 1
-            changed += _moved(owner, layer, new)
-            owner[layer] = new
-            on_progress(sweep * n_layers + done + 1, sweeps * n_layers)
+        for done, here in enumerate(divisions):
+            parts = _rejoined(layers, owner, here, rate=rate, nulls=nulls, seed=seed)
+            _note(told, owner, here, parts)
+            changed += _rename(owner, here, parts)
+            on_progress(sweep * len(divisions) + done + 1, sweeps * len(divisions))
         if not changed:
             break
-    return _gathered(owner, q_values, cosines)
+    return _gathered(owner, told)
+
+
+class _Told(NamedTuple):
+    """Evidence of each latent of each layer."""
+
+    q_values: list[np.ndarray]
+    cosines: list[np.ndarray]
+    strays: list[np.ndarray]
+    breaks: list[np.ndarray]
+
+    @classmethod
+    def nothing(cls, sizes: list[int]) -> "_Told":
+        ones, zeros = ([[f(n) for n in sizes] for _ in range(2)] for f in (np.ones, np.zeros))
+        return cls(ones[0], zeros[0], ones[1], zeros[1])
+
+
+class _Parts(NamedTuple):
+    """Parts of tracks in some layers, and what they were matched with in the others."""
+
+    names: Int[np.ndarray, " part"]
+    """Track of each part, ascending."""
+    partners: Int[np.ndarray, " part"]
+    """Track that it goes on with; -1 if none stands."""
+    q_values: Float[np.ndarray, " part"]
+    cosines: Float[np.ndarray, " part"]
+    chances: Float[np.ndarray, " part"]
+    """That the partner is wrong."""
+
+
+def _divisions(n_layers: int) -> list[np.ndarray]:
+    """Layers on one side: one layer, from the middle out, then all layers from one on."""
+    which = np.arange(n_layers)
+    order = sorted(range(n_layers - 1), key=lambda k: (abs(2 * k - n_layers + 1), k))
+    return [which == k for k in order] + [which >= k for k in range(1, n_layers)]
 
 
 def _composed(sizes: list[int], matches: Sequence[Match]) -> list[np.ndarray]:
@@ -133,40 +190,84 @@ def _composed(sizes: list[int], matches: Sequence[Match]) -> list[np.ndarray]:
     return owner
 
 
+def _rejoined(
+    layers: list[np.ndarray],
+    owner: list[np.ndarray],
+    here: np.ndarray,
+    *,
+    rate: float,
+    nulls: Sequence[Null],
+    seed: int,
+) -> _Parts:
+    """Match the parts of tracks in the layers `here` with those in the others."""
+    (names, own), (others, theirs) = (_centres(layers, owner, side) for side in (here, ~here))
+    n = len(names)
+    parts = _Parts(names, np.full(n, -1), np.ones(n), np.zeros(n), np.ones(n))
+    real, there = np.flatnonzero(own.any(axis=1)), np.flatnonzero(theirs.any(axis=1))
+    if len(real) and len(there):  # of codes some are zero
+        factors = Factors.squared_distances(own[real], theirs[there])
+        found = weighed(assign(factors), factors, rate=rate, nulls=nulls, seed=seed)
+        parts.partners[real] = np.where(found.matched, others[there[found.columns]], -1)
+        parts.q_values[real], parts.cosines[real] = found.q_values, found.cosines
+        parts.chances[real] = chances(found.q_values)
+    return parts
+
+
 def _centres(
-    layers: list[np.ndarray], owner: list[np.ndarray], left_out: int
+    layers: list[np.ndarray], owner: list[np.ndarray], here: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Each track's latents in the other layers, summed, nearer layers weighing more."""
-    names = np.unique(np.concatenate([o for k, o in enumerate(owner) if k != left_out]))
+    """Each track's latents in the layers `here`, summed; nearer to the others weigh more."""
+    inside, outside = np.flatnonzero(here), np.flatnonzero(~here)
+    names = np.unique(np.concatenate([owner[k] for k in inside]))
     centres = np.zeros((len(names), layers[0].shape[1]), np.float32)
-    for k, x in enumerate(layers):
-        if k != left_out:
-            weight = np.float32(NEARER ** (abs(k - left_out) - 1))
-            centres[np.searchsorted(names, owner[k])] += weight * x
-    real = centres.any(axis=1)
-    return names[real], unit_rows(centres[real])
+    for k in inside:
+        weight = np.float32(NEARER ** (abs(outside - k).min() - 1))
+        centres[np.searchsorted(names, owner[k])] += weight * layers[k]
+    return names, unit_rows(centres)
 
 
-def _moved(owner: list[np.ndarray], layer: int, new: np.ndarray) -> int:
-    others = np.concatenate([o for k, o in enumerate(owner) if k != layer])
-    before, after = np.isin(owner[layer], others), np.isin(new, others)
-    return int(((before != after) | (before & (owner[layer] != new))).sum())
+def _rename(owner: list[np.ndarray], here: np.ndarray, parts: _Parts) -> int:
+    """Give parts the names of their partners, others new ones; how many latents that moves."""
+    fresh = max(int(o.max(initial=-1)) for o in owner) + 1 + np.arange(len(parts.names))
+    went_on = np.isin(parts.names, np.concatenate([owner[k] for k in np.flatnonzero(~here)]))
+    new = np.where(parts.partners < 0, fresh, parts.partners)
+    changed = (went_on != (parts.partners >= 0)) | (went_on & (parts.names != new))
+    moved = 0
+    for k in np.flatnonzero(here):
+        at = np.searchsorted(parts.names, owner[k])
+        moved += int(changed[at].sum())
+        owner[k] = new[at]
+    return moved
 
 
-def _gathered(
-    owner: list[np.ndarray], q_values: list[np.ndarray], cosines: list[np.ndarray]
-) -> Tracks:
+def _note(told: _Told, owner: list[np.ndarray], here: np.ndarray, parts: _Parts) -> None:
+    """Keep what the matching said with the latents that it is about."""
+    layer = int(here.argmax())
+    at = np.searchsorted(parts.names, owner[layer])
+    if here[-1]:
+        told.breaks[layer][:] = parts.chances[at]
+    if here.sum() == 1:
+        told.strays[layer][:] = parts.chances[at]
+        told.q_values[layer][:] = parts.q_values[at]
+        told.cosines[layer][:] = parts.cosines[at]
+
+
+def _gathered(owner: list[np.ndarray], told: _Told) -> Tracks:
     names = np.unique(np.concatenate(owner))
     shape = len(names), len(owner)
-    latents, q, near = np.full(shape, -1), np.ones(shape), np.zeros(shape)
+    latents = np.full(shape, -1)
+    q, near, strays, breaks = np.ones(shape), np.zeros(shape), np.ones(shape), np.zeros(shape)
     for layer, tracks in enumerate(owner):
         at = np.searchsorted(names, tracks)
         latents[at, layer] = np.arange(len(tracks))
-        q[at, layer], near[at, layer] = q_values[layer], cosines[layer]
-    lone = (latents >= 0).sum(axis=1) == 1
-    q[lone], near[lone] = 1.0, 0.0
-    order = np.lexsort((latents.max(axis=1), (latents >= 0).argmax(axis=1)))
-    return Tracks(latents[order], q[order], near[order])
+        for values, kept in zip((q, near, strays, breaks), told, strict=True):
+            values[at, layer] = kept[layer]
+    there = latents >= 0
+    breaks[np.arange(len(names)), there.argmax(axis=1)] = 0.0  # where the track begins
+    lone = there.sum(axis=1) == 1
+    q[lone], near[lone], strays[lone] = 1.0, 0.0, 1.0
+    order = np.lexsort((latents.max(axis=1), there.argmax(axis=1)))
+    return Tracks(*(x[order] for x in (latents, q, near, strays, breaks)))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int
+from scipy.optimize import isotonic_regression
 
 from mechatlas.maths.assignment import assign
 from mechatlas.maths.pricing import Factors
@@ -111,6 +112,21 @@ def weigh(
     else:  # it goes back and forth between two answers: believe the worse
         return Evidence(np.maximum(*q_values[-2:]), max(n_chance, before), null)
     return Evidence(_q_values(cosines, wrong, max(n_chance, 1)), n_chance, null)
+
+
+def chances(q_values: Float[np.ndarray, " pair"]) -> Float[np.ndarray, " pair"]:
+    """Chance that each pair is wrong: how much a pair adds to the number expected to be wrong.
+
+    Pairs of the same chance in a row are taken together, so that it rises with the q-value.
+    """
+    if not len(q_values):
+        return q_values
+    order = np.argsort(q_values, kind="stable")
+    wrong = q_values[order] * np.arange(1, len(order) + 1)
+    rises = isotonic_regression(np.diff(wrong, prepend=0.0)).x
+    told = np.empty(len(order))
+    told[order] = np.clip(rises, 0.0, 1.0)
+    return told
 
 
 def _count_chance(cosines: np.ndarray, null: np.ndarray, at_most: int) -> int:
