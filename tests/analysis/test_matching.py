@@ -1,5 +1,7 @@
 import dataclasses
+import functools
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ from hypothesis import strategies as st
 
 import mechatlas
 from mechatlas.analysis.matching.chains import compose, cycle_agreement, live, track, wilson
+from mechatlas.analysis.matching.codes import correlate, reordered, together
 from mechatlas.analysis.matching.evidence import (
     baselines,
     co_firing,
@@ -17,8 +20,8 @@ from mechatlas.analysis.matching.evidence import (
     transport,
 )
 from mechatlas.analysis.matching.folding import fold, mean_active, vectors
-from mechatlas.analysis.matching.nulls import reordered, rotated, shuffled
-from mechatlas.analysis.matching.pairing import correlate, match, relatives
+from mechatlas.analysis.matching.nulls import chances, rotated, shuffled
+from mechatlas.analysis.matching.pairing import match, relatives
 from mechatlas.base import InputError
 from mechatlas.dictionaries.autoencoder import Autoencoder
 from mechatlas.dictionaries.sparsity import BatchTopK, Gated, JumpReLU, ReLU, TopK
@@ -130,6 +133,19 @@ def test_nothing_matches_where_there_is_nothing_to_match():
         found = match(a.astype(np.float32), b.astype(np.float32))
         assert found.matched.mean() < 0.01
         assert found.q_values.min() > 0.01
+
+
+def test_chances_rise_with_the_q_value_and_add_up_to_what_is_wrong():
+    random = np.random.default_rng(0)
+    q_values = np.sort(random.random(200)) ** 3
+    told = chances(q_values[::-1])[::-1]
+    assert (np.diff(told) >= 0).all()
+    assert told.min() >= 0
+    assert told.max() <= 1
+    wrong = q_values * np.arange(1, 201)
+    assert (np.cumsum(told) <= wrong + 1e-9).all()  # less where a chance would exceed 1
+    np.testing.assert_allclose(chances(np.full(5, 0.3)), 0.3)
+    assert len(chances(np.empty(0))) == 0
 
 
 def test_a_dictionary_matches_itself():
@@ -325,6 +341,31 @@ def test_rare_codes_that_coincide_by_chance_do_not_match():
     codes -= codes.mean(axis=2, keepdims=True)
     a, b = (x.astype(np.float32) for x in codes)
     assert match(a, b, parts="codes", nulls=(reordered,)).matched.mean() < 0.02
+
+
+def test_rows_of_one_sample_that_are_alike_do_not_make_partners():
+    random = np.random.default_rng(0)
+    n_samples, rows, d = 300, 30, 150
+    samples = np.repeat(np.arange(n_samples), rows)
+    # Each latent fires in some samples, on most of their rows; none has to do with another.
+    there = random.random((2, n_samples, 1, d)) < 0.03
+    x = torch.from_numpy(there & (random.random((2, n_samples, rows, d)) < 0.8)).float()
+    a, b = x.reshape(2, -1, d)
+    plain = SimpleNamespace(n_latents=d, encode=lambda x: x)
+    for sums in (len(samples), 3000):
+        kept = [correlate(plain, y, samples=samples, sums=sums) for y in (a, b)]
+        assert kept[0].shape[1] == sums
+        null = functools.partial(reordered, together=together(samples))
+        assert match(*kept, parts="codes", nulls=(null,)).matched.mean() < 0.02
+        assert match(*kept, parts="codes", nulls=(reordered,)).matched.mean() > 0.9
+    # Partners are still found, and a sample of very many rows does not need as many numbers.
+    order = torch.from_numpy(random.permutation(d))
+    kept = [correlate(plain, y, samples=samples // 50, sums=2048) for y in (a, a[:, order])]
+    null = functools.partial(reordered, together=together(samples // 50))
+    assert together(samples // 50) == 64
+    found = match(*kept, parts="codes", nulls=(null,))
+    assert found.matched.all()
+    np.testing.assert_array_equal(order[found.columns], np.arange(d))
 
 
 @pytest.mark.parametrize(

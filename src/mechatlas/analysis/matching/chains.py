@@ -5,10 +5,13 @@
                 one latent of a layer, so that no two ways round a cycle disagree
     live        birth, persistence and death of tracks, with intervals
 
-The joint solution starts from composition. Then, layer by layer, the latents of one layer are
-taken off their tracks and matched with the tracks again: a track is the sum of its latents in
-other layers, near ones weighing more. This is the same exact pairing with the same null, and no
-step lowers the agreement within tracks unless the null says that the agreement was chance.
+The joint solution starts from composition. Then the layers are divided in two, again and again:
+one layer and the others, or the layers before and after a cut. What tracks have on one side is
+matched with what they have on the other, each part as the sum of its latents, those near the
+division weighing more. This is the same exact pairing with the same null: parts that stand are
+joined, others go apart. So each division says of a track how likely it is that its parts do not
+belong together, and two latents of a track are one feature unless a cut between them is wrong or
+one of them strays.
 """
 
 import dataclasses
@@ -282,7 +285,7 @@ class LifeLines:
     """Last layer of the track."""
     latest_death: Int[np.ndarray, " track"]
     persistence: Float[np.ndarray, " distance"]
-    """Share of the latents of a layer that are still there 1, 2, ... layers on."""
+    """Share of the latents of a layer that stand as the same feature 1, 2, ... layers on."""
     low: Float[np.ndarray, " distance"]
     """Lower end of its 95 % interval (Wilson)."""
     high: Float[np.ndarray, " distance"]
@@ -292,8 +295,14 @@ class LifeLines:
     """Share of each layer's latents whose track ends there."""
 
 
-def live(tracks: Tracks, matches: Sequence[Match]) -> LifeLines:
-    """Read life lines off tracks; the matches of neighbours say how sure the ends are."""
+def live(tracks: Tracks, matches: Sequence[Match], *, rate: float = RATE) -> LifeLines:
+    """Read life lines off tracks; the matches of neighbours say how sure the ends are.
+
+    Args:
+        tracks: The joint solution.
+        matches: The match of each layer with the next.
+        rate: False match rate of what persists.
+    """
     there = tracks.latents >= 0
     n_layers = there.shape[1]
     birth = there.argmax(axis=1)
@@ -311,7 +320,8 @@ def live(tracks: Tracks, matches: Sequence[Match]) -> LifeLines:
     kept, low, high = [], [], []
     for distance in range(1, n_layers):
         alive = int(there[:, :-distance].sum())
-        both = int((there[:, :-distance] & there[:, distance:]).sum())
+        firsts = range(n_layers - distance)
+        both = sum(int(tracks.stand(k, k + distance, rate=rate).sum()) for k in firsts)
         share, ends = wilson(both, alive)
         kept.append(share)
         low.append(ends[0])

@@ -1,11 +1,10 @@
 """What cosines the same pairing finds where there is nothing to find.
 
 A null dictionary has the spectrum of the real one (so directions that all latents share cannot
-pass for partners) and no latent of it:
+pass for partners) and no latent of it (for codes see `codes`):
 
     rotated     whitened, turned by a random rotation, coloured again
     shuffled    each principal coordinate shuffled among latents: keeps its distribution too
-    reordered   for codes: the same codes on rows in another order
 
 Latents without a partner compete only for what partners leave over, so the null pairs them alone:
 the pairing is done again on latents that look like chance, as many of them as there seem to be
@@ -30,7 +29,7 @@ LEAST = 100
 """Pairs that the null should have at least; small dictionaries are done several times."""
 MOST_TIMES = 8
 ROUNDS = 8
-MOST = 0.8
+MOST = 0.65
 """Share of the null below which pairs are counted to tell how many are chance."""
 
 
@@ -57,11 +56,6 @@ def shuffled(x: Float[np.ndarray, "n d"], random: np.random.Generator) -> np.nda
     """Rows with the same distribution along each principal axis, mixed among latents."""
     u, s, vt = np.linalg.svd(x.astype(np.float64), full_matrices=False)
     return ((random.permuted(u, axis=0) * s) @ vt).astype(np.float32)
-
-
-def reordered(x: Float[np.ndarray, "n d"], random: np.random.Generator) -> np.ndarray:
-    """The same codes on rows in another order: for vectors whose entries are rows of data."""
-    return np.ascontiguousarray(x[:, random.permutation(x.shape[1])])
 
 
 Null = Callable[[np.ndarray, np.random.Generator], np.ndarray]
@@ -91,16 +85,14 @@ def weigh(
     cosines = np.einsum("pd,pd->p", a[rows], b[columns], dtype=np.float64)
     null = _best_by_chance(a, b, nulls, random)
     spare = np.setdiff1d(np.arange(len(b)), columns)
-    # Two chance pairs cannot outweigh one that is more alike than both together.
-    weak = np.flatnonzero(cosines < 2 * null.max())
     before, wrong, n_chance = 0, [null], len(rows)
     q_values: list[np.ndarray] = []
     for _ in range(ROUNDS):
         before, n_chance = n_chance, _count_chance(cosines, null, len(rows))
         if n_chance < 2 or abs(n_chance - before) <= 0.03 * before:
             break
-        lowest = weak[np.argsort(cosines[weak], kind="stable")]
-        keep, drop = lowest[n_chance:], lowest[:n_chance]
+        drop = _drawn(cosines, q_values, n_chance, random)
+        keep = np.setdiff1d(np.arange(len(rows)), drop)
         real = b[columns[keep]]
         left = np.concatenate([columns[drop], spare])
         wrong = [
@@ -112,6 +104,20 @@ def weigh(
     else:  # it goes back and forth between two answers: believe the worse
         return Evidence(np.maximum(*q_values[-2:]), max(n_chance, before), null)
     return Evidence(_q_values(cosines, wrong, max(n_chance, 1)), n_chance, null)
+
+
+def _drawn(
+    cosines: np.ndarray, q_values: list[np.ndarray], n: int, random: np.random.Generator
+) -> np.ndarray:
+    """As many pairs as seem to be chance, drawn by how likely each is.
+
+    The least alike alone would be latents of unusual directions, whose null is too low.
+    """
+    if not q_values:
+        return np.argsort(cosines, kind="stable")[:n]
+    likely = chances(q_values[-1])
+    # Of each pair its chance against a draw: exactly n are taken.
+    return np.argsort(random.random(len(likely)) / np.maximum(likely, 1e-12), kind="stable")[:n]
 
 
 def chances(q_values: Float[np.ndarray, " pair"]) -> Float[np.ndarray, " pair"]:
