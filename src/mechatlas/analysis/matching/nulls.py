@@ -84,7 +84,7 @@ def weigh(
     random = np.random.default_rng([seed, 5])
     cosines = np.einsum("pd,pd->p", a[rows], b[columns], dtype=np.float64)
     null = _best_by_chance(a, b, nulls, random)
-    spare = np.setdiff1d(np.arange(len(b)), columns)
+    spare = [np.setdiff1d(np.arange(len(x)), of) for x, of in ((a, rows), (b, columns))]
     before, wrong, n_chance = 0, [null], len(rows)
     q_values: list[np.ndarray] = []
     for _ in range(ROUNDS):
@@ -93,12 +93,9 @@ def weigh(
             break
         drop = _drawn(cosines, q_values, n_chance, random)
         keep = np.setdiff1d(np.arange(len(rows)), drop)
-        real = b[columns[keep]]
-        left = np.concatenate([columns[drop], spare])
-        wrong = [
-            _wrong_pairs(a[rows[np.concatenate([keep, drop])]], real, b[left], make, random)
-            for make in nulls
-        ]
+        there = a[np.concatenate([rows[keep], rows[drop], spare[0]])]
+        real, left = b[columns[keep]], b[np.concatenate([columns[drop], spare[1]])]
+        wrong = [_wrong_pairs(there, real, left, make, random) for make in nulls]
         null = np.concatenate(wrong)
         q_values.append(_q_values(cosines, wrong, n_chance))
     else:  # it goes back and forth between two answers: believe the worse
