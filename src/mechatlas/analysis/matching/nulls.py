@@ -29,7 +29,7 @@ LEAST = 100
 """Pairs that the null should have at least; small dictionaries are done several times."""
 MOST_TIMES = 8
 ROUNDS = 8
-MOST = 0.65
+MOST = 0.75
 """Share of the null below which pairs are counted to tell how many are chance."""
 
 
@@ -93,9 +93,12 @@ def weigh(
             break
         drop = _drawn(cosines, q_values, n_chance, random)
         keep = np.setdiff1d(np.arange(len(rows)), drop)
-        there = a[np.concatenate([rows[keep], rows[drop], spare[0]])]
-        real, left = b[columns[keep]], b[np.concatenate([columns[drop], spare[1]])]
-        wrong = [_wrong_pairs(there, real, left, make, random) for make in nulls]
+        real = a[rows[keep]], b[columns[keep]]
+        left = (
+            a[np.concatenate([rows[drop], spare[0]])],
+            b[np.concatenate([columns[drop], spare[1]])],
+        )
+        wrong = [_wrong_pairs(real, left, make, random) for make in nulls]
         null = np.concatenate(wrong)
         q_values.append(_q_values(cosines, wrong, n_chance))
     else:  # it goes back and forth between two answers: believe the worse
@@ -147,18 +150,25 @@ def _best_by_chance(
 
 
 def _wrong_pairs(
-    a: np.ndarray, real: np.ndarray, left: np.ndarray, make: Null, random: np.random.Generator
+    real: tuple[np.ndarray, np.ndarray],
+    left: tuple[np.ndarray, np.ndarray],
+    make: Null,
+    random: np.random.Generator,
 ) -> np.ndarray:
     """Cosines of the pairs that are wrong when what partners leave over is replaced by a null.
 
-    Row i of `a` belongs to row i of `real`; the rows of `a` after these belong to nothing.
+    Row i of one real side belongs to row i of the other. What is left is replaced on both sides:
+    some of it has a partner after all, and without that would take another's that is like it.
     """
     found: list[np.ndarray] = []
-    for _ in range(min(MOST_TIMES, max(1, -(-LEAST // len(left))))):
-        b = np.concatenate([real, _unit(make(left, random))])
+    for _ in range(min(MOST_TIMES, max(1, -(-LEAST // len(left[1]))))):
+        a, b = (
+            np.concatenate([x, _unit(make(rest, random))])
+            for x, rest in zip(real, left, strict=True)
+        )
         columns = assign(Factors.squared_distances(a, b)).columns
         wrong = np.flatnonzero((columns >= 0) & (columns != np.arange(len(a))))
-        wrong = np.union1d(wrong, len(real) + np.flatnonzero(columns[len(real) :] >= 0))
+        wrong = np.union1d(wrong, len(real[0]) + np.flatnonzero(columns[len(real[0]) :] >= 0))
         found.append(np.einsum("pd,pd->p", a[wrong], b[columns[wrong]], dtype=np.float64))
     return np.concatenate(found)
 
