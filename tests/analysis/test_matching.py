@@ -135,6 +135,39 @@ def test_nothing_matches_where_there_is_nothing_to_match():
         assert found.q_values.min() > 0.01
 
 
+@pytest.mark.parametrize("sizes", [(700, 250), (250, 700)])
+def test_the_stated_rate_holds_where_one_side_is_much_larger(sizes):
+    wrong, found = [], []
+    for seed in range(3):
+        random = np.random.default_rng(seed)
+        spectrum = 1 / np.sqrt(1 + np.arange(96) / 8)
+        a, b = (units(random.standard_normal((n, 96)) * spectrum) for n in sizes)
+        noise = units(random.standard_normal((120, 96)) * spectrum)
+        b[:120] = units(a[:120] + 1.1 * noise)
+        one = match(a.astype(np.float32), b.astype(np.float32), seed=seed)
+        right = (one.columns == np.arange(sizes[0]))[:120] & one.matched[:120]
+        wrong.append(1 - right.sum() / one.matched.sum())
+        found.append(right.mean())
+    assert np.mean(found) > 0.7
+    assert 0.02 < np.mean(wrong) < 0.08
+
+
+def test_what_is_alike_without_being_partners_mostly_does_not_match():
+    random = np.random.default_rng(0)
+    kinds = units(random.standard_normal((40, 96)))
+
+    def fresh(n):  # in loose clusters, which both dictionaries have
+        return units(
+            kinds[random.integers(0, 40, n)] + 1.3 * units(random.standard_normal((n, 96)))
+        )
+
+    a, b = fresh(500), fresh(500)
+    b[:60] = units(a[:60] + 0.6 * units(random.standard_normal((60, 96))))
+    one = match(a.astype(np.float32), b.astype(np.float32))
+    assert (one.matched & (one.columns == np.arange(500)))[:60].mean() > 0.9
+    assert one.matched[60:].mean() < 0.25
+
+
 def test_chances_rise_with_the_q_value_and_add_up_to_what_is_wrong():
     random = np.random.default_rng(0)
     q_values = np.sort(random.random(200)) ** 3
@@ -210,6 +243,12 @@ def test_the_joint_solution_reaches_further_than_composition():
     tracks = track(layers, matches)
     joint = tracks.between(0, 5, n=len(layers[0]))
     assert planted.score(joint, 0, 5)[0] > planted.score(composed, 0, 5)[0] + 0.1
+    for distance in range(1, 6):  # the stated rate, 0.05, is meant along a track too
+        wrong = [
+            planted.score(tracks.between(k, k + distance, n=len(layers[k])), k, k + distance)[1]
+            for k in range(6 - distance)
+        ]
+        assert np.mean(wrong) < 0.12  # of some hundred pairs
     for layer, x in enumerate(layers):
         own = tracks.latents[:, layer]
         assert sorted(own[own >= 0].tolist()) == list(range(len(x)))

@@ -6,9 +6,11 @@ pass for partners) and no latent of it (for codes see `codes`):
     rotated     whitened, turned by a random rotation, coloured again
     shuffled    each principal coordinate shuffled among latents: keeps its distribution too
 
-Latents without a partner compete only for what partners leave over, so the null pairs them alone:
-the pairing is done again on latents that look like chance, as many of them as there seem to be
-by their number where most of the null lies, with their columns replaced.
+Latents without a partner compete for what partners leave over, so the pairing is done again with
+the columns of some pairs replaced: as many as seem to be chance by their number where most of the
+null lies, drawn by how likely each is. Rows stay as they are. One that had a partner after all
+then takes the next best there is, so what is alike without being partners (parts of a cluster,
+siblings of a split) is in the null, and no evidence.
 
 Source: Storey (2002) for q-values from the number of discoveries; the rest is ours.
 """
@@ -29,7 +31,7 @@ LEAST = 100
 """Pairs that the null should have at least; small dictionaries are done several times."""
 MOST_TIMES = 8
 ROUNDS = 8
-MOST = 0.75
+MOST = 0.65
 """Share of the null below which pairs are counted to tell how many are chance."""
 
 
@@ -93,12 +95,9 @@ def weigh(
             break
         drop = _drawn(cosines, q_values, n_chance, random)
         keep = np.setdiff1d(np.arange(len(rows)), drop)
-        real = a[rows[keep]], b[columns[keep]]
-        left = (
-            a[np.concatenate([rows[drop], spare[0]])],
-            b[np.concatenate([columns[drop], spare[1]])],
-        )
-        wrong = [_wrong_pairs(real, left, make, random) for make in nulls]
+        there = a[np.concatenate([rows[keep], rows[drop], spare[0]])]
+        real, left = b[columns[keep]], b[np.concatenate([columns[drop], spare[1]])]
+        wrong = [_wrong_pairs(there, real, left, make, random) for make in nulls]
         null = np.concatenate(wrong)
         q_values.append(_q_values(cosines, wrong, n_chance))
     else:  # it goes back and forth between two answers: believe the worse
@@ -111,12 +110,11 @@ def _drawn(
 ) -> np.ndarray:
     """As many pairs as seem to be chance, drawn by how likely each is.
 
-    The least alike alone would be latents of unusual directions, whose null is too low.
+    The least alike alone would be latents of unusual directions, which have no siblings.
     """
     if not q_values:
         return np.argsort(cosines, kind="stable")[:n]
     likely = chances(q_values[-1])
-    # Of each pair its chance against a draw: exactly n are taken.
     return np.argsort(random.random(len(likely)) / np.maximum(likely, 1e-12), kind="stable")[:n]
 
 
@@ -150,25 +148,18 @@ def _best_by_chance(
 
 
 def _wrong_pairs(
-    real: tuple[np.ndarray, np.ndarray],
-    left: tuple[np.ndarray, np.ndarray],
-    make: Null,
-    random: np.random.Generator,
+    a: np.ndarray, real: np.ndarray, left: np.ndarray, make: Null, random: np.random.Generator
 ) -> np.ndarray:
     """Cosines of the pairs that are wrong when what partners leave over is replaced by a null.
 
-    Row i of one real side belongs to row i of the other. What is left is replaced on both sides:
-    some of it has a partner after all, and without that would take another's that is like it.
+    Row i of `a` belongs to row i of `real`; the rows of `a` after these belong to nothing.
     """
     found: list[np.ndarray] = []
-    for _ in range(min(MOST_TIMES, max(1, -(-LEAST // len(left[1]))))):
-        a, b = (
-            np.concatenate([x, _unit(make(rest, random))])
-            for x, rest in zip(real, left, strict=True)
-        )
+    for _ in range(min(MOST_TIMES, max(1, -(-LEAST // len(left))))):
+        b = np.concatenate([real, _unit(make(left, random))])
         columns = assign(Factors.squared_distances(a, b)).columns
         wrong = np.flatnonzero((columns >= 0) & (columns != np.arange(len(a))))
-        wrong = np.union1d(wrong, len(real[0]) + np.flatnonzero(columns[len(real[0]) :] >= 0))
+        wrong = np.union1d(wrong, len(real) + np.flatnonzero(columns[len(real) :] >= 0))
         found.append(np.einsum("pd,pd->p", a[wrong], b[columns[wrong]], dtype=np.float64))
     return np.concatenate(found)
 
