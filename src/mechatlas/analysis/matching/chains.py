@@ -31,6 +31,8 @@ from mechatlas.maths.pricing import Factors
 SWEEPS = 3
 NEARER = 0.75
 """Weight of a layer two away against one that is next to it."""
+REACH = 2
+"""Layers from one latent of a track to the next at most: a feature may be missed once."""
 LOOSE = 0.5
 """A link with a larger q-value is more likely chance than not."""
 
@@ -219,14 +221,19 @@ def _rejoined(
 def _centres(
     layers: list[np.ndarray], owner: list[np.ndarray], here: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Each track's latents in the layers `here`, summed; nearer to the others weigh more."""
+    """Each track's latents in the layers `here`, summed; nearer to the others weigh more.
+
+    Zero for tracks with no latent in reach of the others.
+    """
     inside, outside = np.flatnonzero(here), np.flatnonzero(~here)
     names = np.unique(np.concatenate([owner[k] for k in inside]))
     centres = np.zeros((len(names), layers[0].shape[1]), np.float32)
+    near = np.zeros(len(names), bool)
     for k in inside:
-        weight = np.float32(NEARER ** (abs(outside - k).min() - 1))
-        centres[np.searchsorted(names, owner[k])] += weight * layers[k]
-    return names, unit_rows(centres)
+        distance, at = int(abs(outside - k).min()), np.searchsorted(names, owner[k])
+        centres[at] += np.float32(NEARER ** (distance - 1)) * layers[k]
+        near[at] |= distance <= REACH
+    return names, unit_rows(centres) * near[:, None]
 
 
 def _rename(owner: list[np.ndarray], here: np.ndarray, parts: _Parts) -> int:
