@@ -579,7 +579,6 @@ def _write_tracks(path: Path, tracks: Tracks, lines: LifeLines) -> None:
             "latent": tracks.latents[there],
             "cosine": tracks.cosines[there],
             "q_value": tracks.q_values[there],
-            "stray": tracks.strays[there],
             "break": tracks.breaks[there],
             "birth": lines.birth[which],
             "earliest_birth": lines.earliest_birth[which],

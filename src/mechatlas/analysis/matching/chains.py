@@ -5,13 +5,11 @@
                 one latent of a layer, so that no two ways round a cycle disagree
     live        birth, persistence and death of tracks, with intervals
 
-The joint solution starts from composition. Then the layers are divided in two, again and again:
-one layer and the others, or the layers before and after a cut. What tracks have on one side is
-matched with what they have on the other, each part as the sum of its latents, those near the
-division weighing more. This is the same exact pairing with the same null: parts that stand are
-joined, others go apart. So each division says of a track how likely it is that its parts do not
-belong together, and two latents of a track are one feature unless a cut between them is wrong or
-one of them strays.
+The joint solution starts from the matches of neighbours. Then two neighbours are matched again,
+each latent together with what its track is on its own side, nearer layers weighing more: what is
+known of a feature from several layers is surer than what one says. It is the same exact pairing
+with the same null, so that a link carries the evidence that a pair does, and with two layers the
+tracks are the pairs. This goes there and back until nothing changes.
 """
 
 import dataclasses
@@ -22,17 +20,15 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from mechatlas.analysis.matching.folding import unit_rows
-from mechatlas.analysis.matching.nulls import NULLS, Null, chances
-from mechatlas.analysis.matching.pairing import RATE, Match, weighed
+from mechatlas.analysis.matching.nulls import NULLS, Null, chances, weigh
+from mechatlas.analysis.matching.pairing import RATE, Match
 from mechatlas.base import Progress, no_progress
 from mechatlas.maths.assignment import assign
 from mechatlas.maths.pricing import Factors
 
 SWEEPS = 3
 NEARER = 0.75
-"""Weight of a layer two away against one that is next to it."""
-REACH = 2
-"""Layers from one latent of a track to the next at most: a feature may be missed once."""
+"""Weight of a layer against the one that is next to it, towards the link."""
 LOOSE = 0.5
 """A link with a larger q-value is more likely chance than not."""
 
@@ -58,42 +54,37 @@ def cycle_agreement(
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Tracks:
-    """Features through layers."""
+    """Features through layers, each without a gap."""
 
     latents: Int[np.ndarray, "track layer"]
     """The latent of each track in each layer, -1 where it has none."""
     q_values: Float[np.ndarray, "track layer"]
-    """Of the claim that the latent belongs to the track; 1 where there is none."""
+    """Of the link with the layer before, for the first layer of a track with the next; 1 where
+    there is none."""
     cosines: Float[np.ndarray, "track layer"]
-    """Of the latent with the rest of its track; 0 where there is none."""
-    strays: Float[np.ndarray, "track layer"]
-    """Chance that the latent does not belong to the rest of the track; 1 where there is none."""
+    """Of what the track is before and after that link; 0 where there is none."""
     breaks: Float[np.ndarray, "track layer"]
-    """Chance that the track is another feature from this layer on than before it; 0 in the first
-    layer of the track, and where it has no latent."""
-
-    def doubts(self, first: int, last: int) -> Float[np.ndarray, " track"]:
-        """Chance that two latents of a track are not one feature; at least 1 if it misses one."""
-        there = self.latents >= 0
-        chance = self.breaks[:, first + 1 : last + 1].sum(axis=1)
-        # At its ends a track breaks where a latent strays: that counts once.
-        chance += np.where(there[:, :first].any(axis=1), self.strays[:, first], 0.0)
-        chance += np.where(there[:, last + 1 :].any(axis=1), self.strays[:, last], 0.0)
-        return np.where(there[:, first] & there[:, last], chance, np.inf)
+    """Chance that the link with the layer before is wrong; 0 where there is none."""
 
     def stand(self, first: int, last: int, *, rate: float = RATE) -> Bool[np.ndarray, " track"]:
-        """Tracks whose latents of two layers are one feature, but for this share of them."""
-        doubts = np.minimum(self.doubts(first, last), 1.0)
-        order = np.argsort(doubts, kind="stable")
-        told = np.cumsum(doubts[order]) / np.arange(1, len(order) + 1)
-        stands = np.zeros(len(doubts), bool)
-        stands[order] = (told <= rate) & (doubts[order] < 1)
-        return stands
+        """Tracks whose latents of two layers are one feature, but for this share of them.
+
+        The chance that a pair is wrong is taken to be the sum over the links between, and the
+        surest pairs stand, as many as have this mean.
+        """
+        there = (self.latents[:, first] >= 0) & (self.latents[:, last] >= 0)
+        chance = self.breaks[:, first + 1 : last + 1].sum(axis=1)
+        chance = np.where(there, np.minimum(chance, 1.0), 1.0)
+        order = np.argsort(chance, kind="stable")
+        mean = np.cumsum(chance[order]) / np.arange(1, len(order) + 1)
+        stands = np.zeros(len(chance), bool)
+        stands[order] = mean <= rate
+        return stands & there
 
     def between(
         self, first: int, last: int, *, n: int, rate: float = RATE
     ) -> Int[np.ndarray, " n"]:
-        """The match of two layers that the tracks say, at a false match rate.
+        """The match of two layers that the tracks say.
 
         Args:
             first: The layer whose latents are matched.
@@ -125,159 +116,117 @@ def track(
     Args:
         layers: Vectors of the latents of each layer, all of one width.
         matches: The match of each layer with the next, to start from.
-        rate: False match rate at which parts are joined to tracks.
+        rate: False match rate at which latents are linked.
         nulls: How null dictionaries are made.
         seed: Seed of the nulls.
-        sweeps: Times that everything is matched again; fewer if nothing changes.
-        on_progress: Told how many times parts have been matched.
+        sweeps: Times that every two layers are matched again; fewer if nothing changes.
+        on_progress: Told how many times layers have been matched.
     """
     layers = [unit_rows(x) for x in layers]
-    owner = _composed([len(x) for x in layers], matches)
-    told = _Told.nothing([len(x) for x in layers])
-    divisions = _divisions(len(layers))
+    links = [_Links.of(found) for found in matches]
+    n_links = len(links)
     for sweep in range(sweeps):
         changed = 0
-        for done, here in enumerate(divisions):
-            parts = _rejoined(layers, owner, here, rate=rate, nulls=nulls, seed=seed)
-            _note(told, owner, here, parts)
-            changed += _rename(owner, here, parts)
-            on_progress(sweep * len(divisions) + done + 1, sweeps * len(divisions))
+        order = range(n_links) if sweep % 2 == 0 else reversed(range(n_links))
+        for done, k in enumerate(order):
+            before, after = _before(layers, links, k), _after(layers, links, k + 1)
+            new = _linked(before, after, rate=rate, nulls=nulls, seed=seed)
+            changed += int((new.columns != links[k].columns).sum())
+            links[k] = new
+            on_progress(sweep * n_links + done + 1, sweeps * n_links)
         if not changed:
             break
-    return _gathered(owner, told)
+    return _followed([len(x) for x in layers], links)
 
 
-class _Told(NamedTuple):
-    """Evidence of each latent of each layer."""
+class _Links(NamedTuple):
+    """Latents of a layer and those of the next that carry them on."""
 
-    q_values: list[np.ndarray]
-    cosines: list[np.ndarray]
-    strays: list[np.ndarray]
-    breaks: list[np.ndarray]
+    columns: Int[np.ndarray, " latent"]
+    """The latent of the next layer, -1 for none."""
+    q_values: Float[np.ndarray, " latent"]
+    cosines: Float[np.ndarray, " latent"]
+    chances: Float[np.ndarray, " latent"]
+    """That the link is wrong."""
 
     @classmethod
-    def nothing(cls, sizes: list[int]) -> "_Told":
-        ones, zeros = ([[f(n) for n in sizes] for _ in range(2)] for f in (np.ones, np.zeros))
-        return cls(ones[0], zeros[0], ones[1], zeros[1])
+    def of(cls, found: Match) -> "_Links":
+        """The pairs that stand."""
+        columns = np.where(found.matched, found.columns, -1)
+        return cls(columns, found.q_values, found.cosines, chances(found.q_values))
 
 
-class _Parts(NamedTuple):
-    """Parts of tracks in some layers, and what they were matched with in the others."""
+def _linked(
+    before: np.ndarray, after: np.ndarray, *, rate: float, nulls: Sequence[Null], seed: int
+) -> _Links:
+    """Match what tracks are up to a layer with what they are from the next on.
 
-    names: Int[np.ndarray, " part"]
-    """Track of each part, ascending."""
-    partners: Int[np.ndarray, " part"]
-    """Track that it goes on with; -1 if none stands."""
-    q_values: Float[np.ndarray, " part"]
-    cosines: Float[np.ndarray, " part"]
-    chances: Float[np.ndarray, " part"]
-    """That the partner is wrong."""
-
-
-def _divisions(n_layers: int) -> list[np.ndarray]:
-    """Layers on one side: one layer, from the middle out, then all layers from one on."""
-    which = np.arange(n_layers)
-    order = sorted(range(n_layers - 1), key=lambda k: (abs(2 * k - n_layers + 1), k))
-    return [which == k for k in order] + [which >= k for k in range(1, n_layers)]
-
-
-def _composed(sizes: list[int], matches: Sequence[Match]) -> list[np.ndarray]:
-    """The track of each latent, by following the matches of neighbours."""
-    owner = [np.arange(sizes[0])]
-    following = sizes[0]
-    for size, found in zip(sizes[1:], matches, strict=True):
-        new = np.full(size, -1)
-        new[found.columns[found.matched]] = owner[-1][found.matched]
-        alone = np.flatnonzero(new < 0)
-        new[alone] = following + np.arange(len(alone))
-        following += len(alone)
-        owner.append(new)
-    return owner
-
-
-def _rejoined(
-    layers: list[np.ndarray],
-    owner: list[np.ndarray],
-    here: np.ndarray,
-    *,
-    rate: float,
-    nulls: Sequence[Null],
-    seed: int,
-) -> _Parts:
-    """Match the parts of tracks in the layers `here` with those in the others."""
-    (names, own), (others, theirs) = (_centres(layers, owner, side) for side in (here, ~here))
-    n = len(names)
-    parts = _Parts(names, np.full(n, -1), np.ones(n), np.zeros(n), np.ones(n))
-    real, there = np.flatnonzero(own.any(axis=1)), np.flatnonzero(theirs.any(axis=1))
-    if len(real) and len(there):  # of codes some are zero
-        factors = Factors.squared_distances(own[real], theirs[there])
-        found = weighed(assign(factors), factors, rate=rate, nulls=nulls, seed=seed)
-        parts.partners[real] = np.where(found.matched, others[there[found.columns]], -1)
-        parts.q_values[real], parts.cosines[real] = found.q_values, found.cosines
-        parts.chances[real] = chances(found.q_values)
-    return parts
-
-
-def _centres(
-    layers: list[np.ndarray], owner: list[np.ndarray], here: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Each track's latents in the layers `here`, summed; nearer to the others weigh more.
-
-    Zero for tracks with no latent in reach of the others.
+    A link stands if it does from both sides: what a feature split into is alike seen from one of
+    them only, and an error would go on along the track.
     """
-    inside, outside = np.flatnonzero(here), np.flatnonzero(~here)
-    names = np.unique(np.concatenate([owner[k] for k in inside]))
-    centres = np.zeros((len(names), layers[0].shape[1]), np.float32)
-    near = np.zeros(len(names), bool)
-    for k in inside:
-        distance, at = int(abs(outside - k).min()), np.searchsorted(names, owner[k])
-        centres[at] += np.float32(NEARER ** (distance - 1)) * layers[k]
-        near[at] |= distance <= REACH
-    return names, unit_rows(centres) * near[:, None]
+    n = len(before)
+    links = _Links(np.full(n, -1), np.ones(n), np.zeros(n), np.ones(n))
+    rows, there = np.flatnonzero(before.any(axis=1)), np.flatnonzero(after.any(axis=1))
+    if not (len(rows) and len(there)):  # of codes some are zero
+        return links
+    a, b = before[rows], after[there]
+    found = assign(Factors.squared_distances(a, b)).columns
+    i = np.flatnonzero(found >= 0)
+    sides = (a, b, i, found[i]), (b, a, found[i], i)
+    q_values = np.maximum(*(weigh(*side, nulls=nulls, seed=seed).q_values for side in sides))
+    of = rows[i]
+    links.columns[of] = np.where(q_values <= rate, there[found[i]], -1)
+    links.q_values[of], links.chances[of] = q_values, chances(q_values)
+    links.cosines[of] = np.einsum("pd,pd->p", a[i], b[found[i]], dtype=np.float64)
+    return links
 
 
-def _rename(owner: list[np.ndarray], here: np.ndarray, parts: _Parts) -> int:
-    """Give parts the names of their partners, others new ones; how many latents that moves."""
-    fresh = max(int(o.max(initial=-1)) for o in owner) + 1 + np.arange(len(parts.names))
-    went_on = np.isin(parts.names, np.concatenate([owner[k] for k in np.flatnonzero(~here)]))
-    new = np.where(parts.partners < 0, fresh, parts.partners)
-    changed = (went_on != (parts.partners >= 0)) | (went_on & (parts.names != new))
-    moved = 0
-    for k in np.flatnonzero(here):
-        at = np.searchsorted(parts.names, owner[k])
-        moved += int(changed[at].sum())
-        owner[k] = new[at]
-    return moved
+def _before(layers: list[np.ndarray], links: list[_Links], layer: int) -> np.ndarray:
+    """Each latent of a layer with what its track was before, nearer layers weighing more."""
+    total = layers[0]
+    for x, step in zip(layers[1 : layer + 1], links, strict=False):
+        rows = np.flatnonzero(step.columns >= 0)
+        following = x.copy()
+        following[step.columns[rows]] += np.float32(NEARER) * total[rows]
+        total = following
+    return unit_rows(total)
 
 
-def _note(told: _Told, owner: list[np.ndarray], here: np.ndarray, parts: _Parts) -> None:
-    """Keep what the matching said with the latents that it is about."""
-    layer = int(here.argmax())
-    at = np.searchsorted(parts.names, owner[layer])
-    if here[-1]:
-        told.breaks[layer][:] = parts.chances[at]
-    if here.sum() == 1:
-        told.strays[layer][:] = parts.chances[at]
-        told.q_values[layer][:] = parts.q_values[at]
-        told.cosines[layer][:] = parts.cosines[at]
+def _after(layers: list[np.ndarray], links: list[_Links], layer: int) -> np.ndarray:
+    """Each latent of a layer with what its track is after, nearer layers weighing more."""
+    total = layers[-1]
+    for k in reversed(range(layer, len(links))):
+        rows = np.flatnonzero(links[k].columns >= 0)
+        preceding = layers[k].copy()
+        preceding[rows] += np.float32(NEARER) * total[links[k].columns[rows]]
+        total = preceding
+    return unit_rows(total)
 
 
-def _gathered(owner: list[np.ndarray], told: _Told) -> Tracks:
-    names = np.unique(np.concatenate(owner))
-    shape = len(names), len(owner)
+def _followed(sizes: list[int], links: list[_Links]) -> Tracks:
+    """Links put one after another; tracks by their first layer."""
+    owner, n_tracks = [np.arange(sizes[0])], sizes[0]
+    for size, step in zip(sizes[1:], links, strict=True):
+        new, rows = np.full(size, -1), np.flatnonzero(step.columns >= 0)
+        new[step.columns[rows]] = owner[-1][rows]
+        alone = np.flatnonzero(new < 0)
+        new[alone] = n_tracks + np.arange(len(alone))
+        n_tracks += len(alone)
+        owner.append(new)
+    shape = n_tracks, len(sizes)
     latents = np.full(shape, -1)
-    q, near, strays, breaks = np.ones(shape), np.zeros(shape), np.ones(shape), np.zeros(shape)
+    q_values, cosines, breaks = np.ones(shape), np.zeros(shape), np.zeros(shape)
     for layer, tracks in enumerate(owner):
-        at = np.searchsorted(names, tracks)
-        latents[at, layer] = np.arange(len(tracks))
-        for values, kept in zip((q, near, strays, breaks), told, strict=True):
-            values[at, layer] = kept[layer]
-    there = latents >= 0
-    breaks[np.arange(len(names)), there.argmax(axis=1)] = 0.0  # where the track begins
-    lone = there.sum(axis=1) == 1
-    q[lone], near[lone], strays[lone] = 1.0, 0.0, 1.0
-    order = np.lexsort((latents.max(axis=1), there.argmax(axis=1)))
-    return Tracks(*(x[order] for x in (latents, q, near, strays, breaks)))
+        latents[tracks, layer] = np.arange(len(tracks))
+    for layer, step in enumerate(links):
+        rows = np.flatnonzero(step.columns >= 0)
+        tracks = owner[layer][rows]
+        breaks[tracks, layer + 1] = step.chances[rows]
+        born = tracks[(latents[tracks, :layer] < 0).all(axis=1)]
+        for values, kept in ((q_values, step.q_values), (cosines, step.cosines)):
+            values[tracks, layer + 1] = kept[rows]
+            values[born, layer] = values[born, layer + 1]
+    return Tracks(latents, q_values, cosines, breaks)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
