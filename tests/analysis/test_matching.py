@@ -236,7 +236,7 @@ def test_splitting_and_merging_are_seen_from_both_sides():
 
 
 def test_the_joint_solution_reaches_further_than_composition():
-    planted = chain(200, 64, 6, noise=LEVELS["high"], turn=0.2, seed=3)
+    planted = chain(300, 96, 6, noise=LEVELS["high"], turn=0.2, seed=3)
     matches = [match(*planted.dictionaries[k : k + 2]) for k in range(5)]
     composed = compose([np.where(m.matched, m.columns, -1) for m in matches])
     layers = [m.unit_a for m in matches] + [matches[-1].unit_b]
@@ -248,10 +248,26 @@ def test_the_joint_solution_reaches_further_than_composition():
             planted.score(tracks.between(k, k + distance, n=len(layers[k])), k, k + distance)[1]
             for k in range(6 - distance)
         ]
-        assert np.mean(wrong) < 0.12  # of some hundred pairs
+        assert np.mean(wrong) < 0.08
     for layer, x in enumerate(layers):
         own = tracks.latents[:, layer]
         assert sorted(own[own >= 0].tolist()) == list(range(len(x)))
+
+
+def test_through_two_layers_tracks_are_pairs_that_stand_from_both_sides():
+    planted = chain(300, 64, 2, noise=0.7)
+    one = match(*planted.dictionaries)
+    tracks = track([one.unit_a, one.unit_b], [one])
+    columns = tracks.between(0, 1, n=300)
+    found = np.flatnonzero(columns >= 0)
+    np.testing.assert_array_equal(columns[found], one.columns[found])
+    assert one.matched[found].all()
+    linked = (tracks.latents >= 0).all(axis=1)
+    assert (tracks.breaks[~linked] == 0).all()
+    assert (tracks.q_values[~linked] == 1).all()
+    np.testing.assert_array_equal(tracks.q_values[linked, 0], tracks.q_values[linked, 1])
+    assert (tracks.q_values[linked] <= 0.05).all()
+    assert (tracks.breaks[linked, 1] > 0).all()
 
 
 def test_life_lines_of_a_chain_show_its_births_and_deaths():
