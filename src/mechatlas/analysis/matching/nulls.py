@@ -31,6 +31,10 @@ LEAST = 100
 """Pairs that the null should have at least; small dictionaries are done several times."""
 MOST_TIMES = 8
 ROUNDS = 8
+KEPT = 4
+"""Rounds whose nulls count: the first are made before it is known what is chance."""
+ENOUGH = 4096
+"""Draws of the null that need no other round."""
 MOST = 0.65
 """Share of the null below which pairs are counted to tell how many are chance."""
 
@@ -87,34 +91,35 @@ def weigh(
     cosines = np.einsum("pd,pd->p", a[rows], b[columns], dtype=np.float64)
     null = _best_by_chance(a, b, nulls, random)
     spare = [np.setdiff1d(np.arange(len(x)), of) for x, of in ((a, rows), (b, columns))]
-    before, wrong, n_chance = 0, [null], len(rows)
-    q_values: list[np.ndarray] = []
+    before, n_chance, draws = 0, len(rows), []
+    q_values = np.ones(0)
     for _ in range(ROUNDS):
         before, n_chance = n_chance, _count_chance(cosines, null, len(rows))
-        if n_chance < 2 or abs(n_chance - before) <= 0.03 * before:
+        settled = abs(n_chance - before) <= 0.03 * before
+        if n_chance < 2 or (settled and len(null) >= ENOUGH):
             break
         drop = _drawn(cosines, q_values, n_chance, random)
         keep = np.setdiff1d(np.arange(len(rows)), drop)
         there = a[np.concatenate([rows[keep], rows[drop], spare[0]])]
         real, left = b[columns[keep]], b[np.concatenate([columns[drop], spare[1]])]
-        wrong = [_wrong_pairs(there, real, left, make, random) for make in nulls]
+        draws.append([_wrong_pairs(there, real, left, make, random) for make in nulls])
+        wrong = [np.concatenate(of) for of in zip(*draws[-KEPT:], strict=True)]
         null = np.concatenate(wrong)
-        q_values.append(_q_values(cosines, wrong, n_chance))
-    else:  # it goes back and forth between two answers: believe the worse
-        return Evidence(np.maximum(*q_values[-2:]), max(n_chance, before), null)
+        q_values = _q_values(cosines, wrong, n_chance)
+    wrong = [null] if not draws else wrong
     return Evidence(_q_values(cosines, wrong, max(n_chance, 1)), n_chance, null)
 
 
 def _drawn(
-    cosines: np.ndarray, q_values: list[np.ndarray], n: int, random: np.random.Generator
+    cosines: np.ndarray, q_values: np.ndarray, n: int, random: np.random.Generator
 ) -> np.ndarray:
     """As many pairs as seem to be chance, drawn by how likely each is.
 
     The least alike alone would be latents of unusual directions, which have no siblings.
     """
-    if not q_values:
+    if not len(q_values):
         return np.argsort(cosines, kind="stable")[:n]
-    likely = chances(q_values[-1])
+    likely = chances(q_values)
     return np.argsort(random.random(len(likely)) / np.maximum(likely, 1e-12), kind="stable")[:n]
 
 
