@@ -91,8 +91,8 @@ def weigh(
     cosines = np.einsum("pd,pd->p", a[rows], b[columns], dtype=np.float64)
     null = _best_by_chance(a, b, nulls, random)
     spare = [np.setdiff1d(np.arange(len(x)), of) for x, of in ((a, rows), (b, columns))]
-    before, n_chance, draws = 0, len(rows), []
-    q_values = np.ones(0)
+    before, n_chance, wrong, q_values = 0, len(rows), [null], np.empty(0)
+    draws: list[list[np.ndarray]] = []
     for _ in range(ROUNDS):
         before, n_chance = n_chance, _count_chance(cosines, null, len(rows))
         settled = abs(n_chance - before) <= 0.03 * before
@@ -106,7 +106,6 @@ def weigh(
         wrong = [np.concatenate(of) for of in zip(*draws[-KEPT:], strict=True)]
         null = np.concatenate(wrong)
         q_values = _q_values(cosines, wrong, n_chance)
-    wrong = [null] if not draws else wrong
     return Evidence(_q_values(cosines, wrong, max(n_chance, 1)), n_chance, null)
 
 
