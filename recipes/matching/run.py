@@ -29,8 +29,13 @@ WAYS = (
 MOVED = (*WAYS, "layer drop", "mean of B", "B itself")
 
 
-def trained(site: str, seed: int, options: argparse.Namespace) -> Path:
-    """The dictionary of a site, trained unless it is there."""
+def trained(sites: list[str], k: int, seed: int, options: argparse.Namespace) -> Path:
+    """The dictionary of a site, trained unless it is there.
+
+    No two start alike: latents keep so much of their start that dictionaries of one seed match by
+    number, whatever their sites have in common.
+    """
+    site = sites[k]
     out = options.out / f"seed{seed}" / site
     if not (out / "result.json").is_file():
         found = jobs.train(
@@ -43,7 +48,7 @@ def trained(site: str, seed: int, options: argparse.Namespace) -> Path:
                 revival=AuxK(k=4 * options.k),
                 steps=options.steps,
                 batch_size=1024,
-                seed=seed,
+                seed=seed * len(sites) + k,
             )
         )
         print(f"{site}, seed {seed}: fvu {found['fvu']:.3f}, dead {found['dead_share']:.1%}, "
@@ -131,8 +136,10 @@ def main() -> None:
     parser.add_argument("--train-only", action="store_true")
     options = parser.parse_args()
     options.out = options.out or options.store.parent
-    sites = ma.Store(options.store).sites
-    paths = [[trained(site, s, options) for site in sites] for s in range(options.seeds)]
+    sites = list(ma.Store(options.store).sites)
+    paths = [
+        [trained(sites, k, s, options) for k in range(len(sites))] for s in range(options.seeds)
+    ]
     if options.train_only:
         return
     layers = [

@@ -1,5 +1,7 @@
 import dataclasses
+import functools
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ from hypothesis import strategies as st
 
 import mechatlas
 from mechatlas.analysis.matching.chains import compose, cycle_agreement, live, track, wilson
+from mechatlas.analysis.matching.codes import correlate, reordered, together
 from mechatlas.analysis.matching.evidence import (
     baselines,
     co_firing,
@@ -17,8 +20,8 @@ from mechatlas.analysis.matching.evidence import (
     transport,
 )
 from mechatlas.analysis.matching.folding import fold, mean_active, vectors
-from mechatlas.analysis.matching.nulls import reordered, rotated, shuffled
-from mechatlas.analysis.matching.pairing import correlate, match, relatives
+from mechatlas.analysis.matching.nulls import chances, rotated, shuffled
+from mechatlas.analysis.matching.pairing import match, relatives
 from mechatlas.base import InputError
 from mechatlas.dictionaries.autoencoder import Autoencoder
 from mechatlas.dictionaries.sparsity import BatchTopK, Gated, JumpReLU, ReLU, TopK
@@ -132,6 +135,52 @@ def test_nothing_matches_where_there_is_nothing_to_match():
         assert found.q_values.min() > 0.01
 
 
+@pytest.mark.parametrize("sizes", [(700, 250), (250, 700)])
+def test_the_stated_rate_holds_where_one_side_is_much_larger(sizes):
+    wrong, found = [], []
+    for seed in range(3):
+        random = np.random.default_rng(seed)
+        spectrum = 1 / np.sqrt(1 + np.arange(96) / 8)
+        a, b = (units(random.standard_normal((n, 96)) * spectrum) for n in sizes)
+        noise = units(random.standard_normal((120, 96)) * spectrum)
+        b[:120] = units(a[:120] + 1.1 * noise)
+        one = match(a.astype(np.float32), b.astype(np.float32), seed=seed)
+        right = (one.columns == np.arange(sizes[0]))[:120] & one.matched[:120]
+        wrong.append(1 - right.sum() / one.matched.sum())
+        found.append(right.mean())
+    assert np.mean(found) > 0.7
+    assert 0.02 < np.mean(wrong) < 0.08
+
+
+def test_what_is_alike_without_being_partners_mostly_does_not_match():
+    random = np.random.default_rng(0)
+    kinds = units(random.standard_normal((40, 96)))
+
+    def fresh(n):  # in loose clusters, which both dictionaries have
+        return units(
+            kinds[random.integers(0, 40, n)] + 1.3 * units(random.standard_normal((n, 96)))
+        )
+
+    a, b = fresh(500), fresh(500)
+    b[:60] = units(a[:60] + 0.6 * units(random.standard_normal((60, 96))))
+    one = match(a.astype(np.float32), b.astype(np.float32))
+    assert (one.matched & (one.columns == np.arange(500)))[:60].mean() > 0.9
+    assert one.matched[60:].mean() < 0.25
+
+
+def test_chances_rise_with_the_q_value_and_add_up_to_what_is_wrong():
+    random = np.random.default_rng(0)
+    q_values = np.sort(random.random(200)) ** 3
+    told = chances(q_values[::-1])[::-1]
+    assert (np.diff(told) >= 0).all()
+    assert told.min() >= 0
+    assert told.max() <= 1
+    wrong = q_values * np.arange(1, 201)
+    assert (np.cumsum(told) <= wrong + 1e-9).all()  # less where a chance would exceed 1
+    np.testing.assert_allclose(chances(np.full(5, 0.3)), 0.3)
+    assert len(chances(np.empty(0))) == 0
+
+
 def test_a_dictionary_matches_itself():
     rows = np.random.default_rng(0).standard_normal((150, 20)).astype(np.float32)
     order = np.random.default_rng(1).permutation(150)
@@ -187,16 +236,38 @@ def test_splitting_and_merging_are_seen_from_both_sides():
 
 
 def test_the_joint_solution_reaches_further_than_composition():
-    planted = chain(200, 64, 6, noise=LEVELS["high"], turn=0.2, seed=3)
+    planted = chain(300, 96, 6, noise=LEVELS["high"], turn=0.2, seed=3)
     matches = [match(*planted.dictionaries[k : k + 2]) for k in range(5)]
     composed = compose([np.where(m.matched, m.columns, -1) for m in matches])
     layers = [m.unit_a for m in matches] + [matches[-1].unit_b]
     tracks = track(layers, matches)
     joint = tracks.between(0, 5, n=len(layers[0]))
     assert planted.score(joint, 0, 5)[0] > planted.score(composed, 0, 5)[0] + 0.1
+    for distance in range(1, 6):  # the stated rate, 0.05, is meant along a track too
+        wrong = [
+            planted.score(tracks.between(k, k + distance, n=len(layers[k])), k, k + distance)[1]
+            for k in range(6 - distance)
+        ]
+        assert np.mean(wrong) < 0.08
     for layer, x in enumerate(layers):
         own = tracks.latents[:, layer]
         assert sorted(own[own >= 0].tolist()) == list(range(len(x)))
+
+
+def test_through_two_layers_tracks_are_pairs_that_stand_from_both_sides():
+    planted = chain(300, 64, 2, noise=0.7)
+    one = match(*planted.dictionaries)
+    tracks = track([one.unit_a, one.unit_b], [one])
+    columns = tracks.between(0, 1, n=300)
+    found = np.flatnonzero(columns >= 0)
+    np.testing.assert_array_equal(columns[found], one.columns[found])
+    assert one.matched[found].all()
+    linked = (tracks.latents >= 0).all(axis=1)
+    assert (tracks.breaks[~linked] == 0).all()
+    assert (tracks.q_values[~linked] == 1).all()
+    np.testing.assert_array_equal(tracks.q_values[linked, 0], tracks.q_values[linked, 1])
+    assert (tracks.q_values[linked] <= 0.05).all()
+    assert (tracks.breaks[linked, 1] > 0).all()
 
 
 def test_life_lines_of_a_chain_show_its_births_and_deaths():
@@ -325,6 +396,31 @@ def test_rare_codes_that_coincide_by_chance_do_not_match():
     codes -= codes.mean(axis=2, keepdims=True)
     a, b = (x.astype(np.float32) for x in codes)
     assert match(a, b, parts="codes", nulls=(reordered,)).matched.mean() < 0.02
+
+
+def test_rows_of_one_sample_that_are_alike_do_not_make_partners():
+    random = np.random.default_rng(0)
+    n_samples, rows, d = 300, 30, 150
+    samples = np.repeat(np.arange(n_samples), rows)
+    # Each latent fires in some samples, on most of their rows; none has to do with another.
+    there = random.random((2, n_samples, 1, d)) < 0.03
+    x = torch.from_numpy(there & (random.random((2, n_samples, rows, d)) < 0.8)).float()
+    a, b = x.reshape(2, -1, d)
+    plain = SimpleNamespace(n_latents=d, encode=lambda x: x)
+    for sums in (len(samples), 3000):
+        kept = [correlate(plain, y, samples=samples, sums=sums) for y in (a, b)]
+        assert kept[0].shape[1] == sums
+        null = functools.partial(reordered, together=together(samples))
+        assert match(*kept, parts="codes", nulls=(null,)).matched.mean() < 0.02
+        assert match(*kept, parts="codes", nulls=(reordered,)).matched.mean() > 0.9
+    # Partners are still found, and a sample of very many rows does not need as many numbers.
+    order = torch.from_numpy(random.permutation(d))
+    kept = [correlate(plain, y, samples=samples // 50, sums=2048) for y in (a, a[:, order])]
+    null = functools.partial(reordered, together=together(samples // 50))
+    assert together(samples // 50) == 64
+    found = match(*kept, parts="codes", nulls=(null,))
+    assert found.matched.all()
+    np.testing.assert_array_equal(order[found.columns], np.arange(d))
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ the state of a pairing, from which the same command continues.
 """
 
 import dataclasses
+import functools
 import io
 import itertools
 import json
@@ -23,7 +24,7 @@ from torch import nn
 from tyro.conf import Positional, arg
 
 from mechatlas.activations.networks import digest
-from mechatlas.activations.store import Store
+from mechatlas.activations.store import Store, StoreRows
 from mechatlas.analysis.matching.chains import (
     LifeLines,
     Tracks,
@@ -32,6 +33,7 @@ from mechatlas.analysis.matching.chains import (
     live,
     track,
 )
+from mechatlas.analysis.matching.codes import correlate, reordered, together
 from mechatlas.analysis.matching.evidence import (
     Firing,
     baselines,
@@ -41,8 +43,8 @@ from mechatlas.analysis.matching.evidence import (
     transport,
 )
 from mechatlas.analysis.matching.folding import Parts, fold, mean_active
-from mechatlas.analysis.matching.nulls import NULLS, Evidence, Null, reordered
-from mechatlas.analysis.matching.pairing import Match, correlate, match, relatives
+from mechatlas.analysis.matching.nulls import NULLS, Evidence, Null
+from mechatlas.analysis.matching.pairing import Match, match, relatives
 from mechatlas.analysis.matching.splicing import permuted, references, splice
 from mechatlas.app.folders import cost, peak_bytes, refuse_strangers, write_table
 from mechatlas.app.progress import bar
@@ -140,13 +142,16 @@ def match_dictionaries(recipe: Matching) -> dict[str, Any]:
     _check(recipe)
     names = _names(recipe.dictionaries)
     dictionaries = [load(path) for path in recipe.dictionaries]
-    known, unseen = _rows(recipe, dictionaries)
+    known, samples, unseen = _rows(recipe, dictionaries)
     running, not_run = _network(recipe)
-    views, units = _views(recipe, dictionaries, known)
+    views, units = _views(recipe, dictionaries, known, samples)
+    nulls = NULLS
+    if recipe.cost == "codes":
+        nulls = (functools.partial(reordered, together=together(samples)),)
     matches, pairs = [], []
     for k, (name_a, name_b) in enumerate(itertools.pairwise(names)):
         started, wall = time.process_time(), time.perf_counter()
-        found = _pair(recipe, k, views, units, len(pairs))
+        found = _pair(recipe, k, views, units, nulls)
         pair = {"a": name_a, "b": name_b, **_facts(found)}
         pair["seconds"] = round(time.process_time() - started, 3)
         pair["wall_seconds"] = round(time.perf_counter() - wall, 3)
@@ -168,7 +173,7 @@ def match_dictionaries(recipe: Matching) -> dict[str, Any]:
         "pairs": pairs,
     }
     if len(matches) > 1:
-        result |= _joint(recipe, matches, unseen, dictionaries)
+        result |= _joint(recipe, matches, nulls, unseen, dictionaries)
     _write_matches(recipe.out / "matches.parquet", matches)
     manifest = {
         "schema": 1,
@@ -232,22 +237,22 @@ def _checksum_of(path: Path) -> str:
 
 def _rows(
     recipe: Matching, dictionaries: list[Any]
-) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """Rows of each dictionary's site to fold with, and others, held out, to measure on.
+) -> tuple[list[torch.Tensor], np.ndarray, list[torch.Tensor]]:
+    """Rows of each dictionary's site to fold with, their samples, and rows to measure on.
 
     Raises:
         RecipeError: A dictionary does not say which site it reads.
         StoreError: The store is not paired, or misses a site.
     """
     if recipe.store is None:
-        return [], []
+        return [], np.empty(0, np.int64), []
     store = Store(recipe.store)
     if not store.manifest.get("settings", {}).get("paired", False):
         raise StoreError(
             f"The rows of different sites of {recipe.store} do not belong together. Collect a "
             "store with `paired = true` in [collecting]."
         )
-    known, unseen = [], []
+    known, unseen, samples = [], [], np.empty(0, np.int64)
     for path, dictionary in zip(recipe.dictionaries, dictionaries, strict=True):
         site = _site(path)
         rows = store.rows(site)
@@ -258,10 +263,11 @@ def _rows(
             )
         unseen.append(rows.held_out(recipe.rows).x)
         times = CODES if recipe.cost == "codes" else 1
-        known.append(_first_rows(rows, times * recipe.rows))
+        first, samples = _first_rows(rows, times * recipe.rows)
+        known.append(first)
     if min(len(x) for x in unseen) < 2:
         raise StoreError(f"{recipe.store} has no held-out rows to measure on.")
-    return known, unseen
+    return known, samples, unseen
 
 
 def _site(path: Path) -> str:
@@ -280,36 +286,37 @@ def _site(path: Path) -> str:
     return site
 
 
-def _first_rows(rows: Any, n: int) -> torch.Tensor:
-    """The first rows of the training split in stored order, which is the same for all sites."""
-    parts, missing = [], n
-    for batch, _ in rows.scan():
+def _first_rows(rows: StoreRows, n: int) -> tuple[torch.Tensor, np.ndarray]:
+    """The first rows of the training split, the same for all sites, sample by sample; samples."""
+    parts, places, missing = [], [], n
+    for batch, where in rows.scan():
         if missing <= 0 or int(batch.row[0]) >= rows.n_rows:
             break
         parts.append(batch.x[:missing])
+        places.append(where[:missing])
         missing -= len(parts[-1])
-    return torch.cat(parts)
+    place = torch.cat(places).numpy()
+    order = np.lexsort(place.T[::-1])
+    return torch.cat(parts)[torch.from_numpy(order)], place[order, 0]
 
 
 def _views(
-    recipe: Matching, dictionaries: list[Any], known: list[torch.Tensor]
+    recipe: Matching, dictionaries: list[Any], known: list[torch.Tensor], samples: np.ndarray
 ) -> tuple[list[Any], list[Any]]:
     """What is matched of each dictionary, and the unit of its latents."""
+    none = [None] * len(dictionaries)
     if recipe.cost == "codes":
-        return [correlate(d, x) for d, x in zip(dictionaries, known, strict=True)], [None] * len(
-            known
-        )
+        of = zip(dictionaries, known, strict=True)
+        return [correlate(one, x, samples=samples) for one, x in of], none
     if recipe.units == "data":
         return dictionaries, [mean_active(d, x) for d, x in zip(dictionaries, known, strict=True)]
-    return dictionaries, [None] * len(dictionaries)
+    return dictionaries, none
 
 
-def _nulls(recipe: Matching) -> tuple[Null, ...]:
-    return (reordered,) if recipe.cost == "codes" else NULLS
-
-
-def _pair(recipe: Matching, k: int, views: list[Any], units: list[Any], number: int) -> Match:
-    folder = recipe.out / "unfinished" / str(number)
+def _pair(
+    recipe: Matching, k: int, views: list[Any], units: list[Any], nulls: tuple[Null, ...]
+) -> Match:
+    folder = recipe.out / "unfinished" / str(k)
     asked = {
         **_plain(recipe),
         "out": "",
@@ -322,7 +329,7 @@ def _pair(recipe: Matching, k: int, views: list[Any], units: list[Any], number: 
             parts=recipe.cost,  # pyright: ignore
             units=(units[k], units[k + 1]),
             rate=recipe.rate,
-            nulls=_nulls(recipe),
+            nulls=nulls,
             seed=recipe.seed,
             resume=_kept(folder, "state", asked, State.from_arrays),
             evidence=_kept(folder, "evidence", asked, _evidence),
@@ -477,7 +484,11 @@ def _numbers(estimates: dict[str, Any]) -> dict[str, Any]:
 
 
 def _joint(
-    recipe: Matching, matches: list[Match], unseen: list[torch.Tensor], dictionaries: list[Any]
+    recipe: Matching,
+    matches: list[Match],
+    nulls: tuple[Null, ...],
+    unseen: list[torch.Tensor],
+    dictionaries: list[Any],
 ) -> dict[str, Any]:
     """Tracks, life lines, and long-range matches by composition, directly and jointly."""
     layers = [found.unit_a for found in matches] + [matches[-1].unit_b]
@@ -488,11 +499,11 @@ def _joint(
             layers,
             matches,
             rate=recipe.rate,
-            nulls=_nulls(recipe),
+            nulls=nulls,
             seed=recipe.seed,
             on_progress=progress,
         )
-    lines = live(tracks, matches)
+    lines = live(tracks, matches, rate=recipe.rate)
     _write_tracks(recipe.out / "tracks.parquet", tracks, lines)
     return {
         "tracks": {
@@ -505,33 +516,33 @@ def _joint(
             "born": lines.born.tolist(),
             "dying": lines.dying.tolist(),
         },
-        **_first_to_last(recipe, matches, layers, tracks, unseen, dictionaries),
+        **_first_to_last(recipe, matches, nulls, tracks, unseen, dictionaries),
     }
 
 
 def _first_to_last(
     recipe: Matching,
     matches: list[Match],
-    layers: list[np.ndarray],
+    nulls: tuple[Null, ...],
     tracks: Tracks,
     unseen: list[torch.Tensor],
     dictionaries: list[Any],
 ) -> dict[str, Any]:
     """Three ways from the first dictionary to the last."""
-    last = len(layers) - 1
+    first, last = matches[0].unit_a, matches[-1].unit_b
     parts: Parts = "codes" if recipe.cost == "codes" else "cosine"
     direct, back = (
-        match(a, b, parts=parts, rate=recipe.rate, nulls=_nulls(recipe), seed=recipe.seed)
-        for a, b in ((layers[0], layers[-1]), (layers[-1], layers[0]))
+        match(a, b, parts=parts, rate=recipe.rate, nulls=nulls, seed=recipe.seed)
+        for a, b in ((first, last), (last, first))
     )
     composed = compose([np.where(m.matched, m.columns, -1) for m in matches])
     ways = {
         "composition": composed,
         "direct": np.where(direct.matched, direct.columns, -1),
-        "joint": tracks.between(0, last, n=len(layers[0])),
+        "joint": tracks.between(0, len(matches), n=len(first), rate=recipe.rate),
     }
     returned = np.where(back.matched, back.columns, -1)
-    cycle = float(cycle_agreement(composed, returned, n=len(layers[0])))
+    cycle = float(cycle_agreement(composed, returned, n=len(first)))
     far: dict[str, Any] = {way: {"pairs": int((c >= 0).sum())} for way, c in ways.items()}
     if unseen:
         fired: Firing = firing(dictionaries[0], dictionaries[-1], unseen[0], unseen[-1])
@@ -568,6 +579,7 @@ def _write_tracks(path: Path, tracks: Tracks, lines: LifeLines) -> None:
             "latent": tracks.latents[there],
             "cosine": tracks.cosines[there],
             "q_value": tracks.q_values[there],
+            "break": tracks.breaks[there],
             "birth": lines.birth[which],
             "earliest_birth": lines.earliest_birth[which],
             "death": lines.death[which],

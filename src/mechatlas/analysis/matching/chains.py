@@ -5,28 +5,30 @@
                 one latent of a layer, so that no two ways round a cycle disagree
     live        birth, persistence and death of tracks, with intervals
 
-The joint solution starts from composition. Then, layer by layer, the latents of one layer are
-taken off their tracks and matched with the tracks again: a track is the sum of its latents in
-other layers, near ones weighing more. This is the same exact pairing with the same null, and no
-step lowers the agreement within tracks unless the null says that the agreement was chance.
+The joint solution starts from the matches of neighbours. Then two neighbours are matched again,
+each latent together with what its track is on its own side, nearer layers weighing more: what is
+known of a feature from several layers is surer than what one says. It is the same exact pairing
+with the same null, so that a link carries the evidence that a pair does, and with two layers the
+tracks are the pairs. This goes there and back until nothing changes.
 """
 
 import dataclasses
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from mechatlas.analysis.matching.folding import unit_rows
-from mechatlas.analysis.matching.nulls import NULLS, Null
-from mechatlas.analysis.matching.pairing import RATE, Match, weighed
+from mechatlas.analysis.matching.nulls import NULLS, Null, chances, weigh
+from mechatlas.analysis.matching.pairing import RATE, Match
 from mechatlas.base import Progress, no_progress
 from mechatlas.maths.assignment import assign
 from mechatlas.maths.pricing import Factors
 
 SWEEPS = 3
 NEARER = 0.75
-"""Weight of a layer two away against one that is next to it."""
+"""Weight of a layer against the one that is next to it, towards the link."""
 LOOSE = 0.5
 """A link with a larger q-value is more likely chance than not."""
 
@@ -52,20 +54,50 @@ def cycle_agreement(
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Tracks:
-    """Features through layers."""
+    """Features through layers, each without a gap."""
 
     latents: Int[np.ndarray, "track layer"]
     """The latent of each track in each layer, -1 where it has none."""
     q_values: Float[np.ndarray, "track layer"]
-    """Of the claim that the latent belongs to the track; 1 where there is none."""
+    """Of the link with the layer before, for the first layer of a track with the next; 1 where
+    there is none."""
     cosines: Float[np.ndarray, "track layer"]
-    """Of the latent with the rest of its track; 0 where there is none."""
+    """Of what the track is before and after that link; 0 where there is none."""
+    breaks: Float[np.ndarray, "track layer"]
+    """Chance that the link with the layer before is wrong; 0 where there is none."""
 
-    def between(self, first: int, last: int, *, n: int) -> Int[np.ndarray, " n"]:
-        """The match of two layers that the tracks say; -1 where a track misses one."""
-        both = (self.latents[:, first] >= 0) & (self.latents[:, last] >= 0)
+    def stand(self, first: int, last: int, *, rate: float = RATE) -> Bool[np.ndarray, " track"]:
+        """Tracks whose latents of two layers are one feature, but for this share of them.
+
+        The chance that a pair is wrong is taken to be the sum over the links between, and the
+        surest pairs stand, as many as have this mean.
+        """
+        there = (self.latents[:, first] >= 0) & (self.latents[:, last] >= 0)
+        chance = self.breaks[:, first + 1 : last + 1].sum(axis=1)
+        chance = np.where(there, np.minimum(chance, 1.0), 1.0)
+        order = np.argsort(chance, kind="stable")
+        mean = np.cumsum(chance[order]) / np.arange(1, len(order) + 1)
+        stands = np.zeros(len(chance), bool)
+        stands[order] = mean <= rate
+        return stands & there
+
+    def between(
+        self, first: int, last: int, *, n: int, rate: float = RATE
+    ) -> Int[np.ndarray, " n"]:
+        """The match of two layers that the tracks say.
+
+        Args:
+            first: The layer whose latents are matched.
+            last: A later layer.
+            n: Latents of the first.
+            rate: False match rate.
+
+        Returns:
+            The latent of the last layer for each of the first; -1 for none.
+        """
+        stands = self.stand(first, last, rate=rate)
         columns = np.full(n, -1)
-        columns[self.latents[both, first]] = self.latents[both, last]
+        columns[self.latents[stands, first]] = self.latents[stands, last]
         return columns
 
 
@@ -84,89 +116,117 @@ def track(
     Args:
         layers: Vectors of the latents of each layer, all of one width.
         matches: The match of each layer with the next, to start from.
-        rate: False match rate at which a latent joins a track.
+        rate: False match rate at which latents are linked.
         nulls: How null dictionaries are made.
         seed: Seed of the nulls.
-        sweeps: Times that every layer is matched again; fewer if nothing changes.
-        on_progress: Told how many layers have been matched.
+        sweeps: Times that every two layers are matched again; fewer if nothing changes.
+        on_progress: Told how many times layers have been matched.
     """
     layers = [unit_rows(x) for x in layers]
-    owner = _composed([len(x) for x in layers], matches)
-    q_values = [np.ones(len(x)) for x in layers]
-    cosines = [np.zeros(len(x)) for x in layers]
-    n_layers = len(layers)
+    links = [_Links.of(found) for found in matches]
+    n_links = len(links)
     for sweep in range(sweeps):
         changed = 0
-        # First from the middle out, where most is known, then back.
-        order = sorted(range(n_layers), key=lambda k: (abs(2 * k - n_layers + 1), k))
-        for done, layer in enumerate(order if sweep % 2 == 0 else order[::-1]):
-            names, centres = _centres(layers, owner, layer)
-            there = np.flatnonzero(layers[layer].any(axis=1))  # of codes some are zero
-            new = np.full(len(layers[layer]), -1)
-            q_values[layer], cosines[layer] = np.ones(len(new)), np.zeros(len(new))
-            if len(names) and len(there):
-                factors = Factors.squared_distances(layers[layer][there], centres)
-                found = weighed(assign(factors), factors, rate=rate, nulls=nulls, seed=seed)
-                new[there[found.matched]] = names[found.columns[found.matched]]
-                q_values[layer][there], cosines[layer][there] = found.q_values, found.cosines
-            alone = np.flatnonzero(new < 0)
-            new[alone] = np.arange(len(alone)) + max(int(o.max(initial=-1)) for o in owner) + 1
-            changed += _moved(owner, layer, new)
-            owner[layer] = new
-            on_progress(sweep * n_layers + done + 1, sweeps * n_layers)
+        order = range(n_links) if sweep % 2 == 0 else reversed(range(n_links))
+        for done, k in enumerate(order):
+            before, after = _before(layers, links, k), _after(layers, links, k + 1)
+            new = _linked(before, after, rate=rate, nulls=nulls, seed=seed)
+            changed += int((new.columns != links[k].columns).sum())
+            links[k] = new
+            on_progress(sweep * n_links + done + 1, sweeps * n_links)
         if not changed:
             break
-    return _gathered(owner, q_values, cosines)
+    return _followed([len(x) for x in layers], links)
 
 
-def _composed(sizes: list[int], matches: Sequence[Match]) -> list[np.ndarray]:
-    """The track of each latent, by following the matches of neighbours."""
-    owner = [np.arange(sizes[0])]
-    following = sizes[0]
-    for size, found in zip(sizes[1:], matches, strict=True):
-        new = np.full(size, -1)
-        new[found.columns[found.matched]] = owner[-1][found.matched]
+class _Links(NamedTuple):
+    """Latents of a layer and those of the next that carry them on."""
+
+    columns: Int[np.ndarray, " latent"]
+    """The latent of the next layer, -1 for none."""
+    q_values: Float[np.ndarray, " latent"]
+    cosines: Float[np.ndarray, " latent"]
+    chances: Float[np.ndarray, " latent"]
+    """That the link is wrong."""
+
+    @classmethod
+    def of(cls, found: Match) -> "_Links":
+        """The pairs that stand."""
+        columns = np.where(found.matched, found.columns, -1)
+        return cls(columns, found.q_values, found.cosines, chances(found.q_values))
+
+
+def _linked(
+    before: np.ndarray, after: np.ndarray, *, rate: float, nulls: Sequence[Null], seed: int
+) -> _Links:
+    """Match what tracks are up to a layer with what they are from the next on.
+
+    A link stands if it does from both sides: what a feature split into is alike seen from one of
+    them only, and an error would go on along the track.
+    """
+    n = len(before)
+    links = _Links(np.full(n, -1), np.ones(n), np.zeros(n), np.ones(n))
+    rows, there = np.flatnonzero(before.any(axis=1)), np.flatnonzero(after.any(axis=1))
+    if not (len(rows) and len(there)):  # of codes some are zero
+        return links
+    a, b = before[rows], after[there]
+    found = assign(Factors.squared_distances(a, b)).columns
+    i = np.flatnonzero(found >= 0)
+    sides = (a, b, i, found[i]), (b, a, found[i], i)
+    q_values = np.maximum(*(weigh(*side, nulls=nulls, seed=seed).q_values for side in sides))
+    of = rows[i]
+    links.columns[of] = np.where(q_values <= rate, there[found[i]], -1)
+    links.q_values[of], links.chances[of] = q_values, chances(q_values)
+    links.cosines[of] = np.einsum("pd,pd->p", a[i], b[found[i]], dtype=np.float64)
+    return links
+
+
+def _before(layers: list[np.ndarray], links: list[_Links], layer: int) -> np.ndarray:
+    """Each latent of a layer with what its track was before, nearer layers weighing more."""
+    total = layers[0]
+    for x, step in zip(layers[1 : layer + 1], links, strict=False):
+        rows = np.flatnonzero(step.columns >= 0)
+        following = x.copy()
+        following[step.columns[rows]] += np.float32(NEARER) * total[rows]
+        total = following
+    return unit_rows(total)
+
+
+def _after(layers: list[np.ndarray], links: list[_Links], layer: int) -> np.ndarray:
+    """Each latent of a layer with what its track is after, nearer layers weighing more."""
+    total = layers[-1]
+    for k in reversed(range(layer, len(links))):
+        rows = np.flatnonzero(links[k].columns >= 0)
+        preceding = layers[k].copy()
+        preceding[rows] += np.float32(NEARER) * total[links[k].columns[rows]]
+        total = preceding
+    return unit_rows(total)
+
+
+def _followed(sizes: list[int], links: list[_Links]) -> Tracks:
+    """Links put one after another; tracks by their first layer."""
+    owner, n_tracks = [np.arange(sizes[0])], sizes[0]
+    for size, step in zip(sizes[1:], links, strict=True):
+        new, rows = np.full(size, -1), np.flatnonzero(step.columns >= 0)
+        new[step.columns[rows]] = owner[-1][rows]
         alone = np.flatnonzero(new < 0)
-        new[alone] = following + np.arange(len(alone))
-        following += len(alone)
+        new[alone] = n_tracks + np.arange(len(alone))
+        n_tracks += len(alone)
         owner.append(new)
-    return owner
-
-
-def _centres(
-    layers: list[np.ndarray], owner: list[np.ndarray], left_out: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Each track's latents in the other layers, summed, nearer layers weighing more."""
-    names = np.unique(np.concatenate([o for k, o in enumerate(owner) if k != left_out]))
-    centres = np.zeros((len(names), layers[0].shape[1]), np.float32)
-    for k, x in enumerate(layers):
-        if k != left_out:
-            weight = np.float32(NEARER ** (abs(k - left_out) - 1))
-            centres[np.searchsorted(names, owner[k])] += weight * x
-    real = centres.any(axis=1)
-    return names[real], unit_rows(centres[real])
-
-
-def _moved(owner: list[np.ndarray], layer: int, new: np.ndarray) -> int:
-    others = np.concatenate([o for k, o in enumerate(owner) if k != layer])
-    before, after = np.isin(owner[layer], others), np.isin(new, others)
-    return int(((before != after) | (before & (owner[layer] != new))).sum())
-
-
-def _gathered(
-    owner: list[np.ndarray], q_values: list[np.ndarray], cosines: list[np.ndarray]
-) -> Tracks:
-    names = np.unique(np.concatenate(owner))
-    shape = len(names), len(owner)
-    latents, q, near = np.full(shape, -1), np.ones(shape), np.zeros(shape)
+    shape = n_tracks, len(sizes)
+    latents = np.full(shape, -1)
+    q_values, cosines, breaks = np.ones(shape), np.zeros(shape), np.zeros(shape)
     for layer, tracks in enumerate(owner):
-        at = np.searchsorted(names, tracks)
-        latents[at, layer] = np.arange(len(tracks))
-        q[at, layer], near[at, layer] = q_values[layer], cosines[layer]
-    lone = (latents >= 0).sum(axis=1) == 1
-    q[lone], near[lone] = 1.0, 0.0
-    order = np.lexsort((latents.max(axis=1), (latents >= 0).argmax(axis=1)))
-    return Tracks(latents[order], q[order], near[order])
+        latents[tracks, layer] = np.arange(len(tracks))
+    for layer, step in enumerate(links):
+        rows = np.flatnonzero(step.columns >= 0)
+        tracks = owner[layer][rows]
+        breaks[tracks, layer + 1] = step.chances[rows]
+        born = tracks[(latents[tracks, :layer] < 0).all(axis=1)]
+        for values, kept in ((q_values, step.q_values), (cosines, step.cosines)):
+            values[tracks, layer + 1] = kept[rows]
+            values[born, layer] = values[born, layer + 1]
+    return Tracks(latents, q_values, cosines, breaks)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -181,7 +241,7 @@ class LifeLines:
     """Last layer of the track."""
     latest_death: Int[np.ndarray, " track"]
     persistence: Float[np.ndarray, " distance"]
-    """Share of the latents of a layer that are still there 1, 2, ... layers on."""
+    """Share of the latents of a layer that stand as the same feature 1, 2, ... layers on."""
     low: Float[np.ndarray, " distance"]
     """Lower end of its 95 % interval (Wilson)."""
     high: Float[np.ndarray, " distance"]
@@ -191,8 +251,14 @@ class LifeLines:
     """Share of each layer's latents whose track ends there."""
 
 
-def live(tracks: Tracks, matches: Sequence[Match]) -> LifeLines:
-    """Read life lines off tracks; the matches of neighbours say how sure the ends are."""
+def live(tracks: Tracks, matches: Sequence[Match], *, rate: float = RATE) -> LifeLines:
+    """Read life lines off tracks; the matches of neighbours say how sure the ends are.
+
+    Args:
+        tracks: The joint solution.
+        matches: The match of each layer with the next.
+        rate: False match rate of what persists.
+    """
     there = tracks.latents >= 0
     n_layers = there.shape[1]
     birth = there.argmax(axis=1)
@@ -210,7 +276,8 @@ def live(tracks: Tracks, matches: Sequence[Match]) -> LifeLines:
     kept, low, high = [], [], []
     for distance in range(1, n_layers):
         alive = int(there[:, :-distance].sum())
-        both = int((there[:, :-distance] & there[:, distance:]).sum())
+        firsts = range(n_layers - distance)
+        both = sum(int(tracks.stand(k, k + distance, rate=rate).sum()) for k in firsts)
         share, ends = wilson(both, alive)
         kept.append(share)
         low.append(ends[0])

@@ -1,15 +1,16 @@
 """What cosines the same pairing finds where there is nothing to find.
 
 A null dictionary has the spectrum of the real one (so directions that all latents share cannot
-pass for partners) and no latent of it:
+pass for partners) and no latent of it (for codes see `codes`):
 
     rotated     whitened, turned by a random rotation, coloured again
     shuffled    each principal coordinate shuffled among latents: keeps its distribution too
-    reordered   for codes: the same codes on rows in another order
 
-Latents without a partner compete only for what partners leave over, so the null pairs them alone:
-the pairing is done again on latents that look like chance, as many of them as there seem to be
-by their number where most of the null lies, with their columns replaced.
+Latents without a partner compete for what partners leave over, so the pairing is done again with
+the columns of some pairs replaced: as many as seem to be chance by their number where most of the
+null lies, drawn by how likely each is. Rows stay as they are. One that had a partner after all
+then takes the next best there is, so what is alike without being partners (parts of a cluster,
+siblings of a split) is in the null, and no evidence.
 
 Source: Storey (2002) for q-values from the number of discoveries; the rest is ours.
 """
@@ -19,6 +20,7 @@ from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int
+from scipy.optimize import isotonic_regression
 
 from mechatlas.maths.assignment import assign
 from mechatlas.maths.pricing import Factors
@@ -29,7 +31,11 @@ LEAST = 100
 """Pairs that the null should have at least; small dictionaries are done several times."""
 MOST_TIMES = 8
 ROUNDS = 8
-MOST = 0.8
+KEPT = 4
+"""Rounds whose nulls count: the first are made before it is known what is chance."""
+ENOUGH = 4096
+"""Draws of the null that need no other round."""
+MOST = 0.65
 """Share of the null below which pairs are counted to tell how many are chance."""
 
 
@@ -58,11 +64,6 @@ def shuffled(x: Float[np.ndarray, "n d"], random: np.random.Generator) -> np.nda
     return ((random.permuted(u, axis=0) * s) @ vt).astype(np.float32)
 
 
-def reordered(x: Float[np.ndarray, "n d"], random: np.random.Generator) -> np.ndarray:
-    """The same codes on rows in another order: for vectors whose entries are rows of data."""
-    return np.ascontiguousarray(x[:, random.permutation(x.shape[1])])
-
-
 Null = Callable[[np.ndarray, np.random.Generator], np.ndarray]
 NULLS: tuple[Null, ...] = (rotated, shuffled)
 
@@ -89,28 +90,51 @@ def weigh(
     random = np.random.default_rng([seed, 5])
     cosines = np.einsum("pd,pd->p", a[rows], b[columns], dtype=np.float64)
     null = _best_by_chance(a, b, nulls, random)
-    spare = np.setdiff1d(np.arange(len(b)), columns)
-    # Two chance pairs cannot outweigh one that is more alike than both together.
-    weak = np.flatnonzero(cosines < 2 * null.max())
-    before, wrong, n_chance = 0, [null], len(rows)
-    q_values: list[np.ndarray] = []
+    spare = [np.setdiff1d(np.arange(len(x)), of) for x, of in ((a, rows), (b, columns))]
+    before, n_chance, wrong, q_values = 0, len(rows), [null], np.empty(0)
+    draws: list[list[np.ndarray]] = []
     for _ in range(ROUNDS):
         before, n_chance = n_chance, _count_chance(cosines, null, len(rows))
-        if n_chance < 2 or abs(n_chance - before) <= 0.03 * before:
+        settled = abs(n_chance - before) <= 0.03 * before
+        if n_chance < 2 or (settled and len(null) >= ENOUGH):
             break
-        lowest = weak[np.argsort(cosines[weak], kind="stable")]
-        keep, drop = lowest[n_chance:], lowest[:n_chance]
-        real = b[columns[keep]]
-        left = np.concatenate([columns[drop], spare])
-        wrong = [
-            _wrong_pairs(a[rows[np.concatenate([keep, drop])]], real, b[left], make, random)
-            for make in nulls
-        ]
+        drop = _drawn(cosines, q_values, n_chance, random)
+        keep = np.setdiff1d(np.arange(len(rows)), drop)
+        there = a[np.concatenate([rows[keep], rows[drop], spare[0]])]
+        real, left = b[columns[keep]], b[np.concatenate([columns[drop], spare[1]])]
+        draws.append([_wrong_pairs(there, real, left, make, random) for make in nulls])
+        wrong = [np.concatenate(of) for of in zip(*draws[-KEPT:], strict=True)]
         null = np.concatenate(wrong)
-        q_values.append(_q_values(cosines, wrong, n_chance))
-    else:  # it goes back and forth between two answers: believe the worse
-        return Evidence(np.maximum(*q_values[-2:]), max(n_chance, before), null)
+        q_values = _q_values(cosines, wrong, n_chance)
     return Evidence(_q_values(cosines, wrong, max(n_chance, 1)), n_chance, null)
+
+
+def _drawn(
+    cosines: np.ndarray, q_values: np.ndarray, n: int, random: np.random.Generator
+) -> np.ndarray:
+    """As many pairs as seem to be chance, drawn by how likely each is.
+
+    The least alike alone would be latents of unusual directions, which have no siblings.
+    """
+    if not len(q_values):
+        return np.argsort(cosines, kind="stable")[:n]
+    likely = chances(q_values)
+    return np.argsort(random.random(len(likely)) / np.maximum(likely, 1e-12), kind="stable")[:n]
+
+
+def chances(q_values: Float[np.ndarray, " pair"]) -> Float[np.ndarray, " pair"]:
+    """Chance that each pair is wrong: how much a pair adds to the number expected to be wrong.
+
+    Pairs of the same chance in a row are taken together, so that it rises with the q-value.
+    """
+    if not len(q_values):
+        return q_values
+    order = np.argsort(q_values, kind="stable")
+    wrong = q_values[order] * np.arange(1, len(order) + 1)
+    rises = isotonic_regression(np.diff(wrong, prepend=0.0)).x
+    told = np.empty(len(order))
+    told[order] = np.clip(rises, 0.0, 1.0)
+    return told
 
 
 def _count_chance(cosines: np.ndarray, null: np.ndarray, at_most: int) -> int:

@@ -5,7 +5,6 @@ Main path, in reading order:
     match       fold, pair exactly, weigh every pair against a null
     Match       the pairing with its evidence
     relatives   splitting and merging: who else is as near as a partner
-    correlate   dictionaries of different widths: vectors of their codes on the same rows
 
 Source: Balagansky et al., Mechanistic permutability (2024).
 """
@@ -18,7 +17,6 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor
 
 from mechatlas.analysis.matching.folding import Atoms, Parts, fold, unit_rows, vectors
 from mechatlas.analysis.matching.nulls import NULLS, Evidence, Null, weigh
@@ -29,10 +27,6 @@ from mechatlas.maths.pricing import Factors
 RATE = 0.05
 NEAR = 0.75
 """Cosine of a relative, as a share of the best that either side has."""
-SUMS = 4096
-"""Numbers that codes on many rows are added up to."""
-LEAST_ACTIVE = 10
-"""Rows on which a latent is active without which its codes say nothing."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -264,51 +258,3 @@ def relatives(found: Match, *, most: int = 4) -> Relatives:
     row, column = np.searchsorted(found.of_a, i), np.searchsorted(found.of_b, j)
     prices = found.assignment.row_prices[row] + found.assignment.column_prices[column]
     return Relatives(i, j, cosine, found.costs.exact(row, column) - prices)
-
-
-@torch.no_grad()
-def correlate(
-    dictionary: Any,
-    x: Float[Tensor, "row d_in"],
-    *,
-    sums: int = SUMS,
-    least: int = LEAST_ACTIVE,
-    batch_size: int = 512,
-) -> Float[np.ndarray, "latent width"]:
-    """Codes on some rows, centred and at length 1 for each latent; zero for those hardly active.
-
-    The squared distance of two such vectors is 2 - 2 times the correlation of two latents, so
-    that dictionaries of any two places compare that were given the same rows. More than `sums`
-    rows are added up in so many sums with random signs, the same for every dictionary: that keeps
-    products but for an error of about 1 / sqrt(sums), and many rows are what tells rare latents
-    apart.
-
-    Args:
-        dictionary: What encodes.
-        x: The rows.
-        sums: Numbers kept of each latent.
-        least: Rows on which a latent must be active to have a vector that is not zero.
-        batch_size: Rows encoded at once.
-
-    Source:
-        Charikar, Chen, Farach-Colton, Finding frequent items in data streams (2002), for the sums.
-    """
-    random = np.random.default_rng([len(x), sums])
-    width = min(sums, len(x))
-    place, sign = np.arange(len(x)), np.ones(len(x), np.float32)
-    if len(x) > sums:
-        place = random.integers(0, sums, len(x))
-        sign = random.choice(np.array([-1, 1], np.float32), len(x))
-    where, signs = torch.from_numpy(place), torch.from_numpy(sign)
-    total = torch.zeros(width, dictionary.n_latents)
-    mean = torch.zeros(dictionary.n_latents)
-    active = torch.zeros(dictionary.n_latents, dtype=torch.int64)
-    for start in range(0, len(x), batch_size):
-        part = slice(start, start + batch_size)
-        code = dictionary.encode(x[part]).float()
-        total.index_add_(0, where[part], code * signs[part, None])
-        mean += code.sum(dim=0) / len(x)
-        active += (code != 0).sum(dim=0)
-    total -= torch.zeros(width).index_add_(0, where, signs)[:, None] * mean
-    total[:, active < least] = 0
-    return unit_rows(total.T.numpy())
