@@ -37,9 +37,10 @@ def product_with(rows: Float[Tensor, "latent d_in"], tile: int) -> Product:
 @functools.cache
 def _library() -> str:
     """`mkl`, `onednn`, or nothing where torch has neither."""
-    if hasattr(torch.ops.mkl, "_mkl_linear") and _by_intel():
+    mkl, onednn = torch.backends.mkl.is_available(), torch.backends.mkldnn.is_available()
+    if mkl and hasattr(torch.ops.mkl, "_mkl_linear") and _by_intel():
         return "mkl"
-    return "onednn" if hasattr(torch.ops.mkldnn, "_reorder_linear_weight") else ""
+    return "onednn" if onednn and hasattr(torch.ops.mkldnn, "_reorder_linear_weight") else ""
 
 
 def _by_intel() -> bool:
