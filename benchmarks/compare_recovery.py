@@ -6,8 +6,10 @@ Rows are sparse sums of known atoms, 4 or 8 times as many as dimensions, with no
 levels. Every trainer gets the same rows, batches, steps, k (that of the rows) and as many latents
 as there are atoms, and each learning rate of `--lrs`; of these the one counts whose
 reconstruction of held-out rows is best, for each trainer and problem, without a look at the
-atoms. With `--dead-after` all of them revive latents (AuxK, weight 1/32 where it can be chosen)
-that so many rows did not use; 0 is what each library does by itself, which for ours is nothing.
+atoms. All rates fall to 0 over the last `--decay` of the steps (those of the plain trainer and of
+Overcomplete stay level). With `--dead-after` all of them revive latents (AuxK, weight 1/32 where
+it can be chosen) that so many rows did not use; 0 is what each library does by itself, which for
+ours is nothing.
 Recovery is the mean over the planted atoms of the best cosine with any learnt atom, and, one to
 one (the pairing with the largest sum), the mean cosine and the share above 0.9. Beside the
 trainers stand as many random atoms, which find nothing.
@@ -53,6 +55,7 @@ def measure(
     kept.unlink(missing_ok=True)
     words = training.command(trainer, setting, rows, options)
     words += [f"--atoms={kept}", f"--seed={seed}", f"--dead-after={dead_after}"]
+    words += [f"--decay={options.decay}"]
     result = training.run(trainer, words, setting, options.timeout)
     if "fvu" in result:
         learnt = np.load(kept)
@@ -95,11 +98,12 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--superposition", nargs="+", type=int, default=[4, 8])
     parser.add_argument("--noise", nargs="+", type=float, default=[0.0, 0.2, 0.5])
     parser.add_argument("--at-once", type=int, default=4, help="atoms in a row, and k")
-    parser.add_argument("--lrs", nargs="+", type=float, default=[1e-3, 3e-3, 1e-2])
+    parser.add_argument("--lrs", nargs="+", type=float, default=[3e-3, 1e-2])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--batch-size", type=int, default=512)
     parser.add_argument("--rows", type=int, default=131072)
+    parser.add_argument("--decay", type=float, default=0.2)
     parser.add_argument("--dead-after", nargs="+", type=int, default=[0, 10_000])
     parser.add_argument("--core", default="0", help="for taskset; empty for no pinning")
     parser.add_argument("--timeout", type=float, default=1800.0, help="seconds for one run")
@@ -121,7 +125,7 @@ def settle(
             f"{options.d_in}x{len(planted)}", "topk", False, options.at_once,
             options.batch_size, options.steps, lr, 1,
         )  # fmt: skip
-        key = (*results.key(setting, trainer, seed), name, dead_after)
+        key = (*results.key(setting, trainer, seed), name, dead_after, options.decay)
         if "step_s" not in results.found.get(key, {}):
             rows = options.out / f"{name}.npy"
             result = measure(trainer, setting, rows, planted, options, seed, dead_after)

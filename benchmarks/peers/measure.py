@@ -47,6 +47,12 @@ def parse() -> argparse.Namespace:
         default=0,
         help="rows without a latent until it is revived; 0: the library's own wait",
     )
+    parser.add_argument(
+        "--decay",
+        type=float,
+        default=0.0,
+        help="share of the steps, the last ones, in which the learning rate falls to 0 in a line",
+    )
     parser.add_argument("--atoms", type=Path, help="keep the atoms here (.npy)")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)

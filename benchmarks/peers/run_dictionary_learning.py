@@ -44,6 +44,7 @@ settings = {
     "dict_size": options.n_latents,
     "lr": options.lr,
     "warmup_steps": 0,
+    "decay_start": int((1 - options.decay) * options.steps) if options.decay else None,
     "layer": 0,
     "lm_name": "none",
     "device": "cpu",

@@ -52,7 +52,7 @@ built = ma.Autoencoder(
     tied=options.tied,
     seed=options.seed,
 )
-level = ma.Schedule(decay=0.0)  # as the others train
+schedule = ma.Schedule(decay=options.decay)
 revival = ma.AuxK(dead_after_rows=options.dead_after) if options.dead_after else None
 dictionary = ma.train(
     built,
@@ -60,7 +60,7 @@ dictionary = ma.train(
     steps=options.steps,
     batch_size=options.batch_size,
     lr=options.lr,
-    schedule=level,
+    schedule=schedule,
     revival=revival,
     on_progress=lambda done, steps: measurement.seen.end(),
 )

@@ -31,6 +31,7 @@ settings = SAETrainerConfig(
     train_batch_size_samples=options.batch_size,
     lr=options.lr,
     lr_end=options.lr,
+    lr_decay_steps=int(options.decay * options.steps),
     logger=LoggingConfig(log_to_wandb=False),
     dead_feature_window=-(-options.dead_after // options.batch_size) or 1000,
 )

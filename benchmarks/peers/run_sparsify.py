@@ -17,6 +17,10 @@ measurement = Measurement(options)
 config = SparseCoderConfig(num_latents=options.n_latents, k=options.k)
 coder = SparseCoder(options.d_in, config, dtype=torch.float32)
 optimiser = torch.optim.Adam(coder.parameters(), lr=options.lr)
+schedule = torch.optim.lr_scheduler.LambdaLR(
+    optimiser,
+    lambda step: min(1.0, (options.steps - step) / max(1, options.decay * options.steps)),
+)
 silent = torch.zeros(options.n_latents, dtype=torch.long)
 for number, x in enumerate(measurement.batches(options.steps)):
     if number == 0:
@@ -31,6 +35,7 @@ for number, x in enumerate(measurement.batches(options.steps)):
     loss.backward()
     coder.remove_gradient_parallel_to_decoder_directions()
     optimiser.step()
+    schedule.step()
     optimiser.zero_grad()
     silent += len(x)
     silent[fired] = 0

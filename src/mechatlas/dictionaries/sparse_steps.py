@@ -8,6 +8,7 @@ it comes in tiles of `TILE` numbers, of which only the codes are kept, as pairs 
 latent. The rest is sparse: what it does is in `kernels` (numba) and `fallback` (torch).
 """
 
+import functools
 import importlib
 import importlib.util
 from collections.abc import Callable, Iterator, Sequence
@@ -28,6 +29,8 @@ from mechatlas.dictionaries.steps import AutogradStep, Dead, Objective, Step, St
 
 TILE = 2**21
 """Pre-activations that exist at once, for each thread."""
+ROWS = 32
+"""A tile has a multiple of so many rows: products of odd numbers of rows take longer."""
 LATENTS = 512
 WIDE = 2**24
 """Numbers in the atoms from which some columns of all rows are worked on, not all of some."""
@@ -377,7 +380,7 @@ def can_compile(tensor: Tensor) -> bool:
 
 def tiles(n_rows: int, n_latents: int) -> list[slice]:
     """Rows whose pre-activations exist together."""
-    tile = max(1, TILE // n_latents)
+    tile = max(ROWS, TILE // n_latents // ROWS * ROWS)
     return [slice(i, min(i + tile, n_rows)) for i in range(0, n_rows, tile)]
 
 
@@ -394,7 +397,13 @@ def workers(device: torch.device) -> Iterator[Run]:
         return
     torch.set_num_threads(1)
     try:
-        with ThreadPoolExecutor(n_threads) as pool:
-            yield lambda piece, n: list(pool.map(piece, range(n)))
+        pool = _pool(n_threads)
+        yield lambda piece, n: list(pool.map(piece, range(n)))
     finally:
         torch.set_num_threads(n_threads)
+
+
+@functools.cache
+def _pool(n_threads: int) -> ThreadPoolExecutor:
+    """Threads that live on: a new one would get its memory from the system anew, page by page."""
+    return ThreadPoolExecutor(n_threads, initializer=torch.set_num_threads, initargs=(1,))
