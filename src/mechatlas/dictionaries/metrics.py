@@ -57,7 +57,7 @@ def evaluate(
     x: Float[Tensor, "batch d_in"],
     *,
     target: Float[Tensor, "batch d_out"] | None = None,
-    batch_size: int = 256,
+    batch_size: int = 64,
 ) -> Quality:
     """Measure a dictionary without holding more than one batch of codes.
 
