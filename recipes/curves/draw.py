@@ -4,7 +4,8 @@
     python recipes/curves/draw.py runs/inception_mini/store mixed3b --out runs/curves/mixed3b
 
 Writes `curves.json` and `curves.html`, and prints the table. FVU and L0 are of rows that no
-dictionary was trained on; a killed run goes on where it stopped.
+dictionary was trained on; latents that not one of 65,536 rows uses count as unused. A killed run
+goes on where it stopped.
 """
 
 import argparse
@@ -31,14 +32,30 @@ a dictionary lies: these aim at about `level` latents of a row on mixed3b of inc
 come from short runs; the curve itself says what was left."""
 
 
-def trained(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """What every dictionary came to."""
+REVIVALS = {
+    "AuxK": (
+        lambda n: ma.AuxK(k=min(256, n // 8), dead_after_rows=100_000),
+        ("TopK", "TopK, tied", "BatchTopK", "Matryoshka BatchTopK", "JumpReLU"),
+    ),
+    "Resample": (
+        lambda _: ma.Resample(every=50, until=0.8, dead_after_rows=25_000),
+        ("ReLU", "Gated"),
+    ),
+}
+"""How dead latents are brought back, and in which kinds: a penalty on the code's size keeps them
+down, so they start anew."""
+USED_BY_ROWS = 65_536
+
+
+def trained(name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """What every dictionary with this revival came to."""
     rows = ma.Store(options.store).rows(options.site)
     n_latents = options.expansion * rows.d_in
+    revival, kinds = REVIVALS[name]
     names, built = [], []
-    for kind, settings in KINDS.items():
+    for kind in kinds:
         for level in options.levels:
-            chosen = settings(level, rows.d_in)
+            chosen = KINDS[kind](level, rows.d_in)
             nested = (n_latents // 16, n_latents // 4) if chosen.pop("nested", False) else ()
             names.append((kind, level))
             built.append(
@@ -50,10 +67,11 @@ def trained(options: argparse.Namespace) -> list[dict[str, Any]]:
             rows,
             steps=options.steps,
             batch_size=options.batch_size,
-            revival=ma.AuxK(k=min(256, n_latents // 8), dead_after_rows=100_000),
-            checkpoint=options.out / "checkpoint",
+            revival=revival(n_latents),
+            checkpoint=options.out / "checkpoints" / name,
             on_progress=progress,
         )
+    some = next(rows.batches(USED_BY_ROWS)).x
     found = []
     for (kind, level), dictionary in zip(names, built, strict=True):
         history = dictionary.history
@@ -64,7 +82,7 @@ def trained(options: argparse.Namespace) -> list[dict[str, Any]]:
                 "level": level,
                 "l0": history.l0[-1],
                 "fvu": history.fvu[-1],
-                "dead_share": history.dead_share[-1],
+                "unused": float((~ma.evaluate(dictionary, some).fired).float().mean()),
                 "seconds_per_step": history.seconds_per_step[-1],
             }
         )
@@ -97,10 +115,11 @@ def main() -> None:
     options = parser.parse_args()
     kept = options.out / "curves.json"
     if not kept.is_file():
-        write_json(kept, {"site": options.site, "dictionaries": trained(options)})
+        every = [each for name in REVIVALS for each in trained(name, options)]
+        write_json(kept, {"site": options.site, "dictionaries": every})
     found = read_json(kept)["dictionaries"]
     for each in found:
-        print("{kind:22} l0 {l0:7.1f}  fvu {fvu:.4f}  dead {dead_share:.2%}".format(**each))
+        print("{kind:22} l0 {l0:7.1f}  fvu {fvu:.4f}  unused {unused:.2%}".format(**each))
     figure = draw(
         found, f"{options.site}, {options.expansion} latents a column, {options.steps} steps"
     )

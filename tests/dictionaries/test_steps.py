@@ -1,5 +1,6 @@
 import copy
 import itertools
+import multiprocessing
 
 import pytest
 import torch
@@ -338,6 +339,27 @@ def test_the_number_of_threads_does_not_change_a_bit(tied, wide, monkeypatch):
         runs.append([p.detach().numpy().tobytes() for p in dictionary.parameters()])
     torch.set_num_threads(before)
     assert runs[0] == runs[1] == runs[2]
+
+
+def _squares(answers):
+    with sparse_steps.workers(torch.device("cpu")) as run:
+        answers.put(run(lambda i: i * i, 4))
+
+
+def test_a_forked_process_has_threads_of_its_own():
+    """Those of the parent do not exist in it; waiting for them would never end."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    with sparse_steps.workers(torch.device("cpu")) as run:
+        assert run(lambda i: i, 3) == [0, 1, 2]
+    context = multiprocessing.get_context("fork")
+    answers = context.Queue()
+    child = context.Process(target=_squares, args=(answers,))
+    child.start()
+    assert answers.get(timeout=60) == [0, 1, 4, 9]
+    child.join(60)
+    assert child.exitcode == 0
+    torch.set_num_threads(before)
 
 
 @TIED

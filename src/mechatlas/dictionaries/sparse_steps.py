@@ -11,6 +11,7 @@ latent. The rest is sparse: what it does is in `kernels` (numba) and `fallback` 
 import functools
 import importlib
 import importlib.util
+import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -407,3 +408,7 @@ def workers(device: torch.device) -> Iterator[Run]:
 def _pool(n_threads: int) -> ThreadPoolExecutor:
     """Threads that live on: a new one would get its memory from the system anew, page by page."""
     return ThreadPoolExecutor(n_threads, initializer=torch.set_num_threads, initargs=(1,))
+
+
+if hasattr(os, "register_at_fork"):  # a forked process has none of the threads
+    os.register_at_fork(after_in_child=_pool.cache_clear)
