@@ -384,7 +384,8 @@ def test_dead_latents_learn_from_the_residual_as_autograd_says(tied, compiled):
     left = (x - dictionary(x)).detach()
     pre = (x - dictionary.b_dec.detach()) @ dictionary.W_enc[:, dead] + dictionary.b_enc[dead]
     rebuilt = TopK(k=5)(pre) @ dictionary.W_dec[dead]
-    (loss + 0.3 * (left - rebuilt).square().sum(dim=-1).mean()).backward()
+    error = (left - rebuilt).square().sum(dim=-1).mean() / left.square().mean()
+    (loss + 0.3 * error).backward()
     wanted = dictionary.W_dec.grad
     assert wanted is not None
     normal = dictionary.W_dec / dictionary.W_dec.norm(dim=1, keepdim=True)

@@ -1,8 +1,8 @@
 """Bringing dead latents back: those that no row has used for long, and so get no gradient.
 
     AuxK, revive          they explain what the reconstruction left over: the k largest of them
-                          rebuild the residual, and the error of that, times a small weight,
-                          moves their own rows and nothing else
+                          rebuild the residual, and the share of it that they leave over,
+                          times a small weight, moves their own rows and nothing else
     Resample, resample    now and then they start again at rows that are badly explained
 
 Source: Gao et al., Scaling and evaluating sparse autoencoders (2024), section A.2, for AuxK;
@@ -29,7 +29,8 @@ class AuxK:
     k: int = 256
     """Dead latents used by a sample; all of them if there are fewer."""
     weight: float = 1 / 32
-    """Of the residual's squared error, beside the reconstruction's."""
+    """Of the share of the residual that they leave over, beside that of what all explain: where
+    little is left over, the dead learn no more slowly."""
     dead_after_rows: int = 250_000
     """A latent is dead when this many rows in a row have not used it."""
 
@@ -79,7 +80,10 @@ def revive(
     x: Float[Tensor, "batch d_in"],
     residual: Float[Tensor, "batch d_in"],
 ) -> Revival:
-    """Gradients of `weight * mean squared error` of the residual, for the dead latents.
+    """Gradients of the residual's squared error, for the dead latents.
+
+    The error, summed over columns, is weighed with `weight` over the residual's mean square, as
+    the reconstruction's is with one over the variance of the columns, which training scales to 1.
 
     Args:
         aux: How many latents, with which weight.
@@ -93,13 +97,14 @@ def revive(
     """
     atoms, rows, bias = (p.detach()[dead].requires_grad_() for p in parameters)
     k = min(aux.k, len(dead))
+    weight = aux.weight / residual.square().mean().clamp_min(1e-12)
     with torch.enable_grad():
         for part, left in zip(x.detach().split(ROWS), residual.detach().split(ROWS), strict=True):
             top = (part @ rows.T + bias).topk(k, dim=-1)
             code = torch.zeros(len(part), len(dead), dtype=x.dtype, device=x.device)
             code = code.scatter(-1, top.indices, top.values.relu())
             error = (left - code @ atoms).square().sum() / len(x)
-            (aux.weight * error).backward()
+            (weight * error).backward()
     found = [p.grad if p.grad is not None else torch.zeros_like(p) for p in (atoms, rows, bias)]
     return Revival(dead, *found)
 
