@@ -183,7 +183,7 @@ def test_a_feature_that_is_rarely_active_is_drawn_towards_mean_gates():
     gates = recording.gates
     own, shared = responses(wiring, a, gates)[1], responses(wiring, a, gates.shared())[1]
     met = gates.met[1]
-    active = (recording.codes_a > 0).sum(axis=0)
+    active = np.diff(recording.codes_a.tocsc().indptr)
     prior = 16 * recording.codes_a.sum(axis=0) / active
     expected = met.sums + np.asarray(prior).ravel()[:, None] * shared.values.numpy()
     expected /= (met.weights + np.asarray(prior).ravel())[..., None]

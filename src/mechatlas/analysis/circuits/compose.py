@@ -201,7 +201,7 @@ def respond(
         elif isinstance(step, Gate):
             values = values * gates(place, node, values)
         elif isinstance(step, MaxPool | MeanPool):
-            every = values.repeat(len(window(node)), 1, 1)
+            every = values.expand(len(window(node)), *values.shape).flatten(0, 1)
             share = (gates if isinstance(step, MaxPool) else all_open)(place, node, every)
             values = _gathered(every * share, place, node)
     taps, stride = end(wiring, route)
@@ -212,6 +212,8 @@ def _gathered(every: Tensor, place: Place, node: Node) -> Tensor:
     """Add up what arrives at the same tap by several ways."""
     pairs = all_pairs(place.taps, place.stride, window(node))
     order = {tap: k for k, tap in enumerate(sorted(set(pairs)))}
+    if list(order) == pairs:
+        return every
     if len(order) == len(pairs):
         index = torch.tensor([order[tap] for tap in pairs]).argsort()
         return every[index.to(every.device)]

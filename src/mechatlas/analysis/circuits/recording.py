@@ -221,8 +221,8 @@ def _opened(wiring: Wiring, values: dict[int, Tensor], x: Tensor) -> dict[Place,
                 shares = largest(node.step, given)
             else:
                 continue
-            rows = shares.movedim(3, -1)
-            found[place] = Opened(rows.flatten(2, 4), (rows.shape[3], rows.shape[4]))
+            rows = shares.movedim(3, -1).flatten(2, 4)
+            found[place] = Opened(functional.pad(rows, (0, 0, 0, 1)), _sides(shares[0, 0]))
     return found
 
 
@@ -231,19 +231,23 @@ class Opened:
     """How far a gate is open at each position of its map, for each place of a window."""
 
     rows: Shaped[Tensor, "sign own position channel"]
-    """For what is positive, and for what is negative."""
+    """For what is positive, and for what is negative; the last position is outside, and shut."""
     grid: tuple[int, int]
 
     def at(self, index: Int[np.ndarray, "own_and_tap event"], taps: int, values: Tensor) -> Tensor:
-        """Gates that events meet (own and tap, event, channel); -1 is outside, and shut."""
+        """Gates that events meet (own and tap, event, channel)."""
         own = torch.arange(len(index), device=self.rows.device)[:, None] // taps
         where = torch.from_numpy(index).to(self.rows.device)
-        return by_sign(self.rows[:, own, where], values) * (where >= 0)[..., None]
+        return by_sign(self.rows[:, own, where], values)
 
 
 def by_sign(gates: Shaped[Tensor, "sign own_and_tap latent channel"], values: Tensor) -> Tensor:
     """The gates for values that are positive or negative."""
-    return gates[0] if len(gates) == 1 else torch.where(values < 0, gates[1], gates[0])
+    if len(gates) == 1:
+        return gates[0]
+    if gates.dtype == torch.bool:  # the same, and much faster
+        return gates[0] | (gates[1] & (values < 0))
+    return torch.where(values < 0, gates[1], gates[0])
 
 
 def slope(gate: Gate, z: Tensor) -> Tensor:
