@@ -182,13 +182,18 @@ def _open(path: Path, store: Store, site: str | None) -> _Opened:
 
     Raises:
         InputError: It reads one branch only.
-        RecipeError: Its site is not known.
+        RecipeError: Its site is not known, or another than `site`.
         StoreError: The store misses the site, or the site has no branches, or another width.
     """
     dictionary = load(path)
     manifest = path / "manifest.json"
     told = read_json(manifest).get("site") if manifest.is_file() else None
-    site = site or told or getattr(dictionary, "site", None)
+    told = told or getattr(dictionary, "site", None)
+    if site and told and site != told:
+        raise RecipeError(
+            f"{path} says that it reads {told}, --site says {site}. Leave --site out."
+        )
+    site = site or told
     if site is None and len(store.sites) == 1:
         site = store.sites[0]
     if site is None:
@@ -368,12 +373,17 @@ def _labels(text: str, n: int) -> list[Any]:
         if len(values) != n:
             raise RecipeError(f"{path} has {len(values)} rows, the dictionary {n} features.")
         return values
-    labels: list[Any] = [None] * n
+    labels: dict[Any, Any] = {}
     for feature, value in zip(table["feature"].to_pylist(), values, strict=True):
-        if not 0 <= feature < n:
+        if feature not in range(n):
             raise RecipeError(f"{path} names feature {feature}; the dictionary has {n}.")
+        if feature in labels and labels[feature] != value:
+            raise RecipeError(
+                f"{path} gives feature {feature} several labels, {labels[feature]!r} and {value!r}; "
+                "each may have one."
+            )
         labels[feature] = value
-    return labels
+    return [labels.get(feature) for feature in range(n)]
 
 
 def _label_facts(
