@@ -379,8 +379,8 @@ def _labels(text: str, n: int) -> list[Any]:
             raise RecipeError(f"{path} names feature {feature}; the dictionary has {n}.")
         if feature in labels and labels[feature] != value:
             raise RecipeError(
-                f"{path} gives feature {feature} several labels, {labels[feature]!r} and {value!r}; "
-                "each may have one."
+                f"{path} gives feature {feature} several labels, {labels[feature]!r} and "
+                f"{value!r}; each may have one."
             )
         labels[feature] = value
     return [labels.get(feature) for feature in range(n)]

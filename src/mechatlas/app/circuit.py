@@ -72,7 +72,7 @@ class Circuit:
     store: Path | None = None
     """Store whose network and samples to run; by default the one of the first dictionary."""
     samples: int = 256
-    """Samples on which gates are averaged and activity is counted."""
+    """Samples whose activations are followed through the gates that they meet, and counted."""
     held_out: int = 128
     """Held-out samples on which features are removed and drives attributed."""
     removed: int = 32
