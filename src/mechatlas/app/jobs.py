@@ -19,7 +19,7 @@ from mechatlas.app.folders import Result, cost, finish, refuse_strangers
 from mechatlas.app.progress import bar
 from mechatlas.app.recipes import Collect, Train, as_dict
 from mechatlas.app.report.page import write_page
-from mechatlas.base import RecipeError, StoreError
+from mechatlas.base import RecipeError
 from mechatlas.dictionaries.autoencoder import SparseCoder
 from mechatlas.dictionaries.formats import FILE, save
 from mechatlas.dictionaries.training import train as train_dictionary
@@ -67,7 +67,6 @@ def train(recipe: Train) -> Result:
 
     Raises:
         RecipeError: The dictionary does not suit the store.
-        StoreError: The store has no held-out rows.
         UserError: See `mechatlas.dictionaries.training.train`; or `out` holds something else.
     """
     clock = time.process_time()
@@ -75,11 +74,6 @@ def train(recipe: Train) -> Result:
     rows = (
         store.paired([s for s in recipe.sites if s]) if recipe.writes else store.rows(recipe.site)
     )
-    if not rows.n_held_out:
-        raise StoreError(
-            f"{store.root} has no held-out rows to measure a dictionary on, as it has one sample "
-            "only. Collect more."
-        )
     checkpoint = recipe.out / "checkpoint"
     refuse_strangers(recipe.out, "dictionary", unfinished=checkpoint.name)
     dictionary, of_group = _built(recipe, store, rows)
