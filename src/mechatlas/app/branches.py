@@ -188,12 +188,11 @@ def _open(path: Path, store: Store, site: str | None) -> _Opened:
     dictionary = load(path)
     manifest = path / "manifest.json"
     told = read_json(manifest).get("site") if manifest.is_file() else None
-    told = told or getattr(dictionary, "site", None)
     if site and told and site != told:
         raise RecipeError(
             f"{path} says that it reads {told}, --site says {site}. Leave --site out."
         )
-    site = site or told
+    site = site or told or getattr(dictionary, "site", None)
     if site is None and len(store.sites) == 1:
         site = store.sites[0]
     if site is None:
