@@ -25,6 +25,7 @@ from mechatlas.analysis.branches.specialization import (
     Spectrum,
     branches,
     by_lot,
+    power,
     spectrum,
 )
 from mechatlas.analysis.branches.summary import (
@@ -44,6 +45,8 @@ KIND = "branches"
 ROWS = 16_384
 LABELS_SHOWN = 50
 """Labels in `result.json`, surest first."""
+MOVED = 0.9
+"""Excess at which the power of the test is measured."""
 PICTURE_ROWS = 160
 """Rows of the picture of a decoder; each is the mean of neighbours."""
 
@@ -95,7 +98,7 @@ def in_words(result: Result) -> str:
     ]
     lines += [
         f"  {one['name']:12} {one['width']:4} channels, expected share "
-        f"{one['expected_share']:.2f}: {one['specialised']} specialised"
+        f"{one['expected_share']:.2f}: {one['specialised']} specialised{_found(one['power'])}"
         for one in result["branches"]
     ]
     for one in result.get("consistency", []):
@@ -111,6 +114,10 @@ def in_words(result: Result) -> str:
             if (same := kind["same_branch"])["pairs"]
         ]
     return "\n".join([*lines, f"Result: {result['out']}"])
+
+
+def _found(power: float | None) -> str:
+    return "" if power is None else f" ({power:.0%} found of features moved there)"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -239,6 +246,8 @@ def _summary(
     stands, home = found.specialised(recipe.rate), found.branch_of(recipe.rate)
     chance = by_lot(opened.dictionary, opened.branches, known, tested=alive, seed=recipe.seed)
     drawn = chance.specialised(recipe.rate)
+    seen = power(opened.dictionary, opened.branches, known, tested=alive, rate=recipe.rate,
+                 excess=MOVED, seed=recipe.seed)  # fmt: skip
     tested = int((~np.isnan(found.q_values)).any(axis=1).sum())
     listed = []
     for k, (name, s) in enumerate(opened.branches.items()):
@@ -257,6 +266,7 @@ def _summary(
                 "high": share.high,
                 "home_of": int((home == k).sum()),
                 "specialised_by_lot": int(drawn[:, k].sum()),
+                "power": None if np.isnan(seen[k]) else float(seen[k]),
             }
         )
     n, by_chance = int(stands.any(axis=1).sum()), int(drawn.any(axis=1).sum())
