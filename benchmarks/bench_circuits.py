@@ -1,5 +1,7 @@
 """All pairs of 2,048 x 2,048 features, by every branch, against the floor of its products.
 
+Also what it takes to follow every activation of sixteen samples through the gates it meets.
+
 Run: `python benchmarks/bench_circuits.py`. Prints process CPU seconds, the ratio to the matrix
 products alone, and the largest memory of the process.
 """
@@ -10,6 +12,7 @@ import torch
 
 from mechatlas.activations.architectures.inception_v1 import inception_v1
 from mechatlas.activations.wiring import trace
+from mechatlas.analysis.circuits.recording import record
 from mechatlas.analysis.circuits.weights import blocks, readers, responses
 from mechatlas.app.folders import peak_bytes
 from mechatlas.base import Site
@@ -24,6 +27,10 @@ def main(n: int = 2048) -> None:
     a = Autoencoder(d_in=512, n_latents=n, sparsity=TopK(k=32))
     b = Autoencoder(d_in=512, n_latents=n, sparsity=TopK(k=32), seed=1)
     encoder = b.W_enc.detach()
+    maps = torch.randn(16, 512, 14, 14).relu()
+    clock = time.process_time()
+    record(wiring, a, b, [maps])
+    followed = time.process_time() - clock
     clock = time.process_time()
     found = responses(wiring, a)
     composed = time.process_time() - clock
@@ -39,6 +46,7 @@ def main(n: int = 2048) -> None:
     taps = sum(len(response.taps) for response in found)
     print(f"{n} x {n} features, {taps} taps: composing {composed:.2f} s, products {floor:.2f} s,")
     print(f"all pairs {taken:.2f} s ({taken / floor:.2f} of the floor), norms {total:.6g},")
+    print(f"following activations {followed / len(maps):.2f} s a sample,")
     print(f"peak {peak_bytes() / 2**30:.2f} GiB")
 
 

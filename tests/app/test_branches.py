@@ -87,6 +87,17 @@ def test_labels_are_looked_for_in_the_branches(world, tmp_path):
     assert {one["branch"] for one in result["labels"]["surest"]} == {"left", "right"}
 
 
+@pytest.mark.parametrize(
+    ("features", "said"),
+    [([0, 40], "names feature 40"), ([0, None], "names feature None"), ([0.5, 1], "feature 0.5"),
+     ([3, 3], "gives feature 3 several labels, 'a' and 'b'")],
+)  # fmt: skip
+def test_labels_that_fit_no_feature_or_contradict_are_refused(world, tmp_path, features, said):
+    pq.write_table(pa.table({"feature": features, "kind": ["a", "b"]}), tmp_path / "odd.parquet")
+    with pytest.raises(RecipeError, match=said):
+        run(world, tmp_path / "out", "--labels", f"{tmp_path / 'odd.parquet'}:kind")
+
+
 def test_matched_features_are_compared_by_branch(world, tmp_path):
     two = (world / "whole", world / "again")
     match_dictionaries(
@@ -116,7 +127,7 @@ def test_a_site_without_branches_is_refused_with_those_that_have_some(world, tmp
     ("more", "kind", "said"),
     [
         (["--rate", "2"], RecipeError, "--rate must lie between 0 and 1"),
-        (["--site", "mixd"], StoreError, "there is no 'mixd'"),
+        (["--site", "first"], RecipeError, "says that it reads mixed, --site says first"),
         (["--labels", "nothing"], RecipeError, "must be FILE.parquet:COLUMN"),
         (["--labels", "nowhere.parquet:kind"], DiskError, "nowhere.parquet cannot be read"),
         (["--match", "nowhere"], DiskError, "nowhere"),

@@ -12,6 +12,7 @@ HOSTILE = "<i>1x1"
 BRANCH = {
     "first": 0, "last": 2, "width": 2, "expected_share": 0.6, "mean_share": 0.5, "specialised": 1,
     "specialised_share": 0.3, "low": 0.1, "high": 0.6, "home_of": 1, "specialised_by_lot": 0,
+    "power": 0.7,
 }  # fmt: skip
 AGREED = {"pairs": 9, "value": 0.8, "low": 0.5, "high": 0.9, "chance": 0.4, "p_value": 0.01,
           "kappa": 0.6}  # fmt: skip

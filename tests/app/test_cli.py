@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from mechatlas.app.cli import COMMANDS, main
+from tests.app.worlds import photographs
 
 ROOT = Path(__file__).parents[2]
 
@@ -121,6 +122,13 @@ def test_training_never_writes_among_strangers(here, capsys):
     capsys.readouterr()
     assert "is not empty and is not a dictionary" in refused(["train", "train.toml"], capsys)
     assert [p.name for p in (here / "dictionary").iterdir()] == ["thesis.tex"]
+
+
+def test_a_store_without_held_out_rows_is_refused(here, capsys):
+    source = str(photographs(here / "one.zip", n=1))
+    main(["collect", "collect.toml", "--samples.source", source, "--samples.crops", "1"])
+    capsys.readouterr()
+    assert "no held-out rows to measure on" in refused(["train", "train.toml"], capsys)
 
 
 def test_the_same_command_continues_a_killed_run(here, capsys, monkeypatch):

@@ -25,6 +25,7 @@ from mechatlas.analysis.branches.specialization import (
     Spectrum,
     branches,
     by_lot,
+    power,
     spectrum,
 )
 from mechatlas.analysis.branches.summary import (
@@ -44,6 +45,8 @@ KIND = "branches"
 ROWS = 16_384
 LABELS_SHOWN = 50
 """Labels in `result.json`, surest first."""
+MOVED = 0.9
+"""Excess at which the power of the test is measured."""
 PICTURE_ROWS = 160
 """Rows of the picture of a decoder; each is the mean of neighbours."""
 
@@ -95,7 +98,7 @@ def in_words(result: Result) -> str:
     ]
     lines += [
         f"  {one['name']:12} {one['width']:4} channels, expected share "
-        f"{one['expected_share']:.2f}: {one['specialised']} specialised"
+        f"{one['expected_share']:.2f}: {one['specialised']} specialised{_found(one['power'])}"
         for one in result["branches"]
     ]
     for one in result.get("consistency", []):
@@ -111,6 +114,10 @@ def in_words(result: Result) -> str:
             if (same := kind["same_branch"])["pairs"]
         ]
     return "\n".join([*lines, f"Result: {result['out']}"])
+
+
+def _found(power: float | None) -> str:
+    return "" if power is None else f" ({power:.0%} found of features moved there)"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -182,12 +189,16 @@ def _open(path: Path, store: Store, site: str | None) -> _Opened:
 
     Raises:
         InputError: It reads one branch only.
-        RecipeError: Its site is not known.
+        RecipeError: Its site is not known, or another than `site`.
         StoreError: The store misses the site, or the site has no branches, or another width.
     """
     dictionary = load(path)
     manifest = path / "manifest.json"
     told = read_json(manifest).get("site") if manifest.is_file() else None
+    if site and told and site != told:
+        raise RecipeError(
+            f"{path} says that it reads {told}, --site says {site}. Leave --site out."
+        )
     site = site or told or getattr(dictionary, "site", None)
     if site is None and len(store.sites) == 1:
         site = store.sites[0]
@@ -235,6 +246,8 @@ def _summary(
     stands, home = found.specialised(recipe.rate), found.branch_of(recipe.rate)
     chance = by_lot(opened.dictionary, opened.branches, known, tested=alive, seed=recipe.seed)
     drawn = chance.specialised(recipe.rate)
+    seen = power(opened.dictionary, opened.branches, known, tested=alive, rate=recipe.rate,
+                 excess=MOVED, seed=recipe.seed)  # fmt: skip
     tested = int((~np.isnan(found.q_values)).any(axis=1).sum())
     listed = []
     for k, (name, s) in enumerate(opened.branches.items()):
@@ -253,6 +266,7 @@ def _summary(
                 "high": share.high,
                 "home_of": int((home == k).sum()),
                 "specialised_by_lot": int(drawn[:, k].sum()),
+                "power": None if np.isnan(seen[k]) else float(seen[k]),
             }
         )
     n, by_chance = int(stands.any(axis=1).sum()), int(drawn.any(axis=1).sum())
@@ -368,12 +382,17 @@ def _labels(text: str, n: int) -> list[Any]:
         if len(values) != n:
             raise RecipeError(f"{path} has {len(values)} rows, the dictionary {n} features.")
         return values
-    labels: list[Any] = [None] * n
+    labels: dict[Any, Any] = {}
     for feature, value in zip(table["feature"].to_pylist(), values, strict=True):
-        if not 0 <= feature < n:
+        if feature not in range(n):
             raise RecipeError(f"{path} names feature {feature}; the dictionary has {n}.")
+        if feature in labels and labels[feature] != value:
+            raise RecipeError(
+                f"{path} gives feature {feature} several labels, {labels[feature]!r} and "
+                f"{value!r}; each may have one."
+            )
         labels[feature] = value
-    return labels
+    return [labels.get(feature) for feature in range(n)]
 
 
 def _label_facts(

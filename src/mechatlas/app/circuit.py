@@ -26,7 +26,7 @@ from mechatlas.activations.store import Store
 from mechatlas.activations.wiring import Wiring
 from mechatlas.analysis.circuits import attention
 from mechatlas.analysis.circuits.attention import Attended
-from mechatlas.analysis.circuits.compose import Recording, Response, record
+from mechatlas.analysis.circuits.compose import Response
 from mechatlas.analysis.circuits.effects import (
     Ablation,
     Agreement,
@@ -39,6 +39,7 @@ from mechatlas.analysis.circuits.effects import (
 )
 from mechatlas.analysis.circuits.paths import Path as Strongest
 from mechatlas.analysis.circuits.paths import strongest
+from mechatlas.analysis.circuits.recording import Recording, record
 from mechatlas.analysis.circuits.weights import Edges, blocks, edges, kernels, responses
 from mechatlas.analysis.pictures import Climbing, optimise
 from mechatlas.app.folders import Result, finish, refuse_strangers, write_table, write_tensors
@@ -71,7 +72,7 @@ class Circuit:
     store: Path | None = None
     """Store whose network and samples to run; by default the one of the first dictionary."""
     samples: int = 256
-    """Samples on which gates are averaged and activity is counted."""
+    """Samples whose activations are followed through the gates that they meet, and counted."""
     held_out: int = 128
     """Held-out samples on which features are removed and drives attributed."""
     removed: int = 32

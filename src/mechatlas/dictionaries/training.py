@@ -121,7 +121,7 @@ def train(
 
     Raises:
         DiskError: A checkpoint cannot be written.
-        InputError: The rows are not as wide as the dictionary, or all are equal.
+        InputError: The rows are not as wide as the dictionary, all are equal, or none is held out.
         NonFiniteError: A row has a NaN or an infinity (nothing was trained on it), or the loss
             became infinite.
         ValueError: `steps`, `batch_size`, `lr` or `checkpoint_every` is not positive.
@@ -133,6 +133,8 @@ def train(
     if wrong := [one.width for one in together if one.width != rows.d_in]:
         raise InputError(f"The rows are {rows.d_in} wide, the dictionary reads {wrong[0]}.")
     held_out = _checked(rows.held_out(HELD_OUT_ROWS), rows).to(device)
+    if not len(held_out):
+        raise InputError("There are no held-out rows to measure on; collect more than one sample.")
     schedule, objective = schedule or Schedule(), objective or Objective()
     runs = [_Run(one.to(device), held_out, objective, revival, seed) for one in together]
     options = (steps, batch_size, lr, seed, schedule, objective, revival)

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 import mechatlas as ma
 from mechatlas.analysis.branches.null import Lumps, covariance_of_squares, places_of, tail
-from mechatlas.analysis.branches.specialization import branches, by_lot, spectrum
+from mechatlas.analysis.branches.specialization import branches, by_lot, power, spectrum
 from mechatlas.base import InputError
 from tests.analysis.branches.planted import (
     BRANCHES,
@@ -180,6 +180,23 @@ def test_features_placed_in_a_branch_are_found_at_the_stated_rate(name):
         false.append((found & ~truth).sum() / found.sum())
     assert np.mean(power) >= 0.95
     assert np.mean(false) <= 0.05
+
+
+def test_the_power_of_the_test_is_told_and_falls_with_the_effect():
+    at = world(scales=True)
+    atoms = null_atoms(at, 1000, "gaussian", seed=4)
+    before = atoms.copy()
+    most, some, none = (
+        power(atoms, BRANCHES, at.spectrum, excess=excess) for excess in (0.9, 0.5, 0.0)
+    )
+    assert (most >= 0.95).all()
+    assert (some <= most).all()
+    assert some.mean() < 0.95
+    assert none.max() <= 0.05
+    assert (atoms == before).all()
+    tested = np.zeros(1000, dtype=bool)
+    tested[:8] = True
+    assert np.isnan(power(atoms, BRANCHES, at.spectrum, tested=tested)).all()
 
 
 def test_activations_and_their_spectrum_say_the_same():

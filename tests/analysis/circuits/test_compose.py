@@ -1,4 +1,4 @@
-"""Composed kernels are what an impulse does, and with mean gates what removing a feature does."""
+"""Composed kernels are what an impulse does, and on data what removing a feature does."""
 
 import numpy as np
 import pytest
@@ -8,8 +8,9 @@ from torch.nn import functional
 
 from mechatlas.activations.sites import read
 from mechatlas.activations.wiring import trace
-from mechatlas.analysis.circuits.compose import record, respond
+from mechatlas.analysis.circuits.compose import respond
 from mechatlas.analysis.circuits.effects import ablate, agreement, attribute, interval, reproduced
+from mechatlas.analysis.circuits.recording import record
 from mechatlas.analysis.circuits.weights import blocks, edges, kernels, responses
 from mechatlas.base import InputError
 from tests.analysis.circuits.small import A, B, Linear, two, without_gates
@@ -104,35 +105,92 @@ def test_with_mean_gates_weights_rank_like_ablations(seed):
     assert found.other_high < found.low
 
 
-def test_gates_are_shares_and_those_of_a_maximum_add_up():
+def test_mean_gates_are_shares_and_those_of_a_maximum_add_up():
     network = two(0, torch.float32)
     wiring = trace(network, A, B, images(1, dtype=torch.float32))
     a, b = Linear(16, 9, seed=4, dtype=torch.float32), Linear(18, 9, seed=5, dtype=torch.float32)
     recording = record(wiring, a, b, maps(network, images(8, dtype=torch.float32)))
-    for place, means in recording.gates.means.items():
-        assert means.min() >= 0
-        assert means.max() <= 1 + 1e-6
-        if len(means) == 9 and place.number == wiring.routes[-1].nodes[0]:
-            inner = means[:, -1].sum(dim=0)
-            assert ((inner > 0.9) & (inner < 1.3)).all()  # the rim has fewer places
+    pooled = recording.gates.means.pop(
+        next(p for p in recording.gates.means if p.number == wiring.routes[-1].nodes[0])
+    )
+    for means in recording.gates.means.values():
+        assert 0 <= means.min() < means.max() <= 1
+    alone, shared = pooled.sum(dim=1)
+    assert (alone <= 1).all()
+    assert (shared >= 1).all()
 
 
-def test_a_gate_of_one_feature_is_the_mean_where_it_is_active():
+class Strided(nn.Module):
+    """A rectifier, a maximum with a stride, a dilation and a frame, and another rectifier."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.ReLU()
+        self.conv = nn.Conv2d(16, 5, 3, stride=2, padding=1)
+        self.pool = nn.MaxPool2d((3, 2), stride=(2, 1), padding=1, dilation=(1, 2), ceil_mode=True)
+        self.last = nn.Conv2d(5, 18, (1, 3))
+        self.second = nn.SiLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.last(self.pool(self.conv(self.first(x)).relu())))
+
+
+@pytest.mark.parametrize("name", ["modules with ties in their maxima", "strides"])
+def test_what_a_feature_adds_on_average_is_what_its_faint_removal_takes(name):
+    if name == "strides":
+        torch.manual_seed(0)
+        network = Strided().double()
+        x = torch.randn(3, 16, 13, 12, dtype=torch.float64)
+    else:
+        network = two(0, torch.float64)
+        x = images(3, 7)
+    wiring = trace(network, A, B, x[:1])
+    a, b = Linear(16, 9, seed=4, dtype=torch.float64), Linear(18, 9, seed=5, dtype=torch.float64)
+    x = torch.cat(maps(network, x))
+    recording = record(wiring, a, b, [x[:1], x[1:]])
+    assert (x == 0).float().mean() > 0.2
+    code = a.encode(x.movedim(1, -1))
+    with torch.no_grad():
+        whole = wiring.run(x)
+    expected = [np.zeros_like(met.sums[:, 3]) for met in recording.gates.met]
+    faint = 1e-7
+    for sample, y, x_ in code[..., 3].nonzero().tolist():
+        bare = x[sample].clone()
+        bare[:, y, x_] -= faint * code[sample, y, x_, 3] * a.W_dec[3]
+        with torch.no_grad():
+            lost = (whole[sample] - wiring.run(bare[None])[0]) / faint
+        for k, (route, response) in enumerate(
+            zip(wiring.routes, responses(wiring, a), strict=True)
+        ):
+            for tap, (dy, dx) in enumerate(response.taps.tolist()):
+                (row, left), (column, over) = (
+                    divmod(at - d, s)
+                    for at, d, s in zip((y, x_), (dy, dx), response.stride, strict=True)
+                )
+                inside = 0 <= row < lost.shape[1] and 0 <= column < lost.shape[2]
+                if not left and not over and inside:
+                    expected[k][tap] += lost[route.channels, row, column].numpy()
+    for met, own in zip(recording.gates.met, expected, strict=True):
+        np.testing.assert_allclose(met.sums[:, 3], own, rtol=1e-3, atol=1e-4)
+        assert np.abs(own).max() > 0.1
+
+
+def test_a_feature_that_is_rarely_active_is_drawn_towards_mean_gates():
     network = two(0, torch.float32)
-    x = maps(network, images(8, dtype=torch.float32))
     wiring = trace(network, A, B, images(1, dtype=torch.float32))
     a, b = Linear(16, 9, seed=4, dtype=torch.float32), Linear(18, 9, seed=5, dtype=torch.float32)
-    recording = record(wiring, a, b, x)
-    route = wiring.routes[1]
-    place = next(p for p in recording.gates.means if p.number == route.nodes[1])
-    whole = torch.cat(x)
-    with torch.no_grad():
-        fires = (network.second.reduce_3x3.conv(whole) > 0).float().movedim(1, -1).flatten(0, 2)
-    code = a.encode(whole.movedim(1, -1).flatten(0, 2))
-    every = fires.mean(dim=0)
-    prior = 32 * code.sum(dim=0) / (code > 0).sum(dim=0)
-    expected = (code.T @ fires + prior[:, None] * every) / (code.sum(dim=0) + prior)[:, None]
-    torch.testing.assert_close(recording.gates.means[place][0, :-1], expected)
+    recording = record(wiring, a, b, maps(network, images(8, dtype=torch.float32)))
+    gates = recording.gates
+    own, shared = responses(wiring, a, gates)[1], responses(wiring, a, gates.shared())[1]
+    met = gates.met[1]
+    active = np.diff(recording.codes_a.tocsc().indptr)
+    prior = 16 * recording.codes_a.sum(axis=0) / active
+    expected = met.sums + np.asarray(prior).ravel()[:, None] * shared.values.numpy()
+    expected /= (met.weights + np.asarray(prior).ravel())[..., None]
+    np.testing.assert_allclose(own.values, expected, rtol=1e-4, atol=1e-6)
+    met.sums[:, 4], met.weights[:, 4], gates.prior[4] = 0, 0, 0  # one that never was
+    own = responses(wiring, a, gates)[1]
+    torch.testing.assert_close(own.values[:, 4], shared.values[:, 4])
 
 
 def test_norms_kernels_and_weights_agree_however_small_the_blocks():

@@ -3,6 +3,7 @@
     spectrum    variances and correlations of the channels, from activations
     branches    decoder rows and branches -> shares, expected shares, p-values, q-values
     by_lot      the same on atoms whose channels were drawn by lot, as a control
+    power       what the test finds of atoms that were moved into a branch
     plain_shares    the shares alone
 
 The share of a branch is the paper's: the length of the positive part of a decoder row inside the
@@ -124,29 +125,15 @@ def branches(
     Raises:
         InputError: There is nothing to compare, shapes do not fit, or a value is not finite.
     """
-    atoms = matrix(getattr(W_dec, "W_dec", W_dec), "W_dec", "n_features, d")
-    n, d = atoms.shape
-    named = checked_branches(branches, d)
-    known = None
-    if activations is not None:
-        known = activations if isinstance(activations, Spectrum) else spectrum(activations)
-        if len(known.variance) != d:
-            raise InputError(
-                f"Decoder rows have {d} channels, the activations {len(known.variance)}. Are they "
-                "of the same site?"
-            )
-    if positive is None:
-        positive = known is None or not known.signed
-    shape = (n, len(named))
-    site = _Site.of(named, d, known, positive=positive)
+    atoms, site = _given(W_dec, branches, activations, positive)
     energy, p, lumps = _tails(atoms, site)
     low, high = wilson(energy, lumps)
     if tested is not None:
         p[~tested] = np.nan
-    expected = np.sqrt([[place.share for place in site.places]]) * np.ones(shape)
+    expected = np.sqrt([[place.share for place in site.places]]) * np.ones(energy.shape)
     expected[np.isnan(energy)] = np.nan
     return Specialization(
-        names=tuple(named),
+        names=tuple(site.branches),
         share=np.sqrt(energy),
         expected=expected,
         p_values=p,
@@ -194,6 +181,33 @@ class _Site:
             places.append(places_of(variance, inside, together))
         units = np.maximum(variance, FAINTEST**2)
         return cls(named, places, units, spilled, positive)
+
+
+def _given(
+    W_dec: Any,  # noqa: N803 - the field's name
+    branches: Mapping[str, Any],
+    activations: Any,
+    positive: bool | None,
+) -> tuple[np.ndarray, _Site]:
+    """Decoder rows, and what the null knows.
+
+    Raises:
+        InputError: There is nothing to compare, or shapes do not fit.
+    """
+    atoms = matrix(getattr(W_dec, "W_dec", W_dec), "W_dec", "n_features, d")
+    d = atoms.shape[1]
+    named = checked_branches(branches, d)
+    known = None
+    if activations is not None:
+        known = activations if isinstance(activations, Spectrum) else spectrum(activations)
+        if len(known.variance) != d:
+            raise InputError(
+                f"Decoder rows have {d} channels, the activations {len(known.variance)}. Are they "
+                "of the same site?"
+            )
+    if positive is None:
+        positive = known is None or not known.signed
+    return atoms, _Site.of(named, d, known, positive=positive)
 
 
 def _tails(atoms: np.ndarray, site: _Site) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -257,6 +271,58 @@ def by_lot(
         entries = atoms / np.maximum(deviation, least) @ unmix
         drawn = np.take_along_axis(entries, order, axis=1) @ mix * deviation
     return _tested(drawn, branches, known, positive=positive, tested=tested)
+
+
+def power(
+    W_dec: Any,  # noqa: N803 - the field's name
+    branches: Mapping[str, Any],
+    activations: Any = None,
+    *,
+    positive: bool | None = None,
+    tested: Bool[np.ndarray, " feature"] | None = None,
+    excess: float = 0.9,
+    rate: float = 0.05,
+    seed: int = 0,
+) -> Float[np.ndarray, " branch"]:
+    """What part of the features that belong to a branch the test would find.
+
+    A tenth of the atoms, and no more than 100 for each branch, are moved into branches: what they
+    have inside and outside is stretched until the share has the excess. All atoms are tested then.
+
+    Args:
+        W_dec: As for `branches`, and so are the others.
+        branches: Name -> channels.
+        activations: Rows, or their spectrum.
+        positive: Only the positive part of a row counts.
+        tested: Features to test.
+        excess: Effect size that they are moved to.
+        rate: False discovery rate.
+        seed: Seed of which atoms are moved where.
+
+    Returns:
+        For each branch the share of what was moved there that is found; NaN if nothing was.
+
+    Raises:
+        InputError: As for `branches`.
+    """
+    known = activations
+    if activations is not None and not isinstance(activations, Spectrum):
+        known = spectrum(activations)
+    atoms, site = _given(W_dec, branches, known, positive)
+    atoms = atoms.astype(np.float64)
+    squares = np.square(plain_shares(atoms, site.branches, positive=site.positive)[0])
+    free = ((squares > 0) & (squares < 1)).all(axis=1)
+    order = np.flatnonzero(free if tested is None else free & tested)
+    order = np.random.default_rng([seed, 5]).permutation(order)
+    size = min(100, len(order) // (10 * len(site.places)))
+    parts = [order[k * size : (k + 1) * size] for k in range(len(site.places))]
+    for k, (rows, channels) in enumerate(zip(parts, site.branches.values(), strict=True)):
+        aim = site.places[k].share + excess * (1 - site.places[k].share)
+        inside = atoms[rows, channels] * np.sqrt(aim / squares[rows, k])[:, None]
+        atoms[rows] *= np.sqrt((1 - aim) / (1 - squares[rows, k]))[:, None]
+        atoms[rows, channels] = inside
+    found = _tested(atoms, branches, known, positive=site.positive, tested=tested).specialised(rate)
+    return np.array([found[rows, k].mean() if size else np.nan for k, rows in enumerate(parts)])
 
 
 def plain_shares(

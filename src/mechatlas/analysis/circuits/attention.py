@@ -25,14 +25,8 @@ from torch import Tensor
 
 from mechatlas.activations.layer import Layer, Watched
 from mechatlas.activations.wiring import Route
-from mechatlas.analysis.circuits.compose import (
-    Coder,
-    Response,
-    check_width,
-    encode,
-    prior_of,
-    stacked,
-)
+from mechatlas.analysis.circuits.compose import Coder, Response
+from mechatlas.analysis.circuits.recording import check_width, encode, prior_of, stacked
 from mechatlas.base import InputError
 
 FARTHEST = 8

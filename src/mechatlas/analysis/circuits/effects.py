@@ -24,7 +24,8 @@ from mechatlas.activations.layer import Layer
 from mechatlas.activations.sites import channels_last
 from mechatlas.activations.wiring import Wiring
 from mechatlas.analysis.circuits.attention import Spread, arriving
-from mechatlas.analysis.circuits.compose import Coder, Response, encode, seen
+from mechatlas.analysis.circuits.compose import Coder, Response
+from mechatlas.analysis.circuits.recording import encode, seen
 
 RESAMPLES = 1000
 STEPS = 16

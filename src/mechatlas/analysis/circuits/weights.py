@@ -28,15 +28,8 @@ from mechatlas.activations.layer import Layer
 from mechatlas.activations.wiring import Wiring
 from mechatlas.analysis.circuits import attention
 from mechatlas.analysis.circuits.attention import Attended, Standing
-from mechatlas.analysis.circuits.compose import (
-    Coder,
-    Gates,
-    Recording,
-    Response,
-    all_open,
-    n_columns,
-    respond,
-)
+from mechatlas.analysis.circuits.compose import Coder, Gates, Response, all_open, respond
+from mechatlas.analysis.circuits.recording import MeanGates, Recording, n_columns
 from mechatlas.base import Progress, no_progress
 
 BLOCK_BYTES = 256 << 20
@@ -59,7 +52,8 @@ def responses(
         assert isinstance(wiring, Layer)
         return [attention.respond(wiring, route, atoms, gates) for route in wiring.routes]
     assert isinstance(wiring, Wiring)
-    return [respond(wiring, route, atoms, gates) for route in wiring.routes]
+    found = [respond(wiring, route, atoms, gates) for route in wiring.routes]
+    return gates.drawn(found) if isinstance(gates, MeanGates) else found
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
