@@ -1,5 +1,6 @@
 import dataclasses
 import functools
+import inspect
 import math
 from types import SimpleNamespace
 
@@ -150,6 +151,15 @@ def test_the_stated_rate_holds_where_one_side_is_much_larger(sizes):
         found.append(right.mean())
     assert np.mean(found) > 0.7
     assert 0.02 < np.mean(wrong) < 0.08
+
+
+@pytest.mark.parametrize("sizes", [(50, 1), (1, 50), (3, 60), (60, 3), (2, 2)])
+def test_a_few_latents_without_partners_do_not_match(sizes):
+    random = np.random.default_rng(0)
+    any_matched = [
+        match(*(random.standard_normal((n, 32)) for n in sizes)).matched.any() for _ in range(30)
+    ]
+    assert np.mean(any_matched) <= 0.1
 
 
 def test_what_is_alike_without_being_partners_mostly_does_not_match():
@@ -453,11 +463,22 @@ def test_every_rule_is_folded_by_what_its_latents_are_when_active(rule):
         (lambda: fold(np.ones((2, 2)), unit=np.array([1.0, -1.0])), "Latent 1 of A .* must be > 0"),
         (lambda: match(np.ones((2, 2)), np.ones((2, 2)), rate=1.5), "false match rate must lie"),
         (lambda: match(np.ones((2, 2)), np.ones((2, 2)), parts="encoder"), "with an encoder"),
+        (lambda: match(np.ones((2, 2)), np.ones((2, 2)), seed=-1), "seed must be at least 0"),
+        (lambda: match(np.ones((2, 2)) + 1j, np.ones((2, 2))), "real numbers, got .* complex128"),
+        (lambda: match(np.full((2, 2), 1e30), np.ones((2, 2))), "more than float32 holds"),
+        (lambda: match(np.full((2, 2), 1e60), np.ones((2, 2))), "not finite at latent 0"),
+        (lambda: track([np.eye(3)] * 3, [match(np.eye(3), np.eye(3))]), "matches of 3 with 3"),
     ],
 )
 def test_what_cannot_be_matched_is_named(mistake, said):
     with pytest.raises(InputError, match=said):
         mistake()
+
+
+def test_a_cost_that_is_not_known_is_named():
+    unchecked = inspect.unwrap(match)  # tests check types before
+    with pytest.raises(InputError, match=r"one of decoder, .* got 'rows'"):
+        unchecked(np.eye(2), np.eye(2), parts="rows")  # pyright: ignore
 
 
 def test_the_front_door_offers_matching():

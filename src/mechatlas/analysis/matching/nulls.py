@@ -87,6 +87,8 @@ def weigh(
         nulls: How null dictionaries are made.
         seed: Seed of the null.
     """
+    if len(b) < len(a):  # a null of few latents would lie in the few directions that they span
+        return weigh(b, a, columns, rows, nulls=nulls, seed=seed)
     random = np.random.default_rng([seed, 5])
     cosines = np.einsum("pd,pd->p", a[rows], b[columns], dtype=np.float64)
     null = _best_by_chance(a, b, nulls, random)
