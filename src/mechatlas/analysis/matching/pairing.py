@@ -193,8 +193,9 @@ def weighed(
     cosines[rows] = np.einsum("pd,pd->p", unit_a[rows], unit_b[columns], dtype=np.float64)
     q_values[rows] = evidence.q_values
     matched = q_values <= rate
-    # Where all that is left is alike, chance says where the line is, not the least alike of it.
-    least = min(float(cosines[matched].min(initial=np.inf)), float(evidence.null.max()))
+    # As many pairs as are matched; where all of them are alike, chance says where the line is.
+    least = float(np.sort(cosines)[-max(int(matched.sum()), 1)])
+    least = min(least, float(evidence.null.max()))
     return Match(
         columns=found.columns,
         cost=found.cost,
