@@ -231,7 +231,8 @@ def _plain(recipe: Matching) -> dict[str, Any]:
 
 
 def _checksum_of(path: Path) -> str:
-    files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+    """Of a file, or of all in a folder, whatever the format."""
+    files = sorted(f for f in path.iterdir() if f.is_file()) if path.is_dir() else [path]
     return checksum("".join(checksum(f.read_bytes()) for f in files).encode())
 
 

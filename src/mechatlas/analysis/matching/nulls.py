@@ -12,9 +12,9 @@ null lies, drawn by how likely each is. Rows stay as they are. One that had a pa
 then takes the next best there is, so what is alike without being partners (parts of a cluster,
 siblings of a split) is in the null, and no evidence.
 
-What is weighed is the cosine over what the two latents have with others: latents along the axes
-where all vary most are alike by chance more often. Cosines alone would have the most of these
-among what stands by mistake, and fewer of them in the null.
+What is weighed is the cosine beyond what chance gives these two: latents along the axes where all
+vary most are alike by chance more often. By cosines alone most of what stands by mistake would be
+such, and the null would have too few of them.
 
 Source: Storey (2002) for q-values from the number of discoveries; the rest is ours.
 """
@@ -41,6 +41,7 @@ ENOUGH = 4096
 """Draws of the null that need no other round."""
 LEVELLING = 5
 """Times that lengths are made more equal."""
+MOST_BY_CHANCE = 0.9
 MOST = 0.65
 """Share of the null below which pairs are counted to tell how many are chance."""
 
@@ -53,7 +54,7 @@ class Evidence(NamedTuple):
     without_partner: int
     """Pairs taken to be chance when the null was made."""
     null: Float[np.ndarray, " draw"]
-    """Cosines of chance pairs, over their levels."""
+    """How alike chance pairs are, as a cosine of average ones."""
 
 
 def rotated(x: Float[np.ndarray, "n d"], random: np.random.Generator) -> np.ndarray:
@@ -114,9 +115,8 @@ def weigh(
     if len(b) < len(a):  # a null of few latents would lie in the few directions that they span
         return weigh(b, a, columns, rows, nulls=nulls, seed=seed)
     random = np.random.default_rng([seed, 5])
-    levels = _Levels(a, b)
-    alike = levels.alike(a[rows], b[columns])
-    null = _best_by_chance(a, b, nulls, levels, random)
+    measure = _Alike(a, b, nulls, random)
+    alike, null = measure(a[rows], b[columns]), measure.by_chance
     spare = [np.setdiff1d(np.arange(len(x)), of) for x, of in ((a, rows), (b, columns))]
     before, n_chance, wrong, q_values = 0, len(rows), [null], np.empty(0)
     draws: list[list[np.ndarray]] = []
@@ -129,28 +129,46 @@ def weigh(
         keep = np.setdiff1d(np.arange(len(rows)), drop)
         there = a[np.concatenate([rows[keep], rows[drop], spare[0]])]
         real, left = b[columns[keep]], b[np.concatenate([columns[drop], spare[1]])]
-        draws.append([_wrong_pairs(there, real, left, make, levels, random) for make in nulls])
+        draws.append([_wrong_pairs(there, real, left, make, measure, random) for make in nulls])
         wrong = [np.concatenate(of) for of in zip(*draws[-KEPT:], strict=True)]
         null = np.concatenate(wrong)
         q_values = _q_values(alike, wrong, n_chance)
     return Evidence(_q_values(alike, wrong, max(n_chance, 1)), n_chance, null)
 
 
-class _Levels:
-    """How alike latents are to all those of the other side: root mean squares of cosines."""
+class _Alike:
+    """How alike pairs are beyond chance, told as the cosine of a pair of average latents.
 
-    def __init__(self, a: np.ndarray, b: np.ndarray) -> None:
-        self._sides = _root(a), _root(b)
-        self._mean = float(np.sqrt(self._of(a, 1).mean() * self._of(b, 0).mean()))
+    Of a cosine c where chance gives e, what counts is (c - e) / (1 - e), which is 1 for latents
+    that are the same, whatever chance gives. Chance gives what the nearest of a null dictionary
+    has on average, more to latents whose cosines with all of the other side are large.
+    """
 
-    def _of(self, x: np.ndarray, side: int) -> np.ndarray:
-        return np.linalg.norm(x @ self._sides[side].T, axis=1)
-
-    def alike(self, x: np.ndarray, y: np.ndarray) -> Float[np.ndarray, " pair"]:
-        """Cosines over the mean level of both, as a multiple of the mean of all."""
+    def __init__(
+        self, a: np.ndarray, b: np.ndarray, nulls: Sequence[Null], random: np.random.Generator
+    ) -> None:
+        self._roots = _root(a), _root(b)
+        some = a[random.permutation(len(a))[:SAMPLE]]
+        made = [_unit(make(b, random)) for make in nulls]
+        y = np.concatenate([null[(some @ null.T).argmax(axis=1)] for null in made])
+        x = np.tile(some, (len(nulls), 1))
         cosines = np.einsum("pd,pd->p", x, y, dtype=np.float64)
-        levels = np.sqrt(self._of(x, 1) * self._of(y, 0))
-        return cosines * (self._mean / np.maximum(levels, 1e-12))
+        self._average = float(np.clip(cosines.mean(), 0.0, MOST_BY_CHANCE))
+        self._nearest = self._average / max(float(self._sizes(x, y).mean()), 1e-12)
+        self.by_chance = self(x, y)
+
+    def _sizes(self, x: np.ndarray, y: np.ndarray) -> Float[np.ndarray, " pair"]:
+        """Root mean squares of the cosines with all of the other side, the mean of both latents."""
+        of_a, of_b = self._roots
+        return np.sqrt(
+            np.linalg.norm(x @ of_b.T, axis=1) * np.linalg.norm(y @ of_a.T, axis=1), dtype=float
+        )
+
+    def __call__(self, x: np.ndarray, y: np.ndarray) -> Float[np.ndarray, " pair"]:
+        """Of pairs of unit vectors."""
+        cosines = np.einsum("pd,pd->p", x, y, dtype=np.float64)
+        expected = np.minimum(self._nearest * self._sizes(x, y), MOST_BY_CHANCE)
+        return self._average + (1 - self._average) * (cosines - expected) / (1 - expected)
 
 
 def _root(x: np.ndarray) -> np.ndarray:
@@ -192,28 +210,12 @@ def _count_chance(alike: np.ndarray, null: np.ndarray, at_most: int) -> int:
     return min(at_most, round(int((alike <= np.quantile(null, MOST)).sum()) / MOST))
 
 
-def _best_by_chance(
-    a: np.ndarray,
-    b: np.ndarray,
-    nulls: Sequence[Null],
-    levels: _Levels,
-    random: np.random.Generator,
-) -> np.ndarray:
-    """How alike latents are to the nearest of a null dictionary."""
-    some = a[random.permutation(len(a))[:SAMPLE]]
-    best = []
-    for make in nulls:
-        null = _unit(make(b, random))
-        best.append(levels.alike(some, null[(some @ null.T).argmax(axis=1)]))
-    return np.concatenate(best)
-
-
 def _wrong_pairs(
     a: np.ndarray,
     real: np.ndarray,
     left: np.ndarray,
     make: Null,
-    levels: _Levels,
+    measure: _Alike,
     random: np.random.Generator,
 ) -> np.ndarray:
     """How alike the pairs are that are wrong when what partners leave over is replaced by a null.
@@ -226,7 +228,7 @@ def _wrong_pairs(
         columns = assign(Factors.squared_distances(a, b)).columns
         wrong = np.flatnonzero((columns >= 0) & (columns != np.arange(len(a))))
         wrong = np.union1d(wrong, len(real) + np.flatnonzero(columns[len(real) :] >= 0))
-        found.append(levels.alike(a[wrong], b[columns[wrong]]))
+        found.append(measure(a[wrong], b[columns[wrong]]))
     return np.concatenate(found)
 
 
