@@ -39,7 +39,7 @@ KEPT = 4
 """Rounds whose nulls count: the first are made before it is known what is chance."""
 ENOUGH = 4096
 """Draws of the null that need no other round."""
-LEVELLING = 5
+LEVELLING = 2
 """Times that lengths are made more equal."""
 MOST_BY_CHANCE = 0.9
 MOST = 0.65
@@ -59,34 +59,40 @@ class Evidence(NamedTuple):
 
 def rotated(x: Float[np.ndarray, "n d"], random: np.random.Generator) -> np.ndarray:
     """Rows with the same second moments of their directions, in random directions."""
-    u, s, vt = np.linalg.svd(_levelled(x), full_matrices=False)
-    turn, r = np.linalg.qr(random.standard_normal((len(s), len(s))))
-    turn *= np.sign(np.diag(r))
-    return (((u @ turn) * s) @ vt).astype(np.float32)
+    u, back = _whitened(x)
+    turn, r = np.linalg.qr(random.standard_normal((len(back), len(back))))
+    return (u @ (turn * np.sign(np.diag(r))) @ back).astype(np.float32)
 
 
 def shuffled(x: Float[np.ndarray, "n d"], random: np.random.Generator) -> np.ndarray:
     """Rows with the same distribution along each principal axis, mixed among latents."""
-    u, s, vt = np.linalg.svd(_levelled(x), full_matrices=False)
-    return ((random.permuted(u, axis=0) * s) @ vt).astype(np.float32)
+    u, back = _whitened(x)
+    return (random.permuted(u, axis=0) @ back).astype(np.float32)
 
 
-def _levelled(x: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "n d"]:
-    """Rows in the same directions, at lengths that are equal in whitened coordinates.
+def _whitened(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Rows whose second moments are alike along all axes, and what makes directions of x of them.
 
-    Rows at length 1 are short along the axes where they vary most; a null made of them, brought
-    to length 1 once more, would be too short there and too seldom alike.
+    Rows of x at length 1 are short along the axes where they vary most; a null made of them and
+    brought to length 1 once more would be too short there, and too seldom alike. So lengths are
+    first made equal where the rows are whitened.
 
     Source:
         Tyler, A distribution-free M-estimator of multivariate scatter (1987).
     """
     x = x.astype(np.float64)
-    for _ in range(LEVELLING):
-        u, s, _ = np.linalg.svd(x, full_matrices=False)
-        u = u[:, s > 1e-6 * s.max(initial=0.0)]
-        length = np.sqrt(np.einsum("nd,nd->n", u, u) * len(u) / max(u.shape[1], 1))
-        x = x / np.where(length > 1e-6, length, 1.0)[:, None]
-    return x
+    if len(x) <= x.shape[1]:  # whitened rows are orthogonal, and of one length
+        u, s, vt = np.linalg.svd(x, full_matrices=False)
+        return u, s[:, None] * vt
+    u, back = x, np.eye(x.shape[1])
+    for _ in range(1 + LEVELLING):
+        length = np.linalg.norm(u, axis=1)
+        x = x / np.where(length > 1e-6 * length.max(initial=0.0), length, 1.0)[:, None]
+        variances, axes = np.linalg.eigh(x.T @ x)
+        there = variances > 1e-12 * variances[-1]
+        sizes, axes = np.sqrt(variances[there]), axes[:, there]
+        u, back = x @ axes / sizes, sizes[:, None] * axes.T
+    return u, back
 
 
 Null = Callable[[np.ndarray, np.random.Generator], np.ndarray]
