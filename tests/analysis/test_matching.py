@@ -1,5 +1,6 @@
 import dataclasses
 import functools
+import inspect
 import math
 from types import SimpleNamespace
 
@@ -152,6 +153,26 @@ def test_the_stated_rate_holds_where_one_side_is_much_larger(sizes):
     assert 0.02 < np.mean(wrong) < 0.08
 
 
+@pytest.mark.parametrize("sizes", [(50, 1), (1, 50), (3, 60), (60, 3), (2, 2)])
+def test_a_few_latents_without_partners_do_not_match(sizes):
+    random = np.random.default_rng(0)
+    any_matched = [
+        match(*(random.standard_normal((n, 32)) for n in sizes)).matched.any() for _ in range(30)
+    ]
+    assert np.mean(any_matched) <= 0.1
+
+
+def test_partners_hardly_more_alike_than_chance_are_found_at_the_stated_rate():
+    scores = []
+    for seed in (1, 2):
+        planted = chain(1000, 128, noise=LEVELS["high"], seed=seed)
+        one = match(planted.dictionaries[0], planted.dictionaries[5])
+        scores.append(planted.score(np.where(one.matched, one.columns, -1), 0, 5)[:2])
+    found, wrong = np.mean(scores, axis=0)
+    assert found > 0.44  # by cosines alone 0.36
+    assert wrong < 0.065
+
+
 def test_what_is_alike_without_being_partners_mostly_does_not_match():
     random = np.random.default_rng(0)
     kinds = units(random.standard_normal((40, 96)))
@@ -211,15 +232,14 @@ def test_the_price_of_no_partner_leaves_the_unmatched_out():
     assert planted.score(found.columns, 0, 1)[1] > 0.25
 
 
-def test_nulls_keep_the_second_moments():
-    x = units(np.random.default_rng(0).standard_normal((400, 12)) / np.arange(1, 13))
-    x = x.astype(np.float32)
+def test_nulls_keep_the_second_moments_of_directions():
+    x = np.random.default_rng(0).standard_normal((4000, 12)) / np.arange(1, 13)
+    x = units(x).astype(np.float32)
     for make in (rotated, shuffled):
-        null = make(x, np.random.default_rng(1))
-        assert abs(np.trace(null.T @ null) - 400) < 20
-        assert (np.einsum("nd,nd->n", x, units(null)) > 0.99).mean() < 0.1
-    null = rotated(x, np.random.default_rng(1))
-    np.testing.assert_allclose(null.T @ null, x.T @ x, atol=1e-3)
+        null = units(make(x, np.random.default_rng(1)))
+        # At length 1 the leading axis would have less, had the rows been at length 1 before.
+        np.testing.assert_allclose(null.T @ null / 4000, x.T @ x / 4000, atol=0.015)
+        assert (np.einsum("nd,nd->n", x, null) > 0.99).mean() < 0.1
 
 
 def test_splitting_and_merging_are_seen_from_both_sides():
@@ -453,11 +473,22 @@ def test_every_rule_is_folded_by_what_its_latents_are_when_active(rule):
         (lambda: fold(np.ones((2, 2)), unit=np.array([1.0, -1.0])), "Latent 1 of A .* must be > 0"),
         (lambda: match(np.ones((2, 2)), np.ones((2, 2)), rate=1.5), "false match rate must lie"),
         (lambda: match(np.ones((2, 2)), np.ones((2, 2)), parts="encoder"), "with an encoder"),
+        (lambda: match(np.ones((2, 2)), np.ones((2, 2)), seed=-1), "seed must be at least 0"),
+        (lambda: match(np.ones((2, 2)) + 1j, np.ones((2, 2))), "real numbers, got .* complex128"),
+        (lambda: match(np.full((2, 2), 1e30), np.ones((2, 2))), "more than float32 holds"),
+        (lambda: match(np.full((2, 2), 1e60), np.ones((2, 2))), "not finite at latent 0"),
+        (lambda: track([np.eye(3)] * 3, [match(np.eye(3), np.eye(3))]), "matches of 3 with 3"),
     ],
 )
 def test_what_cannot_be_matched_is_named(mistake, said):
     with pytest.raises(InputError, match=said):
         mistake()
+
+
+def test_a_cost_that_is_not_known_is_named():
+    unchecked = inspect.unwrap(match)  # tests check types before
+    with pytest.raises(InputError, match=r"one of decoder, .* got 'rows'"):
+        unchecked(np.eye(2), np.eye(2), parts="rows")  # pyright: ignore
 
 
 def test_the_front_door_offers_matching():

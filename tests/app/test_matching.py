@@ -124,6 +124,15 @@ def test_an_interrupt_loses_nothing_that_the_same_command_needs(saved, tmp_path,
     assert not (tmp_path / "killed" / "unfinished").exists()
 
 
+@pytest.mark.parametrize("name", ["ae.pt", "params.npz", "sae_weights.safetensors"])
+def test_what_was_kept_of_other_weights_is_not_used_whatever_the_format(tmp_path, name):
+    told = []
+    for weights in (b"one", b"two"):
+        (tmp_path / name).write_bytes(weights)
+        told.append(matching._checksum_of(tmp_path))
+    assert told[0] != told[1]
+
+
 @pytest.fixture(scope="module")
 def paired(tmp_path_factory):
     """A paired store of a small network, and a dictionary of each of its sites."""

@@ -231,7 +231,8 @@ def _plain(recipe: Matching) -> dict[str, Any]:
 
 
 def _checksum_of(path: Path) -> str:
-    files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+    """Of a file, or of all in a folder, whatever the format."""
+    files = sorted(f for f in path.iterdir() if f.is_file()) if path.is_dir() else [path]
     return checksum("".join(checksum(f.read_bytes()) for f in files).encode())
 
 
@@ -254,7 +255,7 @@ def _rows(
         )
     known, unseen, samples = [], [], np.empty(0, np.int64)
     for path, dictionary in zip(recipe.dictionaries, dictionaries, strict=True):
-        site = _site(path)
+        site = site_of(path)
         rows = store.rows(site)
         if rows.d_in != dictionary.d_in:
             raise StoreError(
@@ -263,14 +264,14 @@ def _rows(
             )
         unseen.append(rows.held_out(recipe.rows).x)
         times = CODES if recipe.cost == "codes" else 1
-        first, samples = _first_rows(rows, times * recipe.rows)
+        first, samples = first_rows(rows, times * recipe.rows)
         known.append(first)
     if min(len(x) for x in unseen) < 2:
         raise StoreError(f"{recipe.store} has no held-out rows to measure on.")
     return known, samples, unseen
 
 
-def _site(path: Path) -> str:
+def site_of(path: Path) -> str:
     """The site that a dictionary reads.
 
     Raises:
@@ -286,7 +287,7 @@ def _site(path: Path) -> str:
     return site
 
 
-def _first_rows(rows: StoreRows, n: int) -> tuple[torch.Tensor, np.ndarray]:
+def first_rows(rows: StoreRows, n: int) -> tuple[torch.Tensor, np.ndarray]:
     """The first rows of the training split, the same for all sites, sample by sample; samples."""
     parts, places, missing = [], [], n
     for batch, where in rows.scan():
@@ -463,7 +464,7 @@ def _spliced(
 ) -> dict[str, Any]:
     """The network's output when the second site is written from the first, by every way."""
     a, b = two
-    sites = [Site.parse(_site(path)) for path in recipe.dictionaries[k : k + 2]]
+    sites = [Site.parse(site_of(path)) for path in recipe.dictionaries[k : k + 2]]
     guesses = {name: permuted(a, b, way.columns, way.ratio) for name, way in ways.items()}
     guesses |= references(a, b)
     network, batches = running

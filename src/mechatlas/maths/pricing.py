@@ -87,6 +87,11 @@ class Factors:
         for name, array in parts.items():
             if array.size == 0 or not np.isfinite(array.sum(dtype=np.float64)):
                 _refuse(name, array)
+        largest = self._largest()
+        if largest > float(np.finfo(np.float32).max):
+            raise InputError(
+                f"Costs reach {largest:.1e}, more than float32 holds: scale them down."
+            )
 
     @classmethod
     def squared_distances(
@@ -129,6 +134,12 @@ class Factors:
         lengths = [np.sqrt(np.einsum("nd,nd->n", x, x, dtype=np.float64)) for x in (self.a, self.b)]
         return lengths[0], lengths[1]
 
+    def _largest(self) -> float:
+        """No cost is larger, nor any sum on the way to it."""
+        a, b = self._norms
+        offsets = np.abs(self.row_offsets).max() + np.abs(self.column_offsets).max()
+        return float(a.max() * b.max() + offsets)
+
     def rounding(self, rows: Any) -> Float[np.ndarray, " rows"]:
         """By Cauchy and Schwarz, with two roundings of offsets and factors and two additions."""
         terms = self.a.shape[1] + 6
@@ -158,9 +169,7 @@ class Factors:
 
     def last_digits(self) -> float:
         """As `rounding`, of float64."""
-        a, b = self._norms
-        terms = a.max() * b.max() + np.abs(self.row_offsets).max()
-        return (self.a.shape[1] + 8) * EPSILON * float(terms + np.abs(self.column_offsets).max())
+        return (self.a.shape[1] + 8) * EPSILON * self._largest()
 
     def transposed(self) -> "Factors":
         """Columns for rows."""

@@ -13,6 +13,7 @@ tracks are the pairs. This goes there and back until nothing changes.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -22,7 +23,7 @@ from jaxtyping import Bool, Float, Int
 from mechatlas.analysis.matching.folding import unit_rows
 from mechatlas.analysis.matching.nulls import NULLS, Null, chances, weigh
 from mechatlas.analysis.matching.pairing import RATE, Match
-from mechatlas.base import Progress, no_progress
+from mechatlas.base import InputError, Progress, no_progress
 from mechatlas.maths.assignment import assign
 from mechatlas.maths.pricing import Factors
 
@@ -121,7 +122,16 @@ def track(
         seed: Seed of the nulls.
         sweeps: Times that every two layers are matched again; fewer if nothing changes.
         on_progress: Told how many times layers have been matched.
+
+    Raises:
+        InputError: There is not one match for every two neighbours, of as many latents.
     """
+    sizes = [(len(found.unit_a), len(found.unit_b)) for found in matches]
+    if sizes != list(itertools.pairwise(map(len, layers))):
+        raise InputError(
+            f"Layers of {', '.join(str(len(x)) for x in layers)} latents need a match of each with "
+            f"the next, got matches of {', '.join(f'{n} with {m}' for n, m in sizes) or 'none'}."
+        )
     layers = [unit_rows(x) for x in layers]
     links = [_Links.of(found) for found in matches]
     n_links = len(links)

@@ -94,9 +94,18 @@ def fold(dictionary: Any, *, unit: np.ndarray | Tensor | None = None, name: str 
 
 
 def _array(value: Any) -> np.ndarray:
+    """A tensor or an array as float32.
+
+    Raises:
+        InputError: It does not hold real numbers.
+    """
     if isinstance(value, Tensor):
         value = value.detach().to("cpu", torch.float32).numpy()
-    return np.asarray(value, dtype=np.float32)
+    value = np.asarray(value)
+    if value.dtype.kind not in "fiub":
+        raise InputError(f"Latents are compared as real numbers, got an array of {value.dtype}.")
+    with np.errstate(over="ignore"):  # what does not fit is infinite, and told by its latent
+        return value.astype(np.float32)
 
 
 def _thresholds(dictionary: Any) -> np.ndarray | None:

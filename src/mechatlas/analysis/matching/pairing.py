@@ -12,7 +12,7 @@ Source: Balagansky et al., Mechanistic permutability (2024).
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -104,10 +104,14 @@ def match(
         on_state: Told the state of the pairing after every round.
 
     Raises:
-        InputError: They cannot be folded, or have different widths.
+        InputError: They cannot be folded, have different widths, or a choice is unknown.
     """
     if not 0 < rate < 1:
         raise InputError(f"The false match rate must lie between 0 and 1, got {rate}.")
+    if parts not in get_args(Parts):
+        raise InputError(f"parts must be one of {', '.join(get_args(Parts))}, got {parts!r}.")
+    if seed < 0:
+        raise InputError(f"The seed must be at least 0, got {seed}.")
     x, y = _compared(fold(a, unit=units[0]), fold(b, unit=units[1], name="B"), parts)
     there = _paired(x, y) if parts == "codes" else (np.arange(len(x)), np.arange(len(y)))
     costs = Factors.squared_distances(x[there[0]], y[there[1]])
@@ -189,8 +193,9 @@ def weighed(
     cosines[rows] = np.einsum("pd,pd->p", unit_a[rows], unit_b[columns], dtype=np.float64)
     q_values[rows] = evidence.q_values
     matched = q_values <= rate
-    # Where all that is left is alike, chance says where the line is, not the least alike of it.
-    least = min(float(cosines[matched].min(initial=np.inf)), float(evidence.null.max()))
+    # As many pairs as are matched; where all of them are alike, chance says where the line is.
+    least = float(np.sort(cosines)[-max(int(matched.sum()), 1)])
+    least = min(least, float(evidence.null.max()))
     return Match(
         columns=found.columns,
         cost=found.cost,
