@@ -1,5 +1,6 @@
 """The causal check of `mechatlas symmetry`: swap poses of features inside the network.
 
+    prepare    the network of a store, and the module where answers are compared
     Held       codes of held-out rows, and where the rows are
     check      features, held-out rows and a store -> facts for `result.json`, columns of the table
     in_words   what was found
@@ -80,54 +81,64 @@ class Held:
 Result = dict[str, Any]
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Asked:
-    """What is to be checked."""
+def prepare(store: Store, site: str, downstream: str | None, *, wanted: bool) -> Bench | str:
+    """The network and where to look at it, or why there is no check; a sample is passed through.
 
-    site: str
-    whole: str
-    """Site of the store that it is, or is a branch of."""
-    downstream: str | None
-    """Where answers are compared, or "output"; by default the next module."""
-    most: int
-    """Features that are drawn."""
-    seed: int
+    Args:
+        store: Its network and samples are used.
+        site: Where features are swapped.
+        downstream: Where answers are compared, or "output"; by default the next module.
+        wanted: Whether a check is asked for.
+
+    Raises:
+        InputError: The sample cannot be read.
+        SiteError: There is no such site downstream.
+    """
+    if not wanted:
+        return "Not asked for (--swaps 0)."
+    try:
+        network, samples, posing = _reopened(store)
+    except UserError as error:
+        return str(error)
+    action, where = action_of(posing), Site.parse(site)
+    inputs = samples.stack([samples.read(store.samples("train", 1)[0])])
+    after = _after(network, where, inputs, downstream)
+    return Bench(network, samples, action, where, after, places_of(action, network, where, inputs))
 
 
 def check(
-    store: Store,
+    bench: Bench | str,
     held: Held,
     found: Symmetry,
     blocks: np.ndarray,
     say: Callable[[Tensor], Tensor],
-    asked: Asked,
+    *,
+    width: int,
+    most: int,
+    seed: int,
 ) -> tuple[Result, dict[str, np.ndarray]]:
     """Swap the poses of features and compare what follows with the answer to posed inputs.
 
     Args:
-        store: Its network and samples are used.
+        bench: The network, or why there is none.
         held: Codes; the first columns are those of the features.
         found: The features.
         blocks: Their blocks.
         say: What the dictionary makes of codes, in every pose.
-        asked: Where, how many, and at which rate.
+        width: Of the map of the site.
+        most: Features that are drawn.
+        seed: Of the draw.
 
     Returns:
         What `result.json` says, and columns for the table: NaN where nothing was swapped.
 
     Raises:
-        InputError: Nothing downstream depends on the site.
-        SiteError: There is no such site downstream.
+        InputError: Nothing downstream depends on the site, or a sample cannot be read.
     """
     nothing = {name: np.full(len(blocks), np.nan) for name in COLUMNS}
-    if not asked.most:
-        return {"missing": "Not asked for (--swaps 0)."}, nothing
-    try:
-        network, samples, posing = _reopened(store)
-    except UserError as error:
-        return {"missing": str(error)}, nothing
+    if isinstance(bench, str):
+        return {"missing": bench}, nothing
     codes, where = held.codes, held.where
-    bench = _bench(network, samples, posing, int(where[0, 0]), asked)
     elements = usable(bench.places, bench.action)
     eligible, others = _features(found, blocks, elements)
     if not elements.any():
@@ -136,7 +147,7 @@ def check(
         return {"missing": "There are too few features."}, nothing
     trials = choose(
         sparse.csr_array(codes[:, : len(blocks)]), where[:, 0], eligible, found.stabilisers,
-        elements, found.group, most=asked.most, seed=asked.seed,
+        elements, found.group, most=most, seed=seed,
     )  # fmt: skip
     used, index = np.unique(trials.row, return_inverse=True)
     said = np.zeros((len(used), *blocks.shape[1:]), np.float32)
@@ -144,13 +155,13 @@ def check(
         said[:] = say(torch.from_numpy(codes[used].toarray())).numpy().reshape(said.shape)
     rows = Rows(
         where[used, 0].astype(np.int64),
-        (where[used, 1] * store.shapes[asked.whole].grid[1] + where[used, 2]).astype(np.int64),
+        (where[used, 1] * width + where[used, 2]).astype(np.int64),
         said,
     )
     with bar("swapping poses") as progress:
         swaps = swap(
             bench, dataclasses.replace(trials, row=index), rows, blocks, found.stabilisers, others,
-            seed=asked.seed, on_progress=progress,
+            seed=seed, on_progress=progress,
         )  # fmt: skip
     names = [name for name, used in zip(found.group.element_names, elements, strict=True) if used]
     facts = {"downstream": str(bench.downstream) or OUTPUT, "elements": names}
@@ -168,20 +179,6 @@ def _columns(swaps: Swaps, n_features: int) -> dict[str, np.ndarray]:
         columns[name] = np.full(n_features, np.nan)
         columns[name][swaps.symmetric if name == "swap_change" else swaps.features] = values
     return columns
-
-
-def _bench(
-    network: nn.Module, samples: Samples, posing: Posing, sample: int, asked: Asked
-) -> Bench:
-    """The network at the site, and where answers are compared; some sample is passed through.
-
-    Raises:
-        SiteError: There is no such site downstream.
-    """
-    action, site = action_of(posing), Site.parse(asked.site)
-    inputs = samples.stack([samples.read(sample)])
-    after = _after(network, site, inputs, asked.downstream)
-    return Bench(network, samples, action, site, after, places_of(action, network, site, inputs))
 
 
 def _reopened(store: Store) -> tuple[nn.Module, Samples, Posing]:

@@ -26,7 +26,7 @@ from mechatlas.activations.store import Store, StoreRows
 from mechatlas.analysis.symmetry.baselines import Explained, LinearMaps, PoseMaps
 from mechatlas.analysis.symmetry.classify import RATE, Symmetry, control, symmetry
 from mechatlas.analysis.symmetry.contrast import contrast
-from mechatlas.analysis.symmetry.evidence import ALIKE
+from mechatlas.analysis.symmetry.evidence import ALIKE, SUPPORT
 from mechatlas.analysis.symmetry.names import NOT_RELIABLE
 from mechatlas.analysis.symmetry.regression import CodeRegression
 from mechatlas.app import swapping
@@ -109,27 +109,33 @@ def in_words(result: dict[str, Any]) -> str:
 
 def control_in_words(control: dict[str, Any]) -> str:
     """Of which classes there are more or fewer than in the control."""
+    here, there = control["reliable"]
     told = "; ".join(
         "{name} {share:.1%} and {share_control:.1%} (q {q_value:.2g})".format(**each)
         for each in control["classes"]
         if each["q_value"] <= RATE
     )
-    return f"Reliable features here and in the control: {told or 'no class differs'}."
+    return (
+        f"Reliable features here ({here}) and in the control ({there}): "
+        f"{told or 'no class differs'}."
+    )
 
 
-def _control_of(folder: Path, group: Group) -> list[str]:
+def _control_of(folder: Path, posed: "_Posed") -> list[str]:
     """The class of each feature of a control.
 
     Raises:
-        RecipeError: The folder is no result of this command, or one for another group.
+        RecipeError: The folder is no result of this command, or one for another site or group.
     """
     manifest = _manifest(folder)
     if manifest.get("kind") != KIND or not (folder / TABLE).is_file():
         raise RecipeError(f"--control {folder} is no result of `mechatlas symmetry`.")
-    if manifest["group"]["table"] != group.table.tolist():
+    its, site = manifest["group"], read_json(folder / "result.json")["site"]
+    found = (its["table"], its["action"], site)
+    if found != (posed.group.table.tolist(), posed.action, posed.site):
         raise RecipeError(
-            f"--control {folder} is one for {manifest['group']['name']}, but the store for "
-            f"{group.name}."
+            f"--control {folder} is one for {site} under {its['name']} ({its['action']}), but this "
+            f"is {posed.site} under {posed.group.name} ({posed.action})."
         )
     return pq.read_table(folder / TABLE)["class"].to_pylist()
 
@@ -146,7 +152,7 @@ def find_symmetry(recipe: FindSymmetry) -> dict[str, Any]:
 
     Raises:
         DiskError: `out` holds something else, or cannot be written.
-        InputError: All images are in one half.
+        InputError: All samples are cut from images of one half.
         RecipeError: A choice is out of range, the control is none, or no site was named and there
             are several.
         SiteError: There is no such site downstream.
@@ -156,11 +162,16 @@ def find_symmetry(recipe: FindSymmetry) -> dict[str, Any]:
     clock = time.process_time()
     if not 0 < recipe.rate < 1:
         raise RecipeError(f"--rate must lie between 0 and 1, got {recipe.rate}.")
+    if not SUPPORT < recipe.alike <= 1:
+        raise RecipeError(f"--alike must be above {SUPPORT:.4f} and at most 1, got {recipe.alike}.")
     if recipe.swaps < 0:
         raise RecipeError(f"--swaps must be at least 0, got {recipe.swaps}.")
     refuse_strangers(recipe.out, KIND)
     posed = _open(recipe)
-    control_names = _control_of(recipe.control, posed.group) if recipe.control else None
+    control_names = _control_of(recipe.control, posed) if recipe.control else None
+    bench = swapping.prepare(
+        posed.rows.store, posed.site, recipe.downstream, wanted=recipe.swaps > 0
+    )
     learnt = _learn(posed, recipe.seed)
     with bar("comparing features") as progress:
         found = symmetry(
@@ -172,8 +183,8 @@ def find_symmetry(recipe: FindSymmetry) -> dict[str, Any]:
     )
     r2, held, n_held = _measure(posed, learnt)
     causal, swapped = swapping.check(
-        posed.rows.store, held, found, learnt.blocks, lambda codes: _said(posed, learnt, codes),
-        swapping.Asked(posed.site, posed.rows.site, recipe.downstream, recipe.swaps, recipe.seed),
+        bench, held, found, learnt.blocks, lambda codes: _said(posed, learnt, codes),
+        width=posed.rows.store.shapes[posed.rows.site].grid[1], most=recipe.swaps, seed=recipe.seed,
     )  # fmt: skip
     result = {
         **_summary(found),
@@ -193,6 +204,9 @@ def find_symmetry(recipe: FindSymmetry) -> dict[str, Any]:
         if control_names is None
         else {
             "folder": str(recipe.control),
+            "reliable": [
+                len(names) - names.count(NOT_RELIABLE) for names in (found.names, control_names)
+            ],
             "classes": [
                 dataclasses.asdict(each)
                 for each in contrast(found.names, control_names, found.class_names)
@@ -255,15 +269,12 @@ def _open(recipe: FindSymmetry) -> _Posed:
         WeightsError: The dictionary was trained for another group.
     """
     store = Store(recipe.store)
-    described = store.manifest.get("group")
-    if described is None:
+    group = store.group
+    if group is None:
         raise StoreError(
             f"{recipe.store} holds activations of inputs as they are, in one pose each. Collect a "
             "store with a [group] in the recipe."
         )
-    group = Group(
-        described["table"], name=described["name"], element_names=described.get("elements")
-    )
     dictionary = load(recipe.dictionary)
     manifest = _manifest(recipe.dictionary)
     site = recipe.site or manifest.get("site")
@@ -283,6 +294,7 @@ def _open(recipe: FindSymmetry) -> _Posed:
     columns = slice(0, d) if whole == site else slice(*ends[branch])
     own = _own_blocks(recipe, dictionary, manifest, group, len(range(*columns.indices(d))), rows)
     crops = int(store.manifest.get("recipe", {}).get("samples", {}).get("crops", 1))
+    described = store.manifest["group"]
     return _Posed(dictionary, rows, site, group, described, columns, own, crops)
 
 
@@ -307,14 +319,19 @@ def _own_blocks(
             f"{recipe.dictionary} reads {dictionary.d_in} numbers, but one pose of {rows.site} in "
             f"{recipe.store} has {d} ({rows.d_in} for the {group.order} elements of {group.name})."
         )
-    trained_for = manifest.get("group") or {}
-    known = dictionary.group.table.tolist() if tied else trained_for.get("table")
-    other = known not in (None, group.table.tolist())
-    if n_written not in (d, group.order * d) or other:
-        name = trained_for.get("name", f"{n_written // d} poses")
+    if n_written not in (d, group.order * d):
         raise WeightsError(
-            f"{recipe.dictionary} was trained for {name}, but {recipe.store} was collected with "
-            f"{group.name} (order {group.order})."
+            f"{recipe.dictionary} writes {n_written} numbers, but one pose of {rows.site} in "
+            f"{recipe.store} has {d}, and all {group.order} of {group.name} have {group.order * d}."
+        )
+    here, there = rows.store.manifest["group"], manifest.get("group") or {}
+    table = dictionary.group.table.tolist() if tied else there.get("table")
+    if table not in (None, here["table"]) or there.get("action") not in (None, here["action"]):
+        name = dictionary.group.name if tied else there["name"]
+        acting = f" ({there['action']})" if "action" in there else ""
+        raise WeightsError(
+            f"{recipe.dictionary} was trained for {name}{acting}, but {recipe.store} was collected "
+            f"with {here['name']} (order {group.order}, {here['action']})."
         )
     if tied:
         return dictionary.atoms.detach().float().cpu().numpy()
