@@ -28,6 +28,7 @@ from mechatlas.activations.sites import find_sites
 from mechatlas.activations.store import Store
 from mechatlas.analysis.symmetry.classify import Symmetry
 from mechatlas.analysis.symmetry.swaps import (
+    FEWEST,
     NULLS,
     Bench,
     Rows,
@@ -288,7 +289,10 @@ def in_words(causal: Result) -> str:
     if "missing" in causal:
         return f"Poses were not swapped inside the network: {causal['missing']}"
     if not causal["tested"]:
-        return "Poses were not swapped inside the network: no feature was active often enough."
+        return (
+            f"Poses were not swapped inside the network: no feature of which something is claimed "
+            f"was active on {FEWEST} held-out samples."
+        )
     pose = causal["pose"]
     told = (
         f"Poses swapped inside the network: {causal['passed']} of {causal['tested']} features "

@@ -284,15 +284,10 @@ def _open(recipe: FindSymmetry) -> _Posed:
             f"{', '.join(store.sites)} with --site."
         )
     site = site or store.sites[0]
-    base, _, branch = site.partition("/")
-    whole = site if site in store.shapes else base
-    rows = store.rows(whole)
-    ends = store.shapes[whole].branches
-    d = rows.d_in // group.order
-    if whole != site and branch not in ends:
-        raise StoreError(f"{recipe.store} has no branch {branch!r} of {whole}.")
-    columns = slice(0, d) if whole == site else slice(*ends[branch])
-    own = _own_blocks(recipe, dictionary, manifest, group, len(range(*columns.indices(d))), rows)
+    named = store.rows(site)  # of a branch the columns of the untransformed input
+    rows = store.rows(named.site)
+    columns = named.channels if named.d_in < rows.d_in else slice(0, rows.d_in // group.order)
+    own = _own_blocks(recipe, dictionary, manifest, store, site, columns.stop - columns.start)
     crops = int(store.manifest.get("recipe", {}).get("samples", {}).get("crops", 1))
     described = store.manifest["group"]
     return _Posed(dictionary, rows, site, group, described, columns, own, crops)
@@ -302,9 +297,9 @@ def _own_blocks(
     recipe: FindSymmetry,
     dictionary: Any,
     manifest: dict[str, Any],
-    group: Group,
+    store: Store,
+    site: str,
     d: int,
-    rows: StoreRows,
 ) -> np.ndarray | None:
     """Decoder blocks of a group crosscoder; None for a dictionary of the untransformed block.
 
@@ -312,33 +307,31 @@ def _own_blocks(
         StoreError: The dictionary reads rows of another width.
         WeightsError: It writes blocks of another group.
     """
+    here, there = store.manifest["group"], manifest.get("group") or {}
+    order, tied = len(here["table"]), isinstance(dictionary, PoseTied)
     n_written = getattr(dictionary, "d_out", dictionary.d_in)
-    tied = isinstance(dictionary, PoseTied)
+    wanted = (
+        f"one pose of {site} in {recipe.store} has {d} ({order * d} for the {order} elements of "
+        f"{here['name']})."
+    )
     if (dictionary.d_block if tied else dictionary.d_in) != d:
-        raise StoreError(
-            f"{recipe.dictionary} reads {dictionary.d_in} numbers, but one pose of {rows.site} in "
-            f"{recipe.store} has {d} ({rows.d_in} for the {group.order} elements of {group.name})."
-        )
-    if n_written not in (d, group.order * d):
-        raise WeightsError(
-            f"{recipe.dictionary} writes {n_written} numbers, but one pose of {rows.site} in "
-            f"{recipe.store} has {d}, and all {group.order} of {group.name} have {group.order * d}."
-        )
-    here, there = rows.store.manifest["group"], manifest.get("group") or {}
+        raise StoreError(f"{recipe.dictionary} reads {dictionary.d_in} numbers, but {wanted}")
     table = dictionary.group.table.tolist() if tied else there.get("table")
     if table not in (None, here["table"]) or there.get("action") not in (None, here["action"]):
-        name = dictionary.group.name if tied else there["name"]
+        name = there.get("name") or dictionary.group.name
         acting = f" ({there['action']})" if "action" in there else ""
         raise WeightsError(
             f"{recipe.dictionary} was trained for {name}{acting}, but {recipe.store} was collected "
-            f"with {here['name']} (order {group.order}, {here['action']})."
+            f"with {here['name']} (order {order}, {here['action']})."
         )
     if tied:
         return dictionary.atoms.detach().float().cpu().numpy()
+    if n_written not in (d, order * d):
+        raise WeightsError(f"{recipe.dictionary} writes {n_written} numbers, but {wanted}")
     if n_written == d or getattr(dictionary, "reads", slice(0, d)).start:
         return None
     atoms = dictionary.W_dec.detach().float().cpu().numpy()
-    return atoms.reshape(len(atoms), group.order, d)
+    return atoms.reshape(len(atoms), order, d)
 
 
 def _manifest(path: Path) -> dict[str, Any]:
