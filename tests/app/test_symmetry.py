@@ -208,6 +208,23 @@ def test_a_dictionary_or_a_control_of_another_action_or_site_is_refused(world, t
     assert "is one for layer under D4 (hue), but this is layer under D4 (rotate)" in said
 
 
+def test_turns_that_interpolate_stand_beside_those_that_do_not(world, tmp_path):
+    result, text = run(world, "plain", tmp_path / "a")
+    assert result["interpolation"] is None
+    shutil.copytree(world / "store", tmp_path / "store")
+    manifest = read_json(tmp_path / "store" / "manifest.json")
+    manifest["group"] |= {"exact": [True, False] * 4, "matched_blur": False}
+    write_json(tmp_path / "store" / "manifest.json", manifest)
+    result, text = symmetry.run(
+        [str(world / "plain"), "--store", str(tmp_path / "store"), "--out", str(tmp_path / "out")]
+    )
+    s = load_file(tmp_path / "out" / symmetry.TENSORS)["stabiliser_function"].mean(axis=0)
+    told = result["interpolation"]
+    assert told["quarters"] == pytest.approx(s[[2, 4, 6]].mean(), abs=1e-5)
+    assert told["between"] == pytest.approx(s[[1, 3, 5, 7]].mean(), abs=1e-5)
+    assert "the control is `matched_blur`" in text
+
+
 def test_the_command_prints_the_result_as_json(world, tmp_path, capsys):
     cli.main([
         "symmetry", str(world / "plain"), "--store", str(world / "store"),

@@ -101,10 +101,19 @@ def in_words(result: dict[str, Any]) -> str:
         f"the activation itself {r2['invariant']}, shuffled pairing {r2['shuffled']}.",
         *([READS_ALL] if result["reads"] == "all poses" else []),
         *([] if result["group"]["closes"] else [NO_GROUP.format(**result["group"])]),
+        *([_blurred_in_words(**result["interpolation"])] if result["interpolation"] else []),
         *([control_in_words(result["control"])] if result["control"] else []),
         swapping.in_words(result["causal"]),
         f"Result: {result['out']}",
     ])  # fmt: skip
+
+
+def _blurred_in_words(*, matched_blur: bool, quarters: float | None, between: float) -> str:
+    """What to think of turns that interpolate."""
+    beside = "" if quarters is None else f", after quarter-turns to {quarters:.3f}"
+    return f"After turns that interpolate features are alike to {between:.3f}{beside}; " + (
+        "all poses are as blurred." if matched_blur else "the control is `matched_blur`."
+    )
 
 
 def control_in_words(control: dict[str, Any]) -> str:
@@ -191,6 +200,7 @@ def find_symmetry(recipe: FindSymmetry) -> dict[str, Any]:
         "discoveries_shuffled": shuffled,
         "agreement": _agreement(learnt, found),
         "group": _described(posed),
+        "interpolation": _interpolation(posed, found),
         "site": posed.site,
         "blocks": "estimated from codes" if posed.own_blocks is None else "decoder",
         "reads": "all poses" if posed.tied else "the untransformed input",
@@ -512,6 +522,20 @@ def _described(posed: _Posed) -> dict[str, Any]:
         "order": posed.group.order,
         "action": posed.action,
         "closes": bool(posed.described.get("closes", True)),
+    }
+
+
+def _interpolation(posed: _Posed, found: Symmetry) -> dict[str, Any] | None:
+    """How alike features are after turns that compute pixels, and after those that move them."""
+    quarters = np.array(posed.described.get("exact", [True]))
+    if quarters.all() or posed.action != Rotate.name:
+        return None
+    s = found.stabiliser_function.mean(axis=0).round(6)
+    others = quarters & (np.arange(posed.group.order) != posed.group.identity)
+    return {
+        "matched_blur": bool(posed.described["matched_blur"]),
+        "quarters": float(s[others].mean()) if others.any() else None,
+        "between": float(s[~quarters].mean()),
     }
 
 
