@@ -300,7 +300,7 @@ def test_a_wrong_place_downstream_is_refused_before_the_store_is_read(
     turning, tmp_path, monkeypatch
 ):
     root, _, _ = turning
-    monkeypatch.setattr(symmetry, "_learn", lambda *_: pytest.fail("read for nothing"))
+    monkeypatch.setattr(symmetry, "learn", lambda *_: pytest.fail("read for nothing"))
     with pytest.raises(SiteError, match="no module 'afterr'"):
         run(root, "plain", tmp_path / "out", "--downstream", "afterr")
 
