@@ -161,6 +161,12 @@ def test_what_does_not_fit_is_refused_in_one_sentence(world, tmp_path, capsys):
         world, tmp_path, capsys, str(world / "plain"), "--store", str(tmp_path / "store")
     )
     assert "Collect a store with a [group]" in said
+    short = {**manifest, "shards": [shard for shard in manifest["shards"] if "held" not in shard]}
+    write_json(tmp_path / "store" / "manifest.json", short)
+    said = refused(
+        world, tmp_path, capsys, str(world / "plain"), "--store", str(tmp_path / "store")
+    )
+    assert "has no held-out rows to measure on; collect with held_out > 0." in said
     said = refused(
         world, tmp_path, capsys, str(world / "plain"), "--store", store, "--control", store
     )

@@ -88,7 +88,7 @@ def open_posed(path: Path, root: Path, site: str | None) -> Posed:
 
     Raises:
         RecipeError: No site was named, and there are several.
-        StoreError: The store has no group, or its rows are of another width.
+        StoreError: The store has no group or no held-out rows, or its rows are of another width.
         WeightsError: The dictionary was trained for another group.
     """
     store = Store(root)
@@ -109,6 +109,8 @@ def open_posed(path: Path, root: Path, site: str | None) -> Posed:
     site = site or store.sites[0]
     named = store.rows(site)  # of a branch the columns of the untransformed input
     rows = store.rows(named.site)
+    if rows.n_held_out < 2:
+        raise StoreError(f"{root} has no held-out rows to measure on; collect with held_out > 0.")
     columns = named.channels if named.d_in < rows.d_in else slice(0, rows.d_in // group.order)
     own = _own_blocks(path, dictionary, manifest, store, site, columns.stop - columns.start)
     crops = int(store.manifest.get("recipe", {}).get("samples", {}).get("crops", 1))
@@ -267,10 +269,8 @@ def measure(posed: Posed, learnt: Learnt) -> tuple[dict[str, list[float | None]]
     """R2 of every pose on held-out rows: of the dictionary and of the baselines; and their codes.
 
     Raises:
-        StoreError: There are no held-out rows, or a shard is damaged.
+        StoreError: A shard is damaged.
     """
-    if posed.rows.n_held_out < 2:
-        raise StoreError(f"{posed.rows.store.root} has no held-out rows to measure on.")
     explained, held = Explained(posed.group.order, posed.d), Held()
     for batch, where in posed.rows.scan():
         if int(batch.row[0]) < posed.rows.n_rows:
