@@ -271,7 +271,7 @@ def measure(posed: Posed, learnt: Learnt) -> tuple[dict[str, list[float | None]]
     Raises:
         StoreError: A shard is damaged.
     """
-    explained, held = Explained(posed.group.order, posed.d), Held()
+    explained, held = Explained(posed.group.order, posed.d), Held(posed.rows.shape.grid[1])
     for batch, where in posed.rows.scan():
         if int(batch.row[0]) < posed.rows.n_rows:
             continue

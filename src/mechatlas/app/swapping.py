@@ -53,10 +53,10 @@ COLUMNS = (
 
 
 class Held:
-    """Codes of the first held-out rows, and where the rows are."""
+    """Codes of the first held-out rows, and where the rows are in maps of some width."""
 
-    def __init__(self) -> None:
-        self.n = 0
+    def __init__(self, width: int) -> None:
+        self.n, self._width = 0, width
         self._codes: list[sparse.csr_array] = []
         self._where: list[np.ndarray] = []
 
@@ -65,7 +65,7 @@ class Held:
         kept = codes[: MOST_ROWS - self.n]
         if len(kept):
             self._codes.append(sparse.csr_array(kept.float().numpy()))
-            self._where.append(where[: len(kept)].numpy())
+            self._where.append(where[: len(kept)].numpy().astype(np.int64))
             self.n += len(kept)
 
     @property
@@ -74,9 +74,10 @@ class Held:
         return sparse.csr_array(sparse.vstack(self._codes))
 
     @property
-    def where(self) -> np.ndarray:
-        """Sample, y and x of each row."""
-        return np.concatenate(self._where)
+    def where(self) -> tuple[np.ndarray, np.ndarray]:
+        """Sample and flat position of each row."""
+        sample, y, x = np.concatenate(self._where).T
+        return sample, y * self._width + x
 
 
 Result = dict[str, Any]
@@ -114,7 +115,6 @@ def check(
     blocks: np.ndarray,
     say: Callable[[Tensor], Tensor],
     *,
-    width: int,
     most: int,
     seed: int,
 ) -> tuple[Result, dict[str, np.ndarray]]:
@@ -126,7 +126,6 @@ def check(
         found: The features.
         blocks: Their blocks.
         say: What the dictionary makes of codes, in every pose.
-        width: Of the map of the site.
         most: Features that are drawn.
         seed: Of the draw.
 
@@ -139,7 +138,7 @@ def check(
     nothing = {name: np.full(len(blocks), np.nan) for name in COLUMNS}
     if isinstance(bench, str):
         return {"missing": bench}, nothing
-    codes, where = held.codes, held.where
+    codes, (sample, position) = held.codes, held.where
     elements = usable(bench.places, bench.action)
     eligible, others = _features(found, blocks, elements)
     if not elements.any():
@@ -147,18 +146,14 @@ def check(
     if len(others) < 2:
         return {"missing": "There are too few features."}, nothing
     trials = choose(
-        sparse.csr_array(codes[:, : len(blocks)]), where[:, 0], eligible, found.stabilisers,
+        sparse.csr_array(codes[:, : len(blocks)]), sample, eligible, found.stabilisers,
         elements, found.group, most=most, seed=seed,
     )  # fmt: skip
     used, index = np.unique(trials.row, return_inverse=True)
     said = np.zeros((len(used), *blocks.shape[1:]), np.float32)
     if len(used):
         said[:] = say(torch.from_numpy(codes[used].toarray())).numpy().reshape(said.shape)
-    rows = Rows(
-        where[used, 0].astype(np.int64),
-        (where[used, 1] * width + where[used, 2]).astype(np.int64),
-        said,
-    )
+    rows = Rows(sample[used], position[used], said)
     with bar("swapping poses") as progress:
         swaps = swap(
             bench, dataclasses.replace(trials, row=index), rows, blocks, found.stabilisers, others,

@@ -180,7 +180,7 @@ def find_symmetry(recipe: FindSymmetry) -> dict[str, Any]:
     r2, held, n_held = measure(posed, learnt)
     causal, swapped = swapping.check(
         bench, held, found, learnt.blocks, lambda codes: said_of(posed, learnt, codes),
-        width=posed.rows.store.shapes[posed.rows.site].grid[1], most=recipe.swaps, seed=recipe.seed,
+        most=recipe.swaps, seed=recipe.seed,
     )  # fmt: skip
     result = {
         **_summary(found),
