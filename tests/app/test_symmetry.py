@@ -229,6 +229,9 @@ def test_turns_that_interpolate_stand_beside_those_that_do_not(world, tmp_path):
     assert told["quarters"] == pytest.approx(s[[2, 4, 6]].mean(), abs=1e-5)
     assert told["between"] == pytest.approx(s[[1, 3, 5, 7]].mean(), abs=1e-5)
     assert "the control is `matched_blur`" in text
+    chapter = symmetry_chapter(find_runs(tmp_path / "out"), no_progress)
+    assert chapter is not None
+    assert "collected with <code>matched_blur</code>" in chapter.html
 
 
 def test_the_command_prints_the_result_as_json(world, tmp_path, capsys):
