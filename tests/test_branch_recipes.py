@@ -2,6 +2,7 @@
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -37,6 +38,17 @@ def test_an_untrained_network_has_other_weights_and_activations_of_like_size(tmp
     assert not torch.equal(fresh.get_parameter("conv2d0.conv.weight"),
                            trained.get_parameter("conv2d0.conv.weight"))  # fmt: skip
     assert 1e-3 < float(logits.std()) < 1e3
+
+
+def test_batch_norms_of_an_untrained_network_forget_the_trained_ones_statistics():
+    import torch
+
+    network = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1), torch.nn.BatchNorm2d(4)).eval()
+    network[1].running_var += 99
+    kept = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    fresh = runpy.run_path(str(RECIPES / "untrained.py"))["untrained"](network, 0)
+    assert torch.equal(fresh["1.running_var"], torch.ones(4))
+    assert all(torch.equal(kept[name], its) for name, its in network.state_dict().items())
 
 
 @pytest.mark.slow

@@ -5,12 +5,14 @@
         --network.weights runs/branches/untrained.safetensors --out runs/branches/untrained/store
 
 Weights are Gaussian with variance 2 / inputs (He et al., 2015), so that activations keep their
-size from layer to layer; biases are zero. Of a transformer a folder is written:
+size from layer to layer; biases are zero, and batch norms change nothing. Of a transformer a folder
+is written:
 
     python recipes/branches/untrained.py transformer --weights all_minilm_l6_v2 --out runs/untrained
 """
 
 import argparse
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,10 @@ from mechatlas.files import write
 
 def untrained(network: torch.nn.Module, seed: int) -> dict[str, torch.Tensor]:
     """Fresh weights under the names and shapes of a network's own."""
+    network = copy.deepcopy(network)
+    for module in network.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.reset_parameters()  # its statistics are those of the trained weights
     random = np.random.default_rng(seed)
     fresh = {}
     for name, tensor in network.state_dict().items():

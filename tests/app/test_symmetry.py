@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -15,8 +16,8 @@ from mechatlas.app import cli, jobs, symmetry
 from mechatlas.app.recipes import Collect
 from mechatlas.app.report.chapters.symmetry import chapter as symmetry_chapter
 from mechatlas.app.report.runs import find_runs
-from mechatlas.base import DiskError, WeightsError, no_progress
-from mechatlas.dictionaries.autoencoder import Autoencoder
+from mechatlas.base import DiskError, SiteError, WeightsError, no_progress
+from mechatlas.dictionaries.autoencoder import Autoencoder, Transcoder
 from mechatlas.dictionaries.formats import save
 from mechatlas.dictionaries.pose_tied import PoseTied
 from mechatlas.dictionaries.sparsity import ReLU, TopK
@@ -106,7 +107,7 @@ def test_classes_stand_beside_those_of_a_control(world, tmp_path):
     result, text = run(
         world, "crosscoder", tmp_path / "out", "--control", str(tmp_path / "control")
     )
-    assert "here and in the control: no class differs" in text
+    assert "Reliable features here (19) and in the control (19): no class differs." in text
     rows = {row["name"]: row for row in result["control"]["classes"]}
     assert (rows["any symmetry"]["n"], rows["any symmetry"]["n_control"]) == (11, 11)
     chapter = symmetry_chapter(find_runs(tmp_path), no_progress)
@@ -160,6 +161,12 @@ def test_what_does_not_fit_is_refused_in_one_sentence(world, tmp_path, capsys):
         world, tmp_path, capsys, str(world / "plain"), "--store", str(tmp_path / "store")
     )
     assert "Collect a store with a [group]" in said
+    short = {**manifest, "shards": [shard for shard in manifest["shards"] if "held" not in shard]}
+    write_json(tmp_path / "store" / "manifest.json", short)
+    said = refused(
+        world, tmp_path, capsys, str(world / "plain"), "--store", str(tmp_path / "store")
+    )
+    assert "has no held-out rows to measure on; collect with held_out > 0." in said
     said = refused(
         world, tmp_path, capsys, str(world / "plain"), "--store", store, "--control", store
     )
@@ -169,11 +176,62 @@ def test_what_does_not_fit_is_refused_in_one_sentence(world, tmp_path, capsys):
     assert "reads 12 numbers, but one pose of layer" in said
     said = refused(world, tmp_path, capsys, str(world / "plain"), "--store", store, "--rate", "2")
     assert "--rate must lie between 0 and 1" in said
+    said = refused(
+        world, tmp_path, capsys, str(world / "plain"), "--store", store, "--alike", "1.1"
+    )
+    assert "--alike must be above 0.7071 and at most 1" in said
+    save(Transcoder(d_in=36, d_out=20, n_latents=40, seed=1), tmp_path / "transcoder")
+    said = refused(world, tmp_path, capsys, str(tmp_path / "transcoder"), "--store", store)
+    assert "writes 20 numbers, but one pose of layer" in said
     write_json(tmp_path / "narrow" / "manifest.json", {"group": {"name": "C8", "table": [[0]]}})
     save(posed.plain_dictionary(), tmp_path / "narrow")
     said = refused(world, tmp_path, capsys, str(tmp_path / "narrow"), "--store", store)
     assert "was trained for C8, but" in said
     assert "order 8" in said
+
+
+def test_a_dictionary_or_a_control_of_another_action_or_site_is_refused(world, tmp_path, capsys):
+    store = ["--store", str(world / "store")]
+    shutil.copytree(world / "crosscoder", tmp_path / "hues")
+    its = {"name": "D4", "table": posed.D4.table.tolist(), "action": "hue"}
+    write_json(tmp_path / "hues" / "manifest.json", {"group": its})
+    said = refused(world, tmp_path, capsys, str(tmp_path / "hues"), *store)
+    assert "was trained for D4 (hue), but" in said
+    assert "with D4 (order 8, rotate)" in said
+    run(world, "plain", tmp_path / "control", "--swaps", "0")
+    words = [str(world / "plain"), *store, "--control", str(tmp_path / "control")]
+    result = read_json(tmp_path / "control" / "result.json")
+    write_json(tmp_path / "control" / "result.json", {**result, "site": "other"})
+    said = refused(world, tmp_path, capsys, *words)
+    assert "is one for other under D4 (rotate), but this is layer under D4 (rotate)" in said
+    write_json(tmp_path / "control" / "result.json", result)
+    manifest = read_json(tmp_path / "control" / "manifest.json")
+    write_json(
+        tmp_path / "control" / "manifest.json",
+        {**manifest, "group": {**manifest["group"], "action": "hue"}},
+    )
+    said = refused(world, tmp_path, capsys, *words)
+    assert "is one for layer under D4 (hue), but this is layer under D4 (rotate)" in said
+
+
+def test_turns_that_interpolate_stand_beside_those_that_do_not(world, tmp_path):
+    result, text = run(world, "plain", tmp_path / "a")
+    assert result["interpolation"] is None
+    shutil.copytree(world / "store", tmp_path / "store")
+    manifest = read_json(tmp_path / "store" / "manifest.json")
+    manifest["group"] |= {"exact": [True, False] * 4, "matched_blur": False}
+    write_json(tmp_path / "store" / "manifest.json", manifest)
+    result, text = symmetry.run(
+        [str(world / "plain"), "--store", str(tmp_path / "store"), "--out", str(tmp_path / "out")]
+    )
+    s = load_file(tmp_path / "out" / symmetry.TENSORS)["stabiliser_function"].mean(axis=0)
+    told = result["interpolation"]
+    assert told["quarters"] == pytest.approx(s[[2, 4, 6]].mean(), abs=1e-5)
+    assert told["between"] == pytest.approx(s[[1, 3, 5, 7]].mean(), abs=1e-5)
+    assert "the control is `matched_blur`" in text
+    chapter = symmetry_chapter(find_runs(tmp_path / "out"), no_progress)
+    assert chapter is not None
+    assert "collected with <code>matched_blur</code>" in chapter.html
 
 
 def test_the_command_prints_the_result_as_json(world, tmp_path, capsys):
@@ -245,6 +303,15 @@ def test_poses_are_swapped_where_the_network_can_be_run_again_or_it_is_said_why_
     assert result["causal"]["missing"] == "Not asked for (--swaps 0)."
     result, _ = run(root, "plain", tmp_path / "out", "--swaps", "3", "--downstream", "output")
     assert (result["causal"]["tested"], result["causal"]["downstream"]) == (3, "output")
+
+
+def test_a_wrong_place_downstream_is_refused_before_the_store_is_read(
+    turning, tmp_path, monkeypatch
+):
+    root, _, _ = turning
+    monkeypatch.setattr(symmetry, "learn", lambda *_: pytest.fail("read for nothing"))
+    with pytest.raises(SiteError, match="no module 'afterr'"):
+        run(root, "plain", tmp_path / "out", "--downstream", "afterr")
 
 
 def test_a_pose_tied_dictionary_is_told_by_its_atoms(turning, tmp_path):

@@ -1,5 +1,6 @@
 """The causal check of `mechatlas symmetry`: swap poses of features inside the network.
 
+    prepare    the network of a store, and the module where answers are compared
     Held       codes of held-out rows, and where the rows are
     check      features, held-out rows and a store -> facts for `result.json`, columns of the table
     in_words   what was found
@@ -27,6 +28,7 @@ from mechatlas.activations.sites import find_sites
 from mechatlas.activations.store import Store
 from mechatlas.analysis.symmetry.classify import Symmetry
 from mechatlas.analysis.symmetry.swaps import (
+    FEWEST,
     NULLS,
     Bench,
     Rows,
@@ -51,10 +53,10 @@ COLUMNS = (
 
 
 class Held:
-    """Codes of the first held-out rows, and where the rows are."""
+    """Codes of the first held-out rows, and where the rows are in maps of some width."""
 
-    def __init__(self) -> None:
-        self.n = 0
+    def __init__(self, width: int) -> None:
+        self.n, self._width = 0, width
         self._codes: list[sparse.csr_array] = []
         self._where: list[np.ndarray] = []
 
@@ -63,7 +65,7 @@ class Held:
         kept = codes[: MOST_ROWS - self.n]
         if len(kept):
             self._codes.append(sparse.csr_array(kept.float().numpy()))
-            self._where.append(where[: len(kept)].numpy())
+            self._where.append(where[: len(kept)].numpy().astype(np.int64))
             self.n += len(kept)
 
     @property
@@ -72,62 +74,71 @@ class Held:
         return sparse.csr_array(sparse.vstack(self._codes))
 
     @property
-    def where(self) -> np.ndarray:
-        """Sample, y and x of each row."""
-        return np.concatenate(self._where)
+    def where(self) -> tuple[np.ndarray, np.ndarray]:
+        """Sample and flat position of each row."""
+        sample, y, x = np.concatenate(self._where).T
+        return sample, y * self._width + x
 
 
 Result = dict[str, Any]
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Asked:
-    """What is to be checked."""
+def prepare(store: Store, site: str, downstream: str | None, *, wanted: bool) -> Bench | str:
+    """The network and where to look at it, or why there is no check; a sample is passed through.
 
-    site: str
-    whole: str
-    """Site of the store that it is, or is a branch of."""
-    downstream: str | None
-    """Where answers are compared, or "output"; by default the next module."""
-    most: int
-    """Features that are drawn."""
-    seed: int
+    Args:
+        store: Its network and samples are used.
+        site: Where features are swapped.
+        downstream: Where answers are compared, or "output"; by default the next module.
+        wanted: Whether a check is asked for.
+
+    Raises:
+        InputError: The sample cannot be read.
+        SiteError: There is no such site downstream.
+    """
+    if not wanted:
+        return "Not asked for (--swaps 0)."
+    try:
+        network, samples, posing = _reopened(store)
+    except UserError as error:
+        return str(error)
+    action, where = action_of(posing), Site.parse(site)
+    inputs = samples.stack([samples.read(store.samples("train", 1)[0])])
+    after = _after(network, where, inputs, downstream)
+    return Bench(network, samples, action, where, after, places_of(action, network, where, inputs))
 
 
 def check(
-    store: Store,
+    bench: Bench | str,
     held: Held,
     found: Symmetry,
     blocks: np.ndarray,
     say: Callable[[Tensor], Tensor],
-    asked: Asked,
+    *,
+    most: int,
+    seed: int,
 ) -> tuple[Result, dict[str, np.ndarray]]:
     """Swap the poses of features and compare what follows with the answer to posed inputs.
 
     Args:
-        store: Its network and samples are used.
+        bench: The network, or why there is none.
         held: Codes; the first columns are those of the features.
         found: The features.
         blocks: Their blocks.
         say: What the dictionary makes of codes, in every pose.
-        asked: Where, how many, and at which rate.
+        most: Features that are drawn.
+        seed: Of the draw.
 
     Returns:
         What `result.json` says, and columns for the table: NaN where nothing was swapped.
 
     Raises:
-        InputError: Nothing downstream depends on the site.
-        SiteError: There is no such site downstream.
+        InputError: Nothing downstream depends on the site, or a sample cannot be read.
     """
     nothing = {name: np.full(len(blocks), np.nan) for name in COLUMNS}
-    if not asked.most:
-        return {"missing": "Not asked for (--swaps 0)."}, nothing
-    try:
-        network, samples, posing = _reopened(store)
-    except UserError as error:
-        return {"missing": str(error)}, nothing
-    codes, where = held.codes, held.where
-    bench = _bench(network, samples, posing, int(where[0, 0]), asked)
+    if isinstance(bench, str):
+        return {"missing": bench}, nothing
+    codes, (sample, position) = held.codes, held.where
     elements = usable(bench.places, bench.action)
     eligible, others = _features(found, blocks, elements)
     if not elements.any():
@@ -135,22 +146,18 @@ def check(
     if len(others) < 2:
         return {"missing": "There are too few features."}, nothing
     trials = choose(
-        sparse.csr_array(codes[:, : len(blocks)]), where[:, 0], eligible, found.stabilisers,
-        elements, found.group, most=asked.most, seed=asked.seed,
+        sparse.csr_array(codes[:, : len(blocks)]), sample, eligible, found.stabilisers,
+        elements, found.group, most=most, seed=seed,
     )  # fmt: skip
     used, index = np.unique(trials.row, return_inverse=True)
     said = np.zeros((len(used), *blocks.shape[1:]), np.float32)
     if len(used):
         said[:] = say(torch.from_numpy(codes[used].toarray())).numpy().reshape(said.shape)
-    rows = Rows(
-        where[used, 0].astype(np.int64),
-        (where[used, 1] * store.shapes[asked.whole].grid[1] + where[used, 2]).astype(np.int64),
-        said,
-    )
+    rows = Rows(sample[used], position[used], said)
     with bar("swapping poses") as progress:
         swaps = swap(
             bench, dataclasses.replace(trials, row=index), rows, blocks, found.stabilisers, others,
-            seed=asked.seed, on_progress=progress,
+            seed=seed, on_progress=progress,
         )  # fmt: skip
     names = [name for name, used in zip(found.group.element_names, elements, strict=True) if used]
     facts = {"downstream": str(bench.downstream) or OUTPUT, "elements": names}
@@ -168,20 +175,6 @@ def _columns(swaps: Swaps, n_features: int) -> dict[str, np.ndarray]:
         columns[name] = np.full(n_features, np.nan)
         columns[name][swaps.symmetric if name == "swap_change" else swaps.features] = values
     return columns
-
-
-def _bench(
-    network: nn.Module, samples: Samples, posing: Posing, sample: int, asked: Asked
-) -> Bench:
-    """The network at the site, and where answers are compared; some sample is passed through.
-
-    Raises:
-        SiteError: There is no such site downstream.
-    """
-    action, site = action_of(posing), Site.parse(asked.site)
-    inputs = samples.stack([samples.read(sample)])
-    after = _after(network, site, inputs, asked.downstream)
-    return Bench(network, samples, action, site, after, places_of(action, network, site, inputs))
 
 
 def _reopened(store: Store) -> tuple[nn.Module, Samples, Posing]:
@@ -291,7 +284,10 @@ def in_words(causal: Result) -> str:
     if "missing" in causal:
         return f"Poses were not swapped inside the network: {causal['missing']}"
     if not causal["tested"]:
-        return "Poses were not swapped inside the network: no feature was active often enough."
+        return (
+            f"Poses were not swapped inside the network: no feature of which something is claimed "
+            f"was active on {FEWEST} held-out samples."
+        )
     pose = causal["pose"]
     told = (
         f"Poses swapped inside the network: {causal['passed']} of {causal['tested']} features "

@@ -3,38 +3,28 @@
 The folder has `result.json`, `features.parquet` (a row for each feature), `symmetry.safetensors`
 (stabiliser functions, spectra and the untransformed blocks, which the page draws), and
 `manifest.json`.
-
-A group crosscoder brings its own decoder blocks. For any other dictionary that reads the
-untransformed block they are estimated from its codes. The two halves that the noise ceiling needs
-are estimated from codes in both cases, each from half of the images.
 """
 
 import dataclasses
 import time
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
 import pyarrow.parquet as pq
-import torch
 import tyro
 from tyro.conf import Positional, arg
 
-from mechatlas.activations.store import Store, StoreRows
-from mechatlas.analysis.symmetry.baselines import Explained, LinearMaps, PoseMaps
 from mechatlas.analysis.symmetry.classify import RATE, Symmetry, control, symmetry
 from mechatlas.analysis.symmetry.contrast import contrast
-from mechatlas.analysis.symmetry.evidence import ALIKE
+from mechatlas.analysis.symmetry.evidence import ALIKE, SUPPORT
 from mechatlas.analysis.symmetry.names import NOT_RELIABLE
-from mechatlas.analysis.symmetry.regression import CodeRegression
 from mechatlas.app import swapping
 from mechatlas.app.folders import finish, refuse_strangers, write_table, write_tensors
+from mechatlas.app.posed import Learnt, Posed, learn, manifest_of, measure, open_posed, said_of
 from mechatlas.app.progress import bar
-from mechatlas.base import RecipeError, StoreError, WeightsError
-from mechatlas.dictionaries.formats import load
-from mechatlas.dictionaries.pose_tied import PoseTied
+from mechatlas.base import RecipeError
 from mechatlas.files import checksum, read_json, write_json
 from mechatlas.maths.actions import Rotate
 from mechatlas.maths.groups import Group
@@ -42,9 +32,6 @@ from mechatlas.maths.groups import Group
 KIND = "symmetry"
 TENSORS = "symmetry.safetensors"
 TABLE = "features.parquet"
-BATCH = 4096
-MAP_ROWS = 30_000
-"""Rows that the linear maps of the baselines are learnt from."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -101,35 +88,50 @@ def in_words(result: dict[str, Any]) -> str:
         f"the activation itself {r2['invariant']}, shuffled pairing {r2['shuffled']}.",
         *([READS_ALL] if result["reads"] == "all poses" else []),
         *([] if result["group"]["closes"] else [NO_GROUP.format(**result["group"])]),
+        *([_blurred_in_words(**result["interpolation"])] if result["interpolation"] else []),
         *([control_in_words(result["control"])] if result["control"] else []),
         swapping.in_words(result["causal"]),
         f"Result: {result['out']}",
     ])  # fmt: skip
 
 
+def _blurred_in_words(*, matched_blur: bool, quarters: float | None, between: float) -> str:
+    """What to think of turns that interpolate."""
+    beside = "" if quarters is None else f", after quarter-turns to {quarters:.3f}"
+    return f"After turns that interpolate features are alike to {between:.3f}{beside}; " + (
+        "all poses are as blurred." if matched_blur else "the control is `matched_blur`."
+    )
+
+
 def control_in_words(control: dict[str, Any]) -> str:
     """Of which classes there are more or fewer than in the control."""
+    here, there = control["reliable"]
     told = "; ".join(
         "{name} {share:.1%} and {share_control:.1%} (q {q_value:.2g})".format(**each)
         for each in control["classes"]
         if each["q_value"] <= RATE
     )
-    return f"Reliable features here and in the control: {told or 'no class differs'}."
+    return (
+        f"Reliable features here ({here}) and in the control ({there}): "
+        f"{told or 'no class differs'}."
+    )
 
 
-def _control_of(folder: Path, group: Group) -> list[str]:
+def _control_of(folder: Path, posed: Posed) -> list[str]:
     """The class of each feature of a control.
 
     Raises:
-        RecipeError: The folder is no result of this command, or one for another group.
+        RecipeError: The folder is no result of this command, or one for another site or group.
     """
-    manifest = _manifest(folder)
+    manifest = manifest_of(folder)
     if manifest.get("kind") != KIND or not (folder / TABLE).is_file():
         raise RecipeError(f"--control {folder} is no result of `mechatlas symmetry`.")
-    if manifest["group"]["table"] != group.table.tolist():
+    its, site = manifest["group"], read_json(folder / "result.json")["site"]
+    found = (its["table"], its["action"], site)
+    if found != (posed.group.table.tolist(), posed.action, posed.site):
         raise RecipeError(
-            f"--control {folder} is one for {manifest['group']['name']}, but the store for "
-            f"{group.name}."
+            f"--control {folder} is one for {site} under {its['name']} ({its['action']}), but this "
+            f"is {posed.site} under {posed.group.name} ({posed.action})."
         )
     return pq.read_table(folder / TABLE)["class"].to_pylist()
 
@@ -146,7 +148,7 @@ def find_symmetry(recipe: FindSymmetry) -> dict[str, Any]:
 
     Raises:
         DiskError: `out` holds something else, or cannot be written.
-        InputError: All images are in one half.
+        InputError: All samples are cut from images of one half.
         RecipeError: A choice is out of range, the control is none, or no site was named and there
             are several.
         SiteError: There is no such site downstream.
@@ -156,12 +158,17 @@ def find_symmetry(recipe: FindSymmetry) -> dict[str, Any]:
     clock = time.process_time()
     if not 0 < recipe.rate < 1:
         raise RecipeError(f"--rate must lie between 0 and 1, got {recipe.rate}.")
+    if not SUPPORT < recipe.alike <= 1:
+        raise RecipeError(f"--alike must be above {SUPPORT:.4f} and at most 1, got {recipe.alike}.")
     if recipe.swaps < 0:
         raise RecipeError(f"--swaps must be at least 0, got {recipe.swaps}.")
     refuse_strangers(recipe.out, KIND)
-    posed = _open(recipe)
-    control_names = _control_of(recipe.control, posed.group) if recipe.control else None
-    learnt = _learn(posed, recipe.seed)
+    posed = open_posed(recipe.dictionary, recipe.store, recipe.site)
+    control_names = _control_of(recipe.control, posed) if recipe.control else None
+    bench = swapping.prepare(
+        posed.rows.store, posed.site, recipe.downstream, wanted=recipe.swaps > 0
+    )
+    learnt = learn(posed, recipe.seed)
     with bar("comparing features") as progress:
         found = symmetry(
             learnt.blocks, posed.group, learnt.halves, rate=recipe.rate, alike=recipe.alike,
@@ -170,16 +177,17 @@ def find_symmetry(recipe: FindSymmetry) -> dict[str, Any]:
     shuffled = control(
         learnt.halves, posed.group, rate=recipe.rate, alike=recipe.alike, seed=recipe.seed
     )
-    r2, held, n_held = _measure(posed, learnt)
+    r2, held, n_held = measure(posed, learnt)
     causal, swapped = swapping.check(
-        posed.rows.store, held, found, learnt.blocks, lambda codes: _said(posed, learnt, codes),
-        swapping.Asked(posed.site, posed.rows.site, recipe.downstream, recipe.swaps, recipe.seed),
+        bench, held, found, learnt.blocks, lambda codes: said_of(posed, learnt, codes),
+        most=recipe.swaps, seed=recipe.seed,
     )  # fmt: skip
     result = {
         **_summary(found),
         "discoveries_shuffled": shuffled,
         "agreement": _agreement(learnt, found),
         "group": _described(posed),
+        "interpolation": _interpolation(posed, found),
         "site": posed.site,
         "blocks": "estimated from codes" if posed.own_blocks is None else "decoder",
         "reads": "all poses" if posed.tied else "the untransformed input",
@@ -193,6 +201,9 @@ def find_symmetry(recipe: FindSymmetry) -> dict[str, Any]:
         if control_names is None
         else {
             "folder": str(recipe.control),
+            "reliable": [
+                len(names) - names.count(NOT_RELIABLE) for names in (found.names, control_names)
+            ],
             "classes": [
                 dataclasses.asdict(each)
                 for each in contrast(found.names, control_names, found.class_names)
@@ -203,266 +214,13 @@ def find_symmetry(recipe: FindSymmetry) -> dict[str, Any]:
     return finish(recipe.out, recipe, result, clock)
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class _Posed:
-    """A dictionary and the posed rows that it belongs to."""
-
-    dictionary: Any
-    rows: StoreRows
-    site: str
-    group: Group
-    described: dict[str, Any]
-    """What the store's manifest says of the group and how it acts."""
-    columns: slice
-    """Of each block, those that the dictionary reads."""
-    own_blocks: np.ndarray | None
-    """Decoder blocks, if the dictionary writes all of them."""
-    crops: int
-    """Samples that were cut from one image, which must not lie in different halves."""
-
-    @property
-    def tied(self) -> bool:
-        """Whether it reads all poses, with the same atoms."""
-        return isinstance(self.dictionary, PoseTied)
-
-    @property
-    def d(self) -> int:
-        """Channels of one block that the dictionary reads."""
-        return self.dictionary.d_block if self.tied else self.dictionary.d_in
-
-    @property
-    def action(self) -> str:
-        """How the group acts."""
-        return str(self.described.get("action", ""))
-
-    def encode(self, x: torch.Tensor) -> torch.Tensor:
-        """Codes of rows of all blocks; those of features first."""
-        start = self.group.identity * self.d
-        return self.dictionary.encode(x if self.tied else x[:, start : start + self.d]).float()
-
-    def cut(self, x: torch.Tensor) -> torch.Tensor:
-        """All blocks of some rows, side by side, in the columns that the dictionary reads."""
-        blocks = x.view(len(x), self.group.order, -1)[:, :, self.columns]
-        return blocks.reshape(len(x), -1)
-
-
-def _open(recipe: FindSymmetry) -> _Posed:
-    """The dictionary, the store and the group, which must fit one another.
-
-    Raises:
-        RecipeError: No site was named, and there are several.
-        StoreError: The store has no group, or its rows are of another width.
-        WeightsError: The dictionary was trained for another group.
-    """
-    store = Store(recipe.store)
-    described = store.manifest.get("group")
-    if described is None:
-        raise StoreError(
-            f"{recipe.store} holds activations of inputs as they are, in one pose each. Collect a "
-            "store with a [group] in the recipe."
-        )
-    group = Group(
-        described["table"], name=described["name"], element_names=described.get("elements")
-    )
-    dictionary = load(recipe.dictionary)
-    manifest = _manifest(recipe.dictionary)
-    site = recipe.site or manifest.get("site")
-    if site is None and len(store.sites) > 1:
-        raise RecipeError(
-            f"{recipe.dictionary} does not say which site it reads; name one of "
-            f"{', '.join(store.sites)} with --site."
-        )
-    site = site or store.sites[0]
-    base, _, branch = site.partition("/")
-    whole = site if site in store.shapes else base
-    rows = store.rows(whole)
-    ends = store.shapes[whole].branches
-    d = rows.d_in // group.order
-    if whole != site and branch not in ends:
-        raise StoreError(f"{recipe.store} has no branch {branch!r} of {whole}.")
-    columns = slice(0, d) if whole == site else slice(*ends[branch])
-    own = _own_blocks(recipe, dictionary, manifest, group, len(range(*columns.indices(d))), rows)
-    crops = int(store.manifest.get("recipe", {}).get("samples", {}).get("crops", 1))
-    return _Posed(dictionary, rows, site, group, described, columns, own, crops)
-
-
-def _own_blocks(
-    recipe: FindSymmetry,
-    dictionary: Any,
-    manifest: dict[str, Any],
-    group: Group,
-    d: int,
-    rows: StoreRows,
-) -> np.ndarray | None:
-    """Decoder blocks of a group crosscoder; None for a dictionary of the untransformed block.
-
-    Raises:
-        StoreError: The dictionary reads rows of another width.
-        WeightsError: It writes blocks of another group.
-    """
-    n_written = getattr(dictionary, "d_out", dictionary.d_in)
-    tied = isinstance(dictionary, PoseTied)
-    if (dictionary.d_block if tied else dictionary.d_in) != d:
-        raise StoreError(
-            f"{recipe.dictionary} reads {dictionary.d_in} numbers, but one pose of {rows.site} in "
-            f"{recipe.store} has {d} ({rows.d_in} for the {group.order} elements of {group.name})."
-        )
-    trained_for = manifest.get("group") or {}
-    known = dictionary.group.table.tolist() if tied else trained_for.get("table")
-    other = known not in (None, group.table.tolist())
-    if n_written not in (d, group.order * d) or other:
-        name = trained_for.get("name", f"{n_written // d} poses")
-        raise WeightsError(
-            f"{recipe.dictionary} was trained for {name}, but {recipe.store} was collected with "
-            f"{group.name} (order {group.order})."
-        )
-    if tied:
-        return dictionary.atoms.detach().float().cpu().numpy()
-    if n_written == d or getattr(dictionary, "reads", slice(0, d)).start:
-        return None
-    atoms = dictionary.W_dec.detach().float().cpu().numpy()
-    return atoms.reshape(len(atoms), group.order, d)
-
-
-def _manifest(path: Path) -> dict[str, Any]:
-    file = path / "manifest.json"
-    return read_json(file) if file.is_file() else {}
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class _Learnt:
-    """What the training rows say."""
-
-    blocks: np.ndarray
-    """(n_features, order, d)"""
-    halves: np.ndarray
-    """(2, n_features, order, d)"""
-    intercept: np.ndarray | None
-    """What is predicted where nothing is active, if blocks were estimated."""
-    maps: LinearMaps
-    rows: np.ndarray
-    """In each half."""
-    active: np.ndarray
-    """Rows on which each latent was active."""
-
-
-def _learn(posed: _Posed, seed: int) -> _Learnt:
-    """Blocks from all rows and from two halves of the images, and linear maps.
-
-    Raises:
-        InputError: A half has no rows.
-        StoreError: A shard is damaged.
-    """
-    regression, maps = _read(posed, seed)
-    order, d = posed.group.order, posed.d
-    halves = np.stack([_as_blocks(posed, half) for half in regression.halves()])
-    blocks, intercept, rows = posed.own_blocks, None, regression.rows
-    if blocks is None:
-        solved, intercept = regression.whole()
-        blocks = solved.reshape(-1, order, d)
-    active = regression.active.sum(axis=0)
-    if posed.tied:
-        rows, active = rows // order, active[: len(blocks)]
-    return _Learnt(blocks, halves, intercept, maps.solve(), rows, active)
-
-
-def _as_blocks(posed: _Posed, solved: np.ndarray) -> np.ndarray:
-    """Estimates (feature, order, d). Of pose-tied ones there is a row for each block of an atom."""
-    order, d = posed.group.order, posed.d
-    return (
-        solved.reshape(order, -1, d).swapaxes(0, 1) if posed.tied else solved.reshape(-1, order, d)
-    )
-
-
-@torch.no_grad()
-def _read(posed: _Posed, seed: int) -> tuple[CodeRegression, PoseMaps]:
-    """One pass over the training rows: codes against all poses, and linear maps.
-
-    Raises:
-        StoreError: A shard is damaged.
-    """
-    order, d = posed.group.order, posed.d
-    width = d if posed.tied else order * d
-    regression = CodeRegression(posed.dictionary.n_latents, width)
-    maps = PoseMaps(order, d, posed.group.identity, seed=seed)
-    with bar("reading posed activations") as progress:
-        done = 0
-        for batch, where in posed.rows.scan():
-            if int(batch.row[0]) >= posed.rows.n_rows:
-                break
-            x = posed.cut(batch.x)
-            second = (where[:, 0].numpy() // posed.crops) % 2 == 1
-            for i in range(0, len(x), BATCH):
-                some = slice(i, i + BATCH)
-                for codes, targets in _equations(posed, x[some]):
-                    regression.add(codes, targets, second[some])
-            if maps.n < MAP_ROWS:
-                maps.add(x.numpy())
-            done += len(x)
-            progress(done, posed.rows.n_rows)
-    return regression, maps
-
-
-def _equations(posed: _Posed, x: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Codes, and what they should add up to.
-
-    Of a pose-tied dictionary x_g is the sum over k of the codes in pose k^-1 g times block k of
-    the atoms: one equation for every block.
-    """
-    codes = posed.encode(x)
-    if not posed.tied:
-        yield codes, x
-        return
-    group, by_pose = posed.group, codes.view(len(x), posed.group.order, -1)
-    for g in range(group.order):
-        poses = group.table[group.inverses, g]
-        yield by_pose[:, poses].flatten(1), x[:, g * posed.d : (g + 1) * posed.d]
-
-
-@torch.no_grad()
-def _said(posed: _Posed, learnt: _Learnt, codes: torch.Tensor) -> torch.Tensor:
-    """What a dictionary, or blocks that were estimated for it, make of codes in every pose."""
-    if learnt.intercept is None:
-        return posed.dictionary.decode(codes).float()
-    weights = torch.from_numpy(learnt.blocks.reshape(len(learnt.blocks), -1))
-    return codes @ weights + torch.from_numpy(learnt.intercept)
-
-
-@torch.no_grad()
-def _measure(
-    posed: _Posed, learnt: _Learnt
-) -> tuple[dict[str, list[float | None]], swapping.Held, int]:
-    """R2 of every pose on held-out rows: of the dictionary and of the baselines; and their codes.
-
-    Raises:
-        StoreError: There are no held-out rows, or a shard is damaged.
-    """
-    if posed.rows.n_held_out < 2:
-        raise StoreError(f"{posed.rows.store.root} has no held-out rows to measure on.")
-    explained, held = Explained(posed.group.order, posed.d), swapping.Held()
-    for batch, where in posed.rows.scan():
-        if int(batch.row[0]) < posed.rows.n_rows:
-            continue
-        for x, at in zip(posed.cut(batch.x).split(BATCH), where.split(BATCH), strict=True):
-            codes = posed.encode(x)
-            held.add(codes, at)
-            said, rows = _said(posed, learnt, codes).numpy(), x.numpy()
-            explained.add(rows, dictionary=said, **learnt.maps.predict(rows))
-    r2 = explained.r2()
-    plain = {
-        way: [None if np.isnan(v) else round(float(v), 6) for v in values]
-        for way, values in r2.items()
-    }
-    return plain, held, explained.n
-
-
 def _mean_of_others(values: list[float | None], group: Group) -> float | None:
     """Mean over the elements that do something."""
     kept = [v for g, v in enumerate(values) if g != group.identity and v is not None]
     return round(float(np.mean(kept)), 6) if kept else None
 
 
-def _agreement(learnt: _Learnt, found: Symmetry) -> float | None:
+def _agreement(learnt: Learnt, found: Symmetry) -> float | None:
     """Median cosine of decoder blocks with those estimated from codes, corrected for noise."""
     blocks, mean = learnt.blocks, learnt.halves.mean(axis=0)
     lengths = np.sqrt(np.einsum("igk,igk->i", mean, mean) * np.einsum("igk,igk->i", blocks, blocks))
@@ -496,7 +254,7 @@ def _summary(found: Symmetry) -> dict[str, Any]:
     }
 
 
-def _described(posed: _Posed) -> dict[str, Any]:
+def _described(posed: Posed) -> dict[str, Any]:
     return {
         "name": posed.group.name,
         "order": posed.group.order,
@@ -505,11 +263,25 @@ def _described(posed: _Posed) -> dict[str, Any]:
     }
 
 
+def _interpolation(posed: Posed, found: Symmetry) -> dict[str, Any] | None:
+    """How alike features are after turns that compute pixels, and after those that move them."""
+    quarters = np.array(posed.described.get("exact", [True]))
+    if quarters.all() or posed.action != Rotate.name:
+        return None
+    s = found.stabiliser_function.mean(axis=0).round(6)
+    others = quarters & (np.arange(posed.group.order) != posed.group.identity)
+    return {
+        "matched_blur": bool(posed.described["matched_blur"]),
+        "quarters": float(s[others].mean()) if others.any() else None,
+        "between": float(s[~quarters].mean()),
+    }
+
+
 def _write(
     recipe: FindSymmetry,
-    posed: _Posed,
+    posed: Posed,
     found: Symmetry,
-    learnt: _Learnt,
+    learnt: Learnt,
     swapped: dict[str, np.ndarray],
 ) -> None:
     group = posed.group

@@ -57,6 +57,8 @@ class Action(abc.ABC):
     """Whether what lies together moves together."""
     closes = True
     """Whether action(g, action(h, x)) is action(g*h, x) for all g and h."""
+    needs_squares = False
+    """Whether images and maps must be square."""
 
     @abc.abstractmethod
     def act(self, element: int, x: Tensor) -> Tensor:
@@ -98,7 +100,7 @@ class Action(abc.ABC):
             InputError: The maps are not square, but the action needs them to be.
         """
         h, w = maps.shape[-2:]
-        if self.masks_or_turns and h != w:
+        if self.needs_squares and h != w:
             raise InputError(f"{self.name} needs square maps, got {h} x {w}.")
         points = grid_points(h, w)
         corners = corners_of(self.moved(element, points, w), (h, w))
@@ -111,11 +113,6 @@ class Action(abc.ABC):
         if (corners.weight[:, 1:] == 0).all():
             return (flat[..., 0] * weight[:, 0]).reshape(maps.shape)
         return (flat * weight).sum(-1).reshape(maps.shape)
-
-    @property
-    def masks_or_turns(self) -> bool:
-        """Whether it needs squares."""
-        return self.masks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,16 +164,12 @@ class Rotate(Action):
 
     name = "rotate"
     moves_places = True
+    needs_squares = True
 
     def __init__(self, group: Group) -> None:
         self.group = group
         self.n, _ = _turns_of(group, self.name)
         self.masks = not all(self.exact(g) for g in range(group.order))
-
-    @property
-    def masks_or_turns(self) -> bool:
-        """It needs squares."""
-        return True
 
     def exact(self, element: int) -> bool:
         """Whether it is a quarter-turn, or the mirror image of one."""
@@ -405,6 +398,7 @@ class Scale(Action):
 
     name = "scale"
     moves_places = True
+    needs_squares = True
     closes = False
 
     def __init__(self, group: Group, *, step: float = 2**0.5) -> None:
@@ -414,11 +408,6 @@ class Scale(Action):
             raise GroupError(f"scale labels its steps by a cyclic group, got {group.name}.")
         if not step > 1:
             raise ValueError(f"step must be above 1 (zooming in), got {step}.")
-
-    @property
-    def masks_or_turns(self) -> bool:
-        """It needs squares."""
-        return True
 
     def exact(self, element: int) -> bool:
         """Only the first step is."""

@@ -18,7 +18,7 @@ from operator import index
 from typing import SupportsIndex
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Int
 from numpy.typing import ArrayLike
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
@@ -278,12 +278,6 @@ class Group:
             ArithmeticError: Rounding spoiled the result, which the check at the end noticed.
         """
         return self._irreps
-
-    def convolve(
-        self, f: Float[np.ndarray, " order"], h: Float[np.ndarray, " order"]
-    ) -> Float[np.ndarray, " order"]:
-        """The function x -> sum over y of f(y) * h(y^-1 * x)."""
-        return f @ h[self.table[self.inverses]]
 
     def relabel(self, new_labels: ArrayLike) -> "Group":
         """The same group, with element a renamed to `new_labels[a]`.

@@ -5,7 +5,6 @@ Main path, in reading order:
     real_irreps          orthogonal matrices for each irrep, and their check
     fourier              functions on the group -> one matrix for each irrep
     inverse_fourier      and back
-    isotypic_projection  the part of a function that belongs to one irrep
     energies             how much of a function belongs to each irrep
 
 Normalisation. An irrep rho of dimension d over the reals commutes with a field K of
@@ -372,17 +371,6 @@ def inverse_fourier(
         for each, irrep in zip(transform, irreps, strict=True)
     ]
     return np.sum(parts, axis=0) / order
-
-
-def isotypic_projection(
-    f: Float[np.ndarray, "*batch order"], irrep: Irrep
-) -> Float[np.ndarray, "*batch order"]:
-    """The part of a function on the group that is made of matrix elements of one irrep.
-
-    An orthogonal projection that commutes with translations on both sides; over all irreps
-    the parts add up to the function.
-    """
-    return inverse_fourier(fourier(f, [irrep]), [irrep])
 
 
 def energies(

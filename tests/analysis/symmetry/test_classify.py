@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 import mechatlas
 from mechatlas.analysis.symmetry.classify import control, shuffled, symmetry
 from mechatlas.analysis.symmetry.evidence import common_part, from_halves, without
-from mechatlas.analysis.symmetry.names import NOT_RELIABLE
+from mechatlas.analysis.symmetry.names import NOT_RELIABLE, class_names
 from mechatlas.base import InputError, NonFiniteError
 from mechatlas.maths.groups import Group
 from mechatlas.maths.irreps import energies
@@ -204,6 +204,16 @@ def test_classes_have_names_that_a_person_understands():
     assert symmetry(np.ones((1, 24, 2)), group("S4")).class_names[-1] == "invariant"
     unnamed = Group(group("C2xC2").table)
     assert symmetry(np.ones((1, 4, 2)), unnamed).class_names[:2] == ("none", "C2: 1")
+
+
+@pytest.mark.parametrize("name", ["D4", "D12", "Q8", "C2xC4", "C2xC2xC2", "S4", "D4xC2", "A5"])
+@pytest.mark.parametrize("turns", [True, False])
+def test_no_two_classes_are_called_the_same(name, turns):
+    g = group(name)
+    names = class_names(g, turns=turns)
+    assert len(set(names)) == len(names) == len(g.lattice().classes)
+    if name == "Q8":
+        assert names == ("none", "C2", "C4: r", "C4: s", "C4: r s", "invariant")
 
 
 def test_the_spectrum_of_a_feature_is_that_of_its_blocks():

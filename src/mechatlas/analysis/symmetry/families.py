@@ -70,7 +70,7 @@ class Spectra:
     def correlate(
         self,
         first: slice | np.ndarray,
-        second: "slice | np.ndarray",
+        second: slice | np.ndarray,
         other: "Spectra | None" = None,
     ) -> Float[np.ndarray, "first second element"]:
         """Likeness of some features, shifted by each element, with some (of another set)."""

@@ -38,8 +38,8 @@ def class_names(group: Group, *, turns: bool = True) -> tuple[str, ...]:
 
     If a dihedral group, or one called Cn, acts by turns and mirrors: invariant, half-turn
     (line-like), quarter-turn, mirror only, half-turn and mirror, ..., none (curve-like).
-    Otherwise the type of the subgroup. Where several classes would be called the same, an element
-    of the first member is named too.
+    Otherwise the type of the subgroup. Where several classes would be called the same, a mirror or
+    generators of the first member are named too.
     """
     lattice = group.lattice()
     turning = rotations(group) if turns else None
@@ -53,9 +53,7 @@ def class_names(group: Group, *, turns: bool = True) -> tuple[str, ...]:
             names.append(_turning(each.representative, turning))
     often = Counter(names)
     return tuple(
-        name
-        if often[name] == 1
-        else f"{name}: {_telling_element(group, each.representative, turning)}"
+        name if often[name] == 1 else f"{name}: {_telling(group, each.representative, turning)}"
         for name, each in zip(names, lattice.classes, strict=True)
     )
 
@@ -70,6 +68,14 @@ def _turning(subgroup: frozenset[int], turns: frozenset[int]) -> str:
     return "half-turn (line-like)" if k == 2 else turn
 
 
-def _telling_element(group: Group, subgroup: frozenset[int], turns: frozenset[int] | None) -> str:
-    beyond = sorted(subgroup - (turns or frozenset()) - {group.identity})
-    return group.element_names[beyond[0] if beyond else max(subgroup)]
+def _telling(group: Group, subgroup: frozenset[int], turns: frozenset[int] | None) -> str:
+    """A mirror of it if it turns and mirrors, else generators, which no other subgroup has."""
+    mirrors = sorted(subgroup - turns) if turns else []
+    if mirrors:
+        return group.element_names[mirrors[0]]
+    whole = [g for g in sorted(subgroup) if group.element_orders[g] == len(subgroup)][:1]
+    generators: list[int] = []
+    for g in whole or sorted(subgroup):
+        if g not in group.closure(generators):
+            generators.append(g)
+    return ", ".join(group.element_names[g] for g in generators)

@@ -93,8 +93,8 @@ class CodeRegression:
         self._flush()
         if not self.rows.all():
             raise InputError(
-                "The noise ceiling needs two halves of the samples, and one is empty: "
-                f"{self.rows[0]} and {self.rows[1]} rows."
+                "The noise ceiling needs samples from two images or more: of the two halves of the "
+                f"samples one is empty ({self.rows[0]} and {self.rows[1]} rows)."
             )
         out = np.empty((2, self.n_latents, self.width), np.float32)
         for half in range(2):
