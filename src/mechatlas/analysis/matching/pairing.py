@@ -51,7 +51,8 @@ class Match:
     rate: float
     """False match rate asked for."""
     threshold: float
-    """Least cosine that counts as a partner: the price of having no partner is 2 - 2 times it."""
+    """Cosine that counts as a partner, which as many pairs have as are matched: the price of having
+    no partner is 2 - 2 times it."""
     evidence: Evidence
     """What the null says of the pairs, in the order of rows that have one."""
     assignment: Assignment
