@@ -43,8 +43,9 @@ def test_an_untrained_network_has_other_weights_and_activations_of_like_size(tmp
 def test_batch_norms_of_an_untrained_network_forget_the_trained_ones_statistics():
     import torch
 
-    network = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1), torch.nn.BatchNorm2d(4)).eval()
-    network[1].running_var += 99
+    norm = torch.nn.BatchNorm2d(4)
+    norm.running_var = torch.full((4,), 99.0)
+    network = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1), norm).eval()
     kept = {name: tensor.clone() for name, tensor in network.state_dict().items()}
     fresh = runpy.run_path(str(RECIPES / "untrained.py"))["untrained"](network, 0)
     assert torch.equal(fresh["1.running_var"], torch.ones(4))
