@@ -179,7 +179,7 @@ class _Run:
     ) -> None:
         self.dictionary, self.revival, self.seed = dictionary, revival, seed
         self.scale = _scale(dictionary, held_out)
-        self.held_out = held_out * self.scale
+        self.held_out = held_out  # as they are: scaled ones would take room in every step
         if isinstance(dictionary, PoseTied):
             self.take_step: Step = PosedStep(dictionary, objective)
         else:
@@ -248,7 +248,8 @@ class _Run:
         silent = (self.done - self.last_fired) * batch_size
         dead = silent >= min(DEAD_AFTER_ROWS, self.done * batch_size)
         owner = self.dictionary
-        read, written = self.held_out[:, owner.reads], self.held_out[:, owner.writes]
+        x = self.held_out * self.scale
+        read, written = x[:, owner.reads], x[:, owner.writes]
         quality = evaluate(owner, read, target=written)
         self.history.step.append(self.done)
         self.history.fvu.append(quality.fvu)
