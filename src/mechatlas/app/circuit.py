@@ -72,7 +72,8 @@ class Circuit:
     store: Path | None = None
     """Store whose network and samples to run; by default the one of the first dictionary."""
     samples: int = 256
-    """Samples whose activations are followed through the gates that they meet, and counted."""
+    """Samples whose activations are counted; some of each feature are followed through the gates
+    that they meet."""
     held_out: int = 128
     """Held-out samples on which features are removed and drives attributed."""
     removed: int = 32
@@ -86,7 +87,8 @@ class Circuit:
     pictures: int = 96
     """Steps of activation maximisation for a picture of each feature drawn; 0 for no pictures."""
     seed: int = 0
-    """Seed of the null, the features removed, the intervals and the pictures."""
+    """Seed of the activations followed, the null, the features removed, the intervals and the
+    pictures."""
 
 
 def run(words: list[str]) -> tuple[Result, str]:
@@ -293,7 +295,7 @@ def _weigh(recipe: Circuit, opened: _Opened, k: int, wiring: Wiring | Layer) -> 
     if isinstance(wiring, Layer):
         recording = attention.record(wiring, a, b, maps)
     else:
-        recording = record(wiring, a, b, maps)
+        recording = record(wiring, a, b, maps, seed=recipe.seed)
     found = responses(wiring, a, recording.gates)
     with bar(f"weighing {opened.names[k]} -> {opened.names[k + 1]}") as progress:
         kept = edges(

@@ -95,7 +95,7 @@ def _look_inside(collect: Collect, out: Path) -> dict[str, Any]:
         Circuit(
             dictionaries=tuple(out / site for site in SITES),
             out=out / "circuit",
-            samples=48,
+            samples=24,
             held_out=16,
             removed=8,
             features=4,

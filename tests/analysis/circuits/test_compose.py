@@ -3,14 +3,16 @@
 import numpy as np
 import pytest
 import torch
+from scipy import sparse
 from torch import Tensor, nn
 from torch.nn import functional
 
 from mechatlas.activations.sites import read
 from mechatlas.activations.wiring import trace
+from mechatlas.analysis.circuits import recording
 from mechatlas.analysis.circuits.compose import respond
 from mechatlas.analysis.circuits.effects import ablate, agreement, attribute, interval, reproduced
-from mechatlas.analysis.circuits.recording import record
+from mechatlas.analysis.circuits.recording import followed, record
 from mechatlas.analysis.circuits.weights import blocks, edges, kernels, responses
 from mechatlas.base import InputError
 from tests.analysis.circuits.small import A, B, Linear, two, without_gates
@@ -136,7 +138,8 @@ class Strided(nn.Module):
 
 
 @pytest.mark.parametrize("name", ["modules with ties in their maxima", "strides"])
-def test_what_a_feature_adds_on_average_is_what_its_faint_removal_takes(name):
+def test_what_a_feature_adds_on_average_is_what_its_faint_removal_takes(name, monkeypatch):
+    monkeypatch.setattr(recording, "FOLLOWED", 1000)
     if name == "strides":
         torch.manual_seed(0)
         network = Strided().double()
@@ -147,12 +150,12 @@ def test_what_a_feature_adds_on_average_is_what_its_faint_removal_takes(name):
     wiring = trace(network, A, B, x[:1])
     a, b = Linear(16, 9, seed=4, dtype=torch.float64), Linear(18, 9, seed=5, dtype=torch.float64)
     x = torch.cat(maps(network, x))
-    recording = record(wiring, a, b, [x[:1], x[1:]])
+    recorded = record(wiring, a, b, [x[:1], x[1:]])
     assert (x == 0).float().mean() > 0.2
     code = a.encode(x.movedim(1, -1))
     with torch.no_grad():
         whole = wiring.run(x)
-    expected = [np.zeros_like(met.sums[:, 3]) for met in recording.gates.met]
+    expected = [np.zeros_like(met.sums[:, 3]) for met in recorded.gates.met]
     faint = 1e-7
     for sample, y, x_ in code[..., 3].nonzero().tolist():
         bare = x[sample].clone()
@@ -170,9 +173,28 @@ def test_what_a_feature_adds_on_average_is_what_its_faint_removal_takes(name):
                 inside = 0 <= row < lost.shape[1] and 0 <= column < lost.shape[2]
                 if not left and not over and inside:
                     expected[k][tap] += lost[route.channels, row, column].numpy()
-    for met, own in zip(recording.gates.met, expected, strict=True):
+    for met, own in zip(recorded.gates.met, expected, strict=True):
         np.testing.assert_allclose(met.sums[:, 3], own, rtol=1e-3, atol=1e-4)
         assert np.abs(own).max() > 0.1
+
+
+def test_activations_that_are_followed_stand_for_all_of_a_feature_in_a_sample():
+    random = np.random.default_rng(0)
+    dense = random.gamma(0.5, size=(3 * 20, 5)) * (random.random((60, 5)) < [0.1, 0.3, 1, 0, 0.6])
+    codes, n = sparse.csr_matrix(dense.astype(np.float32)), 2000
+    counted = np.zeros_like(dense)
+    for seed in range(n):
+        some = followed(codes, (4, 5), np.random.default_rng(seed))
+        np.add.at(counted, (some.position, some.latent), some.weight / n)
+        sums = np.zeros((3, 5))
+        np.add.at(sums, (some.position // 20, some.latent), some.weight)
+        np.testing.assert_allclose(sums, dense.reshape(3, 20, 5).sum(axis=1), rtol=1e-5)
+        drawn = np.zeros((3, 5), int)
+        np.add.at(drawn, (some.position // 20, some.latent), 1)
+        active = (dense > 0).reshape(3, 20, 5).sum(axis=1)
+        np.testing.assert_array_equal(drawn, np.minimum(active, 8))
+    assert np.abs(counted - dense).max() < 0.1 * dense.max()
+    assert len(followed(sparse.csr_matrix((20, 5)), (4, 5), random).weight) == 0
 
 
 def test_a_feature_that_is_rarely_active_is_drawn_towards_mean_gates():

@@ -3,15 +3,17 @@
     record      run some inputs once: codes at both sites, and what each feature met on its way
     MeanGates   gates as means over all places, and for each feature with the gates it met
 
-On data, a route is composed once for each activation of a feature, with the very gates that it
-meets there. The mean of what comes of it, weighed with how active the feature is, is the mean
-derivative of the route; gates that are averaged apart lose how those of one route go together. A
-feature that is rarely active is drawn towards what it would add with gates that are means over all
-places.
+On data, a route is composed for activations of a feature, with the very gates that they meet. The
+mean of what comes of it, weighed with how active the feature is, is the mean derivative of the
+route; gates that are averaged apart lose how those of one route go together. Of the activations of
+a feature in one sample only some are followed, drawn by how large they are, so that the mean is
+right. A feature that is rarely active is drawn towards what it would add with gates that are means
+over all places.
 """
 
 import dataclasses
 from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -38,6 +40,8 @@ from mechatlas.base import InputError
 
 PRIOR = 16.0
 """Activations of a feature that gates averaged over all places count for in its own mean."""
+FOLLOWED = 8
+"""Activations of a feature in a sample that are followed: more of one sample are much alike."""
 CODE_BYTES = 64 << 20
 EVENT_BYTES = 64 << 20
 """Memory for activations that are followed together."""
@@ -106,7 +110,9 @@ class Recording:
 
 
 @torch.no_grad()
-def record(wiring: Wiring, a: Coder, b: Coder, maps: Iterable[Tensor]) -> Recording:
+def record(
+    wiring: Wiring, a: Coder, b: Coder, maps: Iterable[Tensor], *, seed: int = 0
+) -> Recording:
     """Codes at both sites, mean gates, and what each feature adds with the gates it meets.
 
     Args:
@@ -114,6 +120,7 @@ def record(wiring: Wiring, a: Coder, b: Coder, maps: Iterable[Tensor]) -> Record
         a: Dictionary of the source.
         b: Dictionary of the target.
         maps: Activations of the source's module (sample, channel, y, x), batch by batch.
+        seed: Draws which activations are followed.
 
     Raises:
         InputError: There are no samples, or a dictionary is not as wide as its site.
@@ -122,6 +129,7 @@ def record(wiring: Wiring, a: Coder, b: Coder, maps: Iterable[Tensor]) -> Record
     codes_a, codes_b, n_samples, grids = [], [], 0, ((1, 1), (1, 1))
     sums: dict[Place, Tensor] = {}
     met = [_nothing_met(wiring, route, a.n_latents) for route in wiring.routes]
+    random = np.random.default_rng([seed, 7])
     for x in maps:
         values = wiring.values(x)
         grids = _sides(x), _sides(values[-1])
@@ -132,8 +140,9 @@ def record(wiring: Wiring, a: Coder, b: Coder, maps: Iterable[Tensor]) -> Record
             total = one.rows.sum(dim=2, keepdim=True, dtype=x.dtype) / (one.grid[0] * one.grid[1])
             sums[place] = sums[place] + total if place in sums else total
         n_samples += len(x)
+        events = followed(codes_a[-1], grids[0], random)
         for route, one in zip(wiring.routes, met, strict=True):
-            _meet(one, wiring, route, a, codes_a[-1], opened, grids)
+            _meet(one, wiring, route, a, events, opened, grids)
     if not n_samples:
         raise InputError("There are no samples to average gates over.")
     whole = stacked(codes_a)
@@ -288,17 +297,53 @@ def _nothing_met(wiring: Wiring, route: Route, n: int) -> Met:
     return Met(np.zeros((taps, n, width), np.float32), np.zeros((taps, n), np.float32))
 
 
+class Events(NamedTuple):
+    """Activations that are followed."""
+
+    position: Int[np.ndarray, " event"]
+    latent: Int[np.ndarray, " event"]
+    weight: Float[np.ndarray, " event"]
+
+
+def followed(
+    codes: sparse.csr_matrix, grid: tuple[int, int], random: np.random.Generator
+) -> Events:
+    """Some activations of each feature in each sample, with what they stand for.
+
+    The activations of a feature in a sample are laid end to end, and those are drawn that evenly
+    spaced points fall on: each counts, on average, as much as it is large.
+    """
+    every = codes.tocoo()
+    group = every.row.astype(np.int64) // (grid[0] * grid[1]) * n_columns(codes) + every.col
+    order = np.argsort(group, kind="stable")
+    _, first, count = np.unique(group[order], return_index=True, return_counts=True)
+    size = every.data[order].astype(np.float64)
+    reached = np.concatenate([[0.0], np.cumsum(size)])
+    n = np.minimum(count, FOLLOWED)
+    share = (reached[first + count] - reached[first]) / n
+    of = np.repeat(np.arange(len(n)), n)
+    number = np.arange(len(of)) - np.repeat(np.cumsum(n) - n, n)
+    points = reached[first[of]] + (number + random.random(len(n))[of]) * share[of]
+    fallen = np.searchsorted(reached, points, side="right") - 1
+    all_of_them = (count == n)[of]
+    chosen = np.where(
+        all_of_them, first[of] + number, np.clip(fallen, first[of], (first + count - 1)[of])
+    )
+    weight = np.where(all_of_them, size[chosen], share[of]).astype(np.float32)
+    return Events(every.row[order[chosen]], every.col[order[chosen]], weight)
+
+
 def _meet(
     met: Met,
     wiring: Wiring,
     route: Route,
     a: Coder,
-    codes: sparse.csr_matrix,
+    events: Events,
     opened: dict[Place, Opened],
     grids: tuple[tuple[int, int], tuple[int, int]],
 ) -> None:
-    """Add every activation of one batch, with the gates that it meets along a route."""
-    events, atoms = codes.tocoo(), a.W_dec.detach()
+    """Add activations of one batch, with the gates that they meet along a route."""
+    atoms = a.W_dec.detach()
     widest = max(
         len(place.taps)
         * len(window(node))
@@ -306,9 +351,9 @@ def _meet(
         for place, node, _ in walk(wiring, route)
     )
     size = max(1, EVENT_BYTES // (4 * widest))
-    for first in range(0, events.nnz, size):
+    for first in range(0, len(events.weight), size):
         part = slice(first, first + size)
-        position, latent, activation = events.row[part], events.col[part], events.data[part]
+        position, latent, activation = (array[part] for array in events)
 
         def gates(place: Place, node: Node, values: Tensor, at: np.ndarray = position) -> Tensor:
             one = opened[place]
