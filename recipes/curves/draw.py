@@ -1,4 +1,4 @@
-"""The FVU-L0 curve of every architecture on one site, trained in one pass over the same batches.
+"""The FVU-L0 curve of every architecture on one site, trained on the same batches.
 
     mechatlas collect recipes/inception_mini/collect.toml
     python recipes/curves/draw.py runs/inception_mini/store mixed3b --out runs/curves/mixed3b

@@ -45,8 +45,6 @@ KIND = "branches"
 ROWS = 16_384
 LABELS_SHOWN = 50
 """Labels in `result.json`, surest first."""
-MOVED = 0.9
-"""Excess at which the power of the test is measured."""
 PICTURE_ROWS = 160
 """Rows of the picture of a decoder; each is the mean of neighbours."""
 
@@ -246,8 +244,9 @@ def _summary(
     stands, home = found.specialised(recipe.rate), found.branch_of(recipe.rate)
     chance = by_lot(opened.dictionary, opened.branches, known, tested=alive, seed=recipe.seed)
     drawn = chance.specialised(recipe.rate)
-    seen = power(opened.dictionary, opened.branches, known, tested=alive, rate=recipe.rate,
-                 excess=MOVED, seed=recipe.seed)  # fmt: skip
+    seen = power(
+        opened.dictionary, opened.branches, known, tested=alive, rate=recipe.rate, seed=recipe.seed
+    )
     tested = int((~np.isnan(found.q_values)).any(axis=1).sum())
     listed = []
     for k, (name, s) in enumerate(opened.branches.items()):

@@ -30,8 +30,6 @@ from mechatlas.dictionaries.steps import AutogradStep, Dead, Objective, Step, St
 
 TILE = 2**21
 """Pre-activations that exist at once, for each thread."""
-ROWS = 32
-"""A tile has a multiple of so many rows: products of odd numbers of rows take longer."""
 LATENTS = 512
 WIDE = 2**24
 """Numbers in the atoms from which some columns of all rows are worked on, not all of some."""
@@ -381,7 +379,7 @@ def can_compile(tensor: Tensor) -> bool:
 
 def tiles(n_rows: int, n_latents: int) -> list[slice]:
     """Rows whose pre-activations exist together."""
-    tile = max(ROWS, TILE // n_latents // ROWS * ROWS)
+    tile = max(1, TILE // n_latents)
     return [slice(i, min(i + tile, n_rows)) for i in range(0, n_rows, tile)]
 
 

@@ -183,6 +183,12 @@ class _Site:
         return cls(named, places, units, spilled, positive)
 
 
+def _known(activations: Any) -> Spectrum | None:
+    """The spectrum of activations, or what is one already."""
+    given = activations is None or isinstance(activations, Spectrum)
+    return activations if given else spectrum(activations)
+
+
 def _given(
     W_dec: Any,  # noqa: N803 - the field's name
     branches: Mapping[str, Any],
@@ -196,15 +202,12 @@ def _given(
     """
     atoms = matrix(getattr(W_dec, "W_dec", W_dec), "W_dec", "n_features, d")
     d = atoms.shape[1]
-    named = checked_branches(branches, d)
-    known = None
-    if activations is not None:
-        known = activations if isinstance(activations, Spectrum) else spectrum(activations)
-        if len(known.variance) != d:
-            raise InputError(
-                f"Decoder rows have {d} channels, the activations {len(known.variance)}. Are they "
-                "of the same site?"
-            )
+    named, known = checked_branches(branches, d), _known(activations)
+    if known is not None and len(known.variance) != d:
+        raise InputError(
+            f"Decoder rows have {d} channels, the activations {len(known.variance)}. Are they "
+            "of the same site?"
+        )
     if positive is None:
         positive = known is None or not known.signed
     return atoms, _Site.of(named, d, known, positive=positive)
@@ -258,9 +261,7 @@ def by_lot(
         InputError: As for `branches`.
     """
     atoms = matrix(getattr(W_dec, "W_dec", W_dec), "W_dec", "n_features, d").astype(np.float64)
-    known = activations
-    if activations is not None and not isinstance(activations, Spectrum):
-        known = spectrum(activations)
+    known = _known(activations)
     order = np.argsort(np.random.default_rng([seed, 3]).random(atoms.shape), axis=1)
     if known is None:
         drawn = np.take_along_axis(atoms, order, axis=1)
@@ -305,9 +306,7 @@ def power(
     Raises:
         InputError: As for `branches`.
     """
-    known = activations
-    if activations is not None and not isinstance(activations, Spectrum):
-        known = spectrum(activations)
+    known = _known(activations)
     atoms, site = _given(W_dec, branches, known, positive)
     atoms = atoms.astype(np.float64)
     squares = np.square(plain_shares(atoms, site.branches, positive=site.positive)[0])
