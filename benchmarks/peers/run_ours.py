@@ -42,7 +42,7 @@ if not hasattr(sparsity, name):
     refuse(f"mechatlas has no {name}")
 rule = getattr(sparsity, name)(**arguments)
 # The compiled code is loaded on a small dictionary, as the libraries' code is imported.
-small = ma.Autoencoder(d_in=64, n_latents=512, sparsity=rule, tied=options.tied)
+small = ma.Autoencoder(d_in=64, n_latents=2048, sparsity=rule, tied=options.tied)
 ma.train(small, torch.randn(600, 64), steps=2, batch_size=512)
 measurement = Measurement(options)
 built = ma.Autoencoder(

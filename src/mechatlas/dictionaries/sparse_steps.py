@@ -1,11 +1,13 @@
-"""Training steps that cost little more than the one dense product that they cannot avoid.
+"""Training steps that cost about as much as one dense product with the encoder.
 
     SparseStep      TopK, BatchTopK, ReLU and JumpReLU, in every form of dictionary
     step_for        this one where it fits, else autograd
 
 Only the encoder's product is dense. Its result, the pre-activations of a batch, never exists:
 it comes in tiles of `TILE` numbers, of which only the codes are kept, as pairs of a row and a
-latent. The rest is sparse: what it does is in `kernels` (numba) and `fallback` (torch).
+latent; where the processor is fast at numbers of half the size, the product is of those, and
+the codes are exact none the less (`screening`). The rest is sparse: what it does is in `kernels`
+(numba) and `fallback` (torch).
 """
 
 import functools
@@ -13,9 +15,9 @@ import importlib
 import importlib.util
 import os
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from typing import Any, NamedTuple
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import contextmanager, suppress
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -42,6 +44,9 @@ CLOSE = 0.9
 RULES = (TopK, BatchTopK, ReLU, JumpReLU)
 
 Run = Callable[[Callable[[int], Any], int], Sequence[Any]]
+Found = tuple[Tensor, Tensor, Tensor]
+"""How many codes each row has, which of all latents they belong to, and their values."""
+Find = Callable[[Tensor], Found]
 
 
 class Codes(NamedTuple):
@@ -53,6 +58,46 @@ class Codes(NamedTuple):
     values: Float[Tensor, " pairs"]
     raw: Float[Tensor, " pairs"]
     """Pre-activations; for `JumpReLU` some pairs are just below their threshold."""
+
+
+class Grouped(NamedTuple):
+    """The codes of a batch other than zero, latent by latent."""
+
+    starts: Int[Tensor, " latents_and_one"]
+    """Where the pairs of each latent begin."""
+    rows: Int[Tensor, " pairs"]
+    values: Float[Tensor, " pairs"]
+    order: Int[Tensor, " pairs"]
+    """Which of the pairs row by row each is."""
+
+
+@runtime_checkable
+class Search(Protocol):
+    """A way to find codes of rows with an encoder that does not change meanwhile."""
+
+    def largest(self, k: int) -> Callable[[Tensor, Tensor, Tensor], None]:
+        """A function that writes values and latents of the k largest codes of each row."""
+        ...
+
+    def above(self, low: Float[Tensor, " latent"]) -> Find:
+        """A function that gives the pre-activations of some rows above `low`."""
+        ...
+
+
+class Whole:
+    """A `Search` among all pre-activations."""
+
+    def __init__(self, rows: Tensor, bias: Tensor, parts: Any) -> None:
+        self.bias, self.parts = bias, parts
+        self.product = product_with(rows, max(1, TILE // len(rows)))
+
+    def largest(self, k: int) -> Callable[[Tensor, Tensor, Tensor], None]:
+        """By selecting among them."""
+        return lambda x, *out: self.parts.select(self.product(x), self.bias, k, *out)
+
+    def above(self, low: Tensor) -> Find:
+        """By comparing each."""
+        return lambda x: self.parts.above(self.product(x), self.bias, low)
 
 
 class SparseStep:
@@ -89,9 +134,12 @@ class SparseStep:
         names = ["W_dec", "b_enc", "b_dec", *([] if dictionary.tied else ["W_enc"]), *self._learnt]
         self.moments = steps.moments_of({name: self._parameter(name) for name in names})
         self.parts: Any = fallback
+        self._screens = False
         if compiled or (compiled is None and can_compile(dictionary.W_dec)):
             self.parts = importlib.import_module("mechatlas.dictionaries.kernels")
+            self._screens = can_screen(dictionary.W_dec)
         self._room: dict[str, Tensor] = {}
+        self._tiles: list[Tensor] = []
         self._smallest = 0.0  # code of the last batch, for BatchTopK
 
     def _parameter(self, name: str) -> Tensor:
@@ -140,18 +188,17 @@ class SparseStep:
         self.n_steps += 1
         scales = self.objective.weights(x[:, owner.writes]).mul_(2 / len(x) / len(owner.prefixes))
         prefixes = torch.tensor(owner.prefixes, device=x.device)
-        order, starts = self.parts.group(codes.latents, codes.values, owner.n_latents)
-        grouped = starts, _rows(codes.starts)[order], codes.values[order]
         by_columns = self._by_columns(dead)
         g = self._room_for("g", (len(prefixes), 0 if by_columns else len(x), owner.d_out), x)
         atoms = self._room_for("atoms", (owner.n_latents if by_columns else 0, owner.d_out), x)
         if by_columns:
+            grouped = self._group(codes)
             found = self._columns(x, codes, grouped, scales, prefixes, run)
         else:
-            found = self._residual(x, codes, scales, prefixes, run)
+            grouped, found = self._residual(x, codes, scales, prefixes, run)
         loss, d_code, g_sum = found
         added, learnt = self._penalise(codes, d_code, pressure / len(x))
-        pairs = (*grouped, d_code[order])
+        pairs = grouped.starts, grouped.rows, grouped.values, d_code.index_select(0, grouped.order)
         batch = (self._room["x"], g, atoms, prefixes)
         extra, adam = self._revival(dead, scales), steps.adam(lr, self.n_steps)
 
@@ -169,51 +216,58 @@ class SparseStep:
         for name, gradient in learnt.items():
             moments = self.moments[name]
             fallback.step_adam(self._parameter(name), *moments, gradient * factor, adam)
-        return Stepped(loss + added, starts[1:] > starts[:-1])
+        return Stepped(loss + added, grouped.starts[1:] > grouped.starts[:-1])
 
     def _select(self, x: Tensor, run: Run) -> Codes | None:
         """The codes of a batch; `None` if they are not sparse."""
-        owner, rule = self.dictionary, self.rule
-        room = self._room_for("x", (len(x), owner.d_in), x)
-        spans = tiles(len(x), owner.n_latents)
-        product = product_with(self._encoder, spans[0].stop)
-        read = x[:, owner.reads]
+        rows, bias = self._encoder, self._parameter("b_enc")
+        if self._screens:
+            screening = importlib.import_module("mechatlas.dictionaries.screening")
+            search = screening.Screen(rows, bias, run, self._tiles)
+            least = screening.LEAST_ROWS
+            with suppress(screening.TooCloseError):
+                return self._codes(x, search, tiles(len(x), len(rows), 2 * TILE, least), run)
+        search = Whole(rows, bias, self.parts)
+        return self._codes(x, search, tiles(len(x), len(rows)), run)
 
-        def pre(i: int) -> Tensor:
+    def _codes(self, x: Tensor, search: Search, spans: list[slice], run: Run) -> Codes | None:
+        """The codes of a batch, found in one of two ways; `None` if they are not sparse."""
+        owner, rule, bias = self.dictionary, self.rule, self._parameter("b_enc")
+        room = self._room_for("x", (len(x), owner.d_in), x)
+
+        def read(i: int) -> Tensor:
             rows = room[spans[i]]
             if owner.centred:
-                torch.sub(read[spans[i]], self._parameter("b_dec"), out=rows)
+                torch.sub(x[spans[i], owner.reads], self._parameter("b_dec"), out=rows)
             else:
-                rows.copy_(read[spans[i]])
-            return product(rows)
+                rows.copy_(x[spans[i], owner.reads])
+            return rows
 
-        bias = self._parameter("b_enc")
+        def above(find: Find, *found: Found) -> Codes:
+            done = len(found)
+            found += tuple(run(lambda i: find(read(done + i)), len(spans) - done))
+            counts, latents, values = (torch.cat(parts) for parts in zip(*found, strict=True))
+            starts = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+            return Codes(starts, latents, values, values)
+
         if isinstance(rule, TopK):
             values = x.new_empty(len(x), rule.k)
             latents = torch.empty_like(values, dtype=torch.int32)
             codes = [(values[span], latents[span]) for span in spans]
-            run(lambda i: self.parts.select(pre(i), bias, rule.k, *codes[i]), len(spans))
+            select = search.largest(rule.k)
+            run(lambda i: select(read(i), *codes[i]), len(spans))
             if len(owner.prefixes) > 1:
                 latents, order = latents.sort(dim=1)
                 values = values.gather(1, order)
             starts = torch.arange(0, values.numel() + 1, rule.k, device=x.device)
             return Codes(starts, latents.view(-1), values.view(-1), values.view(-1))
-
-        def above(low: Tensor, *found: Any) -> Codes:
-            done = len(found)
-            found += tuple(
-                run(lambda i: self.parts.above(pre(done + i), bias, low), len(spans) - done)
-            )
-            counts, latents, values = (torch.cat(parts) for parts in zip(*found, strict=True))
-            starts = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-            return Codes(starts, latents, values, values)
-
         if isinstance(rule, BatchTopK):
             if self._smallest <= 0:
-                first = (pre(0) + bias).flatten()
+                first = (read(0) @ self._encoder.T + bias).flatten()
                 drop = len(first) - min(rule.k * spans[0].stop, len(first))
                 self._smallest = float(first.kthvalue(drop + 1).values)
-            found = _keep_largest(above, rule.k * len(x), self._smallest, bias)
+            guess, n = self._smallest, rule.k * len(x)
+            found = _keep_largest(lambda low: above(search.above(low)), n, guess, bias)
             if len(found.values):
                 smallest = found.values.min()
                 owner.rule.observe(smallest, owner.state)
@@ -223,18 +277,28 @@ class SparseStep:
         if isinstance(rule, JumpReLU):
             threshold = owner.state["log_threshold"].detach().exp()
             low = (threshold - rule.bandwidth / 2).clamp_min(0)
-        first = self.parts.above(pre(0), bias, low)
+        find = search.above(low)
+        first = find(read(0))
         if len(first[-1]) > DENSE * spans[0].stop * owner.n_latents:
             return None
-        found = above(low, first)
+        found = above(find, first)
         if isinstance(rule, JumpReLU):
             return found._replace(values=found.raw * (found.raw > threshold[found.latents]))
         return found
 
+    def _group(self, codes: Codes) -> Grouped:
+        """The codes latent by latent."""
+        order, starts = self.parts.group(codes.latents, codes.values, self.dictionary.n_latents)
+        rows = _rows(codes.starts).index_select(0, order)
+        return Grouped(starts, rows, codes.values.index_select(0, order), order)
+
     def _residual(
         self, x: Tensor, codes: Codes, scales: Tensor, prefixes: Tensor, run: Run
-    ) -> tuple[float, Tensor, Tensor]:
-        """Squared error, its gradient for each code, and summed over the reconstructions."""
+    ) -> tuple[Grouped, tuple[float, Tensor, Tensor]]:
+        """Squared error, its gradient for each code, and summed over the reconstructions.
+
+        One thread groups the codes meanwhile.
+        """
         owner, g = self.dictionary, self._room["g"]
         target, d_code = x[:, owner.writes], torch.zeros_like(codes.values)
         spans = tiles(len(x), owner.n_latents)
@@ -249,13 +313,16 @@ class SparseStep:
             whole = target[rows].contiguous()
             return self.parts.residual(whole, parameters, its_codes, scales[rows], prefixes, out)
 
-        return sum(run(residual, len(spans))), d_code, g_sums.sum(dim=0)
+        pieces = [functools.partial(self._group, codes)]
+        pieces += [functools.partial(residual, i) for i in range(len(spans))]
+        grouped, *losses = run(lambda i: pieces[i](), len(pieces))
+        return grouped, (sum(losses), d_code, g_sums.sum(dim=0))
 
     def _columns(
         self,
         x: Tensor,
         codes: Codes,
-        grouped: tuple[Tensor, Tensor, Tensor],
+        grouped: Grouped,
         scales: Tensor,
         prefixes: Tensor,
         run: Run,
@@ -268,7 +335,8 @@ class SparseStep:
         g_sum = x.new_zeros(owner.d_out)
         parameters = self._parameter("W_dec"), self._parameter("b_dec")
         its_codes = codes.starts, codes.latents, codes.values
-        fixed = (x[:, owner.writes], parameters, its_codes, scales, prefixes, grouped)
+        its_groups = grouped.starts, grouped.rows, grouped.values
+        fixed = (x[:, owner.writes], parameters, its_codes, scales, prefixes, its_groups)
 
         def columns(i: int) -> float:
             out = (self._room["atoms"], d_codes[i], g_sum)
@@ -377,9 +445,26 @@ def can_compile(tensor: Tensor) -> bool:
     return importlib.util.find_spec("numba") is not None
 
 
-def tiles(n_rows: int, n_latents: int) -> list[slice]:
-    """Rows whose pre-activations exist together."""
-    tile = max(1, TILE // n_latents)
+@functools.cache
+def _multiplies_halves() -> bool:
+    """Whether this processor multiplies bfloat16 faster than float32."""
+    from llvmlite.binding import get_host_cpu_features
+
+    features = get_host_cpu_features()
+    return bool(features.get("amx-bf16") or features.get("avx512bf16"))
+
+
+def can_screen(tensor: Tensor) -> bool:
+    """Whether codes are found faster from a product of half the precision, given the kernels."""
+    halves = torch.backends.mkldnn.is_available() and _multiplies_halves()
+    return halves and tensor.dtype == torch.float32
+
+
+def tiles(n_rows: int, n_latents: int, numbers: int = TILE, least: int = 1) -> list[slice]:
+    """Rows whose pre-activations exist together: tiles of one size, in pairs if there are some."""
+    tile = max(least, numbers // n_latents)
+    n_tiles = n_rows // tile
+    tile = -(-n_rows // max(1, n_tiles - n_tiles % 2))
     return [slice(i, min(i + tile, n_rows)) for i in range(0, n_rows, tile)]
 
 
@@ -396,10 +481,36 @@ def workers(device: torch.device) -> Iterator[Run]:
         return
     torch.set_num_threads(1)
     try:
-        pool = _pool(n_threads)
-        yield lambda piece, n: list(pool.map(piece, range(n)))
+        yield functools.partial(_shared, _pool(n_threads - 1), n_threads - 1)
     finally:
         torch.set_num_threads(n_threads)
+
+
+def _shared(
+    pool: ThreadPoolExecutor, n_helpers: int, piece: Callable[[int], Any], n: int
+) -> list[Any]:
+    """Run pieces on this thread and some of a pool, each taking the next when it is free."""
+    found: list[Any] = [None] * n
+    numbers, failed = iter(range(n)), []
+
+    def work() -> None:
+        for i in numbers:
+            if failed:
+                return
+            try:
+                found[i] = piece(i)
+            except BaseException:
+                failed.append(i)
+                raise
+
+    helpers = [pool.submit(work) for _ in range(n_helpers)]
+    try:
+        work()
+    finally:
+        wait(helpers)
+    for helper in helpers:
+        helper.result()
+    return found
 
 
 @functools.cache
