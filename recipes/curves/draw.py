@@ -24,8 +24,8 @@ KINDS = {
     "BatchTopK": lambda level, _: {"sparsity": ma.BatchTopK(k=level)},
     "Matryoshka BatchTopK": lambda level, _: {"sparsity": ma.BatchTopK(k=level), "nested": True},
     "JumpReLU": lambda level, d: {"sparsity": ma.JumpReLU(l0=0.33 * d / level)},
-    "ReLU": lambda level, d: {"sparsity": ma.ReLU(l1=1.15 * d / level)},
-    "Gated": lambda level, d: {"sparsity": ma.Gated(l1=1.4 * d / level)},
+    "ReLU": lambda level, d: {"sparsity": ma.ReLU(l1=1.4 * d / (level + 8))},
+    "Gated": lambda level, d: {"sparsity": ma.Gated(l1=1.6 * d / (level + 6))},
 }
 """What a kind is built with, given the level and the width. A penalty only says where on its curve
 a dictionary lies: these aim at about `level` latents of a row on mixed3b of inception_mini. They
@@ -98,7 +98,7 @@ def draw(found: list[dict[str, Any]], title: str) -> go.Figure:
         figure.add_scatter(x=[f["l0"] for f in mine], y=[f["fvu"] for f in mine], name=kind)
     figure.update_xaxes(type="log", title="L0 (mean latents of a held-out row)")
     figure.update_yaxes(type="log", title="FVU (held out)")
-    figure.update_layout(title=title)
+    figure.update_layout(title=title, height=520)
     return figure
 
 
@@ -109,9 +109,9 @@ def main() -> None:
     parser.add_argument("site")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--expansion", type=int, default=16)
-    parser.add_argument("--levels", type=int, nargs="+", default=[8, 16, 32, 64])
-    parser.add_argument("--steps", type=int, default=2000)
-    parser.add_argument("--batch-size", type=int, default=1024)
+    parser.add_argument("--levels", type=int, nargs="+", default=[16, 32, 64, 128])
+    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--batch-size", type=int, default=512)
     options = parser.parse_args()
     kept = options.out / "curves.json"
     if not kept.is_file():

@@ -455,6 +455,41 @@ def test_a_resampled_latent_reads_and_writes_a_row_and_nothing_else_changes(form
                 assert torch.equal(mine[kept], was[kept])
 
 
+def test_where_codes_are_penalised_a_resampled_latent_fires_at_few_rows_and_its_own():
+    built = in_general_position(FORMS["untied"](ReLU(l1=0.7)))
+    x, dead = batch(), torch.tensor([2, 50, 299])
+    resample(built, dead, step_for(built).moments, x, torch.Generator().manual_seed(0))
+    code = built.encode(x)
+    living = float((code > 0).float().mean())
+    assert (code[:, dead] > 0).float().mean(dim=0).max() < 6 * living
+    rows = torch.nn.functional.normalize(x - built.b_dec, dim=1)
+    its_row = (rows @ built.W_dec[dead].T).argmax(dim=0)
+    assert (code[its_row, dead] > 0).all()
+
+
+def test_if_all_latents_are_dead_all_start_again():
+    built = in_general_position(FORMS["untied"](ReLU()))
+    moments = step_for(built).moments
+    resample(built, torch.arange(M), moments, batch(), torch.Generator().manual_seed(0))
+    assert built.W_enc.isfinite().all()
+
+
+@pytest.mark.parametrize("rule", [Gated(), JumpReLU(threshold=0.4)])
+def test_what_a_rule_has_learnt_of_a_resampled_latent_starts_again(rule):
+    built = in_general_position(FORMS["untied"](rule))
+    step, x = step_for(built), batch()
+    step(x, 1e-1)
+    was = {name: value.clone() for name, value in built.state.items()}
+    dead = torch.tensor([2, 50, 299])
+    kept = torch.ones(M, dtype=torch.bool)
+    kept[dead] = False
+    resample(built, dead, step.moments, x, torch.Generator().manual_seed(0))
+    for name, start in built.rule.parameters(M).items():
+        assert torch.equal(built.state[name][dead], start[dead])
+        assert torch.equal(built.state[name][kept], was[name][kept])
+        assert not any(moment[dead].any() for moment in step.moments[name])
+
+
 def test_only_rules_with_sparse_gradients_are_stepped_sparsely():
     other = Autoencoder(d_in=4, n_latents=8, sparsity=torch.relu)
     gated = Autoencoder(d_in=4, n_latents=8, sparsity=Gated())

@@ -19,7 +19,8 @@ from torch import Tensor
 from mechatlas.dictionaries.autoencoder import SparseCoder
 
 ROWS = 512
-ENCODER_SHARE = 0.2
+ANEW = 4
+"""How often a latent that starts again fires at first, in times of the others' mean."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -119,9 +120,11 @@ def resample(
 ) -> None:
     """Start dead latents again, in place, with moments of zero.
 
-    Atoms take the direction of a row, the encoder's rows too, at a fifth of the mean length of
-    those of living latents (at the whole of it where the k largest are kept); the bias is such
-    that the mean row has code zero.
+    Atoms take the direction of a row, the encoder's rows too, at the mean length of those of
+    living latents. Where the k largest are kept the bias is such that the mean row has code zero.
+    Elsewhere only the rows that are most like the chosen one have a code, a few times as many as
+    another latent's: of a latent that half of all rows use, a penalty makes an end before it is of
+    use to those that are badly explained. What the rule learns of a latent starts again too.
 
     Args:
         dictionary: Changed in place.
@@ -131,26 +134,36 @@ def resample(
         random: Draws the rows.
     """
     read, wanted = x[:, dictionary.reads], x[:, dictionary.writes]
-    parts = zip(read.split(ROWS), wanted.split(ROWS), strict=True)
-    errors = torch.cat([(y - dictionary(part)).square().sum(dim=-1) for part, y in parts])
-    chosen = errors.double().square().cpu()
+    errors, n_used = [], 0
+    for part, y in zip(read.split(ROWS), wanted.split(ROWS), strict=True):
+        code = dictionary.encode(part)
+        n_used += int((code != 0).sum())
+        errors.append((y - dictionary.decode(code)).square().sum(dim=-1))
+    chosen = torch.cat(errors).double().square().cpu()
     drawn = torch.multinomial(chosen, len(dead), len(dead) > len(x), generator=random).to(x.device)
     alive = torch.ones(dictionary.n_latents, dtype=torch.bool, device=x.device)
     alive[dead] = False
-    # Where the largest are kept, a weak latent would never be.
-    share = 1.0 if hasattr(dictionary.sparsity, "k") else ENCODER_SHARE
-    length = share * float(dictionary.W_enc[:, alive].norm(dim=0).mean())
+    lengths = dictionary.W_enc.norm(dim=0)
+    length = float(lengths[alive if alive.any() else dead].mean())
     centre = dictionary.b_dec if dictionary.centred else read.mean(dim=0)
     rows = read[drawn] - centre
     rows *= length / rows.norm(dim=-1, keepdim=True).clamp_min(1e-12)
     dictionary.W_dec[dead] = wanted[drawn] - dictionary.b_dec
     if not dictionary.tied:
         dictionary._W_enc[:, dead] = rows.T
-    dictionary.b_enc[dead] = 0.0 if dictionary.centred else -(rows @ centre)
+    bias = rows.new_zeros(len(dead)) if dictionary.centred else -(rows @ centre)
+    if not hasattr(dictionary.sparsity, "k"):
+        n_fires = min(len(x) // 2, ANEW * n_used // max(1, int(alive.sum())))
+        like = (read - centre) @ rows.T
+        bias -= like.topk(n_fires + 1, dim=0).values[-1].clamp_min(0)
+    dictionary.b_enc[dead] = bias
+    learnt = dictionary.rule.parameters(dictionary.n_latents)
+    for name, start in learnt.items():
+        dictionary.state[name][dead] = start[dead].to(x)
     dictionary.normalise()
     for name, pair in moments.items():
         for moment in pair:
-            if name in ("W_dec", "W_enc", "b_enc"):
+            if name in ("W_dec", "W_enc", "b_enc", *learnt):
                 moment[dead] = 0
             elif name == "_W_enc":
                 moment[:, dead] = 0

@@ -39,8 +39,11 @@ GROUPS = 16
 """Shares of the columns, if they are shared out."""
 DENSE = 0.08
 """Share of pairs with a code, in the first tile, from which autograd is faster."""
-CLOSE = 0.9
-"""Of the smallest code of the last batch, from which on those of the next are looked for."""
+CLOSES = 0.9, 0.5, 0.0
+"""Of the smallest code of the last batch, from which on those of the next are looked for, until
+there are enough."""
+FIRST_ROWS = 64
+"""That the first guess is made from."""
 RULES = (TopK, BatchTopK, ReLU, JumpReLU)
 
 Run = Callable[[Callable[[int], Any], int], Sequence[Any]]
@@ -263,8 +266,9 @@ class SparseStep:
             return Codes(starts, latents.view(-1), values.view(-1), values.view(-1))
         if isinstance(rule, BatchTopK):
             if self._smallest <= 0:
-                first = (read(0) @ self._encoder.T + bias).flatten()
-                drop = len(first) - min(rule.k * spans[0].stop, len(first))
+                some = read(0)[:FIRST_ROWS]
+                first = (some @ self._encoder.T + bias).flatten()
+                drop = len(first) - min(rule.k * len(some), len(first))
                 self._smallest = float(first.kthvalue(drop + 1).values)
             guess, n = self._smallest, rule.k * len(x)
             found = _keep_largest(lambda low: above(search.above(low)), n, guess, bias)
@@ -419,9 +423,10 @@ def _rows(starts: Tensor) -> Tensor:
 
 def _keep_largest(above: Callable[[Tensor], Codes], n: int, smallest: float, bias: Tensor) -> Codes:
     """The n largest codes above zero of a batch, exactly, from a guess of the smallest."""
-    found = above(torch.full_like(bias, max(CLOSE * smallest, 0.0)))
-    if len(found.values) < n and smallest > 0:
-        found = above(torch.zeros_like(bias))
+    share, *lower = CLOSES if smallest > 0 else (0.0,)
+    found = above(torch.full_like(bias, share * smallest))
+    while len(found.values) < n and lower:
+        found = above(torch.full_like(bias, lower.pop(0) * smallest))
     values = found.values
     if len(values) > n:
         last = values.kthvalue(len(values) - n + 1).values
