@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+import hypothesis
 import pytest
 from jaxtyping import install_import_hook
 
@@ -13,6 +14,8 @@ hook = install_import_hook("mechatlas", "beartype.beartype")
 import torch  # noqa: E402
 
 DATA = Path(os.environ.get("MECHATLAS_DATA", Path(__file__).parents[2] / "shared" / "data"))
+hypothesis.settings.register_profile("untimed", deadline=None)  # the first example may compile
+hypothesis.settings.load_profile("untimed")
 torch.set_num_threads(1)  # on a busy machine threads that wait for one another are slow
 
 

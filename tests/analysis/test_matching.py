@@ -71,7 +71,7 @@ def test_thresholds_that_were_learnt_are_folded():
 
 
 @given(seeds, st.floats(0.05, 20))
-@settings(max_examples=5, deadline=None)
+@settings(max_examples=5)
 def test_rescaling_a_whole_layer_does_not_change_the_pairing(seed, scale):
     random = np.random.default_rng(seed)
     a, b = random.standard_normal((2, 30, 6)).astype(np.float32)
@@ -80,7 +80,7 @@ def test_rescaling_a_whole_layer_does_not_change_the_pairing(seed, scale):
 
 
 @given(seeds)
-@settings(max_examples=3, deadline=None)
+@settings(max_examples=3)
 def test_the_scale_of_single_latents_does_not_matter_once_they_are_folded(seed):
     random = np.random.default_rng(seed)
     rows = units(random.standard_normal((30, 6))).astype(np.float32)

@@ -76,7 +76,7 @@ def test_codes_and_reconstructions_are_those_of_the_formula(name):
     torch.testing.assert_close(built.encode(x) @ built.W_dec + built.b_dec, out)
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(name=st.sampled_from(GROUPS), data=st.data(), seed=st.integers(0, 10**6))
 def test_reposing_the_input_permutes_the_code_and_the_reconstruction(name, data, seed):
     built = general(name)

@@ -47,7 +47,7 @@ def numbers(bits):
     return bits.view(torch.bfloat16).double()
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(**SHAPES, kind=KINDS, seed=st.integers(0, 999), side=st.sampled_from([-1, 1]))
 def test_no_pre_activation_is_beyond_its_bounds(n, m, d, kind, seed, side):
     x, rows, bias = problem(n, m, d, kind, seed)
@@ -66,7 +66,7 @@ def test_no_pre_activation_is_beyond_its_bounds(n, m, d, kind, seed, side):
         assert ((bound >= 0) | (pre < 0)).all()  # what `above` goes by
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(**SHAPES, kind=KINDS, seed=st.integers(0, 999), k=st.integers(1, 20))
 def test_the_largest_are_those_of_the_whole_product(n, m, d, kind, seed, k):
     x, rows, bias = problem(n, m, d, kind, seed)
@@ -88,7 +88,7 @@ def test_the_largest_are_those_of_the_whole_product(n, m, d, kind, seed, k):
         assert len(its.unique()) == len(its)
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(**SHAPES, kind=KINDS, seed=st.integers(0, 999), low=st.floats(0.0, 30.0))
 def test_those_above_a_threshold_are_those_of_the_whole_product(n, m, d, kind, seed, low):
     x, rows, bias = problem(n, m, d, kind, seed)

@@ -17,7 +17,7 @@ def multiplied(row, low, table, index, out, first, last):
     dot_rows(row, low, table, index, out, first, last)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     st.integers(1, 300),
     st.integers(0, 5),

@@ -60,7 +60,7 @@ def inner(x: torch.Tensor, margin: int = 6) -> torch.Tensor:
 
 @pytest.mark.parametrize("name", EXACT)
 @pytest.mark.parametrize("side", [12, 24])
-@settings(deadline=None, max_examples=8)
+@settings(max_examples=8)
 @given(data=st.data())
 def test_what_moves_numbers_follows_the_law_bit_for_bit(name, side, data):
     action = EXACT[name]
@@ -76,7 +76,7 @@ def test_what_moves_numbers_follows_the_law_bit_for_bit(name, side, data):
 
 
 @pytest.mark.parametrize("name", COMPUTED)
-@settings(deadline=None, max_examples=8)
+@settings(max_examples=8)
 @given(data=st.data())
 def test_what_computes_follows_the_law_to_the_error_of_interpolating(name, data):
     action = COMPUTED[name]
@@ -110,7 +110,7 @@ def test_a_quarter_turn_is_counter_clockwise_and_the_first_mirror_exchanges_left
 
 
 @pytest.mark.parametrize("side", [7, 8])
-@settings(deadline=None, max_examples=16)
+@settings(max_examples=16)
 @given(g=st.integers(0, 7))
 def test_pulling_back_undoes_quarter_turns_and_mirrors_bit_for_bit(side, g):
     action = Rotate(group("D4"))
@@ -120,7 +120,7 @@ def test_pulling_back_undoes_quarter_turns_and_mirrors_bit_for_bit(side, g):
     assert np.array_equal(action.pull_back(g, maps.numpy()), action(inverse, maps).numpy())
 
 
-@settings(deadline=None, max_examples=16)
+@settings(max_examples=16)
 @given(g=st.integers(0, 31))
 def test_pulling_back_undoes_other_turns_to_the_error_of_interpolating(g):
     action = Rotate(group("D16"))

@@ -46,7 +46,7 @@ def check(costs, dense, unmatched=math.inf):
 
 
 @given(costs)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_no_pairing_is_cheaper(cost):
     check(cost, cost)
 
@@ -73,7 +73,7 @@ def test_costs_that_are_never_kept_lead_to_the_same_optimum(kind, n, m, unmatche
 
 
 @given(costs, st.floats(-6, 6))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_rows_stay_unmatched_where_that_is_cheaper(cost, price):
     found = check(cost, cost, price)
     paired = np.flatnonzero(found.columns >= 0)
@@ -149,7 +149,7 @@ def test_costs_from_factors_agree_with_scipy_to_the_last_digits_of_float64():
 
 
 @given(st.integers(0, 10**6))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_blocks_are_as_near_to_the_exact_costs_as_they_say(seed):
     random = np.random.default_rng(seed)
     n, m, d = random.integers(1, 30, 3)

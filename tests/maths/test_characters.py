@@ -6,7 +6,7 @@ from mechatlas.maths.characters import RepresentationLimitError
 from mechatlas.maths.named_groups import group
 from tests.maths.group_strategies import build, specs
 
-quick = settings(deadline=None, max_examples=25)
+quick = settings(max_examples=25)
 
 DEGREES = {
     "S5": [1, 1, 4, 4, 5, 5, 6],

@@ -18,7 +18,7 @@ from tests.maths.group_strategies import (
     specs,
 )
 
-quick = settings(deadline=None, max_examples=40)
+quick = settings(max_examples=40)
 
 # The smallest loop (a Latin square with an identity) that is not a group.
 LOOP = [[0, 1, 2, 3, 4], [1, 0, 3, 4, 2], [2, 4, 0, 1, 3], [3, 2, 4, 0, 1], [4, 3, 1, 2, 0]]

@@ -11,7 +11,7 @@ from mechatlas.maths.irreps import (
 from mechatlas.maths.named_groups import group
 from tests.maths.group_strategies import build, relabelled, seeds, specs
 
-quick = settings(deadline=None, max_examples=25)
+quick = settings(max_examples=25)
 
 # Dimension and type (r, c, q) of the irreps over the reals.
 IRREPS = {

@@ -17,7 +17,7 @@ def rows(seed, n=200, d=7, dtype=torch.float32, shift=3.0):
 
 
 @given(seeds, st.integers(0, 200))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_two_halves_merged_equal_the_whole(seed, where):
     x = rows(seed)
     whole, left, right = Moments(7), Moments(7), Moments(7)
@@ -73,7 +73,7 @@ def test_the_rank_comes_with_the_thresholds_that_would_give_it_too():
 
 
 @given(seeds, st.integers(0, 6))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_planted_ranks_are_found_whatever_the_scale_of_columns(seed, rank):
     random = np.random.default_rng(seed)
     x = random.normal(size=(60, rank)) @ random.normal(size=(rank, 9))
@@ -81,7 +81,7 @@ def test_planted_ranks_are_found_whatever_the_scale_of_columns(seed, rank):
 
 
 @given(seeds)
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_the_closed_form_equals_a_sum_over_samples(seed):
     random = np.random.default_rng(seed)
     x, w = random.normal(size=(50, 4)), random.normal(size=(6, 4))

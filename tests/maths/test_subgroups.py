@@ -11,7 +11,7 @@ from mechatlas.maths.named_groups import group
 from mechatlas.maths.subgroups import SubgroupLimitError
 from tests.maths.group_strategies import all_subgroups, build, relabelled, seeds, specs
 
-quick = settings(deadline=None, max_examples=25)
+quick = settings(max_examples=25)
 
 # Number of subgroups, and of conjugacy classes of them.
 COUNTS = {

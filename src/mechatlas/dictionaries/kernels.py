@@ -139,7 +139,8 @@ def _last_of(values, n, k, scratch):
         for t in range(n):
             if _exceed(values, n, values[t]) < k and _reach(values, n, values[t]) >= k:
                 return values[t]
-    scratch[:n] = values[:n]
+    for t in range(n):
+        scratch[t] = values[t]
     return _kth_largest(scratch, n, k)
 
 
@@ -173,7 +174,8 @@ def _select(pre, bias, k, n_groups, values, latents):
             n += equal | (kept[t] > last)
         for t in range(n, k):  # only if there are NaN among the pre-activations
             scratch[t], where[t] = np.nan, t
-        values[i], latents[i] = scratch[:k], where[:k]
+        for t in range(k):
+            values[i, t], latents[i, t] = scratch[t], where[t]
 
 
 def select(pre: Tensor, bias: Tensor, k: int, values: Tensor, latents: Tensor) -> None:
@@ -248,7 +250,9 @@ def _residual(target, atoms, bias, codes, scales, prefixes, out):
                     for c in range(len(row)):
                         row[c] = constant[c] - wanted[c]
                 else:
-                    row[:] = g[level - 1, i, low:high]
+                    before = g[level - 1, i, low:high]
+                    for c in range(len(row)):
+                        row[c] = before[c]
                 first, last = bounds[level], bounds[level + 1]
                 add_rows(row, low, atoms, latents, values, first, last)
             for level in range(n_levels - 1, -1, -1):
@@ -361,7 +365,8 @@ def _columns(low, high, target, atoms, bias, codes, scales, prefixes, grouped, o
             while j >= prefixes[level]:
                 level += 1
             row = gradient[j, first:last]
-            row[:] = 0
+            for c in range(len(row)):
+                row[c] = 0
             add_rows(row, 0, g[level], rows, values, starts[j], starts[j + 1])
     return loss
 
@@ -460,11 +465,14 @@ def _unit_length(atom, edges, least):
 def _gradients(j, g, summed, tied, pairs, x, extra, scratch):
     starts, row_of, values, d_code = pairs
     gradient, encoder_gradient, d_bias = scratch
-    encoder_gradient[:] = 0
+    for c in range(len(encoder_gradient)):
+        encoder_gradient[c] = 0
     if len(summed):
-        gradient[:] = summed[j]
+        for c in range(len(gradient)):
+            gradient[c] = summed[j, c]
     else:
-        gradient[:] = 0
+        for c in range(len(gradient)):
+            gradient[c] = 0
         add_rows(gradient, 0, g, row_of, values, starts[j], starts[j + 1])
     add_rows(encoder_gradient, 0, x, row_of, d_code, starts[j], starts[j + 1])
     total = d_bias[0] - d_bias[0]

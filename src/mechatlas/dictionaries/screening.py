@@ -208,7 +208,8 @@ def _round_batch(half, rows, lengths):
     for i in range(len(rows)):
         lost, length = _round_row(rows[i], half[i])
         length += lost
-        half[i, d : d + 3] = _rounded(1.0)
+        for column in range(d, d + 3):
+            half[i, column] = _rounded(1.0)
         half[i, d + 3], half[i, d + 4] = _rounded(MORE * lost), _rounded(MORE * length)
         lengths[i, 0], lengths[i, 1] = lost, length
 
@@ -258,7 +259,8 @@ def _reached_by(bits, k):
 def _maxima(row, maxima):
     """Write the largest of each strided group: c, c + n, c + 2 n, ..."""
     n = len(maxima)
-    maxima[:] = row[:n]
+    for c in range(n):
+        maxima[c] = row[c]
     for base in range(n, len(row), n):
         part = row[base : base + n]  # loops over whole arrays alone become vectors
         for c in range(len(part)):
@@ -270,7 +272,10 @@ def _near(bounds, lengths, reach, k, n_groups, starts, near):
     """Write the latents of each row that may be among its k largest; False if they are many."""
     n_rows, m = bounds.shape
     maxima = np.empty(n_groups, np.int16)
-    long, slack, spread = reach[:, 0].max(), reach[:, 1].max(), reach[:, 2].max()
+    long, slack, spread = reach[0]
+    for j in range(m):
+        long, slack = max(long, reach[j, 0]), max(slack, reach[j, 1])
+        spread = max(spread, reach[j, 2])
     starts[0] = 0
     for i in range(n_rows):
         row = bounds[i]
@@ -312,7 +317,9 @@ def _compute(x, rows, bias, starts, latents, values):
         begin[latents[p] + 1] += 1
     for j in range(len(rows)):
         begin[j + 1] += begin[j]
-    at = begin.copy()
+    at = np.empty(len(rows), np.int64)
+    for j in range(len(rows)):
+        at[j] = begin[j]
     pair, row_of = np.empty(n_pairs, np.int32), np.empty(n_pairs, np.int32)
     for i in range(len(x)):
         for p in range(starts[i], starts[i + 1]):

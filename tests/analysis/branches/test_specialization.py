@@ -210,7 +210,7 @@ def test_activations_and_their_spectrum_say_the_same():
     assert spectrum(rows).correlation == pytest.approx(np.corrcoef(rows.T))
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(st.integers(0, 10**6), st.floats(0.01, 100))
 def test_neither_the_length_of_an_atom_nor_its_place_among_others_matters(seed, length):
     random = np.random.default_rng(seed)

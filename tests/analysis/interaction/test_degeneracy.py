@@ -97,7 +97,7 @@ def plant(network, x, what, seed):
     st.lists(st.integers(3, 6), max_size=1),
     st.integers(1, 3),
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_free_directions_are_the_rank_deficiency_of_the_hessian(
     what, seed, n_in, hidden, more, n_out
 ):

@@ -33,7 +33,7 @@ def same(before, after):
 
 
 @given(st.integers(0, 10_000))
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 def test_weights_that_read_null_directions_do_not_matter(seed):
     x = samples(5, seed, null=2)
     network = stack([5, 7, 3], seed)
@@ -48,7 +48,7 @@ def test_weights_that_read_null_directions_do_not_matter(seed):
 
 
 @given(st.integers(0, 10_000))
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 def test_scaling_units_and_mixing_synchronised_ones_does_not_matter(seed):
     x = samples(5, seed)
     network = plant(stack([5, 7, 3], seed), x, "always on", seed)

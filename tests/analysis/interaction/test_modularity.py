@@ -134,7 +134,7 @@ def test_a_mixed_network_without_parts_has_no_modules():
 
 
 @given(st.integers(0, 1000))
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 def test_a_shuffled_control_has_no_modules(seed):
     random = np.random.default_rng(seed)
     strengths = [np.exp(3 * random.normal(size=(10, 9))), np.exp(3 * random.normal(size=(8, 10)))]
@@ -163,7 +163,7 @@ def test_q_is_newmans():
 
 
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), min_size=2, max_size=30))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_the_rand_index_is_that_of_scikit_learn(pairs):
     metrics = pytest.importorskip("sklearn.metrics")
     a, b = (np.array(x) for x in zip(*pairs, strict=True))

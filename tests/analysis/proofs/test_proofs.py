@@ -114,7 +114,7 @@ def _mutate(e: Explanation, random: np.random.Generator) -> Explanation:
     )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.integers(0, 2**32 - 1), st.sampled_from([("S4", 0.02, 1), ("D5", 0.02, 3)]))
 def test_no_explanation_gives_a_bound_above_the_truth(seed, net):
     _try_mutated(seed, net)
@@ -548,7 +548,7 @@ def test_every_net_is_bounded_soundly(data, name):
 
 
 @pytest.mark.slow
-@settings(max_examples=5000, deadline=None)
+@settings(max_examples=5000)
 @given(st.integers(0, 2**32 - 1), st.sampled_from([("S4", 0.02, 1), ("D5", 0.02, 3)]))
 def test_thousands_of_explanations_give_no_bound_above_the_truth(seed, net):
     _try_mutated(seed, net)

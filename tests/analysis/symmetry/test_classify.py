@@ -78,7 +78,7 @@ def test_nothing_is_found_in_random_blocks():
 
 
 @given(st.sampled_from(["C6", "D3", "Q8", "C2xC4", "A4", "S4", "D1", "C1"]), st.integers(0, 99))
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 def test_every_subgroup_of_any_group_is_told_exactly(name, seed):
     g = group(name)
     random = np.random.default_rng(seed)
@@ -94,7 +94,7 @@ def test_every_subgroup_of_any_group_is_told_exactly(name, seed):
 
 
 @given(st.integers(0, 99))
-@settings(deadline=None, max_examples=10)
+@settings(max_examples=10)
 def test_another_pose_has_the_conjugate_stabiliser(seed):
     random = np.random.default_rng(seed)
     g = group("D6")
