@@ -6,7 +6,7 @@ fast as those of float32. The product h(x) h(w), h being the rounding, is no fur
     |x - h(x)| |w| + |h(x)| |w - h(w)|
 
 (Cauchy and Schwarz) and what was lost while summing. So most pre-activations cannot be among the k
-largest of their row, or above a threshold, whatever float32 says, and those that can, some fifty
+largest of their row, or above a threshold, whatever float32 says, and those that can, some eighty
 of eight thousand, are computed in float32. What is selected is therefore no approximation: it is
 what the whole product would have selected, to the rounding of its own sums.
 
