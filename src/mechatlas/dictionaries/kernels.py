@@ -36,7 +36,7 @@ BESIDE = 32
 """Latents side by side that `above` looks at together, and one by one if any of them is."""
 FEW = 256
 """Values of which the k-th largest is found by comparing each with each."""
-BLOCK = 256
+BLOCK = 128
 """Columns that `columns` copies at a time: long enough for memory, few enough for the cache."""
 
 
