@@ -98,7 +98,7 @@ def draw(found: list[dict[str, Any]], title: str) -> go.Figure:
         figure.add_scatter(x=[f["l0"] for f in mine], y=[f["fvu"] for f in mine], name=kind)
     figure.update_xaxes(type="log", title="L0 (mean latents of a held-out row)")
     figure.update_yaxes(type="log", title="FVU (held out)")
-    figure.update_layout(title=title, height=520)
+    figure.update_layout(title=title, height=500, margin={"l": 70, "r": 20, "t": 60, "b": 60})
     return figure
 
 
@@ -123,7 +123,8 @@ def main() -> None:
     figure = draw(
         found, f"{options.site}, {options.expansion} latents a column, {options.steps} steps"
     )
-    write(options.out / "curves.html", figure.to_html(include_plotlyjs=True).encode())
+    page = figure.to_html(include_plotlyjs=True, config={"displayModeBar": False})
+    write(options.out / "curves.html", page.encode())
 
 
 if __name__ == "__main__":
