@@ -19,22 +19,21 @@ from mechatlas.app.progress import bar
 from mechatlas.files import read_json, write, write_json
 
 KINDS = {
-    "TopK": lambda level, _: {"sparsity": ma.TopK(k=level)},
-    "TopK, tied": lambda level, _: {"sparsity": ma.TopK(k=level), "tied": True},
-    "BatchTopK": lambda level, _: {"sparsity": ma.BatchTopK(k=level)},
-    "Matryoshka BatchTopK": lambda level, _: {"sparsity": ma.BatchTopK(k=level), "nested": True},
-    "JumpReLU": lambda level, d: {"sparsity": ma.JumpReLU(l0=0.33 * d / level)},
-    "ReLU": lambda level, d: {"sparsity": ma.ReLU(l1=1.4 * d / (level + 8))},
-    "Gated": lambda level, d: {"sparsity": ma.Gated(l1=1.6 * d / (level + 6))},
+    "TopK": lambda level: {"sparsity": ma.TopK(k=level)},
+    "TopK, tied": lambda level: {"sparsity": ma.TopK(k=level), "tied": True},
+    "BatchTopK": lambda level: {"sparsity": ma.BatchTopK(k=level)},
+    "Matryoshka BatchTopK": lambda level: {"sparsity": ma.BatchTopK(k=level), "nested": True},
+    "JumpReLU": lambda level: {"sparsity": ma.JumpReLU(l0=45 / level)},
+    "ReLU": lambda level: {"sparsity": ma.ReLU(l1=190.4 / (level + 8))},
+    "Gated": lambda level: {"sparsity": ma.Gated(l1=217.6 / (level + 6))},
 }
-"""What a kind is built with, given the level and the width. A penalty only says where on its curve
-a dictionary lies: these aim at about `level` latents of a row on mixed3b of inception_mini. They
-come from short runs; the curve itself says what was left."""
+"""What a kind is built with, given the level. A penalty only says where on its curve a dictionary
+lies: these aim at about `level` latents of a row in short runs, and end below it in longer ones."""
 
 
 REVIVALS = {
     "AuxK": (
-        lambda n: ma.AuxK(k=min(256, n // 8), dead_after_rows=100_000),
+        lambda n: ma.AuxK(k=min(256, n // 8), weight=0.25, dead_after_rows=25_000),
         ("TopK", "TopK, tied", "BatchTopK", "Matryoshka BatchTopK", "JumpReLU"),
     ),
     "Resample": (
@@ -55,7 +54,7 @@ def trained(name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
     names, built = [], []
     for kind in kinds:
         for level in options.levels:
-            chosen = KINDS[kind](level, rows.d_in)
+            chosen = KINDS[kind](level)
             nested = (n_latents // 16, n_latents // 4) if chosen.pop("nested", False) else ()
             names.append((kind, level))
             built.append(
