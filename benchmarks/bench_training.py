@@ -179,7 +179,7 @@ def measure_memory(shape: str) -> int:
 
     torch.set_num_threads(1)
     x = rows(SHAPES[shape][0], BATCH)
-    build_small = Autoencoder(d_in=64, n_latents=512, sparsity=TopK(k=K))
+    build_small = Autoencoder(d_in=64, n_latents=2048, sparsity=TopK(k=K))
     SparseStep(build_small)(torch.randn(512, 64), 1e-3)
     with open("/proc/self/clear_refs", "w") as file:  # the peak begins anew
         file.write("5")

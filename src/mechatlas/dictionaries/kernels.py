@@ -145,6 +145,23 @@ def _last_of(values, n, k, scratch):
 
 
 @_compiled
+def _write_largest(kept, where, n_kept, k, scratch, values, latents):
+    """Write the k largest of n values, zero if below, and which they are; how many there are."""
+    last = _last_of(kept, n_kept, k, scratch) if n_kept > k else kept.dtype.type(-np.inf)
+    ties = k - _exceed(kept, n_kept, last)  # as many of those equal to it as have room
+    n = 0
+    for t in range(n_kept):
+        equal = (kept[t] == last) & (ties > 0)
+        ties -= equal
+        # Written always, kept if counted: no branch to be guessed wrong.
+        scratch[n], where[n] = max(kept[t], 0), where[t]
+        n += equal | (kept[t] > last)
+    for t in range(n):
+        values[t], latents[t] = scratch[t], where[t]
+    return n
+
+
+@_compiled
 def _select(pre, bias, k, n_groups, values, latents):
     n_rows, m = pre.shape
     maxima = np.empty(n_groups, pre.dtype)
@@ -164,18 +181,9 @@ def _select(pre, bias, k, n_groups, values, latents):
                     value = row[j] + bias[j]
                     kept[n_kept], where[n_kept] = value, j
                     n_kept += value >= bound
-        last = _last_of(kept, n_kept, k, scratch) if n_kept > k else bound
-        ties = k - _exceed(kept, n_kept, last)  # as many of those equal to it as have room
-        n = 0
-        for t in range(n_kept):
-            equal = (kept[t] == last) & (ties > 0)
-            ties -= equal
-            scratch[n], where[n] = max(kept[t], 0), where[t]
-            n += equal | (kept[t] > last)
+        n = _write_largest(kept, where, n_kept, k, scratch, values[i], latents[i])
         for t in range(n, k):  # only if there are NaN among the pre-activations
-            scratch[t], where[t] = np.nan, t
-        for t in range(k):
-            values[i, t], latents[i, t] = scratch[t], where[t]
+            values[i, t], latents[i, t] = np.nan, t
 
 
 def select(pre: Tensor, bias: Tensor, k: int, values: Tensor, latents: Tensor) -> None:

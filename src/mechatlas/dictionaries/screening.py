@@ -24,7 +24,7 @@ import torch
 from jaxtyping import BFloat16, Float, Int16
 from torch import Tensor
 
-from mechatlas.dictionaries.kernels import BESIDE, _compiled, _exceed, _last_of
+from mechatlas.dictionaries.kernels import BESIDE, _compiled, _write_largest
 from mechatlas.dictionaries.vectors import dot_rows
 
 BLOCK = 512
@@ -345,16 +345,7 @@ def _select(bounds, x, lengths, reach, rows, bias, k, n_groups, values, latents)
     scratch = np.empty(m + 1, x.dtype)
     for i in range(n_rows):
         kept, where = computed[starts[i] : starts[i + 1]], near[starts[i] : starts[i + 1]]
-        n_kept = len(kept)
-        last = _last_of(kept, n_kept, k, scratch) if n_kept > k else x.dtype.type(-np.inf)
-        ties = k - _exceed(kept, n_kept, last)  # as many of those equal to it as have room
-        n = 0
-        for t in range(n_kept):
-            equal = (kept[t] == last) & (ties > 0)
-            ties -= equal
-            if equal | (kept[t] > last):
-                values[i, n], latents[i, n] = max(kept[t], 0), where[t]
-                n += 1
+        n = _write_largest(kept, where, len(kept), k, scratch, values[i], latents[i])
         for t in range(n, k):  # all others are below zero
             values[i, t], latents[i, t] = 0, t
     return True

@@ -39,11 +39,11 @@ GROUPS = 16
 """Shares of the columns, if they are shared out."""
 DENSE = 0.08
 """Share of pairs with a code, in the first tile, from which autograd is faster."""
+SOME_ROWS = 32
+"""Of a batch, of which `BatchTopK` guesses the smallest code that it keeps of all. A guess from the
+last batch would be nearer, but a run that was continued would not have it."""
 CLOSES = 0.9, 0.5, 0.0
-"""Of the smallest code of the last batch, from which on those of the next are looked for, until
-there are enough."""
-FIRST_ROWS = 64
-"""That the first guess is made from."""
+"""Of the guess, from which on codes are looked for, until there are enough."""
 RULES = (TopK, BatchTopK, ReLU, JumpReLU)
 
 Run = Callable[[Callable[[int], Any], int], Sequence[Any]]
@@ -90,9 +90,9 @@ class Search(Protocol):
 class Whole:
     """A `Search` among all pre-activations."""
 
-    def __init__(self, rows: Tensor, bias: Tensor, parts: Any) -> None:
+    def __init__(self, rows: Tensor, bias: Tensor, parts: Any, tile: int) -> None:
         self.bias, self.parts = bias, parts
-        self.product = product_with(rows, max(1, TILE // len(rows)))
+        self.product = product_with(rows, tile)
 
     def largest(self, k: int) -> Callable[[Tensor, Tensor, Tensor], None]:
         """By selecting among them."""
@@ -143,7 +143,6 @@ class SparseStep:
             self._screens = can_screen(dictionary.W_dec)
         self._room: dict[str, Tensor] = {}
         self._tiles: list[Tensor] = []
-        self._smallest = 0.0  # code of the last batch, for BatchTopK
 
     def _parameter(self, name: str) -> Tensor:
         """A parameter's data, latents first."""
@@ -230,8 +229,8 @@ class SparseStep:
             least = screening.LEAST_ROWS
             with suppress(screening.TooCloseError):
                 return self._codes(x, search, tiles(len(x), len(rows), 2 * TILE, least), run)
-        search = Whole(rows, bias, self.parts)
-        return self._codes(x, search, tiles(len(x), len(rows)), run)
+        spans = tiles(len(x), len(rows))
+        return self._codes(x, Whole(rows, bias, self.parts, spans[0].stop), spans, run)
 
     def _codes(self, x: Tensor, search: Search, spans: list[slice], run: Run) -> Codes | None:
         """The codes of a batch, found in one of two ways; `None` if they are not sparse."""
@@ -265,17 +264,13 @@ class SparseStep:
             starts = torch.arange(0, values.numel() + 1, rule.k, device=x.device)
             return Codes(starts, latents.view(-1), values.view(-1), values.view(-1))
         if isinstance(rule, BatchTopK):
-            if self._smallest <= 0:
-                some = read(0)[:FIRST_ROWS]
-                first = (some @ self._encoder.T + bias).flatten()
-                drop = len(first) - min(rule.k * len(some), len(first))
-                self._smallest = float(first.kthvalue(drop + 1).values)
-            guess, n = self._smallest, rule.k * len(x)
+            some = x[:: -(-len(x) // SOME_ROWS), owner.reads]
+            pre = owner.pre_activations(some).flatten()
+            largest = pre.topk(min(rule.k * len(some), len(pre)), sorted=False).values
+            guess, n = float(largest.min()), rule.k * len(x)
             found = _keep_largest(lambda low: above(search.above(low)), n, guess, bias)
             if len(found.values):
-                smallest = found.values.min()
-                owner.rule.observe(smallest, owner.state)
-                self._smallest = float(smallest)
+                owner.rule.observe(found.values.min(), owner.state)
             return found
         threshold = low = torch.zeros_like(bias)
         if isinstance(rule, JumpReLU):
