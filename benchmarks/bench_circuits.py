@@ -14,7 +14,7 @@ from mechatlas.activations.architectures.inception_v1 import inception_v1
 from mechatlas.activations.wiring import trace
 from mechatlas.analysis.circuits.recording import record
 from mechatlas.analysis.circuits.weights import blocks, readers, responses
-from mechatlas.app.folders import peak_bytes
+from mechatlas.app.run_folder import peak_bytes
 from mechatlas.base import Site
 from mechatlas.dictionaries.autoencoder import Autoencoder
 from mechatlas.dictionaries.sparsity import TopK

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mechatlas.activations.store import Store
-from mechatlas.app.folders import peak_bytes
+from mechatlas.app.run_folder import peak_bytes
 from mechatlas.dictionaries.autoencoder import Crosscoder
 from mechatlas.dictionaries.pose_tied import PoseTied
 from mechatlas.dictionaries.posed_steps import PosedStep

@@ -32,7 +32,7 @@ from safetensors.numpy import load_file
 from torch import Tensor
 
 import mechatlas as ma
-from mechatlas.app.symmetry import TABLE, TENSORS, FindSymmetry, find_symmetry
+from mechatlas.app.commands.symmetry import TABLE, TENSORS, SymmetryConfig, find_symmetry
 from mechatlas.base import InputError
 from mechatlas.dictionaries.autoencoder import SparseCoder
 from mechatlas.files import read_json, write_json
@@ -93,7 +93,7 @@ def from_folder(problem: Problem, dictionary: SparseCoder, out: Path, seed: int)
     """Classify a dictionary as `mechatlas symmetry` does."""
     ma.save(dictionary, out / "dictionary")
     found = find_symmetry(
-        FindSymmetry(
+        SymmetryConfig(
             dictionary=out / "dictionary",
             store=problem.options.store,
             site=problem.site,

@@ -4,8 +4,15 @@ from pathlib import Path
 
 import pytest
 
-from mechatlas.app.group_nets import TrainGroup
-from mechatlas.app.recipes import Collect, Interact, Train, as_dict, from_dict, read_recipe
+from mechatlas.app.group_nets import GroupNetConfig
+from mechatlas.app.recipes import (
+    BasisConfig,
+    CollectConfig,
+    TrainConfig,
+    as_dict,
+    from_dict,
+    read_recipe,
+)
 from mechatlas.base import RecipeError
 from mechatlas.dictionaries.sparsity import TopK
 
@@ -15,8 +22,8 @@ RECIPES = sorted((ROOT / "recipes").rglob("*.toml"))
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_a_recipe_of_the_project_reads_and_writes_back(path):
-    kinds = {"collect": Collect, "train": Train, "basis": Interact}
-    kind = TrainGroup if path.parent.name == "groups" else kinds[path.stem.partition("_")[0]]
+    kinds = {"collect": CollectConfig, "train": TrainConfig, "basis": BasisConfig}
+    kind = GroupNetConfig if path.parent.name == "groups" else kinds[path.stem.partition("_")[0]]
     recipe = read_recipe(path, kind)
     assert from_dict(as_dict(recipe), kind, "again") == recipe
 
@@ -38,7 +45,7 @@ def test_all_mistakes_are_told_at_once(tmp_path):
         """
     )
     with pytest.raises(RecipeError) as caught:
-        read_recipe(tmp_path / "bad.toml", Collect)
+        read_recipe(tmp_path / "bad.toml", CollectConfig)
     for part in (
         "unknown key sitse (did you mean sites?) @ recipe",
         "expected str, got 3 @ recipe.out",
@@ -66,20 +73,22 @@ def test_all_mistakes_are_told_at_once(tmp_path):
 def test_one_mistake_is_told_in_one_line(tmp_path, text, message):
     (tmp_path / "t.toml").write_text(text)
     with pytest.raises(RecipeError, match=message):
-        read_recipe(tmp_path / "t.toml", Train)
+        read_recipe(tmp_path / "t.toml", TrainConfig)
 
 
 def test_a_recipe_that_is_not_there_is_named(tmp_path):
     with pytest.raises(RecipeError, match=r"There is no recipe file .*nothing\.toml"):
-        read_recipe(tmp_path / "nothing.toml", Train)
+        read_recipe(tmp_path / "nothing.toml", TrainConfig)
 
 
 def test_a_network_may_be_named_by_a_word_and_samples_have_a_default():
-    recipe = from_dict({"network": "inception_mini", "sites": ["a"]}, Collect, "here")
+    recipe = from_dict({"network": "inception_mini", "sites": ["a"]}, CollectConfig, "here")
     assert recipe.network.name == "inception_mini"
     assert recipe.samples.source == "photos"
 
 
 def test_whole_numbers_will_do_for_floats():
-    assert from_dict({"store": "s", "lr": 1}, Train, "here").lr == 1.0
-    assert from_dict({"store": "s", "sparsity": {"k": 5}}, Train, "here").sparsity == TopK(k=5)
+    assert from_dict({"store": "s", "lr": 1}, TrainConfig, "here").lr == 1.0
+    assert from_dict({"store": "s", "sparsity": {"k": 5}}, TrainConfig, "here").sparsity == TopK(
+        k=5
+    )

@@ -16,8 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import mechatlas as ma
-from mechatlas.app import branches, jobs, matching
-from mechatlas.app.recipes import Train, read_recipe
+from mechatlas.app.commands import branches
+from mechatlas.app.commands import match as matching
+from mechatlas.app.commands import train as jobs
+from mechatlas.app.recipes import TrainConfig, read_recipe
 from mechatlas.files import read_json, write_json
 
 HERE = Path(__file__).parent
@@ -32,7 +34,7 @@ def train(site: str, store: ma.Store, options: argparse.Namespace) -> Path:
     """Train the dictionary of a site, unless it is there."""
     out = folder_of(options.out, site)
     if not (out / "result.json").is_file():
-        recipe = read_recipe(options.recipe, Train)
+        recipe = read_recipe(options.recipe, TrainConfig)
         width = store.rows(site).d_in
         changed = dataclasses.replace(
             recipe,
@@ -55,7 +57,7 @@ def matched(paths: list[Path], name: str, options: argparse.Namespace) -> Path |
         return None
     if not (out / "result.json").is_file():
         matching.match_dictionaries(
-            matching.Matching(
+            matching.MatchConfig(
                 dictionaries=tuple(paths),
                 out=out,
                 cost="codes",
@@ -150,7 +152,7 @@ def main() -> None:
         made = read_json(out / "result.json") if (out / "result.json").is_file() else {}
         if not made or (between and "consistency" not in made):
             branches.specialise(
-                branches.Branches(
+                branches.BranchesConfig(
                     dictionary=path, store=options.store, out=out, match=between, rows=options.rows
                 )
             )

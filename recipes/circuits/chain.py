@@ -16,8 +16,9 @@ import dataclasses
 from pathlib import Path
 
 import mechatlas as ma
-from mechatlas.app import circuit, jobs
-from mechatlas.app.recipes import Train, read_recipe
+from mechatlas.app.commands import circuit
+from mechatlas.app.commands import train as jobs
+from mechatlas.app.recipes import TrainConfig, read_recipe
 
 HERE = Path(__file__).parent
 
@@ -27,7 +28,7 @@ def train(site: str, options: argparse.Namespace) -> Path:
     out = options.out / site.replace("/", "~").replace(":", "~")
     if not (out / "result.json").is_file():
         width = ma.Store(options.store).rows(site).d_in
-        recipe = read_recipe(options.recipe, Train)
+        recipe = read_recipe(options.recipe, TrainConfig)
         found = jobs.train(
             dataclasses.replace(
                 recipe,
@@ -58,7 +59,7 @@ def main() -> None:
     options.out = options.out or options.store.parent
     paths = tuple(train(site, options) for site in options.sites)
     found = circuit.circuit(
-        circuit.Circuit(
+        circuit.CircuitConfig(
             dictionaries=paths,
             out=options.out / "circuit",
             store=options.store,

@@ -25,7 +25,7 @@ import mechatlas as ma
 from mechatlas.analysis.matching.codes import correlate, reordered, together
 from mechatlas.analysis.matching.folding import fold, unit_rows
 from mechatlas.analysis.matching.nulls import NULLS, Null
-from mechatlas.app.matching import CODES, ROWS, first_rows, site_of
+from mechatlas.app.commands.match import CODES, ROWS, first_rows, site_of
 
 COSINES = 0.4, 0.5, 0.6, 0.7
 PARTNERS = 0.6

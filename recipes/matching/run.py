@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import mechatlas as ma
-from mechatlas.app import jobs, matching
-from mechatlas.app.recipes import Train
+from mechatlas.app.commands import match as matching
+from mechatlas.app.commands import train as jobs
+from mechatlas.app.recipes import TrainConfig
 from mechatlas.dictionaries.revival import AuxK
 from mechatlas.dictionaries.sparsity import TopK
 from mechatlas.files import read_json
@@ -39,7 +40,7 @@ def trained(sites: list[str], k: int, seed: int, options: argparse.Namespace) ->
     out = options.out / f"seed{seed}" / site
     if not (out / "result.json").is_file():
         found = jobs.train(
-            Train(
+            TrainConfig(
                 store=options.store,
                 site=site,
                 out=out,
@@ -59,7 +60,7 @@ def trained(sites: list[str], k: int, seed: int, options: argparse.Namespace) ->
 def matched(paths: list[Path], out: Path, cost: str, options: argparse.Namespace) -> dict[str, Any]:
     """The match of dictionaries in a row, made unless it is there."""
     if not (out / "result.json").is_file():
-        recipe = matching.Matching(
+        recipe = matching.MatchConfig(
             dictionaries=tuple(paths),
             out=out,
             cost=cost,

@@ -16,11 +16,11 @@ import numpy as np
 from safetensors.numpy import load_file
 
 import mechatlas as ma
-from mechatlas.activations.posing import Posing
+from mechatlas.activations.posing import PoseConfig
 from mechatlas.activations.positions import Positions
-from mechatlas.app import jobs
-from mechatlas.app.recipes import Collect, Train
-from mechatlas.app.symmetry import TENSORS, FindSymmetry, find_symmetry
+from mechatlas.app.commands import train as jobs
+from mechatlas.app.commands.symmetry import TENSORS, SymmetryConfig, find_symmetry
+from mechatlas.app.recipes import CollectConfig, TrainConfig
 
 N = 16
 
@@ -30,25 +30,25 @@ def measure(name: str, blurred: bool, options: argparse.Namespace) -> dict[str, 
     out = options.out / name
     store = out / "store"
     jobs.collect(
-        Collect(
+        CollectConfig(
             network=ma.Network(name=options.network, weights=options.weights),
             sites=(options.site,),
             samples=ma.Images(source=options.photographs, side=options.side, crops=options.crops),
-            collecting=ma.Collecting(
+            collecting=ma.StoreConfig(
                 positions=Positions(rule="norm", per_sample=40), dtype="float16", skip_bad=True
             ),
-            group=Posing(name=f"C{N}", matched_blur=blurred),
+            group=PoseConfig(name=f"C{N}", matched_blur=blurred),
             out=store,
         )
     )
     jobs.train(
-        Train(
+        TrainConfig(
             store=store, site=options.site, out=out / "crosscoder", n_latents=options.latents,
             sparsity=ma.TopK(k=16), steps=options.steps, batch_size=512,
         )
     )  # fmt: skip
     found = find_symmetry(
-        FindSymmetry(dictionary=out / "crosscoder", store=store, out=out / "symmetry", swaps=0)
+        SymmetryConfig(dictionary=out / "crosscoder", store=store, out=out / "symmetry", swaps=0)
     )
     s = load_file(out / "symmetry" / TENSORS)["stabiliser_function"].mean(axis=0)
     linear = np.array(found["r2"]["linear"])

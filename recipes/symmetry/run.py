@@ -23,8 +23,9 @@ from safetensors.numpy import load_file
 
 import mechatlas as ma
 from mechatlas.analysis.symmetry.evidence import SUPPORT
-from mechatlas.app import jobs, symmetry
-from mechatlas.app.recipes import Train, read_recipe
+from mechatlas.app.commands import symmetry
+from mechatlas.app.commands import train as jobs
+from mechatlas.app.recipes import TrainConfig, read_recipe
 from mechatlas.files import read_json, write_json
 
 HERE = Path(__file__).parent
@@ -34,7 +35,7 @@ def trained(site: str, seed: int, options: argparse.Namespace) -> Path:
     """The folder of a dictionary, trained unless it is there."""
     out = options.out / f"{site}-{seed}"
     if not (out / "result.json").is_file():
-        recipe = read_recipe(options.recipe, Train)
+        recipe = read_recipe(options.recipe, TrainConfig)
         changed = dataclasses.replace(
             recipe,
             store=options.store,
@@ -54,7 +55,7 @@ def classified(dictionary: Path, options: argparse.Namespace) -> Path:
     control = options.control / out.name if options.control else None
     if not (out / "result.json").is_file():
         symmetry.find_symmetry(
-            symmetry.FindSymmetry(
+            symmetry.SymmetryConfig(
                 dictionary=dictionary,
                 store=options.store,
                 out=out,

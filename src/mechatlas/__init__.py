@@ -14,16 +14,18 @@ Names are imported when first used, so that `import mechatlas` costs next to not
 import importlib
 from typing import TYPE_CHECKING
 
+from mechatlas import deprecated
+
 if TYPE_CHECKING:
-    from mechatlas.activations.collect import Collecting, collect
+    from mechatlas.activations.collect import StoreConfig, collect
     from mechatlas.activations.networks import Network, build
-    from mechatlas.activations.posing import Posing
+    from mechatlas.activations.posing import PoseConfig
     from mechatlas.activations.positions import Positions
     from mechatlas.activations.samples import Arrays, Images, Texts, open_samples
     from mechatlas.activations.sites import edited, find_sites, list_sites, read
     from mechatlas.activations.store import Store
     from mechatlas.analysis.branches.specialization import branches
-    from mechatlas.analysis.interaction.analysis import Analysing, Interaction, basis
+    from mechatlas.analysis.interaction.analysis import Interaction, InteractionConfig, basis
     from mechatlas.analysis.matching.chains import track
     from mechatlas.analysis.matching.pairing import match, relatives
     from mechatlas.analysis.proofs.prove import load_proof, prove
@@ -75,24 +77,23 @@ _HOMES = {
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 
 __all__ = [
-    "Analysing",
     "ArrayRows",
     "Arrays",
     "Autoencoder",
     "AuxK",
     "BatchTopK",
-    "Collecting",
     "Crosscoder",
     "Dictionary",
     "Gated",
     "Group",
     "Images",
     "Interaction",
+    "InteractionConfig",
     "JumpReLU",
     "Network",
     "Objective",
+    "PoseConfig",
     "PoseTied",
-    "Posing",
     "Positions",
     "Pretrained",
     "ReLU",
@@ -101,6 +102,7 @@ __all__ = [
     "Schedule",
     "Site",
     "Store",
+    "StoreConfig",
     "StreamRows",
     "Texts",
     "TopK",
@@ -133,6 +135,10 @@ __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> object:
+    if name in deprecated.NAMES:
+        home, _, new = deprecated.NAMES[name].rpartition(".")
+        deprecated.warn(f"mechatlas.{name}", deprecated.NAMES[name])
+        return getattr(importlib.import_module(home), new)
     if name not in _HOME_OF:
         raise AttributeError(f"module 'mechatlas' has no attribute {name!r}")
     return getattr(importlib.import_module(f"mechatlas.{_HOME_OF[name]}"), name)

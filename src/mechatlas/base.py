@@ -13,8 +13,9 @@ Axis names used in every shape of the package:
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
+import html
+from collections.abc import Callable, Iterator
+from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -133,11 +134,32 @@ class Dictionary(Protocol):
         ...
 
 
-MapFn = Callable[[Callable[[Any], Any], Iterable[Any]], Iterable[Any]]
-"""`map` or a drop-in for it: how to run independent pieces of work."""
+class Result:
+    """Result of an analysis, which prints as a few lines with its evidence.
+
+    A subclass is a dataclass with `eq=False, repr=False` and gives `summary`.
+    """
+
+    def summary(self) -> str:
+        """Finding with its evidence, in at most six lines of plain text.
+
+        Raises:
+            NotImplementedError: A subclass does not say what it found.
+        """
+        raise NotImplementedError(f"{type(self).__name__} gives no summary")
+
+    def __repr__(self) -> str:
+        """The summary; arrays do not pour out."""
+        return self.summary()
+
+    def _repr_html_(self) -> str:
+        """The summary for a notebook, its first line in bold."""
+        first, *others = (html.escape(line) for line in self.summary().splitlines())
+        return "<br>".join([f"<strong>{first}</strong>", *others])
+
 
 Progress = Callable[[int, int], None]
-"""Told how many steps are done, of how many. The command line draws a bar from it."""
+"""Callback with the number of steps done and their total. The command line draws a bar from it."""
 
 
 def no_progress(done: int, total: int) -> None:

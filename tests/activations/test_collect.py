@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from mechatlas.activations import collect as module
-from mechatlas.activations.collect import Collecting, collect
+from mechatlas.activations.collect import StoreConfig, collect
 from mechatlas.activations.positions import Positions
 from mechatlas.activations.samples import Arrays, Images, Samples, open_samples
 from mechatlas.activations.sites import find_sites, read
@@ -40,7 +40,7 @@ def files(folder: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize("rule", ["norm", "random", "all"])
 def test_every_row_is_what_the_network_gives_at_its_place(tmp_path, rule, dtype):
     samples = images(tmp_path)
-    settings = Collecting(positions=Positions(rule=rule, per_sample=7), dtype=dtype, batch_size=8)
+    settings = StoreConfig(positions=Positions(rule=rule, per_sample=7), dtype=dtype, batch_size=8)
     store = collect(NETWORK, samples, SITES, tmp_path / "store", settings)
     assert store.sites == ["mixed", "first"]
     inputs = samples.stack([samples.read(i) for i in range(len(samples))])
@@ -57,14 +57,14 @@ def test_every_row_is_what_the_network_gives_at_its_place(tmp_path, rule, dtype)
 
 
 def test_paired_rows_are_of_the_same_places(tmp_path):
-    settings = Collecting(paired=True)
+    settings = StoreConfig(paired=True)
     store = collect(NETWORK, images(tmp_path), SITES, tmp_path / "store", settings)
     a, b = (torch.cat([w for _, w in store.rows(str(s)).scan()]) for s in SITES)
     assert torch.equal(a, b)
 
 
 def test_held_out_samples_are_never_trained_on(tmp_path):
-    settings = Collecting(held_out=0.2)
+    settings = StoreConfig(held_out=0.2)
     store = collect(NETWORK, images(tmp_path), SITES, tmp_path / "store", settings)
     rows = store.rows("mixed")
     assert rows.n_held_out == 12 * 10
@@ -177,7 +177,7 @@ def test_a_store_made_by_another_recipe_is_refused_and_left_alone(tmp_path):
     collect(NETWORK, samples, SITES, out, recipe={"a": 1})
     before = files(out)
     with pytest.raises(StoreError, match=r"differs in settings\.seed: 0 there, 5 here"):
-        collect(NETWORK, samples, SITES, out, Collecting(seed=5), recipe={"a": 1})
+        collect(NETWORK, samples, SITES, out, StoreConfig(seed=5), recipe={"a": 1})
     with pytest.raises(StoreError, match=r"differs in recipe\.a: 1 there, 2 here"):
         collect(NETWORK, samples, SITES, out, recipe={"a": 2})
     other = tiny()
@@ -227,7 +227,7 @@ def test_unreadable_images_are_refused_or_skipped_and_counted(tmp_path):
     samples = open_samples(Images(source=str(folder), side=9), NETWORK)
     with pytest.raises(InputError, match=broken.name):
         collect(NETWORK, samples, SITES, tmp_path / "a")
-    store = collect(NETWORK, samples, SITES, tmp_path / "b", Collecting(skip_bad=True))
+    store = collect(NETWORK, samples, SITES, tmp_path / "b", StoreConfig(skip_bad=True))
     assert len(store.manifest["skipped"]) == 1
     assert broken.name in store.manifest["skipped"][0]
     total = store.rows("mixed").n_rows + store.rows("mixed").n_held_out
@@ -239,7 +239,7 @@ def test_when_no_image_can_be_read_there_is_no_store(tmp_path):
     (tmp_path / "p" / "a.jpg").write_bytes(b"no")
     samples = open_samples(Images(source=str(tmp_path / "p"), side=9), NETWORK)
     with pytest.raises(InputError, match="None of the 1 samples"):
-        collect(NETWORK, samples, SITES, tmp_path / "s", Collecting(skip_bad=True))
+        collect(NETWORK, samples, SITES, tmp_path / "s", StoreConfig(skip_bad=True))
     assert not (tmp_path / "s").exists()
 
 

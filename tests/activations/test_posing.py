@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from mechatlas.activations import collect as module
 from mechatlas.activations.architectures.inception import InceptionMini, inception_mini
-from mechatlas.activations.collect import Collecting, collect
-from mechatlas.activations.posing import Posing, action_of, places_of
+from mechatlas.activations.collect import StoreConfig, collect
+from mechatlas.activations.posing import PoseConfig, action_of, places_of
 from mechatlas.activations.positions import Positions
 from mechatlas.activations.samples import Arrays, Images, Samples, open_samples
 from mechatlas.activations.sites import find_sites, read
@@ -28,7 +28,7 @@ from tests.networks import tiny
 SIDE = 15
 NETWORK = tiny()
 MIXED, FIRST = find_sites(NETWORK, ["mixed", "first"])
-D4 = Posing(name="D4")
+D4 = PoseConfig(name="D4")
 
 
 def images(folder: Path, n: int = 30, side: int = SIDE, network: nn.Module = NETWORK) -> Samples:
@@ -51,7 +51,7 @@ def rows_at(store: Store, site: str = "mixed") -> dict[tuple[int, int, int], Ten
     }
 
 
-ALL = Collecting(positions=Positions(rule="all"), batch_size=7)
+ALL = StoreConfig(positions=Positions(rule="all"), batch_size=7)
 
 
 def test_a_block_is_the_activation_of_the_posed_input_at_the_moved_place(tmp_path):
@@ -121,7 +121,7 @@ def test_turns_that_interpolate_stay_inside_the_circle_and_close_to_the_truth(tm
     np.save(tmp_path / "x.npy", smooth.permute(0, 2, 3, 1).numpy())
     samples = open_samples(Images(source=str(tmp_path / "x.npy"), side=61), network)
     for matched in (False, True):
-        posing = Posing(name="D16", matched_blur=matched)
+        posing = PoseConfig(name="D16", matched_blur=matched)
         out = tmp_path / f"store {matched}"
         store = collect(network, samples, [Site("0")], out, ALL, group=posing)
         places = store.shapes["0"].places
@@ -137,7 +137,9 @@ def test_turns_that_interpolate_stay_inside_the_circle_and_close_to_the_truth(tm
 @pytest.mark.parametrize("rule", ["norm", "random"])
 @pytest.mark.parametrize("paired", [False, True])
 def test_places_are_drawn_among_those_kept_and_pair_up(tmp_path, rule, paired):
-    settings = Collecting(positions=Positions(rule=rule, per_sample=6), paired=paired, batch_size=7)
+    settings = StoreConfig(
+        positions=Positions(rule=rule, per_sample=6), paired=paired, batch_size=7
+    )
     store = collect(NETWORK, images(tmp_path), [FIRST, MIXED], tmp_path / "s", settings, group=D4)
     places = {site: list(rows_at(store, site)) for site in store.sites}
     assert all(len(found) == 30 * 6 for found in places.values())
@@ -150,7 +152,7 @@ def test_places_are_drawn_among_those_kept_and_pair_up(tmp_path, rule, paired):
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_rows_of_a_group_store_pass_for_rows_in_every_format(tmp_path, dtype):
-    settings = Collecting(positions=Positions(per_sample=3), dtype=dtype)
+    settings = StoreConfig(positions=Positions(per_sample=3), dtype=dtype)
     store = collect(NETWORK, images(tmp_path), [MIXED], tmp_path / "store", settings, group=D4)
     for check in ROWS_CHECKS:
         check(store.rows())
@@ -180,7 +182,7 @@ def test_a_run_that_stops_between_rounds_ends_with_the_same_bytes(tmp_path, monk
     run(tmp_path / "killed")
     assert files(tmp_path / "killed") == files(tmp_path / "whole")
     with pytest.raises(StoreError, match=r"differs in group"):
-        collect(NETWORK, samples, [MIXED], tmp_path / "whole", group=Posing(name="C4"))
+        collect(NETWORK, samples, [MIXED], tmp_path / "whole", group=PoseConfig(name="C4"))
     with pytest.raises(StoreError, match=r"differs in group"):
         collect(NETWORK, samples, [MIXED], tmp_path / "whole")
 
@@ -196,7 +198,7 @@ def test_a_plain_store_has_no_group(tmp_path):
 
 def test_hues_keep_every_position(tmp_path):
     samples = images(tmp_path, 5)
-    posing = Posing(name="C3", action="hue")
+    posing = PoseConfig(name="C3", action="hue")
     store = collect(NETWORK, samples, [MIXED], tmp_path / "store", ALL, group=posing)
     rows = rows_at(store)
     assert len(rows) == 5 * SIDE**2
@@ -263,18 +265,18 @@ def test_what_cannot_be_is_refused_in_one_sentence(tmp_path):
         )
     samples = images(tmp_path, 3, 31, network)
     with pytest.raises(InputError, match="Every unit of classify sees the whole image"):
-        collect(network, samples, [Site("classify")], tmp_path / "a", group=Posing(name="C8"))
-    posing = Posing(name="C2", action="tests.activations.test_posing:brightness")
+        collect(network, samples, [Site("classify")], tmp_path / "a", group=PoseConfig(name="C8"))
+    posing = PoseConfig(name="C2", action="tests.activations.test_posing:brightness")
     with pytest.raises(GroupError, match=r"does not act as C2: element 1 after 1 differs"):
         collect(NETWORK, images(tmp_path), [MIXED], tmp_path / "a", group=posing)
     with pytest.raises(ValueError, match="There is no function 'nowhere:f' to act with"):
-        action_of(Posing(name="C2", action="nowhere:f"))
+        action_of(PoseConfig(name="C2", action="nowhere:f"))
     with pytest.raises(ValueError, match="action must be rotate, hue, shift, scale or package"):
-        Posing(name="C2", action="rotat")
+        PoseConfig(name="C2", action="rotat")
     with pytest.raises(ValueError, match="matched_blur has nothing to match: D4 is exact"):
-        Posing(name="D4", matched_blur=True)
+        PoseConfig(name="D4", matched_blur=True)
     with pytest.raises(GroupError, match="rotate needs a group C_n"):
-        Posing(name="S4")
+        PoseConfig(name="S4")
     action = Custom(group("C2").relabel([1, 0]), lambda _, x: x)
     with pytest.raises(GroupError, match="has its identity at 1"):
         collect(NETWORK, images(tmp_path), [MIXED], tmp_path / "a", group=action)

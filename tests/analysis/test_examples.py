@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from mechatlas.activations.architectures.inception import InceptionMini
-from mechatlas.activations.collect import Collecting, collect
+from mechatlas.activations.collect import StoreConfig, collect
 from mechatlas.activations.positions import Positions
 from mechatlas.activations.receptive import ReceptiveField
 from mechatlas.activations.samples import Images, Texts, open_samples
@@ -43,7 +43,7 @@ def world(tmp_path_factory):
     torch.manual_seed(0)
     network = InceptionMini().eval()
     samples = open_samples(Images(source="scikit-image", crops=2), network)
-    settings = Collecting(positions=Positions(rule="random", per_sample=40), held_out=0.2)
+    settings = StoreConfig(positions=Positions(rule="random", per_sample=40), held_out=0.2)
     store = collect(network, samples, [SITE], tmp_path_factory.mktemp("run") / "store", settings)
     rows = store.rows("mixed3b")
     projections = rows.held_out(500).x @ atoms(50, 136).T
@@ -200,7 +200,7 @@ def test_texts_have_windows_of_tokens(tmp_path):
     (tmp_path / "a.txt").write_text(" ".join("a" * (1 + i * i % 23) for i in range(400)))
     network = Words().eval()
     samples = open_samples(Texts(source=tmp_path / "a.txt", context=40), network)
-    settings = Collecting(positions=Positions(per_sample=20), held_out=0.1)
+    settings = StoreConfig(positions=Positions(per_sample=20), held_out=0.1)
     store = collect(network, samples, [Site("embed")], tmp_path / "store", settings)
     dictionary = Projections(network.embed.weight.detach().clone())
     found = feature_statistics(dictionary, store.rows(), top=5)

@@ -6,7 +6,7 @@ import torch
 
 from mechatlas.activations.architectures.inception import inception_mini
 from mechatlas.activations.samples import Images, open_samples
-from mechatlas.analysis.pictures import Climbing, Redirected, drives, optimise
+from mechatlas.analysis.pictures import Redirected, VisualizeConfig, drives, optimise
 from mechatlas.base import InputError, Site
 
 
@@ -22,7 +22,9 @@ def directions(width: int, n: int = 3) -> torch.Tensor:
 @pytest.mark.parametrize(("site", "width"), [("mixed4a", 184), ("mixed4a/5x5", 32)])
 def test_a_picture_beats_every_photograph_and_noise(network, site, width):
     units = directions(width)
-    pictures, reached = optimise(network, Site.parse(site), units, side=31, how=Climbing(steps=48))
+    pictures, reached = optimise(
+        network, Site.parse(site), units, side=31, how=VisualizeConfig(steps=48)
+    )
     assert pictures.shape == (3, 31, 31, 3)
     assert (pictures >= 0).all()
     assert (pictures <= 1).all()
@@ -38,7 +40,7 @@ def test_a_picture_beats_every_photograph_and_noise(network, site, width):
 
 
 def test_the_same_call_gives_the_same_bytes_whatever_else_is_made(network):
-    how = Climbing(steps=6)
+    how = VisualizeConfig(steps=6)
     site, rows = Site("mixed3b"), directions(136)
     first, reached = optimise(network, site, rows, side=31, how=how)
     again, _ = optimise(network, site, rows, side=31, how=how)
@@ -46,13 +48,13 @@ def test_the_same_call_gives_the_same_bytes_whatever_else_is_made(network):
     alone, drive = optimise(network, site, rows[1:2], side=31, how=how)
     np.testing.assert_allclose(alone[0], first[1], atol=1e-3)
     np.testing.assert_allclose(drive[0], reached[1], rtol=1e-3)
-    other, _ = optimise(network, site, rows, side=31, how=Climbing(steps=6, seed=1))
+    other, _ = optimise(network, site, rows, side=31, how=VisualizeConfig(steps=6, seed=1))
     assert not np.allclose(other, first, atol=1e-2)
 
 
 def test_a_penalty_makes_pictures_smoother(network):
     def rough(smoothness):
-        how = Climbing(steps=16, smoothness=smoothness)
+        how = VisualizeConfig(steps=16, smoothness=smoothness)
         pictures, _ = optimise(network, Site("mixed3b"), directions(136), side=31, how=how)
         return np.abs(np.diff(pictures, axis=1)).mean()
 
@@ -61,7 +63,7 @@ def test_a_penalty_makes_pictures_smoother(network):
 
 def test_the_network_is_not_changed_and_wrong_widths_are_refused(network):
     before = {name: p.clone() for name, p in network.named_parameters()}
-    optimise(network, Site("mixed3b"), directions(136), side=31, how=Climbing(steps=2))
+    optimise(network, Site("mixed3b"), directions(136), side=31, how=VisualizeConfig(steps=2))
     for name, parameter in network.named_parameters():
         assert torch.equal(parameter, before[name])
         assert parameter.requires_grad
@@ -74,7 +76,9 @@ def test_the_network_is_not_changed_and_wrong_widths_are_refused(network):
 
 def test_single_units_that_are_off_are_opened(network):
     units = torch.eye(184)[::23]
-    pictures, reached = optimise(network, Site("mixed4a"), units, side=31, how=Climbing(steps=24))
+    pictures, reached = optimise(
+        network, Site("mixed4a"), units, side=31, how=VisualizeConfig(steps=24)
+    )
     noise = 0.5 + 0.01 * torch.randn(1, 3, 31, 31, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         before = drives(network, Site("mixed4a"), noise.expand(8, -1, -1, -1), units)

@@ -5,14 +5,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from mechatlas.activations.collect import Collecting
+from mechatlas.activations.collect import StoreConfig
 from mechatlas.activations.networks import Network
 from mechatlas.activations.positions import Positions
 from mechatlas.activations.samples import Images
 from mechatlas.activations.store import Store
-from mechatlas.app import branches, cli, jobs
-from mechatlas.app.matching import Matching, match_dictionaries
-from mechatlas.app.recipes import Collect, Train
+from mechatlas.app import cli
+from mechatlas.app.commands import branches
+from mechatlas.app.commands import train as jobs
+from mechatlas.app.commands.match import MatchConfig, match_dictionaries
+from mechatlas.app.recipes import CollectConfig, TrainConfig
 from mechatlas.base import DiskError, InputError, RecipeError, StoreError
 from mechatlas.dictionaries.sparsity import TopK
 from tests.app.worlds import photographs
@@ -24,11 +26,11 @@ COLUMNS = ("feature", "branch", "share", "expected_share", "p_value", "q_value")
 def world(tmp_path_factory):
     """A paired store of a small network, a dictionary of its site with branches, and others."""
     root = tmp_path_factory.mktemp("branches")
-    collect = Collect(
+    collect = CollectConfig(
         network=Network(name="tests.networks:tiny"),
         sites=("first", "mixed"),
         samples=Images(source=str(photographs(root / "photos.zip")), side=15, crops=3),
-        collecting=Collecting(positions=Positions(rule="random", per_sample=30), paired=True),
+        collecting=StoreConfig(positions=Positions(rule="random", per_sample=30), paired=True),
         out=root / "store",
     )
     jobs.collect(collect)
@@ -37,7 +39,7 @@ def world(tmp_path_factory):
         ("first", "first", 0),
     ):  # fmt: skip
         jobs.train(
-            Train(store=collect.out, site=site, out=root / name, n_latents=40, steps=60,
+            TrainConfig(store=collect.out, site=site, out=root / name, n_latents=40, steps=60,
                   sparsity=TopK(k=3), batch_size=128, seed=seed)
         )  # fmt: skip
     return root
@@ -101,14 +103,14 @@ def test_labels_that_fit_no_feature_or_contradict_are_refused(world, tmp_path, f
 def test_matched_features_are_compared_by_branch(world, tmp_path):
     two = (world / "whole", world / "again")
     match_dictionaries(
-        Matching(dictionaries=two, out=tmp_path / "match", cost="codes", store=world / "store")
+        MatchConfig(dictionaries=two, out=tmp_path / "match", cost="codes", store=world / "store")
     )
     result, _ = run(world, tmp_path / "out", "--match", str(tmp_path / "match"), "--rate", "0.5")
     found = result["consistency"][0]
     assert (found["a"], found["b"]) == ("whole", "again")
     assert found["same_branch"]["pairs"] >= found["same_branch_of_equal_size"]["pairs"]
     assert found["leaning"]["same_branch"]["pairs"] >= found["same_branch"]["pairs"]
-    match_dictionaries(Matching(dictionaries=two, out=tmp_path / "plain"))
+    match_dictionaries(MatchConfig(dictionaries=two, out=tmp_path / "plain"))
     with pytest.raises(RecipeError, match="--cost decoder, which compares channel with channel"):
         run(world, tmp_path / "out2", "--match", str(tmp_path / "plain"))
 

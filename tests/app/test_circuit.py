@@ -9,14 +9,14 @@ import pyarrow.parquet as pq
 import pytest
 from safetensors.numpy import load_file
 
-from mechatlas.activations.collect import Collecting
+from mechatlas.activations.collect import StoreConfig
 from mechatlas.activations.networks import Network
 from mechatlas.activations.positions import Positions
 from mechatlas.activations.samples import Arrays, Images
-from mechatlas.app import jobs
-from mechatlas.app.circuit import Circuit, circuit
 from mechatlas.app.cli import main
-from mechatlas.app.recipes import Collect, Train
+from mechatlas.app.commands import train as jobs
+from mechatlas.app.commands.circuit import CircuitConfig, circuit
+from mechatlas.app.recipes import CollectConfig, TrainConfig
 from mechatlas.app.report.chapters import circuits
 from mechatlas.app.report.runs import find_runs
 from mechatlas.base import no_progress
@@ -30,21 +30,21 @@ def folder(tmp_path_factory) -> Path:
     """A store of `inception_mini`, three small dictionaries, and a circuit of two."""
     root = tmp_path_factory.mktemp("runs")
     jobs.collect(
-        Collect(
+        CollectConfig(
             network=Network(name="inception_mini"),
             sites=SITES,
             samples=Images(crops=12),
-            collecting=Collecting(positions=Positions(per_sample=20), held_out=0.2),
+            collecting=StoreConfig(positions=Positions(per_sample=20), held_out=0.2),
             out=root / "store",
         )
     )
     for site in SITES:
         jobs.train(
-            Train(store=root / "store", site=site, out=root / site, n_latents=96, steps=60,
+            TrainConfig(store=root / "store", site=site, out=root / site, n_latents=96, steps=60,
                   batch_size=256, sparsity=TopK(k=8))
         )  # fmt: skip
     circuit(
-        Circuit(dictionaries=(root / SITES[0], root / SITES[1]), out=root / "circuit",
+        CircuitConfig(dictionaries=(root / SITES[0], root / SITES[1]), out=root / "circuit",
                 removed=8, features=3, pictures=2)
     )  # fmt: skip
     return root
@@ -81,8 +81,10 @@ def test_the_chapter_draws_what_was_found(folder):
 
 
 def test_the_same_command_gives_the_same_edges(folder, tmp_path):
-    again = Circuit(dictionaries=(folder / SITES[0], folder / SITES[1]), out=tmp_path / "again",
-                    removed=8, features=3, pictures=2)  # fmt: skip
+    dictionaries = (folder / SITES[0], folder / SITES[1])
+    again = CircuitConfig(
+        dictionaries=dictionaries, out=tmp_path / "again", removed=8, features=3, pictures=2
+    )
     circuit(again)
     for name in ("edges.parquet", "kernels.safetensors", "pictures.safetensors"):
         assert (tmp_path / "again" / name).read_bytes() == (folder / "circuit" / name).read_bytes()
@@ -125,19 +127,23 @@ def test_a_transformer_has_circuits_by_heads_and_mlp(tmp_path):
     name = "tests.analysis.circuits.transformers:single"
     sites = ("layers.0", "layers.1")
     jobs.collect(
-        Collect(
+        CollectConfig(
             network=Network(name=name), sites=sites, samples=Arrays(source=tmp_path / "x.npy"),
-            collecting=Collecting(held_out=0.3), out=tmp_path / "store",
+            collecting=StoreConfig(held_out=0.3), out=tmp_path / "store",
         )
     )  # fmt: skip
     for site in sites:
         jobs.train(
-            Train(store=tmp_path / "store", site=site, out=tmp_path / site, n_latents=48, steps=80,
-                  batch_size=128, sparsity=TopK(k=6))
+            TrainConfig(
+                store=tmp_path / "store", site=site, out=tmp_path / site, n_latents=48, steps=80,
+                batch_size=128, sparsity=TopK(k=6),
+            )
         )  # fmt: skip
     found = circuit(
-        Circuit(dictionaries=tuple(tmp_path / site for site in sites), out=tmp_path / "circuit",
-                removed=12, features=3)
+        CircuitConfig(
+            dictionaries=tuple(tmp_path / site for site in sites), out=tmp_path / "circuit",
+            removed=12, features=3,
+        )
     )  # fmt: skip
     (pair,) = found["pairs"]
     assert pair["branches"] == [

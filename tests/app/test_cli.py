@@ -145,7 +145,7 @@ def test_the_same_command_continues_a_killed_run(here, capsys, monkeypatch):
         yield on_progress
 
     with monkeypatch.context() as patched:
-        patched.setattr("mechatlas.app.jobs.bar", killer)
+        patched.setattr("mechatlas.app.commands.train.bar", killer)
         with pytest.raises((KeyboardInterrupt, SystemExit)):
             main(words)
     left = [str(p.relative_to(here / "dictionary")) for p in (here / "dictionary").rglob("*.*")]

@@ -10,15 +10,16 @@ import numpy as np
 import pytest
 import torch
 
-from mechatlas.activations.collect import Collecting
+from mechatlas.activations.collect import StoreConfig
 from mechatlas.activations.networks import Network
-from mechatlas.activations.posing import Posing, action_of
+from mechatlas.activations.posing import PoseConfig, action_of
 from mechatlas.activations.positions import Positions
 from mechatlas.activations.samples import Images, open_samples
 from mechatlas.activations.sites import read
 from mechatlas.activations.store import Store
-from mechatlas.app import jobs, symmetry
-from mechatlas.app.recipes import Collect, Train, from_dict
+from mechatlas.app.commands import symmetry
+from mechatlas.app.commands import train as jobs
+from mechatlas.app.recipes import CollectConfig, TrainConfig, from_dict
 from mechatlas.app.report.chapters import features
 from mechatlas.app.report.runs import find_runs
 from mechatlas.base import RecipeError, Site, no_progress
@@ -37,12 +38,12 @@ ROOT = Path(__file__).parents[2]
 def store(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("group")
     jobs.collect(
-        Collect(
+        CollectConfig(
             network=Network(name="tests.networks:tiny"),
             sites=("mixed",),
             samples=Images(source=str(photographs(folder / "photos.zip")), side=15, crops=3),
-            collecting=Collecting(positions=Positions(rule="random", per_sample=20)),
-            group=Posing(name="D4"),
+            collecting=StoreConfig(positions=Positions(rule="random", per_sample=20)),
+            group=PoseConfig(name="D4"),
             out=folder / "store",
         )
     )
@@ -50,7 +51,7 @@ def store(tmp_path_factory) -> Path:
 
 
 def trained(store: Path, out: Path, **options):
-    result = jobs.train(Train(store=store, out=out, steps=30, batch_size=128, **options))
+    result = jobs.train(TrainConfig(store=store, out=out, steps=30, batch_size=128, **options))
     return result, load(out), json.loads((out / "manifest.json").read_text())
 
 
@@ -92,7 +93,7 @@ def test_a_branch_of_a_store_with_a_group_is_that_of_the_input_as_it_is(store, t
 
 def test_what_does_not_suit_the_store_is_refused(store, tmp_path):
     def refused(**options):
-        jobs.train(Train(store=store, out=tmp_path / "d", n_latents=24, **options))
+        jobs.train(TrainConfig(store=store, out=tmp_path / "d", n_latents=24, **options))
 
     k = TopK(k=3)
     with pytest.raises(RecipeError, match="goes without writes and tied"):
@@ -100,20 +101,24 @@ def test_what_does_not_suit_the_store_is_refused(store, tmp_path):
     with pytest.raises(
         RecipeError, match=r"n_latents \(20\) must be a multiple of the order of D4"
     ):
-        jobs.train(Train(store=store, out=tmp_path / "d", n_latents=20, sparsity=k, pose_tied=True))
+        jobs.train(
+            TrainConfig(store=store, out=tmp_path / "d", n_latents=20, sparsity=k, pose_tied=True)
+        )
     with pytest.raises(RecipeError, match="pose_tied goes without writes, tied"):
-        from_dict({"store": "s", "pose_tied": True, "tied": True}, Train, "here")
+        from_dict({"store": "s", "pose_tied": True, "tied": True}, TrainConfig, "here")
     raw = {"network": "inception_mini", "sites": ["a"]}
     with pytest.raises(RecipeError, match=r"matched_blur has nothing to match: D4 is exact"):
-        from_dict({**raw, "group": {"name": "D4", "matched_blur": True}}, Collect, "here")
+        from_dict({**raw, "group": {"name": "D4", "matched_blur": True}}, CollectConfig, "here")
     with pytest.raises(RecipeError, match="There is no group called 'D4x'"):
-        from_dict({**raw, "group": {"name": "D4x"}}, Collect, "here")
+        from_dict({**raw, "group": {"name": "D4x"}}, CollectConfig, "here")
     assert not (tmp_path / "d").exists()
 
 
 def test_a_plain_store_cannot_be_pose_tied(tmp_path):
     with pytest.raises(ValueError, match=r"needs a store that was collected with a \[group\]"):
-        Train(store=tmp_path, n_latents=24, sparsity=TopK(k=3), pose_tied=True).build({None: 8})
+        TrainConfig(store=tmp_path, n_latents=24, sparsity=TopK(k=3), pose_tied=True).build(
+            {None: 8}
+        )
 
 
 def test_the_page_has_cards_of_group_crosscoders_and_says_why_not_of_pose_tied_ones(store):
@@ -169,12 +174,12 @@ def test_a_killed_run_of_a_group_store_goes_on_to_the_same_bytes(store, tmp_path
 )
 def test_shifts_and_scales_are_collected_and_told(action, name, closes, store, tmp_path):
     collected = jobs.collect(
-        Collect(
+        CollectConfig(
             network=Network(name="tests.networks:tiny"),
             sites=("first",),
             samples=Images(source=str(store.parent / "photos.zip"), side=16, crops=2),
-            collecting=Collecting(positions=Positions(rule="random", per_sample=10)),
-            group=Posing(name=name, action=action),
+            collecting=StoreConfig(positions=Positions(rule="random", per_sample=10)),
+            group=PoseConfig(name=name, action=action),
             out=tmp_path / "store",
         )
     )
@@ -182,7 +187,11 @@ def test_shifts_and_scales_are_collected_and_told(action, name, closes, store, t
     assert collected["sites"]["first"]["width"] == 6 * order
     kept = Store(tmp_path / "store")
     assert kept.manifest["group"]["closes"] is closes
-    network, samples, act = tiny(), _samples(store, 16), action_of(Posing(name=name, action=action))
+    network, samples, act = (
+        tiny(),
+        _samples(store, 16),
+        action_of(PoseConfig(name=name, action=action)),
+    )
     batch, where = next(iter(kept.rows().scan()))
     side = 16
     for row in range(0, len(where), 7):

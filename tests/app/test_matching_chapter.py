@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from mechatlas.app.matching import Matching, match_dictionaries
+from mechatlas.app.commands.match import MatchConfig, match_dictionaries
 from mechatlas.app.report.chapters import matching
 from mechatlas.app.report.runs import find_runs
 from mechatlas.base import DiskError, no_progress
@@ -20,7 +20,7 @@ def folder(tmp_path_factory) -> Path:
         autoencoder = Autoencoder(d_in=12, n_latents=30, sparsity=TopK(k=4), seed=seed)
         save(autoencoder, root / f"<b>{number}")
     match_dictionaries(
-        Matching(dictionaries=tuple(root / f"<b>{k}" for k in range(3)), out=root / "match")
+        MatchConfig(dictionaries=tuple(root / f"<b>{k}" for k in range(3)), out=root / "match")
     )
     return root
 

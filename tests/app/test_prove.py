@@ -7,7 +7,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from mechatlas.app.cli import main
-from mechatlas.app.jobs import report
+from mechatlas.app.commands.train import report
 from mechatlas.maths.named_groups import group
 from tests.analysis.proofs.planted import planted, true_margins
 

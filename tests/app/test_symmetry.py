@@ -7,13 +7,15 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
-from mechatlas.activations.collect import Collecting
+from mechatlas.activations.collect import StoreConfig
 from mechatlas.activations.networks import Network
-from mechatlas.activations.posing import Posing
+from mechatlas.activations.posing import PoseConfig
 from mechatlas.activations.positions import Positions
 from mechatlas.activations.samples import Images
-from mechatlas.app import cli, jobs, symmetry
-from mechatlas.app.recipes import Collect
+from mechatlas.app import cli
+from mechatlas.app.commands import symmetry
+from mechatlas.app.commands import train as jobs
+from mechatlas.app.recipes import CollectConfig
 from mechatlas.app.report.chapters.symmetry import chapter as symmetry_chapter
 from mechatlas.app.report.runs import find_runs
 from mechatlas.base import DiskError, SiteError, WeightsError, no_progress
@@ -247,14 +249,14 @@ def turning(tmp_path_factory):
     """Posed activations of a network that sees every pose alike, and what it sees."""
     root = tmp_path_factory.mktemp("turning")
     jobs.collect(
-        Collect(
+        CollectConfig(
             network=Network(name="tests.networks:turning"),
             sites=("seen",),
             samples=Images(source=str(photographs(root / "photos.zip")), side=11, crops=4),
-            collecting=Collecting(
+            collecting=StoreConfig(
                 positions=Positions(rule="random", per_sample=20), held_out=0.3, batch_size=32
             ),
-            group=Posing(name="D4"),
+            group=PoseConfig(name="D4"),
             out=root / "store",
         )
     )

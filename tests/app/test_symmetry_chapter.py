@@ -4,7 +4,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mechatlas.app import symmetry as job
+from mechatlas.app.commands import symmetry as job
 from mechatlas.app.report.chapters import symmetry
 from mechatlas.app.report.page import assemble
 from mechatlas.app.report.runs import find_runs

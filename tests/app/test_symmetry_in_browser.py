@@ -2,7 +2,7 @@
 
 import pytest
 
-from mechatlas.app import symmetry as job
+from mechatlas.app.commands import symmetry as job
 from mechatlas.app.report.page import write_page
 from mechatlas.dictionaries.formats import save
 

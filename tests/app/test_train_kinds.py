@@ -7,13 +7,13 @@ import pytest
 import torch
 from torch import nn
 
-from mechatlas.activations.collect import Collecting
+from mechatlas.activations.collect import StoreConfig
 from mechatlas.activations.networks import Network
 from mechatlas.activations.positions import Positions
 from mechatlas.activations.samples import Arrays
 from mechatlas.activations.store import Store
-from mechatlas.app import jobs
-from mechatlas.app.recipes import Collect, Train, as_dict, from_dict
+from mechatlas.app.commands import train as jobs
+from mechatlas.app.recipes import CollectConfig, TrainConfig, as_dict, from_dict
 from mechatlas.base import RecipeError, StoreError
 from mechatlas.dictionaries.autoencoder import Autoencoder, Crosscoder, Transcoder
 from mechatlas.dictionaries.formats import load
@@ -34,11 +34,11 @@ def stores(tmp_path_factory):
     np.save(folder / "x.npy", random.normal(size=(3000, 8)).astype(np.float32))
     for paired in (True, False):
         jobs.collect(
-            Collect(
+            CollectConfig(
                 network=Network(name=f"{__name__}:two_layers"),
                 sites=("1", "3"),
                 samples=Arrays(source=folder / "x.npy"),
-                collecting=Collecting(positions=Positions(rule="all"), paired=paired),
+                collecting=StoreConfig(positions=Positions(rule="all"), paired=paired),
                 out=folder / ("paired" if paired else "apart"),
             )
         )
@@ -60,10 +60,10 @@ OPTIONS: dict[str, Any] = {"n_latents": 40, "steps": 20, "batch_size": 128}
 )
 def test_every_kind_is_trained_by_a_recipe(stores, tmp_path, kind, d_in, d_out, options):
     objective = Objective(relative=True, clip=1.0)
-    recipe = Train(
+    recipe = TrainConfig(
         store=stores / "paired", out=tmp_path / "d", objective=objective, **OPTIONS, **options
     )
-    assert from_dict(as_dict(recipe), Train, "again") == recipe
+    assert from_dict(as_dict(recipe), TrainConfig, "again") == recipe
     result = jobs.train(recipe)
     assert (result["d_in"], result["d_out"]) == (d_in, d_out)
     again = load(tmp_path / "d")
@@ -85,7 +85,9 @@ def test_paired_rows_are_of_one_sample_at_every_site(stores):
 
 
 def test_sites_that_do_not_belong_together_are_refused(stores, tmp_path):
-    recipe = Train(store=stores / "apart", site="1", writes=("3",), out=tmp_path / "d", **OPTIONS)
+    recipe = TrainConfig(
+        store=stores / "apart", site="1", writes=("3",), out=tmp_path / "d", **OPTIONS
+    )
     with pytest.raises(StoreError, match=r"1, 3 in .*apart do not belong together\. Collect them"):
         jobs.train(recipe)
 
@@ -111,4 +113,4 @@ def test_sites_that_do_not_belong_together_are_refused(stores, tmp_path):
 )
 def test_recipes_that_cannot_be_are_refused_before_any_work(keys, message):
     with pytest.raises(RecipeError, match=message):
-        from_dict({"store": "s", "n_latents": 40, **keys}, Train, "train.toml")
+        from_dict({"store": "s", "n_latents": 40, **keys}, TrainConfig, "train.toml")

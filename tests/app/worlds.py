@@ -9,12 +9,12 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from mechatlas.activations.collect import Collecting
+from mechatlas.activations.collect import StoreConfig
 from mechatlas.activations.networks import Network
 from mechatlas.activations.positions import Positions
 from mechatlas.activations.samples import Images, Texts
-from mechatlas.app import jobs
-from mechatlas.app.recipes import Collect, Train
+from mechatlas.app.commands import train as jobs
+from mechatlas.app.recipes import CollectConfig, TrainConfig
 from mechatlas.dictionaries.sparsity import TopK
 
 HOSTILE_FILE = "a</script><script>alert(1)</script>&<b>.png"
@@ -67,20 +67,20 @@ def photographs(path: Path, n: int = 24, side: int = 40) -> Path:
 def pictures_and_words(folder: Path) -> Path:
     """Two dictionaries of a convolutional network and one of a language model."""
     positions = Positions(rule="random", per_sample=30)
-    pictures = Collect(
+    pictures = CollectConfig(
         network=Network(name="tests.networks:tiny"),
         sites=("first", "mixed"),
         samples=Images(source=str(photographs(folder.with_suffix(".zip"))), side=15, crops=3),
-        collecting=Collecting(positions=positions),
+        collecting=StoreConfig(positions=positions),
         out=folder / "pictures",
     )
     jobs.collect(pictures)
     folder.with_suffix(".txt").write_text(" ".join("w" * (1 + i * i % 23) for i in range(3000)))
-    texts = Collect(
+    texts = CollectConfig(
         network=Network(name="tests.app.worlds:words"),
         sites=("out",),
         samples=Texts(source=folder.with_suffix(".txt"), context=40),
-        collecting=Collecting(positions=positions),
+        collecting=StoreConfig(positions=positions),
         out=folder / "texts",
     )
     jobs.collect(texts)
@@ -91,7 +91,7 @@ def pictures_and_words(folder: Path) -> Path:
     ]
     for store, site, n_latents, name in runs:
         jobs.train(
-            Train(
+            TrainConfig(
                 store=store,
                 site=site,
                 out=folder / name,

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from mechatlas.activations import networks
 from mechatlas.activations.posing import (
     Places,
-    Posing,
+    PoseConfig,
     action_of,
     described,
     paired_places,
@@ -64,7 +64,7 @@ SHARD_BYTES = 8 << 20
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Collecting:
+class StoreConfig:
     """How activations are read and written; everything that decides the bytes of a store."""
 
     positions: Positions = dataclasses.field(default_factory=Positions)
@@ -138,9 +138,9 @@ def collect(
     samples: Samples,
     sites: Sequence[Site],
     out: Path,
-    settings: Collecting | None = None,
+    settings: StoreConfig | None = None,
     *,
-    group: Posing | Action | None = None,
+    group: PoseConfig | Action | None = None,
     recipe: dict[str, Any] | None = None,
     device: torch.device | str = "cpu",
     on_progress: Progress = no_progress,
@@ -170,7 +170,7 @@ def collect(
         NonFiniteError: The network gave NaN or infinity; names the site, sample and channel.
         DiskError: The rows cannot fit on the disk, or the folder is not writable.
     """
-    settings = settings or Collecting()
+    settings = settings or StoreConfig()
     network = network.to(device)
     first = _first(samples, settings).to(device)
     posed = _pose(network, sites, first, settings, group)
@@ -194,7 +194,7 @@ def collect(
     return Store(out)
 
 
-def _first(samples: Samples, settings: Collecting) -> Tensor:
+def _first(samples: Samples, settings: StoreConfig) -> Tensor:
     # A batch of the first sample that can be read.
     for i in range(len(samples)):
         try:
@@ -209,12 +209,12 @@ def _pose(
     network: nn.Module,
     sites: Sequence[Site],
     first: Tensor,
-    settings: Collecting,
-    group: Posing | Action | None,
+    settings: StoreConfig,
+    group: PoseConfig | Action | None,
 ) -> _Posed | None:
     if group is None:
         return None
-    action = action_of(group) if isinstance(group, Posing) else group
+    action = action_of(group) if isinstance(group, PoseConfig) else group
     refuse_lawless(action, first)
     with torch.inference_mode():
         grids = {site: grid_of(a) for site, a in read(network, first, sites).items()}
@@ -243,11 +243,11 @@ def _probe(
     return shapes
 
 
-def _row_bytes(shape: SiteShape, settings: Collecting) -> int:
+def _row_bytes(shape: SiteShape, settings: StoreConfig) -> int:
     return shape.width * DTYPES[settings.dtype].itemsize + 3 * 4
 
 
-def _kept(shapes: dict[Site, SiteShape], settings: Collecting) -> dict[Site, int]:
+def _kept(shapes: dict[Site, SiteShape], settings: StoreConfig) -> dict[Site, int]:
     """Rows kept of each sample at each site."""
     counts = {
         site: settings.positions.count(math.prod(s.grid) if s.places is None else s.places)
@@ -257,7 +257,7 @@ def _kept(shapes: dict[Site, SiteShape], settings: Collecting) -> dict[Site, int
     return dict.fromkeys(counts, first) if settings.paired else counts
 
 
-def _plan(n_samples: int, shapes: dict[Site, SiteShape], settings: Collecting) -> list[Round]:
+def _plan(n_samples: int, shapes: dict[Site, SiteShape], settings: StoreConfig) -> list[Round]:
     """Held-out samples first, then the rest, in random order, in rounds that fit in memory."""
     kept = _kept(shapes, settings)
     sample_bytes = sum(kept[site] * _row_bytes(s, settings) for site, s in shapes.items())
@@ -281,7 +281,7 @@ def _start(
     shapes: dict[Site, SiteShape],
     n_rounds: int,
     out: Path,
-    settings: Collecting,
+    settings: StoreConfig,
     recipe: dict[str, Any],
     posed: _Posed | None,
 ) -> dict[str, Any]:
@@ -356,7 +356,7 @@ def _differences(old: Any, new: Any, keys: Sequence[str], prefix: str = "") -> l
 
 
 def _check_space(
-    out: Path, n_samples: int, shapes: dict[Site, SiteShape], settings: Collecting
+    out: Path, n_samples: int, shapes: dict[Site, SiteShape], settings: StoreConfig
 ) -> None:
     kept = _kept(shapes, settings)
     size = n_samples * sum(kept[site] * _row_bytes(s, settings) for site, s in shapes.items())
@@ -377,7 +377,7 @@ def _do_round(
     rounds: list[Round],
     number: int,
     out: Path,
-    settings: Collecting,
+    settings: StoreConfig,
     device: torch.device | str,
     posed: _Posed | None,
     on_progress: Any,
@@ -430,7 +430,7 @@ def _shards_before(rounds: list[Round], number: int, kept: int, per_shard: int) 
 
 
 def _batches(
-    samples: Samples, order: np.ndarray, settings: Collecting, skipped: list[str]
+    samples: Samples, order: np.ndarray, settings: StoreConfig, skipped: list[str]
 ) -> Iterator[tuple[list[int], Tensor]]:
     """Batches of readable samples, decoded one batch ahead in threads."""
 
@@ -468,7 +468,7 @@ def _keep_positions(
     indices: list[int],
     samples: Samples,
     filled: dict[Site, _Rows],
-    settings: Collecting,
+    settings: StoreConfig,
 ) -> None:
     """Draw positions at every site and add their rows."""
     chosen: Tensor | None = None
@@ -496,7 +496,7 @@ def _keep_poses(
     indices: list[int],
     samples: Samples,
     filled: dict[Site, _Rows],
-    settings: Collecting,
+    settings: StoreConfig,
     posed: _Posed,
 ) -> None:
     """Draw places from the untransformed inputs, and add their rows pose by pose."""

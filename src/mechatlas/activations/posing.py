@@ -47,7 +47,7 @@ spread of the inputs."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Posing:
+class PoseConfig:
     """Every input in all poses of a finite group, whose activations then stand side by side."""
 
     name: str
@@ -75,7 +75,7 @@ class Posing:
             raise ValueError(f"matched_blur is for action = 'rotate', got {self.action!r}.")
 
 
-def action_of(posing: Posing) -> Action:
+def action_of(posing: PoseConfig) -> Action:
     """The action that a recipe asks for.
 
     Raises:

@@ -39,7 +39,7 @@ FAINT = 0.01
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Climbing:
+class VisualizeConfig:
     """How pictures are made."""
 
     steps: int = 192
@@ -64,7 +64,7 @@ def optimise(
     directions: Float[Tensor, "feature d"],
     *,
     side: int,
-    how: Climbing | None = None,
+    how: VisualizeConfig | None = None,
 ) -> tuple[Float[np.ndarray, "feature side side 3"], Float[np.ndarray, " feature"]]:
     """Climb the drive of each direction at the middle of the site's map.
 
@@ -81,7 +81,7 @@ def optimise(
     Raises:
         InputError: The directions are not as wide as the site, or the site is not a map.
     """
-    how = how or Climbing()
+    how = how or VisualizeConfig()
     random = torch.Generator().manual_seed(how.seed)
     frozen = [(p, p.requires_grad) for p in network.parameters()]
     try:
@@ -98,7 +98,7 @@ def _climb(
     site: Site,
     directions: Tensor,
     side: int,
-    how: Climbing,
+    how: VisualizeConfig,
     random: torch.Generator,
 ) -> tuple[np.ndarray, np.ndarray]:
     # The same faint noise for all, so that a picture does not depend on which others are made.
@@ -186,7 +186,7 @@ def drives(
     return (middle * directions).sum(dim=1)
 
 
-def _jittered(pictures: Tensor, how: Climbing, random: torch.Generator) -> Tensor:
+def _jittered(pictures: Tensor, how: VisualizeConfig, random: torch.Generator) -> Tensor:
     """The pictures, all turned, scaled and shifted alike; beyond their rim they are mirrored."""
     draw = 2 * torch.rand(4, generator=random) - 1
     angle = float(draw[0]) * how.turn * np.pi / 180

@@ -44,7 +44,7 @@ Every command takes --json: print the result as one JSON object, and nothing els
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Demo:
+class DemoConfig:
     """The whole tour on bundled inputs: collect, train, draw the page. No network access.
 
     Example:  mechatlas demo --out runs/demo
@@ -55,7 +55,7 @@ class Demo:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Sites:
+class SitesConfig:
     """List the sites of a network, with shapes and branches.
 
     Examples:  mechatlas sites inception_mini
@@ -74,7 +74,7 @@ class Sites:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Prove:
+class ProveConfig:
     """Bound the accuracy of logits = relu(left[x] + right[y]) @ unembed on a group's table.
 
     Examples:  mechatlas prove net.safetensors --table table.npy --out proof
@@ -100,7 +100,7 @@ class Prove:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Report:
+class ReportConfig:
     """Draw one self-contained HTML page of all runs in a folder.
 
     Example:  mechatlas report runs/demo --out atlas.html
@@ -158,27 +158,28 @@ Answer = tuple[dict[str, Any], str]
 
 def demo(words: list[str]) -> Answer:
     """Run the tour."""
-    from mechatlas.app import demo as tour
+    from mechatlas.app.commands import demo as tour
 
-    options = tyro.cli(Demo, args=words, prog="mechatlas demo")
+    options = tyro.cli(DemoConfig, args=words, prog="mechatlas demo")
     result = tour.run(options.out)
     return result, tour.in_words(result)
 
 
 def sites(words: list[str]) -> Answer:
     """List sites."""
-    from mechatlas.app import listing
+    from mechatlas.app.commands import sites as listing
 
-    options = tyro.cli(Sites, args=words, prog="mechatlas sites")
+    options = tyro.cli(SitesConfig, args=words, prog="mechatlas sites")
     found = listing.sites(options.network, options.weights, options.shape)
     return found, listing.in_words(found, everything=options.everything)
 
 
 def collect(words: list[str]) -> Answer:
     """Collect a store."""
-    from mechatlas.app import jobs, recipes
+    from mechatlas.app import recipes
+    from mechatlas.app.commands import train as jobs
 
-    result = jobs.collect(from_words(recipes.Collect, words, "collect"))
+    result = jobs.collect(from_words(recipes.CollectConfig, words, "collect"))
     widths = ", ".join(f"{n} ({s['rows']} rows)" for n, s in result["sites"].items())
     skipped = f"; skipped {result['skipped']} unreadable samples" if result["skipped"] else ""
     return result, f"Collected {widths}{skipped}.\nStore: {result['out']}"
@@ -186,48 +187,50 @@ def collect(words: list[str]) -> Answer:
 
 def train(words: list[str]) -> Answer:
     """Train a dictionary, or a network on a group's table."""
-    from mechatlas.app import group_nets, jobs, recipes
+    from mechatlas.app import group_nets, recipes
+    from mechatlas.app.commands import train as jobs
 
     if group_nets.is_recipe(words):
-        made = group_nets.train(from_words(group_nets.TrainGroup, words, "train"))
+        made = group_nets.train(from_words(group_nets.GroupNetConfig, words, "train"))
         return made, group_nets.in_words(made)
-    result = jobs.train(from_words(recipes.Train, words, "train"))
+    result = jobs.train(from_words(recipes.TrainConfig, words, "train"))
     quality = f"fvu {result['fvu']:.4f}, l0 {result['l0']:.1f}, dead {result['dead_share']:.1%}"
     return result, f"Held out: {quality}.\nDictionary: {result['out']}"
 
 
 def basis(words: list[str]) -> Answer:
     """Degeneracy and interaction basis."""
-    from mechatlas.app import interact, recipes
+    from mechatlas.app import recipes
+    from mechatlas.app.commands import basis as interact
 
-    result = interact.interact(from_words(recipes.Interact, words, "basis"))
+    result = interact.interact(from_words(recipes.BasisConfig, words, "basis"))
     return result, interact.in_words(result)
 
 
 def match(words: list[str]) -> Answer:
     """Match dictionaries."""
-    from mechatlas.app import matching
+    from mechatlas.app.commands import match as matching
 
     return matching.run(words)
 
 
 def symmetry(words: list[str]) -> Answer:
     """Classify features by what leaves them unchanged."""
-    from mechatlas.app import symmetry as job
+    from mechatlas.app.commands import symmetry as job
 
     return job.run(words)
 
 
 def branches(words: list[str]) -> Answer:
     """Test features for a branch of their own."""
-    from mechatlas.app import branches as job
+    from mechatlas.app.commands import branches as job
 
     return job.run(words)
 
 
 def circuit(words: list[str]) -> Answer:
     """Find circuits."""
-    from mechatlas.app import circuit as job
+    from mechatlas.app.commands import circuit as job
 
     return job.run(words)
 
@@ -238,24 +241,24 @@ def prove(words: list[str]) -> Answer:
     Raises:
         UserError: An option is missing, or the input is bad.
     """
-    from mechatlas.app import prove as job
+    from mechatlas.app.commands import prove as job
 
-    options = tyro.cli(Prove, args=words, prog="mechatlas prove")
+    options = tyro.cli(ProveConfig, args=words, prog="mechatlas prove")
     if options.check is not None:
         result = job.check(options.check, options.weights, options.table)
         return result, f"The proof holds.\n{job.in_words(result)}"
     if options.table is None or options.out is None:
         raise UserError("`mechatlas prove WEIGHTS` needs --table TABLE.npy and --out DIR.")
-    fields = {f.name: getattr(options, f.name) for f in dataclasses.fields(job.Prove)}
-    result = job.prove(job.Prove(**fields))
+    fields = {f.name: getattr(options, f.name) for f in dataclasses.fields(job.ProveConfig)}
+    result = job.prove(job.ProveConfig(**fields))
     return result, job.in_words(result)
 
 
 def report(words: list[str]) -> Answer:
     """Draw the page."""
-    from mechatlas.app import jobs
+    from mechatlas.app.commands import train as jobs
 
-    options = tyro.cli(Report, args=words, prog="mechatlas report")
+    options = tyro.cli(ReportConfig, args=words, prog="mechatlas report")
     result = jobs.report(options.folder, options.out, pictures=options.pictures)
     return result, f"Page: {result['page']} ({result['bytes'] / 2**20:.1f} MiB)"
 

@@ -17,8 +17,8 @@ from safetensors.numpy import save
 
 from mechatlas.analysis.proofs.exact import brute_force
 from mechatlas.analysis.proofs.training import Settings, train_net
-from mechatlas.app.folders import refuse_strangers
 from mechatlas.app.progress import bar
+from mechatlas.app.run_folder import refuse_strangers
 from mechatlas.base import RecipeError
 from mechatlas.files import checksum, write, write_json
 from mechatlas.maths.group_constructions import permutation_group
@@ -29,7 +29,7 @@ NET, TABLE = "net.safetensors", "table.npy"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TrainGroup(Settings):
+class GroupNetConfig(Settings):
     """Train a one-hidden-layer network on the whole table of a finite group."""
 
     group: str = ""
@@ -56,7 +56,7 @@ def is_recipe(words: list[str]) -> bool:
     return "group" in raw or "generators" in raw
 
 
-def find_group(recipe: TrainGroup) -> Group:
+def find_group(recipe: GroupNetConfig) -> Group:
     """The group that a recipe names.
 
     Raises:
@@ -76,7 +76,7 @@ def find_group(recipe: TrainGroup) -> Group:
     return named_group(recipe.group)
 
 
-def train(recipe: TrainGroup) -> dict[str, Any]:
+def train(recipe: GroupNetConfig) -> dict[str, Any]:
     """Train, measure on all pairs, and write the folder.
 
     Raises:

@@ -18,16 +18,16 @@ import cattrs
 from cattrs.gen import make_dict_structure_fn
 from torch import nn
 
-from mechatlas.activations.collect import Collecting
+from mechatlas.activations.collect import StoreConfig
 from mechatlas.activations.networks import Network, build
-from mechatlas.activations.posing import Posing
+from mechatlas.activations.posing import PoseConfig
 from mechatlas.activations.samples import (
     Images,
     SampleRecipe,
     Samples,
     open_samples,
 )
-from mechatlas.analysis.interaction.analysis import Analysing
+from mechatlas.analysis.interaction.analysis import InteractionConfig
 from mechatlas.base import RecipeError
 from mechatlas.dictionaries.autoencoder import Autoencoder, Crosscoder, SparseCoder, Transcoder
 from mechatlas.dictionaries.pose_tied import PoseTied
@@ -41,7 +41,7 @@ Recipe = TypeVar("Recipe")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Collect:
+class CollectConfig:
     """Run a network over samples and write the activations at some sites to a store."""
 
     network: Network
@@ -50,9 +50,9 @@ class Collect:
     """Sites or globs, such as "mixed4*" or "mixed4a/5x5"; see `mechatlas sites NETWORK`."""
     samples: SampleRecipe = dataclasses.field(default_factory=Images)
     """What to run it on: Images, Arrays or Texts."""
-    collecting: Collecting = dataclasses.field(default_factory=Collecting)
+    collecting: StoreConfig = dataclasses.field(default_factory=StoreConfig)
     """Positions, number format, memory."""
-    group: Posing | None = None
+    group: PoseConfig | None = None
     """Keep the activations of every input in all poses of a group, such as `name = "D4"` in a
     table [group]; by default only of the input as it is."""
     out: Path = Path("store")
@@ -66,7 +66,7 @@ class Collect:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Train:
+class TrainConfig:
     """Train one dictionary on the activations of one site."""
 
     store: Path
@@ -172,7 +172,7 @@ class Train:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Interact:
+class BasisConfig:
     """Degeneracy, interaction basis and modules of some layers of a network."""
 
     network: Network
@@ -187,7 +187,7 @@ class Interact:
     """At most so many samples, evenly spread over those there are."""
     dictionaries: dict[str, Path] = dataclasses.field(default_factory=dict)
     """By layer: a folder or file of a dictionary whose latents are compared with the bases."""
-    how: Analysing = dataclasses.field(default_factory=Analysing)
+    how: InteractionConfig = dataclasses.field(default_factory=InteractionConfig)
     """Bases to compare, samples for Jacobians and ablations, thresholds."""
     out: Path = Path("basis")
     """Folder for the bases, the edges and the result."""
@@ -342,6 +342,6 @@ def reopen(recipe: dict[str, Any]) -> tuple[nn.Module, Samples]:
         RecipeError: The recipe is not one of `mechatlas collect`.
         UserError: The network or the samples are no longer there.
     """
-    collected = from_dict(recipe, Collect, "The store's manifest")
+    collected = from_dict(recipe, CollectConfig, "The store's manifest")
     network = build(collected.network)
     return network, open_samples(collected.samples, network)

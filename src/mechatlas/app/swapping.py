@@ -22,7 +22,7 @@ from scipy import sparse
 from torch import Tensor, nn
 
 from mechatlas.activations.networks import digest
-from mechatlas.activations.posing import Posing, action_of, places_of
+from mechatlas.activations.posing import PoseConfig, action_of, places_of
 from mechatlas.activations.samples import Samples
 from mechatlas.activations.sites import find_sites
 from mechatlas.activations.store import Store
@@ -38,7 +38,7 @@ from mechatlas.analysis.symmetry.swaps import (
     usable,
 )
 from mechatlas.app.progress import bar
-from mechatlas.app.recipes import Collect, from_dict, reopen
+from mechatlas.app.recipes import CollectConfig, from_dict, reopen
 from mechatlas.base import Site, StoreError, UserError
 from mechatlas.maths.statistics import proportion
 
@@ -177,7 +177,7 @@ def _columns(swaps: Swaps, n_features: int) -> dict[str, np.ndarray]:
     return columns
 
 
-def _reopened(store: Store) -> tuple[nn.Module, Samples, Posing]:
+def _reopened(store: Store) -> tuple[nn.Module, Samples, PoseConfig]:
     """The network, the samples and the recipe of the poses.
 
     Raises:
@@ -186,7 +186,7 @@ def _reopened(store: Store) -> tuple[nn.Module, Samples, Posing]:
         UserError: The network or the samples are no longer there.
     """
     recipe = store.manifest["recipe"]
-    posing = from_dict(recipe, Collect, "The store's manifest").group
+    posing = from_dict(recipe, CollectConfig, "The store's manifest").group
     if posing is None:
         raise StoreError(f"The recipe of {store.root} poses nothing.")
     network, samples = reopen(recipe)

@@ -16,7 +16,7 @@ from mechatlas.analysis.interaction.ablation import (
     search,
     stages_of,
 )
-from mechatlas.analysis.interaction.analysis import Analysing, basis
+from mechatlas.analysis.interaction.analysis import InteractionConfig, basis
 from mechatlas.analysis.interaction.bases import components, interaction, neurons
 from mechatlas.analysis.interaction.sections import rows_of
 from mechatlas.analysis.interaction.statistics import Inputs, observe
@@ -63,7 +63,7 @@ def test_vectors_that_nothing_reads_are_not_needed():
     network: Any = torch.nn.Sequential(torch.nn.Identity(), torch.nn.Linear(6, 3)).double()
     with torch.no_grad():
         network[1].weight[:, :3] = 0  # it reads only what varies least
-    found = basis(network, x, ["0", "1"], Analysing(kinds=("pca", "lib")))
+    found = basis(network, x, ["0", "1"], InteractionConfig(kinds=("pca", "lib")))
     assert found[0].vectors["lib"].number == 3 or found[0].vectors["lib"].number == 2
     assert (found[0].vectors["pca"].number or 99) > 3
     assert found[0].vectors["lib"].of == 3
@@ -96,9 +96,9 @@ def test_bases_turn_there_and_back():
 
 def test_settings_that_mean_nothing_are_refused():
     with pytest.raises(ValueError, match="points must be at least 1"):
-        dataclasses.replace(Analysing(), points=0)
+        dataclasses.replace(InteractionConfig(), points=0)
     with pytest.raises(ValueError, match="kinds must name"):
-        Analysing(kinds=())
+        InteractionConfig(kinds=())
 
 
 def test_a_stage_keeps_activations_for_vectors():
@@ -139,7 +139,7 @@ def test_dictionaries_are_compared_in_the_same_harness():
     )  # fmt: skip
     with torch.no_grad():
         network[1][0].weight[:, 0] = 0  # nothing reads the first channel
-    how = Analysing(kinds=("neurons",), score="numbers")
+    how = InteractionConfig(kinds=("neurons",), score="numbers")
     found = basis(network, x, ["0", "1", "2"], how, dictionaries={"0": Signs(4)})
     first, second, _ = found.layers
     made = first.bases["dictionary"]

@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 
-from mechatlas.analysis.interaction.analysis import Analysing, basis
+from mechatlas.analysis.interaction.analysis import InteractionConfig, basis
 
 from ..addition import addition, training_pairs
 
@@ -23,7 +23,7 @@ def test_fewer_edges_than_the_reference(data):
     needed = []
     for seed in range(3):
         network = addition(data(f"modadd/modadd_p113_seed{seed}.safetensors"))
-        found = basis(network, training_pairs(), LAYERS, Analysing(**HOW))
+        found = basis(network, training_pairs(), LAYERS, InteractionConfig(**HOW))
         assert found.measure == "accuracy"
         assert found.score == 1.0
         needed.append([layer.needed["lib"].number for layer in found.layers[:-1]])

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from mechatlas.analysis.interaction import degeneracy
-from mechatlas.analysis.interaction.analysis import Analysing, basis
+from mechatlas.analysis.interaction.analysis import InteractionConfig, basis
 from mechatlas.analysis.interaction.degeneracy import account, hessian_rank
 from mechatlas.analysis.interaction.sections import sections_of
 from mechatlas.analysis.interaction.statistics import Inputs
@@ -116,7 +116,7 @@ def test_where_there_are_only_bounds_they_are_bounds(what, monkeypatch):
     monkeypatch.setattr(degeneracy, "MOST_WORK", 0)
     x = samples(4, 2, null=1 if what in ("null inputs", "everything") else 0)
     network = plant(stack([4, 8, 6, 2], 2), x, what, 2)
-    how = Analysing(kinds=("neurons",), ablations=False, score="numbers")
+    how = InteractionConfig(kinds=("neurons",), ablations=False, score="numbers")
     found = basis(network, x, ["0", "1", "2", "3"], how)
     assert found.ledger is None
     counted = sum(layer.free_directions for layer in found.layers)

@@ -5,12 +5,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mechatlas.analysis.interaction.analysis import Analysing, basis
+from mechatlas.analysis.interaction.analysis import InteractionConfig, basis
 from mechatlas.analysis.interaction.modularity import same_parts
 
 from .test_degeneracy import plant, samples, stack
 
-FEW = Analysing(kinds=("lib",), score="numbers", ablations=False)
+FEW = InteractionConfig(kinds=("lib",), score="numbers", ablations=False)
 
 
 def analysed(network, x):

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from mechatlas.analysis.interaction.analysis import Analysing, basis
+from mechatlas.analysis.interaction.analysis import InteractionConfig, basis
 from mechatlas.analysis.interaction.modularity import (
     Graph,
     find_modules,
@@ -77,7 +77,7 @@ def true_parts(layer, turn, parts):
 def agreement(parts, seed, kind) -> tuple[float, Any]:
     network, x, turns = side_by_side(parts, seed)
     names = [str(i) for i in range(len(network))]
-    found = basis(network, x, names, Analysing(kinds=(kind,), score="numbers", seed=seed))
+    found = basis(network, x, names, InteractionConfig(kinds=(kind,), score="numbers", seed=seed))
     assert found.modules is not None
     truth = np.concatenate(
         [true_parts(layer, turn, parts) for layer, turn in zip(found.layers, turns, strict=True)]
@@ -127,7 +127,7 @@ def test_a_mixed_network_without_parts_has_no_modules():
                 mixed = random.permutation(weight.numpy().flatten()).reshape(weight.shape)
                 weight.copy_(torch.from_numpy(mixed))
         names = [str(i) for i in range(len(network))]
-        how = Analysing(kinds=("lib",), score="numbers", seed=seed)
+        how = InteractionConfig(kinds=("lib",), score="numbers", seed=seed)
         found = basis(network, x, names, how)
         assert found.modules is not None
         assert not found.modules.stand

@@ -62,7 +62,7 @@ T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Analysing:
+class InteractionConfig:
     """How to analyse; the defaults suit networks with some hundred units a layer."""
 
     kinds: tuple[Kind, ...] = KINDS
@@ -212,7 +212,7 @@ def basis(
     model: nn.Module,
     data: object,
     layers: Sequence[str | Site],
-    how: Analysing | None = None,
+    how: InteractionConfig | None = None,
     *,
     dictionaries: Mapping[str, Dictionary] | None = None,
     kept: MutableMapping[str, Arrays] | None = None,
@@ -240,7 +240,7 @@ def basis(
         InputError: The data are not samples for this network.
         NonFiniteError: A NaN or an infinity, and where.
     """
-    how = how or Analysing()
+    how = how or InteractionConfig()
     if len(layers) < 2:
         raise SiteError(f"Name at least two layers, got {len(layers)}: {list(map(str, layers))}.")
     inputs = Inputs.of(data)
@@ -263,7 +263,7 @@ class _Analysis:
         model: nn.Module,
         inputs: Inputs,
         sites: list[Site],
-        how: Analysing,
+        how: InteractionConfig,
         kept: MutableMapping[str, Arrays],
         on_progress: Progress,
     ) -> None:

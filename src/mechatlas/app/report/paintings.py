@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from mechatlas.activations.samples import ImageSamples
-from mechatlas.analysis.pictures import Climbing, optimise
+from mechatlas.analysis.pictures import VisualizeConfig, optimise
 from mechatlas.base import Progress, Site, no_progress
 
 AT_ONCE = 16
@@ -70,7 +70,7 @@ def paint(
 def _climbed(
     network: nn.Module, site: Site, directions: Tensor, side: int
 ) -> UInt8[np.ndarray, "n side side 3"]:
-    pictures, _ = optimise(network, site, directions, side=side, how=Climbing(steps=STEPS))
+    pictures, _ = optimise(network, site, directions, side=side, how=VisualizeConfig(steps=STEPS))
     return np.rint(255 * pictures).astype(np.uint8)
 
 

@@ -6,10 +6,10 @@ from typing import Any
 import numpy as np
 
 from mechatlas.analysis.symmetry.names import NOT_RELIABLE, rotations
+from mechatlas.app.commands.symmetry import TABLE, TENSORS
 from mechatlas.app.report.atoms import flat_map
 from mechatlas.app.report.chapter import Chapter, render
 from mechatlas.app.report.runs import Run, Runs
-from mechatlas.app.symmetry import TABLE, TENSORS
 from mechatlas.base import Progress
 from mechatlas.maths.groups import Group
 

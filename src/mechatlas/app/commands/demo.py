@@ -6,19 +6,21 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from mechatlas.activations.collect import Collecting
+from mechatlas.activations.collect import StoreConfig
 from mechatlas.activations.networks import Network
-from mechatlas.activations.posing import Posing
+from mechatlas.activations.posing import PoseConfig
 from mechatlas.activations.positions import Positions
 from mechatlas.activations.samples import Images
-from mechatlas.analysis.interaction.analysis import Analysing
-from mechatlas.app import group_nets, interact, jobs
-from mechatlas.app import prove as proving
-from mechatlas.app.branches import Branches, specialise
-from mechatlas.app.circuit import Circuit, circuit
-from mechatlas.app.matching import Matching, match_dictionaries
-from mechatlas.app.recipes import Collect, Interact, Train
-from mechatlas.app.symmetry import FindSymmetry, find_symmetry
+from mechatlas.analysis.interaction.analysis import InteractionConfig
+from mechatlas.app import group_nets
+from mechatlas.app.commands import basis as interact
+from mechatlas.app.commands import prove as proving
+from mechatlas.app.commands import train as jobs
+from mechatlas.app.commands.branches import BranchesConfig, specialise
+from mechatlas.app.commands.circuit import CircuitConfig, circuit
+from mechatlas.app.commands.match import MatchConfig, match_dictionaries
+from mechatlas.app.commands.symmetry import SymmetryConfig, find_symmetry
+from mechatlas.app.recipes import BasisConfig, CollectConfig, TrainConfig
 from mechatlas.dictionaries.sparsity import TopK
 from mechatlas.files import write_json
 
@@ -35,16 +37,16 @@ def run(out: Path) -> dict[str, Any]:
     """
     started = time.perf_counter()
     source = "scikit-image" if find_spec("skimage") else "photos"
-    collect = Collect(
+    collect = CollectConfig(
         network=Network(name="inception_mini"),
         sites=SITES,
         samples=Images(source=source, side=47, crops=32),
-        collecting=Collecting(positions=Positions(per_sample=50), paired=True),
+        collecting=StoreConfig(positions=Positions(per_sample=50), paired=True),
         out=out / "store",
     )
     stages = {"store": jobs.collect(collect)}
     for name, site, n_latents, k in (*((s, s, 1024, 16) for s in SITES), (FEW, SITES[0], 128, 8)):
-        recipe = Train(
+        recipe = TrainConfig(
             store=collect.out,
             site=site,
             out=out / name,
@@ -55,7 +57,7 @@ def run(out: Path) -> dict[str, Any]:
         )
         stages[name] = jobs.train(recipe)
     stages["match"] = match_dictionaries(
-        Matching(
+        MatchConfig(
             dictionaries=tuple(out / site for site in SITES),
             out=out / "match",
             cost="codes",  # the two sites have different widths
@@ -66,12 +68,12 @@ def run(out: Path) -> dict[str, Any]:
     stages |= _look_inside(collect, out)
     stages["proof"] = _prove(out)
     stages["basis"] = interact.interact(
-        Interact(
+        BasisConfig(
             network=collect.network,
             layers=("classify:input", "classify"),
             samples=Images(source=source, side=31, crops=40),
             n_samples=320,
-            how=Analysing(kinds=("lib", "pca")),
+            how=InteractionConfig(kinds=("lib", "pca")),
             out=out / "basis",
         )
     )
@@ -81,7 +83,7 @@ def run(out: Path) -> dict[str, Any]:
     return {"out": str(out), **result}
 
 
-def _look_inside(collect: Collect, out: Path) -> dict[str, Any]:
+def _look_inside(collect: CollectConfig, out: Path) -> dict[str, Any]:
     """Branches, circuits and symmetry of what was trained.
 
     Raises:
@@ -89,10 +91,10 @@ def _look_inside(collect: Collect, out: Path) -> dict[str, Any]:
     """
     stages = {}
     stages["branches"] = specialise(
-        Branches(dictionary=out / SITES[1], store=collect.out, out=out / "branches")
+        BranchesConfig(dictionary=out / SITES[1], store=collect.out, out=out / "branches")
     )
     stages["circuit"] = circuit(
-        Circuit(
+        CircuitConfig(
             dictionaries=tuple(out / site for site in SITES),
             out=out / "circuit",
             samples=24,
@@ -106,13 +108,13 @@ def _look_inside(collect: Collect, out: Path) -> dict[str, Any]:
         collect,
         sites=SITES[:1],
         samples=dataclasses.replace(collect.samples, side=63, crops=12),
-        collecting=Collecting(positions=Positions(per_sample=40)),
-        group=Posing(name="D4"),
+        collecting=StoreConfig(positions=Positions(per_sample=40)),
+        group=PoseConfig(name="D4"),
         out=out / "posed",
     )
     stages["posed"] = jobs.collect(posed)
     stages["symmetry"] = find_symmetry(
-        FindSymmetry(dictionary=out / FEW, store=posed.out, out=out / "symmetry", swaps=0)
+        SymmetryConfig(dictionary=out / FEW, store=posed.out, out=out / "symmetry", swaps=0)
     )
     return stages
 
@@ -123,10 +125,10 @@ def _prove(out: Path) -> dict[str, Any]:
     Raises:
         UserError: `out` is not writable or holds something else.
     """
-    net = group_nets.TrainGroup(group="S4", steps=1200, batch_size=256, out=out / "s4_net")
+    net = group_nets.GroupNetConfig(group="S4", steps=1200, batch_size=256, out=out / "s4_net")
     group_nets.train(net)
     return proving.prove(
-        proving.Prove(
+        proving.ProveConfig(
             weights=net.out / group_nets.NET,
             table=net.out / group_nets.TABLE,
             out=out / "s4_proof",

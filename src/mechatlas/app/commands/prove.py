@@ -25,7 +25,7 @@ from mechatlas.analysis.proofs.prove import (
 from mechatlas.analysis.proofs.prove import prove as prove_bound
 from mechatlas.analysis.proofs.structure import Cosets, bi_equivariance, concentrate
 from mechatlas.analysis.proofs.verify import Verdict, verify
-from mechatlas.app.folders import Result, refuse_strangers
+from mechatlas.app.run_folder import Result, refuse_strangers
 from mechatlas.base import InputError, WeightsError
 from mechatlas.files import checksum, write_json
 from mechatlas.maths.groups import Group
@@ -45,7 +45,7 @@ REPEATS = 5
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Prove:
+class ProveConfig:
     """Bound the accuracy of a group-operation network, with a proof that anyone can check."""
 
     weights: Path
@@ -62,7 +62,7 @@ class Prove:
     """Share of the multiply-adds of brute force that the later stages may use."""
 
 
-def prove(recipe: Prove) -> Result:
+def prove(recipe: ProveConfig) -> Result:
     """Prove, and write the folder.
 
     Raises:

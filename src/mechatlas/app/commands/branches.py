@@ -34,8 +34,8 @@ from mechatlas.analysis.branches.summary import (
     enriched,
     svd_order,
 )
-from mechatlas.app.folders import Result, finish, refuse_strangers, write_table
 from mechatlas.app.progress import bar
+from mechatlas.app.run_folder import Result, finish, refuse_strangers, write_table
 from mechatlas.base import DiskError, InputError, RecipeError, StoreError
 from mechatlas.dictionaries.formats import load
 from mechatlas.files import checksum, read_json, write_json
@@ -50,7 +50,7 @@ PICTURE_ROWS = 160
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Branches:
+class BranchesConfig:
     """Test every feature of a dictionary for a branch of its own.
 
     Examples:  mechatlas branches runs/mixed4a --store runs/store --out runs/branches4a
@@ -82,7 +82,7 @@ class Branches:
 
 def run(words: list[str]) -> tuple[Result, str]:
     """Test, from the words of the command line."""
-    recipe = tyro.cli(Branches, args=words, prog="mechatlas branches")
+    recipe = tyro.cli(BranchesConfig, args=words, prog="mechatlas branches")
     result = specialise(recipe)
     return result, in_words(result)
 
@@ -128,7 +128,7 @@ class _Opened:
     branches: dict[str, slice]
 
 
-def specialise(recipe: Branches) -> Result:
+def specialise(recipe: BranchesConfig) -> Result:
     """Test every feature against the null, and measure what its branches do.
 
     Raises:
@@ -238,7 +238,7 @@ def _read(rows: StoreRows, most: int) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def _summary(
-    recipe: Branches, opened: _Opened, known: Spectrum, driven: Drive, found: Specialization
+    recipe: BranchesConfig, opened: _Opened, known: Spectrum, driven: Drive, found: Specialization
 ) -> Result:
     alive = driven.active > 0
     stands, home = found.specialised(recipe.rate), found.branch_of(recipe.rate)
@@ -395,7 +395,7 @@ def _labels(text: str, n: int) -> list[Any]:
 
 
 def _label_facts(
-    recipe: Branches, found: Specialization, labels: list[Any], alive: np.ndarray
+    recipe: BranchesConfig, found: Specialization, labels: list[Any], alive: np.ndarray
 ) -> Result:
     listed = enriched(found.branch_of(recipe.rate), found.names, labels, tested=alive)
     return {
@@ -458,7 +458,7 @@ def _pairs(folder: Path, dictionary: Path) -> list[_Pair]:
     return found
 
 
-def _consistency(recipe: Branches, store: Store, pair: _Pair, own: Specialization) -> Result:
+def _consistency(recipe: BranchesConfig, store: Store, pair: _Pair, own: Specialization) -> Result:
     """How often matched features are in the same kind of branch: those specialised, and all."""
     found = []
     for path in pair.paths:

@@ -21,9 +21,9 @@ from mechatlas.analysis.symmetry.contrast import contrast
 from mechatlas.analysis.symmetry.evidence import ALIKE, SUPPORT
 from mechatlas.analysis.symmetry.names import NOT_RELIABLE
 from mechatlas.app import swapping
-from mechatlas.app.folders import finish, refuse_strangers, write_table, write_tensors
 from mechatlas.app.posed import Learnt, Posed, learn, manifest_of, measure, open_posed, said_of
 from mechatlas.app.progress import bar
+from mechatlas.app.run_folder import finish, refuse_strangers, write_table, write_tensors
 from mechatlas.base import RecipeError
 from mechatlas.files import checksum, read_json, write_json
 from mechatlas.maths.actions import Rotate
@@ -35,7 +35,7 @@ TABLE = "features.parquet"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class FindSymmetry:
+class SymmetryConfig:
     """Classify the features of a dictionary by what leaves them unchanged.
 
     Examples:  mechatlas symmetry runs/crosscoder --store runs/posed --out runs/symmetry
@@ -69,7 +69,7 @@ class FindSymmetry:
 
 def run(words: list[str]) -> tuple[dict[str, Any], str]:
     """Classify, from the words of the command line."""
-    result = find_symmetry(tyro.cli(FindSymmetry, args=words, prog="mechatlas symmetry"))
+    result = find_symmetry(tyro.cli(SymmetryConfig, args=words, prog="mechatlas symmetry"))
     return result, in_words(result)
 
 
@@ -143,7 +143,7 @@ NO_GROUP = (
 )
 
 
-def find_symmetry(recipe: FindSymmetry) -> dict[str, Any]:
+def find_symmetry(recipe: SymmetryConfig) -> dict[str, Any]:
     """Classify the features of a dictionary.
 
     Raises:
@@ -278,7 +278,7 @@ def _interpolation(posed: Posed, found: Symmetry) -> dict[str, Any] | None:
 
 
 def _write(
-    recipe: FindSymmetry,
+    recipe: SymmetryConfig,
     posed: Posed,
     found: Symmetry,
     learnt: Learnt,

@@ -46,9 +46,9 @@ from mechatlas.analysis.matching.folding import Parts, fold, mean_active
 from mechatlas.analysis.matching.nulls import NULLS, Evidence, Null
 from mechatlas.analysis.matching.pairing import Match, match, relatives
 from mechatlas.analysis.matching.splicing import permuted, references, splice
-from mechatlas.app.folders import cost, peak_bytes, refuse_strangers, write_table
 from mechatlas.app.progress import bar
 from mechatlas.app.recipes import reopen
+from mechatlas.app.run_folder import cost, peak_bytes, refuse_strangers, write_table
 from mechatlas.base import RecipeError, Site, StoreError, UserError
 from mechatlas.dictionaries.formats import load
 from mechatlas.files import checksum, read_json, write, write_json
@@ -66,7 +66,7 @@ AT_ONCE = 32
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Matching:
+class MatchConfig:
     """Match the latents of dictionaries in a row, each with the next.
 
     Examples:  mechatlas match runs/layer3 runs/layer4 --out runs/match
@@ -100,7 +100,7 @@ class Matching:
 
 def run(words: list[str]) -> tuple[dict[str, Any], str]:
     """Match, from the words of the command line."""
-    recipe = tyro.cli(Matching, args=words, prog="mechatlas match")
+    recipe = tyro.cli(MatchConfig, args=words, prog="mechatlas match")
     result = match_dictionaries(recipe)
     return result, in_words(result)
 
@@ -129,7 +129,7 @@ def in_words(result: dict[str, Any]) -> str:
     return "\n".join([*lines, f"Result: {result['out']}"])
 
 
-def match_dictionaries(recipe: Matching) -> dict[str, Any]:
+def match_dictionaries(recipe: MatchConfig) -> dict[str, Any]:
     """Match each dictionary with the next, and all of them jointly.
 
     Raises:
@@ -192,7 +192,7 @@ def match_dictionaries(recipe: Matching) -> dict[str, Any]:
     return {"out": str(recipe.out), **result}
 
 
-def _check(recipe: Matching) -> None:
+def _check(recipe: MatchConfig) -> None:
     """Everything that can be known before any work.
 
     Raises:
@@ -226,7 +226,7 @@ def _names(paths: tuple[Path, ...]) -> list[str]:
     return short if len(set(short)) == len(short) else [str(p) for p in paths]
 
 
-def _plain(recipe: Matching) -> dict[str, Any]:
+def _plain(recipe: MatchConfig) -> dict[str, Any]:
     return {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(recipe).items()}
 
 
@@ -237,7 +237,7 @@ def _checksum_of(path: Path) -> str:
 
 
 def _rows(
-    recipe: Matching, dictionaries: list[Any]
+    recipe: MatchConfig, dictionaries: list[Any]
 ) -> tuple[list[torch.Tensor], np.ndarray, list[torch.Tensor]]:
     """Rows of each dictionary's site to fold with, their samples, and rows to measure on.
 
@@ -302,7 +302,7 @@ def first_rows(rows: StoreRows, n: int) -> tuple[torch.Tensor, np.ndarray]:
 
 
 def _views(
-    recipe: Matching, dictionaries: list[Any], known: list[torch.Tensor], samples: np.ndarray
+    recipe: MatchConfig, dictionaries: list[Any], known: list[torch.Tensor], samples: np.ndarray
 ) -> tuple[list[Any], list[Any]]:
     """What is matched of each dictionary, and the unit of its latents."""
     none = [None] * len(dictionaries)
@@ -315,7 +315,7 @@ def _views(
 
 
 def _pair(
-    recipe: Matching, k: int, views: list[Any], units: list[Any], nulls: tuple[Null, ...]
+    recipe: MatchConfig, k: int, views: list[Any], units: list[Any], nulls: tuple[Null, ...]
 ) -> Match:
     folder = recipe.out / "unfinished" / str(k)
     asked = {
@@ -436,7 +436,7 @@ def _worth(
     return {"held_out_rows": len(rows[0]), "co_firing": plain, "explained_variance": moved}
 
 
-def _network(recipe: Matching) -> tuple[tuple[nn.Module, list[torch.Tensor]] | None, str]:
+def _network(recipe: MatchConfig) -> tuple[tuple[nn.Module, list[torch.Tensor]] | None, str]:
     """The network of the store and batches of held-out samples, or why it cannot be run."""
     if recipe.store is None or not recipe.samples:
         return None, ""
@@ -456,7 +456,7 @@ def _network(recipe: Matching) -> tuple[tuple[nn.Module, list[torch.Tensor]] | N
 
 
 def _spliced(
-    recipe: Matching,
+    recipe: MatchConfig,
     running: tuple[nn.Module, list[torch.Tensor]],
     k: int,
     two: list[Any],
@@ -485,7 +485,7 @@ def _numbers(estimates: dict[str, Any]) -> dict[str, Any]:
 
 
 def _joint(
-    recipe: Matching,
+    recipe: MatchConfig,
     matches: list[Match],
     nulls: tuple[Null, ...],
     unseen: list[torch.Tensor],
@@ -522,7 +522,7 @@ def _joint(
 
 
 def _first_to_last(
-    recipe: Matching,
+    recipe: MatchConfig,
     matches: list[Match],
     nulls: tuple[Null, ...],
     tracks: Tracks,

@@ -41,10 +41,10 @@ from mechatlas.analysis.circuits.paths import Path as Strongest
 from mechatlas.analysis.circuits.paths import strongest
 from mechatlas.analysis.circuits.recording import Recording, record
 from mechatlas.analysis.circuits.weights import Edges, blocks, edges, kernels, responses
-from mechatlas.analysis.pictures import Climbing, optimise
-from mechatlas.app.folders import Result, finish, refuse_strangers, write_table, write_tensors
+from mechatlas.analysis.pictures import VisualizeConfig, optimise
 from mechatlas.app.progress import bar
 from mechatlas.app.recipes import reopen
+from mechatlas.app.run_folder import Result, finish, refuse_strangers, write_table, write_tensors
 from mechatlas.base import InputError, RecipeError, Site, StoreError
 from mechatlas.dictionaries.formats import load
 from mechatlas.files import checksum, read_json, write_json
@@ -58,7 +58,7 @@ MAP_NUMBERS = 1 << 22
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Circuit:
+class CircuitConfig:
     """Find which features of a site are made of which of the site before, and by which branch.
 
     Examples:  mechatlas circuit runs/mixed4a runs/mixed4b --out runs/circuit
@@ -93,7 +93,7 @@ class Circuit:
 
 def run(words: list[str]) -> tuple[Result, str]:
     """Find circuits, from the words of the command line."""
-    result = circuit(tyro.cli(Circuit, args=words, prog="mechatlas circuit"))
+    result = circuit(tyro.cli(CircuitConfig, args=words, prog="mechatlas circuit"))
     return result, in_words(result)
 
 
@@ -150,7 +150,7 @@ class _Found:
     facts: Result
 
 
-def circuit(recipe: Circuit) -> Result:
+def circuit(recipe: CircuitConfig) -> Result:
     """Weigh all pairs of features of consecutive sites, and validate them by ablation.
 
     Raises:
@@ -190,7 +190,7 @@ def circuit(recipe: Circuit) -> Result:
     return finish(recipe.out, recipe, result, clock)
 
 
-def _check(recipe: Circuit) -> None:
+def _check(recipe: CircuitConfig) -> None:
     """Everything that can be known before any work.
 
     Raises:
@@ -214,7 +214,7 @@ def _check(recipe: Circuit) -> None:
     refuse_strangers(recipe.out, KIND)
 
 
-def _open(recipe: Circuit) -> _Opened:
+def _open(recipe: CircuitConfig) -> _Opened:
     """Dictionaries, their sites, and the network and samples of their store.
 
     Raises:
@@ -287,7 +287,7 @@ def _store_of(path: Path) -> Path:
     )
 
 
-def _weigh(recipe: Circuit, opened: _Opened, k: int, wiring: Wiring | Layer) -> _Found:
+def _weigh(recipe: CircuitConfig, opened: _Opened, k: int, wiring: Wiring | Layer) -> _Found:
     """All pairs of features of two sites, and how well their kernels reproduce drives."""
     a, b = opened.dictionaries[k : k + 2]
     clock = time.process_time()
@@ -332,7 +332,7 @@ def _of_layer(paths: Sequence[Strongest], layer: int) -> np.ndarray:
 
 
 def _measure(
-    recipe: Circuit, opened: _Opened, k: int, one: _Found, paths: Sequence[Strongest]
+    recipe: CircuitConfig, opened: _Opened, k: int, one: _Found, paths: Sequence[Strongest]
 ) -> tuple[Ablation, Attribution]:
     """Remove the features of the paths and some at random, and attribute the drives of paths."""
     a, b = opened.dictionaries[k : k + 2]
@@ -347,7 +347,9 @@ def _measure(
     return removed, attribute(one.wiring, a, b, maps, _of_layer(paths, k + 1), parts)
 
 
-def _validated(recipe: Circuit, opened: _Opened, k: int, one: _Found, removed: Ablation) -> Result:
+def _validated(
+    recipe: CircuitConfig, opened: _Opened, k: int, one: _Found, removed: Ablation
+) -> Result:
     """Rank correlation of weights times mean activations with what ablations did.
 
     Only over the features drawn at random: those of the paths were chosen by the weights.
@@ -442,14 +444,14 @@ def _explained(k: int, one: _Found, given: Attribution, paths: Sequence[Stronges
 
 
 def _pictures(
-    recipe: Circuit, opened: _Opened, paths: Sequence[Strongest]
+    recipe: CircuitConfig, opened: _Opened, paths: Sequence[Strongest]
 ) -> dict[str, np.ndarray]:
     """A picture of each feature on a path, by layer; none if the network does not take photos."""
     samples = opened.samples
     if not recipe.pictures or not isinstance(samples, ImageSamples) or samples.channels != 3:
         return {}
     made: dict[str, np.ndarray] = {}
-    how = Climbing(steps=recipe.pictures, seed=recipe.seed)
+    how = VisualizeConfig(steps=recipe.pictures, seed=recipe.seed)
     for layer, (site, dictionary) in enumerate(zip(opened.sites, opened.dictionaries, strict=True)):
         latents = _of_layer(paths, layer)
         rows = dictionary.W_enc.detach().T[torch.from_numpy(latents)]
@@ -466,7 +468,7 @@ def _pictures(
 
 
 def _write(
-    recipe: Circuit,
+    recipe: CircuitConfig,
     opened: _Opened,
     found: list[_Found],
     tables: list[dict[str, np.ndarray]],

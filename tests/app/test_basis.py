@@ -13,8 +13,8 @@ from torch import nn
 
 from mechatlas.analysis.interaction import analysis
 from mechatlas.app.cli import main
-from mechatlas.app.interact import interact
-from mechatlas.app.recipes import Interact, read_recipe
+from mechatlas.app.commands.basis import interact
+from mechatlas.app.recipes import BasisConfig, read_recipe
 from mechatlas.app.report.page import write_page
 from mechatlas.dictionaries.autoencoder import Autoencoder
 from mechatlas.dictionaries.formats import save
@@ -113,7 +113,9 @@ def test_a_killed_run_goes_on_where_it_stopped(here, capsys, monkeypatch):
     monkeypatch.setattr(analysis, "needed_edges", killed)
     again = ["basis", "basis.toml", "--json", "--out", "again"]
     with pytest.raises(KeyboardInterrupt):
-        interact(dataclasses.replace(read_recipe(here / "basis.toml", Interact), out=Path("again")))
+        interact(
+            dataclasses.replace(read_recipe(here / "basis.toml", BasisConfig), out=Path("again"))
+        )
     left = {path.name for path in (here / "again").iterdir()}
     assert left == {"unfinished"}
     monkeypatch.setattr(analysis, "observe", None)  # statistics and edges are there

@@ -24,9 +24,9 @@ from mechatlas.activations.samples import Samples, open_samples
 from mechatlas.activations.sites import find_sites
 from mechatlas.analysis.interaction.ablation import Needed
 from mechatlas.analysis.interaction.analysis import Interaction, Layer, basis
-from mechatlas.app.folders import finish, refuse_strangers, write_tensors
 from mechatlas.app.progress import bar
-from mechatlas.app.recipes import Interact, as_dict
+from mechatlas.app.recipes import BasisConfig, as_dict
+from mechatlas.app.run_folder import finish, refuse_strangers, write_tensors
 from mechatlas.base import InputError, RecipeError, Site, SiteError
 from mechatlas.dictionaries.formats import load
 from mechatlas.files import checksum, read_json, write_json
@@ -40,7 +40,7 @@ SHOWN_CHANNELS = 4
 """Channels that are named of each vector."""
 
 
-def interact(recipe: Interact) -> dict[str, Any]:
+def interact(recipe: BasisConfig) -> dict[str, Any]:
     """Analyse some layers of a network.
 
     Raises:
@@ -136,7 +136,7 @@ def _one_site(network: torch.nn.Module, layer: str) -> Site:
     return found[0]
 
 
-def _labels(recipe: Interact, samples: Samples, chosen: np.ndarray) -> torch.Tensor | None:
+def _labels(recipe: BasisConfig, samples: Samples, chosen: np.ndarray) -> torch.Tensor | None:
     if recipe.labels is None:
         return None
     try:

@@ -7,14 +7,16 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from mechatlas.activations.collect import Collecting
+from mechatlas.activations.collect import StoreConfig
 from mechatlas.activations.networks import Network
 from mechatlas.activations.positions import Positions
 from mechatlas.activations.samples import Images
 from mechatlas.analysis.matching import pairing
-from mechatlas.app import cli, jobs, matching
-from mechatlas.app.matching import Matching, match_dictionaries
-from mechatlas.app.recipes import Collect, Train
+from mechatlas.app import cli
+from mechatlas.app.commands import match as matching
+from mechatlas.app.commands import train as jobs
+from mechatlas.app.commands.match import MatchConfig, match_dictionaries
+from mechatlas.app.recipes import CollectConfig, TrainConfig
 from mechatlas.base import DiskError, RecipeError, StoreError, UserError
 from mechatlas.dictionaries.autoencoder import Autoencoder
 from mechatlas.dictionaries.formats import save
@@ -137,11 +139,11 @@ def test_what_was_kept_of_other_weights_is_not_used_whatever_the_format(tmp_path
 def paired(tmp_path_factory):
     """A paired store of a small network, and a dictionary of each of its sites."""
     root = tmp_path_factory.mktemp("paired")
-    collecting = Collecting(
+    collecting = StoreConfig(
         positions=Positions(rule="random", per_sample=20), paired=True, held_out=0.2
     )
     jobs.collect(
-        Collect(
+        CollectConfig(
             network=Network(name="tests.networks:tiny"),
             sites=("first", "mixed"),
             samples=Images(source=str(photographs(root / "p.zip")), side=15, crops=3),
@@ -151,14 +153,14 @@ def paired(tmp_path_factory):
     )
     for site in ("first", "mixed"):
         jobs.train(
-            Train(store=root / "store", site=site, out=root / site, n_latents=16,
+            TrainConfig(store=root / "store", site=site, out=root / site, n_latents=16,
                   sparsity=TopK(k=8), steps=200, batch_size=64)
         )  # fmt: skip
     return root
 
 
 def test_with_a_store_the_network_runs_on_what_a_match_writes(paired, tmp_path):
-    recipe = Matching(
+    recipe = MatchConfig(
         dictionaries=(paired / "first", paired / "mixed"),
         out=tmp_path / "out", cost="codes", store=paired / "store", samples=6,
     )  # fmt: skip
@@ -178,7 +180,7 @@ def test_with_a_store_the_network_runs_on_what_a_match_writes(paired, tmp_path):
 
 
 def test_where_the_network_cannot_be_run_the_match_stands_and_says_why(paired, tmp_path):
-    recipe = Matching(
+    recipe = MatchConfig(
         dictionaries=(paired / "mixed", paired / "first"),
         out=tmp_path / "out", cost="codes", store=paired / "store", samples=6,
     )  # fmt: skip
@@ -214,7 +216,7 @@ def test_mistakes_are_named_before_any_work(saved, tmp_path, changed, kind, said
         if isinstance(values.get(key), str):
             values[key] = tmp_path / values[key]
     with pytest.raises(kind, match=said):
-        match_dictionaries(Matching(**values))
+        match_dictionaries(MatchConfig(**values))
 
 
 def test_a_missing_dictionary_is_a_users_mistake(saved, tmp_path, capsys):

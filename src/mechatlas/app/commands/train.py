@@ -15,10 +15,10 @@ from mechatlas.activations.collect import collect as collect_rows
 from mechatlas.activations.samples import open_samples
 from mechatlas.activations.sites import find_sites
 from mechatlas.activations.store import PairedRows, Store, StoreRows
-from mechatlas.app.folders import Result, cost, finish, refuse_strangers
 from mechatlas.app.progress import bar
-from mechatlas.app.recipes import Collect, Train, as_dict
+from mechatlas.app.recipes import CollectConfig, TrainConfig, as_dict
 from mechatlas.app.report.page import write_page
+from mechatlas.app.run_folder import Result, cost, finish, refuse_strangers
 from mechatlas.base import RecipeError
 from mechatlas.dictionaries.autoencoder import SparseCoder
 from mechatlas.dictionaries.formats import FILE, save
@@ -26,7 +26,7 @@ from mechatlas.dictionaries.training import train as train_dictionary
 from mechatlas.files import checksum, write_json
 
 
-def collect(recipe: Collect) -> Result:
+def collect(recipe: CollectConfig) -> Result:
     """Collect activations into a store.
 
     Raises:
@@ -62,7 +62,7 @@ def collect(recipe: Collect) -> Result:
     return finish(recipe.out, recipe, result, clock)
 
 
-def train(recipe: Train) -> Result:
+def train(recipe: TrainConfig) -> Result:
     """Train a dictionary on one site of a store.
 
     Raises:
@@ -125,7 +125,9 @@ def train(recipe: Train) -> Result:
     return finish(recipe.out, recipe, result, clock)
 
 
-def _built(recipe: Train, store: Store, rows: StoreRows | PairedRows) -> tuple[SparseCoder, bool]:
+def _built(
+    recipe: TrainConfig, store: Store, rows: StoreRows | PairedRows
+) -> tuple[SparseCoder, bool]:
     """The dictionary, and whether it is one of all poses.
 
     Raises:

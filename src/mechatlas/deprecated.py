@@ -1,0 +1,93 @@
+"""Spellings of version 0.1, which keep working until 0.3 with a warning that names the new one.
+
+This module is the one table of old names:
+
+    NAMES        names of the front door and of `mechatlas.base`
+    ARGUMENTS    keyword arguments, by function
+    ATTRIBUTES   attributes of results, by class
+    FLAGS        flags of commands and keys of recipes, by command
+    COLUMNS      columns of parquet files, written under both names
+    KEYS         keys of `result.json`, written under both names
+"""
+
+import functools
+import warnings
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
+
+NAMES: dict[str, str] = {
+    "Analysing": "mechatlas.analysis.interaction.analysis.InteractionConfig",
+    "Collecting": "mechatlas.activations.collect.StoreConfig",
+    "Posing": "mechatlas.activations.posing.PoseConfig",
+}
+"""Old name -> full path of the new one."""
+
+ARGUMENTS: dict[str, dict[str, str]] = {}
+"""Name of a function -> old keyword -> new keyword."""
+
+ATTRIBUTES: dict[str, dict[str, str]] = {}
+"""Name of a class -> old attribute -> new attribute."""
+
+FLAGS: dict[str, dict[str, str]] = {}
+"""Name of a command -> old flag or recipe key -> new one; with dots inside tables."""
+
+COLUMNS: dict[str, str] = {}
+"""Old column -> the column that has its values."""
+
+KEYS: dict[str, str] = {}
+"""Old key -> the key that has its value, wherever it stands in a result."""
+
+Parameters = ParamSpec("Parameters")
+Returned = TypeVar("Returned")
+Class = TypeVar("Class", bound=type)
+
+
+def warn(old: str, new: str, *, stacklevel: int = 3) -> None:
+    """Warn that a spelling is old."""
+    warnings.warn(
+        f"{old} is now called {new}; the old spelling goes in version 0.3.",
+        DeprecationWarning,
+        stacklevel=stacklevel,
+    )
+
+
+def renamed_arguments(
+    function: Callable[Parameters, Returned],
+) -> Callable[Parameters, Returned]:
+    """Accept the old keyword arguments that the table lists for a function.
+
+    Raises:
+        TypeError: The same argument is given under both spellings.
+    """
+    name = function.__name__
+    table = ARGUMENTS[name]
+
+    @functools.wraps(function)
+    def call(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Returned:
+        for old in [old for old in kwargs if old in table]:
+            new = table[old]
+            if new in kwargs:
+                raise TypeError(f"{name}() got both {old}= and {new}=, which are the same.")
+            warn(f"{name}({old}=)", f"{name}({new}=)")
+            kwargs[new] = kwargs.pop(old)
+        return function(*args, **kwargs)
+
+    return call
+
+
+def renamed_attributes(cls: Class) -> Class:
+    """Give a class the old attributes that the table lists for it.
+
+    Raises:
+        AttributeError: From the class, for a name that is neither old nor new.
+    """
+    table = ATTRIBUTES[cls.__name__]
+
+    def look_up(self: Any, name: str) -> Any:
+        if name not in table:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        warn(f"{cls.__name__}.{name}", f"{cls.__name__}.{table[name]}")
+        return getattr(self, table[name])
+
+    cls.__getattr__ = look_up  # pyright: ignore[reportAttributeAccessIssue]
+    return cls
