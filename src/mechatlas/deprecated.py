@@ -22,13 +22,20 @@ NAMES: dict[str, str] = {
 }
 """Old name -> full path of the new one."""
 
-ARGUMENTS: dict[str, dict[str, str]] = {}
+ARGUMENTS: dict[str, dict[str, str]] = {
+    "prove": {"effort": "compute_budget"},
+}
 """Name of a function -> old keyword -> new keyword."""
 
-ATTRIBUTES: dict[str, dict[str, str]] = {}
+ATTRIBUTES: dict[str, dict[str, str]] = {
+    "AccuracyBound": {"verdict": "verification"},
+    "Verification": {"budget": "logit_budget"},
+}
 """Name of a class -> old attribute -> new attribute."""
 
-FLAGS: dict[str, dict[str, str]] = {}
+FLAGS: dict[str, dict[str, str]] = {
+    "prove": {"effort": "compute_budget"},
+}
 """Name of a command -> old flag or recipe key -> new one; with dots inside tables."""
 
 COLUMNS: dict[str, str] = {}
