@@ -1,7 +1,7 @@
 """Planted symmetries: classes, families and poses found, false discoveries, and time at full size.
 
 Run: `pytest benchmarks/bench_symmetry.py -s -o python_files='bench_*.py' --benchmark-only -m ''`.
-Families have every class of stabilisers of D4, or those of D16 (order 32) up to order 8; there are
+Families have every class of stabilizers of D4, or those of D16 (order 32) up to order 8; there are
 as many random decoys as a fifth of the features, noise of each half is 0.1, 0.5 or 1.5 times the
 blocks, families overlap (cosine 0.5 in the same pose) or share a direction, noise may be uneven,
 decoys may nearly have a symmetry (alike to 0.65; a symmetry needs 0.71).
@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mechatlas.analysis.symmetry.classify import control, symmetry
+from mechatlas.analysis.symmetry.classify import count_shuffled_discoveries, symmetry
 from mechatlas.maths.named_groups import group
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -50,7 +50,7 @@ def test_planted(benchmark, name, level, mixture):
         if seed == 0:
             benchmark.pedantic(symmetry, (blocks, g, halves), rounds=1)
         told.append(score(planted, symmetry(blocks, g, halves)))
-        by_chance += control(halves, g)
+        by_chance += count_shuffled_discoveries(halves, g)
     mean = {key: round(float(np.mean([one[key] for one in told])), 4) for key in told[0]}
     print(f"\n{name} {level} {mixture} ({n_features} features): {mean}, shuffled {by_chance}")
     benchmark.extra_info.update(mean, shuffled=by_chance)

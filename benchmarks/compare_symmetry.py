@@ -47,7 +47,7 @@ class Way(NamedTuple):
     facts: dict[str, Any]
     atoms: np.ndarray
     symmetric: np.ndarray
-    """Whether a stabiliser is larger than {e}."""
+    """Whether a stabilizer is larger than {e}."""
     reliable: np.ndarray
     posed: np.ndarray | None = None
     """Atoms in every pose, if the pose they are in is arbitrary."""
@@ -98,7 +98,7 @@ def from_folder(problem: Problem, dictionary: SparseCoder, out: Path, seed: int)
             store=problem.options.store,
             site=problem.site,
             out=out / "symmetry",
-            swaps=0,
+            interventions=0,
             seed=seed,
         )
     )
@@ -113,7 +113,7 @@ def from_folder(problem: Problem, dictionary: SparseCoder, out: Path, seed: int)
     return Way(
         facts,
         load_file(out / "symmetry" / TENSORS)["atoms"],
-        table["stabiliser_order"].to_numpy() > 1,
+        table["stabilizer_order"].to_numpy() > 1,
         table["reliable"].to_numpy(),
     )
 
@@ -221,7 +221,7 @@ def per_transform(problem: Problem, out: Path, seed: int) -> Way:
         "missing": "no halves: noise is not told from asymmetry",
     }
     return Way(
-        facts, blocks[:, 0], np.array([len(each) > 1 for each in found.stabilisers]), found.reliable
+        facts, blocks[:, 0], np.array([len(each) > 1 for each in found.stabilizers]), found.reliable
     )
 
 

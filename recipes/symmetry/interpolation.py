@@ -5,7 +5,7 @@
 Quarter-turns move pixels, the turns between compute them, which blurs. That alone makes other
 turns less alike than quarter-turns: a 4-fold harmonic that is no symmetry of a feature. The same is
 collected with `matched_blur`, where every pose, the first too, is as blurred. Told are R2 of the
-best linear map and, over the features of a group crosscoder, the mean stabiliser function, of
+best linear map and, over the features of a group crosscoder, the mean stabilizer function, of
 quarter-turns and of the turns between, and the harmonic of order 4 by 16 elements.
 """
 
@@ -48,9 +48,11 @@ def measure(name: str, blurred: bool, options: argparse.Namespace) -> dict[str, 
         )
     )  # fmt: skip
     found = find_symmetry(
-        SymmetryConfig(dictionary=out / "crosscoder", store=store, out=out / "symmetry", swaps=0)
+        SymmetryConfig(
+            dictionary=out / "crosscoder", store=store, out=out / "symmetry", interventions=0
+        )
     )
-    s = load_file(out / "symmetry" / TENSORS)["stabiliser_function"].mean(axis=0)
+    s = load_file(out / "symmetry" / TENSORS)["stabilizer_function"].mean(axis=0)
     linear = np.array(found["r2"]["linear"])
     turns = np.arange(1, N)
     quarter = turns[turns % (N // 4) == 0]

@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 from safetensors.numpy import load_file
 
 import mechatlas as ma
-from mechatlas.analysis.symmetry.evidence import SUPPORT
+from mechatlas.analysis.symmetry.shift_evidence import SUPPORT_THRESHOLD
 from mechatlas.app.commands import symmetry
 from mechatlas.app.commands import train as jobs
 from mechatlas.app.recipes import TrainConfig, read_recipe
@@ -59,7 +59,7 @@ def classified(dictionary: Path, options: argparse.Namespace) -> Path:
                 dictionary=dictionary,
                 store=options.store,
                 out=out,
-                swaps=options.swaps,
+                interventions=options.interventions,
                 control=control,
             )
         )
@@ -77,7 +77,7 @@ def agreement(dictionaries: list[Path], folders: list[Path]) -> dict[str, Any]:
     found = ma.match(a, b)
     tables = [pq.read_table(folder / symmetry.TABLE) for folder in folders]
     names = [np.array(table["class"].to_pylist()) for table in tables]
-    orders = [table["stabiliser_order"].to_numpy() for table in tables]
+    orders = [table["stabilizer_order"].to_numpy() for table in tables]
     reliable = [table["reliable"].to_numpy() for table in tables]
     both = np.flatnonzero(reliable[0] & reliable[1][found.columns])
     one, two = names[0][both], names[1][found.columns[both]]
@@ -98,19 +98,19 @@ def agreement(dictionaries: list[Path], folders: list[Path]) -> dict[str, Any]:
 def beyond_invariance(folder: Path) -> dict[str, int]:
     """How many symmetric features are so beyond what all their poses have in common.
 
-    The blocks of a feature less their mean have the stabiliser function (s - mean) / (1 - mean):
+    The blocks of a feature less their mean have the stabilizer function (s - mean) / (1 - mean):
     of a blur, which is nearly the same in every pose, little is left. It must stay above the
     support that a symmetry needs, for all elements that are claimed.
     """
     table = pq.read_table(folder / symmetry.TABLE)
-    s = load_file(folder / symmetry.TENSORS)["stabiliser_function"]
+    s = load_file(folder / symmetry.TENSORS)["stabilizer_function"]
     mean = s.mean(axis=1, keepdims=True)
     rest = (s - mean) / np.maximum(1 - mean, 1e-9)
     told = {"symmetric": 0, "beyond": 0}
-    for i, stabiliser in enumerate(table["stabiliser_elements"].to_pylist()):
-        if table["reliable"][i].as_py() and 1 < len(stabiliser) < s.shape[1]:
+    for i, stabilizer in enumerate(table["stabilizer_elements"].to_pylist()):
+        if table["reliable"][i].as_py() and 1 < len(stabilizer) < s.shape[1]:
             told["symmetric"] += 1
-            told["beyond"] += bool((rest[i, stabiliser] > SUPPORT).all())
+            told["beyond"] += bool((rest[i, stabilizer] > SUPPORT_THRESHOLD).all())
     return told
 
 
@@ -169,7 +169,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--steps", type=int, help="by default the recipe's")
     parser.add_argument("--latents", type=int, help="by default the recipe's")
-    parser.add_argument("--swaps", type=int, default=40)
+    parser.add_argument("--interventions", type=int, default=40)
     parser.add_argument("--control", type=Path, help="--out of a run with weights drawn anew")
     options = parser.parse_args()
     options.out = options.out or options.store.parent

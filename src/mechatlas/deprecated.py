@@ -24,21 +24,36 @@ NAMES: dict[str, str] = {
 
 ARGUMENTS: dict[str, dict[str, str]] = {
     "prove": {"effort": "compute_budget"},
+    "symmetry": {"alike": "equality_threshold", "rate": "fdr", "turns": "acts_by_rotation"},
 }
 """Name of a function -> old keyword -> new keyword."""
 
 ATTRIBUTES: dict[str, dict[str, str]] = {
     "AccuracyBound": {"verdict": "verification"},
     "Verification": {"budget": "logit_budget"},
+    "Symmetry": {
+        "alike": "equality_threshold",
+        "chance": "chance_similarity",
+        "errors": "standard_errors",
+        "inflation": "variance_inflation",
+        "likeness_to_reference": "similarity_to_reference",
+        "rate": "fdr",
+        "stabiliser_function": "stabilizer_function",
+        "stabilisers": "stabilizers",
+    },
 }
 """Name of a class -> old attribute -> new attribute."""
 
 FLAGS: dict[str, dict[str, str]] = {
     "prove": {"effort": "compute_budget"},
+    "symmetry": {"alike": "equality_threshold", "rate": "fdr", "swaps": "interventions"},
 }
 """Name of a command -> old flag or recipe key -> new one; with dots inside tables."""
 
-COLUMNS: dict[str, str] = {}
+COLUMNS: dict[str, str] = {
+    "stabiliser": "stabilizer",
+    "stabiliser_order": "stabilizer_order",
+}
 """Old column -> the column that has its values."""
 
 KEYS: dict[str, str] = {}

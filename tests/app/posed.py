@@ -19,16 +19,16 @@ D = 36
 
 
 def features(seed=0):
-    """Blocks of every pose of one family for each of five stabilisers, and what is true of them."""
+    """Blocks of every pose of one family for each of five stabilizers, and what is true of them."""
     random = np.random.default_rng(seed)
-    blocks, stabilisers, families = [], [], []
+    blocks, stabilizers, families = [], [], []
     for number, subgroup in enumerate(SUBGROUPS):
         template = function_on_cosets(D4, subgroup, D, random)
         for coset in D4.left_cosets(subgroup):
             blocks.append(template[D4.table[:, coset[0]]])
-            stabilisers.append(D4.conjugate(subgroup, coset[0]))
+            stabilizers.append(D4.conjugate(subgroup, coset[0]))
             families.append(number)
-    return np.array(blocks, np.float32), stabilisers, np.array(families)
+    return np.array(blocks, np.float32), stabilizers, np.array(families)
 
 
 def write_store(root: Path, *, images=60, crops=2, each=40, noise=0.5, mixed=False):

@@ -26,12 +26,22 @@ from mechatlas.dictionaries.sparsity import ReLU, TopK
 from mechatlas.files import read_json, write_json
 from mechatlas.maths.named_groups import group
 from tests.analysis.symmetry.planted import adjusted_rand
-from tests.analysis.symmetry.test_swaps import true_features
+from tests.analysis.symmetry.test_interchange import true_features
 from tests.app import posed
 from tests.app.worlds import photographs
 
 KEYS = {"n_features", "classes", "fdr", "noise_ceiling", "families", "r2", "discoveries_shuffled"}
-COLUMNS = {"feature", "stabiliser", "stabiliser_order", "family", "pose", "q_value", "reliability"}
+COLUMNS = {
+    "feature",
+    "stabiliser",
+    "stabiliser_order",
+    "stabilizer",
+    "stabilizer_order",
+    "family",
+    "pose",
+    "q_value",
+    "reliability",
+}
 
 
 @pytest.fixture(scope="module")
@@ -56,9 +66,9 @@ def test_planted_features_are_classified_from_a_store(world, tmp_path, name):
     assert set(written) >= KEYS
     table = pq.read_table(tmp_path / "out" / "features.parquet")
     assert set(table.column_names) >= COLUMNS
-    blocks, stabilisers, families = posed.features()
+    blocks, stabilizers, families = posed.features()
     assert written["n_features"] == len(blocks)
-    assert [frozenset(each) for each in table["stabiliser_elements"].to_pylist()] == stabilisers
+    assert [frozenset(each) for each in table["stabilizer_elements"].to_pylist()] == stabilizers
     assert adjusted_rand(table["family"].to_numpy(), families) == 1
     assert all(table["reliable"].to_pylist())
     assert sum(written["classes"].values()) == len(blocks)
@@ -176,12 +186,19 @@ def test_what_does_not_fit_is_refused_in_one_sentence(world, tmp_path, capsys):
     save(Autoencoder(d_in=12, n_latents=40, seed=1), tmp_path / "narrow")
     said = refused(world, tmp_path, capsys, str(tmp_path / "narrow"), "--store", store)
     assert "reads 12 numbers, but one pose of layer" in said
-    said = refused(world, tmp_path, capsys, str(world / "plain"), "--store", store, "--rate", "2")
-    assert "--rate must lie between 0 and 1" in said
+    said = refused(world, tmp_path, capsys, str(world / "plain"), "--store", store, "--fdr", "2")
+    assert "--fdr must lie between 0 and 1" in said
     said = refused(
-        world, tmp_path, capsys, str(world / "plain"), "--store", store, "--alike", "1.1"
+        world,
+        tmp_path,
+        capsys,
+        str(world / "plain"),
+        "--store",
+        store,
+        "--equality-threshold",
+        "1.1",
     )
-    assert "--alike must be above 0.7071 and at most 1" in said
+    assert "--equality-threshold must be above 0.7071 and at most 1" in said
     save(Transcoder(d_in=36, d_out=20, n_latents=40, seed=1), tmp_path / "transcoder")
     said = refused(world, tmp_path, capsys, str(tmp_path / "transcoder"), "--store", store)
     assert "writes 20 numbers, but one pose of layer" in said
@@ -200,7 +217,7 @@ def test_a_dictionary_or_a_control_of_another_action_or_site_is_refused(world, t
     said = refused(world, tmp_path, capsys, str(tmp_path / "hues"), *store)
     assert "was trained for D4 (hue), but" in said
     assert "with D4 (order 8, rotate)" in said
-    run(world, "plain", tmp_path / "control", "--swaps", "0")
+    run(world, "plain", tmp_path / "control", "--interventions", "0")
     words = [str(world / "plain"), *store, "--control", str(tmp_path / "control")]
     result = read_json(tmp_path / "control" / "result.json")
     write_json(tmp_path / "control" / "result.json", {**result, "site": "other"})
@@ -226,7 +243,7 @@ def test_turns_that_interpolate_stand_beside_those_that_do_not(world, tmp_path):
     result, text = symmetry.run(
         [str(world / "plain"), "--store", str(tmp_path / "store"), "--out", str(tmp_path / "out")]
     )
-    s = load_file(tmp_path / "out" / symmetry.TENSORS)["stabiliser_function"].mean(axis=0)
+    s = load_file(tmp_path / "out" / symmetry.TENSORS)["stabilizer_function"].mean(axis=0)
     told = result["interpolation"]
     assert told["quarters"] == pytest.approx(s[[2, 4, 6]].mean(), abs=1e-5)
     assert told["between"] == pytest.approx(s[[1, 3, 5, 7]].mean(), abs=1e-5)
@@ -260,20 +277,20 @@ def turning(tmp_path_factory):
             out=root / "store",
         )
     )
-    blocks, stabilisers = true_features()
+    blocks, stabilizers = true_features()
     made = Autoencoder(d_in=40, n_latents=len(blocks), sparsity=ReLU())
     with torch.no_grad():
         made.W_dec.copy_(torch.from_numpy(blocks[:, 0]))
         made._W_enc.copy_(torch.linalg.pinv(torch.from_numpy(blocks[:, 0])))
     save(made, root / "plain")
-    return root, blocks, stabilisers
+    return root, blocks, stabilizers
 
 
 def test_swapped_poses_pass_in_a_network_that_sees_every_pose_alike(turning, tmp_path):
-    root, _, stabilisers = turning
+    root, _, stabilizers = turning
     result, text = run(root, "plain", tmp_path / "out")
     table = pq.read_table(tmp_path / "out" / "features.parquet")
-    assert [frozenset(each) for each in table["stabiliser_elements"].to_pylist()] == stabilisers
+    assert [frozenset(each) for each in table["stabilizer_elements"].to_pylist()] == stabilizers
     causal = result["causal"]
     assert causal["downstream"] == "after"  # the next module
     assert causal["pose"]["share"] > 0.9
@@ -298,12 +315,14 @@ def test_poses_are_swapped_where_the_network_can_be_run_again_or_it_is_said_why_
     world, turning, tmp_path
 ):
     result, text = run(world, "plain", tmp_path / "out")
-    assert "is not a Collect recipe" in result["causal"]["missing"]
+    assert "is not a CollectConfig recipe" in result["causal"]["missing"]
     assert "Poses were not swapped inside the network" in text
     root, _, _ = turning
-    result, _ = run(root, "plain", tmp_path / "out", "--swaps", "0")
-    assert result["causal"]["missing"] == "Not asked for (--swaps 0)."
-    result, _ = run(root, "plain", tmp_path / "out", "--swaps", "3", "--downstream", "output")
+    result, _ = run(root, "plain", tmp_path / "out", "--interventions", "0")
+    assert result["causal"]["missing"] == "Not asked for (--interventions 0)."
+    result, _ = run(
+        root, "plain", tmp_path / "out", "--interventions", "3", "--downstream", "output"
+    )
     assert (result["causal"]["tested"], result["causal"]["downstream"]) == (3, "output")
 
 
@@ -337,7 +356,7 @@ def test_a_pose_tied_dictionary_is_told_by_its_atoms(turning, tmp_path):
     table = pq.read_table(tmp_path / "out" / "features.parquet")
     # Kinds 0 to 2 have no symmetry. Of the others the codes of poses are equal, so that only sums
     # of blocks are known: they are told as symmetric.
-    orders = table["stabiliser_order"].to_pylist()
+    orders = table["stabilizer_order"].to_pylist()
     assert orders[:3] == [1, 1, 1]
     other = PoseTied(group=group("C8"), d_in=320, n_latents=40, sparsity=TopK(k=8))
     save(other, tmp_path / "other")

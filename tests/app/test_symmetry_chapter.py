@@ -56,7 +56,7 @@ def test_the_lattice_joins_a_class_with_those_next_to_it(made):
 
 
 def test_a_wheel_has_each_pose_of_a_family_at_its_place(made):
-    blocks, stabilisers, _ = posed.features()
+    blocks, stabilizers, _ = posed.features()
     families = made.data[0]["families"]
     assert [family["size"] for family in families] == [8, 4, 4, 2]
     for family in families:
@@ -64,7 +64,7 @@ def test_a_wheel_has_each_pose_of_a_family_at_its_place(made):
         for h, feature in enumerate(family["slots"]):
             np.testing.assert_allclose(blocks[feature], reference[posed.D4.table[:, h]], atol=1e-5)
         places = family["slots"].count(family["reference"])
-        assert places == len(stabilisers[family["reference"]])
+        assert places == len(stabilizers[family["reference"]])
 
 
 def test_the_chapter_is_tied_to_the_dictionary_on_the_page_and_escapes_names(made):

@@ -35,7 +35,7 @@ def tab(tmp_path_factory):
     opened.close()
 
 
-def test_a_class_can_be_chosen_and_shows_its_stabiliser_functions(tab):
+def test_a_class_can_be_chosen_and_shows_its_stabilizer_functions(tab):
     tab.run(
         "(() => { const box = document.querySelector('.which'); const option = [...box.options]"
         ".find((o) => o.text.startsWith('quarter-turn')); box.value = option.value; "

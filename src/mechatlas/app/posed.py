@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from mechatlas.activations.store import Store, StoreRows
-from mechatlas.analysis.symmetry.baselines import Explained, LinearMaps, PoseMaps
+from mechatlas.analysis.symmetry.baselines import PoseMapFit, PoseMaps, PoseR2
 from mechatlas.analysis.symmetry.regression import CodeRegression
 from mechatlas.app.progress import bar
 from mechatlas.app.swapping import Held
@@ -175,7 +175,7 @@ class Learnt:
     """(2, n_features, order, d)"""
     intercept: np.ndarray | None
     """What is predicted where nothing is active, if blocks were estimated."""
-    maps: LinearMaps
+    maps: PoseMaps
     rows: np.ndarray
     """In each half."""
     active: np.ndarray
@@ -211,7 +211,7 @@ def _as_blocks(posed: Posed, solved: np.ndarray) -> np.ndarray:
 
 
 @torch.no_grad()
-def _read(posed: Posed, seed: int) -> tuple[CodeRegression, PoseMaps]:
+def _read(posed: Posed, seed: int) -> tuple[CodeRegression, PoseMapFit]:
     """One pass over the training rows: codes against all poses, and linear maps.
 
     Raises:
@@ -220,7 +220,7 @@ def _read(posed: Posed, seed: int) -> tuple[CodeRegression, PoseMaps]:
     order, d = posed.group.order, posed.d
     width = d if posed.tied else order * d
     regression = CodeRegression(posed.dictionary.n_latents, width)
-    maps = PoseMaps(order, d, posed.group.identity, seed=seed)
+    maps = PoseMapFit(order, d, posed.group.identity, seed=seed)
     with bar("reading posed activations") as progress:
         done = 0
         for batch, where in posed.rows.scan():
@@ -271,7 +271,7 @@ def measure(posed: Posed, learnt: Learnt) -> tuple[dict[str, list[float | None]]
     Raises:
         StoreError: A shard is damaged.
     """
-    explained, held = Explained(posed.group.order, posed.d), Held(posed.rows.shape.grid[1])
+    explained, held = PoseR2(posed.group.order, posed.d), Held(posed.rows.shape.grid[1])
     for batch, where in posed.rows.scan():
         if int(batch.row[0]) < posed.rows.n_rows:
             continue

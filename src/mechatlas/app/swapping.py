@@ -27,15 +27,15 @@ from mechatlas.activations.samples import Samples
 from mechatlas.activations.sites import find_sites
 from mechatlas.activations.store import Store
 from mechatlas.analysis.symmetry.classify import Symmetry
-from mechatlas.analysis.symmetry.swaps import (
-    FEWEST,
-    NULLS,
-    Bench,
-    Rows,
-    Swaps,
-    choose,
-    swap,
-    usable,
+from mechatlas.analysis.symmetry.interchange import (
+    MIN_NULLS,
+    MIN_SAMPLES,
+    InterchangeEffects,
+    PosedNetwork,
+    TrialRows,
+    draw_trials,
+    intervene_on_poses,
+    usable_elements,
 )
 from mechatlas.app.progress import bar
 from mechatlas.app.recipes import CollectConfig, from_dict, reopen
@@ -83,7 +83,7 @@ class Held:
 Result = dict[str, Any]
 
 
-def prepare(store: Store, site: str, downstream: str | None, *, wanted: bool) -> Bench | str:
+def prepare(store: Store, site: str, downstream: str | None, *, wanted: bool) -> PosedNetwork | str:
     """The network and where to look at it, or why there is no check; a sample is passed through.
 
     Args:
@@ -97,7 +97,7 @@ def prepare(store: Store, site: str, downstream: str | None, *, wanted: bool) ->
         SiteError: There is no such site downstream.
     """
     if not wanted:
-        return "Not asked for (--swaps 0)."
+        return "Not asked for (--interventions 0)."
     try:
         network, samples, posing = _reopened(store)
     except UserError as error:
@@ -105,17 +105,19 @@ def prepare(store: Store, site: str, downstream: str | None, *, wanted: bool) ->
     action, where = action_of(posing), Site.parse(site)
     inputs = samples.stack([samples.read(store.samples("train", 1)[0])])
     after = _after(network, where, inputs, downstream)
-    return Bench(network, samples, action, where, after, places_of(action, network, where, inputs))
+    return PosedNetwork(
+        network, samples, action, where, after, places_of(action, network, where, inputs)
+    )
 
 
 def check(
-    bench: Bench | str,
+    bench: PosedNetwork | str,
     held: Held,
     found: Symmetry,
     blocks: np.ndarray,
     say: Callable[[Tensor], Tensor],
     *,
-    most: int,
+    n_features: int,
     seed: int,
 ) -> tuple[Result, dict[str, np.ndarray]]:
     """Swap the poses of features and compare what follows with the answer to posed inputs.
@@ -139,24 +141,24 @@ def check(
     if isinstance(bench, str):
         return {"missing": bench}, nothing
     codes, (sample, position) = held.codes, held.where
-    elements = usable(bench.places, bench.action)
+    elements = usable_elements(bench.places, bench.action)
     eligible, others = _features(found, blocks, elements)
     if not elements.any():
         return {"missing": "No pose moves whole positions."}, nothing
     if len(others) < 2:
         return {"missing": "There are too few features."}, nothing
-    trials = choose(
-        sparse.csr_array(codes[:, : len(blocks)]), sample, eligible, found.stabilisers,
-        elements, found.group, most=most, seed=seed,
+    trials = draw_trials(
+        sparse.csr_array(codes[:, : len(blocks)]), sample, eligible, found.stabilizers,
+        elements, found.group, n_features=n_features, seed=seed,
     )  # fmt: skip
     used, index = np.unique(trials.row, return_inverse=True)
     said = np.zeros((len(used), *blocks.shape[1:]), np.float32)
     if len(used):
         said[:] = say(torch.from_numpy(codes[used].toarray())).numpy().reshape(said.shape)
-    rows = Rows(sample[used], position[used], said)
+    rows = TrialRows(sample[used], position[used], said)
     with bar("swapping poses") as progress:
-        swaps = swap(
-            bench, dataclasses.replace(trials, row=index), rows, blocks, found.stabilisers, others,
+        swaps = intervene_on_poses(
+            bench, dataclasses.replace(trials, row=index), rows, blocks, found.stabilizers, others,
             seed=seed, on_progress=progress,
         )  # fmt: skip
     names = [name for name, used in zip(found.group.element_names, elements, strict=True) if used]
@@ -164,11 +166,12 @@ def check(
     return {**facts, **_facts(swaps, found)}, _columns(swaps, len(blocks))
 
 
-def _columns(swaps: Swaps, n_features: int) -> dict[str, np.ndarray]:
+def _columns(swaps: InterchangeEffects, n_features: int) -> dict[str, np.ndarray]:
     """Columns of the table: NaN where nothing was swapped."""
     measured = (
-        swaps.alignment, swaps.null.mean(axis=1), swaps.wrong, swaps.p_values, swaps.q_values,
-        swaps.pose_p_values, swaps.pose_q_values, swaps.change,
+        swaps.alignment, swaps.null_alignment.mean(axis=1), swaps.wrong_pose_alignment,
+        swaps.p_values, swaps.q_values, swaps.pose_p_values, swaps.pose_q_values,
+        swaps.symmetric_change,
     )  # fmt: skip
     columns = {}
     for name, values in zip(COLUMNS, measured, strict=True):
@@ -226,27 +229,27 @@ def _features(
     live = np.square(blocks).sum(axis=(1, 2)) > 0
     eligible = np.flatnonzero((found.reliable | (sizes > 1)) & live)
     moving = set(np.flatnonzero(elements).tolist())
-    others = np.array([i for i in eligible if moving - found.stabilisers[i]], int)
-    return eligible, others if len(others) > NULLS else np.flatnonzero(live)
+    others = np.array([i for i in eligible if moving - found.stabilizers[i]], int)
+    return eligible, others if len(others) > MIN_NULLS else np.flatnonzero(live)
 
 
-def _facts(swaps: Swaps, found: Symmetry) -> Result:
-    passed = swaps.q_values <= found.rate
+def _facts(swaps: InterchangeEffects, found: Symmetry) -> Result:
+    passed = swaps.q_values <= found.fdr
     least = swaps.alignment[passed].min(initial=np.inf)
-    null = swaps.null[np.isfinite(swaps.null)]
+    null = swaps.null_alignment[np.isfinite(swaps.null_alignment)]
     return {
-        **_share(swaps.q_values, found.rate),
+        **_share(swaps.q_values, found.fdr),
         "share_of_null": _number(np.mean(null >= least) if len(null) else np.nan),
-        "pose": _share(swaps.pose_q_values, found.rate),
+        "pose": _share(swaps.pose_q_values, found.fdr),
         "alignment": _median(swaps.alignment),
         "alignment_null": _median(null),
-        "alignment_wrong_pose": _median(swaps.wrong),
-        "repaired": _median(swaps.repaired),
-        "repaired_null": _median(swaps.repaired_null.ravel()),
-        "repaired_together": _number(swaps.together),
+        "alignment_wrong_pose": _median(swaps.wrong_pose_alignment),
+        "repaired": _median(swaps.recovered),
+        "repaired_null": _median(swaps.null_recovered.ravel()),
+        "repaired_together": _number(swaps.recovered_by_all),
         "symmetric": len(swaps.symmetric),
-        "change_if_unchanged": _median(swaps.change),
-        "change_of_others": _median(swaps.change_of_others),
+        "change_if_unchanged": _median(swaps.symmetric_change),
+        "change_of_others": _median(swaps.change),
         "classes": _by_class([found.names[i] for i in swaps.features], passed),
     }
 
@@ -286,7 +289,7 @@ def in_words(causal: Result) -> str:
     if not causal["tested"]:
         return (
             f"Poses were not swapped inside the network: no feature of which something is claimed "
-            f"was active on {FEWEST} held-out samples."
+            f"was active on {MIN_SAMPLES} held-out samples."
         )
     pose = causal["pose"]
     told = (

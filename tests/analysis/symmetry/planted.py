@@ -1,4 +1,4 @@
-"""Features with known stabilisers, families and poses.
+"""Features with known stabilizers, families and poses.
 
 A family is a function on the cosets of a subgroup H with vectors as values: T_g = t[gH], so that
 T_gh = T_g just for h in H. Its members are T_gp for elements p.
@@ -18,7 +18,7 @@ NOISE = {"low": 0.1, "middle": 0.5, "high": 1.5}
 class Planted:
     group: Group
     clean: np.ndarray
-    stabilisers: list[frozenset[int]]
+    stabilizers: list[frozenset[int]]
     families: np.ndarray
     """Decoys have families of their own."""
     poses: np.ndarray
@@ -64,11 +64,11 @@ def plant(
     """Families for each subgroup, and random decoys.
 
     `overlap` is the cosine between families in the same pose (they share a function on the
-    group, with the stabiliser of each), `common` the length of a vector that all blocks share,
+    group, with the stabilizer of each), `common` the length of a vector that all blocks share,
     `near` how alike decoys are to themselves shifted by a subgroup.
     """
     random = np.random.default_rng([seed, 3])
-    clean, stabilisers, label, poses = [], [], [], []
+    clean, stabilizers, label, poses = [], [], [], []
     shared = unit(random.standard_normal((group.order, d)))
     for subgroup in subgroups:
         for _ in range(families_each):
@@ -80,7 +80,7 @@ def plant(
                 clean.append(template[group.table[:, pose]].astype(np.float32))
                 back = group.inverses[pose]
                 # D_g = T_gp, so s leaves D unchanged just if p^-1 s p leaves T unchanged.
-                stabilisers.append(
+                stabilizers.append(
                     frozenset(int(group.table[group.table[pose, h], back]) for h in subgroup)
                 )
                 label.append(number)
@@ -93,7 +93,7 @@ def plant(
             own = function_on_cosets(group, larger[k % len(larger)], d, random)
             decoy = unit(np.sqrt(near) * own + np.sqrt(1 - near) * decoy)
         clean.append(decoy.astype(np.float32))
-        stabilisers.append(frozenset({group.identity}))
+        stabilizers.append(frozenset({group.identity}))
         label.append(len(set(label)))
         poses.append(group.identity)
     blocks = np.array(clean, np.float32)
@@ -102,7 +102,7 @@ def plant(
     return Planted(
         group,
         blocks[order],
-        [stabilisers[i] for i in order],
+        [stabilizers[i] for i in order],
         np.array(label)[order],
         np.array(poses)[order],
         order >= first_decoy,
@@ -135,8 +135,8 @@ def adjusted_rand(a, b):
 def score(planted, found):
     group = planted.group
     class_of = group.lattice().class_of
-    claimed = found.q_values <= found.rate
-    false = [not found.stabilisers[i] <= planted.stabilisers[i] for i in np.flatnonzero(claimed)]
+    claimed = found.q_values <= found.fdr
+    false = [not found.stabilizers[i] <= planted.stabilizers[i] for i in np.flatnonzero(claimed)]
     right = []
     for i in np.flatnonzero(~planted.decoy):
         r = found.references[i]
@@ -147,14 +147,14 @@ def score(planted, found):
         back = int(group.table[group.inverses[planted.poses[i]], h])
         p = planted.poses[i]
         inverse = group.inverses[p]
-        stabiliser = {int(group.table[group.table[inverse, s], p]) for s in planted.stabilisers[i]}
-        right.append(back in stabiliser)
+        stabilizer = {int(group.table[group.table[inverse, s], p]) for s in planted.stabilizers[i]}
+        right.append(back in stabilizer)
     return {
         "f1": macro_f1(
-            [class_of(s) for s in planted.stabilisers], [class_of(s) for s in found.stabilisers]
+            [class_of(s) for s in planted.stabilizers], [class_of(s) for s in found.stabilizers]
         ),
         "exact": float(
-            np.mean([a == b for a, b in zip(planted.stabilisers, found.stabilisers, strict=True)])
+            np.mean([a == b for a, b in zip(planted.stabilizers, found.stabilizers, strict=True)])
         ),
         "fdr": float(np.mean(false)) if false else 0.0,
         "claimed": int(claimed.sum()),

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from mechatlas.analysis.symmetry.baselines import Explained, PoseMaps, baselines
+from mechatlas.analysis.symmetry.baselines import PoseMapFit, PoseR2, baselines
 
 
 def posed(n, seed):
@@ -26,7 +26,7 @@ def test_each_baseline_explains_what_it_can():
 
 def test_linear_maps_are_those_of_least_squares():
     train = posed(500, 0)
-    maps = PoseMaps(4, 6, 0)
+    maps = PoseMapFit(4, 6, 0)
     for part in np.array_split(train.reshape(500, -1), 5):
         maps.add(part)
     x = train[:, 0] - train[:, 0].mean(axis=0)
@@ -36,7 +36,7 @@ def test_linear_maps_are_those_of_least_squares():
 
 
 def test_a_block_that_does_not_vary_has_no_r2():
-    explained = Explained(2, 3)
+    explained = PoseR2(2, 3)
     x = np.concatenate(
         [np.random.default_rng(0).standard_normal((50, 3)), np.ones((50, 3))], axis=1
     )

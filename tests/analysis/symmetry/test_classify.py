@@ -1,4 +1,4 @@
-"""Stabilisers, families and poses of features for which they are known."""
+"""Stabilizers, families and poses of features for which they are known."""
 
 import numpy as np
 import pytest
@@ -7,9 +7,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import mechatlas
-from mechatlas.analysis.symmetry.classify import control, shuffled, symmetry
-from mechatlas.analysis.symmetry.evidence import common_part, from_halves, without
-from mechatlas.analysis.symmetry.names import NOT_RELIABLE, class_names
+from mechatlas.analysis.symmetry.class_names import NOT_RELIABLE, name_classes
+from mechatlas.analysis.symmetry.classify import (
+    count_shuffled_discoveries,
+    shuffle_pairing,
+    symmetry,
+)
+from mechatlas.analysis.symmetry.shift_evidence import (
+    common_direction,
+    evidence_from_halves,
+    remove_direction,
+)
 from mechatlas.base import InputError, NonFiniteError
 from mechatlas.maths.groups import Group
 from mechatlas.maths.irreps import energies
@@ -27,7 +35,7 @@ SUBGROUPS = {
 @pytest.mark.parametrize("level", ["low", "middle"])
 @pytest.mark.parametrize("name", SUBGROUPS)
 @pytest.mark.parametrize("mixture", [{}, {"overlap": 0.5}, {"common": 2.0}])
-def test_planted_stabilisers_families_and_poses_are_found(name, level, mixture):
+def test_planted_stabilizers_families_and_poses_are_found(name, level, mixture):
     g, subgroups = SUBGROUPS[name]
     planted = plant(g, subgroups, **mixture)
     found = symmetry(*_in(planted, NOISE[level]))
@@ -60,7 +68,7 @@ def test_noise_makes_features_unreliable_and_no_claim_false(name):
 def test_nothing_is_found_where_the_pairing_is_broken():
     planted = plant(D4, SUBGROUPS["D4"][1])
     blocks, halves = planted.measured(NOISE["low"])
-    broken = symmetry(shuffled(blocks, D4), D4, [shuffled(h, D4) for h in halves])
+    broken = symmetry(shuffle_pairing(blocks, D4), D4, [shuffle_pairing(h, D4) for h in halves])
     assert broken.n_discoveries == 0
     assert len(set(broken.families)) == len(blocks)
 
@@ -88,14 +96,14 @@ def test_every_subgroup_of_any_group_is_told_exactly(name, seed):
     blocks = np.stack([function_on_cosets(g, h, 40, random) for h in subgroups])
     halves = blocks + 0.05 * random.standard_normal((2, *blocks.shape))
     found = symmetry(blocks, g, halves)
-    assert list(found.stabilisers) == subgroups
+    assert list(found.stabilizers) == subgroups
     assert found.reliable.all()
     np.testing.assert_array_equal(found.families, np.arange(len(subgroups)))
 
 
 @given(st.integers(0, 99))
 @settings(max_examples=10)
-def test_another_pose_has_the_conjugate_stabiliser(seed):
+def test_another_pose_has_the_conjugate_stabilizer(seed):
     random = np.random.default_rng(seed)
     g = group("D6")
     subgroups = g.subgroups()
@@ -104,12 +112,12 @@ def test_another_pose_has_the_conjugate_stabiliser(seed):
     blocks = np.stack([template[g.table[:, h]] for h in range(g.order)])
     halves = blocks + 0.1 * random.standard_normal((2, *blocks.shape))
     found = symmetry(halves.mean(axis=0), g, halves)
-    assert found.stabilisers == tuple(g.conjugate(subgroup, h) for h in range(g.order))
+    assert found.stabilizers == tuple(g.conjugate(subgroup, h) for h in range(g.order))
     assert len(set(found.families)) == 1
     reference = blocks[found.references[0]]
     for i, pose in enumerate(found.poses):
         np.testing.assert_allclose(blocks[i], reference[g.table[:, pose]])
-        assert pose == min(g.table[pose, list(found.stabilisers[found.references[i]])])
+        assert pose == min(g.table[pose, list(found.stabilizers[found.references[i]])])
 
 
 def test_a_feature_that_is_nearly_symmetric_is_not_called_symmetric():
@@ -121,7 +129,7 @@ def test_a_feature_that_is_nearly_symmetric_is_not_called_symmetric():
     found = symmetry(halves.mean(axis=0), D4, halves)
     assert found.n_discoveries == 0
     assert found.reliable.all()
-    assert found.stabiliser_function[:, 2] == pytest.approx(0.85, abs=0.05)
+    assert found.stabilizer_function[:, 2] == pytest.approx(0.85, abs=0.05)
 
 
 def test_weak_features_are_not_reliable_whatever_the_others_are():
@@ -137,7 +145,7 @@ def test_weak_features_are_not_reliable_whatever_the_others_are():
     assert score(planted, found)["fdr"] == 0
 
 
-def test_the_likeness_has_no_bias_and_its_error_is_right():
+def test_the_similarity_has_no_bias_and_its_error_is_right():
     random = np.random.default_rng(0)
     template = function_on_cosets(D4, {0, 4}, 24, random)
     template -= template.mean(axis=0)  # all features have it: it would count as common
@@ -145,10 +153,10 @@ def test_the_likeness_has_no_bias_and_its_error_is_right():
     noise = spread * random.standard_normal((2, 400, 8, 24))
     found = symmetry(template + noise.mean(axis=0), D4, template + noise)
     true = [np.sum(template[D4.table[:, h]] * template) / np.sum(template**2) for h in range(8)]
-    got = found.stabiliser_function.mean(axis=0)
+    got = found.stabilizer_function.mean(axis=0)
     assert got == pytest.approx(np.array(true), abs=0.05)
-    spread_seen = found.stabiliser_function[:, 1:].std(axis=0)
-    assert np.median(found.errors[:, 1:], axis=0) == pytest.approx(spread_seen, rel=0.3)
+    spread_seen = found.stabilizer_function[:, 1:].std(axis=0)
+    assert np.median(found.standard_errors[:, 1:], axis=0) == pytest.approx(spread_seen, rel=0.3)
 
 
 def test_p_values_are_uniform_at_the_edge_of_the_null():
@@ -159,7 +167,7 @@ def test_p_values_are_uniform_at_the_edge_of_the_null():
     share = (1 + 0.5**0.5) / 2  # s(half-turn) is share - (1 - share)
     blocks = np.sqrt(share) * np.array(even) + np.sqrt(1 - share) * np.array(odd)
     halves = blocks + 1.0 * random.standard_normal((2, *blocks.shape))
-    p = from_halves(halves[0], halves[1], D4).p_support[:, 2]
+    p = evidence_from_halves(halves[0], halves[1], D4).p_support[:, 2]
     for level in (0.05, 0.2, 0.5):
         assert (p <= level).mean() == pytest.approx(level, abs=0.08)
 
@@ -171,7 +179,7 @@ def test_noise_that_channels_share_does_not_make_claims():
     noise = np.einsum("hnk,gdk->hngd", random.standard_normal((2, 300, 4)), together)
     halves = blocks + noise
     found = symmetry(halves.mean(axis=0), D4, halves)
-    assert found.inflation > 3
+    assert found.variance_inflation > 3
     assert found.n_discoveries == 0
 
 
@@ -190,7 +198,7 @@ def test_without_halves_the_answer_says_what_is_missing():
 def test_the_same_call_gives_the_same_answer():
     planted = plant(D4, SUBGROUPS["D4"][1])
     a, b = (symmetry(*_in(planted, NOISE["middle"])) for _ in range(2))
-    for name in ("q_values", "families", "poses", "stabiliser_function", "spectrum"):
+    for name in ("q_values", "families", "poses", "stabilizer_function", "spectrum"):
         np.testing.assert_array_equal(getattr(a, name), getattr(b, name))
 
 
@@ -207,10 +215,10 @@ def test_classes_have_names_that_a_person_understands():
 
 
 @pytest.mark.parametrize("name", ["D4", "D12", "Q8", "C2xC4", "C2xC2xC2", "S4", "D4xC2", "A5"])
-@pytest.mark.parametrize("turns", [True, False])
-def test_no_two_classes_are_called_the_same(name, turns):
+@pytest.mark.parametrize("rotations", [True, False])
+def test_no_two_classes_are_called_the_same(name, rotations):
     g = group(name)
-    names = class_names(g, turns=turns)
+    names = name_classes(g, acts_by_rotation=rotations)
     assert len(set(names)) == len(names) == len(g.lattice().classes)
     if name == "Q8":
         assert names == ("none", "C2", "C4: r", "C4: s", "C4: r s", "invariant")
@@ -220,8 +228,8 @@ def test_the_spectrum_of_a_feature_is_that_of_its_blocks():
     random = np.random.default_rng(0)
     blocks = random.standard_normal((5, 32, 12))
     found = symmetry(blocks, D16, (blocks, blocks))
-    centred = without(blocks, common_part(blocks))
-    shares = energies(centred.transpose(0, 2, 1), D16.irreps()).sum(axis=1)
+    centered = remove_direction(blocks, common_direction(blocks))
+    shares = energies(centered.transpose(0, 2, 1), D16.irreps()).sum(axis=1)
     np.testing.assert_allclose(found.spectrum, shares / shares.sum(axis=1, keepdims=True))
 
 
@@ -251,8 +259,8 @@ def test_features_that_are_almost_poses_join_a_family_and_overlapping_families_s
     assert found.families[:5].tolist() == [0] * 5
     assert found.families[5] != found.families[6]
     assert 0 not in found.families[5:]
-    likeness = found.likeness_to_reference
-    assert likeness[3:5] == pytest.approx(0.9, abs=0.1)
+    similarity = found.similarity_to_reference
+    assert similarity[3:5] == pytest.approx(0.9, abs=0.1)
 
 
 def test_superposed_features_have_what_both_parts_have():
@@ -269,10 +277,10 @@ def test_superposed_features_have_what_both_parts_have():
     ]
     halves = np.array(blocks) + 0.2 * random.standard_normal((2, len(blocks), 8, 48))
     found = symmetry(halves.mean(axis=0), D4, halves)
-    agree = [a == b for a, b in zip(found.stabilisers, true, strict=True)]
+    agree = [a == b for a, b in zip(found.stabilizers, true, strict=True)]
     assert np.mean(agree) >= 0.95
     claimed = np.flatnonzero(found.q_values <= 0.05)
-    assert np.mean([not found.stabilisers[i] <= true[i] for i in claimed]) <= 0.05
+    assert np.mean([not found.stabilizers[i] <= true[i] for i in claimed]) <= 0.05
 
 
 @pytest.mark.slow
@@ -286,7 +294,7 @@ def test_planted_features_at_the_width_of_a_real_layer(level):
     assert told["fdr"] <= 0.05
     assert told["ari"] >= 0.9
     assert told["poses"] >= 0.95
-    assert control(halves, g) == 0
+    assert count_shuffled_discoveries(halves, g) == 0
 
 
 @pytest.mark.slow
@@ -309,3 +317,23 @@ def test_the_false_discovery_rate_holds_where_features_are_nearly_symmetric():
         false += stands[:100].sum()
     assert claimed > 500
     assert false / claimed <= 0.05
+
+
+def test_a_result_prints_its_finding_with_the_evidence_and_keeps_old_spellings():
+    planted = plant(D4, SUBGROUPS["D4"][1])
+    blocks, halves = planted.measured(NOISE["low"])
+    found = mechatlas.symmetry(blocks.tolist(), D4, torch.from_numpy(halves))
+    lines = repr(found).splitlines()
+    assert len(lines) <= 6
+    assert lines[0] == (
+        f"Symmetry: {found.n_discoveries} of {len(blocks)} features have a symmetry under D4 "
+        "(false discovery rate 5%)"
+    )
+    assert "median noise ceiling 0.9" in lines[-1]
+    assert sum(found.class_counts.values()) == len(blocks)
+    with pytest.warns(DeprecationWarning, match="Symmetry.stabilizers"):
+        assert found.stabilisers is found.stabilizers  # pyright: ignore[reportAttributeAccessIssue]
+    with pytest.warns(match=r"symmetry\(alike=\)"), pytest.warns(match=r"symmetry\(fdr=\)"):
+        old = mechatlas.symmetry(blocks, D4, halves, rate=0.1, alike=0.9)  # pyright: ignore
+    assert (old.fdr, old.equality_threshold) == (0.1, 0.9)
+    assert "noise ceiling unknown" in repr(symmetry(blocks, D4))

@@ -1,13 +1,13 @@
-"""What is explained of posed activations without any dictionary, and by one.
+"""Variance of posed activations explained by a dictionary and by simple baselines.
 
-    PoseMaps      streams of posed rows -> the best linear map for each element, and its controls
-    baselines     the same for arrays
-    Explained     sums of squares on held-out rows -> R2 for each element
+    PoseMapFit    streams of posed rows -> best linear map to each pose, and its control
+    PoseR2        held-out rows and predictions -> R2 of each pose
+    baselines     all of it for arrays
 
-No symmetry of features may be claimed without these beside it: the best linear map from a(I) to
-a(gI) (what is to be had without sparsity; codes that are not linear in a(I) may exceed it), a(I)
-itself as a prediction (how invariant the layer is), and the linear map learnt from rows that do
-not belong together (what the rest of the pipeline makes of nothing).
+No symmetry of features may be claimed without these numbers beside it: the best linear map from
+a(I) to a(gI) (the score without sparsity; codes are not linear in a(I), so they may exceed it),
+a(I) itself as a prediction (how invariant the layer is), and a linear map fitted to rows with
+shuffled pairing (the score of the pipeline on unrelated data).
 """
 
 import dataclasses
@@ -19,14 +19,14 @@ from jaxtyping import Float
 from mechatlas.base import InputError
 
 RIDGE = 1e-3
-"""Of the linear maps, in units of the mean variance of a channel."""
+"""Ridge penalty of the linear maps, in units of the mean variance of a channel."""
 
 
-class Explained:
-    """R2 of predictions for each element, in one pass.
+class PoseR2:
+    """R2 of predictions for each pose, accumulated in one pass over the rows.
 
     Args:
-        order: Elements of the group.
+        order: Number of elements of the group.
         d: Channels of one block.
     """
 
@@ -38,53 +38,53 @@ class Explained:
     def add(
         self, x: Float[np.ndarray, "batch width"], **predictions: Float[np.ndarray, "batch width"]
     ) -> None:
-        """Take in some rows and what each way predicts of them."""
+        """Add a batch of rows and their predictions, by the name of the predictor."""
         self.n += len(x)
         self._sum += x.sum(axis=0, dtype=np.float64)
         self._square += np.square(x).sum(axis=0, dtype=np.float64)
-        for way, prediction in predictions.items():
-            lost = np.square(x - prediction).sum(axis=0, dtype=np.float64)
-            self._residual[way] = self._residual.get(way, 0) + lost
+        for name, prediction in predictions.items():
+            residual = np.square(x - prediction).sum(axis=0, dtype=np.float64)
+            self._residual[name] = self._residual.get(name, 0) + residual
 
     def r2(self) -> dict[str, Float[np.ndarray, " order"]]:
-        """For each way and element, 1 - residual / variance; NaN where nothing varies."""
+        """Compute 1 - residual / variance by predictor and pose; NaN where nothing varies."""
         total = (self._square - self._sum**2 / max(self.n, 1)).reshape(self._shape).sum(axis=1)
         total = np.where(total > 1e-9 * self._square.sum(), total, np.nan)
         return {
-            way: 1 - lost.reshape(self._shape).sum(axis=1) / total
-            for way, lost in self._residual.items()
+            name: 1 - residual.reshape(self._shape).sum(axis=1) / total
+            for name, residual in self._residual.items()
         }
 
 
-class PoseMaps:
-    """The best linear maps from the untransformed block to each block, with and without pairing.
+class PoseMapFit:
+    """Least-squares fit of linear maps from the untransformed block to each block.
 
     Args:
-        order: Elements of the group.
+        order: Number of elements of the group.
         d: Channels of one block.
-        identity: The element that changes nothing.
-        seed: Of the rows that are taken instead of those that belong together.
+        identity: Element that changes nothing.
+        seed: Seed of the row permutations of the control.
     """
 
     def __init__(self, order: int, d: int, identity: int, *, seed: int = 0) -> None:
         self.n, self.d, self.width = 0, d, order * d
-        self._own = slice(identity * d, (identity + 1) * d)
+        self._untransformed = slice(identity * d, (identity + 1) * d)
         self._random = np.random.default_rng([seed, 0x6D617073])
         self._gram = np.zeros((d, d))
         self._cross = np.zeros((2, d, self.width))
         self._mean = np.zeros(self.width)
 
     def add(self, x: Float[np.ndarray, "batch width"]) -> None:
-        """Take in some rows; those of one call are shuffled among one another."""
-        own = x[:, self._own]
+        """Add a batch of rows; the control shuffles the rows within the batch."""
+        own = x[:, self._untransformed]
         self.n += len(x)
         self._mean += x.sum(axis=0, dtype=np.float64)
         self._gram += own.T @ own
         self._cross[0] += own.T @ x
         self._cross[1] += own[self._random.permutation(len(x))].T @ x
 
-    def solve(self) -> "LinearMaps":
-        """The maps.
+    def solve(self) -> "PoseMaps":
+        """Solve for the maps.
 
         Raises:
             InputError: There were fewer than two rows.
@@ -92,37 +92,41 @@ class PoseMaps:
         if self.n < 2:
             raise InputError(f"Linear maps need at least two rows, got {self.n}.")
         mean = self._mean / self.n
-        gram = self._gram / self.n - np.outer(mean[self._own], mean[self._own])
-        cross = self._cross / self.n - np.outer(mean[self._own], mean)
+        own = mean[self._untransformed]
+        gram = self._gram / self.n - np.outer(own, own)
+        cross = self._cross / self.n - np.outer(own, mean)
         gram[np.diag_indices(self.d)] += RIDGE * max(np.trace(gram) / self.d, 1e-30)
-        linear, broken = (
+        linear, shuffled = (
             scipy.linalg.solve(gram, np.hstack(list(cross)), assume_a="pos")
             .reshape(self.d, 2, -1)
             .swapaxes(0, 1)
         )
-        return LinearMaps(self._own, mean, linear, broken)
+        return PoseMaps(self._untransformed, mean, linear, shuffled)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class LinearMaps:
-    """Predictions of all blocks from the untransformed one."""
+class PoseMaps:
+    """Linear maps from the untransformed block to all blocks."""
 
-    own: slice
-    """Its columns."""
+    untransformed: slice
+    """Columns of the untransformed block."""
     mean: Float[np.ndarray, " width"]
+    """Mean row of the fit."""
     linear: Float[np.ndarray, "d width"]
-    broken: Float[np.ndarray, "d width"]
-    """Learnt from rows that do not belong together."""
+    """Best linear map."""
+    shuffled: Float[np.ndarray, "d width"]
+    """Linear map fitted to rows with shuffled pairing."""
 
     def predict(
         self, x: Float[np.ndarray, "batch width"]
     ) -> dict[str, Float[np.ndarray, "batch width"]]:
-        """What each baseline makes of the untransformed block of some rows."""
-        centred = x[:, self.own] - self.mean[self.own]
+        """Predict all blocks of some rows from their untransformed block, by each baseline."""
+        own = x[:, self.untransformed]
+        centered = own - self.mean[self.untransformed]
         return {
-            "linear": centred @ self.linear + self.mean,
-            "invariant": np.tile(x[:, self.own], len(self.mean) // centred.shape[1]),
-            "shuffled": centred @ self.broken + self.mean,
+            "linear": centered @ self.linear + self.mean,
+            "invariant": np.tile(own, len(self.mean) // own.shape[1]),
+            "shuffled": centered @ self.shuffled + self.mean,
         }
 
 
@@ -131,13 +135,13 @@ class Baselines:
     """R2 on held-out rows for each element of the group."""
 
     linear: Float[np.ndarray, " order"]
-    """The best linear map from a(I) to a(gI): what is to be had without sparsity."""
+    """R2 of the best linear map from a(I) to a(gI), which has no bottleneck."""
     invariant: Float[np.ndarray, " order"]
-    """a(I) itself as a prediction of a(gI)."""
+    """R2 of a(I) itself as a prediction of a(gI)."""
     shuffled: Float[np.ndarray, " order"]
-    """A linear map learnt from rows that do not belong together; about 0."""
+    """R2 of a linear map fitted to rows with shuffled pairing; about 0."""
     dictionary: Float[np.ndarray, " order"] | None
-    """What the dictionary makes of it, if it was given."""
+    """R2 of the dictionary's reconstruction, if it was given."""
 
 
 def baselines(
@@ -148,24 +152,24 @@ def baselines(
     reconstruction: Float[np.ndarray, "m order d"] | None = None,
     seed: int = 0,
 ) -> Baselines:
-    """R2 of the baselines on held-out rows.
+    """Compute R2 of the baselines on held-out rows.
 
     Args:
-        train: Posed activations to learn linear maps from; best of other samples than `held`.
+        train: Posed activations to fit linear maps to; preferably of other samples than `held`.
         held: Posed activations to measure on.
-        identity: The element that changes nothing.
-        reconstruction: What a dictionary makes of `held`.
-        seed: Of the rows that are taken instead of those that belong together.
+        identity: Element that changes nothing.
+        reconstruction: Reconstruction of `held` by a dictionary.
+        seed: Seed of the row permutations of the control.
 
     Raises:
         InputError: There are too few rows.
     """
     _, order, d = train.shape
-    maps = PoseMaps(order, d, identity, seed=seed)
-    maps.add(train.reshape(len(train), -1))
-    explained = Explained(order, d)
+    fit = PoseMapFit(order, d, identity, seed=seed)
+    fit.add(train.reshape(len(train), -1))
+    explained = PoseR2(order, d)
     x = held.reshape(len(held), -1)
     more = {} if reconstruction is None else {"dictionary": reconstruction.reshape(x.shape)}
-    explained.add(x, **maps.solve().predict(x), **more)
+    explained.add(x, **fit.solve().predict(x), **more)
     r2 = explained.r2()
     return Baselines(r2["linear"], r2["invariant"], r2["shuffled"], r2.get("dictionary"))

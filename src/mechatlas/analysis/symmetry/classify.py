@@ -1,87 +1,106 @@
-"""Classify features by what leaves them unchanged, with the evidence for each.
+"""Symmetry of features: their stabilizers, and which features are poses of one another.
 
 Main path, in reading order:
 
-    symmetry   decoder blocks -> stabilisers, families and poses
-    Symmetry   the answer with its evidence
-    shuffled   the same blocks with the pairing of elements broken
-    control    how many features of shuffled blocks pass: about none
+    symmetry                    decoder blocks -> stabilizers, families and poses
+    Symmetry                    result with its evidence
+    shuffle_pairing             blocks whose pairing of elements is broken
+    count_shuffled_discoveries  features with a symmetry after shuffling: about none
 
 A feature has one decoder block D_g for each element g of a group that acts on the input. Seen in
-another pose it has blocks D'_g = D_gh, so h leaves it unchanged just if D_gh = D_g for all g; all
-such h are its stabiliser, always a subgroup.
+another pose it has blocks D'_g = D_gh, so h leaves it unchanged exactly if D_gh = D_g for all g;
+these h form its stabilizer, which is always a subgroup.
 
 Source: Gorton, Group crosscoders for mechanistic analysis of symmetry (2024).
 """
 
 import dataclasses
-from typing import Any
+from collections import Counter
+from collections.abc import Sequence
 
 import numpy as np
-import torch
 from jaxtyping import Bool, Float, Int
+from numpy.typing import ArrayLike
+from torch import Tensor
 
-from mechatlas.analysis.symmetry.evidence import ALIKE, SUPPORT, from_channels, from_halves
-from mechatlas.analysis.symmetry.families import Families, families
-from mechatlas.analysis.symmetry.names import NOT_RELIABLE, class_names
-from mechatlas.analysis.symmetry.stabilisers import choose
-from mechatlas.base import InputError, NonFiniteError, Progress, no_progress
+from mechatlas.analysis.symmetry.class_names import NOT_RELIABLE, name_classes
+from mechatlas.analysis.symmetry.families import find_families
+from mechatlas.analysis.symmetry.shift_evidence import (
+    EQUALITY_THRESHOLD,
+    SUPPORT_THRESHOLD,
+    evidence_from_channels,
+    evidence_from_halves,
+)
+from mechatlas.analysis.symmetry.stabilizers import select_stabilizers
+from mechatlas.base import InputError, NonFiniteError, Progress, Result, no_progress
+from mechatlas.deprecated import renamed_arguments, renamed_attributes
+from mechatlas.maths.arrays import as_array
 from mechatlas.maths.groups import Group
 
-RATE = 0.05
+FDR = 0.05
+"""Default false discovery rate."""
+WITHOUT_HALVES = (
+    "No halves were given, so noise cannot be told from asymmetry: the noise ceiling of a feature "
+    "is taken to be its largest similarity under any shift, and p-values say whether other "
+    "channels would agree, not whether other data would."
+)
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Symmetry:
-    """What leaves each feature unchanged, and which features are one another's poses."""
+@renamed_attributes
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Symmetry(Result):
+    """Stabilizer of each feature, and families of features that are poses of one another."""
 
     group: Group
-    stabilisers: tuple[frozenset[int], ...]
-    """{h : D_gh = D_g for all g} for each feature, as far as the data support it: `{e}` unless
-    the q-value is at most `rate`."""
+    """Group that acts on the input."""
+    stabilizers: tuple[frozenset[int], ...]
+    """Stabilizer {h : D_gh = D_g for all g} of each feature as far as the data support it, as
+    labels of elements: `{e}` unless the q-value is at most `fdr`."""
     p_values: Float[np.ndarray, " feature"]
+    """p-values of the null hypothesis that only e leaves the feature unchanged."""
     q_values: Float[np.ndarray, " feature"]
-    """Smallest false discovery rate at which the stabiliser is larger than {e}."""
+    """Smallest false discovery rates at which the stabilizer is larger than {e}."""
     reliable: Bool[np.ndarray, " feature"]
-    """The feature can be reproduced, and the data leave no larger stabiliser open."""
+    """Mask of features that can be reproduced and whose data rule out every larger stabilizer."""
     classes: Int[np.ndarray, " feature"]
-    """Number of the conjugacy class of the stabiliser, as in `group.lattice().classes`."""
+    """Index of the conjugacy class of the stabilizer in `group.lattice().classes`."""
     class_names: tuple[str, ...]
-    """What the classes are called."""
+    """Names of the conjugacy classes."""
     families: Int[np.ndarray, " feature"]
-    """Number of the family; family 0 is the largest. Features without relatives are alone."""
+    """Label of the family; 0 is the largest. A feature without relatives is a family alone."""
     poses: Int[np.ndarray, " feature"]
-    """h with D_g = reference_gh; of its coset of the reference's stabiliser the smallest label."""
+    """Pose h with D_g = reference_gh: the smallest label in its coset of the reference's
+    stabilizer."""
     references: Int[np.ndarray, " feature"]
-    """The feature that the poses of its family are told from."""
-    likeness_to_reference: Float[np.ndarray, " feature"]
+    """Index of the family's reference feature, relative to which poses are given."""
+    similarity_to_reference: Float[np.ndarray, " feature"]
     """Cosine with the reference in that pose, corrected for noise where there are halves."""
-    stabiliser_function: Float[np.ndarray, "feature element"]
-    """s(h): how alike the feature is to itself shifted by h, corrected for noise where there are
+    stabilizer_function: Float[np.ndarray, "feature element"]
+    """Similarity s(h) of the feature to itself shifted by h; corrected for noise where there are
     halves, so that it may exceed 1."""
-    errors: Float[np.ndarray, "feature element"]
-    """Standard error of it."""
+    standard_errors: Float[np.ndarray, "feature element"]
+    """Standard errors of the stabilizer function."""
     spectrum: Float[np.ndarray, "feature irrep"]
-    """Share of the feature that belongs to each of `group.irreps()`; sums to 1, or to 0 for a
-    feature that cannot be reproduced."""
+    """Share of the feature's energy in each of `group.irreps()`; sums to 1, or to 0 for a feature
+    that cannot be reproduced."""
     noise_ceiling: Float[np.ndarray, " feature"]
     """Cosine between the two halves; NaN without halves."""
     reliability: Float[np.ndarray, " feature"]
-    """The same for an estimate from all data (Spearman and Brown); NaN without halves."""
-    chance: float
-    """Likeness to a pose of another feature that chance gives."""
-    inflation: float
-    """What variances were multiplied with because entries err together; 1 if they do not."""
-    rate: float
-    """False discovery rate asked for."""
-    alike: float
-    """How alike blocks must be to count as equal."""
+    """Expected cosine between two estimates from all data (Spearman-Brown); NaN without halves."""
+    chance_similarity: float
+    """Similarity to a pose of an unrelated feature at the given false discovery rate."""
+    variance_inflation: float
+    """Factor applied to variances for correlated noise of entries; 1 if they are uncorrelated."""
+    fdr: float
+    """False discovery rate of the claim that a stabilizer is larger than {e}."""
+    equality_threshold: float
+    """Similarity at which shifted blocks count as equal."""
     missing: str
-    """What evidence there is none of; empty with halves."""
+    """Evidence that is missing, in words; empty with halves."""
 
     @property
     def names(self) -> list[str]:
-        """What a person would call the class of each feature, or that it is not reliable."""
+        """Class name of each feature, or `NOT_RELIABLE`."""
         return [
             self.class_names[c] if reliable else NOT_RELIABLE
             for c, reliable in zip(self.classes, self.reliable, strict=True)
@@ -89,99 +108,137 @@ class Symmetry:
 
     @property
     def n_discoveries(self) -> int:
-        """Features whose stabiliser is larger than {e}."""
-        return int((self.q_values <= self.rate).sum())
+        """Number of features whose stabilizer is larger than {e}."""
+        return int((self.q_values <= self.fdr).sum())
+
+    @property
+    def class_counts(self) -> dict[str, int]:
+        """Number of features of each class that has features, reliable classes first."""
+        counts = Counter(self.names)
+        return {name: counts[name] for name in (*self.class_names, NOT_RELIABLE) if counts[name]}
+
+    @property
+    def family_sizes(self) -> Int[np.ndarray, " family"]:
+        """Number of features of each family, largest first."""
+        return np.bincount(self.families)
+
+    def summary(self) -> str:
+        """Counts of classes and families, with the false discovery rate and the noise ceiling."""
+        sizes = self.family_sizes
+        ceiling = self.noise_ceiling[np.isfinite(self.noise_ceiling)]
+        known = f"{np.median(ceiling):.2f}" if len(ceiling) else "unknown (no halves)"
+        return (
+            f"Symmetry: {self.n_discoveries} of {len(self.stabilizers)} features have a symmetry "
+            f"under {self.group.name} (false discovery rate {self.fdr:.0%})\n"
+            f"classes: {', '.join(f'{n} {name}' for name, n in self.class_counts.items())}\n"
+            f"families of two or more: {(sizes > 1).sum()}, with {sizes[sizes > 1].sum()} features"
+            f"\nmedian noise ceiling {known}"
+        )
 
 
+@renamed_arguments
 def symmetry(
-    blocks: Any,
+    blocks: ArrayLike | Tensor,
     group: Group,
-    halves: Any = None,
+    halves: Sequence[ArrayLike | Tensor] | np.ndarray | Tensor | None = None,
     *,
-    rate: float = RATE,
-    alike: float = ALIKE,
+    fdr: float = FDR,
+    equality_threshold: float = EQUALITY_THRESHOLD,
     seed: int = 0,
-    turns: bool = True,
+    acts_by_rotation: bool = True,
     on_progress: Progress = no_progress,
 ) -> Symmetry:
-    """Which elements leave each feature unchanged, and which features are one another's poses.
+    """Classify features by their stabilizer, and gather those that are poses of one another.
 
     Args:
         blocks: Decoder blocks D_g `(n_features, order, d)`, numpy or torch, in the group's order.
-        group: The group.
+        group: Group that acts on the input.
         halves: Two estimates of the blocks with independent noise, of the same shape, from
             different samples. Without them noise cannot be told from asymmetry: see `missing`.
-        rate: False discovery rate of the claim that a stabiliser is larger than {e}.
-        alike: How alike D_gh and D_g must be (cosine, corrected for noise) to count as equal.
-            Nothing in a real network is exactly equal.
-        seed: Seed of the null for families.
-        turns: Whether C_n and D_n act by turns and mirrors, so that classes can be called so;
-            with hues or shifts they are called by the type of their group.
-        on_progress: Told how many tiles of pairs of features have been looked at.
+        fdr: False discovery rate of the claim that a stabilizer is larger than {e}.
+        equality_threshold: Similarity (cosine, corrected for noise) at which D_gh and D_g count as
+            equal. Nothing in a real network is exactly equal.
+        seed: Seed of the null distribution for families.
+        acts_by_rotation: Whether C_n and D_n act by rotations and mirrors, so that classes can be
+            named after them; with hues or shifts classes are named by the type of their group.
+        on_progress: Callback with the number of tiles of feature pairs compared so far.
 
     Raises:
         InputError: The shapes do not fit the group or one another.
         NonFiniteError: A block has NaN or infinite values.
         SubgroupLimitError: The group has too many subgroups to compare them all.
+
+    Examples:
+        >>> import numpy as np
+        >>> import mechatlas as ma
+        >>> d4 = ma.group("D4")  # four rotations and four mirrors
+        >>> line = np.random.default_rng(0).standard_normal((4, 48))[[0, 1, 0, 1, 2, 3, 2, 3]]
+        >>> poses = np.stack([line[d4.table[:, h]] for h in range(8)])
+        >>> found = ma.symmetry(poses, d4, [poses, poses])
+        >>> sorted(found.stabilizers[0])  # e and the half-turn
+        [0, 2]
+        >>> found.class_counts
+        {'half-turn (line-like)': 8}
     """
-    if not 0 < rate < 1:
-        raise InputError(f"The false discovery rate must lie between 0 and 1, got {rate}.")
-    if not SUPPORT < alike <= 1:
-        raise InputError(f"alike must be above {SUPPORT:.4f} and at most 1, got {alike}.")
+    if not 0 < fdr < 1:
+        raise InputError(f"The false discovery rate must lie between 0 and 1, got {fdr}.")
+    if not SUPPORT_THRESHOLD < equality_threshold <= 1:
+        raise InputError(
+            f"equality_threshold must be above {SUPPORT_THRESHOLD:.4f} and at most 1, got "
+            f"{equality_threshold}."
+        )
     whole = _as_blocks(blocks, group, "blocks")
     if halves is None:
-        evidence = from_channels(whole, group, alike)
+        evidence = evidence_from_channels(whole, group, equality_threshold)
     else:
         first, second = _as_halves(halves, group, whole.shape)
-        evidence = from_halves(first, second, group, alike)
-    chosen = choose(evidence, group, rate)
+        evidence = evidence_from_halves(first, second, group, equality_threshold)
+    selected = select_stabilizers(evidence, group, fdr)
     subgroups = group.subgroups()
-    stabilisers = tuple(subgroups[i] for i in chosen.subgroup)
-    reliability = _spearman_brown(evidence.ceiling)
+    stabilizers = tuple(subgroups[i] for i in selected.subgroup)
+    reliability = _spearman_brown(evidence.noise_ceiling)
     share = np.where(np.isnan(reliability), 1.0, np.maximum(reliability, 0))
-    found: Families = families(
-        whole, np.where(evidence.p_signal <= rate, share, 0), evidence.noise, stabilisers, group,
-        rate=rate, alike=alike, seed=seed, on_progress=on_progress,
+    families = find_families(
+        whole, np.where(evidence.p_signal <= fdr, share, 0), evidence.noise, stabilizers, group,
+        fdr=fdr, equality_threshold=equality_threshold, seed=seed, on_progress=on_progress,
     )  # fmt: skip
     class_of = np.array([group.lattice().class_of(each) for each in subgroups])
     return Symmetry(
         group=group,
-        stabilisers=stabilisers,
-        p_values=chosen.p_values,
-        q_values=chosen.q_values,
-        reliable=chosen.settled,
-        classes=class_of[chosen.subgroup],
-        class_names=class_names(group, turns=turns),
-        families=found.label,
-        poses=found.pose,
-        references=found.reference,
-        likeness_to_reference=found.likeness,
-        stabiliser_function=evidence.likeness,
-        errors=evidence.errors,
-        spectrum=_spectrum(evidence.products, group),
-        noise_ceiling=evidence.ceiling,
+        stabilizers=stabilizers,
+        p_values=selected.p_values,
+        q_values=selected.q_values,
+        reliable=selected.conclusive,
+        classes=class_of[selected.subgroup],
+        class_names=name_classes(group, acts_by_rotation=acts_by_rotation),
+        families=families.label,
+        poses=families.pose,
+        references=families.reference,
+        similarity_to_reference=families.similarity,
+        stabilizer_function=evidence.similarity,
+        standard_errors=evidence.standard_errors,
+        spectrum=_energy_spectrum(evidence.autocorrelation, group),
+        noise_ceiling=evidence.noise_ceiling,
         reliability=reliability,
-        chance=found.chance,
-        inflation=evidence.inflation,
-        rate=rate,
-        alike=alike,
+        chance_similarity=families.chance_similarity,
+        variance_inflation=evidence.variance_inflation,
+        fdr=fdr,
+        equality_threshold=equality_threshold,
         missing="" if halves is not None else WITHOUT_HALVES,
     )
 
 
-WITHOUT_HALVES = (
-    "No halves were given, so noise cannot be told from asymmetry: the noise ceiling of a feature "
-    "is taken to be its likeness under the shift that it is most alike under, and p-values say "
-    "whether other channels would agree, not whether other data would."
-)
-
-
-def shuffled(
+def shuffle_pairing(
     blocks: Float[np.ndarray, "feature order d"], group: Group, *, seed: int = 0
 ) -> Float[np.ndarray, "feature order d"]:
-    """Blocks whose pairing is broken: for each element but e, those of features in random order.
+    """Permute the features of each element but e, so that blocks no longer belong together.
 
-    The same seed shuffles two halves alike. No feature of these has a symmetry but by chance.
+    Two halves are permuted equally with one seed. Shuffled features have symmetries only by chance.
+
+    Args:
+        blocks: Decoder blocks.
+        group: Group that acts on the input.
+        seed: Seed of the permutations.
     """
     random = np.random.default_rng([seed, 0x706169])
     out = blocks.copy()
@@ -192,62 +249,83 @@ def shuffled(
     return out
 
 
-def control(
-    halves: Any, group: Group, *, rate: float = RATE, alike: float = ALIKE, seed: int = 0
+def count_shuffled_discoveries(
+    halves: Sequence[ArrayLike | Tensor] | np.ndarray | Tensor,
+    group: Group,
+    *,
+    fdr: float = FDR,
+    equality_threshold: float = EQUALITY_THRESHOLD,
+    seed: int = 0,
 ) -> int:
-    """How many features have a stabiliser larger than {e} if the pairing is broken.
+    """Count the features with a stabilizer larger than {e} after shuffling: a negative control.
+
+    Args:
+        halves: Two estimates of the blocks with independent noise.
+        group: Group that acts on the input.
+        fdr: False discovery rate of the claim.
+        equality_threshold: Similarity at which blocks count as equal.
+        seed: Seed of the permutations.
 
     Raises:
         InputError: The shapes do not fit the group or one another.
         NonFiniteError: A block has NaN or infinite values.
     """
-    a, b = _as_halves(halves, group, np.shape(halves[0]))
-    a, b = (shuffled(half, group, seed=seed) for half in (a, b))
-    evidence = from_halves(a, b, group, alike)
-    return int((choose(evidence, group, rate).q_values <= rate).sum())
+    first, second = (
+        shuffle_pairing(half, group, seed=seed) for half in _as_halves(halves, group, None)
+    )
+    evidence = evidence_from_halves(first, second, group, equality_threshold)
+    return int((select_stabilizers(evidence, group, fdr).q_values <= fdr).sum())
 
 
 def _spearman_brown(ceiling: Float[np.ndarray, " feature"]) -> Float[np.ndarray, " feature"]:
     return np.clip(2 * ceiling / np.maximum(1 + ceiling, 1e-9), -1, 1)
 
 
-def _spectrum(
-    products: Float[np.ndarray, "feature element"], group: Group
+def _energy_spectrum(
+    autocorrelation: Float[np.ndarray, "feature element"], group: Group
 ) -> Float[np.ndarray, "feature irrep"]:
-    """The energy in an irrep is the product of c with its character, times d / (c order)."""
+    """Project the autocorrelation on the characters: energy in each irrep, times d / (c order)."""
     weights = np.stack([r.character * r.multiplicity for r in group.irreps()], axis=1)
-    shares = np.maximum(products @ weights / group.order, 0)
+    shares = np.maximum(autocorrelation @ weights / group.order, 0)
     total = shares.sum(axis=1, keepdims=True)
     return np.where(total > 0, shares / np.where(total > 0, total, 1), 0.0)
 
 
 def _as_halves(
-    halves: Any, group: Group, shape: tuple[int, ...]
-) -> tuple[Float[np.ndarray, "feature order d"], Float[np.ndarray, "feature order d"]]:
+    halves: Sequence[ArrayLike | Tensor] | np.ndarray | Tensor,
+    group: Group,
+    shape: tuple[int, ...] | None,
+) -> list[Float[np.ndarray, "feature order d"]]:
+    """Convert two estimates of the blocks, of the given shape or else of equal shapes.
+
+    Raises:
+        InputError: There are not two, or their shapes differ.
+    """
     if len(halves) != 2:
         raise InputError(f"halves must be two estimates of the blocks, got {len(halves)}.")
-    first, second = (
+    arrays = [
         _as_blocks(half, group, f"half {name}") for half, name in zip(halves, "AB", strict=True)
-    )
-    for half in (first, second):
-        if half.shape != shape:
+    ]
+    shape = shape or arrays[0].shape
+    for array in arrays:
+        if array.shape != shape:
             raise InputError(
-                f"Each half must have the shape of the blocks, {shape}, got {half.shape}."
+                f"Each half must have the shape of the blocks, {shape}, got {array.shape}."
             )
-    return first, second
+    return arrays
 
 
-def _as_blocks(blocks: Any, group: Group, name: str) -> Float[np.ndarray, "feature order d"]:
-    """Floats of the right shape.
+def _as_blocks(
+    blocks: ArrayLike | Tensor, group: Group, name: str
+) -> Float[np.ndarray, "feature order d"]:
+    """Convert decoder blocks to floats and check their shape and values.
 
     Raises:
         InputError: The shape does not fit the group.
         NonFiniteError: A value is NaN or infinite.
     """
-    if isinstance(blocks, torch.Tensor):
-        blocks = blocks.detach().cpu().float().numpy()
-    array = np.asarray(blocks)
-    if array.ndim != 3 or array.shape[1] != group.order or 0 in array.shape:
+    array = as_array(blocks, "feature element channel", name)
+    if array.shape[1] != group.order or 0 in array.shape:
         raise InputError(
             f"{name} must have shape (n_features, {group.order}, d), one block for each element of "
             f"{group.name}; got {array.shape}."

@@ -1,18 +1,18 @@
-"""Which features are one another's poses.
+"""Families of features that are poses of one another.
 
 Main path, in reading order:
 
-    Spectra      blocks of all features -> their Fourier transforms on the group
-    find_links   pairs that are poses of one another, against noise and against chance
-    gather       links -> families, each with a reference, and the pose of each member
+    GroupSpectra     blocks of all features -> their Fourier transforms on the group
+    find_links       pairs that are poses of one another, beyond noise and chance
+    gather_families  links -> families, each with a reference, and the pose of each member
 
-The same feature in another pose has blocks D'_g = D_gh. So the likeness of i and j is
+A feature in another pose has blocks D'_g = D_gh. So the similarity of features i and j is
 
     max over h of F(h) / sqrt(energy_i energy_j),    F(h) = sum over g of <D^i_gh, D^j_g>,
 
-a correlation on the group for every pair. Its transform is the product of the transforms of the
-two, so all pairs cost sum of d^3 over irreps of dimension d, instead of order^2: for the dihedral
-group of order 32 a seventeenth. Pairs are looked at in tiles; only links are kept.
+a cross-correlation on the group. Its Fourier transform is the product of the transforms of the two
+features, so all pairs cost the sum of d^3 over irreps of dimension d instead of order^2: 17 times
+less for the dihedral group of order 32. Pairs are compared in tiles; only links are kept.
 """
 
 import dataclasses
@@ -22,24 +22,28 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 from scipy import sparse, stats
 
-from mechatlas.analysis.symmetry.evidence import SUPPORT, common_part, without
+from mechatlas.analysis.symmetry.shift_evidence import (
+    SUPPORT_THRESHOLD,
+    common_direction,
+    remove_direction,
+)
 from mechatlas.base import Progress, no_progress
 from mechatlas.maths.groups import Group
 from mechatlas.maths.irreps import Irrep
 
 TILE = 384
-"""Features on each side of a tile of pairs."""
-DRAWN = 512
-"""Features that the chance of a likeness is measured with."""
+"""Number of features on each side of a tile of pairs."""
+N_NULL_FEATURES = 512
+"""Number of random features in the null distribution of similarities."""
 
 
-class Spectra:
-    """Fourier transforms of features, whose energies are brought to 1.
+class GroupSpectra:
+    """Fourier transforms of features on the group, scaled to unit energy.
 
     Args:
-        blocks: Decoder blocks, without their common part.
-        energy: Of each feature, without that of noise; 0 for those that are to match nothing.
-        group: The group.
+        blocks: Decoder blocks without their common direction.
+        energy: Squared length of each feature without noise; 0 for features that match nothing.
+        group: Group that acts on the input.
     """
 
     def __init__(
@@ -59,9 +63,10 @@ class Spectra:
             part = np.empty((self.n, size, blocks.shape[2] * size), blocks.dtype)
             matrices = irrep.matrices.reshape(self.order, -1).astype(blocks.dtype)
             for i in range(0, self.n, TILE):
-                some = blocks[i : i + TILE] * scale[i : i + TILE, None, None]
-                transform = (some.transpose(0, 2, 1) @ matrices).reshape(len(some), -1, size, size)
-                part[i : i + TILE] = transform.transpose(0, 3, 1, 2).reshape(len(some), size, -1)
+                scaled = blocks[i : i + TILE] * scale[i : i + TILE, None, None]
+                transform = scaled.transpose(0, 2, 1) @ matrices
+                transform = transform.reshape(len(scaled), -1, size, size).transpose(0, 3, 1, 2)
+                part[i : i + TILE] = transform.reshape(len(scaled), size, -1)
             self.parts.append(part)
             weights = irrep.matrices.transpose(2, 1, 0) * irrep.multiplicity / self.order
             inverse.append(weights.reshape(-1, self.order))
@@ -69,253 +74,282 @@ class Spectra:
 
     def correlate(
         self,
-        first: slice | np.ndarray,
-        second: slice | np.ndarray,
-        other: "Spectra | None" = None,
+        first: slice | Int[np.ndarray, " first"],
+        second: slice | Int[np.ndarray, " second"],
+        other: "GroupSpectra | None" = None,
     ) -> Float[np.ndarray, "first second element"]:
-        """Likeness of some features, shifted by each element, with some (of another set)."""
+        """Correlate features, shifted by each element, with features of this or another set.
+
+        Args:
+            first: Features of this set, which are shifted.
+            second: Features of the other set.
+            other: Set that `second` refers to; by default this one.
+        """
         columns = []
         for mine, theirs in zip(self.parts, (other or self).parts, strict=True):
             x, y = mine[first], theirs[second]
             size = x.shape[1]
             products = x.reshape(-1, x.shape[2]) @ y.reshape(-1, y.shape[2]).T
-            cut = products.reshape(len(x), size, len(y), size).transpose(0, 2, 1, 3)
-            columns.append(cut.reshape(len(x), len(y), -1))
+            products = products.reshape(len(x), size, len(y), size).transpose(0, 2, 1, 3)
+            columns.append(products.reshape(len(x), len(y), -1))
         return np.concatenate(columns, axis=2) @ self._inverse
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Links:
-    """Pairs of features that are alike in some pose. Likenesses, each pair both ways."""
+class PoseLinks:
+    """Graphs of features that are similar in some pose, weighted by similarity, symmetric."""
 
-    poses: sparse.csr_array
-    """Pairs that may be exactly one another's poses."""
-    kin: sparse.csr_array
-    """Those, and pairs that are surely more alike than chance and `SUPPORT`."""
+    exact: sparse.csr_array
+    """Pairs that may be exact poses of one another."""
+    related: sparse.csr_array
+    """Pairs that are certainly more similar than chance and `SUPPORT_THRESHOLD`."""
 
 
 def find_links(
-    spectra: Spectra,
+    spectra: GroupSpectra,
     noise: Float[np.ndarray, " feature"],
-    chance: float,
-    rate: float,
-    alike: float,
+    chance_similarity: float,
+    fdr: float,
+    equality_threshold: float,
     n_entries: int,
     on_progress: Progress = no_progress,
-) -> Links:
-    """All pairs that are surely more alike than chance and `SUPPORT`.
+) -> PoseLinks:
+    """Find all pairs that are certainly more similar than chance and `SUPPORT_THRESHOLD`.
 
-    Where the noise is not known (NaN), what is seen counts, and kin are no poses: noise and
-    difference look the same.
+    Where the noise is not known (NaN), the observed similarity counts and related features are
+    not called poses, since noise and difference look the same.
 
     Args:
-        spectra: Of the features.
-        noise: Variance of the noise of an entry over the energy of the feature; NaN where it is
-            not known.
-        chance: See `chance_of`.
-        rate: Share of wrong links that is let through for a feature.
-        alike: Poses are those pairs that are not surely less alike than this.
-        n_entries: Numbers that a feature has.
-        on_progress: Told how many tiles are done.
+        spectra: Fourier transforms of the features.
+        noise: Noise variance of one entry over the energy of the feature; NaN where unknown.
+        chance_similarity: Similarity of unrelated features, see `similarity_by_chance`.
+        fdr: Expected number of wrong links of a feature.
+        equality_threshold: Similarity that exact poses must not certainly fall short of.
+        n_entries: Number of entries of all blocks of a feature.
+        on_progress: Callback with the number of tiles done.
     """
     n = spectra.n
-    certain = float(stats.norm.isf(rate / max(n * spectra.order, 1)))
-    doubtful = float(stats.norm.isf(rate))
-    found: list[tuple[np.ndarray, ...]] = []
+    certain = float(stats.norm.isf(fdr / max(n * spectra.order, 1)))
+    doubtful = float(stats.norm.isf(fdr))
+    links: list[tuple[np.ndarray, ...]] = []
     tiles = [(i, j) for i in range(0, n, TILE) for j in range(i, n, TILE)]
     for done, (i, j) in enumerate(tiles):
         a, b = slice(i, i + TILE), slice(j, j + TILE)
         best = spectra.correlate(a, b).max(axis=2)
         x, y = np.minimum(noise[a], 1e6)[:, None], np.minimum(noise[b], 1e6)[None]
         error = np.sqrt(x + y + n_entries * x * y)
-        linked = best - np.nan_to_num(certain * error) > max(SUPPORT, chance)
+        lower = best - np.nan_to_num(certain * error)
+        linked = lower > max(SUPPORT_THRESHOLD, chance_similarity)
         if i == j:
             linked &= np.tri(*linked.shape, k=-1, dtype=bool).T
         p, q = np.nonzero(linked)
-        exact = best[p, q] + doubtful * error[p, q] >= alike
-        found.append((i + p, j + q, best[p, q], exact))
+        exact = best[p, q] + doubtful * error[p, q] >= equality_threshold
+        links.append((i + p, j + q, best[p, q], exact))
         on_progress(done + 1, len(tiles))
-    row, column, value, exact = (np.concatenate(parts) for parts in zip(*found, strict=True))
-    return Links(
-        _both_ways(row[exact], column[exact], value[exact], n), _both_ways(row, column, value, n)
+    row, column, value, exact = (np.concatenate(parts) for parts in zip(*links, strict=True))
+    return PoseLinks(
+        _symmetric_graph(row[exact], column[exact], value[exact], n),
+        _symmetric_graph(row, column, value, n),
     )
 
 
-def _both_ways(row: np.ndarray, column: np.ndarray, value: np.ndarray, n: int) -> sparse.csr_array:
+def _symmetric_graph(
+    row: np.ndarray, column: np.ndarray, value: np.ndarray, n: int
+) -> sparse.csr_array:
     half = sparse.coo_array((value, (row, column)), shape=(n, n))
     return sparse.csr_array(half + half.T)
 
 
-def chance_of(
+def similarity_by_chance(
     blocks: Float[np.ndarray, "feature order d"],
     energy: Float[np.ndarray, " feature"],
     group: Group,
-    rate: float,
+    fdr: float,
     seed: int,
 ) -> float:
-    """How alike a feature is to one whose channels were drawn from many others.
+    """Estimate the similarity of features to random ones whose channels come from many features.
 
-    Each channel of a drawn feature comes with its whole orbit from another feature, and with a
-    random sign: channels keep how large they are and how they change with the pose, and lose what
-    they have to do with one another.
+    Each channel of a random feature comes with its whole orbit from another feature, and with a
+    random sign: channels keep their size and how they change with the pose, and lose what they
+    have to do with one another.
+
+    Args:
+        blocks: Decoder blocks without their common direction.
+        energy: Squared length of each feature without noise; 0 for features that match nothing.
+        group: Group that acts on the input.
+        fdr: Expected number of random features that exceed the estimate, for each feature.
+        seed: Seed of the random features.
     """
     random = np.random.default_rng([seed, 0x73])
     alive = np.flatnonzero(energy > 0)
     if len(alive) < 2:
         return 1.0
-    n, d = min(DRAWN, len(alive)), blocks.shape[2]
+    n, d = min(N_NULL_FEATURES, len(alive)), blocks.shape[2]
     source = random.choice(alive, (n, d))
     signs = random.choice(np.array([-1, 1], blocks.dtype), (n, d))
-    drawn = np.empty((n, group.order, d), blocks.dtype)
+    null = np.empty((n, group.order, d), blocks.dtype)
     for i in range(n):
-        drawn[i] = blocks[source[i], :, np.arange(d)].T * signs[i]
-    kept = random.choice(alive, n, replace=False)
-    null = Spectra(drawn, _lengths(drawn), group)
-    real = Spectra(blocks[kept], _lengths(blocks[kept]), group)
-    best = [null.correlate(slice(i, i + TILE), slice(None), real).max(axis=2).ravel()
-            for i in range(0, n, TILE)]  # fmt: skip
-    return float(np.quantile(np.concatenate(best), 1 - rate / max(len(alive), 1)))
+        null[i] = blocks[source[i], :, np.arange(d)].T * signs[i]
+    real = blocks[random.choice(alive, n, replace=False)]
+    null_spectra, real_spectra = (
+        GroupSpectra(each, _squared_lengths(each), group) for each in (null, real)
+    )
+    best = [
+        null_spectra.correlate(slice(i, i + TILE), slice(None), real_spectra).max(axis=2).ravel()
+        for i in range(0, n, TILE)
+    ]
+    return float(np.quantile(np.concatenate(best), 1 - fdr / max(len(alive), 1)))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Families:
-    """Features, in families of poses of one another."""
+    """Partition of the features into families of poses of one reference."""
 
     label: Int[np.ndarray, " feature"]
-    """Number of the family; the largest is 0. A feature without relatives has its own."""
+    """Label of the family; 0 is the largest. A feature without relatives is a family alone."""
     reference: Int[np.ndarray, " feature"]
-    """The feature that the poses of its family are told from."""
+    """Index of the reference feature of the family."""
     pose: Int[np.ndarray, " feature"]
-    """h with D_g = reference_gh: the smallest label of its coset of the reference's stabiliser."""
-    likeness: Float[np.ndarray, " feature"]
-    """To the reference in that pose, corrected for noise where there are halves."""
-    chance: float
+    """Pose h with D_g = reference_gh: the smallest label in its coset of the reference's
+    stabilizer."""
+    similarity: Float[np.ndarray, " feature"]
+    """Similarity to the reference in that pose, corrected for noise where there are halves."""
+    chance_similarity: float
+    """Similarity of unrelated features."""
 
 
-def gather(
-    links: Links,
-    spectra: Spectra,
-    stabilisers: Sequence[frozenset[int]],
+def gather_families(
+    links: PoseLinks,
+    spectra: GroupSpectra,
+    stabilizers: Sequence[frozenset[int]],
     group: Group,
-    chance: float,
+    chance_similarity: float,
 ) -> Families:
-    """Families around the features that have most links.
+    """Gather families around the features with the most links.
 
-    First those of features that may be exact poses of one another. Each member is linked with
-    the reference itself, so that overlapping families do not run into one another along chains.
-    Then features that are still alone join the reference that they are most alike, or one
-    another, if they are surely more alike than chance: in real networks poses differ a little.
+    Families of features that may be exact poses of one another come first. Each member is linked
+    with the reference itself, so that overlapping families do not merge along chains. Features
+    still alone then join the reference most similar to them, or one another, if they are certainly
+    more similar than chance: in real networks poses differ a little.
+
+    Args:
+        links: Pairs of similar features.
+        spectra: Fourier transforms of the features.
+        stabilizers: Stabilizer of each feature.
+        group: Group that acts on the input.
+        chance_similarity: Similarity of unrelated features, passed on to the result.
     """
     n = spectra.n
-    reference = _references(links.poses, np.ones(n, bool), np.arange(n))
+    reference = _assign_references(links.exact, np.ones(n, bool), np.arange(n))
     alone = np.bincount(reference, minlength=n)[reference] == 1
-    centres = ~alone & (reference == np.arange(n))
-    _join_nearest(links.kin, alone, centres, reference)
+    centers = ~alone & (reference == np.arange(n))
+    _join_nearest(links.related, alone, centers, reference)
     alone &= reference == np.arange(n)
-    reference = _references(links.kin, alone, reference)
+    reference = _assign_references(links.related, alone, reference)
     pose = np.full(n, group.identity)
-    likeness = np.ones(n)
-    for centre, members in _by_reference(reference):
-        cosets = group.table[:, np.array(sorted(stabilisers[centre]))]
+    similarity = np.ones(n)
+    for center, members in _families_of_two(reference):
+        cosets = group.table[:, np.array(sorted(stabilizers[center]))]
         for i in range(0, len(members), TILE):
-            some = members[i : i + TILE]
-            similar = spectra.correlate(np.array([centre]), some)[0][:, cosets].mean(axis=2)
-            best = similar.argmax(axis=1)
-            pose[some] = cosets[best].min(axis=1)
-            likeness[some] = similar[np.arange(len(some)), best]
-    _, found, sizes = np.unique(reference, return_inverse=True, return_counts=True)
+            part = members[i : i + TILE]
+            by_coset = spectra.correlate(np.array([center]), part)[0][:, cosets].mean(axis=2)
+            best = by_coset.argmax(axis=1)
+            pose[part] = cosets[best].min(axis=1)
+            similarity[part] = by_coset[np.arange(len(part)), best]
+    _, family, sizes = np.unique(reference, return_inverse=True, return_counts=True)
     rank = np.argsort(np.argsort(-sizes, kind="stable"))
-    return Families(rank[found], reference, pose, likeness, chance)
+    return Families(rank[family], reference, pose, similarity, chance_similarity)
 
 
-def _references(
+def _assign_references(
     graph: sparse.csr_array,
     free: Bool[np.ndarray, " feature"],
     reference: Int[np.ndarray, " feature"],
 ) -> Int[np.ndarray, " feature"]:
-    """Put free features together around those that have most free neighbours."""
+    """Gather free features around those with the most free neighbors, greedily."""
     free, reference = free.copy(), reference.copy()
 
-    def near(i: int | np.integer) -> np.ndarray:
+    def neighbors(i: int | np.integer) -> np.ndarray:
         return graph.indices[graph.indptr[i] : graph.indptr[i + 1]]
 
-    degree = np.array([int(free[near(i)].sum()) for i in range(len(free))])
+    degree = np.array([int(free[neighbors(i)].sum()) for i in range(len(free))])
     while free.any():
-        centre = int(np.where(free, degree, -1).argmax())
-        if degree[centre] < 1:
+        center = int(np.where(free, degree, -1).argmax())
+        if degree[center] < 1:
             break
-        members = np.append(near(centre)[free[near(centre)]], centre)
-        reference[members] = centre
+        members = np.append(neighbors(center)[free[neighbors(center)]], center)
+        reference[members] = center
         free[members] = False
-        for member in members:  # no longer to be had
-            degree[near(member)] -= 1
+        for member in members:
+            degree[neighbors(member)] -= 1
     return reference
 
 
 def _join_nearest(
-    kin: sparse.csr_array,
+    graph: sparse.csr_array,
     alone: Bool[np.ndarray, " feature"],
-    centres: Bool[np.ndarray, " feature"],
+    centers: Bool[np.ndarray, " feature"],
     reference: Int[np.ndarray, " feature"],
 ) -> None:
-    """Give features that are alone the centre that they are most alike, if it is their nearest."""
+    """Join single features to the center most similar to them, if no single feature is more so."""
     for i in np.flatnonzero(alone):
-        part = slice(kin.indptr[i], kin.indptr[i + 1])
-        near, value = kin.indices[part], kin.data[part]
-        allowed = alone[near] | centres[near]
+        part = slice(graph.indptr[i], graph.indptr[i + 1])
+        near, value = graph.indices[part], graph.data[part]
+        allowed = alone[near] | centers[near]
         if allowed.any():
             best = near[allowed][value[allowed].argmax()]
-            if centres[best]:
+            if centers[best]:
                 reference[i] = best
 
 
-def _by_reference(
+def _families_of_two(
     reference: Int[np.ndarray, " feature"],
 ) -> Iterator[tuple[int, Int[np.ndarray, " member"]]]:
-    """Each family of two or more: its reference and the other members."""
+    """Yield the reference and the other members of each family of two or more."""
     order = np.argsort(reference, kind="stable")
     starts = np.flatnonzero(np.diff(reference[order], prepend=-1))
     for members in np.split(order, starts[1:]):
         if len(members) > 1:
-            centre = int(reference[members[0]])
-            yield centre, members[members != centre]
+            center = int(reference[members[0]])
+            yield center, members[members != center]
 
 
-def families(
+def find_families(
     blocks: Float[np.ndarray, "feature order d"],
-    energy: Float[np.ndarray, " feature"],
+    energy_share: Float[np.ndarray, " feature"],
     noise: Float[np.ndarray, " feature"],
-    stabilisers: Sequence[frozenset[int]],
+    stabilizers: Sequence[frozenset[int]],
     group: Group,
     *,
-    rate: float,
-    alike: float,
+    fdr: float,
+    equality_threshold: float,
     seed: int,
     on_progress: Progress = no_progress,
 ) -> Families:
-    """Find all families.
+    """Find all families of features that are poses of one another.
 
     Args:
         blocks: Decoder blocks.
-        energy: Squared length of each feature without its common part and without noise, as a
-            share of the squared length with noise; 0 for those that are to match nothing.
-        noise: See `find_links`.
-        stabilisers: Of each feature.
-        group: The group.
-        rate: Of wrong links.
-        alike: See `find_links`.
-        seed: Of the null.
-        on_progress: Told how many tiles of pairs are done.
+        energy_share: Share of each feature's squared length that is not noise; 0 for features that
+            match nothing.
+        noise: Noise variance of one entry over the energy of the feature; NaN where unknown.
+        stabilizers: Stabilizer of each feature.
+        group: Group that acts on the input.
+        fdr: Expected number of wrong links of a feature.
+        equality_threshold: Similarity that exact poses must not certainly fall short of.
+        seed: Seed of the null distribution.
+        on_progress: Callback with the number of tiles of pairs done.
     """
-    centred = without(blocks, common_part(blocks))
-    energy = energy * _lengths(centred)
-    chance = chance_of(centred, energy, group, rate, seed)
-    spectra = Spectra(centred, energy, group)
-    entries = blocks.shape[1] * blocks.shape[2]
-    links = find_links(spectra, noise, chance, rate, alike, entries, on_progress)
-    return gather(links, spectra, stabilisers, group, chance)
+    centered = remove_direction(blocks, common_direction(blocks))
+    energy = energy_share * _squared_lengths(centered)
+    chance = similarity_by_chance(centered, energy, group, fdr, seed)
+    spectra = GroupSpectra(centered, energy, group)
+    n_entries = blocks.shape[1] * blocks.shape[2]
+    links = find_links(spectra, noise, chance, fdr, equality_threshold, n_entries, on_progress)
+    return gather_families(links, spectra, stabilizers, group, chance)
 
 
-def _lengths(blocks: Float[np.ndarray, "feature order d"]) -> Float[np.ndarray, " feature"]:
-    """Squared length of all blocks of each feature."""
+def _squared_lengths(
+    blocks: Float[np.ndarray, "feature order d"],
+) -> Float[np.ndarray, " feature"]:
     return np.einsum("igk,igk->i", blocks, blocks, dtype=np.float64)

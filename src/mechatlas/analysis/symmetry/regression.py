@@ -1,15 +1,18 @@
-"""Decoder blocks of any dictionary, estimated from what its codes say about posed activations.
+"""Decoder blocks of any dictionary, estimated by regressing posed activations on its codes.
 
     CodeRegression    streams of codes and targets -> ridge solutions on halves of the samples
 
-The block D_g of a feature is what its code of the untransformed activation adds to a(gI), given
-the codes of the other features: the slope of a linear regression with an intercept. All that is
-kept of the stream are second moments, one set for each half, so memory does not grow with it:
+The block D_g of a feature is the effect of its code of the untransformed activation on a(gI),
+given the codes of the other features: the slope of a linear regression with an intercept. Only
+second moments of the stream are kept, one set for each half, so memory does not grow with it:
 twice latents^2 + latents * width numbers.
 
-Codes are brought to root mean square 1 where a latent is active, so that the ridge is told in
-rows: it shrinks as if each latent had been seen so many times more with no effect.
+Codes are scaled to root mean square 1 where a latent is active, so that the ridge penalty is in
+units of rows: it shrinks a slope as if the latent had been active on as many more rows with no
+effect.
 """
+
+from typing import NamedTuple
 
 import numpy as np
 import scipy.linalg
@@ -20,27 +23,43 @@ from torch import Tensor
 from mechatlas.base import InputError
 
 RIDGE = 1.0
-"""Rows that each latent seems to have been seen without effect."""
+"""Ridge penalty of each latent, in rows without effect."""
 COLUMNS = 1024
-"""Columns of the targets that are worked on together."""
+"""Number of target columns processed together."""
 BUFFER_BYTES = 128 << 20
+"""Size of the buffer of rows not yet added to the moments."""
 DENSE = 0.05
-"""Share of non-zero codes from which dense products are faster."""
+"""Share of non-zero codes above which dense products are faster."""
+
+
+class Regression(NamedTuple):
+    """Slopes and intercept of a linear regression on codes."""
+
+    slopes: Float[np.ndarray, "latent width"]
+    """Effect of each latent; zero for latents that are never active."""
+    intercept: Float[np.ndarray, " width"]
+    """Prediction where no latent is active."""
 
 
 class CodeRegression:
-    """Second moments of codes and targets, for two halves of the samples."""
+    """Second moments of codes and targets, for two halves of the samples.
+
+    Args:
+        n_latents: Number of latents.
+        width: Number of target columns.
+    """
 
     def __init__(self, n_latents: int, width: int) -> None:
         self.n_latents, self.width = n_latents, width
         self.rows = np.zeros(2, np.int64)
+        """Number of rows in each half."""
         self.active = np.zeros((2, n_latents), np.int64)
-        """Rows on which each latent was active, in each half."""
+        """Number of rows on which each latent was active, in each half."""
         self._gram = np.zeros((2, n_latents, n_latents), np.float32)
         self._cross = np.zeros((2, n_latents, width), np.float32)
         self._codes = np.zeros((2, n_latents))
         self._targets = np.zeros((2, width))
-        self._waiting: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+        self._buffer: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
 
     def add(
         self,
@@ -48,23 +67,29 @@ class CodeRegression:
         targets: Float[Tensor, "batch width"],
         second: Bool[np.ndarray, " batch"],
     ) -> None:
-        """Take in some rows; `second` says which belong to the second half."""
+        """Add a batch of rows.
+
+        Args:
+            codes: Codes of the rows.
+            targets: Activations that the codes should explain.
+            second: Mask of the rows that belong to the second half.
+        """
         part = codes.detach().float().numpy(), targets.detach().float().numpy(), second
-        self._waiting.append(part)
-        if sum(t.nbytes for _, t, _ in self._waiting) >= BUFFER_BYTES:
+        self._buffer.append(part)
+        if sum(t.nbytes for _, t, _ in self._buffer) >= BUFFER_BYTES:
             self._flush()
 
     def _flush(self) -> None:
-        if not self._waiting:
+        if not self._buffer:
             return
         codes, targets, second = (
-            np.concatenate(parts) for parts in zip(*self._waiting, strict=True)
+            np.concatenate(parts) for parts in zip(*self._buffer, strict=True)
         )
-        self._waiting = []
+        self._buffer = []
         for half in range(2):
-            chosen = second == bool(half)
-            if chosen.any():
-                self._add(half, codes[chosen], targets[chosen])
+            rows = second == bool(half)
+            if rows.any():
+                self._add(half, codes[rows], targets[rows])
 
     def _add(self, half: int, codes: np.ndarray, targets: np.ndarray) -> None:
         self.rows[half] += len(codes)
@@ -76,16 +101,16 @@ class CodeRegression:
             for k in range(0, self.width, COLUMNS):
                 self._cross[half, :, k : k + COLUMNS] += codes.T @ targets[:, k : k + COLUMNS]
             return
-        thin = sparse.csr_array(codes)
-        across = sparse.csr_array(thin.T)
-        products = sparse.coo_array(across @ thin)
+        sparse_codes = sparse.csr_array(codes)
+        transposed = sparse.csr_array(sparse_codes.T)
+        products = sparse.coo_array(transposed @ sparse_codes)
         self._gram[half][products.coords] += products.data
         for k in range(0, self.width, COLUMNS):
-            some = np.ascontiguousarray(targets[:, k : k + COLUMNS])
-            self._cross[half, :, k : k + COLUMNS] += across @ some
+            columns = np.ascontiguousarray(targets[:, k : k + COLUMNS])
+            self._cross[half, :, k : k + COLUMNS] += transposed @ columns
 
     def halves(self) -> Float[np.ndarray, "2 latent width"]:
-        """The blocks as each half of the samples gives them; zero for latents it never saw.
+        """Solve for the slopes in each half of the samples; zero for latents never active there.
 
         Raises:
             InputError: A half has no rows.
@@ -98,17 +123,15 @@ class CodeRegression:
             )
         out = np.empty((2, self.n_latents, self.width), np.float32)
         for half in range(2):
-            out[half] = self._solve([half])[0]
+            out[half] = self._solve([half]).slopes
         return out
 
-    def whole(self) -> tuple[Float[np.ndarray, "latent width"], Float[np.ndarray, " width"]]:
-        """The blocks as all rows give them, and what is predicted where no latent is active."""
+    def whole(self) -> Regression:
+        """Solve for the slopes and the intercept from all rows."""
         self._flush()
         return self._solve([0, 1])
 
-    def _solve(
-        self, halves: list[int]
-    ) -> tuple[Float[np.ndarray, "latent width"], Float[np.ndarray, " width"]]:
+    def _solve(self, halves: list[int]) -> Regression:
         rows = max(int(self.rows[halves].sum()), 1)
         active = self.active[halves].sum(axis=0)
         live = np.flatnonzero(active)
@@ -126,7 +149,7 @@ class CodeRegression:
         gram[np.diag_indices(len(live))] += RIDGE
         out = np.zeros((self.n_latents, self.width), np.float32)
         if not len(live):
-            return out, target.astype(np.float32)
+            return Regression(out, target.astype(np.float32))
         factor = scipy.linalg.cho_factor(gram, lower=True, overwrite_a=True, check_finite=False)
         for k in range(0, self.width, COLUMNS):
             columns = slice(k, k + COLUMNS)
@@ -137,4 +160,4 @@ class CodeRegression:
             right /= unit[:, None]
             solved = scipy.linalg.cho_solve(factor, right, overwrite_b=True, check_finite=False)
             out[live, columns] = solved / unit[:, None]
-        return out, (target - mean @ out[live]).astype(np.float32)
+        return Regression(out, (target - mean @ out[live]).astype(np.float32))

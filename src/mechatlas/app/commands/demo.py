@@ -114,7 +114,7 @@ def _look_inside(collect: CollectConfig, out: Path) -> dict[str, Any]:
     )
     stages["posed"] = jobs.collect(posed)
     stages["symmetry"] = find_symmetry(
-        SymmetryConfig(dictionary=out / FEW, store=posed.out, out=out / "symmetry", swaps=0)
+        SymmetryConfig(dictionary=out / FEW, store=posed.out, out=out / "symmetry", interventions=0)
     )
     return stages
 

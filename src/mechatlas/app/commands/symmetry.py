@@ -1,7 +1,7 @@
 """`mechatlas symmetry`: a dictionary and a store of posed activations -> classes and families.
 
 The folder has `result.json`, `features.parquet` (a row for each feature), `symmetry.safetensors`
-(stabiliser functions, spectra and the untransformed blocks, which the page draws), and
+(stabilizer functions, spectra and the untransformed blocks, which the page draws), and
 `manifest.json`.
 """
 
@@ -16,10 +16,10 @@ import pyarrow.parquet as pq
 import tyro
 from tyro.conf import Positional, arg
 
-from mechatlas.analysis.symmetry.classify import RATE, Symmetry, control, symmetry
-from mechatlas.analysis.symmetry.contrast import contrast
-from mechatlas.analysis.symmetry.evidence import ALIKE, SUPPORT
-from mechatlas.analysis.symmetry.names import NOT_RELIABLE
+from mechatlas.analysis.symmetry.class_names import NOT_RELIABLE
+from mechatlas.analysis.symmetry.classify import FDR, Symmetry, count_shuffled_discoveries, symmetry
+from mechatlas.analysis.symmetry.control_comparison import compare_with_control
+from mechatlas.analysis.symmetry.shift_evidence import EQUALITY_THRESHOLD, SUPPORT_THRESHOLD
 from mechatlas.app import swapping
 from mechatlas.app.posed import Learnt, Posed, learn, manifest_of, measure, open_posed, said_of
 from mechatlas.app.progress import bar
@@ -51,11 +51,11 @@ class SymmetryConfig:
     """Folder for the result."""
     site: str | None = None
     """Site of the store; by default the one that the dictionary was trained on."""
-    rate: float = RATE
+    fdr: float = FDR
     """False discovery rate of the claim that something leaves a feature unchanged."""
-    alike: float = ALIKE
+    equality_threshold: float = EQUALITY_THRESHOLD
     """How alike two blocks must be to count as equal: cosine, corrected for noise."""
-    swaps: int = 40
+    interventions: int = 40
     """Features whose pose is swapped inside the network, if its recipe can still be followed."""
     downstream: str | None = None
     """Site where answers to swaps are compared, or "output" for the network's; by default the next
@@ -109,7 +109,7 @@ def control_in_words(control: dict[str, Any]) -> str:
     told = "; ".join(
         "{name} {share:.1%} and {share_control:.1%} (q {q_value:.2g})".format(**each)
         for each in control["classes"]
-        if each["q_value"] <= RATE
+        if each["q_value"] <= FDR
     )
     return (
         f"Reliable features here ({here}) and in the control ({there}): "
@@ -156,31 +156,39 @@ def find_symmetry(recipe: SymmetryConfig) -> dict[str, Any]:
         WeightsError: The dictionary cannot be read, or is one for another group.
     """
     clock = time.process_time()
-    if not 0 < recipe.rate < 1:
-        raise RecipeError(f"--rate must lie between 0 and 1, got {recipe.rate}.")
-    if not SUPPORT < recipe.alike <= 1:
-        raise RecipeError(f"--alike must be above {SUPPORT:.4f} and at most 1, got {recipe.alike}.")
-    if recipe.swaps < 0:
-        raise RecipeError(f"--swaps must be at least 0, got {recipe.swaps}.")
+    if not 0 < recipe.fdr < 1:
+        raise RecipeError(f"--fdr must lie between 0 and 1, got {recipe.fdr}.")
+    if not SUPPORT_THRESHOLD < recipe.equality_threshold <= 1:
+        raise RecipeError(
+            f"--equality-threshold must be above {SUPPORT_THRESHOLD:.4f} and at most 1, "
+            f"got {recipe.equality_threshold}."
+        )
+    if recipe.interventions < 0:
+        raise RecipeError(f"--interventions must be at least 0, got {recipe.interventions}.")
     refuse_strangers(recipe.out, KIND)
     posed = open_posed(recipe.dictionary, recipe.store, recipe.site)
     control_names = _control_of(recipe.control, posed) if recipe.control else None
     bench = swapping.prepare(
-        posed.rows.store, posed.site, recipe.downstream, wanted=recipe.swaps > 0
+        posed.rows.store, posed.site, recipe.downstream, wanted=recipe.interventions > 0
     )
     learnt = learn(posed, recipe.seed)
     with bar("comparing features") as progress:
         found = symmetry(
-            learnt.blocks, posed.group, learnt.halves, rate=recipe.rate, alike=recipe.alike,
-            seed=recipe.seed, turns=posed.action == Rotate.name, on_progress=progress,
+            learnt.blocks, posed.group, learnt.halves, fdr=recipe.fdr,
+            equality_threshold=recipe.equality_threshold,
+            seed=recipe.seed, acts_by_rotation=posed.action == Rotate.name, on_progress=progress,
         )  # fmt: skip
-    shuffled = control(
-        learnt.halves, posed.group, rate=recipe.rate, alike=recipe.alike, seed=recipe.seed
+    shuffled = count_shuffled_discoveries(
+        learnt.halves,
+        posed.group,
+        fdr=recipe.fdr,
+        equality_threshold=recipe.equality_threshold,
+        seed=recipe.seed,
     )
     r2, held, n_held = measure(posed, learnt)
     causal, swapped = swapping.check(
         bench, held, found, learnt.blocks, lambda codes: said_of(posed, learnt, codes),
-        most=recipe.swaps, seed=recipe.seed,
+        n_features=recipe.interventions, seed=recipe.seed,
     )  # fmt: skip
     result = {
         **_summary(found),
@@ -206,7 +214,7 @@ def find_symmetry(recipe: SymmetryConfig) -> dict[str, Any]:
             ],
             "classes": [
                 dataclasses.asdict(each)
-                for each in contrast(found.names, control_names, found.class_names)
+                for each in compare_with_control(found.names, control_names, found.class_names)
             ],
         },
     }
@@ -238,19 +246,19 @@ def _summary(found: Symmetry) -> dict[str, Any]:
     quartiles = np.quantile(ceilings, [0.25, 0.5, 0.75]).tolist() if len(ceilings) else [None] * 3
     order = [*found.class_names, NOT_RELIABLE]
     return {
-        "n_features": len(found.stabilisers),
+        "n_features": len(found.stabilizers),
         "classes": {name: counts[name] for name in order if counts[name]},
-        "fdr": found.rate,
-        "alike": found.alike,
+        "fdr": found.fdr,
+        "equality_threshold": found.equality_threshold,
         "discoveries": found.n_discoveries,
         "reliable": int(found.reliable.sum()),
         "noise_ceiling": quartiles[1],
         "noise_ceiling_quartiles": [quartiles[0], quartiles[2]],
-        "noise_inflation": found.inflation,
+        "noise_inflation": found.variance_inflation,
         "families": int((sizes > 1).sum()),
         "features_in_families": int(sizes[sizes > 1].sum()),
         "largest_family": int(sizes.max(initial=0)),
-        "chance_likeness": found.chance,
+        "chance_likeness": found.chance_similarity,
     }
 
 
@@ -268,7 +276,7 @@ def _interpolation(posed: Posed, found: Symmetry) -> dict[str, Any] | None:
     quarters = np.array(posed.described.get("exact", [True]))
     if quarters.all() or posed.action != Rotate.name:
         return None
-    s = found.stabiliser_function.mean(axis=0).round(6)
+    s = found.stabilizer_function.mean(axis=0).round(6)
     others = quarters & (np.arange(posed.group.order) != posed.group.identity)
     return {
         "matched_blur": bool(posed.described["matched_blur"]),
@@ -289,8 +297,8 @@ def _write(
     tensors = write_tensors(
         recipe.out / TENSORS,
         {
-            "stabiliser_function": found.stabiliser_function.astype(np.float32),
-            "errors": np.minimum(found.errors, 1e6).astype(np.float32),
+            "stabilizer_function": found.stabilizer_function.astype(np.float32),
+            "errors": np.minimum(found.standard_errors, 1e6).astype(np.float32),
             "spectrum": found.spectrum.astype(np.float32),
             "atoms": learnt.blocks[:, group.identity].astype(np.float32),
         },
@@ -315,19 +323,21 @@ def _write(
 
 def _columns(found: Symmetry, active: np.ndarray) -> dict[str, np.ndarray | list[Any]]:
     names = found.group.element_names
-    orders = [len(each) for each in found.stabilisers]
+    orders = [len(each) for each in found.stabilizers]
     return {
         "feature": np.arange(len(orders), dtype=np.int32),
+        "stabilizer": [found.class_names[c] for c in found.classes],
+        "stabilizer_order": np.array(orders, np.int32),
         "stabiliser": [found.class_names[c] for c in found.classes],
         "stabiliser_order": np.array(orders, np.int32),
-        "stabiliser_elements": [sorted(each) for each in found.stabilisers],
+        "stabilizer_elements": [sorted(each) for each in found.stabilizers],
         "class": found.names,
         "family": found.families.astype(np.int32),
         "family_size": np.bincount(found.families)[found.families].astype(np.int32),
         "reference": found.references.astype(np.int32),
         "pose": found.poses.astype(np.int32),
         "pose_name": [names[pose] for pose in found.poses],
-        "likeness": found.likeness_to_reference,
+        "likeness": found.similarity_to_reference,
         "p_value": found.p_values,
         "q_value": found.q_values,
         "reliable": found.reliable,

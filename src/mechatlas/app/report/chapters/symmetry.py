@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from mechatlas.analysis.symmetry.names import NOT_RELIABLE, rotations
+from mechatlas.analysis.symmetry.class_names import NOT_RELIABLE, rotation_subgroup
 from mechatlas.app.commands.symmetry import TABLE, TENSORS
 from mechatlas.app.report.atoms import flat_map
 from mechatlas.app.report.chapter import Chapter, render
@@ -41,7 +41,7 @@ def chapter(runs: Runs, on_progress: Progress) -> Chapter | None:
     for number, run in enumerate(found):
         kept = run.manifest["group"]
         group = Group(kept["table"], name=kept["name"], element_names=kept["elements"])
-        table, tensors = run.table(TABLE), run.tensors(TENSORS)
+        table, tensors = (_renamed(each) for each in (run.table(TABLE), run.tensors(TENSORS)))
         names = [*kept["classes"], NOT_RELIABLE]
         colours = _colours(names, table["class"])
         figures[f"lattice{number}"] = _lattice(group, names, table["class"], colours)
@@ -49,7 +49,7 @@ def chapter(runs: Runs, on_progress: Progress) -> Chapter | None:
         figures[f"r2{number}"] = _r2(run, group)
         if run.result.get("causal", {}).get("tested"):
             figures[f"swaps{number}"] = _swaps(table, run.result["fdr"])
-        arrays[f"{number}/s"] = tensors["stabiliser_function"]
+        arrays[f"{number}/s"] = tensors["stabilizer_function"]
         for key in ("q_value", "noise_ceiling", "likeness"):
             arrays[f"{number}/{key}"] = table[key].astype(np.float32)
         arrays[f"{number}/class"] = _numbers(table["class"], names)
@@ -57,7 +57,7 @@ def chapter(runs: Runs, on_progress: Progress) -> Chapter | None:
         data.append({
             "run": folders.get(Path(run.manifest["dictionary"]).resolve(), ""),
             "elements": list(group.element_names),
-            "turns": sorted(rotations(group) or []),
+            "turns": sorted(rotation_subgroup(group) or []),
             "classes": names,
             "colours": [colours.get(name, "") for name in names],
             "families": families,
@@ -81,6 +81,11 @@ def chapter(runs: Runs, on_progress: Progress) -> Chapter | None:
         arrays=arrays,
         scripts=("symmetry.js",),
     )
+
+
+def _renamed(columns: dict[str, Any]) -> dict[str, Any]:
+    """Columns and tensors of version 0.1 under today's names."""
+    return {key.replace("stabiliser", "stabilizer"): values for key, values in columns.items()}
 
 
 def _numbers(of: np.ndarray, names: list[str]) -> np.ndarray:
@@ -159,7 +164,7 @@ def _lattice(
         "layout": {
             "xaxis": {**bare, "visible": False, "range": wide},
             "yaxis": {**bare, "tickvals": np.log2(levels).tolist(), "ticktext": levels.tolist(),
-                      "title": {"text": "order of the stabiliser"}},
+                      "title": {"text": "order of the stabilizer"}},
             "margin": {"l": 52, "r": 8, "t": 12, "b": 12},
         },
     }  # fmt: skip
@@ -248,11 +253,11 @@ def _families(table: dict[str, Any], group: Group) -> list[dict[str, Any]]:
         if len(members) < 2:
             break
         reference = int(table["reference"][members[0]])
-        stabiliser = sorted(table["stabiliser_elements"][reference])
+        stabilizer = sorted(table["stabilizer_elements"][reference])
         likeness = np.where(members == reference, np.inf, table["likeness"][members])
         slots = np.full(group.order, -1)
         for i in members[np.argsort(likeness, kind="stable")]:  # the most alike last: they stay
-            slots[group.table[table["pose"][i], stabiliser]] = i
+            slots[group.table[table["pose"][i], stabilizer]] = i
         found.append({
             "family": family,
             "reference": reference,

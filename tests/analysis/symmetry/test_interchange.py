@@ -5,7 +5,15 @@ from scipy import sparse
 
 from mechatlas.activations.posing import places_of
 from mechatlas.activations.sites import read
-from mechatlas.analysis.symmetry.swaps import SAMPLES, Bench, Rows, choose, swap, usable
+from mechatlas.analysis.symmetry.interchange import (
+    SAMPLES,
+    PosedNetwork,
+    TrialRows,
+    draw_trials,
+    interchange_p_values,
+    intervene_on_poses,
+    usable_elements,
+)
 from mechatlas.base import InputError, Site
 from mechatlas.maths.actions import Rotate
 from mechatlas.maths.named_groups import group
@@ -39,8 +47,8 @@ class Pictures:
 
 
 def true_features():
-    """Blocks of what the network sees, one feature for each coset, and their stabilisers."""
-    blocks, stabilisers = [], []
+    """Blocks of what the network sees, one feature for each coset, and their stabilizers."""
+    blocks, stabilizers = [], []
     for kind in range(5):
         subgroup = [{0}, {0}, {0}, {0, 2}, set(range(8))][kind]
         for coset in D4.left_cosets(frozenset(subgroup)):
@@ -48,65 +56,75 @@ def true_features():
             for g in range(8):
                 block[g, 8 * kind + D4.table[g, sorted(coset)]] = 1
             blocks.append(block)
-            stabilisers.append(D4.conjugate(frozenset(subgroup), coset[0]))
-    return np.array(blocks), stabilisers
+            stabilizers.append(D4.conjugate(frozenset(subgroup), coset[0]))
+    return np.array(blocks), stabilizers
 
 
 @pytest.fixture(scope="module")
 def world():
     network, samples, action = turning(), Pictures(60), Rotate(D4)
-    bench = Bench(
+    posed = PosedNetwork(
         network, samples, action, SITE, Site(""),
         places_of(action, network, SITE, samples.stack([samples.read(0)])),
     )  # fmt: skip
-    blocks, stabilisers = true_features()
+    blocks, stabilizers = true_features()
     with torch.no_grad():
         maps = read(network, torch.from_numpy(samples.images), [SITE])[SITE]
-    kept = bench.places.kept
+    kept = posed.places.kept
     x = maps.flatten(2).movedim(1, 2)[:, kept].flatten(0, 1).numpy()
     codes = sparse.csr_array(x @ np.linalg.pinv(blocks[:, 0]).clip(min=0))
-    rows = Rows(
+    rows = TrialRows(
         np.repeat(np.arange(60), len(kept)),
         np.tile(kept.numpy(), 60),
         np.einsum("ni,igk->ngk", codes.toarray(), blocks),
     )
-    return bench, blocks, stabilisers, codes, rows
+    return posed, blocks, stabilizers, codes, rows
 
 
-def swapped(world, blocks, **changes):
-    bench, _, stabilisers, codes, rows = world
-    elements = usable(bench.places, bench.action)
-    trials = choose(
-        codes, rows.sample, np.arange(len(blocks)), stabilisers, elements, D4, most=len(blocks)
+def intervened(world, blocks, **changes):
+    posed, _, stabilizers, codes, rows = world
+    elements = usable_elements(posed.places, posed.action)
+    trials = draw_trials(
+        codes,
+        rows.sample,
+        np.arange(len(blocks)),
+        stabilizers,
+        elements,
+        D4,
+        n_features=len(blocks),
     )
     others = np.arange(len(blocks) - 1)
-    return swap(
-        Bench(**{**vars(bench), **changes}), trials, rows, blocks, stabilisers, others
+    return intervene_on_poses(
+        PosedNetwork(**{**vars(posed), **changes}), trials, rows, blocks, stabilizers, others
     )  # fmt: skip
 
 
 def test_features_of_a_network_that_sees_every_pose_alike_pass(world):
-    found = swapped(world, world[1])
+    found = intervened(world, world[1])
     # One feature is unchanged by everything: it is the only one that cannot be swapped.
     assert found.features.tolist() == list(range(28))
     assert (found.q_values <= 0.05).mean() > 0.9
     assert (found.pose_q_values <= 0.05).mean() > 0.9
     assert np.median(found.alignment) > 0.3
-    assert np.median(found.null) < np.median(found.wrong) + 0.1 < np.median(found.alignment)
+    assert (
+        np.median(found.null_alignment)
+        < np.median(found.wrong_pose_alignment) + 0.1
+        < np.median(found.alignment)
+    )
     # All features together make of a(I) just what the network sees of hI.
-    assert found.together == pytest.approx(1, abs=1e-4)
-    assert np.median(found.repaired) > 0 > np.median(found.repaired_null)
+    assert found.recovered_by_all == pytest.approx(1, abs=1e-4)
+    assert np.median(found.recovered) > 0 > np.median(found.null_recovered)
     # Half-turns change nothing of kind 3, and nothing changes kind 4.
     assert found.symmetric.tolist() == list(range(24, 29))
-    np.testing.assert_allclose(found.change, 0, atol=1e-5)
-    assert found.change_of_others.min() > 0.3
+    np.testing.assert_allclose(found.symmetric_change, 0, atol=1e-5)
+    assert found.change.min() > 0.3
 
 
 def test_random_features_do_not_pass(world):
     random = np.random.default_rng(1)
     blocks = random.standard_normal(world[1].shape).astype(np.float32)
     blocks[:, 0] = world[1][:, 0]  # even if they are right where the input is as it is
-    found = swapped(world, blocks)
+    found = intervened(world, blocks)
     assert (found.q_values <= 0.05).sum() <= 1
     assert (found.pose_q_values <= 0.05).sum() <= 1
 
@@ -114,21 +132,23 @@ def test_random_features_do_not_pass(world):
 def test_features_in_the_wrong_pose_do_not_pass(world):
     """The same blocks, those of each pose given to another."""
     wrong = world[1][:, [0, *np.roll(np.arange(1, 8), 3)]]
-    assert (swapped(world, wrong).pose_q_values <= 0.05).mean() < 0.1
+    assert (intervened(world, wrong).pose_q_values <= 0.05).mean() < 0.1
 
 
 def test_every_trial_is_the_strongest_place_of_another_sample(world):
-    bench, _, stabilisers, codes, rows = world
-    elements = usable(bench.places, bench.action)
+    posed, _, stabilizers, codes, rows = world
+    elements = usable_elements(posed.places, posed.action)
     assert elements.tolist() == [False, *[True] * 7]
     eligible = np.array([3, 20, 25, 28])
-    trials = choose(codes, rows.sample, eligible, stabilisers, elements, D4, most=4, seed=1)
+    trials = draw_trials(
+        codes, rows.sample, eligible, stabilizers, elements, D4, n_features=4, seed=1
+    )
     dense = codes.toarray()
     for feature in eligible:
         for unchanged in (False, True):
             its = (trials.feature == feature) & (trials.unchanged == unchanged)
             within = (
-                stabilisers[feature] - {0} if unchanged else set(range(8)) - stabilisers[feature]
+                stabilizers[feature] - {0} if unchanged else set(range(8)) - stabilizers[feature]
             )
             assert its.sum() == (SAMPLES if within else 0)
             assert set(trials.element[its]) <= within
@@ -137,18 +157,38 @@ def test_every_trial_is_the_strongest_place_of_another_sample(world):
             for row, code in zip(trials.row[its], trials.code[its], strict=True):
                 strongest = dense[rows.sample == rows.sample[row], feature].max()
                 assert code == pytest.approx(strongest)
-    again = choose(codes, rows.sample, eligible, stabilisers, elements, D4, most=4, seed=1)
+    again = draw_trials(
+        codes, rows.sample, eligible, stabilizers, elements, D4, n_features=4, seed=1
+    )
     assert (again.element == trials.element).all()
-    few = choose(codes, rows.sample, eligible, stabilisers, elements, D4, most=2, seed=1)
+    few = draw_trials(codes, rows.sample, eligible, stabilizers, elements, D4, n_features=2, seed=1)
     assert len(set(few.feature)) == 2
 
 
 def test_a_site_that_is_not_downstream_is_refused(world):
     with pytest.raises(InputError, match="Nothing changes at posed if features are removed"):
-        swapped(world, world[1], downstream=Site("posed"))
+        intervened(world, world[1], downstream=Site("posed"))
 
 
 def test_answers_may_be_compared_at_any_site_downstream(world):
-    found = swapped(world, world[1], downstream=Site("after"))
+    found = intervened(world, world[1], downstream=Site("after"))
     assert (found.q_values <= 0.05).mean() > 0.9
-    assert found.together == pytest.approx(1, abs=1e-4)
+    assert found.recovered_by_all == pytest.approx(1, abs=1e-4)
+
+
+def test_no_p_value_is_smaller_than_the_null_can_show():
+    random = np.random.default_rng(0)
+    null = random.standard_normal((50, 4))
+    p = interchange_p_values(np.full(50, 1e9), null)
+    np.testing.assert_allclose(p, 1 / (1 + null.size))
+    assert (interchange_p_values(np.full(50, -1e9), null) == 1).all()
+    assert np.isnan(interchange_p_values(np.full(50, np.nan), null)).all()
+
+
+def test_p_values_of_alignments_that_are_like_the_null_are_valid():
+    random = np.random.default_rng(0)
+    everything = random.standard_normal((400, 9)) + random.standard_normal((400, 1))
+    p = interchange_p_values(everything[:, 0], everything[:, 1:])
+    assert p.min() >= 1 / (1 + 400 * 8)
+    for level in (0.05, 0.2, 0.5):
+        assert (p <= level).mean() == pytest.approx(level, abs=0.06)

@@ -1,9 +1,9 @@
-"""Classes of stabilisers beside those of a control."""
+"""Classes of stabilizers beside those of a control."""
 
 import numpy as np
 
-from mechatlas.analysis.symmetry.contrast import ANY, contrast
-from mechatlas.analysis.symmetry.names import NOT_RELIABLE
+from mechatlas.analysis.symmetry.class_names import NOT_RELIABLE
+from mechatlas.analysis.symmetry.control_comparison import ANY, compare_with_control
 
 CLASSES = ("none", "half-turn", "mirror", "invariant")
 
@@ -11,7 +11,7 @@ CLASSES = ("none", "half-turn", "mirror", "invariant")
 def test_shares_are_those_of_reliable_features_and_classes_of_neither_are_left_out():
     own = ["none"] * 60 + ["mirror"] * 20 + [NOT_RELIABLE] * 20
     control = ["none"] * 30 + ["mirror"] * 5 + ["invariant"] * 5 + [NOT_RELIABLE] * 60
-    found = {each.name: each for each in contrast(own, control, CLASSES)}
+    found = {each.name: each for each in compare_with_control(own, control, CLASSES)}
     assert list(found) == [ANY, "none", "mirror", "invariant"]
     assert (found[ANY].share, found[ANY].share_control) == (0.25, 0.25)
     assert found[ANY].difference == 0
@@ -28,12 +28,14 @@ def test_classes_drawn_alike_seldom_differ():
     said = 0
     for _ in range(200):
         own, control = (random.choice(CLASSES, n, p=[0.8, 0.05, 0.1, 0.05]) for n in (400, 150))
-        said += any(each.q_value <= 0.05 for each in contrast(list(own), list(control), CLASSES))
+        said += any(
+            each.q_value <= 0.05 for each in compare_with_control(list(own), list(control), CLASSES)
+        )
     assert said <= 20  # a rate of 5 % for all classes of a run together
 
 
 def test_without_reliable_features_nothing_is_told():
-    found = contrast([NOT_RELIABLE] * 3, ["none"], CLASSES)
+    found = compare_with_control([NOT_RELIABLE] * 3, ["none"], CLASSES)
     assert [each.name for each in found] == [ANY, "none"]
     assert [each.difference for each in found] == [None, None]
     assert [(each.low, each.high, each.q_value) for each in found] == [(-1, 1, 1)] * 2
