@@ -479,10 +479,13 @@ def test_the_reference_verifier_gives_the_same(name):
     assert np.array_equal(decide_exactly(weights, of.table, left, reference=True), right)
 
 
-@pytest.mark.parametrize("net", NETS)
+@pytest.mark.parametrize("net", [*NETS, ("S4", 0.3, 5), ("D5", 0.5, 6)])
 def test_a_proof_holds_for_the_reference_verifier_as_well(net):
     _, weights, bound = proved(*net)
-    assert bound.proof.check(*weights, reference=True).accuracy_bound == bound.accuracy_bound
+    slow = bound.proof.check(*weights, reference=True)
+    assert slow.accuracy_bound == bound.accuracy_bound
+    assert np.array_equal(slow.stages, bound.verification.stages)
+    np.testing.assert_allclose(slow.margins, bound.verification.margins, atol=1e-4)
 
 
 def test_checking_with_the_reference_verifier_compiles_nothing(tmp_path):
@@ -551,11 +554,41 @@ def test_bad_input_is_refused_in_one_sentence():
         prove(left, right, unembed, of, compute_budget=3.0)
 
 
-def test_torch_tensors_are_taken_as_they_are():
+def test_torch_tensors_and_lists_are_taken_as_they_are():
     of, weights, bound = proved("S4", 0.02, 1)
     left, right, unembed = (torch.from_numpy(w).requires_grad_() for w in weights)
     again = prove(left, right, unembed, of.table)
     assert again.accuracy_bound == bound.accuracy_bound
+    assert bound.proof.check(*(w.tolist() for w in weights)).accuracy_bound == bound.accuracy_bound
+    again = prove(left.detach().T.contiguous().T, right, unembed, of.table.tolist())
+    assert again.accuracy_bound == bound.accuracy_bound
+
+
+def test_bfloat16_weights_are_exact_in_float32():
+    of, weights, _ = proved("S4", 0.02, 1)
+    rounded = [torch.from_numpy(w).bfloat16() for w in weights]
+    exact = [w.float().numpy() for w in rounded]
+    bound = prove(*rounded, of)
+    assert bound.proof.check(*exact).accuracy_bound == bound.accuracy_bound
+    assert (bound.verification.margins <= true_margins(Weights(*exact), of.table)).all()
+
+
+def test_a_bound_prints_as_a_finding_with_its_evidence():
+    _, _, bound = proved("S4", 0.02, 1)
+    lines = repr(bound).splitlines()
+    assert lines[0].startswith("Accuracy: at least 100.0000% over 576 pairs")
+    assert len(lines) <= 6
+    assert "array" not in repr(bound.verification)
+
+
+def test_spellings_of_version_0_1_still_work():
+    of, weights, bound = proved("S4", 0.02, 1)
+    with pytest.warns(DeprecationWarning, match=r"prove\(compute_budget=\)"):
+        again = prove(*weights, of, effort=0.5)  # pyright: ignore[reportCallIssue]
+    with pytest.warns(DeprecationWarning, match=r"AccuracyBound.verification"):
+        assert again.verdict.accuracy_bound == bound.accuracy_bound  # pyright: ignore
+    with pytest.warns(DeprecationWarning, match=r"Verification.logit_budget"):
+        assert bound.verification.budget == bound.verification.logit_budget  # pyright: ignore
 
 
 def test_training_learns_a_group_and_gives_the_same_bytes_again():

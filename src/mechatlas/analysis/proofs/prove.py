@@ -19,6 +19,7 @@ from mechatlas.analysis.proofs.explain import NeuronDirections, explain, find_di
 from mechatlas.analysis.proofs.verifier.exact import decide_exactly
 from mechatlas.analysis.proofs.verifier.explanation import Explanation
 from mechatlas.analysis.proofs.verifier.proof import AccuracyProof, as_weights, checksum_weights
+from mechatlas.analysis.proofs.verifier.structures import Weights
 from mechatlas.analysis.proofs.verifier.verify import Verification, verify
 from mechatlas.base import InputError, Result
 from mechatlas.deprecated import renamed_arguments, renamed_attributes
@@ -121,6 +122,38 @@ def prove(
     most = max(verification.accuracy_bound for verification, _ in tried)
     enough = [pair for pair in tried if pair[0].accuracy_bound >= most - GAIN]
     _, explanation = min(enough, key=lambda pair: pair[0].multiply_adds)
+    return _bound(weights, group, explanation, clock)
+
+
+def bound_again(
+    proof: AccuracyProof,
+    left: ArrayLike,
+    right: ArrayLike,
+    unembed: ArrayLike,
+    group: Group,
+    *,
+    seconds_prove: float = 0.0,
+) -> AccuracyBound:
+    """Rebuild the bound of a proof, without looking for its explanation again.
+
+    Args:
+        proof: The proof.
+        left: Array (order, m).
+        right: Array (order, m).
+        unembed: Array (m, order).
+        group: Group of the table.
+        seconds_prove: Process CPU seconds that looking for the explanation took.
+
+    Raises:
+        ProofError: The explanation is not well formed, or about another network.
+    """
+    weights = as_weights(left, right, unembed, group.order)
+    clock = time.process_time() - seconds_prove
+    return _bound(weights, group, proof.explanation, clock)
+
+
+def _bound(weights: Weights, group: Group, explanation: Explanation, clock: float) -> AccuracyBound:
+    """Verify an explanation and put its proof together."""
     directions = find_directions(*weights, group.irreps())
     middle = time.process_time()
     verification = verify(*weights, group, explanation)

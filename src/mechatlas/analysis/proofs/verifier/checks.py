@@ -88,6 +88,7 @@ class KnownActions:
         return PackedActions(sides, self.offsets, self.images)
 
 
+@functools.cache
 def choose_loops(*, reference: bool) -> ModuleType:
     """The module `reference`, in numpy, or the compiled loops with the same functions.
 

@@ -321,7 +321,7 @@ def residual_distances(
     rate: float,
     inflate: float,
 ) -> Float32[np.ndarray, "block order"]:
-    """Bound the distance of each column e(z) from any other, within each block of neurons.
+    """Bound the distance of each column e(z) from any other and from 0, in each block of neurons.
 
     Args:
         residual: e_i(z).
@@ -340,7 +340,7 @@ def residual_distances(
 
 @compiled
 def _largest_distances(vectors, rate):
-    """Distance of each column from the farthest other one, or a little more."""
+    """Distance of each column from the farthest other one or from 0, or a little more."""
     n = vectors.shape[1]
     far = np.zeros(n)
     if not len(vectors):

@@ -101,6 +101,11 @@ class AccuracyProof:
         Raises:
             DiskError: The place is not writable.
         """
+        write(Path(path), self.as_bytes())
+        return Path(path)
+
+    def as_bytes(self) -> bytes:
+        """Contents of the file."""
         arrays: dict[str, np.ndarray] = {"table": self.table.astype(np.int32)}
         e = self.explanation
         for kind, parts in (("circuits", e.circuits), ("grids", e.grids)):
@@ -122,8 +127,7 @@ class AccuracyProof:
             "circuits": [c.name for c in e.circuits],
             "grids": [g.name for g in e.grids],
         }
-        write(Path(path), save_arrays(arrays, {"proof": json.dumps(about, allow_nan=False)}))
-        return Path(path)
+        return save_arrays(arrays, {"proof": json.dumps(about, allow_nan=False)})
 
 
 def as_weights(left: ArrayLike, right: ArrayLike, unembed: ArrayLike, order: int) -> Weights:
@@ -198,12 +202,25 @@ def load_proof(path: Path) -> AccuracyProof:
         data = Path(path).read_bytes()
     except OSError as error:
         raise DiskError(f"{path} cannot be read: {error.strerror or error}.") from error
+    return read_proof(data, str(path))
+
+
+def read_proof(data: bytes, source: str = "The file") -> AccuracyProof:
+    """Read the contents of a file. Nothing in it is believed before `AccuracyProof.check`.
+
+    Args:
+        data: Contents, as `AccuracyProof.as_bytes` gives them.
+        source: Name of the file in messages.
+
+    Raises:
+        ProofError: They are damaged or not a proof.
+    """
     try:
         arrays = load_arrays(data)
         length = int.from_bytes(data[:8], "little")
         about = json.loads(json.loads(data[8 : 8 + length])["__metadata__"]["proof"])
         if about["schema"] not in (SCHEMA, OLD_SCHEMA):
-            raise ProofError(f"{path} is not a proof of this version: {about['schema']!r}.")
+            raise ProofError(f"{source} is not a proof of this version: {about['schema']!r}.")
         return _Reader(arrays, about, OLD_NAMES if about["schema"] == OLD_SCHEMA else {}).read()
     except ProofError:
         raise
@@ -215,7 +232,7 @@ def load_proof(path: Path) -> AccuracyProof:
         AttributeError,
         OverflowError,
     ) as error:
-        raise ProofError(f"{path} is damaged or is not a proof ({error}).") from error
+        raise ProofError(f"{source} is damaged or is not a proof ({error}).") from error
 
 
 Part = TypeVar("Part", IrrepCircuit, Grid)

@@ -192,7 +192,7 @@ class Losses(NamedTuple):
     y: Float32[np.ndarray, "order order"]
     """Additive parts, by y and z."""
     residual: Float32[np.ndarray, "block order"]
-    """Largest distance of e(z) from any other e(w), by block and z."""
+    """Largest distance of e(z) from any other e(w) and from 0, by block and z."""
 
 
 class GridSpans(NamedTuple):

@@ -152,7 +152,7 @@ class Verification(Result):
             ("equivariant circuits", "low rank", "outright"), self.shares_by_stage, strict=True
         )
         return (
-            f"Verification: accuracy at least {self.accuracy_bound:.4%} over "
+            f"Accuracy: at least {self.accuracy_bound:.4%} over "
             f"{self.margins.size:,} pairs (float32, any order of sums)\n"
             f"In exact arithmetic: at least {self.accuracy_bound_real:.4%}\n"
             f"Certified by {', '.join(f'{name} {share:.2%}' for name, share in shares)}"
