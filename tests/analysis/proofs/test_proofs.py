@@ -566,11 +566,11 @@ def test_torch_tensors_and_lists_are_taken_as_they_are():
 
 def test_bfloat16_weights_are_exact_in_float32():
     of, weights, _ = proved("S4", 0.02, 1)
-    rounded = [torch.from_numpy(w).bfloat16() for w in weights]
-    exact = [w.float().numpy() for w in rounded]
-    bound = prove(*rounded, of)
+    left, right, unembed = (torch.from_numpy(w).bfloat16() for w in weights)
+    exact = Weights(*(w.float().numpy() for w in (left, right, unembed)))
+    bound = prove(left, right, unembed, of)
     assert bound.proof.check(*exact).accuracy_bound == bound.accuracy_bound
-    assert (bound.verification.margins <= true_margins(Weights(*exact), of.table)).all()
+    assert (bound.verification.margins <= true_margins(exact, of.table)).all()
 
 
 def test_a_bound_prints_as_a_finding_with_its_evidence():
