@@ -1,9 +1,11 @@
 """Bounds against brute force in higher precision, whatever the explanation says."""
 
 import dataclasses
+import inspect
 import json
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import hypothesis.strategies as st
@@ -16,6 +18,7 @@ from safetensors.numpy import load_file, save_file
 from mechatlas.analysis.proofs.explain import explain
 from mechatlas.analysis.proofs.group_training import GroupTrainingConfig, train_group_net
 from mechatlas.analysis.proofs.prove import exact_accuracy, prove
+from mechatlas.analysis.proofs.verifier import compiled, compiled_checks, reference
 from mechatlas.analysis.proofs.verifier.exact import decide_exactly
 from mechatlas.analysis.proofs.verifier.explanation import Explanation, ProofError
 from mechatlas.analysis.proofs.verifier.proof import load_proof
@@ -247,9 +250,9 @@ def _swapped() -> tuple[Group, Weights, Explanation]:
 def _refused_or_true(weights: Weights, of: Group, e: Explanation) -> None:
     """Both verifiers refuse, with the same words, or give bounds that are true."""
     messages = []
-    for reference in (False, True):
+    for short in (False, True):
         try:
-            verification = verify(*weights, of, e, reference=reference)
+            verification = verify(*weights, of, e, reference=short)
         except ProofError as error:
             messages.append(str(error))
         else:
@@ -469,10 +472,10 @@ def test_thousands_of_damaged_proofs_are_refused_or_true(tmp_path):
 def test_the_reference_verifier_gives_the_same(name):
     of, weights, bound = proved(name, 0.02, 3)
     e = dataclasses.replace(bound.proof.explanation, second_stage_budget=1.0)
-    compiled = verify(*weights, of, e)
+    fast = verify(*weights, of, e)
     slow = verify(*weights, of, e, reference=True)
-    np.testing.assert_allclose(slow.margins, compiled.margins, atol=2e-3)
-    assert slow.multiply_adds == compiled.multiply_adds
+    np.testing.assert_allclose(slow.margins, fast.margins, atol=2e-3)
+    assert slow.multiply_adds == fast.multiply_adds
     assert (slow.margins <= true_margins(weights, of.table)).all()
     left = np.ones((of.order, of.order), bool)
     right = decide_exactly(weights, of.table, left)
@@ -486,6 +489,16 @@ def test_a_proof_holds_for_the_reference_verifier_as_well(net):
     assert slow.accuracy_bound == bound.accuracy_bound
     assert np.array_equal(slow.stages, bound.verification.stages)
     np.testing.assert_allclose(slow.margins, bound.verification.margins, atol=1e-4)
+
+
+def test_machine_code_is_kept_apart_by_the_fields_of_named_tuples():
+    loops = [getattr(compiled, name) for name in compiled.__all__]
+    names = {loop.py_func.__qualname__.rpartition("_")[2] for loop in loops}
+    assert names == {f"{zlib.crc32(repr(compiled_checks.FIELDS).encode()):08x}"}
+    assert compiled_checks.FIELDS["PairSum"] == ("x", "y")
+    for name, loop in zip(compiled.__all__, loops, strict=True):
+        parameters = inspect.signature(inspect.unwrap(getattr(reference, name))).parameters
+        assert list(inspect.signature(loop.py_func).parameters) == list(parameters), name
 
 
 def test_checking_with_the_reference_verifier_compiles_nothing(tmp_path):
@@ -511,8 +524,8 @@ def test_a_proof_of_version_0_1_still_holds():
     weights = load_file(GOLDEN / "net.safetensors")
     proof = load_proof(GOLDEN / "proof.safetensors")
     expected = json.loads((GOLDEN / "expected.json").read_text())
-    for reference in (False, True):
-        verification = proof.check(**weights, reference=reference)
+    for short in (False, True):
+        verification = proof.check(**weights, reference=short)
         assert verification.accuracy_bound == proof.accuracy_bound == expected["accuracy_bound"]
         assert list(verification.margins[0]) == pytest.approx(expected["margins"], abs=1e-5)
 

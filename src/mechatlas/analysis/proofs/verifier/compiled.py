@@ -20,19 +20,8 @@ from mechatlas.analysis.proofs.verifier.compiled_terms import (
 )
 
 __all__ = [
-    "absolute_sums",
-    "additive_losses",
-    "bound_pairs",
-    "class_minima",
-    "find_fault",
-    "float32_error_sums",
-    "grid_spans",
-    "hidden_values",
-    "ideal_margins",
-    "index_tables",
-    "judge_margins",
-    "merge_neurons",
-    "preserves_antipodes",
-    "residual_distances",
+    "absolute_sums", "additive_losses", "bound_pairs", "class_minima", "find_fault",
+    "float32_error_sums", "grid_spans", "hidden_values", "ideal_margins", "index_tables",
+    "judge_margins", "merge_neurons", "preserves_antipodes", "residual_distances",
     "unembedding_residual",
-]
+]  # fmt: skip

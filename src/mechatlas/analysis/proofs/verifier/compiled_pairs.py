@@ -7,8 +7,6 @@
 `reference.py` has the same functions in numpy, and is the one to read.
 """
 
-from typing import NamedTuple
-
 import numpy as np
 from jaxtyping import Float, Float32, Int, Int8
 
@@ -21,6 +19,7 @@ from mechatlas.analysis.proofs.verifier.structures import (
     Neurons,
     PairBounds,
     PairCounts,
+    Scratch,
     SecondStage,
 )
 
@@ -127,7 +126,7 @@ def _add_circuits(x, circuits, interaction, rest, v, deviations):
 def _bound_first(x, zs, residuals, deviations, first, total, worst):
     """Compute the bound of the first stage at one x: `worst` less `total`."""
     gaps, norms = first.bins
-    x_loss, y_loss, errors = first.losses.x[x], first.losses.y, first.losses.residual
+    x_loss, y_loss, errors = first.losses.x[x], first.losses.y, first.residual
     for y in range(len(zs)):
         z = zs[y]
         total[y] = x_loss[z] + y_loss[y, z]
@@ -184,34 +183,11 @@ def _bound_second(x, ys, zs, v, at, second, out):
         out[i] = right - best
 
 
-class _Scratch(NamedTuple):
-    """Arrays that are used again for every two x."""
-
-    interaction: Float32[np.ndarray, "neuron 2*order"]
-    """I_i at x and x + 1, and every y."""
-    residuals: Float32[np.ndarray, "2 block order"]
-    """Norm of D of each block."""
-    deviations: Float32[np.ndarray, "2 circuit order"]
-    """Norm of V - rho(x) Vm rho(y) of each circuit."""
-    v: Float32[np.ndarray, "entry 2*order"]
-    """V of each circuit."""
-    rest: Float32[np.ndarray, " order"]
-    """One entry of V - rho(x) Vm rho(y)."""
-    total: Float32[np.ndarray, " order"]
-    """Losses of the first stage."""
-    worst: Float32[np.ndarray, " order"]
-    """Ideal margin less non-equivariance."""
-    failed: Int[np.ndarray, " order"]
-    """y of pairs that the first stage left."""
-    sharper: Float32[np.ndarray, " order"]
-    """Bounds of the second stage."""
-
-
 @compiled
 def _allocate(neurons, circuits):
     """Make room for the loop over pairs."""
     k, n = neurons.right.shape
-    return _Scratch(
+    return Scratch(
         np.zeros((k, 2 * n), np.float32),
         np.empty((2, len(neurons.block_offsets) - 1, n), np.float32),
         np.empty((2, len(circuits.shapes), n), np.float32),
@@ -282,7 +258,7 @@ def bound_pairs(
         good = 0
         for j in range(count):
             y = ys[j]
-            loss = _residual_loss(residuals[i], first.losses.residual, y, zs[y])
+            loss = _residual_loss(residuals[i], first.residual, y, zs[y])
             bound = np.float64(sharper[j]) - inflate * loss - slack.x[x] - slack.y[y]
             if bound > margins[x, y]:
                 margins[x, y] = bound

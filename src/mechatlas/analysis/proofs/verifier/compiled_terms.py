@@ -16,8 +16,6 @@ order and multiplications fused into them: the bounds on rounding hold for every
 finite (`checks`), and whatever could have overflowed here is refused afterwards (`terms`).
 """
 
-from typing import NamedTuple
-
 import numpy as np
 from jaxtyping import Float, Float32, Int
 
@@ -26,6 +24,7 @@ from mechatlas.analysis.proofs.verifier.structures import (
     AdditiveLosses,
     ClassMinima,
     Clusters,
+    GridNeurons,
     GridSpans,
     LogitSums,
     MergedNetwork,
@@ -360,19 +359,6 @@ def _largest_distances(vectors, rate):
     return far
 
 
-class _OneGrid(NamedTuple):
-    """A grid, and its neurons."""
-
-    residual: Float32[np.ndarray, "neuron order"]
-    weight: Float[np.ndarray, " neuron"]
-    left_points: Int[np.ndarray, " neuron"]
-    right_points: Int[np.ndarray, " neuron"]
-    left_antipodes: Int[np.ndarray, " k"]
-    right_antipodes: Int[np.ndarray, " k2"]
-    scale: Float32[np.ndarray, " neuron"]
-    table: Float32[np.ndarray, "k k2"]
-
-
 @compiled
 def grid_spans(
     residual: Float32[np.ndarray, "neuron order"],
@@ -395,7 +381,7 @@ def grid_spans(
     for g in range(len(shapes)):
         start, count, k, k2, left, right, cell, _ = shapes[g]
         mine = slice(start, start + count)
-        grid = _OneGrid(
+        grid = GridNeurons(
             residual[mine], weight[mine], points[0, mine], points[1, mine],
             antipodes[left : left + k], antipodes[right : right + k2], scale[mine],
             tables[cell : cell + k * k2].reshape((k, k2)),

@@ -415,7 +415,7 @@ def bound_pairs(
             out.residuals[:], out.deviations[:] = residuals, deviations
         zs, lost = table[x], slack.x[x] + slack.y
         total = losses.x[x, zs] + losses.y[np.arange(n), zs]
-        total = total + (residuals * losses.residual[:, zs]).sum(axis=0)
+        total = total + (residuals * first.residual[:, zs]).sum(axis=0)
         worst = (first.bins.gaps[:, None] - first.bins.norms @ deviations).min(axis=0)
         out.margins[x] = worst.astype(np.float64) - inflate * total.astype(np.float64) - lost
         error = first.float32_error.x[x] + first.float32_error.y
@@ -429,7 +429,7 @@ def bound_pairs(
         if not len(ys):
             continue
         sharper = _bound_second(x, ys, zs, v, second).astype(np.float64)
-        loss = (residuals[:, ys].astype(np.float64) * losses.residual[:, zs[ys]]).sum(axis=0)
+        loss = (residuals[:, ys].astype(np.float64) * first.residual[:, zs[ys]]).sum(axis=0)
         sharper -= inflate * loss + lost[ys]
         out.stages[x, ys] = np.where(sharper > out.margins[x, ys], 2, out.stages[x, ys])
         out.margins[x, ys] = np.maximum(sharper, out.margins[x, ys])

@@ -1,5 +1,8 @@
 """Groups of arrays that the loops of both verifiers take and return. No arithmetic.
 
+All named tuples that compiled loops use stand here: `compiled_checks.compiled` keeps compiled code
+apart by their fields.
+
 Axes: `order` elements of the group, `width` neurons of the network, `neuron` cluster
 representatives in the order of the explanation, `entry` matrix entries of all irreps one after the
 other, `circuit`, `grid`, `block`, `point` points of rho-sets, `cell` cells of grids.
@@ -184,17 +187,6 @@ class AdditiveLosses(NamedTuple):
     """Largest loss within the cells of grids, by z."""
 
 
-class Losses(NamedTuple):
-    """Losses of the first stage that are ready before any pair is looked at."""
-
-    x: Float32[np.ndarray, "order order"]
-    """Additive parts and cells, by x and z."""
-    y: Float32[np.ndarray, "order order"]
-    """Additive parts, by y and z."""
-    residual: Float32[np.ndarray, "block order"]
-    """Largest distance of e(z) from any other e(w) and from 0, by block and z."""
-
-
 class GridSpans(NamedTuple):
     """Most that the unembedding residual could do within the cells of all grids."""
 
@@ -242,8 +234,10 @@ class FirstStage(NamedTuple):
 
     bins: ClassMinima
     """Ideal margins, the worst of each bin of conjugacy classes."""
-    losses: Losses
-    """Losses that are ready before any pair is looked at."""
+    losses: AdditiveLosses
+    """Losses to additive parts and to cells."""
+    residual: Float32[np.ndarray, "block order"]
+    """Largest distance of e(z) from any other e(w) and from 0, by block and z."""
     slack: PairSum
     """Rounding of the verification, and all that was left out."""
     float32_error: PairSum
@@ -289,3 +283,47 @@ class PairCounts(NamedTuple):
     """Pairs that are not certified."""
     tried: int
     """Elements x that were tried; where the first eighth is hopeless, the others are not."""
+
+
+class Scratch(NamedTuple):
+    """Arrays that are used again for every two x."""
+
+    interaction: Float32[np.ndarray, "neuron 2*order"]
+    """I_i at x and x + 1, and every y."""
+    residuals: Float32[np.ndarray, "2 block order"]
+    """Norm of D of each block."""
+    deviations: Float32[np.ndarray, "2 circuit order"]
+    """Norm of V - rho(x) Vm rho(y) of each circuit."""
+    v: Float32[np.ndarray, "entry 2*order"]
+    """V of each circuit."""
+    rest: Float32[np.ndarray, " order"]
+    """One entry of V - rho(x) Vm rho(y)."""
+    total: Float32[np.ndarray, " order"]
+    """Losses of the first stage."""
+    worst: Float32[np.ndarray, " order"]
+    """Ideal margin less non-equivariance."""
+    failed: Int[np.ndarray, " order"]
+    """y of pairs that the first stage left."""
+    sharper: Float32[np.ndarray, " order"]
+    """Bounds of the second stage."""
+
+
+class GridNeurons(NamedTuple):
+    """One grid, and its neurons."""
+
+    residual: Float32[np.ndarray, "neuron order"]
+    """e_i(z)."""
+    weight: Float[np.ndarray, " neuron"]
+    """Largest |u_i|, and sum of the norms of M_i."""
+    left_points: Int[np.ndarray, " neuron"]
+    """Point p of each neuron."""
+    right_points: Int[np.ndarray, " neuron"]
+    """Point p' of each neuron."""
+    left_antipodes: Int[np.ndarray, " k"]
+    """Antipode of each point of B."""
+    right_antipodes: Int[np.ndarray, " k2"]
+    """Antipode of each point of B'."""
+    scale: Float32[np.ndarray, " neuron"]
+    """s_i."""
+    table: Float32[np.ndarray, "k k2"]
+    """T."""

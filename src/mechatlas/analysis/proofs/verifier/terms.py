@@ -32,7 +32,6 @@ from mechatlas.analysis.proofs.verifier.structures import (
     GridSpans,
     LogitSums,
     Lookup,
-    Losses,
     MergedNetwork,
     Neurons,
     PairSum,
@@ -64,8 +63,6 @@ class Terms:
     """Additive part of each logit, for the second stage."""
     grid_spans: Float32[np.ndarray, "order order"]
     """Largest loss within the cells of all grids, for each two answers."""
-    cell_losses: Float32[np.ndarray, " order"]
-    """Largest of these losses for each right answer; contained in `first.losses.x`."""
     prepared: int
     """Multiply-adds of the preparation."""
     first_cost: int
@@ -119,13 +116,11 @@ def build_terms(
         circuits=CircuitTerms(packed.circuits.shapes, packed.circuits.coefficients, framed, rho),
         first=FirstStage(
             loops.class_minima(gaps, irreps.norms, group.class_of, BINS, inflate),
-            Losses(losses.x, losses.y, errors),
-            slack, checks.float32_errors(weights, loops), inflate,
+            losses, errors, slack, checks.float32_errors(weights, loops), inflate,
         ),
         distinct=irreps.distinct,
         sums=sums,
         grid_spans=spans.spans,
-        cell_losses=losses.cells,
         prepared=n * n * (3 * k + spans.n_cells) + n * len(packed.circuits.coefficients) + n * m,
         first_cost=3 * k + len(packed.circuits.coefficients) + int((d**3 + d**2).sum())
         + 8 * (len(d) + len(blocks)),

@@ -117,8 +117,8 @@ class Verification(Result):
         all_pulls = norms @ sample.deviations.astype(np.float64)
         worst = (gaps[:, None] - all_pulls).argmin(axis=0)
         pull = np.take_along_axis(all_pulls, worst[None], 0)[0]
-        residual = (sample.residuals.astype(np.float64) * losses.residual[:, z]).sum(axis=0)
-        cells = t.cell_losses[z]
+        residual = (sample.residuals.astype(np.float64) * t.first.residual[:, z]).sum(axis=0)
+        cells = losses.cells[z]
         additive = losses.x[0, z] + losses.y[np.arange(len(z)), z] - cells
         slack = t.first.slack.x[0] + t.first.slack.y
         values = (gaps[worst], -additive, -pull, -cells, -residual, -slack)
@@ -140,22 +140,20 @@ class Verification(Result):
         return float((self.margins > 0).mean())
 
     @property
-    def shares_by_stage(self) -> tuple[float, float, float]:
-        """Share of all pairs that is certified by each stage."""
+    def stages_in_words(self) -> str:
+        """Share of all pairs that each stage certified."""
         certified = self.margins > self.float32_errors
-        first, second, third = (float((certified & (self.stages == k)).mean()) for k in (1, 2, 3))
-        return first, second, third
+        names = ("equivariant circuits", "low rank", "outright")
+        shares = ((certified & (self.stages == k)).mean() for k in (1, 2, 3))
+        return ", ".join(f"{name} {s:.2%}" for name, s in zip(names, shares, strict=True))
 
     def summary(self) -> str:
         """Bound, and the share of each stage."""
-        shares = zip(
-            ("equivariant circuits", "low rank", "outright"), self.shares_by_stage, strict=True
-        )
         return (
             f"Accuracy: at least {self.accuracy_bound:.4%} over "
             f"{self.margins.size:,} pairs (float32, any order of sums)\n"
             f"In exact arithmetic: at least {self.accuracy_bound_real:.4%}\n"
-            f"Certified by {', '.join(f'{name} {share:.2%}' for name, share in shares)}"
+            f"Certified by {self.stages_in_words}"
         )
 
 
