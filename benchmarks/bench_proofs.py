@@ -15,9 +15,10 @@ import pytest
 from safetensors.numpy import load_file
 from tests.analysis.proofs.planted import wide
 
-from mechatlas.analysis.proofs.exact import brute_force
-from mechatlas.analysis.proofs.prove import Weights, count_exactly, prove
-from mechatlas.analysis.proofs.verify import verify
+from mechatlas.analysis.proofs.prove import exact_accuracy, prove
+from mechatlas.analysis.proofs.verifier.exact import brute_force_accuracy
+from mechatlas.analysis.proofs.verifier.structures import Weights
+from mechatlas.analysis.proofs.verifier.verify import verify
 from mechatlas.maths.groups import Group
 from mechatlas.maths.named_groups import group
 
@@ -35,22 +36,24 @@ def seconds(work) -> float:
 def compare(weights: Weights, of: Group, rounds: int) -> dict[str, float]:
     """Medians of verification, exact count and brute force, taken in turn."""
     bound = prove(*weights, of)
-    times: dict[str, list[float]] = {"verify": [], "exact": [], "f32": [], "f64": []}
-    for _ in range(rounds):
-        times["verify"].append(seconds(lambda: verify(*weights, of, bound.proof.explanation)))
-        times["exact"].append(count_exactly(bound, weights)[1])
-        times["f32"].append(seconds(lambda: brute_force(weights, of.table, np.float32)))
-        times["f64"].append(seconds(lambda: brute_force(weights, of.table, np.float64)))
-    found = {name: statistics.median(values) for name, values in times.items()}
-    whole = of.order**3 * weights[0].shape[1]
+    work = {
+        "verify": lambda: verify(*weights, of, bound.proof.explanation),
+        "exact": lambda: exact_accuracy(bound, *weights),
+        "f32": lambda: brute_force_accuracy(*weights, of.table, dtype=np.float32),
+        "f64": lambda: brute_force_accuracy(*weights, of.table, dtype=np.float64),
+    }
+    times = [[seconds(run) for run in work.values()] for _ in range(rounds)]
+    medians = dict(zip(work, map(statistics.median, zip(*times, strict=True)), strict=True))
     return {
+        "accuracy": exact_accuracy(bound, *weights).accuracy,
         "accuracy_bound": bound.accuracy_bound,
-        "multiply_adds_share": bound.verdict.multiply_adds / whole,
-        "verify_over_f64": found["verify"] / found["f64"],
-        "exact_over_f32": found["exact"] / found["f32"],
-        "exact_over_f64": found["exact"] / found["f64"],
+        "multiply_adds_share": bound.verification.multiply_adds
+        / (of.order**3 * weights[0].shape[1]),
+        "verify_over_f64": medians["verify"] / medians["f64"],
+        "exact_over_f32": medians["exact"] / medians["f32"],
+        "exact_over_f64": medians["exact"] / medians["f64"],
         "seconds_prove": bound.seconds_prove,
-        **{f"seconds_{name}": value for name, value in found.items()},
+        **{f"seconds_{name}": value for name, value in medians.items()},
     }
 
 
@@ -58,7 +61,7 @@ def compare(weights: Weights, of: Group, rounds: int) -> dict[str, float]:
 def test_nets_trained_elsewhere(benchmark, name):
     arrays = load_file(DATA / f"{name}.safetensors")
     of = Group(np.load(DATA / f"{name.split('_')[0]}_table.npy"))
-    weights = (arrays["left"], arrays["right"], arrays["unembed"])
+    weights = Weights(arrays["left"], arrays["right"], arrays["unembed"])
     benchmark.extra_info.update(compare(weights, of, ROUNDS if of.order < 300 else 1))
     print(f"\n{name} {benchmark.extra_info}")
     bound = prove(*weights, of)
@@ -70,8 +73,8 @@ def test_nets_trained_elsewhere(benchmark, name):
 def test_planted_circuits(benchmark, name, noise):
     of = group(name)
     weights = wide(of, noise=noise, seed=0)
-    found = compare(weights, of, 3 if of.order < 300 else 1)
-    benchmark.extra_info.update(order=of.order, noise=noise, width=weights[0].shape[1], **found)
+    measured = compare(weights, of, 3 if of.order < 300 else 1)
+    benchmark.extra_info.update(order=of.order, noise=noise, width=weights[0].shape[1], **measured)
     print(f"\n{name} noise {noise} {benchmark.extra_info}")
     bound = prove(*weights, of)
     benchmark.pedantic(lambda: verify(*weights, of, bound.proof.explanation), rounds=1)

@@ -12,50 +12,34 @@ does not depend on n, so the ratio falls as n^-1 while rho-sets stay as small as
 import argparse
 import json
 import math
-import statistics
-import time
 from pathlib import Path
 
 import numpy as np
 import plotly.graph_objects as go
+from bench_proofs import compare
 from tests.analysis.proofs.planted import wide
 
-from mechatlas.analysis.proofs.exact import brute_force
-from mechatlas.analysis.proofs.prove import prove
-from mechatlas.analysis.proofs.verify import verify
 from mechatlas.maths.named_groups import group
 
 GROUPS = ("S4", "A5", "S5", "PSL(2,7)", "A6", "S6")
 NOISES = (0.0, 0.003, 0.02)
 
 
-def seconds(work) -> float:
-    """Process CPU seconds of one call."""
-    clock = time.process_time()
-    work()
-    return time.process_time() - clock
-
-
 def measure(name: str, noise: float) -> dict[str, float | str]:
     """One group at one noise level."""
     of = group(name)
     weights = wide(of, noise=noise, seed=0)
-    bound = prove(*weights, of)
-    ours, theirs = [], []
-    for _ in range(15 if of.order < 150 else 7 if of.order < 500 else 1):
-        ours.append(seconds(lambda: verify(*weights, of, bound.proof.explanation)))
-        theirs.append(seconds(lambda: brute_force(weights, of.table, np.float64)))
-    whole = of.order**3 * weights[0].shape[1]
+    measured = compare(weights, of, 15 if of.order < 150 else 7 if of.order < 500 else 1)
     return {
         "group": name,
         "order": of.order,
-        "width": weights[0].shape[1],
+        "width": weights.left.shape[1],
         "noise": noise,
-        "bound": bound.accuracy_bound,
-        "multiply_adds": bound.verdict.multiply_adds / whole,
-        "time": statistics.median(ours) / statistics.median(theirs),
-        "seconds_verify": statistics.median(ours),
-        "seconds_brute_force_f64": statistics.median(theirs),
+        "bound": measured["accuracy_bound"],
+        "multiply_adds": measured["multiply_adds_share"],
+        "time": measured["verify_over_f64"],
+        "seconds_verify": measured["seconds_verify"],
+        "seconds_brute_force_f64": measured["seconds_f64"],
     }
 
 

@@ -28,7 +28,8 @@ if TYPE_CHECKING:
     from mechatlas.analysis.interaction.analysis import Interaction, InteractionConfig, basis
     from mechatlas.analysis.matching.chains import track
     from mechatlas.analysis.matching.pairing import match, relatives
-    from mechatlas.analysis.proofs.prove import load_proof, prove
+    from mechatlas.analysis.proofs.prove import prove
+    from mechatlas.analysis.proofs.verifier.proof import load_proof
     from mechatlas.analysis.symmetry.classify import symmetry
     from mechatlas.base import Dictionary, Rows, Site, UserError
     from mechatlas.dictionaries.autoencoder import Autoencoder, Crosscoder, Transcoder
@@ -57,7 +58,8 @@ _HOMES = {
     "analysis.interaction.analysis": ("Analysing", "Interaction", "basis"),
     "analysis.matching.chains": ("track",),
     "analysis.matching.pairing": ("match", "relatives"),
-    "analysis.proofs.prove": ("load_proof", "prove"),
+    "analysis.proofs.prove": ("prove",),
+    "analysis.proofs.verifier.proof": ("load_proof",),
     "analysis.symmetry.classify": ("symmetry",),
     "base": ("Dictionary", "Rows", "Site", "UserError"),
     "dictionaries.autoencoder": ("Autoencoder", "Crosscoder", "Transcoder"),

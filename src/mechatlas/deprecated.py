@@ -23,11 +23,14 @@ NAMES: dict[str, str] = {
 """Old name -> full path of the new one."""
 
 ARGUMENTS: dict[str, dict[str, str]] = {
+    "prove": {"effort": "compute_budget"},
     "symmetry": {"alike": "equality_threshold", "rate": "fdr", "turns": "acts_by_rotation"},
 }
 """Name of a function -> old keyword -> new keyword."""
 
 ATTRIBUTES: dict[str, dict[str, str]] = {
+    "AccuracyBound": {"verdict": "verification"},
+    "Verification": {"budget": "logit_budget"},
     "Symmetry": {
         "alike": "equality_threshold",
         "chance": "chance_similarity",
@@ -42,6 +45,7 @@ ATTRIBUTES: dict[str, dict[str, str]] = {
 """Name of a class -> old attribute -> new attribute."""
 
 FLAGS: dict[str, dict[str, str]] = {
+    "prove": {"effort": "compute_budget"},
     "symmetry": {"alike": "equality_threshold", "rate": "fdr", "swaps": "interventions"},
 }
 """Name of a command -> old flag or recipe key -> new one; with dots inside tables."""

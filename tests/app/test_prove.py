@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from mechatlas.analysis.proofs.verifier.structures import Weights
 from mechatlas.app.cli import main
 from mechatlas.app.commands.train import report
 from mechatlas.maths.named_groups import group
@@ -71,9 +72,7 @@ def test_a_hopeless_network_is_given_up_and_drawn_all_the_same(tmp_path):
     run("prove", tmp_path / "net.safetensors", "--table", tmp_path / "table.npy", "--exact",
         "--out", tmp_path / "proof")  # fmt: skip
     result = json.loads((tmp_path / "proof" / "result.json").read_text())
-    truth = (
-        true_margins((arrays["left"], arrays["right"], arrays["unembed"]), s4.table) > 0
-    ).mean()
+    truth = (true_margins(Weights(**arrays), s4.table) > 0).mean()
     assert result["accuracy_exact"] == truth
     assert result["accuracy_bound"] <= truth
     assert result["multiply_adds_share"] < 0.9

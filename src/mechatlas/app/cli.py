@@ -92,7 +92,7 @@ class ProveConfig:
     """Finish the pairs that are not certified by brute force, for the exact accuracy."""
     compare: bool = False
     """Also run and time brute force."""
-    effort: float = 0.6
+    compute_budget: float = 0.6
     """Multiply-adds for the later stages, as a share of those of brute force."""
     check: Path | None = None
     """Verify this proof (a file or its folder) instead of making one. With --table as well, it

@@ -1,6 +1,6 @@
 """`mechatlas train` with a recipe that names a group: a network on the group's table.
 
-TrainGroup   the recipe
+GroupNetConfig   the recipe
 train        recipe -> folder with net.safetensors, table.npy and result.json
 """
 
@@ -15,8 +15,8 @@ import numpy as np
 import tomli_w
 from safetensors.numpy import save
 
-from mechatlas.analysis.proofs.exact import brute_force
-from mechatlas.analysis.proofs.training import Settings, train_net
+from mechatlas.analysis.proofs.group_training import GroupTrainingConfig, train_group_net
+from mechatlas.analysis.proofs.verifier.exact import brute_force_accuracy
 from mechatlas.app.progress import bar
 from mechatlas.app.run_folder import refuse_strangers
 from mechatlas.base import RecipeError
@@ -29,7 +29,7 @@ NET, TABLE = "net.safetensors", "table.npy"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class GroupNetConfig(Settings):
+class GroupNetConfig(GroupTrainingConfig):
     """Train a one-hidden-layer network on the whole table of a finite group."""
 
     group: str = ""
@@ -87,8 +87,8 @@ def train(recipe: GroupNetConfig) -> dict[str, Any]:
     group = find_group(recipe)
     refuse_strangers(recipe.out, "group_net")
     with bar("training") as progress:
-        weights = train_net(np.asarray(group.table), recipe, on_progress=progress)
-    accuracy = brute_force(weights, group.table, np.float64)
+        weights = train_group_net(np.asarray(group.table), recipe, on_progress=progress)
+    accuracy = brute_force_accuracy(*weights, group.table, dtype=np.float64)
     left, right, unembed = weights
     arrays: dict[str, np.ndarray] = {"left": left, "right": right, "unembed": unembed}
     data = save(arrays)

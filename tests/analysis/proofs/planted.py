@@ -4,8 +4,9 @@ import functools
 
 import numpy as np
 
-from mechatlas.analysis.proofs.prove import Bound, Weights, prove
+from mechatlas.analysis.proofs.prove import AccuracyBound, prove
 from mechatlas.analysis.proofs.rho_sets import find_rho_sets
+from mechatlas.analysis.proofs.verifier.structures import Weights
 from mechatlas.maths.groups import Group
 from mechatlas.maths.named_groups import group
 
@@ -34,10 +35,8 @@ def planted(of: Group, *, noise: float, seed: int, missing: int = 0) -> Weights:
     cells = [(p, q) for p in range(k) for q in range(k)][missing:]
     first, second = (np.array(c) for c in zip(*cells, strict=True))
     arrays = (left[:, first], right[:, second], -20 / k * both[first, second])
-    return tuple(
-        (w + noise * np.abs(w).max() * random.normal(size=w.shape)).astype(np.float32)
-        for w in arrays
-    )  # pyright: ignore[reportReturnType]
+    noisy = (w + noise * np.abs(w).max() * random.normal(size=w.shape) for w in arrays)
+    return Weights(*(w.astype(np.float32) for w in noisy))
 
 
 def wide(of: Group, *, noise: float, seed: int, width: int = 128) -> Weights:
@@ -71,14 +70,12 @@ def wide(of: Group, *, noise: float, seed: int, width: int = 128) -> Weights:
         np.repeat(right[:, :, None], k, axis=2).reshape(n, -1),
         np.tile(-60 / k / copies * both.reshape(-1, n), (copies, 1)),
     )
-    return tuple(
-        (w + noise * np.abs(w).max() * random.normal(size=w.shape)).astype(np.float32)
-        for w in arrays
-    )  # pyright: ignore[reportReturnType]
+    noisy = (w + noise * np.abs(w).max() * random.normal(size=w.shape) for w in arrays)
+    return Weights(*(w.astype(np.float32) for w in noisy))
 
 
 @functools.cache
-def proved(name: str, noise: float, seed: int) -> tuple[Group, Weights, Bound]:
+def proved(name: str, noise: float, seed: int) -> tuple[Group, Weights, AccuracyBound]:
     """A planted network and its bound; made once."""
     of = group(name)
     weights = planted(of, noise=noise, seed=seed)

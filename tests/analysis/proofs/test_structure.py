@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from mechatlas.analysis.proofs.structure import bi_equivariance, concentrate
+from mechatlas.analysis.proofs.structure import bi_equivariance, coset_concentration
 from mechatlas.maths.named_groups import group
 
 from .planted import planted
@@ -14,8 +14,7 @@ def test_planted_circuits_are_bi_equivariant_and_concentrated_on_cosets(name):
     of = group(name)
     left, right, unembed = planted(of, noise=0.0, seed=1)
     assert bi_equivariance(left, right, unembed, of) == pytest.approx(1, abs=1e-6)
-    for functions, side in ((left, "left"), (right, "right")):
-        found = concentrate(functions, of, side)
+    for found in (coset_concentration(left, of, "left"), coset_concentration(right, of, "right")):
         assert (found.order > 1).all()
         assert found.concentration == pytest.approx(1, abs=1e-6)
 
@@ -24,11 +23,11 @@ def test_noise_lowers_both_and_random_networks_have_neither():
     of = group("S4")
     noisy = planted(of, noise=0.1, seed=1)
     assert 0.5 < bi_equivariance(*noisy, of) < 0.99
-    assert 0.9 < concentrate(noisy[0], of, "left").concentration.min() < 0.999
+    assert 0.9 < coset_concentration(noisy[0], of, "left").concentration.min() < 0.999
     random = np.random.default_rng(0)
     left, right = random.normal(size=(2, 24, 40))
     assert bi_equivariance(left, right, random.normal(size=(40, 24)), of) < 0.1
-    assert (concentrate(left, of, "left").order == 1).all()
+    assert (coset_concentration(left, of, "left").order == 1).all()
 
 
 def test_bi_equivariance_is_the_variance_of_means_over_orbits():
@@ -53,6 +52,6 @@ def test_a_function_on_cosets_has_their_subgroup_and_a_constant_one_none():
     values, heights = np.zeros(24), np.random.default_rng(0).normal(size=len(cosets))
     for members, height in zip(cosets, heights, strict=True):
         values[members] = height
-    found = concentrate(np.stack([values, np.ones(24)], axis=1), of, "right")
+    found = coset_concentration(np.stack([values, np.ones(24)], axis=1), of, "right")
     assert found.order.tolist() == [len(cosets[0]), 1]
     assert found.concentration == pytest.approx([1, 0])

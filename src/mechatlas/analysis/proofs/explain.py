@@ -1,28 +1,30 @@
-"""The prover: from weights to an explanation. Nothing that it says is trusted later.
+"""The prover: from weights to an explanation. No claim of it is trusted later.
 
     explain          weights, group -> explanation
-    merge            which neurons are the same up to scale, and which too weak to look at
-    find_directions  which irrep each neuron lives in, and its vectors b, b' and a
+    find_clusters    neurons that are the same up to scale, and neurons too weak to look at
+    find_directions  the irrep of each neuron, and its vectors b, b' and a
 
 Source: Wu et al. (ICLR 2025), sections 4 and 5, for b, b', a and circuits.
 """
 
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
-from mechatlas.analysis.proofs.explanation import Circuit, Explanation, Grid
 from mechatlas.analysis.proofs.rho_sets import RhoSet, find_rho_sets
+from mechatlas.analysis.proofs.verifier.explanation import Explanation, Grid, IrrepCircuit
+from mechatlas.analysis.proofs.verifier.structures import Clusters
 from mechatlas.maths.groups import Group
 from mechatlas.maths.irreps import Irrep, energies, fourier
 
 TINY = 1e-3
-"""Neurons below this size, relative to the largest, belong nowhere."""
-SILENCE = 0.3
-"""Logits that all silent neurons together may take."""
-MERGED = 1.0
-"""Logits that merging could cost, at most."""
+"""Size of a neuron, relative to the largest, below which it belongs to no irrep."""
+DEAD_LOSS = 0.3
+"""Largest loss, in logits, to all dead neurons together."""
+CLUSTER_LOSS = 1.0
+"""Largest loss, in logits, to merging clusters."""
 SET_TOLERANCE = 0.15
 """Largest 1 - cosine between a direction and the point of a rho-set."""
 SAME_TABLE = 0.8
@@ -30,24 +32,40 @@ SAME_TABLE = 0.8
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Directions:
-    """What each neuron looks like within its irrep."""
+class NeuronDirections:
+    """Irrep of each neuron, and its vectors there: l = b^T rho a, r = -a^T rho b'."""
 
     irrep: Int[np.ndarray, " neuron"]
-    """Number of the irrep, -1 for neurons that do nothing."""
+    """Number of the irrep; -1 for neurons that do nothing."""
     shares: Float[np.ndarray, "3 neuron"]
     """Part of the variance of left, right and unembedding inside the irrep."""
-    b: list[np.ndarray]
-    b2: list[np.ndarray]
-    a: list[np.ndarray]
-    matrices: list[np.ndarray]
-    """The projection of u on the irrep is <matrix, rho(z)>."""
+    b: list[Float[np.ndarray, " _"]]
+    """Unit vector b of each neuron, from its left and unembedding."""
+    b2: list[Float[np.ndarray, " _"]]
+    """Unit vector b' of each neuron, from its right and unembedding."""
+    a: list[Float[np.ndarray, " _"]]
+    """Unit vector a of each neuron."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Interaction:
+    """relu(l_i + r_i) less additive parts, of scaled cluster representatives."""
+
+    left: Float[np.ndarray, "order neuron"]
+    right: Float[np.ndarray, "order neuron"]
+    additive_x: Float[np.ndarray, "order neuron"]
+    additive_y: Float[np.ndarray, "order neuron"]
+
+    def of(self, i: int | np.integer) -> Float[np.ndarray, "order order"]:
+        """I_i(x, y) of one neuron."""
+        hidden = np.maximum(self.left[:, i, None] + self.right[:, i], 0)
+        return hidden - self.additive_x[:, i, None] - self.additive_y[:, i]
 
 
 def explain(
-    left: Float[np.ndarray, "order neuron"],
-    right: Float[np.ndarray, "order neuron"],
-    unembed: Float[np.ndarray, "neuron order"],
+    left: Float[np.ndarray, "order width"],
+    right: Float[np.ndarray, "order width"],
+    unembed: Float[np.ndarray, "width order"],
     group: Group,
     detail: int = 0,
 ) -> Explanation:
@@ -60,64 +78,73 @@ def explain(
         group: The group.
         detail: 0 keeps of the unembedding of a neuron its own irrep, 1 a second one as well.
             More detail leaves less to bound and takes longer to verify.
-
-    Returns:
-        What a verifier takes.
     """
     irreps = group.irreps()
     left, right, unembed = (np.asarray(w, np.float64) for w in (left, right, unembed))
-    silent, leaders, ratios = merge(left, right, unembed)
-    members = np.flatnonzero(~silent & (leaders == np.arange(len(leaders))))
-    first, second, u = _merged(left, right, unembed, (silent, leaders, ratios), members)
-    row, column, spread = _additive_parts(first, second)
-    found = find_directions(first, second, u, irreps)
-    placed = [_place(group, irrep, k, found) for k, irrep in enumerate(irreps)]
-    parts, projected = _matrices(found, u, irreps, detail)
+    clusters = find_clusters(left, right, unembed)
+    dead, representative_of, _ = clusters
+    members = np.flatnonzero(~dead & (representative_of == np.arange(len(dead))))
+    first, second, u = _merged(left, right, unembed, clusters, members)
+    additive_x, additive_y, spread = _additive_parts(first, second)
+    directions = find_directions(first, second, u, irreps)
+    placed = [_place(group, irrep, k, directions) for k, irrep in enumerate(irreps)]
+    parts, projected = _matrices(directions, u, irreps, detail)
     exponents = _exponents(u - projected, spread)
     factor = np.ldexp(1.0, exponents)
-    inter = _interaction(first * factor, second * factor, row * factor, column * factor)
-    laid, blocks, grids = [], [0], []
+    scaled = (w * factor for w in (first, second, additive_x, additive_y))
+    interaction = _Interaction(*scaled)
+    order, block_offsets, grids = [], [0], []
     for k, irrep in enumerate(irreps):
-        mine = _grids(group, irrep, placed[k], inter)
-        left_over = set(np.flatnonzero(found.irrep == k).tolist())
-        for neurons, grid in mine:
-            grids.append(dataclasses.replace(grid, start=len(laid)))
-            laid += neurons
-            blocks.append(len(laid))
+        left_over = set(np.flatnonzero(directions.irrep == k).tolist())
+        for neurons, grid in _grids(group, irrep, placed[k], interaction):
+            grids.append(dataclasses.replace(grid, first_neuron=len(order)))
+            order += neurons
+            block_offsets.append(len(order))
             left_over -= set(neurons)
-        laid += sorted(left_over)
+        order += sorted(left_over)
         if left_over:
-            blocks.append(len(laid))
-    left_over = sorted(set(range(len(members))) - set(laid))
-    laid += left_over
+            block_offsets.append(len(order))
+    left_over = sorted(set(range(len(members))) - set(order))
+    order += left_over
     if left_over:
-        blocks.append(len(laid))
-    by_place = np.array(laid, np.int64)
+        block_offsets.append(len(order))
+    places = np.array(order, np.int64)
+    circuits = tuple(
+        _circuit(irreps[k], part, places, factor, interaction) for k, part in parts.items()
+    )
     return Explanation(
-        silent,
-        leaders,
-        ratios,
-        members[by_place],
-        exponents[by_place],
-        np.ascontiguousarray((row * factor)[:, by_place], np.float32),
-        np.ascontiguousarray((column * factor)[:, by_place].T, np.float32),
-        np.array(blocks, np.int64),
-        tuple(_circuit(irreps[k], part, by_place, factor, inter) for k, part in parts.items()),
-        tuple(grids),
+        *clusters,
+        representatives=members[places],
+        exponents=exponents[places],
+        additive_x=np.ascontiguousarray(interaction.additive_x[:, places], np.float32),
+        additive_y=np.ascontiguousarray(interaction.additive_y[:, places].T, np.float32),
+        block_offsets=np.array(block_offsets, np.int64),
+        circuits=circuits,
+        grids=tuple(grids),
     )
 
 
-def merge(left, right, unembed):
-    """Neurons that can be left out, and which are about multiples of stronger ones."""
+def find_clusters(
+    left: Float[np.ndarray, "order width"],
+    right: Float[np.ndarray, "order width"],
+    unembed: Float[np.ndarray, "width order"],
+) -> Clusters:
+    """Find neurons that can be left out, and neurons that are about multiples of stronger ones.
+
+    Args:
+        left: l_i(x).
+        right: r_i(y).
+        unembed: u_i(z).
+    """
     n, m = left.shape
-    silent = _silent(left, right, unembed)
-    leaders, ratios = np.arange(m), np.ones(m, np.float32)
+    dead = _find_dead(left, right, unembed)
+    representative_of, scale_factors = np.arange(m), np.ones(m, np.float32)
     both, span = np.concatenate([left, right]), np.ptp(unembed, axis=1)
     norms = np.square(both).sum(axis=0)
     strength = norms * span**2
     rank = np.argsort(-strength, kind="stable")
-    todo = [int(i) for i in rank if not silent[i]]
-    allowed = MERGED / max(m, 1)
+    todo = [int(i) for i in rank if not dead[i]]
+    allowed = CLUSTER_LOSS / max(m, 1)
     while todo:
         i, *others = todo
         ratio = (both[:, i] @ both[:, others] / norms[i]).astype(np.float32).astype(np.float64)
@@ -125,77 +152,112 @@ def merge(left, right, unembed):
         cost = (off[:n].max(axis=0, initial=0) + off[n:].max(axis=0, initial=0)) * span[others]
         same = (cost < allowed) & (ratio != 0)
         for j, c in zip(np.array(others, int)[same], ratio[same], strict=True):
-            leaders[j], ratios[j] = i, c
+            representative_of[j], scale_factors[j] = i, c
         todo = [j for j, yes in zip(others, same, strict=True) if not yes]
-    return silent, leaders, ratios
+    return Clusters(dead, representative_of, scale_factors)
 
 
-def _merged(left, right, unembed, standing, members):
-    """The smaller network: what `verify` makes of it, but for linear parts."""
-    silent, leaders, ratios = standing
-    u = np.zeros_like(unembed)
-    loud = ~silent
-    np.add.at(u, leaders[loud], np.abs(ratios[loud], dtype=np.float64)[:, None] * unembed[loud])
+def _merged(
+    left: Float[np.ndarray, "order width"],
+    right: Float[np.ndarray, "order width"],
+    unembed: Float[np.ndarray, "width order"],
+    clusters: Clusters,
+    members: Int[np.ndarray, " neuron"],
+) -> tuple[
+    Float[np.ndarray, "order neuron"],
+    Float[np.ndarray, "order neuron"],
+    Float[np.ndarray, "neuron order"],
+]:
+    """The network of the cluster representatives, as `verify` merges it but for linear parts."""
+    dead, representative_of, scale_factors = clusters
+    u, live = np.zeros_like(unembed), ~dead
+    factors = np.abs(scale_factors[live], dtype=np.float64)[:, None]
+    np.add.at(u, representative_of[live], factors * unembed[live])
     return left[:, members], right[:, members], u[members] - u[members].mean(axis=1, keepdims=True)
 
 
-def _exponents(rest, spread) -> Int[np.ndarray, " neuron"]:
-    """Powers of two that make the rest of u and the interaction of a neuron equally large."""
-    noise = np.sqrt(np.square(rest).mean(axis=1))
+def _exponents(
+    residual: Float[np.ndarray, "neuron order"], spread: Float[np.ndarray, " neuron"]
+) -> Int[np.ndarray, " neuron"]:
+    """Powers of two that make the residual of u and the interaction of a neuron equally large."""
+    noise = np.sqrt(np.square(residual).mean(axis=1))
     with np.errstate(divide="ignore"):
         wanted = np.round(np.log2(noise / np.maximum(spread, 1e-300)) / 2)
     return np.where(np.isfinite(wanted), np.clip(wanted, -30, 30), 0).astype(np.int64)
 
 
-def _circuit(irrep: Irrep, matrices, by_place, factor, inter) -> Circuit:
-    """From a matrix for each neuron, many of them zero, to a circuit of those that are not."""
+def _circuit(
+    irrep: Irrep,
+    matrices: Float[np.ndarray, "neuron d d"],
+    places: Int[np.ndarray, " neuron"],
+    factor: Float[np.ndarray, " neuron"],
+    interaction: _Interaction,
+) -> IrrepCircuit:
+    """From a matrix for each neuron, many of them zero, to a circuit of the others."""
     matrices = matrices / factor[:, None, None]
-    mean = _mean_matrix(irrep, matrices, inter)
-    flat = matrices[by_place].reshape(len(by_place), -1)
+    mean = _mean_matrix(irrep, matrices, interaction)
+    flat = matrices[places].reshape(len(places), -1)
     used = np.flatnonzero(flat.any(axis=1))
-    weights = flat[used[0] : used[-1] + 1].T.astype(np.float32)
-    return Circuit(irrep.name, irrep.matrices, int(used[0]), np.ascontiguousarray(weights), mean)
+    coefficients = np.ascontiguousarray(flat[used[0] : used[-1] + 1].T.astype(np.float32))
+    return IrrepCircuit(irrep.name, irrep.matrices, int(used[0]), coefficients, mean)
 
 
-def _silent(left, right, unembed):
-    """As many of the weakest neurons as could together not take `SILENCE` from a margin."""
+def _find_dead(
+    left: Float[np.ndarray, "order width"],
+    right: Float[np.ndarray, "order width"],
+    unembed: Float[np.ndarray, "width order"],
+) -> Bool[np.ndarray, " width"]:
+    """As many of the weakest neurons as could together not take `DEAD_LOSS` from a margin."""
     most = (np.maximum(left, 0).max(axis=0) + np.maximum(right, 0).max(axis=0)) * np.ptp(
         unembed, axis=1
     )
     weakest = np.argsort(most, kind="stable")
-    silent = np.zeros(len(most), bool)
-    silent[weakest[np.cumsum(most[weakest]) < SILENCE]] = True
-    return silent
+    dead = np.zeros(len(most), bool)
+    dead[weakest[np.cumsum(most[weakest]) < DEAD_LOSS]] = True
+    return dead
 
 
-def _additive_parts(left, right):
-    """Means over y and over x of each neuron, and the size of what is left."""
+def _additive_parts(
+    left: Float[np.ndarray, "order neuron"], right: Float[np.ndarray, "order neuron"]
+) -> tuple[
+    Float[np.ndarray, "order neuron"],
+    Float[np.ndarray, "order neuron"],
+    Float[np.ndarray, " neuron"],
+]:
+    """Means over y and over x of each neuron, and the standard deviation of the remainder."""
     n, m = left.shape
-    row, column, spread = np.empty((n, m)), np.empty((n, m)), np.empty(m)
+    additive_x, additive_y, spread = np.empty((n, m)), np.empty((n, m)), np.empty(m)
     for i in range(m):
         h = np.maximum(left[:, i, None] + right[:, i], 0)
         mean = h.mean()
-        row[:, i] = h.mean(axis=1)
-        column[:, i] = h.mean(axis=0) - mean
-        spread[i] = np.sqrt(max(np.square(h - row[:, i, None] - column[:, i]).mean(), 0))
-    return row, column, spread
-
-
-def _interaction(left, right, row, column):
-    def of(i):
-        return np.maximum(left[:, i, None] + right[:, i], 0) - row[:, i, None] - column[:, i]
-
-    return of
+        additive_x[:, i] = h.mean(axis=1)
+        additive_y[:, i] = h.mean(axis=0) - mean
+        rest = h - additive_x[:, i, None] - additive_y[:, i]
+        spread[i] = np.sqrt(max(np.square(rest).mean(), 0))
+    return additive_x, additive_y, spread
 
 
 def _unit(v: np.ndarray) -> np.ndarray:
+    """The array divided by its norm."""
     return v / max(float(np.linalg.norm(v)), 1e-300)
 
 
-def find_directions(left, right, unembed, irreps) -> Directions:
-    """The irrep of each neuron, and its vectors within."""
+def find_directions(
+    left: Float[np.ndarray, "order neuron"],
+    right: Float[np.ndarray, "order neuron"],
+    unembed: Float[np.ndarray, "neuron order"],
+    irreps: Sequence[Irrep],
+) -> NeuronDirections:
+    """Find the irrep of each neuron, and its vectors there.
+
+    Args:
+        left: l_i(x).
+        right: r_i(y).
+        unembed: u_i(z).
+        irreps: All irreps of the group, the trivial one first.
+    """
     left, right, unembed = (np.asarray(w, np.float64) for w in (left, right, unembed))
-    n, m = left.shape
+    m = left.shape[1]
     functions = [left.T, right.T, unembed]
     spectra = [energies(f - f.mean(axis=1, keepdims=True), irreps) for f in functions]
     totals = [s.sum(axis=1) for s in spectra]
@@ -203,9 +265,9 @@ def find_directions(left, right, unembed, irreps) -> Directions:
     which = np.sum(relative, axis=0)[:, 1:].argmax(axis=1) + 1 if len(irreps) > 1 else np.zeros(m)
     which = which.astype(int)
     size = np.sqrt((totals[0] + totals[1]) * totals[2])
-    silent = size <= TINY * size.max(initial=0)
+    idle = size <= TINY * size.max(initial=0)
     shares = np.stack([r[np.arange(m), which] for r in relative])
-    b, b2, a, matrices = [], [], [], []
+    b, b2, a = [], [], []
     for i in range(m):
         irrep = irreps[which[i]]
         of_l, of_r, of_u = (
@@ -219,26 +281,26 @@ def find_directions(left, right, unembed, irreps) -> Directions:
         b.append(vb)
         b2.append(vb2)
         a.append(_unit(va + va2))
-        matrices.append(of_u * irrep.multiplicity / n)
-    which[silent] = -1
-    return Directions(which, shares, b, b2, a, matrices)
+    which[idle] = -1
+    return NeuronDirections(which, shares, b, b2, a)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Placed:
-    """Which pair of points of which pair of sets each neuron of an irrep has."""
+    """Rho-sets of an irrep, and the cell of each of its neurons."""
 
     sets: list[RhoSet]
     cells: dict[int, tuple[int, int, int, int]]
     """Neuron: set and point of b, set and point of b'."""
 
 
-def _place(group: Group, irrep: Irrep, number: int, found: Directions) -> _Placed:
-    members = np.flatnonzero(found.irrep == number)
+def _place(group: Group, irrep: Irrep, number: int, directions: NeuronDirections) -> _Placed:
+    """Look for rho-sets that the vectors of an irrep's neurons are near to."""
+    members = np.flatnonzero(directions.irrep == number)
     if irrep.type != "real" or irrep.dimension < 2 or not len(members):
         return _Placed([], {})
-    b = np.array([found.b[i] for i in members])
-    b2 = np.array([found.b2[i] for i in members])
+    b = np.array([directions.b[i] for i in members])
+    b2 = np.array([directions.b2[i] for i in members])
     sets = find_rho_sets(group, irrep, np.concatenate([b, b2]), tolerance=SET_TOLERANCE)
     cells = {}
     for j, i in enumerate(members):
@@ -258,11 +320,16 @@ def _place(group: Group, irrep: Irrep, number: int, found: Directions) -> _Place
     return _Placed(sets, cells)
 
 
-def _second_irreps(k, found, unembed, irreps):
-    """Neurons of other irreps whose unembedding has a good part of its rest in irrep k."""
+def _second_irreps(
+    k: int,
+    directions: NeuronDirections,
+    unembed: Float[np.ndarray, "neuron order"],
+    irreps: Sequence[Irrep],
+) -> Int[np.ndarray, " member"]:
+    """Neurons of other irreps whose unembedding has a good part of its remainder in irrep k."""
     chosen = []
     for other in range(len(irreps)):
-        members = np.flatnonzero(found.irrep == other)
+        members = np.flatnonzero(directions.irrep == other)
         if other == k or not len(members):
             continue
         spectrum = energies(unembed[members], irreps).sum(axis=0)
@@ -272,13 +339,18 @@ def _second_irreps(k, found, unembed, irreps):
     return np.sort(np.concatenate(chosen)) if chosen else np.zeros(0, np.int64)
 
 
-def _matrices(found: Directions, unembed, irreps, detail: int):
-    """The matrix M_i of each neuron in each irrep that is used, and what they add up to."""
+def _matrices(
+    directions: NeuronDirections,
+    unembed: Float[np.ndarray, "neuron order"],
+    irreps: Sequence[Irrep],
+    detail: int,
+) -> tuple[dict[int, Float[np.ndarray, "neuron d d"]], Float[np.ndarray, "neuron order"]]:
+    """Compute M_i of each neuron in each irrep that is used, and the sum of all <M_i, rho(z)>."""
     n, parts = unembed.shape[1], {}
     projected = np.zeros_like(unembed)
     for k, irrep in enumerate(irreps):
-        members = np.flatnonzero(found.irrep == k) if k else np.zeros(0, np.int64)
-        extra = _second_irreps(k, found, unembed, irreps) if k and detail else members[:0]
+        members = np.flatnonzero(directions.irrep == k) if k else np.zeros(0, np.int64)
+        extra = _second_irreps(k, directions, unembed, irreps) if k and detail else members[:0]
         if not len(members) + len(extra):
             continue
         matrices = np.zeros((len(unembed), irrep.dimension, irrep.dimension))
@@ -290,12 +362,16 @@ def _matrices(found: Directions, unembed, irreps, detail: int):
     return parts, projected
 
 
-def _mean_matrix(irrep: Irrep, matrices, inter):
+def _mean_matrix(
+    irrep: Irrep, matrices: Float[np.ndarray, "neuron d d"], interaction: _Interaction
+) -> Float[np.ndarray, "d d"]:
     """Mean over all pairs of rho(x)^T V(x, y) rho(y)^T."""
     n, d = len(irrep.matrices), irrep.dimension
     total = np.zeros((d, d))
     for i in np.flatnonzero(matrices.any(axis=(1, 2))):
-        first = np.tensordot(irrep.matrices.transpose(0, 2, 1), inter(i), axes=(0, 0))  # a c y
+        first = np.tensordot(
+            irrep.matrices.transpose(0, 2, 1), interaction.of(i), axes=(0, 0)
+        )  # a c y
         u, s, vt = np.linalg.svd(matrices[i])
         for e in range(d):
             if s[e] > 1e-12 * s[0]:
@@ -305,8 +381,10 @@ def _mean_matrix(irrep: Irrep, matrices, inter):
     return total / n**2
 
 
-def _grids(group: Group, irrep: Irrep, placed: _Placed, inter) -> list[tuple[list[int], Grid]]:
-    """Neurons of each grid, and the grid, whose start is not known yet."""
+def _grids(
+    group: Group, irrep: Irrep, placed: _Placed, interaction: _Interaction
+) -> list[tuple[list[int], Grid]]:
+    """Neurons of each grid, and the grid, whose first neuron is not known yet."""
     kinds: dict[tuple[int, int], list[int]] = {}
     for i, (s, _, s2, _) in placed.cells.items():
         kinds.setdefault((s, s2), []).append(i)
@@ -320,7 +398,7 @@ def _grids(group: Group, irrep: Irrep, placed: _Placed, inter) -> list[tuple[lis
             q2 = second.action[:, p2]
             hot = np.eye(len(first.vectors))[q]
             hot2 = np.eye(len(second.vectors))[q2]
-            mean = hot.T @ inter(i) @ hot2 / np.outer(hot.sum(axis=0), hot2.sum(axis=0))
+            mean = hot.T @ interaction.of(i) @ hot2 / np.outer(hot.sum(axis=0), hot2.sum(axis=0))
             tables[i] = mean
         left = list(members)
         while len(left) >= 4:
@@ -335,7 +413,9 @@ def _grids(group: Group, irrep: Irrep, placed: _Placed, inter) -> list[tuple[lis
     return grids
 
 
-def _common_shape(stack: Float[np.ndarray, "neuron cell"]) -> tuple[np.ndarray, np.ndarray]:
+def _common_shape(
+    stack: Float[np.ndarray, "neuron cell"],
+) -> tuple[Bool[np.ndarray, " neuron"], Float[np.ndarray, " cell"]]:
     """Neurons whose tables are alike up to a positive scale, and that table."""
     shape = np.linalg.svd(stack, full_matrices=False)[2][0]
     near = np.zeros(len(stack), bool)
@@ -351,7 +431,16 @@ def _common_shape(stack: Float[np.ndarray, "neuron cell"]) -> tuple[np.ndarray, 
     return near, shape
 
 
-def _grid(irrep, first: RhoSet, second: RhoSet, placed, mine, shape, scale) -> Grid:
+def _grid(
+    irrep: Irrep,
+    first: RhoSet,
+    second: RhoSet,
+    placed: _Placed,
+    mine: list[int],
+    shape: Float[np.ndarray, " cell"],
+    scale: Float[np.ndarray, " neuron"],
+) -> Grid:
+    """Grid of some neurons, with a table that is exactly the same at antipodes."""
     table = shape.reshape(len(first.vectors), len(second.vectors))
     flip, flip2 = first.antipodes, second.antipodes
     if (flip == np.arange(len(flip))).any() or (flip2 == np.arange(len(flip2))).any():

@@ -1,4 +1,4 @@
-"""Finite sets of vectors that an irrep permutes, and which neurons point into them.
+"""Rho-sets: finite sets of vectors that an irrep permutes.
 
     find_rho_sets   directions of some neurons -> the sets they belong to
     RhoSet          vectors, how the group moves them, and opposite ones
@@ -17,7 +17,7 @@ from mechatlas.maths.groups import Group
 from mechatlas.maths.irreps import Irrep
 
 LARGEST = 30
-"""Vectors in the largest set that is looked for. A grid has the square of it as cells."""
+"""Number of vectors in the largest set that is looked for. A grid has its square as cells."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -25,13 +25,16 @@ class RhoSet:
     """An orbit of unit vectors."""
 
     vectors: Float[np.ndarray, "point d"]
+    """Unit vectors, a row for each point."""
     action: Int[np.ndarray, "order point"]
-    """`action[g, p]`: rho(g) takes vector p to this one."""
+    """Point `action[g, p]` that rho(g) takes point p to."""
     antipodes: Int[np.ndarray, " point"]
-    """Where the negative of each vector is, or the vector itself if it is not in the set."""
+    """Point of the negative of each vector, or the point itself if that is not in the set."""
 
-    def nearest(self, directions: Float[np.ndarray, "many d"]) -> tuple[np.ndarray, np.ndarray]:
-        """The nearest point of each direction, and the cosine."""
+    def nearest(
+        self, directions: Float[np.ndarray, "many d"]
+    ) -> tuple[Int[np.ndarray, " many"], Float[np.ndarray, " many"]]:
+        """Find the nearest point of each direction, and the cosine."""
         cosines = directions @ self.vectors.T
         points = cosines.argmax(axis=1)
         return points, cosines[np.arange(len(points)), points]
@@ -40,7 +43,7 @@ class RhoSet:
 def find_rho_sets(
     group: Group, irrep: Irrep, directions: Float[np.ndarray, "many d"], *, tolerance: float = 0.1
 ) -> list[RhoSet]:
-    """The orbits that some directions are near to, those with most of them first.
+    """Find the orbits that some directions are near to, those with most directions first.
 
     Args:
         group: The group.
@@ -49,7 +52,7 @@ def find_rho_sets(
         tolerance: Largest 1 - cosine between a direction and its point.
     """
     left = np.arange(len(directions))
-    found: list[tuple[int, RhoSet]] = []
+    counted: list[tuple[int, RhoSet]] = []
     while len(left):
         rho_set = _orbit(group, irrep, directions[left[0]], tolerance)
         if rho_set is None:
@@ -57,15 +60,16 @@ def find_rho_sets(
             continue
         near = np.abs(directions[left] @ rho_set.vectors.T).max(axis=1) > 1 - tolerance
         near[0] = True
-        found.append((int(near.sum()), rho_set))
+        counted.append((int(near.sum()), rho_set))
         left = left[~near]
-    found.sort(key=lambda item: -item[0])
-    return [rho_set for count, rho_set in found if count > 1]
+    counted.sort(key=lambda item: -item[0])
+    return [rho_set for count, rho_set in counted if count > 1]
 
 
 def _orbit(
     group: Group, irrep: Irrep, direction: Float[np.ndarray, " d"], tolerance: float
 ) -> RhoSet | None:
+    """Orbit of the nearest vector that many elements fix, or None where it would be too large."""
     images = irrep.matrices @ direction
     fixing = np.flatnonzero(images @ direction > 1 - 2 * tolerance)
     if group.order > LARGEST * len(fixing) or not group.is_subgroup(fixing.tolist()):
@@ -74,7 +78,7 @@ def _orbit(
     vector = images[fixing].mean(axis=0)
     vector /= np.linalg.norm(vector)
     action = group.coset_action(fixing.tolist())
-    action.flags.writeable = False  # so that a verifier may remember what it found of it
+    action.flags.writeable = False  # so that a verifier checks it only once
     cosets = group.left_cosets(fixing.tolist())
     vectors = irrep.matrices[cosets[:, 0]] @ vector
     gram = vectors @ vectors.T

@@ -11,20 +11,19 @@ from pathlib import Path
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from mechatlas.analysis.proofs.exact import brute_force, finish
-from mechatlas.analysis.proofs.explain import Directions
-from mechatlas.analysis.proofs.explanation import NOT_TRIED, Explanation, Grid, ProofError
-from mechatlas.analysis.proofs.prove import (
-    EFFORT,
-    Bound,
-    Weights,
-    as_weights,
-    count_exactly,
-    load_proof,
-)
+from mechatlas.analysis.proofs.explain import NeuronDirections
+from mechatlas.analysis.proofs.prove import COMPUTE_BUDGET, AccuracyBound, exact_accuracy
 from mechatlas.analysis.proofs.prove import prove as prove_bound
-from mechatlas.analysis.proofs.structure import Cosets, bi_equivariance, concentrate
-from mechatlas.analysis.proofs.verify import Verdict, verify
+from mechatlas.analysis.proofs.structure import (
+    CosetConcentration,
+    bi_equivariance,
+    coset_concentration,
+)
+from mechatlas.analysis.proofs.verifier.exact import brute_force_accuracy, decide_exactly
+from mechatlas.analysis.proofs.verifier.explanation import NOT_TRIED, Explanation, Grid, ProofError
+from mechatlas.analysis.proofs.verifier.proof import as_weights, load_proof
+from mechatlas.analysis.proofs.verifier.structures import Weights
+from mechatlas.analysis.proofs.verifier.verify import Verification, verify
 from mechatlas.app.run_folder import Result, refuse_strangers
 from mechatlas.base import InputError, WeightsError
 from mechatlas.files import checksum, write_json
@@ -58,7 +57,7 @@ class ProveConfig:
     """Finish the pairs that are not certified by brute force."""
     compare: bool = False
     """Also time brute force, in the same run."""
-    effort: float = EFFORT
+    compute_budget: float = COMPUTE_BUDGET
     """Share of the multiply-adds of brute force that the later stages may use."""
 
 
@@ -73,8 +72,8 @@ def prove(recipe: ProveConfig) -> Result:
     group = Group(table, name=recipe.table.stem.removesuffix("_table"))
     weights = as_weights(*weights_given, group.order)
     refuse_strangers(recipe.out, "proof")
-    bound = prove_bound(*weights, group, effort=recipe.effort)
-    verdict = bound.verdict
+    bound = prove_bound(*weights, group, compute_budget=recipe.compute_budget)
+    verdict = bound.verification
     recipe.out.mkdir(parents=True, exist_ok=True)
     file = bound.proof.save(recipe.out / FILE)
     macs = group.order**3 * weights[0].shape[1]
@@ -89,15 +88,18 @@ def prove(recipe: ProveConfig) -> Result:
         "seconds_prove": bound.seconds_prove,
         "multiply_adds": verdict.multiply_adds,
         "multiply_adds_share": verdict.multiply_adds / macs,
-        "budget": verdict.budget,
+        "budget": dataclasses.asdict(verdict.logit_budget),
         "why": explain_in_words(bound),
     }
     if recipe.exact:
-        finish(weights, group.table, np.eye(group.order, dtype=bool))  # loads compiled code
-        result["accuracy_exact"], result["seconds_exact"] = count_exactly(bound, weights)
+        decide_exactly(weights, group.table, np.eye(group.order, dtype=bool))  # loads compiled code
+        result["accuracy_exact"], result["seconds_exact"] = exact_accuracy(bound, *weights)
     if recipe.compare:
         result |= _compare(weights, group, bound, exact=recipe.exact)
-    cosets = {side: concentrate(w, group, side) for side, w in zip(KEYS[:2], weights, strict=False)}
+    cosets = {
+        side: coset_concentration(w, group, side)
+        for side, w in zip(KEYS[:2], weights, strict=False)
+    }
     result["bi_equivariance"] = bi_equivariance(*weights, group)
     result["cosets"] = {side: _summarise(found) for side, found in cosets.items()}
     details = describe(weights, group, bound) | {
@@ -138,7 +140,7 @@ def check(proof_path: Path, weights_path: Path, table_path: Path | None = None) 
     verdict = proof.check(*weights)
     return {
         "order": len(proof.table),
-        "width": verdict.sample[0].weights[2].shape[0],
+        "width": verdict.sample.terms.weights.left.shape[1],
         "accuracy_bound": verdict.accuracy_bound,
         "accuracy_bound_real": verdict.accuracy_bound_real,
         "claimed": proof.accuracy_bound,
@@ -214,23 +216,24 @@ def read_table(path: Path) -> np.ndarray:
         raise InputError(f"{path} cannot be read as a .npy array ({error}).") from error
 
 
-def explain_in_words(bound: Bound) -> str:
+def explain_in_words(bound: AccuracyBound) -> str:
     """Why the bound is what it is."""
-    verdict = bound.verdict
-    budget, share = verdict.budget, verdict.accuracy_bound
-    losses = {name: -value for name, value in budget.items() if name != "ideal"}
+    verdict = bound.verification
+    budget, share = dataclasses.asdict(verdict.logit_budget), verdict.accuracy_bound
+    losses = {name: -value for name, value in budget.items() if name != "ideal_margin"}
     worst = max(losses, key=lambda name: losses[name])
     reason = {
         "additive": "parts of neurons that depend on x or y alone differ between answers",
-        "moved": "circuits are not equivariant: cells of B x B' are empty, or `a` is not the "
-        "same over a circuit",
-        "cells": "the unembedding has noise that the interaction of a circuit can reach",
-        "rest": "neurons that fit no circuit, or only roughly",
+        "non_equivariance": "circuits are not equivariant: cells of B x B' are empty, or `a` is "
+        "not the same over a circuit",
+        "unembedding_noise": "the unembedding has noise that the interaction of a circuit can "
+        "reach",
+        "residual": "neurons that fit no circuit, or only roughly",
         "rounding": "rounding",
     }[worst]
     if share == 1:
         against = (
-            f"The ideal margin of {budget['ideal']:.1f} logits stands against losses of "
+            f"The ideal margin of {budget['ideal_margin']:.1f} logits stands against losses of "
             f"{sum(losses.values()):.1f} for a typical pair"
         )
         if float((verdict.stages == 1).mean()) > 0.5:
@@ -241,14 +244,14 @@ def explain_in_words(bound: Bound) -> str:
         )
     return (
         f"{1 - share:.1%} of the pairs are not certified. For a typical pair the ideal margin is "
-        f"{budget['ideal']:.1f} logits and the losses are {sum(losses.values()):.1f}; most of "
-        f"them ({losses[worst]:.1f}) because {reason}."
+        f"{budget['ideal_margin']:.1f} logits and the losses are {sum(losses.values()):.1f}; most "
+        f"of them ({losses[worst]:.1f}) because {reason}."
     )
 
 
-def describe(weights: Weights, group: Group, bound: Bound) -> Result:
+def describe(weights: Weights, group: Group, bound: AccuracyBound) -> Result:
     """What the page draws: neurons, rho-sets, cells, budget and margins."""
-    seen: Directions = bound.directions
+    seen: NeuronDirections = bound.directions
     explanation = bound.proof.explanation
     irreps = group.irreps()
     names = [irreps[k].name if k >= 0 else "" for k in seen.irrep]
@@ -265,7 +268,7 @@ def describe(weights: Weights, group: Group, bound: Bound) -> Result:
         }
         for grid in explanation.grids
     ]
-    edges, certified, true = _histograms(weights, group, bound.verdict)
+    edges, certified, true = _histograms(weights, group, bound.verification)
     return {
         "group": group.name,
         "irreps": sorted({name for name in names if name}),
@@ -275,14 +278,16 @@ def describe(weights: Weights, group: Group, bound: Bound) -> Result:
             for part, values in zip(KEYS, seen.shares, strict=True)
         },
         "grids": grids,
-        "unplaced": len(explanation.order) - sum(len(g.scale) for g in explanation.grids),
-        "silent": int(explanation.silent.sum()),
-        "merged": len(explanation.silent) - int(explanation.silent.sum()) - len(explanation.order),
+        "unplaced": len(explanation.representatives) - sum(len(g.scale) for g in explanation.grids),
+        "silent": int(explanation.dead.sum()),
+        "merged": len(explanation.dead)
+        - int(explanation.dead.sum())
+        - len(explanation.representatives),
         "histogram": {"edges": edges, "certified": certified, "true": true},
     }
 
 
-def _summarise(found: Cosets) -> Result:
+def _summarise(found: CosetConcentration) -> Result:
     """How many neurons have a subgroup, and the median of how concentrated they are."""
     some = found.order > 1
     median = float(np.median(found.concentration[some])) if some.any() else 0.0
@@ -291,17 +296,17 @@ def _summarise(found: Cosets) -> Result:
 
 def _neurons(explanation: Explanation, grid: Grid) -> np.ndarray:
     """Those of a grid that stand for themselves, as the network numbers them."""
-    return explanation.order[grid.start : grid.start + len(grid.scale)]
+    return explanation.representatives[grid.first_neuron : grid.first_neuron + len(grid.scale)]
 
 
-def _spread_of_a(seen: Directions, neurons: np.ndarray) -> float:
+def _spread_of_a(seen: NeuronDirections, neurons: np.ndarray) -> float:
     """1 - mean |cosine| of each neuron's a with that of the circuit: 0 where it is constant."""
     a = np.array([seen.a[i] for i in neurons])
     main = np.linalg.svd(a, full_matrices=False)[2][0]
     return round(float(1 - np.abs(a @ main).mean()), 4)
 
 
-def _histograms(weights: Weights, group: Group, verdict: Verdict) -> tuple[list, list, list]:
+def _histograms(weights: Weights, group: Group, verdict: Verification) -> tuple[list, list, list]:
     """Certified and true margins; of large groups, of some x only."""
     xs = np.linspace(0, group.order - 1, min(group.order, 120)).astype(int)
     left, right, unembed = (w.astype(np.float64) for w in weights)
@@ -321,14 +326,14 @@ def _histograms(weights: Weights, group: Group, verdict: Verdict) -> tuple[list,
     return np.round(edges, 4).tolist(), *counts
 
 
-def _in_stages(verdict: Verdict) -> str:
+def _in_stages(verdict: Verification) -> str:
     ok = verdict.margins > verdict.float32_errors
     shares = [float((ok & (verdict.stages == k)).mean()) for k in (1, 2, 3)]
     names = ("equivariant circuits", "low rank", "outright")
     return ", ".join(f"{name} {s:.2%}" for name, s in zip(names, shares, strict=True))
 
 
-def _compare(weights: Weights, group: Group, bound: Bound, *, exact: bool) -> Result:
+def _compare(weights: Weights, group: Group, bound: AccuracyBound, *, exact: bool) -> Result:
     """Brute force, verification and exact count in turn, medians."""
     times: dict[type, list[float]] = {np.float32: [], np.float64: []}
     ours, counts = [bound.seconds_verify], []
@@ -336,13 +341,13 @@ def _compare(weights: Weights, group: Group, bound: Bound, *, exact: bool) -> Re
     for _ in range(REPEATS if group.order < 300 else 1):
         for dtype, seconds in times.items():
             clock = time.process_time()
-            accuracy = brute_force(weights, group.table, dtype)
+            accuracy = brute_force_accuracy(*weights, group.table, dtype=dtype)
             seconds.append(time.process_time() - clock)
         clock = time.process_time()
         verify(*weights, group, bound.proof.explanation)
         ours.append(time.process_time() - clock)
         if exact:
-            counts.append(count_exactly(bound, weights)[1])
+            counts.append(exact_accuracy(bound, *weights).seconds)
     medians = {"seconds_exact": float(np.median(counts))} if exact else {}
     return medians | {
         "accuracy_brute_force": accuracy,

@@ -9,11 +9,11 @@ from mechatlas.app.report.runs import Runs
 from mechatlas.base import Progress
 
 TERMS = {
-    "ideal": "ideal margin",
+    "ideal_margin": "ideal margin",
     "additive": "parts of x or y alone",
-    "moved": "circuits not equivariant",
-    "cells": "unembedding noise in cells",
-    "rest": "neurons that fit no circuit",
+    "non_equivariance": "circuits not equivariant",
+    "unembedding_noise": "unembedding noise in cells",
+    "residual": "neurons that fit no circuit",
     "rounding": "rounding",
 }
 

@@ -1,52 +1,54 @@
-"""An explanation as a few flat arrays, the form that a verifier reads.
+"""Explanations as a few flat arrays, the form that a verifier reads.
 
     pack     explanation -> Packed
     Packed   all circuits and grids side by side
 
-Nothing is judged here but shapes: what the numbers say is checked by `checks.check` each time.
+Nothing is judged here but shapes; the numbers are checked by `checks.check` each time.
 """
 
 import dataclasses
 import weakref
 
 import numpy as np
-from jaxtyping import Float, Float32, Int
+from jaxtyping import Float, Int
 
-from mechatlas.analysis.proofs.explanation import Explanation, ProofError
+from mechatlas.analysis.proofs.verifier.explanation import Explanation, ProofError
+from mechatlas.analysis.proofs.verifier.structures import (
+    Clusters,
+    Layout,
+    PackedCircuits,
+    PackedGrids,
+)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Packed:
-    """Circuits, grids and blocks of an explanation, one after the other."""
+    """Explanation as flat arrays."""
 
+    clusters: Clusters
+    """Dead neurons and clusters."""
+    layout: Layout
+    """Cluster representatives."""
     matrices: tuple[Float[np.ndarray, "_ _ _"], ...]
-    """Of each circuit."""
-    circuits: Int[np.ndarray, "circuit 3"]
-    """Width d of the matrices, first neuron, number of neurons."""
-    weights: Float32[np.ndarray, " weight"]
-    """M of all neurons of all circuits."""
-    means: Float[np.ndarray, " entry"]
+    """rho of each circuit."""
+    circuits: PackedCircuits
+    """Circuits, one after the other."""
     actions: tuple[Int[np.ndarray, "_ _"], ...]
     """Each action that a grid uses, once."""
-    grids: Int[np.ndarray, "grid 8"]
-    """First neuron, number of neurons, number of points left and right, where the antipodes of
-    the left points begin, those of the right ones, where the table begins, block."""
+    grids: PackedGrids
+    """Grids, one after the other."""
     sides: Int[np.ndarray, "grid 2"]
-    """Which action the left and the right points of a grid have."""
-    points: Int[np.ndarray, "2 neuron"]
-    """Left and right point of each neuron; 0 for those in no grid."""
-    scale: Float32[np.ndarray, " neuron"]
-    """0 for neurons in no grid."""
-    antipodes: Int[np.ndarray, " side_point"]
-    tables: Float32[np.ndarray, " cell"]
+    """Number of the action of the left and of the right points of each grid."""
+    block_offsets: Int[np.ndarray, " offset"]
+    """First neuron of each block, and the end of the last."""
     width: int
     """Neurons of the network."""
     order: int
-    """Of the group."""
+    """Order of the group."""
     widest: int
     """Width of the largest matrices."""
     largest: int
-    """Cells of the largest grid."""
+    """Number of cells of the largest grid."""
 
 
 _PACKED: weakref.WeakKeyDictionary[Explanation, Packed] = weakref.WeakKeyDictionary()
@@ -60,58 +62,70 @@ def pack(e: Explanation) -> Packed:
     """
     packed = _PACKED.get(e)
     if packed is None:
-        packed = _PACKED[e] = _pack(len(e.silent), len(e.row), e)
+        packed = _PACKED[e] = _pack(len(e.dead), len(e.additive_x), e)
     return packed
 
 
 def _pack(width: int, order: int, e: Explanation) -> Packed:
-    k = len(e.order)
-    for name, array in (("silent", e.silent), ("leaders", e.leaders), ("ratios", e.ratios)):
-        _refuse_shape(name, array, (width,))
+    k = len(e.representatives)
+    for name in ("dead", "representative_of", "scale_factors"):
+        _refuse_shape(name, getattr(e, name), (width,))
     _refuse_shape("exponents", e.exponents, (k,))
-    _refuse_shape("row", e.row, (order, k))
-    _refuse_shape("column", e.column, (k, order))
-    cuts = e.blocks.tolist()
+    _refuse_shape("additive_x", e.additive_x, (order, k))
+    _refuse_shape("additive_y", e.additive_y, (k, order))
+    cuts = e.block_offsets.tolist()
     if not cuts or cuts[0] != 0 or cuts[-1] != k or sorted(set(cuts)) != cuts:
-        raise ProofError(f"blocks must ascend from 0 to {k}.")
+        raise ProofError(f"block_offsets must ascend from 0 to {k}.")
     for number, c in enumerate(e.circuits):
         name, d = f"circuit {number}", c.matrices.shape[-1]
         if not 1 <= d <= 64:
             raise ProofError(f"{name}: matrices must be 1 to 64 wide, got {d}.")
         _refuse_shape(f"{name}: matrices", c.matrices, (order, d, d))
-        _refuse_shape(f"{name}: mean", c.mean, (d, d))
-        if c.weights.shape[0] != d * d or not 0 <= c.start <= k - c.weights.shape[1]:
-            raise ProofError(f"{name}: weights {c.weights.shape} from {c.start} do not fit.")
-    circuits = [(len(c.mean), c.start, c.weights.shape[1]) for c in e.circuits]
+        _refuse_shape(f"{name}: mean_matrix", c.mean_matrix, (d, d))
+        shape, start = c.coefficients.shape, c.first_neuron
+        if shape[0] != d * d or not 0 <= start <= k - shape[1]:
+            raise ProofError(f"{name}: coefficients {shape} from {start} do not fit.")
+    shapes = [(len(c.mean_matrix), c.first_neuron, c.coefficients.shape[1]) for c in e.circuits]
     actions, grids, sides = _grids(e, cuts, order)
     points, scale = np.zeros((2, k), np.int64), np.zeros(k, np.float32)
     for grid in e.grids:
-        mine = slice(grid.start, grid.start + len(grid.scale))
+        mine = slice(grid.first_neuron, grid.first_neuron + len(grid.scale))
         scale[mine] = grid.scale
         points[0, mine], points[1, mine] = grid.left_points, grid.right_points
     none, empty = np.zeros(0, np.float32), np.zeros(0, np.int64)
     pairs = [a for g in e.grids for a in (g.left_antipodes, g.right_antipodes)]
     return Packed(
+        clusters=Clusters(e.dead, e.representative_of, e.scale_factors),
+        layout=Layout(e.representatives, e.exponents, e.additive_x, e.additive_y),
         matrices=tuple(c.matrices for c in e.circuits),
-        circuits=np.array(circuits, np.int64).reshape(-1, 3),
-        weights=np.concatenate([none, *(c.weights.ravel() for c in e.circuits)]),
-        means=np.concatenate([none.astype(float), *(c.mean.ravel() for c in e.circuits)]),
+        circuits=PackedCircuits(
+            shapes=np.array(shapes, np.int64).reshape(-1, 3),
+            coefficients=np.concatenate([none, *(c.coefficients.ravel() for c in e.circuits)]),
+            means=np.concatenate([np.zeros(0), *(c.mean_matrix.ravel() for c in e.circuits)]),
+        ),
         actions=actions,
-        grids=grids,
+        grids=PackedGrids(
+            shapes=grids,
+            points=points,
+            antipodes=np.concatenate([empty, *pairs]),
+            scale=scale,
+            tables=np.concatenate([none, *(g.table.ravel() for g in e.grids)]),
+        ),
         sides=sides,
-        points=points,
-        scale=scale,
-        antipodes=np.concatenate([empty, *pairs]),
-        tables=np.concatenate([none, *(g.table.ravel() for g in e.grids)]),
+        block_offsets=e.block_offsets,
         width=width,
         order=order,
-        widest=max((d for d, _, _ in circuits), default=1),
+        widest=max((d for d, _, _ in shapes), default=1),
         largest=max((g.table.size for g in e.grids), default=1),
     )
 
 
-def _grids(e: Explanation, cuts: list[int], order: int):
-    """Actions, and where everything of each grid begins.
+def _grids(
+    e: Explanation, cuts: list[int], order: int
+) -> tuple[
+    tuple[Int[np.ndarray, "_ _"], ...], Int[np.ndarray, "grid 8"], Int[np.ndarray, "grid 2"]
+]:
+    """Collect the distinct actions, the shapes of all grids, and the actions of their sides.
 
     Raises:
         ProofError: A shape is impossible.
@@ -121,8 +135,9 @@ def _grids(e: Explanation, cuts: list[int], order: int):
     antipode = cell = 0
     for number, g in enumerate(e.grids):
         name, neurons, (k, k2) = f"grid {number}", len(g.scale), g.table.shape
-        block = cuts.index(g.start) if g.start in cuts[:-1] else -1
-        if block < 0 or cuts[block + 1] != g.start + neurons or block in taken:
+        start = g.first_neuron
+        block = cuts.index(start) if start in cuts[:-1] else -1
+        if block < 0 or cuts[block + 1] != start + neurons or block in taken:
             raise ProofError(f"{name} is not a block of its own.")
         taken.add(block)
         for size, action, points, antipodes in (
@@ -135,7 +150,7 @@ def _grids(e: Explanation, cuts: list[int], order: int):
             actions[id(action)] = action
         numbers = list(actions)
         sides.append([numbers.index(id(a)) for a in (g.left_action, g.right_action)])
-        rows.append([g.start, neurons, k, k2, antipode, antipode + k, cell, block])
+        rows.append([start, neurons, k, k2, antipode, antipode + k, cell, block])
         antipode, cell = antipode + k + k2, cell + k * k2
     return (
         tuple(actions.values()),

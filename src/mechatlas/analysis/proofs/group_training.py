@@ -1,11 +1,11 @@
-"""Networks that multiply in a finite group, trained from nothing.
+"""Networks that multiply in a finite group, trained from scratch.
 
-    train_net   table, settings -> left, right, unembed
-    Settings    width, steps, learning rate, weight decay, seed
+    train_group_net       table, settings -> left, right, unembed
+    GroupTrainingConfig   width, steps, learning rate, weight decay, seed
 
 logits = relu(left[x] + right[y]) @ unembed: the architecture of the paper with the embeddings
 multiplied out. Batches are random pairs of the whole table, so this is not about
-generalisation; weight decay is what makes the weights orderly.
+generalization; weight decay is what makes the weights orderly.
 
 Source: Wu et al. (ICLR 2025), section 3, and Chughtai, Chan and Nanda, A toy model of
 universality (2023), for architecture and training.
@@ -15,26 +15,27 @@ import dataclasses
 
 import numpy as np
 import torch
-from jaxtyping import Float32, Int
+from jaxtyping import Int
 
+from mechatlas.analysis.proofs.verifier.structures import Weights
 from mechatlas.base import Progress, no_progress
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Settings:
-    """How a network is trained."""
+class GroupTrainingConfig:
+    """Settings for training a network on the table of a group."""
 
     width: int = 128
-    """Neurons."""
+    """Hidden neurons."""
     steps: int = 6000
     """Steps of Adam."""
     batch_size: int = 1500
-    """Pairs in a step."""
+    """Pairs of elements in a step."""
     lr: float = 1e-2
     """Largest learning rate; it falls to a fiftieth over the last four tenths."""
     weight_decay: float = 1e-4
-    """Penalty on squared weights, in the loss. Adam divides its gradient by its size as well,
-    so that weights of no use vanish fast: with decay outside of the loss they stay."""
+    """Coefficient of the L2 penalty. It is part of the loss (Adam, not AdamW), so that weights of
+    no use vanish fast."""
     seed: int = 0
     """Seed of weights and batches."""
 
@@ -46,17 +47,19 @@ class Settings:
             raise ValueError(f"weight_decay must be >= 0, got {self.weight_decay}.")
 
 
-def train_net(
+def train_group_net(
     table: Int[np.ndarray, "order order"],
-    settings: Settings,
+    settings: GroupTrainingConfig,
     *,
     on_progress: Progress = no_progress,
-) -> tuple[
-    Float32[np.ndarray, "order neuron"],
-    Float32[np.ndarray, "order neuron"],
-    Float32[np.ndarray, "neuron order"],
-]:
-    """Train on all pairs. The same settings give the same bytes on the same machine."""
+) -> Weights:
+    """Train on all pairs. The same settings give the same bytes on the same machine.
+
+    Args:
+        table: Right answers.
+        settings: Width, steps, learning rate, weight decay and seed.
+        on_progress: Callback with the number of steps done and their total.
+    """
     n, s = len(table), settings
     random = torch.Generator().manual_seed(s.seed)
     shapes = ((n, s.width), (n, s.width), (s.width, n))
@@ -78,5 +81,4 @@ def train_net(
         loss.backward()
         adam.step()
         on_progress(step + 1, s.steps)
-    a, b, c = (p.detach().numpy().astype(np.float32) for p in (left, right, unembed))
-    return a, b, c
+    return Weights(*(p.detach().numpy().astype(np.float32) for p in (left, right, unembed)))

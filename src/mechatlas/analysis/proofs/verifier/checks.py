@@ -1,88 +1,109 @@
-"""What must be true of an explanation before any bound may use it.
+"""Conditions on an explanation that every bound rests on.
 
-    check        weights, group, explanation -> the same in one form, or ProofError
-    word_length  how many generators each element is at most a product of
+    check           group, explanation -> the same as flat arrays, or ProofError
+    choose_loops    the loops in numpy, or the same ones compiled
+    word_length     the most generators that the word of an element needs
+    growth          relative rounding of many operations in a row
+    float32_errors  weights -> bound on the rounding of the network itself
 
 Source: the induction in `mechatlas.maths.irreps.real_irreps`, for homomorphisms.
 """
 
 import dataclasses
 import functools
+from types import ModuleType
 from typing import TypeVar
 
 import numpy as np
 from jaxtyping import Float, Float32, Int
 
-from mechatlas.analysis.proofs.explanation import Explanation, ProofError
-from mechatlas.analysis.proofs.packing import Packed, pack
+from mechatlas.analysis.proofs.verifier.explanation import Explanation, ProofError
+from mechatlas.analysis.proofs.verifier.packing import Packed, pack
+from mechatlas.analysis.proofs.verifier.structures import (
+    DistinctRows,
+    PackedActions,
+    PairSum,
+    Weights,
+)
 from mechatlas.maths.groups import Group
-
-try:
-    from mechatlas.analysis.proofs import kernels as loops
-except ImportError:  # numba is missing: slower, and tested to be the same
-    from mechatlas.analysis.proofs import plain as loops
 
 U32, U64 = 2.0**-24, 2.0**-53
 """Unit roundoff of float32 and float64."""
 LARGEST = 1e15
-"""Numbers above this are refused, so that their squares and sums of these stay finite."""
+"""Largest number in an explanation, so that squares and sums of squares stay finite."""
 TINIEST = 2.0**-126
-"""No result of float32 loses more than this below the normal numbers, flushed to 0 or not."""
-
-Weights = tuple[
-    Float32[np.ndarray, "order neuron"],
-    Float32[np.ndarray, "order neuron"],
-    Float32[np.ndarray, "neuron order"],
-]
+"""Smallest normal number of float32: no result loses more below it, flushed to 0 or not."""
 
 FAULTS = (
     "",
     "An exponent is not from -40 to 40.",
-    f"row or column has a number that is not finite or is above {LARGEST:g}.",
+    f"additive_x or additive_y has a number that is not finite or is above {LARGEST:g}.",
     f"A circuit has a number that is not finite or is above {LARGEST:g}.",
-    f"A table, scale or ratio is not finite or is above {LARGEST:g}.",
-    "leaders or order has a number that no neuron has.",
-    "A neuron has no other that stands for it, or too many, or is called silent and is used.",
+    f"A table, scale or scale factor is not finite or is above {LARGEST:g}.",
+    "representative_of or representatives has a number that no neuron has.",
+    "A neuron has no cluster representative, or more than one, or is dead and a representative.",
     "A neuron of a grid is at a point that the grid does not have.",
-    "The opposite of a point is one that the grid does not have.",
-    "A table changes when both points are replaced by their opposites.",
+    "The antipode of a point is one that the grid does not have.",
+    "A table changes when both points are replaced by their antipodes.",
 )
-"""What `find_fault` finds, by its number."""
+"""Messages for the numbers that `find_fault` returns."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class KnownIrreps:
-    """What is true of some irreps of a group, whatever network they are used for."""
+    """Facts about some irreps of a group, whatever network they are used for."""
 
     arrays: tuple[Float[np.ndarray, "_ _ _"], ...]
+    """Matrices that were checked."""
     group: Group
+    """Group that they represent."""
     defect: float
     """Bound on the Frobenius norm of rho(a) rho(b) - rho(ab) and of rho(a)^T rho(a) - 1 for
-    all a, b and all of them, rounding of the check included."""
-    rho: Float32[np.ndarray, "row order"]
-    """The entries of all matrices, a row for each entry."""
+    all a, b and all irreps, rounding of the check included."""
+    rho: Float32[np.ndarray, "entry order"]
+    """Entries of all matrices, a row for each entry."""
     norms: Float[np.ndarray, "order irrep"]
     """Frobenius norm of 1 - rho(g)."""
-    merged: tuple[np.ndarray, np.ndarray, np.ndarray]
-    """Sign of each row of rho, which of the distinct rows it is up to the sign, and those."""
+    distinct: DistinctRows
+    """Rows of rho that differ by more than a sign."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class KnownActions:
-    """What is true of some actions of a group on points."""
+    """Facts about some actions of a group on points."""
 
     arrays: tuple[Int[np.ndarray, "_ _"], ...]
+    """Actions that were checked."""
     group: Group
+    """Group that acts."""
     offsets: Int[np.ndarray, " action"]
-    """Where the points of each begin."""
-    whole: Int[np.ndarray, "order point"]
-    """All of them, side by side, after a point that stays."""
+    """First column of each action in `images`."""
+    images: Int[np.ndarray, "order point"]
+    """All actions side by side, after a point that stays."""
     inverse: Int[np.ndarray, "order point"]
-    """Where the inverse of each element takes each point."""
+    """Image of each point under the inverse of each element."""
+
+    def packed(self, sides: Int[np.ndarray, "grid 2"]) -> PackedActions:
+        """The actions with the sides of the grids that use them."""
+        return PackedActions(sides, self.offsets, self.images)
+
+
+@functools.cache
+def choose_loops(*, reference: bool) -> ModuleType:
+    """The module `reference`, in numpy, or the compiled loops with the same functions.
+
+    Args:
+        reference: Whether the numpy loops are taken; numba is then not imported.
+    """
+    if reference:
+        from mechatlas.analysis.proofs.verifier import reference as loops
+    else:
+        from mechatlas.analysis.proofs.verifier import compiled as loops
+    return loops
 
 
 def growth(operations: int, unit: float) -> float:
-    """The factor k u / (1 - k u): relative error of k operations in a row (Higham 2002, lemma 3.1).
+    """Relative error k u / (1 - k u) of k operations in a row (Higham 2002, lemma 3.1).
 
     Raises:
         ProofError: So many operations that nothing can be said.
@@ -92,27 +113,30 @@ def growth(operations: int, unit: float) -> float:
     return operations * unit / (1 - operations * unit)
 
 
-def float32_errors(weights: Weights) -> tuple[np.ndarray, np.ndarray]:
-    """Bound on the error of a margin when the network runs in float32: of x and of y.
+def float32_errors(weights: Weights, loops: ModuleType) -> PairSum:
+    """Bound the error of a margin when the network runs in float32.
 
     For each logit m + 2 operations in a row on terms of at most max |u_i| (relu(l) + relu(r)).
     """
-    m = len(weights[2])
-    of_x, of_y, size = loops.weigh_run(*weights, 2.05 * growth(m + 2, U32))
+    m = len(weights.unembed)
+    x_error, y_error, size = loops.float32_error_sums(weights, 2.05 * growth(m + 2, U32))
     tiny = 8 * m * TINIEST * (1 + size)
-    return of_x.astype(np.float64) + tiny, of_y.astype(np.float64)
+    return PairSum(x_error.astype(np.float64) + tiny, y_error.astype(np.float64))
 
 
-def check(width: int, group: Group, e: Explanation) -> tuple[Packed, KnownIrreps, KnownActions]:
+def check(
+    width: int, group: Group, e: Explanation, loops: ModuleType
+) -> tuple[Packed, KnownIrreps, KnownActions]:
     """Refuse an explanation that is not well formed.
 
     Args:
         width: Number of neurons.
         group: The group.
-        e: What was claimed.
+        e: The explanation.
+        loops: See `choose_loops`.
 
     Returns:
-        The explanation in one form, and what is known of its irreps and actions.
+        The explanation as flat arrays, and facts about its irreps and actions.
 
     Raises:
         ProofError: A shape, label or number is impossible; the message says which.
@@ -123,23 +147,19 @@ def check(width: int, group: Group, e: Explanation) -> tuple[Packed, KnownIrreps
             f"The explanation is about {packed.width} neurons and a group of order "
             f"{packed.order}, the network has {width} and {group.order}."
         )
-    parts = (
-        packed.weights, packed.means, packed.tables, packed.scale, packed.points,
-        packed.antipodes, packed.grids,
-    )  # fmt: skip
-    standing = (e.silent, e.leaders, e.ratios)
-    fault = loops.find_fault(standing, e.order, e.exponents, e.row, e.column, parts, LARGEST)
+    grids = packed.grids
+    fault = loops.find_fault(packed.clusters, packed.layout, packed.circuits, grids, LARGEST)
     if fault:
         raise ProofError(FAULTS[fault])
-    for name, share in (("second_share", e.second_share), ("third_share", e.third_share)):
-        if not 0 <= share <= 1:
-            raise ProofError(f"{name} must be from 0 to 1, got {share}.")
+    for name in ("second_stage_budget", "third_stage_budget"):
+        if not 0 <= getattr(e, name) <= 1:
+            raise ProofError(f"{name} must be from 0 to 1, got {getattr(e, name)}.")
     irreps = _recall(packed.matrices, group, KnownIrreps) or _irreps(packed.matrices, group)
     actions = _recall(packed.actions, group, KnownActions) or _actions(packed.actions, group)
-    for grid, sides in zip(packed.grids.tolist(), packed.sides.tolist(), strict=True):
+    for grid, sides in zip(grids.shapes.tolist(), packed.sides.tolist(), strict=True):
         for size, start, side in zip(grid[2:4], grid[4:6], sides, strict=True):
-            antipodes = packed.antipodes[start : start + size]
-            if not loops.keeps_opposite(antipodes, packed.actions[side]):
+            antipodes = grids.antipodes[start : start + size]
+            if not loops.preserves_antipodes(antipodes, packed.actions[side]):
                 raise ProofError("Opposite points of a grid do not stay opposite.")
     return packed, irreps, actions
 
@@ -166,7 +186,7 @@ def word_length(group: Group) -> int:
 
 
 def _defect(name: str, matrices: Float[np.ndarray, "order d d"], group: Group) -> float:
-    """How far matrices are from an orthogonal representation, for all pairs of elements.
+    """Distance of matrices from an orthogonal representation, for all pairs of elements.
 
     Raises:
         ProofError: So far that they are none.
@@ -192,13 +212,14 @@ def _defect(name: str, matrices: Float[np.ndarray, "order d d"], group: Group) -
     return length * (2 + eta) * (1 + eta) ** length * eps + defect
 
 
-# Found once for the read-only arrays of a group, which are the same each time. The arrays are
-# kept as well, so that their ids stay their own.
+# Facts are established once for the read-only arrays of a group, which are the same each time. The
+# arrays are kept as well, so that no other array can get the same id.
 _KNOWN: dict[tuple[type, int, tuple[int, ...]], KnownIrreps | KnownActions] = {}
 _Known = TypeVar("_Known", KnownIrreps, KnownActions)
 
 
 def _remember(known: _Known) -> _Known:
+    """Keep facts about arrays that cannot change, and return them."""
     if all(not a.flags.writeable and a.base is None for a in known.arrays):
         if len(_KNOWN) > 256:
             _KNOWN.clear()
@@ -207,6 +228,7 @@ def _remember(known: _Known) -> _Known:
 
 
 def _recall(arrays: tuple[np.ndarray, ...], group: Group, kind: type[_Known]) -> _Known | None:
+    """Facts about the same arrays and group, if there are any."""
     known = _KNOWN.get((kind, id(group), tuple(map(id, arrays))))
     if not isinstance(known, kind) or any(a.flags.writeable for a in arrays):
         return None
@@ -214,10 +236,10 @@ def _recall(arrays: tuple[np.ndarray, ...], group: Group, kind: type[_Known]) ->
 
 
 def _irreps(arrays: tuple[Float[np.ndarray, "_ _ _"], ...], group: Group) -> KnownIrreps:
-    """Matrices must be orthogonal representations; checked once for the irreps of a group.
+    """Check that matrices are orthogonal representations, and lay out their entries.
 
     Raises:
-        ProofError: As `_defect`.
+        ProofError: They are not.
     """
     n, defect = group.order, 0.0
     rows, norms = [np.zeros((0, n), np.float32)], [np.zeros((n, 0))]
@@ -229,11 +251,11 @@ def _irreps(arrays: tuple[Float[np.ndarray, "_ _ _"], ...], group: Group) -> Kno
         rows.append(flat.T.astype(np.float32))
     rho = np.ascontiguousarray(np.concatenate(rows))
     size = np.ascontiguousarray(np.concatenate(norms, axis=1))
-    return _remember(KnownIrreps(arrays, group, defect, rho, size, _merge_rows(rho)))
+    return _remember(KnownIrreps(arrays, group, defect, rho, size, _distinct_rows(rho)))
 
 
 def _actions(arrays: tuple[Int[np.ndarray, "_ _"], ...], group: Group) -> KnownActions:
-    """Each element must permute the points; checked once for the actions of a group.
+    """Check that every element permutes the points of each action.
 
     Raises:
         ProofError: One does not.
@@ -248,27 +270,28 @@ def _actions(arrays: tuple[Int[np.ndarray, "_ _"], ...], group: Group) -> KnownA
             raise ProofError("An element does not permute the points of a grid.")
     offsets = np.cumsum([1, *(action.shape[1] for action in arrays)])[:-1]
     # The first column is a point that stays, for neurons in no grid.
-    whole = np.ascontiguousarray(np.concatenate([np.zeros((n, 1), np.int64), *arrays], axis=1))
-    return _remember(KnownActions(arrays, group, offsets, whole, whole[group.inverses]))
+    images = np.ascontiguousarray(np.concatenate([np.zeros((n, 1), np.int64), *arrays], axis=1))
+    return _remember(KnownActions(arrays, group, offsets, images, images[group.inverses]))
 
 
-def _merge_rows(rho: Float32[np.ndarray, "row order"]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Rows of rho that are the same up to sign, as cosines and sines are."""
+def _distinct_rows(rho: Float32[np.ndarray, "entry order"]) -> DistinctRows:
+    """Merge rows of rho that are the same up to sign, as cosines and sines are."""
     signs, to = np.ones(len(rho), np.float32), np.zeros(len(rho), np.int64)
     seen: dict[bytes, int] = {}
     kept = []
     for i, row in enumerate(rho + np.float32(0)):
         for sign in (1, -1):
-            found = seen.get((np.float32(sign) * row + np.float32(0)).tobytes())
-            if found is not None:
-                signs[i], to[i] = sign, found
+            earlier = seen.get((np.float32(sign) * row + np.float32(0)).tobytes())
+            if earlier is not None:
+                signs[i], to[i] = sign, earlier
                 break
         else:
             seen[row.tobytes()] = to[i] = len(kept)
             kept.append(i)
-    return signs, to, np.ascontiguousarray(rho[kept])
+    return DistinctRows(signs, to, np.ascontiguousarray(rho[kept]))
 
 
 def _largest(matrices: Float[np.ndarray, "count d d"]) -> float:
+    """Largest Frobenius norm of some matrices."""
     flat = matrices.reshape(len(matrices), -1)
     return float(np.sqrt(np.einsum("ij,ij->i", flat, flat).max()))

@@ -1,0 +1,121 @@
+"""Compiled loops that check an explanation.
+
+    find_fault            explanation -> number of the first impossible thing in it
+    preserves_antipodes   whether an action keeps opposite points opposite
+
+`reference.py` has the same functions in numpy, and is the one to read.
+"""
+
+import functools
+
+import numpy as np
+from jaxtyping import Int
+
+from mechatlas.analysis.proofs.verifier.structures import (
+    Clusters,
+    Layout,
+    PackedCircuits,
+    PackedGrids,
+)
+from mechatlas.maths.selection import compiled as compiled_strictly
+
+compiled = functools.partial(compiled_strictly, fastmath={"contract", "reassoc"})
+"""Decorator that compiles a loop: sums in any order, multiplications fused into them."""
+
+
+@compiled
+def _is_below(values, limit):
+    """Whether all values are smaller than a limit; false for NaN."""
+    fine = True  # written so that NaN fails as well
+    for i in range(len(values)):
+        fine &= abs(values[i]) < limit
+    return fine
+
+
+@compiled
+def _is_label(values, low, high):
+    """Whether all values are from `low` to `high` - 1."""
+    fine = True
+    for i in range(len(values)):
+        fine &= (values[i] >= low) & (values[i] < high)
+    return fine
+
+
+@compiled
+def find_fault(
+    clusters: Clusters,
+    layout: Layout,
+    circuits: PackedCircuits,
+    grids: PackedGrids,
+    limit: float,
+) -> int:
+    """Number of the first impossible thing in an explanation, or 0; see `checks.FAULTS`.
+
+    Args:
+        clusters: Dead neurons and clusters.
+        layout: Cluster representatives.
+        circuits: Circuits of the explanation.
+        grids: Grids of the explanation.
+        limit: Numbers must be below this.
+    """
+    dead, representative_of, scale_factors = clusters
+    representatives, exponents, additive_x, additive_y = layout
+    width = len(representative_of)
+    if not _is_label(exponents, -40, 41):
+        return 1
+    if not (_is_below(additive_x.reshape(-1), limit) and _is_below(additive_y.reshape(-1), limit)):
+        return 2
+    if not (_is_below(circuits.coefficients, limit) and _is_below(circuits.means, limit)):
+        return 3
+    shapes, points, antipodes, scale, tables = grids
+    if not (
+        _is_below(tables, limit) and _is_below(scale, limit) and _is_below(scale_factors, limit)
+    ):
+        return 4
+    if not (_is_label(representative_of, 0, width) and _is_label(representatives, 0, width)):
+        return 5
+    if _find_stranger(dead, representative_of, scale_factors, representatives) >= 0:
+        return 6
+    for g in range(len(shapes)):
+        start, count, k, k2, left, right, cell, _ = shapes[g]
+        first, second = points[0, start : start + count], points[1, start : start + count]
+        if not (_is_label(first, 0, k) and _is_label(second, 0, k2)):
+            return 7
+        one, two = antipodes[left : left + k], antipodes[right : right + k2]
+        if not (_is_label(one, 0, k) and _is_label(two, 0, k2)):
+            return 8
+        for p in range(k):
+            for q in range(k2):
+                other = one[p] * k2 + two[q]
+                if tables[cell + p * k2 + q] != tables[cell + other]:
+                    return 9
+    return 0
+
+
+@compiled
+def _find_stranger(dead, representative_of, scale_factors, representatives):
+    """First neuron that is neither dead nor in a cluster with a representative, or -1."""
+    times = np.zeros(len(representative_of), np.int64)
+    for j in representatives:
+        times[j] += 1
+    for i in range(len(representative_of)):
+        main = representative_of[i]
+        itself = times[i] == 1 and not dead[i] and main == i and scale_factors[i] == 1
+        member = times[i] == 0 and (dead[i] or times[main] == 1)
+        if not (itself or member):
+            return i
+    return -1
+
+
+@compiled
+def preserves_antipodes(
+    antipodes: Int[np.ndarray, " point"], action: Int[np.ndarray, "order point"]
+) -> bool:
+    """Whether antipodes are pairs of points or points alone, and the action preserves them."""
+    fine = True
+    for p in range(len(antipodes)):
+        fine &= antipodes[antipodes[p]] == p
+    for g in range(len(action)):
+        for p in range(len(antipodes)):
+            fine &= action[g, antipodes[p]] == antipodes[action[g, p]]
+    return fine

@@ -1,0 +1,367 @@
+"""Compiled loops over pairs.
+
+    bound_pairs     terms -> a lower bound on the margin of each pair
+    hidden_values   weights -> the hidden values of some pairs
+    judge_margins   logits of some pairs -> which are right, which are wrong and which are near
+
+`reference.py` has the same functions in numpy, and is the one to read.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float, Float32, Int, Int8
+
+from mechatlas.analysis.proofs.verifier.compiled_checks import compiled
+from mechatlas.analysis.proofs.verifier.explanation import NOT_TRIED
+from mechatlas.analysis.proofs.verifier.structures import (
+    CircuitTerms,
+    FirstStage,
+    Lookup,
+    Neurons,
+    PairBounds,
+    PairCounts,
+    SecondStage,
+)
+
+
+@compiled
+def _interact(x, at, neurons, lookup, interaction, residuals):
+    """Compute the interaction of all neurons at one x and every y, and the norms of D by block.
+
+    The interaction is written from column `at` on. Loops are short and over slices, because the
+    compiler vectorizes only loops over a few whole arrays.
+    """
+    left, additive_x, right, additive_y, scale, offsets = neurons
+    n, zero = right.shape[1], np.float32(0)
+    for j in range(len(right)):
+        a, b, r, c = left[x, j], additive_x[x, j], right[j], additive_y[j]
+        value = interaction[j, at : at + n]
+        for y in range(n):
+            t = a + r[y]
+            value[y] = (t if t > zero else zero) - b - c[y]
+    for b in range(len(offsets) - 1):
+        block = (offsets[b], offsets[b + 1])
+        _residual_norms(x, at, block, scale, lookup, interaction, residuals[b])
+
+
+@compiled
+def _residual_norms(x, at, block, scale, lookup, interaction, squares):
+    """Compute the norm of I - s T over a block of neurons, at every y."""
+    first, points, moves, tables = lookup
+    j, stop = block
+    to = at + len(squares)
+    squares[:] = 0
+    while j + 1 < stop:  # two at a time: each sum is loaded and stored less often
+        value, value2 = interaction[j, at:to], interaction[j + 1, at:to]
+        s, s2 = scale[j], scale[j + 1]
+        table = tables[first[j] + moves[x, points[j]]]
+        table2 = tables[first[j + 1] + moves[x, points[j + 1]]]
+        for y in range(len(squares)):
+            rest, rest2 = value[y] - s * table[y], value2[y] - s2 * table2[y]
+            squares[y] += rest * rest + rest2 * rest2
+        j += 2
+    if j < stop:
+        value, s = interaction[j, at:to], scale[j]
+        table = tables[first[j] + moves[x, points[j]]]
+        for y in range(len(squares)):
+            rest = value[y] - s * table[y]
+            squares[y] += rest * rest
+    _root(squares)
+
+
+@compiled
+def _root(values):
+    """Replace each value by its square root."""
+    for y in range(len(values)):
+        values[y] = np.sqrt(values[y])
+
+
+@compiled
+def _squared_deviations(v, at, framed, rho, d, rest, squares):
+    """Compute |V - rho(x) Vm rho(y)|^2 at every y; `framed` is rho(x) Vm."""
+    squares[:] = 0
+    for a in range(d):
+        for b in range(d):
+            whole, f, r = v[a * d + b, at : at + len(rest)], framed[a * d], rho[b]
+            for y in range(len(rest)):
+                rest[y] = whole[y] - f * r[y]
+            e = 1
+            while e + 1 < d:  # two at a time: each number is loaded and stored less often
+                f, f2 = framed[a * d + e], framed[a * d + e + 1]
+                r, r2 = rho[e * d + b], rho[(e + 1) * d + b]
+                for y in range(len(rest)):
+                    rest[y] -= f * r[y] + f2 * r2[y]
+                e += 2
+            if e < d:
+                f, r = framed[a * d + e], rho[e * d + b]
+                for y in range(len(rest)):
+                    left = rest[y] - f * r[y]
+                    squares[y] += left * left
+            else:
+                for y in range(len(rest)):
+                    squares[y] += rest[y] * rest[y]
+
+
+@compiled
+def _add_circuits(x, circuits, interaction, rest, v, deviations):
+    """Compute the matrices V at x and x + 1, and their distances from rho(x) Vm rho(y)."""
+    shapes, coefficients, framed, rho = circuits
+    n = interaction.shape[1] // 2
+    base = offset = 0
+    for c in range(len(shapes)):
+        d, start, k = shapes[c]
+        stop = base + d * d
+        m = coefficients[offset : offset + d * d * k].reshape((d * d, k))
+        np.dot(m, interaction[start : start + k], v[base:stop])
+        for i in range(2):
+            framed_mean = framed[base:stop, min(x + i, n - 1)]
+            to = deviations[i, c]
+            _squared_deviations(v[base:stop], i * n, framed_mean, rho[base:stop], d, rest, to)
+            _root(to)
+        base = stop
+        offset += d * d * k
+
+
+@compiled
+def _bound_first(x, zs, residuals, deviations, first, total, worst):
+    """Compute the bound of the first stage at one x: `worst` less `total`."""
+    gaps, norms = first.bins
+    x_loss, y_loss, errors = first.losses.x[x], first.losses.y, first.losses.residual
+    for y in range(len(zs)):
+        z = zs[y]
+        total[y] = x_loss[z] + y_loss[y, z]
+    for b in range(len(residuals)):
+        rest, error = residuals[b], errors[b]
+        for y in range(len(zs)):
+            total[y] += rest[y] * error[zs[y]]
+    worst[:] = np.inf
+    value = np.empty(len(zs), np.float32)
+    for k in range(len(gaps)):
+        value[:] = gaps[k]
+        for c in range(len(deviations)):
+            part, norm = deviations[c], norms[k, c]
+            for y in range(len(zs)):
+                value[y] -= part[y] * norm
+        for y in range(len(zs)):
+            worst[y] = min(worst[y], value[y])
+
+
+@compiled
+def _bound_second(x, ys, zs, v, at, second, out):
+    """Compute the right logit less the largest other one, from V itself, at one x and some y.
+
+    Every other logit gets the most that the cells of grids could give it.
+    """
+    signs, to, rho = second.rho
+    x_sum, y_sums, spans = second.sums.x[x], second.sums.y, second.spans
+    n = rho.shape[1]
+    summed = np.zeros((len(ys), len(rho)), np.float32)
+    for r in range(len(signs)):
+        source, sign, g = v[r], signs[r], to[r]
+        for i in range(len(ys)):
+            summed[i, g] += sign * source[at + ys[i]]
+    logits = np.dot(summed, rho)
+    value = np.empty((n + 15) // 16 * 16, np.float32)
+    value[:] = -np.inf
+    maxima = np.empty(16, np.float32)
+    for i in range(len(ys)):
+        y = ys[i]
+        z = zs[y]
+        y_sum, logit, span = y_sums[y], logits[i], spans[z]
+        for w in range(n):
+            value[w] = logit[w] + x_sum[w] + y_sum[w] + span[w]
+        right = value[z] - span[z]
+        value[z] = -np.inf
+        maxima[:] = -np.inf
+        for start in range(0, len(value), 16):
+            part = value[start : start + 16]
+            for c in range(16):
+                maxima[c] = part[c] if part[c] > maxima[c] else maxima[c]
+        best = maxima[0]
+        for c in range(1, 16):
+            best = max(best, maxima[c])
+        out[i] = right - best
+
+
+class _Scratch(NamedTuple):
+    """Arrays that are used again for every two x."""
+
+    interaction: Float32[np.ndarray, "neuron 2*order"]
+    """I_i at x and x + 1, and every y."""
+    residuals: Float32[np.ndarray, "2 block order"]
+    """Norm of D of each block."""
+    deviations: Float32[np.ndarray, "2 circuit order"]
+    """Norm of V - rho(x) Vm rho(y) of each circuit."""
+    v: Float32[np.ndarray, "entry 2*order"]
+    """V of each circuit."""
+    rest: Float32[np.ndarray, " order"]
+    """One entry of V - rho(x) Vm rho(y)."""
+    total: Float32[np.ndarray, " order"]
+    """Losses of the first stage."""
+    worst: Float32[np.ndarray, " order"]
+    """Ideal margin less non-equivariance."""
+    failed: Int[np.ndarray, " order"]
+    """y of pairs that the first stage left."""
+    sharper: Float32[np.ndarray, " order"]
+    """Bounds of the second stage."""
+
+
+@compiled
+def _allocate(neurons, circuits):
+    """Make room for the loop over pairs."""
+    k, n = neurons.right.shape
+    return _Scratch(
+        np.zeros((k, 2 * n), np.float32),
+        np.empty((2, len(neurons.block_offsets) - 1, n), np.float32),
+        np.empty((2, len(circuits.shapes), n), np.float32),
+        np.empty((len(circuits.rho), 2 * n), np.float32),
+        np.empty(n, np.float32),
+        np.empty(n, np.float32),
+        np.empty(n, np.float32),
+        np.empty(n, np.int64),
+        np.empty(n, np.float32),
+    )
+
+
+@compiled
+def bound_pairs(
+    table: Int[np.ndarray, "order order"],
+    neurons: Neurons,
+    lookup: Lookup,
+    circuits: CircuitTerms,
+    first: FirstStage,
+    second: SecondStage,
+    out: PairBounds,
+) -> PairCounts:
+    """Bound the margins of all pairs from below, by the first stage and then by the second.
+
+    Args:
+        table: Right answers.
+        neurons: Cluster representatives.
+        lookup: Tables of the grids.
+        circuits: Circuits.
+        first: Terms of the first stage.
+        second: Terms and limits of the second stage.
+        out: Arrays for the bounds.
+    """
+    margins, stages, sample_residuals, sample_deviations = out
+    slack, error, inflate = first.slack, first.float32_error, first.inflate
+    pairs_left, give_up_share = second.max_pairs, second.give_up_share
+    scratch = _allocate(neurons, circuits)
+    interaction, residuals, deviations, v, rest, total, worst, failed, sharper = scratch
+    n = len(rest)
+    used = open_pairs = 0
+    for x in range(n):
+        i = x % 2
+        if not i:
+            for j in range(min(2, n - x)):  # two together, for the product of matrices
+                _interact(x + j, j * n, neurons, lookup, interaction, residuals[j])
+            _add_circuits(x, circuits, interaction, rest, v, deviations)
+        if x == 0:
+            sample_residuals[:] = residuals[0]
+            sample_deviations[:] = deviations[0]
+        zs = table[x]
+        _bound_first(x, zs, residuals[i], deviations[i], first, total, worst)
+        count = 0
+        for y in range(n):
+            bound = np.float64(worst[y]) - inflate * np.float64(total[y]) - slack.x[x] - slack.y[y]
+            margins[x, y] = bound
+            if not bound > error.x[x] + error.y[y]:
+                failed[count] = y
+                count += 1
+        open_pairs += count
+        if x == n // 8 and not pairs_left and open_pairs > (1 - give_up_share / 5) * (x + 1) * n:
+            margins[x + 1 :] = NOT_TRIED
+            return PairCounts(used, open_pairs + (n - x - 1) * n, x + 1)
+        count = min(count, pairs_left)
+        if not count:
+            continue
+        ys = failed[:count]
+        _bound_second(x, ys, zs, v, i * n, second, sharper)
+        good = 0
+        for j in range(count):
+            y = ys[j]
+            loss = _residual_loss(residuals[i], first.losses.residual, y, zs[y])
+            bound = np.float64(sharper[j]) - inflate * loss - slack.x[x] - slack.y[y]
+            if bound > margins[x, y]:
+                margins[x, y] = bound
+                stages[x, y] = 2
+            good += bound > error.x[x] + error.y[y]
+        used += count
+        open_pairs -= good
+        pairs_left -= count
+        if good < give_up_share * count:
+            pairs_left = 0
+    return PairCounts(used, open_pairs, n)
+
+
+@compiled
+def _residual_loss(norms, distances, y, z):
+    """Sum the products of |D| and of the distances of e over blocks, in float64."""
+    loss = 0.0
+    for b in range(len(norms)):
+        loss += np.float64(norms[b, y]) * np.float64(distances[b, z])
+    return loss
+
+
+@compiled
+def hidden_values(
+    left: Float32[np.ndarray, "order width"],
+    right: Float32[np.ndarray, "order width"],
+    xs: Int[np.ndarray, " pair"],
+    ys: Int[np.ndarray, " pair"],
+    out: Float32[np.ndarray, "row width"],
+) -> None:
+    """Compute relu(left[x] + right[y]) of some pairs.
+
+    Args:
+        left: l_i(x).
+        right: r_i(y).
+        xs: x of each pair.
+        ys: y of each pair.
+        out: Array for the values, a row for each pair.
+    """
+    zero = np.float32(0)
+    for i in range(len(xs)):
+        first, second, to = left[xs[i]], right[ys[i]], out[i]
+        for j in range(len(to)):
+            t = first[j] + second[j]
+            to[j] = t if t > zero else zero
+
+
+@compiled
+def judge_margins(
+    logits: Float32[np.ndarray, "row order"],
+    answers: Int[np.ndarray, " pair"],
+    bounds: Float[np.ndarray, " pair"],
+    out: Int8[np.ndarray, " row"],
+) -> None:
+    """Write 1 where the right logit is the largest by more than a bound, 0 where another one is.
+
+    2 where neither is sure. The right logits are overwritten.
+
+    Args:
+        logits: Logits of some pairs.
+        answers: Right answer of each pair.
+        bounds: Bound on the rounding of each margin.
+        out: Array for the judgements.
+    """
+    n = logits.shape[1]
+    maxima = np.empty(16, np.float32)
+    for i in range(len(answers)):
+        line, z = logits[i], answers[i]
+        right = line[z]
+        line[z] = -np.inf
+        maxima[:] = -np.inf
+        for start in range(0, n - 15, 16):
+            part = line[start : start + 16]
+            for c in range(16):
+                maxima[c] = part[c] if part[c] > maxima[c] else maxima[c]
+        best = maxima[0]
+        for c in range(1, 16):
+            best = max(best, maxima[c])
+        for c in range(n - n % 16, n):
+            best = max(best, line[c])
+        margin = right - best
+        out[i] = 1 if margin > bounds[i] else (0 if margin < -bounds[i] else 2)

@@ -1,0 +1,226 @@
+"""All terms of a bound that do not depend on the pair, prepared once, and all rounding.
+
+    build_terms   weights, group, explanation -> Terms
+    Terms         arrays for the loop over pairs, and bounds on rounding
+
+See `verify` for the formula.
+"""
+
+import dataclasses
+from types import ModuleType
+
+import numpy as np
+from jaxtyping import Float, Float32
+
+from mechatlas.analysis.proofs.verifier import checks
+from mechatlas.analysis.proofs.verifier.checks import (
+    LARGEST,
+    TINIEST,
+    U32,
+    U64,
+    KnownActions,
+    KnownIrreps,
+    growth,
+)
+from mechatlas.analysis.proofs.verifier.explanation import ProofError
+from mechatlas.analysis.proofs.verifier.packing import Packed
+from mechatlas.analysis.proofs.verifier.structures import (
+    AdditiveLosses,
+    CircuitTerms,
+    DistinctRows,
+    FirstStage,
+    GridSpans,
+    LogitSums,
+    Lookup,
+    Losses,
+    MergedNetwork,
+    Neurons,
+    PairSum,
+    TableIndex,
+    Weights,
+)
+
+BINS = 12
+"""Largest number of bins that conjugacy classes are put into."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Terms:
+    """Terms of a bound that do not depend on the pair. Neurons are cluster representatives."""
+
+    weights: Weights
+    """Network as it was given."""
+    neurons: Neurons
+    """Cluster representatives: l, A, r, B, s, and blocks."""
+    lookup: Lookup
+    """Tables T of the grids."""
+    circuits: CircuitTerms
+    """M_i, rho(x) Vm and rho of the circuits."""
+    first: FirstStage
+    """Ideal margins, losses and rounding."""
+    distinct: DistinctRows
+    """Rows of rho that differ by more than a sign, for the second stage."""
+    sums: LogitSums
+    """Additive part of each logit, for the second stage."""
+    grid_spans: Float32[np.ndarray, "order order"]
+    """Largest loss within the cells of all grids, for each two answers."""
+    cell_losses: Float32[np.ndarray, " order"]
+    """Largest of these losses for each right answer; contained in `first.losses.x`."""
+    prepared: int
+    """Multiply-adds of the preparation."""
+    first_cost: int
+    """Multiply-adds for one pair in the first stage."""
+    second_cost: int
+    """Multiply-adds for one pair in the second stage."""
+    third_cost: int
+    """Multiply-adds for one pair in the third stage."""
+
+
+def build_terms(
+    weights: Weights, packed: Packed, irreps: KnownIrreps, actions: KnownActions, loops: ModuleType
+) -> Terms:
+    """Prepare a bound.
+
+    Args:
+        weights: The network.
+        packed: The explanation, from `check`.
+        irreps: Facts about the irreps of the circuits, from `check`.
+        actions: Facts about the actions of the grids, from `check`.
+        loops: See `checks.choose_loops`.
+
+    Raises:
+        ProofError: Numbers are so large or so small that rounding cannot be bounded.
+    """
+    group, rho = irreps.group, irreps.rho
+    n, m, blocks = group.order, packed.width, packed.block_offsets
+    k = len(packed.layout.representatives)
+    merged = _merge(weights, packed, loops)
+    residual, sizes = loops.unembedding_residual(merged.unembed, packed.circuits, rho)
+    framed, gaps = loops.ideal_margins(packed.circuits, rho, group.identity)
+    index = loops.index_tables(packed.grids, actions.packed(packed.sides))
+    weight = merged.mass + 1.01 * np.sqrt(packed.widest) * sizes
+    d = packed.circuits.shapes[:, 0]
+    inflate = 1 + 1.01 * growth(2 * k + packed.widest**2 + len(d) + len(blocks) + 64, U32)
+    spans = loops.grid_spans(
+        residual, weight, packed.grids, 8 * growth(4 * packed.largest + 64, U32)
+    )
+    errors = loops.residual_distances(residual, blocks, 8 * growth(4 * k + 64, U32), inflate)
+    sums = _additive_logits(packed, merged)
+    losses: AdditiveLosses = loops.additive_losses(sums, spans.spans)
+    rate = _rounding_rate(packed, len(rho)) + 16 * irreps.defect
+    slack = _slack(packed, merged, weight, rate, index, spans, loops)
+    return Terms(
+        weights=weights,
+        neurons=Neurons(
+            merged.left, packed.layout.additive_x, merged.right, packed.layout.additive_y,
+            packed.grids.scale, blocks,
+        ),
+        lookup=Lookup(index.first, index.columns, actions.inverse, index.rows),
+        circuits=CircuitTerms(packed.circuits.shapes, packed.circuits.coefficients, framed, rho),
+        first=FirstStage(
+            loops.class_minima(gaps, irreps.norms, group.class_of, BINS, inflate),
+            Losses(losses.x, losses.y, errors),
+            slack, checks.float32_errors(weights, loops), inflate,
+        ),
+        distinct=irreps.distinct,
+        sums=sums,
+        grid_spans=spans.spans,
+        cell_losses=losses.cells,
+        prepared=n * n * (3 * k + spans.n_cells) + n * len(packed.circuits.coefficients) + n * m,
+        first_cost=3 * k + len(packed.circuits.coefficients) + int((d**3 + d**2).sum())
+        + 8 * (len(d) + len(blocks)),
+        second_cost=n * (len(irreps.distinct.rows) + 4),
+        third_cost=n * m,
+    )  # fmt: skip
+
+
+def _merge(weights: Weights, packed: Packed, loops: ModuleType) -> MergedNetwork:
+    """Merge clusters of neurons, and scale all weights by powers of two.
+
+    Raises:
+        ProofError: A product is not exact in float32.
+    """
+    representatives = packed.layout.representatives
+    factor = np.ldexp(np.float32(1), packed.layout.exponents).astype(np.float32)
+    merged = loops.merge_neurons(weights, packed.clusters, representatives, factor)
+    if merged.too_small:
+        # Scaling is exact unless it leaves the normal numbers; a weight may itself be below them.
+        for after, before in ((merged.left.T, weights.left), (merged.right, weights.right)):
+            if not np.array_equal(after / factor[:, None], before[:, representatives].T):
+                raise ProofError("The exponents make weights too small for float32.")
+    return merged
+
+
+def _slack(
+    p: Packed,
+    merged: MergedNetwork,
+    weight: Float[np.ndarray, " neuron"],
+    rate: float,
+    index: TableIndex,
+    spans: GridSpans,
+    loops: ModuleType,
+) -> PairSum:
+    """Bound the rounding of the verification, and all that was left out.
+
+    Args:
+        p: The explanation.
+        merged: The merged network.
+        weight: Largest |u_i|, and sum of the norms of M_i, of each neuron.
+        rate: Relative rounding of the bound, per unit of all its terms.
+        index: Tables of the grids.
+        spans: Residual in the cells of the grids.
+        loops: See `checks.choose_loops`.
+
+    Raises:
+        ProofError: Numbers are so large that squares could overflow.
+    """
+    # In float32 these sums are off by less than a thousandth, which the 1.01 covers.
+    small = (1.01 * rate * weight).astype(np.float32)
+    x_sums, y_sums, size = loops.absolute_sums(
+        merged, p.layout.additive_x, p.layout.additive_y, small
+    )
+    framed = 1.01 * p.widest * float(np.abs(p.circuits.means).sum())
+    size += float(index.largest.sum())
+    most = framed + float(weight.max(initial=0))
+    lost = spans.off_center + _below_normal(p) * (1 + size) * (1 + most)
+    constant = rate * framed + float(small @ index.largest) + lost + 1e-12
+    x_slack = x_sums.astype(np.float64) + 1.0001 * merged.x_loss + constant
+    y_slack = y_sums.astype(np.float64) + 1.0001 * merged.y_loss
+    # Now squares of all that is added up are finite in float32, and NaN is nowhere.
+    if not (max(size, most, spans.largest) < LARGEST and x_slack.max() + y_slack.max() < 1e10):
+        raise ProofError("The explanation has absurd sizes: rounding could be anything.")
+    return PairSum(x_slack, y_slack)
+
+
+def _rounding_rate(p: Packed, rows: int) -> float:
+    """Relative rounding of a bound, per unit of the sum of the absolute values of all its terms."""
+    k = len(p.layout.representatives)
+    single = growth(k + 3 * p.widest + 24, U32)  # matrices V, and Vm in its frame
+    single += growth(2 * k + 8, U32)  # additive parts
+    single += growth(p.width + p.widest**2 + 16, U32)  # u, and the residual e
+    single += growth(rows + 8, U32)  # logits of the second stage
+    single += growth(len(p.circuits.shapes) + 32, U32)  # the rest of a sum
+    double = growth(16 * (k + p.width + 64) + 8 * p.largest + p.widest**2, U64)
+    return 2.2 * single + 8 * double * (1 + p.largest)
+
+
+def _below_normal(p: Packed) -> float:
+    """Loss below the normal numbers, per unit of a weight and of a value.
+
+    Each product loses `TINIEST`, but a root of a sum of k squares as much as the root of k of
+    them: values below 1e-19 can vanish, and are then multiplied by what they stand beside.
+    """
+    k, circuits = len(p.layout.representatives), len(p.circuits.shapes)
+    terms = p.width + 2 * k + p.largest + circuits * p.widest**2 + 64
+    return 16 * terms * TINIEST**0.5
+
+
+def _additive_logits(p: Packed, merged: MergedNetwork) -> LogitSums:
+    """Sum the additive parts, and the linear parts of mirrored neurons, into each logit."""
+    u, mirrored = merged.unembed, merged.mirrored
+    x_sums, y_sums = p.layout.additive_x @ u, p.layout.additive_y.T @ u
+    linear = merged.linear[mirrored]
+    if len(linear):
+        x_sums += merged.left[:, mirrored] @ linear
+        y_sums += merged.right[mirrored].T @ linear
+    return LogitSums(x_sums, y_sums)
