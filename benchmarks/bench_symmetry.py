@@ -1,10 +1,10 @@
 """Planted symmetries: classes, families and poses found, false discoveries, and time at full size.
 
 Run: `pytest benchmarks/bench_symmetry.py -s -o python_files='bench_*.py' --benchmark-only -m ''`.
-Families have every class of stabilizers of D4, or those of D16 (order 32) up to order 8; there are
-as many random decoys as a fifth of the features, noise of each half is 0.1, 0.5 or 1.5 times the
-blocks, families overlap (cosine 0.5 in the same pose) or share a direction, noise may be uneven,
-decoys may nearly have a symmetry (alike to 0.65; a symmetry needs 0.71).
+Families have every class of stabilizers of D4, or those of D16 (order 32) up to order 8. A fifth of
+the features are random decoys. The noise of each half is 0.1, 0.5 or 1.5 times the blocks; families
+overlap (cosine 0.5 in the same pose) or share a direction; noise may be uneven; decoys may nearly
+have a symmetry (similar to 0.65; a symmetry needs 0.71).
 Nominal false discovery rate: 5 %.
 """
 
@@ -40,18 +40,20 @@ def subgroups_of(name):
 @pytest.mark.parametrize("name", ["D4", "D16"])
 def test_planted(benchmark, name, level, mixture):
     g, subgroups = subgroups_of(name)
-    how = dict(MIXTURES[mixture])
-    uneven = how.pop("uneven", 0.0)
-    told, by_chance, n_features = [], 0, 0
+    options = dict(MIXTURES[mixture])
+    uneven = options.pop("uneven", 0.0)
+    scores, by_chance, n_features = [], 0, 0
     for seed in range(SEEDS):
-        planted = plant(g, subgroups, d=64, families_each=4, members=8, decoys=60, seed=seed, **how)
+        planted = plant(
+            g, subgroups, d=64, families_each=4, members=8, decoys=60, seed=seed, **options
+        )
         blocks, halves = planted.measured(NOISE[level], seed=seed, uneven=uneven)
         n_features = len(blocks)
         if seed == 0:
             benchmark.pedantic(symmetry, (blocks, g, halves), rounds=1)
-        told.append(score(planted, symmetry(blocks, g, halves)))
+        scores.append(score(planted, symmetry(blocks, g, halves)))
         by_chance += count_shuffled_discoveries(halves, g)
-    mean = {key: round(float(np.mean([one[key] for one in told])), 4) for key in told[0]}
+    mean = {key: round(float(np.mean([each[key] for each in scores])), 4) for key in scores[0]}
     print(f"\n{name} {level} {mixture} ({n_features} features): {mean}, shuffled {by_chance}")
     benchmark.extra_info.update(mean, shuffled=by_chance)
     assert by_chance == 0
@@ -64,17 +66,17 @@ def test_planted(benchmark, name, level, mixture):
 
 @pytest.mark.parametrize("n", [1024, 8192])
 def test_full_width(benchmark, n):
-    """Order 32, 480 channels: what the paper's layer needs."""
+    """Order 32 and 480 channels, as in the paper."""
     g, subgroups = subgroups_of("D16")
     planted = plant(
         g, subgroups, d=480, families_each=1, members=(n - n // 8) // len(subgroups),
         decoys=n // 8,
     )  # fmt: skip
     blocks, halves = planted.measured(NOISE["middle"])
-    found = benchmark.pedantic(symmetry, (blocks, g, halves), rounds=1)
-    told = score(planted, found)
-    print(f"\n{len(blocks)} features, order 32, 480 channels: {told}")
-    benchmark.extra_info.update(told)
-    assert told["f1"] >= 0.95
-    assert told["fdr"] <= 0.05
-    assert told["ari"] >= 0.9
+    symmetries = benchmark.pedantic(symmetry, (blocks, g, halves), rounds=1)
+    scores = score(planted, symmetries)
+    print(f"\n{len(blocks)} features, order 32, 480 channels: {scores}")
+    benchmark.extra_info.update(scores)
+    assert scores["f1"] >= 0.95
+    assert scores["fdr"] <= 0.05
+    assert scores["ari"] >= 0.9

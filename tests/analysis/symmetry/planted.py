@@ -109,11 +109,11 @@ def plant(
     )
 
 
-def macro_f1(true, said):
+def macro_f1(true, predicted):
     scores = []
-    for kind in set(true) | set(said):
-        both = sum(t == kind and s == kind for t, s in zip(true, said, strict=True))
-        either = sum(t == kind for t in true) + sum(s == kind for s in said)
+    for kind in set(true) | set(predicted):
+        both = sum(t == kind and s == kind for t, s in zip(true, predicted, strict=True))
+        either = sum(t == kind for t in true) + sum(s == kind for s in predicted)
         scores.append(2 * both / either)
     return float(np.mean(scores))
 
@@ -126,24 +126,26 @@ def adjusted_rand(a, b):
     _, b = np.unique(b, return_inverse=True)
     table = np.zeros((a.max() + 1, b.max() + 1))
     np.add.at(table, (a, b), 1)
-    both, one, other = pairs(table), pairs(table.sum(1)), pairs(table.sum(0))
-    expected = one * other / pairs(np.array([len(a)], float))
-    highest = (one + other) / 2
+    both, first, other = pairs(table), pairs(table.sum(1)), pairs(table.sum(0))
+    expected = first * other / pairs(np.array([len(a)], float))
+    highest = (first + other) / 2
     return 1.0 if highest == expected else (both - expected) / (highest - expected)
 
 
-def score(planted, found):
+def score(planted, symmetries):
     group = planted.group
     class_of = group.lattice().class_of
-    claimed = found.q_values <= found.fdr
-    false = [not found.stabilizers[i] <= planted.stabilizers[i] for i in np.flatnonzero(claimed)]
+    claimed = symmetries.q_values <= symmetries.fdr
+    false = [
+        not symmetries.stabilizers[i] <= planted.stabilizers[i] for i in np.flatnonzero(claimed)
+    ]
     right = []
     for i in np.flatnonzero(~planted.decoy):
-        r = found.references[i]
+        r = symmetries.references[i]
         if r == i or planted.families[r] != planted.families[i]:
             continue
         # D^r_gh = T_g h p_r must be D^i_g = T_g p_i: h p_r and p_i lie in one coset of Stab(T).
-        h = int(group.table[found.poses[i], planted.poses[r]])
+        h = int(group.table[symmetries.poses[i], planted.poses[r]])
         back = int(group.table[group.inverses[planted.poses[i]], h])
         p = planted.poses[i]
         inverse = group.inverses[p]
@@ -151,15 +153,18 @@ def score(planted, found):
         right.append(back in stabilizer)
     return {
         "f1": macro_f1(
-            [class_of(s) for s in planted.stabilizers], [class_of(s) for s in found.stabilizers]
+            [class_of(s) for s in planted.stabilizers],
+            [class_of(s) for s in symmetries.stabilizers],
         ),
         "exact": float(
-            np.mean([a == b for a, b in zip(planted.stabilizers, found.stabilizers, strict=True)])
+            np.mean(
+                [a == b for a, b in zip(planted.stabilizers, symmetries.stabilizers, strict=True)]
+            )
         ),
         "fdr": float(np.mean(false)) if false else 0.0,
         "claimed": int(claimed.sum()),
-        "ari": adjusted_rand(planted.families, found.families),
+        "ari": adjusted_rand(planted.families, symmetries.families),
         "poses": float(np.mean(right)) if right else 1.0,
         "posed": len(right),
-        "reliable": float(found.reliable.mean()),
+        "reliable": float(symmetries.reliable.mean()),
     }

@@ -38,13 +38,13 @@ SUBGROUPS = {
 def test_planted_stabilizers_families_and_poses_are_found(name, level, mixture):
     g, subgroups = SUBGROUPS[name]
     planted = plant(g, subgroups, **mixture)
-    found = symmetry(*_in(planted, NOISE[level]))
-    told = score(planted, found)
-    assert told["f1"] >= 0.95
-    assert told["fdr"] <= 0.05
-    assert told["ari"] >= 0.9
-    assert told["poses"] >= 0.95
-    assert told["posed"] >= 0.7 * (~planted.decoy).sum()
+    symmetries = symmetry(*_in(planted, NOISE[level]))
+    scores = score(planted, symmetries)
+    assert scores["f1"] >= 0.95
+    assert scores["fdr"] <= 0.05
+    assert scores["ari"] >= 0.9
+    assert scores["poses"] >= 0.95
+    assert scores["posed"] >= 0.7 * (~planted.decoy).sum()
 
 
 def _in(planted, noise, **how):
@@ -58,10 +58,10 @@ def test_noise_makes_features_unreliable_and_no_claim_false(name):
     claimed, false = 0, 0
     for seed in range(4):
         planted = plant(g, subgroups, overlap=0.4, seed=seed)
-        told = score(planted, symmetry(*_in(planted, NOISE["high"], seed=seed, uneven=0.5)))
-        claimed += told["claimed"]
-        false += told["fdr"] * told["claimed"]
-        assert told["reliable"] < 0.9
+        scores = score(planted, symmetry(*_in(planted, NOISE["high"], seed=seed, uneven=0.5)))
+        claimed += scores["claimed"]
+        false += scores["fdr"] * scores["claimed"]
+        assert scores["reliable"] < 0.9
     assert false <= 0.05 * max(claimed, 20)
 
 
@@ -95,10 +95,10 @@ def test_every_subgroup_of_any_group_is_told_exactly(name, seed):
     subgroups = list(g.subgroups())
     blocks = np.stack([function_on_cosets(g, h, 40, random) for h in subgroups])
     halves = blocks + 0.05 * random.standard_normal((2, *blocks.shape))
-    found = symmetry(blocks, g, halves)
-    assert list(found.stabilizers) == subgroups
-    assert found.reliable.all()
-    np.testing.assert_array_equal(found.families, np.arange(len(subgroups)))
+    symmetries = symmetry(blocks, g, halves)
+    assert list(symmetries.stabilizers) == subgroups
+    assert symmetries.reliable.all()
+    np.testing.assert_array_equal(symmetries.families, np.arange(len(subgroups)))
 
 
 @given(st.integers(0, 99))
@@ -111,13 +111,13 @@ def test_another_pose_has_the_conjugate_stabilizer(seed):
     template = function_on_cosets(g, subgroup, 30, random)
     blocks = np.stack([template[g.table[:, h]] for h in range(g.order)])
     halves = blocks + 0.1 * random.standard_normal((2, *blocks.shape))
-    found = symmetry(halves.mean(axis=0), g, halves)
-    assert found.stabilizers == tuple(g.conjugate(subgroup, h) for h in range(g.order))
-    assert len(set(found.families)) == 1
-    reference = blocks[found.references[0]]
-    for i, pose in enumerate(found.poses):
+    symmetries = symmetry(halves.mean(axis=0), g, halves)
+    assert symmetries.stabilizers == tuple(g.conjugate(subgroup, h) for h in range(g.order))
+    assert len(set(symmetries.families)) == 1
+    reference = blocks[symmetries.references[0]]
+    for i, pose in enumerate(symmetries.poses):
         np.testing.assert_allclose(blocks[i], reference[g.table[:, pose]])
-        assert pose == min(g.table[pose, list(found.stabilizers[found.references[i]])])
+        assert pose == min(g.table[pose, list(symmetries.stabilizers[symmetries.references[i]])])
 
 
 def test_a_feature_that_is_nearly_symmetric_is_not_called_symmetric():
@@ -126,10 +126,10 @@ def test_a_feature_that_is_nearly_symmetric_is_not_called_symmetric():
     other = [function_on_cosets(D4, {0}, 64, random) for _ in range(30)]
     blocks = np.sqrt(0.85) * np.array(line) + np.sqrt(0.15) * np.array(other)
     halves = blocks + 0.1 * random.standard_normal((2, *blocks.shape))
-    found = symmetry(halves.mean(axis=0), D4, halves)
-    assert found.n_discoveries == 0
-    assert found.reliable.all()
-    assert found.stabilizer_function[:, 2] == pytest.approx(0.85, abs=0.05)
+    symmetries = symmetry(halves.mean(axis=0), D4, halves)
+    assert symmetries.n_discoveries == 0
+    assert symmetries.reliable.all()
+    assert symmetries.stabilizer_function[:, 2] == pytest.approx(0.85, abs=0.05)
 
 
 def test_weak_features_are_not_reliable_whatever_the_others_are():
@@ -139,10 +139,10 @@ def test_weak_features_are_not_reliable_whatever_the_others_are():
     weak = np.arange(0, len(blocks), 5)
     halves[:, weak] = random.standard_normal((2, len(weak), 8, 32))
     halves[:, weak[0]] = 0  # a dead latent
-    found = symmetry(halves.mean(axis=0), D4, halves)
-    assert not found.reliable[weak].any()
-    assert np.delete(found.reliable, weak).all()
-    assert score(planted, found)["fdr"] == 0
+    symmetries = symmetry(halves.mean(axis=0), D4, halves)
+    assert not symmetries.reliable[weak].any()
+    assert np.delete(symmetries.reliable, weak).all()
+    assert score(planted, symmetries)["fdr"] == 0
 
 
 def test_the_similarity_has_no_bias_and_its_error_is_right():
@@ -151,12 +151,14 @@ def test_the_similarity_has_no_bias_and_its_error_is_right():
     template -= template.mean(axis=0)  # all features have it: it would count as common
     spread = 0.3 * np.exp(random.standard_normal(24))
     noise = spread * random.standard_normal((2, 400, 8, 24))
-    found = symmetry(template + noise.mean(axis=0), D4, template + noise)
+    symmetries = symmetry(template + noise.mean(axis=0), D4, template + noise)
     true = [np.sum(template[D4.table[:, h]] * template) / np.sum(template**2) for h in range(8)]
-    got = found.stabilizer_function.mean(axis=0)
+    got = symmetries.stabilizer_function.mean(axis=0)
     assert got == pytest.approx(np.array(true), abs=0.05)
-    spread_seen = found.stabilizer_function[:, 1:].std(axis=0)
-    assert np.median(found.standard_errors[:, 1:], axis=0) == pytest.approx(spread_seen, rel=0.3)
+    spread_seen = symmetries.stabilizer_function[:, 1:].std(axis=0)
+    assert np.median(symmetries.standard_errors[:, 1:], axis=0) == pytest.approx(
+        spread_seen, rel=0.3
+    )
 
 
 def test_p_values_are_uniform_at_the_edge_of_the_null():
@@ -178,21 +180,21 @@ def test_noise_that_channels_share_does_not_make_claims():
     together = random.standard_normal((8, 32, 4))  # the noise lies in four directions
     noise = np.einsum("hnk,gdk->hngd", random.standard_normal((2, 300, 4)), together)
     halves = blocks + noise
-    found = symmetry(halves.mean(axis=0), D4, halves)
-    assert found.variance_inflation > 3
-    assert found.n_discoveries == 0
+    symmetries = symmetry(halves.mean(axis=0), D4, halves)
+    assert symmetries.variance_inflation > 3
+    assert symmetries.n_discoveries == 0
 
 
 def test_without_halves_the_answer_says_what_is_missing():
     planted = plant(D4, SUBGROUPS["D4"][1])
     blocks, _ = planted.measured(NOISE["middle"])
-    found = mechatlas.symmetry(torch.from_numpy(blocks), D4)
-    told = score(planted, found)
-    assert told["f1"] >= 0.9
-    assert told["fdr"] <= 0.05
-    assert told["ari"] >= 0.9
-    assert "No halves" in found.missing
-    assert np.isnan(found.noise_ceiling).all()
+    symmetries = mechatlas.symmetry(torch.from_numpy(blocks), D4)
+    scores = score(planted, symmetries)
+    assert scores["f1"] >= 0.9
+    assert scores["fdr"] <= 0.05
+    assert scores["ari"] >= 0.9
+    assert "No halves" in symmetries.missing
+    assert np.isnan(symmetries.noise_ceiling).all()
 
 
 def test_the_same_call_gives_the_same_answer():
@@ -203,8 +205,8 @@ def test_the_same_call_gives_the_same_answer():
 
 
 def test_classes_have_names_that_a_person_understands():
-    found = symmetry(np.ones((3, 8, 2)), D4)
-    assert found.class_names == (
+    symmetries = symmetry(np.ones((3, 8, 2)), D4)
+    assert symmetries.class_names == (
         "none (curve-like)", "half-turn (line-like)", "mirror only: s", "mirror only: r s",
         "quarter-turn", "half-turn and mirror: s", "half-turn and mirror: r s", "invariant",
     )  # fmt: skip
@@ -227,10 +229,10 @@ def test_no_two_classes_are_called_the_same(name, rotations):
 def test_the_spectrum_of_a_feature_is_that_of_its_blocks():
     random = np.random.default_rng(0)
     blocks = random.standard_normal((5, 32, 12))
-    found = symmetry(blocks, D16, (blocks, blocks))
+    symmetries = symmetry(blocks, D16, (blocks, blocks))
     centered = remove_direction(blocks, common_direction(blocks))
     shares = energies(centered.transpose(0, 2, 1), D16.irreps()).sum(axis=1)
-    np.testing.assert_allclose(found.spectrum, shares / shares.sum(axis=1, keepdims=True))
+    np.testing.assert_allclose(symmetries.spectrum, shares / shares.sum(axis=1, keepdims=True))
 
 
 def test_bad_blocks_are_refused_in_one_sentence():
@@ -255,11 +257,11 @@ def test_features_that_are_almost_poses_join_a_family_and_overlapping_families_s
     almost = [0.9 * exact[0] + 0.4359 * other[0], 0.9 * exact[1] + 0.4359 * other[1]]
     blocks = np.array([*exact, *almost, 0.6 * exact[2] + 0.8 * other[2], other[3]])
     halves = blocks + 0.1 * random.standard_normal((2, *blocks.shape))
-    found = symmetry(halves.mean(axis=0), D4, halves)
-    assert found.families[:5].tolist() == [0] * 5
-    assert found.families[5] != found.families[6]
-    assert 0 not in found.families[5:]
-    similarity = found.similarity_to_reference
+    symmetries = symmetry(halves.mean(axis=0), D4, halves)
+    assert symmetries.families[:5].tolist() == [0] * 5
+    assert symmetries.families[5] != symmetries.families[6]
+    assert 0 not in symmetries.families[5:]
+    similarity = symmetries.similarity_to_reference
     assert similarity[3:5] == pytest.approx(0.9, abs=0.1)
 
 
@@ -269,18 +271,18 @@ def test_superposed_features_have_what_both_parts_have():
     blocks = []
     for _ in range(80):
         a, b = (subgroups[random.integers(len(subgroups))] for _ in range(2))
-        one, other = (function_on_cosets(D4, h, 48, random) for h in (a, b))
-        blocks.append(one + 0.6 * other[D4.table[:, random.integers(8)]])
+        first, other = (function_on_cosets(D4, h, 48, random) for h in (a, b))
+        blocks.append(first + 0.6 * other[D4.table[:, random.integers(8)]])
     true = [
         frozenset(h for h in range(8) if np.allclose(block[D4.table[:, h]], block))
         for block in blocks
     ]
     halves = np.array(blocks) + 0.2 * random.standard_normal((2, len(blocks), 8, 48))
-    found = symmetry(halves.mean(axis=0), D4, halves)
-    agree = [a == b for a, b in zip(found.stabilizers, true, strict=True)]
+    symmetries = symmetry(halves.mean(axis=0), D4, halves)
+    agree = [a == b for a, b in zip(symmetries.stabilizers, true, strict=True)]
     assert np.mean(agree) >= 0.95
-    claimed = np.flatnonzero(found.q_values <= 0.05)
-    assert np.mean([not found.stabilizers[i] <= true[i] for i in claimed]) <= 0.05
+    claimed = np.flatnonzero(symmetries.q_values <= 0.05)
+    assert np.mean([not symmetries.stabilizers[i] <= true[i] for i in claimed]) <= 0.05
 
 
 @pytest.mark.slow
@@ -289,11 +291,11 @@ def test_planted_features_at_the_width_of_a_real_layer(level):
     g, subgroups = SUBGROUPS["D16"]
     planted = plant(g, subgroups, d=480, families_each=6, members=12, decoys=200, overlap=0.5)
     blocks, halves = planted.measured(NOISE[level], uneven=0.5)
-    told = score(planted, symmetry(blocks, g, halves))
-    assert told["f1"] >= 0.95
-    assert told["fdr"] <= 0.05
-    assert told["ari"] >= 0.9
-    assert told["poses"] >= 0.95
+    scores = score(planted, symmetry(blocks, g, halves))
+    assert scores["f1"] >= 0.95
+    assert scores["fdr"] <= 0.05
+    assert scores["ari"] >= 0.9
+    assert scores["poses"] >= 0.95
     assert count_shuffled_discoveries(halves, g) == 0
 
 
@@ -311,8 +313,8 @@ def test_the_false_discovery_rate_holds_where_features_are_nearly_symmetric():
         )
         blocks = np.concatenate([edge, even[100:]])
         halves = blocks + 0.8 * random.standard_normal((2, *blocks.shape))
-        found = symmetry(halves.mean(axis=0), D4, halves)
-        stands = found.q_values <= 0.05
+        symmetries = symmetry(halves.mean(axis=0), D4, halves)
+        stands = symmetries.q_values <= 0.05
         claimed += stands.sum()
         false += stands[:100].sum()
     assert claimed > 500
@@ -322,17 +324,17 @@ def test_the_false_discovery_rate_holds_where_features_are_nearly_symmetric():
 def test_a_result_prints_its_finding_with_the_evidence_and_keeps_old_spellings():
     planted = plant(D4, SUBGROUPS["D4"][1])
     blocks, halves = planted.measured(NOISE["low"])
-    found = mechatlas.symmetry(blocks.tolist(), D4, torch.from_numpy(halves))
-    lines = repr(found).splitlines()
+    symmetries = mechatlas.symmetry(blocks.tolist(), D4, torch.from_numpy(halves))
+    lines = repr(symmetries).splitlines()
     assert len(lines) <= 6
     assert lines[0] == (
-        f"Symmetry: {found.n_discoveries} of {len(blocks)} features have a symmetry under D4 "
+        f"Symmetry: {symmetries.n_discoveries} of {len(blocks)} features have a symmetry under D4 "
         "(false discovery rate 5%)"
     )
     assert "median noise ceiling 0.9" in lines[-1]
-    assert sum(found.class_counts.values()) == len(blocks)
+    assert sum(symmetries.class_counts.values()) == len(blocks)
     with pytest.warns(DeprecationWarning, match="Symmetry.stabilizers"):
-        assert found.stabilisers is found.stabilizers  # pyright: ignore[reportAttributeAccessIssue]
+        assert symmetries.stabilisers is symmetries.stabilizers  # pyright: ignore[reportAttributeAccessIssue]
     with pytest.warns(match=r"symmetry\(alike=\)"), pytest.warns(match=r"symmetry\(fdr=\)"):
         old = mechatlas.symmetry(blocks, D4, halves, rate=0.1, alike=0.9)  # pyright: ignore
     assert (old.fdr, old.equality_threshold) == (0.1, 0.9)

@@ -100,33 +100,33 @@ def intervened(world, blocks, **changes):
 
 
 def test_features_of_a_network_that_sees_every_pose_alike_pass(world):
-    found = intervened(world, world[1])
+    effects = intervened(world, world[1])
     # One feature is unchanged by everything: it is the only one that cannot be swapped.
-    assert found.features.tolist() == list(range(28))
-    assert (found.q_values <= 0.05).mean() > 0.9
-    assert (found.pose_q_values <= 0.05).mean() > 0.9
-    assert np.median(found.alignment) > 0.3
+    assert effects.features.tolist() == list(range(28))
+    assert (effects.q_values <= 0.05).mean() > 0.9
+    assert (effects.pose_q_values <= 0.05).mean() > 0.9
+    assert np.median(effects.alignment) > 0.3
     assert (
-        np.median(found.null_alignment)
-        < np.median(found.wrong_pose_alignment) + 0.1
-        < np.median(found.alignment)
+        np.median(effects.null_alignment)
+        < np.median(effects.wrong_pose_alignment) + 0.1
+        < np.median(effects.alignment)
     )
     # All features together make of a(I) just what the network sees of hI.
-    assert found.recovered_by_all == pytest.approx(1, abs=1e-4)
-    assert np.median(found.recovered) > 0 > np.median(found.null_recovered)
+    assert effects.recovered_by_all == pytest.approx(1, abs=1e-4)
+    assert np.median(effects.recovered) > 0 > np.median(effects.null_recovered)
     # Half-turns change nothing of kind 3, and nothing changes kind 4.
-    assert found.symmetric.tolist() == list(range(24, 29))
-    np.testing.assert_allclose(found.symmetric_change, 0, atol=1e-5)
-    assert found.change.min() > 0.3
+    assert effects.symmetric.tolist() == list(range(24, 29))
+    np.testing.assert_allclose(effects.symmetric_change, 0, atol=1e-5)
+    assert effects.change.min() > 0.3
 
 
 def test_random_features_do_not_pass(world):
     random = np.random.default_rng(1)
     blocks = random.standard_normal(world[1].shape).astype(np.float32)
     blocks[:, 0] = world[1][:, 0]  # even if they are right where the input is as it is
-    found = intervened(world, blocks)
-    assert (found.q_values <= 0.05).sum() <= 1
-    assert (found.pose_q_values <= 0.05).sum() <= 1
+    effects = intervened(world, blocks)
+    assert (effects.q_values <= 0.05).sum() <= 1
+    assert (effects.pose_q_values <= 0.05).sum() <= 1
 
 
 def test_features_in_the_wrong_pose_do_not_pass(world):
@@ -146,15 +146,15 @@ def test_every_trial_is_the_strongest_place_of_another_sample(world):
     dense = codes.toarray()
     for feature in eligible:
         for unchanged in (False, True):
-            its = (trials.feature == feature) & (trials.unchanged == unchanged)
+            chosen = (trials.feature == feature) & (trials.unchanged == unchanged)
             within = (
                 stabilizers[feature] - {0} if unchanged else set(range(8)) - stabilizers[feature]
             )
-            assert its.sum() == (SAMPLES if within else 0)
-            assert set(trials.element[its]) <= within
-            samples = rows.sample[trials.row[its]]
+            assert chosen.sum() == (SAMPLES if within else 0)
+            assert set(trials.element[chosen]) <= within
+            samples = rows.sample[trials.row[chosen]]
             assert len(set(samples)) == len(samples)
-            for row, code in zip(trials.row[its], trials.code[its], strict=True):
+            for row, code in zip(trials.row[chosen], trials.code[chosen], strict=True):
                 strongest = dense[rows.sample == rows.sample[row], feature].max()
                 assert code == pytest.approx(strongest)
     again = draw_trials(
@@ -171,9 +171,9 @@ def test_a_site_that_is_not_downstream_is_refused(world):
 
 
 def test_answers_may_be_compared_at_any_site_downstream(world):
-    found = intervened(world, world[1], downstream=Site("after"))
-    assert (found.q_values <= 0.05).mean() > 0.9
-    assert found.recovered_by_all == pytest.approx(1, abs=1e-4)
+    effects = intervened(world, world[1], downstream=Site("after"))
+    assert (effects.q_values <= 0.05).mean() > 0.9
+    assert effects.recovered_by_all == pytest.approx(1, abs=1e-4)
 
 
 def test_no_p_value_is_smaller_than_the_null_can_show():

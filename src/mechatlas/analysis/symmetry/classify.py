@@ -174,10 +174,10 @@ def symmetry(
         >>> d4 = ma.group("D4")  # four rotations and four mirrors
         >>> line = np.random.default_rng(0).standard_normal((4, 48))[[0, 1, 0, 1, 2, 3, 2, 3]]
         >>> poses = np.stack([line[d4.table[:, h]] for h in range(8)])
-        >>> found = ma.symmetry(poses, d4, [poses, poses])
-        >>> sorted(found.stabilizers[0])  # e and the half-turn
+        >>> result = ma.symmetry(poses, d4, [poses, poses])
+        >>> sorted(result.stabilizers[0])  # e and the half-turn
         [0, 2]
-        >>> found.class_counts
+        >>> result.class_counts
         {'half-turn (line-like)': 8}
     """
     if not 0 < fdr < 1:

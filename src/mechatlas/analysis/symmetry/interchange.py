@@ -20,8 +20,10 @@ Source: Geiger et al., Causal abstractions of neural networks (2021), for interc
 """
 
 import dataclasses
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from typing import NamedTuple
 
 import numpy as np
@@ -184,6 +186,30 @@ def _strongest_rows(
     return _StrongestRows(rows[best], values[best])
 
 
+def following_site(network: nn.Module, site: Site, inputs: Tensor) -> Site:
+    """Find the module called next after a site's module, among modules with the same parent.
+
+    Args:
+        network: The network.
+        site: A site.
+        inputs: Inputs to pass through the network.
+
+    Returns:
+        The site of that module's output, or `Site("")`, the output of the network, if there is
+        none.
+    """
+    parent, _, own = site.module.rpartition(".")
+    called: list[str] = []
+    with ExitStack() as hooks, torch.no_grad():
+        for name, module in network.get_submodule(parent).named_children():
+            note = functools.partial(lambda name, *_: called.append(name), name)
+            hooks.callback(module.register_forward_hook(note).remove)
+        network(inputs)
+    later = called[called.index(own) + 1 :] if own in called else []
+    following = [name for name in later if name != own]
+    return Site(f"{parent}.{following[0]}".strip(".")) if following else Site("")
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class PosedNetwork:
     """Network with its inputs and their poses, and the sites to intervene on and to compare at."""
@@ -266,6 +292,38 @@ class TrialRows:
     """Reconstruction by the dictionary, in every pose."""
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class TrialMeasures:
+    """Measurements by trial, or their means by feature; NaN where nothing was measured."""
+
+    measured: Float[np.ndarray, " trial"]
+    """1 for trials that were run, else NaN."""
+    alignment: Float[np.ndarray, " trial"]
+    wrong_pose_alignment: Float[np.ndarray, " trial"]
+    null_alignment: Float[np.ndarray, "trial null"]
+    recovered: Float[np.ndarray, " trial"]
+    null_recovered: Float[np.ndarray, "trial null"]
+    recovered_by_all: Float[np.ndarray, " trial"]
+    change: Float[np.ndarray, " trial"]
+
+    @classmethod
+    def empty(cls, n_trials: int, n_nulls: int) -> "TrialMeasures":
+        """Allocate measurements that are all NaN."""
+        names = [field.name for field in dataclasses.fields(cls)]
+        shapes = [(n_trials, n_nulls) if "null" in name else (n_trials,) for name in names]
+        return cls(*[np.full(shape, np.nan) for shape in shapes])
+
+    def means(self, trials: list[Bool[np.ndarray, " trial"]]) -> "TrialMeasures":
+        """Average over sets of trials."""
+
+        def over_sets(values: np.ndarray) -> np.ndarray:
+            columns = np.atleast_2d(values.T).T
+            means = [_finite_mean(columns[chosen]) for chosen in trials]
+            return np.reshape(means, (len(trials), *values.shape[1:]))
+
+        return TrialMeasures(**{name: over_sets(values) for name, values in vars(self).items()})
+
+
 @torch.no_grad()
 def intervene_on_poses(
     posed: PosedNetwork,
@@ -276,6 +334,8 @@ def intervene_on_poses(
     others: Int[np.ndarray, " other"],
     *,
     seed: int = 0,
+    measures: TrialMeasures | None = None,
+    on_measures: Callable[[TrialMeasures], None] | None = None,
     on_progress: Progress = no_progress,
 ) -> InterchangeEffects:
     """Change the pose of features one at a time, and substitute other features for them.
@@ -288,6 +348,9 @@ def intervene_on_poses(
         stabilizers: Stabilizer of each feature.
         others: Features to draw the null from.
         seed: Seed of the null.
+        measures: Measurements of an interrupted call with the same arguments, which are not made
+            again.
+        on_measures: Callback with the measurements so far, after every batch of trials.
         on_progress: Callback with the number of trials done.
 
     Raises:
@@ -297,15 +360,17 @@ def intervene_on_poses(
     n_tested = max(len(np.unique(trials.feature[~trials.unchanged])), 1)
     n_nulls = max(MIN_NULLS, min(math.ceil(POOL / n_tested), len(others) - 1))
     partners = _draw_partners(trials.feature, stabilizers, others, blocks.shape[1], n_nulls, seed)
-    measures = _Measures.empty(len(trials.feature), n_nulls)
-    done = 0
+    measures = measures or TrialMeasures.empty(len(trials.feature), n_nulls)
+    n_done = 0
     for unchanged in (False, True):
         chosen = np.flatnonzero(trials.unchanged == unchanged)
         for part in np.split(chosen, range(BATCH, len(chosen), BATCH)):
-            if len(part):
+            if np.isnan(measures.measured[part]).any():
                 _run_trials(posed, trials, part, rows, blocks, partners, measures)
-            done += len(part)
-            on_progress(done, len(trials.feature))
+                if on_measures is not None:
+                    on_measures(measures)
+            n_done += len(part)
+            on_progress(n_done, len(trials.feature))
     if len(trials.feature) and np.isnan(measures.change).all():
         where = str(posed.downstream) or "the output"
         raise InputError(
@@ -313,36 +378,6 @@ def intervene_on_poses(
             "downstream of it."
         )
     return _summarize(trials, measures)
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class _Measures:
-    """Measurements by trial, or their means by feature; NaN where nothing was measured."""
-
-    alignment: Float[np.ndarray, " trial"]
-    wrong_pose_alignment: Float[np.ndarray, " trial"]
-    null_alignment: Float[np.ndarray, "trial null"]
-    recovered: Float[np.ndarray, " trial"]
-    null_recovered: Float[np.ndarray, "trial null"]
-    recovered_by_all: Float[np.ndarray, " trial"]
-    change: Float[np.ndarray, " trial"]
-
-    @classmethod
-    def empty(cls, n_trials: int, n_nulls: int) -> "_Measures":
-        """Allocate measurements that are all NaN."""
-        names = [field.name for field in dataclasses.fields(cls)]
-        shapes = [(n_trials, n_nulls) if "null" in name else (n_trials,) for name in names]
-        return cls(*[np.full(shape, np.nan) for shape in shapes])
-
-    def means(self, trials: list[Bool[np.ndarray, " trial"]]) -> "_Measures":
-        """Average over sets of trials."""
-
-        def over_sets(values: np.ndarray) -> np.ndarray:
-            columns = np.atleast_2d(values.T).T
-            means = [_finite_mean(columns[chosen]) for chosen in trials]
-            return np.reshape(means, (len(trials), *values.shape[1:]))
-
-        return _Measures(**{name: over_sets(values) for name, values in vars(self).items()})
 
 
 def _draw_partners(
@@ -374,9 +409,10 @@ def _run_trials(
     rows: TrialRows,
     blocks: Float[np.ndarray, "feature order d"],
     partners: dict[int, Int[np.ndarray, " null"]],
-    measures: _Measures,
+    measures: TrialMeasures,
 ) -> None:
     """Run the network for some trials and fill in their measurements."""
+    measures.measured[part] = 1
     feature, row, h = trials.feature[part], trials.row[part], trials.element[part]
     e = posed.action.group.identity
     number = np.searchsorted(posed.places.kept.numpy(), rows.position[row])
@@ -440,7 +476,7 @@ def _cosine(
     return np.where(length > 0, _ratio(product, _length(change) * length, otherwise=0.0), np.nan)
 
 
-def _summarize(trials: Trials, measures: _Measures) -> InterchangeEffects:
+def _summarize(trials: Trials, measures: TrialMeasures) -> InterchangeEffects:
     features = np.unique(trials.feature[~trials.unchanged])
     symmetric = np.unique(trials.feature[trials.unchanged])
     changing = [~trials.unchanged & (trials.feature == i) for i in features]
