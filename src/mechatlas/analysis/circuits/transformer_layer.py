@@ -15,6 +15,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -32,7 +33,7 @@ ACTIVATIONS: tuple[Callable[[Tensor], Tensor], ...] = (
     functional.silu,
     lambda z: z * (1.702 * z).sigmoid(),
 )
-"""Activation functions of MLPs; the first that gives the network's numbers is taken."""
+"""Activation functions of MLPs; the one that gives the network's numbers is taken."""
 
 
 class Projection(NamedTuple):
@@ -235,10 +236,12 @@ def _layer(network: nn.Module, source: Site, target: Site, traced: Trace) -> Tra
     hidden, activated = linear[-2].output, linear[-1].args[0]
     ends = (channel_range(select(network, site), d) for site in (source, target))
     writes, reads = ends
+    # Both forms of GELU may agree within the tolerance, so the closest is taken.
+    candidates = ACTIVATIONS if hidden.shape == activated.shape else ()
+    errors = [float((f(hidden) - activated).abs().max()) for f in candidates]
+    activation = ACTIVATIONS[int(np.argmin(errors))] if errors else torch.relu
     for causal in (False, True):
-        for activation in ACTIVATIONS:
-            if not same_numbers(activation(hidden), activated):
-                continue
+        if same_numbers(activation(hidden), activated):
             layer = TransformerLayer(
                 source, target, writes, reads, d, routes, *parts, activation, heads, causal,
                 order, norms,
@@ -312,8 +315,8 @@ def _parts(
         return query, key, value, mixed, up, down
     raise SiteError(
         f"The module of {target} after {source} has the linear maps {_names_of(linear, target)}; "
-        "circuits through transformers need queries, keys and values (together or apart), one map that "
-        "mixes the heads, and an MLP of two maps."
+        "circuits through transformers need queries, keys and values (together or apart), one map "
+        "that mixes the heads, and an MLP of two maps."
     )
 
 
