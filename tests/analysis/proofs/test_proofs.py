@@ -591,7 +591,8 @@ def test_a_bound_prints_as_a_finding_with_its_evidence():
     lines = repr(bound).splitlines()
     assert lines[0].startswith("Accuracy: at least 100.0000% over 576 pairs")
     assert len(lines) <= 6
-    assert "array" not in repr(bound.verification)
+    assert "array" not in repr(bound.verification) + repr(bound.proof)
+    assert repr(bound.proof).startswith("Proof: claims an accuracy of at least 100.0000%")
 
 
 def test_spellings_of_version_0_1_still_work():
