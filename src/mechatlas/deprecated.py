@@ -45,6 +45,12 @@ ATTRIBUTES: dict[str, dict[str, str]] = {
 """Name of a class -> old attribute -> new attribute."""
 
 FLAGS: dict[str, dict[str, str]] = {
+    "circuit": {
+        "keep": "top_k_sources",
+        "pictures": "visualize_steps",
+        "rate": "fdr",
+        "removed": "n_ablated",
+    },
     "prove": {"effort": "compute_budget"},
     "symmetry": {"alike": "equality_threshold", "rate": "fdr", "swaps": "interventions"},
 }

@@ -99,9 +99,9 @@ def _look_inside(collect: CollectConfig, out: Path) -> dict[str, Any]:
             out=out / "circuit",
             samples=24,
             held_out=16,
-            removed=8,
+            n_ablated=8,
             features=4,
-            pictures=0,
+            visualize_steps=0,
         )
     )
     posed = dataclasses.replace(
