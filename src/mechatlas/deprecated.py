@@ -119,3 +119,22 @@ def renamed_attributes(cls: Class) -> Class:
 
     cls.__getattr__ = look_up  # pyright: ignore[reportAttributeAccessIssue]
     return cls
+
+
+def renamed_flags(command: str, words: list[str]) -> list[str]:
+    """Replace the old flags that the table lists for a command.
+
+    Args:
+        command: Name of the command.
+        words: Words of the command line after it.
+    """
+    table = {f"--{old.replace('_', '-')}": new for old, new in FLAGS.get(command, {}).items()}
+    renamed = []
+    for word in words:
+        flag, equals, value = word.partition("=")
+        if flag in table:
+            new = f"--{table[flag].replace('_', '-')}"
+            warn(f"{command} {flag}", f"{command} {new}")
+            word = new + equals + value
+        renamed.append(word)
+    return renamed
