@@ -11,9 +11,9 @@ import time
 import torch
 
 from mechatlas.activations.architectures.inception_v1 import inception_v1
-from mechatlas.activations.wiring import trace
 from mechatlas.analysis.circuits.recording import record
-from mechatlas.analysis.circuits.weights import blocks, readers, responses
+from mechatlas.analysis.circuits.virtual_weights import compose_responses, encoder_rows, pair_blocks
+from mechatlas.analysis.circuits.wiring import trace_wiring
 from mechatlas.app.run_folder import peak_bytes
 from mechatlas.base import Site
 from mechatlas.dictionaries.autoencoder import Autoencoder
@@ -23,7 +23,7 @@ from mechatlas.dictionaries.sparsity import TopK
 def main(n: int = 2048) -> None:
     """Weigh mixed4b -> mixed4c of InceptionV1 with random dictionaries."""
     network = inception_v1().eval()
-    wiring = trace(network, Site("mixed4b"), Site("mixed4c"), torch.rand(1, 3, 64, 64))
+    wiring = trace_wiring(network, Site("mixed4b"), Site("mixed4c"), torch.rand(1, 3, 64, 64))
     a = Autoencoder(d_in=512, n_latents=n, sparsity=TopK(k=32))
     b = Autoencoder(d_in=512, n_latents=n, sparsity=TopK(k=32), seed=1)
     encoder = b.W_enc.detach()
@@ -32,16 +32,16 @@ def main(n: int = 2048) -> None:
     record(wiring, a, b, [maps])
     followed = time.process_time() - clock
     clock = time.process_time()
-    found = responses(wiring, a)
+    found = compose_responses(wiring, a)
     composed = time.process_time() - clock
     clock = time.process_time()
     for response in found:
-        rows = readers(wiring, response, encoder).T.contiguous()
+        rows = encoder_rows(wiring, response, encoder).T.contiguous()
         for values in response.values:
             torch.mm(rows, values.T)
     floor = time.process_time() - clock
     clock = time.process_time()
-    total = sum(float(block.norm.sum()) for block in blocks(wiring, found, encoder))
+    total = sum(float(block.norm.sum()) for block in pair_blocks(wiring, found, encoder))
     taken = time.process_time() - clock
     taps = sum(len(response.taps) for response in found)
     print(f"{n} x {n} features, {taps} taps: composing {composed:.2f} s, products {floor:.2f} s,")

@@ -17,7 +17,7 @@ import torch
 import mechatlas as ma
 from mechatlas.analysis.interaction import bases
 from mechatlas.analysis.interaction.edges import measure_edges
-from mechatlas.analysis.interaction.sections import sections_of
+from mechatlas.analysis.interaction.layer_maps import layer_maps
 from mechatlas.analysis.interaction.statistics import Inputs, observe
 from mechatlas.base import Site
 from mechatlas.maths.linalg import BLOCK, Firing, Moments, relu_pullback
@@ -71,7 +71,7 @@ def test_edges_of_an_inception_module(benchmark):
     samples = ma.open_samples(ma.Images(crops=16), network)
     images = samples.stack([samples.read(i) for i in range(64)])
     layers = [Site("mixed3b"), Site("mixed4a")]
-    sections = sections_of(network, layers, images[:8])
+    sections = layer_maps(network, layers, images[:8])
     moments, _ = observe(network, Inputs.of(images), layers, sections, batch_size=64)
     inputs = Inputs.of(images).keeping(network, layers, size=64)
     source, target = (bases.components(layer.moments) for layer in moments)

@@ -75,7 +75,7 @@ def test_a_chain_of_dictionaries_becomes_a_page(tmp_path):
     words = ["--samples.source", "photos", "--samples.crops", "12", "--samples.include", "*"]
     cli.main(["collect", collect, *words, "--out", str(tmp_path / "store")])
     told = script("../circuits/chain.py", str(tmp_path / "store"), "mixed4a", "mixed4b", "mixed4c",
-                  "--expansion", "1", "--steps", "20", "--features", "2", "--pictures", "2",
+                  "--expansion", "1", "--steps", "20", "--features", "2", "--visualize-steps", "2",
                   "--samples", "32")  # fmt: skip
     assert "mixed4b -> mixed4c: weights and ablations agree" in told
     assert (tmp_path / "circuit" / "edges.parquet").is_file()

@@ -54,7 +54,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="by default the recipe's")
     parser.add_argument("--features", type=int, default=8, help="features of the last site drawn")
     parser.add_argument("--samples", type=int, default=256)
-    parser.add_argument("--pictures", type=int, default=96, help="steps of each; 0 for none")
+    parser.add_argument(
+        "--visualize-steps", type=int, default=96, help="steps of activation maximization; 0: none"
+    )
     options = parser.parse_args()
     options.out = options.out or options.store.parent
     paths = tuple(train(site, options) for site in options.sites)
@@ -65,7 +67,7 @@ def main() -> None:
             store=options.store,
             samples=options.samples,
             features=options.features,
-            pictures=options.pictures,
+            visualize_steps=options.visualize_steps,
         )
     )
     print(circuit.in_words(found))

@@ -59,6 +59,12 @@ ATTRIBUTES: dict[str, dict[str, str]] = {
 
 FLAGS: dict[str, dict[str, str]] = {
     "match": {"rate": "fdr", "units": "scale"},
+    "circuit": {
+        "keep": "top_k_sources",
+        "pictures": "visualize_steps",
+        "rate": "fdr",
+        "removed": "n_ablated",
+    },
     "prove": {"effort": "compute_budget"},
     "symmetry": {"alike": "equality_threshold", "rate": "fdr", "swaps": "interventions"},
 }
@@ -127,3 +133,22 @@ def renamed_attributes(cls: Class) -> Class:
 
     cls.__getattr__ = look_up  # pyright: ignore[reportAttributeAccessIssue]
     return cls
+
+
+def renamed_flags(command: str, words: list[str]) -> list[str]:
+    """Replace the old flags that the table lists for a command.
+
+    Args:
+        command: Name of the command.
+        words: Words of the command line after it.
+    """
+    table = {f"--{old.replace('_', '-')}": new for old, new in FLAGS.get(command, {}).items()}
+    renamed = []
+    for word in words:
+        flag, equals, value = word.partition("=")
+        if flag in table:
+            new = f"--{table[flag].replace('_', '-')}"
+            warn(f"{command} {flag}", f"{command} {new}")
+            word = new + equals + value
+        renamed.append(word)
+    return renamed

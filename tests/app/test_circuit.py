@@ -45,7 +45,7 @@ def folder(tmp_path_factory) -> Path:
         )  # fmt: skip
     circuit(
         CircuitConfig(dictionaries=(root / SITES[0], root / SITES[1]), out=root / "circuit",
-                removed=8, features=3, pictures=2)
+                n_ablated=8, features=3, visualize_steps=2)
     )  # fmt: skip
     return root
 
@@ -83,7 +83,11 @@ def test_the_chapter_draws_what_was_found(folder):
 def test_the_same_command_gives_the_same_edges(folder, tmp_path):
     dictionaries = (folder / SITES[0], folder / SITES[1])
     again = CircuitConfig(
-        dictionaries=dictionaries, out=tmp_path / "again", removed=8, features=3, pictures=2
+        dictionaries=dictionaries,
+        out=tmp_path / "again",
+        n_ablated=8,
+        features=3,
+        visualize_steps=2,
     )
     circuit(again)
     for name in ("edges.parquet", "kernels.safetensors", "pictures.safetensors"):
@@ -96,7 +100,7 @@ def test_the_same_command_gives_the_same_edges(folder, tmp_path):
         (["mixed4a"], "needs two dictionaries or more, got 1"),
         (["mixed4b", "mixed4d"], "not consecutive: the branches of 'mixed4c' lie between"),
         (["mixed4b", "mixed4a"], "mixed4a does not follow site mixed4b"),
-        (["mixed4a", "mixed4b", "--rate", "2"], "--rate must lie between 0 and 1"),
+        (["mixed4a", "mixed4b", "--fdr", "2"], "--fdr must lie between 0 and 1"),
         (["mixed4a", "mixed4b", "--store", "nowhere"], "is not an activation store"),
     ],
 )
@@ -142,7 +146,7 @@ def test_a_transformer_has_circuits_by_heads_and_mlp(tmp_path):
     found = circuit(
         CircuitConfig(
             dictionaries=tuple(tmp_path / site for site in sites), out=tmp_path / "circuit",
-            removed=12, features=3,
+            n_ablated=12, features=3,
         )
     )  # fmt: skip
     (pair,) = found["pairs"]

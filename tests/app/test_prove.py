@@ -1,6 +1,8 @@
 """The command `mechatlas prove`, its folder, its chapter of the page, and training on groups."""
 
 import json
+import tomllib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -46,10 +48,16 @@ def test_a_proof_is_made_checked_and_drawn(net, tmp_path, capsys):
     assert result["cosets"]["left"]["neurons"] == result["width"]
     assert result["cosets"]["right"]["concentration"] > 0.99
     assert {"float32", "real", "checked", "rounding"} <= set(result["sound"])
+    assert result["logit_budget"]["ideal_margin"] > 0 > result["logit_budget"]["rounding"]
+    recipe = tomllib.loads((out / "recipe.toml").read_text())
+    assert (recipe["exact"], recipe["compute_budget"]) == (True, 0.6)
     capsys.readouterr()
     run("prove", "--check", out, folder / "net.safetensors", "--json")
     again = json.loads(capsys.readouterr().out)
     assert again["accuracy_bound"] == result["accuracy_bound"]
+    run("prove", "--check", out, folder / "net.safetensors", "--reference", "--json")
+    short = json.loads(capsys.readouterr().out)
+    assert (short["accuracy_bound"], short["reference"]) == (result["accuracy_bound"], True)
     run("prove", "--check", out, folder / "net.safetensors", "--table", folder / "table.npy")
     np.save(tmp_path / "other.npy", s4.table.T)
     said = _refused(capsys, "prove", "--check", out, folder / "net.safetensors",
@@ -79,6 +87,26 @@ def test_a_hopeless_network_is_given_up_and_drawn_all_the_same(tmp_path):
     drawn = json.loads((tmp_path / "proof" / "neurons.json").read_text())["histogram"]
     assert drawn["edges"][0] > -1000
     assert 0 < sum(drawn["certified"]) < 24**2 == sum(drawn["true"])
+
+
+def test_a_proof_of_version_0_1_is_checked_and_drawn(tmp_path, capsys):
+    golden = Path(__file__).parents[1] / "golden" / "proof_0_1"
+    run("prove", "--check", golden, golden / "net.safetensors")
+    assert "The proof holds" in capsys.readouterr().out
+    page = tmp_path / "page.html"
+    report(golden, page)
+    text = page.read_text()
+    for words in ("dead neurons: 2", "merged into a cluster with a stronger one: 5", "waterfall"):
+        assert words in text
+
+
+def test_the_old_name_of_the_compute_budget_still_works(net, tmp_path):
+    folder, _, _ = net
+    with pytest.warns(DeprecationWarning, match="prove --compute-budget"):
+        run("prove", folder / "net.safetensors", "--table", folder / "table.npy", "--out",
+            tmp_path / "proof", "--effort", "0.3")  # fmt: skip
+    recipe = tomllib.loads((tmp_path / "proof" / "recipe.toml").read_text())
+    assert recipe["compute_budget"] == 0.3
 
 
 def _refused(capsys, *words) -> str:

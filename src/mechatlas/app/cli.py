@@ -14,6 +14,7 @@ import tyro
 from tyro.conf import Positional, arg
 
 from mechatlas.base import UserError
+from mechatlas.deprecated import renamed_flags
 
 OVERVIEW = """\
 mechatlas: an atlas of the features of a trained PyTorch network.
@@ -74,32 +75,6 @@ class SitesConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ProveConfig:
-    """Bound the accuracy of logits = relu(left[x] + right[y]) @ unembed on a group's table.
-
-    Examples:  mechatlas prove net.safetensors --table table.npy --out proof
-               mechatlas prove net.safetensors --table table.npy --out proof --exact --compare
-               mechatlas prove --check proof net.safetensors
-    """
-
-    weights: Annotated[Positional[Path], arg(metavar="WEIGHTS")]
-    """Safetensors with left (n, m), right (n, m), unembed (m, n)."""
-    table: Path | None = None
-    """The group's table as .npy: table[x, y] is the right answer."""
-    out: Path | None = None
-    """Folder for the proof and the result."""
-    exact: bool = False
-    """Finish the pairs that are not certified by brute force, for the exact accuracy."""
-    compare: bool = False
-    """Also run and time brute force."""
-    compute_budget: float = 0.6
-    """Multiply-adds for the later stages, as a share of those of brute force."""
-    check: Path | None = None
-    """Verify this proof (a file or its folder) instead of making one. With --table as well, it
-    must be about that table."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class ReportConfig:
     """Draw one self-contained HTML page of all runs in a folder.
 
@@ -131,7 +106,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if command is None:
         fail(f"There is no command {words[0]!r}. Commands: {', '.join(COMMANDS)}.")
     try:
-        result, text = command(words[1:])
+        result, text = command(renamed_flags(words[0], words[1:]))
     except UserError as error:
         fail(str(error))
     except KeyboardInterrupt:
@@ -192,7 +167,7 @@ def train(words: list[str]) -> Answer:
 
     if group_nets.is_recipe(words):
         made = group_nets.train(from_words(group_nets.GroupNetConfig, words, "train"))
-        return made, group_nets.in_words(made)
+        return dataclasses.asdict(made), group_nets.in_words(made)
     result = jobs.train(from_words(recipes.TrainConfig, words, "train"))
     quality = f"fvu {result['fvu']:.4f}, l0 {result['l0']:.1f}, dead {result['dead_share']:.1%}"
     return result, f"Held out: {quality}.\nDictionary: {result['out']}"
@@ -236,22 +211,10 @@ def circuit(words: list[str]) -> Answer:
 
 
 def prove(words: list[str]) -> Answer:
-    """Prove a bound, or check a proof.
-
-    Raises:
-        UserError: An option is missing, or the input is bad.
-    """
+    """Prove a bound, or check a proof."""
     from mechatlas.app.commands import prove as job
 
-    options = tyro.cli(ProveConfig, args=words, prog="mechatlas prove")
-    if options.check is not None:
-        result = job.check(options.check, options.weights, options.table)
-        return result, f"The proof holds.\n{job.in_words(result)}"
-    if options.table is None or options.out is None:
-        raise UserError("`mechatlas prove WEIGHTS` needs --table TABLE.npy and --out DIR.")
-    fields = {f.name: getattr(options, f.name) for f in dataclasses.fields(job.ProveConfig)}
-    result = job.prove(job.ProveConfig(**fields))
-    return result, job.in_words(result)
+    return job.run(words)
 
 
 def report(words: list[str]) -> Answer:

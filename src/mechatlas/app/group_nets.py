@@ -1,7 +1,8 @@
 """`mechatlas train` with a recipe that names a group: a network on the group's table.
 
 GroupNetConfig   the recipe
-train        recipe -> folder with net.safetensors, table.npy and result.json
+GroupNetResult   order, width, accuracy
+train            recipe -> folder with net.safetensors, table.npy and result.json
 """
 
 import dataclasses
@@ -9,22 +10,20 @@ import io
 import time
 import tomllib
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import tomli_w
-from safetensors.numpy import save
 
 from mechatlas.analysis.proofs.group_training import GroupTrainingConfig, train_group_net
 from mechatlas.analysis.proofs.verifier.exact import brute_force_accuracy
 from mechatlas.app.progress import bar
-from mechatlas.app.run_folder import refuse_strangers
+from mechatlas.app.run_folder import finish, refuse_strangers, write_tensors
 from mechatlas.base import RecipeError
 from mechatlas.files import checksum, write, write_json
 from mechatlas.maths.group_constructions import permutation_group
 from mechatlas.maths.groups import Group
 from mechatlas.maths.named_groups import group as named_group
 
+KIND = "group_net"
 NET, TABLE = "net.safetensors", "table.npy"
 
 
@@ -33,7 +32,7 @@ class GroupNetConfig(GroupTrainingConfig):
     """Train a one-hidden-layer network on the whole table of a finite group."""
 
     group: str = ""
-    """A name such as "S5", "PSL(2,7)" or "C2xC4", or a .npy file with a table."""
+    """Name such as "S5", "PSL(2,7)" or "C2xC4", or a .npy file with a table."""
     generators: tuple[tuple[int, ...], ...] = ()
     """Permutations of 0 to degree - 1 that generate the group, instead of a name."""
     out: Path = Path("group_net")
@@ -43,6 +42,26 @@ class GroupNetConfig(GroupTrainingConfig):
         super().__post_init__()
         if bool(self.group) == bool(self.generators):
             raise ValueError("give either group (a name or a .npy file) or generators.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GroupNetResult:
+    """Accuracy of a network on the table of a group."""
+
+    order: int
+    """Order of the group."""
+    width: int
+    """Hidden neurons."""
+    accuracy: float
+    """Accuracy over all pairs, by brute force in float64."""
+    steps: int
+    """Steps of Adam."""
+    out: str = ""
+    """Folder of the run; not in the file."""
+    seconds: float = 0.0
+    """Process CPU seconds of the command."""
+    peak_bytes: int = 0
+    """Largest resident memory of the process."""
 
 
 def is_recipe(words: list[str]) -> bool:
@@ -76,8 +95,8 @@ def find_group(recipe: GroupNetConfig) -> Group:
     return named_group(recipe.group)
 
 
-def train(recipe: GroupNetConfig) -> dict[str, Any]:
-    """Train, measure on all pairs, and write the folder.
+def train(recipe: GroupNetConfig) -> GroupNetResult:
+    """Train, measure the accuracy on all pairs, and write the folder.
 
     Raises:
         DiskError: The folder holds something else.
@@ -85,39 +104,30 @@ def train(recipe: GroupNetConfig) -> dict[str, Any]:
     """
     clock = time.process_time()
     group = find_group(recipe)
-    refuse_strangers(recipe.out, "group_net")
+    refuse_strangers(recipe.out, KIND)
     with bar("training") as progress:
         weights = train_group_net(np.asarray(group.table), recipe, on_progress=progress)
-    accuracy = brute_force_accuracy(*weights, group.table, dtype=np.float64)
-    left, right, unembed = weights
-    arrays: dict[str, np.ndarray] = {"left": left, "right": right, "unembed": unembed}
-    data = save(arrays)
-    table = io.BytesIO()
-    np.save(table, np.asarray(group.table))
-    write(recipe.out / NET, data)
-    write(recipe.out / TABLE, table.getvalue())
-    fields = dataclasses.asdict(recipe) | {"out": str(recipe.out)}
-    fields = {k: v for k, v in fields.items() if v not in ("", ())}
-    write(recipe.out / "recipe.toml", tomli_w.dumps(fields).encode())
-    files = {NET: checksum(data), TABLE: checksum(table.getvalue())}
-    manifest = {"schema": 1, "kind": "group_net", "group": group.name, "files": files}
+    packed = io.BytesIO()
+    np.save(packed, np.asarray(group.table))
+    write(recipe.out / TABLE, packed.getvalue())
+    net = write_tensors(recipe.out / NET, weights._asdict())
+    files = {NET: checksum(net), TABLE: checksum(packed.getvalue())}
+    manifest = {"schema": 1, "kind": KIND, "group": group.name, "files": files}
     write_json(recipe.out / "manifest.json", manifest)
-    result = {
+    values = {
         "order": group.order,
         "width": recipe.width,
-        "accuracy": accuracy,
+        "accuracy": brute_force_accuracy(*weights, group.table, dtype=np.float64),
         "steps": recipe.steps,
-        "seconds": round(time.process_time() - clock, 3),
     }
-    write_json(recipe.out / "result.json", result)
-    return {"out": str(recipe.out), **result}
+    return GroupNetResult(**finish(recipe.out, recipe, values, clock))
 
 
-def in_words(result: dict[str, Any]) -> str:
-    """What was trained."""
+def in_words(result: GroupNetResult) -> str:
+    """Accuracy, cost, and the command that proves it."""
+    out = Path(result.out)
     return (
-        f"Accuracy {result['accuracy']:.4%} on all {result['order'] ** 2:,} pairs after "
-        f"{result['steps']} steps ({result['seconds']:.0f} s of CPU time).\n"
-        f"Try: mechatlas prove {result['out']}/{NET} --table {result['out']}/{TABLE} "
-        f"--out {result['out']}/proof"
+        f"Accuracy {result.accuracy:.4%} on all {result.order**2:,} pairs after {result.steps} "
+        f"steps ({result.seconds:.0f} s of CPU time).\n"
+        f"Try: mechatlas prove {out / NET} --table {out / TABLE} --out {out / 'proof'}"
     )

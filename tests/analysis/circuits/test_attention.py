@@ -9,12 +9,22 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from mechatlas.activations.layer import Layer, as_maps, wire
 from mechatlas.activations.sites import read
 from mechatlas.analysis.circuits import attention
 from mechatlas.analysis.circuits.attention import record
-from mechatlas.analysis.circuits.effects import ablate, agreement, attribute, reproduced
-from mechatlas.analysis.circuits.weights import blocks, edges, kernels, responses
+from mechatlas.analysis.circuits.effects import (
+    ablate,
+    ablation_agreement,
+    attribute,
+    reproduced_variance,
+)
+from mechatlas.analysis.circuits.transformer_layer import TransformerLayer, as_maps, connect
+from mechatlas.analysis.circuits.virtual_weights import (
+    compose_responses,
+    edge_kernels,
+    pair_blocks,
+    strongest_edges,
+)
 from mechatlas.base import Site, SiteError
 from tests.analysis.circuits.small import Linear
 from tests.analysis.circuits.transformers import A, B, Block, Small, small
@@ -26,9 +36,9 @@ def sequences(n: int, length: int, dtype: torch.dtype = torch.float64) -> Tensor
     return torch.randn(n, length, 12, generator=torch.Generator().manual_seed(1)).to(dtype)
 
 
-def layer_of(network: nn.Module, x: Tensor) -> tuple[Layer, Tensor]:
-    layer = wire(network, A, B, x[:2])
-    assert isinstance(layer, Layer)
+def layer_of(network: nn.Module, x: Tensor) -> tuple[TransformerLayer, Tensor]:
+    layer = connect(network, A, B, x[:2])
+    assert isinstance(layer, TransformerLayer)
     with torch.no_grad():
         return layer, as_maps(read(network, x, [A])[A])
 
@@ -81,13 +91,13 @@ def test_weights_are_the_mean_derivative_of_the_layer_as_it_stands(order, monkey
     layer, maps = layer_of(network, x)
     a, b = Linear(12, 9, seed=2, dtype=torch.float64), Linear(12, 7, seed=3, dtype=torch.float64)
     recording = record(layer, a, b, [maps[:2], maps[2:]])
-    found = responses(layer, a, recording.gates)
+    found = compose_responses(layer, a, recording.gates)
     rows = maps[:, :, 0].transpose(1, 2)
     torch.testing.assert_close(held(network, rows, rows), network.last(rows))
     slope = torch.stack([slope_of(network, row) for row in rows])
     code = torch.from_numpy(recording.codes_a.toarray()).double().view(3, 5, 9)
     mean = torch.einsum("nqcsd,nsj,jd->jc", slope, code, a.W_dec) / code.sum(dim=(0, 1))[:, None]
-    block = next(blocks(layer, found, b.W_enc, recording))
+    block = next(pair_blocks(layer, found, b.W_enc, recording))
     torch.testing.assert_close(
         torch.from_numpy(block.weight.sum(axis=0)), (mean @ b.W_enc).T.float(), rtol=1e-4, atol=1e-5
     )
@@ -102,7 +112,7 @@ def test_the_routes_of_a_head_are_what_is_missing_without_it(monkeypatch):
         "direct", "head0", "head1", "head2", "mlp", "head0 > mlp", "head1 > mlp", "head2 > mlp",
     ]  # fmt: skip
     a = Linear(12, 6, seed=2, dtype=torch.float64)
-    found = responses(layer, a, record(layer, a, a, [maps]).gates)
+    found = compose_responses(layer, a, record(layer, a, a, [maps]).gates)
     given = [r.values[0] * torch.as_tensor(total)[:, None]
              for r in found for _, total, _ in r.entries()]  # fmt: skip
     rows = maps[:, :, 0].transpose(1, 2)
@@ -123,9 +133,9 @@ def test_weights_rank_like_ablations(order, seed):
     a, b = Linear(12, 24, seed=4, dtype=torch.float32), Linear(12, 30, seed=5, dtype=torch.float32)
     recording = record(layer, a, b, maps[:32].split(8))
     removed = ablate(layer, a, maps[32:].split(8), np.arange(24))
-    block = next(blocks(layer, responses(layer, a, recording.gates), b.W_enc))
+    block = next(pair_blocks(layer, compose_responses(layer, a, recording.gates), b.W_enc))
     predicted = block.weight.sum(axis=0).T * removed.mean[:, None]
-    found = agreement(predicted, removed.drives(b.W_enc))
+    found = ablation_agreement(predicted, removed.pre_activations(b.W_enc))
     assert found.spearman >= 0.9
     assert found.low > found.null_high
     assert found.other_high < found.low
@@ -137,9 +147,9 @@ def test_contributions_are_what_arrives_where_a_target_is_active(order):
     layer, maps = layer_of(network, x)
     a, b = Linear(12, 8, seed=4, dtype=torch.float32), Linear(12, 70, seed=5, dtype=torch.float32)
     recording = record(layer, a, b, maps.split(3))
-    found = responses(layer, a, recording.gates)
-    whole = list(blocks(layer, found, b.W_enc, recording))
-    parts = list(blocks(layer, found, b.W_enc, recording, block_bytes=1))
+    found = compose_responses(layer, a, recording.gates)
+    whole = list(pair_blocks(layer, found, b.W_enc, recording))
+    parts = list(pair_blocks(layer, found, b.W_enc, recording, block_bytes=1))
     assert len(whole) == 1 < len(parts)
     for name in ("weight", "norm", "contribution"):
         joined = np.concatenate([getattr(part, name) for part in parts], axis=1)
@@ -155,8 +165,8 @@ def test_contributions_are_what_arrives_where_a_target_is_active(order):
         given = whole[0].contribution
         assert given is not None
         np.testing.assert_allclose(given[k], product * around, rtol=1e-3, atol=1e-5)
-    kept = edges(layer, found, b, recording, keep=3)
-    for k, kernel in enumerate(kernels(layer, found, b.W_enc, kept)):
+    kept = strongest_edges(layer, found, b, recording, top_k_sources=3)
+    for k, kernel in enumerate(edge_kernels(layer, found, b.W_enc, kept)):
         own = kept.route == k
         np.testing.assert_allclose(kernel.sum(axis=1), kept.weight[own], rtol=1e-3, atol=1e-5)
         np.testing.assert_allclose(
@@ -171,7 +181,7 @@ def test_the_spread_is_attention_by_distance_and_far_ones_are_not_lost():
     recording = record(layer, a, a, [maps])
     spread = recording.gates.spread[1:, :, -1]
     assert (spread[:, 9:] == 0).all(), "no position looks ahead"
-    size = layer.watch(maps).pattern
+    size = layer.nonlinearities(maps).pattern
     np.testing.assert_allclose(spread.sum(axis=1), size.sum(dim=(0, 2, 3)) / (3 * 24), rtol=1e-4)
     diagonal = size.diagonal(dim1=2, dim2=3).sum(dim=(0, 2)) / (3 * 24)
     np.testing.assert_allclose(spread[:, 8], diagonal, rtol=1e-4)
@@ -187,13 +197,13 @@ def test_a_layer_without_slopes_is_reproduced_and_attributed_exactly():
     a.W_dec = torch.cat([torch.eye(12), -torch.eye(12)])
     a.encode = lambda x: torch.cat([x.relu(), (-x).relu()], dim=-1)
     recording = record(layer, a, b, [maps])
-    found = responses(layer, a, recording.gates)
-    assert (reproduced(layer, found, a, b, [maps]) > 1 - 1e-4).all()
+    found = compose_responses(layer, a, recording.gates)
+    assert (reproduced_variance(layer, found, a, b, [maps]) > 1 - 1e-4).all()
     parts = [route.channels for route in layer.routes]
     given = attribute(layer, a, b, [maps], np.arange(5), parts, steps=2)
     assert given.given.shape == (5, 1, 24)
     assert given.gap.max() < 1e-3
-    block = next(blocks(layer, found, b.W_enc, recording))
+    block = next(pair_blocks(layer, found, b.W_enc, recording))
     assert block.contribution is not None
     np.testing.assert_allclose(
         given.given[:, 0], block.contribution.sum(axis=0), rtol=1e-2, atol=1e-3
@@ -240,7 +250,7 @@ class Turned(Small):
 )
 def test_other_layers_are_refused(network, sites, message):
     with pytest.raises(SiteError, match=message):
-        wire(network.eval(), sites[0], sites[1], sequences(2, 4, torch.float32))
+        connect(network.eval(), sites[0], sites[1], sequences(2, 4, torch.float32))
 
 
 def test_layers_of_bert_and_gpt2_are_repeated():
@@ -253,9 +263,9 @@ def test_layers_of_bert_and_gpt2_are_repeated():
         vocab_size=30, n_positions=16, n_embd=16, n_layer=2, n_head=4
     )).eval()  # fmt: skip
     tokens = torch.randint(30, (2, 9), generator=torch.Generator().manual_seed(0))
-    found = wire(bert, Site("encoder.layer.0"), Site("encoder.layer.1"), tokens)
-    assert isinstance(found, Layer)
+    found = connect(bert, Site("encoder.layer.0"), Site("encoder.layer.1"), tokens)
+    assert isinstance(found, TransformerLayer)
     assert (found.order, found.causal, found.n_heads) == ("after", False, 4)
-    found = wire(gpt2, Site("h.0"), Site("h.1"), tokens)
-    assert isinstance(found, Layer)
+    found = connect(gpt2, Site("h.0"), Site("h.1"), tokens)
+    assert isinstance(found, TransformerLayer)
     assert (found.order, found.causal, found.n_heads) == ("before", True, 4)

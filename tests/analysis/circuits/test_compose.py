@@ -8,12 +8,23 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from mechatlas.activations.sites import read
-from mechatlas.activations.wiring import trace
 from mechatlas.analysis.circuits import recording
-from mechatlas.analysis.circuits.compose import respond
-from mechatlas.analysis.circuits.effects import ablate, agreement, attribute, interval, reproduced
-from mechatlas.analysis.circuits.recording import followed, record
-from mechatlas.analysis.circuits.weights import blocks, edges, kernels, responses
+from mechatlas.analysis.circuits.compose import compose_route
+from mechatlas.analysis.circuits.effects import (
+    ablate,
+    ablation_agreement,
+    attribute,
+    bootstrap_interval,
+    reproduced_variance,
+)
+from mechatlas.analysis.circuits.recording import record, sample_activations
+from mechatlas.analysis.circuits.virtual_weights import (
+    compose_responses,
+    edge_kernels,
+    pair_blocks,
+    strongest_edges,
+)
+from mechatlas.analysis.circuits.wiring import trace_wiring
 from mechatlas.base import InputError
 from tests.analysis.circuits.small import A, B, Linear, two, without_gates
 
@@ -31,14 +42,14 @@ def maps(network: nn.Module, x: Tensor) -> list[Tensor]:
 @pytest.mark.parametrize("seed", [0, 1])
 def test_with_gates_open_kernels_are_impulse_responses(seed, dtype, tolerance):
     network = two(seed, dtype)
-    wiring = trace(network, A, B, images(1, dtype=dtype))
+    wiring = trace_wiring(network, A, B, images(1, dtype=dtype))
     a, b = Linear(16, 7, seed=2, dtype=dtype), Linear(18, 6, seed=3, dtype=dtype)
     side = 11
     impulses = torch.zeros(a.n_latents, 16, side, side, dtype=dtype)
     impulses[:, :, 5, 5] = a.W_dec
     with torch.no_grad():
         out = without_gates(network.second, impulses)
-    found = responses(wiring, a)
+    found = compose_responses(wiring, a)
     for route, response in zip(wiring.routes, found, strict=True):
         read_by = torch.zeros_like(b.W_enc)
         read_by[route.channels] = b.W_enc[route.channels]
@@ -71,9 +82,9 @@ def test_strides_dilations_groups_and_pads_compose():
     torch.manual_seed(0)
     network = Turned().double()
     x = torch.randn(1, 3, 40, 40, dtype=torch.float64)
-    wiring = trace(network, A, B, x)
+    wiring = trace_wiring(network, A, B, x)
     (route,) = wiring.routes
-    response = respond(wiring, route, torch.eye(6, dtype=torch.float64))
+    response = compose_route(wiring, route, torch.eye(6, dtype=torch.float64))
     with torch.no_grad():
         start = read(network, x, [A])[A]
         still = wiring.run(torch.zeros_like(start))
@@ -93,13 +104,13 @@ def test_strides_dilations_groups_and_pads_compose():
 def test_with_mean_gates_weights_rank_like_ablations(seed):
     network = two(seed, torch.float32)
     x = images(48, 12, torch.float32)
-    wiring = trace(network, A, B, x[:1])
+    wiring = trace_wiring(network, A, B, x[:1])
     a, b = Linear(16, 24, seed=4, dtype=torch.float32), Linear(18, 30, seed=5, dtype=torch.float32)
     recording = record(wiring, a, b, maps(network, x[:24]))
     removed = ablate(wiring, a, maps(network, x[24:]), np.arange(24))
-    block = next(blocks(wiring, responses(wiring, a, recording.gates), b.W_enc))
+    block = next(pair_blocks(wiring, compose_responses(wiring, a, recording.gates), b.W_enc))
     predicted = block.weight.sum(axis=0).T * removed.mean[:, None]
-    found = agreement(predicted, removed.drives(b.W_enc))
+    found = ablation_agreement(predicted, removed.pre_activations(b.W_enc))
     assert found.spearman >= 0.9
     assert found.low > found.null_high
     assert found.null_low < 0 < found.null_high
@@ -109,7 +120,7 @@ def test_with_mean_gates_weights_rank_like_ablations(seed):
 
 def test_mean_gates_are_shares_and_those_of_a_maximum_add_up():
     network = two(0, torch.float32)
-    wiring = trace(network, A, B, images(1, dtype=torch.float32))
+    wiring = trace_wiring(network, A, B, images(1, dtype=torch.float32))
     a, b = Linear(16, 9, seed=4, dtype=torch.float32), Linear(18, 9, seed=5, dtype=torch.float32)
     recording = record(wiring, a, b, maps(network, images(8, dtype=torch.float32)))
     pooled = recording.gates.means.pop(
@@ -147,7 +158,7 @@ def test_what_a_feature_adds_on_average_is_what_its_faint_removal_takes(name, mo
     else:
         network = two(0, torch.float64)
         x = images(3, 7)
-    wiring = trace(network, A, B, x[:1])
+    wiring = trace_wiring(network, A, B, x[:1])
     a, b = Linear(16, 9, seed=4, dtype=torch.float64), Linear(18, 9, seed=5, dtype=torch.float64)
     x = torch.cat(maps(network, x))
     recorded = record(wiring, a, b, [x[:1], x[1:]])
@@ -155,7 +166,7 @@ def test_what_a_feature_adds_on_average_is_what_its_faint_removal_takes(name, mo
     code = a.encode(x.movedim(1, -1))
     with torch.no_grad():
         whole = wiring.run(x)
-    expected = [np.zeros_like(met.sums[:, 3]) for met in recorded.gates.met]
+    expected = [np.zeros_like(gated_means.sums[:, 3]) for gated_means in recorded.gates.gated_means]
     faint = 1e-7
     for sample, y, x_ in code[..., 3].nonzero().tolist():
         bare = x[sample].clone()
@@ -163,7 +174,7 @@ def test_what_a_feature_adds_on_average_is_what_its_faint_removal_takes(name, mo
         with torch.no_grad():
             lost = (whole[sample] - wiring.run(bare[None])[0]) / faint
         for k, (route, response) in enumerate(
-            zip(wiring.routes, responses(wiring, a), strict=True)
+            zip(wiring.routes, compose_responses(wiring, a), strict=True)
         ):
             for tap, (dy, dx) in enumerate(response.taps.tolist()):
                 (row, left), (column, over) = (
@@ -173,8 +184,8 @@ def test_what_a_feature_adds_on_average_is_what_its_faint_removal_takes(name, mo
                 inside = 0 <= row < lost.shape[1] and 0 <= column < lost.shape[2]
                 if not left and not over and inside:
                     expected[k][tap] += lost[route.channels, row, column].numpy()
-    for met, own in zip(recorded.gates.met, expected, strict=True):
-        np.testing.assert_allclose(met.sums[:, 3], own, rtol=1e-3, atol=1e-4)
+    for gated_means, own in zip(recorded.gates.gated_means, expected, strict=True):
+        np.testing.assert_allclose(gated_means.sums[:, 3], own, rtol=1e-3, atol=1e-4)
         assert np.abs(own).max() > 0.1
 
 
@@ -184,7 +195,7 @@ def test_activations_that_are_followed_stand_for_all_of_a_feature_in_a_sample():
     codes, n = sparse.csr_matrix(dense.astype(np.float32)), 2000
     counted = np.zeros_like(dense)
     for seed in range(n):
-        some = followed(codes, (4, 5), np.random.default_rng(seed))
+        some = sample_activations(codes, (4, 5), np.random.default_rng(seed))
         np.add.at(counted, (some.position, some.latent), some.weight / n)
         sums = np.zeros((3, 5))
         np.add.at(sums, (some.position // 20, some.latent), some.weight)
@@ -194,42 +205,49 @@ def test_activations_that_are_followed_stand_for_all_of_a_feature_in_a_sample():
         active = (dense > 0).reshape(3, 20, 5).sum(axis=1)
         np.testing.assert_array_equal(drawn, np.minimum(active, 8))
     assert np.abs(counted - dense).max() < 0.1 * dense.max()
-    assert len(followed(sparse.csr_matrix((20, 5)), (4, 5), random).weight) == 0
+    assert len(sample_activations(sparse.csr_matrix((20, 5)), (4, 5), random).weight) == 0
 
 
 def test_a_feature_that_is_rarely_active_is_drawn_towards_mean_gates():
     network = two(0, torch.float32)
-    wiring = trace(network, A, B, images(1, dtype=torch.float32))
+    wiring = trace_wiring(network, A, B, images(1, dtype=torch.float32))
     a, b = Linear(16, 9, seed=4, dtype=torch.float32), Linear(18, 9, seed=5, dtype=torch.float32)
     recording = record(wiring, a, b, maps(network, images(8, dtype=torch.float32)))
     gates = recording.gates
-    own, shared = responses(wiring, a, gates)[1], responses(wiring, a, gates.shared())[1]
-    met = gates.met[1]
+    own, shared = (
+        compose_responses(wiring, a, gates)[1],
+        compose_responses(wiring, a, gates.shared())[1],
+    )
+    gated_means = gates.gated_means[1]
     active = np.diff(recording.codes_a.tocsc().indptr)
     prior = 16 * recording.codes_a.sum(axis=0) / active
-    expected = met.sums + np.asarray(prior).ravel()[:, None] * shared.values.numpy()
-    expected /= (met.weights + np.asarray(prior).ravel())[..., None]
+    expected = gated_means.sums + np.asarray(prior).ravel()[:, None] * shared.values.numpy()
+    expected /= (gated_means.weights + np.asarray(prior).ravel())[..., None]
     np.testing.assert_allclose(own.values, expected, rtol=1e-4, atol=1e-6)
-    met.sums[:, 4], met.weights[:, 4], gates.prior[4] = 0, 0, 0  # one that never was
-    own = responses(wiring, a, gates)[1]
+    gated_means.sums[:, 4], gated_means.weights[:, 4], gates.prior[4] = (
+        0,
+        0,
+        0,
+    )  # one that never was
+    own = compose_responses(wiring, a, gates)[1]
     torch.testing.assert_close(own.values[:, 4], shared.values[:, 4])
 
 
 def test_norms_kernels_and_weights_agree_however_small_the_blocks():
     network = two(0, torch.float32)
     x = maps(network, images(16, dtype=torch.float32))
-    wiring = trace(network, A, B, images(1, dtype=torch.float32))
+    wiring = trace_wiring(network, A, B, images(1, dtype=torch.float32))
     a, b = Linear(16, 40, seed=4, dtype=torch.float32), Linear(18, 150, seed=5, dtype=torch.float32)
     recording = record(wiring, a, b, x)
-    found = responses(wiring, a, recording.gates)
-    whole = list(blocks(wiring, found, b.W_enc, recording))
-    parts = list(blocks(wiring, found, b.W_enc, recording, block_bytes=1))
+    found = compose_responses(wiring, a, recording.gates)
+    whole = list(pair_blocks(wiring, found, b.W_enc, recording))
+    parts = list(pair_blocks(wiring, found, b.W_enc, recording, block_bytes=1))
     assert len(whole) == 1 < len(parts)
     for name in ("weight", "norm", "contribution"):
         joined = np.concatenate([getattr(part, name) for part in parts], axis=1)
         np.testing.assert_allclose(joined, getattr(whole[0], name), rtol=1e-4, atol=1e-6)
-    kept = edges(wiring, found, b, recording, keep=5)
-    for k, kernel in enumerate(kernels(wiring, found, b.W_enc, kept)):
+    kept = strongest_edges(wiring, found, b, recording, top_k_sources=5)
+    for k, kernel in enumerate(edge_kernels(wiring, found, b.W_enc, kept)):
         own = kept.route == k
         np.testing.assert_allclose(kernel.sum(axis=1), kept.weight[own], rtol=1e-3, atol=1e-5)
         np.testing.assert_allclose(
@@ -240,11 +258,11 @@ def test_norms_kernels_and_weights_agree_however_small_the_blocks():
 def test_contributions_are_what_the_kernels_give_around_each_activation():
     network = two(3, torch.float32)
     x = torch.cat(maps(network, images(4, 7, torch.float32)))
-    wiring = trace(network, A, B, images(1, dtype=torch.float32))
+    wiring = trace_wiring(network, A, B, images(1, dtype=torch.float32))
     a, b = Linear(16, 5, seed=4, dtype=torch.float32), Linear(18, 4, seed=5, dtype=torch.float32)
     recording = record(wiring, a, b, [x])
-    found = responses(wiring, a, recording.gates)
-    block = next(blocks(wiring, found, b.W_enc, recording))
+    found = compose_responses(wiring, a, recording.gates)
+    block = next(pair_blocks(wiring, found, b.W_enc, recording))
     code = a.encode(x.movedim(1, -1).flatten(0, 2)).view(4, 7, 7, 5)
     with torch.no_grad():
         on = b.encode(wiring.run(x).movedim(1, -1).flatten(0, 2)).view(4, 7, 7, 4) > 0
@@ -270,14 +288,14 @@ def test_attributions_add_up_to_the_drive_and_one_step_is_exact_where_it_is_homo
     a.W_dec = torch.eye(16, dtype=torch.float64)
     a.encode = lambda x: x.relu()  # rectified channels are all there is: nothing is left over
     x = maps(network, images(4))
-    wiring = trace(network, A, B, images(1))
+    wiring = trace_wiring(network, A, B, images(1))
     parts = [route.channels for route in wiring.routes]
     one = attribute(wiring, a, b, x, np.arange(4), parts, steps=1)
     many = attribute(wiring, a, b, x, np.arange(4), parts, steps=6)
     assert one.gap.max() < 1e-5  # codes are float32
     np.testing.assert_allclose(one.given, many.given, rtol=1e-5, atol=1e-7)
     biased = two(0, torch.float64)
-    wiring, x = trace(biased, A, B, images(1)), maps(biased, images(4))
+    wiring, x = trace_wiring(biased, A, B, images(1)), maps(biased, images(4))
     rough = attribute(wiring, a, b, x, np.arange(4), parts, steps=32)
     assert rough.gap.max() < 0.02
 
@@ -285,7 +303,7 @@ def test_attributions_add_up_to_the_drive_and_one_step_is_exact_where_it_is_homo
 def test_ablations_are_the_network_run_without_the_feature():
     network = two(0, torch.float64)
     x = torch.cat(maps(network, images(4)))
-    wiring = trace(network, A, B, images(1))
+    wiring = trace_wiring(network, A, B, images(1))
     a, b = Linear(16, 6, seed=4, dtype=torch.float64), Linear(18, 5, seed=5, dtype=torch.float64)
     removed = ablate(wiring, a, [x[:2], x[2:]], np.array([1, 4]))
     code = a.encode(x.movedim(1, -1))
@@ -295,12 +313,12 @@ def test_ablations_are_the_network_run_without_the_feature():
             full, less = network.second(x).movedim(1, -1), network.second(bare).movedim(1, -1)
         lost = (full - less) @ b.W_enc
         np.testing.assert_allclose(
-            removed.drives(b.W_enc)[k], lost.mean(dim=(0, 1, 2)), rtol=1e-4, atol=1e-6
+            removed.pre_activations(b.W_enc)[k], lost.mean(dim=(0, 1, 2)), rtol=1e-4, atol=1e-6
         )
-    drives = np.einsum("snc,ct->snt", removed.everywhere, b.W_enc.numpy())[0].T
-    low, high = interval(drives)
-    assert (low <= drives.mean(axis=1)).all()
-    assert (drives.mean(axis=1) <= high).all()
+    pre_activations = np.einsum("snc,ct->snt", removed.everywhere, b.W_enc.numpy())[0].T
+    low, high = bootstrap_interval(pre_activations)
+    assert (low <= pre_activations.mean(axis=1)).all()
+    assert (pre_activations.mean(axis=1) <= high).all()
 
 
 class Planted(nn.Module):
@@ -325,19 +343,19 @@ def test_planted_edges_are_found_and_the_weights_of_other_targets_are_not():
     random = torch.Generator().manual_seed(1)
     x = torch.rand(8, 64, 12, 12, generator=random)
     x = x * (torch.rand(x.shape, generator=random) < 0.05)
-    wiring = trace(network, A, B, x[:1])
+    wiring = trace_wiring(network, A, B, x[:1])
     one = Linear(64, 64, seed=0, dtype=torch.float32)
     one.W_dec, one.W_enc, one.encode = torch.eye(64), torch.eye(64), lambda x: (x - 0.2).relu()
     recording = record(wiring, one, one, [x])
-    found = responses(wiring, one, recording.gates)
-    kept = edges(wiring, found, one, recording)
+    found = compose_responses(wiring, one, recording.gates)
+    kept = strongest_edges(wiring, found, one, recording)
     discovered = kept.q_value <= 0.05
     planted = kept.source == network.order.numpy()[kept.target]
     assert planted.sum() == 64
     assert discovered[planted].mean() >= 0.95
     assert planted[discovered].mean() >= 0.95
     one.W_enc = torch.eye(64).roll(7, 1)  # the drive of a target is now that of another
-    mixed = edges(wiring, found, one, recording)
+    mixed = strongest_edges(wiring, found, one, recording)
     assert mixed.discoveries.max() < 0.001
     assert not (mixed.q_value <= 0.05).any()
 
@@ -348,19 +366,19 @@ def test_composed_kernels_reproduce_a_linear_section_exactly():
     network.forward = lambda x: network.second(network.wide(network.thin(network.first(x))))
     network.thin.padding, network.wide.padding = (0, 0), (0, 0)  # no rim
     x = torch.randn(3, 3, 20, 20)
-    wiring = trace(network, A, B, x)
+    wiring = trace_wiring(network, A, B, x)
     a, b = Linear(6, 12, seed=0, dtype=torch.float32), Linear(8, 4, seed=1, dtype=torch.float32)
     a.W_dec, a.W_enc = torch.eye(12)[:, :6] - torch.eye(12)[:, :6].roll(6, 0), a.W_enc
     a.encode = lambda x: torch.cat([x.relu(), (-x).relu()], dim=1)
     with torch.no_grad():
         given = read(network, x, [A])[A]
-    share = reproduced(wiring, responses(wiring, a), a, b, [given])
+    share = reproduced_variance(wiring, compose_responses(wiring, a), a, b, [given])
     assert (share > 1 - 1e-5).all()
 
 
 def test_dictionaries_of_other_widths_are_refused():
     network = two(0, torch.float32)
-    wiring = trace(network, A, B, images(1, dtype=torch.float32))
+    wiring = trace_wiring(network, A, B, images(1, dtype=torch.float32))
     a, b = Linear(16, 6, seed=4, dtype=torch.float32), Linear(16, 5, seed=5, dtype=torch.float32)
     with pytest.raises(InputError, match="second has 18 channels, its dictionary reads 16"):
         record(wiring, a, b, maps(network, images(4, dtype=torch.float32)))

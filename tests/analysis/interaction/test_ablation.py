@@ -18,11 +18,11 @@ from mechatlas.analysis.interaction.ablation import (
 )
 from mechatlas.analysis.interaction.analysis import InteractionConfig, basis
 from mechatlas.analysis.interaction.bases import components, interaction, neurons
-from mechatlas.analysis.interaction.sections import rows_of
+from mechatlas.analysis.interaction.layer_maps import rows_of
 from mechatlas.analysis.interaction.statistics import Inputs, observe
 from mechatlas.base import InputError, SiteError
 
-from .test_sections import LAYERS, NETWORKS, setting
+from .test_layer_maps import LAYERS, NETWORKS, setting
 
 
 @given(st.integers(0, 200), st.integers(0, 200))

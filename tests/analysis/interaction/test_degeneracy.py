@@ -12,7 +12,7 @@ from torch import nn
 from mechatlas.analysis.interaction import degeneracy
 from mechatlas.analysis.interaction.analysis import InteractionConfig, basis
 from mechatlas.analysis.interaction.degeneracy import account, hessian_rank
-from mechatlas.analysis.interaction.sections import sections_of
+from mechatlas.analysis.interaction.layer_maps import layer_maps
 from mechatlas.analysis.interaction.statistics import Inputs
 from mechatlas.base import Site
 
@@ -49,7 +49,7 @@ def samples(width, seed, n=400, null=0):
 
 def ledger(network, x):
     layers = [Site(str(i)) for i in range(len(network))]
-    found = account(network, sections_of(network, layers, x[:8]), Inputs.of(x))
+    found = account(network, layer_maps(network, layers, x[:8]), Inputs.of(x))
     assert found is not None
     return found
 

@@ -5,8 +5,8 @@ import pytest
 import torch
 from torch import nn
 
+from mechatlas.analysis.interaction.layer_maps import layer_maps
 from mechatlas.analysis.interaction.parts import account_parts
-from mechatlas.analysis.interaction.sections import sections_of
 from mechatlas.analysis.interaction.statistics import Inputs
 from mechatlas.base import InputError, Site
 
@@ -37,7 +37,7 @@ def halves(joined: float):
 
 def measured(network: nn.Module, x, labels):
     layers = [Site(str(i)) for i in range(len(list(network.children())))]
-    return account_parts(network, sections_of(network, layers, x[:8]), Inputs.of(x), labels)
+    return account_parts(network, layer_maps(network, layers, x[:8]), Inputs.of(x), labels)
 
 
 def test_parts_that_do_not_interact_keep_their_free_directions():

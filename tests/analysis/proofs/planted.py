@@ -1,12 +1,16 @@
 """Networks with a planted circuit, and the truth about any network by brute force."""
 
+import dataclasses
 import functools
 
 import numpy as np
+from safetensors.numpy import load_file
 
 from mechatlas.analysis.proofs.prove import AccuracyBound, prove
 from mechatlas.analysis.proofs.rho_sets import find_rho_sets
+from mechatlas.analysis.proofs.verifier.explanation import Explanation, ProofError
 from mechatlas.analysis.proofs.verifier.structures import Weights
+from mechatlas.analysis.proofs.verifier.verify import verify
 from mechatlas.maths.groups import Group
 from mechatlas.maths.named_groups import group
 
@@ -93,3 +97,71 @@ def true_margins(weights: Weights, table: np.ndarray) -> np.ndarray:
         logits[np.arange(n), table[x]] = -np.inf
         margins[x] = mine - logits.max(axis=1)
     return margins
+
+
+NETS = [("S4", 0.0, 0), ("S4", 0.02, 1), ("A5", 0.01, 2), ("D5", 0.02, 3), ("S5", 0.002, 4)]
+
+
+def mutate(e: Explanation, random: np.random.Generator) -> Explanation:
+    """Change some part of an explanation, wildly or a little."""
+    parts = [e, *e.circuits, *e.grids]
+    part = parts[random.integers(len(parts))]
+    names = [
+        f.name for f in dataclasses.fields(part) if isinstance(getattr(part, f.name), np.ndarray)
+    ]
+    name = names[random.integers(len(names))]
+    array = getattr(part, name).copy()
+    kind = random.integers(5)
+    if array.size == 0:
+        return e
+    if array.dtype.kind == "f":
+        if kind == 0:
+            array *= array.dtype.type(10.0 ** random.integers(-6, 7))
+        elif kind == 1:
+            array += (random.normal(size=array.shape) * 10.0 ** random.integers(-6, 2)).astype(
+                array.dtype
+            )
+        elif kind == 2:
+            array.flat[random.integers(array.size)] = random.choice([np.nan, np.inf, 1e20, -3, 0])
+        elif kind == 3:
+            array = random.permutation(array)
+        else:
+            array = -array
+    elif kind == 0:
+        array.flat[random.integers(array.size)] = (
+            random.integers(-3, 30) if array.dtype != bool else True
+        )
+    elif kind == 1:
+        array = random.permutation(array)
+    elif kind == 2:
+        array = np.roll(array, 1)
+    else:
+        array = random.permutation(array.ravel()).reshape(array.shape)
+    changed = dataclasses.replace(part, **{name: array})
+    if part is e:
+        return changed
+    return dataclasses.replace(
+        e,
+        circuits=tuple(changed if c is part else c for c in e.circuits),
+        grids=tuple(changed if g is part else g for g in e.grids),
+    )
+
+
+def refused_or_true(weights: Weights, of: Group, e: Explanation) -> None:
+    """Both verifiers refuse, with the same words, or give bounds that are true."""
+    messages = []
+    for short in (False, True):
+        try:
+            verification = verify(*weights, of, e, reference=short)
+        except ProofError as error:
+            messages.append(str(error))
+        else:
+            messages.append("")
+            assert (verification.margins <= true_margins(weights, of.table)).all()
+    assert messages[0] == messages[1]
+
+
+def load_net(data, name: str) -> tuple[Weights, Group]:
+    arrays = load_file(data(f"group_nets/{name}.safetensors"))
+    table = np.load(data(f"group_nets/{name.split('_')[0]}_table.npy"))
+    return Weights(arrays["left"], arrays["right"], arrays["unembed"]), Group(table)

@@ -23,10 +23,10 @@ from jaxtyping import Float
 from scipy import sparse
 from torch import Tensor
 
-from mechatlas.activations.layer import Layer, Watched
-from mechatlas.activations.wiring import Route
-from mechatlas.analysis.circuits.compose import Coder, Response
+from mechatlas.analysis.circuits.compose import LinearDictionary, Response
 from mechatlas.analysis.circuits.recording import check_width, encode, prior_of, stacked
+from mechatlas.analysis.circuits.transformer_layer import LayerNonlinearities, TransformerLayer
+from mechatlas.analysis.circuits.wiring import Route
 from mechatlas.base import InputError
 
 FARTHEST = 8
@@ -37,7 +37,7 @@ TAPS = np.stack([np.zeros(2 * FARTHEST + 1, int), np.arange(-FARTHEST, FARTHEST 
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Standing:
+class FrozenNonlinearities:
     """How a layer stands for each feature, and last for all places alike.
 
     First axis: past attention, then by each head. All are per unit of activation.
@@ -51,13 +51,13 @@ class Standing:
     """By way of the MLP, times the slope of each of its units."""
     by_feature: bool = True
 
-    def shared(self) -> "Standing":
+    def shared(self) -> "FrozenNonlinearities":
         """The same for all features: the mean over all places."""
         return dataclasses.replace(self, by_feature=False)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Spread(Response):
+class AttentionResponse(Response):
     """What atoms add to the target wherever they arrive; `values` has one entry."""
 
     spread: Float[Tensor, "tap latent"]
@@ -74,7 +74,7 @@ class Spread(Response):
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Attended:
+class AttentionRecording:
     """Some inputs, seen at both sites of a layer."""
 
     codes_a: sparse.csr_matrix
@@ -82,7 +82,7 @@ class Attended:
     grid_a: tuple[int, int]
     grid_b: tuple[int, int]
     n_samples: int
-    gates: Standing
+    gates: FrozenNonlinearities
     patterns: Float[Tensor, "sample head query key"]
 
     def around(
@@ -90,7 +90,7 @@ class Attended:
     ) -> Float[np.ndarray, "target source"]:
         """How much of each source arrives where each target is active, summed."""
         del entry
-        assert isinstance(response, Spread)
+        assert isinstance(response, AttentionResponse)
         if response.head is None:
             return (on.T.tocsr() @ self.codes_a).toarray()
         length = self.grid_b[1]
@@ -102,7 +102,7 @@ class Attended:
 
 
 def arriving(
-    watched: Watched, codes: sparse.csr_matrix, head: int | None
+    watched: LayerNonlinearities, codes: sparse.csr_matrix, head: int | None
 ) -> sparse.csr_matrix | Float[np.ndarray, "position latent"]:
     """How much of each feature arrives at each position."""
     if head is None:
@@ -114,7 +114,9 @@ def arriving(
 
 
 @torch.no_grad()
-def record(layer: Layer, a: Coder, b: Coder, maps: Iterable[Tensor]) -> Attended:
+def record(
+    layer: TransformerLayer, a: LinearDictionary, b: LinearDictionary, maps: Iterable[Tensor]
+) -> AttentionRecording:
     """Codes at both sites, and how the layer stands for each feature.
 
     Args:
@@ -130,7 +132,7 @@ def record(layer: Layer, a: Coder, b: Coder, maps: Iterable[Tensor]) -> Attended
     sums = _Sums(layer, a.n_latents)
     codes_a, codes_b, patterns, grid = [], [], [], (1, 1)
     for x in maps:
-        watched = layer.watch(x)
+        watched = layer.nonlinearities(x)
         grid = (1, x.shape[3])
         codes_a.append(encode(a, x[:, layer.writes]))
         codes_b.append(encode(b, layer.run(x)[:, layer.reads]))
@@ -139,20 +141,22 @@ def record(layer: Layer, a: Coder, b: Coder, maps: Iterable[Tensor]) -> Attended
     if not patterns:
         raise InputError("There are no samples to average a layer over.")
     whole, every = stacked(codes_a), torch.cat(patterns)
-    return Attended(whole, stacked(codes_b), grid, grid, len(every), sums.means(whole), every)
+    return AttentionRecording(
+        whole, stacked(codes_b), grid, grid, len(every), sums.means(whole), every
+    )
 
 
 class _Sums:
     """Sums over all places of a feature, weighed with its activation."""
 
-    def __init__(self, layer: Layer, n: int) -> None:
+    def __init__(self, layer: TransformerLayer, n: int) -> None:
         ways, hidden = 1 + layer.n_heads, layer.up.weight.shape[1]
         self.spread = np.zeros((ways, len(TAPS), n + 1), np.float32)
         self.after = np.zeros((ways, n + 1), np.float32)
         self.inner = np.zeros((ways, n + 1, hidden), np.float32)
         self.weight = np.zeros(n + 1, np.float32)
 
-    def add(self, watched: Watched, codes: sparse.csr_matrix) -> None:
+    def add(self, watched: LayerNonlinearities, codes: sparse.csr_matrix) -> None:
         """Add one batch."""
         ones = sparse.csr_matrix(np.ones((codes.get_shape()[0], 1), np.float32))
         active = sparse.csr_matrix(sparse.hstack([codes, ones]))
@@ -168,7 +172,7 @@ class _Sums:
                 _looks(watched.pattern[:, way - 1]) @ active if way else _here(weight)
             )
 
-    def means(self, codes: sparse.csr_matrix) -> Standing:
+    def means(self, codes: sparse.csr_matrix) -> FrozenNonlinearities:
         """Means, those of each latent drawn towards the mean over all places."""
         prior = np.append(prior_of(codes, PRIOR), 0.0).astype(np.float32)
 
@@ -180,7 +184,7 @@ class _Sums:
             return np.where(weight > 0, drawn, every)
 
         inner = np.stack([mean(way.T).T for way in self.inner])
-        return Standing(mean(self.spread), mean(self.after), inner)
+        return FrozenNonlinearities(mean(self.spread), mean(self.after), inner)
 
 
 def _here(weight: np.ndarray) -> np.ndarray:
@@ -199,9 +203,12 @@ def _looks(pattern: Float[Tensor, "sample query key"]) -> Float[np.ndarray, "tap
 
 
 @torch.no_grad()
-def respond(
-    layer: Layer, route: Route, atoms: Float[Tensor, "latent d"], standing: Standing
-) -> Spread:
+def compose_route(
+    layer: TransformerLayer,
+    route: Route,
+    atoms: Float[Tensor, "latent d"],
+    standing: FrozenNonlinearities,
+) -> AttentionResponse:
     """Compose a route, applied to all atoms.
 
     Args:
@@ -221,10 +228,12 @@ def respond(
     rows = layer.carried(whole, way - 1 if way else None)
     values = layer.finished(rows, inner) * (1 if by_mlp else factor) / arrives
     spread = spread.expand(len(TAPS), len(atoms))
-    return Spread(TAPS, (1, 1), route.channels, values[None], spread, way - 1 if way else None)
+    return AttentionResponse(
+        TAPS, (1, 1), route.channels, values[None], spread, way - 1 if way else None
+    )
 
 
-def _way(layer: Layer, route: Route) -> tuple[int, bool]:
+def _way(layer: TransformerLayer, route: Route) -> tuple[int, bool]:
     """Past attention (0) or by which head (from 1), and whether by the MLP."""
     by_mlp, way = divmod(layer.routes.index(route), 1 + layer.n_heads)
     return way, bool(by_mlp)

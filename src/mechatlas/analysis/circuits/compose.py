@@ -24,7 +24,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mechatlas.activations.wiring import (
+from mechatlas.analysis.circuits.wiring import (
     Affine,
     Concatenate,
     Conv,
@@ -39,7 +39,7 @@ from mechatlas.activations.wiring import (
 
 
 @runtime_checkable
-class Coder(Protocol):
+class LinearDictionary(Protocol):
     """A dictionary whose latents are read and written linearly.
 
     `W_enc` is (d_in, n_latents), `W_dec` (n_latents, d_in).
@@ -63,7 +63,7 @@ class Coder(Protocol):
         ...
 
 
-class Place(NamedTuple):
+class RouteState(NamedTuple):
     """Where a route is after some of its steps."""
 
     number: int
@@ -75,15 +75,15 @@ class Place(NamedTuple):
     """First channel and the one after the last, of those that the route carries."""
 
 
-def walk(wiring: Wiring, route: Route) -> Iterator[tuple[Place, Node, int]]:
+def walk(wiring: Wiring, route: Route) -> Iterator[tuple[RouteState, Node, int]]:
     """Every step of a route, with what is known before it is taken, and the slot it enters by."""
     taps: tuple[tuple[int, int], ...] = ((0, 0),)
     stride, channels = (1, 1), (wiring.writes.start, wiring.writes.stop)
     for number, slot in zip(route.nodes, route.slots, strict=True):
         node = wiring.nodes[number]
-        yield Place(number, taps, stride, channels), node, slot
+        yield RouteState(number, taps, stride, channels), node, slot
         own = window(node)
-        taps, stride = _combined(taps, stride, own), strided(stride, node)
+        taps, stride = _combined(taps, stride, own), stride_after(stride, node)
         if isinstance(node.step, Conv):
             channels = (0, node.channels)
         if isinstance(node.step, Concatenate):
@@ -97,10 +97,10 @@ def walk(wiring: Wiring, route: Route) -> Iterator[tuple[Place, Node, int]]:
 def end(wiring: Wiring, route: Route) -> tuple[tuple[tuple[int, int], ...], tuple[int, int]]:
     """Taps and stride of a whole route."""
     *_, (last, node, _) = walk(wiring, route)
-    return _combined(last.taps, last.stride, window(node)), strided(last.stride, node)
+    return _combined(last.taps, last.stride, window(node)), stride_after(last.stride, node)
 
 
-def strided(stride: tuple[int, int], node: Node) -> tuple[int, int]:
+def stride_after(stride: tuple[int, int], node: Node) -> tuple[int, int]:
     """The stride after a step."""
     if not isinstance(node.step, Conv | MaxPool | MeanPool):
         return stride
@@ -128,7 +128,7 @@ def window(node: Node) -> list[tuple[int, int]]:
     ]
 
 
-def all_pairs(
+def tap_pairs(
     taps: tuple[tuple[int, int], ...], stride: tuple[int, int], own: list[tuple[int, int]]
 ) -> list[tuple[int, int]]:
     """Taps that each place of a step's window is reached by, place by place."""
@@ -138,15 +138,15 @@ def all_pairs(
 def _combined(
     taps: tuple[tuple[int, int], ...], stride: tuple[int, int], own: list[tuple[int, int]]
 ) -> tuple[tuple[int, int], ...]:
-    return tuple(sorted(set(all_pairs(taps, stride, own))))
+    return tuple(sorted(set(tap_pairs(taps, stride, own))))
 
 
-Gates = Callable[[Place, Node, Tensor], Tensor | float]
+Gates = Callable[[RouteState, Node, Tensor], Tensor | float]
 """How far a step is open for values that arrive at it (tap, latent, channel); for a maximum, so
 for every pair of a place in its window and a tap, in that order."""
 
 
-def all_open(place: Place, node: Node, values: Tensor) -> Tensor | float:
+def open_gates(place: RouteState, node: Node, values: Tensor) -> Tensor | float:
     """Rectifiers let everything through, and maxima are means."""
     del place, values
     return 1.0 if isinstance(node.step, Gate) else 1 / len(window(node))
@@ -177,11 +177,11 @@ class Response:
 
 
 @torch.no_grad()
-def respond(
+def compose_route(
     wiring: Wiring,
     route: Route,
     atoms: Float[Tensor, "latent d"],
-    gates: Gates = all_open,
+    gates: Gates = open_gates,
 ) -> Response:
     """Compose the steps of a route, applied to atoms.
 
@@ -202,15 +202,15 @@ def respond(
             values = values * gates(place, node, values)
         elif isinstance(step, MaxPool | MeanPool):
             every = values.expand(len(window(node)), *values.shape).flatten(0, 1)
-            share = (gates if isinstance(step, MaxPool) else all_open)(place, node, every)
+            share = (gates if isinstance(step, MaxPool) else open_gates)(place, node, every)
             values = _gathered(every * share, place, node)
     taps, stride = end(wiring, route)
     return Response(np.array(taps), stride, route.channels, values)
 
 
-def _gathered(every: Tensor, place: Place, node: Node) -> Tensor:
+def _gathered(every: Tensor, place: RouteState, node: Node) -> Tensor:
     """Add up what arrives at the same tap by several ways."""
-    pairs = all_pairs(place.taps, place.stride, window(node))
+    pairs = tap_pairs(place.taps, place.stride, window(node))
     order = {tap: k for k, tap in enumerate(sorted(set(pairs)))}
     if list(order) == pairs:
         return every
@@ -221,7 +221,7 @@ def _gathered(every: Tensor, place: Place, node: Node) -> Tensor:
     return every.new_zeros(len(order), *every.shape[1:]).index_add_(0, index, every)
 
 
-def _convolve(values: Tensor, place: Place, node: Node, step: Conv) -> Tensor:
+def _convolve(values: Tensor, place: RouteState, node: Node, step: Conv) -> Tensor:
     weight = step.weight.to(values)
     if step.groups == 1:
         weight = weight[:, slice(*place.channels)]

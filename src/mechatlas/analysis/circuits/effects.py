@@ -20,12 +20,12 @@ from jaxtyping import Float, Int
 from scipy import stats
 from torch import Tensor
 
-from mechatlas.activations.layer import Layer
 from mechatlas.activations.sites import channels_last
-from mechatlas.activations.wiring import Wiring
-from mechatlas.analysis.circuits.attention import Spread, arriving
-from mechatlas.analysis.circuits.compose import Coder, Response
+from mechatlas.analysis.circuits.attention import AttentionResponse, arriving
+from mechatlas.analysis.circuits.compose import LinearDictionary, Response
 from mechatlas.analysis.circuits.recording import encode, seen
+from mechatlas.analysis.circuits.transformer_layer import TransformerLayer
+from mechatlas.analysis.circuits.wiring import Wiring
 
 RESAMPLES = 1000
 STEPS = 16
@@ -41,15 +41,17 @@ class Ablation:
     mean: Float[np.ndarray, " source"]
     """Mean activation of the source over all its positions."""
 
-    def drives(self, encoder: Float[Tensor, "d target"]) -> Float[np.ndarray, "source target"]:
+    def pre_activations(
+        self, encoder: Float[Tensor, "d target"]
+    ) -> Float[np.ndarray, "source target"]:
         """What each drive loses, on average over all positions."""
         return self.everywhere.mean(axis=1) @ encoder.detach().float().cpu().numpy()
 
 
 @torch.no_grad()
 def ablate(
-    wiring: Wiring | Layer,
-    a: Coder,
+    wiring: Wiring | TransformerLayer,
+    a: LinearDictionary,
     maps: Iterable[Tensor],
     sources: Int[np.ndarray, " source"],
 ) -> Ablation:
@@ -97,16 +99,16 @@ class Attribution:
     """By each feature of the source through each different part of the target's channels."""
     part: Int[np.ndarray, " route"]
     """Which of those is that of each route."""
-    drive: Float[np.ndarray, " target"]
+    pre_activation: Float[np.ndarray, " target"]
     """What the drive loses if all features of the source are removed at once."""
     gap: Float[np.ndarray, " target"]
     """Share of `drive` that the attributions miss, from the finite number of steps."""
 
 
 def attribute(
-    wiring: Wiring | Layer,
-    a: Coder,
-    b: Coder,
+    wiring: Wiring | TransformerLayer,
+    a: LinearDictionary,
+    b: LinearDictionary,
     maps: Iterable[Tensor],
     targets: Int[np.ndarray, " target"],
     parts: Sequence[slice],
@@ -132,7 +134,7 @@ def attribute(
     encoder, written = b.W_enc.detach(), a.W_dec.detach().float().cpu().numpy()
     apart = [part for k, part in enumerate(parts) if part not in parts[:k]]
     given = np.zeros((len(targets), len(apart), a.n_latents))
-    drive, places = np.zeros(len(targets)), np.zeros(len(targets), np.int64)
+    pre_activation, places = np.zeros(len(targets)), np.zeros(len(targets), np.int64)
     for x in maps:
         with torch.no_grad():
             out = wiring.run(x)[:, wiring.reads]
@@ -144,7 +146,9 @@ def attribute(
             bare[:, wiring.writes] -= features
             lost = channels_last(out - wiring.run(bare)[:, wiring.reads]).flatten(0, 2)
             mask = torch.from_numpy(on).to(x)
-            drive += ((lost @ encoder[:, targets]) * mask).sum(dim=0).double().cpu().numpy()
+            pre_activation += (
+                ((lost @ encoder[:, targets]) * mask).sum(dim=0).double().cpu().numpy()
+            )
             places += on.sum(axis=0)
         for step in range(steps):
             point = bare + (step + 0.5) / steps * (x - bare)
@@ -152,15 +156,19 @@ def attribute(
                 rows = channels_last(slope[:, wiring.writes]).flatten(0, 2).float().cpu().numpy()
                 given[t, p] += ((code.T @ rows) * written).sum(axis=1) / steps
     n = np.maximum(places, 1)
-    given, drive = given / n[:, None, None], drive / n
+    given, pre_activation = given / n[:, None, None], pre_activation / n
     whole = given.sum(axis=(1, 2))
-    gap = np.abs(whole - drive) / np.maximum(np.abs(drive), 1e-30)
+    gap = np.abs(whole - pre_activation) / np.maximum(np.abs(pre_activation), 1e-30)
     each = np.array([apart.index(part) for part in parts], np.int64)
-    return Attribution(targets, places, given, each, drive, gap)
+    return Attribution(targets, places, given, each, pre_activation, gap)
 
 
 def _slopes(
-    wiring: Wiring | Layer, point: Tensor, encoder: Tensor, mask: Tensor, parts: Sequence[slice]
+    wiring: Wiring | TransformerLayer,
+    point: Tensor,
+    encoder: Tensor,
+    mask: Tensor,
+    parts: Sequence[slice],
 ) -> Iterable[tuple[int, int, Tensor]]:
     """Gradient of the sum of each drive over the places of its feature, by part."""
     start = point.detach().requires_grad_()
@@ -182,8 +190,12 @@ def _slopes(
 
 
 @torch.no_grad()
-def reproduced(
-    wiring: Wiring | Layer, found: Sequence[Response], a: Coder, b: Coder, maps: Iterable[Tensor]
+def reproduced_variance(
+    wiring: Wiring | TransformerLayer,
+    found: Sequence[Response],
+    a: LinearDictionary,
+    b: LinearDictionary,
+    maps: Iterable[Tensor],
 ) -> Float[np.ndarray, " target"]:
     """Share of the variance of each drive over positions that the composed kernels reproduce.
 
@@ -197,10 +209,10 @@ def reproduced(
         out = wiring.run(x)
         code = encode(a, x[:, wiring.writes])
         made = np.zeros((len(out) * out.shape[2] * out.shape[3], out.shape[1]), np.float32)
-        watched = wiring.watch(x) if isinstance(wiring, Layer) else None
+        watched = wiring.nonlinearities(x) if isinstance(wiring, TransformerLayer) else None
         for response in found:
             if watched is not None:
-                assert isinstance(response, Spread)
+                assert isinstance(response, AttentionResponse)
                 arrived = arriving(watched, code, response.head)
                 made += arrived @ response.values[0].float().cpu().numpy()
                 continue
@@ -224,7 +236,7 @@ def reproduced(
 
 
 @dataclasses.dataclass(frozen=True)
-class Agreement:
+class AblationAgreement:
     """Rank correlation of predictions with measurements, and of predictions of other pairs."""
 
     spearman: float
@@ -242,13 +254,13 @@ class Agreement:
     pairs: int
 
 
-def agreement(
+def ablation_agreement(
     predicted: Float[np.ndarray, "source target"],
     measured: Float[np.ndarray, "source target"],
     *,
     seed: int = 0,
     resamples: int = 200,
-) -> Agreement:
+) -> AblationAgreement:
     """Spearman's rank correlation over all pairs, with its interval and its nulls.
 
     Args:
@@ -276,14 +288,14 @@ def agreement(
         other.append(correlation(x[shift], y))
     low, high = np.quantile(drawn, [0.025, 0.975])
     ends, others = np.quantile(null, [0.025, 0.975]), np.quantile(other, [0.025, 0.975])
-    return Agreement(
+    return AblationAgreement(
         correlation(x, y), float(low), float(high),
         float(np.mean(null)), float(ends[0]), float(ends[1]),
         float(np.mean(other)), float(others[0]), float(others[1]), n * m,
     )  # fmt: skip
 
 
-def interval(
+def bootstrap_interval(
     values: Float[np.ndarray, "edge sample"], *, seed: int = 0
 ) -> tuple[Float[np.ndarray, " edge"], Float[np.ndarray, " edge"]]:
     """95 % bootstrap interval of the mean over samples, for each row."""

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from mechatlas.analysis.circuits.weights import Edges
+from mechatlas.analysis.circuits.virtual_weights import CircuitEdges
 
 KEPT = 16
 """Best ways to a feature that are carried on."""
@@ -25,16 +25,16 @@ class Path:
     latents: tuple[int, ...]
     strength: float
     """Product of the shares; negative if an odd number of pairs inhibit."""
-    stands: bool
+    significant: bool
 
 
-def strongest(
-    found: Sequence[Edges], *, features: int = 8, each: int = 3, rate: float = 0.05
+def strongest_paths(
+    found: Sequence[CircuitEdges], *, features: int = 8, each: int = 3, fdr: float = 0.05
 ) -> list[Path]:
     """The strongest paths, those that stand first.
 
     Args:
-        found: Edges of each two consecutive sites, in the order of the network.
+        found: CircuitEdges of each two consecutive sites, in the order of the network.
         features: Features of the last site that are given paths.
         each: Paths to each of them.
         rate: False discovery rate at which an edge stands.
@@ -42,10 +42,11 @@ def strongest(
     ways: dict[int, list[Path]] = {}
     for layer, edges in enumerate(found):
         longer: dict[int, list[Path]] = {}
-        for source, target, share, stands in _pairs(edges, rate):
+        for source, target, share, significant in _pairs(edges, fdr):
             before = [Path((source,), 1.0, True)] if layer == 0 else ways.get(source, [])
             longer.setdefault(target, []).extend(
-                Path((*p.latents, target), p.strength * share, p.stands and stands) for p in before
+                Path((*p.latents, target), p.strength * share, p.significant and significant)
+                for p in before
             )
         ways = {target: sorted(paths, key=_order)[:KEPT] for target, paths in longer.items()}
     best = sorted(ways.values(), key=lambda paths: _order(paths[0]))[:features]
@@ -53,10 +54,10 @@ def strongest(
 
 
 def _order(path: Path) -> tuple[bool, float, tuple[int, ...]]:
-    return not path.stands, -abs(path.strength), path.latents
+    return not path.significant, -abs(path.strength), path.latents
 
 
-def _pairs(edges: Edges, rate: float) -> list[tuple[int, int, float, bool]]:
+def _pairs(edges: CircuitEdges, fdr: float) -> list[tuple[int, int, float, bool]]:
     """Each pair once, with its share and whether the edge that carries most of it stands."""
     order = np.lexsort([-np.abs(edges.contribution), edges.target, edges.source])
     source, target = edges.source[order], edges.target[order]
@@ -64,6 +65,6 @@ def _pairs(edges: Edges, rate: float) -> list[tuple[int, int, float, bool]]:
     new[1:] = (np.diff(source) != 0) | (np.diff(target) != 0)
     return [
         (int(edges.source[k]), int(edges.target[k]), float(edges.share[k]),
-         bool(edges.q_value[k] <= rate))
+         bool(edges.q_value[k] <= fdr))
         for k in order[new]
     ]  # fmt: skip

@@ -22,20 +22,20 @@ from scipy import sparse
 from torch import Tensor
 from torch.nn import functional
 
-from mechatlas.activations.layer import Layer
 from mechatlas.activations.sites import channels_last
-from mechatlas.activations.wiring import Gate, MaxPool, Node, Route, Wiring
 from mechatlas.analysis.circuits.compose import (
-    Coder,
-    Place,
+    LinearDictionary,
     Response,
-    all_pairs,
+    RouteState,
+    compose_route,
     end,
-    respond,
-    strided,
+    stride_after,
+    tap_pairs,
     walk,
     window,
 )
+from mechatlas.analysis.circuits.transformer_layer import TransformerLayer
+from mechatlas.analysis.circuits.wiring import Gate, MaxPool, Node, Route, Wiring
 from mechatlas.base import InputError
 
 PRIOR = 16.0
@@ -48,7 +48,7 @@ EVENT_BYTES = 64 << 20
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Met:
+class GatedMean:
     """What features added by one route with the gates they met, weighed with their activation."""
 
     sums: Float[np.ndarray, "tap latent channel"]
@@ -60,30 +60,32 @@ class Met:
 class MeanGates:
     """What gates did on data."""
 
-    means: dict[Place, Float[Tensor, "sign own 1 channel"]]
-    """Means over all places, for each place of a window, as in `Opened`."""
+    means: dict[RouteState, Float[Tensor, "sign own 1 channel"]]
+    """Means over all places, for each place of a window, as in `OpenGates`."""
     prior: Float[np.ndarray, " latent"]
     """Activation that the means over all places count for."""
-    met: Sequence[Met]
+    gated_means: Sequence[GatedMean]
     """What features added with the gates they met, route by route; empty to ignore it."""
 
-    def __call__(self, place: Place, node: Node, values: Tensor) -> Tensor:
+    def __call__(self, place: RouteState, node: Node, values: Tensor) -> Tensor:
         """The means, for all latents alike."""
         del node
         return by_sign(self.means[place].repeat_interleave(len(place.taps), dim=1), values)
 
     def shared(self) -> "MeanGates":
         """The same for all features: the means over all places."""
-        return dataclasses.replace(self, met=())
+        return dataclasses.replace(self, gated_means=())
 
     def drawn(self, shared: Sequence[Response]) -> list[Response]:
         """What each feature added on average, drawn towards what all add with mean gates."""
         found = list(shared)
-        for k, met in enumerate(self.met):
+        for k, gated_means in enumerate(self.gated_means):
             like = found[k].values
-            weights, prior = (torch.from_numpy(x).to(like) for x in (met.weights, self.prior))
+            weights, prior = (
+                torch.from_numpy(x).to(like) for x in (gated_means.weights, self.prior)
+            )
             whole = (weights + prior)[..., None]
-            mean = (torch.from_numpy(met.sums).to(like) + prior[:, None] * like) / whole
+            mean = (torch.from_numpy(gated_means.sums).to(like) + prior[:, None] * like) / whole
             found[k] = dataclasses.replace(found[k], values=torch.where(whole > 0, mean, like))
         return found
 
@@ -111,7 +113,12 @@ class Recording:
 
 @torch.no_grad()
 def record(
-    wiring: Wiring, a: Coder, b: Coder, maps: Iterable[Tensor], *, seed: int = 0
+    wiring: Wiring,
+    a: LinearDictionary,
+    b: LinearDictionary,
+    maps: Iterable[Tensor],
+    *,
+    seed: int = 0,
 ) -> Recording:
     """Codes at both sites, mean gates, and what each feature adds with the gates it meets.
 
@@ -127,31 +134,33 @@ def record(
     """
     check_width(wiring, a, b)
     codes_a, codes_b, n_samples, grids = [], [], 0, ((1, 1), (1, 1))
-    sums: dict[Place, Tensor] = {}
-    met = [_nothing_met(wiring, route, a.n_latents) for route in wiring.routes]
+    sums: dict[RouteState, Tensor] = {}
+    gated_means = [_no_gated_mean(wiring, route, a.n_latents) for route in wiring.routes]
     random = np.random.default_rng([seed, 7])
     for x in maps:
         values = wiring.values(x)
         grids = _sides(x), _sides(values[-1])
         codes_a.append(encode(a, x[:, wiring.writes]))
         codes_b.append(encode(b, values[-1][:, wiring.reads]))
-        opened = _opened(wiring, values, x)
+        opened = _open_gates(wiring, values, x)
         for place, one in opened.items():
             total = one.rows.sum(dim=2, keepdim=True, dtype=x.dtype) / (one.grid[0] * one.grid[1])
             sums[place] = sums[place] + total if place in sums else total
         n_samples += len(x)
-        events = followed(codes_a[-1], grids[0], random)
-        for route, one in zip(wiring.routes, met, strict=True):
-            _meet(one, wiring, route, a, events, opened, grids)
+        events = sample_activations(codes_a[-1], grids[0], random)
+        for route, one in zip(wiring.routes, gated_means, strict=True):
+            _add_gated_means(one, wiring, route, a, events, opened, grids)
     if not n_samples:
         raise InputError("There are no samples to average gates over.")
     whole = stacked(codes_a)
     means = {place: total / n_samples for place, total in sums.items()}
-    gates = MeanGates(means, prior_of(whole, PRIOR).astype(np.float32), met)
+    gates = MeanGates(means, prior_of(whole, PRIOR).astype(np.float32), gated_means)
     return Recording(whole, stacked(codes_b), *grids, n_samples, gates)
 
 
-def check_width(wiring: Wiring | Layer, a: Coder, b: Coder) -> None:
+def check_width(
+    wiring: Wiring | TransformerLayer, a: LinearDictionary, b: LinearDictionary
+) -> None:
     """Refuse dictionaries of other sites.
 
     Raises:
@@ -171,7 +180,7 @@ def _sides(x: Tensor) -> tuple[int, int]:
     return (x.shape[2], x.shape[3])
 
 
-def encode(dictionary: Coder, x: Float[Tensor, "n channel y x"]) -> sparse.csr_matrix:
+def encode(dictionary: LinearDictionary, x: Float[Tensor, "n channel y x"]) -> sparse.csr_matrix:
     """Codes of every position, ordered by sample, y and x."""
     rows = channels_last(x).reshape(-1, x.shape[1])
     size = max(1, CODE_BYTES // (4 * dictionary.n_latents))
@@ -218,7 +227,9 @@ def seen(
     )
 
 
-def _opened(wiring: Wiring, values: dict[int, Tensor], x: Tensor) -> dict[Place, "Opened"]:
+def _open_gates(
+    wiring: Wiring, values: dict[int, Tensor], x: Tensor
+) -> dict[RouteState, "OpenGates"]:
     """Every gate at every position of its map, in one batch."""
     found = {}
     for route in wiring.routes:
@@ -231,12 +242,12 @@ def _opened(wiring: Wiring, values: dict[int, Tensor], x: Tensor) -> dict[Place,
             else:
                 continue
             rows = shares.movedim(3, -1).flatten(2, 4)
-            found[place] = Opened(functional.pad(rows, (0, 0, 0, 1)), _sides(shares[0, 0]))
+            found[place] = OpenGates(functional.pad(rows, (0, 0, 0, 1)), _sides(shares[0, 0]))
     return found
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Opened:
+class OpenGates:
     """How far a gate is open at each position of its map, for each place of a window."""
 
     rows: Shaped[Tensor, "sign own position channel"]
@@ -292,12 +303,12 @@ def largest(pool: MaxPool, x: Tensor) -> Bool[Tensor, "sign own sample channel y
     return torch.stack([holds & (holds.sum(dim=0) == 1), holds])
 
 
-def _nothing_met(wiring: Wiring, route: Route, n: int) -> Met:
+def _no_gated_mean(wiring: Wiring, route: Route, n: int) -> GatedMean:
     taps, width = len(end(wiring, route)[0]), route.channels.stop - route.channels.start
-    return Met(np.zeros((taps, n, width), np.float32), np.zeros((taps, n), np.float32))
+    return GatedMean(np.zeros((taps, n, width), np.float32), np.zeros((taps, n), np.float32))
 
 
-class Events(NamedTuple):
+class SampledActivations(NamedTuple):
     """Activations that are followed."""
 
     position: Int[np.ndarray, " event"]
@@ -305,9 +316,9 @@ class Events(NamedTuple):
     weight: Float[np.ndarray, " event"]
 
 
-def followed(
+def sample_activations(
     codes: sparse.csr_matrix, grid: tuple[int, int], random: np.random.Generator
-) -> Events:
+) -> SampledActivations:
     """Some activations of each feature in each sample, with what they stand for.
 
     The activations of a feature in a sample are laid end to end, and those are drawn that evenly
@@ -330,16 +341,16 @@ def followed(
         all_of_them, first[of] + number, np.clip(fallen, first[of], (first + count - 1)[of])
     )
     weight = np.where(all_of_them, size[chosen], share[of]).astype(np.float32)
-    return Events(every.row[order[chosen]], every.col[order[chosen]], weight)
+    return SampledActivations(every.row[order[chosen]], every.col[order[chosen]], weight)
 
 
-def _meet(
-    met: Met,
+def _add_gated_means(
+    gated_means: GatedMean,
     wiring: Wiring,
     route: Route,
-    a: Coder,
-    events: Events,
-    opened: dict[Place, Opened],
+    a: LinearDictionary,
+    events: SampledActivations,
+    opened: dict[RouteState, OpenGates],
     grids: tuple[tuple[int, int], tuple[int, int]],
 ) -> None:
     """Add activations of one batch, with the gates that they meet along a route."""
@@ -355,21 +366,23 @@ def _meet(
         part = slice(first, first + size)
         position, latent, activation = (array[part] for array in events)
 
-        def gates(place: Place, node: Node, values: Tensor, at: np.ndarray = position) -> Tensor:
+        def gates(
+            place: RouteState, node: Node, values: Tensor, at: np.ndarray = position
+        ) -> Tensor:
             one = opened[place]
-            pairs = all_pairs(place.taps, place.stride, window(node))
-            index = landing(at, grids[0], one.grid, strided(place.stride, node), pairs)
+            pairs = tap_pairs(place.taps, place.stride, window(node))
+            index = landing(at, grids[0], one.grid, stride_after(place.stride, node), pairs)
             return one.at(index, len(place.taps), values)
 
-        found = respond(wiring, route, atoms[torch.from_numpy(latent)], gates)
+        found = compose_route(wiring, route, atoms[torch.from_numpy(latent)], gates)
         inside = landing(position, grids[0], grids[1], found.stride, found.taps.tolist()) >= 0
         rows, which = np.unique(latent, return_inverse=True)
         shape = (len(rows), len(latent))
         for k, values in enumerate(found.values.float().cpu().numpy()):
             weight = activation * inside[k]
             weights = sparse.csr_matrix((weight, (which, np.arange(len(which)))), shape=shape)
-            met.sums[k, rows] += weights @ values
-            met.weights[k] += np.bincount(latent, weight, minlength=a.n_latents)
+            gated_means.sums[k, rows] += weights @ values
+            gated_means.weights[k] += np.bincount(latent, weight, minlength=a.n_latents)
 
 
 def landing(

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from mechatlas.analysis.interaction.bases import Basis
 from mechatlas.analysis.interaction.edges import Edges
-from mechatlas.analysis.interaction.sections import Section, like, rows_of
+from mechatlas.analysis.interaction.layer_maps import LayerMap, like, rows_of
 from mechatlas.analysis.interaction.statistics import Inputs
 
 ALLOWED_FALL = 0.001
@@ -132,7 +132,7 @@ def search(
 class Stage:
     """A section with all that is needed to try changes of it: activations in memory."""
 
-    section: Section
+    section: LayerMap
     inputs: Inputs
     x: Tensor
     """Of the source."""
@@ -147,8 +147,8 @@ class Stage:
 
 def stages_of(
     network: nn.Module,
-    sections: list[Section],
-    to_end: list[Section],
+    sections: list[LayerMap],
+    to_end: list[LayerMap],
     inputs: Inputs,
     *,
     as_numbers: bool = False,
@@ -181,7 +181,7 @@ def stages_of(
     return stages
 
 
-def _runner(section: Section | None, inputs: Inputs) -> Callable[[Tensor], Tensor]:
+def _runner(section: LayerMap | None, inputs: Inputs) -> Callable[[Tensor], Tensor]:
     def run(x: Tensor) -> Tensor:
         with torch.no_grad():
             return rows_of(x if section is None else section.run(x, inputs.tensor))

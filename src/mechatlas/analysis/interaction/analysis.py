@@ -4,7 +4,7 @@
 
 Main path, in reading order:
 
-    sections_of   what lies between the layers
+    layer_maps    what lies between the layers
     observe       one pass over the data: moments and firing
     build_bases   from the last layer back
     measure_edges, needed_edges, needed_vectors
@@ -34,6 +34,7 @@ from mechatlas.analysis.interaction.ablation import (
 from mechatlas.analysis.interaction.bases import KINDS, Basis, Kind
 from mechatlas.analysis.interaction.degeneracy import Account, Ledger
 from mechatlas.analysis.interaction.edges import Edges, measure_edges
+from mechatlas.analysis.interaction.layer_maps import LayerMap, layer_maps, rows_of
 from mechatlas.analysis.interaction.modularity import (
     NULLS,
     Graph,
@@ -42,7 +43,6 @@ from mechatlas.analysis.interaction.modularity import (
     graph_of,
     stability,
 )
-from mechatlas.analysis.interaction.sections import Section, rows_of, sections_of
 from mechatlas.analysis.interaction.statistics import (
     Arrays,
     Inputs,
@@ -270,8 +270,8 @@ class _Analysis:
         self.model, self.inputs, self.sites, self.how = model, inputs, sites, how
         self.kept = kept
         few = inputs.tensor[: min(16, len(inputs))]
-        self.sections = sections_of(model, sites, few)
-        self.to_end = [sections_of(model, [s, sites[-1]], few)[0] for s in sites[:-1]]
+        self.sections = layer_maps(model, sites, few)
+        self.to_end = [layer_maps(model, [s, sites[-1]], few)[0] for s in sites[:-1]]
         several = inputs.drawn(max(how.jacobian_samples, how.ablation_samples), seed=how.seed)
         self.several = several.keeping(model, sites, size=how.batch_size)
         self.some = self.several.first(how.jacobian_samples)
@@ -492,12 +492,12 @@ class _Analysis:
             needed=_there(needed, number),
             vectors=_there(vectors, number),
             kind=self.how.kind,
-            how="" if last else self.sections[number].how,
+            how="" if last else self.sections[number].description,
             rows=of.moments.n,
         )
 
     def bound(self, number: int) -> Account:
-        section: Section = self.sections[number]
+        section: LayerMap = self.sections[number]
         of, after = self.layers[number].moments, self.layers[number + 1]
         form = section.form
         plain = form is not None and form.is_linear_map and form.inner.bias is not None

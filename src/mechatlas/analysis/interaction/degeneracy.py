@@ -46,7 +46,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from mechatlas.analysis.interaction.sections import Section, rows_of
+from mechatlas.analysis.interaction.layer_maps import LayerMap, rows_of
 from mechatlas.analysis.interaction.statistics import Inputs
 from mechatlas.base import InputError
 from mechatlas.maths.linalg import Firing, parts_of, rank_of
@@ -104,7 +104,7 @@ class Ledger:
         return sum(entry.parameters for entry in self.entries)
 
 
-def account(network: nn.Module, sections: Sequence[Section], inputs: Inputs) -> Ledger | None:
+def account(network: nn.Module, sections: Sequence[LayerMap], inputs: Inputs) -> Ledger | None:
     """The ledger, one entry for each section.
 
     Args:
@@ -129,12 +129,12 @@ def account(network: nn.Module, sections: Sequence[Section], inputs: Inputs) -> 
     return Ledger(entries, explained - rank)
 
 
-def _is_layer(section: Section) -> bool:
+def _is_layer(section: LayerMap) -> bool:
     form = section.form
     return form is not None and form.is_linear_map and form.out is None and not form.skip
 
 
-def _work(sections: Sequence[Section], inputs: Inputs) -> float:
+def _work(sections: Sequence[LayerMap], inputs: Inputs) -> float:
     """Operations of the ranks, if every unit is a block of its own."""
     shapes = [s.form.weight.shape for s in sections if s.form is not None]
     memory = len(inputs) * sum(int(units) for units, _ in shapes) * int(shapes[-1][0])
@@ -150,7 +150,7 @@ class Stack:
         InputError: A section is something else, or a layer has positions.
     """
 
-    def __init__(self, network: nn.Module, sections: Sequence[Section], inputs: Inputs) -> None:
+    def __init__(self, network: nn.Module, sections: Sequence[LayerMap], inputs: Inputs) -> None:
         if not all(_is_layer(section) for section in sections):
             raise InputError("The account of free directions needs linear and ReLU layers alone.")
         layers = [sections[0].source] + [s.target for s in sections]
@@ -294,7 +294,7 @@ def _blocks(fires: np.ndarray) -> list[Int[np.ndarray, " k"]]:
 
 
 def bound(
-    section: Section, rank: int, dead: int, reached: int, width: int, blocks: int = 0
+    section: LayerMap, rank: int, dead: int, reached: int, width: int, blocks: int = 0
 ) -> Account:
     """A lower bound on the free directions of a section's first weights.
 

@@ -13,14 +13,14 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from mechatlas.analysis.interaction.sections import ReluForm, Section, rows_of
+from mechatlas.analysis.interaction.layer_maps import LayerMap, ReLUForm, rows_of
 
 MOST_GRADIENTS = 512
 """Outputs of which every gradient is taken; of more, random sums where that is allowed."""
 
 
 def vector_jacobian_products(
-    section: Section,
+    section: LayerMap,
     x: Tensor,
     inputs: Tensor,
     directions: Float[np.ndarray, "d k"],
@@ -66,7 +66,7 @@ def vector_jacobian_products(
 
 
 def directional(
-    section: Section, x: Tensor, inputs: Tensor, tangents: Float[Tensor, "k ..."]
+    section: LayerMap, x: Tensor, inputs: Tensor, tangents: Float[Tensor, "k ..."]
 ) -> Float[Tensor, "k n t o"]:
     """Derivatives of the target along changes of the source, at all output positions at once.
 
@@ -91,7 +91,7 @@ def directional(
         return torch.stack([_twice(section, x, inputs, tangent) for tangent in tangents])
 
 
-def _twice(section: Section, x: Tensor, inputs: Tensor, tangent: Tensor) -> Tensor:
+def _twice(section: LayerMap, x: Tensor, inputs: Tensor, tangent: Tensor) -> Tensor:
     """The gradient, by the cotangent, of the gradient along the tangent."""
     start = x.detach().clone().requires_grad_()
     with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
@@ -103,7 +103,7 @@ def _twice(section: Section, x: Tensor, inputs: Tensor, tangent: Tensor) -> Tens
 
 
 def form_jacobians(
-    form: ReluForm, x: Tensor, left: Float[np.ndarray, "o k"], right: Float[np.ndarray, "j d"]
+    form: ReLUForm, x: Tensor, left: Float[np.ndarray, "o k"], right: Float[np.ndarray, "j d"]
 ) -> Iterator[Float[Tensor, "n k j"]]:
     """Jacobians of each sample, one position at a time; it is zero between positions.
 

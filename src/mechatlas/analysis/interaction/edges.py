@@ -30,7 +30,7 @@ from mechatlas.analysis.interaction.derivatives import (
     form_jacobians,
     vector_jacobian_products,
 )
-from mechatlas.analysis.interaction.sections import Section, like, rows_of
+from mechatlas.analysis.interaction.layer_maps import LayerMap, like, rows_of
 from mechatlas.analysis.interaction.statistics import Inputs
 from mechatlas.base import Site
 
@@ -73,7 +73,7 @@ class Edges:
 
 def measure_edges(
     network: nn.Module,
-    section: Section,
+    section: LayerMap,
     source: Basis,
     target: Basis,
     inputs: Inputs,
@@ -93,7 +93,7 @@ def measure_edges(
     nodes, weights = np.polynomial.legendre.leggauss(points)
     path = (
         [(1.0, 1.0)]
-        if not section.bends
+        if section.is_piecewise_linear
         else [((float(n) + 1) / 2, float(w) / 2) for n, w in zip(nodes, weights, strict=True)]
     )
     total = np.zeros((2, len(target), len(source)))
@@ -112,7 +112,7 @@ def measure_edges(
 
 
 def _attributions(
-    section: Section,
+    section: LayerMap,
     x: Tensor,
     batch: Tensor,
     source: Basis,
@@ -147,7 +147,7 @@ def _attributions(
 
 
 def _backwards(
-    section: Section,
+    section: LayerMap,
     batch: Tensor,
     points: list[tuple[Tensor, float]],
     coordinates: Float[Tensor, "n s j"],
@@ -168,7 +168,7 @@ def _backwards(
     return squares
 
 
-def _block_size(section: Section, source: Basis, target: Basis, there: dict[Site, Tensor]) -> int:
+def _block_size(section: LayerMap, source: Basis, target: Basis, there: dict[Site, Tensor]) -> int:
     form = section.form
     if form is not None and form.is_linear_map:
         numbers = max(form.weight.shape[0], len(source)) * len(target)

@@ -26,7 +26,7 @@ from jaxtyping import Int
 from torch import nn
 
 from mechatlas.analysis.interaction.degeneracy import Stack
-from mechatlas.analysis.interaction.sections import Section
+from mechatlas.analysis.interaction.layer_maps import LayerMap
 from mechatlas.analysis.interaction.statistics import Inputs
 from mechatlas.base import InputError
 from mechatlas.maths.linalg import rank_of
@@ -63,7 +63,7 @@ class Parts:
 
 def account_parts(
     network: nn.Module,
-    sections: Sequence[Section],
+    sections: Sequence[LayerMap],
     inputs: Inputs,
     labels: Sequence[Int[np.ndarray, "..."]],
     *,
@@ -113,7 +113,7 @@ def _owners(stack: Stack, number: int, labels: Sequence[np.ndarray]) -> Int[np.n
 
 def _interplay(
     stack: Stack,
-    sections: Sequence[Section],
+    sections: Sequence[LayerMap],
     jacobian: np.ndarray,
     parts: list[np.ndarray],
     seed: int,
@@ -150,7 +150,7 @@ def _null_space(rows: np.ndarray, relative: float) -> np.ndarray:
     return np.linalg.qr(space)[0] if space.size else space
 
 
-def _outputs(stack: Stack, sections: Sequence[Section], weights: np.ndarray) -> np.ndarray:
+def _outputs(stack: Stack, sections: Sequence[LayerMap], weights: np.ndarray) -> np.ndarray:
     values, start = stack.values[0], 0
     for number, section in enumerate(sections):
         form = section.form

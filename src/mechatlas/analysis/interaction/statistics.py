@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from mechatlas.activations.sites import channels_last, read
 from mechatlas.analysis.interaction.derivatives import MOST_GRADIENTS, vector_jacobian_products
-from mechatlas.analysis.interaction.sections import Section, rows_of, taps_of
+from mechatlas.analysis.interaction.layer_maps import LayerMap, rows_of, taps_of
 from mechatlas.base import InputError, NonFiniteError, Progress, Site, no_progress
 from mechatlas.maths.linalg import Firing, Moments, gram, relu_pullback, skip_pullback
 
@@ -155,7 +155,7 @@ class LayerMoments:
 class SectionFiring:
     """Which hidden units of a section fire together: once, or once for each tap of a kernel."""
 
-    def __init__(self, section: Section) -> None:
+    def __init__(self, section: LayerMap) -> None:
         form = section.form
         assert form is not None
         self.form = form
@@ -194,7 +194,7 @@ class SectionFiring:
         return state
 
     @classmethod
-    def from_state(cls, section: Section, state: Arrays) -> "SectionFiring":
+    def from_state(cls, section: LayerMap, state: Arrays) -> "SectionFiring":
         """The stream as it was when `state` was called."""
         firing = cls(section)
         firing.rows = state["rows"].item()
@@ -231,7 +231,7 @@ def observe(
     network: nn.Module,
     inputs: Inputs,
     layers: Sequence[Site],
-    sections: Sequence[Section],
+    sections: Sequence[LayerMap],
     *,
     batch_size: int,
     on_progress: Progress = no_progress,
@@ -266,7 +266,7 @@ def observe(
 
 def pullback(
     network: nn.Module,
-    section: Section,
+    section: LayerMap,
     inputs: Inputs,
     directions: Float[np.ndarray, "o k"],
     *,
@@ -297,8 +297,8 @@ def pullback(
 
 def gradients(
     network: nn.Module,
-    sections: Sequence[Section],
-    to_end: Sequence[Section],
+    sections: Sequence[LayerMap],
+    to_end: Sequence[LayerMap],
     inputs: Inputs,
     *,
     batch_size: int,
@@ -316,7 +316,7 @@ def gradients(
         sources: As for `vector_jacobian_products`.
     """
     positions, width = _shape_of_last(network, to_end[0], inputs)
-    around = not all(section.apart for section in sections)
+    around = not all(section.depends_only_on_source for section in sections)
     if around or (sources is not None and positions * width > MOST_GRADIENTS):
         return [
             pullback(network, s, inputs, np.eye(width), batch_size=batch_size, sources=sources)
@@ -344,6 +344,6 @@ def gradients(
     return [total / n for total, n in zip(totals, rows, strict=True)]
 
 
-def _shape_of_last(network: nn.Module, section: Section, inputs: Inputs) -> tuple[int, int]:
+def _shape_of_last(network: nn.Module, section: LayerMap, inputs: Inputs) -> tuple[int, int]:
     rows = rows_of(inputs.first(1).read(network, [section.target])[section.target])
     return rows.shape[1], rows.shape[2]

@@ -18,30 +18,36 @@ import tyro
 from torch import Tensor, nn
 from tyro.conf import Positional, arg
 
-from mechatlas.activations.layer import Layer, as_maps, wire
 from mechatlas.activations.networks import digest
 from mechatlas.activations.samples import ImageSamples, Samples
 from mechatlas.activations.sites import read
 from mechatlas.activations.store import Store
-from mechatlas.activations.wiring import Wiring
 from mechatlas.analysis.circuits import attention
-from mechatlas.analysis.circuits.attention import Attended
+from mechatlas.analysis.circuits.attention import AttentionRecording
 from mechatlas.analysis.circuits.compose import Response
 from mechatlas.analysis.circuits.effects import (
     Ablation,
-    Agreement,
+    AblationAgreement,
     Attribution,
     ablate,
-    agreement,
+    ablation_agreement,
     attribute,
-    interval,
-    reproduced,
+    bootstrap_interval,
+    reproduced_variance,
 )
 from mechatlas.analysis.circuits.paths import Path as Strongest
-from mechatlas.analysis.circuits.paths import strongest
+from mechatlas.analysis.circuits.paths import strongest_paths
 from mechatlas.analysis.circuits.recording import Recording, record
-from mechatlas.analysis.circuits.weights import Edges, blocks, edges, kernels, responses
-from mechatlas.analysis.pictures import VisualizeConfig, optimise
+from mechatlas.analysis.circuits.transformer_layer import TransformerLayer, as_maps, connect
+from mechatlas.analysis.circuits.virtual_weights import (
+    CircuitEdges,
+    compose_responses,
+    edge_kernels,
+    pair_blocks,
+    strongest_edges,
+)
+from mechatlas.analysis.circuits.wiring import Wiring
+from mechatlas.analysis.visualization import VisualizeConfig, visualize
 from mechatlas.app.progress import bar
 from mechatlas.app.recipes import reopen
 from mechatlas.app.run_folder import Result, finish, refuse_strangers, write_table, write_tensors
@@ -76,15 +82,15 @@ class CircuitConfig:
     that they meet."""
     held_out: int = 128
     """Held-out samples on which features are removed and drives attributed."""
-    removed: int = 32
+    n_ablated: int = 32
     """Features of each site, at random, that are removed to validate the weights."""
-    keep: int = 8
+    top_k_sources: int = 8
     """Strongest sources kept of each feature."""
     features: int = 8
     """Features of the last site whose paths are traced, attributed and drawn."""
-    rate: float = 0.05
+    fdr: float = 0.05
     """False discovery rate at which an edge stands."""
-    pictures: int = 96
+    visualize_steps: int = 96
     """Steps of activation maximisation for a picture of each feature drawn; 0 for no pictures."""
     seed: int = 0
     """Seed of the activations followed, the null, the features removed, the intervals and the
@@ -109,7 +115,7 @@ def in_words(result: Result) -> str:
             f"{pair['edges_that_stand']} of {pair['edges']} edges kept stand at a false "
             f"discovery rate of {result['rate']:.0%}"
         )
-    stand = sum(path["stands"] for path in result["paths"])
+    stand = sum(path["significant"] for path in result["paths"])
     lines.append(f"{len(result['paths'])} paths traced, {stand} of which stand")
     return "\n".join([*lines, f"Result: {result['out']}"])
 
@@ -143,10 +149,10 @@ class _Opened:
 class _Found:
     """What was found between two sites."""
 
-    wiring: Wiring | Layer
-    recording: Recording | Attended
+    wiring: Wiring | TransformerLayer
+    recording: Recording | AttentionRecording
     responses: Sequence[Response]
-    edges: Edges
+    edges: CircuitEdges
     facts: Result
 
 
@@ -165,10 +171,10 @@ def circuit(recipe: CircuitConfig) -> Result:
     opened = _open(recipe)
     first = opened.samples.stack([opened.samples.read(int(opened.known[0]))])
     wirings = [
-        wire(opened.network, a, b, first) for a, b in itertools.pairwise(opened.sites)
+        connect(opened.network, a, b, first) for a, b in itertools.pairwise(opened.sites)
     ]  # every refusal comes before any work
     found = [_weigh(recipe, opened, k, wiring) for k, wiring in enumerate(wirings)]
-    paths = strongest([f.edges for f in found], features=recipe.features, rate=recipe.rate)
+    paths = strongest_paths([f.edges for f in found], features=recipe.features, fdr=recipe.fdr)
     tables, shown, pairs = [], [], []
     for k, one in enumerate(found):
         removed, given = _measure(recipe, opened, k, one, paths)
@@ -180,7 +186,7 @@ def circuit(recipe: CircuitConfig) -> Result:
     result: Result = {
         "dictionaries": opened.names,
         "sites": [str(site) for site in opened.sites],
-        "rate": recipe.rate,
+        "rate": recipe.fdr,
         "samples": len(opened.known),
         "held_out_samples": len(opened.unseen),
         "pairs": pairs,
@@ -202,15 +208,17 @@ def _check(recipe: CircuitConfig) -> None:
             f"`mechatlas circuit` needs two dictionaries or more, got {len(recipe.dictionaries)}: "
             "mechatlas circuit DICT_A DICT_B [DICT_C ...] --out DIR."
         )
-    for name in ("samples", "held_out", "removed", "keep", "features"):
-        least = 2 if name in ("held_out", "removed") else 1
+    for name in ("samples", "held_out", "n_ablated", "top_k_sources", "features"):
+        least = 2 if name in ("held_out", "n_ablated") else 1
         if getattr(recipe, name) < least:
             option = name.replace("_", "-")
             raise RecipeError(f"--{option} must be at least {least}, got {getattr(recipe, name)}.")
-    if recipe.pictures < 0:
-        raise RecipeError(f"--pictures must be at least 0 steps, got {recipe.pictures}.")
-    if not 0 < recipe.rate < 1:
-        raise RecipeError(f"--rate must lie between 0 and 1, got {recipe.rate}.")
+    if recipe.visualize_steps < 0:
+        raise RecipeError(
+            f"--visualize-steps must be at least 0 steps, got {recipe.visualize_steps}."
+        )
+    if not 0 < recipe.fdr < 1:
+        raise RecipeError(f"--fdr must lie between 0 and 1, got {recipe.fdr}.")
     refuse_strangers(recipe.out, KIND)
 
 
@@ -287,21 +295,29 @@ def _store_of(path: Path) -> Path:
     )
 
 
-def _weigh(recipe: CircuitConfig, opened: _Opened, k: int, wiring: Wiring | Layer) -> _Found:
+def _weigh(
+    recipe: CircuitConfig, opened: _Opened, k: int, wiring: Wiring | TransformerLayer
+) -> _Found:
     """All pairs of features of two sites, and how well their kernels reproduce drives."""
     a, b = opened.dictionaries[k : k + 2]
     clock = time.process_time()
     maps = opened.maps(wiring.source, opened.known)
-    if isinstance(wiring, Layer):
+    if isinstance(wiring, TransformerLayer):
         recording = attention.record(wiring, a, b, maps)
     else:
         recording = record(wiring, a, b, maps, seed=recipe.seed)
-    found = responses(wiring, a, recording.gates)
+    found = compose_responses(wiring, a, recording.gates)
     with bar(f"weighing {opened.names[k]} -> {opened.names[k + 1]}") as progress:
-        kept = edges(
-            wiring, found, b, recording, keep=recipe.keep, seed=recipe.seed, on_progress=progress
+        kept = strongest_edges(
+            wiring,
+            found,
+            b,
+            recording,
+            top_k_sources=recipe.top_k_sources,
+            seed=recipe.seed,
+            on_progress=progress,
         )
-    share = reproduced(wiring, found, a, b, opened.maps(wiring.source, opened.unseen))
+    share = reproduced_variance(wiring, found, a, b, opened.maps(wiring.source, opened.unseen))
     names = [route.name for route in wiring.routes]
     facts = {
         "a": opened.names[k],
@@ -312,7 +328,7 @@ def _weigh(recipe: CircuitConfig, opened: _Opened, k: int, wiring: Wiring | Laye
         "kernel_taps": [len(response.taps) for response in found],
         "pairs_tested": kept.tested,
         "edges": len(kept.source),
-        "edges_that_stand": int((kept.q_value <= recipe.rate).sum()),
+        "edges_that_stand": int((kept.q_value <= recipe.fdr).sum()),
         "discoveries": dict(zip(names, kept.discoveries.tolist(), strict=True)),
         "variance_reproduced": _quartiles(share),
         "seconds": round(time.process_time() - clock, 3),
@@ -338,7 +354,7 @@ def _measure(
     a, b = opened.dictionaries[k : k + 2]
     active = np.unique(one.recording.codes_a.indices)
     random = np.random.default_rng([recipe.seed, k])
-    drawn = random.permutation(active)[: recipe.removed]
+    drawn = random.permutation(active)[: recipe.n_ablated]
     sources = np.union1d(drawn, _of_layer(paths, k))
     maps = opened.maps(one.wiring.source, opened.unseen)
     removed = ablate(one.wiring, a, maps, sources)
@@ -357,25 +373,27 @@ def _validated(
     a, b = opened.dictionaries[k : k + 2]
     active = np.unique(one.recording.codes_a.indices)
     random = np.random.default_rng([recipe.seed, k])
-    own = np.isin(removed.sources, random.permutation(active)[: recipe.removed])
-    measured = removed.drives(b.W_enc)[own]
+    own = np.isin(removed.sources, random.permutation(active)[: recipe.n_ablated])
+    measured = removed.pre_activations(b.W_enc)[own]
     gates = {
         "agreement": one.responses,
-        "agreement_one_gate_for_all": responses(one.wiring, a, one.recording.gates.shared()),
+        "agreement_one_gate_for_all": compose_responses(
+            one.wiring, a, one.recording.gates.shared()
+        ),
     }
     if isinstance(one.wiring, Wiring):
-        gates["agreement_gates_open"] = responses(one.wiring, a)
+        gates["agreement_gates_open"] = compose_responses(one.wiring, a)
     made = {}
     for name, found in gates.items():
         weight = np.concatenate(
-            [block.weight.sum(axis=0) for block in blocks(one.wiring, found, b.W_enc.detach())]
+            [block.weight.sum(axis=0) for block in pair_blocks(one.wiring, found, b.W_enc.detach())]
         )
         predicted = weight.T[removed.sources[own]] * removed.mean[own, None]
-        made[name] = _plain(agreement(predicted, measured, seed=recipe.seed))
+        made[name] = _plain(ablation_agreement(predicted, measured, seed=recipe.seed))
     return {"features_removed": int(own.sum()), **made}
 
 
-def _plain(found: Agreement) -> Result:
+def _plain(found: AblationAgreement) -> Result:
     return dataclasses.asdict(found)
 
 
@@ -394,9 +412,9 @@ def _table(
         first, own = one.wiring.reads.start, routes[e.route[edge]].channels
         part = slice(max(0, own.start - first), max(0, own.stop - first))
         lost = removed.everywhere[row[int(e.source[edge])]][:, part]
-        drive = lost @ encoder[part, e.target[edge]]
-        low, high = interval(drive[None])
-        columns["effect"][edge] = drive.mean()
+        pre_activation = lost @ encoder[part, e.target[edge]]
+        low, high = bootstrap_interval(pre_activation[None])
+        columns["effect"][edge] = pre_activation.mean()
         columns["effect_low"][edge], columns["effect_high"][edge] = low[0], high[0]
     attribution = np.full(n, np.nan)
     at = np.searchsorted(given.targets, e.target).clip(0, max(0, len(given.targets) - 1))
@@ -429,15 +447,15 @@ def _explained(k: int, one: _Found, given: Attribution, paths: Sequence[Stronges
         whole = given.given[t].sum(axis=0)
         kept = np.unique(one.edges.source[one.edges.target == target])
         shown = np.array(sorted(j for j, i in pairs if i == target), np.int64)
-        drive = float(given.drive[t])
-        known = given.places[t] > 0 and drive != 0
+        pre_activation = float(given.pre_activation[t])
+        known = given.places[t] > 0 and pre_activation != 0
         found.append({
             "layer": k + 1,
             "latent": int(target),
             "places": int(given.places[t]),
-            "drive": drive if known else None,
-            "explained_by_paths": float(whole[shown].sum() / drive) if known else None,
-            "explained_by_kept": float(whole[kept].sum() / drive) if known else None,
+            "drive": pre_activation if known else None,
+            "explained_by_paths": float(whole[shown].sum() / pre_activation) if known else None,
+            "explained_by_kept": float(whole[kept].sum() / pre_activation) if known else None,
             "attribution_gap": float(given.gap[t]) if known else None,
         })  # fmt: skip
     return found
@@ -448,10 +466,10 @@ def _pictures(
 ) -> dict[str, np.ndarray]:
     """A picture of each feature on a path, by layer; none if the network does not take photos."""
     samples = opened.samples
-    if not recipe.pictures or not isinstance(samples, ImageSamples) or samples.channels != 3:
+    if not recipe.visualize_steps or not isinstance(samples, ImageSamples) or samples.channels != 3:
         return {}
     made: dict[str, np.ndarray] = {}
-    how = VisualizeConfig(steps=recipe.pictures, seed=recipe.seed)
+    config = VisualizeConfig(steps=recipe.visualize_steps, seed=recipe.seed)
     for layer, (site, dictionary) in enumerate(zip(opened.sites, opened.dictionaries, strict=True)):
         latents = _of_layer(paths, layer)
         rows = dictionary.W_enc.detach().T[torch.from_numpy(latents)]
@@ -459,7 +477,8 @@ def _pictures(
             parts = []
             for first in range(0, len(rows), AT_ONCE):
                 part = rows[first : first + AT_ONCE]
-                parts.append(optimise(opened.network, site, part, side=samples.side, how=how)[0])
+                drawn = visualize(opened.network, site, part, side=samples.side, config=config)
+                parts.append(drawn.images)
                 progress(first + len(part), len(rows))
         if parts:
             made[f"{layer}.latents"] = latents.astype(np.int32)
@@ -480,7 +499,7 @@ def _write(
     tensors: dict[str, np.ndarray] = {}
     for k, one in enumerate(found):
         encoder = opened.dictionaries[k + 1].W_enc.detach()
-        made = kernels(one.wiring, one.responses, encoder, one.edges)
+        made = edge_kernels(one.wiring, one.responses, encoder, one.edges)
         for route, response, kernel in zip(one.wiring.routes, one.responses, made, strict=True):
             tensors[f"{k}.{route.name}.taps"] = response.taps.astype(np.int32)
             tensors[f"{k}.{route.name}.kernels"] = kernel

@@ -98,9 +98,9 @@ def _look_inside(collect: CollectConfig, out: Path) -> dict[str, Any]:
             out=out / "circuit",
             samples=24,
             held_out=16,
-            removed=8,
+            n_ablated=8,
             features=4,
-            pictures=0,
+            visualize_steps=0,
         )
     )
     posed = dataclasses.replace(
@@ -126,14 +126,13 @@ def _prove(out: Path) -> dict[str, Any]:
     """
     net = group_nets.GroupNetConfig(group="S4", steps=1200, batch_size=256, out=out / "s4_net")
     group_nets.train(net)
-    return proving.prove(
-        proving.ProveConfig(
-            weights=net.out / group_nets.NET,
-            table=net.out / group_nets.TABLE,
-            out=out / "s4_proof",
-            exact=True,
-        )
+    proof = proving.ProveConfig(
+        weights=net.out / group_nets.NET,
+        table=net.out / group_nets.TABLE,
+        out=out / "s4_proof",
+        exact=True,
     )
+    return dataclasses.asdict(proving.prove(proof))
 
 
 def _in_words(result: dict[str, Any]) -> list[str]:

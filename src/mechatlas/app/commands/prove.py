@@ -1,182 +1,291 @@
-"""`mechatlas prove`: from the weights of a group-operation network to a proof on disk.
+"""Bound the accuracy of a group-operation network, with a proof that anyone can check.
 
-prove    weights, table -> a folder with proof, result and what the page draws
-check    proof, weights -> the bound, verified anew
+mechatlas prove net.safetensors --table table.npy --out proof --exact --compare
+mechatlas prove --check proof net.safetensors --reference
 """
 
 import dataclasses
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Annotated, Any
 
 import numpy as np
+import tyro
+from jaxtyping import Int
 from safetensors import SafetensorError, safe_open
+from tyro.conf import Positional, arg
 
-from mechatlas.analysis.proofs.explain import NeuronDirections
-from mechatlas.analysis.proofs.prove import COMPUTE_BUDGET, AccuracyBound, exact_accuracy
-from mechatlas.analysis.proofs.prove import prove as prove_bound
-from mechatlas.analysis.proofs.structure import (
-    CosetConcentration,
-    bi_equivariance,
-    coset_concentration,
+from mechatlas.analysis.proofs.prove import (
+    COMPUTE_BUDGET,
+    AccuracyBound,
+    exact_accuracy,
 )
+from mechatlas.analysis.proofs.prove import prove as prove_bound
+from mechatlas.analysis.proofs.structure import bi_equivariance
 from mechatlas.analysis.proofs.verifier.exact import brute_force_accuracy, decide_exactly
-from mechatlas.analysis.proofs.verifier.explanation import NOT_TRIED, Explanation, Grid, ProofError
+from mechatlas.analysis.proofs.verifier.explanation import ProofError
 from mechatlas.analysis.proofs.verifier.proof import as_weights, load_proof
 from mechatlas.analysis.proofs.verifier.structures import Weights
-from mechatlas.analysis.proofs.verifier.verify import Verification, verify
-from mechatlas.app.run_folder import Result, refuse_strangers
-from mechatlas.base import InputError, WeightsError
+from mechatlas.analysis.proofs.verifier.verify import LogitBudget, Verification, verify
+from mechatlas.app.proof_details import CosetSummaries, describe, measure_cosets
+from mechatlas.app.run_folder import finish, refuse_strangers
+from mechatlas.base import InputError, RecipeError, WeightsError
 from mechatlas.files import checksum, write_json
 from mechatlas.maths.groups import Group
 
+KIND = "proof"
 FILE = "proof.safetensors"
-KEYS = ("left", "right", "unembed")
-SOUND = {
-    "float32": "accuracy_bound: relu(left[x] + right[y]) @ unembed in IEEE float32, in any order "
-    "of summation, fused or not",
-    "real": "accuracy_bound_real: the same in exact arithmetic on the stored weights",
-    "checked": "the table is a group (all axioms, Light's test); each irrep is an orthogonal "
-    "homomorphism (on generators, with word length); rho-sets are permuted and stay opposite; "
-    "everything else in the proof may be wrong without harm",
-    "rounding": "a-priori bounds for every float32 and float64 operation (Higham 2002, 3.1)",
-}
+NEURONS = "neurons.json"
 REPEATS = 5
+"""Number of times that brute force and verification are run in turn; once for large groups."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ProveConfig:
-    """Bound the accuracy of a group-operation network, with a proof that anyone can check."""
+    """Bound the accuracy of logits = relu(left[x] + right[y]) @ unembed on a group's table.
 
-    weights: Path
+    Examples:  mechatlas prove net.safetensors --table table.npy --out proof
+               mechatlas prove net.safetensors --table table.npy --out proof --exact --compare
+               mechatlas prove --check proof net.safetensors --reference
+    """
+
+    weights: Annotated[Positional[Path], arg(metavar="WEIGHTS")]
     """Safetensors with left (n, m), right (n, m), unembed (m, n)."""
-    table: Path
+    table: Path | None = None
     """The group's table as .npy: table[x, y] is the right answer."""
-    out: Path
+    out: Path | None = None
     """Folder for the proof and the result."""
     exact: bool = False
-    """Finish the pairs that are not certified by brute force."""
+    """Finish the pairs that are not certified by brute force, for the exact accuracy."""
     compare: bool = False
-    """Also time brute force, in the same run."""
+    """Also run and time brute force."""
     compute_budget: float = COMPUTE_BUDGET
-    """Share of the multiply-adds of brute force that the later stages may use."""
+    """Multiply-adds for the later stages, as a share of those of brute force."""
+    check: Path | None = None
+    """Verify this proof (a file or its folder) instead of making one. With --table as well, the
+    proof must be about that table."""
+    reference: bool = False
+    """Check with the short verifier in numpy, which is slower and meant to be audited."""
 
 
-def prove(recipe: ProveConfig) -> Result:
-    """Prove, and write the folder.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Soundness:
+    """Statements that are proved, and what they rest on."""
+
+    float32: str = (
+        "accuracy_bound: relu(left[x] + right[y]) @ unembed in IEEE float32, in any order of "
+        "summation, fused or not"
+    )
+    """Statement about the float32 network."""
+    real: str = "accuracy_bound_real: the same in exact arithmetic on the stored weights"
+    """Statement about exact arithmetic."""
+    checked: str = (
+        "the table is a group (all axioms, Light's test); each irrep is an orthogonal homomorphism "
+        "(on generators, with word length); rho-sets are permuted and stay opposite; everything "
+        "else in the proof may be wrong without harm"
+    )
+    """Conditions that the verifier checks."""
+    rounding: str = "a-priori bounds for every float32 and float64 operation (Higham 2002, 3.1)"
+    """Treatment of rounding."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ProveResult:
+    """Bound on the accuracy of a network, with its evidence and its cost."""
+
+    order: int
+    """Order of the group."""
+    width: int
+    """Neurons of the network."""
+    accuracy_bound: float
+    """Least share of all pairs that the float32 network gets right."""
+    accuracy_bound_real: float
+    """The same bound in exact arithmetic on the stored weights."""
+    sound: Soundness
+    """Statements that are proved, and what they rest on."""
+    verifier: str
+    """Share of pairs that each stage of the verifier certified."""
+    seconds_verify: float
+    """Process CPU seconds of one verification."""
+    seconds_prove: float
+    """Process CPU seconds of looking for the explanation."""
+    multiply_adds: int
+    """Multiply-adds of one verification."""
+    multiply_adds_share: float
+    """The same as a share of those of brute force."""
+    logit_budget: LogitBudget
+    """Terms of the bound of a typical pair."""
+    why: str
+    """Reason why the bound is as large as it is, in words."""
+    bi_equivariance: float | None = None
+    """Share of the variance of the logits that depends on x^-1 z y^-1 alone."""
+    cosets: CosetSummaries | None = None
+    """Neurons that are about constant on the cosets of a subgroup."""
+    accuracy_exact: float | None = None
+    """Accuracy in exact arithmetic, with --exact."""
+    seconds_exact: float | None = None
+    """Process CPU seconds of the exact accuracy, with --exact."""
+    accuracy_brute_force: float | None = None
+    """Accuracy by brute force in float64, with --compare."""
+    seconds_brute_force_f32: float | None = None
+    """Process CPU seconds of brute force in float32, with --compare."""
+    seconds_brute_force_f64: float | None = None
+    """Process CPU seconds of brute force in float64, with --compare."""
+    out: str = ""
+    """Folder of the run; not in the file."""
+    seconds: float = 0.0
+    """Process CPU seconds of the command."""
+    peak_bytes: int = 0
+    """Largest resident memory of the process."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CheckResult:
+    """Bound of a saved proof, verified anew."""
+
+    order: int
+    """Order of the group."""
+    width: int
+    """Neurons of the network."""
+    accuracy_bound: float
+    """Least share of all pairs that the float32 network gets right."""
+    accuracy_bound_real: float
+    """The same bound in exact arithmetic on the stored weights."""
+    claimed: float
+    """Bound that the proof claims."""
+    table: str
+    """Checksum of the table."""
+    sound: Soundness
+    """Statements that are proved, and what they rest on."""
+    verifier: str
+    """Share of pairs that each stage of the verifier certified."""
+    reference: bool
+    """Whether the short verifier in numpy was used."""
+    seconds_verify: float
+    """Process CPU seconds of the verification."""
+
+
+def run(words: list[str]) -> tuple[dict[str, Any], str]:
+    """Prove a bound or check a proof, from the words of the command line."""
+    config = tyro.cli(ProveConfig, args=words, prog="mechatlas prove")
+    result = prove(config) if config.check is None else check(config)
+    values = {k: v for k, v in dataclasses.asdict(result).items() if v not in (None, "")}
+    return values, in_words(result)
+
+
+def prove(config: ProveConfig) -> ProveResult:
+    """Look for an explanation, verify it, and write the proof.
 
     Raises:
+        RecipeError: There is no table, or no folder.
         UserError: The weights or the table are not what they should be.
     """
-    weights_given = read_weights(recipe.weights)
-    table = read_table(recipe.table)
-    group = Group(table, name=recipe.table.stem.removesuffix("_table"))
-    weights = as_weights(*weights_given, group.order)
-    refuse_strangers(recipe.out, "proof")
-    bound = prove_bound(*weights, group, compute_budget=recipe.compute_budget)
-    verdict = bound.verification
-    recipe.out.mkdir(parents=True, exist_ok=True)
-    file = bound.proof.save(recipe.out / FILE)
-    macs = group.order**3 * weights[0].shape[1]
-    result: Result = {
-        "order": group.order,
-        "width": weights[0].shape[1],
-        "accuracy_bound": bound.accuracy_bound,
-        "accuracy_bound_real": verdict.accuracy_bound_real,
-        "sound": SOUND,
-        "verifier": _in_stages(verdict),
-        "seconds_verify": bound.seconds_verify,
-        "seconds_prove": bound.seconds_prove,
-        "multiply_adds": verdict.multiply_adds,
-        "multiply_adds_share": verdict.multiply_adds / macs,
-        "budget": dataclasses.asdict(verdict.logit_budget),
-        "why": explain_in_words(bound),
-    }
-    if recipe.exact:
-        decide_exactly(weights, group.table, np.eye(group.order, dtype=bool))  # loads compiled code
-        result["accuracy_exact"], result["seconds_exact"] = exact_accuracy(bound, *weights)
-    if recipe.compare:
-        result |= _compare(weights, group, bound, exact=recipe.exact)
-    cosets = {
-        side: coset_concentration(w, group, side)
-        for side, w in zip(KEYS[:2], weights, strict=False)
-    }
-    result["bi_equivariance"] = bi_equivariance(*weights, group)
-    result["cosets"] = {side: _summarise(found) for side, found in cosets.items()}
-    details = describe(weights, group, bound) | {
-        "cosets": {
-            side: {
-                "order": found.order.tolist(),
-                "concentration": np.round(found.concentration, 4).tolist(),
-            }
-            for side, found in cosets.items()
-        }
-    }
-    write_json(recipe.out / "neurons.json", details)
+    if config.table is None or config.out is None:
+        raise RecipeError("`mechatlas prove WEIGHTS` needs --table TABLE.npy and --out DIR.")
+    clock = time.process_time()
+    given, table = read_weights(config.weights), read_table(config.table)
+    group = Group(table, name=config.table.stem.removesuffix("_table"))
+    weights = as_weights(*given, group.order)
+    refuse_strangers(config.out, KIND)
+    bound = prove_bound(*weights, group, compute_budget=config.compute_budget)
+    verification, cosets = bound.verification, measure_cosets(weights, group)
+    result = ProveResult(
+        order=group.order,
+        width=weights.left.shape[1],
+        accuracy_bound=bound.accuracy_bound,
+        accuracy_bound_real=verification.accuracy_bound_real,
+        sound=Soundness(),
+        verifier=verification.stages_in_words,
+        seconds_verify=bound.seconds_verify,
+        seconds_prove=bound.seconds_prove,
+        multiply_adds=verification.multiply_adds,
+        multiply_adds_share=verification.multiply_adds / (group.order**3 * weights.left.shape[1]),
+        logit_budget=verification.logit_budget,
+        why=explain_in_words(verification),
+        bi_equivariance=bi_equivariance(*weights, group),
+        cosets=cosets.summary(),
+    )
+    if config.exact:
+        decide_exactly(weights, group.table, np.eye(group.order, dtype=bool))  # compiles
+        accuracy, seconds = exact_accuracy(bound, *weights)
+        result = dataclasses.replace(result, accuracy_exact=accuracy, seconds_exact=seconds)
+    if config.compare:
+        result = _compare(weights, group, bound, result)
+    config.out.mkdir(parents=True, exist_ok=True)
+    file = bound.proof.save(config.out / FILE)
+    write_json(config.out / NEURONS, dataclasses.asdict(describe(weights, group, bound, cosets)))
     manifest = {
         "schema": 1,
-        "kind": "proof",
+        "kind": KIND,
         "group": group.name,
-        "weights": str(recipe.weights.resolve()),
+        "weights": str(config.weights.resolve()),
+        "parents": {
+            "weights": checksum(config.weights.read_bytes()),
+            "table": checksum(config.table.read_bytes()),
+        },
         "files": {FILE: checksum(file.read_bytes())},
     }
-    write_json(recipe.out / "manifest.json", manifest)
-    write_json(recipe.out / "result.json", result)
-    return {"out": str(recipe.out), **result}
+    write_json(config.out / "manifest.json", manifest)
+    values = {k: v for k, v in dataclasses.asdict(result).items() if k != "out" and v is not None}
+    whole = finish(config.out, config, values, clock)
+    return dataclasses.replace(
+        result, out=whole["out"], seconds=whole["seconds"], peak_bytes=whole["peak_bytes"]
+    )
 
 
-def check(proof_path: Path, weights_path: Path, table_path: Path | None = None) -> Result:
+def check(config: ProveConfig) -> CheckResult:
     """Verify a saved proof, without the prover; it must be about the table, if one is given.
 
     Raises:
         ProofError: It is damaged, forged, or about other weights or another table.
         UserError: A file cannot be read.
     """
-    path = proof_path / FILE if proof_path.is_dir() else proof_path
+    assert config.check is not None
+    path = config.check / FILE if config.check.is_dir() else config.check
     proof = load_proof(path)
-    weights = read_weights(weights_path)
-    if table_path is not None and not np.array_equal(proof.table, read_table(table_path)):
-        raise ProofError(f"The proof is about another table than {table_path}.")
+    weights = read_weights(config.weights)
+    if config.table is not None and not np.array_equal(proof.table, read_table(config.table)):
+        raise ProofError(f"The proof is about another table than {config.table}.")
     clock = time.process_time()
-    verdict = proof.check(*weights)
-    return {
-        "order": len(proof.table),
-        "width": verdict.sample.terms.weights.left.shape[1],
-        "accuracy_bound": verdict.accuracy_bound,
-        "accuracy_bound_real": verdict.accuracy_bound_real,
-        "claimed": proof.accuracy_bound,
-        "table": checksum(np.ascontiguousarray(proof.table, np.int64).tobytes()),
-        "sound": SOUND,
-        "verifier": _in_stages(verdict),
-        "seconds_verify": time.process_time() - clock,
-    }
+    verification = proof.check(*weights, reference=config.reference)
+    return CheckResult(
+        order=len(proof.table),
+        width=len(weights.unembed),
+        accuracy_bound=verification.accuracy_bound,
+        accuracy_bound_real=verification.accuracy_bound_real,
+        claimed=proof.accuracy_bound,
+        table=checksum(np.ascontiguousarray(proof.table, np.int64).tobytes()),
+        sound=Soundness(),
+        verifier=verification.stages_in_words,
+        reference=config.reference,
+        seconds_verify=time.process_time() - clock,
+    )
 
 
-def in_words(result: Result) -> str:
-    """What was proved."""
+def in_words(result: ProveResult | CheckResult) -> str:
+    """The bound, the reason for it, and its cost."""
     lines = [
-        f"Accuracy is at least {result['accuracy_bound']:.4%} over all {result['order'] ** 2:,} "
-        f"pairs (float32, any order of sums; {result['accuracy_bound_real']:.4%} in exact "
-        "arithmetic).",
-        f"Verified in {result['seconds_verify']:.4f} s of CPU time.",
+        f"Accuracy is at least {result.accuracy_bound:.4%} over all {result.order**2:,} pairs "
+        f"(float32, any order of sums; {result.accuracy_bound_real:.4%} in exact arithmetic).",
+        f"Verified in {result.seconds_verify:.4f} s of CPU time.",
     ]
-    if "why" in result:
-        lines[1:1] = [result["why"]]
-    if "accuracy_exact" in result:
+    if isinstance(result, CheckResult):
+        by = " by the short verifier in numpy" if result.reference else ""
+        return "\n".join([f"The proof holds, checked{by or ' without the prover'}.", *lines])
+    lines.insert(1, result.why)
+    if result.accuracy_exact is not None:
+        lines.append(f"Exact accuracy {result.accuracy_exact:.6%} in {result.seconds_exact:.4f} s.")
+    if result.seconds_brute_force_f32 is not None:
         lines.append(
-            f"Exact accuracy {result['accuracy_exact']:.6%} in {result['seconds_exact']:.4f} s."
+            f"Brute force: {result.seconds_brute_force_f32:.4f} s in float32, "
+            f"{result.seconds_brute_force_f64:.4f} s in float64."
         )
-    if "seconds_brute_force_f32" in result:
-        lines.append(
-            f"Brute force: {result['seconds_brute_force_f32']:.4f} s in float32, "
-            f"{result['seconds_brute_force_f64']:.4f} s in float64."
-        )
-    if "out" in result:
-        lines.append(f"Proof: {Path(result['out']) / FILE}")
-    return "\n".join(lines)
+    return "\n".join([*lines, f"Proof: {Path(result.out) / FILE}"])
 
 
-def read_weights(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """left, right and unembed from a file.
+def read_weights(path: Path) -> Weights:
+    """Read left, right and unembed from a file.
 
     Raises:
         WeightsError: The file is missing, damaged or lacks one of them.
@@ -184,25 +293,24 @@ def read_weights(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     try:
         with safe_open(path, framework="numpy") as file:
             names = list(file.keys())
-            missing = [key for key in KEYS if key not in names]
+            missing = [key for key in Weights._fields if key not in names]
             if missing:
                 raise WeightsError(
                     f"{path} has no {', '.join(map(repr, missing))}; it has "
                     f"{', '.join(map(repr, names)) or 'nothing'}. `mechatlas prove` needs left "
                     "(n, m), right (n, m) and unembed (m, n)."
                 )
-            left, right, unembed = (file.get_tensor(key) for key in KEYS)
+            return Weights(*(file.get_tensor(key) for key in Weights._fields))
     except WeightsError:
         raise
     except FileNotFoundError as error:
         raise WeightsError(f"There is no file {path}.") from error
     except (OSError, SafetensorError, TypeError, ValueError) as error:
         raise WeightsError(f"{path} cannot be read as safetensors ({error}).") from error
-    return left, right, unembed
 
 
-def read_table(path: Path) -> np.ndarray:
-    """The table from a .npy file.
+def read_table(path: Path) -> Int[np.ndarray, "order order"]:
+    """Read a table from a .npy file.
 
     Raises:
         InputError: The file is missing or is not an array.
@@ -216,142 +324,62 @@ def read_table(path: Path) -> np.ndarray:
         raise InputError(f"{path} cannot be read as a .npy array ({error}).") from error
 
 
-def explain_in_words(bound: AccuracyBound) -> str:
-    """Why the bound is what it is."""
-    verdict = bound.verification
-    budget, share = dataclasses.asdict(verdict.logit_budget), verdict.accuracy_bound
-    losses = {name: -value for name, value in budget.items() if name != "ideal_margin"}
+REASONS = {
+    "additive": "parts of neurons that depend on x or y alone differ between answers",
+    "non_equivariance": "circuits are not equivariant: cells of B x B' are empty, or `a` is not "
+    "the same over a circuit",
+    "unembedding_noise": "the unembedding has noise that the interaction of a circuit can reach",
+    "residual": "neurons that fit no circuit, or only roughly",
+    "rounding": "rounding",
+}
+"""Reasons for each loss of `LogitBudget`, in words."""
+
+
+def explain_in_words(verification: Verification) -> str:
+    """Explain why the bound is as large as it is."""
+    budget, share = verification.logit_budget, verification.accuracy_bound
+    losses = {name: -getattr(budget, name) for name in REASONS}
     worst = max(losses, key=lambda name: losses[name])
-    reason = {
-        "additive": "parts of neurons that depend on x or y alone differ between answers",
-        "non_equivariance": "circuits are not equivariant: cells of B x B' are empty, or `a` is "
-        "not the same over a circuit",
-        "unembedding_noise": "the unembedding has noise that the interaction of a circuit can "
-        "reach",
-        "residual": "neurons that fit no circuit, or only roughly",
-        "rounding": "rounding",
-    }[worst]
-    if share == 1:
-        against = (
-            f"The ideal margin of {budget['ideal_margin']:.1f} logits stands against losses of "
-            f"{sum(losses.values()):.1f} for a typical pair"
-        )
-        if float((verdict.stages == 1).mean()) > 0.5:
-            return f"Every pair is certified. {against}."
+    ideal, total, reason = budget.ideal_margin, sum(losses.values()), REASONS[worst]
+    if share < 1:
         return (
-            f"Every pair is certified. {against}, most of them ({losses[worst]:.1f}) because "
-            f"{reason}: the circuits alone do not prove it, the low rank of the unembedding does."
+            f"{1 - share:.1%} of the pairs are not certified. For a typical pair the ideal margin "
+            f"is {ideal:.1f} logits and the losses are {total:.1f}; most of them "
+            f"({losses[worst]:.1f}) because {reason}."
         )
+    against = (
+        f"Every pair is certified. The ideal margin of {ideal:.1f} logits stands against losses of "
+        f"{total:.1f} for a typical pair"
+    )
+    if float((verification.stages == 1).mean()) > 0.5:
+        return f"{against}."
     return (
-        f"{1 - share:.1%} of the pairs are not certified. For a typical pair the ideal margin is "
-        f"{budget['ideal_margin']:.1f} logits and the losses are {sum(losses.values()):.1f}; most "
-        f"of them ({losses[worst]:.1f}) because {reason}."
+        f"{against}, most of them ({losses[worst]:.1f}) because {reason}: the circuits alone do "
+        "not prove it, the low rank of the unembedding does."
     )
 
 
-def describe(weights: Weights, group: Group, bound: AccuracyBound) -> Result:
-    """What the page draws: neurons, rho-sets, cells, budget and margins."""
-    seen: NeuronDirections = bound.directions
-    explanation = bound.proof.explanation
-    irreps = group.irreps()
-    names = [irreps[k].name if k >= 0 else "" for k in seen.irrep]
-    grids = [
-        {
-            "irrep": grid.name,
-            "neurons": _neurons(explanation, grid).tolist(),
-            "left": grid.left_points.tolist(),
-            "right": grid.right_points.tolist(),
-            "scale": np.round(grid.scale.astype(float), 6).tolist(),
-            "left_vectors": np.round(grid.left_vectors, 6).tolist(),
-            "right_vectors": np.round(grid.right_vectors, 6).tolist(),
-            "spread_of_a": _spread_of_a(seen, _neurons(explanation, grid)),
-        }
-        for grid in explanation.grids
-    ]
-    edges, certified, true = _histograms(weights, group, bound.verification)
-    return {
-        "group": group.name,
-        "irreps": sorted({name for name in names if name}),
-        "irrep": names,
-        "shares": {
-            part: np.round(values, 4).tolist()
-            for part, values in zip(KEYS, seen.shares, strict=True)
-        },
-        "grids": grids,
-        "unplaced": len(explanation.representatives) - sum(len(g.scale) for g in explanation.grids),
-        "silent": int(explanation.dead.sum()),
-        "merged": len(explanation.dead)
-        - int(explanation.dead.sum())
-        - len(explanation.representatives),
-        "histogram": {"edges": edges, "certified": certified, "true": true},
+def _compare(
+    weights: Weights, group: Group, bound: AccuracyBound, result: ProveResult
+) -> ProveResult:
+    """Time brute force, verification and exact count in turn, and take medians."""
+    table = group.table
+    work = {
+        "seconds_brute_force_f32": lambda: brute_force_accuracy(*weights, table, dtype=np.float32),
+        "seconds_brute_force_f64": lambda: brute_force_accuracy(*weights, table, dtype=np.float64),
+        "seconds_verify": lambda: verify(*weights, group, bound.proof.explanation),
     }
+    if result.accuracy_exact is not None:
+        work["seconds_exact"] = lambda: exact_accuracy(bound, *weights)
+    repeats = REPEATS if group.order < 300 else 1
+    times = [[_seconds(run_once) for run_once in work.values()] for _ in range(repeats)]
+    medians = dict(zip(work, np.median(times, axis=0).tolist(), strict=True))
+    accuracy = brute_force_accuracy(*weights, table, dtype=np.float64)
+    return dataclasses.replace(result, accuracy_brute_force=accuracy, **medians)
 
 
-def _summarise(found: CosetConcentration) -> Result:
-    """How many neurons have a subgroup, and the median of how concentrated they are."""
-    some = found.order > 1
-    median = float(np.median(found.concentration[some])) if some.any() else 0.0
-    return {"neurons": int(some.sum()), "concentration": median}
-
-
-def _neurons(explanation: Explanation, grid: Grid) -> np.ndarray:
-    """Those of a grid that stand for themselves, as the network numbers them."""
-    return explanation.representatives[grid.first_neuron : grid.first_neuron + len(grid.scale)]
-
-
-def _spread_of_a(seen: NeuronDirections, neurons: np.ndarray) -> float:
-    """1 - mean |cosine| of each neuron's a with that of the circuit: 0 where it is constant."""
-    a = np.array([seen.a[i] for i in neurons])
-    main = np.linalg.svd(a, full_matrices=False)[2][0]
-    return round(float(1 - np.abs(a @ main).mean()), 4)
-
-
-def _histograms(weights: Weights, group: Group, verdict: Verification) -> tuple[list, list, list]:
-    """Certified and true margins; of large groups, of some x only."""
-    xs = np.linspace(0, group.order - 1, min(group.order, 120)).astype(int)
-    left, right, unembed = (w.astype(np.float64) for w in weights)
-    true = []
-    for x in xs:
-        logits = np.maximum(left[x] + right, 0) @ unembed
-        pairs, answers = np.arange(group.order), group.table[x]
-        mine = logits[pairs, answers].copy()
-        logits[pairs, answers] = -np.inf
-        true.append(mine - logits.max(axis=1))
-    certified = verdict.margins[xs].ravel()
-    certified = certified[certified > NOT_TRIED]
-    margins = np.concatenate(true)
-    low, high = np.quantile(np.concatenate([certified, margins]), [0.001, 1])
-    edges = np.linspace(low, high, 61)
-    counts = [np.histogram(np.clip(v, low, high), edges)[0].tolist() for v in (certified, margins)]
-    return np.round(edges, 4).tolist(), *counts
-
-
-def _in_stages(verdict: Verification) -> str:
-    ok = verdict.margins > verdict.float32_errors
-    shares = [float((ok & (verdict.stages == k)).mean()) for k in (1, 2, 3)]
-    names = ("equivariant circuits", "low rank", "outright")
-    return ", ".join(f"{name} {s:.2%}" for name, s in zip(names, shares, strict=True))
-
-
-def _compare(weights: Weights, group: Group, bound: AccuracyBound, *, exact: bool) -> Result:
-    """Brute force, verification and exact count in turn, medians."""
-    times: dict[type, list[float]] = {np.float32: [], np.float64: []}
-    ours, counts = [bound.seconds_verify], []
-    accuracy = 0.0
-    for _ in range(REPEATS if group.order < 300 else 1):
-        for dtype, seconds in times.items():
-            clock = time.process_time()
-            accuracy = brute_force_accuracy(*weights, group.table, dtype=dtype)
-            seconds.append(time.process_time() - clock)
-        clock = time.process_time()
-        verify(*weights, group, bound.proof.explanation)
-        ours.append(time.process_time() - clock)
-        if exact:
-            counts.append(exact_accuracy(bound, *weights).seconds)
-    medians = {"seconds_exact": float(np.median(counts))} if exact else {}
-    return medians | {
-        "accuracy_brute_force": accuracy,
-        "seconds_brute_force_f32": float(np.median(times[np.float32])),
-        "seconds_brute_force_f64": float(np.median(times[np.float64])),
-        "seconds_verify": float(np.median(ours)),
-    }
+def _seconds(work: Callable[[], object]) -> float:
+    """Process CPU seconds of one call."""
+    clock = time.process_time()
+    work()
+    return time.process_time() - clock

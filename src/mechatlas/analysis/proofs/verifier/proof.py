@@ -25,7 +25,7 @@ from mechatlas.analysis.proofs.verifier.explanation import (
 )
 from mechatlas.analysis.proofs.verifier.structures import Weights
 from mechatlas.analysis.proofs.verifier.verify import Verification, verify
-from mechatlas.base import DiskError, InputError, NonFiniteError
+from mechatlas.base import DiskError, InputError, NonFiniteError, Result
 from mechatlas.files import checksum, write
 from mechatlas.maths.arrays import as_array
 from mechatlas.maths.groups import Group
@@ -53,9 +53,9 @@ OLD_NAMES = {
 """Names of today -> names in files of version 0.1, where they differ."""
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class AccuracyProof:
-    """An explanation, the table, and the weights that both are about."""
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class AccuracyProof(Result):
+    """Proof of a bound: an explanation, the table, and the weights that both are about."""
 
     explanation: Explanation
     """Claims of the prover."""
@@ -67,6 +67,15 @@ class AccuracyProof:
     """Claim: the least share of pairs that the float32 network gets right."""
     saves_time: bool = True
     """Whether the prover expects it to save time before brute force. Only a hint."""
+
+    def summary(self) -> str:
+        """Claim of the proof, and what it is about."""
+        n, e = len(self.table), self.explanation
+        return (
+            f"Proof: claims an accuracy of at least {self.accuracy_bound:.4%} over {n**2:,} pairs\n"
+            f"About a network of {len(e.dead)} neurons with the checksum {self.weights_checksum}\n"
+            f"Explanation: {len(e.circuits)} circuits, {len(e.grids)} grids; check() verifies it"
+        )
 
     def check(
         self, left: ArrayLike, right: ArrayLike, unembed: ArrayLike, *, reference: bool = False

@@ -111,7 +111,7 @@
       const last = part.names.length - 1;
       const strongest = drawing.paths[0];
       const holder = el("figure", {}, el("h4", {}, `${part.sites[last]}/${drawing.target}`,
-        el("small", {}, ` strongest path ${percent(strongest.strength)}${strongest.stands ? "" : ", does not stand"}`)));
+        el("small", {}, ` strongest path ${percent(strongest.strength)}${strongest.significant ? "" : ", does not stand"}`)));
       place.append(holder);
       atlas.whenSeen(holder, () => draw(holder, part, drawing, dictionaries), "400px");
     });

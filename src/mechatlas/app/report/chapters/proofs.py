@@ -1,9 +1,13 @@
-"""What was proved of networks on groups: circuits, rho-sets, budget and margins."""
+"""Proofs of networks on groups: circuits, rho-sets, terms of the bound, and margins."""
 
+import dataclasses
 from typing import Any
 
+import cattrs
 import numpy as np
+from jaxtyping import Float
 
+from mechatlas.app.proof_details import GridDetails, MarginHistogram, NetworkDetails
 from mechatlas.app.report.chapter import Chapter, render
 from mechatlas.app.report.runs import Runs
 from mechatlas.base import Progress
@@ -16,99 +20,159 @@ TERMS = {
     "residual": "neurons that fit no circuit",
     "rounding": "rounding",
 }
+"""Terms of the bound, as the page calls them."""
+OLD_KEYS = {
+    "budget": "logit_budget",
+    "ideal": "ideal_margin",
+    "moved": "non_equivariance",
+    "cells": "unembedding_noise",
+    "rest": "residual",
+    "unplaced": "n_unplaced",
+    "silent": "n_dead",
+    "merged": "n_merged",
+}
+"""Keys in `result.json` and `neurons.json` of version 0.1 -> keys today, at any depth."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Drawing:
+    """A figure with its name and caption."""
+
+    name: str
+    caption: str
+    figure: dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class IrrepRow:
+    """Neurons of an irrep, and the median share of their weights in it."""
+
+    name: str
+    neurons: int
+    left: float
+    right: float
+    unembed: float
+
+
+@dataclasses.dataclass(frozen=True)
+class CircuitRow:
+    """A circuit in a line of the table."""
+
+    irrep: str
+    size: str
+    neurons: int
+    filled: float
+    spread_of_a: float
+
+
+@dataclasses.dataclass(frozen=True)
+class ProofSection:
+    """Everything that the page says about one proof."""
+
+    name: str
+    details: NetworkDetails
+    result: dict[str, Any]
+    irreps: list[IrrepRow]
+    circuits: list[CircuitRow]
+    drawings: list[Drawing]
 
 
 def chapter(runs: Runs, on_progress: Progress) -> Chapter | None:
-    """Every folder that `mechatlas prove` wrote.
+    """Draw every folder that `mechatlas prove` wrote.
 
     Raises:
         DiskError: A file of a run is damaged.
     """
-    found = [run for run in runs.of_kind("proof") if run.result]
-    if not found:
+    finished = [run for run in runs.of_kind("proof") if run.result]
+    if not finished:
         return None
-    proofs, figures = [], {}
-    for number, run in enumerate(found):
-        details = run.read("neurons.json") or {}
-        drawn = _figures(run.result, details, f"proof{number}")
-        figures |= {name: figure for name, _, figure in drawn}
+    proofs = []
+    for number, run in enumerate(finished):
+        details = cattrs.structure(_renamed(run.read("neurons.json")), NetworkDetails)
+        result = _renamed(run.result)
         proofs.append(
-            {
-                "name": run.name,
-                "details": details,
-                "result": run.result,
-                "irreps": _irreps(details),
-                "circuits": [_circuit(grid) for grid in details.get("grids", [])],
-                "figures": [(name, caption) for name, caption, _ in drawn],
-            }
+            ProofSection(
+                run.name,
+                details,
+                result,
+                _irreps(details),
+                [_circuit(grid) for grid in details.grids],
+                _drawings(result, details, f"proof{number}"),
+            )
         )
-        on_progress(number + 1, len(found))
+        on_progress(number + 1, len(finished))
     return Chapter(
         name="proofs",
         title="Proofs",
         html=render("proofs.html", proofs=proofs),
-        figures=figures,
+        figures={d.name: d.figure for proof in proofs for d in proof.drawings},
     )
 
 
-def _irreps(details: dict[str, Any]) -> list[dict[str, Any]]:
-    """How many neurons each irrep has, and how much of their weights lies in it."""
-    names = np.array(details.get("irrep", []))
-    rows = []
-    for name in details.get("irreps", []):
+def _renamed(value: Any) -> Any:
+    """Plain values with the keys of version 0.1 replaced by those of today."""
+    if isinstance(value, dict):
+        return {OLD_KEYS.get(key, key): _renamed(item) for key, item in value.items()}
+    return [_renamed(item) for item in value] if isinstance(value, list) else value
+
+
+def _irreps(details: NetworkDetails) -> list[IrrepRow]:
+    """Number of neurons of each irrep, and how much of their weights lies in it."""
+    names, rows = np.array(details.irrep), []
+    for name in details.irreps:
         mine = names == name
-        parts = {k: float(np.median(np.array(v)[mine])) for k, v in details["shares"].items()}
-        rows.append({"name": name, "neurons": int(mine.sum()), **parts})
+        medians = (
+            float(np.median(np.array(share)[mine]))
+            for share in (details.shares.left, details.shares.right, details.shares.unembed)
+        )
+        rows.append(IrrepRow(name, int(mine.sum()), *medians))
     return rows
 
 
-def _circuit(grid: dict[str, Any]) -> dict[str, Any]:
-    cells = set(zip(grid["left"], grid["right"], strict=True))
-    rows, columns = len(grid["left_vectors"]), len(grid["right_vectors"])
-    return {
-        "irrep": grid["irrep"],
-        "size": f"{rows} \N{MULTIPLICATION SIGN} {columns}",
-        "neurons": len(grid["neurons"]),
-        "filled": len(cells) / (rows * columns),
-        "spread_of_a": grid["spread_of_a"],
-    }
+def _circuit(grid: GridDetails) -> CircuitRow:
+    """Size of a circuit, and the share of its cells that have a neuron."""
+    cells = set(zip(grid.left, grid.right, strict=True))
+    rows, columns = len(grid.left_vectors), len(grid.right_vectors)
+    return CircuitRow(
+        irrep=grid.irrep,
+        size=f"{rows} \N{MULTIPLICATION SIGN} {columns}",
+        neurons=len(grid.neurons),
+        filled=len(cells) / (rows * columns),
+        spread_of_a=grid.spread_of_a,
+    )
 
 
-def _figures(
-    result: dict[str, Any], details: dict[str, Any], prefix: str
-) -> list[tuple[str, str, dict[str, Any]]]:
-    """Name, caption and figure of everything that is drawn of one proof."""
-    drawn = [
-        (f"{prefix}budget", "The first bound of a typical pair, term by term.", _budget(result)),
-    ]
-    if "histogram" in details:
+def _drawings(result: dict[str, Any], details: NetworkDetails, prefix: str) -> list[Drawing]:
+    """Everything that is drawn of one proof."""
+    text = "The bound of the first stage for a typical pair, term by term."
+    drawings = [Drawing(f"{prefix}budget", text, _budget(result["logit_budget"]))]
+    if details.histogram:
         text = "Margins in logits: certified (a lower bound) and true (by brute force)."
-        drawn.append((f"{prefix}margins", text, _margins(details["histogram"])))
+        drawings.append(Drawing(f"{prefix}margins", text, _margins(details.histogram)))
     seen = set()
-    for number, grid in enumerate(details.get("grids", [])):
-        text = f"Neurons of irrep {grid['irrep']} in their cells B \N{MULTIPLICATION SIGN} B'."
-        drawn.append((f"{prefix}grid{number}", text, _cells(grid)))
-        key = (grid["irrep"], len(grid["left_vectors"]))
+    for number, grid in enumerate(details.grids):
+        text = f"Neurons of irrep {grid.irrep} in their cells B \N{MULTIPLICATION SIGN} B'."
+        drawings.append(Drawing(f"{prefix}grid{number}", text, _cells(grid)))
+        key = (grid.irrep, len(grid.left_vectors))
         if key not in seen:
             seen.add(key)
-            vectors = np.array(grid["left_vectors"])
+            vectors = np.array(grid.left_vectors)
             flat = "" if vectors.shape[1] <= 3 else f", of {vectors.shape[1]} dimensions, projected"
-            text = f"The rho-set of {len(vectors)} vectors in irrep {grid['irrep']}{flat}."
-            drawn.append((f"{prefix}set{number}", text, _polytope(vectors)))
-    return drawn
+            text = f"The rho-set of {len(vectors)} vectors in irrep {grid.irrep}{flat}."
+            drawings.append(Drawing(f"{prefix}set{number}", text, _polytope(vectors)))
+    return drawings
 
 
-def _budget(result: dict[str, Any]) -> dict[str, Any]:
-    budget = result.get("budget", {})
-    names = [name for name in TERMS if name in budget]
+def _budget(budget: dict[str, float]) -> dict[str, Any]:
+    """Waterfall of the terms of the bound."""
     return {
         "data": [
             {
                 "type": "waterfall",
                 "orientation": "v",
-                "measure": ["relative"] * len(names) + ["total"],
-                "x": [TERMS[name] for name in names] + ["bound"],
-                "y": [budget[name] for name in names] + [0],
+                "measure": ["relative"] * len(TERMS) + ["total"],
+                "x": [*TERMS.values(), "bound"],
+                "y": [budget[name] for name in TERMS] + [0],
                 "hovertemplate": "%{x}<br>%{delta:.2f} logits<extra></extra>",
             }
         ],
@@ -116,17 +180,18 @@ def _budget(result: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _margins(histogram: dict[str, Any]) -> dict[str, Any]:
-    edges = np.array(histogram["edges"])
+def _margins(histogram: MarginHistogram) -> dict[str, Any]:
+    """Histograms of certified and of true margins, one over the other."""
+    edges = np.array(histogram.edges)
     middles = ((edges[1:] + edges[:-1]) / 2).round(4).tolist()
     width = float(edges[1] - edges[0])
     return {
         "data": [
             {
-                "type": "bar", "name": name, "x": middles, "y": histogram[name],
+                "type": "bar", "name": name, "x": middles, "y": counts,
                 "width": width, "opacity": 0.6,
             }
-            for name in ("certified", "true")
+            for name, counts in (("certified", histogram.certified), ("true", histogram.true))
         ],
         "layout": {
             "barmode": "overlay",
@@ -137,9 +202,10 @@ def _margins(histogram: dict[str, Any]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _cells(grid: dict[str, Any]) -> dict[str, Any]:
-    filled = np.zeros((len(grid["left_vectors"]), len(grid["right_vectors"])))
-    np.add.at(filled, (grid["left"], grid["right"]), np.abs(grid["scale"]))
+def _cells(grid: GridDetails) -> dict[str, Any]:
+    """Heat map of the strength of the neurons in each cell."""
+    filled = np.zeros((len(grid.left_vectors), len(grid.right_vectors)))
+    np.add.at(filled, (grid.left, grid.right), np.abs(grid.scale))
     return {
         "data": [
             {
@@ -155,7 +221,7 @@ def _cells(grid: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _polytope(vectors: np.ndarray) -> dict[str, Any]:
+def _polytope(vectors: Float[np.ndarray, "point d"]) -> dict[str, Any]:
     """Points, and edges between nearest ones; in its main three directions if there are more."""
     gram = vectors @ vectors.T
     np.fill_diagonal(gram, -np.inf)

@@ -24,12 +24,18 @@ from jaxtyping import Float, Int
 from scipy import sparse
 from torch import Tensor
 
-from mechatlas.activations.layer import Layer
-from mechatlas.activations.wiring import Wiring
 from mechatlas.analysis.circuits import attention
-from mechatlas.analysis.circuits.attention import Attended, Standing
-from mechatlas.analysis.circuits.compose import Coder, Gates, Response, all_open, respond
+from mechatlas.analysis.circuits.attention import AttentionRecording, FrozenNonlinearities
+from mechatlas.analysis.circuits.compose import (
+    Gates,
+    LinearDictionary,
+    Response,
+    compose_route,
+    open_gates,
+)
 from mechatlas.analysis.circuits.recording import MeanGates, Recording, n_columns
+from mechatlas.analysis.circuits.transformer_layer import TransformerLayer
+from mechatlas.analysis.circuits.wiring import Wiring
 from mechatlas.base import Progress, no_progress
 
 BLOCK_BYTES = 256 << 20
@@ -43,21 +49,23 @@ LEAST_ACTIVE = 10
 _SHIFT = 17  # of the bits of a float32, so that an octave has 64 bins
 
 
-def responses(
-    wiring: Wiring | Layer, a: Coder, gates: Gates | Standing = all_open
+def compose_responses(
+    wiring: Wiring | TransformerLayer,
+    a: LinearDictionary,
+    gates: Gates | FrozenNonlinearities = open_gates,
 ) -> Sequence[Response]:
     """What every atom of the source's dictionary adds to the target, by each route."""
     atoms = a.W_dec.detach()
-    if isinstance(gates, Standing):
-        assert isinstance(wiring, Layer)
-        return [attention.respond(wiring, route, atoms, gates) for route in wiring.routes]
+    if isinstance(gates, FrozenNonlinearities):
+        assert isinstance(wiring, TransformerLayer)
+        return [attention.compose_route(wiring, route, atoms, gates) for route in wiring.routes]
     assert isinstance(wiring, Wiring)
-    found = [respond(wiring, route, atoms, gates) for route in wiring.routes]
+    found = [compose_route(wiring, route, atoms, gates) for route in wiring.routes]
     return gates.drawn(found) if isinstance(gates, MeanGates) else found
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Block:
+class PairBlock:
     """All pairs of some targets with all sources, by each route."""
 
     targets: slice
@@ -69,8 +77,8 @@ class Block:
     """The same with the weights of another target, at equal length of what it reads."""
 
 
-def readers(
-    wiring: Wiring | Layer, response: Response, encoder: Float[Tensor, "d target"]
+def encoder_rows(
+    wiring: Wiring | TransformerLayer, response: Response, encoder: Float[Tensor, "d target"]
 ) -> Tensor:
     """What encoders read of the channels that a route writes (channel, target)."""
     rows = encoder.new_zeros(response.channels.stop - response.channels.start, encoder.shape[1])
@@ -81,16 +89,16 @@ def readers(
 
 
 @torch.no_grad()
-def blocks(
-    wiring: Wiring | Layer,
+def pair_blocks(
+    wiring: Wiring | TransformerLayer,
     found: Sequence[Response],
     encoder: Float[Tensor, "d target"],
-    recording: Recording | Attended | None = None,
+    recording: Recording | AttentionRecording | None = None,
     *,
     decoys: int = 0,
     seed: int = 0,
     block_bytes: int = BLOCK_BYTES,
-) -> Iterator[Block]:
+) -> Iterator[PairBlock]:
     """All pairs of features.
 
     Args:
@@ -115,7 +123,7 @@ def blocks(
         orders = [_deranged(len(cut), random) for _ in range(decoys)]
         together = _Together(recording, targets) if recording else None
         for k, response in enumerate(found):
-            rows = readers(wiring, response, encoder[:, targets]).T.contiguous()
+            rows = encoder_rows(wiring, response, encoder[:, targets]).T.contiguous()
             length = rows.norm(dim=1).clamp_min(1e-30).float().cpu().numpy()
             for entry, (values, total, squares) in enumerate(response.entries()):
                 made = rows @ values.T
@@ -132,7 +140,7 @@ def blocks(
             for draw, order in enumerate(orders):
                 if chance is not None:
                     chance[draw, k] *= (length / length[order])[:, None]
-        yield Block(targets, weight, norm, given, chance)
+        yield PairBlock(targets, weight, norm, given, chance)
 
 
 def _deranged(n: int, random: np.random.Generator) -> np.ndarray:
@@ -146,7 +154,7 @@ def _deranged(n: int, random: np.random.Generator) -> np.ndarray:
 class _Together:
     """How much of each source is around the places where each target is active, on average."""
 
-    def __init__(self, recording: Recording | Attended, targets: slice) -> None:
+    def __init__(self, recording: Recording | AttentionRecording, targets: slice) -> None:
         self.recording = recording
         self.on = recording.codes_b[:, targets].copy()
         self.on.data = (self.on.data > 0).astype(np.float32)
@@ -157,10 +165,10 @@ class _Together:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Edges:
+class CircuitEdges:
     """The strongest pairs of features, each by every route, strongest pair of a target first.
 
-    Edges of one pair follow each other, in the order of the routes.
+    CircuitEdges of one pair follow each other, in the order of the routes.
     """
 
     source: Int[np.ndarray, " edge"]
@@ -180,17 +188,17 @@ class Edges:
 
 
 @torch.no_grad()
-def edges(
-    wiring: Wiring | Layer,
+def strongest_edges(
+    wiring: Wiring | TransformerLayer,
     found: Sequence[Response],
-    b: Coder,
-    recording: Recording | Attended,
+    b: LinearDictionary,
+    recording: Recording | AttentionRecording,
     *,
-    keep: int = 8,
+    top_k_sources: int = 8,
     seed: int = 0,
     block_bytes: int = BLOCK_BYTES,
     on_progress: Progress = no_progress,
-) -> Edges:
+) -> CircuitEdges:
     """The strongest pairs of each target, and their evidence.
 
     The null keeps when each target is active, and lends it the weights of another target, which
@@ -216,7 +224,7 @@ def edges(
     alive_b = _alive(recording.codes_b)
     evidence = _Evidence(len(found), alive_a, alive_b)
     parts: list[dict[str, np.ndarray]] = []
-    for block in blocks(
+    for block in pair_blocks(
         wiring, found, encoder, recording, decoys=DECOYS, seed=seed, block_bytes=block_bytes
     ):
         targets = np.arange(block.targets.start, block.targets.stop)
@@ -226,7 +234,7 @@ def edges(
         whole[~alive_b[targets]] = 0
         total = np.maximum(np.abs(whole).sum(axis=1, keepdims=True), 1e-30)
         z = evidence.count(block)
-        n = min(keep, whole.shape[1])
+        n = min(top_k_sources, whole.shape[1])
         best = np.argpartition(-np.abs(whole), n - 1, axis=1)[:, :n]
         size = np.abs(np.take_along_axis(whole, best, axis=1))
         best = np.take_along_axis(best, np.argsort(-size, axis=1, kind="stable"), axis=1)
@@ -250,7 +258,7 @@ def edges(
     columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     z = columns.pop("z")
     q_value, discoveries, tested = evidence.judge(z, columns["route"])
-    return Edges(**columns, q_value=q_value, discoveries=discoveries, tested=tested)
+    return CircuitEdges(**columns, q_value=q_value, discoveries=discoveries, tested=tested)
 
 
 def _alive(codes: sparse.csr_matrix) -> np.ndarray:
@@ -265,7 +273,7 @@ class _Evidence:
         self.real = np.zeros((n_routes, 2, 1 << (31 - _SHIFT)), np.int64)
         self.chance = np.zeros_like(self.real)
 
-    def count(self, block: Block) -> np.ndarray:
+    def count(self, block: PairBlock) -> np.ndarray:
         """Contributions in units of the null (route, target, source), remembered for `judge`."""
         assert block.contribution is not None
         assert block.decoys is not None
@@ -289,8 +297,8 @@ class _Evidence:
         tested = int(self.alive_a.sum()) * int(self.alive_b.sum())
         for k, sign in np.ndindex(*self.real.shape[:2]):
             real, chance = _tail(self.real[k, sign]), _tail(self.chance[k, sign]) / DECOYS
-            rate = np.minimum((chance + 1) / np.maximum(real, 1), 1.0)
-            q = np.minimum.accumulate(rate)
+            fdr = np.minimum((chance + 1) / np.maximum(real, 1), 1.0)
+            q = np.minimum.accumulate(fdr)
             own = (route == k) & ((z < 0) == bool(sign)) & (z != 0)
             q_value[own] = q[_bins(np.abs(z[own]))]
             discoveries[k] += self.real[k, sign][q <= 0.05].sum() / max(tested, 1)
@@ -317,17 +325,17 @@ def _tail(counts: np.ndarray) -> np.ndarray:
 
 
 @torch.no_grad()
-def kernels(
-    wiring: Wiring | Layer,
+def edge_kernels(
+    wiring: Wiring | TransformerLayer,
     found: Sequence[Response],
     encoder: Float[Tensor, "d target"],
-    edges: Edges,
+    edges: CircuitEdges,
 ) -> list[Float[np.ndarray, "edge tap"]]:
     """For each route, the kernels of its edges, in their order; taps as in the response."""
     made = []
     for k, response in enumerate(found):
         own = np.flatnonzero(edges.route == k)
-        rows = readers(wiring, response, encoder)
+        rows = encoder_rows(wiring, response, encoder)
         kernel = np.empty((len(own), len(response.taps)), np.float32)
         for first in range(0, len(own), 1024):
             part = own[first : first + 1024]

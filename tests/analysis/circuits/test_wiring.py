@@ -8,7 +8,7 @@ from mechatlas.activations.architectures.inception import inception_mini
 from mechatlas.activations.architectures.inception_v1 import inception_v1
 from mechatlas.activations.architectures.squeezenet import SqueezeNet
 from mechatlas.activations.sites import read
-from mechatlas.activations.wiring import Affine, MaxPool, Pad, Sum, trace
+from mechatlas.analysis.circuits.wiring import Affine, MaxPool, Pad, Sum, trace_wiring
 from mechatlas.base import Site, SiteError
 from tests.analysis.circuits.small import two
 
@@ -50,7 +50,7 @@ def test_routes_are_the_branches_and_the_wiring_repeats_the_network(
     network, source, target, side, routes
 ):
     model, x = network().eval(), images(side=side)
-    wiring = trace(model, Site.parse(source), Site.parse(target), x[:1])
+    wiring = trace_wiring(model, Site.parse(source), Site.parse(target), x[:1])
     assert [route.name for route in wiring.routes] == routes
     whole = [Site(Site.parse(s).module) for s in (source, target)]
     with torch.no_grad():
@@ -59,7 +59,7 @@ def test_routes_are_the_branches_and_the_wiring_repeats_the_network(
 
 
 def test_lopsided_pooling_of_inception_v1_is_a_pad_and_a_maximum():
-    wiring = trace(inception_v1().eval(), Site("mixed3b"), Site("mixed4a"), images(1, 64))
+    wiring = trace_wiring(inception_v1().eval(), Site("mixed3b"), Site("mixed4a"), images(1, 64))
     first, second = (wiring.nodes[i].step for i in wiring.routes[0].nodes[:2])
     assert isinstance(first, Pad)
     assert isinstance(second, MaxPool)
@@ -69,7 +69,7 @@ def test_residual_blocks_have_a_direct_route_and_normalisation_is_folded():
     network = Residual().eval()
     torch.nn.init.normal_(network.norm.get_buffer("running_mean"))
     torch.nn.init.uniform_(network.norm.get_buffer("running_var"), 0.5, 2)
-    wiring = trace(network, Site("stem"), Site("out"), images(2, 9))
+    wiring = trace_wiring(network, Site("stem"), Site("out"), images(2, 9))
     assert [route.name for route in wiring.routes] == ["direct", "two"]
     kinds = {type(node.step) for node in wiring.nodes}
     assert {Affine, Sum} <= kinds
@@ -85,29 +85,29 @@ def test_residual_blocks_have_a_direct_route_and_normalisation_is_folded():
 )
 def test_sites_that_make_no_circuit_are_refused(source, target, message):
     with pytest.raises(SiteError, match=message):
-        trace(inception_mini().eval(), Site(source), Site(target), images())
+        trace_wiring(inception_mini().eval(), Site(source), Site(target), images())
 
 
 def test_a_step_that_cannot_be_composed_is_named_with_its_module():
     with pytest.raises(SiteError, match="Module 'localresponsenorm0' between conv2d0 and conv2d1"):
-        trace(inception_v1().eval(), Site("conv2d0"), Site("conv2d1"), images(1, 64))
+        trace_wiring(inception_v1().eval(), Site("conv2d0"), Site("conv2d1"), images(1, 64))
 
 
 def test_a_way_around_the_source_is_refused():
     with pytest.raises(SiteError, match="also depends on what comes before out: module 'stem'"):
-        trace(Residual().eval(), Site("out"), Site("late"), images(2, 9))
+        trace_wiring(Residual().eval(), Site("out"), Site("late"), images(2, 9))
 
 
 def test_training_mode_is_refused_where_it_matters():
     network = Residual().train()
     with pytest.raises(SiteError, match="Module 'norm'"):
-        trace(network, Site("stem"), Site("out"), images(2, 9))
+        trace_wiring(network, Site("stem"), Site("out"), images(2, 9))
 
 
 def test_the_network_is_as_it_was():
     network = two(dtype=torch.float32)
     x = images(1, 9)
     before = network(x)
-    trace(network, Site("first"), Site("second"), x)
+    trace_wiring(network, Site("first"), Site("second"), x)
     assert torch.equal(network(x), before)
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in network.modules())

@@ -1,10 +1,10 @@
 """The pieces of a network between the layers that are analysed.
 
-    sections_of   a network and its layers -> one `Section` between each layer and the next
+    layer_maps    a network and its layers -> one `LayerMap` between each layer and the next
     rows_of       activations as (sample, position, channel), whatever the layer's shape
 
 A section is recognised by running it, never by name: a chain of modules that leads from one
-layer to the next, or one of the forms of `ReluForm` inside that chain, is used only where it
+layer to the next, or one of the forms of `ReLUForm` inside that chain, is used only where it
 gives the very numbers the network gives. Where nothing is recognised the network runs with the
 layer replaced; what it computes before that layer is left out only if it makes no difference.
 """
@@ -25,7 +25,7 @@ from mechatlas.base import Site, SiteError
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class ReluForm:
+class ReLUForm:
     """`out(relu(inner(x)))`, with `x` added if `skip`; without `relu` and `out`, `inner(x)`."""
 
     inner: nn.Module
@@ -52,7 +52,7 @@ class ReluForm:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Section:
+class LayerMap:
     """From the activations of one layer to those of the next."""
 
     source: Site
@@ -60,14 +60,13 @@ class Section:
     run: "Run"
     """Activations of the source, as the network has them, and the network's inputs of the
     same samples -> activations of the target."""
-    form: ReluForm | None
+    form: ReLUForm | None
     """What it is, if it is one of the forms with a closed solution."""
-    how: str
+    description: str
     """In words, how the section is run."""
-    bends: bool
-    """Its gradient changes along straight paths from zero, with biases scaled alike: it is not
-    piecewise linear, and integrals along a path need more than one point."""
-    apart: bool
+    is_piecewise_linear: bool
+    """Gradients are constant between jumps, so one point of a path is enough to integrate."""
+    depends_only_on_source: bool
     """The target depends on the source alone: nothing goes around it."""
 
 
@@ -93,7 +92,7 @@ def like(rows: Float[Tensor, "n position d"], activations: Tensor) -> Tensor:
     return shaped.movedim(-1, 1) if activations.ndim == 4 else shaped
 
 
-def sections_of(network: nn.Module, layers: Sequence[Site], inputs: Tensor) -> list[Section]:
+def layer_maps(network: nn.Module, layers: Sequence[Site], inputs: Tensor) -> list[LayerMap]:
     """The sections between layers, in order.
 
     Args:
@@ -121,7 +120,7 @@ def _section(
     calls: "list[_Call]",
     found: dict[Site, Tensor],
     inputs: Tensor,
-) -> Section:
+) -> LayerMap:
     before, after = found[source], found[target]
     chain = _chain(calls, before, after) if source.branch is target.branch is None else None
     if chain is not None and _same(_run_chain(chain, before), after):
@@ -132,8 +131,8 @@ def _section(
         def chained(x: Tensor, _inputs: Tensor) -> Tensor:
             return _run_chain(modules, x)
 
-        bends = form is None and _bends(chained, before, inputs)
-        return Section(source, target, chained, form, names, bends, apart=True)
+        linear = form is not None or _is_piecewise_linear(chained, before, inputs)
+        return LayerMap(source, target, chained, form, names, linear, depends_only_on_source=True)
 
     def whole(x: Tensor, samples: Tensor) -> Tensor:
         with edited(network, {source: lambda _old: x}):
@@ -150,10 +149,14 @@ def _section(
             return read(network, samples[:1], [target])[target]
 
     with torch.no_grad():
-        apart = bool(idle) and _agree(short, whole, before, inputs)
-    run = short if apart else whole
-    how = f"the network after {source}" if apart else "the whole network, one layer replaced"
-    return Section(source, target, run, None, how, _bends(run, before, inputs), apart)
+        alone = bool(idle) and _agree(short, whole, before, inputs)
+    run = short if alone else whole
+    description = (
+        f"the network after {source}" if alone else "the whole network, one layer replaced"
+    )
+    return LayerMap(
+        source, target, run, None, description, _is_piecewise_linear(run, before, inputs), alone
+    )
 
 
 Run = Callable[[Tensor, Tensor], Tensor]
@@ -217,8 +220,8 @@ def _agree(one: Run, other: Run, x: Tensor, inputs: Tensor) -> bool:
         return False
 
 
-def _bends(run: Run, x: Tensor, inputs: Tensor) -> bool:
-    """Whether gradients depend on where they are taken, other than by jumps."""
+def _is_piecewise_linear(run: Run, x: Tensor, inputs: Tensor) -> bool:
+    """Whether gradients change by jumps only."""
     start = x[:4].detach().clone().requires_grad_()
     random = torch.Generator().manual_seed(0)
     try:
@@ -227,12 +230,12 @@ def _bends(run: Run, x: Tensor, inputs: Tensor) -> bool:
             along = torch.randn(out.shape, generator=random).to(out)
             (slope,) = torch.autograd.grad(out, start, along, create_graph=True)
             if not slope.requires_grad:
-                return False
+                return True
             across = torch.randn(slope.shape, generator=random).to(slope)
             (second,) = torch.autograd.grad(slope, start, across, allow_unused=True)
     except RuntimeError:  # an operation without a second derivative: assume nothing
-        return True
-    return second is not None and bool(second.any())
+        return False
+    return second is None or not bool(second.any())
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -287,7 +290,7 @@ def _run_chain(chain: list[nn.Module], x: Tensor) -> Tensor:
     return x
 
 
-def _recognise(chain: list[nn.Module], before: Tensor, after: Tensor) -> ReluForm | None:
+def _recognise(chain: list[nn.Module], before: Tensor, after: Tensor) -> ReLUForm | None:
     leaves = [m for module in chain for m in module.modules() if isinstance(m, nn.Linear)]
     kernels = [
         m
@@ -300,13 +303,13 @@ def _recognise(chain: list[nn.Module], before: Tensor, after: Tensor) -> ReluFor
     ]
     if any(m.training and isinstance(m, nn.Dropout) for c in chain for m in c.modules()):
         return None
-    candidates: list[ReluForm] = []
+    candidates: list[ReLUForm] = []
     if len(leaves) + len(kernels) == 1:
         inner = (leaves + kernels)[0]
-        candidates = [ReluForm(inner, relu=False), ReluForm(inner)]
+        candidates = [ReLUForm(inner, relu=False), ReLUForm(inner)]
     elif len(leaves) == 2 and not kernels:
         first, second = leaves
-        candidates = [ReluForm(first, out=second, skip=skip) for skip in (False, True)]
+        candidates = [ReLUForm(first, out=second, skip=skip) for skip in (False, True)]
     with torch.no_grad():
         trials = list(_trials(chain, before, after))
         return next((form for form in candidates if _agrees(form, trials)), None)
@@ -328,7 +331,7 @@ def _trials(
             continue
 
 
-def _agrees(form: ReluForm, trials: list[tuple[Tensor, Tensor]]) -> bool:
+def _agrees(form: ReLUForm, trials: list[tuple[Tensor, Tensor]]) -> bool:
     try:
         return all(_same(form(x), y) for x, y in trials)
     except RuntimeError:  # the shapes do not even fit
@@ -341,7 +344,7 @@ def _same(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and float((a - b).abs().max()) <= tolerance
 
 
-def _check_order(section: Section, before: Tensor, inputs: Tensor) -> None:
+def _check_order(section: LayerMap, before: Tensor, inputs: Tensor) -> None:
     start = before.detach().clone().requires_grad_()
     with torch.enable_grad():
         result = section.run(start, inputs)

@@ -131,7 +131,7 @@ class Sum:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Same:
+class Identity:
     """Nothing changes."""
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -139,13 +139,13 @@ class Same:
         return x
 
 
-Step = Conv | Affine | Gate | MaxPool | MeanPool | Pad | Concatenate | Sum | Same
+Operation = Conv | Affine | Gate | MaxPool | MeanPool | Pad | Concatenate | Sum | Identity
 
 
 class Node(NamedTuple):
     """A step, and where its inputs come from."""
 
-    step: Step
+    step: Operation
     inputs: tuple[int, ...]
     """Numbers of nodes; -1 is the source."""
     module: str
@@ -200,7 +200,7 @@ class Wiring:
         return x if origin < 0 else values[origin]
 
 
-def trace(network: nn.Module, source: Site, target: Site, inputs: Tensor) -> Wiring:
+def trace_wiring(network: nn.Module, source: Site, target: Site, inputs: Tensor) -> Wiring:
     """The wiring between two sites.
 
     Args:
@@ -394,7 +394,7 @@ def _between(raw: Sequence[_Raw], first: int, last: int, source: Site, target: S
     return sorted(needed)
 
 
-def _step(raw: _Raw, source: Site, target: Site) -> Step:
+def _step(raw: _Raw, source: Site, target: Site) -> Operation:
     """What an operation is, as one of the kinds of steps.
 
     Raises:
@@ -415,20 +415,20 @@ def _two(value: Sequence[int]) -> tuple[int, int]:
     return (value[0], value[-1])
 
 
-def _conv(raw: _Raw) -> Step | None:
+def _conv(raw: _Raw) -> Operation | None:
     _, weight, bias, stride, padding, dilation, transposed, _, groups = raw.arguments
     if transposed or weight.ndim != 4:
         return None
     return Conv(weight, bias, _two(stride), _two(padding), _two(dilation), groups)
 
 
-def _padded(raw: _Raw) -> Step | None:
+def _padded(raw: _Raw) -> Operation | None:
     frame = list(raw.arguments[1])
     value = raw.arguments[2] if len(raw.arguments) > 2 else raw.keywords.get("value", 0)
     return Pad((frame[0], frame[1], frame[2], frame[3]), float(value)) if len(frame) == 4 else None
 
 
-def _max_pool(raw: _Raw) -> Step:
+def _max_pool(raw: _Raw) -> Operation:
     defaults = [None, None, [], [0], [1], False]
     _, size, stride, padding, dilation, ceil = [
         *raw.arguments,
@@ -437,7 +437,7 @@ def _max_pool(raw: _Raw) -> Step:
     return MaxPool(_two(size), _two(stride or size), _two(padding), _two(dilation), bool(ceil))
 
 
-def _mean_pool(raw: _Raw) -> Step | None:
+def _mean_pool(raw: _Raw) -> Operation | None:
     defaults = [None, None, [], [0], False, True, None]
     _, size, stride, padding, ceil, count, divisor = [
         *raw.arguments,
@@ -448,7 +448,7 @@ def _mean_pool(raw: _Raw) -> Step | None:
     return MeanPool(_two(size), _two(stride or size), _two(padding), bool(ceil), bool(count))
 
 
-def _batch_norm(raw: _Raw) -> Step | None:
+def _batch_norm(raw: _Raw) -> Operation | None:
     _, weight, bias, mean, variance, *rest = raw.arguments
     training = next((r for r in rest if isinstance(r, bool)), False)
     if training or mean is None:
@@ -460,23 +460,23 @@ def _batch_norm(raw: _Raw) -> Step | None:
     return Affine(scale.detach(), (shift if bias is None else shift + bias).detach())
 
 
-def _concatenated(raw: _Raw) -> Step | None:
+def _concatenated(raw: _Raw) -> Operation | None:
     dim = raw.arguments[1] if len(raw.arguments) > 1 else raw.keywords.get("dim", 0)
     same = len(list(_tensors(raw.arguments))) == len(raw.parents)
     return Concatenate() if dim in (1, -3) and same else None
 
 
-def _added(raw: _Raw) -> Step | None:
+def _added(raw: _Raw) -> Operation | None:
     return Sum() if raw.keywords.get("alpha", 1) == 1 and len(raw.parents) == 2 else None
 
 
-def _clamped(raw: _Raw) -> Step | None:
+def _clamped(raw: _Raw) -> Operation | None:
     given = list(raw.arguments[1:])
     low, high = given if len(given) == 2 else (-1.0, 1.0)
     return Gate(lambda z: functional.hardtanh(z, low, high)) if low <= 0 <= high else None
 
 
-_STEPS: dict[Any, Callable[[_Raw], Step | None]] = {
+_STEPS: dict[Any, Callable[[_Raw], Operation | None]] = {
     aten.convolution.default: _conv,
     aten.relu.default: lambda raw: Gate(torch.relu),
     aten.relu_.default: lambda raw: Gate(torch.relu),
@@ -496,9 +496,9 @@ _STEPS: dict[Any, Callable[[_Raw], Step | None]] = {
     aten.cat.default: _concatenated,
     aten.add.Tensor: _added,
     aten.add_.Tensor: _added,
-    aten.clone.default: lambda raw: Same(),
-    aten.detach.default: lambda raw: Same(),
-    aten.alias.default: lambda raw: Same(),
+    aten.clone.default: lambda raw: Identity(),
+    aten.detach.default: lambda raw: Identity(),
+    aten.alias.default: lambda raw: Identity(),
 }
 """How operations, in torch's own names, are read."""
 

@@ -1,8 +1,8 @@
 """How one layer of a transformer computes its output from its input.
 
-    wire      two sites -> a `Wiring` of maps, or a `Layer` of sequences
-    Layer     attention, then an MLP of two linear maps, each added to what it is given; `run`
-              repeats it, `watch` says how attention, normalisation and activations stand
+    connect             two sites -> a `Wiring` of maps, or a `TransformerLayer` of sequences
+    TransformerLayer    attention, then an MLP of two linear maps, each added to its input; `run`
+                        repeats it, `nonlinearities` gives attention, normalization and slopes
 
 Nothing is read from names: the linear maps and normalisations are those that were called, in
 their order, and a layer is used only if it gives the very numbers the network gave. Samples are
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from mechatlas.activations.sites import branches_of, read, select
-from mechatlas.activations.wiring import Route, Wiring, trace
+from mechatlas.analysis.circuits.wiring import Route, Wiring, trace_wiring
 from mechatlas.base import Site, SiteError
 
 ACTIVATIONS: tuple[Callable[[Tensor], Tensor], ...] = (
@@ -66,7 +66,7 @@ class Norm(NamedTuple):
         return (x - x.mean(dim=-1, keepdim=True)) * self.scale
 
 
-class Watched(NamedTuple):
+class LayerNonlinearities(NamedTuple):
     """How the steps of a layer that are not linear stand on some samples."""
 
     pattern: Float[Tensor, "sample head query key"]
@@ -78,7 +78,7 @@ class Watched(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Layer:
+class TransformerLayer:
     """One layer of a transformer."""
 
     source: Site
@@ -107,7 +107,7 @@ class Layer:
         return _as_map(self._pass(_as_rows(x))[-1])
 
     @torch.no_grad()
-    def watch(self, x: Float[Tensor, "sample channel 1 token"]) -> Watched:
+    def nonlinearities(self, x: Float[Tensor, "sample channel 1 token"]) -> LayerNonlinearities:
         """How its steps stand where the source gives `x`."""
         rows = _as_rows(x)
         pattern, taken, before, _ = self._pass(rows)
@@ -116,15 +116,15 @@ class Layer:
             (slope,) = torch.autograd.grad(self.activation(start).sum(), start)
         after = torch.ones_like(rows[..., 0])
         if self.norms is None:
-            return Watched(pattern, after, slope)
+            return LayerNonlinearities(pattern, after, slope)
         first, second = self.norms
         if self.order == "before":
             pattern = pattern * first.size(rows)[:, None, None]
-            return Watched(pattern, after, slope * second.size(taken)[..., None])
+            return LayerNonlinearities(pattern, after, slope * second.size(taken)[..., None])
         given = first(taken)
         whole = given + self.down(self.activation(before))
         after = first.size(taken) * second.size(whole)
-        return Watched(pattern, after, slope * after[..., None])
+        return LayerNonlinearities(pattern, after, slope * after[..., None])
 
     def carried(self, rows: Float[Tensor, "n d"], head: int | None) -> Float[Tensor, "n d"]:
         """What positions that look at rows are given by a head, per unit of attention."""
@@ -188,7 +188,9 @@ def as_maps(activations: Tensor) -> Float[Tensor, "sample channel y x"]:
     return _as_map(activations) if activations.ndim == 3 else activations
 
 
-def wire(network: nn.Module, source: Site, target: Site, inputs: Tensor) -> Wiring | Layer:
+def connect(
+    network: nn.Module, source: Site, target: Site, inputs: Tensor
+) -> Wiring | TransformerLayer:
     """How one site is computed from another: of maps by any steps, of sequences by one layer.
 
     Args:
@@ -205,7 +207,7 @@ def wire(network: nn.Module, source: Site, target: Site, inputs: Tensor) -> Wiri
         found = read(network, inputs, whole)
     if {found[site].ndim for site in whole} == {3}:
         return _layer(network, source, target, inputs)
-    return trace(network, source, target, inputs)
+    return trace_wiring(network, source, target, inputs)
 
 
 class _Call(NamedTuple):
@@ -216,7 +218,7 @@ class _Call(NamedTuple):
 
 
 @torch.no_grad()
-def _layer(network: nn.Module, source: Site, target: Site, inputs: Tensor) -> Layer:
+def _layer(network: nn.Module, source: Site, target: Site, inputs: Tensor) -> TransformerLayer:
     ends, calls, entered = _calls(network, source, target, inputs)
     before, after = ends
     if entered is None or before.shape != entered.shape or not torch.equal(before, entered):
@@ -240,7 +242,7 @@ def _layer(network: nn.Module, source: Site, target: Site, inputs: Tensor) -> La
         for activation in ACTIVATIONS:
             if not _near(activation(up.out), down.given):
                 continue
-            layer = Layer(
+            layer = TransformerLayer(
                 source, target, _all(select(network, source), d), _all(select(network, target), d),
                 d, routes, *parts, activation, heads, causal, order, norms,
             )  # fmt: skip

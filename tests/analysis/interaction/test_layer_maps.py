@@ -12,7 +12,7 @@ from mechatlas.analysis.interaction import derivatives
 from mechatlas.analysis.interaction.bases import KINDS, interaction, neurons, rotated
 from mechatlas.analysis.interaction.derivatives import directional, vector_jacobian_products
 from mechatlas.analysis.interaction.edges import measure_edges
-from mechatlas.analysis.interaction.sections import like, rows_of, sections_of
+from mechatlas.analysis.interaction.layer_maps import layer_maps, like, rows_of
 from mechatlas.analysis.interaction.statistics import (
     Inputs,
     LayerMoments,
@@ -100,7 +100,7 @@ def setting(name):
     make, shape, form = NETWORKS[name]
     network = double(make)
     x = torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    sections = sections_of(network, LAYERS, x[:4])
+    sections = layer_maps(network, LAYERS, x[:4])
     return network, x, sections, form
 
 
@@ -228,7 +228,7 @@ def test_a_module_without_a_forward_derivative_has_one_all_the_same():
 
     network = nn.Sequential(nn.Identity(), Own())
     x = torch.randn(4, 3, dtype=torch.float64)
-    section = sections_of(network, LAYERS, x)[0]
+    section = layer_maps(network, LAYERS, x)[0]
     found = directional(section, x, x, torch.ones_like(x)[None])
     assert (found == 2).all()
 
@@ -273,10 +273,10 @@ def test_what_goes_around_a_layer_is_not_hidden():
 
     network = double(Around)
     x = torch.randn(9, 3, dtype=torch.float64)
-    sections = sections_of(network, [Site("a"), Site("b"), Site("c")], x)
+    sections = layer_maps(network, [Site("a"), Site("b"), Site("c")], x)
     assert sections[0].form is not None
-    assert sections[1].how.startswith("the whole network")
-    assert not sections[1].apart
+    assert sections[1].description.startswith("the whole network")
+    assert not sections[1].depends_only_on_source
     hidden = network.b(network.a(x))
     np.testing.assert_allclose(
         sections[1].run(hidden * 2, x).detach(),
@@ -289,7 +289,7 @@ def test_a_relu_that_no_sample_sees_at_work_is_still_a_relu():
     network = network.double()
     with torch.no_grad():
         network[1][0].bias.fill_(100)
-    section = sections_of(network, LAYERS, torch.randn(5, 3, dtype=torch.float64))[0]
+    section = layer_maps(network, LAYERS, torch.randn(5, 3, dtype=torch.float64))[0]
     assert section.form is not None
     assert section.form.relu
 
@@ -297,7 +297,7 @@ def test_a_relu_that_no_sample_sees_at_work_is_still_a_relu():
 def test_bad_layers_and_bad_numbers_are_named():
     network, x, sections, _ = setting("relu")
     with pytest.raises(SiteError, match="does not depend on layer 1"):
-        sections_of(network, LAYERS[::-1], x)
+        layer_maps(network, LAYERS[::-1], x)
     bad = x.clone()
     bad[3, 2] = float("nan")
     with pytest.raises(NonFiniteError, match="Sample 3"):
@@ -357,10 +357,10 @@ def test_what_comes_before_a_layer_is_left_out_only_if_it_makes_no_difference(ar
     x = torch.randn(6, 3, 6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     calls: list[int] = []
     network.stem.register_forward_hook(lambda *_: calls.append(1))
-    first, second = sections_of(network, [Site("stem"), Site("body"), Site("head")], x)
-    assert first.apart  # nothing goes around the stem
-    assert second.apart is not around  # around the body there may be
-    assert not first.bends
+    first, second = layer_maps(network, [Site("stem"), Site("body"), Site("head")], x)
+    assert first.depends_only_on_source  # nothing goes around the stem
+    assert second.depends_only_on_source is not around  # around the body there may be
+    assert first.is_piecewise_linear
     other = torch.rand(5, 4, 6, 6, dtype=torch.float64)
     whole = network.body(torch.nn.functional.max_pool2d(other, 2))
     torch.testing.assert_close(first.run(other, x[:5]), whole)
@@ -378,7 +378,7 @@ def test_edges_through_many_modules_are_gradient_times_coordinate():
     network = double(lambda: Stem(around=False))
     x = torch.randn(6, 3, 6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     layers = [Site("stem"), Site("body"), Site("head")]
-    sections = sections_of(network, layers, x)
+    sections = layer_maps(network, layers, x)
     moments, _ = observe(network, Inputs.of(x), layers, sections, batch_size=6)
     made = [rotated(neurons(layer.moments), seed=i) for i, layer in enumerate(moments)]
     found = read(network, x, layers)
