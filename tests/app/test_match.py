@@ -170,6 +170,7 @@ def test_with_a_store_the_network_runs_on_what_a_match_writes(paired, tmp_path):
     )  # fmt: skip
     pair = match_dictionaries(recipe).pairs[0]
     effects = pair.spliced
+    assert effects is not None
     assert pair.samples == 6
     ways = {"matched", "match", "random", "same_index", "b_reconstruction", "b_mean"}
     assert ways <= set(effects)
@@ -180,6 +181,7 @@ def test_with_a_store_the_network_runs_on_what_a_match_writes(paired, tmp_path):
         assert all(e.low <= e.value <= e.high for e in measures.values())
     reconstruction, mean = effects["b_reconstruction"], effects["b_mean"]
     assert reconstruction.variance_lost.value < mean.variance_lost.value
+    assert mean.kl_divergence is not None
     assert mean.kl_divergence.value > 0
     again = match_dictionaries(dataclasses.replace(recipe, samples=0, out=tmp_path / "none"))
     assert again.pairs[0].spliced is None
@@ -192,14 +194,15 @@ def test_where_the_network_cannot_be_run_the_match_stands_and_says_why(paired, t
         out=tmp_path / "out", cost="codes", store=paired / "store", samples=6,
     )  # fmt: skip
     pair = match_dictionaries(recipe).pairs[0]
-    assert "reaches first before mixed" in pair.not_run
+    assert "reaches first before mixed" in str(pair.not_run)
     assert pair.spliced is None
     shutil.copytree(paired / "store", tmp_path / "store")
     path = tmp_path / "store" / "manifest.json"
     write_json(path, {**read_json(path), "recipe": {}})  # as `collect` in Python leaves it
     recipe = dataclasses.replace(recipe, store=tmp_path / "store", out=tmp_path / "other")
     pair = match_dictionaries(recipe).pairs[0]
-    assert "The store's manifest" in pair.not_run
+    assert "The store's manifest" in str(pair.not_run)
+    assert pair.co_firing is not None
     assert pair.co_firing["matched"].p_b_given_a.n > 0
 
 

@@ -3,6 +3,7 @@ import functools
 import inspect
 import math
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -421,7 +422,7 @@ def test_rows_of_one_sample_that_are_alike_do_not_make_partners():
     there = random.random((2, n_samples, 1, d)) < 0.03
     x = torch.from_numpy(there & (random.random((2, n_samples, rows, d)) < 0.8)).float()
     a, b = x.reshape(2, -1, d)
-    plain = SimpleNamespace(n_latents=d, encode=lambda x: x)
+    plain: Any = SimpleNamespace(d_in=d, n_latents=d, encode=lambda x: x, decode=lambda code: code)
     for sums in (len(samples), 3000):
         kept = [correlate(plain, y, samples=samples, sketch_size=sums) for y in (a, b)]
         assert kept[0].shape[1] == sums
@@ -515,7 +516,8 @@ def test_spellings_of_version_0_1_still_work():
 def test_lists_tensors_and_bfloat16_match_like_arrays():
     rows = np.random.default_rng(0).integers(-3, 4, (12, 6)) / 2  # exact in bfloat16
     columns = match(rows, rows[::-1].copy()).columns
-    for convert in (np.ndarray.tolist, torch.tensor, lambda x: torch.tensor(x).bfloat16()):
+    converters: list[Any] = [np.ndarray.tolist, torch.tensor, lambda x: torch.tensor(x).bfloat16()]
+    for convert in converters:
         result = match(convert(rows), convert(rows[::-1].copy()))
         np.testing.assert_array_equal(result.columns, columns)
 

@@ -1,4 +1,5 @@
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ def value(estimate: Estimate | None) -> float:
     return estimate.value
 
 
-def rotation(seed):
+def rotation(seed) -> Any:
     """A dictionary that loses nothing: an orthogonal basis, in some order."""
     q = torch.linalg.qr(torch.randn(6, 6, generator=torch.Generator().manual_seed(seed)))[0]
     return SimpleNamespace(
@@ -24,7 +25,7 @@ def rotation(seed):
     )
 
 
-def reordered(one, order):
+def reordered(one, order) -> Any:
     """The same with its latents in another order."""
     return SimpleNamespace(
         d_in=6, n_latents=6, encode=lambda x: one.encode(x)[:, order],
@@ -62,7 +63,7 @@ def test_the_right_pairing_changes_nothing_and_a_wrong_one_does(network, sites):
 
 def test_activations_are_rescaled_and_latents_without_partner_are_dropped(network):
     a = rotation(0)
-    doubled = SimpleNamespace(**{**vars(a), "decode": lambda code: a.decode(code / 2)})
+    doubled: Any = SimpleNamespace(**{**vars(a), "decode": lambda code: a.decode(code / 2)})
     columns = np.arange(6)
     x = torch.randn(5, 6)
     assert torch.allclose(permuted(a, doubled, columns, np.full(6, 2.0))(x, x), x, atol=1e-5)

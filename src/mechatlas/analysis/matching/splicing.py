@@ -136,7 +136,7 @@ def splice(
 
 def _replaced(
     network: nn.Module, sites: tuple[Site, Site], write: Writer
-) -> AbstractContextManager[None]:
+) -> AbstractContextManager[nn.Module]:
     """Replace the second site by what is written from the first."""
     seen: list[Tensor] = []
 

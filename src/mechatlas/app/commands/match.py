@@ -465,7 +465,7 @@ def _resumable_match(config: MatchConfig, k: int, inputs: _Inputs) -> Match:
     }
     parents = [each.checksum for each in inputs.opened[k : k + 2]]
     kept = _Kept(config.out / UNFINISHED / str(k), json.dumps([settings, parents]))
-    state, evidence = kept.read("state"), kept.read("evidence")
+    state, kept_evidence = kept.read("state"), kept.read("evidence")
     last = time.monotonic()
 
     def keep_state(now: State) -> None:
@@ -484,14 +484,18 @@ def _resumable_match(config: MatchConfig, k: int, inputs: _Inputs) -> Match:
             fdr=config.fdr,
             nulls=inputs.nulls,
             seed=config.seed,
-            resume=state and State.from_arrays(state),
-            evidence=evidence and PairEvidence(**{**evidence, "n_null": int(evidence["n_null"])}),
+            resume=None if state is None else State.from_arrays(state),
+            evidence=None if kept_evidence is None else _evidence(kept_evidence),
             on_progress=progress,
             on_state=keep_state,
         )
     arrays = {name: np.asarray(value) for name, value in matching.evidence._asdict().items()}
     kept.write("evidence", arrays)
     return matching
+
+
+def _evidence(arrays: dict[str, np.ndarray]) -> PairEvidence:
+    return PairEvidence(arrays["q_values"], int(arrays["n_null"]), arrays["null"])
 
 
 class _Kept(NamedTuple):
