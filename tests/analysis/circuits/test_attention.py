@@ -8,6 +8,7 @@ import pytest
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn.functional import gelu
 
 from mechatlas.activations.sites import read
 from mechatlas.analysis.circuits import attention
@@ -269,3 +270,5 @@ def test_layers_of_bert_and_gpt2_are_repeated():
     found = connect(gpt2, Site("h.0"), Site("h.1"), tokens)
     assert isinstance(found, TransformerLayer)
     assert (found.order, found.causal, found.n_heads) == ("before", True, 4)
+    z = torch.linspace(-3, 3, 7)
+    torch.testing.assert_close(found.activation(z), gelu(z, approximate="tanh"))

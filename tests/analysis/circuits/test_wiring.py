@@ -60,7 +60,7 @@ def test_routes_are_the_branches_and_the_wiring_repeats_the_network(
 
 def test_lopsided_pooling_of_inception_v1_is_a_pad_and_a_maximum():
     wiring = trace_wiring(inception_v1().eval(), Site("mixed3b"), Site("mixed4a"), images(1, 64))
-    first, second = (wiring.nodes[i].step for i in wiring.routes[0].nodes[:2])
+    first, second = (wiring.nodes[i].operation for i in wiring.routes[0].nodes[:2])
     assert isinstance(first, Pad)
     assert isinstance(second, MaxPool)
 
@@ -71,7 +71,7 @@ def test_residual_blocks_have_a_direct_route_and_normalisation_is_folded():
     torch.nn.init.uniform_(network.norm.get_buffer("running_var"), 0.5, 2)
     wiring = trace_wiring(network, Site("stem"), Site("out"), images(2, 9))
     assert [route.name for route in wiring.routes] == ["direct", "two"]
-    kinds = {type(node.step) for node in wiring.nodes}
+    kinds = {type(node.operation) for node in wiring.nodes}
     assert {Affine, Sum} <= kinds
 
 

@@ -84,9 +84,9 @@ def walk(wiring: Wiring, route: Route) -> Iterator[tuple[RouteState, Node, int]]
         yield RouteState(number, taps, stride, channels), node, slot
         own = window(node)
         taps, stride = _combined(taps, stride, own), stride_after(stride, node)
-        if isinstance(node.step, Conv):
+        if isinstance(node.operation, Conv):
             channels = (0, node.channels)
-        if isinstance(node.step, Concatenate):
+        if isinstance(node.operation, Concatenate):
             before = sum(
                 wiring.source_channels if i < 0 else wiring.nodes[i].channels
                 for i in node.inputs[:slot]
@@ -102,14 +102,14 @@ def end(wiring: Wiring, route: Route) -> tuple[tuple[tuple[int, int], ...], tupl
 
 def stride_after(stride: tuple[int, int], node: Node) -> tuple[int, int]:
     """The stride after a step."""
-    if not isinstance(node.step, Conv | MaxPool | MeanPool):
+    if not isinstance(node.operation, Conv | MaxPool | MeanPool):
         return stride
-    return (stride[0] * node.step.stride[0], stride[1] * node.step.stride[1])
+    return (stride[0] * node.operation.stride[0], stride[1] * node.operation.stride[1])
 
 
 def window(node: Node) -> list[tuple[int, int]]:
     """Positions that a step reads, relative to its position times its stride."""
-    step = node.step
+    step = node.operation
     if isinstance(step, Conv):
         size, dilation, padding = step.weight.shape[2:], step.dilation, step.padding
     elif isinstance(step, MaxPool):
@@ -149,7 +149,7 @@ for every pair of a place in its window and a tap, in that order."""
 def open_gates(place: RouteState, node: Node, values: Tensor) -> Tensor | float:
     """Rectifiers let everything through, and maxima are means."""
     del place, values
-    return 1.0 if isinstance(node.step, Gate) else 1 / len(window(node))
+    return 1.0 if isinstance(node.operation, Gate) else 1 / len(window(node))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -193,7 +193,7 @@ def compose_route(
     """
     values = atoms[None]
     for place, node, _ in walk(wiring, route):
-        step = node.step
+        step = node.operation
         if isinstance(step, Conv):
             values = _convolve(values, place, node, step)
         elif isinstance(step, Affine):

@@ -235,10 +235,10 @@ def _open_gates(
     for route in wiring.routes:
         for place, node, slot in walk(wiring, route):
             given = wiring.input_of(place.number, values, x, slot)[:, slice(*place.channels)]
-            if isinstance(node.step, Gate):
-                shares = slope(node.step, given)[None, None]
-            elif isinstance(node.step, MaxPool):
-                shares = largest(node.step, given)
+            if isinstance(node.operation, Gate):
+                shares = slope(node.operation, given)[None, None]
+            elif isinstance(node.operation, MaxPool):
+                shares = largest(node.operation, given)
             else:
                 continue
             rows = shares.movedim(3, -1).flatten(2, 4)

@@ -1,19 +1,18 @@
-"""The pieces of a network between the layers that are analysed.
+"""Maps of a network from each analyzed layer to the next.
 
-    layer_maps    a network and its layers -> one `LayerMap` between each layer and the next
+    layer_maps    a network and its layers -> one `LayerMap` from each layer to the next
     rows_of       activations as (sample, position, channel), whatever the layer's shape
 
-A section is recognised by running it, never by name: a chain of modules that leads from one
-layer to the next, or one of the forms of `ReLUForm` inside that chain, is used only where it
-gives the very numbers the network gives. Where nothing is recognised the network runs with the
-layer replaced; what it computes before that layer is left out only if it makes no difference.
+A map is recognized by running it, never by name: a chain of modules that leads from one layer to
+the next, or one of the forms of `ReLUForm` inside that chain, is used only where it gives the
+same numbers as the network. Where nothing is recognized, the network runs with the layer
+replaced; modules that run before that layer are left out only if that makes no difference.
 """
 
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from typing import Any
+from contextlib import contextmanager
 
 import torch
 from jaxtyping import Float
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mechatlas.activations.sites import channels_last, edited, read
+from mechatlas.activations.tracing import ModuleCall, Trace, cut_branch, same_numbers, trace
 from mechatlas.base import Site, SiteError
 
 
@@ -34,7 +34,7 @@ class ReLUForm:
     skip: bool = False
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Run it."""
+        """Apply the form to activations of the source."""
         hidden = self.inner(x)
         hidden = hidden.relu() if self.relu else hidden
         result = hidden if self.out is None else self.out(hidden)
@@ -42,36 +42,35 @@ class ReLUForm:
 
     @property
     def weight(self) -> Tensor:
-        """Of `inner`."""
+        """Weight of `inner`."""
         return self.inner.get_parameter("weight")
 
     @property
     def is_linear_map(self) -> bool:
-        """Positions are apart: `inner` is a matrix and not a convolution."""
+        """Whether positions do not mix: `inner` is a matrix and not a convolution."""
         return isinstance(self.inner, nn.Linear)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class LayerMap:
-    """From the activations of one layer to those of the next."""
+    """Map from the activations of one layer to those of the next."""
 
     source: Site
     target: Site
     run: "Run"
-    """Activations of the source, as the network has them, and the network's inputs of the
-    same samples -> activations of the target."""
+    """Function of the source's activations and of the network's inputs for the same samples."""
     form: ReLUForm | None
-    """What it is, if it is one of the forms with a closed solution."""
+    """Closed form of the map, where there is one."""
     description: str
-    """In words, how the section is run."""
+    """Modules that are run, in words."""
     is_piecewise_linear: bool
-    """Gradients are constant between jumps, so one point of a path is enough to integrate."""
+    """Whether gradients change by jumps only; one point of a straight path then integrates it."""
     depends_only_on_source: bool
-    """The target depends on the source alone: nothing goes around it."""
+    """Whether the source is the only layer that the target depends on: nothing bypasses it."""
 
 
 def rows_of(activations: Tensor) -> Float[Tensor, "n position d"]:
-    """A view with one axis of samples, one of positions and one of channels.
+    """View activations with one axis of samples, one of positions and one of channels.
 
     Raises:
         SiteError: The activations have neither two, three nor four axes.
@@ -93,39 +92,37 @@ def like(rows: Float[Tensor, "n position d"], activations: Tensor) -> Tensor:
 
 
 def layer_maps(network: nn.Module, layers: Sequence[Site], inputs: Tensor) -> list[LayerMap]:
-    """The sections between layers, in order.
+    """Find the map from each layer to the next.
 
     Args:
         network: In evaluation mode.
-        layers: In the order in which the network reaches them.
-        inputs: A few samples to try the sections on.
+        layers: Layers in the order in which the network reaches them.
+        inputs: A few samples to try the maps on.
 
     Raises:
         SiteError: A layer is not reached, or does not depend on the one before it.
     """
-    with torch.no_grad():
-        found, calls = _traced(network, inputs, layers)
-    sections = []
+    traced = trace(network, inputs, layers)
+    maps = []
     for source, target in itertools.pairwise(layers):
-        section = _section(network, source, target, calls, found, inputs)
-        _check_order(section, found[source], inputs)
-        sections.append(section)
-    return sections
+        layer_map = _layer_map(network, source, target, traced, inputs)
+        _check_order(layer_map, cut_branch(network, source, traced.activations[source]), inputs)
+        maps.append(layer_map)
+    return maps
 
 
-def _section(
-    network: nn.Module,
-    source: Site,
-    target: Site,
-    calls: "list[_Call]",
-    found: dict[Site, Tensor],
-    inputs: Tensor,
+def _layer_map(
+    network: nn.Module, source: Site, target: Site, traced: Trace, inputs: Tensor
 ) -> LayerMap:
-    before, after = found[source], found[target]
-    chain = _chain(calls, before, after) if source.branch is target.branch is None else None
-    if chain is not None and _same(_run_chain(chain, before), after):
+    before, after = (
+        cut_branch(network, site, traced.activations[site]) for site in (source, target)
+    )
+    chain = None
+    if source.branch is target.branch is None:
+        chain = _chain(traced.finished_calls(), traced.tensors[source], traced.tensors[target])
+    if chain is not None and same_numbers(_run_chain(chain, before), after):
         modules = chain
-        form = _recognise(chain, before, after)
+        form = _recognize(chain, before, after)
         names = " > ".join(type(m).__name__ for m in chain)
 
         def chained(x: Tensor, _inputs: Tensor) -> Tensor:
@@ -138,7 +135,7 @@ def _section(
         with edited(network, {source: lambda _old: x}):
             return read(network, samples, [target])[target]
 
-    idle = _before(network, source, inputs)
+    idle = _before(traced, network, source, len(inputs))
     own = network.get_submodule(source.module)
 
     def short(x: Tensor, samples: Tensor) -> Tensor:
@@ -162,37 +159,30 @@ def _section(
 Run = Callable[[Tensor, Tensor], Tensor]
 
 
-def _before(network: nn.Module, source: Site, inputs: Tensor) -> dict[nn.Module, Tensor]:
-    """Outermost modules that are done before a layer is reached, and what they gave for a sample.
+def _before(
+    traced: Trace, network: nn.Module, source: Site, n_samples: int
+) -> dict[nn.Module, Tensor]:
+    """Outermost modules that are done before a layer is reached, and their output for a sample.
 
-    The layer's own module is among them if all that it gives is replaced.
+    The layer's own module is among them if all of its output is replaced.
     """
-    names = {module: name for name, module in network.named_modules()}
-    done: dict[nn.Module, list[Any]] = {}
-    reached = False
-
-    def start(module: nn.Module, _args: Any) -> None:
-        nonlocal reached
-        reached = reached or names[module] == source.module
-
-    def end(module: nn.Module, _args: Any, out: Any) -> None:
-        own = names[module] == source.module and source.take == "output" and not source.branch
-        kept = torch.is_tensor(out) and len(out) == len(inputs) and (own or not reached)
-        done.setdefault(module, []).append(out[:1].detach() if kept else None)
-
-    with ExitStack() as hooks, torch.no_grad():
-        for module in names:
-            hooks.callback(module.register_forward_pre_hook(start).remove)
-            hooks.callback(module.register_forward_hook(end).remove)
-        network(inputs)
-    idle = {m: outs[0] for m, outs in done.items() if len(outs) == 1 and outs[0] is not None}
+    layer = network.get_submodule(source.module)
+    reached = next(call.started for call in traced.calls if call.module is layer)
+    whole_output = source.take == "output" and not source.branch
+    outputs: dict[nn.Module, list[Tensor | None]] = {}
+    for call in traced.finished_calls():
+        own = whole_output and call.module is layer
+        early = call.finished is not None and call.finished < reached
+        kept = torch.is_tensor(call.output) and len(call.output) == n_samples and (own or early)
+        outputs.setdefault(call.module, []).append(call.output[:1].detach() if kept else None)
+    idle = {m: outs[0] for m, outs in outputs.items() if len(outs) == 1 and outs[0] is not None}
     inside = {id(part) for module in idle for part in module.modules() if part is not module}
     return {module: out for module, out in idle.items() if id(module) not in inside}
 
 
 @contextmanager
 def _standing_in(idle: dict[nn.Module, Tensor]) -> Iterator[None]:
-    """Let modules give a tensor, whatever they are given."""
+    """Replace the output of modules by tensors, whatever their input."""
 
     def give(out: Tensor) -> Callable[..., Tensor]:
         return lambda *_args, **_kwargs: out
@@ -210,11 +200,12 @@ def _standing_in(idle: dict[nn.Module, Tensor]) -> Iterator[None]:
 
 
 def _agree(one: Run, other: Run, x: Tensor, inputs: Tensor) -> bool:
-    """Two ways to run a section give the same, also for activations of other samples."""
+    """Whether two ways to run a map agree, also for activations of other samples."""
     noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(x)
     try:
         return all(
-            _same(one(trial, inputs), other(trial, inputs)) for trial in (x, x.flip(0), noise)
+            same_numbers(one(trial, inputs), other(trial, inputs))
+            for trial in (x, x.flip(0), noise)
         )
     except (RuntimeError, SiteError):
         return False
@@ -238,40 +229,23 @@ def _is_piecewise_linear(run: Run, x: Tensor, inputs: Tensor) -> bool:
     return second is None or not bool(second.any())
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class _Call:
-    module: nn.Module
-    given: Tensor
-    returned: Tensor
-
-
-def _traced(
-    network: nn.Module, inputs: Tensor, layers: Sequence[Site]
-) -> tuple[dict[Site, Tensor], list[_Call]]:
-    """Activations of the layers, and every call of a module from one tensor to one tensor."""
-    calls: list[_Call] = []
-
-    def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
-        if len(args) == 1 and not kwargs and isinstance(args[0], Tensor) and torch.is_tensor(out):
-            calls.append(_Call(module, args[0], out))
-
-    with ExitStack() as hooks:
-        for module in network.modules():
-            hooks.callback(module.register_forward_hook(note, with_kwargs=True).remove)
-        return read(network, inputs, layers), calls
-
-
-def _chain(calls: list[_Call], before: Tensor, after: Tensor) -> list[nn.Module] | None:
-    """The fewest modules that lead from one tensor to another."""
+def _chain(traced: list[ModuleCall], before: Tensor, after: Tensor) -> list[nn.Module] | None:
+    """Shortest chain of modules that leads from one tensor to another."""
+    calls = [
+        (call.args[0], call.module, call.output)
+        for call in reversed(traced)
+        if len(call.args) == 1 and not call.kwargs
+        and isinstance(call.args[0], Tensor) and isinstance(call.output, Tensor)
+    ]  # fmt: skip
     paths: list[tuple[Tensor, list[nn.Module]]] = [(before, [])]
     for _ in range(len(calls)):
         longer = []
         for tensor, path in paths:
-            for call in reversed(calls):
-                if _is(call.given, tensor) and call.module not in path:
-                    if _is(call.returned, after):
-                        return [*path, call.module]
-                    longer.append((call.returned, [*path, call.module]))
+            for given, module, returned in calls:
+                if _is(given, tensor) and module not in path:
+                    if _is(returned, after):
+                        return [*path, module]
+                    longer.append((returned, [*path, module]))
         paths = longer[:64]
         if not paths:
             return None
@@ -290,7 +264,7 @@ def _run_chain(chain: list[nn.Module], x: Tensor) -> Tensor:
     return x
 
 
-def _recognise(chain: list[nn.Module], before: Tensor, after: Tensor) -> ReLUForm | None:
+def _recognize(chain: list[nn.Module], before: Tensor, after: Tensor) -> ReLUForm | None:
     leaves = [m for module in chain for m in module.modules() if isinstance(m, nn.Linear)]
     kernels = [
         m
@@ -318,7 +292,7 @@ def _recognise(chain: list[nn.Module], before: Tensor, after: Tensor) -> ReLUFor
 def _trials(
     chain: list[nn.Module], before: Tensor, after: Tensor
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Activations and what the chain makes of them: real ones, and some of either sign.
+    """Activations and their image under a chain: real ones, and some of either sign.
 
     Where every unit fires on the few samples at hand, a ReLU looks like nothing at all.
     """
@@ -333,35 +307,29 @@ def _trials(
 
 def _agrees(form: ReLUForm, trials: list[tuple[Tensor, Tensor]]) -> bool:
     try:
-        return all(_same(form(x), y) for x, y in trials)
+        return all(same_numbers(form(x), y) for x, y in trials)
     except RuntimeError:  # the shapes do not even fit
         return False
 
 
-def _same(a: Tensor, b: Tensor) -> bool:
-    a, b = a.detach(), b.detach()
-    tolerance = 64 * torch.finfo(b.dtype).eps * float(b.abs().max())
-    return a.shape == b.shape and float((a - b).abs().max()) <= tolerance
-
-
-def _check_order(section: LayerMap, before: Tensor, inputs: Tensor) -> None:
+def _check_order(layer_map: LayerMap, before: Tensor, inputs: Tensor) -> None:
     start = before.detach().clone().requires_grad_()
     with torch.enable_grad():
-        result = section.run(start, inputs)
+        result = layer_map.run(start, inputs)
     reached = None
     if result.requires_grad:  # if only because the weights do
         (reached,) = torch.autograd.grad(result.sum(), start, allow_unused=True)
     if reached is None:
         raise SiteError(
-            f"Layer {section.target} does not depend on layer {section.source}. Name the layers "
-            "in the order in which the network reaches them."
+            f"Layer {layer_map.target} does not depend on layer {layer_map.source}. Name "
+            "the layers in the order in which the network reaches them."
         )
 
 
 def taps_of(
     kernel: nn.Conv2d, height: int, width: int
 ) -> Iterator[tuple[int, int, tuple[slice, slice]]]:
-    """For each tap of a kernel: its row, its column, and the output positions that it serves.
+    """Rows, columns and served output positions of the taps of a kernel.
 
     A tap serves the positions whose source lies inside the map; the rest read padding.
     """

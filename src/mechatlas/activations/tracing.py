@@ -1,0 +1,247 @@
+"""Record of one run of a network: calls of modules, operations on tensors, activations of sites.
+
+    trace           run a network once, up to the last of some sites
+    Trace           the record
+    same_numbers    the one tolerance by which a repeated computation is accepted
+
+Analyses that repeat part of a network outside of it find that part here, by watching it run, and
+accept it only if it gives the same numbers.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, suppress
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Shaped
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from mechatlas.activations.sites import edited, select
+from mechatlas.base import Site, SiteError
+
+TOLERANCE = 256
+"""Largest difference of repeated numbers, in units of rounding of the largest of them."""
+
+
+def same_numbers(repeated: Shaped[Tensor, "..."], recorded: Shaped[Tensor, "..."]) -> bool:
+    """Whether two tensors have one shape and agree up to rounding."""
+    a, b = repeated.detach(), recorded.detach()
+    tolerance = TOLERANCE * torch.finfo(b.dtype).eps * float(b.abs().max())
+    return a.shape == b.shape and float((a - b).abs().max()) <= tolerance
+
+
+@dataclasses.dataclass(eq=False)
+class ModuleCall:
+    """Call of a module."""
+
+    name: str
+    """Name of the module, as in `named_modules()`."""
+    module: nn.Module
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    started: int
+    """Number of calls that had started or finished before."""
+    finished: int | None = None
+    """The same at its end; None where the run stopped inside."""
+    output: Any = None
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """Tensors among its arguments."""
+        return [a for a in (*self.args, *self.kwargs.values()) if isinstance(a, Tensor)]
+
+
+class Operation(NamedTuple):
+    """Operation of torch on tensors that depend on the network's input."""
+
+    function: Any
+    """Overload of `torch.ops.aten`."""
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    parents: tuple[int, ...]
+    """Numbers of the operations that made its arguments; 0 is the network's input."""
+    module: str
+    """Innermost module that ran it."""
+    channels: int
+    """Length of the second axis of its result."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Trace:
+    """Record of a run, up to the last of its sites."""
+
+    tensors: dict[Site, Tensor]
+    """Tensor at each site, of the whole module; later operations may have changed it in place."""
+    activations: dict[Site, Tensor]
+    """Copies of the same tensors, as they were when the site was reached."""
+    calls: list[ModuleCall]
+    """Calls of modules, in the order in which they started."""
+    operations: list[Operation]
+    """Operations in the order in which they ran, after the input; empty if not asked for."""
+    origin: dict[Site, int]
+    """Number of the operation that made the tensor at each site."""
+
+    def finished_calls(self) -> list[ModuleCall]:
+        """Calls that ended, in the order in which they did."""
+        ended = [(call.finished, call) for call in self.calls if call.finished is not None]
+        return [call for _, call in sorted(ended, key=lambda pair: pair[0])]
+
+
+@torch.no_grad()
+def trace(
+    network: nn.Module, inputs: Tensor, sites: Sequence[Site], *, operations: bool = False
+) -> Trace:
+    """Run a network once, up to the last of some sites, and record the run.
+
+    Args:
+        network: Any module; called as `network(inputs)`.
+        inputs: A few samples.
+        sites: Sites to reach; their branches are left out of account.
+        operations: Whether to record every operation, beside the calls of modules.
+
+    Raises:
+        SiteError: A site is not reached, holds no tensor, or does not depend on the input.
+    """
+    recorder = _Recorder()
+    with ExitStack() as hooks:
+        for name, module in network.named_modules():
+            start = functools.partial(recorder.start, name)
+            handle = module.register_forward_pre_hook(start, with_kwargs=True)
+            hooks.callback(handle.remove)
+            hooks.callback(
+                module.register_forward_hook(
+                    recorder.finish, with_kwargs=True, always_call=True
+                ).remove
+            )
+        whole = {site: dataclasses.replace(site, branch=None) for site in sites}
+        watched = {w: functools.partial(recorder.reach, w) for w in whole.values()}
+        recorder.n_sites = len(watched)
+        hooks.enter_context(edited(network, watched))
+        if operations:
+            recorder.know(inputs, recorder.operation(None, (), {}, (), 0))
+            hooks.enter_context(recorder)
+        with suppress(_Done):
+            network(inputs)
+    missing = ", ".join(str(site) for site, w in whole.items() if w not in recorder.reached)
+    if missing:
+        raise SiteError(f"The network ran without calling the module of: {missing}.")
+    reached = {site: recorder.reached[w] for site, w in whole.items()}
+    origin = {site: recorder.known.get(id(tensor), -1) for site, (tensor, _) in reached.items()}
+    if operations and -1 in origin.values():
+        site = next(site for site, number in origin.items() if number < 0)
+        raise SiteError(f"Site {site} does not depend on the network's input.")
+    return Trace(
+        {site: tensor for site, (tensor, _) in reached.items()},
+        {site: copy for site, (_, copy) in reached.items()},
+        recorder.calls,
+        recorder.operations,
+        origin,
+    )
+
+
+def cut_branch(
+    network: nn.Module, site: Site, activations: Shaped[Tensor, "..."]
+) -> Shaped[Tensor, "..."]:
+    """Channels of a site's branch, from activations of its whole module (a view)."""
+    axis = 1 if activations.ndim == 4 else activations.ndim - 1
+    start, stop, _ = select(network, site).indices(activations.shape[axis])
+    return activations.narrow(axis, start, stop - start)
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """Tensors inside nested tuples, lists and dictionaries."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, tuple | list):
+        for item in value:
+            yield from tensors_in(item)
+    elif isinstance(value, dict):
+        yield from tensors_in(tuple(value.values()))
+
+
+class _Done(Exception):  # noqa: N818 - a signal, never leaves this module
+    pass
+
+
+class _Recorder(TorchDispatchMode):
+    """Hooks of modules, and as a mode of torch also of operations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[ModuleCall] = []
+        self.operations: list[Operation] = []
+        self.reached: dict[Site, tuple[Tensor, Tensor]] = {}
+        self.known: dict[int, int] = {}
+        self.n_sites = 0
+        self._stack: list[ModuleCall] = []
+        self._alive: list[Tensor] = []  # an id is only good as long as its tensor lives
+        self._time = 0
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # to skip the compiler, torch would import all of it, which takes seconds
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        del types
+        kwargs = kwargs or {}
+        known = self.known
+        parents = tuple(known[id(a)] for a in tensors_in((args, kwargs)) if id(a) in known)
+        out = func(*args, **kwargs)
+        for k, tensor in enumerate(tensors_in(out) if parents else ()):
+            function = func if k == 0 else f"output {k} of {func}"
+            width = tensor.shape[1] if tensor.ndim > 1 else 0
+            self.know(tensor, self.operation(function, args, kwargs, parents, width))
+        return out
+
+    def operation(
+        self,
+        function: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        parents: tuple[int, ...],
+        channels: int,
+    ) -> int:
+        """Note an operation, and return its number."""
+        module = self._stack[-1].name if self._stack else "the network's input"
+        self.operations.append(Operation(function, args, kwargs, parents, module, channels))
+        return len(self.operations) - 1
+
+    def know(self, tensor: Tensor, number: int) -> None:
+        """Note which operation made a tensor."""
+        self.known[id(tensor)] = number
+        self._alive.append(tensor)
+
+    def start(
+        self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        """Note that a call has started."""
+        call = ModuleCall(name, module, args, kwargs, self._time)
+        self._time += 1
+        self.calls.append(call)
+        self._stack.append(call)
+
+    def finish(
+        self, _module: nn.Module, _args: tuple[Any, ...], _kwargs: dict[str, Any], output: Any
+    ) -> None:
+        """Note that the innermost call has ended; with no output if the run stops inside."""
+        call = self._stack.pop()
+        if output is not None:
+            call.finished, call.output = self._time, output
+            self._time += 1
+
+    def reach(self, site: Site, tensor: Tensor) -> Tensor:
+        """Keep the tensor at a site, and stop at the last one.
+
+        Raises:
+            _Done: All sites are reached.
+        """
+        if site not in self.reached:
+            self.reached[site] = tensor, tensor.clone()
+        if len(self.reached) == self.n_sites:
+            raise _Done
+        return tensor
