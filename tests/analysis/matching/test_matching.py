@@ -509,7 +509,7 @@ def test_spellings_of_version_0_1_still_work():
     with pytest.warns(DeprecationWarning, match="cosine_threshold"):
         assert result.threshold == result.cosine_threshold
     with pytest.warns(DeprecationWarning, match="feature_splitting"):
-        old = mechatlas.relatives(result)
+        old = mechatlas.relatives(result)  # pyright: ignore
     np.testing.assert_array_equal(old.latent_a, feature_splitting(result).latent_a)
 
 
