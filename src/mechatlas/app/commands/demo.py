@@ -57,15 +57,14 @@ def run(out: Path) -> dict[str, Any]:
             batch_size=512,
         )
         stages[name] = jobs.train(recipe)
-    stages["match"] = match_dictionaries(
-        MatchConfig(
-            dictionaries=tuple(out / site for site in SITES),
-            out=out / "match",
-            cost="codes",  # the two sites have different widths
-            store=collect.out,
-            rows=2000,
-        )
+    matching = MatchConfig(
+        dictionaries=tuple(out / site for site in SITES),
+        out=out / "match",
+        cost="codes",  # the two sites have different widths
+        store=collect.out,
+        rows=2000,
     )
+    stages["match"] = dataclasses.asdict(match_dictionaries(matching))
     stages |= _look_inside(collect, out)
     stages["proof"] = _prove(out)
     stages["basis"] = interact.interact(
@@ -173,7 +172,7 @@ def in_words(result: dict[str, Any]) -> str:
     pair = result["match"]["pairs"][0]
     lines.append(
         f"{pair['a']} -> {pair['b']}: {pair['matched']} of {pair['n_a']} latents matched by "
-        f"codes at a false match rate of {result['match']['rate']:.0%}, gap {pair['gap']:.1e}"
+        f"codes at a false match rate of {result['match']['fdr']:.0%}, gap {pair['gap']:.1e}"
     )
     lines += _in_words(result)
     head = result["basis"]["layers"][0]
