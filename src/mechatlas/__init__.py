@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from mechatlas.analysis.circuits.circuit import Circuit, circuit
     from mechatlas.analysis.interaction.analysis import Interaction, InteractionConfig, basis
     from mechatlas.analysis.matching.chains import track
-    from mechatlas.analysis.matching.pairing import match, relatives
+    from mechatlas.analysis.matching.pairing import feature_splitting, match
     from mechatlas.analysis.proofs.prove import prove
     from mechatlas.analysis.proofs.verifier.proof import load_proof
     from mechatlas.analysis.symmetry.classify import symmetry
@@ -59,7 +59,7 @@ _HOMES = {
     "analysis.circuits.circuit": ("Circuit", "circuit"),
     "analysis.interaction.analysis": ("Analysing", "Interaction", "basis"),
     "analysis.matching.chains": ("track",),
-    "analysis.matching.pairing": ("match", "relatives"),
+    "analysis.matching.pairing": ("feature_splitting", "match"),
     "analysis.proofs.prove": ("prove",),
     "analysis.proofs.verifier.proof": ("load_proof",),
     "analysis.symmetry.classify": ("symmetry",),
@@ -121,6 +121,7 @@ __all__ = [
     "collect",
     "edited",
     "evaluate",
+    "feature_splitting",
     "find_sites",
     "fvu",
     "group",
@@ -131,7 +132,6 @@ __all__ = [
     "open_samples",
     "prove",
     "read",
-    "relatives",
     "save",
     "symmetry",
     "track",

@@ -10,6 +10,7 @@ from safetensors.numpy import save_file
 
 from mechatlas.analysis.proofs.verifier.structures import Weights
 from mechatlas.app.cli import main
+from mechatlas.app.commands import prove
 from mechatlas.app.commands.train import report
 from mechatlas.maths.named_groups import group
 from tests.analysis.proofs.planted import planted, true_margins
@@ -69,6 +70,34 @@ def test_a_proof_is_made_checked_and_drawn(net, tmp_path, capsys):
     assert "rho-set" in text
     assert "bi-equivariance" in text
     assert "scatter3d" in text
+
+
+def test_an_interrupted_proof_is_continued_without_looking_for_it_again(net, tmp_path, monkeypatch):
+    folder, _, _ = net
+    words = ("prove", folder / "net.safetensors", "--table", folder / "table.npy", "--out")
+    run(*words, tmp_path / "whole")
+    with monkeypatch.context() as broken:
+        broken.setattr(prove, "describe", _interrupt)
+        with pytest.raises(SystemExit, match="130"):
+            run(*words, tmp_path / "proof")
+    assert not (tmp_path / "proof" / "result.json").exists()
+    with monkeypatch.context() as broken:
+        broken.setattr(prove, "prove_bound", _interrupt)
+        run(*words, tmp_path / "proof")
+        with pytest.raises(SystemExit, match="130"):  # another recipe is not continued
+            run(*words, tmp_path / "proof", "--compute-budget", "0.3")
+    whole, continued = (
+        json.loads((tmp_path / name / "result.json").read_text()) for name in ("whole", "proof")
+    )
+    for key in ("accuracy_bound", "logit_budget", "why", "multiply_adds", "cosets"):
+        assert continued[key] == whole[key]
+    assert continued["seconds_prove"] > 0
+    files = [tmp_path / name / "proof.safetensors" for name in ("whole", "proof")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def _interrupt(*args, **kwargs):
+    raise KeyboardInterrupt
 
 
 def test_a_hopeless_network_is_given_up_and_drawn_all_the_same(tmp_path):

@@ -193,7 +193,7 @@ def _circuit(
     factor: Float[np.ndarray, " neuron"],
     interaction: _Interaction,
 ) -> IrrepCircuit:
-    """From a matrix for each neuron, many of them zero, to a circuit of the others."""
+    """Circuit of the neurons whose matrix in an irrep is not zero."""
     matrices = matrices / factor[:, None, None]
     mean = _mean_matrix(irrep, matrices, interaction)
     flat = matrices[places].reshape(len(places), -1)
@@ -207,7 +207,7 @@ def _find_dead(
     right: Float[np.ndarray, "order width"],
     unembed: Float[np.ndarray, "width order"],
 ) -> Bool[np.ndarray, " width"]:
-    """As many of the weakest neurons as could together not take `DEAD_LOSS` from a margin."""
+    """Weakest neurons that could together take no more than `DEAD_LOSS` from a margin."""
     most = (np.maximum(left, 0).max(axis=0) + np.maximum(right, 0).max(axis=0)) * np.ptp(
         unembed, axis=1
     )

@@ -1,4 +1,4 @@
-"""From the weights of a group-operation network to a bound on its accuracy, with its proof.
+"""Bounds on the accuracy of group-operation networks, from their weights, with proofs.
 
     prove           weights, table -> AccuracyBound
     AccuracyBound   the bound, its proof, and what it cost

@@ -41,7 +41,7 @@ from mechatlas.analysis.circuits.effects import (
 from mechatlas.analysis.circuits.paths import CircuitPath, strongest_paths
 from mechatlas.analysis.circuits.transformer_layer import connect
 from mechatlas.analysis.circuits.virtual_weights import CircuitEdges
-from mechatlas.analysis.pictures import VisualizeConfig, optimise
+from mechatlas.analysis.visualization import VisualizeConfig, visualize
 from mechatlas.app.progress import bar
 from mechatlas.app.recipes import reopen
 from mechatlas.app.run_folder import Result, finish, refuse_strangers, write_table, write_tensors
@@ -524,9 +524,8 @@ def _pictures(
         parts = []
         with bar(f"drawing features of {site}") as progress:
             for part in rows.split(PICTURE_BATCH):
-                parts.append(
-                    optimise(inputs.network, site, part, side=samples.side, how=settings)[0]
-                )
+                drawn = visualize(inputs.network, site, part, side=samples.side, config=settings)
+                parts.append(drawn.images)
                 progress(sum(map(len, parts)), len(rows))
         if len(rows):
             pictures[f"{layer}.latents"] = latents.astype(np.int32)

@@ -19,6 +19,7 @@ from tyro.conf import Positional, arg
 from mechatlas.analysis.proofs.prove import (
     COMPUTE_BUDGET,
     AccuracyBound,
+    bound_again,
     exact_accuracy,
 )
 from mechatlas.analysis.proofs.prove import prove as prove_bound
@@ -29,14 +30,17 @@ from mechatlas.analysis.proofs.verifier.proof import as_weights, load_proof
 from mechatlas.analysis.proofs.verifier.structures import Weights
 from mechatlas.analysis.proofs.verifier.verify import LogitBudget, Verification, verify
 from mechatlas.app.proof_details import CosetSummaries, describe, measure_cosets
+from mechatlas.app.recipes import as_dict
 from mechatlas.app.run_folder import finish, refuse_strangers
 from mechatlas.base import InputError, RecipeError, WeightsError
-from mechatlas.files import checksum, write_json
+from mechatlas.files import checksum, read_json, write_json
 from mechatlas.maths.groups import Group
 
 KIND = "proof"
 FILE = "proof.safetensors"
-NEURONS = "neurons.json"
+NEURONS, MANIFEST = "neurons.json", "manifest.json"
+UNFINISHED = "unfinished_seconds_prove"
+"""Key in the manifest of a run whose explanation was found, but which has not ended."""
 REPEATS = 5
 """Number of times that brute force and verification are run in turn; once for large groups."""
 
@@ -101,7 +105,7 @@ class ProveResult:
     accuracy_bound: float
     """Least share of all pairs that the float32 network gets right."""
     accuracy_bound_real: float
-    """The same bound in exact arithmetic on the stored weights."""
+    """Bound in exact arithmetic on the stored weights."""
     sound: Soundness
     """Statements that are proved, and what they rest on."""
     verifier: str
@@ -113,7 +117,7 @@ class ProveResult:
     multiply_adds: int
     """Multiply-adds of one verification."""
     multiply_adds_share: float
-    """The same as a share of those of brute force."""
+    """Multiply-adds as a share of those of brute force."""
     logit_budget: LogitBudget
     """Terms of the bound of a typical pair."""
     why: str
@@ -151,7 +155,7 @@ class CheckResult:
     accuracy_bound: float
     """Least share of all pairs that the float32 network gets right."""
     accuracy_bound_real: float
-    """The same bound in exact arithmetic on the stored weights."""
+    """Bound in exact arithmetic on the stored weights."""
     claimed: float
     """Bound that the proof claims."""
     table: str
@@ -188,7 +192,18 @@ def prove(config: ProveConfig) -> ProveResult:
     group = Group(table, name=config.table.stem.removesuffix("_table"))
     weights = as_weights(*given, group.order)
     refuse_strangers(config.out, KIND)
-    bound = prove_bound(*weights, group, compute_budget=config.compute_budget)
+    manifest: dict[str, Any] = {
+        "schema": 1,
+        "kind": KIND,
+        "group": group.name,
+        "weights": str(config.weights.resolve()),
+        "recipe": as_dict(config),
+        "parents": {
+            "weights": checksum(config.weights.read_bytes()),
+            "table": checksum(config.table.read_bytes()),
+        },
+    }
+    bound = _find_bound(config, weights, group, manifest)
     verification, cosets = bound.verification, measure_cosets(weights, group)
     result = ProveResult(
         order=group.order,
@@ -212,26 +227,30 @@ def prove(config: ProveConfig) -> ProveResult:
         result = dataclasses.replace(result, accuracy_exact=accuracy, seconds_exact=seconds)
     if config.compare:
         result = _compare(weights, group, bound, result)
-    config.out.mkdir(parents=True, exist_ok=True)
-    file = bound.proof.save(config.out / FILE)
     write_json(config.out / NEURONS, dataclasses.asdict(describe(weights, group, bound, cosets)))
-    manifest = {
-        "schema": 1,
-        "kind": KIND,
-        "group": group.name,
-        "weights": str(config.weights.resolve()),
-        "parents": {
-            "weights": checksum(config.weights.read_bytes()),
-            "table": checksum(config.table.read_bytes()),
-        },
-        "files": {FILE: checksum(file.read_bytes())},
-    }
-    write_json(config.out / "manifest.json", manifest)
+    files = {FILE: checksum((config.out / FILE).read_bytes())}
+    write_json(config.out / MANIFEST, manifest | {"files": files})
     values = {k: v for k, v in dataclasses.asdict(result).items() if k != "out" and v is not None}
     whole = finish(config.out, config, values, clock)
     return dataclasses.replace(
         result, out=whole["out"], seconds=whole["seconds"], peak_bytes=whole["peak_bytes"]
     )
+
+
+def _find_bound(
+    config: ProveConfig, weights: Weights, group: Group, manifest: dict[str, Any]
+) -> AccuracyBound:
+    """Look for an explanation, or take that of an unfinished run of the same recipe and inputs."""
+    assert config.out is not None
+    file, marks = config.out / FILE, config.out / MANIFEST
+    earlier = read_json(marks) if marks.is_file() else {}
+    seconds = earlier.pop(UNFINISHED, None)
+    if seconds is not None and earlier == manifest and file.is_file():
+        return bound_again(load_proof(file), *weights, group, seconds_prove=seconds)
+    bound = prove_bound(*weights, group, compute_budget=config.compute_budget)
+    bound.proof.save(file)
+    write_json(marks, manifest | {UNFINISHED: bound.seconds_prove})
+    return bound
 
 
 def check(config: ProveConfig) -> CheckResult:

@@ -246,8 +246,8 @@ def _irreps(arrays: tuple[Float[np.ndarray, "_ _ _"], ...], group: Group) -> Kno
     for number, matrices in enumerate(arrays):
         defect = max(defect, _defect(f"circuit {number}", matrices, group))
         flat = matrices.reshape(n, -1)
-        one = flat[group.identity] - flat
-        norms.append(np.sqrt(np.einsum("ij,ij->i", one, one))[:, None])
+        distance = flat[group.identity] - flat
+        norms.append(np.sqrt(np.einsum("ij,ij->i", distance, distance))[:, None])
         rows.append(flat.T.astype(np.float32))
     rho = np.ascontiguousarray(np.concatenate(rows))
     size = np.ascontiguousarray(np.concatenate(norms, axis=1))
@@ -264,7 +264,7 @@ def _actions(arrays: tuple[Int[np.ndarray, "_ _"], ...], group: Group) -> KnownA
     for action in arrays:
         hit = np.zeros(action.shape, bool)
         if action.size and not (action.min() >= 0 and action.max() < action.shape[1]):
-            raise ProofError("An action takes a point to one that is none.")
+            raise ProofError("An action takes a point to a number that is not a point.")
         hit[np.arange(n)[:, None], action] = True
         if not hit.all():
             raise ProofError("An element does not permute the points of a grid.")

@@ -99,12 +99,12 @@ def find_fault(
         first, second = points[0, start : start + count], points[1, start : start + count]
         if not (_is_label(first, 0, k) and _is_label(second, 0, k2)):
             return 7
-        one, two = antipodes[left : left + k], antipodes[right : right + k2]
-        if not (_is_label(one, 0, k) and _is_label(two, 0, k2)):
+        left_antipodes, right_antipodes = antipodes[left : left + k], antipodes[right : right + k2]
+        if not (_is_label(left_antipodes, 0, k) and _is_label(right_antipodes, 0, k2)):
             return 8
         for p in range(k):
             for q in range(k2):
-                other = one[p] * k2 + two[q]
+                other = left_antipodes[p] * k2 + right_antipodes[q]
                 if tables[cell + p * k2 + q] != tables[cell + other]:
                     return 9
     return 0

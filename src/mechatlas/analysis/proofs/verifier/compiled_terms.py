@@ -155,7 +155,16 @@ def unembedding_residual(
     circuits: PackedCircuits,
     rho: Float32[np.ndarray, "entry order"],
 ) -> tuple[Float32[np.ndarray, "neuron order"], Float[np.ndarray, " neuron"]]:
-    """Subtract <M_i, rho(z)> from u_i(z); also the sum of the norms of the M_i of each neuron."""
+    """Subtract <M_i, rho(z)> from u_i(z).
+
+    Args:
+        u: u_i(z).
+        circuits: Circuits with their M_i.
+        rho: Matrix entries of their irreps.
+
+    Returns:
+        e_i(z), and the sum of the norms of all M_i of each neuron.
+    """
     shapes, coefficients, _ = circuits
     k, n = u.shape
     residual, sizes = u.copy(), np.zeros(k)

@@ -90,7 +90,7 @@ class Explanation:
     representative_of: Int[np.ndarray, " width"]
     """Cluster representative that each neuron is about a multiple of; may be itself."""
     scale_factors: Float32[np.ndarray, " width"]
-    """That multiple c. Where it is negative, relu(-t) = relu(t) - t is used."""
+    """Multiple c of each neuron. Where it is negative, relu(-t) = relu(t) - t is used."""
     representatives: Int[np.ndarray, " neuron"]
     """Cluster representatives, in the order of all arrays that follow."""
     exponents: Int[np.ndarray, " neuron"]

@@ -67,6 +67,11 @@ def pack(e: Explanation) -> Packed:
 
 
 def _pack(width: int, order: int, e: Explanation) -> Packed:
+    """Check all shapes, and lay the explanation out.
+
+    Raises:
+        ProofError: A shape is impossible.
+    """
     k = len(e.representatives)
     for name in ("dead", "representative_of", "scale_factors"):
         _refuse_shape(name, getattr(e, name), (width,))
@@ -160,5 +165,10 @@ def _grids(
 
 
 def _refuse_shape(name: str, array: np.ndarray, shape: tuple[int, ...]) -> None:
+    """Refuse an array of another shape.
+
+    Raises:
+        ProofError: It has another shape.
+    """
     if array.shape != shape:
         raise ProofError(f"{name} must have the shape {shape}, got {array.shape}.")

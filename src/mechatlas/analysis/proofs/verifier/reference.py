@@ -87,11 +87,11 @@ def find_fault(
         mine = slice(start, start + count)
         if not (_is_label(points[0, mine], 0, k) and _is_label(points[1, mine], 0, k2)):
             return 7
-        one, two = antipodes[left : left + k], antipodes[right : right + k2]
-        if not (_is_label(one, 0, k) and _is_label(two, 0, k2)):
+        left_antipodes, right_antipodes = antipodes[left : left + k], antipodes[right : right + k2]
+        if not (_is_label(left_antipodes, 0, k) and _is_label(right_antipodes, 0, k2)):
             return 8
         table = tables[cell : cell + k * k2].reshape(k, k2)
-        if not np.array_equal(table[one][:, two], table):
+        if not np.array_equal(table[left_antipodes][:, right_antipodes], table):
             return 9
     return 0
 
@@ -167,7 +167,16 @@ def unembedding_residual(
     circuits: PackedCircuits,
     rho: Float32[np.ndarray, "entry order"],
 ) -> tuple[Float32[np.ndarray, "neuron order"], Float[np.ndarray, " neuron"]]:
-    """Subtract <M_i, rho(z)> from u_i(z); also the sum of the norms of the M_i of each neuron."""
+    """Subtract <M_i, rho(z)> from u_i(z).
+
+    Args:
+        u: u_i(z).
+        circuits: Circuits with their M_i.
+        rho: Matrix entries of their irreps.
+
+    Returns:
+        e_i(z), and the sum of the norms of all M_i of each neuron.
+    """
     residual, sizes = u.copy(), np.zeros(len(u))
     base = offset = 0
     for d, start, count in circuits.shapes:
@@ -316,14 +325,17 @@ def grid_spans(
     inflate = 1.000002 + 2.0**-22 * len(grids.shapes)
     for start, count, k, k2, left, right, cell, _ in grids.shapes:
         mine = slice(start, start + count)
-        one, two = grids.antipodes[left : left + k], grids.antipodes[right : right + k2]
+        left_antipodes, right_antipodes = (
+            grids.antipodes[left : left + k],
+            grids.antipodes[right : right + k2],
+        )
         p, q = grids.points[:, mine]
         cells = np.zeros((k, k2, n))
         half = 0.5 * grids.scale[mine].astype(np.float64)[:, None] * residual[mine]
         np.add.at(cells, (p, q), half)
-        np.add.at(cells, (one[p], two[q]), half)
+        np.add.at(cells, (left_antipodes[p], right_antipodes[q]), half)
         cells = cells - cells.mean(axis=0) - cells.mean(axis=1, keepdims=True) + cells.mean((0, 1))
-        itself, other = np.arange(k * k2), (one[:, None] * k2 + two).ravel()
+        itself, other = np.arange(k * k2), (left_antipodes[:, None] * k2 + right_antipodes).ravel()
         times = np.where(itself == other, 1, np.sqrt(2))[itself <= other, None]
         kept = times * cells.reshape(k * k2, -1)[itself <= other]
         t = grids.tables[cell : cell + k * k2].reshape(k, k2).astype(np.float64)
