@@ -17,28 +17,24 @@ from mechatlas.analysis.matching.chains import compose, track
 from mechatlas.analysis.matching.pairing import match
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from tests.analysis.planted import LEVELS, chain
+from tests.analysis.matching.planted import LEVELS, chain
 
 SEEDS = 2
 FAR_SEEDS = 8
 
 
-def columns_of(found):
-    return np.where(found.matched, found.columns, -1)
-
-
 def pairings(planted):
     """Columns by way and distance, each with its two layers."""
     matches = [match(*two) for two in itertools.pairwise(planted.dictionaries)]
-    steps = [columns_of(found) for found in matches]
-    layers = [found.unit_a for found in matches] + [matches[-1].unit_b]
+    steps = [each.matched_columns() for each in matches]
+    layers = [each.unit_a for each in matches] + [matches[-1].unit_b]
     tracks = track(layers, matches)
     for first, last in itertools.combinations(range(6), 2):
         two = first, last
         yield "joint", two, tracks.between(first, last, n=len(layers[first]))
         yield "composition", two, compose(steps[first:last])
         direct = match(planted.dictionaries[first], planted.dictionaries[last])
-        yield "direct", two, columns_of(direct)
+        yield "direct", two, direct.matched_columns()
 
 
 @pytest.mark.parametrize("level", LEVELS)
@@ -54,9 +50,9 @@ def test_chain(benchmark, level):
     for key, each in scores.items():
         found[key], wrong[key] = np.mean(each, axis=0).round(4).tolist()
     print(f"\n| {level} | way | 1 | 2 | 3 | 4 | 5 |\n|---|---|---|---|---|---|---|")
-    for title, told in (("found", found), ("wrong", wrong)):
+    for title, shares in (("found", found), ("wrong", wrong)):
         for way in ("direct", "composition", "joint"):
-            print(f"| {title} | {way} |", *(f"{told[way, k]:.3f} |" for k in range(1, 6)))
+            print(f"| {title} | {way} |", *(f"{shares[way, k]:.3f} |" for k in range(1, 6)))
     benchmark.extra_info.update(
         found=found["direct", 1], wrong=wrong["direct", 1], joint=found["joint", 5]
     )
@@ -74,7 +70,7 @@ def test_ends(level):
     scores = []
     for seed in range(FAR_SEEDS):
         planted = chain(1000, 128, noise=LEVELS[level], seed=seed)
-        columns = columns_of(match(planted.dictionaries[0], planted.dictionaries[5]))
+        columns = match(planted.dictionaries[0], planted.dictionaries[5]).matched_columns()
         scores.append(planted.score(columns, 0, 5)[:2])
     found, wrong = np.mean(scores, axis=0)
     print(f"\n{level}, distance 5, direct, {FAR_SEEDS} seeds: found {found:.3f}, wrong {wrong:.3f}")

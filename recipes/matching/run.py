@@ -1,4 +1,4 @@
-"""Dictionaries of all sites of a paired store, three seeds each, matched through layers and seeds.
+"""Match the dictionaries of all sites of a paired store through layers and through seeds.
 
     mechatlas collect recipes/text/collect_paired.toml --samples.source my_texts.zip
     python recipes/matching/run.py runs/text/paired --n-latents 2048
@@ -6,9 +6,10 @@
     mechatlas collect recipes/branches/collect_inception_mini.toml --samples.source cifar10.zip
     python recipes/matching/run.py runs/branches/inception_mini/store --n-latents 1024 --cost codes
 
-Beside the store: `seed0/SITE` and so on, the dictionaries; `layers0`, ... each seed through all
-sites; `seeds-SITE` all seeds of a site. What is there already is not made again. Prints tables:
-what pairs are worth on held-out rows and samples, by way to pair, and how well seeds agree.
+Beside the store it writes `seed0/SITE`, ... (the dictionaries), `layers0`, ... (each seed matched
+through all sites) and `seeds-SITE` (all seeds of a site, if there are two or more). Runs that are
+there already are not made again. Prints tables of co-firing, explained variance and effect on the
+network's output by way of pairing, and of the agreement of seeds.
 """
 
 import argparse
@@ -19,27 +20,25 @@ import mechatlas as ma
 from mechatlas.app.commands import match as matching
 from mechatlas.app.commands import train as jobs
 from mechatlas.app.recipes import TrainConfig
+from mechatlas.app.report.chapters.matching import renamed
 from mechatlas.dictionaries.revival import AuxK
 from mechatlas.dictionaries.sparsity import TopK
 from mechatlas.files import read_json
 
-WAYS = (
-    "matched", "match", "partial", "cosine", "unfolded", "nearest by cosine", "same number",
-    "random",
-)  # fmt: skip
-MOVED = (*WAYS, "layer drop", "mean of B", "B itself")
+WAYS = ("matched", "match", "partial", "cosine", "unfolded", "nearest", "same_index", "random")
+WRITTEN = (*WAYS, "layer_drop", "b_mean", "b_reconstruction")
 
 
-def trained(sites: list[str], k: int, seed: int, options: argparse.Namespace) -> Path:
-    """The dictionary of a site, trained unless it is there.
+def train(sites: list[str], k: int, seed: int, options: argparse.Namespace) -> Path:
+    """Train the dictionary of a site, unless it is there.
 
-    No two start alike: latents keep so much of their start that dictionaries of one seed match by
-    number, whatever their sites have in common.
+    Every dictionary has a seed of its own: latents stay so close to their initialization that
+    dictionaries of one seed match by index, whatever their sites have in common.
     """
     site = sites[k]
     out = options.out / f"seed{seed}" / site
     if not (out / "result.json").is_file():
-        found = jobs.train(
+        result = jobs.train(
             TrainConfig(
                 store=options.store,
                 site=site,
@@ -52,28 +51,28 @@ def trained(sites: list[str], k: int, seed: int, options: argparse.Namespace) ->
                 seed=seed * len(sites) + k,
             )
         )
-        print(f"{site}, seed {seed}: fvu {found['fvu']:.3f}, dead {found['dead_share']:.1%}, "
-              f"{found['seconds']:.0f} s", flush=True)  # fmt: skip
+        print(f"{site}, seed {seed}: fvu {result['fvu']:.3f}, dead {result['dead_share']:.1%}, "
+              f"{result['seconds']:.0f} s", flush=True)  # fmt: skip
     return out
 
 
-def matched(paths: list[Path], out: Path, cost: str, options: argparse.Namespace) -> dict[str, Any]:
-    """The match of dictionaries in a row, made unless it is there."""
+def match(paths: list[Path], out: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """Match consecutive dictionaries, unless that is done."""
     if not (out / "result.json").is_file():
-        recipe = matching.MatchConfig(
+        config = matching.MatchConfig(
             dictionaries=tuple(paths),
             out=out,
-            cost=cost,
+            cost=options.cost,
             store=options.store,
             samples=options.samples,
             seed=options.seed,
         )
-        print(matching.in_words(matching.match_dictionaries(recipe)), flush=True)
-    return read_json(out / "result.json")
+        print(matching.in_words(matching.match_dictionaries(config)), flush=True)
+    return renamed(read_json(out / "result.json"))
 
 
 def over_seeds(estimates: list[dict[str, Any]]) -> str:
-    """The mean over seeds, and the widest interval around all of theirs."""
+    """Mean over seeds, and the widest interval around all of their intervals."""
     if not estimates:
         return "-"
     value = sum(e["value"] for e in estimates) / len(estimates)
@@ -82,17 +81,19 @@ def over_seeds(estimates: list[dict[str, Any]]) -> str:
 
 
 def print_table(
-    results: list[dict[str, Any]], ways: tuple[str, ...], key: str, part: str, title: str
+    results: list[dict[str, Any]], ways: tuple[str, ...], key: str, measure: str, title: str
 ) -> None:
-    """One row a way to pair, one column a pair of sites."""
+    """Print one row for each way of pairing, one column for each pair of sites."""
+    if not results:
+        return
     names = [f"{pair['a']} → {pair['b']}" for pair in results[0]["pairs"]]
     lines = []
     for way in ways:
         cells = []
         for k in range(len(names)):
-            told = [r["pairs"][k].get(key, {}).get(way, {}) for r in results]
-            parts = [one.get(part) or one.get("permuted") for one in told]
-            cells.append(over_seeds([one for one in parts if one]))
+            values = [(r["pairs"][k].get(key) or {}).get(way, {}) for r in results]
+            estimates = [each.get(measure) or each.get("permuted") for each in values]
+            cells.append(over_seeds([each for each in estimates if each]))
         if set(cells) != {"-"}:
             lines.append(f"| {way} | {' | '.join(cells)} |")
     if lines:
@@ -101,21 +102,24 @@ def print_table(
 
 
 def print_agreement(results: dict[str, dict[str, Any]]) -> None:
-    """How well the seeds of each site agree."""
-    print("\n| site | latents | matched with the next seed | in all seeds | first to last seed: "
-          "the direct match agrees | fire together, matched | same number | random |\n|"
-          + "---|" * 8)  # fmt: skip
+    """Print how well the seeds of each site agree; tracks need three seeds or more."""
+    if not results:
+        return
+    ways = "matched", "same_index", "random"
+    titles = ["site", "latents", "matched with the next seed", "in all seeds",
+              "cycle agreement", *(f"P(B fires given A), {way}" for way in ways)]  # fmt: skip
+    print(f"\n| {' | '.join(titles)} |\n|{'---|' * len(titles)}")
     for site, result in results.items():
-        pairs, tracks = result["pairs"], result["tracks"]
-        n = pairs[0]["n_a"]
-        both = [f"{pair['matched'] / n:.3f}" for pair in pairs]
-        cells = [site, n, ", ".join(both), f"{tracks['persistence'][-1]:.3f} "
-                 f"[{tracks['low'][-1]:.3f}, {tracks['high'][-1]:.3f}]"]  # fmt: skip
-        cycle = result["cycle_agreement"]
-        cells.append("-" if cycle is None else f"{cycle:.3f}")
-        cells += [
-            over_seeds([pair["co_firing"][way]["given_a"] for pair in pairs])
-            for way in ("matched", "same number", "random")
+        pairs, tracks = result["pairs"], result.get("tracks")
+        n, cycle = pairs[0]["n_a"], result.get("cycle_agreement")
+        through = tracks and {key: tracks[key][-1] for key in ("low", "high")}
+        cells = [
+            site,
+            n,
+            ", ".join(f"{pair['matched'] / n:.3f}" for pair in pairs),
+            over_seeds([{"value": tracks["persistence"][-1], **through}] if tracks else []),
+            "-" if cycle is None else f"{cycle:.3f}",
+            *(over_seeds([pair["co_firing"][w]["p_b_given_a"] for pair in pairs]) for w in ways),
         ]
         print("| " + " | ".join(map(str, cells)) + " |")
 
@@ -130,36 +134,40 @@ def main() -> None:
     parser.add_argument("--n-latents", type=int, default=2048)
     parser.add_argument("--k", type=int, default=24)
     parser.add_argument("--steps", type=int, default=1000)
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, default=3, help="dictionaries of each site")
     parser.add_argument("--samples", type=int, default=64, help="on which the network runs")
     parser.add_argument("--cost", default="decoder", help="decoder rows, or codes")
     parser.add_argument("--seed", type=int, default=0, help="of nulls and intervals")
     parser.add_argument("--train-only", action="store_true")
     options = parser.parse_args()
+    if options.seeds < 1:
+        parser.error(f"--seeds must be at least 1, got {options.seeds}")
     options.out = options.out or options.store.parent
     sites = list(ma.Store(options.store).sites)
     paths = [
-        [trained(sites, k, s, options) for k in range(len(sites))] for s in range(options.seeds)
+        [train(sites, k, seed, options) for k in range(len(sites))] for seed in range(options.seeds)
     ]
     if options.train_only:
         return
-    layers = [
-        matched(own, options.out / f"layers{s}", options.cost, options)
-        for s, own in enumerate(paths)
-    ]
-    seeds = {
-        site: matched(
-            [own[k] for own in paths], options.out / f"seeds-{site}", options.cost, options
-        )
-        for k, site in enumerate(sites)
-    }
-    print_table(layers, WAYS, "co_firing", "given_a", "fire together")
-    print_table(layers, WAYS, "co_firing", "either", "of either")
-    print_table(layers, MOVED, "explained_variance", "permuted and rescaled", "explained variance")
-    for part, title in (
-        ("lost", "output variance lost"), ("divergence", "loss added"), ("agreement", "same answer")
-    ):  # fmt: skip
-        print_table(layers, MOVED, "spliced", part, title)
+    layers, seeds = [], {}
+    if len(sites) > 1:
+        layers = [
+            match(own, options.out / f"layers{seed}", options) for seed, own in enumerate(paths)
+        ]
+    if options.seeds > 1:
+        seeds = {
+            site: match([own[k] for own in paths], options.out / f"seeds-{site}", options)
+            for k, site in enumerate(sites)
+        }
+    print_table(layers, WAYS, "co_firing", "p_b_given_a", "P(B fires given A)")
+    print_table(layers, WAYS, "co_firing", "jaccard", "Jaccard")
+    print_table(layers, WRITTEN, "explained_variance", "rescaled", "explained variance")
+    for measure, title in (
+        ("variance_lost", "output variance lost"),
+        ("kl_divergence", "loss added"),
+        ("agreement", "same answer"),
+    ):
+        print_table(layers, WRITTEN, "spliced", measure, title)
     print_agreement(seeds)
 
 

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from mechatlas.analysis.branches.specialization import branches
     from mechatlas.analysis.interaction.analysis import Interaction, InteractionConfig, basis
     from mechatlas.analysis.matching.chains import track
-    from mechatlas.analysis.matching.pairing import match, relatives
+    from mechatlas.analysis.matching.pairing import feature_splitting, match
     from mechatlas.analysis.proofs.prove import prove
     from mechatlas.analysis.proofs.verifier.proof import load_proof
     from mechatlas.analysis.symmetry.classify import symmetry
@@ -57,7 +57,7 @@ _HOMES = {
     "analysis.branches.specialization": ("branches",),
     "analysis.interaction.analysis": ("Analysing", "Interaction", "basis"),
     "analysis.matching.chains": ("track",),
-    "analysis.matching.pairing": ("match", "relatives"),
+    "analysis.matching.pairing": ("feature_splitting", "match"),
     "analysis.proofs.prove": ("prove",),
     "analysis.proofs.verifier.proof": ("load_proof",),
     "analysis.symmetry.classify": ("symmetry",),
@@ -117,6 +117,7 @@ __all__ = [
     "collect",
     "edited",
     "evaluate",
+    "feature_splitting",
     "find_sites",
     "fvu",
     "group",
@@ -127,7 +128,6 @@ __all__ = [
     "open_samples",
     "prove",
     "read",
-    "relatives",
     "save",
     "symmetry",
     "track",

@@ -19,16 +19,29 @@ NAMES: dict[str, str] = {
     "Analysing": "mechatlas.analysis.interaction.analysis.InteractionConfig",
     "Collecting": "mechatlas.activations.collect.StoreConfig",
     "Posing": "mechatlas.activations.posing.PoseConfig",
+    "relatives": "mechatlas.analysis.matching.pairing.feature_splitting",
 }
 """Old name -> full path of the new one."""
 
 ARGUMENTS: dict[str, dict[str, str]] = {
+    "between": {"rate": "fdr"},
+    "feature_splitting": {"found": "matching", "most": "max_partners"},
+    "match": {"parts": "cost", "rate": "fdr", "units": "scale"},
     "prove": {"effort": "compute_budget"},
     "symmetry": {"alike": "equality_threshold", "rate": "fdr", "turns": "acts_by_rotation"},
+    "track": {"rate": "fdr"},
 }
 """Name of a function -> old keyword -> new keyword."""
 
 ATTRIBUTES: dict[str, dict[str, str]] = {
+    "Match": {
+        "of_a": "active_a",
+        "of_b": "active_b",
+        "partial": "partial_assignment",
+        "rate": "fdr",
+        "threshold": "cosine_threshold",
+    },
+    "Tracks": {"breaks": "link_error_probability", "stand": "significant"},
     "AccuracyBound": {"verdict": "verification"},
     "Verification": {"budget": "logit_budget"},
     "Symmetry": {
@@ -45,6 +58,7 @@ ATTRIBUTES: dict[str, dict[str, str]] = {
 """Name of a class -> old attribute -> new attribute."""
 
 FLAGS: dict[str, dict[str, str]] = {
+    "match": {"rate": "fdr", "units": "scale"},
     "circuit": {
         "keep": "top_k_sources",
         "pictures": "visualize_steps",

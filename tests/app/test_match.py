@@ -23,7 +23,7 @@ from mechatlas.dictionaries.formats import save
 from mechatlas.dictionaries.sparsity import TopK
 from mechatlas.files import read_json, write_json
 from mechatlas.maths import assignment
-from tests.analysis.planted import chain
+from tests.analysis.matching.planted import chain
 from tests.app.worlds import photographs
 
 KEYS = {
@@ -91,7 +91,7 @@ def test_an_interrupt_loses_nothing_that_the_same_command_needs(saved, tmp_path,
     monkeypatch.setattr(matching, "KEEP_EVERY", 0.0)
     monkeypatch.setattr(assignment, "LISTED", 3)
     run(saved, tmp_path / "whole", layers=3)
-    solve, weigh, looks, weighed = pairing.assign, pairing.weigh, [], []
+    solve, compare, priced, compared = pairing.assign, pairing.compare_with_null, [], []
 
     def stopped(*args, on_state, **options):
         states = []
@@ -99,28 +99,32 @@ def test_an_interrupt_loses_nothing_that_the_same_command_needs(saved, tmp_path,
         def stop(state):
             on_state(state)
             states.append(state)
-            if len(states) == 3 and len(looks) == 1:  # in the middle of the second pairing
+            if len(states) == 3 and len(priced) == 1:  # in the middle of the second pairing
                 raise KeyboardInterrupt
 
         found = solve(*args, on_state=stop, **options)
-        looks.append(found.rows_priced)
+        priced.append(found.rows_priced)
         return found
 
     with monkeypatch.context() as patched:
         patched.setattr(pairing, "assign", stopped)
         with pytest.raises(KeyboardInterrupt):
             run(saved, tmp_path / "killed", layers=3)
-    assert len(looks) == 1, "the second pairing must need further rounds"
+    assert len(priced) == 1, "the second pairing must need further rounds"
     resumed = []
     monkeypatch.setattr(
         pairing, "assign", lambda *a, **k: (resumed.append(k["resume"]), solve(*a, **k))[1]
     )
-    monkeypatch.setattr(pairing, "weigh", lambda *a, **k: (weighed.append(a), weigh(*a, **k))[1])
-    monkeypatch.setattr(matching, "_joint", lambda *_: {})
+    monkeypatch.setattr(
+        pairing,
+        "compare_with_null",
+        lambda *a, **k: (compared.append(a), compare(*a, **k))[1],
+    )
+    monkeypatch.setattr(matching, "_joint", lambda _config, result, *_: result)
     run(saved, tmp_path / "killed", layers=3)
     assert len(resumed[0].free) == 0, "the first pairing was kept whole"
     assert len(resumed[1].rows_priced) > 1, "the second one goes on where it was"
-    assert len(weighed) == 1, "the evidence of the first was kept"
+    assert len(compared) == 1, "the evidence of the first was kept"
     whole = (tmp_path / "whole" / "matches.parquet").read_bytes()
     assert (tmp_path / "killed" / "matches.parquet").read_bytes() == whole
     assert not (tmp_path / "killed" / "unfinished").exists()
@@ -128,11 +132,11 @@ def test_an_interrupt_loses_nothing_that_the_same_command_needs(saved, tmp_path,
 
 @pytest.mark.parametrize("name", ["ae.pt", "params.npz", "sae_weights.safetensors"])
 def test_what_was_kept_of_other_weights_is_not_used_whatever_the_format(tmp_path, name):
-    told = []
+    checksums = []
     for weights in (b"one", b"two"):
         (tmp_path / name).write_bytes(weights)
-        told.append(matching._checksum_of(tmp_path))
-    assert told[0] != told[1]
+        checksums.append(matching._checksum_of(tmp_path))
+    assert checksums[0] != checksums[1]
 
 
 @pytest.fixture(scope="module")
@@ -164,19 +168,24 @@ def test_with_a_store_the_network_runs_on_what_a_match_writes(paired, tmp_path):
         dictionaries=(paired / "first", paired / "mixed"),
         out=tmp_path / "out", cost="codes", store=paired / "store", samples=6,
     )  # fmt: skip
-    pair = match_dictionaries(recipe)["pairs"][0]
-    told = pair["spliced"]
-    assert pair["samples"] == 6
-    assert {"matched", "match", "random", "same number", "B itself", "mean of B"} <= set(told)
-    assert "layer drop" not in told  # 6 and 8 channels
-    for way in told.values():
-        assert set(way) == {"lost", "divergence", "agreement"}
-        assert all(e["low"] <= e["value"] <= e["high"] for e in way.values())
-    assert told["B itself"]["lost"]["value"] < told["mean of B"]["lost"]["value"]
-    assert told["mean of B"]["divergence"]["value"] > 0
+    pair = match_dictionaries(recipe).pairs[0]
+    effects = pair.spliced
+    assert effects is not None
+    assert pair.samples == 6
+    ways = {"matched", "match", "random", "same_index", "b_reconstruction", "b_mean"}
+    assert ways <= set(effects)
+    assert "layer_drop" not in effects  # 6 and 8 channels
+    for effect in effects.values():
+        measures = vars(effect)
+        assert set(measures) == {"variance_lost", "kl_divergence", "agreement"}
+        assert all(e.low <= e.value <= e.high for e in measures.values())
+    reconstruction, mean = effects["b_reconstruction"], effects["b_mean"]
+    assert reconstruction.variance_lost.value < mean.variance_lost.value
+    assert mean.kl_divergence is not None
+    assert mean.kl_divergence.value > 0
     again = match_dictionaries(dataclasses.replace(recipe, samples=0, out=tmp_path / "none"))
-    assert "spliced" not in again["pairs"][0]
-    assert "not_run" not in again["pairs"][0]
+    assert again.pairs[0].spliced is None
+    assert again.pairs[0].not_run is None
 
 
 def test_where_the_network_cannot_be_run_the_match_stands_and_says_why(paired, tmp_path):
@@ -184,30 +193,31 @@ def test_where_the_network_cannot_be_run_the_match_stands_and_says_why(paired, t
         dictionaries=(paired / "mixed", paired / "first"),
         out=tmp_path / "out", cost="codes", store=paired / "store", samples=6,
     )  # fmt: skip
-    found = match_dictionaries(recipe)
-    assert "reaches first before mixed" in found["pairs"][0]["not_run"]
-    assert "spliced" not in found["pairs"][0]
+    pair = match_dictionaries(recipe).pairs[0]
+    assert "reaches first before mixed" in str(pair.not_run)
+    assert pair.spliced is None
     shutil.copytree(paired / "store", tmp_path / "store")
     path = tmp_path / "store" / "manifest.json"
     write_json(path, {**read_json(path), "recipe": {}})  # as `collect` in Python leaves it
     recipe = dataclasses.replace(recipe, store=tmp_path / "store", out=tmp_path / "other")
-    pair = match_dictionaries(recipe)["pairs"][0]
-    assert "The store's manifest" in pair["not_run"]
-    assert pair["co_firing"]["matched"]["given_a"]["n"] > 0
+    pair = match_dictionaries(recipe).pairs[0]
+    assert "The store's manifest" in str(pair.not_run)
+    assert pair.co_firing is not None
+    assert pair.co_firing["matched"].p_b_given_a.n > 0
 
 
 @pytest.mark.parametrize(
-    ("changed", "kind", "said"),
+    ("changed", "kind", "message"),
     [
         ({"dictionaries": ()}, RecipeError, "needs two dictionaries or more, got 0"),
         ({"cost": "codes"}, RecipeError, "give --store STORE too"),
         ({"cost": "decode"}, RecipeError, "must be one of decoder, .* got 'decode'"),
-        ({"rate": 2.0}, RecipeError, "--rate must lie between 0 and 1"),
+        ({"fdr": 2.0}, RecipeError, "--fdr must lie between 0 and 1"),
         ({"store": "nowhere"}, StoreError, "nowhere"),
         ({"out": "full"}, DiskError, "not empty and is not a matching"),
     ],
 )
-def test_mistakes_are_named_before_any_work(saved, tmp_path, changed, kind, said):
+def test_mistakes_are_named_before_any_work(saved, tmp_path, changed, kind, message):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.txt").write_text("mine")
     paths = tuple(saved[0] / f"layer{k}" for k in range(2))
@@ -215,7 +225,7 @@ def test_mistakes_are_named_before_any_work(saved, tmp_path, changed, kind, said
     for key in ("out", "store"):
         if isinstance(values.get(key), str):
             values[key] = tmp_path / values[key]
-    with pytest.raises(kind, match=said):
+    with pytest.raises(kind, match=message):
         match_dictionaries(MatchConfig(**values))
 
 

@@ -13,12 +13,12 @@ from mechatlas.activations.store import Store
 from mechatlas.analysis.branches.specialization import plain_shares
 from mechatlas.analysis.examples import feature_statistics
 from mechatlas.app.report import paintings
-from mechatlas.app.report.atoms import flat_map, neighbours
+from mechatlas.app.report.atoms import flat_map, neighbors
 from mechatlas.app.report.chapter import Chapter, as_json, render
 from mechatlas.app.report.chapters import features
+from mechatlas.app.report.galleries import gallery
 from mechatlas.app.report.layout import umap
 from mechatlas.app.report.page import CHAPTERS, assemble, write_page
-from mechatlas.app.report.pictures import gallery
 from mechatlas.app.report.runs import find_runs
 from mechatlas.base import DiskError, UserError, no_progress
 from mechatlas.dictionaries.formats import load
@@ -213,7 +213,7 @@ def test_neighbours_are_the_nearest_living_atoms():
     atoms[7] = atoms[3] * 2
     alive = np.ones(200, dtype=bool)
     alive[9] = False
-    found = neighbours(atoms, alive, n=4)
+    found = neighbors(atoms, alive, n=4)
     assert found.latent[3, 0] == 7
     assert found.cosine[3, 0] == pytest.approx(1)
     assert 9 not in found.latent
@@ -272,7 +272,7 @@ def test_pictures_stand_where_the_page_looks_for_them(monkeypatch):
 
     from PIL import Image
 
-    monkeypatch.setattr("mechatlas.app.report.pictures.SHEET_SIDE", 100)
+    monkeypatch.setattr("mechatlas.app.report.galleries.SHEET_SIDE", 100)
     needed = np.array([5, 60, 61, 120, 200, 201, 202, 203, 204, 205, 250])
     found = gallery(Squares(30, 256), needed)
     assert (found.tile, found.columns, len(found.sheets)) == (30, 3, 2)
@@ -284,7 +284,7 @@ def test_pictures_stand_where_the_page_looks_for_them(monkeypatch):
 
 
 def test_many_large_pictures_are_made_smaller(monkeypatch):
-    monkeypatch.setattr("mechatlas.app.report.pictures.PIXELS", 40_000)
+    monkeypatch.setattr("mechatlas.app.report.galleries.PIXELS", 40_000)
     found = gallery(Squares(200, 256), np.arange(100))
     assert (found.side, found.tile) == (200, 20)
 

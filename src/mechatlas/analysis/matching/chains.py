@@ -1,15 +1,15 @@
-"""Many dictionaries in a row: which latents are one feature that lives through several layers.
+"""Feature tracks: features followed through the dictionaries of many layers.
 
-    compose     the matches of neighbours, followed one after another
+    compose     the matches of neighboring layers, followed one after another
     track       the joint solution: every latent belongs to one track, and every track has at most
                 one latent of a layer, so that no two ways round a cycle disagree
-    live        birth, persistence and death of tracks, with intervals
+    survival    birth, persistence and death of tracks, with intervals
 
-The joint solution starts from the matches of neighbours. Then two neighbours are matched again,
-each latent together with what its track is on its own side, nearer layers weighing more: what is
-known of a feature from several layers is surer than what one says. It is the same exact pairing
-with the same null, so that a link carries the evidence that a pair does, and with two layers the
-tracks are the pairs. This goes there and back until nothing changes.
+The joint solution starts from the matches of neighboring layers. Then two neighbors are matched
+again, each latent together with the rest of its track on its own side, nearer layers weighing
+more: several layers together say more of a feature than one does. The pairing and its null are
+those of `match`, so that a link carries the same evidence as a pair, and with two layers the
+tracks are the pairs. The links are solved there and back until nothing changes.
 """
 
 import dataclasses
@@ -19,24 +19,28 @@ from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
+from numpy.typing import ArrayLike
+from torch import Tensor
 
 from mechatlas.analysis.matching.folding import unit_rows
-from mechatlas.analysis.matching.nulls import NULLS, Null, chances, weigh
-from mechatlas.analysis.matching.pairing import RATE, Match
-from mechatlas.base import InputError, Progress, no_progress
+from mechatlas.analysis.matching.nulls import NULLS, Null, compare_with_null, local_fdr
+from mechatlas.analysis.matching.pairing import FDR, Match
+from mechatlas.base import InputError, Progress, Result, no_progress
+from mechatlas.deprecated import renamed_arguments, renamed_attributes
+from mechatlas.maths.arrays import as_array
 from mechatlas.maths.assignment import assign
 from mechatlas.maths.pricing import Factors
+from mechatlas.maths.statistics import proportion
 
 SWEEPS = 3
-NEARER = 0.75
-"""Weight of a layer against the one that is next to it, towards the link."""
-LOOSE = 0.5
-"""A link with a larger q-value is more likely chance than not."""
+"""Times that every two layers are matched again."""
+DECAY = 0.75
+"""Weight of a layer relative to the next nearer one to the link."""
+CHANCE_Q_VALUE = 0.5
+"""q-value above which a link is more likely chance than not."""
 
 
-def compose(
-    columns: Sequence[Int[np.ndarray, " _latent"]],
-) -> Int[np.ndarray, " first"]:
+def compose(columns: Sequence[Int[np.ndarray, " _latent"]]) -> Int[np.ndarray, " first"]:
     """Follow matches from the first dictionary to the last; -1 where one is missing."""
     reached = np.arange(len(columns[0]))
     for step in columns:
@@ -45,68 +49,94 @@ def compose(
 
 
 def cycle_agreement(
-    there: Int[np.ndarray, " n"], back: Int[np.ndarray, " m"], *, n: int
+    forward: Int[np.ndarray, " n"], back: Int[np.ndarray, " m"], *, n: int
 ) -> Float[np.ndarray, ""]:
-    """Share of the latents with a match both ways that come back to themselves."""
-    reached = compose([there, back])
+    """Share of the latents with a match both ways that come back to themselves.
+
+    Args:
+        forward: Latent of the last dictionary for each of the first; -1 for none.
+        back: Latent of the first dictionary for each of the last; -1 for none.
+        n: Number of latents of the first dictionary.
+
+    Returns:
+        The share; NaN where no latent has a match both ways.
+    """
+    reached = compose([forward, back])
     closed = reached >= 0
     return np.asarray((reached == np.arange(n))[closed].mean() if closed.any() else np.nan)
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Tracks:
-    """Features through layers, each without a gap."""
+@renamed_attributes
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Tracks(Result):
+    """Feature tracks through layers, each without a gap."""
 
     latents: Int[np.ndarray, "track layer"]
-    """The latent of each track in each layer, -1 where it has none."""
+    """Latent of each track in each layer, -1 where it has none."""
     q_values: Float[np.ndarray, "track layer"]
-    """Of the link with the layer before, for the first layer of a track with the next; 1 where
-    there is none."""
+    """q-value of the link to the previous layer (for a track's first layer: to the next); 1 where
+    there is no link."""
     cosines: Float[np.ndarray, "track layer"]
-    """Of what the track is before and after that link; 0 where there is none."""
-    breaks: Float[np.ndarray, "track layer"]
-    """Chance that the link with the layer before is wrong; 0 where there is none."""
+    """Cosine of the parts of the track before and after that link; 0 where there is no link."""
+    link_error_probability: Float[np.ndarray, "track layer"]
+    """Probability that the link to the previous layer is wrong; 0 where there is no link."""
 
-    def stand(self, first: int, last: int, *, rate: float = RATE) -> Bool[np.ndarray, " track"]:
-        """Tracks whose latents of two layers are one feature, but for this share of them.
+    def significant(self, first: int, last: int, *, fdr: float = FDR) -> Bool[np.ndarray, " track"]:
+        """Select the tracks whose latents in two layers are one feature, at a false match rate.
 
-        The chance that a pair is wrong is taken to be the sum over the links between, and the
-        surest pairs stand, as many as have this mean.
-        """
-        there = (self.latents[:, first] >= 0) & (self.latents[:, last] >= 0)
-        chance = self.breaks[:, first + 1 : last + 1].sum(axis=1)
-        chance = np.where(there, np.minimum(chance, 1.0), 1.0)
-        order = np.argsort(chance, kind="stable")
-        mean = np.cumsum(chance[order]) / np.arange(1, len(order) + 1)
-        stands = np.zeros(len(chance), bool)
-        stands[order] = mean <= rate
-        return stands & there
-
-    def between(
-        self, first: int, last: int, *, n: int, rate: float = RATE
-    ) -> Int[np.ndarray, " n"]:
-        """The match of two layers that the tracks say.
+        The probability that a pair is wrong is taken to be the sum over the links between the
+        layers. The surest pairs are selected, as many as have the rate as their mean probability.
 
         Args:
-            first: The layer whose latents are matched.
-            last: A later layer.
-            n: Latents of the first.
-            rate: False match rate.
+            first: Number of a layer.
+            last: Number of a later layer.
+            fdr: False match rate.
+        """
+        present = (self.latents[:, first] >= 0) & (self.latents[:, last] >= 0)
+        wrong = self.link_error_probability[:, first + 1 : last + 1].sum(axis=1)
+        wrong = np.where(present, np.minimum(wrong, 1.0), 1.0)
+        order = np.argsort(wrong, kind="stable")
+        mean = np.cumsum(wrong[order]) / np.arange(1, len(order) + 1)
+        selected = np.zeros(len(wrong), bool)
+        selected[order] = mean <= fdr
+        return selected & present
+
+    @renamed_arguments
+    def between(self, first: int, last: int, *, n: int, fdr: float = FDR) -> Int[np.ndarray, " n"]:
+        """Match two layers by the tracks that run through both.
+
+        Args:
+            first: Number of the layer whose latents are matched.
+            last: Number of a later layer.
+            n: Number of latents of the first.
+            fdr: False match rate.
 
         Returns:
             The latent of the last layer for each of the first; -1 for none.
         """
-        stands = self.stand(first, last, rate=rate)
+        selected = self.significant(first, last, fdr=fdr)
         columns = np.full(n, -1)
-        columns[self.latents[stands, first]] = self.latents[stands, last]
+        columns[self.latents[selected, first]] = self.latents[selected, last]
         return columns
 
+    def summary(self) -> str:
+        """Number of tracks, and how many run through all layers."""
+        layers = self.latents.shape[1]
+        lengths = (self.latents >= 0).sum(axis=1)
+        through = int(self.significant(0, layers - 1).sum())
+        return (
+            f"Tracks: {len(lengths):,} tracks through {layers} layers, "
+            f"{int((lengths > 1).sum()):,} of two layers or more.\n"
+            f"{through:,} connect the first and the last layer (false match rate {FDR:.0%})."
+        )
 
+
+@renamed_arguments
 def track(
-    layers: Sequence[Float[np.ndarray, "_latent d"]],
+    layers: Sequence[ArrayLike | Tensor],
     matches: Sequence[Match],
     *,
-    rate: float = RATE,
+    fdr: float = FDR,
     nulls: Sequence[Null] = NULLS,
     seed: int = 0,
     sweeps: int = SWEEPS,
@@ -115,203 +145,223 @@ def track(
     """Solve all layers jointly.
 
     Args:
-        layers: Vectors of the latents of each layer, all of one width.
+        layers: Vectors (latent, d) of each layer, all of one width: numpy, torch or lists.
         matches: The match of each layer with the next, to start from.
-        rate: False match rate at which latents are linked.
-        nulls: How null dictionaries are made.
+        fdr: False match rate at which latents are linked.
+        nulls: Functions that make null dictionaries.
         seed: Seed of the nulls.
         sweeps: Times that every two layers are matched again; fewer if nothing changes.
-        on_progress: Told how many times layers have been matched.
+        on_progress: Callback with the number of matches of two layers that are done.
 
     Raises:
-        InputError: There is not one match for every two neighbours, of as many latents.
+        InputError: There is not one match for every two neighboring layers, of as many latents.
+
+    Examples:
+        >>> import numpy as np, mechatlas as ma
+        >>> rows = np.random.default_rng(0).standard_normal((64, 16))
+        >>> layers = [rows, rows[::-1], rows]
+        >>> matches = [ma.match(layers[0], layers[1]), ma.match(layers[1], layers[2])]
+        >>> ma.track(layers, matches).latents[:2]
+        array([[ 0, 63,  0],
+               [ 1, 62,  1]])
     """
-    sizes = [(len(found.unit_a), len(found.unit_b)) for found in matches]
-    if sizes != list(itertools.pairwise(map(len, layers))):
+    units = [unit_rows(as_array(x, "latent d", f"Layer {k}")) for k, x in enumerate(layers)]
+    sizes = [(len(m.unit_a), len(m.unit_b)) for m in matches]
+    if sizes != list(itertools.pairwise(map(len, units))):
         raise InputError(
-            f"Layers of {', '.join(str(len(x)) for x in layers)} latents need a match of each with "
+            f"Layers of {', '.join(str(len(x)) for x in units)} latents need a match of each with "
             f"the next, got matches of {', '.join(f'{n} with {m}' for n, m in sizes) or 'none'}."
         )
-    layers = [unit_rows(x) for x in layers]
-    links = [_Links.of(found) for found in matches]
+    links = [_Links.of(each) for each in matches]
     n_links = len(links)
     for sweep in range(sweeps):
         changed = 0
         order = range(n_links) if sweep % 2 == 0 else reversed(range(n_links))
         for done, k in enumerate(order):
-            before, after = _before(layers, links, k), _after(layers, links, k + 1)
-            new = _linked(before, after, rate=rate, nulls=nulls, seed=seed)
+            before, after = _before(units, links, k), _after(units, links, k + 1)
+            new = _link(before, after, fdr=fdr, nulls=nulls, seed=seed)
             changed += int((new.columns != links[k].columns).sum())
             links[k] = new
             on_progress(sweep * n_links + done + 1, sweeps * n_links)
         if not changed:
             break
-    return _followed([len(x) for x in layers], links)
+    return _follow([len(x) for x in units], links)
 
 
 class _Links(NamedTuple):
-    """Latents of a layer and those of the next that carry them on."""
+    """Links between the latents of a layer and those of the next."""
 
     columns: Int[np.ndarray, " latent"]
-    """The latent of the next layer, -1 for none."""
+    """Latent of the next layer, -1 for none."""
     q_values: Float[np.ndarray, " latent"]
     cosines: Float[np.ndarray, " latent"]
-    chances: Float[np.ndarray, " latent"]
-    """That the link is wrong."""
+    error_probability: Float[np.ndarray, " latent"]
 
     @classmethod
-    def of(cls, found: Match) -> "_Links":
-        """The pairs that stand."""
-        columns = np.where(found.matched, found.columns, -1)
-        return cls(columns, found.q_values, found.cosines, chances(found.q_values))
+    def of(cls, matching: Match) -> "_Links":
+        """Links of the matched pairs."""
+        q_values = matching.q_values
+        return cls(matching.matched_columns(), q_values, matching.cosines, local_fdr(q_values))
 
 
-def _linked(
-    before: np.ndarray, after: np.ndarray, *, rate: float, nulls: Sequence[Null], seed: int
+def _link(
+    before: Float[np.ndarray, "n d"],
+    after: Float[np.ndarray, "m d"],
+    *,
+    fdr: float,
+    nulls: Sequence[Null],
+    seed: int,
 ) -> _Links:
-    """Match what tracks are up to a layer with what they are from the next on.
+    """Match tracks up to a layer with tracks from the next layer on.
 
-    A link stands if it does from both sides: what a feature split into is alike seen from one of
-    them only, and an error would go on along the track.
+    A link is kept if it is significant from both sides: the parts of a split feature are similar
+    to it seen from one side only, and an error would go on along the track.
     """
     n = len(before)
     links = _Links(np.full(n, -1), np.ones(n), np.zeros(n), np.ones(n))
-    rows, there = np.flatnonzero(before.any(axis=1)), np.flatnonzero(after.any(axis=1))
-    if not (len(rows) and len(there)):  # of codes some are zero
+    rows, present = np.flatnonzero(before.any(axis=1)), np.flatnonzero(after.any(axis=1))
+    if not (len(rows) and len(present)):  # some codes are zero
         return links
-    a, b = before[rows], after[there]
-    found = assign(Factors.squared_distances(a, b)).columns
-    i = np.flatnonzero(found >= 0)
-    sides = (a, b, i, found[i]), (b, a, found[i], i)
-    q_values = np.maximum(*(weigh(*side, nulls=nulls, seed=seed).q_values for side in sides))
-    of = rows[i]
-    links.columns[of] = np.where(q_values <= rate, there[found[i]], -1)
-    links.q_values[of], links.chances[of] = q_values, chances(q_values)
-    links.cosines[of] = np.einsum("pd,pd->p", a[i], b[found[i]], dtype=np.float64)
+    a, b = before[rows], after[present]
+    partners = assign(Factors.squared_distances(a, b)).columns
+    i = np.flatnonzero(partners >= 0)
+    j = partners[i]
+    sides = (a, b, i, j), (b, a, j, i)
+    q_values = np.maximum(
+        *(compare_with_null(*side, nulls=nulls, seed=seed).q_values for side in sides)
+    )
+    linked = rows[i]
+    links.columns[linked] = np.where(q_values <= fdr, present[j], -1)
+    links.q_values[linked], links.error_probability[linked] = q_values, local_fdr(q_values)
+    links.cosines[linked] = np.einsum("pd,pd->p", a[i], b[j], dtype=np.float64)
     return links
 
 
-def _before(layers: list[np.ndarray], links: list[_Links], layer: int) -> np.ndarray:
-    """Each latent of a layer with what its track was before, nearer layers weighing more."""
+def _before(
+    layers: list[Float[np.ndarray, "_latent d"]], links: list[_Links], layer: int
+) -> Float[np.ndarray, "latent d"]:
+    """Sum each latent of a layer with the earlier part of its track, nearer layers more."""
     total = layers[0]
     for x, step in zip(layers[1 : layer + 1], links, strict=False):
         rows = np.flatnonzero(step.columns >= 0)
         following = x.copy()
-        following[step.columns[rows]] += np.float32(NEARER) * total[rows]
+        following[step.columns[rows]] += np.float32(DECAY) * total[rows]
         total = following
     return unit_rows(total)
 
 
-def _after(layers: list[np.ndarray], links: list[_Links], layer: int) -> np.ndarray:
-    """Each latent of a layer with what its track is after, nearer layers weighing more."""
+def _after(
+    layers: list[Float[np.ndarray, "_latent d"]], links: list[_Links], layer: int
+) -> Float[np.ndarray, "latent d"]:
+    """Sum each latent of a layer with the later part of its track, nearer layers more."""
     total = layers[-1]
     for k in reversed(range(layer, len(links))):
         rows = np.flatnonzero(links[k].columns >= 0)
         preceding = layers[k].copy()
-        preceding[rows] += np.float32(NEARER) * total[links[k].columns[rows]]
+        preceding[rows] += np.float32(DECAY) * total[links[k].columns[rows]]
         total = preceding
     return unit_rows(total)
 
 
-def _followed(sizes: list[int], links: list[_Links]) -> Tracks:
-    """Links put one after another; tracks by their first layer."""
-    owner, n_tracks = [np.arange(sizes[0])], sizes[0]
+def _follow(sizes: list[int], links: list[_Links]) -> Tracks:
+    """Follow links from layer to layer; tracks are numbered by their first layer."""
+    track_of, n_tracks = [np.arange(sizes[0])], sizes[0]
     for size, step in zip(sizes[1:], links, strict=True):
         new, rows = np.full(size, -1), np.flatnonzero(step.columns >= 0)
-        new[step.columns[rows]] = owner[-1][rows]
+        new[step.columns[rows]] = track_of[-1][rows]
         alone = np.flatnonzero(new < 0)
         new[alone] = n_tracks + np.arange(len(alone))
         n_tracks += len(alone)
-        owner.append(new)
+        track_of.append(new)
     shape = n_tracks, len(sizes)
     latents = np.full(shape, -1)
-    q_values, cosines, breaks = np.ones(shape), np.zeros(shape), np.zeros(shape)
-    for layer, tracks in enumerate(owner):
+    q_values, cosines, wrong = np.ones(shape), np.zeros(shape), np.zeros(shape)
+    for layer, tracks in enumerate(track_of):
         latents[tracks, layer] = np.arange(len(tracks))
     for layer, step in enumerate(links):
         rows = np.flatnonzero(step.columns >= 0)
-        tracks = owner[layer][rows]
-        breaks[tracks, layer + 1] = step.chances[rows]
+        tracks = track_of[layer][rows]
+        wrong[tracks, layer + 1] = step.error_probability[rows]
         born = tracks[(latents[tracks, :layer] < 0).all(axis=1)]
-        for values, kept in ((q_values, step.q_values), (cosines, step.cosines)):
-            values[tracks, layer + 1] = kept[rows]
+        for values, linked in ((q_values, step.q_values), (cosines, step.cosines)):
+            values[tracks, layer + 1] = linked[rows]
             values[born, layer] = values[born, layer + 1]
-    return Tracks(latents, q_values, cosines, breaks)
+    return Tracks(latents, q_values, cosines, wrong)
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class LifeLines:
-    """When features are born and die. Layers count from 0."""
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class SurvivalCurves(Result):
+    """Births, deaths and persistence of feature tracks. Layers count from 0."""
 
     birth: Int[np.ndarray, " track"]
     """First layer of the track."""
     earliest_birth: Int[np.ndarray, " track"]
-    """The layer before it too, if a latent there is more likely this feature than chance."""
+    """Previous layer instead, if a latent there is more likely this feature than chance."""
     death: Int[np.ndarray, " track"]
     """Last layer of the track."""
     latest_death: Int[np.ndarray, " track"]
+    """Next layer instead, if a latent there is more likely this feature than chance."""
     persistence: Float[np.ndarray, " distance"]
-    """Share of the latents of a layer that stand as the same feature 1, 2, ... layers on."""
+    """Share of the latents of a layer that are significantly the same feature 1, 2, ... layers
+    on."""
     low: Float[np.ndarray, " distance"]
-    """Lower end of its 95 % interval (Wilson)."""
+    """Lower end of the 95 % Wilson interval of `persistence`."""
     high: Float[np.ndarray, " distance"]
-    born: Float[np.ndarray, " layer"]
+    """Upper end of the 95 % Wilson interval of `persistence`."""
+    birth_share: Float[np.ndarray, " layer"]
     """Share of each layer's latents whose track begins there."""
-    dying: Float[np.ndarray, " layer"]
+    death_share: Float[np.ndarray, " layer"]
     """Share of each layer's latents whose track ends there."""
 
+    def summary(self) -> str:
+        """Persistence one layer on and to the last layer."""
+        near, far = (
+            f"{self.persistence[k]:.1%} [{self.low[k]:.1%}, {self.high[k]:.1%}]" for k in (0, -1)
+        )
+        return (
+            f"SurvivalCurves: {near} of the latents persist one layer on, {far} persist "
+            f"{len(self.persistence)} layers on (95 % intervals)."
+        )
 
-def live(tracks: Tracks, matches: Sequence[Match], *, rate: float = RATE) -> LifeLines:
-    """Read life lines off tracks; the matches of neighbours say how sure the ends are.
+
+def survival(tracks: Tracks, matches: Sequence[Match], *, fdr: float = FDR) -> SurvivalCurves:
+    """Read survival curves off tracks.
 
     Args:
         tracks: The joint solution.
-        matches: The match of each layer with the next.
-        rate: False match rate of what persists.
+        matches: The match of each layer with the next, which says how sure births and deaths are.
+        fdr: False match rate of persisting features.
     """
-    there = tracks.latents >= 0
-    n_layers = there.shape[1]
-    birth = there.argmax(axis=1)
-    death = n_layers - 1 - there[:, ::-1].argmax(axis=1)
-    lines = np.arange(len(there))
+    present = tracks.latents >= 0
+    n_layers = present.shape[1]
+    birth = present.argmax(axis=1)
+    death = n_layers - 1 - present[:, ::-1].argmax(axis=1)
+    numbers = np.arange(len(present))
     earliest, latest = birth.copy(), death.copy()
-    for layer, found in enumerate(matches):
-        likely = np.flatnonzero(found.q_values <= LOOSE)
-        after = np.full(len(found.unit_b), 1.0)
-        after[found.columns[likely]] = 0.0
-        ends = lines[death == layer]
-        latest[ends] += found.q_values[tracks.latents[ends, layer]] <= LOOSE
-        begins = lines[birth == layer + 1]
-        earliest[begins] -= after[tracks.latents[begins, layer + 1]] == 0.0
-    kept, low, high = [], [], []
+    for layer, matching in enumerate(matches):
+        likely = np.flatnonzero(matching.q_values <= CHANCE_Q_VALUE)
+        continues = np.zeros(len(matching.unit_b), bool)
+        continues[matching.columns[likely]] = True
+        ends = numbers[death == layer]
+        latest[ends] += matching.q_values[tracks.latents[ends, layer]] <= CHANCE_Q_VALUE
+        begins = numbers[birth == layer + 1]
+        earliest[begins] -= continues[tracks.latents[begins, layer + 1]]
+    shares = []
     for distance in range(1, n_layers):
-        alive = int(there[:, :-distance].sum())
+        alive = int(present[:, :-distance].sum())
         firsts = range(n_layers - distance)
-        both = sum(int(tracks.stand(k, k + distance, rate=rate).sum()) for k in firsts)
-        share, ends = wilson(both, alive)
-        kept.append(share)
-        low.append(ends[0])
-        high.append(ends[1])
-    size = np.maximum(there.sum(axis=0), 1)
-    return LifeLines(
+        both = sum(int(tracks.significant(k, k + distance, fdr=fdr).sum()) for k in firsts)
+        shares.append(proportion(both, alive))
+    persistence, low, high = np.array(shares).reshape(-1, 3).T
+    size = np.maximum(present.sum(axis=0), 1)
+    return SurvivalCurves(
         birth=birth,
         earliest_birth=earliest,
         death=death,
         latest_death=latest,
-        persistence=np.array(kept),
-        low=np.array(low),
-        high=np.array(high),
-        born=np.bincount(birth, minlength=n_layers) / size,
-        dying=np.bincount(death, minlength=n_layers) / size,
+        persistence=persistence,
+        low=low,
+        high=high,
+        birth_share=np.bincount(birth, minlength=n_layers) / size,
+        death_share=np.bincount(death, minlength=n_layers) / size,
     )
-
-
-def wilson(hits: int, n: int) -> tuple[float, tuple[float, float]]:
-    """A share with its 95 % interval."""
-    if n == 0:
-        return 0.0, (0.0, 1.0)
-    z = 1.959964
-    share = hits / n
-    centre = (share + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * (share * (1 - share) / n + z * z / (4 * n * n)) ** 0.5
-    return share, (max(0.0, centre - half), min(1.0, centre + half))

@@ -1,13 +1,13 @@
-"""Dictionaries as vectors that can be compared: the scale freedom of each latent taken out.
+"""Folded dictionaries: decoder and encoder rows with the scale freedom of each latent removed.
 
 A latent may be made c times as active and its decoder row c times as short without changing a
-reconstruction. Where a rule has a threshold for each latent, that fixes the unit (the paper's
-folding); where it has none (ReLU, TopK, BatchTopK, gated), activations can: the mean of a latent
-over the rows where it is active. Without either the rows are taken as they are.
+reconstruction. Where a rule has a threshold for each latent, the threshold fixes the scale (the
+paper's folding). ReLU, TopK, BatchTopK and gated dictionaries have none; there the mean activation
+of a latent over the rows where it is active can fix it. Without either, rows stay as they are.
 
-    fold           a dictionary or a matrix of decoder rows -> `Atoms`
-    mean_active    the unit of each latent on some rows
-    vectors        what of the atoms a cost compares
+    fold           a dictionary or a matrix of decoder rows -> `FoldedDictionary`
+    mean_active    mean activation of each latent on some rows, for use as its scale
+    vectors        the vectors of a folded dictionary that a cost compares
 
 Source: Balagansky et al., Mechanistic permutability (2024), section 3.
 """
@@ -18,115 +18,163 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from jaxtyping import Float
+from numpy.typing import ArrayLike
 from torch import Tensor
 
-from mechatlas.base import InputError
+from mechatlas.base import Dictionary, InputError
+from mechatlas.maths.arrays import as_array
 
-Parts = Literal["decoder", "encoder", "all", "balanced", "cosine", "codes"]
-"""decoder: folded decoder rows; encoder: folded encoder columns; all: both and the encoder's
-bias, as they are (the paper's full cost, which the decoder dominates); balanced: the same with
-each part scaled to weigh alike; cosine: decoder rows at length 1; codes: matrices as `correlate`
-gives them, where rows of zeros are latents that are not paired."""
+Cost = Literal["decoder", "encoder", "all", "balanced", "cosine", "codes"]
+"""Vectors whose squared distance is the cost of a pair.
+
+decoder: folded decoder rows. encoder: folded encoder columns. all: both and the encoder's bias,
+unweighted (the paper's full cost, which the decoder dominates). balanced: the same three, scaled to
+equal total length. cosine: decoder rows at length 1. codes: matrices made by `correlate`, whose
+rows of zeros are latents that are not paired.
+"""
+BLOCK = 1024
+"""Latents decoded at once from a dictionary that does not show its decoder."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Atoms:
-    """A folded dictionary."""
+class FoldedDictionary:
+    """Weights of a dictionary at the scale where every latent is active at 1."""
 
     decoder: Float[np.ndarray, "latent d_in"]
+    """Decoder rows times the scale."""
     encoder: Float[np.ndarray, "latent d_enc"] | None
-    """Encoder columns, one row a latent; `None` for a matrix of decoder rows."""
+    """Encoder columns over the scale, one row a latent; `None` where the encoder is not known."""
     bias: Float[np.ndarray, " latent"] | None
-    """The encoder's, with what the format subtracts from the input absorbed."""
-    unit: Float[np.ndarray, " latent"]
+    """Encoder bias over the scale, with what the format subtracts from its input absorbed."""
+    scale: Float[np.ndarray, " latent"]
     """Activation that became 1."""
 
 
-def fold(dictionary: Any, *, unit: np.ndarray | Tensor | None = None, name: str = "A") -> Atoms:
-    """Take the scale of each latent out of a dictionary.
+def fold(
+    dictionary: Any, *, scale: ArrayLike | Tensor | None = None, name: str = "A"
+) -> FoldedDictionary:
+    """Remove the scale freedom of each latent.
 
     Args:
-        dictionary: A dictionary, or a matrix of decoder rows (latent, d_in).
-        unit: Activation of each latent that becomes 1; by default its threshold, if the
+        dictionary: Any `Dictionary`, or a matrix of decoder rows (latent, d_in).
+        scale: Activation of each latent that becomes 1; by default its threshold where the
             dictionary has one for each latent, else 1.
-        name: What to call it in messages.
+        name: Name of the dictionary in messages.
 
     Raises:
-        InputError: It is no dictionary, has no latents or values that are not finite, or some
-            unit is not positive.
+        InputError: The input is no dictionary, has no latents or values that are not finite, or a
+            scale is not positive.
     """
-    if isinstance(dictionary, np.ndarray | Tensor):
-        decoder = _array(dictionary)
-        if decoder.ndim != 2:
-            raise InputError(f"Decoder rows of {name} must be a matrix, got {decoder.shape}.")
-        encoder = bias = None
-    else:
-        if not all(hasattr(dictionary, part) for part in ("W_enc", "b_enc", "W_dec")):
-            raise InputError(
-                f"{name} is a {type(dictionary).__name__}; pass a dictionary with W_enc, b_enc "
-                "and W_dec, or a matrix of decoder rows."
-            )
-        decoder, encoder = _array(dictionary.W_dec), _array(dictionary.W_enc).T
-        bias = _array(dictionary.b_enc).astype(np.float64)
-        if getattr(dictionary, "subtracts_b_dec", getattr(dictionary, "centred", True)):
-            bias = bias - encoder @ _array(dictionary.b_dec)
+    decoder, encoder, bias = _weights(dictionary, name)
     if decoder.size == 0:
         raise InputError(f"{name} has no latents: its decoder has shape {decoder.shape}.")
     bad = np.flatnonzero(~np.isfinite(decoder.sum(axis=1)))
     if len(bad):
         raise InputError(f"The decoder of {name} is not finite at latent {bad[0]}.")
-    own = _thresholds(dictionary) if unit is None else _array(unit)
-    unit = np.ones(len(decoder)) if own is None else own.astype(np.float64)
-    if unit.shape != (len(decoder),):
-        raise InputError(f"{name} has {len(decoder)} latents and units of shape {unit.shape}.")
-    if not (unit > 0).all():
-        worst = int(np.argmin(unit))
+    own = _thresholds(dictionary) if scale is None else _float32(scale, "latent", "scale")
+    factor = np.ones(len(decoder)) if own is None else own.astype(np.float64)
+    if factor.shape != (len(decoder),):
+        raise InputError(f"{name} has {len(decoder)} latents and scales of shape {factor.shape}.")
+    if not (factor > 0).all():
+        worst = int(np.argmin(factor))
         raise InputError(
-            f"Latent {worst} of {name} has the threshold or unit {unit[worst]:g}; folding divides "
-            "by it, so it must be > 0. Fold by mean activations instead (give a store)."
+            f"Latent {worst} of {name} has the threshold or scale {factor[worst]:g}; folding "
+            "divides by it, so it must be > 0. Fold by mean activations instead (give a store)."
         )
-    return Atoms(
-        decoder=np.ascontiguousarray(decoder * unit[:, None], dtype=np.float32),
-        encoder=None if encoder is None else encoder / unit[:, None],
-        bias=None if bias is None else bias / unit,
-        unit=unit,
+    return FoldedDictionary(
+        decoder=np.ascontiguousarray(decoder * factor[:, None], dtype=np.float32),
+        encoder=None if encoder is None else encoder / factor[:, None],
+        bias=None if bias is None else bias / factor,
+        scale=factor,
     )
 
 
-def _array(value: Any) -> np.ndarray:
-    """A tensor or an array as float32.
+def _weights(
+    dictionary: Any, name: str
+) -> tuple[
+    Float[np.ndarray, "latent d_in"],
+    Float[np.ndarray, "latent d_enc"] | None,
+    Float[np.ndarray, " latent"] | None,
+]:
+    """Decoder rows, encoder rows and encoder bias of a dictionary.
 
     Raises:
-        InputError: It does not hold real numbers.
+        InputError: The input is neither a dictionary nor an array.
     """
-    if isinstance(value, Tensor):
-        value = value.detach().to("cpu", torch.float32).numpy()
-    value = np.asarray(value)
-    if value.dtype.kind not in "fiub":
-        raise InputError(f"Latents are compared as real numbers, got an array of {value.dtype}.")
-    with np.errstate(over="ignore"):  # what does not fit is infinite, and told by its latent
-        return value.astype(np.float32)
+    if isinstance(dictionary, np.ndarray | Tensor | list | tuple):
+        return _float32(dictionary, "latent d_in", f"Decoder rows of {name}"), None, None
+    if not hasattr(dictionary, "W_dec"):
+        if not isinstance(dictionary, Dictionary):
+            raise InputError(
+                f"{name} is a {type(dictionary).__name__}; pass a dictionary with encode and "
+                "decode, or a matrix of decoder rows."
+            )
+        return _decoded_rows(dictionary, name), None, None
+    decoder = _float32(dictionary.W_dec, "latent d_in", f"W_dec of {name}")
+    if not (hasattr(dictionary, "W_enc") and hasattr(dictionary, "b_enc")):
+        return decoder, None, None
+    encoder = _float32(dictionary.W_enc, "d_in latent", f"W_enc of {name}").T
+    bias = _float32(dictionary.b_enc, "latent", f"b_enc of {name}").astype(np.float64)
+    if getattr(dictionary, "subtracts_b_dec", getattr(dictionary, "centred", True)):
+        bias = bias - encoder @ _float32(dictionary.b_dec, "d_in", f"b_dec of {name}")
+    return decoder, encoder, bias
 
 
-def _thresholds(dictionary: Any) -> np.ndarray | None:
-    """The threshold of each latent, if its rule has one that is not zero everywhere."""
+@torch.no_grad()
+def _decoded_rows(dictionary: Dictionary, name: str) -> Float[np.ndarray, "latent d_in"]:
+    """Decoder rows read off `decode`, one latent at a time.
+
+    Raises:
+        InputError: `decode` is not affine, so that there are no decoder rows.
+    """
+    n = dictionary.n_latents
+    offset = dictionary.decode(torch.zeros(1, n))
+    blocks = [
+        dictionary.decode(torch.eye(min(BLOCK, n - i), n, dtype=torch.float32).roll(i, 1)) - offset
+        for i in range(0, n, BLOCK)
+    ]
+    rows = torch.cat(blocks).float()
+    code = torch.rand(4, n, generator=torch.Generator().manual_seed(0))
+    expected = dictionary.decode(code)
+    if not torch.allclose(code @ rows + offset, expected, rtol=1e-3, atol=1e-3):
+        raise InputError(
+            f"decode of {name} ({type(dictionary).__name__}) is not affine, so it has no decoder "
+            "rows to compare. Compare codes on paired rows instead (cost 'codes')."
+        )
+    return _float32(rows, "latent d_in", f"Decoder rows of {name}")
+
+
+def _float32(value: Any, axes: str, name: str) -> np.ndarray:
+    with np.errstate(over="ignore"):  # what does not fit is infinite, and named by its latent
+        return as_array(value, axes, name, dtype=np.float32)
+
+
+def _thresholds(dictionary: Any) -> Float[np.ndarray, " latent"] | None:
+    """Threshold of each latent, if the rule has one that is not zero everywhere."""
     logarithm = getattr(dictionary, "log_threshold", None)
     if isinstance(logarithm, Tensor):
-        return np.exp(_array(logarithm))
-    for owner in (dictionary, getattr(dictionary, "sparsity", None)):
+        return np.exp(_float32(logarithm, "latent", "log_threshold"))
+    for holder in (dictionary, getattr(dictionary, "sparsity", None)):
         for name in ("threshold", "theta"):
-            found = getattr(owner, name, None)
-            if isinstance(found, Tensor | np.ndarray) and found.ndim == 1 and len(found) > 1:
-                found = _array(found)
-                return found if found.any() else None
+            value = getattr(holder, name, None)
+            if isinstance(value, Tensor | np.ndarray) and value.ndim == 1 and len(value) > 1:
+                threshold = _float32(value, "latent", name)
+                return threshold if threshold.any() else None
     return None
 
 
 @torch.no_grad()
 def mean_active(
-    dictionary: Any, x: Float[Tensor, "row d_in"], *, batch_size: int = 512
+    dictionary: Dictionary, x: Float[Tensor, "row d_in"], *, batch_size: int = 512
 ) -> Float[np.ndarray, " latent"]:
-    """Mean of each latent over the rows where it is active; the median of all where it never is.
+    """Mean activation of each latent over the rows where it is active.
+
+    A latent that is never active gets the median of the others.
+
+    Args:
+        dictionary: Any; only `encode` is used.
+        x: Rows of activations.
+        batch_size: Rows encoded at once.
 
     Raises:
         InputError: No latent is active on any row.
@@ -144,32 +192,39 @@ def mean_active(
     return torch.where(alive, mean, mean[alive].median()).numpy()
 
 
-def vectors(atoms: Atoms, other: Atoms, parts: Parts) -> Float[np.ndarray, "latent width"]:
-    """What a cost compares of `atoms` when they are paired with `other`.
+def vectors(
+    folded: FoldedDictionary, other: FoldedDictionary, cost: Cost
+) -> Float[np.ndarray, "latent width"]:
+    """Select the vectors of `folded` that a cost compares with those of `other`.
+
+    Args:
+        folded: Dictionary whose vectors are returned.
+        other: Dictionary that it is paired with, which the balanced cost weighs too.
+        cost: One of the costs.
 
     Raises:
-        InputError: A part is needed that a matrix of decoder rows does not have.
+        InputError: The cost needs an encoder, and a side has none.
     """
-    if parts in ("decoder", "codes"):
-        return atoms.decoder
-    if parts == "cosine":
-        return unit_rows(atoms.decoder)
-    found = []
-    for one in (atoms, other):
-        if one.encoder is None or one.bias is None:
-            raise InputError(f"The cost {parts!r} needs dictionaries with an encoder.")
-        found.append([one.decoder, one.encoder, one.bias[:, None]])
-    own = found[0]
-    if parts == "encoder":
-        return np.ascontiguousarray(own[1], dtype=np.float32)
-    if parts == "balanced":
-        sizes = [np.sqrt(sum(np.square(f[k]).sum() for f in found)) for k in range(3)]
-        own = [part / max(size, 1e-30) for part, size in zip(own, sizes, strict=True)]
-    return np.ascontiguousarray(np.concatenate(own, axis=1), dtype=np.float32)
+    if cost in ("decoder", "codes"):
+        return folded.decoder
+    if cost == "cosine":
+        return unit_rows(folded.decoder)
+    sides = []
+    for side in (folded, other):
+        if side.encoder is None or side.bias is None:
+            raise InputError(f"The cost {cost!r} needs dictionaries with an encoder.")
+        sides.append([side.decoder, side.encoder, side.bias[:, None]])
+    pieces = sides[0]
+    if cost == "encoder":
+        return np.ascontiguousarray(pieces[1], dtype=np.float32)
+    if cost == "balanced":
+        lengths = [np.sqrt(sum(np.square(side[k]).sum() for side in sides)) for k in range(3)]
+        pieces = [piece / max(length, 1e-30) for piece, length in zip(pieces, lengths, strict=True)]
+    return np.ascontiguousarray(np.concatenate(pieces, axis=1), dtype=np.float32)
 
 
 def unit_rows(x: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "n d"]:
-    """Rows at length 1; zero rows stay zero."""
+    """Divide rows by their lengths, summed in float64; rows of zeros stay zero."""
     x = np.asarray(x, dtype=np.float32)
     length = np.sqrt(np.einsum("nd,nd->n", x, x, dtype=np.float64))
     return (x / np.maximum(length, 1e-30)[:, None]).astype(np.float32)

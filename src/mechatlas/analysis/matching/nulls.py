@@ -1,20 +1,23 @@
-"""What cosines the same pairing finds where there is nothing to find.
+"""Null distribution of the similarity of pairs, and q-values from it.
 
 A null dictionary has the spectrum of the real one (so directions that all latents share cannot
 pass for partners) and no latent of it (for codes see `codes`):
 
-    rotated     whitened, turned by a random rotation, coloured again
-    shuffled    each principal coordinate shuffled among latents: keeps its distribution too
+    rotate              whitened, turned by a random rotation, colored again
+    shuffle             each principal coordinate shuffled among latents: keeps its distribution too
+    compare_with_null   pairs of unit vectors -> q-values
+    local_fdr           q-values -> probability that each single pair is wrong
 
-Latents without a partner compete for what partners leave over, so the pairing is done again with
-the columns of some pairs replaced: as many as seem to be chance by their number where most of the
-null lies, drawn by how likely each is. Rows stay as they are. One that had a partner after all
-then takes the next best there is, so what is alike without being partners (parts of a cluster,
-siblings of a split) is in the null, and no evidence.
+Latents without a partner compete for the latents that partners leave over, so the pairing is done
+again with the columns of some pairs replaced: as many as the pairs that appear to be chance, judged
+by how many fall where most of the null lies, and drawn by how likely each is to be chance. Rows
+stay as they are. A row whose partner was replaced takes the next best there is, so latents that
+are similar without being partners (parts of a cluster, siblings of a split) are in the null, and
+count as no evidence.
 
-What is weighed is the cosine beyond what chance gives these two: latents along the axes where all
-vary most are alike by chance more often. By cosines alone most of what stands by mistake would be
-such, and the null would have too few of them.
+The statistic is the cosine beyond what chance gives a pair: latents along the axes where all vary
+most are similar by chance more often. With plain cosines most false matches would be such latents,
+and the null would have too few of them.
 
 Source: Storey (2002) for q-values from the number of discoveries; the rest is ours.
 """
@@ -26,56 +29,68 @@ import numpy as np
 from jaxtyping import Float, Int
 from scipy.optimize import isotonic_regression
 
+from mechatlas.analysis.matching.folding import unit_rows
 from mechatlas.maths.assignment import assign
 from mechatlas.maths.pricing import Factors
 
-SAMPLE = 1024
-"""Latents that the first, rough null looks at."""
-LEAST = 100
-"""Pairs that the null should have at least; small dictionaries are done several times."""
-MOST_TIMES = 8
+FIRST_SAMPLE = 1024
+"""Latents in the first, rough estimate of the null."""
+MIN_DRAWS = 100
+"""Smallest size of the null of one round; small dictionaries are paired several times."""
+MAX_REPEATS = 8
+"""Upper limit on the pairings of a small dictionary in one round."""
 ROUNDS = 8
-KEPT = 4
-"""Rounds whose nulls count: the first are made before it is known what is chance."""
-ENOUGH = 4096
-"""Draws of the null that need no other round."""
-LEVELLING = 2
-"""Times that lengths are made more equal."""
-MOST_BY_CHANCE = 0.9
-MOST = 0.65
-"""Share of the null below which pairs are counted to tell how many are chance."""
+"""Upper limit on the rounds in which pairs are replaced."""
+KEPT_ROUNDS = 4
+"""Last rounds whose nulls count: the first are made before it is known which pairs are chance."""
+ENOUGH_DRAWS = 4096
+"""Size of the null that needs no further round."""
+LENGTH_PASSES = 2
+"""Times that the lengths of whitened rows are made more equal."""
+MAX_CHANCE_COSINE = 0.9
+"""Upper limit on the cosine that chance is assumed to give."""
+STOREY_QUANTILE = 0.65
+"""Quantile of the null below which pairs are counted to estimate how many are chance."""
 
 
-class Evidence(NamedTuple):
-    """What the null says of each pair."""
+class PairEvidence(NamedTuple):
+    """Evidence for each pair from its comparison with the null."""
 
     q_values: Float[np.ndarray, " pair"]
     """Smallest false match rate at which the pair is still matched."""
-    without_partner: int
-    """Pairs taken to be chance when the null was made."""
+    n_null: int
+    """Estimated number of pairs that are chance."""
     null: Float[np.ndarray, " draw"]
-    """How alike chance pairs are, as a cosine of average ones."""
+    """Similarity of chance pairs, as a cosine of average ones."""
 
 
-def rotated(x: Float[np.ndarray, "n d"], random: np.random.Generator) -> np.ndarray:
-    """Rows with the same second moments of their directions, in random directions."""
-    u, back = _whitened(x)
-    turn, r = np.linalg.qr(random.standard_normal((len(back), len(back))))
-    return (u @ (turn * np.sign(np.diag(r))) @ back).astype(np.float32)
+def rotate(x: Float[np.ndarray, "n d"], random: np.random.Generator) -> Float[np.ndarray, "n d"]:
+    """Make rows with the same second moments of their directions, in random directions."""
+    white = _whiten(x)
+    rotation, r = np.linalg.qr(random.standard_normal((len(white.color), len(white.color))))
+    return (white.rows @ (rotation * np.sign(np.diag(r))) @ white.color).astype(np.float32)
 
 
-def shuffled(x: Float[np.ndarray, "n d"], random: np.random.Generator) -> np.ndarray:
-    """Rows with the same distribution along each principal axis, mixed among latents."""
-    u, back = _whitened(x)
-    return (random.permuted(u, axis=0) @ back).astype(np.float32)
+def shuffle(x: Float[np.ndarray, "n d"], random: np.random.Generator) -> Float[np.ndarray, "n d"]:
+    """Make rows with the same distribution along each principal axis, mixed among latents."""
+    white = _whiten(x)
+    return (random.permuted(white.rows, axis=0) @ white.color).astype(np.float32)
 
 
-def _whitened(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Rows whose second moments are alike along all axes, and what makes directions of x of them.
+class _Whitened(NamedTuple):
+    """Rows with equal second moments along all axes."""
 
-    Rows of x at length 1 are short along the axes where they vary most; a null made of them and
-    brought to length 1 once more would be too short there, and too seldom alike. So lengths are
-    first made equal where the rows are whitened.
+    rows: Float[np.ndarray, "n k"]
+    color: Float[np.ndarray, "k d"]
+    """Matrix that turns whitened rows back into directions of the original."""
+
+
+def _whiten(x: Float[np.ndarray, "n d"]) -> _Whitened:
+    """Whiten rows.
+
+    Rows at length 1 are short along the axes where they vary most; a null made of them and brought
+    to length 1 once more would be too short there, and too seldom similar. So lengths are first
+    made equal where the rows are whitened.
 
     Source:
         Tyler, A distribution-free M-estimator of multivariate scatter (1987).
@@ -83,23 +98,25 @@ def _whitened(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     x = x.astype(np.float64)
     if len(x) <= x.shape[1]:  # whitened rows are orthogonal, and of one length
         u, s, vt = np.linalg.svd(x, full_matrices=False)
-        return u, s[:, None] * vt
-    u, back = x, np.eye(x.shape[1])
-    for _ in range(1 + LEVELLING):
-        length = np.linalg.norm(u, axis=1)
+        return _Whitened(u, s[:, None] * vt)
+    rows, color = x, np.eye(x.shape[1])
+    for _ in range(1 + LENGTH_PASSES):
+        length = np.linalg.norm(rows, axis=1)
         x = x / np.where(length > 1e-6 * length.max(initial=0.0), length, 1.0)[:, None]
         variances, axes = np.linalg.eigh(x.T @ x)
-        there = variances > 1e-12 * variances[-1]
-        sizes, axes = np.sqrt(variances[there]), axes[:, there]
-        u, back = x @ axes / sizes, sizes[:, None] * axes.T
-    return u, back
+        present = variances > 1e-12 * variances[-1]
+        sizes, axes = np.sqrt(variances[present]), axes[:, present]
+        rows, color = x @ axes / sizes, sizes[:, None] * axes.T
+    return _Whitened(rows, color)
 
 
 Null = Callable[[np.ndarray, np.random.Generator], np.ndarray]
-NULLS: tuple[Null, ...] = (rotated, shuffled)
+"""Function that makes the vectors of a null dictionary from those of a real one."""
+NULLS: tuple[Null, ...] = (rotate, shuffle)
+"""Nulls of decoder rows; of several, the one that gives the largest q-value counts."""
 
 
-def weigh(
+def compare_with_null(
     a: Float[np.ndarray, "n d"],
     b: Float[np.ndarray, "m d"],
     rows: Int[np.ndarray, " pair"],
@@ -107,153 +124,159 @@ def weigh(
     *,
     nulls: Sequence[Null] = NULLS,
     seed: int = 0,
-) -> Evidence:
-    """Weigh pairs of unit vectors against the null.
+) -> PairEvidence:
+    """Compare pairs of unit vectors with pairs that chance makes.
 
     Args:
-        a: Vectors at length 1.
-        b: The others.
-        rows: First members of the pairs.
-        columns: Second members.
-        nulls: How null dictionaries are made.
+        a: Vectors of A at length 1.
+        b: Vectors of B at length 1.
+        rows: Latent of A in each pair.
+        columns: Latent of B in each pair.
+        nulls: Functions that make null dictionaries.
         seed: Seed of the null.
+
+    Source:
+        Storey, A direct approach to false discovery rates (2002).
     """
     if len(b) < len(a):  # a null of few latents would lie in the few directions that they span
-        return weigh(b, a, columns, rows, nulls=nulls, seed=seed)
+        return compare_with_null(b, a, columns, rows, nulls=nulls, seed=seed)
     random = np.random.default_rng([seed, 5])
-    measure = _Alike(a, b, nulls, random)
-    alike, null = measure(a[rows], b[columns]), measure.by_chance
-    spare = [np.setdiff1d(np.arange(len(x)), of) for x, of in ((a, rows), (b, columns))]
-    before, n_chance, wrong, q_values = 0, len(rows), [null], np.empty(0)
+    measure = _Similarity(a, b, nulls, random)
+    similarity, null = measure(a[rows], b[columns]), measure.by_chance
+    spare = [np.setdiff1d(np.arange(len(x)), used) for x, used in ((a, rows), (b, columns))]
+    before, n_null, chance_pairs, q_values = 0, len(rows), [null], np.empty(0)
     draws: list[list[np.ndarray]] = []
     for _ in range(ROUNDS):
-        before, n_chance = n_chance, _count_chance(alike, null, len(rows))
-        settled = abs(n_chance - before) <= 0.03 * before
-        if n_chance < 2 or (settled and len(null) >= ENOUGH):
+        before, n_null = n_null, _count_null(similarity, null, len(rows))
+        settled = abs(n_null - before) <= 0.03 * before
+        if n_null < 2 or (settled and len(null) >= ENOUGH_DRAWS):
             break
-        drop = _drawn(alike, q_values, n_chance, random)
+        drop = _draw_replaced(similarity, q_values, n_null, random)
         keep = np.setdiff1d(np.arange(len(rows)), drop)
-        there = a[np.concatenate([rows[keep], rows[drop], spare[0]])]
-        real, left = b[columns[keep]], b[np.concatenate([columns[drop], spare[1]])]
-        draws.append([_wrong_pairs(there, real, left, make, measure, random) for make in nulls])
-        wrong = [np.concatenate(of) for of in zip(*draws[-KEPT:], strict=True)]
-        null = np.concatenate(wrong)
-        q_values = _q_values(alike, wrong, n_chance)
-    return Evidence(_q_values(alike, wrong, max(n_chance, 1)), n_chance, null)
+        left = a[np.concatenate([rows[keep], rows[drop], spare[0]])]
+        partners, rest = b[columns[keep]], b[np.concatenate([columns[drop], spare[1]])]
+        draws.append([_chance_pairs(left, partners, rest, make, measure, random) for make in nulls])
+        chance_pairs = [np.concatenate(each) for each in zip(*draws[-KEPT_ROUNDS:], strict=True)]
+        null = np.concatenate(chance_pairs)
+        q_values = _q_values(similarity, chance_pairs, n_null)
+    return PairEvidence(_q_values(similarity, chance_pairs, max(n_null, 1)), n_null, null)
 
 
-class _Alike:
-    """How alike pairs are beyond chance, told as the cosine of a pair of average latents.
+class _Similarity:
+    """Cosine of pairs beyond chance, on the scale of a pair of average latents.
 
-    Of a cosine c where chance gives e, what counts is (c - e) / (1 - e), which is 1 for latents
-    that are the same, whatever chance gives. Chance gives what the nearest of a null dictionary
-    has on average, more to latents whose cosines with all of the other side are large.
+    A cosine c where chance gives e counts as (c - e) / (1 - e), which is 1 for equal latents
+    whatever chance gives. Chance gives the mean cosine with the nearest latent of a null
+    dictionary, more to latents whose cosines with all of the other side are large.
     """
 
     def __init__(
         self, a: np.ndarray, b: np.ndarray, nulls: Sequence[Null], random: np.random.Generator
     ) -> None:
         self._roots = _root(a), _root(b)
-        some = a[random.permutation(len(a))[:SAMPLE]]
-        made = [_unit(make(b, random)) for make in nulls]
+        some = a[random.permutation(len(a))[:FIRST_SAMPLE]]
+        made = [unit_rows(make(b, random)) for make in nulls]
         y = np.concatenate([null[(some @ null.T).argmax(axis=1)] for null in made])
         x = np.tile(some, (len(nulls), 1))
         cosines = np.einsum("pd,pd->p", x, y, dtype=np.float64)
-        self._average = float(np.clip(cosines.mean(), 0.0, MOST_BY_CHANCE))
-        self._nearest = self._average / max(float(self._sizes(x, y).mean()), 1e-12)
+        self._average = float(np.clip(cosines.mean(), 0.0, MAX_CHANCE_COSINE))
+        self._nearest = self._average / max(float(self._typical(x, y).mean()), 1e-12)
         self.by_chance = self(x, y)
 
-    def _sizes(self, x: np.ndarray, y: np.ndarray) -> Float[np.ndarray, " pair"]:
-        """Root mean squares of the cosines with all of the other side, the mean of both latents."""
-        of_a, of_b = self._roots
+    def _typical(self, x: np.ndarray, y: np.ndarray) -> Float[np.ndarray, " pair"]:
+        """Root mean square of the cosines with all of the other side, mean of both latents."""
+        root_a, root_b = self._roots
         return np.sqrt(
-            np.linalg.norm(x @ of_b.T, axis=1) * np.linalg.norm(y @ of_a.T, axis=1), dtype=float
+            np.linalg.norm(x @ root_b.T, axis=1) * np.linalg.norm(y @ root_a.T, axis=1),
+            dtype=float,
         )
 
     def __call__(self, x: np.ndarray, y: np.ndarray) -> Float[np.ndarray, " pair"]:
-        """Of pairs of unit vectors."""
+        """Similarity of pairs of unit vectors."""
         cosines = np.einsum("pd,pd->p", x, y, dtype=np.float64)
-        expected = np.minimum(self._nearest * self._sizes(x, y), MOST_BY_CHANCE)
+        expected = np.minimum(self._nearest * self._typical(x, y), MAX_CHANCE_COSINE)
         return self._average + (1 - self._average) * (cosines - expected) / (1 - expected)
 
 
-def _root(x: np.ndarray) -> np.ndarray:
-    """A matrix with the second moments of x, and no more rows than it has columns."""
+def _root(x: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "k d"]:
+    """Matrix with the second moments of x, and no more rows than it has columns."""
     small = x if len(x) <= x.shape[1] else np.linalg.qr(x, mode="r")
     return (small / np.sqrt(len(x))).astype(np.float32)
 
 
-def _drawn(
-    alike: np.ndarray, q_values: np.ndarray, n: int, random: np.random.Generator
-) -> np.ndarray:
-    """As many pairs as seem to be chance, drawn by how likely each is.
+def _draw_replaced(
+    similarity: Float[np.ndarray, " pair"],
+    q_values: Float[np.ndarray, " known"],
+    n: int,
+    random: np.random.Generator,
+) -> Int[np.ndarray, " n"]:
+    """Draw as many pairs as appear to be chance, by how likely each is.
 
-    The least alike alone would be latents of unusual directions, which have no siblings.
+    The least similar alone would be latents of unusual directions, which have no siblings.
     """
     if not len(q_values):
-        return np.argsort(alike, kind="stable")[:n]
-    likely = chances(q_values)
+        return np.argsort(similarity, kind="stable")[:n]
+    likely = local_fdr(q_values)
     return np.argsort(random.random(len(likely)) / np.maximum(likely, 1e-12), kind="stable")[:n]
 
 
-def chances(q_values: Float[np.ndarray, " pair"]) -> Float[np.ndarray, " pair"]:
-    """Chance that each pair is wrong: how much a pair adds to the number expected to be wrong.
+def local_fdr(q_values: Float[np.ndarray, " pair"]) -> Float[np.ndarray, " pair"]:
+    """Estimate the probability that each pair is wrong (local false discovery rate).
 
-    Pairs of the same chance in a row are taken together, so that it rises with the q-value.
+    A pair's probability is how much it adds to the number of pairs expected to be wrong. An
+    isotonic fit makes it rise with the q-value.
     """
     if not len(q_values):
         return q_values
     order = np.argsort(q_values, kind="stable")
-    wrong = q_values[order] * np.arange(1, len(order) + 1)
-    rises = isotonic_regression(np.diff(wrong, prepend=0.0)).x
-    told = np.empty(len(order))
-    told[order] = np.clip(rises, 0.0, 1.0)
-    return told
+    n_wrong = q_values[order] * np.arange(1, len(order) + 1)
+    rises = isotonic_regression(np.diff(n_wrong, prepend=0.0)).x
+    probability = np.empty(len(order))
+    probability[order] = np.clip(rises, 0.0, 1.0)
+    return probability
 
 
-def _count_chance(alike: np.ndarray, null: np.ndarray, at_most: int) -> int:
-    """Pairs that seem to be chance, from how many lie where most of the null does (Storey)."""
-    return min(at_most, round(int((alike <= np.quantile(null, MOST)).sum()) / MOST))
+def _count_null(similarity: np.ndarray, null: np.ndarray, at_most: int) -> int:
+    """Estimate the number of chance pairs from how many lie where most of the null does."""
+    below = int((similarity <= np.quantile(null, STOREY_QUANTILE)).sum())
+    return min(at_most, round(below / STOREY_QUANTILE))
 
 
-def _wrong_pairs(
-    a: np.ndarray,
-    real: np.ndarray,
-    left: np.ndarray,
+def _chance_pairs(
+    a: Float[np.ndarray, "n d"],
+    partners: Float[np.ndarray, "k d"],
+    rest: Float[np.ndarray, "m d"],
     make: Null,
-    measure: _Alike,
+    measure: _Similarity,
     random: np.random.Generator,
-) -> np.ndarray:
-    """How alike the pairs are that are wrong when what partners leave over is replaced by a null.
+) -> Float[np.ndarray, " draw"]:
+    """Similarity of the pairs that are wrong after the rest of B is replaced by a null.
 
-    Row i of `a` belongs to row i of `real`; the rows of `a` after these belong to nothing.
+    Row i of `a` belongs to row i of `partners`; the rows of `a` after these belong to nothing.
     """
-    found: list[np.ndarray] = []
-    for _ in range(min(MOST_TIMES, max(1, -(-LEAST // len(left))))):
-        b = np.concatenate([real, _unit(make(left, random))])
+    draws: list[np.ndarray] = []
+    for _ in range(min(MAX_REPEATS, max(1, -(-MIN_DRAWS // len(rest))))):
+        b = np.concatenate([partners, unit_rows(make(rest, random))])
         columns = assign(Factors.squared_distances(a, b)).columns
         wrong = np.flatnonzero((columns >= 0) & (columns != np.arange(len(a))))
-        wrong = np.union1d(wrong, len(real) + np.flatnonzero(columns[len(real) :] >= 0))
-        found.append(measure(a[wrong], b[columns[wrong]]))
-    return np.concatenate(found)
+        wrong = np.union1d(wrong, len(partners) + np.flatnonzero(columns[len(partners) :] >= 0))
+        draws.append(measure(a[wrong], b[columns[wrong]]))
+    return np.concatenate(draws)
 
 
-def _q_values(alike: np.ndarray, draws: list[np.ndarray], n_chance: int) -> np.ndarray:
-    """Share of chance pairs among all that are at least as alike, the smallest over thresholds."""
-    order = np.argsort(alike)
-    above = len(alike) - np.searchsorted(alike[order], alike, side="left")
-    by_chance = np.zeros(len(alike))
-    for draw in draws:
-        low = np.sort(draw)
-        more = len(low) - np.searchsorted(low, alike, side="left")
+def _q_values(
+    similarity: Float[np.ndarray, " pair"], nulls: list[np.ndarray], n_null: int
+) -> Float[np.ndarray, " pair"]:
+    """Share of chance pairs among all that are at least as similar, smallest over thresholds."""
+    order = np.argsort(similarity)
+    above = len(similarity) - np.searchsorted(similarity[order], similarity, side="left")
+    by_chance = np.zeros(len(similarity))
+    for null in nulls:
+        low = np.sort(null)
+        more = len(low) - np.searchsorted(low, similarity, side="left")
         by_chance = np.maximum(by_chance, (more + 1) / (len(low) + 1))
-    rate = np.minimum(1.0, by_chance * n_chance / above)
+    rate = np.minimum(1.0, by_chance * n_null / above)
     smallest = np.minimum.accumulate(rate[order])
-    q_values = np.empty(len(alike))
+    q_values = np.empty(len(similarity))
     q_values[order] = smallest
     return q_values
-
-
-def _unit(x: np.ndarray) -> np.ndarray:
-    length = np.linalg.norm(x, axis=1, keepdims=True)
-    return (x / np.maximum(length, 1e-30)).astype(np.float32)

@@ -1,10 +1,10 @@
-"""Pair two dictionaries, with the proof that it is the best pairing and the evidence for each pair.
+"""Optimal one-to-one pairing of two dictionaries, with proof of optimality and evidence by pair.
 
 Main path, in reading order:
 
-    match       fold, pair exactly, weigh every pair against a null
-    Match       the pairing with its evidence
-    relatives   splitting and merging: who else is as near as a partner
+    match               fold, pair exactly, compare every pair with a null
+    Match               the pairing with its evidence
+    feature_splitting   feature splitting and merging: pairs as similar as partners
 
 Source: Balagansky et al., Mechanistic permutability (2024).
 """
@@ -12,122 +12,168 @@ Source: Balagansky et al., Mechanistic permutability (2024).
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 
-from mechatlas.analysis.matching.folding import Atoms, Parts, fold, unit_rows, vectors
-from mechatlas.analysis.matching.nulls import NULLS, Evidence, Null, weigh
-from mechatlas.base import InputError, Progress, no_progress
+from mechatlas.analysis.matching.folding import Cost, FoldedDictionary, fold, unit_rows, vectors
+from mechatlas.analysis.matching.nulls import NULLS, Null, PairEvidence, compare_with_null
+from mechatlas.base import InputError, Progress, Result, no_progress
+from mechatlas.deprecated import renamed_arguments, renamed_attributes
 from mechatlas.maths.assignment import Assignment, State, assign
 from mechatlas.maths.pricing import Factors
 
-RATE = 0.05
-NEAR = 0.75
-"""Cosine of a relative, as a share of the best that either side has."""
+FDR = 0.05
+"""Default false match rate."""
+SPLITTING_RATIO = 0.75
+"""Smallest cosine of a split feature's pairs, relative to the best cosine of either latent."""
+BLOCK = 1024
+"""Latents compared at once with all of the other side."""
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Match:
-    """A one-to-one pairing of latents, with its evidence."""
+@renamed_attributes
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Match(Result):
+    """One-to-one pairing of the latents of two dictionaries, with its evidence."""
 
     columns: Int[np.ndarray, " latent_a"]
-    """The latent of B for each of A; -1 for those of A that are too many."""
+    """Latent of B for each latent of A; -1 where the larger side A has no pair."""
     cost: float
+    """Sum of the costs of all pairs."""
     lower_bound: float
-    """No one-to-one pairing costs less."""
+    """Lower bound on the cost of every one-to-one pairing, from the dual prices."""
     gap: float
-    """Cost less lower bound."""
+    """Cost minus lower bound: the most that a better pairing could save."""
     pair_costs: Float[np.ndarray, " latent_a"]
     """Cost of each pair; NaN where there is none."""
     cosines: Float[np.ndarray, " latent_a"]
-    """Cosine of the two vectors; 0 where there is no pair."""
+    """Cosine of the two vectors of each pair; 0 where there is none."""
     q_values: Float[np.ndarray, " latent_a"]
     """Smallest false match rate at which the pair is still matched; 1 where there is none."""
     matched: Bool[np.ndarray, " latent_a"]
-    """The pair stands against the null: `q_values <= rate`."""
-    rate: float
+    """Significant pairs: `q_values <= fdr`."""
+    fdr: float
     """False match rate asked for."""
-    threshold: float
-    """Cosine that counts as a partner, which as many pairs have as are matched: the price of having
-    no partner is 2 - 2 times it."""
-    evidence: Evidence
-    """What the null says of the pairs, in the order of rows that have one."""
+    cosine_threshold: float
+    """Cosine above which as many pairs lie as are matched; infinite where none is matched."""
+    evidence: PairEvidence
+    """Comparison with the null, in the order of the rows that have a pair."""
     assignment: Assignment
-    """The pairing with its prices, for `certify(match.costs)`."""
+    """Pairing with its dual prices, for `certify(match.costs)`."""
     costs: Factors
+    """Costs of all pairs of `active_a` and `active_b`, in factored form."""
     unit_a: Float[np.ndarray, "latent_a width"]
-    """The compared vectors at length 1."""
+    """Compared vectors of A at length 1."""
     unit_b: Float[np.ndarray, "latent_b width"]
-    of_a: Int[np.ndarray, " rows"]
-    """Latents of A that were paired, the rows of `costs`: all, but of codes only active ones."""
-    of_b: Int[np.ndarray, " columns"]
+    """Compared vectors of B at length 1."""
+    active_a: Int[np.ndarray, " rows"]
+    """Latents of A that took part, the rows of `costs`: all, but with codes only active ones."""
+    active_b: Int[np.ndarray, " columns"]
+    """Latents of B that took part, the columns of `costs`."""
 
-    def partial(self) -> Int[np.ndarray, " latent_a"]:
-        """The best pairing by cosine when a latent may also have no partner, for its price."""
-        price = 2 - 2 * min(self.threshold, 1.0)
-        costs = Factors.squared_distances(self.unit_a[self.of_a], self.unit_b[self.of_b])
+    def summary(self) -> str:
+        """Number of matched latents, false match rate and optimality gap."""
+        smaller = min(len(self.unit_a), len(self.unit_b))
+        threshold = (
+            f"cosine above {self.cosine_threshold:.3f}"
+            if self.matched.any()
+            else "no pair is more similar than chance"
+        )
+        return (
+            f"Match: {int(self.matched.sum()):,} of {smaller:,} latents matched "
+            f"(false match rate {self.fdr:.0%}, {threshold}).\n"
+            f"{len(self.unit_a):,} latents of A, {len(self.unit_b):,} of B; cost {self.cost:.6g}, "
+            f"optimality gap {self.gap:.1e}; about {self.evidence.n_null:,} pairs are chance."
+        )
+
+    def matched_columns(self) -> Int[np.ndarray, " latent_a"]:
+        """Latent of B for each latent of A that is matched; -1 for the others."""
+        return np.where(self.matched, self.columns, -1)
+
+    def partial_assignment(self) -> Int[np.ndarray, " latent_a"]:
+        """Optimal pairing by cosine in which a latent may stay unmatched.
+
+        Staying unmatched costs 2 - 2 * `cosine_threshold`.
+        """
+        price = 2 - 2 * min(self.cosine_threshold, 1.0)
+        costs = Factors.squared_distances(self.unit_a[self.active_a], self.unit_b[self.active_b])
         columns = np.full(len(self.unit_a), -1)
-        found = assign(costs, unmatched=price).columns
-        columns[self.of_a] = np.where(found < 0, -1, self.of_b[found])
+        partners = assign(costs, unmatched=price).columns
+        columns[self.active_a] = np.where(partners < 0, -1, self.active_b[partners])
         return columns
 
 
+@renamed_arguments
 def match(
     a: Any,
     b: Any,
     *,
-    parts: Parts = "decoder",
-    units: tuple[Any, Any] = (None, None),
-    rate: float = RATE,
+    cost: Cost = "decoder",
+    scale: tuple[Any, Any] = (None, None),
+    fdr: float = FDR,
     nulls: Sequence[Null] = NULLS,
     seed: int = 0,
     resume: State | None = None,
-    evidence: Evidence | None = None,
+    evidence: PairEvidence | None = None,
     on_progress: Progress = no_progress,
     on_state: Callable[[State], None] | None = None,
 ) -> Match:
-    """Pair the latents of two dictionaries.
+    """Pair the latents of two dictionaries one to one at the smallest total cost.
 
     Args:
-        a: A dictionary, or a matrix of decoder rows.
-        b: The other.
-        parts: What the cost compares, always as a squared distance.
-        units: Activation of each latent of A and B that counts as 1; by default thresholds.
-        rate: False match rate at which a pair counts as matched.
-        nulls: How null dictionaries are made; `(reordered,)` for codes.
+        a: Dictionary A, or a matrix of decoder rows (latent, d_in): numpy, torch or lists.
+        b: Dictionary B, likewise.
+        cost: Vectors that are compared, always by squared distance.
+        scale: Activation of each latent of A and of B that counts as 1; by default thresholds.
+        fdr: False match rate at which a pair counts as matched.
+        nulls: Functions that make null dictionaries; `(permute_samples,)` for codes.
         seed: Seed of the null.
-        resume: State of a pairing that was stopped.
-        evidence: That of a run which ended, if it is known.
-        on_progress: Told how far the pairing is.
-        on_state: Told the state of the pairing after every round.
+        resume: State of an interrupted pairing, as `on_state` received it.
+        evidence: Evidence from an earlier run of the same match, which saves the null.
+        on_progress: Callback with the progress of the pairing.
+        on_state: Callback with the state of the pairing after every round.
 
     Raises:
-        InputError: They cannot be folded, have different widths, or a choice is unknown.
+        InputError: The dictionaries cannot be folded, have different widths, or a choice is
+            unknown.
+
+    Examples:
+        >>> import numpy as np, mechatlas as ma
+        >>> rows = np.random.default_rng(0).standard_normal((64, 16))
+        >>> result = ma.match(rows, rows[::-1])
+        >>> result.columns[:3]
+        array([63, 62, 61])
+        >>> result.matched.all()
+        np.True_
+
+    Source:
+        Balagansky et al., Mechanistic permutability (2024), section 3.
     """
-    if not 0 < rate < 1:
-        raise InputError(f"The false match rate must lie between 0 and 1, got {rate}.")
-    if parts not in get_args(Parts):
-        raise InputError(f"parts must be one of {', '.join(get_args(Parts))}, got {parts!r}.")
+    if not 0 < fdr < 1:
+        raise InputError(f"The false match rate must lie between 0 and 1, got {fdr}.")
+    if cost not in get_args(Cost):
+        raise InputError(f"cost must be one of {', '.join(get_args(Cost))}, got {cost!r}.")
     if seed < 0:
         raise InputError(f"The seed must be at least 0, got {seed}.")
-    x, y = _compared(fold(a, unit=units[0]), fold(b, unit=units[1], name="B"), parts)
-    there = _paired(x, y) if parts == "codes" else (np.arange(len(x)), np.arange(len(y)))
-    costs = Factors.squared_distances(x[there[0]], y[there[1]])
-    found = assign(costs, resume=resume, on_progress=on_progress, on_state=on_state)
-    one = weighed(found, costs, rate=rate, nulls=nulls, seed=seed, evidence=evidence)
-    return one if parts != "codes" else _spread(one, *there, len(x), len(y))
+    x, y = _compared(fold(a, scale=scale[0]), fold(b, scale=scale[1], name="B"), cost)
+    active = _active(x, y) if cost == "codes" else _Active(np.arange(len(x)), np.arange(len(y)))
+    costs = Factors.squared_distances(x[active.a], y[active.b])
+    assignment = assign(costs, resume=resume, on_progress=on_progress, on_state=on_state)
+    result = with_evidence(assignment, costs, fdr=fdr, nulls=nulls, seed=seed, evidence=evidence)
+    return result if cost != "codes" else _among_all(result, active, len(x), len(y))
 
 
-def _compared(a: Atoms, b: Atoms, parts: Parts) -> tuple[np.ndarray, np.ndarray]:
-    """The vectors that a cost compares.
+def _compared(
+    a: FoldedDictionary, b: FoldedDictionary, cost: Cost
+) -> tuple[Float[np.ndarray, "latent_a width"], Float[np.ndarray, "latent_b width"]]:
+    """Select the vectors that a cost compares.
 
     Raises:
-        InputError: They have different widths.
+        InputError: The vectors have different widths.
     """
-    x, y = vectors(a, b, parts), vectors(b, a, parts)
+    x, y = vectors(a, b, cost), vectors(b, a, cost)
     if x.shape[1] != y.shape[1]:
         raise InputError(
             f"A has {x.shape[1]} numbers for a latent and B has {y.shape[1]}: weights of different "
@@ -136,131 +182,160 @@ def _compared(a: Atoms, b: Atoms, parts: Parts) -> tuple[np.ndarray, np.ndarray]
     return x, y
 
 
-def _paired(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Latents whose codes are not zero.
+class _Active(NamedTuple):
+    """Latents that take part in the pairing."""
+
+    a: Int[np.ndarray, " rows"]
+    b: Int[np.ndarray, " columns"]
+
+
+def _active(x: Float[np.ndarray, "n width"], y: Float[np.ndarray, "m width"]) -> _Active:
+    """Select the latents whose codes are not zero.
 
     Raises:
         InputError: There is none.
     """
-    there = np.flatnonzero(x.any(axis=1)), np.flatnonzero(y.any(axis=1))
-    for name, latents in zip("AB", there, strict=True):
+    active = _Active(np.flatnonzero(x.any(axis=1)), np.flatnonzero(y.any(axis=1)))
+    for name, latents in zip("AB", active, strict=True):
         if not len(latents):
             raise InputError(
                 f"No latent of {name} is active often enough on these rows to be paired by its "
                 "codes. Give more rows."
             )
-    return there
+    return active
 
 
-def _spread(one: Match, of_a: np.ndarray, of_b: np.ndarray, n: int, m: int) -> Match:
-    """The match of some latents as one of all; the others stay without a pair."""
+def _among_all(result: Match, active: _Active, n: int, m: int) -> Match:
+    """Extend a match of active latents to all; the others stay without a pair."""
 
-    def among(values: np.ndarray, size: int, of: np.ndarray, empty: Any) -> np.ndarray:
+    def spread(values: np.ndarray, size: int, place: np.ndarray, empty: Any) -> np.ndarray:
         every = np.full((size, *values.shape[1:]), empty, values.dtype)
-        every[of] = values
+        every[place] = values
         return every
 
+    columns = np.where(result.columns < 0, -1, active.b[result.columns])
     return dataclasses.replace(
-        one,
-        columns=among(np.where(one.columns < 0, -1, of_b[one.columns]), n, of_a, -1),
-        pair_costs=among(one.pair_costs, n, of_a, np.nan),
-        cosines=among(one.cosines, n, of_a, 0.0),
-        q_values=among(one.q_values, n, of_a, 1.0),
-        matched=among(one.matched, n, of_a, False),
-        unit_a=among(one.unit_a, n, of_a, 0.0),
-        unit_b=among(one.unit_b, m, of_b, 0.0),
-        of_a=of_a,
-        of_b=of_b,
+        result,
+        columns=spread(columns, n, active.a, -1),
+        pair_costs=spread(result.pair_costs, n, active.a, np.nan),
+        cosines=spread(result.cosines, n, active.a, 0.0),
+        q_values=spread(result.q_values, n, active.a, 1.0),
+        matched=spread(result.matched, n, active.a, False),
+        unit_a=spread(result.unit_a, n, active.a, 0.0),
+        unit_b=spread(result.unit_b, m, active.b, 0.0),
+        active_a=active.a,
+        active_b=active.b,
     )
 
 
-def weighed(
-    found: Assignment,
+def with_evidence(
+    assignment: Assignment,
     costs: Factors,
     *,
-    rate: float = RATE,
+    fdr: float = FDR,
     nulls: Sequence[Null] = NULLS,
     seed: int = 0,
-    evidence: Evidence | None = None,
+    evidence: PairEvidence | None = None,
 ) -> Match:
-    """A pairing with the evidence for each of its pairs."""
+    """Add the evidence for each pair to a pairing.
+
+    Args:
+        assignment: Optimal pairing.
+        costs: Costs that it is optimal for.
+        fdr: False match rate at which a pair counts as matched.
+        nulls: Functions that make null dictionaries.
+        seed: Seed of the null.
+        evidence: Evidence from an earlier run, which saves the null.
+    """
     n = costs.n_rows
     unit_a, unit_b = unit_rows(costs.a), unit_rows(costs.b)
-    rows = np.flatnonzero(found.columns >= 0)
-    columns = found.columns[rows]
-    evidence = evidence or weigh(unit_a, unit_b, rows, columns, nulls=nulls, seed=seed)
+    rows = np.flatnonzero(assignment.columns >= 0)
+    columns = assignment.columns[rows]
+    evidence = evidence or compare_with_null(unit_a, unit_b, rows, columns, nulls=nulls, seed=seed)
     pair_costs, cosines, q_values = np.full(n, np.nan), np.zeros(n), np.ones(n)
     pair_costs[rows] = costs.exact(rows, columns)
     cosines[rows] = np.einsum("pd,pd->p", unit_a[rows], unit_b[columns], dtype=np.float64)
     q_values[rows] = evidence.q_values
-    matched = q_values <= rate
+    matched = q_values <= fdr
     # As many pairs as are matched; where all of them are alike, chance says where the line is.
     least = float(np.sort(cosines)[-max(int(matched.sum()), 1)])
     least = min(least, float(evidence.null.max()))
     return Match(
-        columns=found.columns,
-        cost=found.cost,
-        lower_bound=found.lower_bound,
-        gap=found.gap,
+        columns=assignment.columns,
+        cost=assignment.cost,
+        lower_bound=assignment.lower_bound,
+        gap=assignment.gap,
         pair_costs=pair_costs,
         cosines=cosines,
         q_values=q_values,
         matched=matched,
-        rate=rate,
-        threshold=least if matched.any() else math.inf,
+        fdr=fdr,
+        cosine_threshold=least if matched.any() else math.inf,
         evidence=evidence,
-        assignment=found,
+        assignment=assignment,
         costs=costs,
         unit_a=unit_a,
         unit_b=unit_b,
-        of_a=np.arange(n),
-        of_b=np.arange(costs.n_columns),
+        active_a=np.arange(n),
+        active_b=np.arange(costs.n_columns),
     )
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Relatives:
-    """Pairs as alike as partners, whether partners or not."""
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class FeatureSplitting(Result):
+    """Feature splitting and merging: pairs as similar as partners, whether partners or not."""
 
     latent_a: Int[np.ndarray, " pair"]
+    """Latent of A in each pair."""
     latent_b: Int[np.ndarray, " pair"]
+    """Latent of B in each pair."""
     cosine: Float[np.ndarray, " pair"]
+    """Cosine of each pair."""
     reduced_cost: Float[np.ndarray, " pair"]
-    """What the cost of the whole would rise by at least if this pair had to be in it."""
+    """Lower bound on what the total cost would rise by if this pair had to be in it."""
 
     def split(self) -> Int[np.ndarray, " n"]:
-        """Latents of A with more than one relative in B."""
+        """Latents of A that are similar to more than one latent of B."""
         return np.flatnonzero(np.bincount(self.latent_a) > 1)
 
     def merged(self) -> Int[np.ndarray, " n"]:
-        """Latents of B with more than one relative in A."""
+        """Latents of B that are similar to more than one latent of A."""
         return np.flatnonzero(np.bincount(self.latent_b) > 1)
 
+    def summary(self) -> str:
+        """Numbers of split and merged features."""
+        return (
+            f"FeatureSplitting: {len(self.split()):,} features of A split in B, "
+            f"{len(self.merged()):,} features of B merge several of A; "
+            f"{len(self.latent_a):,} similar pairs in all."
+        )
 
-def relatives(found: Match, *, most: int = 4) -> Relatives:
-    """Splitting and merging: pairs above the threshold that come near to the best of both sides.
+
+@renamed_arguments
+def feature_splitting(matching: Match, *, max_partners: int = 4) -> FeatureSplitting:
+    """Find feature splitting and merging: pairs nearly as similar as the best of both latents.
 
     Args:
-        found: A match.
-        most: Relatives looked at of each latent.
+        matching: Match of two dictionaries.
+        max_partners: Most similar latents of the other side that are considered for each latent.
     """
     pairs, best = np.empty((0, 2), np.int64), []
-    sides = (found.unit_a, found.unit_b, False), (found.unit_b, found.unit_a, True)
-    for one, other, turned in sides:
+    sides = (matching.unit_a, matching.unit_b, False), (matching.unit_b, matching.unit_a, True)
+    for units, others, reverse in sides:
         largest = []
-        for start in range(0, len(one), 1024):
-            near = torch.from_numpy(one[start : start + 1024]) @ torch.from_numpy(other).T
-            top = near.topk(min(most, near.shape[1]), dim=1)
-            values, others = top.values.numpy(), top.indices.numpy()
+        for start in range(0, len(units), BLOCK):
+            block = torch.from_numpy(units[start : start + BLOCK])
+            top = (block @ torch.from_numpy(others).T).topk(min(max_partners, len(others)), dim=1)
+            values, neighbors = top.values.numpy(), top.indices.numpy()
             largest.append(values[:, 0])
-            i, k = np.nonzero(values >= max(found.threshold, 1e-6))
-            new = np.stack([i + start, others[i, k]], axis=1)
-            pairs = np.concatenate([pairs, new[:, ::-1] if turned else new])
+            i, k = np.nonzero(values >= max(matching.cosine_threshold, 1e-6))
+            new = np.stack([i + start, neighbors[i, k]], axis=1)
+            pairs = np.concatenate([pairs, new[:, ::-1] if reverse else new])
         best.append(np.concatenate(largest))
     i, j = np.unique(pairs, axis=0).T
-    cosine = np.einsum("pd,pd->p", found.unit_a[i], found.unit_b[j], dtype=np.float64)
-    close = cosine >= NEAR * np.maximum(best[0][i], best[1][j])
+    cosine = np.einsum("pd,pd->p", matching.unit_a[i], matching.unit_b[j], dtype=np.float64)
+    close = cosine >= SPLITTING_RATIO * np.maximum(best[0][i], best[1][j])
     i, j, cosine = i[close], j[close], cosine[close]
-    row, column = np.searchsorted(found.of_a, i), np.searchsorted(found.of_b, j)
-    prices = found.assignment.row_prices[row] + found.assignment.column_prices[column]
-    return Relatives(i, j, cosine, found.costs.exact(row, column) - prices)
+    row, column = np.searchsorted(matching.active_a, i), np.searchsorted(matching.active_b, j)
+    prices = matching.assignment.row_prices[row] + matching.assignment.column_prices[column]
+    return FeatureSplitting(i, j, cosine, matching.costs.exact(row, column) - prices)

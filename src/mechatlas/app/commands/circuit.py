@@ -47,7 +47,7 @@ from mechatlas.analysis.circuits.virtual_weights import (
     strongest_edges,
 )
 from mechatlas.analysis.circuits.wiring import Wiring
-from mechatlas.analysis.pictures import VisualizeConfig, optimise
+from mechatlas.analysis.visualization import VisualizeConfig, visualize
 from mechatlas.app.progress import bar
 from mechatlas.app.recipes import reopen
 from mechatlas.app.run_folder import Result, finish, refuse_strangers, write_table, write_tensors
@@ -469,7 +469,7 @@ def _pictures(
     if not recipe.visualize_steps or not isinstance(samples, ImageSamples) or samples.channels != 3:
         return {}
     made: dict[str, np.ndarray] = {}
-    how = VisualizeConfig(steps=recipe.visualize_steps, seed=recipe.seed)
+    config = VisualizeConfig(steps=recipe.visualize_steps, seed=recipe.seed)
     for layer, (site, dictionary) in enumerate(zip(opened.sites, opened.dictionaries, strict=True)):
         latents = _of_layer(paths, layer)
         rows = dictionary.W_enc.detach().T[torch.from_numpy(latents)]
@@ -477,7 +477,8 @@ def _pictures(
             parts = []
             for first in range(0, len(rows), AT_ONCE):
                 part = rows[first : first + AT_ONCE]
-                parts.append(optimise(opened.network, site, part, side=samples.side, how=how)[0])
+                drawn = visualize(opened.network, site, part, side=samples.side, config=config)
+                parts.append(drawn.images)
                 progress(first + len(part), len(rows))
         if parts:
             made[f"{layer}.latents"] = latents.astype(np.int32)

@@ -15,12 +15,13 @@ from mechatlas.analysis.interaction.analysis import InteractionConfig
 from mechatlas.app import group_nets
 from mechatlas.app.commands import basis as interact
 from mechatlas.app.commands import prove as proving
+from mechatlas.app.commands import symmetry as symmetry_command
 from mechatlas.app.commands import train as jobs
 from mechatlas.app.commands.branches import BranchesConfig, specialise
 from mechatlas.app.commands.circuit import CircuitConfig, circuit
 from mechatlas.app.commands.match import MatchConfig, match_dictionaries
-from mechatlas.app.commands.symmetry import SymmetryConfig, find_symmetry
 from mechatlas.app.recipes import BasisConfig, CollectConfig, TrainConfig
+from mechatlas.app.symmetry_folder import execute
 from mechatlas.dictionaries.sparsity import TopK
 from mechatlas.files import write_json
 
@@ -56,15 +57,14 @@ def run(out: Path) -> dict[str, Any]:
             batch_size=512,
         )
         stages[name] = jobs.train(recipe)
-    stages["match"] = match_dictionaries(
-        MatchConfig(
-            dictionaries=tuple(out / site for site in SITES),
-            out=out / "match",
-            cost="codes",  # the two sites have different widths
-            store=collect.out,
-            rows=2000,
-        )
+    matching = MatchConfig(
+        dictionaries=tuple(out / site for site in SITES),
+        out=out / "match",
+        cost="codes",  # the two sites have different widths
+        store=collect.out,
+        rows=2000,
     )
+    stages["match"] = dataclasses.asdict(match_dictionaries(matching))
     stages |= _look_inside(collect, out)
     stages["proof"] = _prove(out)
     stages["basis"] = interact.interact(
@@ -113,9 +113,10 @@ def _look_inside(collect: CollectConfig, out: Path) -> dict[str, Any]:
         out=out / "posed",
     )
     stages["posed"] = jobs.collect(posed)
-    stages["symmetry"] = find_symmetry(
-        SymmetryConfig(dictionary=out / FEW, store=posed.out, out=out / "symmetry", interventions=0)
+    config = symmetry_command.SymmetryConfig(
+        dictionary=out / FEW, store=posed.out, out=out / "symmetry", interventions=0
     )
+    stages["symmetry"] = dataclasses.asdict(execute(symmetry_command, config))
     return stages
 
 
@@ -171,7 +172,7 @@ def in_words(result: dict[str, Any]) -> str:
     pair = result["match"]["pairs"][0]
     lines.append(
         f"{pair['a']} -> {pair['b']}: {pair['matched']} of {pair['n_a']} latents matched by "
-        f"codes at a false match rate of {result['match']['rate']:.0%}, gap {pair['gap']:.1e}"
+        f"codes at a false match rate of {result['match']['fdr']:.0%}, gap {pair['gap']:.1e}"
     )
     lines += _in_words(result)
     head = result["basis"]["layers"][0]

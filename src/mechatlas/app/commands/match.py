@@ -1,8 +1,9 @@
-"""`mechatlas match`: dictionaries in a row -> pairs, tracks and what they are worth on data.
+"""Match the latents of consecutive dictionaries one to one, with proof and false match rate.
 
-The folder has `result.json`, `matches.parquet` (a row for each pair of latents), `tracks.parquet`
-(three dictionaries or more), `manifest.json`, and, while a run is unfinished, `unfinished/` with
-the state of a pairing, from which the same command continues.
+    mechatlas match runs/layer3 runs/layer4 --out runs/match
+
+The folder has `matches.parquet` (a row for each pair of latents) and, with three dictionaries or
+more, `tracks.parquet`. An interrupted run is continued by the same command.
 """
 
 import dataclasses
@@ -13,64 +14,66 @@ import json
 import shutil
 import time
 import zipfile
-from collections.abc import Callable
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, NamedTuple, get_args
 
 import numpy as np
-import torch
 import tyro
-from torch import nn
+from jaxtyping import Int
 from tyro.conf import Positional, arg
 
-from mechatlas.activations.networks import digest
-from mechatlas.activations.store import Store, StoreRows
+from mechatlas import deprecated
+from mechatlas.activations.store import Store
 from mechatlas.analysis.matching.chains import (
-    LifeLines,
+    SurvivalCurves,
     Tracks,
     compose,
     cycle_agreement,
-    live,
+    survival,
     track,
 )
-from mechatlas.analysis.matching.codes import correlate, reordered, together
-from mechatlas.analysis.matching.evidence import (
-    Firing,
-    baselines,
-    co_firing,
-    explained,
-    firing,
-    transport,
+from mechatlas.analysis.matching.codes import correlate, permute_samples, sample_block
+from mechatlas.analysis.matching.folding import Cost, mean_active
+from mechatlas.analysis.matching.held_out import CoFiring, co_firing, paired_codes
+from mechatlas.analysis.matching.nulls import NULLS, Null, PairEvidence
+from mechatlas.analysis.matching.pairing import FDR, Match, feature_splitting, match
+from mechatlas.analysis.matching.splicing import SpliceEffect
+from mechatlas.app.match_quality import (
+    ExplainedVariance,
+    HeldSamples,
+    PairedRows,
+    effects_on_output,
+    held_out_quality,
+    open_held_samples,
+    open_rows,
+    pairings,
 )
-from mechatlas.analysis.matching.folding import Parts, fold, mean_active
-from mechatlas.analysis.matching.nulls import NULLS, Evidence, Null
-from mechatlas.analysis.matching.pairing import Match, match, relatives
-from mechatlas.analysis.matching.splicing import permuted, references, splice
 from mechatlas.app.progress import bar
-from mechatlas.app.recipes import reopen
-from mechatlas.app.run_folder import cost, peak_bytes, refuse_strangers, write_table
-from mechatlas.base import RecipeError, Site, StoreError, UserError
+from mechatlas.app.run_folder import finish, peak_bytes, refuse_strangers, write_table
+from mechatlas.base import RecipeError, UserError
 from mechatlas.dictionaries.formats import load
 from mechatlas.files import checksum, read_json, write, write_json
 from mechatlas.maths.assignment import State
 
+KIND = "matching"
+MATCHES, TRACKS = "matches.parquet", "tracks.parquet"
+UNFINISHED = "unfinished"
 ROWS = 4096
+"""Default number of rows."""
 CODES = 16
 """Times as many rows are read to correlate codes: rare latents need them."""
 KEEP_EVERY = 15.0
-"""Seconds of work that an interrupt may cost, once the first look at all pairs is done."""
-KIND = "matching"
-Kept = TypeVar("Kept")
-AT_ONCE = 32
-"""Samples in one forward pass."""
+"""Seconds of work that an interrupt may cost, once all pairs have been priced once."""
+SCALES = ("threshold", "mean")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MatchConfig:
-    """Match the latents of dictionaries in a row, each with the next.
+    """Match the latents of consecutive dictionaries one to one.
 
     Examples:  mechatlas match runs/layer3 runs/layer4 --out runs/match
-               mechatlas match runs/l*/ --out runs/lives --store runs/store
+               mechatlas match runs/l*/ --out runs/tracks --store runs/store
     """
 
     dictionaries: Annotated[Positional[tuple[Path, ...]], arg(metavar="DICT_A DICT_B ...")]
@@ -78,19 +81,21 @@ class MatchConfig:
     out: Path
     """Folder for the result."""
     cost: str = "decoder"
-    """decoder, encoder, all, balanced, cosine; or codes, the correlation of codes on paired rows
-    of a store, which also compares dictionaries of different widths."""
-    rate: float = 0.05
+    """Vectors compared: decoder, encoder, all, balanced, cosine; or codes, the correlation of codes
+    on paired rows of a store, which also compares dictionaries of different widths."""
+    fdr: float = FDR
     """False match rate at which a pair counts as matched."""
     store: Path | None = None
-    """Store collected with `paired = true` that has the sites of all dictionaries: adds what the
-    matches are worth on held-out rows."""
-    units: str = "threshold"
-    """What folding takes for 1: the threshold of a latent (where it has one), or its mean when
-    active on rows of the store (data)."""
+    """Store collected with `paired = true` that has the sites of all dictionaries. Adds co-firing,
+    explained variance and the effect on the network's output, on held-out rows."""
+    sites: tuple[str, ...] = ()
+    """Site of each dictionary, in the same order, where the dictionaries do not say it."""
+    scale: str = "threshold"
+    """Activation of a latent that counts as 1: its threshold (where it has one), or its mean when
+    active on rows of the store (mean)."""
     rows: int = ROWS
     """Rows of the store to measure on, and as many others to fold with (16 times as many to
-    correlate codes on)."""
+    correlate codes)."""
     samples: int = 64
     """Held-out samples of the store on which the network runs with the second site written from
     the first; 0 for none."""
@@ -98,492 +103,501 @@ class MatchConfig:
     """Seed of the nulls and intervals."""
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PairResult:
+    """Match of two consecutive dictionaries."""
+
+    a: str
+    """Name of the first dictionary."""
+    b: str
+    """Name of the second dictionary."""
+    n_a: int
+    n_b: int
+    cost: float
+    lower_bound: float
+    """Lower bound on the cost of every one-to-one pairing."""
+    gap: float
+    """Cost minus lower bound."""
+    matched: int
+    """Pairs that are significant at the false match rate."""
+    n_null: int
+    """Estimated number of pairs that are chance."""
+    cosine_threshold: float | None
+    """Cosine above which as many pairs lie as are matched; null where none is."""
+    pricing_rounds: int
+    passes: float
+    """Mean number of times that a row was priced against all columns."""
+    split: int
+    """Features of A with several similar latents in B."""
+    merged: int
+    """Features of B with several similar latents in A."""
+    seconds: float
+    """Process CPU seconds of the pairing and its evidence."""
+    wall_seconds: float
+    peak_bytes: int
+    held_out_rows: int | None = None
+    """Rows under `co_firing` and `explained_variance`; with a store."""
+    co_firing: dict[str, CoFiring] | None = None
+    """Co-firing, by way of pairing; with a store."""
+    explained_variance: dict[str, ExplainedVariance] | None = None
+    """Explained variance of B's rows, by way of pairing; with a store."""
+    samples: int | None = None
+    """Samples under `spliced`."""
+    spliced: dict[str, SpliceEffect] | None = None
+    """Effect on the network's output when B's site is written from A's, by way of pairing."""
+    not_run: str | None = None
+    """Reason why the network was not run."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TracksResult:
+    """Feature tracks through three dictionaries or more."""
+
+    n: int
+    layers: int
+    longer_than_one: int
+    """Tracks of two layers or more."""
+    persistence: list[float]
+    """Share of the latents that are the same feature 1, 2, ... layers on."""
+    low: list[float]
+    """Lower end of the 95 % interval of `persistence`."""
+    high: list[float]
+    """Upper end of the 95 % interval of `persistence`."""
+    birth_share: list[float]
+    """Share of each layer's latents whose track begins there."""
+    death_share: list[float]
+    """Share of each layer's latents whose track ends there."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DistantMatch:
+    """Match of the first dictionary with the last by one method."""
+
+    pairs: int
+    co_firing: CoFiring | None = None
+    """Co-firing of the pairs; with a store."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FirstToLast:
+    """Match of the first dictionary with the last by three methods."""
+
+    composition: DistantMatch
+    """The matches of neighbors, followed one after another."""
+    direct: DistantMatch
+    """The first and the last matched with each other."""
+    joint: DistantMatch
+    """The tracks that run from the first to the last."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MatchResult:
+    """Matches of consecutive dictionaries; the fields of `result.json`."""
+
+    cost: str
+    fdr: float
+    """False match rate asked for."""
+    dictionaries: list[str]
+    """Names of the dictionaries."""
+    pairs: list[PairResult]
+    """One entry for each two consecutive dictionaries."""
+    tracks: TracksResult | None = None
+    first_to_last: FirstToLast | None = None
+    cycle_agreement: float | None = None
+    """Share of latents that come back to themselves by composition there and directly back."""
+    out: str = ""
+    """Folder of the run; not in the file."""
+    seconds: float = 0.0
+    """Process CPU seconds."""
+    peak_bytes: int = 0
+
+
 def run(words: list[str]) -> tuple[dict[str, Any], str]:
     """Match, from the words of the command line."""
-    recipe = tyro.cli(MatchConfig, args=words, prog="mechatlas match")
-    result = match_dictionaries(recipe)
-    return result, in_words(result)
+    result = match_dictionaries(tyro.cli(MatchConfig, args=words, prog="mechatlas match"))
+    return dataclasses.asdict(result), in_words(result)
 
 
-def in_words(result: dict[str, Any]) -> str:
-    """What was found."""
+def in_words(result: MatchResult) -> str:
+    """Describe each match in a line or two."""
     lines = []
-    for pair in result["pairs"]:
+    for pair in result.pairs:
         lines.append(
-            f"{pair['a']} -> {pair['b']}: {pair['matched']} of {min(pair['n_a'], pair['n_b'])} "
-            f"latents matched (false match rate {result['rate']:.0%}), cost {pair['cost']:.6g}, "
-            f"gap {pair['gap']:.1e}"
+            f"{pair.a} -> {pair.b}: {pair.matched} of {min(pair.n_a, pair.n_b)} latents matched "
+            f"(false match rate {result.fdr:.0%}), cost {pair.cost:.6g}, gap {pair.gap:.1e}"
         )
-        if "co_firing" in pair:
-            together = pair["co_firing"]["matched"]["given_a"]
-            chance = pair["co_firing"]["random"]["given_a"]
+        if pair.co_firing is not None:
+            together = pair.co_firing["matched"].p_b_given_a
+            chance = pair.co_firing["random"].p_b_given_a
             lines.append(
-                f"  matched pairs fire together in {together['value']:.1%} "
-                f"[{together['low']:.1%}, {together['high']:.1%}] of rows; "
-                f"random pairs in {chance['value']:.1%}"
+                f"  matched pairs fire together in {together.value:.1%} "
+                f"[{together.low:.1%}, {together.high:.1%}] of rows; "
+                f"random pairs in {chance.value:.1%}"
             )
-        if "not_run" in pair:
-            lines.append(f"  the network was not run with what was matched: {pair['not_run']}")
-    if "tracks" in result:
-        lines.append(f"{result['tracks']['n']} tracks through {result['tracks']['layers']} layers")
-    return "\n".join([*lines, f"Result: {result['out']}"])
+        if pair.not_run:
+            lines.append(f"  the effect on the network's output was not measured: {pair.not_run}")
+    if result.tracks is not None:
+        lines.append(f"{result.tracks.n} tracks through {result.tracks.layers} layers")
+    return "\n".join([*lines, f"Result: {result.out}"])
 
 
-def match_dictionaries(recipe: MatchConfig) -> dict[str, Any]:
+class _Opened(NamedTuple):
+    """A dictionary to match."""
+
+    path: Path
+    name: str
+    dictionary: Any
+    """A `Dictionary`."""
+    site: str | None
+    checksum: str
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Inputs:
+    """Dictionaries as they are compared, with the rows of their store."""
+
+    opened: list[_Opened]
+    views: list[Any]
+    """Dictionaries, or their codes on paired rows."""
+    scales: list[Any]
+    """Activation of each latent that counts as 1; None for thresholds."""
+    nulls: tuple[Null, ...]
+    rows: PairedRows | None
+    held: HeldSamples | None
+    not_run: str | None
+    """Reason why the network cannot be run."""
+
+
+def match_dictionaries(config: MatchConfig) -> MatchResult:
     """Match each dictionary with the next, and all of them jointly.
 
     Raises:
         DiskError: `out` holds something else, or cannot be written.
         InputError: The dictionaries do not compare, or a choice is unknown.
-        RecipeError: Fewer than two dictionaries, or choices that need a store without one.
+        RecipeError: Fewer than two dictionaries, choices that need a store without one, or a
+            dictionary whose site is not known.
         StoreError: The store is damaged, is not paired, or misses a site.
     """
     clock = time.process_time()
-    _check(recipe)
-    names = _names(recipe.dictionaries)
-    dictionaries = [load(path) for path in recipe.dictionaries]
-    known, samples, unseen = _rows(recipe, dictionaries)
-    running, not_run = _network(recipe)
-    views, units = _views(recipe, dictionaries, known, samples)
-    nulls = NULLS
-    if recipe.cost == "codes":
-        nulls = (functools.partial(reordered, together=together(samples)),)
+    config = _checked(config)
+    inputs = _open(config)
     matches, pairs = [], []
-    for k, (name_a, name_b) in enumerate(itertools.pairwise(names)):
-        started, wall = time.process_time(), time.perf_counter()
-        found = _pair(recipe, k, views, units, nulls)
-        pair = {"a": name_a, "b": name_b, **_facts(found)}
-        pair["seconds"] = round(time.process_time() - started, 3)
-        pair["wall_seconds"] = round(time.perf_counter() - wall, 3)
-        pair["peak_bytes"] = peak_bytes()
-        if unseen:
-            two = dictionaries[k : k + 2]
-            ways = _ways(two, units[k : k + 2], found, recipe.seed)
-            pair |= _worth(two, ways, unseen[k : k + 2], recipe.seed)
-            if running is not None:
-                pair |= _spliced(recipe, running, k, two, ways)
-            elif not_run:
-                pair["not_run"] = not_run
-        matches.append(found)
+    for k in range(len(inputs.opened) - 1):
+        matching, pair = _pair(config, k, inputs)
+        matches.append(matching)
         pairs.append(pair)
-    result: dict[str, Any] = {
-        "cost": recipe.cost,
-        "rate": recipe.rate,
-        "dictionaries": names,
-        "pairs": pairs,
-    }
-    if len(matches) > 1:
-        result |= _joint(recipe, matches, nulls, unseen, dictionaries)
-    _write_matches(recipe.out / "matches.parquet", matches)
+    result = MatchResult(
+        cost=config.cost,
+        fdr=config.fdr,
+        dictionaries=[each.name for each in inputs.opened],
+        pairs=pairs,
+    )
+    if len(matches) > 1 and len({m.unit_b.shape[1] for m in matches}) == 1:
+        result = _joint(config, result, matches, inputs)
+    tables = {MATCHES: write_table(config.out / MATCHES, _matches_table(matches))}
+    if (config.out / TRACKS).is_file():
+        tables[TRACKS] = (config.out / TRACKS).read_bytes()
     manifest = {
         "schema": 1,
         "kind": KIND,
-        "dictionaries": [str(p.resolve()) for p in recipe.dictionaries],
-        "parents": {
-            name: _checksum_of(p) for name, p in zip(names, recipe.dictionaries, strict=True)
-        },
-        "settings": {k: v for k, v in _plain(recipe).items() if k not in ("dictionaries", "out")},
-        "files": {f.name: checksum(f.read_bytes()) for f in sorted(recipe.out.glob("*.parquet"))},
+        "dictionaries": [str(each.path.resolve()) for each in inputs.opened],
+        "parents": {each.name: each.checksum for each in inputs.opened},
+        "files": {name: checksum(data) for name, data in tables.items()},
     }
-    write_json(recipe.out / "manifest.json", manifest)
-    result |= cost(clock)
-    write_json(recipe.out / "result.json", result)
-    shutil.rmtree(recipe.out / "unfinished", ignore_errors=True)
-    return {"out": str(recipe.out), **result}
+    write_json(config.out / "manifest.json", manifest)
+    values = dataclasses.asdict(result)
+    del values["out"]
+    written = finish(config.out, config, values, clock)
+    shutil.rmtree(config.out / UNFINISHED, ignore_errors=True)
+    cost = {key: written[key] for key in ("out", "seconds", "peak_bytes")}
+    return dataclasses.replace(result, **cost)
 
 
-def _check(recipe: MatchConfig) -> None:
-    """Everything that can be known before any work.
+def _checked(config: MatchConfig) -> MatchConfig:
+    """Check everything that can be known before any work.
 
     Raises:
         DiskError: `out` is a file, or holds something else.
         RecipeError: The choices do not go together.
     """
-    if len(recipe.dictionaries) < 2:
+    if config.scale == "data":
+        deprecated.warn("scale 'data'", "'mean'")
+        config = dataclasses.replace(config, scale="mean")
+    if len(config.dictionaries) < 2:
         raise RecipeError(
-            f"`mechatlas match` needs two dictionaries or more, got {len(recipe.dictionaries)}: "
+            f"`mechatlas match` needs two dictionaries or more, got {len(config.dictionaries)}: "
             "mechatlas match DICT_A DICT_B [DICT_C ...] --out DIR."
         )
-    costs = ("decoder", "encoder", "all", "balanced", "cosine", "codes")
-    for name, value, choices in (
-        ("cost", recipe.cost, costs),
-        ("units", recipe.units, ("threshold", "data")),
-    ):
-        if value not in choices:
-            raise RecipeError(f"--{name} must be one of {', '.join(choices)}, got {value!r}.")
-    if recipe.store is None and (recipe.cost == "codes" or recipe.units == "data"):
-        raise RecipeError("--cost codes and --units data need rows: give --store STORE too.")
-    if not 0 < recipe.rate < 1 or recipe.rows < 2 or recipe.samples < 0:
+    choices = (("cost", config.cost, get_args(Cost)), ("scale", config.scale, SCALES))
+    for name, value, allowed in choices:
+        if value not in allowed:
+            raise RecipeError(f"--{name} must be one of {', '.join(allowed)}, got {value!r}.")
+    if config.store is None and (config.cost == "codes" or config.scale == "mean"):
+        raise RecipeError("--cost codes and --scale mean need rows: give --store STORE too.")
+    if not 0 < config.fdr < 1 or config.rows < 2 or config.samples < 0:
         raise RecipeError(
-            f"--rate must lie between 0 and 1 (got {recipe.rate}), --rows be at least 2 (got "
-            f"{recipe.rows}) and --samples at least 0 (got {recipe.samples})."
+            f"--fdr must lie between 0 and 1 (got {config.fdr}), --rows be at least 2 (got "
+            f"{config.rows}) and --samples at least 0 (got {config.samples})."
         )
-    refuse_strangers(recipe.out, KIND, unfinished="unfinished")
+    if config.sites and len(config.sites) != len(config.dictionaries):
+        raise RecipeError(
+            f"--sites must name one site for each of the {len(config.dictionaries)} dictionaries, "
+            f"got {len(config.sites)}: {', '.join(config.sites)}."
+        )
+    refuse_strangers(config.out, KIND, unfinished=UNFINISHED)
+    return config
 
 
-def _names(paths: tuple[Path, ...]) -> list[str]:
+def _open(config: MatchConfig) -> _Inputs:
+    """Open dictionaries, rows and network.
+
+    Raises:
+        RecipeError: There is a store, and a dictionary does not say which site it reads.
+        StoreError: The store is damaged, is not paired, or misses a site.
+        WeightsError: A dictionary cannot be read.
+    """
+    paths = config.dictionaries
     short = [p.name if p.is_dir() else p.stem for p in paths]
-    return short if len(set(short)) == len(short) else [str(p) for p in paths]
+    names = short if len(set(short)) == len(short) else [str(p) for p in paths]
+    opened = []
+    for path, name, site in itertools.zip_longest(paths, names, config.sites):
+        dictionary = load(path)
+        site = site or site_of(path) or getattr(dictionary, "site", None)
+        opened.append(_Opened(path, name, dictionary, site, _checksum_of(path)))
+    dictionaries = [each.dictionary for each in opened]
+    plain = _Inputs(opened, dictionaries, [None] * len(opened), NULLS, None, None, None)
+    if config.store is None:
+        return plain
+    store = Store(config.store)
+    unknown = [str(each.path) for each in opened if each.site is None]
+    if unknown:
+        raise RecipeError(
+            f"{', '.join(unknown)} does not say which site it reads. Name the site of each "
+            f"dictionary with --sites; {config.store} has {', '.join(store.sites)}."
+        )
+    rows = open_rows(
+        store, dictionaries, [str(each.site) for each in opened], paths,
+        n_known=config.rows * (CODES if config.cost == "codes" else 1), n_held_out=config.rows,
+    )  # fmt: skip
+    held, not_run = None, None
+    if config.samples:
+        try:
+            held = open_held_samples(store, config.samples)
+        except UserError as error:
+            not_run = str(error)
+    inputs = dataclasses.replace(plain, rows=rows, held=held, not_run=not_run)
+    of_each = list(zip(dictionaries, rows.known, strict=True))
+    if config.cost == "codes":
+        codes = [correlate(d, x, samples=rows.samples) for d, x in of_each]
+        null = functools.partial(permute_samples, block=sample_block(rows.samples))
+        return dataclasses.replace(inputs, views=codes, nulls=(null,))
+    if config.scale == "mean":
+        return dataclasses.replace(inputs, scales=[mean_active(d, x) for d, x in of_each])
+    return inputs
 
 
-def _plain(recipe: MatchConfig) -> dict[str, Any]:
-    return {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(recipe).items()}
+def site_of(path: Path) -> str | None:
+    """Site that a dictionary reads, by the manifest in its folder or beside its file."""
+    manifest = (path if path.is_dir() else path.parent) / "manifest.json"
+    return read_json(manifest).get("site") if manifest.is_file() else None
 
 
 def _checksum_of(path: Path) -> str:
-    """Of a file, or of all in a folder, whatever the format."""
+    """Checksum of a file, or of all files in a folder, whatever the format."""
     files = sorted(f for f in path.iterdir() if f.is_file()) if path.is_dir() else [path]
     return checksum("".join(checksum(f.read_bytes()) for f in files).encode())
 
 
-def _rows(
-    recipe: MatchConfig, dictionaries: list[Any]
-) -> tuple[list[torch.Tensor], np.ndarray, list[torch.Tensor]]:
-    """Rows of each dictionary's site to fold with, their samples, and rows to measure on.
-
-    Raises:
-        RecipeError: A dictionary does not say which site it reads.
-        StoreError: The store is not paired, or misses a site.
-    """
-    if recipe.store is None:
-        return [], np.empty(0, np.int64), []
-    store = Store(recipe.store)
-    if not store.manifest.get("settings", {}).get("paired", False):
-        raise StoreError(
-            f"The rows of different sites of {recipe.store} do not belong together. Collect a "
-            "store with `paired = true` in [collecting]."
-        )
-    known, unseen, samples = [], [], np.empty(0, np.int64)
-    for path, dictionary in zip(recipe.dictionaries, dictionaries, strict=True):
-        site = site_of(path)
-        rows = store.rows(site)
-        if rows.d_in != dictionary.d_in:
-            raise StoreError(
-                f"{recipe.store} has {rows.d_in} numbers a row at {site}, {path} reads "
-                f"{dictionary.d_in}."
-            )
-        unseen.append(rows.held_out(recipe.rows).x)
-        times = CODES if recipe.cost == "codes" else 1
-        first, samples = first_rows(rows, times * recipe.rows)
-        known.append(first)
-    if min(len(x) for x in unseen) < 2:
-        raise StoreError(f"{recipe.store} has no held-out rows to measure on.")
-    return known, samples, unseen
-
-
-def site_of(path: Path) -> str:
-    """The site that a dictionary reads.
-
-    Raises:
-        RecipeError: It does not say so.
-    """
-    manifest = path / "manifest.json"
-    site = read_json(manifest).get("site") if manifest.is_file() else None
-    if site is None:
-        raise RecipeError(
-            f"{path} does not say which site it reads (no manifest.json with a site), so rows of "
-            "a store cannot be chosen for it. Leave --store out."
-        )
-    return site
-
-
-def first_rows(rows: StoreRows, n: int) -> tuple[torch.Tensor, np.ndarray]:
-    """The first rows of the training split, the same for all sites, sample by sample; samples."""
-    parts, places, missing = [], [], n
-    for batch, where in rows.scan():
-        if missing <= 0 or int(batch.row[0]) >= rows.n_rows:
-            break
-        parts.append(batch.x[:missing])
-        places.append(where[:missing])
-        missing -= len(parts[-1])
-    place = torch.cat(places).numpy()
-    order = np.lexsort(place.T[::-1])
-    return torch.cat(parts)[torch.from_numpy(order)], place[order, 0]
-
-
-def _views(
-    recipe: MatchConfig, dictionaries: list[Any], known: list[torch.Tensor], samples: np.ndarray
-) -> tuple[list[Any], list[Any]]:
-    """What is matched of each dictionary, and the unit of its latents."""
-    none = [None] * len(dictionaries)
-    if recipe.cost == "codes":
-        of = zip(dictionaries, known, strict=True)
-        return [correlate(one, x, samples=samples) for one, x in of], none
-    if recipe.units == "data":
-        return dictionaries, [mean_active(d, x) for d, x in zip(dictionaries, known, strict=True)]
-    return dictionaries, none
-
-
-def _pair(
-    recipe: MatchConfig, k: int, views: list[Any], units: list[Any], nulls: tuple[Null, ...]
-) -> Match:
-    folder = recipe.out / "unfinished" / str(k)
-    asked = {
-        **_plain(recipe),
-        "out": "",
-        "dictionaries": [_checksum_of(p) for p in recipe.dictionaries[k : k + 2]],
-    }
-    with bar(f"pairing {k + 1} of {len(views) - 1}") as progress:
-        found = match(
-            views[k],
-            views[k + 1],
-            parts=recipe.cost,  # pyright: ignore
-            units=(units[k], units[k + 1]),
-            rate=recipe.rate,
-            nulls=nulls,
-            seed=recipe.seed,
-            resume=_kept(folder, "state", asked, State.from_arrays),
-            evidence=_kept(folder, "evidence", asked, _evidence),
-            on_progress=progress,
-            on_state=_keeper(folder, asked),
-        )
-    _keep(
-        folder, "evidence", asked, {k: np.asarray(v) for k, v in found.evidence._asdict().items()}
+def _pair(config: MatchConfig, k: int, inputs: _Inputs) -> tuple[Match, PairResult]:
+    """Match two consecutive dictionaries and measure what the match is worth."""
+    clock, wall = time.process_time(), time.perf_counter()
+    matching = _resumable_match(config, k, inputs)
+    splitting = feature_splitting(matching)
+    first, second = inputs.opened[k : k + 2]
+    pair = PairResult(
+        a=first.name,
+        b=second.name,
+        n_a=len(matching.unit_a),
+        n_b=len(matching.unit_b),
+        cost=matching.cost,
+        lower_bound=matching.lower_bound,
+        gap=matching.gap,
+        matched=int(matching.matched.sum()),
+        n_null=matching.evidence.n_null,
+        cosine_threshold=matching.cosine_threshold if matching.matched.any() else None,
+        pricing_rounds=matching.assignment.rounds,
+        passes=sum(matching.assignment.rows_priced) / len(matching.assignment.columns),
+        split=len(splitting.split()),
+        merged=len(splitting.merged()),
+        seconds=round(time.process_time() - clock, 3),
+        wall_seconds=round(time.perf_counter() - wall, 3),
+        peak_bytes=peak_bytes(),
     )
-    return found
+    if inputs.rows is None:
+        return matching, pair
+    a, b = first.dictionary, second.dictionary
+    scales = inputs.scales[k], inputs.scales[k + 1]
+    ways = pairings(a, b, scales, matching, seed=config.seed)
+    quality = held_out_quality(a, b, ways, *inputs.rows.held_out[k : k + 2], seed=config.seed)
+    pair = dataclasses.replace(
+        pair,
+        held_out_rows=quality.n_rows,
+        co_firing=quality.co_firing,
+        explained_variance=quality.explained_variance,
+        not_run=inputs.not_run,
+    )
+    if inputs.held is None:
+        return matching, pair
+    sites = str(first.site), str(second.site)
+    effects = effects_on_output(inputs.held, sites, a, b, ways, seed=config.seed)
+    if isinstance(effects, str):
+        return matching, dataclasses.replace(pair, not_run=effects)
+    n_samples = sum(map(len, inputs.held.batches))
+    return matching, dataclasses.replace(pair, samples=n_samples, spliced=effects)
 
 
-def _evidence(arrays: dict[str, np.ndarray]) -> Evidence:
-    without = int(arrays["without_partner"])
-    return Evidence(arrays["q_values"], without, arrays["null"])
-
-
-def _keeper(folder: Path, asked: dict[str, Any]) -> Callable[[State], None]:
+def _resumable_match(config: MatchConfig, k: int, inputs: _Inputs) -> Match:
+    """Match two dictionaries, from where an interrupted run of the same match stopped."""
+    settings = {
+        key: [str(v) for v in value] if isinstance(value, tuple) else str(value)
+        for key, value in vars(config).items()
+        if key not in ("out", "dictionaries")
+    }
+    parents = [each.checksum for each in inputs.opened[k : k + 2]]
+    kept = _Kept(config.out / UNFINISHED / str(k), json.dumps([settings, parents]))
+    state, kept_evidence = kept.read("state"), kept.read("evidence")
     last = time.monotonic()
 
-    def keep(state: State) -> None:
+    def keep_state(now: State) -> None:
         nonlocal last
-        if len(state.free) and time.monotonic() - last < KEEP_EVERY:
+        if len(now.free) and time.monotonic() - last < KEEP_EVERY:
             return
         last = time.monotonic()
-        _keep(folder, "state", asked, state.arrays())
+        kept.write("state", now.arrays())
 
-    return keep
-
-
-def _keep(folder: Path, name: str, asked: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
-    packed = io.BytesIO()
-    np.savez(packed, allow_pickle=False, asked=json.dumps(asked), **arrays)  # pyright: ignore
-    write(folder / f"{name}.npz", packed.getvalue())
-
-
-def _kept(folder: Path, name: str, asked: dict[str, Any], read: Callable[..., Kept]) -> Kept | None:
-    """What a run that was stopped has kept of the same dictionaries."""
-    try:
-        with np.load(folder / f"{name}.npz", allow_pickle=False) as arrays:
-            if str(arrays["asked"]) == json.dumps(asked):
-                return read({name: arrays[name] for name in arrays.files if name != "asked"})
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile):
-        pass  # stopped while it was written: begin anew
-    return None
-
-
-def _facts(found: Match) -> dict[str, Any]:
-    near = relatives(found)
-    return {
-        "n_a": len(found.unit_a),
-        "n_b": len(found.unit_b),
-        "cost": found.cost,
-        "lower_bound": found.lower_bound,
-        "gap": found.gap,
-        "matched": int(found.matched.sum()),
-        "without_partner": found.evidence.without_partner,
-        "least_cosine": found.threshold if found.matched.any() else None,
-        "pricing_rounds": found.assignment.rounds,
-        "looks": sum(found.assignment.rows_priced) / len(found.assignment.columns),
-        "split": len(near.split()),
-        "merged": len(near.merged()),
-    }
+    with bar(f"pairing {k + 1} of {len(inputs.views) - 1}") as progress:
+        matching = match(
+            inputs.views[k],
+            inputs.views[k + 1],
+            cost=config.cost,  # pyright: ignore[reportArgumentType]
+            scale=(inputs.scales[k], inputs.scales[k + 1]),
+            fdr=config.fdr,
+            nulls=inputs.nulls,
+            seed=config.seed,
+            resume=None if state is None else State.from_arrays(state),
+            evidence=None if kept_evidence is None else _evidence(kept_evidence),
+            on_progress=progress,
+            on_state=keep_state,
+        )
+    arrays = {name: np.asarray(value) for name, value in matching.evidence._asdict().items()}
+    kept.write("evidence", arrays)
+    return matching
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class _Way:
-    """A way to pair."""
-
-    columns: np.ndarray
-    ratio: np.ndarray
-    """What a unit of each latent of A is worth in units of its partner, as folding says."""
+def _evidence(arrays: dict[str, np.ndarray]) -> PairEvidence:
+    return PairEvidence(arrays["q_values"], int(arrays["n_null"]), arrays["null"])
 
 
-def _ways(two: list[Any], units: list[Any], found: Match, seed: int) -> dict[str, _Way]:
-    """The match, and every baseline."""
-    a, b = two
-    columns = {"matched": np.where(found.matched, found.columns, -1)}
-    columns |= baselines(a, b, found, seed=seed)
-    scale = fold(a, unit=units[0]).unit, fold(b, unit=units[1]).unit
-    return {
-        way: _Way(of_a, scale[1][np.maximum(of_a, 0)] / scale[0]) for way, of_a in columns.items()
-    }
+class _Kept(NamedTuple):
+    """Finished parts of an interrupted run."""
 
+    folder: Path
+    made_from: str
+    """Configuration and inputs of the run; parts of another are not used."""
 
-def _worth(
-    two: list[Any], ways: dict[str, _Way], rows: list[torch.Tensor], seed: int
-) -> dict[str, Any]:
-    """Co-firing and transport on held-out rows, beside every baseline."""
-    a, b = two
-    fired = firing(a, b, rows[0], rows[1])
-    plain = {w: _numbers(co_firing(fired, way.columns, seed=seed)) for w, way in ways.items()}
-    moved: dict[str, Any] = {}
-    for name, way in ways.items():
-        for key, ratio in (("permuted", None), ("permuted and rescaled", way.ratio)):
-            estimate = transport(fired, b, rows[1], way.columns, ratio, seed=seed)
-            moved.setdefault(name, {})[key] = _number(estimate)
-    if rows[0].shape == rows[1].shape:
-        moved["layer drop"] = {"permuted": _number(explained(rows[1], rows[0], seed=seed))}
-    with torch.no_grad():
-        own = b.decode(b.encode(rows[1]))
-    moved["B itself"] = {"permuted": _number(explained(rows[1], own, seed=seed))}
-    return {"held_out_rows": len(rows[0]), "co_firing": plain, "explained_variance": moved}
+    def write(self, name: str, arrays: Mapping[str, np.ndarray]) -> None:
+        """Keep arrays."""
+        packed = io.BytesIO()
+        marked: dict[str, Any] = {**arrays, "made_from": np.array(self.made_from)}
+        np.savez(packed, allow_pickle=False, **marked)
+        write(self.folder / f"{name}.npz", packed.getvalue())
 
-
-def _network(recipe: MatchConfig) -> tuple[tuple[nn.Module, list[torch.Tensor]] | None, str]:
-    """The network of the store and batches of held-out samples, or why it cannot be run."""
-    if recipe.store is None or not recipe.samples:
-        return None, ""
-    store = Store(recipe.store)
-    numbers = store.samples("held", recipe.samples)
-    try:
-        network, samples = reopen(store.manifest["recipe"])
-        batches = [
-            samples.stack([samples.read(i) for i in numbers[start : start + AT_ONCE]])
-            for start in range(0, len(numbers), AT_ONCE)
-        ]
-    except UserError as error:
-        return None, str(error)
-    if digest(network) != store.manifest["network"]:
-        return None, f"The network found now has other weights than when {store.root} was made."
-    return (network, batches), ""
-
-
-def _spliced(
-    recipe: MatchConfig,
-    running: tuple[nn.Module, list[torch.Tensor]],
-    k: int,
-    two: list[Any],
-    ways: dict[str, _Way],
-) -> dict[str, Any]:
-    """The network's output when the second site is written from the first, by every way."""
-    a, b = two
-    sites = [Site.parse(site_of(path)) for path in recipe.dictionaries[k : k + 2]]
-    guesses = {name: permuted(a, b, way.columns, way.ratio) for name, way in ways.items()}
-    guesses |= references(a, b)
-    network, batches = running
-    try:
-        found = splice(network, batches, (sites[0], sites[1]), guesses, seed=recipe.seed)
-    except UserError as error:  # such as sites in the wrong order
-        return {"not_run": str(error)}
-    told = {way: _numbers({k: v for k, v in vars(r).items() if v}) for way, r in found.items()}
-    return {"samples": sum(map(len, batches)), "spliced": told}
-
-
-def _number(estimate: Any) -> dict[str, Any]:
-    return dataclasses.asdict(estimate)
-
-
-def _numbers(estimates: dict[str, Any]) -> dict[str, Any]:
-    return {key: _number(value) for key, value in estimates.items()}
+    def read(self, name: str) -> dict[str, np.ndarray] | None:
+        """Arrays kept under a name, if they are whole and of the same run."""
+        try:
+            with np.load(self.folder / f"{name}.npz", allow_pickle=False) as file:
+                arrays = {key: file[key] for key in file.files}
+        except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile):
+            return None  # stopped while it was written: begin anew
+        return arrays if str(arrays.pop("made_from", "")) == self.made_from else None
 
 
 def _joint(
-    recipe: MatchConfig,
-    matches: list[Match],
-    nulls: tuple[Null, ...],
-    unseen: list[torch.Tensor],
-    dictionaries: list[Any],
-) -> dict[str, Any]:
-    """Tracks, life lines, and long-range matches by composition, directly and jointly."""
-    layers = [found.unit_a for found in matches] + [matches[-1].unit_b]
-    if len({x.shape[1] for x in layers}) > 1:
-        return {}
+    config: MatchConfig, result: MatchResult, matches: list[Match], inputs: _Inputs
+) -> MatchResult:
+    """Add tracks, survival curves and matches of the first dictionary with the last."""
+    layers = [m.unit_a for m in matches] + [matches[-1].unit_b]
+    options: dict[str, Any] = {"fdr": config.fdr, "nulls": inputs.nulls, "seed": config.seed}
     with bar("solving all layers jointly") as progress:
-        tracks = track(
-            layers,
-            matches,
-            rate=recipe.rate,
-            nulls=nulls,
-            seed=recipe.seed,
-            on_progress=progress,
-        )
-    lines = live(tracks, matches, rate=recipe.rate)
-    _write_tracks(recipe.out / "tracks.parquet", tracks, lines)
+        tracks = track(layers, matches, on_progress=progress, **options)
+    curves = survival(tracks, matches, fdr=config.fdr)
+    write_table(config.out / TRACKS, _tracks_table(tracks, curves))
+    first, last, n = layers[0], layers[-1], len(layers[0])
+    cost: Cost = "codes" if config.cost == "codes" else "cosine"
+    back = match(last, first, cost=cost, **options).matched_columns()
+    composed = compose([m.matched_columns() for m in matches])
+    cycle = float(cycle_agreement(composed, back, n=n))
+    codes = inputs.rows and paired_codes(
+        inputs.opened[0].dictionary,
+        inputs.opened[-1].dictionary,
+        inputs.rows.held_out[0],
+        inputs.rows.held_out[-1],
+    )
+
+    def distant(columns: Int[np.ndarray, " latent"]) -> DistantMatch:
+        firing = None if codes is None else co_firing(codes, columns, seed=config.seed)
+        return DistantMatch(pairs=int((columns >= 0).sum()), co_firing=firing)
+
+    return dataclasses.replace(
+        result,
+        tracks=TracksResult(
+            n=len(tracks.latents),
+            layers=len(layers),
+            longer_than_one=int((curves.death > curves.birth).sum()),
+            persistence=curves.persistence.tolist(),
+            low=curves.low.tolist(),
+            high=curves.high.tolist(),
+            birth_share=curves.birth_share.tolist(),
+            death_share=curves.death_share.tolist(),
+        ),
+        first_to_last=FirstToLast(
+            composition=distant(composed),
+            direct=distant(match(first, last, cost=cost, **options).matched_columns()),
+            joint=distant(tracks.between(0, len(matches), n=n, fdr=config.fdr)),
+        ),
+        cycle_agreement=None if np.isnan(cycle) else cycle,
+    )
+
+
+def _matches_table(matches: list[Match]) -> dict[str, np.ndarray]:
+    """Pairs of all matches, one after another."""
+    rows = [np.flatnonzero(m.columns >= 0) for m in matches]
+    parts = list(zip(matches, rows, strict=True))
+    columns: dict[str, list[np.ndarray]] = {
+        "pair": [np.full(len(r), number, np.int32) for number, r in enumerate(rows)],
+        "latent_a": rows,
+        "latent_b": [m.columns[r] for m, r in parts],
+        "cost": [m.pair_costs[r] for m, r in parts],
+        "cosine": [m.cosines[r] for m, r in parts],
+        "q_value": [m.q_values[r] for m, r in parts],
+        "matched": [m.matched[r] for m, r in parts],
+    }
+    return {name: np.concatenate(values) for name, values in columns.items()}
+
+
+def _tracks_table(tracks: Tracks, curves: SurvivalCurves) -> dict[str, np.ndarray]:
+    """Latents of all tracks, track by track."""
+    present = tracks.latents >= 0
+    number, layer = np.nonzero(present)
     return {
-        "tracks": {
-            "n": len(tracks.latents),
-            "layers": len(layers),
-            "longer_than_one": int((lines.death > lines.birth).sum()),
-            "persistence": lines.persistence.tolist(),
-            "low": lines.low.tolist(),
-            "high": lines.high.tolist(),
-            "born": lines.born.tolist(),
-            "dying": lines.dying.tolist(),
-        },
-        **_first_to_last(recipe, matches, nulls, tracks, unseen, dictionaries),
+        "track": number,
+        "layer": layer.astype(np.int32),
+        "latent": tracks.latents[present],
+        "cosine": tracks.cosines[present],
+        "q_value": tracks.q_values[present],
+        "link_error_probability": tracks.link_error_probability[present],
+        "birth": curves.birth[number],
+        "earliest_birth": curves.earliest_birth[number],
+        "death": curves.death[number],
+        "latest_death": curves.latest_death[number],
     }
-
-
-def _first_to_last(
-    recipe: MatchConfig,
-    matches: list[Match],
-    nulls: tuple[Null, ...],
-    tracks: Tracks,
-    unseen: list[torch.Tensor],
-    dictionaries: list[Any],
-) -> dict[str, Any]:
-    """Three ways from the first dictionary to the last."""
-    first, last = matches[0].unit_a, matches[-1].unit_b
-    parts: Parts = "codes" if recipe.cost == "codes" else "cosine"
-    direct, back = (
-        match(a, b, parts=parts, rate=recipe.rate, nulls=nulls, seed=recipe.seed)
-        for a, b in ((first, last), (last, first))
-    )
-    composed = compose([np.where(m.matched, m.columns, -1) for m in matches])
-    ways = {
-        "composition": composed,
-        "direct": np.where(direct.matched, direct.columns, -1),
-        "joint": tracks.between(0, len(matches), n=len(first), rate=recipe.rate),
-    }
-    returned = np.where(back.matched, back.columns, -1)
-    cycle = float(cycle_agreement(composed, returned, n=len(first)))
-    far: dict[str, Any] = {way: {"pairs": int((c >= 0).sum())} for way, c in ways.items()}
-    if unseen:
-        fired: Firing = firing(dictionaries[0], dictionaries[-1], unseen[0], unseen[-1])
-        for way, columns in ways.items():
-            far[way] |= _numbers(co_firing(fired, columns, seed=recipe.seed))
-    return {"first_to_last": far, "cycle_agreement": None if np.isnan(cycle) else cycle}
-
-
-def _write_matches(path: Path, matches: list[Match]) -> None:
-    columns: dict[str, list[np.ndarray]] = {}
-    for number, found in enumerate(matches):
-        rows = np.flatnonzero(found.columns >= 0)
-        for name, values in {
-            "pair": np.full(len(rows), number, np.int32),
-            "latent_a": rows,
-            "latent_b": found.columns[rows],
-            "cost": found.pair_costs[rows],
-            "cosine": found.cosines[rows],
-            "q_value": found.q_values[rows],
-            "matched": found.matched[rows],
-        }.items():
-            columns.setdefault(name, []).append(values)
-    write_table(path, {name: np.concatenate(parts) for name, parts in columns.items()})
-
-
-def _write_tracks(path: Path, tracks: Tracks, lines: LifeLines) -> None:
-    there = tracks.latents >= 0
-    which, layer = np.nonzero(there)
-    write_table(
-        path,
-        {
-            "track": which,
-            "layer": layer.astype(np.int32),
-            "latent": tracks.latents[there],
-            "cosine": tracks.cosines[there],
-            "q_value": tracks.q_values[there],
-            "break": tracks.breaks[there],
-            "birth": lines.birth[which],
-            "earliest_birth": lines.earliest_birth[which],
-            "death": lines.death[which],
-            "latest_death": lines.latest_death[which],
-        },
-    )

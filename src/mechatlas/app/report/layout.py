@@ -1,10 +1,10 @@
-"""UMAP: many directions laid out in the plane so that near ones stay near.
+"""UMAP: directions laid out in the plane so that near ones stay near.
 
-    umap    nearest neighbours -> fuzzy graph -> positions that attract along its edges
+    umap    nearest neighbors -> fuzzy graph -> positions that attract along its edges
             and repel elsewhere
 
 Written out here because the reference implementation compiles itself for half a minute in
-every process, which is longer than drawing the whole page. Differences: neighbours are
+every process, which is longer than drawing the whole page. Differences: neighbors are
 exact, the start is the two leading principal components, and edges are applied in a few
 large groups an epoch, in place of one by one. The result depends on the seed alone.
 
@@ -21,11 +21,11 @@ from scipy import sparse
 from torch import Tensor
 
 A, B = 1.577, 0.8951
-"""Of the curve 1 / (1 + A d^(2 B)) that fits a least distance of 0.1."""
+"""Coefficients of the curve 1 / (1 + A d^(2 B)) that fits a minimum distance of 0.1."""
 GROUPS = 4
-"""Parts of an epoch; all edges at once would pull hubs too far."""
+"""Number of parts of an epoch; all edges at once would pull hubs too far."""
 REPULSIONS = 2
-"""Random points that either end of an edge is pushed away from."""
+"""Random points by which either end of an edge is repelled."""
 
 
 def umap(
@@ -35,7 +35,7 @@ def umap(
 
     Args:
         unit: Vectors of length 1, more than `n_neighbors` of them.
-        n_neighbors: How many of the nearest count as near.
+        n_neighbors: Nearest neighbors of each point in the graph.
         n_epochs: Rounds of attraction and repulsion.
         seed: Seed of the start and of the random repulsions.
     """
@@ -58,7 +58,7 @@ def _nearest(unit: np.ndarray, k: int) -> tuple[Int[np.ndarray, "n k"], Float[np
 
 
 def _fuzzy_graph(index: np.ndarray, distance: np.ndarray) -> sparse.coo_matrix:
-    """Weights in 0..1: each point is sure of its nearest, and of log2(k) neighbours in all."""
+    """Membership weights in 0..1, whose sum over a point's k neighbors is log2(k)."""
     n, k = index.shape
     beyond = distance - distance.min(axis=1, keepdims=True)
     low, high = np.full(n, 1e-6), np.full(n, 1e3)
@@ -74,9 +74,9 @@ def _fuzzy_graph(index: np.ndarray, distance: np.ndarray) -> sparse.coo_matrix:
 
 
 def _start(unit: np.ndarray, seed: int) -> np.ndarray:
-    centred = unit - unit.mean(axis=0)
-    axes = np.linalg.eigh(centred.T @ centred)[1][:, -2:]
-    plane = centred @ (axes * np.sign(axes.sum(axis=0)))  # eigenvectors come with any sign
+    centered = unit - unit.mean(axis=0)
+    axes = np.linalg.eigh(centered.T @ centered)[1][:, -2:]
+    plane = centered @ (axes * np.sign(axes.sum(axis=0)))  # eigenvectors come with any sign
     noise = np.random.default_rng(seed).normal(scale=1e-2, size=(len(unit), 2))
     return 10 * plane / max(np.abs(plane).max(), 1e-12) + noise
 

@@ -1,12 +1,12 @@
-"""Pictures made from noise to excite features of a dictionary, for their cards.
+"""Feature visualizations for the cards of a dictionary of images.
 
-paint      a dictionary of maps -> a picture of some features, whole and in one branch
-as_webp    a picture -> a file
+paint           a dictionary -> an image of some features, whole and restricted to one branch
+most_in_each    the features that are drawn
+as_webp         an image -> a file
 """
 
 import dataclasses
 import io
-from typing import Any
 
 import numpy as np
 import torch
@@ -15,69 +15,71 @@ from PIL import Image
 from torch import Tensor, nn
 
 from mechatlas.activations.samples import ImageSamples
-from mechatlas.analysis.pictures import VisualizeConfig, optimise
+from mechatlas.analysis.visualization import VisualizeConfig, visualize
 from mechatlas.base import Progress, Site, no_progress
 
 AT_ONCE = 16
-"""Pictures that are climbed together."""
+"""Images that are optimized together."""
 STEPS = 128
+"""Optimization steps of an image."""
 
 
 def paint(
     network: nn.Module,
     samples: ImageSamples,
     site: Site,
-    dictionary: Any,
+    encoder: Float[Tensor, "d_in latent"],
     latents: Int[np.ndarray, " n"],
     branches: dict[str, slice],
     home: Int[np.ndarray, " n"],
     *,
     on_progress: Progress = no_progress,
 ) -> dict[str, bytes]:
-    """Draw some features.
+    """Visualize some features.
 
     Args:
-        network: The dictionary's.
+        network: Network of the dictionary.
         samples: Images that it takes.
-        site: Where the dictionary reads.
-        dictionary: Its encoder's columns are climbed.
-        latents: Which features.
-        branches: Of the site, if it has any.
-        home: For each of them a branch, in which its part is drawn too.
-        on_progress: Told how many pictures are made.
+        site: Site that the dictionary reads.
+        encoder: Encoder weights of the dictionary.
+        latents: Features to draw.
+        branches: Branches of the site, if it has any.
+        home: Number of a branch for each feature, to which a second image is restricted.
+        on_progress: Callback with the number of images made.
 
     Returns:
-        WebP files named LATENT, and LATENT/BRANCH for its part in a branch.
+        WebP files named LATENT, and LATENT/BRANCH for the part in a branch.
     """
-    rows = dictionary.W_enc.detach().T.float()
-    names = list(branches)
-    wanted = [(site, rows[torch.from_numpy(latents)], [str(i) for i in latents])]
-    for k, name in enumerate(names):
-        mine = latents[home == k]
-        part = rows[torch.from_numpy(mine)][:, branches[name]]
-        labels = [f"{i}/{name}" for i in mine]
-        wanted.append((dataclasses.replace(site, branch=name), part, labels))
-    total, made = sum(len(labels) for *_, labels in wanted), {}
-    for where, directions, labels in wanted:
+    rows = encoder.detach().T.float()
+    jobs = [(site, rows[torch.from_numpy(latents)], [str(i) for i in latents])]
+    for k, (name, channels) in enumerate(branches.items()):
+        here = latents[home == k]
+        part = rows[torch.from_numpy(here)][:, channels]
+        jobs.append((dataclasses.replace(site, branch=name), part, [f"{i}/{name}" for i in here]))
+    total, files = sum(len(labels) for *_, labels in jobs), {}
+    for where, directions, labels in jobs:
         for first in range(0, len(labels), AT_ONCE):
             part = slice(first, first + AT_ONCE)
-            pictures = _climbed(network, where, directions[part], samples.side)
-            made |= dict(zip(labels[part], map(as_webp, pictures), strict=True))
-            on_progress(len(made), total)
-    return made
-
-
-def _climbed(
-    network: nn.Module, site: Site, directions: Tensor, side: int
-) -> UInt8[np.ndarray, "n side side 3"]:
-    pictures, _ = optimise(network, site, directions, side=side, how=VisualizeConfig(steps=STEPS))
-    return np.rint(255 * pictures).astype(np.uint8)
+            drawn = visualize(
+                network, where, directions[part], side=samples.side,
+                config=VisualizeConfig(steps=STEPS),
+            )  # fmt: skip
+            images = np.rint(255 * drawn.images).astype(np.uint8)
+            files |= dict(zip(labels[part], map(as_webp, images), strict=True))
+            on_progress(len(files), total)
+    return files
 
 
 def most_in_each(
     shares: Float[np.ndarray, "feature branch"], density: Float[np.ndarray, " feature"], n: int
 ) -> Int[np.ndarray, " n"]:
-    """Up to `n` features to draw: those most in each branch, in turn; else the most active."""
+    """Choose the features to draw: those most in each branch, in turn; else the most active.
+
+    Args:
+        shares: Share of each feature in each branch.
+        density: Share of the rows where each feature is active.
+        n: Upper limit on the features.
+    """
     alive = np.flatnonzero(density > 0)
     keys = shares[alive].T if shares.shape[1] else density[alive][None]
     ranked = alive[np.argsort(-keys, axis=1, kind="stable")]
@@ -86,8 +88,8 @@ def most_in_each(
     return np.sort(every[first[:n]]).astype(np.int64)
 
 
-def as_webp(picture: UInt8[np.ndarray, "h w 3"]) -> bytes:
-    """A picture as a WebP file."""
+def as_webp(image: UInt8[np.ndarray, "h w 3"]) -> bytes:
+    """Encode an image as a WebP file."""
     encoded = io.BytesIO()
-    Image.fromarray(picture).save(encoded, "WEBP", quality=90)
+    Image.fromarray(image).save(encoded, "WEBP", quality=90)
     return encoded.getvalue()

@@ -1,4 +1,4 @@
-// Drawing one feature: its examples, histogram, branches and neighbours.
+// Drawing one feature: its examples, histogram, branches and neighbors.
 "use strict";
 
 const cards = (() => {
@@ -179,7 +179,7 @@ const cards = (() => {
   const link = (d, i) => `#${encodeURIComponent(d.key).replaceAll("%2F", "/")}/${i}`;
 
   function neighbourList(d, i, showHeat, open) {
-    const list = el("div", { class: "neighbours" });
+    const list = el("div", { class: "neighbors" });
     for (let k = 0; k < d.near_n; k++) {
       const other = d.near[i * d.near_n + k];
       if (other < 0) break;

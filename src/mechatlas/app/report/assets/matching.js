@@ -14,7 +14,7 @@
   }
 
   async function start(section) {
-    const k = Number(section.dataset.run), { names, runs, rate } = facts[k];
+    const k = Number(section.dataset.run), { names, runs, fdr } = facts[k];
     const keys = ["pair", "latent_a", "latent_b", "cosine", "q_value", "cost"];
     const loaded = await Promise.all(keys.map((key) => atlas.array("matching", `${k}/${key}`)));
     const t = Object.fromEntries(keys.map((key, i) => [key, loaded[i]]));
@@ -30,12 +30,12 @@
       page = Math.min(Math.max(page, 0), pages - 1);
       find(".page").textContent = `${page + 1} of ${number(pages)}`;
       const made = await Promise.all(rows.slice(page * PER_PAGE, (page + 1) * PER_PAGE).map(async (i) => {
-        const stands = t.q_value[i] <= rate;
+        const matched = t.q_value[i] <= fdr;
         const two = await Promise.all([side(runs[p], names[p], t.latent_a[i]), side(runs[p + 1], names[p + 1], t.latent_b[i])]);
         return el("article", { class: "card" },
           el("header", {}, el("span", { class: "brief" },
             `cosine ${number(t.cosine[i])} · q ${number(t.q_value[i])} · cost ${number(t.cost[i])}`),
-          el("span", { class: "lean" }, stands ? "matched" : "could be chance")),
+          el("span", { class: "lean" }, matched ? "matched" : "could be chance")),
           el("div", { class: "two" }, ...two));
       }));
       find(".pairs").replaceChildren(...made);

@@ -20,10 +20,10 @@ from mechatlas.analysis.examples import (
     examples,
     feature_statistics,
 )
-from mechatlas.app.report.atoms import Neighbours, flat_map, neighbours
+from mechatlas.app.report.atoms import Neighbors, flat_map, neighbors
 from mechatlas.app.report.chapter import Chapter, render
+from mechatlas.app.report.galleries import Gallery, gallery
 from mechatlas.app.report.paintings import most_in_each, paint
-from mechatlas.app.report.pictures import Gallery, gallery
 from mechatlas.app.report.runs import Run, Runs
 from mechatlas.base import Progress, Site, UserError
 from mechatlas.dictionaries.formats import load
@@ -144,7 +144,7 @@ def _open(run: Run, key: str, runs: Runs, on_progress: Progress) -> _Opened:
         latents = most_in_each(shares, statistics.density, runs.pictures)
         home = shares[latents].argmax(axis=1) if branches else np.full(len(latents), -1)
         painted = paint(
-            network, samples, site, dictionary, latents, branches, home,
+            network, samples, site, dictionary.W_enc, latents, branches, home,
             on_progress=_part(on_progress, 80, 20, 100),
         )  # fmt: skip
     problems = []
@@ -206,7 +206,7 @@ def _describe(
     statistics, shown = one.statistics, one.shown
     alive = statistics.density > 0
     flat, method = flat_map(one.atoms, alive)
-    near = neighbours(one.atoms, alive)
+    near = neighbors(one.atoms, alive)
     branches = _branches(one.rows)
     shares, expected = plain_shares(one.atoms, branches)
     slot = np.searchsorted(pictures.samples, shown.sample)
@@ -238,7 +238,7 @@ def _facts(
     name: str,
     pictures: Gallery,
     method: str,
-    near: Neighbours,
+    near: Neighbors,
     branches: list[str],
     expected: list[float],
 ) -> dict[str, Any]:

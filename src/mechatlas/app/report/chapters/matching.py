@@ -1,34 +1,65 @@
-"""Where features go from one dictionary to the next: flow, life lines, pairs and their evidence."""
+"""Chapter on matching: flow of features, survival, pairs and their evidence."""
 
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jaxtyping import Int
 
 from mechatlas.app.report.chapter import Chapter, render
-from mechatlas.app.report.runs import Run, Runs
+from mechatlas.app.report.runs import Runs
 from mechatlas.base import Progress
 
-LONGEST = 40
-"""Tracks in the table of life lines."""
+Columns = dict[str, np.ndarray]
+"""Columns of a table, by name."""
+MAX_TRACKS = 40
+"""Tracks in the table of tracks."""
 WAYS = {
     "matched": "matched pairs",
     "match": "all pairs of the optimum",
-    "partial": "optimum with the price of no partner",
+    "partial": "optimum in which latents may stay unmatched",
     "cosine": "optimum by cosine",
     "unfolded": "optimum, not folded",
-    "nearest by cosine": "nearest by cosine, many to one",
-    "same number": "same number",
+    "nearest": "nearest by cosine, many to one",
+    "same_index": "same index",
     "random": "random",
-    "layer drop": "no dictionary: the row itself",
-    "B itself": "no matching: the second dictionary itself",
-    "mean of B": "no matching: the second place's mean",
+    "layer_drop": "layer drop: the row of the first site itself",
+    "b_reconstruction": "reconstruction by the second dictionary",
+    "b_mean": "mean of the second site",
 }
+"""Ways to pair, and references without a pairing, in the words of the page."""
 OUTPUT = {
-    "lost": "output variance lost",
-    "divergence": "loss added (nats)",
+    "variance_lost": "output variance lost",
+    "kl_divergence": "loss added (nats)",
     "agreement": "same answer",
 }
+"""Measures of the effect on the network's output, in the words of the page."""
+OLD_KEYS = {
+    "B itself": "b_reconstruction",
+    "born": "birth_share",
+    "divergence": "kl_divergence",
+    "dying": "death_share",
+    "either": "jaccard",
+    "given_a": "p_b_given_a",
+    "layer drop": "layer_drop",
+    "least_cosine": "cosine_threshold",
+    "looks": "passes",
+    "lost": "variance_lost",
+    "mean of B": "b_mean",
+    "nearest by cosine": "nearest",
+    "permuted and rescaled": "rescaled",
+    "rate": "fdr",
+    "same number": "same_index",
+    "without_partner": "n_null",
+}
+"""Keys of results of version 0.1, and today's."""
+
+
+def renamed(result: Any) -> Any:
+    """Rename the keys of a result of version 0.1."""
+    if isinstance(result, dict):
+        return {OLD_KEYS.get(key, key): renamed(value) for key, value in result.items()}
+    return [renamed(value) for value in result] if isinstance(result, list) else result
 
 
 def chapter(runs: Runs, on_progress: Progress) -> Chapter | None:
@@ -37,36 +68,38 @@ def chapter(runs: Runs, on_progress: Progress) -> Chapter | None:
     Raises:
         DiskError: A result is damaged.
     """
-    found = runs.of_kind("matching")
-    if not found:
+    matchings = runs.of_kind("matching")
+    if not matchings:
         return None
     folders = {run.folder.resolve(): run.name for run in runs.of_kind("dictionary")}
     parts, figures, arrays, data = [], {}, {}, []
-    for number, run in enumerate(found):
+    for number, run in enumerate(matchings):
+        result = renamed(run.result)
         table = run.table("matches.parquet")
-        names = [str(name) for name in run.result["dictionaries"]]
-        places = [folders.get(Path(p).resolve(), "") for p in run.manifest["dictionaries"]]
-        figures[f"flow{number}"] = _flow(run, table, names)
+        tracks = run.table("tracks.parquet") if (run.folder / "tracks.parquet").is_file() else None
+        names = [str(name) for name in result["dictionaries"]]
+        dictionaries = [folders.get(Path(p).resolve(), "") for p in run.manifest["dictionaries"]]
+        figures[f"flow{number}"] = _flow(result["pairs"], table, tracks, names)
         for key in ("pair", "latent_a", "latent_b"):
             arrays[f"{number}/{key}"] = table[key].astype(np.int32)
         for key in ("cosine", "q_value", "cost"):
             arrays[f"{number}/{key}"] = table[key].astype(np.float32)
-        data.append({"name": run.name, "names": names, "runs": places, "rate": run.result["rate"]})
+        data.append({"name": run.name, "names": names, "runs": dictionaries, "fdr": result["fdr"]})
         parts.append({
             "name": run.name,
             "number": number,
-            "rate": run.result["rate"],
-            "pairs": run.result["pairs"],
-            "evidence": [_evidence(pair) for pair in run.result["pairs"]],
-            "lives": _lives(run),
-            "tracks": _longest(run, names),
-            "far": _far(run),
+            "fdr": result["fdr"],
+            "pairs": result["pairs"],
+            "evidence": [_evidence(pair) for pair in result["pairs"]],
+            "survival": _survival(result.get("tracks")),
+            "tracks": _longest(tracks, names),
+            "distant": _distant(result.get("first_to_last")),
         })  # fmt: skip
-        on_progress(number + 1, len(found))
+        on_progress(number + 1, len(matchings))
     return Chapter(
         name="matching",
         title="Matching",
-        html=render("matching.html", parts=parts, longest=LONGEST),
+        html=render("matching.html", parts=parts),
         figures=figures,
         data=data,
         arrays=arrays,
@@ -74,12 +107,14 @@ def chapter(runs: Runs, on_progress: Progress) -> Chapter | None:
     )
 
 
-def _flow(run: Run, table: dict[str, np.ndarray], names: list[str]) -> dict[str, Any]:
-    """Features of each layer by the layer of their birth, and where they go.
+def _flow(
+    pairs: list[dict[str, Any]], table: Columns, tracks: Columns | None, names: list[str]
+) -> dict[str, Any]:
+    """Draw the features of each layer by the layer of their birth, and where they go.
 
     One band a birth layer, however many features there are, so thousands stay readable.
     """
-    births, n_layers = _births(run, table, len(names))
+    births, n_layers = _births(pairs, table, tracks), len(names)
     labels: list[str] = []
     at: dict[tuple[int, int], int] = {}
     for layer in range(n_layers):
@@ -90,13 +125,13 @@ def _flow(run: Run, table: dict[str, np.ndarray], names: list[str]) -> dict[str,
             labels.append(f"{names[layer]}: {n:,} {born}")
     at_end = len(labels)
     labels += [f"{name}: no partner further on" for name in names[:-1]]
-    links: dict[str, list[Any]] = {"source": [], "target": [], "value": [], "colour": []}
+    links: dict[str, list[Any]] = {"source": [], "target": [], "value": [], "color": []}
     for pair in range(n_layers - 1):
-        stands = (table["pair"] == pair) & table["matched"]
+        matched = (table["pair"] == pair) & table["matched"]
         goes = np.zeros(len(births[pair]), bool)
-        goes[table["latent_a"][stands]] = True
+        goes[table["latent_a"][matched]] = True
         to = np.full(len(births[pair]), -1)
-        to[table["latent_a"][stands]] = births[pair + 1][table["latent_b"][stands]]
+        to[table["latent_a"][matched]] = births[pair + 1][table["latent_b"][matched]]
         for birth in range(pair + 1):
             for target in range(pair + 2):
                 n = int((goes & (births[pair] == birth) & (to == target)).sum())
@@ -117,8 +152,7 @@ def _flow(run: Run, table: dict[str, np.ndarray], names: list[str]) -> dict[str,
                     "pad": 14,
                     "thickness": 12,
                 },
-                "link": {key: links[key] for key in ("source", "target", "value")}
-                | {"color": links["colour"]},
+                "link": links,
             }
         ],
         "layout": {"margin": {"l": 8, "r": 8, "t": 8, "b": 8}},
@@ -130,103 +164,91 @@ PALETTE = ("#4c78a8", "#f2a541", "#54a24b", "#d1605e", "#8c6bb1", "#4fb0ae", "#b
 
 def _link(links: dict[str, list[Any]], source: int, target: int, n: int, birth: int) -> None:
     if n:
-        colour = "#999999" if birth < 0 else PALETTE[birth % len(PALETTE)]
-        links["source"].append(source)
-        links["target"].append(target)
-        links["value"].append(n)
-        links["colour"].append(colour + ("40" if birth < 0 else "90"))
+        color = "#99999940" if birth < 0 else PALETTE[birth % len(PALETTE)] + "90"
+        for key, value in zip(links, (source, target, n, color), strict=True):
+            links[key].append(value)
 
 
-def _births(run: Run, table: dict[str, np.ndarray], n_layers: int) -> tuple[list[np.ndarray], int]:
-    """The layer where the line of each latent begins: by tracks, or by the matches themselves."""
-    sizes = [p["n_a"] for p in run.result["pairs"]] + [run.result["pairs"][-1]["n_b"]]
-    if (run.folder / "tracks.parquet").is_file():
-        tracks = run.table("tracks.parquet")
-        found = []
-        for layer, size in enumerate(sizes):
-            own = tracks["layer"] == layer
-            birth = np.full(size, layer)
-            birth[tracks["latent"][own]] = tracks["birth"][own]
-            found.append(birth)
-        return found, n_layers
-    found = [np.zeros(sizes[0], int)]
-    for pair, size in enumerate(sizes[1:]):
-        birth = np.full(size, pair + 1)
-        stands = (table["pair"] == pair) & table["matched"]
-        birth[table["latent_b"][stands]] = found[-1][table["latent_a"][stands]]
-        found.append(birth)
-    return found, n_layers
+def _births(
+    pairs: list[dict[str, Any]], table: Columns, tracks: Columns | None
+) -> list[Int[np.ndarray, " latent"]]:
+    """First layer of each latent's track, or without tracks of its chain of matches."""
+    sizes = [p["n_a"] for p in pairs] + [pairs[-1]["n_b"]]
+    births = [np.full(size, layer) for layer, size in enumerate(sizes)]
+    for layer, birth in enumerate(births):
+        if tracks is not None:
+            here = tracks["layer"] == layer
+            birth[tracks["latent"][here]] = tracks["birth"][here]
+        elif layer:
+            matched = (table["pair"] == layer - 1) & table["matched"]
+            birth[table["latent_b"][matched]] = births[layer - 1][table["latent_a"][matched]]
+    return births
 
 
 def _evidence(pair: dict[str, Any]) -> dict[str, Any] | None:
-    """What was measured on held-out rows, with its baselines."""
-    if "co_firing" not in pair:
+    """Measurements on held-out rows, beside those of the baselines."""
+    if not pair.get("co_firing"):
         return None
     rows = []
     for way, words in WAYS.items():
-        fire, moved = pair["co_firing"].get(way), pair["explained_variance"].get(way)
-        after = pair.get("spliced", {}).get(way)
-        if fire or moved or after:
-            rows.append({
-                "way": words,
-                "given": fire and fire["given_a"],
-                "either": fire and fire["either"],
-                "moved": moved and moved["permuted"],
-                "rescaled": moved and moved.get("permuted and rescaled"),
-                **{key: after and after.get(key) for key in ("lost", "divergence", "agreement")},
-            })  # fmt: skip
-    shown = [key for key in ("lost", "divergence", "agreement") if any(row[key] for row in rows)]
+        firing = pair["co_firing"].get(way) or {}
+        variance = pair["explained_variance"].get(way) or {}
+        effect = (pair.get("spliced") or {}).get(way) or {}
+        if firing or variance or effect:
+            rows.append({"way": words, **firing, **variance, **effect})
+    shown = {key: words for key, words in OUTPUT.items() if any(row.get(key) for row in rows)}
     return {
         "a": pair["a"],
         "b": pair["b"],
         "rows": rows,
         "n": pair["held_out_rows"],
-        "samples": pair.get("samples", 0),
-        "shown": {key: OUTPUT[key] for key in shown},
+        "samples": pair.get("samples") or 0,
+        "shown": shown,
     }
 
 
-def _lives(run: Run) -> list[dict[str, Any]]:
-    lives = run.result.get("tracks")
-    if not lives:
+def _survival(tracks: dict[str, Any] | None) -> list[dict[str, Any]]:
+    """Persistence by distance."""
+    if not tracks:
         return []
+    rows = zip(tracks["persistence"], tracks["low"], tracks["high"], strict=True)
     return [
-        {"distance": k + 1, "share": lives["persistence"][k], "low": lives["low"][k],
-         "high": lives["high"][k]}
-        for k in range(len(lives["persistence"]))
-    ]  # fmt: skip
+        {"distance": k + 1, "share": share, "low": low, "high": high}
+        for k, (share, low, high) in enumerate(rows)
+    ]
 
 
-def _longest(run: Run, names: list[str]) -> list[dict[str, Any]]:
-    """The surest of the longest tracks."""
-    if not (run.folder / "tracks.parquet").is_file():
+def _longest(tracks: Columns | None, names: list[str]) -> list[dict[str, Any]]:
+    """The longest tracks, those of the largest cosines first."""
+    if tracks is None:
         return []
-    t = run.table("tracks.parquet")
-    order = np.lexsort((t["layer"], t["track"]))
-    t = {name: values[order] for name, values in t.items()}
+    order = np.lexsort((tracks["layer"], tracks["track"]))
+    t = {name: values[order] for name, values in tracks.items()}
     _, first, count = np.unique(t["track"], return_index=True, return_counts=True)
-    near = np.add.reduceat(t["cosine"], first) / count
-    best = np.lexsort((-near, -count))[:LONGEST]
-    return [
-        {
-            "cells": [
-                next((int(v) for v, layer in zip(t["latent"][s], t["layer"][s], strict=True)
-                      if layer == k), None)
-                for k in range(len(names))
-            ],
-            "birth": names[int(t["birth"][s][0])],
-            "earliest": names[max(0, int(t["earliest_birth"][s][0]))],
-            "death": names[int(t["death"][s][0])],
-            "latest": names[min(len(names) - 1, int(t["latest_death"][s][0]))],
-            "cosine": float(near[k]),
+    cosine = np.add.reduceat(t["cosine"], first) / count
+    best = np.lexsort((-cosine, -count))[:MAX_TRACKS]
+    rows = []
+    for k in best[count[best] > 1]:
+        start, end = int(first[k]), int(first[k] + count[k])
+        latents = dict(
+            zip(t["layer"][start:end].tolist(), t["latent"][start:end].tolist(), strict=True)
+        )
+        rows.append({
+            "cells": [latents.get(layer) for layer in range(len(names))],
+            "birth": names[int(t["birth"][start])],
+            "earliest": names[max(0, int(t["earliest_birth"][start]))],
+            "death": names[int(t["death"][start])],
+            "latest": names[min(len(names) - 1, int(t["latest_death"][start]))],
+            "cosine": float(cosine[k]),
             "names": names,
-        }
-        for k in best
-        if count[k] > 1
-        for s in [slice(int(first[k]), int(first[k] + count[k]))]
-    ]  # fmt: skip
+        })  # fmt: skip
+    return rows
 
 
-def _far(run: Run) -> list[dict[str, Any]]:
-    far = run.result.get("first_to_last", {})
-    return [{"way": way, "given_a": None, "either": None, **facts} for way, facts in far.items()]
+def _distant(first_to_last: dict[str, Any] | None) -> list[dict[str, Any]]:
+    """Matches of the first dictionary with the last, by method."""
+    return [
+        # Version 0.1 had the two estimates beside `pairs`.
+        {"way": way, "pairs": match["pairs"], **(match.get("co_firing") or match)}
+        for way, match in (first_to_last or {}).items()
+    ]

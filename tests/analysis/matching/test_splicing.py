@@ -1,4 +1,5 @@
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -6,7 +7,7 @@ import torch
 from torch import nn
 
 from mechatlas.activations.sites import read
-from mechatlas.analysis.matching.evidence import Estimate
+from mechatlas.analysis.matching.held_out import Estimate
 from mechatlas.analysis.matching.splicing import permuted, references, splice
 from mechatlas.base import InputError, Site
 
@@ -16,7 +17,7 @@ def value(estimate: Estimate | None) -> float:
     return estimate.value
 
 
-def rotation(seed):
+def rotation(seed) -> Any:
     """A dictionary that loses nothing: an orthogonal basis, in some order."""
     q = torch.linalg.qr(torch.randn(6, 6, generator=torch.Generator().manual_seed(seed)))[0]
     return SimpleNamespace(
@@ -24,7 +25,7 @@ def rotation(seed):
     )
 
 
-def reordered(one, order):
+def reordered(one, order) -> Any:
     """The same with its latents in another order."""
     return SimpleNamespace(
         d_in=6, n_latents=6, encode=lambda x: one.encode(x)[:, order],
@@ -52,17 +53,17 @@ def test_the_right_pairing_changes_nothing_and_a_wrong_one_does(network, sites):
         network, BATCHES, sites,
         {"right": permuted(a, b, right), "wrong": permuted(a, b, np.roll(right, 1))},
     )  # fmt: skip
-    assert found["right"].lost.value == pytest.approx(0, abs=1e-9)
-    assert value(found["right"].divergence) == pytest.approx(0, abs=1e-9)
+    assert found["right"].variance_lost.value == pytest.approx(0, abs=1e-9)
+    assert value(found["right"].kl_divergence) == pytest.approx(0, abs=1e-9)
     assert value(found["right"].agreement) == 1
-    assert found["wrong"].lost.value > 0.3
-    assert value(found["wrong"].divergence) > 0.01
-    assert found["wrong"].lost.n == 40
+    assert found["wrong"].variance_lost.value > 0.3
+    assert value(found["wrong"].kl_divergence) > 0.01
+    assert found["wrong"].variance_lost.n == 40
 
 
 def test_activations_are_rescaled_and_latents_without_partner_are_dropped(network):
     a = rotation(0)
-    doubled = SimpleNamespace(**{**vars(a), "decode": lambda code: a.decode(code / 2)})
+    doubled: Any = SimpleNamespace(**{**vars(a), "decode": lambda code: a.decode(code / 2)})
     columns = np.arange(6)
     x = torch.randn(5, 6)
     assert torch.allclose(permuted(a, doubled, columns, np.full(6, 2.0))(x, x), x, atol=1e-5)
@@ -76,27 +77,27 @@ def test_divergence_is_the_rise_of_the_cross_entropy_with_the_untouched_answer(n
     x = torch.cat(BATCHES)
     ways = references(rotation(0), rotation(0))
     found = splice(network, [x], (FIRST, SECOND), ways)
-    assert found["layer drop"].lost.value == 0
-    assert value(found["B itself"].divergence) == pytest.approx(0, abs=1e-9)
+    assert found["layer_drop"].variance_lost.value == 0
+    assert value(found["b_reconstruction"].kl_divergence) == pytest.approx(0, abs=1e-9)
     clean = network(x)
     mean = network[2](network[0](x).mean(dim=0))
     p = clean.softmax(-1)
     rise = (p * clean.log_softmax(-1)).sum(-1) - (p * mean.log_softmax(-1)).sum(-1)
-    assert value(found["mean of B"].divergence) == pytest.approx(
+    assert value(found["b_mean"].kl_divergence) == pytest.approx(
         float(rise.mean().detach()), rel=1e-4
     )
-    assert found["mean of B"].lost.value == pytest.approx(1, abs=1e-5)
+    assert found["b_mean"].variance_lost.value == pytest.approx(1, abs=1e-5)
 
 
 def test_a_smaller_map_is_written_from_the_cells_at_its_centres():
     network = nn.Sequential(nn.Identity(), nn.MaxPool2d(3, stride=3), nn.Flatten())
     x = torch.randn(4, 6, 9, 9)
-    layer_drop = {"drop": references(rotation(0), rotation(0))["layer drop"]}
+    layer_drop = {"drop": references(rotation(0), rotation(0))["layer_drop"]}
     found = splice(network, [x], (Site("0"), Site("1")), layer_drop)
     centres = x[:, :, 1::3, 1::3].flatten(1)
     clean = network(x)
     lost = (centres - clean).square().sum() / (clean - clean.mean(dim=0)).square().sum()
-    assert found["drop"].lost.value == pytest.approx(float(lost), rel=1e-4)
+    assert found["drop"].variance_lost.value == pytest.approx(float(lost), rel=1e-4)
 
 
 def test_hidden_states_are_no_logits():
@@ -110,11 +111,11 @@ def test_hidden_states_are_no_logits():
 
     found = splice(
         States().eval(), [torch.arange(8).view(2, 4)], (Site("embed"), Site("embed")),
-        {"same": references(rotation(1), rotation(1))["B itself"]},
+        {"same": references(rotation(1), rotation(1))["b_reconstruction"]},
     )["same"]  # fmt: skip
-    assert found.divergence is None
+    assert found.kl_divergence is None
     assert found.agreement is None
-    assert found.lost.value == pytest.approx(0, abs=1e-9)
+    assert found.variance_lost.value == pytest.approx(0, abs=1e-9)
 
 
 def test_sites_in_the_wrong_order_are_refused_and_the_network_is_left_as_it_was(network):

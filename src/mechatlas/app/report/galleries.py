@@ -1,6 +1,6 @@
-"""Samples as pictures, each stored once.
+"""Galleries: the samples that a page shows, each stored once.
 
-gallery    the samples that a page shows -> sheets of equal tiles, and their names
+gallery    samples -> sheets of equal tiles, and their names
 """
 
 import dataclasses
@@ -15,10 +15,11 @@ from mechatlas.activations.samples import Samples
 from mechatlas.base import Progress, no_progress
 
 SHEET_SIDE = 2048
-"""Sheets are at most this many pixels wide and high."""
+"""Upper limit on the width and height of a sheet, in pixels."""
 PIXELS = 20_000_000
-"""Pixels of all sheets of a page; with more samples than fit, tiles are made smaller."""
+"""Upper limit on the pixels of all sheets of a page; tiles are made smaller to fit."""
 QUALITY = 88
+"""WebP quality of a sheet."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -28,6 +29,7 @@ class Gallery:
     samples: Int[np.ndarray, " n"]
     """Numbers of the samples, ascending."""
     names: list[str]
+    """Names of the samples."""
     side: int
     """Side of a sample, in pixels of the network's input; 0 if samples are not images."""
     tile: int
@@ -42,6 +44,11 @@ def gallery(
     samples: Samples, needed: Int[np.ndarray, " n"], *, on_progress: Progress = no_progress
 ) -> Gallery:
     """Draw samples on sheets; samples that are no images have names only.
+
+    Args:
+        samples: The samples of a store.
+        needed: Numbers of the samples to draw, ascending.
+        on_progress: Callback with the number of samples drawn.
 
     Raises:
         InputError: A sample cannot be read any more.
@@ -70,7 +77,7 @@ def gallery(
 
 
 def is_image(sample: np.ndarray) -> bool:
-    """Whether a sample is a square of bytes with one or three channels."""
+    """Tell whether a sample is a square of bytes with one or three channels."""
     return (
         sample.dtype == np.uint8
         and sample.ndim == 3
@@ -80,8 +87,8 @@ def is_image(sample: np.ndarray) -> bool:
 
 
 def _picture(pixels: np.ndarray, tile: int) -> np.ndarray:
-    colour = np.broadcast_to(pixels, (*pixels.shape[:2], 3))
+    color = np.broadcast_to(pixels, (*pixels.shape[:2], 3))
     if pixels.shape[0] == tile:
-        return colour
-    image = Image.fromarray(np.ascontiguousarray(colour))
+        return color
+    image = Image.fromarray(np.ascontiguousarray(color))
     return np.asarray(image.resize((tile, tile), Image.Resampling.LANCZOS))

@@ -3,6 +3,7 @@ import functools
 import inspect
 import math
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,22 +12,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import mechatlas
-from mechatlas.analysis.matching.chains import compose, cycle_agreement, live, track, wilson
-from mechatlas.analysis.matching.codes import correlate, reordered, together
-from mechatlas.analysis.matching.evidence import (
+from mechatlas.analysis.matching.chains import compose, cycle_agreement, survival, track
+from mechatlas.analysis.matching.codes import correlate, permute_samples, sample_block
+from mechatlas.analysis.matching.folding import fold, mean_active, vectors
+from mechatlas.analysis.matching.held_out import (
     baselines,
     co_firing,
     explained,
-    firing,
+    paired_codes,
     transport,
 )
-from mechatlas.analysis.matching.folding import fold, mean_active, vectors
-from mechatlas.analysis.matching.nulls import chances, rotated, shuffled
-from mechatlas.analysis.matching.pairing import match, relatives
+from mechatlas.analysis.matching.nulls import local_fdr, rotate, shuffle
+from mechatlas.analysis.matching.pairing import feature_splitting, match
 from mechatlas.base import InputError
 from mechatlas.dictionaries.autoencoder import Autoencoder
 from mechatlas.dictionaries.sparsity import BatchTopK, Gated, JumpReLU, ReLU, TopK
-from tests.analysis.planted import LEVELS, chain, dictionary, units
+from tests.analysis.matching.planted import LEVELS, chain, dictionary, units
 
 seeds = st.integers(0, 10**6)
 
@@ -44,7 +45,7 @@ def test_folding_leaves_the_output_as_it_was():
     assert atoms.encoder is not None
     pre = x.numpy() @ atoms.encoder.T + atoms.bias
     folded = np.where(pre > 1, pre, 0)
-    np.testing.assert_allclose(folded * atoms.unit, code.numpy(), atol=1e-4)
+    np.testing.assert_allclose(folded * atoms.scale, code.numpy(), atol=1e-4)
     np.testing.assert_allclose(folded @ atoms.decoder, (code @ one.W_dec).numpy(), atol=1e-4)
 
 
@@ -64,7 +65,7 @@ def test_thresholds_that_were_learnt_are_folded():
     theta = torch.linspace(0.1, 2.0, 12)
     with torch.no_grad():
         jumping.get_parameter("log_threshold").copy_(theta.log())
-    np.testing.assert_allclose(fold(jumping).unit, theta, rtol=1e-6)
+    np.testing.assert_allclose(fold(jumping).scale, theta, rtol=1e-6)
     np.testing.assert_allclose(
         fold(jumping).decoder, jumping.W_dec.detach() * theta[:, None], rtol=1e-5
     )
@@ -91,7 +92,7 @@ def test_the_scale_of_single_latents_does_not_matter_once_they_are_folded(seed):
             dictionary(x, random.lognormal(0, 1, 30), np.random.default_rng(seed))
             for x in (rows, other, other)
         )
-        one, two = match(a, b, parts=name), match(a, c, parts=name)
+        one, two = match(a, b, cost=name), match(a, c, cost=name)
         assert (one.columns == two.columns).mean() > 0.9
         if name == "decoder":
             np.testing.assert_array_equal(one.columns, plain.columns)
@@ -99,13 +100,13 @@ def test_the_scale_of_single_latents_does_not_matter_once_they_are_folded(seed):
 
 def test_every_match_carries_its_proof():
     a, b = chain(200, 24, 2).dictionaries
-    for parts in ("decoder", "encoder", "all", "balanced", "cosine"):
-        found = match(a, b, parts=parts)
+    for name in ("decoder", "encoder", "all", "balanced", "cosine"):
+        found = match(a, b, cost=name)
         assert abs(found.gap) < 1e-9 * max(1, found.cost)
         assert found.lower_bound == pytest.approx(found.cost)
         assert found.assignment.certify(found.costs).gap < 1e-8
         rows = np.arange(200)
-        x, y = vectors(fold(a), fold(b), parts), vectors(fold(b), fold(a), parts)
+        x, y = vectors(fold(a), fold(b), name), vectors(fold(b), fold(a), name)
         cost = np.square(x.astype(float)[rows] - y[found.columns]).sum(axis=1)
         np.testing.assert_allclose(found.pair_costs, cost, rtol=1e-5, atol=1e-9)
 
@@ -192,14 +193,14 @@ def test_what_is_alike_without_being_partners_mostly_does_not_match():
 def test_chances_rise_with_the_q_value_and_add_up_to_what_is_wrong():
     random = np.random.default_rng(0)
     q_values = np.sort(random.random(200)) ** 3
-    told = chances(q_values[::-1])[::-1]
-    assert (np.diff(told) >= 0).all()
-    assert told.min() >= 0
-    assert told.max() <= 1
+    probability = local_fdr(q_values[::-1])[::-1]
+    assert (np.diff(probability) >= 0).all()
+    assert probability.min() >= 0
+    assert probability.max() <= 1
     wrong = q_values * np.arange(1, 201)
-    assert (np.cumsum(told) <= wrong + 1e-9).all()  # less where a chance would exceed 1
-    np.testing.assert_allclose(chances(np.full(5, 0.3)), 0.3)
-    assert len(chances(np.empty(0))) == 0
+    assert (np.cumsum(probability) <= wrong + 1e-9).all()  # less where a chance would exceed 1
+    np.testing.assert_allclose(local_fdr(np.full(5, 0.3)), 0.3)
+    assert len(local_fdr(np.empty(0))) == 0
 
 
 def test_a_dictionary_matches_itself():
@@ -220,13 +221,13 @@ def test_the_larger_side_keeps_latents_without_a_pair():
     assert (found.columns[40:] == -1).all()
     assert np.isnan(found.pair_costs[40:]).all()
     assert not found.matched[40:].any()
-    assert (found.partial()[40:] == -1).all()
+    assert (found.partial_assignment()[40:] == -1).all()
 
 
-def test_the_price_of_no_partner_leaves_the_unmatched_out():
+def test_a_partial_assignment_leaves_the_unmatched_out():
     planted = chain(400, 64, 2, churn=0.3, splits=0)
     found = match(*planted.dictionaries)
-    right, wrong, _ = planted.score(found.partial(), 0, 1)
+    right, wrong, _ = planted.score(found.partial_assignment(), 0, 1)
     assert right > 0.98
     assert wrong < 0.12
     assert planted.score(found.columns, 0, 1)[1] > 0.25
@@ -235,7 +236,7 @@ def test_the_price_of_no_partner_leaves_the_unmatched_out():
 def test_nulls_keep_the_second_moments_of_directions():
     x = np.random.default_rng(0).standard_normal((4000, 12)) / np.arange(1, 13)
     x = units(x).astype(np.float32)
-    for make in (rotated, shuffled):
+    for make in (rotate, shuffle):
         null = units(make(x, np.random.default_rng(1)))
         # At length 1 the leading axis would have less, had the rows been at length 1 before.
         np.testing.assert_allclose(null.T @ null / 4000, x.T @ x / 4000, atol=0.015)
@@ -248,9 +249,9 @@ def test_splitting_and_merging_are_seen_from_both_sides():
     half = 0.3 * units(random.standard_normal((10, 48)))
     parts = [units(b[:10] + half), units(b[:10] - half)]
     a = np.concatenate([*parts, b[10:]]).astype(np.float32)
-    near = relatives(match(a, b))
+    near = feature_splitting(match(a, b))
     assert set(range(10)) <= set(near.merged().tolist())
-    near = relatives(match(b, a))
+    near = feature_splitting(match(b, a))
     assert set(range(10)) <= set(near.split().tolist())
     assert near.reduced_cost.min() > -1e-9
 
@@ -283,18 +284,18 @@ def test_through_two_layers_tracks_are_pairs_that_stand_from_both_sides():
     np.testing.assert_array_equal(columns[found], one.columns[found])
     assert one.matched[found].all()
     linked = (tracks.latents >= 0).all(axis=1)
-    assert (tracks.breaks[~linked] == 0).all()
+    assert (tracks.link_error_probability[~linked] == 0).all()
     assert (tracks.q_values[~linked] == 1).all()
     np.testing.assert_array_equal(tracks.q_values[linked, 0], tracks.q_values[linked, 1])
     assert (tracks.q_values[linked] <= 0.05).all()
-    assert (tracks.breaks[linked, 1] > 0).all()
+    assert (tracks.link_error_probability[linked, 1] > 0).all()
 
 
 def test_life_lines_of_a_chain_show_its_births_and_deaths():
     planted = chain(300, 64, 4, noise=0.3, churn=0.2, splits=0)
     matches = [match(*planted.dictionaries[k : k + 2]) for k in range(3)]
     tracks = track([m.unit_a for m in matches] + [matches[-1].unit_b], matches)
-    lines = live(tracks, matches)
+    lines = survival(tracks, matches)
     true = [np.isin(planted.names[0], planted.names[k]).mean() for k in (1, 2, 3)]
     assert lines.persistence[0] == pytest.approx(true[0], abs=0.08)
     assert lines.persistence[2] == pytest.approx(true[2], abs=0.1)
@@ -302,8 +303,8 @@ def test_life_lines_of_a_chain_show_its_births_and_deaths():
     assert (lines.persistence <= lines.high).all()
     assert (lines.earliest_birth <= lines.birth).all()
     assert (lines.death <= lines.latest_death).all()
-    assert lines.born[0] == 1
-    assert lines.dying[-1] == 1
+    assert lines.birth_share[0] == 1
+    assert lines.death_share[-1] == 1
 
 
 def test_composing_with_the_way_back_is_where_one_began():
@@ -312,11 +313,6 @@ def test_composing_with_the_way_back_is_where_one_began():
     assert compose([there, back]).tolist() == [0, 1, -1, 3]
     assert cycle_agreement(there, back, n=4) == 1
     assert cycle_agreement(there, np.array([1, 0, 0]), n=4) == pytest.approx(2 / 3)
-
-
-def test_intervals_of_shares_are_those_of_wilson():
-    assert wilson(0, 10)[1] == pytest.approx((0, 0.2775), abs=1e-3)
-    assert wilson(5, 10)[1] == pytest.approx((0.2366, 0.7634), abs=1e-3)
 
 
 @pytest.fixture(scope="module")
@@ -335,11 +331,11 @@ def two():
 def test_shuffled_latents_fire_together_and_decode_alike(two):
     a, b, x = two
     found = match(a, b)
-    fired = firing(a, b, x, x)
+    fired = paired_codes(a, b, x, x)
     ways = baselines(a, b, found)
-    assert co_firing(fired, found.columns)["either"].value == pytest.approx(1)
-    assert co_firing(fired, ways["random"])["either"].value < 0.5
-    assert {"match", "partial", "same number", "nearest by cosine", "unfolded"} <= set(ways)
+    assert co_firing(fired, found.columns).jaccard.value == pytest.approx(1)
+    assert co_firing(fired, ways["random"]).jaccard.value < 0.5
+    assert {"match", "partial", "same_index", "nearest", "unfolded"} <= set(ways)
     own = explained(x, a.decode(a.encode(x)))
     moved = transport(fired, b, x, found.columns)
     assert moved.value == pytest.approx(own.value, abs=1e-5)
@@ -347,10 +343,10 @@ def test_shuffled_latents_fire_together_and_decode_alike(two):
     assert transport(fired, b, x, ways["random"]).value < own.value - 0.1
 
 
-def test_rescaling_is_told_apart_from_permuting(two):
+def test_rescaling_is_distinguished_from_permuting(two):
     a, b, x = two
     found = match(a, b)
-    fired = firing(a, b, x, x)
+    fired = paired_codes(a, b, x, x)
     doubled = dataclasses.replace(fired, a=2 * fired.a)
     half = np.full(24, 0.5)
     assert transport(doubled, b, x, found.columns).value < 0.5
@@ -367,17 +363,17 @@ def test_codes_match_dictionaries_of_different_widths(two):
         b.W_dec[:, 12:], b._W_enc[12:] = 0, 0
     with pytest.raises(InputError, match=r"A has 12 numbers for a latent and B has 17"):
         match(a, b)
-    found = match(correlate(a, x), correlate(b, wide), parts="codes")
+    found = match(correlate(a, x), correlate(b, wide), cost="codes")
     np.testing.assert_array_equal(found.columns, np.arange(24))
 
 
 def test_latents_that_are_hardly_active_are_not_paired_by_their_codes(two):
     a, b, x = two
     codes = [correlate(one, x) for one in (a, b)]
-    whole = match(*codes, parts="codes", nulls=(reordered,))
+    whole = match(*codes, cost="codes", nulls=(permute_samples,))
     codes[0][[3, 7]] = 0
     codes[1][5] = 0
-    found = match(*codes, parts="codes", nulls=(reordered,))
+    found = match(*codes, cost="codes", nulls=(permute_samples,))
     assert found.columns[[3, 7]].tolist() == [-1, -1]
     assert 5 not in found.columns
     kept = np.setdiff1d(np.arange(24), [3, 7, np.flatnonzero(whole.columns == 5)[0]])
@@ -387,26 +383,26 @@ def test_latents_that_are_hardly_active_are_not_paired_by_their_codes(two):
     cosine = (codes[0][rows] * codes[1][found.columns[rows]]).sum(axis=1)
     np.testing.assert_allclose(found.cosines[rows], cosine, atol=1e-5)
     np.testing.assert_allclose(found.pair_costs[rows], 2 - 2 * cosine, atol=1e-5)
-    assert (found.partial()[[3, 7]] == -1).all()
-    near = relatives(found)
+    assert (found.partial_assignment()[[3, 7]] == -1).all()
+    near = feature_splitting(found)
     assert not set(near.latent_a.tolist()) & {3, 7}
     prices = near.reduced_cost[near.latent_b == found.columns[near.latent_a]]
     np.testing.assert_allclose(prices, 0, atol=1e-9)
     with pytest.raises(InputError, match="No latent of B is active often enough"):
-        match(codes[0], np.zeros_like(codes[1]), parts="codes")
+        match(codes[0], np.zeros_like(codes[1]), cost="codes")
 
 
 def test_codes_of_many_rows_are_added_up_and_keep_their_products():
     one = Autoencoder(d_in=12, n_latents=40, sparsity=TopK(k=6), seed=0)
     x = torch.randn(4000, 12)
-    exact, added = correlate(one, x), correlate(one, x, sums=1500)
+    exact, added = correlate(one, x), correlate(one, x, sketch_size=1500)
     assert exact.shape == (40, 4000)
     assert added.shape == (40, 1500)
     off = added @ added.T - exact @ exact.T
     assert np.abs(off).max() < 5 / np.sqrt(1500)
     assert off.std() < 1.3 / np.sqrt(1500)
     rare = one.encode(x).count_nonzero(dim=0).numpy() < 500
-    assert not correlate(one, x, least=500)[rare].any()
+    assert not correlate(one, x, min_active_rows=500)[rare].any()
 
 
 def test_rare_codes_that_coincide_by_chance_do_not_match():
@@ -415,7 +411,7 @@ def test_rare_codes_that_coincide_by_chance_do_not_match():
     codes = (random.random((2, 250, 600)) < rate) * random.gamma(2, 1, (2, 250, 600))
     codes -= codes.mean(axis=2, keepdims=True)
     a, b = (x.astype(np.float32) for x in codes)
-    assert match(a, b, parts="codes", nulls=(reordered,)).matched.mean() < 0.02
+    assert match(a, b, cost="codes", nulls=(permute_samples,)).matched.mean() < 0.02
 
 
 def test_rows_of_one_sample_that_are_alike_do_not_make_partners():
@@ -426,19 +422,19 @@ def test_rows_of_one_sample_that_are_alike_do_not_make_partners():
     there = random.random((2, n_samples, 1, d)) < 0.03
     x = torch.from_numpy(there & (random.random((2, n_samples, rows, d)) < 0.8)).float()
     a, b = x.reshape(2, -1, d)
-    plain = SimpleNamespace(n_latents=d, encode=lambda x: x)
+    plain: Any = SimpleNamespace(d_in=d, n_latents=d, encode=lambda x: x, decode=lambda code: code)
     for sums in (len(samples), 3000):
-        kept = [correlate(plain, y, samples=samples, sums=sums) for y in (a, b)]
+        kept = [correlate(plain, y, samples=samples, sketch_size=sums) for y in (a, b)]
         assert kept[0].shape[1] == sums
-        null = functools.partial(reordered, together=together(samples))
-        assert match(*kept, parts="codes", nulls=(null,)).matched.mean() < 0.02
-        assert match(*kept, parts="codes", nulls=(reordered,)).matched.mean() > 0.9
+        null = functools.partial(permute_samples, block=sample_block(samples))
+        assert match(*kept, cost="codes", nulls=(null,)).matched.mean() < 0.02
+        assert match(*kept, cost="codes", nulls=(permute_samples,)).matched.mean() > 0.9
     # Partners are still found, and a sample of very many rows does not need as many numbers.
     order = torch.from_numpy(random.permutation(d))
-    kept = [correlate(plain, y, samples=samples // 50, sums=2048) for y in (a, a[:, order])]
-    null = functools.partial(reordered, together=together(samples // 50))
-    assert together(samples // 50) == 64
-    found = match(*kept, parts="codes", nulls=(null,))
+    kept = [correlate(plain, y, samples=samples // 50, sketch_size=2048) for y in (a, a[:, order])]
+    null = functools.partial(permute_samples, block=sample_block(samples // 50))
+    assert sample_block(samples // 50) == 64
+    found = match(*kept, cost="codes", nulls=(null,))
     assert found.matched.all()
     np.testing.assert_array_equal(order[found.columns], np.arange(d))
 
@@ -452,11 +448,13 @@ def test_every_rule_is_folded_by_what_its_latents_are_when_active(rule):
     x = torch.randn(300, 12)
     factor = np.linspace(0.5, 3, 24)
     unit = mean_active(a, x)
-    found = match(a, a.W_dec.detach()[order], units=(unit, unit[order]))
+    found = match(a, a.W_dec.detach()[order], scale=(unit, unit[order]))
     np.testing.assert_array_equal(order[found.columns], np.arange(24))
     assert found.cost == pytest.approx(0, abs=1e-4)
     np.testing.assert_allclose(
-        fold(a, unit=unit * factor).decoder, factor[:, None] * fold(a, unit=unit).decoder, rtol=1e-5
+        fold(a, scale=unit * factor).decoder,
+        factor[:, None] * fold(a, scale=unit).decoder,
+        rtol=1e-5,
     )
     code = a.encode(x).detach().double()
     active = (code != 0).sum(dim=0)
@@ -465,30 +463,36 @@ def test_every_rule_is_folded_by_what_its_latents_are_when_active(rule):
 
 
 @pytest.mark.parametrize(
-    ("mistake", "said"),
+    ("mistake", "message"),
     [
-        (lambda: fold(object()), "pass a dictionary with W_enc"),
+        (lambda: fold(object()), "pass a dictionary with encode"),
         (lambda: fold(np.zeros((0, 3))), "no latents"),
         (lambda: fold(np.array([[1.0, 2.0], [np.nan, 0.0]])), "not finite at latent 1"),
-        (lambda: fold(np.ones((2, 2)), unit=np.array([1.0, -1.0])), "Latent 1 of A .* must be > 0"),
-        (lambda: match(np.ones((2, 2)), np.ones((2, 2)), rate=1.5), "false match rate must lie"),
-        (lambda: match(np.ones((2, 2)), np.ones((2, 2)), parts="encoder"), "with an encoder"),
+        (
+            lambda: fold(np.ones((2, 2)), scale=np.array([1.0, -1.0])),
+            "Latent 1 of A .* must be > 0",
+        ),
+        (lambda: match(np.ones((2, 2)), np.ones((2, 2)), fdr=1.5), "false match rate must lie"),
+        (lambda: match(np.ones((2, 2)), np.ones((2, 2)), cost="encoder"), "with an encoder"),
         (lambda: match(np.ones((2, 2)), np.ones((2, 2)), seed=-1), "seed must be at least 0"),
-        (lambda: match(np.ones((2, 2)) + 1j, np.ones((2, 2))), "real numbers, got .* complex128"),
+        (
+            lambda: match(np.ones((2, 2)) + 1j, np.ones((2, 2))),
+            "complex128 values, .* of real numbers",
+        ),
         (lambda: match(np.full((2, 2), 1e30), np.ones((2, 2))), "more than float32 holds"),
         (lambda: match(np.full((2, 2), 1e60), np.ones((2, 2))), "not finite at latent 0"),
         (lambda: track([np.eye(3)] * 3, [match(np.eye(3), np.eye(3))]), "matches of 3 with 3"),
     ],
 )
-def test_what_cannot_be_matched_is_named(mistake, said):
-    with pytest.raises(InputError, match=said):
+def test_what_cannot_be_matched_is_named(mistake, message):
+    with pytest.raises(InputError, match=message):
         mistake()
 
 
 def test_a_cost_that_is_not_known_is_named():
     unchecked = inspect.unwrap(match)  # tests check types before
     with pytest.raises(InputError, match=r"one of decoder, .* got 'rows'"):
-        unchecked(np.eye(2), np.eye(2), parts="rows")  # pyright: ignore
+        unchecked(np.eye(2), np.eye(2), cost="rows")  # pyright: ignore
 
 
 def test_the_front_door_offers_matching():
@@ -496,3 +500,60 @@ def test_the_front_door_offers_matching():
     assert found.columns.tolist() == [3, 2, 1, 0]
     assert math.isclose(found.gap, 0, abs_tol=1e-12)
     assert found.matched.shape == found.q_values.shape == (4,)
+
+
+def test_spellings_of_version_0_1_still_work():
+    a, b = chain(60, 16, 2).dictionaries
+    with pytest.warns(DeprecationWarning, match=r"match\(cost=\)"):
+        result = mechatlas.match(a, b, parts="cosine", rate=0.1)  # pyright: ignore
+    with pytest.warns(DeprecationWarning, match="cosine_threshold"):
+        assert result.threshold == result.cosine_threshold
+    with pytest.warns(DeprecationWarning, match="feature_splitting"):
+        old = mechatlas.relatives(result)  # pyright: ignore
+    np.testing.assert_array_equal(old.latent_a, feature_splitting(result).latent_a)
+
+
+def test_lists_tensors_and_bfloat16_match_like_arrays():
+    rows = np.random.default_rng(0).integers(-3, 4, (12, 6)) / 2  # exact in bfloat16
+    columns = match(rows, rows[::-1].copy()).columns
+    converters: list[Any] = [np.ndarray.tolist, torch.tensor, lambda x: torch.tensor(x).bfloat16()]
+    for convert in converters:
+        result = match(convert(rows), convert(rows[::-1].copy()))
+        np.testing.assert_array_equal(result.columns, columns)
+
+
+class Stranger:
+    """A dictionary that shows nothing but `encode` and `decode`."""
+
+    d_in, n_latents = 8, 20
+
+    def __init__(self, power=1):
+        self.atoms = torch.randn(20, 8, generator=torch.Generator().manual_seed(0))
+        self.power = power
+
+    def encode(self, x):
+        return (x @ self.atoms.T).relu()
+
+    def decode(self, code):
+        return code.pow(self.power) @ self.atoms + 0.5
+
+
+def test_a_strangers_dictionary_is_matched_by_what_it_decodes():
+    stranger = Stranger()
+    result = match(stranger, stranger.atoms.flip(0))
+    np.testing.assert_array_equal(result.columns, np.arange(20)[::-1])
+    assert result.cost == pytest.approx(0, abs=1e-6)
+    with pytest.raises(InputError, match="not affine"):
+        match(Stranger(power=2), stranger)
+    with pytest.raises(InputError, match="with an encoder"):
+        match(stranger, stranger, cost="all")
+
+
+def test_a_result_prints_as_what_was_found():
+    result = match(np.eye(4), np.eye(4))
+    assert repr(result).startswith("Match: ")
+    assert "optimality gap" in repr(result)
+    assert repr(feature_splitting(result)).startswith("FeatureSplitting: ")
+    tracks = track([np.eye(4)] * 2, [result])
+    assert repr(tracks).startswith("Tracks: ")
+    assert repr(survival(tracks, [result])).startswith("SurvivalCurves: ")

@@ -1,0 +1,265 @@
+"""Quality of a match on held-out rows of a store, and in the network that the store is of.
+
+open_rows            a paired store -> rows to fold with, and held-out rows to measure on
+pairings             a match -> the match and its baselines, with the scale of each pair
+held_out_quality     co-firing and explained variance, for each pairing
+open_held_samples    the network of the store and batches of held-out samples
+effects_on_output    the network's output with a site written through each pairing
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from mechatlas.activations.networks import digest
+from mechatlas.activations.store import Store, StoreRows
+from mechatlas.analysis.matching.folding import fold
+from mechatlas.analysis.matching.held_out import (
+    CoFiring,
+    Estimate,
+    baselines,
+    co_firing,
+    explained,
+    paired_codes,
+    transport,
+)
+from mechatlas.analysis.matching.pairing import Match
+from mechatlas.analysis.matching.splicing import SpliceEffect, permuted, references, splice
+from mechatlas.app.recipes import reopen
+from mechatlas.base import Dictionary, Site, StoreError, UserError
+
+SAMPLES_AT_ONCE = 32
+"""Samples in one forward pass."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class PairedRows:
+    """Rows of a paired store, the same samples and positions for every dictionary."""
+
+    known: list[Float[Tensor, "row d_in"]]
+    """Rows of the training split at each dictionary's site, to fold with."""
+    samples: Int[np.ndarray, " row"]
+    """Sample of each of these rows."""
+    held_out: list[Float[Tensor, "held_out_row d_in"]]
+    """Rows of the held-out split at each dictionary's site, to measure on."""
+
+
+def open_rows(
+    store: Store,
+    dictionaries: Sequence[Dictionary],
+    sites: Sequence[str],
+    paths: Sequence[Path],
+    *,
+    n_known: int,
+    n_held_out: int,
+) -> PairedRows:
+    """Read the rows of each dictionary's site.
+
+    Args:
+        store: Store collected with `paired = true`.
+        dictionaries: The dictionaries.
+        sites: Site of each.
+        paths: Path of each, for messages.
+        n_known: Rows of the training split.
+        n_held_out: Rows of the held-out split.
+
+    Raises:
+        StoreError: The store is not paired, misses a site, or has rows of another width.
+    """
+    if not store.manifest.get("settings", {}).get("paired", False):
+        raise StoreError(
+            f"The rows of different sites of {store.root} do not belong together. Collect a "
+            "store with `paired = true` in [collecting]."
+        )
+    known, held_out, samples = [], [], np.empty(0, np.int64)
+    for dictionary, site, path in zip(dictionaries, sites, paths, strict=True):
+        rows = store.rows(site)
+        if rows.d_in != dictionary.d_in:
+            raise StoreError(
+                f"{store.root} has {rows.d_in} numbers a row at {site}, {path} reads "
+                f"{dictionary.d_in}."
+            )
+        first, samples = first_rows(rows, n_known)
+        known.append(first)
+        held_out.append(rows.held_out(n_held_out).x)
+    if min(len(x) for x in held_out) < 2:
+        raise StoreError(f"{store.root} has no held-out rows to measure on.")
+    return PairedRows(known, samples, held_out)
+
+
+def first_rows(
+    rows: StoreRows, n: int
+) -> tuple[Float[Tensor, "row d_in"], Int[np.ndarray, " row"]]:
+    """Read the first rows of the training split, the same for all sites.
+
+    Args:
+        rows: Rows of one site.
+        n: How many.
+
+    Returns:
+        The rows sorted by sample, and the sample of each.
+    """
+    parts, places, missing = [], [], n
+    for batch, where in rows.scan():
+        if missing <= 0 or int(batch.row[0]) >= rows.n_rows:
+            break
+        parts.append(batch.x[:missing])
+        places.append(where[:missing])
+        missing -= len(parts[-1])
+    place = torch.cat(places).numpy()
+    order = np.lexsort(place.T[::-1])
+    return torch.cat(parts)[torch.from_numpy(order)], place[order, 0]
+
+
+class Pairing(NamedTuple):
+    """A way to pair the latents of A and B."""
+
+    columns: Int[np.ndarray, " latent_a"]
+    """Latent of B for each latent of A, -1 for none."""
+    gain: Float[np.ndarray, " latent_a"]
+    """Factor from the activation of each latent of A to its partner's, by their folding."""
+
+
+def pairings(
+    a: Dictionary, b: Dictionary, scales: tuple[Any, Any], matching: Match, *, seed: int
+) -> dict[str, Pairing]:
+    """List the matched pairs, the optimum and every baseline.
+
+    Args:
+        a: Dictionary A.
+        b: Dictionary B.
+        scales: Activation of each latent of A and of B that counts as 1, or None.
+        matching: Match of A and B.
+        seed: Seed of the random pairing.
+    """
+    columns = {"matched": matching.matched_columns(), **baselines(a, b, matching, seed=seed)}
+    scale_a, scale_b = fold(a, scale=scales[0]).scale, fold(b, scale=scales[1]).scale
+    return {
+        way: Pairing(partners, scale_b[np.maximum(partners, 0)] / scale_a)
+        for way, partners in columns.items()
+    }
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExplainedVariance:
+    """Explained variance of B's rows when B decodes the code of A."""
+
+    permuted: Estimate
+    """Activations are given to the partners as they are."""
+    rescaled: Estimate | None = None
+    """Activations are multiplied by the ratio of the two latents' scales."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class HeldOutQuality:
+    """Quality of a match on held-out rows, by way of pairing."""
+
+    n_rows: int
+    co_firing: dict[str, CoFiring]
+    explained_variance: dict[str, ExplainedVariance]
+
+
+def held_out_quality(
+    a: Dictionary,
+    b: Dictionary,
+    ways: Mapping[str, Pairing],
+    x: Float[Tensor, "row d_a"],
+    y: Float[Tensor, "row d_b"],
+    *,
+    seed: int,
+) -> HeldOutQuality:
+    """Measure co-firing and explained variance of every pairing.
+
+    Args:
+        a: Dictionary A.
+        b: Dictionary B.
+        ways: Pairings by name.
+        x: Held-out rows of A's site.
+        y: Held-out rows of B's site, of the same samples and positions.
+        seed: Seed of the intervals.
+    """
+    codes = paired_codes(a, b, x, y)
+    variance = {
+        way: ExplainedVariance(
+            permuted=transport(codes, b, y, pairing.columns, seed=seed),
+            rescaled=transport(codes, b, y, pairing.columns, pairing.gain, seed=seed),
+        )
+        for way, pairing in ways.items()
+    }
+    if x.shape == y.shape:
+        variance["layer_drop"] = ExplainedVariance(permuted=explained(y, x, seed=seed))
+    with torch.no_grad():
+        reconstruction = b.decode(b.encode(y))
+    own = explained(y, reconstruction, seed=seed)
+    return HeldOutQuality(
+        n_rows=len(x),
+        co_firing={way: co_firing(codes, p.columns, seed=seed) for way, p in ways.items()},
+        explained_variance={**variance, "b_reconstruction": ExplainedVariance(permuted=own)},
+    )
+
+
+class HeldSamples(NamedTuple):
+    """A network, and batches of held-out samples to run it on."""
+
+    network: nn.Module
+    batches: list[Tensor]
+
+
+def open_held_samples(store: Store, n: int) -> HeldSamples:
+    """Open the network of a store and its first held-out samples.
+
+    Args:
+        store: The store.
+        n: How many samples.
+
+    Raises:
+        StoreError: The network has other weights than when the store was made.
+        UserError: The network or the samples are no longer there.
+    """
+    numbers = store.samples("held", n)
+    network, samples = reopen(store.manifest["recipe"])
+    if digest(network) != store.manifest["network"]:
+        raise StoreError(
+            f"The network found now has other weights than when {store.root} was made."
+        )
+    starts = range(0, len(numbers), SAMPLES_AT_ONCE)
+    chunks = [numbers[start : start + SAMPLES_AT_ONCE] for start in starts]
+    return HeldSamples(
+        network, [samples.stack([samples.read(i) for i in chunk]) for chunk in chunks]
+    )
+
+
+def effects_on_output(
+    held: HeldSamples,
+    sites: tuple[str, str],
+    a: Dictionary,
+    b: Dictionary,
+    ways: Mapping[str, Pairing],
+    *,
+    seed: int,
+) -> dict[str, SpliceEffect] | str:
+    """Run the network with B's site written from A's, once for every pairing.
+
+    Args:
+        held: Network and samples.
+        sites: Sites of A and B.
+        a: Dictionary A.
+        b: Dictionary B.
+        ways: Pairings by name.
+        seed: Seed of the intervals.
+
+    Returns:
+        The effects by way, or why the network could not be run, such as sites in the wrong order.
+    """
+    writers = {way: permuted(a, b, p.columns, p.gain) for way, p in ways.items()}
+    parsed = Site.parse(sites[0]), Site.parse(sites[1])
+    try:
+        return splice(held.network, held.batches, parsed, writers | references(a, b), seed=seed)
+    except UserError as error:
+        return str(error)
