@@ -101,10 +101,8 @@ def test_a_run_of_version_0_1_is_still_drawn(folder, tmp_path):
 def test_the_verb_gives_what_the_command_gives(folder):
     store = Store(folder / "store")
     network, samples = reopen(store.manifest["recipe"])
-    known, unseen = (
-        samples.stack([samples.read(int(i)) for i in store.samples(part, n)])
-        for part, n in (("train", 256), ("held", 128))
-    )
+    numbers = store.samples("train", 256), store.samples("held", 128)
+    known, unseen = (samples.stack([samples.read(int(i)) for i in n]) for n in numbers)
     found = ma.circuit(
         network, ma.load(folder / SITES[0]), ma.load(folder / SITES[1]), known, held_out=unseen,
         site_a=SITES[0], site_b=SITES[1], n_ablated=8,
