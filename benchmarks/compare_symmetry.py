@@ -1,23 +1,23 @@
-"""What a group crosscoder finds that simpler ways do not, at the same number of active latents.
+"""Group crosscoders compared with simpler methods, at the same number of active latents.
 
     python benchmarks/compare_symmetry.py STORE [--site SITE] [--out DIR]
 
-Every way has the same rows, steps, latents and k, and several seeds:
+Every method has the same rows, steps, latents and k, and several seeds:
 
     plain           a sparse autoencoder of the untransformed block; how its codes predict the
                     other poses is estimated by regression afterwards
     per transform   one autoencoder for every pose; latents of each are matched one to one with
                     those of the untransformed one by the correlation of their codes
     untied          a group crosscoder: reads the untransformed block, writes all
-    tied            few atoms in all poses; reads all poses. With as many parameters in the
-                    decoder as the untied one, with k for a row of all poses, or for every pose
+    tied            few atoms in all poses; reads all poses. As many parameters in the decoder
+                    as the untied one, with k for a row of all poses, or for every pose
 
-Told are R2 of the poses other than e on held-out rows (of a linear map from a(I) too, which
+Printed are R2 of the poses other than e on held-out rows (also of a linear map from a(I), which
 has no bottleneck; the tied form reads all poses), features with a symmetry at a false discovery
-rate of 5 %, families of two or more. Over pairs of seeds: the median cosine of untransformed
-blocks in the best one-to-one pairing (of tied atoms, in the best pose), the share of pairs that
-stand against the null of `match`, and of the features with a symmetry whose partner is reliable
-the share of partners that have one too, beside chance.
+rate of 5 %, and families of two or more. Over pairs of seeds: the median cosine of untransformed
+blocks in the best one-to-one pairing (of tied atoms, in the best pose), the share of pairs that are
+significant in `match`, and the share of features with a symmetry whose reliable partner has one
+too, with its value by chance.
 """
 
 import argparse
@@ -32,7 +32,9 @@ from safetensors.numpy import load_file
 from torch import Tensor
 
 import mechatlas as ma
-from mechatlas.app.commands.symmetry import TABLE, TENSORS, SymmetryConfig, find_symmetry
+from mechatlas.app.commands import symmetry
+from mechatlas.app.commands.symmetry import TABLE, TENSORS, SymmetryConfig
+from mechatlas.app.symmetry_folder import execute
 from mechatlas.base import InputError
 from mechatlas.dictionaries.autoencoder import SparseCoder
 from mechatlas.files import read_json, write_json
@@ -41,16 +43,16 @@ from mechatlas.maths.groups import Group
 BATCH = 4096
 
 
-class Way(NamedTuple):
-    """What one way found with one seed."""
+class Method(NamedTuple):
+    """Features of one method with one seed."""
 
     facts: dict[str, Any]
     atoms: np.ndarray
     symmetric: np.ndarray
-    """Whether a stabilizer is larger than {e}."""
+    """Mask of features whose stabilizer is larger than {e}."""
     reliable: np.ndarray
     posed: np.ndarray | None = None
-    """Atoms in every pose, if the pose they are in is arbitrary."""
+    """Atoms in every pose, if their own pose is arbitrary."""
 
 
 class Problem:
@@ -79,38 +81,40 @@ class Problem:
         ma.train(dictionary, rows, steps=options.steps, batch_size=options.batch_size, seed=seed)
         return dictionary
 
-    def r2_of_others(self, said: Tensor) -> float:
+    def r2_of_others(self, reconstruction: Tensor) -> float:
         """Mean R2 of all poses but e on held-out rows."""
         values = []
         for g in range(1, self.group.order):
-            true, found = self.block(self.held, g), self.block(said, g)
+            true, predicted = self.block(self.held, g), self.block(reconstruction, g)
             total = (true - true.mean(dim=0)).square().sum()
-            values.append(float(1 - (true - found).square().sum() / total))
+            values.append(float(1 - (true - predicted).square().sum() / total))
         return float(np.mean(values))
 
 
-def from_folder(problem: Problem, dictionary: SparseCoder, out: Path, seed: int) -> Way:
+def from_folder(problem: Problem, dictionary: SparseCoder, out: Path, seed: int) -> Method:
     """Classify a dictionary as `mechatlas symmetry` does."""
     ma.save(dictionary, out / "dictionary")
-    found = find_symmetry(
-        SymmetryConfig(
-            dictionary=out / "dictionary",
-            store=problem.options.store,
-            site=problem.site,
-            out=out / "symmetry",
-            interventions=0,
-            seed=seed,
-        )
+    config = SymmetryConfig(
+        dictionary=out / "dictionary",
+        store=problem.options.store,
+        site=problem.site,
+        out=out / "symmetry",
+        interventions=0,
+        seed=seed,
     )
+    result = execute(symmetry, config)
     table = pq.read_table(out / "symmetry" / TABLE)
     facts = {
-        "r2": found["r2_mean"]["dictionary"],
-        "linear": found["r2_mean"]["linear"],
-        **{key: found[key] for key in ("n_features", "reliable", "discoveries", "families")},
-        "in_families": found["features_in_families"],
-        "classes": found["classes"],
+        "r2": result.r2_mean.dictionary,
+        "linear": result.r2_mean.linear,
+        "n_features": result.n_features,
+        "reliable": result.reliable,
+        "discoveries": result.discoveries,
+        "families": result.families,
+        "in_families": result.features_in_families,
+        "classes": result.classes,
     }
-    return Way(
+    return Method(
         facts,
         load_file(out / "symmetry" / TENSORS)["atoms"],
         table["stabilizer_order"].to_numpy() > 1,
@@ -118,7 +122,7 @@ def from_folder(problem: Problem, dictionary: SparseCoder, out: Path, seed: int)
     )
 
 
-def plain(problem: Problem, out: Path, seed: int) -> Way:
+def plain(problem: Problem, out: Path, seed: int) -> Method:
     """One autoencoder, its blocks by regression."""
     options = problem.options
     built = ma.Autoencoder(
@@ -129,7 +133,7 @@ def plain(problem: Problem, out: Path, seed: int) -> Way:
     )
 
 
-def untied(problem: Problem, out: Path, seed: int) -> Way:
+def untied(problem: Problem, out: Path, seed: int) -> Method:
     """A group crosscoder."""
     options, names = problem.options, problem.group.element_names
     built = ma.Crosscoder(
@@ -142,7 +146,7 @@ def untied(problem: Problem, out: Path, seed: int) -> Way:
     return from_folder(problem, problem.fit(built, problem.train, seed), out, seed)
 
 
-def tied(problem: Problem, out: Path, seed: int, poses: int) -> Way:
+def tied(problem: Problem, out: Path, seed: int, poses: int) -> Method:
     """Atoms in all poses, with k latents a row for each of some poses."""
     options = problem.options
     built = ma.PoseTied(
@@ -162,7 +166,7 @@ def codes_of(dictionary: SparseCoder, x: Tensor) -> Tensor:
     return torch.cat([dictionary.encode(part) for part in x.split(BATCH)])
 
 
-def per_transform(problem: Problem, out: Path, seed: int) -> Way:
+def per_transform(problem: Problem, out: Path, seed: int) -> Method:
     """An autoencoder for every pose, latents matched by their codes."""
     del out
     options, order = problem.options, problem.group.order
@@ -181,47 +185,50 @@ def per_transform(problem: Problem, out: Path, seed: int) -> Way:
     ]
     some = problem.train[:20_000]
     base = codes_of(made[0], problem.block(some, 0))
-    centred = base - base.mean(dim=0)
+    centered = base - base.mean(dim=0)
     blocks = np.zeros((options.latents, order, problem.d), np.float32)
-    own, said = [], torch.zeros_like(problem.held)
+    own, reconstruction = [], torch.zeros_like(problem.held)
     held = codes_of(made[0], problem.block(problem.held, 0))
     correlations = []
     for g, dictionary in enumerate(made):
         codes = codes_of(dictionary, problem.block(some, g))
         other = codes - codes.mean(dim=0)
-        products = centred.T @ other
-        lengths = centred.norm(dim=0)[:, None] * other.norm(dim=0)
+        products = centered.T @ other
+        lengths = centered.norm(dim=0)[:, None] * other.norm(dim=0)
         correlation = (products / lengths.clamp(min=1e-9)).numpy()
         columns = ma.assign(1 - correlation).columns
         rows = np.arange(options.latents)
-        slope = products[rows, columns] / centred.square().sum(dim=0).clamp(min=1e-9)
+        slope = products[rows, columns] / centered.square().sum(dim=0).clamp(min=1e-9)
         atoms = dictionary.W_dec.detach()[columns] * slope[:, None]
         blocks[:, g] = atoms.numpy()
         # The intercept that makes the mean right.
         bias = problem.block(some, g).mean(dim=0) - base.mean(dim=0) @ atoms
-        problem.block(said, g).copy_(held @ atoms + bias)
+        problem.block(reconstruction, g).copy_(held @ atoms + bias)
         with torch.no_grad():
             true = problem.block(problem.held, g)
-            found = torch.cat([dictionary(part) for part in true.split(BATCH)])
+            decoded = torch.cat([dictionary(part) for part in true.split(BATCH)])
             total = (true - true.mean(dim=0)).square().sum()
-            own.append(float(1 - (true - found).square().sum() / total))
+            own.append(float(1 - (true - decoded).square().sum() / total))
         if g:
             correlations.append(float(np.median(correlation[rows, columns])))
-    found = ma.symmetry(blocks, problem.group)
-    sizes = np.bincount(found.families)
+    symmetries = ma.symmetry(blocks, problem.group)
+    sizes = np.bincount(symmetries.families)
     facts = {
-        "r2": problem.r2_of_others(said),
+        "r2": problem.r2_of_others(reconstruction),
         "r2_of_own_pose": float(np.mean(own[1:])),
         "median_correlation": float(np.mean(correlations)),
         "n_features": len(blocks),
-        "reliable": int(found.reliable.sum()),
-        "discoveries": found.n_discoveries,
+        "reliable": int(symmetries.reliable.sum()),
+        "discoveries": symmetries.n_discoveries,
         "families": int((sizes > 1).sum()),
         "in_families": int(sizes[sizes > 1].sum()),
-        "missing": "no halves: noise is not told from asymmetry",
+        "missing": "no halves: noise cannot be distinguished from asymmetry",
     }
-    return Way(
-        facts, blocks[:, 0], np.array([len(each) > 1 for each in found.stabilizers]), found.reliable
+    return Method(
+        facts,
+        blocks[:, 0],
+        np.array([len(each) > 1 for each in symmetries.stabilizers]),
+        symmetries.reliable,
     )
 
 
@@ -238,26 +245,26 @@ def in_the_pose_of(a: np.ndarray, b: np.ndarray, group: Group) -> np.ndarray:
     return out
 
 
-def stability(ways: list[Way], group: Group) -> dict[str, Any]:
-    """Over pairs of seeds: cosine of partners, how many stand, and whether classes agree."""
-    told: dict[str, list[float]] = {
+def stability(ways: list[Method], group: Group) -> dict[str, Any]:
+    """Compare pairs of seeds: cosine of partners, share matched, and agreement of classes."""
+    values: dict[str, list[float]] = {
         "cosine": [], "matched": [], "symmetric_too": [], "by_chance": []
     }  # fmt: skip
     for a, b in itertools.combinations(ways, 2):
         if a.posed is not None and b.posed is not None:
             b = b._replace(atoms=in_the_pose_of(a.posed, b.posed, group))
         live = [np.flatnonzero(np.abs(way.atoms).max(axis=1) > 0) for way in (a, b)]
-        found = ma.match(a.atoms[live[0]], b.atoms[live[1]])
-        rows = np.flatnonzero(found.columns >= 0)
-        i, j = live[0][rows], live[1][found.columns[rows]]
+        match = ma.match(a.atoms[live[0]], b.atoms[live[1]])
+        rows = np.flatnonzero(match.columns >= 0)
+        i, j = live[0][rows], live[1][match.columns[rows]]
         both = a.reliable[i] & b.reliable[j]
         has, other_has = a.symmetric[i[both]], b.symmetric[j[both]]
-        told["cosine"].append(float(np.median(found.cosines[rows])))
-        told["matched"].append(float(found.matched.mean()))
+        values["cosine"].append(float(np.median(match.cosines[rows])))
+        values["matched"].append(float(match.matched.mean()))
         if has.any():
-            told["symmetric_too"].append(float(other_has[has].mean()))
-            told["by_chance"].append(float(other_has.mean()))
-    return {name: float(np.mean(values)) if values else None for name, values in told.items()}
+            values["symmetric_too"].append(float(other_has[has].mean()))
+            values["by_chance"].append(float(other_has.mean()))
+    return {name: float(np.mean(v)) if v else None for name, v in values.items()}
 
 
 def main() -> None:
@@ -271,7 +278,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--batch-size", type=int, default=1024)
     parser.add_argument("--seeds", type=int, default=2)
-    parser.add_argument("--ways", nargs="*", help="by default all; what others found is kept")
+    parser.add_argument("--ways", nargs="*", help="by default all; results of others are kept")
     options = parser.parse_args()
     problem = Problem(options)
     order = problem.group.order
@@ -286,15 +293,15 @@ def main() -> None:
     results = read_json(kept) if kept.is_file() else {}
     for name in options.ways or ways:
         way = ways[name]
-        found = []
+        runs = []
         for seed in range(options.seeds):
             folder = options.out / f"{name.replace(', ', '-').replace(' ', '-')}-{seed}"
             folder.mkdir(parents=True, exist_ok=True)
-            found.append(way(problem, folder, seed))
-            print(f"{name}, seed {seed}: {found[-1].facts}", flush=True)
-        told = stability(found, problem.group) if len(found) > 1 else {}
-        print(f"{name}, over seeds: {told}", flush=True)
-        results[name] = {"seeds": [one.facts for one in found], "stability": told}
+            runs.append(way(problem, folder, seed))
+            print(f"{name}, seed {seed}: {runs[-1].facts}", flush=True)
+        stable = stability(runs, problem.group) if len(runs) > 1 else {}
+        print(f"{name}, over seeds: {stable}", flush=True)
+        results[name] = {"seeds": [each.facts for each in runs], "stability": stable}
         write_json(kept, results)
 
 

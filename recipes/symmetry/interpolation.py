@@ -1,12 +1,12 @@
-"""What interpolation alone looks like on a real network: turns by sixteenths, blurred and not.
+"""Effect of interpolation on a real network: sixteen rotations, with and without matched blur.
 
     python recipes/symmetry/interpolation.py photographs.zip
 
-Quarter-turns move pixels, the turns between compute them, which blurs. That alone makes other
-turns less alike than quarter-turns: a 4-fold harmonic that is no symmetry of a feature. The same is
-collected with `matched_blur`, where every pose, the first too, is as blurred. Told are R2 of the
-best linear map and, over the features of a group crosscoder, the mean stabilizer function, of
-quarter-turns and of the turns between, and the harmonic of order 4 by 16 elements.
+Quarter-turns move pixels; the rotations between interpolate them, which blurs. The blur alone makes
+other rotations less similar than quarter-turns: a 4-fold harmonic that is no symmetry of a feature.
+With `matched_blur` every pose, the first included, is equally blurred. Printed are R2 of the best
+linear map and the mean stabilizer function over the features of a group crosscoder, for
+quarter-turns and for the rotations between, and its harmonic of order 4 over 16 elements.
 """
 
 import argparse
@@ -18,15 +18,16 @@ from safetensors.numpy import load_file
 import mechatlas as ma
 from mechatlas.activations.posing import PoseConfig
 from mechatlas.activations.positions import Positions
+from mechatlas.app.commands import symmetry
 from mechatlas.app.commands import train as jobs
-from mechatlas.app.commands.symmetry import TENSORS, SymmetryConfig, find_symmetry
 from mechatlas.app.recipes import CollectConfig, TrainConfig
+from mechatlas.app.symmetry_folder import execute
 
 N = 16
 
 
 def measure(name: str, blurred: bool, options: argparse.Namespace) -> dict[str, float]:
-    """Collect, train and classify under sixteen turns."""
+    """Collect, train and classify under sixteen rotations."""
     out = options.out / name
     store = out / "store"
     jobs.collect(
@@ -47,13 +48,12 @@ def measure(name: str, blurred: bool, options: argparse.Namespace) -> dict[str, 
             sparsity=ma.TopK(k=16), steps=options.steps, batch_size=512,
         )
     )  # fmt: skip
-    found = find_symmetry(
-        SymmetryConfig(
-            dictionary=out / "crosscoder", store=store, out=out / "symmetry", interventions=0
-        )
+    config = symmetry.SymmetryConfig(
+        dictionary=out / "crosscoder", store=store, out=out / "symmetry", interventions=0
     )
-    s = load_file(out / "symmetry" / TENSORS)["stabilizer_function"].mean(axis=0)
-    linear = np.array(found["r2"]["linear"])
+    result = execute(symmetry, config)
+    s = load_file(out / "symmetry" / symmetry.TENSORS)["stabilizer_function"].mean(axis=0)
+    linear = np.array(result.r2.linear)
     turns = np.arange(1, N)
     quarter = turns[turns % (N // 4) == 0]
     between = turns[turns % (N // 4) != 0]
@@ -63,7 +63,7 @@ def measure(name: str, blurred: bool, options: argparse.Namespace) -> dict[str, 
         "linear_between": float(linear[between].mean()),
         "s_quarter": float(s[quarter].mean()),
         "s_between": float(s[between].mean()),
-        # e is alike by definition, and left out of the harmonic: put at the mean of its kind.
+        # s(e) is 1 by definition, so the mean of quarter-turns stands in for it in the harmonic.
         "harmonic_4": float((np.r_[s[quarter].mean(), s[1:]] * wave).real.mean()),
     }
 
@@ -81,9 +81,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--out", type=Path, default=Path("runs/symmetry/interpolation"))
     options = parser.parse_args()
-    for name, blurred in (("as it is", False), ("matched blur", True)):
-        told = measure(name.replace(" ", "_"), blurred, options)
-        print(name, {key: round(value, 4) for key, value in told.items()}, flush=True)
+    for name, blurred in (("unmodified", False), ("matched blur", True)):
+        measured = measure(name.replace(" ", "_"), blurred, options)
+        print(name, {key: round(value, 4) for key, value in measured.items()}, flush=True)
 
 
 if __name__ == "__main__":

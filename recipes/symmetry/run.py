@@ -1,15 +1,15 @@
-"""Group crosscoders of every site of a store of poses, two seeds each, and the table of them.
+"""Group crosscoders of every site of a store of poses, two seeds each, and a table of results.
 
     mechatlas collect recipes/symmetry/collect_squeezenet.toml --samples.source photographs.zip
     python recipes/symmetry/run.py runs/symmetry/squeezenet/store
 
-With the control, weights drawn anew (see `collect_inception_mini.toml`), which is run first:
+With a randomly re-initialized control network (see `collect_inception_mini.toml`), run first:
 
     python recipes/symmetry/run.py runs/symmetry/untrained/store
     python recipes/symmetry/run.py runs/symmetry/squeezenet/store --control runs/symmetry/untrained
 
-Beside the store: a folder `SITE-SEED` for each dictionary, one `SITE-SEED-symmetry` for what leaves
-its features unchanged, and `table.json`. What is there already is not made again.
+Beside the store: a folder `SITE-SEED` for each dictionary, a folder `SITE-SEED-symmetry` for the
+symmetries of its features, and `table.json`. Folders that exist are not made again.
 """
 
 import argparse
@@ -26,13 +26,14 @@ from mechatlas.analysis.symmetry.shift_evidence import SUPPORT_THRESHOLD
 from mechatlas.app.commands import symmetry
 from mechatlas.app.commands import train as jobs
 from mechatlas.app.recipes import TrainConfig, read_recipe
+from mechatlas.app.symmetry_folder import execute, read_result
 from mechatlas.files import read_json, write_json
 
 HERE = Path(__file__).parent
 
 
 def trained(site: str, seed: int, options: argparse.Namespace) -> Path:
-    """The folder of a dictionary, trained unless it is there."""
+    """Train a dictionary unless its folder exists, and return the folder."""
     out = options.out / f"{site}-{seed}"
     if not (out / "result.json").is_file():
         recipe = read_recipe(options.recipe, TrainConfig)
@@ -50,45 +51,44 @@ def trained(site: str, seed: int, options: argparse.Namespace) -> Path:
 
 
 def classified(dictionary: Path, options: argparse.Namespace) -> Path:
-    """The folder of what leaves its features unchanged, made unless it is there."""
+    """Classify the features of a dictionary unless the folder exists, and return the folder."""
     out = dictionary.with_name(f"{dictionary.name}-symmetry")
     control = options.control / out.name if options.control else None
     if not (out / "result.json").is_file():
-        symmetry.find_symmetry(
-            symmetry.SymmetryConfig(
-                dictionary=dictionary,
-                store=options.store,
-                out=out,
-                interventions=options.interventions,
-                control=control,
-            )
+        config = symmetry.SymmetryConfig(
+            dictionary=dictionary,
+            store=options.store,
+            out=out,
+            interventions=options.interventions,
+            control=control,
         )
+        execute(symmetry, config)
     return out
 
 
 def agreement(dictionaries: list[Path], folders: list[Path]) -> dict[str, Any]:
-    """Do the features that the best pairing of two seeds puts together belong to the same class?
+    """Compare the classes of features that the best pairing of two seeds puts together.
 
-    Of the pairs that are both reliable: the share of one class, and the share in which the second
-    has a symmetry if the first has one, each beside what the counts of classes would give by
-    chance. Of all pairs: the median cosine, and how many stand against the null of `match`.
+    For pairs of reliable features: the share of equal classes, and the share in which the second
+    has a symmetry if the first has one, each with its value by chance from the counts of classes.
+    For all pairs: the median cosine, and the number that is significant in `match`.
     """
     a, b = (ma.load(path).W_dec.detach().numpy() for path in dictionaries)
-    found = ma.match(a, b)
+    match = ma.match(a, b)
     tables = [pq.read_table(folder / symmetry.TABLE) for folder in folders]
     names = [np.array(table["class"].to_pylist()) for table in tables]
     orders = [table["stabilizer_order"].to_numpy() for table in tables]
     reliable = [table["reliable"].to_numpy() for table in tables]
-    both = np.flatnonzero(reliable[0] & reliable[1][found.columns])
-    one, two = names[0][both], names[1][found.columns[both]]
-    has, other_has = orders[0][both] > 1, orders[1][found.columns[both]] > 1
+    both = np.flatnonzero(reliable[0] & reliable[1][match.columns])
+    first, second = names[0][both], names[1][match.columns[both]]
+    has, other_has = orders[0][both] > 1, orders[1][match.columns[both]] > 1
     return {
-        "median_cosine": float(np.median(found.cosines)),
-        "matched": int(found.matched.sum()),
+        "median_cosine": float(np.median(match.cosines)),
+        "matched": int(match.matched.sum()),
         "both_reliable": len(both),
-        "same_class": float((one == two).mean()),
+        "same_class": float((first == second).mean()),
         "same_class_by_chance": sum(
-            float((one == n).mean() * (two == n).mean()) for n in np.unique(one)
+            float((first == n).mean() * (second == n).mean()) for n in np.unique(first)
         ),
         "symmetric_too": float(other_has[has].mean()) if has.any() else None,
         "symmetric_by_chance": float(other_has.mean()),
@@ -96,66 +96,53 @@ def agreement(dictionaries: list[Path], folders: list[Path]) -> dict[str, Any]:
 
 
 def beyond_invariance(folder: Path) -> dict[str, int]:
-    """How many symmetric features are so beyond what all their poses have in common.
+    """Count the symmetric features that stay symmetric without the mean over their poses.
 
-    The blocks of a feature less their mean have the stabilizer function (s - mean) / (1 - mean):
-    of a blur, which is nearly the same in every pose, little is left. It must stay above the
-    support that a symmetry needs, for all elements that are claimed.
+    The blocks of a feature minus their mean have the stabilizer function (s - mean) / (1 - mean);
+    little is left of a blur, which is nearly the same in every pose. It must stay above the
+    threshold of support for all elements of the claimed stabilizer.
     """
     table = pq.read_table(folder / symmetry.TABLE)
     s = load_file(folder / symmetry.TENSORS)["stabilizer_function"]
     mean = s.mean(axis=1, keepdims=True)
     rest = (s - mean) / np.maximum(1 - mean, 1e-9)
-    told = {"symmetric": 0, "beyond": 0}
+    counts = {"symmetric": 0, "beyond": 0}
     for i, stabilizer in enumerate(table["stabilizer_elements"].to_pylist()):
         if table["reliable"][i].as_py() and 1 < len(stabilizer) < s.shape[1]:
-            told["symmetric"] += 1
-            told["beyond"] += bool((rest[i, stabilizer] > SUPPORT_THRESHOLD).all())
-    return told
+            counts["symmetric"] += 1
+            counts["beyond"] += bool((rest[i, stabilizer] > SUPPORT_THRESHOLD).all())
+    return counts
 
 
 def row(dictionary: Path, folder: Path) -> dict[str, Any]:
-    """One row of the table."""
-    found, trained = read_json(folder / "result.json"), read_json(dictionary / "result.json")
-    others = [g for g, r2 in enumerate(found["r2"]["invariant"]) if r2 != 1]
+    """Make one row of the table."""
+    result, training = read_json(folder / "result.json"), read_json(dictionary / "result.json")
+    others = [g for g, r2 in enumerate(result["r2"]["invariant"]) if r2 != 1]
     keys = (
         "n_features", "reliable", "classes", "discoveries", "discoveries_shuffled",
         "families", "features_in_families", "largest_family", "noise_ceiling", "agreement",
-        "causal", "control",
+        "interventions", "control",
     )  # fmt: skip
     return {
         "name": dictionary.name,
-        "l0": trained["l0"],
-        "dead_share": trained["dead_share"],
-        **{key: found[key] for key in keys},
-        "r2": {way: [found["r2"][way][g] for g in others] for way in ("dictionary", "linear")},
-        "r2_mean": found["r2_mean"],
+        "l0": training["l0"],
+        "dead_share": training["dead_share"],
+        **{key: result[key] for key in keys},
+        "r2": {way: [result["r2"][way][g] for g in others] for way in ("dictionary", "linear")},
+        "r2_mean": result["r2_mean"],
         "beyond_invariance": beyond_invariance(folder),
     }
 
 
-def told(one: dict[str, Any]) -> str:
-    """The row in words."""
-    classes = ", ".join(f"{n} {name}" for name, n in one["classes"].items())
-    r2 = "; ".join(
-        f"{way} {one['r2_mean'][way]:.3f} ({min(values):.3f} to {max(values):.3f})"
-        for way, values in one["r2"].items()
-    )
-    causal, ceiling = one["causal"], one["noise_ceiling"] or 0
-    beyond = one["beyond_invariance"]
-    swaps = (
-        f"{causal['passed']}/{causal['tested']} (null {causal['share_of_null']})"
-        if causal.get("tested")
-        else causal.get("missing")
-    )
-    beside = symmetry.control_in_words(one["control"]) if one["control"] else "no control"
+def describe(row: dict[str, Any], folder: Path) -> str:
+    """Describe one row of the table in words."""
+    r2 = "; ".join(f"{way} {min(v):.3f} to {max(v):.3f}" for way, v in row["r2"].items())
+    beyond = row["beyond_invariance"]
+    result: Any = read_result(folder, symmetry.KIND)
     return (
-        f"{one['name']}: {classes}\n  {one['discoveries']} with a symmetry "
-        f"({one['discoveries_shuffled']} shuffled), ceiling {ceiling:.2f}, {one['families']} "
-        f"families of {one['features_in_families']} features, dead {one['dead_share']:.1%}\n"
-        f"  {beyond['beyond']} of {beyond['symmetric']} reliable ones beyond what all poses share\n"
-        f"  R2 {r2}; itself {one['r2_mean']['invariant']:.3f}, shuffled pairing "
-        f"{one['r2_mean']['shuffled']:.3f}\n  swaps {swaps}\n  {beside}"
+        f"{row['name']}: {symmetry.in_words(result)}\n"
+        f"  dead {row['dead_share']:.1%}; R2 by pose: {r2}; {beyond['beyond']} of "
+        f"{beyond['symmetric']} reliable symmetric features beyond what all poses share"
     )
 
 
@@ -170,7 +157,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="by default the recipe's")
     parser.add_argument("--latents", type=int, help="by default the recipe's")
     parser.add_argument("--interventions", type=int, default=40)
-    parser.add_argument("--control", type=Path, help="--out of a run with weights drawn anew")
+    parser.add_argument("--control", type=Path, help="--out of a run on random weights")
     options = parser.parse_args()
     options.out = options.out or options.store.parent
     table = []
@@ -180,8 +167,8 @@ def main() -> None:
         rows = [row(*pair) for pair in zip(dictionaries, folders, strict=True)]
         if options.seeds > 1:
             rows[0]["seeds_agree"] = agreement(dictionaries[:2], folders[:2])
-        for one in rows:
-            print(told(one), flush=True)
+        for each, folder in zip(rows, folders, strict=True):
+            print(describe(each, folder), flush=True)
         if options.seeds > 1:
             print(f"  seeds {rows[0]['seeds_agree']}", flush=True)
         table += rows

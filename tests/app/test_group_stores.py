@@ -19,9 +19,11 @@ from mechatlas.activations.sites import read
 from mechatlas.activations.store import Store
 from mechatlas.app.commands import symmetry
 from mechatlas.app.commands import train as jobs
+from mechatlas.app.commands.symmetry import SymmetryConfig
 from mechatlas.app.recipes import CollectConfig, TrainConfig, from_dict
 from mechatlas.app.report.chapters import features
 from mechatlas.app.report.runs import find_runs
+from mechatlas.app.symmetry_folder import execute
 from mechatlas.base import RecipeError, Site, no_progress
 from mechatlas.dictionaries.autoencoder import Autoencoder, Crosscoder
 from mechatlas.dictionaries.formats import load, save
@@ -214,12 +216,14 @@ def test_shifts_and_scales_are_collected_and_told(action, name, closes, store, t
                 batch.x[row].view(order, 6)[g], expected, atol=1e-4, rtol=1e-4
             )
     save(Autoencoder(d_in=6, n_latents=12, sparsity=TopK(k=2)), tmp_path / "d")
-    result, text = symmetry.run([
-        str(tmp_path / "d"), "--store", str(tmp_path / "store"), "--out", str(tmp_path / "found"),
-    ])  # fmt: skip
-    assert result["group"]["closes"] is closes
+    config = SymmetryConfig(
+        dictionary=tmp_path / "d", store=tmp_path / "store", out=tmp_path / "found"
+    )
+    result = execute(symmetry, config)
+    text = symmetry.in_words(result)
+    assert result.group.closes is closes
     assert ("closes: false" in text) is not closes
-    assert not any("turn" in each or "mirror" in each for each in result["classes"])
+    assert not any("turn" in each or "mirror" in each for each in result.classes)
 
 
 def _samples(store: Path, side: int):

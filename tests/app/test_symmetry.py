@@ -12,12 +12,15 @@ from mechatlas.activations.networks import Network
 from mechatlas.activations.posing import PoseConfig
 from mechatlas.activations.positions import Positions
 from mechatlas.activations.samples import Images
-from mechatlas.app import cli
+from mechatlas.analysis.symmetry import interchange
+from mechatlas.app import cli, pose_interventions
 from mechatlas.app.commands import symmetry
 from mechatlas.app.commands import train as jobs
+from mechatlas.app.commands.symmetry import SymmetryConfig
 from mechatlas.app.recipes import CollectConfig
 from mechatlas.app.report.chapters.symmetry import chapter as symmetry_chapter
 from mechatlas.app.report.runs import find_runs
+from mechatlas.app.symmetry_folder import execute
 from mechatlas.base import DiskError, SiteError, WeightsError, no_progress
 from mechatlas.dictionaries.autoencoder import Autoencoder, Transcoder
 from mechatlas.dictionaries.formats import save
@@ -53,10 +56,14 @@ def world(tmp_path_factory):
     return root
 
 
-def run(world, name, out, *more):
-    return symmetry.run(
-        [str(world / name), "--store", str(world / "store"), "--out", str(out), *more]
-    )
+def classify(dictionary, store, out, **options):
+    config = SymmetryConfig(dictionary=dictionary, store=store, out=out, **options)
+    result = execute(symmetry, config)
+    return result, symmetry.in_words(result)
+
+
+def run(world, name, out, **options):
+    return classify(world / name, world / "store", out, **options)
 
 
 @pytest.mark.parametrize("name", ["plain", "crosscoder"])
@@ -85,12 +92,12 @@ def test_planted_features_are_classified_from_a_store(world, tmp_path, name):
     assert "15 features under D4" not in text  # there are 19
     assert f"{len(blocks)} features under D4" in text
     assert load_file(tmp_path / "out" / "symmetry.safetensors")["atoms"].shape == (len(blocks), 36)
-    assert result["out"] == str(tmp_path / "out")
+    assert result.out == str(tmp_path / "out")
 
 
 def test_the_baselines_stand_beside_the_dictionary(world, tmp_path):
     result, _ = run(world, "crosscoder", tmp_path / "out")
-    r2 = result["r2"]
+    r2 = vars(result.r2)
     for way in ("dictionary", "linear", "invariant", "shuffled"):
         assert len(r2[way]) == 8
     # The planted code is linear in the untransformed block: both explain all but the noise.
@@ -105,31 +112,27 @@ def test_the_baselines_stand_beside_the_dictionary(world, tmp_path):
 
 def test_nothing_is_found_where_poses_do_not_belong_together(world, tmp_path):
     posed.write_store(tmp_path / "store", mixed=True)
-    result, _ = symmetry.run(
-        [str(world / "plain"), "--store", str(tmp_path / "store"), "--out", str(tmp_path / "out")]
-    )
-    assert result["discoveries"] == 0
-    assert result["families"] == 0
-    assert abs(result["r2_mean"]["dictionary"]) < 0.05
+    result, _ = classify(world / "plain", tmp_path / "store", tmp_path / "out")
+    assert result.discoveries == 0
+    assert result.families == 0
+    assert abs(result.r2_mean.dictionary) < 0.05
 
 
 def test_classes_stand_beside_those_of_a_control(world, tmp_path):
     control, _ = run(world, "plain", tmp_path / "control")
-    assert control["control"] is None
-    result, text = run(
-        world, "crosscoder", tmp_path / "out", "--control", str(tmp_path / "control")
-    )
+    assert control.control is None
+    result, text = run(world, "crosscoder", tmp_path / "out", control=tmp_path / "control")
     assert "Reliable features here (19) and in the control (19): no class differs." in text
-    rows = {row["name"]: row for row in result["control"]["classes"]}
-    assert (rows["any symmetry"]["n"], rows["any symmetry"]["n_control"]) == (11, 11)
+    rows = {row.name: row for row in result.control.classes}
+    assert (rows["any symmetry"].n, rows["any symmetry"].n_control) == (11, 11)
     chapter = symmetry_chapter(find_runs(tmp_path), no_progress)
     assert chapter is not None
-    assert "weights drawn anew" in chapter.html
+    assert "randomly re-initialized weights" in chapter.html
     table = pq.read_table(tmp_path / "control" / "features.parquet")
     without = ["none (curve-like)"] * table.num_rows
     changed = table.set_column(table.column_names.index("class"), "class", [without])
     pq.write_table(changed, tmp_path / "control" / "features.parquet")
-    _, text = run(world, "crosscoder", tmp_path / "out", "--control", str(tmp_path / "control"))
+    _, text = run(world, "crosscoder", tmp_path / "out", control=tmp_path / "control")
     assert "any symmetry 57.9% and 0.0% (q " in text
 
 
@@ -147,12 +150,9 @@ def test_a_run_gives_the_same_files_again(world, tmp_path):
 
 def test_a_dictionary_of_a_branch_is_compared_with_that_branch_of_every_pose(world, tmp_path):
     save(Autoencoder(d_in=20, n_latents=40, seed=1), tmp_path / "branch")
-    result, _ = symmetry.run([
-        str(tmp_path / "branch"), "--store", str(world / "store"), "--site", "layer/part",
-        "--out", str(tmp_path / "out"),
-    ])  # fmt: skip
-    assert result["site"] == "layer/part"
-    assert result["n_features"] == 40
+    result, _ = classify(tmp_path / "branch", world / "store", tmp_path / "out", site="layer/part")
+    assert result.site == "layer/part"
+    assert result.n_features == 40
 
 
 def refused(world, tmp_path, capsys, *words):
@@ -169,26 +169,26 @@ def test_what_does_not_fit_is_refused_in_one_sentence(world, tmp_path, capsys):
     plain = {k: v for k, v in manifest.items() if k != "group"}
     (tmp_path / "store").mkdir()
     write_json(tmp_path / "store" / "manifest.json", plain)
-    said = refused(
+    message = refused(
         world, tmp_path, capsys, str(world / "plain"), "--store", str(tmp_path / "store")
     )
-    assert "Collect a store with a [group]" in said
+    assert "Collect a store with a [group]" in message
     short = {**manifest, "shards": [shard for shard in manifest["shards"] if "held" not in shard]}
     write_json(tmp_path / "store" / "manifest.json", short)
-    said = refused(
+    message = refused(
         world, tmp_path, capsys, str(world / "plain"), "--store", str(tmp_path / "store")
     )
-    assert "has no held-out rows to measure on; collect with held_out > 0." in said
-    said = refused(
+    assert "has no held-out rows to measure on; collect with held_out > 0." in message
+    message = refused(
         world, tmp_path, capsys, str(world / "plain"), "--store", store, "--control", store
     )
-    assert "is no result of `mechatlas symmetry`" in said
+    assert "is no result of `mechatlas symmetry`" in message
     save(Autoencoder(d_in=12, n_latents=40, seed=1), tmp_path / "narrow")
-    said = refused(world, tmp_path, capsys, str(tmp_path / "narrow"), "--store", store)
-    assert "reads 12 numbers, but one pose of layer" in said
-    said = refused(world, tmp_path, capsys, str(world / "plain"), "--store", store, "--fdr", "2")
-    assert "--fdr must lie between 0 and 1" in said
-    said = refused(
+    message = refused(world, tmp_path, capsys, str(tmp_path / "narrow"), "--store", store)
+    assert "reads 12 numbers, but one pose of layer" in message
+    message = refused(world, tmp_path, capsys, str(world / "plain"), "--store", store, "--fdr", "2")
+    assert "--fdr must lie between 0 and 1" in message
+    message = refused(
         world,
         tmp_path,
         capsys,
@@ -198,55 +198,53 @@ def test_what_does_not_fit_is_refused_in_one_sentence(world, tmp_path, capsys):
         "--equality-threshold",
         "1.1",
     )
-    assert "--equality-threshold must be above 0.7071 and at most 1" in said
+    assert "--equality-threshold must be above 0.7071 and at most 1" in message
     save(Transcoder(d_in=36, d_out=20, n_latents=40, seed=1), tmp_path / "transcoder")
-    said = refused(world, tmp_path, capsys, str(tmp_path / "transcoder"), "--store", store)
-    assert "writes 20 numbers, but one pose of layer" in said
+    message = refused(world, tmp_path, capsys, str(tmp_path / "transcoder"), "--store", store)
+    assert "writes 20 numbers, but one pose of layer" in message
     write_json(tmp_path / "narrow" / "manifest.json", {"group": {"name": "C8", "table": [[0]]}})
     save(posed.plain_dictionary(), tmp_path / "narrow")
-    said = refused(world, tmp_path, capsys, str(tmp_path / "narrow"), "--store", store)
-    assert "was trained for C8, but" in said
-    assert "order 8" in said
+    message = refused(world, tmp_path, capsys, str(tmp_path / "narrow"), "--store", store)
+    assert "was trained for C8, but" in message
+    assert "order 8" in message
 
 
 def test_a_dictionary_or_a_control_of_another_action_or_site_is_refused(world, tmp_path, capsys):
     store = ["--store", str(world / "store")]
     shutil.copytree(world / "crosscoder", tmp_path / "hues")
-    its = {"name": "D4", "table": posed.D4.table.tolist(), "action": "hue"}
-    write_json(tmp_path / "hues" / "manifest.json", {"group": its})
-    said = refused(world, tmp_path, capsys, str(tmp_path / "hues"), *store)
-    assert "was trained for D4 (hue), but" in said
-    assert "with D4 (order 8, rotate)" in said
-    run(world, "plain", tmp_path / "control", "--interventions", "0")
+    group_facts = {"name": "D4", "table": posed.D4.table.tolist(), "action": "hue"}
+    write_json(tmp_path / "hues" / "manifest.json", {"group": group_facts})
+    message = refused(world, tmp_path, capsys, str(tmp_path / "hues"), *store)
+    assert "was trained for D4 (hue), but" in message
+    assert "with D4 (order 8, rotate)" in message
+    run(world, "plain", tmp_path / "control", interventions=0)
     words = [str(world / "plain"), *store, "--control", str(tmp_path / "control")]
     result = read_json(tmp_path / "control" / "result.json")
     write_json(tmp_path / "control" / "result.json", {**result, "site": "other"})
-    said = refused(world, tmp_path, capsys, *words)
-    assert "is one for other under D4 (rotate), but this is layer under D4 (rotate)" in said
+    message = refused(world, tmp_path, capsys, *words)
+    assert "is one for other under D4 (rotate), but this is layer under D4 (rotate)" in message
     write_json(tmp_path / "control" / "result.json", result)
     manifest = read_json(tmp_path / "control" / "manifest.json")
     write_json(
         tmp_path / "control" / "manifest.json",
         {**manifest, "group": {**manifest["group"], "action": "hue"}},
     )
-    said = refused(world, tmp_path, capsys, *words)
-    assert "is one for layer under D4 (hue), but this is layer under D4 (rotate)" in said
+    message = refused(world, tmp_path, capsys, *words)
+    assert "is one for layer under D4 (hue), but this is layer under D4 (rotate)" in message
 
 
 def test_turns_that_interpolate_stand_beside_those_that_do_not(world, tmp_path):
     result, text = run(world, "plain", tmp_path / "a")
-    assert result["interpolation"] is None
+    assert result.interpolation is None
     shutil.copytree(world / "store", tmp_path / "store")
     manifest = read_json(tmp_path / "store" / "manifest.json")
     manifest["group"] |= {"exact": [True, False] * 4, "matched_blur": False}
     write_json(tmp_path / "store" / "manifest.json", manifest)
-    result, text = symmetry.run(
-        [str(world / "plain"), "--store", str(tmp_path / "store"), "--out", str(tmp_path / "out")]
-    )
+    result, text = classify(world / "plain", tmp_path / "store", tmp_path / "out")
     s = load_file(tmp_path / "out" / symmetry.TENSORS)["stabilizer_function"].mean(axis=0)
-    told = result["interpolation"]
-    assert told["quarters"] == pytest.approx(s[[2, 4, 6]].mean(), abs=1e-5)
-    assert told["between"] == pytest.approx(s[[1, 3, 5, 7]].mean(), abs=1e-5)
+    interpolation = result.interpolation
+    assert interpolation.quarters == pytest.approx(s[[2, 4, 6]].mean(), abs=1e-5)
+    assert interpolation.between == pytest.approx(s[[1, 3, 5, 7]].mean(), abs=1e-5)
     assert "the control is `matched_blur`" in text
     chapter = symmetry_chapter(find_runs(tmp_path / "out"), no_progress)
     assert chapter is not None
@@ -291,48 +289,46 @@ def test_swapped_poses_pass_in_a_network_that_sees_every_pose_alike(turning, tmp
     result, text = run(root, "plain", tmp_path / "out")
     table = pq.read_table(tmp_path / "out" / "features.parquet")
     assert [frozenset(each) for each in table["stabilizer_elements"].to_pylist()] == stabilizers
-    causal = result["causal"]
-    assert causal["downstream"] == "after"  # the next module
-    assert causal["pose"]["share"] > 0.9
-    assert causal["tested"] == 28  # all but the one that nothing changes
-    assert causal["share"] > 0.9
-    assert causal["low"] < causal["share"] <= causal["high"] + 1e-9
-    assert causal["share_of_null"] < 0.05
-    assert causal["repaired_together"] == pytest.approx(1, abs=0.01)
-    assert causal["symmetric"] == 5
-    assert causal["change_if_unchanged"] < 0.05 < causal["change_of_others"]
-    assert causal["elements"] == list(posed.D4.element_names[1:])
-    assert f"{causal['passed']} of 28 features bring after nearer its answer" in text
+    effects = result.interventions
+    assert effects.downstream == "after"  # the next module
+    assert effects.pose.share > 0.9
+    assert effects.tested == 28  # all but the one that nothing changes
+    assert effects.share > 0.9
+    assert effects.low < effects.share <= effects.high + 1e-9
+    assert effects.null_share < 0.05
+    assert effects.recovered_by_all == pytest.approx(1, abs=0.01)
+    assert effects.symmetric == 5
+    assert effects.symmetric_change < 0.05 < effects.change
+    assert effects.elements == posed.D4.element_names[1:]
+    assert f"{effects.passed} of 28 features bring after nearer to its answer" in text
     chapter = symmetry_chapter(find_runs(tmp_path), no_progress)
     assert chapter is not None
-    assert "swaps0" in chapter.figures
+    assert "interventions0" in chapter.figures
     assert "28 of 28" in chapter.html.replace("\n", " ")
-    assert np.isnan(table["swap_q_value"].to_numpy()).tolist() == [*[False] * 28, True]
-    assert np.isfinite(table["swap_change"].to_numpy()).sum() == 5
+    assert np.isnan(table["intervention_q_value"].to_numpy()).tolist() == [*[False] * 28, True]
+    assert np.isfinite(table["intervention_symmetric_change"].to_numpy()).sum() == 5
 
 
 def test_poses_are_swapped_where_the_network_can_be_run_again_or_it_is_said_why_not(
     world, turning, tmp_path
 ):
     result, text = run(world, "plain", tmp_path / "out")
-    assert "is not a CollectConfig recipe" in result["causal"]["missing"]
-    assert "Poses were not swapped inside the network" in text
+    assert "is not a CollectConfig recipe" in result.interventions.missing
+    assert "Poses were not changed inside the network" in text
     root, _, _ = turning
-    result, _ = run(root, "plain", tmp_path / "out", "--interventions", "0")
-    assert result["causal"]["missing"] == "Not asked for (--interventions 0)."
-    result, _ = run(
-        root, "plain", tmp_path / "out", "--interventions", "3", "--downstream", "output"
-    )
-    assert (result["causal"]["tested"], result["causal"]["downstream"]) == (3, "output")
+    result, _ = run(root, "plain", tmp_path / "out", interventions=0)
+    assert result.interventions.missing == "Not asked for (--interventions 0)."
+    result, _ = run(root, "plain", tmp_path / "out", interventions=3, downstream="output")
+    assert (result.interventions.tested, result.interventions.downstream) == (3, "output")
 
 
 def test_a_wrong_place_downstream_is_refused_before_the_store_is_read(
     turning, tmp_path, monkeypatch
 ):
     root, _, _ = turning
-    monkeypatch.setattr(symmetry, "learn", lambda *_: pytest.fail("read for nothing"))
+    monkeypatch.setattr(symmetry, "estimate_blocks", lambda *_: pytest.fail("read for nothing"))
     with pytest.raises(SiteError, match="no module 'afterr'"):
-        run(root, "plain", tmp_path / "out", "--downstream", "afterr")
+        run(root, "plain", tmp_path / "out", downstream="afterr")
 
 
 def test_a_pose_tied_dictionary_is_told_by_its_atoms(turning, tmp_path):
@@ -347,12 +343,12 @@ def test_a_pose_tied_dictionary_is_told_by_its_atoms(turning, tmp_path):
         made._b_dec.zero_()
     save(made, root / "tied")
     result, text = run(root, "tied", tmp_path / "out")
-    assert result["reads"] == "all poses"
+    assert result.reads == "all poses"
     assert "reads all poses; the linear map reads one" in text
-    assert result["n_features"] == 5
-    assert result["r2_mean"]["dictionary"] == pytest.approx(1, abs=1e-4)
-    assert result["causal"]["tested"] > 0
-    assert result["rows_of_halves"][0] + result["rows_of_halves"][1] == result["rows"]
+    assert result.n_features == 5
+    assert result.r2_mean.dictionary == pytest.approx(1, abs=1e-4)
+    assert result.interventions.tested > 0
+    assert result.rows_of_halves[0] + result.rows_of_halves[1] == result.rows
     table = pq.read_table(tmp_path / "out" / "features.parquet")
     # Kinds 0 to 2 have no symmetry. Of the others the codes of poses are equal, so that only sums
     # of blocks are known: they are told as symmetric.
@@ -361,6 +357,33 @@ def test_a_pose_tied_dictionary_is_told_by_its_atoms(turning, tmp_path):
     other = PoseTied(group=group("C8"), d_in=320, n_latents=40, sparsity=TopK(k=8))
     save(other, tmp_path / "other")
     with pytest.raises(WeightsError, match="was collected with"):
-        symmetry.run(
-            [str(tmp_path / "other"), "--store", str(root / "store"), "--out", str(tmp_path / "x")]
-        )
+        classify(tmp_path / "other", root / "store", tmp_path / "x")
+
+
+def test_an_interrupted_run_continues_to_the_same_files_without_reading_the_store_again(
+    turning, tmp_path, monkeypatch
+):
+    root, _, _ = turning
+    whole, _ = run(root, "plain", tmp_path / "whole")
+    run_trials, done = interchange._run_trials, []
+
+    def interrupted(*args):
+        if len(done) == 5:
+            raise KeyboardInterrupt
+        done.append(run_trials(*args))
+
+    monkeypatch.setattr(pose_interventions, "KEEP_SECONDS", 0.0)
+    with monkeypatch.context() as patch:
+        patch.setattr(interchange, "_run_trials", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run(root, "plain", tmp_path / "out")
+    assert len(list((tmp_path / "out" / "unfinished").iterdir())) == 2
+    monkeypatch.setattr(symmetry, "estimate_blocks", lambda *_, **__: pytest.fail("read again"))
+    again = []
+    monkeypatch.setattr(interchange, "_run_trials", lambda *args: again.append(run_trials(*args)))
+    result, _ = run(root, "plain", tmp_path / "out")
+    assert 0 < len(again) == (28 + 5) * interchange.SAMPLES // interchange.BATCH + 1 - len(done)
+    assert result.interventions == whole.interventions
+    for file in (symmetry.TABLE, symmetry.TENSORS):
+        assert (tmp_path / "out" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
+    assert not (tmp_path / "out" / "unfinished").exists()

@@ -1,13 +1,19 @@
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from safetensors.numpy import load_file, save_file
 
-from mechatlas.app.commands import symmetry as job
+from mechatlas.app.commands import symmetry as symmetry_command
+from mechatlas.app.commands.symmetry import SymmetryConfig
 from mechatlas.app.report.chapters import symmetry
 from mechatlas.app.report.page import assemble
 from mechatlas.app.report.runs import find_runs
+from mechatlas.app.symmetry_folder import COLUMNS, KEYS, execute
 from mechatlas.base import DiskError, no_progress
 from mechatlas.dictionaries.formats import save
 from mechatlas.files import read_json, write_json
@@ -21,8 +27,10 @@ def folder(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("runs")
     posed.write_store(root / "store", images=30)
     save(posed.group_crosscoder(), root / "crosscoder")
-    words = [root / "crosscoder", "--store", root / "store", "--out", root / "<b>symmetry"]
-    job.run([str(word) for word in words])
+    config = SymmetryConfig(
+        dictionary=root / "crosscoder", store=root / "store", out=root / "<b>symmetry"
+    )
+    execute(symmetry_command, config)
     write_json(root / "crosscoder" / "manifest.json", {"kind": "dictionary", "site": "layer"})
     manifest = root / "<b>symmetry" / "manifest.json"
     kept = read_json(manifest)
@@ -78,11 +86,46 @@ def test_the_chapter_is_tied_to_the_dictionary_on_the_page_and_escapes_names(mad
 def test_runs_without_symmetry_have_no_such_chapter_and_damage_is_named(folder, tmp_path):
     (tmp_path / "manifest.json").write_text('{"kind": "dictionary"}')
     assert symmetry.chapter(find_runs(tmp_path), no_progress) is None
-    for name in ("manifest.json", "result.json", job.TABLE):
+    for name in ("manifest.json", "result.json", symmetry_command.TABLE):
         (tmp_path / name).write_bytes((folder / "<b>symmetry" / name).read_bytes())
-    (tmp_path / job.TENSORS).write_text("nothing")
+    (tmp_path / symmetry_command.TENSORS).write_text("nothing")
     with pytest.raises(DiskError, match=r"symmetry\.safetensors cannot be read"):
         symmetry.chapter(find_runs(tmp_path), no_progress)
-    (tmp_path / job.TABLE).write_text("nothing")
+    (tmp_path / symmetry_command.TABLE).write_text("nothing")
     with pytest.raises(DiskError, match=r"features\.parquet cannot be read"):
         symmetry.chapter(find_runs(tmp_path), no_progress)
+
+
+def test_a_run_of_version_0_1_is_drawn_as_before(folder, made, tmp_path):
+    """The same run under the keys, columns and tensors that version 0.1 wrote."""
+    run = folder / "<b>symmetry"
+    old_keys = {new: old for old, new in KEYS.items()}
+    old_names = {new: old for old, new in COLUMNS.items()}
+
+    def back(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {old_keys.get(key, key): back(each) for key, each in value.items()}
+        return [back(each) for each in value] if isinstance(value, list) else value
+
+    result = back(read_json(run / "result.json"))
+    result["causal"] = {"missing": result["causal"]["missing"]}
+    assert {"alike", "chance_likeness"} <= set(result)
+    write_json(tmp_path / "result.json", result)
+    write_json(
+        tmp_path / "manifest.json",
+        {**read_json(run / "manifest.json"), "schema": 1},
+    )
+    table = pq.read_table(run / symmetry_command.TABLE)
+    columns = {old_names.get(name, name): table[name] for name in table.column_names}
+    assert {"stabiliser_elements", "likeness", "swap_alignment"} <= set(columns)
+    pq.write_table(pa.table(columns), tmp_path / symmetry_command.TABLE)
+    tensors = load_file(run / symmetry_command.TENSORS)
+    save_file(
+        {old_names.get(name, name): array for name, array in tensors.items()},
+        tmp_path / symmetry_command.TENSORS,
+    )
+    drawn = symmetry.chapter(find_runs(tmp_path), no_progress)
+    assert drawn is not None
+    assert drawn.figures == made.figures
+    for name, array in made.arrays.items():
+        np.testing.assert_array_equal(drawn.arrays[name], array)

@@ -2,8 +2,10 @@
 
 import pytest
 
-from mechatlas.app.commands import symmetry as job
+from mechatlas.app.commands import symmetry as symmetry_command
+from mechatlas.app.commands.symmetry import SymmetryConfig
 from mechatlas.app.report.page import write_page
+from mechatlas.app.symmetry_folder import execute
 from mechatlas.dictionaries.formats import save
 
 from . import browser, posed
@@ -21,8 +23,10 @@ def tab(tmp_path_factory):
     root = tmp_path_factory.mktemp("symmetry")
     posed.write_store(root / "store", images=30)
     save(posed.group_crosscoder(), root / "crosscoder")
-    words = [root / "crosscoder", "--store", root / "store", "--out", root / "runs" / "symmetry"]
-    job.run([str(word) for word in words])
+    config = SymmetryConfig(
+        dictionary=root / "crosscoder", store=root / "store", out=root / "runs" / "symmetry"
+    )
+    execute(symmetry_command, config)
     page = write_page(root / "runs", root / "atlas.html").as_uri()
     assert PROGRAM is not None
     opened = browser.Browser(PROGRAM, tmp_path_factory.mktemp("profile"))

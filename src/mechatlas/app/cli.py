@@ -193,7 +193,7 @@ def symmetry(words: list[str]) -> Answer:
     """Classify features by what leaves them unchanged."""
     from mechatlas.app.commands import symmetry as job
 
-    return job.run(words)
+    return job.main(words)
 
 
 def branches(words: list[str]) -> Answer:

@@ -1,1 +1,1 @@
-"""Features under a finite group: what leaves them unchanged, and which are one another's poses."""
+"""Symmetries of features under a finite group: stabilizers, families of poses, their tests."""

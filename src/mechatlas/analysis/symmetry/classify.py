@@ -148,7 +148,7 @@ def symmetry(
     acts_by_rotation: bool = True,
     on_progress: Progress = no_progress,
 ) -> Symmetry:
-    """Classify features by their stabilizer, and gather those that are poses of one another.
+    """Classify features by their stabilizer, and gather features that are poses of one another.
 
     Args:
         blocks: Decoder blocks D_g `(n_features, order, d)`, numpy or torch, in the group's order.
@@ -231,7 +231,7 @@ def symmetry(
 def shuffle_pairing(
     blocks: Float[np.ndarray, "feature order d"], group: Group, *, seed: int = 0
 ) -> Float[np.ndarray, "feature order d"]:
-    """Permute the features of each element but e, so that blocks no longer belong together.
+    """Permute the features of each element but e, which breaks the pairing of their blocks.
 
     Two halves are permuted equally with one seed. Shuffled features have symmetries only by chance.
 

@@ -1,4 +1,4 @@
-"""Interchange interventions: does the network use a feature in another pose as its blocks say?
+"""Interchange interventions that test how the network uses a feature in another pose.
 
     draw_trials        codes of held-out rows -> features, places and elements to test
     intervene_on_poses put the activation of I where the network sees hI, change the pose of one
@@ -388,7 +388,7 @@ def _draw_partners(
     n_nulls: int,
     seed: int,
 ) -> dict[int, Int[np.ndarray, " null"]]:
-    """Draw for each feature others that are, if possible, changed by all that changes it."""
+    """Draw null features for each feature, changed by the same elements if possible."""
     fixed = np.zeros((len(stabilizers), order), bool)
     for row, stabilizer in zip(fixed, stabilizers, strict=True):
         row[list(stabilizer)] = True
@@ -506,7 +506,7 @@ def _summarize(trials: Trials, measures: TrialMeasures) -> InterchangeEffects:
 def interchange_p_values(
     alignment: Float[np.ndarray, " tested"], null: Float[np.ndarray, "tested null"]
 ) -> Float[np.ndarray, " tested"]:
-    """Rank alignments among those of all nulls, each less the mean of its row.
+    """Compute p-values of alignments from their ranks among null alignments, less row means.
 
     The alignment itself counts as one of the null values, so that no p-value is smaller than
     1 / (1 + n) with n null values (Phipson and Smyth, 2010).

@@ -15,12 +15,13 @@ from mechatlas.analysis.interaction.analysis import InteractionConfig
 from mechatlas.app import group_nets
 from mechatlas.app.commands import basis as interact
 from mechatlas.app.commands import prove as proving
+from mechatlas.app.commands import symmetry as symmetry_command
 from mechatlas.app.commands import train as jobs
 from mechatlas.app.commands.branches import BranchesConfig, specialise
 from mechatlas.app.commands.circuit import CircuitConfig, circuit
 from mechatlas.app.commands.match import MatchConfig, match_dictionaries
-from mechatlas.app.commands.symmetry import SymmetryConfig, find_symmetry
 from mechatlas.app.recipes import BasisConfig, CollectConfig, TrainConfig
+from mechatlas.app.symmetry_folder import execute
 from mechatlas.dictionaries.sparsity import TopK
 from mechatlas.files import write_json
 
@@ -112,9 +113,10 @@ def _look_inside(collect: CollectConfig, out: Path) -> dict[str, Any]:
         out=out / "posed",
     )
     stages["posed"] = jobs.collect(posed)
-    stages["symmetry"] = find_symmetry(
-        SymmetryConfig(dictionary=out / FEW, store=posed.out, out=out / "symmetry", interventions=0)
+    config = symmetry_command.SymmetryConfig(
+        dictionary=out / FEW, store=posed.out, out=out / "symmetry", interventions=0
     )
+    stages["symmetry"] = dataclasses.asdict(execute(symmetry_command, config))
     return stages
 
 

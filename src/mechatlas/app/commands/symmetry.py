@@ -1,13 +1,11 @@
-"""`mechatlas symmetry`: a dictionary and a store of posed activations -> classes and families.
+"""Stabilizer of each feature, and families of features that are poses of one another.
 
-The folder has `result.json`, `features.parquet` (a row for each feature), `symmetry.safetensors`
-(stabilizer functions, spectra and the untransformed blocks, which the page draws), and
-`manifest.json`.
+Example:  mechatlas symmetry runs/crosscoder --store runs/posed --out runs/symmetry
 """
 
 import dataclasses
-import time
-from collections import Counter
+import math
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,27 +14,52 @@ import pyarrow.parquet as pq
 import tyro
 from tyro.conf import Positional, arg
 
-from mechatlas.analysis.symmetry.class_names import NOT_RELIABLE
-from mechatlas.analysis.symmetry.classify import FDR, Symmetry, count_shuffled_discoveries, symmetry
-from mechatlas.analysis.symmetry.control_comparison import compare_with_control
+from mechatlas.activations.store import Store
+from mechatlas.analysis.symmetry.class_names import NOT_RELIABLE, name_classes
+from mechatlas.analysis.symmetry.classify import (
+    FDR,
+    Symmetry,
+    count_shuffled_discoveries,
+    symmetry,
+)
+from mechatlas.analysis.symmetry.control_comparison import ClassComparison, compare_with_control
+from mechatlas.analysis.symmetry.posed_dictionary import (
+    BlockEstimates,
+    PosedDictionary,
+    estimate_blocks,
+    measure_r2,
+    pair_with_store,
+    reconstruct,
+)
 from mechatlas.analysis.symmetry.shift_evidence import EQUALITY_THRESHOLD, SUPPORT_THRESHOLD
-from mechatlas.app import swapping
-from mechatlas.app.posed import Learnt, Posed, learn, manifest_of, measure, open_posed, said_of
+from mechatlas.app import pose_interventions
+from mechatlas.app.pose_interventions import InterventionsResult, rounded
 from mechatlas.app.progress import bar
-from mechatlas.app.run_folder import finish, refuse_strangers, write_table, write_tensors
+from mechatlas.app.symmetry_folder import (
+    MANIFEST,
+    RESULT,
+    SYMMETRY,
+    CommandResult,
+    RunConfig,
+    RunFolder,
+    execute,
+    manifest_of,
+    open_dictionary,
+)
 from mechatlas.base import RecipeError
-from mechatlas.files import checksum, read_json, write_json
+from mechatlas.files import checksum, read_json
 from mechatlas.maths.actions import Rotate
 from mechatlas.maths.groups import Group
 
-KIND = "symmetry"
-TENSORS = "symmetry.safetensors"
-TABLE = "features.parquet"
+KIND = SYMMETRY
+TABLE, TENSORS = "features.parquet", "symmetry.safetensors"
+KEPT = "blocks"
+ALL_POSES, UNTRANSFORMED = "all poses", "the untransformed input"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SymmetryConfig:
-    """Classify the features of a dictionary by what leaves them unchanged.
+class SymmetryConfig(RunConfig):
+    """Classify the features of a dictionary by the group elements that leave them unchanged.
 
     Examples:  mechatlas symmetry runs/crosscoder --store runs/posed --out runs/symmetry
                mechatlas symmetry sae.safetensors --store runs/posed --site mixed3b --out runs/sym
@@ -46,79 +69,255 @@ class SymmetryConfig:
     """A group crosscoder, or any dictionary that reads the untransformed activations, in any
     supported format."""
     store: Path
-    """Store collected with a [group], which has the activations of every input in all poses."""
-    out: Path
-    """Folder for the result."""
+    """Store collected with a [group]: the activations of every input in all poses."""
     site: str | None = None
-    """Site of the store; by default the one that the dictionary was trained on."""
+    """Site of the store, where the dictionary does not say which one it reads."""
     fdr: float = FDR
-    """False discovery rate of the claim that something leaves a feature unchanged."""
+    """False discovery rate of the claim that a stabilizer is larger than {e}."""
     equality_threshold: float = EQUALITY_THRESHOLD
-    """How alike two blocks must be to count as equal: cosine, corrected for noise."""
+    """Similarity (cosine, corrected for noise) at which two blocks count as equal."""
     interventions: int = 40
-    """Features whose pose is swapped inside the network, if its recipe can still be followed."""
+    """Number of features whose pose is changed inside the network, if it can be opened again."""
     downstream: str | None = None
-    """Site where answers to swaps are compared, or "output" for the network's; by default the next
-    module after the site that has the same parent."""
+    """Site where answers to interventions are compared, or "output" for the network's; by default
+    the next module after the site that has the same parent."""
     control: Path | None = None
-    """Result of this command for the same site of the network with weights drawn anew: says of
-    which classes there are more or fewer here."""
+    """Result folder of this command for a randomly re-initialized copy of the network; class
+    frequencies are compared with it."""
     seed: int = 0
-    """Seed of the nulls, and of the features that are swapped."""
+    """Seed of the nulls, and of the features drawn for interventions."""
 
 
-def run(words: list[str]) -> tuple[dict[str, Any], str]:
-    """Classify, from the words of the command line."""
-    result = find_symmetry(tyro.cli(SymmetryConfig, args=words, prog="mechatlas symmetry"))
-    return result, in_words(result)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GroupDescription:
+    """Group of the store, and how it acts on inputs."""
+
+    name: str
+    order: int
+    action: str
+    closes: bool = True
+    """Whether the steps of the action return to the start, so that the group acts at all."""
 
 
-def in_words(result: dict[str, Any]) -> str:
-    """What was found."""
-    counts = ", ".join(f"{n} {name}" for name, n in result["classes"].items())
-    ceiling = result["noise_ceiling"]
-    told = "not known" if ceiling is None else f"{ceiling:.2f}"
-    r2 = {way: "unknown" if v is None else f"{v:.3f}" for way, v in result["r2_mean"].items()}
-    return "\n".join([
-        f"{result['n_features']} features under {result['group']['name']}: {counts}.",
-        f"{result['discoveries']} have a symmetry at a false discovery rate of {result['fdr']:.0%} "
-        f"({result['discoveries_shuffled']} with shuffled pairing); median noise ceiling {told}.",
-        f"{result['families']} families of two or more hold {result['features_in_families']}.",
-        f"R2 of other poses, held out: dictionary {r2['dictionary']}, linear map {r2['linear']}, "
-        f"the activation itself {r2['invariant']}, shuffled pairing {r2['shuffled']}.",
-        *([READS_ALL] if result["reads"] == "all poses" else []),
-        *([] if result["group"]["closes"] else [NO_GROUP.format(**result["group"])]),
-        *([_blurred_in_words(**result["interpolation"])] if result["interpolation"] else []),
-        *([control_in_words(result["control"])] if result["control"] else []),
-        swapping.in_words(result["causal"]),
-        f"Result: {result['out']}",
-    ])  # fmt: skip
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Interpolation:
+    """Mean stabilizer function after rotations that interpolate pixels and that move them."""
+
+    matched_blur: bool
+    """Whether every pose is equally blurred."""
+    quarters: float | None
+    """Mean over rotations that move pixels, other than e."""
+    between: float
+    """Mean over rotations that interpolate."""
 
 
-def _blurred_in_words(*, matched_blur: bool, quarters: float | None, between: float) -> str:
-    """What to think of turns that interpolate."""
-    beside = "" if quarters is None else f", after quarter-turns to {quarters:.3f}"
-    return f"After turns that interpolate features are alike to {between:.3f}{beside}; " + (
-        "all poses are as blurred." if matched_blur else "the control is `matched_blur`."
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PoseR2ByPredictor:
+    """R2 of each pose on held-out rows; null where nothing varies."""
+
+    dictionary: list[float | None]
+    linear: list[float | None]
+    invariant: list[float | None]
+    shuffled: list[float | None]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeanR2ByPredictor:
+    """Mean R2 over the poses other than e."""
+
+    dictionary: float | None
+    linear: float | None
+    invariant: float | None
+    shuffled: float | None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ControlResult:
+    """Class frequencies compared with those of a control."""
+
+    folder: str
+    reliable: tuple[int, int] | None = None
+    """Number of reliable features here and in the control."""
+    classes: list[ClassComparison]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SymmetryResult(CommandResult):
+    """Counts of classes and families, with their evidence."""
+
+    n_features: int
+    classes: dict[str, int]
+    """Number of features by class of the stabilizer."""
+    fdr: float
+    """Nominal false discovery rate."""
+    equality_threshold: float | None = None
+    """Similarity at which blocks count as equal."""
+    discoveries: int
+    """Number of features with a stabilizer larger than {e}."""
+    discoveries_shuffled: int
+    """Number of such features after shuffling the pairing of blocks; expect 0."""
+    reliable: int
+    """Number of reliable features."""
+    noise_ceiling: float | None
+    """Median over features of the cosine between the two halves."""
+    noise_ceiling_quartiles: list[float | None]
+    noise_inflation: float
+    """Factor applied to variances for correlated noise."""
+    families: int
+    """Number of families of two or more features."""
+    features_in_families: int
+    largest_family: int
+    chance_similarity: float
+    """Similarity of unrelated features."""
+    agreement: float | None
+    """Median cosine of decoder blocks with blocks estimated from codes, corrected for noise."""
+    group: GroupDescription
+    interpolation: Interpolation | None = None
+    """Effect of interpolation; null where no rotation interpolates."""
+    site: str
+    blocks: str
+    """Source of the blocks: the decoder, or an estimate from codes."""
+    reads: str = UNTRANSFORMED
+    """Input of the dictionary: all poses, or the untransformed input."""
+    rows: int
+    rows_of_halves: list[int]
+    held_out_rows: int
+    r2: PoseR2ByPredictor
+    r2_mean: MeanR2ByPredictor
+    interventions: InterventionsResult = dataclasses.field(
+        default_factory=lambda: InterventionsResult(missing="The run is older than interventions.")
+    )
+    control: ControlResult | None = None
+
+
+def main(words: list[str]) -> tuple[dict[str, Any], str]:
+    """Classify the features of a dictionary, from the words of the command line."""
+    config = tyro.cli(SymmetryConfig, args=words, prog="mechatlas symmetry")
+    result: SymmetryResult = execute(sys.modules[__name__], config)
+    return dataclasses.asdict(result), in_words(result)
+
+
+def run(config: SymmetryConfig, folder: RunFolder) -> SymmetryResult:
+    """Classify the features of a dictionary.
+
+    Raises:
+        DiskError: The folder cannot be written.
+        InputError: All samples are cut from images of one half.
+        RecipeError: A number is out of range, the control is none, or it is not clear which site
+            the dictionary reads.
+        SiteError: There is no such site downstream.
+        StoreError: The store has no group, is damaged, or does not fit the dictionary.
+        WeightsError: The dictionary cannot be read, or is one for another group.
+    """
+    _check(config)
+    opened, store = open_dictionary(config.dictionary, site=config.site), Store(config.store)
+    posed = pair_with_store(
+        opened.dictionary, store, opened.site_in(store), name=str(config.dictionary),
+        trained_for=opened.manifest.get("group"),
+    )  # fmt: skip
+    _describe(folder, config, posed, store, opened.checksum)
+    control_names = _read_control(config.control, posed) if config.control else None
+    network = pose_interventions.open_posed_network(
+        store, posed.site, config.downstream, wanted=config.interventions > 0
+    )
+    estimates = _estimate(posed, folder, config.seed)
+    with bar("comparing features") as progress:
+        symmetries = symmetry(
+            estimates.blocks, posed.group, estimates.halves, fdr=config.fdr,
+            equality_threshold=config.equality_threshold, seed=config.seed,
+            acts_by_rotation=posed.action == Rotate.name, on_progress=progress,
+        )  # fmt: skip
+    n_shuffled = count_shuffled_discoveries(
+        estimates.halves, posed.group, fdr=config.fdr,
+        equality_threshold=config.equality_threshold, seed=config.seed,
+    )  # fmt: skip
+    r2, held_out, n_held_out = measure_r2(posed, estimates)
+    tested = pose_interventions.run_interventions(
+        network, held_out, symmetries, estimates.blocks,
+        lambda codes: reconstruct(posed, estimates, codes), folder,
+        n_features=config.interventions, seed=config.seed,
+    )  # fmt: skip
+    _write(folder, symmetries, estimates, tested.columns)
+    by_pose = {name: [rounded(v) for v in values] for name, values in r2.items()}
+    description = store.manifest["group"]
+    return SymmetryResult(
+        **_counts(symmetries),
+        discoveries_shuffled=n_shuffled,
+        agreement=_agreement(estimates, symmetries),
+        group=_group_description(posed, description),
+        interpolation=_interpolation(posed, description, symmetries),
+        site=posed.site,
+        blocks="estimated from codes" if posed.decoder_blocks is None else "decoder",
+        reads=ALL_POSES if posed.pose_tied else UNTRANSFORMED,
+        rows=int(estimates.rows.sum()),
+        rows_of_halves=estimates.rows.tolist(),
+        held_out_rows=n_held_out,
+        r2=PoseR2ByPredictor(**by_pose),
+        r2_mean=MeanR2ByPredictor(
+            **{name: _mean_of_others(values, posed.group) for name, values in by_pose.items()}
+        ),
+        interventions=tested.result,
+        control=_compare(config.control, symmetries, control_names),
     )
 
 
-def control_in_words(control: dict[str, Any]) -> str:
-    """Of which classes there are more or fewer than in the control."""
-    here, there = control["reliable"]
-    told = "; ".join(
-        "{name} {share:.1%} and {share_control:.1%} (q {q_value:.2g})".format(**each)
-        for each in control["classes"]
-        if each["q_value"] <= FDR
-    )
-    return (
-        f"Reliable features here ({here}) and in the control ({there}): "
-        f"{told or 'no class differs'}."
+def _check(config: SymmetryConfig) -> None:
+    """Check the ranges of the numbers.
+
+    Raises:
+        RecipeError: A number is out of range.
+    """
+    if not 0 < config.fdr < 1:
+        raise RecipeError(f"--fdr must lie between 0 and 1, got {config.fdr}.")
+    if not SUPPORT_THRESHOLD < config.equality_threshold <= 1:
+        raise RecipeError(
+            f"--equality-threshold must be above {SUPPORT_THRESHOLD:.4f} and at most 1, got "
+            f"{config.equality_threshold}."
+        )
+    if config.interventions < 0:
+        raise RecipeError(f"--interventions must be at least 0, got {config.interventions}.")
+
+
+def _describe(
+    folder: RunFolder, config: SymmetryConfig, posed: PosedDictionary, store: Store, digest: str
+) -> None:
+    """Note the inputs and the group in the manifest."""
+    group = posed.group
+    folder.parent("dictionary", digest)
+    folder.parent("store", checksum((store.root / MANIFEST).read_bytes()))
+    folder.facts(
+        dictionary=str(config.dictionary.resolve()),
+        store=str(config.store.resolve()),
+        site=posed.site,
+        group={
+            "name": group.name,
+            "table": group.table.tolist(),
+            "elements": list(group.element_names),
+            "action": posed.action,
+            "classes": list(name_classes(group, acts_by_rotation=posed.action == Rotate.name)),
+        },
     )
 
 
-def _control_of(folder: Path, posed: Posed) -> list[str]:
-    """The class of each feature of a control.
+def _estimate(posed: PosedDictionary, folder: RunFolder, seed: int) -> BlockEstimates:
+    """Estimate blocks, or continue with the blocks that an interrupted run has kept.
+
+    Raises:
+        DiskError: The folder cannot be written.
+        InputError: A half has no rows.
+        StoreError: A shard is damaged.
+    """
+    kept = folder.kept(KEPT)
+    if kept is not None:
+        return BlockEstimates.from_arrays(kept)
+    with bar("reading posed activations") as progress:
+        estimates = estimate_blocks(posed, seed=seed, on_progress=progress)
+    folder.keep(KEPT, estimates.arrays())
+    return estimates
+
+
+def _read_control(folder: Path, posed: PosedDictionary) -> list[str]:
+    """Read the class of each feature of a control.
 
     Raises:
         RecipeError: The folder is no result of this command, or one for another site or group.
@@ -126,14 +325,136 @@ def _control_of(folder: Path, posed: Posed) -> list[str]:
     manifest = manifest_of(folder)
     if manifest.get("kind") != KIND or not (folder / TABLE).is_file():
         raise RecipeError(f"--control {folder} is no result of `mechatlas symmetry`.")
-    its, site = manifest["group"], read_json(folder / "result.json")["site"]
-    found = (its["table"], its["action"], site)
-    if found != (posed.group.table.tolist(), posed.action, posed.site):
+    group, site = manifest["group"], read_json(folder / RESULT)["site"]
+    if (group["table"], group["action"], site) != (
+        posed.group.table.tolist(), posed.action, posed.site
+    ):  # fmt: skip
         raise RecipeError(
-            f"--control {folder} is one for {site} under {its['name']} ({its['action']}), but this "
-            f"is {posed.site} under {posed.group.name} ({posed.action})."
+            f"--control {folder} is one for {site} under {group['name']} ({group['action']}), but "
+            f"this is {posed.site} under {posed.group.name} ({posed.action})."
         )
     return pq.read_table(folder / TABLE)["class"].to_pylist()
+
+
+def _compare(
+    folder: Path | None, symmetries: Symmetry, control_names: list[str] | None
+) -> ControlResult | None:
+    if control_names is None:
+        return None
+    here, there = (
+        len(names) - names.count(NOT_RELIABLE) for names in (symmetries.names, control_names)
+    )
+    return ControlResult(
+        folder=str(folder),
+        reliable=(here, there),
+        classes=compare_with_control(symmetries.names, control_names, symmetries.class_names),
+    )
+
+
+def _mean_of_others(values: list[float | None], group: Group) -> float | None:
+    """Average over the elements other than e."""
+    kept = [v for g, v in enumerate(values) if g != group.identity and v is not None]
+    return rounded(np.mean(kept)) if kept else None
+
+
+def _agreement(estimates: BlockEstimates, symmetries: Symmetry) -> float | None:
+    """Median cosine of decoder blocks with blocks estimated from codes, corrected for noise."""
+    blocks, mean = estimates.blocks, estimates.halves.mean(axis=0)
+    lengths = np.sqrt(np.einsum("igk,igk->i", mean, mean) * np.einsum("igk,igk->i", blocks, blocks))
+    kept = symmetries.reliable & (lengths > 0)
+    if not kept.any():
+        return None
+    cosine = np.einsum("igk,igk->i", mean, blocks)[kept] / lengths[kept]
+    return float(np.median(cosine / np.sqrt(np.maximum(symmetries.reliability[kept], 1e-6))))
+
+
+def _counts(symmetries: Symmetry) -> dict[str, Any]:
+    """Fields of the result that count classes and families."""
+    sizes = symmetries.family_sizes
+    ceilings = symmetries.noise_ceiling[~np.isnan(symmetries.noise_ceiling)]
+    quartiles = np.quantile(ceilings, [0.25, 0.5, 0.75]).tolist() if len(ceilings) else [None] * 3
+    return {
+        "n_features": len(symmetries.stabilizers),
+        "classes": symmetries.class_counts,
+        "fdr": symmetries.fdr,
+        "equality_threshold": symmetries.equality_threshold,
+        "discoveries": symmetries.n_discoveries,
+        "reliable": int(symmetries.reliable.sum()),
+        "noise_ceiling": quartiles[1],
+        "noise_ceiling_quartiles": [quartiles[0], quartiles[2]],
+        "noise_inflation": symmetries.variance_inflation,
+        "families": int((sizes > 1).sum()),
+        "features_in_families": int(sizes[sizes > 1].sum()),
+        "largest_family": int(sizes.max(initial=0)),
+        "chance_similarity": symmetries.chance_similarity,
+    }
+
+
+def _group_description(posed: PosedDictionary, description: dict[str, Any]) -> GroupDescription:
+    return GroupDescription(
+        name=posed.group.name,
+        order=posed.group.order,
+        action=posed.action,
+        closes=bool(description.get("closes", True)),
+    )
+
+
+def _interpolation(
+    posed: PosedDictionary, description: dict[str, Any], symmetries: Symmetry
+) -> Interpolation | None:
+    exact = np.array(description.get("exact", [True]))
+    if exact.all() or posed.action != Rotate.name:
+        return None
+    s = symmetries.stabilizer_function.mean(axis=0).round(6)
+    others = exact & (np.arange(posed.group.order) != posed.group.identity)
+    return Interpolation(
+        matched_blur=bool(description["matched_blur"]),
+        quarters=float(s[others].mean()) if others.any() else None,
+        between=float(s[~exact].mean()),
+    )
+
+
+def _write(
+    folder: RunFolder,
+    symmetries: Symmetry,
+    estimates: BlockEstimates,
+    interventions: dict[str, np.ndarray],
+) -> None:
+    """Write the table of features and the tensors that the page draws."""
+    names = symmetries.group.element_names
+    sizes = symmetries.family_sizes
+    folder.table(
+        TABLE,
+        {
+            "feature": np.arange(len(symmetries.stabilizers), dtype=np.int32),
+            "stabilizer": [symmetries.class_names[c] for c in symmetries.classes],
+            "stabilizer_order": np.array([len(each) for each in symmetries.stabilizers], np.int32),
+            "stabilizer_elements": [sorted(each) for each in symmetries.stabilizers],
+            "class": symmetries.names,
+            "family": symmetries.families.astype(np.int32),
+            "family_size": sizes[symmetries.families].astype(np.int32),
+            "reference": symmetries.references.astype(np.int32),
+            "pose": symmetries.poses.astype(np.int32),
+            "pose_name": [names[pose] for pose in symmetries.poses],
+            "similarity": symmetries.similarity_to_reference,
+            "p_value": symmetries.p_values,
+            "q_value": symmetries.q_values,
+            "reliable": symmetries.reliable,
+            "noise_ceiling": symmetries.noise_ceiling,
+            "reliability": symmetries.reliability,
+            "rows_active": estimates.active,
+            **interventions,
+        },
+    )
+    folder.tensors(
+        TENSORS,
+        {
+            "stabilizer_function": symmetries.stabilizer_function.astype(np.float32),
+            "standard_errors": np.minimum(symmetries.standard_errors, 1e6).astype(np.float32),
+            "spectrum": symmetries.spectrum.astype(np.float32),
+            "atoms": estimates.blocks[:, symmetries.group.identity].astype(np.float32),
+        },
+    )
 
 
 READS_ALL = "The dictionary is pose-tied and reads all poses; the linear map reads one."
@@ -143,205 +464,49 @@ NO_GROUP = (
 )
 
 
-def find_symmetry(recipe: SymmetryConfig) -> dict[str, Any]:
-    """Classify the features of a dictionary.
+def in_words(result: SymmetryResult) -> str:
+    """Describe the classes and families with their evidence."""
+    counts = ", ".join(f"{n} {name}" for name, n in result.classes.items())
+    ceiling = "not known" if result.noise_ceiling is None else f"{result.noise_ceiling:.2f}"
+    r2 = {
+        name: "unknown" if value is None else f"{value:.3f}"
+        for name, value in vars(result.r2_mean).items()
+    }
+    group = result.group
+    lines = [
+        f"{result.n_features} features under {group.name}: {counts}.",
+        f"{result.discoveries} have a symmetry at a false discovery rate of {result.fdr:.0%} "
+        f"({result.discoveries_shuffled} with shuffled pairing); median noise ceiling {ceiling}.",
+        f"{result.families} families of two or more hold {result.features_in_families}.",
+        f"R2 of other poses, held out: dictionary {r2['dictionary']}, linear map {r2['linear']}, "
+        f"the activation itself {r2['invariant']}, shuffled pairing {r2['shuffled']}.",
+        READS_ALL if result.reads == ALL_POSES else "",
+        "" if group.closes else NO_GROUP.format(action=group.action, name=group.name),
+        _interpolation_in_words(result.interpolation) if result.interpolation else "",
+        control_in_words(result.control) if result.control else "",
+        pose_interventions.in_words(result.interventions),
+        f"Result: {result.out}",
+    ]
+    return "\n".join(line for line in lines if line)
 
-    Raises:
-        DiskError: `out` holds something else, or cannot be written.
-        InputError: All samples are cut from images of one half.
-        RecipeError: A choice is out of range, the control is none, or no site was named and there
-            are several.
-        SiteError: There is no such site downstream.
-        StoreError: The store has no group, is damaged, or does not fit the dictionary.
-        WeightsError: The dictionary cannot be read, or is one for another group.
-    """
-    clock = time.process_time()
-    if not 0 < recipe.fdr < 1:
-        raise RecipeError(f"--fdr must lie between 0 and 1, got {recipe.fdr}.")
-    if not SUPPORT_THRESHOLD < recipe.equality_threshold <= 1:
-        raise RecipeError(
-            f"--equality-threshold must be above {SUPPORT_THRESHOLD:.4f} and at most 1, "
-            f"got {recipe.equality_threshold}."
-        )
-    if recipe.interventions < 0:
-        raise RecipeError(f"--interventions must be at least 0, got {recipe.interventions}.")
-    refuse_strangers(recipe.out, KIND)
-    posed = open_posed(recipe.dictionary, recipe.store, recipe.site)
-    control_names = _control_of(recipe.control, posed) if recipe.control else None
-    bench = swapping.prepare(
-        posed.rows.store, posed.site, recipe.downstream, wanted=recipe.interventions > 0
+
+def _interpolation_in_words(effect: Interpolation) -> str:
+    exact = "" if effect.quarters is None else f", after quarter-turns {effect.quarters:.3f}"
+    return (
+        f"Mean stabilizer function after turns that interpolate {effect.between:.3f}{exact}; "
+        + ("all poses are as blurred." if effect.matched_blur else "the control is `matched_blur`.")
     )
-    learnt = learn(posed, recipe.seed)
-    with bar("comparing features") as progress:
-        found = symmetry(
-            learnt.blocks, posed.group, learnt.halves, fdr=recipe.fdr,
-            equality_threshold=recipe.equality_threshold,
-            seed=recipe.seed, acts_by_rotation=posed.action == Rotate.name, on_progress=progress,
-        )  # fmt: skip
-    shuffled = count_shuffled_discoveries(
-        learnt.halves,
-        posed.group,
-        fdr=recipe.fdr,
-        equality_threshold=recipe.equality_threshold,
-        seed=recipe.seed,
+
+
+def control_in_words(control: ControlResult) -> str:
+    """Describe the classes whose frequency differs from that in the control."""
+    differing = [each for each in control.classes if each.q_value <= FDR]
+    listed = "; ".join(
+        f"{each.name} {each.share:.1%} and {each.share_control:.1%} (q {each.q_value:.2g})"
+        for each in differing
     )
-    r2, held, n_held = measure(posed, learnt)
-    causal, swapped = swapping.check(
-        bench, held, found, learnt.blocks, lambda codes: said_of(posed, learnt, codes),
-        n_features=recipe.interventions, seed=recipe.seed,
-    )  # fmt: skip
-    result = {
-        **_summary(found),
-        "discoveries_shuffled": shuffled,
-        "agreement": _agreement(learnt, found),
-        "group": _described(posed),
-        "interpolation": _interpolation(posed, found),
-        "site": posed.site,
-        "blocks": "estimated from codes" if posed.own_blocks is None else "decoder",
-        "reads": "all poses" if posed.tied else "the untransformed input",
-        "rows": int(learnt.rows.sum()),
-        "rows_of_halves": learnt.rows.tolist(),
-        "held_out_rows": n_held,
-        "r2": r2,
-        "r2_mean": {way: _mean_of_others(values, posed.group) for way, values in r2.items()},
-        "causal": causal,
-        "control": None
-        if control_names is None
-        else {
-            "folder": str(recipe.control),
-            "reliable": [
-                len(names) - names.count(NOT_RELIABLE) for names in (found.names, control_names)
-            ],
-            "classes": [
-                dataclasses.asdict(each)
-                for each in compare_with_control(found.names, control_names, found.class_names)
-            ],
-        },
-    }
-    _write(recipe, posed, found, learnt, swapped)
-    return finish(recipe.out, recipe, result, clock)
-
-
-def _mean_of_others(values: list[float | None], group: Group) -> float | None:
-    """Mean over the elements that do something."""
-    kept = [v for g, v in enumerate(values) if g != group.identity and v is not None]
-    return round(float(np.mean(kept)), 6) if kept else None
-
-
-def _agreement(learnt: Learnt, found: Symmetry) -> float | None:
-    """Median cosine of decoder blocks with those estimated from codes, corrected for noise."""
-    blocks, mean = learnt.blocks, learnt.halves.mean(axis=0)
-    lengths = np.sqrt(np.einsum("igk,igk->i", mean, mean) * np.einsum("igk,igk->i", blocks, blocks))
-    kept = found.reliable & (lengths > 0)
-    if not kept.any():
-        return None
-    cosine = np.einsum("igk,igk->i", mean, blocks)[kept] / lengths[kept]
-    return float(np.median(cosine / np.sqrt(np.maximum(found.reliability[kept], 1e-6))))
-
-
-def _summary(found: Symmetry) -> dict[str, Any]:
-    counts = Counter(found.names)
-    sizes = np.bincount(found.families)
-    ceilings = found.noise_ceiling[~np.isnan(found.noise_ceiling)]
-    quartiles = np.quantile(ceilings, [0.25, 0.5, 0.75]).tolist() if len(ceilings) else [None] * 3
-    order = [*found.class_names, NOT_RELIABLE]
-    return {
-        "n_features": len(found.stabilizers),
-        "classes": {name: counts[name] for name in order if counts[name]},
-        "fdr": found.fdr,
-        "equality_threshold": found.equality_threshold,
-        "discoveries": found.n_discoveries,
-        "reliable": int(found.reliable.sum()),
-        "noise_ceiling": quartiles[1],
-        "noise_ceiling_quartiles": [quartiles[0], quartiles[2]],
-        "noise_inflation": found.variance_inflation,
-        "families": int((sizes > 1).sum()),
-        "features_in_families": int(sizes[sizes > 1].sum()),
-        "largest_family": int(sizes.max(initial=0)),
-        "chance_likeness": found.chance_similarity,
-    }
-
-
-def _described(posed: Posed) -> dict[str, Any]:
-    return {
-        "name": posed.group.name,
-        "order": posed.group.order,
-        "action": posed.action,
-        "closes": bool(posed.described.get("closes", True)),
-    }
-
-
-def _interpolation(posed: Posed, found: Symmetry) -> dict[str, Any] | None:
-    """How alike features are after turns that compute pixels, and after those that move them."""
-    quarters = np.array(posed.described.get("exact", [True]))
-    if quarters.all() or posed.action != Rotate.name:
-        return None
-    s = found.stabilizer_function.mean(axis=0).round(6)
-    others = quarters & (np.arange(posed.group.order) != posed.group.identity)
-    return {
-        "matched_blur": bool(posed.described["matched_blur"]),
-        "quarters": float(s[others].mean()) if others.any() else None,
-        "between": float(s[~quarters].mean()),
-    }
-
-
-def _write(
-    recipe: SymmetryConfig,
-    posed: Posed,
-    found: Symmetry,
-    learnt: Learnt,
-    swapped: dict[str, np.ndarray],
-) -> None:
-    group = posed.group
-    table = write_table(recipe.out / TABLE, {**_columns(found, learnt.active), **swapped})
-    tensors = write_tensors(
-        recipe.out / TENSORS,
-        {
-            "stabilizer_function": found.stabilizer_function.astype(np.float32),
-            "errors": np.minimum(found.standard_errors, 1e6).astype(np.float32),
-            "spectrum": found.spectrum.astype(np.float32),
-            "atoms": learnt.blocks[:, group.identity].astype(np.float32),
-        },
+    here, there = control.reliable or (math.nan, math.nan)
+    return (
+        f"Reliable features here ({here}) and in the control ({there}): "
+        f"{listed or 'no class differs'}."
     )
-    manifest = {
-        "schema": 1,
-        "kind": KIND,
-        "dictionary": str(recipe.dictionary.resolve()),
-        "store": str(recipe.store.resolve()),
-        "parents": {"store": checksum((recipe.store / "manifest.json").read_bytes())},
-        "group": {
-            "name": group.name,
-            "table": group.table.tolist(),
-            "elements": list(group.element_names),
-            "action": posed.action,
-            "classes": list(found.class_names),
-        },
-        "files": {TABLE: checksum(table), TENSORS: checksum(tensors)},
-    }
-    write_json(recipe.out / "manifest.json", manifest)
-
-
-def _columns(found: Symmetry, active: np.ndarray) -> dict[str, np.ndarray | list[Any]]:
-    names = found.group.element_names
-    orders = [len(each) for each in found.stabilizers]
-    return {
-        "feature": np.arange(len(orders), dtype=np.int32),
-        "stabilizer": [found.class_names[c] for c in found.classes],
-        "stabilizer_order": np.array(orders, np.int32),
-        "stabiliser": [found.class_names[c] for c in found.classes],
-        "stabiliser_order": np.array(orders, np.int32),
-        "stabilizer_elements": [sorted(each) for each in found.stabilizers],
-        "class": found.names,
-        "family": found.families.astype(np.int32),
-        "family_size": np.bincount(found.families)[found.families].astype(np.int32),
-        "reference": found.references.astype(np.int32),
-        "pose": found.poses.astype(np.int32),
-        "pose_name": [names[pose] for pose in found.poses],
-        "likeness": found.similarity_to_reference,
-        "p_value": found.p_values,
-        "q_value": found.q_values,
-        "reliable": found.reliable,
-        "noise_ceiling": found.noise_ceiling,
-        "reliability": found.reliability,
-        "rows_active": active,
-    }

@@ -1,4 +1,4 @@
-// Stabiliser functions as small polar plots, features of a class, and a wheel for each family.
+// Stabilizer functions as small polar plots, features of a class, and a wheel for each family.
 "use strict";
 
 (() => {
@@ -13,9 +13,9 @@
     return element;
   };
 
-  // Where an element stands: turns on one ring, all others on another.
+  // Place of each element: rotations on one ring, all others on another.
   function places(f) {
-    const turning = f.turns.length ? f.turns : f.elements.map((_, g) => g);
+    const turning = f.rotations.length ? f.rotations : f.elements.map((_, g) => g);
     const turn = new Set(turning);
     const others = f.elements.map((_, g) => g).filter((g) => !turn.has(g));
     const place = [];
@@ -25,8 +25,8 @@
     return { place, turning, others };
   }
 
-  // The stabiliser function of a feature, around a centre.
-  function polar(f, s, i, radius, cx, cy, colour) {
+  // Polar plot of the stabilizer function of a feature.
+  function polar(f, s, i, radius, cx, cy, color) {
     const { place, turning, others } = places(f);
     const n = f.elements.length;
     const at = (g) => {
@@ -36,8 +36,8 @@
     const title = f.elements.map((name, g) => `${name}: ${number(s[i * n + g])}`).join("\n");
     const group = svg("g", { class: "polar" }, svg("title", {}, title),
       svg("circle", { cx, cy, r: radius, class: "rim" }), svg("circle", { cx, cy, r: radius / 2, class: "rim faint" }));
-    group.append(svg("polygon", { points: turning.map((g) => at(g).join(",")).join(" "), style: `--c: ${colour}` }));
-    for (const g of others) group.append(svg("circle", { cx: at(g)[0], cy: at(g)[1], r: 2.6, class: "mirror", style: `--c: ${colour}` }));
+    group.append(svg("polygon", { points: turning.map((g) => at(g).join(",")).join(" "), style: `--c: ${color}` }));
+    for (const g of others) group.append(svg("circle", { cx: at(g)[0], cy: at(g)[1], r: 2.6, class: "mirror", style: `--c: ${color}` }));
     return group;
   }
 
@@ -45,19 +45,19 @@
     const SIZE = 460, tile = f.elements.length > 16 ? 44 : 74;
     const { place, others } = places(f);
     const outer = SIZE / 2 - tile / 2 - 4, inner = outer - tile - 14;
-    const colour = f.colours[f.classes.indexOf(family.class)] || "#888";
+    const color = f.colors[f.classes.indexOf(family.class)] || "#888";
     const middle = others.length ? inner - tile / 2 - 12 : outer - tile / 2 - 12;
     const picture = el("div", { class: "wheel", style: `width:${SIZE}px;height:${SIZE}px` },
-      svg("svg", { viewBox: `0 0 ${SIZE} ${SIZE}`, width: SIZE, height: SIZE }, polar(f, t.s, family.reference, middle, SIZE / 2, SIZE / 2, colour)));
+      svg("svg", { viewBox: `0 0 ${SIZE} ${SIZE}`, width: SIZE, height: SIZE }, polar(f, t.s, family.reference, middle, SIZE / 2, SIZE / 2, color)));
     family.slots.forEach((feature, g) => {
       const radius = place[g].outer ? outer : inner;
       const x = SIZE / 2 + radius * Math.cos(place[g].angle), y = SIZE / 2 + radius * Math.sin(place[g].angle);
       const style = `left:${x - tile / 2}px;top:${y - tile / 2}px;width:${tile}px;height:${tile}px`;
-      const found = feature >= 0;
-      const likeness = feature === family.reference ? "reference" : found ? `likeness ${number(t.likeness[feature])}` : "no feature";
-      const box = el(found && d ? "a" : "span", { class: found ? "slot" : "slot none", style, href: found && d ? cards.link(d, feature) : null, title: `${f.elements[g]}: ${found ? `feature ${feature}, ` : ""}${likeness}` });
-      if (found && d && d.kind === "image") box.append(cards.exampleList(d, feature, 1, tile, false));
-      else if (found) box.append(String(feature));
+      const present = feature >= 0;
+      const similarity = feature === family.reference ? "reference" : present ? `similarity ${number(t.similarity[feature])}` : "no feature";
+      const box = el(present && d ? "a" : "span", { class: present ? "slot" : "slot none", style, href: present && d ? cards.link(d, feature) : null, title: `${f.elements[g]}: ${present ? `feature ${feature}, ` : ""}${similarity}` });
+      if (present && d && d.kind === "image") box.append(cards.exampleList(d, feature, 1, tile, false));
+      else if (present) box.append(String(feature));
       picture.append(box, el("small", { style: `left:${x - tile / 2}px;top:${y + tile / 2 - 14}px` }, f.elements[g]));
     });
     const list = family.members.map((i, k) => `${i} (${family.poses[k]})`).join(", ");
@@ -67,10 +67,10 @@
   }
 
   function card(f, t, d, i) {
-    const colour = f.colours[t.class[i]] || "#888";
+    const color = f.colors[t.class[i]] || "#888";
     const name = d ? el("a", { href: cards.link(d, i) }, String(i)) : el("b", {}, String(i));
     const body = el("div", { class: "symmetric" },
-      svg("svg", { viewBox: "0 0 120 120" }, polar(f, t.s, i, 52, 60, 60, colour)),
+      svg("svg", { viewBox: "0 0 120 120" }, polar(f, t.s, i, 52, 60, 60, color)),
       d ? cards.exampleList(d, i, d.kind === "image" ? 4 : 3, 72, false) : null);
     return el("article", { class: "card still" },
       el("header", {}, name, el("span", { class: "brief" }, `q ${number(t.q_value[i])} · ceiling ${number(t.noise_ceiling[i])}`)), body);
@@ -78,7 +78,7 @@
 
   async function start(section) {
     const k = Number(section.dataset.run), f = facts[k];
-    const keys = ["s", "q_value", "noise_ceiling", "likeness", "class"];
+    const keys = ["s", "q_value", "noise_ceiling", "similarity", "class"];
     const loaded = await Promise.all(keys.map((key) => atlas.array("symmetry", `${k}/${key}`)));
     const t = Object.fromEntries(keys.map((key, i) => [key, loaded[i]]));
     // The features chapter may not be on the page, or not have this dictionary.

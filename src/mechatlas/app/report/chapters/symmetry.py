@@ -1,4 +1,4 @@
-"""What leaves each feature unchanged, and the families of poses: counts, lattice, map, wheels."""
+"""Chapter on symmetry: counts of stabilizers, their lattice, a map of features, families."""
 
 from pathlib import Path
 from typing import Any
@@ -6,72 +6,77 @@ from typing import Any
 import numpy as np
 
 from mechatlas.analysis.symmetry.class_names import NOT_RELIABLE, rotation_subgroup
-from mechatlas.app.commands.symmetry import TABLE, TENSORS
 from mechatlas.app.report.atoms import flat_map
 from mechatlas.app.report.chapter import Chapter, render
-from mechatlas.app.report.runs import Run, Runs
+from mechatlas.app.report.runs import Runs
+from mechatlas.app.symmetry_folder import DICTIONARY, SYMMETRY, read_result, renamed_columns
 from mechatlas.base import Progress
 from mechatlas.maths.groups import Group
 
-WHEELS = 60
-"""Largest families that are drawn."""
-MOST_NODES = 40
-"""Classes in a lattice; of more, only those with features are drawn."""
-COLOURS = ("#2a8f86", "#d98c2b", "#5a6fd0", "#c65b7c", "#7d9a2e", "#8d62b8", "#3b8fc4", "#9c7448")
+TABLE, TENSORS = "features.parquet", "symmetry.safetensors"
+MAX_WHEELS = 60
+"""Maximum number of families drawn, largest first."""
+MAX_NODES = 40
+"""Number of classes above which a lattice shows only those with features."""
+COLORS = ("#2a8f86", "#d98c2b", "#5a6fd0", "#c65b7c", "#7d9a2e", "#8d62b8", "#3b8fc4", "#9c7448")
 PALE = {NOT_RELIABLE: "#cfcac2"}
-WAYS = {
+PREDICTORS = {
     "linear": "best linear map",
     "dictionary": "this dictionary",
     "invariant": "the activation itself",
     "shuffled": "linear map, shuffled pairing",
 }
+"""Predictor of poses -> its name on the page."""
 
 
 def chapter(runs: Runs, on_progress: Progress) -> Chapter | None:
-    """One part for every run of `mechatlas symmetry`.
+    """Draw one section for every run of `mechatlas symmetry`.
 
     Raises:
         DiskError: A file of a run is damaged.
     """
-    found = [run for run in runs.of_kind("symmetry") if run.result]
-    if not found:
+    finished = [run for run in runs.of_kind(SYMMETRY) if run.result]
+    if not finished:
         return None
-    folders = {run.folder.resolve(): run.name for run in runs.of_kind("dictionary")}
+    folders = {run.folder.resolve(): run.name for run in runs.of_kind(DICTIONARY)}
     parts, data, figures, arrays = [], [], {}, {}
-    for number, run in enumerate(found):
-        kept = run.manifest["group"]
-        group = Group(kept["table"], name=kept["name"], element_names=kept["elements"])
-        table, tensors = (_renamed(each) for each in (run.table(TABLE), run.tensors(TENSORS)))
-        names = [*kept["classes"], NOT_RELIABLE]
-        colours = _colours(names, table["class"])
-        figures[f"lattice{number}"] = _lattice(group, names, table["class"], colours)
-        figures[f"map{number}"] = _map(tensors["atoms"], table, colours)
-        figures[f"r2{number}"] = _r2(run, group)
-        if run.result.get("causal", {}).get("tested"):
-            figures[f"swaps{number}"] = _swaps(table, run.result["fdr"])
+    for number, run in enumerate(finished):
+        result: Any = read_result(run.folder, SYMMETRY, schema=run.manifest.get("schema", 1))
+        facts = run.manifest["group"]
+        group = Group(facts["table"], name=facts["name"], element_names=facts["elements"])
+        table = renamed_columns(run.table(TABLE), SYMMETRY)
+        tensors = renamed_columns(run.tensors(TENSORS), SYMMETRY)
+        names = [*facts["classes"], NOT_RELIABLE]
+        colors = _class_colors(names, table["class"])
+        figures[f"lattice{number}"] = _lattice(group, names, table["class"], colors)
+        figures[f"map{number}"] = _map(tensors["atoms"], table, colors)
+        figures[f"r2{number}"] = _r2(result, group)
+        if result.interventions.tested:
+            figures[f"interventions{number}"] = _interventions(table, result.fdr)
         arrays[f"{number}/s"] = tensors["stabilizer_function"]
-        for key in ("q_value", "noise_ceiling", "likeness"):
+        for key in ("q_value", "noise_ceiling", "similarity"):
             arrays[f"{number}/{key}"] = table[key].astype(np.float32)
-        arrays[f"{number}/class"] = _numbers(table["class"], names)
+        arrays[f"{number}/class"] = _class_numbers(table["class"], names)
         families = _families(table, group)
         data.append({
             "run": folders.get(Path(run.manifest["dictionary"]).resolve(), ""),
             "elements": list(group.element_names),
-            "turns": sorted(rotation_subgroup(group) or []),
+            "rotations": sorted(rotation_subgroup(group) or []),
             "classes": names,
-            "colours": [colours.get(name, "") for name in names],
+            "colors": [colors.get(name, "") for name in names],
             "families": families,
         })  # fmt: skip
         parts.append({
             "name": run.name,
             "number": number,
-            "result": run.result,
-            "counts": _counts(group, names, table["class"], colours),
+            "result": result,
+            "counts": _counts(group, names, table["class"], colors),
             "families": len(families),
-            "causal": run.result.get("causal"),
-            "ways": [(words, run.result["r2_mean"].get(way)) for way, words in WAYS.items()],
+            "r2_mean": [
+                (words, getattr(result.r2_mean, key)) for key, words in PREDICTORS.items()
+            ],
         })  # fmt: skip
-        on_progress(number + 1, len(found))
+        on_progress(number + 1, len(finished))
     return Chapter(
         name="symmetry",
         title="Symmetry",
@@ -83,26 +88,21 @@ def chapter(runs: Runs, on_progress: Progress) -> Chapter | None:
     )
 
 
-def _renamed(columns: dict[str, Any]) -> dict[str, Any]:
-    """Columns and tensors of version 0.1 under today's names."""
-    return {key.replace("stabiliser", "stabilizer"): values for key, values in columns.items()}
-
-
-def _numbers(of: np.ndarray, names: list[str]) -> np.ndarray:
+def _class_numbers(of: np.ndarray, names: list[str]) -> np.ndarray:
     number = {name: i for i, name in enumerate(names)}
     return np.array([number[name] for name in of], np.uint16)
 
 
-def _colours(names: list[str], of: np.ndarray) -> dict[str, str]:
-    """A colour for each class that has features; classes without symmetry are pale."""
+def _class_colors(names: list[str], of: np.ndarray) -> dict[str, str]:
+    """Choose a color for each class that has features; classes without symmetry are pale."""
     there = [name for name in names if (of == name).any()]
     pale = {names[0]: "#8f959c", **PALE}
-    own = iter(COLOURS * (1 + len(there) // len(COLOURS)))
+    own = iter(COLORS * (1 + len(there) // len(COLORS)))
     return {name: pale.get(name) or next(own) for name in there}
 
 
 def _counts(
-    group: Group, names: list[str], of: np.ndarray, colours: dict[str, str]
+    group: Group, names: list[str], of: np.ndarray, colors: dict[str, str]
 ) -> list[dict[str, Any]]:
     lattice = group.lattice()
     rows = [
@@ -117,19 +117,19 @@ def _counts(
     ]
     rows.append({"name": NOT_RELIABLE, "kind": "", "order": None, "conjugates": None,
                  "n": int((of == NOT_RELIABLE).sum())})  # fmt: skip
-    kept = [row for row in rows if row["n"] or len(rows) <= MOST_NODES]
-    return [{**row, "share": row["n"] / len(of), "colour": colours.get(row["name"], "#0000")}
+    kept = [row for row in rows if row["n"] or len(rows) <= MAX_NODES]
+    return [{**row, "share": row["n"] / len(of), "color": colors.get(row["name"], "#0000")}
             for row in kept]  # fmt: skip
 
 
 def _lattice(
-    group: Group, names: list[str], of: np.ndarray, colours: dict[str, str]
+    group: Group, names: list[str], of: np.ndarray, colors: dict[str, str]
 ) -> dict[str, Any]:
-    """Classes of subgroups by order; a line joins a class with the next larger that hold it."""
+    """Draw classes of subgroups by order, joined with the next larger ones that contain them."""
     lattice = group.lattice()
     counts = [int((of == name).sum()) for name in names]
     shown = list(range(len(lattice.classes)))
-    if len(shown) > MOST_NODES:
+    if len(shown) > MAX_NODES:
         shown = [c for c in shown if counts[c] or c in (0, len(lattice.classes) - 1)]
     holds = lattice.contains[np.ix_(shown, shown)] > 0
     np.fill_diagonal(holds, False)
@@ -150,7 +150,7 @@ def _lattice(
         "text": [f"{names[c]}<br><b>{counts[c]:,}</b>" for c in shown],
         "textposition": "middle right", "hoverinfo": "text", "showlegend": False,
         "marker": {"size": size, "opacity": 1, "line": {"width": 0},
-                   "color": [colours.get(names[c], "#d9d5cd") for c in shown]},
+                   "color": [colors.get(names[c], "#d9d5cd") for c in shown]},
     }  # fmt: skip
     lines = {
         "type": "scatter", "mode": "lines", "x": edges_x, "y": edges_y, "hoverinfo": "skip",
@@ -170,12 +170,12 @@ def _lattice(
     }  # fmt: skip
 
 
-def _map(atoms: np.ndarray, table: dict[str, Any], colours: dict[str, str]) -> dict[str, Any]:
-    """All features by their untransformed block, coloured by class."""
+def _map(atoms: np.ndarray, table: dict[str, Any], colors: dict[str, str]) -> dict[str, Any]:
+    """Draw all features by their untransformed block, colored by class."""
     flat, _ = flat_map(atoms, np.abs(atoms).max(axis=1, initial=0) > 0)
     size = 3.5 if len(atoms) > 3000 else 5 if len(atoms) > 800 else 7
     traces = []
-    for name, colour in sorted(colours.items(), key=lambda item: item[0] != NOT_RELIABLE):
+    for name, color in sorted(colors.items(), key=lambda item: item[0] != NOT_RELIABLE):
         rows = np.flatnonzero((table["class"] == name) & np.isfinite(flat[:, 0]))
         text = [f"{i} · {name} · family {table['family'][i]} of {table['family_size'][i]}"
                 for i in rows]  # fmt: skip
@@ -183,7 +183,7 @@ def _map(atoms: np.ndarray, table: dict[str, Any], colours: dict[str, str]) -> d
             "type": "scatter", "mode": "markers", "name": name, "text": text,
             "x": flat[rows, 0].tolist(), "y": flat[rows, 1].tolist(),
             "hovertemplate": "%{text}<extra></extra>",
-            "marker": {"size": size, "color": colour, "opacity": 0.85},
+            "marker": {"size": size, "color": color, "opacity": 0.85},
         })  # fmt: skip
     bare = {"visible": False, "showgrid": False, "zeroline": False}
     return {
@@ -196,14 +196,13 @@ def _map(atoms: np.ndarray, table: dict[str, Any], colours: dict[str, str]) -> d
     }  # fmt: skip
 
 
-def _r2(run: Run, group: Group) -> dict[str, Any]:
+def _r2(result: Any, group: Group) -> dict[str, Any]:
     traces = [
         {
             "type": "scatter", "mode": "lines+markers", "name": words,
-            "x": list(group.element_names), "y": run.result["r2"].get(way),
+            "x": list(group.element_names), "y": getattr(result.r2, key),
         }
-        for way, words in WAYS.items()
-        if run.result["r2"].get(way)
+        for key, words in PREDICTORS.items()
     ]  # fmt: skip
     return {
         "data": traces,
@@ -214,27 +213,27 @@ def _r2(run: Run, group: Group) -> dict[str, Any]:
     }
 
 
-def _swaps(table: dict[str, Any], rate: float) -> dict[str, Any]:
-    """How swaps of single features align with what is missing, beside both nulls."""
-    shown = np.flatnonzero(np.isfinite(table["swap_alignment"]))
-    order = shown[np.argsort(-table["swap_alignment"][shown], kind="stable")]
+def _interventions(table: dict[str, Any], fdr: float) -> dict[str, Any]:
+    """Draw the alignment of the intervention on each feature, beside both nulls."""
+    shown = np.flatnonzero(np.isfinite(table["intervention_alignment"]))
+    order = shown[np.argsort(-table["intervention_alignment"][shown], kind="stable")]
     rank = list(range(1, len(order) + 1))
-    stands = np.nan_to_num(table["swap_q_value"][order], nan=1.0) <= rate
+    passed = np.nan_to_num(table["intervention_q_value"][order], nan=1.0) <= fdr
     traces = []
-    for key, name, colour in (
-        ("swap_null", "other features", "#b9b4aa"),
-        ("swap_wrong_pose", "wrong pose", "#d98c2b"),
-        ("swap_alignment", "its pose", "#2a8f86"),
+    for key, name, color in (
+        ("intervention_null_alignment", "other features", "#b9b4aa"),
+        ("intervention_wrong_pose_alignment", "wrong pose", "#d98c2b"),
+        ("intervention_alignment", "own pose", "#2a8f86"),
     ):
-        own = key == "swap_alignment"
-        symbol = ["circle" if ok or not own else "circle-open" for ok in stands]
+        own = key == "intervention_alignment"
+        symbol = ["circle" if ok or not own else "circle-open" for ok in passed]
         values = table[key][order]
         traces.append({
             "type": "scatter", "mode": "markers", "name": name, "x": rank,
             "y": [float(v) if np.isfinite(v) else None for v in values],
             "text": [f"feature {i}" for i in order],
             "hovertemplate": "%{text}: %{y:.2f}<extra>" + name + "</extra>",
-            "marker": {"color": colour, "size": 7 if own else 5, "symbol": symbol},
+            "marker": {"color": color, "size": 7 if own else 5, "symbol": symbol},
         })  # fmt: skip
     return {
         "data": traces,
@@ -246,19 +245,19 @@ def _swaps(table: dict[str, Any], rate: float) -> dict[str, Any]:
 
 
 def _families(table: dict[str, Any], group: Group) -> list[dict[str, Any]]:
-    """The largest families: which feature stands for each pose of the reference."""
-    found = []
-    for family in range(WHEELS):
+    """List the largest families, with the feature in each pose of the reference."""
+    families = []
+    for family in range(MAX_WHEELS):
         members = np.flatnonzero(table["family"] == family)
         if len(members) < 2:
             break
         reference = int(table["reference"][members[0]])
         stabilizer = sorted(table["stabilizer_elements"][reference])
-        likeness = np.where(members == reference, np.inf, table["likeness"][members])
+        similarity = np.where(members == reference, np.inf, table["similarity"][members])
         slots = np.full(group.order, -1)
-        for i in members[np.argsort(likeness, kind="stable")]:  # the most alike last: they stay
+        for i in members[np.argsort(similarity, kind="stable")]:  # the most similar last: they stay
             slots[group.table[table["pose"][i], stabilizer]] = i
-        found.append({
+        families.append({
             "family": family,
             "reference": reference,
             "size": len(members),
@@ -267,4 +266,4 @@ def _families(table: dict[str, Any], group: Group) -> list[dict[str, Any]]:
             "members": members.tolist(),
             "poses": [str(name) for name in table["pose_name"][members]],
         })  # fmt: skip
-    return found
+    return families
