@@ -542,8 +542,8 @@ def _joint(
     composed = compose([m.matched_columns() for m in matches])
     cycle = float(cycle_agreement(composed, back, n=n))
     ends = inputs.opened[0].dictionary, inputs.opened[-1].dictionary
-    x = inputs.rows and inputs.rows.held_out
-    codes = x and paired_codes(*ends, x[0], x[-1])
+    x = inputs.rows.held_out if inputs.rows else []
+    codes = paired_codes(*ends, x[0], x[-1]) if x else None
 
     def distant(columns: Int[np.ndarray, " latent"]) -> DistantMatch:
         firing = None if codes is None else co_firing(codes, columns, seed=config.seed)
