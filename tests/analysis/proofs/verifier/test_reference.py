@@ -12,6 +12,7 @@ from safetensors.numpy import save_file
 
 from mechatlas.analysis.proofs.verifier import compiled, compiled_checks, reference
 from mechatlas.analysis.proofs.verifier.exact import decide_exactly
+from mechatlas.analysis.proofs.verifier.structures import PackedGrids
 from mechatlas.analysis.proofs.verifier.verify import verify
 
 from ..planted import NETS, proved, true_margins
@@ -67,3 +68,44 @@ def test_checking_with_the_reference_verifier_compiles_nothing(tmp_path):
     assert "numba" not in output.stdout
     assert "explain'" not in output.stdout
     assert "prove'" not in output.stdout
+
+
+@pytest.mark.parametrize("loops", [reference, compiled], ids=["reference", "compiled"])
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+@pytest.mark.parametrize("seed", range(5))
+def test_spans_of_a_grid_bound_every_lookup_of_its_table(loops, offset, seed):
+    random, (neurons, k, k2, n) = np.random.default_rng(seed), (9, 4, 3, 6)
+    residual = random.normal(size=(neurons, n)).astype(np.float32)
+    scale = random.normal(size=neurons).astype(np.float32)
+    table = random.normal(size=(k, k2)) * (1 - offset)
+    table -= table.mean(axis=0)
+    table = (table - table.mean(axis=1, keepdims=True) + offset).astype(np.float32)
+    points = np.stack([random.integers(k, size=neurons), random.integers(k2, size=neurons)])
+    grids = PackedGrids(
+        shapes=np.array([[0, neurons, k, k2, 0, k, 0, 0]]),
+        points=points,
+        antipodes=np.concatenate([np.arange(k), np.arange(k2)]),
+        scale=scale,
+        tables=table.ravel(),
+    )
+    weight = np.abs(residual).max(axis=1).astype(np.float64)
+    spans = loops.grid_spans(residual, weight, grids, 1e-5)
+    assert (spans.off_center > 1) == (offset == 1)
+    for _ in range(50):
+        left, right = random.permutation(k), random.permutation(k2)
+        looked_up = scale * table[left[points[0]], right[points[1]]]
+        logits = looked_up.astype(np.float64) @ residual
+        loss = logits - logits[:, None]  # of answer z against w
+        assert (loss <= spans.spans + spans.off_center).all()
+
+
+@pytest.mark.parametrize("loops", [reference, compiled], ids=["reference", "compiled"])
+def test_distances_of_residuals_are_never_too_small(loops):
+    random = np.random.default_rng(0)
+    residual = (3 + random.normal(size=(12, 7))).astype(np.float32)
+    bounds = loops.residual_distances(residual, np.array([0, 5, 6, 12]), 1e-5, 1.0)
+    for block, bound in zip(np.split(residual.astype(np.float64), [5, 6]), bounds, strict=True):
+        distances = np.linalg.norm(block[:, :, None] - block[:, None], axis=0)
+        assert (distances.max(axis=1) <= bound).all()
+        far = np.maximum(distances.max(axis=1), np.linalg.norm(block, axis=0))
+        assert (bound <= 1.001 * far).all()

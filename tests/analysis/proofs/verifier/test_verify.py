@@ -101,9 +101,11 @@ def test_neurons_that_are_called_dead_and_are_not_are_taken_off_every_margin(nam
         chosen = random.random(len(e.dead)) < random.choice([0.05, 0.2, 1.0])
         quiet = _kept(e, ~chosen[e.representatives])
         quiet = dataclasses.replace(quiet, second_stage_budget=share, third_stage_budget=0.0)
-        # Those for which a silent one stood have to be silent as well.
+        # Members of a cluster whose representative is called dead have to be dead as well.
         dead = e.dead | chosen[e.representative_of]
-        assert (verify(*weights, of, dataclasses.replace(quiet, dead=dead)).margins <= truth).all()
+        quiet = dataclasses.replace(quiet, dead=dead)
+        for short in (False, True):
+            assert (verify(*weights, of, quiet, reference=short).margins <= truth).all()
 
 
 @pytest.mark.parametrize("share", [0.0, 1.0])
@@ -125,7 +127,8 @@ def test_neurons_that_are_called_multiples_and_are_not_cost_what_they_could(name
         few = dataclasses.replace(
             few, representative_of=representative_of, scale_factors=scale_factors
         )
-        assert (verify(*weights, of, few).margins <= truth).all()
+        for short in (False, True):
+            assert (verify(*weights, of, few, reference=short).margins <= truth).all()
 
 
 def _swapped() -> tuple[Group, Weights, Explanation]:
@@ -257,6 +260,19 @@ def test_nan_anywhere_in_an_explanation_is_refused():
             )
             with pytest.raises(ProofError):
                 verify(*weights, of, changed)
+
+
+def test_an_element_that_does_not_permute_the_points_of_a_grid_is_refused():
+    of, weights, bound = proved("S4", 0.02, 1)
+    (grid,) = bound.proof.explanation.grids
+    action = grid.right_action.copy()
+    action[5, 0] = action[5, 1]
+    # All points of this grid may be the same in the table, so that nothing else is wrong.
+    alone = np.arange(len(grid.right_antipodes))
+    forged = dataclasses.replace(grid, right_action=action, right_antipodes=alone)
+    changed = dataclasses.replace(bound.proof.explanation, grids=(forged,))
+    with pytest.raises(ProofError, match="does not permute the points"):
+        verify(*weights, of, changed)
 
 
 def test_matrices_that_are_no_representation_are_refused():
