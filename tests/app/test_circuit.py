@@ -16,6 +16,7 @@ from mechatlas.activations.positions import Positions
 from mechatlas.activations.samples import Arrays, Images
 from mechatlas.activations.store import Store
 from mechatlas.app.cli import main
+from mechatlas.app.commands import circuit as command
 from mechatlas.app.commands import train as jobs
 from mechatlas.app.commands.circuit import CircuitConfig, circuit
 from mechatlas.app.recipes import CollectConfig, TrainConfig, reopen
@@ -132,6 +133,28 @@ def test_the_same_command_gives_the_same_edges(folder, tmp_path):
     circuit(again)
     for name in ("edges.parquet", "kernels.safetensors", "pictures.safetensors"):
         assert (tmp_path / "again" / name).read_bytes() == (folder / "circuit" / name).read_bytes()
+
+
+def test_an_interrupted_run_continues_with_the_pairs_it_has_kept(folder, tmp_path, monkeypatch):
+    config = CircuitConfig(
+        dictionaries=(folder / SITES[0], folder / SITES[1]), out=tmp_path / "again",
+        n_ablated=8, features=3, visualize_steps=2,
+    )  # fmt: skip
+
+    def interrupt(*_args, **_options):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(command, "strongest_paths", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            circuit(config)
+    manifest = json.loads((config.out / "manifest.json").read_text())
+    assert manifest["complete"] is False
+    monkeypatch.setattr(command, "find_circuit", interrupt)
+    assert circuit(config).pairs[0].n_ablated == 8
+    for name in ("edges.parquet", "kernels.safetensors", "pictures.safetensors"):
+        assert (config.out / name).read_bytes() == (folder / "circuit" / name).read_bytes()
+    assert not (config.out / "unfinished").exists()
 
 
 @pytest.mark.parametrize(

@@ -207,7 +207,7 @@ def circuit(words: list[str]) -> Answer:
     """Find circuits."""
     from mechatlas.app.commands import circuit as job
 
-    return job.run(words)
+    return job.main(words)
 
 
 def prove(words: list[str]) -> Answer:

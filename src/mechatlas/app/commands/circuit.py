@@ -8,15 +8,19 @@ The folder has `edges.parquet` (a row for each pair of features and route), `ker
 
 import dataclasses
 import itertools
+import json
+import sys
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any
 
+import cattrs
 import numpy as np
 import torch
 import tyro
-from jaxtyping import Float, Int, Shaped, UInt8
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 from tyro.conf import Positional, arg
 
@@ -44,10 +48,10 @@ from mechatlas.analysis.circuits.virtual_weights import CircuitEdges
 from mechatlas.analysis.visualization import VisualizeConfig, visualize
 from mechatlas.app.progress import bar
 from mechatlas.app.recipes import reopen
-from mechatlas.app.run_folder import Result, finish, refuse_strangers, write_table, write_tensors
+from mechatlas.app.symmetry_folder import CommandResult, RunConfig, RunFolder, execute
 from mechatlas.base import InputError, RecipeError, Site, StoreError
 from mechatlas.dictionaries.formats import load
-from mechatlas.files import checksum, read_json, write_json
+from mechatlas.files import checksum, read_json
 
 KIND = "circuit"
 PICTURES = "pictures.safetensors"
@@ -58,7 +62,7 @@ MAP_NUMBERS = 1 << 22
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class CircuitConfig:
+class CircuitConfig(RunConfig):
     """Find which features of a site are computed from which features of the site before.
 
     Examples:  mechatlas circuit runs/mixed4a runs/mixed4b --out runs/circuit
@@ -67,8 +71,6 @@ class CircuitConfig:
 
     dictionaries: Annotated[Positional[tuple[Path, ...]], arg(metavar="DICT_A DICT_B ...")]
     """Folders of dictionaries of consecutive sites, in the order of the network."""
-    out: Path
-    """Folder for the result."""
     store: Path | None = None
     """Store whose network and samples to run; by default the one of the first dictionary."""
     samples: int = 256
@@ -156,7 +158,7 @@ class ExplainedFeature:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class CircuitResult:
+class CircuitResult(CommandResult):
     """Fields of `result.json`."""
 
     dictionaries: list[str]
@@ -175,11 +177,9 @@ class CircuitResult:
     """Strongest paths through all sites."""
     features: list[ExplainedFeature]
     """Features on the paths, and how much of each is explained."""
-    out: str = ""
-    """Folder of the run; not in the file."""
 
 
-def run(words: list[str]) -> tuple[Result, str]:
+def main(words: list[str]) -> tuple[dict[str, Any], str]:
     """Find circuits, from the words of the command line."""
     result = circuit(tyro.cli(CircuitConfig, args=words, prog="mechatlas circuit"))
     return dataclasses.asdict(result), in_words(result)
@@ -235,31 +235,53 @@ class _Pair:
 
 
 def circuit(config: CircuitConfig) -> CircuitResult:
+    """Run the command into its folder, or continue a run that was interrupted.
+
+    Raises:
+        UserError: An input is bad, or the folder holds something else.
+    """
+    _check(config)
+    result: CircuitResult = execute(sys.modules[__name__], config)
+    return result
+
+
+def run(config: CircuitConfig, folder: RunFolder) -> CircuitResult:
     """Weigh all pairs of features of consecutive sites, and validate them by ablation.
 
     Raises:
-        DiskError: `out` holds something else, or cannot be written.
+        DiskError: The folder cannot be written.
         InputError: A dictionary does not fit its site, or reads more than it writes.
         RecipeError: Fewer than two dictionaries, or one that does not say its site.
         SiteError: Two sites are not consecutive, or an operation between them cannot be composed.
         StoreError: The store is missing or damaged, or of another network.
     """
-    clock = time.process_time()
-    _check(config)
     inputs = _open(config)
     first = inputs.samples.stack([inputs.samples.read(int(inputs.known[0]))])
     connections = [
         connect(inputs.network, a, b, first) for a, b in itertools.pairwise(inputs.sites)
     ]  # every refusal comes before any work
-    pairs = [_weigh(config, inputs, k, connection) for k, connection in enumerate(connections)]
+    for name, path in zip(inputs.names, config.dictionaries, strict=True):
+        folder.parent(name, checksum(b"".join(file.read_bytes() for file in _files(path))))
+    folder.parent("store", checksum((inputs.store.root / "manifest.json").read_bytes()))
+    folder.facts(
+        dictionaries=[str(path.resolve()) for path in config.dictionaries],
+        store=str(inputs.store.root.resolve()),
+    )
+    pairs = []
+    for k, connection in enumerate(connections):
+        kept = folder.kept(f"pair{k}")
+        pair = _weigh(config, inputs, k, connection) if kept is None else _read(kept, connection)
+        if kept is None:
+            folder.keep(f"pair{k}", _arrays(pair))
+        pairs.append(pair)
     paths = strongest_paths([p.edges for p in pairs], features=config.features, fdr=config.fdr)
     tables, explained = [], []
     for k, pair in enumerate(pairs):
         ablation, attribution = _measure(inputs, k, pair, paths)
         tables.append(_table(inputs, k, pair, ablation, attribution))
         explained += _explained(k, pair, attribution, paths)
-    _write(config, inputs, pairs, tables, _pictures(config, inputs, paths))
-    result = CircuitResult(
+    _write(folder, pairs, tables, _pictures(config, inputs, paths))
+    return CircuitResult(
         dictionaries=inputs.names,
         sites=[str(site) for site in inputs.sites],
         fdr=config.fdr,
@@ -269,16 +291,37 @@ def circuit(config: CircuitConfig) -> CircuitResult:
         paths=paths,
         features=explained,
     )
-    values = dataclasses.asdict(result)
-    del values["out"]
-    return dataclasses.replace(result, out=finish(config.out, config, values, clock)["out"])
+
+
+def _arrays(pair: _Pair) -> dict[str, Shaped[np.ndarray, "..."]]:
+    """Arrays from which a pair is read again after an interruption."""
+    edges = {f"edges.{f.name}": getattr(pair.edges, f.name) for f in fields(CircuitEdges)}
+    ablation = {f"ablation.{f.name}": getattr(pair.ablation, f.name) for f in fields(Ablation)}
+    arrays = {name: np.asarray(value) for name, value in (edges | ablation).items()}
+    for r, (taps, kernels) in enumerate(zip(pair.taps, pair.kernels, strict=True)):
+        arrays |= {f"taps.{r}": taps, f"kernels.{r}": kernels}
+    result = json.dumps(dataclasses.asdict(pair.result)).encode()
+    return arrays | {"result": np.frombuffer(result, np.uint8)}
+
+
+def _read(arrays: dict[str, Shaped[np.ndarray, "..."]], connection: Connection) -> _Pair:
+    edges = {f.name: arrays[f"edges.{f.name}"] for f in fields(CircuitEdges)}
+    ablation = {f.name: arrays[f"ablation.{f.name}"] for f in fields(Ablation)}
+    routes = range(len(connection.routes))
+    return _Pair(
+        connection,
+        CircuitEdges(**edges | {"tested": edges["tested"].item()}),
+        [arrays[f"taps.{r}"] for r in routes],
+        [arrays[f"kernels.{r}"] for r in routes],
+        Ablation(**ablation),
+        cattrs.structure(json.loads(arrays["result"].tobytes()), PairResult),
+    )
 
 
 def _check(config: CircuitConfig) -> None:
     """Check everything that can be known before any work.
 
     Raises:
-        DiskError: `out` is a file, or holds something else.
         RecipeError: Too few dictionaries, or a number is out of its range.
     """
     if len(config.dictionaries) < 2:
@@ -295,7 +338,6 @@ def _check(config: CircuitConfig) -> None:
         raise RecipeError(f"--visualize-steps must be at least 0, got {config.visualize_steps}.")
     if not 0 < config.fdr < 1:
         raise RecipeError(f"--fdr must lie between 0 and 1, got {config.fdr}.")
-    refuse_strangers(config.out, KIND)
 
 
 def _open(config: CircuitConfig) -> _Inputs:
@@ -511,7 +553,7 @@ def _explained(
 
 def _pictures(
     config: CircuitConfig, inputs: _Inputs, paths: Sequence[CircuitPath]
-) -> dict[str, Int[np.ndarray, " latent"] | UInt8[np.ndarray, "latent side side 3"]]:
+) -> dict[str, Shaped[np.ndarray, "_ ..."]]:
     """Pictures of the features on paths, by layer; none if the network does not take photos."""
     samples = inputs.samples
     if not config.visualize_steps or not isinstance(samples, ImageSamples) or samples.channels != 3:
@@ -534,43 +576,27 @@ def _pictures(
 
 
 def _write(
-    config: CircuitConfig,
-    inputs: _Inputs,
+    folder: RunFolder,
     pairs: list[_Pair],
-    tables: list[dict[str, np.ndarray]],
-    pictures: dict[str, np.ndarray],
+    tables: list[dict[str, Shaped[np.ndarray, " _"]]],
+    pictures: dict[str, Shaped[np.ndarray, "_ ..."]],
 ) -> None:
-    """Write the table, the kernels, the pictures and the manifest."""
+    """Write the table, the kernels and the pictures."""
     columns = {name: np.concatenate([table[name] for table in tables]) for name in tables[0]}
     columns["branch"] = columns["branch"].astype(str)
-    tensors: dict[str, np.ndarray] = {}
+    kernels = {}
     for k, pair in enumerate(pairs):
         for route, taps, kernel in zip(
             pair.connection.routes, pair.taps, pair.kernels, strict=True
         ):
-            tensors[f"{k}.{route.name}.taps"] = taps.astype(np.int32)
-            tensors[f"{k}.{route.name}.kernels"] = kernel
-    files = {
-        "edges.parquet": write_table(config.out / "edges.parquet", columns),
-        "kernels.safetensors": write_tensors(config.out / "kernels.safetensors", tensors),
-    }
+            kernels[f"{k}.{route.name}.taps"] = taps.astype(np.int32)
+            kernels[f"{k}.{route.name}.kernels"] = kernel
+    folder.table("edges.parquet", columns)
+    folder.tensors("kernels.safetensors", kernels)
     if pictures:
-        files[PICTURES] = write_tensors(config.out / PICTURES, pictures)
+        folder.tensors(PICTURES, pictures)
     else:
-        (config.out / PICTURES).unlink(missing_ok=True)  # of an earlier run
-    manifest = {
-        "schema": 1,
-        "kind": KIND,
-        "dictionaries": [str(p.resolve()) for p in config.dictionaries],
-        "store": str(inputs.store.root.resolve()),
-        "parents": {
-            name: checksum(b"".join(f.read_bytes() for f in _files(path)))
-            for name, path in zip(inputs.names, config.dictionaries, strict=True)
-        }
-        | {"store": checksum((inputs.store.root / "manifest.json").read_bytes())},
-        "files": {name: checksum(data) for name, data in files.items()},
-    }
-    write_json(config.out / "manifest.json", manifest)
+        (folder.path / PICTURES).unlink(missing_ok=True)  # of an earlier run
 
 
 def _files(path: Path) -> list[Path]:
