@@ -305,12 +305,13 @@ def _arrays(pair: _Pair) -> dict[str, Shaped[np.ndarray, "..."]]:
 
 
 def _read(arrays: dict[str, Shaped[np.ndarray, "..."]], connection: Connection) -> _Pair:
-    edges = {f.name: arrays[f"edges.{f.name}"] for f in fields(CircuitEdges)}
+    edges: dict[str, Any] = {f.name: arrays[f"edges.{f.name}"] for f in fields(CircuitEdges)}
+    edges["tested"] = int(edges["tested"].item())
     ablation = {f.name: arrays[f"ablation.{f.name}"] for f in fields(Ablation)}
     routes = range(len(connection.routes))
     return _Pair(
         connection,
-        CircuitEdges(**edges | {"tested": edges["tested"].item()}),
+        CircuitEdges(**edges),
         [arrays[f"taps.{r}"] for r in routes],
         [arrays[f"kernels.{r}"] for r in routes],
         Ablation(**ablation),
