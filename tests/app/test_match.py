@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import shutil
+import tomllib
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -69,6 +70,7 @@ def test_the_result_has_what_scripts_rely_on(saved, tmp_path):
     assert str(tmp_path / "out") in text
     assert result["out"] == str(tmp_path / "out")
     assert not (tmp_path / "out" / "unfinished").exists()
+    assert (tmp_path / "out" / "recipe.toml").is_file()
 
 
 def test_three_dictionaries_or_more_have_tracks(saved, tmp_path):
@@ -204,6 +206,40 @@ def test_where_the_network_cannot_be_run_the_match_stands_and_says_why(paired, t
     assert "The store's manifest" in str(pair.not_run)
     assert pair.co_firing is not None
     assert pair.co_firing["matched"].p_b_given_a.n > 0
+
+
+def test_sites_can_be_named_where_dictionaries_do_not_say_theirs(paired, tmp_path):
+    files = tuple(tmp_path / f"{site}.safetensors" for site in ("first", "mixed"))
+    for file in files:
+        shutil.copy(paired / file.stem / "dictionary.safetensors", file)
+    config = MatchConfig(
+        dictionaries=files, out=tmp_path / "out", cost="codes", store=paired / "store", samples=0,
+    )  # fmt: skip
+    with pytest.raises(
+        RecipeError, match=r"Name the site of each dictionary with --sites; .* first"
+    ):
+        match_dictionaries(config)
+    with pytest.raises(RecipeError, match="one site for each of the 2 dictionaries, got 1"):
+        match_dictionaries(dataclasses.replace(config, sites=("first",)))
+    named = match_dictionaries(dataclasses.replace(config, sites=("first", "mixed")))
+    assert named.pairs[0].held_out_rows
+    folders = dataclasses.replace(
+        config, dictionaries=(paired / "first", paired / "mixed"), out=tmp_path / "folders"
+    )
+    assert match_dictionaries(folders).pairs[0].co_firing == named.pairs[0].co_firing
+    recipe = tomllib.loads((tmp_path / "out" / "recipe.toml").read_text())
+    assert recipe["sites"] == ["first", "mixed"]
+
+
+def test_the_old_name_of_a_scale_still_works(paired, tmp_path):
+    config = MatchConfig(
+        dictionaries=(paired / "mixed", paired / "mixed"), out=tmp_path / "old",
+        store=paired / "store", samples=0, scale="data",
+    )  # fmt: skip
+    with pytest.warns(DeprecationWarning, match="mean"):
+        old = match_dictionaries(config)
+    new = match_dictionaries(dataclasses.replace(config, scale="mean", out=tmp_path / "new"))
+    assert old.pairs[0].cost == new.pairs[0].cost
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,5 @@
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -61,3 +62,37 @@ def test_a_damaged_table_is_named(folder, tmp_path):
     (tmp_path / "matches.parquet").write_text("no table")
     with pytest.raises(DiskError, match=r"matches\.parquet cannot be read"):
         matching.chapter(find_runs(tmp_path), no_progress)
+
+
+def old_keys(value):
+    """A result as version 0.1 wrote it."""
+    old = {new: old for old, new in matching.OLD_KEYS.items()}
+    if isinstance(value, dict):
+        return {old.get(key, key): old_keys(each) for key, each in value.items()}
+    return [old_keys(each) for each in value] if isinstance(value, list) else value
+
+
+def test_a_result_of_version_0_1_is_drawn_like_todays(folder, tmp_path):
+    result = json.loads((folder / "match" / "result.json").read_text())
+    estimate = {"value": 0.5, "low": 0.25, "high": 0.75, "n": 12}
+    firing = {"p_b_given_a": estimate, "jaccard": estimate}
+    ways = ("matched", "nearest", "same_index", "random")
+    variance = {way: {"permuted": estimate, "rescaled": estimate} for way in ways}
+    variance |= {way: {"permuted": estimate} for way in ("layer_drop", "b_reconstruction")}
+    effect = {"variance_lost": estimate, "kl_divergence": estimate, "agreement": estimate}
+    for pair in result["pairs"]:
+        pair |= {
+            "held_out_rows": 64, "co_firing": dict.fromkeys(ways, firing), "samples": 9,
+            "explained_variance": variance, "spliced": dict.fromkeys((*ways, "b_mean"), effect),
+        }  # fmt: skip
+    pages = []
+    for name, values in (("new", result), ("old", old_keys(result))):
+        run = tmp_path / name / "match"
+        shutil.copytree(folder / "match", run)
+        (run / "result.json").write_text(json.dumps(values))
+        made = matching.chapter(find_runs(tmp_path / name), no_progress)
+        assert made is not None
+        pages.append((made.html, made.data))
+    assert "without_partner" in (tmp_path / "old" / "match" / "result.json").read_text()
+    assert "nearest by cosine, many to one" in pages[0][0]
+    assert pages[0] == pages[1]

@@ -1,12 +1,12 @@
-"""What each feature of a dictionary looks like on data.
+"""Statistics and strongest examples of each feature of a dictionary on data.
 
     feature_statistics    one pass over the rows of a store: how often and how strongly each
                           latent is active, and the rows where it is strongest
     examples              run the network on those samples again: the activation map of each
                           latent around each of those places
 
-Nothing here chooses what is nice to look at: examples are the strongest rows, at most one
-of each sample, and are the same on every run.
+Examples are not cherry-picked: they are the strongest rows, at most one of each sample, and
+the same on every run.
 """
 
 import dataclasses
@@ -21,19 +21,20 @@ from mechatlas.activations.receptive import ReceptiveField
 from mechatlas.activations.samples import Samples
 from mechatlas.activations.sites import channels_last, read
 from mechatlas.activations.store import StoreRows
-from mechatlas.base import Dictionary, InputError, Progress, Site, no_progress
+from mechatlas.base import Dictionary, InputError, Progress, Result, Site, no_progress
 
 BINS = 24
-"""Bars of a histogram; each is a factor of `2 ** (1 / PER_OCTAVE)` wide."""
+"""Number of bins of a histogram; each is a factor of `2 ** (1 / PER_OCTAVE)` wide."""
 PER_OCTAVE = 4
-_LOWEST, _HIGHEST = -24, 24  # octaves counted while reading; what lies outside joins the end
+"""Number of bins in which activations double."""
+_LOWEST, _HIGHEST = -24, 24  # octaves counted while reading; values outside join the ends
 CODE_BYTES = 64 << 20
-"""Memory for one dense block of codes."""
+"""Memory for one dense block of codes, in bytes."""
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class FeatureStatistics:
-    """How each latent behaves on the rows of a store. Active means above zero."""
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class FeatureStatistics(Result):
+    """Statistics of each latent on the rows of a store. Active means above zero."""
 
     n_rows: int
     """Rows read."""
@@ -52,14 +53,23 @@ class FeatureStatistics:
     """Samples of the strongest rows, strongest first, each sample once; -1 where the latent
     was active in fewer."""
     place: Int[np.ndarray, "latent top 2"]
-    """Where in the sample: y and x of the position (token and 0 for texts)."""
+    """Position in the sample: y and x (token and 0 for texts)."""
     value: Float[np.ndarray, "latent top"]
-    """Activation there; 0 where there is none."""
+    """Activation at the position; 0 where there is none."""
+
+    def summary(self) -> str:
+        """Number of latents that are ever active, and their density."""
+        alive = self.density[self.density > 0]
+        density = f"; median density {np.median(alive):.2g}" if len(alive) else ""
+        return (
+            f"FeatureStatistics: {len(alive):,} of {len(self.density):,} latents are active on "
+            f"{self.n_rows:,} rows{density}."
+        )
 
 
 @dataclasses.dataclass(frozen=True)
 class Crop:
-    """How squares of pixels belong to the positions of a site."""
+    """Geometry of the squares of pixels around the positions of a site."""
 
     side: int
     """Side of every square, in pixels."""
@@ -69,9 +79,9 @@ class Crop:
     """Left edge of position 0's cell, in pixels from the left edge of the input."""
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Examples:
-    """The strongest examples of each latent, with its activation all around them."""
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Examples(Result):
+    """Strongest examples of each latent, with a map of its activation around them."""
 
     sample: Int[np.ndarray, "latent top"]
     """Number of the sample; -1 where there is none."""
@@ -82,7 +92,7 @@ class Examples:
     first: Int[np.ndarray, "latent top 2"]
     """y and x of the first position of the map."""
     heat: UInt8[np.ndarray, "latent top h w"]
-    """Activations at the positions from `first` on: 255 is `scale`."""
+    """Activations at the positions from `first` on, in units where 255 is `scale`."""
     scale: Float[np.ndarray, " latent"]
     """Largest activation in the maps of a latent."""
     corner: Int[np.ndarray, "latent top 2"]
@@ -94,6 +104,14 @@ class Examples:
     share of the latent's largest. Rounding on disk explains up to about 0.01; much more means
     that network, samples or dictionary are not those the statistics came from."""
 
+    def summary(self) -> str:
+        """Number of examples, and how well they agree with the store."""
+        return (
+            f"Examples: {int((self.sample >= 0).sum()):,} examples of "
+            f"{int((self.sample[:, 0] >= 0).sum()):,} latents; activations differ from the store "
+            f"by up to {self.drift:.1%} of a latent's largest."
+        )
+
 
 @torch.inference_mode()
 def feature_statistics(
@@ -104,14 +122,14 @@ def feature_statistics(
     max_rows: int | None = None,
     on_progress: Progress = no_progress,
 ) -> FeatureStatistics:
-    """Read a store once and measure every latent.
+    """Measure every latent in one pass over a store.
 
     Args:
         dictionary: Any; only `encode` is used.
-        rows: Rows of the site it was trained on.
-        top: Strongest rows kept of each latent.
-        max_rows: Stop after about as many; rows are stored in random order of samples.
-        on_progress: Told how many rows are done.
+        rows: Rows of the site that it was trained on.
+        top: Number of strongest rows kept for each latent.
+        max_rows: Upper limit on the rows read; they are stored in random order of samples.
+        on_progress: Callback with the number of rows done.
 
     Raises:
         InputError: The rows are not as wide as the dictionary.
@@ -157,7 +175,7 @@ def _encode(dictionary: Dictionary, x: Tensor) -> Tensor:
 
 
 def _active(dictionary: Dictionary, x: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Latent, row and value of every entry of the code above zero."""
+    """Find latent, row and value of every entry of the code above zero."""
     code = _encode(dictionary, x)
     flat = (code > 0).flatten().nonzero().squeeze(1)
     value = code.flatten()[flat].float().cpu().numpy()
@@ -166,7 +184,7 @@ def _active(dictionary: Dictionary, x: Tensor) -> tuple[np.ndarray, np.ndarray, 
 
 
 class _Tally:
-    """Counts, sums and histograms, block by block."""
+    """Running counts, sums and histograms, block by block."""
 
     def __init__(self, n_latents: int) -> None:
         self.n_latents, self.n_rows = n_latents, 0
@@ -184,7 +202,7 @@ class _Tally:
         self.bins += np.bincount(latent * self.n_bins + index, minlength=len(self.bins))
 
     def finish(self, sample: np.ndarray, place: np.ndarray, value: np.ndarray) -> FeatureStatistics:
-        """Keep the bins below each latent's largest activation."""
+        """Select the bins below each latent's largest activation."""
         bins = self.bins.reshape(self.n_latents, self.n_bins)
         last = self.n_bins - 1 - (bins[:, ::-1] > 0).argmax(axis=1)
         last = np.where(self.count > 0, np.maximum(last, BINS - 1), BINS - 1)
@@ -205,7 +223,7 @@ class _Tally:
 
 
 class _Strongest:
-    """The strongest entries of each latent, one of each sample.
+    """Running selection of the strongest entries of each latent, one of each sample.
 
     Entries that cannot be among them are dropped at once; the others wait until there are
     enough to be worth a sort.
@@ -244,7 +262,7 @@ class _Strongest:
         self.floor[self.latent[weakest]] = self.value[weakest]
 
     def finish(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Samples, places and values."""
+        """Return samples, positions and values."""
         self._merge()
         at = (self.latent, _rank(self.latent, self.n_latents))
         sample = np.full((self.n_latents, self.top), -1, dtype=np.int32)
@@ -255,7 +273,7 @@ class _Strongest:
 
 
 def _rank(latent: np.ndarray, n_latents: int) -> np.ndarray:
-    """Place of each entry among those of its latent, of entries sorted by latent."""
+    """Rank of each entry among those of its latent, for entries sorted by latent."""
     first = np.searchsorted(latent, np.arange(n_latents))
     return np.arange(len(latent)) - first[latent]
 
@@ -276,18 +294,18 @@ def examples(
     """Run the network on the samples of the strongest rows and map each latent around them.
 
     Args:
-        network: The one the statistics came from, in evaluation mode.
-        samples: What the store was collected from.
-        site: The site of the dictionary.
+        network: Network that the statistics came from, in evaluation mode.
+        samples: Samples that the store was collected from.
+        site: Site of the dictionary.
         dictionary: Any; only `encode` is used.
-        statistics: What `feature_statistics` found.
-        field: What a position sees, if the samples are images; squares show all of it.
+        statistics: Statistics from `feature_statistics`.
+        field: Receptive field of a position, if the samples are images; squares show all of it.
         smallest_crop: Side of the smallest square shown, as a share of the input's side.
-        context: For texts, tokens kept before and after the position.
-        on_progress: Told how many samples are done.
+        context: Tokens of a text kept before and after the position.
+        on_progress: Callback with the number of samples done.
 
     Raises:
-        InputError: A sample cannot be read any more.
+        InputError: A sample can no longer be read.
     """
     needed = np.unique(statistics.sample[statistics.sample >= 0])
     window: _Window | None = None
@@ -324,7 +342,7 @@ def _samples_at_once(dictionary: Dictionary, grid: tuple[int, int] | None) -> in
 
 @dataclasses.dataclass(frozen=True)
 class _Window:
-    """Which positions around a place are shown."""
+    """Window of positions shown around a position."""
 
     grid: tuple[int, int]
     shape: tuple[int, int]
@@ -333,7 +351,7 @@ class _Window:
     side: int
 
     def corners(self, place: np.ndarray) -> np.ndarray:
-        """Top and left pixel of the square whose middle is a position's."""
+        """Top and left pixel of the square centered on a position."""
         if self.crop is None:
             return np.zeros_like(place)
         middle = self.crop.origin + self.crop.cell * (place + 0.5)
@@ -373,7 +391,7 @@ def _window(
 
 
 class _Maps:
-    """Maps of all examples, filled sample by sample."""
+    """Activation maps of all examples, filled sample by sample."""
 
     def __init__(self, statistics: FeatureStatistics, window: _Window) -> None:
         self.window = window
@@ -390,12 +408,12 @@ class _Maps:
         self.sorted = flat[self.order]
 
     def of(self, sample: int) -> tuple[np.ndarray, np.ndarray]:
-        """Latents and ranks of the examples that show a sample."""
+        """Find latents and ranks of the examples that show a sample."""
         begin, end = np.searchsorted(self.sorted, [sample, sample + 1])
         return np.divmod(self.order[begin:end], self.heat.shape[1])
 
     def finish(self, statistics: FeatureStatistics) -> Examples:
-        """Quantise."""
+        """Quantize the maps."""
         there = statistics.sample >= 0
         share = self.heat.max(axis=(1, 2, 3)).astype(np.float32)
         scale = np.where(share > 0, share, 1)

@@ -42,11 +42,11 @@ SAMPLES_AT_ONCE = 32
 class PairedRows:
     """Rows of a paired store, the same samples and positions for every dictionary."""
 
-    known: list[Float[Tensor, "row d_in"]]
+    known: list[Float[Tensor, "row _d_in"]]
     """Rows of the training split at each dictionary's site, to fold with."""
     samples: Int[np.ndarray, " row"]
     """Sample of each of these rows."""
-    held_out: list[Float[Tensor, "held_out_row d_in"]]
+    held_out: list[Float[Tensor, "held_out_row _d_in"]]
     """Rows of the held-out split at each dictionary's site, to measure on."""
 
 

@@ -50,6 +50,7 @@ from mechatlas.app.match_quality import (
     pairings,
 )
 from mechatlas.app.progress import bar
+from mechatlas.app.recipes import as_dict
 from mechatlas.app.run_folder import finish, peak_bytes, refuse_strangers, write_table
 from mechatlas.base import RecipeError, UserError
 from mechatlas.dictionaries.formats import load
@@ -66,6 +67,7 @@ CODES = 16
 KEEP_EVERY = 15.0
 """Seconds of work that an interrupt may cost, once all pairs have been priced once."""
 SCALES = ("threshold", "mean")
+CURVES = ("persistence", "low", "high", "birth_share", "death_share")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -302,6 +304,7 @@ def match_dictionaries(config: MatchConfig) -> MatchResult:
         "kind": KIND,
         "dictionaries": [str(each.path.resolve()) for each in inputs.opened],
         "parents": {each.name: each.checksum for each in inputs.opened},
+        "settings": _settings(config),
         "files": {name: checksum(data) for name, data in tables.items()},
     }
     write_json(config.out / "manifest.json", manifest)
@@ -456,15 +459,16 @@ def _pair(config: MatchConfig, k: int, inputs: _Inputs) -> tuple[Match, PairResu
     return matching, dataclasses.replace(pair, samples=n_samples, spliced=effects)
 
 
+def _settings(config: MatchConfig) -> dict[str, Any]:
+    """Settings of a match besides its inputs and its folder."""
+    values = as_dict(config)
+    return {key: values[key] for key in values if key not in ("out", "dictionaries")}
+
+
 def _resumable_match(config: MatchConfig, k: int, inputs: _Inputs) -> Match:
     """Match two dictionaries, from where an interrupted run of the same match stopped."""
-    settings = {
-        key: [str(v) for v in value] if isinstance(value, tuple) else str(value)
-        for key, value in vars(config).items()
-        if key not in ("out", "dictionaries")
-    }
     parents = [each.checksum for each in inputs.opened[k : k + 2]]
-    kept = _Kept(config.out / UNFINISHED / str(k), json.dumps([settings, parents]))
+    kept = _Kept(config.out / UNFINISHED / str(k), json.dumps([_settings(config), parents]))
     state, kept_evidence = kept.read("state"), kept.read("evidence")
     last = time.monotonic()
 
@@ -537,12 +541,9 @@ def _joint(
     back = match(last, first, cost=cost, **options).matched_columns()
     composed = compose([m.matched_columns() for m in matches])
     cycle = float(cycle_agreement(composed, back, n=n))
-    codes = inputs.rows and paired_codes(
-        inputs.opened[0].dictionary,
-        inputs.opened[-1].dictionary,
-        inputs.rows.held_out[0],
-        inputs.rows.held_out[-1],
-    )
+    ends = inputs.opened[0].dictionary, inputs.opened[-1].dictionary
+    x = inputs.rows.held_out if inputs.rows else []
+    codes = paired_codes(*ends, x[0], x[-1]) if x else None
 
     def distant(columns: Int[np.ndarray, " latent"]) -> DistantMatch:
         firing = None if codes is None else co_firing(codes, columns, seed=config.seed)
@@ -554,11 +555,7 @@ def _joint(
             n=len(tracks.latents),
             layers=len(layers),
             longer_than_one=int((curves.death > curves.birth).sum()),
-            persistence=curves.persistence.tolist(),
-            low=curves.low.tolist(),
-            high=curves.high.tolist(),
-            birth_share=curves.birth_share.tolist(),
-            death_share=curves.death_share.tolist(),
+            **{name: getattr(curves, name).tolist() for name in CURVES},
         ),
         first_to_last=FirstToLast(
             composition=distant(composed),

@@ -5,11 +5,11 @@ const cards = (() => {
   const { el, number } = atlas;
 
   // A light in the dark: what is not active is dimmed, what is active shows through an amber tint.
-  function heatColour(v) {
+  function heatColor(v) {
     const t = v / 255, dark = 0.4 * (1 - t), tint = 0.56 * Math.sqrt(t), sum = dark + tint;
     return [255 * tint / sum, 178 * tint / sum, 0, 255 * sum].map(Math.round);
   }
-  const ramp = Array.from({ length: 256 }, (_, v) => heatColour(v));
+  const ramp = Array.from({ length: 256 }, (_, v) => heatColor(v));
 
   // One pixel a position, and one more around: pixels beyond the outermost positions exist too.
   function heatCanvas(d, at) {
@@ -158,11 +158,11 @@ const cards = (() => {
   }
 
   function card(d, i, showHeat, open) {
-    const lean = query.leaning(d, i);
+    const branch = query.nearestBranch(d, i);
     const element = el("article", { class: "card", tabindex: 0, "data-feature": i, "aria-label": `feature ${i}` },
       el("header", {}, el("a", { href: link(d, i), tabindex: -1 }, String(i)),
         el("span", { class: "brief" }, d.density[i] > 0 ? `density ${number(d.density[i])} · max ${number(d.max[i])}` : "dead"),
-        lean >= 0 && d.density[i] > 0 ? el("span", { class: "lean" }, el("i", { class: `dot c${lean % 8}` }), d.branches[lean]) : null));
+        branch >= 0 && d.density[i] > 0 ? el("span", { class: "lean" }, el("i", { class: `dot c${branch % 8}` }), d.branches[branch]) : null));
     element.addEventListener("click", (event) => { event.preventDefault(); open(i); });
     element.addEventListener("keydown", (event) => { if (event.key === "Enter") open(i); });
     const body = el("div", { class: "body" });
@@ -198,7 +198,7 @@ const cards = (() => {
 
   // What excites a feature most of all that can be painted.
   function painted(chapter, name, pixels) {
-    const canvas = el("canvas", { class: "painted", width: pixels, height: pixels, role: "img", title: "made to excite this feature (activation maximisation): a picture, not a claim" });
+    const canvas = el("canvas", { class: "painted", width: pixels, height: pixels, role: "img", title: "activation maximization for this feature: a picture, not a claim" });
     atlas.image(chapter, name).then((bitmap) => {
       const context = canvas.getContext("2d");
       context.imageSmoothingQuality = "high";
@@ -211,8 +211,8 @@ const cards = (() => {
     const names = d.painted.filter((name) => name.split("/")[0] === String(i));
     if (!names.length) return null;
     const pictures = names.map((name) => el("figure", {}, painted("features", `painted${d.index}/${name}`, 264),
-      el("figcaption", {}, name.slice(String(i).length + 1) || "all of it")));
-    return part("Made to excite it", "Activation maximisation, from noise: the drive at the middle of the map is climbed, of the whole feature and of its part in the branch it lies most in. A picture, not a claim.",
+      el("figcaption", {}, name.slice(String(i).length + 1) || "whole feature")));
+    return part("Activation maximization", "Images optimized from noise to maximize the pre-activation at the center of the map, for the whole feature and for its part in its main branch. A picture, not a claim.",
       el("div", { class: "paintings" }, ...pictures));
   }
 
@@ -222,12 +222,12 @@ const cards = (() => {
     const bars = branchBars(d, i, true);
     return [
       part(d.kind === "text" ? "Strongest tokens" : "Strongest examples",
-        shown ? `The ${shown} strongest rows, at most one of each sample, strongest first.${d.kind === "image" ? " Crops of one photograph are different samples. Each square holds all that the position sees, cut to the picture; light is the activation at every position, relative to the feature’s largest, and the frame is the position itself." : ""}` : "",
+        shown ? `The ${shown} strongest rows, at most one of each sample, strongest first.${d.kind === "image" ? " Crops of one photograph are different samples. Each square shows the receptive field of the position, cut to the image; brightness is the activation at every position, relative to the feature’s largest, and the frame is the position itself." : ""}` : "",
         exampleList(d, i, d.top, 132, showHeat)),
       paintings(d, i),
       el("div", { class: "columns" },
         part("Activations", `Density: share of ${read} of the store where it is active. Mean: over those rows. Bars: number of rows by activation, with ratios across and square roots up; the first bar holds everything weaker.`, facts(d, i), d.density[i] > 0 ? histogram(d, i) : null),
-        bars ? part("Branches", "Length of the atom’s positive part inside each branch, over its whole length; squares add up to 1. The tick is what the branch’s width predicts. A description: whether a difference stands against chance is in the chapter on branches, where “mechatlas branches” was run.", bars) : null,
+        bars ? part("Branches", "Length of the atom’s positive part inside each branch, relative to its whole length; squares add up to 1. The tick is the share expected from the branch’s width. A description: whether a difference stands against chance is in the chapter on branches, where “mechatlas branches” was run.", bars) : null,
         part("Nearest atoms", `Cosine of decoder rows, among features that are ever active. One shuffled atom in a hundred reaches ${number(d.chance)}; fainter ones are below that.`, neighbourList(d, i, showHeat, open))),
     ];
   }

@@ -90,7 +90,7 @@
     const groups = by === "branch" ? d.branches.map((name) => [name, []]) : [["features", []]];
     for (let i = 0; i < d.n; i++) {
       if (!Number.isFinite(d.flat[2 * i])) continue;
-      groups[by === "branch" ? Math.max(0, query.leaning(d, i)) : 0][1].push(i);
+      groups[by === "branch" ? Math.max(0, query.nearestBranch(d, i)) : 0][1].push(i);
     }
     const matched = state.found.length < d.n ? new Set(state.found) : null;
     const size = d.alive > 3000 ? 3.5 : d.alive > 800 ? 5 : 7;
@@ -195,9 +195,9 @@
     byId("sort").replaceChildren(...["number", "density", "max", "mean", "shuffled"].map((n) => option(n)), ...d.branches.map((n) => option(n, `share of ${n}`)));
     byId("map-colour").replaceChildren(...(d.branches.length ? [option("branch")] : []), option("density"), option("max"));
     byId("help-branches").textContent = d.branches.length
-      ? `, ${d.branches[0]}>0.8 by number · ${d.branches.join(", ")}: features that lean to a branch` : "";
+      ? `, ${d.branches[0]}>0.8 by number · ${d.branches.join(", ")}: features by nearest branch` : "";
     byId("map-caption").textContent =
-      `${d.map} of the decoder rows of ${number(d.alive)} active features (cosine, seed 0). A picture: nearby points are alike, but distances, gaps and shapes prove nothing.`;
+      `${d.map} of the decoder rows of ${number(d.alive)} active features (cosine, seed 0). A picture: nearby points are similar, but distances, gaps and shapes prove nothing.`;
     root.querySelector(".notes").replaceChildren(...d.problems.map((text) => el("p", { class: "note" }, text)));
     legend(d);
     show();
@@ -207,10 +207,10 @@
     const terms = [
       ["density", "share of the store’s rows where the feature is active (above zero)"],
       ["max, mean", "largest and mean activation where it is active, in the units of the code"],
-      ["heat", "light is the activation at every position, relative to the feature’s largest in the squares shown; what is dimmed is not active"],
+      ["heat", "brightness is the activation at every position, relative to the feature’s largest in the squares shown; dimmed positions are not active"],
       ["examples", `from ${number(d.rows)} of ${number(d.allRows)} rows, then run through the network again; the two agree within ${number(d.drift)} of each feature’s maximum`],
     ];
-    if (d.branches.length) terms.push(["branch bars", "share of the atom’s length in each branch; the tick is what the branch’s width predicts. A feature leans to the branch that exceeds its tick by the largest factor"]);
+    if (d.branches.length) terms.push(["branch bars", "share of the atom’s length in each branch; the tick is the share expected from the branch’s width. A feature’s nearest branch exceeds its tick by the largest factor"]);
     byId("legend").replaceChildren(...terms.flatMap(([term, text]) => [el("dt", {}, term), el("dd", {}, text)]));
   }
 

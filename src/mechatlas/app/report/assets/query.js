@@ -14,7 +14,7 @@ const query = (() => {
   }
 
   // The branch that writes most of an atom, compared with what its width predicts.
-  function leaning(d, i) {
+  function nearestBranch(d, i) {
     let best = -1, most = 0;
     for (let b = 0; b < d.branches.length; b++) {
       const ratio = d.shares[i * d.branches.length + b] / d.expected[b];
@@ -40,7 +40,7 @@ const query = (() => {
       return (i) => comparisons[comparison[2]](value(i), limit);
     }
     const branch = d.branches.indexOf(word);
-    if (branch >= 0) return (i) => d.density[i] > 0 && leaning(d, i) === branch;
+    if (branch >= 0) return (i) => d.density[i] > 0 && nearestBranch(d, i) === branch;
     if (/^\d+$/.test(word)) return (i) => i === Number(word);
     const range = /^(\d+)(?:-|\.\.)(\d+)$/.exec(word);
     if (range) return (i) => i >= Number(range[1]) && i <= Number(range[2]);
@@ -84,5 +84,5 @@ const query = (() => {
     return found.sort((a, b) => sign * (value(a) - value(b)) || a - b);
   }
 
-  return { numbers, leaning, select, sort };
+  return { numbers, nearestBranch, select, sort };
 })();

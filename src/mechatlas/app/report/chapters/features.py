@@ -1,4 +1,4 @@
-"""Every feature of every dictionary: what makes it active, and what its atom is made of."""
+"""Chapter on features: strongest examples, statistics and atom of every latent."""
 
 import dataclasses
 from pathlib import Path
@@ -30,16 +30,17 @@ from mechatlas.dictionaries.formats import load
 from mechatlas.dictionaries.pose_tied import PoseTied
 
 TOP = 12
-"""Examples of each feature."""
+"""Number of examples of each feature."""
 MAX_ROWS = 100_000
-"""Rows of a store that are read; they are stored in random order of samples."""
+"""Upper limit on the rows read from a store; they are stored in random order of samples."""
 DRIFT = 0.05
-"""A difference between store and network that rounding does not explain."""
+"""Difference between store and network above which a note is shown; rounding does not explain
+it."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class _Opened:
-    """A dictionary with everything it is drawn from."""
+class _FeatureData:
+    """A dictionary with all data that its cards show."""
 
     run: Run
     key: str
@@ -51,19 +52,19 @@ class _Opened:
     shown: Examples
     tokens: tuple[np.ndarray, list[str]] | None
     painted: dict[str, bytes]
-    """Pictures made to excite some features, by latent, or latent and branch."""
+    """Visualizations of some features, by latent, or latent and branch."""
     problems: list[str]
 
 
 def chapter(runs: Runs, on_progress: Progress) -> Chapter | None:
-    """Cards, search and a map of the features of each dictionary."""
-    found = runs.of_kind("dictionary")
-    if not found:
+    """Make cards, search and a map of the features of each dictionary."""
+    dictionaries = runs.of_kind("dictionary")
+    if not dictionaries:
         return None
-    opened: list[_Opened] = []
+    opened: list[_FeatureData] = []
     failed: list[tuple[str, str]] = []
-    total = 100 * len(found)
-    for number, run in enumerate(found):
+    total = 100 * len(dictionaries)
+    for number, run in enumerate(dictionaries):
         key = _key(run, [o.key for o in opened])
         try:
             opened.append(_open(run, key, runs, _part(on_progress, number * 90, 90, total)))
@@ -76,13 +77,13 @@ def chapter(runs: Runs, on_progress: Progress) -> Chapter | None:
     for name, pictures in galleries.values():
         data["galleries"][name] = _describe_gallery(pictures)
         images |= {f"{name}/{i}": sheet for i, sheet in enumerate(pictures.sheets)}
-    for number, one in enumerate(opened):
-        name, pictures = galleries[one.store]
-        described, own = _describe(one, name, pictures)
+    for number, each in enumerate(opened):
+        name, pictures = galleries[each.store]
+        described, own = _describe(each, name, pictures)
         data["dictionaries"].append(described)
         arrays |= {f"{number}/{key}": array for key, array in own.items()}
-        images |= {f"painted{number}/{key}": file for key, file in one.painted.items()}
-        on_progress(90 * len(found) + 10 * (number + 1), total)
+        images |= {f"painted{number}/{key}": file for key, file in each.painted.items()}
+        on_progress(90 * len(dictionaries) + 10 * (number + 1), total)
     return Chapter(
         name="features",
         title="Features",
@@ -99,16 +100,16 @@ def _part(on_progress: Progress, start: int, share: int, total: int) -> Progress
 
 
 def _key(run: Run, taken: list[str]) -> str:
-    """The site, as in links to features; with the run's name where a site has several."""
+    """Name the dictionary in links: by its site, with the run's name where a site has several."""
     site = str(run.manifest.get("site", run.name))
     return site if site not in taken else f"{site}@{run.name}"
 
 
-def _open(run: Run, key: str, runs: Runs, on_progress: Progress) -> _Opened:
-    """Read, run and measure.
+def _open(run: Run, key: str, runs: Runs, on_progress: Progress) -> _FeatureData:
+    """Read a dictionary and its rows, run the network and measure.
 
     Raises:
-        UserError: The dictionary, its store, the network or the samples are not there.
+        UserError: The dictionary, its store, the network or the samples are missing.
     """
     written = run.manifest.get("site")
     if not isinstance(written, str):
@@ -157,7 +158,7 @@ def _open(run: Run, key: str, runs: Runs, on_progress: Progress) -> _Opened:
         )
     tokens = _tokens(network, samples, shown) if isinstance(samples, TextSamples) else None
     atoms = dictionary.W_dec.detach()[:, : rows.d_in].float().cpu().numpy()
-    return _Opened(
+    return _FeatureData(
         run, key, atoms, rows, folder, samples, statistics, shown, tokens, painted, problems
     )  # fmt: skip
 
@@ -165,7 +166,7 @@ def _open(run: Run, key: str, runs: Runs, on_progress: Progress) -> _Opened:
 def _tokens(
     network: nn.Module, samples: TextSamples, shown: Examples
 ) -> tuple[np.ndarray, list[str]]:
-    """The tokens of each example as numbers into a list of words."""
+    """Look up the tokens of each example, as indices into a list of words."""
     length = shown.heat.shape[2]
     ids = np.zeros((*shown.sample.shape, length), dtype=np.int64)
     windows = {int(s): samples.read(int(s)) for s in np.unique(shown.sample) if s >= 0}
@@ -178,15 +179,15 @@ def _tokens(
     return index.reshape(ids.shape).astype(np.uint32), [str(word) for word in words]
 
 
-def _galleries(opened: list[_Opened]) -> dict[Path, tuple[str, Gallery]]:
-    """One gallery for each store, with the samples that any of its dictionaries shows."""
-    found: dict[Path, tuple[str, Gallery]] = {}
-    for one in opened:
-        if one.store not in found:
-            shown = [o.shown.sample for o in opened if o.store == one.store]
+def _galleries(opened: list[_FeatureData]) -> dict[Path, tuple[str, Gallery]]:
+    """Make one gallery for each store, with the samples that its dictionaries show."""
+    galleries: dict[Path, tuple[str, Gallery]] = {}
+    for each in opened:
+        if each.store not in galleries:
+            shown = [o.shown.sample for o in opened if o.store == each.store]
             needed = np.unique(np.concatenate([s[s >= 0] for s in shown]))
-            found[one.store] = f"g{len(found)}", gallery(one.samples, needed)
-    return found
+            galleries[each.store] = f"g{len(galleries)}", gallery(each.samples, needed)
+    return galleries
 
 
 def _describe_gallery(pictures: Gallery) -> dict[str, Any]:
@@ -200,15 +201,15 @@ def _describe_gallery(pictures: Gallery) -> dict[str, Any]:
 
 
 def _describe(
-    one: _Opened, name: str, pictures: Gallery
+    features: _FeatureData, name: str, pictures: Gallery
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """The plain values and the arrays of one dictionary."""
-    statistics, shown = one.statistics, one.shown
+    """Collect the plain values and the arrays of one dictionary."""
+    statistics, shown = features.statistics, features.shown
     alive = statistics.density > 0
-    flat, method = flat_map(one.atoms, alive)
-    near = neighbors(one.atoms, alive)
-    branches = _branches(one.rows)
-    shares, expected = plain_shares(one.atoms, branches)
+    flat, method = flat_map(features.atoms, alive)
+    near = neighbors(features.atoms, alive)
+    branches = _branches(features.rows)
+    shares, expected = plain_shares(features.atoms, branches)
     slot = np.searchsorted(pictures.samples, shown.sample)
     arrays = {
         "density": statistics.density.astype(np.float32),
@@ -228,13 +229,13 @@ def _describe(
         "heat": shown.heat,
         "scale": shown.scale,
     }
-    if one.tokens is not None:
-        arrays["tokens"] = one.tokens[0]
-    return _facts(one, name, pictures, method, near, list(branches), expected.tolist()), arrays
+    if features.tokens is not None:
+        arrays["tokens"] = features.tokens[0]
+    return _facts(features, name, pictures, method, near, list(branches), expected.tolist()), arrays
 
 
 def _facts(
-    one: _Opened,
+    features: _FeatureData,
     name: str,
     pictures: Gallery,
     method: str,
@@ -242,35 +243,35 @@ def _facts(
     branches: list[str],
     expected: list[float],
 ) -> dict[str, Any]:
-    crop = one.shown.crop
+    crop = features.shown.crop
     return {
-        "key": one.key,
-        "run": one.run.name,
-        "site": str(one.run.manifest["site"]),
-        "n": len(one.atoms),
+        "key": features.key,
+        "run": features.run.name,
+        "site": str(features.run.manifest["site"]),
+        "n": len(features.atoms),
         "top": TOP,
-        "rows": one.statistics.n_rows,
-        "allRows": one.rows.n_rows + one.rows.n_held_out,
-        "drift": one.shown.drift,
-        "alive": int((one.statistics.density > 0).sum()),
+        "rows": features.statistics.n_rows,
+        "allRows": features.rows.n_rows + features.rows.n_held_out,
+        "drift": features.shown.drift,
+        "alive": int((features.statistics.density > 0).sum()),
         "map": method,
         "chance": near.chance,
         "branches": branches,
         "expected": expected,
-        "kind": "text" if one.tokens else "image" if pictures.sheets and crop else "array",
+        "kind": "text" if features.tokens else "image" if pictures.sheets and crop else "array",
         "crop": dataclasses.asdict(crop) if crop else None,
-        "heat": list(one.shown.heat.shape[2:]),
+        "heat": list(features.shown.heat.shape[2:]),
         "gallery": name,
-        "words": one.tokens[1] if one.tokens else [],
-        "painted": list(one.painted),
+        "words": features.tokens[1] if features.tokens else [],
+        "painted": list(features.painted),
         "bins": BINS,
         "perOctave": PER_OCTAVE,
-        "problems": one.problems,
+        "problems": features.problems,
     }
 
 
 def _branches(rows: StoreRows) -> dict[str, slice]:
-    """Branches of the site, if the dictionary reads all of it."""
+    """Branches of the site, if the dictionary reads all of its channels."""
     if rows.d_in != rows.shape.width:
         return {}
     return {name: slice(*ends) for name, ends in rows.shape.branches.items()}

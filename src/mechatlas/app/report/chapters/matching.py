@@ -34,6 +34,8 @@ OUTPUT = {
     "agreement": "same answer",
 }
 """Measures of the effect on the network's output, in the words of the page."""
+NO_MEASURES = dict.fromkeys(("p_b_given_a", "jaccard", "permuted", "rescaled", *OUTPUT))
+"""Cells of a row for which nothing was measured."""
 OLD_KEYS = {
     "B itself": "b_reconstruction",
     "born": "birth_share",
@@ -195,7 +197,7 @@ def _evidence(pair: dict[str, Any]) -> dict[str, Any] | None:
         variance = pair["explained_variance"].get(way) or {}
         effect = (pair.get("spliced") or {}).get(way) or {}
         if firing or variance or effect:
-            rows.append({"way": words, **firing, **variance, **effect})
+            rows.append({**NO_MEASURES, "way": words, **firing, **variance, **effect})
     shown = {key: words for key, words in OUTPUT.items() if any(row.get(key) for row in rows)}
     return {
         "a": pair["a"],
@@ -249,6 +251,6 @@ def _distant(first_to_last: dict[str, Any] | None) -> list[dict[str, Any]]:
     """Matches of the first dictionary with the last, by method."""
     return [
         # Version 0.1 had the two estimates beside `pairs`.
-        {"way": way, "pairs": match["pairs"], **(match.get("co_firing") or match)}
+        {**NO_MEASURES, "way": way, **match, **(match.get("co_firing") or {})}
         for way, match in (first_to_last or {}).items()
     ]
