@@ -11,7 +11,7 @@ import time
 import torch
 
 from mechatlas.activations.architectures.inception_v1 import inception_v1
-from mechatlas.analysis.circuits.recording import record
+from mechatlas.analysis.circuits.recording import record_gates
 from mechatlas.analysis.circuits.virtual_weights import compose_responses, encoder_rows, pair_blocks
 from mechatlas.analysis.circuits.wiring import trace_wiring
 from mechatlas.app.run_folder import peak_bytes
@@ -29,7 +29,7 @@ def main(n: int = 2048) -> None:
     encoder = b.W_enc.detach()
     maps = torch.randn(16, 512, 14, 14).relu()
     clock = time.process_time()
-    record(wiring, a, b, [maps])
+    record_gates(wiring, a, b, [maps])
     followed = time.process_time() - clock
     clock = time.process_time()
     found = compose_responses(wiring, a)

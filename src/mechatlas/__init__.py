@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from mechatlas.activations.sites import edited, find_sites, list_sites, read
     from mechatlas.activations.store import Store
     from mechatlas.analysis.branches.specialization import branches
+    from mechatlas.analysis.circuits.circuit import Circuit, circuit
     from mechatlas.analysis.interaction.analysis import Interaction, InteractionConfig, basis
     from mechatlas.analysis.matching.chains import track
     from mechatlas.analysis.matching.pairing import feature_splitting, match
@@ -55,6 +56,7 @@ _HOMES = {
     "activations.sites": ("edited", "find_sites", "list_sites", "read"),
     "activations.store": ("Store",),
     "analysis.branches.specialization": ("branches",),
+    "analysis.circuits.circuit": ("Circuit", "circuit"),
     "analysis.interaction.analysis": ("Interaction", "InteractionConfig", "basis"),
     "analysis.matching.chains": ("track",),
     "analysis.matching.pairing": ("feature_splitting", "match"),
@@ -84,6 +86,7 @@ __all__ = [
     "Autoencoder",
     "AuxK",
     "BatchTopK",
+    "Circuit",
     "Crosscoder",
     "Dictionary",
     "Gated",
@@ -114,6 +117,7 @@ __all__ = [
     "basis",
     "branches",
     "build",
+    "circuit",
     "collect",
     "edited",
     "evaluate",

@@ -9,14 +9,16 @@ import pyarrow.parquet as pq
 import pytest
 from safetensors.numpy import load_file
 
+import mechatlas as ma
 from mechatlas.activations.collect import StoreConfig
 from mechatlas.activations.networks import Network
 from mechatlas.activations.positions import Positions
 from mechatlas.activations.samples import Arrays, Images
+from mechatlas.activations.store import Store
 from mechatlas.app.cli import main
 from mechatlas.app.commands import train as jobs
 from mechatlas.app.commands.circuit import CircuitConfig, circuit
-from mechatlas.app.recipes import CollectConfig, TrainConfig
+from mechatlas.app.recipes import CollectConfig, TrainConfig, reopen
 from mechatlas.app.report.chapters import circuits
 from mechatlas.app.report.runs import find_runs
 from mechatlas.base import no_progress
@@ -58,7 +60,7 @@ def test_the_folder_holds_edges_kernels_and_their_validation(folder):
     found = pair["agreement"]
     assert found["spearman"] > 0.5
     assert found["low"] > found["null_high"]
-    assert found["spearman"] > pair["agreement_gates_open"]["spearman"]
+    assert found["spearman"] > pair["agreement_open_gates"]["spearman"]
     table = pq.read_table(folder / "circuit" / "edges.parquet").to_pydict()
     kernels = load_file(folder / "circuit" / "kernels.safetensors")
     for branch, row, weight in list(
@@ -78,6 +80,44 @@ def test_the_chapter_draws_what_was_found(folder):
     assert len(part["drawings"]) == 3
     assert set(part["pictures"]) == set(made.images)
     assert made.images
+
+
+def test_a_run_of_version_0_1_is_still_drawn(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "runs")
+    file = tmp_path / "runs" / "circuit" / "result.json"
+    text = file.read_text()
+    for old, new in circuits.OLD_KEYS.items():
+        assert f'"{new}"' in text
+        text = text.replace(f'"{new}"', f'"{old}"')
+    file.write_text(text)
+    old = circuits.chapter(find_runs(tmp_path / "runs"), no_progress)
+    new = circuits.chapter(find_runs(folder), no_progress)
+    assert old is not None
+    assert new is not None
+    assert old.html == new.html
+    assert old.data[0]["drawings"] == new.data[0]["drawings"]
+
+
+def test_the_verb_gives_what_the_command_gives(folder):
+    store = Store(folder / "store")
+    network, samples = reopen(store.manifest["recipe"])
+    numbers = store.samples("train", 256), store.samples("held", 128)
+    known, unseen = (samples.stack([samples.read(int(i)) for i in n]) for n in numbers)
+    found = ma.circuit(
+        network, ma.load(folder / SITES[0]), ma.load(folder / SITES[1]), known, held_out=unseen,
+        site_a=SITES[0], site_b=SITES[1], n_ablated=8,
+    )  # fmt: skip
+    (pair,) = json.loads((folder / "circuit" / "result.json").read_text())["pairs"]
+    table = pq.read_table(folder / "circuit" / "edges.parquet").to_pydict()
+    assert table["latent_a"] == found.edges.source.tolist()
+    assert table["latent_b"] == found.edges.target.tolist()
+    np.testing.assert_allclose(table["weight"], found.edges.weight, rtol=1e-3, atol=1e-5)
+    np.testing.assert_allclose(table["q_value"], found.edges.q_value, atol=0.05)
+    assert pair["n_significant"] == found.significant.sum()
+    assert found.evidence is not None
+    assert found.evidence.agreement.spearman == pytest.approx(
+        pair["agreement"]["spearman"], abs=1e-3
+    )
 
 
 def test_the_same_command_gives_the_same_edges(folder, tmp_path):
@@ -149,14 +189,14 @@ def test_a_transformer_has_circuits_by_heads_and_mlp(tmp_path):
             n_ablated=12, features=3,
         )
     )  # fmt: skip
-    (pair,) = found["pairs"]
-    assert pair["branches"] == [
+    (pair,) = found.pairs
+    assert pair.branches == [
         "direct", "head0", "head1", "head2", "mlp", "head0 > mlp", "head1 > mlp", "head2 > mlp"
     ]  # fmt: skip
-    assert set(pair["kernel_taps"]) == {17}
-    assert pair["agreement"]["spearman"] > 0.9
-    assert pair["agreement"]["low"] > pair["agreement"]["null_high"]
-    assert "agreement_gates_open" not in pair
+    assert set(pair.kernel_taps) == {17}
+    assert pair.agreement.spearman > 0.9
+    assert pair.agreement.low > pair.agreement.null_high
+    assert pair.agreement_open_gates is None
     made = circuits.chapter(find_runs(tmp_path), no_progress)
     assert made is not None
     edge = made.data[0]["drawings"][0]["edges"][0]

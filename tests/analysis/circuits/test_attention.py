@@ -12,7 +12,7 @@ from torch.nn.functional import gelu
 
 from mechatlas.activations.sites import read
 from mechatlas.analysis.circuits import attention
-from mechatlas.analysis.circuits.attention import record
+from mechatlas.analysis.circuits.attention import record_layer
 from mechatlas.analysis.circuits.effects import (
     ablate,
     ablation_agreement,
@@ -91,7 +91,7 @@ def test_weights_are_the_mean_derivative_of_the_layer_as_it_stands(order, monkey
     network, x = small(order), sequences(3, 5)
     layer, maps = layer_of(network, x)
     a, b = Linear(12, 9, seed=2, dtype=torch.float64), Linear(12, 7, seed=3, dtype=torch.float64)
-    recording = record(layer, a, b, [maps[:2], maps[2:]])
+    recording = record_layer(layer, a, b, [maps[:2], maps[2:]])
     found = compose_responses(layer, a, recording.gates)
     rows = maps[:, :, 0].transpose(1, 2)
     torch.testing.assert_close(held(network, rows, rows), network.last(rows))
@@ -113,7 +113,7 @@ def test_the_routes_of_a_head_are_what_is_missing_without_it(monkeypatch):
         "direct", "head0", "head1", "head2", "mlp", "head0 > mlp", "head1 > mlp", "head2 > mlp",
     ]  # fmt: skip
     a = Linear(12, 6, seed=2, dtype=torch.float64)
-    found = compose_responses(layer, a, record(layer, a, a, [maps]).gates)
+    found = compose_responses(layer, a, record_layer(layer, a, a, [maps]).gates)
     given = [r.values[0] * torch.as_tensor(total)[:, None]
              for r in found for _, total, _ in r.entries()]  # fmt: skip
     rows = maps[:, :, 0].transpose(1, 2)
@@ -132,7 +132,7 @@ def test_weights_rank_like_ablations(order, seed):
     network, x = small(order, seed, torch.float32), sequences(64, 12, torch.float32)
     layer, maps = layer_of(network, x)
     a, b = Linear(12, 24, seed=4, dtype=torch.float32), Linear(12, 30, seed=5, dtype=torch.float32)
-    recording = record(layer, a, b, maps[:32].split(8))
+    recording = record_layer(layer, a, b, maps[:32].split(8))
     removed = ablate(layer, a, maps[32:].split(8), np.arange(24))
     block = next(pair_blocks(layer, compose_responses(layer, a, recording.gates), b.W_enc))
     predicted = block.weight.sum(axis=0).T * removed.mean[:, None]
@@ -147,7 +147,7 @@ def test_contributions_are_what_arrives_where_a_target_is_active(order):
     network, x = small(order, dtype=torch.float32), sequences(4, 20, torch.float32)
     layer, maps = layer_of(network, x)
     a, b = Linear(12, 8, seed=4, dtype=torch.float32), Linear(12, 70, seed=5, dtype=torch.float32)
-    recording = record(layer, a, b, maps.split(3))
+    recording = record_layer(layer, a, b, maps.split(3))
     found = compose_responses(layer, a, recording.gates)
     whole = list(pair_blocks(layer, found, b.W_enc, recording))
     parts = list(pair_blocks(layer, found, b.W_enc, recording, block_bytes=1))
@@ -179,7 +179,7 @@ def test_the_spread_is_attention_by_distance_and_far_ones_are_not_lost():
     network, x = small("before", dtype=torch.float32), sequences(3, 24, torch.float32)
     layer, maps = layer_of(network, x)
     a = Linear(12, 8, seed=4, dtype=torch.float32)
-    recording = record(layer, a, a, [maps])
+    recording = record_layer(layer, a, a, [maps])
     spread = recording.gates.spread[1:, :, -1]
     assert (spread[:, 9:] == 0).all(), "no position looks ahead"
     size = layer.nonlinearities(maps).pattern
@@ -197,17 +197,17 @@ def test_a_layer_without_slopes_is_reproduced_and_attributed_exactly():
     a, b = Linear(12, 24, seed=4, dtype=torch.float32), Linear(12, 5, seed=5, dtype=torch.float32)
     a.W_dec = torch.cat([torch.eye(12), -torch.eye(12)])
     a.encode = lambda x: torch.cat([x.relu(), (-x).relu()], dim=-1)
-    recording = record(layer, a, b, [maps])
+    recording = record_layer(layer, a, b, [maps])
     found = compose_responses(layer, a, recording.gates)
     assert (reproduced_variance(layer, found, a, b, [maps]) > 1 - 1e-4).all()
     parts = [route.channels for route in layer.routes]
     given = attribute(layer, a, b, [maps], np.arange(5), parts, steps=2)
-    assert given.given.shape == (5, 1, 24)
+    assert given.attributed.shape == (5, 1, 24)
     assert given.gap.max() < 1e-3
     block = next(pair_blocks(layer, found, b.W_enc, recording))
     assert block.contribution is not None
     np.testing.assert_allclose(
-        given.given[:, 0], block.contribution.sum(axis=0), rtol=1e-2, atol=1e-3
+        given.attributed[:, 0], block.contribution.sum(axis=0), rtol=1e-2, atol=1e-3
     )
 
 

@@ -17,7 +17,7 @@ from mechatlas.analysis.circuits.effects import (
     bootstrap_interval,
     reproduced_variance,
 )
-from mechatlas.analysis.circuits.recording import record, sample_activations
+from mechatlas.analysis.circuits.recording import record_gates, sample_activations
 from mechatlas.analysis.circuits.virtual_weights import (
     compose_responses,
     edge_kernels,
@@ -106,7 +106,7 @@ def test_with_mean_gates_weights_rank_like_ablations(seed):
     x = images(48, 12, torch.float32)
     wiring = trace_wiring(network, A, B, x[:1])
     a, b = Linear(16, 24, seed=4, dtype=torch.float32), Linear(18, 30, seed=5, dtype=torch.float32)
-    recording = record(wiring, a, b, maps(network, x[:24]))
+    recording = record_gates(wiring, a, b, maps(network, x[:24]))
     removed = ablate(wiring, a, maps(network, x[24:]), np.arange(24))
     block = next(pair_blocks(wiring, compose_responses(wiring, a, recording.gates), b.W_enc))
     predicted = block.weight.sum(axis=0).T * removed.mean[:, None]
@@ -122,7 +122,7 @@ def test_mean_gates_are_shares_and_those_of_a_maximum_add_up():
     network = two(0, torch.float32)
     wiring = trace_wiring(network, A, B, images(1, dtype=torch.float32))
     a, b = Linear(16, 9, seed=4, dtype=torch.float32), Linear(18, 9, seed=5, dtype=torch.float32)
-    recording = record(wiring, a, b, maps(network, images(8, dtype=torch.float32)))
+    recording = record_gates(wiring, a, b, maps(network, images(8, dtype=torch.float32)))
     pooled = recording.gates.means.pop(
         next(p for p in recording.gates.means if p.number == wiring.routes[-1].nodes[0])
     )
@@ -161,7 +161,7 @@ def test_what_a_feature_adds_on_average_is_what_its_faint_removal_takes(name, mo
     wiring = trace_wiring(network, A, B, x[:1])
     a, b = Linear(16, 9, seed=4, dtype=torch.float64), Linear(18, 9, seed=5, dtype=torch.float64)
     x = torch.cat(maps(network, x))
-    recorded = record(wiring, a, b, [x[:1], x[1:]])
+    recorded = record_gates(wiring, a, b, [x[:1], x[1:]])
     assert (x == 0).float().mean() > 0.2
     code = a.encode(x.movedim(1, -1))
     with torch.no_grad():
@@ -212,7 +212,7 @@ def test_a_feature_that_is_rarely_active_is_drawn_towards_mean_gates():
     network = two(0, torch.float32)
     wiring = trace_wiring(network, A, B, images(1, dtype=torch.float32))
     a, b = Linear(16, 9, seed=4, dtype=torch.float32), Linear(18, 9, seed=5, dtype=torch.float32)
-    recording = record(wiring, a, b, maps(network, images(8, dtype=torch.float32)))
+    recording = record_gates(wiring, a, b, maps(network, images(8, dtype=torch.float32)))
     gates = recording.gates
     own, shared = (
         compose_responses(wiring, a, gates)[1],
@@ -238,7 +238,7 @@ def test_norms_kernels_and_weights_agree_however_small_the_blocks():
     x = maps(network, images(16, dtype=torch.float32))
     wiring = trace_wiring(network, A, B, images(1, dtype=torch.float32))
     a, b = Linear(16, 40, seed=4, dtype=torch.float32), Linear(18, 150, seed=5, dtype=torch.float32)
-    recording = record(wiring, a, b, x)
+    recording = record_gates(wiring, a, b, x)
     found = compose_responses(wiring, a, recording.gates)
     whole = list(pair_blocks(wiring, found, b.W_enc, recording))
     parts = list(pair_blocks(wiring, found, b.W_enc, recording, block_bytes=1))
@@ -260,7 +260,7 @@ def test_contributions_are_what_the_kernels_give_around_each_activation():
     x = torch.cat(maps(network, images(4, 7, torch.float32)))
     wiring = trace_wiring(network, A, B, images(1, dtype=torch.float32))
     a, b = Linear(16, 5, seed=4, dtype=torch.float32), Linear(18, 4, seed=5, dtype=torch.float32)
-    recording = record(wiring, a, b, [x])
+    recording = record_gates(wiring, a, b, [x])
     found = compose_responses(wiring, a, recording.gates)
     block = next(pair_blocks(wiring, found, b.W_enc, recording))
     code = a.encode(x.movedim(1, -1).flatten(0, 2)).view(4, 7, 7, 5)
@@ -293,7 +293,7 @@ def test_attributions_add_up_to_the_drive_and_one_step_is_exact_where_it_is_homo
     one = attribute(wiring, a, b, x, np.arange(4), parts, steps=1)
     many = attribute(wiring, a, b, x, np.arange(4), parts, steps=6)
     assert one.gap.max() < 1e-5  # codes are float32
-    np.testing.assert_allclose(one.given, many.given, rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(one.attributed, many.attributed, rtol=1e-5, atol=1e-7)
     biased = two(0, torch.float64)
     wiring, x = trace_wiring(biased, A, B, images(1)), maps(biased, images(4))
     rough = attribute(wiring, a, b, x, np.arange(4), parts, steps=32)
@@ -315,7 +315,7 @@ def test_ablations_are_the_network_run_without_the_feature():
         np.testing.assert_allclose(
             removed.pre_activations(b.W_enc)[k], lost.mean(dim=(0, 1, 2)), rtol=1e-4, atol=1e-6
         )
-    pre_activations = np.einsum("snc,ct->snt", removed.everywhere, b.W_enc.numpy())[0].T
+    pre_activations = np.einsum("snc,ct->snt", removed.lost, b.W_enc.numpy())[0].T
     low, high = bootstrap_interval(pre_activations)
     assert (low <= pre_activations.mean(axis=1)).all()
     assert (pre_activations.mean(axis=1) <= high).all()
@@ -346,7 +346,7 @@ def test_planted_edges_are_found_and_the_weights_of_other_targets_are_not():
     wiring = trace_wiring(network, A, B, x[:1])
     one = Linear(64, 64, seed=0, dtype=torch.float32)
     one.W_dec, one.W_enc, one.encode = torch.eye(64), torch.eye(64), lambda x: (x - 0.2).relu()
-    recording = record(wiring, one, one, [x])
+    recording = record_gates(wiring, one, one, [x])
     found = compose_responses(wiring, one, recording.gates)
     kept = strongest_edges(wiring, found, one, recording)
     discovered = kept.q_value <= 0.05
@@ -381,4 +381,4 @@ def test_dictionaries_of_other_widths_are_refused():
     wiring = trace_wiring(network, A, B, images(1, dtype=torch.float32))
     a, b = Linear(16, 6, seed=4, dtype=torch.float32), Linear(16, 5, seed=5, dtype=torch.float32)
     with pytest.raises(InputError, match="second has 18 channels, its dictionary reads 16"):
-        record(wiring, a, b, maps(network, images(4, dtype=torch.float32)))
+        record_gates(wiring, a, b, maps(network, images(4, dtype=torch.float32)))

@@ -1,15 +1,16 @@
-"""What a feature of one layer of a transformer writes into the next, head by head.
+"""Virtual weights through a layer of a transformer, head by head.
 
-    record      run some inputs once: codes at both sites, and how a layer stands for each feature
-    respond     atoms and a route -> what each atom adds to the target, and how it is spread
+    record_layer           run some inputs once: codes at both sites, and frozen nonlinearities
+    compose_layer_route    atoms and a route -> effect of each atom on the target
 
-Where attention patterns and the scales of normalisation are held as they are on data, a layer is
-linear but for the slopes of its MLP. A route has one such slope, so its mean over the places
-where a feature is active, weighed with how active it is and how much of it arrives, gives the
-mean of the layer's derivative, exactly. What is left out is that a feature also moves attention,
-normalisation and slopes; `effects.py` measures what that costs.
+With attention patterns and normalization factors frozen at their values on data, a layer is linear
+but for the slopes of its MLP. A route has one such slope, so its mean over the positions where a
+feature is active, weighted by how much of it arrives, gives the mean derivative of the layer
+exactly. Effects of a feature on attention, normalization and slopes are left out; `effects.py`
+measures the error of that.
 
-A response has the same values at every relative position: how much arrives there is its spread.
+A response has the same values at every relative position: the share that arrives there is its
+spread.
 
 Source: Elhage et al., A mathematical framework for transformer circuits (2021).
 """
@@ -29,53 +30,58 @@ from mechatlas.analysis.circuits.transformer_layer import LayerNonlinearities, T
 from mechatlas.analysis.circuits.wiring import Route
 from mechatlas.base import InputError
 
-FARTHEST = 8
-"""Relative positions are told apart up to here; all that lie farther count as this."""
+MAX_DISTANCE = 8
+"""Largest relative position with a tap of its own; farther ones count as this."""
 PRIOR = 4.0
-"""Activations of a feature that the mean over all places counts for in its own mean."""
-TAPS = np.stack([np.zeros(2 * FARTHEST + 1, int), np.arange(-FARTHEST, FARTHEST + 1)], axis=1)
+"""Number of activations that the mean over all positions counts for in a feature's own."""
+TAPS = np.stack(
+    [np.zeros(2 * MAX_DISTANCE + 1, int), np.arange(-MAX_DISTANCE, MAX_DISTANCE + 1)], axis=1
+)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class FrozenNonlinearities:
-    """How a layer stands for each feature, and last for all places alike.
+    """Frozen nonlinearities of a layer for each feature, and last their mean over all positions.
 
-    First axis: past attention, then by each head. All are per unit of activation.
+    The first axis is past attention, then each head. All are per unit of activation.
     """
 
     spread: Float[np.ndarray, "way tap latents_and_all"]
-    """How much arrives at positions from which the feature lies at a tap."""
+    """Share that arrives at positions from which the feature lies at a tap."""
     after: Float[np.ndarray, "way latents_and_all"]
-    """The same by all taps, times what normalisation multiplies it by past the MLP."""
+    """Share that arrives by all taps, times the normalization factor past the MLP."""
     inner: Float[np.ndarray, "way latents_and_all hidden"]
-    """By way of the MLP, times the slope of each of its units."""
+    """Share that arrives through the MLP, times the slope of each of its units."""
     by_feature: bool = True
+    """Whether each feature has its own; otherwise all share the mean over all positions."""
 
     def shared(self) -> "FrozenNonlinearities":
-        """The same for all features: the mean over all places."""
+        """Mean over all positions, the same for all features."""
         return dataclasses.replace(self, by_feature=False)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class AttentionResponse(Response):
-    """What atoms add to the target wherever they arrive; `values` has one entry."""
+    """Effect of atoms on the target wherever they arrive; `values` has one entry."""
 
     spread: Float[Tensor, "tap latent"]
+    """Share of each atom that arrives at each tap."""
     head: int | None
+    """Attention head of the route; None past attention."""
 
     def entries(self) -> Iterator[tuple[Tensor, Tensor | float, Tensor | float]]:
-        """Values, the sum of what they count for at all taps, and the sum of squares."""
+        """Values, the sum of their weights at all taps, and the sum of squares."""
         yield self.values[0], self.spread.sum(dim=0), self.spread.square().sum(dim=0)
 
     def kernel(self, latents: np.ndarray, read: Float[Tensor, "edge channel"]) -> Tensor:
-        """The kernels of some latents into what is read (edge, tap)."""
+        """Kernels (edge, tap) of some latents into encoder rows."""
         product = (self.values[0, latents] * read).sum(dim=1)
         return product[:, None] * self.spread[:, latents].T
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class AttentionRecording:
-    """Some inputs, seen at both sites of a layer."""
+    """Record of samples at both sites of a layer: codes and frozen nonlinearities."""
 
     codes_a: sparse.csr_matrix
     codes_b: sparse.csr_matrix
@@ -88,7 +94,7 @@ class AttentionRecording:
     def around(
         self, on: sparse.csr_matrix, response: Response, entry: int
     ) -> Float[np.ndarray, "target source"]:
-        """How much of each source arrives where each target is active, summed."""
+        """Sum of each source's activation that arrives where each target is active."""
         del entry
         assert isinstance(response, AttentionResponse)
         if response.head is None:
@@ -102,22 +108,28 @@ class AttentionRecording:
 
 
 def arriving(
-    watched: LayerNonlinearities, codes: sparse.csr_matrix, head: int | None
+    nonlinearities: LayerNonlinearities, codes: sparse.csr_matrix, head: int | None
 ) -> sparse.csr_matrix | Float[np.ndarray, "position latent"]:
-    """How much of each feature arrives at each position."""
+    """Activation of each feature that arrives at each position.
+
+    Args:
+        nonlinearities: Attention patterns of the layer on the samples of `codes`.
+        codes: Codes (position, latent) at the source.
+        head: Attention head; None past attention.
+    """
     if head is None:
         return codes
-    pattern = watched.pattern[:, head].float().cpu().numpy()
+    pattern = nonlinearities.pattern[:, head].float().cpu().numpy()
     length = pattern.shape[1]
     rows = [p @ codes[k * length : (k + 1) * length].toarray() for k, p in enumerate(pattern)]
     return np.concatenate(rows)
 
 
 @torch.no_grad()
-def record(
+def record_layer(
     layer: TransformerLayer, a: LinearDictionary, b: LinearDictionary, maps: Iterable[Tensor]
 ) -> AttentionRecording:
-    """Codes at both sites, and how the layer stands for each feature.
+    """Record codes at both sites, and the frozen nonlinearities of the layer for each feature.
 
     Args:
         layer: From the site of `a` to that of `b`.
@@ -147,7 +159,7 @@ def record(
 
 
 class _Sums:
-    """Sums over all places of a feature, weighed with its activation."""
+    """Sums over all positions of a feature, weighted by its activation."""
 
     def __init__(self, layer: TransformerLayer, n: int) -> None:
         ways, hidden = 1 + layer.n_heads, layer.up.weight.shape[1]
@@ -169,11 +181,11 @@ class _Sums:
             self.after[way] += arrived.T @ after
             self.inner[way] += arrived.T @ inner
             self.spread[way] += (
-                _looks(watched.pattern[:, way - 1]) @ active if way else _here(weight)
+                _attention_by_tap(watched.pattern[:, way - 1]) @ active if way else _here(weight)
             )
 
     def means(self, codes: sparse.csr_matrix) -> FrozenNonlinearities:
-        """Means, those of each latent drawn towards the mean over all places."""
+        """Means for each latent, shrunk towards the mean over all positions."""
         prior = np.append(prior_of(codes, PRIOR), 0.0).astype(np.float32)
 
         def mean(sums: np.ndarray) -> np.ndarray:
@@ -189,25 +201,27 @@ class _Sums:
 
 def _here(weight: np.ndarray) -> np.ndarray:
     spread = np.zeros((len(TAPS), len(weight)), np.float32)
-    spread[FARTHEST] = weight
+    spread[MAX_DISTANCE] = weight
     return spread
 
 
-def _looks(pattern: Float[Tensor, "sample query key"]) -> Float[np.ndarray, "tap position"]:
-    """How much attention each position is given from where it lies at each tap."""
+def _attention_by_tap(
+    pattern: Float[Tensor, "sample query key"],
+) -> Float[np.ndarray, "tap position"]:
+    """Attention that each position receives from queries at each tap."""
     length = pattern.shape[1]
     apart = torch.arange(length) - torch.arange(length)[:, None]  # key minus query
-    apart = apart.clamp(-FARTHEST, FARTHEST)
+    apart = apart.clamp(-MAX_DISTANCE, MAX_DISTANCE)
     parts = [(pattern * (apart == tap).to(pattern)).sum(dim=1).flatten() for tap in TAPS[:, 1]]
     return torch.stack(parts).float().cpu().numpy()
 
 
 @torch.no_grad()
-def compose_route(
+def compose_layer_route(
     layer: TransformerLayer,
     route: Route,
     atoms: Float[Tensor, "latent d"],
-    standing: FrozenNonlinearities,
+    frozen: FrozenNonlinearities,
 ) -> AttentionResponse:
     """Compose a route, applied to all atoms.
 
@@ -215,16 +229,16 @@ def compose_route(
         layer: From the source site to the target site.
         route: One of its routes.
         atoms: Decoder rows of the source's dictionary.
-        standing: How the layer stands for each of them.
+        frozen: Frozen nonlinearities for each of them.
     """
     way, by_mlp = _way(layer, route)
     whole = atoms.new_zeros(len(atoms), layer.source_channels)
     whole[:, layer.writes] = atoms
-    which = slice(None, -1) if standing.by_feature else slice(-1, None)
-    spread = torch.from_numpy(standing.spread[way][:, which]).to(atoms)
+    which = slice(None, -1) if frozen.by_feature else slice(-1, None)
+    spread = torch.from_numpy(frozen.spread[way][:, which]).to(atoms)
     arrives = spread.sum(dim=0).clamp_min(1e-30)[:, None]
-    factor = torch.from_numpy(standing.after[way, which]).to(atoms)[:, None]
-    inner = torch.from_numpy(standing.inner[way, which]).to(atoms) if by_mlp else None
+    factor = torch.from_numpy(frozen.after[way, which]).to(atoms)[:, None]
+    inner = torch.from_numpy(frozen.inner[way, which]).to(atoms) if by_mlp else None
     rows = layer.carried(whole, way - 1 if way else None)
     values = layer.finished(rows, inner) * (1 if by_mlp else factor) / arrives
     spread = spread.expand(len(TAPS), len(atoms))
@@ -234,6 +248,6 @@ def compose_route(
 
 
 def _way(layer: TransformerLayer, route: Route) -> tuple[int, bool]:
-    """Past attention (0) or by which head (from 1), and whether by the MLP."""
+    """Way past attention (0) or by a head (from 1), and whether it passes the MLP."""
     by_mlp, way = divmod(layer.routes.index(route), 1 + layer.n_heads)
     return way, bool(by_mlp)

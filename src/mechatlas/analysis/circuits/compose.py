@@ -1,15 +1,15 @@
-"""What a feature of one site writes into the next, by composing the steps between them.
+"""Virtual weights by route: the operations between two sites, composed and applied to atoms.
 
-    walk        a route, step by step, and what is seen before each
-    respond     atoms, a route and its gates -> what each atom adds to the target's channels
+    walk             a route, node by node, with the receptive field and channels before each
+    compose_route    atoms, a route and its gates -> effect of each atom on the target's channels
 
-A step that is linear is composed exactly. A rectifier is replaced by its gate, the slope that it
-has at a number, and a maximum by which place of its window it takes. What gates do on data is in
-`recording.py`; `effects.py` measures what all this misses: that removing a feature moves gates.
+Linear operations are composed exactly. A rectifier is replaced by its gate, the slope that it has
+at a number, and a maximum by an indicator of the position it takes. Gates on data are recorded in
+`recording.py`; `effects.py` measures the error of all this: that removing a feature moves gates.
 
-A response has one entry for each tap: the activation at target position q gets something from
-the source position `q * stride + tap`. Padding is exact too, except that a position outside of a
-hidden map is taken for one inside if no gate is there; so at most the rim of a map is affected.
+A response has one entry for each tap: the source position `q * stride + tap` contributes to the
+target position q. Padding is exact too, except that a position outside of a hidden map counts as
+one inside where it has no gate; so at most the rim of a map is affected.
 
 Source: Olah et al., Zoom In (2020), and Voss et al., Visualizing weights (2021), for circuits
 read from composed weights.
@@ -40,7 +40,7 @@ from mechatlas.analysis.circuits.wiring import (
 
 @runtime_checkable
 class LinearDictionary(Protocol):
-    """A dictionary whose latents are read and written linearly.
+    """Interface of a dictionary with a linear encoder and decoder.
 
     `W_enc` is (d_in, n_latents), `W_dec` (n_latents, d_in).
     """
@@ -55,7 +55,7 @@ class LinearDictionary(Protocol):
 
     @property
     def W_dec(self) -> Tensor:  # noqa: N802
-        """Atoms."""
+        """Decoder weights, a row for each latent."""
         ...
 
     def encode(self, x: Tensor) -> Tensor:
@@ -64,19 +64,19 @@ class LinearDictionary(Protocol):
 
 
 class RouteState(NamedTuple):
-    """Where a route is after some of its steps."""
+    """State of a route before one of its nodes."""
 
     number: int
-    """The next node."""
+    """Number of the next node."""
     taps: tuple[tuple[int, int], ...]
-    """Source positions that are seen, relative to `position * stride`; y and x."""
+    """Source positions of the receptive field, relative to `position * stride`; y and x."""
     stride: tuple[int, int]
     channels: tuple[int, int]
-    """First channel and the one after the last, of those that the route carries."""
+    """Channels that the route carries: the first, and the one after the last."""
 
 
 def walk(wiring: Wiring, route: Route) -> Iterator[tuple[RouteState, Node, int]]:
-    """Every step of a route, with what is known before it is taken, and the slot it enters by."""
+    """Nodes of a route, with the state before each and the input that the route enters by."""
     taps: tuple[tuple[int, int], ...] = ((0, 0),)
     stride, channels = (1, 1), (wiring.writes.start, wiring.writes.stop)
     for number, slot in zip(route.nodes, route.slots, strict=True):
@@ -95,20 +95,20 @@ def walk(wiring: Wiring, route: Route) -> Iterator[tuple[RouteState, Node, int]]
 
 
 def end(wiring: Wiring, route: Route) -> tuple[tuple[tuple[int, int], ...], tuple[int, int]]:
-    """Taps and stride of a whole route."""
+    """Taps and stride of a whole route, to which it leads from the source."""
     *_, (last, node, _) = walk(wiring, route)
     return _combined(last.taps, last.stride, window(node)), stride_after(last.stride, node)
 
 
 def stride_after(stride: tuple[int, int], node: Node) -> tuple[int, int]:
-    """The stride after a step."""
+    """Stride after a node."""
     if not isinstance(node.operation, Conv | MaxPool | MeanPool):
         return stride
     return (stride[0] * node.operation.stride[0], stride[1] * node.operation.stride[1])
 
 
 def window(node: Node) -> list[tuple[int, int]]:
-    """Positions that a step reads, relative to its position times its stride."""
+    """Positions that a node reads, relative to its position times its stride."""
     step = node.operation
     if isinstance(step, Conv):
         size, dilation, padding = step.weight.shape[2:], step.dilation, step.padding
@@ -131,7 +131,13 @@ def window(node: Node) -> list[tuple[int, int]]:
 def tap_pairs(
     taps: tuple[tuple[int, int], ...], stride: tuple[int, int], own: list[tuple[int, int]]
 ) -> list[tuple[int, int]]:
-    """Taps that each place of a step's window is reached by, place by place."""
+    """Taps through each position of a node's window, position by position.
+
+    Args:
+        taps: Taps before the node.
+        stride: Stride before the node.
+        own: Window of the node.
+    """
     return [(a * stride[0] + y, b * stride[1] + x) for a, b in own for y, x in taps]
 
 
@@ -142,37 +148,37 @@ def _combined(
 
 
 Gates = Callable[[RouteState, Node, Tensor], Tensor | float]
-"""How far a step is open for values that arrive at it (tap, latent, channel); for a maximum, so
-for every pair of a place in its window and a tap, in that order."""
+"""Function that gives the gate of a node for values (tap, latent, channel) that arrive at it; for a
+maximum, one for every pair of a position in its window and a tap, in that order."""
 
 
 def open_gates(place: RouteState, node: Node, values: Tensor) -> Tensor | float:
-    """Rectifiers let everything through, and maxima are means."""
+    """Gates without data: rectifiers are the identity, and maxima are means."""
     del place, values
     return 1.0 if isinstance(node.operation, Gate) else 1 / len(window(node))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Response:
-    """What atoms add to the channels of the target that a route writes."""
+    """Effect of atoms on the channels of the target that a route writes."""
 
     taps: Int[np.ndarray, "tap 2"]
     """Source positions relative to the target's position times `stride`; y and x."""
     stride: tuple[int, int]
     channels: slice
-    """Channels of the target's module."""
+    """Channels of the target's module that the route writes."""
     values: Float[Tensor, "entry latent channel"]
-    """For an activation of 1; an entry for each tap."""
+    """Effect of an activation of 1; an entry for each tap."""
 
     def entries(self) -> Iterator[tuple[Tensor, Tensor | float, Tensor | float]]:
-        """Values, the sum of what they count for at all taps, and the sum of squares."""
+        """Values, the sum of their weights at all taps, and the sum of squares."""
         for values in self.values:
             yield values, 1.0, 1.0
 
     def kernel(
         self, latents: Int[np.ndarray, " edge"], read: Float[Tensor, "edge channel"]
     ) -> Float[Tensor, "edge tap"]:
-        """The kernels of some latents into what is read."""
+        """Kernels of some latents into encoder rows."""
         return torch.einsum("kec,ec->ek", self.values[:, latents], read)
 
 
@@ -183,13 +189,13 @@ def compose_route(
     atoms: Float[Tensor, "latent d"],
     gates: Gates = open_gates,
 ) -> Response:
-    """Compose the steps of a route, applied to atoms.
+    """Compose the operations of a route, applied to atoms.
 
     Args:
         wiring: From the source site to the target site.
         route: One of its routes.
         atoms: Decoder rows of the source's dictionary, or some of them.
-        gates: How far every gate is open.
+        gates: Gates of the nodes; by default all are open.
     """
     values = atoms[None]
     for place, node, _ in walk(wiring, route):
@@ -209,7 +215,7 @@ def compose_route(
 
 
 def _gathered(every: Tensor, place: RouteState, node: Node) -> Tensor:
-    """Add up what arrives at the same tap by several ways."""
+    """Add up values that arrive at the same tap."""
     pairs = tap_pairs(place.taps, place.stride, window(node))
     order = {tap: k for k, tap in enumerate(sorted(set(pairs)))}
     if list(order) == pairs:

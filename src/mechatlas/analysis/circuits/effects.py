@@ -1,9 +1,9 @@
-"""What virtual weights are worth on data: features removed, drives attributed.
+"""Validation of virtual weights on data: ablations and integrated gradients.
 
-    ablate       take a feature away wherever it is active, run on, and see what each drive loses
-    attribute    integrated gradients from features to drives
-    reproduced   how much of each drive the composed kernels reproduce
-    agreement    rank correlation of predicted and measured effects, beside its null
+    ablate                 remove a feature wherever it is active, and run on
+    attribute              integrated gradients from features to pre-activations
+    reproduced_variance    fraction of each pre-activation that the composed kernels reproduce
+    ablation_agreement     rank correlation of predicted and measured effects, beside its nulls
 
 Nothing here uses averaged gates: the network itself runs from one site to the next.
 
@@ -28,24 +28,27 @@ from mechatlas.analysis.circuits.transformer_layer import TransformerLayer
 from mechatlas.analysis.circuits.wiring import Wiring
 
 RESAMPLES = 1000
+"""Bootstrap samples for an interval."""
 STEPS = 16
+"""Points at which gradients are integrated."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Ablation:
-    """What the channels of the target lose when a feature of the source is removed."""
+    """Loss of the target's channels when a feature of the source is removed."""
 
     sources: Int[np.ndarray, " source"]
-    everywhere: Float[np.ndarray, "source sample channel"]
-    """Mean over all positions of a sample; channels of the target's site."""
+    """Features removed."""
+    lost: Float[np.ndarray, "source sample channel"]
+    """Mean loss over all positions of a sample; channels of the target's site."""
     mean: Float[np.ndarray, " source"]
     """Mean activation of the source over all its positions."""
 
     def pre_activations(
         self, encoder: Float[Tensor, "d target"]
     ) -> Float[np.ndarray, "source target"]:
-        """What each drive loses, on average over all positions."""
-        return self.everywhere.mean(axis=1) @ encoder.detach().float().cpu().numpy()
+        """Mean loss of each pre-activation over all positions."""
+        return self.lost.mean(axis=1) @ encoder.detach().float().cpu().numpy()
 
 
 @torch.no_grad()
@@ -61,7 +64,7 @@ def ablate(
         wiring: From the site of `a` to the target's.
         a: Dictionary of the source.
         maps: Activations of the source's module, batch by batch.
-        sources: Which features to remove.
+        sources: Features to remove.
     """
     atoms = a.W_dec.detach()
     width = wiring.reads.stop - wiring.reads.start
@@ -79,10 +82,10 @@ def ablate(
             if not len(touched):
                 continue
             # Samples where it is never active lose nothing.
-            given = x[touched].clone()
+            without = x[touched].clone()
             f = torch.from_numpy(activation).to(x).view(len(x), 1, *x.shape[2:])[touched]
-            given[:, wiring.writes] -= f * atoms[source][:, None, None]
-            lost = out[touched] - wiring.run(given)[:, wiring.reads]
+            without[:, wiring.writes] -= f * atoms[source][:, None, None]
+            lost = out[touched] - wiring.run(without)[:, wiring.reads]
             part[k, touched] = lost.float().mean(dim=(2, 3)).cpu().numpy()
         means.append(part)
     return Ablation(sources, np.concatenate(means, axis=1), total / max(positions, 1))
@@ -90,19 +93,20 @@ def ablate(
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Attribution:
-    """Where the drives of some targets come from, on average over the places they are active."""
+    """Sources of the pre-activations of some targets, on average where these are active."""
 
     targets: Int[np.ndarray, " target"]
+    """Features of the target."""
     places: Int[np.ndarray, " target"]
-    """Places where each was active."""
-    given: Float[np.ndarray, "target part source"]
-    """By each feature of the source through each different part of the target's channels."""
+    """Number of positions where each was active."""
+    attributed: Float[np.ndarray, "target part source"]
+    """Attribution to each feature of the source through each part of the target's channels."""
     part: Int[np.ndarray, " route"]
-    """Which of those is that of each route."""
+    """Number of the part that each route writes."""
     pre_activation: Float[np.ndarray, " target"]
-    """What the drive loses if all features of the source are removed at once."""
+    """Loss of the pre-activation if all features of the source are removed at once."""
     gap: Float[np.ndarray, " target"]
-    """Share of `drive` that the attributions miss, from the finite number of steps."""
+    """Fraction of `pre_activation` that attributions miss, from the finite number of steps."""
 
 
 def attribute(
@@ -115,12 +119,12 @@ def attribute(
     *,
     steps: int = STEPS,
 ) -> Attribution:
-    """Integrated gradients of drives with respect to the activations of features.
+    """Integrated gradients of pre-activations with respect to the activations of features.
 
-    From the activations without any of the features (what the dictionary does not explain) to
-    those with all of them, in a straight line. What all features are given adds up to the drive
-    that they make, up to `gap`. Where the section is 1-homogeneous along the line (no biases, and
-    nothing left without the features), all gradients on it are equal and one step is exact.
+    The path is a straight line from the activations without any of the features (the residual of
+    the dictionary) to those with all of them. Attributions add up to the pre-activation that all
+    features make together, up to `gap`. Where the network is 1-homogeneous along the line (no
+    biases, no residual), all gradients on it are equal and one step is exact.
 
     Args:
         wiring: From the site of `a` to that of `b`.
@@ -133,7 +137,7 @@ def attribute(
     """
     encoder, written = b.W_enc.detach(), a.W_dec.detach().float().cpu().numpy()
     apart = [part for k, part in enumerate(parts) if part not in parts[:k]]
-    given = np.zeros((len(targets), len(apart), a.n_latents))
+    attributed = np.zeros((len(targets), len(apart), a.n_latents))
     pre_activation, places = np.zeros(len(targets)), np.zeros(len(targets), np.int64)
     for x in maps:
         with torch.no_grad():
@@ -154,13 +158,13 @@ def attribute(
             point = bare + (step + 0.5) / steps * (x - bare)
             for t, p, slope in _slopes(wiring, point, encoder[:, targets], mask, apart):
                 rows = channels_last(slope[:, wiring.writes]).flatten(0, 2).float().cpu().numpy()
-                given[t, p] += ((code.T @ rows) * written).sum(axis=1) / steps
+                attributed[t, p] += ((code.T @ rows) * written).sum(axis=1) / steps
     n = np.maximum(places, 1)
-    given, pre_activation = given / n[:, None, None], pre_activation / n
-    whole = given.sum(axis=(1, 2))
+    attributed, pre_activation = attributed / n[:, None, None], pre_activation / n
+    whole = attributed.sum(axis=(1, 2))
     gap = np.abs(whole - pre_activation) / np.maximum(np.abs(pre_activation), 1e-30)
     each = np.array([apart.index(part) for part in parts], np.int64)
-    return Attribution(targets, places, given, each, pre_activation, gap)
+    return Attribution(targets, places, attributed, each, pre_activation, gap)
 
 
 def _slopes(
@@ -170,7 +174,7 @@ def _slopes(
     mask: Tensor,
     parts: Sequence[slice],
 ) -> Iterable[tuple[int, int, Tensor]]:
-    """Gradient of the sum of each drive over the places of its feature, by part."""
+    """Gradient of the sum of each pre-activation where its feature is active, by part."""
     start = point.detach().requires_grad_()
     with torch.enable_grad():
         out = wiring.run(start)
@@ -192,16 +196,25 @@ def _slopes(
 @torch.no_grad()
 def reproduced_variance(
     wiring: Wiring | TransformerLayer,
-    found: Sequence[Response],
+    responses: Sequence[Response],
     a: LinearDictionary,
     b: LinearDictionary,
     maps: Iterable[Tensor],
 ) -> Float[np.ndarray, " target"]:
-    """Share of the variance of each drive over positions that the composed kernels reproduce.
+    """Fraction of the variance of each pre-activation that the composed kernels reproduce.
 
-    With the kernels of all features of the source and a free constant. What the dictionary does
-    not explain of the source, and what averaged gates get wrong, are both missing. NaN for
-    drives that do not vary.
+    Variance over positions, with the kernels of all features of the source and a free constant.
+    Both the residual of the dictionary and the error of averaged gates are missing.
+
+    Args:
+        wiring: From the site of `a` to that of `b`.
+        responses: Result of `compose_responses`.
+        a: Dictionary of the source.
+        b: Dictionary of the target.
+        maps: Activations of the source's module, batch by batch.
+
+    Returns:
+        One fraction for each feature; NaN where the pre-activation does not vary.
     """
     encoder = b.W_enc.detach()
     sums, squares, count = np.zeros((2, b.n_latents)), np.zeros((2, b.n_latents)), 0
@@ -210,7 +223,7 @@ def reproduced_variance(
         code = encode(a, x[:, wiring.writes])
         made = np.zeros((len(out) * out.shape[2] * out.shape[3], out.shape[1]), np.float32)
         watched = wiring.nonlinearities(x) if isinstance(wiring, TransformerLayer) else None
-        for response in found:
+        for response in responses:
             if watched is not None:
                 assert isinstance(response, AttentionResponse)
                 arrived = arriving(watched, code, response.head)
@@ -237,21 +250,35 @@ def reproduced_variance(
 
 @dataclasses.dataclass(frozen=True)
 class AblationAgreement:
-    """Rank correlation of predictions with measurements, and of predictions of other pairs."""
+    """Rank correlation of predicted with measured effects, beside two nulls."""
 
     spearman: float
+    """Spearman's rank correlation over all pairs."""
     low: float
-    """End of the 95 % interval over the features removed."""
+    """Lower end of the 95 % interval over the features removed."""
     high: float
+    """Upper end of the interval."""
     null: float
-    """Mean when predictions are dealt to random pairs."""
+    """Mean correlation with predictions permuted over all pairs."""
     null_low: float
+    """Lower end of its 95 % interval."""
     null_high: float
+    """Upper end of its 95 % interval."""
     other_source: float
-    """When the prediction is that of another of the features removed, for the same target."""
+    """Mean correlation with the prediction of another removed feature for the same target."""
     other_low: float
+    """Lower end of its 95 % interval."""
     other_high: float
+    """Upper end of its 95 % interval."""
     pairs: int
+    """Pairs of features compared."""
+
+    def in_words(self) -> str:
+        """Correlation with its interval, beside that of random pairs."""
+        return (
+            f"rank correlation {self.spearman:.3f} [{self.low:.3f}, {self.high:.3f}], random "
+            f"pairs {self.null:.3f} [{self.null_low:.3f}, {self.null_high:.3f}]"
+        )
 
 
 def ablation_agreement(
@@ -265,7 +292,7 @@ def ablation_agreement(
 
     Args:
         predicted: Virtual weights times mean activations.
-        measured: What drives lost.
+        measured: Losses of pre-activations.
         seed: Seed of the resampling and of the nulls.
         resamples: Draws for each interval.
     """
@@ -298,7 +325,7 @@ def ablation_agreement(
 def bootstrap_interval(
     values: Float[np.ndarray, "edge sample"], *, seed: int = 0
 ) -> tuple[Float[np.ndarray, " edge"], Float[np.ndarray, " edge"]]:
-    """95 % bootstrap interval of the mean over samples, for each row."""
+    """Bootstrap interval (95 %) of the mean over samples, for each row."""
     random = np.random.default_rng(seed)
     n = values.shape[1]
     weights = random.multinomial(n, np.full(n, 1 / n), size=RESAMPLES) / n

@@ -1,10 +1,10 @@
-"""The strongest paths through several sites.
+"""Strongest paths through the features of several sites.
 
-    strongest    edges of consecutive sites -> paths from the first site to the last
+    strongest_paths    edges of consecutive sites -> paths from the first site to the last
 
-A path's strength is the product of the shares of its pairs: of all that a feature is given while
-it is active, counted without signs, the part that comes along the path. A path stands if every
-pair of it has an edge that stands against the null.
+A path's strength is the product of the shares of its pairs: of all
+contributions to an active feature, counted without signs, the fraction that comes along the path.
+A path is significant if every pair of it has an edge that is significant against the null.
 """
 
 import dataclasses
@@ -14,51 +14,53 @@ import numpy as np
 
 from mechatlas.analysis.circuits.virtual_weights import CircuitEdges
 
-KEPT = 16
-"""Best ways to a feature that are carried on."""
+BEAM = 16
+"""Best partial paths to a feature that are extended."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Path:
-    """One feature of each site."""
+class CircuitPath:
+    """Path through one feature of each site."""
 
     latents: tuple[int, ...]
+    """Feature of each site, in the order of the network."""
     strength: float
     """Product of the shares; negative if an odd number of pairs inhibit."""
     significant: bool
+    """Whether every pair has a significant edge."""
 
 
 def strongest_paths(
-    found: Sequence[CircuitEdges], *, features: int = 8, each: int = 3, fdr: float = 0.05
-) -> list[Path]:
-    """The strongest paths, those that stand first.
+    circuits: Sequence[CircuitEdges], *, features: int = 8, each: int = 3, fdr: float = 0.05
+) -> list[CircuitPath]:
+    """Find the strongest paths, significant ones first.
 
     Args:
         found: CircuitEdges of each two consecutive sites, in the order of the network.
         features: Features of the last site that are given paths.
         each: Paths to each of them.
-        rate: False discovery rate at which an edge stands.
+        fdr: False discovery rate at which an edge counts as significant.
     """
-    ways: dict[int, list[Path]] = {}
-    for layer, edges in enumerate(found):
-        longer: dict[int, list[Path]] = {}
+    ways: dict[int, list[CircuitPath]] = {}
+    for layer, edges in enumerate(circuits):
+        longer: dict[int, list[CircuitPath]] = {}
         for source, target, share, significant in _pairs(edges, fdr):
-            before = [Path((source,), 1.0, True)] if layer == 0 else ways.get(source, [])
+            before = [CircuitPath((source,), 1.0, True)] if layer == 0 else ways.get(source, [])
             longer.setdefault(target, []).extend(
-                Path((*p.latents, target), p.strength * share, p.significant and significant)
+                CircuitPath((*p.latents, target), p.strength * share, p.significant and significant)
                 for p in before
             )
-        ways = {target: sorted(paths, key=_order)[:KEPT] for target, paths in longer.items()}
+        ways = {target: sorted(paths, key=_order)[:BEAM] for target, paths in longer.items()}
     best = sorted(ways.values(), key=lambda paths: _order(paths[0]))[:features]
     return sorted((path for paths in best for path in paths[:each]), key=_order)
 
 
-def _order(path: Path) -> tuple[bool, float, tuple[int, ...]]:
+def _order(path: CircuitPath) -> tuple[bool, float, tuple[int, ...]]:
     return not path.significant, -abs(path.strength), path.latents
 
 
 def _pairs(edges: CircuitEdges, fdr: float) -> list[tuple[int, int, float, bool]]:
-    """Each pair once, with its share and whether the edge that carries most of it stands."""
+    """Pairs of features, each once, with its share and whether its largest edge is significant."""
     order = np.lexsort([-np.abs(edges.contribution), edges.target, edges.source])
     source, target = edges.source[order], edges.target[order]
     new = np.ones(len(order), bool)

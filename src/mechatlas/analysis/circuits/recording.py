@@ -1,14 +1,13 @@
-"""What each feature of a site met on its way to the next, on data.
+"""Record, for each feature, which ReLU gates and max-pool positions were open on data.
 
-    record      run some inputs once: codes at both sites, and what each feature met on its way
-    MeanGates   gates as means over all places, and for each feature with the gates it met
+    record_gates    run some inputs once: codes at both sites, and gated means of each feature
+    MeanGates       gates averaged over all positions, and for each feature its gated means
 
-On data, a route is composed for activations of a feature, with the very gates that they meet. The
-mean of what comes of it, weighed with how active the feature is, is the mean derivative of the
-route; gates that are averaged apart lose how those of one route go together. Of the activations of
-a feature in one sample only some are followed, drawn by how large they are, so that the mean is
-right. A feature that is rarely active is drawn towards what it would add with gates that are means
-over all places.
+A route is composed for single activations of a feature, with the gates at their positions. The
+mean of the result, weighted by activation, is the mean derivative of the route; gates averaged one
+by one would lose their correlations along the route. Of the activations of a feature in one sample
+only some are followed, drawn in proportion to their size, so that the mean is unbiased. A feature
+that is rarely active is shrunk towards its effect with gates averaged over all positions.
 """
 
 import dataclasses
@@ -39,45 +38,47 @@ from mechatlas.analysis.circuits.wiring import Gate, MaxPool, Node, Route, Wirin
 from mechatlas.base import InputError
 
 PRIOR = 16.0
-"""Activations of a feature that gates averaged over all places count for in its own mean."""
+"""Number of activations that the shared average gates count for in a feature's own mean."""
 FOLLOWED = 8
-"""Activations of a feature in a sample that are followed: more of one sample are much alike."""
+"""Activations of a feature followed in one sample; more of one sample are much alike."""
 CODE_BYTES = 64 << 20
+"""Memory for dense codes."""
 EVENT_BYTES = 64 << 20
-"""Memory for activations that are followed together."""
+"""Memory for activations followed together."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class GatedMean:
-    """What features added by one route with the gates they met, weighed with their activation."""
+    """Gated means of features by one route: effects with the gates met, weighted by activation."""
 
     sums: Float[np.ndarray, "tap latent channel"]
+    """Sums of the effects of activations."""
     weights: Float[np.ndarray, "tap latent"]
-    """Activations whose tap lies inside the target's map."""
+    """Sums of the activations whose tap lies inside the target's map."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class MeanGates:
-    """What gates did on data."""
+    """Gates averaged over data."""
 
     means: dict[RouteState, Float[Tensor, "sign own 1 channel"]]
-    """Means over all places, for each place of a window, as in `OpenGates`."""
+    """Mean gates over all positions, laid out as in `OpenGates`."""
     prior: Float[np.ndarray, " latent"]
-    """Activation that the means over all places count for."""
+    """Activation that the shared mean gates count for, by latent."""
     gated_means: Sequence[GatedMean]
-    """What features added with the gates they met, route by route; empty to ignore it."""
+    """Gated means of each feature, route by route; empty to share the mean gates."""
 
     def __call__(self, place: RouteState, node: Node, values: Tensor) -> Tensor:
-        """The means, for all latents alike."""
+        """Mean gates, the same for all latents."""
         del node
         return by_sign(self.means[place].repeat_interleave(len(place.taps), dim=1), values)
 
     def shared(self) -> "MeanGates":
-        """The same for all features: the means over all places."""
+        """Mean gates alone, the same for all features."""
         return dataclasses.replace(self, gated_means=())
 
-    def drawn(self, shared: Sequence[Response]) -> list[Response]:
-        """What each feature added on average, drawn towards what all add with mean gates."""
+    def shrunk(self, shared: Sequence[Response]) -> list[Response]:
+        """Mean responses of each feature, shrunk towards those with shared mean gates."""
         found = list(shared)
         for k, gated_means in enumerate(self.gated_means):
             like = found[k].values
@@ -92,27 +93,38 @@ class MeanGates:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Recording:
-    """Some inputs, seen at both sites."""
+    """Record of samples at both sites: codes and gates."""
 
     codes_a: sparse.csr_matrix
-    """(position, latent), positions ordered by sample, y and x."""
+    """Codes (position, latent) at the source; positions are ordered by sample, y and x."""
     codes_b: sparse.csr_matrix
+    """Codes at the target."""
     grid_a: tuple[int, int]
+    """Height and width of the source's map."""
     grid_b: tuple[int, int]
+    """Height and width of the target's map."""
     n_samples: int
+    """Number of samples."""
     gates: MeanGates
+    """Gates on these samples."""
 
     def around(
         self, on: sparse.csr_matrix, response: Response, entry: int
     ) -> Float[np.ndarray, "target source"]:
-        """How active each source is at a tap of where each target is active, summed."""
+        """Sum of each source's activation at a tap of the positions where each target is active.
+
+        Args:
+            on: Indicator (position, target) of active targets.
+            response: Response that the tap belongs to.
+            entry: Number of the tap.
+        """
         y, x = response.taps[entry].tolist()
         here, there = seen(self.n_samples, self.grid_b, self.grid_a, response.stride, (y, x))
         return (on[here].T.tocsr() @ self.codes_a[there]).toarray()
 
 
 @torch.no_grad()
-def record(
+def record_gates(
     wiring: Wiring,
     a: LinearDictionary,
     b: LinearDictionary,
@@ -120,14 +132,14 @@ def record(
     *,
     seed: int = 0,
 ) -> Recording:
-    """Codes at both sites, mean gates, and what each feature adds with the gates it meets.
+    """Record codes at both sites, mean gates, and gated means of each feature.
 
     Args:
         wiring: From the site of `a` to that of `b`.
         a: Dictionary of the source.
         b: Dictionary of the target.
         maps: Activations of the source's module (sample, channel, y, x), batch by batch.
-        seed: Draws which activations are followed.
+        seed: Seed of the activations that are followed.
 
     Raises:
         InputError: There are no samples, or a dictionary is not as wide as its site.
@@ -161,7 +173,7 @@ def record(
 def check_width(
     wiring: Wiring | TransformerLayer, a: LinearDictionary, b: LinearDictionary
 ) -> None:
-    """Refuse dictionaries of other sites.
+    """Refuse dictionaries whose widths are not those of their sites.
 
     Raises:
         InputError: One is not as wide as its site.
@@ -181,7 +193,7 @@ def _sides(x: Tensor) -> tuple[int, int]:
 
 
 def encode(dictionary: LinearDictionary, x: Float[Tensor, "n channel y x"]) -> sparse.csr_matrix:
-    """Codes of every position, ordered by sample, y and x."""
+    """Encode every position, ordered by sample, y and x."""
     rows = channels_last(x).reshape(-1, x.shape[1])
     size = max(1, CODE_BYTES // (4 * dictionary.n_latents))
     parts = [
@@ -192,7 +204,7 @@ def encode(dictionary: LinearDictionary, x: Float[Tensor, "n channel y x"]) -> s
 
 
 def stacked(parts: list[sparse.csr_matrix]) -> sparse.csr_matrix:
-    """Codes of one batch after the other."""
+    """Concatenation of the codes of batches."""
     return sparse.csr_matrix(sparse.vstack(parts))
 
 
@@ -202,7 +214,7 @@ def n_columns(codes: sparse.csr_matrix) -> int:
 
 
 def prior_of(codes: sparse.csr_matrix, activations: float) -> Float[np.ndarray, " latent"]:
-    """What the mean over all places weighs in a latent's own: some of its activations."""
+    """Weight of the shared mean in a latent's own: a number of its mean activations."""
     count = np.bincount(codes.indices, minlength=n_columns(codes))
     return activations * np.asarray(codes.sum(axis=0)).ravel() / np.maximum(count, 1)
 
@@ -214,7 +226,15 @@ def seen(
     stride: tuple[int, int],
     tap: tuple[int, int],
 ) -> tuple[Int[np.ndarray, " n"], Int[np.ndarray, " n"]]:
-    """Positions of a grid whose tap lies inside the source's map, and those source positions."""
+    """Positions of a grid whose tap lies inside the source's map, and those source positions.
+
+    Args:
+        n_samples: Number of samples.
+        grid: Height and width of the target's map.
+        grid_source: Height and width of the source's map.
+        stride: Stride of the route.
+        tap: Row and column of the tap.
+    """
     y = np.arange(grid[0]) * stride[0] + tap[0]
     x = np.arange(grid[1]) * stride[1] + tap[1]
     in_y, in_x = (y >= 0) & (y < grid_source[0]), (x >= 0) & (x < grid_source[1])
@@ -230,7 +250,7 @@ def seen(
 def _open_gates(
     wiring: Wiring, values: dict[int, Tensor], x: Tensor
 ) -> dict[RouteState, "OpenGates"]:
-    """Every gate at every position of its map, in one batch."""
+    """Gates of all nodes at every position of their maps, in one batch."""
     found = {}
     for route in wiring.routes:
         for place, node, slot in walk(wiring, route):
@@ -248,21 +268,22 @@ def _open_gates(
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class OpenGates:
-    """How far a gate is open at each position of its map, for each place of a window."""
+    """Open gates of a node at each position of its map, for each position of its window."""
 
     rows: Shaped[Tensor, "sign own position channel"]
-    """For what is positive, and for what is negative; the last position is outside, and shut."""
+    """Gates for positive and for negative values; the last position is outside, and shut."""
     grid: tuple[int, int]
+    """Height and width of the map."""
 
     def at(self, index: Int[np.ndarray, "own_and_tap event"], taps: int, values: Tensor) -> Tensor:
-        """Gates that events meet (own and tap, event, channel)."""
+        """Gates at the positions of events (own and tap, event, channel)."""
         own = torch.arange(len(index), device=self.rows.device)[:, None] // taps
         where = torch.from_numpy(index).to(self.rows.device)
         return by_sign(self.rows[:, own, where], values)
 
 
 def by_sign(gates: Shaped[Tensor, "sign own_and_tap latent channel"], values: Tensor) -> Tensor:
-    """The gates for values that are positive or negative."""
+    """Select gates by the sign of values."""
     if len(gates) == 1:
         return gates[0]
     if gates.dtype == torch.bool:  # the same, and much faster
@@ -271,7 +292,7 @@ def by_sign(gates: Shaped[Tensor, "sign own_and_tap latent channel"], values: Te
 
 
 def slope(gate: Gate, z: Tensor) -> Tensor:
-    """Derivative of what is let through, at each number."""
+    """Derivative of an activation function at each number."""
     with torch.enable_grad():
         at = z.detach().requires_grad_()
         (found,) = torch.autograd.grad(gate(at).sum(), at)
@@ -279,7 +300,7 @@ def slope(gate: Gate, z: Tensor) -> Tensor:
 
 
 def largest(pool: MaxPool, x: Tensor) -> Bool[Tensor, "sign own sample channel y x"]:
-    """For each place of a window, whether it is the only largest, and whether it is one of them.
+    """Whether each position of a window is the only largest, and whether it is one of the largest.
 
     If one of several that are equally large is lowered, the maximum stays; if it is raised, the
     maximum rises with it. Removing a feature raises what the feature made smaller.
@@ -309,20 +330,26 @@ def _no_gated_mean(wiring: Wiring, route: Route, n: int) -> GatedMean:
 
 
 class SampledActivations(NamedTuple):
-    """Activations that are followed."""
+    """Activations of features, drawn to be followed."""
 
     position: Int[np.ndarray, " event"]
     latent: Int[np.ndarray, " event"]
     weight: Float[np.ndarray, " event"]
+    """Sum of the activations that each stands for."""
 
 
 def sample_activations(
     codes: sparse.csr_matrix, grid: tuple[int, int], random: np.random.Generator
 ) -> SampledActivations:
-    """Some activations of each feature in each sample, with what they stand for.
+    """Draw some activations of each feature in each sample, by systematic sampling.
 
-    The activations of a feature in a sample are laid end to end, and those are drawn that evenly
-    spaced points fall on: each counts, on average, as much as it is large.
+    The activations of a feature in a sample are laid end to end, and evenly spaced points select
+    those that they fall on, so each is drawn in proportion to its size.
+
+    Args:
+        codes: Codes (position, latent) of some samples.
+        grid: Height and width of the map.
+        random: Source of the offset of the points.
     """
     every = codes.tocoo()
     group = every.row.astype(np.int64) // (grid[0] * grid[1]) * n_columns(codes) + every.col
@@ -353,7 +380,7 @@ def _add_gated_means(
     opened: dict[RouteState, OpenGates],
     grids: tuple[tuple[int, int], tuple[int, int]],
 ) -> None:
-    """Add activations of one batch, with the gates that they meet along a route."""
+    """Add activations of one batch, with the gates at their positions along a route."""
     atoms = a.W_dec.detach()
     widest = max(
         len(place.taps)
@@ -392,7 +419,15 @@ def landing(
     stride: tuple[int, int],
     taps: Sequence[Sequence[int]],
 ) -> Int[np.ndarray, "tap event"]:
-    """Positions of a grid that have a source position at each tap; -1 if there is none."""
+    """Positions of a grid that have a source position at each tap; -1 if there is none.
+
+    Args:
+        position: Source positions, ordered by sample, y and x.
+        grid_source: Height and width of the source's map.
+        grid: Height and width of the grid.
+        stride: Stride from the source to the grid.
+        taps: Rows and columns of the taps.
+    """
     sample, y, x = np.unravel_index(position, (1 << 40, *grid_source))
     row, column = np.array(taps, np.int64).T[..., None]
     (row, left), (column, over) = np.divmod(y - row, stride[0]), np.divmod(x - column, stride[1])

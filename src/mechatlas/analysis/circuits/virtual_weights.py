@@ -1,14 +1,14 @@
-"""Virtual weights between all features of two sites, block by block, and which stand out.
+"""Virtual weights between all features of two sites, and the strongest pairs with q-values.
 
-    responses    what every feature of the source adds to the target's channels, by each route
-    blocks       all pairs of features, a few targets at a time: weight, norm, contribution
-    edges        the strongest pairs of each target, with their q-values
-    kernels      the spatial kernels of some edges
+    compose_responses    effect of every feature of the source on the target's channels, by route
+    pair_blocks          all pairs of features, a few targets at a time
+    strongest_edges      strongest sources of each target, with their q-values
+    edge_kernels         spatial kernels of some edges
 
-For a pair of features and a route, the kernel has the change of the target's drive (what its
-encoder reads, before the sparsity rule) for each place of the source feature, per unit of its
-activation. `weight` is the sum of the kernel, `norm` its root sum of squares, and `contribution`
-what the source gives to the drive on average where the target is active.
+For a pair of features and a route, the kernel is the change of the target's pre-activation for
+each position of the source feature, per unit of its activation. `weight` is the sum of the kernel,
+`norm` its root sum of squares, and `contribution` the mean effect on the pre-activation where the
+target is active.
 
 All pairs cost one matrix product for each tap of each route; nothing larger than a block of
 targets is ever held. Contributions take no product more: the kernel is weighed with how active
@@ -24,8 +24,11 @@ from jaxtyping import Float, Int
 from scipy import sparse
 from torch import Tensor
 
-from mechatlas.analysis.circuits import attention
-from mechatlas.analysis.circuits.attention import AttentionRecording, FrozenNonlinearities
+from mechatlas.analysis.circuits.attention import (
+    AttentionRecording,
+    FrozenNonlinearities,
+    compose_layer_route,
+)
 from mechatlas.analysis.circuits.compose import (
     Gates,
     LinearDictionary,
@@ -39,13 +42,13 @@ from mechatlas.analysis.circuits.wiring import Wiring
 from mechatlas.base import Progress, no_progress
 
 BLOCK_BYTES = 256 << 20
-"""Memory for what is kept of one block of targets."""
+"""Memory for one block of targets."""
 DECOYS = 2
-"""Other targets that lend their weights to each target, as its null."""
-FEWEST = 64
-"""Targets of a block, however little memory there is: its targets lend each other weights."""
-LEAST_ACTIVE = 10
-"""Places where a feature must be active to be part of an edge."""
+"""Other targets whose weights serve each target as its null."""
+MIN_TARGETS = 64
+"""Targets of a block, however little memory there is: they are each other's null."""
+MIN_ACTIVE = 10
+"""Positions where a feature must be active to be part of an edge."""
 _SHIFT = 17  # of the bits of a float32, so that an octave has 64 bins
 
 
@@ -54,33 +57,40 @@ def compose_responses(
     a: LinearDictionary,
     gates: Gates | FrozenNonlinearities = open_gates,
 ) -> Sequence[Response]:
-    """What every atom of the source's dictionary adds to the target, by each route."""
+    """Effect of every atom of the source's dictionary on the target, by each route.
+
+    Args:
+        wiring: From the source site to the target site.
+        a: Dictionary of the source.
+        gates: Gates on data, from a recording; by default all gates are open.
+    """
     atoms = a.W_dec.detach()
     if isinstance(gates, FrozenNonlinearities):
         assert isinstance(wiring, TransformerLayer)
-        return [attention.compose_route(wiring, route, atoms, gates) for route in wiring.routes]
+        return [compose_layer_route(wiring, route, atoms, gates) for route in wiring.routes]
     assert isinstance(wiring, Wiring)
-    found = [compose_route(wiring, route, atoms, gates) for route in wiring.routes]
-    return gates.drawn(found) if isinstance(gates, MeanGates) else found
+    responses = [compose_route(wiring, route, atoms, gates) for route in wiring.routes]
+    return gates.shrunk(responses) if isinstance(gates, MeanGates) else responses
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class PairBlock:
-    """All pairs of some targets with all sources, by each route."""
+    """Virtual weights of some targets with all sources, by each route."""
 
     targets: slice
+    """Latents of the target's dictionary."""
     weight: Float[np.ndarray, "route target source"]
     norm: Float[np.ndarray, "route target source"]
     contribution: Float[np.ndarray, "route target source"] | None
-    """To the drive, where the target is active; `None` without a recording."""
+    """Mean effect on the pre-activation where the target is active; None without a recording."""
     decoys: Float[np.ndarray, "draw route target source"] | None
-    """The same with the weights of another target, at equal length of what it reads."""
+    """Contributions with the encoder of another target, scaled to the same length."""
 
 
 def encoder_rows(
     wiring: Wiring | TransformerLayer, response: Response, encoder: Float[Tensor, "d target"]
-) -> Tensor:
-    """What encoders read of the channels that a route writes (channel, target)."""
+) -> Float[Tensor, "channel target"]:
+    """Encoder rows of the channels that a route writes; zero outside of the target's site."""
     rows = encoder.new_zeros(response.channels.stop - response.channels.start, encoder.shape[1])
     first, own = response.channels.start, wiring.reads.start
     low, high = max(first, own), min(response.channels.stop, wiring.reads.stop)
@@ -91,7 +101,7 @@ def encoder_rows(
 @torch.no_grad()
 def pair_blocks(
     wiring: Wiring | TransformerLayer,
-    found: Sequence[Response],
+    responses: Sequence[Response],
     encoder: Float[Tensor, "d target"],
     recording: Recording | AttentionRecording | None = None,
     *,
@@ -99,30 +109,30 @@ def pair_blocks(
     seed: int = 0,
     block_bytes: int = BLOCK_BYTES,
 ) -> Iterator[PairBlock]:
-    """All pairs of features.
+    """Weigh all pairs of features, a few targets at a time.
 
     Args:
         wiring: From the source site to the target site.
-        found: What `responses` gave.
+        responses: Result of `compose_responses`.
         encoder: Encoder of the target's dictionary.
         recording: Codes at both sites, for contributions.
-        decoys: How many other targets of the block lend each target their weights.
-        seed: Seed of which ones.
+        decoys: Other targets of the block whose weights are the null of each target.
+        seed: Seed of the choice of those targets.
         block_bytes: Memory for one block.
     """
-    n_a, n_b = found[0].values.shape[1], encoder.shape[1]
-    arrays = len(found) * ((3 + decoys) if recording else 2) + 3
-    size = max(min(FEWEST, n_b), min(n_b, block_bytes // (4 * arrays * n_a)))
+    n_a, n_b = responses[0].values.shape[1], encoder.shape[1]
+    arrays = len(responses) * ((3 + decoys) if recording else 2) + 3
+    size = max(min(MIN_TARGETS, n_b), min(n_b, block_bytes // (4 * arrays * n_a)))
     random = np.random.default_rng(seed)
     for cut in np.array_split(np.arange(n_b), -(-n_b // size)):
         targets = slice(int(cut[0]), int(cut[-1]) + 1)
-        shape = (len(found), len(cut), n_a)
+        shape = (len(responses), len(cut), n_a)
         weight, norm = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
         given = np.zeros(shape, np.float32) if recording else None
         chance = np.zeros((decoys, *shape), np.float32) if recording and decoys else None
         orders = [_deranged(len(cut), random) for _ in range(decoys)]
-        together = _Together(recording, targets) if recording else None
-        for k, response in enumerate(found):
+        together = _Coactivation(recording, targets) if recording else None
+        for k, response in enumerate(responses):
             rows = encoder_rows(wiring, response, encoder[:, targets]).T.contiguous()
             length = rows.norm(dim=1).clamp_min(1e-30).float().cpu().numpy()
             for entry, (values, total, squares) in enumerate(response.entries()):
@@ -144,15 +154,15 @@ def pair_blocks(
 
 
 def _deranged(n: int, random: np.random.Generator) -> np.ndarray:
-    """An order in which nothing stays where it was."""
+    """Permutation without a fixed point."""
     order = random.permutation(n)
     moved = np.empty(n, np.int64)
     moved[order] = np.roll(order, 1)
     return moved
 
 
-class _Together:
-    """How much of each source is around the places where each target is active, on average."""
+class _Coactivation:
+    """Mean activation of each source around the positions where each target is active."""
 
     def __init__(self, recording: Recording | AttentionRecording, targets: slice) -> None:
         self.recording = recording
@@ -166,31 +176,37 @@ class _Together:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class CircuitEdges:
-    """The strongest pairs of features, each by every route, strongest pair of a target first.
+    """Strongest pairs of features, each by every route, strongest pair of a target first.
 
     CircuitEdges of one pair follow each other, in the order of the routes.
     """
 
     source: Int[np.ndarray, " edge"]
+    """Latent of the earlier dictionary."""
     target: Int[np.ndarray, " edge"]
+    """Latent of the later dictionary."""
     route: Int[np.ndarray, " edge"]
+    """Number of the route."""
     weight: Float[np.ndarray, " edge"]
+    """Sum of the kernel."""
     norm: Float[np.ndarray, " edge"]
+    """Root sum of squares of the kernel."""
     contribution: Float[np.ndarray, " edge"]
+    """Mean effect on the pre-activation where the target is active."""
     share: Float[np.ndarray, " edge"]
-    """Of the pair: what it gives over the sum of the sizes of all that the target is given."""
+    """Contribution of the pair by all routes, over the sum of the sizes of all contributions."""
     q_value: Float[np.ndarray, " edge"]
-    """Of the claim that the contribution is larger than by the weights of other targets."""
+    """False discovery rate of the claim that the contribution exceeds the null."""
     discoveries: Float[np.ndarray, " route"]
-    """Share of all pairs, by route, that stand at a false discovery rate of 0.05."""
+    """Fraction of all pairs, by route, with a q-value of at most 0.05."""
     tested: int
-    """Pairs of features that were tested by each route."""
+    """Number of pairs of features tested by each route."""
 
 
 @torch.no_grad()
 def strongest_edges(
     wiring: Wiring | TransformerLayer,
-    found: Sequence[Response],
+    responses: Sequence[Response],
     b: LinearDictionary,
     recording: Recording | AttentionRecording,
     *,
@@ -199,33 +215,31 @@ def strongest_edges(
     block_bytes: int = BLOCK_BYTES,
     on_progress: Progress = no_progress,
 ) -> CircuitEdges:
-    """The strongest pairs of each target, and their evidence.
+    """Find the strongest sources of each target, with q-values.
 
-    The null keeps when each target is active, and lends it the weights of another target, which
-    reads as much of the branch in other directions. Contributions count in units of what the null
-    gives with the same target and with the same source, so that a source that is active
-    everywhere and gives something to everyone does not stand out. The q-value of an edge is the
-    number of null contributions that are as large over the number of real ones, of the same sign
-    and route: the false discovery rate of the claim that these weights, not any, carry drive from
-    this source to this target.
+    The null keeps the positions where each target is active, and replaces its encoder by that of
+    another target, scaled to the same length. Contributions count in units of the null's for the
+    same target and the same source, so that a source that is active everywhere and contributes to
+    every target is not significant. The q-value of an edge is the number of null contributions
+    that are as large, over the number of real ones of the same sign and route.
 
     Args:
         wiring: From the source site to the target site.
-        found: What `responses` gave.
+        responses: Result of `compose_responses`.
         b: Dictionary of the target.
         recording: Codes at both sites.
         keep: Sources kept of each target.
         seed: Seed of the null.
         block_bytes: Memory for one block of pairs.
-        on_progress: Told how many targets are done.
+        on_progress: Called with the number of targets done and their total.
     """
     encoder = b.W_enc.detach()
     alive_a = _alive(recording.codes_a)
     alive_b = _alive(recording.codes_b)
-    evidence = _Evidence(len(found), alive_a, alive_b)
+    evidence = _Histograms(len(responses), alive_a, alive_b)
     parts: list[dict[str, np.ndarray]] = []
     for block in pair_blocks(
-        wiring, found, encoder, recording, decoys=DECOYS, seed=seed, block_bytes=block_bytes
+        wiring, responses, encoder, recording, decoys=DECOYS, seed=seed, block_bytes=block_bytes
     ):
         targets = np.arange(block.targets.start, block.targets.stop)
         assert block.contribution is not None
@@ -242,31 +256,31 @@ def strongest_edges(
         column = best.ravel()
         real = whole[row, column] != 0
         row, column = row[real], column[real]
-        routes = np.arange(len(found))
+        routes = np.arange(len(responses))
         pick = (routes[None, :], row[:, None], column[:, None])
         parts.append({
-            "source": np.repeat(column, len(found)),
-            "target": np.repeat(targets[row], len(found)),
+            "source": np.repeat(column, len(responses)),
+            "target": np.repeat(targets[row], len(responses)),
             "route": np.tile(routes, len(row)),
             "weight": block.weight[pick].ravel(),
             "norm": block.norm[pick].ravel(),
             "contribution": block.contribution[pick].ravel(),
-            "share": np.repeat(whole[row, column] / total[row, 0], len(found)),
+            "share": np.repeat(whole[row, column] / total[row, 0], len(responses)),
             "z": z[pick].ravel(),
         })  # fmt: skip
         on_progress(block.targets.stop, encoder.shape[1])
     columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     z = columns.pop("z")
-    q_value, discoveries, tested = evidence.judge(z, columns["route"])
+    q_value, discoveries, tested = evidence.q_values(z, columns["route"])
     return CircuitEdges(**columns, q_value=q_value, discoveries=discoveries, tested=tested)
 
 
 def _alive(codes: sparse.csr_matrix) -> np.ndarray:
-    return np.bincount(codes.indices, minlength=n_columns(codes)) >= LEAST_ACTIVE
+    return np.bincount(codes.indices, minlength=n_columns(codes)) >= MIN_ACTIVE
 
 
-class _Evidence:
-    """How many contributions there are of every size and sign, by real weights and by others'."""
+class _Histograms:
+    """Histograms of contributions by size and sign, with real weights and with the null's."""
 
     def __init__(self, n_routes: int, alive_a: np.ndarray, alive_b: np.ndarray) -> None:
         self.alive_a, self.alive_b = alive_a, alive_b
@@ -274,7 +288,7 @@ class _Evidence:
         self.chance = np.zeros_like(self.real)
 
     def count(self, block: PairBlock) -> np.ndarray:
-        """Contributions in units of the null (route, target, source), remembered for `judge`."""
+        """Count contributions, and return them in units of the null (route, target, source)."""
         assert block.contribution is not None
         assert block.decoys is not None
         live = self.alive_b[block.targets]
@@ -291,8 +305,8 @@ class _Evidence:
             z[k][np.ix_(live, self.alive_a)] = own
         return z
 
-    def judge(self, z: np.ndarray, route: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
-        """The q-value of some edges, the share of discoveries by route, and the pairs tested."""
+    def q_values(self, z: np.ndarray, route: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
+        """Q-values of edges, fraction of discoveries by route, and number of pairs tested."""
         q_value, discoveries = np.ones(len(z)), np.zeros(len(self.real))
         tested = int(self.alive_a.sum()) * int(self.alive_b.sum())
         for k, sign in np.ndindex(*self.real.shape[:2]):
@@ -320,20 +334,27 @@ def _binned(z: np.ndarray) -> np.ndarray:
 
 
 def _tail(counts: np.ndarray) -> np.ndarray:
-    """How many lie in a bin or above."""
+    """Counts in each bin or above."""
     return np.cumsum(counts[::-1])[::-1]
 
 
 @torch.no_grad()
 def edge_kernels(
     wiring: Wiring | TransformerLayer,
-    found: Sequence[Response],
+    responses: Sequence[Response],
     encoder: Float[Tensor, "d target"],
     edges: CircuitEdges,
-) -> list[Float[np.ndarray, "edge tap"]]:
-    """For each route, the kernels of its edges, in their order; taps as in the response."""
-    made = []
-    for k, response in enumerate(found):
+) -> list[Float[np.ndarray, "_ _"]]:
+    """Spatial kernels of the edges of each route, in their order.
+
+    Args:
+        wiring: From the source site to the target site.
+        responses: Result of `compose_responses`; its taps are those of the kernels.
+        encoder: Encoder of the target's dictionary.
+        edges: Edges whose kernels are wanted.
+    """
+    kernels = []
+    for k, response in enumerate(responses):
         own = np.flatnonzero(edges.route == k)
         rows = encoder_rows(wiring, response, encoder)
         kernel = np.empty((len(own), len(response.taps)), np.float32)
@@ -341,5 +362,5 @@ def edge_kernels(
             part = own[first : first + 1024]
             made_of = response.kernel(edges.source[part], rows.T[edges.target[part]])
             kernel[first : first + len(part)] = made_of.float().cpu().numpy()
-        made.append(kernel)
-    return made
+        kernels.append(kernel)
+    return kernels

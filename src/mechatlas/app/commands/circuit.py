@@ -1,8 +1,9 @@
-"""`mechatlas circuit`: dictionaries of consecutive sites -> which feature is made of which.
+"""Find which features of a site are computed from which features of the site before.
 
-The folder has `result.json`, `edges.parquet` (a row for each pair of features and branch),
-`kernels.safetensors` (their spatial kernels), `pictures.safetensors` (of the features drawn),
-`recipe.toml` and `manifest.json`.
+    mechatlas circuit runs/mixed4a runs/mixed4b runs/mixed4c --out runs/circuit --features 12
+
+The folder has `edges.parquet` (a row for each pair of features and route), `kernels.safetensors`
+(their spatial kernels) and `pictures.safetensors` (of the features drawn).
 """
 
 import dataclasses
@@ -15,38 +16,31 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 import tyro
+from jaxtyping import Float, Int, Shaped, UInt8
 from torch import Tensor, nn
 from tyro.conf import Positional, arg
 
 from mechatlas.activations.networks import digest
 from mechatlas.activations.samples import ImageSamples, Samples
-from mechatlas.activations.sites import read
 from mechatlas.activations.store import Store
-from mechatlas.analysis.circuits import attention
-from mechatlas.analysis.circuits.attention import AttentionRecording
-from mechatlas.analysis.circuits.compose import Response
+from mechatlas.analysis.circuits.circuit import (
+    Connection,
+    ablation_evidence,
+    draw_sources,
+    find_circuit,
+    site_maps,
+)
 from mechatlas.analysis.circuits.effects import (
     Ablation,
     AblationAgreement,
     Attribution,
     ablate,
-    ablation_agreement,
     attribute,
     bootstrap_interval,
-    reproduced_variance,
 )
-from mechatlas.analysis.circuits.paths import Path as Strongest
-from mechatlas.analysis.circuits.paths import strongest_paths
-from mechatlas.analysis.circuits.recording import Recording, record
-from mechatlas.analysis.circuits.transformer_layer import TransformerLayer, as_maps, connect
-from mechatlas.analysis.circuits.virtual_weights import (
-    CircuitEdges,
-    compose_responses,
-    edge_kernels,
-    pair_blocks,
-    strongest_edges,
-)
-from mechatlas.analysis.circuits.wiring import Wiring
+from mechatlas.analysis.circuits.paths import CircuitPath, strongest_paths
+from mechatlas.analysis.circuits.transformer_layer import connect
+from mechatlas.analysis.circuits.virtual_weights import CircuitEdges
 from mechatlas.analysis.visualization import VisualizeConfig, visualize
 from mechatlas.app.progress import bar
 from mechatlas.app.recipes import reopen
@@ -57,15 +51,15 @@ from mechatlas.files import checksum, read_json, write_json
 
 KIND = "circuit"
 PICTURES = "pictures.safetensors"
-AT_ONCE = 16
-"""Pictures that are climbed together."""
+PICTURE_BATCH = 16
+"""Pictures optimized together."""
 MAP_NUMBERS = 1 << 22
-"""Numbers of the source's maps that are run on at once."""
+"""Entries of the source's maps that the network runs on at once."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CircuitConfig:
-    """Find which features of a site are made of which of the site before, and by which branch.
+    """Find which features of a site are computed from which features of the site before.
 
     Examples:  mechatlas circuit runs/mixed4a runs/mixed4b --out runs/circuit
                mechatlas circuit runs/4b runs/4c runs/4d --out runs/circuit --features 12
@@ -78,51 +72,135 @@ class CircuitConfig:
     store: Path | None = None
     """Store whose network and samples to run; by default the one of the first dictionary."""
     samples: int = 256
-    """Samples whose activations are counted; some of each feature are followed through the gates
-    that they meet."""
+    """Samples on which codes and gates are recorded."""
     held_out: int = 128
-    """Held-out samples on which features are removed and drives attributed."""
+    """Held-out samples on which features are ablated and pre-activations attributed."""
     n_ablated: int = 32
-    """Features of each site, at random, that are removed to validate the weights."""
+    """Features of each site, drawn at random, that are ablated to validate the weights."""
     top_k_sources: int = 8
     """Strongest sources kept of each feature."""
     features: int = 8
     """Features of the last site whose paths are traced, attributed and drawn."""
     fdr: float = 0.05
-    """False discovery rate at which an edge stands."""
+    """False discovery rate at which an edge counts as significant."""
     visualize_steps: int = 96
-    """Steps of activation maximisation for a picture of each feature drawn; 0 for no pictures."""
+    """Steps of activation maximization for the picture of each feature drawn; 0: no pictures."""
     seed: int = 0
-    """Seed of the activations followed, the null, the features removed, the intervals and the
-    pictures."""
+    """Seed of the activations followed, the null, the ablations, the intervals and the pictures."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Quartiles:
+    """Quartiles over the features of a site."""
+
+    low_quartile: float
+    median: float
+    high_quartile: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PairResult:
+    """Circuit of two consecutive dictionaries."""
+
+    a: str
+    """Name of the earlier dictionary."""
+    b: str
+    """Name of the later dictionary."""
+    n_a: int
+    """Latents of the earlier dictionary."""
+    n_b: int
+    """Latents of the later dictionary."""
+    branches: list[str]
+    """Routes between the sites: branches, or attention heads past and through the MLP."""
+    kernel_taps: list[int]
+    """Positions in the kernels of each route."""
+    pairs_tested: int
+    """Pairs of features tested by each route."""
+    edges: int
+    """Edges kept."""
+    n_significant: int
+    """Edges kept that are significant at the false discovery rate."""
+    discoveries: dict[str, float]
+    """Fraction of all pairs that is significant at 5 %, by route."""
+    variance_reproduced: Quartiles | None
+    """Fraction of the variance of pre-activations that the kernels reproduce; None if undefined."""
+    seconds: float
+    """CPU seconds of recording and weighing."""
+    n_ablated: int
+    """Features ablated one at a time."""
+    agreement: AblationAgreement
+    """Agreement of weights times activity with ablations, with the gates each feature meets."""
+    agreement_shared_gates: AblationAgreement
+    """The same with one average gate for all features."""
+    agreement_open_gates: AblationAgreement | None = None
+    """The same with all gates open; None for transformers."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExplainedFeature:
+    """Share of a feature's pre-activation that its sources explain, on held-out samples."""
+
+    layer: int
+    """Number of its dictionary."""
+    latent: int
+    places: int
+    """Positions where it is active."""
+    pre_activation: float | None
+    """Mean pre-activation that all features of the earlier site make together."""
+    explained_by_paths: float | None
+    """Fraction of it by the sources on the paths shown."""
+    explained_by_kept: float | None
+    """Fraction of it by all sources kept."""
+    attribution_gap: float | None
+    """Fraction that the integrated gradients miss."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CircuitResult:
+    """Fields of `result.json`."""
+
+    dictionaries: list[str]
+    """Names of the dictionaries."""
+    sites: list[str]
+    """Their sites."""
+    fdr: float
+    """False discovery rate asked for."""
+    samples: int
+    """Samples recorded."""
+    held_out_samples: int
+    """Samples of ablations and attributions."""
+    pairs: list[PairResult]
+    """Circuits of consecutive dictionaries."""
+    paths: list[CircuitPath]
+    """Strongest paths through all sites."""
+    features: list[ExplainedFeature]
+    """Features on the paths, and how much of each is explained."""
+    out: str = ""
+    """Folder of the run; not in the file."""
 
 
 def run(words: list[str]) -> tuple[Result, str]:
     """Find circuits, from the words of the command line."""
     result = circuit(tyro.cli(CircuitConfig, args=words, prog="mechatlas circuit"))
-    return result, in_words(result)
+    return dataclasses.asdict(result), in_words(result)
 
 
-def in_words(result: Result) -> str:
-    """What was found."""
-    lines = []
-    for pair in result["pairs"]:
-        found = pair["agreement"]
-        lines.append(
-            f"{pair['a']} -> {pair['b']}: weights and ablations agree with rank correlation "
-            f"{found['spearman']:.3f} [{found['low']:.3f}, {found['high']:.3f}], random pairs "
-            f"{found['null']:.3f} [{found['null_low']:.3f}, {found['null_high']:.3f}]; "
-            f"{pair['edges_that_stand']} of {pair['edges']} edges kept stand at a false "
-            f"discovery rate of {result['rate']:.0%}"
-        )
-    stand = sum(path["significant"] for path in result["paths"])
-    lines.append(f"{len(result['paths'])} paths traced, {stand} of which stand")
-    return "\n".join([*lines, f"Result: {result['out']}"])
+def in_words(result: CircuitResult) -> str:
+    """Findings for the terminal."""
+    lines = [
+        f"{pair.a} -> {pair.b}: weights and ablations agree with {pair.agreement.in_words()}; "
+        f"{pair.n_significant} of {pair.edges} edges kept are significant at a false discovery "
+        f"rate of {result.fdr:.0%}"
+        for pair in result.pairs
+    ]
+    significant = sum(path.significant for path in result.paths)
+    lines.append(f"{len(result.paths)} paths traced, {significant} of them significant")
+    return "\n".join([*lines, f"Result: {result.out}"])
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class _Opened:
-    """Everything a circuit is made from."""
+class _Inputs:
+    """Dictionaries, network and samples of a run."""
 
     names: list[str]
     sites: list[Site]
@@ -130,100 +208,98 @@ class _Opened:
     store: Store
     network: nn.Module
     samples: Samples
-    known: np.ndarray
-    unseen: np.ndarray
+    known: Int[np.ndarray, " sample"]
+    unseen: Int[np.ndarray, " held_out"]
 
-    def maps(self, site: Site, numbers: np.ndarray) -> Iterator[Tensor]:
+    def maps(self, site: Site, numbers: Int[np.ndarray, " n"]) -> Iterator[Tensor]:
         """Activations of a site's module, batch by batch."""
-        whole, size = dataclasses.replace(site, branch=None), 1
+        size = 1
         while len(numbers):
             batch = self.samples.stack([self.samples.read(int(i)) for i in numbers[:size]])
-            with torch.no_grad():
-                x = as_maps(read(self.network, batch, [whole])[whole])
+            (x,) = site_maps(self.network, site, [batch])
             numbers = numbers[size:]
             size = max(1, min(64, MAP_NUMBERS // max(1, x[0].numel())))
             yield x
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class _Found:
-    """What was found between two sites."""
+class _Pair:
+    """Circuit of two sites, without the recording that it was made from."""
 
-    wiring: Wiring | TransformerLayer
-    recording: Recording | AttentionRecording
-    responses: Sequence[Response]
+    connection: Connection
     edges: CircuitEdges
-    facts: Result
+    taps: list[Int[np.ndarray, "_ 2"]]
+    kernels: list[Float[np.ndarray, "_ _"]]
+    ablation: Ablation
+    result: PairResult
 
 
-def circuit(recipe: CircuitConfig) -> Result:
+def circuit(config: CircuitConfig) -> CircuitResult:
     """Weigh all pairs of features of consecutive sites, and validate them by ablation.
 
     Raises:
         DiskError: `out` holds something else, or cannot be written.
         InputError: A dictionary does not fit its site, or reads more than it writes.
         RecipeError: Fewer than two dictionaries, or one that does not say its site.
-        SiteError: Two sites are not consecutive, or a step between them cannot be composed.
+        SiteError: Two sites are not consecutive, or an operation between them cannot be composed.
         StoreError: The store is missing or damaged, or of another network.
     """
     clock = time.process_time()
-    _check(recipe)
-    opened = _open(recipe)
-    first = opened.samples.stack([opened.samples.read(int(opened.known[0]))])
-    wirings = [
-        connect(opened.network, a, b, first) for a, b in itertools.pairwise(opened.sites)
+    _check(config)
+    inputs = _open(config)
+    first = inputs.samples.stack([inputs.samples.read(int(inputs.known[0]))])
+    connections = [
+        connect(inputs.network, a, b, first) for a, b in itertools.pairwise(inputs.sites)
     ]  # every refusal comes before any work
-    found = [_weigh(recipe, opened, k, wiring) for k, wiring in enumerate(wirings)]
-    paths = strongest_paths([f.edges for f in found], features=recipe.features, fdr=recipe.fdr)
-    tables, shown, pairs = [], [], []
-    for k, one in enumerate(found):
-        removed, given = _measure(recipe, opened, k, one, paths)
-        pairs.append(one.facts | _validated(recipe, opened, k, one, removed))
-        table = _table(opened, k, one, removed, given)
-        shown += _explained(k, one, given, paths)
-        tables.append(table)
-    _write(recipe, opened, found, tables, _pictures(recipe, opened, paths))
-    result: Result = {
-        "dictionaries": opened.names,
-        "sites": [str(site) for site in opened.sites],
-        "rate": recipe.fdr,
-        "samples": len(opened.known),
-        "held_out_samples": len(opened.unseen),
-        "pairs": pairs,
-        "paths": [dataclasses.asdict(path) for path in paths],
-        "features": shown,
-    }
-    return finish(recipe.out, recipe, result, clock)
+    pairs = [_weigh(config, inputs, k, connection) for k, connection in enumerate(connections)]
+    paths = strongest_paths([p.edges for p in pairs], features=config.features, fdr=config.fdr)
+    tables, explained = [], []
+    for k, pair in enumerate(pairs):
+        ablation, attribution = _measure(inputs, k, pair, paths)
+        tables.append(_table(inputs, k, pair, ablation, attribution))
+        explained += _explained(k, pair, attribution, paths)
+    _write(config, inputs, pairs, tables, _pictures(config, inputs, paths))
+    result = CircuitResult(
+        dictionaries=inputs.names,
+        sites=[str(site) for site in inputs.sites],
+        fdr=config.fdr,
+        samples=len(inputs.known),
+        held_out_samples=len(inputs.unseen),
+        pairs=[pair.result for pair in pairs],
+        paths=paths,
+        features=explained,
+    )
+    values = dataclasses.asdict(result)
+    del values["out"]
+    return dataclasses.replace(result, out=finish(config.out, config, values, clock)["out"])
 
 
-def _check(recipe: CircuitConfig) -> None:
-    """Everything that can be known before any work.
+def _check(config: CircuitConfig) -> None:
+    """Check everything that can be known before any work.
 
     Raises:
         DiskError: `out` is a file, or holds something else.
         RecipeError: Too few dictionaries, or a number is out of its range.
     """
-    if len(recipe.dictionaries) < 2:
+    if len(config.dictionaries) < 2:
         raise RecipeError(
-            f"`mechatlas circuit` needs two dictionaries or more, got {len(recipe.dictionaries)}: "
+            f"`mechatlas circuit` needs two dictionaries or more, got {len(config.dictionaries)}: "
             "mechatlas circuit DICT_A DICT_B [DICT_C ...] --out DIR."
         )
     for name in ("samples", "held_out", "n_ablated", "top_k_sources", "features"):
         least = 2 if name in ("held_out", "n_ablated") else 1
-        if getattr(recipe, name) < least:
+        if getattr(config, name) < least:
             option = name.replace("_", "-")
-            raise RecipeError(f"--{option} must be at least {least}, got {getattr(recipe, name)}.")
-    if recipe.visualize_steps < 0:
-        raise RecipeError(
-            f"--visualize-steps must be at least 0 steps, got {recipe.visualize_steps}."
-        )
-    if not 0 < recipe.fdr < 1:
-        raise RecipeError(f"--fdr must lie between 0 and 1, got {recipe.fdr}.")
-    refuse_strangers(recipe.out, KIND)
+            raise RecipeError(f"--{option} must be at least {least}, got {getattr(config, name)}.")
+    if config.visualize_steps < 0:
+        raise RecipeError(f"--visualize-steps must be at least 0, got {config.visualize_steps}.")
+    if not 0 < config.fdr < 1:
+        raise RecipeError(f"--fdr must lie between 0 and 1, got {config.fdr}.")
+    refuse_strangers(config.out, KIND)
 
 
-def _open(recipe: CircuitConfig) -> _Opened:
-    """Dictionaries, their sites, and the network and samples of their store.
+def _open(config: CircuitConfig) -> _Inputs:
+    """Open the dictionaries, and the network and samples of their store.
 
     Raises:
         InputError: A dictionary is not linear in its rows.
@@ -231,7 +307,7 @@ def _open(recipe: CircuitConfig) -> _Opened:
         StoreError: The store is missing, of another network, or has no held-out samples.
     """
     dictionaries, sites = [], []
-    for path in recipe.dictionaries:
+    for path in config.dictionaries:
         dictionary = load(path)
         manifest = _manifest(path)
         site = manifest.get("site") or getattr(dictionary, "site", None)
@@ -245,16 +321,16 @@ def _open(recipe: CircuitConfig) -> _Opened:
             raise InputError(
                 f"{path} cannot be part of a circuit: "
                 + ("it reads other sites than it writes." if other else
-                   "it scales every row by itself, so its drives are not linear.")
+                   "it scales every row by itself, so its pre-activations are not linear.")
             )  # fmt: skip
         dictionaries.append(dictionary.cpu())
         sites.append(Site.parse(site))
-    store = Store(recipe.store or _store_of(recipe.dictionaries[0]))
-    for path in recipe.dictionaries if recipe.store is None else ():
+    store = Store(config.store or _store_of(config.dictionaries[0]))
+    for path in config.dictionaries if config.store is None else ():
         other = Store(_store_of(path))
         if other.manifest["network"] != store.manifest["network"]:
             raise StoreError(
-                f"{path} was trained on another network than {recipe.dictionaries[0]}: their "
+                f"{path} was trained on another network than {config.dictionaries[0]}: their "
                 "stores have different weights."
             )
     network, samples = reopen(store.manifest["recipe"])
@@ -262,13 +338,13 @@ def _open(recipe: CircuitConfig) -> _Opened:
         raise StoreError(
             f"The network found now has other weights than when {store.root} was made."
         )
-    known = np.array(store.samples("train", recipe.samples), np.int64)
-    unseen = np.array(store.samples("held", recipe.held_out), np.int64)
+    known = np.array(store.samples("train", config.samples), np.int64)
+    unseen = np.array(store.samples("held", config.held_out), np.int64)
     if len(unseen) < 2:
-        raise StoreError(f"{store.root} has no held-out samples to remove features on.")
-    names = [p.name for p in recipe.dictionaries]
-    names = names if len(set(names)) == len(names) else [str(p) for p in recipe.dictionaries]
-    return _Opened(names, sites, dictionaries, store, network, samples, known, unseen)
+        raise StoreError(f"{store.root} has no held-out samples to ablate features on.")
+    names = [p.name for p in config.dictionaries]
+    names = names if len(set(names)) == len(names) else [str(p) for p in config.dictionaries]
+    return _Inputs(names, sites, dictionaries, store, network, samples, known, unseen)
 
 
 def _manifest(path: Path) -> dict[str, Any]:
@@ -277,7 +353,7 @@ def _manifest(path: Path) -> dict[str, Any]:
 
 
 def _store_of(path: Path) -> Path:
-    """The store that a dictionary was trained on: where it was, or beside the dictionary.
+    """Find the store that a dictionary was trained on: where it was, or beside the dictionary.
 
     Raises:
         StoreError: It is nowhere to be found.
@@ -295,235 +371,206 @@ def _store_of(path: Path) -> Path:
     )
 
 
-def _weigh(
-    recipe: CircuitConfig, opened: _Opened, k: int, wiring: Wiring | TransformerLayer
-) -> _Found:
-    """All pairs of features of two sites, and how well their kernels reproduce drives."""
-    a, b = opened.dictionaries[k : k + 2]
+def _weigh(config: CircuitConfig, inputs: _Inputs, k: int, connection: Connection) -> _Pair:
+    """Find the circuit of two sites and validate it by ablations of features drawn at random."""
+    a, b = inputs.dictionaries[k : k + 2]
     clock = time.process_time()
-    maps = opened.maps(wiring.source, opened.known)
-    if isinstance(wiring, TransformerLayer):
-        recording = attention.record(wiring, a, b, maps)
-    else:
-        recording = record(wiring, a, b, maps, seed=recipe.seed)
-    found = compose_responses(wiring, a, recording.gates)
-    with bar(f"weighing {opened.names[k]} -> {opened.names[k + 1]}") as progress:
-        kept = strongest_edges(
-            wiring,
-            found,
-            b,
-            recording,
-            top_k_sources=recipe.top_k_sources,
-            seed=recipe.seed,
+    with bar(f"weighing {inputs.names[k]} -> {inputs.names[k + 1]}") as progress:
+        found = find_circuit(
+            connection, a, b,
+            lambda: inputs.maps(connection.source, inputs.known),
+            lambda: inputs.maps(connection.source, inputs.unseen),
+            top_k_sources=config.top_k_sources, fdr=config.fdr, seed=config.seed,
             on_progress=progress,
-        )
-    share = reproduced_variance(wiring, found, a, b, opened.maps(wiring.source, opened.unseen))
-    names = [route.name for route in wiring.routes]
-    facts = {
-        "a": opened.names[k],
-        "b": opened.names[k + 1],
-        "n_a": a.n_latents,
-        "n_b": b.n_latents,
-        "branches": names,
-        "kernel_taps": [len(response.taps) for response in found],
-        "pairs_tested": kept.tested,
-        "edges": len(kept.source),
-        "edges_that_stand": int((kept.q_value <= recipe.fdr).sum()),
-        "discoveries": dict(zip(names, kept.discoveries.tolist(), strict=True)),
-        "variance_reproduced": _quartiles(share),
-        "seconds": round(time.process_time() - clock, 3),
-    }
-    return _Found(wiring, recording, found, kept, facts)
+        )  # fmt: skip
+    seconds = round(time.process_time() - clock, 3)
+    sources = draw_sources(found, config.n_ablated, config.seed, pair=k)
+    ablation = ablate(connection, a, inputs.maps(connection.source, inputs.unseen), sources)
+    evidence = ablation_evidence(found, ablation, sources, seed=config.seed)
+    result = PairResult(
+        a=inputs.names[k],
+        b=inputs.names[k + 1],
+        n_a=a.n_latents,
+        n_b=b.n_latents,
+        branches=list(found.routes),
+        kernel_taps=[len(response.taps) for response in found.responses],
+        pairs_tested=found.edges.tested,
+        edges=len(found.edges.source),
+        n_significant=int(found.significant.sum()),
+        discoveries=dict(zip(found.routes, found.edges.discoveries.tolist(), strict=True)),
+        variance_reproduced=_quartiles(found.reproduced_variance),
+        seconds=seconds,
+        n_ablated=evidence.n_ablated,
+        agreement=evidence.agreement,
+        agreement_shared_gates=evidence.agreement_shared_gates,
+        agreement_open_gates=evidence.agreement_open_gates,
+    )
+    taps = [response.taps for response in found.responses]
+    return _Pair(connection, found.edges, taps, found.kernels(), ablation, result)
 
 
-def _quartiles(values: np.ndarray) -> dict[str, float] | None:
+def _quartiles(values: Float[np.ndarray, " feature"]) -> Quartiles | None:
     if np.isnan(values).all():
         return None
-    low, middle, high = (float(v) for v in np.nanquantile(values, [0.25, 0.5, 0.75]))
-    return {"low_quartile": low, "median": middle, "high_quartile": high}
+    return Quartiles(*(float(v) for v in np.nanquantile(values, [0.25, 0.5, 0.75])))
 
 
-def _of_layer(paths: Sequence[Strongest], layer: int) -> np.ndarray:
+def _of_layer(paths: Sequence[CircuitPath], layer: int) -> Int[np.ndarray, " latent"]:
     return np.unique([path.latents[layer] for path in paths]).astype(np.int64)
 
 
 def _measure(
-    recipe: CircuitConfig, opened: _Opened, k: int, one: _Found, paths: Sequence[Strongest]
+    inputs: _Inputs, k: int, pair: _Pair, paths: Sequence[CircuitPath]
 ) -> tuple[Ablation, Attribution]:
-    """Remove the features of the paths and some at random, and attribute the drives of paths."""
-    a, b = opened.dictionaries[k : k + 2]
-    active = np.unique(one.recording.codes_a.indices)
-    random = np.random.default_rng([recipe.seed, k])
-    drawn = random.permutation(active)[: recipe.n_ablated]
-    sources = np.union1d(drawn, _of_layer(paths, k))
-    maps = opened.maps(one.wiring.source, opened.unseen)
-    removed = ablate(one.wiring, a, maps, sources)
-    parts = [route.channels for route in one.wiring.routes]
-    maps = opened.maps(one.wiring.source, opened.unseen)
-    return removed, attribute(one.wiring, a, b, maps, _of_layer(paths, k + 1), parts)
-
-
-def _validated(
-    recipe: CircuitConfig, opened: _Opened, k: int, one: _Found, removed: Ablation
-) -> Result:
-    """Rank correlation of weights times mean activations with what ablations did.
-
-    Only over the features drawn at random: those of the paths were chosen by the weights.
-    """
-    a, b = opened.dictionaries[k : k + 2]
-    active = np.unique(one.recording.codes_a.indices)
-    random = np.random.default_rng([recipe.seed, k])
-    own = np.isin(removed.sources, random.permutation(active)[: recipe.n_ablated])
-    measured = removed.pre_activations(b.W_enc)[own]
-    gates = {
-        "agreement": one.responses,
-        "agreement_one_gate_for_all": compose_responses(
-            one.wiring, a, one.recording.gates.shared()
-        ),
-    }
-    if isinstance(one.wiring, Wiring):
-        gates["agreement_gates_open"] = compose_responses(one.wiring, a)
-    made = {}
-    for name, found in gates.items():
-        weight = np.concatenate(
-            [block.weight.sum(axis=0) for block in pair_blocks(one.wiring, found, b.W_enc.detach())]
+    """Ablate the features of the paths too, and attribute the pre-activations of paths."""
+    a, b = inputs.dictionaries[k : k + 2]
+    drawn, source = pair.ablation, pair.connection.source
+    missing = np.setdiff1d(_of_layer(paths, k), drawn.sources)
+    more = ablate(pair.connection, a, inputs.maps(source, inputs.unseen), missing)
+    order = np.argsort(np.concatenate([drawn.sources, more.sources]))
+    both = Ablation(
+        *(
+            np.concatenate([getattr(drawn, name), getattr(more, name)])[order]
+            for name in ("sources", "lost", "mean")
         )
-        predicted = weight.T[removed.sources[own]] * removed.mean[own, None]
-        made[name] = _plain(ablation_agreement(predicted, measured, seed=recipe.seed))
-    return {"features_removed": int(own.sum()), **made}
-
-
-def _plain(found: AblationAgreement) -> Result:
-    return dataclasses.asdict(found)
+    )
+    parts = [route.channels for route in pair.connection.routes]
+    maps = inputs.maps(source, inputs.unseen)
+    return both, attribute(pair.connection, a, b, maps, _of_layer(paths, k + 1), parts)
 
 
 def _table(
-    opened: _Opened, k: int, one: _Found, removed: Ablation, given: Attribution
-) -> dict[str, np.ndarray]:
-    """The rows of `edges.parquet` of two sites."""
-    e, routes = one.edges, one.wiring.routes
-    n = len(e.source)
-    columns = {name: np.full(n, np.nan) for name in ("effect", "effect_low", "effect_high")}
-    encoder = opened.dictionaries[k + 1].W_enc.detach().float().numpy()
-    row = {int(j): r for r, j in enumerate(removed.sources)}
-    for edge in np.flatnonzero(
-        np.isin(e.target, given.targets) & np.isin(e.source, removed.sources)
-    ):
-        first, own = one.wiring.reads.start, routes[e.route[edge]].channels
+    inputs: _Inputs, k: int, pair: _Pair, ablation: Ablation, attribution: Attribution
+) -> dict[str, Shaped[np.ndarray, " edge"]]:
+    """Rows of `edges.parquet` of two sites."""
+    edges, routes = pair.edges, pair.connection.routes
+    n = len(edges.source)
+    effects = {name: np.full(n, np.nan) for name in ("effect", "effect_low", "effect_high")}
+    encoder = inputs.dictionaries[k + 1].W_enc.detach().float().numpy()
+    row = {int(source): r for r, source in enumerate(ablation.sources)}
+    measured = np.isin(edges.target, attribution.targets) & np.isin(edges.source, ablation.sources)
+    for edge in np.flatnonzero(measured):
+        first, own = pair.connection.reads.start, routes[edges.route[edge]].channels
         part = slice(max(0, own.start - first), max(0, own.stop - first))
-        lost = removed.everywhere[row[int(e.source[edge])]][:, part]
-        pre_activation = lost @ encoder[part, e.target[edge]]
+        lost = ablation.lost[row[int(edges.source[edge])]][:, part]
+        pre_activation = lost @ encoder[part, edges.target[edge]]
         low, high = bootstrap_interval(pre_activation[None])
-        columns["effect"][edge] = pre_activation.mean()
-        columns["effect_low"][edge], columns["effect_high"][edge] = low[0], high[0]
-    attribution = np.full(n, np.nan)
-    at = np.searchsorted(given.targets, e.target).clip(0, max(0, len(given.targets) - 1))
-    known = np.isin(e.target, given.targets[given.places > 0])
-    attribution[known] = given.given[at[known], given.part[e.route[known]], e.source[known]]
+        values = (pre_activation.mean(), low[0], high[0])
+        for name, value in zip(effects, values, strict=True):
+            effects[name][edge] = value
+    attributed = np.full(n, np.nan)
+    targets = attribution.targets
+    at = np.searchsorted(targets, edges.target).clip(0, max(0, len(targets) - 1))
+    known = np.isin(edges.target, targets[attribution.places > 0])
+    part_of_edge = attribution.part[edges.route[known]]
+    attributed[known] = attribution.attributed[at[known], part_of_edge, edges.source[known]]
     kernel = np.zeros(n, np.int32)
     for r in range(len(routes)):
-        kernel[e.route == r] = np.arange((e.route == r).sum())
+        kernel[edges.route == r] = np.arange((edges.route == r).sum())
     return {
         "pair": np.full(n, k, np.int32),
-        "latent_a": e.source.astype(np.int32),
-        "latent_b": e.target.astype(np.int32),
-        "branch": np.array([routes[r].name for r in e.route], dtype=object),
-        "weight": e.weight,
-        "norm": e.norm,
-        "contribution": e.contribution,
-        "share": e.share.astype(np.float32),
-        "q_value": e.q_value,
-        "attribution": attribution,
-        **columns,
+        "latent_a": edges.source.astype(np.int32),
+        "latent_b": edges.target.astype(np.int32),
+        "branch": np.array([routes[r].name for r in edges.route], dtype=object),
+        "weight": edges.weight,
+        "norm": edges.norm,
+        "contribution": edges.contribution,
+        "share": edges.share.astype(np.float32),
+        "q_value": edges.q_value,
+        "attribution": attributed,
+        **effects,
         "kernel": kernel,
     }
 
 
-def _explained(k: int, one: _Found, given: Attribution, paths: Sequence[Strongest]) -> list[Result]:
-    """What part of each shown feature's drive the shown pairs and the kept ones give."""
+def _explained(
+    k: int, pair: _Pair, attribution: Attribution, paths: Sequence[CircuitPath]
+) -> list[ExplainedFeature]:
+    """Fractions of each shown feature's pre-activation by the shown sources and the kept ones."""
     pairs = {(path.latents[k], path.latents[k + 1]) for path in paths}
-    found = []
-    for t, target in enumerate(given.targets.tolist()):
-        whole = given.given[t].sum(axis=0)
-        kept = np.unique(one.edges.source[one.edges.target == target])
+    explained = []
+    for t, target in enumerate(attribution.targets.tolist()):
+        by_source = attribution.attributed[t].sum(axis=0)
+        kept = np.unique(pair.edges.source[pair.edges.target == target])
         shown = np.array(sorted(j for j, i in pairs if i == target), np.int64)
-        pre_activation = float(given.pre_activation[t])
-        known = given.places[t] > 0 and pre_activation != 0
-        found.append({
-            "layer": k + 1,
-            "latent": int(target),
-            "places": int(given.places[t]),
-            "drive": pre_activation if known else None,
-            "explained_by_paths": float(whole[shown].sum() / pre_activation) if known else None,
-            "explained_by_kept": float(whole[kept].sum() / pre_activation) if known else None,
-            "attribution_gap": float(given.gap[t]) if known else None,
-        })  # fmt: skip
-    return found
+        whole = float(attribution.pre_activation[t])
+        known = bool(attribution.places[t] > 0) and whole != 0
+        explained.append(
+            ExplainedFeature(
+                layer=k + 1,
+                latent=int(target),
+                places=int(attribution.places[t]),
+                pre_activation=whole if known else None,
+                explained_by_paths=float(by_source[shown].sum() / whole) if known else None,
+                explained_by_kept=float(by_source[kept].sum() / whole) if known else None,
+                attribution_gap=float(attribution.gap[t]) if known else None,
+            )
+        )
+    return explained
 
 
 def _pictures(
-    recipe: CircuitConfig, opened: _Opened, paths: Sequence[Strongest]
-) -> dict[str, np.ndarray]:
-    """A picture of each feature on a path, by layer; none if the network does not take photos."""
-    samples = opened.samples
-    if not recipe.visualize_steps or not isinstance(samples, ImageSamples) or samples.channels != 3:
+    config: CircuitConfig, inputs: _Inputs, paths: Sequence[CircuitPath]
+) -> dict[str, Int[np.ndarray, " latent"] | UInt8[np.ndarray, "latent side side 3"]]:
+    """Pictures of the features on paths, by layer; none if the network does not take photos."""
+    samples = inputs.samples
+    if not config.visualize_steps or not isinstance(samples, ImageSamples) or samples.channels != 3:
         return {}
-    made: dict[str, np.ndarray] = {}
-    config = VisualizeConfig(steps=recipe.visualize_steps, seed=recipe.seed)
-    for layer, (site, dictionary) in enumerate(zip(opened.sites, opened.dictionaries, strict=True)):
+    pictures: dict[str, np.ndarray] = {}
+    settings = VisualizeConfig(steps=config.visualize_steps, seed=config.seed)
+    for layer, (site, dictionary) in enumerate(zip(inputs.sites, inputs.dictionaries, strict=True)):
         latents = _of_layer(paths, layer)
         rows = dictionary.W_enc.detach().T[torch.from_numpy(latents)]
+        parts = []
         with bar(f"drawing features of {site}") as progress:
-            parts = []
-            for first in range(0, len(rows), AT_ONCE):
-                part = rows[first : first + AT_ONCE]
-                drawn = visualize(opened.network, site, part, side=samples.side, config=config)
+            for part in rows.split(PICTURE_BATCH):
+                drawn = visualize(inputs.network, site, part, side=samples.side, config=settings)
                 parts.append(drawn.images)
-                progress(first + len(part), len(rows))
-        if parts:
-            made[f"{layer}.latents"] = latents.astype(np.int32)
-            made[f"{layer}.pictures"] = np.rint(255 * np.concatenate(parts)).astype(np.uint8)
-    return made
+                progress(sum(map(len, parts)), len(rows))
+        if len(rows):
+            pictures[f"{layer}.latents"] = latents.astype(np.int32)
+            pictures[f"{layer}.pictures"] = np.rint(255 * np.concatenate(parts)).astype(np.uint8)
+    return pictures
 
 
 def _write(
-    recipe: CircuitConfig,
-    opened: _Opened,
-    found: list[_Found],
+    config: CircuitConfig,
+    inputs: _Inputs,
+    pairs: list[_Pair],
     tables: list[dict[str, np.ndarray]],
     pictures: dict[str, np.ndarray],
 ) -> None:
-    """The table, the kernels, the pictures and the manifest."""
+    """Write the table, the kernels, the pictures and the manifest."""
     columns = {name: np.concatenate([table[name] for table in tables]) for name in tables[0]}
     columns["branch"] = columns["branch"].astype(str)
     tensors: dict[str, np.ndarray] = {}
-    for k, one in enumerate(found):
-        encoder = opened.dictionaries[k + 1].W_enc.detach()
-        made = edge_kernels(one.wiring, one.responses, encoder, one.edges)
-        for route, response, kernel in zip(one.wiring.routes, one.responses, made, strict=True):
-            tensors[f"{k}.{route.name}.taps"] = response.taps.astype(np.int32)
+    for k, pair in enumerate(pairs):
+        for route, taps, kernel in zip(
+            pair.connection.routes, pair.taps, pair.kernels, strict=True
+        ):
+            tensors[f"{k}.{route.name}.taps"] = taps.astype(np.int32)
             tensors[f"{k}.{route.name}.kernels"] = kernel
     files = {
-        "edges.parquet": write_table(recipe.out / "edges.parquet", columns),
-        "kernels.safetensors": write_tensors(recipe.out / "kernels.safetensors", tensors),
+        "edges.parquet": write_table(config.out / "edges.parquet", columns),
+        "kernels.safetensors": write_tensors(config.out / "kernels.safetensors", tensors),
     }
     if pictures:
-        files[PICTURES] = write_tensors(recipe.out / PICTURES, pictures)
+        files[PICTURES] = write_tensors(config.out / PICTURES, pictures)
     else:
-        (recipe.out / PICTURES).unlink(missing_ok=True)  # of an earlier run
+        (config.out / PICTURES).unlink(missing_ok=True)  # of an earlier run
     manifest = {
         "schema": 1,
         "kind": KIND,
-        "dictionaries": [str(p.resolve()) for p in recipe.dictionaries],
-        "store": str(opened.store.root.resolve()),
+        "dictionaries": [str(p.resolve()) for p in config.dictionaries],
+        "store": str(inputs.store.root.resolve()),
         "parents": {
             name: checksum(b"".join(f.read_bytes() for f in _files(path)))
-            for name, path in zip(opened.names, recipe.dictionaries, strict=True)
+            for name, path in zip(inputs.names, config.dictionaries, strict=True)
         }
-        | {"store": checksum((opened.store.root / "manifest.json").read_bytes())},
+        | {"store": checksum((inputs.store.root / "manifest.json").read_bytes())},
         "files": {name: checksum(data) for name, data in files.items()},
     }
-    write_json(recipe.out / "manifest.json", manifest)
+    write_json(config.out / "manifest.json", manifest)
 
 
 def _files(path: Path) -> list[Path]:

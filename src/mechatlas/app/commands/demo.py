@@ -93,17 +93,16 @@ def _look_inside(collect: CollectConfig, out: Path) -> dict[str, Any]:
     stages["branches"] = specialise(
         BranchesConfig(dictionary=out / SITES[1], store=collect.out, out=out / "branches")
     )
-    stages["circuit"] = circuit(
-        CircuitConfig(
-            dictionaries=tuple(out / site for site in SITES),
-            out=out / "circuit",
-            samples=24,
-            held_out=16,
-            n_ablated=8,
-            features=4,
-            visualize_steps=0,
-        )
+    config = CircuitConfig(
+        dictionaries=tuple(out / site for site in SITES),
+        out=out / "circuit",
+        samples=24,
+        held_out=16,
+        n_ablated=8,
+        features=4,
+        visualize_steps=0,
     )
+    stages["circuit"] = dataclasses.asdict(circuit(config))
     posed = dataclasses.replace(
         collect,
         sites=SITES[:1],

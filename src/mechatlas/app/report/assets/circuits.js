@@ -30,10 +30,10 @@
     return picture;
   }
 
-  function describe(edge, rate) {
+  function describe(edge, fdr) {
     const effect = edge.effect == null ? "not measured" : `${number(edge.effect)} [${number(edge.effect_low)}, ${number(edge.effect_high)}]`;
     return `${edge.branch}: weight ${number(edge.weight)}, contribution ${number(edge.contribution)}, attribution ${number(edge.attribution ?? NaN)}\n`
-      + `drive lost when removed: ${effect}\nq ${number(edge.q_value)}${edge.q_value <= rate ? "" : ": does not stand"}`;
+      + `pre-activation lost when ablated: ${effect}\nq ${number(edge.q_value)}${edge.q_value <= fdr ? "" : ": not significant"}`;
   }
 
   function card(part, d, layer, fact) {
@@ -44,8 +44,8 @@
     if (part.pictures.includes(name)) body.append(cards.painted("circuits", name, 112));
     if (d) body.append(cards.exampleList(d, fact.latent, d.kind === "image" ? 6 : 2, 52, true));
     const share = layer && fact.explained_by_paths != null
-      ? el("p", { class: "caption", title: `by all sources kept: ${percent(fact.explained_by_kept)}; ${number(fact.places)} places on held-out samples` },
-        `${percent(fact.explained_by_paths)} of its drive by the edges shown`) : null;
+      ? el("p", { class: "caption", title: `by all sources kept: ${percent(fact.explained_by_kept)}; ${number(fact.places)} positions on held-out samples` },
+        `${percent(fact.explained_by_paths)} of its pre-activation by the edges shown`) : null;
     return el("article", { class: "unit", "data-layer": layer, "data-latent": fact.latent }, el("header", {}, head), body, share);
   }
 
@@ -68,12 +68,12 @@
       const [x0, y0] = [from.right - box.left, from.top + from.height / 2 - box.top];
       const [x1, y1] = [to.left - box.left, to.top + to.height / 2 - box.top];
       const bend = (x1 - x0) / 2;
-      const stands = edges[0].q_value <= part.rate;  // the one that carries most
+      const significant = edges[0].q_value <= part.fdr;  // the one that carries most
       lines.append(svg("path", {
         d: `M${x0},${y0} C${x0 + bend},${y0} ${x1 - bend},${y1} ${x1},${y1}`,
         class: share < 0 ? "minus" : "plus",
         "stroke-width": Math.max(1, Math.min(9, 28 * Math.abs(share))),
-        "stroke-dasharray": stands ? "none" : "3 4",
+        "stroke-dasharray": significant ? "none" : "3 4",
       }));
       const rank = into.get(`${pair}/${b}`) ?? 0;
       into.set(`${pair}/${b}`, rank + 1);
@@ -82,9 +82,9 @@
       const y = s * s * s * y0 + 3 * s * s * t * y0 + 3 * s * t * t * y1 + t * t * t * y1;
       const label = el("div", { class: "edge", style: `left:${x}px;top:${y}px` });
       for (const edge of edges.slice(0, 2)) {
-        label.append(el("span", { title: describe(edge, part.rate) }, kernelPicture(edge.kernel), el("small", {}, edge.branch)));
+        label.append(el("span", { title: describe(edge, part.fdr) }, kernelPicture(edge.kernel), el("small", {}, edge.branch)));
       }
-      label.append(el("small", { class: "n", title: "share of all that the later feature is given, counted without signs" }, percent(share)));
+      label.append(el("small", { class: "n", title: "share of all contributions to the later feature, counted without signs" }, percent(share)));
       figure.append(label);
     }
     figure.prepend(lines);
@@ -111,10 +111,10 @@
       const last = part.names.length - 1;
       const strongest = drawing.paths[0];
       const holder = el("figure", {}, el("h4", {}, `${part.sites[last]}/${drawing.target}`,
-        el("small", {}, ` strongest path ${percent(strongest.strength)}${strongest.significant ? "" : ", does not stand"}`)));
+        el("small", {}, ` strongest path ${percent(strongest.strength)}${strongest.significant ? "" : ", not significant"}`)));
       place.append(holder);
       atlas.whenSeen(holder, () => draw(holder, part, drawing, dictionaries), "400px");
     });
-    place.append(el("p", { class: "caption" }, "A column is a site; the crops are the strongest of each feature, the framed picture was made from noise to excite it. Each line is a pair of features, as thick as its share of all that the later one is given (counted without signs); orange excites, blue inhibits, dashed does not stand against the null. On it the kernels of the two branches that carry most, as the later feature sees them: each cell is a place of the earlier feature (in a text, a token before or after; the outermost are all that lie farther). Hover for the numbers."));
+    place.append(el("p", { class: "caption" }, "A column is a site; the crops are the strongest of each feature, the framed picture was made from noise to excite it. Each line is a pair of features, as thick as its share of all contributions to the later one (counted without signs); orange excites, blue inhibits, dashed is not significant. On it are the kernels of the two branches that carry most: each cell is a position of the earlier feature (in a text, a token before or after; the outermost cells stand for all that lie farther). Hover for the numbers."));
   });
 })();

@@ -1,4 +1,4 @@
-"""Circuits drawn: features as cards, edges with their kernels, and what each claim rests on."""
+"""Chapter on circuits: features as cards, edges with their kernels, and the evidence."""
 
 from pathlib import Path
 from typing import Any
@@ -12,43 +12,54 @@ from mechatlas.app.report.paintings import as_webp
 from mechatlas.app.report.runs import Run, Runs
 from mechatlas.base import DiskError, Progress
 
+OLD_KEYS = {
+    "agreement_gates_open": "agreement_open_gates",
+    "agreement_one_gate_for_all": "agreement_shared_gates",
+    "drive": "pre_activation",
+    "edges_that_stand": "n_significant",
+    "features_removed": "n_ablated",
+    "rate": "fdr",
+    "stands": "significant",
+}
+"""Keys in `result.json` of version 0.1 -> keys today, at any depth."""
 NUMBERS = ("weight", "contribution", "share", "attribution", "effect", "effect_low", "effect_high",
            "q_value")  # fmt: skip
 
 
 def chapter(runs: Runs, on_progress: Progress) -> Chapter | None:
-    """One part for every run of `mechatlas circuit`.
+    """Draw every folder that `mechatlas circuit` wrote.
 
     Raises:
         DiskError: A result is damaged.
     """
-    found = runs.of_kind("circuit")
-    if not found:
+    finished = [run for run in runs.of_kind("circuit") if run.result]
+    if not finished:
         return None
     folders = {run.folder.resolve(): run.name for run in runs.of_kind("dictionary")}
     parts, data = [], []
     images: dict[str, bytes] = {}
-    for number, run in enumerate(found):
+    for number, run in enumerate(finished):
         places = [folders.get(Path(p).resolve(), "") for p in run.manifest["dictionaries"]]
-        drawings = _drawings(run)
+        result = _renamed(run.result)
+        drawings = _drawings(run, result)
         pictures = _pictures(run, number)
         images |= pictures
         data.append({
-            "names": run.result["dictionaries"],
-            "sites": run.result["sites"],
+            "names": result["dictionaries"],
+            "sites": result["sites"],
             "runs": places,
-            "rate": run.result["rate"],
+            "fdr": result["fdr"],
             "drawings": drawings,
             "pictures": list(pictures),
         })  # fmt: skip
         parts.append({
             "name": run.name,
             "number": number,
-            "result": run.result,
+            "result": result,
             "drawings": drawings,
-            "names": run.result["dictionaries"],
+            "names": result["dictionaries"],
         })  # fmt: skip
-        on_progress(number + 1, len(found))
+        on_progress(number + 1, len(finished))
     return Chapter(
         name="circuits",
         title="Circuits",
@@ -59,8 +70,14 @@ def chapter(runs: Runs, on_progress: Progress) -> Chapter | None:
     )
 
 
+def _renamed(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {OLD_KEYS.get(key, key): _renamed(item) for key, item in value.items()}
+    return [_renamed(item) for item in value] if isinstance(value, list) else value
+
+
 def _pictures(run: Run, number: int) -> dict[str, bytes]:
-    """The picture of each feature drawn, as WebP, named by run, layer and latent.
+    """Pictures of the features drawn, as WebP, named by run, layer and latent.
 
     Raises:
         DiskError: The file is damaged.
@@ -82,12 +99,12 @@ def _pictures(run: Run, number: int) -> dict[str, bytes]:
     return made
 
 
-def _drawings(run: Run) -> list[dict[str, Any]]:
-    """One drawing for each feature of the last site that has paths, strongest first."""
+def _drawings(run: Run, result: dict[str, Any]) -> list[dict[str, Any]]:
+    """Drawings of the features of the last site that have paths, strongest first."""
     table, tensors = run.table("edges.parquet"), run.tensors("kernels.safetensors")
-    explained = {(f["layer"], f["latent"]): f for f in run.result["features"]}
+    explained = {(f["layer"], f["latent"]): f for f in result["features"]}
     drawings: dict[int, dict[str, Any]] = {}
-    for path in run.result["paths"]:
+    for path in result["paths"]:
         latents = path["latents"]
         drawing = drawings.setdefault(
             latents[-1],
@@ -115,7 +132,7 @@ def _fact(found: dict[str, Any] | None) -> dict[str, Any]:
 def _edges(
     table: dict[str, np.ndarray], tensors: dict[str, np.ndarray], pair: int, a: int, b: int
 ) -> list[dict[str, Any]]:
-    """The edges of one pair of features, by branch, largest contribution first."""
+    """Edges of one pair of features, by branch, largest contribution first."""
     own = (table["pair"] == pair) & (table["latent_a"] == a) & (table["latent_b"] == b)
     rows = np.flatnonzero(own)
     rows = rows[np.argsort(-np.abs(table["contribution"][rows]), kind="stable")]
@@ -133,7 +150,7 @@ def _edges(
 
 
 def _kernel(tensors: dict[str, np.ndarray], name: str, row: int) -> dict[str, Any]:
-    """A kernel as a picture: how wide, how high, and its numbers row by row."""
+    """Picture of a kernel: its height, its width, and its numbers row by row."""
     taps, values = tensors[f"{name}.taps"], tensors[f"{name}.kernels"][row]
     low = taps.min(axis=0)
     height, width = (taps.max(axis=0) - low + 1).tolist()

@@ -1,0 +1,300 @@
+"""Circuit between two sites: which features of the later one are computed from which earlier ones.
+
+    circuit             a network, two dictionaries and samples -> a `Circuit`
+    find_circuit        the same from a connection that is known and activations batch by batch
+    ablation_evidence   rank agreement of a circuit's weights with ablations
+
+Main path: `connect` reads the computation between the sites, `record_gates` or `record_layer` its
+gates on samples, `compose_responses` the effect of every feature, `strongest_edges` all pairs.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int, Shaped
+from torch import Tensor, nn
+
+from mechatlas.activations.sites import read
+from mechatlas.analysis.circuits.attention import AttentionRecording, record_layer
+from mechatlas.analysis.circuits.compose import LinearDictionary, Response
+from mechatlas.analysis.circuits.effects import (
+    Ablation,
+    AblationAgreement,
+    ablate,
+    ablation_agreement,
+    reproduced_variance,
+)
+from mechatlas.analysis.circuits.recording import Recording, record_gates
+from mechatlas.analysis.circuits.transformer_layer import TransformerLayer, as_maps, connect
+from mechatlas.analysis.circuits.virtual_weights import (
+    CircuitEdges,
+    compose_responses,
+    edge_kernels,
+    pair_blocks,
+    strongest_edges,
+)
+from mechatlas.analysis.circuits.wiring import Wiring
+from mechatlas.base import InputError, Progress, Result, Site, no_progress
+
+Inputs = Shaped[Tensor, "_ ..."] | Shaped[np.ndarray, "_ ..."] | Sequence[Any]
+"""Inputs of a network, one for each sample."""
+Connection = Wiring | TransformerLayer
+"""Computation between two sites."""
+Maps = Callable[[], Iterable[Tensor]]
+"""Source of the activations (sample, channel, y, x) of the earlier site's module, in batches."""
+
+
+@dataclasses.dataclass(frozen=True)
+class AblationEvidence:
+    """Rank agreement of virtual weights with what ablations do, for three choices of gates."""
+
+    n_ablated: int
+    """Features removed one at a time, drawn at random."""
+    agreement: AblationAgreement
+    """Agreement with the gates that each feature meets."""
+    agreement_shared_gates: AblationAgreement
+    """Agreement with gates averaged over all positions, the same for all features."""
+    agreement_open_gates: AblationAgreement | None
+    """Agreement with all gates open; None for transformers."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Circuit(Result):
+    """Virtual weights between the features of two sites, with the evidence for them."""
+
+    connection: Connection
+    """Computation from the earlier site to the later one."""
+    a: LinearDictionary
+    """Dictionary of the earlier site."""
+    b: LinearDictionary
+    """Dictionary of the later site."""
+    recording: Recording | AttentionRecording
+    """Codes at both sites, and the gates on samples."""
+    responses: Sequence[Response]
+    """Effect of every feature of `a` on the later site, route by route."""
+    edges: CircuitEdges
+    """Strongest sources of each feature of `b`, with q-values."""
+    reproduced_variance: Float[np.ndarray, " target"]
+    """Fraction of the variance of each pre-activation that the composed kernels reproduce."""
+    fdr: float
+    """False discovery rate at which an edge counts as significant."""
+    evidence: AblationEvidence | None = None
+    """Agreement with ablations; None if no feature was ablated."""
+
+    @property
+    def routes(self) -> tuple[str, ...]:
+        """Names of the routes, such as branches or attention heads."""
+        return tuple(route.name for route in self.connection.routes)
+
+    @property
+    def significant(self) -> Bool[np.ndarray, " edge"]:
+        """Edges whose q-value is at most the false discovery rate."""
+        return self.edges.q_value <= self.fdr
+
+    def kernels(self) -> list[Float[np.ndarray, "_ _"]]:
+        """Spatial kernels of the edges of each route."""
+        return edge_kernels(self.connection, self.responses, self.b.W_enc.detach(), self.edges)
+
+    def summary(self) -> str:
+        """Number of significant edges, reproduced variance and agreement with ablations."""
+        known = self.reproduced_variance[np.isfinite(self.reproduced_variance)]
+        share = f"{np.median(known):.0%}" if len(known) else "undefined"
+        lines = [
+            f"Circuit: {self.connection.source} -> {self.connection.target}, "
+            f"{self.significant.sum():,} of {len(self.edges.source):,} edges significant at a "
+            f"false discovery rate of {self.fdr:.0%}",
+            f"by {', '.join(self.routes)}; {self.edges.tested:,} pairs of features tested",
+            f"median fraction of pre-activation variance reproduced: {share}",
+        ]
+        if self.evidence is not None:
+            lines.append(f"weights and {self.evidence.n_ablated} ablations: "
+                         f"{self.evidence.agreement.in_words()}")  # fmt: skip
+        return "\n".join(lines)
+
+
+def circuit(
+    network: nn.Module,
+    a: LinearDictionary,
+    b: LinearDictionary,
+    samples: Inputs,
+    *,
+    site_a: Site | str,
+    site_b: Site | str,
+    held_out: Inputs | None = None,
+    top_k_sources: int = 8,
+    n_ablated: int = 0,
+    fdr: float = 0.05,
+    batch_size: int = 16,
+    seed: int = 0,
+    on_progress: Progress = no_progress,
+) -> Circuit:
+    """Find which features of a site are computed from which features of an earlier site.
+
+    Args:
+        network: Network in evaluation mode; called as `network(samples)`.
+        a: Dictionary of the earlier site.
+        b: Dictionary of the later site.
+        samples: Inputs of the network on which gates and codes are recorded.
+        site_a: Site of `a`.
+        site_b: Site of `b`, with no site of parallel branches in between.
+        held_out: Inputs on which features are ablated and variances measured; by default the last
+            third of `samples`, which is then not recorded.
+        top_k_sources: Strongest sources kept of each feature of `b`.
+        n_ablated: Features of `a`, drawn at random, that are removed to validate the weights; 0 to
+            skip the validation.
+        fdr: False discovery rate at which an edge counts as significant.
+        batch_size: Samples that the network runs on at once.
+        seed: Seed of the activations that are followed, of the null and of the features ablated.
+        on_progress: Called with the number of targets done and their total.
+
+    Raises:
+        InputError: There are too few samples, or a dictionary does not fit its site.
+        SiteError: The sites are not consecutive, or an operation between them cannot be composed.
+
+    Source:
+        Olah et al., Zoom In (2020); Elhage et al., A mathematical framework for transformer
+        circuits (2021).
+
+    Examples:
+        >>> import torch
+        >>> import mechatlas as ma
+        >>> from mechatlas.activations.architectures.inception import inception_mini
+        >>> network, images = inception_mini().eval(), torch.rand(12, 3, 31, 31)
+        >>> a = ma.Autoencoder(d_in=184, n_latents=64, sparsity=ma.TopK(k=8))
+        >>> b = ma.Autoencoder(d_in=184, n_latents=64, sparsity=ma.TopK(k=8), seed=1)
+        >>> found = ma.circuit(network, a, b, images, site_a="mixed4a", site_b="mixed4b")
+        >>> found.routes, found.edges.tested > 0
+        (('1x1', '3x3', '5x5', 'pool'), True)
+    """
+    source, target = (Site.parse(s) if isinstance(s, str) else s for s in (site_a, site_b))
+    known = _as_inputs(samples, network)
+    if held_out is None:
+        cut = len(known) - len(known) // 3
+        known, unseen = known[:cut], known[cut:]
+    else:
+        unseen = _as_inputs(held_out, network)
+    if not len(known) or not len(unseen):
+        raise InputError(
+            f"A circuit needs samples to record and samples to validate it on, got {len(known)} "
+            f"and {len(unseen)}."
+        )
+    connection = connect(network, source, target, known[:1])
+
+    def maps(inputs: Tensor) -> Maps:
+        return lambda: site_maps(network, source, inputs.split(batch_size))
+
+    result = find_circuit(
+        connection, a, b, maps(known), maps(unseen),
+        top_k_sources=top_k_sources, fdr=fdr, seed=seed, on_progress=on_progress,
+    )  # fmt: skip
+    if not n_ablated:
+        return result
+    sources = draw_sources(result, n_ablated, seed)
+    ablation = ablate(connection, a, maps(unseen)(), sources)
+    evidence = ablation_evidence(result, ablation, sources, seed=seed)
+    return dataclasses.replace(result, evidence=evidence)
+
+
+def _as_inputs(samples: Inputs, network: nn.Module) -> Tensor:
+    inputs = samples if isinstance(samples, Tensor) else torch.from_numpy(np.asarray(samples))
+    like = next(network.parameters(), inputs)
+    return inputs.to(like) if inputs.is_floating_point() else inputs.to(like.device)
+
+
+@torch.no_grad()
+def site_maps(network: nn.Module, site: Site, batches: Iterable[Tensor]) -> Iterator[Tensor]:
+    """Activations of a site's whole module as maps, batch by batch."""
+    whole = dataclasses.replace(site, branch=None)
+    for batch in batches:
+        yield as_maps(read(network, batch, [whole])[whole])
+
+
+def find_circuit(
+    connection: Connection,
+    a: LinearDictionary,
+    b: LinearDictionary,
+    maps: Maps,
+    held_out: Maps,
+    *,
+    top_k_sources: int = 8,
+    fdr: float = 0.05,
+    seed: int = 0,
+    on_progress: Progress = no_progress,
+) -> Circuit:
+    """Find the circuit of two dictionaries from activations of the earlier site.
+
+    Args:
+        connection: Computation from the site of `a` to that of `b`.
+        a: Dictionary of the earlier site.
+        b: Dictionary of the later site.
+        maps: Activations on which gates and codes are recorded.
+        held_out: Activations on which variances are measured.
+        top_k_sources: Strongest sources kept of each feature of `b`.
+        fdr: False discovery rate at which an edge counts as significant.
+        seed: Seed of the activations that are followed and of the null.
+        on_progress: Called with the number of targets done and their total.
+
+    Raises:
+        InputError: There are no samples, or a dictionary does not fit its site.
+    """
+    if isinstance(connection, TransformerLayer):
+        recording = record_layer(connection, a, b, maps())
+    else:
+        recording = record_gates(connection, a, b, maps(), seed=seed)
+    responses = compose_responses(connection, a, recording.gates)
+    edges = strongest_edges(
+        connection, responses, b, recording,
+        top_k_sources=top_k_sources, seed=seed, on_progress=on_progress,
+    )  # fmt: skip
+    variance = reproduced_variance(connection, responses, a, b, held_out())
+    return Circuit(connection, a, b, recording, responses, edges, variance, fdr)
+
+
+def draw_sources(found: Circuit, n: int, seed: int, *, pair: int = 0) -> Int[np.ndarray, " source"]:
+    """Draw features of the earlier site that are active on samples, in ascending order.
+
+    Args:
+        found: A circuit.
+        n: Number of features, or fewer if fewer are active.
+        seed: Seed of the draw.
+        pair: Number of the circuit in a chain of them.
+    """
+    active = np.unique(found.recording.codes_a.indices)
+    return np.sort(np.random.default_rng([seed, pair]).permutation(active)[:n]).astype(np.int64)
+
+
+def ablation_evidence(
+    found: Circuit, ablation: Ablation, sources: Int[np.ndarray, " source"], *, seed: int = 0
+) -> AblationEvidence:
+    """Rank agreement of virtual weights times mean activations with what ablations did.
+
+    Args:
+        found: A circuit.
+        ablation: Ablations of features, among them `sources`.
+        sources: Features to compare; drawn at random, for features chosen by their weights would
+            agree better.
+        seed: Seed of the intervals and of the nulls.
+    """
+    compared = np.isin(ablation.sources, sources)
+    measured = ablation.pre_activations(found.b.W_enc)[compared]
+
+    def agreement(responses: Sequence[Response]) -> AblationAgreement:
+        encoder = found.b.W_enc.detach()
+        blocks = pair_blocks(found.connection, responses, encoder)
+        weight = np.concatenate([block.weight.sum(axis=0) for block in blocks])
+        predicted = weight.T[ablation.sources[compared]] * ablation.mean[compared, None]
+        return ablation_agreement(predicted, measured, seed=seed)
+
+    shared = compose_responses(found.connection, found.a, found.recording.gates.shared())
+    is_wiring = isinstance(found.connection, Wiring)
+    return AblationEvidence(
+        n_ablated=int(compared.sum()),
+        agreement=agreement(found.responses),
+        agreement_shared_gates=agreement(shared),
+        agreement_open_gates=(
+            agreement(compose_responses(found.connection, found.a)) if is_wiring else None
+        ),
+    )
