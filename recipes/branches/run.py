@@ -20,6 +20,7 @@ from mechatlas.app.commands import branches
 from mechatlas.app.commands import match as matching
 from mechatlas.app.commands import train as jobs
 from mechatlas.app.recipes import TrainConfig, read_recipe
+from mechatlas.app.symmetry_folder import execute
 from mechatlas.files import read_json, write_json
 
 HERE = Path(__file__).parent
@@ -56,14 +57,15 @@ def matched(paths: list[Path], name: str, options: argparse.Namespace) -> Path |
     if len(paths) < 2 or not paired:
         return None
     if not (out / "result.json").is_file():
-        matching.match_dictionaries(
+        execute(
+            matching,
             matching.MatchConfig(
                 dictionaries=tuple(paths),
                 out=out,
                 cost="codes",
                 store=options.store,
                 rows=options.match_rows,
-            )
+            ),
         )
     return out
 

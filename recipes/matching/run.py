@@ -21,6 +21,7 @@ from mechatlas.app.commands import match as matching
 from mechatlas.app.commands import train as jobs
 from mechatlas.app.recipes import TrainConfig
 from mechatlas.app.report.chapters.matching import renamed
+from mechatlas.app.symmetry_folder import execute
 from mechatlas.dictionaries.revival import AuxK
 from mechatlas.dictionaries.sparsity import TopK
 from mechatlas.files import read_json
@@ -67,7 +68,7 @@ def match(paths: list[Path], out: Path, options: argparse.Namespace) -> dict[str
             samples=options.samples,
             seed=options.seed,
         )
-        print(matching.in_words(matching.match_dictionaries(config)), flush=True)
+        print(matching.in_words(execute(matching, config)), flush=True)
     return renamed(read_json(out / "result.json"))
 
 

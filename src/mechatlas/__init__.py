@@ -48,16 +48,16 @@ if TYPE_CHECKING:
     from mechatlas.maths.named_groups import group
 
 _HOMES = {
-    "activations.collect": ("Collecting", "collect"),
+    "activations.collect": ("StoreConfig", "collect"),
     "activations.networks": ("Network", "build"),
-    "activations.posing": ("Posing",),
+    "activations.posing": ("PoseConfig",),
     "activations.positions": ("Positions",),
     "activations.samples": ("Arrays", "Images", "Texts", "open_samples"),
     "activations.sites": ("edited", "find_sites", "list_sites", "read"),
     "activations.store": ("Store",),
     "analysis.branches.specialization": ("branches",),
     "analysis.circuits.circuit": ("Circuit", "circuit"),
-    "analysis.interaction.analysis": ("Analysing", "Interaction", "basis"),
+    "analysis.interaction.analysis": ("Interaction", "InteractionConfig", "basis"),
     "analysis.matching.chains": ("track",),
     "analysis.matching.pairing": ("feature_splitting", "match"),
     "analysis.proofs.prove": ("prove",),

@@ -11,10 +11,11 @@ from mechatlas.activations.positions import Positions
 from mechatlas.activations.samples import Images
 from mechatlas.activations.store import Store
 from mechatlas.app import cli
-from mechatlas.app.commands import branches
+from mechatlas.app.commands import branches, match
 from mechatlas.app.commands import train as jobs
-from mechatlas.app.commands.match import MatchConfig, match_dictionaries
+from mechatlas.app.commands.match import MatchConfig
 from mechatlas.app.recipes import CollectConfig, TrainConfig
+from mechatlas.app.symmetry_folder import execute
 from mechatlas.base import DiskError, InputError, RecipeError, StoreError
 from mechatlas.dictionaries.sparsity import TopK
 from tests.app.worlds import photographs
@@ -102,15 +103,16 @@ def test_labels_that_fit_no_feature_or_contradict_are_refused(world, tmp_path, f
 
 def test_matched_features_are_compared_by_branch(world, tmp_path):
     two = (world / "whole", world / "again")
-    match_dictionaries(
-        MatchConfig(dictionaries=two, out=tmp_path / "match", cost="codes", store=world / "store")
+    execute(
+        match,
+        MatchConfig(dictionaries=two, out=tmp_path / "match", cost="codes", store=world / "store"),
     )
     result, _ = run(world, tmp_path / "out", "--match", str(tmp_path / "match"), "--rate", "0.5")
     found = result["consistency"][0]
     assert (found["a"], found["b"]) == ("whole", "again")
     assert found["same_branch"]["pairs"] >= found["same_branch_of_equal_size"]["pairs"]
     assert found["leaning"]["same_branch"]["pairs"] >= found["same_branch"]["pairs"]
-    match_dictionaries(MatchConfig(dictionaries=two, out=tmp_path / "plain"))
+    execute(match, MatchConfig(dictionaries=two, out=tmp_path / "plain"))
     with pytest.raises(RecipeError, match="--cost decoder, which compares channel with channel"):
         run(world, tmp_path / "out2", "--match", str(tmp_path / "plain"))
 

@@ -4,9 +4,11 @@ from pathlib import Path
 
 import pytest
 
-from mechatlas.app.commands.match import MatchConfig, match_dictionaries
+from mechatlas.app.commands import match
+from mechatlas.app.commands.match import MatchConfig
 from mechatlas.app.report.chapters import matching
 from mechatlas.app.report.runs import find_runs
+from mechatlas.app.symmetry_folder import execute
 from mechatlas.base import DiskError, no_progress
 from mechatlas.dictionaries.autoencoder import Autoencoder
 from mechatlas.dictionaries.formats import save
@@ -20,8 +22,9 @@ def folder(tmp_path_factory) -> Path:
     for number, seed in enumerate((0, 0, 1)):
         autoencoder = Autoencoder(d_in=12, n_latents=30, sparsity=TopK(k=4), seed=seed)
         save(autoencoder, root / f"<b>{number}")
-    match_dictionaries(
-        MatchConfig(dictionaries=tuple(root / f"<b>{k}" for k in range(3)), out=root / "match")
+    execute(
+        match,
+        MatchConfig(dictionaries=tuple(root / f"<b>{k}" for k in range(3)), out=root / "match"),
     )
     return root
 

@@ -186,7 +186,7 @@ def match(words: list[str]) -> Answer:
     """Match dictionaries."""
     from mechatlas.app.commands import match as matching
 
-    return matching.run(words)
+    return matching.main(words)
 
 
 def symmetry(words: list[str]) -> Answer:

@@ -14,12 +14,12 @@ from mechatlas.activations.samples import Images
 from mechatlas.analysis.interaction.analysis import InteractionConfig
 from mechatlas.app import group_nets
 from mechatlas.app.commands import basis as interact
+from mechatlas.app.commands import match as matching
 from mechatlas.app.commands import prove as proving
 from mechatlas.app.commands import symmetry as symmetry_command
 from mechatlas.app.commands import train as jobs
 from mechatlas.app.commands.branches import BranchesConfig, specialise
 from mechatlas.app.commands.circuit import CircuitConfig, circuit
-from mechatlas.app.commands.match import MatchConfig, match_dictionaries
 from mechatlas.app.recipes import BasisConfig, CollectConfig, TrainConfig
 from mechatlas.app.symmetry_folder import execute
 from mechatlas.dictionaries.sparsity import TopK
@@ -57,14 +57,14 @@ def run(out: Path) -> dict[str, Any]:
             batch_size=512,
         )
         stages[name] = jobs.train(recipe)
-    matching = MatchConfig(
+    config = matching.MatchConfig(
         dictionaries=tuple(out / site for site in SITES),
         out=out / "match",
         cost="codes",  # the two sites have different widths
         store=collect.out,
         rows=2000,
     )
-    stages["match"] = dataclasses.asdict(match_dictionaries(matching))
+    stages["match"] = dataclasses.asdict(execute(matching, config))
     stages |= _look_inside(collect, out)
     stages["proof"] = _prove(out)
     stages["basis"] = interact.interact(

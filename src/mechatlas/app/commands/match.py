@@ -8,15 +8,10 @@ more, `tracks.parquet`. An interrupted run is continued by the same command.
 
 import dataclasses
 import functools
-import io
-import itertools
-import json
-import shutil
+import sys
 import time
-import zipfile
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple, get_args
+from typing import Annotated, Any, get_args
 
 import numpy as np
 import tyro
@@ -50,16 +45,22 @@ from mechatlas.app.match_quality import (
     pairings,
 )
 from mechatlas.app.progress import bar
-from mechatlas.app.recipes import as_dict
-from mechatlas.app.run_folder import finish, peak_bytes, refuse_strangers, write_table
+from mechatlas.app.run_folder import peak_bytes
+from mechatlas.app.symmetry_folder import (
+    MANIFEST,
+    CommandResult,
+    OpenedDictionary,
+    RunConfig,
+    RunFolder,
+    execute,
+    open_dictionary,
+)
 from mechatlas.base import RecipeError, UserError
-from mechatlas.dictionaries.formats import load
-from mechatlas.files import checksum, read_json, write, write_json
+from mechatlas.files import checksum
 from mechatlas.maths.assignment import State
 
 KIND = "matching"
 MATCHES, TRACKS = "matches.parquet", "tracks.parquet"
-UNFINISHED = "unfinished"
 ROWS = 4096
 """Default number of rows."""
 CODES = 16
@@ -71,7 +72,7 @@ CURVES = ("persistence", "low", "high", "birth_share", "death_share")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class MatchConfig:
+class MatchConfig(RunConfig):
     """Match the latents of consecutive dictionaries one to one.
 
     Examples:  mechatlas match runs/layer3 runs/layer4 --out runs/match
@@ -80,8 +81,6 @@ class MatchConfig:
 
     dictionaries: Annotated[Positional[tuple[Path, ...]], arg(metavar="DICT_A DICT_B ...")]
     """Folders or files of dictionaries, in any supported format, in the order of the network."""
-    out: Path
-    """Folder for the result."""
     cost: str = "decoder"
     """Vectors compared: decoder, encoder, all, balanced, cosine; or codes, the correlation of codes
     on paired rows of a store, which also compares dictionaries of different widths."""
@@ -103,6 +102,12 @@ class MatchConfig:
     the first; 0 for none."""
     seed: int = 0
     """Seed of the nulls and intervals."""
+
+    def __post_init__(self) -> None:
+        """Accept the name that a scale had in version 0.1."""
+        if self.scale == "data":
+            deprecated.warn("scale 'data'", "'mean'")
+            object.__setattr__(self, "scale", "mean")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -193,7 +198,7 @@ class FirstToLast:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class MatchResult:
+class MatchResult(CommandResult):
     """Matches of consecutive dictionaries; the fields of `result.json`."""
 
     cost: str
@@ -207,16 +212,12 @@ class MatchResult:
     first_to_last: FirstToLast | None = None
     cycle_agreement: float | None = None
     """Share of latents that come back to themselves by composition there and directly back."""
-    out: str = ""
-    """Folder of the run; not in the file."""
-    seconds: float = 0.0
-    """Process CPU seconds."""
-    peak_bytes: int = 0
 
 
-def run(words: list[str]) -> tuple[dict[str, Any], str]:
+def main(words: list[str]) -> tuple[dict[str, Any], str]:
     """Match, from the words of the command line."""
-    result = match_dictionaries(tyro.cli(MatchConfig, args=words, prog="mechatlas match"))
+    config = tyro.cli(MatchConfig, args=words, prog="mechatlas match")
+    result: MatchResult = execute(sys.modules[__name__], config)
     return dataclasses.asdict(result), in_words(result)
 
 
@@ -243,92 +244,68 @@ def in_words(result: MatchResult) -> str:
     return "\n".join([*lines, f"Result: {result.out}"])
 
 
-class _Opened(NamedTuple):
-    """A dictionary to match."""
-
-    path: Path
-    name: str
-    dictionary: Any
-    """A `Dictionary`."""
-    site: str | None
-    checksum: str
-
-
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Inputs:
     """Dictionaries as they are compared, with the rows of their store."""
 
-    opened: list[_Opened]
+    names: list[str]
+    opened: list[OpenedDictionary]
     views: list[Any]
     """Dictionaries, or their codes on paired rows."""
     scales: list[Any]
     """Activation of each latent that counts as 1; None for thresholds."""
-    nulls: tuple[Null, ...]
-    rows: PairedRows | None
-    held: HeldSamples | None
-    not_run: str | None
+    nulls: tuple[Null, ...] = NULLS
+    rows: PairedRows | None = None
+    held: HeldSamples | None = None
+    not_run: str | None = None
     """Reason why the network cannot be run."""
 
 
-def match_dictionaries(config: MatchConfig) -> MatchResult:
+def run(config: MatchConfig, folder: RunFolder) -> MatchResult:
     """Match each dictionary with the next, and all of them jointly.
 
     Raises:
-        DiskError: `out` holds something else, or cannot be written.
-        InputError: The dictionaries do not compare, or a choice is unknown.
-        RecipeError: Fewer than two dictionaries, choices that need a store without one, or a
-            dictionary whose site is not known.
+        DiskError: The folder cannot be written.
+        InputError: The dictionaries do not compare.
+        RecipeError: Fewer than two dictionaries, a choice is unknown or needs a store, or it is not
+            clear which site a dictionary reads.
         StoreError: The store is damaged, is not paired, or misses a site.
+        WeightsError: A dictionary cannot be read.
     """
-    clock = time.process_time()
-    config = _checked(config)
+    _check(config)
     inputs = _open(config)
-    matches, pairs = [], []
-    for k in range(len(inputs.opened) - 1):
-        matching, pair = _pair(config, k, inputs)
-        matches.append(matching)
-        pairs.append(pair)
+    for name, opened in zip(inputs.names, inputs.opened, strict=True):
+        folder.parent(name, opened.checksum)
+    if config.store is not None:
+        folder.parent("store", checksum((config.store / MANIFEST).read_bytes()))
+    folder.facts(
+        dictionaries=[str(path.resolve()) for path in config.dictionaries],
+        settings={"cost": config.cost},
+    )
+    pairs = [_pair(config, k, inputs, folder) for k in range(len(inputs.opened) - 1)]
+    matches = [matching for matching, _ in pairs]
     result = MatchResult(
         cost=config.cost,
         fdr=config.fdr,
-        dictionaries=[each.name for each in inputs.opened],
-        pairs=pairs,
+        dictionaries=inputs.names,
+        pairs=[pair for _, pair in pairs],
     )
+    folder.table(MATCHES, _matches_table(matches))
     if len(matches) > 1 and len({m.unit_b.shape[1] for m in matches}) == 1:
-        result = _joint(config, result, matches, inputs)
-    tables = {MATCHES: write_table(config.out / MATCHES, _matches_table(matches))}
-    if (config.out / TRACKS).is_file():
-        tables[TRACKS] = (config.out / TRACKS).read_bytes()
-    manifest = {
-        "schema": 1,
-        "kind": KIND,
-        "dictionaries": [str(each.path.resolve()) for each in inputs.opened],
-        "parents": {each.name: each.checksum for each in inputs.opened},
-        "settings": _settings(config),
-        "files": {name: checksum(data) for name, data in tables.items()},
-    }
-    write_json(config.out / "manifest.json", manifest)
-    values = dataclasses.asdict(result)
-    del values["out"]
-    written = finish(config.out, config, values, clock)
-    shutil.rmtree(config.out / UNFINISHED, ignore_errors=True)
-    cost = {key: written[key] for key in ("out", "seconds", "peak_bytes")}
-    return dataclasses.replace(result, **cost)
+        return _joint(config, result, matches, inputs, folder)
+    return result
 
 
-def _checked(config: MatchConfig) -> MatchConfig:
-    """Check everything that can be known before any work.
+def _check(config: MatchConfig) -> None:
+    """Check that the choices go together.
 
     Raises:
-        DiskError: `out` is a file, or holds something else.
-        RecipeError: The choices do not go together.
+        RecipeError: They do not.
     """
-    if config.scale == "data":
-        deprecated.warn("scale 'data'", "'mean'")
-        config = dataclasses.replace(config, scale="mean")
-    if len(config.dictionaries) < 2:
+    n = len(config.dictionaries)
+    if n < 2:
         raise RecipeError(
-            f"`mechatlas match` needs two dictionaries or more, got {len(config.dictionaries)}: "
+            f"`mechatlas match` needs two dictionaries or more, got {n}: "
             "mechatlas match DICT_A DICT_B [DICT_C ...] --out DIR."
         )
     choices = (("cost", config.cost, get_args(Cost)), ("scale", config.scale, SCALES))
@@ -342,13 +319,11 @@ def _checked(config: MatchConfig) -> MatchConfig:
             f"--fdr must lie between 0 and 1 (got {config.fdr}), --rows be at least 2 (got "
             f"{config.rows}) and --samples at least 0 (got {config.samples})."
         )
-    if config.sites and len(config.sites) != len(config.dictionaries):
+    if config.sites and len(config.sites) != n:
         raise RecipeError(
-            f"--sites must name one site for each of the {len(config.dictionaries)} dictionaries, "
-            f"got {len(config.sites)}: {', '.join(config.sites)}."
+            f"--sites must name one site for each of the {n} dictionaries, got "
+            f"{len(config.sites)}: {', '.join(config.sites)}."
         )
-    refuse_strangers(config.out, KIND, unfinished=UNFINISHED)
-    return config
 
 
 def _open(config: MatchConfig) -> _Inputs:
@@ -362,13 +337,10 @@ def _open(config: MatchConfig) -> _Inputs:
     paths = config.dictionaries
     short = [p.name if p.is_dir() else p.stem for p in paths]
     names = short if len(set(short)) == len(short) else [str(p) for p in paths]
-    opened = []
-    for path, name, site in itertools.zip_longest(paths, names, config.sites):
-        dictionary = load(path)
-        site = site or site_of(path) or getattr(dictionary, "site", None)
-        opened.append(_Opened(path, name, dictionary, site, _checksum_of(path)))
+    sites = config.sites or (None,) * len(paths)
+    opened = [open_dictionary(p, site=site) for p, site in zip(paths, sites, strict=True)]
     dictionaries = [each.dictionary for each in opened]
-    plain = _Inputs(opened, dictionaries, [None] * len(opened), NULLS, None, None, None)
+    plain = _Inputs(names, opened, dictionaries, [None] * len(opened))
     if config.store is None:
         return plain
     store = Store(config.store)
@@ -389,37 +361,27 @@ def _open(config: MatchConfig) -> _Inputs:
         except UserError as error:
             not_run = str(error)
     inputs = dataclasses.replace(plain, rows=rows, held=held, not_run=not_run)
-    of_each = list(zip(dictionaries, rows.known, strict=True))
+    sided = list(zip(dictionaries, rows.known, strict=True))
     if config.cost == "codes":
-        codes = [correlate(d, x, samples=rows.samples) for d, x in of_each]
+        codes = [correlate(d, x, samples=rows.samples) for d, x in sided]
         null = functools.partial(permute_samples, block=sample_block(rows.samples))
         return dataclasses.replace(inputs, views=codes, nulls=(null,))
     if config.scale == "mean":
-        return dataclasses.replace(inputs, scales=[mean_active(d, x) for d, x in of_each])
+        return dataclasses.replace(inputs, scales=[mean_active(d, x) for d, x in sided])
     return inputs
 
 
-def site_of(path: Path) -> str | None:
-    """Site that a dictionary reads, by the manifest in its folder or beside its file."""
-    manifest = (path if path.is_dir() else path.parent) / "manifest.json"
-    return read_json(manifest).get("site") if manifest.is_file() else None
-
-
-def _checksum_of(path: Path) -> str:
-    """Checksum of a file, or of all files in a folder, whatever the format."""
-    files = sorted(f for f in path.iterdir() if f.is_file()) if path.is_dir() else [path]
-    return checksum("".join(checksum(f.read_bytes()) for f in files).encode())
-
-
-def _pair(config: MatchConfig, k: int, inputs: _Inputs) -> tuple[Match, PairResult]:
+def _pair(
+    config: MatchConfig, k: int, inputs: _Inputs, folder: RunFolder
+) -> tuple[Match, PairResult]:
     """Match two consecutive dictionaries and measure what the match is worth."""
     clock, wall = time.process_time(), time.perf_counter()
-    matching = _resumable_match(config, k, inputs)
+    matching = _resumable_match(config, k, inputs, folder)
     splitting = feature_splitting(matching)
     first, second = inputs.opened[k : k + 2]
     pair = PairResult(
-        a=first.name,
-        b=second.name,
+        a=inputs.names[k],
+        b=inputs.names[k + 1],
         n_a=len(matching.unit_a),
         n_b=len(matching.unit_b),
         cost=matching.cost,
@@ -459,17 +421,9 @@ def _pair(config: MatchConfig, k: int, inputs: _Inputs) -> tuple[Match, PairResu
     return matching, dataclasses.replace(pair, samples=n_samples, spliced=effects)
 
 
-def _settings(config: MatchConfig) -> dict[str, Any]:
-    """Settings of a match besides its inputs and its folder."""
-    values = as_dict(config)
-    return {key: values[key] for key in values if key not in ("out", "dictionaries")}
-
-
-def _resumable_match(config: MatchConfig, k: int, inputs: _Inputs) -> Match:
-    """Match two dictionaries, from where an interrupted run of the same match stopped."""
-    parents = [each.checksum for each in inputs.opened[k : k + 2]]
-    kept = _Kept(config.out / UNFINISHED / str(k), json.dumps([_settings(config), parents]))
-    state, kept_evidence = kept.read("state"), kept.read("evidence")
+def _resumable_match(config: MatchConfig, k: int, inputs: _Inputs, folder: RunFolder) -> Match:
+    """Match two dictionaries, from where an interrupted run stopped."""
+    state, evidence = folder.kept(f"state{k}"), folder.kept(f"evidence{k}")
     last = time.monotonic()
 
     def keep_state(now: State) -> None:
@@ -477,7 +431,7 @@ def _resumable_match(config: MatchConfig, k: int, inputs: _Inputs) -> Match:
         if len(now.free) and time.monotonic() - last < KEEP_EVERY:
             return
         last = time.monotonic()
-        kept.write("state", now.arrays())
+        folder.keep(f"state{k}", now.arrays())
 
     with bar(f"pairing {k + 1} of {len(inputs.views) - 1}") as progress:
         matching = match(
@@ -489,45 +443,25 @@ def _resumable_match(config: MatchConfig, k: int, inputs: _Inputs) -> Match:
             nulls=inputs.nulls,
             seed=config.seed,
             resume=None if state is None else State.from_arrays(state),
-            evidence=None if kept_evidence is None else _evidence(kept_evidence),
+            evidence=None if evidence is None else _evidence(evidence),
             on_progress=progress,
             on_state=keep_state,
         )
     arrays = {name: np.asarray(value) for name, value in matching.evidence._asdict().items()}
-    kept.write("evidence", arrays)
+    folder.keep(f"evidence{k}", arrays)
     return matching
 
 
 def _evidence(arrays: dict[str, np.ndarray]) -> PairEvidence:
-    return PairEvidence(arrays["q_values"], int(arrays["n_null"]), arrays["null"])
-
-
-class _Kept(NamedTuple):
-    """Finished parts of an interrupted run."""
-
-    folder: Path
-    made_from: str
-    """Configuration and inputs of the run; parts of another are not used."""
-
-    def write(self, name: str, arrays: Mapping[str, np.ndarray]) -> None:
-        """Keep arrays."""
-        packed = io.BytesIO()
-        marked: dict[str, Any] = {**arrays, "made_from": np.array(self.made_from)}
-        np.savez(packed, allow_pickle=False, **marked)
-        write(self.folder / f"{name}.npz", packed.getvalue())
-
-    def read(self, name: str) -> dict[str, np.ndarray] | None:
-        """Arrays kept under a name, if they are whole and of the same run."""
-        try:
-            with np.load(self.folder / f"{name}.npz", allow_pickle=False) as file:
-                arrays = {key: file[key] for key in file.files}
-        except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile):
-            return None  # stopped while it was written: begin anew
-        return arrays if str(arrays.pop("made_from", "")) == self.made_from else None
+    return PairEvidence(arrays["q_values"], int(arrays["n_null"].item()), arrays["null"])
 
 
 def _joint(
-    config: MatchConfig, result: MatchResult, matches: list[Match], inputs: _Inputs
+    config: MatchConfig,
+    result: MatchResult,
+    matches: list[Match],
+    inputs: _Inputs,
+    folder: RunFolder,
 ) -> MatchResult:
     """Add tracks, survival curves and matches of the first dictionary with the last."""
     layers = [m.unit_a for m in matches] + [matches[-1].unit_b]
@@ -535,7 +469,7 @@ def _joint(
     with bar("solving all layers jointly") as progress:
         tracks = track(layers, matches, on_progress=progress, **options)
     curves = survival(tracks, matches, fdr=config.fdr)
-    write_table(config.out / TRACKS, _tracks_table(tracks, curves))
+    folder.table(TRACKS, _tracks_table(tracks, curves))
     first, last, n = layers[0], layers[-1], len(layers[0])
     cost: Cost = "codes" if config.cost == "codes" else "cosine"
     back = match(last, first, cost=cost, **options).matched_columns()
