@@ -63,11 +63,7 @@ MAP_NUMBERS = 1 << 22
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CircuitConfig(RunConfig):
-    """Find which features of a site are computed from which features of the site before.
-
-    Examples:  mechatlas circuit runs/mixed4a runs/mixed4b --out runs/circuit
-               mechatlas circuit runs/4b runs/4c runs/4d --out runs/circuit --features 12
-    """
+    """Find which features of a site are computed from which features of the site before."""
 
     dictionaries: Annotated[Positional[tuple[Path, ...]], arg(metavar="DICT_A DICT_B ...")]
     """Folders of dictionaries of consecutive sites, in the order of the network."""
@@ -498,8 +494,7 @@ def _table(
         lost = ablation.lost[row[int(edges.source[edge])]][:, part]
         pre_activation = lost @ encoder[part, edges.target[edge]]
         low, high = bootstrap_interval(pre_activation[None])
-        values = (pre_activation.mean(), low[0], high[0])
-        for name, value in zip(effects, values, strict=True):
+        for name, value in zip(effects, (pre_activation.mean(), low[0], high[0]), strict=True):
             effects[name][edge] = value
     attributed = np.full(n, np.nan)
     targets = attribution.targets
