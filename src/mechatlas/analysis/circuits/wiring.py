@@ -323,13 +323,13 @@ def _padded(raw: Operation) -> MapOperation | None:
 
 
 def _max_pool(raw: Operation) -> MapOperation:
-    defaults = (None, None, [], [0], [1], False)
+    defaults: tuple[Any, ...] = (None, None, [], [0], [1], False)
     _, size, stride, padding, dilation, ceil = *raw.args, *defaults[len(raw.args) :]
     return MaxPool(_two(size), _two(stride or size), _two(padding), _two(dilation), bool(ceil))
 
 
 def _mean_pool(raw: Operation) -> MapOperation | None:
-    defaults = (None, None, [], [0], False, True, None)
+    defaults: tuple[Any, ...] = (None, None, [], [0], False, True, None)
     _, size, stride, padding, ceil, count, divisor = *raw.args, *defaults[len(raw.args) :]
     if divisor is not None:
         return None
