@@ -174,6 +174,7 @@ def test_the_action_on_cosets_multiplies_as_the_group_does():
 def test_a_subgroup_is_closed_and_not_empty():
     d4 = group("D4")
     assert d4.closure([4]) == {0, 4}
+    assert d4.conjugate([0, 4], 1) == {0, 6}
     assert d4.is_subgroup([0, 2, 4, 6])
     assert not d4.is_subgroup([0, 1])
     assert not d4.is_subgroup([])

@@ -213,6 +213,15 @@ class Group:
         coset_of[cosets] = np.arange(len(cosets), dtype=np.int32)[:, None]
         return coset_of[self.table[:, cosets[:, 0]]]
 
+    def conjugate(self, subset: Iterable[SupportsIndex], by: SupportsIndex) -> frozenset[int]:
+        """The set g*S*g^-1, where g is `by`.
+
+        Raises:
+            GroupError: An element is not a label of this group.
+        """
+        (by,) = np.flatnonzero(self._mask([by])).tolist()
+        return frozenset(self._conjugated_by(by)[self._mask(subset)].tolist())
+
     def lattice(self) -> SubgroupLattice:
         """All subgroups, in conjugacy classes, and which contains which. Exact.
 
