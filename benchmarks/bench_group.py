@@ -79,7 +79,7 @@ def show(name: str, values: list[float]) -> None:
 
 
 def steps_of_d16(steps: int = 100, batch: int = 1024) -> None:
-    """What 1 M samples cost, on rows that are sparse sums of atoms in random poses."""
+    """Cost of 1 M samples, on rows that are sparse sums of atoms in random poses."""
     g, d, n = group("D16"), 480, 7680
     random = torch.Generator().manual_seed(0)
     atoms = torch.randn(240, g.order, d, generator=random) / d**0.5

@@ -2,7 +2,7 @@
 
     import mechatlas as ma
 
-    network = ma.build(ma.Network(name="inception_mini"))
+    network = ma.load_network(ma.Network(name="inception_mini"))
     samples = ma.open_samples(ma.Images(source="photos", side=63, crops=50), network)
     store = ma.collect(network, samples, ma.find_sites(network, ["mixed3b"]), Path("store"))
     rows = store.rows("mixed3b")
@@ -18,11 +18,11 @@ from mechatlas import deprecated
 
 if TYPE_CHECKING:
     from mechatlas.activations.collect import StoreConfig, collect
-    from mechatlas.activations.networks import Network, build
+    from mechatlas.activations.networks import Network, load_network
     from mechatlas.activations.posing import PoseConfig
     from mechatlas.activations.positions import Positions
     from mechatlas.activations.samples import Arrays, Images, Texts, open_samples
-    from mechatlas.activations.sites import edited, find_sites, list_sites, read
+    from mechatlas.activations.sites import find_sites, intervene, list_sites, read_activations
     from mechatlas.activations.store import Store
     from mechatlas.analysis.branches.specialization import branches
     from mechatlas.analysis.circuits.circuit import Circuit, circuit
@@ -49,11 +49,11 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "activations.collect": ("StoreConfig", "collect"),
-    "activations.networks": ("Network", "build"),
+    "activations.networks": ("Network", "load_network"),
     "activations.posing": ("PoseConfig",),
     "activations.positions": ("Positions",),
     "activations.samples": ("Arrays", "Images", "Texts", "open_samples"),
-    "activations.sites": ("edited", "find_sites", "list_sites", "read"),
+    "activations.sites": ("find_sites", "intervene", "list_sites", "read_activations"),
     "activations.store": ("Store",),
     "analysis.branches.specialization": ("branches",),
     "analysis.circuits.circuit": ("Circuit", "circuit"),
@@ -116,22 +116,22 @@ __all__ = [
     "assign",
     "basis",
     "branches",
-    "build",
     "circuit",
     "collect",
-    "edited",
     "evaluate",
     "feature_splitting",
     "find_sites",
     "fvu",
     "group",
+    "intervene",
     "list_sites",
     "load",
+    "load_network",
     "load_proof",
     "match",
     "open_samples",
     "prove",
-    "read",
+    "read_activations",
     "save",
     "symmetry",
     "track",

@@ -19,7 +19,7 @@ from cattrs.gen import make_dict_structure_fn
 from torch import nn
 
 from mechatlas.activations.collect import StoreConfig
-from mechatlas.activations.networks import Network, build
+from mechatlas.activations.networks import Network, load_network
 from mechatlas.activations.posing import PoseConfig
 from mechatlas.activations.samples import (
     Images,
@@ -342,5 +342,5 @@ def reopen(recipe: dict[str, Any]) -> tuple[nn.Module, Samples]:
         UserError: The network or the samples are no longer there.
     """
     collected = from_dict(recipe, CollectConfig, "The store's manifest")
-    network = build(collected.network)
+    network = load_network(collected.network)
     return network, open_samples(collected.samples, network)

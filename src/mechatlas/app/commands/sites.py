@@ -32,7 +32,7 @@ def sites(name: str, weights: Path | None, shape: tuple[int, ...]) -> dict[str, 
     recipe = Network(name=name, weights=weights)
     if name.endswith(".toml"):
         recipe = _network_of(Path(name))
-    network = networks.build(recipe)
+    network = networks.load_network(recipe)
     inputs = _example(network, shape)
     try:
         found = list_sites(network, inputs)

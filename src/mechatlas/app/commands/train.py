@@ -33,7 +33,7 @@ def collect(recipe: CollectConfig) -> Result:
         UserError: See `mechatlas.activations.collect.collect`.
     """
     clock = time.process_time()
-    network = networks.build(recipe.network)
+    network = networks.load_network(recipe.network)
     sites = find_sites(network, recipe.sites)
     samples = open_samples(recipe.samples, network)
     made_from = as_dict(dataclasses.replace(recipe, out=Path("store"), device="cpu"))

@@ -6,8 +6,6 @@
 `reference.py` has the same functions in numpy, and is the one to read.
 """
 
-import inspect
-import zlib
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -21,24 +19,17 @@ from mechatlas.analysis.proofs.verifier.structures import (
     PackedCircuits,
     PackedGrids,
 )
-from mechatlas.maths.selection import compiled as compiled_strictly
+from mechatlas.maths.compilation import compiled as compiled_strictly
 
 Loop = TypeVar("Loop", bound=Callable[..., object])
 
-FIELDS = {name: c._fields for name, c in sorted(vars(structures).items()) if hasattr(c, "_fields")}
-"""Fields of all named tuples that loops take."""
+STRUCTURES = [each for each in vars(structures).values() if hasattr(each, "_fields")]
+"""Named tuples that loops take."""
 
 
 def compiled(loop: Loop) -> Loop:
-    """Compile a loop: sums in any order, multiplications fused into them.
-
-    Numba keeps machine code on disk by the name of a loop and the age of its file, but reads named
-    tuples by the place of their fields. With the fields in the name, code that was compiled for
-    other fields is never taken, nor is a tuple looked for that is no longer there.
-    """
-    function = inspect.unwrap(loop)
-    function.__qualname__ += f"_{zlib.crc32(repr(FIELDS).encode()):08x}"
-    return compiled_strictly(function, fastmath={"contract", "reassoc"})
+    """Compile a loop: sums in any order, multiplications fused into them."""
+    return compiled_strictly(loop, fastmath={"contract", "reassoc"}, structures=STRUCTURES)
 
 
 @compiled
