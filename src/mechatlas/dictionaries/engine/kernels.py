@@ -18,14 +18,14 @@ Nothing of the size batch x latent or of a dense gradient exists here: the pre-a
 in tiles, and the gradient of a latent is used while it is still in cache.
 """
 
-import functools
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from mechatlas.dictionaries.engine.vectors import add_rows, dot_rows
-from mechatlas.maths import selection
+from mechatlas.maths import compilation
 
 COLUMNS = 128
 """Of a row that are decoded and at once read again."""
@@ -38,9 +38,12 @@ BLOCK = 128
 """Columns that `columns` copies at a time: long enough for memory, few enough for the cache."""
 
 
-compiled = functools.partial(selection.compiled, fastmath={"reassoc", "contract", "nsz"})
-"""Compile a kernel: sums may be reordered and multiplications fused into them (vector units need
-both), but NaN and infinity keep their meaning."""
+def compiled(kernel: Any) -> Any:
+    """Compile a kernel whose sums may be reordered and whose multiplications may be fused.
+
+    Vector units need both. NaN and infinity keep their meaning.
+    """
+    return compilation.compiled(kernel, fastmath=("reassoc", "contract", "nsz"))
 
 
 @compiled
