@@ -137,7 +137,7 @@ __all__ = [
     "track",
     "train",
 ]
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 
 def __getattr__(name: str) -> object:
