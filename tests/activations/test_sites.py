@@ -1,3 +1,5 @@
+from typing import ClassVar
+
 import pytest
 import torch
 from torch import nn
@@ -111,11 +113,13 @@ def test_an_edit_of_a_branch_does_not_reach_a_skip_connection(take):
         def forward(self, x):
             return torch.cat([x, self.block(x)], dim=1)
 
+    class Same(nn.Identity):
+        branches: ClassVar = {"left": slice(0, 2), "right": slice(2, 3)}
+
     class Block(nn.Module):
         def __init__(self):
             super().__init__()
-            self.value = nn.Identity()
-            self.value.branches = {"left": slice(0, 2), "right": slice(2, 3)}
+            self.value = Same()
             self.num_attention_heads, self.head_dim = 3, 1
             self.out_proj = nn.Linear(3, 3)
             nn.init.eye_(self.out_proj.weight)
