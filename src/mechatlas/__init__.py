@@ -36,13 +36,13 @@ if TYPE_CHECKING:
     from mechatlas.dictionaries.autoencoder import Autoencoder, Crosscoder, Transcoder
     from mechatlas.dictionaries.formats import load, save
     from mechatlas.dictionaries.metrics import evaluate, fvu
+    from mechatlas.dictionaries.objective import Objective, Schedule
     from mechatlas.dictionaries.pose_tied import PoseTied
     from mechatlas.dictionaries.pretrained import Pretrained
     from mechatlas.dictionaries.revival import AuxK, Resample
     from mechatlas.dictionaries.rows import ArrayRows, StreamRows
     from mechatlas.dictionaries.sparsity import BatchTopK, Gated, JumpReLU, ReLU, TopK
-    from mechatlas.dictionaries.steps import Objective
-    from mechatlas.dictionaries.training import Schedule, train
+    from mechatlas.dictionaries.training import train
     from mechatlas.maths.assignment import assign
     from mechatlas.maths.groups import Group
     from mechatlas.maths.named_groups import group
@@ -72,8 +72,8 @@ _HOMES = {
     "dictionaries.revival": ("AuxK", "Resample"),
     "dictionaries.rows": ("ArrayRows", "StreamRows"),
     "dictionaries.sparsity": ("BatchTopK", "Gated", "JumpReLU", "ReLU", "TopK"),
-    "dictionaries.steps": ("Objective",),
-    "dictionaries.training": ("Schedule", "train"),
+    "dictionaries.objective": ("Objective", "Schedule"),
+    "dictionaries.training": ("train",),
     "maths.assignment": ("assign",),
     "maths.groups": ("Group",),
     "maths.named_groups": ("group",),

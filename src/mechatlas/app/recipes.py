@@ -30,11 +30,10 @@ from mechatlas.activations.samples import (
 from mechatlas.analysis.interaction.analysis import InteractionConfig
 from mechatlas.base import RecipeError
 from mechatlas.dictionaries.autoencoder import Autoencoder, Crosscoder, SparseCoder, Transcoder
+from mechatlas.dictionaries.objective import Objective, Schedule
 from mechatlas.dictionaries.pose_tied import PoseTied
 from mechatlas.dictionaries.revival import AuxK, Resample
 from mechatlas.dictionaries.sparsity import Sparsity, TopK
-from mechatlas.dictionaries.steps import Objective
-from mechatlas.dictionaries.training import Schedule
 from mechatlas.maths.groups import Group
 
 Recipe = TypeVar("Recipe")
