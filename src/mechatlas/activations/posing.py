@@ -228,7 +228,7 @@ def _kept(action: Action, field: ReceptiveField, grid: tuple[int, int], side: in
             "Every position of {site} sees the whole of an image of side {side}, so that none "
             "can be followed from pose to pose."
         )
-    if not action.keeps_neighbours and field.size > 1:
+    if not action.keeps_neighbors and field.size > 1:
         return "Positions of {site} see several pixels, which {group} scatters."
     positions = grid_points(*grid)
     centre = field.offset + (field.size - 1) / 2
