@@ -28,7 +28,7 @@ layers = ["0", "1", "2"]
 out = "basis"
 labels = "labels.npy"
 [network]
-name = "tests.app.test_interact:small"
+name = "tests.app.test_basis:small"
 [samples]
 type = "Arrays"
 source = "rows.npy"

@@ -208,7 +208,7 @@ def test_where_the_network_cannot_be_run_the_match_stands_and_says_why(paired, t
     write_json(path, {**read_json(path), "recipe": {}})  # as `collect` in Python leaves it
     recipe = dataclasses.replace(recipe, store=tmp_path / "store", out=tmp_path / "other")
     pair = execute(recipe).pairs[0]
-    assert "The store's manifest" in str(pair.not_run)
+    assert "The manifest of" in str(pair.not_run)
     assert pair.co_firing is not None
     assert pair.co_firing["matched"].p_b_given_a.n > 0
 

@@ -87,55 +87,56 @@ def run(config: DemoConfig) -> DemoResult:
         out=out / "posed",
     )
     sites = tuple(out / site for site in SITES)
+    pairs = match.MatchConfig(
+        dictionaries=sites,
+        out=out / "match",
+        cost="codes",  # the two sites have different widths
+        store=collect.out,
+        rows=2000,
+    )
+    few = symmetry.SymmetryConfig(
+        dictionary=out / FEW, store=posed.out, out=out / "symmetry", interventions=0
+    )
+    whole = branches.BranchesConfig(dictionary=sites[1], store=collect.out, out=out / "branches")
     result = DemoResult(
         out=str(out),
         store=execute(collect),
         dictionaries=_train(collect, out),
-        match=execute(
-            match.MatchConfig(
-                dictionaries=sites,
-                out=out / "match",
-                cost="codes",  # the two sites have different widths
-                store=collect.out,
-                rows=2000,
-            )
-        ),
-        branches=execute(
-            branches.BranchesConfig(dictionary=sites[1], store=collect.out, out=out / "branches")
-        ),
-        circuit=execute(
-            circuit.CircuitConfig(
-                dictionaries=sites,
-                out=out / "circuit",
-                samples=24,
-                held_out=16,
-                n_ablated=8,
-                features=4,
-                visualize_steps=0,
-            )
-        ),
+        match=execute(pairs),
+        branches=execute(whole),
+        circuit=execute(_circuit(out)),
         posed=execute(posed),
-        symmetry=execute(
-            symmetry.SymmetryConfig(
-                dictionary=out / FEW, store=posed.out, out=out / "symmetry", interventions=0
-            )
-        ),
+        symmetry=execute(few),
         proof=_prove(out),
-        basis=execute(
-            basis.BasisConfig(
-                network=collect.network,
-                layers=("classify:input", "classify"),
-                samples=_photographs(side=31, crops=40),
-                n_samples=320,
-                how=InteractionConfig(kinds=("lib", "pca")),
-                out=out / "basis",
-            )
-        ),
+        basis=execute(_basis(collect.network, out)),
         page=execute(report.ReportConfig(folder=out, out=out / "atlas.html")),
         wall_seconds=round(time.perf_counter() - started, 1),
     )
     write_json(out / RESULT, as_plain(result))
     return result
+
+
+def _circuit(out: Path) -> circuit.CircuitConfig:
+    return circuit.CircuitConfig(
+        dictionaries=tuple(out / site for site in SITES),
+        out=out / "circuit",
+        samples=24,
+        held_out=16,
+        n_ablated=8,
+        features=4,
+        visualize_steps=0,
+    )
+
+
+def _basis(network: Network, out: Path) -> basis.BasisConfig:
+    return basis.BasisConfig(
+        network=network,
+        layers=("classify:input", "classify"),
+        samples=_photographs(side=31, crops=40),
+        n_samples=320,
+        how=InteractionConfig(kinds=("lib", "pca")),
+        out=out / "basis",
+    )
 
 
 def _photographs(*, side: int, crops: int) -> Images:
