@@ -35,7 +35,7 @@ COLUMNS = ("step_s", "product_s", "ratio", "fvu", "peak_mb", "added_mb")
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """What all trainers are given."""
+    """Settings common to all trainers."""
 
     shape: str
     rule: str
@@ -111,7 +111,7 @@ class Results:
                     self.found[tuple(kept["key"])] = kept["result"]
 
     def key(self, setting: Setting, trainer: str, number: int) -> tuple[Any, ...]:
-        """What identifies a run."""
+        """Fields that identify a run."""
         return (*dataclasses.astuple(setting), trainer, number)
 
     def keep(self, key: tuple[Any, ...], result: dict[str, Any]) -> None:

@@ -117,7 +117,7 @@ class Rows(Protocol):
 
 @runtime_checkable
 class Dictionary(Protocol):
-    """What every dictionary must offer. Inherit from nothing; just fit.
+    """Interface of every dictionary. Inherit from nothing; just fit.
 
     `tests/conformance.py` holds the checks that a new kind must pass.
     """

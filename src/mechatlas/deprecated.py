@@ -18,6 +18,9 @@ NAMES: dict[str, str] = {
     "Analysing": "mechatlas.analysis.interaction.analysis.InteractionConfig",
     "Collecting": "mechatlas.activations.collect.StoreConfig",
     "Posing": "mechatlas.activations.posing.PoseConfig",
+    "build": "mechatlas.activations.networks.load_network",
+    "edited": "mechatlas.activations.sites.intervene",
+    "read": "mechatlas.activations.sites.read_activations",
     "relatives": "mechatlas.analysis.matching.pairing.feature_splitting",
 }
 """Old name -> full path of the new one."""

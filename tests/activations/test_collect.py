@@ -17,7 +17,7 @@ from mechatlas.activations import collect as module
 from mechatlas.activations.collect import StoreConfig, collect
 from mechatlas.activations.positions import Positions
 from mechatlas.activations.samples import Arrays, Images, Samples, open_samples
-from mechatlas.activations.sites import find_sites, read
+from mechatlas.activations.sites import find_sites, read_activations
 from mechatlas.activations.store import Store
 from mechatlas.base import DiskError, InputError, NonFiniteError, Site, StoreError
 from tests.networks import sick, tiny
@@ -44,7 +44,7 @@ def test_every_row_is_what_the_network_gives_at_its_place(tmp_path, rule, dtype)
     store = collect(NETWORK, samples, SITES, tmp_path / "store", settings)
     assert store.sites == ["mixed", "first"]
     inputs = samples.stack([samples.read(i) for i in range(len(samples))])
-    whole = read(NETWORK, inputs, SITES)
+    whole = read_activations(NETWORK, inputs, SITES)
     for site in SITES:
         expected = whole[site].detach().to(getattr(torch, dtype)).float()
         seen = set()

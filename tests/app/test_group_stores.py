@@ -15,7 +15,7 @@ from mechatlas.activations.networks import Network
 from mechatlas.activations.posing import PoseConfig, action_of
 from mechatlas.activations.positions import Positions
 from mechatlas.activations.samples import Images, open_samples
-from mechatlas.activations.sites import read
+from mechatlas.activations.sites import read_activations
 from mechatlas.activations.store import Store
 from mechatlas.app.commands import symmetry
 from mechatlas.app.commands.collect import CollectConfig
@@ -202,7 +202,7 @@ def test_shifts_and_scales_are_collected_and_told(action, name, closes, store, t
         image = samples.stack([samples.read(sample)])
         for g in range(order):
             with torch.no_grad():
-                found = read(network, act(g, image), [Site("first")])[Site("first")][0]
+                found = read_activations(network, act(g, image), [Site("first")])[Site("first")][0]
             at = act.moved(g, np.array([[y, x]], float), side)[0]
             low = np.floor(at).astype(int)
             share = at - low

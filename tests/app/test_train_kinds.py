@@ -19,9 +19,9 @@ from mechatlas.app.run_folder import execute
 from mechatlas.base import RecipeError, StoreError
 from mechatlas.dictionaries.autoencoder import Autoencoder, Crosscoder, Transcoder
 from mechatlas.dictionaries.formats import load
+from mechatlas.dictionaries.objective import Objective
 from mechatlas.dictionaries.revival import AuxK, Resample
 from mechatlas.dictionaries.sparsity import BatchTopK, JumpReLU, TopK
-from mechatlas.dictionaries.steps import Objective
 
 
 def two_layers() -> nn.Sequential:

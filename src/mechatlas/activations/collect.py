@@ -37,7 +37,7 @@ from mechatlas.activations.posing import (
 )
 from mechatlas.activations.positions import Positions
 from mechatlas.activations.samples import Samples
-from mechatlas.activations.sites import branches_of, channels_last, grid_of, read
+from mechatlas.activations.sites import branches_of, channels_last, grid_of, read_activations
 from mechatlas.activations.store import (
     DTYPES,
     SCHEMA,
@@ -217,7 +217,7 @@ def _pose(
     action = action_of(group) if isinstance(group, PoseConfig) else group
     refuse_lawless(action, first)
     with torch.inference_mode():
-        grids = {site: grid_of(a) for site, a in read(network, first, sites).items()}
+        grids = {site: grid_of(a) for site, a in read_activations(network, first, sites).items()}
     places = {site: places_of(action, network, site, first) for site in sites}
     if settings.paired:
         places = paired_places(places, grids)
@@ -229,7 +229,7 @@ def _probe(
     network: nn.Module, sites: Sequence[Site], first: Tensor, posed: _Posed | None
 ) -> dict[Site, SiteShape]:
     with torch.inference_mode():
-        found = read(network, first, sites)
+        found = read_activations(network, first, sites)
     shapes = {}
     for site, activation in found.items():
         named = {} if site.branch else branches_of(network, site.module, site.take)
@@ -401,7 +401,7 @@ def _do_round(
             )
         elif indices:
             with torch.inference_mode():
-                found = read(network, inputs.to(device), sites)
+                found = read_activations(network, inputs.to(device), sites)
             _keep_positions(found, indices, samples, filled, settings)
         done += settings.batch_size
         on_progress(min(done, len(this.samples)))

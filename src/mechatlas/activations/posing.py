@@ -23,7 +23,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from mechatlas.activations.receptive import ReceptiveField, receptive_field
-from mechatlas.activations.sites import channels_last, grid_of, read
+from mechatlas.activations.sites import channels_last, grid_of, read_activations
 from mechatlas.base import InputError, Site, UserError
 from mechatlas.maths.actions import (
     REACH,
@@ -188,7 +188,7 @@ def places_of(action: Action, network: nn.Module, site: Site, inputs: Tensor) ->
             side of the input would do.
     """
     with torch.inference_mode():
-        activation = read(network, inputs, [site])[site]
+        activation = read_activations(network, inputs, [site])[site]
     grid, side = grid_of(activation), inputs.shape[-1]
     if not action.moves_places:
         every = np.arange(grid[0] * grid[1])
@@ -228,7 +228,7 @@ def _kept(action: Action, field: ReceptiveField, grid: tuple[int, int], side: in
             "Every position of {site} sees the whole of an image of side {side}, so that none "
             "can be followed from pose to pose."
         )
-    if not action.keeps_neighbours and field.size > 1:
+    if not action.keeps_neighbors and field.size > 1:
         return "Positions of {site} see several pixels, which {group} scatters."
     positions = grid_points(*grid)
     centre = field.offset + (field.size - 1) / 2
@@ -277,7 +277,7 @@ def _better_side(
         try:
             with torch.inference_mode():
                 plain = torch.full((1, channels, other, other), 0.5)
-                grid = grid_of(read(network, plain, [site])[site])
+                grid = grid_of(read_activations(network, plain, [site])[site])
             if isinstance(_kept(action, field, grid, other), str):
                 continue
             measured = receptive_field(network, site, other, channels)
@@ -323,6 +323,6 @@ def read_pose(
     network: nn.Module, action: Action, element: int, inputs: Tensor, sites: Sequence[Site]
 ) -> dict[Site, Float[Tensor, "batch position d"]]:
     """Activations of one pose of some inputs."""
-    found = read(network, action(element, inputs), sites)
+    found = read_activations(network, action(element, inputs), sites)
     rows = {site: channels_last(activation) for site, activation in found.items()}
     return {site: r.reshape(len(inputs), -1, r.shape[-1]) for site, r in rows.items()}

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from mechatlas.activations.networks import build, digest
+from mechatlas.activations.networks import digest, load_network
 from mechatlas.activations.posing import PoseConfig
 from mechatlas.activations.samples import Samples, open_samples
 from mechatlas.activations.store import Store
@@ -157,7 +157,7 @@ def recorded_network(store: Store) -> OpenedNetwork:
         UserError: The network or the samples are no longer there.
     """
     config = from_dict(store.manifest["recipe"], CollectConfig, f"The manifest of {store.root}")
-    network = build(config.network)
+    network = load_network(config.network)
     return OpenedNetwork(network, open_samples(config.samples, network))
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from mechatlas.activations.sites import read
+from mechatlas.activations.sites import read_activations
 from mechatlas.analysis.interaction import derivatives
 from mechatlas.analysis.interaction.bases import KINDS, interaction, neurons, rotated
 from mechatlas.analysis.interaction.derivatives import directional, vector_jacobian_products
@@ -106,7 +106,7 @@ def setting(name):
 
 def whole_jacobian(network, x):
     """(n, t, o, s, d), by torch.func and nothing of ours."""
-    before = rows_of(read(network, x, LAYERS[:1])[LAYERS[0]])
+    before = rows_of(read_activations(network, x, LAYERS[:1])[LAYERS[0]])
 
     def run(one):
         return rows_of(network[1](like(one[None], x[:1])))[0]
@@ -381,7 +381,7 @@ def test_edges_through_many_modules_are_gradient_times_coordinate():
     sections = layer_maps(network, layers, x)
     moments, _ = observe(network, Inputs.of(x), layers, sections, batch_size=6)
     made = [rotated(neurons(layer.moments), seed=i) for i, layer in enumerate(moments)]
-    found = read(network, x, layers)
+    found = read_activations(network, x, layers)
     for number, section in enumerate(sections):
         source, target = made[number : number + 2]
         edges = measure_edges(network, section, source, target, Inputs.of(x))

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from mechatlas.activations.sites import channels_last, read
+from mechatlas.activations.sites import channels_last, read_activations
 from mechatlas.analysis.interaction.derivatives import MOST_GRADIENTS, vector_jacobian_products
 from mechatlas.analysis.interaction.layer_maps import LayerMap, rows_of, taps_of
 from mechatlas.base import InputError, NonFiniteError, Progress, Site, no_progress
@@ -91,7 +91,7 @@ class Inputs:
         if all(layer in self.kept for layer in layers):
             return {layer: self.kept[layer] for layer in layers}
         with torch.no_grad():
-            return read(network, self.tensor, layers)
+            return read_activations(network, self.tensor, layers)
 
     def keeping(self, network: nn.Module, layers: Sequence[Site], *, size: int) -> "Inputs":
         """The same samples, with their activations at some layers kept in memory."""

@@ -77,7 +77,7 @@ def run(recipe: BasisConfig) -> dict[str, Any]:
     """
     clock = time.process_time()
     refuse_strangers(recipe.out, "basis")
-    network = networks.build(recipe.network)
+    network = networks.load_network(recipe.network)
     sites = [_one_site(network, layer) for layer in recipe.layers]
     samples = open_samples(recipe.samples, network)
     dictionaries = {layer: load(path) for layer, path in recipe.dictionaries.items()}

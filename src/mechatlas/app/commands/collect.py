@@ -10,7 +10,7 @@ from pathlib import Path
 
 from mechatlas.activations.collect import StoreConfig
 from mechatlas.activations.collect import collect as collect_rows
-from mechatlas.activations.networks import Network, build
+from mechatlas.activations.networks import Network, load_network
 from mechatlas.activations.posing import PoseConfig
 from mechatlas.activations.samples import Images, SampleRecipe, open_samples
 from mechatlas.activations.sites import find_sites
@@ -76,7 +76,7 @@ def run(config: CollectConfig, folder: RunFolder) -> CollectResult:
     Raises:
         UserError: See `mechatlas.activations.collect.collect`.
     """
-    network = build(config.network)
+    network = load_network(config.network)
     sites = find_sites(network, config.sites)
     samples = open_samples(config.samples, network)
     made_from = as_dict(dataclasses.replace(config, out=Path("store"), device="cpu"))

@@ -81,7 +81,7 @@ def run(config: SitesConfig) -> SitesResult:
     recipe = Network(name=config.network, weights=config.weights)
     if config.network.endswith(".toml"):
         recipe = _network_of(Path(config.network))
-    network = networks.build(recipe)
+    network = networks.load_network(recipe)
     inputs = _example(network, config.shape)
     try:
         infos = list_sites(network, inputs)

@@ -24,11 +24,10 @@ from mechatlas.app.run_folder import (
 from mechatlas.base import RecipeError
 from mechatlas.dictionaries.autoencoder import Autoencoder, Crosscoder, SparseCoder, Transcoder
 from mechatlas.dictionaries.formats import FILE, save
+from mechatlas.dictionaries.objective import Objective, Schedule
 from mechatlas.dictionaries.pose_tied import PoseTied
 from mechatlas.dictionaries.revival import AuxK, Resample
 from mechatlas.dictionaries.sparsity import Sparsity, TopK
-from mechatlas.dictionaries.steps import Objective
-from mechatlas.dictionaries.training import Schedule
 from mechatlas.dictionaries.training import train as train_dictionary
 from mechatlas.files import checksum
 from mechatlas.maths.groups import Group

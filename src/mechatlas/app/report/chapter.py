@@ -1,4 +1,4 @@
-"""What an analysis gives to the page.
+"""Chapters of the page: the part that each analysis gives, and how it is rendered.
 
 A chapter is made by one function, `chapter(runs, on_progress) -> Chapter | None`, in a module
 of its own in `chapters`, and named in `CHAPTERS` of `page.py`; that is all there is to add.
@@ -30,7 +30,7 @@ from mechatlas.app.report.runs import Runs
 from mechatlas.base import Progress
 
 MISSING = "\N{EN DASH}"
-"""Stands where there is no number."""
+"""Text shown instead of a missing number."""
 ASSETS = resources.files("mechatlas.app.report") / "assets"
 
 
@@ -42,7 +42,7 @@ class Chapter:
     """Its anchor in the page, a plain word."""
     title: str
     html: Markup
-    """What `render` made."""
+    """Escaped markup from `render`."""
     figures: dict[str, Any] = dataclasses.field(default_factory=dict)
     """Plotly figures as plain values: `{"data": [...], "layout": {...}}`. Colours and fonts
     that they leave open follow the theme of the page."""

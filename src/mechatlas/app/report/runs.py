@@ -38,11 +38,11 @@ class Run:
     """Path below the folder of the page."""
     manifest: dict[str, Any]
     result: dict[str, Any]
-    """What `result.json` holds; empty if there is none."""
+    """Contents of `result.json`; empty if there is none."""
 
     @property
     def kind(self) -> str:
-        """What made it: "store", "dictionary", ..."""
+        """Kind of the run: "store", "dictionary", ..."""
         return str(self.manifest.get("kind", ""))
 
     @property

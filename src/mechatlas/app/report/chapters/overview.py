@@ -1,4 +1,4 @@
-"""What the runs are about: networks, stores and dictionaries with their numbers."""
+"""Chapter with an overview: networks, stores and dictionaries with their numbers."""
 
 import dataclasses
 from typing import Any
