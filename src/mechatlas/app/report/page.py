@@ -56,14 +56,14 @@ STEPS = 1000
 
 
 def write_page(
-    folder: Path, out: Path, *, pictures: int = 0, on_progress: Progress = no_progress
+    folder: Path, out: Path, *, visualize: int = 0, on_progress: Progress = no_progress
 ) -> Path:
     """Write one page about every run in a folder.
 
     Args:
         folder: A run, or a folder with runs up to two levels below.
         out: The file to write.
-        pictures: Features of each dictionary that are drawn by activation maximisation.
+        visualize: Number of features per dictionary to visualize by activation maximization.
         on_progress: Told how much is done.
 
     Returns:
@@ -73,7 +73,7 @@ def write_page(
         DiskError: The folder is not there, or the page cannot be written.
         UserError: The folder holds no run.
     """
-    runs = find_runs(folder, pictures=pictures)
+    runs = find_runs(folder, visualize=visualize)
     chapters = []
     total = len(CHAPTERS) * STEPS
     for number, make in enumerate(CHAPTERS):
