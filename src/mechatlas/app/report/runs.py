@@ -89,13 +89,8 @@ class Run:
             ) from error
 
 
-<<<<<<< HEAD
-def find_runs(folder: Path, *, pictures: int = 0) -> "Runs":
-    """Find every run in a folder: the folder itself and up to two levels below.
-=======
 def find_runs(folder: Path, *, visualize: int = 0) -> "Runs":
-    """Every run in a folder: the folder itself and up to two levels below.
->>>>>>> main
+    """Find every run in a folder: the folder itself and up to two levels below.
 
     Args:
         folder: Where to look.
@@ -130,36 +125,21 @@ def find_runs(folder: Path, *, visualize: int = 0) -> "Runs":
 class Runs:
     """All runs of a page."""
 
-<<<<<<< HEAD
-    def __init__(self, folder: Path, runs: list[Run], pictures: int = 0) -> None:
+    def __init__(self, folder: Path, runs: list[Run], visualize: int = 0) -> None:
         """List the runs of a page; nothing is opened yet.
 
         Args:
             folder: Folder of the page.
             runs: Runs found in the folder.
-            pictures: Features of each dictionary that are drawn by activation maximisation.
-=======
-    def __init__(self, folder: Path, runs: list[Run], visualize: int = 0) -> None:
-        """Keep them.
-
-        Args:
-            folder: Of the page.
-            runs: Those found in it.
             visualize: Number of features per dictionary to visualize by activation maximization.
->>>>>>> main
         """
         self.folder, self.all, self.visualize = folder, runs, visualize
         self.open_store = functools.cache(self._open_store)
         self.reopen = functools.cache(self._reopen)
 
     def of_kind(self, kind: str) -> list[Run]:
-<<<<<<< HEAD
-        """List the runs of one kind, in the order of their names."""
-        return [run for run in self.all if run.kind == kind]
-=======
-        """Finished runs of one kind, and all stores, in the order of their names."""
+        """List finished runs of one kind, and all stores, in the order of their names."""
         return [run for run in self.all if run.kind == kind and (run.complete or kind == STORE)]
->>>>>>> main
 
     def store_of(self, run: Run) -> Path:
         """Find the folder of the store that a dictionary was trained on.
