@@ -1,4 +1,4 @@
-"""One HTML file with everything that some runs found.
+"""Page of a folder of runs: one self-contained HTML file.
 
     report    find the runs, make the chapters, write the page
 
@@ -49,10 +49,10 @@ CHAPTERS: tuple[ChapterOf, ...] = (
     circuits.chapter,
     proofs.chapter,
 )
-"""The page, in this order. A new analysis adds its function here."""
+"""Chapters in the order of the page. A new analysis adds its function here."""
 
 STEPS = 1000
-"""Parts of a chapter's work that are told apart in the progress of the page."""
+"""Progress steps of one chapter."""
 
 
 def report(
@@ -92,7 +92,7 @@ def report(
 
 
 def assemble(title: str, chapters: list[Chapter]) -> str:
-    """The text of the page."""
+    """Fill the page's template with the chapters."""
     scripts = ["page.js", *(name for chapter in chapters for name in chapter.scripts)]
     return render(
         "template.html",

@@ -1,4 +1,4 @@
-"""The folders of finished runs that a page is made from.
+"""Finished runs that a page is made from.
 
 find_runs    a folder -> every run in it
 Runs         the runs, and what they open to; each network and store is opened once
@@ -26,12 +26,12 @@ from mechatlas.base import DiskError, StoreError, UserError
 from mechatlas.files import checksum, read_json
 
 DEPTH = 2
-"""Folders below the one asked for in which runs are looked for."""
+"""Levels of folders below the given one that are searched for runs."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """One folder with a `manifest.json`."""
+    """Run: a folder with a `manifest.json`."""
 
     folder: Path
     name: str
@@ -51,7 +51,7 @@ class Run:
         return bool(self.manifest.get("complete", True))
 
     def read(self, file: str) -> Any:
-        """A JSON file of the run, or `None`.
+        """Read a JSON file of the run; `None` if there is none.
 
         Raises:
             DiskError: It is there and damaged.
@@ -60,7 +60,7 @@ class Run:
         return read_json(path) if path.is_file() else None
 
     def table(self, file: str) -> dict[str, Any]:
-        """The columns of a parquet file: arrays, and lists where entries are lists.
+        """Read the columns of a parquet file: arrays, and lists where entries are lists.
 
         Raises:
             DiskError: It is missing or damaged.
@@ -72,7 +72,7 @@ class Run:
         }
 
     def tensors(self, file: str) -> dict[str, np.ndarray]:
-        """The arrays of a safetensors file.
+        """Read the arrays of a safetensors file.
 
         Raises:
             DiskError: It is missing or damaged.
@@ -90,7 +90,7 @@ class Run:
 
 
 def find_runs(folder: Path, *, visualize: int = 0) -> "Runs":
-    """Every run in a folder: the folder itself and up to two levels below.
+    """Find every run in a folder: the folder itself and up to two levels below.
 
     Args:
         folder: Where to look.
@@ -126,11 +126,11 @@ class Runs:
     """All runs of a page."""
 
     def __init__(self, folder: Path, runs: list[Run], visualize: int = 0) -> None:
-        """Keep them.
+        """List the runs of a page; nothing is opened yet.
 
         Args:
-            folder: Of the page.
-            runs: Those found in it.
+            folder: Folder of the page.
+            runs: Runs found in the folder.
             visualize: Number of features per dictionary to visualize by activation maximization.
         """
         self.folder, self.all, self.visualize = folder, runs, visualize
@@ -138,11 +138,11 @@ class Runs:
         self.reopen = functools.cache(self._reopen)
 
     def of_kind(self, kind: str) -> list[Run]:
-        """Finished runs of one kind, and all stores, in the order of their names."""
+        """List finished runs of one kind, and all stores, in the order of their names."""
         return [run for run in self.all if run.kind == kind and (run.complete or kind == STORE)]
 
     def store_of(self, run: Run) -> Path:
-        """Folder of the store that a dictionary was trained on.
+        """Find the folder of the store that a dictionary was trained on.
 
         A store in the folder of the page with the same manifest is preferred to the path
         that was written down, so that folders can be moved.
@@ -169,7 +169,7 @@ class Runs:
         return Store(folder)
 
     def _reopen(self, folder: Path) -> tuple[nn.Module, Samples]:
-        """The network and samples of a store.
+        """Open the network and samples of a store.
 
         Raises:
             UserError: They are no longer there.
