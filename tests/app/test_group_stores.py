@@ -143,12 +143,12 @@ def test_a_killed_run_of_a_group_store_goes_on_to_the_same_bytes(store, tmp_path
     script = (
         "import sys; from mechatlas.app import cli;"
         "import mechatlas.activations.collect as c, os, signal;"
-        "do = c._keep_poses; n = 0\n"
+        "do = c._fill; n = 0\n"
         "def kill(*words):\n"
         "    global n; n += 1\n"
         "    if n == int(sys.argv[1]): os.kill(os.getpid(), signal.SIGKILL)\n"
         "    do(*words)\n"
-        "c._keep_poses = kill\n"
+        "c._fill = kill\n"
         "c._row_bytes = lambda shape, settings: 100_000\n"
         "cli.main(['collect', sys.argv[2], '--out', sys.argv[3]])"
     )
