@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     from mechatlas.activations.store import Store
     from mechatlas.analysis.branches.specialization import branches
     from mechatlas.analysis.circuits.circuit import Circuit, circuit
-    from mechatlas.analysis.interaction.analysis import Interaction, InteractionConfig, basis
+    from mechatlas.analysis.interaction.interaction_basis import basis
+    from mechatlas.analysis.interaction.results import InteractionBasis, InteractionConfig
     from mechatlas.analysis.matching.chains import track
     from mechatlas.analysis.matching.pairing import feature_splitting, match
     from mechatlas.analysis.proofs.prove import prove
@@ -57,7 +58,8 @@ _HOMES = {
     "activations.store": ("Store",),
     "analysis.branches.specialization": ("branches",),
     "analysis.circuits.circuit": ("Circuit", "circuit"),
-    "analysis.interaction.analysis": ("Interaction", "InteractionConfig", "basis"),
+    "analysis.interaction.interaction_basis": ("basis",),
+    "analysis.interaction.results": ("InteractionBasis", "InteractionConfig"),
     "analysis.matching.chains": ("track",),
     "analysis.matching.pairing": ("feature_splitting", "match"),
     "analysis.proofs.prove": ("prove",),
@@ -92,7 +94,7 @@ __all__ = [
     "Gated",
     "Group",
     "Images",
-    "Interaction",
+    "InteractionBasis",
     "InteractionConfig",
     "JumpReLU",
     "Network",

@@ -27,7 +27,7 @@ from mechatlas.activations.samples import (
     Samples,
     open_samples,
 )
-from mechatlas.analysis.interaction.analysis import InteractionConfig
+from mechatlas.analysis.interaction.results import InteractionConfig
 from mechatlas.base import RecipeError
 from mechatlas.dictionaries.autoencoder import Autoencoder, Crosscoder, SparseCoder, Transcoder
 from mechatlas.dictionaries.pose_tied import PoseTied
