@@ -81,7 +81,7 @@ def product(a, b):
 
 
 def squared_distances(a, b):
-    """What a dense solver needs first, as its users write it."""
+    """Matrix of squared distances, which a dense solver needs first."""
     squares = [torch.from_numpy(x).square().sum(1).double() for x in (a, b)]
     gram = (torch.from_numpy(a) @ torch.from_numpy(b).T).double()
     return gram.mul_(-2).add_(squares[0][:, None]).add_(squares[1]).numpy()

@@ -38,7 +38,7 @@ WORLDS = {
     "factors over all": (factors(per_branch=False), "gaussian"),
     "few entries, mixed": (clusters(8, 0.5), "few"),
 }
-"""In the last one features of no branch have five entries, each mixed with seven channels."""
+"""Planted sites; in the last, features of no branch mix five entries with seven channels each."""
 EXCESSES = (0.7, 0.8, 0.9, 0.95, 0.99)
 """Effect sizes: 0 is the share that the variance predicts, 1 is all in the branch."""
 POWER = 0.95

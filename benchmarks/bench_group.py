@@ -16,9 +16,9 @@ from torch import Tensor
 from mechatlas.activations.store import Store
 from mechatlas.app.run_folder import peak_bytes
 from mechatlas.dictionaries.autoencoder import Crosscoder
+from mechatlas.dictionaries.engine.posed_steps import PosedStep
+from mechatlas.dictionaries.engine.sparse_steps import SparseStep
 from mechatlas.dictionaries.pose_tied import PoseTied
-from mechatlas.dictionaries.posed_steps import PosedStep
-from mechatlas.dictionaries.sparse_steps import SparseStep
 from mechatlas.dictionaries.sparsity import TopK
 from mechatlas.dictionaries.training import train
 from mechatlas.maths.groups import Group
@@ -79,7 +79,7 @@ def show(name: str, values: list[float]) -> None:
 
 
 def steps_of_d16(steps: int = 100, batch: int = 1024) -> None:
-    """What 1 M samples cost, on rows that are sparse sums of atoms in random poses."""
+    """Cost of 1 M samples, on rows that are sparse sums of atoms in random poses."""
     g, d, n = group("D16"), 480, 7680
     random = torch.Generator().manual_seed(0)
     atoms = torch.randn(240, g.order, d, generator=random) / d**0.5

@@ -67,7 +67,7 @@ def test_statistics(benchmark, rows):
 
 def test_edges_of_an_inception_module(benchmark):
     torch.set_num_threads(1)
-    network = ma.build(ma.Network(name="inception_mini"))
+    network = ma.load_network(ma.Network(name="inception_mini"))
     samples = ma.open_samples(ma.Images(crops=16), network)
     images = samples.stack([samples.read(i) for i in range(64)])
     layers = [Site("mixed3b"), Site("mixed4a")]

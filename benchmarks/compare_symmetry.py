@@ -32,9 +32,8 @@ from safetensors.numpy import load_file
 from torch import Tensor
 
 import mechatlas as ma
-from mechatlas.app.commands import symmetry
 from mechatlas.app.commands.symmetry import TABLE, TENSORS, SymmetryConfig
-from mechatlas.app.symmetry_folder import execute
+from mechatlas.app.run_folder import execute
 from mechatlas.base import InputError
 from mechatlas.dictionaries.autoencoder import SparseCoder
 from mechatlas.files import read_json, write_json
@@ -102,7 +101,7 @@ def from_folder(problem: Problem, dictionary: SparseCoder, out: Path, seed: int)
         interventions=0,
         seed=seed,
     )
-    result = execute(symmetry, config)
+    result = execute(config)
     table = pq.read_table(out / "symmetry" / TABLE)
     facts = {
         "r2": result.r2_mean.dictionary,

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from mechatlas.activations.networks import Network, build
+from mechatlas.activations.networks import Network, load_network
 from mechatlas.app import cli
 
 ROOT = Path(__file__).parents[1]
@@ -30,8 +30,8 @@ def test_an_untrained_network_has_other_weights_and_activations_of_like_size(tmp
     import torch
 
     script("untrained.py", "inception_mini", "--out", str(tmp_path / "fresh.safetensors"))
-    fresh = build(Network(name="inception_mini", weights=tmp_path / "fresh.safetensors"))
-    trained = build(Network(name="inception_mini"))
+    fresh = load_network(Network(name="inception_mini", weights=tmp_path / "fresh.safetensors"))
+    trained = load_network(Network(name="inception_mini"))
     with torch.no_grad():
         images = torch.rand(4, 3, 31, 31, generator=torch.Generator().manual_seed(0))
         logits = fresh(images)

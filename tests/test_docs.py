@@ -1,5 +1,6 @@
 """The code in the README and the documentation runs, in order, as it stands."""
 
+import importlib
 import os
 import re
 import shlex
@@ -48,6 +49,35 @@ def test_the_code_on_a_page_runs(page, tmp_path, monkeypatch):
                 assert done.returncode == 0, f"{line}\n{done.stderr}"
                 ran += 1
     assert ran >= 1
+
+
+def resolves(path: str) -> bool:
+    """Whether a dotted path names something that can be imported."""
+    words = path.split(".")
+    for n in range(len(words), 0, -1):
+        try:
+            value = importlib.import_module(".".join(words[:n]))
+        except ModuleNotFoundError:
+            continue
+        for word in words[n:]:
+            if not hasattr(value, word):
+                return False
+            value = getattr(value, word)
+        return True
+    return False
+
+
+def test_every_name_of_the_reference_resolves():
+    text = (ROOT / "docs" / "reference.md").read_text()
+    paths = re.findall(r"^::: (\S+)$", text, re.MULTILINE)
+    assert len(paths) > 50
+    paths += [word for word in re.findall(r"`([\w.]+)`", text) if word.startswith("mechatlas")]
+    assert [path for path in paths if not resolves(path)] == []
+
+
+def test_a_name_that_moved_does_not_resolve():
+    assert not resolves("mechatlas.analysis.circuits.compose.record")
+    assert not resolves("mechatlas.nowhere.Site")
 
 
 def test_the_readme_promises_within_its_first_screen():

@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,68 @@ import mechatlas
 
 ROOT = Path(__file__).parents[1]
 MODULES = sorted((ROOT / "src" / "mechatlas").rglob("*.py"))
+DOCUMENTED = [*MODULES, *sorted(ROOT.glob("tools/*.py")), *sorted(ROOT.glob("benchmarks/**/*.py"))]
+UNCLEAR_STARTS = ("Of", "That", "Those", "What", "Which", "As", "It", "The same")
+PREPOSITIONS = {"about", "at", "beside", "between", "beyond", "by", "for", "from", "in", "of", "on",
+    "over", "to", "under", "with"}  # fmt: skip
+UNCLEAR_MODULES: set[str] = {
+    "src/mechatlas/activations/collect.py",
+    "src/mechatlas/activations/inputs.py",
+    "src/mechatlas/activations/networks.py",
+    "src/mechatlas/activations/posing.py",
+    "src/mechatlas/activations/positions.py",
+    "src/mechatlas/activations/receptive.py",
+    "src/mechatlas/activations/samples.py",
+    "src/mechatlas/activations/sites.py",
+    "src/mechatlas/activations/store.py",
+    "src/mechatlas/activations/text_input.py",
+    "src/mechatlas/activations/tracing.py",
+    "src/mechatlas/analysis/branches/__init__.py",
+    "src/mechatlas/analysis/branches/drive.py",
+    "src/mechatlas/analysis/branches/null.py",
+    "src/mechatlas/analysis/branches/specialization.py",
+    "src/mechatlas/analysis/branches/summary.py",
+    "src/mechatlas/analysis/circuits/__init__.py",
+    "src/mechatlas/analysis/interaction/__init__.py",
+    "src/mechatlas/analysis/interaction/ablation.py",
+    "src/mechatlas/analysis/interaction/analysis.py",
+    "src/mechatlas/analysis/interaction/bases.py",
+    "src/mechatlas/analysis/interaction/degeneracy.py",
+    "src/mechatlas/analysis/interaction/learning.py",
+    "src/mechatlas/analysis/interaction/modularity.py",
+    "src/mechatlas/analysis/interaction/parts.py",
+    "src/mechatlas/analysis/interaction/statistics.py",
+    "src/mechatlas/analysis/matching/__init__.py",
+    "src/mechatlas/app/commands/basis.py",
+    "src/mechatlas/app/commands/branches.py",
+    "src/mechatlas/app/commands/circuit.py",
+    "src/mechatlas/app/commands/collect.py",
+    "src/mechatlas/app/commands/train.py",
+    "src/mechatlas/dictionaries/autoencoder.py",
+    "src/mechatlas/dictionaries/engine/kernels.py",
+    "src/mechatlas/dictionaries/engine/screening.py",
+    "src/mechatlas/dictionaries/engine/sparse_steps.py",
+    "src/mechatlas/dictionaries/engine/steps.py",
+    "src/mechatlas/dictionaries/engine/vectors.py",
+    "src/mechatlas/dictionaries/foreign/dictionary_learning.py",
+    "src/mechatlas/dictionaries/foreign/saelens.py",
+    "src/mechatlas/dictionaries/foreign/sparsify.py",
+    "src/mechatlas/dictionaries/foreign/weights.py",
+    "src/mechatlas/dictionaries/metrics.py",
+    "src/mechatlas/dictionaries/objective.py",
+    "src/mechatlas/dictionaries/pose_tied.py",
+    "src/mechatlas/dictionaries/pretrained.py",
+    "src/mechatlas/dictionaries/revival.py",
+    "src/mechatlas/dictionaries/sparsity.py",
+    "src/mechatlas/dictionaries/training.py",
+    "src/mechatlas/maths/actions.py",
+    "src/mechatlas/maths/assignment.py",
+    "src/mechatlas/maths/augmenting.py",
+    "src/mechatlas/maths/groups.py",
+    "src/mechatlas/maths/irreps.py",
+    "src/mechatlas/maths/pricing.py",
+}
+"""Modules with docstrings that do not stand alone; this list may only shrink."""
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(ROOT / "src")))
@@ -33,6 +96,60 @@ def test_nothing_reads_a_pickle(path):
             assert called not in ("pickle.load", "pickle.loads")
             if called == "torch.load":
                 assert any(k.arg == "weights_only" for k in node.keywords)
+
+
+def docstrings(tree: ast.Module) -> Iterator[tuple[int, str, bool]]:
+    """Line and text of every docstring, and whether a module's constant has it."""
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        for before, statement in (
+            zip([node, *body], body, strict=False) if isinstance(body, list) else ()
+        ):
+            match statement:
+                case ast.Expr(value=ast.Constant(value=str(text))):
+                    of_constant = isinstance(node, ast.Module) and before is not node
+                    yield statement.lineno, text, of_constant
+
+
+def stands_alone(text: str, *, of_constant: bool) -> bool:
+    if any(
+        text == start or text.startswith((f"{start} ", f"{start}\n")) for start in UNCLEAR_STARTS
+    ):
+        return False
+    return not of_constant or text.split(maxsplit=1)[0].strip(",").lower() not in PREPOSITIONS
+
+
+@pytest.mark.parametrize("path", DOCUMENTED, ids=lambda p: str(p.relative_to(ROOT)))
+def test_docstrings_begin_with_the_noun_of_what_they_describe(path):
+    unclear = [
+        f"{path}:{line}: {text.splitlines()[0]}"
+        for line, text, of_constant in docstrings(ast.parse(path.read_text()))
+        if not stands_alone(text, of_constant=of_constant)
+    ]
+    if path.relative_to(ROOT).as_posix() in UNCLEAR_MODULES:
+        assert unclear, "this module is clean: take it off UNCLEAR_MODULES"
+    else:
+        assert not unclear, "\n".join(unclear)
+
+
+def test_the_list_of_unclear_modules_names_only_modules_there_are():
+    assert {path.relative_to(ROOT).as_posix() for path in DOCUMENTED} >= UNCLEAR_MODULES
+
+
+@pytest.mark.parametrize(
+    "text", ["Of a batch, the rows.", "The same with gates.", "What\nhappens."]
+)
+def test_an_unclear_docstring_is_refused(text):
+    code = f'class Fields:\n    rows: int\n    """{text}"""\n'
+    ((line, found, of_constant),) = docstrings(ast.parse(code))
+    assert (line, of_constant) == (3, False)
+    assert not stands_alone(found, of_constant=of_constant)
+
+
+def test_a_constant_that_is_one_prepositional_phrase_is_refused():
+    code = '"""Numbers from a sample."""\nROWS = 5\n"""In a batch, at most."""\n'
+    verdicts = [stands_alone(text, of_constant=c) for _, text, c in docstrings(ast.parse(code))]
+    assert verdicts == [True, False]
 
 
 def test_the_front_door_offers_what_it_lists():

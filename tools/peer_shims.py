@@ -1,4 +1,4 @@
-"""What the libraries that we compare with need in order to import beside one another.
+"""Stand-ins for modules that the compared libraries need to import beside one another.
 
 Import this first, in the environment of `tools/make_peers.sh`.
 """

@@ -151,7 +151,7 @@ def evaluate(network: nn.Module, images: np.ndarray, labels: np.ndarray) -> floa
 
 
 def with_batch_norm(network: InceptionMini) -> InceptionMini:
-    """The same network with a batch normalisation after each convolution."""
+    """Network with a batch normalization after each convolution."""
     for module in network.modules():
         if isinstance(module, ConvReLU):
             conv, side = module.conv, module.conv.kernel_size[0]
@@ -164,7 +164,7 @@ def with_batch_norm(network: InceptionMini) -> InceptionMini:
 
 
 def fold(network: InceptionMini) -> InceptionMini:
-    """The same function without batch normalisation."""
+    """Fold the batch normalizations into the convolutions; the function stays the same."""
     folded = copy.deepcopy(network).eval()
     for module in folded.modules():
         if isinstance(module, ConvReLU):

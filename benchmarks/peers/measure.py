@@ -1,4 +1,4 @@
-"""What every trainer in this folder is measured by: options, batches, memory, one JSON line.
+"""Measurements shared by every trainer in this folder: options, batches, memory, one JSON line.
 
 Imported first by the scripts beside it, each of which runs in a process of its own and trains one
 library's dictionary on the same rows. Needs numpy and torch alone, so that it works in the

@@ -52,12 +52,12 @@ def main() -> None:
     options = parser.parse_args()
     if options.network == "transformer":
         named = ma.Network(name="transformer", arguments={"path": str(options.weights)})
-        network: Any = ma.build(named)
+        network: Any = ma.load_network(named)
         network.load_state_dict(untrained(network, options.seed))
         network.save_pretrained(options.out)
         network.input.tokenizer.save_pretrained(options.out)
     else:
-        network = ma.build(ma.Network(name=options.network, weights=options.weights))
+        network = ma.load_network(ma.Network(name=options.network, weights=options.weights))
         write(options.out, safetensors.torch.save(untrained(network, options.seed)))
     print(f"Weights: {options.out}")
 

@@ -2,7 +2,7 @@
 
     import mechatlas as ma
 
-    network = ma.build(ma.Network(name="inception_mini"))
+    network = ma.load_network(ma.Network(name="inception_mini"))
     samples = ma.open_samples(ma.Images(source="photos", side=63, crops=50), network)
     store = ma.collect(network, samples, ma.find_sites(network, ["mixed3b"]), Path("store"))
     rows = store.rows("mixed3b")
@@ -18,11 +18,11 @@ from mechatlas import deprecated
 
 if TYPE_CHECKING:
     from mechatlas.activations.collect import StoreConfig, collect
-    from mechatlas.activations.networks import Network, build
+    from mechatlas.activations.networks import Network, load_network
     from mechatlas.activations.posing import PoseConfig
     from mechatlas.activations.positions import Positions
     from mechatlas.activations.samples import Arrays, Images, Texts, open_samples
-    from mechatlas.activations.sites import edited, find_sites, list_sites, read
+    from mechatlas.activations.sites import find_sites, intervene, list_sites, read_activations
     from mechatlas.activations.store import Store
     from mechatlas.analysis.branches.specialization import branches
     from mechatlas.analysis.circuits.circuit import Circuit, circuit
@@ -37,24 +37,24 @@ if TYPE_CHECKING:
     from mechatlas.dictionaries.autoencoder import Autoencoder, Crosscoder, Transcoder
     from mechatlas.dictionaries.formats import load, save
     from mechatlas.dictionaries.metrics import evaluate, fvu
+    from mechatlas.dictionaries.objective import Objective, Schedule
     from mechatlas.dictionaries.pose_tied import PoseTied
     from mechatlas.dictionaries.pretrained import Pretrained
     from mechatlas.dictionaries.revival import AuxK, Resample
     from mechatlas.dictionaries.rows import ArrayRows, StreamRows
     from mechatlas.dictionaries.sparsity import BatchTopK, Gated, JumpReLU, ReLU, TopK
-    from mechatlas.dictionaries.steps import Objective
-    from mechatlas.dictionaries.training import Schedule, train
+    from mechatlas.dictionaries.training import train
     from mechatlas.maths.assignment import assign
     from mechatlas.maths.groups import Group
     from mechatlas.maths.named_groups import group
 
 _HOMES = {
     "activations.collect": ("StoreConfig", "collect"),
-    "activations.networks": ("Network", "build"),
+    "activations.networks": ("Network", "load_network"),
     "activations.posing": ("PoseConfig",),
     "activations.positions": ("Positions",),
     "activations.samples": ("Arrays", "Images", "Texts", "open_samples"),
-    "activations.sites": ("edited", "find_sites", "list_sites", "read"),
+    "activations.sites": ("find_sites", "intervene", "list_sites", "read_activations"),
     "activations.store": ("Store",),
     "analysis.branches.specialization": ("branches",),
     "analysis.circuits.circuit": ("Circuit", "circuit"),
@@ -74,8 +74,8 @@ _HOMES = {
     "dictionaries.revival": ("AuxK", "Resample"),
     "dictionaries.rows": ("ArrayRows", "StreamRows"),
     "dictionaries.sparsity": ("BatchTopK", "Gated", "JumpReLU", "ReLU", "TopK"),
-    "dictionaries.steps": ("Objective",),
-    "dictionaries.training": ("Schedule", "train"),
+    "dictionaries.objective": ("Objective", "Schedule"),
+    "dictionaries.training": ("train",),
     "maths.assignment": ("assign",),
     "maths.groups": ("Group",),
     "maths.named_groups": ("group",),
@@ -118,28 +118,28 @@ __all__ = [
     "assign",
     "basis",
     "branches",
-    "build",
     "circuit",
     "collect",
-    "edited",
     "evaluate",
     "feature_splitting",
     "find_sites",
     "fvu",
     "group",
+    "intervene",
     "list_sites",
     "load",
+    "load_network",
     "load_proof",
     "match",
     "open_samples",
     "prove",
-    "read",
+    "read_activations",
     "save",
     "symmetry",
     "track",
     "train",
 ]
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 
 def __getattr__(name: str) -> object:

@@ -9,7 +9,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from mechatlas.activations.architectures.efficientnet import efficientnet_lite0
-from mechatlas.activations.sites import find_sites, list_sites, read
+from mechatlas.activations.sites import find_sites, list_sites, read_activations
 from mechatlas.base import InputError, UserError, WeightsError
 
 package = pytest.importorskip("efficientnet_lite_pytorch")
@@ -67,7 +67,7 @@ def test_blocks_and_head_are_sites(network):
     shapes = {str(info.site): info.shape for info in list_sites(network, images)}
     assert shapes["stem"] == (32, 32, 32)
     assert shapes["blocks.15"] == (320, 2, 2)
-    found = read(network, images, sites)
+    found = read_activations(network, images, sites)
     logits = network.classify(found[sites[-1]].mean(dim=(2, 3)))
     torch.testing.assert_close(logits, network(images))
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mechatlas.activations.architectures.inception import InceptionMini, inception_mini
 from mechatlas.activations.networks import load_weights
-from mechatlas.activations.sites import branches_of, find_sites, read
+from mechatlas.activations.sites import branches_of, find_sites, read_activations
 from mechatlas.base import InputError, WeightsError
 
 POSES = [(turns, mirror) for turns in range(4) for mirror in (False, True)]
@@ -37,7 +37,10 @@ def test_quarter_turns_and_mirrors_act_exactly_on_every_grid(side, turns, mirror
         2, 3, side, side, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
     )
     sites = find_sites(network, ["conv2d*", "mixed*"])
-    plain, posed = read(network, x, sites), read(network, pose(x, turns, mirror), sites)
+    plain, posed = (
+        read_activations(network, x, sites),
+        read_activations(network, pose(x, turns, mirror), sites),
+    )
     for site in sites:
         assert plain[site].shape[2] % 2 == 1, f"{site} has an even side"
         torch.testing.assert_close(
@@ -58,7 +61,7 @@ def test_a_branch_is_what_its_last_convolution_gives():
     network = inception_mini()
     x = torch.rand(1, 3, 31, 31)
     sites = find_sites(network, ["mixed4a/5x5", "mixed4a.conv_5x5"])
-    found = read(network, x, sites)
+    found = read_activations(network, x, sites)
     torch.testing.assert_close(found[sites[0]], found[sites[1]])
 
 

@@ -4,7 +4,7 @@ from safetensors.torch import save_file
 from torch.nn import functional
 
 from mechatlas.activations.architectures.inception_v1 import inception_v1
-from mechatlas.activations.sites import find_sites, read
+from mechatlas.activations.sites import find_sites, read_activations
 from mechatlas.base import InputError, UserError, WeightsError
 
 # Block: channels in, then 1x1, 3x3 reduce, 3x3, 5x5 reduce, 5x5, pool projection.
@@ -146,7 +146,7 @@ def test_a_file_of_either_port_gives_the_function_of_that_port(port, files, weig
     images = photograph(224)
     expected, logits = reference(weights, images, NORMS[port])
     close(network(images), logits)
-    found = read(network, images, find_sites(network, ["conv2d0", "mixed*"]))
+    found = read_activations(network, images, find_sites(network, ["conv2d0", "mixed*"]))
     for site, activation in found.items():
         close(activation, expected[site.module])
     assert expected["mixed4a"].shape == (1, 508, 14, 14)
@@ -165,7 +165,9 @@ def test_branches_are_the_slices_that_the_branches_write(files):
     network = inception_v1(files["lucent"])
     sites = find_sites(network, ["mixed4b/*", "mixed4b.conv_5x5", "mixed4b.project"])
     with torch.no_grad():
-        found = {str(site): x for site, x in read(network, photograph(64), sites).items()}
+        found = {
+            str(site): x for site, x in read_activations(network, photograph(64), sites).items()
+        }
     widths = {name: found[f"mixed4b/{name}"].shape[1] for name in ("1x1", "3x3", "5x5", "pool")}
     assert widths == {"1x1": 160, "3x3": 224, "5x5": 64, "pool": 64}
     torch.testing.assert_close(found["mixed4b/5x5"], found["mixed4b.conv_5x5"])
@@ -178,7 +180,9 @@ def test_random_weights_repeat_and_carry_activity_to_the_last_layer():
     images = photograph(64)
     torch.testing.assert_close(network(images), again(images))
     assert not torch.equal(network(images), inception_v1(seed=2)(images))
-    for site, x in read(network, images, find_sites(network, ["conv2d*", "mixed*"])).items():
+    for site, x in read_activations(
+        network, images, find_sites(network, ["conv2d*", "mixed*"])
+    ).items():
         assert (x > 0).float().mean() > 0.2, site
         assert (x > 0).any(dim=(0, 2, 3)).float().mean() > 0.5, site
         assert 1 < x.square().mean().sqrt() < 1000, site

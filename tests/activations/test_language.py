@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mechatlas.activations.architectures import language
-from mechatlas.activations.sites import branches_of, find_sites, read
+from mechatlas.activations.sites import branches_of, find_sites, read_activations
 from mechatlas.base import InputError, Site, UserError, WeightsError
 
 transformers = pytest.importorskip("transformers")
@@ -84,7 +84,7 @@ def test_layers_of_an_encoder_read_as_transformers_reports_them(minilm):
     tokens = torch.from_numpy(minilm.input.windows(TEXT * 3, 16))
     sites = find_sites(minilm, ["encoder.layer.*"])
     assert [str(site) for site in sites] == [f"encoder.layer.{i}" for i in range(6)]
-    found = read(minilm, tokens, sites)
+    found = read_activations(minilm, tokens, sites)
     states = minilm(tokens, output_hidden_states=True).hidden_states
     for site, state in zip(sites, states[1:], strict=True):
         torch.testing.assert_close(found[site], state)
@@ -96,7 +96,7 @@ def test_heads_of_an_encoder_are_slices_of_its_attention(minilm):
     expected = {f"head{i}": slice(32 * i, 32 * (i + 1)) for i in range(12)}
     assert branches_of(minilm, name) == expected
     tokens = torch.from_numpy(minilm.input.windows(TEXT, 12))
-    part, whole = read(minilm, tokens, [Site(name, "head5"), Site(name)]).values()
+    part, whole = read_activations(minilm, tokens, [Site(name, "head5"), Site(name)]).values()
     torch.testing.assert_close(part, whole[..., 160:192])
 
 
@@ -140,7 +140,7 @@ def test_a_decoder_in_a_folder_loads_without_a_network(folders, monkeypatch):
     torch.testing.assert_close(network.wte.weight, saved["transformer.wte.weight"])
     tokens = torch.from_numpy(network.input.windows(TEXT, 8))
     site = Site.parse("h.0.attn.c_proj:input/head1")
-    part, whole, block = read(
+    part, whole, block = read_activations(
         network, tokens, [site, Site("h.0.attn.c_proj", None, "input"), Site("h.0")]
     ).values()
     torch.testing.assert_close(part, whole[..., 4:8])
@@ -161,7 +161,7 @@ def test_layers_and_heads_of_a_decoder_with_shared_keys_can_be_read(folders):
     network = transformer(folders / "llama")
     tokens = torch.from_numpy(network.input.windows(TEXT, 8))
     layer, head = find_sites(network, ["layers.1", "layers.0.self_attn.o_proj:input/head3"])
-    found = read(network, tokens, [layer, head])
+    found = read_activations(network, tokens, [layer, head])
     assert found[layer].shape == (len(tokens), 8, 16)
     assert found[head].shape == (len(tokens), 8, 4)
 

@@ -14,15 +14,16 @@ from mechatlas.activations.collect import StoreConfig, collect
 from mechatlas.activations.posing import PoseConfig, action_of, places_of
 from mechatlas.activations.positions import Positions
 from mechatlas.activations.samples import Arrays, Images, Samples, open_samples
-from mechatlas.activations.sites import find_sites, read
+from mechatlas.activations.sites import find_sites, read_activations
 from mechatlas.activations.store import Store
 from mechatlas.base import InputError, Site, StoreError
-from mechatlas.maths.actions import Custom, Permute, Rotate
+from mechatlas.maths.actions import Custom, Rotate
 from mechatlas.maths.group_constructions import permutation_group
 from mechatlas.maths.groups import GroupError
 from mechatlas.maths.named_groups import group
 from tests.activations.test_collect import files
 from tests.conformance import ROWS_CHECKS
+from tests.maths.permutations import Permute
 from tests.networks import tiny
 
 SIDE = 15
@@ -67,7 +68,7 @@ def test_a_block_is_the_activation_of_the_posed_input_at_the_moved_place(tmp_pat
         reach = 2 if site == MIXED else 1
         assert len(rows) == 12 * (SIDE - 2 * reach) ** 2 == 12 * (shape.places or 0)
         for g in range(8):
-            posed = read(NETWORK, action(g, every(samples)), [site])[site]
+            posed = read_activations(NETWORK, action(g, every(samples)), [site])[site]
             back = action.pull_back(g, posed)
             sample, y, x = torch.tensor(list(rows)).T
             found = torch.stack(list(rows.values()))[:, g * d : (g + 1) * d]
@@ -204,7 +205,7 @@ def test_hues_keep_every_position(tmp_path):
     assert len(rows) == 5 * SIDE**2
     sample, y, x = torch.tensor(list(rows)).T
     for g in range(3):
-        whole = read(NETWORK, every(samples).roll(g, dims=1), [MIXED])[MIXED].detach()
+        whole = read_activations(NETWORK, every(samples).roll(g, dims=1), [MIXED])[MIXED].detach()
         found = torch.stack(list(rows.values()))[:, 8 * g : 8 * g + 8]
         torch.testing.assert_close(found, whole[sample, :, y, x], atol=1e-6, rtol=1e-5)
 
@@ -306,11 +307,12 @@ def test_every_kept_place_sees_nothing_outside_the_circle_in_any_pose(tmp_path):
     chosen = torch.arange(len(places.kept)).expand(2, -1)
     for g in range(6):
         one, two = (
-            read(network, action(g, i), [site])[site].detach().flatten(2).mT for i in (x, other)
+            read_activations(network, action(g, i), [site])[site].detach().flatten(2).mT
+            for i in (x, other)
         )
         found = places.take(g, one, chosen), places.take(g, two, chosen)
         torch.testing.assert_close(*found, atol=1e-5, rtol=1e-5)
-    plain = read(network, x, [site])[site].detach().flatten(2).mT
+    plain = read_activations(network, x, [site])[site].detach().flatten(2).mT
     torch.testing.assert_close(
         places.take(0, plain, chosen), plain[:, places.kept], atol=1e-5, rtol=1e-5
     )

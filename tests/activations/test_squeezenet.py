@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional
 
 from mechatlas.activations.architectures.squeezenet import SqueezeNet, squeezenet
-from mechatlas.activations.sites import find_sites, read
+from mechatlas.activations.sites import find_sites, read_activations
 from mechatlas.base import InputError, Site, WeightsError
 
 FILE = "squeezenet_v1_1_imagenet.safetensors"
@@ -59,7 +59,7 @@ def test_the_file_gives_the_function_that_its_layout_describes(data):
     expected = reference(load_file(path), images)
     sites = find_sites(network, ["fire*"])
     assert [site.module for site in sites] == list(expected)
-    for site, activation in read(network, images, sites).items():
+    for site, activation in read_activations(network, images, sites).items():
         torch.testing.assert_close(activation, expected[site.module], rtol=1e-4, atol=1e-2)
     torch.testing.assert_close(network(images), expected["fire9"], rtol=1e-4, atol=1e-2)
 
@@ -69,7 +69,7 @@ def test_the_two_branches_are_the_two_halves(data):
     network = squeezenet(data(FILE))
     images = torch.rand(1, 3, 79, 79, generator=torch.Generator().manual_seed(0))
     sites = find_sites(network, ["fire6", "fire6/*", "fire6.expand3x3"])
-    found = {str(site): x for site, x in read(network, images, sites).items()}
+    found = {str(site): x for site, x in read_activations(network, images, sites).items()}
     assert found["fire6/expand1x1"].shape[1] == found["fire6/expand3x3"].shape[1] == 192
     torch.testing.assert_close(found["fire6/expand3x3"], found["fire6.expand3x3"])
     halves = torch.cat([found["fire6/expand1x1"], found["fire6/expand3x3"]], dim=1)
@@ -83,7 +83,7 @@ def test_photographs_wake_deep_layers_more_in_bgr_than_in_rgb(data):
     site = Site("fire8")
     swapped = images.flip(1)
     norms, against = (
-        read(network, x, [site])[site].flatten(1).norm(dim=1) for x in (images, swapped)
+        read_activations(network, x, [site])[site].flatten(1).norm(dim=1) for x in (images, swapped)
     )
     assert int((norms > against).sum()) >= 15
 
@@ -112,7 +112,7 @@ def test_a_classifier_in_the_file_gives_logits(tmp_path):
     images = torch.rand(2, 3, 47, 47)
     assert network(images).shape == (2, 7)
     torch.testing.assert_close(network(images), whole(images))
-    trunk = read(network, images, [Site("fire9")])[Site("fire9")]
+    trunk = read_activations(network, images, [Site("fire9")])[Site("fire9")]
     head = functional.conv2d(trunk, named["conv10.weight"], named["conv10.bias"])
     torch.testing.assert_close(network(images), head.relu().mean(dim=(2, 3)))
 

@@ -10,7 +10,7 @@ from mechatlas.activations.collect import StoreConfig, collect
 from mechatlas.activations.positions import Positions
 from mechatlas.activations.receptive import ReceptiveField
 from mechatlas.activations.samples import Images, Texts, open_samples
-from mechatlas.activations.sites import read
+from mechatlas.activations.sites import read_activations
 from mechatlas.analysis.examples import BINS, PER_OCTAVE, examples, feature_statistics
 from mechatlas.base import InputError, Site
 
@@ -138,7 +138,9 @@ def test_maps_show_what_the_network_does_there(world):
             sample = shown.sample[latent, rank]
             if sample < 0:
                 continue
-            x = read(network, samples.stack([samples.read(int(sample))]), [SITE])[SITE][0]
+            x = read_activations(network, samples.stack([samples.read(int(sample))]), [SITE])[SITE][
+                0
+            ]
             code = dictionary.encode(x.detach().flatten(1).T)[:, latent].reshape(15, 15).numpy()
             top, left = shown.first[latent, rank]
             expected = code[top : top + height, left : left + width]

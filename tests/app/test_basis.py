@@ -13,9 +13,10 @@ from torch import nn
 
 from mechatlas.analysis.interaction import interaction_basis
 from mechatlas.app.cli import main
-from mechatlas.app.commands.basis import interact
-from mechatlas.app.recipes import BasisConfig, read_recipe
+from mechatlas.app.commands.basis import BasisConfig
+from mechatlas.app.recipes import read_recipe
 from mechatlas.app.report.page import write_page
+from mechatlas.app.run_folder import execute
 from mechatlas.dictionaries.autoencoder import Autoencoder
 from mechatlas.dictionaries.formats import save
 from mechatlas.dictionaries.sparsity import TopK
@@ -113,7 +114,7 @@ def test_a_killed_run_goes_on_where_it_stopped(here, capsys, monkeypatch):
     monkeypatch.setattr(interaction_basis, "ablate_edges", killed)
     again = ["basis", "basis.toml", "--json", "--out", "again"]
     with pytest.raises(KeyboardInterrupt):
-        interact(
+        execute(
             dataclasses.replace(read_recipe(here / "basis.toml", BasisConfig), out=Path("again"))
         )
     left = {path.name for path in (here / "again").iterdir()}

@@ -291,7 +291,7 @@ def test_many_large_pictures_are_made_smaller(monkeypatch):
 
 def test_the_page_draws_as_many_features_as_asked(folder, monkeypatch):
     monkeypatch.setattr(paintings, "STEPS", 2)
-    made = features.chapter(find_runs(folder, pictures=3), no_progress)
+    made = features.chapter(find_runs(folder, visualize=3), no_progress)
     assert made is not None
     for number, one in enumerate(made.data["dictionaries"]):
         whole = [name for name in one["painted"] if "/" not in name]

@@ -1,6 +1,6 @@
 """From a name in a recipe to a network with its weights.
 
-build          a bundled name or `package.module:factory` -> nn.Module in eval mode
+load_network   a bundled name or `package.module:factory` -> nn.Module in eval mode
 load_weights   a file of weights into a network, every mismatch named
 read_tensors   a file of weights -> tensors, never executing code
 digest         a checksum of all weights, kept with everything made from them
@@ -46,7 +46,7 @@ class Network:
     """Further arguments of the factory."""
 
 
-def build(recipe: Network) -> nn.Module:
+def load_network(recipe: Network) -> nn.Module:
     """Call the factory that a recipe names.
 
     Returns:

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
-from mechatlas.activations.sites import edited, read
+from mechatlas.activations.sites import intervene, read_activations
 from mechatlas.base import Site, SiteError
 
 PIXELS_AT_ONCE = 1 << 19
@@ -155,8 +155,8 @@ def _with_nan(network: nn.Module, site: Site, plain: Tensor, where: Tensor) -> T
 
     inputs = plain.expand(len(where), -1, -1, -1)
     guard = dict(network.named_children()).get("input")
-    with edited(network, {Site("input"): put}) if guard is not None else nullcontext():
-        return read(network, inputs if guard is not None else put(inputs), [site])[site]
+    with intervene(network, {Site("input"): put}) if guard is not None else nullcontext():
+        return read_activations(network, inputs if guard is not None else put(inputs), [site])[site]
 
 
 def _fit(sees: Bool[np.ndarray, "position pixel"]) -> ReceptiveField | None:

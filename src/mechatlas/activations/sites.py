@@ -1,10 +1,10 @@
 """Where activations live in a network, and how to read and replace them there.
 
-    find_sites    globs -> sites
-    list_sites    every site of a network, with its shape and branches
-    read          run a network just far enough and return the activations at some sites
-    edited        run a network with some activations replaced
-    branches_of   the named channel slices of a site
+    find_sites          globs -> sites
+    list_sites          every site of a network, with its shape and branches
+    read_activations    run a network just far enough and return the activations at some sites
+    intervene           run a network with some activations replaced
+    branches_of         the named channel slices of a site
 
 A branch is a slice of channels that a module names in its `branches` attribute, one of
 its submodules, or a head of an attention module. Channels are axis 1 of a map
@@ -185,10 +185,12 @@ def grid_of(activation: Tensor) -> tuple[int, int]:
 
 
 class _Reached(Exception):  # noqa: N818 - it is a signal, not an error
-    """Stops a forward pass after the last site needed; never leaves `read`."""
+    """Stops a forward pass after the last site needed; never leaves `read_activations`."""
 
 
-def read(network: nn.Module, inputs: Tensor, sites: Sequence[Site]) -> dict[Site, Tensor]:
+def read_activations(
+    network: nn.Module, inputs: Tensor, sites: Sequence[Site]
+) -> dict[Site, Tensor]:
     """Activations at some sites, in one pass that stops after the last of them.
 
     Args:
@@ -236,7 +238,7 @@ def read(network: nn.Module, inputs: Tensor, sites: Sequence[Site]) -> dict[Site
 
 
 @contextmanager
-def edited(network: nn.Module, edits: Mapping[Site, Edit]) -> Iterator[nn.Module]:
+def intervene(network: nn.Module, edits: Mapping[Site, Edit]) -> Iterator[nn.Module]:
     """Run a network with some activations replaced.
 
     Args:
@@ -245,7 +247,7 @@ def edited(network: nn.Module, edits: Mapping[Site, Edit]) -> Iterator[nn.Module
             to what shall stand there instead, of the same shape.
 
     Yields:
-        The same network; call it, or `read` it, inside the context.
+        The same network; call it, or read its activations, inside the context.
 
     Raises:
         SiteError: An edit changed the shape, or a site has no tensor.
@@ -275,7 +277,7 @@ def _edit_input(
     *,
     change: Callable[[Any], Any],
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    # Some networks pass everything by keyword; what `read` takes is then the first of these.
+    # Some networks pass everything by keyword; the activation is then the first of these.
     if args:
         return change(args), kwargs
     name = next(iter(kwargs))

@@ -19,7 +19,7 @@ from jaxtyping import Shaped
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mechatlas.activations.sites import edited, select
+from mechatlas.activations.sites import intervene, select
 from mechatlas.base import Site, SiteError
 
 TOLERANCE = 256
@@ -119,7 +119,7 @@ def trace(
         whole = {site: dataclasses.replace(site, branch=None) for site in sites}
         watched = {w: functools.partial(recorder.reach, w) for w in whole.values()}
         recorder.n_sites = len(watched)
-        hooks.enter_context(edited(network, watched))
+        hooks.enter_context(intervene(network, watched))
         if operations:
             recorder.know(inputs, recorder.operation(None, (), {}, (), 0))
             hooks.enter_context(recorder)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from mechatlas.activations.receptive import ReceptiveField
 from mechatlas.activations.samples import Samples
-from mechatlas.activations.sites import channels_last, read
+from mechatlas.activations.sites import channels_last, read_activations
 from mechatlas.activations.store import StoreRows
 from mechatlas.base import Dictionary, InputError, Progress, Result, Site, no_progress
 
@@ -331,7 +331,7 @@ def examples(
 
 def _read(network: nn.Module, inputs: Tensor, site: Site) -> Tensor:
     device = next((p.device for p in network.parameters()), torch.device("cpu"))
-    return read(network, inputs.to(device), [site])[site]
+    return read_activations(network, inputs.to(device), [site])[site]
 
 
 def _samples_at_once(dictionary: Dictionary, grid: tuple[int, int] | None) -> int:

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from mechatlas.activations.sites import channels_last, read
+from mechatlas.activations.sites import channels_last, read_activations
 from mechatlas.base import InputError, Site
 
 COLORS = ((0.26, 0.09, 0.02), (0.27, 0.00, -0.05), (0.27, -0.09, 0.03))
@@ -189,7 +189,7 @@ def center_pre_activations(
     Raises:
         InputError: The site is not a map, or not as wide as the directions.
     """
-    activations = read(network, images, [site])[site]
+    activations = read_activations(network, images, [site])[site]
     if activations.ndim != 4 or activations.shape[1] != directions.shape[1]:
         raise InputError(
             f"Site {site} has activations of shape {tuple(activations.shape[1:])}; images need "

@@ -278,7 +278,7 @@ def _lower_to_least(costs: Costs, prices: np.ndarray, rows: np.ndarray) -> None:
     step = block_rows(costs)
     for start in range(0, len(rows), step):
         block = costs.block(rows[start : start + step])
-        in_threads(lambda *part, block=block: least_of_columns(block, *part, prices), len(prices))
+        in_threads(lambda i, j, b=block: least_of_columns(b, i, j, prices), len(prices))
 
 
 def _list(
@@ -303,7 +303,7 @@ def _list(
             part = group[start : start + step]
             block = costs.block(part)
             if lower:
-                in_threads(lambda *some, b=block: least_of_columns(b, *some, prices), len(prices))
+                in_threads(lambda i, j, b=block: least_of_columns(b, i, j, prices), len(prices))
             values, names = np.empty((len(part), listed)), np.empty((len(part), listed), np.int32)
             following = np.empty(len(part))
             out = values, names, following

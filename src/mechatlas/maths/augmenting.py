@@ -21,7 +21,7 @@ paths; Volgenant (1996) for short lists.
 
 import numpy as np
 
-from mechatlas.maths.selection import compiled
+from mechatlas.maths.compilation import compiled
 
 FREE = -1
 ALONE = -2

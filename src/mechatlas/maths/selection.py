@@ -9,25 +9,12 @@ so that callers may split a block over threads. Lists are heaps with the dearest
 so a pair is compared with one number and is nearly always passed over.
 """
 
-import inspect
-from collections.abc import Callable
-from typing import Any
-
-import numba
 import numpy as np
+
+from mechatlas.maths.compilation import compiled
 
 CHUNK = 64
 """Columns looked at together."""
-
-
-def compiled(function: Callable[..., Any], *, fastmath: Any = False) -> Any:
-    """Compile a kernel, and keep the result where the place is writable."""
-    # `unwrap` because tests wrap functions in checks.
-    options: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": fastmath}
-    try:
-        return numba.njit(cache=True, **options)(inspect.unwrap(function))
-    except RuntimeError:  # no writable place for the cache: compile in every process
-        return numba.njit(**options)(inspect.unwrap(function))
 
 
 @compiled

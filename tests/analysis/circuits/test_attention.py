@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.functional import gelu
 
-from mechatlas.activations.sites import read
+from mechatlas.activations.sites import read_activations
 from mechatlas.analysis.circuits import attention
 from mechatlas.analysis.circuits.attention import record_layer
 from mechatlas.analysis.circuits.effects import (
@@ -41,7 +41,7 @@ def layer_of(network: nn.Module, x: Tensor) -> tuple[TransformerLayer, Tensor]:
     layer = connect(network, A, B, x[:2])
     assert isinstance(layer, TransformerLayer)
     with torch.no_grad():
-        return layer, as_maps(read(network, x, [A])[A])
+        return layer, as_maps(read_activations(network, x, [A])[A])
 
 
 def held(network: Small, x: Tensor, at: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from scipy import sparse
 from torch import Tensor, nn
 from torch.nn import functional
 
-from mechatlas.activations.sites import read
+from mechatlas.activations.sites import read_activations
 from mechatlas.analysis.circuits import recording
 from mechatlas.analysis.circuits.compose import compose_route
 from mechatlas.analysis.circuits.effects import (
@@ -35,7 +35,7 @@ def images(n: int = 8, side: int = 12, dtype: torch.dtype = torch.float64) -> Te
 
 def maps(network: nn.Module, x: Tensor) -> list[Tensor]:
     with torch.no_grad():
-        return [read(network, part, [A])[A] for part in x.split(4)]
+        return [read_activations(network, part, [A])[A] for part in x.split(4)]
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
@@ -86,7 +86,7 @@ def test_strides_dilations_groups_and_pads_compose():
     (route,) = wiring.routes
     response = compose_route(wiring, route, torch.eye(6, dtype=torch.float64))
     with torch.no_grad():
-        start = read(network, x, [A])[A]
+        start = read_activations(network, x, [A])[A]
         still = wiring.run(torch.zeros_like(start))
         for y, x_ in ((16, 16), (17, 20), (19, 15)):
             impulse = torch.zeros(6, 6, 40, 40, dtype=torch.float64)
@@ -371,7 +371,7 @@ def test_composed_kernels_reproduce_a_linear_section_exactly():
     a.W_dec, a.W_enc = torch.eye(12)[:, :6] - torch.eye(12)[:, :6].roll(6, 0), a.W_enc
     a.encode = lambda x: torch.cat([x.relu(), (-x).relu()], dim=1)
     with torch.no_grad():
-        given = read(network, x, [A])[A]
+        given = read_activations(network, x, [A])[A]
     share = reproduced_variance(wiring, compose_responses(wiring, a), a, b, [given])
     assert (share > 1 - 1e-5).all()
 

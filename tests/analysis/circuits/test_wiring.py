@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from mechatlas.activations.architectures.inception import inception_mini
 from mechatlas.activations.architectures.inception_v1 import inception_v1
 from mechatlas.activations.architectures.squeezenet import SqueezeNet
-from mechatlas.activations.sites import read
+from mechatlas.activations.sites import read_activations
 from mechatlas.analysis.circuits.wiring import Affine, MaxPool, Pad, Sum, trace_wiring
 from mechatlas.base import Site, SiteError
 from tests.analysis.circuits.small import two
@@ -54,7 +54,7 @@ def test_routes_are_the_branches_and_the_wiring_repeats_the_network(
     assert [route.name for route in wiring.routes] == routes
     whole = [Site(Site.parse(s).module) for s in (source, target)]
     with torch.no_grad():
-        given = read(model, x, whole)
+        given = read_activations(model, x, whole)
         torch.testing.assert_close(wiring.run(given[whole[0]]), given[whole[1]])
 
 

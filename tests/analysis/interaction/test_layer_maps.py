@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from mechatlas.activations.sites import read
+from mechatlas.activations.sites import read_activations
 from mechatlas.analysis.interaction import derivatives
 from mechatlas.analysis.interaction.bases import (
     BASIS_KINDS,
@@ -114,7 +114,7 @@ def setting(name):
 
 def whole_jacobian(network, x):
     """(n, t, o, s, d), by torch.func and nothing of ours."""
-    before = rows_of(read(network, x, LAYERS[:1])[LAYERS[0]])
+    before = rows_of(read_activations(network, x, LAYERS[:1])[LAYERS[0]])
 
     def run(one):
         return rows_of(network[1](like(one[None], x[:1])))[0]
@@ -398,7 +398,7 @@ def test_edges_through_many_modules_are_gradient_times_coordinate():
     maps = layer_maps(network, layers, x)
     moments, _ = collect_statistics(network, Inputs.from_data(x), layers, maps, batch_size=6)
     made = [rotated_basis(neuron_basis(layer.moments), seed=i) for i, layer in enumerate(moments)]
-    found = read(network, x, layers)
+    found = read_activations(network, x, layers)
     for number, layer_map in enumerate(maps):
         source, target = made[number : number + 2]
         edges = measure_edges(network, layer_map, source, target, Inputs.from_data(x))

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from mechatlas.activations.sites import read
+from mechatlas.activations.sites import read_activations
 from mechatlas.analysis.matching.held_out import Estimate
 from mechatlas.analysis.matching.splicing import permuted, references, splice
 from mechatlas.base import InputError, Site
@@ -120,9 +120,9 @@ def test_hidden_states_are_no_logits():
 
 def test_sites_in_the_wrong_order_are_refused_and_the_network_is_left_as_it_was(network):
     ways = {"any": permuted(rotation(0), rotation(0), np.arange(6))}
-    before = read(network, BATCHES[0], [SECOND])[SECOND]
+    before = read_activations(network, BATCHES[0], [SECOND])[SECOND]
     with pytest.raises(InputError, match="reaches 0 before 1"):
         splice(network, BATCHES, (SECOND, FIRST), ways)
     with pytest.raises(InputError, match="no samples"):
         splice(network, [], (FIRST, SECOND), ways)
-    assert torch.equal(read(network, BATCHES[0], [SECOND])[SECOND], before)
+    assert torch.equal(read_activations(network, BATCHES[0], [SECOND])[SECOND], before)

@@ -4,7 +4,7 @@ import torch
 from scipy import sparse
 
 from mechatlas.activations.posing import places_of
-from mechatlas.activations.sites import read
+from mechatlas.activations.sites import read_activations
 from mechatlas.analysis.symmetry.interchange import (
     SAMPLES,
     PosedNetwork,
@@ -69,7 +69,7 @@ def world():
     )  # fmt: skip
     blocks, stabilizers = true_features()
     with torch.no_grad():
-        maps = read(network, torch.from_numpy(samples.images), [SITE])[SITE]
+        maps = read_activations(network, torch.from_numpy(samples.images), [SITE])[SITE]
     kept = posed.places.kept
     x = maps.flatten(2).movedim(1, 2)[:, kept].flatten(0, 1).numpy()
     codes = sparse.csr_array(x @ np.linalg.pinv(blocks[:, 0]).clip(min=0))

@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 
-from mechatlas.activations.sites import read
+from mechatlas.activations.sites import read_activations
 from mechatlas.analysis.circuits.attention import AttentionRecording, record_layer
 from mechatlas.analysis.circuits.compose import LinearDictionary, Response
 from mechatlas.analysis.circuits.effects import (
@@ -209,7 +209,7 @@ def site_maps(network: nn.Module, site: Site, batches: Iterable[Tensor]) -> Iter
     """Activations of a site's whole module as maps, batch by batch."""
     whole = dataclasses.replace(site, branch=None)
     for batch in batches:
-        yield as_maps(read(network, batch, [whole])[whole])
+        yield as_maps(read_activations(network, batch, [whole])[whole])
 
 
 def find_circuit(

@@ -26,7 +26,6 @@ from torch import Tensor
 
 from mechatlas.analysis.circuits.wiring import (
     Affine,
-    Concatenate,
     Conv,
     Gate,
     MaxPool,
@@ -35,6 +34,7 @@ from mechatlas.analysis.circuits.wiring import (
     Pad,
     Route,
     Wiring,
+    channels_after,
 )
 
 
@@ -84,14 +84,7 @@ def walk(wiring: Wiring, route: Route) -> Iterator[tuple[RouteState, Node, int]]
         yield RouteState(number, taps, stride, channels), node, slot
         own = window(node)
         taps, stride = _combined(taps, stride, own), stride_after(stride, node)
-        if isinstance(node.operation, Conv):
-            channels = (0, node.channels)
-        if isinstance(node.operation, Concatenate):
-            before = sum(
-                wiring.source_channels if i < 0 else wiring.nodes[i].channels
-                for i in node.inputs[:slot]
-            )
-            channels = (channels[0] + before, channels[1] + before)
+        channels = channels_after(channels, wiring.nodes, number, slot, wiring.source_channels)
 
 
 def end(wiring: Wiring, route: Route) -> tuple[tuple[tuple[int, int], ...], tuple[int, int]]:

@@ -111,7 +111,6 @@ class Pad:
         return functional.pad(x, self.frame, value=self.value)
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
 class Concatenate:
     """Concatenation of channels."""
 
@@ -120,7 +119,6 @@ class Concatenate:
         return torch.cat(parts, dim=1)
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
 class Sum:
     """Sum of two maps."""
 
@@ -129,7 +127,6 @@ class Sum:
         return x + y
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
 class Identity:
     """The identity."""
 
@@ -326,20 +323,14 @@ def _padded(raw: Operation) -> MapOperation | None:
 
 
 def _max_pool(raw: Operation) -> MapOperation:
-    defaults = [None, None, [], [0], [1], False]
-    _, size, stride, padding, dilation, ceil = [
-        *raw.args,
-        *defaults[len(raw.args) :],
-    ][:6]
+    defaults: tuple[Any, ...] = (None, None, [], [0], [1], False)
+    _, size, stride, padding, dilation, ceil = *raw.args, *defaults[len(raw.args) :]
     return MaxPool(_two(size), _two(stride or size), _two(padding), _two(dilation), bool(ceil))
 
 
 def _mean_pool(raw: Operation) -> MapOperation | None:
-    defaults = [None, None, [], [0], False, True, None]
-    _, size, stride, padding, ceil, count, divisor = [
-        *raw.args,
-        *defaults[len(raw.args) :],
-    ][:7]
+    defaults: tuple[Any, ...] = (None, None, [], [0], False, True, None)
+    _, size, stride, padding, ceil, count, divisor = *raw.args, *defaults[len(raw.args) :]
     if divisor is not None:
         return None
     return MeanPool(_two(size), _two(stride or size), _two(padding), bool(ceil), bool(count))
@@ -439,20 +430,36 @@ def _routes(
             f"There are {len(ways)} ways from {source} to {target}, more than {MOST_ROUTES}: "
             "choose sites closer together."
         )
-    found = []
+    routes = []
     for numbers, slots in ways:
-        low, high = 0, width
+        channels = (0, width)
         for number, slot in zip(numbers, slots, strict=True):
-            node = nodes[number]
-            if isinstance(node.operation, Conv):
-                low, high = 0, node.channels
-            if isinstance(node.operation, Concatenate):
-                before = sum(width if i < 0 else nodes[i].channels for i in node.inputs[:slot])
-                low, high = low + before, high + before
-        if low < reads.stop and reads.start < high:
-            found.append(Route("", numbers, slots, slice(low, high)))
-    names = _names(nodes, found, branches)
-    return [route._replace(name=name) for route, name in zip(found, names, strict=True)]
+            channels = channels_after(channels, nodes, number, slot, width)
+        if channels[0] < reads.stop and reads.start < channels[1]:
+            routes.append(Route("", numbers, slots, slice(*channels)))
+    names = _names(nodes, routes, branches)
+    return [route._replace(name=name) for route, name in zip(routes, names, strict=True)]
+
+
+def channels_after(
+    channels: tuple[int, int], nodes: Sequence[Node], number: int, slot: int, width: int
+) -> tuple[int, int]:
+    """Channels that a route carries after a node: the first, and the one after the last.
+
+    Args:
+        channels: Channels before the node.
+        nodes: All nodes of the wiring.
+        number: Number of the node.
+        slot: Input by which the route enters it.
+        width: Channels of the source's module.
+    """
+    node = nodes[number]
+    if isinstance(node.operation, Conv):
+        return (0, node.channels)
+    if isinstance(node.operation, Concatenate):
+        before = sum(width if i < 0 else nodes[i].channels for i in node.inputs[:slot])
+        return (channels[0] + before, channels[1] + before)
+    return channels
 
 
 def _ways(nodes: Sequence[Node], last: int) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
@@ -465,17 +472,14 @@ def _ways(nodes: Sequence[Node], last: int) -> Iterator[tuple[tuple[int, ...], t
 
 
 def _names(nodes: Sequence[Node], routes: Sequence[Route], branches: dict[str, slice]) -> list[str]:
-    names = []
+    names, convs = [], []
     for route in routes:
-        inside = [
-            name
-            for name, s in branches.items()
-            if s.start <= route.channels.start and route.channels.stop <= s.stop
-        ]
-        convs = [nodes[n].module for n in route.nodes if isinstance(nodes[n].operation, Conv)]
-        names.append(inside[0] if inside else convs[-1] if convs else "direct")
-    for k, route in enumerate(routes):
+        low, high = route.channels.start, route.channels.stop
+        inside = [name for name, s in branches.items() if s.start <= low and high <= s.stop]
+        operations = [nodes[n] for n in route.nodes]
+        convs.append([n.module for n in operations if isinstance(n.operation, Conv)] or ["direct"])
+        names.append(inside[0] if inside else convs[-1][-1])
+    for k, (first, *_) in enumerate(convs):
         if names.count(names[k]) > 1:
-            convs = [nodes[n].module for n in route.nodes if isinstance(nodes[n].operation, Conv)]
-            names[k] = f"{names[k]} #{k} ({convs[0] if convs else 'direct'})"
+            names[k] = f"{names[k]} #{k} ({first})"
     return names

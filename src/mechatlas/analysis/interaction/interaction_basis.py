@@ -17,7 +17,6 @@ import dataclasses
 import itertools
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from functools import partial
-from types import SimpleNamespace
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
@@ -140,8 +139,11 @@ def basis(
     sites = [site if isinstance(site, Site) else Site.parse(site) for site in layers]
     if checkpoints is None:
         checkpoints = {}
-    if isinstance(checkpoints, MutableMapping):
-        checkpoints = SimpleNamespace(kept=checkpoints.get, keep=checkpoints.__setitem__)
+    kept, keep = (
+        (checkpoints.get, checkpoints.__setitem__)
+        if isinstance(checkpoints, MutableMapping)
+        else (checkpoints.kept, checkpoints.keep)
+    )
     trained = [m for m in model.modules() if m.training]
     model.eval()
     try:
@@ -160,7 +162,8 @@ def basis(
             settings=settings,
             maps=maps,
             maps_to_end=[layer_maps(model, [s, sites[-1]], first)[0] for s in sites[:-1]],
-            checkpoints=checkpoints,
+            kept=kept,
+            keep=keep,
             on_step=lambda: on_progress(min(next(steps), n_steps), n_steps),
         )
         return analysis.run(dictionaries or {})
@@ -195,7 +198,8 @@ class _Analysis:
     settings: InteractionConfig
     maps: list[LayerMap]
     maps_to_end: list[LayerMap]
-    checkpoints: Checkpoints
+    kept: Callable[[str], NamedArrays | None]
+    keep: Callable[[str, NamedArrays], None]
     on_step: Callable[[], None]
 
     def run(self, dictionaries: Mapping[str, Dictionary]) -> InteractionBasis:
@@ -247,10 +251,10 @@ class _Analysis:
 
     def once(self, name: str, compute: Callable[[], NamedArrays]) -> NamedArrays:
         """Arrays kept under a name, or else computed and kept."""
-        arrays = self.checkpoints.kept(name)
+        arrays = self.kept(name)
         if arrays is None:
             arrays = compute()
-            self.checkpoints.keep(name, arrays)
+            self.keep(name, arrays)
         return arrays
 
     def result(self, name: str, kind: type[T], compute: Callable[[], T]) -> T:
@@ -271,9 +275,9 @@ class _Analysis:
             )
         found: list[Basis | None] = []
         for site in self.sites[:-1]:
-            dictionary = dictionaries.get(str(site))
             rows = rows_of(self.subset.read(self.model, [site])[site]).flatten(0, 1)
-            found.append(dictionary and bases.dictionary_basis(dictionary, rows))
+            dictionary = dictionaries.get(str(site))
+            found.append(None if dictionary is None else bases.dictionary_basis(dictionary, rows))
         return found
 
     def statistics(self) -> _Statistics:

@@ -19,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from mechatlas.activations.sites import channels_last, edited, read
+from mechatlas.activations.sites import channels_last, intervene, read_activations
 from mechatlas.activations.tracing import ModuleCall, Trace, cut_branch, same_numbers, trace
 from mechatlas.base import Site, SiteError
 
@@ -132,8 +132,8 @@ def _layer_map(
         return LayerMap(source, target, chained, form, names, linear, depends_only_on_source=True)
 
     def whole(x: Tensor, samples: Tensor) -> Tensor:
-        with edited(network, {source: lambda _old: x}):
-            return read(network, samples, [target])[target]
+        with intervene(network, {source: lambda _old: x}):
+            return read_activations(network, samples, [target])[target]
 
     idle = _before(traced, network, source, len(inputs))
     own = network.get_submodule(source.module)
@@ -143,7 +143,7 @@ def _layer_map(
             with _standing_in({m: out.expand(len(x), *out.shape[1:]) for m, out in idle.items()}):
                 return whole(x, samples)
         with _standing_in({**idle, own: x}):  # up to the layer one sample is enough
-            return read(network, samples[:1], [target])[target]
+            return read_activations(network, samples[:1], [target])[target]
 
     with torch.no_grad():
         alone = bool(idle) and _agree(short, whole, before, inputs)

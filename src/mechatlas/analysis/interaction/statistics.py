@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from mechatlas.activations.sites import channels_last, read
+from mechatlas.activations.sites import channels_last, read_activations
 from mechatlas.analysis.interaction.derivatives import MAX_GRADIENTS, vector_jacobian_products
 from mechatlas.analysis.interaction.layer_maps import LayerMap, rows_of, taps_of
 from mechatlas.base import InputError, NonFiniteError, Site
@@ -92,7 +92,7 @@ class Inputs:
         if all(layer in self.activations for layer in layers):
             return {layer: self.activations[layer] for layer in layers}
         with torch.no_grad():
-            return read(network, self.tensor, layers)
+            return read_activations(network, self.tensor, layers)
 
     def with_activations(
         self, network: nn.Module, layers: Sequence[Site], *, batch_size: int
@@ -131,7 +131,8 @@ def from_arrays(kind: type[T], arrays: NamedArrays) -> T:
         if array is None or array.ndim > 1:
             values[field.name] = array
         else:
-            values[field.name] = tuple(array.tolist()) if get_origin(field.type) else array.item()
+            is_tuple = get_origin(field.type) is tuple
+            values[field.name] = tuple(array.tolist()) if is_tuple else array.item()
     return kind(**values)
 
 

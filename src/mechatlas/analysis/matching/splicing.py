@@ -21,7 +21,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from mechatlas.activations.sites import channels_last, edited, grid_of
+from mechatlas.activations.sites import channels_last, grid_of, intervene
 from mechatlas.analysis.matching.held_out import N_RESAMPLES, Estimate
 from mechatlas.base import Dictionary, InputError, Site
 
@@ -156,7 +156,7 @@ def _replaced(
         return new.movedim(-1, 1) if y.ndim == 4 else new
 
     edits = {sites[1]: replace}
-    return edited(network, edits if sites[0] == sites[1] else {sites[0]: remember, **edits})
+    return intervene(network, edits if sites[0] == sites[1] else {sites[0]: remember, **edits})
 
 
 def _rows(x: Tensor) -> Float[Tensor, "row d"]:

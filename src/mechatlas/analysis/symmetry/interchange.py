@@ -34,7 +34,7 @@ from torch import Tensor, nn
 
 from mechatlas.activations.posing import Places
 from mechatlas.activations.samples import Samples
-from mechatlas.activations.sites import channels_last, edited, read
+from mechatlas.activations.sites import channels_last, intervene, read_activations
 from mechatlas.base import InputError, Progress, Site, no_progress
 from mechatlas.maths.actions import Action
 from mechatlas.maths.groups import Group
@@ -244,12 +244,16 @@ class PosedNetwork:
         self, inputs: Tensor, positions: Int[Tensor, " batch"]
     ) -> Float[Tensor, "batch d"]:
         """Record activations of the site, at one position of each input."""
-        rows = _by_position(read(self.network, inputs, [self.site])[self.site])
+        rows = _by_position(read_activations(self.network, inputs, [self.site])[self.site])
         return rows[torch.arange(len(rows)), positions]
 
     def answer(self, inputs: Tensor) -> Float[Tensor, "batch width"]:
         """Record activations of the downstream site, flat."""
-        return read(self.network, inputs, [self.downstream])[self.downstream].flatten(1).float()
+        return (
+            read_activations(self.network, inputs, [self.downstream])[self.downstream]
+            .flatten(1)
+            .float()
+        )
 
     def answer_with(
         self,
@@ -271,7 +275,7 @@ class PosedNetwork:
             new = rows.view(channels_last(activation).shape)
             return new.movedim(-1, 1) if activation.ndim == 4 else new
 
-        with edited(self.network, {self.site: put}):
+        with intervene(self.network, {self.site: put}):
             return self.answer(inputs)
 
 

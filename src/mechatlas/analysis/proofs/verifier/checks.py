@@ -76,16 +76,8 @@ class KnownActions:
     """Actions that were checked."""
     group: Group
     """Group that acts."""
-    offsets: Int[np.ndarray, " action"]
-    """First column of each action in `images`."""
-    images: Int[np.ndarray, "order point"]
-    """All actions side by side, after a point that stays."""
-    inverse: Int[np.ndarray, "order point"]
-    """Image of each point under the inverse of each element."""
-
-    def packed(self, sides: Int[np.ndarray, "grid 2"]) -> PackedActions:
-        """The actions with the sides of the grids that use them."""
-        return PackedActions(sides, self.offsets, self.images)
+    packed: PackedActions
+    """All actions side by side, without the sides of grids."""
 
 
 @functools.cache
@@ -271,7 +263,9 @@ def _actions(arrays: tuple[Int[np.ndarray, "_ _"], ...], group: Group) -> KnownA
     offsets = np.cumsum([1, *(action.shape[1] for action in arrays)])[:-1]
     # The first column is a point that stays, for neurons in no grid.
     images = np.ascontiguousarray(np.concatenate([np.zeros((n, 1), np.int64), *arrays], axis=1))
-    return _remember(KnownActions(arrays, group, offsets, images, images[group.inverses]))
+    sides = np.zeros((0, 2), np.int64)
+    packed = PackedActions(sides, offsets, images, images[group.inverses])
+    return _remember(KnownActions(arrays, group, packed))
 
 
 def _distinct_rows(rho: Float32[np.ndarray, "entry order"]) -> DistinctRows:

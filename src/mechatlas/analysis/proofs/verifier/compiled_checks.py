@@ -1,44 +1,30 @@
 """Compiled loops that check an explanation.
 
-    find_fault            explanation -> number of the first impossible thing in it
-    preserves_antipodes   whether an action keeps opposite points opposite
-
 `reference.py` has the same functions in numpy, and is the one to read.
 """
 
-import inspect
-import zlib
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar, cast
 
 import numpy as np
-from jaxtyping import Int
 
-from mechatlas.analysis.proofs.verifier import structures
-from mechatlas.analysis.proofs.verifier.structures import (
-    Clusters,
-    Layout,
-    PackedCircuits,
-    PackedGrids,
-)
-from mechatlas.maths.selection import compiled as compiled_strictly
+from mechatlas.analysis.proofs.verifier import reference, structures
+from mechatlas.maths.compilation import compiled as compiled_strictly
 
-Loop = TypeVar("Loop", bound=Callable[..., object])
+Loop = TypeVar("Loop", bound=Callable[..., Any])
 
-FIELDS = {name: c._fields for name, c in sorted(vars(structures).items()) if hasattr(c, "_fields")}
-"""Fields of all named tuples that loops take."""
+STRUCTURES = [each for each in vars(structures).values() if hasattr(each, "_fields")]
+"""Named tuples that loops take."""
 
 
 def compiled(loop: Loop) -> Loop:
-    """Compile a loop: sums in any order, multiplications fused into them.
+    """Compile a loop: sums in any order, multiplications fused into them."""
+    return compiled_strictly(loop, fastmath={"contract", "reassoc"}, structures=STRUCTURES)
 
-    Numba keeps machine code on disk by the name of a loop and the age of its file, but reads named
-    tuples by the place of their fields. With the fields in the name, code that was compiled for
-    other fields is never taken, nor is a tuple looked for that is no longer there.
-    """
-    function = inspect.unwrap(loop)
-    function.__qualname__ += f"_{zlib.crc32(repr(FIELDS).encode()):08x}"
-    return compiled_strictly(function, fastmath={"contract", "reassoc"})
+
+def compiled_form(function: Loop) -> Callable[[Callable[..., Any]], Loop]:
+    """Compile a loop that has the parameters, types and result of a function of `reference`."""
+    return lambda loop: cast(Loop, compiled(loop))
 
 
 @compiled
@@ -59,23 +45,9 @@ def _is_label(values, low, high):
     return fine
 
 
-@compiled
-def find_fault(
-    clusters: Clusters,
-    layout: Layout,
-    circuits: PackedCircuits,
-    grids: PackedGrids,
-    limit: float,
-) -> int:
-    """Number of the first impossible thing in an explanation, or 0; see `checks.FAULTS`.
-
-    Args:
-        clusters: Dead neurons and clusters.
-        layout: Cluster representatives.
-        circuits: Circuits of the explanation.
-        grids: Grids of the explanation.
-        limit: Numbers must be below this.
-    """
+@compiled_form(reference.find_fault)
+def find_fault(clusters, layout, circuits, grids, limit):
+    """Compiled form of `reference.find_fault`."""
     dead, representative_of, scale_factors = clusters
     representatives, exponents, additive_x, additive_y = layout
     width = len(representative_of)
@@ -125,11 +97,9 @@ def _find_stranger(dead, representative_of, scale_factors, representatives):
     return -1
 
 
-@compiled
-def preserves_antipodes(
-    antipodes: Int[np.ndarray, " point"], action: Int[np.ndarray, "order point"]
-) -> bool:
-    """Whether antipodes are pairs of points or points alone, and the action preserves them."""
+@compiled_form(reference.preserves_antipodes)
+def preserves_antipodes(antipodes, action):
+    """Compiled form of `reference.preserves_antipodes`."""
     fine = True
     for p in range(len(antipodes)):
         fine &= antipodes[antipodes[p]] == p

@@ -1,27 +1,14 @@
 """Compiled loops over pairs.
 
-    bound_pairs     terms -> a lower bound on the margin of each pair
-    hidden_values   weights -> the hidden values of some pairs
-    judge_margins   logits of some pairs -> which are right, which are wrong and which are near
-
 `reference.py` has the same functions in numpy, and is the one to read.
 """
 
 import numpy as np
-from jaxtyping import Float, Float32, Int, Int8
 
-from mechatlas.analysis.proofs.verifier.compiled_checks import compiled
+from mechatlas.analysis.proofs.verifier import reference
+from mechatlas.analysis.proofs.verifier.compiled_checks import compiled, compiled_form
 from mechatlas.analysis.proofs.verifier.explanation import NOT_TRIED
-from mechatlas.analysis.proofs.verifier.structures import (
-    CircuitTerms,
-    FirstStage,
-    Lookup,
-    Neurons,
-    PairBounds,
-    PairCounts,
-    Scratch,
-    SecondStage,
-)
+from mechatlas.analysis.proofs.verifier.structures import PairCounts, Scratch
 
 
 @compiled
@@ -47,7 +34,7 @@ def _interact(x, at, neurons, lookup, interaction, residuals):
 @compiled
 def _residual_norms(x, at, block, scale, lookup, interaction, squares):
     """Compute the norm of I - s T over a block of neurons, at every y."""
-    first, points, moves, tables = lookup
+    first, points, moves, tables, _ = lookup
     j, stop = block
     to = at + len(squares)
     squares[:] = 0
@@ -200,27 +187,9 @@ def _allocate(neurons, circuits):
     )
 
 
-@compiled
-def bound_pairs(
-    table: Int[np.ndarray, "order order"],
-    neurons: Neurons,
-    lookup: Lookup,
-    circuits: CircuitTerms,
-    first: FirstStage,
-    second: SecondStage,
-    out: PairBounds,
-) -> PairCounts:
-    """Bound the margins of all pairs from below, by the first stage and then by the second.
-
-    Args:
-        table: Right answers.
-        neurons: Cluster representatives.
-        lookup: Tables of the grids.
-        circuits: Circuits.
-        first: Terms of the first stage.
-        second: Terms and limits of the second stage.
-        out: Arrays for the bounds.
-    """
+@compiled_form(reference.bound_pairs)
+def bound_pairs(table, neurons, lookup, circuits, first, second, out):
+    """Compiled form of `reference.bound_pairs`."""
     margins, stages, sample_residuals, sample_deviations = out
     slack, error, inflate = first.slack, first.float32_error, first.inflate
     pairs_left, give_up_share = second.max_pairs, second.give_up_share
@@ -281,23 +250,9 @@ def _residual_loss(norms, distances, y, z):
     return loss
 
 
-@compiled
-def hidden_values(
-    left: Float32[np.ndarray, "order width"],
-    right: Float32[np.ndarray, "order width"],
-    xs: Int[np.ndarray, " pair"],
-    ys: Int[np.ndarray, " pair"],
-    out: Float32[np.ndarray, "row width"],
-) -> None:
-    """Compute relu(left[x] + right[y]) of some pairs.
-
-    Args:
-        left: l_i(x).
-        right: r_i(y).
-        xs: x of each pair.
-        ys: y of each pair.
-        out: Array for the values, a row for each pair.
-    """
+@compiled_form(reference.hidden_values)
+def hidden_values(left, right, xs, ys, out):
+    """Compiled form of `reference.hidden_values`."""
     zero = np.float32(0)
     for i in range(len(xs)):
         first, second, to = left[xs[i]], right[ys[i]], out[i]
@@ -306,23 +261,9 @@ def hidden_values(
             to[j] = t if t > zero else zero
 
 
-@compiled
-def judge_margins(
-    logits: Float32[np.ndarray, "row order"],
-    answers: Int[np.ndarray, " pair"],
-    bounds: Float[np.ndarray, " pair"],
-    out: Int8[np.ndarray, " row"],
-) -> None:
-    """Write 1 where the right logit is the largest by more than a bound, 0 where another one is.
-
-    2 where neither is sure. The right logits are overwritten.
-
-    Args:
-        logits: Logits of some pairs.
-        answers: Right answer of each pair.
-        bounds: Bound on the rounding of each margin.
-        out: Array for the judgements.
-    """
+@compiled_form(reference.judge_margins)
+def judge_margins(logits, answers, bounds, out):
+    """Compiled form of `reference.judge_margins`."""
     n = logits.shape[1]
     maxima = np.empty(16, np.float32)
     for i in range(len(answers)):

@@ -1,56 +1,26 @@
 """Compiled loops over everything that does not depend on the pair.
 
-    merge_neurons         clusters of neurons -> one neuron each, and the most that may cost
-    unembedding_residual  unembedding, circuits -> e_i
-    ideal_margins         mean matrices of circuits -> gamma(g)
-    index_tables          grids -> row of the table of each neuron
-    grid_spans            residual in the cells of grids -> the most it could take from a margin
-    residual_distances    residual in blocks of neurons -> the same
-    class_minima          ideal margins -> the least of each class of elements
-    additive_losses       additive parts and spans -> the most they could take from each answer
-    absolute_sums         sums of absolute values, for bounds on rounding
-    float32_error_sums    the same for the network in float32
-
 `reference.py` has the same functions in numpy, and is the one to read. Sums may be taken in any
 order and multiplications fused into them: the bounds on rounding hold for every order. Input is
 finite (`checks`), and whatever could have overflowed here is refused afterwards (`terms`).
 """
 
 import numpy as np
-from jaxtyping import Float, Float32, Int
 
-from mechatlas.analysis.proofs.verifier.compiled_checks import compiled
+from mechatlas.analysis.proofs.verifier import reference
+from mechatlas.analysis.proofs.verifier.compiled_checks import compiled, compiled_form
 from mechatlas.analysis.proofs.verifier.structures import (
     AdditiveLosses,
     ClassMinima,
-    Clusters,
-    GridNeurons,
     GridSpans,
-    LogitSums,
     MergedNetwork,
-    PackedActions,
-    PackedCircuits,
-    PackedGrids,
     TableIndex,
-    Weights,
 )
 
 
-@compiled
-def merge_neurons(
-    weights: Weights,
-    clusters: Clusters,
-    representatives: Int[np.ndarray, " neuron"],
-    factor: Float32[np.ndarray, " neuron"],
-) -> MergedNetwork:
-    """Add the unembedding of each neuron to that of its cluster representative, and scale.
-
-    Args:
-        weights: The network.
-        clusters: Dead neurons and clusters.
-        representatives: The neurons that are kept.
-        factor: Power of two for left and right of each of them.
-    """
+@compiled_form(reference.merge_neurons)
+def merge_neurons(weights, clusters, representatives, factor):
+    """Compiled form of `reference.merge_neurons`."""
     left, right, unembed = weights
     dead, representative_of, scale_factors = clusters
     n, m = left.shape
@@ -123,9 +93,9 @@ def _is_tiny(values):
     return any_tiny
 
 
-@compiled
-def additive_losses(sums: LogitSums, spans: Float32[np.ndarray, "order order"]) -> AdditiveLosses:
-    """Bound the loss of a right answer z to additive parts and to the cells of grids."""
+@compiled_form(reference.additive_losses)
+def additive_losses(sums, spans):
+    """Compiled form of `reference.additive_losses`."""
     x_sums, y_sums = sums
     n = len(spans)
     most = np.empty(n, np.float32)
@@ -149,22 +119,9 @@ def additive_losses(sums: LogitSums, spans: Float32[np.ndarray, "order order"]) 
     return AdditiveLosses(x_loss, y_loss, most)
 
 
-@compiled
-def unembedding_residual(
-    u: Float32[np.ndarray, "neuron order"],
-    circuits: PackedCircuits,
-    rho: Float32[np.ndarray, "entry order"],
-) -> tuple[Float32[np.ndarray, "neuron order"], Float[np.ndarray, " neuron"]]:
-    """Subtract <M_i, rho(z)> from u_i(z).
-
-    Args:
-        u: u_i(z).
-        circuits: Circuits with their M_i.
-        rho: Matrix entries of their irreps.
-
-    Returns:
-        e_i(z), and the sum of the norms of all M_i of each neuron.
-    """
+@compiled_form(reference.unembedding_residual)
+def unembedding_residual(u, circuits, rho):
+    """Compiled form of `reference.unembedding_residual`."""
     shapes, coefficients, _ = circuits
     k, n = u.shape
     residual, sizes = u.copy(), np.zeros(k)
@@ -186,17 +143,9 @@ def unembedding_residual(
     return residual, sizes
 
 
-@compiled
-def ideal_margins(
-    circuits: PackedCircuits, rho: Float32[np.ndarray, "entry order"], identity: int
-) -> tuple[Float32[np.ndarray, "entry order"], Float[np.ndarray, " order"]]:
-    """Compute rho(x) Vm of each x, and the ideal margin gamma(g) = <Vm, 1 - rho(g)> of each g.
-
-    Args:
-        circuits: Circuits with their mean matrices.
-        rho: Matrix entries of their irreps.
-        identity: Number of the identity.
-    """
+@compiled_form(reference.ideal_margins)
+def ideal_margins(circuits, rho, identity):
+    """Compiled form of `reference.ideal_margins`."""
     shapes, _, means = circuits
     n = rho.shape[1]
     framed, inner = np.zeros((len(rho), n), np.float32), np.zeros(n)
@@ -217,14 +166,11 @@ def ideal_margins(
     return framed, inner[identity] - inner
 
 
-@compiled
-def index_tables(grids: PackedGrids, actions: PackedActions) -> TableIndex:
-    """Lay out the tables of all grids so that each neuron finds T over all y in one row.
-
-    Row base + q k + p is the table of a grid at p and where each y takes q.
-    """
+@compiled_form(reference.index_tables)
+def index_tables(grids, actions):
+    """Compiled form of `reference.index_tables`."""
     shapes, points, _, scale, tables = grids
-    sides, offsets, images = actions
+    sides, offsets, images, inverse = actions
     n, k = len(images), len(scale)
     first, column = np.zeros(k, np.int64), np.zeros(k, np.int64)
     out, top = np.zeros((len(tables) + 1, n), np.float32), np.zeros(k, np.float32)
@@ -246,27 +192,12 @@ def index_tables(grids: PackedGrids, actions: PackedActions) -> TableIndex:
                 to = out[cell + q * k1 + p]
                 for y in range(n):
                     to[y] = tables[cell + p * k2 + images[y, right + q]]
-    return TableIndex(first, column, out, top)
+    return TableIndex(first, column, inverse, out, top)
 
 
-@compiled
-def absolute_sums(
-    network: MergedNetwork,
-    additive_x: Float32[np.ndarray, "order neuron"],
-    additive_y: Float32[np.ndarray, "neuron order"],
-    small: Float32[np.ndarray, " neuron"],
-) -> tuple[Float32[np.ndarray, " order"], Float32[np.ndarray, " order"], float]:
-    """Sum small_i (|l_i(x)| + |A_i(x)|) over neurons for each x, and the same for each y.
-
-    Args:
-        network: The merged network.
-        additive_x: A_i(x).
-        additive_y: B_i(y).
-        small: Weight of each neuron in the sum.
-
-    Returns:
-        The sums of x and of y, and a number larger than all those that were added up.
-    """
+@compiled_form(reference.absolute_sums)
+def absolute_sums(network, additive_x, additive_y, small):
+    """Compiled form of `reference.absolute_sums`."""
     left, right = network.left, network.right
     k, n = right.shape
     of_x, of_y = np.empty(n, np.float32), np.zeros(n, np.float32)
@@ -290,15 +221,9 @@ def absolute_sums(
     return of_x, of_y, np.float64(largest)
 
 
-@compiled
-def float32_error_sums(
-    weights: Weights, rate: float
-) -> tuple[Float32[np.ndarray, " order"], Float32[np.ndarray, " order"], float]:
-    """Sum rate max |u_i| relu(l_i(x)) over neurons for each x, and the same with r_i for each y.
-
-    Returns:
-        The sums of x and of y, and a number larger than all those that were added up.
-    """
+@compiled_form(reference.float32_error_sums)
+def float32_error_sums(weights, rate):
+    """Compiled form of `reference.float32_error_sums`."""
     left, right, unembed = weights
     n, m = left.shape
     run, size = np.empty(m, np.float32), 0.0
@@ -322,21 +247,9 @@ def float32_error_sums(
     return of_x, of_y, size
 
 
-@compiled
-def residual_distances(
-    residual: Float32[np.ndarray, "neuron order"],
-    block_offsets: Int[np.ndarray, " offset"],
-    rate: float,
-    inflate: float,
-) -> Float32[np.ndarray, "block order"]:
-    """Bound the distance of each column e(z) from any other and from 0, in each block of neurons.
-
-    Args:
-        residual: e_i(z).
-        block_offsets: First neuron of each block, and the end of the last.
-        rate: Relative rounding of a squared distance.
-        inflate: Factor for rounding in the sums that these distances enter.
-    """
+@compiled_form(reference.residual_distances)
+def residual_distances(residual, block_offsets, rate, inflate):
+    """Compiled form of `reference.residual_distances`."""
     errors = np.empty((len(block_offsets) - 1, residual.shape[1]), np.float32)
     for b in range(len(errors)):
         far = _largest_distances(residual[block_offsets[b] : block_offsets[b + 1]], rate)
@@ -368,34 +281,14 @@ def _largest_distances(vectors, rate):
     return far
 
 
-@compiled
-def grid_spans(
-    residual: Float32[np.ndarray, "neuron order"],
-    weight: Float[np.ndarray, " neuron"],
-    grids: PackedGrids,
-    rate: float,
-) -> GridSpans:
-    """Bound how much the residual within the cells of all grids could take, for each two answers.
-
-    Args:
-        residual: e_i(z).
-        weight: Largest |u_i|, and sum of the norms of M_i, of each neuron.
-        grids: Grids of the explanation.
-        rate: Relative rounding of a squared distance.
-    """
+@compiled_form(reference.grid_spans)
+def grid_spans(residual, weight, grids, rate):
+    """Compiled form of `reference.grid_spans`."""
     n = residual.shape[1]
-    shapes, points, antipodes, scale, tables = grids
     spans, off_center, largest, cells = np.zeros((n, n), np.float32), 0.0, 0.0, 0
-    inflate = 1.000002 + 2.0**-22 * len(shapes)
-    for g in range(len(shapes)):
-        start, count, k, k2, left, right, cell, _ = shapes[g]
-        mine = slice(start, start + count)
-        grid = GridNeurons(
-            residual[mine], weight[mine], points[0, mine], points[1, mine],
-            antipodes[left : left + k], antipodes[right : right + k2], scale[mine],
-            tables[cell : cell + k * k2].reshape((k, k2)),
-        )  # fmt: skip
-        loss, most, kept = _add_spans(grid, rate, inflate, spans)
+    inflate = 1.000002 + 2.0**-22 * len(grids.shapes)
+    for g in range(len(grids.shapes)):
+        loss, most, kept = _add_spans(residual, weight, grids, g, rate, inflate, spans)
         off_center += loss
         largest += most
         cells += kept + 2
@@ -403,7 +296,7 @@ def grid_spans(
 
 
 @compiled
-def _add_spans(grid, rate, inflate, spans):
+def _add_spans(residual, weight, grids, g, rate, inflate, spans):
     """Add the most that the cells of a grid could take, for each two answers, to spans.
 
     A cell holds the sum of the residuals in it, without row and column means, times the norm
@@ -411,16 +304,14 @@ def _add_spans(grid, rate, inflate, spans):
     of two. Returns the most that row and column means of the table could take, more than the
     largest cell, and the number of cells kept.
     """
-    residual, weight, left_points, right_points, left_antipodes, right_antipodes, scale, table = (
-        grid
-    )
-    k, k2 = table.shape
-    size, means = _table_sizes(table)
+    shapes, points, antipodes, scale, tables = grids
+    start, count, k, k2, left, right, first, _ = shapes[g]
+    size, means = _table_sizes(tables[first : first + k * k2].reshape((k, k2)))
     n = residual.shape[1]
     cells = np.zeros((k * k2, n))
-    for j in range(len(residual)):
-        p, q, half = left_points[j], right_points[j], 0.5 * np.float64(scale[j])
-        own, other = cells[p * k2 + q], cells[left_antipodes[p] * k2 + right_antipodes[q]]
+    for j in range(start, start + count):
+        p, q, half = points[0, j], points[1, j], 0.5 * np.float64(scale[j])
+        own, other = cells[p * k2 + q], cells[antipodes[left + p] * k2 + antipodes[right + q]]
         line = residual[j]
         for z in range(n):
             own[z] += half * line[z]
@@ -440,7 +331,7 @@ def _add_spans(grid, rate, inflate, spans):
     kept = 0
     for p in range(k):
         for q in range(k2):
-            cell, other = p * k2 + q, left_antipodes[p] * k2 + right_antipodes[q]
+            cell, other = p * k2 + q, antipodes[left + p] * k2 + antipodes[right + q]
             if other < cell:
                 continue
             times = size if other == cell else np.sqrt(2.0) * size
@@ -462,7 +353,7 @@ def _add_spans(grid, rate, inflate, spans):
             square = norms[w] + mine - two * line[w]
             to[w] += more * np.sqrt(square if square > zero else zero)
     total = 0.0
-    for j in range(len(residual)):
+    for j in range(start, start + count):
         total += weight[j] * abs(np.float64(scale[j]))
     return 2.02 * (means + 1e-10 * size) * total, 4 * size * total, kept
 
@@ -486,25 +377,9 @@ def _table_sizes(table):
     return 1.000001 * np.sqrt(size), np.sqrt(means)
 
 
-@compiled
-def class_minima(
-    gaps: Float[np.ndarray, " order"],
-    norms: Float[np.ndarray, "order circuit"],
-    class_of: Int[np.ndarray, " order"],
-    most: int,
-    inflate: float,
-) -> ClassMinima:
-    """Take the least gap and the largest norms of each bin of the group without the identity.
-
-    A bin is a conjugacy class, or classes with about the same gap.
-
-    Args:
-        gaps: Ideal margin gamma(g).
-        norms: Frobenius norm of 1 - rho(g), of each circuit.
-        class_of: Conjugacy class of each element; 0 is that of the identity.
-        most: Largest number of bins.
-        inflate: Factor for rounding in the sums that the norms enter.
-    """
+@compiled_form(reference.class_minima)
+def class_minima(gaps, norms, class_of, most, inflate):
+    """Compiled form of `reference.class_minima`."""
     n_classes = class_of.max() + 1
     n, c = norms.shape
     least = np.full(n_classes, np.inf)

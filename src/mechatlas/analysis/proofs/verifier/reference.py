@@ -36,7 +36,6 @@ from mechatlas.analysis.proofs.verifier.structures import (
     GridSpans,
     Layout,
     LogitSums,
-    Lookup,
     MergedNetwork,
     Neurons,
     PackedActions,
@@ -226,7 +225,7 @@ def index_tables(grids: PackedGrids, actions: PackedActions) -> TableIndex:
         largest[mine] = np.float32(1.0001) * np.abs(scale[mine]) * np.abs(table).max()
         rows = table.T[actions.images[:, right : right + k2].T].transpose(0, 2, 1)
         out[cell : cell + k * k2] = rows.reshape(-1, len(actions.images))
-    return TableIndex(first, columns, out, largest)
+    return TableIndex(first, columns, actions.inverse, out, largest)
 
 
 def absolute_sums(
@@ -395,7 +394,7 @@ def additive_losses(sums: LogitSums, spans: Float32[np.ndarray, "order order"]) 
 def bound_pairs(
     table: Int[np.ndarray, "order order"],
     neurons: Neurons,
-    lookup: Lookup,
+    lookup: TableIndex,
     circuits: CircuitTerms,
     first: FirstStage,
     second: SecondStage,
@@ -418,7 +417,7 @@ def bound_pairs(
     n, pairs_left, used, uncertified = len(table), second.max_pairs, 0, 0
     for x in range(n):
         interaction = np.maximum(left[x][:, None] + right, 0) - additive_x[x][:, None] - additive_y
-        tables = lookup.tables[lookup.first + lookup.moves[x, lookup.points]]
+        tables = lookup.rows[lookup.first + lookup.moves[x, lookup.columns]]
         squares = np.square(interaction - scale[:, None] * tables)
         for b in range(len(residuals)):
             residuals[b] = np.sqrt(squares[offsets[b] : offsets[b + 1]].sum(axis=0))

@@ -109,6 +109,8 @@ class PackedActions(NamedTuple):
     images: Int[np.ndarray, "order point"]
     """Image of each point under each element; column 0 is a point that stays, for neurons in no
     grid."""
+    inverse: Int[np.ndarray, "order point"]
+    """Image of each point under the inverse of each element."""
 
 
 class Neurons(NamedTuple):
@@ -129,29 +131,18 @@ class Neurons(NamedTuple):
 
 
 class TableIndex(NamedTuple):
-    """Rows of tables: T of neuron i over all y is `rows[first[i] + p]`, p its left point at x."""
+    """Rows of tables: T of neuron i at x is `rows[first[i] + moves[x, columns[i]]]`, over all y."""
 
     first: Int[np.ndarray, " neuron"]
     """Row of the neuron's right point and of left point 0."""
     columns: Int[np.ndarray, " neuron"]
     """Column of the neuron's left point in the actions."""
+    moves: Int[np.ndarray, "order point"]
+    """Image of each point under the inverse of each element."""
     rows: Float32[np.ndarray, "row order"]
     """T(p, y p') over all y, for every p and p' of every grid; the last row is 0."""
     largest: Float32[np.ndarray, " neuron"]
     """Largest |s_i T|, or a little more."""
-
-
-class Lookup(NamedTuple):
-    """Table lookup: T of neuron i at x, over all y, is tables[first[i] + moves[x, points[i]]]."""
-
-    first: Int[np.ndarray, " neuron"]
-    """Row of the neuron's right point and of left point 0."""
-    points: Int[np.ndarray, " neuron"]
-    """Column of the neuron's left point in `moves`."""
-    moves: Int[np.ndarray, "order point"]
-    """Image of each point under the inverse of each element."""
-    tables: Float32[np.ndarray, "row order"]
-    """T over all y, a row for every two points of every grid."""
 
 
 class CircuitTerms(NamedTuple):
@@ -306,24 +297,3 @@ class Scratch(NamedTuple):
     """y of pairs that the first stage left."""
     sharper: Float32[np.ndarray, " order"]
     """Bounds of the second stage."""
-
-
-class GridNeurons(NamedTuple):
-    """One grid, and its neurons."""
-
-    residual: Float32[np.ndarray, "neuron order"]
-    """e_i(z)."""
-    weight: Float[np.ndarray, " neuron"]
-    """Largest |u_i|, and sum of the norms of M_i."""
-    left_points: Int[np.ndarray, " neuron"]
-    """Point p of each neuron."""
-    right_points: Int[np.ndarray, " neuron"]
-    """Point p' of each neuron."""
-    left_antipodes: Int[np.ndarray, " k"]
-    """Antipode of each point of B."""
-    right_antipodes: Int[np.ndarray, " k2"]
-    """Antipode of each point of B'."""
-    scale: Float32[np.ndarray, " neuron"]
-    """s_i."""
-    table: Float32[np.ndarray, "k k2"]
-    """T."""

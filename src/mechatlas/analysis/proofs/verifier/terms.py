@@ -10,7 +10,7 @@ import dataclasses
 from types import ModuleType
 
 import numpy as np
-from jaxtyping import Float, Float32
+from jaxtyping import Float
 
 from mechatlas.analysis.proofs.verifier import checks
 from mechatlas.analysis.proofs.verifier.checks import (
@@ -27,20 +27,22 @@ from mechatlas.analysis.proofs.verifier.packing import Packed
 from mechatlas.analysis.proofs.verifier.structures import (
     AdditiveLosses,
     CircuitTerms,
-    DistinctRows,
     FirstStage,
     GridSpans,
     LogitSums,
-    Lookup,
     MergedNetwork,
     Neurons,
     PairSum,
+    SecondStage,
     TableIndex,
     Weights,
 )
 
 BINS = 12
 """Largest number of bins that conjugacy classes are put into."""
+GIVE_UP_SHARE = 0.1
+"""Share of certified pairs below which the second stage ends; where after it less than a fiftieth
+of the first pairs is certified, the verification ends."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -51,18 +53,14 @@ class Terms:
     """Network as it was given."""
     neurons: Neurons
     """Cluster representatives: l, A, r, B, s, and blocks."""
-    lookup: Lookup
+    lookup: TableIndex
     """Tables T of the grids."""
     circuits: CircuitTerms
     """M_i, rho(x) Vm and rho of the circuits."""
     first: FirstStage
     """Ideal margins, losses and rounding."""
-    distinct: DistinctRows
-    """Rows of rho that differ by more than a sign, for the second stage."""
-    sums: LogitSums
-    """Additive part of each logit, for the second stage."""
-    grid_spans: Float32[np.ndarray, "order order"]
-    """Largest loss within the cells of all grids, for each two answers."""
+    second: SecondStage
+    """Logits of the second stage, and its limits."""
     prepared: int
     """Multiply-adds of the preparation."""
     first_cost: int
@@ -94,7 +92,7 @@ def build_terms(
     merged = _merge(weights, packed, loops)
     residual, sizes = loops.unembedding_residual(merged.unembed, packed.circuits, rho)
     framed, gaps = loops.ideal_margins(packed.circuits, rho, group.identity)
-    index = loops.index_tables(packed.grids, actions.packed(packed.sides))
+    index = loops.index_tables(packed.grids, actions.packed._replace(sides=packed.sides))
     weight = merged.mass + 1.01 * np.sqrt(packed.widest) * sizes
     d = packed.circuits.shapes[:, 0]
     inflate = 1 + 1.01 * growth(2 * k + packed.widest**2 + len(d) + len(blocks) + 64, U32)
@@ -112,15 +110,13 @@ def build_terms(
             merged.left, packed.layout.additive_x, merged.right, packed.layout.additive_y,
             packed.grids.scale, blocks,
         ),
-        lookup=Lookup(index.first, index.columns, actions.inverse, index.rows),
+        lookup=index,
         circuits=CircuitTerms(packed.circuits.shapes, packed.circuits.coefficients, framed, rho),
         first=FirstStage(
             loops.class_minima(gaps, irreps.norms, group.class_of, BINS, inflate),
             losses, errors, slack, checks.float32_errors(weights, loops), inflate,
         ),
-        distinct=irreps.distinct,
-        sums=sums,
-        grid_spans=spans.spans,
+        second=SecondStage(irreps.distinct, sums, spans.spans, 0, GIVE_UP_SHARE),
         prepared=n * n * (3 * k + spans.n_cells) + n * len(packed.circuits.coefficients) + n * m,
         first_cost=3 * k + len(packed.circuits.coefficients) + int((d**3 + d**2).sum())
         + 8 * (len(d) + len(blocks)),

@@ -44,17 +44,12 @@ from mechatlas.analysis.proofs.verifier.structures import (
     PairBounds,
     PairCounts,
     PairSum,
-    SecondStage,
     Weights,
 )
 from mechatlas.analysis.proofs.verifier.terms import Terms, build_terms
 from mechatlas.base import Result
 from mechatlas.deprecated import renamed_attributes
 from mechatlas.maths.groups import Group
-
-GIVE_UP_SHARE = 0.1
-"""Share of certified pairs below which the second stage ends; where after it less than a fiftieth
-of the first pairs is certified, the verification ends."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -191,7 +186,7 @@ def verify(
         deviations=np.empty((len(packed.circuits.shapes), n), np.float32),
     )
     few = int(explanation.second_stage_budget * brute_force / t.second_cost)
-    second = SecondStage(t.distinct, t.sums, t.grid_spans, few, GIVE_UP_SHARE)
+    second = t.second._replace(max_pairs=few)
     counts: PairCounts = loops.bound_pairs(
         table, t.neurons, t.lookup, t.circuits, t.first, second, out
     )

@@ -1,4 +1,4 @@
-"""Which branch computes a feature: counts against the control, shares, strongest features."""
+"""Chapter on branches: counts against the control, shares, strongest features of each."""
 
 from pathlib import Path
 from typing import Any
@@ -145,7 +145,7 @@ def _shares(run: Run, table: dict[str, np.ndarray], names: list[str]) -> dict[st
 
 
 def _agreement(run: Run, table: dict[str, np.ndarray], names: list[str]) -> dict[str, Any]:
-    """What is lost without a branch, against the share of the decoder row."""
+    """Scatter plot: loss without a branch against the share of the decoder row."""
     random = np.random.default_rng(0)
     traces = []
     for k, name in enumerate(names):

@@ -1,4 +1,4 @@
-"""Which directions matter: spectra, free directions, ablation curves, the interaction graph."""
+"""Chapter on interaction: spectra, free directions, ablation curves, the interaction graph."""
 
 from typing import Any
 

@@ -1,0 +1,36 @@
+"""Compilation of inner loops to machine code that is kept on disk."""
+
+import inspect
+import zlib
+from collections.abc import Callable, Collection, Iterable
+from typing import Any, TypeVar
+
+import numba
+
+Loop = TypeVar("Loop", bound=Callable[..., Any])
+
+
+def compiled(
+    function: Loop, *, fastmath: bool | Collection[str] = False, structures: Iterable[Any] = ()
+) -> Loop:
+    """Compile a loop without the interpreter's lock, and keep the result where that is possible.
+
+    Numba keeps machine code on disk by the name of a loop and the age of its file, but reads named
+    tuples by the place of their fields. With the fields in the name, code that was compiled for
+    other fields is never taken, nor is a tuple looked for that is no longer there.
+
+    Args:
+        function: The loop, in the part of Python that numba compiles.
+        fastmath: Freedoms in floating-point arithmetic, by LLVM's names; by default none.
+        structures: Classes of the named tuples that the loop, and any loop it calls, takes.
+    """
+    function = inspect.unwrap(function)  # tests wrap functions in checks
+    if fields := sorted((each.__name__, each._fields) for each in structures):
+        function.__qualname__ += f"_{zlib.crc32(repr(fields).encode()):08x}"
+    freedoms = fastmath if isinstance(fastmath, bool) else set(fastmath)
+    options: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": freedoms}
+    compiler: Any = numba.njit
+    try:
+        return compiler(cache=True, **options)(function)
+    except RuntimeError:  # no writable place for the cache: compile in every process
+        return compiler(**options)(function)
