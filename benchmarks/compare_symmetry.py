@@ -36,6 +36,7 @@ from mechatlas.app.commands.symmetry import TABLE, TENSORS, SymmetryConfig
 from mechatlas.app.run_folder import execute
 from mechatlas.base import InputError
 from mechatlas.dictionaries.autoencoder import SparseCoder
+from mechatlas.dictionaries.rows import ArrayRows
 from mechatlas.files import read_json, write_json
 from mechatlas.maths.groups import Group
 
@@ -76,7 +77,7 @@ class Problem:
     def fit(self, dictionary: SparseCoder, x: Tensor, seed: int) -> SparseCoder:
         """Train on some columns of the rows."""
         options = self.options
-        rows = ma.ArrayRows(x)
+        rows = ArrayRows(x)
         ma.train(dictionary, rows, steps=options.steps, batch_size=options.batch_size, seed=seed)
         return dictionary
 

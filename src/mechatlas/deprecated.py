@@ -15,12 +15,19 @@ from collections.abc import Callable, Mapping
 from typing import Any, ParamSpec, TypeVar
 
 NAMES: dict[str, str] = {
+    "ArrayRows": "mechatlas.dictionaries.rows.ArrayRows",
     "Analysing": "mechatlas.analysis.interaction.results.InteractionConfig",
     "Collecting": "mechatlas.activations.collect.StoreConfig",
+    "Group": "mechatlas.maths.groups.Group",
     "Interaction": "mechatlas.analysis.interaction.results.InteractionBasis",
     "Posing": "mechatlas.activations.posing.PoseConfig",
+    "Positions": "mechatlas.activations.positions.Positions",
+    "Pretrained": "mechatlas.dictionaries.pretrained.Pretrained",
+    "Rows": "mechatlas.base.Rows",
+    "StreamRows": "mechatlas.dictionaries.rows.StreamRows",
     "build": "mechatlas.activations.networks.load_network",
     "edited": "mechatlas.activations.sites.intervene",
+    "fvu": "mechatlas.dictionaries.metrics.fvu",
     "read": "mechatlas.activations.sites.read_activations",
     "relatives": "mechatlas.analysis.matching.pairing.feature_splitting",
 }
@@ -40,7 +47,6 @@ ARGUMENTS: dict[str, dict[str, str]] = {
     "feature_splitting": {"found": "matching", "most": "max_partners"},
     "match": {"parts": "cost", "rate": "fdr", "units": "scale"},
     "prove": {"effort": "compute_budget"},
-    "report": {"pictures": "visualize"},
     "symmetry": {"alike": "equality_threshold", "rate": "fdr", "turns": "acts_by_rotation"},
     "track": {"rate": "fdr"},
 }

@@ -15,7 +15,7 @@ from mechatlas.analysis.interaction import interaction_basis
 from mechatlas.app.cli import main
 from mechatlas.app.commands.basis import BasisConfig
 from mechatlas.app.recipes import read_recipe
-from mechatlas.app.report.page import write_page
+from mechatlas.app.report.page import report
 from mechatlas.app.run_folder import execute
 from mechatlas.dictionaries.autoencoder import Autoencoder
 from mechatlas.dictionaries.formats import save
@@ -88,7 +88,7 @@ def test_a_run_writes_what_others_rely_on(here, capsys):
     tensors = load_file(here / "basis" / "basis.safetensors")
     to, back = tensors["1.lib.to_basis"], tensors["1.lib.from_basis"]
     np.testing.assert_allclose(back @ to, np.eye(to.shape[1]), atol=1e-6)
-    page = write_page(here / "basis", here / "page.html").read_text()
+    page = report(here / "basis", here / "page.html").read_text()
     assert "free directions of the weights" in page
     assert "latents of a dictionary" in page
     assert "of the importance" in page  # what a vector of the graph is made of

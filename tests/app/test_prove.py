@@ -11,7 +11,7 @@ from safetensors.numpy import save_file
 from mechatlas.analysis.proofs.verifier.structures import Weights
 from mechatlas.app.cli import main
 from mechatlas.app.commands import prove
-from mechatlas.app.report.page import write_page
+from mechatlas.app.report.page import report
 from mechatlas.maths.named_groups import group
 from tests.analysis.proofs.planted import planted, true_margins
 
@@ -65,7 +65,7 @@ def test_a_proof_is_made_checked_and_drawn(net, tmp_path, capsys):
                     "--table", tmp_path / "other.npy")  # fmt: skip
     assert "about another table" in said
     page = tmp_path / "page.html"
-    write_page(out, page)
+    report(out, page)
     text = page.read_text()
     assert "rho-set" in text
     assert "bi-equivariance" in text
@@ -123,7 +123,7 @@ def test_a_proof_of_version_0_1_is_checked_and_drawn(tmp_path, capsys):
     run("prove", "--check", golden, golden / "net.safetensors")
     assert "The proof holds" in capsys.readouterr().out
     page = tmp_path / "page.html"
-    write_page(golden, page)
+    report(golden, page)
     text = page.read_text()
     for words in ("dead neurons: 2", "merged into a cluster with a stronger one: 5", "waterfall"):
         assert words in text

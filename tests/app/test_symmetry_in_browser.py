@@ -3,7 +3,7 @@
 import pytest
 
 from mechatlas.app.commands.symmetry import SymmetryConfig
-from mechatlas.app.report.page import write_page
+from mechatlas.app.report.page import report
 from mechatlas.app.run_folder import execute
 from mechatlas.dictionaries.formats import save
 
@@ -26,7 +26,7 @@ def tab(tmp_path_factory):
         dictionary=root / "crosscoder", store=root / "store", out=root / "runs" / "symmetry"
     )
     execute(config)
-    page = write_page(root / "runs", root / "atlas.html").as_uri()
+    page = report(root / "runs", root / "atlas.html").as_uri()
     assert PROGRAM is not None
     opened = browser.Browser(PROGRAM, tmp_path_factory.mktemp("profile"))
     opened.open(f"{page}#symmetry")

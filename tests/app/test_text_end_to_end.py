@@ -10,7 +10,7 @@ from mechatlas.activations.positions import Positions
 from mechatlas.activations.samples import Texts
 from mechatlas.app.commands.collect import CollectConfig
 from mechatlas.app.commands.train import TrainConfig
-from mechatlas.app.report.page import write_page
+from mechatlas.app.report.page import report
 from mechatlas.app.run_folder import execute
 from mechatlas.dictionaries.sparsity import BatchTopK
 
@@ -40,7 +40,7 @@ def test_minilm_from_its_wheel_to_the_page(tmp_path, data):
     assert 25 < trained.l0 < 40
     assert trained.dead_share < 0.05
     page = tmp_path / "page.html"
-    write_page(tmp_path / "runs", page)
+    report(tmp_path / "runs", page)
     text = page.read_text()
     assert "encoder.layer.2" in text
     assert json.dumps(" wine")[1:-1] in text, "pieces of words stand apart on the cards"

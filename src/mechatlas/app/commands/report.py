@@ -11,7 +11,7 @@ from typing import Annotated
 from tyro.conf import Positional, arg
 
 from mechatlas.app.progress import bar
-from mechatlas.app.report.page import write_page
+from mechatlas.app.report.page import report
 from mechatlas.app.run_folder import CommandResult, peak_bytes
 from mechatlas.base import RecipeError
 
@@ -50,9 +50,7 @@ def run(config: ReportConfig) -> ReportResult:
         raise RecipeError(f"--visualize must be at least 0 features, got {config.visualize}.")
     clock = time.process_time()
     with bar("drawing the page") as progress:
-        page = write_page(
-            config.folder, config.out, visualize=config.visualize, on_progress=progress
-        )
+        page = report(config.folder, config.out, visualize=config.visualize, on_progress=progress)
     return ReportResult(
         out=str(page),
         page=str(page),

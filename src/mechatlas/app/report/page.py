@@ -1,6 +1,6 @@
 """Page of a folder of runs: one self-contained HTML file.
 
-    write_page    find the runs, make the chapters, write the page
+    report    find the runs, make the chapters, write the page
 
 The page is one file and asks for nothing from anywhere: scripts, styles, pictures and
 numbers are inside, and its content policy forbids the browser to load anything else.
@@ -55,8 +55,8 @@ STEPS = 1000
 """Progress steps of one chapter."""
 
 
-def write_page(
-    folder: Path, out: Path, *, visualize: int = 0, on_progress: Progress = no_progress
+def report(
+    folder: Path | str, out: Path | str, *, visualize: int = 0, on_progress: Progress = no_progress
 ) -> Path:
     """Write one page about every run in a folder.
 
@@ -73,7 +73,7 @@ def write_page(
         DiskError: The folder is not there, or the page cannot be written.
         UserError: The folder holds no run.
     """
-    runs = find_runs(folder, visualize=visualize)
+    runs = find_runs(Path(folder), visualize=visualize)
     chapters = []
     total = len(CHAPTERS) * STEPS
     for number, make in enumerate(CHAPTERS):
