@@ -17,10 +17,8 @@ UNCLEAR_STARTS = ("Of", "That", "Those", "What", "Which", "As", "It", "The same"
 PREPOSITIONS = {"about", "at", "beside", "between", "beyond", "by", "for", "from", "in", "of", "on",
     "over", "to", "under", "with"}  # fmt: skip
 UNCLEAR_MODULES: set[str] = {
-    "src/mechatlas/activations/collect.py",
     "src/mechatlas/activations/inputs.py",
     "src/mechatlas/activations/networks.py",
-    "src/mechatlas/activations/posing.py",
     "src/mechatlas/activations/positions.py",
     "src/mechatlas/activations/receptive.py",
     "src/mechatlas/activations/samples.py",
