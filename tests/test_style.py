@@ -33,7 +33,6 @@ UNCLEAR_MODULES: set[str] = {
     "src/mechatlas/analysis/branches/summary.py",
     "src/mechatlas/analysis/circuits/__init__.py",
     "src/mechatlas/analysis/matching/__init__.py",
-    "src/mechatlas/app/commands/basis.py",
     "src/mechatlas/app/commands/branches.py",
     "src/mechatlas/app/commands/circuit.py",
     "src/mechatlas/app/commands/collect.py",
