@@ -94,3 +94,9 @@ def test_every_command_and_recipe_that_is_mentioned_exists():
         assert command in COMMANDS or command in ("is", "as", "to"), command
     for recipe in re.findall(r"recipes/[\w/]+\.toml", text):
         assert (ROOT / recipe).exists(), recipe
+
+
+def test_the_tables_of_results_are_those_of_the_commands():
+    check = [sys.executable, ROOT / "tools" / "write_result_tables.py", "--check"]
+    done = subprocess.run(check, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

@@ -67,10 +67,15 @@ class PassedShare:
     """Number of features that pass a test, and their share with its 95 % interval (Wilson)."""
 
     tested: int = 0
+    """Features tested."""
     passed: int = 0
+    """Features that pass."""
     share: float | None = None
+    """Share of the tested features that pass."""
     low: float = 0.0
+    """Lower end of the 95 % interval of the share."""
     high: float = 1.0
+    """Upper end of the 95 % interval of the share."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -78,7 +83,9 @@ class ClassPassed:
     """Number of features of one class that pass the test against other features."""
 
     tested: int
+    """Features tested."""
     passed: int
+    """Features that pass."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -113,8 +113,11 @@ class PairResult:
     b: str
     """Name of the second dictionary."""
     n_a: int
+    """Latents of the first dictionary."""
     n_b: int
+    """Latents of the second dictionary."""
     cost: float
+    """Cost of the optimal pairing."""
     lower_bound: float
     """Lower bound on the cost of every one-to-one pairing."""
     gap: float
@@ -126,6 +129,7 @@ class PairResult:
     cosine_threshold: float | None
     """Cosine above which as many pairs lie as are matched; null where none is."""
     pricing_rounds: int
+    """Rounds of pricing until the pairing was proved optimal."""
     passes: float
     """Mean number of times that a row was priced against all columns."""
     split: int
@@ -135,7 +139,9 @@ class PairResult:
     seconds: float
     """Process CPU seconds of the pairing and its evidence."""
     wall_seconds: float
+    """Wall seconds of the pairing and its evidence."""
     peak_bytes: int
+    """Largest resident memory of the process so far."""
     held_out_rows: int | None = None
     """Rows under `co_firing` and `explained_variance`; with a store."""
     co_firing: dict[str, CoFiring] | None = None
@@ -155,7 +161,9 @@ class TracksResult:
     """Feature tracks through three dictionaries or more."""
 
     n: int
+    """Number of tracks."""
     layers: int
+    """Number of layers."""
     longer_than_one: int
     """Tracks of two layers or more."""
     persistence: list[float]
@@ -175,6 +183,7 @@ class DistantMatch:
     """Match of the first dictionary with the last by one method."""
 
     pairs: int
+    """Number of matched pairs."""
     co_firing: CoFiring | None = None
     """Co-firing of the pairs; with a store."""
 
@@ -196,6 +205,7 @@ class MatchResult(CommandResult):
     """Matches of consecutive dictionaries; the fields of `result.json`."""
 
     cost: str
+    """Vectors compared."""
     fdr: float
     """False match rate asked for."""
     dictionaries: list[str]
@@ -203,7 +213,9 @@ class MatchResult(CommandResult):
     pairs: list[PairResult]
     """One entry for each two consecutive dictionaries."""
     tracks: TracksResult | None = None
+    """Feature tracks, with three dictionaries or more."""
     first_to_last: FirstToLast | None = None
+    """Match of the first dictionary with the last, with three dictionaries or more."""
     cycle_agreement: float | None = None
     """Share of latents that come back to themselves by composition there and directly back."""
 

@@ -89,8 +89,11 @@ class GroupDescription:
     """Group of the store, and how it acts on inputs."""
 
     name: str
+    """Name of the group."""
     order: int
+    """Number of its elements."""
     action: str
+    """Name of its action on samples."""
     closes: bool = True
     """Whether the steps of the action return to the start, so that the group acts at all."""
 
@@ -112,9 +115,13 @@ class PoseR2ByPredictor:
     """R2 of each pose on held-out rows; null where nothing varies."""
 
     dictionary: list[float | None]
+    """R2 of the dictionary, by element."""
     linear: list[float | None]
+    """R2 of the best linear map, by element."""
     invariant: list[float | None]
+    """R2 of the activation itself, by element."""
     shuffled: list[float | None]
+    """R2 of the best linear map with shuffled pairing, by element."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -122,9 +129,13 @@ class MeanR2ByPredictor:
     """Mean R2 over the poses other than e."""
 
     dictionary: float | None
+    """Mean R2 of the dictionary."""
     linear: float | None
+    """Mean R2 of the best linear map."""
     invariant: float | None
+    """Mean R2 of the activation itself."""
     shuffled: float | None
+    """Mean R2 of the best linear map with shuffled pairing."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -132,9 +143,11 @@ class ControlResult:
     """Class frequencies compared with those of a control."""
 
     folder: str
+    """Folder of the control."""
     reliable: tuple[int, int] | None = None
     """Number of reliable features here and in the control."""
     classes: list[ClassComparison]
+    """Comparison of each class."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -142,6 +155,7 @@ class SymmetryResult(CommandResult):
     """Counts of classes and families, with their evidence."""
 
     n_features: int
+    """Features of the dictionary."""
     classes: dict[str, int]
     """Number of features by class of the stabilizer."""
     fdr: float
@@ -157,33 +171,45 @@ class SymmetryResult(CommandResult):
     noise_ceiling: float | None
     """Median over features of the cosine between the two halves."""
     noise_ceiling_quartiles: list[float | None]
+    """Lower and upper quartile of the noise ceiling."""
     noise_inflation: float
     """Factor applied to variances for correlated noise."""
     families: int
     """Number of families of two or more features."""
     features_in_families: int
+    """Features in families of two or more."""
     largest_family: int
+    """Features of the largest family."""
     chance_similarity: float
     """Similarity of unrelated features."""
     agreement: float | None
     """Median cosine of decoder blocks with blocks estimated from codes, corrected for noise."""
     group: GroupDescription
+    """Group and action of the store."""
     interpolation: Interpolation | None = None
     """Effect of interpolation; null where no rotation interpolates."""
     site: str
+    """Site that the dictionary reads."""
     blocks: str
     """Source of the blocks: the decoder, or an estimate from codes."""
     reads: str = UNTRANSFORMED
     """Input of the dictionary: all poses, or the untransformed input."""
     rows: int
+    """Rows of the store that stabilizers are estimated from."""
     rows_of_halves: list[int]
+    """Rows of each half of the images."""
     held_out_rows: int
+    """Held-out rows on which poses are predicted."""
     r2: PoseR2ByPredictor
+    """R2 of each pose, by predictor, on held-out rows."""
     r2_mean: MeanR2ByPredictor
+    """Mean R2 over the elements other than the identity, by predictor."""
     interventions: InterventionsResult = dataclasses.field(
         default_factory=lambda: InterventionsResult(missing="The run is older than interventions.")
     )
+    """Interchange interventions in the network."""
     control: ControlResult | None = None
+    """Comparison with a control, with --control."""
 
 
 def run(config: SymmetryConfig, folder: RunFolder) -> SymmetryResult:
