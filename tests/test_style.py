@@ -65,11 +65,8 @@ UNCLEAR_MODULES: set[str] = {
     "src/mechatlas/dictionaries/sparsity.py",
     "src/mechatlas/dictionaries/training.py",
     "src/mechatlas/maths/actions.py",
-    "src/mechatlas/maths/assignment.py",
-    "src/mechatlas/maths/augmenting.py",
     "src/mechatlas/maths/groups.py",
     "src/mechatlas/maths/irreps.py",
-    "src/mechatlas/maths/pricing.py",
 }
 """Modules with docstrings that do not stand alone; this list may only shrink."""
 

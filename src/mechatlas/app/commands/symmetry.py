@@ -1,4 +1,4 @@
-"""Stabilizer of each feature, and families of features that are poses of one another.
+"""Find what leaves each feature unchanged, and families of features that are poses of one another.
 
 Example:  mechatlas symmetry runs/crosscoder --store runs/posed --out runs/symmetry
 """
