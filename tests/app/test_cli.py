@@ -209,7 +209,7 @@ def test_the_overview_lists_every_command_with_its_first_line_and_imports_none()
     told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     for name in cli.COMMANDS:
         command = importlib.import_module(f"mechatlas.app.commands.{name}")
-        first = command.__doc__.splitlines()[0].rstrip(".")
+        first = str(command.__doc__).splitlines()[0].rstrip(".")
         assert f"  {name:<9} {first}\n" in told.stdout
     assert told.stdout.endswith("[]\n")
 
