@@ -1,7 +1,7 @@
 """Proofs of networks on groups: circuits, rho-sets, terms of the bound, and margins."""
 
 import dataclasses
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import cattrs
 import numpy as np
@@ -11,7 +11,11 @@ from mechatlas.app.old_runs import renamed
 from mechatlas.app.proof_details import GridDetails, MarginHistogram, NetworkDetails
 from mechatlas.app.report.chapter import Chapter, render
 from mechatlas.app.report.runs import Runs
+from mechatlas.app.run_folder import PROOF
 from mechatlas.base import Progress
+
+if TYPE_CHECKING:
+    from mechatlas.app.commands.prove import ProveResult
 
 TERMS = {
     "ideal_margin": "ideal margin",
@@ -61,7 +65,7 @@ class ProofSection:
 
     name: str
     details: NetworkDetails
-    result: dict[str, Any]
+    result: "ProveResult"
     irreps: list[IrrepRow]
     circuits: list[CircuitRow]
     drawings: list[Drawing]
@@ -73,13 +77,13 @@ def chapter(runs: Runs, on_progress: Progress) -> Chapter | None:
     Raises:
         DiskError: A file of a run is damaged.
     """
-    finished = [run for run in runs.of_kind("proof") if run.result]
+    finished = runs.of_kind(PROOF)
     if not finished:
         return None
     proofs = []
     for number, run in enumerate(finished):
         details = cattrs.structure(renamed(run.read("neurons.json"), run.kind), NetworkDetails)
-        result = renamed(run.result, run.kind)
+        result: "ProveResult" = run.typed_result()
         proofs.append(
             ProofSection(
                 run.name,
@@ -125,10 +129,10 @@ def _circuit(grid: GridDetails) -> CircuitRow:
     )
 
 
-def _drawings(result: dict[str, Any], details: NetworkDetails, prefix: str) -> list[Drawing]:
+def _drawings(result: "ProveResult", details: NetworkDetails, prefix: str) -> list[Drawing]:
     """Everything that is drawn of one proof."""
     text = "The bound of the first stage for a typical pair, term by term."
-    drawings = [Drawing(f"{prefix}budget", text, _budget(result["logit_budget"]))]
+    drawings = [Drawing(f"{prefix}budget", text, _budget(vars(result.logit_budget)))]
     if details.histogram:
         text = "Margins in logits: certified (a lower bound) and true (by brute force)."
         drawings.append(Drawing(f"{prefix}margins", text, _margins(details.histogram)))
