@@ -3,12 +3,16 @@
 import importlib
 import os
 import re
+import runpy
 import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+import mechatlas
+from mechatlas import deprecated
 
 ROOT = Path(__file__).parents[1]
 NAMES = (
@@ -78,6 +82,20 @@ def test_every_name_of_the_reference_resolves():
 def test_a_name_that_moved_does_not_resolve():
     assert not resolves("mechatlas.analysis.circuits.compose.record")
     assert not resolves("mechatlas.nowhere.Site")
+
+
+def test_the_glossary_lists_every_old_spelling():
+    section = runpy.run_path(str(ROOT / "tools" / "write_old_spellings.py"))["section"]()
+    text = (ROOT / "docs" / "glossary.md").read_text()
+    assert text.endswith(section), "run tools/write_old_spellings.py"
+    assert [path for path in deprecated.NAMES.values() if not resolves(path)] == []
+
+
+def test_every_verb_of_the_readme_is_on_the_front_door():
+    rows = re.findall(r"^\|.*\|.*\|(.*)\|$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    verbs = re.findall(r"`(\w+)\(", "".join(rows))
+    assert len(verbs) > 8
+    assert set(verbs) <= set(mechatlas.__all__)
 
 
 def test_the_readme_promises_within_its_first_screen():
