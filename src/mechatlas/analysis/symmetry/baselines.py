@@ -130,20 +130,6 @@ class PoseMaps:
         }
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Baselines:
-    """R2 on held-out rows for each element of the group."""
-
-    linear: Float[np.ndarray, " order"]
-    """R2 of the best linear map from a(I) to a(gI), which has no bottleneck."""
-    invariant: Float[np.ndarray, " order"]
-    """R2 of a(I) itself as a prediction of a(gI)."""
-    shuffled: Float[np.ndarray, " order"]
-    """R2 of a linear map fitted to rows with shuffled pairing; about 0."""
-    dictionary: Float[np.ndarray, " order"] | None
-    """R2 of the dictionary's reconstruction, if it was given."""
-
-
 def baselines(
     train: Float[np.ndarray, "n order d"],
     held: Float[np.ndarray, "m order d"],
@@ -151,8 +137,8 @@ def baselines(
     *,
     reconstruction: Float[np.ndarray, "m order d"] | None = None,
     seed: int = 0,
-) -> Baselines:
-    """Compute R2 of the baselines on held-out rows.
+) -> dict[str, Float[np.ndarray, " order"]]:
+    """Compute R2 of the baselines on held-out rows, for each element of the group.
 
     Args:
         train: Posed activations to fit linear maps to; preferably of other samples than `held`.
@@ -160,6 +146,11 @@ def baselines(
         identity: Element that changes nothing.
         reconstruction: Reconstruction of `held` by a dictionary.
         seed: Seed of the row permutations of the control.
+
+    Returns:
+        `linear` (the best linear map from a(I) to a(gI), which has no bottleneck), `invariant`
+        (a(I) itself), `shuffled` (a linear map fitted to rows with shuffled pairing; about 0) and,
+        with a reconstruction, `dictionary`.
 
     Raises:
         InputError: There are too few rows.
@@ -171,5 +162,4 @@ def baselines(
     x = held.reshape(len(held), -1)
     more = {} if reconstruction is None else {"dictionary": reconstruction.reshape(x.shape)}
     explained.add(x, **fit.solve().predict(x), **more)
-    r2 = explained.r2()
-    return Baselines(r2["linear"], r2["invariant"], r2["shuffled"], r2.get("dictionary"))
+    return explained.r2()
