@@ -31,7 +31,8 @@ class PoseR2:
     """
 
     def __init__(self, order: int, d: int) -> None:
-        self.n, self._shape = 0, (order, d)
+        self.n: int = 0
+        self._shape = order, d
         self._sum, self._square = np.zeros(order * d), np.zeros(order * d)
         self._residual: dict[str, np.ndarray] = {}
 
@@ -67,12 +68,13 @@ class PoseMapFit:
     """
 
     def __init__(self, order: int, d: int, identity: int, *, seed: int = 0) -> None:
-        self.n, self.d, self.width = 0, d, order * d
+        self.n: int = 0
+        self._d, self._width = d, order * d
         self._untransformed = slice(identity * d, (identity + 1) * d)
         self._random = np.random.default_rng([seed, 0x6D617073])
         self._gram = np.zeros((d, d))
-        self._cross = np.zeros((2, d, self.width))
-        self._mean = np.zeros(self.width)
+        self._cross = np.zeros((2, d, self._width))
+        self._mean = np.zeros(self._width)
 
     def add(self, x: Float[np.ndarray, "batch width"]) -> None:
         """Add a batch of rows; the control shuffles the rows within the batch."""
@@ -95,10 +97,10 @@ class PoseMapFit:
         own = mean[self._untransformed]
         gram = self._gram / self.n - np.outer(own, own)
         cross = self._cross / self.n - np.outer(own, mean)
-        gram[np.diag_indices(self.d)] += RIDGE * max(np.trace(gram) / self.d, 1e-30)
+        gram[np.diag_indices(self._d)] += RIDGE * max(np.trace(gram) / self._d, 1e-30)
         linear, shuffled = (
             scipy.linalg.solve(gram, np.hstack(list(cross)), assume_a="pos")
-            .reshape(self.d, 2, -1)
+            .reshape(self._d, 2, -1)
             .swapaxes(0, 1)
         )
         return PoseMaps(self._untransformed, mean, linear, shuffled)

@@ -19,7 +19,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from numpy.typing import ArrayLike
 from torch import Tensor
 
@@ -140,7 +140,10 @@ class Symmetry(Result):
 def symmetry(
     blocks: ArrayLike | Tensor,
     group: Group,
-    halves: Sequence[ArrayLike | Tensor] | np.ndarray | Tensor | None = None,
+    halves: Sequence[ArrayLike | Tensor]
+    | Shaped[np.ndarray, "..."]
+    | Shaped[Tensor, "..."]
+    | None = None,
     *,
     fdr: float = FDR,
     equality_threshold: float = EQUALITY_THRESHOLD,
@@ -250,7 +253,7 @@ def shuffle_pairing(
 
 
 def count_shuffled_discoveries(
-    halves: Sequence[ArrayLike | Tensor] | np.ndarray | Tensor,
+    halves: Sequence[ArrayLike | Tensor] | Shaped[np.ndarray, "..."] | Shaped[Tensor, "..."],
     group: Group,
     *,
     fdr: float = FDR,
@@ -292,7 +295,7 @@ def _energy_spectrum(
 
 
 def _as_halves(
-    halves: Sequence[ArrayLike | Tensor] | np.ndarray | Tensor,
+    halves: Sequence[ArrayLike | Tensor] | Shaped[np.ndarray, "..."] | Shaped[Tensor, "..."],
     group: Group,
     shape: tuple[int, ...] | None,
 ) -> list[Float[np.ndarray, "feature order d"]]:
