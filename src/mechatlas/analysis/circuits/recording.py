@@ -296,7 +296,7 @@ class OpenGates:
 def by_sign(
     gates: Shaped[Tensor, "sign own_and_tap #latent channel"],
     values: Float[Tensor, "own_and_tap latent channel"],
-) -> Shaped[Tensor, "own_and_tap #latent channel"]:
+) -> Shaped[Tensor, "own_and_tap _latent channel"]:
     """Select gates by the sign of values."""
     if len(gates) == 1:
         return gates[0]
