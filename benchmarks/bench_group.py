@@ -16,9 +16,9 @@ from torch import Tensor
 from mechatlas.activations.store import Store
 from mechatlas.app.run_folder import peak_bytes
 from mechatlas.dictionaries.autoencoder import Crosscoder
+from mechatlas.dictionaries.engine.posed_steps import PosedStep
+from mechatlas.dictionaries.engine.sparse_steps import SparseStep
 from mechatlas.dictionaries.pose_tied import PoseTied
-from mechatlas.dictionaries.posed_steps import PosedStep
-from mechatlas.dictionaries.sparse_steps import SparseStep
 from mechatlas.dictionaries.sparsity import TopK
 from mechatlas.dictionaries.training import train
 from mechatlas.maths.groups import Group

@@ -25,11 +25,11 @@ import pytest
 import torch
 
 from mechatlas.dictionaries.autoencoder import Autoencoder, Crosscoder
+from mechatlas.dictionaries.engine.products import product_with
+from mechatlas.dictionaries.engine.sparse_steps import SparseStep
+from mechatlas.dictionaries.engine.steps import AutogradStep
 from mechatlas.dictionaries.metrics import evaluate
-from mechatlas.dictionaries.products import product_with
-from mechatlas.dictionaries.sparse_steps import SparseStep
 from mechatlas.dictionaries.sparsity import BatchTopK, TopK
-from mechatlas.dictionaries.steps import AutogradStep
 
 BATCH, K, STEPS = 4096, 32, 7
 SHAPES = {
@@ -175,7 +175,7 @@ def test_a_wide_decoder_against_the_dense_trainer(benchmark):
 
 
 def measure_memory(shape: str) -> int:
-    import mechatlas.dictionaries.kernels  # noqa: F401 - code is not counted
+    import mechatlas.dictionaries.engine.kernels  # noqa: F401 - code is not counted
 
     torch.set_num_threads(1)
     x = rows(SHAPES[shape][0], BATCH)

@@ -7,20 +7,26 @@ This module is the one table of old names:
     ATTRIBUTES   attributes of results, by class
     FLAGS        flags of commands and keys of recipes, by command
     COLUMNS      columns of parquet files, written under both names
-    KEYS         keys of `result.json`, written under both names
 """
 
 import functools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, ParamSpec, TypeVar
 
 NAMES: dict[str, str] = {
+    "ArrayRows": "mechatlas.dictionaries.rows.ArrayRows",
     "Analysing": "mechatlas.analysis.interaction.analysis.InteractionConfig",
     "Collecting": "mechatlas.activations.collect.StoreConfig",
+    "Group": "mechatlas.maths.groups.Group",
     "Posing": "mechatlas.activations.posing.PoseConfig",
+    "Positions": "mechatlas.activations.positions.Positions",
+    "Pretrained": "mechatlas.dictionaries.pretrained.Pretrained",
+    "Rows": "mechatlas.base.Rows",
+    "StreamRows": "mechatlas.dictionaries.rows.StreamRows",
     "build": "mechatlas.activations.networks.load_network",
     "edited": "mechatlas.activations.sites.intervene",
+    "fvu": "mechatlas.dictionaries.metrics.fvu",
     "read": "mechatlas.activations.sites.read_activations",
     "relatives": "mechatlas.analysis.matching.pairing.feature_splitting",
 }
@@ -69,6 +75,7 @@ FLAGS: dict[str, dict[str, str]] = {
         "removed": "n_ablated",
     },
     "prove": {"effort": "compute_budget"},
+    "report": {"pictures": "visualize"},
     "symmetry": {"alike": "equality_threshold", "rate": "fdr", "swaps": "interventions"},
 }
 """Name of a command -> old flag or recipe key -> new one; with dots inside tables."""
@@ -78,9 +85,6 @@ COLUMNS: dict[str, str] = {
     "stabiliser_order": "stabilizer_order",
 }
 """Old column -> the column that has its values."""
-
-KEYS: dict[str, str] = {}
-"""Old key -> the key that has its value, wherever it stands in a result."""
 
 Parameters = ParamSpec("Parameters")
 Returned = TypeVar("Returned")
@@ -138,6 +142,14 @@ def renamed_attributes(cls: Class) -> Class:
     return cls
 
 
+def _new_flag(command: str, old: str) -> str | None:
+    """Name today of a flag or key, `None` if it has not changed; tables are renamed with it."""
+    for name, new in FLAGS.get(command, {}).items():
+        if old == name or old.startswith(f"{name}."):
+            return new + old.removeprefix(name)
+    return None
+
+
 def renamed_flags(command: str, words: list[str]) -> list[str]:
     """Replace the old flags that the table lists for a command.
 
@@ -145,13 +157,36 @@ def renamed_flags(command: str, words: list[str]) -> list[str]:
         command: Name of the command.
         words: Words of the command line after it.
     """
-    table = {f"--{old.replace('_', '-')}": new for old, new in FLAGS.get(command, {}).items()}
     renamed = []
     for word in words:
         flag, equals, value = word.partition("=")
-        if flag in table:
-            new = f"--{table[flag].replace('_', '-')}"
+        new = _new_flag(command, flag[2:].replace("-", "_")) if flag.startswith("--") else None
+        if new is not None:
+            new = f"--{new.replace('_', '-')}"
             warn(f"{command} {flag}", f"{command} {new}")
             word = new + equals + value
         renamed.append(word)
+    return renamed
+
+
+def renamed_keys(
+    command: str, values: Mapping[str, Any], *, quiet: bool = False, table: str = ""
+) -> dict[str, Any]:
+    """Replace the old keys of a recipe that the table lists for a command.
+
+    Args:
+        command: Name of the command.
+        values: Values by key.
+        quiet: Whether nobody is warned, as for the files of an earlier version.
+        table: Name of the table that the values stand in, with a dot at its end.
+    """
+    renamed = {}
+    for key, value in values.items():
+        new = _new_flag(command, table + key)
+        if new is not None and not quiet:
+            warn(f"key {table}{key} of a recipe for {command}", new)
+        name = key if new is None else new.rpartition(".")[2]
+        if isinstance(value, Mapping):
+            value = renamed_keys(command, value, quiet=quiet, table=f"{table}{key}.")
+        renamed[name] = value
     return renamed

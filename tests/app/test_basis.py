@@ -13,9 +13,10 @@ from torch import nn
 
 from mechatlas.analysis.interaction import analysis
 from mechatlas.app.cli import main
-from mechatlas.app.commands.basis import interact
-from mechatlas.app.recipes import BasisConfig, read_recipe
-from mechatlas.app.report.page import write_page
+from mechatlas.app.commands.basis import BasisConfig
+from mechatlas.app.recipes import read_recipe
+from mechatlas.app.report.page import report
+from mechatlas.app.run_folder import execute
 from mechatlas.dictionaries.autoencoder import Autoencoder
 from mechatlas.dictionaries.formats import save
 from mechatlas.dictionaries.sparsity import TopK
@@ -27,7 +28,7 @@ layers = ["0", "1", "2"]
 out = "basis"
 labels = "labels.npy"
 [network]
-name = "tests.app.test_interact:small"
+name = "tests.app.test_basis:small"
 [samples]
 type = "Arrays"
 source = "rows.npy"
@@ -87,7 +88,7 @@ def test_a_run_writes_what_others_rely_on(here, capsys):
     tensors = load_file(here / "basis" / "basis.safetensors")
     to, back = tensors["1.lib.to_basis"], tensors["1.lib.from_basis"]
     np.testing.assert_allclose(back @ to, np.eye(to.shape[1]), atol=1e-6)
-    page = write_page(here / "basis", here / "page.html").read_text()
+    page = report(here / "basis", here / "page.html").read_text()
     assert "free directions of the weights" in page
     assert "latents of a dictionary" in page
     assert "of the importance" in page  # what a vector of the graph is made of
@@ -113,7 +114,7 @@ def test_a_killed_run_goes_on_where_it_stopped(here, capsys, monkeypatch):
     monkeypatch.setattr(analysis, "needed_edges", killed)
     again = ["basis", "basis.toml", "--json", "--out", "again"]
     with pytest.raises(KeyboardInterrupt):
-        interact(
+        execute(
             dataclasses.replace(read_recipe(here / "basis.toml", BasisConfig), out=Path("again"))
         )
     left = {path.name for path in (here / "again").iterdir()}

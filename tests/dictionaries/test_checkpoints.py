@@ -7,9 +7,10 @@ import torch
 
 from mechatlas.base import WeightsError
 from mechatlas.dictionaries.autoencoder import Autoencoder
-from mechatlas.dictionaries.checkpoints import FILE
+from mechatlas.dictionaries.engine.checkpoints import FILE
+from mechatlas.dictionaries.objective import Schedule
 from mechatlas.dictionaries.sparsity import TopK
-from mechatlas.dictionaries.training import Schedule, train
+from mechatlas.dictionaries.training import train
 from tests.dictionaries.test_autoencoder import planted
 
 

@@ -10,9 +10,9 @@ from mechatlas.base import InputError, NonFiniteError
 from mechatlas.dictionaries.autoencoder import Autoencoder, Crosscoder, Transcoder
 from mechatlas.dictionaries.formats import load, save
 from mechatlas.dictionaries.metrics import evaluate
+from mechatlas.dictionaries.objective import Objective
 from mechatlas.dictionaries.rows import ArrayRows, StreamRows
 from mechatlas.dictionaries.sparsity import BatchTopK, Gated, JumpReLU, ReLU, TopK
-from mechatlas.dictionaries.steps import Objective
 from mechatlas.dictionaries.training import train
 from tests.conformance import CHECKS
 from tests.dictionaries.test_autoencoder import planted

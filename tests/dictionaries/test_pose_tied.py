@@ -11,13 +11,13 @@ from torch import Tensor
 
 from mechatlas.base import InputError
 from mechatlas.dictionaries.autoencoder import Crosscoder
+from mechatlas.dictionaries.engine.posed_steps import PosedStep
 from mechatlas.dictionaries.formats import load, save
 from mechatlas.dictionaries.metrics import evaluate
+from mechatlas.dictionaries.objective import Objective
 from mechatlas.dictionaries.pose_tied import PoseTied
-from mechatlas.dictionaries.posed_steps import PosedStep
 from mechatlas.dictionaries.revival import AuxK
 from mechatlas.dictionaries.sparsity import ReLU, TopK
-from mechatlas.dictionaries.steps import Objective
 from mechatlas.dictionaries.training import train
 from mechatlas.maths.groups import Group
 from mechatlas.maths.named_groups import group

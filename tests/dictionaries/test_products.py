@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mechatlas.dictionaries import products
+from mechatlas.dictionaries.engine import products
 
 
 @pytest.mark.parametrize("library", ["mkl", "onednn", ""])

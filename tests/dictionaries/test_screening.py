@@ -5,10 +5,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mechatlas.dictionaries import screening, sparse_steps
 from mechatlas.dictionaries.autoencoder import Autoencoder
-from mechatlas.dictionaries.screening import BETWEEN, ROUNDED, Screen, TooCloseError
-from mechatlas.dictionaries.sparse_steps import SparseStep, can_screen
+from mechatlas.dictionaries.engine import screening, sparse_steps
+from mechatlas.dictionaries.engine.screening import BETWEEN, ROUNDED, Screen, TooCloseError
+from mechatlas.dictionaries.engine.sparse_steps import SparseStep, can_screen
 from mechatlas.dictionaries.sparsity import BatchTopK, JumpReLU, ReLU, TopK
 
 SHAPES = {"n": st.integers(1, 60), "m": st.integers(40, 700), "d": st.integers(1, 70)}

@@ -8,13 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mechatlas.base import NonFiniteError
-from mechatlas.dictionaries import fallback, kernels, sparse_steps, steps
 from mechatlas.dictionaries.autoencoder import Autoencoder, Crosscoder, SparseCoder, Transcoder
+from mechatlas.dictionaries.engine import fallback, kernels, sparse_steps, steps
+from mechatlas.dictionaries.engine.sparse_steps import SparseStep, step_for
+from mechatlas.dictionaries.engine.steps import AutogradStep
 from mechatlas.dictionaries.metrics import evaluate
+from mechatlas.dictionaries.objective import Objective
 from mechatlas.dictionaries.revival import AuxK, Resample, resample
-from mechatlas.dictionaries.sparse_steps import SparseStep, step_for
 from mechatlas.dictionaries.sparsity import BatchTopK, Gated, JumpReLU, ReLU, TopK
-from mechatlas.dictionaries.steps import AutogradStep, Objective
 from mechatlas.dictionaries.training import train
 from tests.dictionaries.test_autoencoder import planted
 

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mechatlas.dictionaries.vectors import add_rows, dot_rows
+from mechatlas.dictionaries.engine.vectors import add_rows, dot_rows
 
 
 @numba.njit

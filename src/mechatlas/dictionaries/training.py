@@ -22,15 +22,16 @@ import torch
 from torch import Tensor
 
 from mechatlas.base import Batch, InputError, NonFiniteError, Progress, Rows, no_progress
-from mechatlas.dictionaries import checkpoints
 from mechatlas.dictionaries.autoencoder import SparseCoder
+from mechatlas.dictionaries.engine import checkpoints
+from mechatlas.dictionaries.engine.posed_steps import PosedStep
+from mechatlas.dictionaries.engine.sparse_steps import step_for
+from mechatlas.dictionaries.engine.steps import Step
 from mechatlas.dictionaries.metrics import History, evaluate
+from mechatlas.dictionaries.objective import Objective, Schedule
 from mechatlas.dictionaries.pose_tied import PoseTied
-from mechatlas.dictionaries.posed_steps import PosedStep
 from mechatlas.dictionaries.revival import AuxK, Resample, resample
 from mechatlas.dictionaries.rows import as_rows
-from mechatlas.dictionaries.sparse_steps import step_for
-from mechatlas.dictionaries.steps import Objective, Step
 from mechatlas.files import checksum
 
 MEASUREMENTS = 25
@@ -46,35 +47,6 @@ OnMeasure = Callable[[int, dict[str, float]], None]
 
 def no_measure(number: int, entry: dict[str, float]) -> None:
     """Tell nobody."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Schedule:
-    """How the learning rate changes: up in a line, level, down in a line to almost zero."""
-
-    warm_up: int = 0
-    """Steps until the rate is at its largest."""
-    decay: float = 0.2
-    """Share of the steps, the last ones, in which it falls."""
-    pressure: float = 0.1
-    """Share of the steps, the first ones, in which a penalty on the code grows to its weight."""
-
-    def __post_init__(self) -> None:
-        if self.warm_up < 0 or not 0 <= self.decay <= 1 or not 0 <= self.pressure <= 1:
-            raise ValueError(
-                f"warm_up ({self.warm_up}) must be at least 0, decay ({self.decay}) and pressure "
-                f"({self.pressure}) in 0 to 1."
-            )
-
-    def __call__(self, step: int, steps: int) -> float:
-        """Share of the largest rate at a step, counted from 0."""
-        up = (step + 1) / (self.warm_up + 1)
-        down = (steps - step) / (self.decay * steps) if self.decay else 1.0
-        return min(1.0, up, down)
-
-    def penalty(self, step: int, steps: int) -> float:
-        """Share of a penalty's weight at a step, counted from 0."""
-        return min(1.0, (step + 1) / (self.pressure * steps)) if self.pressure else 1.0
 
 
 def train(

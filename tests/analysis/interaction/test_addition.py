@@ -39,11 +39,11 @@ def test_bases_and_edges_take_a_thirtieth_of_the_references_time(data):
     code = f"""
 import time, torch
 from pathlib import Path
-from mechatlas import Analysing, basis
+from mechatlas import InteractionConfig, basis
 from tests.analysis.addition import addition, training_pairs
 torch.set_num_threads(1)
 network = addition(Path({str(data("modadd/modadd_p113_seed1.safetensors"))!r}))
-how = Analysing(**{HOW!r}, ablations=False)
+how = InteractionConfig(**{HOW!r}, ablations=False)
 seconds = []
 for _ in range(4):  # what is loaded once, and what other processes cost, is not counted
     start = time.process_time()

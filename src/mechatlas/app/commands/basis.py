@@ -19,13 +19,13 @@ import torch
 from safetensors.numpy import load_file
 
 from mechatlas.activations import networks
-from mechatlas.activations.networks import digest
-from mechatlas.activations.samples import Samples, open_samples
+from mechatlas.activations.networks import Network, digest
+from mechatlas.activations.samples import Images, SampleRecipe, Samples, open_samples
 from mechatlas.activations.sites import find_sites
 from mechatlas.analysis.interaction.ablation import Needed
-from mechatlas.analysis.interaction.analysis import Interaction, Layer, basis
+from mechatlas.analysis.interaction.analysis import Interaction, InteractionConfig, Layer, basis
 from mechatlas.app.progress import bar
-from mechatlas.app.recipes import BasisConfig, as_dict
+from mechatlas.app.recipes import as_dict
 from mechatlas.app.run_folder import finish, refuse_strangers, write_tensors
 from mechatlas.base import InputError, RecipeError, Site, SiteError
 from mechatlas.dictionaries.formats import load
@@ -40,7 +40,35 @@ SHOWN_CHANNELS = 4
 """Channels that are named of each vector."""
 
 
-def interact(recipe: BasisConfig) -> dict[str, Any]:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BasisConfig:
+    """Degeneracy, interaction basis and modules of some layers of a network."""
+
+    network: Network
+    """Which network, with which weights."""
+    layers: tuple[str, ...]
+    """Sites in the order in which the network reaches them; the last holds the outputs."""
+    samples: SampleRecipe = dataclasses.field(default_factory=Images)
+    """What to run it on: Images, Arrays or Texts."""
+    labels: Path | None = None
+    """An .npy file with one right answer a sample; without it the network's own count as right."""
+    n_samples: int = 4096
+    """At most so many samples, evenly spread over those there are."""
+    dictionaries: dict[str, Path] = dataclasses.field(default_factory=dict)
+    """By layer: a folder or file of a dictionary whose latents are compared with the bases."""
+    how: InteractionConfig = dataclasses.field(default_factory=InteractionConfig)
+    """Bases to compare, samples for Jacobians and ablations, thresholds."""
+    out: Path = Path("basis")
+    """Folder for the bases, the edges and the result."""
+
+    def __post_init__(self) -> None:
+        if len(self.layers) < 2:
+            raise ValueError(f"layers must name at least two layers, got {len(self.layers)}.")
+        if self.n_samples < 2:
+            raise ValueError(f"n_samples must be at least 2, got {self.n_samples}.")
+
+
+def run(recipe: BasisConfig) -> dict[str, Any]:
     """Analyse some layers of a network.
 
     Raises:
@@ -48,7 +76,7 @@ def interact(recipe: BasisConfig) -> dict[str, Any]:
             something else.
     """
     clock = time.process_time()
-    refuse_strangers(recipe.out, "basis", unfinished=UNFINISHED)
+    refuse_strangers(recipe.out, "basis")
     network = networks.load_network(recipe.network)
     sites = [_one_site(network, layer) for layer in recipe.layers]
     samples = open_samples(recipe.samples, network)

@@ -11,10 +11,10 @@ block `source[g, h]` of the atom. Latents count as `h * n_families + i`.
 import numpy as np
 from torch import Tensor
 
-from mechatlas.dictionaries.kernels import _adam, _compiled, _remove_along, _unit_length
+from mechatlas.dictionaries.engine.kernels import compiled, remove_along, step_adam, unit_length
 
 
-@_compiled
+@compiled
 def _residual(target, atoms, bias, latents, values, source, scales, out):
     g, d_code, g_sum = out
     n_rows, order, d = target.shape
@@ -78,7 +78,7 @@ def residual(
     return _residual(target.numpy(), atoms, bias, *fixed)
 
 
-@_compiled
+@compiled
 def _update(low, high, pairs, batch, moved, parameters, edges, adam, clip, out):
     (atoms, atoms1, atoms2), (rows, rows1, rows2), (b, b1, b2) = parameters
     order, starts, row_of, pose_of, values, d_code = pairs
@@ -107,7 +107,7 @@ def _update(low, high, pairs, batch, moved, parameters, edges, adam, clip, out):
             d_bias[0] += value
             for c in range(d):
                 encoder_gradient[c] += value * row[c]
-        _remove_along(gradient, atoms[j], edges)
+        remove_along(gradient, atoms[j], edges)
         if not apply:
             squares += d_bias[0] * d_bias[0]
             for c in range(len(gradient)):
@@ -123,10 +123,10 @@ def _update(low, high, pairs, batch, moved, parameters, edges, adam, clip, out):
             for c in range(d):
                 encoder_gradient[c] *= clip
             d_bias[0] *= clip
-            _adam(rows[j], rows1[j], rows2[j], encoder_gradient, adam)
-            _adam(atoms[j], atoms1[j], atoms2[j], gradient, adam)
-            _unit_length(atoms[j], edges, least)
-            _adam(b[j], b1[j], b2[j], d_bias, adam)
+            step_adam(rows[j], rows1[j], rows2[j], encoder_gradient, adam)
+            step_adam(atoms[j], atoms1[j], atoms2[j], gradient, adam)
+            unit_length(atoms[j], edges, least)
+            step_adam(b[j], b1[j], b2[j], d_bias, adam)
     return squares
 
 

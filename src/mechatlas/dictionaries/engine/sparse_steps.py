@@ -23,12 +23,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mechatlas.dictionaries import fallback, steps
 from mechatlas.dictionaries.autoencoder import SparseCoder
-from mechatlas.dictionaries.products import product_with
+from mechatlas.dictionaries.engine import fallback, steps
+from mechatlas.dictionaries.engine.products import product_with
+from mechatlas.dictionaries.engine.steps import AutogradStep, Dead, Step, Stepped
+from mechatlas.dictionaries.objective import Objective
 from mechatlas.dictionaries.revival import revive
 from mechatlas.dictionaries.sparsity import BatchTopK, JumpReLU, ReLU, TopK
-from mechatlas.dictionaries.steps import AutogradStep, Dead, Objective, Step, Stepped
 
 TILE = 2**21
 """Pre-activations that exist at once, for each thread."""
@@ -139,7 +140,7 @@ class SparseStep:
         self.parts: Any = fallback
         self._screens = False
         if compiled or (compiled is None and can_compile(dictionary.W_dec)):
-            self.parts = importlib.import_module("mechatlas.dictionaries.kernels")
+            self.parts = importlib.import_module("mechatlas.dictionaries.engine.kernels")
             self._screens = can_screen(dictionary.W_dec)
         self._room: dict[str, Tensor] = {}
         self._tiles: list[Tensor] = []
@@ -224,7 +225,7 @@ class SparseStep:
         """The codes of a batch; `None` if they are not sparse."""
         rows, bias = self._encoder, self._parameter("b_enc")
         if self._screens:
-            screening = importlib.import_module("mechatlas.dictionaries.screening")
+            screening = importlib.import_module("mechatlas.dictionaries.engine.screening")
             search = screening.Screen(rows, bias, run, self._tiles)
             least = screening.LEAST_ROWS
             with suppress(screening.TooCloseError):

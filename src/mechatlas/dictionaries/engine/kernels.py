@@ -18,16 +18,14 @@ Nothing of the size batch x latent or of a dense gradient exists here: the pre-a
 in tiles, and the gradient of a latent is used while it is still in cache.
 """
 
-import inspect
-from collections.abc import Callable
 from typing import Any
 
-import numba
 import numpy as np
 import torch
 from torch import Tensor
 
-from mechatlas.dictionaries.vectors import add_rows, dot_rows
+from mechatlas.dictionaries.engine.vectors import add_rows, dot_rows
+from mechatlas.maths import compilation
 
 COLUMNS = 128
 """Of a row that are decoded and at once read again."""
@@ -40,21 +38,15 @@ BLOCK = 128
 """Columns that `columns` copies at a time: long enough for memory, few enough for the cache."""
 
 
-def _compiled(function: Callable[..., Any]) -> Any:
-    # Sums may be reordered and multiplications fused into them (vector units need both), but
-    # NaN and infinity keep their meaning. `unwrap` because tests wrap functions in checks.
-    options: dict[str, Any] = {
-        "nogil": True,
-        "error_model": "numpy",
-        "fastmath": {"reassoc", "contract", "nsz"},
-    }
-    try:
-        return numba.njit(cache=True, **options)(inspect.unwrap(function))
-    except RuntimeError:  # no writable place for the cache: compile in every process
-        return numba.njit(**options)(inspect.unwrap(function))
+def compiled(kernel: Any) -> Any:
+    """Compile a kernel whose sums may be reordered and whose multiplications may be fused.
+
+    Vector units need both. NaN and infinity keep their meaning.
+    """
+    return compilation.compiled(kernel, fastmath=("reassoc", "contract", "nsz"))
 
 
-@_compiled
+@compiled
 def _kth_largest(values, n, k):
     """The k-th largest of the first n values, which are reordered (Hoare's selection)."""
     left, right, target = 0, n - 1, k - 1
@@ -79,7 +71,7 @@ def _kth_largest(values, n, k):
     return values[target]
 
 
-@_compiled
+@compiled
 def _maxima(row, bias, maxima):
     """Write the largest of each strided group of row + bias: c, c + n, c + 2 n, ..."""
     n = len(maxima)
@@ -94,7 +86,7 @@ def _maxima(row, bias, maxima):
             maxima[c] = value if value > maxima[c] else maxima[c]
 
 
-@_compiled
+@compiled
 def _reach(values, n, low):
     """How many of the first n values are at least `low`."""
     part, count = values[:n], 0
@@ -103,7 +95,7 @@ def _reach(values, n, low):
     return count
 
 
-@_compiled
+@compiled
 def _exceed(values, n, low):
     """How many of the first n values are above `low`."""
     part, count = values[:n], 0
@@ -112,7 +104,7 @@ def _exceed(values, n, low):
     return count
 
 
-@_compiled
+@compiled
 def _reached_by(values, k):
     """Something that at least k values are not below, and hardly more than k: by bisection."""
     low, high = values[0], values[0]
@@ -132,7 +124,7 @@ def _reached_by(values, k):
     return low
 
 
-@_compiled
+@compiled
 def _last_of(values, n, k, scratch):
     """The k-th largest of the first n values; few are compared each with each."""
     if n <= FEW:
@@ -144,8 +136,8 @@ def _last_of(values, n, k, scratch):
     return _kth_largest(scratch, n, k)
 
 
-@_compiled
-def _write_largest(kept, where, n_kept, k, scratch, values, latents):
+@compiled
+def write_largest(kept, where, n_kept, k, scratch, values, latents):
     """Write the k largest of n values, zero if below, and which they are; how many there are."""
     last = _last_of(kept, n_kept, k, scratch) if n_kept > k else kept.dtype.type(-np.inf)
     ties = k - _exceed(kept, n_kept, last)  # as many of those equal to it as have room
@@ -161,7 +153,7 @@ def _write_largest(kept, where, n_kept, k, scratch, values, latents):
     return n
 
 
-@_compiled
+@compiled
 def _select(pre, bias, k, n_groups, values, latents):
     n_rows, m = pre.shape
     maxima = np.empty(n_groups, pre.dtype)
@@ -181,7 +173,7 @@ def _select(pre, bias, k, n_groups, values, latents):
                     value = row[j] + bias[j]
                     kept[n_kept], where[n_kept] = value, j
                     n_kept += value >= bound
-        n = _write_largest(kept, where, n_kept, k, scratch, values[i], latents[i])
+        n = write_largest(kept, where, n_kept, k, scratch, values[i], latents[i])
         for t in range(n, k):  # only if there are NaN among the pre-activations
             values[i, t], latents[i, t] = np.nan, t
 
@@ -193,7 +185,7 @@ def select(pre: Tensor, bias: Tensor, k: int, values: Tensor, latents: Tensor) -
     _select(*arrays)
 
 
-@_compiled
+@compiled
 def _above(pre, bias, low, counts, latents, values):
     n_rows, m = pre.shape
     n = 0
@@ -223,7 +215,7 @@ def above(pre: Tensor, bias: Tensor, low: Tensor) -> tuple[Tensor, Tensor, Tenso
     return counts, latents[:n].clone(), values[:n].clone()  # never touched, the rest is free
 
 
-@_compiled
+@compiled
 def _bounds(starts, i, latents, prefixes, bounds):
     """Where the pairs of a row begin that belong to each prefix and not to a shorter one."""
     bounds[0] = starts[i]
@@ -236,7 +228,7 @@ def _bounds(starts, i, latents, prefixes, bounds):
         bounds[level + 1] = last
 
 
-@_compiled
+@compiled
 def _residual(target, atoms, bias, codes, scales, prefixes, out):
     starts, latents, values = codes
     g, d_code, g_sum = out
@@ -313,7 +305,7 @@ def residual(
     return _residual(target.numpy(), atoms, bias, *fixed)
 
 
-@_compiled
+@compiled
 def _group(values, latents, starts, order):
     for p in range(len(values)):
         if values[p] != 0:
@@ -340,7 +332,7 @@ def group(latents: Tensor, values: Tensor, n_latents: int) -> tuple[Tensor, Tens
     return order[: int(starts[-1])], starts
 
 
-@_compiled
+@compiled
 def _copy(whole, low, part):
     """Copy the columns from `low`, as many as the part has."""
     for i in range(len(part)):
@@ -350,7 +342,7 @@ def _copy(whole, low, part):
             target[c] = source[c]
 
 
-@_compiled
+@compiled
 def _columns(low, high, target, atoms, bias, codes, scales, prefixes, grouped, out):
     gradient, d_code, g_sum = out
     starts, rows, values = grouped
@@ -416,8 +408,9 @@ def columns(
     return _columns(span.start, span.stop, target.numpy(), *its_parameters, *fixed)
 
 
-@_compiled
-def _adam(p, first, second, gradient, adam):
+@compiled
+def step_adam(p, first, second, gradient, adam):
+    """Take one step of Adam on some parameters, in place."""
     keep1, new1, keep2, new2, rate, correction, epsilon = adam
     for c in range(len(gradient)):
         m = keep1 * first[c] + new1 * gradient[c]
@@ -427,7 +420,7 @@ def _adam(p, first, second, gradient, adam):
         p[c] -= rate * m / (np.sqrt(v) * correction + epsilon)
 
 
-@_compiled
+@compiled
 def _length(part):
     square = part[0] * part[0]
     for c in range(1, len(part)):
@@ -435,8 +428,8 @@ def _length(part):
     return np.sqrt(square)
 
 
-@_compiled
-def _remove_along(gradient, atom, edges):
+@compiled
+def remove_along(gradient, atom, edges):
     """Take away the part of a gradient that would change the atom's length."""
     lengths = np.empty(len(edges) - 1, atom.dtype)
     n_sites = 0
@@ -459,8 +452,9 @@ def _remove_along(gradient, atom, edges):
                 its_gradient[c] -= factor * part[c]
 
 
-@_compiled
-def _unit_length(atom, edges, least):
+@compiled
+def unit_length(atom, edges, least):
+    """Scale an atom so that the lengths of its sites sum to 1."""
     total = least - least
     for s in range(len(edges) - 1):
         total += _length(atom[edges[s] : edges[s + 1]])
@@ -469,7 +463,7 @@ def _unit_length(atom, edges, least):
         atom[c] *= inverse
 
 
-@_compiled
+@compiled
 def _gradients(j, g, summed, tied, pairs, x, extra, scratch):
     starts, row_of, values, d_code = pairs
     gradient, encoder_gradient, d_bias = scratch
@@ -500,7 +494,7 @@ def _gradients(j, g, summed, tied, pairs, x, extra, scratch):
             gradient[c] += encoder_gradient[c]
 
 
-@_compiled
+@compiled
 def _update(low, high, tied, pairs, batch, parameters, edges, adam, clip, out, extra):
     (atoms, atoms1, atoms2), (rows, rows1, rows2), (b, b1, b2) = parameters
     x, g, summed, prefixes = batch
@@ -516,7 +510,7 @@ def _update(low, high, tied, pairs, batch, parameters, edges, adam, clip, out, e
             level += 1
         _gradients(j, g[level], summed, tied, pairs, x, extra, scratch)
         row, atom = rows[j], atoms[j]
-        _remove_along(gradient, atom, edges)
+        remove_along(gradient, atom, edges)
         if not apply:
             for part in scratch:
                 for c in range(len(part)):
@@ -535,10 +529,10 @@ def _update(low, high, tied, pairs, batch, parameters, edges, adam, clip, out, e
                     for c in range(len(part)):
                         part[c] *= clip
             if not tied:
-                _adam(row, rows1[j], rows2[j], encoder_gradient, adam)
-            _adam(atom, atoms1[j], atoms2[j], gradient, adam)
-            _unit_length(atom, edges, least)
-            _adam(b[j], b1[j], b2[j], d_bias, adam)
+                step_adam(row, rows1[j], rows2[j], encoder_gradient, adam)
+            step_adam(atom, atoms1[j], atoms2[j], gradient, adam)
+            unit_length(atom, edges, least)
+            step_adam(b[j], b1[j], b2[j], d_bias, adam)
     return squares
 
 

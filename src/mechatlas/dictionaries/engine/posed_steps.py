@@ -12,11 +12,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mechatlas.dictionaries import fallback, steps
+from mechatlas.dictionaries.engine import fallback, steps
+from mechatlas.dictionaries.engine.products import product_with
+from mechatlas.dictionaries.engine.sparse_steps import Run, can_compile, tiles, workers
+from mechatlas.dictionaries.engine.steps import Dead, Stepped
+from mechatlas.dictionaries.objective import Objective
 from mechatlas.dictionaries.pose_tied import PoseTied
-from mechatlas.dictionaries.products import product_with
-from mechatlas.dictionaries.sparse_steps import Run, can_compile, tiles, workers
-from mechatlas.dictionaries.steps import Dead, Objective, Stepped
 
 FAMILIES = 16
 """Families that are updated together."""
@@ -72,8 +73,8 @@ class PosedStep:
             return self._by_kernels(x, scales, adam, run)
 
     def _by_kernels(self, x: Tensor, scales: Tensor, adam: list[float], run: Run) -> Stepped:
-        kernels = importlib.import_module("mechatlas.dictionaries.kernels")
-        parts = importlib.import_module("mechatlas.dictionaries.posed_kernels")
+        kernels = importlib.import_module("mechatlas.dictionaries.engine.kernels")
+        parts = importlib.import_module("mechatlas.dictionaries.engine.posed_kernels")
         owner = self.dictionary
         order, d, n = owner.group.order, owner.d_block, owner.n_families
         blocks = x.reshape(len(x), order, d)
@@ -120,7 +121,7 @@ class PosedStep:
 
     def _select(self, blocks: Tensor, run: Run) -> Sparse:
         """The k largest codes of each row, and the blocks without their bias."""
-        kernels = importlib.import_module("mechatlas.dictionaries.kernels")
+        kernels = importlib.import_module("mechatlas.dictionaries.engine.kernels")
         owner = self.dictionary
         k, bias = owner.sparsity.k, owner.b_enc.data
         values = blocks.new_empty(len(blocks), k)

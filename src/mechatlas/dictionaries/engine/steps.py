@@ -1,6 +1,5 @@
-"""One optimiser step of a dictionary on one batch, and what it minimises.
+"""One optimizer step of a dictionary on one batch.
 
-    Objective       the loss, and how its gradient is limited
     Step            what a step offers; `sparse_steps` has the fast one
     AutogradStep    any dictionary: torch's gradients and torch's Adam
 
@@ -9,8 +8,6 @@ of a dictionary that has them, plus the penalty of its sparsity rule. Adam has d
 part of an atom's gradient that would change its length is removed, and lengths are kept at 1.
 """
 
-import dataclasses
-import math
 from collections.abc import Mapping
 from itertools import pairwise
 from typing import NamedTuple, Protocol, runtime_checkable
@@ -19,47 +16,18 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from mechatlas.dictionaries import fallback
 from mechatlas.dictionaries.autoencoder import SparseCoder
+from mechatlas.dictionaries.engine import fallback
+from mechatlas.dictionaries.objective import Objective
 from mechatlas.dictionaries.revival import AuxK, revive
 
 BETAS = (0.9, 0.999)
 EPSILON = 1e-8
 TILE = 2**22
 """Pre-activations that `AutogradStep` makes at once."""
-SHORT = 1e-3
-
 
 Dead = tuple[AuxK, Int[Tensor, " dead"]]
 """How to revive which latents."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Objective:
-    """What a step minimises."""
-
-    relative: bool = False
-    """Divide each row's squared error by its squared length (Bozoukov, 2025); rows with less than
-    a thousandth of the mean squared length count as having that."""
-    clip: float | None = None
-    """Largest norm of the gradient of all parameters together; by default it is not limited."""
-
-    def __post_init__(self) -> None:
-        if self.clip is not None and not (self.clip > 0 and math.isfinite(self.clip)):
-            raise ValueError(f"clip must be > 0, got {self.clip}.")
-
-    def weights(self, target: Float[Tensor, "batch d_out"]) -> Float[Tensor, " batch"]:
-        """Weight of each row's squared error."""
-        if not self.relative:
-            return target.new_ones(len(target))
-        squares = target.square().sum(dim=-1)
-        return 1 / squares.clamp_min(SHORT * float(squares.mean()))
-
-    def factor(self, squares: float) -> float:
-        """What the gradient is multiplied with, if its entries squared sum to `squares`."""
-        if self.clip is None or squares <= self.clip**2:
-            return 1.0
-        return self.clip / math.sqrt(squares) if math.isfinite(squares) else math.nan
 
 
 class Stepped(NamedTuple):

@@ -24,8 +24,8 @@ import torch
 from jaxtyping import BFloat16, Float, Int16
 from torch import Tensor
 
-from mechatlas.dictionaries.kernels import BESIDE, _compiled, _write_largest
-from mechatlas.dictionaries.vectors import dot_rows
+from mechatlas.dictionaries.engine.kernels import BESIDE, compiled, write_largest
+from mechatlas.dictionaries.engine.vectors import dot_rows
 
 BLOCK = 512
 """Latents rounded at once: few enough for the cache."""
@@ -163,14 +163,14 @@ def _bits(half: Tensor) -> np.ndarray:
     return half.view(torch.int16).numpy()
 
 
-@_compiled
+@compiled
 def _rounded(number):
     """The bits of the nearest bfloat16, or of two the even one."""
     word = np.float32(number).view(np.int32)
     return np.int32(word + 0x7FFF + ((word >> 16) & 1)) >> 16
 
 
-@_compiled
+@compiled
 def _round_row(row, half):
     """Write a row as bfloat16; the length of what it loses by that, and its own."""
     lost, length = row[0] - row[0], row[0] - row[0]
@@ -184,7 +184,7 @@ def _round_row(row, half):
     return math.sqrt(lost), math.sqrt(length)
 
 
-@_compiled
+@compiled
 def _round_encoder(half, rows, bias, reach, side):
     d = rows.shape[1]
     summing = np.float32(2.0**-23 * (d + 5))  # of the sum of sizes, twice what can be lost
@@ -202,7 +202,7 @@ def _round_encoder(half, rows, bias, reach, side):
         reach[j, 0], reach[j, 1], reach[j, 2] = length, slack, spread
 
 
-@_compiled
+@compiled
 def _round_batch(half, rows, lengths):
     d = rows.shape[1]
     for i in range(len(rows)):
@@ -214,25 +214,25 @@ def _round_batch(half, rows, lengths):
         lengths[i, 0], lengths[i, 1] = lost, length
 
 
-@_compiled
+@compiled
 def _most(n_rows, m):
     """Room for pairs of a row and a latent that may be computed, and one row's that may not."""
     return int(SHARE * m * (n_rows + FIRST_ROWS)) + m + 1
 
 
-@_compiled
+@compiled
 def _number(bits):
     """The value of a bfloat16."""
     return np.int32(np.int32(bits) << 16).view(np.float32)
 
 
-@_compiled
+@compiled
 def _truncated(number):
     """The bits of the next bfloat16 towards zero."""
     return np.int16(np.float32(number).view(np.int32) >> 16)
 
 
-@_compiled
+@compiled
 def _reached_by(bits, k):
     """The k-th largest of positive numbers, or one that few more than k reach; 0 if fewer do.
 
@@ -255,7 +255,7 @@ def _reached_by(bits, k):
     return low
 
 
-@_compiled
+@compiled
 def _maxima(row, maxima):
     """Write the largest of each strided group: c, c + n, c + 2 n, ..."""
     n = len(maxima)
@@ -267,7 +267,7 @@ def _maxima(row, maxima):
             maxima[c] = part[c] if part[c] > maxima[c] else maxima[c]
 
 
-@_compiled
+@compiled
 def _near(bounds, lengths, reach, k, n_groups, starts, near):
     """Write the latents of each row that may be among its k largest; False if they are many."""
     n_rows, m = bounds.shape
@@ -308,7 +308,7 @@ def _near(bounds, lengths, reach, k, n_groups, starts, near):
     return True
 
 
-@_compiled
+@compiled
 def _compute(x, rows, bias, starts, latents, values):
     """Write pre-activations in float32, latent by latent: rows of a tile stay in the cache."""
     n_pairs = starts[-1]
@@ -333,7 +333,7 @@ def _compute(x, rows, bias, starts, latents, values):
             values[pair[q]] = sums[q] + bias[j]
 
 
-@_compiled
+@compiled
 def _select(bounds, x, lengths, reach, rows, bias, k, n_groups, values, latents):
     n_rows, m = bounds.shape
     starts = np.empty(n_rows + 1, np.int64)
@@ -345,13 +345,13 @@ def _select(bounds, x, lengths, reach, rows, bias, k, n_groups, values, latents)
     scratch = np.empty(m + 1, x.dtype)
     for i in range(n_rows):
         kept, where = computed[starts[i] : starts[i + 1]], near[starts[i] : starts[i + 1]]
-        n = _write_largest(kept, where, len(kept), k, scratch, values[i], latents[i])
+        n = write_largest(kept, where, len(kept), k, scratch, values[i], latents[i])
         for t in range(n, k):  # all others are below zero
             values[i, t], latents[i, t] = 0, t
     return True
 
 
-@_compiled
+@compiled
 def _above(bounds, x, rows, bias, low, counts, latents, values):
     n_rows, m = bounds.shape
     starts = np.zeros(n_rows + 1, np.int64)
