@@ -47,7 +47,7 @@ Maps = Callable[[], Iterable[SiteMap]]
 """Source of the activations (sample, channel, y, x) of the earlier site's module, in batches."""
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class AblationEvidence:
     """Rank agreement of virtual weights with what ablations do, for three choices of gates."""
 
@@ -57,7 +57,7 @@ class AblationEvidence:
     """Agreement with the gates that each feature meets."""
     agreement_shared_gates: AblationAgreement
     """Agreement with gates averaged over all positions, the same for all features."""
-    agreement_open_gates: AblationAgreement | None
+    agreement_open_gates: AblationAgreement | None = None
     """Agreement with all gates open; None for transformers."""
 
 
