@@ -199,7 +199,8 @@ def symmetry(
     selected = select_stabilizers(evidence, group, fdr)
     subgroups = group.subgroups()
     stabilizers = tuple(subgroups[i] for i in selected.subgroup)
-    reliability = _spearman_brown(evidence.noise_ceiling)
+    ceiling = evidence.noise_ceiling
+    reliability = np.clip(2 * ceiling / np.maximum(1 + ceiling, 1e-9), -1, 1)  # Spearman-Brown
     share = np.where(np.isnan(reliability), 1.0, np.maximum(reliability, 0))
     families = find_families(
         whole, np.where(evidence.p_signal <= fdr, share, 0), evidence.noise, stabilizers, group,
@@ -278,10 +279,6 @@ def count_shuffled_discoveries(
     )
     evidence = evidence_from_halves(first, second, group, equality_threshold)
     return int((select_stabilizers(evidence, group, fdr).q_values <= fdr).sum())
-
-
-def _spearman_brown(ceiling: Float[np.ndarray, " feature"]) -> Float[np.ndarray, " feature"]:
-    return np.clip(2 * ceiling / np.maximum(1 + ceiling, 1e-9), -1, 1)
 
 
 def _energy_spectrum(

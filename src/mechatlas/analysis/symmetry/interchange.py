@@ -34,6 +34,7 @@ from torch import Tensor, nn
 from mechatlas.activations.posing import Places
 from mechatlas.activations.samples import Samples
 from mechatlas.activations.sites import channels_last, intervene, read_activations
+from mechatlas.analysis.symmetry.stabilizers import element_masks
 from mechatlas.base import InputError, Progress, Site, no_progress
 from mechatlas.maths.actions import Action
 from mechatlas.maths.arrays import SparseMatrix
@@ -145,8 +146,7 @@ def draw_trials(
         rows, values = _strongest_rows(columns, samples, int(feature))
         if len(rows) < MIN_SAMPLES:
             continue
-        fixed = np.zeros(group.order, bool)
-        fixed[list(stabilizers[feature])] = True
+        (fixed,) = element_masks([stabilizers[feature]], group.order)
         for unchanged in (False, True):
             allowed = np.flatnonzero(elements & (fixed == unchanged))
             for row, value in zip(rows, values, strict=True) if len(allowed) else ():
@@ -395,9 +395,7 @@ def _draw_partners(
     seed: int,
 ) -> dict[int, Int[np.ndarray, " null"]]:
     """Draw null features for each feature, changed by the same elements if possible."""
-    fixed = np.zeros((len(stabilizers), order), bool)
-    for row, stabilizer in zip(fixed, stabilizers, strict=True):
-        row[list(stabilizer)] = True
+    fixed = element_masks(stabilizers, order)
     partners = {}
     for feature in np.unique(features):
         random = np.random.default_rng([seed, 0x6F7468, int(feature)])
