@@ -274,11 +274,14 @@ def _summarize(effects: InterchangeEffects, symmetries: Symmetry) -> Interventio
     null = effects.null_alignment[np.isfinite(effects.null_alignment)]
     names = [symmetries.names[i] for i in effects.features]
     n_passed = Counter(name for name, ok in zip(names, passed, strict=True) if ok)
+    medians: dict[str, Any] = {
+        name: rounded(finite_median(getattr(effects, name))) for name in MEDIANS
+    }
     return InterventionsResult(
         **vars(_passed_share(effects.q_values, symmetries.fdr)),
         null_share=rounded(np.mean(null >= smallest) if len(null) else np.nan),
         pose=_passed_share(effects.pose_q_values, symmetries.fdr),
-        **{name: rounded(finite_median(getattr(effects, name))) for name in MEDIANS},
+        **medians,
         recovered_by_all=rounded(effects.recovered_by_all),
         symmetric=len(effects.symmetric),
         classes={
