@@ -72,10 +72,15 @@ class PassedShare:
     """Number of features that pass a test, and their share with its 95 % interval (Wilson)."""
 
     tested: int = 0
+    """Features tested."""
     passed: int = 0
+    """Features that pass."""
     share: float | None = None
+    """Share of the tested features that pass."""
     low: float = 0.0
+    """Lower end of the 95 % interval of the share."""
     high: float = 1.0
+    """Upper end of the 95 % interval of the share."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

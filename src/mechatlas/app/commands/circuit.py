@@ -90,8 +90,11 @@ class Quartiles:
     """Quartiles over the features of a site."""
 
     low_quartile: float
+    """Lower quartile."""
     median: float
+    """Median."""
     high_quartile: float
+    """Upper quartile."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -131,6 +134,7 @@ class ExplainedFeature:
     layer: int
     """Number of its dictionary."""
     latent: int
+    """Number of the latent in its dictionary."""
     places: int
     """Positions where it is active."""
     pre_activation: float | None

@@ -112,8 +112,11 @@ class PairResult(PairQuality):
     b: str
     """Name of the second dictionary."""
     n_a: int
+    """Latents of the first dictionary."""
     n_b: int
+    """Latents of the second dictionary."""
     cost: float
+    """Cost of the optimal pairing."""
     lower_bound: float
     """Lower bound on the cost of every one-to-one pairing."""
     gap: float
@@ -125,6 +128,7 @@ class PairResult(PairQuality):
     cosine_threshold: float | None
     """Cosine above which as many pairs lie as are matched; null where none is."""
     pricing_rounds: int
+    """Rounds of pricing until the pairing was proved optimal."""
     passes: float
     """Mean number of times that a row was priced against all columns."""
     split: int
@@ -134,7 +138,9 @@ class PairResult(PairQuality):
     seconds: float
     """Process CPU seconds of the pairing and its evidence."""
     wall_seconds: float
+    """Wall seconds of the pairing and its evidence."""
     peak_bytes: int
+    """Largest resident memory of the process so far."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -142,7 +148,9 @@ class TracksResult:
     """Feature tracks through three dictionaries or more."""
 
     n: int
+    """Number of tracks."""
     layers: int
+    """Number of layers."""
     longer_than_one: int
     """Tracks of two layers or more."""
     persistence: list[float]
@@ -162,6 +170,7 @@ class DistantMatch:
     """Match of the first dictionary with the last by one method."""
 
     pairs: int
+    """Number of matched pairs."""
     co_firing: CoFiring | None = None
     """Co-firing of the pairs; with a store."""
 
@@ -183,6 +192,7 @@ class MatchResult(CommandResult):
     """Matches of consecutive dictionaries; the fields of `result.json`."""
 
     cost: str
+    """Vectors compared."""
     fdr: float
     """False match rate asked for."""
     dictionaries: list[str]
@@ -190,7 +200,9 @@ class MatchResult(CommandResult):
     pairs: list[PairResult]
     """One entry for each two consecutive dictionaries."""
     tracks: TracksResult | None = None
+    """Feature tracks, with three dictionaries or more."""
     first_to_last: FirstToLast | None = None
+    """Match of the first dictionary with the last, with three dictionaries or more."""
     cycle_agreement: float | None = None
     """Share of latents that come back to themselves by composition there and directly back."""
 

@@ -1,4 +1,4 @@
-"""Stabilizer of each feature, and families of features that are poses of one another.
+"""Find what leaves each feature unchanged, and families of features that are poses of one another.
 
 Example:  mechatlas symmetry runs/crosscoder --store runs/posed --out runs/symmetry
 """
@@ -89,8 +89,11 @@ class GroupDescription:
     """Group of the store, and how it acts on inputs."""
 
     name: str
+    """Name of the group."""
     order: int
+    """Number of its elements."""
     action: str
+    """Name of its action on samples."""
     closes: bool = True
     """Whether the steps of the action return to the start, so that the group acts at all."""
 
@@ -112,9 +115,11 @@ class ControlResult:
     """Class frequencies compared with those of a control."""
 
     folder: str
+    """Folder of the control."""
     reliable: tuple[int, int] | None = None
     """Number of reliable features here and in the control."""
     classes: list[ClassComparison]
+    """Comparison of each class."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -122,6 +127,7 @@ class SymmetryResult(CommandResult):
     """Counts of classes and families, with their evidence."""
 
     n_features: int
+    """Features of the dictionary."""
     classes: dict[str, int]
     """Number of features by class of the stabilizer."""
     fdr: float
@@ -137,35 +143,46 @@ class SymmetryResult(CommandResult):
     noise_ceiling: float | None
     """Median over features of the cosine between the two halves."""
     noise_ceiling_quartiles: list[float | None]
+    """Lower and upper quartile of the noise ceiling."""
     noise_inflation: float
     """Factor applied to variances for correlated noise."""
     families: int
     """Number of families of two or more features."""
     features_in_families: int
+    """Features in families of two or more."""
     largest_family: int
+    """Features of the largest family."""
     chance_similarity: float
     """Similarity of unrelated features."""
     agreement: float | None
     """Median cosine of decoder blocks with blocks estimated from codes, corrected for noise."""
     group: GroupDescription
+    """Group and action of the store."""
     interpolation: Interpolation | None = None
     """Effect of interpolation; null where no rotation interpolates."""
     site: str
+    """Site that the dictionary reads."""
     blocks: str
     """Source of the blocks: the decoder, or an estimate from codes."""
     reads: str = UNTRANSFORMED
     """Input of the dictionary: all poses, or the untransformed input."""
     rows: int
+    """Rows of the store that stabilizers are estimated from."""
     rows_of_halves: list[int]
+    """Rows of each half of the images."""
     held_out_rows: int
+    """Held-out rows on which poses are predicted."""
     r2: dict[str, list[float | None]]
-    """R2 of each pose on held-out rows, by predictor; null where nothing varies."""
+    """R2 of each pose on held-out rows, null where nothing varies, by predictor: `dictionary`,
+    `linear` (the best linear map), `invariant` (the activation itself), `shuffled` (pairing)."""
     r2_mean: dict[str, float | None]
     """Mean R2 over the poses other than e, by predictor."""
     interventions: InterventionsResult = dataclasses.field(
         default_factory=lambda: InterventionsResult(missing="The run is older than interventions.")
     )
+    """Interchange interventions in the network."""
     control: ControlResult | None = None
+    """Comparison with a control, with --control."""
 
 
 def run(config: SymmetryConfig, folder: RunFolder) -> SymmetryResult:

@@ -1,6 +1,6 @@
 """Proofs of networks on groups: circuits, rho-sets, terms of the bound, and margins."""
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import cattrs
 import numpy as np
@@ -10,8 +10,11 @@ from mechatlas.app.old_runs import renamed
 from mechatlas.app.proof_details import GridDetails, MarginHistogram, NetworkDetails
 from mechatlas.app.report.chapter import Chapter, render
 from mechatlas.app.report.runs import Runs
-from mechatlas.app.run_folder import PROOF, read_result
+from mechatlas.app.run_folder import PROOF
 from mechatlas.base import Progress
+
+if TYPE_CHECKING:
+    from mechatlas.app.commands.prove import ProveResult
 
 TERMS = {
     "ideal_margin": "ideal margin",
@@ -38,13 +41,13 @@ def chapter(runs: Runs, on_progress: Progress) -> Chapter | None:
     Raises:
         DiskError: A file of a run is damaged.
     """
-    finished = [run for run in runs.of_kind(PROOF) if run.result]
+    finished = runs.of_kind(PROOF)
     if not finished:
         return None
     proofs, figures = [], {}
     for number, run in enumerate(finished):
         details = cattrs.structure(renamed(run.read("neurons.json"), run.kind), NetworkDetails)
-        result = read_result(run.folder, run.kind, schema=run.manifest.get("schema", 1))
+        result: "ProveResult" = run.typed_result()
         drawings = _drawings(result, details, f"proof{number}")
         figures |= {drawing.name: drawing.figure for drawing in drawings}
         proofs.append({
@@ -89,7 +92,7 @@ def _circuit(grid: GridDetails) -> dict[str, Any]:
     }
 
 
-def _drawings(result: Any, details: NetworkDetails, prefix: str) -> list[Drawing]:
+def _drawings(result: "ProveResult", details: NetworkDetails, prefix: str) -> list[Drawing]:
     """Everything that is drawn of one proof."""
     text = "The bound of the first stage for a typical pair, term by term."
     drawings = [Drawing(f"{prefix}budget", text, _budget(vars(result.logit_budget)))]
