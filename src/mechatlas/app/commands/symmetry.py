@@ -111,34 +111,6 @@ class Interpolation:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PoseR2ByPredictor:
-    """R2 of each pose on held-out rows; null where nothing varies."""
-
-    dictionary: list[float | None]
-    """R2 of the dictionary, by element."""
-    linear: list[float | None]
-    """R2 of the best linear map, by element."""
-    invariant: list[float | None]
-    """R2 of the activation itself, by element."""
-    shuffled: list[float | None]
-    """R2 of the best linear map with shuffled pairing, by element."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class MeanR2ByPredictor:
-    """Mean R2 over the poses other than e."""
-
-    dictionary: float | None
-    """Mean R2 of the dictionary."""
-    linear: float | None
-    """Mean R2 of the best linear map."""
-    invariant: float | None
-    """Mean R2 of the activation itself."""
-    shuffled: float | None
-    """Mean R2 of the best linear map with shuffled pairing."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class ControlResult:
     """Class frequencies compared with those of a control."""
 
@@ -200,10 +172,11 @@ class SymmetryResult(CommandResult):
     """Rows of each half of the images."""
     held_out_rows: int
     """Held-out rows on which poses are predicted."""
-    r2: PoseR2ByPredictor
-    """R2 of each pose, by predictor, on held-out rows."""
-    r2_mean: MeanR2ByPredictor
-    """Mean R2 over the elements other than the identity, by predictor."""
+    r2: dict[str, list[float | None]]
+    """R2 of each pose on held-out rows, null where nothing varies, by predictor: `dictionary`,
+    `linear` (the best linear map), `invariant` (the activation itself), `shuffled` (pairing)."""
+    r2_mean: dict[str, float | None]
+    """Mean R2 over the poses other than e, by predictor."""
     interventions: InterventionsResult = dataclasses.field(
         default_factory=lambda: InterventionsResult(missing="The run is older than interventions.")
     )
@@ -231,7 +204,7 @@ def run(config: SymmetryConfig, folder: RunFolder) -> SymmetryResult:
         trained_for=opened.manifest.get("group"),
     )  # fmt: skip
     _describe(folder, config, posed, store, opened.checksum)
-    control_names = _read_control(config.control, posed) if config.control else None
+    control = _read_control(config.control, posed) if config.control else None
     network = pose_interventions.open_posed_network(
         store, posed.site, config.downstream, wanted=config.interventions > 0
     )
@@ -259,7 +232,12 @@ def run(config: SymmetryConfig, folder: RunFolder) -> SymmetryResult:
         **_counts(symmetries),
         discoveries_shuffled=n_shuffled,
         agreement=_agreement(estimates, symmetries),
-        group=_group_description(posed, description),
+        group=GroupDescription(
+            name=posed.group.name,
+            order=posed.group.order,
+            action=posed.action,
+            closes=bool(description.get("closes", True)),
+        ),
         interpolation=_interpolation(posed, description, symmetries),
         site=posed.site,
         blocks="estimated from codes" if posed.decoder_blocks is None else "decoder",
@@ -267,12 +245,10 @@ def run(config: SymmetryConfig, folder: RunFolder) -> SymmetryResult:
         rows=int(estimates.rows.sum()),
         rows_of_halves=estimates.rows.tolist(),
         held_out_rows=n_held_out,
-        r2=PoseR2ByPredictor(**by_pose),
-        r2_mean=MeanR2ByPredictor(
-            **{name: _mean_of_others(values, posed.group) for name, values in by_pose.items()}
-        ),
+        r2=by_pose,
+        r2_mean={name: _mean_of_others(each, posed.group) for name, each in by_pose.items()},
         interventions=tested.result,
-        control=_compare(config.control, symmetries, control_names),
+        control=None if control is None else _compare(str(config.control), symmetries, control),
     )
 
 
@@ -351,18 +327,12 @@ def _read_control(folder: Path, posed: PosedDictionary) -> list[str]:
     return pq.read_table(folder / TABLE)["class"].to_pylist()
 
 
-def _compare(
-    folder: Path | None, symmetries: Symmetry, control_names: list[str] | None
-) -> ControlResult | None:
-    if control_names is None:
-        return None
-    here, there = (
-        len(names) - names.count(NOT_RELIABLE) for names in (symmetries.names, control_names)
-    )
+def _compare(folder: str, symmetries: Symmetry, control: list[str]) -> ControlResult:
+    here, there = (len(names) - names.count(NOT_RELIABLE) for names in (symmetries.names, control))
     return ControlResult(
-        folder=str(folder),
+        folder=folder,
         reliable=(here, there),
-        classes=compare_with_control(symmetries.names, control_names, symmetries.class_names),
+        classes=compare_with_control(symmetries.names, control, symmetries.class_names),
     )
 
 
@@ -403,15 +373,6 @@ def _counts(symmetries: Symmetry) -> dict[str, Any]:
         "largest_family": int(sizes.max(initial=0)),
         "chance_similarity": symmetries.chance_similarity,
     }
-
-
-def _group_description(posed: PosedDictionary, description: dict[str, Any]) -> GroupDescription:
-    return GroupDescription(
-        name=posed.group.name,
-        order=posed.group.order,
-        action=posed.action,
-        closes=bool(description.get("closes", True)),
-    )
 
 
 def _interpolation(
@@ -485,7 +446,7 @@ def in_words(result: SymmetryResult) -> str:
     ceiling = "not known" if result.noise_ceiling is None else f"{result.noise_ceiling:.2f}"
     r2 = {
         name: "unknown" if value is None else f"{value:.3f}"
-        for name, value in vars(result.r2_mean).items()
+        for name, value in result.r2_mean.items()
     }
     group = result.group
     lines = [

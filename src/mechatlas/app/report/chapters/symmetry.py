@@ -76,9 +76,7 @@ def chapter(runs: Runs, on_progress: Progress) -> Chapter | None:
             "result": result,
             "counts": _counts(group, names, table["class"], colors),
             "families": len(families),
-            "r2_mean": [
-                (words, getattr(result.r2_mean, key)) for key, words in PREDICTORS.items()
-            ],
+            "r2_mean": [(words, result.r2_mean[key]) for key, words in PREDICTORS.items()],
         })  # fmt: skip
         on_progress(number + 1, len(finished))
     return Chapter(
@@ -204,7 +202,7 @@ def _r2(result: "SymmetryResult", group: Group) -> dict[str, Any]:
     traces = [
         {
             "type": "scatter", "mode": "lines+markers", "name": words,
-            "x": list(group.element_names), "y": getattr(result.r2, key),
+            "x": list(group.element_names), "y": result.r2[key],
         }
         for key, words in PREDICTORS.items()
     ]  # fmt: skip
