@@ -29,9 +29,7 @@ VERBS = (
 WITHOUT_EXAMPLE = {
     "branches",
     "evaluate",
-    "group",
     "load",
-    "load_proof",
     "save",
     "train",
 }
