@@ -10,6 +10,7 @@ This module is the one table of old names:
     KEYS         keys of `result.json`, written under both names
 """
 
+import copy
 import functools
 import warnings
 from collections.abc import Callable
@@ -27,6 +28,12 @@ NAMES: dict[str, str] = {
 """Old name -> full path of the new one."""
 
 ARGUMENTS: dict[str, dict[str, str]] = {
+    "Autoencoder": {"prefixes": "matryoshka_widths"},
+    "AuxK": {"weight": "auxk_alpha"},
+    "Crosscoder": {"prefixes": "matryoshka_widths"},
+    "Objective": {"relative": "normalize_mse"},
+    "Schedule": {"pressure": "sparsity_warm_up"},
+    "Transcoder": {"prefixes": "matryoshka_widths"},
     "between": {"rate": "fdr"},
     "feature_splitting": {"found": "matching", "most": "max_partners"},
     "match": {"parts": "cost", "rate": "fdr", "units": "scale"},
@@ -34,7 +41,7 @@ ARGUMENTS: dict[str, dict[str, str]] = {
     "symmetry": {"alike": "equality_threshold", "rate": "fdr", "turns": "acts_by_rotation"},
     "track": {"rate": "fdr"},
 }
-"""Name of a function -> old keyword -> new keyword."""
+"""Name of a function or class -> old keyword -> new keyword."""
 
 ATTRIBUTES: dict[str, dict[str, str]] = {
     "Match": {
@@ -70,6 +77,12 @@ FLAGS: dict[str, dict[str, str]] = {
     },
     "prove": {"effort": "compute_budget"},
     "symmetry": {"alike": "equality_threshold", "rate": "fdr", "swaps": "interventions"},
+    "train": {
+        "objective.relative": "objective.normalize_mse",
+        "prefixes": "matryoshka_widths",
+        "revival.weight": "revival.auxk_alpha",
+        "schedule.pressure": "schedule.sparsity_warm_up",
+    },
 }
 """Name of a command -> old flag or recipe key -> new one; with dots inside tables."""
 
@@ -104,7 +117,7 @@ def renamed_arguments(
     Raises:
         TypeError: The same argument is given under both spellings.
     """
-    name = function.__name__
+    name = function.__qualname__.removesuffix(".__init__")
     table = ARGUMENTS[name]
 
     @functools.wraps(function)
@@ -118,6 +131,12 @@ def renamed_arguments(
         return function(*args, **kwargs)
 
     return call
+
+
+def renamed_fields(cls: Class) -> Class:
+    """Accept the old keyword arguments that the table lists for the fields of a dataclass."""
+    cls.__init__ = renamed_arguments(cls.__init__)
+    return cls
 
 
 def renamed_attributes(cls: Class) -> Class:
@@ -154,4 +173,27 @@ def renamed_flags(command: str, words: list[str]) -> list[str]:
             warn(f"{command} {flag}", f"{command} {new}")
             word = new + equals + value
         renamed.append(word)
+    return renamed
+
+
+def renamed_keys(command: str, recipe: dict[str, Any]) -> dict[str, Any]:
+    """Replace the old recipe keys that the table lists for a command.
+
+    Args:
+        command: Name of the command.
+        recipe: Plain values of its recipe.
+
+    Returns:
+        A copy; where a key is given under both spellings, the old one stays and is refused later.
+    """
+    renamed = copy.deepcopy(recipe)
+    for old, new in FLAGS.get(command, {}).items():
+        *path, key = old.split(".")
+        table: Any = renamed
+        for name in path:
+            table = table.get(name) if isinstance(table, dict) else None
+        new_key = new.rpartition(".")[2]
+        if isinstance(table, dict) and key in table and new_key not in table:
+            warn(f"The key {old} of a {command} recipe", new)
+            table[new_key] = table.pop(key)
     return renamed

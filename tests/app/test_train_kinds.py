@@ -59,7 +59,7 @@ OPTIONS: dict[str, Any] = {"n_latents": 40, "steps": 20, "batch_size": 128}
     ],
 )
 def test_every_kind_is_trained_by_a_recipe(stores, tmp_path, kind, d_in, d_out, options):
-    objective = Objective(relative=True, clip=1.0)
+    objective = Objective(normalize_mse=True, clip=1.0)
     recipe = TrainConfig(
         store=stores / "paired", out=tmp_path / "d", objective=objective, **OPTIONS, **options
     )

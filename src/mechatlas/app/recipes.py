@@ -29,6 +29,7 @@ from mechatlas.activations.samples import (
 )
 from mechatlas.analysis.interaction.analysis import InteractionConfig
 from mechatlas.base import RecipeError
+from mechatlas.deprecated import renamed_keys
 from mechatlas.dictionaries.autoencoder import Autoencoder, Crosscoder, SparseCoder, Transcoder
 from mechatlas.dictionaries.objective import Objective, Schedule
 from mechatlas.dictionaries.pose_tied import PoseTied
@@ -86,18 +87,18 @@ class TrainConfig:
     pose_tied: bool = False
     """Of a store with a group: few atoms in all poses, and one encoder for every pose, instead of
     a crosscoder that reads the input as it is and writes all poses."""
-    prefixes: tuple[int, ...] = ()
-    """The first so many latents must explain the activations on their own (Matryoshka)."""
+    matryoshka_widths: tuple[int, ...] = ()
+    """Numbers of first latents that must explain the activations on their own (Matryoshka)."""
     steps: int = 20_000
-    """Optimiser steps."""
+    """Optimizer steps."""
     batch_size: int = 4096
     """Rows in a step."""
     lr: float = 1e-3
     """Largest learning rate of Adam."""
     schedule: Schedule = dataclasses.field(default_factory=Schedule)
-    """How the learning rate changes."""
+    """Learning rate and sparsity warm-up over the run."""
     objective: Objective = dataclasses.field(default_factory=Objective)
-    """What is minimised beside the penalty of the sparsity rule: relative errors, clipping."""
+    """Squared error that is minimized, and the limit of its gradient."""
     revival: AuxK | Resample | None = None
     """How dead latents are brought back, such as `k = 256` in a table [revival]; by default not."""
     checkpoint_every: int = 1000
@@ -115,8 +116,8 @@ class TrainConfig:
             raise ValueError(
                 f"A transcoder to {self.writes[0]} needs another site to read, and cannot be tied."
             )
-        if self.pose_tied and (self.writes or self.tied or self.prefixes or self.revival):
-            raise ValueError("pose_tied goes without writes, tied, prefixes and revival.")
+        if self.pose_tied and (self.writes or self.tied or self.matryoshka_widths or self.revival):
+            raise ValueError("pose_tied goes without writes, tied, matryoshka_widths and revival.")
         if not self.pose_tied:
             self.build(dict.fromkeys(self.sites, 1))  # refuses what cannot be
 
@@ -138,7 +139,7 @@ class TrainConfig:
         options: dict[str, Any] = {
             "n_latents": self.n_latents,
             "sparsity": self.sparsity,
-            "prefixes": self.prefixes,
+            "matryoshka_widths": self.matryoshka_widths,
             "seed": self.seed,
         }
         if group is not None:
@@ -161,7 +162,7 @@ class TrainConfig:
         if self.writes or self.tied:
             raise ValueError("A dictionary of a store with a group goes without writes and tied.")
         if self.pose_tied:
-            del options["prefixes"]
+            del options["matryoshka_widths"]
             return PoseTied(group=group, d_in=width, **options)
         names = group.element_names
         if len(set(names)) < group.order:
@@ -278,8 +279,9 @@ def from_dict(raw: dict[str, Any], kind: type[Recipe], source: str) -> Recipe:
     Raises:
         RecipeError: Unknown keys or wrong values; the message lists all of them.
     """
+    command = kind.__name__.removesuffix("Config").lower()
     try:
-        return CONVERTER.structure(raw, kind)
+        return CONVERTER.structure(renamed_keys(command, raw), kind)
     except cattrs.BaseValidationError as error:
         mistakes = "".join(f"\n  {line}" for line in _mistakes(error, kind))
         raise RecipeError(f"{source} is not a {kind.__name__} recipe:{mistakes}") from error

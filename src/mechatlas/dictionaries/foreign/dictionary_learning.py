@@ -25,10 +25,10 @@ from typing import Any
 from torch import Tensor
 
 from mechatlas.base import WeightsError
-from mechatlas.dictionaries.activation_rules import Threshold
-from mechatlas.dictionaries.foreign.weights import Config, fit, read_tensors, take_integer
+from mechatlas.dictionaries.foreign.weights import Config, fit, take_integer
 from mechatlas.dictionaries.pretrained import Pretrained
-from mechatlas.dictionaries.sparsity import Gated, ReLU, Rule, TopK
+from mechatlas.dictionaries.sparsity import Gated, ReLU, Rule, Threshold, TopK
+from mechatlas.tensorfiles import read_tensors
 
 LINEAR = {
     "encoder.weight": "latent d_in",
