@@ -1,6 +1,6 @@
 """All pairs of 2,048 x 2,048 features, by every branch, against the floor of its products.
 
-Also what it takes to follow activations of sixteen samples through the gates that they meet.
+Also the cost of following activations of sixteen samples through the gates that they meet.
 
 Run: `python benchmarks/bench_circuits.py`. Prints process CPU seconds, the ratio to the matrix
 products alone, and the largest memory of the process.

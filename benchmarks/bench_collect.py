@@ -14,25 +14,25 @@ CODE = """
 import json, resource, sys, time
 from pathlib import Path
 import numpy as np, torch
-from mechatlas.activations.collect import Collecting, collect
-from mechatlas.activations.networks import Network, build
+from mechatlas.activations.collect import StoreConfig, collect
+from mechatlas.activations.networks import Network, load_network
 from mechatlas.activations.positions import Positions
 from mechatlas.activations.samples import Images, open_samples
-from mechatlas.activations.sites import find_sites, read
+from mechatlas.activations.sites import find_sites, read_activations
 folder, n = Path(sys.argv[1]), int(sys.argv[2])
-network = build(Network(name="inception_mini"))
+network = load_network(Network(name="inception_mini"))
 samples = open_samples(Images(source=str(folder / "images.npy")), network)
 sites = find_sites(network, ["mixed3a"])
 x = samples.stack([samples.read(i) for i in range(64)])
 with torch.inference_mode():
-    read(network, x, sites)
+    read_activations(network, x, sites)
     started = time.process_time()
     for _ in range(10):
-        read(network, x, sites)
+        read_activations(network, x, sites)
     floor = (time.process_time() - started) / 640
 imported = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 started, wall = time.process_time(), time.perf_counter()
-settings = Collecting(positions=Positions(rule="all"), memory_mib=1024)
+settings = StoreConfig(positions=Positions(rule="all"), memory_mib=1024)
 store = collect(network, samples, sites, folder / "store", settings)
 seconds = time.process_time() - started
 print(json.dumps({

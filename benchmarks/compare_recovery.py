@@ -1,4 +1,4 @@
-"""How well our trainer and others find atoms that were planted.
+"""Recovery of planted atoms by our trainer and by others.
 
     python benchmarks/compare_recovery.py
 
@@ -30,7 +30,7 @@ from scipy.optimize import linear_sum_assignment
 
 
 def recovery(planted: np.ndarray, learnt: np.ndarray) -> dict[str, float]:
-    """How much of the planted atoms is among the learnt."""
+    """Compare planted atoms with learned ones: best cosine, and one to one."""
     lengths = np.linalg.norm(learnt, axis=1, keepdims=True)
     cosines = planted @ (learnt / np.maximum(lengths, 1e-12)).T
     pairs = cosines[linear_sum_assignment(cosines, maximize=True)]
@@ -64,7 +64,7 @@ def measure(
 
 
 def random_atoms(planted: np.ndarray) -> dict[str, float]:
-    """The control: atoms that were never trained."""
+    """Measure the control: atoms that were never trained."""
     random = np.random.default_rng(99)
     return recovery(planted, random.standard_normal(planted.shape, dtype=np.float32))
 

@@ -32,11 +32,11 @@ from safetensors.numpy import load_file
 from torch import Tensor
 
 import mechatlas as ma
-from mechatlas.app.commands import symmetry
 from mechatlas.app.commands.symmetry import TABLE, TENSORS, SymmetryConfig
-from mechatlas.app.symmetry_folder import execute
+from mechatlas.app.run_folder import execute
 from mechatlas.base import InputError
 from mechatlas.dictionaries.autoencoder import SparseCoder
+from mechatlas.dictionaries.rows import ArrayRows
 from mechatlas.files import read_json, write_json
 from mechatlas.maths.groups import Group
 
@@ -77,7 +77,7 @@ class Problem:
     def fit(self, dictionary: SparseCoder, x: Tensor, seed: int) -> SparseCoder:
         """Train on some columns of the rows."""
         options = self.options
-        rows = ma.ArrayRows(x)
+        rows = ArrayRows(x)
         ma.train(dictionary, rows, steps=options.steps, batch_size=options.batch_size, seed=seed)
         return dictionary
 
@@ -102,7 +102,7 @@ def from_folder(problem: Problem, dictionary: SparseCoder, out: Path, seed: int)
         interventions=0,
         seed=seed,
     )
-    result = execute(symmetry, config)
+    result = execute(config)
     table = pq.read_table(out / "symmetry" / TABLE)
     facts = {
         "r2": result.r2_mean.dictionary,

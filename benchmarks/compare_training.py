@@ -48,7 +48,7 @@ class Setting:
 
     @property
     def title(self) -> str:
-        """In words."""
+        """Setting in words."""
         tied = ", tied" if self.tied else ""
         return (
             f"{self.shape}, {self.rule}, k={self.k}{tied}, batches of {self.batch_size}, "
@@ -57,7 +57,7 @@ class Setting:
 
 
 def command(trainer: str, setting: Setting, rows: Path, options: argparse.Namespace) -> list[str]:
-    """How to start a trainer, on one core where the system can."""
+    """Command line of a trainer, on one core where the system can."""
     python = sys.executable if trainer in OURS else str(options.peers / "bin" / "python")
     d_in, n_latents = setting.shape.split("x")
     arguments = {
@@ -75,7 +75,7 @@ def command(trainer: str, setting: Setting, rows: Path, options: argparse.Namesp
 
 
 def run(trainer: str, words: list[str], setting: Setting, timeout: float) -> dict[str, Any]:
-    """One run; what it printed, or why it failed."""
+    """Run a trainer once; give its line of output, or the reason of a failure."""
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     for library in ("OMP", "MKL", "OPENBLAS", "NUMBA"):
         environment[f"{library}_NUM_THREADS"] = str(setting.threads)
@@ -115,14 +115,14 @@ class Results:
         return (*dataclasses.astuple(setting), trainer, number)
 
     def keep(self, key: tuple[Any, ...], result: dict[str, Any]) -> None:
-        """Add one."""
+        """Add a measurement."""
         self.found[key] = result
         self.file.parent.mkdir(parents=True, exist_ok=True)
         with self.file.open("a") as file:
             file.write(json.dumps({"key": key, "result": result}) + "\n")
 
     def of(self, setting: Setting, trainer: str, runs: int) -> list[dict[str, Any]]:
-        """All that were measured."""
+        """Measurements of a trainer, one for each run."""
         keys = [self.key(setting, trainer, number) for number in range(runs)]
         return [self.found[key] for key in keys if key in self.found]
 

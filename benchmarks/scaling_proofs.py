@@ -1,4 +1,4 @@
-"""How the cost of a proof grows with the group: the ratio to brute force, by order and noise.
+"""Cost of a proof relative to brute force, by order of the group and noise.
 
 Run: `python benchmarks/scaling_proofs.py --out scaling.html`. Prints a table and the fitted
 exponents, and draws both ratios in a log-log plot. What is in scaling.json is not done again.

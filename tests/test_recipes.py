@@ -4,15 +4,11 @@ from pathlib import Path
 
 import pytest
 
-from mechatlas.app.group_nets import GroupNetConfig
-from mechatlas.app.recipes import (
-    BasisConfig,
-    CollectConfig,
-    TrainConfig,
-    as_dict,
-    from_dict,
-    read_recipe,
-)
+from mechatlas.app.commands.basis import BasisConfig
+from mechatlas.app.commands.collect import CollectConfig
+from mechatlas.app.commands.group_net import GroupNetConfig
+from mechatlas.app.commands.train import TrainConfig
+from mechatlas.app.recipes import as_dict, from_dict, read_recipe
 from mechatlas.base import RecipeError
 from mechatlas.dictionaries.sparsity import TopK
 

@@ -1,5 +1,5 @@
 # pyright: reportMissingImports=false
-"""Let SAELens read folders, and keep what it makes of some rows.
+"""Let SAELens read folders, and keep its codes and reconstructions of some rows.
 
     .venv-peers/bin/python tools/read_saelens.py FOLDER
 

@@ -1,5 +1,5 @@
 # pyright: reportMissingImports=false, reportPrivateImportUsage=false
-"""Write small dictionaries with the libraries that we read, and what those make of some rows.
+"""Write small dictionaries with the libraries that we read, with their numbers for some rows.
 
     .venv-peers/bin/python tools/write_golden_dictionaries.py --out tests/golden [--seed 0]
 

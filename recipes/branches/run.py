@@ -18,9 +18,9 @@ from typing import Any
 import mechatlas as ma
 from mechatlas.app.commands import branches
 from mechatlas.app.commands import match as matching
-from mechatlas.app.commands import train as jobs
-from mechatlas.app.recipes import TrainConfig, read_recipe
-from mechatlas.app.symmetry_folder import execute
+from mechatlas.app.commands.train import TrainConfig
+from mechatlas.app.recipes import read_recipe
+from mechatlas.app.run_folder import execute
 from mechatlas.files import read_json, write_json
 
 HERE = Path(__file__).parent
@@ -45,8 +45,8 @@ def train(site: str, store: ma.Store, options: argparse.Namespace) -> Path:
             n_latents=options.expansion * width,
             steps=options.steps or recipe.steps,
         )
-        found = jobs.train(changed)
-        print(f"{site}: fvu {found['fvu']:.3f}, dead {found['dead_share']:.1%}", flush=True)
+        found = execute(changed)
+        print(f"{site}: fvu {found.fvu:.3f}, dead {found.dead_share:.1%}", flush=True)
     return out
 
 
@@ -58,7 +58,6 @@ def matched(paths: list[Path], name: str, options: argparse.Namespace) -> Path |
         return None
     if not (out / "result.json").is_file():
         execute(
-            matching,
             matching.MatchConfig(
                 dictionaries=tuple(paths),
                 out=out,
@@ -153,7 +152,7 @@ def main() -> None:
         out = path.with_name(f"{path.name}-branches")
         made = read_json(out / "result.json") if (out / "result.json").is_file() else {}
         if not made or (between and "consistency" not in made):
-            branches.specialise(
+            branches.run(
                 branches.BranchesConfig(
                     dictionary=path, store=options.store, out=out, match=between, rows=options.rows
                 )

@@ -16,9 +16,10 @@ import dataclasses
 from pathlib import Path
 
 import mechatlas as ma
-from mechatlas.app.commands import circuit
-from mechatlas.app.commands import train as jobs
-from mechatlas.app.recipes import TrainConfig, read_recipe
+from mechatlas.app.commands import circuit, report
+from mechatlas.app.commands.train import TrainConfig
+from mechatlas.app.recipes import read_recipe
+from mechatlas.app.run_folder import execute
 
 HERE = Path(__file__).parent
 
@@ -29,7 +30,7 @@ def train(site: str, options: argparse.Namespace) -> Path:
     if not (out / "result.json").is_file():
         width = ma.Store(options.store).rows(site).d_in
         recipe = read_recipe(options.recipe, TrainConfig)
-        found = jobs.train(
+        found = execute(
             dataclasses.replace(
                 recipe,
                 store=options.store,
@@ -39,7 +40,7 @@ def train(site: str, options: argparse.Namespace) -> Path:
                 steps=options.steps or recipe.steps,
             )
         )
-        print(f"{site}: fvu {found['fvu']:.3f}, dead {found['dead_share']:.1%}", flush=True)
+        print(f"{site}: fvu {found.fvu:.3f}, dead {found.dead_share:.1%}", flush=True)
     return out
 
 
@@ -60,7 +61,7 @@ def main() -> None:
     options = parser.parse_args()
     options.out = options.out or options.store.parent
     paths = tuple(train(site, options) for site in options.sites)
-    found = circuit.circuit(
+    found = execute(
         circuit.CircuitConfig(
             dictionaries=paths,
             out=options.out / "circuit",
@@ -71,7 +72,8 @@ def main() -> None:
         )
     )
     print(circuit.in_words(found))
-    print("Page:", jobs.report(options.out, options.out / "circuit.html")["page"])
+    page = report.ReportConfig(folder=options.out, out=options.out / "circuit.html")
+    print(report.in_words(execute(page)))
 
 
 if __name__ == "__main__":

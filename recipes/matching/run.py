@@ -18,10 +18,9 @@ from typing import Any
 
 import mechatlas as ma
 from mechatlas.app.commands import match as matching
-from mechatlas.app.commands import train as jobs
-from mechatlas.app.recipes import TrainConfig
+from mechatlas.app.commands.train import TrainConfig
 from mechatlas.app.report.chapters.matching import renamed
-from mechatlas.app.symmetry_folder import execute
+from mechatlas.app.run_folder import execute
 from mechatlas.dictionaries.revival import AuxK
 from mechatlas.dictionaries.sparsity import TopK
 from mechatlas.files import read_json
@@ -39,7 +38,7 @@ def train(sites: list[str], k: int, seed: int, options: argparse.Namespace) -> P
     site = sites[k]
     out = options.out / f"seed{seed}" / site
     if not (out / "result.json").is_file():
-        result = jobs.train(
+        result = execute(
             TrainConfig(
                 store=options.store,
                 site=site,
@@ -52,8 +51,8 @@ def train(sites: list[str], k: int, seed: int, options: argparse.Namespace) -> P
                 seed=seed * len(sites) + k,
             )
         )
-        print(f"{site}, seed {seed}: fvu {result['fvu']:.3f}, dead {result['dead_share']:.1%}, "
-              f"{result['seconds']:.0f} s", flush=True)  # fmt: skip
+        print(f"{site}, seed {seed}: fvu {result.fvu:.3f}, dead {result.dead_share:.1%}, "
+              f"{result.seconds:.0f} s", flush=True)  # fmt: skip
     return out
 
 
@@ -68,7 +67,7 @@ def match(paths: list[Path], out: Path, options: argparse.Namespace) -> dict[str
             samples=options.samples,
             seed=options.seed,
         )
-        print(matching.in_words(execute(matching, config)), flush=True)
+        print(matching.in_words(execute(config)), flush=True)
     return renamed(read_json(out / "result.json"))
 
 

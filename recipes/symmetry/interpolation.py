@@ -19,9 +19,9 @@ import mechatlas as ma
 from mechatlas.activations.posing import PoseConfig
 from mechatlas.activations.positions import Positions
 from mechatlas.app.commands import symmetry
-from mechatlas.app.commands import train as jobs
-from mechatlas.app.recipes import CollectConfig, TrainConfig
-from mechatlas.app.symmetry_folder import execute
+from mechatlas.app.commands.collect import CollectConfig
+from mechatlas.app.commands.train import TrainConfig
+from mechatlas.app.run_folder import execute
 
 N = 16
 
@@ -30,7 +30,7 @@ def measure(name: str, blurred: bool, options: argparse.Namespace) -> dict[str, 
     """Collect, train and classify under sixteen rotations."""
     out = options.out / name
     store = out / "store"
-    jobs.collect(
+    execute(
         CollectConfig(
             network=ma.Network(name=options.network, weights=options.weights),
             sites=(options.site,),
@@ -42,7 +42,7 @@ def measure(name: str, blurred: bool, options: argparse.Namespace) -> dict[str, 
             out=store,
         )
     )
-    jobs.train(
+    execute(
         TrainConfig(
             store=store, site=options.site, out=out / "crosscoder", n_latents=options.latents,
             sparsity=ma.TopK(k=16), steps=options.steps, batch_size=512,
@@ -51,7 +51,7 @@ def measure(name: str, blurred: bool, options: argparse.Namespace) -> dict[str, 
     config = symmetry.SymmetryConfig(
         dictionary=out / "crosscoder", store=store, out=out / "symmetry", interventions=0
     )
-    result = execute(symmetry, config)
+    result = execute(config)
     s = load_file(out / "symmetry" / symmetry.TENSORS)["stabilizer_function"].mean(axis=0)
     linear = np.array(result.r2.linear)
     turns = np.arange(1, N)

@@ -24,9 +24,9 @@ from safetensors.numpy import load_file
 import mechatlas as ma
 from mechatlas.analysis.symmetry.shift_evidence import SUPPORT_THRESHOLD
 from mechatlas.app.commands import symmetry
-from mechatlas.app.commands import train as jobs
-from mechatlas.app.recipes import TrainConfig, read_recipe
-from mechatlas.app.symmetry_folder import execute, read_result
+from mechatlas.app.commands.train import TrainConfig
+from mechatlas.app.recipes import read_recipe
+from mechatlas.app.run_folder import execute, read_result
 from mechatlas.files import read_json, write_json
 
 HERE = Path(__file__).parent
@@ -46,7 +46,7 @@ def trained(site: str, seed: int, options: argparse.Namespace) -> Path:
             steps=options.steps or recipe.steps,
             n_latents=options.latents or recipe.n_latents,
         )
-        jobs.train(changed)
+        execute(changed)
     return out
 
 
@@ -62,7 +62,7 @@ def classified(dictionary: Path, options: argparse.Namespace) -> Path:
             interventions=options.interventions,
             control=control,
         )
-        execute(symmetry, config)
+        execute(config)
     return out
 
 

@@ -1,4 +1,4 @@
-"""The nouns every layer shares, and the errors they raise.
+"""Nouns and errors that every layer shares.
 
 A type lives in the lowest module that makes it. It moves here only when two
 modules that may not import each other both need it. Nothing here does work.
@@ -22,40 +22,40 @@ from torch import Tensor
 
 
 class UserError(ValueError):
-    """A mistake that the user can mend; the command line prints it and exits with 2."""
+    """Mistake that the user can correct; the command line prints it and exits with 2."""
 
 
 class SiteError(UserError):
-    """A network has no such module or branch, or its activations cannot be read."""
+    """Missing module or branch of a network, or activations that cannot be read."""
 
 
 class InputError(UserError):
-    """An image, text or array cannot be read, or is not what the network expects."""
+    """Image, text or array that cannot be read, or is not what the network expects."""
 
 
 class NonFiniteError(UserError):
-    """A NaN or an infinity, and where it was found."""
+    """NaN or infinity; the message says where."""
 
 
 class WeightsError(UserError):
-    """A file of weights is damaged, or does not fit its network or dictionary."""
+    """Weights that are damaged, or do not fit their network or dictionary."""
 
 
 class StoreError(UserError):
-    """An activation store is damaged, incomplete, or made by another recipe."""
+    """Activation store that is damaged, incomplete, or made by another recipe."""
 
 
 class DiskError(UserError):
-    """A file or folder cannot be read or written."""
+    """File or folder that cannot be read or written."""
 
 
 class RecipeError(UserError):
-    """A recipe has unknown keys or wrong values; the message lists all of them."""
+    """Recipe with unknown keys or wrong values; the message lists all of them."""
 
 
 @dataclasses.dataclass(frozen=True, order=True)
 class Site:
-    """A place in a network where activations are read or replaced.
+    """Place in a network where activations are read or replaced.
 
     Written `module`, `module/branch`, `module:input` or `module:input/branch`.
     """
@@ -63,13 +63,13 @@ class Site:
     module: str
     """Name of the module, as in `named_modules()`."""
     branch: str | None = None
-    """A named slice of the channels; `None` for all of them."""
+    """Named slice of the channels; `None` for all of them."""
     take: Literal["output", "input"] = "output"
-    """Whether what the module returns or what it is given."""
+    """Side of the module: its output or its input."""
 
     @classmethod
     def parse(cls, text: str) -> "Site":
-        """Read the written form.
+        """Parse the written form.
 
         Raises:
             SiteError: What follows the colon is neither `input` nor `output`.
@@ -83,13 +83,13 @@ class Site:
         return cls(module, branch or None, "input" if take == "input" else "output")
 
     def __str__(self) -> str:
-        """The written form."""
+        """Write the site in the form that `parse` reads."""
         take = ":input" if self.take == "input" else ""
         return f"{self.module}{take}" + (f"/{self.branch}" if self.branch else "")
 
 
 class Batch(NamedTuple):
-    """Rows of activations, and which rows of their source they are."""
+    """Batch of activations, with the number of each row in its source."""
 
     x: Float[Tensor, "batch d_in"]
     row: Int[Tensor, " batch"]
@@ -97,21 +97,21 @@ class Batch(NamedTuple):
 
 @runtime_checkable
 class Rows(Protocol):
-    """Activations to train on, wherever they live."""
+    """Source of rows of activations to train on, in memory or on disk."""
 
     d_in: int
     n_rows: int
 
     def batches(self, batch_size: int, *, seed: int = 0, start: int = 0) -> Iterator[Batch]:
-        """Endless shuffled batches, one epoch after another, from batch number `start`."""
+        """Yield endless shuffled batches, one epoch after another, from batch number `start`."""
         ...
 
     def held_out(self, n_rows: int) -> Batch:
-        """Up to `n_rows` rows that `batches` never yields."""
+        """Give up to `n_rows` rows that `batches` never yields."""
         ...
 
     def describe(self, row: int) -> str:
-        """Where a row came from, in words for an error message."""
+        """Describe the origin of a row for an error message."""
         ...
 
 
@@ -126,11 +126,11 @@ class Dictionary(Protocol):
     n_latents: int
 
     def encode(self, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch latent"]:
-        """Sparse code of each sample; unused latents are exactly zero."""
+        """Encode each sample as a sparse code; unused latents are exactly zero."""
         ...
 
     def decode(self, code: Float[Tensor, "batch latent"]) -> Float[Tensor, "batch d_in"]:
-        """Reconstruction, in the units of the input of `encode`."""
+        """Reconstruct samples, in the units of the input of `encode`."""
         ...
 
 
@@ -141,7 +141,7 @@ class Result:
     """
 
     def summary(self) -> str:
-        """Finding with its evidence, in at most six lines of plain text.
+        """Describe the finding with its evidence, in at most six lines of plain text.
 
         Raises:
             NotImplementedError: A subclass does not say what it found.
@@ -149,11 +149,11 @@ class Result:
         raise NotImplementedError(f"{type(self).__name__} gives no summary")
 
     def __repr__(self) -> str:
-        """The summary; arrays do not pour out."""
+        """Give the summary, not the arrays."""
         return self.summary()
 
     def _repr_html_(self) -> str:
-        """The summary for a notebook, its first line in bold."""
+        """Give the summary for a notebook, its first line in bold."""
         first, *others = (html.escape(line) for line in self.summary().splitlines())
         return "<br>".join([f"<strong>{first}</strong>", *others])
 
@@ -163,4 +163,4 @@ Progress = Callable[[int, int], None]
 
 
 def no_progress(done: int, total: int) -> None:
-    """Show nothing."""
+    """Show no progress."""

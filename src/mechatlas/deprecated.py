@@ -7,21 +7,27 @@ This module is the one table of old names:
     ATTRIBUTES   attributes of results, by class
     FLAGS        flags of commands and keys of recipes, by command
     COLUMNS      columns of parquet files, written under both names
-    KEYS         keys of `result.json`, written under both names
 """
 
-import copy
 import functools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, ParamSpec, TypeVar
 
 NAMES: dict[str, str] = {
-    "Analysing": "mechatlas.analysis.interaction.analysis.InteractionConfig",
+    "ArrayRows": "mechatlas.dictionaries.rows.ArrayRows",
+    "Analysing": "mechatlas.analysis.interaction.results.InteractionConfig",
     "Collecting": "mechatlas.activations.collect.StoreConfig",
+    "Group": "mechatlas.maths.groups.Group",
+    "Interaction": "mechatlas.analysis.interaction.results.InteractionBasis",
     "Posing": "mechatlas.activations.posing.PoseConfig",
+    "Positions": "mechatlas.activations.positions.Positions",
+    "Pretrained": "mechatlas.dictionaries.pretrained.Pretrained",
+    "Rows": "mechatlas.base.Rows",
+    "StreamRows": "mechatlas.dictionaries.rows.StreamRows",
     "build": "mechatlas.activations.networks.load_network",
     "edited": "mechatlas.activations.sites.intervene",
+    "fvu": "mechatlas.dictionaries.metrics.fvu",
     "read": "mechatlas.activations.sites.read_activations",
     "relatives": "mechatlas.analysis.matching.pairing.feature_splitting",
 }
@@ -34,6 +40,15 @@ ARGUMENTS: dict[str, dict[str, str]] = {
     "Objective": {"relative": "normalize_mse"},
     "Schedule": {"pressure": "sparsity_warm_up"},
     "Transcoder": {"prefixes": "matryoshka_widths"},
+    "InteractionConfig": {
+        "allowed_fall": "max_accuracy_drop",
+        "nulls": "n_null_graphs",
+        "points": "quadrature_points",
+        "relative": "rank_threshold",
+        "sources": "gradient_probes",
+        "synchrony": "synchrony_tolerance",
+    },
+    "basis": {"how": "settings", "kept": "checkpoints"},
     "between": {"rate": "fdr"},
     "feature_splitting": {"found": "matching", "most": "max_partners"},
     "match": {"parts": "cost", "rate": "fdr", "units": "scale"},
@@ -41,9 +56,26 @@ ARGUMENTS: dict[str, dict[str, str]] = {
     "symmetry": {"alike": "equality_threshold", "rate": "fdr", "turns": "acts_by_rotation"},
     "track": {"rate": "fdr"},
 }
-"""Name of a function or class -> old keyword -> new keyword."""
+"""Name of a function or dataclass -> old keyword -> new keyword."""
 
 ATTRIBUTES: dict[str, dict[str, str]] = {
+    "AblationCurve": {"number": "n_needed", "of": "n"},
+    "InteractionBasis": {
+        "ledger": "degeneracy",
+        "q_rotated": "rotated_q",
+        "stable": "stability",
+    },
+    "LayerResult": {
+        "account": "degeneracy",
+        "activations": "activation_eigenvalues",
+        "all_edges": "edges_by_basis",
+        "blocks": "synchronized_blocks",
+        "gradients": "gradient_eigenvalues",
+        "how": "map_description",
+        "needed": "edge_curves",
+        "rows": "n_rows",
+        "vectors": "vector_curves",
+    },
     "Match": {
         "of_a": "active_a",
         "of_b": "active_b",
@@ -76,6 +108,7 @@ FLAGS: dict[str, dict[str, str]] = {
         "removed": "n_ablated",
     },
     "prove": {"effort": "compute_budget"},
+    "report": {"pictures": "visualize"},
     "symmetry": {"alike": "equality_threshold", "rate": "fdr", "swaps": "interventions"},
     "train": {
         "objective.relative": "objective.normalize_mse",
@@ -91,9 +124,6 @@ COLUMNS: dict[str, str] = {
     "stabiliser_order": "stabilizer_order",
 }
 """Old column -> the column that has its values."""
-
-KEYS: dict[str, str] = {}
-"""Old key -> the key that has its value, wherever it stands in a result."""
 
 Parameters = ParamSpec("Parameters")
 Returned = TypeVar("Returned")
@@ -157,6 +187,14 @@ def renamed_attributes(cls: Class) -> Class:
     return cls
 
 
+def _new_flag(command: str, old: str) -> str | None:
+    """Name today of a flag or key, `None` if it has not changed; tables are renamed with it."""
+    for name, new in FLAGS.get(command, {}).items():
+        if old == name or old.startswith(f"{name}."):
+            return new + old.removeprefix(name)
+    return None
+
+
 def renamed_flags(command: str, words: list[str]) -> list[str]:
     """Replace the old flags that the table lists for a command.
 
@@ -164,36 +202,36 @@ def renamed_flags(command: str, words: list[str]) -> list[str]:
         command: Name of the command.
         words: Words of the command line after it.
     """
-    table = {f"--{old.replace('_', '-')}": new for old, new in FLAGS.get(command, {}).items()}
     renamed = []
     for word in words:
         flag, equals, value = word.partition("=")
-        if flag in table:
-            new = f"--{table[flag].replace('_', '-')}"
+        new = _new_flag(command, flag[2:].replace("-", "_")) if flag.startswith("--") else None
+        if new is not None:
+            new = f"--{new.replace('_', '-')}"
             warn(f"{command} {flag}", f"{command} {new}")
             word = new + equals + value
         renamed.append(word)
     return renamed
 
 
-def renamed_keys(command: str, recipe: dict[str, Any]) -> dict[str, Any]:
-    """Replace the old recipe keys that the table lists for a command.
+def renamed_keys(
+    command: str, values: Mapping[str, Any], *, quiet: bool = False, table: str = ""
+) -> dict[str, Any]:
+    """Replace the old keys of a recipe that the table lists for a command.
 
     Args:
         command: Name of the command.
-        recipe: Plain values of its recipe.
-
-    Returns:
-        A copy; where a key is given under both spellings, the old one stays and is refused later.
+        values: Values by key.
+        quiet: Whether nobody is warned, as for the files of an earlier version.
+        table: Name of the table that the values stand in, with a dot at its end.
     """
-    renamed = copy.deepcopy(recipe)
-    for old, new in FLAGS.get(command, {}).items():
-        *path, key = old.split(".")
-        table: Any = renamed
-        for name in path:
-            table = table.get(name) if isinstance(table, dict) else None
-        new_key = new.rpartition(".")[2]
-        if isinstance(table, dict) and key in table and new_key not in table:
-            warn(f"The key {old} of a {command} recipe", new)
-            table[new_key] = table.pop(key)
+    renamed = {}
+    for key, value in values.items():
+        new = _new_flag(command, table + key)
+        if new is not None and not quiet:
+            warn(f"key {table}{key} of a recipe for {command}", new)
+        name = key if new is None else new.rpartition(".")[2]
+        if isinstance(value, Mapping):
+            value = renamed_keys(command, value, quiet=quiet, table=f"{table}{key}.")
+        renamed[name] = value
     return renamed

@@ -1,4 +1,4 @@
-"""Files that are either whole or not there, and whose damage is noticed.
+"""Reading and writing of files: a file is whole or not there, and damage is noticed.
 
 write         bytes to a file, under a temporary name first
 write_json    the same for an object, always with the same bytes
@@ -64,5 +64,5 @@ def read_json(path: Path) -> Any:
 
 
 def checksum(data: bytes | memoryview) -> str:
-    """xxh3 with 128 bits, in hexadecimal."""
+    """Hash bytes with xxh3 (128 bits, in hexadecimal)."""
     return xxhash.xxh3_128(data).hexdigest()

@@ -77,6 +77,18 @@ def test_held_out_samples_are_never_trained_on(tmp_path):
     assert drawn.max() < rows.n_rows
 
 
+def test_held_out_samples_come_from_the_whole_data_set(tmp_path):
+    # Of a folder sorted by class, the first samples would be one class.
+    settings = StoreConfig(held_out=0.2)
+    store = collect(NETWORK, images(tmp_path), SITES[:1], tmp_path / "store", settings)
+    held = np.array(store.samples("held", 60))
+    assert len(held) == 12
+    assert (np.bincount(held // 20, minlength=3) >= 2).all(), "none of 60 samples is special"
+    other = StoreConfig(held_out=0.2, seed=1)
+    again = collect(NETWORK, images(tmp_path), SITES[:1], tmp_path / "again", other)
+    assert again.samples("held", 60) != held.tolist()
+
+
 def test_a_branch_of_a_site_can_be_read_from_its_store(tmp_path):
     store = collect(NETWORK, images(tmp_path), SITES[:1], tmp_path / "store")
     whole, part = store.rows("mixed").held_out(9).x, store.rows("mixed/right").held_out(9).x
@@ -89,16 +101,12 @@ def test_neighbours_in_a_shuffled_stream_are_strangers(tmp_path, monkeypatch):
     # Samples in the order of the data set, as of classes in a folder: where one of two rows
     # that follow each other comes from must say nothing of the other, over four rounds and a
     # pool of a quarter of the store, and they share a sample no more often than by chance.
-    monkeypatch.setattr(module, "SHARD_BYTES", 4000)
-
-    def in_four_rounds(n_samples, shapes, settings):
-        del shapes
-        order = np.random.default_rng([settings.seed, 0]).permutation(n_samples)
-        return [module.Round("train", part) for part in np.array_split(order, 4)]
-
-    monkeypatch.setattr(module, "_plan", in_four_rounds)
-    n = 400
-    store = collect(NETWORK, images(tmp_path, n), SITES[:1], tmp_path / "store")
+    n, row_bytes = 400, (128 << 20) // 1000  # a round has room for 1000 rows, a shard for 90
+    monkeypatch.setattr(module, "_row_bytes", lambda shape, settings: row_bytes)
+    monkeypatch.setattr(module, "SHARD_BYTES", 90 * row_bytes)
+    settings = StoreConfig(held_out=0.0, memory_mib=512)
+    store = collect(NETWORK, images(tmp_path, n), SITES[:1], tmp_path / "store", settings)
+    assert store.manifest["rounds"] == 4
     rows = store.rows("mixed", pool_bytes=sum(s.bytes for s in store.shards) // 4)
     of_row = torch.cat([w[:, 0] for _, w in rows.scan()]).numpy()
     bins = 10

@@ -1,3 +1,5 @@
+from typing import ClassVar
+
 import pytest
 import torch
 from torch import nn
@@ -98,6 +100,42 @@ def test_an_ablated_branch_changes_what_follows_and_nothing_else_remains():
     torch.testing.assert_close(network.head(inside.mean(dim=(2, 3))), during)
     assert not torch.equal(before, during)
     torch.testing.assert_close(network(X), before)
+
+
+@pytest.mark.parametrize("take", ["output", "input"])
+def test_an_edit_of_a_branch_does_not_reach_a_skip_connection(take):
+    # An identity returns the very tensor that the skip connection carries.
+    class Residual(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.block = Block()
+
+        def forward(self, x):
+            return torch.cat([x, self.block(x)], dim=1)
+
+    class Same(nn.Identity):
+        branches: ClassVar = {"left": slice(0, 2), "right": slice(2, 3)}
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.value = Same()
+            self.num_attention_heads, self.head_dim = 3, 1
+            self.out_proj = nn.Linear(3, 3)
+            nn.init.eye_(self.out_proj.weight)
+            nn.init.zeros_(self.out_proj.bias)
+
+        def forward(self, x):
+            return self.value(x) if take == "output" else self.out_proj(x)
+
+    network, x = Residual(), torch.rand(4, 3) + 1
+    name = "block.value/left" if take == "output" else "block.out_proj:input/head1"
+    zero = [0, 1] if take == "output" else [1]
+    with intervene(network, {Site.parse(name): torch.zeros_like}):
+        skip, edited = network(x).split(3, dim=1)
+    assert torch.equal(skip, x)
+    assert (edited[:, zero] == 0).all()
+    assert float(x.min()) >= 1, "the input itself is as it was"
 
 
 def test_an_edited_input_reaches_the_module():

@@ -11,14 +11,13 @@ from mechatlas.activations.positions import Positions
 from mechatlas.activations.samples import Images
 from mechatlas.activations.store import Store
 from mechatlas.app import cli
-from mechatlas.app.commands import branches, match
-from mechatlas.app.commands import train as jobs
+from mechatlas.app.commands.collect import CollectConfig
 from mechatlas.app.commands.match import MatchConfig
-from mechatlas.app.recipes import CollectConfig, TrainConfig
-from mechatlas.app.symmetry_folder import execute
+from mechatlas.app.commands.train import TrainConfig
+from mechatlas.app.run_folder import execute
 from mechatlas.base import DiskError, InputError, RecipeError, StoreError
 from mechatlas.dictionaries.sparsity import TopK
-from tests.app.worlds import photographs
+from tests.app.worlds import photographs, run_command
 
 COLUMNS = ("feature", "branch", "share", "expected_share", "p_value", "q_value")
 
@@ -34,12 +33,12 @@ def world(tmp_path_factory):
         collecting=StoreConfig(positions=Positions(rule="random", per_sample=30), paired=True),
         out=root / "store",
     )
-    jobs.collect(collect)
+    execute(collect)
     for name, site, seed in (
         ("whole", "mixed", 0), ("again", "mixed", 1), ("part", "mixed/left", 0),
         ("first", "first", 0),
     ):  # fmt: skip
-        jobs.train(
+        execute(
             TrainConfig(store=collect.out, site=site, out=root / name, n_latents=40, steps=60,
                   sparsity=TopK(k=3), batch_size=128, seed=seed)
         )  # fmt: skip
@@ -48,7 +47,7 @@ def world(tmp_path_factory):
 
 def run(root, out, *more, name="whole"):
     words = [str(root / name), "--store", str(root / "store"), "--out", str(out), "--rows", "600"]
-    return branches.run([*words, *more])
+    return run_command("branches", *words, *more)
 
 
 def test_the_result_has_what_scripts_rely_on(world, tmp_path):
@@ -104,7 +103,6 @@ def test_labels_that_fit_no_feature_or_contradict_are_refused(world, tmp_path, f
 def test_matched_features_are_compared_by_branch(world, tmp_path):
     two = (world / "whole", world / "again")
     execute(
-        match,
         MatchConfig(dictionaries=two, out=tmp_path / "match", cost="codes", store=world / "store"),
     )
     result, _ = run(world, tmp_path / "out", "--match", str(tmp_path / "match"), "--rate", "0.5")
@@ -112,7 +110,7 @@ def test_matched_features_are_compared_by_branch(world, tmp_path):
     assert (found["a"], found["b"]) == ("whole", "again")
     assert found["same_branch"]["pairs"] >= found["same_branch_of_equal_size"]["pairs"]
     assert found["leaning"]["same_branch"]["pairs"] >= found["same_branch"]["pairs"]
-    execute(match, MatchConfig(dictionaries=two, out=tmp_path / "plain"))
+    execute(MatchConfig(dictionaries=two, out=tmp_path / "plain"))
     with pytest.raises(RecipeError, match="--cost decoder, which compares channel with channel"):
         run(world, tmp_path / "out2", "--match", str(tmp_path / "plain"))
 

@@ -17,11 +17,14 @@ from mechatlas.activations.samples import Arrays, Images
 from mechatlas.activations.store import Store
 from mechatlas.app.cli import main
 from mechatlas.app.commands import circuit as command
-from mechatlas.app.commands import train as jobs
-from mechatlas.app.commands.circuit import CircuitConfig, circuit
-from mechatlas.app.recipes import CollectConfig, TrainConfig, reopen
+from mechatlas.app.commands.circuit import CircuitConfig
+from mechatlas.app.commands.collect import CollectConfig
+from mechatlas.app.commands.train import TrainConfig
+from mechatlas.app.inputs import open_network
+from mechatlas.app.old_runs import KEYS
 from mechatlas.app.report.chapters import circuits
 from mechatlas.app.report.runs import find_runs
+from mechatlas.app.run_folder import execute
 from mechatlas.base import no_progress
 from mechatlas.dictionaries.sparsity import TopK
 
@@ -32,7 +35,7 @@ SITES = ("mixed4a", "mixed4b", "mixed4d")
 def folder(tmp_path_factory) -> Path:
     """A store of `inception_mini`, three small dictionaries, and a circuit of two."""
     root = tmp_path_factory.mktemp("runs")
-    jobs.collect(
+    execute(
         CollectConfig(
             network=Network(name="inception_mini"),
             sites=SITES,
@@ -42,11 +45,11 @@ def folder(tmp_path_factory) -> Path:
         )
     )
     for site in SITES:
-        jobs.train(
+        execute(
             TrainConfig(store=root / "store", site=site, out=root / site, n_latents=96, steps=60,
                   batch_size=256, sparsity=TopK(k=8))
         )  # fmt: skip
-    circuit(
+    execute(
         CircuitConfig(dictionaries=(root / SITES[0], root / SITES[1]), out=root / "circuit",
                 n_ablated=8, features=3, visualize_steps=2)
     )  # fmt: skip
@@ -87,10 +90,12 @@ def test_a_run_of_version_0_1_is_still_drawn(folder, tmp_path):
     shutil.copytree(folder, tmp_path / "runs")
     file = tmp_path / "runs" / "circuit" / "result.json"
     text = file.read_text()
-    for old, new in circuits.OLD_KEYS.items():
+    for old, new in KEYS["circuit"].items():
         assert f'"{new}"' in text
         text = text.replace(f'"{new}"', f'"{old}"')
     file.write_text(text)
+    manifest = file.with_name("manifest.json")
+    manifest.write_text(manifest.read_text().replace('"schema": 2', '"schema": 1'))
     old = circuits.chapter(find_runs(tmp_path / "runs"), no_progress)
     new = circuits.chapter(find_runs(folder), no_progress)
     assert old is not None
@@ -101,7 +106,7 @@ def test_a_run_of_version_0_1_is_still_drawn(folder, tmp_path):
 
 def test_the_verb_gives_what_the_command_gives(folder):
     store = Store(folder / "store")
-    network, samples = reopen(store.manifest["recipe"])
+    network, samples = open_network(store)
     numbers = store.samples("train", 256), store.samples("held", 128)
     known, unseen = (samples.stack([samples.read(int(i)) for i in n]) for n in numbers)
     found = ma.circuit(
@@ -130,7 +135,7 @@ def test_the_same_command_gives_the_same_edges(folder, tmp_path):
         features=3,
         visualize_steps=2,
     )
-    circuit(again)
+    execute(again)
     for name in ("edges.parquet", "kernels.safetensors", "pictures.safetensors"):
         assert (tmp_path / "again" / name).read_bytes() == (folder / "circuit" / name).read_bytes()
 
@@ -147,11 +152,11 @@ def test_an_interrupted_run_continues_with_the_pairs_it_has_kept(folder, tmp_pat
     with monkeypatch.context() as patch:
         patch.setattr(command, "strongest_paths", interrupt)
         with pytest.raises(KeyboardInterrupt):
-            circuit(config)
+            execute(config)
     manifest = json.loads((config.out / "manifest.json").read_text())
     assert manifest["complete"] is False
     monkeypatch.setattr(command, "find_circuit", interrupt)
-    assert circuit(config).pairs[0].n_ablated == 8
+    assert execute(config).pairs[0].n_ablated == 8
     for name in ("edges.parquet", "kernels.safetensors", "pictures.safetensors"):
         assert (config.out / name).read_bytes() == (folder / "circuit" / name).read_bytes()
     assert not (config.out / "unfinished").exists()
@@ -193,20 +198,20 @@ def test_a_transformer_has_circuits_by_heads_and_mlp(tmp_path):
     np.save(tmp_path / "x.npy", random.standard_normal((120, 10, 12)).astype(np.float32))
     name = "tests.analysis.circuits.transformers:single"
     sites = ("layers.0", "layers.1")
-    jobs.collect(
+    execute(
         CollectConfig(
             network=Network(name=name), sites=sites, samples=Arrays(source=tmp_path / "x.npy"),
             collecting=StoreConfig(held_out=0.3), out=tmp_path / "store",
         )
     )  # fmt: skip
     for site in sites:
-        jobs.train(
+        execute(
             TrainConfig(
                 store=tmp_path / "store", site=site, out=tmp_path / site, n_latents=48, steps=80,
                 batch_size=128, sparsity=TopK(k=6),
             )
         )  # fmt: skip
-    found = circuit(
+    found = execute(
         CircuitConfig(
             dictionaries=tuple(tmp_path / site for site in sites), out=tmp_path / "circuit",
             n_ablated=12, features=3,

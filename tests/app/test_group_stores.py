@@ -18,12 +18,13 @@ from mechatlas.activations.samples import Images, open_samples
 from mechatlas.activations.sites import read_activations
 from mechatlas.activations.store import Store
 from mechatlas.app.commands import symmetry
-from mechatlas.app.commands import train as jobs
+from mechatlas.app.commands.collect import CollectConfig
 from mechatlas.app.commands.symmetry import SymmetryConfig
-from mechatlas.app.recipes import CollectConfig, TrainConfig, from_dict
+from mechatlas.app.commands.train import TrainConfig
+from mechatlas.app.recipes import from_dict
 from mechatlas.app.report.chapters import features
 from mechatlas.app.report.runs import find_runs
-from mechatlas.app.symmetry_folder import execute
+from mechatlas.app.run_folder import execute
 from mechatlas.base import RecipeError, Site, no_progress
 from mechatlas.dictionaries.autoencoder import Autoencoder, Crosscoder
 from mechatlas.dictionaries.formats import load, save
@@ -39,7 +40,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture(scope="module")
 def store(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("group")
-    jobs.collect(
+    execute(
         CollectConfig(
             network=Network(name="tests.networks:tiny"),
             sites=("mixed",),
@@ -53,7 +54,7 @@ def store(tmp_path_factory) -> Path:
 
 
 def trained(store: Path, out: Path, **options):
-    result = jobs.train(TrainConfig(store=store, out=out, steps=30, batch_size=128, **options))
+    result = execute(TrainConfig(store=store, out=out, steps=30, batch_size=128, **options))
     return result, load(out), json.loads((out / "manifest.json").read_text())
 
 
@@ -63,7 +64,7 @@ def test_a_store_with_a_group_makes_a_crosscoder_that_reads_the_input_as_it_is(
 ):
     result, built, manifest = trained(store, tmp_path / "d", n_latents=24, sparsity=sparsity)
     assert isinstance(built, Crosscoder)
-    assert (result["d_in"], result["d_out"]) == (8, 64)
+    assert (result.d_in, result.d_out) == (8, 64)
     assert built.reads == slice(0, 8)
     assert list(built.spans) == list(group("D4").element_names)
     assert manifest["site"] == "mixed"
@@ -79,7 +80,7 @@ def test_a_pose_tied_dictionary_is_asked_for_by_a_word(store, tmp_path):
     )
     assert isinstance(built, PoseTied)
     assert built.n_families == 3
-    assert result["d_in"] == result["d_out"] == 64
+    assert result.d_in == result.d_out == 64
     assert built.group == Store(store).group == group("D4")
     assert manifest["group"]["elements"] == list(group("D4").element_names)
 
@@ -95,7 +96,7 @@ def test_a_branch_of_a_store_with_a_group_is_that_of_the_input_as_it_is(store, t
 
 def test_what_does_not_suit_the_store_is_refused(store, tmp_path):
     def refused(**options):
-        jobs.train(TrainConfig(store=store, out=tmp_path / "d", n_latents=24, **options))
+        execute(TrainConfig(store=store, out=tmp_path / "d", n_latents=24, **options))
 
     k = TopK(k=3)
     with pytest.raises(RecipeError, match="goes without writes and tied"):
@@ -103,7 +104,7 @@ def test_what_does_not_suit_the_store_is_refused(store, tmp_path):
     with pytest.raises(
         RecipeError, match=r"n_latents \(20\) must be a multiple of the order of D4"
     ):
-        jobs.train(
+        execute(
             TrainConfig(store=store, out=tmp_path / "d", n_latents=20, sparsity=k, pose_tied=True)
         )
     with pytest.raises(RecipeError, match="pose_tied goes without writes, tied"):
@@ -142,12 +143,12 @@ def test_a_killed_run_of_a_group_store_goes_on_to_the_same_bytes(store, tmp_path
     script = (
         "import sys; from mechatlas.app import cli;"
         "import mechatlas.activations.collect as c, os, signal;"
-        "do = c._keep_poses; n = 0\n"
+        "do = c._fill; n = 0\n"
         "def kill(*words):\n"
         "    global n; n += 1\n"
         "    if n == int(sys.argv[1]): os.kill(os.getpid(), signal.SIGKILL)\n"
         "    do(*words)\n"
-        "c._keep_poses = kill\n"
+        "c._fill = kill\n"
         "c._row_bytes = lambda shape, settings: 100_000\n"
         "cli.main(['collect', sys.argv[2], '--out', sys.argv[3]])"
     )
@@ -175,7 +176,7 @@ def test_a_killed_run_of_a_group_store_goes_on_to_the_same_bytes(store, tmp_path
     ("action", "name", "closes"), [("shift", "C4", True), ("scale", "C3", False)]
 )
 def test_shifts_and_scales_are_collected_and_told(action, name, closes, store, tmp_path):
-    collected = jobs.collect(
+    collected = execute(
         CollectConfig(
             network=Network(name="tests.networks:tiny"),
             sites=("first",),
@@ -186,7 +187,7 @@ def test_shifts_and_scales_are_collected_and_told(action, name, closes, store, t
         )
     )
     order = group(name).order
-    assert collected["sites"]["first"]["width"] == 6 * order
+    assert collected.sites["first"].width == 6 * order
     kept = Store(tmp_path / "store")
     assert kept.manifest["group"]["closes"] is closes
     network, samples, act = (
@@ -219,7 +220,7 @@ def test_shifts_and_scales_are_collected_and_told(action, name, closes, store, t
     config = SymmetryConfig(
         dictionary=tmp_path / "d", store=tmp_path / "store", out=tmp_path / "found"
     )
-    result = execute(symmetry, config)
+    result = execute(config)
     text = symmetry.in_words(result)
     assert result.group.closes is closes
     assert ("closes: false" in text) is not closes

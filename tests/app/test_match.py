@@ -15,10 +15,11 @@ from mechatlas.activations.samples import Images
 from mechatlas.analysis.matching import pairing
 from mechatlas.app import cli
 from mechatlas.app.commands import match as matching
-from mechatlas.app.commands import train as jobs
+from mechatlas.app.commands.collect import CollectConfig
 from mechatlas.app.commands.match import MatchConfig
-from mechatlas.app.recipes import CollectConfig, TrainConfig
-from mechatlas.app.symmetry_folder import execute, open_dictionary
+from mechatlas.app.commands.train import TrainConfig
+from mechatlas.app.inputs import open_dictionary
+from mechatlas.app.run_folder import execute
 from mechatlas.base import DiskError, RecipeError, StoreError, UserError
 from mechatlas.dictionaries.autoencoder import Autoencoder
 from mechatlas.dictionaries.formats import save
@@ -26,7 +27,7 @@ from mechatlas.dictionaries.sparsity import TopK
 from mechatlas.files import read_json, write_json
 from mechatlas.maths import assignment
 from tests.analysis.matching.planted import chain
-from tests.app.worlds import photographs
+from tests.app.worlds import photographs, run_command
 
 KEYS = {
     "n_a", "n_b", "cost", "lower_bound", "gap", "matched", "seconds", "wall_seconds", "peak_bytes"
@@ -50,7 +51,7 @@ def saved(tmp_path_factory):
 
 def run(saved, out, *more, layers=2):
     paths = [str(saved[0] / f"layer{k}") for k in range(layers)]
-    return matching.main([*paths, "--out", str(out), *more])
+    return run_command("match", *paths, "--out", str(out), *more)
 
 
 def test_the_result_has_what_scripts_rely_on(saved, tmp_path):
@@ -137,7 +138,7 @@ def test_an_interrupt_loses_nothing_that_the_same_command_needs(saved, tmp_path,
 def test_what_was_kept_of_other_weights_is_not_used_whatever_the_format(
     tmp_path, name, monkeypatch
 ):
-    monkeypatch.setattr("mechatlas.app.symmetry_folder.load", lambda _path: object())
+    monkeypatch.setattr("mechatlas.app.inputs.load", lambda _path: object())
     checksums = []
     for weights in (b"one", b"two"):
         (tmp_path / name).write_bytes(weights)
@@ -152,7 +153,7 @@ def paired(tmp_path_factory):
     collecting = StoreConfig(
         positions=Positions(rule="random", per_sample=20), paired=True, held_out=0.2
     )
-    jobs.collect(
+    execute(
         CollectConfig(
             network=Network(name="tests.networks:tiny"),
             sites=("first", "mixed"),
@@ -162,7 +163,7 @@ def paired(tmp_path_factory):
         )
     )
     for site in ("first", "mixed"):
-        jobs.train(
+        execute(
             TrainConfig(store=root / "store", site=site, out=root / site, n_latents=16,
                   sparsity=TopK(k=8), steps=200, batch_size=64)
         )  # fmt: skip
@@ -174,7 +175,7 @@ def test_with_a_store_the_network_runs_on_what_a_match_writes(paired, tmp_path):
         dictionaries=(paired / "first", paired / "mixed"),
         out=tmp_path / "out", cost="codes", store=paired / "store", samples=6,
     )  # fmt: skip
-    pair = execute(matching, recipe).pairs[0]
+    pair = execute(recipe).pairs[0]
     effects = pair.spliced
     assert effects is not None
     assert pair.samples == 6
@@ -189,7 +190,7 @@ def test_with_a_store_the_network_runs_on_what_a_match_writes(paired, tmp_path):
     assert reconstruction.variance_lost.value < mean.variance_lost.value
     assert mean.kl_divergence is not None
     assert mean.kl_divergence.value > 0
-    again = execute(matching, dataclasses.replace(recipe, samples=0, out=tmp_path / "none"))
+    again = execute(dataclasses.replace(recipe, samples=0, out=tmp_path / "none"))
     assert again.pairs[0].spliced is None
     assert again.pairs[0].not_run is None
 
@@ -199,15 +200,15 @@ def test_where_the_network_cannot_be_run_the_match_stands_and_says_why(paired, t
         dictionaries=(paired / "mixed", paired / "first"),
         out=tmp_path / "out", cost="codes", store=paired / "store", samples=6,
     )  # fmt: skip
-    pair = execute(matching, recipe).pairs[0]
+    pair = execute(recipe).pairs[0]
     assert "reaches first before mixed" in str(pair.not_run)
     assert pair.spliced is None
     shutil.copytree(paired / "store", tmp_path / "store")
     path = tmp_path / "store" / "manifest.json"
     write_json(path, {**read_json(path), "recipe": {}})  # as `collect` in Python leaves it
     recipe = dataclasses.replace(recipe, store=tmp_path / "store", out=tmp_path / "other")
-    pair = execute(matching, recipe).pairs[0]
-    assert "The store's manifest" in str(pair.not_run)
+    pair = execute(recipe).pairs[0]
+    assert "The manifest of" in str(pair.not_run)
     assert pair.co_firing is not None
     assert pair.co_firing["matched"].p_b_given_a.n > 0
 
@@ -222,15 +223,15 @@ def test_sites_can_be_named_where_dictionaries_do_not_say_theirs(paired, tmp_pat
     with pytest.raises(
         RecipeError, match=r"Name the site of each dictionary with --sites; .* first"
     ):
-        execute(matching, config)
+        execute(config)
     with pytest.raises(RecipeError, match="one site for each of the 2 dictionaries, got 1"):
-        execute(matching, dataclasses.replace(config, sites=("first",)))
-    named = execute(matching, dataclasses.replace(config, sites=("first", "mixed")))
+        execute(dataclasses.replace(config, sites=("first",)))
+    named = execute(dataclasses.replace(config, sites=("first", "mixed")))
     assert named.pairs[0].held_out_rows
     folders = dataclasses.replace(
         config, dictionaries=(paired / "first", paired / "mixed"), out=tmp_path / "folders"
     )
-    assert execute(matching, folders).pairs[0].co_firing == named.pairs[0].co_firing
+    assert execute(folders).pairs[0].co_firing == named.pairs[0].co_firing
     recipe = tomllib.loads((tmp_path / "out" / "recipe.toml").read_text())
     assert recipe["sites"] == ["first", "mixed"]
 
@@ -242,7 +243,7 @@ def test_the_old_name_of_a_scale_still_works(paired, tmp_path):
             store=paired / "store", samples=0, scale="data",
         )  # fmt: skip
     new = dataclasses.replace(old, scale="mean", out=tmp_path / "new")
-    costs = [execute(matching, config).pairs[0].cost for config in (old, new)]
+    costs = [execute(config).pairs[0].cost for config in (old, new)]
     assert costs[0] == costs[1]
 
 
@@ -266,7 +267,7 @@ def test_mistakes_are_named_before_any_work(saved, tmp_path, changed, kind, mess
         if isinstance(values.get(key), str):
             values[key] = tmp_path / values[key]
     with pytest.raises(kind, match=message):
-        execute(matching, MatchConfig(**values))
+        execute(MatchConfig(**values))
 
 
 def test_a_missing_dictionary_is_a_users_mistake(saved, tmp_path, capsys):
@@ -282,4 +283,4 @@ def test_a_missing_dictionary_is_a_users_mistake(saved, tmp_path, capsys):
     assert stopped.value.code == 2
     assert "gone" in capsys.readouterr().err
     with pytest.raises(UserError):
-        matching.main(words[1:])
+        run_command(*words)

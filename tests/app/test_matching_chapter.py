@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pytest
 
-from mechatlas.app.commands import match
 from mechatlas.app.commands.match import MatchConfig
+from mechatlas.app.old_runs import KEYS
 from mechatlas.app.report.chapters import matching
 from mechatlas.app.report.runs import find_runs
-from mechatlas.app.symmetry_folder import execute
+from mechatlas.app.run_folder import execute
 from mechatlas.base import DiskError, no_progress
 from mechatlas.dictionaries.autoencoder import Autoencoder
 from mechatlas.dictionaries.formats import save
@@ -23,7 +23,6 @@ def folder(tmp_path_factory) -> Path:
         autoencoder = Autoencoder(d_in=12, n_latents=30, sparsity=TopK(k=4), seed=seed)
         save(autoencoder, root / f"<b>{number}")
     execute(
-        match,
         MatchConfig(dictionaries=tuple(root / f"<b>{k}" for k in range(3)), out=root / "match"),
     )
     return root
@@ -69,7 +68,7 @@ def test_a_damaged_table_is_named(folder, tmp_path):
 
 def old_keys(value):
     """A result as version 0.1 wrote it."""
-    old = {new: old for old, new in matching.OLD_KEYS.items()}
+    old = {new: old for old, new in KEYS["matching"].items()}
     if isinstance(value, dict):
         return {old.get(key, key): old_keys(each) for key, each in value.items()}
     return [old_keys(each) for each in value] if isinstance(value, list) else value

@@ -18,7 +18,7 @@ from mechatlas.app.report.chapter import Chapter, as_json, render
 from mechatlas.app.report.chapters import features
 from mechatlas.app.report.galleries import gallery
 from mechatlas.app.report.layout import umap
-from mechatlas.app.report.page import CHAPTERS, assemble, write_page
+from mechatlas.app.report.page import CHAPTERS, assemble, report
 from mechatlas.app.report.runs import find_runs
 from mechatlas.base import DiskError, UserError, no_progress
 from mechatlas.dictionaries.formats import load
@@ -54,7 +54,7 @@ def folder(tmp_path_factory):
 def page(folder, tmp_path_factory):
     steps = []
     out = tmp_path_factory.mktemp("out") / "atlas.html"
-    written = write_page(folder, out, on_progress=lambda *step: steps.append(step))
+    written = report(folder, out, on_progress=lambda *step: steps.append(step))
     assert written == out
     assert steps == sorted(steps)
     assert steps[-1][0] == steps[-1][1]
@@ -154,7 +154,7 @@ def test_a_page_is_small(page):
 
 
 def test_the_same_runs_give_the_same_page(folder, page, tmp_path):
-    assert write_page(folder, tmp_path / "again.html").read_text() == page
+    assert report(folder, tmp_path / "again.html").read_text() == page
 
 
 def test_one_broken_run_does_not_cost_the_page(folder, tmp_path):
@@ -164,22 +164,22 @@ def test_one_broken_run_does_not_cost_the_page(folder, tmp_path):
     (broken / "lost").mkdir()
     manifest = {"schema": 1, "kind": "dictionary", "site": "mixed", "store": "gone"}
     (broken / "lost" / "manifest.json").write_text(json.dumps(manifest))
-    text = write_page(broken, tmp_path / "page.html").read_text()
+    text = report(broken, tmp_path / "page.html").read_text()
     assert "There is no dictionary at" in text
     assert 'data-array="features/0/heat"' in text
 
 
 def test_a_store_alone_has_a_page(folder, tmp_path):
-    text = write_page(folder / "pictures", tmp_path / "page.html").read_text()
+    text = report(folder / "pictures", tmp_path / "page.html").read_text()
     assert "<code>mixed</code>" in text
     assert 'id="features"' not in text
 
 
 def test_a_folder_without_runs_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"holds no runs: no manifest\.json"):
-        write_page(tmp_path, tmp_path / "page.html")
+        report(tmp_path, tmp_path / "page.html")
     with pytest.raises(DiskError, match="There is no folder"):
-        write_page(tmp_path / "none", tmp_path / "page.html")
+        report(tmp_path / "none", tmp_path / "page.html")
 
 
 def test_a_chapter_needs_no_script_of_its_own():
@@ -291,7 +291,7 @@ def test_many_large_pictures_are_made_smaller(monkeypatch):
 
 def test_the_page_draws_as_many_features_as_asked(folder, monkeypatch):
     monkeypatch.setattr(paintings, "STEPS", 2)
-    made = features.chapter(find_runs(folder, pictures=3), no_progress)
+    made = features.chapter(find_runs(folder, visualize=3), no_progress)
     assert made is not None
     for number, one in enumerate(made.data["dictionaries"]):
         whole = [name for name in one["painted"] if "/" not in name]

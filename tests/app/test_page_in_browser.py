@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mechatlas.app.report.page import write_page
+from mechatlas.app.report.page import report
 
 from . import browser
 from .worlds import HOSTILE_RUN, pictures_and_words
@@ -22,7 +22,7 @@ DRIVER = "GL Driver Message"  # of software rendering; says nothing of the page
 @pytest.fixture(scope="module")
 def page(tmp_path_factory):
     folder = pictures_and_words(tmp_path_factory.mktemp("page") / "runs")
-    return write_page(folder, folder.parent / "atlas.html").as_uri()
+    return report(folder, folder.parent / "atlas.html").as_uri()
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from safetensors.numpy import save_file
 from mechatlas.analysis.proofs.verifier.structures import Weights
 from mechatlas.app.cli import main
 from mechatlas.app.commands import prove
-from mechatlas.app.commands.train import report
+from mechatlas.app.report.page import report
 from mechatlas.maths.named_groups import group
 from tests.analysis.proofs.planted import planted, true_margins
 

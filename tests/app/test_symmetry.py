@@ -15,12 +15,11 @@ from mechatlas.activations.samples import Images
 from mechatlas.analysis.symmetry import interchange
 from mechatlas.app import cli, pose_interventions
 from mechatlas.app.commands import symmetry
-from mechatlas.app.commands import train as jobs
+from mechatlas.app.commands.collect import CollectConfig
 from mechatlas.app.commands.symmetry import SymmetryConfig
-from mechatlas.app.recipes import CollectConfig
 from mechatlas.app.report.chapters.symmetry import chapter as symmetry_chapter
 from mechatlas.app.report.runs import find_runs
-from mechatlas.app.symmetry_folder import execute
+from mechatlas.app.run_folder import execute
 from mechatlas.base import DiskError, SiteError, WeightsError, no_progress
 from mechatlas.dictionaries.autoencoder import Autoencoder, Transcoder
 from mechatlas.dictionaries.formats import save
@@ -58,7 +57,7 @@ def world(tmp_path_factory):
 
 def classify(dictionary, store, out, **options):
     config = SymmetryConfig(dictionary=dictionary, store=store, out=out, **options)
-    result = execute(symmetry, config)
+    result = execute(config)
     return result, symmetry.in_words(result)
 
 
@@ -263,7 +262,7 @@ def test_the_command_prints_the_result_as_json(world, tmp_path, capsys):
 def turning(tmp_path_factory):
     """Posed activations of a network that sees every pose alike, and what it sees."""
     root = tmp_path_factory.mktemp("turning")
-    jobs.collect(
+    execute(
         CollectConfig(
             network=Network(name="tests.networks:turning"),
             sites=("seen",),

@@ -10,10 +10,11 @@ from safetensors.numpy import load_file, save_file
 
 from mechatlas.app.commands import symmetry as symmetry_command
 from mechatlas.app.commands.symmetry import SymmetryConfig
+from mechatlas.app.old_runs import COLUMNS, KEYS
 from mechatlas.app.report.chapters import symmetry
 from mechatlas.app.report.page import assemble
 from mechatlas.app.report.runs import find_runs
-from mechatlas.app.symmetry_folder import COLUMNS, KEYS, execute
+from mechatlas.app.run_folder import execute
 from mechatlas.base import DiskError, no_progress
 from mechatlas.dictionaries.formats import save
 from mechatlas.files import read_json, write_json
@@ -30,7 +31,7 @@ def folder(tmp_path_factory) -> Path:
     config = SymmetryConfig(
         dictionary=root / "crosscoder", store=root / "store", out=root / "<b>symmetry"
     )
-    execute(symmetry_command, config)
+    execute(config)
     write_json(root / "crosscoder" / "manifest.json", {"kind": "dictionary", "site": "layer"})
     manifest = root / "<b>symmetry" / "manifest.json"
     kept = read_json(manifest)
@@ -99,8 +100,8 @@ def test_runs_without_symmetry_have_no_such_chapter_and_damage_is_named(folder, 
 def test_a_run_of_version_0_1_is_drawn_as_before(folder, made, tmp_path):
     """The same run under the keys, columns and tensors that version 0.1 wrote."""
     run = folder / "<b>symmetry"
-    old_keys = {new: old for old, new in KEYS.items()}
-    old_names = {new: old for old, new in COLUMNS.items()}
+    old_keys = {new: old for old, new in KEYS["symmetry"].items()}
+    old_names = {new: old for old, new in COLUMNS["symmetry"].items()}
 
     def back(value: Any) -> Any:
         if isinstance(value, dict):

@@ -2,10 +2,9 @@
 
 import pytest
 
-from mechatlas.app.commands import symmetry as symmetry_command
 from mechatlas.app.commands.symmetry import SymmetryConfig
-from mechatlas.app.report.page import write_page
-from mechatlas.app.symmetry_folder import execute
+from mechatlas.app.report.page import report
+from mechatlas.app.run_folder import execute
 from mechatlas.dictionaries.formats import save
 
 from . import browser, posed
@@ -26,8 +25,8 @@ def tab(tmp_path_factory):
     config = SymmetryConfig(
         dictionary=root / "crosscoder", store=root / "store", out=root / "runs" / "symmetry"
     )
-    execute(symmetry_command, config)
-    page = write_page(root / "runs", root / "atlas.html").as_uri()
+    execute(config)
+    page = report(root / "runs", root / "atlas.html").as_uri()
     assert PROGRAM is not None
     opened = browser.Browser(PROGRAM, tmp_path_factory.mktemp("profile"))
     opened.open(f"{page}#symmetry")

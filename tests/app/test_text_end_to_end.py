@@ -8,8 +8,10 @@ from mechatlas.activations.collect import StoreConfig
 from mechatlas.activations.networks import Network
 from mechatlas.activations.positions import Positions
 from mechatlas.activations.samples import Texts
-from mechatlas.app.commands import train as jobs
-from mechatlas.app.recipes import CollectConfig, TrainConfig
+from mechatlas.app.commands.collect import CollectConfig
+from mechatlas.app.commands.train import TrainConfig
+from mechatlas.app.report.page import report
+from mechatlas.app.run_folder import execute
 from mechatlas.dictionaries.sparsity import BatchTopK
 
 
@@ -23,8 +25,8 @@ def test_minilm_from_its_wheel_to_the_page(tmp_path, data):
         collecting=StoreConfig(positions=Positions(rule="random", per_sample=32)),
         out=tmp_path / "runs" / "store",
     )
-    stored = jobs.collect(collect)
-    assert stored["sites"]["encoder.layer.2"]["width"] == 384
+    stored = execute(collect)
+    assert stored.sites["encoder.layer.2"].width == 384
     train = TrainConfig(
         store=collect.out,
         out=tmp_path / "runs" / "layer2",
@@ -33,12 +35,12 @@ def test_minilm_from_its_wheel_to_the_page(tmp_path, data):
         steps=400,
         batch_size=1024,
     )
-    trained = jobs.train(train)
-    assert trained["fvu"] < 0.35
-    assert 25 < trained["l0"] < 40
-    assert trained["dead_share"] < 0.05
+    trained = execute(train)
+    assert trained.fvu < 0.35
+    assert 25 < trained.l0 < 40
+    assert trained.dead_share < 0.05
     page = tmp_path / "page.html"
-    jobs.report(tmp_path / "runs", page)
+    report(tmp_path / "runs", page)
     text = page.read_text()
     assert "encoder.layer.2" in text
     assert json.dumps(" wine")[1:-1] in text, "pieces of words stand apart on the cards"

@@ -12,8 +12,10 @@ from mechatlas.activations.networks import Network
 from mechatlas.activations.positions import Positions
 from mechatlas.activations.samples import Arrays
 from mechatlas.activations.store import Store
-from mechatlas.app.commands import train as jobs
-from mechatlas.app.recipes import CollectConfig, TrainConfig, as_dict, from_dict
+from mechatlas.app.commands.collect import CollectConfig
+from mechatlas.app.commands.train import TrainConfig
+from mechatlas.app.recipes import as_dict, from_dict
+from mechatlas.app.run_folder import execute
 from mechatlas.base import RecipeError, StoreError
 from mechatlas.dictionaries.autoencoder import Autoencoder, Crosscoder, Transcoder
 from mechatlas.dictionaries.formats import load
@@ -33,7 +35,7 @@ def stores(tmp_path_factory):
     random = np.random.default_rng(0)
     np.save(folder / "x.npy", random.normal(size=(3000, 8)).astype(np.float32))
     for paired in (True, False):
-        jobs.collect(
+        execute(
             CollectConfig(
                 network=Network(name=f"{__name__}:two_layers"),
                 sites=("1", "3"),
@@ -64,8 +66,8 @@ def test_every_kind_is_trained_by_a_recipe(stores, tmp_path, kind, d_in, d_out, 
         store=stores / "paired", out=tmp_path / "d", objective=objective, **OPTIONS, **options
     )
     assert from_dict(as_dict(recipe), TrainConfig, "again") == recipe
-    result = jobs.train(recipe)
-    assert (result["d_in"], result["d_out"]) == (d_in, d_out)
+    result = execute(recipe)
+    assert (result.d_in, result.d_out) == (d_in, d_out)
     again = load(tmp_path / "d")
     assert type(again) is kind
     assert again.sparsity == recipe.sparsity
@@ -89,7 +91,7 @@ def test_sites_that_do_not_belong_together_are_refused(stores, tmp_path):
         store=stores / "apart", site="1", writes=("3",), out=tmp_path / "d", **OPTIONS
     )
     with pytest.raises(StoreError, match=r"1, 3 in .*apart do not belong together\. Collect them"):
-        jobs.train(recipe)
+        execute(recipe)
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,10 @@
 """Small finished runs to make pages of, with names that no page should trust."""
 
+import importlib
 import io
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,9 +15,19 @@ from mechatlas.activations.collect import StoreConfig
 from mechatlas.activations.networks import Network
 from mechatlas.activations.positions import Positions
 from mechatlas.activations.samples import Images, Texts
-from mechatlas.app.commands import train as jobs
-from mechatlas.app.recipes import CollectConfig, TrainConfig
+from mechatlas.app.cli import configure
+from mechatlas.app.commands.collect import CollectConfig
+from mechatlas.app.commands.train import TrainConfig
+from mechatlas.app.run_folder import as_plain, execute
 from mechatlas.dictionaries.sparsity import TopK
+
+
+def run_command(name: str, *words: str) -> tuple[dict[str, Any], str]:
+    """Run a command as the command line does: its result as plain values, and in words."""
+    command = importlib.import_module(f"mechatlas.app.commands.{name}")
+    result = execute(configure(command, name, list(words)))
+    return as_plain(result), command.in_words(result)
+
 
 HOSTILE_FILE = "a</script><script>alert(1)</script>&<b>.png"
 HOSTILE_RUN = "<img src=x onerror=alert(1)>"
@@ -74,7 +86,7 @@ def pictures_and_words(folder: Path) -> Path:
         collecting=StoreConfig(positions=positions),
         out=folder / "pictures",
     )
-    jobs.collect(pictures)
+    execute(pictures)
     folder.with_suffix(".txt").write_text(" ".join("w" * (1 + i * i % 23) for i in range(3000)))
     texts = CollectConfig(
         network=Network(name="tests.app.worlds:words"),
@@ -83,14 +95,14 @@ def pictures_and_words(folder: Path) -> Path:
         collecting=StoreConfig(positions=positions),
         out=folder / "texts",
     )
-    jobs.collect(texts)
+    execute(texts)
     runs = [
         (pictures.out, "mixed", 300, "mixed"),
         (pictures.out, "first", 60, HOSTILE_RUN),
         (texts.out, "out", 50, "words"),
     ]
     for store, site, n_latents, name in runs:
-        jobs.train(
+        execute(
             TrainConfig(
                 store=store,
                 site=site,

@@ -6,8 +6,9 @@ import math
 
 import hypothesis.strategies as st
 import numpy as np
+from numpy.typing import ArrayLike
 
-from mechatlas.maths.group_constructions import permutation_group, semidirect_product
+from mechatlas.maths.group_constructions import permutation_group
 from mechatlas.maths.groups import Group
 from mechatlas.maths.named_groups import cyclic, group
 
@@ -57,6 +58,15 @@ def _metacyclic(n: int, m: int, choice: int) -> Group:
     unit = units[choice % len(units)]
     action = [[pow(unit, h, n) * x % n for x in range(n)] for h in range(m)]
     return semidirect_product(cyclic(n), cyclic(m), action)
+
+
+def semidirect_product(normal: Group, acting: Group, action: ArrayLike) -> Group:
+    """Pairs (n, h), labelled n * acting.order + h: (n, h) * (m, k) = (n * action[h](m), h * k)."""
+    maps = np.asarray(action)
+    n = np.repeat(np.arange(normal.order), acting.order)
+    h = np.tile(np.arange(acting.order), normal.order)
+    moved = maps[h[:, None], n[None, :]]
+    return Group(normal.table[n[:, None], moved] * acting.order + acting.table[h[:, None], h])
 
 
 def relabelled(spec: Spec, seed: int) -> tuple[Group, Group, np.ndarray]:

@@ -11,7 +11,7 @@ from scipy.optimize import linear_sum_assignment
 
 from mechatlas.base import InputError
 from mechatlas.maths import assignment, pricing
-from mechatlas.maths.assignment import CertificateError, State, assign, certify
+from mechatlas.maths.assignment import CertificateError, State, assign
 from mechatlas.maths.pricing import Factors, Matrix
 
 sizes = st.tuples(st.integers(1, 12), st.integers(1, 12))
@@ -225,7 +225,7 @@ def test_a_stale_certificate_is_refused():
     cost = np.array([[1.0, 2.0], [2.0, 1.0]])
     found = assign(cost)
     with pytest.raises(CertificateError, match=r"gap .* Were the costs changed"):
-        certify(found, np.array([[1.0, -2.0], [-2.0, 1.0]]))
+        found.certify(np.array([[1.0, -2.0], [-2.0, 1.0]]))
 
 
 def test_a_worse_pairing_is_refused_whatever_prices_it_shows():
@@ -260,3 +260,20 @@ def test_empty_costs_are_refused():
         Matrix(np.zeros((0, 3)))
     with pytest.raises(InputError, match="NaN"):
         assign(np.zeros((2, 2)), unmatched=math.nan)
+
+
+@pytest.mark.parametrize("convert", [torch.tensor, np.array, np.asfortranarray, list])
+@pytest.mark.parametrize("dtype", [float, int])
+def test_costs_may_be_tensors_arrays_or_lists(convert, dtype):
+    cost = [[dtype(x) for x in row] for row in ((4, 1, 3), (2, 0, 5), (3, 2, 2))]
+    pairing = assign(convert(cost))
+    assert pairing.columns.tolist() == [1, 0, 2]
+    assert pairing.certify(convert(cost)).lower_bound == 5
+    assert str(pairing).splitlines()[0] == "3 pairs of 3 rows and 3 columns at cost 5"
+    assert "9 pairs priced" in repr(pairing.certify(convert(cost)))
+    assert assign(torch.tensor(cost, dtype=torch.bfloat16).T).columns.tolist() == [1, 0, 2]
+
+
+def test_what_is_no_matrix_of_costs_is_refused():
+    with pytest.raises(InputError, match=r"costs has shape \(3,\), expected an array \(n, m\)"):
+        assign([1.0, 2.0, 3.0])

@@ -154,14 +154,11 @@ def test_conjugacy_classes_are_the_orbits_of_conjugation(spec):
 def test_cosets_split_the_group_and_the_group_permutes_them(spec, data):
     each = build(spec)
     subgroup = data.draw(st.sampled_from(sorted(all_subgroups(each), key=sorted)))
-    left, right = each.left_cosets(subgroup), each.right_cosets(subgroup)
-    for cosets in (left, right):
-        assert frozenset(cosets[0].tolist()) == subgroup
-        assert sorted(cosets.ravel().tolist()) == list(range(each.order))
+    cosets = each.left_cosets(subgroup)
+    assert frozenset(cosets[0].tolist()) == subgroup
+    assert sorted(cosets.ravel().tolist()) == list(range(each.order))
     found = {frozenset(each.table[x, list(subgroup)].tolist()) for x in range(each.order)}
-    assert set(map(frozenset, left.tolist())) == found
-    inverted = {frozenset(each.inverses[list(coset)].tolist()) for coset in found}
-    assert set(map(frozenset, right.tolist())) == inverted
+    assert set(map(frozenset, cosets.tolist())) == found
     action = each.coset_action(subgroup)
     np.testing.assert_array_equal(action[each.table], action[:, action])
 
@@ -174,13 +171,10 @@ def test_the_action_on_cosets_multiplies_as_the_group_does():
             np.testing.assert_array_equal(action[s4.table[a, b]], action[a][action[b]])
 
 
-def test_conjugates_and_normalisers():
+def test_a_subgroup_is_closed_and_not_empty():
     d4 = group("D4")
-    mirror = d4.closure([4])
-    assert mirror == {0, 4}
-    assert d4.conjugate(mirror, 1) == {0, 6}
-    assert d4.normaliser(mirror) == {0, 2, 4, 6}
-    assert d4.normaliser([0, 2]) == set(range(8))
+    assert d4.closure([4]) == {0, 4}
+    assert d4.conjugate([0, 4], 1) == {0, 6}
     assert d4.is_subgroup([0, 2, 4, 6])
     assert not d4.is_subgroup([0, 1])
     assert not d4.is_subgroup([])
@@ -191,7 +185,7 @@ def test_what_is_not_a_subgroup_or_not_an_element_is_refused():
     with pytest.raises(GroupError, match=r"not a subgroup of C6: 1\*1 = 2 is not in it"):
         c6.left_cosets([0, 1])
     with pytest.raises(GroupError, match="not a subgroup of C6: it is empty"):
-        c6.normaliser([])
+        c6.left_cosets([])
     with pytest.raises(GroupError, match="6 is not an element of C6; its labels are 0 to 5"):
         c6.closure([6])
     with pytest.raises(GroupError, match="New labels for C6 must be 0 to 5"):

@@ -3,11 +3,7 @@ import pytest
 from hypothesis import given, settings
 
 from mechatlas.maths.groups import Group
-from mechatlas.maths.irreps import (
-    energies,
-    fourier,
-    inverse_fourier,
-)
+from mechatlas.maths.irreps import energies, fourier
 from mechatlas.maths.named_groups import group
 from tests.maths.group_strategies import build, relabelled, seeds, specs
 
@@ -122,6 +118,15 @@ def test_irreps_are_the_same_bytes_each_time(name):
     assert not one[0].matrices.flags.writeable
 
 
+def inverse_fourier(transform, irreps):
+    """Function with a Fourier transform; of some irreps only, its part that belongs to them."""
+    parts = [
+        np.tensordot(each, irrep.matrices, axes=((-2, -1), (1, 2))) * irrep.multiplicity
+        for each, irrep in zip(transform, irreps, strict=True)
+    ]
+    return np.sum(parts, axis=0) / len(irreps[0].character)
+
+
 @quick
 @given(specs(120), seeds)
 def test_the_fourier_transform_can_be_undone_and_keeps_norms(spec, seed):
@@ -169,12 +174,6 @@ def test_isotypic_parts_are_orthogonal_and_move_with_translations(spec, seed):
         for moved in (each.table[x], each.table[:, x]):
             moved_part = isotypic_part(f[moved], irrep)
             np.testing.assert_allclose(moved_part, part[moved], atol=1e-9)
-
-
-def test_an_inverse_transform_of_the_wrong_length_is_refused():
-    irreps = group("S3").irreps()
-    with pytest.raises(ValueError, match="Got 1 transforms for 3 irreps"):
-        inverse_fourier([np.ones((1, 1))], irreps)
 
 
 @pytest.mark.parametrize("name", ["A5", "C113", "D59", "S5", "S6"])

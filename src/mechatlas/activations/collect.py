@@ -1,27 +1,28 @@
-"""From a network and samples to an activation store.
+"""Collection of activations: a network and samples -> an activation store.
 
-Main path:
+Main path, in reading order:
 
-    collect      plan the rounds, do those not yet done, mark the store complete
+    collect      plan the rounds, do the remaining ones, mark the store complete
     _plan        samples in random order, cut into rounds that fit in memory
     _do_round    read the sites for one round of samples, shuffle the rows, write shards
 
-A round is what a killed run may lose: the same command goes on with the next one, and the
-finished store has the same bytes as one collected in a single run.
+A killed run loses at most its last round: the same command goes on from there, and the
+finished store has the same bytes as a store collected in a single run.
 """
 
 import dataclasses
 import itertools
+import json
 import math
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
 from mechatlas.activations import networks
@@ -29,7 +30,7 @@ from mechatlas.activations.posing import (
     Places,
     PoseConfig,
     action_of,
-    described,
+    describe_action,
     paired_places,
     places_of,
     read_pose,
@@ -61,27 +62,28 @@ from mechatlas.files import read_json, write_json
 from mechatlas.maths.actions import Action
 
 SHARD_BYTES = 8 << 20
+"""Largest size of a shard."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StoreConfig:
-    """How activations are read and written; everything that decides the bytes of a store."""
+    """Settings that decide the bytes of a store, and the memory for collecting it."""
 
     positions: Positions = dataclasses.field(default_factory=Positions)
-    """Which positions of each sample are kept."""
+    """Rule by which positions of a sample are kept."""
     paired: bool = False
     """Keep the same places at every site, chosen at the first one, so that rows of different
     sites belong together (for crosscoders and transcoders)."""
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     """Number format of the rows on disk."""
     held_out: float = 0.05
-    """Share of the samples whose rows are kept for measuring and never trained on."""
+    """Fraction of the samples whose rows are held out for evaluation, never trained on."""
     batch_size: int = 64
     """Samples in one forward pass."""
     memory_mib: int = 1024
     """Memory that the whole process should stay under, in MiB; a quarter of it holds rows."""
     skip_bad: bool = False
-    """Pass over samples that cannot be read, and count them, instead of stopping."""
+    """Skip and count samples that cannot be read, instead of stopping."""
     seed: int = 0
     """Seed of the order of samples and rows."""
 
@@ -98,39 +100,48 @@ class Round(NamedTuple):
     """Samples that are read, shuffled and written together."""
 
     split: Split
-    samples: np.ndarray
+    samples: Int[np.ndarray, " sample"]
+
+
+class _Poses(NamedTuple):
+    """Group action on the inputs, and the places of each site that are kept."""
+
+    action: Action
+    places: dict[Site, Places]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Collection:
+    """Inputs, settings and folder of one store."""
+
+    network: nn.Module
+    samples: Samples
+    sites: Sequence[Site]
+    shapes: dict[Site, SiteShape]
+    settings: StoreConfig
+    device: torch.device | str
+    poses: _Poses | None
+    out: Path
 
 
 @dataclasses.dataclass
 class _Rows:
-    """The rows of one site in one round, filled batch by batch."""
+    """Rows of one site in one round, filled batch by batch."""
 
-    rows: Tensor
-    where: Tensor
+    rows: Float[Tensor, "row d_in"]
+    where: Int[Tensor, "row 3"]
     used: int = 0
 
-    def add(self, rows: Tensor, where: Tensor) -> None:
-        self.put(0, rows)
-        self.done(where)
-
-    def put(self, column: int, rows: Tensor) -> None:
-        """Columns from `column` on of the rows after those that are done."""
+    def put(self, column: int, rows: Float[Tensor, "n d"]) -> None:
+        """Write some columns of the next rows."""
         end = column + rows.shape[1]
         self.rows[self.used : self.used + len(rows), column:end] = rows
 
-    def done(self, where: Tensor) -> None:
-        """All columns of as many rows are there."""
+    def finish(self, where: Int[Tensor, "n 3"]) -> None:
+        """Count rows whose columns are all there, from the samples and places `where`."""
         end = self.used + len(where)
         self.where[self.used : end] = where
         self.used = end
-
-
-class _Posed(NamedTuple):
-    """How inputs are posed, which places of each site are kept, and the grids they are of."""
-
-    action: Action
-    places: dict[Site, Places]
-    grids: dict[Site, tuple[int, int]]
 
 
 def collect(
@@ -148,16 +159,16 @@ def collect(
     """Read sites for every sample and write the rows, shuffled, to a store.
 
     Args:
-        network: In evaluation mode, on any device.
-        samples: What to run it on.
-        sites: Where to read; all in one pass that stops after the last.
-        out: Folder of the store. One left unfinished by the same recipe is continued.
-        settings: See `Collecting`.
-        group: Keep the activations of all poses of each input side by side: a row then has the
-            channels of element 0, the input itself, then those of element 1, and so on.
-        recipe: Kept in the manifest; a store made from another is not continued.
-        device: Where the network runs.
-        on_progress: Told how many samples are done.
+        network: Network in evaluation mode, on any device.
+        samples: Inputs of the network.
+        sites: Sites to read, all in one pass that stops after the last.
+        out: Folder of the store. An unfinished store of the same recipe is continued.
+        settings: Positions kept, number format, memory; by default `StoreConfig()`.
+        group: Group in whose poses each input is read. A row then has the channels of element
+            0, the input itself, followed by the channels of element 1, and so on.
+        recipe: Plain values kept in the manifest; a store made from another recipe is refused.
+        device: Device on which the network runs.
+        on_progress: Callback with the number of samples done and their total.
 
     Returns:
         The finished store.
@@ -169,20 +180,36 @@ def collect(
         GroupError: The group cannot act so.
         NonFiniteError: The network gave NaN or infinity; names the site, sample and channel.
         DiskError: The rows cannot fit on the disk, or the folder is not writable.
+
+    Examples:
+        >>> import tempfile
+        >>> import mechatlas as ma
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> np.save(folder / "x.npy", np.random.default_rng(0).normal(size=(200, 4)))
+        >>> network = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> samples = ma.open_samples(ma.Arrays(source=folder / "x.npy"), network)
+        >>> store = ma.collect(network, samples, [ma.Site("1")], folder / "store")
+        >>> next(store.rows().batches(32)).x.shape
+        torch.Size([32, 8])
     """
     settings = settings or StoreConfig()
     network = network.to(device)
-    first = _first(samples, settings).to(device)
-    posed = _pose(network, sites, first, settings, group)
-    shapes = _probe(network, sites, first, posed)
+    first = _first_batch(samples, settings).to(device)
+    with torch.inference_mode():
+        activations = read_activations(network, first, sites)
+    poses = None if group is None else _poses(network, first, activations, settings, group)
+    shapes = {site: _shape(network, site, a, poses) for site, a in activations.items()}
+    collection = _Collection(network, samples, sites, shapes, settings, device, poses, out)
     rounds = _plan(len(samples), shapes, settings)
-    manifest = _start(network, samples, shapes, len(rounds), out, settings, recipe or {}, posed)
+    manifest = _start(collection, len(rounds), recipe or {})
     done = sum(len(r.samples) for r in rounds[: manifest["rounds_done"]])
     for number in range(manifest["rounds_done"], len(rounds)):
         shards, skipped = _do_round(
-            network, samples, sites, shapes, rounds, number, out, settings, device, posed,
+            collection,
+            rounds,
+            number,
             lambda n, before=done: on_progress(before + n, len(samples)),
-        )  # fmt: skip
+        )
         done += len(rounds[number].samples)
         manifest["shards"] += [list(shard) for shard in shards]
         manifest["skipped"] += skipped
@@ -194,8 +221,12 @@ def collect(
     return Store(out)
 
 
-def _first(samples: Samples, settings: StoreConfig) -> Tensor:
-    # A batch of the first sample that can be read.
+def _first_batch(samples: Samples, settings: StoreConfig) -> Shaped[Tensor, "1 ..."]:
+    """Batch of the first sample that can be read.
+
+    Raises:
+        InputError: None can be read, or the first cannot and `skip_bad` is off.
+    """
     for i in range(len(samples)):
         try:
             return samples.stack([samples.read(i)])
@@ -205,50 +236,39 @@ def _first(samples: Samples, settings: StoreConfig) -> Tensor:
     raise InputError(f"None of the {len(samples)} samples could be read.")
 
 
-def _pose(
+def _poses(
     network: nn.Module,
-    sites: Sequence[Site],
-    first: Tensor,
+    first: Shaped[Tensor, "1 ..."],
+    activations: Mapping[Site, Tensor],
     settings: StoreConfig,
-    group: PoseConfig | Action | None,
-) -> _Posed | None:
-    if group is None:
-        return None
+    group: PoseConfig | Action,
+) -> _Poses:
     action = action_of(group) if isinstance(group, PoseConfig) else group
     refuse_lawless(action, first)
-    with torch.inference_mode():
-        grids = {site: grid_of(a) for site, a in read_activations(network, first, sites).items()}
-    places = {site: places_of(action, network, site, first) for site in sites}
+    places = {site: places_of(action, network, site, first) for site in activations}
     if settings.paired:
-        places = paired_places(places, grids)
-    on_device = {site: Places(*(t.to(first.device) for t in its)) for site, its in places.items()}
-    return _Posed(action, on_device, grids)
+        places = paired_places(places, {site: grid_of(a) for site, a in activations.items()})
+    on_device = {site: Places(*(t.to(first.device) for t in p)) for site, p in places.items()}
+    return _Poses(action, on_device)
 
 
-def _probe(
-    network: nn.Module, sites: Sequence[Site], first: Tensor, posed: _Posed | None
-) -> dict[Site, SiteShape]:
-    with torch.inference_mode():
-        found = read_activations(network, first, sites)
-    shapes = {}
-    for site, activation in found.items():
-        named = {} if site.branch else branches_of(network, site.module, site.take)
-        ranges = {name: (s.start, s.stop) for name, s in named.items()}
-        width = channels_last(activation).shape[-1]
-        if posed is None:
-            shapes[site] = SiteShape(width, grid_of(activation), ranges)
-        else:
-            width, kept = width * posed.action.group.order, len(posed.places[site].kept)
-            shapes[site] = SiteShape(width, grid_of(activation), ranges, kept)
-    return shapes
+def _shape(
+    network: nn.Module, site: Site, activation: Shaped[Tensor, "1 ..."], poses: _Poses | None
+) -> SiteShape:
+    branches = {} if site.branch else branches_of(network, site.module, site.take)
+    ranges = {name: (s.start, s.stop) for name, s in branches.items()}
+    width = channels_last(activation).shape[-1]
+    if poses is None:
+        return SiteShape(width, grid_of(activation), ranges)
+    n_places = len(poses.places[site].kept)
+    return SiteShape(width * poses.action.group.order, grid_of(activation), ranges, n_places)
 
 
 def _row_bytes(shape: SiteShape, settings: StoreConfig) -> int:
     return shape.width * DTYPES[settings.dtype].itemsize + 3 * 4
 
 
-def _kept(shapes: dict[Site, SiteShape], settings: StoreConfig) -> dict[Site, int]:
-    """Rows kept of each sample at each site."""
+def _rows_per_sample(shapes: dict[Site, SiteShape], settings: StoreConfig) -> dict[Site, int]:
     counts = {
         site: settings.positions.count(math.prod(s.grid) if s.places is None else s.places)
         for site, s in shapes.items()
@@ -257,109 +277,98 @@ def _kept(shapes: dict[Site, SiteShape], settings: StoreConfig) -> dict[Site, in
     return dict.fromkeys(counts, first) if settings.paired else counts
 
 
+def _sample_bytes(shapes: dict[Site, SiteShape], settings: StoreConfig) -> int:
+    n_rows = _rows_per_sample(shapes, settings)
+    return sum(n_rows[site] * _row_bytes(s, settings) for site, s in shapes.items())
+
+
 def _plan(n_samples: int, shapes: dict[Site, SiteShape], settings: StoreConfig) -> list[Round]:
     """Held-out samples first, then the rest, in random order, in rounds that fit in memory."""
-    kept = _kept(shapes, settings)
-    sample_bytes = sum(kept[site] * _row_bytes(s, settings) for site, s in shapes.items())
-    budget = (settings.memory_mib << 20) // 4
-    per_round = max(1, budget // sample_bytes)
+    per_round = max(1, (settings.memory_mib << 20) // 4 // _sample_bytes(shapes, settings))
     order = np.random.default_rng([settings.seed, 0]).permutation(n_samples)
     n_held = math.ceil(settings.held_out * n_samples) if n_samples > 1 else 0
-    rounds: list[Round] = []
-    parts: dict[Split, np.ndarray] = {"held": order[:n_held], "train": order[n_held:]}
-    for split, part in parts.items():
-        n_rounds = math.ceil(len(part) / per_round)
-        rounds += (
-            [Round(split, piece) for piece in np.array_split(part, n_rounds)] if n_rounds else []
-        )
-    return rounds
+    splits: dict[Split, np.ndarray] = {"held": order[:n_held], "train": order[n_held:]}
+    return [
+        Round(split, samples)
+        for split, part in splits.items()
+        if len(part)
+        for samples in np.array_split(part, math.ceil(len(part) / per_round))
+    ]
 
 
-def _start(
-    network: nn.Module,
-    samples: Samples,
-    shapes: dict[Site, SiteShape],
-    n_rounds: int,
-    out: Path,
-    settings: StoreConfig,
-    recipe: dict[str, Any],
-    posed: _Posed | None,
-) -> dict[str, Any]:
-    # That of an unfinished run, or a new one.
-    fresh: dict[str, Any] = {
+def _start(collection: _Collection, n_rounds: int, recipe: dict[str, Any]) -> dict[str, Any]:
+    """Manifest of the unfinished store in the folder, or a new one.
+
+    Raises:
+        StoreError: The folder holds something else.
+        DiskError: The rows cannot fit on the disk, or the folder is not writable.
+    """
+    out, shapes = collection.out, collection.shapes
+    manifest = _new_manifest(collection, n_rounds, recipe)
+    path = out / "manifest.json"
+    if path.exists():
+        old = read_json(path)
+        given = ("recipe", "settings", "network", "n_samples", "group")
+        made_from = ("schema", "kind", *given, "rounds")
+        differing = [key for key in made_from if old.get(key) != manifest.get(key)]
+        if differing:
+            raise StoreError(
+                f"{out} holds a store made from another recipe (it differs in "
+                f"{', '.join(_differences(old, manifest, differing))}). "
+                "Choose another --out, or delete it."
+            )
+        return old
+    if out.exists() and not out.is_dir():
+        raise DiskError(f"{out} is a file, expected a folder for the store.")
+    # Files of a run killed before its first manifest, and files that a command writes beside.
+    leftovers = {folder_of(s) for s in shapes} | {"manifest.json.tmp", "recipe.toml", "result.json"}
+    if out.exists() and any(p.name not in leftovers for p in out.iterdir()):
+        raise StoreError(f"{out} is not empty and is not a store. Choose another --out.")
+    _check_space(out, len(collection.samples) * _sample_bytes(shapes, collection.settings))
+    write_json(path, manifest)
+    return manifest
+
+
+def _new_manifest(collection: _Collection, n_rounds: int, recipe: dict[str, Any]) -> dict[str, Any]:
+    manifest: dict[str, Any] = {
         "schema": SCHEMA,
         "kind": "store",
         "recipe": recipe,
-        "settings": dataclasses.asdict(settings),
-        "network": networks.digest(network),
-        "n_samples": len(samples),
+        "settings": dataclasses.asdict(collection.settings),
+        "network": networks.digest(collection.network),
+        "n_samples": len(collection.samples),
         "sites": {
             str(site): {
                 "width": s.width,
-                "grid": list(s.grid),
+                "grid": s.grid,
                 "branches": s.branches,
                 **({} if s.places is None else {"places": s.places}),
             }
-            for site, s in shapes.items()
+            for site, s in collection.shapes.items()
         },
-        **({} if posed is None else {"group": described(posed.action)}),
+        **({} if collection.poses is None else {"group": describe_action(collection.poses.action)}),
         "rounds": n_rounds,
         "rounds_done": 0,
         "complete": False,
         "shards": [],
         "skipped": [],
     }
-    path = out / "manifest.json"
-    if path.exists():
-        old = read_json(path)
-        given = ("recipe", "settings", "network", "n_samples", "group")
-        made_from = ("schema", "kind", *given, "rounds")
-        differs = [key for key in made_from if old.get(key) != _plain(fresh.get(key))]
-        if differs:
-            raise StoreError(
-                f"{out} holds a store made from another recipe (it differs in "
-                f"{', '.join(_differences(old, _plain(fresh), differs))}). "
-                "Choose another --out, or delete it."
-            )
-        return old
-    if out.exists() and not out.is_dir():
-        raise DiskError(f"{out} is a file, expected a folder for the store.")
-    if out.exists() and any(p.name not in _leftovers(shapes) for p in out.iterdir()):
-        raise StoreError(f"{out} is not empty and is not a store. Choose another --out.")
-    _check_space(out, len(samples), shapes, settings)
-    write_json(path, fresh)
-    return read_json(path)
-
-
-def _leftovers(shapes: dict[Site, SiteShape]) -> set[str]:
-    """What a run killed before its first manifest may have left, and what jobs write beside."""
-    return {folder_of(s) for s in shapes} | {"manifest.json.tmp", "recipe.toml", "result.json"}
-
-
-def _plain(value: Any) -> Any:
-    """The value as it comes back from JSON."""
-    if isinstance(value, dict):
-        return {str(k): _plain(v) for k, v in value.items()}
-    return [_plain(v) for v in value] if isinstance(value, list | tuple) else value
+    return json.loads(json.dumps(manifest))  # as a manifest on disk: lists instead of tuples
 
 
 def _differences(old: Any, new: Any, keys: Sequence[str], prefix: str = "") -> list[str]:
-    found = []
+    differences = []
     for key in keys:
         a, b = old.get(key), new.get(key)
         if isinstance(a, dict) and isinstance(b, dict):
             inner = [k for k in a.keys() | b.keys() if a.get(k) != b.get(k)]
-            found += _differences(a, b, sorted(inner), f"{prefix}{key}.")
+            differences += _differences(a, b, sorted(inner), f"{prefix}{key}.")
         else:
-            found.append(f"{prefix}{key}: {a!r} there, {b!r} here")
-    return found
+            differences.append(f"{prefix}{key}: {a!r} there, {b!r} here")
+    return differences
 
 
-def _check_space(
-    out: Path, n_samples: int, shapes: dict[Site, SiteShape], settings: StoreConfig
-) -> None:
-    kept = _kept(shapes, settings)
-    size = n_samples * sum(kept[site] * _row_bytes(s, settings) for site, s in shapes.items())
+def _check_space(out: Path, size: int) -> None:
     place = next((p for p in (out, *out.resolve().parents) if p.exists()), Path("/"))
     free = shutil.disk_usage(place).free
     if size > free:
@@ -370,69 +379,64 @@ def _check_space(
 
 
 def _do_round(
-    network: nn.Module,
-    samples: Samples,
-    sites: Sequence[Site],
-    shapes: dict[Site, SiteShape],
-    rounds: list[Round],
-    number: int,
-    out: Path,
-    settings: StoreConfig,
-    device: torch.device | str,
-    posed: _Posed | None,
-    on_progress: Any,
+    collection: _Collection, rounds: list[Round], number: int, on_progress: Callable[[int], None]
 ) -> tuple[list[Shard], list[str]]:
-    """Fill the rows of every site for one round, shuffle them, write them as shards."""
-    this = rounds[number]
-    kept = _kept(shapes, settings)
+    """Fill the rows of every site for one round, shuffle them, write them as shards.
+
+    Returns:
+        Shards written, and a message for every sample that could not be read.
+    """
+    shapes, settings = collection.shapes, collection.settings
+    samples = rounds[number].samples
+    n_rows = {site: len(samples) * n for site, n in _rows_per_sample(shapes, settings).items()}
     filled = {
         site: _Rows(
-            torch.empty(len(this.samples) * kept[site], s.width, dtype=DTYPES[settings.dtype]),
-            torch.empty(len(this.samples) * kept[site], 3, dtype=torch.int32),
+            torch.empty(n_rows[site], shape.width, dtype=DTYPES[settings.dtype]),
+            torch.empty(n_rows[site], 3, dtype=torch.int32),
         )
-        for site, s in shapes.items()
+        for site, shape in shapes.items()
     }
     skipped: list[str] = []
     done = 0
-    for indices, inputs in _batches(samples, this.samples, settings, skipped):
-        if indices and posed is not None:
-            _keep_poses(
-                network, sites, inputs.to(device), indices, samples, filled, settings, posed
-            )
-        elif indices:
-            with torch.inference_mode():
-                found = read_activations(network, inputs.to(device), sites)
-            _keep_positions(found, indices, samples, filled, settings)
+    for indices, inputs in _batches(collection, samples, skipped):
+        if indices:
+            _fill(collection, filled, inputs.to(collection.device), indices)
         done += settings.batch_size
-        on_progress(min(done, len(this.samples)))
-    shards = []
-    for site, part in filled.items():
-        random = torch.Generator().manual_seed(settings.seed * 1_000_003 + number)
-        order = torch.randperm(part.used, generator=random)
-        # Paired sites are cut at the same rows, so that they can be read side by side.
-        together = shapes.values() if settings.paired else [shapes[site]]
-        per_shard = max(1, SHARD_BYTES // max(_row_bytes(s, settings) for s in together))
-        first = _shards_before(rounds, number, kept[site], per_shard)
-        for i, piece in enumerate(order.split(per_shard)):
-            if len(piece):
-                shards.append(
-                    write_shard(
-                        out, str(site), this.split, first + i, part.rows[piece], part.where[piece]
-                    )
-                )
+        on_progress(min(done, len(samples)))
+    shards: list[Shard] = []
+    for site, rows in filled.items():
+        shards += _write(collection, site, rows, rounds, number)
     return shards, skipped
 
 
-def _shards_before(rounds: list[Round], number: int, kept: int, per_shard: int) -> int:
-    """Number of the first shard of a round, whatever was skipped in the rounds before."""
-    earlier = [r for r in rounds[:number] if r.split == rounds[number].split]
-    return sum(math.ceil(len(r.samples) * kept / per_shard) for r in earlier)
+def _write(
+    collection: _Collection, site: Site, filled: _Rows, rounds: list[Round], number: int
+) -> list[Shard]:
+    """Shuffle the rows of one site in one round and write them as shards."""
+    shapes, settings, split = collection.shapes, collection.settings, rounds[number].split
+    random = torch.Generator().manual_seed(settings.seed * 1_000_003 + number)
+    order = torch.randperm(filled.used, generator=random)
+    # Paired sites are cut at the same rows, so that they can be read side by side.
+    together = shapes.values() if settings.paired else [shapes[site]]
+    per_shard = max(1, SHARD_BYTES // max(_row_bytes(s, settings) for s in together))
+    n_rows = _rows_per_sample(shapes, settings)[site]
+    # Shards of earlier rounds keep their numbers, whatever was skipped.
+    earlier = [r for r in rounds[:number] if r.split == split]
+    first = sum(math.ceil(len(r.samples) * n_rows / per_shard) for r in earlier)
+    return [
+        write_shard(
+            collection.out, str(site), split, first + i, filled.rows[piece], filled.where[piece]
+        )
+        for i, piece in enumerate(order.split(per_shard))
+        if len(piece)
+    ]
 
 
 def _batches(
-    samples: Samples, order: np.ndarray, settings: StoreConfig, skipped: list[str]
-) -> Iterator[tuple[list[int], Tensor]]:
-    """Batches of readable samples, decoded one batch ahead in threads."""
+    collection: _Collection, order: Int[np.ndarray, " sample"], skipped: list[str]
+) -> Iterator[tuple[list[int], Shaped[Tensor, "..."]]]:
+    """Batches of readable samples with their numbers, decoded one batch ahead in threads."""
+    samples, settings = collection.samples, collection.settings
 
     def load(index: int) -> np.ndarray | InputError:
         try:
@@ -463,62 +467,47 @@ def _batches(
             yield good, samples.stack(loaded) if good else torch.empty(0)
 
 
-def _keep_positions(
-    found: dict[Site, Tensor],
-    indices: list[int],
-    samples: Samples,
-    filled: dict[Site, _Rows],
-    settings: StoreConfig,
-) -> None:
-    """Draw positions at every site and add their rows."""
-    chosen: Tensor | None = None
-    first_grid = (1, 1)
-    for site, activation in found.items():
-        rows = channels_last(activation)
-        grid = grid_of(activation)
-        flat = rows.reshape(len(indices), -1, rows.shape[-1])
-        _refuse_non_finite(flat, site, indices, samples)
-        if chosen is None or not settings.paired:
-            chosen = settings.positions.draw(flat, indices)
-            first_grid = grid
-        here = chosen if grid == first_grid else _same_place(chosen, first_grid, grid)
-        taken = flat.gather(1, here[..., None].expand(-1, -1, flat.shape[-1]))
-        sample = torch.tensor(indices, device=here.device)[:, None].expand_as(here)
-        where = torch.stack([sample, here // grid[1], here % grid[1]], dim=-1)
-        filled[site].add(taken.flatten(0, 1).cpu(), where.flatten(0, 1).int().cpu())
-
-
 @torch.inference_mode()
-def _keep_poses(
-    network: nn.Module,
-    sites: Sequence[Site],
-    inputs: Tensor,
-    indices: list[int],
-    samples: Samples,
+def _fill(
+    collection: _Collection,
     filled: dict[Site, _Rows],
-    settings: StoreConfig,
-    posed: _Posed,
+    inputs: Shaped[Tensor, "batch ..."],
+    indices: list[int],
 ) -> None:
-    """Draw places from the untransformed inputs, and add their rows pose by pose."""
-    chosen: dict[Site, Tensor] = {}
-    for element in range(posed.action.group.order):
-        for site, flat in read_pose(network, posed.action, element, inputs, sites).items():
-            places = posed.places[site]
-            _refuse_non_finite(flat, site, indices, samples)
-            if element == 0 and settings.paired and chosen:
-                chosen[site] = chosen[sites[0]]
-            elif element == 0:
-                chosen[site] = settings.positions.draw(flat[:, places.kept], indices)
-            rows = places.take(element, flat, chosen[site])
+    """Draw positions of the untransformed inputs, and add their rows pose by pose."""
+    shapes, settings, poses = collection.shapes, collection.settings, collection.poses
+    first = collection.sites[0]
+    drawn: dict[Site, Tensor] = {}
+    for element in range(1 if poses is None else poses.action.group.order):
+        action = None if poses is None else poses.action
+        activations = read_pose(collection.network, action, element, inputs, collection.sites)
+        for site, flat in activations.items():
+            _refuse_non_finite(flat, site, indices, collection.samples)
+            if site not in drawn and settings.paired and drawn:
+                here, there = shapes[first].grid, shapes[site].grid
+                drawn[site] = drawn[first]
+                if poses is None and here != there:
+                    drawn[site] = _same_place(drawn[first], here, there)
+            elif site not in drawn:
+                among = flat if poses is None else flat[:, poses.places[site].kept]
+                drawn[site] = settings.positions.draw(among, indices)
+            if poses is None:
+                rows = flat.gather(1, drawn[site][..., None].expand(-1, -1, flat.shape[-1]))
+            else:
+                rows = poses.places[site].take(element, flat, drawn[site])
             filled[site].put(element * flat.shape[-1], rows.flatten(0, 1).cpu())
-    for site, part in filled.items():
-        at, width = posed.places[site].kept[chosen[site]].cpu(), posed.grids[site][1]
-        sample = torch.tensor(indices)[:, None].expand_as(at)
-        part.done(torch.stack([sample, at // width, at % width], dim=-1).flatten(0, 1).int())
+    for site, rows in filled.items():
+        position = drawn[site] if poses is None else poses.places[site].kept[drawn[site]]
+        position, width = position.cpu(), shapes[site].grid[1]
+        sample = torch.tensor(indices)[:, None].expand_as(position)
+        where = torch.stack([sample, position // width, position % width], dim=-1)
+        rows.finish(where.flatten(0, 1).int())
 
 
-def _same_place(position: Tensor, grid: tuple[int, int], other: tuple[int, int]) -> Tensor:
-    """The cell of another grid that holds the centre of a cell of this one."""
+def _same_place(
+    position: Int[Tensor, "batch kept"], grid: tuple[int, int], other: tuple[int, int]
+) -> Int[Tensor, "batch kept"]:
+    """Cells of another grid that hold the centers of cells of this grid."""
     y, x = position // grid[1], position % grid[1]
     y = ((y + 0.5) / grid[0] * other[0]).long()
     x = ((x + 0.5) / grid[1] * other[1]).long()

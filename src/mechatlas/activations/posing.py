@@ -1,15 +1,14 @@
 """Activations of every pose of an input, side by side.
 
-    Posing          the recipe: which group, acting how
-    action_of       the recipe -> an action
-    places_of       an action, a network and a site -> which positions can be kept, and where each
-                    of them is in every pose
+    PoseConfig      settings: group, and how it acts
+    action_of       settings -> an action
+    places_of       an action, a network and a site -> places that can be kept in every pose
     read_pose       pose inputs by one element and read the sites
 
 A row holds a(gI) for every element g, element by element, of one place of the input: the map of
-gI is read where g takes the place. Kept are the places that see nothing but the input in every
-pose: what a position sees is measured on the network, and must stay inside the image, or inside
-its inscribed circle if the action interpolates. No posed input is ever stored.
+gI is read where g takes the place. A place is kept if its receptive field, measured on the
+network, stays inside the image in every pose, or inside the inscribed circle if the action
+interpolates. No posed input is ever stored.
 """
 
 import dataclasses
@@ -19,7 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 
 from mechatlas.activations.receptive import ReceptiveField, receptive_field
@@ -42,21 +41,20 @@ from mechatlas.maths.named_groups import group
 
 ACTIONS = {"rotate": Rotate, "hue": Hue, "shift": Shift, "scale": Scale}
 LAW = 0.1
-"""Largest breach of the group's law that is taken from a user's action, as a share of the
-spread of the inputs."""
+"""Tolerance for the group law of a user's action, as a fraction of the spread of the inputs."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PoseConfig:
-    """Every input in all poses of a finite group, whose activations then stand side by side."""
+    """Finite group in whose poses every input is read, and how the group acts."""
 
     name: str
-    """The group: "D4" (quarter-turns and mirrors, order 8), "D16" (order 32), "C6", ..."""
+    """Name of the group: "D4" (quarter-turns and mirrors, order 8), "D16" (order 32), "C6", ..."""
     action: str = "rotate"
     """rotate, hue, shift, scale, or `package.module:function`, called as f(element, inputs)."""
     matched_blur: bool = False
-    """A control: turn every image too far and back, so that all poses, the first too, are as
-    blurred by interpolation. Only for turns that interpolate."""
+    """Control: turn every image too far and back, so that interpolation blurs all poses alike,
+    the first too. Only for turns that interpolate."""
 
     def __post_init__(self) -> None:
         built = group(self.name)
@@ -75,37 +73,37 @@ class PoseConfig:
             raise ValueError(f"matched_blur is for action = 'rotate', got {self.action!r}.")
 
 
-def action_of(posing: PoseConfig) -> Action:
-    """The action that a recipe asks for.
+def action_of(settings: PoseConfig) -> Action:
+    """Build the action of a group on inputs.
 
     Raises:
         UserError: There is no such function.
     """
-    built = group(posing.name)
-    if posing.matched_blur:
-        return _Matched(built)
-    if posing.action in ACTIONS:
-        return ACTIONS[posing.action](built)
-    module, _, name = posing.action.partition(":")
+    built = group(settings.name)
+    if settings.matched_blur:
+        return _MatchedRotate(built)
+    if settings.action in ACTIONS:
+        return ACTIONS[settings.action](built)
+    module, _, name = settings.action.partition(":")
     try:
         function = getattr(importlib.import_module(module), name)
     except (ModuleNotFoundError, AttributeError) as error:
         raise UserError(
-            f"There is no function {posing.action!r} to act with ({error}). Is its folder on "
+            f"There is no function {settings.action!r} to act with ({error}). Is its folder on "
             "PYTHONPATH?"
         ) from error
-    return Custom(built, function, name=posing.action)
+    return Custom(built, function, name=settings.action)
 
 
-class _Matched(Rotate):
-    """Turns that are all as blurred."""
+class _MatchedRotate(Rotate):
+    """Rotation that blurs every pose alike."""
 
     def act(self, element: int, x: Float[Tensor, "*batch h w"]) -> Float[Tensor, "*batch h w"]:
         return self.matched(element, x)
 
 
-def described(action: Action) -> dict[str, Any]:
-    """What a manifest says of an action."""
+def describe_action(action: Action) -> dict[str, Any]:
+    """Describe an action in plain values, for a manifest."""
     return {
         "name": action.group.name,
         "table": action.group.table.tolist(),
@@ -113,12 +111,12 @@ def described(action: Action) -> dict[str, Any]:
         "action": action.name,
         "closes": action.closes,
         "exact": [action.exact(g) for g in range(action.group.order)],
-        "matched_blur": isinstance(action, _Matched),
+        "matched_blur": isinstance(action, _MatchedRotate),
     }
 
 
-def refuse_lawless(action: Action, inputs: Tensor) -> None:
-    """Check an action that is not ours on real inputs.
+def refuse_lawless(action: Action, inputs: Shaped[Tensor, "batch ..."]) -> None:
+    """Check the group law of a user's action on real inputs.
 
     Raises:
         GroupError: The identity is not element 0, or the group's law does not hold.
@@ -139,14 +137,14 @@ def refuse_lawless(action: Action, inputs: Tensor) -> None:
 
 
 class Places(NamedTuple):
-    """The places of a site that are kept, and where they are in every pose."""
+    """Places of a site that are kept, as weighted positions of the map in every pose."""
 
     kept: Int[Tensor, " place"]
-    """Flat positions, ascending; those of an untransformed input."""
+    """Flat positions of the places in the map of an untransformed input, ascending."""
     parts: Int[Tensor, "element place 4"]
-    """Flat positions of the posed map that make up the place."""
+    """Flat positions of the posed map between which the place lies."""
     weight: Float[Tensor, "element place 4"]
-    """Their weights; the first is 1 where the place is a position."""
+    """Interpolation weights of the positions; the first is 1 where the place is a position."""
 
     def take(
         self,
@@ -154,11 +152,11 @@ class Places(NamedTuple):
         activations: Float[Tensor, "batch position d"],
         chosen: Int[Tensor, "batch row"],
     ) -> Float[Tensor, "batch row d"]:
-        """Activations at some of the kept places.
+        """Interpolate activations at some of the kept places.
 
         Args:
-            element: Whose map it is.
-            activations: The map.
+            element: Element by which the inputs were posed.
+            activations: Flat map of the posed inputs.
             chosen: Numbers of kept places, for each sample.
         """
         parts, weight = self.parts[element], self.weight[element]
@@ -174,18 +172,20 @@ class Places(NamedTuple):
         return out
 
 
-def places_of(action: Action, network: nn.Module, site: Site, inputs: Tensor) -> Places:
-    """Which places of a site can be kept.
+def places_of(
+    action: Action, network: nn.Module, site: Site, inputs: Shaped[Tensor, "1 ..."]
+) -> Places:
+    """Find the places of a site that can be kept in every pose.
 
     Args:
-        action: How the group acts.
-        network: Its receptive field at the site is measured, if places move.
-        site: Where to read.
-        inputs: A batch of one input.
+        action: Action of the group on the inputs.
+        network: Network whose receptive field at the site is measured, if places move.
+        site: Site to read.
+        inputs: Batch of one input.
 
     Raises:
-        InputError: No place is left, or poses do not take positions to positions; says which
-            side of the input would do.
+        InputError: No place is left, or poses do not take positions to positions; names a side
+            of the input that would do.
     """
     with torch.inference_mode():
         activation = read_activations(network, inputs, [site])[site]
@@ -207,37 +207,43 @@ def places_of(action: Action, network: nn.Module, site: Site, inputs: Tensor) ->
             )
         return _places(np.zeros(1, np.int64), np.zeros((action.group.order, 1, 2)), grid)
     field = receptive_field(network, site, side, inputs.shape[1])
-    found = _kept(action, field, grid, side)
-    if isinstance(found, str):
+    places = _kept_places(action, field, grid, side)
+    if isinstance(places, str):
         hint = _better_side(action, network, site, field, inputs)
-        raise InputError(f"{found.format(site=site, side=side, group=action.group.name)} {hint}")
-    return found
+        raise InputError(f"{places.format(site=site, side=side, group=action.group.name)} {hint}")
+    return places
 
 
-def _places(kept: np.ndarray, moved: np.ndarray, grid: tuple[int, int]) -> Places:
+def _places(
+    kept: Int[np.ndarray, " place"],
+    moved: Float[np.ndarray, "element place 2"],
+    grid: tuple[int, int],
+) -> Places:
     corners = [corners_of(points, grid) for points in moved]
     index = np.stack([c.index for c in corners])
     weight = np.stack([c.weight for c in corners]).astype(np.float32)
     return Places(torch.from_numpy(kept), torch.from_numpy(index), torch.from_numpy(weight))
 
 
-def _kept(action: Action, field: ReceptiveField, grid: tuple[int, int], side: int) -> Places | str:
-    """The places kept, or why there are none, with room for names."""
+def _kept_places(
+    action: Action, field: ReceptiveField, grid: tuple[int, int], side: int
+) -> Places | str:
+    """Find the places that are kept, or say why there are none, as a template with names."""
     if field.stride == 0:
         return (
             "Every position of {site} sees the whole of an image of side {side}, so that none "
             "can be followed from pose to pose."
         )
-    if not action.keeps_neighbours and field.size > 1:
+    if not action.keeps_neighbors and field.size > 1:
         return "Positions of {site} see several pixels, which {group} scatters."
     positions = grid_points(*grid)
-    centre = field.offset + (field.size - 1) / 2
-    pixels = positions * field.stride + centre
+    center = field.offset + (field.size - 1) / 2
+    pixels = positions * field.stride + center
     sees_inside = _inside(action, pixels, field, side)
     kept = np.ones(len(positions), bool)
     moved = []
     for g in range(action.group.order):
-        points = (action.moved(g, pixels, side) - centre) / field.stride
+        points = (action.moved(g, pixels, side) - center) / field.stride
         if action.exact(g) and np.abs(points - np.round(points)).max() > 1e-6:
             return (
                 "On an image of side {side}, {group} does not take the positions of {site} to "
@@ -260,7 +266,7 @@ def _kept(action: Action, field: ReceptiveField, grid: tuple[int, int], side: in
 def _inside(
     action: Action, pixels: Float[np.ndarray, "n 2"], field: ReceptiveField, side: int
 ) -> Bool[np.ndarray, " n"]:
-    """Whether all that the positions centred on some pixels see belongs to the input."""
+    """Whether receptive fields centered on some pixels lie inside the input."""
     reach = (field.size - 1) / 2
     farthest = np.abs(pixels - (side - 1) / 2) + reach
     if action.masks:
@@ -269,19 +275,23 @@ def _inside(
 
 
 def _better_side(
-    action: Action, network: nn.Module, site: Site, field: ReceptiveField, inputs: Tensor
+    action: Action,
+    network: nn.Module,
+    site: Site,
+    field: ReceptiveField,
+    inputs: Float[Tensor, "1 channel h w"],
 ) -> str:
-    """What side would do, for an error's end."""
+    """Sentence for the end of an error: a larger side of the input that would do."""
     side, channels = inputs.shape[-1], inputs.shape[1]
     for other in range(side + 1, side + 2 * field.size + 40 if field.stride else side):
         try:
             with torch.inference_mode():
                 plain = torch.full((1, channels, other, other), 0.5)
                 grid = grid_of(read_activations(network, plain, [site])[site])
-            if isinstance(_kept(action, field, grid, other), str):
+            if isinstance(_kept_places(action, field, grid, other), str):
                 continue
             measured = receptive_field(network, site, other, channels)
-            if not isinstance(_kept(action, measured, grid, other), str):
+            if not isinstance(_kept_places(action, measured, grid, other), str):
                 return f"Images of side {other} would do: `side = {other}` in [samples]."
         except (RuntimeError, ValueError):  # a network for one size of input only
             break
@@ -291,7 +301,7 @@ def _better_side(
 def paired_places(
     places: dict[Site, Places], grids: dict[Site, tuple[int, int]]
 ) -> dict[Site, Places]:
-    """The places of the first site that can be kept at every site, in the same order at all.
+    """Keep the places of the first site that every site has, in the same order at all sites.
 
     Raises:
         InputError: There are none.
@@ -300,29 +310,42 @@ def paired_places(
     h, w = grids[first]
     kept = places[first].kept
     y, x = (kept // w + 0.5) / h, (kept % w + 0.5) / w
-    numbers, good = {}, torch.ones_like(kept, dtype=torch.bool)
-    for site, its in places.items():
-        its_h, its_w = grids[site]
-        number = torch.full((its_h * its_w,), -1, device=kept.device)
-        number[its.kept] = torch.arange(len(its.kept), device=kept.device)
-        numbers[site] = number[(y * its_h).long() * its_w + (x * its_w).long()]
-        good &= numbers[site] >= 0
-    if not good.any():
+    numbers, shared = {}, torch.ones_like(kept, dtype=torch.bool)
+    for site, at_site in places.items():
+        h, w = grids[site]
+        number = torch.full((h * w,), -1, device=kept.device)
+        number[at_site.kept] = torch.arange(len(at_site.kept), device=kept.device)
+        numbers[site] = number[(y * h).long() * w + (x * w).long()]
+        shared &= numbers[site] >= 0
+    if not shared.any():
         raise InputError(
             f"No place can be kept at all of {', '.join(map(str, places))} in every pose; collect "
             "them without `paired`, or with larger images."
         )
     return {
-        site: Places(its.kept[n], its.parts[:, n], its.weight[:, n])
-        for site, its in places.items()
-        for n in [numbers[site][good]]
+        site: Places(p.kept[n], p.parts[:, n], p.weight[:, n])
+        for site, p in places.items()
+        for n in [numbers[site][shared]]
     }
 
 
 def read_pose(
-    network: nn.Module, action: Action, element: int, inputs: Tensor, sites: Sequence[Site]
+    network: nn.Module,
+    action: Action | None,
+    element: int,
+    inputs: Shaped[Tensor, "batch ..."],
+    sites: Sequence[Site],
 ) -> dict[Site, Float[Tensor, "batch position d"]]:
-    """Activations of one pose of some inputs."""
-    found = read_activations(network, action(element, inputs), sites)
-    rows = {site: channels_last(activation) for site, activation in found.items()}
+    """Read the flat maps of inputs in one pose.
+
+    Args:
+        network: Network to run.
+        action: Action of the group; without it the inputs are read as they are.
+        element: Element by which to pose the inputs.
+        inputs: Batch of untransformed inputs.
+        sites: Sites to read.
+    """
+    posed = inputs if action is None else action(element, inputs)
+    maps = read_activations(network, posed, sites)
+    rows = {site: channels_last(activation) for site, activation in maps.items()}
     return {site: r.reshape(len(inputs), -1, r.shape[-1]) for site, r in rows.items()}

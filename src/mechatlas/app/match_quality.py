@@ -17,7 +17,6 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from mechatlas.activations.networks import digest
 from mechatlas.activations.store import Store, StoreRows
 from mechatlas.analysis.matching.folding import fold
 from mechatlas.analysis.matching.held_out import (
@@ -31,7 +30,7 @@ from mechatlas.analysis.matching.held_out import (
 )
 from mechatlas.analysis.matching.pairing import Match
 from mechatlas.analysis.matching.splicing import SpliceEffect, permuted, references, splice
-from mechatlas.app.recipes import reopen
+from mechatlas.app.inputs import open_network
 from mechatlas.base import Dictionary, Site, StoreError, UserError
 
 SAMPLES_AT_ONCE = 32
@@ -223,11 +222,7 @@ def open_held_samples(store: Store, n: int) -> HeldSamples:
         UserError: The network or the samples are no longer there.
     """
     numbers = store.samples("held", n)
-    network, samples = reopen(store.manifest["recipe"])
-    if digest(network) != store.manifest["network"]:
-        raise StoreError(
-            f"The network found now has other weights than when {store.root} was made."
-        )
+    network, samples = open_network(store)
     starts = range(0, len(numbers), SAMPLES_AT_ONCE)
     chunks = [numbers[start : start + SAMPLES_AT_ONCE] for start in starts]
     return HeldSamples(

@@ -38,8 +38,9 @@ from mechatlas.analysis.symmetry.interchange import (
     usable_elements,
 )
 from mechatlas.analysis.symmetry.posed_dictionary import HeldOutCodes
+from mechatlas.app.inputs import open_network, poses_of
 from mechatlas.app.progress import bar
-from mechatlas.app.symmetry_folder import RunFolder, open_network, poses_of
+from mechatlas.app.run_folder import RunFolder
 from mechatlas.base import Site, UserError
 from mechatlas.maths.statistics import proportion
 

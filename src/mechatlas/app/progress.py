@@ -1,4 +1,4 @@
-"""A progress bar on the terminal; silent anywhere else."""
+"""Progress bar on the terminal; silent anywhere else."""
 
 import sys
 from collections.abc import Iterator

@@ -1,76 +1,320 @@
-"""The folders that commands write: never among files of somebody else, and always whole.
+"""Output folder of a run: recipe, manifest, tables, tensors and result, and parts to resume from.
 
-    refuse_strangers    before any work: is this folder free, or ours?
-    finish              `recipe.toml` and `result.json`
-    write_table         columns -> parquet
-    write_tensors       arrays -> safetensors
-    cost                CPU seconds and peak memory, as every `result.json` has them
+    execute         the configuration of a command -> its folder and its result
+    RunFolder       everything that a command writes, and parts kept after an interruption
+    read_result     `result.json` of a folder -> the result type of its command
 
-Every folder holds the data, `recipe.toml`, `manifest.json` and `result.json`.
+Every folder holds the data, `recipe.toml`, `manifest.json` and `result.json`. The manifest comes
+first and says `complete: false` until the command has ended. Kinds of folders and names of files
+are defined here, so that nobody needs to import a command for them.
 """
 
+import dataclasses
+import importlib
 import io
 import json
+import math
 import resource
+import shutil
 import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import cattrs
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import tomli_w
+from jaxtyping import Shaped
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
+from mechatlas import deprecated
+from mechatlas.app.old_runs import renamed
 from mechatlas.app.recipes import as_dict
 from mechatlas.base import DiskError
-from mechatlas.files import write, write_json
+from mechatlas.files import checksum, read_json, write, write_json
 
-Result = dict[str, Any]
+STORE, DICTIONARY, GROUP_NET, PROOF = "store", "dictionary", "group_net", "proof"
+BASIS, MATCHING, SYMMETRY, BRANCHES, CIRCUIT = (
+    "basis",
+    "matching",
+    "symmetry",
+    "branches",
+    "circuit",
+)
+RESULTS: dict[str, str] = {
+    STORE: "collect:CollectResult",
+    DICTIONARY: "train:TrainResult",
+    GROUP_NET: "group_net:GroupNetResult",
+    BASIS: "basis:BasisResult",
+    MATCHING: "match:MatchResult",
+    SYMMETRY: "symmetry:SymmetryResult",
+    BRANCHES: "branches:BranchesResult",
+    CIRCUIT: "circuit:CircuitResult",
+    PROOF: "prove:ProveResult",
+}
+"""Kind of a folder -> command and type of its result."""
+RECIPE, MANIFEST, RESULT = "recipe.toml", "manifest.json", "result.json"
+HISTORY = "history.json"
+UNFINISHED, CHECKPOINT = "unfinished", "checkpoint"
+"""Folders with the parts of a run that was interrupted."""
+SCHEMA = 2
+COST = ("out", "seconds", "peak_bytes")
+"""Fields of a result that are known only after the command has ended."""
 
 
-def refuse_strangers(out: Path, kind: str, *, unfinished: str | None = None) -> None:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Fields of every command with a folder."""
+
+    out: Path
+    """Folder for the result. The same command continues a run that was stopped."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DeviceConfig(RunConfig):
+    """Fields of commands that run a network or train on a chosen device."""
+
+    device: str = "cpu"
+    """Device to compute on, such as "cpu" or "cuda"."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CommandResult:
+    """Fields of every `result.json`."""
+
+    out: str = ""
+    """Folder of the run; not in the file."""
+    seconds: float = 0.0
+    """Process CPU seconds of the command."""
+    peak_bytes: int = 0
+    """Largest resident memory of the process."""
+
+
+def execute(config: Any) -> Any:
+    """Run the command of a configuration, into its folder where it has one.
+
+    Args:
+        config: Configuration of a command, such as `MatchConfig`.
+
+    Returns:
+        The result, with the folder, CPU seconds and memory.
+
+    Raises:
+        UserError: The input is bad, or the folder holds something else.
+    """
+    command: Any = sys.modules[type(config).__module__]
+    if not hasattr(command, "KIND") or config.out is None:
+        return command.run(config)
+    folder = RunFolder(config.out, command.KIND, config)
+    return folder.finish(command.run(config, folder))
+
+
+class RunFolder:
+    """Output folder of one run; nothing is written before there is something to keep.
+
+    Args:
+        path: Folder to write.
+        kind: Kind of the folder, for its manifest.
+        config: Configuration of the command, a dataclass.
+
+    Raises:
+        DiskError: The path is a file, or a folder that holds anything but an earlier run.
+    """
+
+    def __init__(self, path: Path, kind: str, config: Any) -> None:
+        self.path, self.kind, self.config = path, kind, config
+        self._clock = time.process_time()
+        self._facts: dict[str, Any] = {}
+        self._parents: dict[str, str] = {}
+        self._files: dict[str, str] = {}
+        refuse_strangers(path, kind)
+
+    def facts(self, **values: Any) -> None:
+        """Add plain values to the manifest."""
+        self._facts |= values
+
+    def parent(self, name: str, digest: str) -> None:
+        """Note the checksum of an input; parts kept of other inputs are not continued."""
+        self._parents[name] = digest
+
+    def table(self, name: str, columns: Mapping[str, Any]) -> None:
+        """Write columns of equal length as parquet, also under their old names."""
+        old = {old: columns[new] for old, new in deprecated.COLUMNS.items() if new in columns}
+        packed = io.BytesIO()
+        pq.write_table(pa.table({**columns, **old}), packed)
+        self.file(name, packed.getvalue())
+
+    def tensors(self, name: str, arrays: Mapping[str, Shaped[np.ndarray, "..."]]) -> None:
+        """Write arrays as safetensors."""
+        self.file(name, save({key: np.ascontiguousarray(value) for key, value in arrays.items()}))
+
+    def json(self, name: str, value: Any) -> None:
+        """Write a dataclass or plain values as JSON; numbers that are not finite become null."""
+        self.begin()
+        write_json(self.path / name, as_plain(value))
+        self.note(name)
+
+    def file(self, name: str, data: bytes) -> None:
+        """Write bytes."""
+        self.begin()
+        write(self.path / name, data)
+        self._files[name] = checksum(data)
+
+    def note(self, name: str) -> None:
+        """Note the checksum of a file of the folder that somebody else wrote."""
+        self._files[name] = checksum((self.path / name).read_bytes())
+
+    def begin(self) -> None:
+        """Say in the manifest that the folder is not complete, before its first file."""
+        if not self._files and self.kind != STORE:  # a store writes its own manifest
+            self._write_manifest(complete=False)
+
+    def _write_manifest(self, *, complete: bool) -> None:
+        facts = {
+            "schema": SCHEMA, "kind": self.kind, "complete": complete, **self._facts,
+            "parents": self._parents, "files": self._files,
+        }  # fmt: skip
+        write_json(self.path / MANIFEST, facts)
+
+    def keep(self, name: str, arrays: Mapping[str, Shaped[np.ndarray, "..."]]) -> None:
+        """Keep a finished part of the work, from which the same command continues."""
+        if not (self.path / MANIFEST).is_file():
+            self._write_manifest(complete=False)
+        plain = {key: np.ascontiguousarray(array) for key, array in arrays.items()}
+        marks = {"made_from": self._made_from(), "checksum": _checksum_of(plain)}
+        write(self.path / UNFINISHED / f"{name}.safetensors", save(plain, metadata=marks))
+
+    def kept(self, name: str) -> dict[str, Shaped[np.ndarray, "..."]] | None:
+        """Read a part kept by an earlier run of the same configuration and inputs, if whole."""
+        try:
+            with safe_open(self.path / UNFINISHED / f"{name}.safetensors", "numpy") as file:
+                marks = file.metadata() or {}
+                arrays = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError):
+            return None
+        expected = {"made_from": self._made_from(), "checksum": _checksum_of(arrays)}
+        return arrays if marks == expected else None
+
+    def _made_from(self) -> str:
+        config = as_dict(self.config)
+        values = {key: config[key] for key in config if key not in ("out", "device")}
+        facts = [SCHEMA, self.kind, values, sorted(self._parents.items())]
+        return checksum(json.dumps(facts).encode())
+
+    def finish(self, result: Any) -> Any:
+        """Write `recipe.toml`, `result.json` and the whole manifest, and delete kept parts.
+
+        Args:
+            result: Result of the command.
+
+        Returns:
+            The result with the folder, CPU seconds and memory.
+        """
+        seconds = round(time.process_time() - self._clock, 3)
+        result = dataclasses.replace(
+            result, out=str(self.path), seconds=seconds, peak_bytes=peak_bytes()
+        )
+        write(self.path / RECIPE, tomli_w.dumps(as_dict(self.config)).encode())
+        values = as_plain(result)
+        write_json(self.path / RESULT, {key: values[key] for key in values if key != "out"})
+        if self.kind != STORE:
+            self._write_manifest(complete=True)
+        for name in (UNFINISHED, CHECKPOINT):
+            shutil.rmtree(self.path / name, ignore_errors=True)
+        return result
+
+
+def _checksum_of(arrays: Mapping[str, Shaped[np.ndarray, "..."]]) -> str:
+    parts = (f"{name} {a.dtype} {a.shape}".encode() + a.tobytes() for name, a in arrays.items())
+    return checksum("".join(sorted(map(checksum, parts))).encode())
+
+
+def refuse_strangers(out: Path, kind: str) -> None:
     """Refuse a folder that holds anything but an earlier run of the same kind.
 
     Args:
         out: Where a command is about to write.
         kind: The `kind` in the manifest of what it writes.
-        unfinished: A file or folder that a run which was killed leaves alone in `out`.
 
     Raises:
         DiskError: `out` is a file, or holds something else.
     """
     if out.exists() and not out.is_dir():
         raise DiskError(f"{out} is a file, expected a folder.")
-    inside = [path.name for path in out.iterdir()] if out.is_dir() else []
-    if not inside or inside == [unfinished]:
+    inside = {path.name for path in out.iterdir()} if out.is_dir() else set()
+    if inside <= {UNFINISHED, CHECKPOINT}:
         return
     try:
-        found = json.loads((out / "manifest.json").read_text()).get("kind")
+        stated = json.loads((out / MANIFEST).read_text()).get("kind")
     except (OSError, ValueError, AttributeError):
-        found = None
-    if found != kind:
+        stated = None
+    if stated != kind:
         raise DiskError(f"{out} is not empty and is not a {kind}. Choose another --out.")
 
 
-def finish(out: Path, recipe: Any, result: Result, clock: float) -> Result:
-    """Write `recipe.toml` and `result.json`, and return the result with its folder.
+def read_result(folder: Path, kind: str, *, schema: int = SCHEMA) -> Any:
+    """Read `result.json` as the result type of the command.
 
     Args:
-        out: The folder.
-        recipe: What it was made from, a dataclass.
-        result: What was found.
-        clock: `time.process_time()` when the work began.
+        folder: Folder of a finished run.
+        kind: Kind of the folder; `RESULTS` has the result type.
+        schema: Schema in the manifest; keys of schema 1 are renamed.
+
+    Raises:
+        DiskError: The file is missing, damaged, or does not have the fields of the command.
     """
-    write(out / "recipe.toml", tomli_w.dumps(as_dict(recipe)).encode())
-    whole = {**result, **cost(clock)}
-    write_json(out / "result.json", whole)
+    values = read_json(folder / RESULT)
+    command, _, name = RESULTS[kind].partition(":")
+    result_type = getattr(importlib.import_module(f"mechatlas.app.commands.{command}"), name)
+    try:
+        values = renamed(values, kind) if schema < SCHEMA else values
+        result = cattrs.structure(values, result_type)
+    except (cattrs.BaseValidationError, KeyError, TypeError, ValueError, AttributeError) as error:
+        lines = cattrs.transform_error(error) if isinstance(error, Exception) else []
+        raise DiskError(
+            f"{folder / RESULT} is not the result of a {kind}: {'; '.join(lines[:3])}. "
+            "Run the command that wrote the folder again."
+        ) from error
+    return dataclasses.replace(result, out=str(folder))
+
+
+def as_plain(value: Any) -> Any:
+    """Make plain values for JSON: dataclasses and named tuples become objects, NaN null."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: as_plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {key: as_plain(item) for key, item in value.items()}
+    named: Any = getattr(value, "_asdict", None)
+    if named is not None:
+        return as_plain(named())
+    if isinstance(value, list | tuple):
+        return [as_plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def peak_bytes() -> int:
+    """Largest resident memory that the process had, in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+Result = dict[str, Any]
+
+
+def finish(out: Path, recipe: Any, result: Result, clock: float) -> Result:
+    """Write `recipe.toml` and `result.json`, and return the result with its folder."""
+    write(out / RECIPE, tomli_w.dumps(as_dict(recipe)).encode())
+    cost = {"seconds": round(time.process_time() - clock, 3), "peak_bytes": peak_bytes()}
+    whole = {**result, **cost}
+    write_json(out / RESULT, whole)
     return {"out": str(out), **whole}
 
 
-def write_table(path: Path, columns: Mapping[str, np.ndarray | list[Any]]) -> bytes:
+def write_table(path: Path, columns: Mapping[str, Any]) -> bytes:
     """Write columns of equal length as parquet, and return the bytes for a checksum."""
     packed = io.BytesIO()
     pq.write_table(pa.table(dict(columns)), packed)
@@ -83,14 +327,3 @@ def write_tensors(path: Path, tensors: Mapping[str, np.ndarray]) -> bytes:
     data = save({name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()})
     write(path, data)
     return data
-
-
-def cost(clock: float) -> Result:
-    """Process CPU seconds since `clock`, and the largest memory the process had."""
-    return {"seconds": round(time.process_time() - clock, 3), "peak_bytes": peak_bytes()}
-
-
-def peak_bytes() -> int:
-    """The largest resident memory the process had."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

@@ -59,6 +59,7 @@ class SparseCoder(nn.Module, abc.ABC):
     history: History | None
     """Measurements of the training, if it was trained in this process."""
     W_dec: Tensor
+    """Atoms, one a row."""
     b_enc: Tensor
     b_dec: Tensor
 
@@ -103,7 +104,7 @@ class SparseCoder(nn.Module, abc.ABC):
 
     @property
     @abc.abstractmethod
-    def encoder_parameters(self) -> list[nn.Parameter]:
+    def encoder_parameters(self) -> list[Tensor]:
         """Parameters that codes are proportional to: the encoder's weights, then its biases."""
 
     @property
@@ -263,7 +264,7 @@ class LinearCoder(SparseCoder):
         return self._W_enc.data.T
 
     @property
-    def encoder_parameters(self) -> list[nn.Parameter]:
+    def encoder_parameters(self) -> list[Tensor]:
         """Parameters that codes are proportional to: the encoder's weights, then its biases."""
         return [self.W_dec if self.tied else self._W_enc, self.b_enc]
 

@@ -107,18 +107,20 @@ class PoseTied(SparseCoder):
         return whole.view(self.d_in, self.n_latents)
 
     @property
-    def W_dec(self) -> Float[Tensor, "latent d_in"]:  # noqa: N802 - the field's name
+    def W_dec(  # noqa: N802 # pyright: ignore[reportIncompatibleVariableOverride]
+        self,
+    ) -> Float[Tensor, "latent d_in"]:
         """Atom of every latent; |G| times as large as the parameters."""
         poses = [self._posed(h) for h in range(self.group.order)]
         return torch.stack([self.atoms[:, blocks] for blocks in poses]).view(-1, self.d_in)
 
     @property
-    def b_enc(self) -> Float[Tensor, " latent"]:
+    def b_enc(self) -> Float[Tensor, " latent"]:  # pyright: ignore[reportIncompatibleVariableOverride]
         """Encoder bias of every latent."""
         return self._b_enc.repeat(self.group.order)
 
     @property
-    def b_dec(self) -> Float[Tensor, " d_in"]:
+    def b_dec(self) -> Float[Tensor, " d_in"]:  # pyright: ignore[reportIncompatibleVariableOverride]
         """Bias of a row: the same at every block."""
         return self._b_dec.repeat(self.group.order)
 
@@ -184,7 +186,7 @@ class PoseTied(SparseCoder):
         self._b_dec.copy_(mean.view(self.group.order, -1).mean(dim=0))
 
     @property
-    def encoder_parameters(self) -> list[nn.Parameter]:
+    def encoder_parameters(self) -> list[Tensor]:
         """Parameters that codes are proportional to: the encoder's weights, then its biases."""
         return [self._encoder, self._b_enc]
 

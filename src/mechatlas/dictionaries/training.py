@@ -113,8 +113,8 @@ def train(
         WeightsError: The checkpoint is damaged or of a run with other settings.
     """
     _check(steps=steps, batch_size=batch_size, lr=lr, checkpoint_every=checkpoint_every)
-    several = isinstance(dictionary, Sequence) and not isinstance(dictionary, nn.Module)
-    coders = [as_coder(each) for each in (dictionary if several else [dictionary])]
+    each: Sequence[Any] = dictionary if isinstance(dictionary, Sequence) else [dictionary]
+    coders = list(map(as_coder, each))
     rows = as_rows(data)
     if wrong := [coder.width for coder in coders if coder.width != rows.d_in]:
         raise InputError(f"The rows are {rows.d_in} wide, the dictionary reads {wrong[0]}.")

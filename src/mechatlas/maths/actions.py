@@ -3,7 +3,6 @@
     Rotate     turns and mirrors of square images: C_n, D_n
     Hue        turns (and mirrors) of the colour wheel: C_n, D_n
     Shift      cyclic shifts along the last axis: C_n
-    Permute    permutations of the places of an axis: any group that acts on them
     Scale      zooming in by equal factors: labelled by C_n, but not a group of order n
     Custom     a function of an element and inputs
 
@@ -53,7 +52,7 @@ class Action(abc.ABC):
     """Whether the content of one place goes to another."""
     masks = False
     """Whether only what is inside the inscribed circle of an image is kept."""
-    keeps_neighbours = True
+    keeps_neighbors = True
     """Whether what lies together moves together."""
     closes = True
     """Whether action(g, action(h, x)) is action(g*h, x) for all g and h."""
@@ -312,76 +311,6 @@ class Shift(Action):
                 f"{self.n} cyclic shifts need a length that {self.n} divides, got {length}."
             )
         return length // self.n
-
-
-class Permute(Action):
-    """Permutations of the places of one axis, such as channels or tokens.
-
-    Args:
-        group: Any group.
-        permutations: Row g says where each place goes: content i goes to `permutations[g, i]`.
-        axis: Which axis, counted from the end; the last one is that of the places of a site.
-
-    Raises:
-        GroupError: A row is not a permutation, or rows do not multiply as the group does.
-    """
-
-    name = "permute"
-    keeps_neighbours = False
-
-    def __init__(
-        self, group: Group, permutations: Int[np.ndarray, "order place"], *, axis: int = -1
-    ) -> None:
-        self.group, self.axis = group, axis
-        self.permutations = np.asarray(permutations).astype(np.int64)
-        self.moves_places = axis == -1
-        n = self.permutations.shape[1]
-        if len(self.permutations) != group.order or axis >= 0:
-            raise GroupError(
-                f"{group.name} needs {group.order} permutations and an axis counted from the end, "
-                f"got {len(self.permutations)} and axis {axis}."
-            )
-        if (np.sort(self.permutations, axis=1) != np.arange(n)).any():
-            bad = int((np.sort(self.permutations, axis=1) != np.arange(n)).any(axis=1).argmax())
-            raise GroupError(f"Row {bad} is not a permutation of 0 to {n - 1}.")
-        for g in range(group.order):
-            products = self.permutations[g][self.permutations]  # h, i -> g(h(i))
-            wrong = (products != self.permutations[group.table[g]]).any(axis=1)
-            if wrong.any():
-                h = int(wrong.argmax())
-                raise GroupError(
-                    f"Permutation {g} after {h} is not permutation {group.table[g, h]}, as "
-                    f"{group.name} says."
-                )
-
-    def act(self, element: int, x: Tensor) -> Tensor:
-        """With its places permuted.
-
-        Raises:
-            InputError: The axis has another length.
-        """
-        n = self.permutations.shape[1]
-        if x.ndim < -self.axis or x.shape[self.axis] != n:
-            raise InputError(
-                f"The permutations are of {n} places, got shape {tuple(x.shape)} with axis "
-                f"{self.axis}."
-            )
-        inverse = self.permutations[self.group.inverses[element]]
-        return x.index_select(self.axis, torch.from_numpy(inverse).to(x.device))
-
-    def moved(self, element: int, points: Points, side: int) -> Points:
-        """To the place it is sent to.
-
-        Raises:
-            InputError: A point lies between two places.
-        """
-        del side
-        at = np.round(points[:, 1]).astype(np.int64)
-        if not self.moves_places:
-            return points
-        if (np.abs(points[:, 1] - at) > ON_GRID).any() or (at < 0).any():
-            raise InputError("Permutations act on whole places; the site has others.")
-        return np.stack([points[:, 0], self.permutations[element][at].astype(np.float64)], axis=1)
 
 
 class Scale(Action):

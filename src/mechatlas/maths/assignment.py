@@ -1,4 +1,4 @@
-"""The cheapest one-to-one pairing of rows and columns, with a proof, at any size.
+"""Cheapest one-to-one pairing of rows and columns, with a proof, at any size.
 
 Main path, in reading order:
 
@@ -6,9 +6,9 @@ Main path, in reading order:
                  find prices near to the best ones by bids that overpay by less and less
                  (`_approach`), which needs as many columns as rows; pair exactly from there
                  (`_pair`); where a list was too short to say what is cheapest, look at those
-                 rows again, at the prices found by then (`_list`); until nothing is open
-    Assignment   the pairing, and prices of rows and columns that prove it
-    certify      check the proof by pricing every pair again, independently of the solver
+                 rows again, at the prices of then (`_list`); until nothing is open
+    Assignment   the pairing, and prices of rows and columns that prove it; `certify` checks the
+                 proof by pricing every pair again, independently of the solver
 
 Proof: for prices u, v with u_i + v_j <= c_ij for every pair, v <= 0 where columns may stay free
 (and u_i at most the price of staying unmatched), no pairing costs less than the sum of all prices.
@@ -18,49 +18,64 @@ The difference is the gap.
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from jaxtyping import Float, Int
+from numpy.typing import ArrayLike
+from torch import Tensor
 
-from mechatlas.base import InputError, Progress, no_progress
-from mechatlas.maths.pricing import Costs, Factors, Kept, Matrix, block_rows, in_threads
+from mechatlas.base import InputError, Progress, Result, no_progress
+from mechatlas.maths.pricing import (
+    Costs,
+    Factors,
+    Kept,
+    Matrix,
+    as_costs,
+    block_rows,
+    in_threads,
+)
+
+if TYPE_CHECKING:  # compiles when it is imported
+    from mechatlas.maths.augmenting import Products, ShortLists, Solution
 
 LISTED = 40
-"""Cheapest columns listed for each row at first."""
+"""Number of cheapest columns listed for each row at first."""
 FARTHER = 8
-"""Times as many where costs are not kept and another look at a row is another product."""
+"""Factor on `LISTED` where costs are not kept, so that another look is another product."""
 LONGER = 3.0
-"""By how much a list that was too short is lengthened, at least."""
+"""Least factor by which a list that was too short is lengthened."""
 STEP = 0.03
-"""What bids overpay at first, as a share of how far a list reaches in the middle of all rows."""
+"""First overpayment of bids, as a share of the reach of the median row's list."""
 FINER = 6.0
-"""By how much less they overpay each time."""
+"""Factor by which the overpayment falls from round to round."""
 TIMES = 3
+"""Rounds of bids that overpay."""
 BIDS = 300
 """Bids for each row in one round, and exact ones before paths are searched."""
 FEW = 500
-"""One row in so many may be left over by a round of bids."""
+"""Reciprocal of the share of rows that a round of bids may leave over."""
 SMALL = ((1 << 20, 1), (1 << 24, 6))
-"""Pairs up to which paths are searched over all of them, once lists were made longer so often."""
+"""Numbers of pairs up to which paths are searched over all pairs, each with the number of times
+that lists must have been made longer before."""
 SAMPLED = 16
-"""One row in so many is looked at for first prices where costs are not kept."""
+"""Reciprocal of the share of rows looked at for first prices where costs are not kept."""
 
 
 class CertificateError(AssertionError):
     """Prices do not prove what they should."""
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Certificate:
-    """What pricing every pair has shown."""
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Certificate(Result):
+    """Proof of optimality, checked by pricing every pair."""
 
     lower_bound: float
-    """No pairing costs less."""
+    """Cost below which no pairing lies."""
     gap: float
-    """Cost less lower bound: what a better pairing could save at most."""
+    """Cost less lower bound: the most that a better pairing could save."""
     breach: float
-    """By how much prices exceed a cost at most; the lower bound takes it into account."""
+    """Largest excess of prices over a cost; the lower bound takes it into account."""
     pairs: int
     """Pairs priced."""
     exact: int
@@ -69,32 +84,53 @@ class Certificate:
     rounding: float
     """Bound on the error of a float32 cost that was used."""
 
+    def summary(self) -> str:
+        """Bound and gap, and the number of pairs priced."""
+        return (
+            f"No pairing costs less than {self.lower_bound:.6g} (gap {self.gap:.1e})\n"
+            f"{self.pairs:,} pairs priced, {self.exact:,} of them in float64; prices exceed a "
+            f"cost by {self.breach:.1e} at most"
+        )
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Assignment:
-    """A pairing, and prices that prove it cheapest."""
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Assignment(Result):
+    """One-to-one pairing of rows and columns, and prices that prove it cheapest."""
 
     columns: Int[np.ndarray, " n"]
-    """`columns[i]` is the column paired with row i, -1 if it stays unmatched."""
+    """Column paired with each row; -1 for a row that stays unmatched."""
     row_prices: Float[np.ndarray, " n"]
+    """Dual prices of rows."""
     column_prices: Float[np.ndarray, " m"]
+    """Dual prices of columns."""
     cost: float
     """Cost of all pairs, and the price of each row that stays unmatched."""
     lower_bound: float
+    """Sum of all prices: no pairing costs less."""
     gap: float
+    """Cost less lower bound."""
     unmatched: float
-    """The price of a row that stays unmatched; infinite if every row must be paired."""
+    """Price of a row that stays unmatched; infinite if every row must be paired."""
     rows_priced: tuple[int, ...]
     """Rows whose costs were computed in each pricing round; all of them in the first."""
 
     @property
     def rounds(self) -> int:
-        """Pricing rounds."""
+        """Number of pricing rounds."""
         return len(self.rows_priced)
+
+    def summary(self) -> str:
+        """Cost with its lower bound, and the number of pairs."""
+        n, m, paired = len(self.columns), len(self.column_prices), int((self.columns >= 0).sum())
+        return (
+            f"{paired:,} pairs of {n:,} rows and {m:,} columns at cost {self.cost:.6g}\n"
+            f"No pairing costs less than {self.lower_bound:.6g} (gap {self.gap:.1e}); "
+            "certify(costs) checks the proof"
+        )
 
     def certify(
         self,
-        costs: Costs | Float[np.ndarray, "n m"],
+        costs: Costs | ArrayLike | Tensor,
         *,
         tolerance: float = 1e-9,
         on_progress: Progress = no_progress,
@@ -102,35 +138,104 @@ class Assignment:
         """Prove the pairing optimal for `costs` by pricing every pair.
 
         Args:
-            costs: The costs that it was made for.
+            costs: Costs that the assignment was made for.
             tolerance: Largest gap accepted, as a share of the sum of the sizes of all prices;
                 the last digits of float64 are accepted besides.
-            on_progress: Told how many rows are done.
+            on_progress: Callback with the number of rows that are done.
 
         Raises:
-            CertificateError: It is not a pairing of rows with different columns, a price
+            CertificateError: The columns are no pairing of rows with different columns, a price
                 exceeds a cost, or the gap is larger than `tolerance` allows.
         """
-        return certify(self, costs, tolerance=tolerance, on_progress=on_progress)
+        costs = as_costs(costs)
+        n, m = costs.n_rows, costs.n_columns
+        self._check_pairs(n, m)
+        breach, exact = self._breaches(costs, on_progress)
+        u, v, unmatched = self.row_prices, self.column_prices, self.unmatched
+        cost = _total(costs, self.columns, unmatched if math.isfinite(unmatched) else 0.0)
+        bound = math.fsum(u) + math.fsum(v) - math.fsum(breach)
+        bound = min(bound - _breach_of_signs(u, v, unmatched), cost)
+        size = math.fsum(np.abs(u)) + math.fsum(np.abs(v)) + abs(cost)
+        certificate = Certificate(
+            lower_bound=bound,
+            gap=cost - bound,
+            breach=float(breach.max()),
+            pairs=n * m,
+            exact=exact,
+            rounding=float(costs.rounding(slice(0, n)).max()),
+        )
+        allowed = tolerance * size + (n + m) * costs.last_digits()
+        if certificate.gap > allowed:
+            worst = int(breach.argmax())
+            raise CertificateError(
+                f"A cheaper pairing may exist: duality gap {certificate.gap:.3g} at cost "
+                f"{cost:.6g} (tolerance {allowed:.3g}); prices exceed a cost of row {worst} by "
+                f"{breach[worst]:.3g}. Were the costs changed after `assign`?"
+            )
+        return certificate
+
+    def _check_pairs(self, n: int, m: int) -> None:
+        if (len(self.row_prices), len(self.column_prices), len(self.columns)) != (n, m, n):
+            raise CertificateError(
+                f"The pairing is of {len(self.row_prices)} x {len(self.column_prices)}, the costs "
+                f"are of {n} x {m}."
+            )
+        paired = self.columns[self.columns >= 0]
+        if len(np.unique(paired)) < len(paired) or paired.max(initial=-1) >= m:
+            raise CertificateError("Two rows have the same column, or one that does not exist.")
+        if math.isinf(self.unmatched) and len(paired) < min(n, m):
+            raise CertificateError(f"Only {len(paired)} of {min(n, m)} could-be pairs were made.")
+
+    def _breaches(self, costs: Costs, on_progress: Progress) -> tuple[Float[np.ndarray, " n"], int]:
+        """Excess of prices over the costs of each row, and the number of exact costs computed."""
+        from mechatlas.maths.selection import underpriced
+
+        n, u, v = costs.n_rows, self.row_prices, self.column_prices
+        breach, n_exact, step = np.zeros(n), 0, block_rows(costs)
+        error = costs.rounding(slice(0, n))
+        for start in range(0, n, step):
+            part = slice(start, min(start + step, n))
+            block = costs.block(part)
+
+            def low(
+                first: int, last: int, block: np.ndarray = block, part: slice = part
+            ) -> tuple[np.ndarray, np.ndarray]:
+                room = 64 * (last - first)
+                while True:
+                    rows, columns = np.empty(room, np.int64), np.empty(room, np.int64)
+                    prices = u[part] + error[part], v
+                    n_low = underpriced(block, *prices, (first, last), rows, columns)
+                    if n_low <= room:
+                        return rows[:n_low], columns[:n_low]
+                    room = n_low
+
+            for rows, columns in in_threads(low, len(block)):
+                rows += start
+                excess = u[rows] + v[columns] - costs.exact(rows, columns)
+                np.maximum.at(breach, rows, excess)
+                n_exact += len(rows)
+            on_progress(part.stop, n)
+        return breach, n_exact
 
 
 @dataclasses.dataclass(eq=False)
 class State:
-    """All that a search knows; arrays only, so that it can be written down and continued."""
+    """State of a search; arrays only, so that it can be written down and continued."""
 
     lists: dict[str, np.ndarray]
-    """`columns`, `keys`, `rough` and `costs` of all entries, `starts`, `counts`, `horizon` and
-    `error` of rows, see `maths.augmenting`; and the round in which each was `made`."""
-    row_prices: np.ndarray
-    column_prices: np.ndarray
-    row_of: np.ndarray
-    column_of: np.ndarray
-    free: np.ndarray
+    """Arrays of `augmenting.ShortLists`, and the round in which each list was `made`."""
+    row_prices: Float[np.ndarray, " n"]
+    column_prices: Float[np.ndarray, " m"]
+    row_of: Int[np.ndarray, " m"]
+    """Row of each column; -1 for none."""
+    column_of: Int[np.ndarray, " n"]
+    """Column of each row; -1 for a row that waits, -2 for one that stays unmatched."""
+    free: Int[np.ndarray, " free"]
     """Rows that wait, in the order in which they do."""
-    plan: np.ndarray
-    """What bids overpay now, rounds of them still to do, bids left in this round, and how often
-    lists were made longer."""
-    rows_priced: np.ndarray
+    plan: Float[np.ndarray, " 4"]
+    """Overpayment of bids, rounds of them still to do, bids left in this round, and the number of
+    times that lists were made longer."""
+    rows_priced: Int[np.ndarray, " round"]
 
     def arrays(self) -> dict[str, np.ndarray]:
         """Everything, by name, to be written down."""
@@ -145,7 +250,7 @@ class State:
 
 
 def assign(
-    costs: Costs | Float[np.ndarray, "n m"],
+    costs: Costs | ArrayLike | Tensor,
     *,
     unmatched: float = math.inf,
     resume: State | None = None,
@@ -155,18 +260,28 @@ def assign(
     """Pair rows with columns at the least cost.
 
     Args:
-        costs: `Factors`, `Matrix` or a matrix. With more rows than columns, and no price of
-            staying unmatched, every column is paired and some rows are not.
-        unmatched: The price of a row that stays unmatched; by default none may, unless there
-            are more rows than columns.
-        resume: What `on_state` was told last, in a run that was stopped.
-        on_progress: Told how many rows have been priced or paired, of about how many.
-        on_state: Told the state after every pricing round; the last one has no free rows.
+        costs: Matrix of costs (n, m), numpy, torch or lists; or `Factors`, which are never a matrix
+            as a whole. With more rows than columns, and no price of staying unmatched, every
+            column is paired and some rows are not.
+        unmatched: Price of a row that stays unmatched; by default none may, unless there are
+            more rows than columns.
+        resume: Last state that `on_state` was called with, in a run that was stopped.
+        on_progress: Callback with how many rows have been priced or paired, of about how many.
+        on_state: Callback with the state after every pricing round; the last one has no free rows.
 
     Raises:
         InputError: The costs are empty or not finite, or `unmatched` is NaN.
+
+    Examples:
+        >>> from mechatlas import assign
+        >>> pairing = assign([[4.0, 1.0, 3.0], [2.0, 0.0, 5.0], [3.0, 2.0, 2.0]])
+        >>> pairing
+        3 pairs of 3 rows and 3 columns at cost 5
+        No pairing costs less than 5 (gap 0.0e+00); certify(costs) checks the proof
+        >>> pairing.columns.tolist()
+        [1, 0, 2]
     """
-    costs = Matrix(costs) if isinstance(costs, np.ndarray) else costs
+    costs = as_costs(costs)
     if math.isnan(unmatched):
         raise InputError("The price of staying unmatched is NaN; pass a number.")
     if costs.n_rows > costs.n_columns:
@@ -199,25 +314,25 @@ def assign(
 
 
 def _done(state: State) -> float:
-    """How far it is after the first look, as a share."""
+    """Share of the work done after the first look."""
     parts = 1 - len(state.free) / len(state.row_prices) if state.plan[1] == 0 else 0.0
     return (TIMES - state.plan[1] + parts) / (TIMES + 1)
 
 
-def _turned_back(found: Assignment, n_rows: int, unmatched: float) -> Assignment:
-    # Paired: the columns of `found` are our rows. Each row without a pair costs the price.
+def _turned_back(turned: Assignment, n_rows: int, unmatched: float) -> Assignment:
+    # Paired: the columns of the turned assignment are our rows. Each row alone costs the price.
     columns = np.full(n_rows, -1, np.int64)
-    paired = found.columns >= 0
-    columns[found.columns[paired]] = np.flatnonzero(paired)
+    paired = turned.columns >= 0
+    columns[turned.columns[paired]] = np.flatnonzero(paired)
     shift = unmatched if math.isfinite(unmatched) else 0.0
-    more = shift * (n_rows - len(found.columns))
+    more = shift * (n_rows - len(turned.columns))
     return dataclasses.replace(
-        found,
+        turned,
         columns=columns,
-        row_prices=found.column_prices + shift,
-        column_prices=found.row_prices - shift,
-        cost=found.cost + more,
-        lower_bound=found.lower_bound + more,
+        row_prices=turned.column_prices + shift,
+        column_prices=turned.row_prices - shift,
+        cost=turned.cost + more,
+        lower_bound=turned.lower_bound + more,
     )
 
 
@@ -304,13 +419,13 @@ def _list(
             block = costs.block(part)
             if lower:
                 in_threads(lambda i, j, b=block: least_of_columns(b, i, j, prices), len(prices))
-            values, names = np.empty((len(part), listed)), np.empty((len(part), listed), np.int32)
-            following = np.empty(len(part))
-            out = values, names, following
+            shape = len(part), listed
+            cheapest = np.empty(shape), np.empty(shape, np.int32), np.empty(len(part))
             in_threads(
-                lambda *some, b=block, out=out: keep_cheapest_of_rows(b, prices, *some, *out),
+                lambda i, j, b=block, c=cheapest: keep_cheapest_of_rows(b, prices, (i, j), *c),
                 len(part),
             )
+            values, names, following = cheapest
             error = lists["error"][part]
             place = lists["starts"][part, None] + np.arange(listed)
             lists["columns"][place] = names
@@ -353,14 +468,11 @@ def _approach(state: State, costs: Costs, unmatched: float) -> np.ndarray:
     from mechatlas.maths.augmenting import approach, near_horizon
 
     n = len(state.row_prices)
-    rows, lists = _for_kernels(state)
+    lists, solution, _ = _for_kernels(state, costs, unmatched)
     queue, wanted = np.empty(n, np.int32), np.zeros(n, np.bool_)
     queue[: len(state.free)] = state.free
-    prices, pairing = state.column_prices, (state.row_of, state.column_of)
-    state.plan[2] -= approach(
-        queue, len(state.free), state.plan[0], int(state.plan[2]), rows, lists, prices,
-        *pairing, wanted,
-    )  # fmt: skip
+    overpaid, most = state.plan[0], int(state.plan[2])
+    state.plan[2] -= approach(queue, len(state.free), overpaid, most, lists, solution, wanted)
     waiting = np.flatnonzero(wanted)
     if len(waiting) > 1 + n // FEW and state.plan[2] > 0:
         state.free = waiting.astype(np.int32)
@@ -371,7 +483,7 @@ def _approach(state: State, costs: Costs, unmatched: float) -> np.ndarray:
     state.plan[:3] = state.plan[0] / FINER, state.plan[1] - 1, BIDS * n
     if state.plan[1]:
         return waiting
-    near_horizon(rows, lists, prices, wanted)
+    near_horizon(lists, state.column_prices, wanted)
     return np.flatnonzero(wanted)
 
 
@@ -381,60 +493,52 @@ def _pair(state: State, costs: Costs, unmatched: float) -> tuple[np.ndarray, flo
     Returns:
         Rows that need a new list, and by how much it must be longer.
     """
-    from mechatlas.maths.augmenting import augment, bid, finish
+    from mechatlas.maths.augmenting import augment, bid, finish, reprice
 
     n = len(state.row_prices)
-    rows, lists = _for_kernels(state)
-    factors = _factors(costs)
+    lists, solution, factors = _for_kernels(state, costs, unmatched)
     free, n_free, wanted = np.empty(n, np.int32), len(state.free), np.zeros(n, np.bool_)
     free[:n_free] = state.free
-    prices = unmatched, state.row_prices, state.column_prices
-    pairing = state.row_of, state.column_of
     if state.plan[2]:
         if state.plan[2] == BIDS * n:
-            _reprice(state, costs, unmatched)
-        n_free, bids = bid(
-            free, n_free, rows, lists, *prices, *pairing, int(state.plan[2]), wanted, factors
-        )
+            reprice(lists, solution, factors)
+        n_free, bids = bid(free, n_free, int(state.plan[2]), lists, solution, wanted, factors)
         state.free, waiting = free[:n_free].copy(), np.flatnonzero(wanted)
         # As long a list would not help where so many cost the same, as far as float32 can tell.
-        error, nearest = rows[3][waiting], lists[1][rows[0][waiting]]
-        waiting = waiting[rows[2][waiting] > nearest + 2 * error]
+        error, nearest = lists.error[waiting], lists.keys[lists.starts[waiting]]
+        waiting = waiting[lists.horizon[waiting] > nearest + 2 * error]
         state.plan[2] = bids if len(waiting) > 1 + n // FEW else 0
         return waiting, 1.0
     if any(n * costs.n_columns <= pairs and state.plan[3] >= times for pairs, times in SMALL):
         matrix = costs.matrix()
-        finish(state.free, matrix, *prices, *pairing)
-        np.maximum(rows[2], (matrix - state.column_prices).min(axis=1), out=rows[2])
+        finish(state.free, matrix, solution)
+        least = (matrix - state.column_prices).min(axis=1)
+        np.maximum(lists.horizon, least, out=lists.horizon)
         state.free = state.free[:0]
         return state.free, 1.0
     state.plan[3] += 1
-    n_free, _, _ = augment(free, n_free, n_free, rows, lists, *prices, *pairing, wanted, factors)
+    n_free = augment(free, n_free, lists, solution, wanted, factors)
     state.free = free[:n_free].copy()
     return np.flatnonzero(wanted), LONGER
 
 
-def _reprice(state: State, costs: Costs, unmatched: float) -> None:
-    from mechatlas.maths.augmenting import reprice
+def _for_kernels(
+    state: State, costs: Costs, unmatched: float
+) -> tuple["ShortLists", "Solution", "Products"]:
+    from mechatlas.maths.augmenting import Products, ShortLists, Solution
 
-    prices = state.row_prices, state.column_prices
-    reprice(*_for_kernels(state), unmatched, *prices, _factors(costs))
-
-
-def _for_kernels(state: State) -> tuple[tuple[np.ndarray, ...], tuple[np.ndarray, ...]]:
-    lists = state.lists
-    rows = lists["starts"], lists["counts"], lists["horizon"], lists["error"]
-    return rows, (lists["columns"], lists["keys"], lists["rough"], lists["costs"])
-
-
-def _factors(costs: Costs) -> tuple[np.ndarray, ...]:
+    lists = ShortLists(*(state.lists[name] for name in ShortLists._fields))
+    prices = unmatched, state.row_prices, state.column_prices
+    factors = Products(np.empty((0, 0)), np.empty((0, 0)), np.empty(0), np.empty(0))
     if isinstance(costs, Factors):
-        return costs.a, costs.b, costs.row_offsets, costs.column_offsets
-    return np.empty((0, 0)), np.empty((0, 0)), np.empty(0), np.empty(0)
+        factors = Products(costs.a, costs.b, costs.row_offsets, costs.column_offsets)
+    return lists, Solution(*prices, state.row_of, state.column_of), factors
 
 
 def _finish(state: State, costs: Costs, unmatched: float) -> Assignment:
-    _reprice(state, costs, unmatched)
+    from mechatlas.maths.augmenting import reprice
+
+    reprice(*_for_kernels(state, costs, unmatched))
     u, v = state.row_prices, state.column_prices
     columns = np.where(state.column_of < 0, -1, state.column_of).astype(np.int64)
     cost = _total(costs, columns, unmatched)
@@ -458,77 +562,11 @@ def _total(costs: Costs, columns: np.ndarray, unmatched: float) -> float:
     return math.fsum([*costs.exact(rows, columns[rows]), unmatched * alone if alone else 0.0])
 
 
-def certify(
-    found: Assignment,
-    costs: Costs | Float[np.ndarray, "n m"],
-    *,
-    tolerance: float = 1e-9,
-    on_progress: Progress = no_progress,
-) -> Certificate:
-    """See `Assignment.certify`.
-
-    Raises:
-        CertificateError: See there.
-    """
-    from mechatlas.maths.selection import underpriced
-
-    costs = Matrix(costs) if isinstance(costs, np.ndarray) else costs
-    n, m = costs.n_rows, costs.n_columns
-    u, v, unmatched = found.row_prices, found.column_prices, found.unmatched
-    if (len(u), len(v), len(found.columns)) != (n, m, n):
-        raise CertificateError(
-            f"The pairing is of {len(u)} x {len(v)}, the costs are of {n} x {m}."
-        )
-    paired = found.columns[found.columns >= 0]
-    if len(np.unique(paired)) < len(paired) or paired.max(initial=-1) >= m:
-        raise CertificateError("Two rows have the same column, or one that does not exist.")
-    if math.isinf(unmatched) and len(paired) < min(n, m):
-        raise CertificateError(f"Only {len(paired)} of {min(n, m)} could-be pairs were made.")
-    breach = np.zeros(n)
-    exact, step = 0, block_rows(costs)
-    error = costs.rounding(slice(0, n))
-    for start in range(0, n, step):
-        part = slice(start, min(start + step, n))
-        block = costs.block(part)
-
-        def low(first: int, last: int, block: np.ndarray = block, part: slice = part) -> Any:
-            room = 64 * (last - first)
-            while True:
-                rows, columns = np.empty(room, np.int64), np.empty(room, np.int64)
-                n_low = underpriced(block, u[part], v, error[part], first, last, rows, columns)
-                if n_low <= room:
-                    return rows[:n_low], columns[:n_low]
-                room = n_low
-
-        for rows, columns in in_threads(low, len(block)):
-            rows += start
-            excess = u[rows] + v[columns] - costs.exact(rows, columns)
-            np.maximum.at(breach, rows, excess)
-            exact += len(rows)
-        on_progress(part.stop, n)
-    cost = _total(costs, found.columns, unmatched if math.isfinite(unmatched) else 0.0)
-    bound = math.fsum(u) + math.fsum(v) - math.fsum(breach)
-    bound = min(bound - _breach_of_signs(u, v, n, m, unmatched), cost)
-    size = math.fsum(np.abs(u)) + math.fsum(np.abs(v)) + abs(cost)
-    certificate = Certificate(bound, cost - bound, float(breach.max()), n * m, exact, error.max())
-    allowed = tolerance * size + (n + m) * costs.last_digits()
-    if certificate.gap > allowed:
-        worst = int(breach.argmax())
-        raise CertificateError(
-            f"A cheaper pairing may exist: duality gap {certificate.gap:.3g} at cost {cost:.6g} "
-            f"(tolerance {allowed:.3g}); prices exceed a cost of row {worst} by "
-            f"{breach[worst]:.3g}. Were the costs changed after `assign`?"
-        )
-    return certificate
-
-
-def _breach_of_signs(u: np.ndarray, v: np.ndarray, n: int, m: int, unmatched: float) -> float:
+def _breach_of_signs(u: np.ndarray, v: np.ndarray, unmatched: float) -> float:
     # Who may stay alone must not have a price above what that costs: 0 for columns.
     lost = 0.0
     if math.isfinite(unmatched):
         lost += math.fsum(np.maximum(u - unmatched, 0)) + math.fsum(np.maximum(v, 0))
-    elif n < m:
-        lost += math.fsum(np.maximum(v, 0))
-    elif n > m:
-        lost += math.fsum(np.maximum(u, 0))
+    elif len(u) != len(v):
+        lost += math.fsum(np.maximum(v if len(u) < len(v) else u, 0))
     return lost

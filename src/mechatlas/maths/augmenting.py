@@ -1,31 +1,114 @@
-"""The compiled parts of an assignment over short lists of columns for each row.
+"""Compiled steps of an assignment over short lists of columns for each row.
 
-    approach   bids that overpay by a little, on rounded costs: column prices near to the best
-    bid        exact bids: free rows take their cheapest column while prices say who gives way
-    augment    shortest augmenting paths for the rows that are left
-    finish     the same without lists, over a matrix of exact costs
-    reprice    exact row prices for given column prices
+    approach       bids that overpay by a little, on rounded costs: column prices near to the best
+    bid            exact bids: free rows take their cheapest column while prices say who gives way
+    augment        shortest augmenting paths for the rows that are left
+    finish         the same without lists, over a matrix of exact costs
+    reprice        exact row prices for given column prices
+    near_horizon   rows whose lists will soon be too short
 
-Prices: u of rows, v of columns. Always u_i + v_j <= c_ij, and where columns may stay free, v <= 0
-and v = 0 for free ones. Column prices only fall. So what a list says once stays true: entry k of
-row i costs at least `keys[k]` less its column's price, and every column that is not listed at
-least `horizon[i]`. `rough[k]` is the cost of entry k, off by `error[i]` at most; costs in float64
-are computed when they are first needed (NaN before).
+Always row price + column price <= cost, and where columns may stay free, column prices are <= 0,
+and 0 for free ones. Column prices only fall, so what a list says once stays true.
 
 A list may be too short to say what is cheapest. Such a row waits (`wanted`) until the caller has
-made its list anew; a search that needs it changes nothing.
+made its list anew; a search that needs the list changes nothing.
 
 Source: Bertsekas (1988) for bids that overpay; Jonker and Volgenant (1987) for exact bids and
 paths; Volgenant (1996) for short lists.
 """
 
-import numpy as np
+import functools
+from typing import NamedTuple
 
-from mechatlas.maths.compilation import compiled
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+from mechatlas.maths import compilation
 
 FREE = -1
+"""Column of a row that waits for a pair."""
 ALONE = -2
-"""In place of the column of a row that stays unmatched for the price of it."""
+"""Column of a row that stays unmatched for the price of staying unmatched."""
+
+
+class ShortLists(NamedTuple):
+    """Cheapest columns of each row, those of one row side by side."""
+
+    starts: Int[np.ndarray, " row"]
+    """First entry of each row."""
+    counts: Int[np.ndarray, " row"]
+    """Number of entries of each row."""
+    horizon: Float[np.ndarray, " row"]
+    """Lower bound on the cost less column price of every column that is not listed."""
+    error: Float[np.ndarray, " row"]
+    """Bound on the rounding of `rough`."""
+    columns: Int[np.ndarray, " entry"]
+    keys: Float[np.ndarray, " entry"]
+    """Lower bound on the cost less column price; ascending within a row."""
+    rough: Float[np.ndarray, " entry"]
+    """Cost, rounded."""
+    costs: Float[np.ndarray, " entry"]
+    """Cost in float64; NaN until it is first needed."""
+
+
+class Solution(NamedTuple):
+    """Prices and pairs, which the steps change in place."""
+
+    unmatched: float
+    """Price of a row that stays unmatched."""
+    row_prices: Float[np.ndarray, " row"]
+    column_prices: Float[np.ndarray, " column"]
+    row_of: Int[np.ndarray, " column"]
+    """Row of each column; `FREE` for none."""
+    column_of: Int[np.ndarray, " row"]
+    """Column of each row; `FREE` or `ALONE` for none."""
+
+
+class Products(NamedTuple):
+    """Factors of exact costs, as in `pricing.Factors`; empty where all costs are exact already."""
+
+    a: Float[np.ndarray, "row d"]
+    b: Float[np.ndarray, "column d"]
+    row_offsets: Float[np.ndarray, " row"]
+    column_offsets: Float[np.ndarray, " column"]
+
+
+class SearchTree(NamedTuple):
+    """Shortest paths from one free row."""
+
+    distance: Float[np.ndarray, " column"]
+    before: Int[np.ndarray, " column"]
+    """Row before each column on its path."""
+    place: Int[np.ndarray, " column"]
+    """Place of each column in the heap; -1 before and -2 after it was there."""
+    heap: Int[np.ndarray, " column"]
+    """Columns that were reached but not passed, the nearest first."""
+    seen: Int[np.ndarray, " column"]
+    rows: Int[np.ndarray, " row_and_root"]
+    """Rows of the tree, in the order in which they joined."""
+    row_distance: Float[np.ndarray, " row_and_root"]
+
+
+class Path(NamedTuple):
+    """Cheapest way from a free row to a free column, or to leaving a row unmatched."""
+
+    length: float
+    limit: float
+    """Length up to which no column that is not listed can be cheaper."""
+    last: int
+    """Column where the path ends; -1 if a row stays unmatched."""
+    leaver: int
+    """Row that stays unmatched; -1 if none does."""
+    n_rows: int
+    """Rows of the tree."""
+    n_seen: int
+    given_up: bool
+    """Whether another search has asked for the list that is missing here."""
+
+
+compiled = functools.partial(
+    compilation.compiled, structures=(ShortLists, Solution, Products, SearchTree, Path)
+)
 
 
 def _dot(a, b):
@@ -40,25 +123,43 @@ _product = compiled(_dot, fastmath={"reassoc", "contract", "nsz"})
 
 @compiled
 def _cost(k, i, lists, factors):
-    """The exact cost of entry k, which is in the list of row i."""
-    columns, _, _, costs = lists
-    if np.isnan(costs[k]):
-        a, b, row_offsets, column_offsets = factors
-        j = columns[k]
-        costs[k] = row_offsets[i] + column_offsets[j] - _product(a[i], b[j])
-    return costs[k]
+    """Exact cost of entry k, which is in the list of row i."""
+    if np.isnan(lists.costs[k]):
+        j = lists.columns[k]
+        offset = factors.row_offsets[i] + factors.column_offsets[j]
+        lists.costs[k] = offset - _product(factors.a[i], factors.b[j])
+    return lists.costs[k]
 
 
 @compiled
-def approach(queue, n_queue, step, most, rows, lists, v, row_of, column_of, wanted):
-    """Bids on rounded costs, each `step` more than it takes, first come first served.
+def approach(
+    queue: Int[np.ndarray, " row"],
+    n_queue: int,
+    step: float,
+    most: int,
+    lists: ShortLists,
+    solution: Solution,
+    wanted: Bool[np.ndarray, " row"],
+) -> int:
+    """Bid on rounded costs, each time `step` more than it takes, first come first served.
 
     Prices end within about `step` of those of a best pairing, unless that takes more than `most`
-    bids. Rows whose lists are too short are marked in `wanted` and leave the queue. Returns the
-    number of bids.
+    bids. Rows whose lists are too short are marked and leave the queue.
+
+    Args:
+        queue: Rows that wait, in a ring of which the first `n_queue` are used.
+        n_queue: Number of rows that wait.
+        step: Overpayment.
+        most: Number of bids allowed.
+        lists: Cheapest columns of each row.
+        solution: Prices and pairs.
+        wanted: Marks of rows whose lists are too short.
+
+    Returns:
+        The number of bids.
     """
-    starts, counts, horizon, error = rows
-    columns, keys, rough, _ = lists
+    starts, counts, horizon, error, columns, keys, rough, _ = lists
+    _, _, v, row_of, column_of = solution
     room, head, bids = len(queue), 0, 0
     while n_queue > 0 and bids < most:
         i = queue[head]
@@ -90,10 +191,10 @@ def approach(queue, n_queue, step, most, rows, lists, v, row_of, column_of, want
 
 
 @compiled
-def _two_cheapest(i, rows, lists, price, v, factors):
+def _two_cheapest(i, lists, solution, factors):
     """Least and second least cost less price of a row, and the columns that cost the least."""
-    starts, counts, horizon, error = rows
-    columns, keys, rough, _ = lists
+    starts, counts, horizon, error, columns, keys, rough, _ = lists
+    v = solution.column_prices
     one, two, first, second = np.inf, np.inf, -1, -1
     for k in range(starts[i], starts[i] + counts[i]):
         if keys[k] >= two:
@@ -107,17 +208,35 @@ def _two_cheapest(i, rows, lists, price, v, factors):
         elif value < two:
             two, second = value, j
     tied = second if two <= one else -1
-    return one, min(two, horizon[i], price), first, tied
+    return one, min(two, horizon[i], solution.unmatched), first, tied
 
 
 @compiled
-def bid(free, n_free, rows, lists, price, u, v, row_of, column_of, steps, wanted, f):
+def bid(
+    free: Int[np.ndarray, " row"],
+    n_free: int,
+    most: int,
+    lists: ShortLists,
+    solution: Solution,
+    wanted: Bool[np.ndarray, " row"],
+    factors: Products,
+) -> tuple[int, int]:
     """Give free rows their cheapest columns; a row that is outbid bids again.
 
-    `free` has the rows that are still free in front when it returns; returns their number and
-    how many bids of `steps` are left. Rows whose lists are too short are marked in `wanted`.
+    Args:
+        free: Free rows in front; those that are still free when it returns.
+        n_free: Number of free rows.
+        most: Number of bids allowed.
+        lists: Cheapest columns of each row.
+        solution: Prices and pairs.
+        wanted: Marks of rows whose lists are too short.
+        factors: Factors of the costs.
+
+    Returns:
+        The number of rows that are still free, and of bids that are left.
     """
-    horizon = rows[2]
+    price, u, v, row_of, column_of = solution
+    horizon, steps = lists.horizon, most
     waiting = free[:n_free].copy()
     n_waiting, left = n_free, 0
     while n_waiting > 0:
@@ -128,7 +247,7 @@ def bid(free, n_free, rows, lists, price, u, v, row_of, column_of, steps, wanted
             left += 1
             continue
         steps -= 1
-        one, two, first, tied = _two_cheapest(i, rows, lists, price, v, f)
+        one, two, first, tied = _two_cheapest(i, lists, solution, factors)
         if price <= one and price <= horizon[i]:
             column_of[i] = ALONE
             u[i] = price
@@ -206,16 +325,11 @@ def _pop(heap, place, dist, size):
 
 
 @compiled
-def _search(root, rows, lists, price, u, v, row_of, wanted, f, room):
-    """The cheapest way from a free row to a free column, or to leaving a row unmatched.
-
-    Returns its length, the length up to which nothing unlisted can be cheaper, the column where
-    it ends, the row that stays unmatched instead, the sizes of the tree and of what was seen, and
-    whether it was given up because another search has asked for what is missing here.
-    """
-    dist, before, place, heap, seen, tree_rows, tree_dist = room
-    starts, counts, horizon, error = rows
-    columns, keys, rough, _ = lists
+def _search(root, lists, solution, wanted, factors, tree):
+    """Find the cheapest path of a free row."""
+    dist, before, place, heap, seen, tree_rows, tree_dist = tree
+    starts, counts, horizon, error, columns, keys, rough, _ = lists
+    price, u, v, row_of, _ = solution
     n_seen, size, n_tree = 0, 0, 0
     best, limit = np.inf, np.inf
     last, leaver, nearest = -1, -1, -1
@@ -235,7 +349,7 @@ def _search(root, rows, lists, price, u, v, row_of, wanted, f, room):
             j = columns[k]
             if place[j] == -2 or base + rough[k] - error[i] - v[j] >= min(best, dist[j]):
                 continue
-            far = base + _cost(k, i, lists, f) - v[j]
+            far = base + _cost(k, i, lists, factors) - v[j]
             if far < dist[j] and far < best:
                 if dist[j] == np.inf:
                     seen[n_seen] = j
@@ -251,83 +365,95 @@ def _search(root, rows, lists, price, u, v, row_of, wanted, f, room):
                         size += 1
                     _up(heap, place, dist, place[j])
         if size == 0 or dist[heap[0]] >= best:
-            return best, limit, last, leaver, n_tree, n_seen, False
+            return Path(best, limit, last, leaver, n_tree, n_seen, False)
         if dist[heap[0]] > limit and wanted[nearest]:
-            return best, limit, last, leaver, n_tree, n_seen, True
+            return Path(best, limit, last, leaver, n_tree, n_seen, True)
         j = _pop(heap, place, dist, size)
         size -= 1
         i, so_far = row_of[j], dist[j]
 
 
 @compiled
-def _pass_on(best, last, leaver, n_tree, u, v, row_of, column_of, room):
+def _pass_on(path, solution, tree):
     """Raise the prices of the tree, and let each row of the path pass its column on."""
-    _, before, _, _, _, tree_rows, tree_dist = room
-    for t in range(n_tree):
-        i = tree_rows[t]
+    _, u, v, row_of, column_of = solution
+    for t in range(path.n_rows):
+        i = tree.rows[t]
         j = column_of[i]
-        u[i] += best - tree_dist[t]
+        u[i] += path.length - tree.row_distance[t]
         if j >= 0:
-            v[j] -= best - tree_dist[t]
-    if leaver >= 0:
-        j = column_of[leaver]
-        column_of[leaver] = ALONE
+            v[j] -= path.length - tree.row_distance[t]
+    if path.leaver >= 0:
+        j = column_of[path.leaver]
+        column_of[path.leaver] = ALONE
     else:
-        j = last
+        j = path.last
     while j >= 0:
-        i = before[j]
+        i = tree.before[j]
         row_of[j] = i
         j, column_of[i] = column_of[i], j
 
 
 @compiled
-def augment(free, n_free, most, rows, lists, price, u, v, row_of, column_of, wanted, f):
-    """Find shortest augmenting paths for up to `most` free rows, one after another.
+def augment(
+    free: Int[np.ndarray, " row"],
+    n_free: int,
+    lists: ShortLists,
+    solution: Solution,
+    wanted: Bool[np.ndarray, " row"],
+    factors: Products,
+) -> int:
+    """Find shortest augmenting paths for free rows, one after another.
 
-    Rows whose search was stopped by a horizon are put in front of `free`, those not yet tried
-    after them. Returns the number of stopped ones, of free ones, and of rows looked at.
+    Args:
+        free: Free rows in front; those whose search was stopped by a horizon when it returns.
+        n_free: Number of free rows.
+        lists: Cheapest columns of each row.
+        solution: Prices and pairs.
+        wanted: Marks of rows whose lists are too short.
+        factors: Factors of the costs.
+
+    Returns:
+        The number of rows that are still free.
     """
-    horizon = rows[2]
-    n_columns = len(v)
+    n_columns, n_rows = len(solution.column_prices), len(solution.row_prices)
+    u, horizon = solution.row_prices, lists.horizon
     dist, before = np.full(n_columns, np.inf), np.full(n_columns, -1, np.int32)
     place, heap = np.full(n_columns, -1, np.int32), np.empty(n_columns, np.int32)
-    seen, tree_rows = np.empty(n_columns, np.int32), np.empty(len(u) + 1, np.int32)
-    tree_dist = np.empty(len(u) + 1, np.float64)
-    room = dist, before, place, heap, seen, tree_rows, tree_dist
-    stopped, work = 0, 0
-    tried = min(most, n_free)
-    for turn in range(tried):
+    seen, tree_rows = np.empty(n_columns, np.int32), np.empty(n_rows + 1, np.int32)
+    tree_dist = np.empty(n_rows + 1, np.float64)
+    tree = SearchTree(dist, before, place, heap, seen, tree_rows, tree_dist)
+    stopped = 0
+    for turn in range(n_free):
         root = free[turn]
-        best, limit, last, leaver, n_tree, n_seen, given_up = _search(
-            root, rows, lists, price, u, v, row_of, wanted, f, room
-        )
-        work += n_tree
-        if given_up or best == np.inf or best > limit:
-            for t in range(0 if given_up else n_tree):
+        path = _search(root, lists, solution, wanted, factors, tree)
+        if path.given_up or path.length == np.inf or path.length > path.limit:
+            for t in range(0 if path.given_up else path.n_rows):
                 i = tree_rows[t]
-                if tree_dist[t] - u[i] + horizon[i] < best:
+                if tree_dist[t] - u[i] + horizon[i] < path.length:
                     wanted[i] = True
             free[stopped] = root
             stopped += 1
         else:
-            _pass_on(best, last, leaver, n_tree, u, v, row_of, column_of, room)
-        for t in range(n_seen):
+            _pass_on(path, solution, tree)
+        for t in range(path.n_seen):
             j = seen[t]
             dist[j] = np.inf
             before[j] = -1
             place[j] = -1
-    for turn in range(tried, n_free):
-        free[stopped + turn - tried] = free[turn]
-    return stopped, n_free - tried + stopped, work
+    return stopped
 
 
 @compiled
-def finish(free, costs, price, u, v, row_of, column_of):
-    """Shortest augmenting paths for all free rows over a matrix of exact costs."""
+def finish(
+    free: Int[np.ndarray, " free"], costs: Float[np.ndarray, "row column"], solution: Solution
+) -> None:
+    """Find shortest augmenting paths for all free rows over a matrix of exact costs."""
+    price, u, v, row_of, _ = solution
     n, m = costs.shape
     dist, before, done = np.empty(m), np.empty(m, np.int32), np.empty(m, np.bool_)
     tree_rows, tree_dist = np.empty(n + 1, np.int32), np.empty(n + 1)
-    room = dist, before, before, before, before, tree_rows, tree_dist
+    tree = SearchTree(dist, before, before, before, before, tree_rows, tree_dist)
     for root in free:
         dist[:], done[:] = np.inf, False
         best, last, leaver, n_tree = np.inf, -1, -1, 0
@@ -353,14 +479,14 @@ def finish(free, costs, price, u, v, row_of, column_of):
                 break
             done[nearest] = True
             i, so_far = row_of[nearest], least
-        _pass_on(best, last, leaver, n_tree, u, v, row_of, column_of, room)
+        _pass_on(Path(float(best), np.inf, last, leaver, n_tree, 0, False), solution, tree)
 
 
 @compiled
-def reprice(rows, lists, price, u, v, f):
+def reprice(lists: ShortLists, solution: Solution, factors: Products) -> None:
     """Set each row's price to its cheapest column, listed or not, less that column's price."""
-    starts, counts, horizon, error = rows
-    columns, keys, rough, _ = lists
+    starts, counts, horizon, error, columns, keys, rough, _ = lists
+    price, u, v, _, _ = solution
     for i in range(len(u)):
         least = min(price, horizon[i])
         for k in range(starts[i], starts[i] + counts[i]):
@@ -368,15 +494,16 @@ def reprice(rows, lists, price, u, v, f):
                 break
             j = columns[k]
             if rough[k] - error[i] - v[j] < least:
-                least = min(least, _cost(k, i, lists, f) - v[j])
+                least = min(least, _cost(k, i, lists, factors) - v[j])
         u[i] = least
 
 
 @compiled
-def near_horizon(rows, lists, v, near):
+def near_horizon(
+    lists: ShortLists, v: Float[np.ndarray, " column"], near: Bool[np.ndarray, " row"]
+) -> None:
     """Mark rows whose horizon is nearer than their second cheapest listed column."""
-    starts, counts, horizon, error = rows
-    columns, keys, rough, _ = lists
+    starts, counts, horizon, error, columns, keys, rough, _ = lists
     for i in range(len(horizon)):
         one, two = np.inf, np.inf
         for k in range(starts[i], starts[i] + counts[i]):

@@ -1,8 +1,7 @@
-"""New finite groups from old ones, and from permutations.
+"""Finite groups made of permutations and of other groups.
 
-permutation_group    the group that some permutations generate
+permutation_group    group that some permutations generate
 direct_product       tuples, multiplied part by part
-semidirect_product   pairs, where one part acts on the other
 """
 
 import itertools
@@ -80,60 +79,6 @@ def direct_product(*factors: Group, name: str | None = None) -> Group:
         name=name or "x".join(factor.name for factor in factors),
         element_names=[f"({', '.join(parts)})" for parts in names],
     )
-
-
-def semidirect_product(
-    normal: Group, acting: Group, action: ArrayLike, *, name: str | None = None
-) -> Group:
-    """All pairs (n, h), multiplied by (n, h) * (m, k) = (n * action[h](m), h * k).
-
-    The pair (n, h) has the label n * acting.order + h.
-
-    Args:
-        normal: The group that is acted on; normal in the result.
-        acting: The group that acts.
-        action: Array (acting.order, normal.order); row h is the automorphism
-            m -> action[h, m] of `normal`.
-        name: What to call the result.
-
-    Raises:
-        GroupError: A row of `action` is not an automorphism, or the rows do not multiply as
-            the elements of `acting` do, or the product has more than `MAX_ORDER` elements.
-    """
-    refuse_if_too_large(normal.order * acting.order)
-    maps = np.asarray(action)
-    _refuse_unless_action(normal, acting, maps)
-    n = np.repeat(np.arange(normal.order), acting.order)
-    h = np.tile(np.arange(acting.order), normal.order)
-    moved = maps[h[:, None], n[None, :]]
-    table = normal.table[n[:, None], moved] * acting.order + acting.table[h[:, None], h[None, :]]
-    parts = zip(n, h, strict=True)
-    names = [f"({normal.element_names[i]}, {acting.element_names[j]})" for i, j in parts]
-    return Group(table, name=name or f"{normal.name}:{acting.name}", element_names=names)
-
-
-def _refuse_unless_action(normal: Group, acting: Group, maps: np.ndarray) -> None:
-    shape = (acting.order, normal.order)
-    if maps.shape != shape:
-        raise GroupError(f"The action must have the shape {shape}, got {maps.shape}.")
-    for h, images in enumerate(maps):
-        if not np.array_equal(np.sort(images), np.arange(normal.order)):
-            raise GroupError(f"Row {h} of the action is not a permutation of {normal.name}.")
-        wrong = np.argwhere(images[normal.table] != normal.table[np.ix_(images, images)])
-        if len(wrong):
-            a, b = wrong[0]
-            raise GroupError(
-                f"Row {h} of the action is not an automorphism of {normal.name}: it does not "
-                f"take {a}*{b} to the product of the images of {a} and {b}."
-            )
-    for g in acting.generators:
-        wrong = np.flatnonzero((maps[acting.table[g]] != maps[g][maps]).any(axis=1))
-        if len(wrong):
-            h = int(wrong[0])
-            raise GroupError(
-                f"The rows of the action do not multiply as {acting.name} does: row {g}*{h} = "
-                f"{acting.table[g, h]} is not row {h} followed by row {g}."
-            )
 
 
 def _permutation_closure(generators: list[tuple[int, ...]]) -> list[tuple[int, ...]]:

@@ -193,18 +193,11 @@ class Group:
             GroupError: `subgroup` is not a subgroup; the product that leaves it is named.
         """
         members = np.flatnonzero(self._subgroup_mask(subgroup))
-        return self._distinct_cosets(np.sort(self.table[:, members], axis=1))
-
-    def right_cosets(
-        self, subgroup: Iterable[SupportsIndex]
-    ) -> Int[np.ndarray, "coset subgroup_order"]:
-        """The cosets Hx, one a row: the coset of the identity first, then by smallest label.
-
-        Raises:
-            GroupError: `subgroup` is not a subgroup; the product that leaves it is named.
-        """
-        members = np.flatnonzero(self._subgroup_mask(subgroup))
-        return self._distinct_cosets(np.sort(self.table[members].T, axis=1))
+        coset_of_element = np.sort(self.table[:, members], axis=1)
+        _, first = np.unique(coset_of_element[:, 0], return_index=True)
+        cosets = coset_of_element[first]
+        home = int(np.flatnonzero((cosets == self.identity).any(axis=1))[0])
+        return cosets[[home, *(i for i in range(len(cosets)) if i != home)]]
 
     def coset_action(self, subgroup: Iterable[SupportsIndex]) -> Int[np.ndarray, "order coset"]:
         """How the group permutes the left cosets of a subgroup.
@@ -228,16 +221,6 @@ class Group:
         """
         (by,) = np.flatnonzero(self._mask([by])).tolist()
         return frozenset(self._conjugated_by(by)[self._mask(subset)].tolist())
-
-    def normaliser(self, subgroup: Iterable[SupportsIndex]) -> frozenset[int]:
-        """All g with g*H*g^-1 = H.
-
-        Raises:
-            GroupError: `subgroup` is not a subgroup; the product that leaves it is named.
-        """
-        member = self._subgroup_mask(subgroup)
-        conjugates = self.table[self.table[:, member], self.inverses[:, None]]
-        return frozenset(np.flatnonzero(member[conjugates].all(axis=1)).tolist())
 
     def lattice(self) -> SubgroupLattice:
         """All subgroups, in conjugacy classes, and which contains which. Exact.
@@ -350,14 +333,6 @@ class Group:
         if breach := self._breach(member):
             raise GroupError(f"The set is not a subgroup of {self.name}: {breach}.")
         return member
-
-    def _distinct_cosets(
-        self, coset_of_element: Int[np.ndarray, "order subgroup_order"]
-    ) -> Int[np.ndarray, "coset subgroup_order"]:
-        _, first = np.unique(coset_of_element[:, 0], return_index=True)
-        cosets = coset_of_element[first]
-        home = int(np.flatnonzero((cosets == self.identity).any(axis=1))[0])
-        return cosets[[home, *(i for i in range(len(cosets)) if i != home)]]
 
 
 def refuse_if_too_large(order: int) -> None:

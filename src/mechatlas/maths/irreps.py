@@ -4,7 +4,6 @@ Main path, in reading order:
 
     real_irreps          orthogonal matrices for each irrep, and their check
     fourier              functions on the group -> one matrix for each irrep
-    inverse_fourier      and back
     energies             how much of a function belongs to each irrep
 
 Normalisation. An irrep rho of dimension d over the reals commutes with a field K of
@@ -351,26 +350,6 @@ def fourier(
         For each irrep, matrices of its dimension along the last two axes.
     """
     return tuple(np.tensordot(f, irrep.matrices, axes=1) for irrep in irreps)
-
-
-def inverse_fourier(
-    transform: Sequence[Float[np.ndarray, "*batch _ _"]], irreps: Sequence[Irrep]
-) -> Float[np.ndarray, "*batch order"]:
-    """The function with that Fourier transform.
-
-    Given some irreps only, it is the part of the function that belongs to them.
-
-    Raises:
-        ValueError: There is not one matrix for each irrep, or no irrep.
-    """
-    if not irreps or len(transform) != len(irreps):
-        raise ValueError(f"Got {len(transform)} transforms for {len(irreps)} irreps.")
-    order = len(irreps[0].character)
-    parts = [
-        np.tensordot(each, irrep.matrices, axes=((-2, -1), (1, 2))) * irrep.multiplicity
-        for each, irrep in zip(transform, irreps, strict=True)
-    ]
-    return np.sum(parts, axis=0) / order
 
 
 def energies(

@@ -2,6 +2,7 @@
 
     Factors    c_ij = row_offset_i + column_offset_j - <a_i, b_j>, such as squared distances
     Matrix     costs that are given as a matrix
+    as_costs   an array-like value -> `Matrix`
 
 Both give blocks of costs in the arithmetic that is fast, a bound on how far a block is from the
 exact costs (of the numbers given, in real arithmetic up to float64), and exact costs of pairs.
@@ -15,42 +16,52 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
+from numpy.typing import ArrayLike
+from torch import Tensor
 
 from mechatlas.base import InputError
+from mechatlas.maths.arrays import as_array
 
 HALF_ULP = 2.0**-24
 """Unit roundoff of float32."""
 EPSILON = 2.0**-52
+"""Distance from 1 to the next number in float64."""
 BLOCK_BYTES = 192 << 20
+"""Size of a block of costs in float32."""
 KEPT_BYTES = 1280 << 20
-"""Costs in float32 that are kept when they take no more: 18,000 x 18,000."""
+"""Size up to which all costs in float32 are kept: 18,000 x 18,000."""
+FEW = 16
+"""Number of rows that are not worth another thread."""
+Work = TypeVar("Work")
+Index = slice | Int[np.ndarray, " part"]
+"""Rows, as an index of an array."""
 
 
 @runtime_checkable
 class Costs(Protocol):
-    """What a solver must know of the costs."""
+    """Costs of pairing rows with columns, as a solver needs them."""
 
     @property
     def n_rows(self) -> int:
-        """Rows."""
+        """Number of rows."""
         ...
 
     @property
     def n_columns(self) -> int:
-        """Columns."""
+        """Number of columns."""
         ...
 
-    def block(self, rows: Any) -> np.ndarray:
-        """Costs of some rows with every column, (rows, columns)."""
+    def block(self, rows: Index) -> Float[np.ndarray, "part m"]:
+        """Costs of some rows with every column."""
         ...
 
-    def rounding(self, rows: Any) -> Float[np.ndarray, " rows"]:
-        """How far at most a cost of `block` is from the exact one, for each row."""
+    def rounding(self, rows: Index) -> Float[np.ndarray, " part"]:
+        """Bound on the distance of a cost of `block` from the exact one, for each row."""
         ...
 
     def exact(
@@ -64,20 +75,35 @@ class Costs(Protocol):
         ...
 
     def last_digits(self) -> float:
-        """How far at most a cost in float64, plus or minus its prices, is from the real number."""
+        """Bound on the rounding of a cost in float64, plus or minus its prices."""
         ...
 
     def transposed(self) -> "Costs":
-        """The same with rows and columns exchanged."""
+        """Costs with rows and columns exchanged."""
         ...
+
+
+def as_costs(costs: "Costs | ArrayLike | Tensor") -> Costs:
+    """Take costs as they are, or make a `Matrix` of numpy, torch or lists.
+
+    Raises:
+        InputError: The value is no matrix of finite numbers.
+    """
+    return costs if isinstance(costs, Costs) else Matrix(as_array(costs, "n m", "costs"))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Factors:
-    """Costs row_offset_i + column_offset_j - <a_i, b_j>, never all of them at once."""
+    """Costs row_offset_i + column_offset_j - <a_i, b_j>, never all of them at once.
+
+    Raises:
+        InputError: A factor is empty or not finite, or costs are more than float32 holds.
+    """
 
     a: Float[np.ndarray, "n d"]
+    """Vectors of rows."""
     b: Float[np.ndarray, "m d"]
+    """Vectors of columns."""
     row_offsets: Float[np.ndarray, " n"]
     column_offsets: Float[np.ndarray, " m"]
 
@@ -107,22 +133,22 @@ class Factors:
 
     @property
     def n_rows(self) -> int:
-        """Rows."""
+        """Number of rows."""
         return len(self.a)
 
     @property
     def n_columns(self) -> int:
-        """Columns."""
+        """Number of columns."""
         return len(self.b)
 
     @cached_property
-    def _tensors(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    def _tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return tuple(  # pyright: ignore[reportReturnType]
             torch.from_numpy(np.ascontiguousarray(x, dtype=np.float32))
             for x in (self.a, self.b, self.row_offsets, self.column_offsets)
         )
 
-    def block(self, rows: Any) -> np.ndarray:
+    def block(self, rows: Index) -> Float[np.ndarray, "part m"]:
         """Costs of some rows with every column, in float32."""
         a, b, row_offsets, column_offsets = self._tensors
         with _full_precision():
@@ -135,13 +161,13 @@ class Factors:
         return lengths[0], lengths[1]
 
     def _largest(self) -> float:
-        """No cost is larger, nor any sum on the way to it."""
+        """Bound on every cost and every sum on the way to it."""
         a, b = self._norms
         offsets = np.abs(self.row_offsets).max() + np.abs(self.column_offsets).max()
         return float(a.max() * b.max() + offsets)
 
-    def rounding(self, rows: Any) -> Float[np.ndarray, " rows"]:
-        """By Cauchy and Schwarz, with two roundings of offsets and factors and two additions."""
+    def rounding(self, rows: Index) -> Float[np.ndarray, " part"]:
+        """Bound by Cauchy and Schwarz, with two roundings of offsets and factors and two sums."""
         terms = self.a.shape[1] + 6
         share = terms * HALF_ULP / (1 - terms * HALF_ULP)
         a, b = self._norms
@@ -154,13 +180,13 @@ class Factors:
         self, rows: Int[np.ndarray, " pair"], columns: Int[np.ndarray, " pair"]
     ) -> Float[np.ndarray, " pair"]:
         """Costs of pairs in float64."""
-        found = np.empty(len(rows))
+        costs = np.empty(len(rows))
         for start in range(0, len(rows), 4096):
             part = slice(start, start + 4096)
             i, j = rows[part], columns[part]
             dots = np.einsum("nd,nd->n", self.a[i], self.b[j], dtype=np.float64)
-            found[part] = self.row_offsets[i].astype(np.float64) + self.column_offsets[j] - dots
-        return found
+            costs[part] = self.row_offsets[i].astype(np.float64) + self.column_offsets[j] - dots
+        return costs
 
     def matrix(self) -> Float[np.ndarray, "n m"]:
         """All costs in float64."""
@@ -168,15 +194,15 @@ class Factors:
         return self.row_offsets[:, None] + self.column_offsets - wide
 
     def last_digits(self) -> float:
-        """As `rounding`, of float64."""
+        """Bound on the rounding of a cost in float64, plus or minus its prices."""
         return (self.a.shape[1] + 8) * EPSILON * self._largest()
 
     def transposed(self) -> "Factors":
-        """Columns for rows."""
+        """Costs with rows and columns exchanged."""
         return Factors(self.b, self.a, self.column_offsets, self.row_offsets)
 
     def kept(self) -> "Factors":
-        """The same, with the blocks of all rows kept if that takes moderate memory."""
+        """Costs whose blocks are kept, if that takes moderate memory."""
         if 4 * self.n_rows * self.n_columns > KEPT_BYTES:
             return self
         return Kept(self.a, self.b, self.row_offsets, self.column_offsets)
@@ -194,16 +220,20 @@ class Kept(Factors):
             values[start : start + step] = super().block(slice(start, start + step))
         return values
 
-    def block(self, rows: Any) -> np.ndarray:
+    def block(self, rows: Index) -> Float[np.ndarray, "part m"]:
         """Costs of some rows with every column, in float32."""
         return self._values[rows]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Matrix:
-    """Costs that are given as a matrix; they are exact."""
+    """Costs that are given as a matrix of exact numbers.
 
-    values: Float[np.ndarray, "n m"]
+    Raises:
+        InputError: The matrix is empty or not finite.
+    """
+
+    values: Shaped[np.ndarray, "n m"]
 
     def __post_init__(self) -> None:
         if self.values.size == 0 or not np.isfinite(self.values.sum(dtype=np.float64)):
@@ -211,26 +241,26 @@ class Matrix:
 
     @property
     def n_rows(self) -> int:
-        """Rows."""
+        """Number of rows."""
         return self.values.shape[0]
 
     @property
     def n_columns(self) -> int:
-        """Columns."""
+        """Number of columns."""
         return self.values.shape[1]
 
-    def block(self, rows: Any) -> np.ndarray:
-        """Some rows."""
+    def block(self, rows: Index) -> Float[np.ndarray, "part m"]:
+        """Some rows in float64."""
         return np.ascontiguousarray(self.values[rows], dtype=np.float64)
 
-    def rounding(self, rows: Any) -> Float[np.ndarray, " rows"]:
-        """None."""
+    def rounding(self, rows: Index) -> Float[np.ndarray, " part"]:
+        """Zero: the costs are exact."""
         return np.zeros(len(np.arange(self.n_rows)[rows]))
 
     def exact(
         self, rows: Int[np.ndarray, " pair"], columns: Int[np.ndarray, " pair"]
     ) -> Float[np.ndarray, " pair"]:
-        """The entries."""
+        """Entries of the matrix."""
         return self.values[rows, columns].astype(np.float64)
 
     def matrix(self) -> Float[np.ndarray, "n m"]:
@@ -238,31 +268,22 @@ class Matrix:
         return self.values.astype(np.float64)
 
     def last_digits(self) -> float:
-        """Of the sums with prices alone."""
+        """Bound on the rounding of a cost plus or minus its prices."""
         return 8 * EPSILON * float(max(self.values.max(), -self.values.min()))
 
     def transposed(self) -> "Matrix":
-        """Columns for rows."""
+        """Costs with rows and columns exchanged."""
         return Matrix(self.values.T)
 
 
 def block_rows(costs: Costs) -> int:
-    """Rows in a block of moderate size."""
+    """Number of rows in a block of moderate size."""
     return int(np.clip(BLOCK_BYTES // (4 * costs.n_columns), 16, 4096))
 
 
-FEW = 16
-"""Rows that are not worth another thread."""
-
-
-def n_threads() -> int:
-    """As many as torch uses for products."""
-    return torch.get_num_threads()
-
-
-def in_threads(work: Callable[[int, int], Any], n: int) -> list[Any]:
-    """`work(first, last)` over equal parts of `range(n)`, one thread each."""
-    parts = min(n_threads(), max(1, n // FEW))
+def in_threads(work: Callable[[int, int], Work], n: int) -> list[Work]:
+    """Call `work(first, last)` over equal parts of `range(n)`, one thread each."""
+    parts = min(torch.get_num_threads(), max(1, n // FEW))
     edges = [n * k // parts for k in range(parts + 1)]
     if parts == 1:
         return [work(0, n)]

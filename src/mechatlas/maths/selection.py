@@ -1,4 +1,4 @@
-"""The compiled parts that look at every pair of a block of costs.
+"""Compiled loops over every pair of a block of costs.
 
     keep_cheapest_of_rows       the cheapest columns of each row of a block
     least_of_columns            the least cost of each column, over all blocks so far
@@ -10,11 +10,12 @@ so a pair is compared with one number and is nearly always passed over.
 """
 
 import numpy as np
+from jaxtyping import Float, Int
 
 from mechatlas.maths.compilation import compiled
 
 CHUNK = 64
-"""Columns looked at together."""
+"""Number of columns looked at together."""
 
 
 @compiled
@@ -46,11 +47,25 @@ def _sort(values, names, start, n):
 
 
 @compiled
-def keep_cheapest_of_rows(block, prices, first, last, values, names, following):
-    """The cheapest columns of rows first..last of a block, by cost less price, ascending.
+def keep_cheapest_of_rows(
+    block: Float[np.ndarray, "row column"],
+    prices: Float[np.ndarray, " column"],
+    part: tuple[int, int],
+    values: Float[np.ndarray, "row kept"],
+    names: Int[np.ndarray, "row kept"],
+    following: Float[np.ndarray, " row"],
+) -> None:
+    """Write the cheapest columns of some rows of a block, by cost less price, ascending.
 
-    `values` and `names` have the columns kept of each row, `following` the next value.
+    Args:
+        block: Costs.
+        prices: Prices of columns.
+        part: First row, and the one after the last.
+        values: Cost less price of the columns kept of each row.
+        names: Numbers of the columns kept.
+        following: Cost less price of the cheapest column that is not kept.
     """
+    first, last = part
     n_columns = block.shape[1]
     n_kept = values.shape[1]
     heap = np.empty(n_kept + 1, np.float64)
@@ -78,26 +93,46 @@ def keep_cheapest_of_rows(block, prices, first, last, values, names, following):
 
 
 @compiled
-def least_of_columns(block, first, last, least):
-    """Lower `least` of columns first..last to the least of a block."""
+def least_of_columns(
+    block: Float[np.ndarray, "row column"],
+    first: int,
+    last: int,
+    least: Float[np.ndarray, " column"],
+) -> None:
+    """Lower `least` of columns first..last to the least cost of a block."""
     for row in range(block.shape[0]):
         for j in range(first, last):
             least[j] = min(least[j], block[row, j])
 
 
 @compiled
-def underpriced(block, row_prices, column_prices, slack, first, last, rows, columns):
-    """Pairs of rows first..last of a block with cost - prices < slack of the row.
+def underpriced(
+    block: Float[np.ndarray, "row column"],
+    row_limits: Float[np.ndarray, " row"],
+    column_prices: Float[np.ndarray, " column"],
+    part: tuple[int, int],
+    rows: Int[np.ndarray, " room"],
+    columns: Int[np.ndarray, " room"],
+) -> int:
+    """Write the pairs of some rows of a block that cost less than their prices say.
 
-    Returns how many there are; only as many as `rows` and `columns` have room for are written.
+    Args:
+        block: Costs.
+        row_limits: Prices of rows, each with the rounding of its costs.
+        column_prices: Prices of columns.
+        part: First row, and the one after the last.
+        rows: Rows of the pairs.
+        columns: Columns of the pairs.
+
+    Returns:
+        The number of pairs; only as many are written as there is room for.
     """
-    found = 0
-    for row in range(first, last):
-        least = row_prices[row] + slack[row]
+    count = 0
+    for row in range(part[0], part[1]):
         for j in range(block.shape[1]):
-            if block[row, j] - column_prices[j] < least:
-                if found < len(rows):
-                    rows[found] = row
-                    columns[found] = j
-                found += 1
-    return found
+            if block[row, j] - column_prices[j] < row_limits[row]:
+                if count < len(rows):
+                    rows[count] = row
+                    columns[count] = j
+                count += 1
+    return count

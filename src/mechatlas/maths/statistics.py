@@ -26,16 +26,10 @@ def q_values(p_values: Float[np.ndarray, "*shape"]) -> Float[np.ndarray, "*shape
     Source:
         Benjamini and Hochberg, Controlling the false discovery rate (1995).
     """
-    flat = np.asarray(p_values, dtype=np.float64).ravel()
-    tested = np.flatnonzero(~np.isnan(flat))
-    if len(tested) and not (flat[tested].min() >= 0 and flat[tested].max() <= 1):
-        bad = flat[tested].min() if flat[tested].min() < 0 else flat[tested].max()
-        raise ValueError(f"p-values must lie between 0 and 1, got {bad:.3g}.")
-    order = tested[np.argsort(flat[tested], kind="stable")]
-    scaled = flat[order] * len(order) / np.arange(1, len(order) + 1)
-    q = np.full(len(flat), np.nan)
-    q[order] = np.minimum(np.minimum.accumulate(scaled[::-1])[::-1], 1.0)
-    return q.reshape(np.shape(p_values))
+    q = np.array(p_values, dtype=np.float64)
+    tested = ~np.isnan(q)
+    q[tested] = stats.false_discovery_control(q[tested])
+    return q
 
 
 def enrichment(

@@ -6,7 +6,8 @@ import sys
 import numpy as np
 import pytest
 
-from mechatlas.analysis.interaction.analysis import InteractionConfig, basis
+from mechatlas.analysis.interaction.interaction_basis import basis
+from mechatlas.analysis.interaction.results import InteractionConfig
 
 from ..addition import addition, training_pairs
 
@@ -14,7 +15,7 @@ LAYERS = ["embed", "attend", "feed", "unembed"]
 REFERENCE = {"embed": 86.6, "attend": 74.0, "feed": 634.2}
 """Edges needed for -0.1 % accuracy, means of five networks, local interaction basis."""
 REFERENCE_SECONDS = 90
-HOW = {"kinds": ("lib",), "points": 1, "batch_size": 1024, "jacobian_samples": 2048}
+HOW = {"kinds": ("lib",), "quadrature_points": 1, "batch_size": 1024, "jacobian_samples": 2048}
 """Both figures are of these settings."""
 
 
@@ -26,9 +27,9 @@ def test_fewer_edges_than_the_reference(data):
         found = basis(network, training_pairs(), LAYERS, InteractionConfig(**HOW))
         assert found.measure == "accuracy"
         assert found.score == 1.0
-        needed.append([layer.needed["lib"].number for layer in found.layers[:-1]])
+        needed.append([layer.edge_curves["lib"].n_needed for layer in found.layers[:-1]])
         assert found.modules is not None
-        assert not found.modules.stand
+        assert not found.modules.significant
     means = np.mean(needed, axis=0)
     assert (means < list(REFERENCE.values())).all(), needed
 
@@ -39,11 +40,11 @@ def test_bases_and_edges_take_a_thirtieth_of_the_references_time(data):
     code = f"""
 import time, torch
 from pathlib import Path
-from mechatlas import Analysing, basis
+from mechatlas import InteractionConfig, basis
 from tests.analysis.addition import addition, training_pairs
 torch.set_num_threads(1)
 network = addition(Path({str(data("modadd/modadd_p113_seed1.safetensors"))!r}))
-how = Analysing(**{HOW!r}, ablations=False)
+how = InteractionConfig(**{HOW!r}, ablations=False)
 seconds = []
 for _ in range(4):  # what is loaded once, and what other processes cost, is not counted
     start = time.process_time()

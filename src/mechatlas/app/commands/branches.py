@@ -14,7 +14,6 @@ from typing import Annotated, Any
 import numpy as np
 import pyarrow.parquet as pq
 import torch
-import tyro
 from torch import Tensor
 from tyro.conf import Positional, arg
 
@@ -35,13 +34,12 @@ from mechatlas.analysis.branches.summary import (
     svd_order,
 )
 from mechatlas.app.progress import bar
-from mechatlas.app.run_folder import Result, finish, refuse_strangers, write_table
+from mechatlas.app.run_folder import BRANCHES, Result, finish, refuse_strangers, write_table
 from mechatlas.base import DiskError, InputError, RecipeError, StoreError
 from mechatlas.dictionaries.formats import load
 from mechatlas.files import checksum, read_json, write_json
 from mechatlas.maths.statistics import proportion
 
-KIND = "branches"
 ROWS = 16_384
 LABELS_SHOWN = 50
 """Labels in `result.json`, surest first."""
@@ -78,13 +76,6 @@ class BranchesConfig:
     features stay in the same kind of branch?"""
     seed: int = 0
     """Seed of the controls."""
-
-
-def run(words: list[str]) -> tuple[Result, str]:
-    """Test, from the words of the command line."""
-    recipe = tyro.cli(BranchesConfig, args=words, prog="mechatlas branches")
-    result = specialise(recipe)
-    return result, in_words(result)
 
 
 def in_words(result: Result) -> str:
@@ -128,7 +119,7 @@ class _Opened:
     branches: dict[str, slice]
 
 
-def specialise(recipe: BranchesConfig) -> Result:
+def run(recipe: BranchesConfig) -> Result:
     """Test every feature against the null, and measure what its branches do.
 
     Raises:
@@ -143,7 +134,7 @@ def specialise(recipe: BranchesConfig) -> Result:
             f"--rate must lie between 0 and 1 (got {recipe.rate}) and --rows be at least 2 "
             f"(got {recipe.rows})."
         )
-    refuse_strangers(recipe.out, KIND)
+    refuse_strangers(recipe.out, BRANCHES)
     store = Store(recipe.store)
     opened = _open(recipe.dictionary, store, recipe.site)
     labels = None if recipe.labels is None else _labels(recipe.labels, opened.dictionary.n_latents)
@@ -171,7 +162,7 @@ def specialise(recipe: BranchesConfig) -> Result:
     write_json(recipe.out / "picture.json", _picture(opened, known))
     manifest = {
         "schema": 1,
-        "kind": KIND,
+        "kind": BRANCHES,
         "site": opened.rows.site,
         "dictionary": str(recipe.dictionary.resolve()),
         "store": str(recipe.store.resolve()),

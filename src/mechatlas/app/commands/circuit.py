@@ -9,7 +9,6 @@ The folder has `edges.parquet` (a row for each pair of features and route), `ker
 import dataclasses
 import itertools
 import json
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import fields
@@ -19,12 +18,10 @@ from typing import Annotated, Any
 import cattrs
 import numpy as np
 import torch
-import tyro
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 from tyro.conf import Positional, arg
 
-from mechatlas.activations.networks import digest
 from mechatlas.activations.samples import ImageSamples, Samples
 from mechatlas.activations.store import Store
 from mechatlas.analysis.circuits.circuit import (
@@ -46,14 +43,13 @@ from mechatlas.analysis.circuits.paths import CircuitPath, strongest_paths
 from mechatlas.analysis.circuits.transformer_layer import connect
 from mechatlas.analysis.circuits.virtual_weights import CircuitEdges
 from mechatlas.analysis.visualization import VisualizeConfig, visualize
+from mechatlas.app.inputs import find_store, open_dictionaries, open_network
 from mechatlas.app.progress import bar
-from mechatlas.app.recipes import reopen
-from mechatlas.app.symmetry_folder import CommandResult, RunConfig, RunFolder, execute
+from mechatlas.app.run_folder import CIRCUIT, MANIFEST, CommandResult, RunConfig, RunFolder
 from mechatlas.base import InputError, RecipeError, Site, StoreError
-from mechatlas.dictionaries.formats import load
-from mechatlas.files import checksum, read_json
+from mechatlas.files import checksum
 
-KIND = "circuit"
+KIND = CIRCUIT
 PICTURES = "pictures.safetensors"
 PICTURE_BATCH = 16
 """Pictures optimized together."""
@@ -67,6 +63,8 @@ class CircuitConfig(RunConfig):
 
     dictionaries: Annotated[Positional[tuple[Path, ...]], arg(metavar="DICT_A DICT_B ...")]
     """Folders of dictionaries of consecutive sites, in the order of the network."""
+    sites: tuple[str, ...] = ()
+    """Site of each dictionary, in the same order, where the dictionaries do not say it."""
     store: Path | None = None
     """Store whose network and samples to run; by default the one of the first dictionary."""
     samples: int = 256
@@ -175,12 +173,6 @@ class CircuitResult(CommandResult):
     """Features on the paths, and how much of each is explained."""
 
 
-def main(words: list[str]) -> tuple[dict[str, Any], str]:
-    """Find circuits, from the words of the command line."""
-    result = circuit(tyro.cli(CircuitConfig, args=words, prog="mechatlas circuit"))
-    return dataclasses.asdict(result), in_words(result)
-
-
 def in_words(result: CircuitResult) -> str:
     """Findings for the terminal."""
     lines = [
@@ -199,6 +191,7 @@ class _Inputs:
     """Dictionaries, network and samples of a run."""
 
     names: list[str]
+    checksums: list[str]
     sites: list[Site]
     dictionaries: list[Any]
     store: Store
@@ -230,17 +223,6 @@ class _Pair:
     result: PairResult
 
 
-def circuit(config: CircuitConfig) -> CircuitResult:
-    """Run the command into its folder, or continue a run that was interrupted.
-
-    Raises:
-        UserError: An input is bad, or the folder holds something else.
-    """
-    _check(config)
-    result: CircuitResult = execute(sys.modules[__name__], config)
-    return result
-
-
 def run(config: CircuitConfig, folder: RunFolder) -> CircuitResult:
     """Weigh all pairs of features of consecutive sites, and validate them by ablation.
 
@@ -251,14 +233,15 @@ def run(config: CircuitConfig, folder: RunFolder) -> CircuitResult:
         SiteError: Two sites are not consecutive, or an operation between them cannot be composed.
         StoreError: The store is missing or damaged, or of another network.
     """
+    _check(config)
     inputs = _open(config)
     first = inputs.samples.stack([inputs.samples.read(int(inputs.known[0]))])
     connections = [
         connect(inputs.network, a, b, first) for a, b in itertools.pairwise(inputs.sites)
     ]  # every refusal comes before any work
-    for name, path in zip(inputs.names, config.dictionaries, strict=True):
-        folder.parent(name, checksum(b"".join(file.read_bytes() for file in _files(path))))
-    folder.parent("store", checksum((inputs.store.root / "manifest.json").read_bytes()))
+    for name, mark in zip(inputs.names, inputs.checksums, strict=True):
+        folder.parent(name, mark)
+    folder.parent("store", checksum((inputs.store.root / MANIFEST).read_bytes()))
     folder.facts(
         dictionaries=[str(path.resolve()) for path in config.dictionaries],
         store=str(inputs.store.root.resolve()),
@@ -345,69 +328,39 @@ def _open(config: CircuitConfig) -> _Inputs:
         RecipeError: A dictionary does not say which site it reads.
         StoreError: The store is missing, of another network, or has no held-out samples.
     """
-    dictionaries, sites = [], []
-    for path in config.dictionaries:
-        dictionary = load(path)
-        manifest = _manifest(path)
-        site = manifest.get("site") or getattr(dictionary, "site", None)
-        if not isinstance(site, str):
+    opened = open_dictionaries(config.dictionaries, sites=config.sites)
+    for each in opened:
+        if each.site is None:
             raise RecipeError(
-                f"{path} does not say which site it reads (no manifest.json with a site). Give "
-                "folders that `mechatlas train` wrote."
+                f"{each.path} does not say which site it reads. Name the site of each dictionary "
+                "with --sites."
             )
-        other = dictionary.d_in != dictionary.d_out or manifest.get("writes")
-        if other or getattr(dictionary, "norm", None) is not None:
+        other = each.dictionary.d_in != each.dictionary.d_out or each.manifest.get("writes")
+        if other or getattr(each.dictionary, "norm", None) is not None:
             raise InputError(
-                f"{path} cannot be part of a circuit: "
+                f"{each.path} cannot be part of a circuit: "
                 + ("it reads other sites than it writes." if other else
                    "it scales every row by itself, so its pre-activations are not linear.")
             )  # fmt: skip
-        dictionaries.append(dictionary.cpu())
-        sites.append(Site.parse(site))
-    store = Store(config.store or _store_of(config.dictionaries[0]))
-    for path in config.dictionaries if config.store is None else ():
-        other = Store(_store_of(path))
-        if other.manifest["network"] != store.manifest["network"]:
+    store = Store(config.store) if config.store is not None else find_store(opened[0])
+    for each in opened[1:] if config.store is None else ():
+        if find_store(each).manifest["network"] != store.manifest["network"]:
             raise StoreError(
-                f"{path} was trained on another network than {config.dictionaries[0]}: their "
+                f"{each.path} was trained on another network than {opened[0].path}: their "
                 "stores have different weights."
             )
-    network, samples = reopen(store.manifest["recipe"])
-    if digest(network) != store.manifest["network"]:
-        raise StoreError(
-            f"The network found now has other weights than when {store.root} was made."
-        )
+    network, samples = open_network(store)
     known = np.array(store.samples("train", config.samples), np.int64)
     unseen = np.array(store.samples("held", config.held_out), np.int64)
     if len(unseen) < 2:
         raise StoreError(f"{store.root} has no held-out samples to ablate features on.")
-    names = [p.name for p in config.dictionaries]
-    names = names if len(set(names)) == len(names) else [str(p) for p in config.dictionaries]
-    return _Inputs(names, sites, dictionaries, store, network, samples, known, unseen)
-
-
-def _manifest(path: Path) -> dict[str, Any]:
-    file = (path if path.is_dir() else path.parent) / "manifest.json"
-    return read_json(file) if file.is_file() else {}
-
-
-def _store_of(path: Path) -> Path:
-    """Find the store that a dictionary was trained on: where it was, or beside the dictionary.
-
-    Raises:
-        StoreError: It is nowhere to be found.
-    """
-    manifest = _manifest(path)
-    written = Path(str(manifest.get("store", "")))
-    beside = sorted(path.resolve().parent.glob("*/manifest.json"))
-    wanted = manifest.get("parents", {}).get("store")
-    for file in (written / "manifest.json", *beside):
-        if wanted and file.is_file() and checksum(file.read_bytes()) == wanted:
-            return file.parent
-    raise StoreError(
-        f"The store of {path} ({written}) is no longer there; name one of the same network with "
-        "--store STORE."
-    )
+    return _Inputs(
+        [each.name for each in opened],
+        [each.checksum for each in opened],
+        [Site.parse(str(each.site)) for each in opened],
+        [each.dictionary.cpu() for each in opened],
+        store, network, samples, known, unseen,
+    )  # fmt: skip
 
 
 def _weigh(config: CircuitConfig, inputs: _Inputs, k: int, connection: Connection) -> _Pair:
@@ -593,7 +546,3 @@ def _write(
         folder.tensors(PICTURES, pictures)
     else:
         (folder.path / PICTURES).unlink(missing_ok=True)  # of an earlier run
-
-
-def _files(path: Path) -> list[Path]:
-    return sorted(path.glob("*.safetensors")) if path.is_dir() else [path]

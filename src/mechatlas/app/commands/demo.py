@@ -1,4 +1,7 @@
-"""The whole tour on bundled inputs, in about a minute and without network access."""
+"""Take the whole tour on bundled inputs, in about a minute and without network access.
+
+mechatlas demo --out runs/demo
+"""
 
 import dataclasses
 import time
@@ -11,89 +14,110 @@ from mechatlas.activations.networks import Network
 from mechatlas.activations.posing import PoseConfig
 from mechatlas.activations.positions import Positions
 from mechatlas.activations.samples import Images
-from mechatlas.analysis.interaction.analysis import InteractionConfig
-from mechatlas.app import group_nets
-from mechatlas.app.commands import basis as interact
-from mechatlas.app.commands import match as matching
-from mechatlas.app.commands import prove as proving
-from mechatlas.app.commands import symmetry as symmetry_command
-from mechatlas.app.commands import train as jobs
-from mechatlas.app.commands.branches import BranchesConfig, specialise
-from mechatlas.app.commands.circuit import CircuitConfig, circuit
-from mechatlas.app.recipes import BasisConfig, CollectConfig, TrainConfig
-from mechatlas.app.symmetry_folder import execute
+from mechatlas.analysis.interaction.results import InteractionConfig
+from mechatlas.app.commands import (
+    basis,
+    branches,
+    circuit,
+    group_net,
+    match,
+    prove,
+    report,
+    symmetry,
+)
+from mechatlas.app.commands.collect import CollectConfig, CollectResult
+from mechatlas.app.commands.train import TrainConfig, TrainResult
+from mechatlas.app.run_folder import RESULT, as_plain, execute
 from mechatlas.dictionaries.sparsity import TopK
 from mechatlas.files import write_json
 
 SITES = ("mixed3b", "mixed4a")
 FEW = "mixed3b_few"
-"""A dictionary so small that its features are active often enough to know their symmetry."""
+"""Small dictionary, whose features are active often enough to know their symmetry."""
 
 
-def run(out: Path) -> dict[str, Any]:
-    """Collect, train, match, analyse, prove and report.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DemoConfig:
+    """Take the whole tour on bundled inputs: collect, train, analyze, prove, draw the page."""
+
+    out: Path
+    """Folder for the runs and the page."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DemoResult:
+    """Result of every command of the tour."""
+
+    out: str
+    """Folder of the runs."""
+    store: CollectResult
+    dictionaries: dict[str, TrainResult]
+    match: match.MatchResult
+    branches: Any
+    circuit: circuit.CircuitResult
+    posed: CollectResult
+    symmetry: symmetry.SymmetryResult
+    proof: prove.ProveResult
+    basis: Any
+    page: report.ReportResult
+    wall_seconds: float
+    """Wall seconds of the whole tour."""
+
+
+def run(config: DemoConfig) -> DemoResult:
+    """Collect, train, match, analyze, prove and report.
 
     Raises:
         UserError: `out` is not writable or holds something else.
     """
-    started = time.perf_counter()
-    source = "scikit-image" if find_spec("skimage") else "photos"
+    started, out = time.perf_counter(), config.out
     collect = CollectConfig(
         network=Network(name="inception_mini"),
         sites=SITES,
-        samples=Images(source=source, side=47, crops=32),
+        samples=_photographs(side=47, crops=32),
         collecting=StoreConfig(positions=Positions(per_sample=50), paired=True),
         out=out / "store",
     )
-    stages = {"store": jobs.collect(collect)}
-    for name, site, n_latents, k in (*((s, s, 1024, 16) for s in SITES), (FEW, SITES[0], 128, 8)):
-        recipe = TrainConfig(
-            store=collect.out,
-            site=site,
-            out=out / name,
-            n_latents=n_latents,
-            sparsity=TopK(k=k),
-            steps=400,
-            batch_size=512,
-        )
-        stages[name] = jobs.train(recipe)
-    config = matching.MatchConfig(
-        dictionaries=tuple(out / site for site in SITES),
+    posed = dataclasses.replace(
+        collect,
+        sites=SITES[:1],
+        samples=_photographs(side=63, crops=12),
+        collecting=StoreConfig(positions=Positions(per_sample=40)),
+        group=PoseConfig(name="D4"),
+        out=out / "posed",
+    )
+    sites = tuple(out / site for site in SITES)
+    pairs = match.MatchConfig(
+        dictionaries=sites,
         out=out / "match",
         cost="codes",  # the two sites have different widths
         store=collect.out,
         rows=2000,
     )
-    stages["match"] = dataclasses.asdict(execute(matching, config))
-    stages |= _look_inside(collect, out)
-    stages["proof"] = _prove(out)
-    stages["basis"] = interact.interact(
-        BasisConfig(
-            network=collect.network,
-            layers=("classify:input", "classify"),
-            samples=Images(source=source, side=31, crops=40),
-            n_samples=320,
-            how=InteractionConfig(kinds=("lib", "pca")),
-            out=out / "basis",
-        )
+    few = symmetry.SymmetryConfig(
+        dictionary=out / FEW, store=posed.out, out=out / "symmetry", interventions=0
     )
-    stages["page"] = jobs.report(out, out / "atlas.html")
-    result = {**stages, "wall_seconds": round(time.perf_counter() - started, 1)}
-    write_json(out / "result.json", result)
-    return {"out": str(out), **result}
-
-
-def _look_inside(collect: CollectConfig, out: Path) -> dict[str, Any]:
-    """Branches, circuits and symmetry of what was trained.
-
-    Raises:
-        UserError: `out` is not writable or holds something else.
-    """
-    stages = {}
-    stages["branches"] = specialise(
-        BranchesConfig(dictionary=out / SITES[1], store=collect.out, out=out / "branches")
+    whole = branches.BranchesConfig(dictionary=sites[1], store=collect.out, out=out / "branches")
+    result = DemoResult(
+        out=str(out),
+        store=execute(collect),
+        dictionaries=_train(collect, out),
+        match=execute(pairs),
+        branches=execute(whole),
+        circuit=execute(_circuit(out)),
+        posed=execute(posed),
+        symmetry=execute(few),
+        proof=_prove(out),
+        basis=execute(_basis(collect.network, out)),
+        page=execute(report.ReportConfig(folder=out, out=out / "atlas.html")),
+        wall_seconds=round(time.perf_counter() - started, 1),
     )
-    config = CircuitConfig(
+    write_json(out / RESULT, as_plain(result))
+    return result
+
+
+def _circuit(out: Path) -> circuit.CircuitConfig:
+    return circuit.CircuitConfig(
         dictionaries=tuple(out / site for site in SITES),
         out=out / "circuit",
         samples=24,
@@ -102,83 +126,70 @@ def _look_inside(collect: CollectConfig, out: Path) -> dict[str, Any]:
         features=4,
         visualize_steps=0,
     )
-    stages["circuit"] = dataclasses.asdict(circuit(config))
-    posed = dataclasses.replace(
-        collect,
-        sites=SITES[:1],
-        samples=dataclasses.replace(collect.samples, side=63, crops=12),
-        collecting=StoreConfig(positions=Positions(per_sample=40)),
-        group=PoseConfig(name="D4"),
-        out=out / "posed",
+
+
+def _basis(network: Network, out: Path) -> basis.BasisConfig:
+    return basis.BasisConfig(
+        network=network,
+        layers=("classify:input", "classify"),
+        samples=_photographs(side=31, crops=40),
+        n_samples=320,
+        how=InteractionConfig(kinds=("lib", "pca")),
+        out=out / "basis",
     )
-    stages["posed"] = jobs.collect(posed)
-    config = symmetry_command.SymmetryConfig(
-        dictionary=out / FEW, store=posed.out, out=out / "symmetry", interventions=0
-    )
-    stages["symmetry"] = dataclasses.asdict(execute(symmetry_command, config))
-    return stages
 
 
-def _prove(out: Path) -> dict[str, Any]:
-    """Train a network on the table of S4 and prove how accurate it is.
+def _photographs(*, side: int, crops: int) -> Images:
+    source = "scikit-image" if find_spec("skimage") else "photos"
+    return Images(source=source, side=side, crops=crops)
 
-    Raises:
-        UserError: `out` is not writable or holds something else.
-    """
-    net = group_nets.GroupNetConfig(group="S4", steps=1200, batch_size=256, out=out / "s4_net")
-    group_nets.train(net)
-    proof = proving.ProveConfig(
-        weights=net.out / group_nets.NET,
-        table=net.out / group_nets.TABLE,
+
+def _train(collect: CollectConfig, out: Path) -> dict[str, TrainResult]:
+    """Train a dictionary for each site, and a small one."""
+    dictionaries = {}
+    for name, site, n_latents, k in (*((s, s, 1024, 16) for s in SITES), (FEW, SITES[0], 128, 8)):
+        config = TrainConfig(
+            store=collect.out,
+            site=site,
+            out=out / name,
+            n_latents=n_latents,
+            sparsity=TopK(k=k),
+            steps=400,
+            batch_size=512,
+        )
+        dictionaries[name] = execute(config)
+    return dictionaries
+
+
+def _prove(out: Path) -> prove.ProveResult:
+    """Train a network on the table of S4 and prove how accurate it is."""
+    net = group_net.GroupNetConfig(group="S4", steps=1200, batch_size=256, out=out / "s4_net")
+    execute(net)
+    proof = prove.ProveConfig(
+        weights=net.out / group_net.NET,
+        table=net.out / group_net.TABLE,
         out=out / "s4_proof",
         exact=True,
     )
-    return dataclasses.asdict(proving.prove(proof))
+    return execute(proof)
 
 
-def _in_words(result: dict[str, Any]) -> list[str]:
-    """What was found about branches, circuits and symmetry."""
-    branches, symmetry = result["branches"], result["symmetry"]
-    edges = result["circuit"]["pairs"][0]
-    return [
-        f"{branches['site']}: {branches['specialised']} of {branches['tested']} features "
-        "specialised to a branch at a false discovery rate of "
-        f"{branches['rate']:.0%}",
-        f"{edges['a']} -> {edges['b']}: weights of edges and ablations agree with rank "
-        f"correlation {edges['agreement']['spearman']:.2f}, random pairs "
-        f"{edges['agreement']['null']:.2f}",
-        f"{FEW}: {symmetry['discoveries']} of {symmetry['n_features']} features have a "
-        f"symmetry of the square at a false discovery rate of {symmetry['fdr']:.0%}, "
-        f"{symmetry['discoveries_shuffled']} with shuffled pairing; "
-        f"{symmetry['families']} families",
-    ]
-
-
-def in_words(result: dict[str, Any]) -> str:
-    """What the tour found."""
-    lines = [f"{result['store']['samples']} crops of photographs through inception_mini"]
-    for site in SITES:
-        r = result[site]
+def in_words(result: DemoResult) -> str:
+    """Findings of the tour, a line each."""
+    lines = [f"{result.store.samples} crops of photographs through inception_mini"]
+    for name, trained in result.dictionaries.items():
         lines.append(
-            f"{site}: {r['n_latents']} latents, fvu {r['fvu']:.3f} held out, l0 {r['l0']:.1f}, "
-            f"dead {r['dead_share']:.1%}"
+            f"{name}: {trained.n_latents} latents, fvu {trained.fvu:.3f} held out, "
+            f"l0 {trained.l0:.1f}, dead {trained.dead_share:.1%}"
         )
-    proof = result["proof"]
     lines.append(
-        f"S4 net: accuracy at least {proof['accuracy_bound']:.2%} proved, "
-        f"{proof['accuracy_exact']:.2%} exact"
+        f"S4 net: accuracy at least {result.proof.accuracy_bound:.2%} proved, "
+        f"{result.proof.accuracy_exact:.2%} exact"
     )
-    pair = result["match"]["pairs"][0]
-    lines.append(
-        f"{pair['a']} -> {pair['b']}: {pair['matched']} of {pair['n_a']} latents matched by "
-        f"codes at a false match rate of {result['match']['fdr']:.0%}, gap {pair['gap']:.1e}"
-    )
-    lines += _in_words(result)
-    head = result["basis"]["layers"][0]
-    lines.append(
-        f"{head['name']}: {head['edges_needed']} edges and {head['vectors_needed']} vectors of its "
-        f"interaction basis give the same answers ({result['basis']['samples']} crops)"
-    )
-    lines.append(f"Done in {result['wall_seconds']:.0f} s.")
-    lines.append(f"Page: {Path(result['page']['page']).resolve()}")
+    commands = (match, branches, circuit, symmetry, basis)
+    parts = (result.match, result.branches, result.circuit, result.symmetry, result.basis)
+    for command, part in zip(commands, parts, strict=True):
+        lines += command.in_words(part).splitlines()[:-1]  # without the folder
+    lines.append(f"Done in {result.wall_seconds:.0f} s.")
+    lines.append(f"Page: {Path(result.page.page).resolve()}")
     return "\n".join(lines)

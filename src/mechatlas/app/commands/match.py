@@ -1,6 +1,7 @@
 """Match the latents of consecutive dictionaries one to one, with proof and false match rate.
 
     mechatlas match runs/layer3 runs/layer4 --out runs/match
+    mechatlas match runs/l*/ --out runs/tracks --store runs/store
 
 The folder has `matches.parquet` (a row for each pair of latents) and, with three dictionaries or
 more, `tracks.parquet`. An interrupted run is continued by the same command.
@@ -8,13 +9,11 @@ more, `tracks.parquet`. An interrupted run is continued by the same command.
 
 import dataclasses
 import functools
-import sys
 import time
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
 import numpy as np
-import tyro
 from jaxtyping import Int
 from tyro.conf import Positional, arg
 
@@ -34,6 +33,7 @@ from mechatlas.analysis.matching.held_out import CoFiring, co_firing, paired_cod
 from mechatlas.analysis.matching.nulls import NULLS, Null, PairEvidence
 from mechatlas.analysis.matching.pairing import FDR, Match, feature_splitting, match
 from mechatlas.analysis.matching.splicing import SpliceEffect
+from mechatlas.app.inputs import OpenedDictionary, open_dictionaries
 from mechatlas.app.match_quality import (
     ExplainedVariance,
     HeldSamples,
@@ -45,21 +45,19 @@ from mechatlas.app.match_quality import (
     pairings,
 )
 from mechatlas.app.progress import bar
-from mechatlas.app.run_folder import peak_bytes
-from mechatlas.app.symmetry_folder import (
+from mechatlas.app.run_folder import (
     MANIFEST,
+    MATCHING,
     CommandResult,
-    OpenedDictionary,
     RunConfig,
     RunFolder,
-    execute,
-    open_dictionary,
+    peak_bytes,
 )
 from mechatlas.base import RecipeError, UserError
 from mechatlas.files import checksum
 from mechatlas.maths.assignment import State
 
-KIND = "matching"
+KIND = MATCHING
 MATCHES, TRACKS = "matches.parquet", "tracks.parquet"
 ROWS = 4096
 """Default number of rows."""
@@ -73,11 +71,7 @@ CURVES = ("persistence", "low", "high", "birth_share", "death_share")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MatchConfig(RunConfig):
-    """Match the latents of consecutive dictionaries one to one.
-
-    Examples:  mechatlas match runs/layer3 runs/layer4 --out runs/match
-               mechatlas match runs/l*/ --out runs/tracks --store runs/store
-    """
+    """Match the latents of consecutive dictionaries one to one."""
 
     dictionaries: Annotated[Positional[tuple[Path, ...]], arg(metavar="DICT_A DICT_B ...")]
     """Folders or files of dictionaries, in any supported format, in the order of the network."""
@@ -214,13 +208,6 @@ class MatchResult(CommandResult):
     """Share of latents that come back to themselves by composition there and directly back."""
 
 
-def main(words: list[str]) -> tuple[dict[str, Any], str]:
-    """Match, from the words of the command line."""
-    config = tyro.cli(MatchConfig, args=words, prog="mechatlas match")
-    result: MatchResult = execute(sys.modules[__name__], config)
-    return dataclasses.asdict(result), in_words(result)
-
-
 def in_words(result: MatchResult) -> str:
     """Describe each match in a line or two."""
     lines = []
@@ -319,11 +306,6 @@ def _check(config: MatchConfig) -> None:
             f"--fdr must lie between 0 and 1 (got {config.fdr}), --rows be at least 2 (got "
             f"{config.rows}) and --samples at least 0 (got {config.samples})."
         )
-    if config.sites and len(config.sites) != n:
-        raise RecipeError(
-            f"--sites must name one site for each of the {n} dictionaries, got "
-            f"{len(config.sites)}: {', '.join(config.sites)}."
-        )
 
 
 def _open(config: MatchConfig) -> _Inputs:
@@ -334,11 +316,8 @@ def _open(config: MatchConfig) -> _Inputs:
         StoreError: The store is damaged, is not paired, or misses a site.
         WeightsError: A dictionary cannot be read.
     """
-    paths = config.dictionaries
-    short = [p.name if p.is_dir() else p.stem for p in paths]
-    names = short if len(set(short)) == len(short) else [str(p) for p in paths]
-    sites = config.sites or (None,) * len(paths)
-    opened = [open_dictionary(p, site=site) for p, site in zip(paths, sites, strict=True)]
+    opened = open_dictionaries(config.dictionaries, sites=config.sites)
+    names = [each.name for each in opened]
     dictionaries = [each.dictionary for each in opened]
     plain = _Inputs(names, opened, dictionaries, [None] * len(opened))
     if config.store is None:
@@ -351,7 +330,7 @@ def _open(config: MatchConfig) -> _Inputs:
             f"dictionary with --sites; {config.store} has {', '.join(store.sites)}."
         )
     rows = open_rows(
-        store, dictionaries, [str(each.site) for each in opened], paths,
+        store, dictionaries, [str(each.site) for each in opened], config.dictionaries,
         n_known=config.rows * (CODES if config.cost == "codes" else 1), n_held_out=config.rows,
     )  # fmt: skip
     held, not_run = None, None

@@ -8,10 +8,9 @@ import dataclasses
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import numpy as np
-import tyro
 from jaxtyping import Int
 from safetensors import SafetensorError, safe_open
 from tyro.conf import Positional, arg
@@ -30,29 +29,22 @@ from mechatlas.analysis.proofs.verifier.proof import as_weights, load_proof
 from mechatlas.analysis.proofs.verifier.structures import Weights
 from mechatlas.analysis.proofs.verifier.verify import LogitBudget, Verification, verify
 from mechatlas.app.proof_details import CosetSummaries, describe, measure_cosets
-from mechatlas.app.recipes import as_dict
-from mechatlas.app.run_folder import finish, refuse_strangers
+from mechatlas.app.run_folder import PROOF, CommandResult, RunFolder
 from mechatlas.base import InputError, RecipeError, WeightsError
-from mechatlas.files import checksum, read_json, write_json
+from mechatlas.files import checksum
 from mechatlas.maths.groups import Group
 
-KIND = "proof"
-FILE = "proof.safetensors"
-NEURONS, MANIFEST = "neurons.json", "manifest.json"
-UNFINISHED = "unfinished_seconds_prove"
-"""Key in the manifest of a run whose explanation was found, but which has not ended."""
+KIND = PROOF
+FILE, NEURONS = "proof.safetensors", "neurons.json"
+KEPT = "explanation"
+"""Name of the part from which an interrupted run is continued."""
 REPEATS = 5
 """Number of times that brute force and verification are run in turn; once for large groups."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ProveConfig:
-    """Bound the accuracy of logits = relu(left[x] + right[y]) @ unembed on a group's table.
-
-    Examples:  mechatlas prove net.safetensors --table table.npy --out proof
-               mechatlas prove net.safetensors --table table.npy --out proof --exact --compare
-               mechatlas prove --check proof net.safetensors --reference
-    """
+    """Bound the accuracy of logits = relu(left[x] + right[y]) @ unembed on a group's table."""
 
     weights: Annotated[Positional[Path], arg(metavar="WEIGHTS")]
     """Safetensors with left (n, m), right (n, m), unembed (m, n)."""
@@ -95,7 +87,7 @@ class Soundness:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ProveResult:
+class ProveResult(CommandResult):
     """Bound on the accuracy of a network, with its evidence and its cost."""
 
     order: int
@@ -136,12 +128,6 @@ class ProveResult:
     """Process CPU seconds of brute force in float32, with --compare."""
     seconds_brute_force_f64: float | None = None
     """Process CPU seconds of brute force in float64, with --compare."""
-    out: str = ""
-    """Folder of the run; not in the file."""
-    seconds: float = 0.0
-    """Process CPU seconds of the command."""
-    peak_bytes: int = 0
-    """Largest resident memory of the process."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -170,40 +156,24 @@ class CheckResult:
     """Process CPU seconds of the verification."""
 
 
-def run(words: list[str]) -> tuple[dict[str, Any], str]:
-    """Prove a bound or check a proof, from the words of the command line."""
-    config = tyro.cli(ProveConfig, args=words, prog="mechatlas prove")
-    result = prove(config) if config.check is None else check(config)
-    values = {k: v for k, v in dataclasses.asdict(result).items() if v not in (None, "")}
-    return values, in_words(result)
-
-
-def prove(config: ProveConfig) -> ProveResult:
-    """Look for an explanation, verify it, and write the proof.
+def run(config: ProveConfig, folder: RunFolder | None = None) -> ProveResult | CheckResult:
+    """Look for an explanation, verify it, and write the proof; or check a proof.
 
     Raises:
         RecipeError: There is no table, or no folder.
-        UserError: The weights or the table are not what they should be.
+        UserError: The weights, the table or the proof are not what they should be.
     """
-    if config.table is None or config.out is None:
+    if config.check is not None:
+        return check(config)
+    if config.table is None or folder is None:
         raise RecipeError("`mechatlas prove WEIGHTS` needs --table TABLE.npy and --out DIR.")
-    clock = time.process_time()
     given, table = read_weights(config.weights), read_table(config.table)
     group = Group(table, name=config.table.stem.removesuffix("_table"))
     weights = as_weights(*given, group.order)
-    refuse_strangers(config.out, KIND)
-    manifest: dict[str, Any] = {
-        "schema": 1,
-        "kind": KIND,
-        "group": group.name,
-        "weights": str(config.weights.resolve()),
-        "recipe": as_dict(config),
-        "parents": {
-            "weights": checksum(config.weights.read_bytes()),
-            "table": checksum(config.table.read_bytes()),
-        },
-    }
-    bound = _find_bound(config, weights, group, manifest)
+    folder.facts(group=group.name, weights=str(config.weights.resolve()))
+    folder.parent("weights", checksum(config.weights.read_bytes()))
+    folder.parent("table", checksum(config.table.read_bytes()))
+    bound = _find_bound(config, weights, group, folder)
     verification, cosets = bound.verification, measure_cosets(weights, group)
     result = ProveResult(
         order=group.order,
@@ -227,29 +197,25 @@ def prove(config: ProveConfig) -> ProveResult:
         result = dataclasses.replace(result, accuracy_exact=accuracy, seconds_exact=seconds)
     if config.compare:
         result = _compare(weights, group, bound, result)
-    write_json(config.out / NEURONS, dataclasses.asdict(describe(weights, group, bound, cosets)))
-    files = {FILE: checksum((config.out / FILE).read_bytes())}
-    write_json(config.out / MANIFEST, manifest | {"files": files})
-    values = {k: v for k, v in dataclasses.asdict(result).items() if k != "out" and v is not None}
-    whole = finish(config.out, config, values, clock)
-    return dataclasses.replace(
-        result, out=whole["out"], seconds=whole["seconds"], peak_bytes=whole["peak_bytes"]
-    )
+    folder.json(NEURONS, describe(weights, group, bound, cosets))
+    return result
 
 
 def _find_bound(
-    config: ProveConfig, weights: Weights, group: Group, manifest: dict[str, Any]
+    config: ProveConfig, weights: Weights, group: Group, folder: RunFolder
 ) -> AccuracyBound:
     """Look for an explanation, or take that of an unfinished run of the same recipe and inputs."""
-    assert config.out is not None
-    file, marks = config.out / FILE, config.out / MANIFEST
-    earlier = read_json(marks) if marks.is_file() else {}
-    seconds = earlier.pop(UNFINISHED, None)
-    if seconds is not None and earlier == manifest and file.is_file():
+    file, kept = folder.path / FILE, folder.kept(KEPT)
+    if kept is not None:
+        folder.file(FILE, kept["proof"].tobytes())
+        seconds = float(kept["seconds_prove"].item())
         return bound_again(load_proof(file), *weights, group, seconds_prove=seconds)
     bound = prove_bound(*weights, group, compute_budget=config.compute_budget)
+    folder.begin()
     bound.proof.save(file)
-    write_json(marks, manifest | {UNFINISHED: bound.seconds_prove})
+    folder.note(FILE)
+    proof = np.frombuffer(file.read_bytes(), np.uint8)
+    folder.keep(KEPT, {"proof": proof, "seconds_prove": np.array(bound.seconds_prove)})
     return bound
 
 

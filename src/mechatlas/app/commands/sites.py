@@ -1,14 +1,21 @@
-"""The sites of a network, as plain values and as a table."""
+"""List the sites of a network, with shapes and branches.
 
+mechatlas sites inception_mini
+mechatlas sites squeezenet --weights squeezenet.safetensors
+mechatlas sites my_package.my_module:my_factory --shape 3 32 32
+"""
+
+import dataclasses
 import io
 import tomllib
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
 import torch
 from rich.console import Console
 from rich.table import Table
 from torch import nn
+from tyro.conf import Positional, arg
 
 from mechatlas.activations import networks
 from mechatlas.activations.networks import Network
@@ -17,45 +24,91 @@ from mechatlas.app.recipes import from_dict
 from mechatlas.base import InputError, RecipeError
 
 
-def sites(name: str, weights: Path | None, shape: tuple[int, ...]) -> dict[str, Any]:
-    """Every site of a network.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SitesConfig:
+    """List the sites of a network, with shapes and branches."""
 
-    Args:
-        name: A bundled name, `package.module:factory`, or a TOML file with a network table.
-        weights: File of weights for it.
-        shape: Shape of one sample, if the network does not say.
+    network: Annotated[Positional[str], arg(metavar="NETWORK")]
+    """A bundled name, `package.module:factory`, or a recipe with a [network] table."""
+    weights: Path | None = None
+    """File of weights for it."""
+    shape: tuple[int, ...] = ()
+    """Shape of one sample; only for networks that do not say what they expect."""
+    everything: bool = False
+    """Also list the modules inside other sites' modules."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SiteEntry:
+    """One site of a network."""
+
+    site: str
+    """Name, as recipes take it."""
+    kind: str
+    """Class of the module."""
+    shape: list[int]
+    """Shape of the activations of one sample."""
+    width: int
+    """Channels."""
+    branches: dict[str, tuple[int, int]]
+    """First channel of each branch, and the first after it."""
+    hidden: bool
+    """Whether it lies inside a site with branches, and is listed with --everything only."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SitesResult:
+    """Sites of a network."""
+
+    network: str
+    """Name of the network."""
+    parameters: int
+    """Number of its parameters."""
+    digest: str
+    """Checksum of its weights."""
+    everything: bool
+    """Whether hidden sites are listed in words too."""
+    sites: list[SiteEntry]
+
+
+def run(config: SitesConfig) -> SitesResult:
+    """List every site of a network.
 
     Raises:
         InputError: The network does not run on such a sample.
         UserError: There is no such network.
     """
-    recipe = Network(name=name, weights=weights)
-    if name.endswith(".toml"):
-        recipe = _network_of(Path(name))
+    recipe = Network(name=config.network, weights=config.weights)
+    if config.network.endswith(".toml"):
+        recipe = _network_of(Path(config.network))
     network = networks.load_network(recipe)
-    inputs = _example(network, shape)
+    inputs = _example(network, config.shape)
     try:
-        found = list_sites(network, inputs)
+        infos = list_sites(network, inputs)
     except (RuntimeError, ValueError, IndexError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(
-            f"{name} does not run on a sample of shape {tuple(inputs.shape[1:])}: {reason}"
+            f"{config.network} does not run on a sample of shape {tuple(inputs.shape[1:])}: "
+            f"{reason}"
         ) from error
-    return {
-        "network": name,
-        "parameters": sum(p.numel() for p in network.parameters()),
-        "digest": networks.digest(network),
-        "sites": [
-            {
-                "site": str(info.site),
-                "kind": info.kind,
-                "shape": list(info.shape),
-                "width": info.width,
-                "branches": {n: [s.start, s.stop] for n, s in info.branches.items()},
-            }
-            for info in found
+    branched = [f"{info.site}." for info in infos]
+    return SitesResult(
+        network=config.network,
+        parameters=sum(p.numel() for p in network.parameters()),
+        digest=networks.digest(network),
+        everything=config.everything,
+        sites=[
+            SiteEntry(
+                site=str(info.site),
+                kind=info.kind,
+                shape=list(info.shape),
+                width=info.width,
+                branches={name: (s.start, s.stop) for name, s in info.branches.items()},
+                hidden=not info.branches and any(str(info.site).startswith(b) for b in branched),
+            )
+            for info in infos
         ],
-    }
+    )
 
 
 def _network_of(path: Path) -> Network:
@@ -80,26 +133,17 @@ def _example(network: nn.Module, shape: tuple[int, ...]) -> torch.Tensor:
     )
 
 
-def in_words(found: dict[str, Any], *, everything: bool) -> str:
-    """A table of the sites."""
-    listed = found["sites"]
-    n_sites = len(listed)
-    if not everything:
-        listed = [e for e in listed if e["branches"] or not _inside_branched(e["site"], listed)]
+def in_words(result: SitesResult) -> str:
+    """Table of the sites."""
+    listed = [entry for entry in result.sites if result.everything or not entry.hidden]
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in ("site", "kind", "shape", "branches (channels)"):
         table.add_column(column, overflow="fold")
     for entry in listed:
-        branches = "  ".join(f"{n} ({b - a})" for n, (a, b) in entry["branches"].items())
-        shape = " x ".join(map(str, entry["shape"]))
-        table.add_row(entry["site"], entry["kind"], shape, branches)
-    console = Console(file=io.StringIO(), width=100)
-    console.print(table)
-    hidden = n_sites - len(listed)
-    more = f"\n{hidden} more inside these; --everything lists them." if hidden else ""
-    text = console.file.getvalue()  # pyright: ignore[reportAttributeAccessIssue]
-    return f"{found['network']}: {found['parameters']:,} parameters\n{text.rstrip()}{more}"
-
-
-def _inside_branched(site: str, listed: list[dict[str, Any]]) -> bool:
-    return any(site.startswith(f"{e['site']}.") for e in listed)
+        branches = "  ".join(f"{name} ({b - a})" for name, (a, b) in entry.branches.items())
+        table.add_row(entry.site, entry.kind, " x ".join(map(str, entry.shape)), branches)
+    text = io.StringIO()
+    Console(file=text, width=100).print(table)
+    n_hidden = len(result.sites) - len(listed)
+    more = f"\n{n_hidden} more inside these; --everything lists them." if n_hidden else ""
+    return f"{result.network}: {result.parameters:,} parameters\n{text.getvalue().rstrip()}{more}"

@@ -5,13 +5,11 @@ Example:  mechatlas symmetry runs/crosscoder --store runs/posed --out runs/symme
 
 import dataclasses
 import math
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
 import pyarrow.parquet as pq
-import tyro
 from tyro.conf import Positional, arg
 
 from mechatlas.activations.store import Store
@@ -33,18 +31,16 @@ from mechatlas.analysis.symmetry.posed_dictionary import (
 )
 from mechatlas.analysis.symmetry.shift_evidence import EQUALITY_THRESHOLD, SUPPORT_THRESHOLD
 from mechatlas.app import pose_interventions
+from mechatlas.app.inputs import manifest_of, open_dictionary
 from mechatlas.app.pose_interventions import InterventionsResult, rounded
 from mechatlas.app.progress import bar
-from mechatlas.app.symmetry_folder import (
+from mechatlas.app.run_folder import (
     MANIFEST,
     RESULT,
     SYMMETRY,
     CommandResult,
     RunConfig,
     RunFolder,
-    execute,
-    manifest_of,
-    open_dictionary,
 )
 from mechatlas.base import RecipeError
 from mechatlas.files import checksum, read_json
@@ -188,13 +184,6 @@ class SymmetryResult(CommandResult):
         default_factory=lambda: InterventionsResult(missing="The run is older than interventions.")
     )
     control: ControlResult | None = None
-
-
-def main(words: list[str]) -> tuple[dict[str, Any], str]:
-    """Classify the features of a dictionary, from the words of the command line."""
-    config = tyro.cli(SymmetryConfig, args=words, prog="mechatlas symmetry")
-    result: SymmetryResult = execute(sys.modules[__name__], config)
-    return dataclasses.asdict(result), in_words(result)
 
 
 def run(config: SymmetryConfig, folder: RunFolder) -> SymmetryResult:

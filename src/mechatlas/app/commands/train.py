@@ -1,158 +1,245 @@
-"""What the commands do: each job reads a recipe, writes a folder and returns its result.
+"""Train a dictionary on the activations of a site of a store.
 
-collect    network, samples -> store
-train      store -> dictionary
-report     folder of runs -> page
+    mechatlas train recipes/quick/train.toml --steps 500
+
+The folder has the weights and `history.json`, the training curve. An interrupted run is continued
+by the same command. A recipe that names a group trains a network on the group's table instead.
 """
 
 import dataclasses
-import shutil
-import time
 from pathlib import Path
+from typing import Any
 
-from mechatlas.activations import networks
-from mechatlas.activations.collect import collect as collect_rows
-from mechatlas.activations.samples import open_samples
-from mechatlas.activations.sites import find_sites
 from mechatlas.activations.store import PairedRows, Store, StoreRows
 from mechatlas.app.progress import bar
-from mechatlas.app.recipes import CollectConfig, TrainConfig, as_dict
-from mechatlas.app.report.page import write_page
-from mechatlas.app.run_folder import Result, cost, finish, refuse_strangers
+from mechatlas.app.run_folder import (
+    CHECKPOINT,
+    DICTIONARY,
+    HISTORY,
+    MANIFEST,
+    CommandResult,
+    DeviceConfig,
+    RunFolder,
+)
 from mechatlas.base import RecipeError
-from mechatlas.dictionaries.autoencoder import SparseCoder
+from mechatlas.dictionaries.autoencoder import Autoencoder, Crosscoder, SparseCoder, Transcoder
 from mechatlas.dictionaries.formats import FILE, save
+from mechatlas.dictionaries.objective import Objective, Schedule
+from mechatlas.dictionaries.pose_tied import PoseTied
+from mechatlas.dictionaries.revival import AuxK, Resample
+from mechatlas.dictionaries.sparsity import Sparsity, TopK
 from mechatlas.dictionaries.training import train as train_dictionary
-from mechatlas.files import checksum, write_json
+from mechatlas.files import checksum
+from mechatlas.maths.groups import Group
+
+KIND = DICTIONARY
 
 
-def collect(recipe: CollectConfig) -> Result:
-    """Collect activations into a store.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig(DeviceConfig):
+    """Train one dictionary on the activations of one site."""
 
-    Raises:
-        UserError: See `mechatlas.activations.collect.collect`.
-    """
-    clock = time.process_time()
-    network = networks.load_network(recipe.network)
-    sites = find_sites(network, recipe.sites)
-    samples = open_samples(recipe.samples, network)
-    made_from = as_dict(dataclasses.replace(recipe, out=Path("store"), device="cpu"))
-    with bar("collecting") as progress:
-        store = collect_rows(
-            network,
-            samples,
-            sites,
-            recipe.out,
-            recipe.collecting,
-            group=recipe.group,
-            recipe=made_from,
-            device=recipe.device,
-            on_progress=progress,
-        )
-    rows = {name: store.rows(name) for name in store.sites}
-    result: Result = {
-        "samples": len(samples),
-        "skipped": len(store.manifest["skipped"]),
-        "sites": {
-            name: {"width": r.d_in, "rows": r.n_rows, "held_out_rows": r.n_held_out}
-            for name, r in rows.items()
-        },
-        "bytes": sum(shard.bytes for shard in store.shards),
-    }
-    return finish(recipe.out, recipe, result, clock)
+    store: Path
+    """Activation store to read, as written by `mechatlas collect`."""
+    site: str | None = None
+    """Site of the store that is read, or a branch of it; may be left out if there is one only."""
+    writes: tuple[str, ...] = ()
+    """Sites that are written, if not the one read: one makes a transcoder, several a crosscoder,
+    which reads all of them if `site` is left out. The store must be collected as paired."""
+    out: Path = Path("dictionary")
+    """Folder for the weights, the recipe and the training curve."""
+    n_latents: int = 4096
+    """Size of the dictionary."""
+    sparsity: Sparsity = dataclasses.field(default_factory=TopK)
+    """What makes the code sparse: TopK, BatchTopK, ReLU, JumpReLU or Gated."""
+    tied: bool = False
+    """The encoder is the transpose of the decoder."""
+    pose_tied: bool = False
+    """Of a store with a group: few atoms in all poses, and one encoder for every pose, instead of
+    a crosscoder that reads the input as it is and writes all poses."""
+    matryoshka_widths: tuple[int, ...] = ()
+    """The first so many latents must explain the activations on their own (Matryoshka)."""
+    steps: int = 20_000
+    """Optimiser steps."""
+    batch_size: int = 4096
+    """Rows in a step."""
+    lr: float = 1e-3
+    """Largest learning rate of Adam."""
+    schedule: Schedule = dataclasses.field(default_factory=Schedule)
+    """How the learning rate changes."""
+    objective: Objective = dataclasses.field(default_factory=Objective)
+    """Squared error that is minimized, and the limit of its gradient."""
+    revival: AuxK | Resample | None = None
+    """How dead latents are brought back, such as `k = 256` in a table [revival]; by default not."""
+    checkpoint_every: int = 1000
+    """Steps between two checkpoints. The same command continues a run that was stopped."""
+    seed: int = 0
+    """Seed of the weights and of the order of batches."""
+
+    def __post_init__(self) -> None:
+        for name in ("n_latents", "steps", "batch_size", "lr", "checkpoint_every"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be > 0, got {getattr(self, name)}.")
+        if len(self.writes) == 1 and (self.tied or self.site in (None, *self.writes)):
+            raise ValueError(
+                f"A transcoder to {self.writes[0]} needs another site to read, and cannot be tied."
+            )
+        if self.pose_tied and (self.writes or self.tied or self.matryoshka_widths or self.revival):
+            raise ValueError("pose_tied goes without writes, tied, matryoshka_widths and revival.")
+        if not self.pose_tied:
+            self.build(dict.fromkeys(self.sites, 1))  # refuses what cannot be
+
+    @property
+    def sites(self) -> tuple[str | None, ...]:
+        """Sites whose columns make up a row."""
+        return (self.site, *self.writes) if len(self.writes) < 2 else self.writes
+
+    def build(self, widths: dict[str | None, int], group: Group | None = None) -> SparseCoder:
+        """The dictionary, for sites of these widths.
+
+        Args:
+            widths: Width of each site.
+            group: That of the store, if its rows hold a block for every element.
+
+        Raises:
+            ValueError: It cannot be built as asked.
+        """
+        options: dict[str, Any] = {
+            "n_latents": self.n_latents,
+            "sparsity": self.sparsity,
+            "matryoshka_widths": self.matryoshka_widths,
+            "seed": self.seed,
+        }
+        if group is not None:
+            return self._of_group(group, widths[self.site], options)
+        if self.pose_tied:
+            raise ValueError("pose_tied needs a store that was collected with a [group].")
+        if not self.writes:
+            return Autoencoder(d_in=widths[self.site], tied=self.tied, **options)
+        if len(self.writes) == 1:
+            return Transcoder(d_in=widths[self.site], d_out=widths[self.writes[0]], **options)
+        written = {site: widths[site] for site in self.writes}
+        return Crosscoder(widths=written, reads=self.site, tied=self.tied, **options)
+
+    def _of_group(self, group: Group, width: int, options: dict[str, Any]) -> SparseCoder:
+        """Of all poses, read from the untransformed block or, pose-tied, from every block.
+
+        Raises:
+            ValueError: It cannot be built as asked.
+        """
+        if self.writes or self.tied:
+            raise ValueError("A dictionary of a store with a group goes without writes and tied.")
+        if self.pose_tied:
+            del options["matryoshka_widths"]
+            return PoseTied(group=group, d_in=width, **options)
+        names = group.element_names
+        if len(set(names)) < group.order:
+            names = tuple(map(str, range(group.order)))
+        widths = dict.fromkeys(names, width // group.order)
+        return Crosscoder(widths=widths, reads=names[0], **options)
 
 
-def train(recipe: TrainConfig) -> Result:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainResult(CommandResult):
+    """Dictionary that was trained, measured on held-out rows."""
+
+    fvu: float
+    """Fraction of variance unexplained."""
+    l0: float
+    """Mean number of active latents of a row."""
+    dead_share: float
+    """Share of the latents that were active on none of the last rows trained on."""
+    steps: int
+    """Steps of the optimizer."""
+    seconds_per_step: float
+    """Median wall seconds of a step."""
+    d_in: int
+    """Width of the rows that are read."""
+    d_out: int
+    """Width of the rows that are written."""
+    n_latents: int
+    """Latents of the dictionary."""
+    rows: int
+    """Rows to train on."""
+    held_out_rows: int
+    """Rows kept apart."""
+
+
+def run(config: TrainConfig, folder: RunFolder) -> TrainResult:
     """Train a dictionary on one site of a store.
 
     Raises:
         RecipeError: The dictionary does not suit the store.
-        UserError: See `mechatlas.dictionaries.training.train`; or `out` holds something else.
+        UserError: See `mechatlas.dictionaries.training.train`.
     """
-    clock = time.process_time()
-    store = Store(recipe.store)
+    store = Store(config.store)
     rows = (
-        store.paired([s for s in recipe.sites if s]) if recipe.writes else store.rows(recipe.site)
+        store.paired([s for s in config.sites if s]) if config.writes else store.rows(config.site)
     )
-    checkpoint = recipe.out / "checkpoint"
-    refuse_strangers(recipe.out, "dictionary", unfinished=checkpoint.name)
-    dictionary, of_group = _built(recipe, store, rows)
+    dictionary, reads_poses = _untrained(config, store, rows)
     with bar("training") as progress:
         train_dictionary(
             dictionary,
             rows,
-            steps=recipe.steps,
-            batch_size=recipe.batch_size,
-            lr=recipe.lr,
-            seed=recipe.seed,
-            device=recipe.device,
-            schedule=recipe.schedule,
-            objective=recipe.objective,
-            revival=recipe.revival,
-            checkpoint=checkpoint,
-            checkpoint_every=recipe.checkpoint_every,
+            steps=config.steps,
+            batch_size=config.batch_size,
+            lr=config.lr,
+            seed=config.seed,
+            device=config.device,
+            schedule=config.schedule,
+            objective=config.objective,
+            revival=config.revival,
+            checkpoint=folder.path / CHECKPOINT,
+            checkpoint_every=config.checkpoint_every,
             on_progress=progress,
         )
     history = dictionary.history
     assert history is not None
-    file = save(dictionary.cpu(), recipe.out)
-    write_json(recipe.out / "history.json", dataclasses.asdict(history))
-    manifest = {
-        "schema": 1,
-        "kind": "dictionary",
-        "site": recipe.site or (recipe.writes or store.sites)[0],
-        "writes": list(recipe.writes),
-        "store": str(recipe.store.resolve()),
-        "parents": {"store": checksum((recipe.store / "manifest.json").read_bytes())},
-        "files": {FILE: checksum(file.read_bytes())},
-    }
-    if of_group:
-        manifest["group"] = store.manifest["group"]
-    write_json(recipe.out / "manifest.json", manifest)
-    shutil.rmtree(checkpoint)  # three times the size of the dictionary, and of no more use
-    result: Result = {
-        "fvu": history.fvu[-1],
-        "l0": history.l0[-1],
-        "dead_share": history.dead_share[-1],
-        "steps": recipe.steps,
-        "seconds_per_step": sorted(history.seconds_per_step)[len(history.step) // 2],
-        "d_in": dictionary.d_in,
-        "d_out": dictionary.d_out,
-        "n_latents": recipe.n_latents,
-        "rows": rows.n_rows,
-        "held_out_rows": rows.n_held_out,
-    }
-    return finish(recipe.out, recipe, result, clock)
+    folder.facts(
+        site=config.site or (config.writes or store.sites)[0],
+        writes=list(config.writes),
+        store=str(config.store.resolve()),
+    )
+    if reads_poses:
+        folder.facts(group=store.manifest["group"])
+    folder.parent("store", checksum((config.store / MANIFEST).read_bytes()))
+    folder.begin()
+    save(dictionary.cpu(), folder.path)
+    folder.note(FILE)
+    folder.json(HISTORY, history)
+    return TrainResult(
+        fvu=history.fvu[-1],
+        l0=history.l0[-1],
+        dead_share=history.dead_share[-1],
+        steps=config.steps,
+        seconds_per_step=sorted(history.seconds_per_step)[len(history.step) // 2],
+        d_in=dictionary.d_in,
+        d_out=dictionary.d_out,
+        n_latents=config.n_latents,
+        rows=rows.n_rows,
+        held_out_rows=rows.n_held_out,
+    )
 
 
-def _built(
-    recipe: TrainConfig, store: Store, rows: StoreRows | PairedRows
+def _untrained(
+    config: TrainConfig, store: Store, rows: StoreRows | PairedRows
 ) -> tuple[SparseCoder, bool]:
-    """The dictionary, and whether it is one of all poses.
+    """Build the dictionary, and say whether it reads all poses of a group.
 
     Raises:
         RecipeError: It does not suit the store.
     """
     parts = rows.rows if isinstance(rows, PairedRows) else [rows]
-    widths = {site: part.d_in for site, part in zip(recipe.sites, parts, strict=True)}
+    widths = {site: part.d_in for site, part in zip(config.sites, parts, strict=True)}
     # A branch has one block only, that of the untransformed input.
     group = store.group if parts[0].d_in == parts[0].shape.width else None
     try:
-        return recipe.build(widths, group), group is not None
+        return config.build(widths, group), group is not None
     except ValueError as error:
-        raise RecipeError(f"{recipe.store}: {error}") from error
+        raise RecipeError(f"{config.store}: {error}") from error
 
 
-def report(folder: Path, out: Path, *, pictures: int = 0) -> Result:
-    """Write one HTML page of all runs in a folder.
-
-    Raises:
-        RecipeError: `pictures` is negative.
-        UserError: The folder holds no runs, or the page cannot be written.
-    """
-    if pictures < 0:
-        raise RecipeError(f"--pictures must be at least 0 features, got {pictures}.")
-    clock = time.process_time()
-    with bar("drawing the page") as progress:
-        page = write_page(folder, out, pictures=pictures, on_progress=progress)
-    return {"page": str(page), "bytes": page.stat().st_size, **cost(clock)}
+def in_words(result: TrainResult) -> str:
+    """Quality on held-out rows, and the folder."""
+    quality = f"fvu {result.fvu:.4f}, l0 {result.l0:.1f}, dead {result.dead_share:.1%}"
+    return f"Held out: {quality}.\nDictionary: {result.out}"

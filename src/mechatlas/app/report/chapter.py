@@ -39,12 +39,12 @@ class Chapter:
     """One part of the page."""
 
     name: str
-    """Its anchor in the page, a plain word."""
+    """Anchor in the page, a plain word."""
     title: str
     html: Markup
     """Escaped markup from `render`."""
     figures: dict[str, Any] = dataclasses.field(default_factory=dict)
-    """Plotly figures as plain values: `{"data": [...], "layout": {...}}`. Colours and fonts
+    """Plotly figures as plain values: `{"data": [...], "layout": {...}}`. Colors and fonts
     that they leave open follow the theme of the page."""
     data: Any = None
     arrays: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
@@ -55,16 +55,16 @@ class Chapter:
 
 
 ChapterOf = Callable[[Runs, Progress], Chapter | None]
-"""How a chapter is made; `None` if the runs have nothing for it."""
+"""Function that makes a chapter; `None` if the runs have nothing for it."""
 
 
 def text_of(asset: str) -> str:
-    """A file of the package's `assets`."""
+    """Read a file of the package's `assets`."""
     return (ASSETS / asset).read_text(encoding="utf-8")
 
 
 def _number(value: Any) -> str:
-    """A number as people write it; a dash if there is none."""
+    """Write a number as people do; a dash if there is none."""
     if value is None:
         return MISSING
     if isinstance(value, int) or float(value).is_integer():
@@ -106,16 +106,16 @@ def render(template: str, **values: Any) -> Markup:
 
 
 def as_json(value: Any) -> Markup:
-    """JSON that can stand inside a script element, whatever strings it holds."""
+    """Encode as JSON that is safe inside a script element, whatever strings it holds."""
     text = json.dumps(value, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
     return Markup(text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026"))
 
 
 def as_base64(data: bytes) -> str:
-    """Bytes as text."""
+    """Encode bytes as base64 text."""
     return base64.b64encode(data).decode("ascii")
 
 
 def packed(data: bytes) -> str:
-    """Bytes, compressed so that every browser can undo it, as text."""
+    """Compress bytes with gzip, which every browser can undo, and encode them as text."""
     return as_base64(gzip.compress(data, compresslevel=6, mtime=0))

@@ -1,6 +1,6 @@
-"""One HTML file with everything that some runs found.
+"""Page of a folder of runs: one self-contained HTML file.
 
-    write_page    find the runs, make the chapters, write the page
+    report    find the runs, make the chapters, write the page
 
 The page is one file and asks for nothing from anywhere: scripts, styles, pictures and
 numbers are inside, and its content policy forbids the browser to load anything else.
@@ -49,21 +49,21 @@ CHAPTERS: tuple[ChapterOf, ...] = (
     circuits.chapter,
     proofs.chapter,
 )
-"""The page, in this order. A new analysis adds its function here."""
+"""Chapters in the order of the page. A new analysis adds its function here."""
 
 STEPS = 1000
-"""Parts of a chapter's work that are told apart in the progress of the page."""
+"""Progress steps of one chapter."""
 
 
-def write_page(
-    folder: Path, out: Path, *, pictures: int = 0, on_progress: Progress = no_progress
+def report(
+    folder: Path | str, out: Path | str, *, visualize: int = 0, on_progress: Progress = no_progress
 ) -> Path:
     """Write one page about every run in a folder.
 
     Args:
         folder: A run, or a folder with runs up to two levels below.
         out: The file to write.
-        pictures: Features of each dictionary that are drawn by activation maximisation.
+        visualize: Number of features per dictionary to visualize by activation maximization.
         on_progress: Told how much is done.
 
     Returns:
@@ -73,7 +73,7 @@ def write_page(
         DiskError: The folder is not there, or the page cannot be written.
         UserError: The folder holds no run.
     """
-    runs = find_runs(folder, pictures=pictures)
+    runs = find_runs(Path(folder), visualize=visualize)
     chapters = []
     total = len(CHAPTERS) * STEPS
     for number, make in enumerate(CHAPTERS):
@@ -92,7 +92,7 @@ def write_page(
 
 
 def assemble(title: str, chapters: list[Chapter]) -> str:
-    """The text of the page."""
+    """Fill the page's template with the chapters."""
     scripts = ["page.js", *(name for chapter in chapters for name in chapter.scripts)]
     return render(
         "template.html",

@@ -1,4 +1,4 @@
-"""The folders of finished runs that a page is made from.
+"""Finished runs that a page is made from.
 
 find_runs    a folder -> every run in it
 Runs         the runs, and what they open to; each network and store is opened once
@@ -20,17 +20,18 @@ from torch import nn
 
 from mechatlas.activations.samples import Samples
 from mechatlas.activations.store import Store
-from mechatlas.app.recipes import reopen
+from mechatlas.app.inputs import recorded_network
+from mechatlas.app.run_folder import MANIFEST, RESULT, STORE
 from mechatlas.base import DiskError, StoreError, UserError
 from mechatlas.files import checksum, read_json
 
 DEPTH = 2
-"""Folders below the one asked for in which runs are looked for."""
+"""Levels of folders below the given one that are searched for runs."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """One folder with a `manifest.json`."""
+    """Run: a folder with a `manifest.json`."""
 
     folder: Path
     name: str
@@ -44,8 +45,13 @@ class Run:
         """Kind of the run: "store", "dictionary", ..."""
         return str(self.manifest.get("kind", ""))
 
+    @property
+    def complete(self) -> bool:
+        """Whether the command has ended; version 0.1 wrote the manifest last."""
+        return bool(self.manifest.get("complete", True))
+
     def read(self, file: str) -> Any:
-        """A JSON file of the run, or `None`.
+        """Read a JSON file of the run; `None` if there is none.
 
         Raises:
             DiskError: It is there and damaged.
@@ -54,7 +60,7 @@ class Run:
         return read_json(path) if path.is_file() else None
 
     def table(self, file: str) -> dict[str, Any]:
-        """The columns of a parquet file: arrays, and lists where entries are lists.
+        """Read the columns of a parquet file: arrays, and lists where entries are lists.
 
         Raises:
             DiskError: It is missing or damaged.
@@ -66,7 +72,7 @@ class Run:
         }
 
     def tensors(self, file: str) -> dict[str, np.ndarray]:
-        """The arrays of a safetensors file.
+        """Read the arrays of a safetensors file.
 
         Raises:
             DiskError: It is missing or damaged.
@@ -83,12 +89,12 @@ class Run:
             ) from error
 
 
-def find_runs(folder: Path, *, pictures: int = 0) -> "Runs":
-    """Every run in a folder: the folder itself and up to two levels below.
+def find_runs(folder: Path, *, visualize: int = 0) -> "Runs":
+    """Find every run in a folder: the folder itself and up to two levels below.
 
     Args:
         folder: Where to look.
-        pictures: Features of each dictionary that are drawn by activation maximisation.
+        visualize: Number of features per dictionary to visualize by activation maximization.
 
     Raises:
         DiskError: There is no such folder, or a manifest in it is damaged.
@@ -99,10 +105,10 @@ def find_runs(folder: Path, *, pictures: int = 0) -> "Runs":
         raise DiskError(f"There is no folder {folder}.")
     found = []
     for depth in range(DEPTH + 1):
-        for path in sorted(folder.glob("*/" * depth + "manifest.json")):
+        for path in sorted(folder.glob("*/" * depth + MANIFEST)):
             manifest = read_json(path)
             if isinstance(manifest, dict) and "kind" in manifest:
-                result = path.with_name("result.json")
+                result = path.with_name(RESULT)
                 name = path.parent.relative_to(folder).as_posix()
                 values = read_json(result) if result.is_file() else {}
                 name = folder.resolve().name if name == "." else name
@@ -113,30 +119,30 @@ def find_runs(folder: Path, *, pictures: int = 0) -> "Runs":
             "Name the folder that `mechatlas collect` or `mechatlas train` wrote, or the one "
             "around it."
         )
-    return Runs(folder, found, pictures)
+    return Runs(folder, found, visualize)
 
 
 class Runs:
     """All runs of a page."""
 
-    def __init__(self, folder: Path, runs: list[Run], pictures: int = 0) -> None:
-        """Keep them.
+    def __init__(self, folder: Path, runs: list[Run], visualize: int = 0) -> None:
+        """List the runs of a page; nothing is opened yet.
 
         Args:
-            folder: Of the page.
-            runs: Those found in it.
-            pictures: Features of each dictionary that are drawn by activation maximisation.
+            folder: Folder of the page.
+            runs: Runs found in the folder.
+            visualize: Number of features per dictionary to visualize by activation maximization.
         """
-        self.folder, self.all, self.pictures = folder, runs, pictures
+        self.folder, self.all, self.visualize = folder, runs, visualize
         self.open_store = functools.cache(self._open_store)
         self.reopen = functools.cache(self._reopen)
 
     def of_kind(self, kind: str) -> list[Run]:
-        """Runs of one kind, in the order of their names."""
-        return [run for run in self.all if run.kind == kind]
+        """List finished runs of one kind, and all stores, in the order of their names."""
+        return [run for run in self.all if run.kind == kind and (run.complete or kind == STORE)]
 
     def store_of(self, run: Run) -> Path:
-        """Folder of the store that a dictionary was trained on.
+        """Find the folder of the store that a dictionary was trained on.
 
         A store in the folder of the page with the same manifest is preferred to the path
         that was written down, so that folders can be moved.
@@ -145,12 +151,12 @@ class Runs:
             StoreError: It is nowhere to be found.
         """
         wanted = run.manifest.get("parents", {}).get("store")
-        for other in self.of_kind("store"):
-            if wanted and checksum((other.folder / "manifest.json").read_bytes()) == wanted:
+        for other in self.of_kind(STORE):
+            if wanted and checksum((other.folder / MANIFEST).read_bytes()) == wanted:
                 return other.folder
         written = Path(str(run.manifest.get("store", "")))
         for path in (run.folder / written, self.folder / written, written):
-            if (path / "manifest.json").is_file():
+            if (path / MANIFEST).is_file():
                 return path
         raise StoreError(f"The store of {run.name} ({written}) is no longer there.")
 
@@ -163,9 +169,9 @@ class Runs:
         return Store(folder)
 
     def _reopen(self, folder: Path) -> tuple[nn.Module, Samples]:
-        """The network and samples of a store.
+        """Open the network and samples of a store.
 
         Raises:
             UserError: They are no longer there.
         """
-        return reopen(self.open_store(folder).manifest["recipe"])
+        return recorded_network(self.open_store(folder))

@@ -46,7 +46,7 @@ class Adapter:
         if revival is not None:
             kind = type(self.module).__name__
             raise ValueError(f"Latents of a {kind} cannot be revived ({revival}).")
-        own = getattr(self.module, "step", None)
+        own: Any = getattr(self.module, "step", None)
         return own(objective) if callable(own) else ReconstructionStep(self.module, objective)
 
 

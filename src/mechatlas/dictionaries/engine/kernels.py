@@ -42,6 +42,11 @@ from mechatlas.dictionaries.engine.structures import (
 from mechatlas.dictionaries.engine.vectors import add_rows, dot_rows
 from mechatlas.maths import compilation
 
+# The same classes, with arrays for tensors.
+reconstruction: Any = Reconstruction
+gradients: Any = ErrorGradients
+latent_gradients: Any = Scratch
+
 DECODED_COLUMNS = 128
 """Columns of a row that are decoded and at once read again."""
 BISECTIONS = 12
@@ -360,8 +365,8 @@ def _columns(low, high, task, codes, grouped, out):
         packed = room_of_atoms[: n_latents * n].reshape((n_latents, n))
         _copy(target, first, wanted)
         _copy(atoms, first, packed)
-        part = Reconstruction(wanted, scales, packed, bias[first:last], widths)
-        loss += _residual(part, codes, ErrorGradients(g, packed, out.codes, out.bias[first:last]))
+        part = reconstruction(wanted, scales, packed, bias[first:last], widths)
+        loss += _residual(part, codes, gradients(g, packed, out.codes, out.bias[first:last]))
         level = 0
         for j in range(n_latents):
             while j >= widths[level]:
@@ -486,7 +491,7 @@ def _update(low, high, pairs, batch, weights, rule, added, d_input):
     gradient = np.empty(atoms.shape[1], atoms.dtype)
     encoder_gradient = np.empty(rows.shape[1], atoms.dtype)
     d_bias = np.zeros(1, atoms.dtype)
-    scratch = Scratch(gradient, encoder_gradient, d_bias)
+    scratch = latent_gradients(gradient, encoder_gradient, d_bias)
     squares = 0.0
     level = 0
     for j in range(low, high):

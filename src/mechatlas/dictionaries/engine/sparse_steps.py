@@ -140,11 +140,11 @@ class BatchSearch:
         pre = self.dictionary.pre_activations(sample).flatten()
         largest = pre.topk(min(k * len(sample), len(pre)), sorted=False).values
         threshold, n = float(largest.min()), k * len(self.x)
-        fractions = THRESHOLD_FRACTIONS if threshold > 0 else (0.0,)
-        for fraction in fractions:
-            codes = self._all_above(self.tiles.above(self._bounds(fraction * threshold)))
-            if len(codes.values) >= n:
-                break
+        first, *others = THRESHOLD_FRACTIONS if threshold > 0 else (0.0,)
+        codes = self._all_above(self.tiles.above(self._bounds(first * threshold)))
+        while len(codes.values) < n and others:
+            low = self._bounds(others.pop(0) * threshold)
+            codes = self._all_above(self.tiles.above(low))
         return _keep_largest(codes, n)
 
     def above(self, low: Float[Tensor, " latent"] | float) -> Codes | None:

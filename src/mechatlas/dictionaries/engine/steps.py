@@ -11,10 +11,11 @@ the part of an atom's gradient that would change its length is removed, and leng
 
 from collections.abc import Callable, Mapping
 from itertools import pairwise
+from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from mechatlas.dictionaries.autoencoder import LinearCoder
 from mechatlas.dictionaries.engine import fallback
@@ -166,7 +167,7 @@ class ReconstructionStep:
 
     def __init__(
         self,
-        dictionary: nn.Module,
+        dictionary: Any,
         objective: Objective | None = None,
         *,
         project: Callable[[dict[str, Tensor]], None] = lambda gradients: None,

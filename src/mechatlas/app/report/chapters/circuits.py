@@ -7,21 +7,12 @@ import numpy as np
 import safetensors
 from safetensors.numpy import load
 
+from mechatlas.app.old_runs import renamed
 from mechatlas.app.report.chapter import Chapter, render
 from mechatlas.app.report.paintings import as_webp
 from mechatlas.app.report.runs import Run, Runs
 from mechatlas.base import DiskError, Progress
 
-OLD_KEYS = {
-    "agreement_gates_open": "agreement_open_gates",
-    "agreement_one_gate_for_all": "agreement_shared_gates",
-    "drive": "pre_activation",
-    "edges_that_stand": "n_significant",
-    "features_removed": "n_ablated",
-    "rate": "fdr",
-    "stands": "significant",
-}
-"""Keys in `result.json` of version 0.1 -> keys today, at any depth."""
 NUMBERS = ("weight", "contribution", "share", "attribution", "effect", "effect_low", "effect_high",
            "q_value")  # fmt: skip
 
@@ -40,7 +31,7 @@ def chapter(runs: Runs, on_progress: Progress) -> Chapter | None:
     images: dict[str, bytes] = {}
     for number, run in enumerate(finished):
         places = [folders.get(Path(p).resolve(), "") for p in run.manifest["dictionaries"]]
-        result = _renamed(run.result)
+        result = renamed(run.result, run.kind)
         drawings = _drawings(run, result)
         pictures = _pictures(run, number)
         images |= pictures
@@ -68,12 +59,6 @@ def chapter(runs: Runs, on_progress: Progress) -> Chapter | None:
         images=images,
         scripts=("circuits.js",),
     )
-
-
-def _renamed(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {OLD_KEYS.get(key, key): _renamed(item) for key, item in value.items()}
-    return [_renamed(item) for item in value] if isinstance(value, list) else value
 
 
 def _pictures(run: Run, number: int) -> dict[str, bytes]:

@@ -137,11 +137,11 @@ def _open(run: Run, key: str, runs: Runs, on_progress: Progress) -> _FeatureData
         field=field, on_progress=_part(on_progress, 40, 40, 100),
     )  # fmt: skip
     painted: dict[str, bytes] = {}
-    if runs.pictures and field is not None and dictionary.W_enc.shape[0] == rows.d_in:
+    if runs.visualize and field is not None and dictionary.W_enc.shape[0] == rows.d_in:
         assert isinstance(samples, ImageSamples)
         branches = _branches(rows)
         shares, _ = plain_shares(dictionary.W_dec.detach().float().cpu().numpy(), branches)
-        latents = most_in_each(shares, statistics.density, runs.pictures)
+        latents = most_in_each(shares, statistics.density, runs.visualize)
         home = shares[latents].argmax(axis=1) if branches else np.full(len(latents), -1)
         painted = paint(
             network, samples, site, dictionary.W_enc, latents, branches, home,

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
+from mechatlas.app.old_runs import renamed
 from mechatlas.app.report.chapter import Chapter, render
 from mechatlas.app.report.runs import Runs
 from mechatlas.base import Progress
@@ -36,32 +37,6 @@ OUTPUT = {
 """Measures of the effect on the network's output, in the words of the page."""
 NO_MEASURES = dict.fromkeys(("p_b_given_a", "jaccard", "permuted", "rescaled", *OUTPUT))
 """Cells of a row for which nothing was measured."""
-OLD_KEYS = {
-    "B itself": "b_reconstruction",
-    "born": "birth_share",
-    "divergence": "kl_divergence",
-    "dying": "death_share",
-    "either": "jaccard",
-    "given_a": "p_b_given_a",
-    "layer drop": "layer_drop",
-    "least_cosine": "cosine_threshold",
-    "looks": "passes",
-    "lost": "variance_lost",
-    "mean of B": "b_mean",
-    "nearest by cosine": "nearest",
-    "permuted and rescaled": "rescaled",
-    "rate": "fdr",
-    "same number": "same_index",
-    "without_partner": "n_null",
-}
-"""Keys of results of version 0.1, and today's."""
-
-
-def renamed(result: Any) -> Any:
-    """Rename the keys of a result of version 0.1."""
-    if isinstance(result, dict):
-        return {OLD_KEYS.get(key, key): renamed(value) for key, value in result.items()}
-    return [renamed(value) for value in result] if isinstance(result, list) else result
 
 
 def chapter(runs: Runs, on_progress: Progress) -> Chapter | None:
@@ -76,7 +51,7 @@ def chapter(runs: Runs, on_progress: Progress) -> Chapter | None:
     folders = {run.folder.resolve(): run.name for run in runs.of_kind("dictionary")}
     parts, figures, arrays, data = [], {}, {}, []
     for number, run in enumerate(matchings):
-        result = renamed(run.result)
+        result = renamed(run.result, run.kind)
         table = run.table("matches.parquet")
         tracks = run.table("tracks.parquet") if (run.folder / "tracks.parquet").is_file() else None
         names = [str(name) for name in result["dictionaries"]]

@@ -16,7 +16,7 @@ from mechatlas.base import Progress, UserError
 
 @dataclasses.dataclass(frozen=True)
 class Branch:
-    """One segment of the picture of a site."""
+    """Segment of the picture of a site."""
 
     name: str
     width: int
@@ -26,24 +26,24 @@ class Branch:
 
 @dataclasses.dataclass(frozen=True)
 class Subject:
-    """One network, as the page tells of it."""
+    """Network as the page describes it."""
 
     name: str
     kind: str
     parameters: int | None
     checksum: str
-    """Checksum in the store's manifest."""
+    """Checksum of the weights, from the store's manifest."""
     problem: str
-    """Why the network cannot be shown, or why it is not the one of the store."""
+    """Reason why the network cannot be shown, or is not the one of the store; else empty."""
     sites: list[SiteInfo]
     hidden: list[SiteInfo]
-    """Sites inside others, which are folded away."""
+    """Sites inside other sites, folded away at first."""
     branched: dict[str, list[Branch]]
     samples: int | None
 
 
 def chapter(runs: Runs, on_progress: Progress) -> Chapter | None:
-    """The first thing to read."""
+    """Show networks, stores and dictionaries with their numbers."""
     stores = runs.of_kind("store")
     subjects: dict[str, Subject] = {}
     for done, run in enumerate(stores):

@@ -7,6 +7,7 @@ import cattrs
 import numpy as np
 from jaxtyping import Float
 
+from mechatlas.app.old_runs import renamed
 from mechatlas.app.proof_details import GridDetails, MarginHistogram, NetworkDetails
 from mechatlas.app.report.chapter import Chapter, render
 from mechatlas.app.report.runs import Runs
@@ -21,17 +22,6 @@ TERMS = {
     "rounding": "rounding",
 }
 """Terms of the bound, as the page calls them."""
-OLD_KEYS = {
-    "budget": "logit_budget",
-    "ideal": "ideal_margin",
-    "moved": "non_equivariance",
-    "cells": "unembedding_noise",
-    "rest": "residual",
-    "unplaced": "n_unplaced",
-    "silent": "n_dead",
-    "merged": "n_merged",
-}
-"""Keys in `result.json` and `neurons.json` of version 0.1 -> keys today, at any depth."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,8 +78,8 @@ def chapter(runs: Runs, on_progress: Progress) -> Chapter | None:
         return None
     proofs = []
     for number, run in enumerate(finished):
-        details = cattrs.structure(_renamed(run.read("neurons.json")), NetworkDetails)
-        result = _renamed(run.result)
+        details = cattrs.structure(renamed(run.read("neurons.json"), run.kind), NetworkDetails)
+        result = renamed(run.result, run.kind)
         proofs.append(
             ProofSection(
                 run.name,
@@ -107,13 +97,6 @@ def chapter(runs: Runs, on_progress: Progress) -> Chapter | None:
         html=render("proofs.html", proofs=proofs),
         figures={d.name: d.figure for proof in proofs for d in proof.drawings},
     )
-
-
-def _renamed(value: Any) -> Any:
-    """Plain values with the keys of version 0.1 replaced by those of today."""
-    if isinstance(value, dict):
-        return {OLD_KEYS.get(key, key): _renamed(item) for key, item in value.items()}
-    return [_renamed(item) for item in value] if isinstance(value, list) else value
 
 
 def _irreps(details: NetworkDetails) -> list[IrrepRow]:

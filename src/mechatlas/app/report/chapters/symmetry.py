@@ -6,10 +6,11 @@ from typing import Any
 import numpy as np
 
 from mechatlas.analysis.symmetry.class_names import NOT_RELIABLE, rotation_subgroup
+from mechatlas.app.old_runs import renamed_columns
 from mechatlas.app.report.atoms import flat_map
 from mechatlas.app.report.chapter import Chapter, render
 from mechatlas.app.report.runs import Runs
-from mechatlas.app.symmetry_folder import DICTIONARY, SYMMETRY, read_result, renamed_columns
+from mechatlas.app.run_folder import DICTIONARY, SYMMETRY, read_result
 from mechatlas.base import Progress
 from mechatlas.maths.groups import Group
 

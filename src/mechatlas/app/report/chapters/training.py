@@ -1,4 +1,4 @@
-"""How each dictionary learned: the curves of its training."""
+"""Chapter on training: learning curves of each dictionary."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ CURVES = {
 
 
 def chapter(runs: Runs, on_progress: Progress) -> Chapter | None:
-    """Curves of every dictionary that has a `history.json`.
+    """Draw the curves of every dictionary that has a `history.json`.
 
     Raises:
         DiskError: A history is damaged.

@@ -1,0 +1,104 @@
+from .activations.collect import StoreConfig, collect
+from .activations.networks import Network, load_network
+from .activations.posing import PoseConfig
+from .activations.samples import Arrays, Images, Texts, open_samples
+from .activations.sites import find_sites, intervene, list_sites, read_activations
+from .activations.store import Store
+from .analysis.branches.specialization import Specialization, branches
+from .analysis.circuits.circuit import Circuit, circuit
+from .analysis.interaction.interaction_basis import basis
+from .analysis.interaction.results import InteractionBasis, InteractionConfig
+from .analysis.matching.chains import Tracks, track
+from .analysis.matching.pairing import Match, feature_splitting, match
+from .analysis.proofs.prove import AccuracyBound, prove
+from .analysis.proofs.verifier.proof import AccuracyProof, load_proof
+from .analysis.symmetry.classify import Symmetry, symmetry
+from .app.report.page import report
+from .base import (
+    Dictionary,
+    DiskError,
+    InputError,
+    RecipeError,
+    Site,
+    SiteError,
+    StoreError,
+    UserError,
+    WeightsError,
+)
+from .dictionaries.autoencoder import Autoencoder, Crosscoder, Transcoder
+from .dictionaries.formats import load, save
+from .dictionaries.metrics import evaluate
+from .dictionaries.objective import Objective, Schedule
+from .dictionaries.pose_tied import PoseTied
+from .dictionaries.revival import AuxK, Resample
+from .dictionaries.sparsity import BatchTopK, Gated, JumpReLU, ReLU, TopK
+from .dictionaries.training import train
+from .maths.assignment import Assignment, CertificateError, assign
+from .maths.named_groups import group
+
+__version__: str
+__all__ = [
+    "AccuracyBound",
+    "AccuracyProof",
+    "Arrays",
+    "Assignment",
+    "Autoencoder",
+    "AuxK",
+    "BatchTopK",
+    "CertificateError",
+    "Circuit",
+    "Crosscoder",
+    "Dictionary",
+    "DiskError",
+    "Gated",
+    "Images",
+    "InputError",
+    "InteractionBasis",
+    "InteractionConfig",
+    "JumpReLU",
+    "Match",
+    "Network",
+    "Objective",
+    "PoseConfig",
+    "PoseTied",
+    "ReLU",
+    "RecipeError",
+    "Resample",
+    "Schedule",
+    "Site",
+    "SiteError",
+    "Specialization",
+    "Store",
+    "StoreConfig",
+    "StoreError",
+    "Symmetry",
+    "Texts",
+    "TopK",
+    "Tracks",
+    "Transcoder",
+    "UserError",
+    "WeightsError",
+    "assign",
+    "basis",
+    "branches",
+    "circuit",
+    "collect",
+    "evaluate",
+    "feature_splitting",
+    "find_sites",
+    "group",
+    "intervene",
+    "list_sites",
+    "load",
+    "load_network",
+    "load_proof",
+    "match",
+    "open_samples",
+    "prove",
+    "read_activations",
+    "report",
+    "save",
+    "symmetry",
+    "track",
+    "train",
+]

@@ -1,0 +1,111 @@
+"""Run a network over samples and write the activations at some sites to a store.
+
+    mechatlas collect recipes/quick/collect.toml --samples.crops 20
+
+The folder has the shards of the store. An interrupted run is continued by the same command.
+"""
+
+import dataclasses
+from pathlib import Path
+
+from mechatlas.activations.collect import StoreConfig
+from mechatlas.activations.collect import collect as collect_rows
+from mechatlas.activations.networks import Network, load_network
+from mechatlas.activations.posing import PoseConfig
+from mechatlas.activations.samples import Images, SampleRecipe, open_samples
+from mechatlas.activations.sites import find_sites
+from mechatlas.app.progress import bar
+from mechatlas.app.recipes import as_dict
+from mechatlas.app.run_folder import STORE, CommandResult, DeviceConfig, RunFolder
+
+KIND = STORE
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CollectConfig(DeviceConfig):
+    """Run a network over samples and write the activations at some sites to a store."""
+
+    network: Network
+    """Which network, with which weights."""
+    sites: tuple[str, ...]
+    """Sites or globs, such as "mixed4*" or "mixed4a/5x5"; see `mechatlas sites NETWORK`."""
+    samples: SampleRecipe = dataclasses.field(default_factory=Images)
+    """What to run it on: Images, Arrays or Texts."""
+    collecting: StoreConfig = dataclasses.field(default_factory=StoreConfig)
+    """Positions, number format, memory."""
+    group: PoseConfig | None = None
+    """Keep the activations of every input in all poses of a group, such as `name = "D4"` in a
+    table [group]; by default only of the input as it is."""
+    out: Path = Path("store")
+    """Folder of the store. The same command continues an unfinished one."""
+
+    def __post_init__(self) -> None:
+        if not self.sites:
+            raise ValueError("sites must name at least one site.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SiteRows:
+    """Rows of one site of a store."""
+
+    width: int
+    """Numbers in a row."""
+    rows: int
+    """Rows to train on."""
+    held_out_rows: int
+    """Rows kept apart."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CollectResult(CommandResult):
+    """Activation store that was collected."""
+
+    samples: int
+    """Samples that the network ran on."""
+    skipped: int
+    """Samples that could not be read."""
+    sites: dict[str, SiteRows]
+    """Rows of each site."""
+    bytes: int
+    """Size of all shards."""
+
+
+def run(config: CollectConfig, folder: RunFolder) -> CollectResult:
+    """Collect activations into a store.
+
+    Raises:
+        UserError: See `mechatlas.activations.collect.collect`.
+    """
+    network = load_network(config.network)
+    sites = find_sites(network, config.sites)
+    samples = open_samples(config.samples, network)
+    made_from = as_dict(dataclasses.replace(config, out=Path("store"), device="cpu"))
+    with bar("collecting") as progress:
+        store = collect_rows(
+            network,
+            samples,
+            sites,
+            folder.path,
+            config.collecting,
+            group=config.group,
+            recipe=made_from,
+            device=config.device,
+            on_progress=progress,
+        )
+    rows = {name: store.rows(name) for name in store.sites}
+    return CollectResult(
+        samples=len(samples),
+        skipped=len(store.manifest["skipped"]),
+        sites={
+            name: SiteRows(width=r.d_in, rows=r.n_rows, held_out_rows=r.n_held_out)
+            for name, r in rows.items()
+        },
+        bytes=sum(shard.bytes for shard in store.shards),
+    )
+
+
+def in_words(result: CollectResult) -> str:
+    """Sites with their rows, and the folder."""
+    widths = ", ".join(f"{name} ({site.rows} rows)" for name, site in result.sites.items())
+    skipped = f"; skipped {result.skipped} unreadable samples" if result.skipped else ""
+    return f"Collected {widths}{skipped}.\nStore: {result.out}"

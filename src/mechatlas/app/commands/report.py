@@ -1,0 +1,65 @@
+"""Draw one self-contained HTML page of all runs in a folder.
+
+mechatlas report runs/demo --out atlas.html
+"""
+
+import dataclasses
+import time
+from pathlib import Path
+from typing import Annotated
+
+from tyro.conf import Positional, arg
+
+from mechatlas.app.progress import bar
+from mechatlas.app.report.page import report
+from mechatlas.app.run_folder import CommandResult, peak_bytes
+from mechatlas.base import RecipeError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ReportConfig:
+    """Draw one self-contained HTML page of all runs in a folder."""
+
+    folder: Annotated[Positional[Path], arg(metavar="DIR")]
+    """Folder with the runs (stores and dictionaries), itself one or up to two levels above."""
+    out: Path
+    """Page to write."""
+    visualize: int = 0
+    """Number of features per dictionary of images to visualize by activation maximization, and of
+    their parts in a branch."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ReportResult(CommandResult):
+    """Page that was written."""
+
+    page: str
+    """File of the page."""
+    bytes: int
+    """Size of the page."""
+
+
+def run(config: ReportConfig) -> ReportResult:
+    """Write one HTML page of all runs in a folder.
+
+    Raises:
+        RecipeError: `visualize` is negative.
+        UserError: The folder holds no runs, or the page cannot be written.
+    """
+    if config.visualize < 0:
+        raise RecipeError(f"--visualize must be at least 0 features, got {config.visualize}.")
+    clock = time.process_time()
+    with bar("drawing the page") as progress:
+        page = report(config.folder, config.out, visualize=config.visualize, on_progress=progress)
+    return ReportResult(
+        out=str(page),
+        page=str(page),
+        bytes=page.stat().st_size,
+        seconds=round(time.process_time() - clock, 3),
+        peak_bytes=peak_bytes(),
+    )
+
+
+def in_words(result: ReportResult) -> str:
+    """File and size of the page."""
+    return f"Page: {result.page} ({result.bytes / 2**20:.1f} MiB)"

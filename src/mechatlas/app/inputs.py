@@ -1,0 +1,189 @@
+"""Inputs of commands: dictionaries with their sites, stores, networks whose weights are compared.
+
+open_dictionary     a folder or file -> the dictionary and the site that it reads
+open_dictionaries   several of them, each with a name of its own
+find_store          an opened dictionary -> the store that it was trained on
+open_network        a store -> its network and samples
+poses_of            a store -> its group and action
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from mechatlas.activations.networks import digest, load_network
+from mechatlas.activations.posing import PoseConfig
+from mechatlas.activations.samples import Samples, open_samples
+from mechatlas.activations.store import Store
+from mechatlas.app.commands.collect import CollectConfig
+from mechatlas.app.recipes import from_dict
+from mechatlas.app.run_folder import HISTORY, MANIFEST, RECIPE, RESULT
+from mechatlas.base import RecipeError, StoreError
+from mechatlas.dictionaries.formats import load
+from mechatlas.files import checksum, read_json
+
+NOT_DATA = (MANIFEST, RECIPE, RESULT, HISTORY)
+"""Files in the folder of a dictionary that say nothing about its weights."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class OpenedDictionary:
+    """A dictionary, its manifest and the site that it reads."""
+
+    path: Path
+    name: str
+    """Short name, in words and tables."""
+    dictionary: Any
+    """A `Dictionary` on the CPU."""
+    site: str | None
+    """Site that it reads; None where neither the file nor the user says so."""
+    manifest: dict[str, Any]
+    """Contents of `manifest.json` in its folder; empty where there is none."""
+    checksum: str
+    """Checksum of its files."""
+
+    def site_in(self, store: Store) -> str:
+        """Find the site of a store that the dictionary reads.
+
+        Raises:
+            RecipeError: Neither the dictionary nor the user says which, and there are several.
+        """
+        if self.site is None and len(store.sites) > 1:
+            raise RecipeError(
+                f"{self.path} does not say which site it reads. Name it with --site or --sites; "
+                f"{store.root} has {', '.join(store.sites)}."
+            )
+        return self.site or store.sites[0]
+
+
+def open_dictionary(path: Path, *, site: str | None = None) -> OpenedDictionary:
+    """Open a dictionary in any supported format.
+
+    The site is the one that the user names, else the one in the manifest beside the file, else the
+    one in the file itself.
+
+    Args:
+        path: Folder or file.
+        site: Site that it reads, where it does not say so itself.
+
+    Raises:
+        RecipeError: The manifest says that it reads another site.
+        WeightsError: It cannot be read.
+    """
+    dictionary, manifest = load(path), manifest_of(path)
+    stated = manifest.get("site")
+    if site and stated and site != stated:
+        raise RecipeError(
+            f"{path} says that it reads {stated}, but {site} was asked for. Leave the site out."
+        )
+    name = path.name if path.is_dir() else path.stem
+    site = site or stated or getattr(dictionary, "site", None)
+    return OpenedDictionary(path, name, dictionary, site, manifest, checksum_of(path))
+
+
+def open_dictionaries(
+    paths: Sequence[Path], *, sites: Sequence[str] = ()
+) -> list[OpenedDictionary]:
+    """Open several dictionaries; where two have the same short name, paths are the names.
+
+    Args:
+        paths: Folders or files.
+        sites: Site of each, where they do not say so themselves; none or one for each.
+
+    Raises:
+        RecipeError: There are more or fewer sites than dictionaries, or a dictionary says another.
+        WeightsError: One cannot be read.
+    """
+    if sites and len(sites) != len(paths):
+        raise RecipeError(
+            f"--sites must name one site for each of the {len(paths)} dictionaries, got "
+            f"{len(sites)}: {', '.join(sites)}."
+        )
+    opened = [
+        open_dictionary(path, site=site)
+        for path, site in zip(paths, sites or (None,) * len(paths), strict=True)
+    ]
+    if len({each.name for each in opened}) == len(opened):
+        return opened
+    return [dataclasses.replace(each, name=str(each.path)) for each in opened]
+
+
+def manifest_of(path: Path) -> dict[str, Any]:
+    """Read the manifest in a folder, or beside a file; empty where there is none."""
+    file = (path if path.is_dir() else path.parent) / MANIFEST
+    return read_json(file) if file.is_file() else {}
+
+
+def checksum_of(path: Path) -> str:
+    """Checksum of a file, or of all data files of a folder."""
+    files = [path] if path.is_file() else sorted(f for f in path.rglob("*") if f.is_file())
+    data = [file for file in files if file.name not in NOT_DATA]
+    return checksum("".join(checksum(file.read_bytes()) for file in data).encode())
+
+
+def find_store(opened: OpenedDictionary) -> Store:
+    """Open the store that a dictionary was trained on: where it was, or beside the dictionary.
+
+    Raises:
+        StoreError: It is nowhere to be found.
+    """
+    written = Path(str(opened.manifest.get("store", "")))
+    beside = sorted(opened.path.resolve().parent.glob(f"*/{MANIFEST}"))
+    wanted = opened.manifest.get("parents", {}).get("store")
+    for file in (written / MANIFEST, *beside):
+        if wanted and file.is_file() and checksum(file.read_bytes()) == wanted:
+            return Store(file.parent)
+    raise StoreError(
+        f"The store of {opened.path} ({written}) is no longer there; name one of the same network "
+        "with --store STORE."
+    )
+
+
+class OpenedNetwork(NamedTuple):
+    """A network and its samples."""
+
+    network: nn.Module
+    samples: Samples
+
+
+def recorded_network(store: Store) -> OpenedNetwork:
+    """Open the network and the samples of a store, whatever weights the network has now.
+
+    Raises:
+        RecipeError: The store was not made by `mechatlas collect`.
+        UserError: The network or the samples are no longer there.
+    """
+    config = from_dict(store.manifest["recipe"], CollectConfig, f"The manifest of {store.root}")
+    network = load_network(config.network)
+    return OpenedNetwork(network, open_samples(config.samples, network))
+
+
+def open_network(store: Store) -> OpenedNetwork:
+    """Open the network and the samples that a store was collected from.
+
+    Raises:
+        RecipeError: The store was not made by `mechatlas collect`.
+        StoreError: The network has other weights now.
+        UserError: The network or the samples are no longer there.
+    """
+    opened = recorded_network(store)
+    if digest(opened.network) != store.manifest["network"]:
+        raise StoreError(
+            f"The network found now has other weights than when {store.root} was made."
+        )
+    return opened
+
+
+def poses_of(store: Store) -> PoseConfig:
+    """Read the group and the action that a store was collected with.
+
+    Raises:
+        StoreError: It was collected in one pose.
+    """
+    group = store.manifest["recipe"].get("group")
+    if group is None:
+        raise StoreError(f"The recipe of {store.root} poses nothing.")
+    return from_dict(group, PoseConfig, f"The manifest of {store.root}")
