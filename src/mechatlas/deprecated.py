@@ -147,7 +147,7 @@ def renamed_arguments(
     Raises:
         TypeError: The same argument is given under both spellings.
     """
-    name = function.__qualname__.removesuffix(".__init__")
+    name = function.__qualname__.removesuffix(".__init__").rpartition(".")[2]
     table = ARGUMENTS[name]
 
     @functools.wraps(function)

@@ -1,4 +1,4 @@
-"""What dictionaries, sparsity rules and training ask of the engine, and it of them.
+"""Interfaces between training, dictionaries, sparsity rules and the engine.
 
 Step         how one batch changes a dictionary; every kind gives its own
 CodeSearch   how a sparsity rule with a fast path finds the codes of a batch
