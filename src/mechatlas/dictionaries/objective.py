@@ -1,4 +1,4 @@
-"""What training minimizes, and how fast.
+"""Objective and schedule of training.
 
 Objective   loss of a step, and the limit of its gradient
 Schedule    learning rate and sparsity warm-up over a run

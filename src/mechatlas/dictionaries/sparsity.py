@@ -339,7 +339,7 @@ class JumpReLU(Rule):
     def training_code(
         self, pre: Float[Tensor, "batch latent"], state: State = NONE
     ) -> Float[Tensor, "batch latent"]:
-        """The same code, from which the threshold learns."""
+        """Code of each sample, from which the threshold learns."""
         return _Jump.apply(pre, state["log_threshold"].exp(), self.bandwidth)
 
     def penalty(

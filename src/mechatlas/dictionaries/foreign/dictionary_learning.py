@@ -109,7 +109,7 @@ def _weights(parts: dict[str, Tensor]) -> dict[str, Any]:
 def _rule(
     file: Path, kind: str, parts: dict[str, Tensor], k: int | None
 ) -> tuple[Rule, dict[str, Tensor]]:
-    """What makes the code sparse, and its own tensors."""
+    """Sparsity rule and its own tensors."""
     if kind in ("AutoEncoder", "AutoEncoderNew"):
         return ReLU(), {}
     if kind == "GatedAutoEncoder":

@@ -182,7 +182,7 @@ def _fit(file: Path, config: Config, architecture: str, sizes: dict[str, int]) -
 def _rule(
     config: Config, architecture: str, parts: dict[str, Tensor], n_latents: int
 ) -> tuple[Rule, dict[str, Tensor]]:
-    """What makes the code sparse, and its own tensors.
+    """Sparsity rule and its own tensors.
 
     Raises:
         WeightsError: `k` is missing, or not a number of latents.

@@ -54,7 +54,7 @@ def read(file: Path) -> Pretrained:
 
 
 def _rule(config: Config, n_latents: int) -> Rule:
-    """What makes the code sparse.
+    """Sparsity rule.
 
     Raises:
         WeightsError: `k` is not a number of latents, or does not divide them into groups.

@@ -43,9 +43,9 @@ class Config:
         return cls(file, values)
 
     def wrong(self, key: str, expected: str) -> WeightsError:
-        """What to raise when a value cannot be used."""
-        said = reprlib.repr(self.values[key]) if key in self.values else "missing"
-        return WeightsError(f"{self.file}: {self.within}{key} is {said}, expected {expected}.")
+        """Make the error for a value that cannot be used."""
+        value = reprlib.repr(self.values[key]) if key in self.values else "missing"
+        return WeightsError(f"{self.file}: {self.within}{key} is {value}, expected {expected}.")
 
     def has(self, key: str) -> bool:
         """Whether there is a value that is not null."""
