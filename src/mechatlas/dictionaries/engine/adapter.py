@@ -47,7 +47,7 @@ class Adapter:
             kind = type(self.module).__name__
             raise ValueError(f"Latents of a {kind} cannot be revived ({revival}).")
         own: Any = getattr(self.module, "step", None)
-        return own(objective) if callable(own) else ReconstructionStep(self.module, objective)
+        return ReconstructionStep(self.module, objective) if own is None else own(objective)
 
 
 def as_coder(dictionary: Any) -> SparseCoder | Adapter:
