@@ -27,17 +27,11 @@ VERBS = (
     "train",
 )
 WITHOUT_EXAMPLE = {
-    "assign",
-    "basis",
     "branches",
-    "collect",
     "evaluate",
-    "find_sites",
     "group",
-    "intervene",
     "load",
     "load_proof",
-    "read_activations",
     "save",
     "train",
 }
