@@ -24,7 +24,6 @@ UNCLEAR_MODULES: set[str] = {
     "src/mechatlas/analysis/branches/specialization.py",
     "src/mechatlas/analysis/branches/summary.py",
     "src/mechatlas/analysis/interaction/statistics.py",
-    "src/mechatlas/app/commands/basis.py",
     "src/mechatlas/app/commands/branches.py",
     "src/mechatlas/app/commands/collect.py",
     "src/mechatlas/app/commands/train.py",
