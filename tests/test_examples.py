@@ -31,8 +31,6 @@ VERBS = (
     "train",
 )
 WITHOUT_EXAMPLE = {
-    "assign",
-    "basis",
     "branches",
     "evaluate",
     "group",

@@ -94,6 +94,15 @@ ATTRIBUTES: dict[str, dict[str, str]] = {
 """Name of a class -> old attribute -> new attribute."""
 
 FLAGS: dict[str, dict[str, str]] = {
+    "basis": {
+        "how.allowed_fall": "settings.max_accuracy_drop",
+        "how.nulls": "settings.n_null_graphs",
+        "how.points": "settings.quadrature_points",
+        "how.relative": "settings.rank_threshold",
+        "how.sources": "settings.gradient_probes",
+        "how.synchrony": "settings.synchrony_tolerance",
+        "how": "settings",
+    },
     "match": {"rate": "fdr", "units": "scale"},
     "circuit": {
         "keep": "top_k_sources",

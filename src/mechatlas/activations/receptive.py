@@ -206,7 +206,7 @@ def _allows(
     lines: Int[np.ndarray, " line"],
     side: int,
 ) -> bool:
-    """Whether no position sees anything outside its field."""
+    """Check that no position sees anything outside its field."""
     begin, end = field.span(np.arange(len(sees)), side)
     outside = (lines < begin[:, None]) | (lines >= end[:, None])
     return not (sees & outside).any()

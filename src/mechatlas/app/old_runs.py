@@ -10,6 +10,18 @@ from collections.abc import Mapping
 from typing import Any
 
 KEYS: dict[str, dict[str, str]] = {
+    "basis": {
+        "account": "degeneracy",
+        "activations": "low_rank_activations",
+        "dead": "dead_units",
+        "gradients": "low_rank_gradients",
+        "joint": "low_rank_products",
+        "parameters": "n_parameters",
+        "scale": "relu_scaling",
+        "section": "layer_map",
+        "synchronised": "synchronized_nonlinearities",
+        "synchronised_blocks": "synchronized_blocks",
+    },
     "circuit": {
         "agreement_gates_open": "agreement_open_gates",
         "agreement_one_gate_for_all": "agreement_shared_gates",
@@ -46,6 +58,19 @@ KEYS: dict[str, dict[str, str]] = {
         "rest": "residual",
         "silent": "n_dead",
         "unplaced": "n_unplaced",
+    },
+    "spectra": {  # a file in a folder of kind basis
+        "activations": "activation_eigenvalues",
+        "all_edges": "n_edges",
+        "blocks": "synchronized_blocks",
+        "edges": "edge_curves",
+        "gradients": "gradient_eigenvalues",
+        "is": "description",
+        "needed": "n_needed",
+        "of": "n",
+        "score": "scores",
+        "stand": "significant",
+        "vectors": "vector_curves",
     },
     "symmetry": {
         "alike": "equality_threshold",
