@@ -60,7 +60,7 @@ def defined_names(tree: ast.Module) -> Iterator[str]:
 
 def is_refused(name: str) -> bool:
     vague = name in VAGUE_NAMES or name.startswith("its_")
-    return vague or bool(BRITISH.search(name.lower())) and name not in OLD_RESULT_KEYS
+    return vague or (bool(BRITISH.search(name.lower())) and name not in OLD_RESULT_KEYS)
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(ROOT / "src")))
