@@ -34,6 +34,12 @@ NAMES: dict[str, str] = {
 """Old name -> full path of the new one."""
 
 ARGUMENTS: dict[str, dict[str, str]] = {
+    "Autoencoder": {"prefixes": "matryoshka_widths"},
+    "AuxK": {"weight": "auxk_alpha"},
+    "Crosscoder": {"prefixes": "matryoshka_widths"},
+    "Objective": {"relative": "normalize_mse"},
+    "Schedule": {"pressure": "sparsity_warm_up"},
+    "Transcoder": {"prefixes": "matryoshka_widths"},
     "InteractionConfig": {
         "allowed_fall": "max_accuracy_drop",
         "nulls": "n_null_graphs",
@@ -110,9 +116,16 @@ FLAGS: dict[str, dict[str, str]] = {
         "rate": "fdr",
         "removed": "n_ablated",
     },
+    "collect": {"collecting": "storage"},
     "prove": {"effort": "compute_budget"},
     "report": {"pictures": "visualize"},
     "symmetry": {"alike": "equality_threshold", "rate": "fdr", "swaps": "interventions"},
+    "train": {
+        "objective.relative": "objective.normalize_mse",
+        "prefixes": "matryoshka_widths",
+        "revival.weight": "revival.auxk_alpha",
+        "schedule.pressure": "schedule.sparsity_warm_up",
+    },
 }
 """Name of a command -> old flag or recipe key -> new one; with dots inside tables."""
 
@@ -144,7 +157,7 @@ def renamed_arguments(
     Raises:
         TypeError: The same argument is given under both spellings.
     """
-    name = function.__name__
+    name = function.__qualname__.removesuffix(".__init__").rpartition(".")[2]
     table = ARGUMENTS[name]
 
     @functools.wraps(function)
@@ -161,10 +174,8 @@ def renamed_arguments(
 
 
 def renamed_fields(cls: Class) -> Class:
-    """Accept the old keyword arguments that the table lists for a dataclass."""
-    init: Any = cls.__init__
-    init.__name__ = cls.__name__
-    cls.__init__ = renamed_arguments(init)
+    """Accept the old keyword arguments that the table lists for the fields of a dataclass."""
+    cls.__init__ = renamed_arguments(cls.__init__)
     return cls
 
 
