@@ -17,7 +17,6 @@ UNCLEAR_STARTS = ("Of", "That", "Those", "What", "Which", "As", "It", "The same"
 PREPOSITIONS = {"about", "at", "beside", "between", "beyond", "by", "for", "from", "in", "of", "on",
     "over", "to", "under", "with"}  # fmt: skip
 UNCLEAR_MODULES: set[str] = {
-    "src/mechatlas/activations/networks.py",
     "src/mechatlas/analysis/branches/__init__.py",
     "src/mechatlas/analysis/branches/drive.py",
     "src/mechatlas/analysis/branches/null.py",
