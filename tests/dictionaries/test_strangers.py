@@ -111,7 +111,7 @@ def x() -> Tensor:
 @pytest.mark.parametrize("kind", [Winners, Shared, Stepping])
 def test_a_stranger_is_trained_saved_loaded_matched_and_evaluated(kind, x, tmp_path):
     stranger = kind(24, 96)
-    assert isinstance(stranger, Dictionary)
+    assert isinstance(kind(24, 96), Dictionary)
     before = evaluate(stranger, x[:1000]).fvu
     assert train(stranger, x, **STEPS) is stranger
     assert stranger.history.fvu[-1] < 0.7 * before
