@@ -47,9 +47,6 @@ from mechatlas.analysis.interaction.learning_coefficient import (
     learning_coefficient,
 )
 from mechatlas.analysis.interaction.modularity import (
-    InteractionGraph,
-    Modules,
-    ModuleStability,
     find_modules,
     interaction_graph,
     module_stability,
@@ -58,11 +55,7 @@ from mechatlas.analysis.interaction.module_degeneracy import (
     ModuleDegeneracy,
     count_module_degeneracy,
 )
-from mechatlas.analysis.interaction.results import (
-    InteractionBasis,
-    InteractionConfig,
-    LayerResult,
-)
+from mechatlas.analysis.interaction.results import InteractionBasis, InteractionConfig, LayerResult
 from mechatlas.analysis.interaction.statistics import (
     Inputs,
     LayerMapFiring,
@@ -164,7 +157,7 @@ def basis(
     try:
         first = inputs.first(16).tensor
         maps = layer_maps(model, sites, first)
-        n_steps = 3 + 2 * len(maps) * len(settings.kinds)
+        n_steps = 3 + 3 * len(maps) * len(settings.kinds)
         steps = itertools.count(1)
         subset = inputs.random_subset(
             max(settings.jacobian_samples, settings.ablation_samples), seed=settings.seed
@@ -266,7 +259,7 @@ class _Analysis:
         )
         behavior = ablations[0].behavior
         return InteractionBasis(
-            layers, degeneracy, behavior.measure, behavior.unchanged, *self.modules(layers)
+            layers, degeneracy, behavior.measure, behavior.unchanged, **self.modules(layers)
         )
 
     def once(self, name: str, compute: Callable[[], NamedArrays]) -> NamedArrays:
@@ -513,32 +506,32 @@ class _Analysis:
     def rank(self, matrix: Float[np.ndarray, "d d"]) -> int:
         return cut(spectral(matrix)[0], self.settings.rank_threshold).rank
 
-    def modules(
-        self, layers: tuple[LayerResult, ...]
-    ) -> tuple[InteractionGraph | None, Modules | None, ModuleStability | None, float | None]:
+    def modules(self, layers: tuple[LayerResult, ...]) -> dict[str, Any]:
         """Graph of the reported basis, its modules, their stability, and Q after a rotation."""
         kind, seed, n_nulls = self.settings.kind, self.settings.seed, self.settings.n_null_graphs
         curves = [layer.edge_curves.get(kind) for layer in layers[:-1]]
         n_needed = [curve.n_needed for curve in curves if curve is not None and curve.n_needed]
         if len(n_needed) < len(self.maps):
-            return None, None, None, None  # some map needs no edge, or its basis all of them
+            return {}  # some map needs no edge, or its basis all of them
         edges = [layer.edges_by_basis[kind] for layer in layers[:-1]]
-        strengths = [each.strength for each in edges]
-        thresholds = _weakest_needed(strengths, n_needed)
-        graph = interaction_graph(strengths, thresholds)
+        strengths, errors = [e.strength for e in edges], [e.standard_error for e in edges]
+        weakest = _weakest_needed(strengths, n_needed)
+        graph = interaction_graph(strengths, weakest)
         try:
             modules = find_modules(graph, seed=seed, n_null_graphs=n_nulls)
         except UserError:  # every edge is as weak as the weakest: no weight is left
-            return graph, None, None, None
-        errors = [each.standard_error for each in edges]
-        stability = module_stability(graph, modules, strengths, errors, thresholds, seed=seed)
+            return {"graph": graph}
         rotated = [bases.rotated_basis(x.basis, seed=seed + i) for i, x in enumerate(layers)]
-        rotated[-1] = layers[-1].basis
-        pairs: _Pairs = [*itertools.pairwise(rotated)]
+        pairs: _Pairs = [*itertools.pairwise([*rotated[:-1], layers[-1].basis])]
         turned = [each.strength for each in self.edges(pairs, "rotated") if each is not None]
         null = interaction_graph(turned, _weakest_needed(turned, n_needed))
-        q = find_modules(null, seed=seed, n_null_graphs=0).q if len(null.weight) else None
-        return graph, modules, stability, q
+        has_edges = len(null.weight) > 0
+        return {
+            "graph": graph,
+            "modules": modules,
+            "stability": module_stability(graph, modules, strengths, errors, weakest, seed=seed),
+            "rotated_q": find_modules(null, seed=seed, n_null_graphs=0).q if has_edges else None,
+        }
 
 
 def _at(by_kind: Mapping[str, Sequence[T | None]], number: int) -> dict[str, T]:
