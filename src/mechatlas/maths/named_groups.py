@@ -26,14 +26,22 @@ _FACTOR = re.compile(r"(?:([CDSAQ])(\d{1,9})|PSL\(2,(\d{1,9})\))(?:\^([1-9]\d?))
 
 
 def group(name: str) -> Group:
-    """The group of that name. Kept, so that asking again costs nothing.
+    """Build a finite group by its name, and keep it for the next call.
 
     Args:
-        name: As in "C12", "D8" (order 16), "S5", "A5", "Q8", "PSL(2,7)", "C2xC4", "C2^3".
+        name: Name such as "C12", "D8" (order 16), "S5", "A5", "Q8", "PSL(2,7)", "C2xC4", "C2^3".
 
     Raises:
         GroupError: The name is not understood, or the group has more than
             `groups.MAX_ORDER` elements.
+
+    Examples:
+        >>> import mechatlas as ma
+        >>> square = ma.group("D4")  # rotations and mirrors of a square
+        >>> square.order, square.is_abelian, len(square.classes)
+        (8, False, 5)
+        >>> [irrep.dimension for irrep in square.irreps()]
+        [1, 1, 1, 1, 2]
     """
     return _group("".join(name.split()))
 
