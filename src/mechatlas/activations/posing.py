@@ -39,7 +39,12 @@ from mechatlas.maths.actions import (
 from mechatlas.maths.groups import GroupError
 from mechatlas.maths.named_groups import group
 
-ACTIONS: dict[str, type[Action]] = {"rotate": Rotate, "hue": Hue, "shift": Shift, "scale": Scale}
+ACTIONS: dict[str, type[Rotate | Hue | Shift | Scale]] = {
+    "rotate": Rotate,
+    "hue": Hue,
+    "shift": Shift,
+    "scale": Scale,
+}
 LAW = 0.1
 """Tolerance for the group law of a user's action, as a fraction of the spread of the inputs."""
 

@@ -29,8 +29,8 @@ class EfficientNetLite(nn.Module):
 
     def __init__(self, name: str, package: nn.Module) -> None:
         super().__init__()
-        scale = {"mean": (127 / 255,) * 3, "std": (128 / 255,) * 3}
-        self.input: ImageInput = ImageInput(name, side=224, **scale)
+        mean, std = (127 / 255,) * 3, (128 / 255,) * 3
+        self.input: ImageInput = ImageInput(name, side=224, mean=mean, std=std)
         part = package.get_submodule
         self.stem: nn.Sequential = _layer(part("_conv_stem"), part("_bn0"))
         self.blocks: nn.ModuleList = nn.ModuleList(part("_blocks").children())

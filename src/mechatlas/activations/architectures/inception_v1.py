@@ -90,8 +90,8 @@ class InceptionV1(nn.Module):
     def __init__(self, variant: str = "lucent") -> None:
         super().__init__()
         self.variant = variant
-        scale = {"mean": (117 / 255,) * 3, "std": (1 / 255,) * 3}
-        self.input: ImageInput = ImageInput("inception_v1", side=224, **scale)
+        mean, std = (117 / 255,) * 3, (1 / 255,) * 3
+        self.input: ImageInput = ImageInput("inception_v1", side=224, mean=mean, std=std)
         self.conv2d0: FirstConv = FirstConv()
         self.maxpool0: HalvingPool = HalvingPool()
         self.localresponsenorm0: nn.LocalResponseNorm = nn.LocalResponseNorm(*NORMS[variant])
