@@ -27,9 +27,7 @@ VERBS = (
     "train",
 )
 WITHOUT_EXAMPLE = {
-    "assign",
     "basis",
-    "branches",
     "collect",
     "evaluate",
     "find_sites",

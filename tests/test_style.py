@@ -28,11 +28,6 @@ UNCLEAR_MODULES: set[str] = {
     "src/mechatlas/activations/store.py",
     "src/mechatlas/activations/text_input.py",
     "src/mechatlas/activations/tracing.py",
-    "src/mechatlas/analysis/branches/__init__.py",
-    "src/mechatlas/analysis/branches/drive.py",
-    "src/mechatlas/analysis/branches/null.py",
-    "src/mechatlas/analysis/branches/specialization.py",
-    "src/mechatlas/analysis/branches/summary.py",
     "src/mechatlas/analysis/circuits/__init__.py",
     "src/mechatlas/analysis/interaction/__init__.py",
     "src/mechatlas/analysis/interaction/ablation.py",
@@ -45,7 +40,6 @@ UNCLEAR_MODULES: set[str] = {
     "src/mechatlas/analysis/interaction/statistics.py",
     "src/mechatlas/analysis/matching/__init__.py",
     "src/mechatlas/app/commands/basis.py",
-    "src/mechatlas/app/commands/branches.py",
     "src/mechatlas/app/commands/circuit.py",
     "src/mechatlas/app/commands/collect.py",
     "src/mechatlas/app/commands/train.py",
@@ -67,11 +61,8 @@ UNCLEAR_MODULES: set[str] = {
     "src/mechatlas/dictionaries/sparsity.py",
     "src/mechatlas/dictionaries/training.py",
     "src/mechatlas/maths/actions.py",
-    "src/mechatlas/maths/assignment.py",
-    "src/mechatlas/maths/augmenting.py",
     "src/mechatlas/maths/groups.py",
     "src/mechatlas/maths/irreps.py",
-    "src/mechatlas/maths/pricing.py",
 }
 """Modules with docstrings that do not stand alone; this list may only shrink."""
 

@@ -1,56 +1,63 @@
-"""Chapter on branches: counts against the control, shares, strongest features of each."""
+"""Chapter on branches: counts against the control, shares, strongest features."""
 
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from mechatlas.app.old_runs import renamed_columns
 from mechatlas.app.report.chapter import Chapter, render
-from mechatlas.app.report.runs import Run, Runs
+from mechatlas.app.report.runs import Runs
+from mechatlas.app.run_folder import BRANCHES, DICTIONARY, read_result
 from mechatlas.base import Progress
 
 STRONGEST = 6
-"""Features shown of each branch."""
+"""Number of features shown of each branch."""
 DOTS = 1500
-"""Features drawn of each branch in the picture of shares."""
-COLOURS = ("#4c78a8", "#f2a541", "#54a24b", "#d1605e", "#8c6bb1", "#4fb0ae", "#b07b54", "#d78fb8")
+"""Number of features drawn of each branch in the picture of shares."""
+COLORS = ("#4c78a8", "#f2a541", "#54a24b", "#d1605e", "#8c6bb1", "#4fb0ae", "#b07b54", "#d78fb8")
+Table = dict[str, Any]
 
 
 def chapter(runs: Runs, on_progress: Progress) -> Chapter | None:
-    """One part for every run of `mechatlas branches`.
+    """Draw one section for every run of `mechatlas branches`.
 
     Raises:
         DiskError: A result is damaged.
     """
-    found = runs.of_kind("branches")
-    if not found:
+    finished = runs.of_kind(BRANCHES)
+    if not finished:
         return None
-    folders = {run.folder.resolve(): run.name for run in runs.of_kind("dictionary")}
+    folders = {run.folder.resolve(): run.name for run in runs.of_kind(DICTIONARY)}
     parts, figures, data = [], {}, []
-    for number, run in enumerate(found):
-        table = run.table("features.parquet")
-        names = [one["name"] for one in run.result["branches"]]
-        figures[f"shares{number}"] = _shares(run, table, names)
-        figures[f"agree{number}"] = _agreement(run, table, names)
+    for number, run in enumerate(finished):
+        result: Any = read_result(run.folder, BRANCHES, schema=run.manifest.get("schema", 1))
+        table = renamed_columns(run.table("features.parquet"), BRANCHES)
+        names = [branch.name for branch in result.branches]
+        of_branch = [
+            {name: values[k :: len(names)] for name, values in table.items()}
+            for k in range(len(names))
+        ]
+        figures[f"shares{number}"] = _shares(result, of_branch, names)
+        figures[f"agree{number}"] = _agreement(of_branch, names)
         picture = run.read("picture.json")
         if picture:
             figures[f"picture{number}"] = _picture(picture, names)
-        place = folders.get(Path(run.manifest["dictionary"]).resolve(), "")
-        strongest = [_strongest(run, table, k, len(names)) for k in range(len(names))]
-        data.append({"run": place, "branches": names, "strongest": strongest})
+        strongest = [_strongest(own, result.fdr) for own in of_branch]
+        dictionary = Path(run.manifest["dictionary"]).resolve()
+        data.append({"run": folders.get(dictionary, ""), "branches": names, "strongest": strongest})
+        labels = result.labels.surest if result.labels else []
         parts.append(
             {
                 "name": run.name,
                 "number": number,
-                "picture": bool(picture),
-                "explained": picture.get("explained") if picture else None,
+                "explained": picture["explained"] if picture else None,
                 "strongest": sum(map(len, strongest)),
-                **run.result,
-                "labels": _labels(run),
-                "consistency": run.result.get("consistency", []),
+                "result": result,
+                "labels": [label for label in labels if label.q_value <= result.fdr],
             }
         )
-        on_progress(number + 1, len(found))
+        on_progress(number + 1, len(finished))
     return Chapter(
         name="branches",
         title="Branches",
@@ -61,21 +68,16 @@ def chapter(runs: Runs, on_progress: Progress) -> Chapter | None:
     )
 
 
-def _of_branch(table: dict[str, np.ndarray], k: int, n: int) -> dict[str, np.ndarray]:
-    return {name: values[k::n] for name, values in table.items()}
-
-
-def _strongest(run: Run, table: dict[str, np.ndarray], k: int, n: int) -> list[dict[str, Any]]:
-    """The features that lie most in a branch; first those that stand against the null."""
-    own = _of_branch(table, k, n)
+def _strongest(own: Table, fdr: float) -> list[dict[str, Any]]:
+    """Features that lie most in a branch; first those that are significant."""
     q = np.nan_to_num(own["q_value"], nan=np.inf)
-    stands = q <= run.result["rate"]
-    order = np.lexsort((-np.nan_to_num(own["share"]), ~stands))
+    significant = q <= fdr
+    order = np.lexsort((-np.nan_to_num(own["share"]), ~significant))
     best = [i for i in order[:STRONGEST] if np.isfinite(q[i])]
     return [
         {
             "feature": int(own["feature"][i]),
-            "stands": bool(stands[i]),
+            "significant": bool(significant[i]),
             "share": float(own["share"][i]),
             "expected": float(own["expected_share"][i]),
             "q": float(q[i]),
@@ -90,17 +92,16 @@ def _finite(value: Any) -> float | None:
     return float(value) if np.isfinite(value) else None
 
 
-def _shares(run: Run, table: dict[str, np.ndarray], names: list[str]) -> dict[str, Any]:
-    """Share of every feature in every branch, against what is expected."""
+def _shares(result: Any, of_branch: list[Table], names: list[str]) -> dict[str, Any]:
+    """Share of every feature in every branch, against the expected share."""
     random = np.random.default_rng(0)
     traces: list[dict[str, Any]] = []
     shapes: list[dict[str, Any]] = []
-    for stands in (False, True):
+    for significant in (False, True):
         x, y, words = [], [], []
-        for k, name in enumerate(names):
-            own = _of_branch(table, k, len(names))
+        for k, (name, own) in enumerate(zip(names, of_branch, strict=True)):
             there = np.isfinite(own["q_value"])
-            chosen = np.flatnonzero(there & ((own["q_value"] <= run.result["rate"]) == stands))
+            chosen = np.flatnonzero(there & ((own["q_value"] <= result.fdr) == significant))
             if len(chosen) > DOTS:
                 chosen = np.sort(random.choice(chosen, DOTS, replace=False))
             x += (k + random.uniform(-0.32, 0.32, len(chosen))).round(3).tolist()
@@ -110,25 +111,25 @@ def _shares(run: Run, table: dict[str, np.ndarray], names: list[str]) -> dict[st
             {
                 "type": "scattergl",
                 "mode": "markers",
-                "name": "specialised" if stands else "not told from chance",
+                "name": "specialized" if significant else "not told from chance",
                 "x": x,
                 "y": y,
                 "text": words,
                 "hovertemplate": "%{text}<br>share %{y:.3f}<extra></extra>",
                 "marker": {
-                    "size": 4 if stands else 3,
-                    "color": "#d1605e" if stands else "rgba(128,128,128,0.45)",
+                    "size": 4 if significant else 3,
+                    "color": "#d1605e" if significant else "rgba(128,128,128,0.45)",
                 },
             }
         )
-    for k, one in enumerate(run.result["branches"]):
+    for k, branch in enumerate(result.branches):
         shapes.append(
             {
                 "type": "line",
                 "x0": k - 0.4,
                 "x1": k + 0.4,
-                "y0": one["expected_share"],
-                "y1": one["expected_share"],
+                "y0": branch.expected_share,
+                "y1": branch.expected_share,
                 "line": {"width": 2, "color": "#4c78a8"},
             }
         )
@@ -144,12 +145,11 @@ def _shares(run: Run, table: dict[str, np.ndarray], names: list[str]) -> dict[st
     }
 
 
-def _agreement(run: Run, table: dict[str, np.ndarray], names: list[str]) -> dict[str, Any]:
-    """Scatter plot: loss without a branch against the share of the decoder row."""
+def _agreement(of_branch: list[Table], names: list[str]) -> dict[str, Any]:
+    """Activity lost without a branch, against the share of the decoder row."""
     random = np.random.default_rng(0)
     traces = []
-    for k, name in enumerate(names):
-        own = _of_branch(table, k, len(names))
+    for k, (name, own) in enumerate(zip(names, of_branch, strict=True)):
         chosen = np.flatnonzero(
             np.isfinite(own["ablation_share"])
             & np.isfinite(own["share"])
@@ -167,7 +167,7 @@ def _agreement(run: Run, table: dict[str, np.ndarray], names: list[str]) -> dict
                 "text": [f"feature {i}" for i in own["feature"][chosen].tolist()],
                 "hovertemplate": "%{text} in " + "%{fullData.name}<br>share %{x:.3f}, lost %{y:.3f}"
                 "<extra></extra>",
-                "marker": {"size": 3, "color": COLOURS[k % len(COLOURS)], "opacity": 0.6},
+                "marker": {"size": 3, "color": COLORS[k % len(COLORS)], "opacity": 0.6},
             }
         )
     return {
@@ -181,11 +181,11 @@ def _agreement(run: Run, table: dict[str, np.ndarray], names: list[str]) -> dict
 
 
 def _picture(picture: dict[str, Any], names: list[str]) -> dict[str, Any]:
-    """The decoder, sorted; above it the branch of each channel."""
+    """Picture of the decoder, sorted; above it the branch of each channel."""
     branch = [b if b >= 0 else None for b in picture["branch"]]
     n = max(len(names), 2)
     scale = [
-        [edge, COLOURS[k % len(COLOURS)]] for k in range(n) for edge in (k / n, (k + 1) / n)
+        [edge, COLORS[k % len(COLORS)]] for k in range(n) for edge in (k / n, (k + 1) / n)
     ]  # fmt: skip
     words = [names[b] if b is not None else "no branch" for b in branch]
     whole = np.array(picture["rows"])
@@ -222,9 +222,3 @@ def _picture(picture: dict[str, Any], names: list[str]) -> dict[str, Any]:
             "yaxis2": {"domain": [0.92, 1], "showticklabels": False},
         },
     }
-
-
-def _labels(run: Run) -> list[dict[str, Any]]:
-    rate = run.result["rate"]
-    labels = run.result.get("labels", {}).get("surest", [])
-    return [one for one in labels if one["q_value"] <= rate]
