@@ -18,7 +18,7 @@ import mechatlas as ma
 from mechatlas.analysis.interaction import bases
 from mechatlas.analysis.interaction.edges import measure_edges
 from mechatlas.analysis.interaction.layer_maps import layer_maps
-from mechatlas.analysis.interaction.statistics import Inputs, observe
+from mechatlas.analysis.interaction.statistics import Inputs, collect_statistics
 from mechatlas.base import Site
 from mechatlas.maths.linalg import BLOCK, Firing, Moments, relu_pullback
 
@@ -71,19 +71,19 @@ def test_edges_of_an_inception_module(benchmark):
     samples = ma.open_samples(ma.Images(crops=16), network)
     images = samples.stack([samples.read(i) for i in range(64)])
     layers = [Site("mixed3b"), Site("mixed4a")]
-    sections = layer_maps(network, layers, images[:8])
-    moments, _ = observe(network, Inputs.of(images), layers, sections, batch_size=64)
-    inputs = Inputs.of(images).keeping(network, layers, size=64)
-    source, target = (bases.components(layer.moments) for layer in moments)
+    maps = layer_maps(network, layers, images[:8])
+    moments, _ = collect_statistics(network, Inputs.from_data(images), layers, maps, batch_size=64)
+    inputs = Inputs.from_data(images).with_activations(network, layers, batch_size=64)
+    source, target = (bases.pca_basis(layer.moments) for layer in moments)
     seconds = {}
 
     def both():
         start = time.process_time()
-        found = measure_edges(network, sections[0], source, target, inputs)
+        found = measure_edges(network, maps[0], source, target, inputs)
         middle = time.process_time()
         with torch.no_grad():
             for _ in range(len(source)):
-                sections[0].run(inputs.kept[layers[0]], images)
+                maps[0].run(inputs.activations[layers[0]], images)
         seconds.update(edges=middle - start, runs=time.process_time() - middle)
         return found
 

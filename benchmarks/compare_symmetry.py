@@ -105,8 +105,8 @@ def from_folder(problem: Problem, dictionary: SparseCoder, out: Path, seed: int)
     result = execute(config)
     table = pq.read_table(out / "symmetry" / TABLE)
     facts = {
-        "r2": result.r2_mean.dictionary,
-        "linear": result.r2_mean.linear,
+        "r2": result.r2_mean["dictionary"],
+        "linear": result.r2_mean["linear"],
         "n_features": result.n_features,
         "reliable": result.reliable,
         "discoveries": result.discoveries,

@@ -3,12 +3,16 @@
 import importlib
 import os
 import re
+import runpy
 import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+import mechatlas
+from mechatlas import deprecated
 
 ROOT = Path(__file__).parents[1]
 NAMES = (
@@ -80,6 +84,20 @@ def test_a_name_that_moved_does_not_resolve():
     assert not resolves("mechatlas.nowhere.Site")
 
 
+def test_the_glossary_lists_every_old_spelling():
+    section = runpy.run_path(str(ROOT / "tools" / "write_old_spellings.py"))["section"]()
+    text = (ROOT / "docs" / "glossary.md").read_text()
+    assert text.endswith(section), "run tools/write_old_spellings.py"
+    assert [path for path in deprecated.NAMES.values() if not resolves(path)] == []
+
+
+def test_every_verb_of_the_readme_is_on_the_front_door():
+    rows = re.findall(r"^\|.*\|.*\|(.*)\|$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    verbs = re.findall(r"`(\w+)\(", "".join(rows))
+    assert len(verbs) > 8
+    assert set(verbs) <= set(mechatlas.__all__)
+
+
 def test_the_readme_promises_within_its_first_screen():
     lines = (ROOT / "README.md").read_text().splitlines()
     assert any(line.startswith("```sh") for line in lines[:12])
@@ -94,3 +112,9 @@ def test_every_command_and_recipe_that_is_mentioned_exists():
         assert command in COMMANDS or command in ("is", "as", "to"), command
     for recipe in re.findall(r"recipes/[\w/]+\.toml", text):
         assert (ROOT / recipe).exists(), recipe
+
+
+def test_the_tables_of_results_are_those_of_the_commands():
+    check = [sys.executable, ROOT / "tools" / "write_result_tables.py", "--check"]
+    done = subprocess.run(check, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

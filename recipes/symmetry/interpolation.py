@@ -53,7 +53,7 @@ def measure(name: str, blurred: bool, options: argparse.Namespace) -> dict[str, 
     )
     result = execute(config)
     s = load_file(out / "symmetry" / symmetry.TENSORS)["stabilizer_function"].mean(axis=0)
-    linear = np.array(result.r2.linear)
+    linear = np.array(result.r2["linear"])
     turns = np.arange(1, N)
     quarter = turns[turns % (N // 4) == 0]
     between = turns[turns % (N // 4) != 0]

@@ -6,7 +6,8 @@ from .activations.sites import find_sites, intervene, list_sites, read_activatio
 from .activations.store import Store
 from .analysis.branches.specialization import Specialization, branches
 from .analysis.circuits.circuit import Circuit, circuit
-from .analysis.interaction.analysis import Interaction, InteractionConfig, basis
+from .analysis.interaction.interaction_basis import basis
+from .analysis.interaction.results import InteractionBasis, InteractionConfig
 from .analysis.matching.chains import Tracks, track
 from .analysis.matching.pairing import Match, feature_splitting, match
 from .analysis.proofs.prove import AccuracyBound, prove
@@ -52,7 +53,7 @@ __all__ = [
     "Gated",
     "Images",
     "InputError",
-    "Interaction",
+    "InteractionBasis",
     "InteractionConfig",
     "JumpReLU",
     "Match",

@@ -16,9 +16,10 @@ from typing import Any, ParamSpec, TypeVar
 
 NAMES: dict[str, str] = {
     "ArrayRows": "mechatlas.dictionaries.rows.ArrayRows",
-    "Analysing": "mechatlas.analysis.interaction.analysis.InteractionConfig",
+    "Analysing": "mechatlas.analysis.interaction.results.InteractionConfig",
     "Collecting": "mechatlas.activations.collect.StoreConfig",
     "Group": "mechatlas.maths.groups.Group",
+    "Interaction": "mechatlas.analysis.interaction.results.InteractionBasis",
     "Posing": "mechatlas.activations.posing.PoseConfig",
     "Positions": "mechatlas.activations.positions.Positions",
     "Pretrained": "mechatlas.dictionaries.pretrained.Pretrained",
@@ -33,6 +34,15 @@ NAMES: dict[str, str] = {
 """Old name -> full path of the new one."""
 
 ARGUMENTS: dict[str, dict[str, str]] = {
+    "InteractionConfig": {
+        "allowed_fall": "max_accuracy_drop",
+        "nulls": "n_null_graphs",
+        "points": "quadrature_points",
+        "relative": "rank_threshold",
+        "sources": "gradient_probes",
+        "synchrony": "synchrony_tolerance",
+    },
+    "basis": {"how": "settings", "kept": "checkpoints"},
     "between": {"rate": "fdr"},
     "branch_of": {"rate": "fdr"},
     "feature_splitting": {"found": "matching", "most": "max_partners"},
@@ -42,9 +52,26 @@ ARGUMENTS: dict[str, dict[str, str]] = {
     "symmetry": {"alike": "equality_threshold", "rate": "fdr", "turns": "acts_by_rotation"},
     "track": {"rate": "fdr"},
 }
-"""Name of a function -> old keyword -> new keyword."""
+"""Name of a function or dataclass -> old keyword -> new keyword."""
 
 ATTRIBUTES: dict[str, dict[str, str]] = {
+    "AblationCurve": {"number": "n_needed", "of": "n"},
+    "InteractionBasis": {
+        "ledger": "degeneracy",
+        "q_rotated": "rotated_q",
+        "stable": "stability",
+    },
+    "LayerResult": {
+        "account": "degeneracy",
+        "activations": "activation_eigenvalues",
+        "all_edges": "edges_by_basis",
+        "blocks": "synchronized_blocks",
+        "gradients": "gradient_eigenvalues",
+        "how": "map_description",
+        "needed": "edge_curves",
+        "rows": "n_rows",
+        "vectors": "vector_curves",
+    },
     "Match": {
         "of_a": "active_a",
         "of_b": "active_b",
@@ -130,6 +157,14 @@ def renamed_arguments(
         return function(*args, **kwargs)
 
     return call
+
+
+def renamed_fields(cls: Class) -> Class:
+    """Accept the old keyword arguments that the table lists for a dataclass."""
+    init: Any = cls.__init__
+    init.__name__ = cls.__name__
+    cls.__init__ = renamed_arguments(init)
+    return cls
 
 
 def renamed_attributes(cls: Class) -> Class:

@@ -11,7 +11,7 @@ import torch
 from safetensors.numpy import load_file
 from torch import nn
 
-from mechatlas.analysis.interaction import analysis
+from mechatlas.analysis.interaction import interaction_basis
 from mechatlas.app.cli import main
 from mechatlas.app.commands.basis import BasisConfig
 from mechatlas.app.recipes import read_recipe
@@ -34,7 +34,7 @@ type = "Arrays"
 source = "rows.npy"
 [how]
 kinds = ["lib", "pca"]
-nulls = 5
+n_null_graphs = 5
 [dictionaries]
 1 = "latents"
 """
@@ -103,7 +103,7 @@ def test_a_killed_run_goes_on_where_it_stopped(here, capsys, monkeypatch):
     capsys.readouterr()
     whole = (here / "basis" / "basis.safetensors").read_bytes()
     done: list[str] = []
-    search = analysis.needed_edges
+    search = interaction_basis.ablate_edges
 
     def killed(*arguments):
         done.append("search")
@@ -111,7 +111,7 @@ def test_a_killed_run_goes_on_where_it_stopped(here, capsys, monkeypatch):
             raise KeyboardInterrupt
         return search(*arguments)
 
-    monkeypatch.setattr(analysis, "needed_edges", killed)
+    monkeypatch.setattr(interaction_basis, "ablate_edges", killed)
     again = ["basis", "basis.toml", "--json", "--out", "again"]
     with pytest.raises(KeyboardInterrupt):
         execute(
@@ -119,8 +119,9 @@ def test_a_killed_run_goes_on_where_it_stopped(here, capsys, monkeypatch):
         )
     left = {path.name for path in (here / "again").iterdir()}
     assert left == {"unfinished"}
-    monkeypatch.setattr(analysis, "observe", None)  # statistics and edges are there
-    monkeypatch.setattr(analysis, "measure_edges", edges_of_rotated(analysis.measure_edges))
+    monkeypatch.setattr(interaction_basis, "collect_statistics", None)
+    only_rotated = edges_of_rotated(interaction_basis.measure_edges)
+    monkeypatch.setattr(interaction_basis, "measure_edges", only_rotated)
     main(again)
     capsys.readouterr()
     assert len(done) == 3 + 3  # of five searches two were done
@@ -147,9 +148,9 @@ def test_what_another_recipe_left_is_not_taken(here, capsys):
 def edges_of_rotated(measure):
     """Edges may only be measured for the control, which comes after the searches."""
 
-    def checked(model, section, source, *rest, **options):
+    def checked(model, layer_map, source, *rest, **options):
         assert "rotated" in source.kind
-        return measure(model, section, source, *rest, **options)
+        return measure(model, layer_map, source, *rest, **options)
 
     return checked
 
@@ -167,8 +168,8 @@ def test_mistakes_are_named(here, capsys):
     np.save("labels.npy", np.zeros(7, dtype=int))
     assert "expected 300 whole numbers" in refused(["basis", "basis.toml"], capsys)
     for old, new, sentence in (
-        ("nulls = 5", "nuls = 5", "did you mean nulls?"),
-        ("nulls = 5", "relative = 2.0", "relative must be in (0, 1)"),
+        ("n_null_graphs = 5", "n_nul_graphs = 5", "did you mean n_null_graphs?"),
+        ("n_null_graphs = 5", "rank_threshold = 2.0", "rank_threshold must be in (0, 1)"),
         ('"0", "1", "2"', '"1"', "layers must name at least two layers, got 1"),
     ):
         (here / "bad.toml").write_text(RECIPE.replace(old, new))

@@ -1,15 +1,19 @@
 """The command line: exit codes, one sentence for a mistake, and a whole small run."""
 
 import contextlib
+import importlib
 import json
 import os
 import signal
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
 
+from mechatlas import deprecated
+from mechatlas.app import cli
 from mechatlas.app.cli import COMMANDS, main
 from tests.app.worlds import photographs
 
@@ -181,12 +185,48 @@ def test_sites_lists_modules_and_branches(capsys):
 
 def test_a_failure_of_ours_is_not_called_the_users(tmp_path):
     code = (
-        "import mechatlas.app.cli as c\n"
-        "def broken(words): raise RuntimeError('ours')\n"
-        "c.COMMANDS['sites'] = broken\n"
+        "import mechatlas.app.cli as c, mechatlas.app.commands.sites as sites\n"
+        "def broken(config): raise RuntimeError('ours')\n"
+        "sites.run = broken\n"
         "c.main(['sites', 'x'])"
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, env=environment)
     assert done.returncode == 1
     assert b"RuntimeError: ours" in done.stderr
+
+
+def test_the_version_is_told_without_a_command(capsys):
+    main(["--version"])
+    assert capsys.readouterr().out == f"mechatlas {metadata.version('mechatlas')}\n"
+
+
+def test_the_overview_lists_every_command_with_its_first_line_and_imports_none():
+    code = (
+        "import sys, mechatlas.app.cli as c; print(c.overview());"
+        "print([m for m in ('torch', 'tyro') if m in sys.modules])"
+    )
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    for name in cli.COMMANDS:
+        command = importlib.import_module(f"mechatlas.app.commands.{name}")
+        first = str(command.__doc__).splitlines()[0].rstrip(".")
+        assert f"  {name:<9} {first}\n" in told.stdout
+    assert told.stdout.endswith("[]\n")
+
+
+def test_the_recipe_of_a_run_repeats_it(here, capsys):
+    main(["collect", "collect.toml"])
+    main(["train", "train.toml"])
+    main(["train", "dictionary/recipe.toml", "--out", "again"])
+    file = "dictionary.safetensors"
+    assert (here / "again" / file).read_bytes() == (here / "dictionary" / file).read_bytes()
+
+
+def test_an_old_key_of_a_recipe_is_renamed_with_a_warning(monkeypatch):
+    monkeypatch.setitem(deprecated.FLAGS, "train", {"sparsity.top": "sparsity.k"})
+    with pytest.warns(DeprecationWarning, match="sparsity.top of a recipe for train is now called"):
+        values = deprecated.renamed_keys("train", {"sparsity": {"type": "TopK", "top": 3}})
+    assert values == {"sparsity": {"type": "TopK", "k": 3}}
+    with pytest.warns(DeprecationWarning, match="train --sparsity.top is now called"):
+        words = deprecated.renamed_flags("train", ["--sparsity.top=3", "--seed", "1"])
+    assert words == ["--sparsity.k=3", "--seed", "1"]

@@ -92,6 +92,8 @@ def test_a_result_of_version_0_1_is_drawn_like_todays(folder, tmp_path):
         run = tmp_path / name / "match"
         shutil.copytree(folder / "match", run)
         (run / "result.json").write_text(json.dumps(values))
+        manifest = json.loads((run / "manifest.json").read_text())
+        (run / "manifest.json").write_text(json.dumps(manifest | {"schema": 1 + (name == "new")}))
         made = matching.chapter(find_runs(tmp_path / name), no_progress)
         assert made is not None
         pages.append((made.html, made.data))

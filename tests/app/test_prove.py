@@ -94,6 +94,8 @@ def test_an_interrupted_proof_is_continued_without_looking_for_it_again(net, tmp
     assert continued["seconds_prove"] > 0
     files = [tmp_path / name / "proof.safetensors" for name in ("whole", "proof")]
     assert files[0].read_bytes() == files[1].read_bytes()
+    report(tmp_path / "whole", tmp_path / "page.html")
+    assert "Exact accuracy" not in (tmp_path / "page.html").read_text()
 
 
 def _interrupt(*args, **kwargs):

@@ -19,7 +19,7 @@ from jaxtyping import Shaped
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mechatlas.activations.sites import intervene, select
+from mechatlas.activations.sites import intervene
 from mechatlas.base import Site, SiteError
 
 TOLERANCE = 256
@@ -140,15 +140,6 @@ def trace(
         recorder.operations,
         origin,
     )
-
-
-def cut_branch(
-    network: nn.Module, site: Site, activations: Shaped[Tensor, "..."]
-) -> Shaped[Tensor, "..."]:
-    """Channels of a site's branch, from activations of its whole module (a view)."""
-    axis = 1 if activations.ndim == 4 else activations.ndim - 1
-    start, stop, _ = select(network, site).indices(activations.shape[axis])
-    return activations.narrow(axis, start, stop - start)
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:

@@ -17,8 +17,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Never
 
-from mechatlas.base import RecipeError, UserError
-
 COMMANDS = (
     "demo",
     "sites",
@@ -74,6 +72,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     if words[0] not in COMMANDS:
         fail(f"There is no command {words[0]!r}. Commands: {', '.join(COMMANDS)}.")
+    from mechatlas.base import UserError  # with torch, which help does not need
+
     try:
         print(run(words[0], words[1:], as_json=as_json))
     except UserError as error:
@@ -122,6 +122,7 @@ def configure(command: Any, name: str, words: list[str]) -> Any:
 
     from mechatlas import deprecated
     from mechatlas.app.recipes import read_recipe
+    from mechatlas.base import RecipeError
 
     kind = config_type(command)
     from_recipe = name in FROM_RECIPES

@@ -156,12 +156,21 @@ class ExplainedVariance:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class HeldOutQuality:
-    """Quality of a match on held-out rows, by way of pairing."""
+class PairQuality:
+    """Quality of a match on a store, by way of pairing; all of it None without a store."""
 
-    n_rows: int
-    co_firing: dict[str, CoFiring]
-    explained_variance: dict[str, ExplainedVariance]
+    held_out_rows: int | None = None
+    """Rows under `co_firing` and `explained_variance`; with a store."""
+    co_firing: dict[str, CoFiring] | None = None
+    """Co-firing, by way of pairing; with a store."""
+    explained_variance: dict[str, ExplainedVariance] | None = None
+    """Explained variance of B's rows, by way of pairing; with a store."""
+    samples: int | None = None
+    """Samples under `spliced`."""
+    spliced: dict[str, SpliceEffect] | None = None
+    """Effect on the network's output when B's site is written from A's, by way of pairing."""
+    not_run: str | None = None
+    """Reason why the network was not run."""
 
 
 def held_out_quality(
@@ -172,7 +181,7 @@ def held_out_quality(
     y: Float[Tensor, "row d_b"],
     *,
     seed: int,
-) -> HeldOutQuality:
+) -> PairQuality:
     """Measure co-firing and explained variance of every pairing.
 
     Args:
@@ -196,8 +205,8 @@ def held_out_quality(
     with torch.no_grad():
         reconstruction = b.decode(b.encode(y))
     own = explained(y, reconstruction, seed=seed)
-    return HeldOutQuality(
-        n_rows=len(x),
+    return PairQuality(
+        held_out_rows=len(x),
         co_firing={way: co_firing(codes, p.columns, seed=seed) for way, p in ways.items()},
         explained_variance={**variance, "b_reconstruction": ExplainedVariance(permuted=own)},
     )
@@ -210,39 +219,38 @@ class HeldSamples(NamedTuple):
     batches: list[Tensor]
 
 
-def open_held_samples(store: Store, n: int) -> HeldSamples:
-    """Open the network of a store and its first held-out samples.
+def open_held_samples(store: Store, n: int) -> HeldSamples | str:
+    """Open the network of a store and its first held-out samples, or say why it cannot be opened.
 
     Args:
         store: The store.
-        n: How many samples.
-
-    Raises:
-        StoreError: The network has other weights than when the store was made.
-        UserError: The network or the samples are no longer there.
+        n: Number of samples; 0 for no network, for no reason.
     """
-    numbers = store.samples("held", n)
-    network, samples = open_network(store)
-    starts = range(0, len(numbers), SAMPLES_AT_ONCE)
-    chunks = [numbers[start : start + SAMPLES_AT_ONCE] for start in starts]
-    return HeldSamples(
-        network, [samples.stack([samples.read(i) for i in chunk]) for chunk in chunks]
-    )
+    if not n:
+        return ""
+    try:
+        network, samples = open_network(store)
+        numbers = store.samples("held", n)
+        chunks = [numbers[i : i + SAMPLES_AT_ONCE] for i in range(0, len(numbers), SAMPLES_AT_ONCE)]
+        batches = [samples.stack([samples.read(i) for i in chunk]) for chunk in chunks]
+    except UserError as error:
+        return str(error)
+    return HeldSamples(network, batches)
 
 
 def effects_on_output(
-    held: HeldSamples,
+    held: HeldSamples | str,
     sites: tuple[str, str],
     a: Dictionary,
     b: Dictionary,
     ways: Mapping[str, Pairing],
     *,
     seed: int,
-) -> dict[str, SpliceEffect] | str:
+) -> PairQuality:
     """Run the network with B's site written from A's, once for every pairing.
 
     Args:
-        held: Network and samples.
+        held: Network and samples, or the reason why there are none.
         sites: Sites of A and B.
         a: Dictionary A.
         b: Dictionary B.
@@ -250,11 +258,14 @@ def effects_on_output(
         seed: Seed of the intervals.
 
     Returns:
-        The effects by way, or why the network could not be run, such as sites in the wrong order.
+        The effects by way, or why the network was not run, such as sites in the wrong order.
     """
+    if isinstance(held, str):
+        return PairQuality(not_run=held or None)
     writers = {way: permuted(a, b, p.columns, p.gain) for way, p in ways.items()}
     parsed = Site.parse(sites[0]), Site.parse(sites[1])
     try:
-        return splice(held.network, held.batches, parsed, writers | references(a, b), seed=seed)
+        effects = splice(held.network, held.batches, parsed, writers | references(a, b), seed=seed)
     except UserError as error:
-        return str(error)
+        return PairQuality(not_run=str(error))
+    return PairQuality(samples=sum(map(len, held.batches)), spliced=effects)

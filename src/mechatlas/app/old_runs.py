@@ -109,6 +109,8 @@ def renamed(value: Any, kind: str) -> Any:
     """
     table = KEYS.get(kind, {})
     if isinstance(value, Mapping):
+        if kind == "matching" and {"pairs", "given_a", "either"} <= set(value):
+            value = {"pairs": value["pairs"], "co_firing": value}  # now in a table of its own
         return {table.get(key, key): renamed(item, kind) for key, item in value.items()}
     return [renamed(item, kind) for item in value] if isinstance(value, list) else value
 

@@ -60,6 +60,11 @@ COLUMNS = {
     "intervention_symmetric_change": "symmetric_change",
 }
 """Column of the table -> field of `InterchangeEffects`."""
+MEDIANS = (
+    "alignment", "null_alignment", "wrong_pose_alignment", "recovered", "null_recovered",
+    "symmetric_change", "change",
+)  # fmt: skip
+"""Fields of `InterchangeEffects` whose medians are in the result."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -67,18 +72,15 @@ class PassedShare:
     """Number of features that pass a test, and their share with its 95 % interval (Wilson)."""
 
     tested: int = 0
+    """Features tested."""
     passed: int = 0
+    """Features that pass."""
     share: float | None = None
+    """Share of the tested features that pass."""
     low: float = 0.0
+    """Lower end of the 95 % interval of the share."""
     high: float = 1.0
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ClassPassed:
-    """Number of features of one class that pass the test against other features."""
-
-    tested: int
-    passed: int
+    """Upper end of the 95 % interval of the share."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -116,8 +118,8 @@ class InterventionsResult(PassedShare):
     """Median change by elements of the stabilizer, relative to removing the feature."""
     change: float | None = None
     """Median change by the other elements, relative to removing the feature."""
-    classes: dict[str, ClassPassed] = dataclasses.field(default_factory=dict)
-    """Features tested and passed, by class."""
+    classes: dict[str, dict[str, int]] = dataclasses.field(default_factory=dict)
+    """Number of features `tested` and `passed`, by class."""
 
 
 class MeasuredInterventions(NamedTuple):
@@ -277,21 +279,18 @@ def _summarize(effects: InterchangeEffects, symmetries: Symmetry) -> Interventio
     null = effects.null_alignment[np.isfinite(effects.null_alignment)]
     names = [symmetries.names[i] for i in effects.features]
     n_passed = Counter(name for name, ok in zip(names, passed, strict=True) if ok)
+    medians: dict[str, Any] = {
+        name: rounded(finite_median(getattr(effects, name))) for name in MEDIANS
+    }
     return InterventionsResult(
         **vars(_passed_share(effects.q_values, symmetries.fdr)),
         null_share=rounded(np.mean(null >= smallest) if len(null) else np.nan),
         pose=_passed_share(effects.pose_q_values, symmetries.fdr),
-        alignment=rounded(finite_median(effects.alignment)),
-        null_alignment=rounded(finite_median(null)),
-        wrong_pose_alignment=rounded(finite_median(effects.wrong_pose_alignment)),
-        recovered=rounded(finite_median(effects.recovered)),
-        null_recovered=rounded(finite_median(effects.null_recovered)),
+        **medians,
         recovered_by_all=rounded(effects.recovered_by_all),
         symmetric=len(effects.symmetric),
-        symmetric_change=rounded(finite_median(effects.symmetric_change)),
-        change=rounded(finite_median(effects.change)),
         classes={
-            name: ClassPassed(tested=n, passed=n_passed[name])
+            name: {"tested": n, "passed": n_passed[name]}
             for name, n in Counter(names).most_common()
         },
     )

@@ -7,7 +7,6 @@ No bound uses any of this.
 """
 
 import dataclasses
-from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Int
@@ -34,28 +33,6 @@ class CosetSummary:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class CosetSummaries:
-    """Neurons that are about constant on the cosets of a subgroup."""
-
-    left: CosetSummary
-    """Left weights, on right cosets."""
-    right: CosetSummary
-    """Right weights, on left cosets."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class NeuronShares:
-    """Share of the variance of each neuron's weights that lies in its irrep."""
-
-    left: list[float]
-    """Share of l_i."""
-    right: list[float]
-    """Share of r_i."""
-    unembed: list[float]
-    """Share of u_i."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class NeuronCosets:
     """Subgroup of each neuron, and how concentrated the neuron is on its cosets."""
 
@@ -63,16 +40,6 @@ class NeuronCosets:
     """Order of the subgroup; 1 where there is none."""
     concentration: list[float]
     """Share of the variance that is between cosets."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class CosetsBySide:
-    """Subgroups of the left and of the right weights of each neuron."""
-
-    left: NeuronCosets
-    """Subgroups of the left weights."""
-    right: NeuronCosets
-    """Subgroups of the right weights."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -119,8 +86,8 @@ class NetworkDetails:
     """Irreps that some neuron uses."""
     irrep: list[str]
     """Irrep of each neuron; empty for neurons that do nothing."""
-    shares: NeuronShares
-    """Share of each neuron in its irrep."""
+    shares: dict[str, list[float]]
+    """Share of the variance of each neuron's weights that lies in its irrep, by side."""
     grids: list[GridDetails]
     """Circuits."""
     n_unplaced: int
@@ -131,31 +98,24 @@ class NetworkDetails:
     """Neurons merged into a cluster with a stronger one."""
     histogram: MarginHistogram | None = None
     """Margins."""
-    cosets: CosetsBySide | None = None
-    """Subgroups on whose cosets the neurons are about constant."""
+    cosets: dict[str, NeuronCosets] | None = None
+    """Subgroups on whose cosets the neurons are about constant, by side."""
 
 
-class SideCosets(NamedTuple):
-    """Coset concentration of the left and of the right weights."""
+def measure_cosets(weights: Weights, group: Group) -> dict[str, CosetConcentration]:
+    """Find the subgroups on whose cosets the neurons are about constant.
 
-    left: CosetConcentration
-    """Left weights, on right cosets."""
-    right: CosetConcentration
-    """Right weights, on left cosets."""
-
-    def summary(self) -> CosetSummaries:
-        """Number of neurons that are about constant on cosets, and their concentration."""
-        return CosetSummaries(left=_summarize(self.left), right=_summarize(self.right))
-
-
-def measure_cosets(weights: Weights, group: Group) -> SideCosets:
-    """Find the subgroups on whose cosets the neurons are about constant."""
-    left = coset_concentration(weights.left, group, "left")
-    return SideCosets(left, coset_concentration(weights.right, group, "right"))
+    Returns:
+        `left`, of the left weights on right cosets, and `right`, of the right ones on left cosets.
+    """
+    return {
+        "left": coset_concentration(weights.left, group, "left"),
+        "right": coset_concentration(weights.right, group, "right"),
+    }
 
 
 def describe(
-    weights: Weights, group: Group, bound: AccuracyBound, cosets: SideCosets
+    weights: Weights, group: Group, bound: AccuracyBound, cosets: dict[str, CosetConcentration]
 ) -> NetworkDetails:
     """Collect everything that the page draws.
 
@@ -173,32 +133,29 @@ def describe(
         group=group.name,
         irreps=sorted({name for name in names if name}),
         irrep=names,
-        shares=NeuronShares(
-            **{
-                side: np.round(values, 4).tolist()
-                for side, values in zip(Weights._fields, directions.shares, strict=True)
-            }
-        ),
+        shares={
+            side: np.round(values, 4).tolist()
+            for side, values in zip(Weights._fields, directions.shares, strict=True)
+        },
         grids=[_grid(e, grid, directions) for grid in e.grids],
         n_unplaced=len(e.representatives) - sum(len(g.scale) for g in e.grids),
         n_dead=n_dead,
         n_merged=len(e.dead) - n_dead - len(e.representatives),
         histogram=_histogram(weights, group, bound),
-        cosets=CosetsBySide(left=_by_neuron(cosets.left), right=_by_neuron(cosets.right)),
+        cosets={
+            side: NeuronCosets(
+                order=each.order.tolist(), concentration=np.round(each.concentration, 4).tolist()
+            )
+            for side, each in cosets.items()
+        },
     )
 
 
-def _summarize(cosets: CosetConcentration) -> CosetSummary:
-    """Number of neurons with a subgroup, and the median of their concentration."""
+def summarize_cosets(cosets: CosetConcentration) -> CosetSummary:
+    """Count the neurons with a subgroup, and take the median of their concentration."""
     some = cosets.order > 1
     median = float(np.median(cosets.concentration[some])) if some.any() else 0.0
     return CosetSummary(neurons=int(some.sum()), concentration=median)
-
-
-def _by_neuron(cosets: CosetConcentration) -> NeuronCosets:
-    """Subgroup and concentration of each neuron, as plain lists."""
-    concentration = np.round(cosets.concentration, 4).tolist()
-    return NeuronCosets(order=cosets.order.tolist(), concentration=concentration)
 
 
 def _grid(explanation: Explanation, grid: Grid, directions: NeuronDirections) -> GridDetails:

@@ -4,13 +4,20 @@ as_array    numpy, torch, lists, memory maps -> one contiguous array of a known 
 unit_rows   rows brought to length 1
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from jaxtyping import Float
+from scipy import sparse
 
 from mechatlas.base import InputError
+
+if TYPE_CHECKING:
+    SparseMatrix = Any
+else:
+    SparseMatrix = sparse.spmatrix | sparse.sparray
+"""Sparse matrix of scipy, which ships no types."""
 
 
 def as_array(

@@ -10,16 +10,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mechatlas.analysis.interaction.ablation import (
-    Behaviour,
+    Behavior,
     EdgeAblation,
-    needed_vectors,
-    search,
-    stages_of,
+    ablate_vectors,
+    ablation_sites,
+    find_needed,
 )
-from mechatlas.analysis.interaction.analysis import InteractionConfig, basis
-from mechatlas.analysis.interaction.bases import components, interaction, neurons
+from mechatlas.analysis.interaction.bases import interaction_basis, neuron_basis, pca_basis
+from mechatlas.analysis.interaction.interaction_basis import basis
 from mechatlas.analysis.interaction.layer_maps import rows_of
-from mechatlas.analysis.interaction.statistics import Inputs, observe
+from mechatlas.analysis.interaction.results import InteractionConfig
+from mechatlas.analysis.interaction.statistics import Inputs, collect_statistics
 from mechatlas.base import InputError, SiteError
 
 from .test_layer_maps import LAYERS, NETWORKS, setting
@@ -27,31 +28,31 @@ from .test_layer_maps import LAYERS, NETWORKS, setting
 
 @given(st.integers(0, 200), st.integers(0, 200))
 def test_the_search_ends_at_a_number_that_suffices(enough, of):
-    found = search(of, lambda n: 1.0 if n >= enough else 0.5, 1.0)
-    assert found.number == (enough if enough <= of else None)
-    assert all(score in (0.5, 1.0) for _, score in found.curve)
-    assert len(found.curve) <= 20
+    found = find_needed(of, lambda n: 1.0 if n >= enough else 0.5, 1.0)
+    assert found.n_needed == (enough if enough <= of else None)
+    assert all(score in (0.5, 1.0) for score in found.scores)
+    assert len(found.kept) <= 20
 
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_all_edges_change_nothing_and_the_short_way_is_the_long_way(name):
-    network, x, sections, _ = setting(name)
-    inputs = Inputs.of(x)
-    layers, _ = observe(network, inputs, LAYERS, sections, batch_size=9)
-    (stage,) = stages_of(network, sections, sections, inputs, as_numbers=True)
-    source, target = components(layers[0].moments), neurons(layers[1].moments)
-    ablation = EdgeAblation(stage, source, target)
+    network, x, maps, _ = setting(name)
+    inputs = Inputs.from_data(x)
+    layers, _ = collect_statistics(network, inputs, LAYERS, maps, batch_size=9)
+    (site,) = ablation_sites(network, maps, maps, inputs, fvu=True)
+    source, target = pca_basis(layers[0].moments), neuron_basis(layers[1].moments)
+    ablation = EdgeAblation(site, source, target)
     everything = np.ones((len(target), len(source)), dtype=bool)
-    torch.testing.assert_close(ablation.outputs(everything), stage.behaviour.outputs)
-    assert ablation.score(everything) == pytest.approx(1)
-    slow = EdgeAblation(stage, source, target)
-    slow._fast = False
+    torch.testing.assert_close(ablation.outputs(everything), site.behavior.outputs)
+    assert site.behavior.score(ablation.outputs(everything)) == pytest.approx(1)
+    slow = EdgeAblation(site, source, target)
+    slow._form = None
     mask = np.random.default_rng(0).random(everything.shape) < 0.5
     torch.testing.assert_close(ablation.outputs(mask), slow.outputs(mask))
     # By hand, for one target coordinate: leave out what it must not see, run, read it.
-    rows = rows_of(stage.x)
+    rows = rows_of(site.x)
     kept = source.transform(rows) * torch.from_numpy(mask[1])
-    after = sections[0].run(source.inverse(kept).reshape(rows.shape) if x.ndim < 4 else
+    after = maps[0].run(source.inverse(kept).reshape(rows.shape) if x.ndim < 4 else
                             source.inverse(kept).reshape(len(x), *x.shape[2:], -1).movedim(-1, 1),
                             x)  # fmt: skip
     torch.testing.assert_close(ablation.outputs(mask)[..., 1], rows_of(after)[..., 1])
@@ -64,29 +65,29 @@ def test_vectors_that_nothing_reads_are_not_needed():
     with torch.no_grad():
         network[1].weight[:, :3] = 0  # it reads only what varies least
     found = basis(network, x, ["0", "1"], InteractionConfig(kinds=("pca", "lib")))
-    assert found[0].vectors["lib"].number == 3 or found[0].vectors["lib"].number == 2
-    assert (found[0].vectors["pca"].number or 99) > 3
-    assert found[0].vectors["lib"].of == 3
+    assert found[0].vector_curves["lib"].n_needed in (2, 3)
+    assert (found[0].vector_curves["pca"].n_needed or 99) > 3
+    assert found[0].vector_curves["lib"].n == 3
 
 
 def test_without_labels_the_network_is_its_own_judge():
     outputs = torch.randn(50, 1, 4)
-    own = Behaviour.of(outputs, None)
+    own = Behavior.from_outputs(outputs, None)
     assert own.agreement
     assert own.measure == "agreement"
     assert own.score(outputs) == 1
-    numbers = Behaviour.of(outputs, None, as_numbers=True)
+    numbers = Behavior.from_outputs(outputs, None, fvu=True)
     assert numbers.score(outputs) == 1
     mean = outputs.mean(dim=(0, 1), keepdim=True).expand_as(outputs)
     assert numbers.score(mean) == pytest.approx(0, abs=1e-6)
 
 
 def test_bases_turn_there_and_back():
-    network, x, sections, _ = setting("relu")
-    layers, firing = observe(network, Inputs.of(x), LAYERS, sections, batch_size=9)
+    network, x, maps, _ = setting("relu")
+    layers, firing = collect_statistics(network, Inputs.from_data(x), LAYERS, maps, batch_size=9)
     assert firing[0] is not None
     gram = layers[0].moments.covariance
-    made = interaction(layers[0].moments, firing[0].pullback(np.eye(6)))
+    made = interaction_basis(layers[0].moments, firing[0].pullback(np.eye(6)))
     turned = made.to_basis.T @ gram @ made.to_basis
     np.testing.assert_allclose(turned, np.diag(made.importance), atol=1e-10)
     pulled = made.from_basis @ firing[0].pullback(np.eye(6)) @ made.from_basis.T
@@ -95,18 +96,18 @@ def test_bases_turn_there_and_back():
 
 
 def test_settings_that_mean_nothing_are_refused():
-    with pytest.raises(ValueError, match="points must be at least 1"):
-        dataclasses.replace(InteractionConfig(), points=0)
+    with pytest.raises(ValueError, match="quadrature_points must be at least 1"):
+        dataclasses.replace(InteractionConfig(), quadrature_points=0)
     with pytest.raises(ValueError, match="kinds must name"):
         InteractionConfig(kinds=())
 
 
 def test_a_stage_keeps_activations_for_vectors():
-    network, x, sections, _ = setting("relu")
-    layers, _ = observe(network, Inputs.of(x), LAYERS, sections, batch_size=9)
-    (stage,) = stages_of(network, sections, sections, Inputs.of(x), as_numbers=True)
-    found = needed_vectors(stage, neurons(layers[0].moments))
-    assert found.number == 5
+    network, x, maps, _ = setting("relu")
+    layers, _ = collect_statistics(network, Inputs.from_data(x), LAYERS, maps, batch_size=9)
+    (site,) = ablation_sites(network, maps, maps, Inputs.from_data(x), fvu=True)
+    found = ablate_vectors(site, neuron_basis(layers[0].moments))
+    assert found.n_needed == 5
     assert found.score == pytest.approx(1)
 
 
@@ -139,25 +140,25 @@ def test_dictionaries_are_compared_in_the_same_harness():
     )  # fmt: skip
     with torch.no_grad():
         network[1][0].weight[:, 0] = 0  # nothing reads the first channel
-    how = InteractionConfig(kinds=("neurons",), score="numbers")
+    how = InteractionConfig(kinds=("neurons",), score="fvu")
     found = basis(network, x, ["0", "1", "2"], how, dictionaries={"0": Signs(4)})
     first, second, _ = found.layers
     made = first.bases["dictionary"]
     assert len(made) == 8
     torch.testing.assert_close(made.inverse(made.transform(x)), x, atol=1e-5, rtol=1e-5)
     assert "dictionary" not in second.bases
-    strength = first.all_edges["dictionary"].strength
+    strength = first.edges_by_basis["dictionary"].strength
     assert strength.shape == (5, 8)
     np.testing.assert_allclose(strength[:, [0, 4]], 0, atol=1e-9)
-    needed = first.needed["dictionary"]
-    assert needed.of == 40
-    assert needed.number is not None
-    assert needed.number <= 30
+    needed = first.edge_curves["dictionary"]
+    assert needed.n == 40
+    assert needed.n_needed is not None
+    assert needed.n_needed <= 30
     assert needed.score >= 0.999
-    assert first.vectors["dictionary"].of == 8
+    assert first.vector_curves["dictionary"].n == 8
     lossy = basis(network, x, ["0", "1", "2"], how, dictionaries={"0": Lossy(4)})
-    assert lossy[0].needed["dictionary"].number is None
-    assert lossy[0].needed["dictionary"].score < 0.99
+    assert lossy[0].edge_curves["dictionary"].n_needed is None
+    assert lossy[0].edge_curves["dictionary"].score < 0.99
 
 
 def test_a_dictionary_that_does_not_fit_is_refused():

@@ -6,7 +6,8 @@ import sys
 import numpy as np
 import pytest
 
-from mechatlas.analysis.interaction.analysis import InteractionConfig, basis
+from mechatlas.analysis.interaction.interaction_basis import basis
+from mechatlas.analysis.interaction.results import InteractionConfig
 
 from ..addition import addition, training_pairs
 
@@ -14,7 +15,7 @@ LAYERS = ["embed", "attend", "feed", "unembed"]
 REFERENCE = {"embed": 86.6, "attend": 74.0, "feed": 634.2}
 """Edges needed for -0.1 % accuracy, means of five networks, local interaction basis."""
 REFERENCE_SECONDS = 90
-HOW = {"kinds": ("lib",), "points": 1, "batch_size": 1024, "jacobian_samples": 2048}
+HOW = {"kinds": ("lib",), "quadrature_points": 1, "batch_size": 1024, "jacobian_samples": 2048}
 """Both figures are of these settings."""
 
 
@@ -26,9 +27,9 @@ def test_fewer_edges_than_the_reference(data):
         found = basis(network, training_pairs(), LAYERS, InteractionConfig(**HOW))
         assert found.measure == "accuracy"
         assert found.score == 1.0
-        needed.append([layer.needed["lib"].number for layer in found.layers[:-1]])
+        needed.append([layer.edge_curves["lib"].n_needed for layer in found.layers[:-1]])
         assert found.modules is not None
-        assert not found.modules.stand
+        assert not found.modules.significant
     means = np.mean(needed, axis=0)
     assert (means < list(REFERENCE.values())).all(), needed
 

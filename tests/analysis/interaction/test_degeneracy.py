@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 from mechatlas.analysis.interaction import degeneracy
-from mechatlas.analysis.interaction.analysis import InteractionConfig, basis
-from mechatlas.analysis.interaction.degeneracy import account, hessian_rank
+from mechatlas.analysis.interaction.degeneracy import count_degeneracy, hessian_rank
+from mechatlas.analysis.interaction.interaction_basis import basis
 from mechatlas.analysis.interaction.layer_maps import layer_maps
+from mechatlas.analysis.interaction.results import InteractionConfig
 from mechatlas.analysis.interaction.statistics import Inputs
 from mechatlas.base import Site
 
@@ -49,14 +50,14 @@ def samples(width, seed, n=400, null=0):
 
 def ledger(network, x):
     layers = [Site(str(i)) for i in range(len(network))]
-    found = account(network, layer_maps(network, layers, x[:8]), Inputs.of(x))
+    found = count_degeneracy(network, layer_maps(network, layers, x[:8]), Inputs.from_data(x))
     assert found is not None
     return found
 
 
 def free(network, x):
     rank, parameters = hessian_rank(network, x)
-    assert parameters == ledger(network, x).parameters
+    assert parameters == ledger(network, x).n_parameters
     return parameters - rank
 
 
@@ -104,21 +105,21 @@ def test_free_directions_are_the_rank_deficiency_of_the_hessian(
     x = samples(n_in, seed, null=1 if what in ("null inputs", "everything") else 0)
     network = plant(stack([n_in, hidden, *more, n_out], seed), x, what, seed)
     found = ledger(network, x)
-    assert found.free == free(network, x), (what, found)
-    assert found.across is not None
-    assert found.across >= 0
+    assert found.n_free == free(network, x), (what, found)
+    assert found.across_blocks is not None
+    assert found.across_blocks >= 0
     if not more:
-        assert found.across == 0, (what, found)
+        assert found.across_blocks == 0, (what, found)
 
 
 @pytest.mark.parametrize("what", PLANTS)
 def test_where_there_are_only_bounds_they_are_bounds(what, monkeypatch):
-    monkeypatch.setattr(degeneracy, "MOST_WORK", 0)
+    monkeypatch.setattr(degeneracy, "MAX_OPERATIONS", 0)
     x = samples(4, 2, null=1 if what in ("null inputs", "everything") else 0)
     network = plant(stack([4, 8, 6, 2], 2), x, what, 2)
-    how = InteractionConfig(kinds=("neurons",), ablations=False, score="numbers")
+    how = InteractionConfig(kinds=("neurons",), ablations=False, score="fvu")
     found = basis(network, x, ["0", "1", "2", "3"], how)
-    assert found.ledger is None
+    assert found.degeneracy is None
     counted = sum(layer.free_directions for layer in found.layers)
     rank, parameters = hessian_rank(network, x)
     assert counted <= parameters - rank
@@ -129,21 +130,21 @@ def test_where_there_are_only_bounds_they_are_bounds(what, monkeypatch):
 def test_each_cause_is_booked_where_it_belongs():
     x = samples(4, 3)
     network = plant(stack([4, 8, 2], 3), x, "dead units", 3)
-    into, out = ledger(network, x).entries
-    assert into.dead == 5
-    assert out.activations == 2
-    assert out.scale >= 5
-    assert out.synchronised == 0
+    into, out = ledger(network, x).layers
+    assert into.dead_units == 5
+    assert out.low_rank_activations == 2
+    assert out.relu_scaling >= 5
+    assert out.synchronized_nonlinearities == 0
     network = plant(stack([4, 8, 2], 3), x, "duplicated units", 3)
-    _, out = ledger(network, x).entries
-    assert out.activations == 2
+    _, out = ledger(network, x).layers
+    assert out.low_rank_activations == 2
 
 
 def test_a_block_of_k_units_has_k_squared_directions():
     x = samples(5, 1)
     network = plant(stack([5, 6, 4], 1), x, "synchronised units", 1)
-    _, out = ledger(network, x).entries
-    assert out.synchronised >= 6  # 9 - 3 for the block of three
+    _, out = ledger(network, x).layers
+    assert out.synchronized_nonlinearities >= 6  # 9 - 3 for the block of three
     before = network(x)
     turn = torch.eye(3, dtype=torch.float64) + 0.01 * torch.randn(3, 3, dtype=torch.float64)
     with torch.no_grad():
@@ -151,4 +152,4 @@ def test_a_block_of_k_units_has_k_squared_directions():
         first.weight[:3], first.bias[:3] = turn @ first.weight[:3], turn @ first.bias[:3]
         second.weight[:, :3] = second.weight[:, :3] @ torch.linalg.inv(turn)
     assert torch.allclose(network(x), before)
-    assert ledger(network, x).free == free(network, x)
+    assert ledger(network, x).n_free == free(network, x)

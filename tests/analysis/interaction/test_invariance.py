@@ -5,12 +5,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mechatlas.analysis.interaction.analysis import InteractionConfig, basis
-from mechatlas.analysis.interaction.modularity import same_parts
+from mechatlas.analysis.interaction.interaction_basis import basis
+from mechatlas.analysis.interaction.modularity import adjusted_rand_index
+from mechatlas.analysis.interaction.results import InteractionConfig
 
 from .test_degeneracy import plant, samples, stack
 
-FEW = InteractionConfig(kinds=("lib",), score="numbers", ablations=False)
+FEW = InteractionConfig(kinds=("lib",), score="fvu", ablations=False)
 
 
 def analysed(network, x):
@@ -83,4 +84,4 @@ def test_a_rotation_of_a_layer_does_not_matter():
 
 
 def test_equal_partitions_are_equal_whatever_their_names():
-    assert same_parts(np.array([0, 0, 1, 2]), np.array([5, 5, 3, 1])) == 1.0
+    assert adjusted_rand_index(np.array([0, 0, 1, 2]), np.array([5, 5, 3, 1])) == 1.0

@@ -9,16 +9,24 @@ from torch import nn
 
 from mechatlas.activations.sites import read_activations
 from mechatlas.analysis.interaction import derivatives
-from mechatlas.analysis.interaction.bases import KINDS, interaction, neurons, rotated
-from mechatlas.analysis.interaction.derivatives import directional, vector_jacobian_products
+from mechatlas.analysis.interaction.bases import (
+    BASIS_KINDS,
+    interaction_basis,
+    neuron_basis,
+    rotated_basis,
+)
+from mechatlas.analysis.interaction.derivatives import (
+    directional_derivatives,
+    vector_jacobian_products,
+)
 from mechatlas.analysis.interaction.edges import measure_edges
 from mechatlas.analysis.interaction.layer_maps import layer_maps, like, rows_of
 from mechatlas.analysis.interaction.statistics import (
     Inputs,
+    LayerMapFiring,
     LayerMoments,
-    SectionFiring,
-    gradients,
-    observe,
+    collect_statistics,
+    output_gradients,
     pullback,
 )
 from mechatlas.base import NonFiniteError, Site, SiteError
@@ -100,8 +108,8 @@ def setting(name):
     make, shape, form = NETWORKS[name]
     network = double(make)
     x = torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    sections = layer_maps(network, LAYERS, x[:4])
-    return network, x, sections, form
+    maps = layer_maps(network, LAYERS, x[:4])
+    return network, x, maps, form
 
 
 def whole_jacobian(network, x):
@@ -116,36 +124,36 @@ def whole_jacobian(network, x):
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_moments_of_gradients_are_those_of_autograd(name):
-    network, x, sections, form = setting(name)
-    assert (sections[0].form is not None) == (form is not None)
+    network, x, maps, form = setting(name)
+    assert (maps[0].form is not None) == (form is not None)
     _, jacobian = whole_jacobian(network, x)
     random = np.random.default_rng(0)
     root = random.normal(size=(jacobian.shape[2], 3))
     turned = torch.einsum("ntosd,ok->ntksd", jacobian, torch.from_numpy(root))
     n, s = jacobian.shape[0], jacobian.shape[3]
     brute = (torch.einsum("ntksd,ntkse->de", turned, turned) / (n * s)).numpy()
-    inputs = Inputs.of(x)
-    slow = pullback(network, sections[0], inputs, root, batch_size=5)
+    inputs = Inputs.from_data(x)
+    slow = pullback(network, maps[0], inputs, root, batch_size=5)
     np.testing.assert_allclose(slow, brute, atol=1e-10 * np.abs(brute).max())
-    _, firing = observe(network, inputs, LAYERS, sections, batch_size=7)
+    _, firing = collect_statistics(network, inputs, LAYERS, maps, batch_size=7)
     if firing[0] is not None:
         fast = firing[0].pullback(root @ root.T)
         np.testing.assert_allclose(fast, brute, atol=1e-10 * np.abs(brute).max())
-    (end,) = gradients(network, sections, sections, inputs, batch_size=6)
+    (end,) = output_gradients(network, maps, maps, inputs, batch_size=6)
     everything = (torch.einsum("ntosd,ntose->de", jacobian, jacobian) / (n * s)).numpy()
     np.testing.assert_allclose(end, everything, atol=1e-10 * np.abs(everything).max())
 
 
 @pytest.mark.parametrize("name", [n for n in NETWORKS if n not in ("gelu", "norm", "attention")])
 def test_edges_of_a_relu_section_are_gradient_times_coordinate(name):
-    network, x, sections, _ = setting(name)
+    network, x, maps, _ = setting(name)
     before, jacobian = whole_jacobian(network, x)
-    layers, firing = observe(network, Inputs.of(x), LAYERS, sections, batch_size=7)
+    layers, firing = collect_statistics(network, Inputs.from_data(x), LAYERS, maps, batch_size=7)
     assert firing[0] is not None
-    target = rotated(neurons(layers[1].moments), seed=3)
+    target = rotated_basis(neuron_basis(layers[1].moments), seed=3)
     pulled = firing[0].pullback(target.to_basis @ target.to_basis.T)
-    source = interaction(layers[0].moments, pulled)
-    found = measure_edges(network, sections[0], source, target, Inputs.of(x))
+    source = interaction_basis(layers[0].moments, pulled)
+    found = measure_edges(network, maps[0], source, target, Inputs.from_data(x))
     f = source.transform(before)
     turned = torch.einsum(
         "ntosd,ok,jd->ntksj",
@@ -157,16 +165,18 @@ def test_edges_of_a_relu_section_are_gradient_times_coordinate(name):
     np.testing.assert_allclose(found.strength, brute.mean(0), atol=1e-10 * float(brute.max()))
     error = brute.std(0, correction=1) / len(x) ** 0.5
     np.testing.assert_allclose(found.standard_error, error, atol=1e-10 * float(brute.max()))
-    assert found.points == 1
+    assert found.quadrature_points == 1
 
 
 @pytest.mark.parametrize("name", ["attention", "norm", "gelu"])
 def test_edges_of_any_section_are_integrals_along_the_path(name):
-    network, x, sections, _ = setting(name)
-    layers, _ = observe(network, Inputs.of(x), LAYERS, sections, batch_size=7)
-    source = rotated(neurons(layers[0].moments), seed=1)
-    target = rotated(neurons(layers[1].moments), seed=2)
-    found = measure_edges(network, sections[0], source, target, Inputs.of(x), points=2)
+    network, x, maps, _ = setting(name)
+    layers, _ = collect_statistics(network, Inputs.from_data(x), LAYERS, maps, batch_size=7)
+    source = rotated_basis(neuron_basis(layers[0].moments), seed=1)
+    target = rotated_basis(neuron_basis(layers[1].moments), seed=2)
+    found = measure_edges(
+        network, maps[0], source, target, Inputs.from_data(x), quadrature_points=2
+    )
     rows = rows_of(x)
     mean = rows.new_tensor(source.mean)
     nodes, weights = np.polynomial.legendre.leggauss(2)
@@ -185,13 +195,14 @@ def test_edges_of_any_section_are_integrals_along_the_path(name):
 
 
 def test_quadrature_adds_up_to_the_change_of_the_output():
-    network, x, sections, _ = setting("attention")
+    network, x, maps, _ = setting("attention")
     mean = x.mean(dim=(0, 1)).expand_as(x)
     errors = []
     for points in (2, 12):
         nodes, weights = np.polynomial.legendre.leggauss(points)
         total = sum(
-            weight * directional(sections[0], mean + node * (x - mean), x, (x - mean)[None])[0]
+            weight
+            * directional_derivatives(maps[0], mean + node * (x - mean), x, (x - mean)[None])[0]
             for node, weight in zip((nodes + 1) / 2, weights / 2, strict=True)
         )
         errors.append(float((total - (network[1](x) - network[1](mean))).abs().max()))
@@ -201,14 +212,14 @@ def test_quadrature_adds_up_to_the_change_of_the_output():
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_derivatives_along_a_change_are_the_same_forwards_and_backwards(name):
-    network, x, sections, _ = setting(name)
+    network, x, maps, _ = setting(name)
     tangents = torch.randn(2, *x.shape, dtype=x.dtype, generator=torch.Generator().manual_seed(2))
-    found = directional(sections[0], x, x, tangents)
+    found = directional_derivatives(maps[0], x, x, tangents)
     _, jacobian = whole_jacobian(network, x)
     for along, tangent in zip(found, tangents, strict=True):
         brute = torch.einsum("ntosd,nsd->nto", jacobian, rows_of(tangent))
         torch.testing.assert_close(along, brute, atol=1e-12, rtol=1e-10)
-        torch.testing.assert_close(derivatives._twice(sections[0], x, x, tangent), brute)
+        torch.testing.assert_close(derivatives._double_backward(maps[0], x, x, tangent), brute)
 
 
 class Doubled(torch.autograd.Function):
@@ -228,30 +239,30 @@ def test_a_module_without_a_forward_derivative_has_one_all_the_same():
 
     network = nn.Sequential(nn.Identity(), Own())
     x = torch.randn(4, 3, dtype=torch.float64)
-    section = layer_maps(network, LAYERS, x)[0]
-    found = directional(section, x, x, torch.ones_like(x)[None])
+    layer_map = layer_maps(network, LAYERS, x)[0]
+    found = directional_derivatives(layer_map, x, x, torch.ones_like(x)[None])
     assert (found == 2).all()
 
 
 def test_random_sources_keep_the_expected_second_moments(monkeypatch):
-    monkeypatch.setattr(derivatives, "MOST_GRADIENTS", 4)
-    network, x, sections, _ = setting("attention")
-    exact = pullback(network, sections[0], Inputs.of(x), np.eye(3), batch_size=2)
-    many = Inputs.of(torch.cat([x] * 40))
+    monkeypatch.setattr(derivatives, "MAX_GRADIENTS", 4)
+    network, x, maps, _ = setting("attention")
+    exact = pullback(network, maps[0], Inputs.from_data(x), np.eye(3), batch_size=2)
+    many = Inputs.from_data(torch.cat([x] * 40))
     for sources in (1, 4):
-        found = pullback(network, sections[0], many, np.eye(3), batch_size=4, sources=sources)
+        found = pullback(network, maps[0], many, np.eye(3), batch_size=4, gradient_probes=sources)
         assert np.abs(found - exact).max() < 0.25 * np.abs(exact).max()
         assert np.abs(found - exact).max() > 0
 
 
 def test_random_sources_have_the_variance_that_is_stated(monkeypatch):
-    _, x, sections, _ = setting("attention")
+    _, x, maps, _ = setting("attention")
     one, many = x[:1], x[:1].repeat(4000, 1, 1)  # every copy draws signs of its own
-    every = vector_jacobian_products(sections[0], one, one, np.eye(3))
+    every = vector_jacobian_products(maps[0], one, one, np.eye(3))
     gradients_of_one = torch.cat([g.flatten()[None] for g in every])
-    monkeypatch.setattr(derivatives, "MOST_GRADIENTS", 4)
+    monkeypatch.setattr(derivatives, "MAX_GRADIENTS", 4)
     sources = 3
-    sums = vector_jacobian_products(sections[0], many, many, np.eye(3), sources=sources)
+    sums = vector_jacobian_products(maps[0], many, many, np.eye(3), gradient_probes=sources)
     rows = torch.stack([g.flatten(1) for g in sums], dim=1)
     measured = (rows.mT @ rows).var(dim=0)
     exact, squares = gradients_of_one.T @ gradients_of_one, gradients_of_one.square()
@@ -273,13 +284,13 @@ def test_what_goes_around_a_layer_is_not_hidden():
 
     network = double(Around)
     x = torch.randn(9, 3, dtype=torch.float64)
-    sections = layer_maps(network, [Site("a"), Site("b"), Site("c")], x)
-    assert sections[0].form is not None
-    assert sections[1].description.startswith("the whole network")
-    assert not sections[1].depends_only_on_source
+    maps = layer_maps(network, [Site("a"), Site("b"), Site("c")], x)
+    assert maps[0].form is not None
+    assert maps[1].description.startswith("the whole network")
+    assert not maps[1].depends_only_on_source
     hidden = network.b(network.a(x))
     np.testing.assert_allclose(
-        sections[1].run(hidden * 2, x).detach(),
+        maps[1].run(hidden * 2, x).detach(),
         network.c(hidden * 2 + network.a(x)).detach(),
     )
 
@@ -289,50 +300,56 @@ def test_a_relu_that_no_sample_sees_at_work_is_still_a_relu():
     network = network.double()
     with torch.no_grad():
         network[1][0].bias.fill_(100)
-    section = layer_maps(network, LAYERS, torch.randn(5, 3, dtype=torch.float64))[0]
-    assert section.form is not None
-    assert section.form.relu
+    layer_map = layer_maps(network, LAYERS, torch.randn(5, 3, dtype=torch.float64))[0]
+    assert layer_map.form is not None
+    assert layer_map.form.relu
 
 
 def test_bad_layers_and_bad_numbers_are_named():
-    network, x, sections, _ = setting("relu")
+    network, x, maps, _ = setting("relu")
     with pytest.raises(SiteError, match="does not depend on layer 1"):
         layer_maps(network, LAYERS[::-1], x)
     bad = x.clone()
     bad[3, 2] = float("nan")
     with pytest.raises(NonFiniteError, match="Sample 3"):
-        Inputs.of(bad)
+        Inputs.from_data(bad)
     with torch.no_grad():
         network[1][0].weight[0, 0] = float("inf")
     with pytest.raises(NonFiniteError, match="Layer 1 has a NaN or an infinity in samples 0 to"):
-        observe(network, Inputs.of(x), LAYERS, sections, batch_size=7)
+        collect_statistics(network, Inputs.from_data(x), LAYERS, maps, batch_size=7)
 
 
 def test_every_kind_of_basis_has_a_name():
-    assert set(KINDS) == {"neurons", "pca", "lib", "gib"}
+    assert set(BASIS_KINDS) == {"neurons", "pca", "lib", "gib"}
 
 
 @pytest.mark.parametrize("name", ["relu", "residual", "strided"])
 def test_halves_merge_to_the_whole_and_a_stream_goes_on_from_its_state(name):
-    network, x, sections, _ = setting(name)
+    network, x, maps, _ = setting(name)
     half = len(x) // 2
-    (_, whole), (fires,) = observe(network, Inputs.of(x), LAYERS, sections, batch_size=4)
-    (_, first), (left,) = observe(network, Inputs.of(x[:half]), LAYERS, sections, batch_size=4)
-    (_, second), (right,) = observe(network, Inputs.of(x[half:]), LAYERS, sections, batch_size=4)
+    (_, whole), (fires,) = collect_statistics(
+        network, Inputs.from_data(x), LAYERS, maps, batch_size=4
+    )
+    (_, first), (left,) = collect_statistics(
+        network, Inputs.from_data(x[:half]), LAYERS, maps, batch_size=4
+    )
+    (_, second), (right,) = collect_statistics(
+        network, Inputs.from_data(x[half:]), LAYERS, maps, batch_size=4
+    )
     assert fires is not None
     assert left is not None
     assert right is not None
-    first = LayerMoments.from_state(first.state())
-    left = SectionFiring.from_state(sections[0], left.state())
+    first = LayerMoments.from_arrays(first.arrays())
+    left = LayerMapFiring.from_arrays(maps[0], left.arrays())
     first.merge(second)
     left.merge(right)
     np.testing.assert_allclose(
         first.moments.covariance, whole.moments.covariance, rtol=1e-12, atol=1e-12
     )
-    if whole.rectified:  # of others firing is not counted on
+    if whole.nonnegative:  # of others firing is not counted on
         np.testing.assert_array_equal(first.firing.together, whole.firing.together)
-    assert (first.rectified, first.zeros) == (whole.rectified, whole.zeros)
-    after = np.eye(fires.whole.width if name != "residual" else 5)
+    assert (first.nonnegative, first.has_zeros) == (whole.nonnegative, whole.has_zeros)
+    after = np.eye(fires.units.width if name != "residual" else 5)
     np.testing.assert_allclose(left.pullback(after), fires.pullback(after), rtol=1e-12, atol=1e-12)
 
 
@@ -378,17 +395,17 @@ def test_edges_through_many_modules_are_gradient_times_coordinate():
     network = double(lambda: Stem(around=False))
     x = torch.randn(6, 3, 6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     layers = [Site("stem"), Site("body"), Site("head")]
-    sections = layer_maps(network, layers, x)
-    moments, _ = observe(network, Inputs.of(x), layers, sections, batch_size=6)
-    made = [rotated(neurons(layer.moments), seed=i) for i, layer in enumerate(moments)]
+    maps = layer_maps(network, layers, x)
+    moments, _ = collect_statistics(network, Inputs.from_data(x), layers, maps, batch_size=6)
+    made = [rotated_basis(neuron_basis(layer.moments), seed=i) for i, layer in enumerate(moments)]
     found = read_activations(network, x, layers)
-    for number, section in enumerate(sections):
+    for number, layer_map in enumerate(maps):
         source, target = made[number : number + 2]
-        edges = measure_edges(network, section, source, target, Inputs.of(x))
-        assert edges.points == 1
-        start = found[section.source].detach()
+        edges = measure_edges(network, layer_map, source, target, Inputs.from_data(x))
+        assert edges.quadrature_points == 1
+        start = found[layer_map.source].detach()
         f = source.transform(rows_of(start))
-        jacobian = torch.func.jacrev(lambda a, s=section: rows_of(s.run(a, x)).sum(0))(start)
+        jacobian = torch.func.jacrev(lambda a, s=layer_map: rows_of(s.run(a, x)).sum(0))(start)
         jacobian = jacobian.movedim(-3, -1).flatten(-3, -2)  # (t, o, n, s, d)
         turned = torch.einsum(
             "tonsd,ok,jd->ntksj",

@@ -10,14 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from mechatlas.analysis.interaction.analysis import InteractionConfig, basis
+from mechatlas.analysis.interaction.interaction_basis import basis
 from mechatlas.analysis.interaction.modularity import (
-    Graph,
+    InteractionGraph,
+    adjusted_rand_index,
     find_modules,
-    graph_of,
+    interaction_graph,
     modularity,
-    same_parts,
 )
+from mechatlas.analysis.interaction.results import InteractionConfig
 from mechatlas.base import UserError
 
 WIDTHS = (5, 6, 6, 4)
@@ -77,13 +78,13 @@ def true_parts(layer, turn, parts):
 def agreement(parts, seed, kind) -> tuple[float, Any]:
     network, x, turns = side_by_side(parts, seed)
     names = [str(i) for i in range(len(network))]
-    found = basis(network, x, names, InteractionConfig(kinds=(kind,), score="numbers", seed=seed))
+    found = basis(network, x, names, InteractionConfig(kinds=(kind,), score="fvu", seed=seed))
     assert found.modules is not None
     truth = np.concatenate(
         [true_parts(layer, turn, parts) for layer, turn in zip(found.layers, turns, strict=True)]
     )
-    joined = found.modules.label >= 0
-    return same_parts(found.modules.label[joined], truth[joined]), found
+    joined = found.modules.labels >= 0
+    return adjusted_rand_index(found.modules.labels[joined], truth[joined]), found
 
 
 @pytest.mark.parametrize(("parts", "seed"), [(2, 0), (2, 1), (3, 0), (3, 1)])
@@ -92,19 +93,19 @@ def test_networks_side_by_side_are_told_apart_in_the_interaction_basis(parts, se
     assert same == 1.0
     assert found.modules is not None
     assert found.modules.n == parts
-    assert found.modules.stand
+    assert found.modules.significant
     assert found.modules.q > max(found.modules.q_null)
-    assert found.q_rotated is not None
-    assert found.q_rotated < found.modules.q
-    assert found.stable is not None
-    assert found.stable[0] == 1.0
+    assert found.rotated_q is not None
+    assert found.rotated_q < found.modules.q
+    assert found.stability is not None
+    assert found.stability[0] == 1.0
 
 
 def test_neurons_of_a_mixed_network_do_not_show_its_parts():
     same, found = agreement(2, 0, "neurons")
     assert same < 0.5
     assert found.modules is not None
-    assert not found.modules.stand
+    assert not found.modules.significant
     assert found.modules.q < agreement(2, 0, "lib")[1].modules.q
 
 
@@ -113,7 +114,7 @@ def test_principal_components_show_parts_that_vary_apart_with_more_edges():
     _, lib = agreement(2, 0, "lib")
     assert same == 1.0  # the parts see independent samples
     for layer, other in zip(found.layers[:-1], lib.layers[:-1], strict=True):
-        assert layer.needed["pca"].number > other.needed["lib"].number
+        assert layer.edge_curves["pca"].n_needed > other.edge_curves["lib"].n_needed
 
 
 def test_a_mixed_network_without_parts_has_no_modules():
@@ -127,10 +128,10 @@ def test_a_mixed_network_without_parts_has_no_modules():
                 mixed = random.permutation(weight.numpy().flatten()).reshape(weight.shape)
                 weight.copy_(torch.from_numpy(mixed))
         names = [str(i) for i in range(len(network))]
-        how = InteractionConfig(kinds=("lib",), score="numbers", seed=seed)
+        how = InteractionConfig(kinds=("lib",), score="fvu", seed=seed)
         found = basis(network, x, names, how)
         assert found.modules is not None
-        assert not found.modules.stand
+        assert not found.modules.significant
 
 
 @given(st.integers(0, 1000))
@@ -139,7 +140,7 @@ def test_a_shuffled_control_has_no_modules(seed):
     random = np.random.default_rng(seed)
     strengths = [np.exp(3 * random.normal(size=(10, 9))), np.exp(3 * random.normal(size=(8, 10)))]
     smallest = [float(np.quantile(s, 0.5)) for s in strengths]
-    modules = find_modules(graph_of(strengths, smallest), seed=seed, nulls=20)
+    modules = find_modules(interaction_graph(strengths, smallest), seed=seed, n_null_graphs=20)
     assert modules.q < max(modules.q_null) + 0.05
     assert modules.p_value >= 1 / 21
 
@@ -149,8 +150,10 @@ def test_chance_passes_no_more_often_than_it_should():
     for seed in range(20):
         random = np.random.default_rng(seed)
         strengths = [random.exponential(size=(8, 8)), random.exponential(size=(8, 8))]
-        modules = find_modules(graph_of(strengths, [0.7, 0.7]), seed=seed, nulls=20)
-        stood += modules.stand
+        modules = find_modules(
+            interaction_graph(strengths, [0.7, 0.7]), seed=seed, n_null_graphs=20
+        )
+        stood += modules.significant
     assert stood <= 4  # 1 in 21 is expected; more than 4 of 20 has a chance of one in 300
 
 
@@ -167,12 +170,12 @@ def test_q_is_newmans():
 def test_the_rand_index_is_that_of_scikit_learn(pairs):
     metrics = pytest.importorskip("sklearn.metrics")
     a, b = (np.array(x) for x in zip(*pairs, strict=True))
-    assert same_parts(a, b) == pytest.approx(metrics.adjusted_rand_score(a, b))
-    assert same_parts(a, (a + 1) % 4) == 1.0
+    assert adjusted_rand_index(a, b) == pytest.approx(metrics.adjusted_rand_score(a, b))
+    assert adjusted_rand_index(a, (a + 1) % 4) == 1.0
 
 
 def test_a_graph_without_edges_is_refused():
-    empty = graph_of([np.ones((2, 2))], [1.0])
-    assert isinstance(empty, Graph)
+    empty = interaction_graph([np.ones((2, 2))], [1.0])
+    assert isinstance(empty, InteractionGraph)
     with pytest.raises(UserError, match="no edges"):
         find_modules(empty)

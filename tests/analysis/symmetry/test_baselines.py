@@ -17,11 +17,11 @@ def test_each_baseline_explains_what_it_can():
     held = posed(2000, 1)
     got = baselines(posed(4000, 0), held, reconstruction=held * 0 + held.mean(axis=0))
     explained = 1 - 0.25 * 6 / np.square(held[:, 1] - held[:, 1].mean(axis=0)).sum(axis=1).mean()
-    np.testing.assert_allclose(got.linear, [1, explained, 1, 0], atol=0.02)
-    np.testing.assert_allclose(got.shuffled, 0, atol=0.02)
-    np.testing.assert_allclose(got.invariant[[0, 2]], 1)
-    assert got.invariant[3] < -3
-    assert got.dictionary == pytest.approx(np.zeros(4), abs=1e-9)
+    np.testing.assert_allclose(got["linear"], [1, explained, 1, 0], atol=0.02)
+    np.testing.assert_allclose(got["shuffled"], 0, atol=0.02)
+    np.testing.assert_allclose(got["invariant"][[0, 2]], 1)
+    assert got["invariant"][3] < -3
+    assert got["dictionary"] == pytest.approx(np.zeros(4), abs=1e-9)
 
 
 def test_linear_maps_are_those_of_least_squares():

@@ -20,15 +20,16 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from scipy import sparse
 from torch import Tensor
 
 from mechatlas.analysis.circuits.compose import LinearDictionary, Response
 from mechatlas.analysis.circuits.recording import check_width, encode, prior_of, stacked
 from mechatlas.analysis.circuits.transformer_layer import LayerNonlinearities, TransformerLayer
-from mechatlas.analysis.circuits.wiring import Route
+from mechatlas.analysis.circuits.wiring import Route, SiteMap
 from mechatlas.base import InputError
+from mechatlas.maths.arrays import SparseMatrix
 
 MAX_DISTANCE = 8
 """Largest relative position with a tap of its own; farther ones count as this."""
@@ -73,8 +74,10 @@ class AttentionResponse(Response):
         """Values, the sum of their weights at all taps, and the sum of squares."""
         yield self.values[0], self.spread.sum(dim=0), self.spread.square().sum(dim=0)
 
-    def kernel(self, latents: np.ndarray, read: Float[Tensor, "edge channel"]) -> Tensor:
-        """Kernels (edge, tap) of some latents into encoder rows."""
+    def kernel(
+        self, latents: Int[np.ndarray, " edge"], read: Float[Tensor, "edge channel"]
+    ) -> Float[Tensor, "edge tap"]:
+        """Kernels of some latents into encoder rows."""
         product = (self.values[0, latents] * read).sum(dim=1)
         return product[:, None] * self.spread[:, latents].T
 
@@ -83,8 +86,8 @@ class AttentionResponse(Response):
 class AttentionRecording:
     """Record of samples at both sites of a layer: codes and frozen nonlinearities."""
 
-    codes_a: sparse.csr_matrix
-    codes_b: sparse.csr_matrix
+    codes_a: SparseMatrix
+    codes_b: SparseMatrix
     grid_a: tuple[int, int]
     grid_b: tuple[int, int]
     n_samples: int
@@ -92,15 +95,21 @@ class AttentionRecording:
     patterns: Float[Tensor, "sample head query key"]
 
     def around(
-        self, on: sparse.csr_matrix, response: Response, entry: int
+        self, on: SparseMatrix, response: Response, entry: int
     ) -> Float[np.ndarray, "target source"]:
-        """Sum of each source's activation that arrives where each target is active."""
+        """Sum of each source's activation that arrives where each target is active.
+
+        Args:
+            on: Indicator (position, target) of active targets.
+            response: Response of the route by which it arrives.
+            entry: Number of the response's only entry.
+        """
         del entry
         assert isinstance(response, AttentionResponse)
         if response.head is None:
             return (on.T.tocsr() @ self.codes_a).toarray()
         length = self.grid_b[1]
-        looks = np.empty((on.get_shape()[1], on.get_shape()[0]), np.float32)
+        looks = np.empty((on.shape[1], on.shape[0]), np.float32)
         for k, pattern in enumerate(self.patterns[:, response.head].numpy()):
             here = slice(k * length, (k + 1) * length)
             looks[:, here] = on[here].T @ pattern
@@ -108,8 +117,8 @@ class AttentionRecording:
 
 
 def arriving(
-    nonlinearities: LayerNonlinearities, codes: sparse.csr_matrix, head: int | None
-) -> sparse.csr_matrix | Float[np.ndarray, "position latent"]:
+    nonlinearities: LayerNonlinearities, codes: SparseMatrix, head: int | None
+) -> SparseMatrix | Float[np.ndarray, "position latent"]:
     """Activation of each feature that arrives at each position.
 
     Args:
@@ -127,7 +136,10 @@ def arriving(
 
 @torch.no_grad()
 def record_layer(
-    layer: TransformerLayer, a: LinearDictionary, b: LinearDictionary, maps: Iterable[Tensor]
+    layer: TransformerLayer,
+    a: LinearDictionary,
+    b: LinearDictionary,
+    maps: Iterable[SiteMap],
 ) -> AttentionRecording:
     """Record codes at both sites, and the frozen nonlinearities of the layer for each feature.
 
@@ -168,9 +180,9 @@ class _Sums:
         self.inner = np.zeros((ways, n + 1, hidden), np.float32)
         self.weight = np.zeros(n + 1, np.float32)
 
-    def add(self, watched: LayerNonlinearities, codes: sparse.csr_matrix) -> None:
+    def add(self, watched: LayerNonlinearities, codes: SparseMatrix) -> None:
         """Add one batch."""
-        ones = sparse.csr_matrix(np.ones((codes.get_shape()[0], 1), np.float32))
+        ones = sparse.csr_matrix(np.ones((codes.shape[0], 1), np.float32))
         active = sparse.csr_matrix(sparse.hstack([codes, ones]))
         weight = np.asarray(active.sum(axis=0)).ravel()
         self.weight += weight
@@ -184,7 +196,7 @@ class _Sums:
                 _attention_by_tap(watched.pattern[:, way - 1]) @ active if way else _here(weight)
             )
 
-    def means(self, codes: sparse.csr_matrix) -> FrozenNonlinearities:
+    def means(self, codes: SparseMatrix) -> FrozenNonlinearities:
         """Means for each latent, shrunk towards the mean over all positions."""
         prior = np.append(prior_of(codes, PRIOR), 0.0).astype(np.float32)
 

@@ -36,18 +36,18 @@ from mechatlas.analysis.circuits.virtual_weights import (
     pair_blocks,
     strongest_edges,
 )
-from mechatlas.analysis.circuits.wiring import Wiring
+from mechatlas.analysis.circuits.wiring import SiteMap, Wiring
 from mechatlas.base import InputError, Progress, Result, Site, no_progress
 
 Inputs = Shaped[Tensor, "_ ..."] | Shaped[np.ndarray, "_ ..."] | Sequence[Any]
 """Inputs of a network, one for each sample."""
 Connection = Wiring | TransformerLayer
 """Computation between two sites."""
-Maps = Callable[[], Iterable[Tensor]]
+Maps = Callable[[], Iterable[SiteMap]]
 """Source of the activations (sample, channel, y, x) of the earlier site's module, in batches."""
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class AblationEvidence:
     """Rank agreement of virtual weights with what ablations do, for three choices of gates."""
 
@@ -57,7 +57,7 @@ class AblationEvidence:
     """Agreement with the gates that each feature meets."""
     agreement_shared_gates: AblationAgreement
     """Agreement with gates averaged over all positions, the same for all features."""
-    agreement_open_gates: AblationAgreement | None
+    agreement_open_gates: AblationAgreement | None = None
     """Agreement with all gates open; None for transformers."""
 
 
@@ -205,8 +205,16 @@ def _as_inputs(samples: Inputs, network: nn.Module) -> Tensor:
 
 
 @torch.no_grad()
-def site_maps(network: nn.Module, site: Site, batches: Iterable[Tensor]) -> Iterator[Tensor]:
-    """Activations of a site's whole module as maps, batch by batch."""
+def site_maps(
+    network: nn.Module, site: Site, batches: Iterable[Shaped[Tensor, "_ ..."]]
+) -> Iterator[SiteMap]:
+    """Yield activations of a site's whole module as maps.
+
+    Args:
+        network: The network.
+        site: Site of the module.
+        batches: Inputs of the network, several samples each.
+    """
     whole = dataclasses.replace(site, branch=None)
     for batch in batches:
         yield as_maps(read_activations(network, batch, [whole])[whole])

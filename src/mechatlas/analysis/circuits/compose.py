@@ -49,16 +49,16 @@ class LinearDictionary(Protocol):
     n_latents: int
 
     @property
-    def W_enc(self) -> Tensor:  # noqa: N802 - the field's name
+    def W_enc(self) -> Float[Tensor, "d_in latent"]:  # noqa: N802 - the field's name
         """Encoder weights."""
         ...
 
     @property
-    def W_dec(self) -> Tensor:  # noqa: N802
+    def W_dec(self) -> Float[Tensor, "latent d_in"]:  # noqa: N802
         """Decoder weights, a row for each latent."""
         ...
 
-    def encode(self, x: Tensor) -> Tensor:
+    def encode(self, x: Float[Tensor, "row d_in"]) -> Float[Tensor, "row latent"]:
         """Sparse code of each row."""
         ...
 
@@ -146,7 +146,13 @@ maximum, one for every pair of a position in its window and a tap, in that order
 
 
 def open_gates(place: RouteState, node: Node, values: Tensor) -> Tensor | float:
-    """Gates without data: rectifiers are the identity, and maxima are means."""
+    """Gates without data: rectifiers are the identity, and maxima are means.
+
+    Args:
+        place: State of the route before the node.
+        node: The node.
+        values: Values that arrive.
+    """
     del place, values
     return 1.0 if isinstance(node.operation, Gate) else 1 / len(window(node))
 

@@ -25,7 +25,7 @@ from mechatlas.analysis.circuits.attention import AttentionResponse, arriving
 from mechatlas.analysis.circuits.compose import LinearDictionary, Response
 from mechatlas.analysis.circuits.recording import encode, seen
 from mechatlas.analysis.circuits.transformer_layer import TransformerLayer
-from mechatlas.analysis.circuits.wiring import Wiring
+from mechatlas.analysis.circuits.wiring import SiteMap, Wiring
 
 RESAMPLES = 1000
 """Bootstrap samples for an interval."""
@@ -55,7 +55,7 @@ class Ablation:
 def ablate(
     wiring: Wiring | TransformerLayer,
     a: LinearDictionary,
-    maps: Iterable[Tensor],
+    maps: Iterable[SiteMap],
     sources: Int[np.ndarray, " source"],
 ) -> Ablation:
     """Remove features one at a time and run on.
@@ -113,7 +113,7 @@ def attribute(
     wiring: Wiring | TransformerLayer,
     a: LinearDictionary,
     b: LinearDictionary,
-    maps: Iterable[Tensor],
+    maps: Iterable[SiteMap],
     targets: Int[np.ndarray, " target"],
     parts: Sequence[slice],
     *,
@@ -199,7 +199,7 @@ def reproduced_variance(
     responses: Sequence[Response],
     a: LinearDictionary,
     b: LinearDictionary,
-    maps: Iterable[Tensor],
+    maps: Iterable[SiteMap],
 ) -> Float[np.ndarray, " target"]:
     """Fraction of the variance of each pre-activation that the composed kernels reproduce.
 

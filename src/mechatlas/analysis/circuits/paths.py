@@ -36,7 +36,7 @@ def strongest_paths(
     """Find the strongest paths, significant ones first.
 
     Args:
-        found: CircuitEdges of each two consecutive sites, in the order of the network.
+        circuits: Edges of each two consecutive sites, in the order of the network.
         features: Features of the last site that are given paths.
         each: Paths to each of them.
         fdr: False discovery rate at which an edge counts as significant.

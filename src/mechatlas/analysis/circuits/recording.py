@@ -34,8 +34,9 @@ from mechatlas.analysis.circuits.compose import (
     window,
 )
 from mechatlas.analysis.circuits.transformer_layer import TransformerLayer
-from mechatlas.analysis.circuits.wiring import Gate, MaxPool, Node, Route, Wiring
+from mechatlas.analysis.circuits.wiring import Gate, MaxPool, Node, Route, SiteMap, Wiring
 from mechatlas.base import InputError
+from mechatlas.maths.arrays import SparseMatrix
 
 PRIOR = 16.0
 """Number of activations that the shared average gates count for in a feature's own mean."""
@@ -95,9 +96,9 @@ class MeanGates:
 class Recording:
     """Record of samples at both sites: codes and gates."""
 
-    codes_a: sparse.csr_matrix
+    codes_a: SparseMatrix
     """Codes (position, latent) at the source; positions are ordered by sample, y and x."""
-    codes_b: sparse.csr_matrix
+    codes_b: SparseMatrix
     """Codes at the target."""
     grid_a: tuple[int, int]
     """Height and width of the source's map."""
@@ -109,7 +110,7 @@ class Recording:
     """Gates on these samples."""
 
     def around(
-        self, on: sparse.csr_matrix, response: Response, entry: int
+        self, on: SparseMatrix, response: Response, entry: int
     ) -> Float[np.ndarray, "target source"]:
         """Sum of each source's activation at a tap of the positions where each target is active.
 
@@ -128,7 +129,7 @@ def record_gates(
     wiring: Wiring,
     a: LinearDictionary,
     b: LinearDictionary,
-    maps: Iterable[Tensor],
+    maps: Iterable[SiteMap],
     *,
     seed: int = 0,
 ) -> Recording:
@@ -151,10 +152,11 @@ def record_gates(
     random = np.random.default_rng([seed, 7])
     for x in maps:
         values = wiring.values(x)
-        grids = _sides(x), _sides(values[-1])
+        out = values[len(wiring.nodes) - 1]
+        grids = _sides(x), _sides(out)
         codes_a.append(encode(a, x[:, wiring.writes]))
-        codes_b.append(encode(b, values[-1][:, wiring.reads]))
-        opened = _open_gates(wiring, values, x)
+        codes_b.append(encode(b, out[:, wiring.reads]))
+        opened = _open_gates(wiring, values)
         for place, one in opened.items():
             total = one.rows.sum(dim=2, keepdim=True, dtype=x.dtype) / (one.grid[0] * one.grid[1])
             sums[place] = sums[place] + total if place in sums else total
@@ -175,6 +177,11 @@ def check_width(
 ) -> None:
     """Refuse dictionaries whose widths are not those of their sites.
 
+    Args:
+        wiring: From the site of `a` to that of `b`.
+        a: Dictionary of the source.
+        b: Dictionary of the target.
+
     Raises:
         InputError: One is not as wide as its site.
     """
@@ -192,7 +199,7 @@ def _sides(x: Tensor) -> tuple[int, int]:
     return (x.shape[2], x.shape[3])
 
 
-def encode(dictionary: LinearDictionary, x: Float[Tensor, "n channel y x"]) -> sparse.csr_matrix:
+def encode(dictionary: LinearDictionary, x: Float[Tensor, "n channel y x"]) -> SparseMatrix:
     """Encode every position, ordered by sample, y and x."""
     rows = channels_last(x).reshape(-1, x.shape[1])
     size = max(1, CODE_BYTES // (4 * dictionary.n_latents))
@@ -203,19 +210,14 @@ def encode(dictionary: LinearDictionary, x: Float[Tensor, "n channel y x"]) -> s
     return stacked(parts)
 
 
-def stacked(parts: list[sparse.csr_matrix]) -> sparse.csr_matrix:
+def stacked(parts: list[SparseMatrix]) -> SparseMatrix:
     """Concatenation of the codes of batches."""
     return sparse.csr_matrix(sparse.vstack(parts))
 
 
-def n_columns(codes: sparse.csr_matrix) -> int:
-    """Number of latents."""
-    return int(codes.get_shape()[1])
-
-
-def prior_of(codes: sparse.csr_matrix, activations: float) -> Float[np.ndarray, " latent"]:
+def prior_of(codes: SparseMatrix, activations: float) -> Float[np.ndarray, " latent"]:
     """Weight of the shared mean in a latent's own: a number of its mean activations."""
-    count = np.bincount(codes.indices, minlength=n_columns(codes))
+    count = np.bincount(codes.indices, minlength=codes.shape[1])
     return activations * np.asarray(codes.sum(axis=0)).ravel() / np.maximum(count, 1)
 
 
@@ -247,14 +249,12 @@ def seen(
     )
 
 
-def _open_gates(
-    wiring: Wiring, values: dict[int, Tensor], x: Tensor
-) -> dict[RouteState, "OpenGates"]:
+def _open_gates(wiring: Wiring, values: dict[int, Tensor]) -> dict[RouteState, "OpenGates"]:
     """Gates of all nodes at every position of their maps, in one batch."""
     found = {}
     for route in wiring.routes:
         for place, node, slot in walk(wiring, route):
-            given = wiring.input_of(place.number, values, x, slot)[:, slice(*place.channels)]
+            given = values[node.inputs[slot]][:, slice(*place.channels)]
             if isinstance(node.operation, Gate):
                 shares = slope(node.operation, given)[None, None]
             elif isinstance(node.operation, MaxPool):
@@ -275,14 +275,28 @@ class OpenGates:
     grid: tuple[int, int]
     """Height and width of the map."""
 
-    def at(self, index: Int[np.ndarray, "own_and_tap event"], taps: int, values: Tensor) -> Tensor:
-        """Gates at the positions of events (own and tap, event, channel)."""
+    def at(
+        self,
+        index: Int[np.ndarray, "own_and_tap event"],
+        taps: int,
+        values: Float[Tensor, "own_and_tap event channel"],
+    ) -> Shaped[Tensor, "own_and_tap event channel"]:
+        """Gates (own and tap, event, channel) at the positions of events.
+
+        Args:
+            index: Flat position in the map, for each position of the window and each tap.
+            taps: Number of taps.
+            values: Values that arrive, whose signs select the gates.
+        """
         own = torch.arange(len(index), device=self.rows.device)[:, None] // taps
         where = torch.from_numpy(index).to(self.rows.device)
         return by_sign(self.rows[:, own, where], values)
 
 
-def by_sign(gates: Shaped[Tensor, "sign own_and_tap latent channel"], values: Tensor) -> Tensor:
+def by_sign(
+    gates: Shaped[Tensor, "sign own_and_tap #latent channel"],
+    values: Float[Tensor, "own_and_tap latent channel"],
+) -> Shaped[Tensor, "own_and_tap _latent channel"]:
     """Select gates by the sign of values."""
     if len(gates) == 1:
         return gates[0]
@@ -291,7 +305,7 @@ def by_sign(gates: Shaped[Tensor, "sign own_and_tap latent channel"], values: Te
     return torch.where(values < 0, gates[1], gates[0])
 
 
-def slope(gate: Gate, z: Tensor) -> Tensor:
+def slope(gate: Gate, z: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     """Derivative of an activation function at each number."""
     with torch.enable_grad():
         at = z.detach().requires_grad_()
@@ -299,7 +313,9 @@ def slope(gate: Gate, z: Tensor) -> Tensor:
     return found
 
 
-def largest(pool: MaxPool, x: Tensor) -> Bool[Tensor, "sign own sample channel y x"]:
+def largest(
+    pool: MaxPool, x: Float[Tensor, "sample channel y2 x2"]
+) -> Bool[Tensor, "sign own sample channel y x"]:
     """Whether each position of a window is the only largest, and whether it is one of the largest.
 
     If one of several that are equally large is lowered, the maximum stays; if it is raised, the
@@ -339,7 +355,7 @@ class SampledActivations(NamedTuple):
 
 
 def sample_activations(
-    codes: sparse.csr_matrix, grid: tuple[int, int], random: np.random.Generator
+    codes: SparseMatrix, grid: tuple[int, int], random: np.random.Generator
 ) -> SampledActivations:
     """Draw some activations of each feature in each sample, by systematic sampling.
 
@@ -352,7 +368,7 @@ def sample_activations(
         random: Source of the offset of the points.
     """
     every = codes.tocoo()
-    group = every.row.astype(np.int64) // (grid[0] * grid[1]) * n_columns(codes) + every.col
+    group = every.row.astype(np.int64) // (grid[0] * grid[1]) * codes.shape[1] + every.col
     order = np.argsort(group, kind="stable")
     _, first, count = np.unique(group[order], return_index=True, return_counts=True)
     size = every.data[order].astype(np.float64)

@@ -17,7 +17,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -40,7 +40,7 @@ class Projection(NamedTuple):
     """Linear map of rows, with its bias."""
 
     weight: Float[Tensor, "n_in n_out"]
-    bias: Tensor | float
+    bias: Float[Tensor, " n_out"] | float
 
     def __call__(self, x: Tensor) -> Tensor:
         """Apply the map."""
@@ -185,13 +185,13 @@ def _as_map(rows: Tensor) -> Tensor:
     return rows.transpose(1, 2)[:, :, None]
 
 
-def as_maps(activations: Tensor) -> Float[Tensor, "sample channel y x"]:
+def as_maps(activations: Float[Tensor, "sample ..."]) -> Float[Tensor, "sample channel y x"]:
     """Activations of a site's module as maps, sequences too."""
     return _as_map(activations) if activations.ndim == 3 else activations
 
 
 def connect(
-    network: nn.Module, source: Site, target: Site, inputs: Tensor
+    network: nn.Module, source: Site, target: Site, inputs: Shaped[Tensor, "_ ..."]
 ) -> Wiring | TransformerLayer:
     """Read the computation between two sites: of maps any wiring, of sequences one layer.
 

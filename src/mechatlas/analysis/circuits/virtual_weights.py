@@ -21,7 +21,6 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 from jaxtyping import Float, Int
-from scipy import sparse
 from torch import Tensor
 
 from mechatlas.analysis.circuits.attention import (
@@ -36,10 +35,11 @@ from mechatlas.analysis.circuits.compose import (
     compose_route,
     open_gates,
 )
-from mechatlas.analysis.circuits.recording import MeanGates, Recording, n_columns
+from mechatlas.analysis.circuits.recording import MeanGates, Recording
 from mechatlas.analysis.circuits.transformer_layer import TransformerLayer
 from mechatlas.analysis.circuits.wiring import Wiring
 from mechatlas.base import Progress, no_progress
+from mechatlas.maths.arrays import SparseMatrix
 
 BLOCK_BYTES = 256 << 20
 """Memory for one block of targets."""
@@ -90,7 +90,13 @@ class PairBlock:
 def encoder_rows(
     wiring: Wiring | TransformerLayer, response: Response, encoder: Float[Tensor, "d target"]
 ) -> Float[Tensor, "channel target"]:
-    """Encoder rows of the channels that a route writes; zero outside of the target's site."""
+    """Encoder rows of the channels that a route writes; zero outside of the target's site.
+
+    Args:
+        wiring: From the source site to the target site.
+        response: Response of the route.
+        encoder: Encoder of the target's dictionary.
+    """
     rows = encoder.new_zeros(response.channels.stop - response.channels.start, encoder.shape[1])
     first, own = response.channels.start, wiring.reads.start
     low, high = max(first, own), min(response.channels.stop, wiring.reads.stop)
@@ -228,7 +234,7 @@ def strongest_edges(
         responses: Result of `compose_responses`.
         b: Dictionary of the target.
         recording: Codes at both sites.
-        keep: Sources kept of each target.
+        top_k_sources: Strongest sources kept of each target.
         seed: Seed of the null.
         block_bytes: Memory for one block of pairs.
         on_progress: Called with the number of targets done and their total.
@@ -275,8 +281,8 @@ def strongest_edges(
     return CircuitEdges(**columns, q_value=q_value, discoveries=discoveries, tested=tested)
 
 
-def _alive(codes: sparse.csr_matrix) -> np.ndarray:
-    return np.bincount(codes.indices, minlength=n_columns(codes)) >= MIN_ACTIVE
+def _alive(codes: SparseMatrix) -> np.ndarray:
+    return np.bincount(codes.indices, minlength=codes.shape[1]) >= MIN_ACTIVE
 
 
 class _Histograms:

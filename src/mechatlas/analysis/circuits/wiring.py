@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -21,7 +21,9 @@ from mechatlas.activations.tracing import Operation, same_numbers, tensors_in, t
 from mechatlas.base import Site, SiteError
 
 MOST_ROUTES = 32
-aten = torch.ops.aten
+aten: Any = torch.ops.aten
+SiteMap = Float[Tensor, "_sample _channel _y _x"]
+"""Activations of a site's module for some samples."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -29,7 +31,7 @@ class Conv:
     """A convolution."""
 
     weight: Float[Tensor, "n_out n_in h w"]
-    bias: Tensor | None
+    bias: Float[Tensor, " n_out"] | None
     stride: tuple[int, int]
     padding: tuple[int, int]
     dilation: tuple[int, int]
@@ -180,23 +182,19 @@ class Wiring:
 
     def run(self, x: Float[Tensor, "batch channel h w"]) -> Float[Tensor, "batch channel2 h2 w2"]:
         """Activations of the target's module for activations `x` of the source's."""
-        return self.values(x)[-1]
+        return self.values(x)[len(self.nodes) - 1]
 
-    def values(self, x: Float[Tensor, "batch channel h w"]) -> dict[int, Tensor]:
-        """Output of every node, by its number; -1 is the output of the last one."""
+    def values(self, x: Float[Tensor, "batch channel h w"]) -> dict[int, SiteMap]:
+        """Output of every node, by its number; -1 is the source."""
         values = {-1: x}
         for number, node in enumerate(self.nodes):
             values[number] = node.operation(*(values[i] for i in node.inputs))
-        values[-1] = values[len(self.nodes) - 1] if self.nodes else x
         return values
 
-    def input_of(self, number: int, values: dict[int, Tensor], x: Tensor, slot: int = 0) -> Tensor:
-        """Input of a node, from the outputs of all and the source's activations."""
-        origin = self.nodes[number].inputs[slot]
-        return x if origin < 0 else values[origin]
 
-
-def trace_wiring(network: nn.Module, source: Site, target: Site, inputs: Tensor) -> Wiring:
+def trace_wiring(
+    network: nn.Module, source: Site, target: Site, inputs: Shaped[Tensor, "_ ..."]
+) -> Wiring:
     """Read the wiring between two sites from one run of the network.
 
     Args:

@@ -1,1 +1,1 @@
-"""Which directions of activations and parameters matter, and how they act on one another."""
+"""Interaction basis: directions of activations and weights that matter, and their interactions."""

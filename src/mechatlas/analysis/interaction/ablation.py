@@ -1,14 +1,14 @@
-"""How many edges, and how many basis vectors, a network needs.
+"""Minimal number of edges, and of basis vectors, that keep the behavior of a network.
 
-    Behaviour         the samples, and what counts as behaving as before
-    needed_edges      keep the strongest edges of a section, the fewest that suffice
-    needed_vectors    keep the most important coordinates of a layer, the fewest that suffice
+    Behavior          outputs of the unchanged network, and the score of changed ones
+    ablate_edges      keep the strongest edges of a layer map, the fewest that suffice
+    ablate_vectors    keep the most important coordinates of a layer, the fewest that suffice
 
-What is not kept is set to its mean: each target coordinate is computed from the source
-coordinates that still have an edge to it, all others at the mean. Edges of the constant are
-always kept and not counted. One search serves every basis: the number is doubled until the
-score suffices, then bisected. The curve need not fall evenly, so the answer is the end of the
-search and not proved the smallest; the number itself is verified.
+What is ablated is set to its mean: each target coordinate is computed from the source coordinates
+that still have an edge to it, all others at the mean. Edges of the constant are always kept and
+not counted. One search serves every basis: the number is doubled until the score suffices, then
+bisected. The curve need not be monotone, so the number is one that suffices, verified, but not
+proved the smallest.
 
 Source: Bushnaq et al., The local interaction basis (2024), section 5.1.
 """
@@ -22,296 +22,327 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from mechatlas.analysis.interaction.bases import Basis
-from mechatlas.analysis.interaction.edges import Edges
+from mechatlas.analysis.interaction.edges import InteractionEdges
 from mechatlas.analysis.interaction.layer_maps import LayerMap, like, rows_of
 from mechatlas.analysis.interaction.statistics import Inputs
+from mechatlas.deprecated import renamed_attributes
 
-ALLOWED_FALL = 0.001
+MAX_ACCURACY_DROP = 0.001
+"""Default of the largest fall of the score."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Behaviour:
-    """What the network does, and how a changed one is scored.
+class Behavior:
+    """Outputs of the unchanged network, with the score of the outputs of a changed one.
 
     With one output position and several channels the score is the share of samples whose
-    largest output is their label (or, without labels, is the one it was). Otherwise it is one
+    largest output is their label (or, without labels, the same as before). Otherwise it is one
     minus the fraction of variance unexplained of the outputs.
     """
 
     outputs: Float[Tensor, "n t d"]
     labels: Int[Tensor, " n"] | None
-    """What the largest output should be; `None` where outputs are compared as numbers."""
+    """Channel that should be the largest; `None` where the score is 1 - FVU."""
     agreement: bool
-    """The labels are the network's own answers."""
+    """Whether the labels are the predictions of the network itself."""
 
     @classmethod
-    def of(
-        cls, outputs: Float[Tensor, "n t d"], labels: Tensor | None, *, as_numbers: bool = False
-    ) -> "Behaviour":
-        """From the outputs of the unchanged network; `as_numbers` never asks for the largest."""
-        if outputs.shape[1] == 1 and outputs.shape[2] > 1 and not as_numbers:
-            own = outputs[:, 0].argmax(dim=1)
-            return cls(outputs, own if labels is None else labels, labels is None)
-        return cls(outputs, None, False)
+    def from_outputs(
+        cls, outputs: Float[Tensor, "n t d"], labels: Int[Tensor, " n"] | None, *, fvu: bool = False
+    ) -> "Behavior":
+        """Choose the score for the outputs of the unchanged network.
+
+        Args:
+            outputs: Outputs by sample, position and channel.
+            labels: Correct class of each sample, if known.
+            fvu: Whether to score by 1 - FVU, whatever the shape of the outputs.
+        """
+        if outputs.shape[1] == 1 and outputs.shape[2] > 1 and not fvu:
+            predicted = outputs[:, 0].argmax(dim=1)
+            return cls(outputs, predicted if labels is None else labels, labels is None)
+        return cls(outputs, None, agreement=False)
 
     @property
     def measure(self) -> str:
-        """What a score is, in a word."""
+        """Name of the score: accuracy, agreement or 1 - fvu."""
         if self.labels is None:
             return "1 - fvu"
         return "agreement" if self.agreement else "accuracy"
 
     def score(self, outputs: Float[Tensor, "n t d"]) -> float:
-        """Score of changed outputs."""
+        """Score the outputs of a changed network."""
         if self.labels is not None:
             right = outputs[:, 0].argmax(dim=1) == self.labels
             return int(right.sum()) / len(right)
         spread = (self.outputs - self.outputs.mean(dim=(0, 1))).square().sum()
         return float(1 - (outputs - self.outputs).square().sum() / spread)
 
+    @property
+    def unchanged(self) -> float:
+        """Score of the unchanged network."""
+        return self.score(self.outputs)
 
+
+@renamed_attributes
 @dataclasses.dataclass(frozen=True)
-class Needed:
-    """The fewest things that suffice, and the scores seen on the way."""
+class AblationCurve:
+    """Scores with growing numbers of edges or vectors kept, and the number that suffices."""
 
-    number: int | None
-    """`None` if not even all of them suffice: the basis leaves out what the network needs."""
-    of: int
+    n_needed: int | None
+    """Number that suffices; `None` if all of them do not, as the basis omits what is needed."""
+    n: int
+    """Number of edges or vectors there are."""
     score: float
-    """With that number."""
+    """Score with `n_needed` of them."""
     unchanged: float
     """Score of the unchanged network."""
-    curve: tuple[tuple[int, float], ...]
-    """Numbers kept that were tried, rising, and their scores."""
-
-    def state(self) -> dict[str, np.ndarray]:
-        """Arrays from which `from_state` makes the same."""
-        return {
-            "number": np.array([] if self.number is None else [self.number], dtype=np.int64),
-            "of": np.array(self.of),
-            "scores": np.array([self.score, self.unchanged]),
-            "kept": np.array([number for number, _ in self.curve]),
-            "curve": np.array([score for _, score in self.curve]),
-        }
-
-    @classmethod
-    def from_state(cls, state: dict[str, np.ndarray]) -> "Needed":
-        """What `state` was called on."""
-        number = state["number"].tolist()
-        curve = zip(state["kept"].tolist(), state["curve"].tolist(), strict=True)
-        score, unchanged = state["scores"].tolist()
-        return cls(
-            number[0] if number else None, state["of"].item(), score, unchanged, tuple(curve)
-        )
+    kept: tuple[int, ...]
+    """Numbers kept that were tried, rising."""
+    scores: tuple[float, ...]
+    """Score with each number kept."""
 
 
-def search(
-    of: int, score: Callable[[int], float], unchanged: float, allowed: float = ALLOWED_FALL
-) -> Needed:
-    """The smallest number that suffices, by doubling and bisection."""
-    tried: dict[int, float] = {}
+def find_needed(
+    n: int, score: Callable[[int], float], unchanged: float, max_drop: float = MAX_ACCURACY_DROP
+) -> AblationCurve:
+    """Find the number that suffices, by doubling and bisection.
+
+    Args:
+        n: Number of edges or vectors there are.
+        score: Score with a number of them kept.
+        unchanged: Score of the unchanged network.
+        max_drop: Largest fall of the score.
+    """
+    scores: dict[int, float] = {}
 
     def suffices(number: int) -> bool:
-        if number not in tried:
-            tried[number] = score(number)
-        return tried[number] >= unchanged - allowed - 1e-12
+        if number not in scores:
+            scores[number] = score(number)
+        return scores[number] >= unchanged - max_drop - 1e-12
 
     low, high = -1, 0
-    while not suffices(high):
-        if high >= of:
-            curve = tuple(sorted(tried.items()))
-            return Needed(None, of, tried[high], unchanged, curve)
-        low, high = high, min(max(2 * high, 1), of)
-    while high - low > 1:
+    while not suffices(high) and high < n:
+        low, high = high, min(max(2 * high, 1), n)
+    while suffices(high) and high - low > 1:
         middle = (low + high) // 2
         low, high = (low, middle) if suffices(middle) else (middle, high)
-    return Needed(high, of, tried[high], unchanged, tuple(sorted(tried.items())))
+    kept = tuple(sorted(scores))
+    return AblationCurve(
+        n_needed=high if suffices(high) else None,
+        n=n,
+        score=scores[high],
+        unchanged=unchanged,
+        kept=kept,
+        scores=tuple(scores[number] for number in kept),
+    )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Stage:
-    """A section with all that is needed to try changes of it: activations in memory."""
+class AblationSite:
+    """Layer map with the activations at both ends, and the rest of the network after them."""
 
-    section: LayerMap
+    layer_map: LayerMap
     inputs: Inputs
     x: Tensor
-    """Of the source."""
+    """Activations of the source."""
     after: Tensor
-    """Of the target."""
+    """Activations of the target."""
     finish: Callable[[Tensor], Float[Tensor, "n t d"]]
-    """Activations of the target -> outputs."""
+    """Map from activations of the target to outputs."""
     begin: Callable[[Tensor], Float[Tensor, "n t d"]]
-    """Activations of the source -> outputs."""
-    behaviour: Behaviour
+    """Map from activations of the source to outputs."""
+    behavior: Behavior
 
 
-def stages_of(
+def ablation_sites(
     network: nn.Module,
-    sections: list[LayerMap],
-    to_end: list[LayerMap],
+    maps: list[LayerMap],
+    maps_to_end: list[LayerMap],
     inputs: Inputs,
     *,
-    as_numbers: bool = False,
-) -> list[Stage]:
-    """One stage for each section.
+    fvu: bool = False,
+) -> list[AblationSite]:
+    """Prepare the ablation of every layer map.
 
     Args:
-        network: The network.
-        sections: From each layer to the next.
-        to_end: From each layer but the last to the last.
+        network: Network in evaluation mode.
+        maps: Maps from each layer to the next.
+        maps_to_end: Maps from each layer but the last to the last.
         inputs: Samples; all activations of the layers are kept in memory.
-        as_numbers: As for `Behaviour.of`.
+        fvu: Whether to score by 1 - FVU, whatever the shape of the outputs.
     """
-    layers = [s.source for s in sections] + [sections[-1].target]
-    found = inputs.read(network, layers)
-    behaviour = Behaviour.of(rows_of(found[layers[-1]]), inputs.labels, as_numbers=as_numbers)
-    stages = []
-    for number, section in enumerate(sections):
-        stages.append(
-            Stage(
-                section,
-                inputs,
-                found[section.source],
-                found[section.target],
-                _runner(to_end[number + 1] if number + 1 < len(sections) else None, inputs),
-                _runner(to_end[number], inputs),
-                behaviour,
-            )
+    layers = [m.source for m in maps] + [maps[-1].target]
+    activations = inputs.read(network, layers)
+    behavior = Behavior.from_outputs(rows_of(activations[layers[-1]]), inputs.labels, fvu=fvu)
+    to_outputs = [_to_outputs(layer_map, inputs) for layer_map in [*maps_to_end, None]]
+    return [
+        AblationSite(
+            layer_map, inputs, activations[layer_map.source], activations[layer_map.target],
+            finish=to_outputs[number + 1], begin=to_outputs[number], behavior=behavior,
         )
-    return stages
+        for number, layer_map in enumerate(maps)
+    ]  # fmt: skip
 
 
-def _runner(section: LayerMap | None, inputs: Inputs) -> Callable[[Tensor], Tensor]:
+def _to_outputs(layer_map: LayerMap | None, inputs: Inputs) -> Callable[[Tensor], Tensor]:
     def run(x: Tensor) -> Tensor:
         with torch.no_grad():
-            return rows_of(x if section is None else section.run(x, inputs.tensor))
+            return rows_of(x if layer_map is None else layer_map.run(x, inputs.tensor))
 
     return run
 
 
-def needed_edges(
-    stage: Stage, edges: Edges, source: Basis, target: Basis, allowed: float = ALLOWED_FALL
-) -> Needed:
-    """The fewest edges of a section, strongest first, that suffice."""
+def ablate_edges(
+    site: AblationSite,
+    edges: InteractionEdges,
+    source: Basis,
+    target: Basis,
+    max_drop: float = MAX_ACCURACY_DROP,
+) -> AblationCurve:
+    """Find the fewest edges of a layer map, strongest first, that suffice.
+
+    Args:
+        site: Layer map in its network.
+        edges: Strength of the edges.
+        source: Coordinates of the source.
+        target: Coordinates of the target.
+        max_drop: Largest fall of the score.
+    """
     order = edges.order()
-    changed = EdgeAblation(stage, source, target)
+    ablation = EdgeAblation(site, source, target)
 
     def score(number: int) -> float:
         mask = np.zeros(edges.strength.size, dtype=bool)
         mask[order[:number]] = True
-        return changed.score(mask.reshape(edges.strength.shape))
+        return site.behavior.score(ablation.outputs(mask.reshape(edges.strength.shape)))
 
-    unchanged = stage.behaviour.score(stage.behaviour.outputs)
-    return search(len(order), score, unchanged, allowed)
+    return find_needed(len(order), score, site.behavior.unchanged, max_drop)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _ProjectedForm:
+    """Closed form of a layer map between coordinates: hidden units are linear in the source's.
+
+    A mask of edges costs only the columns that it keeps.
+    """
+
+    relu: bool
+    at_mean: Float[Tensor, " h"]
+    hidden: Float[Tensor, "k h"]
+    out: Float[Tensor, "h j"]
+    offset: Float[Tensor, " j"]
+    skip: Float[Tensor, "k j"] | None
+
+    @classmethod
+    def from_site(cls, site: AblationSite, source: Basis, target: Basis) -> "_ProjectedForm | None":
+        form = site.layer_map.form
+        if form is None or not isinstance(form.inner, nn.Linear):
+            return None
+        new = site.x.new_tensor
+        with torch.no_grad():
+            mean, to_basis = new(source.mean), new(target.to_basis)
+            offset = -new(target.mean) + (mean if form.skip else 0)
+            out = to_basis
+            if form.out is not None:
+                offset = offset + (0 if form.out.bias is None else form.out.bias)
+                out = form.out.weight.T @ to_basis
+            return cls(
+                relu=form.relu,
+                at_mean=form.inner(mean),
+                hidden=new(source.from_basis) @ form.inner.weight.T,
+                out=out,
+                offset=offset @ to_basis,
+                skip=new(source.from_basis @ target.to_basis) if form.skip else None,
+            )
+
+    def run(
+        self, coordinates: Tensor, kept: Int[np.ndarray, " a"], rows: Int[np.ndarray, " b"]
+    ) -> Float[Tensor, "n t b"]:
+        """Target coordinates `rows` from source coordinates `kept` alone."""
+        part = coordinates[..., kept]
+        with torch.no_grad():
+            hidden = self.at_mean + part @ self.hidden[kept]
+            hidden = hidden.relu_() if self.relu else hidden
+            result = hidden @ self.out[:, rows] + self.offset[rows]
+            return result if self.skip is None else result + part @ self.skip[np.ix_(kept, rows)]
 
 
 class EdgeAblation:
-    """Runs a section with some of its edges alone."""
+    """Network with some of the edges of a layer map alone.
 
-    def __init__(self, stage: Stage, source: Basis, target: Basis) -> None:
-        self.stage, self.source, self.target = stage, source, target
-        self.coordinates = source.transform(rows_of(stage.x))
-        self._tried: list[tuple[np.ndarray, Tensor]] = []
-        form = stage.section.form
-        self._fast = form is not None and form.is_linear_map
-        if self._fast:
-            self._prepare()
-        self._whole = source.inverse(self.coordinates)
+    Args:
+        site: Layer map in its network.
+        source: Coordinates of the source.
+        target: Coordinates of the target.
+    """
 
-    def _prepare(self) -> None:
-        # Hidden units are linear in the coordinates: a mask costs only the columns it keeps.
-        form = self.stage.section.form
-        assert form is not None
-        assert isinstance(form.inner, nn.Linear)
-        x, to, out_of = self.stage.x, self.target.to_basis, self.source.from_basis
-        with torch.no_grad():
-            self._at_mean = form.inner(x.new_tensor(self.source.mean))
-            self._hidden = x.new_tensor(out_of) @ form.inner.weight.T
-            self._read = x.new_tensor(to)
-            offset = -x.new_tensor(self.target.mean)
-            if form.skip:
-                offset = offset + x.new_tensor(self.source.mean)
-                self._around = x.new_tensor(out_of @ to)
-            if form.out is not None:
-                offset = offset + (0 if form.out.bias is None else form.out.bias)
-                self._out = form.out.weight.T @ self._read
-            else:
-                self._out = self._read
-            self._offset = offset @ self._read
+    def __init__(self, site: AblationSite, source: Basis, target: Basis) -> None:
+        self.site, self.source, self.target = site, source, target
+        self.coordinates = source.transform(rows_of(site.x))
+        self._reconstruction = source.inverse(self.coordinates)
+        self._form = _ProjectedForm.from_site(site, source, target)
+        self._cache: list[tuple[np.ndarray, Tensor]] = []
 
     def outputs(self, mask: Bool[np.ndarray, "k j"]) -> Float[Tensor, "n t d"]:
         """Outputs of the network with the edges of a mask alone."""
-        shape = rows_of(self.stage.after).shape
+        shape = rows_of(self.site.after).shape
         result = self.coordinates.new_empty((*shape[:2], len(self.target)))
-        waiting = np.ones(len(mask), dtype=bool)
-        for known, found in self._tried:  # a search changes few rows at a time towards its end
-            same = waiting & (known == mask).all(axis=1)
-            result[..., same] = found[..., same]
-            waiting &= ~same
-        rows = np.flatnonzero(waiting)
-        patterns, which = np.unique(mask[rows], axis=0, return_inverse=True)
+        missing = np.ones(len(mask), dtype=bool)
+        for cached_mask, cached in self._cache:  # towards its end a search changes few rows
+            same = missing & (cached_mask == mask).all(axis=1)
+            result[..., same] = cached[..., same]
+            missing &= ~same
+        rows = np.flatnonzero(missing)
+        patterns, pattern_of_row = np.unique(mask[rows], axis=0, return_inverse=True)
         for number, pattern in enumerate(patterns):
-            wanted = rows[which.reshape(-1) == number]
+            chosen = rows[pattern_of_row.reshape(-1) == number]
             kept = np.flatnonzero(pattern)
-            run = self._run_fast if self._fast else self._run
-            result[..., wanted] = run(kept, wanted)
+            if self._form is None:
+                result[..., chosen] = self._run(kept, chosen)
+            else:
+                result[..., chosen] = self._form.run(self.coordinates, kept, chosen)
         self._remember(mask, result)
-        return self.stage.finish(like(self.target.inverse(result), self.stage.after))
+        return self.site.finish(like(self.target.inverse(result), self.site.after))
 
     def _remember(self, mask: np.ndarray, result: Tensor) -> None:
-        """Keep the new one, and of the others the next smaller and the next larger."""
+        """Cache a result, and of the others the next smaller and the next larger."""
         size = mask.sum()
-        below = [t for t in self._tried if t[0].sum() < size]
-        above = [t for t in self._tried if t[0].sum() > size]
-        near = (
-            sorted(below, key=lambda t: -t[0].sum())[:1]
-            + sorted(above, key=lambda t: t[0].sum())[:1]
-        )
-        self._tried = [(mask, result), *near]
+        smaller = [t for t in self._cache if t[0].sum() < size]
+        larger = [t for t in self._cache if t[0].sum() > size]
+        smaller = sorted(smaller, key=lambda t: -t[0].sum())[:1]
+        larger = sorted(larger, key=lambda t: t[0].sum())[:1]
+        self._cache = [(mask, result), *smaller, *larger]
 
-    def score(self, mask: Bool[np.ndarray, "k j"]) -> float:
-        """Score with the edges of a mask alone."""
-        return self.stage.behaviour.score(self.outputs(mask))
-
-    def _run(self, kept: np.ndarray, wanted: np.ndarray) -> Tensor:
-        section, target = self.stage.section, self.target
-        rows = self._keeping(kept)
+    def _run(self, kept: Int[np.ndarray, " a"], rows: Int[np.ndarray, " b"]) -> Tensor:
+        """Target coordinates `rows` from source coordinates `kept` alone, by the network."""
+        ablated = np.setdiff1d(np.arange(len(self.source)), kept)
+        few, sign = (kept, 1) if len(kept) <= len(ablated) else (ablated, -1)
+        from_basis = self.coordinates.new_tensor(sign * self.source.from_basis[few])
+        mean = self.coordinates.new_tensor(self.source.mean)
+        x = (mean if sign > 0 else self._reconstruction) + self.coordinates[..., few] @ from_basis
         with torch.no_grad():
-            after = section.run(like(rows, self.stage.x), self.stage.inputs.tensor)
-        to = after.new_tensor(target.to_basis[:, wanted])
-        return rows_of(after) @ to - after.new_tensor(target.mean) @ to
-
-    def _keeping(self, kept: np.ndarray) -> Float[Tensor, "n s d"]:
-        """Activations of the source with some coordinates alone, the others at their mean."""
-        left = np.setdiff1d(np.arange(len(self.source)), kept)
-        few, sign = (kept, 1) if len(kept) <= len(left) else (left, -1)
-        out_of = self.coordinates.new_tensor(sign * self.source.from_basis[few])
-        start = self._whole if sign < 0 else self.coordinates.new_tensor(self.source.mean)
-        return start + self.coordinates[..., few] @ out_of
-
-    def _run_fast(self, kept: np.ndarray, wanted: np.ndarray) -> Tensor:
-        form = self.stage.section.form
-        assert form is not None
-        part = self.coordinates[..., kept]
-        with torch.no_grad():
-            hidden = self._at_mean + part @ self._hidden[kept]
-            hidden = hidden.relu_() if form.relu else hidden
-            result = hidden @ self._out[:, wanted] + self._offset[wanted]
-            if form.skip:
-                result = result + part @ self._around[np.ix_(kept, wanted)]
-        return result
+            after = self.site.layer_map.run(like(x, self.site.x), self.site.inputs.tensor)
+        to_basis = after.new_tensor(self.target.to_basis[:, rows])
+        return rows_of(after) @ to_basis - after.new_tensor(self.target.mean) @ to_basis
 
 
-def needed_vectors(stage: Stage, basis: Basis, allowed: float = ALLOWED_FALL) -> Needed:
-    """The fewest coordinates of the stage's source, most important first, that suffice."""
-    coordinates = basis.transform(rows_of(stage.x))
+def ablate_vectors(
+    site: AblationSite, basis: Basis, max_drop: float = MAX_ACCURACY_DROP
+) -> AblationCurve:
+    """Find the fewest coordinates of the source, most important first, that suffice.
+
+    Args:
+        site: Layer map in its network.
+        basis: Coordinates of the source.
+        max_drop: Largest fall of the score.
+    """
+    coordinates = basis.transform(rows_of(site.x))
     order = np.argsort(-basis.importance, kind="stable")
 
     def score(number: int) -> float:
         kept = order[:number].copy()
         rows = coordinates[..., kept] @ coordinates.new_tensor(basis.from_basis[kept])
         rows = rows + coordinates.new_tensor(basis.mean)
-        return stage.behaviour.score(stage.begin(like(rows, stage.x)))
+        return site.behavior.score(site.begin(like(rows, site.x)))
 
-    unchanged = stage.behaviour.score(stage.behaviour.outputs)
-    return search(len(basis), score, unchanged, allowed)
+    return find_needed(len(basis), score, site.behavior.unchanged, max_drop)

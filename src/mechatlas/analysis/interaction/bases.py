@@ -1,14 +1,14 @@
-"""Coordinates for the activations of a layer: neurons, principal components, interaction.
+"""Coordinates for the activations of a layer, all with one interface.
 
-    neurons       the layer's own units
-    components    eigenvectors of the covariance (PCA)
-    interaction   directions that do not interact: activations and gradients diagonal at once
-    rotated       a basis turned at random: what any number must be compared with
-    coded         the latents of a dictionary: more coordinates than channels, most of them zero
+    neuron_basis        the units of the layer
+    pca_basis           principal components: eigenvectors of the covariance
+    interaction_basis   local or global interaction basis: covariance diagonal, gradients white
+    rotated_basis       a basis after a random rotation, as a control
+    dictionary_basis    latents of a dictionary: more coordinates than channels, most of them zero
 
-All have one interface, `Basis`, and every coordinate is zero at the mean of the layer, so that
-to leave one out is to set it to its mean. With a constant 1 appended to the activations, as in
-the papers, the mean is the constant coordinate, which is always kept.
+Every coordinate is zero at the mean of the layer, so that ablating a coordinate sets it to its
+mean. With a constant 1 appended to the activations, as in the papers, the mean is the constant
+coordinate, which is always kept.
 
 Source: Bushnaq et al., The local interaction basis (2024), section 3.
 """
@@ -19,122 +19,121 @@ from typing import Literal
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from mechatlas.base import Dictionary, InputError
 from mechatlas.maths.linalg import RELATIVE, Moments, spectral
 
-Kind = Literal["neurons", "pca", "lib", "gib"]
-KINDS: tuple[Kind, ...] = ("neurons", "pca", "lib", "gib")
-"""The layer's units, principal components, local and global interaction basis."""
+BasisKind = Literal["neurons", "pca", "lib", "gib"]
+BASIS_KINDS: tuple[BasisKind, ...] = ("neurons", "pca", "lib", "gib")
+"""Units of the layer, principal components, local and global interaction basis."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Basis:
-    """Coordinates of one layer: `(a - mean) @ to_basis`."""
+    """Coordinates of one layer: `(activations - mean) @ to_basis`."""
 
     kind: str
+    """Kind of basis: one of `BASIS_KINDS`, "dictionary", or a kind with ", rotated"."""
     mean: Float[np.ndarray, " d"]
+    """Mean of the activations."""
     to_basis: Float[np.ndarray, "d k"]
+    """Matrix from activations to coordinates."""
     from_basis: Float[np.ndarray, "k d"]
-    """Pseudo-inverse of `to_basis`: what is not in it the basis leaves out."""
+    """Pseudo-inverse of `to_basis`."""
     importance: Float[np.ndarray, " k"]
-    """Falling; the order in which vectors are kept. Variance of the coordinate."""
+    """Variance of each coordinate; coordinates are kept in falling order of it."""
     encode: Callable[[Tensor], Tensor] | None = None
-    """Rows of activations to coordinates, where these are no linear map of them."""
+    """Map from rows of activations to coordinates, where it is not linear."""
 
     def __len__(self) -> int:
         """Number of coordinates."""
         return len(self.importance)
 
     def transform(self, activations: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch k"]:
-        """Coordinates of activations."""
+        """Convert activations to coordinates."""
         if self.encode is not None:
             return self.encode(activations.flatten(0, -2)).unflatten(0, activations.shape[:-1])
-        return (activations - activations.new_tensor(self.mean)) @ activations.new_tensor(
-            self.to_basis
-        )
+        centered = activations - activations.new_tensor(self.mean)
+        return centered @ activations.new_tensor(self.to_basis)
 
     def inverse(self, coordinates: Float[Tensor, "*batch k"]) -> Float[Tensor, "*batch d"]:
-        """Activations of coordinates."""
-        return coordinates @ coordinates.new_tensor(self.from_basis) + coordinates.new_tensor(
-            self.mean
-        )
+        """Convert coordinates to activations."""
+        mean = coordinates.new_tensor(self.mean)
+        return coordinates @ coordinates.new_tensor(self.from_basis) + mean
 
 
-def neurons(moments: Moments) -> Basis:
-    """The layer's own units, largest variance first in importance but in their own order."""
-    variance = np.diag(moments.covariance)
-    d = moments.width
-    return Basis("neurons", moments.mean, np.eye(d), np.eye(d), variance)
+def neuron_basis(moments: Moments) -> Basis:
+    """Return the units of a layer as its coordinates."""
+    identity = np.eye(moments.width)
+    return Basis("neurons", moments.mean, identity, identity, np.diag(moments.covariance))
 
 
-def components(moments: Moments, *, relative: float = RELATIVE) -> Basis:
-    """Principal components with a variance above `relative` of the largest."""
+def pca_basis(moments: Moments, *, rank_threshold: float = RELATIVE) -> Basis:
+    """Return the principal components with variance above `rank_threshold` of the largest."""
     values, vectors = spectral(moments.covariance)
-    keep = _kept(values, relative)
+    keep = _above(values, rank_threshold)
     vectors = vectors[:, keep]
     return Basis("pca", moments.mean, vectors, vectors.T.copy(), values[keep])
 
 
-def interaction(
+def interaction_basis(
     moments: Moments,
-    pulled: Float[np.ndarray, "d d"],
+    gradient_moments: Float[np.ndarray, "d d"],
     *,
     kind: Literal["lib", "gib"] = "lib",
-    relative: float = RELATIVE,
+    rank_threshold: float = RELATIVE,
 ) -> Basis:
-    """The interaction basis: covariance diagonal, gradients white.
+    """Return the interaction basis, in which the covariance is diagonal and gradients are white.
 
     Args:
-        moments: Of the layer.
-        pulled: E[J^T A J]: second moments of gradients of the next layer's coordinates (local),
-            or of the outputs (global).
-        kind: What `pulled` is.
-        relative: Directions of activations, and then of interaction, below this share of the
-            largest are left out.
+        moments: Mean and covariance of the layer.
+        gradient_moments: Second moments E[J^T A J] of the gradients of the next layer's
+            coordinates (local) or of the outputs (global).
+        kind: Local or global.
+        rank_threshold: Share of the largest eigenvalue below which directions of activations, and
+            then of interaction, are left out.
     """
     variance, vectors = spectral(moments.covariance)
-    keep = _kept(variance, relative)
+    keep = _above(variance, rank_threshold)
     root = np.sqrt(variance[keep])
-    white_inverse = root[:, None] * vectors[:, keep].T
-    white = vectors[:, keep] / root
-    strength, turn = spectral(white_inverse @ pulled @ white_inverse.T)
-    keep = _kept(strength, relative)
-    strength, turn = strength[keep], turn[:, keep]
-    to_basis = white @ turn * np.sqrt(strength)
-    from_basis = (turn.T @ white_inverse) / np.sqrt(strength)[:, None]
+    whitening_inverse = root[:, None] * vectors[:, keep].T
+    whitening = vectors[:, keep] / root
+    strength, rotation = spectral(whitening_inverse @ gradient_moments @ whitening_inverse.T)
+    keep = _above(strength, rank_threshold)
+    strength, rotation = strength[keep], rotation[:, keep]
+    to_basis = whitening @ rotation * np.sqrt(strength)
+    from_basis = (rotation.T @ whitening_inverse) / np.sqrt(strength)[:, None]
     return Basis(kind, moments.mean, to_basis, from_basis, strength)
 
 
-def rotated(basis: Basis, *, seed: int) -> Basis:
-    """The same coordinates after a random rotation."""
+def rotated_basis(basis: Basis, *, seed: int) -> Basis:
+    """Return the coordinates of a basis after a random rotation."""
     random = np.random.default_rng(seed)
-    turn, triangle = np.linalg.qr(random.normal(size=(len(basis), len(basis))))
-    turn = turn * np.sign(np.diag(triangle))
-    importance = np.square(turn).T @ basis.importance
+    rotation, triangle = np.linalg.qr(random.normal(size=(len(basis), len(basis))))
+    rotation = rotation * np.sign(np.diag(triangle))
     return Basis(
         f"{basis.kind}, rotated",
         basis.mean,
-        basis.to_basis @ turn,
-        turn.T @ basis.from_basis,
-        importance,
+        basis.to_basis @ rotation,
+        rotation.T @ basis.from_basis,
+        np.square(rotation).T @ basis.importance,
     )
 
 
-def coded(dictionary: Dictionary, rows: Float[Tensor, "n d"]) -> Basis:
-    """The latents of a dictionary, each less its mean, so that zero leaves it out.
+def dictionary_basis(dictionary: Dictionary, rows: Float[Tensor, "n d"]) -> Basis:
+    """Return the latents of a dictionary as coordinates, each less its mean.
 
-    `from_basis` are its decoder rows and `to_basis` their pseudo-inverse, but coordinates are
-    its codes; what it does not reconstruct is missing, whatever is kept.
+    `from_basis` has the decoder rows and `to_basis` their pseudo-inverse, but coordinates are
+    codes. What the dictionary does not reconstruct is missing, whatever is kept.
 
     Args:
-        dictionary: Its decoder must be affine.
-        rows: To take the means and variances from.
+        dictionary: A dictionary with an affine decoder.
+        rows: Activations for the means and variances of the latents.
 
     Raises:
-        InputError: It reads another width, or its decoder is not affine.
+        InputError: The dictionary reads another width, or its decoder is not affine.
     """
     if dictionary.d_in != rows.shape[1]:
         raise InputError(
@@ -143,28 +142,25 @@ def coded(dictionary: Dictionary, rows: Float[Tensor, "n d"]) -> Basis:
     with torch.no_grad():
         codes = dictionary.encode(rows.float())
         mean = codes.mean(dim=0)
-        zero = dictionary.decode(torch.zeros(1, dictionary.n_latents))
-        atoms = dictionary.decode(torch.eye(dictionary.n_latents)) - zero
-        straight = codes[:8] @ atoms + zero
-        if not torch.allclose(dictionary.decode(codes[:8]), straight, rtol=1e-3, atol=1e-4):
+        offset = dictionary.decode(torch.zeros(1, dictionary.n_latents))
+        atoms = dictionary.decode(torch.eye(dictionary.n_latents)) - offset
+        affine = codes[:8] @ atoms + offset
+        if not torch.allclose(dictionary.decode(codes[:8]), affine, rtol=1e-3, atol=1e-4):
             raise InputError("The dictionary's decoder is not affine: its latents are no basis.")
-        start = (mean @ atoms + zero[0]).double().numpy()
+        mean_reconstruction = (mean @ atoms + offset[0]).double().numpy()
         importance = codes.var(dim=0) * atoms.square().sum(dim=1)
 
-    def encode(given: Tensor) -> Tensor:
+    def encode(activations: Tensor) -> Tensor:
         with torch.no_grad():
-            return (dictionary.encode(given.float()) - mean).to(given.dtype)
+            return (dictionary.encode(activations.float()) - mean).to(activations.dtype)
 
     from_basis = atoms.double().numpy()
+    to_basis = np.linalg.pinv(from_basis)
     return Basis(
-        "dictionary",
-        start,
-        np.linalg.pinv(from_basis),
-        from_basis,
-        importance.double().numpy(),
-        encode,
+        "dictionary", mean_reconstruction, to_basis, from_basis, importance.double().numpy(), encode
     )
 
 
-def _kept(falling: np.ndarray, relative: float) -> np.ndarray:
-    return falling > relative * falling[0] if len(falling) and falling[0] > 0 else falling > 0
+def _above(falling: Float[np.ndarray, " d"], threshold: float) -> Bool[np.ndarray, " d"]:
+    """Mark the eigenvalues above a share of the largest."""
+    return falling > threshold * falling[0] if len(falling) and falling[0] > 0 else falling > 0

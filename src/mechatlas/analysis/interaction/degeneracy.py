@@ -1,39 +1,40 @@
-"""How many directions of the parameters change nothing, and why.
+"""Number of free directions of the parameters, which change nothing, by their cause.
 
-    account        the ledger of a stack of linear and ReLU layers, exact on the samples given
-    bound          a lower bound for a section of any network, from ranks alone
-    hessian_rank   the rank of the Hessian of the behavioral loss, by brute force: the check
+    count_degeneracy   a stack of linear and ReLU layers, exact on the samples given
+    bound_degeneracy   lower bound for a layer map of any network, from ranks alone
+    hessian_rank       rank of the Hessian of the behavioral loss, by brute force: the check
 
 The behavioral loss is the mean squared change of the outputs. At the network itself its Hessian
 is 2/n sum J^T J with J the derivative of the outputs by the parameters, so free directions are
 the parameters' changes that change no output to first order.
 
-What `account` covers. Hidden units are put into blocks of equal firing sets (the samples on which
-they are above zero). For a weight matrix (biases folded) and a block B of the units it feeds,
+Hidden units are put into blocks of synchronized units, which fire on the same samples. For a
+weight matrix (biases folded) that reads d channels and a block B of the units it feeds,
 
-    dead           units that never fire: all their weights
-    activations    |B| (d - r_B): r_B is the rank of what B reads on the samples where it fires
-    gradients      (|B| - q_B) r_B: q_B is the rank of the gradients that reach B
-    joint          q_B r_B - rank of (gradient (x) activation): what both share with fewer samples
+    dead units               all weights of units that never fire
+    low-rank activations     |B| (d - r_B): r_B is the rank of what B reads where it fires
+    low-rank gradients       (|B| - q_B) r_B: q_B is the rank of the gradients that reach B
+    low-rank products        q_B r_B - rank of (gradient (x) activation), where samples are few
 
 and between the weights into a block and the weights out of it
 
-    gauge          rank of (gradient (x) activation of B itself): k^2 for a block of k units in
-                   general position; min(k, ...) of these are the scale freedom that every ReLU
-                   has, the rest (up to k^2 - k) are owed to synchrony. For units that always
-                   fire the constant counts as a member of the block, as biases can be moved too.
+    ReLU scaling                   min(k, g) of a block of k units, where
+                                   g = rank of (gradient (x) activation of B itself)
+    synchronized nonlinearities    the rest of g: up to k^2 - k in general position
+
+For units that always fire the constant counts as a member of the block, as biases can be moved.
 
 No direction is counted twice: each line counts only what those above it left. These lines are all
 there is in a network with one hidden layer whose blocks' functions are independent on the samples.
 Otherwise they are a lower bound: functions of different blocks can depend on one another (blocks
-that add up to another's firing set), and in deeper networks units can be synchronised on the part
+that add up to another's firing set), and in deeper networks units can be synchronized on the part
 of the samples that some later unit sees. Where the derivatives of the outputs by all weights fit
-into memory their rank is taken, from activations and gradients alone, and the rest is booked
+into memory their rank is taken, from activations and gradients alone, and the rest is counted as
 
-    across         dependencies between blocks and layers that no line above explains
+    across blocks    dependencies between blocks and layers that no line above explains
 
 so that the sum is exact; `tests/analysis/interaction/test_degeneracy.py` compares it with
-`hessian_rank`, and shows that `across` is zero for one hidden layer with every planted cause.
+`hessian_rank`, and shows that the rest is zero for one hidden layer with every planted cause.
 
 Source: Bushnaq et al., Using degeneracy in the loss landscape (2024), sections 3 and 4.
 """
@@ -43,248 +44,273 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from mechatlas.analysis.interaction.layer_maps import LayerMap, rows_of
-from mechatlas.analysis.interaction.statistics import Inputs
+from mechatlas.analysis.interaction.layer_maps import LayerMap, ReLUForm, rows_of
+from mechatlas.analysis.interaction.statistics import Inputs, run_chain
 from mechatlas.base import InputError
 from mechatlas.maths.linalg import Firing, parts_of, rank_of
 
-LARGEST = 1 << 25
-"""Numbers in the largest matrix whose rank is taken; beyond it products of ranks are used."""
-MOST_WORK = 1e11
-"""Operations that the ranks of an account may take; beyond it there are only bounds."""
+MAX_RANK_ENTRIES = 1 << 25
+"""Maximum number of entries of a matrix whose rank is taken; beyond, products of ranks are used."""
+MAX_OPERATIONS = 1e11
+"""Maximum number of operations for the exact count; beyond, there are only bounds."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Account:
-    """Free directions of one weight matrix, and of the gauge of the layer that it reads."""
+class DegeneracyCount:
+    """Free directions of one weight matrix, by cause; none is counted twice."""
 
-    parameters: int
-    dead: int
-    activations: int
-    gradients: int
-    joint: int
-    scale: int
-    """Gauge: the scale of a ReLU unit, moved from its incoming to its outgoing weights."""
-    synchronised: int
-    """Gauge beyond scale: mixing of units that fire on the same samples."""
+    n_parameters: int = 0
+    """Number of weights and biases."""
+    dead_units: int = 0
+    """Weights of units that never fire."""
+    low_rank_activations: int = 0
+    """Directions owed to linearly dependent activations."""
+    low_rank_gradients: int = 0
+    """Directions owed to linearly dependent gradients."""
+    low_rank_products: int = 0
+    """Directions owed to outer products of gradient and activation on too few samples."""
+    relu_scaling: int = 0
+    """Scale of each ReLU unit, movable from its incoming to its outgoing weights."""
+    synchronized_nonlinearities: int = 0
+    """Mixing of units that fire on the same samples, beyond scale."""
 
     @property
-    def free(self) -> int:
-        """All of them."""
-        return (
-            self.dead
-            + self.activations
-            + self.gradients
-            + self.joint
-            + self.scale
-            + self.synchronised
-        )
+    def n_free(self) -> int:
+        """Number of free directions."""
+        return sum(dataclasses.astuple(self)[1:])
 
 
 @dataclasses.dataclass(frozen=True)
-class Ledger:
+class NetworkDegeneracy:
     """Free directions of a stack of layers, by cause."""
 
-    entries: tuple[Account, ...]
-    """One for each section."""
-    across: int | None
-    """Dependencies between blocks and layers; `None` if there are too many to count."""
+    layers: tuple[DegeneracyCount, ...]
+    """Count for each layer map."""
+    across_blocks: int | None
+    """Directions owed to dependencies between blocks and layers; `None` if not counted."""
 
     @property
-    def free(self) -> int:
-        """Free directions: exactly if `across` was counted, at least so many otherwise."""
-        return sum(entry.free for entry in self.entries) + (self.across or 0)
+    def n_free(self) -> int:
+        """Number of free directions: exact if `across_blocks` was counted, else a lower bound."""
+        return sum(layer.n_free for layer in self.layers) + (self.across_blocks or 0)
 
     @property
-    def parameters(self) -> int:
-        """All directions."""
-        return sum(entry.parameters for entry in self.entries)
+    def n_parameters(self) -> int:
+        """Number of weights and biases."""
+        return sum(layer.n_parameters for layer in self.layers)
 
 
-def account(network: nn.Module, sections: Sequence[LayerMap], inputs: Inputs) -> Ledger | None:
-    """The ledger, one entry for each section.
+def count_degeneracy(
+    network: nn.Module, maps: Sequence[LayerMap], inputs: Inputs
+) -> NetworkDegeneracy | None:
+    """Count the free directions of a stack of linear and ReLU layers.
 
     Args:
-        network: The network.
-        sections: From the inputs' layer to the outputs; the account is exact only if the layers
-            named are all there is between them.
+        network: Network in evaluation mode.
+        maps: Maps from the layer of the inputs to the outputs; the count is exact only if the
+            layers named are all there is between them.
         inputs: Samples; all activations and gradients are kept in memory.
 
     Returns:
-        `None` unless every section is linear or linear with a ReLU, or if it is too much work.
+        The count, or `None` if a layer is something else or the count takes too long.
     """
-    if not all(_is_layer(section) for section in sections) or _work(sections, inputs) > MOST_WORK:
+    forms = _plain_forms(maps)
+    if forms is None or _n_operations(forms, len(inputs)) > MAX_OPERATIONS:
         return None
-    stack = Stack(network, sections, inputs)
-    entries = tuple(stack.entry(number) for number in range(len(sections)))
-    if len(sections) == 1 and len(stack.blocks[0]) == 1:
-        return Ledger(entries, 0)  # one block: there is nothing to depend on
-    rank = stack.rank()
+    stack = ReLUStack.from_maps(network, maps, inputs)
+    layers = tuple(stack.count(number) for number in range(len(maps)))
+    if len(maps) == 1 and len(stack.blocks[0]) == 1:
+        return NetworkDegeneracy(layers, 0)  # one block: there is nothing to depend on
+    rank = stack.jacobian_rank()
     if rank is None:
-        return Ledger(entries, None)
-    explained = sum(entry.parameters - entry.free for entry in entries)
-    return Ledger(entries, explained - rank)
+        return NetworkDegeneracy(layers, None)
+    explained = sum(layer.n_parameters - layer.n_free for layer in layers)
+    return NetworkDegeneracy(layers, explained - rank)
 
 
-def _is_layer(section: LayerMap) -> bool:
-    form = section.form
-    return form is not None and form.is_linear_map and form.out is None and not form.skip
+def _plain_forms(maps: Sequence[LayerMap]) -> list[ReLUForm] | None:
+    """Closed forms of the maps, if each is one linear map, with or without a ReLU."""
+    forms = [m.form for m in maps]
+    plain = [f for f in forms if f and f.is_linear_map and f.out is None and not f.skip]
+    return plain if len(plain) == len(maps) else None
 
 
-def _work(sections: Sequence[LayerMap], inputs: Inputs) -> float:
-    """Operations of the ranks, if every unit is a block of its own."""
-    shapes = [s.form.weight.shape for s in sections if s.form is not None]
-    memory = len(inputs) * sum(int(units) for units, _ in shapes) * int(shapes[-1][0])
-    if memory > LARGEST * 4:
+def _n_operations(forms: Sequence[ReLUForm], n_samples: int) -> float:
+    """Operations of the exact count, if every unit is a block of its own."""
+    shapes = [form.weight.shape for form in forms]
+    memory = n_samples * sum(int(n_units) for n_units, _ in shapes) * int(shapes[-1][0])
+    if memory > MAX_RANK_ENTRIES * 4:
         return float("inf")
-    return sum(2.0 * len(inputs) * int(units) * int(width) ** 2 for units, width in shapes)
+    return sum(2.0 * n_samples * int(n_units) * int(width) ** 2 for n_units, width in shapes)
 
 
-class Stack:
-    """Activations and gradients of every layer of a stack of linear and ReLU layers.
+@dataclasses.dataclass(frozen=True, eq=False)
+class ReLUStack:
+    """Activations and gradients of every layer of a stack of linear and ReLU layers."""
 
-    Raises:
-        InputError: A section is something else, or a layer has positions.
-    """
+    forms: list[ReLUForm]
+    """Closed form of each layer map."""
+    activations: list[Float[np.ndarray, "n _"]]
+    """Activations of each layer."""
+    fires: list[Bool[np.ndarray, "n _"]]
+    """Whether each unit of each map fires."""
+    gradients: list[Float[np.ndarray, "n o _"]]
+    """Gradients of the outputs by the pre-activations of each map."""
+    blocks: list[list[Int[np.ndarray, " _"]]]
+    """Synchronized units of each map; units that never fire are the last block."""
+    rank_threshold: float
+    """Share of the largest squared singular value below which others count as zero."""
 
-    def __init__(self, network: nn.Module, sections: Sequence[LayerMap], inputs: Inputs) -> None:
-        if not all(_is_layer(section) for section in sections):
-            raise InputError("The account of free directions needs linear and ReLU layers alone.")
-        layers = [sections[0].source] + [s.target for s in sections]
-        found = inputs.read(network, layers)
-        if any(rows_of(found[layer]).shape[1] != 1 for layer in layers):
-            raise InputError("The account of free directions needs layers without positions.")
-        self.sections = sections
-        start = found[layers[0]].detach().clone().requires_grad_()
-        chain = [start]
-        with torch.enable_grad():
-            for section in sections:
-                chain.append(section.run(chain[-1], inputs.tensor))
-        outputs = chain[-1]
-        gradients: list[list[np.ndarray]] = [[] for _ in chain[1:]]
-        for unit in range(outputs.shape[1]):
-            grads = torch.autograd.grad(outputs[:, unit].sum(), chain[1:], retain_graph=True)
-            for kept, gradient in zip(gradients, grads, strict=True):
-                kept.append(_numbers(gradient))
-        self.values = [_numbers(layer) for layer in chain]
-        self.fires = []
-        for section, value in zip(sections, self.values[1:], strict=True):
-            assert section.form is not None
-            on = value > 0 if section.form.relu else np.ones_like(value, dtype=bool)
-            self.fires.append(on)
-        self.gradients = [
-            np.stack(g, axis=1) * on[:, None, :]
-            for g, on in zip(gradients, self.fires, strict=True)
+    @classmethod
+    def from_maps(cls, network: nn.Module, maps: Sequence[LayerMap], inputs: Inputs) -> "ReLUStack":
+        """Run the layers with gradients.
+
+        Args:
+            network: Network in evaluation mode.
+            maps: Maps from each layer to the next.
+            inputs: Samples; all activations and gradients are kept in memory.
+
+        Raises:
+            InputError: A map is not linear with or without a ReLU, or a layer has positions.
+        """
+        forms = _plain_forms(maps)
+        if forms is None:
+            raise InputError("The count of free directions needs linear and ReLU layers alone.")
+        layers = [maps[0].source] + [m.target for m in maps]
+        read = inputs.read(network, layers)
+        if any(rows_of(read[layer]).shape[1] != 1 for layer in layers):
+            raise InputError("The count of free directions needs layers without positions.")
+        chain = run_chain(maps, read[layers[0]], inputs.tensor)
+        activations = [_as_rows(x) for x in chain]
+        by_output = [
+            torch.autograd.grad(chain[-1][:, unit].sum(), chain[1:], retain_graph=True)
+            for unit in range(chain[-1].shape[1])
         ]
-        exponent = 18 if start.dtype == torch.float64 else 10
-        self.relative = 10.0**-exponent
-        self.blocks = [_blocks(on) for on in self.fires]
+        fires = [
+            values > 0 if form.relu else np.ones_like(values, dtype=bool)
+            for form, values in zip(forms, activations[1:], strict=True)
+        ]
+        gradients = [
+            np.stack([_as_rows(g[number]) for g in by_output], axis=1) * on[:, None, :]
+            for number, on in enumerate(fires)
+        ]
+        threshold = 1e-18 if chain[0].dtype == torch.float64 else 1e-10
+        return cls(forms, activations, fires, gradients, [_blocks(on) for on in fires], threshold)
 
-    def biased(self, number: int) -> bool:
-        """Whether a section has biases."""
-        form = self.sections[number].form
-        assert form is not None
-        return form.inner.bias is not None
+    def has_bias(self, number: int) -> bool:
+        """Whether a map has biases."""
+        return self.forms[number].inner.bias is not None
 
-    def read_by(self, number: int) -> np.ndarray:
-        """What a weight matrix reads, with the constant for its bias."""
-        values = self.values[number]
-        return _with_constant(values) if self.biased(number) else values
+    def read_by(self, number: int) -> Float[np.ndarray, "n d"]:
+        """Activations that a weight matrix reads, with the constant for its bias."""
+        values = self.activations[number]
+        return with_constant(values) if self.has_bias(number) else values
 
-    def entry(self, number: int) -> Account:
-        """Free directions of one weight matrix, by cause."""
+    def count(self, number: int) -> DegeneracyCount:
+        """Count the free directions of one weight matrix, by cause."""
         reads = self.read_by(number)
-        width, units = reads.shape[1], self.fires[number].shape[1]
-        dead = activations = gradients = joint = 0
+        width, n_units = reads.shape[1], self.fires[number].shape[1]
+        dead = activations = gradients = products = 0
         for block in self.blocks[number]:
             on = self.fires[number][:, block[0]]
             if not on.any():
                 dead += width * len(block)
                 continue
-            rank = rank_of(reads[on], self.relative)
-            reach = self.gradients[number][on][:, :, block]
-            reached = rank_of(reach.reshape(-1, len(block)), self.relative)
-            both = self._joint(reach, reads[on], reached, rank)
+            rank = self._rank(reads[on])
+            reached = self.gradients[number][on][:, :, block]
+            gradient_rank = self._rank(reached.reshape(-1, len(block)))
+            product_rank = self._product_rank(reached, reads[on], gradient_rank, rank)
             activations += len(block) * (width - rank)
-            gradients += (len(block) - reached) * rank
-            joint += reached * rank - both
-        scale, synchronised = self._gauge(number - 1) if number else (0, 0)
-        return Account(width * units, dead, activations, gradients, joint, scale, synchronised)
+            gradients += (len(block) - gradient_rank) * rank
+            products += gradient_rank * rank - product_rank
+        gauge = self._gauge(number - 1) if number else (0, 0)
+        return DegeneracyCount(width * n_units, dead, activations, gradients, products, *gauge)
 
-    def rank(self) -> int | None:
-        """Rank of the derivatives of the outputs by all weights."""
+    def jacobian_rank(self) -> int | None:
+        """Rank of the derivatives of the outputs by all weights; `None` if they are too many."""
         n, n_out = self.gradients[0].shape[:2]
-        wide = [g.shape[2] * self.read_by(i).shape[1] for i, g in enumerate(self.gradients)]
-        if n * n_out * sum(wide) > LARGEST or n * n_out * sum(wide) ** 2 > MOST_WORK / 25:
+        n_weights = sum(g.shape[2] * self.read_by(i).shape[1] for i, g in enumerate(self.gradients))
+        entries = n * n_out * n_weights
+        if entries > MAX_RANK_ENTRIES or entries * n_weights > MAX_OPERATIONS / 25:
             return None
-        return rank_of(self.jacobian(), self.relative)
+        return self._rank(self.jacobian())
 
     def jacobian(self) -> Float[np.ndarray, "rows p"]:
         """Derivatives of the outputs of all samples by all weights, each unit's bias last."""
-        rows = self.gradients[0].shape[0] * self.gradients[0].shape[1]
-        parts = [
-            np.einsum("nok,nd->nokd", g, self.read_by(i)).reshape(rows, -1)
+        n_rows = self.gradients[0].shape[0] * self.gradients[0].shape[1]
+        by_map = [
+            np.einsum("nok,nd->nokd", g, self.read_by(i)).reshape(n_rows, -1)
             for i, g in enumerate(self.gradients)
         ]
-        return np.concatenate(parts, axis=1)
+        return np.concatenate(by_map, axis=1)
 
     def weights(self) -> Float[np.ndarray, " p"]:
         """All weights, in the order of the columns of the Jacobian."""
-        found = []
-        for number, section in enumerate(self.sections):
-            assert section.form is not None
-            whole = section.form.weight
-            if self.biased(number):
-                bias = section.form.inner.get_parameter("bias")
-                whole = torch.cat([whole, bias[:, None]], dim=1)
-            found.append(whole.detach().cpu().double().flatten().numpy())
-        return np.concatenate(found)
+        by_map = []
+        for number, form in enumerate(self.forms):
+            weight = form.weight
+            if self.has_bias(number):
+                bias = form.inner.get_parameter("bias")
+                weight = torch.cat([weight, bias[:, None]], dim=1)
+            by_map.append(weight.detach().cpu().double().flatten().numpy())
+        return np.concatenate(by_map)
 
     def _gauge(self, number: int) -> tuple[int, int]:
-        """Of the hidden layer that section `number` leads to."""
-        scale = synchronised = 0
-        movable = self.biased(number) and self.biased(number + 1)
+        """ReLU scaling and synchronized nonlinearities of the hidden layer after a map."""
+        scaling = synchronized = 0
+        movable = self.has_bias(number) and self.has_bias(number + 1)
         for block in self.blocks[number]:
             on = self.fires[number][:, block[0]]
             if not on.any():
                 continue
-            own = self.values[number + 1][on][:, block]
-            own = _with_constant(own) if movable and on.all() else own
-            reach = self.gradients[number][on][:, :, block]
-            reached = rank_of(reach.reshape(-1, len(block)), self.relative)
-            shared = self._joint(reach, own, reached, rank_of(own, self.relative))
-            scale += min(len(block), shared)
-            synchronised += max(shared - len(block), 0)
-        return scale, synchronised
+            hidden = self.activations[number + 1][on][:, block]
+            hidden = with_constant(hidden) if movable and on.all() else hidden
+            reached = self.gradients[number][on][:, :, block]
+            gradient_rank = self._rank(reached.reshape(-1, len(block)))
+            rank = self._product_rank(reached, hidden, gradient_rank, self._rank(hidden))
+            scaling += min(len(block), rank)
+            synchronized += max(rank - len(block), 0)
+        return scaling, synchronized
 
-    def _joint(self, reach: np.ndarray, reads: np.ndarray, reached: int, rank: int) -> int:
+    def _rank(self, rows: Float[np.ndarray, "n d"]) -> int:
+        return rank_of(rows, self.rank_threshold)
+
+    def _product_rank(
+        self,
+        gradients: Float[np.ndarray, "n o k"],
+        activations: Float[np.ndarray, "n d"],
+        gradient_rank: int,
+        activation_rank: int,
+    ) -> int:
         """Rank of gradient (x) activation over samples and outputs."""
-        if min(reached, rank) == 0:
+        both = gradient_rank * activation_rank
+        if both == 0:
             return 0
-        if reach.shape[2] == 1:  # one unit: a gradient only weighs samples, or leaves them out
-            seen = (reach != 0).any(axis=(1, 2))
-            return rank if seen.all() else rank_of(reads[seen], self.relative)
-        if (reach == reach[:1]).all():
-            return reached * rank
-        columns = reach.shape[2] * reads.shape[1]
-        if reach.shape[0] * reach.shape[1] * columns > LARGEST:
-            return reached * rank
-        rows = np.einsum("nok,nd->nokd", reach, reads).reshape(-1, columns)
-        return rank_of(rows, self.relative)
+        if gradients.shape[2] == 1:  # one unit: a gradient only weighs samples, or leaves them out
+            seen = (gradients != 0).any(axis=(1, 2))
+            return activation_rank if seen.all() else self._rank(activations[seen])
+        if (gradients == gradients[:1]).all():
+            return both
+        n_columns = gradients.shape[2] * activations.shape[1]
+        if gradients.shape[0] * gradients.shape[1] * n_columns > MAX_RANK_ENTRIES:
+            return both
+        products = np.einsum("nok,nd->nokd", gradients, activations)
+        return self._rank(products.reshape(-1, n_columns))
 
 
-def _numbers(x: Tensor) -> np.ndarray:
+def _as_rows(x: Tensor) -> Float[np.ndarray, "n d"]:
     return rows_of(x)[:, 0].detach().cpu().double().numpy()
 
 
-def _with_constant(values: np.ndarray) -> np.ndarray:
-    return np.concatenate([values, np.ones((len(values), 1))], axis=1)
+def with_constant(rows: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "n d_plus_1"]:
+    """Rows with a constant 1 appended, for biases."""
+    return np.concatenate([rows, np.ones((len(rows), 1))], axis=1)
 
 
-def _blocks(fires: np.ndarray) -> list[Int[np.ndarray, " k"]]:
+def _blocks(fires: Bool[np.ndarray, "n h"]) -> list[Int[np.ndarray, " _"]]:
     firing = Firing(fires.shape[1])
     firing.add(torch.from_numpy(fires))
     labels = parts_of(firing.together)
@@ -293,49 +319,41 @@ def _blocks(fires: np.ndarray) -> list[Int[np.ndarray, " k"]]:
     return [*blocks, never] if len(never) else blocks
 
 
-def bound(
-    section: LayerMap, rank: int, dead: int, reached: int, width: int, blocks: int = 0
-) -> Account:
-    """A lower bound on the free directions of a section's first weights.
+def bound_degeneracy(
+    form: ReLUForm | None, width: int, *, rank: int, n_dead: int, gradient_rank: int
+) -> DegeneracyCount:
+    """Lower bound on the free directions of the first weights of a layer map.
 
     Args:
-        section: Any section.
-        rank: Rank of the activations that it reads; uncentred, with the constant if it has
+        form: Closed form of the map; without one nothing is counted.
+        width: Number of channels that the map reads.
+        rank: Rank of the activations that it reads; not centered, with the constant if it has
             biases.
-        dead: Hidden units (or channels) that never fire.
-        reached: Rank of the gradients at its target.
-        width: Channels that it reads.
-        blocks: Blocks of units with one firing set in the layer that it reads, if those units
-            have weights of their own: the scale of each can be moved into this section.
+        n_dead: Number of hidden units (or channels) that never fire.
+        gradient_rank: Rank of the gradients at its target.
     """
-    form = section.form
     if form is None:
-        return Account(0, 0, 0, 0, 0, 0, 0)
+        return DegeneracyCount()
     taps = int(np.prod(form.inner.kernel_size)) if isinstance(form.inner, nn.Conv2d) else 1
-    units = int(form.weight.shape[0])
+    n_units = int(form.weight.shape[0])
     constant = int(form.inner.bias is not None)
-    # A constant is not a null direction of a padded map, nor one for each tap.
-    missing = max(width - rank, 0) * taps
-    live = units - dead
-    unreached = 0
+    per_unit = width * taps + constant
+    n_live = n_units - n_dead
     # Behind a ReLU gradients of rank one can reach all units, each on its own samples.
-    if form.out is None and not form.skip and not form.relu:
-        unreached = max(live - reached, 0) * (rank * taps + constant)
-    return Account(
-        units * (width * taps + constant),
-        dead * (width * taps + constant),
-        live * missing,
-        unreached,
-        0,
-        blocks,
-        0,
+    linear = form.out is None and not form.skip and not form.relu
+    return DegeneracyCount(
+        n_parameters=n_units * per_unit,
+        dead_units=n_dead * per_unit,
+        # A constant is not a null direction of a padded map, nor one for each tap.
+        low_rank_activations=n_live * max(width - rank, 0) * taps,
+        low_rank_gradients=linear * max(n_live - gradient_rank, 0) * (rank * taps + constant),
     )
 
 
 def hessian_rank(
     network: nn.Module,
     inputs: Float[Tensor, "n *shape"],  # noqa: F821 - names of axes
-    relative: float = 1e-18,
+    rank_threshold: float = 1e-18,
 ) -> tuple[int, int]:
     """Rank of the Hessian of the behavioral loss, and the number of parameters.
 
@@ -343,9 +361,10 @@ def hessian_rank(
     in float64.
 
     Args:
-        network: In evaluation mode.
+        network: Network in evaluation mode.
         inputs: Samples.
-        relative: Squared singular values below this share of the largest count as zero.
+        rank_threshold: Share of the largest squared singular value below which others count as
+            zero.
     """
     parameters = {name: p.detach() for name, p in network.named_parameters()}
 
@@ -354,4 +373,4 @@ def hessian_rank(
 
     jacobian = torch.func.jacrev(outputs)(parameters)
     rows = torch.cat([j.flatten(1) for j in jacobian.values()], dim=1).double().numpy()
-    return rank_of(rows, relative), rows.shape[1]
+    return rank_of(rows, rank_threshold), rows.shape[1]

@@ -1,13 +1,13 @@
-"""How strongly each coordinate of a layer acts on each coordinate of the next.
+"""Strength of the interaction of each coordinate of a layer with each coordinate of the next.
 
 E[i, j] = E_x sum_t (sum_s integral dF_it/df_js dalpha * f_js)^2: the mean square of what source
 coordinate j adds to target coordinate i, by integrated gradients.
 
-A piecewise linear section (ReLU, convolutions, max-pooling, whole inception modules) is
+A piecewise linear map (ReLU, convolutions, max-pooling, whole inception modules) is
 1-homogeneous once its biases are folded into a constant 1: along the straight path from zero its
 gradient does not change, and gradient times coordinate is the exact integral. For all others the
-path runs from the mean of the layer to the sample (what leaving a coordinate out goes back to),
-and the integral is taken by Gauss-Legendre quadrature.
+path runs from the mean of the layer to the sample (the value of an ablated coordinate), and the
+integral is taken by Gauss-Legendre quadrature.
 
 The inner sum is the derivative along what coordinate j contributes at all positions. So one
 forward derivative for each source coordinate is enough, however many outputs and positions there
@@ -26,104 +26,94 @@ from torch import Tensor, nn
 
 from mechatlas.analysis.interaction.bases import Basis
 from mechatlas.analysis.interaction.derivatives import (
-    directional,
+    directional_derivatives,
     form_jacobians,
     vector_jacobian_products,
 )
 from mechatlas.analysis.interaction.layer_maps import LayerMap, like, rows_of
 from mechatlas.analysis.interaction.statistics import Inputs
-from mechatlas.base import Site
 
-ENTRIES = 1 << 24
-"""Numbers in a block of Jacobians: bounds the memory."""
-AT_ONCE = 1 << 22
-"""Numbers in the activations that are changed along several coordinates at once."""
+MAX_JACOBIAN_ENTRIES = 1 << 24
+"""Maximum number of entries in a block of Jacobians; bounds the memory."""
+MAX_TANGENT_ENTRIES = 1 << 22
+"""Maximum number of entries in the tangents of one batched forward derivative."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Edges:
-    """Strength of every edge from one layer's coordinates to the next layer's."""
+class InteractionEdges:
+    """Strength of every edge from the coordinates of one layer to those of the next."""
 
     strength: Float[np.ndarray, "k j"]
-    """Row i, column j: from source coordinate j to target coordinate i."""
+    """Strength of the edge from source coordinate j (column) to target coordinate k (row)."""
     standard_error: Float[np.ndarray, "k j"]
-    """Over samples."""
-    samples: int
-    points: int
-    """Quadrature points; 1 where one is exact."""
-
-    def state(self) -> dict[str, np.ndarray]:
-        """Arrays from which `from_state` makes the same edges."""
-        return {
-            "strength": self.strength,
-            "standard_error": self.standard_error,
-            "counts": np.array([self.samples, self.points]),
-        }
-
-    @classmethod
-    def from_state(cls, state: dict[str, np.ndarray]) -> "Edges":
-        """The edges that `state` was called on."""
-        samples, points = state["counts"].tolist()
-        return cls(state["strength"], state["standard_error"], samples, points)
+    """Standard error of the strength, over samples."""
+    n_samples: int
+    quadrature_points: int
+    """Number of quadrature points; 1 where one is exact."""
 
     def order(self) -> list[int]:
-        """Edges as flat indices, strongest first; equals keep their order."""
+        """Flat indices of the edges, strongest first; ties keep their order."""
         return np.argsort(-self.strength, axis=None, kind="stable").tolist()
 
 
 def measure_edges(
     network: nn.Module,
-    section: LayerMap,
+    layer_map: LayerMap,
     source: Basis,
     target: Basis,
     inputs: Inputs,
     *,
-    points: int = 3,
-) -> Edges:
-    """Edges of a section, with standard errors over the samples.
+    quadrature_points: int = 3,
+) -> InteractionEdges:
+    """Measure the edges of a layer map, with standard errors over the samples.
 
     Args:
-        network: The network.
-        section: From the source's layer to the target's.
+        network: Network that the layers belong to.
+        layer_map: Map from the layer of the source to the layer of the target.
         source: Coordinates of the first layer.
-        target: Coordinates of the second.
+        target: Coordinates of the second layer.
         inputs: Samples to average over.
-        points: Quadrature points where the section is not piecewise linear.
+        quadrature_points: Number of points where the map is not piecewise linear.
     """
-    nodes, weights = np.polynomial.legendre.leggauss(points)
+    nodes, weights = np.polynomial.legendre.leggauss(quadrature_points)
     path = (
         [(1.0, 1.0)]
-        if section.is_piecewise_linear
+        if layer_map.is_piecewise_linear
         else [((float(n) + 1) / 2, float(w) / 2) for n, w in zip(nodes, weights, strict=True)]
     )
     total = np.zeros((2, len(target), len(source)))
-    there = inputs.first(1).read(network, [section.source, section.target])
-    done, size = 0, _block_size(section, source, target, there)
-    positions = rows_of(there[section.target]).shape[1]
+    layers = [layer_map.source, layer_map.target]
+    first = list(inputs.first(1).read(network, layers).values())
+    n_positions = rows_of(first[-1]).shape[1]
+    n_samples = 0
+    size = _batch_size(layer_map, source, target, sum(x.numel() for x in first))
     for batch in inputs.batches(size):
-        x = batch.read(network, [section.source])[section.source]
-        squares = _attributions(section, x, batch.tensor, source, target, path, positions)
+        x = batch.read(network, layers[:1])[layer_map.source]
+        squares = _squared_attributions(
+            layer_map, x, batch.tensor, source, target, path, n_positions
+        )
         total[0] += squares.sum(0).double().numpy()
         total[1] += torch.einsum("nkj,nkj->kj", squares, squares).double().numpy()
-        done += len(batch)
-    mean = total[0] / done
-    variance = (total[1] / done - mean**2).clip(min=0)
-    return Edges(mean, np.sqrt(variance / max(done - 1, 1)), done, len(path))
+        n_samples += len(batch)
+    mean = total[0] / n_samples
+    variance = (total[1] / n_samples - mean**2).clip(min=0)
+    error = np.sqrt(variance / max(n_samples - 1, 1))
+    return InteractionEdges(mean, error, n_samples, len(path))
 
 
-def _attributions(
-    section: LayerMap,
+def _squared_attributions(
+    layer_map: LayerMap,
     x: Tensor,
-    batch: Tensor,
+    inputs: Tensor,
     source: Basis,
     target: Basis,
     path: list[tuple[float, float]],
-    positions: int,
+    n_positions: int,
 ) -> Float[Tensor, "n k j"]:
     """Squared attributions of each sample, summed over output positions."""
     coordinates = source.transform(rows_of(x))
     squares = x.new_zeros(len(x), len(target), len(source))
-    form = section.form
+    form = layer_map.form
     if form is not None and form.is_linear_map:
         blocks = form_jacobians(form, x, target.to_basis, source.from_basis)
         for position, jacobian in enumerate(blocks):
@@ -132,46 +122,36 @@ def _attributions(
     rows = rows_of(x)
     mean = rows.new_tensor(source.mean)
     points = [(x if a == 1.0 else like(mean + a * (rows - mean), x), weight) for a, weight in path]
-    if positions * len(target) < len(source):
-        return _backwards(section, batch, points, coordinates, source, target, positions)
-    out_of, read = rows.new_tensor(source.from_basis), rows.new_tensor(target.to_basis)
-    for some in torch.arange(len(source)).split(max(AT_ONCE // x.numel(), 1)):
+    from_basis, to_basis = rows.new_tensor(source.from_basis), rows.new_tensor(target.to_basis)
+    if n_positions * len(target) < len(source):
+        # One gradient for each target coordinate and position, times the coordinates.
+        backward = [
+            vector_jacobian_products(layer_map, at, inputs, target.to_basis) for at, _ in points
+        ]
+        for number, gradients in enumerate(zip(*backward, strict=True)):
+            weighted = (w * g for g, (_, w) in zip(gradients, points, strict=True))
+            gradient = sum(weighted, start=rows.new_zeros(()))
+            attribution = ((gradient @ from_basis.T) * coordinates).sum(dim=1)
+            squares[:, number // n_positions] += attribution.square_()
+        return squares
+    for chosen in torch.arange(len(source)).split(max(MAX_TANGENT_ENTRIES // x.numel(), 1)):
         # One derivative, along what a coordinate contributes at all positions, gives all of
         # its attributions.
-        changes = coordinates.movedim(-1, 0)[some, ..., None] * out_of[some, None, None]
-        tangents = like(changes.flatten(0, 1), x).unflatten(0, (len(some), len(x)))
-        along = sum(weight * directional(section, at, batch, tangents) for at, weight in points)
-        assert isinstance(along, Tensor)
-        squares[:, :, some] = (along @ read).square_().sum(dim=2).movedim(0, -1)
+        changes = coordinates.movedim(-1, 0)[chosen, ..., None] * from_basis[chosen, None, None]
+        tangents = like(changes.flatten(0, 1), x).unflatten(0, (len(chosen), len(x)))
+        weighted = (
+            w * directional_derivatives(layer_map, at, inputs, tangents) for at, w in points
+        )
+        derivative = sum(weighted, start=rows.new_zeros(()))
+        squares[:, :, chosen] = (derivative @ to_basis).square_().sum(dim=2).movedim(0, -1)
     return squares
 
 
-def _backwards(
-    section: LayerMap,
-    batch: Tensor,
-    points: list[tuple[Tensor, float]],
-    coordinates: Float[Tensor, "n s j"],
-    source: Basis,
-    target: Basis,
-    positions: int,
-) -> Float[Tensor, "n k j"]:
-    """One gradient for each target coordinate and position, times the coordinates."""
-    across = coordinates.new_tensor(source.from_basis.T.copy())
-    squares = coordinates.new_zeros(len(batch), len(target), len(source))
-    every = [vector_jacobian_products(section, x, batch, target.to_basis) for x, _ in points]
-    weights = [weight for _, weight in points]
-    for number, found in enumerate(zip(*every, strict=True)):
-        gradient = sum(w * g for w, g in zip(weights, found, strict=True))
-        assert isinstance(gradient, Tensor)
-        attribution = ((gradient @ across) * coordinates).sum(dim=1)
-        squares[:, number // positions] += attribution.square_()
-    return squares
-
-
-def _block_size(section: LayerMap, source: Basis, target: Basis, there: dict[Site, Tensor]) -> int:
-    form = section.form
+def _batch_size(layer_map: LayerMap, source: Basis, target: Basis, n_activations: int) -> int:
+    """Number of samples whose Jacobians fit into `MAX_JACOBIAN_ENTRIES`."""
+    form = layer_map.form
     if form is not None and form.is_linear_map:
-        numbers = max(form.weight.shape[0], len(source)) * len(target)
+        entries = max(form.weight.shape[0], len(source)) * len(target)
     else:
-        numbers = max(len(source) * len(target), 16 * sum(x.numel() for x in there.values()))
-    return int(np.clip(ENTRIES // numbers, 1, 4096))
+        entries = max(len(source) * len(target), 16 * n_activations)
+    return int(np.clip(MAX_JACOBIAN_ENTRIES // entries, 1, 4096))

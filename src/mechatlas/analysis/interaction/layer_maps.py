@@ -19,8 +19,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from mechatlas.activations.sites import channels_last, intervene, read_activations
-from mechatlas.activations.tracing import ModuleCall, Trace, cut_branch, same_numbers, trace
+from mechatlas.activations.sites import channels_last, cut_branch, intervene, read_activations
+from mechatlas.activations.tracing import ModuleCall, Trace, same_numbers, trace
 from mechatlas.base import Site, SiteError
 
 

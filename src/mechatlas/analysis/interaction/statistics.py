@@ -1,15 +1,16 @@
-"""What one pass over the data keeps of every layer, and what is derived from it.
+"""Statistics of every layer from one pass over the data, and second moments of gradients.
 
-Inputs         the samples, whatever they came as, in batches
-LayerMoments   mean, Gram matrix and firing of a layer; mergeable and resumable
-SectionFiring  firing inside a section: all that its closed form needs
-observe        network, inputs -> both, in one pass
-pullback       E[J^T A J] of a section: closed form, or vector-Jacobian products
-gradients      the same from the end of the network to every layer
+Inputs               samples as a tensor with their labels, in batches
+LayerMoments         mean, covariance and firing of a layer; mergeable and resumable
+LayerMapFiring       firing of the hidden units of a layer map, for its closed form
+collect_statistics   network, inputs -> moments and firing, in one pass
+pullback             E[J^T A J] of a layer map, by vector-Jacobian products
+output_gradients     E[J^T J] from the last layer to every other one
 """
 
 import dataclasses
 from collections.abc import Iterator, Sequence
+from typing import Any, TypeVar, get_origin
 
 import numpy as np
 import torch
@@ -17,209 +18,242 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from mechatlas.activations.sites import channels_last, read_activations
-from mechatlas.analysis.interaction.derivatives import MOST_GRADIENTS, vector_jacobian_products
+from mechatlas.analysis.interaction.derivatives import MAX_GRADIENTS, vector_jacobian_products
 from mechatlas.analysis.interaction.layer_maps import LayerMap, rows_of, taps_of
-from mechatlas.base import InputError, NonFiniteError, Progress, Site, no_progress
+from mechatlas.base import InputError, NonFiniteError, Site
 from mechatlas.maths.linalg import Firing, Moments, gram, relu_pullback, skip_pullback
+
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Inputs:
-    """Samples for a network, and their labels if there are any."""
+    """Samples for a network, with labels and activations where there are any."""
 
     tensor: Tensor
+    """Inputs of the network; the first axis counts samples."""
     labels: Tensor | None = None
-    kept: dict[Site, Tensor] = dataclasses.field(default_factory=dict)
-    """Activations that need not be computed again."""
+    """Correct class of each sample."""
+    activations: dict[Site, Tensor] = dataclasses.field(default_factory=dict)
+    """Activations kept in memory, by site."""
 
     @classmethod
-    def of(cls, data: object) -> "Inputs":
-        """Take a tensor, an array, or a pair of inputs and labels.
+    def from_data(cls, data: Any) -> "Inputs":
+        """Convert a tensor, an array, or a pair of inputs and labels.
 
         Raises:
-            InputError: It is none of these, it is empty, or the labels do not fit.
+            InputError: The data is none of these or empty, or the labels do not fit.
             NonFiniteError: A sample has a NaN or an infinity.
         """
-        inputs, labels = data if isinstance(data, tuple | list) and len(data) == 2 else (data, None)
-        tensors = [
-            torch.from_numpy(x) if isinstance(x, np.ndarray) else x for x in (inputs, labels)
-        ]
-        tensor, wanted = tensors
+        pair = data if isinstance(data, tuple | list) and len(data) == 2 else (data, None)
+        tensor, labels = [torch.from_numpy(x) if isinstance(x, np.ndarray) else x for x in pair]
         if not isinstance(tensor, Tensor):
             raise InputError(
                 f"Expected inputs as a tensor or array, or a pair (inputs, labels), got "
-                f"{type(inputs).__name__}."
+                f"{type(pair[0]).__name__}."
             )
         if not len(tensor):
             raise InputError("There are no samples: the first axis of the inputs is empty.")
         if tensor.is_floating_point() and not tensor.isfinite().all():
             sample = int((~tensor.isfinite()).flatten(1).any(dim=1).nonzero()[0])
             raise NonFiniteError(f"Sample {sample} of the inputs has a NaN or an infinity.")
-        if wanted is not None and (
-            not isinstance(wanted, Tensor) or wanted.shape != tensor.shape[:1]
+        if labels is not None and (
+            not isinstance(labels, Tensor) or labels.shape != tensor.shape[:1]
         ):
-            shape = tuple(wanted.shape) if isinstance(wanted, Tensor) else type(wanted).__name__
+            shape = tuple(labels.shape) if isinstance(labels, Tensor) else type(labels).__name__
             raise InputError(f"Expected one label a sample ({len(tensor)}), got {shape}.")
-        return cls(tensor, None if wanted is None else wanted.long())
+        return cls(tensor, None if labels is None else labels.long())
 
     def __len__(self) -> int:
-        """How many samples."""
+        """Number of samples."""
         return len(self.tensor)
 
     def first(self, n: int) -> "Inputs":
-        """The first `n` of them."""
-        return self._part(0, n)
+        """First `n` samples."""
+        return self._select(slice(n))
 
-    def drawn(self, n: int, *, seed: int = 0) -> "Inputs":
-        """At most `n` of them in random order: those given may be sorted, by class for one."""
-        chosen = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))[:n]
-        labels = None if self.labels is None else self.labels[chosen]
-        return Inputs(self.tensor[chosen], labels, {k: x[chosen] for k, x in self.kept.items()})
+    def random_subset(self, n: int, *, seed: int = 0) -> "Inputs":
+        """At most `n` samples in random order; data may come sorted by class."""
+        generator = torch.Generator().manual_seed(seed)
+        return self._select(torch.randperm(len(self), generator=generator)[:n])
 
-    def _part(self, start: int, stop: int) -> "Inputs":
-        labels = None if self.labels is None else self.labels[start:stop]
-        kept = {site: x[start:stop] for site, x in self.kept.items()}
-        return Inputs(self.tensor[start:stop], labels, kept)
+    def _select(self, samples: slice | Tensor) -> "Inputs":
+        labels = None if self.labels is None else self.labels[samples]
+        activations = {site: x[samples] for site, x in self.activations.items()}
+        return Inputs(self.tensor[samples], labels, activations)
 
     def batches(self, size: int) -> "Iterator[Inputs]":
-        """All of them, in order."""
-        for start in range(0, len(self.tensor), size):
-            yield self._part(start, start + size)
+        """Yield all samples in order, `size` at a time."""
+        for start in range(0, len(self), size):
+            yield self._select(slice(start, start + size))
 
     def read(self, network: nn.Module, layers: Sequence[Site]) -> dict[Site, Tensor]:
-        """Activations at some layers, from memory where they are kept."""
-        if all(layer in self.kept for layer in layers):
-            return {layer: self.kept[layer] for layer in layers}
+        """Read activations at some layers, from memory where they are kept."""
+        if all(layer in self.activations for layer in layers):
+            return {layer: self.activations[layer] for layer in layers}
         with torch.no_grad():
             return read_activations(network, self.tensor, layers)
 
-    def keeping(self, network: nn.Module, layers: Sequence[Site], *, size: int) -> "Inputs":
-        """The same samples, with their activations at some layers kept in memory."""
-        parts = [batch.read(network, layers) for batch in self.batches(size)]
-        kept = {layer: torch.cat([part[layer] for part in parts]) for layer in layers}
-        return Inputs(self.tensor, self.labels, kept)
+    def with_activations(
+        self, network: nn.Module, layers: Sequence[Site], *, batch_size: int
+    ) -> "Inputs":
+        """Read activations at some layers and keep them in memory."""
+        parts = [batch.read(network, layers) for batch in self.batches(batch_size)]
+        activations = {layer: torch.cat([part[layer] for part in parts]) for layer in layers}
+        return dataclasses.replace(self, activations=activations)
 
 
-Arrays = dict[str, np.ndarray]
+NamedArrays = dict[str, np.ndarray]
+"""Arrays by name, as kept in a safetensors file."""
 
 
-def _named(name: str, of: Moments | Firing) -> Arrays:
-    return {f"{name}.{key}": value for key, value in of.state().items()}
+def prefixed(name: str, arrays: NamedArrays) -> NamedArrays:
+    """Put a name and a dot before the name of each array."""
+    return {f"{name}.{key}": array for key, array in arrays.items()}
 
 
-def part_of(state: Arrays, name: str) -> Arrays:
-    """The arrays whose name starts with a name and a dot, without it."""
+def unprefixed(name: str, arrays: NamedArrays) -> NamedArrays:
+    """Undo `prefixed`; arrays under other names are left out."""
     start = f"{name}."
-    return {k.removeprefix(start): v for k, v in state.items() if k.startswith(start)}
+    return {k.removeprefix(start): array for k, array in arrays.items() if k.startswith(start)}
+
+
+def as_arrays(result: Any) -> NamedArrays:
+    """Convert a dataclass of numbers, tuples of numbers and arrays; `None` is left out."""
+    return {key: np.array(each) for key, each in vars(result).items() if each is not None}
+
+
+def from_arrays(kind: type[T], arrays: NamedArrays) -> T:
+    """Undo `as_arrays` for a dataclass."""
+    values: dict[str, Any] = {}
+    for field in dataclasses.fields(kind):  # pyright: ignore[reportArgumentType]
+        array = arrays.get(field.name)
+        if array is None or array.ndim > 1:
+            values[field.name] = array
+        else:
+            is_tuple = get_origin(field.type) is tuple
+            values[field.name] = tuple(array.tolist()) if is_tuple else array.item()
+    return kind(**values)
 
 
 class LayerMoments:
-    """One layer: mean and Gram matrix of its activations, and which are above zero together."""
+    """Mean and covariance of the activations of a layer, and which units fire together."""
 
     def __init__(self, width: int) -> None:
         self.moments, self.firing = Moments(width), Firing(width)
-        self.rectified = True
-        """No activation was below zero, and some were exactly zero: units can be dead."""
-        self.zeros = False
+        self.nonnegative = True
+        """Whether no activation was below zero."""
+        self.has_zeros = False
+        """Whether some activation was exactly zero, as after a ReLU."""
 
     def add(self, rows: Float[Tensor, "batch d"]) -> None:
-        """Take in some rows."""
+        """Add rows of activations."""
         self.moments.add(rows)
-        if self.rectified:
-            self.rectified = bool((rows >= 0).all())
+        if self.nonnegative:
+            self.nonnegative = bool((rows >= 0).all())
             self.firing.add(rows > 0)
-            self.zeros = self.zeros or bool((rows == 0).any())
+            self.has_zeros = self.has_zeros or bool((rows == 0).any())
 
     def merge(self, other: "LayerMoments") -> None:
-        """Take in what another stream has seen."""
+        """Add the rows of another stream."""
         self.moments.merge(other.moments)
         self.firing.merge(other.firing)
-        self.rectified = self.rectified and other.rectified
-        self.zeros = self.zeros or other.zeros
+        self.nonnegative = self.nonnegative and other.nonnegative
+        self.has_zeros = self.has_zeros or other.has_zeros
 
-    def state(self) -> Arrays:
-        """Arrays from which `from_state` goes on."""
-        flags = {"rectified": np.array(self.rectified), "zeros": np.array(self.zeros)}
-        return _named("moments", self.moments) | _named("firing", self.firing) | flags
+    def arrays(self) -> NamedArrays:
+        """Convert to arrays that `from_arrays` reads."""
+        flags = {"nonnegative": self.nonnegative, "has_zeros": self.has_zeros}
+        return {
+            **prefixed("moments", self.moments.state()),
+            **prefixed("firing", self.firing.state()),
+            **{name: np.array(value) for name, value in flags.items()},
+        }
 
     @classmethod
-    def from_state(cls, state: Arrays) -> "LayerMoments":
-        """The stream as it was when `state` was called."""
-        layer = cls(len(state["moments.mean"]))
-        layer.moments = Moments.from_state(part_of(state, "moments"))
-        layer.firing = Firing.from_state(part_of(state, "firing"))
-        layer.rectified, layer.zeros = state["rectified"].item(), state["zeros"].item()
+    def from_arrays(cls, arrays: NamedArrays) -> "LayerMoments":
+        """Read the arrays of `arrays`."""
+        layer = cls(len(arrays["moments.mean"]))
+        layer.moments = Moments.from_state(unprefixed("moments", arrays))
+        layer.firing = Firing.from_state(unprefixed("firing", arrays))
+        layer.nonnegative = arrays["nonnegative"].item()
+        layer.has_zeros = arrays["has_zeros"].item()
         return layer
 
 
-class SectionFiring:
-    """Which hidden units of a section fire together: once, or once for each tap of a kernel."""
+class LayerMapFiring:
+    """Which hidden units of a layer map fire together: once, or once for each tap of a kernel.
 
-    def __init__(self, section: LayerMap) -> None:
-        form = section.form
-        assert form is not None
-        self.form = form
+    Args:
+        layer_map: A map with a closed form.
+    """
+
+    def __init__(self, layer_map: LayerMap) -> None:
+        assert layer_map.form is not None
+        self.form = layer_map.form
+        self.n_rows = 0
+        """Number of source positions."""
+        self.units = Firing(self.form.weight.shape[0])
+        """Firing at all positions."""
         self._taps: dict[tuple[int, int], Firing] = {}
-        self.rows = 0
-        """Source positions seen."""
-        self.whole = Firing(form.weight.shape[0])
 
     def add(self, x: Tensor) -> None:
-        """Take in activations of the section's source, as the network gives them."""
+        """Add activations of the source of the map, as the network gives them."""
         form = self.form
-        self.rows += rows_of(x).shape[0] * rows_of(x).shape[1]
+        self.n_rows += rows_of(x).shape[0] * rows_of(x).shape[1]
         with torch.no_grad():
             hidden = form.inner(x)
         fires = hidden > 0 if form.relu else torch.ones_like(hidden, dtype=torch.bool)
-        self.whole.add(channels_last(fires).flatten(0, -2))
+        self.units.add(channels_last(fires).flatten(0, -2))
         if isinstance(form.inner, nn.Conv2d):
             height, width = x.shape[2:]
             for row, column, served in taps_of(form.inner, height, width):
                 part = channels_last(fires)[:, served[0], served[1]]
-                tap = self._taps.setdefault((row, column), Firing(self.whole.width))
-                tap.add(part.flatten(0, -2))
+                self._tap(row, column).add(part.flatten(0, -2))
 
-    def merge(self, other: "SectionFiring") -> None:
-        """Take in what another stream has seen."""
-        self.rows += other.rows
-        self.whole.merge(other.whole)
-        for place, firing in other._taps.items():
-            self._taps.setdefault(place, Firing(self.whole.width)).merge(firing)
+    def _tap(self, row: int, column: int) -> Firing:
+        return self._taps.setdefault((row, column), Firing(self.units.width))
 
-    def state(self) -> Arrays:
-        """Arrays from which `from_state` goes on."""
-        state = {"rows": np.array(self.rows), **_named("whole", self.whole)}
+    def merge(self, other: "LayerMapFiring") -> None:
+        """Add the activations of another stream."""
+        self.n_rows += other.n_rows
+        self.units.merge(other.units)
+        for tap, firing in other._taps.items():
+            self._tap(*tap).merge(firing)
+
+    def arrays(self) -> NamedArrays:
+        """Convert to arrays that `from_arrays` reads."""
+        arrays = {"n_rows": np.array(self.n_rows), **prefixed("units", self.units.state())}
         for (row, column), firing in self._taps.items():
-            state |= _named(f"tap.{row}.{column}", firing)
-        return state
+            arrays |= prefixed(f"tap.{row}.{column}", firing.state())
+        return arrays
 
     @classmethod
-    def from_state(cls, section: LayerMap, state: Arrays) -> "SectionFiring":
-        """The stream as it was when `state` was called."""
-        firing = cls(section)
-        firing.rows = state["rows"].item()
-        firing.whole = Firing.from_state(part_of(state, "whole"))
-        for name in state:
+    def from_arrays(cls, layer_map: LayerMap, arrays: NamedArrays) -> "LayerMapFiring":
+        """Read the arrays of `arrays`."""
+        firing = cls(layer_map)
+        firing.n_rows = arrays["n_rows"].item()
+        firing.units = Firing.from_state(unprefixed("units", arrays))
+        for name in arrays:
             if name.startswith("tap.") and name.endswith(".n"):
                 _, row, column, _ = name.split(".")
-                part = part_of(state, f"tap.{row}.{column}")
-                firing._taps[int(row), int(column)] = Firing.from_state(part)
+                tap = Firing.from_state(unprefixed(f"tap.{row}.{column}", arrays))
+                firing._taps[int(row), int(column)] = tap
         return firing
 
     def pullback(self, after: Float[np.ndarray, "o o"]) -> Float[np.ndarray, "d d"]:
-        """E[J^T A J] summed over target positions and averaged over source positions."""
+        """E[J^T A J] for A = `after`, summed over target and averaged over source positions."""
         form = self.form
+        weight = _weight(form.inner)
         if not isinstance(form.inner, nn.Conv2d):
-            weight = _weight(form.inner)
-            together = self.whole.together / self.rows
+            together = self.units.together / self.n_rows
             if form.out is None and not form.skip:
                 return relu_pullback(after, weight, together)
             out = np.eye(len(weight)) if form.out is None else _weight(form.out)
             return skip_pullback(after, weight, together, out, skip=form.skip)
-        weight = _weight(form.inner)
         pulled = np.zeros((weight.shape[1], weight.shape[1]))
         for (row, column), firing in self._taps.items():
-            pulled += relu_pullback(after, weight[:, :, row, column], firing.together / self.rows)
+            pulled += relu_pullback(after, weight[:, :, row, column], firing.together / self.n_rows)
         return pulled
 
 
@@ -227,123 +261,146 @@ def _weight(module: nn.Module) -> np.ndarray:
     return module.get_parameter("weight").detach().cpu().double().numpy()
 
 
-def observe(
+def collect_statistics(
     network: nn.Module,
     inputs: Inputs,
     layers: Sequence[Site],
-    sections: Sequence[LayerMap],
+    maps: Sequence[LayerMap],
     *,
     batch_size: int,
-    on_progress: Progress = no_progress,
-) -> tuple[list[LayerMoments], list[SectionFiring | None]]:
-    """One forward pass over all samples.
+) -> tuple[list[LayerMoments], list[LayerMapFiring | None]]:
+    """Run the network once over all samples.
+
+    Args:
+        network: Network in evaluation mode.
+        inputs: Samples.
+        layers: Layers whose moments are taken.
+        maps: Maps from each layer to the next.
+        batch_size: Number of samples in a forward pass.
+
+    Returns:
+        Moments of each layer, and firing inside each map that has a closed form.
 
     Raises:
         NonFiniteError: A layer has a NaN or an infinity; the layer and batch are named.
     """
-    layer_moments: list[LayerMoments] = []
-    firing = [None if s.form is None else SectionFiring(s) for s in sections]
-    done = 0
+    moments: list[LayerMoments] = []
+    firing = [None if m.form is None else LayerMapFiring(m) for m in maps]
+    n_samples = 0
     for batch in inputs.batches(batch_size):
-        found = batch.read(network, layers)
+        activations = batch.read(network, layers)
         for number, layer in enumerate(layers):
-            rows = rows_of(found[layer]).flatten(0, 1)
+            rows = rows_of(activations[layer]).flatten(0, 1)
             if not rows.isfinite().all():
                 raise NonFiniteError(
-                    f"Layer {layer} has a NaN or an infinity in samples {done} to "
-                    f"{done + len(batch) - 1}."
+                    f"Layer {layer} has a NaN or an infinity in samples {n_samples} to "
+                    f"{n_samples + len(batch) - 1}."
                 )
-            if number == len(layer_moments):
-                layer_moments.append(LayerMoments(rows.shape[1]))
-            layer_moments[number].add(rows)
-        for section, hidden in zip(sections, firing, strict=True):
+            if number == len(moments):
+                moments.append(LayerMoments(rows.shape[1]))
+            moments[number].add(rows)
+        for layer_map, hidden in zip(maps, firing, strict=True):
             if hidden is not None:
-                hidden.add(found[section.source])
-        done += len(batch)
-        on_progress(done, len(inputs))
-    return layer_moments, firing
+                hidden.add(activations[layer_map.source])
+        n_samples += len(batch)
+    return moments, firing
 
 
 def pullback(
     network: nn.Module,
-    section: LayerMap,
+    layer_map: LayerMap,
     inputs: Inputs,
     directions: Float[np.ndarray, "o k"],
     *,
     batch_size: int,
-    sources: int | None = None,
+    gradient_probes: int | None = None,
 ) -> Float[np.ndarray, "d d"]:
-    """E[J^T C C^T J] for C = `directions`, by vector-Jacobian products.
+    """E[J^T C C^T J] for C = `directions`, by vector-Jacobian products summed in float64.
 
-    Summed over target positions, averaged over samples and source positions; products of
-    gradients are summed in float64.
+    Args:
+        network: Network in evaluation mode.
+        layer_map: Map to differentiate.
+        inputs: Samples.
+        directions: Directions of the target's channels, as columns.
+        batch_size: Number of samples differentiated at a time.
+        gradient_probes: Random sums, as for `vector_jacobian_products`.
+
+    Returns:
+        Sum over target positions, averaged over samples and source positions.
     """
     total: np.ndarray | None = None
-    rows = 0
+    n_rows = 0
     for number, batch in enumerate(inputs.batches(batch_size)):
-        x = batch.read(network, [section.source])[section.source]
+        x = batch.read(network, [layer_map.source])[layer_map.source]
         shape = rows_of(x).shape
         if total is None:
             total = np.zeros((shape[2], shape[2]))
         products = vector_jacobian_products(
-            section, x, batch.tensor, directions, sources=sources, seed=number
+            layer_map, x, batch.tensor, directions, gradient_probes=gradient_probes, seed=number
         )
         for gradient in products:
             total += gram(gradient.flatten(0, 1))
-        rows += shape[0] * shape[1]
+        n_rows += shape[0] * shape[1]
     assert total is not None
-    return total / rows
+    return total / n_rows
 
 
-def gradients(
+def output_gradients(
     network: nn.Module,
-    sections: Sequence[LayerMap],
-    to_end: Sequence[LayerMap],
+    maps: Sequence[LayerMap],
+    maps_to_end: Sequence[LayerMap],
     inputs: Inputs,
     *,
     batch_size: int,
-    sources: int | None = None,
-) -> list[Float[np.ndarray, "d d"]]:
+    gradient_probes: int | None = None,
+) -> list[Float[np.ndarray, "_ _"]]:
     """E[J^T J] from the last layer to every other one.
 
     Args:
-        network: The network.
-        sections: From each layer to the next.
-        to_end: From each layer to the last; used where something goes around a layer, so that
-            it is not counted as passing through it.
-        inputs: The samples.
-        batch_size: Samples at a time.
-        sources: As for `vector_jacobian_products`.
+        network: Network in evaluation mode.
+        maps: Maps from each layer to the next.
+        maps_to_end: Maps from each layer to the last, used where something bypasses a layer.
+        inputs: Samples.
+        batch_size: Number of samples differentiated at a time.
+        gradient_probes: Random sums, as for `vector_jacobian_products`.
     """
-    positions, width = _shape_of_last(network, to_end[0], inputs)
-    around = not all(section.depends_only_on_source for section in sections)
-    if around or (sources is not None and positions * width > MOST_GRADIENTS):
+    last = inputs.first(1).read(network, [maps_to_end[0].target])[maps_to_end[0].target]
+    _, n_positions, width = rows_of(last).shape
+    bypassed = not all(layer_map.depends_only_on_source for layer_map in maps)
+    if bypassed or (gradient_probes is not None and n_positions * width > MAX_GRADIENTS):
         return [
-            pullback(network, s, inputs, np.eye(width), batch_size=batch_size, sources=sources)
-            for s in to_end
-        ]
+            pullback(
+                network, m, inputs, np.eye(width),
+                batch_size=batch_size, gradient_probes=gradient_probes,
+            )
+            for m in maps_to_end
+        ]  # fmt: skip
     totals: list[np.ndarray] = []
-    rows = [0] * len(sections)
+    n_rows = [0] * len(maps)
     for batch in inputs.batches(batch_size):
-        x = batch.read(network, [sections[0].source])[sections[0].source]
-        chain = [x.detach().clone().requires_grad_()]
-        with torch.enable_grad():
-            for section in sections:
-                chain.append(section.run(chain[-1], batch.tensor))
-        out = rows_of(chain[-1])
-        flat = out.reshape(len(out), -1)
+        chain = run_chain(maps, batch.read(network, [maps[0].source])[maps[0].source], batch.tensor)
+        out = rows_of(chain[-1]).flatten(1)
         if not totals:
-            widths = [rows_of(layer).shape[2] for layer in chain[:-1]]
-            totals = [np.zeros((w, w)) for w in widths]
-        for unit in range(flat.shape[1]):
-            found = torch.autograd.grad(flat[:, unit].sum(), chain[:-1], retain_graph=True)
-            for number, gradient in enumerate(found):
+            totals = [np.zeros((rows_of(x).shape[2],) * 2) for x in chain[:-1]]
+        for unit in range(out.shape[1]):
+            gradients = torch.autograd.grad(out[:, unit].sum(), chain[:-1], retain_graph=True)
+            for number, gradient in enumerate(gradients):
                 totals[number] += gram(rows_of(gradient).flatten(0, 1))
-        for number, layer in enumerate(chain[:-1]):
-            rows[number] += rows_of(layer).shape[0] * rows_of(layer).shape[1]
-    return [total / n for total, n in zip(totals, rows, strict=True)]
+        for number, x in enumerate(chain[:-1]):
+            n_rows[number] += rows_of(x).shape[0] * rows_of(x).shape[1]
+    return [total / n for total, n in zip(totals, n_rows, strict=True)]
 
 
-def _shape_of_last(network: nn.Module, section: LayerMap, inputs: Inputs) -> tuple[int, int]:
-    rows = rows_of(inputs.first(1).read(network, [section.target])[section.target])
-    return rows.shape[1], rows.shape[2]
+def run_chain(maps: Sequence[LayerMap], x: Tensor, inputs: Tensor) -> list[Tensor]:
+    """Run maps one after another, with gradients: activations of every layer.
+
+    Args:
+        maps: Maps from each layer to the next.
+        x: Activations of the first layer.
+        inputs: Inputs of the network for the same samples.
+    """
+    chain = [x.detach().clone().requires_grad_()]
+    with torch.enable_grad():
+        for layer_map in maps:
+            chain.append(layer_map.run(chain[-1], inputs))
+    return chain

@@ -34,8 +34,11 @@ class Estimate:
     """Estimate of a mean with its 95 % bootstrap interval."""
 
     value: float
+    """Estimate over the rows."""
     low: float
+    """Lower end of its 95 % interval."""
     high: float
+    """Upper end of its 95 % interval."""
     n: int
     """Number of features, rows or samples under the mean."""
 

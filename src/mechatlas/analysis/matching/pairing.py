@@ -318,6 +318,14 @@ def feature_splitting(matching: Match, *, max_partners: int = 4) -> FeatureSplit
     Args:
         matching: Match of two dictionaries.
         max_partners: Most similar latents of the other side that are considered for each latent.
+
+    Examples:
+        >>> import numpy as np, mechatlas as ma
+        >>> rows = np.random.default_rng(0).standard_normal((64, 16))
+        >>> halves = rows[:1] + np.array([[0.3], [-0.3]]) * rows[1]  # two similar to the first
+        >>> splitting = ma.feature_splitting(ma.match(rows, np.concatenate([halves, rows[1:]])))
+        >>> splitting.split()
+        array([0])
     """
     pairs, best = np.empty((0, 2), np.int64), []
     sides = (matching.unit_a, matching.unit_b, False), (matching.unit_b, matching.unit_a, True)

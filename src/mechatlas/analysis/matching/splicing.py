@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
 from mechatlas.activations.sites import channels_last, grid_of, intervene
@@ -93,7 +93,7 @@ def references(a: Dictionary, b: Dictionary) -> dict[str, Writer]:
 @torch.no_grad()
 def splice(
     network: nn.Module,
-    batches: Iterable[Tensor],
+    batches: Iterable[Shaped[Tensor, "_ ..."]],
     sites: tuple[Site, Site],
     ways: Mapping[str, Writer],
     *,

@@ -31,7 +31,8 @@ class PoseR2:
     """
 
     def __init__(self, order: int, d: int) -> None:
-        self.n, self._shape = 0, (order, d)
+        self.n: int = 0
+        self._shape = order, d
         self._sum, self._square = np.zeros(order * d), np.zeros(order * d)
         self._residual: dict[str, np.ndarray] = {}
 
@@ -67,12 +68,13 @@ class PoseMapFit:
     """
 
     def __init__(self, order: int, d: int, identity: int, *, seed: int = 0) -> None:
-        self.n, self.d, self.width = 0, d, order * d
+        self.n: int = 0
+        self._d, self._width = d, order * d
         self._untransformed = slice(identity * d, (identity + 1) * d)
         self._random = np.random.default_rng([seed, 0x6D617073])
         self._gram = np.zeros((d, d))
-        self._cross = np.zeros((2, d, self.width))
-        self._mean = np.zeros(self.width)
+        self._cross = np.zeros((2, d, self._width))
+        self._mean = np.zeros(self._width)
 
     def add(self, x: Float[np.ndarray, "batch width"]) -> None:
         """Add a batch of rows; the control shuffles the rows within the batch."""
@@ -95,10 +97,10 @@ class PoseMapFit:
         own = mean[self._untransformed]
         gram = self._gram / self.n - np.outer(own, own)
         cross = self._cross / self.n - np.outer(own, mean)
-        gram[np.diag_indices(self.d)] += RIDGE * max(np.trace(gram) / self.d, 1e-30)
+        gram[np.diag_indices(self._d)] += RIDGE * max(np.trace(gram) / self._d, 1e-30)
         linear, shuffled = (
             scipy.linalg.solve(gram, np.hstack(list(cross)), assume_a="pos")
-            .reshape(self.d, 2, -1)
+            .reshape(self._d, 2, -1)
             .swapaxes(0, 1)
         )
         return PoseMaps(self._untransformed, mean, linear, shuffled)
@@ -130,20 +132,6 @@ class PoseMaps:
         }
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Baselines:
-    """R2 on held-out rows for each element of the group."""
-
-    linear: Float[np.ndarray, " order"]
-    """R2 of the best linear map from a(I) to a(gI), which has no bottleneck."""
-    invariant: Float[np.ndarray, " order"]
-    """R2 of a(I) itself as a prediction of a(gI)."""
-    shuffled: Float[np.ndarray, " order"]
-    """R2 of a linear map fitted to rows with shuffled pairing; about 0."""
-    dictionary: Float[np.ndarray, " order"] | None
-    """R2 of the dictionary's reconstruction, if it was given."""
-
-
 def baselines(
     train: Float[np.ndarray, "n order d"],
     held: Float[np.ndarray, "m order d"],
@@ -151,8 +139,8 @@ def baselines(
     *,
     reconstruction: Float[np.ndarray, "m order d"] | None = None,
     seed: int = 0,
-) -> Baselines:
-    """Compute R2 of the baselines on held-out rows.
+) -> dict[str, Float[np.ndarray, " order"]]:
+    """Compute R2 of the baselines on held-out rows, for each element of the group.
 
     Args:
         train: Posed activations to fit linear maps to; preferably of other samples than `held`.
@@ -160,6 +148,11 @@ def baselines(
         identity: Element that changes nothing.
         reconstruction: Reconstruction of `held` by a dictionary.
         seed: Seed of the row permutations of the control.
+
+    Returns:
+        `linear` (the best linear map from a(I) to a(gI), which has no bottleneck), `invariant`
+        (a(I) itself), `shuffled` (a linear map fitted to rows with shuffled pairing; about 0) and,
+        with a reconstruction, `dictionary`.
 
     Raises:
         InputError: There are too few rows.
@@ -171,5 +164,4 @@ def baselines(
     x = held.reshape(len(held), -1)
     more = {} if reconstruction is None else {"dictionary": reconstruction.reshape(x.shape)}
     explained.add(x, **fit.solve().predict(x), **more)
-    r2 = explained.r2()
-    return Baselines(r2["linear"], r2["invariant"], r2["shuffled"], r2.get("dictionary"))
+    return explained.r2()

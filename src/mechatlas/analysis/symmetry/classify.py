@@ -19,7 +19,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from numpy.typing import ArrayLike
 from torch import Tensor
 
@@ -140,7 +140,10 @@ class Symmetry(Result):
 def symmetry(
     blocks: ArrayLike | Tensor,
     group: Group,
-    halves: Sequence[ArrayLike | Tensor] | np.ndarray | Tensor | None = None,
+    halves: Sequence[ArrayLike | Tensor]
+    | Shaped[np.ndarray, "..."]
+    | Shaped[Tensor, "..."]
+    | None = None,
     *,
     fdr: float = FDR,
     equality_threshold: float = EQUALITY_THRESHOLD,
@@ -196,7 +199,8 @@ def symmetry(
     selected = select_stabilizers(evidence, group, fdr)
     subgroups = group.subgroups()
     stabilizers = tuple(subgroups[i] for i in selected.subgroup)
-    reliability = _spearman_brown(evidence.noise_ceiling)
+    ceiling = evidence.noise_ceiling
+    reliability = np.clip(2 * ceiling / np.maximum(1 + ceiling, 1e-9), -1, 1)  # Spearman-Brown
     share = np.where(np.isnan(reliability), 1.0, np.maximum(reliability, 0))
     families = find_families(
         whole, np.where(evidence.p_signal <= fdr, share, 0), evidence.noise, stabilizers, group,
@@ -250,7 +254,7 @@ def shuffle_pairing(
 
 
 def count_shuffled_discoveries(
-    halves: Sequence[ArrayLike | Tensor] | np.ndarray | Tensor,
+    halves: Sequence[ArrayLike | Tensor] | Shaped[np.ndarray, "..."] | Shaped[Tensor, "..."],
     group: Group,
     *,
     fdr: float = FDR,
@@ -277,10 +281,6 @@ def count_shuffled_discoveries(
     return int((select_stabilizers(evidence, group, fdr).q_values <= fdr).sum())
 
 
-def _spearman_brown(ceiling: Float[np.ndarray, " feature"]) -> Float[np.ndarray, " feature"]:
-    return np.clip(2 * ceiling / np.maximum(1 + ceiling, 1e-9), -1, 1)
-
-
 def _energy_spectrum(
     autocorrelation: Float[np.ndarray, "feature element"], group: Group
 ) -> Float[np.ndarray, "feature irrep"]:
@@ -292,7 +292,7 @@ def _energy_spectrum(
 
 
 def _as_halves(
-    halves: Sequence[ArrayLike | Tensor] | np.ndarray | Tensor,
+    halves: Sequence[ArrayLike | Tensor] | Shaped[np.ndarray, "..."] | Shaped[Tensor, "..."],
     group: Group,
     shape: tuple[int, ...] | None,
 ) -> list[Float[np.ndarray, "feature order d"]]:

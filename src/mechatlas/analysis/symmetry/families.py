@@ -28,6 +28,7 @@ from mechatlas.analysis.symmetry.shift_evidence import (
     remove_direction,
 )
 from mechatlas.base import Progress, no_progress
+from mechatlas.maths.arrays import SparseMatrix
 from mechatlas.maths.groups import Group
 from mechatlas.maths.irreps import Irrep
 
@@ -53,7 +54,8 @@ class GroupSpectra:
         group: Group,
     ) -> None:
         self.irreps: Sequence[Irrep] = group.irreps()
-        self.n, self.order = len(blocks), group.order
+        self.n: int = len(blocks)
+        self.order: int = group.order
         alive = energy > 0
         scale = np.where(alive, 1 / np.sqrt(np.where(alive, energy, 1)), 0).astype(blocks.dtype)
         self.parts: list[np.ndarray] = []
@@ -99,9 +101,9 @@ class GroupSpectra:
 class PoseLinks:
     """Graphs of features that are similar in some pose, weighted by similarity, symmetric."""
 
-    exact: sparse.csr_array
+    exact: SparseMatrix
     """Pairs that may be exact poses of one another."""
-    related: sparse.csr_array
+    related: SparseMatrix
     """Pairs that are certainly more similar than chance and `SUPPORT_THRESHOLD`."""
 
 
@@ -155,7 +157,7 @@ def find_links(
 
 def _symmetric_graph(
     row: np.ndarray, column: np.ndarray, value: np.ndarray, n: int
-) -> sparse.csr_array:
+) -> SparseMatrix:
     half = sparse.coo_array((value, (row, column)), shape=(n, n))
     return sparse.csr_array(half + half.T)
 
@@ -262,7 +264,7 @@ def gather_families(
 
 
 def _assign_references(
-    graph: sparse.csr_array,
+    graph: SparseMatrix,
     free: Bool[np.ndarray, " feature"],
     reference: Int[np.ndarray, " feature"],
 ) -> Int[np.ndarray, " feature"]:
@@ -286,7 +288,7 @@ def _assign_references(
 
 
 def _join_nearest(
-    graph: sparse.csr_array,
+    graph: SparseMatrix,
     alone: Bool[np.ndarray, " feature"],
     centers: Bool[np.ndarray, " feature"],
     reference: Int[np.ndarray, " feature"],

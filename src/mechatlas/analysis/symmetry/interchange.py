@@ -28,15 +28,16 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
-from scipy import sparse
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 
 from mechatlas.activations.posing import Places
 from mechatlas.activations.samples import Samples
 from mechatlas.activations.sites import channels_last, intervene, read_activations
+from mechatlas.analysis.symmetry.stabilizers import element_masks
 from mechatlas.base import InputError, Progress, Site, no_progress
 from mechatlas.maths.actions import Action
+from mechatlas.maths.arrays import SparseMatrix
 from mechatlas.maths.groups import Group
 from mechatlas.maths.statistics import q_values
 
@@ -115,7 +116,7 @@ def usable_elements(places: Places, action: Action) -> Bool[np.ndarray, " elemen
 
 
 def draw_trials(
-    codes: sparse.csr_array,
+    codes: SparseMatrix,
     samples: Int[np.ndarray, " row"],
     eligible: Int[np.ndarray, " eligible"],
     stabilizers: Sequence[frozenset[int]],
@@ -145,8 +146,7 @@ def draw_trials(
         rows, values = _strongest_rows(columns, samples, int(feature))
         if len(rows) < MIN_SAMPLES:
             continue
-        fixed = np.zeros(group.order, bool)
-        fixed[list(stabilizers[feature])] = True
+        (fixed,) = element_masks([stabilizers[feature]], group.order)
         for unchanged in (False, True):
             allowed = np.flatnonzero(elements & (fixed == unchanged))
             for row, value in zip(rows, values, strict=True) if len(allowed) else ():
@@ -175,7 +175,7 @@ class _StrongestRows(NamedTuple):
 
 
 def _strongest_rows(
-    columns: sparse.csc_array, samples: Int[np.ndarray, " row"], feature: int
+    columns: SparseMatrix, samples: Int[np.ndarray, " row"], feature: int
 ) -> _StrongestRows:
     """Find the strongest row of each sample, for the samples on which a feature is most active."""
     span = slice(columns.indptr[feature], columns.indptr[feature + 1])
@@ -186,7 +186,7 @@ def _strongest_rows(
     return _StrongestRows(rows[best], values[best])
 
 
-def following_site(network: nn.Module, site: Site, inputs: Tensor) -> Site:
+def following_site(network: nn.Module, site: Site, inputs: Shaped[Tensor, "batch ..."]) -> Site:
     """Find the module called next after a site's module, among modules with the same parent.
 
     Args:
@@ -224,7 +224,7 @@ class PosedNetwork:
     places: Places
     """Places of the site in every pose; see `places_of`."""
 
-    def inputs(self, samples: Int[np.ndarray, " batch"]) -> Tensor:
+    def inputs(self, samples: Int[np.ndarray, " batch"]) -> Shaped[Tensor, "batch ..."]:
         """Read some samples.
 
         Raises:
@@ -232,7 +232,9 @@ class PosedNetwork:
         """
         return self.samples.stack([self.samples.read(int(i)) for i in samples])
 
-    def posed(self, inputs: Tensor, elements: Int[np.ndarray, " batch"]) -> Tensor:
+    def posed(
+        self, inputs: Shaped[Tensor, "batch ..."], elements: Int[np.ndarray, " batch"]
+    ) -> Shaped[Tensor, "batch ..."]:
         """Transform every input by its element."""
         out = torch.empty_like(inputs)
         for h in np.unique(elements):
@@ -241,13 +243,13 @@ class PosedNetwork:
         return out
 
     def activations(
-        self, inputs: Tensor, positions: Int[Tensor, " batch"]
+        self, inputs: Shaped[Tensor, "batch ..."], positions: Int[Tensor, " batch"]
     ) -> Float[Tensor, "batch d"]:
         """Record activations of the site, at one position of each input."""
         rows = _by_position(read_activations(self.network, inputs, [self.site])[self.site])
         return rows[torch.arange(len(rows)), positions]
 
-    def answer(self, inputs: Tensor) -> Float[Tensor, "batch width"]:
+    def answer(self, inputs: Shaped[Tensor, "batch ..."]) -> Float[Tensor, "batch width"]:
         """Record activations of the downstream site, flat."""
         return (
             read_activations(self.network, inputs, [self.downstream])[self.downstream]
@@ -257,7 +259,7 @@ class PosedNetwork:
 
     def answer_with(
         self,
-        inputs: Tensor,
+        inputs: Shaped[Tensor, "batch ..."],
         positions: Int[Tensor, " batch"],
         vectors: Float[Tensor, "batch d"],
     ) -> Float[Tensor, "batch width"]:
@@ -393,9 +395,7 @@ def _draw_partners(
     seed: int,
 ) -> dict[int, Int[np.ndarray, " null"]]:
     """Draw null features for each feature, changed by the same elements if possible."""
-    fixed = np.zeros((len(stabilizers), order), bool)
-    for row, stabilizer in zip(fixed, stabilizers, strict=True):
-        row[list(stabilizer)] = True
+    fixed = element_masks(stabilizers, order)
     partners = {}
     for feature in np.unique(features):
         random = np.random.default_rng([seed, 0x6F7468, int(feature)])

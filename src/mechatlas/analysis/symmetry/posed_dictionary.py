@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from scipy import sparse
 from torch import Tensor
 
@@ -25,6 +25,7 @@ from mechatlas.analysis.symmetry.baselines import PoseMapFit, PoseMaps, PoseR2
 from mechatlas.analysis.symmetry.regression import CodeRegression
 from mechatlas.base import Progress, StoreError, WeightsError, no_progress
 from mechatlas.dictionaries.pose_tied import PoseTied
+from mechatlas.maths.arrays import SparseMatrix
 from mechatlas.maths.groups import Group
 
 BATCH = 4096
@@ -172,7 +173,7 @@ class BlockEstimates:
     active: Int[np.ndarray, " feature"]
     """Number of rows on which each feature was active."""
 
-    def arrays(self) -> dict[str, np.ndarray]:
+    def arrays(self) -> dict[str, Shaped[np.ndarray, "..."]]:
         """Collect all arrays by name, for a file."""
         arrays = {name: value for name, value in vars(self).items() if name != "maps"}
         arrays |= {f"maps.{name}": value for name, value in vars(self.maps).items()}
@@ -182,7 +183,7 @@ class BlockEstimates:
         return {name: array for name, array in arrays.items() if array is not None}
 
     @classmethod
-    def from_arrays(cls, arrays: Mapping[str, np.ndarray]) -> "BlockEstimates":
+    def from_arrays(cls, arrays: Mapping[str, Shaped[np.ndarray, "..."]]) -> "BlockEstimates":
         """Rebuild estimates from the arrays of `arrays()`."""
         maps = {name[5:]: array for name, array in arrays.items() if name.startswith("maps.")}
         own = slice(*maps.pop("untransformed").tolist())
@@ -293,7 +294,7 @@ def reconstruct(
 class HeldOutCodes:
     """Codes of held-out rows, and where the rows come from."""
 
-    codes: sparse.csr_array
+    codes: SparseMatrix
     """Codes `(row, latent)`."""
     sample: Int[np.ndarray, " row"]
     """Sample of each row."""
@@ -318,7 +319,7 @@ def measure_r2(posed: PosedDictionary, estimates: BlockEstimates) -> R2Measureme
         StoreError: A shard is damaged.
     """
     explained = PoseR2(posed.group.order, posed.d)
-    codes_kept: list[sparse.csr_array] = []
+    codes_kept: list[SparseMatrix] = []
     places_kept: list[np.ndarray] = []
     for batch, where in posed.rows.scan():
         if int(batch.row[0]) < posed.rows.n_rows:

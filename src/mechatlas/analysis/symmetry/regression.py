@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 import scipy.linalg
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from scipy import sparse
 from torch import Tensor
 
@@ -50,10 +50,11 @@ class CodeRegression:
     """
 
     def __init__(self, n_latents: int, width: int) -> None:
-        self.n_latents, self.width = n_latents, width
-        self.rows = np.zeros(2, np.int64)
+        self.n_latents: int = n_latents
+        self.width: int = width
+        self.rows: Int[np.ndarray, " 2"] = np.zeros(2, np.int64)
         """Number of rows in each half."""
-        self.active = np.zeros((2, n_latents), np.int64)
+        self.active: Int[np.ndarray, "2 latent"] = np.zeros((2, n_latents), np.int64)
         """Number of rows on which each latent was active, in each half."""
         self._gram = np.zeros((2, n_latents, n_latents), np.float32)
         self._cross = np.zeros((2, n_latents, width), np.float32)

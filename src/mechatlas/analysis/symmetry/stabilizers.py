@@ -18,6 +18,7 @@ hypotheses (2014), for levels inside selected families.
 """
 
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -53,7 +54,7 @@ def select_stabilizers(evidence: ShiftEvidence, group: Group, fdr: float) -> Sel
         fdr: False discovery rate of the claim that a stabilizer is larger than {e}.
     """
     n, order = evidence.p_support.shape
-    masks = _masks(group)
+    masks = element_masks(group.subgroups(), order)
     others = max(order - 1, 1)
     refuted = evidence.p_unequal <= fdr / others
     support = np.where(refuted, 1.0, evidence.p_support)
@@ -81,9 +82,11 @@ def select_stabilizers(evidence: ShiftEvidence, group: Group, fdr: float) -> Sel
     return SelectedStabilizers(selected, p, q, conclusive & reproduced)
 
 
-def _masks(group: Group) -> Bool[np.ndarray, "subgroup element"]:
-    subgroups = group.subgroups()
-    masks = np.zeros((len(subgroups), group.order), bool)
+def element_masks(
+    subgroups: Sequence[frozenset[int]], order: int
+) -> Bool[np.ndarray, "subgroup element"]:
+    """Mark the elements of each subgroup of a group of some order."""
+    masks = np.zeros((len(subgroups), order), bool)
     for mask, subgroup in zip(masks, subgroups, strict=True):
         mask[list(subgroup)] = True
     return masks

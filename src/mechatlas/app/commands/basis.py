@@ -22,8 +22,9 @@ from mechatlas.activations import networks
 from mechatlas.activations.networks import Network, digest
 from mechatlas.activations.samples import Images, SampleRecipe, Samples, open_samples
 from mechatlas.activations.sites import find_sites
-from mechatlas.analysis.interaction.ablation import Needed
-from mechatlas.analysis.interaction.analysis import Interaction, InteractionConfig, Layer, basis
+from mechatlas.analysis.interaction.ablation import AblationCurve
+from mechatlas.analysis.interaction.interaction_basis import basis
+from mechatlas.analysis.interaction.results import InteractionBasis, InteractionConfig, LayerResult
 from mechatlas.app.progress import bar
 from mechatlas.app.recipes import as_dict
 from mechatlas.app.run_folder import finish, refuse_strangers, write_tensors
@@ -97,7 +98,7 @@ def run(recipe: BasisConfig) -> dict[str, Any]:
             sites,
             recipe.how,
             dictionaries=dictionaries,
-            kept=kept,
+            checkpoints=kept,
             on_progress=progress,
         )
     weights = write_tensors(recipe.out / FILE, _tensors(found))
@@ -181,33 +182,33 @@ def _labels(recipe: BasisConfig, samples: Samples, chosen: np.ndarray) -> torch.
     return torch.from_numpy(labels[chosen].astype(np.int64))
 
 
-def summary(found: Interaction, n_samples: int) -> dict[str, Any]:
+def summary(found: InteractionBasis, n_samples: int) -> dict[str, Any]:
     """What `result.json` says."""
-    modules = found.modules
-    ledger = found.ledger
+    modules, degeneracy = found.modules, found.degeneracy
     return {
         "layers": [_layer(layer) for layer in found.layers],
         "modularity": None if modules is None else modules.q,
         "modularity_null": None if modules is None else float(np.mean(modules.q_null)),
         "modularity_null_max": None if modules is None else max(modules.q_null),
-        "modularity_rotated": found.q_rotated,
-        "modules": modules.n if modules is not None and modules.stand else 0,
+        "modularity_rotated": found.rotated_q,
+        "modules": modules.n if modules is not None and modules.significant else 0,
         "modules_p_value": None if modules is None else modules.p_value,
-        "modules_stable_over_seeds": None if found.stable is None else found.stable[0],
-        "modules_stable_over_samples": None if found.stable is None else found.stable[1],
-        "free_directions": sum(layer.free_directions for layer in found.layers)
-        if ledger is None
-        else ledger.free,
-        "free_directions_exact": ledger is not None and ledger.across is not None,
-        "free_directions_across": None if ledger is None else ledger.across,
-        "parameters": sum(layer.account.parameters for layer in found.layers),
+        "modules_stable_over_seeds": found.stability and found.stability.over_seeds,
+        "modules_stable_over_samples": found.stability and found.stability.over_samples,
+        "free_directions": found.free_directions,
+        "free_directions_exact": found.is_exact,
+        "free_directions_across": None if degeneracy is None else degeneracy.across_blocks,
+        "parameters": sum(layer.degeneracy.n_parameters for layer in found.layers),
         "score": found.score,
         "measure": found.measure,
         "samples": n_samples,
     }
 
 
-def _layer(layer: Layer) -> dict[str, Any]:
+OLD_CAUSES = ("parameters", "dead", "activations", "gradients", "joint", "scale", "synchronised")
+
+
+def _layer(layer: LayerResult) -> dict[str, Any]:
     kind = layer.kind
     return {
         "name": layer.name,
@@ -217,32 +218,32 @@ def _layer(layer: Layer) -> dict[str, Any]:
         "rank_gradients": layer.rank_gradients.rank,
         "rank_gradients_decades": layer.rank_gradients.decades,
         "limited_by_samples": layer.limited_by_samples,
-        "synchronised_blocks": len(layer.blocks),
+        "synchronised_blocks": len(layer.synchronized_blocks),
         "dead_units": layer.dead_units,
         "always_on": layer.always_on,
         "free_directions": layer.free_directions,
-        "account": dataclasses.asdict(layer.account),
-        "edges_needed": _number(layer.needed.get(kind)),
-        "vectors_needed": _number(layer.vectors.get(kind)),
+        "account": dict(zip(OLD_CAUSES, dataclasses.astuple(layer.degeneracy), strict=True)),
+        "edges_needed": _number(layer.edge_curves.get(kind)),
+        "vectors_needed": _number(layer.vector_curves.get(kind)),
         "basis": kind,
         "by_basis": {
             name: {
                 "vectors": len(layer.bases[name]),
-                "edges": layer.needed[name].of if name in layer.needed else None,
-                "edges_needed": _number(layer.needed.get(name)),
-                "vectors_needed": _number(layer.vectors.get(name)),
+                "edges": layer.edge_curves[name].n if name in layer.edge_curves else None,
+                "edges_needed": _number(layer.edge_curves.get(name)),
+                "vectors_needed": _number(layer.vector_curves.get(name)),
             }
             for name in layer.bases
         },
-        "section": layer.how,
+        "section": layer.map_description,
     }
 
 
-def _number(needed: Needed | None) -> int | None:
-    return None if needed is None else needed.number
+def _number(needed: AblationCurve | None) -> int | None:
+    return None if needed is None else needed.n_needed
 
 
-def _tensors(found: Interaction) -> dict[str, np.ndarray]:
+def _tensors(found: InteractionBasis) -> dict[str, np.ndarray]:
     tensors: dict[str, np.ndarray] = {}
     for layer in found.layers:
         for kind, made in layer.bases.items():
@@ -251,23 +252,23 @@ def _tensors(found: Interaction) -> dict[str, np.ndarray]:
             tensors[f"{place}.to_basis"] = made.to_basis
             tensors[f"{place}.from_basis"] = made.from_basis
             tensors[f"{place}.importance"] = made.importance
-        for kind, edges in layer.all_edges.items():
+        for kind, edges in layer.edges_by_basis.items():
             tensors[f"{layer.name}.{kind}.edges"] = edges.strength
             tensors[f"{layer.name}.{kind}.edge_errors"] = edges.standard_error
     return tensors
 
 
-def _spectra(found: Interaction) -> dict[str, Any]:
+def _spectra(found: InteractionBasis) -> dict[str, Any]:
     return {
         "layers": [
             {
                 "name": layer.name,
-                "activations": layer.activations.tolist(),
-                "gradients": layer.gradients.tolist(),
+                "activations": layer.activation_eigenvalues.tolist(),
+                "gradients": layer.gradient_eigenvalues.tolist(),
                 "threshold": layer.rank_activations.threshold,
-                "blocks": [list(block) for block in layer.blocks],
-                "edges": {k: _curve(n) for k, n in layer.needed.items()},
-                "vectors": {k: _curve(n) for k, n in layer.vectors.items()},
+                "blocks": [list(block) for block in layer.synchronized_blocks],
+                "edges": {k: _curve(n) for k, n in layer.edge_curves.items()},
+                "vectors": {k: _curve(n) for k, n in layer.vector_curves.items()},
             }
             for layer in found.layers
         ],
@@ -275,17 +276,17 @@ def _spectra(found: Interaction) -> dict[str, Any]:
     }
 
 
-def _curve(needed: Needed) -> dict[str, Any]:
+def _curve(needed: AblationCurve) -> dict[str, Any]:
     return {
-        "kept": [number for number, _ in needed.curve],
-        "score": [score for _, score in needed.curve],
-        "of": needed.of,
+        "kept": list(needed.kept),
+        "score": list(needed.scores),
+        "of": needed.n,
         "unchanged": needed.unchanged,
-        "needed": needed.number,
+        "needed": needed.n_needed,
     }
 
 
-def _graph(found: Interaction) -> dict[str, Any] | None:
+def _graph(found: InteractionBasis) -> dict[str, Any] | None:
     graph, modules = found.graph, found.modules
     if graph is None or modules is None:
         return None
@@ -297,16 +298,16 @@ def _graph(found: Interaction) -> dict[str, Any] | None:
         "layer": graph.layer[used].tolist(),
         "vector": graph.vector[used].tolist(),
         "is": [_feature(found.layers[layer], vector) for layer, vector in nodes],
-        "module": modules.label[used].tolist(),
+        "module": modules.labels[used].tolist(),
         "source": [number[int(n)] for n in graph.source[strongest]],
         "target": [number[int(n)] for n in graph.target[strongest]],
         "weight": graph.weight[strongest].tolist(),
-        "stand": modules.stand,
+        "stand": modules.significant,
         "all_edges": len(graph.weight),
     }
 
 
-def _feature(layer: Layer, vector: int) -> str:
+def _feature(layer: LayerResult, vector: int) -> str:
     """How much a coordinate varies, and what it is made of."""
     importance = layer.basis.importance
     share = importance[vector] / max(float(importance.sum()), 1e-300)

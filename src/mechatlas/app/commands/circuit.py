@@ -25,6 +25,7 @@ from tyro.conf import Positional, arg
 from mechatlas.activations.samples import ImageSamples, Samples
 from mechatlas.activations.store import Store
 from mechatlas.analysis.circuits.circuit import (
+    AblationEvidence,
     Connection,
     ablation_evidence,
     draw_sources,
@@ -33,7 +34,6 @@ from mechatlas.analysis.circuits.circuit import (
 )
 from mechatlas.analysis.circuits.effects import (
     Ablation,
-    AblationAgreement,
     Attribution,
     ablate,
     attribute,
@@ -90,13 +90,16 @@ class Quartiles:
     """Quartiles over the features of a site."""
 
     low_quartile: float
+    """Lower quartile."""
     median: float
+    """Median."""
     high_quartile: float
+    """Upper quartile."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PairResult:
-    """Circuit of two consecutive dictionaries."""
+class PairResult(AblationEvidence):
+    """Circuit of two consecutive dictionaries, with its agreement with ablations."""
 
     a: str
     """Name of the earlier dictionary."""
@@ -122,14 +125,6 @@ class PairResult:
     """Fraction of the variance of pre-activations that the kernels reproduce; None if undefined."""
     seconds: float
     """CPU seconds of recording and weighing."""
-    n_ablated: int
-    """Features ablated one at a time."""
-    agreement: AblationAgreement
-    """Agreement of weights times activity with ablations, with the gates each feature meets."""
-    agreement_shared_gates: AblationAgreement
-    """The same with one average gate for all features."""
-    agreement_open_gates: AblationAgreement | None = None
-    """The same with all gates open; None for transformers."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -139,6 +134,7 @@ class ExplainedFeature:
     layer: int
     """Number of its dictionary."""
     latent: int
+    """Number of the latent in its dictionary."""
     places: int
     """Positions where it is active."""
     pre_activation: float | None
@@ -274,9 +270,12 @@ def run(config: CircuitConfig, folder: RunFolder) -> CircuitResult:
 
 def _arrays(pair: _Pair) -> dict[str, Shaped[np.ndarray, "..."]]:
     """Arrays from which a pair is read again after an interruption."""
-    edges = {f"edges.{f.name}": getattr(pair.edges, f.name) for f in fields(CircuitEdges)}
-    ablation = {f"ablation.{f.name}": getattr(pair.ablation, f.name) for f in fields(Ablation)}
-    arrays = {name: np.asarray(value) for name, value in (edges | ablation).items()}
+    parts = {"edges": pair.edges, "ablation": pair.ablation}
+    arrays = {
+        f"{part}.{name}": np.asarray(value)
+        for part, values in parts.items()
+        for name, value in vars(values).items()
+    }
     for r, (taps, kernels) in enumerate(zip(pair.taps, pair.kernels, strict=True)):
         arrays |= {f"taps.{r}": taps, f"kernels.{r}": kernels}
     result = json.dumps(dataclasses.asdict(pair.result)).encode()
@@ -392,10 +391,7 @@ def _weigh(config: CircuitConfig, inputs: _Inputs, k: int, connection: Connectio
         discoveries=dict(zip(found.routes, found.edges.discoveries.tolist(), strict=True)),
         variance_reproduced=_quartiles(found.reproduced_variance),
         seconds=seconds,
-        n_ablated=evidence.n_ablated,
-        agreement=evidence.agreement,
-        agreement_shared_gates=evidence.agreement_shared_gates,
-        agreement_open_gates=evidence.agreement_open_gates,
+        **vars(evidence),
     )
     taps = [response.taps for response in found.responses]
     return _Pair(connection, found.edges, taps, found.kernels(), ablation, result)
@@ -420,12 +416,8 @@ def _measure(
     missing = np.setdiff1d(_of_layer(paths, k), drawn.sources)
     more = ablate(pair.connection, a, inputs.maps(source, inputs.unseen), missing)
     order = np.argsort(np.concatenate([drawn.sources, more.sources]))
-    both = Ablation(
-        *(
-            np.concatenate([getattr(drawn, name), getattr(more, name)])[order]
-            for name in ("sources", "lost", "mean")
-        )
-    )
+    pairs = zip(vars(drawn).values(), vars(more).values(), strict=True)
+    both = Ablation(*(np.concatenate(pair)[order] for pair in pairs))
     parts = [route.channels for route in pair.connection.routes]
     maps = inputs.maps(source, inputs.unseen)
     return both, attribute(pair.connection, a, b, maps, _of_layer(paths, k + 1), parts)

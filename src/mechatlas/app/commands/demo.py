@@ -14,7 +14,7 @@ from mechatlas.activations.networks import Network
 from mechatlas.activations.posing import PoseConfig
 from mechatlas.activations.positions import Positions
 from mechatlas.activations.samples import Images
-from mechatlas.analysis.interaction.analysis import InteractionConfig
+from mechatlas.analysis.interaction.results import InteractionConfig
 from mechatlas.app.commands import (
     basis,
     branches,

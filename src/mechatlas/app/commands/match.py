@@ -32,12 +32,11 @@ from mechatlas.analysis.matching.folding import Cost, mean_active
 from mechatlas.analysis.matching.held_out import CoFiring, co_firing, paired_codes
 from mechatlas.analysis.matching.nulls import NULLS, Null, PairEvidence
 from mechatlas.analysis.matching.pairing import FDR, Match, feature_splitting, match
-from mechatlas.analysis.matching.splicing import SpliceEffect
 from mechatlas.app.inputs import OpenedDictionary, open_dictionaries
 from mechatlas.app.match_quality import (
-    ExplainedVariance,
     HeldSamples,
     PairedRows,
+    PairQuality,
     effects_on_output,
     held_out_quality,
     open_held_samples,
@@ -53,7 +52,7 @@ from mechatlas.app.run_folder import (
     RunFolder,
     peak_bytes,
 )
-from mechatlas.base import RecipeError, UserError
+from mechatlas.base import RecipeError
 from mechatlas.files import checksum
 from mechatlas.maths.assignment import State
 
@@ -105,7 +104,7 @@ class MatchConfig(RunConfig):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PairResult:
+class PairResult(PairQuality):
     """Match of two consecutive dictionaries."""
 
     a: str
@@ -113,8 +112,11 @@ class PairResult:
     b: str
     """Name of the second dictionary."""
     n_a: int
+    """Latents of the first dictionary."""
     n_b: int
+    """Latents of the second dictionary."""
     cost: float
+    """Cost of the optimal pairing."""
     lower_bound: float
     """Lower bound on the cost of every one-to-one pairing."""
     gap: float
@@ -126,6 +128,7 @@ class PairResult:
     cosine_threshold: float | None
     """Cosine above which as many pairs lie as are matched; null where none is."""
     pricing_rounds: int
+    """Rounds of pricing until the pairing was proved optimal."""
     passes: float
     """Mean number of times that a row was priced against all columns."""
     split: int
@@ -135,19 +138,9 @@ class PairResult:
     seconds: float
     """Process CPU seconds of the pairing and its evidence."""
     wall_seconds: float
+    """Wall seconds of the pairing and its evidence."""
     peak_bytes: int
-    held_out_rows: int | None = None
-    """Rows under `co_firing` and `explained_variance`; with a store."""
-    co_firing: dict[str, CoFiring] | None = None
-    """Co-firing, by way of pairing; with a store."""
-    explained_variance: dict[str, ExplainedVariance] | None = None
-    """Explained variance of B's rows, by way of pairing; with a store."""
-    samples: int | None = None
-    """Samples under `spliced`."""
-    spliced: dict[str, SpliceEffect] | None = None
-    """Effect on the network's output when B's site is written from A's, by way of pairing."""
-    not_run: str | None = None
-    """Reason why the network was not run."""
+    """Largest resident memory of the process so far."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -155,7 +148,9 @@ class TracksResult:
     """Feature tracks through three dictionaries or more."""
 
     n: int
+    """Number of tracks."""
     layers: int
+    """Number of layers."""
     longer_than_one: int
     """Tracks of two layers or more."""
     persistence: list[float]
@@ -175,6 +170,7 @@ class DistantMatch:
     """Match of the first dictionary with the last by one method."""
 
     pairs: int
+    """Number of matched pairs."""
     co_firing: CoFiring | None = None
     """Co-firing of the pairs; with a store."""
 
@@ -196,6 +192,7 @@ class MatchResult(CommandResult):
     """Matches of consecutive dictionaries; the fields of `result.json`."""
 
     cost: str
+    """Vectors compared."""
     fdr: float
     """False match rate asked for."""
     dictionaries: list[str]
@@ -203,7 +200,9 @@ class MatchResult(CommandResult):
     pairs: list[PairResult]
     """One entry for each two consecutive dictionaries."""
     tracks: TracksResult | None = None
+    """Feature tracks, with three dictionaries or more."""
     first_to_last: FirstToLast | None = None
+    """Match of the first dictionary with the last, with three dictionaries or more."""
     cycle_agreement: float | None = None
     """Share of latents that come back to themselves by composition there and directly back."""
 
@@ -243,9 +242,8 @@ class _Inputs:
     """Activation of each latent that counts as 1; None for thresholds."""
     nulls: tuple[Null, ...] = NULLS
     rows: PairedRows | None = None
-    held: HeldSamples | None = None
-    not_run: str | None = None
-    """Reason why the network cannot be run."""
+    held: HeldSamples | str = ""
+    """Network and samples, or the reason why there are none."""
 
 
 def run(config: MatchConfig, folder: RunFolder) -> MatchResult:
@@ -333,13 +331,8 @@ def _open(config: MatchConfig) -> _Inputs:
         store, dictionaries, [str(each.site) for each in opened], config.dictionaries,
         n_known=config.rows * (CODES if config.cost == "codes" else 1), n_held_out=config.rows,
     )  # fmt: skip
-    held, not_run = None, None
-    if config.samples:
-        try:
-            held = open_held_samples(store, config.samples)
-        except UserError as error:
-            not_run = str(error)
-    inputs = dataclasses.replace(plain, rows=rows, held=held, not_run=not_run)
+    held = open_held_samples(store, config.samples)
+    inputs = dataclasses.replace(plain, rows=rows, held=held)
     sided = list(zip(dictionaries, rows.known, strict=True))
     if config.cost == "codes":
         codes = [correlate(d, x, samples=rows.samples) for d, x in sided]
@@ -383,21 +376,12 @@ def _pair(
     scales = inputs.scales[k], inputs.scales[k + 1]
     ways = pairings(a, b, scales, matching, seed=config.seed)
     quality = held_out_quality(a, b, ways, *inputs.rows.held_out[k : k + 2], seed=config.seed)
-    pair = dataclasses.replace(
-        pair,
-        held_out_rows=quality.n_rows,
-        co_firing=quality.co_firing,
-        explained_variance=quality.explained_variance,
-        not_run=inputs.not_run,
-    )
-    if inputs.held is None:
-        return matching, pair
     sites = str(first.site), str(second.site)
     effects = effects_on_output(inputs.held, sites, a, b, ways, seed=config.seed)
-    if isinstance(effects, str):
-        return matching, dataclasses.replace(pair, not_run=effects)
-    n_samples = sum(map(len, inputs.held.batches))
-    return matching, dataclasses.replace(pair, samples=n_samples, spliced=effects)
+    for each in (quality, effects):
+        measured = {name: value for name, value in vars(each).items() if value is not None}
+        pair = dataclasses.replace(pair, **measured)
+    return matching, pair
 
 
 def _resumable_match(config: MatchConfig, k: int, inputs: _Inputs, folder: RunFolder) -> Match:

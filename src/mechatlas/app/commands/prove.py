@@ -28,7 +28,7 @@ from mechatlas.analysis.proofs.verifier.explanation import ProofError
 from mechatlas.analysis.proofs.verifier.proof import as_weights, load_proof
 from mechatlas.analysis.proofs.verifier.structures import Weights
 from mechatlas.analysis.proofs.verifier.verify import LogitBudget, Verification, verify
-from mechatlas.app.proof_details import CosetSummaries, describe, measure_cosets
+from mechatlas.app.proof_details import CosetSummary, describe, measure_cosets, summarize_cosets
 from mechatlas.app.run_folder import PROOF, CommandResult, RunFolder
 from mechatlas.base import InputError, RecipeError, WeightsError
 from mechatlas.files import checksum
@@ -65,30 +65,21 @@ class ProveConfig:
     """Check with the short verifier in numpy, which is slower and meant to be audited."""
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Soundness:
-    """Statements that are proved, and what they rest on."""
-
-    float32: str = (
-        "accuracy_bound: relu(left[x] + right[y]) @ unembed in IEEE float32, in any order of "
-        "summation, fused or not"
-    )
-    """Statement about the float32 network."""
-    real: str = "accuracy_bound_real: the same in exact arithmetic on the stored weights"
-    """Statement about exact arithmetic."""
-    checked: str = (
-        "the table is a group (all axioms, Light's test); each irrep is an orthogonal homomorphism "
-        "(on generators, with word length); rho-sets are permuted and stay opposite; everything "
-        "else in the proof may be wrong without harm"
-    )
-    """Conditions that the verifier checks."""
-    rounding: str = "a-priori bounds for every float32 and float64 operation (Higham 2002, 3.1)"
-    """Treatment of rounding."""
+SOUND: dict[str, str] = {
+    "float32": "accuracy_bound: relu(left[x] + right[y]) @ unembed in IEEE float32, in any order "
+    "of summation, fused or not",
+    "real": "accuracy_bound_real: the same in exact arithmetic on the stored weights",
+    "checked": "the table is a group (all axioms, Light's test); each irrep is an orthogonal "
+    "homomorphism (on generators, with word length); rho-sets are permuted and stay opposite; "
+    "everything else in the proof may be wrong without harm",
+    "rounding": "a-priori bounds for every float32 and float64 operation (Higham 2002, 3.1)",
+}
+"""Statements that are proved, the conditions that the verifier checks, and how rounding counts."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ProveResult(CommandResult):
-    """Bound on the accuracy of a network, with its evidence and its cost."""
+class VerifiedBound:
+    """Bound on the accuracy of a network that was verified."""
 
     order: int
     """Order of the group."""
@@ -98,12 +89,18 @@ class ProveResult(CommandResult):
     """Least share of all pairs that the float32 network gets right."""
     accuracy_bound_real: float
     """Bound in exact arithmetic on the stored weights."""
-    sound: Soundness
+    sound: dict[str, str] = dataclasses.field(default_factory=SOUND.copy)
     """Statements that are proved, and what they rest on."""
     verifier: str
     """Share of pairs that each stage of the verifier certified."""
     seconds_verify: float
     """Process CPU seconds of one verification."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ProveResult(CommandResult, VerifiedBound):
+    """Bound on the accuracy of a network, with its evidence and its cost."""
+
     seconds_prove: float
     """Process CPU seconds of looking for the explanation."""
     multiply_adds: int
@@ -116,8 +113,8 @@ class ProveResult(CommandResult):
     """Reason why the bound is as large as it is, in words."""
     bi_equivariance: float | None = None
     """Share of the variance of the logits that depends on x^-1 z y^-1 alone."""
-    cosets: CosetSummaries | None = None
-    """Neurons that are about constant on the cosets of a subgroup."""
+    cosets: dict[str, CosetSummary] | None = None
+    """Neurons that are about constant on the cosets of a subgroup, by side of the weights."""
     accuracy_exact: float | None = None
     """Accuracy in exact arithmetic, with --exact."""
     seconds_exact: float | None = None
@@ -131,29 +128,15 @@ class ProveResult(CommandResult):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class CheckResult:
+class CheckResult(VerifiedBound):
     """Bound of a saved proof, verified anew."""
 
-    order: int
-    """Order of the group."""
-    width: int
-    """Neurons of the network."""
-    accuracy_bound: float
-    """Least share of all pairs that the float32 network gets right."""
-    accuracy_bound_real: float
-    """Bound in exact arithmetic on the stored weights."""
     claimed: float
     """Bound that the proof claims."""
     table: str
     """Checksum of the table."""
-    sound: Soundness
-    """Statements that are proved, and what they rest on."""
-    verifier: str
-    """Share of pairs that each stage of the verifier certified."""
     reference: bool
     """Whether the short verifier in numpy was used."""
-    seconds_verify: float
-    """Process CPU seconds of the verification."""
 
 
 def run(config: ProveConfig, folder: RunFolder | None = None) -> ProveResult | CheckResult:
@@ -180,7 +163,6 @@ def run(config: ProveConfig, folder: RunFolder | None = None) -> ProveResult | C
         width=weights.left.shape[1],
         accuracy_bound=bound.accuracy_bound,
         accuracy_bound_real=verification.accuracy_bound_real,
-        sound=Soundness(),
         verifier=verification.stages_in_words,
         seconds_verify=bound.seconds_verify,
         seconds_prove=bound.seconds_prove,
@@ -189,7 +171,7 @@ def run(config: ProveConfig, folder: RunFolder | None = None) -> ProveResult | C
         logit_budget=verification.logit_budget,
         why=explain_in_words(verification),
         bi_equivariance=bi_equivariance(*weights, group),
-        cosets=cosets.summary(),
+        cosets={side: summarize_cosets(each) for side, each in cosets.items()},
     )
     if config.exact:
         decide_exactly(weights, group.table, np.eye(group.order, dtype=bool))  # compiles
@@ -241,7 +223,6 @@ def check(config: ProveConfig) -> CheckResult:
         accuracy_bound_real=verification.accuracy_bound_real,
         claimed=proof.accuracy_bound,
         table=checksum(np.ascontiguousarray(proof.table, np.int64).tobytes()),
-        sound=Soundness(),
         verifier=verification.stages_in_words,
         reference=config.reference,
         seconds_verify=time.process_time() - clock,

@@ -1,4 +1,4 @@
-"""Stabilizer of each feature, and families of features that are poses of one another.
+"""Find what leaves each feature unchanged, and families of features that are poses of one another.
 
 Example:  mechatlas symmetry runs/crosscoder --store runs/posed --out runs/symmetry
 """
@@ -89,8 +89,11 @@ class GroupDescription:
     """Group of the store, and how it acts on inputs."""
 
     name: str
+    """Name of the group."""
     order: int
+    """Number of its elements."""
     action: str
+    """Name of its action on samples."""
     closes: bool = True
     """Whether the steps of the action return to the start, so that the group acts at all."""
 
@@ -108,33 +111,15 @@ class Interpolation:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PoseR2ByPredictor:
-    """R2 of each pose on held-out rows; null where nothing varies."""
-
-    dictionary: list[float | None]
-    linear: list[float | None]
-    invariant: list[float | None]
-    shuffled: list[float | None]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class MeanR2ByPredictor:
-    """Mean R2 over the poses other than e."""
-
-    dictionary: float | None
-    linear: float | None
-    invariant: float | None
-    shuffled: float | None
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class ControlResult:
     """Class frequencies compared with those of a control."""
 
     folder: str
+    """Folder of the control."""
     reliable: tuple[int, int] | None = None
     """Number of reliable features here and in the control."""
     classes: list[ClassComparison]
+    """Comparison of each class."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -142,6 +127,7 @@ class SymmetryResult(CommandResult):
     """Counts of classes and families, with their evidence."""
 
     n_features: int
+    """Features of the dictionary."""
     classes: dict[str, int]
     """Number of features by class of the stabilizer."""
     fdr: float
@@ -157,33 +143,46 @@ class SymmetryResult(CommandResult):
     noise_ceiling: float | None
     """Median over features of the cosine between the two halves."""
     noise_ceiling_quartiles: list[float | None]
+    """Lower and upper quartile of the noise ceiling."""
     noise_inflation: float
     """Factor applied to variances for correlated noise."""
     families: int
     """Number of families of two or more features."""
     features_in_families: int
+    """Features in families of two or more."""
     largest_family: int
+    """Features of the largest family."""
     chance_similarity: float
     """Similarity of unrelated features."""
     agreement: float | None
     """Median cosine of decoder blocks with blocks estimated from codes, corrected for noise."""
     group: GroupDescription
+    """Group and action of the store."""
     interpolation: Interpolation | None = None
     """Effect of interpolation; null where no rotation interpolates."""
     site: str
+    """Site that the dictionary reads."""
     blocks: str
     """Source of the blocks: the decoder, or an estimate from codes."""
     reads: str = UNTRANSFORMED
     """Input of the dictionary: all poses, or the untransformed input."""
     rows: int
+    """Rows of the store that stabilizers are estimated from."""
     rows_of_halves: list[int]
+    """Rows of each half of the images."""
     held_out_rows: int
-    r2: PoseR2ByPredictor
-    r2_mean: MeanR2ByPredictor
+    """Held-out rows on which poses are predicted."""
+    r2: dict[str, list[float | None]]
+    """R2 of each pose on held-out rows, null where nothing varies, by predictor: `dictionary`,
+    `linear` (the best linear map), `invariant` (the activation itself), `shuffled` (pairing)."""
+    r2_mean: dict[str, float | None]
+    """Mean R2 over the poses other than e, by predictor."""
     interventions: InterventionsResult = dataclasses.field(
         default_factory=lambda: InterventionsResult(missing="The run is older than interventions.")
     )
+    """Interchange interventions in the network."""
     control: ControlResult | None = None
+    """Comparison with a control, with --control."""
 
 
 def run(config: SymmetryConfig, folder: RunFolder) -> SymmetryResult:
@@ -205,7 +204,7 @@ def run(config: SymmetryConfig, folder: RunFolder) -> SymmetryResult:
         trained_for=opened.manifest.get("group"),
     )  # fmt: skip
     _describe(folder, config, posed, store, opened.checksum)
-    control_names = _read_control(config.control, posed) if config.control else None
+    control = _read_control(config.control, posed) if config.control else None
     network = pose_interventions.open_posed_network(
         store, posed.site, config.downstream, wanted=config.interventions > 0
     )
@@ -233,7 +232,12 @@ def run(config: SymmetryConfig, folder: RunFolder) -> SymmetryResult:
         **_counts(symmetries),
         discoveries_shuffled=n_shuffled,
         agreement=_agreement(estimates, symmetries),
-        group=_group_description(posed, description),
+        group=GroupDescription(
+            name=posed.group.name,
+            order=posed.group.order,
+            action=posed.action,
+            closes=bool(description.get("closes", True)),
+        ),
         interpolation=_interpolation(posed, description, symmetries),
         site=posed.site,
         blocks="estimated from codes" if posed.decoder_blocks is None else "decoder",
@@ -241,12 +245,10 @@ def run(config: SymmetryConfig, folder: RunFolder) -> SymmetryResult:
         rows=int(estimates.rows.sum()),
         rows_of_halves=estimates.rows.tolist(),
         held_out_rows=n_held_out,
-        r2=PoseR2ByPredictor(**by_pose),
-        r2_mean=MeanR2ByPredictor(
-            **{name: _mean_of_others(values, posed.group) for name, values in by_pose.items()}
-        ),
+        r2=by_pose,
+        r2_mean={name: _mean_of_others(each, posed.group) for name, each in by_pose.items()},
         interventions=tested.result,
-        control=_compare(config.control, symmetries, control_names),
+        control=None if control is None else _compare(str(config.control), symmetries, control),
     )
 
 
@@ -325,18 +327,12 @@ def _read_control(folder: Path, posed: PosedDictionary) -> list[str]:
     return pq.read_table(folder / TABLE)["class"].to_pylist()
 
 
-def _compare(
-    folder: Path | None, symmetries: Symmetry, control_names: list[str] | None
-) -> ControlResult | None:
-    if control_names is None:
-        return None
-    here, there = (
-        len(names) - names.count(NOT_RELIABLE) for names in (symmetries.names, control_names)
-    )
+def _compare(folder: str, symmetries: Symmetry, control: list[str]) -> ControlResult:
+    here, there = (len(names) - names.count(NOT_RELIABLE) for names in (symmetries.names, control))
     return ControlResult(
-        folder=str(folder),
+        folder=folder,
         reliable=(here, there),
-        classes=compare_with_control(symmetries.names, control_names, symmetries.class_names),
+        classes=compare_with_control(symmetries.names, control, symmetries.class_names),
     )
 
 
@@ -377,15 +373,6 @@ def _counts(symmetries: Symmetry) -> dict[str, Any]:
         "largest_family": int(sizes.max(initial=0)),
         "chance_similarity": symmetries.chance_similarity,
     }
-
-
-def _group_description(posed: PosedDictionary, description: dict[str, Any]) -> GroupDescription:
-    return GroupDescription(
-        name=posed.group.name,
-        order=posed.group.order,
-        action=posed.action,
-        closes=bool(description.get("closes", True)),
-    )
 
 
 def _interpolation(
@@ -459,7 +446,7 @@ def in_words(result: SymmetryResult) -> str:
     ceiling = "not known" if result.noise_ceiling is None else f"{result.noise_ceiling:.2f}"
     r2 = {
         name: "unknown" if value is None else f"{value:.3f}"
-        for name, value in vars(result.r2_mean).items()
+        for name, value in result.r2_mean.items()
     }
     group = result.group
     lines = [

@@ -21,7 +21,7 @@ from torch import nn
 from mechatlas.activations.samples import Samples
 from mechatlas.activations.store import Store
 from mechatlas.app.inputs import recorded_network
-from mechatlas.app.run_folder import MANIFEST, RESULT, STORE
+from mechatlas.app.run_folder import MANIFEST, RESULT, STORE, read_result
 from mechatlas.base import DiskError, StoreError, UserError
 from mechatlas.files import checksum, read_json
 
@@ -49,6 +49,14 @@ class Run:
     def complete(self) -> bool:
         """Whether the command has ended; version 0.1 wrote the manifest last."""
         return bool(self.manifest.get("complete", True))
+
+    def typed_result(self) -> Any:
+        """Result of the command, as the type that `run_folder.RESULTS` names for the kind.
+
+        Raises:
+            DiskError: It is missing or damaged.
+        """
+        return read_result(self.folder, self.kind, schema=self.manifest.get("schema", 1))
 
     def read(self, file: str) -> Any:
         """Read a JSON file of the run; `None` if there is none.

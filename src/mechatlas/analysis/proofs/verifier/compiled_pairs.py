@@ -8,7 +8,7 @@ import numpy as np
 from mechatlas.analysis.proofs.verifier import reference
 from mechatlas.analysis.proofs.verifier.compiled_checks import compiled, compiled_form
 from mechatlas.analysis.proofs.verifier.explanation import NOT_TRIED
-from mechatlas.analysis.proofs.verifier.structures import PairCounts, Scratch
+from mechatlas.analysis.proofs.verifier.structures import PairCounts
 
 
 @compiled
@@ -134,6 +134,23 @@ def _bound_first(x, zs, residuals, deviations, first, total, worst):
 
 
 @compiled
+def _largest(values, maxima):
+    """Find the largest value by `maxima` of every 16th one, which the compiler vectorizes."""
+    n = len(values)
+    maxima[:] = -np.inf
+    for start in range(0, n - 15, 16):
+        part = values[start : start + 16]
+        for c in range(16):
+            maxima[c] = part[c] if part[c] > maxima[c] else maxima[c]
+    best = maxima[0]
+    for c in range(1, 16):
+        best = max(best, maxima[c])
+    for c in range(n - n % 16, n):
+        best = max(best, values[c])
+    return best
+
+
+@compiled
 def _bound_second(x, ys, zs, v, at, second, out):
     """Compute the right logit less the largest other one, from V itself, at one x and some y.
 
@@ -148,9 +165,7 @@ def _bound_second(x, ys, zs, v, at, second, out):
         for i in range(len(ys)):
             summed[i, g] += sign * source[at + ys[i]]
     logits = np.dot(summed, rho)
-    value = np.empty((n + 15) // 16 * 16, np.float32)
-    value[:] = -np.inf
-    maxima = np.empty(16, np.float32)
+    value, maxima = np.empty(n, np.float32), np.empty(16, np.float32)
     for i in range(len(ys)):
         y = ys[i]
         z = zs[y]
@@ -159,32 +174,7 @@ def _bound_second(x, ys, zs, v, at, second, out):
             value[w] = logit[w] + x_sum[w] + y_sum[w] + span[w]
         right = value[z] - span[z]
         value[z] = -np.inf
-        maxima[:] = -np.inf
-        for start in range(0, len(value), 16):
-            part = value[start : start + 16]
-            for c in range(16):
-                maxima[c] = part[c] if part[c] > maxima[c] else maxima[c]
-        best = maxima[0]
-        for c in range(1, 16):
-            best = max(best, maxima[c])
-        out[i] = right - best
-
-
-@compiled
-def _allocate(neurons, circuits):
-    """Make room for the loop over pairs."""
-    k, n = neurons.right.shape
-    return Scratch(
-        np.zeros((k, 2 * n), np.float32),
-        np.empty((2, len(neurons.block_offsets) - 1, n), np.float32),
-        np.empty((2, len(circuits.shapes), n), np.float32),
-        np.empty((len(circuits.rho), 2 * n), np.float32),
-        np.empty(n, np.float32),
-        np.empty(n, np.float32),
-        np.empty(n, np.float32),
-        np.empty(n, np.int64),
-        np.empty(n, np.float32),
-    )
+        out[i] = right - _largest(value, maxima)
 
 
 @compiled_form(reference.bound_pairs)
@@ -193,9 +183,13 @@ def bound_pairs(table, neurons, lookup, circuits, first, second, out):
     margins, stages, sample_residuals, sample_deviations = out
     slack, error, inflate = first.slack, first.float32_error, first.inflate
     pairs_left, give_up_share = second.max_pairs, second.give_up_share
-    scratch = _allocate(neurons, circuits)
-    interaction, residuals, deviations, v, rest, total, worst, failed, sharper = scratch
-    n = len(rest)
+    k, n = neurons.right.shape
+    interaction = np.zeros((k, 2 * n), np.float32)
+    residuals = np.empty((2, len(sample_residuals), n), np.float32)
+    deviations = np.empty((2, len(sample_deviations), n), np.float32)
+    v, failed = np.empty((len(circuits.rho), 2 * n), np.float32), np.empty(n, np.int64)
+    lines = np.empty((4, n), np.float32)
+    rest, total, worst, sharper = lines[0], lines[1], lines[2], lines[3]
     used = open_pairs = 0
     for x in range(n):
         i = x % 2
@@ -264,21 +258,10 @@ def hidden_values(left, right, xs, ys, out):
 @compiled_form(reference.judge_margins)
 def judge_margins(logits, answers, bounds, out):
     """Compiled form of `reference.judge_margins`."""
-    n = logits.shape[1]
     maxima = np.empty(16, np.float32)
     for i in range(len(answers)):
         line, z = logits[i], answers[i]
         right = line[z]
         line[z] = -np.inf
-        maxima[:] = -np.inf
-        for start in range(0, n - 15, 16):
-            part = line[start : start + 16]
-            for c in range(16):
-                maxima[c] = part[c] if part[c] > maxima[c] else maxima[c]
-        best = maxima[0]
-        for c in range(1, 16):
-            best = max(best, maxima[c])
-        for c in range(n - n % 16, n):
-            best = max(best, line[c])
-        margin = right - best
+        margin = right - _largest(line, maxima)
         out[i] = 1 if margin > bounds[i] else (0 if margin < -bounds[i] else 2)

@@ -206,6 +206,19 @@ def load_proof(path: Path) -> AccuracyProof:
     Raises:
         DiskError: There is no such file.
         ProofError: It is damaged or not a proof.
+
+    Examples:
+        A network that adds modulo 2, its proof in a file, and the check of a reader:
+
+        >>> import tempfile, mechatlas as ma, numpy as np
+        >>> left = np.float32([[1, -1, 1, -1], [-1, 1, -1, 1]])
+        >>> right = np.float32([[1, -1, -1, 1], [-1, 1, 1, -1]])
+        >>> unembed = np.float32([[1, -1], [1, -1], [-1, 1], [-1, 1]])
+        >>> bound = ma.prove(left, right, unembed, ma.group("C2"))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     proof = ma.load_proof(bound.proof.save(f"{folder}/proof.safetensors"))
+        >>> proof.check(left, right, unembed).accuracy_bound
+        1.0
     """
     try:
         data = Path(path).read_bytes()

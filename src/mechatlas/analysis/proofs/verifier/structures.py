@@ -274,26 +274,3 @@ class PairCounts(NamedTuple):
     """Pairs that are not certified."""
     tried: int
     """Elements x that were tried; where the first eighth is hopeless, the others are not."""
-
-
-class Scratch(NamedTuple):
-    """Arrays that are used again for every two x."""
-
-    interaction: Float32[np.ndarray, "neuron 2*order"]
-    """I_i at x and x + 1, and every y."""
-    residuals: Float32[np.ndarray, "2 block order"]
-    """Norm of D of each block."""
-    deviations: Float32[np.ndarray, "2 circuit order"]
-    """Norm of V - rho(x) Vm rho(y) of each circuit."""
-    v: Float32[np.ndarray, "entry 2*order"]
-    """V of each circuit."""
-    rest: Float32[np.ndarray, " order"]
-    """One entry of V - rho(x) Vm rho(y)."""
-    total: Float32[np.ndarray, " order"]
-    """Losses of the first stage."""
-    worst: Float32[np.ndarray, " order"]
-    """Ideal margin less non-equivariance."""
-    failed: Int[np.ndarray, " order"]
-    """y of pairs that the first stage left."""
-    sharper: Float32[np.ndarray, " order"]
-    """Bounds of the second stage."""

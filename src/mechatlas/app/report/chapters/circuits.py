@@ -1,17 +1,20 @@
 """Chapter on circuits: features as cards, edges with their kernels, and the evidence."""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import safetensors
-from safetensors.numpy import load
 
-from mechatlas.app.old_runs import renamed
 from mechatlas.app.report.chapter import Chapter, render
 from mechatlas.app.report.paintings import as_webp
 from mechatlas.app.report.runs import Run, Runs
-from mechatlas.base import DiskError, Progress
+from mechatlas.app.run_folder import CIRCUIT, DICTIONARY, as_plain
+from mechatlas.base import Progress
+
+if TYPE_CHECKING:
+    from mechatlas.app.commands.circuit import CircuitResult, ExplainedFeature
+
+PICTURES = "pictures.safetensors"
 
 NUMBERS = ("weight", "contribution", "share", "attribution", "effect", "effect_low", "effect_high",
            "q_value")  # fmt: skip
@@ -23,23 +26,23 @@ def chapter(runs: Runs, on_progress: Progress) -> Chapter | None:
     Raises:
         DiskError: A result is damaged.
     """
-    finished = [run for run in runs.of_kind("circuit") if run.result]
+    finished = runs.of_kind(CIRCUIT)
     if not finished:
         return None
-    folders = {run.folder.resolve(): run.name for run in runs.of_kind("dictionary")}
+    folders = {run.folder.resolve(): run.name for run in runs.of_kind(DICTIONARY)}
     parts, data = [], []
     images: dict[str, bytes] = {}
     for number, run in enumerate(finished):
         places = [folders.get(Path(p).resolve(), "") for p in run.manifest["dictionaries"]]
-        result = renamed(run.result, run.kind)
+        result: "CircuitResult" = run.typed_result()
         drawings = _drawings(run, result)
-        pictures = _pictures(run, number)
+        pictures = _pictures(run, number, len(result.sites))
         images |= pictures
         data.append({
-            "names": result["dictionaries"],
-            "sites": result["sites"],
+            "names": result.dictionaries,
+            "sites": result.sites,
             "runs": places,
-            "fdr": result["fdr"],
+            "fdr": result.fdr,
             "drawings": drawings,
             "pictures": list(pictures),
         })  # fmt: skip
@@ -48,7 +51,7 @@ def chapter(runs: Runs, on_progress: Progress) -> Chapter | None:
             "number": number,
             "result": result,
             "drawings": drawings,
-            "names": result["dictionaries"],
+            "names": result.dictionaries,
         })  # fmt: skip
         on_progress(number + 1, len(finished))
     return Chapter(
@@ -61,41 +64,35 @@ def chapter(runs: Runs, on_progress: Progress) -> Chapter | None:
     )
 
 
-def _pictures(run: Run, number: int) -> dict[str, bytes]:
+def _pictures(run: Run, number: int, n_layers: int) -> dict[str, bytes]:
     """Pictures of the features drawn, as WebP, named by run, layer and latent.
 
     Raises:
         DiskError: The file is damaged.
     """
-    path = run.folder / "pictures.safetensors"
-    if not path.is_file():
+    if not (run.folder / PICTURES).is_file():
         return {}
-    try:
-        tensors = load(path.read_bytes())
-    except (OSError, safetensors.SafetensorError) as error:
-        raise DiskError(
-            f"{path} cannot be read ({error}). Run `mechatlas circuit` again."
-        ) from error
+    tensors = run.tensors(PICTURES)
     made = {}
-    for layer in range(len(run.result["sites"])):
+    for layer in range(n_layers):
         latents = tensors.get(f"{layer}.latents", np.zeros(0, np.int32))
         for k, latent in enumerate(latents.tolist()):
             made[f"{number}/{layer}/{latent}"] = as_webp(tensors[f"{layer}.pictures"][k])
     return made
 
 
-def _drawings(run: Run, result: dict[str, Any]) -> list[dict[str, Any]]:
+def _drawings(run: Run, result: "CircuitResult") -> list[dict[str, Any]]:
     """Drawings of the features of the last site that have paths, strongest first."""
     table, tensors = run.table("edges.parquet"), run.tensors("kernels.safetensors")
-    explained = {(f["layer"], f["latent"]): f for f in result["features"]}
+    explained = {(f.layer, f.latent): f for f in result.features}
     drawings: dict[int, dict[str, Any]] = {}
-    for path in result["paths"]:
-        latents = path["latents"]
+    for path in result.paths:
+        latents = path.latents
         drawing = drawings.setdefault(
             latents[-1],
             {"target": latents[-1], "paths": [], "columns": [[] for _ in latents], "edges": {}},
         )
-        drawing["paths"].append(path)
+        drawing["paths"].append(as_plain(path))
         for layer, latent in enumerate(latents):
             column = drawing["columns"][layer]
             if latent not in [card["latent"] for card in column]:
@@ -109,9 +106,9 @@ def _drawings(run: Run, result: dict[str, Any]) -> list[dict[str, Any]]:
     return list(drawings.values())
 
 
-def _fact(found: dict[str, Any] | None) -> dict[str, Any]:
+def _fact(explained: "ExplainedFeature | None") -> dict[str, Any]:
     keys = ("explained_by_paths", "explained_by_kept", "places")
-    return {key: found[key] if found else None for key in keys}
+    return {key: getattr(explained, key, None) for key in keys}
 
 
 def _edges(

@@ -1,15 +1,19 @@
 """Chapter on matching: flow of features, survival, pairs and their evidence."""
 
+from collections import ChainMap
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Int
 
-from mechatlas.app.old_runs import renamed
 from mechatlas.app.report.chapter import Chapter, render
 from mechatlas.app.report.runs import Runs
+from mechatlas.app.run_folder import DICTIONARY, MATCHING, as_plain
 from mechatlas.base import Progress
+
+if TYPE_CHECKING:
+    from mechatlas.app.commands.match import FirstToLast, MatchResult, PairResult, TracksResult
 
 Columns = dict[str, np.ndarray]
 """Columns of a table, by name."""
@@ -45,32 +49,32 @@ def chapter(runs: Runs, on_progress: Progress) -> Chapter | None:
     Raises:
         DiskError: A result is damaged.
     """
-    matchings = runs.of_kind("matching")
+    matchings = runs.of_kind(MATCHING)
     if not matchings:
         return None
-    folders = {run.folder.resolve(): run.name for run in runs.of_kind("dictionary")}
+    folders = {run.folder.resolve(): run.name for run in runs.of_kind(DICTIONARY)}
     parts, figures, arrays, data = [], {}, {}, []
     for number, run in enumerate(matchings):
-        result = renamed(run.result, run.kind)
+        result: "MatchResult" = run.typed_result()
         table = run.table("matches.parquet")
         tracks = run.table("tracks.parquet") if (run.folder / "tracks.parquet").is_file() else None
-        names = [str(name) for name in result["dictionaries"]]
+        names = result.dictionaries
         dictionaries = [folders.get(Path(p).resolve(), "") for p in run.manifest["dictionaries"]]
-        figures[f"flow{number}"] = _flow(result["pairs"], table, tracks, names)
+        figures[f"flow{number}"] = _flow(result.pairs, table, tracks, names)
         for key in ("pair", "latent_a", "latent_b"):
             arrays[f"{number}/{key}"] = table[key].astype(np.int32)
         for key in ("cosine", "q_value", "cost"):
             arrays[f"{number}/{key}"] = table[key].astype(np.float32)
-        data.append({"name": run.name, "names": names, "runs": dictionaries, "fdr": result["fdr"]})
+        data.append({"name": run.name, "names": names, "runs": dictionaries, "fdr": result.fdr})
         parts.append({
             "name": run.name,
             "number": number,
-            "fdr": result["fdr"],
-            "pairs": result["pairs"],
-            "evidence": [_evidence(pair) for pair in result["pairs"]],
-            "survival": _survival(result.get("tracks")),
+            "fdr": result.fdr,
+            "pairs": result.pairs,
+            "evidence": [_evidence(pair) for pair in result.pairs],
+            "survival": _survival(result.tracks),
             "tracks": _longest(tracks, names),
-            "distant": _distant(result.get("first_to_last")),
+            "distant": _distant(result.first_to_last),
         })  # fmt: skip
         on_progress(number + 1, len(matchings))
     return Chapter(
@@ -85,7 +89,7 @@ def chapter(runs: Runs, on_progress: Progress) -> Chapter | None:
 
 
 def _flow(
-    pairs: list[dict[str, Any]], table: Columns, tracks: Columns | None, names: list[str]
+    pairs: "list[PairResult]", table: Columns, tracks: Columns | None, names: list[str]
 ) -> dict[str, Any]:
     """Draw the features of each layer by the layer of their birth, and where they go.
 
@@ -147,10 +151,10 @@ def _link(links: dict[str, list[Any]], source: int, target: int, n: int, birth: 
 
 
 def _births(
-    pairs: list[dict[str, Any]], table: Columns, tracks: Columns | None
+    pairs: "list[PairResult]", table: Columns, tracks: Columns | None
 ) -> list[Int[np.ndarray, " latent"]]:
     """First layer of each latent's track, or without tracks of its chain of matches."""
-    sizes = [p["n_a"] for p in pairs] + [pairs[-1]["n_b"]]
+    sizes = [p.n_a for p in pairs] + [pairs[-1].n_b]
     births = [np.full(size, layer) for layer, size in enumerate(sizes)]
     for layer, birth in enumerate(births):
         if tracks is not None:
@@ -162,33 +166,32 @@ def _births(
     return births
 
 
-def _evidence(pair: dict[str, Any]) -> dict[str, Any] | None:
+def _evidence(pair: "PairResult") -> dict[str, Any] | None:
     """Measurements on held-out rows, beside those of the baselines."""
-    if not pair.get("co_firing"):
+    if not pair.co_firing:
         return None
+    tables = (pair.co_firing, pair.explained_variance or {}, pair.spliced or {})
     rows = []
     for way, words in WAYS.items():
-        firing = pair["co_firing"].get(way) or {}
-        variance = pair["explained_variance"].get(way) or {}
-        effect = (pair.get("spliced") or {}).get(way) or {}
-        if firing or variance or effect:
-            rows.append({**NO_MEASURES, "way": words, **firing, **variance, **effect})
+        measures = [as_plain(table[way]) for table in tables if way in table]
+        if measures:
+            rows.append({**NO_MEASURES, "way": words, **dict(ChainMap(*measures))})
     shown = {key: words for key, words in OUTPUT.items() if any(row.get(key) for row in rows)}
     return {
-        "a": pair["a"],
-        "b": pair["b"],
+        "a": pair.a,
+        "b": pair.b,
         "rows": rows,
-        "n": pair["held_out_rows"],
-        "samples": pair.get("samples") or 0,
+        "n": pair.held_out_rows,
+        "samples": pair.samples or 0,
         "shown": shown,
     }
 
 
-def _survival(tracks: dict[str, Any] | None) -> list[dict[str, Any]]:
+def _survival(tracks: "TracksResult | None") -> list[dict[str, Any]]:
     """Persistence by distance."""
-    if not tracks:
+    if tracks is None:
         return []
-    rows = zip(tracks["persistence"], tracks["low"], tracks["high"], strict=True)
+    rows = zip(tracks.persistence, tracks.low, tracks.high, strict=True)
     return [
         {"distance": k + 1, "share": share, "low": low, "high": high}
         for k, (share, low, high) in enumerate(rows)
@@ -222,10 +225,10 @@ def _longest(tracks: Columns | None, names: list[str]) -> list[dict[str, Any]]:
     return rows
 
 
-def _distant(first_to_last: dict[str, Any] | None) -> list[dict[str, Any]]:
+def _distant(first_to_last: "FirstToLast | None") -> list[dict[str, Any]]:
     """Matches of the first dictionary with the last, by method."""
+    ways = {} if first_to_last is None else vars(first_to_last)
     return [
-        # Version 0.1 had the two estimates beside `pairs`.
-        {**NO_MEASURES, "way": way, **match, **(match.get("co_firing") or {})}
-        for way, match in (first_to_last or {}).items()
+        {**NO_MEASURES, "way": way, "pairs": match.pairs, **(as_plain(match.co_firing) or {})}
+        for way, match in ways.items()
     ]

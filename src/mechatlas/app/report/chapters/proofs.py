@@ -1,7 +1,6 @@
 """Proofs of networks on groups: circuits, rho-sets, terms of the bound, and margins."""
 
-import dataclasses
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import cattrs
 import numpy as np
@@ -11,7 +10,11 @@ from mechatlas.app.old_runs import renamed
 from mechatlas.app.proof_details import GridDetails, MarginHistogram, NetworkDetails
 from mechatlas.app.report.chapter import Chapter, render
 from mechatlas.app.report.runs import Runs
+from mechatlas.app.run_folder import PROOF
 from mechatlas.base import Progress
+
+if TYPE_CHECKING:
+    from mechatlas.app.commands.prove import ProveResult
 
 TERMS = {
     "ideal_margin": "ideal margin",
@@ -24,47 +27,12 @@ TERMS = {
 """Terms of the bound, as the page calls them."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Drawing:
+class Drawing(NamedTuple):
     """A figure with its name and caption."""
 
     name: str
     caption: str
     figure: dict[str, Any]
-
-
-@dataclasses.dataclass(frozen=True)
-class IrrepRow:
-    """Neurons of an irrep, and the median share of their weights in it."""
-
-    name: str
-    neurons: int
-    left: float
-    right: float
-    unembed: float
-
-
-@dataclasses.dataclass(frozen=True)
-class CircuitRow:
-    """A circuit in a line of the table."""
-
-    irrep: str
-    size: str
-    neurons: int
-    filled: float
-    spread_of_a: float
-
-
-@dataclasses.dataclass(frozen=True)
-class ProofSection:
-    """Everything that the page says about one proof."""
-
-    name: str
-    details: NetworkDetails
-    result: dict[str, Any]
-    irreps: list[IrrepRow]
-    circuits: list[CircuitRow]
-    drawings: list[Drawing]
 
 
 def chapter(runs: Runs, on_progress: Progress) -> Chapter | None:
@@ -73,62 +41,61 @@ def chapter(runs: Runs, on_progress: Progress) -> Chapter | None:
     Raises:
         DiskError: A file of a run is damaged.
     """
-    finished = [run for run in runs.of_kind("proof") if run.result]
+    finished = runs.of_kind(PROOF)
     if not finished:
         return None
-    proofs = []
+    proofs, figures = [], {}
     for number, run in enumerate(finished):
         details = cattrs.structure(renamed(run.read("neurons.json"), run.kind), NetworkDetails)
-        result = renamed(run.result, run.kind)
-        proofs.append(
-            ProofSection(
-                run.name,
-                details,
-                result,
-                _irreps(details),
-                [_circuit(grid) for grid in details.grids],
-                _drawings(result, details, f"proof{number}"),
-            )
-        )
+        result: "ProveResult" = run.typed_result()
+        drawings = _drawings(result, details, f"proof{number}")
+        figures |= {drawing.name: drawing.figure for drawing in drawings}
+        proofs.append({
+            "name": run.name,
+            "details": details,
+            "result": result,
+            "irreps": _irreps(details),
+            "circuits": [_circuit(grid) for grid in details.grids],
+            "drawings": drawings,
+        })  # fmt: skip
         on_progress(number + 1, len(finished))
     return Chapter(
         name="proofs",
         title="Proofs",
         html=render("proofs.html", proofs=proofs),
-        figures={d.name: d.figure for proof in proofs for d in proof.drawings},
+        figures=figures,
     )
 
 
-def _irreps(details: NetworkDetails) -> list[IrrepRow]:
-    """Number of neurons of each irrep, and how much of their weights lies in it."""
+def _irreps(details: NetworkDetails) -> list[dict[str, Any]]:
+    """Number of neurons of each irrep, and the median share of their weights in it."""
     names, rows = np.array(details.irrep), []
     for name in details.irreps:
         mine = names == name
-        medians = (
-            float(np.median(np.array(share)[mine]))
-            for share in (details.shares.left, details.shares.right, details.shares.unembed)
-        )
-        rows.append(IrrepRow(name, int(mine.sum()), *medians))
+        medians = {
+            side: float(np.median(np.array(share)[mine])) for side, share in details.shares.items()
+        }
+        rows.append({"name": name, "neurons": int(mine.sum()), **medians})
     return rows
 
 
-def _circuit(grid: GridDetails) -> CircuitRow:
+def _circuit(grid: GridDetails) -> dict[str, Any]:
     """Size of a circuit, and the share of its cells that have a neuron."""
     cells = set(zip(grid.left, grid.right, strict=True))
     rows, columns = len(grid.left_vectors), len(grid.right_vectors)
-    return CircuitRow(
-        irrep=grid.irrep,
-        size=f"{rows} \N{MULTIPLICATION SIGN} {columns}",
-        neurons=len(grid.neurons),
-        filled=len(cells) / (rows * columns),
-        spread_of_a=grid.spread_of_a,
-    )
+    return {
+        "irrep": grid.irrep,
+        "size": f"{rows} \N{MULTIPLICATION SIGN} {columns}",
+        "neurons": len(grid.neurons),
+        "filled": len(cells) / (rows * columns),
+        "spread_of_a": grid.spread_of_a,
+    }
 
 
-def _drawings(result: dict[str, Any], details: NetworkDetails, prefix: str) -> list[Drawing]:
+def _drawings(result: "ProveResult", details: NetworkDetails, prefix: str) -> list[Drawing]:
     """Everything that is drawn of one proof."""
     text = "The bound of the first stage for a typical pair, term by term."
-    drawings = [Drawing(f"{prefix}budget", text, _budget(result["logit_budget"]))]
+    drawings = [Drawing(f"{prefix}budget", text, _budget(vars(result.logit_budget)))]
     if details.histogram:
         text = "Margins in logits: certified (a lower bound) and true (by brute force)."
         drawings.append(Drawing(f"{prefix}margins", text, _margins(details.histogram)))

@@ -1,7 +1,7 @@
 """Chapter on symmetry: counts of stabilizers, their lattice, a map of features, families."""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -10,9 +10,12 @@ from mechatlas.app.old_runs import renamed_columns
 from mechatlas.app.report.atoms import flat_map
 from mechatlas.app.report.chapter import Chapter, render
 from mechatlas.app.report.runs import Runs
-from mechatlas.app.run_folder import DICTIONARY, SYMMETRY, read_result
+from mechatlas.app.run_folder import DICTIONARY, SYMMETRY
 from mechatlas.base import Progress
 from mechatlas.maths.groups import Group
+
+if TYPE_CHECKING:
+    from mechatlas.app.commands.symmetry import SymmetryResult
 
 TABLE, TENSORS = "features.parquet", "symmetry.safetensors"
 MAX_WHEELS = 60
@@ -36,13 +39,13 @@ def chapter(runs: Runs, on_progress: Progress) -> Chapter | None:
     Raises:
         DiskError: A file of a run is damaged.
     """
-    finished = [run for run in runs.of_kind(SYMMETRY) if run.result]
+    finished = runs.of_kind(SYMMETRY)
     if not finished:
         return None
     folders = {run.folder.resolve(): run.name for run in runs.of_kind(DICTIONARY)}
     parts, data, figures, arrays = [], [], {}, {}
     for number, run in enumerate(finished):
-        result: Any = read_result(run.folder, SYMMETRY, schema=run.manifest.get("schema", 1))
+        result: "SymmetryResult" = run.typed_result()
         facts = run.manifest["group"]
         group = Group(facts["table"], name=facts["name"], element_names=facts["elements"])
         table = renamed_columns(run.table(TABLE), SYMMETRY)
@@ -73,9 +76,7 @@ def chapter(runs: Runs, on_progress: Progress) -> Chapter | None:
             "result": result,
             "counts": _counts(group, names, table["class"], colors),
             "families": len(families),
-            "r2_mean": [
-                (words, getattr(result.r2_mean, key)) for key, words in PREDICTORS.items()
-            ],
+            "r2_mean": [(words, result.r2_mean[key]) for key, words in PREDICTORS.items()],
         })  # fmt: skip
         on_progress(number + 1, len(finished))
     return Chapter(
@@ -197,11 +198,11 @@ def _map(atoms: np.ndarray, table: dict[str, Any], colors: dict[str, str]) -> di
     }  # fmt: skip
 
 
-def _r2(result: Any, group: Group) -> dict[str, Any]:
+def _r2(result: "SymmetryResult", group: Group) -> dict[str, Any]:
     traces = [
         {
             "type": "scatter", "mode": "lines+markers", "name": words,
-            "x": list(group.element_names), "y": getattr(result.r2, key),
+            "x": list(group.element_names), "y": result.r2[key],
         }
         for key, words in PREDICTORS.items()
     ]  # fmt: skip

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from mechatlas.analysis.interaction.layer_maps import layer_maps
-from mechatlas.analysis.interaction.parts import account_parts
+from mechatlas.analysis.interaction.module_degeneracy import count_module_degeneracy
 from mechatlas.analysis.interaction.statistics import Inputs
 from mechatlas.base import InputError, Site
 
@@ -37,26 +37,28 @@ def halves(joined: float):
 
 def measured(network: nn.Module, x, labels):
     layers = [Site(str(i)) for i in range(len(list(network.children())))]
-    return account_parts(network, layer_maps(network, layers, x[:8]), Inputs.of(x), labels)
+    return count_module_degeneracy(
+        network, layer_maps(network, layers, x[:8]), Inputs.from_data(x), labels
+    )
 
 
 def test_parts_that_do_not_interact_keep_their_free_directions():
     network, x, labels, alone = halves(0.0)
     found = measured(network, x, labels)
     inputs = x.split(3, dim=1)
-    assert found.free == tuple(free(n, i) for n, i in zip(alone, inputs, strict=True))
+    assert found.n_free == tuple(free(n, i) for n, i in zip(alone, inputs, strict=True))
     assert found.shared == 0
-    assert found.together == sum(found.free)
-    assert found.interplay == pytest.approx(0, abs=1e-20)
-    assert found.whole == free(network, x)
-    assert found.between == 2 * (3 * 6 + 6 * 2)
+    assert found.n_free_together == sum(found.n_free)
+    assert found.interaction == pytest.approx(0, abs=1e-20)
+    assert found.n_free_network == free(network, x)
+    assert found.n_between == 2 * (3 * 6 + 6 * 2)
 
 
 def test_weights_between_parts_cost_free_directions():
     apart, joined = (measured(*halves(strength)[:3]) for strength in (0.0, 0.3))
-    assert apart.parameters == joined.parameters
-    assert sum(joined.free) < sum(apart.free)
-    assert joined.whole < apart.whole
+    assert apart.n_parameters == joined.n_parameters
+    assert sum(joined.n_free) < sum(apart.n_free)
+    assert joined.n_free_network < apart.n_free_network
 
 
 def test_directions_that_are_free_alone_are_not_always_free_together():
@@ -71,9 +73,9 @@ def test_directions_that_are_free_alone_are_not_always_free_together():
                 layer.bias.fill_(bias)
         labels = [np.array([part]) for part in (0, 0, 1, 1)]
         found = measured(network, samples(1, 0, n=50), labels)
-        assert found.free == (2, 2)
-        assert found.together == 4
-        interplay.append(found.interplay)
+        assert found.n_free == (2, 2)
+        assert found.n_free_together == 4
+        interplay.append(found.interaction)
     assert interplay[0] < 1e-20
     assert interplay[1] > 0.1
 
@@ -87,13 +89,13 @@ def test_parts_that_write_to_the_same_outputs_can_make_up_for_one_another():
         second.weight[:, 3] = 2 * second.weight[:, 0]
     labels = [np.full(3, -1), np.repeat([0, 1], 3), np.full(2, -1)]
     found = measured(network, x, labels)
-    assert found.parameters == (3, 3)  # the biases alone
-    assert found.free == (0, 0)
+    assert found.n_parameters == (3, 3)  # the biases alone
+    assert found.n_free == (0, 0)
     assert found.shared == 1
     one = measured(network, x, [np.zeros(w, dtype=int) for w in (3, 6, 2)])
-    assert one.together == one.whole == free(network, x)
-    assert one.between == 0
-    assert one.interplay == pytest.approx(0, abs=1e-12)
+    assert one.n_free_together == one.n_free_network == free(network, x)
+    assert one.n_between == 0
+    assert one.interaction == pytest.approx(0, abs=1e-12)
 
 
 def test_labels_that_do_not_fit_are_refused():

@@ -5,8 +5,11 @@ import pytest
 import torch
 from torch import nn
 
-from mechatlas.analysis.interaction import learning
-from mechatlas.analysis.interaction.learning import learning_coefficient, quadratic_coefficient
+from mechatlas.analysis.interaction import learning_coefficient as sampling
+from mechatlas.analysis.interaction.learning_coefficient import (
+    learning_coefficient,
+    quadratic_coefficient,
+)
 from mechatlas.base import NonFiniteError
 
 from .test_degeneracy import ledger, plant, samples, stack
@@ -53,13 +56,13 @@ def test_sampling_finds_what_theory_says_at_a_fine_resolution(what):
     counted = ledger(network, x)
     assert found.value == pytest.approx(expected, rel=0.06)
     # A direction that the ledger counts may be too weak for the resolution, never the reverse.
-    assert expected <= (counted.parameters - counted.free) / 2 + 1e-6
-    assert found.parameters > 0.9 * (counted.parameters - counted.free)
+    assert expected <= (counted.n_parameters - counted.n_free) / 2 + 1e-6
+    assert found.effective_parameters > 0.9 * (counted.n_parameters - counted.n_free)
     assert found.r_hat < 1.1
 
 
 def test_many_parameters_are_sampled_with_the_diagonal_alone(monkeypatch):
-    monkeypatch.setattr(learning, "LARGEST", 3)
+    monkeypatch.setattr(sampling, "MAX_HESSIAN_WIDTH", 3)
     torch.manual_seed(0)
     network = nn.Linear(4, 2).double()
     x = samples(4, 0, n=100)

@@ -1,0 +1,524 @@
+"""Degeneracy, interaction basis, edges and modules of a network, in one call.
+
+    basis         network, data, layers -> `InteractionBasis`, with a `LayerResult` for each layer
+
+Main path, in reading order:
+
+    layer_maps           maps between the layers
+    collect_statistics   one pass over the data: moments and firing
+    count_degeneracy     free directions of the weights
+    interaction_basis    from the last layer back
+    measure_edges        strength of every interaction
+    ablate_edges, ablate_vectors
+    find_modules         modules of the graph of needed edges
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from functools import partial
+from typing import Any, Protocol, TypeVar, runtime_checkable
+
+import numpy as np
+from jaxtyping import Float
+from torch import nn
+
+from mechatlas import deprecated
+from mechatlas.analysis.interaction import bases
+from mechatlas.analysis.interaction.ablation import (
+    AblationCurve,
+    AblationSite,
+    ablate_edges,
+    ablate_vectors,
+    ablation_sites,
+)
+from mechatlas.analysis.interaction.bases import Basis, BasisKind
+from mechatlas.analysis.interaction.degeneracy import (
+    DegeneracyCount,
+    NetworkDegeneracy,
+    bound_degeneracy,
+    count_degeneracy,
+)
+from mechatlas.analysis.interaction.edges import InteractionEdges, measure_edges
+from mechatlas.analysis.interaction.layer_maps import LayerMap, layer_maps, rows_of
+from mechatlas.analysis.interaction.modularity import (
+    InteractionGraph,
+    Modules,
+    ModuleStability,
+    find_modules,
+    interaction_graph,
+    module_stability,
+)
+from mechatlas.analysis.interaction.results import (
+    InteractionBasis,
+    InteractionConfig,
+    LayerResult,
+)
+from mechatlas.analysis.interaction.statistics import (
+    Inputs,
+    LayerMapFiring,
+    LayerMoments,
+    NamedArrays,
+    as_arrays,
+    collect_statistics,
+    from_arrays,
+    output_gradients,
+    prefixed,
+    pullback,
+    unprefixed,
+)
+from mechatlas.base import Dictionary, Progress, Site, SiteError, UserError, no_progress
+from mechatlas.maths.linalg import cut, parts_of, spectral
+
+LATENTS = "dictionary"
+"""Name of the latents of a dictionary among the bases."""
+T = TypeVar("T")
+
+
+@runtime_checkable
+class Checkpoints(Protocol):
+    """Store of finished parts, from which an interrupted call continues."""
+
+    def kept(self, name: str) -> NamedArrays | None:
+        """Read a part; `None` if it is not there."""
+        ...
+
+    def keep(self, name: str, arrays: NamedArrays) -> None:
+        """Keep a finished part."""
+        ...
+
+
+@deprecated.renamed_arguments
+def basis(
+    model: nn.Module,
+    data: Any,
+    layers: Sequence[str | Site],
+    settings: InteractionConfig | None = None,
+    *,
+    dictionaries: Mapping[str, Dictionary] | None = None,
+    checkpoints: Checkpoints | MutableMapping[str, NamedArrays] | None = None,
+    on_progress: Progress = no_progress,
+) -> InteractionBasis:
+    """Find the directions that matter in some layers of a network, and how they interact.
+
+    Args:
+        model: Any module; called as `model(inputs)`, in evaluation mode.
+        data: Inputs as a tensor or array, or a pair of inputs and labels.
+        layers: Sites in the order in which the network reaches them; the last holds the outputs
+            whose behavior counts.
+        settings: Bases to compare, numbers of samples, thresholds.
+        dictionaries: Dictionaries by layer. Their latents are compared with the bases, as
+            "dictionary"; edges go from them to the next layer's coordinates in the basis that is
+            reported.
+        checkpoints: Store of finished parts; an interrupted call with the same other arguments
+            continues from it. A mapping is written to and read from.
+        on_progress: Callback with the number of steps done and their total.
+
+    Returns:
+        A `LayerResult` for each layer, and the graph between them.
+
+    Raises:
+        SiteError: Fewer than two layers, a layer that is not there, or a wrong order.
+        InputError: The data are not samples for this network.
+        NonFiniteError: A NaN or an infinity, and where.
+
+    Examples:
+        >>> import torch
+        >>> network = torch.nn.Sequential(
+        ...     torch.nn.Identity(), torch.nn.Linear(4, 3), torch.nn.ReLU(), torch.nn.Linear(3, 2)
+        ... ).double()
+        >>> inputs = torch.randn(100, 4, dtype=torch.float64)
+        >>> result = basis(network, inputs, ["0", "2", "3"], InteractionConfig(kinds=("lib",)))
+        >>> result["0"].to_basis.shape[0], len(result["0"].edges) <= 3
+        (4, True)
+    """
+    settings = settings or InteractionConfig()
+    if len(layers) < 2:
+        raise SiteError(f"Name at least two layers, got {len(layers)}: {list(map(str, layers))}.")
+    inputs = Inputs.from_data(data)
+    sites = [site if isinstance(site, Site) else Site.parse(site) for site in layers]
+    if checkpoints is None:
+        checkpoints = {}
+    kept, keep = (
+        (checkpoints.get, checkpoints.__setitem__)
+        if isinstance(checkpoints, MutableMapping)
+        else (checkpoints.kept, checkpoints.keep)
+    )
+    trained = [m for m in model.modules() if m.training]
+    model.eval()
+    try:
+        first = inputs.first(16).tensor
+        maps = layer_maps(model, sites, first)
+        n_steps = 3 + 2 * len(maps) * len(settings.kinds)
+        steps = itertools.count(1)
+        subset = inputs.random_subset(
+            max(settings.jacobian_samples, settings.ablation_samples), seed=settings.seed
+        )
+        analysis = _Analysis(
+            model=model,
+            inputs=inputs,
+            subset=subset.with_activations(model, sites, batch_size=settings.batch_size),
+            sites=sites,
+            settings=settings,
+            maps=maps,
+            maps_to_end=[layer_maps(model, [s, sites[-1]], first)[0] for s in sites[:-1]],
+            kept=kept,
+            keep=keep,
+            on_step=lambda: on_progress(min(next(steps), n_steps), n_steps),
+        )
+        return analysis.run(dictionaries or {})
+    finally:
+        for module in trained:
+            module.training = True
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Statistics:
+    """Statistics of every layer."""
+
+    layers: list[LayerMoments]
+    firing: list[LayerMapFiring | None]
+    """Firing inside each map that has a closed form."""
+    gradients: list[Float[np.ndarray, "_ _"]]
+    """Second moments of the gradients of the outputs, of every layer but the last."""
+
+
+_Pairs = list[tuple[Basis, Basis] | None]
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class _Analysis:
+    """Steps of `basis`, with the network and the samples that they share."""
+
+    model: nn.Module
+    inputs: Inputs
+    subset: Inputs
+    """Random samples with their activations, for Jacobians and ablations."""
+    sites: list[Site]
+    settings: InteractionConfig
+    maps: list[LayerMap]
+    maps_to_end: list[LayerMap]
+    kept: Callable[[str], NamedArrays | None]
+    keep: Callable[[str, NamedArrays], None]
+    on_step: Callable[[], None]
+
+    def run(self, dictionaries: Mapping[str, Dictionary]) -> InteractionBasis:
+        settings = self.settings
+        latents = self.dictionary_bases(dictionaries)
+        statistics = self.statistics()
+        degeneracy = count_degeneracy(self.model, self.maps, self.inputs)
+        ablations = ablation_sites(
+            self.model,
+            self.maps,
+            self.maps_to_end,
+            self.subset.first(settings.ablation_samples),
+            fvu=settings.score == "fvu",
+        )
+        by_kind = {kind: self.bases(kind, statistics) for kind in settings.kinds}
+        all_bases: dict[str, list[Basis | None]] = {k: [*found] for k, found in by_kind.items()}
+        pairs: dict[str, _Pairs] = {k: [*itertools.pairwise(b)] for k, b in by_kind.items()}
+        if dictionaries:
+            targets = by_kind[settings.kind][1:]
+            all_bases[LATENTS] = [*latents]
+            pairs[LATENTS] = [
+                None if source is None else (source, target)
+                for source, target in zip(latents, targets, strict=True)
+            ]
+        edges = {kind: self.edges(each, kind) for kind, each in pairs.items()}
+        edge_curves, vector_curves = (
+            {
+                kind: self.ablate(kind, pairs[kind], edges[kind], ablations, vectors=vectors)
+                for kind in (pairs if settings.ablations else ())
+            }
+            for vectors in (False, True)
+        )
+        layers = tuple(
+            self.layer(
+                number,
+                statistics,
+                degeneracy,
+                bases=_at(all_bases, number),
+                edges_by_basis=_at(edges, number),
+                edge_curves=_at(edge_curves, number),
+                vector_curves=_at(vector_curves, number),
+            )
+            for number in range(len(self.sites))
+        )
+        behavior = ablations[0].behavior
+        return InteractionBasis(
+            layers, degeneracy, behavior.measure, behavior.unchanged, *self.modules(layers)
+        )
+
+    def once(self, name: str, compute: Callable[[], NamedArrays]) -> NamedArrays:
+        """Arrays kept under a name, or else computed and kept."""
+        arrays = self.kept(name)
+        if arrays is None:
+            arrays = compute()
+            self.keep(name, arrays)
+        return arrays
+
+    def result(self, name: str, kind: type[T], compute: Callable[[], T]) -> T:
+        """Result kept under a name, or else computed and kept."""
+        return from_arrays(kind, self.once(name, lambda: as_arrays(compute())))
+
+    def dictionary_bases(self, dictionaries: Mapping[str, Dictionary]) -> list[Basis | None]:
+        """Latents of the dictionary of each layer but the last.
+
+        Raises:
+            SiteError: There is a dictionary for another layer.
+        """
+        sources = [str(site) for site in self.sites[:-1]]
+        if unknown := set(dictionaries) - set(sources):
+            raise SiteError(
+                f"There is a dictionary for {', '.join(sorted(unknown))}, but layers that act on "
+                f"a next one are {', '.join(sources)}."
+            )
+        found: list[Basis | None] = []
+        for site in self.sites[:-1]:
+            rows = rows_of(self.subset.read(self.model, [site])[site]).flatten(0, 1)
+            dictionary = dictionaries.get(str(site))
+            found.append(None if dictionary is None else bases.dictionary_basis(dictionary, rows))
+        return found
+
+    def statistics(self) -> _Statistics:
+        """Moments and firing from one pass over all samples, and gradients of the last layer."""
+        settings = self.settings
+
+        def collect() -> NamedArrays:
+            layers, firing = collect_statistics(
+                self.model, self.inputs, self.sites, self.maps, batch_size=settings.batch_size
+            )
+            arrays = {}
+            for i, moments in enumerate(layers):
+                arrays |= prefixed(f"layer{i}", moments.arrays())
+            for i, hidden in enumerate(firing):
+                arrays |= {} if hidden is None else prefixed(f"map{i}", hidden.arrays())
+            return arrays
+
+        def differentiate() -> NamedArrays:
+            gradients = output_gradients(
+                self.model,
+                self.maps,
+                self.maps_to_end,
+                self.subset.first(max(settings.jacobian_samples // 8, 1)),
+                batch_size=settings.batch_size,
+                gradient_probes=settings.gradient_probes,
+            )
+            return {str(number): each for number, each in enumerate(gradients)}
+
+        arrays = self.once("statistics", collect)
+        self.on_step()
+        gradients = self.once("gradients", differentiate)
+        self.on_step()
+        return _Statistics(
+            layers=[
+                LayerMoments.from_arrays(unprefixed(f"layer{i}", arrays))
+                for i in range(len(self.sites))
+            ],
+            firing=[
+                m.form and LayerMapFiring.from_arrays(m, unprefixed(f"map{i}", arrays))
+                for i, m in enumerate(self.maps)
+            ],
+            gradients=[gradients[str(number)] for number in range(len(self.maps))],
+        )
+
+    def bases(self, kind: BasisKind, statistics: _Statistics) -> list[Basis]:
+        """Bases of every layer; the last one keeps its own units, whose meaning is known."""
+        threshold = self.settings.rank_threshold
+        found = [bases.neuron_basis(statistics.layers[-1].moments)]
+        for number in reversed(range(len(self.maps))):
+            moments = statistics.layers[number].moments
+            if kind == "neurons":
+                basis = bases.neuron_basis(moments)
+            elif kind == "pca":
+                basis = bases.pca_basis(moments, rank_threshold=threshold)
+            else:
+                gradients = (
+                    self.local_gradients(number, found[0], statistics.firing[number])
+                    if kind == "lib"
+                    else statistics.gradients[number]
+                )
+                basis = bases.interaction_basis(
+                    moments, gradients, kind=kind, rank_threshold=threshold
+                )
+            found.insert(0, basis)
+        return found
+
+    def local_gradients(
+        self, number: int, after: Basis, firing: LayerMapFiring | None
+    ) -> Float[np.ndarray, "d d"]:
+        """Second moments of the gradients of the next layer's coordinates."""
+        if firing is not None:
+            return firing.pullback(after.to_basis @ after.to_basis.T)
+
+        def compute() -> NamedArrays:
+            gradients = pullback(
+                self.model,
+                self.maps[number],
+                self.subset.first(self.settings.jacobian_samples),
+                after.to_basis,
+                batch_size=self.settings.batch_size,
+                gradient_probes=self.settings.gradient_probes,
+            )
+            return {"gradients": gradients}
+
+        return self.once(f"local.{number}", compute)["gradients"]
+
+    def edges(self, pairs: _Pairs, name: str) -> list[InteractionEdges | None]:
+        """Edges of every map between a pair of bases."""
+        result: list[InteractionEdges | None] = []
+        for number, (layer_map, pair) in enumerate(zip(self.maps, pairs, strict=True)):
+            if pair is None:
+                result.append(None)
+                continue
+            measure = partial(
+                measure_edges,
+                self.model,
+                layer_map,
+                *pair,
+                self.subset.first(self.settings.jacobian_samples),
+                quadrature_points=self.settings.quadrature_points,
+            )
+            result.append(self.result(f"edges.{name}.{number}", InteractionEdges, measure))
+            self.on_step()
+        return result
+
+    def ablate(
+        self,
+        kind: str,
+        pairs: _Pairs,
+        edges: list[InteractionEdges | None],
+        ablations: list[AblationSite],
+        *,
+        vectors: bool,
+    ) -> list[AblationCurve | None]:
+        """Ablation curves of the edges, or of the vectors, for every map."""
+        drop = self.settings.max_accuracy_drop
+        curves: list[AblationCurve | None] = []
+        for number, (site, pair, each) in enumerate(zip(ablations, pairs, edges, strict=True)):
+            if pair is None or each is None:
+                curves.append(None)
+                continue
+            name, search = (
+                (f"vectors.{kind}.{number}", partial(ablate_vectors, site, pair[0], drop))
+                if vectors
+                else (f"needed.{kind}.{number}", partial(ablate_edges, site, each, *pair, drop))
+            )
+            curves.append(self.result(name, AblationCurve, search))
+            self.on_step()
+        return curves
+
+    def layer(
+        self,
+        number: int,
+        statistics: _Statistics,
+        degeneracy: NetworkDegeneracy | None,
+        **by_basis: Any,
+    ) -> LayerResult:
+        layer = statistics.layers[number]
+        last = number == len(self.maps)
+        width, threshold = layer.moments.width, self.settings.rank_threshold
+        activations = spectral(layer.moments.covariance)[0]
+        gradients = np.ones(width) if last else spectral(statistics.gradients[number])[0]
+        if last:
+            count = DegeneracyCount()
+        elif degeneracy is not None:
+            count = degeneracy.layers[number]
+        else:
+            count = self.bound(number, statistics)
+        dead_units, always_on, blocks = _firing_counts(layer, self.settings.synchrony_tolerance)
+        return LayerResult(
+            name=str(self.sites[number]),
+            width=width,
+            activation_eigenvalues=activations,
+            gradient_eigenvalues=gradients,
+            rank_activations=cut(activations, threshold),
+            rank_gradients=cut(gradients, threshold),
+            dead_units=dead_units,
+            always_on=always_on,
+            synchronized_blocks=blocks,
+            degeneracy=count,
+            kind=self.settings.kind,
+            map_description="" if last else self.maps[number].description,
+            n_rows=layer.moments.n,
+            **by_basis,
+        )
+
+    def bound(self, number: int, statistics: _Statistics) -> DegeneracyCount:
+        """Lower bound on the free directions of the weights that read a layer."""
+        moments, form = statistics.layers[number].moments, self.maps[number].form
+        plain = form is not None and form.is_linear_map and form.inner.bias is not None
+        matrix = moments.covariance if plain else moments.second_moment
+        gradient_rank = statistics.layers[number + 1].moments.width
+        if number + 1 < len(self.maps):
+            gradient_rank = self.rank(statistics.gradients[number + 1])
+        firing = statistics.firing[number]
+        rectified = firing is not None and form is not None and form.relu
+        return bound_degeneracy(
+            form,
+            moments.width,
+            rank=self.rank(matrix),
+            n_dead=int((firing.units.rate == 0).sum()) if firing and rectified else 0,
+            gradient_rank=gradient_rank,
+        )
+
+    def rank(self, matrix: Float[np.ndarray, "d d"]) -> int:
+        return cut(spectral(matrix)[0], self.settings.rank_threshold).rank
+
+    def modules(
+        self, layers: tuple[LayerResult, ...]
+    ) -> tuple[InteractionGraph | None, Modules | None, ModuleStability | None, float | None]:
+        """Graph of the reported basis, its modules, their stability, and Q after a rotation."""
+        kind, seed, n_nulls = self.settings.kind, self.settings.seed, self.settings.n_null_graphs
+        curves = [layer.edge_curves.get(kind) for layer in layers[:-1]]
+        n_needed = [curve.n_needed for curve in curves if curve is not None and curve.n_needed]
+        if len(n_needed) < len(self.maps):
+            return None, None, None, None  # some map needs no edge, or its basis all of them
+        edges = [layer.edges_by_basis[kind] for layer in layers[:-1]]
+        strengths = [each.strength for each in edges]
+        thresholds = _weakest_needed(strengths, n_needed)
+        graph = interaction_graph(strengths, thresholds)
+        try:
+            modules = find_modules(graph, seed=seed, n_null_graphs=n_nulls)
+        except UserError:  # every edge is as weak as the weakest: no weight is left
+            return graph, None, None, None
+        errors = [each.standard_error for each in edges]
+        stability = module_stability(graph, modules, strengths, errors, thresholds, seed=seed)
+        rotated = [bases.rotated_basis(x.basis, seed=seed + i) for i, x in enumerate(layers)]
+        rotated[-1] = layers[-1].basis
+        pairs: _Pairs = [*itertools.pairwise(rotated)]
+        turned = [each.strength for each in self.edges(pairs, "rotated") if each is not None]
+        null = interaction_graph(turned, _weakest_needed(turned, n_needed))
+        q = find_modules(null, seed=seed, n_null_graphs=0).q if len(null.weight) else None
+        return graph, modules, stability, q
+
+
+def _at(by_kind: Mapping[str, Sequence[T | None]], number: int) -> dict[str, T]:
+    """Entries for one layer, by kind of basis, where there are any."""
+    at = {kind: each[number] for kind, each in by_kind.items() if number < len(each)}
+    return {kind: each for kind, each in at.items() if each is not None}
+
+
+def _weakest_needed(
+    strengths: Sequence[Float[np.ndarray, "..."]], n_needed: Sequence[int]
+) -> list[float]:
+    """Strength of the weakest of the `n` strongest edges, for each layer map."""
+    return [
+        float(-np.partition(-strength, n - 1, axis=None)[n - 1])
+        for strength, n in zip(strengths, n_needed, strict=True)
+    ]
+
+
+def _firing_counts(
+    layer: LayerMoments, tolerance: float
+) -> tuple[int, int, tuple[tuple[int, ...], ...]]:
+    """Number of dead units and of units that always fire, and synchronized blocks.
+
+    There are none where nothing is rectified.
+    """
+    if not (layer.nonnegative and layer.has_zeros):
+        return 0, 0, ()
+    labels = parts_of(layer.firing.together, tolerance)
+    blocks = [np.flatnonzero(labels == b) for b in range(labels.max(initial=-1) + 1)]
+    several = tuple(tuple(block.tolist()) for block in blocks if len(block) > 1)
+    return int((labels < 0).sum()), int((layer.firing.rate == 1).sum()), several
