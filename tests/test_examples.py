@@ -27,15 +27,10 @@ VERBS = (
     "train",
 )
 WITHOUT_EXAMPLE = {
-    "basis",
-    "collect",
     "evaluate",
-    "find_sites",
     "group",
-    "intervene",
     "load",
     "load_proof",
-    "read_activations",
     "save",
     "train",
 }

@@ -17,19 +17,9 @@ UNCLEAR_STARTS = ("Of", "That", "Those", "What", "Which", "As", "It", "The same"
 PREPOSITIONS = {"about", "at", "beside", "between", "beyond", "by", "for", "from", "in", "of", "on",
     "over", "to", "under", "with"}  # fmt: skip
 UNCLEAR_MODULES: set[str] = {
-    "src/mechatlas/activations/inputs.py",
     "src/mechatlas/activations/networks.py",
-    "src/mechatlas/activations/positions.py",
-    "src/mechatlas/activations/receptive.py",
-    "src/mechatlas/activations/samples.py",
-    "src/mechatlas/activations/store.py",
-    "src/mechatlas/activations/text_input.py",
-    "src/mechatlas/activations/tracing.py",
-    "src/mechatlas/analysis/circuits/__init__.py",
     "src/mechatlas/analysis/interaction/statistics.py",
-    "src/mechatlas/analysis/matching/__init__.py",
     "src/mechatlas/app/commands/basis.py",
-    "src/mechatlas/app/commands/circuit.py",
     "src/mechatlas/app/commands/collect.py",
     "src/mechatlas/app/commands/train.py",
     "src/mechatlas/dictionaries/autoencoder.py",
@@ -49,9 +39,6 @@ UNCLEAR_MODULES: set[str] = {
     "src/mechatlas/dictionaries/revival.py",
     "src/mechatlas/dictionaries/sparsity.py",
     "src/mechatlas/dictionaries/training.py",
-    "src/mechatlas/maths/actions.py",
-    "src/mechatlas/maths/groups.py",
-    "src/mechatlas/maths/irreps.py",
 }
 """Modules with docstrings that do not stand alone; this list may only shrink."""
 

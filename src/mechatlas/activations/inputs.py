@@ -1,4 +1,4 @@
-"""What a network expects as input, checked before the first layer sees it.
+"""Image input of a network, checked before the first layer sees it.
 
 Every adapter takes RGB images in 0..1 and scales them itself, so that no caller has to
 know whether a network was trained on bytes, on BGR or on standardised channels.

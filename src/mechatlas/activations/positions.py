@@ -1,4 +1,4 @@
-"""Which positions of a sample's activations are kept.
+"""Sampling of positions: choice of the positions of a sample whose activations are kept.
 
 All three rules are one: position p of sample s gets the key log w_p + Gumbel(s, p) and
 the largest keys win, which draws without replacement with probability proportional to w.
@@ -19,7 +19,7 @@ from torch import Tensor
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Positions:
-    """How many positions of each sample to keep, and how to draw them."""
+    """Number of positions kept of each sample, and the rule that draws them."""
 
     rule: Literal["norm", "random", "all"] = "norm"
     """norm: with probability proportional to the activation's length, as in Bozoukov (2025);

@@ -1,4 +1,4 @@
-"""Which pixels a position of a site can see, measured on the network itself.
+"""Receptive field of the positions of a site, measured on the network itself.
 
     receptive_field    put NaN into one pixel after another and look where it arrives
 
@@ -47,7 +47,7 @@ class ReceptiveField:
     def span(
         self, position: Int[np.ndarray, "*n"], side: int
     ) -> tuple[Int[np.ndarray, "*n"], Int[np.ndarray, "*n"]]:
-        """First pixel seen and the one after the last, cut to an input of `side` pixels."""
+        """Give the first pixel seen and the one after the last, cut to `side` pixels."""
         first = self.offset + self.stride * np.asarray(position)
         return np.clip(first, 0, side), np.clip(first + self.size, 0, side)
 
@@ -90,7 +90,7 @@ def _reached(network: nn.Module, site: Site, side: int, channels: int) -> bool:
 
 
 def _along(network: nn.Module, site: Site, side: int, channels: int) -> ReceptiveField | None:
-    """The field along both axes, from inputs as thin as the network takes."""
+    """Measure the field along both axes, on inputs as thin as the network takes."""
     across, thin = _thin(network, site, side, 1, channels)
     down, _ = _thin(network, site, side, 0, channels)
     if across is None or down is None:
@@ -114,7 +114,7 @@ def _along(network: nn.Module, site: Site, side: int, channels: int) -> Receptiv
 def _thin(
     network: nn.Module, site: Site, side: int, axis: Literal[0, 1], channels: int
 ) -> tuple[Bool[np.ndarray, "position pixel"] | None, int]:
-    """What is seen along one axis, and how thin the inputs were that showed it."""
+    """Measure the pixels seen along one axis; also give the thickness of the inputs used."""
     for thin in (t for t in THIN if t < side):
         sides = (side, thin) if axis == 0 else (thin, side)
         with suppress(RuntimeError, ValueError):  # too thin, or a network for squares only
@@ -134,7 +134,7 @@ def _sees(
     lines: Int[np.ndarray, " line"],
     channels: int,
 ) -> Bool[np.ndarray, "position line"] | None:
-    """Along y (0) or x (1), which positions see which rows or columns; None if not a map."""
+    """Test which positions see which rows (axis 0) or columns (1); None if not a map."""
     plain = torch.full((1, channels, *sides), 0.5, device=_device(network))
     one_hot = torch.eye(sides[axis], device=plain.device, dtype=torch.bool)[lines]
     parts = []
@@ -160,7 +160,7 @@ def _with_nan(network: nn.Module, site: Site, plain: Tensor, where: Tensor) -> T
 
 
 def _fit(sees: Bool[np.ndarray, "position pixel"]) -> ReceptiveField | None:
-    """The regular field of the positions that see most; None if fewer than two are uncut."""
+    """Fit the regular field of the positions that see most; None if fewer than two are uncut."""
     first, last = _ends(sees)
     size = int((last - first).max()) + 1
     full = np.flatnonzero((last - first + 1 == size) & (first >= 0))
@@ -173,7 +173,7 @@ def _fit(sees: Bool[np.ndarray, "position pixel"]) -> ReceptiveField | None:
 
 
 def _ends(sees: Bool[np.ndarray, "position pixel"]) -> tuple[np.ndarray, np.ndarray]:
-    """First and last pixel seen by each position; -1 and -2 where it sees none."""
+    """Find the first and last pixel seen by each position; -1 and -2 where it sees none."""
     some = sees.any(axis=1)
     first = np.where(some, sees.argmax(axis=1), -1)
     last = np.where(some, sees.shape[1] - 1 - sees[:, ::-1].argmax(axis=1), -2)
@@ -181,7 +181,7 @@ def _ends(sees: Bool[np.ndarray, "position pixel"]) -> tuple[np.ndarray, np.ndar
 
 
 def _explains(field: ReceptiveField, sees: Bool[np.ndarray, "position pixel"]) -> bool:
-    """Uncut fields are exactly as seen; cut ones hold all that was seen.
+    """Check that uncut fields are exactly as seen, and cut ones hold all that was seen.
 
     (A dilated convolution has holes, so a cut field may hold more.)
     """
@@ -199,7 +199,7 @@ def _allows(
     lines: Int[np.ndarray, " line"],
     side: int,
 ) -> bool:
-    """Whether no position sees anything outside its field."""
+    """Check that no position sees anything outside its field."""
     begin, end = field.span(np.arange(len(sees)), side)
     outside = (lines < begin[:, None]) | (lines >= end[:, None])
     return not (sees & outside).any()

@@ -1,6 +1,6 @@
-"""What is put into a network: images, arrays or texts, one sample at a time.
+"""Samples, the inputs of a network: images, arrays or texts, read one at a time.
 
-    Images, Arrays, Texts     recipes: where the samples come from, how they are cut
+    Images, Arrays, Texts     recipes: source of the samples, and how they are cut
     open_samples              a recipe and a network -> `Samples`
 
 Reading a sample depends on nothing but the recipe and the sample's number, so a run can
@@ -20,25 +20,27 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
-from jaxtyping import UInt8
+from jaxtyping import Float, Int, Shaped, UInt8
 from PIL import Image
 from torch import Tensor, nn
 
-from mechatlas.base import InputError, RecipeError
+from mechatlas.base import InputError, RecipeError, Result
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"}
-# The photographs in scikit-image's wheel; the rest of its data are drawings and scans.
+"""Endings of names of image files."""
 SCIKIT_IMAGE = (
     "astronaut.png brick.png camera.png chelsea.png coffee.png coins.png grass.png gravel.png "
     "hubble_deep_field.jpg ihc.png moon.png motorcycle_left.png motorcycle_right.png retina.jpg "
     "rocket.jpg"
 )
+"""Photographs in scikit-image's wheel; the rest of its data are drawings and scans."""
 CACHE_BYTES = 64 << 20
+"""Size of the cache of decoded images."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Images:
-    """Photographs from a folder, a zip, an array file, or those that come with the package."""
+    """Photographs from a folder, a zip, an array file, or bundled with the package."""
 
     source: str = "photos"
     """"photos" (in the package), "scikit-image" (the [demo] extra), or the path of a folder,
@@ -48,9 +50,9 @@ class Images:
     side: int | None = None
     """Side of the square given to the network, in pixels; by default the network's own."""
     crops: int = 1
-    """Samples taken from each image. 1: its largest centred square. More: random squares."""
+    """Samples taken from each image. 1: the largest centered square. More: random squares."""
     smallest_crop: float = 0.3
-    """Side of the smallest random square, as a share of the image's shorter side."""
+    """Side of the smallest random square, as a fraction of the image's shorter side."""
     seed: int = 0
     """Seed of the random squares."""
 
@@ -65,7 +67,7 @@ class Images:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Arrays:
-    """Samples that are already numbers: one row of an array each, given as they are."""
+    """Rows of an array, each given to the network as it is."""
 
     source: Path
     """An .npy file, or an .npz with one array. The first axis counts the samples."""
@@ -91,32 +93,41 @@ class Samples(Protocol):
     """Numbered inputs of a network."""
 
     def __len__(self) -> int:
-        """How many there are."""
+        """Number of samples."""
         ...
 
     def name(self, index: int) -> str:
-        """Where a sample came from."""
+        """Name of a sample, by which a person finds it in its source."""
         ...
 
-    def read(self, index: int) -> np.ndarray:
-        """One sample, as bytes (h, w, channel) for images, else as the network takes it.
+    def read(self, index: int) -> Shaped[np.ndarray, "..."]:
+        """Read one sample: bytes (h, w, channel) of an image, else as the network takes it.
 
         Raises:
-            InputError: It cannot be read.
+            InputError: The sample cannot be read.
         """
         ...
 
-    def stack(self, samples: Sequence[np.ndarray]) -> Tensor:
-        """A batch for the network."""
+    def stack(self, samples: Sequence[Shaped[np.ndarray, "*shape"]]) -> Shaped[Tensor, "batch ..."]:
+        """Stack samples to a batch for the network."""
         ...
 
 
 def open_samples(recipe: SampleRecipe, network: nn.Module) -> Samples:
-    """The samples that a recipe describes, cut to what a network expects.
+    """Open the samples that a recipe describes, cut to the input that a network expects.
 
     Raises:
         InputError: There is nothing there, or it does not fit the network.
         RecipeError: The network does not say how large its images are, nor does the recipe.
+
+    Examples:
+        >>> import mechatlas as ma
+        >>> network = ma.load_network(ma.Network(name="inception_mini"))
+        >>> samples = ma.open_samples(ma.Images(source="photos", crops=5), network)
+        >>> samples
+        40 samples: 5 random squares of side 31 from each of 8 images of photos
+        >>> samples.stack([samples.read(0), samples.read(39)]).shape
+        torch.Size([2, 3, 31, 31])
     """
     if isinstance(recipe, Arrays):
         return ArraySamples(recipe.source)
@@ -132,11 +143,13 @@ def open_samples(recipe: SampleRecipe, network: nn.Module) -> Samples:
     return ImageSamples(recipe, side, getattr(expected, "channels", 3))
 
 
-class ImageSamples:
+class ImageSamples(Result):
     """Squares cut from images; sample i is crop i % crops of image i // crops."""
 
     def __init__(self, recipe: Images, side: int, channels: int) -> None:
-        self.recipe, self.side, self.channels = recipe, side, channels
+        self.recipe: Images = recipe
+        self.side: int = side
+        self.channels: int = channels
         self._images = _open_images(recipe)
         self._decoded: OrderedDict[int, np.ndarray] = OrderedDict()  # a small cache
         self._cached = 0  # bytes
@@ -150,8 +163,15 @@ class ImageSamples:
     def __len__(self) -> int:
         return len(self._images.names) * self.recipe.crops
 
+    def summary(self) -> str:
+        """Number of samples, their size and their source."""
+        n = self.recipe.crops
+        crops = f"{n} random squares" if n > 1 else "the largest centered square"
+        images = f"{len(self._images.names):,} images of {self.recipe.source}"
+        return f"{len(self):,} samples: {crops} of side {self.side} from each of {images}"
+
     def name(self, index: int) -> str:
-        """File name inside the source, with the crop's number if there are several."""
+        """File name inside the source, with the number of the crop if there are several."""
         image, crop = divmod(index, self.recipe.crops)
         return self._images.names[image] + (f" crop {crop}" if self.recipe.crops > 1 else "")
 
@@ -178,11 +198,13 @@ class ImageSamples:
         )
         return np.asarray(resized).reshape(self.side, self.side, self.channels)
 
-    def stack(self, samples: Sequence[np.ndarray]) -> Tensor:
-        """Floats in 0..1, channels first in shape and last in memory."""
+    def stack(
+        self, samples: Sequence[UInt8[np.ndarray, "side side channel"]]
+    ) -> Float[Tensor, "batch channel side side"]:
+        """Stack squares to floats in 0..1, channels first in shape and last in memory."""
         return torch.from_numpy(np.stack(samples)).permute(0, 3, 1, 2).float().div_(255)
 
-    def _pixels(self, image: int) -> np.ndarray:
+    def _pixels(self, image: int) -> UInt8[np.ndarray, "h w channel"]:
         with self._lock:
             if image in self._decoded:
                 self._decoded.move_to_end(image)
@@ -213,7 +235,7 @@ class _Files:
     def __init__(self, folder: Path, names: Sequence[str]) -> None:
         self.folder, self.names = folder, names
 
-    def read(self, image: int, channels: int) -> np.ndarray:
+    def read(self, image: int, channels: int) -> UInt8[np.ndarray, "h w channel"]:
         return _decode(self.folder / self.names[image], channels)
 
 
@@ -227,7 +249,7 @@ class _Zip:
             raise InputError(f"{path} cannot be read as a zip ({error}).") from error
         self.names = _matching(self.archive.namelist(), include, SUFFIXES)
 
-    def read(self, image: int, channels: int) -> np.ndarray:
+    def read(self, image: int, channels: int) -> UInt8[np.ndarray, "h w channel"]:
         return _decode(io.BytesIO(self.archive.read(self.names[image])), channels)
 
 
@@ -243,7 +265,7 @@ class _Array:
             )
         self.names = [f"image {i}" for i in range(len(self.images))]
 
-    def read(self, image: int, channels: int) -> np.ndarray:
+    def read(self, image: int, channels: int) -> UInt8[np.ndarray, "h w channel"]:
         del channels
         pixels = self.images[image]
         if pixels.dtype == np.uint8:
@@ -258,10 +280,10 @@ def _open_images(recipe: Images) -> _Files | _Zip | _Array:
         folder = Path(str(resources.files("mechatlas") / "bundled" / "photos"))
         return _Files(folder, sorted(p.name for p in folder.glob("*.jpg")))
     if recipe.source == "scikit-image":
-        found = util.find_spec("skimage")
-        if found is None or found.origin is None:
+        package = util.find_spec("skimage")
+        if package is None or package.origin is None:
             raise InputError("Images of scikit-image need it: pip install 'mechatlas[demo]'.")
-        return _Files(Path(found.origin).parent / "data", SCIKIT_IMAGE.split())
+        return _Files(Path(package.origin).parent / "data", SCIKIT_IMAGE.split())
     path = Path(recipe.source)
     if path.is_dir():
         names = (str(p.relative_to(path)) for p in path.rglob("*") if p.is_file())
@@ -281,13 +303,13 @@ def _matching(names: Iterable[str], include: str, suffixes: set[str]) -> list[st
     )
 
 
-def _decode(file: Path | io.BytesIO, channels: int) -> np.ndarray:
+def _decode(file: Path | io.BytesIO, channels: int) -> UInt8[np.ndarray, "h w channel"]:
     with Image.open(file) as image:
         converted = image.convert("L" if channels == 1 else "RGB")
     return np.asarray(converted).reshape(converted.height, converted.width, -1)
 
 
-def _load_array(path: Path) -> np.ndarray:
+def _load_array(path: Path) -> Shaped[np.ndarray, "..."]:
     try:
         loaded = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, zipfile.BadZipFile, EOFError) as error:
@@ -299,27 +321,31 @@ def _load_array(path: Path) -> np.ndarray:
     return loaded[loaded.files[0]]
 
 
-class ArraySamples:
+class ArraySamples(Result):
     """Rows of one array, given to the network as they are."""
 
     def __init__(self, source: Path) -> None:
-        self.source = source
-        self.array = _load_array(source)
+        self.source: Path = source
+        self.array: np.ndarray = _load_array(source)
         if self.array.ndim < 1 or not len(self.array):
             raise InputError(f"{source} is empty; expected at least one sample.")
 
     def __len__(self) -> int:
         return len(self.array)
 
+    def summary(self) -> str:
+        """Number of samples, their shape and their source."""
+        return f"{len(self):,} samples: arrays of shape {self.array.shape[1:]} from {self.source}"
+
     def name(self, index: int) -> str:
-        """The row's number."""
+        """File and number of the row."""
         return f"{self.source} row {index}"
 
-    def read(self, index: int) -> np.ndarray:
-        """One row.
+    def read(self, index: int) -> Shaped[np.ndarray, "..."]:
+        """Read one row.
 
         Raises:
-            InputError: It has a NaN or an infinity.
+            InputError: The row has a NaN or an infinity.
         """
         row = np.asarray(self.array[index])
         if np.issubdtype(row.dtype, np.floating) and not np.isfinite(row).all():
@@ -327,49 +353,54 @@ class ArraySamples:
             raise InputError(f"{self.name(index)} is NaN or infinite at {where}.")
         return row
 
-    def stack(self, samples: Sequence[np.ndarray]) -> Tensor:
-        """Floats as float32, whole numbers as int64."""
+    def stack(self, samples: Sequence[Shaped[np.ndarray, "*shape"]]) -> Shaped[Tensor, "batch ..."]:
+        """Stack rows: floats as float32, integers as int64."""
         rows = torch.from_numpy(np.stack(samples))
         return rows.float() if rows.is_floating_point() else rows.long()
 
 
-class TextSamples:
+class TextSamples(Result):
     """Windows of tokens, from texts read one after another."""
 
     def __init__(self, recipe: Texts, network: nn.Module) -> None:
-        self.recipe = recipe
+        self.recipe: Texts = recipe
         tokenizer = getattr(network, "input", None)
         if tokenizer is None or not hasattr(tokenizer, "windows"):
             raise InputError(
                 f"{type(network).__name__} has no tokenizer; texts need a network of "
                 "`mechatlas.activations.architectures.language`."
             )
-        self._windows, self._names = [], []
+        tokens: list[np.ndarray] = []
+        self._names: list[str] = []
         for name, text in _read_texts(recipe):
             windows = tokenizer.windows(text, recipe.context)
-            self._windows.append(windows.astype(np.int32))
+            tokens.append(windows.astype(np.int32))
             self._names += [f"{name} window {i}" for i in range(len(windows))]
         if not self._names:
             raise InputError(
                 f"{recipe.source} has no text of at least {recipe.context} tokens in a file "
                 f"that matches {recipe.include!r}."
             )
-        self._tokens = np.concatenate(self._windows)
-        del self._windows
+        self._tokens = np.concatenate(tokens)
 
     def __len__(self) -> int:
         return len(self._tokens)
+
+    def summary(self) -> str:
+        """Number of samples, their length and their source."""
+        windows = f"windows of {self.recipe.context} tokens of {self.recipe.source}"
+        return f"{len(self):,} samples: {windows}"
 
     def name(self, index: int) -> str:
         """File and number of the window."""
         return self._names[index]
 
-    def read(self, index: int) -> np.ndarray:
-        """Token ids of one window."""
+    def read(self, index: int) -> Int[np.ndarray, " token"]:
+        """Read the token ids of one window."""
         return self._tokens[index]
 
-    def stack(self, samples: Sequence[np.ndarray]) -> Tensor:
-        """Token ids (batch, context)."""
+    def stack(self, samples: Sequence[Int[np.ndarray, " token"]]) -> Int[Tensor, "batch token"]:
+        """Stack the token ids of windows."""
         return torch.from_numpy(np.stack(samples)).long()
 
 

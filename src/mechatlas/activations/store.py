@@ -1,14 +1,14 @@
-"""Activations on disk: rows in shuffled shards, each with a checksum.
+"""Activation stores: rows on disk in shuffled shards, each with a checksum.
 
-    Store          a folder made by `collect`: `manifest.json` and one folder a site
-    StoreRows      the rows of one site of it, to train on
-    PairedRows     those of several sites side by side
-    write_shard    rows and where they came from -> one safetensors file
+    Store          folder made by `collect`: `manifest.json` and one folder a site
+    StoreRows      rows of one site of a store, to train on
+    PairedRows     rows of several sites side by side
+    write_shard    rows and their samples and places -> one safetensors file
 
 A shard holds `rows (n, d_in)` and `where (n, 3)`: the sample, y and x of each row (for
 texts the window, token and 0). Shards are written already shuffled among many samples;
 reading shuffles again within a pool of shards taken at random from the whole store, so
-two neighbours of a batch are related about as rarely as two rows drawn at random.
+two neighbors of a batch are related about as rarely as two rows drawn at random.
 """
 
 import contextlib
@@ -27,10 +27,10 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import safetensors.torch
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
-from mechatlas.base import Batch, Site, StoreError
+from mechatlas.base import Batch, Result, Site, StoreError
 from mechatlas.files import checksum, read_json, write
 from mechatlas.maths.groups import Group
 
@@ -38,19 +38,19 @@ SCHEMA = 1
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _SAFETENSORS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 POOL_BYTES = 64 << 20
+"""Default size of a pool of rows that are shuffled together."""
 BATCHES_AHEAD = 3
+"""Batches gathered before they are asked for."""
 POOLS_AHEAD = 2
-"""Pools that the disk is asked for beyond the one in use: one is checked, one is on its way."""
+"""Pools requested from the disk beyond the current one: one is checked, one is on its way."""
 
 Split = Literal["train", "held"]
-
-
 Signature = tuple[int, int, int]
-"""Inode, bytes and time of the last change of a file: another one is another file."""
+"""Inode, size in bytes and time of the last change, by which a changed file is noticed."""
 
 
 class Shard(NamedTuple):
-    """What the manifest says of one file."""
+    """Entry of one file in the manifest."""
 
     site: str
     split: Split
@@ -61,20 +61,20 @@ class Shard(NamedTuple):
 
 
 class SiteShape(NamedTuple):
-    """What the manifest says of one site."""
+    """Entry of one site in the manifest."""
 
     width: int
     grid: tuple[int, int]
     """Height and width of the map; (tokens, 1) for texts, (1, 1) for plain vectors."""
     branches: dict[str, tuple[int, int]]
-    """First channel and the one after the last, by name; in a store with a group, those of
-    one element's channels."""
+    """First channel of each named branch and the channel after its last; in a store with a
+    group, among the channels of one element."""
     places: int | None = None
-    """Positions of the map that may be kept, if not all: those of a store with a group."""
+    """Number of places of the map that may be kept, in a store with a group; else all may."""
 
 
 def folder_of(site: Site | str) -> str:
-    """Name of a site's folder."""
+    """Name of the folder of a site."""
     return str(site).replace("/", "~").replace(":", "~")
 
 
@@ -88,6 +88,14 @@ def write_shard(
 ) -> Shard:
     """Write one file of a store and return its entry in the manifest.
 
+    Args:
+        root: Folder of the store.
+        site: Name of the site.
+        split: Whether the rows are for training or held out.
+        number: Number of the shard within its site and split.
+        rows: Activations.
+        where: Sample, y and x of each row.
+
     Raises:
         DiskError: The disk is full or the folder is not writable.
     """
@@ -97,15 +105,30 @@ def write_shard(
     return Shard(site, split, file, len(rows), len(data), checksum(data))
 
 
-class Store:
-    """A finished activation store.
+class Store(Result):
+    """Finished activation store.
 
     Raises:
         StoreError: The folder is not a store, or collecting it was never finished.
+
+    Examples:
+        >>> import tempfile
+        >>> import mechatlas as ma
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> np.save(folder / "x.npy", np.random.default_rng(0).normal(size=(200, 4)))
+        >>> network = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU())
+        >>> samples = ma.open_samples(ma.Arrays(source=folder / "x.npy"), network)
+        >>> _ = ma.collect(network, samples, [ma.Site("1")], folder / "store")
+        >>> store = ma.Store(folder / "store")
+        >>> store
+        Activation store of 200 samples: 0.0 MiB in float32
+          1: 190 rows of 8 channels, 10 held out
+        >>> store.rows("1").held_out(5).x.shape
+        torch.Size([5, 8])
     """
 
     def __init__(self, root: Path | str) -> None:
-        self.root = Path(root)
+        self.root: Path = Path(root)
         path = self.root / "manifest.json"
         if not path.is_file():
             raise StoreError(f"{self.root} is not an activation store: it has no manifest.json.")
@@ -121,16 +144,35 @@ class Store:
                 f"{self.manifest['rounds']} rounds). Run the same `mechatlas collect` again; "
                 "it goes on where it stopped."
             )
-        self.shapes = {
+        self.shapes: dict[str, SiteShape] = {
             name: SiteShape(s["width"], tuple(s["grid"]), s["branches"], s.get("places"))
             for name, s in self.manifest["sites"].items()
         }
-        self.shards = [Shard(*entry) for entry in self.manifest["shards"]]
+        self.shards: list[Shard] = [Shard(*entry) for entry in self.manifest["shards"]]
         self.verified: dict[str, Signature] = {}
+
+    def summary(self) -> str:
+        """Samples, size and sites, with their numbers of rows."""
+        settings, group = self.manifest["settings"], self.manifest.get("group")
+        size = sum(shard.bytes for shard in self.shards) / 2**20
+        poses = f", in all poses of {group['name']}" if group else ""
+        lines = [
+            f"Activation store of {self.manifest['n_samples']:,} samples{poses}: {size:,.1f} MiB "
+            f"in {settings['dtype']}{', paired' if settings['paired'] else ''}"
+        ]
+        for site in self.sites[:4]:
+            train, held = (
+                sum(s.rows for s in self.shards if (s.site, s.split) == (site, split))
+                for split in ("train", "held")
+            )
+            width = self.shapes[site].width
+            lines.append(f"  {site}: {train:,} rows of {width} channels, {held:,} held out")
+        more = len(self.sites) - len(lines) + 1
+        return "\n".join([*lines, f"  and {more} more sites"] if more else lines)
 
     @cached_property
     def group(self) -> Group | None:
-        """The group in whose poses the activations were collected, if they were.
+        """Group in whose poses the activations were collected, if any.
 
         Rows then hold the channels of element 0, the untransformed input, then those of
         element 1, and so on.
@@ -138,23 +180,23 @@ class Store:
         Raises:
             GroupError: The manifest's table is not that of a group.
         """
-        kept = self.manifest.get("group")
-        if kept is None:
+        entry = self.manifest.get("group")
+        if entry is None:
             return None
-        return Group(kept["table"], name=kept["name"], element_names=kept["elements"])
+        return Group(entry["table"], name=entry["name"], element_names=entry["elements"])
 
     @property
     def sites(self) -> list[str]:
-        """Names of the sites collected."""
+        """Names of the sites."""
         return list(self.shapes)
 
     def rows(self, site: str | None = None, *, pool_bytes: int = POOL_BYTES) -> "StoreRows":
-        """The rows of one site, or of a named branch of it.
+        """Rows of one site, or of a named branch of a site.
 
         Args:
-            site: May be left out when the store has one site only. A branch of a site of a store
-                with a group is that of the untransformed input.
-            pool_bytes: Size of the pool of rows that are shuffled together. They stay in their
+            site: Site or branch; may be left out when the store has one site only. A branch in a
+                store with a group has the channels of the untransformed input.
+            pool_bytes: Size of the pool of rows that are shuffled together. Rows stay in their
                 files, mapped into memory; the next pool is mapped ahead, the one after it fetched.
 
         Raises:
@@ -189,7 +231,7 @@ class Store:
         return sorted(list(numbers)[:n])
 
     def paired(self, sites: Sequence[str]) -> "PairedRows":
-        """The rows of several sites side by side, for a transcoder or crosscoder.
+        """Rows of several sites side by side, for a transcoder or crosscoder.
 
         Raises:
             StoreError: There is no such site, or the store was not collected with
@@ -204,26 +246,24 @@ class Store:
         return PairedRows(rows)
 
 
-class _Mapped(NamedTuple):
-    """A shard whose checksum was right, in its file."""
+class _MappedShard(NamedTuple):
+    """Shard whose checksum was right, mapped into memory."""
 
     path: Path
     signature: Signature
     dtype: torch.dtype
-    rows: np.ndarray
-    """Row by row, as bytes."""
+    rows: UInt8[np.ndarray, "row byte"]
 
     def check(self) -> None:
         """Refuse a file that was changed meanwhile: a page cut off would end the process.
 
         Raises:
-            StoreError: It was changed, replaced or deleted.
+            StoreError: The file was changed, replaced or deleted.
         """
-        try:
-            same = _signature(self.path) == self.signature
-        except OSError:
-            same = False
-        if not same:
+        signature = None
+        with contextlib.suppress(OSError):
+            signature = _signature(self.path)
+        if signature != self.signature:
             raise StoreError(
                 f"{self.path} was changed, replaced or deleted while it was being read. "
                 "Let nothing write to a store that is in use; start again."
@@ -231,23 +271,37 @@ class _Mapped(NamedTuple):
 
 
 class _Pool(NamedTuple):
-    """Rows that are shuffled together: mapped shards, and which rows of the site they hold."""
+    """Rows that are shuffled together, in mapped shards."""
 
-    shards: list[_Mapped]
-    firsts: np.ndarray
-    """Number, in the pool, of the first row of each shard; at the end that of all rows."""
-    ids: np.ndarray
+    shards: list[_MappedShard]
+    firsts: Int[np.ndarray, " shard_plus_one"]
+    """Number of the first row of each shard within the pool, then the number of all rows."""
+    ids: Int[np.ndarray, " row"]
+    """Number of each row within the site."""
 
 
-class StoreRows:
-    """Rows of one site; fits the `Rows` protocol.
+_Part = tuple[_Pool, Int[np.ndarray, " _"]]
+"""Pool, and numbers of some of its rows."""
+
+
+class StoreRows(Result):
+    """Rows of one site of a store, a source for `train`; fits the `Rows` protocol.
 
     Rows are numbered through the shards of the train split, then of the held-out split.
     """
 
+    d_in: int
+    """Number of channels."""
+    n_rows: int
+    """Number of rows to train on."""
+    n_held_out: int
+    """Number of held-out rows."""
+
     def __init__(self, store: Store, site: str, channels: slice, pool_bytes: int) -> None:
-        self.store, self.site, self.channels = store, site, channels
-        self.shape = store.shapes[site]
+        self.store: Store = store
+        self.site: str = site
+        self.channels: slice = channels
+        self.shape: SiteShape = store.shapes[site]
         self.d_in = len(range(*channels.indices(self.shape.width)))
         self._train = [s for s in store.shards if s.site == site and s.split == "train"]
         self._held = [s for s in store.shards if s.site == site and s.split == "held"]
@@ -255,10 +309,15 @@ class StoreRows:
         self._first = np.concatenate([[0], np.cumsum([s.rows for s in self._all])])
         self.n_rows = sum(s.rows for s in self._train)
         self.n_held_out = sum(s.rows for s in self._held)
-        self.n_pools = math.ceil(sum(s.bytes for s in self._train) / pool_bytes)
-        self.layout = tuple((s.split, s.rows) for s in self._all)
+        self.n_pools: int = math.ceil(sum(s.bytes for s in self._train) / pool_bytes)
+        self.layout: tuple[tuple[Split, int], ...] = tuple((s.split, s.rows) for s in self._all)
         if not self.n_rows:
             raise StoreError(f"{store.root} has no rows at {site}.")
+
+    def summary(self) -> str:
+        """Site, number of rows and number of channels."""
+        n = f"{self.n_rows:,} rows of {self.d_in} channels, {self.n_held_out:,} held out"
+        return f"Rows of {self.site} in {self.store.root}: {n}"
 
     def batches(self, batch_size: int, *, seed: int = 0, start: int = 0) -> Iterator[Batch]:
         """Endless shuffled batches, one epoch after another.
@@ -267,7 +326,7 @@ class StoreRows:
             batch_size: Rows in every batch; the end of an epoch is filled from the next.
             seed: Seed of the order.
             start: Number of the first batch; the stream from there is the same as if all
-                before it had been read.
+                earlier batches had been read.
 
         Yields:
             Batches in float32.
@@ -287,8 +346,8 @@ class StoreRows:
 
     def _parts(
         self, batch_size: int, seed: int, start: int, workers: ThreadPoolExecutor
-    ) -> Iterator[list[tuple[_Pool, np.ndarray]]]:
-        """For each batch, the rows that it takes from one pool or several."""
+    ) -> Iterator[list[_Part]]:
+        """Parts of each batch, from one pool or several."""
         missing, parts = batch_size, []
         for pool, order in self._pools(seed, start * batch_size, workers):
             taken = 0
@@ -300,7 +359,7 @@ class StoreRows:
                     yield parts
                     missing, parts = batch_size, []
 
-    def _gather(self, parts: list[tuple[_Pool, np.ndarray]], room: np.ndarray) -> Batch:
+    def _gather(self, parts: list[_Part], room: UInt8[np.ndarray, " byte"]) -> Batch:
         out = room.reshape(sum(len(order) for _, order in parts), -1)
         done = 0
         for pool, order in parts:
@@ -310,9 +369,7 @@ class StoreRows:
         ids = np.concatenate([pool.ids[order] for pool, order in parts])
         return Batch(x[:, self.channels].float(), torch.from_numpy(ids))
 
-    def _pools(
-        self, seed: int, first_row: int, workers: ThreadPoolExecutor
-    ) -> Iterator[tuple[_Pool, np.ndarray]]:
+    def _pools(self, seed: int, first_row: int, workers: ThreadPoolExecutor) -> Iterator[_Part]:
         """Pools of shards in random order, each with a random order of its rows."""
         epoch, skip = divmod(first_row, self.n_rows)
         pool: _Pool | None = None
@@ -323,7 +380,7 @@ class StoreRows:
             if not coming and skip >= n:
                 skip -= n
                 continue
-            self._want(turn[2])
+            self._fetch(turn[2])
             coming.append(turn)
             if len(coming) <= POOLS_AHEAD:
                 continue
@@ -337,14 +394,14 @@ class StoreRows:
             skip = 0
 
     def _turns(self, seed: int, epoch: int) -> Iterator[tuple[int, int, list[int]]]:
-        """Epoch, number in the epoch and shards of each pool, without end."""
+        """Epoch, number within the epoch and shards of each pool, without end."""
         while True:
             for number, shards in enumerate(self._groups(seed, epoch)):
                 yield epoch, number, shards
             epoch += 1
 
     def _groups(self, seed: int, epoch: int) -> list[list[int]]:
-        """The train shards in random order, cut into pools of about equal size."""
+        """Train shards in random order, cut into pools of about equal size."""
         n_shards = len(self._train)
         n_groups = min(n_shards, self.n_pools)
         if n_groups == 1:
@@ -353,7 +410,7 @@ class StoreRows:
         return [part.tolist() for part in np.array_split(order, n_groups)]
 
     def held_out(self, n_rows: int) -> Batch:
-        """The first rows of the held-out split: of samples that `batches` never yields."""
+        """First rows of the held-out split, of samples that `batches` never yields."""
         parts: list[Tensor] = []
         missing = n_rows
         for shard in self._held:
@@ -366,7 +423,7 @@ class StoreRows:
         return Batch(x, torch.arange(self.n_rows, self.n_rows + len(x)))
 
     def scan(self) -> Iterator[tuple[Batch, Int[Tensor, "batch 3"]]]:
-        """Every row once in stored order, train then held out, with its sample, y and x.
+        """Every row once in stored order, train then held out, with sample, y and x.
 
         Raises:
             StoreError: A shard is damaged or missing; it is named.
@@ -381,10 +438,10 @@ class StoreRows:
         i = int(np.searchsorted(self._first, row, side="right")) - 1
         return f"{self.store.root / self._all[i].file} row {row - int(self._first[i])}"
 
-    def _want(self, shards: list[int]) -> None:
-        """Have the disk fetch shards while others are checked and used."""
+    def _fetch(self, shards: list[int]) -> None:
+        """Ask the disk for shards while others are checked and used."""
         if hasattr(os, "posix_fadvise"):
-            for i in shards:  # mapping it says what is wrong
+            for i in shards:  # what is wrong with a file is said when it is mapped
                 with (
                     contextlib.suppress(OSError),
                     open(self.store.root / self._all[i].file, "rb") as file,
@@ -397,8 +454,8 @@ class StoreRows:
         firsts = np.concatenate([[0], np.cumsum([shard.rows for shard in entries])])
         return _Pool([self._map(shard) for shard in entries], firsts, np.concatenate(ids))
 
-    def _map(self, shard: Shard) -> _Mapped:
-        """Map a shard into memory; check the whole of it unless this store has done so.
+    def _map(self, shard: Shard) -> _MappedShard:
+        """Map a shard into memory; check the whole file unless this store has done so.
 
         Raises:
             StoreError: The shard is damaged or missing.
@@ -419,18 +476,29 @@ class StoreRows:
         rows = json.loads(data[8 : 8 + length].tobytes())["rows"]
         begin, end = (8 + length + offset for offset in rows["data_offsets"])
         cells = np.asarray(data[begin:end]).reshape(shard.rows, -1)
-        return _Mapped(path, signature, _SAFETENSORS[rows["dtype"]], cells)
+        return _MappedShard(path, signature, _SAFETENSORS[rows["dtype"]], cells)
 
 
-class PairedRows:
-    """Rows of several sites side by side; fits the `Rows` protocol."""
+class PairedRows(Result):
+    """Rows of several sites side by side, a source for `train`; fits the `Rows` protocol."""
+
+    d_in: int
+    """Number of channels of all sites."""
+    n_rows: int
+    """Number of rows to train on."""
+    n_held_out: int
+    """Number of held-out rows."""
 
     def __init__(self, rows: Sequence[StoreRows]) -> None:
-        self.rows = list(rows)
+        self.rows: list[StoreRows] = list(rows)
         self.d_in = sum(r.d_in for r in rows)
         self.n_rows, self.n_held_out = rows[0].n_rows, rows[0].n_held_out
         for r in rows:  # the same pools, hence the same order
             r.n_pools = max(other.n_pools for other in rows)
+
+    def summary(self) -> str:
+        """Rows of each site."""
+        return "\n".join(r.summary() for r in self.rows)
 
     def batches(self, batch_size: int, *, seed: int = 0, start: int = 0) -> Iterator[Batch]:
         """Endless shuffled batches, one epoch after another; see `StoreRows.batches`."""
@@ -439,7 +507,7 @@ class PairedRows:
             yield Batch(torch.cat([batch.x for batch in batches], dim=1), batches[0].row)
 
     def held_out(self, n_rows: int) -> Batch:
-        """The first rows of the held-out split."""
+        """First rows of the held-out split."""
         batches = [r.held_out(n_rows) for r in self.rows]
         return Batch(torch.cat([batch.x for batch in batches], dim=1), batches[0].row)
 
@@ -448,11 +516,11 @@ class PairedRows:
         return ", ".join(r.describe(row) for r in self.rows)
 
 
-def read_shard(root: Path, shard: Shard) -> tuple[Tensor, Tensor]:
-    """Rows and places of one shard, its checksum verified.
+def read_shard(root: Path, shard: Shard) -> tuple[Float[Tensor, "row d_in"], Int[Tensor, "row 3"]]:
+    """Read the rows and places of one shard, and verify its checksum.
 
     Raises:
-        StoreError: It is damaged or missing.
+        StoreError: The shard is damaged or missing.
     """
     path = root / shard.file
     try:
@@ -466,10 +534,10 @@ def read_shard(root: Path, shard: Shard) -> tuple[Tensor, Tensor]:
 
 
 def _damaged(path: Path, shard: Shard, size: int) -> str:
-    found = "its checksum differs from the manifest's"
+    damage = "its checksum differs from the manifest's"
     if size != shard.bytes:
-        found = f"it has {size} bytes, expected {shard.bytes}"
-    return f"{path} is damaged: {found}. Delete the store and collect it again."
+        damage = f"it has {size} bytes, expected {shard.bytes}"
+    return f"{path} is damaged: {damage}. Delete the store and collect it again."
 
 
 def _signature(path: Path) -> Signature:
@@ -485,8 +553,8 @@ def _mapped(path: Path) -> mmap.mmap:
         return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
 
-def _spare(rooms: list[np.ndarray], size: int) -> np.ndarray:
-    """Memory for a batch, used again once nobody has the batch any more.
+def _spare(rooms: list[np.ndarray], size: int) -> UInt8[np.ndarray, " byte"]:
+    """Memory for a batch, used again once nobody holds the batch any more.
 
     Fresh pages cost as much as reading them: the kernel has to clear them first.
     """
@@ -498,7 +566,9 @@ def _spare(rooms: list[np.ndarray], size: int) -> np.ndarray:
     return rooms[-1]
 
 
-def _gather_rows(pool: _Pool, order: np.ndarray, out: np.ndarray) -> None:
+def _gather_rows(
+    pool: _Pool, order: Int[np.ndarray, " row"], out: UInt8[np.ndarray, "row byte"]
+) -> None:
     """Write rows of a pool, in order; the pool keeps them mapped meanwhile."""
     from mechatlas.activations.copying import copy_rows  # compiled, so only when it is used
 

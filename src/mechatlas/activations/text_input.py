@@ -1,4 +1,4 @@
-"""What a language model expects as input: windows of token ids from its own tokenizer.
+"""Text input of a language model: windows of token ids from its own tokenizer.
 
 The counterpart of `ImageInput`: it sits in a network as `network.input`, cuts texts for it
 and refuses what it cannot read.
@@ -20,18 +20,18 @@ CLOSING = frozenset(".,;:!?)]}'")
 
 @runtime_checkable
 class Tokenizer(Protocol):
-    """What is used of a tokenizer of transformers."""
+    """Methods of a tokenizer of transformers that are used here."""
 
     def __call__(self, text: str, *, add_special_tokens: bool, verbose: bool) -> Any:
-        """A mapping whose `input_ids` are the tokens of `text`."""
+        """Give a mapping whose `input_ids` are the tokens of `text`."""
         ...
 
     def decode(self, token_ids: list[int], *, clean_up_tokenization_spaces: bool) -> Any:
-        """The text of some tokens."""
+        """Give the text of some tokens."""
         ...
 
     def convert_ids_to_tokens(self, ids: int) -> Any:
-        """A token as its vocabulary spells it."""
+        """Give a token as its vocabulary spells it."""
         ...
 
 
@@ -61,12 +61,12 @@ class TextInput(nn.Module):
         self.before, self.after = self._special_tokens()
 
     def forward(self, tokens: Int[Tensor, "batch position"]) -> Int[Tensor, "batch position"]:
-        """The same tokens, checked."""
+        """Check the tokens and pass them on."""
         self.check(tokens)
         return tokens
 
     def windows(self, text: str, context: int) -> Int[np.ndarray, "n context"]:
-        """Token ids of a text, cut into windows that follow each other without a gap.
+        """Cut the token ids of a text into windows that follow each other without a gap.
 
         A last window that the text does not fill is dropped.
 
@@ -94,7 +94,7 @@ class TextInput(nn.Module):
         return np.concatenate([before, middle, after], axis=1)
 
     def decode(self, tokens: Int[np.ndarray, " n"] | Sequence[int]) -> list[str]:
-        """A readable piece of text for each token; joined, they are nearly the text.
+        """Give a readable piece of text for each token; joined, they are nearly the text.
 
         A piece that is not a whole character is shown as the vocabulary spells it.
         """
@@ -133,7 +133,7 @@ class TextInput(nn.Module):
         return list(self.tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
 
     def _special_tokens(self) -> tuple[list[int], list[int]]:
-        """Which tokens the tokenizer puts before and after a text.
+        """Find the special tokens that the tokenizer puts before and after a text.
 
         Raises:
             InputError: It changes the text's own tokens.

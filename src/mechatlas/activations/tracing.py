@@ -45,7 +45,7 @@ class ModuleCall:
     started: int
     """Number of calls that had started or finished before."""
     finished: int | None = None
-    """The same at its end; None where the run stopped inside."""
+    """Number of calls that had started or ended before its end; None if stopped inside."""
     output: Any = None
 
     @property

@@ -1,4 +1,4 @@
-"""How a finite group acts on inputs: turns, mirrors, hues, shifts, permutations, or your own.
+"""Actions of finite groups on inputs: rotations, mirrors, hues, shifts, or your own.
 
     Rotate     turns and mirrors of square images: C_n, D_n
     Hue        turns (and mirrors) of the colour wheel: C_n, D_n
@@ -32,22 +32,22 @@ from mechatlas.maths.named_groups import cyclic, dihedral
 
 Array = TypeVar("Array", np.ndarray, Tensor)
 Points = Float[np.ndarray, "n 2"]
-"""Places as (y, x), in pixels or positions; the second alone counts along an only axis."""
+"""Points as (y, x), in pixels or positions; the second alone counts along an only axis."""
 ON_GRID = 1e-6
-"""Places nearer to a position than this are that position."""
+"""Distance to a position below which a point is that position."""
 REACH = 3.0
 """Pixels around a place that interpolating there may read, rounded up."""
 
 
 class Action(abc.ABC):
-    """How the elements of a group act on a batch of inputs, the first axis of which counts them.
+    """Action of the elements of a group on a batch of inputs; the first axis counts inputs.
 
     Deterministic, and the same for each sample whatever the others are.
     """
 
     group: Group
     name: str
-    """What a recipe calls it."""
+    """Name of the action in a recipe."""
     moves_places = False
     """Whether the content of one place goes to another."""
     masks = False
@@ -61,7 +61,7 @@ class Action(abc.ABC):
 
     @abc.abstractmethod
     def act(self, element: int, x: Tensor) -> Tensor:
-        """The inputs with an element applied."""
+        """Apply an element to inputs."""
 
     def __call__(self, element: int, x: Array) -> Array:
         """Apply an element to numpy or torch inputs.
@@ -85,12 +85,12 @@ class Action(abc.ABC):
         return True
 
     def moved(self, element: int, points: Points, side: int) -> Points:
-        """Where the content of some places goes, in inputs that are `side` long."""
+        """Compute the points to which content of some points goes, in inputs `side` long."""
         del element, side
         return points
 
     def pull_back(self, element: int, maps: Array) -> Array:
-        """Maps (..., h, w) of the posed input, read so that places mean the same as before.
+        """Read maps (..., h, w) of the posed input so that places mean the same as before.
 
         Position p of the result is `maps` at `moved(element, p)`: a number of the map where that
         is a position, else interpolated linearly between four; 0 where it is outside the map.
@@ -116,7 +116,7 @@ class Action(abc.ABC):
 
 @dataclasses.dataclass(frozen=True)
 class Corners:
-    """Places as weighted sums of positions of a grid; a place outside has no weight."""
+    """Points as weighted sums of positions of a grid; a point outside has no weight."""
 
     index: Int[np.ndarray, "n 4"]
     """Flat positions. The first is the position itself where the place is one."""
@@ -124,13 +124,13 @@ class Corners:
 
 
 def grid_points(h: int, w: int) -> Points:
-    """The positions of a grid, row by row."""
+    """List the positions of a grid, row by row."""
     y, x = np.indices((h, w), np.float64)
     return np.stack([y.ravel(), x.ravel()], axis=1)
 
 
 def corners_of(points: Points, grid: tuple[int, int]) -> Corners:
-    """Linear interpolation between the positions of a grid."""
+    """Interpolate linearly between the positions of a grid."""
     h, w = grid
     nearest = np.round(points)
     points = np.where(np.abs(points - nearest) < ON_GRID, nearest, points)
@@ -150,7 +150,7 @@ def corners_of(points: Points, grid: tuple[int, int]) -> Corners:
 
 
 class Rotate(Action):
-    """Turns of square images, and their mirror images: C_n or D_n.
+    """Rotations of square images, and their mirror images: C_n or D_n.
 
     Element r^k turns by k/n of a circle, counter-clockwise as images are shown; r^k s first
     mirrors left and right. Quarter-turns and mirrors of them move pixels; other turns
@@ -171,11 +171,11 @@ class Rotate(Action):
         self.masks = not all(self.exact(g) for g in range(group.order))
 
     def exact(self, element: int) -> bool:
-        """Whether it is a quarter-turn, or the mirror image of one."""
+        """Tell whether an element is a quarter-turn, or the mirror image of one."""
         return 4 * (element % self.n) % self.n == 0
 
     def act(self, element: int, x: Shaped[Tensor, "*batch h w"]) -> Shaped[Tensor, "*batch h w"]:
-        """Turned, and masked if any element interpolates.
+        """Rotate, and mask if any element interpolates.
 
         Raises:
             InputError: The images are not square.
@@ -194,7 +194,7 @@ class Rotate(Action):
         return _cubic(x, source)
 
     def matched(self, element: int, x: Float[Tensor, "*batch h w"]) -> Float[Tensor, "*batch h w"]:
-        """Turned half a step too far, a whole one more, and back: every element is as blurred.
+        """Rotate by half a step too far, a whole one more, and back, so that all are blurred alike.
 
         Nothing is exact then, not even the identity: what still differs between quarter-turns
         and other turns is not the work of interpolation. (Only there and back would meet the
@@ -216,7 +216,7 @@ class Rotate(Action):
         return turned * _circle(side).to(x)
 
     def moved(self, element: int, points: Points, side: int) -> Points:
-        """Turned about the middle."""
+        """Rotate points about the middle."""
         middle = (side - 1) / 2
         centred = points - middle
         if element >= self.n:
@@ -225,7 +225,7 @@ class Rotate(Action):
 
 
 class Hue(Action):
-    """Turns of the colour wheel of images with three channels (axis -3), and its mirror: C_n, D_n.
+    """Rotations of the color wheel of images with three channels (axis -3): C_n, with mirrors D_n.
 
     r^k adds k/n of a circle to the hue and leaves saturation and value as they are, so that
     colours stay in 0..1; the mirror exchanges green and blue. Thirds of a circle move channels;
@@ -242,13 +242,13 @@ class Hue(Action):
         self.n, _ = _turns_of(group, self.name)
 
     def exact(self, element: int) -> bool:
-        """Whether it moves channels."""
+        """Tell whether an element only moves channels."""
         return 3 * (element % self.n) % self.n == 0
 
     def act(
         self, element: int, x: Shaped[Tensor, "*batch c h w"]
     ) -> Shaped[Tensor, "*batch c h w"]:
-        """With other hues.
+        """Change the hues.
 
         Raises:
             InputError: There are not three channels.
@@ -293,7 +293,7 @@ class Shift(Action):
             raise GroupError(f"shift needs a cyclic group, got {group.name}.")
 
     def act(self, element: int, x: Tensor) -> Tensor:
-        """Shifted by `element / n` of its length.
+        """Shift by `element / n` of the length.
 
         Raises:
             InputError: The length is not a multiple of n.
@@ -301,7 +301,7 @@ class Shift(Action):
         return x.roll(element * self._step(x.shape[-1]), dims=-1)
 
     def moved(self, element: int, points: Points, side: int) -> Points:
-        """To the right, and in again from the left."""
+        """Move points to the right, and in again from the left."""
         step = side / self.n
         return np.stack([points[:, 0], (points[:, 1] + element * step) % side], axis=1)
 
@@ -314,7 +314,7 @@ class Shift(Action):
 
 
 class Scale(Action):
-    """Zooming in on the middle of images by factors step^0, step^1, ..., step^(n-1).
+    """Zooms into the middle of images by factors step^0, step^1, ..., step^(n-1).
 
     Scalings are an infinite group, and no finite set of steps is closed under it: C_n only
     labels the steps. Laws of the group hold as long as a product of steps does not wrap round,
@@ -339,11 +339,11 @@ class Scale(Action):
             raise ValueError(f"step must be above 1 (zooming in), got {step}.")
 
     def exact(self, element: int) -> bool:
-        """Only the first step is."""
+        """Tell whether an element is the first step, the only exact one."""
         return element == 0
 
     def act(self, element: int, x: Float[Tensor, "*batch h w"]) -> Float[Tensor, "*batch h w"]:
-        """Zoomed in.
+        """Zoom in.
 
         Raises:
             InputError: The images are not square.
@@ -355,13 +355,13 @@ class Scale(Action):
         return x if element == 0 else _cubic(x, source)
 
     def moved(self, element: int, points: Points, side: int) -> Points:
-        """Away from the middle."""
+        """Move points away from the middle."""
         middle = (side - 1) / 2
         return (points - middle) * self.step**element + middle
 
 
 class Custom(Action):
-    """A function of an element and a batch of inputs.
+    """Action by a function of an element and a batch of inputs.
 
     Args:
         group: Any group.
@@ -378,7 +378,7 @@ class Custom(Action):
         self.moves_places = self._moved is not None
 
     def act(self, element: int, x: Tensor) -> Tensor:
-        """What the function returns.
+        """Call the function.
 
         Raises:
             InputError: It has another shape, or is no tensor.
@@ -390,16 +390,16 @@ class Custom(Action):
         return out
 
     def exact(self, element: int) -> bool:
-        """Nothing is known of it."""
+        """Tell whether an element is the identity; nothing is known of the others."""
         return element == self.group.identity
 
     def moved(self, element: int, points: Points, side: int) -> Points:
-        """As the function's own `moved` says."""
+        """Move points by the function's own `moved`, if there is one."""
         return points if self._moved is None else self._moved(element, points, side)
 
 
 def law_error(action: Action, x: Tensor) -> tuple[float, tuple[int, int]]:
-    """How far an action is from its group's law on some inputs, and where.
+    """Measure how far an action is from the law of its group on some inputs, and where.
 
     Returns:
         The largest root-mean-square difference of action(g, action(h, x)) and action(g*h, x),
@@ -419,7 +419,7 @@ def law_error(action: Action, x: Tensor) -> tuple[float, tuple[int, int]]:
 
 
 def _turns_of(group: Group, name: str) -> tuple[int, bool]:
-    """Turns in a full circle, and whether there are mirrors.
+    """Find the number of rotations, and whether there are mirrors.
 
     Raises:
         GroupError: The group is not C_n or D_n.
@@ -441,20 +441,20 @@ def _refuse_unless_square(x: Tensor, name: str) -> None:
 
 
 def _rotated(centred: Points, angle: float) -> Points:
-    """Points about 0, turned counter-clockwise where y points down."""
+    """Rotate points about 0, counter-clockwise where y points down."""
     turn = np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
     return centred @ turn
 
 
 def _circle(side: int) -> Tensor:
-    """1 inside the inscribed circle of a square, 0 outside."""
+    """Mask of the inscribed circle of a square: 1 inside, 0 outside."""
     centred = grid_points(side, side) - (side - 1) / 2
     inside = (centred**2).sum(axis=1) <= ((side - 1) / 2) ** 2 + ON_GRID
     return torch.from_numpy(inside.reshape(side, side))
 
 
 def _cubic(x: Tensor, source: Points) -> Tensor:
-    """Images read at other places, one for each pixel, clipped to the range of each image.
+    """Interpolate images at other points, one for each pixel, clipped to the range of each image.
 
     Source: Keys, Cubic convolution interpolation (1981), with a = -1/2, which is exact for
     quadratic polynomials; torch's own has a = -3/4 and is twenty times less exact.

@@ -1,4 +1,4 @@
-"""Finite groups, known by their Cayley tables.
+"""Finite groups, given by their Cayley tables.
 
     Group    a checked table: inverses, classes, subgroups, cosets, irreps
 
@@ -33,11 +33,11 @@ MAX_ORDER = 5040
 
 
 class GroupError(UserError):
-    """A table, a set of permutations, an action or a name that is not what it should be."""
+    """Invalid table, set of permutations, action or name of a group."""
 
 
 class Group:
-    """A finite group. Immutable; two groups are equal when their tables are.
+    """Finite group. Immutable; two groups are equal when their tables are.
 
     Args:
         table: `table[a, b]` is the label of the product a*b; labels are 0 to order - 1. Kept
@@ -105,7 +105,7 @@ class Group:
 
     @cached_property
     def element_orders(self) -> Int[np.ndarray, " order"]:
-        """The smallest k > 0 with a^k = e, for each element a."""
+        """Order of each element a: the smallest k > 0 with a^k = e."""
         elements = np.arange(self.order)
         orders = np.zeros(self.order, np.int32)
         power, exponent = elements, 1
@@ -121,7 +121,7 @@ class Group:
 
     @cached_property
     def generators(self) -> tuple[int, ...]:
-        """A small generating set, found greedily; not always the smallest.
+        """Generating set, chosen greedily; small, but not always the smallest.
 
         It begins with an element of the largest order; each next one is that which generates
         most, of up to 48 that were tried. Empty for the group of one element.
@@ -162,13 +162,13 @@ class Group:
 
     @cached_property
     def classes(self) -> tuple[frozenset[int], ...]:
-        """The conjugacy classes, in the order that `class_of` counts them."""
+        """Conjugacy classes, in the order that `class_of` counts them."""
         split = np.argsort(self.class_of, kind="stable")
         parts = np.split(split, np.cumsum(np.bincount(self.class_of))[:-1])
         return tuple(frozenset(part.tolist()) for part in parts)
 
     def closure(self, elements: Iterable[SupportsIndex]) -> frozenset[int]:
-        """The subgroup that some elements generate.
+        """Find the subgroup that some elements generate.
 
         Raises:
             GroupError: One of them is not a label of this group.
@@ -177,7 +177,7 @@ class Group:
         return frozenset(np.flatnonzero(mask).tolist())
 
     def is_subgroup(self, elements: Iterable[SupportsIndex]) -> bool:
-        """Whether a set of elements is a subgroup.
+        """Test whether a set of elements is a subgroup.
 
         Raises:
             GroupError: One of them is not a label of this group.
@@ -187,7 +187,7 @@ class Group:
     def left_cosets(
         self, subgroup: Iterable[SupportsIndex]
     ) -> Int[np.ndarray, "coset subgroup_order"]:
-        """The cosets xH, one a row: the coset of the identity first, then by smallest label.
+        """List the cosets xH, one a row: the coset of the identity first, then by smallest label.
 
         Raises:
             GroupError: `subgroup` is not a subgroup; the product that leaves it is named.
@@ -200,7 +200,7 @@ class Group:
         return cosets[[home, *(i for i in range(len(cosets)) if i != home)]]
 
     def coset_action(self, subgroup: Iterable[SupportsIndex]) -> Int[np.ndarray, "order coset"]:
-        """How the group permutes the left cosets of a subgroup.
+        """Compute the permutation action of the group on the left cosets of a subgroup.
 
         Returns:
             `action[g, i]` is the number of the coset g*x_i*H, in the order of `left_cosets`.
@@ -214,7 +214,7 @@ class Group:
         return coset_of[self.table[:, cosets[:, 0]]]
 
     def conjugate(self, subset: Iterable[SupportsIndex], by: SupportsIndex) -> frozenset[int]:
-        """The set g*S*g^-1, where g is `by`.
+        """Conjugate a set S: g*S*g^-1, where g is `by`.
 
         Raises:
             GroupError: An element is not a label of this group.
@@ -223,7 +223,7 @@ class Group:
         return frozenset(self._conjugated_by(by)[self._mask(subset)].tolist())
 
     def lattice(self) -> SubgroupLattice:
-        """All subgroups, in conjugacy classes, and which contains which. Exact.
+        """Lattice of all subgroups, in conjugacy classes. Exact.
 
         Computed once and kept. Any group of order up to 200 is within the limits.
 
@@ -250,7 +250,7 @@ class Group:
         return self._characters
 
     def irreps(self) -> tuple[Irrep, ...]:
-        """All irreducible representations over the real numbers. Computed once and kept.
+        """Irreducible representations over the real numbers. Computed once and kept.
 
         Sorted by dimension, then type (real, complex, quaternionic), then character with
         larger values first, so the first one is trivial. The bytes are the same each time.
@@ -263,7 +263,7 @@ class Group:
         return self._irreps
 
     def relabel(self, new_labels: ArrayLike) -> "Group":
-        """The same group, with element a renamed to `new_labels[a]`.
+        """Rename element a to `new_labels[a]`; the group stays the same.
 
         Raises:
             GroupError: The new labels are not 0 to order - 1 in some order.
@@ -317,7 +317,7 @@ class Group:
         return member
 
     def _breach(self, member: Bool[np.ndarray, " order"]) -> str | None:
-        """Why a set is not a subgroup; a finite set closed under products is one."""
+        """Explain why a set is not a subgroup; a finite set closed under products is one."""
         if not member.any():
             return "it is empty"
         labels = np.flatnonzero(member)

@@ -43,18 +43,18 @@ _ATTEMPTS = 8
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Irrep:
-    """A representation over the real numbers that has no invariant subspace."""
+    """Irreducible representation over the real numbers: no subspace is invariant."""
 
     matrices: Float[np.ndarray, "order d d"]
-    """Orthogonal, one for each element, with matrices[a] @ matrices[b] = matrices[a*b]."""
+    """Orthogonal matrices, one for each element, with matrices[a] @ matrices[b] = matrices[a*b]."""
     character: Float[np.ndarray, " order"]
     """Trace of each matrix, from the exact character table."""
     type: RealType
-    """Which matrices commute with all of them: a copy of the reals, the complex numbers or
+    """Type of the matrices that commute with all of them: the reals, the complex numbers or
     the quaternions. Over the complex numbers, a real irrep stays irreducible, a complex one
     falls into two different conjugate irreps, a quaternionic one into two equal ones."""
     name: str
-    """The dimension, and a letter that counts irreps of that dimension: "1a" is trivial."""
+    """Dimension, and a letter that counts irreps of that dimension: "1a" is trivial."""
     error: float
     """Bound on the Frobenius norm of matrices[a] @ matrices[b] - matrices[a*b] for all a, b,
     evaluated in float64. See `real_irreps`."""
@@ -71,7 +71,7 @@ class Irrep:
 
     @property
     def multiplicity(self) -> int:
-        """How many times it occurs in the regular representation: d / c."""
+        """Multiplicity in the regular representation: d / c."""
         return self.dimension // self.commutant
 
 
@@ -82,7 +82,7 @@ def real_irreps(
     characters: CharacterTable,
     generators: Sequence[int],
 ) -> tuple[Irrep, ...]:
-    """All irreps over the reals, as orthogonal matrices.
+    """Construct all irreps over the reals, as orthogonal matrices.
 
     One copy of an irrep is a minimal left ideal of the group algebra. Multiplying on the
     right by a random symmetric element r cuts the part of the algebra that belongs to the
@@ -246,7 +246,7 @@ def _range_of_projector(
 
 
 class _Words(NamedTuple):
-    """How to reach every element from a few generators, by few rounds of products."""
+    """Rounds of products that reach every element from a few generators."""
 
     identity: int
     generators: list[int]
@@ -315,7 +315,7 @@ def _multiply_out(
 def _error(
     matrices: Float[np.ndarray, "order d d"], table: Int[np.ndarray, "order order"], words: _Words
 ) -> float:
-    """The bound that `real_irreps` proves."""
+    """Compute the bound on the error that `real_irreps` states."""
     unit = np.eye(matrices.shape[1])
     # |A^T A - 1| <= t implies |A| <= sqrt(1 + t) in the spectral norm.
     defect = _largest_norm(matrices.transpose(0, 2, 1) @ matrices - unit)

@@ -1,1 +1,1 @@
-"""Which feature of one site is computed from which of the site before, and by which branch."""
+"""Circuits: features of a site, computed from those of an earlier site, by branch."""

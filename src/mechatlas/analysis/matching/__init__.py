@@ -1,1 +1,1 @@
-"""Which latent of one dictionary is which latent of another: folding, pairing, chains, evidence."""
+"""Matching of the latents of two or more dictionaries: folding, pairing, chains, evidence."""
