@@ -27,7 +27,9 @@ class LabelEnrichment:
     """Features of one branch that carry one label."""
 
     branch: str
+    """Name of the branch."""
     label: str
+    """The label."""
     both: int
     """Features of the branch that carry the label."""
     in_branch: int
@@ -93,6 +95,7 @@ class Agreement:
     """Frequency with which two things are the same, against chance; None without pairs."""
 
     pairs: int
+    """Pairs compared."""
     value: float | None = None
     """Share of the pairs that are the same."""
     low: float | None = None
@@ -112,11 +115,11 @@ class Consistency:
     """Agreement of the branches of matched features of two layers."""
 
     same_branch: Agreement
-    """Among matched pairs in which both features have a branch."""
+    """Agreement among matched pairs in which both features have a branch."""
     same_branch_of_equal_size: Agreement
-    """Among the pairs of them whose two branches have equal kernels, with partners drawn among
-    pairs of that size only: what filter size cannot explain. Sizes that only one branch has say
-    nothing and are left out."""
+    """Agreement among pairs whose two branches have equal kernels, with partners drawn among pairs
+    of that size only, which filter size cannot explain. Sizes that only one branch has are left
+    out."""
 
 
 def consistency(

@@ -102,6 +102,7 @@ class BranchResult:
     """Features of one branch."""
 
     name: str
+    """Name of the branch."""
     first: int
     """First channel."""
     last: int
@@ -111,6 +112,7 @@ class BranchResult:
     expected_share: float
     """Share of a feature that belongs to no branch."""
     mean_share: float | None
+    """Mean share of all features; None if no feature has a decoder row."""
     n_specialized: int
     """Features specialized to the branch."""
     specialized_share: float
@@ -169,10 +171,13 @@ class BranchesResult(CommandResult):
     """Features specialized to branches; the fields of `result.json`."""
 
     site: str
+    """Site of the dictionary."""
     fdr: float
     """False discovery rate asked for."""
     branches: list[BranchResult]
+    """Features of each branch."""
     n_features: int
+    """Features of the dictionary."""
     n_tested: int
     """Features with a p-value."""
     n_never_active: int
@@ -188,7 +193,9 @@ class BranchesResult(CommandResult):
     positive: bool
     """Whether only positive parts of decoder rows count."""
     rank_correlations: RankCorrelations
+    """Agreement of the three shares."""
     labels: LabelsResult | None = None
+    """Labels in branches; None without `--labels`."""
     consistency: list[NeighborResult] = dataclasses.field(default_factory=list)
     """Matches with the dictionaries of other layers."""
 
