@@ -367,7 +367,7 @@ def _summary(
                 last=s.stop,
                 width=s.stop - s.start,
                 expected_share=float(tested.expected[there, k][0]) if there.any() else 0.0,
-                mean_share=float(tested.share[there, k].mean()) if there.any() else None,
+                mean_share=float(np.nanmean(tested.share[:, k])) if there.any() else None,
                 n_specialized=int(specialized[:, k].sum()),
                 specialized_share=share.value,
                 low=share.low,
