@@ -28,7 +28,6 @@ VERBS = (
 )
 WITHOUT_EXAMPLE = {
     "evaluate",
-    "group",
     "load",
     "load_proof",
     "save",

@@ -16,6 +16,8 @@ STRONGEST = 6
 DOTS = 1500
 """Number of features drawn of each branch in the picture of shares."""
 COLORS = ("#4c78a8", "#f2a541", "#54a24b", "#d1605e", "#8c6bb1", "#4fb0ae", "#b07b54", "#d78fb8")
+SHARE_AXIS = {"title": {"text": "share of the decoder row"}, "range": [-0.02, 1.04]}
+LEGEND = {"orientation": "h", "y": 1.12}
 Table = dict[str, Any]
 
 
@@ -95,89 +97,58 @@ def _finite(value: Any) -> float | None:
 def _shares(result: Any, of_branch: list[Table], names: list[str]) -> dict[str, Any]:
     """Share of every feature in every branch, against the expected share."""
     random = np.random.default_rng(0)
-    traces: list[dict[str, Any]] = []
-    shapes: list[dict[str, Any]] = []
+    traces = []
     for significant in (False, True):
         x, y, words = [], [], []
         for k, (name, own) in enumerate(zip(names, of_branch, strict=True)):
-            there = np.isfinite(own["q_value"])
-            chosen = np.flatnonzero(there & ((own["q_value"] <= result.fdr) == significant))
-            if len(chosen) > DOTS:
-                chosen = np.sort(random.choice(chosen, DOTS, replace=False))
+            there = np.isfinite(own["q_value"]) & ((own["q_value"] <= result.fdr) == significant)
+            chosen = _drawn(there, DOTS, random)
             x += (k + random.uniform(-0.32, 0.32, len(chosen))).round(3).tolist()
             y += own["share"][chosen].round(4).tolist()
             words += [f"feature {i} in {name}" for i in own["feature"][chosen].tolist()]
-        traces.append(
-            {
-                "type": "scattergl",
-                "mode": "markers",
-                "name": "specialized" if significant else "not told from chance",
-                "x": x,
-                "y": y,
-                "text": words,
-                "hovertemplate": "%{text}<br>share %{y:.3f}<extra></extra>",
-                "marker": {
-                    "size": 4 if significant else 3,
-                    "color": "#d1605e" if significant else "rgba(128,128,128,0.45)",
-                },
-            }
-        )
-    for k, branch in enumerate(result.branches):
-        shapes.append(
-            {
-                "type": "line",
-                "x0": k - 0.4,
-                "x1": k + 0.4,
-                "y0": branch.expected_share,
-                "y1": branch.expected_share,
-                "line": {"width": 2, "color": "#4c78a8"},
-            }
-        )
-    ticks = list(range(len(names)))
-    return {
-        "data": traces,
-        "layout": {
-            "xaxis": {"tickvals": ticks, "ticktext": names, "showgrid": False, "zeroline": False},
-            "yaxis": {"title": {"text": "share of the decoder row"}, "range": [-0.02, 1.04]},
-            "shapes": shapes,
-            "legend": {"orientation": "h", "y": 1.12},
-        },
-    }
+        hover = "%{text}<br>share %{y:.3f}<extra></extra>"
+        if significant:
+            traces.append(_dots("specialized", x, y, words, hover, size=4, color="#d1605e"))
+        else:
+            gray = {"size": 3, "color": "rgba(128,128,128,0.45)"}
+            traces.append(_dots("not told from chance", x, y, words, hover, **gray))
+    line = {"type": "line", "line": {"width": 2, "color": "#4c78a8"}}
+    shapes = [
+        {**line, "x0": k - 0.4, "x1": k + 0.4, "y0": share, "y1": share}
+        for k, share in enumerate(branch.expected_share for branch in result.branches)
+    ]
+    ticks = {"tickvals": list(range(len(names))), "ticktext": names}
+    layout = {"xaxis": {**ticks, "showgrid": False, "zeroline": False}, "yaxis": SHARE_AXIS}
+    return {"data": traces, "layout": {**layout, "shapes": shapes, "legend": LEGEND}}
 
 
 def _agreement(of_branch: list[Table], names: list[str]) -> dict[str, Any]:
     """Activity lost without a branch, against the share of the decoder row."""
     random = np.random.default_rng(0)
+    hover = "%{text} in %{fullData.name}<br>share %{x:.3f}, lost %{y:.3f}<extra></extra>"
     traces = []
     for k, (name, own) in enumerate(zip(names, of_branch, strict=True)):
-        chosen = np.flatnonzero(
-            np.isfinite(own["ablation_share"])
-            & np.isfinite(own["share"])
-            & (own["active_rows"] >= 10)
-        )
-        if len(chosen) > DOTS // 2:
-            chosen = np.sort(random.choice(chosen, DOTS // 2, replace=False))
-        traces.append(
-            {
-                "type": "scattergl",
-                "mode": "markers",
-                "name": name,
-                "x": own["share"][chosen].round(4).tolist(),
-                "y": np.clip(own["ablation_share"][chosen], -0.5, 1.2).round(4).tolist(),
-                "text": [f"feature {i}" for i in own["feature"][chosen].tolist()],
-                "hovertemplate": "%{text} in " + "%{fullData.name}<br>share %{x:.3f}, lost %{y:.3f}"
-                "<extra></extra>",
-                "marker": {"size": 3, "color": COLORS[k % len(COLORS)], "opacity": 0.6},
-            }
-        )
-    return {
-        "data": traces,
-        "layout": {
-            "xaxis": {"title": {"text": "share of the decoder row"}, "range": [-0.02, 1.04]},
-            "yaxis": {"title": {"text": "activity lost without the branch"}},
-            "legend": {"orientation": "h", "y": 1.12},
-        },
-    }
+        known = np.isfinite(own["ablation_share"]) & np.isfinite(own["share"])
+        chosen = _drawn(known & (own["active_rows"] >= 10), DOTS // 2, random)
+        x = own["share"][chosen].round(4).tolist()
+        y = np.clip(own["ablation_share"][chosen], -0.5, 1.2).round(4).tolist()
+        words = [f"feature {i}" for i in own["feature"][chosen].tolist()]
+        color = COLORS[k % len(COLORS)]
+        traces.append(_dots(name, x, y, words, hover, size=3, color=color, opacity=0.6))
+    lost = {"title": {"text": "activity lost without the branch"}}
+    return {"data": traces, "layout": {"xaxis": SHARE_AXIS, "yaxis": lost, "legend": LEGEND}}
+
+
+def _drawn(there: np.ndarray, most: int, random: np.random.Generator) -> np.ndarray:
+    chosen = np.flatnonzero(there)
+    return chosen if len(chosen) <= most else np.sort(random.choice(chosen, most, replace=False))
+
+
+def _dots(
+    name: str, x: list[float], y: list[float], words: list[str], hover: str, **marker: Any
+) -> dict[str, Any]:
+    trace = {"type": "scattergl", "mode": "markers", "name": name, "x": x, "y": y}
+    return {**trace, "text": words, "hovertemplate": hover, "marker": marker}
 
 
 def _picture(picture: dict[str, Any], names: list[str]) -> dict[str, Any]:
@@ -188,37 +159,20 @@ def _picture(picture: dict[str, Any], names: list[str]) -> dict[str, Any]:
         [edge, COLORS[k % len(COLORS)]] for k in range(n) for edge in (k / n, (k + 1) / n)
     ]  # fmt: skip
     words = [names[b] if b is not None else "no branch" for b in branch]
-    whole = np.array(picture["rows"])
+    decoder = np.sqrt(np.array(picture["rows"])).round(3).tolist()
+    heatmap, bare = {"type": "heatmap", "showscale": False}, {"showticklabels": False}
+    colors = {"colorscale": scale, "zmin": 0, "zmax": n, "yaxis": "y2"}
+    hover = {"text": [words], "hovertemplate": "%{text}<extra></extra>"}
+    rows = {"domain": [0, 0.9], "title": {"text": "features, sorted"}, "autorange": "reversed"}
     return {
         "data": [
-            {
-                "type": "heatmap",
-                "z": np.sqrt(whole).round(3).tolist(),
-                "colorscale": "Greys",
-                "reversescale": True,
-                "showscale": False,
-                "hoverinfo": "skip",
-            },
-            {
-                "type": "heatmap",
-                "z": [branch],
-                "zmin": 0,
-                "zmax": n,
-                "text": [words],
-                "hovertemplate": "%{text}<extra></extra>",
-                "colorscale": scale,
-                "showscale": False,
-                "yaxis": "y2",
-            },
+            {**heatmap, "z": decoder, "colorscale": "Greys", "reversescale": True,
+             "hoverinfo": "skip"},
+            {**heatmap, "z": [branch], **colors, **hover},
         ],
         "layout": {
-            "xaxis": {"title": {"text": "channels, sorted"}, "showticklabels": False},
-            "yaxis": {
-                "domain": [0, 0.9],
-                "title": {"text": "features, sorted"},
-                "showticklabels": False,
-                "autorange": "reversed",
-            },
-            "yaxis2": {"domain": [0.92, 1], "showticklabels": False},
+            "xaxis": {**bare, "title": {"text": "channels, sorted"}},
+            "yaxis": {**bare, **rows},
+            "yaxis2": {**bare, "domain": [0.92, 1]},
         },
-    }
+    }  # fmt: skip
