@@ -7,13 +7,13 @@ verification as a share of those of brute force, which is the figure without noi
 
 import os
 import statistics
+import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
-from tests.analysis.proofs.planted import wide
 
 from mechatlas.analysis.proofs.prove import exact_accuracy, prove
 from mechatlas.analysis.proofs.verifier.exact import brute_force_accuracy
@@ -21,6 +21,9 @@ from mechatlas.analysis.proofs.verifier.structures import Weights
 from mechatlas.analysis.proofs.verifier.verify import verify
 from mechatlas.maths.groups import Group
 from mechatlas.maths.named_groups import group
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from tests.analysis.proofs.planted import wide
 
 DATA = Path(os.environ.get("MECHATLAS_DATA", "shared/data")) / "group_nets"
 NETS = sorted(p.stem for p in DATA.glob("*.safetensors")) if DATA.is_dir() else []

@@ -33,7 +33,7 @@ lies: these aim at about `level` latents of a row in short runs, and end below i
 
 REVIVALS = {
     "AuxK": (
-        lambda n: ma.AuxK(k=min(256, n // 8), weight=0.25, dead_after_rows=25_000),
+        lambda n: ma.AuxK(k=min(256, n // 8), auxk_alpha=0.25, dead_after_rows=25_000),
         ("TopK", "TopK, tied", "BatchTopK", "Matryoshka BatchTopK", "JumpReLU"),
     ),
     "Resample": (
@@ -58,7 +58,9 @@ def trained(name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
             nested = (n_latents // 16, n_latents // 4) if chosen.pop("nested", False) else ()
             names.append((kind, level))
             built.append(
-                ma.Autoencoder(d_in=rows.d_in, n_latents=n_latents, prefixes=nested, **chosen)
+                ma.Autoencoder(
+                    d_in=rows.d_in, n_latents=n_latents, matryoshka_widths=nested, **chosen
+                )
             )
     with bar(f"training {len(built)} dictionaries") as progress:
         ma.train(

@@ -19,7 +19,7 @@ from typing import Any
 import mechatlas as ma
 from mechatlas.app.commands import match as matching
 from mechatlas.app.commands.train import TrainConfig
-from mechatlas.app.report.chapters.matching import renamed
+from mechatlas.app.old_runs import renamed
 from mechatlas.app.run_folder import execute
 from mechatlas.dictionaries.revival import AuxK
 from mechatlas.dictionaries.sparsity import TopK
@@ -68,7 +68,7 @@ def match(paths: list[Path], out: Path, options: argparse.Namespace) -> dict[str
             seed=options.seed,
         )
         print(matching.in_words(execute(config)), flush=True)
-    return renamed(read_json(out / "result.json"))
+    return renamed(read_json(out / "result.json"), matching.KIND)
 
 
 def over_seeds(estimates: list[dict[str, Any]]) -> str:

@@ -34,6 +34,12 @@ NAMES: dict[str, str] = {
 """Old name -> full path of the new one."""
 
 ARGUMENTS: dict[str, dict[str, str]] = {
+    "Autoencoder": {"prefixes": "matryoshka_widths"},
+    "AuxK": {"weight": "auxk_alpha"},
+    "Crosscoder": {"prefixes": "matryoshka_widths"},
+    "Objective": {"relative": "normalize_mse"},
+    "Schedule": {"pressure": "sparsity_warm_up"},
+    "Transcoder": {"prefixes": "matryoshka_widths"},
     "InteractionConfig": {
         "allowed_fall": "max_accuracy_drop",
         "nulls": "n_null_graphs",
@@ -102,6 +108,15 @@ ATTRIBUTES: dict[str, dict[str, str]] = {
 
 FLAGS: dict[str, dict[str, str]] = {
     "branches": {"rate": "fdr"},
+    "basis": {
+        "how.allowed_fall": "settings.max_accuracy_drop",
+        "how.nulls": "settings.n_null_graphs",
+        "how.points": "settings.quadrature_points",
+        "how.relative": "settings.rank_threshold",
+        "how.sources": "settings.gradient_probes",
+        "how.synchrony": "settings.synchrony_tolerance",
+        "how": "settings",
+    },
     "match": {"rate": "fdr", "units": "scale"},
     "circuit": {
         "keep": "top_k_sources",
@@ -112,6 +127,12 @@ FLAGS: dict[str, dict[str, str]] = {
     "prove": {"effort": "compute_budget"},
     "report": {"pictures": "visualize"},
     "symmetry": {"alike": "equality_threshold", "rate": "fdr", "swaps": "interventions"},
+    "train": {
+        "objective.relative": "objective.normalize_mse",
+        "prefixes": "matryoshka_widths",
+        "revival.weight": "revival.auxk_alpha",
+        "schedule.pressure": "schedule.sparsity_warm_up",
+    },
 }
 """Name of a command -> old flag or recipe key -> new one; with dots inside tables."""
 
@@ -143,7 +164,7 @@ def renamed_arguments(
     Raises:
         TypeError: The same argument is given under both spellings.
     """
-    name = function.__name__
+    name = function.__qualname__.removesuffix(".__init__").rpartition(".")[2]
     table = ARGUMENTS[name]
 
     @functools.wraps(function)
@@ -160,10 +181,8 @@ def renamed_arguments(
 
 
 def renamed_fields(cls: Class) -> Class:
-    """Accept the old keyword arguments that the table lists for a dataclass."""
-    init: Any = cls.__init__
-    init.__name__ = cls.__name__
-    cls.__init__ = renamed_arguments(init)
+    """Accept the old keyword arguments that the table lists for the fields of a dataclass."""
+    cls.__init__ = renamed_arguments(cls.__init__)
     return cls
 
 

@@ -4,18 +4,15 @@ write         bytes to a file, under a temporary name first
 write_json    the same for an object, always with the same bytes
 read_json     an object from a file, with one sentence if it is damaged
 checksum      xxh3 of some bytes, 128 bits
-non_finite    which tensors of a file hold a NaN or an infinity, and where
 """
 
 import contextlib
 import json
 import os
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import xxhash
-from torch import Tensor
 
 from mechatlas.base import DiskError
 
@@ -69,14 +66,3 @@ def read_json(path: Path) -> Any:
 def checksum(data: bytes | memoryview) -> str:
     """Hash bytes with xxh3 (128 bits, in hexadecimal)."""
     return xxhash.xxh3_128(data).hexdigest()
-
-
-def non_finite(tensors: Mapping[str, Tensor]) -> list[str]:
-    """Name the first NaN or infinity of each tensor that has any."""
-    found = []
-    for name, tensor in tensors.items():
-        bad = tensor.isfinite().logical_not_()
-        if bad.any():
-            where = tuple(bad.nonzero()[0].tolist())
-            found.append(f"{name}{list(where) if where else ''} is {float(tensor[where])}")
-    return found

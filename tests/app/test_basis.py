@@ -1,6 +1,5 @@
 """`mechatlas basis`: the folder, the keys that others rely on, the page, and mistakes named."""
 
-import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -8,18 +7,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 from torch import nn
 
 from mechatlas.analysis.interaction import interaction_basis
+from mechatlas.analysis.interaction.learning_coefficient import learning_coefficient
 from mechatlas.app.cli import main
 from mechatlas.app.commands.basis import BasisConfig
+from mechatlas.app.old_runs import KEYS
 from mechatlas.app.recipes import read_recipe
 from mechatlas.app.report.page import report
-from mechatlas.app.run_folder import execute
 from mechatlas.dictionaries.autoencoder import Autoencoder
 from mechatlas.dictionaries.formats import save
 from mechatlas.dictionaries.sparsity import TopK
+from mechatlas.files import write_json
 
 from .test_cli import refused
 
@@ -32,14 +33,17 @@ name = "tests.app.test_basis:small"
 [samples]
 type = "Arrays"
 source = "rows.npy"
-[how]
+[settings]
 kinds = ["lib", "pca"]
 n_null_graphs = 5
 [dictionaries]
 1 = "latents"
 """
+NEW_KEYS = {"network", "synchronised_blocks", "learning_coefficient", "module_degeneracy"}
+"""Keys of results that version 0.1 did not have."""
 LAYER_KEYS = {
-    "name", "width", "rank_activations", "rank_gradients", "synchronised_blocks", "dead_units",
+    "name", "width", "rank_activations", "rank_gradients", "synchronized_blocks",
+    "synchronised_blocks", "dead_units",
     "free_directions", "edges_needed", "vectors_needed",
 }  # fmt: skip
 
@@ -76,7 +80,7 @@ def test_a_run_writes_what_others_rely_on(here, capsys):
     assert all(layer.keys() >= LAYER_KEYS for layer in result["layers"])
     hidden = result["layers"][1]
     assert hidden["dead_units"] == 1
-    assert hidden["synchronised_blocks"] == 1
+    assert hidden["synchronized_blocks"] == hidden["synchronised_blocks"] == 1
     assert hidden["rank_activations"] == 6
     assert set(hidden["by_basis"]) == {"lib", "pca", "dictionary"}
     assert hidden["by_basis"]["dictionary"]["vectors"] == 12
@@ -88,7 +92,7 @@ def test_a_run_writes_what_others_rely_on(here, capsys):
     tensors = load_file(here / "basis" / "basis.safetensors")
     to, back = tensors["1.lib.to_basis"], tensors["1.lib.from_basis"]
     np.testing.assert_allclose(back @ to, np.eye(to.shape[1]), atol=1e-6)
-    page = report(here / "basis", here / "page.html").read_text()
+    page = drawn(here)
     assert "free directions of the weights" in page
     assert "latents of a dictionary" in page
     assert "of the importance" in page  # what a vector of the graph is made of
@@ -113,12 +117,12 @@ def test_a_killed_run_goes_on_where_it_stopped(here, capsys, monkeypatch):
 
     monkeypatch.setattr(interaction_basis, "ablate_edges", killed)
     again = ["basis", "basis.toml", "--json", "--out", "again"]
-    with pytest.raises(KeyboardInterrupt):
-        execute(
-            dataclasses.replace(read_recipe(here / "basis.toml", BasisConfig), out=Path("again"))
-        )
-    left = {path.name for path in (here / "again").iterdir()}
-    assert left == {"unfinished"}
+    with pytest.raises(SystemExit) as stopped:
+        main(again)
+    assert stopped.value.code == 130
+    capsys.readouterr()
+    assert {path.name for path in (here / "again").iterdir()} == {"manifest.json", "unfinished"}
+    assert not json.loads((here / "again" / "manifest.json").read_text())["complete"]
     monkeypatch.setattr(interaction_basis, "collect_statistics", None)
     only_rotated = edges_of_rotated(interaction_basis.measure_edges)
     monkeypatch.setattr(interaction_basis, "measure_edges", only_rotated)
@@ -134,15 +138,112 @@ def test_a_killed_run_goes_on_where_it_stopped(here, capsys, monkeypatch):
     assert not (here / "again" / "unfinished").exists()
 
 
-def test_what_another_recipe_left_is_not_taken(here, capsys):
+def test_what_another_recipe_left_is_not_taken(here, capsys, monkeypatch):
     main(["basis", "basis.toml", "--json"])
-    capsys.readouterr()
-    (here / "other" / "unfinished").mkdir(parents=True)
-    (here / "other" / "unfinished" / "made_from.json").write_text('{"recipe": "of something else"}')
+    monkeypatch.setattr(interaction_basis, "ablate_vectors", interrupted)
+    with pytest.raises(SystemExit):
+        main(["basis", "basis.toml", "--out", "other", "--settings.rank-threshold", "0.3"])
+    assert (here / "other" / "unfinished" / "edges.lib.0.safetensors").is_file()
     (here / "other" / "unfinished" / "statistics.safetensors").write_bytes(b"not to be read")
+    monkeypatch.undo()
+    monkeypatch.chdir(here)
     main(["basis", "basis.toml", "--json", "--out", "other"])
     first, second = ((here / n / "basis.safetensors").read_bytes() for n in ("basis", "other"))
     assert first == second
+
+
+def interrupted(*_args, **_options):
+    raise KeyboardInterrupt
+
+
+def test_learning_coefficient_and_free_directions_of_modules_are_in_the_result_and_the_page(
+    here, capsys
+):
+    save_file({"0": np.arange(6) % 2, "1": np.arange(8) % 2, "2": np.array([0, 1, -1])},
+              "modules.safetensors")  # fmt: skip
+    words = ["--settings.learning-coefficient", "--unit-modules", "modules.safetensors"]
+    main(["basis", "basis.toml", "--settings.n-beta", "1e4", *words])
+    printed = capsys.readouterr().out
+    assert "Learning coefficient" in printed
+    assert "Free directions of modules" in printed
+    result = json.loads((here / "basis" / "result.json").read_text())
+    network, inputs = small(), torch.from_numpy(np.load("rows.npy")).float()
+    chosen = torch.randperm(300, generator=torch.Generator().manual_seed(0))
+    alone = learning_coefficient(network, inputs[chosen], n_beta=1e4)
+    assert result["learning_coefficient"]["value"] == pytest.approx(alone.value)
+    modules = result["module_degeneracy"]
+    assert modules["n_free_network"] == result["free_directions"]
+    assert sum(modules["n_parameters"]) + modules["n_between"] == result["n_parameters"]
+    page = drawn(here)
+    assert "local learning coefficient" in page
+    assert "free directions of modules" in page
+    np.save("labels.npy", np.zeros(300, dtype=int))
+    save_file({"0": np.arange(6)}, "modules.safetensors")
+    refusal = refused(["basis", "basis.toml", "--out", "bad", *words[1:]], capsys)
+    assert "labels for layers of [6, 8, 3] units, got [6, 0, 0]" in refusal
+
+
+def test_recipes_and_flags_of_version_0_1_still_work(here, capsys):
+    new = (here / "basis.toml").read_text()
+    old = new.replace("[settings]", "[how]").replace("n_null_graphs = 5", "nulls = 5\nsources = 9")
+    (here / "old.toml").write_text(old.replace("[dictionaries]", "[dictionaries]"))
+    with pytest.warns(DeprecationWarning, match="settings"):
+        config = read_recipe(here / "old.toml", BasisConfig)
+    assert config.settings.n_null_graphs == 5
+    assert config.settings.gradient_probes == 9
+    words = ["--how.allowed-fall", "0.5", "--how.score", "numbers", "--json"]
+    with pytest.warns(DeprecationWarning, match="max-accuracy-drop"):
+        main(["basis", "old.toml", *words])
+    assert json.loads(capsys.readouterr().out)["measure"] == "1 - fvu"
+
+
+def test_a_folder_of_version_0_1_is_drawn_as_it_was(here, capsys):
+    main(["basis", "basis.toml"])
+    page = drawn(here)
+    manifest = json.loads((here / "basis" / "manifest.json").read_text())
+    recipe = {"network": {"name": "tests.app.test_basis:small"}}
+    write_json(here / "basis" / "manifest.json", {**manifest, "schema": 1, "recipe": recipe})
+    for file, kind in (("result.json", "basis"), ("spectra.json", "spectra")):
+        values = json.loads((here / "basis" / file).read_text())
+        old_names = {new: old for old, new in KEYS[kind].items()}
+        write_json(here / "basis" / file, as_version_0_1(values, old_names))
+    result, spectra = (
+        json.loads((here / "basis" / f).read_text()) for f in ("result.json", "spectra.json")
+    )
+    assert result.keys() >= {"parameters", "modules_p_value"}
+    assert result["layers"][0].keys() >= {"account", "synchronised_blocks", "dead_units", "section"}
+    assert set(result["layers"][0]["account"]) == {
+        "parameters", "dead", "activations", "gradients", "joint", "scale", "synchronised"
+    }  # fmt: skip
+    assert set(spectra["layers"][0]) == {
+        "name", "activations", "gradients", "threshold", "blocks", "edges", "vectors"
+    }  # fmt: skip
+    assert set(spectra["layers"][0]["edges"]["lib"]) == {
+        "kept",
+        "score",
+        "of",
+        "unchanged",
+        "needed",
+    }
+    assert spectra["graph"].keys() >= {"is", "stand", "all_edges"}
+    assert body(drawn(here)) == body(page)
+
+
+def drawn(here: Path) -> str:
+    return report(here / "basis", here / "page.html").read_text()
+
+
+def body(page: str) -> str:
+    return page[page.index("free directions of the weights") :]
+
+
+def as_version_0_1(value: Any, old_names: dict[str, str]) -> Any:
+    if isinstance(value, dict):
+        kept = {key: item for key, item in value.items() if key not in NEW_KEYS}
+        in_layer = "width" in value  # here `dead_units` is not a cause
+        names = {k: v for k, v in old_names.items() if not (in_layer and k == "dead_units")}
+        return {names.get(key, key): as_version_0_1(x, old_names) for key, x in kept.items()}
+    return [as_version_0_1(x, old_names) for x in value] if isinstance(value, list) else value
 
 
 def edges_of_rotated(measure):

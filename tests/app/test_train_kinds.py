@@ -53,7 +53,12 @@ OPTIONS: dict[str, Any] = {"n_latents": 40, "steps": 20, "batch_size": 128}
 @pytest.mark.parametrize(
     ("kind", "d_in", "d_out", "options"),
     [
-        (Autoencoder, 12, 12, {"site": "1", "sparsity": BatchTopK(k=4), "prefixes": (8, 20)}),
+        (
+            Autoencoder,
+            12,
+            12,
+            {"site": "1", "sparsity": BatchTopK(k=4), "matryoshka_widths": (8, 20)},
+        ),
         (Autoencoder, 20, 20, {"site": "3", "sparsity": TopK(k=4), "tied": True}),
         (Transcoder, 12, 20, {"site": "1", "writes": ("3",), "sparsity": JumpReLU(l0=0.5)}),
         (Crosscoder, 32, 32, {"writes": ("1", "3"), "revival": Resample(every=5)}),
@@ -61,7 +66,7 @@ OPTIONS: dict[str, Any] = {"n_latents": 40, "steps": 20, "batch_size": 128}
     ],
 )
 def test_every_kind_is_trained_by_a_recipe(stores, tmp_path, kind, d_in, d_out, options):
-    objective = Objective(relative=True, clip=1.0)
+    objective = Objective(normalize_mse=True, clip=1.0)
     recipe = TrainConfig(
         store=stores / "paired", out=tmp_path / "d", objective=objective, **OPTIONS, **options
     )
@@ -101,7 +106,7 @@ def test_sites_that_do_not_belong_together_are_refused(stores, tmp_path):
         ({"site": "3", "writes": ["3"]}, "A transcoder to 3 needs another site to read"),
         ({"site": "1", "writes": ["3"], "tied": True}, "and cannot be tied"),
         ({"site": "2", "writes": ["1", "3"]}, "reads .'2'. must be one of '1', '3'"),
-        ({"prefixes": [30, 20]}, "must rise"),
+        ({"matryoshka_widths": [30, 20]}, "must rise"),
         ({"sparsity": {"type": "TopK", "k": 41}}, "n_latents .40. must be at least k .41."),
         ({"sparsity": {"type": "ReLU", "l1": -1.0}}, "l1 must be > 0, got -1.0"),
         (

@@ -29,7 +29,9 @@ WIDTHS = {"a": 10, "b": 14}
 FORMS = {
     "autoencoder": lambda rule: Autoencoder(d_in=24, n_latents=48, sparsity=rule),
     "tied": lambda rule: Autoencoder(d_in=24, n_latents=48, sparsity=rule, tied=True),
-    "matryoshka": lambda rule: Autoencoder(d_in=24, n_latents=48, sparsity=rule, prefixes=(8, 20)),
+    "matryoshka": lambda rule: Autoencoder(
+        d_in=24, n_latents=48, sparsity=rule, matryoshka_widths=(8, 20)
+    ),
     "transcoder": lambda rule: Transcoder(d_in=14, d_out=10, n_latents=48, sparsity=rule),
     "crosscoder": lambda rule: Crosscoder(widths=WIDTHS, n_latents=48, sparsity=rule),
     "of one site": lambda rule: Crosscoder(widths=WIDTHS, n_latents=48, sparsity=rule, reads="b"),
@@ -82,7 +84,7 @@ def test_what_is_saved_is_what_is_loaded(rule, form, tmp_path):
     assert again.extra_repr() == built.extra_repr()
     x = X[:50, built.reads]
     assert torch.equal(again(x), built(x))
-    assert not again.fresh
+    assert not again.untrained
     assert again.W_enc.shape == (built.d_in, 48)
     assert again.W_dec.shape == (48, built.d_out)
 
@@ -187,10 +189,10 @@ def test_a_prefix_explains_more_on_its_own_than_the_first_latents_of_a_plain_dic
 
 
 def test_mistakes_are_refused_at_construction():
-    with pytest.raises(ValueError, match=r"prefixes \(9, 9\) must rise"):
-        Autoencoder(d_in=4, n_latents=40, prefixes=(9, 9))
+    with pytest.raises(ValueError, match=r"matryoshka_widths \(9, 9\) must rise"):
+        Autoencoder(d_in=4, n_latents=40, matryoshka_widths=(9, 9))
     with pytest.raises(ValueError, match=r"less than n_latents \(40\)"):
-        Autoencoder(d_in=4, n_latents=40, prefixes=(40,))
+        Autoencoder(d_in=4, n_latents=40, matryoshka_widths=(40,))
     with pytest.raises(ValueError, match=r"reads \('c'\) must be one of 'a', 'b'"):
         Crosscoder(widths=WIDTHS, n_latents=40, reads="c")
     with pytest.raises(ValueError, match="reads one site cannot be tied"):

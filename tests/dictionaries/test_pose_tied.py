@@ -92,7 +92,9 @@ def test_reposing_the_input_permutes_the_code_and_the_reconstruction(name, data,
     torch.testing.assert_close(built(posed), built(x).view(5, g.order, -1)[:, right].reshape(5, -1))
 
 
-@pytest.mark.parametrize("objective", [Objective(), Objective(relative=True), Objective(clip=0.3)])
+@pytest.mark.parametrize(
+    "objective", [Objective(), Objective(normalize_mse=True), Objective(clip=0.3)]
+)
 @pytest.mark.parametrize("name", GROUPS)
 def test_a_sparse_step_has_the_gradients_of_the_formula(name, objective):
     built = general(name)

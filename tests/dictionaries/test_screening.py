@@ -7,7 +7,12 @@ from hypothesis import strategies as st
 
 from mechatlas.dictionaries.autoencoder import Autoencoder
 from mechatlas.dictionaries.engine import screening, sparse_steps
-from mechatlas.dictionaries.engine.screening import BETWEEN, ROUNDED, Screen, TooCloseError
+from mechatlas.dictionaries.engine.screening import (
+    BFLOAT16_ERROR,
+    INTERVAL_WIDTH,
+    Screen,
+    TooCloseError,
+)
 from mechatlas.dictionaries.engine.sparse_steps import SparseStep, can_screen
 from mechatlas.dictionaries.sparsity import BatchTopK, JumpReLU, ReLU, TopK
 
@@ -55,9 +60,9 @@ def test_no_pre_activation_is_beyond_its_bounds(n, m, d, kind, seed, side):
     half, reach = screen._rounded(bias, side)
     with screen._bounds(x, half) as (bits, lengths):
         bound = numbers(bits)
-    pre, lost = exactly(x, rows, bias), bound.abs() * ROUNDED
+    pre, lost = exactly(x, rows, bias), bound.abs() * BFLOAT16_ERROR
     reach, lengths = reach.double(), lengths.double()
-    between = BETWEEN * (lengths @ reach[:, :2].T) + reach[:, 2] + lost
+    between = INTERVAL_WIDTH * (lengths @ reach[:, :2].T) + reach[:, 2] + lost
     if side < 0:
         assert (bound - lost <= pre).all()
         assert (pre <= bound + between).all()
@@ -114,9 +119,9 @@ def test_few_are_computed_that_are_not_selected(monkeypatch):
     k, computed = 16, []
     original = screening._compute
 
-    def counting(x, rows, bias, starts, latents, values):
+    def counting(x, encoder, starts, latents, values):
         computed.append(starts[-1])
-        original(x, rows, bias, starts, latents, values)
+        original(x, encoder, starts, latents, values)
 
     monkeypatch.setattr(screening, "_compute", counting)
     monkeypatch.setattr(screening, "_select", screening._select.py_func)
@@ -135,13 +140,13 @@ def test_a_step_is_that_without_screening(rule, outlier, threads, monkeypatch):
     if outlier:  # so large that the bounds say nothing: the whole product takes over
         x[:, 0] += 3000
     whole, stepped = [], []
-    original = sparse_steps.Whole.__init__
+    original = sparse_steps.WholeProduct.__init__
 
     def counting(self, *arguments):
         whole.append(screens)
         original(self, *arguments)
 
-    monkeypatch.setattr(sparse_steps.Whole, "__init__", counting)
+    monkeypatch.setattr(sparse_steps.WholeProduct, "__init__", counting)
     for screens in (True, False):
         built = Autoencoder(d_in=24, n_latents=600, sparsity=rule)
         with torch.no_grad():

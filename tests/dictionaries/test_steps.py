@@ -8,18 +8,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mechatlas.base import NonFiniteError
-from mechatlas.dictionaries.autoencoder import Autoencoder, Crosscoder, SparseCoder, Transcoder
-from mechatlas.dictionaries.engine import fallback, kernels, sparse_steps, steps
+from mechatlas.dictionaries.autoencoder import Autoencoder, Crosscoder, LinearCoder, Transcoder
+from mechatlas.dictionaries.engine import fallback, kernels, sparse_steps, steps, threads
+from mechatlas.dictionaries.engine.resampling import resample
 from mechatlas.dictionaries.engine.sparse_steps import SparseStep, step_for
 from mechatlas.dictionaries.engine.steps import AutogradStep
 from mechatlas.dictionaries.metrics import evaluate
 from mechatlas.dictionaries.objective import Objective
-from mechatlas.dictionaries.revival import AuxK, Resample, resample
+from mechatlas.dictionaries.revival import AuxK, Resample
 from mechatlas.dictionaries.sparsity import BatchTopK, Gated, JumpReLU, ReLU, TopK
 from mechatlas.dictionaries.training import train
 from tests.dictionaries.test_autoencoder import planted
 
-PARTS = {"compiled": kernels, "torch": fallback}
+BACKEND_MODULES = {"compiled": kernels, "torch": fallback}
 TIED = pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 BACKENDS = pytest.mark.parametrize("compiled", [True, False], ids=["compiled", "torch"])
 PRECISION = pytest.mark.parametrize(
@@ -37,15 +38,15 @@ FORMS = {
     "untied": lambda rule: Autoencoder(d_in=20, n_latents=M, sparsity=rule),
     "tied": lambda rule: Autoencoder(d_in=20, n_latents=M, sparsity=rule, tied=True),
     "matryoshka": lambda rule: Autoencoder(
-        d_in=20, n_latents=M, sparsity=rule, prefixes=(17, 100, 260)
+        d_in=20, n_latents=M, sparsity=rule, matryoshka_widths=(17, 100, 260)
     ),
     "transcoder": lambda rule: Transcoder(d_in=7, d_out=13, n_latents=M, sparsity=rule),
     "crosscoder": lambda rule: Crosscoder(widths=WIDTHS, n_latents=M, sparsity=rule),
     "tied crosscoder": lambda rule: Crosscoder(
-        widths=WIDTHS, n_latents=M, sparsity=rule, tied=True, prefixes=(40,)
+        widths=WIDTHS, n_latents=M, sparsity=rule, tied=True, matryoshka_widths=(40,)
     ),
     "of one site": lambda rule: Crosscoder(
-        widths=WIDTHS, n_latents=M, sparsity=rule, reads="b", prefixes=(150,)
+        widths=WIDTHS, n_latents=M, sparsity=rule, reads="b", matryoshka_widths=(150,)
     ),
 }
 CASES = pytest.mark.parametrize(
@@ -53,7 +54,7 @@ CASES = pytest.mark.parametrize(
 )
 
 
-def in_general_position(dictionary: SparseCoder, dtype=torch.float32) -> SparseCoder:
+def in_general_position(dictionary: LinearCoder, dtype=torch.float32) -> LinearCoder:
     """The dictionary with encoder, biases and atoms moved, and few latents above zero."""
     random = torch.Generator().manual_seed(0)
     built = dictionary.to(dtype)
@@ -65,7 +66,7 @@ def in_general_position(dictionary: SparseCoder, dtype=torch.float32) -> SparseC
     return built
 
 
-def random_dictionary(tied: bool, dtype=torch.float32, d_in=20, n_latents=M, k=7) -> SparseCoder:
+def random_dictionary(tied: bool, dtype=torch.float32, d_in=20, n_latents=M, k=7) -> LinearCoder:
     built = Autoencoder(d_in=d_in, n_latents=n_latents, sparsity=TopK(k=k), tied=tied)
     return in_general_position(built, dtype)
 
@@ -87,12 +88,12 @@ def lengths(atoms, edges):
     return torch.stack([part.norm(dim=1) for part in parts]).sum(dim=0)
 
 
-def written_out(built: SparseCoder, x, pressure) -> dict[str, torch.Tensor]:
+def written_out(built: LinearCoder, x, sparsity_coefficient) -> dict[str, torch.Tensor]:
     """Gradients by autograd from formulas of its own, as plain as they can be."""
     state: dict[str, torch.Tensor] = dict(built.named_parameters())
     y, read = x[:, built.writes], x[:, built.reads]
     encoder = built.W_dec.T if built.tied else state["_W_enc"]
-    pre = (read - built.b_dec if built.centred else read) @ encoder + built.b_enc
+    pre = (read - built.b_dec if built.subtracts_b_dec else read) @ encoder + built.b_enc
     rule, n = built.sparsity, len(x)
     penalty = torch.zeros(())
     if isinstance(rule, TopK):
@@ -114,10 +115,10 @@ def written_out(built: SparseCoder, x, pressure) -> dict[str, torch.Tensor]:
         moved = -(threshold - threshold.detach()) * near
         code = pre * open_ + moved * threshold.detach()
         penalty = rule.l0 * (open_ + moved).sum()
-    loss = pressure * penalty
-    for n_first in built.prefixes:
+    loss = sparsity_coefficient * penalty
+    for n_first in built.matryoshka_widths:
         rebuilt = code[:, :n_first] @ built.W_dec[:n_first] + built.b_dec
-        loss = loss + (y - rebuilt).square().sum() / len(built.prefixes)
+        loss = loss + (y - rebuilt).square().sum() / len(built.matryoshka_widths)
     (loss / n).backward()
     found = {name.lstrip("_"): p.grad for name, p in state.items() if p.grad is not None}
     if "W_enc" in found:
@@ -138,15 +139,17 @@ BY_AUTOGRAD = itertools.product(["gated"], FORMS, ["autograd"])
 def test_gradients_equal_those_of_autograd(rule, form, way, monkeypatch):
     for module in (steps, sparse_steps):
         monkeypatch.setattr(module, "TILE", M * 33)  # more than one tile, and a short one
-    monkeypatch.setattr(sparse_steps, "DENSE", 1)
-    monkeypatch.setattr(sparse_steps, "WIDE", 0 if way == "by columns" else 2**24)
+    monkeypatch.setattr(sparse_steps, "MAX_DENSITY", 1)
+    monkeypatch.setattr(sparse_steps, "COLUMN_SPLIT_SIZE", 0 if way == "by columns" else 2**24)
     chosen = {**RULES, "gated": Gated(l1=0.4)}[rule]
     dictionary = in_general_position(FORMS[form](chosen), torch.float64)
     x = batch(dtype=torch.float64)
     wanted = written_out(dictionary, x, 0.6)
     sparse = way != "autograd"
     step = SparseStep(dictionary, compiled=way != "torch") if sparse else AutogradStep(dictionary)
-    assert step(x, 1e-3, pressure=0.6).loss == pytest.approx(float(wanted.pop("loss")), rel=1e-12)
+    assert step(x, 1e-3, sparsity_coefficient=0.6).loss == pytest.approx(
+        float(wanted.pop("loss")), rel=1e-12
+    )
     found = gradients_from_moments(step)
     assert found.keys() == wanted.keys()
     for name, gradient in wanted.items():
@@ -161,10 +164,10 @@ def test_gradients_equal_those_of_autograd(rule, form, way, monkeypatch):
 def test_steps_equal_those_of_the_dense_trainer(
     rule, form, compiled, dtype, tolerance, monkeypatch
 ):
-    monkeypatch.setattr(sparse_steps, "DENSE", 1)
+    monkeypatch.setattr(sparse_steps, "MAX_DENSITY", 1)
     ours = in_general_position(FORMS[form](RULES[rule]), dtype)
     dense = copy.deepcopy(ours)
-    objective = Objective(relative=True, clip=0.05)
+    objective = Objective(normalize_mse=True, clip=0.05)
     sparse_step = SparseStep(ours, objective, compiled=compiled)
     dense_step = AutogradStep(dense, objective)
     for seed in range(4):
@@ -184,7 +187,7 @@ def test_wide_atoms_are_stepped_like_narrow_ones(clip, monkeypatch):
     widths, x = {"a": 300, "b": 450, "c": 333}, batch(60, 300 + 450 + 333, torch.float64)
     steps_of = {}
     for wide in (0, 2**24):
-        monkeypatch.setattr(sparse_steps, "WIDE", wide)
+        monkeypatch.setattr(sparse_steps, "COLUMN_SPLIT_SIZE", wide)
         built = Crosscoder(widths=widths, n_latents=50, sparsity=TopK(k=5), reads="b")
         step = SparseStep(built.double(), Objective(clip=clip), compiled=True)
         losses = [step(x, 1e-2).loss for _ in range(3)]
@@ -198,7 +201,7 @@ def test_relative_errors_weigh_rows_by_their_length():
     dictionary = random_dictionary(False, torch.float64)
     x = batch(dtype=torch.float64) * torch.logspace(-1, 1, 100, dtype=torch.float64)[:, None]
     x[7] = 0
-    step = SparseStep(dictionary, Objective(relative=True), compiled=True)
+    step = SparseStep(dictionary, Objective(normalize_mse=True), compiled=True)
     left = (x - dictionary(x)).detach().square().sum(dim=1)
     squares = x.square().sum(dim=1)
     wanted = (left / squares.clamp_min(squares.mean() / 1000)).mean()
@@ -227,7 +230,7 @@ def test_codes_that_are_not_sparse_are_left_to_autograd(rule):
     sparse_step, dense_step = SparseStep(ours), AutogradStep(dense)
     for seed in range(3):
         x = batch(seed=seed)
-        assert (ours.encode(x) != 0).float().mean() > sparse_steps.DENSE
+        assert (ours.encode(x) != 0).float().mean() > sparse_steps.MAX_DENSITY
         assert sparse_step(x, 1e-2).loss == dense_step(x, 1e-2).loss
     assert sparse_step.n_steps == 3
     for mine, theirs in zip(ours.parameters(), dense.parameters(), strict=True):
@@ -274,8 +277,7 @@ def test_two_hundred_steps_explain_as_much_as_dense_ones(tied, compiled, monkeyp
 
     def trained(make_step) -> float:
         built = Autoencoder(d_in=24, n_latents=96, sparsity=TopK(k=3), tied=tied)
-        make = "mechatlas.dictionaries.training.step_for"
-        monkeypatch.setattr(make, lambda dictionary, _: make_step(dictionary))
+        monkeypatch.setattr(Autoencoder, "step", lambda dictionary, *_: make_step(dictionary))
         return evaluate(train(built, x, steps=200, batch_size=256), x[:2000]).fvu
 
     found = trained(lambda dictionary: SparseStep(dictionary, compiled=compiled))
@@ -314,11 +316,11 @@ def test_among_equals_any_are_selected_but_as_many_as_asked(m, data):
     assert torch.equal(values[0], pre[0, latents[0].long()])
 
 
-@pytest.mark.parametrize("parts", PARTS.values(), ids=PARTS)
-def test_codes_are_grouped_by_latent_in_the_order_of_rows(parts):
+@pytest.mark.parametrize("backend", BACKEND_MODULES.values(), ids=BACKEND_MODULES)
+def test_codes_are_grouped_by_latent_in_the_order_of_rows(backend):
     values = torch.tensor([1.0, 2.0, 0.0, 3.0, 4.0, 5.0])
     latents = torch.tensor([3, 0, 1, 3, 0, 2], dtype=torch.int32)
-    order, starts = parts.group(latents, values, 5)
+    order, starts = backend.group(latents, values, 5)
     assert starts.tolist() == [0, 2, 2, 3, 5, 5]
     assert order[:5].tolist() == [1, 4, 5, 0, 3]
 
@@ -327,7 +329,7 @@ def test_codes_are_grouped_by_latent_in_the_order_of_rows(parts):
 @pytest.mark.parametrize("wide", [0, 2**24], ids=["by columns", "by rows"])
 def test_the_number_of_threads_does_not_change_a_bit(tied, wide, monkeypatch):
     monkeypatch.setattr(sparse_steps, "TILE", 2048 * 64)
-    monkeypatch.setattr(sparse_steps, "WIDE", wide)
+    monkeypatch.setattr(sparse_steps, "COLUMN_SPLIT_SIZE", wide)
     before = torch.get_num_threads()
     runs = []
     for n_threads in (1, 2, 3):
@@ -343,7 +345,7 @@ def test_the_number_of_threads_does_not_change_a_bit(tied, wide, monkeypatch):
 
 
 def _squares(answers):
-    with sparse_steps.workers(torch.device("cpu")) as run:
+    with threads.workers(torch.device("cpu")) as run:
         answers.put(run(lambda i: i * i, 4))
 
 
@@ -351,7 +353,7 @@ def test_a_forked_process_has_threads_of_its_own():
     """Those of the parent do not exist in it; waiting for them would never end."""
     before = torch.get_num_threads()
     torch.set_num_threads(2)
-    with sparse_steps.workers(torch.device("cpu")) as run:
+    with threads.workers(torch.device("cpu")) as run:
         assert run(lambda i: i, 3) == [0, 1, 2]
     context = multiprocessing.get_context("fork")
     answers = context.Queue()
@@ -380,7 +382,7 @@ def test_a_latent_that_never_fires_keeps_its_place(tied, compiled):
 @BACKENDS
 def test_dead_latents_learn_from_the_residual_as_autograd_says(tied, compiled):
     dictionary = random_dictionary(tied, torch.float64)
-    dead, aux, x = torch.arange(3, 300, 7), AuxK(k=5, weight=0.3), batch(dtype=torch.float64)
+    dead, aux, x = torch.arange(3, 300, 7), AuxK(k=5, auxk_alpha=0.3), batch(dtype=torch.float64)
     loss = (x - dictionary(x)).square().sum(dim=-1).mean()
     left = (x - dictionary(x)).detach()
     pre = (x - dictionary.b_dec.detach()) @ dictionary.W_enc[:, dead] + dictionary.b_enc[dead]
@@ -422,7 +424,7 @@ def test_revival_lowers_the_dead_share_and_explains_more():
     revived, left = last(AuxK(k=12, dead_after_rows=5000))
     assert revived < 0.05
     assert left < 0.7 * unexplained
-    with pytest.raises(ValueError, match=r"k \(0\), weight"):
+    with pytest.raises(ValueError, match=r"k \(0\), auxk_alpha"):
         AuxK(k=0)
     resampled, left = last(Resample(every=50, dead_after_rows=5000))
     assert resampled < 0.05
@@ -497,19 +499,23 @@ def test_only_rules_with_sparse_gradients_are_stepped_sparsely():
     assert isinstance(step_for(other), AutogradStep)
     assert isinstance(step_for(gated), AutogradStep)
     assert isinstance(step_for(random_dictionary(False)), SparseStep)
-    with pytest.raises(ValueError, match="A sparse step needs TopK, BatchTopK, ReLU, JumpReLU, "):
+    with pytest.raises(
+        ValueError, match="A sparse step needs a sparsity rule with `find_codes`, got"
+    ):
         SparseStep(other)
 
 
 def test_without_numba_torch_takes_the_steps(monkeypatch):
     monkeypatch.setattr(sparse_steps.importlib.util, "find_spec", lambda name: None)
-    assert SparseStep(random_dictionary(False)).parts is fallback
+    assert SparseStep(random_dictionary(False)).backend is fallback
 
 
 @BACKENDS
 def test_training_that_diverges_stops(compiled, monkeypatch):
-    make = "mechatlas.dictionaries.training.step_for"
-    monkeypatch.setattr(make, lambda dictionary, _: SparseStep(dictionary, compiled=compiled))
+    def step(dictionary, *_):
+        return SparseStep(dictionary, compiled=compiled)
+
+    monkeypatch.setattr(Autoencoder, "step", step)
     x = torch.randn(200, 24)
     x[::50] *= 1e25
     built = Autoencoder(d_in=24, n_latents=40, sparsity=TopK(k=3))

@@ -2,26 +2,22 @@
 
 load_network   a bundled name or `package.module:factory` -> nn.Module in eval mode
 load_weights   a file of weights into a network, every mismatch named
-read_tensors   a file of weights -> tensors, never executing code
 digest         a checksum of all weights, kept with everything made from them
 """
 
 import dataclasses
 import difflib
 import importlib
-import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import torch
 import xxhash
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from mechatlas.base import UserError, WeightsError
-from mechatlas.files import non_finite
+from mechatlas.tensorfiles import mismatches, non_finite, read_tensors
 
 ARCHITECTURES = "mechatlas.activations.architectures"
 BUNDLED = {
@@ -112,13 +108,7 @@ def load_weights(
         renamed = rename(name)
         if renamed is not None:
             given[renamed] = tensor
-    wrong = [f"missing {name}" for name in wanted if name not in given]
-    wrong += [f"surplus {name}" for name in given if name not in wanted]
-    wrong += [
-        f"{name} has shape {tuple(given[name].shape)}, expected {tuple(wanted[name].shape)}"
-        for name in wanted
-        if name in given and given[name].shape != wanted[name].shape
-    ]
+    wrong = mismatches(given, {name: tensor.shape for name, tensor in wanted.items()})
     wrong += non_finite(given)
     if wrong:
         shown = "; ".join(wrong[:8]) + (f"; and {len(wrong) - 8} more" if len(wrong) > 8 else "")
@@ -127,29 +117,6 @@ def load_weights(
             "Is it the weights file of this architecture?"
         )
     network.load_state_dict({name: t.to(wanted[name].dtype) for name, t in given.items()})
-
-
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of a safetensors file, or of a `.pt` file with nothing but tensors.
-
-    Raises:
-        WeightsError: There is no such file, or it is damaged or holds more than tensors.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise WeightsError(f"There is no weights file {path}.")
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except (safetensors.SafetensorError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        reason = str(error).splitlines()[0]
-        raise WeightsError(
-            f"{path} cannot be read as weights ({reason}). Is the file whole?"
-        ) from error
-    if not isinstance(loaded, dict) or not all(isinstance(v, Tensor) for v in loaded.values()):
-        raise WeightsError(f"{path} holds more than a dict of tensors; save `state_dict()` alone.")
-    return loaded
 
 
 def digest(network: nn.Module) -> str:

@@ -126,7 +126,9 @@ class RunFolder:
     """
 
     def __init__(self, path: Path, kind: str, config: Any) -> None:
-        self.path, self.kind, self.config = path, kind, config
+        self.path: Path = path
+        self.kind: str = kind
+        self.config: Any = config
         self._clock = time.process_time()
         self._facts: dict[str, Any] = {}
         self._parents: dict[str, str] = {}

@@ -1,6 +1,5 @@
 """Sparsity rules of other libraries that are not trained here, only used.
 
-Threshold   those above a threshold, of any sign, that each latent has
 AbsTopK     the k furthest from zero, with their signs
 GroupMax    the largest of each of k runs of neighbouring latents
 """
@@ -12,21 +11,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mechatlas.dictionaries.sparsity import NONE, Rule, State
-
-
-@dataclasses.dataclass(frozen=True)
-class Threshold(Rule):
-    """Keep what is positive and above the threshold of its latent.
-
-    `sparsity.JumpReLU` learns the logarithm of such thresholds. In files they may also be zero
-    or negative, and rounding a logarithm could move one past a pre-activation.
-    """
-
-    def __call__(
-        self, pre: Float[Tensor, "batch latent"], state: State = NONE
-    ) -> Float[Tensor, "batch latent"]:
-        """Zero what is at or below its threshold, or below zero."""
-        return pre.relu() * (pre > state["threshold"])
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

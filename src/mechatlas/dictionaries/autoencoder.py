@@ -4,9 +4,10 @@
     Transcoder    reads one site and writes another
     Crosscoder    writes several sites, and reads all of them or one
 
-All are one linear encoder, one rule and one linear decoder (`SparseCoder`); they differ in which
-columns of a row of activations they read and write. Each is its own configuration: what it was
-built with is what it shows and what is written beside its weights.
+All three are a `LinearCoder` and differ in the columns of a row of activations that they read and
+write; `SparseCoder` is the contract of every kind that `train` knows best. A dictionary is its own
+configuration: the arguments it was built with are what it shows and what is saved beside its
+weights.
 
 An atom's length is fixed while it is trained. For a crosscoder the length is the sum of its
 lengths at the sites, so a penalty on the code is the one of the literature, on the code times
@@ -14,9 +15,11 @@ the sum of decoder norms: the scale of a latent is free, and this is one way to 
 
 Source: Gao et al., Scaling and evaluating sparse autoencoders (2024); Bozoukov, Branch
 specialization with k-sparse autoencoders (2025), for the tied form; Bussmann et al., Matryoshka
-sparse autoencoders (2025), for prefixes; Lindsey et al., Sparse crosscoders (2024).
+sparse autoencoders (2025); Lindsey et al., Sparse crosscoders (2024).
 """
 
+import abc
+import math
 from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate, pairwise
 from typing import Any
@@ -25,26 +28,40 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from mechatlas.base import InputError
+from mechatlas.base import WeightsError
+from mechatlas.deprecated import renamed_arguments
+from mechatlas.dictionaries.engine.interface import Step
 from mechatlas.dictionaries.metrics import History
+from mechatlas.dictionaries.objective import Objective
+from mechatlas.dictionaries.pretrained import Pretrained
+from mechatlas.dictionaries.revival import AuxK, Resample
+from mechatlas.dictionaries.rows import check_width
 from mechatlas.dictionaries.sparsity import TopK, as_rule
 
+FIRST_ROWS = 1024
+"""Rows of the first batch used to estimate the initial size of the codes."""
 
-class SparseCoder(nn.Module):
-    """What all dictionaries of this package share; build one of the kinds below.
 
-    Codes are `rule((x - b_dec) W_enc + b_enc)`, without `b_dec` for those that do not write
-    what they read, and reconstructions `code W_dec + b_dec`. `history` is what was measured
-    while it was trained, `None` before.
+class SparseCoder(nn.Module, abc.ABC):
+    """Dictionary with atoms of fixed length and a sparsity rule; build one of its kinds.
+
+    A kind makes its weights, and says how it encodes, decodes and is trained.
     """
 
     reads: slice
     """Columns of a row of activations that are encoded."""
     writes: slice
     """Columns of a row of activations that are reconstructed."""
-    fresh: bool
-    """Whether its biases and thresholds are still those it was built with."""
+    subtracts_b_dec: bool
+    """Whether `b_dec` is taken from the input before it is encoded."""
+    untrained: bool
+    """Whether biases and thresholds are still those of the start."""
     history: History | None
+    """Measurements of the training, if it was trained in this process."""
+    W_dec: Tensor
+    """Atoms, one a row."""
+    b_enc: Tensor
+    b_dec: Tensor
 
     def __init__(
         self,
@@ -54,29 +71,156 @@ class SparseCoder(nn.Module):
         edges: Sequence[int],
         config: dict[str, Any],
     ) -> None:
-        """Build with random atoms.
+        """Set all but the weights.
 
         Args:
             read: Columns of a row that are encoded.
             write: Columns of a row that are reconstructed.
-            edges: Where the sites begin and end among the columns written.
-            config: What the kind was built with.
+            edges: Bounds of the sites among the columns written.
+            config: Arguments that the kind was built with.
 
         Raises:
-            ValueError: A size is below 1, k is more than the latents, or prefixes do not rise.
+            ValueError: A size is below 1, k is more than the latents, or Matryoshka widths do not
+                rise.
         """
         super().__init__()
         self.d_in, self.d_out, self.edges = len(read), len(write), tuple(edges)
         self.reads, self.writes = slice(read.start, read.stop), slice(write.start, write.stop)
         self.width = max(read.stop, write.stop)
-        self.centred, self.config = read == write, config
+        self.subtracts_b_dec, self.config = read == write, config
         self.n_latents, self.tied = int(config["n_latents"]), bool(config.get("tied", False))
-        self.sparsity = config["sparsity"] or TopK()
-        config["sparsity"] = self.sparsity
+        self.sparsity = config["sparsity"] = config["sparsity"] or TopK()
         self.rule = as_rule(self.sparsity)
-        self.fresh, self.history = True, None
+        self.untrained, self.history = True, None
         _check_sizes(self)
-        self.prefixes = (*_checked_prefixes(config["prefixes"], self.n_latents), self.n_latents)
+        widths = _checked_widths(config.get("matryoshka_widths", ()), self.n_latents)
+        self.matryoshka_widths = (*widths, self.n_latents)
+        self._state = [*self.rule.parameters(1), *self.rule.buffers(1)]
+
+    @property
+    @abc.abstractmethod
+    def W_enc(self) -> Float[Tensor, "d_in latent"]:  # noqa: N802 - the field's name
+        """Encoder weights, one column a latent."""
+
+    @property
+    @abc.abstractmethod
+    def encoder_parameters(self) -> list[Tensor]:
+        """Parameters that codes are proportional to: the encoder's weights, then its biases."""
+
+    @property
+    @abc.abstractmethod
+    def sites(self) -> list[slice]:
+        """Columns of a row that share a scale."""
+
+    @property
+    def state(self) -> dict[str, Tensor]:
+        """The sparsity rule's own tensors."""
+        return {name: getattr(self, name) for name in self._state}
+
+    @abc.abstractmethod
+    def pre_activations(self, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch latent"]:
+        """Input of the sparsity rule.
+
+        Raises:
+            InputError: The rows are not `d_in` wide.
+        """
+
+    def encode(self, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch latent"]:
+        """Sparse code of each sample.
+
+        Raises:
+            InputError: The rows are not `d_in` wide.
+        """
+        return self.rule(self.pre_activations(x), self.state)
+
+    @abc.abstractmethod
+    def decode(self, code: Float[Tensor, "batch latent"]) -> Float[Tensor, "batch d_out"]:
+        """Reconstruction in the units of the activations written."""
+
+    def forward(self, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch d_out"]:
+        """Encode, then decode."""
+        return self.decode(self.encode(x))
+
+    @abc.abstractmethod
+    def step(self, objective: Objective, revival: AuxK | Resample | None = None) -> Step:
+        """Make the optimizer of this dictionary.
+
+        Args:
+            objective: Squared error that is minimized.
+            revival: How dead latents will be brought back.
+
+        Raises:
+            ValueError: The kind cannot bring back dead latents in this way.
+        """
+
+    @abc.abstractmethod
+    def normalize(self) -> None:
+        """Give every atom length 1."""
+
+    @abc.abstractmethod
+    def start_at(self, mean: Float[Tensor, " width"]) -> None:
+        """Set the biases so that the mean row has code zero and is reconstructed."""
+
+    @abc.abstractmethod
+    def rescale(self, scale: Float[Tensor, " width"]) -> None:
+        """Change from rows times `scale` to rows, without changing what is computed."""
+
+    @torch.no_grad()
+    def initialize(self, x: Float[Tensor, "batch width"]) -> None:
+        """Set biases, and the size of the codes of several sites, from the first batch.
+
+        An encoder row reads its atom as 1 at one site, which says nothing of the others at first:
+        there the k latents of a row add noise, as much at each site as they explain at one, which
+        Adam unlearns slowly. Codes start at the geometric mean of the size that is best now and
+        the size that is right once the other sites are learned. The k largest stay the same.
+        """
+        self.start_at(x.mean(dim=0))
+        if len(self.edges) == 2 or self.tied or not hasattr(self.sparsity, "k"):
+            return
+        x = x[:FIRST_ROWS]
+        reconstruction = self.decode(self.encode(x[:, self.reads])) - self.b_dec
+        target = x[:, self.writes] - self.b_dec
+        squares = reconstruction.square().sum().clamp(min=1e-30)
+        best = float((reconstruction * target).sum() / squares)
+        if 0 < best < 0.5:  # above, the error is less than that of no code at all
+            for parameter in self.encoder_parameters:
+                parameter.mul_(math.sqrt(best))
+
+    def as_pretrained(self) -> Pretrained:
+        """Copy this dictionary into the parts of other libraries.
+
+        Raises:
+            WeightsError: It writes several sites.
+        """
+        rule, state = self.rule.frozen(self.state, self.n_latents)
+        return Pretrained(
+            W_enc=self.W_enc.detach(),
+            b_enc=self.b_enc.detach(),
+            W_dec=self.W_dec.detach(),
+            b_dec=self.b_dec.detach(),
+            sparsity=rule,
+            state={name: tensor.detach() for name, tensor in state.items()},
+            subtracts_b_dec=self.subtracts_b_dec,
+            transcodes=not self.subtracts_b_dec,
+        )
+
+    def extra_repr(self) -> str:
+        """Arguments that the dictionary was built with."""
+        return ", ".join(f"{name}={value}" for name, value in self.config.items())
+
+
+class LinearCoder(SparseCoder):
+    """Dictionary with one dense encoder and one dense decoder.
+
+    Codes are `rule((x - b_dec) W_enc + b_enc)`, without `b_dec` for kinds that do not write the
+    columns they read, and reconstructions `code W_dec + b_dec`.
+    """
+
+    def __init__(
+        self, *, read: range, write: range, edges: Sequence[int], config: dict[str, Any]
+    ) -> None:
+        """Build with random atoms; see `SparseCoder`."""
+        super().__init__(read=read, write=write, edges=edges, config=config)
         random = torch.Generator().manual_seed(config["seed"])
         atoms = torch.randn(self.n_latents, self.d_out, generator=random)
         self.W_dec = nn.Parameter(atoms.div_(atom_lengths(atoms, self.edges)))
@@ -89,14 +233,13 @@ class SparseCoder(nn.Module):
             self._W_enc = nn.Parameter(rows.T)
         self.b_enc = nn.Parameter(torch.zeros(self.n_latents))
         self.b_dec = nn.Parameter(torch.zeros(self.d_out))
-        self._state = [*self.rule.parameters(1), *self.rule.buffers(1)]
         for name, start in self.rule.parameters(self.n_latents).items():
             self.register_parameter(name, nn.Parameter(start))
         for name, start in self.rule.buffers(self.n_latents).items():
             self.register_buffer(name, start)
 
     def _first_encoder(self, random: torch.Generator) -> Tensor:
-        """What reads an atom as 1 where it is written as 1; random if it is not read at all."""
+        """Rows that read an atom as 1 where it is written as 1; random if it is not read at all."""
         # The numbers of a latent lie side by side in memory: training reads them by latent.
         offset = self.reads.start - self.writes.start
         if 0 <= offset < self.d_out:
@@ -112,6 +255,20 @@ class SparseCoder(nn.Module):
         return self.W_dec.T if self.tied else self._W_enc
 
     @property
+    def encoder_rows(self) -> Float[Tensor, "latent d_in"]:
+        """Encoder weights, latents first and each side by side in memory, to change in place."""
+        if self.tied:
+            return self.W_dec.data
+        if not self._W_enc.data.T.is_contiguous():
+            self._W_enc.data = self._W_enc.data.T.contiguous().T
+        return self._W_enc.data.T
+
+    @property
+    def encoder_parameters(self) -> list[Tensor]:
+        """Parameters that codes are proportional to: the encoder's weights, then its biases."""
+        return [self.W_dec if self.tied else self._W_enc, self.b_enc]
+
+    @property
     def sites(self) -> list[slice]:
         """Columns of a row that share a scale."""
         if self.tied:
@@ -120,42 +277,28 @@ class SparseCoder(nn.Module):
         written = [slice(low + offset, high + offset) for low, high in pairwise(self.edges)]
         return written if self.reads.start >= offset else [self.reads, *written]
 
-    @property
-    def state(self) -> dict[str, Tensor]:
-        """The sparsity rule's own tensors."""
-        return {name: getattr(self, name) for name in self._state}
-
     def pre_activations(self, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch latent"]:
-        """What the sparsity rule makes codes of.
+        """Input of the sparsity rule.
 
         Raises:
             InputError: The rows are not `d_in` wide.
         """
-        if x.shape[-1] != self.d_in:
-            raise InputError(
-                f"The dictionary reads activations of width {self.d_in}, got {x.shape[-1]}. "
-                "Is this the site it was trained on?"
-            )
-        return (x - self.b_dec if self.centred else x) @ self.W_enc + self.b_enc
-
-    def encode(self, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch latent"]:
-        """Sparse code of each sample.
-
-        Raises:
-            InputError: The rows are not `d_in` wide.
-        """
-        return self.rule(self.pre_activations(x), self.state)
+        check_width(x, self.d_in)
+        return (x - self.b_dec if self.subtracts_b_dec else x) @ self.W_enc + self.b_enc
 
     def decode(self, code: Float[Tensor, "batch latent"]) -> Float[Tensor, "batch d_out"]:
         """Reconstruction in the units of the activations written."""
         return code @ self.W_dec + self.b_dec
 
-    def forward(self, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch d_out"]:
-        """Encode, then decode."""
-        return self.decode(self.encode(x))
+    def step(self, objective: Objective, revival: AuxK | Resample | None = None) -> Step:
+        """Make the optimizer: sparse where the sparsity rule has a fast path, else autograd."""
+        from mechatlas.dictionaries.engine.sparse_steps import step_for  # imports this module
+
+        del revival
+        return step_for(self, objective)
 
     @torch.no_grad()
-    def normalise(self) -> None:
+    def normalize(self) -> None:
         """Give every atom length 1."""
         self.W_dec.div_(atom_lengths(self.W_dec, self.edges))
 
@@ -163,20 +306,15 @@ class SparseCoder(nn.Module):
     def start_at(self, mean: Float[Tensor, " width"]) -> None:
         """Set the biases so that the mean row has code zero and is reconstructed."""
         self.b_dec.copy_(mean[self.writes])
-        if not self.centred:
+        if not self.subtracts_b_dec:
             self.b_enc.copy_(-(mean[self.reads] @ self.W_enc))
-
-    @property
-    def encoder_parts(self) -> list[Tensor]:
-        """What codes are proportional to: the encoder's weights and biases."""
-        return [self._W_enc, self.b_enc]
 
     @torch.no_grad()
     def rescale(self, scale: Float[Tensor, " width"]) -> None:
         """Change from rows times `scale` to rows, without changing what is computed.
 
-        Codes come out in the units of what is written where there is one unit: then atoms keep
-        their length. Those of a crosscoder of sites with different scales keep their units.
+        Codes come out in the units of the reconstruction where it has one unit: then atoms keep
+        their length. Codes of a crosscoder of sites with different scales keep their units.
         """
         read, write = scale[self.reads], scale[self.writes]
         unit = float(write[0]) if bool((write == write[0]).all()) else 1.0
@@ -186,16 +324,13 @@ class SparseCoder(nn.Module):
         self.b_dec.div_(write)
         self.b_enc.div_(unit)
         self.rule.rescale(1 / unit, self.state)
-        self.fresh = False
-
-    def extra_repr(self) -> str:
-        """What it was built with."""
-        return ", ".join(f"{name}={value}" for name, value in self.config.items())
+        self.untrained = False
 
 
-class Autoencoder(SparseCoder):
-    """Reads a site and writes the same site."""
+class Autoencoder(LinearCoder):
+    """Dictionary that reads a site and writes the same site."""
 
+    @renamed_arguments
     def __init__(
         self,
         *,
@@ -203,7 +338,7 @@ class Autoencoder(SparseCoder):
         n_latents: int,
         sparsity: Callable[..., Tensor] | None = None,
         tied: bool = False,
-        prefixes: Sequence[int] = (),
+        matryoshka_widths: Sequence[int] = (),
         seed: int = 0,
     ) -> None:
         """Build with random atoms of length 1.
@@ -211,30 +346,31 @@ class Autoencoder(SparseCoder):
         Args:
             d_in: Width of the activations.
             n_latents: Number of latents.
-            sparsity: What makes the code sparse; `TopK(k=32)` by default.
-            tied: The encoder is the transpose of the decoder.
-            prefixes: The first so many latents must explain the activations on their own, each
-                prefix as much as the whole (Matryoshka).
+            sparsity: Sparsity rule; `TopK(k=32)` by default.
+            tied: Whether the encoder is the transpose of the decoder.
+            matryoshka_widths: Numbers of first latents that must explain the activations on their
+                own, each as much as all latents.
             seed: Seed of the atoms.
 
         Raises:
-            ValueError: A size is below 1, k is more than `n_latents`, or prefixes do not rise.
+            ValueError: A size is below 1, k is more than `n_latents`, or the widths do not rise.
         """
         config = {
             "d_in": d_in,
             "n_latents": n_latents,
             "sparsity": sparsity,
             "tied": tied,
-            "prefixes": tuple(prefixes),
+            "matryoshka_widths": tuple(matryoshka_widths),
             "seed": seed,
         }
         columns = range(d_in)
         super().__init__(read=columns, write=columns, edges=(0, d_in), config=config)
 
 
-class Transcoder(SparseCoder):
-    """Reads one site and writes another; a row has the columns of both, in this order."""
+class Transcoder(LinearCoder):
+    """Dictionary that reads one site and writes another; a row has both, in this order."""
 
+    @renamed_arguments
     def __init__(
         self,
         *,
@@ -242,7 +378,7 @@ class Transcoder(SparseCoder):
         d_out: int,
         n_latents: int,
         sparsity: Callable[..., Tensor] | None = None,
-        prefixes: Sequence[int] = (),
+        matryoshka_widths: Sequence[int] = (),
         seed: int = 0,
     ) -> None:
         """Build with random atoms and encoder rows of length 1.
@@ -251,31 +387,33 @@ class Transcoder(SparseCoder):
             d_in: Width of the activations read.
             d_out: Width of the activations written.
             n_latents: Number of latents.
-            sparsity: What makes the code sparse; `TopK(k=32)` by default.
-            prefixes: The first so many latents must explain the activations on their own.
+            sparsity: Sparsity rule; `TopK(k=32)` by default.
+            matryoshka_widths: Numbers of first latents that must explain the activations on their
+                own.
             seed: Seed of the atoms.
 
         Raises:
-            ValueError: A size is below 1, k is more than `n_latents`, or prefixes do not rise.
+            ValueError: A size is below 1, k is more than `n_latents`, or the widths do not rise.
         """
         config = {
             "d_in": d_in,
             "d_out": d_out,
             "n_latents": n_latents,
             "sparsity": sparsity,
-            "prefixes": tuple(prefixes),
+            "matryoshka_widths": tuple(matryoshka_widths),
             "seed": seed,
         }
         written = range(d_in, d_in + d_out)
         super().__init__(read=range(d_in), write=written, edges=(0, d_out), config=config)
 
 
-class Crosscoder(SparseCoder):
-    """Writes several sites, whose columns lie side by side in a row; reads all or one of them."""
+class Crosscoder(LinearCoder):
+    """Dictionary that writes several sites, side by side in a row, and reads all or one."""
 
     scale: Tensor
-    """What training multiplied each column with, so that the sites vary equally much."""
+    """Factor of each column in training, with which the sites vary equally much."""
 
+    @renamed_arguments
     def __init__(
         self,
         *,
@@ -284,7 +422,7 @@ class Crosscoder(SparseCoder):
         sparsity: Callable[..., Tensor] | None = None,
         reads: str | None = None,
         tied: bool = False,
-        prefixes: Sequence[int] = (),
+        matryoshka_widths: Sequence[int] = (),
         seed: int = 0,
     ) -> None:
         """Build with random atoms whose lengths at the sites sum to 1.
@@ -292,14 +430,15 @@ class Crosscoder(SparseCoder):
         Args:
             widths: Width of each site, in the order of the columns.
             n_latents: Number of latents.
-            sparsity: What makes the code sparse; `TopK(k=32)` by default.
-            reads: The one site that is encoded; by default all.
-            tied: The encoder is the transpose of the decoder; only if all sites are read.
-            prefixes: The first so many latents must explain the activations on their own.
+            sparsity: Sparsity rule; `TopK(k=32)` by default.
+            reads: Site that is encoded; by default all.
+            tied: Whether the encoder is the transpose of the decoder; only if all sites are read.
+            matryoshka_widths: Numbers of first latents that must explain the activations on their
+                own.
             seed: Seed of the atoms.
 
         Raises:
-            ValueError: A size is below 1, k is more than `n_latents`, prefixes do not rise, or
+            ValueError: A size is below 1, k is more than `n_latents`, the widths do not rise, or
                 `reads` is none of the sites or is tied.
         """
         edges = (0, *accumulate(widths.values()))
@@ -314,7 +453,7 @@ class Crosscoder(SparseCoder):
             "sparsity": sparsity,
             "reads": reads,
             "tied": tied,
-            "prefixes": tuple(prefixes),
+            "matryoshka_widths": tuple(matryoshka_widths),
             "seed": seed,
         }
         whole = range(edges[-1])
@@ -327,6 +466,14 @@ class Crosscoder(SparseCoder):
         """Change from rows times `scale` to rows, and remember the scale."""
         super().rescale(scale)
         self.scale.mul_(scale)
+
+    def as_pretrained(self) -> Pretrained:
+        """Refuse to copy this dictionary into the parts of other libraries.
+
+        Raises:
+            WeightsError: Always: other libraries do not write several sites.
+        """
+        raise WeightsError("SAELens has no crosscoders.")
 
     @property
     def norms(self) -> Float[Tensor, "latent site"]:
@@ -344,15 +491,15 @@ def atom_lengths(
 
 
 def _check_sizes(built: SparseCoder) -> None:
-    """Refuse what cannot be trained.
+    """Refuse sizes that cannot be.
 
     Raises:
         ValueError: A size is below 1, or k is more than the latents.
     """
     sizes = {"d_in": built.d_in, "d_out": built.d_out, "n_latents": built.n_latents}
     if min(*sizes.values(), *(high - low for low, high in pairwise(built.edges))) < 1:
-        told = ", ".join(f"{name} ({size})" for name, size in sizes.items())
-        raise ValueError(f"{told} and the width of every site must be at least 1.")
+        listed = ", ".join(f"{name} ({size})" for name, size in sizes.items())
+        raise ValueError(f"{listed} and the width of every site must be at least 1.")
     k = getattr(built.sparsity, "k", 1)
     if k > built.n_latents:
         raise ValueError(
@@ -361,15 +508,15 @@ def _check_sizes(built: SparseCoder) -> None:
         )
 
 
-def _checked_prefixes(prefixes: Sequence[int], n_latents: int) -> tuple[int, ...]:
-    """The prefixes as given.
+def _checked_widths(widths: Sequence[int], n_latents: int) -> tuple[int, ...]:
+    """Check Matryoshka widths.
 
     Raises:
         ValueError: They do not rise from 1 to below the number of latents.
     """
-    if any(low >= high for low, high in pairwise((0, *prefixes, n_latents))):
+    if any(low >= high for low, high in pairwise((0, *widths, n_latents))):
         raise ValueError(
-            f"prefixes {tuple(prefixes)} must rise, from at least 1 to less than n_latents "
+            f"matryoshka_widths {tuple(widths)} must rise, from at least 1 to less than n_latents "
             f"({n_latents}), which is always the last one."
         )
-    return tuple(prefixes)
+    return tuple(widths)

@@ -5,36 +5,44 @@
 
 Our own file is `dictionary.safetensors`: `W_enc (d_in, n_latents)` (absent when tied), `b_enc`,
 `W_dec (n_latents, d_out)`, `b_dec` and the sparsity rule's own tensors (such as `threshold`); of a
-pose-tied one only `atoms`, `encoder`, `b_enc` and `b_dec` of one pose. The kind and its
-configuration are JSON in its metadata. The files of other libraries are told by their names, and a
-file under another name by its keys; how each is read is in `foreign`.
+pose-tied one only `atoms`, `encoder`, `b_enc` and `b_dec` of one pose; of a class of your own its
+`state_dict`. The kind and its configuration are JSON in its metadata. The files of other libraries
+are told by their names, and a file under another name by its keys; `foreign` reads them.
 """
 
 import dataclasses
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, get_args, overload
 
 import safetensors.torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mechatlas.base import WeightsError
+from mechatlas.deprecated import ARGUMENTS
 from mechatlas.dictionaries.autoencoder import Autoencoder, Crosscoder, SparseCoder, Transcoder
 from mechatlas.dictionaries.foreign import dictionary_learning, gemma_scope, saelens, sparsify
-from mechatlas.dictionaries.foreign.weights import read_header, read_tensors, reading
 from mechatlas.dictionaries.pose_tied import PoseTied
 from mechatlas.dictionaries.pretrained import Pretrained
 from mechatlas.dictionaries.sparsity import Sparsity
-from mechatlas.files import non_finite, write
+from mechatlas.files import write
+from mechatlas.tensorfiles import (
+    mismatches,
+    non_finite,
+    not_floats,
+    read_header,
+    read_tensors,
+    reading,
+)
 
 FILE = "dictionary.safetensors"
-KINDS = {kind.__name__: kind for kind in (Autoencoder, Transcoder, Crosscoder, PoseTied)}
-SPARSITY = {rule.__name__: rule for rule in get_args(Sparsity)}
+KINDS = (Autoencoder, Transcoder, Crosscoder, PoseTied)
+"""Kinds of dictionaries that `load` knows."""
 
 
 def save(
-    dictionary: SparseCoder | Pretrained,
+    dictionary: Any,
     path: Path | str,
     *,
     format: Literal["mechatlas", "saelens"] = "mechatlas",
@@ -42,48 +50,91 @@ def save(
 ) -> Path:
     """Write a dictionary into a folder and return the file of weights.
 
+    A class of your own is a module; the arguments that build it again are its dict `config`, by
+    default `d_in` and `n_latents`. Sparsity rules among them are dataclasses.
+
     Args:
-        dictionary: What to write.
-        path: The folder.
+        dictionary: Dictionary to write.
+        path: Folder to write into.
         format: `mechatlas`, or `saelens` for a folder that SAELens 6 loads.
-        metadata: For SAELens, what else to note: `model_name`, `hook_name` and the like.
+        metadata: Further entries for SAELens: `model_name`, `hook_name` and the like.
 
     Raises:
         DiskError: The folder is not writable or the disk is full.
-        WeightsError: The format does not know its sparsity rule.
+        WeightsError: The format does not know its kind or its sparsity rule.
+
+    Examples:
+        >>> import tempfile
+        >>> from mechatlas.dictionaries.autoencoder import Autoencoder
+        >>> save(Autoencoder(d_in=16, n_latents=64), tempfile.mkdtemp()).name
+        'dictionary.safetensors'
     """
     if format == "saelens":
         return saelens.save(dictionary, Path(path), metadata)
     if format != "mechatlas":
         raise WeightsError(f"Cannot write the format {format!r}; known are mechatlas, saelens.")
-    if isinstance(dictionary, Pretrained):
-        raise WeightsError(
-            f"A dictionary read from a file of {dictionary.file_format or 'another library'} "
-            "cannot be written in our own format; write it with format='saelens'."
-        )
-    rule: Any = dictionary.sparsity
-    if SPARSITY.get(type(rule).__name__) is not type(rule):
-        raise WeightsError(
-            f"Cannot save a dictionary with the sparsity rule {rule!r}; "
-            f"known are {', '.join(SPARSITY)}."
-        )
-    sparsity = {"type": type(rule).__name__, **dataclasses.asdict(rule)}
-    config = {"kind": type(dictionary).__name__, **dictionary.config, "sparsity": sparsity}
-    tensors = {name.lstrip("_"): t.contiguous() for name, t in dictionary.state_dict().items()}
+    kind = type(dictionary)
+    if not isinstance(dictionary, nn.Module):
+        raise WeightsError(f"Cannot save a {kind.__name__}: it is not a torch.nn.Module.")
+    sizes = {name: getattr(dictionary, name, None) for name in ("d_in", "n_latents")}
+    config: dict[str, Any] = {"kind": kind.__name__, **getattr(dictionary, "config", sizes)}
+    rule = config.get("sparsity")
+    if rule is not None:
+        if not dataclasses.is_dataclass(rule) or isinstance(rule, type):
+            raise WeightsError(
+                f"Cannot save a dictionary with the sparsity rule {rule!r}: a rule that can be "
+                "read again is a dataclass."
+            )
+        config["sparsity"] = {"type": type(rule).__name__, **dataclasses.asdict(rule)}
+    try:
+        described = json.dumps(config)
+    except TypeError as error:
+        raise WeightsError(f"The config of a {kind.__name__} is not JSON ({error}).") from error
+    names, state = _saved_names(dictionary), dictionary.state_dict()
+    tensors = {name: state[own].contiguous() for name, own in names.items()}
+    if len({t.data_ptr() for t in tensors.values()}) < len(tensors):  # tied modules
+        tensors = {name: tensor.clone() for name, tensor in tensors.items()}
     file = Path(path) / FILE
-    write(file, safetensors.torch.save(tensors, {"mechatlas": json.dumps(config)}))
+    write(file, safetensors.torch.save(tensors, {"mechatlas": described}))
     return file
 
 
-def load(path: Path | str) -> SparseCoder | Pretrained:
+def _saved_names(dictionary: nn.Module) -> dict[str, str]:
+    """Name in the file of each tensor of a dictionary: public, where that is no other's name."""
+    own = list(dictionary.state_dict())
+    names = {name.lstrip("_"): name for name in own}
+    return names if len(names) == len(own) else {name: name for name in own}
+
+
+@overload
+def load(path: Path | str) -> SparseCoder | Pretrained: ...
+
+
+@overload
+def load(path: Path | str, *, classes: Sequence[type]) -> Any: ...
+
+
+def load(path: Path | str, *, classes: Sequence[type] = ()) -> Any:
     """Read a dictionary of any known format from a folder or file.
 
     Reading runs no code that a file may hold. One of another library gives a `Pretrained`, which
     encodes and decodes as that library does.
 
+    Args:
+        path: Folder or file.
+        classes: Classes of your own, of dictionaries or sparsity rules, that the file may need.
+
     Raises:
-        WeightsError: There is none, there are several, it is damaged, or its keys, shapes or
-            settings are not as its format says.
+        WeightsError: There is none, there are several, it is damaged, needs a class that was not
+            given, or its keys, shapes or settings are not as its format says.
+
+    Examples:
+        >>> import tempfile
+        >>> from mechatlas.dictionaries.autoencoder import Autoencoder
+        >>> folder = tempfile.mkdtemp()
+        >>> _ = save(Autoencoder(d_in=16, n_latents=64), folder)
+        >>> load(folder).n_latents
+        64
     """
     path = Path(path)
     if not path.is_dir():
@@ -96,10 +147,11 @@ def load(path: Path | str) -> SparseCoder | Pretrained:
         file = found[0] if found else path / FILE
     if not file.is_file():
         raise WeightsError(f"There is no dictionary at {path} (no file {file}).{_hint(path)}")
-    return (READERS.get(file.name) or _reader_by_content(file))(file)
+    reader = READERS.get(file.name) or _reader_by_content(file)
+    return reader(file) if reader is not _read_own else _read_own(file, classes)
 
 
-def _read_own(file: Path) -> SparseCoder:
+def _read_own(file: Path, classes: Sequence[type] = ()) -> nn.Module:
     """Read what `save` wrote.
 
     Raises:
@@ -108,10 +160,10 @@ def _read_own(file: Path) -> SparseCoder:
     tensors = read_tensors(file)
     with reading(file):
         config = json.loads(read_header(file)[1].get("mechatlas", "null"))
-    return _rebuild(config, tensors, file)
+    return _rebuild(config, tensors, file, classes)
 
 
-READERS: dict[str, Callable[[Path], SparseCoder | Pretrained]] = {
+READERS: dict[str, Callable[[Path], nn.Module]] = {
     FILE: _read_own,
     saelens.WEIGHTS: saelens.read,
     "sae.safetensors": sparsify.read,
@@ -121,8 +173,8 @@ READERS: dict[str, Callable[[Path], SparseCoder | Pretrained]] = {
 }
 
 
-def _reader_by_content(file: Path) -> Callable[[Path], SparseCoder | Pretrained]:
-    """How to read a file whose name says nothing.
+def _reader_by_content(file: Path) -> Callable[[Path], nn.Module]:
+    """Find the reader of a file whose name says nothing.
 
     Raises:
         WeightsError: It is damaged, or its keys are those of no known format.
@@ -147,7 +199,7 @@ def _reader_by_content(file: Path) -> Callable[[Path], SparseCoder | Pretrained]
 
 
 def _hint(path: Path) -> str:
-    """Where dictionaries are, if not in the folder then in its folders."""
+    """Say where dictionaries are, if not in the folder then in its folders."""
     if not path.is_dir():
         return ""
     within = sorted(
@@ -156,35 +208,44 @@ def _hint(path: Path) -> str:
     return f" There is {', '.join(within[:3])}: give one of these folders." if within else ""
 
 
-def _rebuild(config: Any, tensors: dict[str, Tensor], file: Path) -> SparseCoder:
-    """A dictionary from its parts.
+def _rebuild(
+    config: Any, tensors: dict[str, Tensor], file: Path, classes: Sequence[type]
+) -> nn.Module:
+    """Build a dictionary from its configuration and tensors.
 
     Raises:
-        WeightsError: They do not fit together.
+        WeightsError: They do not fit together, or a class is missing.
     """
+    known = {each.__name__: each for each in (*KINDS, *get_args(Sparsity), *classes)}
+
+    def build(name: Any, arguments: dict[str, Any]) -> Any:
+        if name not in known:
+            raise WeightsError(
+                f"{file} holds a {name}, a class that mechatlas does not have: "
+                f"load(path, classes=[{name}])."
+            )
+        renamed = ARGUMENTS.get(name, {})  # files of version 0.1 have the old names
+        return known[name](**{renamed.get(key, key): v for key, v in arguments.items()})
+
     try:
-        rule, built_with = dict(config["sparsity"]), dict(config)
-        built_with["sparsity"] = SPARSITY[rule.pop("type")](**rule)
-        dictionary = KINDS[built_with.pop("kind")](**built_with)
+        arguments = dict(config)
+        kind, rule = arguments.pop("kind"), arguments.get("sparsity")
+        if rule is not None:
+            rule = dict(rule)
+            arguments["sparsity"] = build(rule.pop("type"), rule)
+        dictionary = build(kind, arguments)
+    except WeightsError:
+        raise
     except (TypeError, KeyError, ValueError, AttributeError, RuntimeError, MemoryError) as error:
         raise WeightsError(f"{file} is not a dictionary of mechatlas ({error!r}).") from error
-    wanted = {name.lstrip("_"): tensor for name, tensor in dictionary.state_dict().items()}
-    wrong = [f"missing {name}" for name in wanted if name not in tensors]
-    wrong += [f"surplus {name}" for name in tensors if name not in wanted]
-    wrong += [
-        f"{name} has shape {tuple(t.shape)}, expected {tuple(wanted[name].shape)}"
-        for name, t in tensors.items()
-        if name in wanted and t.shape != wanted[name].shape
-    ]
-    wrong += [
-        f"{name} is {t.dtype}, expected floats"
-        for name, t in tensors.items()
-        if not t.is_floating_point()
-    ]
+    names, wanted = _saved_names(dictionary), dictionary.state_dict()
+    wrong = mismatches(tensors, {name: wanted[own].shape for name, own in names.items()})
+    whole_numbers = [name for name, own in names.items() if not wanted[own].is_floating_point()]
+    wrong += not_floats({n: t for n, t in tensors.items() if n not in whole_numbers})
     wrong += non_finite(tensors)
     if wrong:
         raise WeightsError(f"{file} does not hold a whole dictionary: {'; '.join(wrong)}.")
-    own = {name: tensors[name.lstrip("_")] for name in dictionary.state_dict()}
-    dictionary.load_state_dict(own)
-    dictionary.fresh = False
+    dictionary.load_state_dict({own: tensors[name] for name, own in names.items()})
+    if isinstance(dictionary, SparseCoder):
+        dictionary.untrained = False
     return dictionary

@@ -1,4 +1,4 @@
-"""What training minimizes, and how fast.
+"""Objective and schedule of training.
 
 Objective   loss of a step, and the limit of its gradient
 Schedule    learning rate and sparsity warm-up over a run
@@ -10,15 +10,18 @@ import math
 from jaxtyping import Float
 from torch import Tensor
 
-SHORT = 1e-3
-"""Fraction of the mean squared length that a shorter row counts as having."""
+from mechatlas.deprecated import renamed_fields
+
+SHORT_ROW = 1e-3
+"""Smallest squared length that normalization divides by, as a fraction of the batch's mean."""
 
 
+@renamed_fields
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Objective:
-    """What a step minimises."""
+    """Squared error that a step minimizes, and the limit of its gradient."""
 
-    relative: bool = False
+    normalize_mse: bool = False
     """Divide each row's squared error by its squared length (Bozoukov, 2025); rows with less than
     a thousandth of the mean squared length count as having that."""
     clip: float | None = None
@@ -30,42 +33,49 @@ class Objective:
 
     def weights(self, target: Float[Tensor, "batch d_out"]) -> Float[Tensor, " batch"]:
         """Weight of each row's squared error."""
-        if not self.relative:
+        if not self.normalize_mse:
             return target.new_ones(len(target))
         squares = target.square().sum(dim=-1)
-        return 1 / squares.clamp_min(SHORT * float(squares.mean()))
+        return 1 / squares.clamp_min(SHORT_ROW * float(squares.mean()))
 
     def factor(self, squares: float) -> float:
-        """What the gradient is multiplied with, if its entries squared sum to `squares`."""
+        """Factor of the gradient that keeps its norm within the limit.
+
+        Args:
+            squares: Sum of the squared entries of the gradient.
+        """
         if self.clip is None or squares <= self.clip**2:
             return 1.0
         return self.clip / math.sqrt(squares) if math.isfinite(squares) else math.nan
 
 
+@renamed_fields
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """How the learning rate changes: up in a line, level, down in a line to almost zero."""
+    """Learning rate that rises linearly, stays and falls linearly to almost zero."""
 
     warm_up: int = 0
-    """Steps until the rate is at its largest."""
+    """Steps until the learning rate is at its largest."""
     decay: float = 0.2
-    """Share of the steps, the last ones, in which it falls."""
-    pressure: float = 0.1
-    """Share of the steps, the first ones, in which a penalty on the code grows to its weight."""
+    """Fraction of training, at its end, over which the learning rate falls."""
+    sparsity_warm_up: float = 0.1
+    """Fraction of training over which the sparsity penalty ramps up linearly to its full
+    coefficient."""
 
     def __post_init__(self) -> None:
-        if self.warm_up < 0 or not 0 <= self.decay <= 1 or not 0 <= self.pressure <= 1:
+        if self.warm_up < 0 or not 0 <= self.decay <= 1 or not 0 <= self.sparsity_warm_up <= 1:
             raise ValueError(
-                f"warm_up ({self.warm_up}) must be at least 0, decay ({self.decay}) and pressure "
-                f"({self.pressure}) in 0 to 1."
+                f"warm_up ({self.warm_up}) must be at least 0, decay ({self.decay}) and "
+                f"sparsity_warm_up ({self.sparsity_warm_up}) in 0 to 1."
             )
 
     def __call__(self, step: int, steps: int) -> float:
-        """Share of the largest rate at a step, counted from 0."""
+        """Fraction of the largest learning rate at a step, counted from 0."""
         up = (step + 1) / (self.warm_up + 1)
         down = (steps - step) / (self.decay * steps) if self.decay else 1.0
         return min(1.0, up, down)
 
-    def penalty(self, step: int, steps: int) -> float:
-        """Share of a penalty's weight at a step, counted from 0."""
-        return min(1.0, (step + 1) / (self.pressure * steps)) if self.pressure else 1.0
+    def sparsity_coefficient(self, step: int, steps: int) -> float:
+        """Fraction of the sparsity penalty that counts at a step, counted from 0."""
+        warm_up = self.sparsity_warm_up * steps
+        return min(1.0, (step + 1) / warm_up) if warm_up else 1.0

@@ -19,7 +19,6 @@ the k, so k is larger here than for a crosscoder that reads one block.
 """
 
 from collections.abc import Callable
-from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -31,16 +30,22 @@ from torch.nn.functional import embedding_bag
 
 from mechatlas.base import InputError
 from mechatlas.dictionaries.autoencoder import SparseCoder, atom_lengths
-from mechatlas.dictionaries.sparsity import TopK, as_rule
+from mechatlas.dictionaries.engine.interface import Step
+from mechatlas.dictionaries.objective import Objective
+from mechatlas.dictionaries.revival import AuxK, Resample
+from mechatlas.dictionaries.sparsity import TopK
 from mechatlas.files import checksum
 from mechatlas.maths.groups import Group
 
 
 class PoseTied(SparseCoder):
-    """Few atoms in all poses of a group; reads and writes rows of one block an element.
+    """Dictionary of few atoms in all poses of a group, for rows of one block an element.
 
     Latent `h * n_families + i` is family i in pose h.
     """
+
+    moved: Int[Tensor, "element element"]
+    """Block of a row that block k of an atom in pose h belongs to, at (k, h)."""
 
     def __init__(
         self,
@@ -57,31 +62,26 @@ class PoseTied(SparseCoder):
             group: A group or its table, with the identity at 0.
             d_in: Width of a row: the group's order times the width of a block.
             n_latents: Number of latents: the group's order times the number of families.
-            sparsity: How many latents of each row are kept; `TopK(k=32)` by default.
+            sparsity: Number of latents kept in each row; `TopK(k=32)` by default.
             seed: Seed of the atoms.
 
         Raises:
             ValueError: The order does not divide `d_in` or `n_latents`, the rule is not `TopK`,
                 or k is more than `n_latents`.
         """
-        nn.Module.__init__(self)
-        whole = group if isinstance(group, Group) else Group(group)
-        self.group, order = whole, whole.order
-        self.sparsity = _checked(whole, d_in, n_latents, TopK() if sparsity is None else sparsity)
-        self.n_families, self.d_block = n_latents // order, d_in // order
-        self.d_in = self.d_out = self.width = d_in
-        self.n_latents, self.tied, self.centred = n_latents, False, True
-        self.reads = self.writes = slice(0, d_in)
-        self.edges = (0, *accumulate([self.d_block] * order))
-        self.config = {
-            "group": whole.table.tolist(),
+        group = group if isinstance(group, Group) else Group(group)
+        _check(group, d_in, n_latents, sparsity)
+        config = {
+            "group": group.table.tolist(),
             "d_in": d_in,
             "n_latents": n_latents,
-            "sparsity": self.sparsity,
+            "sparsity": sparsity,
             "seed": seed,
         }
-        self.rule, self.prefixes, self._state = as_rule(self.sparsity), (n_latents,), []
-        self.fresh, self.history = True, None
+        d_block, row = d_in // group.order, range(d_in)
+        edges = range(0, d_in + 1, d_block)
+        super().__init__(read=row, write=row, edges=edges, config=config)
+        self.group, self.d_block, self.n_families = group, d_block, n_latents // group.order
         random = torch.Generator().manual_seed(seed)
         atoms = torch.randn(self.n_families, d_in, generator=random)
         atoms /= atom_lengths(atoms, self.edges)
@@ -90,12 +90,11 @@ class PoseTied(SparseCoder):
         self._encoder = nn.Parameter(first / first.square().sum(dim=-1, keepdim=True))
         self._b_enc = nn.Parameter(torch.zeros(self.n_families))
         self._b_dec = nn.Parameter(torch.zeros(self.d_block))
-        moved = torch.from_numpy(whole.table.astype(np.int64))
-        self._moved = moved  # block k of an atom in pose h is block moved[k, h] of a row
+        self.moved = torch.from_numpy(group.table.astype(np.int64))
 
     @property
     def atoms(self) -> Float[Tensor, "family element d_block"]:
-        """The atoms in the pose of the identity."""
+        """Atoms in the pose of the identity."""
         return self._atoms.view(self.n_families, self.group.order, self.d_block)
 
     @property
@@ -108,18 +107,20 @@ class PoseTied(SparseCoder):
         return whole.view(self.d_in, self.n_latents)
 
     @property
-    def W_dec(self) -> Float[Tensor, "latent d_in"]:  # noqa: N802 - the field's name
-        """The atom of every latent; |G| times as large as what is learnt."""
+    def W_dec(  # noqa: N802 # pyright: ignore[reportIncompatibleVariableOverride]
+        self,
+    ) -> Float[Tensor, "latent d_in"]:
+        """Atom of every latent; |G| times as large as the parameters."""
         poses = [self._posed(h) for h in range(self.group.order)]
         return torch.stack([self.atoms[:, blocks] for blocks in poses]).view(-1, self.d_in)
 
     @property
-    def b_enc(self) -> Float[Tensor, " latent"]:
+    def b_enc(self) -> Float[Tensor, " latent"]:  # pyright: ignore[reportIncompatibleVariableOverride]
         """Encoder bias of every latent."""
         return self._b_enc.repeat(self.group.order)
 
     @property
-    def b_dec(self) -> Float[Tensor, " d_in"]:
+    def b_dec(self) -> Float[Tensor, " d_in"]:  # pyright: ignore[reportIncompatibleVariableOverride]
         """Bias of a row: the same at every block."""
         return self._b_dec.repeat(self.group.order)
 
@@ -129,11 +130,11 @@ class PoseTied(SparseCoder):
         return [self.reads]
 
     def _posed(self, h: int) -> Int[Tensor, " element"]:
-        """Which block of an atom in the identity's pose is block g of it in pose h: g h^-1."""
-        return self._moved[:, int(self.group.inverses[h])]
+        """Block of an atom in the identity's pose that is its block g in pose h: g h^-1."""
+        return self.moved[:, int(self.group.inverses[h])]
 
     def pre_activations(self, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch latent"]:
-        """What the sparsity rule makes codes of.
+        """Input of the sparsity rule.
 
         Raises:
             InputError: The rows are not `d_in` wide.
@@ -162,8 +163,20 @@ class PoseTied(SparseCoder):
                 out = out + part.view(n, order, -1)[:, self._posed(h)]
         return (out + self._b_dec).view(n, -1)
 
+    def step(self, objective: Objective, revival: AuxK | Resample | None = None) -> Step:
+        """Make the optimizer.
+
+        Raises:
+            ValueError: Dead latents are to be brought back, which this kind cannot.
+        """
+        from mechatlas.dictionaries.engine.posed_steps import PosedStep  # imports this module
+
+        if revival is not None:
+            raise ValueError(f"Latents of a pose-tied dictionary cannot be revived ({revival}).")
+        return PosedStep(self, objective)
+
     @torch.no_grad()
-    def normalise(self) -> None:
+    def normalize(self) -> None:
         """Give every atom length 1."""
         self._atoms.div_(atom_lengths(self._atoms, self.edges))
 
@@ -173,8 +186,8 @@ class PoseTied(SparseCoder):
         self._b_dec.copy_(mean.view(self.group.order, -1).mean(dim=0))
 
     @property
-    def encoder_parts(self) -> list[Tensor]:
-        """What codes are proportional to: the encoder's weights and biases."""
+    def encoder_parameters(self) -> list[Tensor]:
+        """Parameters that codes are proportional to: the encoder's weights, then its biases."""
         return [self._encoder, self._b_enc]
 
     @torch.no_grad()
@@ -182,34 +195,27 @@ class PoseTied(SparseCoder):
         """Change from rows times `scale`, one number, to rows; see `SparseCoder.rescale`."""
         self._b_dec.div_(scale[0])
         self._b_enc.div_(scale[0])
-        self.fresh = False
+        self.untrained = False
 
     def extra_repr(self) -> str:
-        """What it was built with; the group by its order and a checksum of its table."""
-        told = {**self.config, "group": f"{self.group.order}:{self._table_checksum()}"}
-        return ", ".join(f"{name}={value}" for name, value in told.items())
-
-    def _table_checksum(self) -> str:
-        return checksum(self.group.table.tobytes())[:8]
+        """Arguments of the constructor; the group by its order and a checksum of its table."""
+        group = f"{self.group.order}:{checksum(self.group.table.tobytes())[:8]}"
+        return ", ".join(f"{name}={v}" for name, v in {**self.config, "group": group}.items())
 
 
-def _checked(group: Group, d_in: int, n_latents: int, sparsity: Any) -> TopK:
-    """The rule, if what was asked for can be trained.
+def _check(group: Group, d_in: int, n_latents: int, sparsity: Any) -> None:
+    """Refuse arguments of which no dictionary can be built.
 
     Raises:
         ValueError: See `PoseTied`.
     """
-    order = group.order
     if group.identity != 0:
         raise ValueError(f"The identity of the group must be element 0, got {group.identity}.")
     for name, size in (("d_in", d_in), ("n_latents", n_latents)):
-        if size < 1 or size % order:
+        if size < 1 or size % group.order:
             raise ValueError(
-                f"{name} ({size}) must be a multiple of the order of {group.name}, {order}: a "
-                "pose-tied dictionary has every block and every atom in all poses."
+                f"{name} ({size}) must be a multiple of the order of {group.name}, {group.order}: "
+                "a pose-tied dictionary has every block and every atom in all poses."
             )
-    if not isinstance(sparsity, TopK):
+    if not isinstance(sparsity, TopK | None):
         raise ValueError(f"A pose-tied dictionary needs the sparsity rule TopK, got {sparsity}.")
-    if sparsity.k > n_latents:
-        raise ValueError(f"n_latents ({n_latents}) must be at least k ({sparsity.k}).")
-    return sparsity

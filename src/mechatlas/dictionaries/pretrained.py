@@ -1,4 +1,4 @@
-"""A dictionary that another library trained, to be used as it is.
+"""Dictionaries that other libraries trained, to be used as they are.
 
 The conventions in which libraries differ are spelt out as parts that combine: which rule makes
 the code sparse, whether `b_dec` is taken from the input, how a row is scaled before it is read,
@@ -6,26 +6,28 @@ and whether what is reconstructed is the input or another site.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from mechatlas.base import InputError
+from mechatlas.base import InputError, WeightsError
+from mechatlas.dictionaries.rows import check_width
 from mechatlas.dictionaries.sparsity import NONE, Rule, State
 
 
 class RowUnits(NamedTuple):
-    """How each row was put into units of its own, and how to put a row back."""
+    """Units of each row, and the way back from them."""
 
     mean: Float[Tensor, "batch 1"]
-    """Taken from the row first, added last."""
+    """Mean, which is taken from the row first and added last."""
     divisor: Float[Tensor, "batch 1"]
     scale: Float[Tensor, "batch 1"]
-    """What to multiply by on the way back."""
+    """Factor on the way back."""
 
 
-TINY = 1e-30  # a row of zeros stays one
+TINY = 1e-30
+"""Smallest length that a row is divided by: a row of zeros stays one."""
 
 RowNorm = Callable[[Tensor], RowUnits]
 
@@ -79,14 +81,14 @@ class Pretrained(nn.Module):
             b_enc: Encoder bias; with a gated rule, the gate's.
             W_dec: Atoms.
             b_dec: Bias of the reconstruction.
-            sparsity: What makes the code sparse.
-            state: The rule's own tensors.
-            subtracts_b_dec: `b_dec` is taken from the input before it is encoded.
-            norm: How each row is scaled before that.
-            transcodes: What is reconstructed is not the input but what another site holds.
-            W_skip: What `forward` adds, a linear map of the input as it was given.
-            file_format: What it was read from.
-            site: The site it was trained on, if the file says so.
+            sparsity: Sparsity rule.
+            state: Tensors of the rule's own.
+            subtracts_b_dec: Whether `b_dec` is taken from the input before it is encoded.
+            norm: Scaling of each row before that.
+            transcodes: Whether another site than the input is reconstructed.
+            W_skip: Linear map of the input as it was given, which `forward` adds.
+            file_format: Format of the file it was read from.
+            site: Site it was trained on, if the file says so.
 
         Raises:
             ValueError: `b_dec` is as wide as the output and cannot be taken from the input.
@@ -111,17 +113,29 @@ class Pretrained(nn.Module):
         """The sparsity rule's own tensors."""
         return {name: getattr(self, name) for name in self._state}
 
+    @property
+    def config(self) -> dict[str, Any]:
+        """Arguments to build it again.
+
+        Raises:
+            WeightsError: Always: there is no file of ours for the conventions of other libraries.
+        """
+        raise WeightsError(
+            f"A dictionary read from a file of {self.file_format or 'another library'} "
+            "cannot be written in our own format; write it with format='saelens'."
+        )
+
+    def as_pretrained(self) -> "Pretrained":
+        """See this dictionary in the parts of other libraries."""
+        return self
+
     def encode(self, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch latent"]:
         """Sparse code of each sample.
 
         Raises:
             InputError: The rows are not `d_in` wide.
         """
-        if x.shape[-1] != self.d_in:
-            raise InputError(
-                f"The dictionary reads activations of width {self.d_in}, got {x.shape[-1]}. "
-                "Is this the site it was trained on?"
-            )
+        check_width(x, self.d_in)
         x = x.to(self.W_enc.dtype)
         units = self.norm(x) if self.norm else None
         if units:
@@ -162,7 +176,7 @@ class Pretrained(nn.Module):
         return out if self.W_skip is None else out + x.to(out.dtype) @ self.W_skip
 
     def extra_repr(self) -> str:
-        """What it was read from and how it computes."""
+        """Sizes, conventions, and the format of the file."""
         norm = getattr(self.norm, "__name__", self.norm)
         return (
             f"d_in={self.d_in}, n_latents={self.n_latents}, d_out={self.d_out}, "

@@ -3,6 +3,7 @@
 ArrayRows     matrices in memory or memory-mapped
 StreamRows    arrays that come one after another
 as_rows       whichever fits
+check_width   rows against the width that a dictionary reads
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -39,8 +40,8 @@ class ArrayRows:
         self.arrays = [_matrix(array) for array in given]
         counts = {len(array) for array in self.arrays}
         if len(counts) != 1:
-            told = ", ".join(str(tuple(array.shape)) for array in self.arrays)
-            raise InputError(f"Arrays side by side need as many rows each, got shapes {told}.")
+            shapes = ", ".join(str(tuple(array.shape)) for array in self.arrays)
+            raise InputError(f"Arrays side by side need as many rows each, got shapes {shapes}.")
         n_rows = counts.pop()
         self.d_in = sum(array.shape[1] for array in self.arrays)
         if n_rows < 2 or self.d_in < 1:
@@ -227,3 +228,16 @@ def as_rows(data: Any) -> Rows:
     raise InputError(
         f"Cannot train on a {type(data).__name__}; pass an array (rows, d_in) or a store."
     )
+
+
+def check_width(x: Tensor, d_in: int) -> None:
+    """Refuse rows of another width than a dictionary reads.
+
+    Raises:
+        InputError: The rows are not `d_in` wide.
+    """
+    if x.shape[-1] != d_in:
+        raise InputError(
+            f"The dictionary reads activations of width {d_in}, got {x.shape[-1]}. "
+            "Is this the site it was trained on?"
+        )

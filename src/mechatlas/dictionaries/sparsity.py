@@ -1,14 +1,18 @@
-"""What makes a code sparse: frozen rules from pre-activations to codes.
+"""Sparsity rules: frozen rules from pre-activations to codes.
 
     TopK        k latents of each sample
     BatchTopK   k latents a sample, on average over a batch
     ReLU        those above zero; a penalty on their sum
-    JumpReLU    those above a threshold that is learnt; a penalty on their number
-    Gated       those whose gate is open; the gate and the size are learnt apart
+    JumpReLU    those above a threshold that is learned; a penalty on their number
+    Threshold   those above a threshold that other libraries learned
+    Gated       those whose gate is open; the gate and the size are learned apart
 
 A rule names the tensors it needs besides the pre-activations, and a dictionary owns them: those
-of `parameters` learn from the gradient, those of `buffers` from `observe`. Any function of the
-pre-activations alone is a rule too (`as_rule`).
+of `parameters` learn from the gradient, those of `buffers` from `update_threshold`. Any function of
+the pre-activations alone is a rule too (`as_rule`).
+
+Every rule is trained by autograd. A rule whose codes can be found without all pre-activations
+gives `find_codes` and `penalize_codes` as well; a training step is then several times as fast.
 
 Penalties are in the units of training, in which the columns of the activations have variance 1
 on average: a latent of code f explains about f squared of the squared error.
@@ -25,15 +29,19 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mechatlas.dictionaries.engine.interface import CodeSearch
+from mechatlas.dictionaries.engine.structures import Codes
+
 State = Mapping[str, Tensor]
-"""A rule's own tensors."""
+"""Tensors of a rule's own."""
 Unexplained = Callable[[Tensor], Tensor]
 """Squared error of each sample that a code leaves, by a decoder that does not learn from it."""
 NONE: State = MappingProxyType({})
+"""State of a rule without tensors."""
 
 
 class Rule(abc.ABC):
-    """What every sparsity rule offers; all but the code itself has a default."""
+    """Contract of sparsity rules; all but the code itself has a default."""
 
     by_row = True
     """Whether the code of a sample in training is independent of the other samples."""
@@ -48,7 +56,7 @@ class Rule(abc.ABC):
         return {}
 
     def buffers(self, n_latents: int) -> dict[str, Tensor]:
-        """Tensors that `observe` changes, as they start."""
+        """Tensors that `update_threshold` changes, as they start."""
         del n_latents
         return {}
 
@@ -59,13 +67,55 @@ class Rule(abc.ABC):
     def penalty(
         self, pre: Tensor, code: Tensor, unexplained: Unexplained, state: State = NONE
     ) -> Tensor:
-        """What is added to the squared error of each sample."""
+        """Term that is added to the squared error of each sample."""
         del code, unexplained, state
         return pre.new_zeros(len(pre))
 
-    def observe(self, smallest: Tensor, state: State) -> None:
+    def update_threshold(self, smallest: Tensor, state: State) -> None:
         """Learn from the smallest code above zero of a batch in training."""
         del smallest, state
+
+    @property
+    def has_fast_path(self) -> bool:
+        """Whether this very class gives `find_codes`: a subclass may have other codes."""
+        return "find_codes" in vars(type(self))
+
+    def find_codes(self, search: CodeSearch, state: State) -> Codes | None:
+        """Find the codes of a batch in training, without a gradient, and learn from them.
+
+        Args:
+            search: Search among the pre-activations of the batch.
+            state: Tensors of this rule.
+
+        Returns:
+            The codes, or None if they are not sparse, so that autograd is faster.
+
+        Raises:
+            NotImplementedError: The rule has no fast path.
+        """
+        raise NotImplementedError(f"{self} has no fast path")
+
+    def penalize_codes(
+        self, codes: Codes, d_code: Float[Tensor, " pairs"], weight: float, state: State
+    ) -> tuple[float, dict[str, Tensor]]:
+        """Add the gradient of the penalty to that of each code, in place.
+
+        Args:
+            codes: Codes that `find_codes` gave.
+            d_code: Gradient of each code.
+            weight: Weight of a row's penalty in the loss.
+            state: Tensors of this rule.
+
+        Returns:
+            The weighted penalty of the batch, and the gradients of `parameters`.
+        """
+        del codes, d_code, weight, state
+        return 0.0, {}
+
+    def frozen(self, state: State, n_latents: int) -> tuple["Rule", State]:
+        """Rule with the same codes that no longer learns, as other libraries have it."""
+        del n_latents
+        return self, state
 
     def rescale(self, factor: float, state: State) -> None:
         """Change the state in place to that of pre-activations times a factor."""
@@ -74,20 +124,20 @@ class Rule(abc.ABC):
 
 @dataclasses.dataclass(frozen=True)
 class Plain(Rule):
-    """A function of the pre-activations alone, as a rule."""
+    """Rule that is a function of the pre-activations alone."""
 
     function: Callable[[Tensor], Tensor]
 
     def __call__(
         self, pre: Float[Tensor, "batch latent"], state: State = NONE
     ) -> Float[Tensor, "batch latent"]:
-        """What the function returns."""
+        """Call the function."""
         del state
         return self.function(pre)
 
 
 def as_rule(sparsity: Callable[..., Tensor]) -> Rule:
-    """The rule itself, or a rule around a function."""
+    """See a function as a rule."""
     return sparsity if isinstance(sparsity, Rule) else Plain(sparsity)
 
 
@@ -108,6 +158,11 @@ class TopK(Rule):
         del state
         top = pre.topk(self.k, dim=-1)
         return torch.zeros_like(pre).scatter_(-1, top.indices, top.values.relu())
+
+    def find_codes(self, search: CodeSearch, state: State) -> Codes:
+        """Find the k largest codes of each row."""
+        del state
+        return search.largest_of_rows(self.k)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -135,7 +190,7 @@ class BatchTopK(Rule):
         return pre * (pre > state["threshold"])
 
     def buffers(self, n_latents: int) -> dict[str, Tensor]:
-        """The threshold; below zero as long as it has not been learnt."""
+        """The threshold; below zero as long as it has not been learned."""
         del n_latents
         return {"threshold": torch.tensor(-1.0)}
 
@@ -148,20 +203,33 @@ class BatchTopK(Rule):
         top = flat.topk(min(self.k * len(pre), flat.numel()))
         return torch.zeros_like(flat).scatter_(-1, top.indices, top.values.relu()).view_as(pre)
 
-    def observe(self, smallest: Float[Tensor, ""], state: State) -> None:
+    def find_codes(self, search: CodeSearch, state: State) -> Codes:
+        """Find the n k largest codes of n rows, and move the threshold."""
+        codes = search.largest_of_batch(self.k)
+        if len(codes.values):
+            self.update_threshold(codes.values.min(), state)
+        return codes
+
+    def update_threshold(self, smallest: Float[Tensor, ""], state: State) -> None:
         """Move the threshold a hundredth of the way."""
         threshold = state["threshold"]
         threshold.copy_(smallest if threshold < 0 else threshold.lerp(smallest, 0.01))
 
+    def frozen(self, state: State, n_latents: int) -> tuple[Rule, State]:
+        """Threshold of all latents; before any training the k largest of each row."""
+        if state["threshold"] < 0:
+            return TopK(k=self.k), {}
+        return Threshold(), {"threshold": state["threshold"].expand(n_latents)}
+
     def rescale(self, factor: float, state: State) -> None:
-        """The threshold has the pre-activations' units; unlearnt, it has none."""
+        """The threshold has the pre-activations' units; unlearned, it has none."""
         if state["threshold"] >= 0:
             state["threshold"].mul_(factor)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ReLU(Rule):
-    """Keep what is above zero, and penalise the sum of the code (Bricken et al., 2023)."""
+    """Keep what is above zero, and penalize the sum of the code (Bricken et al., 2023)."""
 
     l1: float = 1.0
     """Weight of the code's sum beside the squared error; a code of f loses about l1 / 2 of it."""
@@ -186,6 +254,19 @@ class ReLU(Rule):
         """`l1` times the sum of the code; the atoms' length is fixed, so it is that of a code."""
         del pre, unexplained, state
         return self.l1 * code.sum(dim=-1)
+
+    def find_codes(self, search: CodeSearch, state: State) -> Codes | None:
+        """Find the pre-activations above zero."""
+        del state
+        return search.above(0.0)
+
+    def penalize_codes(
+        self, codes: Codes, d_code: Float[Tensor, " pairs"], weight: float, state: State
+    ) -> tuple[float, dict[str, Tensor]]:
+        """Add the gradient of the sum of the codes."""
+        del state
+        d_code += weight * self.l1
+        return weight * self.l1 * float(codes.values.sum()), {}
 
 
 class _Jump(torch.autograd.Function):
@@ -231,7 +312,7 @@ class JumpReLU(Rule):
 
     The penalty is on the number of latents kept. A number has no gradient, so thresholds learn
     from the pre-activations within half a bandwidth of them (equations 11 and 12 of the paper).
-    The logarithm of the threshold is learnt, which keeps it above zero.
+    The logarithm of the threshold is learned, which keeps it above zero.
     """
 
     l0: float = 1.0
@@ -258,7 +339,7 @@ class JumpReLU(Rule):
     def training_code(
         self, pre: Float[Tensor, "batch latent"], state: State = NONE
     ) -> Float[Tensor, "batch latent"]:
-        """The same code, from which the threshold learns."""
+        """Code of each sample, from which the threshold learns."""
         return _Jump.apply(pre, state["log_threshold"].exp(), self.bandwidth)
 
     def penalty(
@@ -272,9 +353,49 @@ class JumpReLU(Rule):
         del code, unexplained
         return self.l0 * _Count.apply(pre, state["log_threshold"].exp(), self.bandwidth).sum(dim=-1)
 
+    def find_codes(self, search: CodeSearch, state: State) -> Codes | None:
+        """Find the pre-activations above the lower end of the window around their threshold."""
+        threshold = state["log_threshold"].detach().exp()
+        codes = search.above((threshold - self.bandwidth / 2).clamp_min(0))
+        if codes is None:
+            return None
+        return codes._replace(values=codes.raw * (codes.raw > threshold[codes.latents]))
+
+    def penalize_codes(
+        self, codes: Codes, d_code: Float[Tensor, " pairs"], weight: float, state: State
+    ) -> tuple[float, dict[str, Tensor]]:
+        """Add the pseudo-derivatives of the number of codes to the thresholds."""
+        threshold = state["log_threshold"].detach().exp()
+        own = threshold[codes.latents]
+        window = (codes.raw - own).abs() < self.bandwidth / 2
+        to_threshold = window * (own * d_code + weight * self.l0) * (-own / self.bandwidth)
+        gradient = torch.zeros_like(threshold).index_add_(0, codes.latents, to_threshold)
+        n_kept = int((codes.values != 0).sum())
+        return weight * self.l0 * n_kept, {"log_threshold": gradient}
+
+    def frozen(self, state: State, n_latents: int) -> tuple[Rule, State]:
+        """Threshold of each latent."""
+        del n_latents
+        return Threshold(), {"threshold": state["log_threshold"].exp()}
+
     def rescale(self, factor: float, state: State) -> None:
         """The threshold has the pre-activations' units."""
         state["log_threshold"].add_(math.log(factor))
+
+
+@dataclasses.dataclass(frozen=True)
+class Threshold(Rule):
+    """Keep what is positive and above the threshold of its latent.
+
+    `JumpReLU` learns the logarithm of such thresholds. In files they may also be zero
+    or negative, and rounding a logarithm could move one past a pre-activation.
+    """
+
+    def __call__(
+        self, pre: Float[Tensor, "batch latent"], state: State = NONE
+    ) -> Float[Tensor, "batch latent"]:
+        """Zero what is at or below its threshold, or below zero."""
+        return pre.relu() * (pre > state["threshold"])
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -301,7 +422,7 @@ class Gated(Rule):
         return (pre > 0) * (pre * state["r_mag"].exp() + state["b_mag"]).relu()
 
     def parameters(self, n_latents: int) -> dict[str, Tensor]:
-        """How a size follows from its gate."""
+        """Factor and offset by which a size follows from its gate."""
         return {"r_mag": torch.zeros(n_latents), "b_mag": torch.zeros(n_latents)}
 
     def penalty(
@@ -332,4 +453,4 @@ def _check_weight(name: str, value: float) -> None:
 
 
 Sparsity = TopK | BatchTopK | ReLU | JumpReLU | Gated
-"""The rules that a recipe can name; in Python any callable of the same form will do."""
+"""Rules that a recipe can name; in Python any callable of the same form will do."""

@@ -1,8 +1,9 @@
 """Train dictionaries on rows of activations.
 
-The main path is `train`, top to bottom; what one step does is in `steps`, how a run survives
-being killed in `checkpoints`. Atoms are kept at length 1, and the part of their gradient that
-would change it is removed, so that a code's size means something.
+The main path is `train`, top to bottom. What one step does is in `engine`: every kind of dictionary
+gives its own step, and how a run survives being killed is in `engine.checkpoints`. Atoms are kept
+at length 1, and the part of their gradient that would change it is removed, so that a code's size
+means something.
 
 While it is trained a dictionary works on scaled rows: the columns of each of its sites have
 variance 1 on average. So learning rates and penalties mean the same for every network. At the
@@ -16,37 +17,36 @@ import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mechatlas.base import Batch, InputError, NonFiniteError, Progress, Rows, no_progress
-from mechatlas.dictionaries.autoencoder import SparseCoder
+from mechatlas.dictionaries.autoencoder import LinearCoder, SparseCoder
 from mechatlas.dictionaries.engine import checkpoints
-from mechatlas.dictionaries.engine.posed_steps import PosedStep
-from mechatlas.dictionaries.engine.sparse_steps import step_for
-from mechatlas.dictionaries.engine.steps import Step
+from mechatlas.dictionaries.engine.adapter import Adapter, as_coder
+from mechatlas.dictionaries.engine.resampling import resample
 from mechatlas.dictionaries.metrics import History, evaluate
 from mechatlas.dictionaries.objective import Objective, Schedule
-from mechatlas.dictionaries.pose_tied import PoseTied
-from mechatlas.dictionaries.revival import AuxK, Resample, resample
+from mechatlas.dictionaries.revival import AuxK, Resample
 from mechatlas.dictionaries.rows import as_rows
 from mechatlas.files import checksum
 
 MEASUREMENTS = 25
-FIRST_ROWS = 1024
-"""Of the first batch, that the size of the first codes is taken from."""
+"""Number of measurements of a run."""
 HELD_OUT_ROWS = 4096
+"""Largest number of rows that are measured on."""
 DEAD_AFTER_ROWS = 250_000
+"""Rows without use after which a latent counts as dead in the history."""
 
-Trained = TypeVar("Trained", bound=SparseCoder | Sequence[SparseCoder])
+Trained = TypeVar("Trained", bound=nn.Module | Sequence[nn.Module])
 OnMeasure = Callable[[int, dict[str, float]], None]
-"""Told the number of a dictionary (of several) and what was last added to its history."""
+"""Callback with the number of a dictionary (of several) and the newest entry of its history."""
 
 
 def no_measure(number: int, entry: dict[str, float]) -> None:
-    """Tell nobody."""
+    """Show nothing."""
 
 
 def train(
@@ -69,46 +69,60 @@ def train(
     """Train with Adam on the squared error and the penalty of the sparsity rule.
 
     Args:
-        dictionary: Trained in place. Several are trained in one pass over the same batches, each
-            with its own k, kind or seed.
+        dictionary: Dictionary that is trained in place. Several are trained in one pass over the
+            same batches, each with its own k, kind or seed. A class of your own is a module that
+            fits `Dictionary`; it is trained by autograd, or by its own `step(objective)`.
         data: An array (rows, width) or memory map, a tuple of arrays whose rows belong
             together (for a transcoder or crosscoder), a store with one site, an iterable of
             arrays, or anything that fits `Rows`.
-        steps: Optimiser steps.
+        steps: Optimizer steps.
         batch_size: Rows in a step.
         lr: Largest learning rate.
-        schedule: How it changes; by default it falls linearly over the last fifth.
-        objective: Relative errors, clipping; by default neither.
+        schedule: Learning rate and sparsity warm-up; by default the rate falls linearly over the
+            last fifth.
+        objective: Normalized errors, clipping; by default neither.
         revival: How dead latents are brought back; by default they are not.
         seed: Seed of the order of rows.
-        device: Where to train.
+        device: Device to train on.
         checkpoint: Folder for the state of the run. If there is one of a run with the same
             settings, that run is continued and ends as if it had never been stopped.
         checkpoint_every: Steps between two checkpoints; one is also written at the end.
-        on_measure: Told what was measured, some twenty-five times.
-        on_progress: Told the number of steps done.
+        on_measure: Callback for measurements, of which there are some twenty-five.
+        on_progress: Callback with the number of steps done.
 
     Returns:
         The same dictionary, or dictionaries, with their `history`.
 
+    Examples:
+        >>> import torch
+        >>> from mechatlas.dictionaries.autoencoder import Autoencoder
+        >>> from mechatlas.dictionaries.sparsity import TopK
+        >>> activations = torch.randn(2000, 16, generator=torch.Generator().manual_seed(0))
+        >>> dictionary = Autoencoder(d_in=16, n_latents=64, sparsity=TopK(k=4))
+        >>> dictionary = train(dictionary, activations, steps=100, batch_size=256)
+        >>> dictionary.history.fvu[-1] < 0.6
+        True
+
     Raises:
         DiskError: A checkpoint cannot be written.
-        InputError: The rows are not as wide as the dictionary, all are equal, or none is held out.
+        InputError: The rows are not as wide as the dictionary, all are equal, or none is held out;
+            or the dictionary has nothing to learn.
         NonFiniteError: A row has a NaN or an infinity (nothing was trained on it), or the loss
             became infinite.
         ValueError: `steps`, `batch_size`, `lr` or `checkpoint_every` is not positive.
         WeightsError: The checkpoint is damaged or of a run with other settings.
     """
     _check(steps=steps, batch_size=batch_size, lr=lr, checkpoint_every=checkpoint_every)
-    together = [dictionary] if isinstance(dictionary, SparseCoder) else list(dictionary)
+    each: Sequence[Any] = dictionary if isinstance(dictionary, Sequence) else [dictionary]
+    coders = list(map(as_coder, each))
     rows = as_rows(data)
-    if wrong := [one.width for one in together if one.width != rows.d_in]:
+    if wrong := [coder.width for coder in coders if coder.width != rows.d_in]:
         raise InputError(f"The rows are {rows.d_in} wide, the dictionary reads {wrong[0]}.")
     held_out = _checked(rows.held_out(HELD_OUT_ROWS), rows).to(device)
     if not len(held_out):
         raise InputError("There are no held-out rows to measure on; collect more than one sample.")
     schedule, objective = schedule or Schedule(), objective or Objective()
-    runs = [_Run(one.to(device), held_out, objective, revival, seed) for one in together]
+    runs = [_Run(coder, held_out, objective, revival, seed) for coder in coders]
     options = (steps, batch_size, lr, seed, schedule, objective, revival)
     settings = _settings(rows, held_out, options)
     done = 0
@@ -121,8 +135,10 @@ def train(
         clock = time.process_time()
         while done < steps:
             x = _checked(next(batches), rows).to(device)
+            rate = lr * schedule(done, steps)
+            coefficient = schedule.sparsity_coefficient(done, steps)
             for run in runs:
-                run.step(x, lr * schedule(done, steps), schedule.penalty(done, steps), done / steps)
+                run.step(x, rate, coefficient, done / steps)
             done += 1
             on_progress(done, steps)
             if done % max(1, steps // MEASUREMENTS) == 0 or done == steps:
@@ -143,38 +159,35 @@ class _Run:
 
     def __init__(
         self,
-        dictionary: SparseCoder,
+        dictionary: SparseCoder | Adapter,
         held_out: Tensor,
         objective: Objective,
         revival: AuxK | Resample | None,
         seed: int,
     ) -> None:
         self.dictionary, self.revival, self.seed = dictionary, revival, seed
+        self.module: Any = dictionary.module if isinstance(dictionary, Adapter) else dictionary
+        self.module.to(held_out.device)
         self.scale = _scale(dictionary, held_out)
         self.held_out = held_out  # as they are: scaled ones would take room in every step
-        if isinstance(dictionary, PoseTied):
-            self.take_step: Step = PosedStep(dictionary, objective)
-        else:
-            self.take_step = step_for(dictionary, objective)
-        if isinstance(dictionary, PoseTied) and revival is not None:
-            raise ValueError(f"Latents of a pose-tied dictionary cannot be revived ({revival}).")
+        self.take_step = dictionary.step(objective, revival)
         self.last_fired = torch.zeros(
             dictionary.n_latents, dtype=torch.long, device=held_out.device
         )
         self.history = History()
         self.done = 0
-        self.since = 0  # steps that `history` has not been told the seconds of
-        self.to_begin = dictionary.fresh
+        self.unmeasured = 0  # steps since the last measurement
+        self.to_begin = dictionary.untrained
 
     def begin(self) -> dict[str, Any]:
-        """Go over to scaled rows; what a checkpoint of this run must agree with."""
-        owner = self.dictionary
+        """Go over to scaled rows; return what a checkpoint of this run must agree with."""
+        dictionary = self.dictionary
         settings = {
-            "dictionary": f"{type(owner).__name__}({owner.extra_repr()})",
-            "weights at the start": _checksum(owner.parameters()),
+            "dictionary": f"{type(self.module).__name__}({self.module.extra_repr()})",
+            "weights at the start": _checksum(self.module.parameters()),
         }
-        if not owner.fresh:
-            owner.rescale(1 / self.scale)
+        if not dictionary.untrained:
+            dictionary.rescale(1 / self.scale)
         return settings
 
     def finish(self) -> None:
@@ -182,9 +195,9 @@ class _Run:
         if self.done or not self.to_begin:
             self.dictionary.rescale(self.scale)
         if self.done:
-            self.dictionary.history = self.history
+            self.module.history = self.history
 
-    def step(self, x: Tensor, rate: float, pressure: float, share: float) -> None:
+    def step(self, x: Tensor, rate: float, sparsity_coefficient: float, part_done: float) -> None:
         """Train on one batch.
 
         Raises:
@@ -200,14 +213,20 @@ class _Run:
             latents = (silent >= revival.dead_after_rows).nonzero()[:, 0]
             if isinstance(revival, AuxK):
                 dead = revival, latents
-            elif self.done and self.done % revival.every == 0 and share <= revival.until:
+            elif self.done and self.done % revival.every == 0 and part_done <= revival.until:
                 random = torch.Generator().manual_seed(self.seed * 1_000_003 + self.done)
-                if len(latents):
-                    resample(self.dictionary, latents, self.take_step.moments, x, random)
+                if len(latents):  # kinds that cannot have refused to give a step
+                    resample(
+                        cast(LinearCoder, self.dictionary),
+                        latents,
+                        self.take_step.moments,
+                        x,
+                        random,
+                    )
                     self.last_fired[latents] = self.done
-        loss, fired = self.take_step(x, rate, dead, pressure=pressure)
+        loss, fired = self.take_step(x, rate, dead, sparsity_coefficient=sparsity_coefficient)
         self.done += 1
-        self.since += 1
+        self.unmeasured += 1
         if not math.isfinite(loss):
             raise NonFiniteError(
                 f"The loss became {loss} at step {self.done}: training diverged. Train with a "
@@ -216,24 +235,24 @@ class _Run:
         self.last_fired[fired] = self.done
 
     def measure(self, batch_size: int, seconds: float) -> dict[str, float]:
-        """Add to the history; `seconds` since it was last added to."""
+        """Add to the history, given the seconds since the last measurement."""
         silent = (self.done - self.last_fired) * batch_size
         dead = silent >= min(DEAD_AFTER_ROWS, self.done * batch_size)
-        owner = self.dictionary
+        dictionary = self.dictionary
         x = self.held_out * self.scale
-        read, written = x[:, owner.reads], x[:, owner.writes]
-        quality = evaluate(owner, read, target=written)
+        read, written = x[:, dictionary.reads], x[:, dictionary.writes]
+        quality = evaluate(self.module, read, target=written)
         self.history.step.append(self.done)
         self.history.fvu.append(quality.fvu)
         self.history.l0.append(quality.l0)
         self.history.dead_share.append(float(dead.float().mean()))
-        self.history.seconds_per_step.append(seconds / max(1, self.since))
-        self.since = 0
+        self.history.seconds_per_step.append(seconds / max(1, self.unmeasured))
+        self.unmeasured = 0
         return {name: float(v[-1]) for name, v in dataclasses.asdict(self.history).items()}
 
     def tensors(self) -> dict[str, Tensor]:
-        """All that a checkpoint keeps but the history."""
-        tensors = {name: p.data for name, p in self.dictionary.state_dict(keep_vars=True).items()}
+        """Collect all that a checkpoint keeps but the history."""
+        tensors = {name: p.data for name, p in self.module.state_dict(keep_vars=True).items()}
         for name, (first, second) in self.take_step.moments.items():
             tensors |= {f"{name}.first": first, f"{name}.second": second}
         return {**tensors, "last_fired": self.last_fired}
@@ -255,7 +274,7 @@ def _keep(folder: Path, runs: Sequence[_Run], settings: dict[str, Any], done: in
 
 
 def _resume(folder: Path, runs: Sequence[_Run], settings: dict[str, Any]) -> int:
-    """Continue from a checkpoint, if there is one; the number of steps done."""
+    """Continue from a checkpoint, if there is one; return the number of steps done."""
     progress = checkpoints.continued(folder, _tensors(runs), settings)
     if progress is None:
         return 0
@@ -266,18 +285,17 @@ def _resume(folder: Path, runs: Sequence[_Run], settings: dict[str, Any]) -> int
 
 
 def _check(**numbers: int | float) -> None:
-    """Refuse what is not positive.
+    """Refuse numbers that are not positive.
 
     Raises:
         ValueError: One is not.
     """
-    if not min(numbers.values()) > 0:
-        told = ", ".join(f"{name} ({number})" for name, number in numbers.items())
-        raise ValueError(f"{told} must be > 0.")
+    if wrong := [f"{name} ({number})" for name, number in numbers.items() if not number > 0]:
+        raise ValueError(f"{', '.join(wrong)} must be > 0.")
 
 
 def _settings(rows: Rows, held_out: Tensor, options: tuple[Any, ...]) -> dict[str, Any]:
-    """What a run can only be continued with."""
+    """Settings that a run can only be continued with."""
     names = ("steps", "batch_size", "lr", "seed", "schedule", "objective", "revival")
     kept: dict[str, Any] = {
         "rows": [rows.n_rows, rows.d_in],
@@ -292,8 +310,8 @@ def _checksum(tensors: Iterable[Tensor]) -> str:
     return checksum(b"".join(t.detach().cpu().contiguous().numpy().data for t in tensors))
 
 
-def _scale(dictionary: SparseCoder, x: Tensor) -> Tensor:
-    """For each column, what gives the columns of its site variance 1 on average."""
+def _scale(dictionary: SparseCoder | Adapter, x: Tensor) -> Tensor:
+    """Factor of each column with which the columns of its site have variance 1 on average."""
     scale = x.new_ones(x.shape[1])
     if len(x) > 1:
         for site in dictionary.sites:
@@ -303,8 +321,8 @@ def _scale(dictionary: SparseCoder, x: Tensor) -> Tensor:
     return scale
 
 
-def _begin(dictionary: SparseCoder, x: Tensor) -> None:
-    """Start the biases at the mean, and the encoder of several sites at the right size.
+def _begin(dictionary: SparseCoder | Adapter, x: Tensor) -> None:
+    """Initialize from the first batch.
 
     Raises:
         InputError: All rows are equal.
@@ -314,30 +332,11 @@ def _begin(dictionary: SparseCoder, x: Tensor) -> None:
             f"All {len(x)} rows of the first batch are equal: there is nothing to learn. "
             "Is the site constant, or the network without weights?"
         )
-    dictionary.start_at(x.mean(dim=0))
-    if len(dictionary.edges) > 2 and not dictionary.tied and hasattr(dictionary.sparsity, "k"):
-        _shrink(dictionary, x[:FIRST_ROWS])
-
-
-@torch.no_grad()
-def _shrink(dictionary: SparseCoder, x: Tensor) -> None:
-    """If rows are rebuilt worse than by their mean, begin with smaller codes.
-
-    What reads an atom as 1 at one site says nothing of the others at first: there the k latents
-    of a row add noise, as much at each site as they explain at one, which Adam unlearns slowly.
-    Codes start at the geometric mean of the size that is best now and of that which is right once
-    the other sites are learnt. Which are the k largest does not change.
-    """
-    said = dictionary.decode(dictionary.encode(x[:, dictionary.reads])) - dictionary.b_dec
-    target = x[:, dictionary.writes] - dictionary.b_dec
-    best = float((said * target).sum() / said.square().sum().clamp(min=1e-30))
-    if 0 < best < 0.5:  # above, the error is less than that of no code at all
-        for part in dictionary.encoder_parts:
-            part.mul_(math.sqrt(best))
+    dictionary.initialize(x)
 
 
 def _checked(batch: Batch, rows: Rows) -> Tensor:
-    """The rows of a batch.
+    """Rows of a batch without NaN and infinities.
 
     Raises:
         NonFiniteError: One has a NaN or an infinity.

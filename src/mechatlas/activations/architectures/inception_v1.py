@@ -25,8 +25,9 @@ from torch.nn import functional
 
 from mechatlas.activations.architectures.inception import ConvReLU, Inception, Widths
 from mechatlas.activations.inputs import ImageInput
-from mechatlas.activations.networks import load_weights, read_tensors
+from mechatlas.activations.networks import load_weights
 from mechatlas.base import UserError, WeightsError
+from mechatlas.tensorfiles import read_tensors
 
 
 class _Norm(NamedTuple):

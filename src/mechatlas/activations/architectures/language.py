@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from mechatlas.activations.text_input import TextInput
 from mechatlas.base import UserError, WeightsError
-from mechatlas.files import non_finite
+from mechatlas.tensorfiles import non_finite
 
 
 def transformer(path: str | Path) -> nn.Module:

@@ -25,7 +25,8 @@ from torch.nn import functional
 
 from mechatlas.activations.architectures.inception import ConvReLU
 from mechatlas.activations.inputs import ImageInput
-from mechatlas.activations.networks import load_weights, read_tensors
+from mechatlas.activations.networks import load_weights
+from mechatlas.tensorfiles import read_tensors
 
 CAFFE_MEAN = (103.939, 116.779, 123.68)
 """Mean of blue, green and red over ImageNet, in bytes."""

@@ -92,14 +92,17 @@ class AblationCurve:
     """Number that suffices; `None` if all of them do not, as the basis omits what is needed."""
     n: int
     """Number of edges or vectors there are."""
-    score: float
-    """Score with `n_needed` of them."""
     unchanged: float
     """Score of the unchanged network."""
     kept: tuple[int, ...]
     """Numbers kept that were tried, rising."""
     scores: tuple[float, ...]
     """Score with each number kept."""
+
+    @property
+    def score(self) -> float:
+        """Score with `n_needed` of them, or with all if they do not suffice."""
+        return self.scores[self.kept.index(self.n if self.n_needed is None else self.n_needed)]
 
 
 def find_needed(
@@ -130,7 +133,6 @@ def find_needed(
     return AblationCurve(
         n_needed=high if suffices(high) else None,
         n=n,
-        score=scores[high],
         unchanged=unchanged,
         kept=kept,
         scores=tuple(scores[number] for number in kept),

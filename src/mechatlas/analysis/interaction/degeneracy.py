@@ -229,11 +229,15 @@ class ReLUStack:
         gauge = self._gauge(number - 1) if number else (0, 0)
         return DegeneracyCount(width * n_units, dead, activations, gradients, products, *gauge)
 
+    @property
+    def n_jacobian_entries(self) -> int:
+        """Number of derivatives of the outputs of all samples by all weights."""
+        n, n_out = self.gradients[0].shape[:2]
+        return n * n_out * len(self.weights())
+
     def jacobian_rank(self) -> int | None:
         """Rank of the derivatives of the outputs by all weights; `None` if they are too many."""
-        n, n_out = self.gradients[0].shape[:2]
-        n_weights = sum(g.shape[2] * self.read_by(i).shape[1] for i, g in enumerate(self.gradients))
-        entries = n * n_out * n_weights
+        entries, n_weights = self.n_jacobian_entries, len(self.weights())
         if entries > MAX_RANK_ENTRIES or entries * n_weights > MAX_OPERATIONS / 25:
             return None
         return self._rank(self.jacobian())

@@ -15,12 +15,13 @@ Main path, in reading order:
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from functools import partial
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import nn
 
 from mechatlas import deprecated
@@ -41,6 +42,10 @@ from mechatlas.analysis.interaction.degeneracy import (
 )
 from mechatlas.analysis.interaction.edges import InteractionEdges, measure_edges
 from mechatlas.analysis.interaction.layer_maps import LayerMap, layer_maps, rows_of
+from mechatlas.analysis.interaction.learning_coefficient import (
+    LearningCoefficient,
+    learning_coefficient,
+)
 from mechatlas.analysis.interaction.modularity import (
     InteractionGraph,
     Modules,
@@ -48,6 +53,10 @@ from mechatlas.analysis.interaction.modularity import (
     find_modules,
     interaction_graph,
     module_stability,
+)
+from mechatlas.analysis.interaction.module_degeneracy import (
+    ModuleDegeneracy,
+    count_module_degeneracy,
 )
 from mechatlas.analysis.interaction.results import (
     InteractionBasis,
@@ -68,6 +77,7 @@ from mechatlas.analysis.interaction.statistics import (
     unprefixed,
 )
 from mechatlas.base import Dictionary, Progress, Site, SiteError, UserError, no_progress
+from mechatlas.maths.arrays import as_array
 from mechatlas.maths.linalg import cut, parts_of, spectral
 
 LATENTS = "dictionary"
@@ -96,6 +106,7 @@ def basis(
     settings: InteractionConfig | None = None,
     *,
     dictionaries: Mapping[str, Dictionary] | None = None,
+    unit_modules: Mapping[str, Int[Any, " unit"]] | None = None,
     checkpoints: Checkpoints | MutableMapping[str, NamedArrays] | None = None,
     on_progress: Progress = no_progress,
 ) -> InteractionBasis:
@@ -110,6 +121,8 @@ def basis(
         dictionaries: Dictionaries by layer. Their latents are compared with the bases, as
             "dictionary"; edges go from them to the next layer's coordinates in the basis that is
             reported.
+        unit_modules: Module of each unit by layer, -1 for none, in a stack of linear and ReLU
+            layers. The free directions of each module are counted.
         checkpoints: Store of finished parts; an interrupted call with the same other arguments
             continues from it. A mapping is written to and read from.
         on_progress: Callback with the number of steps done and their total.
@@ -119,7 +132,7 @@ def basis(
 
     Raises:
         SiteError: Fewer than two layers, a layer that is not there, or a wrong order.
-        InputError: The data are not samples for this network.
+        InputError: The data are not samples for this network, or the modules do not fit it.
         NonFiniteError: A NaN or an infinity, and where.
 
     Examples:
@@ -166,7 +179,12 @@ def basis(
             keep=keep,
             on_step=lambda: on_progress(min(next(steps), n_steps), n_steps),
         )
-        return analysis.run(dictionaries or {})
+        result = analysis.run(dictionaries or {})
+        return dataclasses.replace(
+            result,
+            learning_coefficient=analysis.learning_coefficient(),
+            module_degeneracy=analysis.module_degeneracy(unit_modules),
+        )
     finally:
         for module in trained:
             module.training = True
@@ -321,6 +339,34 @@ class _Analysis:
             ],
             gradients=[gradients[str(number)] for number in range(len(self.maps))],
         )
+
+    def learning_coefficient(self) -> LearningCoefficient | None:
+        """Learning coefficient of the whole network, if the settings ask for it."""
+        settings = self.settings
+        if not settings.learning_coefficient:
+            return None
+        x = self.subset.first(settings.jacobian_samples).tensor
+        n_beta = settings.n_beta or len(x) / math.log(max(len(x), 2))
+        sample = partial(learning_coefficient, self.model, x, n_beta=n_beta, seed=settings.seed)
+        return self.result("learning_coefficient", LearningCoefficient, sample)
+
+    def module_degeneracy(
+        self, unit_modules: Mapping[str, Int[Any, " unit"]] | None
+    ) -> ModuleDegeneracy | None:
+        """Free directions of the modules of units.
+
+        Raises:
+            InputError: The modules do not fit the layers, or the layers are not linear and ReLU.
+        """
+        if unit_modules is None:
+            return None
+        names = [str(site) for site in self.sites]
+        labels = [
+            as_array(unit_modules.get(name, []), "unit", f"unit_modules[{name!r}]", dtype=np.int64)
+            for name in names
+        ]
+        seed = self.settings.seed
+        return count_module_degeneracy(self.model, self.maps, self.inputs, labels, seed=seed)
 
     def bases(self, kind: BasisKind, statistics: _Statistics) -> list[Basis]:
         """Bases of every layer; the last one keeps its own units, whose meaning is known."""

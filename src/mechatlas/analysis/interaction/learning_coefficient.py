@@ -29,7 +29,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from mechatlas.base import NonFiniteError
+from mechatlas.base import NonFiniteError, Result
 
 MAX_HESSIAN_WIDTH = 4096
 """Maximum number of parameters for the whole Hessian; beyond, only its diagonal is formed."""
@@ -41,8 +41,8 @@ MAX_LEAPFROG_STEPS = 32
 """Maximum number of leapfrog steps on the way to one sample."""
 
 
-@dataclasses.dataclass(frozen=True)
-class LearningCoefficient:
+@dataclasses.dataclass(frozen=True, repr=False)
+class LearningCoefficient(Result):
     """Estimate of the learning coefficient, at its resolution."""
 
     value: float
@@ -63,6 +63,13 @@ class LearningCoefficient:
     def effective_parameters(self) -> float:
         """Effective number of parameters at the resolution: twice the learning coefficient."""
         return 2 * self.value
+
+    def summary(self) -> str:
+        """Estimate with its standard error, resolution and R-hat."""
+        return (
+            f"Learning coefficient {self.value:.4g} +- {self.standard_error:.2g} at resolution "
+            f"{self.resolution:.2g}, R-hat {self.r_hat:.2f}"
+        )
 
 
 def learning_coefficient(

@@ -23,10 +23,10 @@ import numpy as np
 from jaxtyping import Float, Int
 from torch import nn
 
-from mechatlas.analysis.interaction.degeneracy import ReLUStack, with_constant
+from mechatlas.analysis.interaction.degeneracy import MAX_RANK_ENTRIES, ReLUStack, with_constant
 from mechatlas.analysis.interaction.layer_maps import LayerMap
 from mechatlas.analysis.interaction.statistics import Inputs
-from mechatlas.base import InputError
+from mechatlas.base import InputError, Result
 from mechatlas.maths.linalg import rank_of
 
 STEP = 0.1
@@ -35,8 +35,8 @@ N_STEPS = 8
 """Number of random steps that `interaction` is averaged over."""
 
 
-@dataclasses.dataclass(frozen=True)
-class ModuleDegeneracy:
+@dataclasses.dataclass(frozen=True, repr=False)
+class ModuleDegeneracy(Result):
     """Free directions of the modules of a network, and of all of it."""
 
     n_parameters: tuple[int, ...]
@@ -58,6 +58,14 @@ class ModuleDegeneracy:
         """Number of directions that are free only because modules make up for one another."""
         return self.n_free_together - sum(self.n_free)
 
+    def summary(self) -> str:
+        """Free directions of the modules, one by one, together and in the network."""
+        return (
+            f"Free directions of modules {', '.join(map(str, self.n_free))}; together "
+            f"{self.n_free_together}, in the network {self.n_free_network}; interaction "
+            f"{self.interaction:.3g}"
+        )
+
 
 def count_module_degeneracy(
     network: nn.Module,
@@ -77,13 +85,19 @@ def count_module_degeneracy(
         seed: Seed of the random steps.
 
     Raises:
-        InputError: The labels do not fit the layers, or a layer is not linear or ReLU.
+        InputError: The labels do not fit the layers, a layer is not linear or ReLU, or there are
+            too many derivatives.
     """
     stack = ReLUStack.from_maps(network, maps, inputs)
     widths = [values.shape[1] for values in stack.activations]
     if [len(layer) for layer in labels] != widths:
         raise InputError(
             f"Expected labels for layers of {widths} units, got {[len(each) for each in labels]}."
+        )
+    if stack.n_jacobian_entries > MAX_RANK_ENTRIES:
+        raise InputError(
+            f"The free directions of modules need {stack.n_jacobian_entries:,} derivatives, at "
+            f"most {MAX_RANK_ENTRIES:,} fit. Take fewer samples or a smaller network."
         )
     jacobian = stack.jacobian()
     module = np.concatenate([_module_of_weights(stack, i, labels) for i in range(len(maps))])

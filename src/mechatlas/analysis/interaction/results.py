@@ -15,12 +15,14 @@ from mechatlas.analysis.interaction.ablation import MAX_ACCURACY_DROP, AblationC
 from mechatlas.analysis.interaction.bases import BASIS_KINDS, Basis, BasisKind
 from mechatlas.analysis.interaction.degeneracy import DegeneracyCount, NetworkDegeneracy
 from mechatlas.analysis.interaction.edges import InteractionEdges
+from mechatlas.analysis.interaction.learning_coefficient import LearningCoefficient
 from mechatlas.analysis.interaction.modularity import (
     N_NULL_GRAPHS,
     InteractionGraph,
     Modules,
     ModuleStability,
 )
+from mechatlas.analysis.interaction.module_degeneracy import ModuleDegeneracy
 from mechatlas.base import Result
 from mechatlas.maths.linalg import RELATIVE, Cut
 
@@ -56,6 +58,10 @@ class InteractionConfig:
     """Share of rows on which units of one synchronized block may differ; 0 is exact."""
     ablations: bool = True
     """Whether to count needed edges and vectors, which takes longest."""
+    learning_coefficient: bool = False
+    """Whether to estimate the local learning coefficient, on `jacobian_samples`."""
+    n_beta: float | None = None
+    """Inverse temperature of the learning coefficient; by default n / log n of n samples."""
     n_null_graphs: int = N_NULL_GRAPHS
     """Random graphs with the same degrees that modularity is compared with."""
     seed: int = 0
@@ -191,6 +197,10 @@ class InteractionBasis(Result):
     """Agreement of the modules with those of other seeds and samples."""
     rotated_q: float | None
     """Newman's Q after a random rotation of the bases, with as many edges."""
+    learning_coefficient: LearningCoefficient | None = None
+    """Local learning coefficient, if the settings ask for it."""
+    module_degeneracy: ModuleDegeneracy | None = None
+    """Free directions of the modules of units, if they were given."""
 
     def __len__(self) -> int:
         """Number of layers."""
@@ -217,19 +227,23 @@ class InteractionBasis(Result):
         return sum(layer.free_directions for layer in self.layers)
 
     @property
+    def n_parameters(self) -> int:
+        """Number of weights and biases that were counted."""
+        return sum(layer.degeneracy.n_parameters for layer in self.layers)
+
+    @property
     def is_exact(self) -> bool:
         """Whether `free_directions` is exact, not a lower bound."""
         return self.degeneracy is not None and self.degeneracy.across_blocks is not None
 
     def summary(self) -> str:
         """Ranks and needed edges of the first layers, free directions, modules."""
-        n_parameters = sum(layer.degeneracy.n_parameters for layer in self.layers)
         lines = [
             f"Interaction basis ({self.layers[0].kind}) of {len(self)} layers; {self.measure} "
             f"{self.score:.4g}",
             *(layer.summary() for layer in self.layers[:3]),
-            f"{'' if self.is_exact else 'At least '}{self.free_directions} of {n_parameters} "
-            "directions of the weights are free",
+            f"{'' if self.is_exact else 'At least '}{self.free_directions} of "
+            f"{self.n_parameters} directions of the weights are free",
         ]
         if self.modules is not None:
             n = self.modules.n if self.modules.significant else "no"

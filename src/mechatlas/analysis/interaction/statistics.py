@@ -182,7 +182,7 @@ class LayerMoments:
 
 
 class LayerMapFiring:
-    """Which hidden units of a layer map fire together: once, or once for each tap of a kernel.
+    """Co-firing of the hidden units of a layer map: one count, or one for each tap of a kernel.
 
     Args:
         layer_map: A map with a closed form.

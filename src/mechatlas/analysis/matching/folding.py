@@ -115,7 +115,7 @@ def _weights(
         return decoder, None, None
     encoder = _float32(dictionary.W_enc, "d_in latent", f"W_enc of {name}").T
     bias = _float32(dictionary.b_enc, "latent", f"b_enc of {name}").astype(np.float64)
-    if getattr(dictionary, "subtracts_b_dec", getattr(dictionary, "centred", True)):
+    if getattr(dictionary, "subtracts_b_dec", True):
         bias = bias - encoder @ _float32(dictionary.b_dec, "d_in", f"b_dec of {name}")
     return decoder, encoder, bias
 

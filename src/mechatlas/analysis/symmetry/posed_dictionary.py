@@ -24,7 +24,6 @@ from mechatlas.activations.store import Store, StoreRows
 from mechatlas.analysis.symmetry.baselines import PoseMapFit, PoseMaps, PoseR2
 from mechatlas.analysis.symmetry.regression import CodeRegression
 from mechatlas.base import Progress, StoreError, WeightsError, no_progress
-from mechatlas.dictionaries.pose_tied import PoseTied
 from mechatlas.maths.arrays import SparseMatrix
 from mechatlas.maths.groups import Group
 
@@ -56,7 +55,7 @@ class PosedDictionary:
     @property
     def pose_tied(self) -> bool:
         """Whether the dictionary reads all poses with the same atoms."""
-        return isinstance(self.dictionary, PoseTied)
+        return _is_pose_tied(self.dictionary)
 
     @property
     def d(self) -> int:
@@ -72,6 +71,11 @@ class PosedDictionary:
         """Select from all blocks of some rows the columns that the dictionary reads."""
         blocks = x.view(len(x), self.group.order, -1)[:, :, self.columns]
         return blocks.reshape(len(x), -1)
+
+
+def _is_pose_tied(dictionary: Any) -> bool:
+    """Whether the atoms of a dictionary are tied over the poses of its `group`."""
+    return getattr(dictionary, "group", None) is not None
 
 
 def pair_with_store(
@@ -132,7 +136,7 @@ def _decoder_blocks(
         StoreError: The dictionary reads rows of another width.
         WeightsError: It writes blocks of another group.
     """
-    order, tied = group.order, isinstance(dictionary, PoseTied)
+    order, tied = group.order, _is_pose_tied(dictionary)
     n_written = getattr(dictionary, "d_out", dictionary.d_in)
     expected = (
         f"one pose of {place} has {d} ({order * d} for the {order} elements of {group.name})."

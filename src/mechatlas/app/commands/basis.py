@@ -1,66 +1,70 @@
-"""The job of `mechatlas basis`: a recipe -> a folder with bases, edges, ledger and modules.
+"""Find degeneracy, interaction basis and modules of some layers of a network.
 
-unfinished/          what a run that was killed had finished; gone when it ends
-basis.safetensors    for each layer and basis `mean`, `to_basis`, `from_basis`, `importance`,
-                     and `edges`, `edge_errors` to the next layer
-spectra.json         eigenvalues, ablation curves, the graph: what the page draws
+    mechatlas basis recipes/quick/basis.toml
+
+The folder has `basis.safetensors` (for each layer and basis `mean`, `to_basis`, `from_basis`,
+`importance`, and `edges` and `edge_errors` to the next layer) and `spectra.json` (eigenvalues,
+ablation curves and the graph that the page draws). An interrupted run is continued by the same
+command.
 """
 
 import dataclasses
-import json
-import shutil
-import time
-from collections.abc import Iterator, MutableMapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Float, Int
+from safetensors import SafetensorError
 from safetensors.numpy import load_file
+from torch import Tensor
 
-from mechatlas.activations import networks
-from mechatlas.activations.networks import Network, digest
-from mechatlas.activations.samples import Images, SampleRecipe, Samples, open_samples
+from mechatlas.activations.networks import Network, digest, load_network
+from mechatlas.activations.samples import Images, SampleRecipe, open_samples
 from mechatlas.activations.sites import find_sites
 from mechatlas.analysis.interaction.ablation import AblationCurve
+from mechatlas.analysis.interaction.degeneracy import DegeneracyCount
 from mechatlas.analysis.interaction.interaction_basis import basis
+from mechatlas.analysis.interaction.learning_coefficient import LearningCoefficient
+from mechatlas.analysis.interaction.module_degeneracy import ModuleDegeneracy
 from mechatlas.analysis.interaction.results import InteractionBasis, InteractionConfig, LayerResult
+from mechatlas.app import basis_spectra
+from mechatlas.app.inputs import open_dictionary
 from mechatlas.app.progress import bar
-from mechatlas.app.recipes import as_dict
-from mechatlas.app.run_folder import finish, refuse_strangers, write_tensors
+from mechatlas.app.run_folder import BASIS, CommandResult, RunConfig, RunFolder
 from mechatlas.base import InputError, RecipeError, Site, SiteError
-from mechatlas.dictionaries.formats import load
-from mechatlas.files import checksum, read_json, write_json
+from mechatlas.files import checksum
 
-FILE = "basis.safetensors"
-SPECTRA = "spectra.json"
-UNFINISHED = "unfinished"
-SHOWN_EDGES = 600
-"""Edges of the graph that the page can draw."""
-SHOWN_CHANNELS = 4
-"""Channels that are named of each vector."""
+KIND = BASIS
+TENSORS = "basis.safetensors"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class BasisConfig:
-    """Degeneracy, interaction basis and modules of some layers of a network."""
+class BasisConfig(RunConfig):
+    """Find degeneracy, interaction basis and modules of some layers of a network.
+
+    Example:  mechatlas basis recipes/quick/basis.toml --settings.learning-coefficient
+    """
 
     network: Network
-    """Which network, with which weights."""
+    """Network, with its weights."""
     layers: tuple[str, ...]
     """Sites in the order in which the network reaches them; the last holds the outputs."""
     samples: SampleRecipe = dataclasses.field(default_factory=Images)
-    """What to run it on: Images, Arrays or Texts."""
+    """Samples: Images, Arrays or Texts."""
     labels: Path | None = None
-    """An .npy file with one right answer a sample; without it the network's own count as right."""
+    """File (.npy) with the correct class of each sample; by default the network's own answer."""
     n_samples: int = 4096
-    """At most so many samples, evenly spread over those there are."""
+    """Maximum number of samples, evenly spread over those there are."""
     dictionaries: dict[str, Path] = dataclasses.field(default_factory=dict)
-    """By layer: a folder or file of a dictionary whose latents are compared with the bases."""
-    how: InteractionConfig = dataclasses.field(default_factory=InteractionConfig)
-    """Bases to compare, samples for Jacobians and ablations, thresholds."""
+    """Folder or file of a dictionary by layer; its latents are compared with the bases."""
+    unit_modules: Path | None = None
+    """File (.safetensors) with the module of each unit, or -1, in arrays by the name of the layer;
+    the free directions of each module are counted."""
+    settings: InteractionConfig = dataclasses.field(default_factory=InteractionConfig)
+    """Bases to compare, numbers of samples for Jacobians and ablations, thresholds."""
     out: Path = Path("basis")
-    """Folder for the bases, the edges and the result."""
+    """Folder for the result. The same command continues a run that was stopped."""
 
     def __post_init__(self) -> None:
         if len(self.layers) < 2:
@@ -69,273 +73,267 @@ class BasisConfig:
             raise ValueError(f"n_samples must be at least 2, got {self.n_samples}.")
 
 
-def run(recipe: BasisConfig) -> dict[str, Any]:
-    """Analyse some layers of a network.
+@dataclasses.dataclass(frozen=True)
+class NeededCounts:
+    """Edges and vectors of a layer in one basis, and how many the network needs."""
+
+    vectors: int
+    edges: int | None
+    edges_needed: int | None
+    vectors_needed: int | None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LayerEntry:
+    """Ranks, free directions and needed edges of one layer."""
+
+    name: str
+    width: int
+    rank_activations: int
+    rank_activations_decades: float
+    """Powers of ten by which the threshold of the rank can move without changing it."""
+    rank_gradients: int
+    rank_gradients_decades: float
+    """Powers of ten by which the threshold of the rank can move without changing it."""
+    limited_by_samples: bool
+    """Whether there were too few rows to see a higher rank."""
+    synchronized_blocks: int
+    """Number of blocks of units that fire on the same rows."""
+    synchronised_blocks: int = 0
+    """Old name of `synchronized_blocks`, until version 0.3."""
+    dead_units: int
+    always_on: int
+    """Number of units that always fire."""
+    free_directions: int
+    degeneracy: DegeneracyCount
+    """Free directions by cause."""
+    edges_needed: int | None
+    """Edges needed to the next layer; null for the last layer, or if all do not suffice."""
+    vectors_needed: int | None
+    """Basis vectors needed; null for the last layer, or if all do not suffice."""
+    basis: str
+    """Basis that is reported."""
+    by_basis: dict[str, NeededCounts]
+    """Edges and vectors in every basis."""
+    layer_map: str
+    """Modules that were run to reach the next layer."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BasisResult(CommandResult):
+    """Layers, free directions and modules of a network; the fields of `result.json`."""
+
+    network: str = ""
+    """Name of the network."""
+    layers: list[LayerEntry]
+    modularity: float | None
+    """Newman's Q of the Leiden modules; null where there is no graph."""
+    modularity_null: float | None
+    """Mean Q of random graphs with the same degrees."""
+    modularity_null_max: float | None
+    """Largest Q of random graphs with the same degrees."""
+    modularity_rotated: float | None
+    """Q after a random rotation of the bases."""
+    modules: int
+    """Number of modules; 0 unless they are significant."""
+    modules_p_value: float | None
+    modules_stable_over_seeds: float | None
+    """Mean adjusted Rand index with the modules of other seeds."""
+    modules_stable_over_samples: float | None
+    """Mean adjusted Rand index with the modules of edges drawn within their errors."""
+    free_directions: int
+    free_directions_exact: bool
+    """Whether the number is exact, not a lower bound."""
+    free_directions_across: int | None
+    """Free directions owed to dependencies between blocks and layers; null if not counted."""
+    n_parameters: int
+    """Number of weights and biases that were counted."""
+    score: float
+    """Score of the unchanged network."""
+    measure: str
+    """Name of the score: accuracy, agreement or 1 - fvu."""
+    samples: int
+    learning_coefficient: LearningCoefficient | None = None
+    """Local learning coefficient; null unless asked for."""
+    module_degeneracy: ModuleDegeneracy | None = None
+    """Free directions of the modules named by `unit_modules`; else null."""
+
+
+def run(config: BasisConfig, folder: RunFolder) -> BasisResult:
+    """Analyze some layers of a network.
 
     Raises:
-        UserError: A layer is not there, the samples or labels do not fit, or `out` holds
-            something else.
+        UserError: A layer is not there, or the samples, labels or dictionaries do not fit.
     """
-    clock = time.process_time()
-    refuse_strangers(recipe.out, "basis")
-    network = networks.load_network(recipe.network)
-    sites = [_one_site(network, layer) for layer in recipe.layers]
-    samples = open_samples(recipe.samples, network)
-    dictionaries = {layer: load(path) for layer, path in recipe.dictionaries.items()}
-    chosen = np.unique(np.linspace(0, len(samples) - 1, recipe.n_samples).round().astype(int))
-    labels = _labels(recipe, samples, chosen)
+    network = load_network(config.network)
+    sites = [_find_site(network, layer) for layer in config.layers]
+    samples = open_samples(config.samples, network)
+    dictionaries = {layer: open_dictionary(path) for layer, path in config.dictionaries.items()}
+    chosen = np.linspace(0, len(samples) - 1, config.n_samples)
+    chosen = np.unique(chosen.round().astype(int))
+    labels = _read_labels(config.labels, len(samples), chosen) if config.labels else None
     inputs = samples.stack([samples.read(int(i)) for i in chosen])
-    data = inputs if labels is None else (inputs, labels)
-    made_from = {"recipe": as_dict(recipe), "network": digest(network)}
-    # What is read from files may have changed since a run was killed.
-    read = [recipe.labels, *recipe.dictionaries.values()]
-    made_from |= {"read": {str(p): _content(p) for p in read if p is not None}}
-    kept = _Kept(recipe.out / UNFINISHED, made_from)
-    with bar("analysing") as progress:
-        found = basis(
+    folder.parent("network", digest(network))
+    folder.parent("inputs", checksum(inputs.numpy().tobytes()))
+    for name, path in (("labels", config.labels), ("unit_modules", config.unit_modules)):
+        if path is not None and path.is_file():
+            folder.parent(name, checksum(path.read_bytes()))
+    for layer, opened in dictionaries.items():
+        folder.parent(f"dictionary {layer}", opened.checksum)
+    with bar("analyzing") as progress:
+        result = basis(
             network,
-            data,
+            inputs if labels is None else (inputs, labels),
             sites,
-            recipe.how,
-            dictionaries=dictionaries,
-            checkpoints=kept,
+            config.settings,
+            dictionaries={layer: opened.dictionary for layer, opened in dictionaries.items()},
+            unit_modules=_read_modules(config.unit_modules) if config.unit_modules else None,
+            checkpoints=folder,
             on_progress=progress,
         )
-    weights = write_tensors(recipe.out / FILE, _tensors(found))
-    write_json(recipe.out / SPECTRA, _spectra(found))
-    manifest = {
-        "schema": 1,
-        "kind": "basis",
-        **made_from,
-        "files": {FILE: checksum(weights)},
-    }
-    write_json(recipe.out / "manifest.json", manifest)
-    result = finish(recipe.out, recipe, summary(found, len(inputs)), clock)
-    kept.remove()
-    return result
+    folder.tensors(TENSORS, _tensors(result))
+    folder.json(basis_spectra.FILE, basis_spectra.spectra_of(result))
+    return _summarize(result, config.network.name, len(inputs))
 
 
-class _Kept(MutableMapping[str, dict[str, np.ndarray]]):
-    """Arrays by name, each a file of a folder; those of another recipe or network are dropped."""
-
-    def __init__(self, folder: Path, made_from: dict[str, Any]) -> None:
-        self.folder = folder
-        mark = folder / "made_from.json"
-        if mark.is_file() and read_json(mark) != json.loads(json.dumps(made_from)):
-            self.remove()
-        write_json(mark, made_from)
-
-    def remove(self) -> None:
-        shutil.rmtree(self.folder, ignore_errors=True)
-
-    def _file(self, name: str) -> Path:
-        return self.folder / f"{name}.safetensors"
-
-    def __getitem__(self, name: str) -> dict[str, np.ndarray]:
-        try:
-            return load_file(self._file(name))
-        except FileNotFoundError:
-            raise KeyError(name) from None
-
-    def __setitem__(self, name: str, arrays: dict[str, np.ndarray]) -> None:
-        write_tensors(self._file(name), arrays)
-
-    def __delitem__(self, name: str) -> None:
-        self._file(name).unlink()
-
-    def __iter__(self) -> Iterator[str]:
-        return (path.stem for path in sorted(self.folder.glob("*.safetensors")))
-
-    def __len__(self) -> int:
-        return sum(1 for _ in self)
-
-
-def _content(path: Path) -> str:
-    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
-    return checksum(b"".join(checksum(file.read_bytes()).encode() for file in files))
-
-
-def _one_site(network: torch.nn.Module, layer: str) -> Site:
-    found = find_sites(network, [layer])
-    if len(found) != 1:
+def _find_site(network: torch.nn.Module, layer: str) -> Site:
+    sites = find_sites(network, [layer])
+    if len(sites) != 1:
         raise SiteError(
-            f"Layer {layer!r} matches {len(found)} sites ({', '.join(map(str, found[:4]))}, ...). "
+            f"Layer {layer!r} matches {len(sites)} sites ({', '.join(map(str, sites[:4]))}, ...). "
             "Name layers one by one, in the order in which the network reaches them."
         )
-    return found[0]
+    return sites[0]
 
 
-def _labels(recipe: BasisConfig, samples: Samples, chosen: np.ndarray) -> torch.Tensor | None:
-    if recipe.labels is None:
-        return None
+def _read_labels(path: Path, n_samples: int, chosen: Int[np.ndarray, " n"]) -> Int[Tensor, " n"]:
+    """Read the labels of the chosen samples.
+
+    Raises:
+        RecipeError: There is no such file.
+        InputError: It is not an .npy file, or has not one whole number for each sample.
+    """
     try:
-        labels = np.load(recipe.labels, allow_pickle=False)
+        labels = np.load(path, allow_pickle=False)
     except FileNotFoundError as error:
-        raise RecipeError(f"There is no file of labels {recipe.labels}.") from error
+        raise RecipeError(f"There is no file of labels {path}.") from error
     except (OSError, ValueError) as error:
-        raise InputError(f"{recipe.labels} is not an .npy file ({error}).") from error
-    if labels.shape != (len(samples),) or labels.dtype.kind not in "iu":
+        raise InputError(f"{path} is not an .npy file ({error}).") from error
+    if labels.shape != (n_samples,) or labels.dtype.kind not in "iu":
         raise InputError(
-            f"{recipe.labels} has shape {labels.shape} and type {labels.dtype}; expected "
-            f"{len(samples)} whole numbers, one for each sample."
+            f"{path} has shape {labels.shape} and type {labels.dtype}; expected "
+            f"{n_samples} whole numbers, one for each sample."
         )
     return torch.from_numpy(labels[chosen].astype(np.int64))
 
 
-def summary(found: InteractionBasis, n_samples: int) -> dict[str, Any]:
-    """What `result.json` says."""
-    modules, degeneracy = found.modules, found.degeneracy
-    return {
-        "layers": [_layer(layer) for layer in found.layers],
-        "modularity": None if modules is None else modules.q,
-        "modularity_null": None if modules is None else float(np.mean(modules.q_null)),
-        "modularity_null_max": None if modules is None else max(modules.q_null),
-        "modularity_rotated": found.rotated_q,
-        "modules": modules.n if modules is not None and modules.significant else 0,
-        "modules_p_value": None if modules is None else modules.p_value,
-        "modules_stable_over_seeds": found.stability and found.stability.over_seeds,
-        "modules_stable_over_samples": found.stability and found.stability.over_samples,
-        "free_directions": found.free_directions,
-        "free_directions_exact": found.is_exact,
-        "free_directions_across": None if degeneracy is None else degeneracy.across_blocks,
-        "parameters": sum(layer.degeneracy.n_parameters for layer in found.layers),
-        "score": found.score,
-        "measure": found.measure,
-        "samples": n_samples,
+def _read_modules(path: Path) -> dict[str, Int[np.ndarray, " unit"]]:
+    """Read the module of each unit of each layer.
+
+    Raises:
+        InputError: It is not a file of safetensors.
+    """
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{path} cannot be read as safetensors ({error}).") from error
+
+
+def _summarize(result: InteractionBasis, network: str, n_samples: int) -> BasisResult:
+    modules, degeneracy, stability = result.modules, result.degeneracy, result.stability
+    return BasisResult(
+        network=network,
+        layers=[_layer_entry(layer) for layer in result.layers],
+        modularity=None if modules is None else modules.q,
+        modularity_null=None if modules is None else float(np.mean(modules.q_null)),
+        modularity_null_max=None if modules is None else max(modules.q_null),
+        modularity_rotated=result.rotated_q,
+        modules=modules.n if modules is not None and modules.significant else 0,
+        modules_p_value=None if modules is None else modules.p_value,
+        modules_stable_over_seeds=None if stability is None else stability.over_seeds,
+        modules_stable_over_samples=None if stability is None else stability.over_samples,
+        free_directions=result.free_directions,
+        free_directions_exact=result.is_exact,
+        free_directions_across=None if degeneracy is None else degeneracy.across_blocks,
+        n_parameters=result.n_parameters,
+        score=result.score,
+        measure=result.measure,
+        samples=n_samples,
+        learning_coefficient=result.learning_coefficient,
+        module_degeneracy=result.module_degeneracy,
+    )
+
+
+def _layer_entry(layer: LayerResult) -> LayerEntry:
+    def needed(curves: dict[str, AblationCurve], kind: str) -> int | None:
+        return curves[kind].n_needed if kind in curves else None
+
+    edges, vectors = layer.edge_curves, layer.vector_curves
+    n_blocks = len(layer.synchronized_blocks)
+    by_basis = {
+        kind: NeededCounts(
+            vectors=len(each),
+            edges=edges[kind].n if kind in edges else None,
+            edges_needed=needed(edges, kind),
+            vectors_needed=needed(vectors, kind),
+        )
+        for kind, each in layer.bases.items()
     }
+    return LayerEntry(
+        name=layer.name,
+        width=layer.width,
+        rank_activations=layer.rank_activations.rank,
+        rank_activations_decades=layer.rank_activations.decades,
+        rank_gradients=layer.rank_gradients.rank,
+        rank_gradients_decades=layer.rank_gradients.decades,
+        limited_by_samples=layer.limited_by_samples,
+        synchronized_blocks=n_blocks,
+        synchronised_blocks=n_blocks,
+        dead_units=layer.dead_units,
+        always_on=layer.always_on,
+        free_directions=layer.free_directions,
+        degeneracy=layer.degeneracy,
+        edges_needed=needed(edges, layer.kind),
+        vectors_needed=needed(vectors, layer.kind),
+        basis=layer.kind,
+        by_basis=by_basis,
+        layer_map=layer.map_description,
+    )
 
 
-OLD_CAUSES = ("parameters", "dead", "activations", "gradients", "joint", "scale", "synchronised")
-
-
-def _layer(layer: LayerResult) -> dict[str, Any]:
-    kind = layer.kind
-    return {
-        "name": layer.name,
-        "width": layer.width,
-        "rank_activations": layer.rank_activations.rank,
-        "rank_activations_decades": layer.rank_activations.decades,
-        "rank_gradients": layer.rank_gradients.rank,
-        "rank_gradients_decades": layer.rank_gradients.decades,
-        "limited_by_samples": layer.limited_by_samples,
-        "synchronised_blocks": len(layer.synchronized_blocks),
-        "dead_units": layer.dead_units,
-        "always_on": layer.always_on,
-        "free_directions": layer.free_directions,
-        "account": dict(zip(OLD_CAUSES, dataclasses.astuple(layer.degeneracy), strict=True)),
-        "edges_needed": _number(layer.edge_curves.get(kind)),
-        "vectors_needed": _number(layer.vector_curves.get(kind)),
-        "basis": kind,
-        "by_basis": {
-            name: {
-                "vectors": len(layer.bases[name]),
-                "edges": layer.edge_curves[name].n if name in layer.edge_curves else None,
-                "edges_needed": _number(layer.edge_curves.get(name)),
-                "vectors_needed": _number(layer.vector_curves.get(name)),
-            }
-            for name in layer.bases
-        },
-        "section": layer.map_description,
-    }
-
-
-def _number(needed: AblationCurve | None) -> int | None:
-    return None if needed is None else needed.n_needed
-
-
-def _tensors(found: InteractionBasis) -> dict[str, np.ndarray]:
-    tensors: dict[str, np.ndarray] = {}
-    for layer in found.layers:
-        for kind, made in layer.bases.items():
-            place = f"{layer.name}.{kind}"
-            tensors[f"{place}.mean"] = made.mean
-            tensors[f"{place}.to_basis"] = made.to_basis
-            tensors[f"{place}.from_basis"] = made.from_basis
-            tensors[f"{place}.importance"] = made.importance
+def _tensors(result: InteractionBasis) -> dict[str, Float[np.ndarray, "..."]]:
+    """Coordinates and edges of every layer in every basis, by name."""
+    tensors: dict[str, Any] = {}
+    for layer in result.layers:
+        for kind, each in layer.bases.items():
+            for name in ("mean", "to_basis", "from_basis", "importance"):
+                tensors[f"{layer.name}.{kind}.{name}"] = getattr(each, name)
         for kind, edges in layer.edges_by_basis.items():
             tensors[f"{layer.name}.{kind}.edges"] = edges.strength
             tensors[f"{layer.name}.{kind}.edge_errors"] = edges.standard_error
     return tensors
 
 
-def _spectra(found: InteractionBasis) -> dict[str, Any]:
-    return {
-        "layers": [
-            {
-                "name": layer.name,
-                "activations": layer.activation_eigenvalues.tolist(),
-                "gradients": layer.gradient_eigenvalues.tolist(),
-                "threshold": layer.rank_activations.threshold,
-                "blocks": [list(block) for block in layer.synchronized_blocks],
-                "edges": {k: _curve(n) for k, n in layer.edge_curves.items()},
-                "vectors": {k: _curve(n) for k, n in layer.vector_curves.items()},
-            }
-            for layer in found.layers
-        ],
-        "graph": _graph(found),
-    }
-
-
-def _curve(needed: AblationCurve) -> dict[str, Any]:
-    return {
-        "kept": list(needed.kept),
-        "score": list(needed.scores),
-        "of": needed.n,
-        "unchanged": needed.unchanged,
-        "needed": needed.n_needed,
-    }
-
-
-def _graph(found: InteractionBasis) -> dict[str, Any] | None:
-    graph, modules = found.graph, found.modules
-    if graph is None or modules is None:
-        return None
-    strongest = np.argsort(-graph.weight, kind="stable")[:SHOWN_EDGES]
-    used = np.unique(np.concatenate([graph.source[strongest], graph.target[strongest]]))
-    number = {int(node): i for i, node in enumerate(used)}
-    nodes = list(zip(graph.layer[used].tolist(), graph.vector[used].tolist(), strict=True))
-    return {
-        "layer": graph.layer[used].tolist(),
-        "vector": graph.vector[used].tolist(),
-        "is": [_feature(found.layers[layer], vector) for layer, vector in nodes],
-        "module": modules.labels[used].tolist(),
-        "source": [number[int(n)] for n in graph.source[strongest]],
-        "target": [number[int(n)] for n in graph.target[strongest]],
-        "weight": graph.weight[strongest].tolist(),
-        "stand": modules.significant,
-        "all_edges": len(graph.weight),
-    }
-
-
-def _feature(layer: LayerResult, vector: int) -> str:
-    """How much a coordinate varies, and what it is made of."""
-    importance = layer.basis.importance
-    share = importance[vector] / max(float(importance.sum()), 1e-300)
-    row = layer.basis.from_basis[vector]
-    strongest = np.argsort(-np.abs(row), kind="stable")[:SHOWN_CHANNELS]
-    largest = max(float(np.abs(row).max()), 1e-300)
-    parts = [f"{row[c] / largest:+.2f} channel {c}" for c in strongest.tolist() if row[c]]
-    return f"{share:.1%} of the importance<br>{', '.join(parts)}"
-
-
-def in_words(result: dict[str, Any]) -> str:
-    """What was found, a line a layer."""
+def in_words(result: BasisResult) -> str:
+    """Describe each layer in a line, then the modules."""
+    at_least = "" if result.free_directions_exact else "at least "
     lines = []
-    for layer in result["layers"]:
-        needed = layer["edges_needed"]
-        edges = "" if needed is None else f", {needed} edges and {layer['vectors_needed']} vectors"
-        at_least = "" if result["free_directions_exact"] else "at least "
-        if layer["limited_by_samples"]:
-            edges += " (too few samples to see a higher rank; take more)"
+    for layer in result.layers:
+        edges = layer.edges_needed
+        needed = "" if edges is None else f", {edges} edges and {layer.vectors_needed} vectors"
+        if layer.limited_by_samples:
+            needed += " (too few samples to see a higher rank; take more)"
         lines.append(
-            f"{layer['name']}: rank {layer['rank_activations']} of {layer['width']}, "
-            f"{layer['dead_units']} dead, {at_least}{layer['free_directions']} free directions"
-            f"{edges}"
+            f"{layer.name}: rank {layer.rank_activations} of {layer.width}, {layer.dead_units} "
+            f"dead, {at_least}{layer.free_directions} free directions{needed}"
         )
-    if result["modularity"] is not None:
+    if result.modularity is not None:
         lines.append(
-            f"Modularity {result['modularity']:.3f}; up to {result['modularity_null_max']:.3f} by "
-            f"chance: {result['modules'] or 'no'} modules stand."
+            f"Modularity {result.modularity:.3f}; up to {result.modularity_null_max:.3f} in random "
+            f"graphs of the same degrees: {result.modules or 'no'} significant modules."
         )
-    lines.append(f"Basis: {result['out']}")
-    return "\n".join(lines)
+    if result.learning_coefficient is not None:
+        lines.append(f"{result.learning_coefficient}.")
+    if result.module_degeneracy is not None:
+        lines.append(f"{result.module_degeneracy}.")
+    return "\n".join([*lines, f"Basis: {result.out}"])

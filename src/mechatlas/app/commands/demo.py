@@ -58,7 +58,7 @@ class DemoResult:
     posed: CollectResult
     symmetry: symmetry.SymmetryResult
     proof: prove.ProveResult
-    basis: Any
+    basis: basis.BasisResult
     page: report.ReportResult
     wall_seconds: float
     """Wall seconds of the whole tour."""
@@ -134,7 +134,7 @@ def _basis(network: Network, out: Path) -> basis.BasisConfig:
         layers=("classify:input", "classify"),
         samples=_photographs(side=31, crops=40),
         n_samples=320,
-        how=InteractionConfig(kinds=("lib", "pca")),
+        settings=InteractionConfig(kinds=("lib", "pca")),
         out=out / "basis",
     )
 

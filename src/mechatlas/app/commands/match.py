@@ -176,18 +176,6 @@ class DistantMatch:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class FirstToLast:
-    """Match of the first dictionary with the last by three methods."""
-
-    composition: DistantMatch
-    """The matches of neighbors, followed one after another."""
-    direct: DistantMatch
-    """The first and the last matched with each other."""
-    joint: DistantMatch
-    """The tracks that run from the first to the last."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class MatchResult(CommandResult):
     """Matches of consecutive dictionaries; the fields of `result.json`."""
 
@@ -201,8 +189,10 @@ class MatchResult(CommandResult):
     """One entry for each two consecutive dictionaries."""
     tracks: TracksResult | None = None
     """Feature tracks, with three dictionaries or more."""
-    first_to_last: FirstToLast | None = None
-    """Match of the first dictionary with the last, with three dictionaries or more."""
+    first_to_last: dict[str, DistantMatch] | None = None
+    """Match of the first dictionary with the last by `composition` (the matches of neighbors,
+    followed one after another), `direct` (matched with each other) and `joint` (the tracks that run
+    from the first to the last)."""
     cycle_agreement: float | None = None
     """Share of latents that come back to themselves by composition there and directly back."""
 
@@ -454,11 +444,11 @@ def _joint(
             longer_than_one=int((curves.death > curves.birth).sum()),
             **{name: getattr(curves, name).tolist() for name in CURVES},
         ),
-        first_to_last=FirstToLast(
-            composition=distant(composed),
-            direct=distant(match(first, last, cost=cost, **options).matched_columns()),
-            joint=distant(tracks.between(0, len(matches), n=n, fdr=config.fdr)),
-        ),
+        first_to_last={
+            "composition": distant(composed),
+            "direct": distant(match(first, last, cost=cost, **options).matched_columns()),
+            "joint": distant(tracks.between(0, len(matches), n=n, fdr=config.fdr)),
+        },
         cycle_agreement=None if np.isnan(cycle) else cycle,
     )
 

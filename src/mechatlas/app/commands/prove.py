@@ -12,7 +12,8 @@ from typing import Annotated
 
 import numpy as np
 from jaxtyping import Int
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
 from tyro.conf import Positional, arg
 
 from mechatlas.analysis.proofs.prove import (
@@ -257,22 +258,18 @@ def read_weights(path: Path) -> Weights:
         WeightsError: The file is missing, damaged or lacks one of them.
     """
     try:
-        with safe_open(path, framework="numpy") as file:
-            names = list(file.keys())
-            missing = [key for key in Weights._fields if key not in names]
-            if missing:
-                raise WeightsError(
-                    f"{path} has no {', '.join(map(repr, missing))}; it has "
-                    f"{', '.join(map(repr, names)) or 'nothing'}. `mechatlas prove` needs left "
-                    "(n, m), right (n, m) and unembed (m, n)."
-                )
-            return Weights(*(file.get_tensor(key) for key in Weights._fields))
-    except WeightsError:
-        raise
+        arrays = load_file(path)
     except FileNotFoundError as error:
         raise WeightsError(f"There is no file {path}.") from error
-    except (OSError, SafetensorError, TypeError, ValueError) as error:
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise WeightsError(f"{path} cannot be read as safetensors ({error}).") from error
+    if missing := [key for key in Weights._fields if key not in arrays]:
+        raise WeightsError(
+            f"{path} has no {', '.join(map(repr, missing))}; it has "
+            f"{', '.join(map(repr, arrays)) or 'nothing'}. `mechatlas prove` needs left (n, m), "
+            "right (n, m) and unembed (m, n)."
+        )
+    return Weights(*(arrays[key] for key in Weights._fields))
 
 
 def read_table(path: Path) -> Int[np.ndarray, "order order"]:

@@ -57,7 +57,7 @@ class TrainConfig(DeviceConfig):
     pose_tied: bool = False
     """Of a store with a group: few atoms in all poses, and one encoder for every pose, instead of
     a crosscoder that reads the input as it is and writes all poses."""
-    prefixes: tuple[int, ...] = ()
+    matryoshka_widths: tuple[int, ...] = ()
     """The first so many latents must explain the activations on their own (Matryoshka)."""
     steps: int = 20_000
     """Optimiser steps."""
@@ -68,7 +68,7 @@ class TrainConfig(DeviceConfig):
     schedule: Schedule = dataclasses.field(default_factory=Schedule)
     """How the learning rate changes."""
     objective: Objective = dataclasses.field(default_factory=Objective)
-    """What is minimised beside the penalty of the sparsity rule: relative errors, clipping."""
+    """Squared error that is minimized, and the limit of its gradient."""
     revival: AuxK | Resample | None = None
     """How dead latents are brought back, such as `k = 256` in a table [revival]; by default not."""
     checkpoint_every: int = 1000
@@ -84,8 +84,8 @@ class TrainConfig(DeviceConfig):
             raise ValueError(
                 f"A transcoder to {self.writes[0]} needs another site to read, and cannot be tied."
             )
-        if self.pose_tied and (self.writes or self.tied or self.prefixes or self.revival):
-            raise ValueError("pose_tied goes without writes, tied, prefixes and revival.")
+        if self.pose_tied and (self.writes or self.tied or self.matryoshka_widths or self.revival):
+            raise ValueError("pose_tied goes without writes, tied, matryoshka_widths and revival.")
         if not self.pose_tied:
             self.build(dict.fromkeys(self.sites, 1))  # refuses what cannot be
 
@@ -107,7 +107,7 @@ class TrainConfig(DeviceConfig):
         options: dict[str, Any] = {
             "n_latents": self.n_latents,
             "sparsity": self.sparsity,
-            "prefixes": self.prefixes,
+            "matryoshka_widths": self.matryoshka_widths,
             "seed": self.seed,
         }
         if group is not None:
@@ -130,7 +130,7 @@ class TrainConfig(DeviceConfig):
         if self.writes or self.tied:
             raise ValueError("A dictionary of a store with a group goes without writes and tied.")
         if self.pose_tied:
-            del options["prefixes"]
+            del options["matryoshka_widths"]
             return PoseTied(group=group, d_in=width, **options)
         names = group.element_names
         if len(set(names)) < group.order:

@@ -16,11 +16,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from safetensors import SafetensorError
 from safetensors.numpy import load as load_tensors
-from torch import nn
 
-from mechatlas.activations.samples import Samples
 from mechatlas.activations.store import Store
-from mechatlas.app.inputs import recorded_network
+from mechatlas.app.inputs import OpenedNetwork, recorded_network
 from mechatlas.app.run_folder import MANIFEST, RESULT, STORE, read_result
 from mechatlas.base import DiskError, StoreError, UserError
 from mechatlas.files import checksum, read_json
@@ -141,9 +139,13 @@ class Runs:
             runs: Runs found in the folder.
             visualize: Number of features per dictionary to visualize by activation maximization.
         """
-        self.folder, self.all, self.visualize = folder, runs, visualize
-        self.open_store = functools.cache(self._open_store)
-        self.reopen = functools.cache(self._reopen)
+        self.folder: Path = folder
+        self.all: list[Run] = runs
+        self.visualize: int = visualize
+        self.open_store: Callable[[Path], Store] = functools.cache(Store)
+        self.reopen: Callable[[Path], OpenedNetwork] = functools.cache(
+            lambda store: recorded_network(self.open_store(store))
+        )
 
     def of_kind(self, kind: str) -> list[Run]:
         """List finished runs of one kind, and all stores, in the order of their names."""
@@ -167,19 +169,3 @@ class Runs:
             if (path / MANIFEST).is_file():
                 return path
         raise StoreError(f"The store of {run.name} ({written}) is no longer there.")
-
-    def _open_store(self, folder: Path) -> Store:
-        """Open a store.
-
-        Raises:
-            StoreError: It is damaged or unfinished.
-        """
-        return Store(folder)
-
-    def _reopen(self, folder: Path) -> tuple[nn.Module, Samples]:
-        """Open the network and samples of a store.
-
-        Raises:
-            UserError: They are no longer there.
-        """
-        return recorded_network(self.open_store(folder))

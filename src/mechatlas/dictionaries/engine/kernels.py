@@ -24,17 +24,38 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mechatlas.dictionaries.engine.structures import (
+    STRUCTURES,
+    Adam,
+    AddedGradients,
+    Codes,
+    ErrorGradients,
+    Grouped,
+    LatentGradients,
+    Learned,
+    Reconstruction,
+    Scratch,
+    Update,
+    Weights,
+    as_arrays,
+)
 from mechatlas.dictionaries.engine.vectors import add_rows, dot_rows
 from mechatlas.maths import compilation
 
-COLUMNS = 128
-"""Of a row that are decoded and at once read again."""
+# The same classes, with arrays for tensors.
+reconstruction: Any = Reconstruction
+gradients: Any = ErrorGradients
+latent_gradients: Any = Scratch
+
+DECODED_COLUMNS = 128
+"""Columns of a row that are decoded and at once read again."""
 BISECTIONS = 12
-BESIDE = 32
-"""Latents side by side that `above` looks at together, and one by one if any of them is."""
-FEW = 256
-"""Values of which the k-th largest is found by comparing each with each."""
-BLOCK = 128
+"""Largest number of bisections for the bound of a row's largest."""
+COMPARED_LATENTS = 32
+"""Latents side by side that `above` compares together, and one by one if any is above."""
+COMPARED_VALUES = 256
+"""Largest number of values of which the k-th largest is found by comparing each with each."""
+COPIED_COLUMNS = 128
 """Columns that `columns` copies at a time: long enough for memory, few enough for the cache."""
 
 
@@ -43,7 +64,8 @@ def compiled(kernel: Any) -> Any:
 
     Vector units need both. NaN and infinity keep their meaning.
     """
-    return compilation.compiled(kernel, fastmath=("reassoc", "contract", "nsz"))
+    freedoms = ("reassoc", "contract", "nsz")
+    return compilation.compiled(kernel, fastmath=freedoms, structures=STRUCTURES)
 
 
 @compiled
@@ -80,15 +102,15 @@ def _maxima(row, bias, maxima):
     for base in range(n, len(row), n):
         # Slices, because the compiler vectorises loops over whole arrays alone; a choice,
         # because `max` of numba is not one instruction.
-        part, its_bias = row[base : base + n], bias[base : base + n]
+        part, part_bias = row[base : base + n], bias[base : base + n]
         for c in range(len(part)):
-            value = part[c] + its_bias[c]
+            value = part[c] + part_bias[c]
             maxima[c] = value if value > maxima[c] else maxima[c]
 
 
 @compiled
 def _reach(values, n, low):
-    """How many of the first n values are at least `low`."""
+    """Count the first n values that are at least `low`."""
     part, count = values[:n], 0
     for t in range(len(part)):
         count += part[t] >= low
@@ -97,7 +119,7 @@ def _reach(values, n, low):
 
 @compiled
 def _exceed(values, n, low):
-    """How many of the first n values are above `low`."""
+    """Count the first n values that are above `low`."""
     part, count = values[:n], 0
     for t in range(len(part)):
         count += part[t] > low
@@ -106,7 +128,7 @@ def _exceed(values, n, low):
 
 @compiled
 def _reached_by(values, k):
-    """Something that at least k values are not below, and hardly more than k: by bisection."""
+    """Bisect for a bound that at least k values reach, and hardly more than k."""
     low, high = values[0], values[0]
     for t in range(len(values)):
         low = values[t] if values[t] < low else low
@@ -127,7 +149,7 @@ def _reached_by(values, k):
 @compiled
 def _last_of(values, n, k, scratch):
     """The k-th largest of the first n values; few are compared each with each."""
-    if n <= FEW:
+    if n <= COMPARED_VALUES:
         for t in range(n):
             if _exceed(values, n, values[t]) < k and _reach(values, n, values[t]) >= k:
                 return values[t]
@@ -138,7 +160,7 @@ def _last_of(values, n, k, scratch):
 
 @compiled
 def write_largest(kept, where, n_kept, k, scratch, values, latents):
-    """Write the k largest of n values, zero if below, and which they are; how many there are."""
+    """Write the k largest of n values, zero if below, and their latents; return their number."""
     last = _last_of(kept, n_kept, k, scratch) if n_kept > k else kept.dtype.type(-np.inf)
     ties = k - _exceed(kept, n_kept, last)  # as many of those equal to it as have room
     n = 0
@@ -179,7 +201,7 @@ def _select(pre, bias, k, n_groups, values, latents):
 
 
 def select(pre: Tensor, bias: Tensor, k: int, values: Tensor, latents: Tensor) -> None:
-    """Write the k largest of each row of `pre + bias` (zero if below) and which they are."""
+    """Write the k largest of each row of `pre + bias` (zero if below) and their latents."""
     n_groups = min(pre.shape[1], max(512, 2 * k))
     arrays = (pre.numpy(), bias.numpy(), k, n_groups, values.numpy(), latents.numpy())
     _select(*arrays)
@@ -191,23 +213,23 @@ def _above(pre, bias, low, counts, latents, values):
     n = 0
     for i in range(n_rows):
         before, row = n, pre[i]
-        for first in range(0, m, BESIDE):
-            last = min(first + BESIDE, m)
-            part, its_bias, its_low = row[first:last], bias[first:last], low[first:last]
+        for first in range(0, m, COMPARED_LATENTS):
+            last = min(first + COMPARED_LATENTS, m)
+            part, part_bias, part_low = row[first:last], bias[first:last], low[first:last]
             hits = 0
             for c in range(len(part)):
-                hits += part[c] + its_bias[c] > its_low[c]
+                hits += part[c] + part_bias[c] > part_low[c]
             if hits:
                 for c in range(len(part)):
-                    value = part[c] + its_bias[c]
+                    value = part[c] + part_bias[c]
                     values[n], latents[n] = value, first + c
-                    n += value > its_low[c]
+                    n += value > part_low[c]
         counts[i] = n - before
     return n
 
 
 def above(pre: Tensor, bias: Tensor, low: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Entries of `pre + bias` above `low`: how many each row has, which, and how large."""
+    """Find entries of `pre + bias` above `low`: their number in each row, latents and values."""
     counts = low.new_empty(len(pre), dtype=torch.int64)
     latents, values = low.new_empty(pre.numel(), dtype=torch.int32), low.new_empty(pre.numel())
     arrays = (pre, bias, low, counts, latents, values)
@@ -216,33 +238,34 @@ def above(pre: Tensor, bias: Tensor, low: Tensor) -> tuple[Tensor, Tensor, Tenso
 
 
 @compiled
-def _bounds(starts, i, latents, prefixes, bounds):
-    """Where the pairs of a row begin that belong to each prefix and not to a shorter one."""
+def _bounds(starts, i, latents, widths, bounds):
+    """Write the first pair of a row of each level, that is, of no narrower one."""
     bounds[0] = starts[i]
-    for level in range(len(prefixes)):
+    for level in range(len(widths)):
         last = starts[i + 1]
-        while level + 1 < len(prefixes) and last > bounds[level]:
-            if latents[last - 1] < prefixes[level]:
+        while level + 1 < len(widths) and last > bounds[level]:
+            if latents[last - 1] < widths[level]:
                 break
             last -= 1
         bounds[level + 1] = last
 
 
 @compiled
-def _residual(target, atoms, bias, codes, scales, prefixes, out):
-    starts, latents, values = codes
-    g, d_code, g_sum = out
+def _residual(task, codes, out):
+    target, scales, atoms, bias, widths = task
+    starts, latents, values = codes.starts, codes.latents, codes.values
+    g, d_code, g_sum = out.rows, out.codes, out.bias
     n_rows, d = target.shape
-    n_levels = len(prefixes)
+    n_levels = len(widths)
     zero = scales[0] - scales[0]
     bounds = np.empty(n_levels + 1, np.int64)
     loss = 0.0
     for i in range(n_rows):
-        _bounds(starts, i, latents, prefixes, bounds)
+        _bounds(starts, i, latents, widths, bounds)
         scale = scales[i]
         # Few columns at a time: atoms are read twice, the second time from the cache.
-        for low in range(0, d, COLUMNS):
-            high = min(low + COLUMNS, d)
+        for low in range(0, d, DECODED_COLUMNS):
+            high = min(low + DECODED_COLUMNS, d)
             for level in range(n_levels):
                 row = g[level, i, low:high]
                 if level == 0:
@@ -274,35 +297,19 @@ def _residual(target, atoms, bias, codes, scales, prefixes, out):
     return loss
 
 
-def residual(
-    target: Tensor,
-    parameters: tuple[Tensor, Tensor],
-    codes: tuple[Tensor, Tensor, Tensor],
-    scales: Tensor,
-    prefixes: Tensor,
-    out: tuple[Tensor, Tensor, Tensor],
-) -> float:
+def residual(task: Reconstruction, codes: Codes, out: ErrorGradients) -> float:
     """Write the gradient of the reconstructions and of each code.
 
     Args:
-        target: What is to be reconstructed, (rows, d_out).
-        parameters: Atoms and the decoder's bias.
-        codes: Where each row's pairs begin among all pairs (one entry more than there are
-            rows), and the latent and the value of all pairs; a row's in ascending order of
-            latents if there is more than one prefix.
-        scales: Twice the weight of each row's squared error.
-        prefixes: Latents in each prefix, ascending; the last is the number of latents.
-        out: For each prefix the gradient of its rows and those of all longer ones, (prefix,
-            rows, d_out); the gradient of the code of each pair and the sum over rows of the
-            first of the former, both added to what is there.
+        task: Some rows to reconstruct.
+        codes: Codes of the batch, with `starts` of these rows.
+        out: Gradients. `rows` of each level is written, with those of all wider levels added;
+            `codes` and `bias` are added to.
 
     Returns:
-        The squared errors times their weights, summed over rows and prefixes.
+        The squared errors times their weights, summed over rows and levels.
     """
-    its_codes, its_out = (tuple(t.numpy() for t in group) for group in (codes, out))
-    atoms, bias = (t.numpy() for t in parameters)
-    fixed = (its_codes, scales.numpy(), prefixes.numpy(), its_out)
-    return _residual(target.numpy(), atoms, bias, *fixed)
+    return _residual(as_arrays(task), as_arrays(codes), as_arrays(out))
 
 
 @compiled
@@ -343,28 +350,28 @@ def _copy(whole, low, part):
 
 
 @compiled
-def _columns(low, high, target, atoms, bias, codes, scales, prefixes, grouped, out):
-    gradient, d_code, g_sum = out
-    starts, rows, values = grouped
-    n_rows, n_latents, n_levels = len(target), len(atoms), len(prefixes)
-    room_of_rows = np.empty((1 + n_levels) * n_rows * BLOCK, target.dtype)
-    room_of_atoms = np.empty(n_latents * BLOCK, target.dtype)
+def _columns(low, high, task, codes, grouped, out):
+    starts, rows, values = grouped.starts, grouped.rows, grouped.values
+    target, scales, atoms, bias, widths = task
+    n_rows, n_latents, n_levels = len(target), len(atoms), len(widths)
+    room_of_rows = np.empty((1 + n_levels) * n_rows * COPIED_COLUMNS, target.dtype)
+    room_of_atoms = np.empty(n_latents * COPIED_COLUMNS, target.dtype)
     loss = 0.0
-    for first in range(low, high, BLOCK):
-        last = min(first + BLOCK, high)
+    for first in range(low, high, COPIED_COLUMNS):
+        last = min(first + COPIED_COLUMNS, high)
         n = last - first
         batch = room_of_rows[: (1 + n_levels) * n_rows * n].reshape((1 + n_levels, n_rows, n))
         wanted, g = batch[0], batch[1:]
         packed = room_of_atoms[: n_latents * n].reshape((n_latents, n))
         _copy(target, first, wanted)
         _copy(atoms, first, packed)
-        its_out = (g, d_code, g_sum[first:last])
-        loss += _residual(wanted, packed, bias[first:last], codes, scales, prefixes, its_out)
+        part = reconstruction(wanted, scales, packed, bias[first:last], widths)
+        loss += _residual(part, codes, gradients(g, packed, out.codes, out.bias[first:last]))
         level = 0
         for j in range(n_latents):
-            while j >= prefixes[level]:
+            while j >= widths[level]:
                 level += 1
-            row = gradient[j, first:last]
+            row = out.atoms[j, first:last]
             for c in range(len(row)):
                 row[c] = 0
             add_rows(row, 0, g[level], rows, values, starts[j], starts[j + 1])
@@ -372,52 +379,36 @@ def _columns(low, high, target, atoms, bias, codes, scales, prefixes, grouped, o
 
 
 def columns(
-    span: range,
-    target: Tensor,
-    parameters: tuple[Tensor, Tensor],
-    codes: tuple[Tensor, Tensor, Tensor],
-    scales: Tensor,
-    prefixes: Tensor,
-    grouped: tuple[Tensor, Tensor, Tensor],
-    out: tuple[Tensor, Tensor, Tensor],
+    span: range, task: Reconstruction, codes: Codes, grouped: Grouped, out: ErrorGradients
 ) -> float:
-    """Write the gradients of atoms, and of each code what the columns of `span` have in it.
+    """Write the gradients of atoms, and the share of some columns in those of the codes.
 
     For dictionaries whose atoms are so wide that they do not fit in the cache: a block of
     columns of all rows and of all atoms does.
 
     Args:
         span: Columns to work on.
-        target: What is to be reconstructed, (rows, d_out).
-        parameters: As for `residual`.
-        codes: As for `residual`, of all rows.
-        scales: As for `residual`.
-        prefixes: As for `residual`.
-        grouped: Where each latent's pairs begin when they are grouped by latent (one entry more
-            than there are latents); then the row and the value of each.
-        out: Gradient of the atoms, (latents, d_out), whose columns are written; gradient of each
-            code, added to; sum over rows of the reconstruction's gradient, (d_out,), added to.
+        task: All rows of the batch.
+        codes: Codes of the batch.
+        grouped: The same latent by latent.
+        out: Gradients. The columns of `atoms` are written; `codes` and `bias` are added to.
 
     Returns:
-        The part of the squared errors times their weights.
+        The share of the columns in the squared errors times their weights.
     """
-    its_parameters, its_codes, its_grouped, its_out = (
-        tuple(t.numpy() for t in group) for group in (parameters, codes, grouped, out)
-    )
-    fixed = (its_codes, scales.numpy(), prefixes.numpy(), its_grouped, its_out)
-    return _columns(span.start, span.stop, target.numpy(), *its_parameters, *fixed)
+    structures = map(as_arrays, (task, codes, grouped, out))
+    return _columns(span.start, span.stop, *structures)
 
 
 @compiled
 def step_adam(p, first, second, gradient, adam):
     """Take one step of Adam on some parameters, in place."""
-    keep1, new1, keep2, new2, rate, correction, epsilon = adam
     for c in range(len(gradient)):
-        m = keep1 * first[c] + new1 * gradient[c]
-        v = keep2 * second[c] + new2 * (gradient[c] * gradient[c])
+        m = adam.decay1 * first[c] + adam.weight1 * gradient[c]
+        v = adam.decay2 * second[c] + adam.weight2 * (gradient[c] * gradient[c])
         first[c] = m
         second[c] = v
-        p[c] -= rate * m / (np.sqrt(v) * correction + epsilon)
+        p[c] -= adam.rate * m / (np.sqrt(v) * adam.correction + adam.epsilon)
 
 
 @compiled
@@ -436,20 +427,20 @@ def remove_along(gradient, atom, edges):
     along = gradient[0] - gradient[0]
     # Slices, because loops over whole arrays alone are vectorised.
     for s in range(len(lengths)):
-        part, its_gradient = atom[edges[s] : edges[s + 1]], gradient[edges[s] : edges[s + 1]]
+        part, part_gradient = atom[edges[s] : edges[s + 1]], gradient[edges[s] : edges[s + 1]]
         lengths[s] = _length(part)
         if lengths[s] > 0:
             n_sites += 1
             total = along - along
             for c in range(len(part)):
-                total += its_gradient[c] * part[c]
+                total += part_gradient[c] * part[c]
             along += total / lengths[s]
     for s in range(len(lengths)):
         if lengths[s] > 0:
-            part, its_gradient = atom[edges[s] : edges[s + 1]], gradient[edges[s] : edges[s + 1]]
+            part, part_gradient = atom[edges[s] : edges[s + 1]], gradient[edges[s] : edges[s + 1]]
             factor = along / (n_sites * lengths[s])
             for c in range(len(part)):
-                its_gradient[c] -= factor * part[c]
+                part_gradient[c] -= factor * part[c]
 
 
 @compiled
@@ -464,126 +455,107 @@ def unit_length(atom, edges, least):
 
 
 @compiled
-def _gradients(j, g, summed, tied, pairs, x, extra, scratch):
-    starts, row_of, values, d_code = pairs
+def _gradients(j, level, pairs, batch, added, tied, scratch):
+    """Write the gradients of one latent."""
+    starts, row_of, values = pairs.starts, pairs.rows, pairs.values
     gradient, encoder_gradient, d_bias = scratch
     for c in range(len(encoder_gradient)):
         encoder_gradient[c] = 0
-    if len(summed):
+    if len(batch.atoms):
         for c in range(len(gradient)):
-            gradient[c] = summed[j, c]
+            gradient[c] = batch.atoms[j, c]
     else:
         for c in range(len(gradient)):
             gradient[c] = 0
-        add_rows(gradient, 0, g, row_of, values, starts[j], starts[j + 1])
-    add_rows(encoder_gradient, 0, x, row_of, d_code, starts[j], starts[j + 1])
+        add_rows(gradient, 0, batch.rows[level], row_of, values, starts[j], starts[j + 1])
+    add_rows(encoder_gradient, 0, batch.x, row_of, batch.codes, starts[j], starts[j + 1])
     total = d_bias[0] - d_bias[0]
     for q in range(starts[j], starts[j + 1]):
-        total += d_code[q]
+        total += batch.codes[q]
     d_bias[0] = total
-    place, extra_atoms, extra_rows, extra_bias = extra
-    i = place[j]
+    i = added.place[j]
     if i >= 0:
-        d_bias[0] += extra_bias[i]
+        d_bias[0] += added.bias[i]
         for c in range(len(gradient)):
-            gradient[c] += extra_atoms[i, c]
+            gradient[c] += added.atoms[i, c]
         for c in range(len(encoder_gradient)):
-            encoder_gradient[c] += extra_rows[i, c]
+            encoder_gradient[c] += added.encoder[i, c]
     if tied:
         for c in range(len(gradient)):
             gradient[c] += encoder_gradient[c]
 
 
 @compiled
-def _update(low, high, tied, pairs, batch, parameters, edges, adam, clip, out, extra):
-    (atoms, atoms1, atoms2), (rows, rows1, rows2), (b, b1, b2) = parameters
-    x, g, summed, prefixes = batch
-    d_input, least, apply = out
+def _update(low, high, pairs, batch, weights, rule, added, d_input):
+    (atoms, atoms1, atoms2), (rows, rows1, rows2), (b, b1, b2) = weights
     gradient = np.empty(atoms.shape[1], atoms.dtype)
     encoder_gradient = np.empty(rows.shape[1], atoms.dtype)
     d_bias = np.zeros(1, atoms.dtype)
-    scratch = (gradient, encoder_gradient, d_bias)
+    scratch = latent_gradients(gradient, encoder_gradient, d_bias)
     squares = 0.0
     level = 0
     for j in range(low, high):
-        while j >= prefixes[level]:
+        while j >= batch.widths[level]:
             level += 1
-        _gradients(j, g[level], summed, tied, pairs, x, extra, scratch)
+        _gradients(j, level, pairs, batch, added, rule.tied, scratch)
         row, atom = rows[j], atoms[j]
-        remove_along(gradient, atom, edges)
-        if not apply:
+        remove_along(gradient, atom, rule.edges)
+        if not rule.apply:
             for part in scratch:
                 for c in range(len(part)):
                     squares += part[c] * part[c]
-            if tied:
+            if rule.tied:
                 for c in range(len(encoder_gradient)):
                     squares -= encoder_gradient[c] * encoder_gradient[c]
         # Through the input's bias: before the encoder row changes. The added gradients have
         # no part in it.
-        through = d_bias[0] if extra[0][j] < 0 else d_bias[0] - extra[3][extra[0][j]]
+        place = added.place[j]
+        through = d_bias[0] if place < 0 else d_bias[0] - added.bias[place]
         for c in range(len(d_input)):
             d_input[c] += through * row[c]
-        if apply:
-            if clip < 1:
+        if rule.apply:
+            if rule.clip < 1:
                 for part in scratch:
                     for c in range(len(part)):
-                        part[c] *= clip
-            if not tied:
-                step_adam(row, rows1[j], rows2[j], encoder_gradient, adam)
-            step_adam(atom, atoms1[j], atoms2[j], gradient, adam)
-            unit_length(atom, edges, least)
-            step_adam(b[j], b1[j], b2[j], d_bias, adam)
+                        part[c] *= rule.clip
+            if not rule.tied:
+                step_adam(row, rows1[j], rows2[j], encoder_gradient, rule.adam)
+            step_adam(atom, atoms1[j], atoms2[j], gradient, rule.adam)
+            unit_length(atom, rule.edges, rule.least)
+            step_adam(b[j], b1[j], b2[j], d_bias, rule.adam)
     return squares
 
 
 def update(
     span: range,
-    pairs: tuple[Tensor, Tensor, Tensor, Tensor],
-    batch: tuple[Tensor, Tensor, Tensor, Tensor],
-    state: dict[str, tuple[Tensor, Tensor, Tensor]],
-    edges: Tensor,
-    adam: list[float],
-    clip: float | None,
+    pairs: Grouped,
+    batch: LatentGradients,
+    weights: Weights,
+    rule: Update,
+    added: AddedGradients,
     d_input: Tensor,
-    extra: tuple[Tensor, ...],
 ) -> float:
-    """Take one step of Adam on the latents of `span`, and add to the input's gradient.
+    """Take one step of Adam on the latents of a span, and add to the input's gradient.
 
     Args:
         span: Latents to update.
-        pairs: Where each latent's pairs begin when they are grouped by latent (one entry more
-            than there are latents); then the row, the value and the gradient of each.
-        batch: What the encoder read, the gradients that `residual` wrote, those of the atoms
-            if `columns` wrote them (else none), and the prefixes.
-        state: Parameter, first and second moment of `W_dec`, `W_enc` (latents by d_in; absent
-            when tied) and `b_enc`. Changed in place.
-        edges: Where the sites begin and end in an atom, whose length is the sum of theirs.
-        adam: Decay and weight of the first moment, of the second, rate with its correction,
-            one over the root of the second moment's correction, epsilon.
-        clip: Factor of the gradients; `None` only measures them and changes nothing.
+        pairs: Codes of the batch latent by latent.
+        batch: Rows that the encoder read, and the gradients that `residual` or `columns` wrote.
+        weights: Parameters and moments. Changed in place.
+        rule: Numbers of the update.
+        added: Gradients of dead latents.
         d_input: Gradient of the sum of the encoder's inputs, (d_in,). Added to.
-        extra: For each latent the row of its added gradients or -1, and the added gradients
-            of decoder rows, encoder rows and encoder biases.
 
     Returns:
         Sum of the squared gradients if they were only measured, else 0.
     """
-    parts = {name: tuple(t.numpy() for t in group) for name, group in state.items()}
-    dtype = pairs[2].numpy().dtype.type
-    return _update(
-        span.start,
-        span.stop,
-        "W_enc" not in parts,
-        tuple(t.numpy() for t in pairs),
-        tuple(t.numpy() for t in batch),
-        (
-            parts["W_dec"],
-            parts.get("W_enc", parts["W_dec"]),
-            tuple(t[:, None] for t in parts["b_enc"]),
-        ),
-        edges.numpy(),
-        tuple(dtype(value) for value in adam),
-        dtype(1 if clip is None else clip),
-        (d_input.numpy(), dtype(1e-12), clip is not None),
-        tuple(t.numpy() for t in extra),
-    )
+    weights = weights._replace(bias=Learned(*(t[:, None] for t in weights.bias)))
+    structures = map(as_arrays, (pairs, batch, weights, rule_in(rule, pairs.values), added))
+    return _update(span.start, span.stop, *structures, d_input.numpy())
+
+
+def rule_in(rule: Update, tensor: Tensor) -> Update:
+    """Convert the numbers of an update to the number format of a tensor."""
+    dtype = tensor.numpy().dtype.type
+    numbers = Adam(*map(dtype, rule.adam))
+    return rule._replace(adam=numbers, clip=dtype(rule.clip), least=dtype(rule.least))

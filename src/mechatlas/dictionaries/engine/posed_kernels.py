@@ -3,19 +3,37 @@
     residual    codes -> gradient of the reconstruction and of each code, and the loss
     update      codes by family -> gradients, Adam and unit length, one family at a time
 
-As `kernels.py`, but an atom in another pose is never built: its blocks are read from where they
-are. Block k of an atom in pose h belongs to block `moved[k, h]` of a row, and block g of a row to
-block `source[g, h]` of the atom. Latents count as `h * n_families + i`.
+As in `kernels.py`, but an atom in another pose is never built: its blocks are read from where they
+are. Latents count as `h * n_families + i`.
 """
 
 import numpy as np
 from torch import Tensor
 
-from mechatlas.dictionaries.engine.kernels import compiled, remove_along, step_adam, unit_length
+from mechatlas.dictionaries.engine.kernels import (
+    compiled,
+    remove_along,
+    rule_in,
+    step_adam,
+    unit_length,
+)
+from mechatlas.dictionaries.engine.structures import (
+    Learned,
+    PosedBatch,
+    PosedCodes,
+    PosedGradients,
+    PosedPairs,
+    PosedReconstruction,
+    Update,
+    Weights,
+    as_arrays,
+)
 
 
 @compiled
-def _residual(target, atoms, bias, latents, values, source, scales, out):
+def _residual(task, codes, out):
+    target, scales, atoms, bias, source = task
+    latents, values = codes
     g, d_code, g_sum = out
     n_rows, order, d = target.shape
     k, n = latents.shape[1], len(atoms)
@@ -49,41 +67,25 @@ def _residual(target, atoms, bias, latents, values, source, scales, out):
     return loss
 
 
-def residual(
-    target: Tensor,
-    parameters: tuple[Tensor, Tensor],
-    codes: tuple[Tensor, Tensor],
-    source: Tensor,
-    scales: Tensor,
-    out: tuple[Tensor, Tensor, Tensor],
-) -> float:
+def residual(task: PosedReconstruction, codes: PosedCodes, out: PosedGradients) -> float:
     """Write the gradient of the reconstructions and of each code.
 
     Args:
-        target: What is to be reconstructed, (rows, element, d_block).
-        parameters: Atoms (family, element, d_block) and the bias of a block.
-        codes: Latents and values of the k codes of each row.
-        source: Block of an atom in pose h that block g of a row takes, at (g, h).
-        scales: Twice the weight of each row's squared error.
-        out: Gradient of the rows; of each code, and its sum over rows and blocks, both added to
-            what is there.
+        task: Some rows to reconstruct.
+        codes: Codes of these rows.
+        out: Gradients. `rows` is written; `codes` and `bias` are added to.
 
     Returns:
         The squared errors times their weights, summed over rows.
     """
-    atoms, bias = (t.numpy() for t in parameters)
-    latents, values = (t.numpy() for t in codes)
-    its_out = tuple(t.numpy() for t in out)
-    fixed = (latents, values, source.numpy(), scales.numpy(), its_out)
-    return _residual(target.numpy(), atoms, bias, *fixed)
+    return _residual(as_arrays(task), as_arrays(codes), as_arrays(out))
 
 
 @compiled
-def _update(low, high, pairs, batch, moved, parameters, edges, adam, clip, out):
-    (atoms, atoms1, atoms2), (rows, rows1, rows2), (b, b1, b2) = parameters
+def _update(low, high, pairs, batch, weights, rule, d_input):
+    (atoms, atoms1, atoms2), (rows, rows1, rows2), (b, b1, b2) = weights
     order, starts, row_of, pose_of, values, d_code = pairs
-    x, g = batch
-    d_input, least, apply = out
+    x, g, moved = batch
     n_blocks, d = g.shape[1], g.shape[2]
     gradient = np.empty(n_blocks * d, atoms.dtype)
     encoder_gradient, d_bias = np.empty(d, atoms.dtype), np.zeros(1, atoms.dtype)
@@ -107,8 +109,8 @@ def _update(low, high, pairs, batch, moved, parameters, edges, adam, clip, out):
             d_bias[0] += value
             for c in range(d):
                 encoder_gradient[c] += value * row[c]
-        remove_along(gradient, atoms[j], edges)
-        if not apply:
+        remove_along(gradient, atoms[j], rule.edges)
+        if not rule.apply:
             squares += d_bias[0] * d_bias[0]
             for c in range(len(gradient)):
                 squares += gradient[c] * gradient[c]
@@ -117,62 +119,40 @@ def _update(low, high, pairs, batch, moved, parameters, edges, adam, clip, out):
         # Through the input's bias: before the encoder row changes.
         for c in range(d):
             d_input[c] += d_bias[0] * rows[j, c]
-        if apply:
+        if rule.apply:
             for c in range(len(gradient)):
-                gradient[c] *= clip
+                gradient[c] *= rule.clip
             for c in range(d):
-                encoder_gradient[c] *= clip
-            d_bias[0] *= clip
-            step_adam(rows[j], rows1[j], rows2[j], encoder_gradient, adam)
-            step_adam(atoms[j], atoms1[j], atoms2[j], gradient, adam)
-            unit_length(atoms[j], edges, least)
-            step_adam(b[j], b1[j], b2[j], d_bias, adam)
+                encoder_gradient[c] *= rule.clip
+            d_bias[0] *= rule.clip
+            step_adam(rows[j], rows1[j], rows2[j], encoder_gradient, rule.adam)
+            step_adam(atoms[j], atoms1[j], atoms2[j], gradient, rule.adam)
+            unit_length(atoms[j], rule.edges, rule.least)
+            step_adam(b[j], b1[j], b2[j], d_bias, rule.adam)
     return squares
 
 
 def update(
     span: range,
-    grouped: tuple[Tensor, Tensor],
-    codes: tuple[Tensor, Tensor, Tensor, Tensor],
-    batch: tuple[Tensor, Tensor],
-    moved: Tensor,
-    state: list[tuple[Tensor, Tensor, Tensor]],
-    edges: Tensor,
-    adam: list[float],
-    clip: float | None,
+    pairs: PosedPairs,
+    batch: PosedBatch,
+    weights: Weights,
+    rule: Update,
     d_input: Tensor,
 ) -> float:
-    """Take one step of Adam on the families of `span`, and add to the input's gradient.
+    """Take one step of Adam on the families of a span, and add to the input's gradient.
 
     Args:
         span: Families to update.
-        grouped: What `kernels.group` returned, by family.
-        codes: For each pair of a row and a latent its row, its pose, its value and the gradient
-            of the value.
-        batch: What the encoder read and the gradients that `residual` wrote, both
-            (rows, element, d_block).
-        moved: Block of a row that block k of an atom in pose h belongs to, at (k, h).
-        state: Parameter, first and second moment of atoms, encoder rows and encoder biases.
-            Changed in place.
-        edges: Where the blocks of an atom begin and end.
-        adam: As in `kernels.update`.
-        clip: Factor of the gradients; `None` only measures them and changes nothing.
+        pairs: Codes of the batch, family by family.
+        batch: Blocks that the encoder read, and the gradients that `residual` wrote.
+        weights: Parameters and moments. Changed in place.
+        rule: Numbers of the update.
         d_input: Gradient of the sum of the encoder's inputs, (d_block,). Added to.
 
     Returns:
         Sum of the squared gradients if they were only measured, else 0.
     """
-    atoms, rows, bias = (tuple(t.numpy() for t in group) for group in state)
-    dtype = codes[2].numpy().dtype.type
-    return _update(
-        span.start,
-        span.stop,
-        tuple(t.numpy() for t in (*grouped, *codes)),
-        tuple(t.numpy() for t in batch),
-        moved.numpy(),
-        (atoms, rows, tuple(t[:, None] for t in bias)),
-        edges.numpy(),
-        tuple(dtype(value) for value in adam),
-        dtype(1 if clip is None else clip),
-        (d_input.numpy(), dtype(1e-12), clip is not None),
-    )
+    weights = weights._replace(bias=Learned(*(t[:, None] for t in weights.bias)))
+    structures = map(as_arrays, (pairs, batch, weights, rule_in(rule, pairs.values)))
+    return _update(span.start, span.stop, *structures, d_input.numpy())

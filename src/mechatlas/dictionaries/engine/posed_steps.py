@@ -13,20 +13,30 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mechatlas.dictionaries.engine import fallback, steps
+from mechatlas.dictionaries.engine.interface import Dead, StepResult
 from mechatlas.dictionaries.engine.products import product_with
-from mechatlas.dictionaries.engine.sparse_steps import Run, can_compile, tiles, workers
-from mechatlas.dictionaries.engine.steps import Dead, Stepped
+from mechatlas.dictionaries.engine.sparse_steps import SMALLEST_LENGTH, can_compile, tiles
+from mechatlas.dictionaries.engine.steps import ReconstructionStep
+from mechatlas.dictionaries.engine.structures import (
+    Learned,
+    PosedBatch,
+    PosedCodes,
+    PosedGradients,
+    PosedPairs,
+    PosedReconstruction,
+    Update,
+    Weights,
+)
+from mechatlas.dictionaries.engine.threads import Run, workers
 from mechatlas.dictionaries.objective import Objective
 from mechatlas.dictionaries.pose_tied import PoseTied
 
 FAMILIES = 16
 """Families that are updated together."""
-Sparse = tuple[Tensor, Tensor, Tensor]
-"""Latents and values of the codes of each row, (batch, k), and where they were read."""
 
 
 class PosedStep:
-    """Steps of a `PoseTied` dictionary; see `steps.Step`."""
+    """Steps of a `PoseTied` dictionary; see `interface.Step`."""
 
     def __init__(
         self,
@@ -39,13 +49,19 @@ class PosedStep:
 
         Args:
             dictionary: Changed in place by each step.
-            objective: What is minimised.
-            compiled: Use numba's kernels; by default on a CPU with numba installed.
+            objective: Squared error that is minimized.
+            compiled: Whether numba's kernels are used; by default on a CPU with numba installed.
         """
         self.dictionary, self.objective, self.n_steps = dictionary, objective or Objective(), 0
-        parameters = {name: p.data for name, p in dictionary.named_parameters()}
-        self.moments = steps.moments_of(parameters)
-        self._compiled = can_compile(dictionary._atoms) if compiled is None else compiled
+        self.dense = ReconstructionStep(
+            dictionary, objective, project=self._project, normalize=dictionary.normalize
+        )
+        self.parameters, self.moments = self.dense.parameters, self.dense.moments
+        self._compiled = can_compile(dictionary.atoms) if compiled is None else compiled
+
+    def _project(self, gradients: dict[str, Tensor]) -> None:
+        atoms = self.parameters["_atoms"].data
+        fallback.remove_along(gradients["_atoms"], atoms, list(self.dictionary.edges))
 
     @torch.no_grad()
     def __call__(
@@ -54,106 +70,105 @@ class PosedStep:
         lr: float,
         dead: Dead | None = None,
         *,
-        pressure: float = 1.0,
-    ) -> Stepped:
+        sparsity_coefficient: float = 1.0,
+    ) -> StepResult:
         """Change the dictionary in place; see `Step`.
 
         Raises:
             ValueError: Dead latents are to be revived, which is not done here.
         """
-        del pressure  # TopK has no penalty
-        if dead is not None:
-            raise ValueError("Latents of a pose-tied dictionary cannot be revived.")
+        if dead is not None or not self._compiled:
+            self.dense.n_steps, self.n_steps = self.n_steps, self.n_steps + 1
+            return self.dense(x, lr, dead)
+        del sparsity_coefficient  # TopK has no penalty
         self.n_steps += 1
-        adam = steps.adam(lr, self.n_steps)
-        scales = self.objective.weights(x).mul_(2 / len(x))
-        if not self._compiled:
-            return self._by_autograd(x, scales, adam)
         with workers(x.device) as run:
-            return self._by_kernels(x, scales, adam, run)
+            return self._by_kernels(x, lr, run)
 
-    def _by_kernels(self, x: Tensor, scales: Tensor, adam: list[float], run: Run) -> Stepped:
-        kernels = importlib.import_module("mechatlas.dictionaries.engine.kernels")
-        parts = importlib.import_module("mechatlas.dictionaries.engine.posed_kernels")
-        owner = self.dictionary
-        order, d, n = owner.group.order, owner.d_block, owner.n_families
+    def _by_kernels(self, x: Tensor, lr: float, run: Run) -> StepResult:
+        kernels = importlib.import_module("mechatlas.dictionaries.engine.posed_kernels")
+        dictionary = self.dictionary
+        order, d = dictionary.group.order, dictionary.d_block
         blocks = x.reshape(len(x), order, d)
-        latents, values, centred = self._select(blocks, run)
-        g, d_code = torch.empty_like(blocks), torch.zeros_like(values)
-        spans = tiles(len(x), owner.n_latents)
-        g_sums = x.new_zeros(len(spans), d)
-        parameters = owner.atoms.data, owner._b_dec.data
-        inverses = torch.from_numpy(owner.group.inverses.astype("int64"))
-        source = owner._moved[:, inverses].contiguous()
+        codes, read = self._select(blocks, run)
+        inverses = torch.from_numpy(dictionary.group.inverses.astype("int64"))
+        task = PosedReconstruction(
+            blocks,
+            self.objective.weights(x).mul_(2 / len(x)),
+            dictionary.atoms.data,
+            self.parameters["_b_dec"].data,
+            dictionary.moved[:, inverses].contiguous(),
+        )
+        spans = tiles(len(x), dictionary.n_latents)
+        biases = x.new_zeros(len(spans), d)
+        out = PosedGradients(torch.empty_like(blocks), torch.zeros_like(codes.values), biases)
 
         def residual(i: int) -> float:
             rows = spans[i]
-            codes, out = (latents[rows], values[rows]), (g[rows], d_code[rows], g_sums[i])
-            return parts.residual(blocks[rows], parameters, codes, source, scales[rows], out)
+            part = task._replace(target=task.target[rows], scales=task.scales[rows])
+            mine = PosedCodes(*(t[rows] for t in codes))
+            gradients = PosedGradients(out.rows[rows], out.codes[rows], biases[i])
+            return kernels.residual(part, mine, gradients)
 
         loss = sum(run(residual, len(spans)))
-        family, pose = (latents % n).view(-1), (latents // n).view(-1)
-        grouped = kernels.group(family, values.view(-1), n)
-        row = torch.arange(len(x), dtype=torch.int32).repeat_interleave(values.shape[1])
-        pairs = (row, pose, values.view(-1), d_code.view(-1))
-        state = [
-            (getattr(owner, name).data, *self.moments[name])
-            for name in ("_atoms", "_encoder", "_b_enc")
-        ]
-        edges = torch.tensor(owner.edges)
-        shares = [range(i, min(i + FAMILIES, n)) for i in range(0, n, FAMILIES)]
-
-        def sweep(clip: float | None) -> tuple[float, Tensor]:
-            d_input = x.new_zeros(len(shares), d)
-            fixed = (grouped, pairs, (centred, g), owner._moved, state, edges, adam, clip)
-            squares = sum(run(lambda i: parts.update(shares[i], *fixed, d_input[i]), len(shares)))
-            return squares, g_sums.sum(dim=0) - d_input.sum(dim=0)
-
+        batch = PosedBatch(read, out.rows, dictionary.moved)
+        pairs = self._group(codes, out.codes)
+        adam = steps.adam(lr, self.n_steps)
+        update = Update(adam, torch.tensor(dictionary.edges), 1.0, SMALLEST_LENGTH, False, True)
         factor = 1.0
         if self.objective.clip is not None:
-            squares, d_bias = sweep(None)
+            squares, d_input = self._update(update._replace(apply=False), pairs, batch, run)
+            d_bias = biases.sum(dim=0) - d_input
             factor = self.objective.factor(squares + float(d_bias.square().sum()))
-        _, d_bias = sweep(factor)
-        fallback.step_adam(owner._b_dec.data, *self.moments["_b_dec"], d_bias * factor, adam)
-        fired = torch.zeros(owner.n_latents, dtype=torch.bool)
-        fired[latents[values > 0].long()] = True
-        return Stepped(loss, fired)
+        _, d_input = self._update(update._replace(clip=factor), pairs, batch, run)
+        d_bias = biases.sum(dim=0) - d_input
+        b_dec = self.parameters["_b_dec"].data
+        fallback.step_adam(b_dec, *self.moments["_b_dec"], d_bias * factor, adam)
+        fired = torch.zeros(dictionary.n_latents, dtype=torch.bool)
+        fired[codes.latents[codes.values > 0].long()] = True
+        return StepResult(loss, fired)
 
-    def _select(self, blocks: Tensor, run: Run) -> Sparse:
+    def _select(self, blocks: Tensor, run: Run) -> tuple[PosedCodes, Tensor]:
         """The k largest codes of each row, and the blocks without their bias."""
         kernels = importlib.import_module("mechatlas.dictionaries.engine.kernels")
-        owner = self.dictionary
-        k, bias = owner.sparsity.k, owner.b_enc.data
+        dictionary = self.dictionary
+        k, bias = dictionary.sparsity.k, dictionary.b_enc.data
         values = blocks.new_empty(len(blocks), k)
-        latents = torch.empty_like(values, dtype=torch.int32)
-        centred = blocks - owner._b_dec.data
-        spans = tiles(len(blocks), owner.n_latents)
-        product = product_with(owner._encoder.data, spans[0].stop * blocks.shape[1])
+        codes = PosedCodes(torch.empty_like(values, dtype=torch.int32), values)
+        read = blocks - self.parameters["_b_dec"].data
+        spans = tiles(len(blocks), dictionary.n_latents)
+        encoder = self.parameters["_encoder"].data
+        product = product_with(encoder, spans[0].stop * blocks.shape[1])
 
         def select(i: int) -> None:
             rows = spans[i]
-            pre = product(centred[rows].reshape(-1, owner.d_block))
-            whole = pre.view(-1, owner.n_latents)
-            kernels.select(whole, bias, k, values[rows], latents[rows])
+            pre = product(read[rows].reshape(-1, blocks.shape[2])).view(-1, len(bias))
+            kernels.select(pre, bias, k, codes.values[rows], codes.latents[rows])
 
         run(select, len(spans))
-        return latents, values, centred
+        return codes, read
 
-    def _by_autograd(self, x: Tensor, scales: Tensor, adam: list[float]) -> Stepped:
-        owner = self.dictionary
-        with torch.enable_grad():
-            code = owner.encode(x)
-            left = owner.decode(code) - x
-            loss = (left.square().sum(dim=-1) * scales).sum() / 2
-            named = dict(owner.named_parameters())
-            gradients = dict(
-                zip(named, torch.autograd.grad(loss, list(named.values())), strict=True)
-            )
-        fallback.remove_along(gradients["_atoms"], owner._atoms.data, list(owner.edges))
-        squares = sum(float(gradient.square().sum()) for gradient in gradients.values())
-        factor = self.objective.factor(squares)
-        for name, gradient in gradients.items():
-            moments = self.moments[name]
-            fallback.step_adam(named[name].data, *moments, gradient * factor, adam)
-        owner.normalise()
-        return Stepped(float(loss.detach()), (code.detach() != 0).any(dim=0))
+    def _group(self, codes: PosedCodes, gradients: Tensor) -> PosedPairs:
+        """Codes family by family."""
+        kernels = importlib.import_module("mechatlas.dictionaries.engine.kernels")
+        n = self.dictionary.n_families
+        family, pose = (codes.latents % n).view(-1), (codes.latents // n).view(-1)
+        values = codes.values.view(-1)
+        order, starts = kernels.group(family, values, n)
+        rows = torch.arange(len(codes.values), dtype=torch.int32)
+        rows = rows.repeat_interleave(codes.values.shape[1])
+        return PosedPairs(order, starts, rows, pose, values, gradients.view(-1))
+
+    def _update(
+        self, rule: Update, pairs: PosedPairs, batch: PosedBatch, run: Run
+    ) -> tuple[float, Tensor]:
+        """Update all families, or measure their gradients; gradient of the encoder's input."""
+        kernels = importlib.import_module("mechatlas.dictionaries.engine.posed_kernels")
+        n = self.dictionary.n_families
+        spans = [range(i, min(i + FAMILIES, n)) for i in range(0, n, FAMILIES)]
+        d_input = batch.x.new_zeros(len(spans), self.dictionary.d_block)
+        names = ("_atoms", "_encoder", "_b_enc")
+        weights = Weights(*(Learned(self.parameters[m].data, *self.moments[m]) for m in names))
+        fixed = (pairs, batch, weights, rule)
+        squares = run(lambda i: kernels.update(spans[i], *fixed, d_input[i]), len(spans))
+        return sum(squares), d_input.sum(dim=0)

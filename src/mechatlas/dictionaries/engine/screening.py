@@ -24,32 +24,33 @@ import torch
 from jaxtyping import BFloat16, Float, Int16
 from torch import Tensor
 
-from mechatlas.dictionaries.engine.kernels import BESIDE, compiled, write_largest
+from mechatlas.dictionaries.engine.kernels import COMPARED_LATENTS, compiled, write_largest
+from mechatlas.dictionaries.engine.structures import Bounds, EncoderRows, as_arrays
 from mechatlas.dictionaries.engine.vectors import dot_rows
 
-BLOCK = 512
+ROUNDED_LATENTS = 512
 """Latents rounded at once: few enough for the cache."""
-ROUNDED = 2.0**-8
-"""Largest part of a number that is lost when it becomes a bfloat16."""
-MORE = 1.01
-"""Factor of the lengths in the product, for what is lost when they are rounded themselves."""
-BETWEEN = 2.05
-"""Of the lengths' products, how far the bounds of a pre-activation are apart at most."""
-LEAST_ROWS = 384
-"""Of a tile, with fewer of which oneDNN takes twice as long."""
-SHARE = 1 / 16
-"""Of all pairs of a row and a latent, that may have to be computed in float32. With more the
+BFLOAT16_ERROR = 2.0**-8
+"""Largest relative error of a number rounded to bfloat16."""
+LENGTH_MARGIN = 1.01
+"""Factor of the lengths in the product, which covers the rounding of the lengths themselves."""
+INTERVAL_WIDTH = 2.05
+"""Width of the interval around a screened pre-activation, in units of |x| |w| (upper bound)."""
+MIN_TILE_ROWS = 384
+"""Smallest number of rows in a tile: with fewer oneDNN takes twice as long."""
+MAX_FRACTION = 1 / 16
+"""Largest fraction of all pairs of a row and a latent that is computed in float32: with more the
 whole product is faster."""
-FIRST_ROWS = 16
-"""That may have more before anyone is told."""
+GRACE_ROWS = 16
+"""Rows allowed to exceed MAX_FRACTION before screening gives up."""
 
 
 class TooCloseError(Exception):
-    """So many pre-activations may be codes that screening them is of no use."""
+    """Screening is of no use: too many pre-activations may be codes."""
 
 
 class Screen:
-    """A `Search` whose methods, and the functions they give, raise `TooCloseError`."""
+    """A `TileSearch` whose methods, and the functions they give, raise `TooCloseError`."""
 
     def __init__(
         self,
@@ -58,33 +59,34 @@ class Screen:
         run: Callable[[Callable[[int], Any], int], Any],
         rooms: list[Tensor],
     ) -> None:
-        """Take an encoder's rows and biases, neither to be changed while this is used.
+        """Take an encoder that does not change while this is used.
 
         Args:
-            rows: Of the encoder.
-            bias: Of each latent.
+            rows: Encoder rows.
+            bias: Bias of each latent.
             run: Runs numbered pieces of work.
-            rooms: For tiles, one a thread; made if there is none. The system gives memory page
-                by page, so it is worth while to keep the list.
+            rooms: Memory for tiles, one a thread; made if there is none. The system gives memory
+                page by page, so it is worth while to keep the list.
         """
         self.rows, self.bias, self.run, self.rooms = rows, bias, run, rooms
+        self.encoder = as_arrays(EncoderRows(rows, bias))
 
     def largest(self, k: int) -> Callable[[Tensor, Tensor, Tensor], None]:
-        """A function that writes values and latents of the k largest codes of each row.
+        """Make a function that writes values and latents of the k largest codes of each row.
 
         Raises:
             TooCloseError: The k are not few.
         """
-        if 2 * k > SHARE * len(self.rows):
+        if 2 * k > MAX_FRACTION * len(self.rows):
             raise TooCloseError
         half, reach = self._rounded(self.bias, -1)
         n_groups = min(len(self.rows), max(512, 2 * k))
 
         def select(x: Float[Tensor, "row d_in"], values: Tensor, latents: Tensor) -> None:
-            with self._bounds(x, half) as (bounds, lengths):
-                numbers = (bounds, x, lengths, reach, self.rows, self.bias)
+            with self._bounds(x, half) as (bits, lengths):
+                bounds = as_arrays(Bounds(bits, lengths, reach))
                 out = (values.numpy(), latents.numpy())
-                if not _select(*(t.numpy() for t in numbers), k, n_groups, *out):
+                if not _select(bounds, x.numpy(), self.encoder, k, n_groups, *out):
                     raise TooCloseError
 
         return select
@@ -92,16 +94,16 @@ class Screen:
     def above(
         self, low: Float[Tensor, " latent"]
     ) -> Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]:
-        """A function that gives the pre-activations of some rows above `low`."""
+        """Make a function that finds the pre-activations of some rows above `low`."""
         half, _ = self._rounded(self.bias - low, 1)
 
         def find(x: Float[Tensor, "row d_in"]) -> tuple[Tensor, Tensor, Tensor]:
             counts = low.new_empty(len(x), dtype=torch.int64)
             values = low.new_empty(_most(len(x), len(self.rows)))
             latents = torch.empty_like(values, dtype=torch.int32)
-            with self._bounds(x, half) as (bounds, _):
-                numbers = (bounds, x, self.rows, self.bias, low, counts, latents, values)
-                n = _above(*(t.numpy() for t in numbers))
+            out = (low.numpy(), counts.numpy(), latents.numpy(), values.numpy())
+            with self._bounds(x, half) as (bits, _):
+                n = _above(bits.numpy(), x.numpy(), self.encoder, *out)
             if n < 0:
                 raise TooCloseError
             return counts, latents[:n].clone(), values[:n].clone()  # untouched, the rest is free
@@ -111,19 +113,19 @@ class Screen:
     def _rounded(
         self, bias: Tensor, side: int
     ) -> tuple[BFloat16[Tensor, "latent wide"], Float[Tensor, "latent 3"]]:
-        """What rows are multiplied with, and the latents' share in the distance of the bounds.
+        """Encoder in bfloat16, and the latents' share in the distance of the bounds.
 
         Args:
-            bias: Of each latent.
+            bias: Bias of each latent.
             side: 1 to bound pre-activations from above, -1 from below.
 
         Raises:
-            TooCloseError: There are NaN or infinities; the whole product shows what they lead to.
+            TooCloseError: There are NaN or infinities, which are left to the whole product.
         """
         m, d = self.rows.shape
         half = bias.new_empty(m, d + 5, dtype=torch.bfloat16)
         reach = bias.new_empty(m, 3)
-        blocks = [slice(i, i + BLOCK) for i in range(0, m, BLOCK)]
+        blocks = [slice(i, i + ROUNDED_LATENTS) for i in range(0, m, ROUNDED_LATENTS)]
 
         def round_block(i: int) -> None:
             numbers = self.rows[blocks[i]], bias[blocks[i]], reach[blocks[i]]
@@ -172,7 +174,7 @@ def _rounded(number):
 
 @compiled
 def _round_row(row, half):
-    """Write a row as bfloat16; the length of what it loses by that, and its own."""
+    """Write a row as bfloat16; return the length of the rounding error, and that of the row."""
     lost, length = row[0] - row[0], row[0] - row[0]
     part = half[: len(row)]
     for c in range(len(row)):
@@ -196,8 +198,8 @@ def _round_encoder(half, rows, bias, reach, side):
             half[j, column] = _rounded(left)
             left -= _number(half[j, column])
         half[j, d + 3], half[j, d + 4] = (
-            _rounded(side * MORE * length),
-            _rounded(side * MORE * slack),
+            _rounded(side * LENGTH_MARGIN * length),
+            _rounded(side * LENGTH_MARGIN * slack),
         )
         reach[j, 0], reach[j, 1], reach[j, 2] = length, slack, spread
 
@@ -210,14 +212,17 @@ def _round_batch(half, rows, lengths):
         length += lost
         for column in range(d, d + 3):
             half[i, column] = _rounded(1.0)
-        half[i, d + 3], half[i, d + 4] = _rounded(MORE * lost), _rounded(MORE * length)
+        half[i, d + 3], half[i, d + 4] = (
+            _rounded(LENGTH_MARGIN * lost),
+            _rounded(LENGTH_MARGIN * length),
+        )
         lengths[i, 0], lengths[i, 1] = lost, length
 
 
 @compiled
 def _most(n_rows, m):
-    """Room for pairs of a row and a latent that may be computed, and one row's that may not."""
-    return int(SHARE * m * (n_rows + FIRST_ROWS)) + m + 1
+    """Room for the pairs that may be computed, and for one row whose pairs are too many."""
+    return int(MAX_FRACTION * m * (n_rows + GRACE_ROWS)) + m + 1
 
 
 @compiled
@@ -234,7 +239,7 @@ def _truncated(number):
 
 @compiled
 def _reached_by(bits, k):
-    """The k-th largest of positive numbers, or one that few more than k reach; 0 if fewer do.
+    """Find the k-th largest of positive numbers, or one that few more reach; 0 if fewer do.
 
     Numbers above zero are in the order of their bits, and those below come before them.
     """
@@ -268,9 +273,10 @@ def _maxima(row, maxima):
 
 
 @compiled
-def _near(bounds, lengths, reach, k, n_groups, starts, near):
+def _near(bounds, k, n_groups, starts, near):
     """Write the latents of each row that may be among its k largest; False if they are many."""
-    n_rows, m = bounds.shape
+    bits, lengths, reach = bounds
+    n_rows, m = bits.shape
     maxima = np.empty(n_groups, np.int16)
     long, slack, spread = reach[0]
     for j in range(m):
@@ -278,14 +284,14 @@ def _near(bounds, lengths, reach, k, n_groups, starts, near):
         spread = max(spread, reach[j, 2])
     starts[0] = 0
     for i in range(n_rows):
-        row = bounds[i]
+        row = bits[i]
         _maxima(row, maxima)
-        lost, length = BETWEEN * lengths[i, 0], BETWEEN * lengths[i, 1]
+        lost, length = INTERVAL_WIDTH * lengths[i, 0], INTERVAL_WIDTH * lengths[i, 1]
         # k groups have a member of at least `bound`, so the k largest are at least that.
         bound = _number(_reached_by(maxima, k))
-        bound -= ROUNDED * bound
+        bound -= BFLOAT16_ERROR * bound
         furthest = lost * long + length * slack + spread
-        floor = _truncated(max((1 - 2 * ROUNDED) * (bound - furthest), 0))
+        floor = _truncated(max((1 - 2 * BFLOAT16_ERROR) * (bound - furthest), 0))
         if floor == 0:
             floor = np.int16(-32768)  # of numbers below zero bits have another order
         n = first = starts[i]
@@ -297,20 +303,21 @@ def _near(bounds, lengths, reach, k, n_groups, starts, near):
                     n += row[j] >= floor
         last, n = n, first
         for t in range(first, last):
-            its = reach[near[t]]
+            r = reach[near[t]]
             least = _number(row[near[t]])
-            most = least + ROUNDED * abs(least) + lost * its[0] + length * its[1] + its[2]
+            most = least + BFLOAT16_ERROR * abs(least) + lost * r[0] + length * r[1] + r[2]
             near[n] = near[t]
             n += most >= bound
         starts[i + 1] = n
-        if n > SHARE * m * (i + FIRST_ROWS):
+        if n > MAX_FRACTION * m * (i + GRACE_ROWS):
             return False
     return True
 
 
 @compiled
-def _compute(x, rows, bias, starts, latents, values):
+def _compute(x, encoder, starts, latents, values):
     """Write pre-activations in float32, latent by latent: rows of a tile stay in the cache."""
+    rows, bias = encoder
     n_pairs = starts[-1]
     begin = np.zeros(len(rows) + 1, np.int64)
     for p in range(n_pairs):
@@ -334,14 +341,14 @@ def _compute(x, rows, bias, starts, latents, values):
 
 
 @compiled
-def _select(bounds, x, lengths, reach, rows, bias, k, n_groups, values, latents):
-    n_rows, m = bounds.shape
+def _select(bounds, x, encoder, k, n_groups, values, latents):
+    n_rows, m = bounds.bits.shape
     starts = np.empty(n_rows + 1, np.int64)
     near = np.empty(_most(n_rows, m), np.int32)
-    if not _near(bounds, lengths, reach, k, n_groups, starts, near):
+    if not _near(bounds, k, n_groups, starts, near):
         return False
     computed = np.empty(starts[-1], x.dtype)
-    _compute(x, rows, bias, starts, near, computed)
+    _compute(x, encoder, starts, near, computed)
     scratch = np.empty(m + 1, x.dtype)
     for i in range(n_rows):
         kept, where = computed[starts[i] : starts[i + 1]], near[starts[i] : starts[i + 1]]
@@ -352,14 +359,14 @@ def _select(bounds, x, lengths, reach, rows, bias, k, n_groups, values, latents)
 
 
 @compiled
-def _above(bounds, x, rows, bias, low, counts, latents, values):
-    n_rows, m = bounds.shape
+def _above(bits, x, encoder, low, counts, latents, values):
+    n_rows, m = bits.shape
     starts = np.zeros(n_rows + 1, np.int64)
     n = 0
     for i in range(n_rows):
-        row = bounds[i]
-        for first in range(0, m, BESIDE):
-            part = row[first : min(first + BESIDE, m)]
+        row = bits[i]
+        for first in range(0, m, COMPARED_LATENTS):
+            part = row[first : min(first + COMPARED_LATENTS, m)]
             hits = 0
             for c in range(len(part)):
                 hits += part[c] >= 0
@@ -368,9 +375,9 @@ def _above(bounds, x, rows, bias, low, counts, latents, values):
                     latents[n] = first + c
                     n += part[c] >= 0
         starts[i + 1] = n
-        if n > SHARE * m * (i + FIRST_ROWS):
+        if n > MAX_FRACTION * m * (i + GRACE_ROWS):
             return -1
-    _compute(x, rows, bias, starts, latents, values)
+    _compute(x, encoder, starts, latents, values)
     n = 0
     for i in range(n_rows):
         before = n

@@ -1,111 +1,194 @@
 """Training steps that cost about as much as one dense product with the encoder.
 
-    SparseStep      TopK, BatchTopK, ReLU and JumpReLU, in every form of dictionary
+    SparseStep      every `LinearCoder` whose sparsity rule has a fast path
     step_for        this one where it fits, else autograd
 
 Only the encoder's product is dense. Its result, the pre-activations of a batch, never exists:
 it comes in tiles of `TILE` numbers, of which only the codes are kept, as pairs of a row and a
 latent; where the processor is fast at numbers of half the size, the product is of those, and
-the codes are exact none the less (`screening`). The rest is sparse: what it does is in `kernels`
-(numba) and `fallback` (torch).
+the codes are exact none the less (`screening`). The rest is sparse: it is done by the functions of
+a backend, `kernels` (numba) or `fallback` (torch).
 """
 
 import functools
 import importlib
 import importlib.util
-import os
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
-from mechatlas.dictionaries.autoencoder import SparseCoder
+from mechatlas.dictionaries.autoencoder import LinearCoder
 from mechatlas.dictionaries.engine import fallback, steps
+from mechatlas.dictionaries.engine.interface import Dead, Step, StepResult
 from mechatlas.dictionaries.engine.products import product_with
-from mechatlas.dictionaries.engine.steps import AutogradStep, Dead, Step, Stepped
+from mechatlas.dictionaries.engine.steps import AutogradStep
+from mechatlas.dictionaries.engine.structures import (
+    AddedGradients,
+    Codes,
+    ErrorGradients,
+    Grouped,
+    LatentGradients,
+    Learned,
+    Reconstruction,
+    Update,
+    Weights,
+)
+from mechatlas.dictionaries.engine.threads import Run, workers
 from mechatlas.dictionaries.objective import Objective
 from mechatlas.dictionaries.revival import revive
-from mechatlas.dictionaries.sparsity import BatchTopK, JumpReLU, ReLU, TopK
 
 TILE = 2**21
 """Pre-activations that exist at once, for each thread."""
-LATENTS = 512
-WIDE = 2**24
-"""Numbers in the atoms from which some columns of all rows are worked on, not all of some."""
-GROUPS = 16
-"""Shares of the columns, if they are shared out."""
-DENSE = 0.08
-"""Share of pairs with a code, in the first tile, from which autograd is faster."""
-SOME_ROWS = 32
-"""Of a batch, of which `BatchTopK` guesses the smallest code that it keeps of all. A guess from the
-last batch would be nearer, but a run that was continued would not have it."""
-CLOSES = 0.9, 0.5, 0.0
-"""Of the guess, from which on codes are looked for, until there are enough."""
-RULES = (TopK, BatchTopK, ReLU, JumpReLU)
+LATENT_BLOCK = 512
+"""Latents that are updated together."""
+COLUMN_SPLIT_SIZE = 2**24
+"""Decoder size (entries) above which work is split by columns instead of by rows."""
+COLUMN_GROUPS = 16
+"""Number of groups of columns, if work is split by columns."""
+MAX_DENSITY = 0.08
+"""Fraction of pairs with a code, in the first tile, above which autograd is faster."""
+SAMPLED_ROWS = 32
+"""Rows sampled to estimate the BatchTopK threshold of a batch. An estimate from the last batch
+would be nearer, but a run that was continued would not have it."""
+THRESHOLD_FRACTIONS = 0.9, 0.5, 0.0
+"""Fractions of the estimated threshold tried in turn until at least n candidates are found."""
+SMALLEST_LENGTH = 1e-12
+"""Smallest length that an atom is divided by."""
 
-Run = Callable[[Callable[[int], Any], int], Sequence[Any]]
-Found = tuple[Tensor, Tensor, Tensor]
-"""How many codes each row has, which of all latents they belong to, and their values."""
-Find = Callable[[Tensor], Found]
-
-
-class Codes(NamedTuple):
-    """The codes of a batch, as pairs of a row and a latent, row by row."""
-
-    starts: Int[Tensor, " batch_and_one"]
-    """Where the pairs of each row begin."""
-    latents: Int[Tensor, " pairs"]
-    values: Float[Tensor, " pairs"]
-    raw: Float[Tensor, " pairs"]
-    """Pre-activations; for `JumpReLU` some pairs are just below their threshold."""
-
-
-class Grouped(NamedTuple):
-    """The codes of a batch other than zero, latent by latent."""
-
-    starts: Int[Tensor, " latents_and_one"]
-    """Where the pairs of each latent begin."""
-    rows: Int[Tensor, " pairs"]
-    values: Float[Tensor, " pairs"]
-    order: Int[Tensor, " pairs"]
-    """Which of the pairs row by row each is."""
+TileCodes = tuple[Tensor, Tensor, Tensor]
+"""Number of codes of each row, latents of all codes, and their pre-activations."""
+Find = Callable[[Tensor], TileCodes]
 
 
 @runtime_checkable
-class Search(Protocol):
-    """A way to find codes of rows with an encoder that does not change meanwhile."""
+class TileSearch(Protocol):
+    """Search for codes of tiles of rows, with an encoder that does not change meanwhile."""
 
     def largest(self, k: int) -> Callable[[Tensor, Tensor, Tensor], None]:
-        """A function that writes values and latents of the k largest codes of each row."""
+        """Make a function that writes values and latents of the k largest codes of each row."""
         ...
 
     def above(self, low: Float[Tensor, " latent"]) -> Find:
-        """A function that gives the pre-activations of some rows above `low`."""
+        """Make a function that finds the pre-activations of some rows above `low`."""
         ...
 
 
-class Whole:
-    """A `Search` among all pre-activations."""
+class WholeProduct:
+    """A `TileSearch` among all pre-activations."""
 
-    def __init__(self, rows: Tensor, bias: Tensor, parts: Any, tile: int) -> None:
-        self.bias, self.parts = bias, parts
+    def __init__(self, rows: Tensor, bias: Tensor, backend: Any, tile: int) -> None:
+        self.bias, self.backend = bias, backend
         self.product = product_with(rows, tile)
 
     def largest(self, k: int) -> Callable[[Tensor, Tensor, Tensor], None]:
-        """By selecting among them."""
-        return lambda x, *out: self.parts.select(self.product(x), self.bias, k, *out)
+        """Select among them."""
+        return lambda x, *out: self.backend.select(self.product(x), self.bias, k, *out)
 
     def above(self, low: Tensor) -> Find:
-        """By comparing each."""
-        return lambda x: self.parts.above(self.product(x), self.bias, low)
+        """Compare each."""
+        return lambda x: self.backend.above(self.product(x), self.bias, low)
+
+
+class BatchSearch:
+    """A `CodeSearch` that looks through the tiles of a batch."""
+
+    def __init__(
+        self, dictionary: LinearCoder, x: Tensor, room: Tensor, tiles: TileSearch, plan: "Plan"
+    ) -> None:
+        """Prepare the search.
+
+        Args:
+            dictionary: Changes nothing of it.
+            x: Rows of the batch.
+            room: Memory for the rows that the encoder reads, (batch, d_in), written by tiles.
+            tiles: Search of one tile.
+            plan: Tiles, and the runner of their work.
+        """
+        self.dictionary, self.x, self.room = dictionary, x, room
+        self.tiles, (self.spans, self.run) = tiles, plan
+
+    def _read(self, i: int) -> Tensor:
+        """Rows of a tile as the encoder reads them."""
+        dictionary, span = self.dictionary, self.spans[i]
+        rows = self.room[span]
+        if dictionary.subtracts_b_dec:
+            torch.sub(self.x[span, dictionary.reads], dictionary.b_dec.data, out=rows)
+        else:
+            rows.copy_(self.x[span, dictionary.reads])
+        return rows
+
+    def largest_of_rows(self, k: int) -> Codes:
+        """Find the k largest codes of each row, zero where the pre-activation is below."""
+        values = self.x.new_empty(len(self.x), k)
+        latents = torch.empty_like(values, dtype=torch.int32)
+        codes = [(values[span], latents[span]) for span in self.spans]
+        select = self.tiles.largest(k)
+        self.run(lambda i: select(self._read(i), *codes[i]), len(self.spans))
+        if len(self.dictionary.matryoshka_widths) > 1:
+            latents, order = latents.sort(dim=1)
+            values = values.gather(1, order)
+        starts = torch.arange(0, values.numel() + 1, k, device=values.device)
+        return Codes(starts, latents.view(-1), values.view(-1), values.view(-1))
+
+    def largest_of_batch(self, k: int) -> Codes:
+        """Find the codes above zero that are largest in the batch, k a row on average."""
+        sample = self.x[:: -(-len(self.x) // SAMPLED_ROWS), self.dictionary.reads]
+        pre = self.dictionary.pre_activations(sample).flatten()
+        largest = pre.topk(min(k * len(sample), len(pre)), sorted=False).values
+        threshold, n = float(largest.min()), k * len(self.x)
+        first, *others = THRESHOLD_FRACTIONS if threshold > 0 else (0.0,)
+        codes = self._all_above(self.tiles.above(self._bounds(first * threshold)))
+        while len(codes.values) < n and others:
+            low = self._bounds(others.pop(0) * threshold)
+            codes = self._all_above(self.tiles.above(low))
+        return _keep_largest(codes, n)
+
+    def above(self, low: Float[Tensor, " latent"] | float) -> Codes | None:
+        """Find the pre-activations above a bound of their latent; None if they are not sparse."""
+        find = self.tiles.above(low if isinstance(low, Tensor) else self._bounds(low))
+        first = find(self._read(0))
+        if len(first[-1]) > MAX_DENSITY * self.spans[0].stop * self.dictionary.n_latents:
+            return None
+        return self._all_above(find, first)
+
+    def _bounds(self, low: float) -> Float[Tensor, " latent"]:
+        return torch.full_like(self.dictionary.b_enc.data, low)
+
+    def _all_above(self, find: Find, *found: TileCodes) -> Codes:
+        """Codes of all tiles, given those of the first ones."""
+        done = len(found)
+        more = self.run(lambda i: find(self._read(done + i)), len(self.spans) - done)
+        parts = zip(*found, *more, strict=True)
+        counts, latents, values = (torch.cat(part) for part in parts)
+        starts = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+        return Codes(starts, latents, values, values)
+
+
+def _keep_largest(codes: Codes, n: int) -> Codes:
+    """Keep the n largest codes, or all if there are fewer."""
+    values = codes.values
+    if len(values) <= n:
+        return codes
+    last = values.kthvalue(len(values) - n + 1).values
+    ties = values == last
+    kept = (values > last) | (ties & (ties.cumsum(0) <= n - (values > last).sum()))
+    before = torch.cat([kept.new_zeros(1, dtype=torch.long), kept.cumsum(0)])
+    return Codes(before[codes.starts], codes.latents[kept], values[kept], values[kept])
+
+
+class Plan(NamedTuple):
+    """Tiles of a batch, and the runner of their work."""
+
+    spans: Sequence[slice]
+    run: Run
 
 
 class SparseStep:
-    """Steps of a dictionary with one of the `RULES`.
+    """Steps of a dictionary whose sparsity rule has a fast path.
 
     Rows are shared out in tiles and latents in blocks over as many threads as torch uses. The
     shares do not depend on the number of threads, so neither do the results. A batch whose codes
@@ -114,7 +197,7 @@ class SparseStep:
 
     def __init__(
         self,
-        dictionary: SparseCoder,
+        dictionary: LinearCoder,
         objective: Objective | None = None,
         *,
         compiled: bool | None = None,
@@ -122,25 +205,27 @@ class SparseStep:
         """Make room for the moments.
 
         Args:
-            dictionary: Changed in place by each step. Its sparsity rule is one of `RULES`.
-            objective: What is minimised.
-            compiled: Use numba's kernels; by default on a CPU with numba installed.
+            dictionary: Changed in place by each step.
+            objective: Squared error that is minimized.
+            compiled: Whether numba's kernels are used; by default on a CPU with numba installed.
 
         Raises:
-            ValueError: The sparsity rule is another one.
+            ValueError: The sparsity rule has no fast path.
         """
-        if type(dictionary.sparsity) not in RULES:
-            names = ", ".join(rule.__name__ for rule in RULES)
-            raise ValueError(f"A sparse step needs {names}, got {dictionary.sparsity}.")
-        self.dictionary, self.rule, self.n_steps = dictionary, dictionary.sparsity, 0
+        if not dictionary.rule.has_fast_path:
+            raise ValueError(
+                f"A sparse step needs a sparsity rule with `find_codes`, got {dictionary.sparsity}."
+            )
+        self.dictionary, self.n_steps = dictionary, 0
         self.objective = objective or Objective()
-        self._learnt = list(dictionary.rule.parameters(1))
-        names = ["W_dec", "b_enc", "b_dec", *([] if dictionary.tied else ["W_enc"]), *self._learnt]
+        self._learned = list(dictionary.rule.parameters(1))
+        tied = [] if dictionary.tied else ["W_enc"]
+        names = ["W_dec", "b_enc", "b_dec", *tied, *self._learned]
         self.moments = steps.moments_of({name: self._parameter(name) for name in names})
-        self.parts: Any = fallback
+        self.backend: Any = fallback
         self._screens = False
         if compiled or (compiled is None and can_compile(dictionary.W_dec)):
-            self.parts = importlib.import_module("mechatlas.dictionaries.engine.kernels")
+            self.backend = importlib.import_module("mechatlas.dictionaries.engine.kernels")
             self._screens = can_screen(dictionary.W_dec)
         self._room: dict[str, Tensor] = {}
         self._tiles: list[Tensor] = []
@@ -148,15 +233,8 @@ class SparseStep:
     def _parameter(self, name: str) -> Tensor:
         """A parameter's data, latents first."""
         if name == "W_enc":
-            whole = self.dictionary._W_enc
-            if not whole.data.T.is_contiguous():
-                whole.data = whole.data.T.contiguous().T
-            return whole.data.T
+            return self.dictionary.encoder_rows
         return getattr(self.dictionary, name).data
-
-    @property
-    def _encoder(self) -> Tensor:
-        return self._parameter("W_dec" if self.dictionary.tied else "W_enc")
 
     @torch.no_grad()
     def __call__(
@@ -165,16 +243,16 @@ class SparseStep:
         lr: float,
         dead: Dead | None = None,
         *,
-        pressure: float = 1.0,
-    ) -> Stepped:
+        sparsity_coefficient: float = 1.0,
+    ) -> StepResult:
         """Change the dictionary in place; see `Step`."""
         with workers(x.device) as run:
             codes = self._select(x, run)
             if codes is not None:
-                return self._learn(x, codes, lr, dead, pressure, run)
+                return self._learn(x, codes, lr, dead, sparsity_coefficient, run)
         dense = AutogradStep(self.dictionary, self.objective, moments=self._moments_of_parameters())
         dense.n_steps, self.n_steps = self.n_steps, self.n_steps + 1
-        return dense(x, lr, dead, pressure=pressure)
+        return dense(x, lr, dead, sparsity_coefficient=sparsity_coefficient)
 
     def _moments_of_parameters(self) -> dict[str, tuple[Tensor, Tensor]]:
         moments = dict(self.moments)
@@ -183,229 +261,165 @@ class SparseStep:
             moments["_W_enc"] = (first.T, second.T)
         return moments
 
-    def _learn(
-        self, x: Tensor, codes: Codes, lr: float, dead: Dead | None, pressure: float, run: Run
-    ) -> Stepped:
-        """Change the dictionary by a batch, given its codes."""
-        owner = self.dictionary
-        self.n_steps += 1
-        scales = self.objective.weights(x[:, owner.writes]).mul_(2 / len(x) / len(owner.prefixes))
-        prefixes = torch.tensor(owner.prefixes, device=x.device)
-        by_columns = self._by_columns(dead)
-        g = self._room_for("g", (len(prefixes), 0 if by_columns else len(x), owner.d_out), x)
-        atoms = self._room_for("atoms", (owner.n_latents if by_columns else 0, owner.d_out), x)
-        if by_columns:
-            grouped = self._group(codes)
-            found = self._columns(x, codes, grouped, scales, prefixes, run)
-        else:
-            grouped, found = self._residual(x, codes, scales, prefixes, run)
-        loss, d_code, g_sum = found
-        added, learnt = self._penalise(codes, d_code, pressure / len(x))
-        pairs = grouped.starts, grouped.rows, grouped.values, d_code.index_select(0, grouped.order)
-        batch = (self._room["x"], g, atoms, prefixes)
-        extra, adam = self._revival(dead, scales), steps.adam(lr, self.n_steps)
-
-        def sweep(clip: float | None) -> float:
-            squares, d_input = self._update(pairs, batch, adam, clip, extra, run)
-            learnt["b_dec"] = g_sum - d_input if owner.centred else g_sum
-            return squares
-
-        factor = 1.0
-        if self.objective.clip is not None:
-            squares = sweep(None)
-            squares += sum(float(gradient.square().sum()) for gradient in learnt.values())
-            factor = self.objective.factor(squares)
-        sweep(factor)
-        for name, gradient in learnt.items():
-            moments = self.moments[name]
-            fallback.step_adam(self._parameter(name), *moments, gradient * factor, adam)
-        return Stepped(loss + added, grouped.starts[1:] > grouped.starts[:-1])
-
     def _select(self, x: Tensor, run: Run) -> Codes | None:
-        """The codes of a batch; `None` if they are not sparse."""
-        rows, bias = self._encoder, self._parameter("b_enc")
+        """Codes of a batch; None if they are not sparse."""
+        dictionary = self.dictionary
+        rows, bias = dictionary.encoder_rows, dictionary.b_enc.data
+        room = self._room_for("x", (len(x), dictionary.d_in), x)
         if self._screens:
             screening = importlib.import_module("mechatlas.dictionaries.engine.screening")
             search = screening.Screen(rows, bias, run, self._tiles)
-            least = screening.LEAST_ROWS
+            plan = Plan(tiles(len(x), len(rows), 2 * TILE, screening.MIN_TILE_ROWS), run)
             with suppress(screening.TooCloseError):
-                return self._codes(x, search, tiles(len(x), len(rows), 2 * TILE, least), run)
-        spans = tiles(len(x), len(rows))
-        return self._codes(x, Whole(rows, bias, self.parts, spans[0].stop), spans, run)
+                found = BatchSearch(dictionary, x, room, search, plan)
+                return dictionary.rule.find_codes(found, dictionary.state)
+        plan = Plan(tiles(len(x), len(rows)), run)
+        search = WholeProduct(rows, bias, self.backend, plan.spans[0].stop)
+        batch = BatchSearch(dictionary, x, room, search, plan)
+        return dictionary.rule.find_codes(batch, dictionary.state)
 
-    def _codes(self, x: Tensor, search: Search, spans: list[slice], run: Run) -> Codes | None:
-        """The codes of a batch, found in one of two ways; `None` if they are not sparse."""
-        owner, rule, bias = self.dictionary, self.rule, self._parameter("b_enc")
-        room = self._room_for("x", (len(x), owner.d_in), x)
+    def _learn(
+        self,
+        x: Tensor,
+        codes: Codes,
+        lr: float,
+        dead: Dead | None,
+        sparsity_coefficient: float,
+        run: Run,
+    ) -> StepResult:
+        """Change the dictionary by a batch, given its codes."""
+        dictionary = self.dictionary
+        self.n_steps += 1
+        target = x[:, dictionary.writes]
+        levels = dictionary.matryoshka_widths
+        task = Reconstruction(
+            target,
+            self.objective.weights(target).mul_(2 / len(x) / len(levels)),
+            dictionary.W_dec.data,
+            dictionary.b_dec.data,
+            torch.tensor(levels, device=x.device),
+        )
+        by_columns = self._by_columns(dead)
+        reconstruct = self._by_column_groups if by_columns else self._by_tiles
+        loss, grouped, out = reconstruct(task, codes, run)
+        weight = sparsity_coefficient / len(x)
+        rule, state = dictionary.rule, dictionary.state
+        penalty, learned = rule.penalize_codes(codes, out.codes, weight, state)
+        d_code = out.codes.index_select(0, grouped.order)
+        batch = LatentGradients(self._room["x"], out.rows, out.atoms, d_code, task.widths)
+        added = self._revival(dead, task.scales, out.rows)
+        adam = steps.adam(lr, self.n_steps)
+        edges = torch.tensor(dictionary.edges, device=x.device)
+        update = Update(adam, edges, 1.0, SMALLEST_LENGTH, dictionary.tied, True)
+        sums = (grouped, batch, added, run)
 
-        def read(i: int) -> Tensor:
-            rows = room[spans[i]]
-            if owner.centred:
-                torch.sub(x[spans[i], owner.reads], self._parameter("b_dec"), out=rows)
-            else:
-                rows.copy_(x[spans[i], owner.reads])
-            return rows
+        def to_bias(d_input: Tensor) -> Tensor:
+            return out.bias - d_input if dictionary.subtracts_b_dec else out.bias
 
-        def above(find: Find, *found: Found) -> Codes:
-            done = len(found)
-            found += tuple(run(lambda i: find(read(done + i)), len(spans) - done))
-            counts, latents, values = (torch.cat(parts) for parts in zip(*found, strict=True))
-            starts = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-            return Codes(starts, latents, values, values)
-
-        if isinstance(rule, TopK):
-            values = x.new_empty(len(x), rule.k)
-            latents = torch.empty_like(values, dtype=torch.int32)
-            codes = [(values[span], latents[span]) for span in spans]
-            select = search.largest(rule.k)
-            run(lambda i: select(read(i), *codes[i]), len(spans))
-            if len(owner.prefixes) > 1:
-                latents, order = latents.sort(dim=1)
-                values = values.gather(1, order)
-            starts = torch.arange(0, values.numel() + 1, rule.k, device=x.device)
-            return Codes(starts, latents.view(-1), values.view(-1), values.view(-1))
-        if isinstance(rule, BatchTopK):
-            some = x[:: -(-len(x) // SOME_ROWS), owner.reads]
-            pre = owner.pre_activations(some).flatten()
-            largest = pre.topk(min(rule.k * len(some), len(pre)), sorted=False).values
-            guess, n = float(largest.min()), rule.k * len(x)
-            found = _keep_largest(lambda low: above(search.above(low)), n, guess, bias)
-            if len(found.values):
-                owner.rule.observe(found.values.min(), owner.state)
-            return found
-        threshold = low = torch.zeros_like(bias)
-        if isinstance(rule, JumpReLU):
-            threshold = owner.state["log_threshold"].detach().exp()
-            low = (threshold - rule.bandwidth / 2).clamp_min(0)
-        find = search.above(low)
-        first = find(read(0))
-        if len(first[-1]) > DENSE * spans[0].stop * owner.n_latents:
-            return None
-        found = above(find, first)
-        if isinstance(rule, JumpReLU):
-            return found._replace(values=found.raw * (found.raw > threshold[found.latents]))
-        return found
+        factor = 1.0
+        if self.objective.clip is not None:
+            squares, d_input = self._update(update._replace(apply=False), *sums)
+            learned["b_dec"] = to_bias(d_input)
+            squares += sum(float(gradient.square().sum()) for gradient in learned.values())
+            factor = self.objective.factor(squares)
+        _, d_input = self._update(update._replace(clip=factor), *sums)
+        learned["b_dec"] = to_bias(d_input)
+        for name, gradient in learned.items():
+            moments = self.moments[name]
+            fallback.step_adam(self._parameter(name), *moments, gradient * factor, adam)
+        return StepResult(loss + penalty, grouped.starts[1:] > grouped.starts[:-1])
 
     def _group(self, codes: Codes) -> Grouped:
-        """The codes latent by latent."""
-        order, starts = self.parts.group(codes.latents, codes.values, self.dictionary.n_latents)
+        """Group codes by latent."""
+        n_latents = self.dictionary.n_latents
+        order, starts = self.backend.group(codes.latents, codes.values, n_latents)
         rows = _rows(codes.starts).index_select(0, order)
         return Grouped(starts, rows, codes.values.index_select(0, order), order)
 
-    def _residual(
-        self, x: Tensor, codes: Codes, scales: Tensor, prefixes: Tensor, run: Run
-    ) -> tuple[Grouped, tuple[float, Tensor, Tensor]]:
-        """Squared error, its gradient for each code, and summed over the reconstructions.
+    def _by_tiles(
+        self, task: Reconstruction, codes: Codes, run: Run
+    ) -> tuple[float, Grouped, ErrorGradients]:
+        """Squared error, codes latent by latent, and gradients of rows, codes and bias.
 
         One thread groups the codes meanwhile.
         """
-        owner, g = self.dictionary, self._room["g"]
-        target, d_code = x[:, owner.writes], torch.zeros_like(codes.values)
-        spans = tiles(len(x), owner.n_latents)
-        g_sums = x.new_zeros(len(spans), owner.d_out)
-        parameters = self._parameter("W_dec"), self._parameter("b_dec")
+        n, d_out = task.target.shape
+        spans = tiles(n, self.dictionary.n_latents)
+        room = self._room_for("g", (len(task.widths), n, d_out), task.target)
+        biases = task.target.new_zeros(len(spans), d_out)
+        out = ErrorGradients(room, task.atoms[:0], torch.zeros_like(codes.values), biases)
 
         def residual(i: int) -> float:
             rows = spans[i]
-            starts = codes.starts[rows.start : rows.stop + 1]
-            its_codes = (starts, codes.latents, codes.values)
-            out = (g[:, rows], d_code, g_sums[i])
-            whole = target[rows].contiguous()
-            return self.parts.residual(whole, parameters, its_codes, scales[rows], prefixes, out)
+            target = task.target[rows].contiguous()
+            part = task._replace(target=target, scales=task.scales[rows])
+            mine = codes._replace(starts=codes.starts[rows.start : rows.stop + 1])
+            gradients = out._replace(rows=out.rows[:, rows], bias=biases[i])
+            return self.backend.residual(part, mine, gradients)
 
         pieces = [functools.partial(self._group, codes)]
         pieces += [functools.partial(residual, i) for i in range(len(spans))]
         grouped, *losses = run(lambda i: pieces[i](), len(pieces))
-        return grouped, (sum(losses), d_code, g_sums.sum(dim=0))
+        return sum(losses), grouped, out._replace(bias=biases.sum(dim=0))
 
-    def _columns(
-        self,
-        x: Tensor,
-        codes: Codes,
-        grouped: Grouped,
-        scales: Tensor,
-        prefixes: Tensor,
-        run: Run,
-    ) -> tuple[float, Tensor, Tensor]:
-        """What `_residual` gives; writes the gradients of the atoms too."""
-        owner = self.dictionary
-        share = -(-owner.d_out // GROUPS)
-        spans = [range(i, min(i + share, owner.d_out)) for i in range(0, owner.d_out, share)]
-        d_codes = x.new_zeros(len(spans), len(codes.values))
-        g_sum = x.new_zeros(owner.d_out)
-        parameters = self._parameter("W_dec"), self._parameter("b_dec")
-        its_codes = codes.starts, codes.latents, codes.values
-        its_groups = grouped.starts, grouped.rows, grouped.values
-        fixed = (x[:, owner.writes], parameters, its_codes, scales, prefixes, its_groups)
+    def _by_column_groups(
+        self, task: Reconstruction, codes: Codes, run: Run
+    ) -> tuple[float, Grouped, ErrorGradients]:
+        """Squared error, codes latent by latent, and gradients of atoms, codes and bias."""
+        grouped, target = self._group(codes), task.target
+        d_out = target.shape[1]
+        share = -(-d_out // COLUMN_GROUPS)
+        spans = [range(i, min(i + share, d_out)) for i in range(0, d_out, share)]
+        atoms = self._room_for("atoms", (len(task.atoms), d_out), target)
+        rows = target.new_empty(len(task.widths), 0, d_out)
+        d_codes = target.new_zeros(len(spans), len(codes.values))
+        out = ErrorGradients(rows, atoms, d_codes, target.new_zeros(d_out))
 
         def columns(i: int) -> float:
-            out = (self._room["atoms"], d_codes[i], g_sum)
-            return self.parts.columns(spans[i], *fixed, out)
+            mine = out._replace(codes=d_codes[i])
+            return self.backend.columns(spans[i], task, codes, grouped, mine)
 
-        return sum(run(columns, len(spans))), d_codes.sum(dim=0), g_sum
-
-    def _penalise(
-        self, codes: Codes, d_code: Tensor, weight: float
-    ) -> tuple[float, dict[str, Tensor]]:
-        """Add the penalty's gradient; the penalty, and gradients of the rule's parameters."""
-        rule = self.rule
-        if isinstance(rule, ReLU):
-            d_code += weight * rule.l1
-            return weight * rule.l1 * float(codes.values.sum()), {}
-        if isinstance(rule, JumpReLU):
-            threshold = self.dictionary.state["log_threshold"].detach().exp()
-            its = threshold[codes.latents]
-            window = (codes.raw - its).abs() < rule.bandwidth / 2
-            to_threshold = window * (its * d_code + weight * rule.l0) * (-its / rule.bandwidth)
-            gradient = torch.zeros_like(threshold).index_add_(0, codes.latents, to_threshold)
-            n_kept = int((codes.values != 0).sum())
-            return weight * rule.l0 * n_kept, {"log_threshold": gradient}
-        return 0.0, {}
+        loss = sum(run(columns, len(spans)))
+        return loss, grouped, out._replace(codes=d_codes.sum(dim=0))
 
     def _update(
         self,
-        pairs: tuple[Tensor, Tensor, Tensor, Tensor],
-        batch: tuple[Tensor, Tensor, Tensor, Tensor],
-        adam: list[float],
-        clip: float | None,
-        extra: tuple[Tensor, ...],
+        rule: Update,
+        pairs: Grouped,
+        batch: LatentGradients,
+        added: AddedGradients,
         run: Run,
     ) -> tuple[float, Tensor]:
-        """Step all latents, or measure their gradients; gradient of the encoder's input."""
-        owner = self.dictionary
-        n = owner.n_latents
-        blocks = [range(i, min(i + LATENTS, n)) for i in range(0, n, LATENTS)]
-        d_input = batch[0].new_zeros(len(blocks), owner.d_in)
-        edges = torch.tensor(owner.edges, device=d_input.device)
-        names = [name for name in self.moments if name not in ("b_dec", *self._learnt)]
-        state = {name: (self._parameter(name), *self.moments[name]) for name in names}
+        """Update all latents, or measure their gradients; gradient of the encoder's input."""
+        n = self.dictionary.n_latents
+        blocks = [range(i, min(i + LATENT_BLOCK, n)) for i in range(0, n, LATENT_BLOCK)]
+        d_input = batch.x.new_zeros(len(blocks), batch.x.shape[1])
+        names = ("W_dec", "W_dec" if rule.tied else "W_enc", "b_enc")
+        weights = Weights(*(Learned(self._parameter(n), *self.moments[n]) for n in names))
+        fixed = (pairs, batch, weights, rule, added)
+        squares = run(lambda i: self.backend.update(blocks[i], *fixed, d_input[i]), len(blocks))
+        return sum(squares), d_input.sum(dim=0)
 
-        def update(i: int) -> float:
-            fixed = (pairs, batch, state, edges, adam, clip)
-            return self.parts.update(blocks[i], *fixed, d_input[i], extra)
-
-        return sum(run(update, len(blocks))), d_input.sum(dim=0)
-
-    def _revival(self, dead: Dead | None, scales: Tensor) -> tuple[Tensor, ...]:
-        """Added gradients of atoms, encoder rows and biases, and where each latent's are."""
-        atoms, encoder, bias = self._parameter("W_dec"), self._encoder, self._parameter("b_enc")
+    def _revival(self, dead: Dead | None, scales: Tensor, rows: Tensor) -> AddedGradients:
+        """Gradients of dead latents from the residual of the widest level."""
+        dictionary = self.dictionary
+        atoms, encoder = dictionary.W_dec.data, dictionary.encoder_rows
+        bias = dictionary.b_enc.data
         place = torch.full((len(bias),), -1, dtype=torch.int32, device=bias.device)
         if dead is None or not len(dead[1]):
-            return place, atoms[:0], encoder[:0], bias[:0]
-        left = self._room["g"][-1] / -scales[:, None]
-        found = revive(*dead, (atoms, encoder, bias), self._room["x"], left)
-        place[found.latents] = torch.arange(
-            len(found.latents), dtype=torch.int32, device=bias.device
-        )
-        return place, found.atoms, found.rows, found.bias
+            return AddedGradients(place, atoms[:0], encoder[:0], bias[:0])
+        residual = rows[-1] / -scales[:, None]
+        latents, *gradients = revive(*dead, (atoms, encoder, bias), self._room["x"], residual)
+        place[latents] = torch.arange(len(latents), dtype=torch.int32, device=bias.device)
+        return AddedGradients(place, *gradients)
 
     def _by_columns(self, dead: Dead | None) -> bool:
         """Whether the atoms are too wide for whole rows; the dead read whole rows."""
-        wide = self.dictionary.n_latents * self.dictionary.d_out > WIDE
-        return wide and self.parts is not fallback and (dead is None or not len(dead[1]))
+        wide = self.dictionary.n_latents * self.dictionary.d_out > COLUMN_SPLIT_SIZE
+        return wide and self.backend is not fallback and (dead is None or not len(dead[1]))
 
     def _room_for(self, name: str, shape: tuple[int, ...], x: Tensor) -> Tensor:
-        """An array that is kept from step to step."""
+        """Array that is kept from step to step."""
         if name not in self._room or self._room[name].shape != shape:
             self._room[name] = x.new_empty(shape)
         return self._room[name]
@@ -417,26 +431,10 @@ def _rows(starts: Tensor) -> Tensor:
     return torch.repeat_interleave(rows, starts[1:] - starts[:-1])
 
 
-def _keep_largest(above: Callable[[Tensor], Codes], n: int, smallest: float, bias: Tensor) -> Codes:
-    """The n largest codes above zero of a batch, exactly, from a guess of the smallest."""
-    share, *lower = CLOSES if smallest > 0 else (0.0,)
-    found = above(torch.full_like(bias, share * smallest))
-    while len(found.values) < n and lower:
-        found = above(torch.full_like(bias, lower.pop(0) * smallest))
-    values = found.values
-    if len(values) > n:
-        last = values.kthvalue(len(values) - n + 1).values
-        ties = values == last
-        kept = (values > last) | (ties & (ties.cumsum(0) <= n - (values > last).sum()))
-        before = torch.cat([kept.new_zeros(1, dtype=torch.long), kept.cumsum(0)])
-        found = Codes(before[found.starts], found.latents[kept], values[kept], values[kept])
-    return found
-
-
-def step_for(dictionary: SparseCoder, objective: Objective | None = None) -> Step:
-    """The faster of the steps that can train a dictionary."""
-    sparse = type(dictionary.sparsity) in RULES
-    return (SparseStep if sparse else AutogradStep)(dictionary, objective)
+def step_for(dictionary: LinearCoder, objective: Objective | None = None) -> Step:
+    """Make the faster of the steps that can train a dictionary."""
+    step = SparseStep if dictionary.rule.has_fast_path else AutogradStep
+    return step(dictionary, objective)
 
 
 def can_compile(tensor: Tensor) -> bool:
@@ -462,63 +460,8 @@ def can_screen(tensor: Tensor) -> bool:
 
 
 def tiles(n_rows: int, n_latents: int, numbers: int = TILE, least: int = 1) -> list[slice]:
-    """Rows whose pre-activations exist together: tiles of one size, in pairs if there are some."""
+    """Split rows into tiles of one size, in pairs if several, whose pre-activations fit."""
     tile = max(least, numbers // n_latents)
     n_tiles = n_rows // tile
     tile = -(-n_rows // max(1, n_tiles - n_tiles % 2))
     return [slice(i, min(i + tile, n_rows)) for i in range(0, n_rows, tile)]
-
-
-@contextmanager
-def workers(device: torch.device) -> Iterator[Run]:
-    """A way to run numbered pieces of work on as many threads as torch uses.
-
-    Each piece has one thread of torch for itself, because a product on one thread sums in the
-    same order however many of them run, and threads of two pools would fight for the cores.
-    """
-    n_threads = torch.get_num_threads()
-    if device.type != "cpu" or n_threads == 1:
-        yield lambda piece, n: [piece(i) for i in range(n)]
-        return
-    torch.set_num_threads(1)
-    try:
-        yield functools.partial(_shared, _pool(n_threads - 1), n_threads - 1)
-    finally:
-        torch.set_num_threads(n_threads)
-
-
-def _shared(
-    pool: ThreadPoolExecutor, n_helpers: int, piece: Callable[[int], Any], n: int
-) -> list[Any]:
-    """Run pieces on this thread and some of a pool, each taking the next when it is free."""
-    found: list[Any] = [None] * n
-    numbers, failed = iter(range(n)), []
-
-    def work() -> None:
-        for i in numbers:
-            if failed:
-                return
-            try:
-                found[i] = piece(i)
-            except BaseException:
-                failed.append(i)
-                raise
-
-    helpers = [pool.submit(work) for _ in range(n_helpers)]
-    try:
-        work()
-    finally:
-        wait(helpers)
-    for helper in helpers:
-        helper.result()
-    return found
-
-
-@functools.cache
-def _pool(n_threads: int) -> ThreadPoolExecutor:
-    """Threads that live on: a new one would get its memory from the system anew, page by page."""
-    return ThreadPoolExecutor(n_threads, initializer=torch.set_num_threads, initargs=(1,))
-
-
-if hasattr(os, "register_at_fork"):  # a forked process has none of the threads
-    os.register_at_fork(after_in_child=_pool.cache_clear)

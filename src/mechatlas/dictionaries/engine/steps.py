@@ -1,111 +1,74 @@
-"""One optimizer step of a dictionary on one batch.
+"""One optimizer step of a dictionary on one batch, by torch's gradients.
 
-    Step            what a step offers; `sparse_steps` has the fast one
-    AutogradStep    any dictionary: torch's gradients and torch's Adam
+    AutogradStep         any `LinearCoder`, with any sparsity rule
+    ReconstructionStep   any dictionary that is a module, from `encode` and `decode` alone
 
-The loss is the squared error, summed over `d_out`, averaged over the batch and over the prefixes
-of a dictionary that has them, plus the penalty of its sparsity rule. Adam has dense moments; the
-part of an atom's gradient that would change its length is removed, and lengths are kept at 1.
+The loss is the squared error, summed over `d_out`, averaged over the batch and over the Matryoshka
+widths of a dictionary that has them, plus the penalty of its sparsity rule. Adam has dense moments;
+the part of an atom's gradient that would change its length is removed, and lengths are kept at 1.
+`sparse_steps` has the fast step.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from itertools import pairwise
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
-from mechatlas.dictionaries.autoencoder import SparseCoder
+from mechatlas.dictionaries.autoencoder import LinearCoder
 from mechatlas.dictionaries.engine import fallback
+from mechatlas.dictionaries.engine.interface import Dead, StepResult
+from mechatlas.dictionaries.engine.structures import Adam
 from mechatlas.dictionaries.objective import Objective
-from mechatlas.dictionaries.revival import AuxK, revive
+from mechatlas.dictionaries.revival import revive
 
 BETAS = (0.9, 0.999)
 EPSILON = 1e-8
 TILE = 2**22
 """Pre-activations that `AutogradStep` makes at once."""
 
-Dead = tuple[AuxK, Int[Tensor, " dead"]]
-"""How to revive which latents."""
-
-
-class Stepped(NamedTuple):
-    """What a step measured on its batch, before it changed the dictionary."""
-
-    loss: float
-    """Squared error and penalty, mean over the batch."""
-    fired: Bool[Tensor, " latent"]
-    """Latents that were non-zero for at least one row."""
-
-
-@runtime_checkable
-class Step(Protocol):
-    """How a dictionary is changed by one batch."""
-
-    n_steps: int
-    """Steps taken, as the correction of the moments counts them."""
-    moments: dict[str, tuple[Tensor, Tensor]]
-    """First and second moment of each parameter; with `n_steps` all that a step remembers."""
-
-    def __call__(
-        self,
-        x: Float[Tensor, "batch width"],
-        lr: float,
-        dead: Dead | None = None,
-        *,
-        pressure: float = 1.0,
-    ) -> Stepped:
-        """Change the dictionary in place.
-
-        Args:
-            x: Rows of activations, with all columns that the dictionary reads or writes.
-            lr: Learning rate.
-            dead: Latents that also learn from the residual.
-            pressure: Share of the penalty's weight.
-        """
-        ...
-
 
 def moments_of(parameters: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
-    """Moments of parameters that have not been stepped yet."""
+    """Make the moments of parameters that have not been stepped yet."""
     return {name: (torch.zeros_like(p), torch.zeros_like(p)) for name, p in parameters.items()}
 
 
-def adam(lr: float, n_steps: int) -> list[float]:
-    """Adam's numbers at the n-th step, as the kernels take them."""
+def adam(lr: float, n_steps: int) -> Adam:
+    """Compute the numbers of Adam at the n-th step."""
     one, two = BETAS
     rate, correction = lr / (1 - one**n_steps), (1 - two**n_steps) ** -0.5
-    return [one, 1 - one, two, 1 - two, rate, correction, EPSILON]
+    return Adam(one, 1 - one, two, 1 - two, rate, correction, EPSILON)
 
 
 class AutogradStep:
-    """Steps of any dictionary, a tile of rows at a time where its sparsity rule allows it."""
+    """Steps of a `LinearCoder`, a tile of rows at a time where its sparsity rule allows it."""
 
     def __init__(
         self,
-        dictionary: SparseCoder,
+        dictionary: LinearCoder,
         objective: Objective | None = None,
         *,
         moments: Mapping[str, tuple[Tensor, Tensor]] | None = None,
     ) -> None:
-        """Make the optimiser.
+        """Make the optimizer.
 
         Args:
             dictionary: Changed in place by each step.
-            objective: What is minimised.
-            moments: Shared with another step, by name of the parameter; new by default.
+            objective: Squared error that is minimized.
+            moments: Moments shared with another step, by name of the parameter; new by default.
         """
         self.dictionary, self.objective = dictionary, objective or Objective()
         self.n_steps = 0
         parameters = dict(dictionary.named_parameters())
-        self.optimiser = torch.optim.Adam(parameters.values(), betas=BETAS, eps=EPSILON, fused=True)
+        self.optimizer = torch.optim.Adam(parameters.values(), betas=BETAS, eps=EPSILON, fused=True)
         missing = {name: p.data for name, p in parameters.items() if name not in (moments or {})}
         self.moments = {**(moments or {}), **moments_of(missing)}
         for name, p in parameters.items():
             first, second = self.moments[name]
             count = torch.zeros((), dtype=torch.float32, device=p.device)
-            self.optimiser.state[p] = {"step": count, "exp_avg": first, "exp_avg_sq": second}
+            self.optimizer.state[p] = {"step": count, "exp_avg": first, "exp_avg_sq": second}
 
     @torch.enable_grad()
     def __call__(
@@ -114,81 +77,149 @@ class AutogradStep:
         lr: float,
         dead: Dead | None = None,
         *,
-        pressure: float = 1.0,
-    ) -> Stepped:
+        sparsity_coefficient: float = 1.0,
+    ) -> StepResult:
         """Change the dictionary in place; see `Step`."""
-        owner = self.dictionary
-        self.optimiser.param_groups[0]["lr"] = lr
-        for state in self.optimiser.state.values():
+        dictionary = self.dictionary
+        self.optimizer.param_groups[0]["lr"] = lr
+        for state in self.optimizer.state.values():
             state["step"].fill_(self.n_steps)
         self.n_steps += 1
-        self.optimiser.zero_grad(set_to_none=True)
-        weights = self.objective.weights(x[:, owner.writes])
-        tile = max(1, TILE // owner.n_latents) if owner.rule.by_row else len(x)
-        fired = torch.zeros(owner.n_latents, dtype=torch.bool, device=x.device)
+        self.optimizer.zero_grad(set_to_none=True)
+        weights = self.objective.weights(x[:, dictionary.writes])
+        by_row = dictionary.rule.by_row
+        tile = max(1, TILE // dictionary.n_latents) if by_row else len(x)
+        fired = torch.zeros(dictionary.n_latents, dtype=torch.bool, device=x.device)
         loss, revived = 0.0, dead is not None and len(dead[1]) > 0
-        left = []
-        for part, its_weights in zip(x.split(tile), weights.split(tile), strict=True):
-            loss_of_part, code, residual = self._loss(part, its_weights, pressure)
-            (loss_of_part / len(x)).backward()
-            loss += float(loss_of_part.detach()) / len(x)
+        residuals = []
+        for part, part_weights in zip(x.split(tile), weights.split(tile), strict=True):
+            part_loss, code, residual = self._loss(part, part_weights, sparsity_coefficient)
+            (part_loss / len(x)).backward()
+            loss += float(part_loss.detach()) / len(x)
             fired |= (code != 0).any(dim=0)
-            left += [residual] if revived else []
-            if not owner.rule.by_row and bool((code > 0).any()):
-                owner.rule.observe(code[code > 0].min(), owner.state)
-        if owner.centred and owner.b_dec.grad is not None and owner.b_enc.grad is not None:
+            residuals += [residual] if revived else []
+            if not by_row and bool((code > 0).any()):
+                dictionary.rule.update_threshold(code[code > 0].min(), dictionary.state)
+        b_enc, b_dec = dictionary.b_enc.grad, dictionary.b_dec.grad
+        if dictionary.subtracts_b_dec and b_dec is not None and b_enc is not None:
             # It shifts all rows that are encoded alike, so its gradient needs no product with them.
-            owner.b_dec.grad -= (owner.W_enc @ owner.b_enc.grad).detach()
+            b_dec -= (dictionary.W_enc @ b_enc).detach()
         if dead is not None and revived:
-            self._revive(dead, x[:, owner.reads], torch.cat(left))
+            self._revive(dead, x[:, dictionary.reads], torch.cat(residuals))
         self._limit()
-        self.optimiser.step()
-        owner.normalise()
-        return Stepped(loss, fired)
+        self.optimizer.step()
+        dictionary.normalize()
+        return StepResult(loss, fired)
 
-    def _loss(self, x: Tensor, weights: Tensor, pressure: float) -> tuple[Tensor, Tensor, Tensor]:
-        """Loss of some rows, summed; their codes and what was left over, without gradient."""
-        owner = self.dictionary
-        target = x[:, owner.writes]
-        read = x[:, owner.reads]
-        read = read - owner.b_dec.detach() if owner.centred else read
-        pre = torch.addmm(owner.b_enc, read, owner.W_enc)
-        code = owner.rule.training_code(pre, owner.state)
-        left, error = target - owner.b_dec, weights.new_zeros(())
-        for low, high in pairwise((0, *owner.prefixes)):
-            left = left - code[:, low:high] @ owner.W_dec[low:high]
-            error = error + (weights * left.square().sum(dim=-1)).sum() / len(owner.prefixes)
-        atoms, bias = owner.W_dec.detach(), owner.b_dec.detach()
+    def _loss(
+        self, x: Tensor, weights: Tensor, sparsity_coefficient: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Loss of some rows, summed; codes and residual of the rows, without gradient."""
+        dictionary = self.dictionary
+        target = x[:, dictionary.writes]
+        read = x[:, dictionary.reads]
+        read = read - dictionary.b_dec.detach() if dictionary.subtracts_b_dec else read
+        pre = torch.addmm(dictionary.b_enc, read, dictionary.W_enc)
+        code = dictionary.rule.training_code(pre, dictionary.state)
+        residual, error = target - dictionary.b_dec, weights.new_zeros(())
+        widths = dictionary.matryoshka_widths
+        for low, high in pairwise((0, *widths)):
+            residual = residual - code[:, low:high] @ dictionary.W_dec[low:high]
+            error = error + (weights * residual.square().sum(dim=-1)).sum() / len(widths)
+        atoms, bias = dictionary.W_dec.detach(), dictionary.b_dec.detach()
 
         def unexplained(gates: Tensor) -> Tensor:
             return weights * (target - gates @ atoms - bias).square().sum(dim=-1)
 
-        penalty = owner.rule.penalty(pre, code, unexplained, owner.state)
-        return error + pressure * penalty.sum(), code.detach(), left.detach()
+        penalty = dictionary.rule.penalty(pre, code, unexplained, dictionary.state)
+        return error + sparsity_coefficient * penalty.sum(), code.detach(), residual.detach()
 
     @torch.no_grad()
-    def _revive(self, dead: Dead, x: Tensor, left: Tensor) -> None:
-        owner = self.dictionary
-        parameters = owner.W_dec, owner.W_enc.T, owner.b_enc
-        found = revive(*dead, parameters, x - owner.b_dec if owner.centred else x, left)
-        rows = owner.W_dec if owner.tied else owner._W_enc
-        for p, gradient in (
-            (owner.W_dec, found.atoms),
-            (rows, found.rows),
-            (owner.b_enc, found.bias),
-        ):
+    def _revive(self, dead: Dead, x: Tensor, residual: Tensor) -> None:
+        """Add the gradients of dead latents."""
+        dictionary = self.dictionary
+        encoder, b_enc = dictionary.encoder_parameters
+        parameters = dictionary.W_dec, dictionary.W_enc.T, dictionary.b_enc
+        read = x - dictionary.b_dec if dictionary.subtracts_b_dec else x
+        latents, *gradients = revive(*dead, parameters, read, residual)
+        for p, gradient in zip((dictionary.W_dec, encoder, b_enc), gradients, strict=True):
             if p.grad is not None:
-                whole = p.grad.T if p is rows and not owner.tied else p.grad
-                whole[found.latents] += gradient
+                transposed = p is encoder and not dictionary.tied
+                whole = p.grad.T if transposed else p.grad
+                whole[latents] += gradient
 
     @torch.no_grad()
     def _limit(self) -> None:
+        """Remove what would change the atoms' lengths, and limit the norm of the gradient."""
         # The length of an atom is fixed, so a step along it would only be undone.
-        owner = self.dictionary
-        if owner.W_dec.grad is not None:
-            fallback.remove_along(owner.W_dec.grad, owner.W_dec, list(owner.edges))
+        dictionary = self.dictionary
+        if dictionary.W_dec.grad is not None:
+            fallback.remove_along(dictionary.W_dec.grad, dictionary.W_dec, list(dictionary.edges))
         if self.objective.clip is not None:
-            gradients = [p.grad for p in owner.parameters() if p.grad is not None]
+            gradients = [p.grad for p in dictionary.parameters() if p.grad is not None]
             factor = self.objective.factor(sum(float(g.square().sum()) for g in gradients))
             for gradient in gradients:
                 gradient.mul_(factor)
+
+
+class ReconstructionStep:
+    """Steps of any dictionary by the gradient of its error through `encode` and `decode`."""
+
+    def __init__(
+        self,
+        dictionary: Any,
+        objective: Objective | None = None,
+        *,
+        project: Callable[[dict[str, Tensor]], None] = lambda gradients: None,
+        normalize: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Make the moments.
+
+        Args:
+            dictionary: Changed in place by each step. Columns `reads` of a row are encoded and
+                columns `writes` reconstructed, where it has them; else all are both.
+            objective: Squared error that is minimized.
+            project: Changes the gradients, by name of the parameter, in place.
+            normalize: Called after the parameters have changed.
+        """
+        self.dictionary, self.objective, self.n_steps = dictionary, objective or Objective(), 0
+        self.parameters = {n: p for n, p in dictionary.named_parameters() if p.requires_grad}
+        self.moments = moments_of({name: p.data for name, p in self.parameters.items()})
+        self._project, self._normalize = project, normalize
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        x: Float[Tensor, "batch width"],
+        lr: float,
+        dead: Dead | None = None,
+        *,
+        sparsity_coefficient: float = 1.0,
+    ) -> StepResult:
+        """Change the dictionary in place; see `Step`.
+
+        Raises:
+            ValueError: Dead latents are to be brought back, which is not done here.
+        """
+        del sparsity_coefficient  # there is no penalty
+        if dead is not None:
+            raise ValueError(f"Latents of a {type(self.dictionary).__name__} cannot be revived.")
+        self.n_steps += 1
+        numbers = adam(lr, self.n_steps)
+        dictionary, everything = self.dictionary, slice(None)
+        target = x[:, getattr(dictionary, "writes", everything)]
+        scales = self.objective.weights(target).mul_(2 / len(x))
+        with torch.enable_grad():
+            code = dictionary.encode(x[:, getattr(dictionary, "reads", everything)])
+            residual = dictionary.decode(code) - target
+            loss = (residual.square().sum(dim=-1) * scales).sum() / 2
+            found = torch.autograd.grad(loss, list(self.parameters.values()), allow_unused=True)
+        gradients = {n: g for n, g in zip(self.parameters, found, strict=True) if g is not None}
+        self._project(gradients)
+        squares = sum(float(gradient.square().sum()) for gradient in gradients.values())
+        factor = self.objective.factor(squares)
+        for name, gradient in gradients.items():
+            parameter, moments = self.parameters[name].data, self.moments[name]
+            fallback.step_adam(parameter, *moments, gradient * factor, numbers)
+        self._normalize()
+        return StepResult(float(loss.detach()), (code.detach() != 0).any(dim=0))

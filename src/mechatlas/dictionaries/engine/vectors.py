@@ -22,7 +22,7 @@ from numba.core import cgutils, types
 from numba.extending import intrinsic
 
 BYTES = 64
-"""Of a vector; where registers are shorter, several serve as one."""
+"""Bytes of a vector; where registers are shorter, several serve as one."""
 AT_ONCE = 8
 """Vectors of the row in registers."""
 FLAGS = ("reassoc", "contract", "nsz")

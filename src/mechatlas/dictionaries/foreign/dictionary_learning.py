@@ -25,10 +25,10 @@ from typing import Any
 from torch import Tensor
 
 from mechatlas.base import WeightsError
-from mechatlas.dictionaries.activation_rules import Threshold
-from mechatlas.dictionaries.foreign.weights import Config, fit, read_tensors, take_integer
+from mechatlas.dictionaries.foreign.weights import Config, fit, take_integer
 from mechatlas.dictionaries.pretrained import Pretrained
-from mechatlas.dictionaries.sparsity import Gated, ReLU, Rule, TopK
+from mechatlas.dictionaries.sparsity import Gated, ReLU, Rule, Threshold, TopK
+from mechatlas.tensorfiles import read_tensors
 
 LINEAR = {
     "encoder.weight": "latent d_in",
@@ -109,7 +109,7 @@ def _weights(parts: dict[str, Tensor]) -> dict[str, Any]:
 def _rule(
     file: Path, kind: str, parts: dict[str, Tensor], k: int | None
 ) -> tuple[Rule, dict[str, Tensor]]:
-    """What makes the code sparse, and its own tensors."""
+    """Sparsity rule and its own tensors."""
     if kind in ("AutoEncoder", "AutoEncoderNew"):
         return ReLU(), {}
     if kind == "GatedAutoEncoder":

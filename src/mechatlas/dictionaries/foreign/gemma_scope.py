@@ -9,9 +9,10 @@ Source: Lieberum et al., Gemma Scope (2024).
 from pathlib import Path
 
 from mechatlas.base import WeightsError
-from mechatlas.dictionaries.activation_rules import Threshold
-from mechatlas.dictionaries.foreign.weights import Config, fit, read_tensors
+from mechatlas.dictionaries.foreign.weights import Config, fit
 from mechatlas.dictionaries.pretrained import Pretrained
+from mechatlas.dictionaries.sparsity import Threshold
+from mechatlas.tensorfiles import read_tensors
 
 SHAPES = {
     "W_enc": "d_in latent",

@@ -25,12 +25,12 @@ import torch
 from torch import Tensor
 
 from mechatlas.base import WeightsError
-from mechatlas.dictionaries.activation_rules import AbsTopK, Threshold
-from mechatlas.dictionaries.autoencoder import Crosscoder, SparseCoder, Transcoder
-from mechatlas.dictionaries.foreign.weights import Config, fit, read_tensors
+from mechatlas.dictionaries.activation_rules import AbsTopK
+from mechatlas.dictionaries.foreign.weights import Config, fit
 from mechatlas.dictionaries.pretrained import Pretrained, layer_norm, root_length
-from mechatlas.dictionaries.sparsity import BatchTopK, Gated, JumpReLU, ReLU, Rule, TopK
+from mechatlas.dictionaries.sparsity import Gated, ReLU, Rule, Threshold, TopK
 from mechatlas.files import write, write_json
+from mechatlas.tensorfiles import read_tensors
 
 WEIGHTS, CONFIG = "sae_weights.safetensors", "cfg.json"
 SHAPES = {
@@ -182,7 +182,7 @@ def _fit(file: Path, config: Config, architecture: str, sizes: dict[str, int]) -
 def _rule(
     config: Config, architecture: str, parts: dict[str, Tensor], n_latents: int
 ) -> tuple[Rule, dict[str, Tensor]]:
-    """What makes the code sparse, and its own tensors.
+    """Sparsity rule and its own tensors.
 
     Raises:
         WeightsError: `k` is missing, or not a number of latents.
@@ -214,23 +214,25 @@ def _site(config: Config) -> str | None:
 
 
 def save(
-    dictionary: SparseCoder | Pretrained,
+    dictionary: Any,
     folder: Path,
     metadata: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write a folder that SAELens 6 loads, and return the file of weights.
 
     Args:
-        dictionary: One whose rule and shape SAELens has too.
-        folder: Where to.
-        metadata: What SAELens and tools around it want to know, such as `model_name`,
-            `hook_name` and `context_size`.
+        dictionary: Dictionary of ours, or from a file of another library.
+        folder: Folder to write.
+        metadata: Entries for SAELens and tools around it, such as `model_name`, `hook_name` and
+            `context_size`.
 
     Raises:
         DiskError: The folder is not writable or the disk is full.
         WeightsError: SAELens has no such dictionary.
     """
-    whole = dictionary if isinstance(dictionary, Pretrained) else _parts_of(dictionary)
+    if not hasattr(dictionary, "as_pretrained"):
+        raise WeightsError(f"A {type(dictionary).__name__} cannot be written for SAELens.")
+    whole = dictionary.as_pretrained()
     architecture, tensors, settings = _describe(whole)
     tensors |= {"W_enc": whole.W_enc, "W_dec": whole.W_dec, "b_dec": whole.b_dec}
     known = {"hook_name": whole.site} if whole.site else {}
@@ -253,33 +255,6 @@ def save(
     except (TypeError, ValueError) as error:
         raise WeightsError(f"The metadata cannot be written as JSON ({error}).") from error
     return folder / WEIGHTS
-
-
-def _parts_of(dictionary: SparseCoder) -> Pretrained:
-    """A dictionary of ours in the parts of others.
-
-    Raises:
-        WeightsError: It writes several sites, or reads one of them.
-    """
-    if isinstance(dictionary, Crosscoder):
-        raise WeightsError("SAELens has no crosscoders.")
-    rule, state = dictionary.rule, dictionary.state
-    if isinstance(rule, BatchTopK):
-        learnt = bool(state["threshold"] >= 0)
-        rule = Threshold() if learnt else TopK(k=rule.k)
-        state = {"threshold": state["threshold"].expand(dictionary.n_latents)} if learnt else {}
-    elif isinstance(rule, JumpReLU):
-        rule, state = Threshold(), {"threshold": state["log_threshold"].exp()}
-    return Pretrained(
-        W_enc=dictionary.W_enc.detach(),
-        b_enc=dictionary.b_enc.data,
-        W_dec=dictionary.W_dec.data,
-        b_dec=dictionary.b_dec.data,
-        sparsity=rule,
-        state={name: tensor.detach() for name, tensor in state.items()},
-        subtracts_b_dec=dictionary.centred,
-        transcodes=isinstance(dictionary, Transcoder),
-    )
 
 
 def _describe(whole: Pretrained) -> tuple[str, dict[str, Tensor], dict[str, Any]]:

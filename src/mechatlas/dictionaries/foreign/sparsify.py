@@ -9,9 +9,10 @@ Source: https://github.com/EleutherAI/sparsify, version 1.3.3, and its older rel
 from pathlib import Path
 
 from mechatlas.dictionaries.activation_rules import GroupMax
-from mechatlas.dictionaries.foreign.weights import Config, fit, read_tensors
+from mechatlas.dictionaries.foreign.weights import Config, fit
 from mechatlas.dictionaries.pretrained import Pretrained
 from mechatlas.dictionaries.sparsity import Rule, TopK
+from mechatlas.tensorfiles import read_tensors
 
 SHAPES = {
     "encoder.weight": "latent d_in",
@@ -53,7 +54,7 @@ def read(file: Path) -> Pretrained:
 
 
 def _rule(config: Config, n_latents: int) -> Rule:
-    """What makes the code sparse.
+    """Sparsity rule.
 
     Raises:
         WeightsError: `k` is not a number of latents, or does not divide them into groups.

@@ -1,107 +1,22 @@
-"""Files of others: read without running anything, and checked by name.
+"""Promises of file formats: a configuration, and tensors with named axes.
 
-read_tensors    a .safetensors, .npz or .pt file -> tensors by key
-read_header     a .safetensors file -> its keys and metadata
-Config          a JSON file whose values are checked as they are asked for
-fit             tensors against the keys and shapes that a format promises
-
-A file may come from anywhere. Whatever is wrong with it, the reader hears a `WeightsError` that
-names the file, and the key where there is one.
+Config         a JSON file whose values are checked as they are asked for
+fit            tensors against the keys and axes that a format promises
+take_integer   a whole number that stands among the tensors
 """
 
-import contextlib
 import json
 import reprlib
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import safetensors
 import torch
 from torch import Tensor
 
 from mechatlas.base import WeightsError
-from mechatlas.files import non_finite
-
-
-@contextlib.contextmanager
-def reading(file: Path) -> Iterator[None]:
-    """Turn whatever goes wrong with a file into one kind of error.
-
-    Raises:
-        WeightsError: The file is missing or damaged.
-    """
-    if not file.is_file():
-        raise WeightsError(f"There is no file {file}.")
-    try:
-        yield
-    except WeightsError:
-        raise
-    except Exception as error:  # a damaged archive can make its reader raise almost anything
-        said = str(error).split("\n")[0][:200]
-        raise WeightsError(
-            f"{file} cannot be read ({type(error).__name__}: {said}). Is the file whole?"
-        ) from error
-
-
-def read_tensors(file: Path) -> dict[str, Tensor]:
-    """All tensors of a file, as they are.
-
-    Raises:
-        WeightsError: It is missing, damaged, or holds something else than tensors.
-    """
-    with reading(file):
-        if file.suffix == ".npz":
-            return _read_npz(file)
-        if file.suffix in (".pt", ".pth", ".bin"):
-            return _read_torch(file)
-        with safetensors.safe_open(file, framework="pt") as opened:
-            return {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
-
-
-def read_header(file: Path) -> tuple[list[str], dict[str, str]]:
-    """Keys and metadata of a .safetensors file, without its tensors.
-
-    Raises:
-        WeightsError: It is missing or damaged.
-    """
-    with reading(file), safetensors.safe_open(file, framework="pt") as opened:
-        return sorted(opened.keys()), opened.metadata() or {}
-
-
-def _read_npz(file: Path) -> dict[str, Tensor]:
-    """Arrays of an archive of numpy.
-
-    Raises:
-        WeightsError: An array is not of numbers.
-    """
-    tensors = {}
-    with np.load(file, allow_pickle=False) as opened:
-        for key in opened.files:
-            array = opened[key]
-            if array.dtype.kind not in "fiub":
-                raise WeightsError(f"{file}: {key} is {array.dtype}, expected floats.")
-            kind = np.float32 if array.dtype.kind == "f" else np.int64
-            with np.errstate(over="ignore"):  # what does not fit becomes infinite and is refused
-                tensors[key] = torch.from_numpy(array.astype(kind))
-    return tensors
-
-
-def _read_torch(file: Path) -> dict[str, Tensor]:
-    """Tensors of a file of torch, read without running what it may ask for.
-
-    Raises:
-        WeightsError: It holds anything but tensors by name.
-    """
-    found = torch.load(file, map_location="cpu", weights_only=True)
-    if not isinstance(found, dict):
-        raise WeightsError(f"{file} holds a {type(found).__name__}, expected tensors by name.")
-    for key, value in found.items():
-        if not isinstance(value, Tensor) or value.layout != torch.strided:
-            raise WeightsError(f"{file}: {key} is not a plain tensor.")
-    return {str(key): value.detach() for key, value in found.items()}
+from mechatlas.tensorfiles import mismatches, non_finite, not_floats
 
 
 class Config:
@@ -128,9 +43,9 @@ class Config:
         return cls(file, values)
 
     def wrong(self, key: str, expected: str) -> WeightsError:
-        """What to raise when a value cannot be used."""
-        said = reprlib.repr(self.values[key]) if key in self.values else "missing"
-        return WeightsError(f"{self.file}: {self.within}{key} is {said}, expected {expected}.")
+        """Make the error for a value that cannot be used."""
+        value = reprlib.repr(self.values[key]) if key in self.values else "missing"
+        return WeightsError(f"{self.file}: {self.within}{key} is {value}, expected {expected}.")
 
     def has(self, key: str) -> bool:
         """Whether there is a value that is not null."""
@@ -218,22 +133,16 @@ def fit(
     """
     axes = {key: names.split() for key, names in shapes.items()}
     sizes = {**_most_common(tensors, axes), **(sizes or {})}
-    wrong = [f"missing {key}" for key in axes if key not in tensors and key not in optional]
-    wrong += [f"surplus {key}" for key in tensors if key not in axes]
-    whole = {}
-    for key in axes:
-        if key not in tensors:
-            continue
-        tensor = tensors[key]
-        expected = tuple(sizes.get(axis, 0) for axis in axes[key])
-        if tuple(tensor.shape) != expected or 0 in expected:
-            said = ", ".join(f"{axis} {sizes.get(axis) or 'at least 1'}" for axis in axes[key])
-            wrong.append(f"{key} has shape {tuple(tensor.shape)}, expected ({said})")
-        elif not tensor.is_floating_point():
-            wrong.append(f"{key} is {str(tensor.dtype).removeprefix('torch.')}, expected floats")
-        else:
-            whole[key] = tensor.to(torch.float32)
-            wrong += non_finite({key: whole[key]})
+    expected = {key: [sizes.get(axis) or -1 for axis in names] for key, names in axes.items()}
+    words = {}
+    for key, names in axes.items():
+        lengths = ", ".join(f"{axis} {sizes.get(axis) or 'at least 1'}" for axis in names)
+        words[key] = f"({lengths})"
+    wrong = mismatches(tensors, expected, optional=optional, words=words)
+    known = {key: tensors[key] for key in axes if key in tensors}
+    wrong += not_floats(known)
+    whole = {key: t.to(torch.float32) for key, t in known.items() if t.is_floating_point()}
+    wrong += non_finite(whole)
     if wrong:
         raise WeightsError(f"{file} does not hold a whole dictionary: {'; '.join(wrong)}.")
     return whole

@@ -125,7 +125,7 @@ def _edges(
             "b": b,
             "branch": str(table["branch"][row]),
             "kernel": _kernel(tensors, f"{pair}.{table['branch'][row]}", int(table["kernel"][row])),
-            **{name: _plain(table[name][row]) for name in NUMBERS},
+            **{name: as_plain(float(table[name][row])) for name in NUMBERS},
         }
         for row in rows
     ]
@@ -139,8 +139,3 @@ def _kernel(tensors: dict[str, np.ndarray], name: str, row: int) -> dict[str, An
     picture = np.zeros((height, width), np.float32)
     picture[tuple((taps - low).T)] = values
     return {"h": height, "w": width, "values": [round(float(v), 6) for v in picture.ravel()]}
-
-
-def _plain(value: Any) -> float | None:
-    number = float(value)
-    return None if np.isnan(number) else number

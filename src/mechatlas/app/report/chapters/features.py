@@ -27,7 +27,6 @@ from mechatlas.app.report.paintings import most_in_each, paint
 from mechatlas.app.report.runs import Run, Runs
 from mechatlas.base import Progress, Site, UserError
 from mechatlas.dictionaries.formats import load
-from mechatlas.dictionaries.pose_tied import PoseTied
 
 TOP = 12
 """Number of examples of each feature."""
@@ -116,7 +115,7 @@ def _open(run: Run, key: str, runs: Runs, on_progress: Progress) -> _FeatureData
         raise UserError(f"The manifest of {run.name} names no single site that it was trained on.")
     site = Site.parse(written)
     dictionary = load(run.folder)
-    if isinstance(dictionary, PoseTied):
+    if getattr(dictionary, "group", None) is not None:
         raise UserError(
             "It is pose-tied: its codes need every input in all poses, and cards show inputs as "
             "they are. `mechatlas symmetry` tells what its features are."

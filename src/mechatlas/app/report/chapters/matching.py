@@ -13,7 +13,7 @@ from mechatlas.app.run_folder import DICTIONARY, MATCHING, as_plain
 from mechatlas.base import Progress
 
 if TYPE_CHECKING:
-    from mechatlas.app.commands.match import FirstToLast, MatchResult, PairResult, TracksResult
+    from mechatlas.app.commands.match import DistantMatch, MatchResult, PairResult, TracksResult
 
 Columns = dict[str, np.ndarray]
 """Columns of a table, by name."""
@@ -225,10 +225,9 @@ def _longest(tracks: Columns | None, names: list[str]) -> list[dict[str, Any]]:
     return rows
 
 
-def _distant(first_to_last: "FirstToLast | None") -> list[dict[str, Any]]:
+def _distant(first_to_last: "dict[str, DistantMatch] | None") -> list[dict[str, Any]]:
     """Matches of the first dictionary with the last, by method."""
-    ways = {} if first_to_last is None else vars(first_to_last)
     return [
         {**NO_MEASURES, "way": way, "pairs": match.pairs, **(as_plain(match.co_firing) or {})}
-        for way, match in ways.items()
+        for way, match in (first_to_last or {}).items()
     ]

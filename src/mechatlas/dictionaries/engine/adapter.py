@@ -1,0 +1,72 @@
+"""Dictionaries of other projects, with what training asks of a dictionary."""
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from mechatlas.base import Dictionary, InputError
+from mechatlas.dictionaries.autoencoder import SparseCoder
+from mechatlas.dictionaries.engine.interface import Step
+from mechatlas.dictionaries.engine.steps import ReconstructionStep
+from mechatlas.dictionaries.objective import Objective
+from mechatlas.dictionaries.revival import AuxK, Resample
+
+
+class Adapter:
+    """Module with `d_in`, `n_latents`, `encode` and `decode`, seen as a `SparseCoder`.
+
+    It is trained on rows as they are, by its own `step` if it has one, else by autograd on the
+    squared error. Where it has `reads` and `writes`, slices of columns, rows are as wide as both.
+    """
+
+    untrained = False
+    """Whether there are biases to set from the first batch."""
+    sites: tuple[slice, ...] = ()
+    """Columns that are scaled to variance 1."""
+
+    def __init__(self, dictionary: Any) -> None:
+        """Wrap a module that fits `Dictionary`."""
+        self.module, self.n_latents = dictionary, dictionary.n_latents
+        self.reads: slice = getattr(dictionary, "reads", slice(0, dictionary.d_in))
+        self.writes: slice = getattr(dictionary, "writes", self.reads)
+        self.width = max(self.reads.stop, self.writes.stop)
+
+    def initialize(self, x: Tensor) -> None:
+        """Change nothing."""
+
+    def rescale(self, scale: Tensor) -> None:
+        """Change nothing: there are no `sites`, so the scale is 1."""
+
+    def step(self, objective: Objective, revival: AuxK | Resample | None = None) -> Step:
+        """Make the optimizer: the dictionary's own, else autograd.
+
+        Raises:
+            ValueError: Dead latents are to be brought back, which only our own kinds can.
+        """
+        if revival is not None:
+            kind = type(self.module).__name__
+            raise ValueError(f"Latents of a {kind} cannot be revived ({revival}).")
+        own: Any = getattr(self.module, "step", None)
+        return ReconstructionStep(self.module, objective) if own is None else own(objective)
+
+
+def as_coder(dictionary: Any) -> SparseCoder | Adapter:
+    """See any dictionary as one that can be trained.
+
+    Raises:
+        InputError: It does not fit `Dictionary`, is no module, or has no parameters to learn.
+    """
+    if isinstance(dictionary, SparseCoder):
+        return dictionary
+    kind = type(dictionary).__name__
+    if not isinstance(dictionary, Dictionary) or not isinstance(dictionary, nn.Module):
+        raise InputError(
+            f"Cannot train a {kind}: a dictionary to train is a torch.nn.Module with d_in, "
+            "n_latents, encode and decode."
+        )
+    if not any(p.requires_grad for p in dictionary.parameters()):
+        raise InputError(
+            f"Cannot train a {kind}: it has no parameters that require a gradient. Dictionaries "
+            "that other libraries trained are used as they are; build an Autoencoder to train one."
+        )
+    return Adapter(dictionary)
