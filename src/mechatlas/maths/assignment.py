@@ -277,7 +277,7 @@ def assign(
         >>> pairing = assign([[4.0, 1.0, 3.0], [2.0, 0.0, 5.0], [3.0, 2.0, 2.0]])
         >>> pairing
         3 pairs of 3 rows and 3 columns at cost 5
-        No pairing costs less than 5 (gap 0.0e+00); certify(costs) checks the proof
+        No pairing costs less than 5 (gap ...); certify(costs) checks the proof
         >>> pairing.columns.tolist()
         [1, 0, 2]
     """

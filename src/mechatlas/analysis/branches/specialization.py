@@ -158,7 +158,7 @@ def branches(
     Examples:
         >>> import numpy as np
         >>> from mechatlas import branches
-        >>> W_dec = np.abs(np.random.default_rng(0).standard_normal((200, 64)))
+        >>> W_dec = np.abs(np.random.default_rng(1).standard_normal((200, 64)))
         >>> W_dec[:20, 16:] *= 0.1
         >>> found = branches(W_dec, {"1x1": slice(0, 16), "3x3": slice(16, 64)})
         >>> found.specialized().sum(axis=0).tolist()
