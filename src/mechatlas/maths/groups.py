@@ -4,7 +4,7 @@
 
 `table[a, b]` is the product a*b of the elements labelled a and b. A group keeps the labels
 of the table it was made from, so its identity may have any label; ask `Group.identity`.
-What this package builds itself (`named_groups`, `group_constructions`) has its identity at 0
+What this package builds itself (`named_groups`) has its identity at 0
 as long as its parts do.
 
 Subsets go in and out as sets of labels, functions on the group as arrays indexed by label.
@@ -113,11 +113,6 @@ class Group:
             orders[(power == self.identity) & (orders == 0)] = exponent
             power, exponent = self.table[power, elements], exponent + 1
         return _frozen(orders)
-
-    @cached_property
-    def is_abelian(self) -> bool:
-        """Whether a*b = b*a for all a and b."""
-        return bool(np.array_equal(self.table, self.table.T))
 
     @cached_property
     def generators(self) -> tuple[int, ...]:

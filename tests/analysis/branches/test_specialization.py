@@ -12,10 +12,9 @@ from mechatlas.analysis.branches.null import (
     tail_probability,
 )
 from mechatlas.analysis.branches.specialization import (
+    BranchTest,
     branches,
     channel_statistics,
-    permutation_control,
-    power,
 )
 from mechatlas.base import InputError
 from tests.analysis.branches.planted import (
@@ -168,7 +167,7 @@ def test_few_entries_mixed_with_channels_that_go_along_are_no_discoveries(size, 
 def test_permuted_features_are_like_those_of_few_mixed_entries():
     at = clusters(8, 0.5)
     atoms = mixed(few_entries(500, 2), at)
-    again = permutation_control(atoms, BRANCHES, at.statistics)
+    again = BranchTest(atoms, BRANCHES, at.statistics).permuted()
     there = branches(atoms, BRANCHES, at.statistics)
     assert np.median(again.n_effective) == pytest.approx(np.median(there.n_effective), rel=0.05)
     assert np.mean(again.share > 0.99) == pytest.approx(np.mean(there.share > 0.99), rel=0.2)
@@ -201,7 +200,8 @@ def test_the_power_of_the_test_falls_with_the_effect():
     atoms = null_atoms(at, 1000, "gaussian", seed=4)
     before = atoms.copy()
     most, some, none = (
-        power(atoms, BRANCHES, at.statistics, excess=excess) for excess in (0.9, 0.5, 0.0)
+        BranchTest(atoms, BRANCHES, at.statistics).power(excess=excess)
+        for excess in (0.9, 0.5, 0.0)
     )
     assert (most >= 0.95).all()
     assert (some <= most).all()
@@ -210,7 +210,7 @@ def test_the_power_of_the_test_falls_with_the_effect():
     assert (atoms == before).all()
     tested = np.zeros(1000, dtype=bool)
     tested[:8] = True
-    assert np.isnan(power(atoms, BRANCHES, at.statistics, tested=tested)).all()
+    assert np.isnan(BranchTest(atoms, BRANCHES, at.statistics, tested=tested).power()).all()
 
 
 def test_activations_and_their_statistics_say_the_same():

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from mechatlas.analysis.branches.specialization import branches, permutation_control
+from mechatlas.analysis.branches.specialization import BranchTest, branches
 from mechatlas.analysis.branches.summary import (
     consistency,
     kernel_sizes,
@@ -120,5 +120,5 @@ def test_atoms_whose_channels_are_permuted_are_in_no_branch():
     at = world(uneven=0.4, scales=True, within=0.05)
     atoms = placed(null_atoms(at, 600), at, "5x5", 0.9)
     assert branches(atoms, BRANCHES, at.statistics).specialized().sum() > 500
-    assert permutation_control(atoms, BRANCHES, at.statistics).specialized().sum() <= 3
-    assert permutation_control(atoms, BRANCHES).specialized().sum() <= 3
+    assert BranchTest(atoms, BRANCHES, at.statistics).permuted().specialized().sum() <= 3
+    assert BranchTest(atoms, BRANCHES).permuted().specialized().sum() <= 3

@@ -1,10 +1,9 @@
 """Shares of features in the branches of a site, and whether they are more than by chance.
 
-    branches               decoder rows and branches -> shares, expected shares, p- and q-values
-    channel_statistics     activations -> variances and correlations of the channels
-    permutation_control    the same test on rows whose channels were permuted at random
-    power                  fraction of features moved into a branch that the test finds
-    plain_shares           shares without a test
+    branches              decoder rows and branches -> shares, expected shares, p- and q-values
+    BranchTest            the same test, with its permutation control and its power
+    channel_statistics    activations -> variances and correlations of the channels
+    plain_shares          shares without a test
 
 The share of a branch is the paper's: the length of the positive part of a decoder row inside the
 branch, over its whole length. The expected share of a feature that belongs to no branch is the
@@ -24,7 +23,6 @@ from torch import Tensor
 from mechatlas import deprecated
 from mechatlas.analysis.branches.null import (
     FAINTEST,
-    ChannelGroups,
     Components,
     channel_groups,
     covariance_of_squares,
@@ -164,207 +162,147 @@ def branches(
         >>> found.specialized().sum(axis=0).tolist()
         [20, 0]
     """
-    rows, site = _opened(W_dec, branches, activations, positive)
-    return _test(rows, site, tested)
+    return BranchTest(W_dec, branches, activations, positive=positive, tested=tested).run()
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class _Site:
-    """Channels of a site as the null sees them."""
+class BranchTest:
+    """Test of features for branches, with its permutation control and its power.
 
-    branches: dict[str, slice]
-    groups: list[ChannelGroups]
-    """Channels as each branch divides them."""
-    variance: Float[np.ndarray, " d"]
-    """Variance that each channel's entries are divided by."""
-    leaked: Float[np.ndarray, "d d"] | None
-    positive: bool
-
-    @classmethod
-    def of(
-        cls, named: dict[str, slice], d: int, known: ChannelStatistics | None, *, positive: bool
-    ) -> "_Site":
-        """Make a site from the variances and correlations, or from widths alone.
-
-        Raises:
-            InputError: No channel varies.
-        """
-        variance, together, leaked = np.ones(d), None, None
-        if known is not None:
-            if not known.variance.any():
-                raise InputError(f"All {known.n_rows} rows of activations are equal.")
-            variance = known.variance / known.variance.mean()
-            together = covariance_of_squares(known.correlation, positive=positive)
-            leaked = leakage(whitening_pair(known.correlation).color)
-        groups = []
-        for channels in named.values():
-            inside = np.zeros(d, dtype=bool)
-            inside[channels] = True
-            groups.append(channel_groups(variance, inside, together))
-        return cls(named, groups, np.maximum(variance, FAINTEST**2), leaked, positive)
-
-
-def _known(activations: Any) -> ChannelStatistics | None:
-    """Statistics of activations, or activations that are statistics already."""
-    given = activations is None or isinstance(activations, ChannelStatistics)
-    return activations if given else channel_statistics(activations)
-
-
-def _decoder_rows(W_dec: Any) -> np.ndarray:  # noqa: N803 - the field's name
-    rows = as_array(getattr(W_dec, "W_dec", W_dec), "n_features d", "W_dec")
-    if not rows.size:
-        raise InputError(f"W_dec has shape {rows.shape}: there is nothing to test.")
-    return rows
-
-
-def _opened(
-    W_dec: Any,  # noqa: N803 - the field's name
-    branches: Mapping[str, Any],
-    activations: Any,
-    positive: bool | None,
-) -> tuple[np.ndarray, _Site]:
-    """Decoder rows, and the site as the null sees it.
+    Args:
+        W_dec: Decoder rows or a dictionary, as for `branches`.
+        branches: Name -> channels.
+        activations: Rows of the site, or their statistics.
+        positive: Only the positive part of a row counts.
+        tested: Features to test.
 
     Raises:
         InputError: There is nothing to compare, or shapes do not fit.
     """
-    rows = _decoder_rows(W_dec)
-    d = rows.shape[1]
-    named, known = checked_branches(branches, d), _known(activations)
-    if known is not None and len(known.variance) != d:
-        raise InputError(
-            f"Decoder rows have {d} channels, the activations {len(known.variance)}. Are they "
-            "of the same site?"
+
+    def __init__(
+        self,
+        W_dec: Any,  # noqa: N803 - the field's name
+        branches: Mapping[str, Any],
+        activations: Any = None,
+        *,
+        positive: bool | None = None,
+        tested: Bool[np.ndarray, " feature"] | None = None,
+    ) -> None:
+        self.rows = as_array(getattr(W_dec, "W_dec", W_dec), "n_features d", "W_dec")
+        if not self.rows.size:
+            raise InputError(f"W_dec has shape {self.rows.shape}: there is nothing to test.")
+        d = self.rows.shape[1]
+        self.branches, self.tested = checked_branches(branches, d), tested
+        given = activations is None or isinstance(activations, ChannelStatistics)
+        self.known = known = activations if given else channel_statistics(activations)
+        self.positive = (known is None or not known.signed) if positive is None else positive
+        variance, together, self._leaked = np.ones(d), None, None
+        if known is not None:
+            if len(known.variance) != d:
+                raise InputError(
+                    f"Decoder rows have {d} channels, the activations {len(known.variance)}. Are "
+                    "they of the same site?"
+                )
+            if not known.variance.any():
+                raise InputError(f"All {known.n_rows} rows of activations are equal.")
+            variance = known.variance / known.variance.mean()
+            together = covariance_of_squares(known.correlation, positive=self.positive)
+            self._leaked = leakage(whitening_pair(known.correlation).color)
+        self._variance = np.maximum(variance, FAINTEST**2)
+        self._groups = []
+        for channels in self.branches.values():
+            inside = np.zeros(d, dtype=bool)
+            inside[channels] = True
+            self._groups.append(channel_groups(variance, inside, together))
+
+    def run(self) -> Specialization:
+        """Test all features.
+
+        Raises:
+            InputError: A value is not finite.
+        """
+        return self._test(self.rows)
+
+    def permuted(self, *, seed: int = 0) -> Specialization:
+        """Test rows whose channels were permuted at random: features found specialized are false.
+
+        Each row is divided by the deviations of the channels and freed of their correlations, its
+        entries are put in random order, mixed as the channels are correlated, and multiplied by
+        the deviations again.
+        """
+        rows, known = self.rows.astype(np.float64), self.known
+        order = np.argsort(np.random.default_rng([seed, 3]).random(rows.shape), axis=1)
+        if known is None:
+            return self._test(np.take_along_axis(rows, order, axis=1))
+        deviation = np.sqrt(known.variance)
+        least = FAINTEST * np.sqrt(np.mean(known.variance))
+        color, whiten = whitening_pair(known.correlation)
+        entries = rows / np.maximum(deviation, least) @ whiten
+        return self._test(np.take_along_axis(entries, order, axis=1) @ color * deviation)
+
+    def power(
+        self, *, excess: float = 0.9, fdr: float = FDR, seed: int = 0
+    ) -> Float[np.ndarray, " branch"]:
+        """Measure which fraction of the features that belong to a branch the test finds.
+
+        A tenth of the rows, and no more than 100 for each branch, are moved into branches: their
+        entries inside and outside are stretched until the share has the excess. All rows are
+        tested then.
+
+        Args:
+            excess: Effect size that they are moved to.
+            fdr: False discovery rate.
+            seed: Seed of the choice of features.
+
+        Returns:
+            For each branch the fraction found of the features moved there; NaN if none was.
+        """
+        rows, slices = self.rows.astype(np.float64), list(self.branches.values())
+        squares = np.square(plain_shares(rows, self.branches, positive=self.positive)[0])
+        free = ((squares > 0) & (squares < 1)).all(axis=1)
+        order = np.flatnonzero(free if self.tested is None else free & self.tested)
+        order = np.random.default_rng([seed, 5]).permutation(order)
+        size = min(100, len(order) // (10 * len(slices)))
+        parts = [order[k * size : (k + 1) * size] for k in range(len(slices))]
+        for k, (part, channels) in enumerate(zip(parts, slices, strict=True)):
+            aim = self._groups[k].share + excess * (1 - self._groups[k].share)
+            inside = rows[part, channels] * np.sqrt(aim / squares[part, k])[:, None]
+            rows[part] *= np.sqrt((1 - aim) / (1 - squares[part, k]))[:, None]
+            rows[part, channels] = inside
+        found = self._test(rows).specialized(fdr)
+        return np.array([found[p, k].mean() if size else np.nan for k, p in enumerate(parts)])
+
+    def _test(self, rows: np.ndarray) -> Specialization:
+        """Share of the energy of every row in every branch, with its tail under the null."""
+        energy, p, n_effective = (np.full((len(rows), len(self._groups)), np.nan) for _ in "epn")
+        for start in range(0, len(rows), ROWS_AT_ONCE):
+            block = rows[start : start + ROWS_AT_ONCE].astype(np.float64)
+            _refuse_unless_finite(block, "W_dec", start)
+            squares = np.square(np.maximum(block, 0) if self.positive else block)
+            whole = squares.sum(axis=1)
+            there = np.flatnonzero((whole > 0) & (squares / self._variance).any(axis=1))
+            squares = squares[there] / whole[there, None]
+            at = start + there
+            for k, channels in enumerate(self.branches.values()):
+                energy[at, k] = squares[:, channels].sum(axis=1)
+            components = Components.of(squares, self._variance, self._leaked)
+            for k, groups in enumerate(self._groups):
+                p[at, k], n_effective[at, k] = tail_probability(components, energy[at, k], groups)
+        low, high = wilson(energy, n_effective)
+        if self.tested is not None:
+            p[~self.tested] = np.nan
+        expected = np.sqrt([[groups.share for groups in self._groups]]) * np.ones(energy.shape)
+        expected[np.isnan(energy)] = np.nan
+        return Specialization(
+            names=tuple(self.branches),
+            share=np.sqrt(energy),
+            expected=expected,
+            p_values=p,
+            q_values=q_values(p),
+            low=np.sqrt(low),
+            high=np.sqrt(high),
+            n_effective=n_effective,
         )
-    if positive is None:
-        positive = known is None or not known.signed
-    return rows, _Site.of(named, d, known, positive=positive)
-
-
-def _test(
-    rows: np.ndarray, site: _Site, tested: Bool[np.ndarray, " feature"] | None
-) -> Specialization:
-    """Share of the energy of every row in every branch, with its tail under the null."""
-    energy, p, n_effective = (np.full((len(rows), len(site.groups)), np.nan) for _ in range(3))
-    for start in range(0, len(rows), ROWS_AT_ONCE):
-        block = rows[start : start + ROWS_AT_ONCE].astype(np.float64)
-        _refuse_unless_finite(block, "W_dec", start)
-        squares = np.square(np.maximum(block, 0) if site.positive else block)
-        whole = squares.sum(axis=1)
-        there = np.flatnonzero((whole > 0) & (squares / site.variance).any(axis=1))
-        squares = squares[there] / whole[there, None]
-        at = start + there
-        energy[at] = np.stack(
-            [squares[:, channels].sum(axis=1) for channels in site.branches.values()], axis=1
-        )
-        components = Components.of(squares, site.variance, site.leaked)
-        for k, groups in enumerate(site.groups):
-            p[at, k], n_effective[at, k] = tail_probability(components, energy[at, k], groups)
-    low, high = wilson(energy, n_effective)
-    if tested is not None:
-        p[~tested] = np.nan
-    expected = np.sqrt([[groups.share for groups in site.groups]]) * np.ones(energy.shape)
-    expected[np.isnan(energy)] = np.nan
-    return Specialization(
-        names=tuple(site.branches),
-        share=np.sqrt(energy),
-        expected=expected,
-        p_values=p,
-        q_values=q_values(p),
-        low=np.sqrt(low),
-        high=np.sqrt(high),
-        n_effective=n_effective,
-    )
-
-
-def permutation_control(
-    W_dec: Any,  # noqa: N803 - the field's name
-    branches: Mapping[str, Any],
-    activations: Any = None,
-    *,
-    positive: bool | None = None,
-    tested: Bool[np.ndarray, " feature"] | None = None,
-    seed: int = 0,
-) -> Specialization:
-    """Test rows whose channels were permuted at random: features found specialized are false.
-
-    Each row is divided by the deviations of the channels and freed of their correlations, its
-    entries are put in random order, mixed as the channels are correlated, and multiplied by the
-    deviations again.
-
-    Args:
-        W_dec: Decoder rows or a dictionary, as for `branches`.
-        branches: Name -> channels.
-        activations: Rows of the site, or their statistics.
-        positive: Only the positive part of a row counts.
-        tested: Features to test.
-        seed: Seed of the permutations.
-
-    Raises:
-        InputError: There is nothing to compare, shapes do not fit, or a value is not finite.
-    """
-    known = _known(activations)
-    rows, site = _opened(W_dec, branches, known, positive)
-    rows = rows.astype(np.float64)
-    order = np.argsort(np.random.default_rng([seed, 3]).random(rows.shape), axis=1)
-    if known is None:
-        return _test(np.take_along_axis(rows, order, axis=1), site, tested)
-    deviation = np.sqrt(known.variance)
-    least = FAINTEST * np.sqrt(np.mean(known.variance))
-    color, whiten = whitening_pair(known.correlation)
-    entries = rows / np.maximum(deviation, least) @ whiten
-    permuted = np.take_along_axis(entries, order, axis=1) @ color * deviation
-    return _test(permuted, site, tested)
-
-
-def power(
-    W_dec: Any,  # noqa: N803 - the field's name
-    branches: Mapping[str, Any],
-    activations: Any = None,
-    *,
-    positive: bool | None = None,
-    tested: Bool[np.ndarray, " feature"] | None = None,
-    excess: float = 0.9,
-    fdr: float = FDR,
-    seed: int = 0,
-) -> Float[np.ndarray, " branch"]:
-    """Measure which fraction of the features that belong to a branch the test finds.
-
-    A tenth of the rows, and no more than 100 for each branch, are moved into branches: their
-    entries inside and outside are stretched until the share has the excess. All rows are tested
-    then.
-
-    Args:
-        W_dec: Decoder rows or a dictionary, as for `branches`.
-        branches: Name -> channels.
-        activations: Rows of the site, or their statistics.
-        positive: Only the positive part of a row counts.
-        tested: Features to test.
-        excess: Effect size that they are moved to.
-        fdr: False discovery rate.
-        seed: Seed of the choice of features.
-
-    Returns:
-        For each branch the fraction found of the features moved there; NaN if none was.
-
-    Raises:
-        InputError: There is nothing to compare, shapes do not fit, or a value is not finite.
-    """
-    rows, site = _opened(W_dec, branches, activations, positive)
-    rows = rows.astype(np.float64)
-    squares = np.square(plain_shares(rows, site.branches, positive=site.positive)[0])
-    free = ((squares > 0) & (squares < 1)).all(axis=1)
-    order = np.flatnonzero(free if tested is None else free & tested)
-    order = np.random.default_rng([seed, 5]).permutation(order)
-    size = min(100, len(order) // (10 * len(site.groups)))
-    parts = [order[k * size : (k + 1) * size] for k in range(len(site.groups))]
-    for k, (part, channels) in enumerate(zip(parts, site.branches.values(), strict=True)):
-        aim = site.groups[k].share + excess * (1 - site.groups[k].share)
-        inside = rows[part, channels] * np.sqrt(aim / squares[part, k])[:, None]
-        rows[part] *= np.sqrt((1 - aim) / (1 - squares[part, k]))[:, None]
-        rows[part, channels] = inside
-    found = _test(rows, site, tested).specialized(fdr)
-    return np.array([found[part, k].mean() if size else np.nan for k, part in enumerate(parts)])
 
 
 def plain_shares(

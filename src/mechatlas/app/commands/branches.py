@@ -28,12 +28,11 @@ from mechatlas.analysis.branches.activity import (
 )
 from mechatlas.analysis.branches.specialization import (
     FDR,
+    BranchTest,
     ChannelStatistics,
     Specialization,
     branches,
     channel_statistics,
-    permutation_control,
-    power,
 )
 from mechatlas.analysis.branches.summary import (
     Consistency,
@@ -338,10 +337,9 @@ def _control(
     alive: Bool[np.ndarray, " feature"],
 ) -> tuple[Bool[np.ndarray, "feature branch"], Float[np.ndarray, " branch"]]:
     """Features specialized once their channels are permuted, and the power for each branch."""
-    given = site.dictionary, site.branches, known
-    permuted = permutation_control(*given, tested=alive, seed=config.seed)
-    seen = power(*given, tested=alive, fdr=config.fdr, seed=config.seed)
-    return permuted.specialized(config.fdr), seen
+    test = BranchTest(site.dictionary, site.branches, known, tested=alive)
+    permuted = test.permuted(seed=config.seed).specialized(config.fdr)
+    return permuted, test.power(fdr=config.fdr, seed=config.seed)
 
 
 def _summary(
