@@ -55,7 +55,7 @@ def test_batch_norms_of_an_untrained_network_forget_the_trained_ones_statistics(
 @pytest.mark.slow
 def test_inception_v1_from_random_weights_to_the_table(tmp_path):
     collect = str(RECIPES / "collect_inception_v1.toml")
-    words = ["--samples.source", "photos", "--samples.crops", "4", "--collecting.batch-size", "8"]
+    words = ["--samples.source", "photos", "--samples.crops", "4", "--storage.batch-size", "8"]
     cli.main(["collect", collect, *words, "--out", str(tmp_path / "store")])
     told = script("run.py", str(tmp_path / "store"), "--expansion", "1", "--steps", "3", "--branch",
                   "5x5", "1x1", "--rows", "64", "--match-rows", "16")  # fmt: skip

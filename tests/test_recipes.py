@@ -34,9 +34,9 @@ def test_all_mistakes_are_told_at_once(tmp_path):
         [samples]
         type = "Images"
         crops = "many"
-        [collecting]
+        [storage]
         dtype = "float8"
-        [collecting.positions]
+        [storage.positions]
         per_sample = 0
         """
     )
@@ -48,7 +48,7 @@ def test_all_mistakes_are_told_at_once(tmp_path):
         "unknown key nme (did you mean name?) @ recipe.network",
         "expected int, got 'many' @ recipe.samples.crops",
         "expected one of 'float32', 'float16', 'bfloat16', got 'float8'",
-        "per_sample must be at least 1, got 0. @ recipe.collecting.positions",
+        "per_sample must be at least 1, got 0. @ recipe.storage.positions",
     ):
         assert part in str(caught.value)
 

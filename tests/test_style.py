@@ -17,7 +17,6 @@ UNCLEAR_STARTS = ("Of", "That", "Those", "What", "Which", "As", "It", "The same"
 PREPOSITIONS = {"about", "at", "beside", "between", "beyond", "by", "for", "from", "in", "of", "on",
     "over", "to", "under", "with"}  # fmt: skip
 UNCLEAR_MODULES: set[str] = {
-    "src/mechatlas/activations/networks.py",
     "src/mechatlas/analysis/interaction/statistics.py",
     "src/mechatlas/app/commands/collect.py",
     "src/mechatlas/app/commands/train.py",

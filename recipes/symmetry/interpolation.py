@@ -35,7 +35,7 @@ def measure(name: str, blurred: bool, options: argparse.Namespace) -> dict[str, 
             network=ma.Network(name=options.network, weights=options.weights),
             sites=(options.site,),
             samples=ma.Images(source=options.photographs, side=options.side, crops=options.crops),
-            collecting=ma.StoreConfig(
+            storage=ma.StoreConfig(
                 positions=Positions(rule="norm", per_sample=40), dtype="float16", skip_bad=True
             ),
             group=PoseConfig(name=f"C{N}", matched_blur=blurred),

@@ -124,6 +124,7 @@ FLAGS: dict[str, dict[str, str]] = {
         "rate": "fdr",
         "removed": "n_ablated",
     },
+    "collect": {"collecting": "storage"},
     "prove": {"effort": "compute_budget"},
     "report": {"pictures": "visualize"},
     "symmetry": {"alike": "equality_threshold", "rate": "fdr", "swaps": "interventions"},

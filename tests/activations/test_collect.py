@@ -195,6 +195,14 @@ def test_a_store_made_by_another_recipe_is_refused_and_left_alone(tmp_path):
     assert files(out) == before
 
 
+def test_a_store_of_version_0_1_passes_for_one_of_the_same_recipe(tmp_path):
+    samples, out = images(tmp_path), tmp_path / "store"
+    collect(NETWORK, samples, SITES, out, recipe={"collecting": {"dtype": "float32"}})
+    before = files(out)
+    collect(NETWORK, samples, SITES, out, recipe={"storage": {"dtype": "float32"}})
+    assert files(out) == before
+
+
 def test_a_folder_of_something_else_is_refused(tmp_path):
     out = tmp_path / "mine"
     out.mkdir()

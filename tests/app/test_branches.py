@@ -31,7 +31,7 @@ def world(tmp_path_factory):
         network=Network(name="tests.networks:tiny"),
         sites=("first", "mixed"),
         samples=Images(source=str(photographs(root / "photos.zip")), side=15, crops=3),
-        collecting=StoreConfig(positions=Positions(rule="random", per_sample=30), paired=True),
+        storage=StoreConfig(positions=Positions(rule="random", per_sample=30), paired=True),
         out=root / "store",
     )
     execute(collect)

@@ -40,7 +40,7 @@ def folder(tmp_path_factory) -> Path:
             network=Network(name="inception_mini"),
             sites=SITES,
             samples=Images(crops=12),
-            collecting=StoreConfig(positions=Positions(per_sample=20), held_out=0.2),
+            storage=StoreConfig(positions=Positions(per_sample=20), held_out=0.2),
             out=root / "store",
         )
     )
@@ -201,7 +201,7 @@ def test_a_transformer_has_circuits_by_heads_and_mlp(tmp_path):
     execute(
         CollectConfig(
             network=Network(name=name), sites=sites, samples=Arrays(source=tmp_path / "x.npy"),
-            collecting=StoreConfig(held_out=0.3), out=tmp_path / "store",
+            storage=StoreConfig(held_out=0.3), out=tmp_path / "store",
         )
     )  # fmt: skip
     for site in sites:

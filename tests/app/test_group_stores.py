@@ -45,7 +45,7 @@ def store(tmp_path_factory) -> Path:
             network=Network(name="tests.networks:tiny"),
             sites=("mixed",),
             samples=Images(source=str(photographs(folder / "photos.zip")), side=15, crops=3),
-            collecting=StoreConfig(positions=Positions(rule="random", per_sample=20)),
+            storage=StoreConfig(positions=Positions(rule="random", per_sample=20)),
             group=PoseConfig(name="D4"),
             out=folder / "store",
         )
@@ -156,8 +156,8 @@ def test_a_killed_run_of_a_group_store_goes_on_to_the_same_bytes(store, tmp_path
     recipe.write_text(
         'sites = ["mixed"]\n[network]\nname = "tests.networks:tiny"\n'
         f'[samples]\ntype = "Images"\nsource = "{store.parent / "photos.zip"}"\nside = 15\n'
-        'crops = 4\n[group]\nname = "D4"\n[collecting]\nbatch_size = 8\nmemory_mib = 512\n'
-        "[collecting.positions]\nper_sample = 100\n"
+        'crops = 4\n[group]\nname = "D4"\n[storage]\nbatch_size = 8\nmemory_mib = 512\n'
+        "[storage.positions]\nper_sample = 100\n"
     )
 
     def collect(out, at):
@@ -181,7 +181,7 @@ def test_shifts_and_scales_are_collected_and_told(action, name, closes, store, t
             network=Network(name="tests.networks:tiny"),
             sites=("first",),
             samples=Images(source=str(store.parent / "photos.zip"), side=16, crops=2),
-            collecting=StoreConfig(positions=Positions(rule="random", per_sample=10)),
+            storage=StoreConfig(positions=Positions(rule="random", per_sample=10)),
             group=PoseConfig(name=name, action=action),
             out=tmp_path / "store",
         )

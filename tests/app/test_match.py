@@ -150,7 +150,7 @@ def test_what_was_kept_of_other_weights_is_not_used_whatever_the_format(
 def paired(tmp_path_factory):
     """A paired store of a small network, and a dictionary of each of its sites."""
     root = tmp_path_factory.mktemp("paired")
-    collecting = StoreConfig(
+    settings = StoreConfig(
         positions=Positions(rule="random", per_sample=20), paired=True, held_out=0.2
     )
     execute(
@@ -158,7 +158,7 @@ def paired(tmp_path_factory):
             network=Network(name="tests.networks:tiny"),
             sites=("first", "mixed"),
             samples=Images(source=str(photographs(root / "p.zip")), side=15, crops=3),
-            collecting=collecting,
+            storage=settings,
             out=root / "store",
         )
     )

@@ -267,7 +267,7 @@ def turning(tmp_path_factory):
             network=Network(name="tests.networks:turning"),
             sites=("seen",),
             samples=Images(source=str(photographs(root / "photos.zip")), side=11, crops=4),
-            collecting=StoreConfig(
+            storage=StoreConfig(
                 positions=Positions(rule="random", per_sample=20), held_out=0.3, batch_size=32
             ),
             group=PoseConfig(name="D4"),

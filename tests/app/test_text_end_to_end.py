@@ -22,7 +22,7 @@ def test_minilm_from_its_wheel_to_the_page(tmp_path, data):
         network=Network(name="transformer", arguments={"path": "all_minilm_l6_v2"}),
         sites=("encoder.layer.2",),
         samples=Texts(source=data("text/english.zip"), include="webtext/[gpw]*.txt", context=64),
-        collecting=StoreConfig(positions=Positions(rule="random", per_sample=32)),
+        storage=StoreConfig(positions=Positions(rule="random", per_sample=32)),
         out=tmp_path / "runs" / "store",
     )
     stored = execute(collect)

@@ -40,7 +40,7 @@ def stores(tmp_path_factory):
                 network=Network(name=f"{__name__}:two_layers"),
                 sites=("1", "3"),
                 samples=Arrays(source=folder / "x.npy"),
-                collecting=StoreConfig(positions=Positions(rule="all"), paired=paired),
+                storage=StoreConfig(positions=Positions(rule="all"), paired=paired),
                 out=folder / ("paired" if paired else "apart"),
             )
         )

@@ -83,7 +83,7 @@ def pictures_and_words(folder: Path) -> Path:
         network=Network(name="tests.networks:tiny"),
         sites=("first", "mixed"),
         samples=Images(source=str(photographs(folder.with_suffix(".zip"))), side=15, crops=3),
-        collecting=StoreConfig(positions=positions),
+        storage=StoreConfig(positions=positions),
         out=folder / "pictures",
     )
     execute(pictures)
@@ -92,7 +92,7 @@ def pictures_and_words(folder: Path) -> Path:
         network=Network(name="tests.app.worlds:words"),
         sites=("out",),
         samples=Texts(source=folder.with_suffix(".txt"), context=40),
-        collecting=StoreConfig(positions=positions),
+        storage=StoreConfig(positions=positions),
         out=folder / "texts",
     )
     execute(texts)

@@ -135,6 +135,7 @@ def test_inverses_orders_and_generators_are_what_they_say(spec):
         assert len(each.closure([x])) == each.element_orders[x]
     assert each.closure(each.generators) == frozenset(elements.tolist())
     assert 2 ** len(each.generators) <= each.order
+    assert each.is_abelian == (len(each.classes) == each.order)
 
 
 @quick

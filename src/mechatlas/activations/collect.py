@@ -58,6 +58,7 @@ from mechatlas.base import (
     StoreError,
     no_progress,
 )
+from mechatlas.deprecated import renamed_keys
 from mechatlas.files import read_json, write_json
 from mechatlas.maths.actions import Action
 
@@ -183,6 +184,9 @@ def collect(
 
     Examples:
         >>> import tempfile
+        >>> from pathlib import Path
+        >>> import numpy as np
+        >>> from torch import nn
         >>> import mechatlas as ma
         >>> folder = Path(tempfile.mkdtemp())
         >>> np.save(folder / "x.npy", np.random.default_rng(0).normal(size=(200, 4)))
@@ -308,6 +312,7 @@ def _start(collection: _Collection, n_rounds: int, recipe: dict[str, Any]) -> di
     path = out / "manifest.json"
     if path.exists():
         old = read_json(path)
+        old["recipe"] = renamed_keys("collect", old["recipe"], quiet=True)
         given = ("recipe", "settings", "network", "n_samples", "group")
         made_from = ("schema", "kind", *given, "rounds")
         differing = [key for key in made_from if old.get(key) != manifest.get(key)]

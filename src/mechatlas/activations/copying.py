@@ -5,6 +5,7 @@ from typing import Any
 
 import numba
 import numpy as np
+from jaxtyping import Int, UInt8
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
@@ -33,7 +34,7 @@ except RuntimeError:  # no writable place for the cache: compile in every proces
     _COPY_ROWS = numba.njit(nogil=True)(inspect.unwrap(_copy_rows))
 
 
-def copy_rows(addresses: np.ndarray, out: np.ndarray) -> None:
+def copy_rows(addresses: Int[np.ndarray, " row"], out: UInt8[np.ndarray, "row byte"]) -> None:
     """Write the `out.shape[1]` bytes at each address to a row of `out`.
 
     The caller keeps the memory at the addresses alive, and vouches that it is there.

@@ -1,4 +1,4 @@
-"""Image input of a network, checked before the first layer sees it.
+"""Input checks of networks of images, before the first layer sees an image.
 
 Every adapter takes RGB images in 0..1 and scales them itself, so that no caller has to
 know whether a network was trained on bytes, on BGR or on standardised channels.
@@ -14,13 +14,13 @@ from mechatlas.base import InputError
 
 
 class ImageInput(nn.Module):
-    """Refuse images outside 0..1, then scale them as the network was trained.
+    """Module that refuses images outside 0..1, and scales the others as a network was trained.
 
     The scaled image is `(x - mean) / std` per channel, in BGR order if `bgr`.
     """
 
-    mean: Tensor
-    std: Tensor
+    mean: Float[Tensor, "channel 1 1"]
+    std: Float[Tensor, "channel 1 1"]
 
     def __init__(
         self,
@@ -34,7 +34,7 @@ class ImageInput(nn.Module):
         super().__init__()
         self.name = name
         self.side = side
-        self.channels = len(mean)
+        self.channels: int = len(mean)
         self.bgr = bgr
         self.register_buffer("mean", torch.tensor(mean)[:, None, None], persistent=False)
         self.register_buffer("std", torch.tensor(std)[:, None, None], persistent=False)
@@ -42,10 +42,7 @@ class ImageInput(nn.Module):
     def forward(
         self, images: Float[Tensor, "batch channel h w"]
     ) -> Float[Tensor, "batch channel h w"]:
-        """Check and scale.
-
-        Args:
-            images: RGB values in 0..1.
+        """Check RGB images in 0..1, and scale them.
 
         Raises:
             InputError: Wrong number of channels, or values outside 0..1.

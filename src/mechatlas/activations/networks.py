@@ -1,8 +1,8 @@
-"""From a name in a recipe to a network with its weights.
+"""Networks by name, with their weights.
 
 load_network   a bundled name or `package.module:factory` -> nn.Module in eval mode
 load_weights   a file of weights into a network, every mismatch named
-digest         a checksum of all weights, kept with everything made from them
+digest         checksum of all weights, kept with everything made from them
 """
 
 import dataclasses
@@ -32,7 +32,7 @@ BUNDLED = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Network:
-    """Which network, with which weights."""
+    """Name of a network, and its weights."""
 
     name: str
     """A bundled name (inception_mini, ...) or `package.module:factory`."""
@@ -50,6 +50,13 @@ def load_network(recipe: Network) -> nn.Module:
 
     Raises:
         UserError: No such factory, or it did not return an `nn.Module`.
+
+    Examples:
+        >>> import torch
+        >>> import mechatlas as ma
+        >>> network = ma.load_network(ma.Network(name="inception_mini"))
+        >>> network(torch.rand(2, 3, 31, 31)).shape
+        torch.Size([2, 10])
     """
     factory = _factory(recipe.name)
     arguments = dict(recipe.arguments)

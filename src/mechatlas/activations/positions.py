@@ -1,8 +1,8 @@
-"""Sampling of positions: choice of the positions of a sample whose activations are kept.
+"""Positions of a sample's activations that are kept in a store, drawn at random.
 
-All three rules are one: position p of sample s gets the key log w_p + Gumbel(s, p) and
-the largest keys win, which draws without replacement with probability proportional to w.
-The noise depends on the seed and the sample's number alone, never on the batch.
+Position p of sample s gets the key log w_p + Gumbel(s, p) and the largest keys win, which
+draws without replacement with probability proportional to w. The noise depends on the seed
+and the sample's number alone, never on the batch.
 
 Source: Efraimidis and Spirakis, Weighted random sampling with a reservoir (2006).
 """
@@ -34,7 +34,7 @@ class Positions:
             raise ValueError(f"per_sample must be at least 1, got {self.per_sample}.")
 
     def count(self, n_positions: int) -> int:
-        """Positions kept of a sample that has `n_positions`."""
+        """Number of positions kept of a sample that has `n_positions`."""
         return n_positions if self.rule == "all" else min(self.per_sample, n_positions)
 
     def draw(
@@ -43,8 +43,8 @@ class Positions:
         """Draw positions, in ascending order.
 
         Args:
-            activations: One batch of activations.
-            samples: The number of each sample of the batch.
+            activations: Batch of activations.
+            samples: Number of each sample of the batch.
         """
         n_samples, n_positions, _ = activations.shape
         kept = self.count(n_positions)
@@ -57,5 +57,5 @@ class Positions:
         keys = torch.from_numpy(noise).to(activations.device)
         if self.rule == "norm":
             length = activations.double().norm(dim=-1)
-            keys = keys + torch.where(length > 0, length.log(), -1e6)  # silent ones come last
+            keys = keys + torch.where(length > 0, length.log(), -1e6)  # zero activations come last
         return keys.topk(kept, dim=1).indices.sort(dim=1).values

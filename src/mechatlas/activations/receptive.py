@@ -1,4 +1,4 @@
-"""Receptive field of the positions of a site, measured on the network itself.
+"""Receptive fields of the positions of a site, measured on the network itself.
 
     receptive_field    put NaN into one pixel after another and look where it arrives
 
@@ -13,7 +13,7 @@ from typing import Literal
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 
 from mechatlas.activations.sites import intervene, read_activations
@@ -24,46 +24,46 @@ PIXELS_AT_ONCE = 1 << 19
 LINES = 9
 """Rows and columns of the real input on which the field is checked."""
 THIN = (7, 15, 31)
-"""Pixels across the axis that is measured: the first of these that the network takes."""
+"""Numbers of pixels across the measured axis, tried in turn until the network takes one."""
 LARGEST_SIDE = 160
-"""Inputs are not enlarged beyond this many pixels to find the ends of a wide field."""
+"""Largest input, in pixels, tried to find the ends of a wide field."""
 
 
 @dataclasses.dataclass(frozen=True)
 class ReceptiveField:
-    """Position p of a grid sees the pixels `offset + stride * p` and the next `size - 1`.
+    """Receptive field of position p: the pixel `offset + stride * p` and the next `size - 1`.
 
-    The same holds along both axes. Pixels outside the input do not exist, so `offset` may
-    be negative. `stride` is 0 where every position sees the whole input.
+    Both axes are alike. Pixels outside the input do not exist, so `offset` may be negative.
+    `stride` is 0 where every position sees the whole input.
     """
 
     size: int
     """Pixels seen along one axis."""
     stride: int
-    """Pixels from one position's first pixel to the next position's."""
+    """Pixels between the first pixels of neighboring positions."""
     offset: int
     """First pixel of position 0."""
 
     def span(
         self, position: Int[np.ndarray, "*n"], side: int
     ) -> tuple[Int[np.ndarray, "*n"], Int[np.ndarray, "*n"]]:
-        """Give the first pixel seen and the one after the last, cut to `side` pixels."""
+        """First pixel seen and the pixel after the last, cut to an input of `side` pixels."""
         first = self.offset + self.stride * np.asarray(position)
         return np.clip(first, 0, side), np.clip(first + self.size, 0, side)
 
 
 def receptive_field(network: nn.Module, site: Site, side: int, channels: int = 3) -> ReceptiveField:
-    """Measure which pixels each position of a site can see.
+    """Measure the receptive field of each position of a site.
 
     Where positions see the whole input of this size, or where the input has no room for
-    one whole field, larger inputs are tried, if the network takes them; what they show must
-    agree with the input asked for. A site without a regular square grid, and one
+    a whole field, larger inputs are tried, if the network takes them; their fields must
+    agree with the input asked for. A site without a regular square grid, and a site
     that sees the whole of every input, has the whole input as its field.
 
     Args:
-        network: Takes (batch, channel, side, side) in 0..1. What a module called `input`
-            at its top returns is where NaN is put, since such modules refuse it.
-        site: Where to look.
+        network: Network of images (batch, channel, side, side) in 0..1. If it has a module
+            `input`, NaN is put into the output of that module, which would refuse NaN.
+        site: Site whose positions are measured.
         side: Side of the input, in pixels.
         channels: Channels of the input.
 
@@ -90,7 +90,7 @@ def _reached(network: nn.Module, site: Site, side: int, channels: int) -> bool:
 
 
 def _along(network: nn.Module, site: Site, side: int, channels: int) -> ReceptiveField | None:
-    """Measure the field along both axes, on inputs as thin as the network takes."""
+    """Receptive field along both axes, from inputs as thin as the network takes."""
     across, thin = _thin(network, site, side, 1, channels)
     down, _ = _thin(network, site, side, 0, channels)
     if across is None or down is None:
@@ -114,7 +114,7 @@ def _along(network: nn.Module, site: Site, side: int, channels: int) -> Receptiv
 def _thin(
     network: nn.Module, site: Site, side: int, axis: Literal[0, 1], channels: int
 ) -> tuple[Bool[np.ndarray, "position pixel"] | None, int]:
-    """Measure the pixels seen along one axis; also give the thickness of the inputs used."""
+    """Pixels seen along one axis, and the pixels of the inputs across it."""
     for thin in (t for t in THIN if t < side):
         sides = (side, thin) if axis == 0 else (thin, side)
         with suppress(RuntimeError, ValueError):  # too thin, or a network for squares only
@@ -134,11 +134,11 @@ def _sees(
     lines: Int[np.ndarray, " line"],
     channels: int,
 ) -> Bool[np.ndarray, "position line"] | None:
-    """Test which positions see which rows (axis 0) or columns (1); None if not a map."""
+    """Whether each position sees each row (axis 0) or column (1); None if not a map."""
     plain = torch.full((1, channels, *sides), 0.5, device=_device(network))
     one_hot = torch.eye(sides[axis], device=plain.device, dtype=torch.bool)[lines]
     parts = []
-    # Other ways of computing a convolution mix neighbouring outputs and would spread the NaN.
+    # Other ways of computing a convolution mix neighboring outputs and would spread the NaN.
     with torch.inference_mode(), torch.backends.cudnn.flags(enabled=False):
         for piece in one_hot.split(max(1, PIXELS_AT_ONCE // (sides[0] * sides[1]))):
             where = piece[:, None, :, None] if axis == 0 else piece[:, None, None, :]
@@ -149,7 +149,14 @@ def _sees(
     return torch.cat(parts).T.cpu().numpy()
 
 
-def _with_nan(network: nn.Module, site: Site, plain: Tensor, where: Tensor) -> Tensor:
+def _with_nan(
+    network: nn.Module,
+    site: Site,
+    plain: Float[Tensor, "1 channel h w"],
+    where: Bool[Tensor, "batch 1 _h _w"],
+) -> Shaped[Tensor, "batch ..."]:
+    """Activations at a site for inputs with NaN at some pixels."""
+
     def put(x: Tensor) -> Tensor:
         return x.masked_fill(where, torch.nan)
 
@@ -160,7 +167,7 @@ def _with_nan(network: nn.Module, site: Site, plain: Tensor, where: Tensor) -> T
 
 
 def _fit(sees: Bool[np.ndarray, "position pixel"]) -> ReceptiveField | None:
-    """Fit the regular field of the positions that see most; None if fewer than two are uncut."""
+    """Regular field of the positions that see most; None if fewer than two are uncut."""
     first, last = _ends(sees)
     size = int((last - first).max()) + 1
     full = np.flatnonzero((last - first + 1 == size) & (first >= 0))
@@ -168,20 +175,20 @@ def _fit(sees: Bool[np.ndarray, "position pixel"]) -> ReceptiveField | None:
         return None
     stride = int(first[full[1]] - first[full[0]])
     field = ReceptiveField(size, stride, int(first[full[0]] - stride * full[0]))
-    # Neighbours of equal size that both start at the edge are cut at both ends.
+    # Neighbors of equal size that both start at the edge are cut at both ends.
     return field if stride > 0 and full[1] == full[0] + 1 and _explains(field, sees) else None
 
 
 def _ends(sees: Bool[np.ndarray, "position pixel"]) -> tuple[np.ndarray, np.ndarray]:
-    """Find the first and last pixel seen by each position; -1 and -2 where it sees none."""
-    some = sees.any(axis=1)
-    first = np.where(some, sees.argmax(axis=1), -1)
-    last = np.where(some, sees.shape[1] - 1 - sees[:, ::-1].argmax(axis=1), -2)
+    """First and last pixel seen by each position; -1 and -2 where it sees none."""
+    reached = sees.any(axis=1)
+    first = np.where(reached, sees.argmax(axis=1), -1)
+    last = np.where(reached, sees.shape[1] - 1 - sees[:, ::-1].argmax(axis=1), -2)
     return first, last
 
 
 def _explains(field: ReceptiveField, sees: Bool[np.ndarray, "position pixel"]) -> bool:
-    """Check that uncut fields are exactly as seen, and cut ones hold all that was seen.
+    """Whether uncut fields are exactly as seen, and cut fields hold all pixels seen.
 
     (A dilated convolution has holes, so a cut field may hold more.)
     """

@@ -235,6 +235,8 @@ def read_activations(
         SiteError: A site's module was never called, or holds no tensor.
 
     Examples:
+        >>> import torch
+        >>> from torch import nn
         >>> import mechatlas as ma
         >>> network = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
         >>> site = ma.Site("1")
@@ -277,6 +279,8 @@ def intervene(network: nn.Module, edits: Mapping[Site, Edit]) -> Iterator[nn.Mod
         SiteError: An edit changed the shape, or a site has no tensor.
 
     Examples:
+        >>> import torch
+        >>> from torch import nn
         >>> import mechatlas as ma
         >>> network = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2, bias=False))
         >>> with ma.intervene(network, {ma.Site("1"): torch.zeros_like}):
@@ -365,6 +369,8 @@ def list_sites(network: nn.Module, inputs: Shaped[Tensor, "batch ..."]) -> list[
     """List every module whose output is a tensor of activations, from one run of the network.
 
     Examples:
+        >>> import torch
+        >>> from torch import nn
         >>> import mechatlas as ma
         >>> network = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
         >>> {str(i.site): (i.kind, i.width) for i in ma.list_sites(network, torch.ones(1, 4))}

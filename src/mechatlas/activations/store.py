@@ -113,10 +113,13 @@ class Store(Result):
 
     Examples:
         >>> import tempfile
+        >>> from pathlib import Path
+        >>> import numpy as np
+        >>> from torch import nn
         >>> import mechatlas as ma
         >>> folder = Path(tempfile.mkdtemp())
         >>> np.save(folder / "x.npy", np.random.default_rng(0).normal(size=(200, 4)))
-        >>> network = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU())
+        >>> network = nn.Sequential(nn.Linear(4, 8), nn.ReLU())
         >>> samples = ma.open_samples(ma.Arrays(source=folder / "x.npy"), network)
         >>> _ = ma.collect(network, samples, [ma.Site("1")], folder / "store")
         >>> store = ma.Store(folder / "store")
@@ -235,13 +238,13 @@ class Store(Result):
 
         Raises:
             StoreError: There is no such site, or the store was not collected with
-                `collecting.paired = true`.
+                `storage.paired = true`.
         """
         rows = [self.rows(site) for site in sites]
         if not self.manifest["settings"]["paired"] or len({r.layout for r in rows}) > 1:
             raise StoreError(
                 f"The rows of {', '.join(sites)} in {self.root} do not belong together. Collect "
-                "them again with `collecting.paired = true`."
+                "them again with `storage.paired = true`."
             )
         return PairedRows(rows)
 

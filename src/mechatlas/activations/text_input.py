@@ -1,7 +1,7 @@
-"""Text input of a language model: windows of token ids from its own tokenizer.
+"""Input of language models: windows of token ids from their own tokenizers.
 
-The counterpart of `ImageInput`: it sits in a network as `network.input`, cuts texts for it
-and refuses what it cannot read.
+`TextInput`, the counterpart of `ImageInput`, sits in a network as `network.input`, cuts texts
+for it and refuses tokens that it does not have.
 """
 
 import functools
@@ -9,38 +9,45 @@ from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Int, Shaped
 from torch import Tensor, nn
 
 from mechatlas.base import InputError
 
 CONTINUES = "##"
+"""Mark of a WordPiece token that continues a word."""
 CLOSING = frozenset(".,;:!?)]}'")
+"""Characters before which no space is written."""
 
 
 @runtime_checkable
 class Tokenizer(Protocol):
-    """Methods of a tokenizer of transformers that are used here."""
+    """Tokenizer of transformers: the methods that are used of it."""
 
     def __call__(self, text: str, *, add_special_tokens: bool, verbose: bool) -> Any:
-        """Give a mapping whose `input_ids` are the tokens of `text`."""
+        """Mapping whose `input_ids` are the tokens of `text`."""
         ...
 
     def decode(self, token_ids: list[int], *, clean_up_tokenization_spaces: bool) -> Any:
-        """Give the text of some tokens."""
+        """Text of some tokens."""
         ...
 
     def convert_ids_to_tokens(self, ids: int) -> Any:
-        """Give a token as its vocabulary spells it."""
+        """Spelling of a token in the vocabulary."""
         ...
 
 
 class TextInput(nn.Module):
-    """Cut texts into windows of tokens, and refuse tokens that a network does not have.
+    """Module that cuts texts into windows of tokens, and refuses tokens outside a vocabulary.
 
     Special tokens stand in every window where the tokenizer puts them in a text: [CLS] first
     and [SEP] last for BERT, <s> first for Llama, none for GPT-2.
     """
+
+    before: list[int]
+    """Special tokens at the start of a window."""
+    after: list[int]
+    """Special tokens at the end of a window."""
 
     def __init__(
         self, name: str, tokenizer: Tokenizer, *, vocabulary: int, context: int | None
@@ -51,7 +58,7 @@ class TextInput(nn.Module):
             name: The network's name, for error messages.
             tokenizer: The tokenizer that the network was trained with.
             vocabulary: Number of token ids that the network can embed.
-            context: Most tokens that the network reads at once; `None` if any number.
+            context: Largest number of tokens that the network reads at once; `None` for any.
         """
         super().__init__()
         self.name = name
@@ -61,21 +68,21 @@ class TextInput(nn.Module):
         self.before, self.after = self._special_tokens()
 
     def forward(self, tokens: Int[Tensor, "batch position"]) -> Int[Tensor, "batch position"]:
-        """Check the tokens and pass them on."""
+        """Check tokens, and return them."""
         self.check(tokens)
         return tokens
 
     def windows(self, text: str, context: int) -> Int[np.ndarray, "n context"]:
-        """Cut the token ids of a text into windows that follow each other without a gap.
+        """Cut a text into windows of token ids that follow each other without a gap.
 
         A last window that the text does not fill is dropped.
 
         Args:
-            text: Any length.
+            text: Text of any length.
             context: Tokens in a window, special tokens included.
 
         Raises:
-            InputError: A window of that length has no room for text, or the network none for it.
+            InputError: The window has no room for text, or is longer than the network reads.
         """
         n_special = len(self.before) + len(self.after)
         if context <= n_special:
@@ -94,18 +101,18 @@ class TextInput(nn.Module):
         return np.concatenate([before, middle, after], axis=1)
 
     def decode(self, tokens: Int[np.ndarray, " n"] | Sequence[int]) -> list[str]:
-        """Give a readable piece of text for each token; joined, they are nearly the text.
+        """Readable pieces of text, one for each token; joined, they are nearly the text.
 
         A piece that is not a whole character is shown as the vocabulary spells it.
         """
         return [self._piece(int(token)) for token in tokens]
 
-    def check(self, tokens: Tensor) -> None:
+    def check(self, tokens: Shaped[Tensor, "..."]) -> None:
         """Refuse tokens that the network does not have.
 
         Raises:
-            InputError: Not whole numbers of shape (batch, position), too long a window, or an
-                id outside the vocabulary.
+            InputError: The ids are no integers of shape (batch, position), the window is too
+                long, or an id is outside the vocabulary.
         """
         if tokens.ndim != 2 or tokens.is_floating_point() or tokens.is_complex():
             raise InputError(
@@ -133,10 +140,10 @@ class TextInput(nn.Module):
         return list(self.tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
 
     def _special_tokens(self) -> tuple[list[int], list[int]]:
-        """Find the special tokens that the tokenizer puts before and after a text.
+        """Tokens that the tokenizer puts before and after a text.
 
         Raises:
-            InputError: It changes the text's own tokens.
+            InputError: The tokenizer changes the text's own tokens.
         """
         plain = self._tokens("a", special=False)
         framed = self._tokens("a", special=True)
@@ -146,7 +153,7 @@ class TextInput(nn.Module):
                 return framed[:start], framed[end:]
         raise InputError(
             f"The tokenizer of {self.name} gives {framed} for a text whose tokens are {plain}, so "
-            "where its special tokens belong cannot be told."
+            "the place of its special tokens is unknown."
         )
 
     def _piece(self, token: int) -> str:
@@ -162,7 +169,7 @@ class TextInput(nn.Module):
 
     @functools.cached_property
     def _marks_continuations(self) -> bool:
-        """Whether pieces inside a word are marked (WordPiece), instead of those that begin one."""
+        """Whether pieces inside a word are marked (WordPiece), instead of its first piece."""
         spelled = (str(self.tokenizer.convert_ids_to_tokens(i)) for i in range(self.vocabulary))
         return any(s.startswith(CONTINUES) and s[len(CONTINUES) :].isalpha() for s in spelled)
 

@@ -45,7 +45,8 @@ class ModuleCall:
     started: int
     """Number of calls that had started or finished before."""
     finished: int | None = None
-    """Number of calls that had started or ended before its end; None if stopped inside."""
+    """Number of calls that had started or finished before its end; None if the run stopped
+    inside."""
     output: Any = None
 
     @property
@@ -73,26 +74,30 @@ class Operation(NamedTuple):
 class Trace:
     """Record of a run, up to the last of its sites."""
 
-    tensors: dict[Site, Tensor]
+    tensors: dict[Site, Shaped[Tensor, "..."]]
     """Tensor at each site, of the whole module; later operations may have changed it in place."""
-    activations: dict[Site, Tensor]
-    """Copies of the same tensors, as they were when the site was reached."""
+    activations: dict[Site, Shaped[Tensor, "..."]]
+    """Copies of the tensors, as they were when the site was reached."""
     calls: list[ModuleCall]
     """Calls of modules, in the order in which they started."""
     operations: list[Operation]
-    """Operations in the order in which they ran, after the input; empty if not asked for."""
+    """Operations in the order in which they ran, after the input; empty unless requested."""
     origin: dict[Site, int]
     """Number of the operation that made the tensor at each site."""
 
     def finished_calls(self) -> list[ModuleCall]:
-        """Calls that ended, in the order in which they did."""
-        ended = [(call.finished, call) for call in self.calls if call.finished is not None]
-        return [call for _, call in sorted(ended, key=lambda pair: pair[0])]
+        """Calls that finished, in the order of their ends."""
+        finished = [(call.finished, call) for call in self.calls if call.finished is not None]
+        return [call for _, call in sorted(finished, key=lambda pair: pair[0])]
 
 
 @torch.no_grad()
 def trace(
-    network: nn.Module, inputs: Tensor, sites: Sequence[Site], *, operations: bool = False
+    network: nn.Module,
+    inputs: Shaped[Tensor, "batch ..."],
+    sites: Sequence[Site],
+    *,
+    operations: bool = False,
 ) -> Trace:
     """Run a network once, up to the last of some sites, and record the run.
 
@@ -158,7 +163,7 @@ class _Done(Exception):  # noqa: N818 - a signal, never leaves this module
 
 
 class _Recorder(TorchDispatchMode):
-    """Hooks of modules, and as a mode of torch also of operations."""
+    """Recorder of calls of modules, by hooks, and of operations, as a mode of torch."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -74,7 +74,7 @@ def open_rows(
     if not store.manifest.get("settings", {}).get("paired", False):
         raise StoreError(
             f"The rows of different sites of {store.root} do not belong together. Collect a "
-            "store with `paired = true` in [collecting]."
+            "store with `paired = true` in [storage]."
         )
     known, held_out, samples = [], [], np.empty(0, np.int64)
     for dictionary, site, path in zip(dictionaries, sites, paths, strict=True):

@@ -1,7 +1,7 @@
 """Actions of finite groups on inputs: rotations, mirrors, hues, shifts, or your own.
 
     Rotate     turns and mirrors of square images: C_n, D_n
-    Hue        turns (and mirrors) of the colour wheel: C_n, D_n
+    Hue        turns (and mirrors) of the color wheel: C_n, D_n
     Shift      cyclic shifts along the last axis: C_n
     Scale      zooming in by equal factors: labelled by C_n, but not a group of order n
     Custom     a function of an element and inputs
@@ -218,17 +218,17 @@ class Rotate(Action):
     def moved(self, element: int, points: Points, side: int) -> Points:
         """Rotate points about the middle."""
         middle = (side - 1) / 2
-        centred = points - middle
+        centered = points - middle
         if element >= self.n:
-            centred = centred * [1.0, -1.0]
-        return _rotated(centred, 2 * np.pi * (element % self.n) / self.n) + middle
+            centered = centered * [1.0, -1.0]
+        return _rotated(centered, 2 * np.pi * (element % self.n) / self.n) + middle
 
 
 class Hue(Action):
     """Rotations of the color wheel of images with three channels (axis -3): C_n, with mirrors D_n.
 
     r^k adds k/n of a circle to the hue and leaves saturation and value as they are, so that
-    colours stay in 0..1; the mirror exchanges green and blue. Thirds of a circle move channels;
+    colors stay in 0..1; the mirror exchanges green and blue. Thirds of a circle move channels;
     others compute, to rounding.
 
     Raises:
@@ -440,16 +440,16 @@ def _refuse_unless_square(x: Tensor, name: str) -> None:
         raise InputError(f"{name} acts on square images, got shape {tuple(x.shape)}.")
 
 
-def _rotated(centred: Points, angle: float) -> Points:
+def _rotated(centered: Points, angle: float) -> Points:
     """Rotate points about 0, counter-clockwise where y points down."""
     turn = np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
-    return centred @ turn
+    return centered @ turn
 
 
 def _circle(side: int) -> Tensor:
     """Mask of the inscribed circle of a square: 1 inside, 0 outside."""
-    centred = grid_points(side, side) - (side - 1) / 2
-    inside = (centred**2).sum(axis=1) <= ((side - 1) / 2) ** 2 + ON_GRID
+    centered = grid_points(side, side) - (side - 1) / 2
+    inside = (centered**2).sum(axis=1) <= ((side - 1) / 2) ** 2 + ON_GRID
     return torch.from_numpy(inside.reshape(side, side))
 
 

@@ -115,6 +115,11 @@ class Group:
         return _frozen(orders)
 
     @cached_property
+    def is_abelian(self) -> bool:
+        """Whether a*b = b*a for all a and b."""
+        return bool(np.array_equal(self.table, self.table.T))
+
+    @cached_property
     def generators(self) -> tuple[int, ...]:
         """Generating set, chosen greedily; small, but not always the smallest.
 

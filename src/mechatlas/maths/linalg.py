@@ -1,6 +1,6 @@
 """Second moments of streams of rows, and what their spectra say.
 
-    Moments          mean and centred Gram matrix, one pass, mergeable, resumable
+    Moments          mean and centered Gram matrix, one pass, mergeable, resumable
     Firing           how often units fire, alone and together: exact counts
     cut              a spectrum -> its numerical rank, and how far the threshold may move
     relu_pullback    E[J^T A J] of a ReLU section from `Firing` alone: no Jacobian is formed
@@ -31,7 +31,7 @@ BLOCK = 4096
 
 
 class Moments:
-    """Mean and centred Gram matrix of rows of a stream."""
+    """Mean and centered Gram matrix of rows of a stream."""
 
     def __init__(self, width: int) -> None:
         self.width, self.n = width, 0

@@ -34,7 +34,7 @@ _LEAST = {"C": 1, "D": 1, "Q": 8, "S": 1, "A": 1, "PSL": 2}
 
 
 def group(name: str) -> Group:
-    """Build a group by name; asking again costs nothing.
+    """Build a finite group by its name, and keep it for the next call.
 
     Args:
         name: Name such as "C12", "D8" (order 16), "S5", "A5", "Q8", "PSL(2,7)", "C2xC4", "C2^3".
@@ -44,12 +44,12 @@ def group(name: str) -> Group:
             `groups.MAX_ORDER` elements.
 
     Examples:
-        >>> from mechatlas import group
-        >>> d4 = group("D4")
-        >>> d4
-        <Group D4, order 8>
-        >>> d4.element_names[d4.table[4, 1]]
-        'r^3 s'
+        >>> import mechatlas as ma
+        >>> square = ma.group("D4")  # rotations and mirrors of a square
+        >>> square.order, square.is_abelian, len(square.classes)
+        (8, False, 5)
+        >>> [irrep.dimension for irrep in square.irreps()]
+        [1, 1, 1, 1, 2]
     """
     return _group("".join(name.split()))
 

@@ -168,7 +168,7 @@ class SubgroupLattice:
         central = (block == block.T).all(axis=1)
         if central.all():
             return _abelian_type(orders)
-        return _recognised_type(labels, block, orders) or self._product_type(
+        return _recognized_type(labels, block, orders) or self._product_type(
             subgroup, sorted(labels[central].tolist(), key=lambda z: -self.element_orders[z])
         )
 
@@ -244,9 +244,9 @@ def find_subgroups(
     while waiting:
         member, gens = waiting.popleft()
         conjugates = table[table[:, gens], inverses[:, None]]
-        normalising = member[conjugates].all(axis=1) & ~member
+        normalizing = member[conjugates].all(axis=1) & ~member
         for p, power in powers.items():
-            candidates = np.flatnonzero(normalising & member[power])
+            candidates = np.flatnonzero(normalizing & member[power])
             for extended, z, key in _prime_extensions(table, member, candidates, p):
                 if key not in catalogue.found:
                     waiting.append(catalogue.add(extended, [*gens, z]))
@@ -430,7 +430,7 @@ def _abelian_type(orders: Int[np.ndarray, " member"]) -> str:
     return "x".join(f"C{factor}" for factor in reversed(factors)) or "C1"
 
 
-def _recognised_type(
+def _recognized_type(
     labels: Int[np.ndarray, " member"],
     block: Int[np.ndarray, "member member"],
     orders: Int[np.ndarray, " member"],

@@ -109,11 +109,11 @@ class AttentionRecording:
         if response.head is None:
             return (on.T.tocsr() @ self.codes_a).toarray()
         length = self.grid_b[1]
-        looks = np.empty((on.shape[1], on.shape[0]), np.float32)
+        attention = np.empty((on.shape[1], on.shape[0]), np.float32)
         for k, pattern in enumerate(self.patterns[:, response.head].numpy()):
             here = slice(k * length, (k + 1) * length)
-            looks[:, here] = on[here].T @ pattern
-        return (self.codes_a.T.tocsr() @ looks.T).T
+            attention[:, here] = on[here].T @ pattern
+        return (self.codes_a.T.tocsr() @ attention.T).T
 
 
 def arriving(
@@ -156,12 +156,12 @@ def record_layer(
     sums = _Sums(layer, a.n_latents)
     codes_a, codes_b, patterns, grid = [], [], [], (1, 1)
     for x in maps:
-        watched = layer.nonlinearities(x)
+        frozen = layer.nonlinearities(x)
         grid = (1, x.shape[3])
         codes_a.append(encode(a, x[:, layer.writes]))
         codes_b.append(encode(b, layer.run(x)[:, layer.reads]))
-        patterns.append(watched.pattern.float().cpu())
-        sums.add(watched, codes_a[-1])
+        patterns.append(frozen.pattern.float().cpu())
+        sums.add(frozen, codes_a[-1])
     if not patterns:
         raise InputError("There are no samples to average a layer over.")
     whole, every = stacked(codes_a), torch.cat(patterns)
@@ -180,20 +180,20 @@ class _Sums:
         self.inner = np.zeros((ways, n + 1, hidden), np.float32)
         self.weight = np.zeros(n + 1, np.float32)
 
-    def add(self, watched: LayerNonlinearities, codes: SparseMatrix) -> None:
+    def add(self, frozen: LayerNonlinearities, codes: SparseMatrix) -> None:
         """Add one batch."""
         ones = sparse.csr_matrix(np.ones((codes.shape[0], 1), np.float32))
         active = sparse.csr_matrix(sparse.hstack([codes, ones]))
         weight = np.asarray(active.sum(axis=0)).ravel()
         self.weight += weight
-        after = watched.after.flatten().float().cpu().numpy()
-        inner = watched.inner.flatten(0, 1).float().cpu().numpy()
+        after = frozen.after.flatten().float().cpu().numpy()
+        inner = frozen.inner.flatten(0, 1).float().cpu().numpy()
         for way in range(len(self.after)):
-            arrived = arriving(watched, active, way - 1 if way else None)
+            arrived = arriving(frozen, active, way - 1 if way else None)
             self.after[way] += arrived.T @ after
             self.inner[way] += arrived.T @ inner
             self.spread[way] += (
-                _attention_by_tap(watched.pattern[:, way - 1]) @ active if way else _here(weight)
+                _attention_by_tap(frozen.pattern[:, way - 1]) @ active if way else _here(weight)
             )
 
     def means(self, codes: SparseMatrix) -> FrozenNonlinearities:

@@ -261,48 +261,50 @@ def find_circuit(
     return Circuit(connection, a, b, recording, responses, edges, variance, fdr)
 
 
-def draw_sources(found: Circuit, n: int, seed: int, *, pair: int = 0) -> Int[np.ndarray, " source"]:
+def draw_sources(
+    result: Circuit, n: int, seed: int, *, pair: int = 0
+) -> Int[np.ndarray, " source"]:
     """Draw features of the earlier site that are active on samples, in ascending order.
 
     Args:
-        found: A circuit.
+        result: A circuit.
         n: Number of features, or fewer if fewer are active.
         seed: Seed of the draw.
         pair: Number of the circuit in a chain of them.
     """
-    active = np.unique(found.recording.codes_a.indices)
+    active = np.unique(result.recording.codes_a.indices)
     return np.sort(np.random.default_rng([seed, pair]).permutation(active)[:n]).astype(np.int64)
 
 
 def ablation_evidence(
-    found: Circuit, ablation: Ablation, sources: Int[np.ndarray, " source"], *, seed: int = 0
+    result: Circuit, ablation: Ablation, sources: Int[np.ndarray, " source"], *, seed: int = 0
 ) -> AblationEvidence:
     """Rank agreement of virtual weights times mean activations with what ablations did.
 
     Args:
-        found: A circuit.
+        result: A circuit.
         ablation: Ablations of features, among them `sources`.
         sources: Features to compare; drawn at random, for features chosen by their weights would
             agree better.
         seed: Seed of the intervals and of the nulls.
     """
     compared = np.isin(ablation.sources, sources)
-    measured = ablation.pre_activations(found.b.W_enc)[compared]
+    measured = ablation.pre_activations(result.b.W_enc)[compared]
 
     def agreement(responses: Sequence[Response]) -> AblationAgreement:
-        encoder = found.b.W_enc.detach()
-        blocks = pair_blocks(found.connection, responses, encoder)
+        encoder = result.b.W_enc.detach()
+        blocks = pair_blocks(result.connection, responses, encoder)
         weight = np.concatenate([block.weight.sum(axis=0) for block in blocks])
         predicted = weight.T[ablation.sources[compared]] * ablation.mean[compared, None]
         return ablation_agreement(predicted, measured, seed=seed)
 
-    shared = compose_responses(found.connection, found.a, found.recording.gates.shared())
-    is_wiring = isinstance(found.connection, Wiring)
+    shared = compose_responses(result.connection, result.a, result.recording.gates.shared())
+    is_wiring = isinstance(result.connection, Wiring)
     return AblationEvidence(
         n_ablated=int(compared.sum()),
-        agreement=agreement(found.responses),
+        agreement=agreement(result.responses),
         agreement_shared_gates=agreement(shared),
         agreement_open_gates=(
-            agreement(compose_responses(found.connection, found.a)) if is_wiring else None
+            agreement(compose_responses(result.connection, result.a)) if is_wiring else None
         ),
     )

@@ -31,8 +31,8 @@ from mechatlas.analysis.circuits.wiring import (
     MaxPool,
     MeanPool,
     Node,
-    Pad,
     Route,
+    Windowed,
     Wiring,
     channels_after,
 )
@@ -95,7 +95,7 @@ def end(wiring: Wiring, route: Route) -> tuple[tuple[tuple[int, int], ...], tupl
 
 def stride_after(stride: tuple[int, int], node: Node) -> tuple[int, int]:
     """Stride after a node."""
-    if not isinstance(node.operation, Conv | MaxPool | MeanPool):
+    if not isinstance(node.operation, Windowed):
         return stride
     return (stride[0] * node.operation.stride[0], stride[1] * node.operation.stride[1])
 
@@ -103,21 +103,11 @@ def stride_after(stride: tuple[int, int], node: Node) -> tuple[int, int]:
 def window(node: Node) -> list[tuple[int, int]]:
     """Positions that a node reads, relative to its position times its stride."""
     step = node.operation
-    if isinstance(step, Conv):
-        size, dilation, padding = step.weight.shape[2:], step.dilation, step.padding
-    elif isinstance(step, MaxPool):
-        size, dilation, padding = step.size, step.dilation, step.padding
-    elif isinstance(step, MeanPool):
-        size, dilation, padding = step.size, (1, 1), step.padding
-    elif isinstance(step, Pad):
-        left, _, above, _ = step.frame
-        return [(-above, -left)]
-    else:
+    if not isinstance(step, Windowed):
         return [(0, 0)]
     return [
-        (y * dilation[0] - padding[0], x * dilation[1] - padding[1])
-        for y in range(size[0])
-        for x in range(size[1])
+        (y * step.dilation[0] - step.padding[0], x * step.dilation[1] - step.padding[1])
+        for y, x in np.ndindex(*step.size)
     ]
 
 

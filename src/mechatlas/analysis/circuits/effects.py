@@ -222,11 +222,11 @@ def reproduced_variance(
         out = wiring.run(x)
         code = encode(a, x[:, wiring.writes])
         made = np.zeros((len(out) * out.shape[2] * out.shape[3], out.shape[1]), np.float32)
-        watched = wiring.nonlinearities(x) if isinstance(wiring, TransformerLayer) else None
+        frozen = wiring.nonlinearities(x) if isinstance(wiring, TransformerLayer) else None
         for response in responses:
-            if watched is not None:
+            if frozen is not None:
                 assert isinstance(response, AttentionResponse)
-                arrived = arriving(watched, code, response.head)
+                arrived = arriving(frozen, code, response.head)
                 made += arrived @ response.values[0].float().cpu().numpy()
                 continue
             for tap, values in zip(response.taps, response.values, strict=True):

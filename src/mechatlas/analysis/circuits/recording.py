@@ -80,16 +80,17 @@ class MeanGates:
 
     def shrunk(self, shared: Sequence[Response]) -> list[Response]:
         """Mean responses of each feature, shrunk towards those with shared mean gates."""
-        found = list(shared)
+        responses = list(shared)
         for k, gated_means in enumerate(self.gated_means):
-            like = found[k].values
+            like = responses[k].values
             weights, prior = (
                 torch.from_numpy(x).to(like) for x in (gated_means.weights, self.prior)
             )
             whole = (weights + prior)[..., None]
             mean = (torch.from_numpy(gated_means.sums).to(like) + prior[:, None] * like) / whole
-            found[k] = dataclasses.replace(found[k], values=torch.where(whole > 0, mean, like))
-        return found
+            values = torch.where(whole > 0, mean, like)
+            responses[k] = dataclasses.replace(responses[k], values=values)
+        return responses
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -156,14 +157,15 @@ def record_gates(
         grids = _sides(x), _sides(out)
         codes_a.append(encode(a, x[:, wiring.writes]))
         codes_b.append(encode(b, out[:, wiring.reads]))
-        opened = _open_gates(wiring, values)
-        for place, one in opened.items():
-            total = one.rows.sum(dim=2, keepdim=True, dtype=x.dtype) / (one.grid[0] * one.grid[1])
+        open_gates = _open_gates(wiring, values)
+        for place, gate in open_gates.items():
+            n = gate.grid[0] * gate.grid[1]
+            total = gate.rows.sum(dim=2, keepdim=True, dtype=x.dtype) / n
             sums[place] = sums[place] + total if place in sums else total
         n_samples += len(x)
         events = sample_activations(codes_a[-1], grids[0], random)
-        for route, one in zip(wiring.routes, gated_means, strict=True):
-            _add_gated_means(one, wiring, route, a, events, opened, grids)
+        for route, gated_mean in zip(wiring.routes, gated_means, strict=True):
+            _add_gated_means(gated_mean, wiring, route, a, events, open_gates, grids)
     if not n_samples:
         raise InputError("There are no samples to average gates over.")
     whole = stacked(codes_a)
@@ -251,7 +253,7 @@ def seen(
 
 def _open_gates(wiring: Wiring, values: dict[int, Tensor]) -> dict[RouteState, "OpenGates"]:
     """Gates of all nodes at every position of their maps, in one batch."""
-    found = {}
+    open_gates = {}
     for route in wiring.routes:
         for place, node, slot in walk(wiring, route):
             given = values[node.inputs[slot]][:, slice(*place.channels)]
@@ -262,8 +264,9 @@ def _open_gates(wiring: Wiring, values: dict[int, Tensor]) -> dict[RouteState, "
             else:
                 continue
             rows = shares.movedim(3, -1).flatten(2, 4)
-            found[place] = OpenGates(functional.pad(rows, (0, 0, 0, 1)), _sides(shares[0, 0]))
-    return found
+            padded = functional.pad(rows, (0, 0, 0, 1))
+            open_gates[place] = OpenGates(padded, _sides(shares[0, 0]))
+    return open_gates
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -309,8 +312,8 @@ def slope(gate: Gate, z: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     """Derivative of an activation function at each number."""
     with torch.enable_grad():
         at = z.detach().requires_grad_()
-        (found,) = torch.autograd.grad(gate(at).sum(), at)
-    return found
+        (gradient,) = torch.autograd.grad(gate(at).sum(), at)
+    return gradient
 
 
 def largest(
@@ -393,7 +396,7 @@ def _add_gated_means(
     route: Route,
     a: LinearDictionary,
     events: SampledActivations,
-    opened: dict[RouteState, OpenGates],
+    open_gates: dict[RouteState, OpenGates],
     grids: tuple[tuple[int, int], tuple[int, int]],
 ) -> None:
     """Add activations of one batch, with the gates at their positions along a route."""
@@ -412,16 +415,16 @@ def _add_gated_means(
         def gates(
             place: RouteState, node: Node, values: Tensor, at: np.ndarray = position
         ) -> Tensor:
-            one = opened[place]
+            gate = open_gates[place]
             pairs = tap_pairs(place.taps, place.stride, window(node))
-            index = landing(at, grids[0], one.grid, stride_after(place.stride, node), pairs)
-            return one.at(index, len(place.taps), values)
+            index = landing(at, grids[0], gate.grid, stride_after(place.stride, node), pairs)
+            return gate.at(index, len(place.taps), values)
 
-        found = compose_route(wiring, route, atoms[torch.from_numpy(latent)], gates)
-        inside = landing(position, grids[0], grids[1], found.stride, found.taps.tolist()) >= 0
+        response = compose_route(wiring, route, atoms[torch.from_numpy(latent)], gates)
+        inside = landing(position, grids[0], grids[1], response.stride, response.taps.tolist()) >= 0
         rows, which = np.unique(latent, return_inverse=True)
         shape = (len(rows), len(latent))
-        for k, values in enumerate(found.values.float().cpu().numpy()):
+        for k, values in enumerate(response.values.float().cpu().numpy()):
             weight = activation * inside[k]
             weights = sparse.csr_matrix((weight, (which, np.arange(len(which)))), shape=shape)
             gated_means.sums[k, rows] += weights @ values

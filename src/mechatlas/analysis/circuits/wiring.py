@@ -26,22 +26,39 @@ SiteMap = Float[Tensor, "_sample _channel _y _x"]
 """Activations of a site's module for some samples."""
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Conv:
-    """A convolution."""
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class Windowed:
+    """Operation that reads a window of positions for each position."""
 
-    weight: Float[Tensor, "n_out n_in h w"]
-    bias: Float[Tensor, " n_out"] | None
-    stride: tuple[int, int]
-    padding: tuple[int, int]
-    dilation: tuple[int, int]
-    groups: int
+    function: Callable[[Tensor], Tensor]
+    size: tuple[int, int] = (1, 1)
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] = (0, 0)
+    dilation: tuple[int, int] = (1, 1)
 
     def __call__(self, x: Tensor) -> Tensor:
         """Apply the operation."""
-        return functional.conv2d(
-            x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups
-        )
+        return self.function(x)
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class Conv(Windowed):
+    """A convolution."""
+
+    weight: Float[Tensor, "n_out n_in h w"]
+    groups: int
+
+
+class MaxPool(Windowed):
+    """Max pooling; its gate says which position of the window is the largest."""
+
+
+class MeanPool(Windowed):
+    """Average pooling."""
+
+
+class Pad(Windowed):
+    """Padding with a constant, by `padding` above and on the left."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -65,52 +82,6 @@ class Gate:
     def __call__(self, x: Tensor) -> Tensor:
         """Apply the operation."""
         return self.function(x)
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class MaxPool:
-    """Max pooling; its gate says which position of the window is the largest."""
-
-    size: tuple[int, int]
-    stride: tuple[int, int]
-    padding: tuple[int, int]
-    dilation: tuple[int, int]
-    ceil: bool
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """Apply the operation."""
-        return functional.max_pool2d(
-            x, self.size, self.stride, self.padding, self.dilation, self.ceil
-        )
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class MeanPool:
-    """Average pooling."""
-
-    size: tuple[int, int]
-    stride: tuple[int, int]
-    padding: tuple[int, int]
-    ceil: bool
-    count_padding: bool
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """Apply the operation."""
-        return functional.avg_pool2d(
-            x, self.size, self.stride, self.padding, self.ceil, self.count_padding
-        )
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Pad:
-    """Padding with a constant: left, right, above, below."""
-
-    frame: tuple[int, int, int, int]
-    value: float
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """Apply the operation."""
-        return functional.pad(x, self.frame, value=self.value)
 
 
 class Concatenate:
@@ -137,7 +108,7 @@ class Identity:
         return x
 
 
-MapOperation = Conv | Affine | Gate | MaxPool | MeanPool | Pad | Concatenate | Sum | Identity
+MapOperation = Windowed | Affine | Gate | Concatenate | Sum | Identity
 
 
 class Node(NamedTuple):
@@ -311,27 +282,42 @@ def _conv(raw: Operation) -> MapOperation | None:
     _, weight, bias, stride, padding, dilation, transposed, _, groups = raw.args
     if transposed or weight.ndim != 4:
         return None
-    return Conv(weight, bias, _two(stride), _two(padding), _two(dilation), groups)
+    return Conv(
+        function=lambda x: functional.conv2d(x, weight, bias, stride, padding, dilation, groups),
+        weight=weight, groups=groups, size=_two(weight.shape[2:]), stride=_two(stride),
+        padding=_two(padding), dilation=_two(dilation),
+    )  # fmt: skip
 
 
 def _padded(raw: Operation) -> MapOperation | None:
     frame = list(raw.args[1])
     value = raw.args[2] if len(raw.args) > 2 else raw.kwargs.get("value", 0)
-    return Pad((frame[0], frame[1], frame[2], frame[3]), float(value)) if len(frame) == 4 else None
+    if len(frame) != 4:
+        return None
+    left, _, above, _ = frame
+    return Pad(function=lambda x: functional.pad(x, frame, value=value), padding=(above, left))
 
 
 def _max_pool(raw: Operation) -> MapOperation:
     defaults: tuple[Any, ...] = (None, None, [], [0], [1], False)
     _, size, stride, padding, dilation, ceil = *raw.args, *defaults[len(raw.args) :]
-    return MaxPool(_two(size), _two(stride or size), _two(padding), _two(dilation), bool(ceil))
+    stride = stride or size
+    return MaxPool(
+        function=lambda x: functional.max_pool2d(x, size, stride, padding, dilation, ceil),
+        size=_two(size), stride=_two(stride), padding=_two(padding), dilation=_two(dilation),
+    )  # fmt: skip
 
 
 def _mean_pool(raw: Operation) -> MapOperation | None:
     defaults: tuple[Any, ...] = (None, None, [], [0], False, True, None)
     _, size, stride, padding, ceil, count, divisor = *raw.args, *defaults[len(raw.args) :]
+    stride = stride or size
     if divisor is not None:
         return None
-    return MeanPool(_two(size), _two(stride or size), _two(padding), bool(ceil), bool(count))
+    return MeanPool(
+        function=lambda x: functional.avg_pool2d(x, size, stride, padding, ceil, count),
+        size=_two(size), stride=_two(stride), padding=_two(padding),
+    )  # fmt: skip
 
 
 def _batch_norm(raw: Operation) -> MapOperation | None:

@@ -37,6 +37,8 @@ from mechatlas.deprecated import renamed_arguments, renamed_attributes
 from mechatlas.maths.arrays import as_array
 from mechatlas.maths.groups import Group
 
+Halves = Sequence[ArrayLike | Tensor] | Shaped[np.ndarray, "..."] | Shaped[Tensor, "..."]
+"""Two estimates of decoder blocks, of shape (2, n_features, order, d)."""
 FDR = 0.05
 """Default false discovery rate."""
 WITHOUT_HALVES = (
@@ -140,10 +142,7 @@ class Symmetry(Result):
 def symmetry(
     blocks: ArrayLike | Tensor,
     group: Group,
-    halves: Sequence[ArrayLike | Tensor]
-    | Shaped[np.ndarray, "..."]
-    | Shaped[Tensor, "..."]
-    | None = None,
+    halves: Halves | None = None,
     *,
     fdr: float = FDR,
     equality_threshold: float = EQUALITY_THRESHOLD,
@@ -254,7 +253,7 @@ def shuffle_pairing(
 
 
 def count_shuffled_discoveries(
-    halves: Sequence[ArrayLike | Tensor] | Shaped[np.ndarray, "..."] | Shaped[Tensor, "..."],
+    halves: Halves,
     group: Group,
     *,
     fdr: float = FDR,
@@ -292,7 +291,7 @@ def _energy_spectrum(
 
 
 def _as_halves(
-    halves: Sequence[ArrayLike | Tensor] | Shaped[np.ndarray, "..."] | Shaped[Tensor, "..."],
+    halves: Halves,
     group: Group,
     shape: tuple[int, ...] | None,
 ) -> list[Float[np.ndarray, "feature order d"]]:

@@ -367,7 +367,7 @@ def _weigh(config: CircuitConfig, inputs: _Inputs, k: int, connection: Connectio
     a, b = inputs.dictionaries[k : k + 2]
     clock = time.process_time()
     with bar(f"weighing {inputs.names[k]} -> {inputs.names[k + 1]}") as progress:
-        found = find_circuit(
+        circuit = find_circuit(
             connection, a, b,
             lambda: inputs.maps(connection.source, inputs.known),
             lambda: inputs.maps(connection.source, inputs.unseen),
@@ -375,26 +375,26 @@ def _weigh(config: CircuitConfig, inputs: _Inputs, k: int, connection: Connectio
             on_progress=progress,
         )  # fmt: skip
     seconds = round(time.process_time() - clock, 3)
-    sources = draw_sources(found, config.n_ablated, config.seed, pair=k)
+    sources = draw_sources(circuit, config.n_ablated, config.seed, pair=k)
     ablation = ablate(connection, a, inputs.maps(connection.source, inputs.unseen), sources)
-    evidence = ablation_evidence(found, ablation, sources, seed=config.seed)
+    evidence = ablation_evidence(circuit, ablation, sources, seed=config.seed)
     result = PairResult(
         a=inputs.names[k],
         b=inputs.names[k + 1],
         n_a=a.n_latents,
         n_b=b.n_latents,
-        branches=list(found.routes),
-        kernel_taps=[len(response.taps) for response in found.responses],
-        pairs_tested=found.edges.tested,
-        edges=len(found.edges.source),
-        n_significant=int(found.significant.sum()),
-        discoveries=dict(zip(found.routes, found.edges.discoveries.tolist(), strict=True)),
-        variance_reproduced=_quartiles(found.reproduced_variance),
+        branches=list(circuit.routes),
+        kernel_taps=[len(response.taps) for response in circuit.responses],
+        pairs_tested=circuit.edges.tested,
+        edges=len(circuit.edges.source),
+        n_significant=int(circuit.significant.sum()),
+        discoveries=dict(zip(circuit.routes, circuit.edges.discoveries.tolist(), strict=True)),
+        variance_reproduced=_quartiles(circuit.reproduced_variance),
         seconds=seconds,
         **vars(evidence),
     )
-    taps = [response.taps for response in found.responses]
-    return _Pair(connection, found.edges, taps, found.kernels(), ablation, result)
+    taps = [response.taps for response in circuit.responses]
+    return _Pair(connection, circuit.edges, taps, circuit.kernels(), ablation, result)
 
 
 def _quartiles(values: Float[np.ndarray, " feature"]) -> Quartiles | None:

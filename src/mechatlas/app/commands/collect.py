@@ -31,7 +31,7 @@ class CollectConfig(DeviceConfig):
     """Sites or globs, such as "mixed4*" or "mixed4a/5x5"; see `mechatlas sites NETWORK`."""
     samples: SampleRecipe = dataclasses.field(default_factory=Images)
     """What to run it on: Images, Arrays or Texts."""
-    collecting: StoreConfig = dataclasses.field(default_factory=StoreConfig)
+    storage: StoreConfig = dataclasses.field(default_factory=StoreConfig)
     """Positions, number format, memory."""
     group: PoseConfig | None = None
     """Keep the activations of every input in all poses of a group, such as `name = "D4"` in a
@@ -86,7 +86,7 @@ def run(config: CollectConfig, folder: RunFolder) -> CollectResult:
             samples,
             sites,
             folder.path,
-            config.collecting,
+            config.storage,
             group=config.group,
             recipe=made_from,
             device=config.device,

@@ -75,14 +75,14 @@ def run(config: DemoConfig) -> DemoResult:
         network=Network(name="inception_mini"),
         sites=SITES,
         samples=_photographs(side=47, crops=32),
-        collecting=StoreConfig(positions=Positions(per_sample=50), paired=True),
+        storage=StoreConfig(positions=Positions(per_sample=50), paired=True),
         out=out / "store",
     )
     posed = dataclasses.replace(
         collect,
         sites=SITES[:1],
         samples=_photographs(side=63, crops=12),
-        collecting=StoreConfig(positions=Positions(per_sample=40)),
+        storage=StoreConfig(positions=Positions(per_sample=40)),
         group=PoseConfig(name="D4"),
         out=out / "posed",
     )

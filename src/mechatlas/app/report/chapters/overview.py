@@ -21,7 +21,7 @@ class Branch:
     name: str
     width: int
     share: float
-    colour: int
+    color: int
 
 
 @dataclasses.dataclass(frozen=True)
