@@ -64,9 +64,8 @@ def save(
         WeightsError: The format does not know its kind or its sparsity rule.
 
     Examples:
-        >>> import tempfile
-        >>> from mechatlas.dictionaries.autoencoder import Autoencoder
-        >>> save(Autoencoder(d_in=16, n_latents=64), tempfile.mkdtemp()).name
+        >>> import mechatlas as ma
+        >>> ma.save(ma.Autoencoder(d_in=16, n_latents=64), "sae").name
         'dictionary.safetensors'
     """
     if format == "saelens":
@@ -129,11 +128,9 @@ def load(path: Path | str, *, classes: Sequence[type] = ()) -> Any:
             given, or its keys, shapes or settings are not as its format says.
 
     Examples:
-        >>> import tempfile
-        >>> from mechatlas.dictionaries.autoencoder import Autoencoder
-        >>> folder = tempfile.mkdtemp()
-        >>> _ = save(Autoencoder(d_in=16, n_latents=64), folder)
-        >>> load(folder).n_latents
+        >>> import mechatlas as ma
+        >>> _ = ma.save(ma.Autoencoder(d_in=16, n_latents=64), "sae")
+        >>> ma.load("sae").n_latents
         64
     """
     path = Path(path)

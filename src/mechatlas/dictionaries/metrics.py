@@ -81,10 +81,9 @@ def evaluate(
 
     Examples:
         >>> import torch
-        >>> from mechatlas.dictionaries.autoencoder import Autoencoder
-        >>> from mechatlas.dictionaries.sparsity import TopK
-        >>> activations = torch.randn(100, 16)
-        >>> evaluate(Autoencoder(d_in=16, n_latents=64, sparsity=TopK(k=4)), activations).l0
+        >>> import mechatlas as ma
+        >>> sae = ma.Autoencoder(d_in=16, n_latents=64, sparsity=ma.TopK(k=4))
+        >>> ma.evaluate(sae, torch.randn(100, 16)).l0
         4.0
     """
     x = torch.as_tensor(x)

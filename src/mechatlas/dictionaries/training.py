@@ -95,12 +95,11 @@ def train(
 
     Examples:
         >>> import torch
-        >>> from mechatlas.dictionaries.autoencoder import Autoencoder
-        >>> from mechatlas.dictionaries.sparsity import TopK
+        >>> import mechatlas as ma
         >>> activations = torch.randn(2000, 16, generator=torch.Generator().manual_seed(0))
-        >>> dictionary = Autoencoder(d_in=16, n_latents=64, sparsity=TopK(k=4))
-        >>> dictionary = train(dictionary, activations, steps=100, batch_size=256)
-        >>> dictionary.history.fvu[-1] < 0.6
+        >>> sae = ma.Autoencoder(d_in=16, n_latents=64, sparsity=ma.TopK(k=4))
+        >>> sae = ma.train(sae, activations, steps=100, batch_size=256)
+        >>> sae.history.fvu[-1] < 0.6
         True
 
     Raises:

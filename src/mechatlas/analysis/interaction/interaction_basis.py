@@ -137,11 +137,13 @@ def basis(
 
     Examples:
         >>> import torch
+        >>> import mechatlas as ma
         >>> network = torch.nn.Sequential(
         ...     torch.nn.Identity(), torch.nn.Linear(4, 3), torch.nn.ReLU(), torch.nn.Linear(3, 2)
         ... ).double()
         >>> inputs = torch.randn(100, 4, dtype=torch.float64)
-        >>> result = basis(network, inputs, ["0", "2", "3"], InteractionConfig(kinds=("lib",)))
+        >>> config = ma.InteractionConfig(kinds=("lib",))
+        >>> result = ma.basis(network, inputs, ["0", "2", "3"], config)
         >>> result["0"].to_basis.shape[0], len(result["0"].edges) <= 3
         (4, True)
     """

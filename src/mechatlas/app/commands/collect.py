@@ -26,11 +26,11 @@ class CollectConfig(DeviceConfig):
     """Run a network over samples and write the activations at some sites to a store."""
 
     network: Network
-    """Which network, with which weights."""
+    """Network and its weights."""
     sites: tuple[str, ...]
     """Sites or globs, such as "mixed4*" or "mixed4a/5x5"; see `mechatlas sites NETWORK`."""
     samples: SampleRecipe = dataclasses.field(default_factory=Images)
-    """What to run it on: Images, Arrays or Texts."""
+    """Samples that the network runs on: Images, Arrays or Texts."""
     storage: StoreConfig = dataclasses.field(default_factory=StoreConfig)
     """Positions, number format, memory."""
     group: PoseConfig | None = None

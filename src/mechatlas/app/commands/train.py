@@ -51,26 +51,26 @@ class TrainConfig(DeviceConfig):
     n_latents: int = 4096
     """Size of the dictionary."""
     sparsity: Sparsity = dataclasses.field(default_factory=TopK)
-    """What makes the code sparse: TopK, BatchTopK, ReLU, JumpReLU or Gated."""
+    """Sparsity rule: TopK, BatchTopK, ReLU, JumpReLU or Gated."""
     tied: bool = False
-    """The encoder is the transpose of the decoder."""
+    """Tied weights: the encoder is the transpose of the decoder."""
     pose_tied: bool = False
-    """Of a store with a group: few atoms in all poses, and one encoder for every pose, instead of
-    a crosscoder that reads the input as it is and writes all poses."""
+    """Pose-tied dictionary for a store with a group: few atoms in all poses and one encoder for
+    every pose, instead of a crosscoder that reads the input as it is and writes all poses."""
     matryoshka_widths: tuple[int, ...] = ()
-    """The first so many latents must explain the activations on their own (Matryoshka)."""
+    """Numbers of leading latents that must explain the activations on their own (Matryoshka)."""
     steps: int = 20_000
-    """Optimiser steps."""
+    """Optimizer steps."""
     batch_size: int = 4096
     """Rows in a step."""
     lr: float = 1e-3
     """Largest learning rate of Adam."""
     schedule: Schedule = dataclasses.field(default_factory=Schedule)
-    """How the learning rate changes."""
+    """Schedule of the learning rate and of the sparsity warm-up."""
     objective: Objective = dataclasses.field(default_factory=Objective)
     """Squared error that is minimized, and the limit of its gradient."""
     revival: AuxK | Resample | None = None
-    """How dead latents are brought back, such as `k = 256` in a table [revival]; by default not."""
+    """Revival of dead latents, such as `k = 256` in a table [revival]; by default none."""
     checkpoint_every: int = 1000
     """Steps between two checkpoints. The same command continues a run that was stopped."""
     seed: int = 0
@@ -122,7 +122,7 @@ class TrainConfig(DeviceConfig):
         return Crosscoder(widths=written, reads=self.site, tied=self.tied, **options)
 
     def _of_group(self, group: Group, width: int, options: dict[str, Any]) -> SparseCoder:
-        """Of all poses, read from the untransformed block or, pose-tied, from every block.
+        """Build a dictionary of all poses, which reads the untransformed block or, pose-tied, all.
 
         Raises:
             ValueError: It cannot be built as asked.

@@ -137,10 +137,10 @@ def _read_k(file: Path, tensors: dict[str, Tensor], config: Config) -> int:
         WeightsError: Neither says, or each says something else.
     """
     k = take_integer(file, tensors, "k")
-    said = config.integer("k", k)
-    if k is not None and said != k:
+    k_written = config.integer("k", k)
+    if k is not None and k_written != k:
         raise config.wrong("k", f"{k}, as in {file.name}")
-    return said
+    return k_written
 
 
 def _take_groups(file: Path, tensors: dict[str, Tensor]) -> bool:

@@ -105,10 +105,10 @@ def _architecture(config: Config) -> str:
     if not _before_six(config):
         return architecture
     key = "activation_fn" if config.has("activation_fn") else "activation_fn_str"
-    said = config.text(key, "relu")
-    if said not in ("relu", "topk"):
+    activation = config.text(key, "relu")
+    if activation not in ("relu", "topk"):
         raise config.wrong(key, "relu or topk")
-    if said == "topk" and architecture == "standard":
+    if activation == "topk" and architecture == "standard":
         return "topk"
     return architecture
 
@@ -128,9 +128,9 @@ def _norm(config: Config) -> Callable[[Tensor], Any] | None:
         WeightsError: It is no known way.
     """
     key = "normalize_activations"
-    said = config.values.get(key)
-    if isinstance(said, bool):  # before there were several ways
-        mode = "expected_average_only_in" if said else "none"
+    written = config.values.get(key)
+    if isinstance(written, bool):  # before there were several ways
+        mode = "expected_average_only_in" if written else "none"
     else:
         mode = config.one_of(key, tuple(NORMS), "none")
     if mode in ("expected_average_only_in", "covariance_whitening"):

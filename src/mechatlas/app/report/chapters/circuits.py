@@ -12,10 +12,11 @@ from mechatlas.app.run_folder import CIRCUIT, DICTIONARY, as_plain
 from mechatlas.base import Progress
 
 if TYPE_CHECKING:
-    from mechatlas.app.commands.circuit import CircuitResult, ExplainedFeature
+    from mechatlas.app.commands.circuit import CircuitResult
 
 PICTURES = "pictures.safetensors"
 
+SHARES = ("explained_by_paths", "explained_by_kept", "places")
 NUMBERS = ("weight", "contribution", "share", "attribution", "effect", "effect_low", "effect_high",
            "q_value")  # fmt: skip
 
@@ -96,7 +97,9 @@ def _drawings(run: Run, result: "CircuitResult") -> list[dict[str, Any]]:
         for layer, latent in enumerate(latents):
             column = drawing["columns"][layer]
             if latent not in [card["latent"] for card in column]:
-                column.append({"latent": latent, **_fact(explained.get((layer, latent)))})
+                feature = explained.get((layer, latent))
+                shares = {key: getattr(feature, key, None) for key in SHARES}
+                column.append({"latent": latent, **shares})
         for pair in range(len(latents) - 1):
             key = (pair, latents[pair], latents[pair + 1])
             if key not in drawing["edges"]:
@@ -104,11 +107,6 @@ def _drawings(run: Run, result: "CircuitResult") -> list[dict[str, Any]]:
     for drawing in drawings.values():
         drawing["edges"] = [edge for edges in drawing["edges"].values() for edge in edges]
     return list(drawings.values())
-
-
-def _fact(explained: "ExplainedFeature | None") -> dict[str, Any]:
-    keys = ("explained_by_paths", "explained_by_kept", "places")
-    return {key: getattr(explained, key, None) for key in keys}
 
 
 def _edges(

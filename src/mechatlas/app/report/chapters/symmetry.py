@@ -60,7 +60,7 @@ def chapter(runs: Runs, on_progress: Progress) -> Chapter | None:
         arrays[f"{number}/s"] = tensors["stabilizer_function"]
         for key in ("q_value", "noise_ceiling", "similarity"):
             arrays[f"{number}/{key}"] = table[key].astype(np.float32)
-        arrays[f"{number}/class"] = _class_numbers(table["class"], names)
+        arrays[f"{number}/class"] = np.array([names.index(n) for n in table["class"]], np.uint16)
         families = _families(table, group)
         data.append({
             "run": folders.get(Path(run.manifest["dictionary"]).resolve(), ""),
@@ -88,11 +88,6 @@ def chapter(runs: Runs, on_progress: Progress) -> Chapter | None:
         arrays=arrays,
         scripts=("symmetry.js",),
     )
-
-
-def _class_numbers(of: np.ndarray, names: list[str]) -> np.ndarray:
-    number = {name: i for i, name in enumerate(names)}
-    return np.array([number[name] for name in of], np.uint16)
 
 
 def _class_colors(names: list[str], of: np.ndarray) -> dict[str, str]:
