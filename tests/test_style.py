@@ -17,8 +17,7 @@ DOCUMENTED = [*MODULES, *sorted(ROOT.glob("tools/*.py")), *sorted(ROOT.glob("ben
 UNCLEAR_STARTS = ("Of", "That", "Those", "What", "Which", "As", "It", "The same")
 PREPOSITIONS = {"about", "at", "beside", "between", "beyond", "by", "for", "from", "in", "of", "on",
     "over", "to", "under", "with"}  # fmt: skip
-UNCLEAR_MODULES: set[str] = {
-}
+UNCLEAR_MODULES: set[str] = set()
 """Modules with docstrings that do not stand alone; this list may only shrink."""
 
 
