@@ -153,13 +153,13 @@ def channel_groups(
         together: Result of `covariance_of_squares`; `None` if channels are independent.
     """
     share = float(variance[inside].sum() / variance.sum())
-    centred = variance * (inside - share)
+    centered = variance * (inside - share)
     within, without = variance * inside, variance * ~inside
     total = max(float(within.sum()), 1e-300), max(float(without.sum()), 1e-300)
     common, factors = 0.0, (0.0, 0.0)
     if together is not None:
         both = [[_weighed(together, a, b) for b in (within, without)] for a in (within, without)]
-        common = max(0.0, _weighed(together, centred, centred))
+        common = max(0.0, _weighed(together, centered, centered))
         mixed = both[0][1] / (total[0] * total[1])
         factors = tuple(max(0.0, both[k][k] / total[k] ** 2 - mixed) for k in (0, 1))
     levels = [_levels(variance[mask], len(variance)) for mask in (inside, ~inside)]
@@ -168,7 +168,7 @@ def channel_groups(
         weight=np.concatenate([weight for _, weight in levels]),
         inside=np.repeat([True, False], [len(level) for level, _ in levels]),
         share=share,
-        spread=float(np.square(centred).mean()),
+        spread=float(np.square(centered).mean()),
         evenness=float(variance.sum() ** 2 / (len(variance) * np.square(variance).sum())),
         common=common,
         factors=(factors[0], factors[1]),
@@ -276,9 +276,9 @@ def tail_probability(
     cost = groups.level * np.where(groups.inside, 1 - t[:, None], -t[:, None])
     effect, exponent = _design(components, groups)
     first = cost @ groups.weight
-    centred = cost - first[:, None]
-    second = (components.size**2 @ components.count) * (centred**2 @ groups.weight)
-    third = (components.size**3 @ components.count) * (centred**3 @ groups.weight)
+    centered = cost - first[:, None]
+    second = (components.size**2 @ components.count) * (centered**2 @ groups.weight)
+    third = (components.size**3 @ components.count) * (centered**3 @ groups.weight)
     second = np.maximum(second, 1e-300)
     z = -first / np.sqrt(second * exponent)
     skew = np.clip(third / second**1.5 * np.sqrt(exponent), -MOST_SKEW, MOST_SKEW)
