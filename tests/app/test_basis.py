@@ -192,7 +192,7 @@ def test_recipes_and_flags_of_version_0_1_still_work(here, capsys):
     assert config.settings.n_null_graphs == 5
     assert config.settings.gradient_probes == 9
     words = ["--how.allowed-fall", "0.5", "--how.score", "numbers", "--json"]
-    with pytest.warns(DeprecationWarning, match="max-accuracy-drop"):
+    with pytest.warns(DeprecationWarning, match="settings|fvu"):
         main(["basis", "old.toml", *words])
     assert json.loads(capsys.readouterr().out)["measure"] == "1 - fvu"
 

@@ -210,7 +210,7 @@ def ablate_edges(
         target: Coordinates of the target.
         max_drop: Largest fall of the score.
     """
-    order = edges.order()
+    order = np.argsort(-edges.strength, axis=None, kind="stable")
     ablation = EdgeAblation(site, source, target)
 
     def score(number: int) -> float:

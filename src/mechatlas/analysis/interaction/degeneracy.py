@@ -2,7 +2,6 @@
 
     count_degeneracy   a stack of linear and ReLU layers, exact on the samples given
     bound_degeneracy   lower bound for a layer map of any network, from ranks alone
-    hessian_rank       rank of the Hessian of the behavioral loss, by brute force: the check
 
 The behavioral loss is the mean squared change of the outputs. At the network itself its Hessian
 is 2/n sum J^T J with J the derivative of the outputs by the parameters, so free directions are
@@ -33,8 +32,8 @@ into memory their rank is taken, from activations and gradients alone, and the r
 
     across blocks    dependencies between blocks and layers that no line above explains
 
-so that the sum is exact; `tests/analysis/interaction/test_degeneracy.py` compares it with
-`hessian_rank`, and shows that the rest is zero for one hidden layer with every planted cause.
+so that the sum is exact; `tests/analysis/interaction/test_degeneracy.py` compares it with the rank
+of the Hessian, and shows that the rest is zero for one hidden layer with every planted cause.
 
 Source: Bushnaq et al., Using degeneracy in the loss landscape (2024), sections 3 and 4.
 """
@@ -352,29 +351,3 @@ def bound_degeneracy(
         low_rank_activations=n_live * max(width - rank, 0) * taps,
         low_rank_gradients=linear * max(n_live - gradient_rank, 0) * (rank * taps + constant),
     )
-
-
-def hessian_rank(
-    network: nn.Module,
-    inputs: Float[Tensor, "n *shape"],  # noqa: F821 - names of axes
-    rank_threshold: float = 1e-18,
-) -> tuple[int, int]:
-    """Rank of the Hessian of the behavioral loss, and the number of parameters.
-
-    Every derivative of every output by every parameter is formed, so this is for small networks
-    in float64.
-
-    Args:
-        network: Network in evaluation mode.
-        inputs: Samples.
-        rank_threshold: Share of the largest squared singular value below which others count as
-            zero.
-    """
-    parameters = {name: p.detach() for name, p in network.named_parameters()}
-
-    def outputs(values: dict[str, Tensor]) -> Tensor:
-        return torch.func.functional_call(network, values, (inputs,)).flatten()
-
-    jacobian = torch.func.jacrev(outputs)(parameters)
-    rows = torch.cat([j.flatten(1) for j in jacobian.values()], dim=1).double().numpy()
-    return rank_of(rows, rank_threshold), rows.shape[1]

@@ -51,10 +51,6 @@ class InteractionEdges:
     quadrature_points: int
     """Number of quadrature points; 1 where one is exact."""
 
-    def order(self) -> list[int]:
-        """Flat indices of the edges, strongest first; ties keep their order."""
-        return np.argsort(-self.strength, axis=None, kind="stable").tolist()
-
 
 def measure_edges(
     network: nn.Module,

@@ -1,8 +1,5 @@
 """Local learning coefficient by sampling, independent of the count of free directions.
 
-    learning_coefficient    estimate from weights sampled around those of the network
-    quadratic_coefficient   value for an exactly quadratic loss, from the curvatures alone
-
 Samples weights w from exp(-n beta L_B(w) - gamma/2 |w - w*|^2) and returns n beta E[L_B], which is
 the learning coefficient at the resolution eps = E[L_B] that beta sets. The behavioral loss is zero
 at w*, so nothing has to be subtracted. In the quadratic region each direction of curvature h adds
@@ -223,17 +220,3 @@ def _r_hat(losses: Float[np.ndarray, "chain sample"]) -> float:
     within = parts.var(axis=1, ddof=1).mean()
     between = parts.mean(axis=1).var(ddof=1)
     return float(np.sqrt((within * (half - 1) / half + between) / within)) if within else 1.0
-
-
-def quadratic_coefficient(
-    curvatures: Float[np.ndarray, " p"], *, n_beta: float, gamma: float = 1.0
-) -> float:
-    """Learning coefficient of an exactly quadratic loss.
-
-    Args:
-        curvatures: Eigenvalues of the Hessian of the behavioral loss.
-        n_beta: Inverse temperature.
-        gamma: Localization, as for `learning_coefficient`.
-    """
-    strength = n_beta * curvatures.clip(min=0)
-    return float((strength / (strength + gamma)).sum() / 2)

@@ -22,6 +22,7 @@ import numpy as np
 from jaxtyping import Float, Int
 from scipy.sparse import csr_array
 from scipy.sparse.csgraph import connected_components
+from scipy.stats.contingency import crosstab
 
 from mechatlas.base import UserError
 
@@ -267,10 +268,7 @@ def _rewired_targets(
 
 def adjusted_rand_index(a: Int[np.ndarray, " node"], b: Int[np.ndarray, " node"]) -> float:
     """Adjusted Rand index: 1 for equal partitions, 0 on average for unrelated ones."""
-    _, a = np.unique(a, return_inverse=True)
-    _, b = np.unique(b, return_inverse=True)
-    table = np.zeros((a.max() + 1, b.max() + 1))
-    np.add.at(table, (a, b), 1)
+    table = np.asarray(crosstab(a, b)[1])
 
     def n_pairs(counts: np.ndarray) -> float:
         return float((counts * (counts - 1) / 2).sum())

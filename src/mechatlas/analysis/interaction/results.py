@@ -189,13 +189,13 @@ class InteractionBasis(Result):
     """Name of the score: accuracy, agreement or 1 - fvu."""
     score: float
     """Score of the unchanged network."""
-    graph: InteractionGraph | None
+    graph: InteractionGraph | None = None
     """Graph of the needed edges, in the basis that is reported."""
-    modules: Modules | None
+    modules: Modules | None = None
     """Modules of the graph."""
-    stability: ModuleStability | None
+    stability: ModuleStability | None = None
     """Agreement of the modules with those of other seeds and samples."""
-    rotated_q: float | None
+    rotated_q: float | None = None
     """Newman's Q after a random rotation of the bases, with as many edges."""
     learning_coefficient: LearningCoefficient | None = None
     """Local learning coefficient, if the settings ask for it."""

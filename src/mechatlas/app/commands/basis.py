@@ -37,6 +37,12 @@ from mechatlas.files import checksum
 
 KIND = BASIS
 TENSORS = "basis.safetensors"
+SAME = ("free_directions", "n_parameters", "score", "measure", "learning_coefficient",
+        "module_degeneracy")  # fmt: skip
+"""Fields of the result of `basis` that are in `result.json` as they are."""
+SAME_IN_LAYER = ("name", "width", "limited_by_samples", "dead_units", "always_on",
+                 "free_directions", "degeneracy")  # fmt: skip
+"""Fields of the result for a layer that are in `result.json` as they are."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -252,15 +258,10 @@ def _summarize(result: InteractionBasis, network: str, n_samples: int) -> BasisR
         modules_p_value=None if modules is None else modules.p_value,
         modules_stable_over_seeds=None if stability is None else stability.over_seeds,
         modules_stable_over_samples=None if stability is None else stability.over_samples,
-        free_directions=result.free_directions,
         free_directions_exact=result.is_exact,
         free_directions_across=None if degeneracy is None else degeneracy.across_blocks,
-        n_parameters=result.n_parameters,
-        score=result.score,
-        measure=result.measure,
         samples=n_samples,
-        learning_coefficient=result.learning_coefficient,
-        module_degeneracy=result.module_degeneracy,
+        **{name: getattr(result, name) for name in SAME},
     )
 
 
@@ -280,24 +281,18 @@ def _layer_entry(layer: LayerResult) -> LayerEntry:
         for kind, each in layer.bases.items()
     }
     return LayerEntry(
-        name=layer.name,
-        width=layer.width,
         rank_activations=layer.rank_activations.rank,
         rank_activations_decades=layer.rank_activations.decades,
         rank_gradients=layer.rank_gradients.rank,
         rank_gradients_decades=layer.rank_gradients.decades,
-        limited_by_samples=layer.limited_by_samples,
         synchronized_blocks=n_blocks,
         synchronised_blocks=n_blocks,
-        dead_units=layer.dead_units,
-        always_on=layer.always_on,
-        free_directions=layer.free_directions,
-        degeneracy=layer.degeneracy,
         edges_needed=needed(edges, layer.kind),
         vectors_needed=needed(vectors, layer.kind),
         basis=layer.kind,
         by_basis=by_basis,
         layer_map=layer.map_description,
+        **{name: getattr(layer, name) for name in SAME_IN_LAYER},
     )
 
 
