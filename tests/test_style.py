@@ -19,14 +19,7 @@ DOCUMENTED = [*MODULES, *sorted(ROOT.glob("tools/*.py")), *sorted(ROOT.glob("ben
 UNCLEAR_STARTS = ("Of", "That", "Those", "What", "Which", "As", "It", "The same")
 PREPOSITIONS = {"about", "at", "beside", "between", "beyond", "by", "for", "from", "in", "of", "on",
     "over", "to", "under", "with"}  # fmt: skip
-UNCLEAR_MODULES: set[str] = {
-    "src/mechatlas/analysis/branches/__init__.py",
-    "src/mechatlas/analysis/branches/drive.py",
-    "src/mechatlas/analysis/branches/null.py",
-    "src/mechatlas/analysis/branches/specialization.py",
-    "src/mechatlas/analysis/branches/summary.py",
-    "src/mechatlas/app/commands/branches.py",
-}
+UNCLEAR_MODULES: set[str] = set()
 """Modules with docstrings that do not stand alone; this list may only shrink."""
 
 
