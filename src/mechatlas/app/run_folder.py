@@ -302,30 +302,3 @@ def peak_bytes() -> int:
     """Largest resident memory that the process had, in bytes."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
-
-
-Result = dict[str, Any]
-
-
-def finish(out: Path, recipe: Any, result: Result, clock: float) -> Result:
-    """Write `recipe.toml` and `result.json`, and return the result with its folder."""
-    write(out / RECIPE, tomli_w.dumps(as_dict(recipe)).encode())
-    cost = {"seconds": round(time.process_time() - clock, 3), "peak_bytes": peak_bytes()}
-    whole = {**result, **cost}
-    write_json(out / RESULT, whole)
-    return {"out": str(out), **whole}
-
-
-def write_table(path: Path, columns: Mapping[str, Any]) -> bytes:
-    """Write columns of equal length as parquet, and return the bytes for a checksum."""
-    packed = io.BytesIO()
-    pq.write_table(pa.table(dict(columns)), packed)
-    write(path, packed.getvalue())
-    return packed.getvalue()
-
-
-def write_tensors(path: Path, tensors: Mapping[str, np.ndarray]) -> bytes:
-    """Write arrays as safetensors, and return the bytes for a checksum."""
-    data = save({name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()})
-    write(path, data)
-    return data

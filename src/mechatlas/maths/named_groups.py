@@ -172,7 +172,7 @@ def _alternating(n: int) -> Group:
     return permutation_group(three_cycles or [[*range(n)]], name=f"A{n}")[0]
 
 
-def _projective_special_linear(q: int) -> Group:
+def _psl(q: int) -> Group:
     add, multiply = _field(q)
     minus = np.argmax(add == 0, axis=1)
     inverse = np.argmax(multiply == 1, axis=1)
@@ -186,14 +186,8 @@ def _projective_special_linear(q: int) -> Group:
     return permutation_group(generators, name=f"PSL(2,{q})")[0]
 
 
-_BUILDERS = {
-    "C": cyclic,
-    "D": dihedral,
-    "Q": _quaternion,
-    "S": _symmetric,
-    "A": _alternating,
-    "PSL": _projective_special_linear,
-}
+_BUILDERS = {"C": cyclic, "D": dihedral, "Q": _quaternion, "S": _symmetric, "A": _alternating}
+_BUILDERS["PSL"] = _psl
 
 
 def _order(family: str, n: int) -> int:

@@ -1,15 +1,18 @@
 """Chapter on branches: counts against the control, shares, strongest features."""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from mechatlas.app.old_runs import renamed_columns
 from mechatlas.app.report.chapter import Chapter, render
 from mechatlas.app.report.runs import Runs
-from mechatlas.app.run_folder import BRANCHES, DICTIONARY, read_result
+from mechatlas.app.run_folder import BRANCHES, DICTIONARY
 from mechatlas.base import Progress
+
+if TYPE_CHECKING:
+    from mechatlas.app.commands.branches import BranchesResult
 
 STRONGEST = 6
 """Number of features shown of each branch."""
@@ -33,7 +36,7 @@ def chapter(runs: Runs, on_progress: Progress) -> Chapter | None:
     folders = {run.folder.resolve(): run.name for run in runs.of_kind(DICTIONARY)}
     parts, figures, data = [], {}, []
     for number, run in enumerate(finished):
-        result: Any = read_result(run.folder, BRANCHES, schema=run.manifest.get("schema", 1))
+        result: "BranchesResult" = run.typed_result()
         table = renamed_columns(run.table("features.parquet"), BRANCHES)
         names = [branch.name for branch in result.branches]
         of_branch = [
@@ -94,7 +97,7 @@ def _finite(value: Any) -> float | None:
     return float(value) if np.isfinite(value) else None
 
 
-def _shares(result: Any, of_branch: list[Table], names: list[str]) -> dict[str, Any]:
+def _shares(result: "BranchesResult", of_branch: list[Table], names: list[str]) -> dict[str, Any]:
     """Share of every feature in every branch, against the expected share."""
     random = np.random.default_rng(0)
     traces = []
