@@ -152,13 +152,13 @@ def _describe(error: BaseException, kind: Any) -> str:
 
 def _keys(kind: type) -> set[str]:
     """Every key that a recipe or a table inside it can have."""
-    found: set[str] = set()
+    keys: set[str] = set()
     for field in dataclasses.fields(kind):
-        found.add(field.name)
+        keys.add(field.name)
         for part in (field.type, *get_args(field.type)):
             if isinstance(part, type) and dataclasses.is_dataclass(part):
-                found |= _keys(part)
-    return found
+                keys |= _keys(part)
+    return keys
 
 
 def as_dict(recipe: Any) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mechatlas.base import Batch, InputError, NonFiniteError, Progress, Rows, no_progress
 from mechatlas.dictionaries.autoencoder import LinearCoder, SparseCoder
@@ -40,7 +40,7 @@ HELD_OUT_ROWS = 4096
 DEAD_AFTER_ROWS = 250_000
 """Rows without use after which a latent counts as dead in the history."""
 
-Trained = TypeVar("Trained", bound=nn.Module | Sequence[nn.Module])
+Trained = TypeVar("Trained")  # a dictionary, or several
 OnMeasure = Callable[[int, dict[str, float]], None]
 """Callback with the number of a dictionary (of several) and the newest entry of its history."""
 

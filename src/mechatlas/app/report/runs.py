@@ -109,7 +109,7 @@ def find_runs(folder: Path, *, visualize: int = 0) -> "Runs":
     folder = Path(folder)
     if not folder.is_dir():
         raise DiskError(f"There is no folder {folder}.")
-    found = []
+    runs = []
     for depth in range(DEPTH + 1):
         for path in sorted(folder.glob("*/" * depth + MANIFEST)):
             manifest = read_json(path)
@@ -118,14 +118,14 @@ def find_runs(folder: Path, *, visualize: int = 0) -> "Runs":
                 name = path.parent.relative_to(folder).as_posix()
                 values = read_json(result) if result.is_file() else {}
                 name = folder.resolve().name if name == "." else name
-                found.append(Run(path.parent, name, manifest, values))
-    if not found:
+                runs.append(Run(path.parent, name, manifest, values))
+    if not runs:
         raise UserError(
             f"{folder} holds no runs: no manifest.json in it or up to {DEPTH} levels below. "
             "Name the folder that `mechatlas collect` or `mechatlas train` wrote, or the one "
             "around it."
         )
-    return Runs(folder, found, visualize)
+    return Runs(folder, runs, visualize)
 
 
 class Runs:

@@ -11,12 +11,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import safetensors.torch
 from torch import Tensor
 
 from mechatlas.base import WeightsError
+from mechatlas.deprecated import ARGUMENTS
 from mechatlas.files import write
+from mechatlas.tensorfiles import mismatches, read_header, read_tensors, reading
 
 FILE = "checkpoint.safetensors"
 
@@ -25,6 +26,12 @@ def keep(
     folder: Path, tensors: dict[str, Tensor], settings: dict[str, Any], progress: dict[str, Any]
 ) -> None:
     """Write a checkpoint over the one before.
+
+    Args:
+        folder: Folder of the file.
+        tensors: Weights, moments and the like, by name.
+        settings: Settings that a run can only be continued with.
+        progress: Counters.
 
     Raises:
         DiskError: The folder is not writable or the disk is full; the one before is still there.
@@ -39,36 +46,35 @@ def continued(
 ) -> dict[str, Any] | None:
     """Read a checkpoint into the tensors of a run with the same settings.
 
+    Args:
+        folder: Folder of the file.
+        tensors: Tensors of the run, which are changed in place.
+        settings: Settings of the run.
+
     Returns:
-        The counters of the run; `None` if it has not left a checkpoint yet.
+        The counters of the run; None if it has not left a checkpoint yet.
 
     Raises:
-        WeightsError: The file is damaged, or is of a run with other settings; all of those
-            that differ are listed, and no tensor was changed.
+        WeightsError: The file is damaged, or is of a run with other settings; all that differ are
+            listed, and no tensor was changed.
     """
     file = Path(folder) / FILE
     if not file.exists():
         return None
     try:
-        with safetensors.safe_open(file, framework="pt") as opened:
-            state = json.loads(opened.metadata()["mechatlas"])
-            kept = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-        was, progress = dict(state["settings"]), dict(state["progress"])
-    except (safetensors.SafetensorError, ValueError, TypeError, KeyError, OSError) as error:
-        raise WeightsError(
-            f"{file} cannot be read ({error}). Is the file whole? Delete it to train anew."
-        ) from error
+        kept = read_tensors(file)
+        with reading(file):
+            state = json.loads(read_header(file)[1]["mechatlas"])
+            was, progress = dict(state["settings"]), dict(state["progress"])
+    except WeightsError as error:
+        raise WeightsError(f"{error} Delete it to train anew.") from error
+    was = {key: _with_new_names(value) for key, value in was.items()}
     wrong = [
         f"{key} was {was.get(key)!r}, is {settings.get(key)!r}"
         for key in dict.fromkeys((*was, *settings))
         if was.get(key) != settings.get(key)
     ]
-    wrong += [f"{key} is missing" for key in tensors if key not in kept]
-    wrong += [
-        f"{key} has shape {tuple(t.shape)}, expected {tuple(tensors[key].shape)}"
-        for key, t in kept.items()
-        if key in tensors and t.shape != tensors[key].shape
-    ]
+    wrong += mismatches(kept, {name: tensor.shape for name, tensor in tensors.items()})
     if wrong:
         raise WeightsError(
             f"{file} is of another run: {'; '.join(wrong)}. "
@@ -77,3 +83,11 @@ def continued(
     for name, tensor in tensors.items():
         tensor.copy_(kept[name])
     return progress
+
+
+def _with_new_names(value: Any) -> Any:
+    """Setting of version 0.1, such as "Objective(relative=True)", with the names of today."""
+    kind = value.partition("(")[0] if isinstance(value, str) else ""
+    for old, new in ARGUMENTS.get(kind, {}).items():
+        value = value.replace(f"{old}=", f"{new}=")
+    return value
