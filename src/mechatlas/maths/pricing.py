@@ -49,30 +49,38 @@ class Costs(Protocol):
     @property
     def n_rows(self) -> int:
         """Number of rows."""
+        ...
 
     @property
     def n_columns(self) -> int:
         """Number of columns."""
+        ...
 
     def block(self, rows: Index) -> Float[np.ndarray, "part m"]:
         """Costs of some rows with every column."""
+        ...
 
     def rounding(self, rows: Index) -> Float[np.ndarray, " part"]:
         """Bound on the distance of a cost of `block` from the exact one, for each row."""
+        ...
 
     def exact(
         self, rows: Int[np.ndarray, " pair"], columns: Int[np.ndarray, " pair"]
     ) -> Float[np.ndarray, " pair"]:
         """Costs of pairs in float64."""
+        ...
 
     def matrix(self) -> Float[np.ndarray, "n m"]:
         """All costs in float64, for few rows and columns."""
+        ...
 
     def last_digits(self) -> float:
         """Bound on the rounding of a cost in float64, plus or minus its prices."""
+        ...
 
     def transposed(self) -> "Costs":
         """Costs with rows and columns exchanged."""
+        ...
 
 
 def as_costs(costs: "Costs | ArrayLike | Tensor") -> Costs:
