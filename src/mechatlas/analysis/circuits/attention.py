@@ -136,10 +136,7 @@ def arriving(
 
 @torch.no_grad()
 def record_layer(
-    layer: TransformerLayer,
-    a: LinearDictionary,
-    b: LinearDictionary,
-    maps: Iterable[SiteMap],
+    layer: TransformerLayer, a: LinearDictionary, b: LinearDictionary, maps: Iterable[SiteMap]
 ) -> AttentionRecording:
     """Record codes at both sites, and the frozen nonlinearities of the layer for each feature.
 

@@ -173,10 +173,7 @@ class Response:
 
 @torch.no_grad()
 def compose_route(
-    wiring: Wiring,
-    route: Route,
-    atoms: Float[Tensor, "latent d"],
-    gates: Gates = open_gates,
+    wiring: Wiring, route: Route, atoms: Float[Tensor, "latent d"], gates: Gates = open_gates
 ) -> Response:
     """Compose the operations of a route, applied to atoms.
 

@@ -196,7 +196,8 @@ class _Statistics:
     """Second moments of the gradients of the outputs, of every layer but the last."""
 
 
-_Pairs = list[tuple[Basis, Basis] | None]
+_Pairs = dict[int, tuple[Basis, Basis]]
+"""Coordinates at both ends of a layer map, by its number."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
@@ -228,23 +229,16 @@ class _Analysis:
             fvu=settings.score == "fvu",
         )
         by_kind = {kind: self.bases(kind, statistics) for kind in settings.kinds}
-        all_bases: dict[str, list[Basis | None]] = {k: [*found] for k, found in by_kind.items()}
-        pairs: dict[str, _Pairs] = {k: [*itertools.pairwise(b)] for k, b in by_kind.items()}
-        if dictionaries:
-            targets = by_kind[settings.kind][1:]
-            all_bases[LATENTS] = [*latents]
-            pairs[LATENTS] = [
-                None if source is None else (source, target)
-                for source, target in zip(latents, targets, strict=True)
-            ]
+        all_bases = {kind: dict(enumerate(each)) for kind, each in by_kind.items()}
+        pairs = {k: dict(enumerate(itertools.pairwise(each))) for k, each in by_kind.items()}
+        if latents:
+            targets = by_kind[settings.kind]
+            all_bases[LATENTS] = latents
+            pairs[LATENTS] = {i: (source, targets[i + 1]) for i, source in latents.items()}
         edges = {kind: self.edges(each, kind) for kind, each in pairs.items()}
-        edge_curves, vector_curves = (
-            {
-                kind: self.ablate(kind, pairs[kind], edges[kind], ablations, vectors=vectors)
-                for kind in (pairs if settings.ablations else ())
-            }
-            for vectors in (False, True)
-        )
+        ablated = pairs if settings.ablations else {}
+        edge_curves = {k: self.ablate(k, pairs[k], edges[k], ablations) for k in ablated}
+        vector_curves = {k: self.ablate(k, pairs[k], None, ablations) for k in ablated}
         layers = tuple(
             self.layer(
                 number,
@@ -274,24 +268,24 @@ class _Analysis:
         """Result kept under a name, or else computed and kept."""
         return from_arrays(kind, self.once(name, lambda: as_arrays(compute())))
 
-    def dictionary_bases(self, dictionaries: Mapping[str, Dictionary]) -> list[Basis | None]:
-        """Latents of the dictionary of each layer but the last.
+    def dictionary_bases(self, dictionaries: Mapping[str, Dictionary]) -> dict[int, Basis]:
+        """Latents of the dictionary of a layer, by its number.
 
         Raises:
-            SiteError: There is a dictionary for another layer.
+            SiteError: There is a dictionary for the last layer or for none.
         """
-        sources = [str(site) for site in self.sites[:-1]]
+        sources = {str(site): number for number, site in enumerate(self.sites[:-1])}
         if unknown := set(dictionaries) - set(sources):
             raise SiteError(
                 f"There is a dictionary for {', '.join(sorted(unknown))}, but layers that act on "
                 f"a next one are {', '.join(sources)}."
             )
-        found: list[Basis | None] = []
-        for site in self.sites[:-1]:
+        latents = {}
+        for name, dictionary in dictionaries.items():
+            site = self.sites[sources[name]]
             rows = rows_of(self.subset.read(self.model, [site])[site]).flatten(0, 1)
-            dictionary = dictionaries.get(str(site))
-            found.append(None if dictionary is None else bases.dictionary_basis(dictionary, rows))
-        return found
+            latents[sources[name]] = bases.dictionary_basis(dictionary, rows)
+        return latents
 
     def statistics(self) -> _Statistics:
         """Moments and firing from one pass over all samples, and gradients of the last layer."""
@@ -405,47 +399,36 @@ class _Analysis:
 
         return self.once(f"local.{number}", compute)["gradients"]
 
-    def edges(self, pairs: _Pairs, name: str) -> list[InteractionEdges | None]:
+    def edges(self, pairs: _Pairs, name: str) -> dict[int, InteractionEdges]:
         """Edges of every map between a pair of bases."""
-        result: list[InteractionEdges | None] = []
-        for number, (layer_map, pair) in enumerate(zip(self.maps, pairs, strict=True)):
-            if pair is None:
-                result.append(None)
-                continue
+        samples = self.subset.first(self.settings.jacobian_samples)
+        edges = {}
+        for number, pair in pairs.items():
             measure = partial(
-                measure_edges,
-                self.model,
-                layer_map,
-                *pair,
-                self.subset.first(self.settings.jacobian_samples),
+                measure_edges, self.model, self.maps[number], *pair, samples,
                 quadrature_points=self.settings.quadrature_points,
-            )
-            result.append(self.result(f"edges.{name}.{number}", InteractionEdges, measure))
+            )  # fmt: skip
+            edges[number] = self.result(f"edges.{name}.{number}", InteractionEdges, measure)
             self.on_step()
-        return result
+        return edges
 
     def ablate(
         self,
         kind: str,
         pairs: _Pairs,
-        edges: list[InteractionEdges | None],
-        ablations: list[AblationSite],
-        *,
-        vectors: bool,
-    ) -> list[AblationCurve | None]:
-        """Ablation curves of the edges, or of the vectors, for every map."""
+        edges: dict[int, InteractionEdges] | None,
+        sites: list[AblationSite],
+    ) -> dict[int, AblationCurve]:
+        """Ablation curves of the edges, or of the vectors if there are no edges, for every map."""
         drop = self.settings.max_accuracy_drop
-        curves: list[AblationCurve | None] = []
-        for number, (site, pair, each) in enumerate(zip(ablations, pairs, edges, strict=True)):
-            if pair is None or each is None:
-                curves.append(None)
-                continue
-            name, search = (
-                (f"vectors.{kind}.{number}", partial(ablate_vectors, site, pair[0], drop))
-                if vectors
-                else (f"needed.{kind}.{number}", partial(ablate_edges, site, each, *pair, drop))
-            )
-            curves.append(self.result(name, AblationCurve, search))
+        curves = {}
+        for number, (source, target) in pairs.items():
+            name, search = "vectors", partial(ablate_vectors, sites[number], source, drop)
+            if edges is not None:
+                each = edges[number]
+                name = "needed"
+                search = partial(ablate_edges, sites[number], each, source, target, drop)
+            curves[number] = self.result(f"{name}.{kind}.{number}", AblationCurve, search)
             self.on_step()
         return curves
 
@@ -522,8 +505,8 @@ class _Analysis:
         except UserError:  # every edge is as weak as the weakest: no weight is left
             return {"graph": graph}
         rotated = [bases.rotated_basis(x.basis, seed=seed + i) for i, x in enumerate(layers)]
-        pairs: _Pairs = [*itertools.pairwise([*rotated[:-1], layers[-1].basis])]
-        turned = [each.strength for each in self.edges(pairs, "rotated") if each is not None]
+        pairs = dict(enumerate(itertools.pairwise([*rotated[:-1], layers[-1].basis])))
+        turned = [each.strength for each in self.edges(pairs, "rotated").values()]
         null = interaction_graph(turned, _weakest_needed(turned, n_needed))
         has_edges = len(null.weight) > 0
         return {
@@ -534,10 +517,9 @@ class _Analysis:
         }
 
 
-def _at(by_kind: Mapping[str, Sequence[T | None]], number: int) -> dict[str, T]:
+def _at(by_kind: Mapping[str, Mapping[int, T]], number: int) -> dict[str, T]:
     """Entries for one layer, by kind of basis, where there are any."""
-    at = {kind: each[number] for kind, each in by_kind.items() if number < len(each)}
-    return {kind: each for kind, each in at.items() if each is not None}
+    return {kind: each[number] for kind, each in by_kind.items() if number in each}
 
 
 def _weakest_needed(

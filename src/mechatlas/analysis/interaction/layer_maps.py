@@ -77,7 +77,7 @@ def rows_of(activations: Tensor) -> Float[Tensor, "n position d"]:
     """
     if activations.ndim not in (2, 3, 4):
         raise SiteError(
-            f"Activations of shape {tuple(activations.shape)} cannot be analysed: expected "
+            f"Activations of shape {tuple(activations.shape)} cannot be analyzed: expected "
             "(sample, channel), (sample, position, channel) or (sample, channel, h, w)."
         )
     last = channels_last(activations)

@@ -187,8 +187,7 @@ class _Similarity:
         """Root mean square of the cosines with all of the other side, mean of both latents."""
         root_a, root_b = self._roots
         return np.sqrt(
-            np.linalg.norm(x @ root_b.T, axis=1) * np.linalg.norm(y @ root_a.T, axis=1),
-            dtype=float,
+            np.linalg.norm(x @ root_b.T, axis=1) * np.linalg.norm(y @ root_a.T, axis=1), dtype=float
         )
 
     def __call__(self, x: np.ndarray, y: np.ndarray) -> Float[np.ndarray, " pair"]:

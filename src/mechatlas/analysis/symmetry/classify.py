@@ -291,9 +291,7 @@ def _energy_spectrum(
 
 
 def _as_halves(
-    halves: Halves,
-    group: Group,
-    shape: tuple[int, ...] | None,
+    halves: Halves, group: Group, shape: tuple[int, ...] | None
 ) -> list[Float[np.ndarray, "feature order d"]]:
     """Convert two estimates of the blocks, of the given shape or else of equal shapes.
 

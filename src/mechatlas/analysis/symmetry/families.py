@@ -264,9 +264,7 @@ def gather_families(
 
 
 def _assign_references(
-    graph: SparseMatrix,
-    free: Bool[np.ndarray, " feature"],
-    reference: Int[np.ndarray, " feature"],
+    graph: SparseMatrix, free: Bool[np.ndarray, " feature"], reference: Int[np.ndarray, " feature"]
 ) -> Int[np.ndarray, " feature"]:
     """Gather free features around those with the most free neighbors, greedily."""
     free, reference = free.copy(), reference.copy()
@@ -351,7 +349,5 @@ def find_families(
     return gather_families(links, spectra, stabilizers, group, chance)
 
 
-def _squared_lengths(
-    blocks: Float[np.ndarray, "feature order d"],
-) -> Float[np.ndarray, " feature"]:
+def _squared_lengths(blocks: Float[np.ndarray, "feature order d"]) -> Float[np.ndarray, " feature"]:
     return np.einsum("igk,igk->i", blocks, blocks, dtype=np.float64)

@@ -14,12 +14,7 @@ from tyro.conf import Positional, arg
 
 from mechatlas.activations.store import Store
 from mechatlas.analysis.symmetry.class_names import NOT_RELIABLE, name_classes
-from mechatlas.analysis.symmetry.classify import (
-    FDR,
-    Symmetry,
-    count_shuffled_discoveries,
-    symmetry,
-)
+from mechatlas.analysis.symmetry.classify import FDR, Symmetry, count_shuffled_discoveries, symmetry
 from mechatlas.analysis.symmetry.control_comparison import ClassComparison, compare_with_control
 from mechatlas.analysis.symmetry.posed_dictionary import (
     BlockEstimates,
@@ -34,14 +29,7 @@ from mechatlas.app import pose_interventions
 from mechatlas.app.inputs import manifest_of, open_dictionary
 from mechatlas.app.pose_interventions import InterventionsResult, rounded
 from mechatlas.app.progress import bar
-from mechatlas.app.run_folder import (
-    MANIFEST,
-    RESULT,
-    SYMMETRY,
-    CommandResult,
-    RunConfig,
-    RunFolder,
-)
+from mechatlas.app.run_folder import MANIFEST, RESULT, SYMMETRY, CommandResult, RunConfig, RunFolder
 from mechatlas.base import RecipeError
 from mechatlas.files import checksum, read_json
 from mechatlas.maths.actions import Rotate

@@ -50,11 +50,7 @@ from mechatlas.analysis.proofs.verifier.structures import (
 
 
 def find_fault(
-    clusters: Clusters,
-    layout: Layout,
-    circuits: PackedCircuits,
-    grids: PackedGrids,
-    limit: float,
+    clusters: Clusters, layout: Layout, circuits: PackedCircuits, grids: PackedGrids, limit: float
 ) -> int:
     """Number of the first impossible thing in an explanation, or 0; see `checks.FAULTS`.
 

@@ -40,12 +40,7 @@ from jaxtyping import Float, Float32, Int
 
 from mechatlas.analysis.proofs.verifier import checks
 from mechatlas.analysis.proofs.verifier.explanation import Explanation, ProofError
-from mechatlas.analysis.proofs.verifier.structures import (
-    PairBounds,
-    PairCounts,
-    PairSum,
-    Weights,
-)
+from mechatlas.analysis.proofs.verifier.structures import PairBounds, PairCounts, PairSum, Weights
 from mechatlas.analysis.proofs.verifier.terms import Terms, build_terms
 from mechatlas.base import Result
 from mechatlas.deprecated import renamed_attributes

@@ -60,10 +60,7 @@ def chapter(runs: Runs, on_progress: Progress) -> Chapter | None:
         })  # fmt: skip
         on_progress(number + 1, len(finished))
     return Chapter(
-        name="proofs",
-        title="Proofs",
-        html=render("proofs.html", proofs=proofs),
-        figures=figures,
+        name="proofs", title="Proofs", html=render("proofs.html", proofs=proofs), figures=figures
     )
 
 
