@@ -3,8 +3,9 @@
     pytest benchmarks/bench_branches.py -o python_files='bench_*.py' --benchmark-only -m ''
     python benchmarks/bench_branches.py    effect sizes, power and false discoveries
 
-Floor of a test: a p-value takes some 10 sums over lumps and places, so 8,192 features in 4 branches
-with 64 lumps at up to 18 places are about 8,192 * 4 * 64 * 18 * 10 = 380 million exponentials.
+Floor of a test: a p-value takes some 10 sums over components and groups, so 8,192 features in 4
+branches with 64 components in up to 18 groups are about 8,192 * 4 * 64 * 18 * 10 = 380 million
+exponentials.
 """
 
 import sys
@@ -51,7 +52,7 @@ def measure(name: str, seed: int, excess: float = 0.9) -> tuple[float, float, in
     few = draw == "few"
     entries = few_entries(N, 5, seed=seed)
     atoms = mixed(entries, at) if few else null_atoms(at, N, draw, seed=seed)
-    nothing = int(branches(atoms, BRANCHES, at.spectrum).specialised().sum())
+    nothing = int(branches(atoms, BRANCHES, at.statistics).specialized().sum())
     truth = np.zeros((N, len(BRANCHES)), dtype=bool)
     for k, branch in enumerate(BRANCHES):
         mine = slice(EACH * k, EACH * (k + 1))
@@ -59,7 +60,7 @@ def measure(name: str, seed: int, excess: float = 0.9) -> tuple[float, float, in
             atoms[mine] = null_atoms(at, EACH, seed=seed)
         atoms[mine] = placed(atoms[mine], at, branch, excess)
         truth[mine, k] = True
-    found = branches(atoms, BRANCHES, at.spectrum).specialised()
+    found = branches(atoms, BRANCHES, at.statistics).specialized()
     false = (found & ~truth).sum() / max(found.sum(), 1)
     return float(found[truth].mean()), float(false), nothing
 
@@ -78,7 +79,7 @@ def test_time_of_a_test(benchmark, n):
     ends = [0, 128, 320, 448, 512]
     named = {f"b{k}": (ends[k], ends[k + 1]) for k in range(4)}
     found = benchmark.pedantic(branches, args=(atoms, named, rows), rounds=1)
-    benchmark.extra_info.update(features=n, discoveries=int(found.specialised().sum()))
+    benchmark.extra_info.update(features=n, discoveries=int(found.specialized().sum()))
 
 
 def main(draws: int = 5) -> None:

@@ -19,15 +19,6 @@ DOCUMENTED = [*MODULES, *sorted(ROOT.glob("tools/*.py")), *sorted(ROOT.glob("ben
 UNCLEAR_STARTS = ("Of", "That", "Those", "What", "Which", "As", "It", "The same")
 PREPOSITIONS = {"about", "at", "beside", "between", "beyond", "by", "for", "from", "in", "of", "on",
     "over", "to", "under", "with"}  # fmt: skip
-UNCLEAR_MODULES: set[str] = {
-    "src/mechatlas/analysis/branches/__init__.py",
-    "src/mechatlas/analysis/branches/drive.py",
-    "src/mechatlas/analysis/branches/null.py",
-    "src/mechatlas/analysis/branches/specialization.py",
-    "src/mechatlas/analysis/branches/summary.py",
-    "src/mechatlas/app/commands/branches.py",
-}
-"""Modules with docstrings that do not stand alone; this list may only shrink."""
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(ROOT / "src")))
@@ -120,14 +111,7 @@ def test_docstrings_begin_with_the_noun_of_what_they_describe(path):
         for line, text, of_constant in docstrings(ast.parse(path.read_text()))
         if not stands_alone(text, of_constant=of_constant)
     ]
-    if path.relative_to(ROOT).as_posix() in UNCLEAR_MODULES:
-        assert unclear, "this module is clean: take it off UNCLEAR_MODULES"
-    else:
-        assert not unclear, "\n".join(unclear)
-
-
-def test_the_list_of_unclear_modules_names_only_modules_there_are():
-    assert {path.relative_to(ROOT).as_posix() for path in DOCUMENTED} >= UNCLEAR_MODULES
+    assert not unclear, "\n".join(unclear)
 
 
 @pytest.mark.parametrize(

@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import mechatlas as ma
-from mechatlas.app.commands import branches
-from mechatlas.app.commands import match as matching
+from mechatlas.app.commands.branches import ROWS, BranchesConfig, BranchesResult
+from mechatlas.app.commands.match import MatchConfig
 from mechatlas.app.commands.train import TrainConfig
 from mechatlas.app.recipes import read_recipe
-from mechatlas.app.run_folder import execute
+from mechatlas.app.run_folder import BRANCHES, as_plain, execute, read_result
 from mechatlas.files import read_json, write_json
 
 HERE = Path(__file__).parent
@@ -58,7 +58,7 @@ def matched(paths: list[Path], name: str, options: argparse.Namespace) -> Path |
         return None
     if not (out / "result.json").is_file():
         execute(
-            matching.MatchConfig(
+            MatchConfig(
                 dictionaries=tuple(paths),
                 out=out,
                 cost="codes",
@@ -69,43 +69,44 @@ def matched(paths: list[Path], name: str, options: argparse.Namespace) -> Path |
     return out
 
 
-def row(site: str, path: Path, result: dict[str, Any]) -> dict[str, Any]:
+def row(site: str, path: Path, result: BranchesResult) -> dict[str, Any]:
     """One row of the table."""
     trained = read_json(path / "result.json")
     return {
         "site": site,
-        "features": result["n_features"],
+        "features": result.n_features,
         "fvu": trained["fvu"],
         "dead_share": trained["dead_share"],
         "steps": trained["steps"],
-        "tested": result["tested"],
-        "specialised": result["specialised"],
-        "by_lot": result["specialised_by_lot"],
-        "branches": {one["name"]: one["specialised"] for one in result["branches"]},
-        "consistency": result.get("consistency", []),
+        "n_tested": result.n_tested,
+        "n_specialized": result.n_specialized,
+        "n_specialized_permuted": result.n_specialized_permuted,
+        "branches": {branch.name: branch.n_specialized for branch in result.branches},
+        "consistency": as_plain(result.consistency),
     }
 
 
 def in_words(table: list[dict[str, Any]]) -> str:
     """The table in Markdown, and how often matched features keep their kind of branch."""
     lines = [
-        "| site | features | FVU | dead | specialised, q < 0.05 | by lot | by branch |",
+        "| site | features | FVU | dead | specialized, q < 0.05 | permuted | by branch |",
         "|---|---|---|---|---|---|---|",
     ]
     for one in table:
         counts = ", ".join(f"{name} {n}" for name, n in one["branches"].items() if n)
         lines.append(
             f"| {one['site']} | {one['features']:,} | {one['fvu']:.3f} | {one['dead_share']:.1%} "
-            f"| {one['specialised']:,} of {one['tested']:,} | {one['by_lot']} | {counts or '-'} |"
+            f"| {one['n_specialized']:,} of {one['n_tested']:,} "
+            f"| {one['n_specialized_permuted']} | {counts or '-'} |"
         )
     ways = {f"{one['a']} -> {one['b']}": one for row in table for one in row["consistency"]}
     if ways:
-        lines += ["", "| matched features | leaning to the same branch | with equal kernels | "
+        lines += ["", "| matched features | same nearest branch | with equal kernels | "
                   "both specialised |", "|---|---|---|---|"]  # fmt: skip
     for way, one in ways.items():
-        told = [one["leaning"]["same_branch"], one["leaning"]["same_branch_of_equal_size"],
-                one["same_branch"]]  # fmt: skip
-        lines.append(f"| {way} | {' | '.join(map(agreement, told))} |")
+        nearest = one["nearest_branch"]
+        shown = (nearest["same_branch"], nearest["same_branch_of_equal_size"], one["same_branch"])
+        lines.append(f"| {way} | {' | '.join(map(agreement, shown))} |")
     return "\n".join(lines)
 
 
@@ -131,7 +132,7 @@ def main() -> None:
     parser.add_argument(
         "--branch", nargs="*", default=[], help="branches with their own dictionary"
     )
-    parser.add_argument("--rows", type=int, default=branches.ROWS)
+    parser.add_argument("--rows", type=int, default=ROWS)
     parser.add_argument("--alone", action="store_true", help="do not match sites with one another")
     parser.add_argument("--match-rows", type=int, default=4096)
     options = parser.parse_args()
@@ -150,14 +151,13 @@ def main() -> None:
                 part = train(f"{site}/{branch}", store, options)
                 matched([part, path], f"{part.name}-match", options)
         out = path.with_name(f"{path.name}-branches")
-        made = read_json(out / "result.json") if (out / "result.json").is_file() else {}
-        if not made or (between and "consistency" not in made):
-            branches.run(
-                branches.BranchesConfig(
-                    dictionary=path, store=options.store, out=out, match=between, rows=options.rows
-                )
+        made = read_result(out, BRANCHES) if (out / "result.json").is_file() else None
+        if made is None or (between and not made.consistency):
+            config = BranchesConfig(
+                dictionary=path, store=options.store, out=out, match=between, rows=options.rows
             )
-        table.append(row(site, path, read_json(out / "result.json")))
+            made = execute(config)
+        table.append(row(site, path, made))
         print(in_words(table[-1:]).splitlines()[2], flush=True)
     write_json(options.out / "table.json", table)
     print(in_words(table))

@@ -50,9 +50,11 @@ ARGUMENTS: dict[str, dict[str, str]] = {
     },
     "basis": {"how": "settings", "kept": "checkpoints"},
     "between": {"rate": "fdr"},
+    "branch_of": {"rate": "fdr"},
     "feature_splitting": {"found": "matching", "most": "max_partners"},
     "match": {"parts": "cost", "rate": "fdr", "units": "scale"},
     "prove": {"effort": "compute_budget"},
+    "specialized": {"rate": "fdr"},
     "symmetry": {"alike": "equality_threshold", "rate": "fdr", "turns": "acts_by_rotation"},
     "track": {"rate": "fdr"},
 }
@@ -84,6 +86,11 @@ ATTRIBUTES: dict[str, dict[str, str]] = {
         "threshold": "cosine_threshold",
     },
     "Tracks": {"breaks": "link_error_probability", "stand": "significant"},
+    "Specialization": {
+        "leaning": "nearest_branch",
+        "lumps": "n_effective",
+        "specialised": "specialized",
+    },
     "AccuracyBound": {"verdict": "verification"},
     "Verification": {"budget": "logit_budget"},
     "Symmetry": {
@@ -100,6 +107,7 @@ ATTRIBUTES: dict[str, dict[str, str]] = {
 """Name of a class -> old attribute -> new attribute."""
 
 FLAGS: dict[str, dict[str, str]] = {
+    "branches": {"rate": "fdr"},
     "basis": {
         "how.allowed_fall": "settings.max_accuracy_drop",
         "how.nulls": "settings.n_null_graphs",

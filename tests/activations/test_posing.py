@@ -18,9 +18,8 @@ from mechatlas.activations.sites import find_sites, read_activations
 from mechatlas.activations.store import Store
 from mechatlas.base import InputError, Site, StoreError
 from mechatlas.maths.actions import Custom, Rotate
-from mechatlas.maths.group_constructions import permutation_group
 from mechatlas.maths.groups import GroupError
-from mechatlas.maths.named_groups import group
+from mechatlas.maths.named_groups import group, permutation_group
 from tests.activations.test_collect import files
 from tests.conformance import ROWS_CHECKS
 from tests.maths.permutations import Permute

@@ -11,6 +11,7 @@ from mechatlas.activations.positions import Positions
 from mechatlas.activations.samples import Images
 from mechatlas.activations.store import Store
 from mechatlas.app import cli
+from mechatlas.app.commands import branches as command
 from mechatlas.app.commands.collect import CollectConfig
 from mechatlas.app.commands.match import MatchConfig
 from mechatlas.app.commands.train import TrainConfig
@@ -66,8 +67,8 @@ def test_the_result_has_what_scripts_rely_on(world, tmp_path):
     assert written["site"] == "mixed"
     assert [one["width"] for one in written["branches"]] == [5, 3]
     assert sum(one["expected_share"] ** 2 for one in written["branches"]) == pytest.approx(1)
-    assert written["tested"] + written["never_active"] <= 40
-    assert written["rows"] == 600
+    assert written["n_tested"] + written["n_never_active"] <= 40
+    assert written["n_rows"] == 600
     assert str(tmp_path / "out") in text
     assert result["out"] == str(tmp_path / "out")
     picture = json.loads((tmp_path / "out" / "picture.json").read_text())
@@ -81,11 +82,60 @@ def test_the_same_command_gives_the_same_bytes(world, tmp_path):
         assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
 
 
+def interrupt(*_args, **_options):
+    raise KeyboardInterrupt
+
+
+def test_an_interrupted_run_continues_and_ends_with_the_same_bytes(world, tmp_path, monkeypatch):
+    two = (world / "whole", world / "again")
+    execute(
+        MatchConfig(dictionaries=two, out=tmp_path / "match", cost="codes", store=world / "store")
+    )
+    more = ("--match", str(tmp_path / "match"))
+    run(world, tmp_path / "whole", *more)
+    steps = ("channel_statistics", "activity_shares", "branches", "consistency")
+    for done, step in enumerate(steps):
+        with monkeypatch.context() as patch:
+            patch.setattr(command, step, interrupt)
+            if done > 2:
+                patch.setattr(command, "activity_shares", interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                run(world, tmp_path / "parts", *more)
+        kept = {path.stem for path in (tmp_path / "parts" / "unfinished").glob("*")}
+        assert len(kept) == (0, 1, 2, 5)[done], kept
+    for step in ("channel_statistics", "activity_shares", "branches"):
+        monkeypatch.setattr(command, step, interrupt)
+    run(world, tmp_path / "parts", *more)
+    for file in ("features.parquet", "picture.json"):
+        assert (tmp_path / "parts" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
+    one, other = (
+        json.loads((tmp_path / name / "result.json").read_text()) for name in ("parts", "whole")
+    )
+    assert {**one, "seconds": 0, "peak_bytes": 0} == {**other, "seconds": 0, "peak_bytes": 0}
+    assert not (tmp_path / "parts" / "unfinished").exists()
+
+
+def test_parts_kept_of_other_choices_are_not_continued(world, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(command, "activity_shares", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            run(world, tmp_path / "out", "--seed", "1")
+    monkeypatch.setattr(command, "channel_statistics", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        run(world, tmp_path / "out", "--seed", "2")
+
+
+def test_the_old_flag_warns_and_works(world, tmp_path):
+    with pytest.warns(DeprecationWarning, match="branches --rate is now called branches --fdr"):
+        result, _ = run(world, tmp_path / "out", "--rate", "0.5")
+    assert result["fdr"] == 0.5
+
+
 def test_labels_are_looked_for_in_the_branches(world, tmp_path):
     labels = ["x" if k % 2 else None for k in range(40)]
     pq.write_table(pa.table({"feature": list(range(40)), "kind": labels}), tmp_path / "l.parquet")
     result, _ = run(world, tmp_path / "out", "--labels", f"{tmp_path / 'l.parquet'}:kind")
-    assert result["labels"]["kinds"] == 1
+    assert result["labels"]["n_labels"] == 1
     assert {one["branch"] for one in result["labels"]["surest"]} == {"left", "right"}
 
 
@@ -105,11 +155,11 @@ def test_matched_features_are_compared_by_branch(world, tmp_path):
     execute(
         MatchConfig(dictionaries=two, out=tmp_path / "match", cost="codes", store=world / "store"),
     )
-    result, _ = run(world, tmp_path / "out", "--match", str(tmp_path / "match"), "--rate", "0.5")
+    result, _ = run(world, tmp_path / "out", "--match", str(tmp_path / "match"), "--fdr", "0.5")
     found = result["consistency"][0]
     assert (found["a"], found["b"]) == ("whole", "again")
     assert found["same_branch"]["pairs"] >= found["same_branch_of_equal_size"]["pairs"]
-    assert found["leaning"]["same_branch"]["pairs"] >= found["same_branch"]["pairs"]
+    assert found["nearest_branch"]["same_branch"]["pairs"] >= found["same_branch"]["pairs"]
     execute(MatchConfig(dictionaries=two, out=tmp_path / "plain"))
     with pytest.raises(RecipeError, match="--cost decoder, which compares channel with channel"):
         run(world, tmp_path / "out2", "--match", str(tmp_path / "plain"))
@@ -128,8 +178,8 @@ def test_a_site_without_branches_is_refused_with_those_that_have_some(world, tmp
 @pytest.mark.parametrize(
     ("more", "kind", "said"),
     [
-        (["--rate", "2"], RecipeError, "--rate must lie between 0 and 1"),
-        (["--site", "first"], RecipeError, "says that it reads mixed, --site says first"),
+        (["--fdr", "2"], RecipeError, "--fdr must lie between 0 and 1"),
+        (["--site", "first"], RecipeError, "says that it reads mixed, but first was asked for"),
         (["--labels", "nothing"], RecipeError, "must be FILE.parquet:COLUMN"),
         (["--labels", "nowhere.parquet:kind"], DiskError, "nowhere.parquet cannot be read"),
         (["--match", "nowhere"], DiskError, "nowhere"),

@@ -4,6 +4,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from mechatlas.app.old_runs import renamed
 from mechatlas.app.report.chapters import branches
 from mechatlas.app.report.runs import find_runs
 from mechatlas.base import DiskError, no_progress
@@ -16,26 +17,29 @@ BRANCH = {
 }  # fmt: skip
 AGREED = {"pairs": 9, "value": 0.8, "low": 0.5, "high": 0.9, "chance": 0.4, "p_value": 0.01,
           "kappa": 0.6}  # fmt: skip
+RESULT = {
+    "site": "mixed", "rate": 0.05, "n_features": 3, "tested": 2, "never_active": 1,
+    "specialised": 1, "specialised_by_lot": 0, "false_discovery_rate_by_lot": 0.0, "rows": 100,
+    "positive": True, "shares_agree": {"activation": None, "ablation": 0.5},
+    "branches": [{"name": HOSTILE, **BRANCH}, {"name": "3x3", **BRANCH}],
+    "consistency": [
+        {"a": "x", "b": "y", "same_branch": AGREED, "same_branch_of_equal_size": {"pairs": 0},
+         "leaning": {"same_branch": AGREED, "same_branch_of_equal_size": AGREED}}
+    ],
+    "labels": {"from": "l.parquet:kind", "kinds": 1, "enriched": 1, "surest": [
+        {"branch": "3x3", "label": "curve", "both": 1, "in_branch": 1, "with_label": 1,
+         "total": 2, "p_value": 0.001, "q_value": 0.002}]},
+    "seconds": 1.5, "peak_bytes": 10,
+}  # fmt: skip
 
 
-@pytest.fixture
-def folder(tmp_path):
-    """A finished run, as `mechatlas branches` writes it, with a hostile name."""
+@pytest.fixture(params=[1, 2])
+def folder(request, tmp_path):
+    """A finished run of version 0.1 (schema 1) or today, with a hostile name."""
     manifest = {"kind": "branches", "dictionary": str(tmp_path), "site": "mixed"}
+    manifest |= {"schema": request.param}
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
-    result = {
-        "site": "mixed", "rate": 0.05, "n_features": 3, "tested": 2, "never_active": 1,
-        "specialised": 1, "specialised_by_lot": 0, "rows": 100, "positive": True,
-        "shares_agree": {"activation": None, "ablation": 0.5},
-        "branches": [{"name": HOSTILE, **BRANCH}, {"name": "3x3", **BRANCH}],
-        "consistency": [
-            {"a": "x", "b": "y", "same_branch": AGREED, "same_branch_of_equal_size": {"pairs": 0},
-             "leaning": {"same_branch": AGREED, "same_branch_of_equal_size": AGREED}}
-        ],
-        "labels": {"surest": [
-            {"branch": "3x3", "label": "curve", "both": 1, "in_branch": 1, "with_label": 1,
-             "total": 2, "p_value": 0.001, "q_value": 0.002}]},
-    }  # fmt: skip
+    result = RESULT if request.param == 1 else renamed(RESULT, "branches")
     (tmp_path / "result.json").write_text(json.dumps(result))
     picture = {"rows": [[0.1, 0.2], [0.3, 0]], "channels": [0, 1], "branch": [0, -1],
                "loading": [0.1, 0.2], "explained": 0.4}  # fmt: skip
@@ -64,8 +68,8 @@ def test_the_chapter_shows_counts_features_and_layers_and_escapes_names(folder):
         assert words in made.html
     strongest = made.data[0]["strongest"]
     assert [one["feature"] for one in strongest[0]] == [0, 1]
-    assert [one["stands"] for one in strongest[0]] == [True, False]
-    assert not any(one["stands"] for one in strongest[1])
+    assert [one["significant"] for one in strongest[0]] == [True, False]
+    assert not any(one["significant"] for one in strongest[1])
     json.dumps(made.figures, allow_nan=False)
     json.dumps(made.data, allow_nan=False)
     grey, red = made.figures["shares0"]["data"]

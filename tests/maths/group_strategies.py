@@ -8,9 +8,8 @@ import hypothesis.strategies as st
 import numpy as np
 from numpy.typing import ArrayLike
 
-from mechatlas.maths.group_constructions import permutation_group
 from mechatlas.maths.groups import Group
-from mechatlas.maths.named_groups import cyclic, group
+from mechatlas.maths.named_groups import cyclic, group, permutation_group
 
 Spec = tuple[str, str] | tuple[str, int, int, int] | tuple[str, tuple[tuple[int, ...], ...]]
 """How to make a group. Drawn first and built later: a drawn value must be plain data."""

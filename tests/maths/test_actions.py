@@ -20,9 +20,8 @@ from mechatlas.maths.actions import (
     grid_points,
     law_error,
 )
-from mechatlas.maths.group_constructions import permutation_group
 from mechatlas.maths.groups import GroupError
-from mechatlas.maths.named_groups import group
+from mechatlas.maths.named_groups import group, permutation_group
 from tests.maths.permutations import Permute
 
 A4, TETRAHEDRON = permutation_group([[1, 2, 0, 3], [1, 0, 3, 2]], name="A4")

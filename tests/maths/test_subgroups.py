@@ -87,7 +87,6 @@ def test_classes_are_the_orbits_of_conjugation(spec):
         conjugates = [each.conjugate(found.representative, x) for x in range(each.order)]
         assert set(found.members) == set(conjugates)
         assert found.size * conjugates.count(found.representative) == each.order
-        assert found.is_normal == (found.size == 1)
         assert {lattice.class_of(member) for member in found.members} == {number}
         assert all(each.is_subgroup(member) for member in found.members)
 
@@ -122,7 +121,7 @@ def test_subgroups_do_not_depend_on_labels(spec, seed):
 def test_the_classes_of_s4_are_named_and_ordered():
     lattice = group("S4").lattice()
     assert " ".join(lattice.names) == S4_NAMES
-    assert [c.size for c in lattice.classes if c.is_normal] == [1] * 4
+    assert [c.size for c in lattice.classes].count(1) == 4
     by_name = dict(zip(lattice.names, range(11), strict=True))
     assert lattice.contains[by_name["S4"], by_name["D4"]] == 3
     assert lattice.contains[by_name["A4"], by_name["D4"]] == 0

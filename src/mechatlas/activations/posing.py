@@ -39,7 +39,12 @@ from mechatlas.maths.actions import (
 from mechatlas.maths.groups import GroupError
 from mechatlas.maths.named_groups import group
 
-ACTIONS = {"rotate": Rotate, "hue": Hue, "shift": Shift, "scale": Scale}
+ACTIONS: dict[str, type[Rotate | Hue | Shift | Scale]] = {
+    "rotate": Rotate,
+    "hue": Hue,
+    "shift": Shift,
+    "scale": Scale,
+}
 LAW = 0.1
 """Tolerance for the group law of a user's action, as a fraction of the spread of the inputs."""
 
@@ -58,19 +63,16 @@ class PoseConfig:
 
     def __post_init__(self) -> None:
         built = group(self.name)
-        if self.action in ACTIONS:
-            action = ACTIONS[self.action](built)
-            if self.matched_blur and not isinstance(action, Rotate):
-                raise ValueError(f"matched_blur is for action = 'rotate', got {self.action!r}.")
-            if self.matched_blur and not action.masks:
-                raise ValueError(f"matched_blur has nothing to match: {self.name} is exact.")
-        elif ":" not in self.action:
+        if self.action not in ACTIONS and ":" not in self.action:
             raise ValueError(
                 f"action must be {', '.join(ACTIONS)} or package.module:function, got "
                 f"{self.action!r}."
             )
-        elif self.matched_blur:
+        action = ACTIONS[self.action](built) if self.action in ACTIONS else None
+        if self.matched_blur and not isinstance(action, Rotate):
             raise ValueError(f"matched_blur is for action = 'rotate', got {self.action!r}.")
+        if self.matched_blur and not (action and action.masks):
+            raise ValueError(f"matched_blur has nothing to match: {self.name} is exact.")
 
 
 def action_of(settings: PoseConfig) -> Action:

@@ -230,27 +230,16 @@ class ImageSamples(Result):
 
 
 class _Files:
-    """Images as files of a folder."""
+    """Images as files of a folder, or as members of a zip."""
 
-    def __init__(self, folder: Path, names: Sequence[str]) -> None:
+    def __init__(self, folder: Path | zipfile.ZipFile, names: Sequence[str]) -> None:
         self.folder, self.names = folder, names
 
     def read(self, image: int, channels: int) -> UInt8[np.ndarray, "h w channel"]:
-        return _decode(self.folder / self.names[image], channels)
-
-
-class _Zip:
-    """Images as members of a zip."""
-
-    def __init__(self, path: Path, include: str) -> None:
-        try:
-            self.archive = zipfile.ZipFile(path)
-        except (zipfile.BadZipFile, OSError) as error:
-            raise InputError(f"{path} cannot be read as a zip ({error}).") from error
-        self.names = _matching(self.archive.namelist(), include, SUFFIXES)
-
-    def read(self, image: int, channels: int) -> UInt8[np.ndarray, "h w channel"]:
-        return _decode(io.BytesIO(self.archive.read(self.names[image])), channels)
+        name = self.names[image]
+        if isinstance(self.folder, zipfile.ZipFile):
+            return _decode(io.BytesIO(self.folder.read(name)), channels)
+        return _decode(self.folder / name, channels)
 
 
 class _Array:
@@ -275,7 +264,7 @@ class _Array:
         return np.round(pixels * 255).astype(np.uint8)
 
 
-def _open_images(recipe: Images) -> _Files | _Zip | _Array:
+def _open_images(recipe: Images) -> _Files | _Array:
     if recipe.source == "photos":
         folder = Path(str(resources.files("mechatlas") / "bundled" / "photos"))
         return _Files(folder, sorted(p.name for p in folder.glob("*.jpg")))
@@ -291,7 +280,11 @@ def _open_images(recipe: Images) -> _Files | _Zip | _Array:
     if not path.exists():
         raise InputError(f"There is no folder or file {path} to read images from.")
     if path.suffix == ".zip":
-        return _Zip(path, recipe.include)
+        try:
+            archive = zipfile.ZipFile(path)
+        except (zipfile.BadZipFile, OSError) as error:
+            raise InputError(f"{path} cannot be read as a zip ({error}).") from error
+        return _Files(archive, _matching(archive.namelist(), recipe.include, SUFFIXES))
     if path.suffix in (".npz", ".npy"):
         return _Array(path)
     raise InputError(f"{path} is not a folder, a .zip, an .npz or an .npy of images.")

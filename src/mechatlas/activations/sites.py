@@ -337,19 +337,14 @@ def _module(network: nn.Module, site: Site) -> nn.Module:
 
 
 def _tensor_of(value: Any, site: Site) -> Tensor:
-    if isinstance(value, Tensor):
-        return value
-    if isinstance(value, tuple | list) and value and isinstance(value[0], Tensor):
-        return value[0]
-    if (
-        isinstance(value, Mapping)
-        and value
-        and isinstance(first := next(iter(value.values())), Tensor)
-    ):
-        return first
-    raise SiteError(
-        f"Site {site} holds a {type(value).__name__} that does not start with a tensor."
-    )
+    first = value
+    if isinstance(value, Mapping | tuple | list):
+        first = next(iter(value.values() if isinstance(value, Mapping) else value), None)
+    if not isinstance(first, Tensor):
+        raise SiteError(
+            f"Site {site} holds a {type(value).__name__} that does not start with a tensor."
+        )
+    return first
 
 
 def _replace_tensor(value: Any, site: Site, new: Tensor) -> Any:

@@ -10,6 +10,22 @@ from collections.abc import Mapping
 from typing import Any
 
 KEYS: dict[str, dict[str, str]] = {
+    "branches": {
+        "enriched": "n_enriched",
+        "false_discovery_rate_by_lot": "fdr_permuted",
+        "from": "source",
+        "home_of": "n_assigned",
+        "kinds": "n_labels",
+        "leaning": "nearest_branch",
+        "never_active": "n_never_active",
+        "rate": "fdr",
+        "rows": "n_rows",
+        "shares_agree": "rank_correlations",
+        "specialised": "n_specialized",
+        "specialised_by_lot": "n_specialized_permuted",
+        "specialised_share": "specialized_share",
+        "tested": "n_tested",
+    },
     "basis": {
         "account": "degeneracy",
         "activations": "low_rank_activations",
@@ -88,6 +104,7 @@ KEYS: dict[str, dict[str, str]] = {
 }
 """Kind -> old key -> key today, at any depth."""
 COLUMNS: dict[str, dict[str, str]] = {
+    "branches": {"lumps": "n_effective"},
     "symmetry": {
         "errors": "standard_errors",
         "likeness": "similarity",

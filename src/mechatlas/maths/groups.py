@@ -4,7 +4,7 @@
 
 `table[a, b]` is the product a*b of the elements labelled a and b. A group keeps the labels
 of the table it was made from, so its identity may have any label; ask `Group.identity`.
-What this package builds itself (`named_groups`, `group_constructions`) has its identity at 0
+What this package builds itself (`named_groups`) has its identity at 0
 as long as its parts do.
 
 Subsets go in and out as sets of labels, functions on the group as arrays indexed by label.

@@ -1,28 +1,36 @@
-"""Finite groups by name.
+"""Finite groups by name, and groups of permutations and products.
 
-    group("C12")        cyclic, order 12
-    group("D8")         dihedral of order 16: the 8 rotations and 8 mirrors of an octagon
-    group("S5")         symmetric, order 120
-    group("A5")         alternating, order 60
-    group("Q8")         quaternion; Q12, Q16, ... are the dicyclic groups of that order
-    group("PSL(2,7)")   projective special linear over the field of 7 elements, order 168
-    group("C2xC4")      direct product of any of these; "C2^3" is "C2xC2xC2"
+    C12        n turns r^k, labelled k
+    D8         n rotations and n mirrors of a polygon, order 2n = 16: r^k is labelled k, and r^k s
+               (the mirror s followed by r^k) n + k; s r = r^-1 s
+    S5, A5     all permutations of n points and the even ones, in lexicographic order, named by
+               their cycles, points from 1
+    Q8         quaternion group; Q12, Q16, ... are the dicyclic groups of that order: labels as for
+               D, with s s = r^(n/2); of Q8, r is i and s is j
+    PSL(2,7)   maps x -> (ax+b)/(cx+d) with ad-bc = 1 over the field of q elements, order 168, as
+               permutations of the projective line: points 1 to q are the field elements
+               0, 1, ..., and point q+1 is infinity
+    C2xC4      direct products of any of these; "C2^3" is "C2xC2xC2"
 
-The number of D counts rotations, so Dn has order 2n; the number of Q is the order.
-All have their identity at 0 and a fixed order of elements, told by each function.
+All have their identity at 0. Products of permutations, rotations and mirrors apply the right
+factor first.
 """
 
+import itertools
 import math
 import re
+from collections.abc import Sequence
 from functools import lru_cache
 
 import numpy as np
 from jaxtyping import Int
+from numpy.typing import ArrayLike
 
-from mechatlas.maths.group_constructions import direct_product, permutation_group
-from mechatlas.maths.groups import MAX_ORDER, Group, GroupError
+from mechatlas.maths.groups import MAX_ORDER, Group, GroupError, refuse_if_too_large
 
 _FACTOR = re.compile(r"(?:([CDSAQ])(\d{1,9})|PSL\(2,(\d{1,9})\))(?:\^([1-9]\d?))?")
+_LEAST = {"C": 1, "D": 1, "Q": 8, "S": 1, "A": 1, "PSL": 2}
+"""Least number in the name of each family."""
 
 
 def group(name: str) -> Group:
@@ -60,92 +68,111 @@ def _group(name: str) -> Group:
         family, n, q, power = match.groups()
         factors += [(family or "PSL", int(n or q))] * int(power or 1)
     # Refused before anything of that size is built.
-    order = math.prod(_order(family, n) for family, n in factors)
-    if order > MAX_ORDER:
-        raise _too_large(name)
+    if math.prod(_order(family, n) for family, n in factors) > MAX_ORDER:
+        raise GroupError(
+            f"{name} has more than {MAX_ORDER} elements, which is the largest order that is "
+            "taken: a Cayley table grows with the square of the order."
+        )
+    for family, n in factors:
+        _refuse_unless_there(family, n)
     built = [_BUILDERS[family](n) for family, n in factors]
     return built[0] if len(built) == 1 else direct_product(*built)
 
 
-def cyclic(n: int) -> Group:
-    """The group of n turns, order n: label k is r^k, and r^a * r^b = r^(a+b mod n).
+def permutation_group(
+    generators: ArrayLike, *, name: str | None = None
+) -> tuple[Group, Int[np.ndarray, "order degree"]]:
+    """The group that some permutations generate.
+
+    The product a*b applies b first: (a*b)(i) = a(b(i)).
+
+    Args:
+        generators: One permutation of 0 to degree - 1 a row; row[i] is where i goes.
+        name: What to call the group.
+
+    Returns:
+        The group, and the permutation that each label stands for: all of them in
+        lexicographic order, so the identity is 0. Elements are named by their cycles, with
+        points counted from 1.
 
     Raises:
-        GroupError: n is not from 1 to `groups.MAX_ORDER`.
+        GroupError: A row is not a permutation, or there are more than `MAX_ORDER` elements.
     """
-    _refuse_unless_taken("C", n, at_least=1)
+    gens = np.atleast_2d(np.asarray(generators))
+    for i, row in enumerate(gens):
+        if not np.array_equal(np.sort(row), np.arange(gens.shape[1])):
+            raise GroupError(
+                f"Generator {i} is not a permutation of 0 to {gens.shape[1] - 1}: {row.tolist()}."
+            )
+    permutations = np.array(_permutation_closure([tuple(row) for row in gens.tolist()]))
+    label = {tuple(row): i for i, row in enumerate(permutations.tolist())}
+    # (s*g)*x = s*(g*x): the row of s*g in the table follows from that of g.
+    left = [np.array([label[tuple(row)] for row in s[permutations].tolist()]) for s in gens]
+    table = np.empty((len(permutations), len(permutations)), np.int32)
+    table[0] = np.arange(len(permutations))
+    waiting, known = [0], {0}
+    for g in waiting:
+        for images in left:
+            product = int(images[g])
+            if product not in known:
+                table[product] = images[table[g]]
+                known.add(product)
+                waiting.append(product)
+    names = [_cycles(row) for row in permutations.tolist()]
+    return Group(table, name=name, element_names=names), permutations
+
+
+def direct_product(*factors: Group, name: str | None = None) -> Group:
+    """All tuples of elements, multiplied part by part.
+
+    Labels count the tuples in lexicographic order: the pair (a, b) is a * second.order + b.
+
+    Raises:
+        GroupError: The product has more than `MAX_ORDER` elements.
+    """
+    order = math.prod(factor.order for factor in factors)
+    refuse_if_too_large(order)
+    table = np.zeros((1, 1), np.int32)
+    for factor in factors:
+        size = len(table) * factor.order
+        pairs = table[:, None, :, None] * factor.order + factor.table[None, :, None, :]
+        table = pairs.reshape(size, size)
+    names = itertools.product(*(factor.element_names for factor in factors))
+    return Group(
+        table,
+        name=name or "x".join(factor.name for factor in factors),
+        element_names=[f"({', '.join(parts)})" for parts in names],
+    )
+
+
+def cyclic(n: int) -> Group:
+    """Build the group of n turns."""
     k = np.arange(n)
     return Group((k[:, None] + k) % n, name=f"C{n}", element_names=_powers(n))
 
 
 def dihedral(n: int) -> Group:
-    """The n rotations and n mirrors of a regular polygon, order 2n.
-
-    Labels 0 to n-1 are the rotations r^k; label n+k is r^k s, the mirror s followed by
-    r^k. Products apply the right factor first, and s r = r^-1 s.
-
-    Raises:
-        GroupError: n is less than 1, or 2n more than `groups.MAX_ORDER`.
-    """
-    _refuse_unless_taken("D", n, at_least=1)
+    """Build the group of the n rotations and n mirrors of a regular polygon."""
     return Group(_with_mirrors(n, 0), name=f"D{n}", element_names=_mirror_names(n))
 
 
-def quaternion(order: int) -> Group:
-    """The dicyclic group of an order divisible by 4; order 8 is the quaternion group.
-
-    With n = order / 2: labels 0 to n-1 are r^k, label n+k is r^k s, and s r = r^-1 s,
-    s s = r^(n/2). For order 8, r is i and s is j.
-
-    Raises:
-        GroupError: The order is not a multiple of 4 from 8 to `groups.MAX_ORDER`.
-    """
-    _refuse_unless_taken("Q", order, at_least=8)
-    if order % 4:
-        raise GroupError(f"Q{order} does not exist: the order must be a multiple of 4.")
+def _quaternion(order: int) -> Group:
     n = order // 2
     return Group(_with_mirrors(n, n // 2), name=f"Q{order}", element_names=_mirror_names(n))
 
 
-def symmetric(n: int) -> Group:
-    """All permutations of n points, order n!, in lexicographic order.
-
-    The product a*b applies b first. Elements are named by their cycles, points from 1.
-
-    Raises:
-        GroupError: n is not from 1 to 7.
-    """
-    _refuse_unless_taken("S", n, at_least=1)
+def _symmetric(n: int) -> Group:
     swap = [*range(min(n, 2))][::-1] + [*range(2, n)]
     turn = [*range(1, n), 0]
     return permutation_group([swap, turn], name=f"S{n}")[0]
 
 
-def alternating(n: int) -> Group:
-    """The even permutations of n points, order n!/2 (1 if n is 1), in lexicographic order.
-
-    The product a*b applies b first. Elements are named by their cycles, points from 1.
-
-    Raises:
-        GroupError: n is not from 1 to 7.
-    """
-    _refuse_unless_taken("A", n, at_least=1)
+def _alternating(n: int) -> Group:
     three_cycles = [[1, k, *range(2, k), 0, *range(k + 1, n)] for k in range(2, n)]
     return permutation_group(three_cycles or [[*range(n)]], name=f"A{n}")[0]
 
 
-def projective_special_linear(q: int) -> Group:
-    """PSL(2,q): the maps x -> (ax+b)/(cx+d) with ad-bc = 1 over the field of q elements.
-
-    Order q(q^2-1)/gcd(2, q-1). Its elements are the permutations of the projective line, in
-    lexicographic order: points 1 to q are the field elements 0, 1, ... and point q+1 is
-    infinity. The product a*b applies b first.
-
-    Raises:
-        GroupError: q is not a power of a prime, or the group has more than
-            `groups.MAX_ORDER` elements.
-    """
-    _refuse_unless_taken("PSL", q, at_least=2)
+def _projective_special_linear(q: int) -> Group:
     add, multiply = _field(q)
     minus = np.argmax(add == 0, axis=1)
     inverse = np.argmax(multiply == 1, axis=1)
@@ -162,10 +189,10 @@ def projective_special_linear(q: int) -> Group:
 _BUILDERS = {
     "C": cyclic,
     "D": dihedral,
-    "Q": quaternion,
-    "S": symmetric,
-    "A": alternating,
-    "PSL": projective_special_linear,
+    "Q": _quaternion,
+    "S": _symmetric,
+    "A": _alternating,
+    "PSL": _projective_special_linear,
 }
 
 
@@ -178,21 +205,14 @@ def _order(family: str, n: int) -> int:
     return 2 * n if family == "D" else n
 
 
-def _refuse_unless_taken(family: str, n: int, *, at_least: int) -> None:
+def _refuse_unless_there(family: str, n: int) -> None:
     name = f"PSL(2,{n})" if family == "PSL" else f"{family}{n}"
-    if n < at_least:
-        raise GroupError(f"{name} does not exist: the number must be at least {at_least}.")
+    if n < _LEAST[family]:
+        raise GroupError(f"{name} does not exist: the number must be at least {_LEAST[family]}.")
     if family == "PSL" and _prime_of(n) == 0:
         raise GroupError(f"{name} does not exist: {n} is not a power of a prime.")
-    if _order(family, n) > MAX_ORDER:
-        raise _too_large(name)
-
-
-def _too_large(name: str) -> GroupError:
-    return GroupError(
-        f"{name} has more than {MAX_ORDER} elements, which is the largest order that is taken: a "
-        "Cayley table grows with the square of the order."
-    )
+    if family == "Q" and n % 4:
+        raise GroupError(f"{name} does not exist: the order must be a multiple of 4.")
 
 
 def _with_mirrors(n: int, square: int) -> Int[np.ndarray, "order order"]:
@@ -211,7 +231,7 @@ def _mirror_names(n: int) -> list[str]:
 
 
 def _prime_of(q: int) -> int:
-    """The prime whose power q is, or 0."""
+    """Prime whose power q is, or 0."""
     prime = next((p for p in range(2, math.isqrt(q) + 1) if q % p == 0), q)
     while q % prime == 0:
         q //= prime
@@ -246,3 +266,33 @@ def _field(q: int) -> tuple[Int[np.ndarray, "q q"], Int[np.ndarray, "q q"]]:
         if multiply[np.ix_(nonzero, nonzero)].all():
             return add, multiply
     raise ArithmeticError(f"There is no field of {q} elements.")
+
+
+def _permutation_closure(generators: list[tuple[int, ...]]) -> list[tuple[int, ...]]:
+    identity = tuple(range(len(generators[0])))
+    found, waiting = {identity}, [identity]
+    for permutation in waiting:
+        for s in generators:
+            product = tuple([s[i] for i in permutation])
+            if product not in found:
+                found.add(product)
+                waiting.append(product)
+        if len(found) > MAX_ORDER:
+            raise GroupError(
+                f"The permutations generate more than {MAX_ORDER} elements, which is the most "
+                "that is taken."
+            )
+    return sorted(found)
+
+
+def _cycles(permutation: Sequence[int]) -> str:
+    seen: set[int] = set()
+    text = ""
+    for start in range(len(permutation)):
+        cycle, i = [], start
+        while i not in seen:
+            seen.add(i)
+            cycle.append(str(i + 1))
+            i = permutation[i]
+        text += f"({' '.join(cycle)})" if len(cycle) > 1 else ""
+    return text or "e"

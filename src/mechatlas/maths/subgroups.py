@@ -84,11 +84,6 @@ class SubgroupClass:
         """Number of members."""
         return len(self.members)
 
-    @property
-    def is_normal(self) -> bool:
-        """Whether it is one normal subgroup alone."""
-        return len(self.members) == 1
-
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class SubgroupLattice:

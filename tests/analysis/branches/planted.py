@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mechatlas.analysis.branches.specialization import Spectrum
+from mechatlas.analysis.branches.specialization import ChannelStatistics
 
 WIDTHS = {"1x1": 32, "3x3": 80, "5x5": 112, "pool": 32}
 """As unequal as in an inception module."""
@@ -28,9 +28,9 @@ class World(NamedTuple):
     signed: bool
 
     @property
-    def spectrum(self) -> Spectrum:
+    def statistics(self) -> ChannelStatistics:
         """The truth about the channels."""
-        return Spectrum(
+        return ChannelStatistics(
             10**6, np.zeros(WIDTH), self.deviation**2, self.correlation, self.signed
         )  # fmt: skip
 

@@ -5,8 +5,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import mechatlas as ma
-from mechatlas.analysis.branches.null import Lumps, covariance_of_squares, places_of, tail
-from mechatlas.analysis.branches.specialization import branches, by_lot, power, spectrum
+from mechatlas.analysis.branches.null import (
+    Components,
+    channel_groups,
+    covariance_of_squares,
+    tail_probability,
+)
+from mechatlas.analysis.branches.specialization import (
+    BranchTest,
+    branches,
+    channel_statistics,
+)
 from mechatlas.base import InputError
 from tests.analysis.branches.planted import (
     BRANCHES,
@@ -47,7 +56,7 @@ def test_with_activations_the_share_of_variance_is_expected():
 
 
 def brute_force(energy, inside, variance, t, n, random):
-    """Probability of a share of at least t when lumps are put at places drawn by lot."""
+    """Probability of a share of at least t when components are put at channels drawn at random."""
     order = np.argsort(random.random((n, len(energy))), axis=1)
     moved = energy[order] * variance
     return np.mean(moved[:, inside].sum(axis=1) >= t * moved.sum(axis=1))
@@ -60,15 +69,17 @@ def test_a_p_value_is_that_of_a_permutation_of_the_channels(uneven, tails):
     variance = at.deviation**2 / np.square(at.deviation).mean()
     inside = np.zeros(WIDTH, dtype=bool)
     inside[BRANCHES["3x3"]] = True
-    place = places_of(variance, inside, None)
+    place = channel_groups(variance, inside, None)
     random = np.random.default_rng(3)
     energy = np.square(np.maximum(null_atoms(at, 3, tails) / at.deviation, 0))
     for one in energy:
         shares = [place.share * f for f in (0.8, 1.1, 1.3)]
-        by_lot = [brute_force(one, inside, variance, t, 4000, random) for t in shares]
-        exact, _ = tail(Lumps.of(np.tile(one / one.sum(), (3, 1))), np.array(shares), place)
-        margin = 0.12  # of lots that are few, and conservative where channels are uneven
-        assert exact == pytest.approx(np.array(by_lot), abs=margin)
+        permuted = [brute_force(one, inside, variance, t, 4000, random) for t in shares]
+        exact, _ = tail_probability(
+            Components.of(np.tile(one / one.sum(), (3, 1))), np.array(shares), place
+        )
+        margin = 0.12  # of draws that are few, and conservative where channels are uneven
+        assert exact == pytest.approx(np.array(permuted), abs=margin)
 
 
 def test_the_far_tail_is_right_to_a_factor():
@@ -77,10 +88,12 @@ def test_the_far_tail_is_right_to_a_factor():
 
     inside = np.zeros(WIDTH, dtype=bool)
     inside[BRANCHES["3x3"]] = True
-    place = places_of(np.ones(WIDTH), inside, None)
+    place = channel_groups(np.ones(WIDTH), inside, None)
     energy = np.square(np.random.default_rng(0).standard_normal((200, WIDTH)))
     for t in (0.4, 0.5, 0.6):
-        p, _ = tail(Lumps.of(energy / energy.sum(axis=1, keepdims=True)), np.full(200, t), place)
+        p, _ = tail_probability(
+            Components.of(energy / energy.sum(axis=1, keepdims=True)), np.full(200, t), place
+        )
         exact = stats.beta.logsf(t, 40, 88)
         assert exact - 1 < np.log(p.mean()) < exact + 1 + 0.1 * abs(exact)
 
@@ -113,8 +126,8 @@ NULLS = {
 @pytest.mark.parametrize("name", NULLS)
 def test_features_of_no_branch_are_no_discoveries(name):
     at, draw = NULLS[name]
-    found = branches(null_atoms(at, 1000, draw), BRANCHES, at.spectrum)
-    assert not found.specialised().any()
+    found = branches(null_atoms(at, 1000, draw), BRANCHES, at.statistics)
+    assert not found.specialized().any()
     rates = [np.mean(found.p_values <= alpha) / alpha for alpha in (0.2, 0.05, 0.01)]
     assert max(rates) < 1.5
     if "much" not in name and "positive" not in name:  # conservative there
@@ -125,8 +138,8 @@ def test_features_of_no_branch_are_no_discoveries(name):
 @pytest.mark.parametrize("name", NULLS)
 def test_p_values_of_8192_null_features_are_uniform_or_larger(name):
     at, draw = NULLS[name]
-    found = branches(null_atoms(at, 8192, draw, seed=7), BRANCHES, at.spectrum)
-    assert found.specialised().sum() <= 1
+    found = branches(null_atoms(at, 8192, draw, seed=7), BRANCHES, at.statistics)
+    assert found.specialized().sum() <= 1
     for alpha, most in ((0.2, 1.15), (0.05, 1.2), (0.01, 1.4), (0.001, 3)):
         assert np.mean(found.p_values <= alpha) < most * alpha, alpha
     if name in ("widths alone", "heavy tails"):
@@ -137,28 +150,28 @@ def test_p_values_of_8192_null_features_are_uniform_or_larger(name):
 
 @pytest.mark.parametrize("k", [1, 2, 5, 20])
 def test_features_of_few_channels_are_no_discoveries(k):
-    assert not branches(few_entries(1000, k), BRANCHES).specialised().any()
+    assert not branches(few_entries(1000, k), BRANCHES).specialized().any()
 
 
 @pytest.mark.parametrize(("size", "rho"), [(8, 0.5), (16, 0.5), (16, 0.8), (4, 0.9)])
 @pytest.mark.parametrize("k", [1, 2, 5, 20])
 def test_few_entries_mixed_with_channels_that_go_along_are_no_discoveries(size, rho, k):
-    # Each entry is as many lumps as it has companions, all in one branch.
+    # Each entry is as many components as it has companions, all in one branch.
     at = clusters(size, rho)
-    found = branches(mixed(few_entries(2000, k), at), BRANCHES, at.spectrum)
-    assert not found.specialised().any()
+    found = branches(mixed(few_entries(2000, k), at), BRANCHES, at.statistics)
+    assert not found.specialized().any()
     for alpha, most in ((0.05, 1.1), (0.01, 1.5), (0.001, 3)):
         assert np.mean(found.p_values <= alpha, axis=0).max() <= most * alpha, alpha
 
 
-def test_features_drawn_by_lot_are_like_those_of_few_mixed_entries():
+def test_permuted_features_are_like_those_of_few_mixed_entries():
     at = clusters(8, 0.5)
     atoms = mixed(few_entries(500, 2), at)
-    again = by_lot(atoms, BRANCHES, at.spectrum)
-    there = branches(atoms, BRANCHES, at.spectrum)
-    assert np.median(again.lumps) == pytest.approx(np.median(there.lumps), rel=0.05)
+    again = BranchTest(atoms, BRANCHES, at.statistics).permuted()
+    there = branches(atoms, BRANCHES, at.statistics)
+    assert np.median(again.n_effective) == pytest.approx(np.median(there.n_effective), rel=0.05)
     assert np.mean(again.share > 0.99) == pytest.approx(np.mean(there.share > 0.99), rel=0.2)
-    assert not again.specialised().any()
+    assert not again.specialized().any()
 
 
 @pytest.mark.parametrize(
@@ -175,19 +188,20 @@ def test_features_placed_in_a_branch_are_found_at_the_stated_rate(name):
         for k, branch in enumerate(BRANCHES):
             mine = slice(50 * k, 50 * (k + 1))
             atoms[mine] = placed(atoms[mine], at, branch, 0.8)
-        found = branches(atoms, BRANCHES, at.spectrum).specialised()
+        found = branches(atoms, BRANCHES, at.statistics).specialized()
         power.append(found[truth].mean())
         false.append((found & ~truth).sum() / found.sum())
     assert np.mean(power) >= 0.95
     assert np.mean(false) <= 0.05
 
 
-def test_the_power_of_the_test_is_told_and_falls_with_the_effect():
+def test_the_power_of_the_test_falls_with_the_effect():
     at = world(scales=True)
     atoms = null_atoms(at, 1000, "gaussian", seed=4)
     before = atoms.copy()
     most, some, none = (
-        power(atoms, BRANCHES, at.spectrum, excess=excess) for excess in (0.9, 0.5, 0.0)
+        BranchTest(atoms, BRANCHES, at.statistics).power(excess=excess)
+        for excess in (0.9, 0.5, 0.0)
     )
     assert (most >= 0.95).all()
     assert (some <= most).all()
@@ -196,18 +210,18 @@ def test_the_power_of_the_test_is_told_and_falls_with_the_effect():
     assert (atoms == before).all()
     tested = np.zeros(1000, dtype=bool)
     tested[:8] = True
-    assert np.isnan(power(atoms, BRANCHES, at.spectrum, tested=tested)).all()
+    assert np.isnan(BranchTest(atoms, BRANCHES, at.statistics, tested=tested).power()).all()
 
 
-def test_activations_and_their_spectrum_say_the_same():
+def test_activations_and_their_statistics_say_the_same():
     rows = RANDOM.exponential(size=(3000, 8))
     atoms = RANDOM.normal(size=(20, 8))
     one = branches(atoms, FEW, rows)
-    for other in (torch.from_numpy(rows), spectrum([rows[:1000], rows[1000:]])):
+    for other in (torch.from_numpy(rows), channel_statistics([rows[:1000], rows[1000:]])):
         assert branches(torch.from_numpy(atoms), FEW, other).p_values == pytest.approx(one.p_values)
     exact = np.cov(rows.T)
-    assert spectrum(rows).variance == pytest.approx(np.diag(exact))
-    assert spectrum(rows).correlation == pytest.approx(np.corrcoef(rows.T))
+    assert channel_statistics(rows).variance == pytest.approx(np.diag(exact))
+    assert channel_statistics(rows).correlation == pytest.approx(np.corrcoef(rows.T))
 
 
 @settings(max_examples=20)
@@ -238,7 +252,7 @@ def test_what_all_channels_share_is_no_reason_to_doubt_a_branch():
     at = world()
     shared = at._replace(correlation=0.8 * at.correlation + 0.2)
     atoms = placed(null_atoms(at, 20), at, "5x5", 0.8)
-    assert branches(atoms, BRANCHES, shared.spectrum).p_values[:, 2].max() < 1e-6
+    assert branches(atoms, BRANCHES, shared.statistics).p_values[:, 2].max() < 1e-6
 
 
 def test_latents_without_a_row_are_not_tested():
@@ -250,7 +264,7 @@ def test_latents_without_a_row_are_not_tested():
         assert np.isnan(getattr(found, name)[[2, 4]]).all()
     assert np.isnan(found.q_values[5]).all()
     assert np.isfinite(found.share[5]).all()
-    assert not found.specialised(1.0)[[2, 4, 5]].any()
+    assert not found.specialized(1.0)[[2, 4, 5]].any()
     assert (found.branch_of(1.0)[[2, 4, 5]] == -1).all()
 
 
@@ -287,7 +301,7 @@ SICK[1, 6] = np.nan
         (np.ones((3, 8)), {"a": (0, 4), "b": (3, 8)}, None, "Branches 'a' and 'b' overlap"),
         (np.ones((3, 8)), {"a": (0, 4), "b": (4, 9)}, None, "'b' is channels 4 to 9"),
         (np.ones((3, 8)), {"a": slice(0, 8, 2), "b": (4, 9)}, None, "every 2th channel"),
-        (np.ones(8), FEW, None, "must be a matrix"),
+        (np.ones(8), FEW, None, r"W_dec has shape \(8,\), expected an array"),
         (np.ones((3, 8)), FEW, np.ones((5, 7)), "8 channels, the activations 7"),
         (np.ones((3, 8)), FEW, np.ones((5, 8)), "All 5 rows of activations are equal"),
         (np.ones((3, 8)), FEW, np.ones((1, 8)), "two rows of activations or more, got 1"),
@@ -306,7 +320,7 @@ def test_intervals_of_shares_cover_what_features_are_drawn_with(name):
     energy = np.square(at.deviation)
     inside, outside = energy[where].sum(), energy.sum() - energy[where].sum()
     atoms[:, where] *= 2
-    found = branches(atoms, BRANCHES, at.spectrum)
+    found = branches(atoms, BRANCHES, at.statistics)
     truth = np.sqrt(4 * inside / (4 * inside + outside))
     k = list(BRANCHES).index("3x3")
     assert np.mean((found.low[:, k] <= truth) & (truth <= found.high[:, k])) >= 0.9

@@ -504,8 +504,9 @@ def test_the_front_door_offers_matching():
 
 def test_spellings_of_version_0_1_still_work():
     a, b = chain(60, 16, 2).dictionaries
-    with pytest.warns(DeprecationWarning, match=r"match\(cost=\)"):
+    with pytest.warns(DeprecationWarning, match="is now called") as warned:
         result = mechatlas.match(a, b, parts="cosine", rate=0.1)  # pyright: ignore
+    assert ["match(cost=)" in str(w.message) for w in warned] == [True, False]
     with pytest.warns(DeprecationWarning, match="cosine_threshold"):
         assert result.threshold == result.cosine_threshold
     with pytest.warns(DeprecationWarning, match="feature_splitting"):

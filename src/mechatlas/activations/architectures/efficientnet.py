@@ -21,20 +21,21 @@ from mechatlas.base import UserError
 
 
 class EfficientNetLite(nn.Module):
-    """The layers of a package's EfficientNet, checked and scaled input in front.
+    """Layers of a package's EfficientNet, behind a module that checks and scales the input.
 
-    A block's output is what the next block reads: linear, its skip connection added.
-    Padding is laid out for images of 224 pixels; other multiples of 32 fit it too.
+    The next block reads a block's output: linear, its skip connection added. Padding is
+    laid out for images of 224 pixels; other multiples of 32 fit it too.
     """
 
     def __init__(self, name: str, package: nn.Module) -> None:
         super().__init__()
-        self.input = ImageInput(name, side=224, mean=(127 / 255,) * 3, std=(128 / 255,) * 3)
+        mean, std = (127 / 255,) * 3, (128 / 255,) * 3
+        self.input: ImageInput = ImageInput(name, side=224, mean=mean, std=std)
         part = package.get_submodule
-        self.stem = _layer(part("_conv_stem"), part("_bn0"))
-        self.blocks = nn.ModuleList(part("_blocks").children())
-        self.head = _layer(part("_conv_head"), part("_bn1"))
-        self.classify = part("_fc")
+        self.stem: nn.Sequential = _layer(part("_conv_stem"), part("_bn0"))
+        self.blocks: nn.ModuleList = nn.ModuleList(part("_blocks").children())
+        self.head: nn.Sequential = _layer(part("_conv_head"), part("_bn1"))
+        self.classify: nn.Module = part("_fc")
 
     def forward(self, images: Float[Tensor, "batch 3 h w"]) -> Float[Tensor, "batch n_classes"]:
         """Class logits of RGB images in 0..1."""
@@ -45,7 +46,7 @@ class EfficientNetLite(nn.Module):
 
 
 def efficientnet_lite0(weights: Path | None = None) -> EfficientNetLite:
-    """EfficientNet-Lite0 with its ImageNet weights, or those of a file.
+    """Load EfficientNet-Lite0 with its ImageNet weights, or the weights of a file.
 
     Args:
         weights: A file with the package's names of keys (`_blocks.0._bn1.weight`, ...) or ours.

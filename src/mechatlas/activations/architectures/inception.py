@@ -39,7 +39,7 @@ class ConvReLU(nn.Module):
 
     def __init__(self, n_in: int, n_out: int, side: int) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(n_in, n_out, side, padding=side // 2)
+        self.conv: nn.Conv2d = nn.Conv2d(n_in, n_out, side, padding=side // 2)
 
     def forward(self, x: Float[Tensor, "batch n_in h w"]) -> Float[Tensor, "batch n_out h w"]:
         """Convolve and rectify."""
@@ -54,14 +54,14 @@ class Inception(nn.Module):
 
     def __init__(self, n_in: int, widths: Widths) -> None:
         super().__init__()
-        self.conv_1x1 = ConvReLU(n_in, widths.conv_1x1, 1)
-        self.reduce_3x3 = ConvReLU(n_in, widths.reduce_3x3, 1)
-        self.conv_3x3 = ConvReLU(widths.reduce_3x3, widths.conv_3x3, 3)
-        self.reduce_5x5 = ConvReLU(n_in, widths.reduce_5x5, 1)
-        self.conv_5x5 = ConvReLU(widths.reduce_5x5, widths.conv_5x5, 5)
-        self.project = ConvReLU(n_in, widths.project, 1)
+        self.conv_1x1: ConvReLU = ConvReLU(n_in, widths.conv_1x1, 1)
+        self.reduce_3x3: ConvReLU = ConvReLU(n_in, widths.reduce_3x3, 1)
+        self.conv_3x3: ConvReLU = ConvReLU(widths.reduce_3x3, widths.conv_3x3, 3)
+        self.reduce_5x5: ConvReLU = ConvReLU(n_in, widths.reduce_5x5, 1)
+        self.conv_5x5: ConvReLU = ConvReLU(widths.reduce_5x5, widths.conv_5x5, 5)
+        self.project: ConvReLU = ConvReLU(n_in, widths.project, 1)
         self.branches: dict[str, slice] = {}
-        self.n_out = 0
+        self.n_out: int = 0
         outputs = {
             "1x1": widths.conv_1x1,
             "3x3": widths.conv_3x3,
@@ -90,7 +90,7 @@ class InceptionMini(nn.Module):
     """A small GoogLeNet for 31 x 31 images, with InceptionV1's module names.
 
     Every stage has an odd side (31, 15, 7) and pools without padding, so the grid of
-    positions is centred on the image: quarter-turns and mirrors of the image are
+    positions is centered on the image: quarter-turns and mirrors of the image are
     exactly quarter-turns and mirrors of every grid. Other sides 8 n + 7 keep this.
     """
 
@@ -101,19 +101,19 @@ class InceptionMini(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.input = ImageInput(
+        self.input: ImageInput = ImageInput(
             "inception_mini", side=31, mean=(0.491, 0.482, 0.447), std=(0.247, 0.243, 0.262)
         )
-        self.conv2d0 = ConvReLU(3, 24, 3)
-        self.conv2d1 = ConvReLU(24, 24, 1)
-        self.conv2d2 = ConvReLU(24, 64, 3)
-        self.mixed3a = Inception(64, Widths(32, 24, 40, 8, 16, 16))
-        self.mixed3b = Inception(self.mixed3a.n_out, Widths(40, 32, 56, 10, 24, 16))
-        self.mixed4a = Inception(self.mixed3b.n_out, Widths(56, 44, 72, 12, 32, 24))
-        self.mixed4b = Inception(self.mixed4a.n_out, Widths(56, 44, 72, 12, 32, 24))
-        self.mixed4c = Inception(self.mixed4b.n_out, Widths(56, 44, 72, 12, 32, 24))
-        self.mixed4d = Inception(self.mixed4c.n_out, Widths(64, 48, 80, 16, 48, 32))
-        self.classify = nn.Linear(self.mixed4d.n_out, len(self.classes))
+        self.conv2d0: ConvReLU = ConvReLU(3, 24, 3)
+        self.conv2d1: ConvReLU = ConvReLU(24, 24, 1)
+        self.conv2d2: ConvReLU = ConvReLU(24, 64, 3)
+        self.mixed3a: Inception = Inception(64, Widths(32, 24, 40, 8, 16, 16))
+        self.mixed3b: Inception = Inception(self.mixed3a.n_out, Widths(40, 32, 56, 10, 24, 16))
+        self.mixed4a: Inception = Inception(self.mixed3b.n_out, Widths(56, 44, 72, 12, 32, 24))
+        self.mixed4b: Inception = Inception(self.mixed4a.n_out, Widths(56, 44, 72, 12, 32, 24))
+        self.mixed4c: Inception = Inception(self.mixed4b.n_out, Widths(56, 44, 72, 12, 32, 24))
+        self.mixed4d: Inception = Inception(self.mixed4c.n_out, Widths(64, 48, 80, 16, 48, 32))
+        self.classify: nn.Linear = nn.Linear(self.mixed4d.n_out, len(self.classes))
 
     def forward(self, images: Float[Tensor, "batch 3 h w"]) -> Float[Tensor, "batch 10"]:
         """Class logits of RGB images in 0..1."""
@@ -127,7 +127,7 @@ class InceptionMini(nn.Module):
 
 
 def inception_mini(weights: Path | None = None) -> InceptionMini:
-    """The bundled network, with the bundled weights or those of a file."""
+    """Load the bundled network, with the bundled weights or the weights of a file."""
     network = InceptionMini()
     bundled = resources.files("mechatlas") / "bundled" / "inception_mini.safetensors"
     with resources.as_file(bundled) as path:

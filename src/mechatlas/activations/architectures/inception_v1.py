@@ -4,8 +4,8 @@
     InceptionV1     stem, nine inception modules, 1008 class logits
 
 It is the TensorFlow network: strided layers pad right and below more than left and above,
-and the stem normalises over neighbouring channels. The two PyTorch ports disagree on that
-normalisation: Captum's numbers are TensorFlow's depth_radius 5, bias 2, alpha 1e-4; Lucent's
+and the stem normalizes over neighboring channels. The two PyTorch ports disagree on that
+normalization: Captum's numbers are TensorFlow's depth_radius 5, bias 2, alpha 1e-4; Lucent's
 are weaker. Weights are the same, so the names of the keys tell which port a file is from.
 
 The weights are not bundled: they are `inception5h.pth` of either project. The auxiliary
@@ -41,7 +41,7 @@ NORMS = {
     "lucent": _Norm(size=9, alpha=9.99999974738e-05, beta=0.5, k=1.0),
     "captum": _Norm(size=11, alpha=0.0011, beta=0.5, k=2.0),
 }
-"""Local response normalisation of each port, as PyTorch counts (alpha is divided by size)."""
+"""Local response normalization of each port, as PyTorch counts (alpha is divided by size)."""
 
 WIDTHS = {
     "mixed3a": Widths(64, 96, 128, 16, 32, 32),
@@ -54,6 +54,8 @@ WIDTHS = {
     "mixed5a": Widths(256, 160, 320, 48, 128, 128),
     "mixed5b": Widths(384, 192, 384, 48, 128, 128),
 }
+POOL_BEFORE = {"mixed4a": "maxpool4", "mixed5a": "maxpool10"}
+"""Names of the pooling layers between the blocks of inception modules."""
 
 
 class FirstConv(nn.Module):
@@ -61,7 +63,7 @@ class FirstConv(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(3, 64, 7, stride=2)
+        self.conv: nn.Conv2d = nn.Conv2d(3, 64, 7, stride=2)
 
     def forward(self, x: Float[Tensor, "batch 3 h w"]) -> Float[Tensor, "batch 64 h2 w2"]:
         """Convolve and rectify."""
@@ -88,48 +90,41 @@ class InceptionV1(nn.Module):
     def __init__(self, variant: str = "lucent") -> None:
         super().__init__()
         self.variant = variant
-        self.input = ImageInput("inception_v1", side=224, mean=(117 / 255,) * 3, std=(1 / 255,) * 3)
-        self.conv2d0 = FirstConv()
-        self.maxpool0 = HalvingPool()
-        self.localresponsenorm0 = nn.LocalResponseNorm(*NORMS[variant])
-        self.conv2d1 = ConvReLU(64, 64, 1)
-        self.conv2d2 = ConvReLU(64, 192, 3)
-        self.localresponsenorm1 = nn.LocalResponseNorm(*NORMS[variant])
-        self.maxpool1 = HalvingPool()
-        self.mixed3a = Inception(192, WIDTHS["mixed3a"])
-        self.mixed3b = Inception(self.mixed3a.n_out, WIDTHS["mixed3b"])
-        self.maxpool4 = HalvingPool()
-        self.mixed4a = Inception(self.mixed3b.n_out, WIDTHS["mixed4a"])
-        self.mixed4b = Inception(self.mixed4a.n_out, WIDTHS["mixed4b"])
-        self.mixed4c = Inception(self.mixed4b.n_out, WIDTHS["mixed4c"])
-        self.mixed4d = Inception(self.mixed4c.n_out, WIDTHS["mixed4d"])
-        self.mixed4e = Inception(self.mixed4d.n_out, WIDTHS["mixed4e"])
-        self.maxpool10 = HalvingPool()
-        self.mixed5a = Inception(self.mixed4e.n_out, WIDTHS["mixed5a"])
-        self.mixed5b = Inception(self.mixed5a.n_out, WIDTHS["mixed5b"])
-        self.classify = nn.Linear(self.mixed5b.n_out, 1008)
+        mean, std = (117 / 255,) * 3, (1 / 255,) * 3
+        self.input: ImageInput = ImageInput("inception_v1", side=224, mean=mean, std=std)
+        self.conv2d0: FirstConv = FirstConv()
+        self.maxpool0: HalvingPool = HalvingPool()
+        self.localresponsenorm0: nn.LocalResponseNorm = nn.LocalResponseNorm(*NORMS[variant])
+        self.conv2d1: ConvReLU = ConvReLU(64, 64, 1)
+        self.conv2d2: ConvReLU = ConvReLU(64, 192, 3)
+        self.localresponsenorm1: nn.LocalResponseNorm = nn.LocalResponseNorm(*NORMS[variant])
+        self.maxpool1: HalvingPool = HalvingPool()
+        n_channels = 192
+        for name, widths in WIDTHS.items():
+            if name in POOL_BEFORE:
+                self.add_module(POOL_BEFORE[name], HalvingPool())
+            self.add_module(name, Inception(n_channels, widths))
+            n_channels = widths.conv_1x1 + widths.conv_3x3 + widths.conv_5x5 + widths.project
+        self.classify: nn.Linear = nn.Linear(n_channels, 1008)
 
     def forward(self, images: Float[Tensor, "batch 3 h w"]) -> Float[Tensor, "batch 1008"]:
         """Class logits of RGB images in 0..1."""
-        x = self.localresponsenorm0(self.maxpool0(self.conv2d0(self.input(images))))
-        x = self.conv2d2(self.conv2d1(x))
-        x = self.maxpool1(self.localresponsenorm1(x))
-        x = self.mixed3b(self.mixed3a(x))
-        x = self.mixed4a(self.maxpool4(x))
-        x = self.mixed4e(self.mixed4d(self.mixed4c(self.mixed4b(x))))
-        x = self.mixed5b(self.mixed5a(self.maxpool10(x)))
-        return self.classify(x.mean(dim=(2, 3)))
+        *layers, classify = self.children()
+        x = images
+        for layer in layers:
+            x = layer(x)
+        return classify(x.mean(dim=(2, 3)))
 
 
 def inception_v1(
     weights: Path | None = None, *, variant: str | None = None, seed: int = 0
 ) -> InceptionV1:
-    """InceptionV1 with a user's weights, or random ones.
+    """Load InceptionV1 with a user's weights, or with random weights.
 
     Args:
         weights: A `.pth`, `.pt` or safetensors file with Lucent's or Captum's names of keys.
-        variant: Whose normalisation to use, "lucent" or "captum"; by default that of the port
-            whose names the file has, and Lucent's for random weights.
+        variant: Port whose normalization to use, "lucent" or "captum"; by default the port
+            whose names the file has, and Lucent for random weights.
         seed: Seed of the random weights.
 
     Raises:
@@ -144,7 +139,7 @@ def inception_v1(
     if variant is None:
         raise WeightsError(
             f"{weights} has the names of neither Lucent nor Captum, so its keys do not tell how "
-            "the stem normalises. Pass variant='lucent' or variant='captum'."
+            "the stem normalizes. Pass variant='lucent' or variant='captum'."
         )
     network = InceptionV1(variant)
     load_weights(network, weights, lambda key: None if _AUXILIARY.match(key) else _own_name(key))

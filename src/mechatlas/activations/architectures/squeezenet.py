@@ -40,11 +40,11 @@ class Fire(nn.Module):
 
     def __init__(self, n_in: int, n_squeeze: int, n_expand: int) -> None:
         super().__init__()
-        self.squeeze = ConvReLU(n_in, n_squeeze, 1)
-        self.expand1x1 = ConvReLU(n_squeeze, n_expand, 1)
-        self.expand3x3 = ConvReLU(n_squeeze, n_expand, 3)
-        self.n_out = 2 * n_expand
-        self.branches = {
+        self.squeeze: ConvReLU = ConvReLU(n_in, n_squeeze, 1)
+        self.expand1x1: ConvReLU = ConvReLU(n_squeeze, n_expand, 1)
+        self.expand3x3: ConvReLU = ConvReLU(n_squeeze, n_expand, 3)
+        self.n_out: int = 2 * n_expand
+        self.branches: dict[str, slice] = {
             "expand1x1": slice(0, n_expand),
             "expand3x3": slice(n_expand, self.n_out),
         }
@@ -58,30 +58,30 @@ class Fire(nn.Module):
 class SqueezeNet(nn.Module):
     """Eight Fire modules, and a classifier if `n_classes` is given.
 
-    Nothing but the 3x3 branches pads, so image sides 16 n + 15 keep every grid centred on the
+    Nothing but the 3x3 branches pads, so image sides 16 n + 15 keep every grid centered on the
     image: quarter-turns and mirrors of the image move every grid alike. 223 is the nearest
     such side to the 227 of its training.
     """
 
     def __init__(self, n_classes: int | None = None) -> None:
         super().__init__()
-        self.input = ImageInput(
+        self.input: ImageInput = ImageInput(
             "squeezenet",
             side=223,
             mean=[channel / 255 for channel in CAFFE_MEAN],
             std=(1 / 255,) * 3,
             bgr=True,
         )
-        self.conv1 = _conv_relu(nn.Conv2d(3, 64, 3, stride=2))
-        self.fire2 = Fire(64, 16, 64)
-        self.fire3 = Fire(self.fire2.n_out, 16, 64)
-        self.fire4 = Fire(self.fire3.n_out, 32, 128)
-        self.fire5 = Fire(self.fire4.n_out, 32, 128)
-        self.fire6 = Fire(self.fire5.n_out, 48, 192)
-        self.fire7 = Fire(self.fire6.n_out, 48, 192)
-        self.fire8 = Fire(self.fire7.n_out, 64, 256)
-        self.fire9 = Fire(self.fire8.n_out, 64, 256)
-        self.conv10 = (
+        self.conv1: nn.Sequential = _conv_relu(nn.Conv2d(3, 64, 3, stride=2))
+        self.fire2: Fire = Fire(64, 16, 64)
+        self.fire3: Fire = Fire(self.fire2.n_out, 16, 64)
+        self.fire4: Fire = Fire(self.fire3.n_out, 32, 128)
+        self.fire5: Fire = Fire(self.fire4.n_out, 32, 128)
+        self.fire6: Fire = Fire(self.fire5.n_out, 48, 192)
+        self.fire7: Fire = Fire(self.fire6.n_out, 48, 192)
+        self.fire8: Fire = Fire(self.fire7.n_out, 64, 256)
+        self.fire9: Fire = Fire(self.fire8.n_out, 64, 256)
+        self.conv10: nn.Sequential | None = (
             None if n_classes is None else _conv_relu(nn.Conv2d(self.fire9.n_out, n_classes, 1))
         )
 
@@ -98,7 +98,7 @@ class SqueezeNet(nn.Module):
 
 
 def squeezenet(weights: Path) -> SqueezeNet:
-    """SqueezeNet v1.1 with the weights of a file.
+    """Load SqueezeNet v1.1 with the weights of a file.
 
     Args:
         weights: Keys `conv1.weight`, `fire2.squeeze.weight`, ... and, if it has a classifier,
@@ -117,7 +117,7 @@ def squeezenet(weights: Path) -> SqueezeNet:
 
 
 def _own_name(key: str) -> str:
-    """Here every convolution sits, as `conv`, in a module that rectifies it."""
+    """Name of a key in this module, where every convolution is `conv` of a rectifying module."""
     module, _, kind = key.rpartition(".")
     return key if module.endswith(".conv") else f"{module}.conv.{kind}"
 

@@ -1,1 +1,1 @@
-"""Which branch of a site computes a feature."""
+"""Test which branch of a layer a feature belongs to, against chance."""

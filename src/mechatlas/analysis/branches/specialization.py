@@ -1,13 +1,12 @@
-"""How much of each feature is in each branch of a site, and whether that is more than by chance.
+"""Shares of features in the branches of a site, and whether they are more than by chance.
 
-    spectrum    variances and correlations of the channels, from activations
-    branches    decoder rows and branches -> shares, expected shares, p-values, q-values
-    by_lot      the same on atoms whose channels were drawn by lot, as a control
-    power       what the test finds of atoms that were moved into a branch
-    plain_shares    the shares alone
+    branches              decoder rows and branches -> shares, expected shares, p- and q-values
+    BranchTest            the same test, with its permutation control and its power
+    channel_statistics    activations -> variances and correlations of the channels
+    plain_shares          shares without a test
 
 The share of a branch is the paper's: the length of the positive part of a decoder row inside the
-branch, over its whole length. What is expected of a feature that belongs to no branch is the
+branch, over its whole length. The expected share of a feature that belongs to no branch is the
 branch's share of the channels or, where activations are given, of their variance.
 
 Source: Bozoukov, Branch specialization with k-sparse autoencoders (2025), for the share.
@@ -18,41 +17,44 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
-import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from mechatlas import deprecated
 from mechatlas.analysis.branches.null import (
     FAINTEST,
-    Lumps,
-    Places,
+    Components,
+    channel_groups,
     covariance_of_squares,
-    mixing,
-    places_of,
-    spill,
-    tail,
+    leakage,
+    tail_probability,
+    whitening_pair,
 )
-from mechatlas.base import InputError
+from mechatlas.base import InputError, Result
+from mechatlas.maths.arrays import as_array
 from mechatlas.maths.statistics import q_values, wilson
 
 ROWS_AT_ONCE = 1024
+FDR = 0.05
+"""Default false discovery rate."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Spectrum:
-    """How the channels of a site vary."""
+class ChannelStatistics:
+    """Variances and correlations of the channels of a site."""
 
     n_rows: int
     mean: Float[np.ndarray, " d"]
     variance: Float[np.ndarray, " d"]
     correlation: Float[np.ndarray, "d d"]
-    """0 with channels that do not vary."""
+    """Correlations; 0 with channels that do not vary."""
     signed: bool
     """Whether any activation is negative."""
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Specialization:
+@deprecated.renamed_attributes
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Specialization(Result):
     """Shares of features in branches, with their evidence.
 
     Every matrix has a row for each feature and a column for each branch, in the order of `names`.
@@ -60,6 +62,7 @@ class Specialization:
     """
 
     names: tuple[str, ...]
+    """Names of the branches."""
     share: Float[np.ndarray, "feature branch"]
     """Length of the (positive part of the) decoder row in the branch over its whole length; the
     squares of the shares of branches that cover a site add up to 1."""
@@ -68,13 +71,15 @@ class Specialization:
     p_values: Float[np.ndarray, "feature branch"]
     """Probability of at least such a share if the feature belonged to no branch."""
     q_values: Float[np.ndarray, "feature branch"]
-    """Smallest false discovery rate, over all features and branches, at which the claim that the
-    feature is specialised still stands."""
+    """Smallest false discovery rate, over all features and branches, at which the feature still
+    counts as specialized to the branch."""
     low: Float[np.ndarray, "feature branch"]
-    """95 % interval of the share, if the atom were drawn anew as so many independent lumps."""
+    """Lower end of the 95 % interval of the share, if the row were drawn anew with as many
+    independent components."""
     high: Float[np.ndarray, "feature branch"]
-    lumps: Float[np.ndarray, "feature branch"]
-    """How many independent pieces an atom comes to, after correlations of the channels."""
+    """Upper end of the interval."""
+    n_effective: Float[np.ndarray, "feature branch"]
+    """Effective number of independent components of the row, after correlations of channels."""
 
     @property
     def excess(self) -> Float[np.ndarray, "feature branch"]:
@@ -82,20 +87,43 @@ class Specialization:
         expected = np.square(self.expected)
         return (np.square(self.share) - expected) / np.maximum(1 - expected, 1e-300)
 
-    def specialised(self, rate: float = 0.05) -> Bool[np.ndarray, "feature branch"]:
-        """Which features are specialised to which branch at a false discovery rate."""
-        return np.nan_to_num(self.q_values, nan=np.inf) <= rate
+    @deprecated.renamed_arguments
+    def specialized(self, fdr: float = FDR) -> Bool[np.ndarray, "feature branch"]:
+        """Whether each feature is specialized to each branch at a false discovery rate."""
+        return np.nan_to_num(self.q_values, nan=np.inf) <= fdr
 
-    def branch_of(self, rate: float = 0.05) -> Int[np.ndarray, " feature"]:
-        """The branch that each feature is specialised to most; -1 for none."""
-        stands = self.specialised(rate)
-        excess = np.where(stands, self.excess, -np.inf)
-        return np.where(stands.any(axis=1), excess.argmax(axis=1), -1)
+    @deprecated.renamed_arguments
+    def branch_of(self, fdr: float = FDR) -> Int[np.ndarray, " feature"]:
+        """Number of the branch that each feature is specialized to most; -1 for none."""
+        specialized = self.specialized(fdr)
+        excess = np.where(specialized, self.excess, -np.inf)
+        return np.where(specialized.any(axis=1), excess.argmax(axis=1), -1)
 
-    def leaning(self) -> Int[np.ndarray, " feature"]:
-        """The branch that each feature lies in most surely, proved or not; -1 if not tested."""
+    def nearest_branch(self) -> Int[np.ndarray, " feature"]:
+        """Number of the branch with the smallest p-value, significant or not; -1 if not tested."""
         p = np.where(np.isnan(self.p_values), np.inf, self.p_values)
         return np.where(np.isfinite(p).any(axis=1), p.argmin(axis=1), -1)
+
+    def summary(self) -> str:
+        """Numbers of specialized features, in all and by branch, with expected shares."""
+        specialized, tested = self.specialized(), ~np.isnan(self.q_values).all(axis=1)
+        lines = [
+            f"{specialized.any(axis=1).sum():,} of {tested.sum():,} features specialized to a "
+            f"branch (false discovery rate {FDR:.0%})"
+        ]
+        if tested.any():
+            expected, n_effective = (
+                np.median(each[tested], axis=0) for each in (self.expected, self.n_effective)
+            )
+            parts = (
+                f"{name} {n:,} (expected share {share:.2f}, {pieces:.0f} effective components)"
+                for name, n, share, pieces in zip(
+                    self.names[:4], specialized.sum(axis=0), expected, n_effective, strict=False
+                )
+            )
+            more = f"\nand {len(self.names) - 4} more" if len(self.names) > 4 else ""
+            lines.append("\n".join(parts) + more)
+        return "\n".join(lines)
 
 
 def branches(
@@ -109,10 +137,10 @@ def branches(
     """Test every feature for more of itself in a branch than chance would put there.
 
     Args:
-        W_dec: Decoder rows (n_features, d), numpy or torch; or a dictionary.
+        W_dec: Decoder rows (n_features, d), numpy, torch or lists; or a dictionary.
         branches: Name -> channels, as a slice or (first, one after the last). They must not
             overlap; together they need not cover the site.
-        activations: Rows (n, d) of the site, or what `spectrum` made of them. Without them all
+        activations: Rows (n, d) of the site, or their `channel_statistics`. Without them all
             channels count as equally and independently variable.
         positive: Only the positive part of a row counts, as after a rectifier. By default it does
             unless activations are given and some are negative.
@@ -124,210 +152,163 @@ def branches(
 
     Raises:
         InputError: There is nothing to compare, shapes do not fit, or a value is not finite.
+
+    Examples:
+        >>> import numpy as np
+        >>> from mechatlas import branches
+        >>> W_dec = np.abs(np.random.default_rng(1).standard_normal((200, 64)))
+        >>> W_dec[:20, 16:] *= 0.1
+        >>> found = branches(W_dec, {"1x1": slice(0, 16), "3x3": slice(16, 64)})
+        >>> found.specialized().sum(axis=0).tolist()
+        [20, 0]
     """
-    atoms, site = _given(W_dec, branches, activations, positive)
-    energy, p, lumps = _tails(atoms, site)
-    low, high = wilson(energy, lumps)
-    if tested is not None:
-        p[~tested] = np.nan
-    expected = np.sqrt([[place.share for place in site.places]]) * np.ones(energy.shape)
-    expected[np.isnan(energy)] = np.nan
-    return Specialization(
-        names=tuple(site.branches),
-        share=np.sqrt(energy),
-        expected=expected,
-        p_values=p,
-        q_values=q_values(p),
-        low=np.sqrt(low),
-        high=np.sqrt(high),
-        lumps=lumps,
-    )
+    return BranchTest(W_dec, branches, activations, positive=positive, tested=tested).run()
 
 
-_tested = branches  # where an argument has the name
+class BranchTest:
+    """Test of features for branches, with its permutation control and its power.
 
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class _Site:
-    """What the null knows of the channels."""
-
-    branches: dict[str, slice]
-    places: list[Places]
-    units: Float[np.ndarray, " d"]
-    """Variance that each channel's entries are divided by."""
-    spilled: Float[np.ndarray, "d d"] | None
-    positive: bool
-
-    @classmethod
-    def of(
-        cls, named: dict[str, slice], d: int, known: Spectrum | None, *, positive: bool
-    ) -> "_Site":
-        """From the variances and correlations, or from widths alone.
-
-        Raises:
-            InputError: No channel varies.
-        """
-        variance, together, spilled = np.ones(d), None, None
-        if known is not None:
-            if not known.variance.any():
-                raise InputError(f"All {known.n_rows} rows of activations are equal.")
-            variance = known.variance / known.variance.mean()
-            together = covariance_of_squares(known.correlation, positive=positive)
-            spilled = spill(mixing(known.correlation)[0])
-        places = []
-        for channels in named.values():
-            inside = np.zeros(d, dtype=bool)
-            inside[channels] = True
-            places.append(places_of(variance, inside, together))
-        units = np.maximum(variance, FAINTEST**2)
-        return cls(named, places, units, spilled, positive)
-
-
-def _known(activations: Any) -> Spectrum | None:
-    """The spectrum of activations, or what is one already."""
-    given = activations is None or isinstance(activations, Spectrum)
-    return activations if given else spectrum(activations)
-
-
-def _given(
-    W_dec: Any,  # noqa: N803 - the field's name
-    branches: Mapping[str, Any],
-    activations: Any,
-    positive: bool | None,
-) -> tuple[np.ndarray, _Site]:
-    """Decoder rows, and what the null knows.
+    Args:
+        W_dec: Decoder rows or a dictionary, as for `branches`.
+        branches: Name -> channels.
+        activations: Rows of the site, or their statistics.
+        positive: Only the positive part of a row counts.
+        tested: Features to test.
 
     Raises:
         InputError: There is nothing to compare, or shapes do not fit.
     """
-    atoms = matrix(getattr(W_dec, "W_dec", W_dec), "W_dec", "n_features, d")
-    d = atoms.shape[1]
-    named, known = checked_branches(branches, d), _known(activations)
-    if known is not None and len(known.variance) != d:
-        raise InputError(
-            f"Decoder rows have {d} channels, the activations {len(known.variance)}. Are they "
-            "of the same site?"
-        )
-    if positive is None:
-        positive = known is None or not known.signed
-    return atoms, _Site.of(named, d, known, positive=positive)
 
+    def __init__(
+        self,
+        W_dec: Any,  # noqa: N803 - the field's name
+        branches: Mapping[str, Any],
+        activations: Any = None,
+        *,
+        positive: bool | None = None,
+        tested: Bool[np.ndarray, " feature"] | None = None,
+    ) -> None:
+        self.rows = as_array(getattr(W_dec, "W_dec", W_dec), "n_features d", "W_dec")
+        if not self.rows.size:
+            raise InputError(f"W_dec has shape {self.rows.shape}: there is nothing to test.")
+        d = self.rows.shape[1]
+        self.branches, self.tested = checked_branches(branches, d), tested
+        given = activations is None or isinstance(activations, ChannelStatistics)
+        self.known = known = activations if given else channel_statistics(activations)
+        self.positive = (known is None or not known.signed) if positive is None else positive
+        variance, together, self._leaked = np.ones(d), None, None
+        if known is not None:
+            if len(known.variance) != d:
+                raise InputError(
+                    f"Decoder rows have {d} channels, the activations {len(known.variance)}. Are "
+                    "they of the same site?"
+                )
+            if not known.variance.any():
+                raise InputError(f"All {known.n_rows} rows of activations are equal.")
+            variance = known.variance / known.variance.mean()
+            together = covariance_of_squares(known.correlation, positive=self.positive)
+            self._leaked = leakage(whitening_pair(known.correlation).color)
+        self._variance = np.maximum(variance, FAINTEST**2)
+        self._groups = []
+        for channels in self.branches.values():
+            inside = np.zeros(d, dtype=bool)
+            inside[channels] = True
+            self._groups.append(channel_groups(variance, inside, together))
 
-def _tails(atoms: np.ndarray, site: _Site) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Share of the energy, p-value and number of pieces of every atom in every branch."""
-    n = len(atoms)
-    energy, p, pieces = (np.full((n, len(site.places)), np.nan) for _ in range(3))
-    for start in range(0, n, ROWS_AT_ONCE):
-        block = atoms[start : start + ROWS_AT_ONCE].astype(np.float64)
-        _finite(block, "W_dec", start)
-        squares = np.square(np.maximum(block, 0) if site.positive else block)
-        whole = squares.sum(axis=1)
-        there = np.flatnonzero((whole > 0) & (squares / site.units).any(axis=1))
-        squares = squares[there] / whole[there, None]
-        rows = start + there
-        energy[rows] = np.stack(
-            [squares[:, channels].sum(axis=1) for channels in site.branches.values()], axis=1
-        )
-        lumps = Lumps.of(squares, site.units, site.spilled)
-        for k, place in enumerate(site.places):
-            p[rows, k], pieces[rows, k] = tail(lumps, energy[rows, k], place)
-    return energy, p, pieces
+    def run(self) -> Specialization:
+        """Test all features.
 
+        Raises:
+            InputError: A value is not finite.
+        """
+        return self._test(self.rows)
 
-def by_lot(
-    W_dec: Any,  # noqa: N803 - the field's name
-    branches: Mapping[str, Any],
-    activations: Any = None,
-    *,
-    positive: bool | None = None,
-    tested: Bool[np.ndarray, " feature"] | None = None,
-    seed: int = 0,
-) -> Specialization:
-    """The control: the same test on atoms whose channels were drawn by lot.
+    def permuted(self, *, seed: int = 0) -> Specialization:
+        """Test rows whose channels were permuted at random: features found specialized are false.
 
-    Each atom is divided by the deviations of the channels and freed of their correlations, its
-    entries are put in random order, mixed as the channels are correlated, and multiplied by the
-    deviations again. What is found specialised then is what the test finds where there is nothing.
-
-    Args:
-        W_dec: As for `branches`, and so are the others.
-        branches: Name -> channels.
-        activations: Rows, or their spectrum.
-        positive: Only the positive part of a row counts.
-        tested: Features to test.
-        seed: Seed of the lots.
-
-    Raises:
-        InputError: As for `branches`.
-    """
-    atoms = matrix(getattr(W_dec, "W_dec", W_dec), "W_dec", "n_features, d").astype(np.float64)
-    known = _known(activations)
-    order = np.argsort(np.random.default_rng([seed, 3]).random(atoms.shape), axis=1)
-    if known is None:
-        drawn = np.take_along_axis(atoms, order, axis=1)
-    else:
+        Each row is divided by the deviations of the channels and freed of their correlations, its
+        entries are put in random order, mixed as the channels are correlated, and multiplied by
+        the deviations again.
+        """
+        rows, known = self.rows.astype(np.float64), self.known
+        order = np.argsort(np.random.default_rng([seed, 3]).random(rows.shape), axis=1)
+        if known is None:
+            return self._test(np.take_along_axis(rows, order, axis=1))
         deviation = np.sqrt(known.variance)
         least = FAINTEST * np.sqrt(np.mean(known.variance))
-        mix, unmix = mixing(known.correlation)
-        entries = atoms / np.maximum(deviation, least) @ unmix
-        drawn = np.take_along_axis(entries, order, axis=1) @ mix * deviation
-    return _tested(drawn, branches, known, positive=positive, tested=tested)
+        color, whiten = whitening_pair(known.correlation)
+        entries = rows / np.maximum(deviation, least) @ whiten
+        return self._test(np.take_along_axis(entries, order, axis=1) @ color * deviation)
 
+    def power(
+        self, *, excess: float = 0.9, fdr: float = FDR, seed: int = 0
+    ) -> Float[np.ndarray, " branch"]:
+        """Measure which fraction of the features that belong to a branch the test finds.
 
-def power(
-    W_dec: Any,  # noqa: N803 - the field's name
-    branches: Mapping[str, Any],
-    activations: Any = None,
-    *,
-    positive: bool | None = None,
-    tested: Bool[np.ndarray, " feature"] | None = None,
-    excess: float = 0.9,
-    rate: float = 0.05,
-    seed: int = 0,
-) -> Float[np.ndarray, " branch"]:
-    """What part of the features that belong to a branch the test would find.
+        A tenth of the rows, and no more than 100 for each branch, are moved into branches: their
+        entries inside and outside are stretched until the share has the excess. All rows are
+        tested then.
 
-    A tenth of the atoms, and no more than 100 for each branch, are moved into branches: what they
-    have inside and outside is stretched until the share has the excess. All atoms are tested then.
+        Args:
+            excess: Effect size that they are moved to.
+            fdr: False discovery rate.
+            seed: Seed of the choice of features.
 
-    Args:
-        W_dec: As for `branches`, and so are the others.
-        branches: Name -> channels.
-        activations: Rows, or their spectrum.
-        positive: Only the positive part of a row counts.
-        tested: Features to test.
-        excess: Effect size that they are moved to.
-        rate: False discovery rate.
-        seed: Seed of which atoms are moved where.
+        Returns:
+            For each branch the fraction found of the features moved there; NaN if none was.
+        """
+        rows, slices = self.rows.astype(np.float64), list(self.branches.values())
+        squares = np.square(plain_shares(rows, self.branches, positive=self.positive)[0])
+        free = ((squares > 0) & (squares < 1)).all(axis=1)
+        order = np.flatnonzero(free if self.tested is None else free & self.tested)
+        order = np.random.default_rng([seed, 5]).permutation(order)
+        size = min(100, len(order) // (10 * len(slices)))
+        parts = [order[k * size : (k + 1) * size] for k in range(len(slices))]
+        for k, (part, channels) in enumerate(zip(parts, slices, strict=True)):
+            aim = self._groups[k].share + excess * (1 - self._groups[k].share)
+            inside = rows[part, channels] * np.sqrt(aim / squares[part, k])[:, None]
+            rows[part] *= np.sqrt((1 - aim) / (1 - squares[part, k]))[:, None]
+            rows[part, channels] = inside
+        found = self._test(rows).specialized(fdr)
+        return np.array([found[p, k].mean() if size else np.nan for k, p in enumerate(parts)])
 
-    Returns:
-        For each branch the share of what was moved there that is found; NaN if nothing was.
-
-    Raises:
-        InputError: As for `branches`.
-    """
-    known = _known(activations)
-    atoms, site = _given(W_dec, branches, known, positive)
-    atoms = atoms.astype(np.float64)
-    squares = np.square(plain_shares(atoms, site.branches, positive=site.positive)[0])
-    free = ((squares > 0) & (squares < 1)).all(axis=1)
-    order = np.flatnonzero(free if tested is None else free & tested)
-    order = np.random.default_rng([seed, 5]).permutation(order)
-    size = min(100, len(order) // (10 * len(site.places)))
-    parts = [order[k * size : (k + 1) * size] for k in range(len(site.places))]
-    for k, (rows, channels) in enumerate(zip(parts, site.branches.values(), strict=True)):
-        aim = site.places[k].share + excess * (1 - site.places[k].share)
-        inside = atoms[rows, channels] * np.sqrt(aim / squares[rows, k])[:, None]
-        atoms[rows] *= np.sqrt((1 - aim) / (1 - squares[rows, k]))[:, None]
-        atoms[rows, channels] = inside
-    found = _tested(atoms, branches, known, positive=site.positive, tested=tested).specialised(rate)
-    return np.array([found[rows, k].mean() if size else np.nan for k, rows in enumerate(parts)])
+    def _test(self, rows: np.ndarray) -> Specialization:
+        """Share of the energy of every row in every branch, with its tail under the null."""
+        energy, p, n_effective = (np.full((len(rows), len(self._groups)), np.nan) for _ in "epn")
+        for start in range(0, len(rows), ROWS_AT_ONCE):
+            block = rows[start : start + ROWS_AT_ONCE].astype(np.float64)
+            _refuse_unless_finite(block, "W_dec", start)
+            squares = np.square(np.maximum(block, 0) if self.positive else block)
+            whole = squares.sum(axis=1)
+            there = np.flatnonzero((whole > 0) & (squares / self._variance).any(axis=1))
+            squares = squares[there] / whole[there, None]
+            at = start + there
+            for k, channels in enumerate(self.branches.values()):
+                energy[at, k] = squares[:, channels].sum(axis=1)
+            components = Components.of(squares, self._variance, self._leaked)
+            for k, groups in enumerate(self._groups):
+                p[at, k], n_effective[at, k] = tail_probability(components, energy[at, k], groups)
+        low, high = wilson(energy, n_effective)
+        if self.tested is not None:
+            p[~self.tested] = np.nan
+        expected = np.sqrt([[groups.share for groups in self._groups]]) * np.ones(energy.shape)
+        expected[np.isnan(energy)] = np.nan
+        return Specialization(
+            names=tuple(self.branches),
+            share=np.sqrt(energy),
+            expected=expected,
+            p_values=p,
+            q_values=q_values(p),
+            low=np.sqrt(low),
+            high=np.sqrt(high),
+            n_effective=n_effective,
+        )
 
 
 def plain_shares(
     atoms: Float[np.ndarray, "feature d"], branches: Mapping[str, slice], *, positive: bool = True
 ) -> tuple[Float[np.ndarray, "feature branch"], Float[np.ndarray, " branch"]]:
-    """Shares without a test, 0 for atoms without length, and what width alone predicts."""
+    """Shares without a test, 0 for rows without length, and the shares that width predicts."""
     part = np.maximum(atoms, 0) if positive else np.abs(atoms)
     whole = np.maximum(np.linalg.norm(part, axis=1), np.finfo(np.float32).tiny)
     widths = [len(range(*s.indices(atoms.shape[1]))) for s in branches.values()]
@@ -337,15 +318,15 @@ def plain_shares(
     return shares, np.sqrt(np.array(widths, dtype=np.float64) / atoms.shape[1])
 
 
-def spectrum(activations: Any) -> Spectrum:
-    """Variances and correlations of channels.
+def channel_statistics(activations: Any) -> ChannelStatistics:
+    """Measure variances and correlations of channels.
 
     Args:
-        activations: Rows (n, d), numpy or torch; or several such arrays one after another, read
-            once, so that they need not fit into memory.
+        activations: Rows (n, d), numpy, torch or lists; or several such arrays one after another,
+            read once, so that they need not fit into memory.
 
     Raises:
-        InputError: They are no rows, fewer than two, or a value is not finite.
+        InputError: There are fewer than two rows, or a value is not finite.
     """
     count, low = 0, 0.0
     total = square = None
@@ -358,7 +339,7 @@ def spectrum(activations: Any) -> Spectrum:
             raise InputError(
                 f"Rows of activations have {block.shape[1]} channels, earlier ones {len(shift)}."
             )
-        _finite(block, "activations", count)
+        _refuse_unless_finite(block, "activations", count)
         low = min(low, float(block.min()))
         block = block - shift  # else a large mean would drown a small variance
         total += block.sum(axis=0)
@@ -374,15 +355,19 @@ def spectrum(activations: Any) -> Spectrum:
     scale = np.where(varies, deviation, np.inf)
     correlation = np.clip(covariance / scale[:, None] / scale, -1, 1)
     np.fill_diagonal(correlation, 1.0)
-    return Spectrum(count, mean + shift, np.where(varies, variance, 0), correlation, low < 0)
+    return ChannelStatistics(
+        count, mean + shift, np.where(varies, variance, 0), correlation, low < 0
+    )
 
 
 def _blocks(activations: Any) -> Iterator[np.ndarray]:
-    if not isinstance(activations, np.ndarray | Tensor) and isinstance(activations, Iterable):
+    nested = isinstance(activations, list | tuple) and activations and np.ndim(activations[0]) < 2
+    one = nested or isinstance(activations, np.ndarray | Tensor)
+    if not one and isinstance(activations, Iterable):
         for part in activations:
             yield from _blocks(part)
         return
-    rows = matrix(activations, "activations", "n, d")
+    rows = as_array(activations, "n d", "activations")
     for start in range(0, len(rows), ROWS_AT_ONCE):
         yield rows[start : start + ROWS_AT_ONCE].astype(np.float64)
 
@@ -394,7 +379,7 @@ def checked_branches(branches: Mapping[str, Any], d: int) -> dict[str, slice]:
         InputError: There is nothing to compare; or one is empty, does not fit, or overlaps.
     """
     named: dict[str, slice] = {}
-    owner = np.full(d, -1)
+    branch_of = np.full(d, -1)
     for number, (name, ends) in enumerate(dict(branches).items()):
         first, last = (ends.start, ends.stop) if isinstance(ends, slice) else tuple(ends)
         first, last = 0 if first is None else int(first), d if last is None else int(last)
@@ -404,15 +389,15 @@ def checked_branches(branches: Mapping[str, Any], d: int) -> dict[str, slice]:
             raise InputError(
                 f"Branch {name!r} is channels {first} to {last}; expected some of 0 to {d}."
             )
-        taken = owner[first:last]
+        taken = branch_of[first:last]
         if (taken >= 0).any():
             other = list(named)[int(taken.max())]
             raise InputError(f"Branches {other!r} and {name!r} overlap.")
-        owner[first:last] = number
+        branch_of[first:last] = number
         named[str(name)] = slice(first, last)
     if not named:
         raise InputError("There are no branches: pass a dict of name -> slice of the channels.")
-    if len(named) == 1 and (owner >= 0).all():
+    if len(named) == 1 and (branch_of >= 0).all():
         raise InputError(
             f"The branch {next(iter(named))!r} is all {d} channels, so there is nothing to compare "
             "it with. Use a dictionary of the whole site."
@@ -420,25 +405,7 @@ def checked_branches(branches: Mapping[str, Any], d: int) -> dict[str, slice]:
     return named
 
 
-def matrix(value: Any, name: str, shape: str) -> np.ndarray:
-    """A numpy or torch matrix of numbers, as numpy.
-
-    Raises:
-        InputError: It is none, or it is empty.
-    """
-    if isinstance(value, Tensor):
-        value = value.detach().cpu()
-        value = value.float() if value.dtype == torch.bfloat16 else value
-    array = np.asarray(value)
-    if array.ndim != 2 or array.dtype.kind not in "fiu" or not array.size:
-        raise InputError(
-            f"{name} must be a matrix ({shape}) of numbers, got shape {array.shape} of "
-            f"{array.dtype}."
-        )
-    return array
-
-
-def _finite(block: np.ndarray, name: str, start: int) -> None:
+def _refuse_unless_finite(block: np.ndarray, name: str, start: int) -> None:
     bad = np.argwhere(~np.isfinite(block))
     if len(bad):
         row, column = bad[0]

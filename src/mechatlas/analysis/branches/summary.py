@@ -1,53 +1,61 @@
-"""What a specialization says about branches, labels and layers.
+"""Branches of features compared with labels, with other layers and with the weights.
 
-    enriched        do the features of a branch carry a label more often than the others?
-    consistency     are matched features of two layers in the same branch more often than by chance?
-    svd_order       units in the order of what distinguishes their weights
+    label_enrichment    labels that the features of a branch carry more often than the others
+    consistency         agreement of the branches of matched features of two layers with chance
+    svd_order           units in the order of the largest difference between their weights
 
 Source: Distill, Branch specialization (Voss et al., 2021), for enrichment and the ordering.
 """
 
 import dataclasses
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from mechatlas.base import InputError
-from mechatlas.maths.statistics import Proportion, enrichment, proportion, q_values
+from mechatlas.maths.statistics import enrichment, proportion, q_values
 
 DRAWS = 1999
 """Permutations behind the p-value of an agreement."""
 
 
-class Enriched(NamedTuple):
-    """One label in one branch."""
+@dataclasses.dataclass(frozen=True)
+class LabelEnrichment:
+    """Features of one branch that carry one label."""
 
     branch: str
+    """Name of the branch."""
     label: str
+    """The label."""
     both: int
     """Features of the branch that carry the label."""
     in_branch: int
+    """Features of the branch."""
     with_label: int
+    """Features that carry the label."""
     total: int
+    """Features that count."""
     p_value: float
+    """Probability of at least as many in both if branches and labels were independent."""
     q_value: float
+    """Smallest false discovery rate at which the label still counts as enriched."""
 
 
-def enriched(
+def label_enrichment(
     branch_of: Int[np.ndarray, " feature"],
     names: Sequence[str],
-    labels: Any,
+    labels: Iterable[Any],
     *,
     tested: Bool[np.ndarray, " feature"] | None = None,
-) -> list[Enriched]:
-    """Labels that the features of a branch carry more often than the others.
+) -> list[LabelEnrichment]:
+    """Find labels that the features of a branch carry more often than the others.
 
     Args:
         branch_of: Branch of each feature, -1 for none.
-        names: Of the branches.
+        names: Names of the branches.
         labels: One label for each feature: numbers or strings; `None`, NaN or "" for no label.
         tested: Features that count; by default all.
 
@@ -62,52 +70,56 @@ def enriched(
         raise InputError(f"There are {len(values)} labels for {len(branch_of)} features.")
     words = np.array(["" if v is None or v != v else str(v) for v in values], dtype=object)
     counted = np.ones(len(words), dtype=bool) if tested is None else tested
-    kinds = sorted(set(words[counted]) - {""})
-    found = []
+    cells = [
+        (name, kind, counted & (branch_of == k), counted & (words == kind))
+        for k, name in enumerate(names)
+        for kind in sorted(set(words[counted]) - {""})
+    ]
+    both, in_branch, with_label = (
+        np.array([count(mine, carries) for _, _, mine, carries in cells], np.int64)
+        for count in (lambda a, b: (a & b).sum(), lambda a, b: a.sum(), lambda a, b: b.sum())
+    )
     total = int(counted.sum())
-    for k, name in enumerate(names):
-        mine = counted & (branch_of == k)
-        for kind in kinds:
-            carries = counted & (words == kind)
-            both = np.array([int((mine & carries).sum())])
-            sizes = np.array([int(mine.sum())]), np.array([int(carries.sum())])
-            p = float(enrichment(both, *sizes, total)[0])
-            found.append(
-                Enriched(
-                    name, kind, int(both[0]), int(sizes[0][0]), int(sizes[1][0]), total, p, 1.0
-                )
-            )
-    q = q_values(np.array([one.p_value for one in found], dtype=np.float64))
-    found = [one._replace(q_value=float(value)) for one, value in zip(found, q, strict=True)]
-    return sorted(found, key=lambda one: one.p_value)
+    p = enrichment(both, in_branch, with_label, total)
+    numbers = [column.tolist() for column in (both, in_branch, with_label)]
+    evidence = zip(cells, *numbers, p.tolist(), q_values(p).tolist(), strict=True)
+    enriched = [
+        LabelEnrichment(name, kind, n_both, n_branch, n_label, total, p_value, q_value)
+        for (name, kind, _, _), n_both, n_branch, n_label, p_value, q_value in evidence
+    ]
+    return sorted(enriched, key=lambda each: each.p_value)
 
 
 @dataclasses.dataclass(frozen=True)
 class Agreement:
-    """How often two things are the same, and how often they would be by chance."""
+    """Frequency with which two things are the same, against chance; None without pairs."""
 
     pairs: int
-    same: Proportion
-    chance: float
-    """Expected share if partners were drawn by lot among the pairs compared."""
-    p_value: float
+    """Pairs compared."""
+    value: float | None = None
+    """Share of the pairs that are the same."""
+    low: float | None = None
+    """Lower end of the 95 % interval."""
+    high: float | None = None
+    """Upper end of the 95 % interval."""
+    chance: float | None = None
+    """Expected share with partners drawn at random among the pairs compared."""
+    p_value: float | None = None
     """Share of permutations that agree at least as often (one-sided)."""
-
-    @property
-    def kappa(self) -> float:
-        """0 by chance, 1 always the same (Cohen's kappa); NaN if chance alone says 1."""
-        return (self.same.value - self.chance) / (1 - self.chance) if self.chance < 1 else np.nan
+    kappa: float | None = None
+    """Cohen's kappa: 0 by chance, 1 always the same; None if chance alone says 1."""
 
 
-class Consistency(NamedTuple):
-    """Whether features stay in the same kind of branch from one layer to another."""
+@dataclasses.dataclass(frozen=True)
+class Consistency:
+    """Agreement of the branches of matched features of two layers."""
 
     same_branch: Agreement
-    """Among matched pairs in which both features are specialised."""
+    """Agreement among matched pairs in which both features have a branch."""
     same_branch_of_equal_size: Agreement
-    """The same among those pairs whose two branches have equal kernels, with partners drawn by lot
-    among pairs of that size only: what filter size cannot explain. Sizes that only one branch has
-    say nothing and are left out."""
+    """Agreement among pairs whose two branches have equal kernels, with partners drawn among pairs
+    of that size only, which filter size cannot explain. Sizes that only one branch has are left
+    out."""
 
 
 def consistency(
@@ -126,12 +138,12 @@ def consistency(
 
     Args:
         branch_a: Branch of each feature of the first dictionary, -1 for none.
-        branch_b: Of the second.
+        branch_b: Branch of each feature of the second.
         names_a: Names of the branches; branches of the same name are the same kind.
-        names_b: Of the second.
+        names_b: Names of the branches of the second.
         latent_a: Feature of the first dictionary in each pair, as in `matches.parquet`.
         latent_b: Feature of the second.
-        matched: Whether the pair stands against chance.
+        matched: Whether the match of the pair is significant.
         sizes: Kernel size of each kind of branch; by default read from its name.
         seed: Seed of the permutations.
 
@@ -161,24 +173,21 @@ def consistency(
 
 
 def kernel_sizes(names: Sequence[str]) -> dict[str, int]:
-    """Side of the kernel in a name: 5 of "5x5" and "expand5x5"; 1 where a pool is projected.
+    """Sides of the kernels in names: 5 of "5x5" and "expand5x5"; 1 where a pool is projected.
 
     Branches that name no size, such as attention heads, all have size 0.
     """
-    found = {}
-    for name in names:
-        side = re.search(r"(\d+)x\d+", name)
-        found[name] = int(side[1]) if side else 1 if "pool" in name else 0
-    return found
+    sides = {name: re.search(r"(\d+)x\d+", name) for name in names}
+    return {name: int(side[1]) if side else int("pool" in name) for name, side in sides.items()}
 
 
 def _agreement(a: np.ndarray, b: np.ndarray, stratum: np.ndarray, seed: int) -> Agreement:
     n, same = len(a), int((a == b).sum())
     if not n:
-        return Agreement(0, proportion(0, 0), float("nan"), float("nan"))
+        return Agreement(0)
     chance, parts = 0.0, []
-    for one in np.unique(stratum):
-        mine = np.flatnonzero(stratum == one)
+    for each in np.unique(stratum):
+        mine = np.flatnonzero(stratum == each)
         kinds = np.unique([a[mine], b[mine]])
         chance += sum((a[mine] == k).sum() * (b[mine] == k).mean() for k in kinds)
         parts.append(mine)
@@ -187,11 +196,14 @@ def _agreement(a: np.ndarray, b: np.ndarray, stratum: np.ndarray, seed: int) -> 
     for _ in range(DRAWS):
         agree = sum(int((a[mine] == b[random.permutation(mine)]).sum()) for mine in parts)
         hits += agree >= same
-    return Agreement(n, proportion(same, n), float(chance / n), (1 + hits) / (1 + DRAWS))
+    chance = float(chance / n)
+    share = proportion(same, n)
+    kappa = (share.value - chance) / (1 - chance) if chance < 1 else None
+    return Agreement(n, *share, chance, (1 + hits) / (1 + DRAWS), kappa)
 
 
 class Order(NamedTuple):
-    """Rows and columns of weights, sorted by what distinguishes them."""
+    """Rows and columns of weights, sorted by the largest difference between them."""
 
     rows: Int[np.ndarray, " row"]
     columns: Int[np.ndarray, " column"]
@@ -199,7 +211,7 @@ class Order(NamedTuple):
     """Entry of each row, as it was given, in the singular vector."""
     column_loading: Float[np.ndarray, " column"]
     explained: float
-    """Share of the squares of |W| that the component explains."""
+    """Fraction of the squares of |W| that the component explains."""
 
 
 def svd_order(weights: Float[np.ndarray, "row column"], *, component: int = 1) -> Order:
@@ -207,9 +219,9 @@ def svd_order(weights: Float[np.ndarray, "row column"], *, component: int = 1) -
 
     Args:
         weights: Weights between two layers, or decoder rows.
-        component: 0 is how strong units are overall; 1, the default, is the largest way in which
-            they differ apart from that. The sign is such that the loadings of columns are mostly
-            positive.
+        component: Number of the singular vector: 0 is how strong units are overall; 1, the
+            default, is the largest way in which they differ apart from that. The sign is such
+            that the loadings of columns are mostly positive.
 
     Raises:
         InputError: There are not so many components, or a value is not finite.

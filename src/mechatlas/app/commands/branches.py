@@ -1,334 +1,440 @@
-"""`mechatlas branches`: which branch of its site each feature of a dictionary belongs to.
+"""Test which branch of its site each feature of a dictionary belongs to.
 
-The folder has `features.parquet` (a row for each feature and branch), `result.json`, the picture
-of the decoder in `picture.json`, `recipe.toml` and `manifest.json`.
+    mechatlas branches runs/mixed4a --store runs/store --out runs/branches4a
+    mechatlas branches sae.safetensors --site mixed4a --store runs/store --out out
+    mechatlas branches runs/4a --store runs/store --match runs/match --out out
+
+The folder has `features.parquet` (a row for each feature and branch) and `picture.json` (the
+decoder, sorted).
 """
 
 import dataclasses
-import io
-import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
-import pyarrow.parquet as pq
 import torch
-from torch import Tensor
+from jaxtyping import Bool, Float, Int, Shaped
+from scipy import stats
 from tyro.conf import Positional, arg
 
-from mechatlas.activations.store import Store, StoreRows
-from mechatlas.analysis.branches.drive import ROWS_AT_ONCE, Drive, drive
+from mechatlas.activations.store import Store
+from mechatlas.analysis.branches.activity import (
+    ROWS_AT_ONCE,
+    ActivityShares,
+    Shares,
+    activity_shares,
+)
 from mechatlas.analysis.branches.specialization import (
+    FDR,
+    BranchTest,
+    ChannelStatistics,
     Specialization,
-    Spectrum,
     branches,
-    by_lot,
-    power,
-    spectrum,
+    channel_statistics,
 )
 from mechatlas.analysis.branches.summary import (
-    Agreement,
+    Consistency,
+    LabelEnrichment,
     consistency,
-    enriched,
+    label_enrichment,
     svd_order,
 )
+from mechatlas.app.branch_inputs import (
+    BranchSite,
+    NeighborMatch,
+    open_matches,
+    open_site,
+    read_labels,
+)
 from mechatlas.app.progress import bar
-from mechatlas.app.run_folder import BRANCHES, Result, finish, refuse_strangers, write_table
-from mechatlas.base import DiskError, InputError, RecipeError, StoreError
-from mechatlas.dictionaries.formats import load
-from mechatlas.files import checksum, read_json, write_json
+from mechatlas.app.run_folder import (
+    BRANCHES,
+    MANIFEST,
+    CommandResult,
+    RunConfig,
+    RunFolder,
+)
+from mechatlas.base import RecipeError
+from mechatlas.files import checksum
 from mechatlas.maths.statistics import proportion
 
+KIND = BRANCHES
+FEATURES, PICTURE = "features.parquet", "picture.json"
 ROWS = 16_384
+"""Default number of rows."""
 LABELS_SHOWN = 50
-"""Labels in `result.json`, surest first."""
+"""Number of labels in `result.json`, surest first."""
 PICTURE_ROWS = 160
-"""Rows of the picture of a decoder; each is the mean of neighbours."""
+"""Number of rows in the picture of a decoder; each is the mean of neighbors."""
+Arrays = dict[str, Shaped[np.ndarray, "..."]]
+"""Part of the work as it is kept."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class BranchesConfig:
-    """Test every feature of a dictionary for a branch of its own.
-
-    Examples:  mechatlas branches runs/mixed4a --store runs/store --out runs/branches4a
-               mechatlas branches sae.safetensors --site mixed4a --store runs/store --out out
-               mechatlas branches runs/4a --store runs/store --match runs/match --out out
-    """
+class BranchesConfig(RunConfig):
+    """Test every feature of a dictionary for a branch of its own."""
 
     dictionary: Annotated[Positional[Path], arg(metavar="DICT")]
     """Folder or file of a dictionary, in any supported format, of a whole site with branches."""
     store: Path
     """Store that has the site."""
-    out: Path
-    """Folder for the result."""
     site: str | None = None
     """Site that the dictionary reads, if its file does not say."""
     rows: int = ROWS
-    """Rows of the store for variances, and for what each branch does to the features."""
-    rate: float = 0.05
-    """False discovery rate at which a feature counts as specialised."""
+    """Rows of the store for variances, and for the activity that comes from each branch."""
+    fdr: float = FDR
+    """False discovery rate at which a feature counts as specialized."""
     labels: str | None = None
     """Labels to look for in the branches, as FILE.parquet:COLUMN; a column `feature` says which
     feature each row is of, otherwise rows are in the order of features."""
     match: Path | None = None
-    """What `mechatlas match --cost codes` wrote for this dictionary and those of other layers: do
-    features stay in the same kind of branch?"""
+    """Result folder of `mechatlas match --cost codes` for this dictionary and dictionaries of other
+    layers, to test whether features stay in the same kind of branch."""
     seed: int = 0
-    """Seed of the controls."""
+    """Seed of the permutation control and of the features moved to measure power."""
 
 
-def in_words(result: Result) -> str:
-    """What was found."""
-    lines = [
-        f"{result['site']}: {result['specialised']} of {result['tested']} features specialised to "
-        f"a branch (false discovery rate {result['rate']:.0%}); with their channels drawn by lot "
-        f"{result['specialised_by_lot']}"
-    ]
-    lines += [
-        f"  {one['name']:12} {one['width']:4} channels, expected share "
-        f"{one['expected_share']:.2f}: {one['specialised']} specialised{_found(one['power'])}"
-        for one in result["branches"]
-    ]
-    for one in result.get("consistency", []):
-        kinds = {
-            "specialised features": one,
-            "all features, by the branch they lean to": one["leaning"],
-        }
-        lines += [
-            f"  {one['a']} -> {one['b']}: {same['pairs']} matched pairs of {which}, same branch in "
-            f"{same['value']:.0%} [{same['low']:.0%}, {same['high']:.0%}], by chance "
-            f"{same['chance']:.0%}"
-            for which, kind in kinds.items()
-            if (same := kind["same_branch"])["pairs"]
-        ]
-    return "\n".join([*lines, f"Result: {result['out']}"])
-
-
-def _found(power: float | None) -> str:
-    return "" if power is None else f" ({power:.0%} found of features moved there)"
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class _Opened:
-    """A dictionary with the rows of its site."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BranchResult:
+    """Features of one branch."""
 
     name: str
-    dictionary: Any
-    rows: StoreRows
-    branches: dict[str, slice]
+    """Name of the branch."""
+    first: int
+    """First channel."""
+    last: int
+    """Channel after the last one."""
+    width: int
+    """Number of channels."""
+    expected_share: float
+    """Share of a feature that belongs to no branch."""
+    mean_share: float | None
+    """Mean share of all features; None if no feature has a decoder row."""
+    n_specialized: int
+    """Features specialized to the branch."""
+    specialized_share: float
+    """Fraction of the tested features that is specialized to the branch."""
+    low: float
+    """Lower end of the 95 % interval of the fraction."""
+    high: float
+    """Upper end of the interval."""
+    n_assigned: int
+    """Features specialized to the branch more than to any other."""
+    n_specialized_permuted: int
+    """Features specialized to the branch after their channels were permuted."""
+    power: float | None
+    """Fraction found of the features moved into the branch to an excess of 0.9; None with fewer
+    than ten features for each branch."""
 
 
-def run(recipe: BranchesConfig) -> Result:
-    """Test every feature against the null, and measure what its branches do.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RankCorrelations:
+    """Mean rank correlations of the decoder's share with the shares measured on data."""
+
+    activation: float | None
+    """Rank correlation with the activation share; None for a nonlinear encoder."""
+    ablation: float | None
+    """Rank correlation with the ablation share."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LabelsResult:
+    """Labels in branches."""
+
+    source: str
+    """File and column of the labels."""
+    n_labels: int
+    """Different labels."""
+    n_enriched: int
+    """Pairs of a branch and a label enriched in it."""
+    surest: list[LabelEnrichment]
+    """Evidence for the pairs with the smallest p-values."""
+
+
+@dataclasses.dataclass(frozen=True)
+class NeighborResult(Consistency):
+    """Agreement of the branches of matched features of two dictionaries, if both specialized."""
+
+    a: str
+    """Name of the first dictionary."""
+    b: str
+    """Name of the second dictionary."""
+    nearest_branch: Consistency
+    """Agreement for all features, by the branch with the smallest p-value."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BranchesResult(CommandResult):
+    """Features specialized to branches; the fields of `result.json`."""
+
+    site: str
+    """Site of the dictionary."""
+    fdr: float
+    """False discovery rate asked for."""
+    branches: list[BranchResult]
+    """Features of each branch."""
+    n_features: int
+    """Features of the dictionary."""
+    n_tested: int
+    """Features with a p-value."""
+    n_never_active: int
+    """Features never active on the rows read, which are not tested."""
+    n_specialized: int
+    """Features specialized to a branch."""
+    n_specialized_permuted: int
+    """Features specialized to a branch after their channels were permuted: the control."""
+    fdr_permuted: float | None
+    """Ratio of `n_specialized_permuted` to `n_specialized`; None if no feature is specialized."""
+    n_rows: int
+    """Rows read."""
+    positive: bool
+    """Whether only positive parts of decoder rows count."""
+    rank_correlations: RankCorrelations
+    """Agreement of the three shares."""
+    labels: LabelsResult | None = None
+    """Labels in branches; None without `--labels`."""
+    consistency: list[NeighborResult] = dataclasses.field(default_factory=list)
+    """Matches with the dictionaries of other layers."""
+
+
+def in_words(result: BranchesResult) -> str:
+    """Describe the specialized features, and a line for each branch and match."""
+    lines = [
+        f"{result.site}: {result.n_specialized} of {result.n_tested} features specialized to a "
+        f"branch (false discovery rate {result.fdr:.0%}); with their channels permuted "
+        f"{result.n_specialized_permuted}"
+    ]
+    for each in result.branches:
+        found = "" if each.power is None else f" ({each.power:.0%} found of features moved there)"
+        lines.append(
+            f"  {each.name:12} {each.width:4} channels, expected share {each.expected_share:.2f}: "
+            f"{each.n_specialized} specialized{found}"
+        )
+    for each in result.consistency:
+        kinds = {
+            "specialized features": each.same_branch,
+            "all features, by their nearest branch": each.nearest_branch.same_branch,
+        }
+        lines += [
+            f"  {each.a} -> {each.b}: {same.pairs} matched pairs of {which}, same branch in "
+            f"{same.value:.0%} [{same.low:.0%}, {same.high:.0%}], by chance {same.chance:.0%}"
+            for which, same in kinds.items()
+            if same.pairs
+        ]
+    return "\n".join([*lines, f"Result: {result.out}"])
+
+
+def run(config: BranchesConfig, folder: RunFolder) -> BranchesResult:
+    """Test every feature against the null, and measure how much of its activity each branch gives.
 
     Raises:
-        DiskError: `out` holds something else, or cannot be written.
+        DiskError: The folder cannot be written, or a file cannot be read.
         InputError: The dictionary has only one branch to read.
         RecipeError: A choice makes no sense, or the site is not known.
         StoreError: The store misses the site, or the site has no branches.
     """
-    clock = time.process_time()
-    if not 0 < recipe.rate < 1 or recipe.rows < 2:
+    if not 0 < config.fdr < 1 or config.rows < 2:
         raise RecipeError(
-            f"--rate must lie between 0 and 1 (got {recipe.rate}) and --rows be at least 2 "
-            f"(got {recipe.rows})."
+            f"--fdr must lie between 0 and 1 (got {config.fdr}) and --rows be at least 2 "
+            f"(got {config.rows})."
         )
-    refuse_strangers(recipe.out, BRANCHES)
-    store = Store(recipe.store)
-    opened = _open(recipe.dictionary, store, recipe.site)
-    labels = None if recipe.labels is None else _labels(recipe.labels, opened.dictionary.n_latents)
-    pairs = [] if recipe.match is None else _pairs(recipe.match, recipe.dictionary)
-    known = spectrum(x for x, _ in _read(opened.rows, recipe.rows))
-    with bar("setting branches to their mean") as progress:
-        driven = drive(
-            opened.dictionary,
-            _read(opened.rows, recipe.rows),
-            opened.branches,
-            known.mean,
-            n_rows=known.n_rows,
-            on_progress=progress,
-        )
-    alive = driven.active > 0
-    found = branches(opened.dictionary, opened.branches, known, tested=alive)
-    result: Result = {"site": opened.rows.site, "rate": recipe.rate}
-    result |= _summary(recipe, opened, known, driven, found)
+    store = Store(config.store)
+    site = open_site(config.dictionary, config.site, store, folder)
+    labels, matches = None, []
+    if config.labels is not None:
+        labels = read_labels(config.labels, site.dictionary.n_latents, folder)
+    if config.match is not None:
+        matches = open_matches(config.match, config.dictionary, store, folder)
+    folder.parent("store", checksum((config.store / MANIFEST).read_bytes()))
+    folder.facts(
+        site=site.rows.site,
+        dictionary=str(config.dictionary.resolve()),
+        store=str(config.store.resolve()),
+    )
+    known = _known(site, config.rows, folder, "statistics")
+    activity = _activity(site, config.rows, known, folder)
+    alive = activity.active > 0
+    tested = _tested(site, known, folder, "specialization", lambda: alive)
+    result = _summary(config, site, known, activity, tested, _control(config, site, known, alive))
     if labels is not None:
-        result["labels"] = _label_facts(recipe, found, labels, alive)
-    if pairs:
-        result["consistency"] = [_consistency(recipe, store, pair, found) for pair in pairs]
-    table = _table(found, driven)
-    files = {"features.parquet": checksum(write_table(recipe.out / "features.parquet", table))}
-    write_json(recipe.out / "picture.json", _picture(opened, known))
-    manifest = {
-        "schema": 1,
-        "kind": BRANCHES,
-        "site": opened.rows.site,
-        "dictionary": str(recipe.dictionary.resolve()),
-        "store": str(recipe.store.resolve()),
-        "parents": {"store": checksum((recipe.store / "manifest.json").read_bytes())},
-        "files": files,
-    }
-    write_json(recipe.out / "manifest.json", manifest)
-    return finish(recipe.out, recipe, result, clock)
+        result = dataclasses.replace(result, labels=_enriched(config, tested, labels, alive))
+    agreements = [_consistency(config, k, each, tested, folder) for k, each in enumerate(matches)]
+    folder.table(FEATURES, _table(tested, activity))
+    folder.json(PICTURE, _picture(site, known))
+    return dataclasses.replace(result, consistency=agreements)
 
 
-def _open(path: Path, store: Store, site: str | None) -> _Opened:
-    """Read a dictionary and find the branches of its site.
-
-    Raises:
-        InputError: It reads one branch only.
-        RecipeError: Its site is not known, or another than `site`.
-        StoreError: The store misses the site, or the site has no branches, or another width.
-    """
-    dictionary = load(path)
-    manifest = path / "manifest.json"
-    told = read_json(manifest).get("site") if manifest.is_file() else None
-    if site and told and site != told:
-        raise RecipeError(
-            f"{path} says that it reads {told}, --site says {site}. Leave --site out."
-        )
-    site = site or told or getattr(dictionary, "site", None)
-    if site is None and len(store.sites) == 1:
-        site = store.sites[0]
-    if site is None:
-        raise RecipeError(
-            f"{path} does not say which site it reads. Add --site SITE; {store.root} has "
-            f"{', '.join(store.sites)}."
-        )
-    rows = store.rows(site)
-    if rows.d_in != rows.shape.width:
-        raise InputError(
-            f"{path} reads the branch {site} alone, so all of every feature is in that branch and "
-            f"there is nothing to compare. Give a dictionary of {rows.site}; to find the features "
-            "of a branch in it, use `mechatlas match`."
-        )
-    if not rows.shape.branches:
-        have = [name for name, shape in store.shapes.items() if shape.branches]
-        raise StoreError(
-            f"{site} has no named branches. Sites of {store.root} that have some: "
-            f"{', '.join(have) or 'none'}."
-        )
-    if dictionary.d_in != rows.d_in or dictionary.d_out != rows.d_in:
-        raise StoreError(
-            f"{store.root} has {rows.d_in} numbers a row at {site}; {path} reads "
-            f"{dictionary.d_in} and writes {dictionary.d_out}."
-        )
-    named = {name: slice(*ends) for name, ends in rows.shape.branches.items()}
-    return _Opened(path.name, dictionary, rows, named)
+def _resumed(folder: RunFolder, name: str, make: Callable[[], dict[str, Any]]) -> Arrays:
+    """Read a part of the work that an interrupted run has kept, or do it and keep it."""
+    arrays = folder.kept(name)
+    if arrays is None:
+        arrays = {key: np.asarray(value) for key, value in make().items() if value is not None}
+        folder.keep(name, arrays)
+    return arrays
 
 
-def _read(rows: StoreRows, most: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """The first rows of a store, with the sample of each; they are stored shuffled."""
-    missing = min(most, rows.n_rows + rows.n_held_out)
-    for batch, where in rows.scan():
-        if missing <= 0:
-            return
-        yield batch.x[:missing], where[:missing, 0].long()
-        missing -= min(missing, len(batch.x))
+def _known(site: BranchSite, n_rows: int, folder: RunFolder, name: str) -> ChannelStatistics:
+    """Measure variances and correlations of the channels."""
+    rows = (x for x, _ in site.read(n_rows))
+    arrays = _resumed(folder, name, lambda: vars(channel_statistics(rows)))
+    scalars = {key: arrays[key].item() for key in ("n_rows", "signed")}
+    return ChannelStatistics(**{**arrays, **scalars})
+
+
+def _activity(
+    site: BranchSite, n_rows: int, known: ChannelStatistics, folder: RunFolder
+) -> ActivityShares:
+    """Measure how much of the activity of each feature comes from each branch."""
+
+    def measure() -> dict[str, Any]:
+        with bar("setting branches to their mean") as progress:
+            shares = activity_shares(
+                site.dictionary,
+                site.read(n_rows),
+                site.branches,
+                known.mean,
+                n_rows=known.n_rows,
+                on_progress=progress,
+            )
+        parts = {"activation": shares.activation, "ablation": shares.ablation}
+        return {"n_rows": shares.n_rows, "active": shares.active} | {
+            f"{part}.{end}": values
+            for part, of_part in parts.items()
+            for end, values in (vars(of_part) if of_part is not None else {}).items()
+        }
+
+    arrays = _resumed(folder, "activity", measure)
+
+    def part(name: str) -> Shares:
+        return Shares(*(arrays[f"{name}.{end}"] for end in ("value", "low", "high")))
+
+    activation = part("activation") if "activation.value" in arrays else None
+    return ActivityShares(arrays["n_rows"].item(), arrays["active"], activation, part("ablation"))
+
+
+def _tested(
+    site: BranchSite,
+    known: ChannelStatistics,
+    folder: RunFolder,
+    name: str,
+    alive: Callable[[], Bool[np.ndarray, " feature"]],
+) -> Specialization:
+    """Test the features that are ever active."""
+
+    def test() -> dict[str, Any]:
+        found = branches(site.dictionary, site.branches, known, tested=alive())
+        return {key: value for key, value in vars(found).items() if key != "names"}
+
+    return Specialization(names=tuple(site.branches), **_resumed(folder, name, test))
+
+
+def _control(
+    config: BranchesConfig,
+    site: BranchSite,
+    known: ChannelStatistics,
+    alive: Bool[np.ndarray, " feature"],
+) -> tuple[Bool[np.ndarray, "feature branch"], Float[np.ndarray, " branch"]]:
+    """Features specialized once their channels are permuted, and the power for each branch."""
+    test = BranchTest(site.dictionary, site.branches, known, tested=alive)
+    permuted = test.permuted(seed=config.seed).specialized(config.fdr)
+    return permuted, test.power(fdr=config.fdr, seed=config.seed)
 
 
 def _summary(
-    recipe: BranchesConfig, opened: _Opened, known: Spectrum, driven: Drive, found: Specialization
-) -> Result:
-    alive = driven.active > 0
-    stands, home = found.specialised(recipe.rate), found.branch_of(recipe.rate)
-    chance = by_lot(opened.dictionary, opened.branches, known, tested=alive, seed=recipe.seed)
-    drawn = chance.specialised(recipe.rate)
-    seen = power(
-        opened.dictionary, opened.branches, known, tested=alive, rate=recipe.rate, seed=recipe.seed
-    )
-    tested = int((~np.isnan(found.q_values)).any(axis=1).sum())
+    config: BranchesConfig,
+    site: BranchSite,
+    known: ChannelStatistics,
+    activity: ActivityShares,
+    tested: Specialization,
+    control: tuple[Bool[np.ndarray, "feature branch"], Float[np.ndarray, " branch"]],
+) -> BranchesResult:
+    """Count the features of each branch."""
+    (permuted, seen), specialized = control, tested.specialized(config.fdr)
+    branch_of = tested.branch_of(config.fdr)
+    n_tested = int((~np.isnan(tested.q_values)).any(axis=1).sum())
     listed = []
-    for k, (name, s) in enumerate(opened.branches.items()):
-        share = proportion(int(stands[:, k].sum()), max(tested, 1))
+    for k, (name, s) in enumerate(site.branches.items()):
+        share = proportion(int(specialized[:, k].sum()), max(n_tested, 1))
+        there = ~np.isnan(tested.share[:, k])
         listed.append(
-            {
-                "name": name,
-                "first": s.start,
-                "last": s.stop,
-                "width": s.stop - s.start,
-                "expected_share": _first_number(found.expected[:, k]),
-                "mean_share": _mean(found.share[:, k]),
-                "specialised": int(stands[:, k].sum()),
-                "specialised_share": share.value,
-                "low": share.low,
-                "high": share.high,
-                "home_of": int((home == k).sum()),
-                "specialised_by_lot": int(drawn[:, k].sum()),
-                "power": None if np.isnan(seen[k]) else float(seen[k]),
-            }
-        )
-    n, by_chance = int(stands.any(axis=1).sum()), int(drawn.any(axis=1).sum())
-    return {
-        "branches": listed,
-        "n_features": len(home),
-        "tested": tested,
-        "never_active": int((~alive).sum()),
-        "specialised": n,
-        "specialised_by_lot": by_chance,
-        "false_discovery_rate_by_lot": min(1.0, by_chance / n) if n else None,
-        "rows": driven.n_rows,
-        "positive": not known.signed,
-        "shares_agree": _rank_correlations(found, driven),
-    }
-
-
-def _first_number(values: np.ndarray) -> float:
-    return float(values[~np.isnan(values)][0]) if (~np.isnan(values)).any() else 0.0
-
-
-def _mean(values: np.ndarray) -> float | None:
-    return float(np.nanmean(values)) if (~np.isnan(values)).any() else None
-
-
-def _rank_correlations(found: Specialization, driven: Drive) -> dict[str, float | None]:
-    """Do the three shares order the features of a branch alike? Mean rank correlation."""
-    from scipy import stats
-
-    told: dict[str, float | None] = {}
-    others = {"activation": driven.activation, "ablation": driven.ablation}
-    for name, other in others.items():
-        values = []
-        for k in range(len(found.names)):
-            both = (
-                np.isfinite(found.share[:, k]) & np.isfinite(other.value[:, k])
-                if other
-                else np.zeros(len(found.share), dtype=bool)
+            BranchResult(
+                name=name,
+                first=s.start,
+                last=s.stop,
+                width=s.stop - s.start,
+                expected_share=float(tested.expected[there, k][0]) if there.any() else 0.0,
+                mean_share=float(np.nanmean(tested.share[:, k])) if there.any() else None,
+                n_specialized=int(specialized[:, k].sum()),
+                specialized_share=share.value,
+                low=share.low,
+                high=share.high,
+                n_assigned=int((branch_of == k).sum()),
+                n_specialized_permuted=int(permuted[:, k].sum()),
+                power=None if np.isnan(seen[k]) else float(seen[k]),
             )
-            if other and both.sum() > 2 and np.ptp(other.value[both, k]) > 0:
-                r = stats.spearmanr(found.share[both, k], other.value[both, k])
-                values.append(float(np.asarray(r)[0]))
-        told[name] = float(np.mean(values)) if values else None
-    return told
+        )
+    n, by_chance = int(specialized.any(axis=1).sum()), int(permuted.any(axis=1).sum())
+    return BranchesResult(
+        site=site.rows.site,
+        fdr=config.fdr,
+        branches=listed,
+        n_features=len(branch_of),
+        n_tested=n_tested,
+        n_never_active=int((activity.active == 0).sum()),
+        n_specialized=n,
+        n_specialized_permuted=by_chance,
+        fdr_permuted=min(1.0, by_chance / n) if n else None,
+        n_rows=activity.n_rows,
+        positive=not known.signed,
+        rank_correlations=RankCorrelations(
+            activation=_rank_correlation(tested, activity.activation),
+            ablation=_rank_correlation(tested, activity.ablation),
+        ),
+    )
 
 
-def _table(found: Specialization, driven: Drive) -> dict[str, np.ndarray | list[Any]]:
-    n, b = found.share.shape
-    columns: dict[str, np.ndarray | list[Any]] = {
+def _rank_correlation(tested: Specialization, shares: Shares | None) -> float | None:
+    """Mean rank correlation of two shares of the features in a branch."""
+    values = []
+    if shares is None:
+        return None
+    for k in range(len(tested.names)):
+        mine, other = tested.share[:, k], shares.value[:, k]
+        both = np.isfinite(mine) & np.isfinite(other)
+        if both.sum() > 2 and np.ptp(other[both]) > 0:
+            values.append(float(np.asarray(stats.spearmanr(mine[both], other[both]))[0]))
+    return float(np.mean(values)) if values else None
+
+
+def _table(tested: Specialization, activity: ActivityShares) -> dict[str, Any]:
+    n, b = tested.share.shape
+    columns: dict[str, Any] = {
         "feature": np.repeat(np.arange(n), b),
-        "branch": list(found.names) * n,
-        "share": found.share.ravel(),
-        "expected_share": found.expected.ravel(),
-        "p_value": found.p_values.ravel(),
-        "q_value": found.q_values.ravel(),
-        "excess": found.excess.ravel(),
-        "low": found.low.ravel(),
-        "high": found.high.ravel(),
-        "lumps": found.lumps.ravel(),
+        "branch": list(tested.names) * n,
+        "share": tested.share.ravel(),
+        "expected_share": tested.expected.ravel(),
+        "p_value": tested.p_values.ravel(),
+        "q_value": tested.q_values.ravel(),
+        "excess": tested.excess.ravel(),
+        "low": tested.low.ravel(),
+        "high": tested.high.ravel(),
+        "n_effective": tested.n_effective.ravel(),
     }
-    for name, shares in (("activation", driven.activation), ("ablation", driven.ablation)):
-        empty = np.full(n * b, np.nan)
-        columns[f"{name}_share"] = empty if shares is None else shares.value.ravel()
-        columns[f"{name}_low"] = empty if shares is None else shares.low.ravel()
-        columns[f"{name}_high"] = empty if shares is None else shares.high.ravel()
-    columns["active_rows"] = np.repeat(driven.active, b)
+    empty = np.full((n, b), np.nan)
+    for name, shares in (("activation", activity.activation), ("ablation", activity.ablation)):
+        shares = shares or Shares(empty, empty, empty)
+        columns[f"{name}_share"] = shares.value.ravel()
+        columns[f"{name}_low"] = shares.low.ravel()
+        columns[f"{name}_high"] = shares.high.ravel()
+    columns["active_rows"] = np.repeat(activity.active, b)
     return columns
 
 
-def _picture(opened: _Opened, known: Spectrum) -> dict[str, Any]:
-    """The decoder as a picture: rows and channels sorted by what distinguishes them."""
-    atoms = opened.dictionary.W_dec.detach().float().cpu().numpy().astype(np.float64)
+def _picture(site: BranchSite, known: ChannelStatistics) -> dict[str, Any]:
+    """The decoder as a picture: rows and channels sorted by the largest difference among them."""
+    atoms = site.dictionary.W_dec.detach().float().cpu().numpy().astype(np.float64)
     part = np.abs(atoms) if known.signed else np.maximum(atoms, 0)
     length = np.sqrt(np.square(part).sum(axis=1, keepdims=True))
     unit = part[length[:, 0] > 0] / length[length[:, 0] > 0]
@@ -337,163 +443,69 @@ def _picture(opened: _Opened, known: Spectrum) -> dict[str, Any]:
     order = svd_order(unit)
     sorted_rows = unit[order.rows][:, order.columns]
     blocks = np.array_split(sorted_rows, min(len(sorted_rows), PICTURE_ROWS))
-    owner = np.full(atoms.shape[1], -1)
-    for k, s in enumerate(opened.branches.values()):
-        owner[s] = k
+    branch_of = np.full(atoms.shape[1], -1)
+    for k, s in enumerate(site.branches.values()):
+        branch_of[s] = k
     return {
         "rows": [np.round(block.mean(axis=0), 4).tolist() for block in blocks],
         "channels": order.columns.tolist(),
-        "branch": owner[order.columns].tolist(),
+        "branch": branch_of[order.columns].tolist(),
         "loading": np.round(order.column_loading[order.columns], 5).tolist(),
         "explained": order.explained,
     }
 
 
-def _labels(text: str, n: int) -> list[Any]:
-    """One label for each feature, from `FILE.parquet:COLUMN`.
-
-    Raises:
-        DiskError: The file cannot be read.
-        RecipeError: There is no such column, or it does not fit the features.
-    """
-    path, _, column = text.rpartition(":")
-    if not path or not column:
-        raise RecipeError(f"--labels must be FILE.parquet:COLUMN, got {text!r}.")
-    try:
-        table = pq.read_table(io.BytesIO(Path(path).read_bytes()))
-    except (OSError, ValueError) as error:
-        raise DiskError(f"{path} cannot be read as parquet ({error}).") from error
-    if column not in table.column_names:
-        raise RecipeError(
-            f"{path} has no column {column!r}. It has {', '.join(table.column_names)}."
-        )
-    values = table[column].to_pylist()
-    if "feature" not in table.column_names:
-        if len(values) != n:
-            raise RecipeError(f"{path} has {len(values)} rows, the dictionary {n} features.")
-        return values
-    labels: dict[Any, Any] = {}
-    for feature, value in zip(table["feature"].to_pylist(), values, strict=True):
-        if feature not in range(n):
-            raise RecipeError(f"{path} names feature {feature}; the dictionary has {n}.")
-        if feature in labels and labels[feature] != value:
-            raise RecipeError(
-                f"{path} gives feature {feature} several labels, {labels[feature]!r} and "
-                f"{value!r}; each may have one."
-            )
-        labels[feature] = value
-    return [labels.get(feature) for feature in range(n)]
+def _enriched(
+    config: BranchesConfig,
+    tested: Specialization,
+    labels: list[Any],
+    alive: Bool[np.ndarray, " feature"],
+) -> LabelsResult:
+    branch_of = tested.branch_of(config.fdr)
+    listed = label_enrichment(branch_of, tested.names, labels, tested=alive)
+    return LabelsResult(
+        source=str(config.labels),
+        n_labels=len({each.label for each in listed}),
+        n_enriched=sum(each.q_value <= config.fdr for each in listed),
+        surest=listed[:LABELS_SHOWN],
+    )
 
 
-def _label_facts(
-    recipe: BranchesConfig, found: Specialization, labels: list[Any], alive: np.ndarray
-) -> Result:
-    listed = enriched(found.branch_of(recipe.rate), found.names, labels, tested=alive)
-    return {
-        "from": recipe.labels,
-        "kinds": len({one.label for one in listed}),
-        "enriched": sum(one.q_value <= recipe.rate for one in listed),
-        "surest": [one._asdict() for one in listed[:LABELS_SHOWN]],
-    }
+def _consistency(
+    config: BranchesConfig,
+    number: int,
+    match: NeighborMatch,
+    own: Specialization,
+    folder: RunFolder,
+) -> NeighborResult:
+    """Agreement of the branches of matched features: of those specialized, and of all."""
+    both = []
+    for side, site in enumerate(match.sites):
+        name = f"match{number}.{side}"
+        both.append(own if site is None else _neighbor(site, config.rows, folder, name))
 
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class _Pair:
-    """Matched features of two dictionaries."""
-
-    paths: tuple[Path, Path]
-    latent_a: np.ndarray
-    latent_b: np.ndarray
-    matched: np.ndarray
-
-
-def _pairs(folder: Path, dictionary: Path) -> list[_Pair]:
-    """The matches of one dictionary with its neighbours.
-
-    Raises:
-        DiskError: The folder holds no matching.
-        RecipeError: It does not have the dictionary, or compared channels with channels.
-    """
-    manifest = read_json(folder / "manifest.json")
-    if manifest.get("kind") != "matching":
-        raise DiskError(f"{folder} is no matching. Name the folder that `mechatlas match` wrote.")
-    cost = manifest["settings"]["cost"]
-    if cost != "codes":
-        raise RecipeError(
-            f"{folder} was matched with --cost {cost}, which compares channel with channel and so "
-            "puts partners into the same branch by itself. Match with --cost codes and a paired "
-            "store."
-        )
-    paths = [Path(path) for path in manifest["dictionaries"]]
-    if dictionary.resolve() not in paths:
-        raise RecipeError(
-            f"{folder} does not match {dictionary}. It has {', '.join(map(str, paths))}."
-        )
-    try:
-        table = pq.read_table(io.BytesIO((folder / "matches.parquet").read_bytes()))
-    except (OSError, ValueError) as error:
-        raise DiskError(f"{folder / 'matches.parquet'} cannot be read ({error}).") from error
-    columns = {name: table[name].to_numpy() for name in table.column_names}
-    found = []
-    for number in range(len(paths) - 1):
-        if dictionary.resolve() in paths[number : number + 2]:
-            own = columns["pair"] == number
-            found.append(
-                _Pair(
-                    (paths[number], paths[number + 1]),
-                    columns["latent_a"][own],
-                    columns["latent_b"][own],
-                    columns["matched"][own],
-                )
-            )
-    return found
-
-
-def _consistency(recipe: BranchesConfig, store: Store, pair: _Pair, own: Specialization) -> Result:
-    """How often matched features are in the same kind of branch: those specialised, and all."""
-    found = []
-    for path in pair.paths:
-        if path == recipe.dictionary.resolve():
-            found.append(own)
-            continue
-        one = _open(path, store, None)
-        known = spectrum(x for x, _ in _read(one.rows, recipe.rows))
-        alive = _ever_active(one.dictionary, _read(one.rows, recipe.rows))
-        found.append(branches(one.dictionary, one.branches, known, tested=alive))
-
-    def compare(homes: list[np.ndarray]) -> Result:
-        agreed = consistency(
-            homes[0], homes[1], found[0].names, found[1].names, latent_a=pair.latent_a,
-            latent_b=pair.latent_b, matched=pair.matched, seed=recipe.seed,
+    def compare(branch_a: Int[np.ndarray, " _"], branch_b: Int[np.ndarray, " _"]) -> Consistency:
+        return consistency(
+            branch_a, branch_b, both[0].names, both[1].names, seed=config.seed,
+            latent_a=match.latent_a, latent_b=match.latent_b, matched=match.matched,
         )  # fmt: skip
-        return {name: _agreement(one) for name, one in agreed._asdict().items()}
 
-    return {
-        "a": pair.paths[0].name,
-        "b": pair.paths[1].name,
-        **compare([one.branch_of(recipe.rate) for one in found]),
-        "leaning": compare([one.leaning() for one in found]),
-    }
+    a, b = match.names
+    specialized = compare(*(each.branch_of(config.fdr) for each in both))
+    nearest = compare(*(each.nearest_branch() for each in both))
+    return NeighborResult(**vars(specialized), a=a, b=b, nearest_branch=nearest)
 
 
-@torch.no_grad()
-def _ever_active(dictionary: Any, rows: Iterator[tuple[Tensor, Tensor]]) -> np.ndarray:
-    active = torch.zeros(dictionary.n_latents, dtype=torch.bool)
-    for x, _ in rows:
-        for part in x.float().split(ROWS_AT_ONCE):
-            active |= (dictionary.encode(part) != 0).any(dim=0).cpu()
-    return active.numpy()
+def _neighbor(site: BranchSite, n_rows: int, folder: RunFolder, name: str) -> Specialization:
+    """Test the features of another dictionary that are ever active."""
 
+    @torch.no_grad()
+    def alive() -> Bool[np.ndarray, " feature"]:
+        active = torch.zeros(site.dictionary.n_latents, dtype=torch.bool)
+        for x, _ in site.read(n_rows):
+            for part in x.float().split(ROWS_AT_ONCE):
+                active |= (site.dictionary.encode(part) != 0).any(dim=0).cpu()
+        return active.numpy()
 
-def _agreement(one: Agreement) -> Result:
-    if not one.pairs:
-        return {"pairs": 0}
-    return {
-        "pairs": one.pairs,
-        "value": one.same.value,
-        "low": one.same.low,
-        "high": one.same.high,
-        "chance": one.chance,
-        "p_value": one.p_value,
-        "kappa": None if np.isnan(one.kappa) else one.kappa,
-    }
+    known = _known(site, n_rows, folder, f"{name}.statistics")
+    return _tested(site, known, folder, name, alive)

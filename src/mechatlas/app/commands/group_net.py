@@ -17,9 +17,9 @@ from mechatlas.analysis.proofs.verifier.exact import brute_force_accuracy
 from mechatlas.app.progress import bar
 from mechatlas.app.run_folder import GROUP_NET, CommandResult, RunFolder
 from mechatlas.base import RecipeError
-from mechatlas.maths.group_constructions import permutation_group
 from mechatlas.maths.groups import Group
 from mechatlas.maths.named_groups import group as named_group
+from mechatlas.maths.named_groups import permutation_group
 
 KIND = GROUP_NET
 NET, TABLE = "net.safetensors", "table.npy"

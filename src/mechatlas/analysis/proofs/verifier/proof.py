@@ -210,13 +210,14 @@ def load_proof(path: Path) -> AccuracyProof:
     Examples:
         A network that adds modulo 2, its proof in a file, and the check of a reader:
 
-        >>> import tempfile, mechatlas as ma, numpy as np
+        >>> from pathlib import Path
+        >>> import mechatlas as ma, numpy as np
         >>> left = np.float32([[1, -1, 1, -1], [-1, 1, -1, 1]])
         >>> right = np.float32([[1, -1, -1, 1], [-1, 1, 1, -1]])
         >>> unembed = np.float32([[1, -1], [1, -1], [-1, 1], [-1, 1]])
         >>> bound = ma.prove(left, right, unembed, ma.group("C2"))
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     proof = ma.load_proof(bound.proof.save(f"{folder}/proof.safetensors"))
+        >>> file = bound.proof.save(Path("proof.safetensors"))
+        >>> proof = ma.load_proof(file)
         >>> proof.check(left, right, unembed).accuracy_bound
         1.0
     """

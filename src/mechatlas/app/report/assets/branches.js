@@ -18,7 +18,7 @@
         return el("article", { class: "card" },
           el("header", {}, head,
             el("span", { class: "brief" }, `share ${number(one.share)}, expected ${number(one.expected)} · q ${number(one.q)}${lost}`),
-            el("span", { class: "lean" }, el("i", { class: `dot c${k % 8}` }), one.stands ? name : "could be chance")),
+            el("span", { class: "lean" }, el("i", { class: `dot c${k % 8}` }), one.significant ? name : "could be chance")),
           d ? cards.exampleList(d, one.feature, d.kind === "image" ? 4 : 3, 72, true) : null);
       });
       place.append(el("h5", {}, name), el("div", { class: d && d.kind === "text" ? "cards text" : "cards" }, ...made));

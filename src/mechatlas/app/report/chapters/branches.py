@@ -1,56 +1,65 @@
-"""Chapter on branches: counts against the control, shares, strongest features of each."""
+"""Chapter on branches: counts against the control, shares, strongest features."""
 
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from mechatlas.app.old_runs import renamed_columns
 from mechatlas.app.report.chapter import Chapter, render
-from mechatlas.app.report.runs import Run, Runs
+from mechatlas.app.report.runs import Runs
+from mechatlas.app.run_folder import BRANCHES, DICTIONARY, read_result
 from mechatlas.base import Progress
 
 STRONGEST = 6
-"""Features shown of each branch."""
+"""Number of features shown of each branch."""
 DOTS = 1500
-"""Features drawn of each branch in the picture of shares."""
-COLOURS = ("#4c78a8", "#f2a541", "#54a24b", "#d1605e", "#8c6bb1", "#4fb0ae", "#b07b54", "#d78fb8")
+"""Number of features drawn of each branch in the picture of shares."""
+COLORS = ("#4c78a8", "#f2a541", "#54a24b", "#d1605e", "#8c6bb1", "#4fb0ae", "#b07b54", "#d78fb8")
+SHARE_AXIS = {"title": {"text": "share of the decoder row"}, "range": [-0.02, 1.04]}
+LEGEND = {"orientation": "h", "y": 1.12}
+Table = dict[str, Any]
 
 
 def chapter(runs: Runs, on_progress: Progress) -> Chapter | None:
-    """One part for every run of `mechatlas branches`.
+    """Draw one section for every run of `mechatlas branches`.
 
     Raises:
         DiskError: A result is damaged.
     """
-    found = runs.of_kind("branches")
-    if not found:
+    finished = runs.of_kind(BRANCHES)
+    if not finished:
         return None
-    folders = {run.folder.resolve(): run.name for run in runs.of_kind("dictionary")}
+    folders = {run.folder.resolve(): run.name for run in runs.of_kind(DICTIONARY)}
     parts, figures, data = [], {}, []
-    for number, run in enumerate(found):
-        table = run.table("features.parquet")
-        names = [one["name"] for one in run.result["branches"]]
-        figures[f"shares{number}"] = _shares(run, table, names)
-        figures[f"agree{number}"] = _agreement(run, table, names)
+    for number, run in enumerate(finished):
+        result: Any = read_result(run.folder, BRANCHES, schema=run.manifest.get("schema", 1))
+        table = renamed_columns(run.table("features.parquet"), BRANCHES)
+        names = [branch.name for branch in result.branches]
+        of_branch = [
+            {name: values[k :: len(names)] for name, values in table.items()}
+            for k in range(len(names))
+        ]
+        figures[f"shares{number}"] = _shares(result, of_branch, names)
+        figures[f"agree{number}"] = _agreement(of_branch, names)
         picture = run.read("picture.json")
         if picture:
             figures[f"picture{number}"] = _picture(picture, names)
-        place = folders.get(Path(run.manifest["dictionary"]).resolve(), "")
-        strongest = [_strongest(run, table, k, len(names)) for k in range(len(names))]
-        data.append({"run": place, "branches": names, "strongest": strongest})
+        strongest = [_strongest(own, result.fdr) for own in of_branch]
+        dictionary = Path(run.manifest["dictionary"]).resolve()
+        data.append({"run": folders.get(dictionary, ""), "branches": names, "strongest": strongest})
+        labels = result.labels.surest if result.labels else []
         parts.append(
             {
                 "name": run.name,
                 "number": number,
-                "picture": bool(picture),
-                "explained": picture.get("explained") if picture else None,
+                "explained": picture["explained"] if picture else None,
                 "strongest": sum(map(len, strongest)),
-                **run.result,
-                "labels": _labels(run),
-                "consistency": run.result.get("consistency", []),
+                "result": result,
+                "labels": [label for label in labels if label.q_value <= result.fdr],
             }
         )
-        on_progress(number + 1, len(found))
+        on_progress(number + 1, len(finished))
     return Chapter(
         name="branches",
         title="Branches",
@@ -61,21 +70,16 @@ def chapter(runs: Runs, on_progress: Progress) -> Chapter | None:
     )
 
 
-def _of_branch(table: dict[str, np.ndarray], k: int, n: int) -> dict[str, np.ndarray]:
-    return {name: values[k::n] for name, values in table.items()}
-
-
-def _strongest(run: Run, table: dict[str, np.ndarray], k: int, n: int) -> list[dict[str, Any]]:
-    """The features that lie most in a branch; first those that stand against the null."""
-    own = _of_branch(table, k, n)
+def _strongest(own: Table, fdr: float) -> list[dict[str, Any]]:
+    """Features that lie most in a branch; first those that are significant."""
     q = np.nan_to_num(own["q_value"], nan=np.inf)
-    stands = q <= run.result["rate"]
-    order = np.lexsort((-np.nan_to_num(own["share"]), ~stands))
+    significant = q <= fdr
+    order = np.lexsort((-np.nan_to_num(own["share"]), ~significant))
     best = [i for i in order[:STRONGEST] if np.isfinite(q[i])]
     return [
         {
             "feature": int(own["feature"][i]),
-            "stands": bool(stands[i]),
+            "significant": bool(significant[i]),
             "share": float(own["share"][i]),
             "expected": float(own["expected_share"][i]),
             "q": float(q[i]),
@@ -90,141 +94,85 @@ def _finite(value: Any) -> float | None:
     return float(value) if np.isfinite(value) else None
 
 
-def _shares(run: Run, table: dict[str, np.ndarray], names: list[str]) -> dict[str, Any]:
-    """Share of every feature in every branch, against what is expected."""
+def _shares(result: Any, of_branch: list[Table], names: list[str]) -> dict[str, Any]:
+    """Share of every feature in every branch, against the expected share."""
     random = np.random.default_rng(0)
-    traces: list[dict[str, Any]] = []
-    shapes: list[dict[str, Any]] = []
-    for stands in (False, True):
+    traces = []
+    for significant in (False, True):
         x, y, words = [], [], []
-        for k, name in enumerate(names):
-            own = _of_branch(table, k, len(names))
-            there = np.isfinite(own["q_value"])
-            chosen = np.flatnonzero(there & ((own["q_value"] <= run.result["rate"]) == stands))
-            if len(chosen) > DOTS:
-                chosen = np.sort(random.choice(chosen, DOTS, replace=False))
+        for k, (name, own) in enumerate(zip(names, of_branch, strict=True)):
+            there = np.isfinite(own["q_value"]) & ((own["q_value"] <= result.fdr) == significant)
+            chosen = _drawn(there, DOTS, random)
             x += (k + random.uniform(-0.32, 0.32, len(chosen))).round(3).tolist()
             y += own["share"][chosen].round(4).tolist()
             words += [f"feature {i} in {name}" for i in own["feature"][chosen].tolist()]
-        traces.append(
-            {
-                "type": "scattergl",
-                "mode": "markers",
-                "name": "specialised" if stands else "not told from chance",
-                "x": x,
-                "y": y,
-                "text": words,
-                "hovertemplate": "%{text}<br>share %{y:.3f}<extra></extra>",
-                "marker": {
-                    "size": 4 if stands else 3,
-                    "color": "#d1605e" if stands else "rgba(128,128,128,0.45)",
-                },
-            }
-        )
-    for k, one in enumerate(run.result["branches"]):
-        shapes.append(
-            {
-                "type": "line",
-                "x0": k - 0.4,
-                "x1": k + 0.4,
-                "y0": one["expected_share"],
-                "y1": one["expected_share"],
-                "line": {"width": 2, "color": "#4c78a8"},
-            }
-        )
-    ticks = list(range(len(names)))
-    return {
-        "data": traces,
-        "layout": {
-            "xaxis": {"tickvals": ticks, "ticktext": names, "showgrid": False, "zeroline": False},
-            "yaxis": {"title": {"text": "share of the decoder row"}, "range": [-0.02, 1.04]},
-            "shapes": shapes,
-            "legend": {"orientation": "h", "y": 1.12},
-        },
-    }
+        hover = "%{text}<br>share %{y:.3f}<extra></extra>"
+        if significant:
+            traces.append(_dots("specialized", x, y, words, hover, size=4, color="#d1605e"))
+        else:
+            gray = {"size": 3, "color": "rgba(128,128,128,0.45)"}
+            traces.append(_dots("not told from chance", x, y, words, hover, **gray))
+    line = {"type": "line", "line": {"width": 2, "color": "#4c78a8"}}
+    shapes = [
+        {**line, "x0": k - 0.4, "x1": k + 0.4, "y0": share, "y1": share}
+        for k, share in enumerate(branch.expected_share for branch in result.branches)
+    ]
+    ticks = {"tickvals": list(range(len(names))), "ticktext": names}
+    layout = {"xaxis": {**ticks, "showgrid": False, "zeroline": False}, "yaxis": SHARE_AXIS}
+    return {"data": traces, "layout": {**layout, "shapes": shapes, "legend": LEGEND}}
 
 
-def _agreement(run: Run, table: dict[str, np.ndarray], names: list[str]) -> dict[str, Any]:
-    """Scatter plot: loss without a branch against the share of the decoder row."""
+def _agreement(of_branch: list[Table], names: list[str]) -> dict[str, Any]:
+    """Activity lost without a branch, against the share of the decoder row."""
     random = np.random.default_rng(0)
+    hover = "%{text} in %{fullData.name}<br>share %{x:.3f}, lost %{y:.3f}<extra></extra>"
     traces = []
-    for k, name in enumerate(names):
-        own = _of_branch(table, k, len(names))
-        chosen = np.flatnonzero(
-            np.isfinite(own["ablation_share"])
-            & np.isfinite(own["share"])
-            & (own["active_rows"] >= 10)
-        )
-        if len(chosen) > DOTS // 2:
-            chosen = np.sort(random.choice(chosen, DOTS // 2, replace=False))
-        traces.append(
-            {
-                "type": "scattergl",
-                "mode": "markers",
-                "name": name,
-                "x": own["share"][chosen].round(4).tolist(),
-                "y": np.clip(own["ablation_share"][chosen], -0.5, 1.2).round(4).tolist(),
-                "text": [f"feature {i}" for i in own["feature"][chosen].tolist()],
-                "hovertemplate": "%{text} in " + "%{fullData.name}<br>share %{x:.3f}, lost %{y:.3f}"
-                "<extra></extra>",
-                "marker": {"size": 3, "color": COLOURS[k % len(COLOURS)], "opacity": 0.6},
-            }
-        )
-    return {
-        "data": traces,
-        "layout": {
-            "xaxis": {"title": {"text": "share of the decoder row"}, "range": [-0.02, 1.04]},
-            "yaxis": {"title": {"text": "activity lost without the branch"}},
-            "legend": {"orientation": "h", "y": 1.12},
-        },
-    }
+    for k, (name, own) in enumerate(zip(names, of_branch, strict=True)):
+        known = np.isfinite(own["ablation_share"]) & np.isfinite(own["share"])
+        chosen = _drawn(known & (own["active_rows"] >= 10), DOTS // 2, random)
+        x = own["share"][chosen].round(4).tolist()
+        y = np.clip(own["ablation_share"][chosen], -0.5, 1.2).round(4).tolist()
+        words = [f"feature {i}" for i in own["feature"][chosen].tolist()]
+        color = COLORS[k % len(COLORS)]
+        traces.append(_dots(name, x, y, words, hover, size=3, color=color, opacity=0.6))
+    lost = {"title": {"text": "activity lost without the branch"}}
+    return {"data": traces, "layout": {"xaxis": SHARE_AXIS, "yaxis": lost, "legend": LEGEND}}
+
+
+def _drawn(there: np.ndarray, most: int, random: np.random.Generator) -> np.ndarray:
+    chosen = np.flatnonzero(there)
+    return chosen if len(chosen) <= most else np.sort(random.choice(chosen, most, replace=False))
+
+
+def _dots(
+    name: str, x: list[float], y: list[float], words: list[str], hover: str, **marker: Any
+) -> dict[str, Any]:
+    trace = {"type": "scattergl", "mode": "markers", "name": name, "x": x, "y": y}
+    return {**trace, "text": words, "hovertemplate": hover, "marker": marker}
 
 
 def _picture(picture: dict[str, Any], names: list[str]) -> dict[str, Any]:
-    """The decoder, sorted; above it the branch of each channel."""
+    """Picture of the decoder, sorted; above it the branch of each channel."""
     branch = [b if b >= 0 else None for b in picture["branch"]]
     n = max(len(names), 2)
     scale = [
-        [edge, COLOURS[k % len(COLOURS)]] for k in range(n) for edge in (k / n, (k + 1) / n)
+        [edge, COLORS[k % len(COLORS)]] for k in range(n) for edge in (k / n, (k + 1) / n)
     ]  # fmt: skip
     words = [names[b] if b is not None else "no branch" for b in branch]
-    whole = np.array(picture["rows"])
+    decoder = np.sqrt(np.array(picture["rows"])).round(3).tolist()
+    heatmap, bare = {"type": "heatmap", "showscale": False}, {"showticklabels": False}
+    colors = {"colorscale": scale, "zmin": 0, "zmax": n, "yaxis": "y2"}
+    hover = {"text": [words], "hovertemplate": "%{text}<extra></extra>"}
+    rows = {"domain": [0, 0.9], "title": {"text": "features, sorted"}, "autorange": "reversed"}
     return {
         "data": [
-            {
-                "type": "heatmap",
-                "z": np.sqrt(whole).round(3).tolist(),
-                "colorscale": "Greys",
-                "reversescale": True,
-                "showscale": False,
-                "hoverinfo": "skip",
-            },
-            {
-                "type": "heatmap",
-                "z": [branch],
-                "zmin": 0,
-                "zmax": n,
-                "text": [words],
-                "hovertemplate": "%{text}<extra></extra>",
-                "colorscale": scale,
-                "showscale": False,
-                "yaxis": "y2",
-            },
+            {**heatmap, "z": decoder, "colorscale": "Greys", "reversescale": True,
+             "hoverinfo": "skip"},
+            {**heatmap, "z": [branch], **colors, **hover},
         ],
         "layout": {
-            "xaxis": {"title": {"text": "channels, sorted"}, "showticklabels": False},
-            "yaxis": {
-                "domain": [0, 0.9],
-                "title": {"text": "features, sorted"},
-                "showticklabels": False,
-                "autorange": "reversed",
-            },
-            "yaxis2": {"domain": [0.92, 1], "showticklabels": False},
+            "xaxis": {**bare, "title": {"text": "channels, sorted"}},
+            "yaxis": {**bare, **rows},
+            "yaxis2": {**bare, "domain": [0.92, 1]},
         },
-    }
-
-
-def _labels(run: Run) -> list[dict[str, Any]]:
-    rate = run.result["rate"]
-    labels = run.result.get("labels", {}).get("surest", [])
-    return [one for one in labels if one["q_value"] <= rate]
+    }  # fmt: skip

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from mechatlas.analysis.branches.drive import drive
+from mechatlas.analysis.branches.activity import activity_shares
 from mechatlas.base import InputError
 from mechatlas.dictionaries.autoencoder import Autoencoder
 from mechatlas.dictionaries.sparsity import ReLU, TopK
@@ -32,7 +32,7 @@ def rows(n=4000, seed=0):
 
 def measure(dictionary, x, samples, size=1000):
     batches = zip(x.split(size), samples.split(size), strict=True)
-    return drive(dictionary, batches, BRANCHES, x.mean(dim=0).double().numpy())
+    return activity_shares(dictionary, batches, BRANCHES, x.mean(dim=0).double().numpy())
 
 
 def test_a_feature_of_one_branch_is_driven_by_it_and_lost_without_it():
@@ -102,6 +102,6 @@ def test_a_black_box_has_ablation_shares_only():
 def test_rows_that_do_not_fit_are_named():
     dictionary = Autoencoder(d_in=8, n_latents=4, sparsity=ReLU(), seed=0)
     with pytest.raises(InputError, match="7 wide, the dictionary reads 8"):
-        drive(dictionary, [(torch.ones(3, 7), torch.arange(3))], BRANCHES, np.zeros(8))
+        activity_shares(dictionary, [(torch.ones(3, 7), torch.arange(3))], BRANCHES, np.zeros(8))
     with pytest.raises(InputError, match="no rows"):
-        drive(dictionary, [], BRANCHES, np.zeros(8))
+        activity_shares(dictionary, [], BRANCHES, np.zeros(8))

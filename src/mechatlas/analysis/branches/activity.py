@@ -1,9 +1,9 @@
-"""How much of a feature's activity comes from each branch, on data.
+"""Shares of a feature's activity that come from each branch, on data.
 
-    activation share    of what drives the encoder above its mean, on rows where the feature is
-                        active, how much comes through the branch
-    ablation share      how much of the activity on those rows is lost when the branch is set to
-                        its mean
+    activation share    fraction of the encoder's input above its mean that comes through the
+                        branch, on rows where the feature is active
+    ablation share      fraction of the activity on the same rows that is lost when the branch is
+                        set to its mean
 
 Both are ratios of sums over rows. Rows of one sample resemble one another, so intervals leave out
 groups of whole samples at a time (the jackknife). Nothing is kept of a row once it is read.
@@ -22,10 +22,10 @@ from torch import Tensor
 from mechatlas.base import InputError, Progress, no_progress
 
 GROUPS = 32
-"""Groups of samples that are left out one after another."""
+"""Number of groups of samples that are left out one after another."""
 ROWS_AT_ONCE = 512
 PAIRS_AT_ONCE = 8192
-"""Pairs of a row and a feature that is active on it whose drive is split together."""
+"""Pairs of a row and a feature active on it whose encoder inputs are split together."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -38,19 +38,20 @@ class Shares:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Drive:
-    """Where the activity of features comes from."""
+class ActivityShares:
+    """Shares of the activity of features that come from each branch."""
 
     n_rows: int
     active: Int[np.ndarray, " feature"]
     """Rows on which each feature was active."""
     activation: Shares | None
-    """`None` for a dictionary that has no linear encoder to take apart."""
+    """Activation shares; `None` for a dictionary that has no linear encoder to take apart."""
     ablation: Shares
+    """Ablation shares."""
 
 
 @torch.no_grad()
-def drive(
+def activity_shares(
     dictionary: Any,
     rows: Iterable[tuple[Tensor, Tensor]],
     branches: Mapping[str, slice],
@@ -58,17 +59,17 @@ def drive(
     *,
     n_rows: int = 0,
     on_progress: Progress = no_progress,
-) -> Drive:
+) -> ActivityShares:
     """Measure both shares in one pass.
 
     Args:
-        dictionary: Any; `encode` is all that the ablation share needs, the activation share also
-            needs `W_enc (d, n_latents)`.
+        dictionary: Dictionary of any kind; `encode` is all that the ablation share needs, the
+            activation share also needs `W_enc (d, n_latents)`.
         rows: Rows (n, d) and the sample of each, one batch after another.
         branches: Name -> channels.
-        mean: Mean of the channels, which a branch is set to.
-        n_rows: How many rows there will be, for the progress.
-        on_progress: Told how many rows are done.
+        mean: Mean of the channels, to which a branch is set.
+        n_rows: Number of rows that there will be, for the progress.
+        on_progress: Callback with the number of rows that are done.
 
     Raises:
         InputError: There are no rows, or they are not as wide as the dictionary.
@@ -104,7 +105,7 @@ def drive(
 
 
 def _split(encoder: Tensor, x: Tensor, row: Tensor, latent: Tensor, slices: list[slice]) -> Tensor:
-    """What drives each pair of a row and a feature: through every branch, and in all."""
+    """Encoder input of each pair of a row and a feature: through every branch, and in all."""
     atoms = encoder.T
     parts = []
     for at, which in zip(row.split(PAIRS_AT_ONCE), latent.split(PAIRS_AT_ONCE), strict=True):
@@ -135,11 +136,11 @@ class _Sums:
         if parts is not None:
             self.parts.index_add_(0, cell, parts)
 
-    def finish(self, n_rows: int, *, linear: bool) -> Drive:
+    def finish(self, n_rows: int, *, linear: bool) -> ActivityShares:
         shape = (GROUPS, self.n, -1)
         lost, parts = self.lost.view(shape).numpy(), self.parts.view(shape).numpy()
         value = self.value.view(shape).numpy()
-        return Drive(
+        return ActivityShares(
             n_rows=n_rows,
             active=self.count.numpy(),
             activation=_ratio(parts[..., :-1], parts[..., -1:]) if linear else None,

@@ -1,9 +1,8 @@
 import numpy as np
 import pytest
 
-from mechatlas.maths.group_constructions import direct_product, permutation_group
 from mechatlas.maths.groups import GroupError
-from mechatlas.maths.named_groups import group
+from mechatlas.maths.named_groups import direct_product, group, permutation_group
 from tests.maths.group_strategies import semidirect_product
 
 
