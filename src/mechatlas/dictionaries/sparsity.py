@@ -32,6 +32,12 @@ from torch import Tensor
 from mechatlas.dictionaries.engine.interface import CodeSearch
 from mechatlas.dictionaries.engine.structures import Codes
 
+Latents = Float[Tensor, "batch latent"]
+"""Pre-activations, or codes, of some samples."""
+Rowwise = Float[Tensor, " batch"]
+"""Numbers of some samples, one each."""
+Pairs = Float[Tensor, " pairs"]
+"""Numbers of pairs of a sample and a latent."""
 State = Mapping[str, Tensor]
 """Tensors of a rule's own."""
 Unexplained = Callable[[Tensor], Tensor]
@@ -47,7 +53,7 @@ class Rule(abc.ABC):
     """Whether the code of a sample in training is independent of the other samples."""
 
     @abc.abstractmethod
-    def __call__(self, pre: Tensor, state: State = NONE) -> Tensor:
+    def __call__(self, pre: Latents, state: State = NONE) -> Latents:
         """Code of each sample, when the dictionary is used."""
 
     def parameters(self, n_latents: int) -> dict[str, Tensor]:
@@ -60,13 +66,13 @@ class Rule(abc.ABC):
         del n_latents
         return {}
 
-    def training_code(self, pre: Tensor, state: State = NONE) -> Tensor:
+    def training_code(self, pre: Latents, state: State = NONE) -> Latents:
         """Code of each sample, when the dictionary is trained."""
         return self(pre, state)
 
     def penalty(
-        self, pre: Tensor, code: Tensor, unexplained: Unexplained, state: State = NONE
-    ) -> Tensor:
+        self, pre: Latents, code: Latents, unexplained: Unexplained, state: State = NONE
+    ) -> Rowwise:
         """Term that is added to the squared error of each sample."""
         del code, unexplained, state
         return pre.new_zeros(len(pre))
@@ -96,7 +102,7 @@ class Rule(abc.ABC):
         raise NotImplementedError(f"{self} has no fast path")
 
     def penalize_codes(
-        self, codes: Codes, d_code: Float[Tensor, " pairs"], weight: float, state: State
+        self, codes: Codes, d_code: Pairs, weight: float, state: State
     ) -> tuple[float, dict[str, Tensor]]:
         """Add the gradient of the penalty to that of each code, in place.
 
@@ -128,9 +134,7 @@ class Plain(Rule):
 
     function: Callable[[Tensor], Tensor]
 
-    def __call__(
-        self, pre: Float[Tensor, "batch latent"], state: State = NONE
-    ) -> Float[Tensor, "batch latent"]:
+    def __call__(self, pre: Latents, state: State = NONE) -> Latents:
         """Call the function."""
         del state
         return self.function(pre)
@@ -151,9 +155,7 @@ class TopK(Rule):
     def __post_init__(self) -> None:
         _check_k(self.k)
 
-    def __call__(
-        self, pre: Float[Tensor, "batch latent"], state: State = NONE
-    ) -> Float[Tensor, "batch latent"]:
+    def __call__(self, pre: Latents, state: State = NONE) -> Latents:
         """Zero all but the k largest entries of each row, and those below zero."""
         del state
         top = pre.topk(self.k, dim=-1)
@@ -181,9 +183,7 @@ class BatchTopK(Rule):
     def __post_init__(self) -> None:
         _check_k(self.k)
 
-    def __call__(
-        self, pre: Float[Tensor, "batch latent"], state: State = NONE
-    ) -> Float[Tensor, "batch latent"]:
+    def __call__(self, pre: Latents, state: State = NONE) -> Latents:
         """Zero what is not above the threshold; before any training, all but each row's k."""
         if state["threshold"] < 0:
             return TopK(k=self.k)(pre)
@@ -194,9 +194,7 @@ class BatchTopK(Rule):
         del n_latents
         return {"threshold": torch.tensor(-1.0)}
 
-    def training_code(
-        self, pre: Float[Tensor, "batch latent"], state: State = NONE
-    ) -> Float[Tensor, "batch latent"]:
+    def training_code(self, pre: Latents, state: State = NONE) -> Latents:
         """Zero all but the n k largest entries of n rows, and those below zero."""
         del state
         flat = pre.reshape(-1)
@@ -237,20 +235,14 @@ class ReLU(Rule):
     def __post_init__(self) -> None:
         _check_weight("l1", self.l1)
 
-    def __call__(
-        self, pre: Float[Tensor, "batch latent"], state: State = NONE
-    ) -> Float[Tensor, "batch latent"]:
+    def __call__(self, pre: Latents, state: State = NONE) -> Latents:
         """Zero what is below zero."""
         del state
         return pre.relu()
 
     def penalty(
-        self,
-        pre: Float[Tensor, "batch latent"],
-        code: Float[Tensor, "batch latent"],
-        unexplained: Unexplained,
-        state: State = NONE,
-    ) -> Float[Tensor, " batch"]:
+        self, pre: Latents, code: Latents, unexplained: Unexplained, state: State = NONE
+    ) -> Rowwise:
         """`l1` times the sum of the code; the atoms' length is fixed, so it is that of a code."""
         del pre, unexplained, state
         return self.l1 * code.sum(dim=-1)
@@ -261,7 +253,7 @@ class ReLU(Rule):
         return search.above(0.0)
 
     def penalize_codes(
-        self, codes: Codes, d_code: Float[Tensor, " pairs"], weight: float, state: State
+        self, codes: Codes, d_code: Pairs, weight: float, state: State
     ) -> tuple[float, dict[str, Tensor]]:
         """Add the gradient of the sum of the codes."""
         del state
@@ -326,9 +318,7 @@ class JumpReLU(Rule):
         for name in ("l0", "threshold", "bandwidth"):
             _check_weight(name, getattr(self, name))
 
-    def __call__(
-        self, pre: Float[Tensor, "batch latent"], state: State = NONE
-    ) -> Float[Tensor, "batch latent"]:
+    def __call__(self, pre: Latents, state: State = NONE) -> Latents:
         """Zero what is not above its latent's threshold."""
         return pre * (pre > state["log_threshold"].exp())
 
@@ -336,19 +326,13 @@ class JumpReLU(Rule):
         """The logarithm of each latent's threshold."""
         return {"log_threshold": torch.full((n_latents,), math.log(self.threshold))}
 
-    def training_code(
-        self, pre: Float[Tensor, "batch latent"], state: State = NONE
-    ) -> Float[Tensor, "batch latent"]:
+    def training_code(self, pre: Latents, state: State = NONE) -> Latents:
         """Code of each sample, from which the threshold learns."""
         return _Jump.apply(pre, state["log_threshold"].exp(), self.bandwidth)
 
     def penalty(
-        self,
-        pre: Float[Tensor, "batch latent"],
-        code: Float[Tensor, "batch latent"],
-        unexplained: Unexplained,
-        state: State = NONE,
-    ) -> Float[Tensor, " batch"]:
+        self, pre: Latents, code: Latents, unexplained: Unexplained, state: State = NONE
+    ) -> Rowwise:
         """`l0` times the number of latents kept."""
         del code, unexplained
         return self.l0 * _Count.apply(pre, state["log_threshold"].exp(), self.bandwidth).sum(dim=-1)
@@ -362,7 +346,7 @@ class JumpReLU(Rule):
         return codes._replace(values=codes.raw * (codes.raw > threshold[codes.latents]))
 
     def penalize_codes(
-        self, codes: Codes, d_code: Float[Tensor, " pairs"], weight: float, state: State
+        self, codes: Codes, d_code: Pairs, weight: float, state: State
     ) -> tuple[float, dict[str, Tensor]]:
         """Add the pseudo-derivatives of the number of codes to the thresholds."""
         threshold = state["log_threshold"].detach().exp()
@@ -391,9 +375,7 @@ class Threshold(Rule):
     or negative, and rounding a logarithm could move one past a pre-activation.
     """
 
-    def __call__(
-        self, pre: Float[Tensor, "batch latent"], state: State = NONE
-    ) -> Float[Tensor, "batch latent"]:
+    def __call__(self, pre: Latents, state: State = NONE) -> Latents:
         """Zero what is at or below its threshold, or below zero."""
         return pre.relu() * (pre > state["threshold"])
 
@@ -413,11 +395,7 @@ class Gated(Rule):
     def __post_init__(self) -> None:
         _check_weight("l1", self.l1)
 
-    def __call__(
-        self,
-        pre: Float[Tensor, "batch latent"],
-        state: State = NONE,
-    ) -> Float[Tensor, "batch latent"]:
+    def __call__(self, pre: Latents, state: State = NONE) -> Latents:
         """The sizes of latents whose gate is open."""
         return (pre > 0) * (pre * state["r_mag"].exp() + state["b_mag"]).relu()
 
@@ -426,12 +404,8 @@ class Gated(Rule):
         return {"r_mag": torch.zeros(n_latents), "b_mag": torch.zeros(n_latents)}
 
     def penalty(
-        self,
-        pre: Float[Tensor, "batch latent"],
-        code: Float[Tensor, "batch latent"],
-        unexplained: Unexplained,
-        state: State = NONE,
-    ) -> Float[Tensor, " batch"]:
+        self, pre: Latents, code: Latents, unexplained: Unexplained, state: State = NONE
+    ) -> Rowwise:
         """`l1` times the open gates' sum, and the error they leave by a decoder held fixed."""
         del code, state
         gates = pre.relu()

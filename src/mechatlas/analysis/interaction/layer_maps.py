@@ -332,6 +332,11 @@ def taps_of(
     """Rows, columns and served output positions of the taps of a kernel.
 
     A tap serves the positions whose source lies inside the map; the rest read padding.
+
+    Args:
+        kernel: Convolution with padding by numbers.
+        height: Rows of its input.
+        width: Columns of its input.
     """
     pads = kernel.padding
     assert not isinstance(pads, str)

@@ -97,7 +97,13 @@ class Inputs:
     def with_activations(
         self, network: nn.Module, layers: Sequence[Site], *, batch_size: int
     ) -> "Inputs":
-        """Read activations at some layers and keep them in memory."""
+        """Read activations at some layers and keep them in memory.
+
+        Args:
+            network: Network in evaluation mode.
+            layers: Layers to read.
+            batch_size: Number of samples in a forward pass.
+        """
         parts = [batch.read(network, layers) for batch in self.batches(batch_size)]
         activations = {layer: torch.cat([part[layer] for part in parts]) for layer in layers}
         return dataclasses.replace(self, activations=activations)

@@ -6,6 +6,7 @@ One dense product is left, that of the encoder with every block of the batch; it
 tiles. What is sparse is in `posed_kernels`.
 """
 
+import functools
 import importlib
 
 import torch
@@ -107,7 +108,7 @@ class PosedStep:
             rows = spans[i]
             part = task._replace(target=task.target[rows], scales=task.scales[rows])
             mine = PosedCodes(*(t[rows] for t in codes))
-            gradients = PosedGradients(out.rows[rows], out.codes[rows], biases[i])
+            gradients = PosedGradients(out.rows[rows], out.codes[rows], out.bias[i])
             return kernels.residual(part, mine, gradients)
 
         loss = sum(run(residual, len(spans)))
@@ -140,10 +141,12 @@ class PosedStep:
         encoder = self.parameters["_encoder"].data
         product = product_with(encoder, spans[0].stop * blocks.shape[1])
 
+        largest = functools.partial(kernels.select, bias=bias, k=k)
+
         def select(i: int) -> None:
             rows = spans[i]
-            pre = product(read[rows].reshape(-1, blocks.shape[2])).view(-1, len(bias))
-            kernels.select(pre, bias, k, codes.values[rows], codes.latents[rows])
+            pre = product(read[rows].flatten(0, 1)).view(rows.stop - rows.start, -1)
+            largest(pre, values=codes.values[rows], latents=codes.latents[rows])
 
         run(select, len(spans))
         return codes, read

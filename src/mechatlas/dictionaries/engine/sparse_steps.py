@@ -354,7 +354,7 @@ class SparseStep:
             target = task.target[rows].contiguous()
             part = task._replace(target=target, scales=task.scales[rows])
             mine = codes._replace(starts=codes.starts[rows.start : rows.stop + 1])
-            gradients = out._replace(rows=out.rows[:, rows], bias=biases[i])
+            gradients = out._replace(rows=out.rows[:, rows], bias=out.bias[i])
             return self.backend.residual(part, mine, gradients)
 
         pieces = [functools.partial(self._group, codes)]
@@ -374,10 +374,10 @@ class SparseStep:
         rows = target.new_empty(len(task.widths), 0, d_out)
         d_codes = target.new_zeros(len(spans), len(codes.values))
         out = ErrorGradients(rows, atoms, d_codes, target.new_zeros(d_out))
+        read = (task, codes, grouped)
 
         def columns(i: int) -> float:
-            mine = out._replace(codes=d_codes[i])
-            return self.backend.columns(spans[i], task, codes, grouped, mine)
+            return self.backend.columns(spans[i], *read, out._replace(codes=out.codes[i]))
 
         loss = sum(run(columns, len(spans)))
         return loss, grouped, out._replace(codes=d_codes.sum(dim=0))
