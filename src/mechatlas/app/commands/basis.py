@@ -84,9 +84,13 @@ class NeededCounts:
     """Edges and vectors of a layer in one basis, and how many the network needs."""
 
     vectors: int
+    """Vectors of the basis."""
     edges: int | None
+    """Edges to the next layer; null for the last layer."""
     edges_needed: int | None
+    """Edges that suffice; null for the last layer, or if all do not."""
     vectors_needed: int | None
+    """Vectors that suffice; null for the last layer, or if all do not."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -94,11 +98,15 @@ class LayerEntry:
     """Ranks, free directions and needed edges of one layer."""
 
     name: str
+    """Site of the layer."""
     width: int
+    """Number of its units."""
     rank_activations: int
+    """Rank of the activations."""
     rank_activations_decades: float
     """Powers of ten by which the threshold of the rank can move without changing it."""
     rank_gradients: int
+    """Rank of the gradients."""
     rank_gradients_decades: float
     """Powers of ten by which the threshold of the rank can move without changing it."""
     limited_by_samples: bool
@@ -108,9 +116,11 @@ class LayerEntry:
     synchronised_blocks: int = 0
     """Old name of `synchronized_blocks`, until version 0.3."""
     dead_units: int
+    """Number of units that never fire."""
     always_on: int
     """Number of units that always fire."""
     free_directions: int
+    """Free directions of the layer."""
     degeneracy: DegeneracyCount
     """Free directions by cause."""
     edges_needed: int | None
@@ -132,6 +142,7 @@ class BasisResult(CommandResult):
     network: str = ""
     """Name of the network."""
     layers: list[LayerEntry]
+    """One entry for each layer, in the order of the network."""
     modularity: float | None
     """Newman's Q of the Leiden modules; null where there is no graph."""
     modularity_null: float | None
@@ -143,11 +154,13 @@ class BasisResult(CommandResult):
     modules: int
     """Number of modules; 0 unless they are significant."""
     modules_p_value: float | None
+    """p-value of the modules against random graphs of the same degrees; null without a graph."""
     modules_stable_over_seeds: float | None
     """Mean adjusted Rand index with the modules of other seeds."""
     modules_stable_over_samples: float | None
     """Mean adjusted Rand index with the modules of edges drawn within their errors."""
     free_directions: int
+    """Directions in the parameters along which the network does not change, in all layers."""
     free_directions_exact: bool
     """Whether the number is exact, not a lower bound."""
     free_directions_across: int | None
@@ -159,6 +172,7 @@ class BasisResult(CommandResult):
     measure: str
     """Name of the score: accuracy, agreement or 1 - fvu."""
     samples: int
+    """Samples the network ran on."""
     learning_coefficient: LearningCoefficient | None = None
     """Local learning coefficient; null unless asked for."""
     module_degeneracy: ModuleDegeneracy | None = None
