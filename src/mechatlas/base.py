@@ -103,7 +103,13 @@ class Rows(Protocol):
     n_rows: int
 
     def batches(self, batch_size: int, *, seed: int = 0, start: int = 0) -> Iterator[Batch]:
-        """Yield endless shuffled batches, one epoch after another, from batch number `start`."""
+        """Yield endless shuffled batches, one epoch after another, from batch number `start`.
+
+        Args:
+            batch_size: Rows in every batch.
+            seed: Seed of the order.
+            start: Number of the first batch.
+        """
         ...
 
     def held_out(self, n_rows: int) -> Batch:

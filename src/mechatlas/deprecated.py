@@ -149,7 +149,13 @@ Class = TypeVar("Class", bound=type)
 
 
 def warn(old: str, new: str, *, stacklevel: int = 3) -> None:
-    """Warn that a spelling is old."""
+    """Warn that a spelling is old.
+
+    Args:
+        old: Old spelling.
+        new: Spelling today.
+        stacklevel: Frames up to the line that is to change.
+    """
     warnings.warn(
         f"{old} is now called {new}; the old spelling goes in version 0.3.",
         DeprecationWarning,

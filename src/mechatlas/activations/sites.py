@@ -198,7 +198,13 @@ def channels_last(activation: Shaped[Tensor, "..."]) -> Shaped[Tensor, "..."]:
 def cut_branch(
     network: nn.Module, site: Site, activation: Shaped[Tensor, "..."]
 ) -> Shaped[Tensor, "..."]:
-    """Cut activations of a whole module to the channels of a site's branch (a view)."""
+    """Cut activations of a whole module to the channels of a site's branch (a view).
+
+    Args:
+        network: Network that has the site.
+        site: Site, with or without a branch.
+        activation: Activations of the whole module.
+    """
     return _cut(activation, select(network, site))
 
 

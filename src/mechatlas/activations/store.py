@@ -504,7 +504,13 @@ class PairedRows(Result):
         return "\n".join(r.summary() for r in self.rows)
 
     def batches(self, batch_size: int, *, seed: int = 0, start: int = 0) -> Iterator[Batch]:
-        """Endless shuffled batches, one epoch after another; see `StoreRows.batches`."""
+        """Endless shuffled batches, one epoch after another; see `StoreRows.batches`.
+
+        Args:
+            batch_size: Rows in every batch.
+            seed: Seed of the order.
+            start: Number of the first batch.
+        """
         streams = [r.batches(batch_size, seed=seed, start=start) for r in self.rows]
         for batches in zip(*streams, strict=True):
             yield Batch(torch.cat([batch.x for batch in batches], dim=1), batches[0].row)

@@ -85,7 +85,13 @@ class Action(abc.ABC):
         return True
 
     def moved(self, element: int, points: Points, side: int) -> Points:
-        """Compute the points to which content of some points goes, in inputs `side` long."""
+        """Compute the points to which content of some points goes, in inputs `side` long.
+
+        Args:
+            element: Element of the group.
+            points: Points (x, y) of an input.
+            side: Side of the input.
+        """
         del element, side
         return points
 

@@ -448,7 +448,13 @@ def augment(
 def finish(
     free: Int[np.ndarray, " free"], costs: Float[np.ndarray, "row column"], solution: Solution
 ) -> None:
-    """Find shortest augmenting paths for all free rows over a matrix of exact costs."""
+    """Find shortest augmenting paths for all free rows over a matrix of exact costs.
+
+    Args:
+        free: Rows without a column.
+        costs: Cost of every pair.
+        solution: Pairing and prices, completed in place.
+    """
     price, u, v, row_of, _ = solution
     n, m = costs.shape
     dist, before, done = np.empty(m), np.empty(m, np.int32), np.empty(m, np.bool_)
@@ -484,7 +490,13 @@ def finish(
 
 @compiled
 def reprice(lists: ShortLists, solution: Solution, factors: Products) -> None:
-    """Set each row's price to its cheapest column, listed or not, less that column's price."""
+    """Set each row's price to its cheapest column, listed or not, less that column's price.
+
+    Args:
+        lists: Short lists of the rows.
+        solution: Pairing and prices; row prices are set in place.
+        factors: Factors whose products are the costs.
+    """
     starts, counts, horizon, error, columns, keys, rough, _ = lists
     price, u, v, _, _ = solution
     for i in range(len(u)):
@@ -502,7 +514,13 @@ def reprice(lists: ShortLists, solution: Solution, factors: Products) -> None:
 def near_horizon(
     lists: ShortLists, v: Float[np.ndarray, " column"], near: Bool[np.ndarray, " row"]
 ) -> None:
-    """Mark rows whose horizon is nearer than their second cheapest listed column."""
+    """Mark rows whose horizon is nearer than their second cheapest listed column.
+
+    Args:
+        lists: Short lists of the rows.
+        v: Prices of the columns.
+        near: Marks, written in place.
+    """
     starts, counts, horizon, error, columns, keys, rough, _ = lists
     for i in range(len(horizon)):
         one, two = np.inf, np.inf

@@ -221,6 +221,11 @@ def relu_pullback(
 
     J = diag(fires) W, so entry (k, l) of diag(fires) A diag(fires) is A[k, l] wherever both
     units fire: `together` holds how often they do, as a share of the rows.
+
+    Args:
+        after: Matrix A of the later layer.
+        weights: Weights W.
+        together: Share of the rows on which both units fire.
     """
     return weights.T @ (after * together) @ weights
 
@@ -233,7 +238,15 @@ def skip_pullback(
     *,
     skip: bool,
 ) -> Float[np.ndarray, "d d"]:
-    """E[J^T A J] for V relu(W x + b) + c, plus x itself if `skip`."""
+    """E[J^T A J] for V relu(W x + b) + c, plus x itself if `skip`.
+
+    Args:
+        after: Matrix A of the later layer.
+        weights: Weights W.
+        together: Share of the rows on which both units fire.
+        out: Weights V.
+        skip: Whether x itself is added.
+    """
     pulled = relu_pullback(out.T @ after @ out, weights, together)
     if not skip:
         return pulled

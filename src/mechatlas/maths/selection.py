@@ -99,7 +99,14 @@ def least_of_columns(
     last: int,
     least: Float[np.ndarray, " column"],
 ) -> None:
-    """Lower `least` of columns first..last to the least cost of a block."""
+    """Lower `least` of columns first..last to the least cost of a block.
+
+    Args:
+        block: Costs of some rows.
+        first: First column.
+        last: Column after the last.
+        least: Least cost of each column so far, lowered in place.
+    """
     for row in range(block.shape[0]):
         for j in range(first, last):
             least[j] = min(least[j], block[row, j])

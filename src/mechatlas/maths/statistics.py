@@ -63,7 +63,13 @@ class Proportion(NamedTuple):
 
 
 def proportion(hits: int, trials: int, *, level: float = 0.95) -> Proportion:
-    """A share with its Wilson interval; NaN and 0..1 where there were no trials."""
+    """A share with its Wilson interval; NaN and 0..1 where there were no trials.
+
+    Args:
+        hits: Number of hits.
+        trials: Number of trials.
+        level: Coverage of the interval.
+    """
     if trials == 0:
         return Proportion(np.nan, 0.0, 1.0)
     low, high = wilson(np.array([hits / trials]), np.array([float(trials)]), level=level)
@@ -74,6 +80,11 @@ def wilson(
     share: Float[np.ndarray, "*shape"], trials: Float[np.ndarray, "*shape"], *, level: float = 0.95
 ) -> tuple[Float[np.ndarray, "*shape"], Float[np.ndarray, "*shape"]]:
     """Ends of the Wilson intervals of shares of some trials, which need not be whole.
+
+    Args:
+        share: Share of hits.
+        trials: Number of trials.
+        level: Coverage of the intervals.
 
     Source:
         Wilson, Probable inference, the law of succession, and statistical inference (1927).

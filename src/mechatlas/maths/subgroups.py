@@ -199,6 +199,11 @@ def extend_closure(
 
     If the members are the subgroup of all generators but the last, they become the subgroup of
     all. Associativity is not assumed.
+
+    Args:
+        table: Multiplication table.
+        member: Mark of each member, changed in place.
+        generators: Elements to multiply by.
     """
     frontier = np.flatnonzero(member)
     while frontier.size:

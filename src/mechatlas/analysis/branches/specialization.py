@@ -308,7 +308,13 @@ class BranchTest:
 def plain_shares(
     atoms: Float[np.ndarray, "feature d"], branches: Mapping[str, slice], *, positive: bool = True
 ) -> tuple[Float[np.ndarray, "feature branch"], Float[np.ndarray, " branch"]]:
-    """Shares without a test, 0 for rows without length, and the shares that width predicts."""
+    """Shares without a test, 0 for rows without length, and the shares that width predicts.
+
+    Args:
+        atoms: Decoder rows.
+        branches: Channels of each branch.
+        positive: Whether only positive entries count.
+    """
     part = np.maximum(atoms, 0) if positive else np.abs(atoms)
     whole = np.maximum(np.linalg.norm(part, axis=1), np.finfo(np.float32).tiny)
     widths = [len(range(*s.indices(atoms.shape[1]))) for s in branches.values()]
