@@ -47,14 +47,14 @@ def planted(n, d, *, kind="planted", share=0.6, noise=0.7, seed=0):
     random = np.random.default_rng(seed)
     share = 0.0 if kind == "no partner" else share
     spread = 0.0 if kind == "one length" else 0.5
-    centres = unit(random.standard_normal((max(n // 32, 1), d), dtype=np.float32))
+    centers = unit(random.standard_normal((max(n // 32, 1), d), dtype=np.float32))
 
     def rows():
         x = random.standard_normal((n, d), dtype=np.float32)
         if kind == "clusters":
-            return unit(2 * centres[random.integers(0, len(centres), n)] + unit(x))
+            return unit(2 * centers[random.integers(0, len(centers), n)] + unit(x))
         if kind == "near duplicates":
-            return unit(centres[np.arange(n) % len(centres)] + 1e-3 * unit(x))
+            return unit(centers[np.arange(n) % len(centers)] + 1e-3 * unit(x))
         return unit(x * SPECTRA[kind](np.arange(1.0, d + 1)).astype(np.float32))
 
     a, b = rows(), rows()

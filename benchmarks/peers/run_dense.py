@@ -30,13 +30,13 @@ class Autoencoder(nn.Module):
 
 
 model = Autoencoder()
-optimiser = torch.optim.Adam(model.parameters(), lr=options.lr)
+optimizer = torch.optim.Adam(model.parameters(), lr=options.lr)
 for number, x in enumerate(measurement.batches(options.steps)):
     if number == 0:
         model.b_dec.data = x.mean(dim=0)
     (x - model(x)).square().sum(dim=-1).mean().backward()
-    optimiser.step()
-    optimiser.zero_grad()
+    optimizer.step()
+    optimizer.zero_grad()
     with torch.no_grad():
         model.W_dec.div_(model.W_dec.norm(dim=1, keepdim=True))
 measurement.report(torch.__version__, model, model.W_dec)

@@ -19,7 +19,7 @@ measurement = Measurement(options)
 kind = TopKSAE if options.rule == "topk" else BatchTopKSAE
 k = options.k if options.rule == "topk" else options.k * options.batch_size
 sae = kind(options.d_in, nb_concepts=options.n_latents, top_k=k, device="cpu")
-optimiser = torch.optim.Adam(sae.parameters(), lr=options.lr)
+optimizer = torch.optim.Adam(sae.parameters(), lr=options.lr)
 
 
 def squared_error(x, x_hat, z_pre, z, atoms):
@@ -28,6 +28,6 @@ def squared_error(x, x_hat, z_pre, z, atoms):
 
 with contextlib.redirect_stdout(io.StringIO()):
     batches = measurement.batches(options.steps)
-    train_sae(sae, batches, squared_error, optimiser, nb_epochs=1, device="cpu")
+    train_sae(sae, batches, squared_error, optimizer, nb_epochs=1, device="cpu")
 sae.eval()
 measurement.report(version("Overcomplete"), lambda x: sae(x)[2], sae.get_dictionary())

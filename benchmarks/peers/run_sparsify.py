@@ -16,9 +16,9 @@ from sparsify import SparseCoder, SparseCoderConfig
 measurement = Measurement(options)
 config = SparseCoderConfig(num_latents=options.n_latents, k=options.k)
 coder = SparseCoder(options.d_in, config, dtype=torch.float32)
-optimiser = torch.optim.Adam(coder.parameters(), lr=options.lr)
+optimizer = torch.optim.Adam(coder.parameters(), lr=options.lr)
 schedule = torch.optim.lr_scheduler.LambdaLR(
-    optimiser,
+    optimizer,
     lambda step: min(1.0, (options.steps - step) / max(1, options.decay * options.steps)),
 )
 silent = torch.zeros(options.n_latents, dtype=torch.long)
@@ -34,9 +34,9 @@ for number, x in enumerate(measurement.batches(options.steps)):
     loss = out.fvu + out.auxk_loss / 32 if options.dead_after else out.fvu
     loss.backward()
     coder.remove_gradient_parallel_to_decoder_directions()
-    optimiser.step()
+    optimizer.step()
     schedule.step()
-    optimiser.zero_grad()
+    optimizer.zero_grad()
     silent += len(x)
     silent[fired] = 0
 measurement.report(version("eai-sparsify"), lambda x: coder(x).sae_out, coder.W_dec)

@@ -102,7 +102,7 @@ def in_words(table: list[dict[str, Any]]) -> str:
     ways = {f"{one['a']} -> {one['b']}": one for row in table for one in row["consistency"]}
     if ways:
         lines += ["", "| matched features | same nearest branch | with equal kernels | "
-                  "both specialised |", "|---|---|---|---|"]  # fmt: skip
+                  "both specialized |", "|---|---|---|---|"]  # fmt: skip
     for way, one in ways.items():
         nearest = one["nearest_branch"]
         shown = (nearest["same_branch"], nearest["same_branch_of_equal_size"], one["same_branch"])

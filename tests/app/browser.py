@@ -77,7 +77,7 @@ class Browser:
             self.complaints.append(json.dumps(params["entry"])[:2000])
 
     def open(self, url: str, width: int = 1440, height: int = 1000, *, dark: bool = False) -> None:
-        """Go to a page, at a size and in a colour scheme."""
+        """Go to a page, at a size and in a color scheme."""
         self.send(
             "Emulation.setDeviceMetricsOverride",
             width=width, height=height, deviceScaleFactor=1, mobile=width < 600,

@@ -229,8 +229,8 @@ def test_neighbours_are_the_nearest_living_atoms():
 def test_a_map_keeps_clusters_apart_and_depends_on_the_seed_alone():
     random = np.random.default_rng(0)
     label = np.repeat(np.arange(6), 50)
-    centres = random.normal(size=(6, 32))
-    unit = centres[label] + 0.3 * random.normal(size=(300, 32))
+    centers = random.normal(size=(6, 32))
+    unit = centers[label] + 0.3 * random.normal(size=(300, 32))
     unit = (unit / np.linalg.norm(unit, axis=1, keepdims=True)).astype(np.float32)
     flat = umap(unit)
     apart = np.square(flat[:, None] - flat[None]).sum(axis=2)

@@ -35,7 +35,7 @@ HOSTILE_WORD = "</script><i>"
 
 
 class Words(nn.Module):
-    """Word vectors and one mixing of neighbours."""
+    """Word vectors and one mixing of neighbors."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -3,7 +3,7 @@
     Rotate     turns and mirrors of square images: C_n, D_n
     Hue        turns (and mirrors) of the color wheel: C_n, D_n
     Shift      cyclic shifts along the last axis: C_n
-    Scale      zooming in by equal factors: labelled by C_n, but not a group of order n
+    Scale      zooming in by equal factors: labeled by C_n, but not a group of order n
     Custom     a function of an element and inputs
 
 An action is called as `action(g, x)` and gives gx, so `action(g, action(h, x))` is
@@ -486,7 +486,7 @@ def _cubic(x: Tensor, source: Points) -> Tensor:
 
 
 def _keys(t: Float[np.ndarray, " n"]) -> Float[np.ndarray, "n 4"]:
-    """Weights of the four neighbours of points a share t beyond the second."""
+    """Weights of the four neighbors of points a share t beyond the second."""
     t2, t3 = t * t, t * t * t
     return np.stack(
         [

@@ -52,7 +52,7 @@ def character_table(
 ) -> CharacterTable:
     """The irreducible characters over the complex numbers.
 
-    A random Hermitian element of the centre of the group algebra acts on each irrep as a
+    A random Hermitian element of the center of the group algebra acts on each irrep as a
     different real number, so its eigenvectors among the class functions are the characters.
     The eigenvalues of rho(g) are roots of unity whose multiplicities follow from the
     characters of the powers of g. They are whole numbers: rounding them makes each character
@@ -161,7 +161,7 @@ def _approximate_characters(
     z = parts[0] + 1j * parts[1]
     z = (z + z[classes.inverse].conj()) / np.sqrt(classes.sizes)
     # (z * phi)(x) = sum over y of z(x y^-1) phi(y), for class functions phi, in the basis of
-    # normalised indicators of classes, where it is a Hermitian matrix.
+    # normalized indicators of classes, where it is a Hermitian matrix.
     by_class = np.argsort(classes.class_of, kind="stable")
     starts = np.cumsum(classes.sizes) - classes.sizes
     kernel = z[classes.class_of[table[classes.representatives][:, inverses[by_class]]]]

@@ -2,7 +2,7 @@
 
     Group    a checked table: inverses, classes, subgroups, cosets, irreps
 
-`table[a, b]` is the product a*b of the elements labelled a and b. A group keeps the labels
+`table[a, b]` is the product a*b of the elements labeled a and b. A group keeps the labels
 of the table it was made from, so its identity may have any label; ask `Group.identity`.
 What this package builds itself (`named_groups`) has its identity at 0
 as long as its parts do.

@@ -6,7 +6,7 @@ Main path, in reading order:
     fourier              functions on the group -> one matrix for each irrep
     energies             how much of a function belongs to each irrep
 
-Normalisation. An irrep rho of dimension d over the reals commutes with a field K of
+Normalization. An irrep rho of dimension d over the reals commutes with a field K of
 dimension c: the reals (c = 1), the complex numbers (2) or the quaternions (4), which is its
 type. It occurs d/c times in the regular representation, so over all irreps
 

@@ -1,7 +1,7 @@
 """Finite groups by name, and groups of permutations and products.
 
-    C12        n turns r^k, labelled k
-    D8         n rotations and n mirrors of a polygon, order 2n = 16: r^k is labelled k, and r^k s
+    C12        n turns r^k, labeled k
+    D8         n rotations and n mirrors of a polygon, order 2n = 16: r^k is labeled k, and r^k s
                (the mirror s followed by r^k) n + k; s r = r^-1 s
     S5, A5     all permutations of n points and the even ones, in lexicographic order, named by
                their cycles, points from 1

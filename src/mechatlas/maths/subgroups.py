@@ -9,7 +9,7 @@ Main path, in reading order:
 The method is cyclic extension: each subgroup K has a last term P of its derived series,
 which is perfect (equal to its own derived subgroup, often trivial), and a chain from P up to
 K in which each member is normal in the next, with prime index. So starting from the perfect
-subgroups it is enough to extend each subgroup H by elements z that normalise it and have z^p
+subgroups it is enough to extend each subgroup H by elements z that normalize it and have z^p
 in H. One subgroup of each conjugacy class is extended; the others follow by conjugation.
 Nothing is sampled and nothing is assumed: the list is exact.
 
@@ -141,7 +141,7 @@ class SubgroupLattice:
 
         Abelian groups are named in full: C4, C2xC2, C2xC12. Dihedral groups are Dn, of order
         2n (but S3); dicyclic groups Q8, Q12, ...; A4, S4, A5, S5, A6, S6 and PSL(2,q) are
-        recognised, and so are products of a named group with cyclic ones, as in C2xA4.
+        recognized, and so are products of a named group with cyclic ones, as in C2xA4.
         C5:C4 means a Frobenius group (a prime cyclic group and automorphisms of it). All
         others are called by their order, as in "order 36".
         """
@@ -323,7 +323,7 @@ def _prime_extensions(
     candidates: Int[np.ndarray, " candidate"],
     p: int,
 ) -> Iterator[tuple[Bool[np.ndarray, " order"], int, bytes]]:
-    """The subgroups H u zH u ... u z^(p-1)H, for z that normalise H with z^p in H."""
+    """The subgroups H u zH u ... u z^(p-1)H, for z that normalize H with z^p in H."""
     cosets = table[candidates][:, member]
     _, first = np.unique(cosets.min(axis=1, initial=len(table)), return_index=True)
     z, cosets = candidates[first, None], cosets[first]

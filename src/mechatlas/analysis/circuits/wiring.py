@@ -269,7 +269,7 @@ def _map_operation(raw: Operation, source: Site, target: Site) -> MapOperation:
     name = str(function).removeprefix("aten.").partition(".")[0]
     raise SiteError(
         f"Module {raw.module!r} between {source} and {target} does {name!r}, which cannot be "
-        "composed into a circuit; convolutions, batch normalisation, rectifiers, pooling, "
+        "composed into a circuit; convolutions, batch normalization, rectifiers, pooling, "
         "padding, concatenation and sums can."
     )
 

@@ -178,7 +178,7 @@ const cards = (() => {
 
   const link = (d, i) => `#${encodeURIComponent(d.key).replaceAll("%2F", "/")}/${i}`;
 
-  function neighbourList(d, i, showHeat, open) {
+  function neighborList(d, i, showHeat, open) {
     const list = el("div", { class: "neighbors" });
     for (let k = 0; k < d.near_n; k++) {
       const other = d.near[i * d.near_n + k];
@@ -228,7 +228,7 @@ const cards = (() => {
       el("div", { class: "columns" },
         part("Activations", `Density: share of ${read} of the store where it is active. Mean: over those rows. Bars: number of rows by activation, with ratios across and square roots up; the first bar holds everything weaker.`, facts(d, i), d.density[i] > 0 ? histogram(d, i) : null),
         bars ? part("Branches", "Length of the atom’s positive part inside each branch, relative to its whole length; squares add up to 1. The tick is the share expected from the branch’s width. A description: whether a difference stands against chance is in the chapter on branches, where “mechatlas branches” was run.", bars) : null,
-        part("Nearest atoms", `Cosine of decoder rows, among features that are ever active. One shuffled atom in a hundred reaches ${number(d.chance)}; fainter ones are below that.`, neighbourList(d, i, showHeat, open))),
+        part("Nearest atoms", `Cosine of decoder rows, among features that are ever active. One shuffled atom in a hundred reaches ${number(d.chance)}; fainter ones are below that.`, neighborList(d, i, showHeat, open))),
     ];
   }
 

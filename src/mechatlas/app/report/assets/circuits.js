@@ -20,10 +20,10 @@
     const context = picture.getContext("2d");
     kernel.values.forEach((value, k) => {
       const strength = Math.abs(value) / most;
-      context.fillStyle = atlas.colour("--raised");
+      context.fillStyle = atlas.color("--raised");
       context.fillRect((k % kernel.w) * cell, Math.floor(k / kernel.w) * tall, cell, tall);
       context.globalAlpha = strength;
-      context.fillStyle = atlas.colour(value < 0 ? "--branch-2" : "--branch-1");
+      context.fillStyle = atlas.color(value < 0 ? "--branch-2" : "--branch-1");
       context.fillRect((k % kernel.w) * cell, Math.floor(k / kernel.w) * tall, cell, tall);
       context.globalAlpha = 1;
     });

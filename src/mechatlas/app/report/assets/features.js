@@ -86,7 +86,7 @@
   })();
 
   function mapFigure() {
-    const d = state.d, by = byId("map-colour").value;
+    const d = state.d, by = byId("map-color").value;
     const groups = by === "branch" ? d.branches.map((name) => [name, []]) : [["features", []]];
     for (let i = 0; i < d.n; i++) {
       if (!Number.isFinite(d.flat[2 * i])) continue;
@@ -102,12 +102,12 @@
       hovertemplate: "%{text}<extra></extra>",
       selectedpoints: matched ? members.flatMap((i, k) => (matched.has(i) ? [k] : [])) : null,
       unselected: { marker: { opacity: 0.07 } },
-      marker: by === "branch" ? { size, opacity: 0.75, color: atlas.branchColour(g) }
+      marker: by === "branch" ? { size, opacity: 0.75, color: atlas.branchColor(g) }
         : { size, opacity: 0.8, colorscale: "Viridis", color: members.map((i) => Math.log10(d[by][i])), colorbar: scale(members.map((i) => d[by][i]), by) },
     }));
     if (state.open != null && Number.isFinite(d.flat[2 * state.open])) {
       data.push({ type: "scatter", mode: "markers", x: [d.flat[2 * state.open]], y: [d.flat[2 * state.open + 1]],
-        hoverinfo: "skip", showlegend: false, marker: { size: 15, color: "rgba(0,0,0,0)", line: { width: 2.5, color: atlas.colour("--ink") } } });
+        hoverinfo: "skip", showlegend: false, marker: { size: 15, color: "rgba(0,0,0,0)", line: { width: 2.5, color: atlas.color("--ink") } } });
     }
     const bare = { visible: false, showgrid: false, zeroline: false };
     return { data, layout: {
@@ -116,7 +116,7 @@
     } };
   }
 
-  // A bar of colours for the logarithm of some values, labelled with the values.
+  // A bar of colors for the logarithm of some values, labeled with the values.
   function scale(values, title) {
     const [low, high] = values.reduce(([a, b], v) => [Math.min(a, v), Math.max(b, v)], [Infinity, 0]);
     const ticks = [];
@@ -193,7 +193,7 @@
     root.querySelectorAll("[role=tab]").forEach((tab, k) => tab.setAttribute("aria-selected", k === index));
     const option = (value, text = value) => el("option", { value }, text);
     byId("sort").replaceChildren(...["number", "density", "max", "mean", "shuffled"].map((n) => option(n)), ...d.branches.map((n) => option(n, `share of ${n}`)));
-    byId("map-colour").replaceChildren(...(d.branches.length ? [option("branch")] : []), option("density"), option("max"));
+    byId("map-color").replaceChildren(...(d.branches.length ? [option("branch")] : []), option("density"), option("max"));
     byId("help-branches").textContent = d.branches.length
       ? `, ${d.branches[0]}>0.8 by number · ${d.branches.join(", ")}: features by nearest branch` : "";
     byId("map-caption").textContent =
@@ -246,7 +246,7 @@
     show();
   });
   byId("heat").addEventListener("click", toggleHeat);
-  byId("map-colour").addEventListener("change", markMap);
+  byId("map-color").addEventListener("change", markMap);
   byId("previous").addEventListener("click", () => turn(-1));
   byId("next").addEventListener("click", () => turn(1));
   document.addEventListener("keydown", (event) => {

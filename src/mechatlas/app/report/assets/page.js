@@ -68,8 +68,8 @@ const atlas = (() => {
     return element;
   }
 
-  const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
-  const branchColour = (number) => colour(`--branch-${number % 8}`);
+  const color = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
+  const branchColor = (number) => color(`--branch-${number % 8}`);
 
   function number(value) {
     if (!Number.isFinite(value)) return "–";
@@ -80,14 +80,14 @@ const atlas = (() => {
   }
 
   function themed(layout) {
-    const line = colour("--line"), ink = colour("--soft");
+    const line = color("--line"), ink = color("--soft");
     const axis = { gridcolor: line, zerolinecolor: line, linecolor: line, automargin: true };
     const own = layout || {};
     return {
       paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
       font: { family: "inherit", size: 12, color: ink },
       margin: { l: 44, r: 12, t: 8, b: 38 },
-      colorway: [0, 1, 2, 3, 4, 5, 6, 7].map(branchColour),
+      colorway: [0, 1, 2, 3, 4, 5, 6, 7].map(branchColor),
       legend: { orientation: "h", x: 0, y: 1.02, yanchor: "bottom", font: { size: 11 } },
       hoverlabel: { font: { family: "inherit" } },
       ...own,
@@ -130,6 +130,6 @@ const atlas = (() => {
     data: (chapter) => chapters[chapter].data,
     array: (chapter, name) => array(`${chapter}/${name}`),
     image: (chapter, name) => image(`${chapter}/${name}`),
-    el, colour, branchColour, number, draw, whenSeen,
+    el, color, branchColor, number, draw, whenSeen,
   };
 })();
