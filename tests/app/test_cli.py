@@ -230,3 +230,11 @@ def test_an_old_key_of_a_recipe_is_renamed_with_a_warning(monkeypatch):
     with pytest.warns(DeprecationWarning, match="train --sparsity.top is now called"):
         words = deprecated.renamed_flags("train", ["--sparsity.top=3", "--seed", "1"])
     assert words == ["--sparsity.k=3", "--seed", "1"]
+
+
+def test_a_reader_that_stops_early_sees_no_traceback():
+    words = [sys.executable, "-m", "mechatlas", "train", "--help"]
+    told = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert told.stdout is not None
+    told.stdout.close()
+    assert told.communicate()[1] == b""

@@ -9,6 +9,7 @@ import ast
 import importlib
 import importlib.util
 import json
+import os
 import sys
 import tomllib
 import warnings
@@ -31,7 +32,7 @@ COMMANDS = (
     "report",
 )
 FROM_RECIPES = ("collect", "train", "basis")
-"""Commands that cannot be told without a recipe."""
+"""Commands whose settings are too many for a command line alone."""
 OVERVIEW = """\
 mechatlas: an atlas of the features of a trained PyTorch network.
 
@@ -78,6 +79,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(run(words[0], words[1:], as_json=as_json))
     except UserError as error:
         fail(str(error))
+    except BrokenPipeError:  # the reader of a pipe, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1) from None
     except KeyboardInterrupt:
         print("mechatlas: interrupted; what was finished is kept.", file=sys.stderr)
         raise SystemExit(130) from None
