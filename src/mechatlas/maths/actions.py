@@ -60,7 +60,7 @@ class Action(abc.ABC):
     """Whether images and maps must be square."""
 
     @abc.abstractmethod
-    def act(self, element: int, x: Tensor) -> Tensor:
+    def act(self, element: int, x: Shaped[Tensor, "batch ..."]) -> Tensor:
         """Apply an element to inputs."""
 
     def __call__(self, element: int, x: Array) -> Array:
@@ -298,7 +298,7 @@ class Shift(Action):
         if mirrors:
             raise GroupError(f"shift needs a cyclic group, got {group.name}.")
 
-    def act(self, element: int, x: Tensor) -> Tensor:
+    def act(self, element: int, x: Shaped[Tensor, "batch ..."]) -> Tensor:
         """Shift by `element / n` of the length.
 
         Raises:
@@ -383,7 +383,7 @@ class Custom(Action):
         self._moved = getattr(function, "moved", None)
         self.moves_places = self._moved is not None
 
-    def act(self, element: int, x: Tensor) -> Tensor:
+    def act(self, element: int, x: Shaped[Tensor, "batch ..."]) -> Tensor:
         """Call the function.
 
         Raises:
@@ -404,7 +404,7 @@ class Custom(Action):
         return points if self._moved is None else self._moved(element, points, side)
 
 
-def law_error(action: Action, x: Tensor) -> tuple[float, tuple[int, int]]:
+def law_error(action: Action, x: Shaped[Tensor, "batch ..."]) -> tuple[float, tuple[int, int]]:
     """Measure how far an action is from the law of its group on some inputs, and where.
 
     Returns:

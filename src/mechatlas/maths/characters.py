@@ -11,7 +11,7 @@ import dataclasses
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Complex, Int
+from jaxtyping import Complex, Int, Shaped
 
 from mechatlas.base import UserError
 
@@ -207,7 +207,9 @@ def _orthonormal(values: Complex[np.ndarray, "irrep class"], classes: _Classes) 
     return bool(np.abs(gram - np.eye(len(values))).max() < 1e-10)
 
 
-def reading_order(indicators: np.ndarray, characters: np.ndarray) -> Int[np.ndarray, " irrep"]:
+def reading_order(
+    indicators: Shaped[np.ndarray, " irrep"], characters: Shaped[np.ndarray, "irrep cls"]
+) -> Int[np.ndarray, " irrep"]:
     """Row numbers by dimension, then type (1, 0, -1), then larger characters first."""
     columns = np.round(np.stack([np.real(characters), np.imag(characters)]), 9) + 0.0
     keys = [*columns.transpose(2, 0, 1).reshape(-1, len(characters))]

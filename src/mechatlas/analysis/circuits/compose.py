@@ -21,7 +21,7 @@ from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from mechatlas.analysis.circuits.wiring import (
@@ -135,7 +135,7 @@ Gates = Callable[[RouteState, Node, Tensor], Tensor | float]
 maximum, one for every pair of a position in its window and a tap, in that order."""
 
 
-def open_gates(place: RouteState, node: Node, values: Tensor) -> Tensor | float:
+def open_gates(place: RouteState, node: Node, values: Shaped[Tensor, "..."]) -> Tensor | float:
     """Gates without data: rectifiers are the identity, and maxima are means.
 
     Args:

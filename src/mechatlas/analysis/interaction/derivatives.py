@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -21,8 +21,8 @@ MAX_GRADIENTS = 512
 
 def vector_jacobian_products(
     layer_map: LayerMap,
-    x: Tensor,
-    inputs: Tensor,
+    x: Shaped[Tensor, "sample ..."],
+    inputs: Shaped[Tensor, "batch ..."],
     directions: Float[np.ndarray, "d k"],
     *,
     gradient_probes: int | None = None,
@@ -68,7 +68,10 @@ def vector_jacobian_products(
 
 
 def directional_derivatives(
-    layer_map: LayerMap, x: Tensor, inputs: Tensor, tangents: Float[Tensor, "k ..."]
+    layer_map: LayerMap,
+    x: Shaped[Tensor, "sample ..."],
+    inputs: Shaped[Tensor, "batch ..."],
+    tangents: Float[Tensor, "k ..."],
 ) -> Float[Tensor, "k n t o"]:
     """Derivatives of the target along changes of the source, at all output positions at once.
 
@@ -105,7 +108,10 @@ def _double_backward(layer_map: LayerMap, x: Tensor, inputs: Tensor, tangent: Te
 
 
 def form_jacobians(
-    form: ReLUForm, x: Tensor, left: Float[np.ndarray, "o k"], right: Float[np.ndarray, "j d"]
+    form: ReLUForm,
+    x: Shaped[Tensor, "sample ..."],
+    left: Float[np.ndarray, "o k"],
+    right: Float[np.ndarray, "j d"],
 ) -> Iterator[Float[Tensor, "n k j"]]:
     """Yield the Jacobians of each sample, one position at a time; positions do not mix.
 

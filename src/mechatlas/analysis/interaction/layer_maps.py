@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -69,7 +69,7 @@ class LayerMap:
     """Whether the source is the only layer that the target depends on: nothing bypasses it."""
 
 
-def rows_of(activations: Tensor) -> Float[Tensor, "n position d"]:
+def rows_of(activations: Shaped[Tensor, "sample ..."]) -> Float[Tensor, "n position d"]:
     """View activations with one axis of samples, one of positions and one of channels.
 
     Raises:
@@ -84,14 +84,16 @@ def rows_of(activations: Tensor) -> Float[Tensor, "n position d"]:
     return last.reshape(last.shape[0], -1, last.shape[-1])
 
 
-def like(rows: Float[Tensor, "n position d"], activations: Tensor) -> Tensor:
+def like(rows: Float[Tensor, "n position d"], activations: Shaped[Tensor, "sample ..."]) -> Tensor:
     """Undo `rows_of`, in the shape of `activations` for as many samples as `rows` has."""
     last = channels_last(activations)
     shaped = rows.reshape(rows.shape[0], *last.shape[1:])
     return shaped.movedim(-1, 1) if activations.ndim == 4 else shaped
 
 
-def layer_maps(network: nn.Module, layers: Sequence[Site], inputs: Tensor) -> list[LayerMap]:
+def layer_maps(
+    network: nn.Module, layers: Sequence[Site], inputs: Shaped[Tensor, "sample ..."]
+) -> list[LayerMap]:
     """Find the map from each layer to the next.
 
     Args:

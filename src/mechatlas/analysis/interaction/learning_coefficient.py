@@ -23,7 +23,7 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 from mechatlas.base import NonFiniteError, Result
@@ -71,7 +71,7 @@ class LearningCoefficient(Result):
 
 def learning_coefficient(
     network: nn.Module,
-    inputs: Tensor,
+    inputs: Shaped[Tensor, "sample ..."],
     *,
     n_beta: float,
     gamma: float = 1.0,

@@ -14,7 +14,7 @@ from typing import Any, TypeVar, get_origin
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 from mechatlas.activations.sites import channels_last, read_activations
@@ -203,7 +203,7 @@ class LayerMapFiring:
         """Firing at all positions."""
         self._taps: dict[tuple[int, int], Firing] = {}
 
-    def add(self, x: Tensor) -> None:
+    def add(self, x: Shaped[Tensor, "sample ..."]) -> None:
         """Add activations of the source of the map, as the network gives them."""
         form = self.form
         self.n_rows += rows_of(x).shape[0] * rows_of(x).shape[1]
@@ -397,7 +397,9 @@ def output_gradients(
     return [total / n for total, n in zip(totals, n_rows, strict=True)]
 
 
-def run_chain(maps: Sequence[LayerMap], x: Tensor, inputs: Tensor) -> list[Tensor]:
+def run_chain(
+    maps: Sequence[LayerMap], x: Shaped[Tensor, "sample ..."], inputs: Shaped[Tensor, "batch ..."]
+) -> list[Tensor]:
     """Run maps one after another, with gradients: activations of every layer.
 
     Args:

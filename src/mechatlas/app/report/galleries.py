@@ -8,7 +8,7 @@ import io
 import math
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Int, Shaped
 from PIL import Image
 
 from mechatlas.activations.samples import Samples
@@ -76,7 +76,7 @@ def gallery(
     return Gallery(needed, names, side, tile, columns, sheets)
 
 
-def is_image(sample: np.ndarray) -> bool:
+def is_image(sample: Shaped[np.ndarray, "..."]) -> bool:
     """Tell whether a sample is a square of bytes with one or three channels."""
     return (
         sample.dtype == np.uint8
