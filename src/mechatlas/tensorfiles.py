@@ -96,13 +96,13 @@ def _read_torch(file: Path) -> dict[str, Tensor]:
     Raises:
         WeightsError: It holds anything but tensors by name.
     """
-    found = torch.load(file, map_location="cpu", weights_only=True)
-    if not isinstance(found, dict):
-        raise WeightsError(f"{file} holds a {type(found).__name__}, expected tensors by name.")
-    for key, value in found.items():
+    content = torch.load(file, map_location="cpu", weights_only=True)
+    if not isinstance(content, dict):
+        raise WeightsError(f"{file} holds a {type(content).__name__}, expected tensors by name.")
+    for key, value in content.items():
         if not isinstance(value, Tensor) or value.layout != torch.strided:
             raise WeightsError(f"{file}: {key} is not a plain tensor; save `state_dict()` alone.")
-    return {str(key): value.detach() for key, value in found.items()}
+    return {str(key): value.detach() for key, value in content.items()}
 
 
 def mismatches(
@@ -140,10 +140,10 @@ def not_floats(tensors: Mapping[str, Tensor]) -> list[str]:
 
 def non_finite(tensors: Mapping[str, Tensor]) -> list[str]:
     """List the tensors with a NaN or an infinity, and where the first one is."""
-    found = []
+    places = []
     for name, tensor in tensors.items():
         bad = tensor.isfinite().logical_not_()
         if bad.any():
             where = tuple(bad.nonzero()[0].tolist())
-            found.append(f"{name}{list(where) if where else ''} is {float(tensor[where])}")
-    return found
+            places.append(f"{name}{list(where) if where else ''} is {float(tensor[where])}")
+    return places

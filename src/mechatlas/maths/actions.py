@@ -391,8 +391,8 @@ class Custom(Action):
         """
         out = self.function(element, x)
         if not isinstance(out, Tensor) or out.shape != x.shape:
-            found = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
-            raise InputError(f"{self.name} returned {found}, expected shape {tuple(x.shape)}.")
+            shape = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
+            raise InputError(f"{self.name} returned {shape}, expected shape {tuple(x.shape)}.")
         return out
 
     def exact(self, element: int) -> bool:

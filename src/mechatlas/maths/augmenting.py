@@ -165,21 +165,21 @@ def approach(
         i = queue[head]
         head = (head + 1) % room
         n_queue -= 1
-        one, two, first = np.inf, np.inf, -1
+        least, second, first = np.inf, np.inf, -1
         for k in range(starts[i], starts[i] + counts[i]):
-            if keys[k] >= two:
+            if keys[k] >= second:
                 break
             value = rough[k] - v[columns[k]]
-            if value < one:
-                two, one, first = one, value, columns[k]
-            elif value < two:
-                two = value
+            if value < least:
+                second, least, first = least, value, columns[k]
+            elif value < second:
+                second = value
         bids += 1
-        if horizon[i] + 2 * error[i] < one:
+        if horizon[i] + 2 * error[i] < least:
             wanted[i] = True
             continue
-        two = min(two, horizon[i] + 2 * error[i])
-        v[first] -= step + (two - one if two < np.inf else 0.0)
+        second = min(second, horizon[i] + 2 * error[i])
+        v[first] -= step + (second - least if second < np.inf else 0.0)
         other = row_of[first]
         row_of[first] = i
         column_of[i] = first
@@ -195,20 +195,20 @@ def _two_cheapest(i, lists, solution, factors):
     """Least and second least cost less price of a row, and the columns that cost the least."""
     starts, counts, horizon, error, columns, keys, rough, _ = lists
     v = solution.column_prices
-    one, two, first, second = np.inf, np.inf, -1, -1
+    least, runner_up, first, second = np.inf, np.inf, -1, -1
     for k in range(starts[i], starts[i] + counts[i]):
-        if keys[k] >= two:
+        if keys[k] >= runner_up:
             break
         j = columns[k]
-        if rough[k] - error[i] - v[j] >= two:
+        if rough[k] - error[i] - v[j] >= runner_up:
             continue
         value = _cost(k, i, lists, factors) - v[j]
-        if value < one:
-            two, second, one, first = one, first, value, j
-        elif value < two:
-            two, second = value, j
-    tied = second if two <= one else -1
-    return one, min(two, horizon[i], solution.unmatched), first, tied
+        if value < least:
+            runner_up, second, least, first = least, first, value, j
+        elif value < runner_up:
+            runner_up, second = value, j
+    tied = second if runner_up <= least else -1
+    return least, min(runner_up, horizon[i], solution.unmatched), first, tied
 
 
 @compiled
@@ -247,36 +247,36 @@ def bid(
             left += 1
             continue
         steps -= 1
-        one, two, first, tied = _two_cheapest(i, lists, solution, factors)
-        if price <= one and price <= horizon[i]:
+        least, runner_up, first, tied = _two_cheapest(i, lists, solution, factors)
+        if price <= least and price <= horizon[i]:
             column_of[i] = ALONE
             u[i] = price
             continue
-        if first < 0 or horizon[i] < one:
+        if first < 0 or horizon[i] < least:
             wanted[i] = True
             free[left] = i
             left += 1
             continue
-        if one >= two and row_of[first] >= 0:
+        if least >= runner_up and row_of[first] >= 0:
             if tied >= 0 and row_of[tied] < 0:
                 first = tied
             else:  # a tie: nobody gives way
-                u[i] = one
+                u[i] = least
                 free[left] = i
                 left += 1
                 continue
-        u[i] = two
+        u[i] = runner_up
         other = row_of[first]
-        if two > one:
-            if two == np.inf:
-                two = one  # the only column of all: its price need not fall for nobody
-                u[i] = one
-            v[first] -= two - one
+        if runner_up > least:
+            if runner_up == np.inf:
+                runner_up = least  # the only column of all: its price need not fall for nobody
+                u[i] = least
+            v[first] -= runner_up - least
         row_of[first] = i
         column_of[i] = first
         if other >= 0:
             column_of[other] = FREE
-            if two > one:
+            if runner_up > least:
                 waiting[n_waiting] = other
                 n_waiting += 1
             else:
@@ -523,13 +523,13 @@ def near_horizon(
     """
     starts, counts, horizon, error, columns, keys, rough, _ = lists
     for i in range(len(horizon)):
-        one, two = np.inf, np.inf
+        least, runner_up = np.inf, np.inf
         for k in range(starts[i], starts[i] + counts[i]):
-            if keys[k] >= two:
+            if keys[k] >= runner_up:
                 break
             value = rough[k] - v[columns[k]]
-            if value < one:
-                two, one = one, value
-            elif value < two:
-                two = value
-        near[i] = horizon[i] < two + error[i]
+            if value < least:
+                runner_up, least = least, value
+            elif value < runner_up:
+                runner_up = value
+        near[i] = horizon[i] < runner_up + error[i]

@@ -185,9 +185,9 @@ def _exact_characters(
             continue
         powers = classes.powers[k]
         order = len(powers)
-        found = np.fft.fft(estimate[:, powers], axis=1) / order
-        multiplicities = np.rint(found.real)
-        if np.abs(found - multiplicities).max() > 1e-3 or multiplicities.min() < 0:
+        coefficients = np.fft.fft(estimate[:, powers], axis=1) / order
+        multiplicities = np.rint(coefficients.real)
+        if np.abs(coefficients - multiplicities).max() > 1e-3 or multiplicities.min() < 0:
             return None
         exponents = np.arange(order)[:, None] * np.arange(order) % order
         roots = np.exp(2j * np.pi * np.arange(order) / order)

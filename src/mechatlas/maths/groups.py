@@ -155,10 +155,10 @@ class Group:
         images = [self._conjugated_by(s) for s in self.generators] or [elements]
         edges = (np.tile(elements, len(images)), np.concatenate(images))
         graph = coo_array((np.ones(len(edges[0]), np.int8), edges), shape=self.table.shape)
-        _, found = connected_components(graph, directed=False)
-        _, first, sizes = np.unique(found, return_index=True, return_counts=True)
+        _, labels = connected_components(graph, directed=False)
+        _, first, sizes = np.unique(labels, return_index=True, return_counts=True)
         rank = np.lexsort((first, sizes, self.element_orders[first]))
-        return _frozen(np.argsort(rank).astype(np.int32)[found])
+        return _frozen(np.argsort(rank).astype(np.int32)[labels])
 
     @cached_property
     def classes(self) -> tuple[frozenset[int], ...]:

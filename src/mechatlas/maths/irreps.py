@@ -111,20 +111,20 @@ def real_irreps(
     """
     words = _spell(table, inverses, generators)
     indicators, traces = _characters_over_reals(characters)
-    found = []
+    attempts = []
     for indicator, values in zip(indicators, traces, strict=True):
         kind = _TYPE_OF_INDICATOR[int(indicator)]
         character = values.real[class_of]
         if kind != "quaternionic" and round(values[0].real) == _COMMUTANT[kind]:
             # Over the complex numbers it has dimension one: its character is its matrix.
             matrices = _rotations(character, values.imag[class_of], kind)
-            found.append((kind, character, matrices, _error(matrices, table, words)))
+            attempts.append((kind, character, matrices, _error(matrices, table, words)))
         else:
-            found.append((kind, character, *_attempt(table, inverses, character, kind, words)))
-    dimensions = [matrices.shape[1] for _, _, matrices, _ in found]
+            attempts.append((kind, character, *_attempt(table, inverses, character, kind, words)))
+    dimensions = [matrices.shape[1] for _, _, matrices, _ in attempts]
     seen = dict.fromkeys(dimensions, 0)
     irreps = []
-    for dimension, (kind, character, matrices, error) in zip(dimensions, found, strict=True):
+    for dimension, (kind, character, matrices, error) in zip(dimensions, attempts, strict=True):
         seen[dimension] += 1
         name = f"{dimension}{_letters(seen[dimension])}"
         for array in (matrices, character):
@@ -288,10 +288,10 @@ def _spell(
         i, j = np.unravel_index(where, products.shape)
         new = lengths[products[i, j]] < 0
         a, b = left[i[new]], known[j[new]]
-        found = table[a, b]
-        lengths[found] = lengths[a] + lengths[b]
-        rounds.append((found, a, b))
-        known = np.concatenate([known, found])
+        products_reached = table[a, b]
+        lengths[products_reached] = lengths[a] + lengths[b]
+        rounds.append((products_reached, a, b))
+        known = np.concatenate([known, products_reached])
     return _Words(identity, generators, rounds, int(lengths.max()))
 
 
@@ -307,8 +307,8 @@ def _multiply_out(
         for _ in range(2):
             matrix = 1.5 * matrix - 0.5 * matrix @ matrix.T @ matrix
         matrices[s] = matrix
-    for found, a, b in words.rounds:
-        matrices[found] = matrices[a] @ matrices[b]
+    for product, a, b in words.rounds:
+        matrices[product] = matrices[a] @ matrices[b]
     return matrices
 
 

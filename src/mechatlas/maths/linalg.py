@@ -276,8 +276,8 @@ def parts_of(together: Float[np.ndarray, "d d"], tolerance: float = 0.0) -> Int[
             continue
         blocks[unit], waiting = number, [unit]
         while waiting:
-            one = waiting.pop()
-            near = (either[one] - together[one] <= tolerance * either[one]) & (alone > 0)
+            member = waiting.pop()
+            near = (either[member] - together[member] <= tolerance * either[member]) & (alone > 0)
             new = np.flatnonzero(near & (blocks < 0))
             blocks[new] = number
             waiting += new.tolist()

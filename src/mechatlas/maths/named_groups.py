@@ -264,19 +264,19 @@ def _field(q: int) -> tuple[Int[np.ndarray, "q q"], Int[np.ndarray, "q q"]]:
 
 def _permutation_closure(generators: list[tuple[int, ...]]) -> list[tuple[int, ...]]:
     identity = tuple(range(len(generators[0])))
-    found, waiting = {identity}, [identity]
+    elements, waiting = {identity}, [identity]
     for permutation in waiting:
         for s in generators:
             product = tuple([s[i] for i in permutation])
-            if product not in found:
-                found.add(product)
+            if product not in elements:
+                elements.add(product)
                 waiting.append(product)
-        if len(found) > MAX_ORDER:
+        if len(elements) > MAX_ORDER:
             raise GroupError(
                 f"The permutations generate more than {MAX_ORDER} elements, which is the most "
                 "that is taken."
             )
-    return sorted(found)
+    return sorted(elements)
 
 
 def _cycles(permutation: Sequence[int]) -> str:

@@ -153,10 +153,10 @@ class SubgroupLattice:
 
     @cached_property
     def _by_order(self) -> dict[int, list[frozenset[int]]]:
-        found: dict[int, list[frozenset[int]]] = {}
+        by_order: dict[int, list[frozenset[int]]] = {}
         for subgroup in self._class_of:
-            found.setdefault(len(subgroup), []).append(subgroup)
-        return found
+            by_order.setdefault(len(subgroup), []).append(subgroup)
+        return by_order
 
     def _name(self, each: SubgroupClass) -> str:
         return self._type(each.representative) or f"order {each.order}"
@@ -242,7 +242,7 @@ def find_subgroups(
     catalogue = _Catalogue(table, inverses, generators)
     waiting = deque([catalogue.add(trivial, [])])
     for perfect, gens in _perfect_subgroups(table, inverses, element_orders, generators):
-        if _key(perfect) not in catalogue.found:
+        if _key(perfect) not in catalogue.class_of_key:
             waiting.append(catalogue.add(perfect, gens))
     primes = [p for p in range(2, order + 1) if order % p == 0 and all(p % q for q in range(2, p))]
     powers = {p: _power(table, p) for p in primes}
@@ -253,7 +253,7 @@ def find_subgroups(
         for p, power in powers.items():
             candidates = np.flatnonzero(normalizing & member[power])
             for extended, z, key in _prime_extensions(table, member, candidates, p):
-                if key not in catalogue.found:
+                if key not in catalogue.class_of_key:
                     waiting.append(catalogue.add(extended, [*gens, z]))
     return SubgroupLattice(catalogue.classes(), table, element_orders)
 
@@ -282,23 +282,23 @@ class _Catalogue:
         images = [table[table[inverses[s]], s] for s in generators]
         # x lies in s*H*s^-1 when s^-1*x*s lies in H.
         self._pull_back = [image for image in images if (image != elements).any()]
-        self.found: dict[bytes, int] = {}
+        self.class_of_key: dict[bytes, int] = {}
         self._n_classes = 0
         self._order = len(table)
 
     def add(self, member: Bool[np.ndarray, " order"], gens: list[int]) -> _Generated:
         # The subgroup comes with its conjugates.
-        self.found[_key(member)] = self._n_classes
+        self.class_of_key[_key(member)] = self._n_classes
         waiting = [member]
         for each in waiting:
             for pull_back in self._pull_back:
                 conjugate = each[pull_back]
                 key = _key(conjugate)
-                if key not in self.found:
-                    self.found[key] = self._n_classes
+                if key not in self.class_of_key:
+                    self.class_of_key[key] = self._n_classes
                     waiting.append(conjugate)
         self._n_classes += 1
-        if len(self.found) > MAX_SUBGROUPS:
+        if len(self.class_of_key) > MAX_SUBGROUPS:
             raise SubgroupLimitError(
                 f"The group of order {self._order} has more than {MAX_SUBGROUPS} subgroups, which "
                 "is the most that are listed."
@@ -307,9 +307,11 @@ class _Catalogue:
 
     def classes(self) -> tuple[SubgroupClass, ...]:
         classes: list[list[list[int]]] = [[] for _ in range(self._n_classes)]
-        packed = np.frombuffer(b"".join(self.found), np.uint8).reshape(len(self.found), -1)
+        packed = np.frombuffer(b"".join(self.class_of_key), np.uint8).reshape(
+            len(self.class_of_key), -1
+        )
         masks = np.unpackbits(packed, axis=1, count=self._order)
-        for member, number in zip(masks, self.found.values(), strict=True):
+        for member, number in zip(masks, self.class_of_key.values(), strict=True):
             classes[number].append(np.flatnonzero(member).tolist())
         for members in classes:
             members.sort()
@@ -367,7 +369,7 @@ def _perfect_subgroups(
             if not member[z]:
                 extended = member.copy()
                 extend_closure(table, extended, [*gens, z])
-                if _key(extended) not in catalogue.found:
+                if _key(extended) not in catalogue.class_of_key:
                     waiting.append(catalogue.add(extended, [*gens, z]))
 
 
@@ -375,7 +377,7 @@ def _prime_power_cyclic(
     table: Int[np.ndarray, "order order"], element_orders: Int[np.ndarray, " order"]
 ) -> list[int]:
     """One generator of each cyclic subgroup whose order is a power of a prime."""
-    found = []
+    cyclic = []
     covered = np.zeros(len(table), bool)
     for z in np.argsort(-element_orders, kind="stable").tolist():
         size = int(element_orders[z])
@@ -383,12 +385,12 @@ def _prime_power_cyclic(
         while prime > 1 and size % prime == 0:
             size //= prime
         if prime > 1 and size == 1 and not covered[z]:
-            found.append(z)
+            cyclic.append(z)
             power = z
             for _ in range(int(element_orders[z])):
                 covered[power] |= element_orders[power] == element_orders[z]
                 power = int(table[power, z])
-    return found
+    return cyclic
 
 
 def _derived(

@@ -174,10 +174,10 @@ def _in_package(name: str) -> Path | None:
     files = [Path(str(file.locate())) for file in _files(name)]
     if not files and name.isidentifier() and (spec := util.find_spec(name)):
         files = [p for root in spec.submodule_search_locations or () for p in Path(root).rglob("*")]
-    found = [file for file in files if file.name in ("config.json", "model.zip")]
-    if not found:
+    configs = [file for file in files if file.name in ("config.json", "model.zip")]
+    if not configs:
         return None
-    outermost = min(found, key=lambda p: len(p.parts))
+    outermost = min(configs, key=lambda p: len(p.parts))
     return outermost if outermost.suffix == ".zip" else outermost.parent
 
 

@@ -158,8 +158,8 @@ def branches(
         >>> from mechatlas import branches
         >>> W_dec = np.abs(np.random.default_rng(1).standard_normal((200, 64)))
         >>> W_dec[:20, 16:] *= 0.1
-        >>> found = branches(W_dec, {"1x1": slice(0, 16), "3x3": slice(16, 64)})
-        >>> found.specialized().sum(axis=0).tolist()
+        >>> result = branches(W_dec, {"1x1": slice(0, 16), "3x3": slice(16, 64)})
+        >>> result.specialized().sum(axis=0).tolist()
         [20, 0]
     """
     return BranchTest(W_dec, branches, activations, positive=positive, tested=tested).run()
@@ -269,8 +269,8 @@ class BranchTest:
             inside = rows[part, channels] * np.sqrt(aim / squares[part, k])[:, None]
             rows[part] *= np.sqrt((1 - aim) / (1 - squares[part, k]))[:, None]
             rows[part, channels] = inside
-        found = self._test(rows).specialized(fdr)
-        return np.array([found[p, k].mean() if size else np.nan for k, p in enumerate(parts)])
+        significant = self._test(rows).specialized(fdr)
+        return np.array([significant[p, k].mean() if size else np.nan for k, p in enumerate(parts)])
 
     def _test(self, rows: np.ndarray) -> Specialization:
         """Share of the energy of every row in every branch, with its tail under the null."""
@@ -368,8 +368,8 @@ def channel_statistics(activations: Any) -> ChannelStatistics:
 
 def _blocks(activations: Any) -> Iterator[np.ndarray]:
     nested = isinstance(activations, list | tuple) and activations and np.ndim(activations[0]) < 2
-    one = nested or isinstance(activations, np.ndarray | Tensor)
-    if not one and isinstance(activations, Iterable):
+    is_array = nested or isinstance(activations, np.ndarray | Tensor)
+    if not is_array and isinstance(activations, Iterable):
         for part in activations:
             yield from _blocks(part)
         return

@@ -165,8 +165,8 @@ def circuit(
         >>> network, images = inception_mini().eval(), torch.rand(12, 3, 31, 31)
         >>> a = ma.Autoencoder(d_in=184, n_latents=64, sparsity=ma.TopK(k=8))
         >>> b = ma.Autoencoder(d_in=184, n_latents=64, sparsity=ma.TopK(k=8), seed=1)
-        >>> found = ma.circuit(network, a, b, images, site_a="mixed4a", site_b="mixed4b")
-        >>> found.routes, found.edges.tested > 0
+        >>> edges = ma.circuit(network, a, b, images, site_a="mixed4a", site_b="mixed4b")
+        >>> edges.routes, edges.edges.tested > 0
         (('1x1', '3x3', '5x5', 'pool'), True)
     """
     source, target = (Site.parse(s) if isinstance(s, str) else s for s in (site_a, site_b))

@@ -360,7 +360,7 @@ class _Analysis:
     def bases(self, kind: BasisKind, statistics: _Statistics) -> list[Basis]:
         """Bases of every layer; the last one keeps its own units, whose meaning is known."""
         threshold = self.settings.rank_threshold
-        found = [bases.neuron_basis(statistics.layers[-1].moments)]
+        bases_by_layer = [bases.neuron_basis(statistics.layers[-1].moments)]
         for number in reversed(range(len(self.maps))):
             moments = statistics.layers[number].moments
             if kind == "neurons":
@@ -369,15 +369,15 @@ class _Analysis:
                 basis = bases.pca_basis(moments, rank_threshold=threshold)
             else:
                 gradients = (
-                    self.local_gradients(number, found[0], statistics.firing[number])
+                    self.local_gradients(number, bases_by_layer[0], statistics.firing[number])
                     if kind == "lib"
                     else statistics.gradients[number]
                 )
                 basis = bases.interaction_basis(
                     moments, gradients, kind=kind, rank_threshold=threshold
                 )
-            found.insert(0, basis)
-        return found
+            bases_by_layer.insert(0, basis)
+        return bases_by_layer
 
     def local_gradients(
         self, number: int, after: Basis, firing: LayerMapFiring | None

@@ -201,12 +201,12 @@ def _standing_in(idle: dict[nn.Module, Tensor]) -> Iterator[None]:
                 vars(module)["forward"] = forward
 
 
-def _agree(one: Run, other: Run, x: Tensor, inputs: Tensor) -> bool:
+def _agree(first: Run, second: Run, x: Tensor, inputs: Tensor) -> bool:
     """Whether two ways to run a map agree, also for activations of other samples."""
     noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(x)
     try:
         return all(
-            same_numbers(one(trial, inputs), other(trial, inputs))
+            same_numbers(first(trial, inputs), second(trial, inputs))
             for trial in (x, x.flip(0), noise)
         )
     except (RuntimeError, SiteError):

@@ -207,10 +207,10 @@ def in_words(result: BranchesResult) -> str:
         f"{result.n_specialized_permuted}"
     ]
     for each in result.branches:
-        found = "" if each.power is None else f" ({each.power:.0%} found of features moved there)"
+        power = "" if each.power is None else f" ({each.power:.0%} found of features moved there)"
         lines.append(
             f"  {each.name:12} {each.width:4} channels, expected share {each.expected_share:.2f}: "
-            f"{each.n_specialized} specialized{found}"
+            f"{each.n_specialized} specialized{power}"
         )
     for each in result.consistency:
         kinds = {
@@ -324,8 +324,8 @@ def _tested(
     """Test the features that are ever active."""
 
     def test() -> dict[str, Any]:
-        found = branches(site.dictionary, site.branches, known, tested=alive())
-        return {key: value for key, value in vars(found).items() if key != "names"}
+        specialization = branches(site.dictionary, site.branches, known, tested=alive())
+        return {key: value for key, value in vars(specialization).items() if key != "names"}
 
     return Specialization(names=tuple(site.branches), **_resumed(folder, name, test))
 
