@@ -1,7 +1,7 @@
 """Sparsity rules of other libraries that are not trained here, only used.
 
 AbsTopK     the k furthest from zero, with their signs
-GroupMax    the largest of each of k runs of neighbouring latents
+GroupMax    the largest of each of k runs of neighboring latents
 """
 
 import dataclasses
@@ -31,7 +31,7 @@ class AbsTopK(Rule):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GroupMax(Rule):
-    """Keep the largest entry of each of k runs of neighbouring latents, if it is positive."""
+    """Keep the largest entry of each of k runs of neighboring latents, if it is positive."""
 
     k: int
     """Runs, all of one length."""

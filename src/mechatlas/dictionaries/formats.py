@@ -137,11 +137,11 @@ def load(path: Path | str, *, classes: Sequence[type] = ()) -> Any:
     if not path.is_dir():
         file = path
     else:
-        found = [path / name for name in READERS if (path / name).is_file()]
-        if len(found) > 1:
-            names = ", ".join(file.name for file in found)
+        files = [path / name for name in READERS if (path / name).is_file()]
+        if len(files) > 1:
+            names = ", ".join(file.name for file in files)
             raise WeightsError(f"{path} holds several dictionaries ({names}): give one file.")
-        file = found[0] if found else path / FILE
+        file = files[0] if files else path / FILE
     if not file.is_file():
         raise WeightsError(f"There is no dictionary at {path} (no file {file}).{_hint(path)}")
     reader = READERS.get(file.name) or _reader_by_content(file)

@@ -23,7 +23,7 @@ def fvu(
     the mean. Has no unit. Summed over `d_in`, so wide channels weigh more.
 
     Args:
-        x: Activations, centred or not.
+        x: Activations, centered or not.
         reconstruction: Output of the dictionary for the same samples.
 
     Returns:

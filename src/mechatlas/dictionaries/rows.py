@@ -59,7 +59,13 @@ class ArrayRows:
         return Batch(parts[0] if len(parts) == 1 else torch.cat(parts, dim=1), rows)
 
     def batches(self, batch_size: int, *, seed: int = 0, start: int = 0) -> Iterator[Batch]:
-        """Endless shuffled batches, one epoch after another."""
+        """Yield endless shuffled batches, one epoch after another.
+
+        Args:
+            batch_size: Rows of a batch.
+            seed: Seed of the order.
+            start: Number of the first batch; those before are skipped.
+        """
         epoch, skip = divmod(start * batch_size, self.n_rows)
         index = torch.empty(0, dtype=torch.long)
         while True:
@@ -160,7 +166,13 @@ class StreamRows:
                     break
 
     def batches(self, batch_size: int, *, seed: int = 0, start: int = 0) -> Iterator[Batch]:
-        """Endless batches, shuffled within a pool."""
+        """Yield endless batches, shuffled within a pool.
+
+        Args:
+            batch_size: Rows of a batch.
+            seed: Seed of the order.
+            start: Number of the first batch; those before are read all the same.
+        """
         random = np.random.default_rng([seed, 2])
         chunks = self._numbered()
         room = max(self._pool, 2 * batch_size)

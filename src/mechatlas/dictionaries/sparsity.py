@@ -73,7 +73,14 @@ class Rule(abc.ABC):
     def penalty(
         self, pre: Latents, code: Latents, unexplained: Unexplained, state: State = NONE
     ) -> Rowwise:
-        """Term that is added to the squared error of each sample."""
+        """Compute the term that is added to the squared error of each sample.
+
+        Args:
+            pre: Pre-activations of some samples.
+            code: Codes of the samples, as `training_code` gives them.
+            unexplained: Squared error that a code of the samples leaves.
+            state: Tensors of this rule.
+        """
         del code, unexplained, state
         return pre.new_zeros(len(pre))
 
@@ -243,7 +250,12 @@ class ReLU(Rule):
     def penalty(
         self, pre: Latents, code: Latents, unexplained: Unexplained, state: State = NONE
     ) -> Rowwise:
-        """`l1` times the sum of the code; the atoms' length is fixed, so it is that of a code."""
+        """Compute `l1` times the sum of the code, whose scale the atoms' fixed length sets.
+
+        Args:
+            pre: Not read, like `unexplained` and `state`.
+            code: Codes of some samples.
+        """
         del pre, unexplained, state
         return self.l1 * code.sum(dim=-1)
 
@@ -255,7 +267,12 @@ class ReLU(Rule):
     def penalize_codes(
         self, codes: Codes, d_code: Pairs, weight: float, state: State
     ) -> tuple[float, dict[str, Tensor]]:
-        """Add the gradient of the sum of the codes."""
+        """Add the gradient of the sum of the codes.
+
+        Args:
+            codes: Codes, all above zero.
+            d_code: Gradient of each code, to which the same number is added.
+        """
         del state
         d_code += weight * self.l1
         return weight * self.l1 * float(codes.values.sum()), {}
@@ -333,7 +350,12 @@ class JumpReLU(Rule):
     def penalty(
         self, pre: Latents, code: Latents, unexplained: Unexplained, state: State = NONE
     ) -> Rowwise:
-        """`l0` times the number of latents kept."""
+        """Compute `l0` times the number of latents kept.
+
+        Args:
+            pre: Pre-activations of some samples, which are compared with the thresholds.
+            state: Tensors of this rule, to which the penalty has a pseudo-derivative.
+        """
         del code, unexplained
         return self.l0 * _Count.apply(pre, state["log_threshold"].exp(), self.bandwidth).sum(dim=-1)
 
@@ -348,7 +370,12 @@ class JumpReLU(Rule):
     def penalize_codes(
         self, codes: Codes, d_code: Pairs, weight: float, state: State
     ) -> tuple[float, dict[str, Tensor]]:
-        """Add the pseudo-derivatives of the number of codes to the thresholds."""
+        """Compute the pseudo-derivatives of loss and penalty with respect to the thresholds.
+
+        Args:
+            codes: Codes, with pre-activations `raw` down to the lower end of the window.
+            d_code: Gradient of each code. Not changed: the penalty has none for the codes.
+        """
         threshold = state["log_threshold"].detach().exp()
         own = threshold[codes.latents]
         window = (codes.raw - own).abs() < self.bandwidth / 2
@@ -406,7 +433,13 @@ class Gated(Rule):
     def penalty(
         self, pre: Latents, code: Latents, unexplained: Unexplained, state: State = NONE
     ) -> Rowwise:
-        """`l1` times the open gates' sum, and the error they leave by a decoder held fixed."""
+        """Compute `l1` times the open gates' sum, plus the error that the gates alone leave.
+
+        Args:
+            pre: Pre-activations of some samples, which are those of the gates.
+            code: Not read, like `state`.
+            unexplained: Squared error that the gates leave as a code, by a decoder held fixed.
+        """
         del code, state
         gates = pre.relu()
         return self.l1 * gates.sum(dim=-1) + unexplained(gates)

@@ -8,6 +8,7 @@ of a latent are bags of embeddings.
 from itertools import pairwise
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
@@ -27,22 +28,57 @@ PAIRS = 4096
 """Pairs of a row and a latent worked on at once: each has a whole atom."""
 
 
-def select(pre: Tensor, bias: Tensor, k: int, values: Tensor, latents: Tensor) -> None:
-    """Write the k largest of each row of `pre + bias` (zero if below) and their latents."""
+def select(
+    pre: Float[Tensor, "row latent"],
+    bias: Float[Tensor, " latent"],
+    k: int,
+    values: Float[Tensor, "row k"],
+    latents: Int[Tensor, "row k"],
+) -> None:
+    """Write the k largest of each row of `pre + bias` (zero if below) and their latents.
+
+    Args:
+        pre: Pre-activations without the bias. May be overwritten.
+        bias: Bias of each latent.
+        k: Codes of each row.
+        values: Codes, written in any order within a row.
+        latents: Latent of each code. Written.
+    """
     top = pre.add_(bias).topk(k, dim=-1)
     values.copy_(top.values.relu())
     latents.copy_(top.indices)
 
 
-def above(pre: Tensor, bias: Tensor, low: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Find entries of `pre + bias` above `low`: their number in each row, latents and values."""
+def above(
+    pre: Float[Tensor, "row latent"], bias: Float[Tensor, " latent"], low: Float[Tensor, " latent"]
+) -> tuple[Int[Tensor, " row"], Int[Tensor, " pairs"], Float[Tensor, " pairs"]]:
+    """Find the entries of `pre + bias` above a bound of their latent.
+
+    Args:
+        pre: Pre-activations without the bias. May be overwritten.
+        bias: Bias of each latent.
+        low: Bound of each latent.
+
+    Returns:
+        Number of entries in each row, and latents and values of all entries, row by row.
+    """
     whole = pre.add_(bias)
     kept = whole > low
     return kept.sum(dim=1), kept.nonzero()[:, 1].int(), whole[kept]
 
 
 def residual(task: Reconstruction, codes: Codes, out: ErrorGradients) -> float:
-    """Write the gradient of the reconstructions and of each code; see `kernels.residual`."""
+    """Write the gradient of the reconstructions and of each code.
+
+    Args:
+        task: Some rows to reconstruct.
+        codes: Codes of the batch, with `starts` of these rows.
+        out: Gradients. `rows` of each level is written, with those of all wider levels added;
+            `codes` and `bias` are added to.
+
+    Returns:
+        The squared errors times their weights, summed over rows and levels.
+    """
     widths = task.widths
     pairs = slice(int(codes.starts[0]), int(codes.starts[-1]))
     latents, values = codes.latents[pairs], codes.values[pairs]
@@ -69,8 +105,15 @@ def residual(task: Reconstruction, codes: Codes, out: ErrorGradients) -> float:
     return loss
 
 
-def group(latents: Tensor, values: Tensor, n_latents: int) -> tuple[Tensor, Tensor]:
+def group(
+    latents: Int[Tensor, " pairs"], values: Float[Tensor, " pairs"], n_latents: int
+) -> tuple[Int[Tensor, " grouped"], Int[Tensor, " latents_and_one"]]:
     """Group the pairs of a row and a latent with a non-zero value by latent.
+
+    Args:
+        latents: Latent of each pair.
+        values: Value of each pair.
+        n_latents: Number of latents, of which some may have no pair.
 
     Returns:
         Pairs, latent by latent and in their own order within each, and where each latent's
@@ -91,7 +134,20 @@ def update(
     added: AddedGradients,
     d_input: Tensor,
 ) -> float:
-    """Update the latents of a span, and add to the input's gradient; see `kernels.update`."""
+    """Take one step of Adam on the latents of a span, and add to the input's gradient.
+
+    Args:
+        span: Latents to update.
+        pairs: Codes of the batch latent by latent.
+        batch: Rows that the encoder read, and the gradients that `residual` wrote.
+        weights: Parameters and moments. Changed in place.
+        rule: Numbers of the update.
+        added: Gradients of dead latents.
+        d_input: Gradient of the sum of the encoder's inputs, (d_in,). Added to.
+
+    Returns:
+        Sum of the squared gradients if they were only measured, else 0.
+    """
     names = ("atoms", "bias") if rule.tied else Weights._fields
     own = slice(span.start, span.stop)
     parts = {name: [t[own] for t in getattr(weights, name)] for name in names}
@@ -111,7 +167,7 @@ def update(
         parameter, first, second = parts[name]
         gradient = gradient * rule.clip if rule.clip < 1 else gradient
         step_adam(parameter, first, second, gradient, rule.adam)
-    atoms /= torch.stack(lengths(atoms, bounds)).sum(dim=0).clamp_min(rule.least)
+    atoms /= torch.stack(_lengths(atoms, bounds)).sum(dim=0).clamp_min(rule.least)
     return 0.0
 
 
@@ -136,14 +192,22 @@ def _gradients(span: range, pairs: Grouped, batch: LatentGradients) -> dict[str,
     }
 
 
-def lengths(atoms: Tensor, edges: list[int]) -> list[Tensor]:
+def _lengths(atoms: Tensor, edges: list[int]) -> list[Tensor]:
     """Compute the length of each atom at each site, as columns."""
     return [atoms[:, low:high].norm(dim=-1, keepdim=True) for low, high in pairwise(edges)]
 
 
-def remove_along(gradient: Tensor, atoms: Tensor, edges: list[int]) -> None:
-    """Take away, in place, the part of gradients that would change the atoms' lengths."""
-    parts = lengths(atoms, edges)
+def remove_along(
+    gradient: Float[Tensor, "latent d_out"], atoms: Float[Tensor, "latent d_out"], edges: list[int]
+) -> None:
+    """Take away, in place, the part of gradients that would change the atoms' lengths.
+
+    Args:
+        gradient: Gradients of the atoms. Changed in place.
+        atoms: Atoms, whose length is the sum of their lengths at the sites.
+        edges: Bounds of the sites in an atom, the first 0 and the last d_out.
+    """
+    parts = _lengths(atoms, edges)
     n_sites = (torch.stack(parts) > 0).sum(dim=0).clamp_min(1)
     normal = torch.cat(
         [
@@ -159,7 +223,15 @@ def remove_along(gradient: Tensor, atoms: Tensor, edges: list[int]) -> None:
 def step_adam(
     parameter: Tensor, first: Tensor, second: Tensor, gradient: Tensor, adam: Adam
 ) -> None:
-    """Take one step of Adam, in place."""
+    """Take one step of Adam, in place.
+
+    Args:
+        parameter: Parameter, of any shape. Changed in place.
+        first: First moment, of the same shape. Changed in place.
+        second: Second moment, of the same shape. Changed in place.
+        gradient: Gradient of the parameter.
+        adam: Numbers of this step.
+    """
     first.mul_(adam.decay1).add_(gradient, alpha=adam.weight1)
     second.mul_(adam.decay2).addcmul_(gradient, gradient, value=adam.weight2)
     root = second.sqrt().mul_(adam.correction).add_(adam.epsilon)

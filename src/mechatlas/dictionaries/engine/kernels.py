@@ -10,9 +10,9 @@
 Codes are pairs of a row and a latent, row by row: for each row where its pairs begin, and for
 each pair its latent and its value.
 
-`fallback.py` has the same functions in plain torch. Each runs on one thread without the
-interpreter's lock and writes only what it is given, so that callers may split rows and
-latents over threads; what is computed does not depend on how many there are.
+`fallback.py` has the same functions in plain torch, and is the one to read. Each runs on one
+thread without the interpreter's lock and writes only what it is given, so that callers may split
+rows and latents over threads; what is computed does not depend on how many there are.
 
 Nothing of the size batch x latent or of a dense gradient exists here: the pre-activations come
 in tiles, and the gradient of a latent is used while it is still in cache.
@@ -100,7 +100,7 @@ def _maxima(row, bias, maxima):
     for c in range(n):
         maxima[c] = row[c] + bias[c]
     for base in range(n, len(row), n):
-        # Slices, because the compiler vectorises loops over whole arrays alone; a choice,
+        # Slices, because the compiler vectorizes loops over whole arrays alone; a choice,
         # because `max` of numba is not one instruction.
         part, part_bias = row[base : base + n], bias[base : base + n]
         for c in range(len(part)):
@@ -160,7 +160,17 @@ def _last_of(values, n, k, scratch):
 
 @compiled
 def write_largest(kept, where, n_kept, k, scratch, values, latents):
-    """Write the k largest of n values, zero if below, and their latents; return their number."""
+    """Write the k largest candidates, zero if below, and their latents; return their number.
+
+    Args:
+        kept: Pre-activations of the candidates.
+        where: Latent of each candidate. Overwritten.
+        n_kept: Number of candidates; entries beyond are ignored.
+        k: Largest number of codes.
+        scratch: Memory for as many numbers as there are candidates. Overwritten.
+        values: Codes, written from the first entry on.
+        latents: Latent of each code, written alike.
+    """
     last = _last_of(kept, n_kept, k, scratch) if n_kept > k else kept.dtype.type(-np.inf)
     ties = k - _exceed(kept, n_kept, last)  # as many of those equal to it as have room
     n = 0
@@ -201,7 +211,11 @@ def _select(pre, bias, k, n_groups, values, latents):
 
 
 def select(pre: Tensor, bias: Tensor, k: int, values: Tensor, latents: Tensor) -> None:
-    """Write the k largest of each row of `pre + bias` (zero if below) and their latents."""
+    """Compiled form of `fallback.select`.
+
+    Args:
+        pre: Pre-activations without the bias. Not changed.
+    """
     n_groups = min(pre.shape[1], max(512, 2 * k))
     arrays = (pre.numpy(), bias.numpy(), k, n_groups, values.numpy(), latents.numpy())
     _select(*arrays)
@@ -229,7 +243,11 @@ def _above(pre, bias, low, counts, latents, values):
 
 
 def above(pre: Tensor, bias: Tensor, low: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Find entries of `pre + bias` above `low`: their number in each row, latents and values."""
+    """Compiled form of `fallback.above`.
+
+    Args:
+        pre: Pre-activations without the bias. Not changed.
+    """
     counts = low.new_empty(len(pre), dtype=torch.int64)
     latents, values = low.new_empty(pre.numel(), dtype=torch.int32), low.new_empty(pre.numel())
     arrays = (pre, bias, low, counts, latents, values)
@@ -298,16 +316,10 @@ def _residual(task, codes, out):
 
 
 def residual(task: Reconstruction, codes: Codes, out: ErrorGradients) -> float:
-    """Write the gradient of the reconstructions and of each code.
+    """Compiled form of `fallback.residual`.
 
     Args:
-        task: Some rows to reconstruct.
-        codes: Codes of the batch, with `starts` of these rows.
-        out: Gradients. `rows` of each level is written, with those of all wider levels added;
-            `codes` and `bias` are added to.
-
-    Returns:
-        The squared errors times their weights, summed over rows and levels.
+        codes: Codes whose latents ascend within each row if there is more than one level.
     """
     return _residual(as_arrays(task), as_arrays(codes), as_arrays(out))
 
@@ -327,11 +339,10 @@ def _group(values, latents, starts, order):
 
 
 def group(latents: Tensor, values: Tensor, n_latents: int) -> tuple[Tensor, Tensor]:
-    """Group the pairs of a row and a latent with a non-zero value by latent.
+    """Compiled form of `fallback.group`.
 
-    Returns:
-        Pairs, latent by latent and in their own order within each, and where each latent's
-        begin (one entry more than there are latents).
+    Args:
+        latents: Latent of each pair, whose number format the results have.
     """
     starts = latents.new_zeros(n_latents + 1)
     order = latents.new_empty(values.numel())
@@ -343,7 +354,7 @@ def group(latents: Tensor, values: Tensor, n_latents: int) -> tuple[Tensor, Tens
 def _copy(whole, low, part):
     """Copy the columns from `low`, as many as the part has."""
     for i in range(len(part)):
-        # Slices, because loops over whole arrays alone are vectorised.
+        # Slices, because loops over whole arrays alone are vectorized.
         source, target = whole[i, low : low + part.shape[1]], part[i]
         for c in range(len(target)):
             target[c] = source[c]
@@ -402,7 +413,11 @@ def columns(
 
 @compiled
 def step_adam(p, first, second, gradient, adam):
-    """Take one step of Adam on some parameters, in place."""
+    """Compiled form of `fallback.step_adam`.
+
+    Args:
+        p: Parameters side by side, as the moments and the gradient are.
+    """
     for c in range(len(gradient)):
         m = adam.decay1 * first[c] + adam.weight1 * gradient[c]
         v = adam.decay2 * second[c] + adam.weight2 * (gradient[c] * gradient[c])
@@ -421,11 +436,15 @@ def _length(part):
 
 @compiled
 def remove_along(gradient, atom, edges):
-    """Take away the part of a gradient that would change the atom's length."""
+    """Compiled form of `fallback.remove_along` for one atom.
+
+    Args:
+        gradient: Gradient of the atom, (d_out,). Changed in place.
+    """
     lengths = np.empty(len(edges) - 1, atom.dtype)
     n_sites = 0
     along = gradient[0] - gradient[0]
-    # Slices, because loops over whole arrays alone are vectorised.
+    # Slices, because loops over whole arrays alone are vectorized.
     for s in range(len(lengths)):
         part, part_gradient = atom[edges[s] : edges[s + 1]], gradient[edges[s] : edges[s + 1]]
         lengths[s] = _length(part)
@@ -445,7 +464,13 @@ def remove_along(gradient, atom, edges):
 
 @compiled
 def unit_length(atom, edges, least):
-    """Scale an atom so that the lengths of its sites sum to 1."""
+    """Scale an atom so that its lengths at the sites sum to 1.
+
+    Args:
+        atom: Atom, (d_out,). Changed in place.
+        edges: Bounds of the sites in the atom.
+        least: Smallest length that the atom is divided by.
+    """
     total = least - least
     for s in range(len(edges) - 1):
         total += _length(atom[edges[s] : edges[s + 1]])
@@ -535,19 +560,10 @@ def update(
     added: AddedGradients,
     d_input: Tensor,
 ) -> float:
-    """Take one step of Adam on the latents of a span, and add to the input's gradient.
+    """Compiled form of `fallback.update`.
 
     Args:
-        span: Latents to update.
-        pairs: Codes of the batch latent by latent.
         batch: Rows that the encoder read, and the gradients that `residual` or `columns` wrote.
-        weights: Parameters and moments. Changed in place.
-        rule: Numbers of the update.
-        added: Gradients of dead latents.
-        d_input: Gradient of the sum of the encoder's inputs, (d_in,). Added to.
-
-    Returns:
-        Sum of the squared gradients if they were only measured, else 0.
     """
     weights = weights._replace(bias=Learned(*(t[:, None] for t in weights.bias)))
     structures = map(as_arrays, (pairs, batch, weights, rule_in(rule, pairs.values), added))

@@ -126,10 +126,10 @@ class Screen:
         half = bias.new_empty(m, d + 5, dtype=torch.bfloat16)
         reach = bias.new_empty(m, 3)
         blocks = [slice(i, i + ROUNDED_LATENTS) for i in range(0, m, ROUNDED_LATENTS)]
+        arrays = (_bits(half), self.rows.numpy(), bias.numpy(), reach.numpy())
 
         def round_block(i: int) -> None:
-            numbers = self.rows[blocks[i]], bias[blocks[i]], reach[blocks[i]]
-            _round_encoder(_bits(half[blocks[i]]), *(t.numpy() for t in numbers), side)
+            _round_encoder(*(array[blocks[i]] for array in arrays), side)
 
         self.run(round_block, len(blocks))
         if not reach.sum().isfinite():

@@ -158,11 +158,11 @@ class BatchSearch:
     def _bounds(self, low: float) -> Float[Tensor, " latent"]:
         return torch.full_like(self.dictionary.b_enc.data, low)
 
-    def _all_above(self, find: Find, *found: TileCodes) -> Codes:
+    def _all_above(self, find: Find, *first_tiles: TileCodes) -> Codes:
         """Codes of all tiles, given those of the first ones."""
-        done = len(found)
+        done = len(first_tiles)
         more = self.run(lambda i: find(self._read(done + i)), len(self.spans) - done)
-        parts = zip(*found, *more, strict=True)
+        parts = zip(*first_tiles, *more, strict=True)
         counts, latents, values = (torch.cat(part) for part in parts)
         starts = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
         return Codes(starts, latents, values, values)
@@ -271,8 +271,8 @@ class SparseStep:
             search = screening.Screen(rows, bias, run, self._tiles)
             plan = Plan(tiles(len(x), len(rows), 2 * TILE, screening.MIN_TILE_ROWS), run)
             with suppress(screening.TooCloseError):
-                found = BatchSearch(dictionary, x, room, search, plan)
-                return dictionary.rule.find_codes(found, dictionary.state)
+                batch = BatchSearch(dictionary, x, room, search, plan)
+                return dictionary.rule.find_codes(batch, dictionary.state)
         plan = Plan(tiles(len(x), len(rows)), run)
         search = WholeProduct(rows, bias, self.backend, plan.spans[0].stop)
         batch = BatchSearch(dictionary, x, room, search, plan)
@@ -460,7 +460,14 @@ def can_screen(tensor: Tensor) -> bool:
 
 
 def tiles(n_rows: int, n_latents: int, numbers: int = TILE, least: int = 1) -> list[slice]:
-    """Split rows into tiles of one size, in pairs if several, whose pre-activations fit."""
+    """Split rows into tiles of one size, in pairs if several, whose pre-activations fit.
+
+    Args:
+        n_rows: Number of rows.
+        n_latents: Pre-activations of each row.
+        numbers: Pre-activations that a tile should have; it has less than twice as many.
+        least: Rows that a tile should have at least, even if `numbers` are fewer.
+    """
     tile = max(least, numbers // n_latents)
     n_tiles = n_rows // tile
     tile = -(-n_rows // max(1, n_tiles - n_tiles % 2))

@@ -37,9 +37,9 @@ def moments_of(parameters: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tens
 
 def adam(lr: float, n_steps: int) -> Adam:
     """Compute the numbers of Adam at the n-th step."""
-    one, two = BETAS
-    rate, correction = lr / (1 - one**n_steps), (1 - two**n_steps) ** -0.5
-    return Adam(one, 1 - one, two, 1 - two, rate, correction, EPSILON)
+    decay1, decay2 = BETAS
+    rate, correction = lr / (1 - decay1**n_steps), (1 - decay2**n_steps) ** -0.5
+    return Adam(decay1, 1 - decay1, decay2, 1 - decay2, rate, correction, EPSILON)
 
 
 class AutogradStep:
@@ -213,8 +213,8 @@ class ReconstructionStep:
             code = dictionary.encode(x[:, getattr(dictionary, "reads", everything)])
             residual = dictionary.decode(code) - target
             loss = (residual.square().sum(dim=-1) * scales).sum() / 2
-            found = torch.autograd.grad(loss, list(self.parameters.values()), allow_unused=True)
-        gradients = {n: g for n, g in zip(self.parameters, found, strict=True) if g is not None}
+            slopes = torch.autograd.grad(loss, list(self.parameters.values()), allow_unused=True)
+        gradients = {n: g for n, g in zip(self.parameters, slopes, strict=True) if g is not None}
         self._project(gradients)
         squares = sum(float(gradient.square().sum()) for gradient in gradients.values())
         factor = self.objective.factor(squares)

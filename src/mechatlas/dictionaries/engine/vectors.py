@@ -53,9 +53,9 @@ class _Vectors:
     def spread(self, value: Any) -> Any:
         """A vector whose elements all are the value."""
         first = ir.IntType(32)(0)
-        one = self.builder.insert_element(ir.Constant(self.vector, ir.Undefined), value, first)
+        head = self.builder.insert_element(ir.Constant(self.vector, ir.Undefined), value, first)
         zeros = ir.Constant(ir.VectorType(ir.IntType(32), self.lanes), [0] * self.lanes)
-        return self.builder.shuffle_vector(one, one, zeros)
+        return self.builder.shuffle_vector(head, head, zeros)
 
     def multiply(self, a: Any, b: Any) -> Any:
         return self.builder.fmul(a, b, flags=FLAGS)
@@ -87,15 +87,15 @@ class _Terms:
         self.row, self.table, self.index, self.numbers = (array.data for array in arrays)
         self.width = builder.extract_value(arrays[0].shape, 0)
         self.stride = builder.extract_value(arrays[1].shape, 1)
-        self.one = context.get_value_type(types.intp)(1)
+        self.unit = context.get_value_type(types.intp)(1)
 
     def columns(self, write: Callable[[_Vectors, Any], None]) -> None:
         """Write code for all columns: for many vectors at once, for one, and for single columns."""
         whole_vector = BYTES * 8 // self.kind.bitwidth
-        start = self.one.type(0)
+        start = self.unit.type(0)
         for lanes, n in ((whole_vector, AT_ONCE), (whole_vector, 1), (1, 1)):
             vectors = _Vectors(self.context, self.builder, self.kind, lanes, n)
-            step = self.one.type(lanes * n)
+            step = self.unit.type(lanes * n)
             whole = self.builder.udiv(self.builder.sub(self.width, start), step)
             stop = self.builder.add(start, self.builder.mul(whole, step))
             with cgutils.for_range_slice(self.builder, start, stop, step) as (column, _):
@@ -106,8 +106,8 @@ class _Terms:
     def terms(self, column: Any) -> Iterator[tuple[Any, Any]]:
         """A loop: where in the table a term's columns are, and its number."""
         builder = self.builder
-        with cgutils.for_range_slice(builder, self.first, self.last, self.one) as (t, _):
-            which = builder.zext(builder.load(builder.gep(self.index, [t])), self.one.type)
+        with cgutils.for_range_slice(builder, self.first, self.last, self.unit) as (t, _):
+            which = builder.zext(builder.load(builder.gep(self.index, [t])), self.unit.type)
             column = builder.add(column, self.low)
             place = builder.add(builder.mul(which, self.stride), column)
             yield builder.gep(self.table, [place]), builder.gep(self.numbers, [t])

@@ -7,7 +7,7 @@ The class named in the configuration says what the tensors mean:
     GatedAutoEncoder        a gate and a magnitude
     JumpReluAutoEncoder     a threshold a latent; nothing is taken from the input
     AutoEncoderTopK         the k largest; the threshold that is also there is not used
-    BatchTopKSAE            one threshold for all latents, learnt from batches
+    BatchTopKSAE            one threshold for all latents, learned from batches
     MatryoshkaBatchTopKSAE  the same, weights the other way round
 
 `norm_factor` in the configuration is already in the biases. The library's own
@@ -123,7 +123,7 @@ def _rule(
     if parts["threshold"] < 0:
         warnings.warn(
             f"{file}: threshold is {float(parts['threshold']):g}: training ended before it was "
-            "learnt, so that every positive latent is kept.",
+            "learned, so that every positive latent is kept.",
             stacklevel=2,
         )
     bias = parts["b_enc"] if "b_enc" in parts else parts["encoder.bias"]

@@ -52,10 +52,15 @@ class Config:
         return self.values.get(key) is not None
 
     def integer(self, key: str, default: int | None = None, *, least: int = 1) -> int:
-        """A whole number.
+        """Read a whole number.
+
+        Args:
+            key: Key of the value.
+            default: Number if there is no value; by default there must be one.
+            least: Smallest number allowed.
 
         Raises:
-            WeightsError: It is not one, or too small, or missing without a default.
+            WeightsError: The value is no whole number, or too small, or missing without a default.
         """
         value = self.values[key] if self.has(key) else default
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
@@ -63,10 +68,10 @@ class Config:
         return value
 
     def flag(self, key: str, default: bool | None = None) -> bool:
-        """True or false.
+        """Read true or false.
 
         Raises:
-            WeightsError: It is neither, or missing without a default.
+            WeightsError: The value is neither, or missing without a default.
         """
         value = self.values[key] if self.has(key) else default
         if not isinstance(value, bool):
@@ -74,10 +79,10 @@ class Config:
         return value
 
     def text(self, key: str, default: str | None = None) -> str:
-        """A text.
+        """Read a text.
 
         Raises:
-            WeightsError: It is not one, or missing without a default.
+            WeightsError: The value is not a text, or missing without a default.
         """
         value = self.values[key] if self.has(key) else default
         if not isinstance(value, str):
@@ -85,10 +90,15 @@ class Config:
         return value
 
     def one_of(self, key: str, choices: Collection[str], default: str | None = None) -> str:
-        """One of some texts.
+        """Read one of some texts.
+
+        Args:
+            key: Key of the value.
+            choices: Texts allowed.
+            default: Text if there is no value; by default there must be one.
 
         Raises:
-            WeightsError: It is another, or missing without a default.
+            WeightsError: The value is another, or missing without a default.
         """
         value = self.text(key, default)
         if value not in choices:
@@ -96,10 +106,10 @@ class Config:
         return value
 
     def part(self, key: str) -> "Config":
-        """An object within; an empty one if it is missing.
+        """Read an object within; an empty one if it is missing.
 
         Raises:
-            WeightsError: It is not an object.
+            WeightsError: The value is not an object.
         """
         value = self.values[key] if self.has(key) else {}
         if not isinstance(value, dict):
@@ -161,8 +171,13 @@ def _most_common(tensors: Mapping[str, Tensor], axes: Mapping[str, list[str]]) -
 def take_integer(file: Path, tensors: dict[str, Tensor], key: str) -> int | None:
     """Take a whole number out of the tensors; `None` if there is none of that name.
 
+    Args:
+        file: File of the tensors, for the error message.
+        tensors: Tensors of the file, from which the number is removed.
+        key: Key of the number.
+
     Raises:
-        WeightsError: It is not a single whole number.
+        WeightsError: The tensor is not a single whole number.
     """
     if key not in tensors:
         return None
