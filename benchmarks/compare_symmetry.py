@@ -32,7 +32,7 @@ from safetensors.numpy import load_file
 from torch import Tensor
 
 import mechatlas as ma
-from mechatlas.app.commands.symmetry import TABLE, TENSORS, SymmetryConfig
+from mechatlas.app.commands.symmetry import FEATURES, SYMMETRY_TENSORS, SymmetryConfig
 from mechatlas.app.run_folder import execute
 from mechatlas.base import InputError
 from mechatlas.dictionaries.autoencoder import SparseCoder
@@ -103,7 +103,7 @@ def from_folder(problem: Problem, dictionary: SparseCoder, out: Path, seed: int)
         seed=seed,
     )
     result = execute(config)
-    table = pq.read_table(out / "symmetry" / TABLE)
+    table = pq.read_table(out / "symmetry" / FEATURES)
     facts = {
         "r2": result.r2_mean["dictionary"],
         "linear": result.r2_mean["linear"],
@@ -116,7 +116,7 @@ def from_folder(problem: Problem, dictionary: SparseCoder, out: Path, seed: int)
     }
     return Method(
         facts,
-        load_file(out / "symmetry" / TENSORS)["atoms"],
+        load_file(out / "symmetry" / SYMMETRY_TENSORS)["atoms"],
         table["stabilizer_order"].to_numpy() > 1,
         table["reliable"].to_numpy(),
     )

@@ -52,7 +52,7 @@ def measure(name: str, blurred: bool, options: argparse.Namespace) -> dict[str, 
         dictionary=out / "crosscoder", store=store, out=out / "symmetry", interventions=0
     )
     result = execute(config)
-    s = load_file(out / "symmetry" / symmetry.TENSORS)["stabilizer_function"].mean(axis=0)
+    s = load_file(out / "symmetry" / symmetry.SYMMETRY_TENSORS)["stabilizer_function"].mean(axis=0)
     linear = np.array(result.r2["linear"])
     turns = np.arange(1, N)
     quarter = turns[turns % (N // 4) == 0]

@@ -138,7 +138,7 @@ def test_classes_stand_beside_those_of_a_control(world, tmp_path):
 def test_a_run_gives_the_same_files_again(world, tmp_path):
     for name in ("a", "b"):
         run(world, "plain", tmp_path / name)
-    for file in (symmetry.TABLE, symmetry.TENSORS):
+    for file in (symmetry.FEATURES, symmetry.SYMMETRY_TENSORS):
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
     run(world, "plain", tmp_path / "a")  # its own folder may be written again
     (tmp_path / "c").mkdir()
@@ -240,7 +240,7 @@ def test_turns_that_interpolate_stand_beside_those_that_do_not(world, tmp_path):
     manifest["group"] |= {"exact": [True, False] * 4, "matched_blur": False}
     write_json(tmp_path / "store" / "manifest.json", manifest)
     result, text = classify(world / "plain", tmp_path / "store", tmp_path / "out")
-    s = load_file(tmp_path / "out" / symmetry.TENSORS)["stabilizer_function"].mean(axis=0)
+    s = load_file(tmp_path / "out" / symmetry.SYMMETRY_TENSORS)["stabilizer_function"].mean(axis=0)
     interpolation = result.interpolation
     assert interpolation.quarters == pytest.approx(s[[2, 4, 6]].mean(), abs=1e-5)
     assert interpolation.between == pytest.approx(s[[1, 3, 5, 7]].mean(), abs=1e-5)
@@ -383,6 +383,6 @@ def test_an_interrupted_run_continues_to_the_same_files_without_reading_the_stor
     result, _ = run(root, "plain", tmp_path / "out")
     assert 0 < len(again) == (28 + 5) * interchange.SAMPLES // interchange.BATCH + 1 - len(done)
     assert result.interventions == whole.interventions
-    for file in (symmetry.TABLE, symmetry.TENSORS):
+    for file in (symmetry.FEATURES, symmetry.SYMMETRY_TENSORS):
         assert (tmp_path / "out" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
     assert not (tmp_path / "out" / "unfinished").exists()

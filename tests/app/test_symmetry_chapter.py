@@ -87,12 +87,12 @@ def test_the_chapter_is_tied_to_the_dictionary_on_the_page_and_escapes_names(mad
 def test_runs_without_symmetry_have_no_such_chapter_and_damage_is_named(folder, tmp_path):
     (tmp_path / "manifest.json").write_text('{"kind": "dictionary"}')
     assert symmetry.chapter(find_runs(tmp_path), no_progress) is None
-    for name in ("manifest.json", "result.json", symmetry_command.TABLE):
+    for name in ("manifest.json", "result.json", symmetry_command.FEATURES):
         (tmp_path / name).write_bytes((folder / "<b>symmetry" / name).read_bytes())
-    (tmp_path / symmetry_command.TENSORS).write_text("nothing")
+    (tmp_path / symmetry_command.SYMMETRY_TENSORS).write_text("nothing")
     with pytest.raises(DiskError, match=r"symmetry\.safetensors cannot be read"):
         symmetry.chapter(find_runs(tmp_path), no_progress)
-    (tmp_path / symmetry_command.TABLE).write_text("nothing")
+    (tmp_path / symmetry_command.FEATURES).write_text("nothing")
     with pytest.raises(DiskError, match=r"features\.parquet cannot be read"):
         symmetry.chapter(find_runs(tmp_path), no_progress)
 
@@ -116,14 +116,14 @@ def test_a_run_of_version_0_1_is_drawn_as_before(folder, made, tmp_path):
         tmp_path / "manifest.json",
         {**read_json(run / "manifest.json"), "schema": 1},
     )
-    table = pq.read_table(run / symmetry_command.TABLE)
+    table = pq.read_table(run / symmetry_command.FEATURES)
     columns = {old_names.get(name, name): table[name] for name in table.column_names}
     assert {"stabiliser_elements", "likeness", "swap_alignment"} <= set(columns)
-    pq.write_table(pa.table(columns), tmp_path / symmetry_command.TABLE)
-    tensors = load_file(run / symmetry_command.TENSORS)
+    pq.write_table(pa.table(columns), tmp_path / symmetry_command.FEATURES)
+    tensors = load_file(run / symmetry_command.SYMMETRY_TENSORS)
     save_file(
         {old_names.get(name, name): array for name, array in tensors.items()},
-        tmp_path / symmetry_command.TENSORS,
+        tmp_path / symmetry_command.SYMMETRY_TENSORS,
     )
     drawn = symmetry.chapter(find_runs(tmp_path), no_progress)
     assert drawn is not None

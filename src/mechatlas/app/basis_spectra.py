@@ -13,11 +13,10 @@ import numpy as np
 from mechatlas.analysis.interaction.ablation import AblationCurve
 from mechatlas.analysis.interaction.results import InteractionBasis, LayerResult
 from mechatlas.app.old_runs import renamed
-from mechatlas.app.run_folder import SCHEMA
+from mechatlas.app.run_folder import SCHEMA, SPECTRA
 from mechatlas.base import DiskError
 from mechatlas.files import read_json
 
-FILE = "spectra.json"
 MAX_EDGES = 600
 """Maximum number of edges of the graph that the page draws, strongest first."""
 MAX_CHANNELS = 4
@@ -129,10 +128,10 @@ def read_spectra(folder: Path, *, schema: int = SCHEMA) -> Spectra:
     Raises:
         DiskError: The file is missing or damaged.
     """
-    values = read_json(folder / FILE)
+    values = read_json(folder / SPECTRA)
     try:
         return cattrs.structure(renamed(values, "spectra") if schema < SCHEMA else values, Spectra)
     except (cattrs.BaseValidationError, TypeError, ValueError, AttributeError) as error:
         raise DiskError(
-            f"{folder / FILE} is damaged. Run the command that wrote the folder again."
+            f"{folder / SPECTRA} is damaged. Run the command that wrote the folder again."
         ) from error

@@ -18,11 +18,9 @@ from torch import Tensor
 
 from mechatlas.activations.store import Store, StoreRows
 from mechatlas.app.inputs import open_dictionary
-from mechatlas.app.run_folder import MANIFEST, MATCHING, RunFolder
+from mechatlas.app.run_folder import MANIFEST, MATCHES, MATCHING, RunFolder
 from mechatlas.base import DiskError, InputError, RecipeError, StoreError
 from mechatlas.files import checksum, read_json
-
-MATCHES = "matches.parquet"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -59,6 +59,11 @@ RESULTS: dict[str, str] = {
 """Kind of a folder -> command and type of its result."""
 RECIPE, MANIFEST, RESULT = "recipe.toml", "manifest.json", "result.json"
 HISTORY = "history.json"
+FEATURES, SYMMETRY_TENSORS = "features.parquet", "symmetry.safetensors"
+MATCHES, TRACKS = "matches.parquet", "tracks.parquet"
+EDGES, KERNELS, PICTURES = "edges.parquet", "kernels.safetensors", "pictures.safetensors"
+PROOF_FILE, NEURONS = "proof.safetensors", "neurons.json"
+DECODER_PICTURE, SPECTRA = "picture.json", "spectra.json"
 UNFINISHED, CHECKPOINT = "unfinished", "checkpoint"
 """Folders with the parts of a run that was interrupted."""
 SCHEMA = 2

@@ -31,7 +31,7 @@ from mechatlas.analysis.interaction.results import InteractionBasis, Interaction
 from mechatlas.app import basis_spectra
 from mechatlas.app.inputs import open_dictionary
 from mechatlas.app.progress import bar
-from mechatlas.app.run_folder import BASIS, CommandResult, RunConfig, RunFolder
+from mechatlas.app.run_folder import BASIS, SPECTRA, CommandResult, RunConfig, RunFolder
 from mechatlas.base import InputError, RecipeError, Site, SiteError
 from mechatlas.files import checksum
 
@@ -212,7 +212,7 @@ def run(config: BasisConfig, folder: RunFolder) -> BasisResult:
             on_progress=progress,
         )
     folder.tensors(TENSORS, _tensors(result))
-    folder.json(basis_spectra.FILE, basis_spectra.spectra_of(result))
+    folder.json(SPECTRA, basis_spectra.spectra_of(result))
     return _summarize(result, config.network.name, len(inputs))
 
 

@@ -51,6 +51,8 @@ from mechatlas.app.branch_inputs import (
 from mechatlas.app.progress import bar
 from mechatlas.app.run_folder import (
     BRANCHES,
+    DECODER_PICTURE,
+    FEATURES,
     MANIFEST,
     CommandResult,
     RunConfig,
@@ -61,7 +63,6 @@ from mechatlas.files import checksum
 from mechatlas.maths.statistics import proportion
 
 KIND = BRANCHES
-FEATURES, PICTURE = "features.parquet", "picture.json"
 ROWS = 16_384
 """Default number of rows."""
 LABELS_SHOWN = 50
@@ -262,7 +263,7 @@ def run(config: BranchesConfig, folder: RunFolder) -> BranchesResult:
         result = dataclasses.replace(result, labels=_enriched(config, tested, labels, alive))
     agreements = [_consistency(config, k, each, tested, folder) for k, each in enumerate(matches)]
     folder.table(FEATURES, _table(tested, activity))
-    folder.json(PICTURE, _picture(site, known))
+    folder.json(DECODER_PICTURE, _picture(site, known))
     return dataclasses.replace(result, consistency=agreements)
 
 

@@ -45,12 +45,20 @@ from mechatlas.analysis.circuits.virtual_weights import CircuitEdges
 from mechatlas.analysis.visualization import VisualizeConfig, visualize
 from mechatlas.app.inputs import find_store, open_dictionaries, open_network
 from mechatlas.app.progress import bar
-from mechatlas.app.run_folder import CIRCUIT, MANIFEST, CommandResult, RunConfig, RunFolder
+from mechatlas.app.run_folder import (
+    CIRCUIT,
+    EDGES,
+    KERNELS,
+    MANIFEST,
+    PICTURES,
+    CommandResult,
+    RunConfig,
+    RunFolder,
+)
 from mechatlas.base import InputError, RecipeError, Site, StoreError
 from mechatlas.files import checksum
 
 KIND = CIRCUIT
-PICTURES = "pictures.safetensors"
 PICTURE_BATCH = 16
 """Pictures optimized together."""
 MAP_NUMBERS = 1 << 22
@@ -532,8 +540,8 @@ def _write(
         ):
             kernels[f"{k}.{route.name}.taps"] = taps.astype(np.int32)
             kernels[f"{k}.{route.name}.kernels"] = kernel
-    folder.table("edges.parquet", columns)
-    folder.tensors("kernels.safetensors", kernels)
+    folder.table(EDGES, columns)
+    folder.tensors(KERNELS, kernels)
     if pictures:
         folder.tensors(PICTURES, pictures)
     else:

@@ -46,7 +46,9 @@ from mechatlas.app.match_quality import (
 from mechatlas.app.progress import bar
 from mechatlas.app.run_folder import (
     MANIFEST,
+    MATCHES,
     MATCHING,
+    TRACKS,
     CommandResult,
     RunConfig,
     RunFolder,
@@ -57,7 +59,6 @@ from mechatlas.files import checksum
 from mechatlas.maths.assignment import State
 
 KIND = MATCHING
-MATCHES, TRACKS = "matches.parquet", "tracks.parquet"
 ROWS = 4096
 """Default number of rows."""
 CODES = 16

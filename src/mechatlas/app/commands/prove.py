@@ -30,13 +30,12 @@ from mechatlas.analysis.proofs.verifier.proof import as_weights, load_proof
 from mechatlas.analysis.proofs.verifier.structures import Weights
 from mechatlas.analysis.proofs.verifier.verify import LogitBudget, Verification, verify
 from mechatlas.app.proof_details import CosetSummary, describe, measure_cosets, summarize_cosets
-from mechatlas.app.run_folder import PROOF, CommandResult, RunFolder
+from mechatlas.app.run_folder import NEURONS, PROOF, PROOF_FILE, CommandResult, RunFolder
 from mechatlas.base import InputError, RecipeError, WeightsError
 from mechatlas.files import checksum
 from mechatlas.maths.groups import Group
 
 KIND = PROOF
-FILE, NEURONS = "proof.safetensors", "neurons.json"
 KEPT = "explanation"
 """Name of the part from which an interrupted run is continued."""
 REPEATS = 5
@@ -188,15 +187,15 @@ def _find_bound(
     config: ProveConfig, weights: Weights, group: Group, folder: RunFolder
 ) -> AccuracyBound:
     """Look for an explanation, or take that of an unfinished run of the same recipe and inputs."""
-    file, kept = folder.path / FILE, folder.kept(KEPT)
+    file, kept = folder.path / PROOF_FILE, folder.kept(KEPT)
     if kept is not None:
-        folder.file(FILE, kept["proof"].tobytes())
+        folder.file(PROOF_FILE, kept["proof"].tobytes())
         seconds = float(kept["seconds_prove"].item())
         return bound_again(load_proof(file), *weights, group, seconds_prove=seconds)
     bound = prove_bound(*weights, group, compute_budget=config.compute_budget)
     folder.begin()
     bound.proof.save(file)
-    folder.note(FILE)
+    folder.note(PROOF_FILE)
     proof = np.frombuffer(file.read_bytes(), np.uint8)
     folder.keep(KEPT, {"proof": proof, "seconds_prove": np.array(bound.seconds_prove)})
     return bound
@@ -210,7 +209,7 @@ def check(config: ProveConfig) -> CheckResult:
         UserError: A file cannot be read.
     """
     assert config.check is not None
-    path = config.check / FILE if config.check.is_dir() else config.check
+    path = config.check / PROOF_FILE if config.check.is_dir() else config.check
     proof = load_proof(path)
     weights = read_weights(config.weights)
     if config.table is not None and not np.array_equal(proof.table, read_table(config.table)):
@@ -248,7 +247,7 @@ def in_words(result: ProveResult | CheckResult) -> str:
             f"Brute force: {result.seconds_brute_force_f32:.4f} s in float32, "
             f"{result.seconds_brute_force_f64:.4f} s in float64."
         )
-    return "\n".join([*lines, f"Proof: {Path(result.out) / FILE}"])
+    return "\n".join([*lines, f"Proof: {Path(result.out) / PROOF_FILE}"])
 
 
 def read_weights(path: Path) -> Weights:

@@ -29,14 +29,22 @@ from mechatlas.app import pose_interventions
 from mechatlas.app.inputs import manifest_of, open_dictionary
 from mechatlas.app.pose_interventions import InterventionsResult, rounded
 from mechatlas.app.progress import bar
-from mechatlas.app.run_folder import MANIFEST, RESULT, SYMMETRY, CommandResult, RunConfig, RunFolder
+from mechatlas.app.run_folder import (
+    FEATURES,
+    MANIFEST,
+    RESULT,
+    SYMMETRY,
+    SYMMETRY_TENSORS,
+    CommandResult,
+    RunConfig,
+    RunFolder,
+)
 from mechatlas.base import RecipeError
 from mechatlas.files import checksum, read_json
 from mechatlas.maths.actions import Rotate
 from mechatlas.maths.groups import Group
 
 KIND = SYMMETRY
-TABLE, TENSORS = "features.parquet", "symmetry.safetensors"
 KEPT = "blocks"
 ALL_POSES, UNTRANSFORMED = "all poses", "the untransformed input"
 
@@ -302,7 +310,7 @@ def _read_control(folder: Path, posed: PosedDictionary) -> list[str]:
         RecipeError: The folder is no result of this command, or one for another site or group.
     """
     manifest = manifest_of(folder)
-    if manifest.get("kind") != KIND or not (folder / TABLE).is_file():
+    if manifest.get("kind") != KIND or not (folder / FEATURES).is_file():
         raise RecipeError(f"--control {folder} is no result of `mechatlas symmetry`.")
     group, site = manifest["group"], read_json(folder / RESULT)["site"]
     if (group["table"], group["action"], site) != (
@@ -312,7 +320,7 @@ def _read_control(folder: Path, posed: PosedDictionary) -> list[str]:
             f"--control {folder} is one for {site} under {group['name']} ({group['action']}), but "
             f"this is {posed.site} under {posed.group.name} ({posed.action})."
         )
-    return pq.read_table(folder / TABLE)["class"].to_pylist()
+    return pq.read_table(folder / FEATURES)["class"].to_pylist()
 
 
 def _compare(folder: str, symmetries: Symmetry, control: list[str]) -> ControlResult:
@@ -388,7 +396,7 @@ def _write(
     names = symmetries.group.element_names
     sizes = symmetries.family_sizes
     folder.table(
-        TABLE,
+        FEATURES,
         {
             "feature": np.arange(len(symmetries.stabilizers), dtype=np.int32),
             "stabilizer": [symmetries.class_names[c] for c in symmetries.classes],
@@ -411,7 +419,7 @@ def _write(
         },
     )
     folder.tensors(
-        TENSORS,
+        SYMMETRY_TENSORS,
         {
             "stabilizer_function": symmetries.stabilizer_function.astype(np.float32),
             "standard_errors": np.minimum(symmetries.standard_errors, 1e6).astype(np.float32),

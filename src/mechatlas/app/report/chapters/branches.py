@@ -8,7 +8,7 @@ import numpy as np
 from mechatlas.app.old_runs import renamed_columns
 from mechatlas.app.report.chapter import Chapter, render
 from mechatlas.app.report.runs import Runs
-from mechatlas.app.run_folder import BRANCHES, DICTIONARY
+from mechatlas.app.run_folder import BRANCHES, DECODER_PICTURE, DICTIONARY, FEATURES
 from mechatlas.base import Progress
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ def chapter(runs: Runs, on_progress: Progress) -> Chapter | None:
     parts, figures, data = [], {}, []
     for number, run in enumerate(finished):
         result: "BranchesResult" = run.typed_result()
-        table = renamed_columns(run.table("features.parquet"), BRANCHES)
+        table = renamed_columns(run.table(FEATURES), BRANCHES)
         names = [branch.name for branch in result.branches]
         of_branch = [
             {name: values[k :: len(names)] for name, values in table.items()}
@@ -45,7 +45,7 @@ def chapter(runs: Runs, on_progress: Progress) -> Chapter | None:
         ]
         figures[f"shares{number}"] = _shares(result, of_branch, names)
         figures[f"agree{number}"] = _agreement(of_branch, names)
-        picture = run.read("picture.json")
+        picture = run.read(DECODER_PICTURE)
         if picture:
             figures[f"picture{number}"] = _picture(picture, names)
         strongest = [_strongest(own, result.fdr) for own in of_branch]

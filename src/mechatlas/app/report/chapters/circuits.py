@@ -8,13 +8,12 @@ import numpy as np
 from mechatlas.app.report.chapter import Chapter, render
 from mechatlas.app.report.paintings import as_webp
 from mechatlas.app.report.runs import Run, Runs
-from mechatlas.app.run_folder import CIRCUIT, DICTIONARY, as_plain
+from mechatlas.app.run_folder import CIRCUIT, DICTIONARY, EDGES, KERNELS, PICTURES, as_plain
 from mechatlas.base import Progress
 
 if TYPE_CHECKING:
     from mechatlas.app.commands.circuit import CircuitResult
 
-PICTURES = "pictures.safetensors"
 
 SHARES = ("explained_by_paths", "explained_by_kept", "places")
 NUMBERS = ("weight", "contribution", "share", "attribution", "effect", "effect_low", "effect_high",
@@ -84,7 +83,7 @@ def _pictures(run: Run, number: int, n_layers: int) -> dict[str, bytes]:
 
 def _drawings(run: Run, result: "CircuitResult") -> list[dict[str, Any]]:
     """Drawings of the features of the last site that have paths, strongest first."""
-    table, tensors = run.table("edges.parquet"), run.tensors("kernels.safetensors")
+    table, tensors = run.table(EDGES), run.tensors(KERNELS)
     explained = {(f.layer, f.latent): f for f in result.features}
     drawings: dict[int, dict[str, Any]] = {}
     for path in result.paths:

@@ -9,7 +9,7 @@ from jaxtyping import Int
 
 from mechatlas.app.report.chapter import Chapter, render
 from mechatlas.app.report.runs import Runs
-from mechatlas.app.run_folder import DICTIONARY, MATCHING, as_plain
+from mechatlas.app.run_folder import DICTIONARY, MATCHES, MATCHING, TRACKS, as_plain
 from mechatlas.base import Progress
 
 if TYPE_CHECKING:
@@ -56,8 +56,8 @@ def chapter(runs: Runs, on_progress: Progress) -> Chapter | None:
     parts, figures, arrays, data = [], {}, {}, []
     for number, run in enumerate(matchings):
         result: "MatchResult" = run.typed_result()
-        table = run.table("matches.parquet")
-        tracks = run.table("tracks.parquet") if (run.folder / "tracks.parquet").is_file() else None
+        table = run.table(MATCHES)
+        tracks = run.table(TRACKS) if (run.folder / TRACKS).is_file() else None
         names = result.dictionaries
         dictionaries = [folders.get(Path(p).resolve(), "") for p in run.manifest["dictionaries"]]
         figures[f"flow{number}"] = _flow(result.pairs, table, tracks, names)

@@ -10,7 +10,7 @@ from mechatlas.app.old_runs import renamed
 from mechatlas.app.proof_details import GridDetails, MarginHistogram, NetworkDetails
 from mechatlas.app.report.chapter import Chapter, render
 from mechatlas.app.report.runs import Runs
-from mechatlas.app.run_folder import PROOF
+from mechatlas.app.run_folder import NEURONS, PROOF
 from mechatlas.base import Progress
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def chapter(runs: Runs, on_progress: Progress) -> Chapter | None:
         return None
     proofs, figures = [], {}
     for number, run in enumerate(finished):
-        details = cattrs.structure(renamed(run.read("neurons.json"), run.kind), NetworkDetails)
+        details = cattrs.structure(renamed(run.read(NEURONS), run.kind), NetworkDetails)
         result: "ProveResult" = run.typed_result()
         drawings = _drawings(result, details, f"proof{number}")
         figures |= {drawing.name: drawing.figure for drawing in drawings}

@@ -10,14 +10,13 @@ from mechatlas.app.old_runs import renamed_columns
 from mechatlas.app.report.atoms import flat_map
 from mechatlas.app.report.chapter import Chapter, render
 from mechatlas.app.report.runs import Runs
-from mechatlas.app.run_folder import DICTIONARY, SYMMETRY
+from mechatlas.app.run_folder import DICTIONARY, FEATURES, SYMMETRY, SYMMETRY_TENSORS
 from mechatlas.base import Progress
 from mechatlas.maths.groups import Group
 
 if TYPE_CHECKING:
     from mechatlas.app.commands.symmetry import SymmetryResult
 
-TABLE, TENSORS = "features.parquet", "symmetry.safetensors"
 MAX_WHEELS = 60
 """Maximum number of families drawn, largest first."""
 MAX_NODES = 40
@@ -48,8 +47,8 @@ def chapter(runs: Runs, on_progress: Progress) -> Chapter | None:
         result: "SymmetryResult" = run.typed_result()
         facts = run.manifest["group"]
         group = Group(facts["table"], name=facts["name"], element_names=facts["elements"])
-        table = renamed_columns(run.table(TABLE), SYMMETRY)
-        tensors = renamed_columns(run.tensors(TENSORS), SYMMETRY)
+        table = renamed_columns(run.table(FEATURES), SYMMETRY)
+        tensors = renamed_columns(run.tensors(SYMMETRY_TENSORS), SYMMETRY)
         names = [*facts["classes"], NOT_RELIABLE]
         colors = _class_colors(names, table["class"])
         figures[f"lattice{number}"] = _lattice(group, names, table["class"], colors)

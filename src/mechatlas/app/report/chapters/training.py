@@ -4,6 +4,7 @@ from typing import Any
 
 from mechatlas.app.report.chapter import Chapter, render
 from mechatlas.app.report.runs import Runs
+from mechatlas.app.run_folder import DICTIONARY, HISTORY
 from mechatlas.base import Progress
 
 CURVES = {
@@ -20,7 +21,7 @@ def chapter(runs: Runs, on_progress: Progress) -> Chapter | None:
         DiskError: A history is damaged.
     """
     del on_progress
-    histories = {run.name: run.read("history.json") for run in runs.of_kind("dictionary")}
+    histories = {run.name: run.read(HISTORY) for run in runs.of_kind(DICTIONARY)}
     histories = {name: h for name, h in histories.items() if h and h.get("step")}
     if not histories:
         return None
