@@ -139,6 +139,7 @@ class RunFolder:
         self._parents: dict[str, str] = {}
         self._files: dict[str, str] = {}
         refuse_strangers(path, kind)
+        self._earlier: dict[str, str] = {} if kind == STORE else _files_of(path)
 
     def facts(self, **values: Any) -> None:
         """Add plain values to the manifest."""
@@ -181,9 +182,10 @@ class RunFolder:
             self._write_manifest(complete=False)
 
     def _write_manifest(self, *, complete: bool) -> None:
+        files = self._files if complete else self._earlier | self._files
         facts = {
             "schema": SCHEMA, "kind": self.kind, "complete": complete, **self._facts,
-            "parents": self._parents, "files": self._files,
+            "parents": self._parents, "files": files,
         }  # fmt: skip
         write_json(self.path / MANIFEST, facts)
 
@@ -213,7 +215,9 @@ class RunFolder:
         return checksum(json.dumps(facts).encode())
 
     def finish(self, result: Any) -> Any:
-        """Write `recipe.toml`, `result.json` and the whole manifest, and delete kept parts.
+        """Write `recipe.toml`, `result.json` and the whole manifest.
+
+        Kept parts are deleted, and files of an earlier run that this one did not write again.
 
         Args:
             result: Result of the command.
@@ -228,11 +232,21 @@ class RunFolder:
         write(self.path / RECIPE, tomli_w.dumps(as_dict(self.config)).encode())
         values = as_plain(result)
         write_json(self.path / RESULT, {key: values[key] for key in values if key != "out"})
-        if self.kind != STORE:
-            self._write_manifest(complete=True)
+        if self.kind == STORE:  # its folders are sites, and its manifest is written already
+            return result
+        for name in self._earlier.keys() - self._files.keys():
+            (self.path / name).unlink(missing_ok=True)
+        self._write_manifest(complete=True)
         for name in (UNFINISHED, CHECKPOINT):
             shutil.rmtree(self.path / name, ignore_errors=True)
         return result
+
+
+def _files_of(path: Path) -> dict[str, str]:
+    """Read which files an earlier run wrote into a folder; other names are left out."""
+    files = read_json(path / MANIFEST).get("files") if (path / MANIFEST).is_file() else None
+    names = files if isinstance(files, dict) else {}
+    return {n: names[n] for n in names if Path(n).name == n and (path / n).is_file()}
 
 
 def _checksum_of(arrays: Mapping[str, Shaped[np.ndarray, "..."]]) -> str:

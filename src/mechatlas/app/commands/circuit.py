@@ -544,5 +544,3 @@ def _write(
     folder.tensors(KERNELS, kernels)
     if pictures:
         folder.tensors(PICTURES, pictures)
-    else:
-        (folder.path / PICTURES).unlink(missing_ok=True)  # of an earlier run
