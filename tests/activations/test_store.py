@@ -81,9 +81,8 @@ HELD = {
 @pytest.mark.parametrize("way", HELD)
 def test_a_batch_that_somebody_holds_keeps_its_numbers(store, way):
     # Whatever the interpreter's reference counts: Python 3.14 counts borrowed references less.
-    held = []
-    for batch in itertools.islice(store.rows("a", pool_bytes=SMALL).batches(50), 30):
-        held.append((HELD[way](batch), batch.x.data_ptr(), batch.x.numpy().tobytes()))
+    batches = itertools.islice(store.rows("a", pool_bytes=SMALL).batches(50), 30)
+    held = [(HELD[way](b), b.x.data_ptr(), b.x.numpy().tobytes()) for b in batches]
     for _, pointer, numbers in held:
         assert ctypes.string_at(pointer, len(numbers)) == numbers
     assert len({pointer for _, pointer, _ in held}) == 30
