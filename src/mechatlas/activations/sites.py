@@ -24,6 +24,7 @@ from jaxtyping import Shaped
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from mechatlas.activations.networks import as_input, run_network, running
 from mechatlas.activations.site_names import (
     fitting_sites,
     joined,
@@ -230,18 +231,19 @@ def grid_of(activation: Shaped[Tensor, "batch ..."]) -> tuple[int, int]:
     return sides[0], sides[1]
 
 
-class _Reached(Exception):  # noqa: N818 - it is a signal, not an error
+class _Reached(BaseException):
     """Signal that stops a forward pass at the last site; never leaves `read_activations`."""
 
 
 def read_activations(
-    network: nn.Module, inputs: Shaped[Tensor, "batch ..."], sites: Sequence[Site]
+    network: nn.Module, inputs: Any, sites: Sequence[Site]
 ) -> dict[Site, Shaped[Tensor, "..."]]:
     """Read the activations at some sites, in one pass that stops after the last of them.
 
     Args:
         network: Any module; called as `network(inputs)`.
-        inputs: Batch of inputs.
+        inputs: Batch of inputs: a tensor, an array or lists. Floats are brought to the number
+            format of the network.
         sites: Sites to read.
 
     Returns:
@@ -260,6 +262,7 @@ def read_activations(
         torch.Size([3, 8])
     """
     activations: dict[Site, Tensor] = {}
+    inputs = as_input(network, inputs)
 
     def keep(site: Site, value: Any) -> Any:
         if site not in activations:
@@ -272,7 +275,8 @@ def read_activations(
         for site in dict.fromkeys(sites):
             hooks.callback(_hook(network, site, functools.partial(keep, site)).remove)
         try:
-            network(inputs)
+            with running(network, inputs, f" to read {', '.join(map(str, sites[:3]))}"):
+                network(inputs)
         except _Reached:
             return {site: activations[site] for site in sites}
     missing = ", ".join(str(site) for site in sites if site not in activations)
@@ -376,7 +380,7 @@ def _replace_tensor(value: Any, site: Site, new: Tensor) -> Any:
     raise SiteError(f"Site {site} holds a {type(value).__name__}, which cannot be edited.")
 
 
-def list_sites(network: nn.Module, inputs: Shaped[Tensor, "batch ..."]) -> list[SiteInfo]:
+def list_sites(network: nn.Module, inputs: Any) -> list[SiteInfo]:
     """List every module whose output is a tensor of activations, from one run of the network.
 
     Examples:
@@ -398,7 +402,7 @@ def list_sites(network: nn.Module, inputs: Shaped[Tensor, "batch ..."]) -> list[
     with ExitStack() as hooks, torch.no_grad():
         for module in names:
             hooks.callback(module.register_forward_hook(note).remove)
-        network(inputs)
+        run_network(network, inputs)
     return [
         SiteInfo(
             site=Site(name),
