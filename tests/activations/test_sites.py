@@ -24,10 +24,11 @@ def test_a_site_reads_back_what_it_writes(text):
 
 def test_reading_stops_after_the_last_site_needed():
     network = tiny()
-    read_activations(network, X, [Site("mixed"), Site("first")])
-    assert network.head_calls == 0
-    network(X)
+    for _ in range(3):  # the first pass counts the calls of each module
+        read_activations(network, X, [Site("mixed"), Site("first")])
     assert network.head_calls == 1
+    network(X)
+    assert network.head_calls == 2
 
 
 def test_several_sites_come_from_one_pass_and_equal_the_modules_own_outputs():
