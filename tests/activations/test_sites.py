@@ -4,13 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from mechatlas.activations.sites import (
-    branches_of,
-    find_sites,
-    intervene,
-    list_sites,
-    read_activations,
-)
+from mechatlas.activations.branches import branches_of
+from mechatlas.activations.sites import find_sites, intervene, list_sites, read_activations
 from mechatlas.base import Site, SiteError
 from tests.networks import Sequence, tiny
 

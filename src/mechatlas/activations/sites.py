@@ -19,15 +19,13 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any, Literal, TypeVar
-from weakref import WeakKeyDictionary
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Shaped
 from torch import Tensor, nn
-from torch._C._functorch import is_functorch_wrapped_tensor
-from torch.utils.hooks import RemovableHandle
 
+from mechatlas.activations.branches import branches_of, no_such_branch, select
 from mechatlas.activations.passes import (
     counted,
     eager,
@@ -35,8 +33,15 @@ from mechatlas.activations.passes import (
     unobserved,
     unwrapped,
 )
+from mechatlas.activations.reading import hook_site, never_called, several_calls, tensors_at
+from mechatlas.activations.site_names import (
+    fitting_sites,
+    joined,
+    lens_hint,
+    translate,
+)
 from mechatlas.activations.values import replace_tensor, tensor_of, tensors_in
-from mechatlas.base import Site, SiteError, UserError
+from mechatlas.base import Site, SiteError
 
 Edit = Callable[[Tensor], Tensor]
 """Function from the activations at a site to their replacement, of the same shape."""
@@ -70,7 +75,7 @@ def as_site(network: nn.Module, site: Site | str) -> Site:
     if _has_module(root, text):
         return site if isinstance(site, Site) else Site(text)
     given = vars(site) if isinstance(site, Site) else {}
-    parsed = Site.parse(text)
+    parsed = translate(root, Site.parse(text))
     if not _has_module(root, parsed.module):
         names = [name for name, _ in root.named_modules() if name]
         raise SiteError(_no_such_module(parsed, names))
@@ -101,21 +106,23 @@ def find_sites(network: nn.Module, patterns: Sequence[str]) -> list[Site]:
         >>> [str(site) for site in ma.find_sites(network, ["mixed3*", "mixed4a/5x5"])]
         ['mixed3a', 'mixed3b', 'mixed4a/5x5']
     """
+    network = unwrapped(network)
     names = [name for name, _ in network.named_modules() if name]
     sites: list[Site] = []
     for pattern in patterns:
         wanted = Site.parse(pattern)
         glob = _glob(wanted.module)
         modules = [name for name in names if glob.fullmatch(name)]
-        if not modules:
-            raise SiteError(_no_such_module(wanted, names))
-        matches = [
-            site
-            for name in modules
-            for site in _with_branch(network, dataclasses.replace(wanted, module=name))
-        ]
+        if not modules and _has_module(network, wanted.module):
+            modules = [wanted.module]  # another name of a shared module
+        named = [translate(network, dataclasses.replace(wanted, module=name)) for name in modules]
+        named = named or fitting_sites(network, wanted, glob.fullmatch)
+        if not named:
+            hint = lens_hint(network, wanted.module)
+            raise SiteError(hint or _no_such_module(wanted, names))
+        matches = [site for site in named for site in _with_branch(network, site)]
         if not matches:
-            raise SiteError(_no_such_branch(network, wanted, modules))
+            raise SiteError(no_such_branch(network, wanted, [site.module for site in named]))
         sites += [site for site in matches if site not in sites]
     return sites
 
@@ -132,11 +139,17 @@ def _with_branch(network: nn.Module, site: Site) -> list[Site]:
     glob = _glob(site.branch)
     branches = branches_of(network, site.module, site.take)
     matches = [dataclasses.replace(site, branch=name) for name in branches if glob.fullmatch(name)]
+    if not matches and joined(branches, site.branch) is not None:
+        matches = [site]
     if matches:
         return matches
     prefix = f"{site.module}."
     below = [n.removeprefix(prefix) for n, _ in network.named_modules() if n.startswith(prefix)]
-    return [Site(prefix + name, None, site.take) for name in below if glob.fullmatch(name)]
+    return [
+        dataclasses.replace(site, module=prefix + name, branch=None)
+        for name in below
+        if glob.fullmatch(name)
+    ]
 
 
 def _no_such_module(site: Site, names: list[str]) -> str:
@@ -146,89 +159,6 @@ def _no_such_module(site: Site, names: list[str]) -> str:
         f"The network has no module {site.module!r} (site {site}).{hint} "
         f"`mechatlas sites NETWORK` lists all {len(names)} of them."
     )
-
-
-def _no_such_branch(network: nn.Module, site: Site, modules: list[str]) -> str:
-    known = sorted({name for module in modules for name in branches_of(network, module, site.take)})
-    have = f"has the branches {', '.join(known)}" if known else "has no named branches"
-    return f"Module {modules[0]!r} {have}; it has no branch {site.branch!r} (site {site})."
-
-
-OUTPUT_PROJECTIONS = {"c_proj", "o_proj", "out_proj", "out_lin", "dense"}
-"""Names of the linear layers that take the heads, side by side, and mix them."""
-INPUT_PROJECTIONS = {"query", "key", "value"} | {
-    f"{x}_{end}" for x in "qkv" for end in ("proj", "lin")
-}
-"""Names of the linear layers whose outputs are the heads, side by side."""
-
-
-def branches_of(
-    network: nn.Module, module_name: str, take: Literal["output", "input"] = "output"
-) -> dict[str, slice]:
-    """Find the named channel slices of a module's output or input.
-
-    A module names the branches of its output in an attribute `branches`, a dict of name to slice.
-    The heads of an attention module are `head0`, `head1`, ... wherever they lie side by side:
-    in the output of the module if nothing inside mixes them, in the input of the layer that
-    mixes them, and in the queries, keys and values.
-
-    Args:
-        network: Network that has the module.
-        module_name: Name of the module, as in `named_modules()`.
-        take: Whether the slices are of the module's output or of its input.
-    """
-    branches = getattr(network.get_submodule(module_name), "branches", None)
-    if isinstance(branches, Mapping) and not isinstance(branches, nn.Module):
-        return dict(branches) if take == "output" else {}
-    n_heads, width = _heads(network, module_name, take)
-    return {f"head{i}": slice(i * width, (i + 1) * width) for i in range(n_heads)}
-
-
-def _heads(network: nn.Module, module_name: str, take: str) -> tuple[int, int]:
-    """Number and width of the heads that lie side by side at a module; 0 where none do."""
-    module = network.get_submodule(module_name)
-    parent, _, name = module_name.rpartition(".")
-    linear = isinstance(module, nn.Linear) or _is_conv1d(module)
-    if linear:
-        side_by_side = name in (OUTPUT_PROJECTIONS if take == "input" else INPUT_PROJECTIONS)
-    else:
-        inside = {child for child, _ in module.named_children()}
-        side_by_side = take == "output" and not inside & OUTPUT_PROJECTIONS
-    attention = network.get_submodule(parent) if linear else module
-    n_heads = _first(attention, "num_attention_heads", "num_heads", "n_heads")
-    if n_heads is None and "attention" in type(attention).__name__.lower():
-        n_heads = _first(
-            getattr(attention, "config", None), "num_attention_heads", "n_head", "n_heads"
-        )
-    width = _first(attention, "attention_head_size", "head_dim", "head_size")
-    if not side_by_side or n_heads is None or width is None:
-        return 0, 0
-    if isinstance(module, nn.Linear) and take == "output":
-        n_heads = module.out_features // width  # keys and values may have fewer heads
-    return n_heads, width
-
-
-def _is_conv1d(module: nn.Module) -> bool:
-    return type(module).__name__ == "Conv1D"  # transformers' name of a linear layer in GPT-2
-
-
-def _first(module: object, *names: str) -> int | None:
-    values = (getattr(module, name, None) for name in names)
-    return next((value for value in values if isinstance(value, int)), None)
-
-
-def select(network: nn.Module, site: Site) -> slice:
-    """Find the slice of channels that a site reads.
-
-    Raises:
-        SiteError: The module has no branch of the site's name.
-    """
-    if site.branch is None:
-        return slice(None)
-    branches = branches_of(network, site.module, site.take)
-    if site.branch not in branches:
-        raise SiteError(_no_such_branch(network, site, [site.module]))
-    return branches[site.branch]
 
 
 def channels_last(activation: Shaped[Tensor, "..."]) -> Shaped[Tensor, "..."]:
@@ -259,28 +189,6 @@ def grid_of(activation: Shaped[Tensor, "batch ..."]) -> tuple[int, int]:
     """Height and width of a map; (tokens, 1) for sequences, (1, 1) for plain vectors."""
     sides = (*channels_last(activation).shape[1:-1], 1, 1)
     return sides[0], sides[1]
-
-
-class _Reached(BaseException):
-    """Signal that stops a forward pass at the last site; never leaves `read_activations`.
-
-    It is no `Exception`, since networks may catch those.
-    """
-
-
-@dataclasses.dataclass
-class _Habits:
-    """Observations on a network, by which later passes stop early and copy little."""
-
-    n_calls: "WeakKeyDictionary[nn.Module, int]" = dataclasses.field(
-        default_factory=WeakKeyDictionary
-    )
-    """Number of calls in one pass of the modules that were counted."""
-    written: set[Site] = dataclasses.field(default_factory=set)
-    """Whole sites whose tensors the network writes in place later in the pass."""
-
-
-_habits: "WeakKeyDictionary[nn.Module, _Habits]" = WeakKeyDictionary()
 
 
 def read_activations(
@@ -319,143 +227,10 @@ def read_activations(
         stack.enter_context(counted())
         stack.enter_context(evaluation_mode(network))
         stack.enter_context(eager())
-        tensors = _unwritten(root, inputs, list(dict.fromkeys(whole.values())))
+        tensors = tensors_at(root, inputs, list(dict.fromkeys(whole.values())))
         return {
             given: cut_branch(root, site, tensors[whole[site]]) for given, site in wanted.items()
         }
-
-
-def _unwritten(root: nn.Module, inputs: Any, sites: list[Site]) -> dict[Site, Tensor]:
-    """Tensors at whole sites, from as many passes as show which of them to copy."""
-    habits = _habits.setdefault(root, _Habits())
-    random = torch.get_rng_state()
-    while True:
-        reading = _Pass(root, sites, habits)
-        reading.run(inputs)
-        written = reading.written()
-        if not written:
-            return {site: kept.tensor for site, kept in reading.kept.items()}
-        habits.written |= written
-        torch.set_rng_state(random)
-
-
-class _Kept:
-    """Tensor of a site, and what it was like when the site was reached.
-
-    Args:
-        tensor: The tensor.
-        copy: Whether the network is known to write into it.
-        sample: Whether to keep some of its numbers, as writing through `.data` is not counted.
-    """
-
-    def __init__(self, tensor: Tensor, *, copy: bool, sample: bool) -> None:
-        counted = not tensor.is_inference() and tensor.layout == torch.strided
-        self.safe = copy or not counted or is_functorch_wrapped_tensor(tensor)
-        self.tensor = tensor.clone() if self.safe else tensor
-        self._mark = None if self.safe else self._state()
-        self._sample = None if self.safe or not sample else self._numbers().clone()
-
-    def _state(self) -> tuple[Any, ...]:
-        t = self.tensor
-        return t._version, t.data_ptr(), t.shape, t.stride()
-
-    def _numbers(self) -> Tensor:
-        flat = self.tensor.detach()
-        for axis, length in enumerate(flat.shape):
-            flat = flat.narrow(axis, 0, min(length, 16))
-        return flat
-
-    def is_written(self) -> bool:
-        """Whether the tensor was changed since."""
-        if self.safe:
-            return False
-        if self._mark != self._state():
-            return True
-        if self._sample is None:
-            return False
-        now, then = self._numbers(), self._sample
-        return not bool(((now == then) | ((now != now) & (then != then))).all())
-
-
-class _Pass:
-    """Pass of a network in which whole sites are read.
-
-    Args:
-        root: Network, without wrappers.
-        sites: Whole sites.
-        habits: What is known of the network; added to.
-    """
-
-    def __init__(self, root: nn.Module, sites: list[Site], habits: _Habits) -> None:
-        self.root, self.sites, self.habits = root, sites, habits
-        self.kept: dict[Site, _Kept] = {}
-        self.n_calls: Counter[Site] = Counter()
-        modules = [root.get_submodule(site.module) for site in sites]
-        self.is_first = any(module not in habits.n_calls for module in modules)
-        for site, module in zip(sites, modules, strict=True):
-            if site.call is None and habits.n_calls.get(module, 1) > 1:
-                raise SiteError(several_calls(site))
-
-    def run(self, inputs: Any) -> None:
-        """Run the network.
-
-        Raises:
-            SiteError: A site is not reached, or its module is called several times.
-            UserError: The network refuses the inputs.
-        """
-        with ExitStack() as hooks:
-            for site in self.sites:
-                keep = functools.partial(self._keep, site)
-                hooks.callback(hook_site(self.root, site, keep).remove)
-            try:
-                self.root(inputs.clone() if isinstance(inputs, Tensor) else inputs)
-            except _Reached:
-                return
-            except UserError:
-                raise
-            except Exception:
-                if len(self.kept) < len(self.sites):
-                    raise
-                return  # behind the last site, where no other pass gets
-        missing = [site for site in self.sites if site not in self.kept]
-        if missing:
-            raise SiteError(_never_called(missing, self.n_calls))
-        for site in self.sites:
-            self.habits.n_calls[self.root.get_submodule(site.module)] = self.n_calls[site]
-
-    def _keep(self, site: Site, value: Any) -> Any:
-        self.n_calls[site] += 1
-        number = self.n_calls[site]
-        if number == (site.call or 1):
-            copy = site in self.habits.written
-            self.kept[site] = _Kept(tensor_of(value, site), copy=copy, sample=self.is_first)
-        elif site.call is None:
-            raise SiteError(several_calls(site))
-        if len(self.kept) == len(self.sites) and not self.is_first:
-            raise _Reached
-        return value
-
-    def written(self) -> set[Site]:
-        """Sites whose tensors the network wrote into after they were reached."""
-        return {site for site, kept in self.kept.items() if kept.is_written()}
-
-
-def several_calls(site: Site) -> str:
-    """Sentence that refuses a site without a call, of a module that is called several times."""
-    first, second = (dataclasses.replace(site, call=n) for n in (1, 2))
-    return (
-        f"Module {site.module!r} is called several times in one pass; name a call: {first}, "
-        f"{second}, ..."
-    )
-
-
-def _never_called(sites: Sequence[Site], n_calls: Mapping[Site, int]) -> str:
-    called = {site: n for site in sites if (n := n_calls.get(site, 0))}
-    if called:
-        site, n = next(iter(called.items()))
-        return f"The network calls {site.module!r} {n} time(s) in one pass; there is no {site}."
-    names = ", ".join(map(str, sites))
-    return f"The network ran without calling the module of: {names}."
 
 
 @contextmanager
@@ -541,7 +316,7 @@ class _Interventions:
         self.inside = False
         missed = [site for site in self.edits if self.n_calls[site] < (site.call or 1)]
         if missed:
-            raise SiteError(_never_called(missed, self.n_calls))
+            raise SiteError(never_called(missed, self.n_calls))
 
     def change(self, site: Site, value: Any) -> Any:
         """Apply the edit of a site to what its module returned or was given.
@@ -585,41 +360,6 @@ class _Interventions:
         axis = 1 if tensor.ndim == 4 else tensor.ndim - 1
         index = torch.arange(tensor.shape[axis], device=tensor.device)[channels]
         return tensor.index_copy(axis, index, new)
-
-
-def hook_site(network: nn.Module, site: Site, change: Callable[[Any], Any]) -> RemovableHandle:
-    """Pass everything that the module of a site returns, or is given, through a function.
-
-    Args:
-        network: Network, without wrappers.
-        site: Site; its call, axes and branch are left out of account.
-        change: Function from what is passed on to what is passed on instead.
-
-    Raises:
-        SiteError: The module is scripted, and calls no hooks.
-    """
-    module = network.get_submodule(site.module)
-    if isinstance(module, torch.jit.ScriptModule):
-        raise SiteError(
-            f"Module {site.module!r} (site {site}) is scripted, and nothing inside it can be read "
-            "or edited; give the network that it was made from."
-        )
-    if site.take == "output":
-        return module.register_forward_hook(lambda _module, _args, output: change(output))
-
-    def change_input(
-        _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[Any, dict[str, Any]]:
-        # The activation is the first argument with a tensor; some networks pass all by keyword.
-        for i, value in enumerate(args):
-            if next(tensors_in(value), None) is not None:
-                return (*args[:i], change(value), *args[i + 1 :]), kwargs
-        for name, value in kwargs.items():
-            if next(tensors_in(value), None) is not None:
-                return args, {**kwargs, name: change(value)}
-        raise SiteError(f"Site {site} was given no tensor.")
-
-    return module.register_forward_pre_hook(change_input, with_kwargs=True)
 
 
 def list_sites(network: nn.Module, inputs: Shaped[Tensor, "batch ..."]) -> list[SiteInfo]:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mechatlas.activations.passes import counted, eager, evaluation_mode
-from mechatlas.activations.sites import hook_site, several_calls
+from mechatlas.activations.reading import hook_site, several_calls
 from mechatlas.activations.values import tensor_of, tensors_in
 from mechatlas.base import Site, SiteError
 

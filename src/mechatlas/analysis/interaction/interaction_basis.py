@@ -25,6 +25,8 @@ from jaxtyping import Float, Int
 from torch import nn
 
 from mechatlas import deprecated
+from mechatlas.activations.passes import evaluation_mode
+from mechatlas.activations.sites import as_site
 from mechatlas.analysis.interaction import bases
 from mechatlas.analysis.interaction.ablation import (
     AblationCurve,
