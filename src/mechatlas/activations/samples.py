@@ -12,7 +12,7 @@ import io
 import threading
 import zipfile
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 from importlib import resources, util
 from pathlib import Path
@@ -20,10 +20,11 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int, Shaped, UInt8
+from jaxtyping import Float, Shaped, UInt8
 from PIL import Image
 from torch import Tensor, nn
 
+from mechatlas.activations.texts import Texts, TextSamples
 from mechatlas.base import InputError, RecipeError, Result
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"}
@@ -71,18 +72,6 @@ class Arrays:
 
     source: Path
     """An .npy file, or an .npz with one array. The first axis counts the samples."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Texts:
-    """Plain text, cut into windows of tokens by the network's own tokenizer."""
-
-    source: Path
-    """A text file, or a folder or zip of them."""
-    include: str = "*.txt"
-    """Glob over file names inside the source."""
-    context: int = 128
-    """Tokens in a window, special tokens included."""
 
 
 SampleRecipe = Images | Arrays | Texts
@@ -350,65 +339,3 @@ class ArraySamples(Result):
         """Stack rows: floats as float32, integers as int64."""
         rows = torch.from_numpy(np.stack(samples))
         return rows.float() if rows.is_floating_point() else rows.long()
-
-
-class TextSamples(Result):
-    """Windows of tokens, from texts read one after another."""
-
-    def __init__(self, recipe: Texts, network: nn.Module) -> None:
-        self.recipe: Texts = recipe
-        tokenizer = getattr(network, "input", None)
-        if tokenizer is None or not hasattr(tokenizer, "windows"):
-            raise InputError(
-                f"{type(network).__name__} has no tokenizer; texts need a network of "
-                "`mechatlas.activations.architectures.language`."
-            )
-        tokens: list[np.ndarray] = []
-        self._names: list[str] = []
-        for name, text in _read_texts(recipe):
-            windows = tokenizer.windows(text, recipe.context)
-            tokens.append(windows.astype(np.int32))
-            self._names += [f"{name} window {i}" for i in range(len(windows))]
-        if not self._names:
-            raise InputError(
-                f"{recipe.source} has no text of at least {recipe.context} tokens in a file "
-                f"that matches {recipe.include!r}."
-            )
-        self._tokens = np.concatenate(tokens)
-
-    def __len__(self) -> int:
-        return len(self._tokens)
-
-    def summary(self) -> str:
-        """Number of samples, their length and their source."""
-        windows = f"windows of {self.recipe.context} tokens of {self.recipe.source}"
-        return f"{len(self):,} samples: {windows}"
-
-    def name(self, index: int) -> str:
-        """File and number of the window."""
-        return self._names[index]
-
-    def read(self, index: int) -> Int[np.ndarray, " token"]:
-        """Read the token ids of one window."""
-        return self._tokens[index]
-
-    def stack(self, samples: Sequence[Int[np.ndarray, " token"]]) -> Int[Tensor, "batch token"]:
-        """Stack the token ids of windows."""
-        return torch.from_numpy(np.stack(samples)).long()
-
-
-def _read_texts(recipe: Texts) -> Iterator[tuple[str, str]]:
-    path = recipe.source
-    if path.is_dir():
-        files = (p for p in path.rglob("*") if p.is_file())
-        names = _matching((str(p.relative_to(path)) for p in files), recipe.include, {".txt"})
-        for name in names:
-            yield name, (path / name).read_text(encoding="utf-8", errors="replace")
-    elif path.suffix == ".zip" and path.exists():
-        with zipfile.ZipFile(path) as archive:
-            for name in _matching(archive.namelist(), recipe.include, {".txt"}):
-                yield name, archive.read(name).decode("utf-8", errors="replace")
-    elif path.is_file():
-        yield path.name, path.read_text(encoding="utf-8", errors="replace")
-    else:
-        raise InputError(f"There is no text file, folder or zip {path}.")
