@@ -110,7 +110,7 @@ def _open(source: Path, include: str) -> tuple[Files, list[str]]:
     """
     known = ", ".join(sorted({TEXT, *_READERS}))
     if source.is_file() and source.suffix.lower() != ".zip":
-        if _suffix(source.name) not in (TEXT, *_READERS):
+        if not is_text(source.name):
             raise InputError(
                 f"{source} is no text: its name ends in {source.suffix or 'nothing'!r}, expected "
                 f"one of {known}, any of them with .gz, or a folder or .zip of them."
@@ -120,10 +120,15 @@ def _open(source: Path, include: str) -> tuple[Files, list[str]]:
         raise InputError(f"There is no text file, folder or zip {source}.")
     files: Files = Folder(source) if source.is_dir() else Archive(source)
     names, _ = matching(files.names, include, {TEXT, ".gz", *_READERS})
-    names = [name for name in names if _suffix(name) in (TEXT, *_READERS)]
+    names = [name for name in names if is_text(name)]
     if not names:
         raise InputError(f"{source} has no file that matches {include!r} and ends in {known}.")
     return files, names
+
+
+def is_text(name: str) -> bool:
+    """Whether a file of that name is read as texts."""
+    return _suffix(name) in (TEXT, *_READERS)
 
 
 def _suffix(name: str) -> str:
