@@ -36,7 +36,7 @@ def network(first: str | None = None, last: str | None = None, *, causal: bool =
 
 def words(samples: TextSamples, index: int) -> str:
     ids = samples.token_ids(index)[~samples.padding(index)].tolist()
-    return samples._input.tokenizer.decode(ids)
+    return byte_tokenizer().decode(ids)
 
 
 def cut(path: Path, **settings: Any) -> TextSamples:
@@ -91,7 +91,7 @@ def test_files_of_rows_give_the_windows_of_their_texts(tmp_path, name):
 def test_packed_documents_are_joined_by_the_token_that_ends_a_text(tmp_path):
     samples = cut(write(tmp_path / "a.jsonl", DOCUMENTS), context=10)
     joined = [*DOCUMENTS[0].encode(), END, *DOCUMENTS[1].encode(), END, *DOCUMENTS[2].encode()]
-    vocabulary = samples._input.tokenizer.get_vocab()
+    vocabulary = byte_tokenizer().get_vocab()
     plain = [vocabulary[c] if (c := chr(b)) in vocabulary else vocabulary["Ġ"] for b in joined[:15]]
     tokens = np.concatenate([samples.token_ids(i) for i in range(len(samples))])
     assert len(samples) == len(joined) // 10
@@ -244,7 +244,8 @@ def test_conversations_are_laid_out_in_the_chat_template(tmp_path):
 
 def refusal(source: Any, module: Any = None, **settings: Any) -> str:
     with pytest.raises(InputError) as error:
-        open_samples(Texts(source=source, **{"context": 16} | settings), module or network())
+        values: dict[str, Any] = {"context": 16, **settings}
+        open_samples(Texts(source=source, **values), module or network())
     assert "\n" not in str(error.value)
     return str(error.value)
 

@@ -28,8 +28,10 @@ PRIVATE_USE = 0xF0000
 class Tokenizer(Protocol):
     """Tokenizer of transformers: the methods that are used of it."""
 
-    all_special_ids: list[int]
-    """Token ids with a meaning of their own, such as the end of a text."""
+    @property
+    def all_special_ids(self) -> list[int]:
+        """Token ids with a meaning of their own, such as the end of a text."""
+        ...
 
     def __call__(
         self, text: str, *, add_special_tokens: bool, split_special_tokens: bool, verbose: bool
@@ -45,9 +47,7 @@ class Tokenizer(Protocol):
         """Spelling of a token in the vocabulary."""
         ...
 
-    def apply_chat_template(
-        self, conversation: Sequence[Mapping[str, Any]], *, tokenize: bool
-    ) -> Any:
+    def apply_chat_template(self, conversation: Any, *, tokenize: bool) -> Any:
         """Text of a conversation, with its special tokens."""
         ...
 

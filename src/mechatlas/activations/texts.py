@@ -114,14 +114,14 @@ def _text_input(network: nn.Module, context: int) -> TextInput | _Windows:
     text_input = getattr(network, "input", None)
     if isinstance(text_input, TextInput):
         return text_input
-    name = type(network).__name__
-    if not hasattr(text_input, "windows"):
+    name, windows = type(network).__name__, getattr(text_input, "windows", None)
+    if windows is None:
         raise InputError(
             f"{name} has no tokenizer; texts need a network of "
             "`mechatlas.activations.architectures.language`, or a module `input` with a method "
             "`windows(text, context)`."
         )
-    return _Windows(name, text_input.windows, context)
+    return _Windows(name, windows, context)
 
 
 class TextSamples(Result):
