@@ -243,8 +243,8 @@ def test_conversations_are_laid_out_in_the_chat_template(tmp_path):
 
 
 def refusal(source: Any, module: Any = None, **settings: Any) -> str:
+    values: dict[str, Any] = {"context": 16, **settings}
     with pytest.raises(InputError) as error:
-        values: dict[str, Any] = {"context": 16, **settings}
         open_samples(Texts(source=source, **values), module or network())
     assert "\n" not in str(error.value)
     return str(error.value)
