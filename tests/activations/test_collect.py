@@ -20,6 +20,7 @@ from mechatlas.activations.samples import Arrays, Images, Samples, open_samples
 from mechatlas.activations.sites import find_sites, read_activations
 from mechatlas.activations.store import Store
 from mechatlas.base import DiskError, InputError, NonFiniteError, Site, StoreError
+from mechatlas.files import write_manifest
 from tests.networks import sick, tiny
 
 NETWORK = tiny()
@@ -283,7 +284,7 @@ def test_an_unfinished_store_or_no_store_is_refused(tmp_path):
         Store(tmp_path)
     store = collect(NETWORK, images(tmp_path), SITES, tmp_path / "store")
     manifest = dict(store.manifest, complete=False)
-    (tmp_path / "store" / "manifest.json").write_text(json.dumps(manifest))
+    write_manifest(tmp_path / "store" / "manifest.json", manifest)
     with pytest.raises(StoreError, match=r"is not finished .* it goes on where it stopped"):
         Store(tmp_path / "store")
 

@@ -5,7 +5,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from mechatlas.activations.store import SCHEMA, Split, write_shard
+from mechatlas.activations.store import write_shard
+from mechatlas.activations.store_manifest import SCHEMA, Split
 from mechatlas.dictionaries.autoencoder import Autoencoder, Crosscoder
 from mechatlas.dictionaries.sparsity import ReLU
 from mechatlas.files import write_json

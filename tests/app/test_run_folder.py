@@ -4,8 +4,8 @@ import dataclasses
 
 import numpy as np
 
-from mechatlas.app.run_folder import MANIFEST, STORE, CommandResult, RunConfig, RunFolder
-from mechatlas.files import read_json, write_json
+from mechatlas.app.run_folder import STORE, CommandResult, RunConfig, RunFolder
+from mechatlas.files import MANIFEST, read_json, write_manifest
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -25,7 +25,11 @@ def test_files_of_an_earlier_run_do_not_stay(tmp_path):
     run(out, "a.safetensors", "b.safetensors").finish(CommandResult())
     run(out, "a.safetensors").finish(CommandResult())
     assert not (out / "b.safetensors").exists()
-    assert set(read_json(out / MANIFEST)["files"]) == {"a.safetensors"}
+    assert set(read_json(out / MANIFEST)["files"]) == {
+        "a.safetensors",
+        "recipe.toml",
+        "result.json",
+    }
 
 
 def test_nor_do_they_when_a_run_between_was_killed(tmp_path):
@@ -43,7 +47,7 @@ def test_a_manifest_cannot_name_files_outside_its_folder(tmp_path):
     run(out, "a.safetensors").finish(CommandResult())
     forged = read_json(out / MANIFEST)
     forged["files"] |= {"../precious": "0", str(outside): "0", "..": "0"}
-    write_json(out / MANIFEST, forged)
+    write_manifest(out / MANIFEST, forged)
     run(out, "a.safetensors").finish(CommandResult())
     assert outside.read_text() == "mine"
 

@@ -39,16 +39,8 @@ from mechatlas.activations.posing import (
 from mechatlas.activations.positions import Positions
 from mechatlas.activations.samples import Samples
 from mechatlas.activations.sites import branches_of, channels_last, grid_of, read_activations
-from mechatlas.activations.store import (
-    DTYPES,
-    SCHEMA,
-    Shard,
-    SiteShape,
-    Split,
-    Store,
-    folder_of,
-    write_shard,
-)
+from mechatlas.activations.store import Store, folder_of, write_shard
+from mechatlas.activations.store_manifest import DTYPES, SCHEMA, Shard, SiteShape, Split
 from mechatlas.base import (
     DiskError,
     InputError,
@@ -59,7 +51,7 @@ from mechatlas.base import (
     no_progress,
 )
 from mechatlas.deprecated import renamed_keys
-from mechatlas.files import read_json, write_json
+from mechatlas.files import read_manifest, write_manifest
 from mechatlas.maths.actions import Action
 
 SHARD_BYTES = 8 << 20
@@ -221,7 +213,7 @@ def collect(
         manifest["complete"] = number + 1 == len(rounds)
         if manifest["complete"] and not manifest["shards"]:
             raise InputError(f"None of the {len(samples)} samples could be read.")
-        write_json(out / "manifest.json", manifest)
+        write_manifest(out / "manifest.json", manifest)
     return Store(out)
 
 
@@ -311,7 +303,7 @@ def _start(collection: _Collection, n_rounds: int, recipe: dict[str, Any]) -> di
     manifest = _new_manifest(collection, n_rounds, recipe)
     path = out / "manifest.json"
     if path.exists():
-        old = read_json(path)
+        old = read_manifest(path)
         old["recipe"] = renamed_keys("collect", old["recipe"], quiet=True)
         given = ("recipe", "settings", "network", "n_samples", "group")
         made_from = ("schema", "kind", *given, "rounds")
@@ -330,7 +322,7 @@ def _start(collection: _Collection, n_rounds: int, recipe: dict[str, Any]) -> di
     if out.exists() and any(p.name not in leftovers for p in out.iterdir()):
         raise StoreError(f"{out} is not empty and is not a store. Choose another --out.")
     _check_space(out, len(collection.samples) * _sample_bytes(shapes, collection.settings))
-    write_json(path, manifest)
+    write_manifest(path, manifest)
     return manifest
 
 
