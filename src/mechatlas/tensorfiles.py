@@ -11,10 +11,10 @@ mismatches     tensors against keys and shapes -> all that differs, in words
 not_floats     tensors -> which of them are not of floating-point numbers
 non_finite     tensors -> which of them hold a NaN or an infinity, and where
 
-A file may come from anywhere. Whatever is wrong with it, the reader hears a `WeightsError` that
-names the file, and the key where there is one. A header is compared with the size of its file
-before any memory is asked for, and the bytes with the manifest beside the file, where it states a
-checksum.
+A file may come from anywhere. Whatever is wrong with it, the reader hears a `WeightsError` (of
+arrays and tables a `DiskError`) that names the file, and the key where there is one. A header is
+compared with the size of its file before any memory is asked for, and the bytes with the manifest
+beside the file, where it states a checksum.
 """
 
 import contextlib
@@ -32,7 +32,7 @@ import torch
 import xxhash
 from torch import Tensor
 
-from mechatlas.base import DiskError, WeightsError
+from mechatlas.base import DiskError, UserError, WeightsError
 from mechatlas.files import checksum, checksum_file, damaged, open_regular, read, stated_checksum
 
 TORCH = (".pt", ".pth", ".bin", ".ckpt")
@@ -49,21 +49,21 @@ HEADER_LIMIT = 100 << 20
 
 
 @contextlib.contextmanager
-def reading(file: Path) -> Iterator[None]:
+def reading(file: Path, kind: type[UserError] = WeightsError) -> Iterator[None]:
     """Turn whatever goes wrong with a file into one kind of error.
 
     Raises:
-        WeightsError: The file is missing or damaged.
+        UserError: The file is missing or damaged; of the kind given.
     """
     try:
         yield
-    except WeightsError:
+    except kind:
         raise
     except DiskError as error:
-        raise WeightsError(str(error)) from error
+        raise kind(str(error)) from error
     except Exception as error:  # a damaged archive can make its reader raise almost anything
         reason = str(error).split("\n")[0][:200]
-        raise WeightsError(
+        raise kind(
             f"{file} cannot be read ({type(error).__name__}: {reason}). Is the file whole?"
         ) from error
 
@@ -212,9 +212,9 @@ def read_array(file: Path) -> np.ndarray:
     """Read the array of a .npy file.
 
     Raises:
-        WeightsError: It is missing, damaged, or holds Python objects.
+        DiskError: It is missing, damaged, or holds Python objects.
     """
-    with reading(Path(file)):
+    with reading(Path(file), DiskError):
         data = read(file)
         return _npy(io.BytesIO(data), len(data))
 
@@ -248,11 +248,11 @@ def read_table(file: Path) -> Any:
     """Read a .parquet file as a `pyarrow.Table`.
 
     Raises:
-        WeightsError: It is missing or damaged.
+        DiskError: It is missing or damaged.
     """
     import pyarrow.parquet as pq  # takes longer to import than everything else here
 
-    with reading(Path(file)):
+    with reading(Path(file), DiskError):
         return pq.read_table(io.BytesIO(read(file)))
 
 

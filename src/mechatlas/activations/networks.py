@@ -3,6 +3,7 @@
 load_network   a bundled name or `package.module:factory` -> nn.Module in eval mode
 load_weights   a file of weights into a network, every mismatch named
 digest         checksum of all weights, kept with everything made from them
+has_weights    whether a network has the weights of a checksum
 """
 
 import dataclasses
@@ -134,3 +135,14 @@ def digest(network: nn.Module) -> str:
         whole = tensor.detach().cpu().contiguous().flatten()
         state.update(whole.view(torch.uint8).numpy() if whole.numel() else b"")
     return state.hexdigest()
+
+
+def has_weights(network: nn.Module, checksum: str) -> bool:
+    """Whether a network, or its base model without a head, has the weights of a checksum.
+
+    Stores of version 0.2 were made from base models, whose heads are kept now.
+    """
+    base = getattr(network, "base_model", None)  # of transformers
+    return checksum == digest(network) or (
+        isinstance(base, nn.Module) and base is not network and checksum == digest(base)
+    )

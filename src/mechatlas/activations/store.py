@@ -16,7 +16,7 @@ import json
 import math
 import mmap
 import os
-import sys
+import weakref
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -52,6 +52,11 @@ def folder_of(site: Site | str) -> str:
     return str(site).replace("/", "~").replace(":", "~")
 
 
+def shard_file(site: str, split: Split, number: int) -> str:
+    """Name of a file of a store, relative to its folder."""
+    return f"{folder_of(site)}/{split}-{number:05d}.safetensors"
+
+
 def write_shard(
     root: Path,
     site: str,
@@ -74,7 +79,7 @@ def write_shard(
         DiskError: The disk is full or the folder is not writable.
     """
     data = safetensors.torch.save({"rows": rows.contiguous(), "where": where.contiguous()})
-    file = f"{folder_of(site)}/{split}-{number:05d}.safetensors"
+    file = shard_file(site, split, number)
     write(root / file, data)
     return Shard(site, split, file, len(rows), len(data), checksum(data))
 
@@ -491,14 +496,14 @@ class PairedRows(Result):
 
 
 def read_shard(
-    root: Path, shard: Shard, width: int
+    root: Path, shard: Shard, width: int | None = None
 ) -> tuple[Float[Tensor, "row d_in"], Int[Tensor, "row 3"]]:
     """Read the rows and places of one shard, and verify its checksum.
 
     Args:
         root: Folder of the store.
         shard: Entry of the shard in the manifest.
-        width: Number of channels in the manifest.
+        width: Number of channels in the manifest; by default whatever the file has.
 
     Raises:
         StoreError: The shard is damaged or missing.
@@ -516,6 +521,7 @@ def read_shard(
     except WeightsError as error:
         message = _damaged(path, shard, size) if str(error) == damaged(path) else str(error)
         raise StoreError(message) from error
+    width = rows.shape[-1] if width is None else width
     if tuple(rows.shape) != (shard.rows, width):
         raise StoreError(_other_shape(path, list(rows.shape), shard, width))
     return rows, where
@@ -545,17 +551,15 @@ def _mapped(path: Path) -> mmap.mmap:
         return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
 
-def _spare(rooms: list[np.ndarray], size: int) -> UInt8[np.ndarray, " byte"]:
-    """Memory for a batch, used again once nobody holds the batch any more.
+def _spare(spare: list[np.ndarray], size: int) -> UInt8[np.ndarray, " byte"]:
+    """Lend memory for a batch; it is spare again once nobody holds the batch any more.
 
     Fresh pages cost as much as reading them: the kernel has to clear them first.
     """
-    for room in rooms:
-        # By the list, by this loop and by the call that counts: a tensor would be one more.
-        if sys.getrefcount(room) == 3 and len(room) == size:
-            return room
-    rooms.append(np.empty(size, np.uint8))
-    return rooms[-1]
+    memory = spare.pop() if spare else np.empty(size, np.uint8)
+    room = memory.view()  # every tensor on this memory holds this view, and nothing else does
+    weakref.finalize(room, spare.append, memory).atexit = False
+    return room
 
 
 def _gather_rows(

@@ -133,7 +133,7 @@ def _parquet(path: Path, name: str, folder: RunFolder) -> dict[str, Any]:
     """Columns of a parquet file, whose checksum is noted.
 
     Raises:
-        WeightsError: It cannot be read.
+        DiskError: It cannot be read.
     """
     table = read_table(path)
     folder.parent(name, checksum_file(path))

@@ -230,7 +230,7 @@ def _read_labels(path: Path, n_samples: int, chosen: Int[np.ndarray, " n"]) -> I
 
     Raises:
         InputError: It has not one whole number for each sample.
-        WeightsError: It is missing or not an .npy file.
+        DiskError: It is missing or not an .npy file.
     """
     labels = read_array(path)
     if labels.shape != (n_samples,) or labels.dtype.kind not in "iu":

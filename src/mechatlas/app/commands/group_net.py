@@ -63,7 +63,7 @@ def find_group(config: GroupNetConfig) -> Group:
     Raises:
         GroupError: There is no such group, or the table is not that of one.
         RecipeError: The generators are of different lengths.
-        WeightsError: The table cannot be read.
+        DiskError: The table cannot be read.
     """
     if config.generators:
         degrees = {len(row) for row in config.generators}

@@ -268,7 +268,7 @@ def read_table(path: Path) -> Int[np.ndarray, "order order"]:
     """Read a table from a .npy file.
 
     Raises:
-        WeightsError: The file is missing or is not an array.
+        DiskError: The file is missing or is not an array.
     """
     return read_array(path)
 

@@ -67,7 +67,7 @@ class Run:
         """Read the columns of a parquet file: arrays, and lists where entries are lists.
 
         Raises:
-            WeightsError: It is missing or damaged.
+            DiskError: It is missing or damaged.
         """
         table = read_table(self.folder / file)
         return {
