@@ -2,6 +2,7 @@
 
 load_network   a bundled name or `package.module:factory` -> nn.Module in eval mode
 load_weights   a file of weights into a network, every mismatch named
+dtype_of       number format that a network computes in
 digest         checksum of all weights, kept with everything made from them
 has_weights    whether a network has the weights of a checksum
 """
@@ -9,6 +10,7 @@ has_weights    whether a network has the weights of a checksum
 import dataclasses
 import difflib
 import importlib
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -125,6 +127,12 @@ def load_weights(
             "Is it the weights file of this architecture?"
         )
     network.load_state_dict({name: t.to(wanted[name].dtype) for name, t in given.items()})
+
+
+def dtype_of(network: nn.Module) -> torch.dtype | None:
+    """Number format of the first floating-point parameter or buffer; `None` where there is none."""
+    tensors = itertools.chain(network.parameters(), network.buffers())
+    return next((t.dtype for t in tensors if t.is_floating_point()), None)
 
 
 def digest(network: nn.Module) -> str:

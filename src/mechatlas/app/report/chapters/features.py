@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from mechatlas.activations.images import ImageSamples
 from mechatlas.activations.networks import has_weights
 from mechatlas.activations.receptive import receptive_field
-from mechatlas.activations.samples import ImageSamples, Samples, TextSamples
+from mechatlas.activations.samples import Samples, TextSamples
 from mechatlas.activations.store import POOL_BYTES, StoreRows
 from mechatlas.analysis.branches.specialization import plain_shares
 from mechatlas.analysis.examples import (
