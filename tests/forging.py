@@ -15,7 +15,7 @@ def forge(folder: Path, values: dict[str, Any] | None = None, **changes: Any) ->
         values: Values of the manifest; by default those that it has.
         changes: Keys of the manifest to change.
     """
-    values = values if values is not None else json.loads((folder / MANIFEST).read_text())
-    files = [name for name in values.get("files", {}) if (folder / name).is_file()]
+    old: dict[str, Any] = json.loads((folder / MANIFEST).read_text()) if values is None else values
+    files = [name for name in old.get("files", {}) if (folder / name).is_file()]
     stated = {name: checksum((folder / name).read_bytes()) for name in files}
-    write_manifest(folder / MANIFEST, {**values, "files": stated, **changes})
+    write_manifest(folder / MANIFEST, {**old, "files": stated, **changes})

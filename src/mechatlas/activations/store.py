@@ -508,7 +508,7 @@ def read_shard(
     Raises:
         StoreError: The shard is damaged or missing.
     """
-    path = root / shard.file
+    path, size = root / shard.file, 0
     try:
         size = _signature(path)[1]
         if size != shard.bytes:
