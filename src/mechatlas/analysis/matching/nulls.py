@@ -117,7 +117,9 @@ def whiten(x: Float[np.ndarray, "n width"], widths: Sequence[int] = ()) -> White
     made = [_whiten(each) for each in whole]
     frame = torch.linalg.eigh(sum((axes * sizes) @ axes.T for _, sizes, axes in made))[1]
     rows = [(white @ (axes.T @ frame)).numpy() for white, _, axes in made]
-    return Whitened(rows, [(frame.T @ (axes * sizes) @ axes.T).numpy() for _, sizes, axes in made], *sides)
+    return Whitened(
+        rows, [(frame.T @ (axes * sizes) @ axes.T).numpy() for _, sizes, axes in made], *sides
+    )
 
 
 def _in_one_space(parts: list[Float[np.ndarray, "n _width"]]) -> bool:

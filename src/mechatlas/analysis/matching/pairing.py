@@ -19,7 +19,14 @@ import torch
 from jaxtyping import Bool, Float, Int
 
 from mechatlas.analysis.matching.degenerate import Side, sides
-from mechatlas.analysis.matching.folding import Cost, FoldedDictionary, fold, part_widths, unit_rows, vectors
+from mechatlas.analysis.matching.folding import (
+    Cost,
+    FoldedDictionary,
+    fold,
+    part_widths,
+    unit_rows,
+    vectors,
+)
 from mechatlas.analysis.matching.nulls import NULLS, Null, PairEvidence, compare_with_null
 from mechatlas.base import InputError, Progress, Result, no_progress
 from mechatlas.deprecated import renamed_arguments, renamed_attributes
