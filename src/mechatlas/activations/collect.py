@@ -15,6 +15,7 @@ import itertools
 import json
 import math
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -22,10 +23,11 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 
 from mechatlas.activations import networks
+from mechatlas.activations.outlier_rows import outliers_of_sites
 from mechatlas.activations.posing import (
     Places,
     PoseConfig,
@@ -36,7 +38,13 @@ from mechatlas.activations.posing import (
     read_pose,
     refuse_lawless,
 )
-from mechatlas.activations.positions import Positions
+from mechatlas.activations.positions import (
+    REASONS,
+    Positions,
+    TokenSamples,
+    is_causal,
+    left_out,
+)
 from mechatlas.activations.samples import Samples
 from mechatlas.activations.sites import branches_of, channels_last, grid_of, read_activations
 from mechatlas.activations.store import (
@@ -72,9 +80,10 @@ class StoreConfig:
 
     positions: Positions = dataclasses.field(default_factory=Positions)
     """Rule by which positions of a sample are kept."""
-    paired: bool = False
+    paired: bool | None = None
     """Keep the same places at every site, chosen at the first one, so that rows of different
-    sites belong together (for crosscoders and transcoders)."""
+    sites belong together (for crosscoders, transcoders, matching and circuits). By default so
+    where it costs nothing: all sites have the same grid, and places are not drawn by norm."""
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     """Number format of the rows on disk."""
     held_out: float = 0.05
@@ -122,6 +131,7 @@ class _Collection:
     settings: StoreConfig
     device: torch.device | str
     poses: _Poses | None
+    tokens: TokenSamples | None
     out: Path
 
 
@@ -198,17 +208,24 @@ def collect(
     """
     settings = settings or StoreConfig()
     network = network.to(device)
-    first = _first_batch(samples, settings).to(device)
+    index, first = _first_batch(samples, settings)
+    first = first.to(device)
     with torch.inference_mode():
         activations = read_activations(network, first, sites)
     poses = None if group is None else _poses(network, first, activations, settings, group)
     shapes = {site: _shape(network, site, a, poses) for site, a in activations.items()}
-    collection = _Collection(network, samples, sites, shapes, settings, device, poses, out)
+    tokens = samples if isinstance(samples, TokenSamples) and poses is None else None
+    causal = tokens is not None and is_causal(network, first, tokens.padding(index), sites)
+    positions = settings.positions.resolved(tokens=tokens is not None, causal=causal)
+    settings = dataclasses.replace(settings, positions=positions)
+    if settings.paired is None:
+        settings = dataclasses.replace(settings, paired=_pairs_freely(shapes, settings, poses))
+    collection = _Collection(network, samples, sites, shapes, settings, device, poses, tokens, out)
     rounds = _plan(len(samples), shapes, settings)
     manifest = _start(collection, len(rounds), recipe or {})
     done = sum(len(r.samples) for r in rounds[: manifest["rounds_done"]])
     for number in range(manifest["rounds_done"], len(rounds)):
-        shards, skipped = _do_round(
+        shards, skipped, n_left_out = _do_round(
             collection,
             rounds,
             number,
@@ -217,23 +234,32 @@ def collect(
         done += len(rounds[number].samples)
         manifest["shards"] += [list(shard) for shard in shards]
         manifest["skipped"] += skipped
+        for reason, n in n_left_out.items():
+            manifest["left_out"][reason] += n
         manifest["rounds_done"] = number + 1
         manifest["complete"] = number + 1 == len(rounds)
         if manifest["complete"] and not manifest["shards"]:
-            raise InputError(f"None of the {len(samples)} samples could be read.")
+            raise InputError(
+                f"None of the {len(samples)} samples could be read."
+                if len(manifest["skipped"]) == len(samples)
+                else "Every position of the samples is left out: they are special tokens, padding "
+                "or first tokens. Give longer windows, or set `skip_first` and `keep_special`."
+            )
+        if manifest["complete"]:
+            manifest["outliers"] = outliers_of_sites(out, manifest["shards"], samples, network)
         write_json(out / "manifest.json", manifest)
     return Store(out)
 
 
-def _first_batch(samples: Samples, settings: StoreConfig) -> Shaped[Tensor, "1 ..."]:
-    """Batch of the first sample that can be read.
+def _first_batch(samples: Samples, settings: StoreConfig) -> tuple[int, Any]:
+    """Number and batch of the first sample that can be read.
 
     Raises:
         InputError: None can be read, or the first cannot and `skip_bad` is off.
     """
     for i in range(len(samples)):
         try:
-            return samples.stack([samples.read(i)])
+            return i, samples.stack([samples.read(i)])
         except InputError:
             if not settings.skip_bad:
                 raise
@@ -266,6 +292,15 @@ def _shape(
         return SiteShape(width, grid_of(activation), ranges)
     n_places = len(poses.places[site].kept)
     return SiteShape(width * poses.action.group.order, grid_of(activation), ranges, n_places)
+
+
+def _pairs_freely(
+    shapes: dict[Site, SiteShape], settings: StoreConfig, poses: _Poses | None
+) -> bool:
+    """Whether the same places at every site are drawn anyway as they would be for each alone."""
+    grids = {shape.grid for shape in shapes.values()}
+    every = settings.positions.count(math.prod(next(iter(grids)))) == math.prod(next(iter(grids)))
+    return poses is None and len(grids) == 1 and (every or settings.positions.rule != "norm")
 
 
 def _row_bytes(shape: SiteShape, settings: StoreConfig) -> int:
@@ -313,9 +348,11 @@ def _start(collection: _Collection, n_rounds: int, recipe: dict[str, Any]) -> di
     if path.exists():
         old = read_json(path)
         old["recipe"] = renamed_keys("collect", old["recipe"], quiet=True)
+        _as_settings_of_today(old, tokens=collection.tokens is not None)
         given = ("recipe", "settings", "network", "n_samples", "group")
         made_from = ("schema", "kind", *given, "rounds")
-        differing = [key for key in made_from if old.get(key) != manifest.get(key)]
+        stated = [{**m, "recipe": {**m["recipe"], "storage": None}} for m in (old, manifest)]
+        differing = [key for key in made_from if stated[0].get(key) != stated[1].get(key)]
         if differing:
             raise StoreError(
                 f"{out} holds a store made from another recipe (it differs in "
@@ -357,8 +394,18 @@ def _new_manifest(collection: _Collection, n_rounds: int, recipe: dict[str, Any]
         "complete": False,
         "shards": [],
         "skipped": [],
+        "left_out": {} if collection.tokens is None else dict.fromkeys(REASONS, 0),
     }
     return json.loads(json.dumps(manifest))  # as a manifest on disk: lists instead of tuples
+
+
+def _as_settings_of_today(manifest: dict[str, Any], *, tokens: bool) -> None:
+    """Add the settings that older stores do not state, as what was done for them."""
+    before = {"keep_special": True, "skip_first": 0, "skip_tokens": []}
+    positions = manifest["settings"]["positions"]
+    manifest["settings"]["positions"] = positions | {**before, **positions}
+    if "left_out" not in manifest:
+        manifest["left_out"] = dict.fromkeys(REASONS, 0) if tokens else {}
 
 
 def _differences(old: Any, new: Any, keys: Sequence[str], prefix: str = "") -> list[str]:
@@ -385,11 +432,12 @@ def _check_space(out: Path, size: int) -> None:
 
 def _do_round(
     collection: _Collection, rounds: list[Round], number: int, on_progress: Callable[[int], None]
-) -> tuple[list[Shard], list[str]]:
+) -> tuple[list[Shard], list[str], Counter[str]]:
     """Fill the rows of every site for one round, shuffle them, write them as shards.
 
     Returns:
-        Shards written, and a message for every sample that could not be read.
+        Shards written, a message for every sample that could not be read, and the number of
+        positions left out for each reason.
     """
     shapes, settings = collection.shapes, collection.settings
     samples = rounds[number].samples
@@ -402,16 +450,20 @@ def _do_round(
         for site, shape in shapes.items()
     }
     skipped: list[str] = []
+    n_left_out: Counter[str] = Counter()
     done = 0
     for indices, inputs in _batches(collection, samples, skipped):
         if indices:
-            _fill(collection, filled, inputs.to(collection.device), indices)
+            excluded = None
+            if collection.tokens is not None:
+                excluded = left_out(collection.tokens, indices, settings.positions, n_left_out)
+            _fill(collection, filled, inputs.to(collection.device), indices, excluded)
         done += settings.batch_size
         on_progress(min(done, len(samples)))
     shards: list[Shard] = []
     for site, rows in filled.items():
         shards += _write(collection, site, rows, rounds, number)
-    return shards, skipped
+    return shards, skipped, n_left_out
 
 
 def _write(
@@ -478,6 +530,7 @@ def _fill(
     filled: dict[Site, _Rows],
     inputs: Shaped[Tensor, "batch ..."],
     indices: list[int],
+    excluded: Bool[Tensor, "batch token"] | None,
 ) -> None:
     """Draw positions of the untransformed inputs, and add their rows pose by pose."""
     shapes, settings, poses = collection.shapes, collection.settings, collection.poses
@@ -495,18 +548,20 @@ def _fill(
                     drawn[site] = _same_place(drawn[first], here, there)
             elif site not in drawn:
                 among = flat if poses is None else flat[:, poses.places[site].kept]
-                drawn[site] = settings.positions.draw(among, indices)
+                fits = excluded is not None and excluded.shape[1] == flat.shape[1]
+                drawn[site] = settings.positions.draw(among, indices, excluded if fits else None)
             if poses is None:
-                rows = flat.gather(1, drawn[site][..., None].expand(-1, -1, flat.shape[-1]))
+                of_sample, there = (drawn[site] >= 0).nonzero().T
+                rows = flat[of_sample, drawn[site][of_sample, there]]
             else:
-                rows = poses.places[site].take(element, flat, drawn[site])
-            filled[site].put(element * flat.shape[-1], rows.flatten(0, 1).cpu())
+                rows = poses.places[site].take(element, flat, drawn[site]).flatten(0, 1)
+            filled[site].put(element * flat.shape[-1], rows.cpu())
     for site, rows in filled.items():
         position = drawn[site] if poses is None else poses.places[site].kept[drawn[site]]
         position, width = position.cpu(), shapes[site].grid[1]
         sample = torch.tensor(indices)[:, None].expand_as(position)
         where = torch.stack([sample, position // width, position % width], dim=-1)
-        rows.finish(where.flatten(0, 1).int())
+        rows.finish(where[position >= 0].int())
 
 
 def _same_place(
@@ -516,7 +571,7 @@ def _same_place(
     y, x = position // grid[1], position % grid[1]
     y = ((y + 0.5) / grid[0] * other[0]).long()
     x = ((x + 0.5) / grid[1] * other[1]).long()
-    return y * other[1] + x
+    return torch.where(position < 0, position, y * other[1] + x)
 
 
 def _refuse_non_finite(

@@ -20,7 +20,7 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int, Shaped, UInt8
+from jaxtyping import Bool, Float, Int, Shaped, UInt8
 from PIL import Image
 from torch import Tensor, nn
 
@@ -375,6 +375,7 @@ class TextSamples(Result):
                 f"that matches {recipe.include!r}."
             )
         self._tokens = np.concatenate(tokens)
+        self._special = frozenset(tokenizer.before + tokenizer.after)
 
     def __len__(self) -> int:
         return len(self._tokens)
@@ -391,6 +392,19 @@ class TextSamples(Result):
     def read(self, index: int) -> Int[np.ndarray, " token"]:
         """Read the token ids of one window."""
         return self._tokens[index]
+
+    @property
+    def special_ids(self) -> frozenset[int]:
+        """Ids of the special tokens that stand in every window."""
+        return self._special
+
+    def token_ids(self, index: int) -> Int[np.ndarray, " token"]:
+        """Token ids of one window."""
+        return self._tokens[index]
+
+    def padding(self, index: int) -> Bool[np.ndarray, " token"]:
+        """Positions of a window that are padding: none."""
+        return np.zeros(len(self._tokens[index]), dtype=bool)
 
     def stack(self, samples: Sequence[Int[np.ndarray, " token"]]) -> Int[Tensor, "batch token"]:
         """Stack the token ids of windows."""

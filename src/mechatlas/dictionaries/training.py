@@ -15,6 +15,7 @@ Source: Gao et al., Scaling and evaluating sparse autoencoders (2024).
 import dataclasses
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -32,6 +33,7 @@ from mechatlas.dictionaries.objective import Objective, Schedule
 from mechatlas.dictionaries.revival import AuxK, Resample
 from mechatlas.dictionaries.rows import as_rows
 from mechatlas.files import checksum
+from mechatlas.maths.outliers import OUTLIER_NORMS, norm_limit, variance_share
 
 MEASUREMENTS = 25
 """Number of measurements of a run."""
@@ -59,6 +61,7 @@ def train(
     schedule: Schedule | None = None,
     objective: Objective | None = None,
     revival: AuxK | Resample | None = None,
+    outlier_norms: float = OUTLIER_NORMS,
     seed: int = 0,
     device: torch.device | str = "cpu",
     checkpoint: Path | str | None = None,
@@ -70,8 +73,9 @@ def train(
 
     Args:
         dictionary: Dictionary that is trained in place. Several are trained in one pass over the
-            same batches, each with its own k, kind or seed. A class of your own is a module that
-            fits `Dictionary`; it is trained by autograd, or by its own `step(objective)`.
+            same batches, each with its own k, kind or seed; on rows of several sites either all
+            read all sites, or there is one for each site, in order. A class of your own is a module
+            that fits `Dictionary`; it is trained by autograd, or by its own `step(objective)`.
         data: An array (rows, width) or memory map, a tuple of arrays whose rows belong
             together (for a transcoder or crosscoder), a store with one site, an iterable of
             arrays, or anything that fits `Rows`.
@@ -82,6 +86,8 @@ def train(
             last fifth.
         objective: Normalized errors, clipping; by default neither.
         revival: How dead latents are brought back; by default they are not.
+        outlier_norms: Median norms beyond which a row is neither trained on nor counted; rows of
+            a crosscoder count as outliers where they are at one of its sites; `inf` keeps all.
         seed: Seed of the order of rows.
         device: Device to train on.
         checkpoint: Folder for the state of the run. If there is one of a run with the same
@@ -115,15 +121,22 @@ def train(
     each: Sequence[Any] = dictionary if isinstance(dictionary, Sequence) else [dictionary]
     coders = list(map(as_coder, each))
     rows = as_rows(data)
-    if wrong := [coder.width for coder in coders if coder.width != rows.d_in]:
-        raise InputError(f"The rows are {rows.d_in} wide, the dictionary reads {wrong[0]}.")
-    held_out = _checked(rows.held_out(HELD_OUT_ROWS), rows).to(device)
+    columns = _columns(coders, rows)
+    held = rows.held_out(HELD_OUT_ROWS)
+    held_out = _checked(held, rows).to(device)
     if not len(held_out):
         raise InputError("There are no held-out rows to measure on; collect more than one sample.")
     schedule, objective = schedule or Schedule(), objective or Objective()
-    runs = [_Run(coder, held_out, objective, revival, seed) for coder in coders]
+    runs = [
+        _Run(coder, held_out[:, part], objective, revival, seed, outlier_norms)
+        for coder, part in zip(coders, columns, strict=True)
+    ]
+    for run in runs:
+        run.warn_of_outliers(lambda number: rows.describe(int(held.row[number])))
     options = (steps, batch_size, lr, seed, schedule, objective, revival)
     settings = _settings(rows, held_out, options)
+    if outlier_norms != OUTLIER_NORMS:  # checkpoints of older versions do not state it
+        settings["outlier_norms"] = outlier_norms
     done = 0
     try:
         for number, run in enumerate(runs):
@@ -136,8 +149,8 @@ def train(
             x = _checked(next(batches), rows).to(device)
             rate = lr * schedule(done, steps)
             coefficient = schedule.sparsity_coefficient(done, steps)
-            for run in runs:
-                run.step(x, rate, coefficient, done / steps)
+            for run, part in zip(runs, columns, strict=True):
+                run.step(x[:, part], rate, coefficient, done / steps)
             done += 1
             on_progress(done, steps)
             if done % max(1, steps // MEASUREMENTS) == 0 or done == steps:
@@ -163,11 +176,14 @@ class _Run:
         objective: Objective,
         revival: AuxK | Resample | None,
         seed: int,
+        outlier_norms: float,
     ) -> None:
         self.dictionary, self.revival, self.seed = dictionary, revival, seed
         self.module: Any = dictionary.module if isinstance(dictionary, Adapter) else dictionary
         self.module.to(held_out.device)
-        self.scale = _scale(dictionary, held_out)
+        self.limits = _limits(dictionary, held_out, outlier_norms)
+        self.outlier = _outliers(held_out, self.limits)
+        self.scale = _scale(dictionary, held_out[~self.outlier])
         self.held_out = held_out  # as they are: scaled ones would take room in every step
         self.take_step = dictionary.step(objective, revival)
         self.last_fired = torch.zeros(
@@ -177,6 +193,26 @@ class _Run:
         self.done = 0
         self.unmeasured = 0  # steps since the last measurement
         self.to_begin = dictionary.untrained
+
+    def warn_of_outliers(self, describe: Callable[[int], str]) -> None:
+        """Warn where a few held-out rows carry most of the variance.
+
+        Args:
+            describe: Function from the number of a held-out row to its description.
+        """
+        x, outlier = self.held_out, self.outlier
+        ending = "they are neither trained on nor counted in `fvu`"
+        if not outlier.any():  # also where all rows are to be kept
+            outlier = _outliers(x, _limits(self.dictionary, x, OUTLIER_NORMS))
+            ending = "`fvu` says little of all the others"
+        share = variance_share(x, outlier) if outlier.any() else 0.0
+        if share > 0.5:
+            warnings.warn(
+                f"{int(outlier.sum()):,} of {len(x):,} held-out rows (the first is "
+                f"{describe(int(outlier.nonzero()[0]))}) are longer than ten median rows and carry "
+                f"{share:.0%} of the variance; {ending}.",
+                stacklevel=3,
+            )
 
     def begin(self) -> dict[str, Any]:
         """Go over to scaled rows; return what a checkpoint of this run must agree with."""
@@ -203,7 +239,11 @@ class _Run:
             InputError: All rows of the first batch are equal.
             NonFiniteError: The loss is not finite.
         """
-        x = x * self.scale
+        outlier = _outliers(x, self.limits)
+        if outlier.all() and self.done:
+            self.done = self.take_step.n_steps = self.done + 1
+            return
+        x = (x[~outlier] if outlier.any() and not outlier.all() else x) * self.scale
         if self.done == 0 and self.to_begin:
             _begin(self.dictionary, x)
         dead, revival = None, self.revival
@@ -240,9 +280,11 @@ class _Run:
         dictionary = self.dictionary
         x = self.held_out * self.scale
         read, written = x[:, dictionary.reads], x[:, dictionary.writes]
-        quality = evaluate(self.module, read, target=written)
+        quality = evaluate(self.module, read, target=written, outlier=self.outlier)
         self.history.step.append(self.done)
         self.history.fvu.append(quality.fvu)
+        self.history.fvu_median.append(quality.fvu_median)
+        self.history.fvu_with_outliers.append(quality.fvu_with_outliers)
         self.history.l0.append(quality.l0)
         self.history.dead_share.append(float(dead.float().mean()))
         self.history.seconds_per_step.append(seconds / max(1, self.unmeasured))
@@ -307,6 +349,46 @@ def _settings(rows: Rows, held_out: Tensor, options: tuple[Any, ...]) -> dict[st
 
 def _checksum(tensors: Iterable[Tensor]) -> str:
     return checksum(b"".join(t.detach().cpu().contiguous().numpy().data for t in tensors))
+
+
+def _columns(coders: Sequence[SparseCoder | Adapter], rows: Rows) -> list[slice]:
+    """Columns of a row that each dictionary is trained on.
+
+    Raises:
+        InputError: The dictionaries do not fit the rows.
+    """
+    wrong = [coder.width for coder in coders if coder.width != rows.d_in]
+    if not wrong:
+        return [slice(None)] * len(coders)
+    parts: Sequence[slice] = getattr(rows, "parts", ())
+    if len(parts) < 2:
+        raise InputError(f"The rows are {rows.d_in} wide, the dictionary reads {wrong[0]}.")
+    widths = [part.stop - part.start for part in parts]
+    if widths != [coder.width for coder in coders]:
+        raise InputError(
+            f"The rows have sites of {', '.join(map(str, widths))} columns, the dictionaries read "
+            f"{', '.join(str(coder.width) for coder in coders)}; give one dictionary for each site."
+        )
+    return list(parts)
+
+
+def _limits(
+    dictionary: SparseCoder | Adapter, x: Tensor, outlier_norms: float
+) -> list[tuple[slice, float]]:
+    """Norm beyond which a row is an outlier, for the columns of each site."""
+    reads, writes = dictionary.reads, dictionary.writes
+    sites = dictionary.sites or ([reads] if reads == writes else [reads, writes])
+    norms = [torch.linalg.vector_norm(x[:, site], dim=1) for site in sites]
+    return [(s, norm_limit(n, outlier_norms)) for s, n in zip(sites, norms, strict=True)]
+
+
+def _outliers(x: Tensor, limits: Sequence[tuple[slice, float]]) -> Tensor:
+    """Rows that are longer than the limit at one of the sites."""
+    outlier = torch.zeros(len(x), dtype=torch.bool, device=x.device)
+    for site, limit in limits:
+        if limit < math.inf:
+            outlier |= torch.linalg.vector_norm(x[:, site], dim=1) > limit
+    return outlier
 
 
 def _scale(dictionary: SparseCoder | Adapter, x: Tensor) -> Tensor:
