@@ -89,6 +89,20 @@ def test_held_out_samples_come_from_the_whole_data_set(tmp_path):
     assert again.samples("held", 60) != held.tolist()
 
 
+def test_the_first_held_out_samples_are_not_the_first_of_a_sorted_folder(tmp_path):
+    settings = StoreConfig(held_out=0.5)
+    store = collect(NETWORK, images(tmp_path), SITES[:1], tmp_path / "store", settings)
+    everything, few = store.samples("held", 60), store.samples("held", 6)
+    assert len(everything) == 30
+    assert len(few) == 6
+    assert set(few) <= set(everything)
+    assert few[-1] > everything[20], "a few of them are spread over the folder, as all are"
+    rows = store.rows("mixed")
+    assert torch.equal(rows.held_out(40).row, torch.arange(rows.n_rows, rows.n_rows + 40))
+    where = torch.cat([w[:, 0] for _, w in rows.scan()])[rows.n_rows :][:40]
+    assert where.unique().numel() > 15, "and so are the first held-out rows"
+
+
 def test_a_branch_of_a_site_can_be_read_from_its_store(tmp_path):
     store = collect(NETWORK, images(tmp_path), SITES[:1], tmp_path / "store")
     whole, part = store.rows("mixed").held_out(9).x, store.rows("mixed/right").held_out(9).x

@@ -1,5 +1,6 @@
 """Reading a store: every row once an epoch, in an order in which neighbours are strangers."""
 
+import ctypes
 import itertools
 import os
 import time
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from mechatlas.activations.store import Store, write_shard
+from mechatlas.activations.store import Store, _spare, write_shard
 from mechatlas.base import Rows, StoreError
 from mechatlas.dictionaries.rows import ArrayRows
 from mechatlas.files import write_json
@@ -64,6 +65,39 @@ def test_row_numbers_go_with_the_rows(store, pool):
         for batch in itertools.islice(store.rows("a", pool_bytes=pool).batches(size, seed=3), 40):
             assert torch.equal(batch.row, batch.x[:, 0].long())
             assert batch.x.shape == (size, D)
+
+
+HELD = {
+    "the batch": lambda batch: batch,
+    "its rows": lambda batch: batch.x,
+    "one number": lambda batch: batch.x[-1, -1],
+    "a transposed view": lambda batch: batch.x.T[1:],
+    "an array": lambda batch: batch.x.numpy()[3:],
+    "the bare memory": lambda batch: batch.x.untyped_storage(),
+}
+"""Ways to hold a batch, or a part of it."""
+
+
+@pytest.mark.parametrize("way", HELD)
+def test_a_batch_that_somebody_holds_keeps_its_numbers(store, way):
+    # Whatever the interpreter's reference counts: Python 3.14 counts borrowed references less.
+    batches = itertools.islice(store.rows("a", pool_bytes=SMALL).batches(50), 30)
+    held = [(HELD[way](b), b.x.data_ptr(), b.x.numpy().tobytes()) for b in batches]
+    for _, pointer, numbers in held:
+        assert ctypes.string_at(pointer, len(numbers)) == numbers
+    assert len({pointer for _, pointer, _ in held}) == 30
+
+
+def test_memory_is_lent_again_once_no_tensor_is_on_it():
+    spare = []
+    tensor = torch.from_numpy(_spare(spare, 12)).view(3, 4)
+    part = tensor[1:]
+    del tensor
+    assert not spare
+    del part
+    assert len(spare) == 1
+    assert _spare(spare, 12).base is not None
+    assert len(spare) == 1, "lent, and back"
 
 
 @pytest.mark.parametrize("pool", [SMALL, LARGE])

@@ -16,7 +16,7 @@ import json
 import math
 import mmap
 import os
-import sys
+import weakref
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -562,17 +562,15 @@ def _mapped(path: Path) -> mmap.mmap:
         return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
 
-def _spare(rooms: list[np.ndarray], size: int) -> UInt8[np.ndarray, " byte"]:
-    """Memory for a batch, used again once nobody holds the batch any more.
+def _spare(spare: list[np.ndarray], size: int) -> UInt8[np.ndarray, " byte"]:
+    """Lend memory for a batch; it is spare again once nobody holds the batch any more.
 
     Fresh pages cost as much as reading them: the kernel has to clear them first.
     """
-    for room in rooms:
-        # By the list, by this loop and by the call that counts: a tensor would be one more.
-        if sys.getrefcount(room) == 3 and len(room) == size:
-            return room
-    rooms.append(np.empty(size, np.uint8))
-    return rooms[-1]
+    memory = spare.pop() if spare else np.empty(size, np.uint8)
+    room = memory.view()  # every tensor on this memory holds this view, and nothing else does
+    weakref.finalize(room, spare.append, memory).atexit = False
+    return room
 
 
 def _gather_rows(

@@ -103,6 +103,7 @@ def test_features_of_a_network_that_sees_every_pose_alike_pass(world):
     effects = intervened(world, world[1])
     # One feature is unchanged by everything: it is the only one that cannot be swapped.
     assert effects.features.tolist() == list(range(28))
+    assert effects.p_values.min() >= 1 / (1 + 28 * 8), "28 features with 8 null values each"
     assert (effects.q_values <= 0.05).mean() > 0.9
     assert (effects.pose_q_values <= 0.05).mean() > 0.9
     assert np.median(effects.alignment) > 0.3
