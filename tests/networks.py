@@ -1,5 +1,7 @@
 """Small networks for tests; also what a user's own factory looks like."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -185,5 +187,5 @@ class Windows:
     def padding(self, index: int) -> np.ndarray:
         return self.tokens[index] == 1
 
-    def stack(self, samples: list[np.ndarray]) -> Tensor:
+    def stack(self, samples: Sequence[np.ndarray]) -> Tensor:
         return torch.from_numpy(np.stack(samples)).long()

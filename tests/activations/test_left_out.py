@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from typing import Any
 
 import pytest
 import torch
@@ -111,7 +112,8 @@ def test_windows_of_nothing_but_what_is_left_out_are_refused_in_a_sentence(tmp_p
 
 def test_rows_of_equal_grids_are_paired_unless_a_norm_chooses_among_them(tmp_path):
     samples = Windows(n=20, length=12)
-    for rule, paired in ((None, True), ("random", True), ("all", True), ("norm", False)):
+    cases: Any = ((None, True), ("random", True), ("all", True), ("norm", False))
+    for rule, paired in cases:
         settings = StoreConfig(positions=Positions(rule=rule, per_sample=4))
         store = collect(Reader(), samples, SITES, tmp_path / f"{rule}", settings)
         assert store.manifest["settings"]["paired"] is paired

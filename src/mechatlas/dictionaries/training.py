@@ -121,22 +121,15 @@ def train(
     each: Sequence[Any] = dictionary if isinstance(dictionary, Sequence) else [dictionary]
     coders = list(map(as_coder, each))
     rows = as_rows(data)
-    columns = _columns(coders, rows)
-    held = rows.held_out(HELD_OUT_ROWS)
-    held_out = _checked(held, rows).to(device)
-    if not len(held_out):
-        raise InputError("There are no held-out rows to measure on; collect more than one sample.")
     schedule, objective = schedule or Schedule(), objective or Objective()
+    held_out = _checked(held := rows.held_out(HELD_OUT_ROWS), rows).to(device)
     runs = [
-        _Run(coder, held_out[:, part], objective, revival, seed, outlier_norms)
-        for coder, part in zip(coders, columns, strict=True)
+        _Run(coder, part, held_out, objective, revival, seed, outlier_norms)
+        for coder, part in zip(coders, _columns(coders, rows, held_out), strict=True)
     ]
-    for run in runs:
-        run.warn_of_outliers(lambda number: rows.describe(int(held.row[number])))
-    options = (steps, batch_size, lr, seed, schedule, objective, revival)
+    _warn_of_outliers(runs, held, rows)
+    options = (steps, batch_size, lr, seed, schedule, objective, revival, outlier_norms)
     settings = _settings(rows, held_out, options)
-    if outlier_norms != OUTLIER_NORMS:  # checkpoints of older versions do not state it
-        settings["outlier_norms"] = outlier_norms
     done = 0
     try:
         for number, run in enumerate(runs):
@@ -149,8 +142,8 @@ def train(
             x = _checked(next(batches), rows).to(device)
             rate = lr * schedule(done, steps)
             coefficient = schedule.sparsity_coefficient(done, steps)
-            for run, part in zip(runs, columns, strict=True):
-                run.step(x[:, part], rate, coefficient, done / steps)
+            for run in runs:
+                run.step(x, rate, coefficient, done / steps)
             done += 1
             on_progress(done, steps)
             if done % max(1, steps // MEASUREMENTS) == 0 or done == steps:
@@ -172,6 +165,7 @@ class _Run:
     def __init__(
         self,
         dictionary: SparseCoder | Adapter,
+        columns: slice,
         held_out: Tensor,
         objective: Objective,
         revival: AuxK | Resample | None,
@@ -179,6 +173,8 @@ class _Run:
         outlier_norms: float,
     ) -> None:
         self.dictionary, self.revival, self.seed = dictionary, revival, seed
+        self.columns = columns  # of a row, that are this dictionary's
+        held_out = held_out[:, columns]
         self.module: Any = dictionary.module if isinstance(dictionary, Adapter) else dictionary
         self.module.to(held_out.device)
         self.limits = _limits(dictionary, held_out, outlier_norms)
@@ -193,26 +189,6 @@ class _Run:
         self.done = 0
         self.unmeasured = 0  # steps since the last measurement
         self.to_begin = dictionary.untrained
-
-    def warn_of_outliers(self, describe: Callable[[int], str]) -> None:
-        """Warn where a few held-out rows carry most of the variance.
-
-        Args:
-            describe: Function from the number of a held-out row to its description.
-        """
-        x, outlier = self.held_out, self.outlier
-        ending = "they are neither trained on nor counted in `fvu`"
-        if not outlier.any():  # also where all rows are to be kept
-            outlier = _outliers(x, _limits(self.dictionary, x, OUTLIER_NORMS))
-            ending = "`fvu` says little of all the others"
-        share = variance_share(x, outlier) if outlier.any() else 0.0
-        if share > 0.5:
-            warnings.warn(
-                f"{int(outlier.sum()):,} of {len(x):,} held-out rows (the first is "
-                f"{describe(int(outlier.nonzero()[0]))}) are longer than ten median rows and carry "
-                f"{share:.0%} of the variance; {ending}.",
-                stacklevel=3,
-            )
 
     def begin(self) -> dict[str, Any]:
         """Go over to scaled rows; return what a checkpoint of this run must agree with."""
@@ -239,6 +215,7 @@ class _Run:
             InputError: All rows of the first batch are equal.
             NonFiniteError: The loss is not finite.
         """
+        x = x[:, self.columns]
         outlier = _outliers(x, self.limits)
         if outlier.all() and self.done:
             self.done = self.take_step.n_steps = self.done + 1
@@ -337,13 +314,15 @@ def _check(**numbers: int | float) -> None:
 
 def _settings(rows: Rows, held_out: Tensor, options: tuple[Any, ...]) -> dict[str, Any]:
     """Settings that a run can only be continued with."""
-    names = ("steps", "batch_size", "lr", "seed", "schedule", "objective", "revival")
+    names = ("steps", "batch_size", "lr", "seed", "schedule", "objective", "revival", "outliers")
     kept: dict[str, Any] = {
         "rows": [rows.n_rows, rows.d_in],
         "held-out rows": _checksum([held_out]),
     }
     for name, value in zip(names, options, strict=True):
         kept[name] = value if isinstance(value, int | float) else repr(value)
+    if kept["outliers"] == OUTLIER_NORMS:  # checkpoints of older versions do not state it
+        del kept["outliers"]
     return kept
 
 
@@ -351,12 +330,14 @@ def _checksum(tensors: Iterable[Tensor]) -> str:
     return checksum(b"".join(t.detach().cpu().contiguous().numpy().data for t in tensors))
 
 
-def _columns(coders: Sequence[SparseCoder | Adapter], rows: Rows) -> list[slice]:
+def _columns(coders: Sequence[SparseCoder | Adapter], rows: Rows, held_out: Tensor) -> list[slice]:
     """Columns of a row that each dictionary is trained on.
 
     Raises:
-        InputError: The dictionaries do not fit the rows.
+        InputError: The dictionaries do not fit the rows, or none of these is held out.
     """
+    if not len(held_out):
+        raise InputError("There are no held-out rows to measure on; collect more than one sample.")
     wrong = [coder.width for coder in coders if coder.width != rows.d_in]
     if not wrong:
         return [slice(None)] * len(coders)
@@ -389,6 +370,24 @@ def _outliers(x: Tensor, limits: Sequence[tuple[slice, float]]) -> Tensor:
         if limit < math.inf:
             outlier |= torch.linalg.vector_norm(x[:, site], dim=1) > limit
     return outlier
+
+
+def _warn_of_outliers(runs: Sequence[_Run], held: Batch, rows: Rows) -> None:
+    """Warn where a few held-out rows carry most of the variance."""
+    for run in runs:
+        x, outlier = run.held_out, run.outlier
+        ending = "they are neither trained on nor counted in `fvu`"
+        if not outlier.any():  # also where all rows are to be kept
+            outlier = _outliers(x, _limits(run.dictionary, x, OUTLIER_NORMS))
+            ending = "`fvu` says little of all the others"
+        share = variance_share(x, outlier) if outlier.any() else 0.0
+        if share > 0.5:
+            first = rows.describe(int(held.row[int(outlier.nonzero()[0])]))
+            warnings.warn(
+                f"{int(outlier.sum()):,} of {len(x):,} held-out rows (the first is {first}) are "
+                f"longer than ten median rows and carry {share:.0%} of the variance; {ending}.",
+                stacklevel=3,
+            )
 
 
 def _scale(dictionary: SparseCoder | Adapter, x: Tensor) -> Tensor:
