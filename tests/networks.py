@@ -1,6 +1,6 @@
 """Small networks for tests; also what a user's own factory looks like."""
 
-from collections.abc import Sequence
+from collections import abc
 
 import numpy as np
 import torch
@@ -187,5 +187,5 @@ class Windows:
     def padding(self, index: int) -> np.ndarray:
         return self.tokens[index] == 1
 
-    def stack(self, samples: Sequence[np.ndarray]) -> Tensor:
+    def stack(self, samples: abc.Sequence[np.ndarray]) -> Tensor:
         return torch.from_numpy(np.stack(samples)).long()

@@ -24,6 +24,13 @@ from jaxtyping import Shaped
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from mechatlas.activations.site_names import (
+    fitting_sites,
+    joined,
+    lens_hint,
+    named_heads,
+    translate,
+)
 from mechatlas.base import Site, SiteError
 
 Edit = Callable[[Tensor], Tensor]
@@ -66,15 +73,14 @@ def find_sites(network: nn.Module, patterns: Sequence[str]) -> list[Site]:
         wanted = Site.parse(pattern)
         glob = _glob(wanted.module)
         modules = [name for name in names if glob.fullmatch(name)]
-        if not modules:
-            raise SiteError(_no_such_module(wanted, names))
-        matches = [
-            site
-            for name in modules
-            for site in _with_branch(network, dataclasses.replace(wanted, module=name))
-        ]
+        named = [translate(network, dataclasses.replace(wanted, module=name)) for name in modules]
+        named = named or fitting_sites(network, wanted, glob.fullmatch)
+        if not named:
+            hint = lens_hint(network, wanted.module)
+            raise SiteError(hint or _no_such_module(wanted, names))
+        matches = [site for site in named for site in _with_branch(network, site)]
         if not matches:
-            raise SiteError(_no_such_branch(network, wanted, modules))
+            raise SiteError(_no_such_branch(network, wanted, [site.module for site in named]))
         sites += [site for site in matches if site not in sites]
     return sites
 
@@ -91,6 +97,8 @@ def _with_branch(network: nn.Module, site: Site) -> list[Site]:
     glob = _glob(site.branch)
     branches = branches_of(network, site.module, site.take)
     matches = [dataclasses.replace(site, branch=name) for name in branches if glob.fullmatch(name)]
+    if not matches and joined(branches, site.branch) is not None:
+        matches = [site]
     if matches:
         return matches
     prefix = f"{site.module}."
@@ -139,6 +147,8 @@ def branches_of(
     branches = getattr(network.get_submodule(module_name), "branches", None)
     if isinstance(branches, Mapping) and not isinstance(branches, nn.Module):
         return dict(branches) if take == "output" else {}
+    if take == "output" and (named := named_heads(network, module_name)):
+        return named
     n_heads, width = _heads(network, module_name, take)
     return {f"head{i}": slice(i * width, (i + 1) * width) for i in range(n_heads)}
 
@@ -184,10 +194,10 @@ def select(network: nn.Module, site: Site) -> slice:
     """
     if site.branch is None:
         return slice(None)
-    branches = branches_of(network, site.module, site.take)
-    if site.branch not in branches:
+    part = joined(branches_of(network, site.module, site.take), site.branch)
+    if part is None:
         raise SiteError(_no_such_branch(network, site, [site.module]))
-    return branches[site.branch]
+    return part
 
 
 def channels_last(activation: Shaped[Tensor, "..."]) -> Shaped[Tensor, "..."]:
