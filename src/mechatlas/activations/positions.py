@@ -183,7 +183,7 @@ def is_causal(
     others = tokens[tokens != tokens[0, last]]
     changed[0, last] = others[0] if len(others) else int(tokens[0, last] == 0)
     before = read_activations(network, inputs, sites)
-    other = changed if isinstance(inputs, Tensor) else {**inputs, "input_ids": changed}
+    other: Any = changed if isinstance(inputs, Tensor) else {**inputs, "input_ids": changed}
     after = read_activations(network, other, sites)
     for site, x in before.items():
         if x.ndim == 3 and x.shape[1] == len(padding):

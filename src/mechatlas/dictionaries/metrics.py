@@ -104,11 +104,9 @@ def evaluate(
     """
     x = torch.as_tensor(x)
     target = x if target is None else torch.as_tensor(target)
-    if outlier is None:
-        norms = torch.linalg.vector_norm(x.float(), dim=1)
-        outlier = norms > norm_limit(norms)
-    counted = ~outlier
-    some = bool(outlier.any())
+    norms = torch.linalg.vector_norm(x.float(), dim=1)
+    counted = ~(norms > norm_limit(norms) if outlier is None else outlier)
+    some = not bool(counted.all())
     means = [target[counted].mean(dim=0), target.mean(dim=0)] if some else [target.mean(dim=0)]
     active, fired = 0, torch.zeros(dictionary.n_latents, dtype=torch.bool, device=x.device)
     parts: list[Tensor] = []
@@ -132,7 +130,7 @@ def evaluate(
         fired=fired,
         fvu_median=float((left / total)[total > 0].median()),
         fvu_with_outliers=float(residual.sum() / totals[-1].sum()),
-        n_outliers=int(outlier.sum()),
+        n_outliers=int((~counted).sum()),
     )
 
 
