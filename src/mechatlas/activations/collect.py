@@ -27,7 +27,9 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 
 from mechatlas.activations import networks
+from mechatlas.activations.branches import branches_of
 from mechatlas.activations.outlier_rows import outliers_of_sites
+from mechatlas.activations.passes import on_device
 from mechatlas.activations.posing import (
     Places,
     PoseConfig,
@@ -46,7 +48,7 @@ from mechatlas.activations.positions import (
     left_out,
 )
 from mechatlas.activations.samples import Samples
-from mechatlas.activations.sites import branches_of, channels_last, grid_of, read_activations
+from mechatlas.activations.sites import as_site, channels_last, grid_of, read_activations
 from mechatlas.activations.store import (
     DTYPES,
     SCHEMA,
@@ -165,7 +167,7 @@ class _Rows:
 def collect(
     network: nn.Module,
     samples: Samples,
-    sites: Sequence[Site],
+    sites: Sequence[Site | str],
     out: Path,
     settings: StoreConfig | None = None,
     *,
@@ -177,9 +179,9 @@ def collect(
     """Read sites for every sample and write the rows, shuffled, to a store.
 
     Args:
-        network: Network in evaluation mode, on any device.
+        network: Network; run in evaluation mode, and put back in its own and on its own device.
         samples: Inputs of the network.
-        sites: Sites to read, all in one pass that stops after the last.
+        sites: Sites to read, or their written form, all in one pass that stops after the last.
         out: Folder of the store. An unfinished store of the same recipe is continued.
         settings: Positions kept, number format, memory; by default `StoreConfig()`.
         group: Group in whose poses each input is read. A row then has the channels of element
@@ -217,49 +219,50 @@ def collect(
     """
     settings = settings or StoreConfig()
     device = as_device(device)
-    network = network.to(device)
-    index, first = _first_batch(samples, settings)
-    first = first.to(device)
-    with torch.inference_mode():
-        activations = read_activations(network, first, sites)
-    poses = None if group is None else _poses(network, first, activations, settings, group)
-    shapes = {site: _shape(network, site, a, poses) for site, a in activations.items()}
-    tokens = samples if isinstance(samples, TokenSamples) and poses is None else None
-    causal = tokens is not None and is_causal(network, first, tokens.padding(index), sites)
-    positions = settings.positions.resolved(tokens=tokens is not None, causal=causal)
-    settings = dataclasses.replace(settings, positions=positions)
-    if settings.paired is None:
-        settings = dataclasses.replace(settings, paired=_pairs_freely(shapes, settings, poses))
-    collection = _Collection(network, samples, sites, shapes, settings, device, poses, tokens, out)
-    rounds = _plan(len(samples), shapes, settings)
-    with claim(out) as claimed:
-        manifest = begin_store(
-            out,
-            _new_manifest(collection, len(rounds), recipe or {}),
-            n_bytes=len(samples) * _sample_bytes(shapes, settings),
+    chosen = [as_site(network, site) for site in sites]
+    with on_device(network, device):
+        index, first = _first_batch(samples, settings)
+        first = first.to(device)
+        with torch.inference_mode():
+            activations = read_activations(network, first, chosen)
+        poses = None if group is None else _poses(network, first, activations, settings, group)
+        shapes = {site: _shape(network, site, a, poses) for site, a in activations.items()}
+        tokens = samples if isinstance(samples, TokenSamples) and poses is None else None
+        causal = tokens is not None and is_causal(network, first, tokens.padding(index), chosen)
+        settings = _resolved(settings, shapes, poses, tokens=tokens is not None, causal=causal)
+        collection = _Collection(
+            network, samples, chosen, shapes, settings, device, poses, tokens, out
         )
-        _mend(collection, rounds, manifest)
-        done = sum(len(r.samples) for r in rounds[: manifest["rounds_done"]])
-        for number in range(manifest["rounds_done"], len(rounds)):
-            shards, skipped, n_left_out = _do_round(
-                collection,
-                rounds,
-                number,
-                lambda n, before=done: on_progress(before + n, len(samples)),
+        rounds = _plan(len(samples), shapes, settings)
+        with claim(out) as claimed:
+            manifest = begin_store(
+                out,
+                _new_manifest(collection, len(rounds), recipe or {}),
+                n_bytes=len(samples) * _sample_bytes(shapes, settings),
             )
-            done += len(rounds[number].samples)
-            manifest["shards"] += [list(shard) for shard in shards]
-            manifest["skipped"] += skipped
-            for reason, n in n_left_out.items():
-                manifest["left_out"][reason] += n
-            manifest["rounds_done"] = number + 1
-            manifest["complete"] = number + 1 == len(rounds)
-            claimed.check()
-            if manifest["complete"]:
-                _refuse_empty(manifest)
-                refuse_absent(out, manifest)
-                manifest["outliers"] = outliers_of_sites(out, manifest["shards"], samples, network)
-            write_json(out / "manifest.json", manifest)
+            _mend(collection, rounds, manifest)
+            done = sum(len(r.samples) for r in rounds[: manifest["rounds_done"]])
+            for number in range(manifest["rounds_done"], len(rounds)):
+                shards, skipped, n_left_out = _do_round(
+                    collection,
+                    rounds,
+                    number,
+                    lambda n, before=done: on_progress(before + n, len(samples)),
+                )
+                done += len(rounds[number].samples)
+                manifest["shards"] += [list(shard) for shard in shards]
+                manifest["skipped"] += skipped
+                for reason, n in n_left_out.items():
+                    manifest["left_out"][reason] += n
+                manifest["rounds_done"] = number + 1
+                manifest["complete"] = number + 1 == len(rounds)
+                claimed.check()
+                if manifest["complete"]:
+                    _refuse_empty(manifest)
+                    refuse_absent(out, manifest)
+                    outliers = outliers_of_sites(out, manifest["shards"], samples, network)
+                    manifest["outliers"] = outliers
+                write_json(out / "manifest.json", manifest)
     return Store(out)
 
 
@@ -321,13 +324,23 @@ def _shape(
     return SiteShape(width * poses.action.group.order, grid_of(activation), ranges, n_places)
 
 
-def _pairs_freely(
-    shapes: dict[Site, SiteShape], settings: StoreConfig, poses: _Poses | None
-) -> bool:
-    """Whether the same places at every site are drawn anyway as they would be for each alone."""
-    grids = {shape.grid for shape in shapes.values()}
-    every = settings.positions.count(math.prod(next(iter(grids)))) == math.prod(next(iter(grids)))
-    return poses is None and len(grids) == 1 and (every or settings.positions.rule != "norm")
+def _resolved(
+    settings: StoreConfig,
+    shapes: dict[Site, SiteShape],
+    poses: _Poses | None,
+    *,
+    tokens: bool,
+    causal: bool,
+) -> StoreConfig:
+    """Settings with what depends on the samples, the network and the sites."""
+    positions = settings.positions.resolved(tokens=tokens, causal=causal)
+    paired = settings.paired
+    if paired is None:  # yes where each site alone would have the same places drawn
+        n_positions = {math.prod(shape.grid) for shape in shapes.values()}
+        every = all(positions.count(n) == n for n in n_positions)
+        one_grid = len({shape.grid for shape in shapes.values()}) == 1
+        paired = poses is None and one_grid and (every or positions.rule != "norm")
+    return dataclasses.replace(settings, positions=positions, paired=paired)
 
 
 def _row_bytes(shape: SiteShape, settings: StoreConfig) -> int:
