@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from mechatlas.activations import networks
 from mechatlas.activations.branches import branches_of
+from mechatlas.activations.networks import as_input
 from mechatlas.activations.outlier_rows import outliers_of_sites
 from mechatlas.activations.passes import on_device
 from mechatlas.activations.posing import (
@@ -47,35 +48,28 @@ from mechatlas.activations.positions import (
     is_causal,
     left_out,
 )
-from mechatlas.activations.samples import Samples
+from mechatlas.activations.row_checks import naming, refuse_non_finite, refuse_unreadable
+from mechatlas.activations.samples import Samples, open_samples
 from mechatlas.activations.sites import as_site, channels_last, grid_of, read_activations
-from mechatlas.activations.store import (
-    DTYPES,
-    SCHEMA,
-    Shard,
-    SiteShape,
-    Split,
-    Store,
-    shard_file,
-    write_shard,
-)
+from mechatlas.activations.store import Store, shard_file, write_shard
+from mechatlas.activations.store_manifest import DTYPES, SCHEMA, Shard, SiteShape, Split
 from mechatlas.activations.unfinished import (
     begin_store,
     has_checksum,
     has_size,
     refuse_absent,
+    refuse_empty,
     shards_of,
 )
 from mechatlas.base import (
     InputError,
-    NonFiniteError,
     Progress,
     Site,
     StoreError,
     no_progress,
 )
 from mechatlas.devices import as_device
-from mechatlas.files import write_json
+from mechatlas.files import write_manifest
 from mechatlas.maths.actions import Action
 from mechatlas.outputs import claim
 
@@ -166,9 +160,9 @@ class _Rows:
 
 def collect(
     network: nn.Module,
-    samples: Samples,
+    samples: Any,
     sites: Sequence[Site | str],
-    out: Path,
+    out: Path | str,
     settings: StoreConfig | None = None,
     *,
     group: PoseConfig | Action | None = None,
@@ -180,7 +174,8 @@ def collect(
 
     Args:
         network: Network; run in evaluation mode, and put back in its own and on its own device.
-        samples: Inputs of the network.
+        samples: Inputs of the network: samples, or anything that `open_samples` takes, such as an
+            array whose first axis counts them.
         sites: Sites to read, or their written form, all in one pass that stops after the last.
         out: Folder of the store. An unfinished store of the same recipe is continued.
         settings: Positions kept, number format, memory; by default `StoreConfig()`.
@@ -217,14 +212,17 @@ def collect(
         >>> next(store.rows().batches(32)).x.shape
         torch.Size([32, 8])
     """
-    settings = settings or StoreConfig()
+    settings, out = settings or StoreConfig(), Path(out)
+    samples = open_samples(samples, network, memory_mib=settings.memory_mib)
     device = as_device(device)
     chosen = [as_site(network, site) for site in sites]
     with on_device(network, device):
         index, first = _first_batch(samples, settings)
-        first = first.to(device)
-        with torch.inference_mode():
+        first = as_input(network, first.to(device))
+        with torch.inference_mode(), naming(samples, [index]):
             activations = read_activations(network, first, chosen)
+            for site, activation in activations.items():
+                refuse_unreadable(activation, site, len(first))
         poses = None if group is None else _poses(network, first, activations, settings, group)
         shapes = {site: _shape(network, site, a, poses) for site, a in activations.items()}
         tokens = samples if isinstance(samples, TokenSamples) and poses is None else None
@@ -258,27 +256,12 @@ def collect(
                 manifest["complete"] = number + 1 == len(rounds)
                 claimed.check()
                 if manifest["complete"]:
-                    _refuse_empty(manifest)
+                    refuse_empty(manifest)
                     refuse_absent(out, manifest)
                     outliers = outliers_of_sites(out, manifest["shards"], samples, network)
                     manifest["outliers"] = outliers
-                write_json(out / "manifest.json", manifest)
+                write_manifest(out / "manifest.json", manifest)
     return Store(out)
-
-
-def _refuse_empty(manifest: dict[str, Any]) -> None:
-    """Refuse a store without rows.
-
-    Raises:
-        InputError: No sample could be read, or every position is left out.
-    """
-    if not manifest["shards"]:
-        raise InputError(
-            f"None of the {manifest['n_samples']} samples could be read."
-            if len(manifest["skipped"]) == manifest["n_samples"]
-            else "Every position of the samples is left out: they are special tokens, padding or "
-            "first tokens. Give longer windows, or set `skip_first` and `keep_special`."
-        )
 
 
 def _first_batch(samples: Samples, settings: StoreConfig) -> tuple[int, Any]:
@@ -547,12 +530,16 @@ def _fill(
     """Draw positions of the untransformed inputs, and add their rows pose by pose."""
     shapes, settings, poses = collection.shapes, collection.settings, collection.poses
     first = collection.sites[0]
+    grids = {site: shape.grid for site, shape in shapes.items()}
     drawn: dict[Site, Tensor] = {}
     for element in range(1 if poses is None else poses.action.group.order):
         action = None if poses is None else poses.action
-        activations = read_pose(collection.network, action, element, inputs, collection.sites)
+        with naming(collection.samples, indices):
+            activations = read_pose(
+                collection.network, action, element, inputs, collection.sites, grids
+            )
         for site, flat in activations.items():
-            _refuse_non_finite(flat, site, indices, collection.samples)
+            refuse_non_finite(flat, site, indices, collection.samples)
             if site not in drawn and settings.paired and drawn:
                 here, there = shapes[first].grid, shapes[site].grid
                 drawn[site] = drawn[first]
@@ -562,11 +549,13 @@ def _fill(
                 among = flat if poses is None else flat[:, poses.places[site].kept]
                 fits = excluded is not None and excluded.shape[1] == flat.shape[1]
                 drawn[site] = settings.positions.draw(among, indices, excluded if fits else None)
+            of_sample, column = (drawn[site] >= 0).nonzero().T
             if poses is None:
-                of_sample, there = (drawn[site] >= 0).nonzero().T
-                rows = flat[of_sample, drawn[site][of_sample, there]]
+                rows = flat[of_sample, drawn[site][of_sample, column]]
             else:
                 rows = poses.places[site].take(element, flat, drawn[site]).flatten(0, 1)
+            of_row, stored = [indices[i] for i in of_sample.tolist()], filled[site].rows.dtype
+            refuse_non_finite(rows[:, None], site, of_row, collection.samples, dtype=stored)
             filled[site].put(element * flat.shape[-1], rows.cpu())
     for site, rows in filled.items():
         position = drawn[site] if poses is None else poses.places[site].kept[drawn[site]]
@@ -584,18 +573,3 @@ def _same_place(
     y = ((y + 0.5) / grid[0] * other[0]).long()
     x = ((x + 0.5) / grid[1] * other[1]).long()
     return torch.where(position < 0, position, y * other[1] + x)
-
-
-def _refuse_non_finite(
-    rows: Float[Tensor, "batch position d_in"], site: Site, indices: list[int], samples: Samples
-) -> None:
-    if rows.sum().isfinite():  # one pass; a NaN or infinity anywhere reaches the sum
-        return
-    bad = (~rows.isfinite()).nonzero()
-    if len(bad):
-        sample, _, channel = bad[0].tolist()
-        raise NonFiniteError(
-            f"The network gave {rows[tuple(bad[0])].item()} at site {site}, sample "
-            f"{samples.name(indices[sample])}, channel {channel} ({len(bad)} such values in this "
-            "batch). Look at the network and this input; nothing of the batch was kept."
-        )

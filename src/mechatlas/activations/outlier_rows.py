@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from mechatlas.activations.positions import TokenSamples
 from mechatlas.activations.samples import Samples
-from mechatlas.activations.store import Shard, read_shard
+from mechatlas.activations.store import read_shard
+from mechatlas.activations.store_manifest import Shard
 from mechatlas.maths.outliers import norm_limit, variance_share
 
 BYTES_SEEN = 64 << 20
