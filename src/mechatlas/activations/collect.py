@@ -134,8 +134,12 @@ class _Collection:
     settings: StoreConfig
     device: torch.device | str
     poses: _Poses | None
-    tokens: TokenSamples | None
     out: Path
+
+    @property
+    def tokens(self) -> TokenSamples | None:
+        """The samples, if they are windows of tokens."""
+        return self.samples if isinstance(self.samples, TokenSamples) else None
 
 
 @dataclasses.dataclass
@@ -225,12 +229,9 @@ def collect(
                 refuse_unreadable(activation, site, len(first))
         poses = None if group is None else _poses(network, first, activations, settings, group)
         shapes = {site: _shape(network, site, a, poses) for site, a in activations.items()}
-        tokens = samples if isinstance(samples, TokenSamples) and poses is None else None
-        causal = tokens is not None and is_causal(network, first, tokens.padding(index), chosen)
-        settings = _resolved(settings, shapes, poses, tokens=tokens is not None, causal=causal)
-        collection = _Collection(
-            network, samples, chosen, shapes, settings, device, poses, tokens, out
-        )
+        collection = _Collection(network, samples, chosen, shapes, settings, device, poses, out)
+        collection = _resolved(collection, index, first)
+        settings = collection.settings
         rounds = _plan(len(samples), shapes, settings)
         with claim(out) as claimed:
             manifest = begin_store(
@@ -307,23 +308,27 @@ def _shape(
     return SiteShape(width * poses.action.group.order, grid_of(activation), ranges, n_places)
 
 
-def _resolved(
-    settings: StoreConfig,
-    shapes: dict[Site, SiteShape],
-    poses: _Poses | None,
-    *,
-    tokens: bool,
-    causal: bool,
-) -> StoreConfig:
-    """Settings with what depends on the samples, the network and the sites."""
-    positions = settings.positions.resolved(tokens=tokens, causal=causal)
+def _resolved(collection: _Collection, index: int, first: Any) -> _Collection:
+    """Decide the settings that depend on the samples, the network and the sites.
+
+    Args:
+        collection: Inputs and settings of the store.
+        index: Number of the first sample.
+        first: Batch of it alone.
+    """
+    settings, shapes, tokens = collection.settings, collection.shapes, collection.tokens
+    causal = tokens is not None and is_causal(
+        collection.network, first, tokens.padding(index), collection.sites
+    )
+    positions = settings.positions.resolved(tokens=tokens is not None, causal=causal)
     paired = settings.paired
     if paired is None:  # yes where each site alone would have the same places drawn
         n_positions = {math.prod(shape.grid) for shape in shapes.values()}
         every = all(positions.count(n) == n for n in n_positions)
         one_grid = len({shape.grid for shape in shapes.values()}) == 1
-        paired = poses is None and one_grid and (every or positions.rule != "norm")
-    return dataclasses.replace(settings, positions=positions, paired=paired)
+        paired = collection.poses is None and one_grid and (every or positions.rule != "norm")
+    settings = dataclasses.replace(settings, positions=positions, paired=paired)
+    return dataclasses.replace(collection, settings=settings)
 
 
 def _row_bytes(shape: SiteShape, settings: StoreConfig) -> int:
