@@ -242,19 +242,14 @@ def collect(
             _mend(collection, rounds, manifest)
             done = sum(len(r.samples) for r in rounds[: manifest["rounds_done"]])
             for number in range(manifest["rounds_done"], len(rounds)):
-                shards, skipped, n_left_out = _do_round(
+                parts = _do_round(
                     collection,
                     rounds,
                     number,
                     lambda n, before=done: on_progress(before + n, len(samples)),
                 )
                 done += len(rounds[number].samples)
-                manifest["shards"] += [list(shard) for shard in shards]
-                manifest["skipped"] += skipped
-                for reason, n in n_left_out.items():
-                    manifest["left_out"][reason] += n
-                manifest["rounds_done"] = number + 1
-                manifest["complete"] = number + 1 == len(rounds)
+                _note(manifest, number, *parts)
                 claimed.check()
                 if manifest["complete"]:
                     refuse_empty(manifest)
@@ -263,6 +258,22 @@ def collect(
                     manifest["outliers"] = outliers
                 write_manifest(out / "manifest.json", manifest)
     return Store(out)
+
+
+def _note(
+    manifest: dict[str, Any],
+    number: int,
+    shards: list[Shard],
+    skipped: list[str],
+    n_left_out: Counter[str],
+) -> None:
+    """Note a finished round in the manifest."""
+    manifest["shards"] += [list(shard) for shard in shards]
+    manifest["skipped"] += skipped
+    for reason, n in n_left_out.items():
+        manifest["left_out"][reason] += n
+    manifest["rounds_done"] = number + 1
+    manifest["complete"] = number + 1 == manifest["rounds"]
 
 
 def _first_batch(samples: Samples, settings: StoreConfig) -> tuple[int, Any]:
@@ -552,7 +563,7 @@ def _fill(
                     drawn[site] = _same_place(drawn[first], here, there)
             elif site not in drawn:
                 among = flat if poses is None else flat[:, poses.places[site].kept]
-                fits = excluded is not None and excluded.shape[1] == flat.shape[1]
+                fits = poses is None and excluded is not None and excluded.shape[1] == flat.shape[1]
                 drawn[site] = settings.positions.draw(among, indices, excluded if fits else None)
             of_sample, column = (drawn[site] >= 0).nonzero().T
             if poses is None:
