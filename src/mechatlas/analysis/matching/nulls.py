@@ -53,6 +53,8 @@ MAX_CHANCE_COSINE = 0.9
 """Upper limit on the cosine that chance is assumed to give."""
 SAME_WAY = 0.1
 """Mean cosine of a latent's decoder and encoder from which both are taken to be in one space."""
+DOUBT = 2.0
+"""Standard errors by which one null must exceed all of them together to count alone."""
 STOREY_QUANTILE = 0.65
 """Quantile of the null below which pairs are counted to estimate how many are chance."""
 
@@ -142,16 +144,20 @@ def _whiten(x: Float[np.ndarray, "n d"]) -> tuple[Tensor, Tensor, Tensor]:
     if len(rows) <= rows.shape[1]:  # whitened rows are orthogonal, and of one length
         u, s, vt = torch.linalg.svd(rows, full_matrices=False)
         return u, s, vt.T
-    for last in [*[False] * LENGTH_PASSES, True]:
-        variances, axes = torch.linalg.eigh((rows.T @ rows).double())
-        present = variances > 1e-6 * variances[-1]
-        sizes, axes = variances[present].sqrt().float(), axes[:, present].float()
-        white = rows @ (axes / sizes)
-        if last:
-            return white, sizes, axes
+    white, sizes, axes = _principal(rows)
+    for _ in range(LENGTH_PASSES):
         length = white.norm(dim=1, keepdim=True)
         rows = rows / length.where(length > 1e-6 * length.max(), torch.ones(1))
-    raise AssertionError
+        white, sizes, axes = _principal(rows)
+    return white, sizes, axes
+
+
+def _principal(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Principal coordinates at equal size, and the length and direction of each axis."""
+    variances, axes = torch.linalg.eigh((x.T @ x).double())
+    present = variances > 1e-6 * variances[-1]
+    sizes, axes = variances[present].sqrt().float(), axes[:, present].float()
+    return x @ (axes / sizes), sizes, axes
 
 
 def rotate(
@@ -180,8 +186,7 @@ def shuffle(
 Null = Callable[[Any, np.random.Generator], np.ndarray]
 """Function that makes the vectors of a null dictionary from those of a real one."""
 NULLS: tuple[Null, ...] = (rotate, shuffle)
-"""Nulls of weights, which are given them whitened; of several nulls, the one that gives the largest
-q-value counts."""
+"""Nulls of weights, which are given them whitened."""
 
 
 def compare_with_null(
@@ -339,10 +344,15 @@ def local_fdr(q_values: Float[np.ndarray, " pair"]) -> Float[np.ndarray, " pair"
 
 
 def _count_null(similarity: np.ndarray, nulls: list[np.ndarray], at_most: int) -> int:
-    """Estimate the number of chance pairs from how many lie where most of a null does."""
-    lines = [np.quantile(null, STOREY_QUANTILE) for null in nulls]
-    below = max(int((similarity <= line).sum()) for line in lines)
-    return min(at_most, round(below / STOREY_QUANTILE))
+    """Estimate the number of chance pairs from how many lie where most of the null does."""
+
+    def count(null: np.ndarray) -> float:
+        below = int((similarity <= np.quantile(null, STOREY_QUANTILE)).sum())
+        return min(at_most, below / STOREY_QUANTILE)
+
+    odds = (1 - STOREY_QUANTILE) / STOREY_QUANTILE
+    alone = [count(null) * (1 - DOUBT * np.sqrt(odds / len(null))) for null in nulls]
+    return round(max([count(np.concatenate(nulls)), *alone]))
 
 
 def _chance_pairs(
@@ -356,29 +366,35 @@ def _chance_pairs(
 
     Row i of `a` belongs to row i of `partners`; the rows of `a` after these belong to nothing.
     """
-    draws: list[list[np.ndarray]] = []
+    draws: list[np.ndarray] = []
     for _ in range(min(MAX_REPEATS, max(1, -(-MIN_DRAWS // len(replaced))))):
         for vectors in made.again():
             b = np.concatenate([partners, vectors[replaced]])
             columns = assign(Factors.squared_distances(a, b)).columns
             wrong = np.flatnonzero((columns >= 0) & (columns != np.arange(len(a))))
             wrong = np.union1d(wrong, len(partners) + np.flatnonzero(columns[len(partners) :] >= 0))
-            draws.append([measure(a[wrong], b[columns[wrong]])])
+            draws.append(measure(a[wrong], b[columns[wrong]]))
     n = len(made.vectors)
-    return [np.concatenate(sum(draws[k::n], [])) for k in range(n)]
+    return [np.concatenate(draws[k::n]) for k in range(n)]
 
 
 def _q_values(
     similarity: Float[np.ndarray, " pair"], nulls: list[np.ndarray], n_null: int
 ) -> Float[np.ndarray, " pair"]:
-    """Share of chance pairs among all that are at least as similar, smallest over thresholds."""
+    """Share of chance pairs among all that are at least as similar, smallest over thresholds.
+
+    Nulls are pooled; where one of them alone has a larger share, beyond its own sampling error,
+    that counts. The largest share of all would be too large by that error.
+    """
     order = np.argsort(similarity)
     above = len(similarity) - np.searchsorted(similarity[order], similarity, side="left")
-    by_chance = np.zeros(len(similarity))
-    for null in nulls:
-        low = np.sort(null)
-        more = len(low) - np.searchsorted(low, similarity, side="left")
-        by_chance = np.maximum(by_chance, (more + 1) / (len(low) + 1))
+    low = np.sort(np.concatenate(nulls))
+    more = len(low) - np.searchsorted(low, similarity, side="left")
+    by_chance = (more + 1) / (len(low) + 1)
+    for null in map(np.sort, nulls):
+        share = 1 - np.searchsorted(null, similarity, side="left") / len(null)
+        doubt = DOUBT * np.sqrt(share * (1 - share) / len(null))
+        by_chance = np.maximum(by_chance, share - doubt)
     rate = np.minimum(1.0, by_chance * n_null / above)
     smallest = np.minimum.accumulate(rate[order])
     q_values = np.empty(len(similarity))
