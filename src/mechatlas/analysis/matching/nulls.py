@@ -348,7 +348,7 @@ def _count_null(similarity: np.ndarray, nulls: list[np.ndarray], at_most: int) -
 
     def count(null: np.ndarray) -> float:
         below = int((similarity <= np.quantile(null, STOREY_QUANTILE)).sum())
-        return min(at_most, below / STOREY_QUANTILE)
+        return min(float(at_most), below / STOREY_QUANTILE)
 
     odds = (1 - STOREY_QUANTILE) / STOREY_QUANTILE
     alone = [count(null) * (1 - DOUBT * np.sqrt(odds / len(null))) for null in nulls]
