@@ -44,6 +44,7 @@ from mechatlas.app.match_quality import (
     pairings,
 )
 from mechatlas.app.progress import bar
+from mechatlas.app.recipes import TrustConfig
 from mechatlas.app.run_folder import (
     MATCHES,
     MATCHING,
@@ -68,7 +69,7 @@ CURVES = ("persistence", "low", "high", "birth_share", "death_share")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class MatchConfig(RunConfig):
+class MatchConfig(TrustConfig, RunConfig):
     """Match the latents of consecutive dictionaries one to one."""
 
     dictionaries: Annotated[Positional[tuple[Path, ...]], arg(metavar="DICT_A DICT_B ...")]
@@ -328,7 +329,7 @@ def _open(config: MatchConfig) -> _Inputs:
         store, dictionaries, [str(each.site) for each in opened], config.dictionaries,
         n_known=config.rows * (CODES if config.cost == "codes" else 1), n_held_out=config.rows,
     )  # fmt: skip
-    held = open_held_samples(store, config.samples)
+    held = open_held_samples(store, config.samples, config)
     inputs = dataclasses.replace(plain, rows=rows, held=held)
     sided = list(zip(dictionaries, rows.known, strict=True))
     if config.cost == "codes":

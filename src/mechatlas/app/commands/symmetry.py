@@ -28,6 +28,7 @@ from mechatlas.app import pose_interventions
 from mechatlas.app.inputs import manifest_of, open_dictionary
 from mechatlas.app.pose_interventions import InterventionsResult, rounded
 from mechatlas.app.progress import bar
+from mechatlas.app.recipes import TrustConfig
 from mechatlas.app.run_folder import (
     FEATURES,
     RESULT,
@@ -49,7 +50,7 @@ ALL_POSES, UNTRANSFORMED = "all poses", "the untransformed input"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SymmetryConfig(RunConfig):
+class SymmetryConfig(TrustConfig, RunConfig):
     """Classify the features of a dictionary by the group elements that leave them unchanged.
 
     Examples:  mechatlas symmetry runs/crosscoder --store runs/posed --out runs/symmetry
@@ -201,7 +202,7 @@ def run(config: SymmetryConfig, folder: RunFolder) -> SymmetryResult:
     _describe(folder, config, posed, store, opened.checksum)
     control = _read_control(config.control, posed) if config.control else None
     network = pose_interventions.open_posed_network(
-        store, posed.site, config.downstream, wanted=config.interventions > 0
+        store, posed.site, config.downstream, wanted=config.interventions > 0, trust=config
     )
     estimates = _estimate(posed, folder, config.seed)
     with bar("comparing features") as progress:
