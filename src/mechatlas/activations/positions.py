@@ -16,6 +16,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from mechatlas.ranges import COUNT, SEED, check_ranges
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Positions:
@@ -30,8 +32,7 @@ class Positions:
     """Seed of the draws."""
 
     def __post_init__(self) -> None:
-        if self.per_sample < 1:
-            raise ValueError(f"per_sample must be at least 1, got {self.per_sample}.")
+        check_ranges(self, per_sample=COUNT, seed=SEED)
 
     def count(self, n_positions: int) -> int:
         """Number of positions kept of a sample that has `n_positions`."""

@@ -26,6 +26,7 @@ from mechatlas.activations.images import Images, ImageSamples
 from mechatlas.activations.networks import dtype_of
 from mechatlas.base import InputError, RecipeError, Result
 from mechatlas.maths.arrays import as_numbers
+from mechatlas.ranges import COUNT, check_ranges
 from mechatlas.sources import (
     MEMORY_MIB,
     Archive,
@@ -61,6 +62,9 @@ class Texts:
     """Glob over file names inside the source."""
     context: int = 128
     """Tokens in a window, special tokens included."""
+
+    def __post_init__(self) -> None:
+        check_ranges(self, context=COUNT)
 
 
 SampleRecipe = Images | Arrays | Texts

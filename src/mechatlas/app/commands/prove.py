@@ -34,6 +34,7 @@ from mechatlas.app.run_folder import NEURONS, PROOF, PROOF_FILE, CommandResult, 
 from mechatlas.base import InputError, RecipeError, WeightsError
 from mechatlas.files import checksum
 from mechatlas.maths.groups import Group
+from mechatlas.ranges import check_ranges
 
 KIND = PROOF
 KEPT = "explanation"
@@ -63,6 +64,9 @@ class ProveConfig:
     proof must be about that table."""
     reference: bool = False
     """Check with the short verifier in numpy, which is slower and meant to be audited."""
+
+    def __post_init__(self) -> None:
+        check_ranges(self, compute_budget="[0, 1e30]")
 
 
 SOUND: dict[str, str] = {
