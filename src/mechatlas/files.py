@@ -1,6 +1,7 @@
 """Reading and writing of files: a file is whole or not there, and damage is noticed.
 
 write         bytes to a file, under a temporary name first
+create_folder a folder in one that exists
 cannot_write  what the system said -> one sentence, with the cause and what to do
 write_json    the same for an object, always with the same bytes
 read_json     an object from a file, with one sentence if it is damaged
@@ -22,15 +23,21 @@ TEMPORARY = ".mechatlas.tmp"
 """Ending of a file that is being written; a killed command leaves one."""
 
 
-def write(path: Path, data: bytes) -> None:
+def write(path: Path, data: bytes, *, make_folder: bool = True) -> None:
     """Write a file so that no reader ever sees half of it.
+
+    Args:
+        path: Place of the file.
+        data: Its contents.
+        make_folder: Whether its folder is created where it is missing.
 
     Raises:
         DiskError: The disk is full or the place is not writable; nothing new is left.
     """
     temporary = path.with_name(path.name + TEMPORARY)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        if make_folder and not path.parent.is_dir():
+            path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
             file.write(data)
             file.flush()
@@ -44,10 +51,24 @@ def write(path: Path, data: bytes) -> None:
         raise
 
 
+def create_folder(path: Path) -> None:
+    """Create a folder in one that exists, unless it is there already.
+
+    Raises:
+        DiskError: It cannot be created, or the folder that it is in is gone.
+    """
+    try:
+        path.mkdir(exist_ok=True)
+    except OSError as error:
+        raise DiskError(cannot_write(path, error)) from error
+
+
 def cannot_write(path: Path, error: OSError) -> str:
     """Say why a file or folder cannot be written, and what to do about it."""
     cause, advice = error.strerror or str(error), "Choose another --out."
-    in_the_way = next((p for p in (path, *path.parents) if p.exists() and not p.is_dir()), None)
+    in_the_way = next(
+        (p for p in (path, *path.parents) if os.path.exists(p) and not os.path.isdir(p)), None
+    )
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         advice = "Free some space or choose another --out."
     elif error.errno in (errno.ENOTDIR, errno.EEXIST) and in_the_way:
@@ -57,13 +78,22 @@ def cannot_write(path: Path, error: OSError) -> str:
     return f"Cannot write {path}: {cause}. Nothing half-written was left. {advice}"
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: Any, *, make_folder: bool = True) -> None:
     """Write an object as JSON, its keys in the order they have.
+
+    Args:
+        path: Place of the file.
+        value: Plain values.
+        make_folder: Whether its folder is created where it is missing.
 
     Raises:
         DiskError: As `write`.
     """
-    write(path, (json.dumps(value, indent=1, allow_nan=False) + "\n").encode())
+    write(
+        path,
+        (json.dumps(value, indent=1, allow_nan=False) + "\n").encode(),
+        make_folder=make_folder,
+    )
 
 
 def read_json(path: Path) -> Any:

@@ -5,8 +5,8 @@ from mechatlas.base import RecipeError
 SEED = f"[0, {2**32 - 1}]"
 COUNT, COUNT_OR_NONE = "[1, 1000000000]", "[0, 1000000000]"
 """Numbers of things that fit in memory or on a disk, which are never more."""
-POSITIVE = "(0, 1e30]"
-"""Positive numbers whose square is finite in float64."""
+POSITIVE = "(0, 1e12]"
+"""Weights, thresholds and temperatures."""
 SHARE, RATE = "[0, 1]", "(0, 1)"
 
 
@@ -30,7 +30,7 @@ def check_ranges(settings: object, **ranges: str) -> None:
                 raise RecipeError(f"{name} must be {expected}, got {number}.")
 
 
-def _breach(number: float, interval: str) -> str:
+def _breach(number: int | float, interval: str) -> str:
     """Say in words what a number would have to be; empty where it is in the interval."""
     low, high = (float(bound) for bound in interval[1:-1].split(","))
     above = number > low or (interval[0] == "[" and number == low)

@@ -15,9 +15,13 @@ from tests.faults.table import Table
 from tests.faults.world import World, make
 
 SHORT_COMMANDS = {
-    "kills": ("train", "branches", "prove"),
+    "kills": ("train", "prove"),
+    "damage": ("train", "branches", "report"),
+    "inputs": ("collect",),
     "unfinished": ("train",),
-    "limits": ("collect", "prove"),
+    "limits": ("prove",),
+    "hostile": ("branches", "collect"),
+    "fuzz": ("train", "report"),
 }
 """Commands of the short form; the full one has all."""
 

@@ -107,9 +107,6 @@ def test_any_value_at_any_place_is_refused_in_a_sentence_or_accepted(data):
 @pytest.mark.parametrize(
     "text",
     [
-        "a = " + "[" * 5000 + "]" * 5000,
-        "steps = " + "9" * 5000,
-        "a" + ".a" * 2000 + " = 1",
         "\ufeff[",
         'a = "\\ud800"',
         "a = 1979-05-27T07:32:00Z",

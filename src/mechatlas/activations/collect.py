@@ -238,7 +238,7 @@ def collect(
                 if not manifest["shards"]:
                     raise InputError(f"None of the {len(samples)} samples could be read.")
                 refuse_absent(out, manifest)
-            write_json(out / "manifest.json", manifest)
+            write_json(out / "manifest.json", manifest, make_folder=False)
     return Store(out)
 
 

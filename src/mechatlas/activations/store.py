@@ -31,7 +31,7 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 from mechatlas.base import Batch, Result, Site, StoreError
-from mechatlas.files import checksum, read_json, write
+from mechatlas.files import checksum, create_folder, read_json, write
 from mechatlas.maths.groups import Group
 
 SCHEMA = 1
@@ -106,7 +106,8 @@ def write_shard(
     """
     data = safetensors.torch.save({"rows": rows.contiguous(), "where": where.contiguous()})
     file = shard_file(site, split, number)
-    write(root / file, data)
+    create_folder((root / file).parent)
+    write(root / file, data, make_folder=False)
     return Shard(site, split, file, len(rows), len(data), checksum(data))
 
 

@@ -37,7 +37,7 @@ from mechatlas.app.old_runs import renamed
 from mechatlas.app.recipes import as_dict
 from mechatlas.base import DiskError
 from mechatlas.devices import as_device
-from mechatlas.files import TEMPORARY, checksum, read_json, write, write_json
+from mechatlas.files import TEMPORARY, checksum, create_folder, read_json, write, write_json
 from mechatlas.outputs import Claim, claim
 
 STORE, DICTIONARY, GROUP_NET, PROOF = "store", "dictionary", "group_net", "proof"
@@ -186,18 +186,25 @@ class RunFolder:
     def json(self, name: str, value: Any) -> None:
         """Write a dataclass or plain values as JSON; numbers that are not finite become null."""
         self.begin()
-        write_json(self.path / name, as_plain(value))
+        write_json(self.path / name, as_plain(value), make_folder=False)
         self.note(name)
 
     def file(self, name: str, data: bytes) -> None:
         """Write bytes."""
         self.begin()
-        write(self.path / name, data)
+        write(self.path / name, data, make_folder=False)
         self._files[name] = checksum(data)
 
     def note(self, name: str) -> None:
-        """Note the checksum of a file of the folder that somebody else wrote."""
-        self._files[name] = checksum((self.path / name).read_bytes())
+        """Note the checksum of a file of the folder that somebody else wrote.
+
+        Raises:
+            DiskError: It was deleted meanwhile.
+        """
+        try:
+            self._files[name] = checksum((self.path / name).read_bytes())
+        except OSError as error:
+            raise DiskError(f"{self.path / name} is no longer there. Run it again.") from error
 
     def begin(self) -> None:
         """Say in the manifest that the folder is not complete, before its first file.
@@ -215,7 +222,7 @@ class RunFolder:
             "schema": SCHEMA, "kind": self.kind, "complete": complete, **self._facts,
             "parents": self._parents, "files": files,
         }  # fmt: skip
-        write_json(self.path / MANIFEST, facts)
+        write_json(self.path / MANIFEST, facts, make_folder=False)
 
     def keep(self, name: str, arrays: Mapping[str, Shaped[np.ndarray, "..."]]) -> None:
         """Keep a finished part of the work, from which the same command continues."""
@@ -224,7 +231,9 @@ class RunFolder:
             self._write_manifest(complete=False)
         plain = {key: np.ascontiguousarray(array) for key, array in arrays.items()}
         marks = {"made_from": self._made_from(), "checksum": _checksum_of(plain)}
-        write(self.path / UNFINISHED / f"{name}.safetensors", save(plain, metadata=marks))
+        file = self.path / UNFINISHED / f"{name}.safetensors"
+        create_folder(file.parent)
+        write(file, save(plain, metadata=marks), make_folder=False)
 
     def kept(self, name: str) -> dict[str, Shaped[np.ndarray, "..."]] | None:
         """Read a part kept by an earlier run of the same configuration and inputs, if whole."""
@@ -257,19 +266,16 @@ class RunFolder:
         Raises:
             DiskError: The folder, or a file in it, was deleted or replaced meanwhile.
         """
-        self._claim.check()
-        for name in self._files:
-            if not (self.path / name).is_file():
-                raise DiskError(
-                    f"{self.path / name} was deleted before the command had ended. Run it again."
-                )
+        self._refuse_absent()
         seconds = round(time.process_time() - self._clock, 3)
         result = dataclasses.replace(
             result, out=str(self.path), seconds=seconds, peak_bytes=peak_bytes()
         )
-        write(self.path / RECIPE, tomli_w.dumps(as_dict(self.config)).encode())
+        recipe = tomli_w.dumps(as_dict(self.config)).encode()
+        write(self.path / RECIPE, recipe, make_folder=False)
         values = as_plain(result)
-        write_json(self.path / RESULT, {key: values[key] for key in values if key != "out"})
+        values = {key: values[key] for key in values if key != "out"}
+        write_json(self.path / RESULT, values, make_folder=False)
         for temporary in self.path.rglob(f"*{TEMPORARY}"):  # of a killed run, of whatever settings
             temporary.unlink(missing_ok=True)
         if self.kind == STORE:  # its folders are sites, and its manifest is written already
@@ -279,7 +285,21 @@ class RunFolder:
         self._write_manifest(complete=True)
         for name in (UNFINISHED, CHECKPOINT):
             shutil.rmtree(self.path / name, ignore_errors=True)
+        self._refuse_absent()
         return result
+
+    def _refuse_absent(self) -> None:
+        """Look for what was written.
+
+        Raises:
+            DiskError: The folder, or a file in it, was deleted or replaced meanwhile.
+        """
+        self._claim.check()
+        for name in self._files:
+            if not (self.path / name).is_file():
+                raise DiskError(
+                    f"{self.path / name} was deleted before the command had ended. Run it again."
+                )
 
 
 def _files_of(path: Path) -> dict[str, str]:
@@ -305,8 +325,8 @@ def refuse_strangers(out: Path, kind: str) -> None:
         DiskError: `out` holds something else.
     """
     inside = {path.name for path in out.iterdir() if not path.name.endswith(TEMPORARY)}
-    if inside <= {UNFINISHED, CHECKPOINT}:
-        return
+    if inside <= {UNFINISHED, CHECKPOINT} or (kind == STORE and MANIFEST not in inside):
+        return  # `collect` knows the folders of its sites
     try:
         stated = json.loads((out / MANIFEST).read_text()).get("kind")
     except (OSError, ValueError, AttributeError):

@@ -73,7 +73,7 @@ class InteractionConfig:
         check_ranges(
             self,
             **dict.fromkeys(counts.split(), COUNT),
-            max_accuracy_drop="[0, 1e30]",
+            max_accuracy_drop="[0, 1e12]",
             rank_threshold=RATE,
             synchrony_tolerance="[0, 1)",
             n_beta=POSITIVE,

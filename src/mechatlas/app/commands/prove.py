@@ -66,7 +66,7 @@ class ProveConfig:
     """Check with the short verifier in numpy, which is slower and meant to be audited."""
 
     def __post_init__(self) -> None:
-        check_ranges(self, compute_budget="[0, 1e30]")
+        check_ranges(self, compute_budget="[0, 1e12]")
 
 
 SOUND: dict[str, str] = {

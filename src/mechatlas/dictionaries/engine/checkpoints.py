@@ -28,7 +28,7 @@ def keep(
     """Write a checkpoint over the one before.
 
     Args:
-        folder: Folder of the file.
+        folder: Folder of the file, which is there.
         tensors: Weights, moments and the like, by name.
         settings: Settings that a run can only be continued with.
         progress: Counters.
@@ -38,7 +38,7 @@ def keep(
     """
     state = json.dumps({"settings": settings, "progress": progress})
     copies = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    write(folder / FILE, safetensors.torch.save(copies, {"mechatlas": state}))
+    write(folder / FILE, safetensors.torch.save(copies, {"mechatlas": state}), make_folder=False)
 
 
 def continued(
