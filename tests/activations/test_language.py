@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mechatlas.activations.architectures import language
-from mechatlas.activations.sites import branches_of, find_sites, read_activations
+from mechatlas.activations.branches import branches_of
+from mechatlas.activations.sites import find_sites, read_activations
 from mechatlas.base import InputError, Site, UserError, WeightsError
 
 transformers = pytest.importorskip("transformers")

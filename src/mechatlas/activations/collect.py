@@ -26,6 +26,8 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
 from mechatlas.activations import networks
+from mechatlas.activations.branches import branches_of
+from mechatlas.activations.passes import on_device
 from mechatlas.activations.posing import (
     Places,
     PoseConfig,
@@ -38,7 +40,7 @@ from mechatlas.activations.posing import (
 )
 from mechatlas.activations.positions import Positions
 from mechatlas.activations.samples import Samples
-from mechatlas.activations.sites import branches_of, channels_last, grid_of, read_activations
+from mechatlas.activations.sites import as_site, channels_last, grid_of, read_activations
 from mechatlas.activations.store import (
     DTYPES,
     SCHEMA,
@@ -153,7 +155,7 @@ class _Rows:
 def collect(
     network: nn.Module,
     samples: Samples,
-    sites: Sequence[Site],
+    sites: Sequence[Site | str],
     out: Path,
     settings: StoreConfig | None = None,
     *,
@@ -165,9 +167,9 @@ def collect(
     """Read sites for every sample and write the rows, shuffled, to a store.
 
     Args:
-        network: Network in evaluation mode, on any device.
+        network: Network; run in evaluation mode, and put back in its own and on its own device.
         samples: Inputs of the network.
-        sites: Sites to read, all in one pass that stops after the last.
+        sites: Sites to read, or their written form, all in one pass that stops after the last.
         out: Folder of the store. An unfinished store of the same recipe is continued.
         settings: Positions kept, number format, memory; by default `StoreConfig()`.
         group: Group in whose poses each input is read. A row then has the channels of element
@@ -205,40 +207,41 @@ def collect(
     """
     settings = settings or StoreConfig()
     device = as_device(device)
-    network = network.to(device)
-    first = _first_batch(samples, settings).to(device)
-    with torch.inference_mode():
-        activations = read_activations(network, first, sites)
-    poses = None if group is None else _poses(network, first, activations, settings, group)
-    shapes = {site: _shape(network, site, a, poses) for site, a in activations.items()}
-    collection = _Collection(network, samples, sites, shapes, settings, device, poses, out)
-    rounds = _plan(len(samples), shapes, settings)
-    with claim(out) as claimed:
-        manifest = begin_store(
-            out,
-            _new_manifest(collection, len(rounds), recipe or {}),
-            n_bytes=len(samples) * _sample_bytes(shapes, settings),
-        )
-        _mend(collection, rounds, manifest)
-        done = sum(len(r.samples) for r in rounds[: manifest["rounds_done"]])
-        for number in range(manifest["rounds_done"], len(rounds)):
-            shards, skipped = _do_round(
-                collection,
-                rounds,
-                number,
-                lambda n, before=done: on_progress(before + n, len(samples)),
+    chosen = [as_site(network, site) for site in sites]
+    with on_device(network, device):
+        first = _first_batch(samples, settings).to(device)
+        with torch.inference_mode():
+            activations = read_activations(network, first, chosen)
+        poses = None if group is None else _poses(network, first, activations, settings, group)
+        shapes = {site: _shape(network, site, a, poses) for site, a in activations.items()}
+        collection = _Collection(network, samples, chosen, shapes, settings, device, poses, out)
+        rounds = _plan(len(samples), shapes, settings)
+        with claim(out) as claimed:
+            manifest = begin_store(
+                out,
+                _new_manifest(collection, len(rounds), recipe or {}),
+                n_bytes=len(samples) * _sample_bytes(shapes, settings),
             )
-            done += len(rounds[number].samples)
-            manifest["shards"] += [list(shard) for shard in shards]
-            manifest["skipped"] += skipped
-            manifest["rounds_done"] = number + 1
-            manifest["complete"] = number + 1 == len(rounds)
-            claimed.check()
-            if manifest["complete"]:
-                if not manifest["shards"]:
-                    raise InputError(f"None of the {len(samples)} samples could be read.")
-                refuse_absent(out, manifest)
-            write_json(out / "manifest.json", manifest, make_folder=False)
+            _mend(collection, rounds, manifest)
+            done = sum(len(r.samples) for r in rounds[: manifest["rounds_done"]])
+            for number in range(manifest["rounds_done"], len(rounds)):
+                shards, skipped = _do_round(
+                    collection,
+                    rounds,
+                    number,
+                    lambda n, before=done: on_progress(before + n, len(samples)),
+                )
+                done += len(rounds[number].samples)
+                manifest["shards"] += [list(shard) for shard in shards]
+                manifest["skipped"] += skipped
+                manifest["rounds_done"] = number + 1
+                manifest["complete"] = number + 1 == len(rounds)
+                claimed.check()
+                if manifest["complete"]:
+                    if not manifest["shards"]:
+                        raise InputError(f"None of the {len(samples)} samples could be read.")
+                    refuse_absent(out, manifest)
+                write_json(out / "manifest.json", manifest, make_folder=False)
     return Store(out)
 
 
