@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 from mechatlas.files import checksum
 from tests.faults.child import run
 from tests.faults.damage import damaged
-from tests.faults.table import Table
+from tests.faults.table import Table, outcome_of
 from tests.faults.world import RUNS, SITES, World
 
 NASTY: list[Any] = [
@@ -73,7 +73,7 @@ def _fuzz_one(
     paths = list(places_in(values))
 
     @settings(max_examples=tries, database=None, deadline=None, derandomize=True,
-              phases=[Phase.generate], suppress_health_check=list(HealthCheck))  # fmt: skip
+              phases=[Phase.generate], suppress_health_check=[HealthCheck.too_slow])  # fmt: skip
     @given(st.sampled_from(paths), st.sampled_from([*NASTY, KeyError]))
     def attempt(path: tuple[Any, ...], new: Any) -> None:
         text = json.dumps(changed(values, path, new))
@@ -81,7 +81,7 @@ def _fuzz_one(
         with damaged(file, lambda f, _: f.write_text(text)):
             ended = run(words, here)
         shutil.rmtree(here)
-        outcome = {None: "hang", 0: "same", 1: "traceback", 2: "named"}.get(ended.code, "crash")
+        outcome = outcome_of(ended.code)
         example = f"{path} = {new!r}: exit {ended.code}: {ended.message}"
         table.add(f"fuzzed {name}", words[0], outcome, example)
 
@@ -97,7 +97,7 @@ def fuzz_proofs(world: World, place: Path, table: Table, *, tries: int) -> None:
     manifest = file.with_name("manifest.json")
 
     @settings(max_examples=tries, database=None, deadline=None, derandomize=True,
-              phases=[Phase.generate], suppress_health_check=list(HealthCheck))  # fmt: skip
+              phases=[Phase.generate], suppress_health_check=[HealthCheck.too_slow])  # fmt: skip
     @given(st.sampled_from(sorted(arrays)), st.integers(0, 2**32), st.sampled_from(
         [0, -1, 1, 2, 0.5, -1e9, 1e9, 1e30, float("nan"), float("inf")]))  # fmt: skip
     def attempt(key: str, number: int, new: float) -> None:
@@ -120,7 +120,7 @@ def fuzz_proofs(world: World, place: Path, table: Table, *, tries: int) -> None:
         with damaged(file, write):
             ended = run(words, place / "here")
         manifest.write_bytes(kept)
-        outcome = {None: "hang", 0: "same", 1: "traceback", 2: "named"}.get(ended.code, "crash")
+        outcome = outcome_of(ended.code)
         if ended.code == 0 and json.loads(ended.output)["accuracy_bound"] > true:
             outcome = "harm"
         table.add("fuzzed proof", "prove", outcome, f"{key} {new}: {ended.code} {ended.message}")

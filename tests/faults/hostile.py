@@ -20,7 +20,7 @@ import numpy as np
 from mechatlas.files import checksum
 from tests.faults.child import run
 from tests.faults.damage import damaged
-from tests.faults.table import Table
+from tests.faults.table import Table, outcome_of
 from tests.faults.world import SITES, World
 
 CANARY = "/tmp/mechatlas-canary"
@@ -260,7 +260,7 @@ def _try(
     outside = [p for p in place.iterdir() if p.name != "here"]
     if kept is not None:
         beside.write_bytes(kept)
-    outcome = {None: "hang", 0: "same", 1: "traceback", 2: "named"}.get(ended.code, "crash")
+    outcome = outcome_of(ended.code)
     example = f"{name}: {words[0]}: exit {ended.code}: {ended.message}"
     if Path(CANARY).exists() or outside:
         outcome, example = "harm", f"{example}; ran code or wrote {outside}"

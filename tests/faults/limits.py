@@ -13,7 +13,7 @@ from pathlib import Path
 
 from tests.faults.child import Child, Ended, run
 from tests.faults.kills import CrashPoints, count_points, judge, reference
-from tests.faults.table import Table
+from tests.faults.table import Table, outcome_of
 from tests.faults.world import World
 
 
@@ -76,7 +76,7 @@ def _judge_refusal(
     if ended.code == 0:
         table.add(fault, command, *judge(ended, here, whole))
     elif ended.code != 2 or not re.search("Cannot write|The store needs", ended.errors):
-        outcome = {None: "hang", 1: "traceback", 2: "unnamed"}.get(ended.code, "crash")
+        outcome = "unnamed" if ended.code == 2 else outcome_of(ended.code)
         table.add(fault, command, outcome, f"exit {ended.code}: {ended.message}")
     else:
         outcome, example = judge(run(world.words(command), here), here, whole)
@@ -102,14 +102,11 @@ def unwritable(world: World, command: str, place: Path, table: Table) -> None:
             if out.startswith("disk") and resize is None:
                 continue
             ended = run(world.words(command, out), place)
-            said = re.search("Cannot write|expected the file", ended.errors)
-            outcome = (
-                "named"
-                if said and ended.code == 2
-                else {1: "traceback", 2: "unnamed"}.get(ended.code, "silent")
-            )
-            if what == "a dangling link" and ended.code == 0:
-                outcome = "same"  # the file that a link names can be made
+            outcome = outcome_of(ended.code)
+            if ended.code == 2 and not re.search("Cannot write|expected the file", ended.errors):
+                outcome = "unnamed"
+            elif ended.code == 0 and what != "a dangling link":  # whose file can be made
+                outcome = "silent"
             example = f"{what}: exit {ended.code}: {ended.message}"
             table.add("unwritable --out", command, outcome, example)
     (place / "disk").rmdir()

@@ -20,6 +20,11 @@ harm        code that a file named was run, a file outside was written, or memor
 GOOD = {"same", "named"}
 
 
+def outcome_of(code: int | None) -> str:
+    """Outcome by the exit code alone; None is a command that did not end."""
+    return {None: "hang", 0: "same", 1: "traceback", 2: "named"}.get(code, "crash")
+
+
 class Table:
     """Rows of `fault, command -> outcomes`."""
 
