@@ -53,12 +53,10 @@ from mechatlas.app.run_folder import (
     BRANCHES,
     DECODER_PICTURE,
     FEATURES,
-    MANIFEST,
     CommandResult,
     RunConfig,
     RunFolder,
 )
-from mechatlas.files import checksum
 from mechatlas.maths.statistics import proportion
 from mechatlas.ranges import RATE, SEED, check_ranges
 
@@ -246,7 +244,7 @@ def run(config: BranchesConfig, folder: RunFolder) -> BranchesResult:
         labels = read_labels(config.labels, site.dictionary.n_latents, folder)
     if config.match is not None:
         matches = open_matches(config.match, config.dictionary, store, folder)
-    folder.parent("store", checksum((config.store / MANIFEST).read_bytes()))
+    folder.parent("store", store.digest)
     folder.facts(
         site=site.rows.site,
         dictionary=str(config.dictionary.resolve()),
