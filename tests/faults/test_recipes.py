@@ -85,7 +85,7 @@ def test_absurd_numbers_are_refused_by_name(command, place, kind, hint):
         value: Any = number
         if hint is int or int in get_args(hint):
             value = number if isinstance(number, int) else None
-        if value is None:
+        if value is None or (place[-1] == "outlier_norms" and number > 0):  # inf keeps all rows
             continue
         if str(hint).startswith("tuple"):
             value = [value]

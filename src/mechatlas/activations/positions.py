@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from mechatlas.activations.sites import read_activations
 from mechatlas.base import Site
+from mechatlas.ranges import COUNT, COUNT_OR_NONE, SEED, check_ranges
 
 REASONS = ("padding", "first", "special", "tokens")
 """Reasons for which a position is left out; one that has several counts under the first."""
@@ -46,9 +47,6 @@ class TokenSamples(Protocol):
     def padding(self, index: int) -> Bool[np.ndarray, " token"]:
         """Positions of one sample that are padding."""
         ...
-
-
-from mechatlas.ranges import COUNT, COUNT_OR_NONE, SEED, check_ranges
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

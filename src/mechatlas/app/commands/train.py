@@ -86,6 +86,7 @@ class TrainConfig(DeviceConfig):
             steps=COUNT,
             batch_size=COUNT,
             lr="(0, 1000]",
+            outlier_norms="(0, inf]",
             checkpoint_every=COUNT,
             seed=SEED,
         )
