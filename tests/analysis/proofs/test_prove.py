@@ -87,7 +87,7 @@ def test_two_damaged_rows_cost_their_own_pairs_and_no_others(rows):
     left = np.array([np.cos(a + p) for a in angles for p in phases]).T
     unembed = np.array([np.cos(a + 2 * p) for a in angles for p in phases])
     left, right, unembed = (
-        np.float32(w + 0.02 * random.normal(size=w.shape)) for w in (left, left, unembed)
+        (w + 0.02 * random.normal(size=w.shape)).astype(np.float32) for w in (left, left, unembed)
     )
     of = group("C31")
     whole = prove(left, right, unembed, of).accuracy_bound
