@@ -14,8 +14,9 @@ from mechatlas.app.progress import bar
 from mechatlas.app.recipes import TrustConfig
 from mechatlas.app.report.page import report
 from mechatlas.app.run_folder import CommandResult, peak_bytes
-from mechatlas.base import DiskError, RecipeError
+from mechatlas.base import DiskError
 from mechatlas.outputs import writable
+from mechatlas.ranges import COUNT_OR_NONE, check_ranges
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,6 +30,9 @@ class ReportConfig(TrustConfig):
     visualize: int = 0
     """Number of features per dictionary of images to visualize by activation maximization, and of
     their parts in a branch."""
+
+    def __post_init__(self) -> None:
+        check_ranges(self, visualize=COUNT_OR_NONE)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,11 +52,8 @@ def run(config: ReportConfig) -> ReportResult:
 
     Raises:
         DiskError: The page cannot be written.
-        RecipeError: `visualize` is negative.
         UserError: The folder holds no runs, or the page cannot be written.
     """
-    if config.visualize < 0:
-        raise RecipeError(f"--visualize must be at least 0 features, got {config.visualize}.")
     clock, problems = time.process_time(), {}
     if config.out.is_dir():
         raise DiskError(
