@@ -3,10 +3,12 @@
 open_dictionary     a folder or file -> the dictionary and the site that it reads
 open_dictionaries   several of them, each with a name of its own
 find_store          an opened dictionary -> the store that it was trained on
+refuse_other_network   a dictionary and a store of another network -> a sentence
 open_network        a store -> its network and samples
 poses_of            a store -> its group and action
 """
 
+import contextlib
 import dataclasses
 import os
 import shlex
@@ -142,6 +144,29 @@ def find_store(opened: OpenedDictionary) -> Store:
         f"The store of {opened.path} ({written}) is no longer there; name one of the same network "
         "with --store STORE."
     )
+
+
+def refuse_other_network(opened: OpenedDictionary, store: Store) -> None:
+    """Refuse a store of another network than the one that a dictionary was trained on.
+
+    Another store of the same network will do. Dictionaries that do not say what they were trained
+    on, as those of other libraries, are not refused.
+
+    Raises:
+        StoreError: The store is of other weights.
+    """
+    wanted = opened.manifest.get("parents", {}).get("store")
+    if wanted is None or wanted == store.digest:
+        return
+    network = opened.manifest.get("network")
+    if network is None:  # of version 0.1: its store may still be where it was
+        with contextlib.suppress(StoreError):
+            network = find_store(opened).manifest["network"]
+    if network is not None and network != store.manifest["network"]:
+        raise StoreError(
+            f"{store.root} is neither the store that {opened.path} was trained on nor one of the "
+            "same network: their weights have other checksums. Name a store of that network."
+        )
 
 
 class OpenedNetwork(NamedTuple):

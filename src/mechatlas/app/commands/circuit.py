@@ -361,6 +361,8 @@ def _open(config: CircuitConfig) -> _Inputs:
                 f"{each.path} was trained on another network than {opened[0].path}: their "
                 "stores have different weights."
             )
+    for each in opened:
+        refuse_other_network(each, store)
     network, samples = open_network(store, config)
     known = np.array(store.samples("train", config.samples), np.int64)
     unseen = np.array(store.samples("held", config.held_out), np.int64)

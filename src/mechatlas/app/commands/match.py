@@ -32,7 +32,7 @@ from mechatlas.analysis.matching.folding import Cost, mean_active, varying
 from mechatlas.analysis.matching.held_out import CoFiring, co_firing, paired_codes
 from mechatlas.analysis.matching.nulls import NULLS, Null, PairEvidence
 from mechatlas.analysis.matching.pairing import FDR, Match, feature_splitting, match
-from mechatlas.app.inputs import OpenedDictionary, open_dictionaries
+from mechatlas.app.inputs import OpenedDictionary, open_dictionaries, refuse_other_network
 from mechatlas.app.match_quality import (
     HeldSamples,
     PairedRows,
@@ -316,6 +316,8 @@ def _open(config: MatchConfig) -> _Inputs:
     if config.store is None:
         return plain
     store = Store(config.store)
+    for each in opened:
+        refuse_other_network(each, store)
     unknown = [str(each.path) for each in opened if each.site is None]
     if unknown:
         raise RecipeError(

@@ -25,7 +25,7 @@ from mechatlas.analysis.symmetry.posed_dictionary import (
 )
 from mechatlas.analysis.symmetry.shift_evidence import EQUALITY_THRESHOLD, SUPPORT_THRESHOLD
 from mechatlas.app import pose_interventions
-from mechatlas.app.inputs import manifest_of, open_dictionary
+from mechatlas.app.inputs import manifest_of, open_dictionary, refuse_other_network
 from mechatlas.app.pose_interventions import InterventionsResult, rounded
 from mechatlas.app.progress import bar
 from mechatlas.app.recipes import TrustConfig
@@ -201,6 +201,7 @@ def run(config: SymmetryConfig, folder: RunFolder) -> SymmetryResult:
     """
     _check(config)
     opened, store = open_dictionary(config.dictionary, site=config.site), Store(config.store)
+    refuse_other_network(opened, store)
     posed = pair_with_store(
         opened.dictionary, store, opened.site_in(store), name=str(config.dictionary),
         trained_for=opened.manifest.get("group"),

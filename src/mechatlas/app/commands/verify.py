@@ -150,7 +150,8 @@ class _Tree:
             if right:
                 self.right.append(file)
             else:
-                self.wrong[file] = damaged(file)
+                own = f"{file} is damaged: its checksum is not that of its content."
+                self.wrong[file] = own if expected is None else damaged(file)
         except UserError as error:
             self.wrong[file] = str(error)
 
