@@ -44,7 +44,12 @@ from mechatlas.analysis.circuits.paths import CircuitPath, strongest_paths
 from mechatlas.analysis.circuits.transformer_layer import connect
 from mechatlas.analysis.circuits.virtual_weights import CircuitEdges
 from mechatlas.analysis.visualization import VisualizeConfig, visualize
-from mechatlas.app.inputs import find_store, open_dictionaries, open_network
+from mechatlas.app.inputs import (
+    find_store,
+    open_dictionaries,
+    open_network,
+    refuse_other_network,
+)
 from mechatlas.app.progress import bar
 from mechatlas.app.recipes import TrustConfig
 from mechatlas.app.run_folder import (
