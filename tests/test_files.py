@@ -97,7 +97,7 @@ def test_what_is_damaged_is_named(tmp_path, name):
     file = tmp_path / f"file.{name}"
     for data in (b"", b"\0", b"PK\x03\x04", b"\x93NUMPY\x01", b"{" * 100, bytes(range(256)) * 9):
         file.write_bytes(data)
-        if name not in ("read", "checksum"):
+        if name not in ("read", "checksum") and (data or name != "toml"):
             with pytest.raises(UserError, match=re.escape(str(file))):
                 READERS[name](file)
 

@@ -77,9 +77,9 @@ def downloaded(world: Path, tmp_path: Path, name: str) -> Path:
     folder = tmp_path / "downloaded"
     shutil.copytree(world, folder)
     network = {"name": name, "arguments": {"command": "touch PWNED"}}
+    recipe = json.loads((folder / "store" / "manifest.json").read_text())["recipe"]
     for store in ("store", "posed"):
-        manifest = json.loads((folder / store / "manifest.json").read_text())
-        forge(folder / store, recipe={**manifest["recipe"], "network": network})
+        forge(folder / store, recipe={**recipe, "network": network})
     digest = checksum_file(folder / "store" / "manifest.json")
     for site in ("first", "mixed"):
         forge(folder / site, store=str(folder / "store"), parents={"store": digest})
@@ -91,7 +91,7 @@ def words_of(folder: Path) -> dict[str, list[str]]:
     two, store = [str(folder / "first"), str(folder / "mixed")], str(folder / "store")
     return {
         "report": [str(folder)],
-        "match": [*two, "--store", store, "--samples", "4"],
+        "match": [*two, "--store", store, "--samples", "4", "--cost", "codes"],
         "symmetry": [str(folder / "plain"), "--store", str(folder / "posed")],
         "branches": [two[1], "--store", store],
         "circuit": two,
