@@ -138,7 +138,7 @@ class _Pass:
                 keep = functools.partial(self._keep, site)
                 hooks.callback(hook_site(self.root, site, keep).remove)
             try:
-                self.root(inputs.clone() if isinstance(inputs, Tensor) else inputs)
+                call(self.root, inputs)
             except _Reached:
                 return
             except UserError:
@@ -227,3 +227,19 @@ def hook_site(network: nn.Module, site: Site, change: Callable[[Any], Any]) -> R
         raise SiteError(f"Site {site} was given no tensor.")
 
     return module.register_forward_pre_hook(change_input, with_kwargs=True)
+
+
+def call(network: nn.Module, inputs: Any) -> Any:
+    """Run a network on copies of its inputs; those of a mapping go to the arguments of its names.
+
+    Args:
+        network: Any module.
+        inputs: Batch of inputs, or a mapping of several, such as tokens and their mask.
+    """
+    if not isinstance(inputs, Mapping):
+        return network(_copy(inputs))
+    return network(**{name: _copy(value) for name, value in inputs.items()})
+
+
+def _copy(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) else value

@@ -33,7 +33,7 @@ from mechatlas.activations.passes import (
     unobserved,
     unwrapped,
 )
-from mechatlas.activations.reading import hook_site, never_called, several_calls, tensors_at
+from mechatlas.activations.reading import call, hook_site, never_called, several_calls, tensors_at
 from mechatlas.activations.site_names import (
     fitting_sites,
     joined,
@@ -45,6 +45,8 @@ from mechatlas.base import Site, SiteError
 
 Edit = Callable[[Tensor], Tensor]
 """Function from the activations at a site to their replacement, of the same shape."""
+Inputs = Shaped[Tensor, "batch ..."] | Mapping[str, Any]
+"""Batch of inputs, or several by the name of their argument, such as tokens and their mask."""
 AnySite = TypeVar("AnySite", bound=Site | str)
 """Site, or its written form."""
 
@@ -78,7 +80,8 @@ def as_site(network: nn.Module, site: Site | str) -> Site:
     parsed = translate(root, Site.parse(text))
     if not _has_module(root, parsed.module):
         names = [name for name, _ in root.named_modules() if name]
-        raise SiteError(_no_such_module(parsed, names))
+        hint = lens_hint(root, parsed.module)
+        raise SiteError(hint or _no_such_module(parsed, names))
     own = {name: value for name, value in given.items() if value not in (None, "output", text)}
     return dataclasses.replace(parsed, **own)
 
@@ -192,7 +195,7 @@ def grid_of(activation: Shaped[Tensor, "batch ..."]) -> tuple[int, int]:
 
 
 def read_activations(
-    network: nn.Module, inputs: Shaped[Tensor, "batch ..."], sites: Sequence[AnySite]
+    network: nn.Module, inputs: Inputs, sites: Sequence[AnySite]
 ) -> dict[AnySite, Shaped[Tensor, "..."]]:
     """Read the activations at some sites, in one pass that stops after the last of them.
 
@@ -201,7 +204,7 @@ def read_activations(
 
     Args:
         network: Any module; called as `network(inputs)`.
-        inputs: Batch of inputs.
+        inputs: Batch of inputs; a mapping goes to the arguments of its names.
         sites: Sites to read, or their written form.
 
     Returns:
@@ -362,7 +365,7 @@ class _Interventions:
         return tensor.index_copy(axis, index, new)
 
 
-def list_sites(network: nn.Module, inputs: Shaped[Tensor, "batch ..."]) -> list[SiteInfo]:
+def list_sites(network: nn.Module, inputs: Inputs) -> list[SiteInfo]:
     """List every module whose output is a tensor of activations, from one run of the network.
 
     Examples:
@@ -387,7 +390,7 @@ def list_sites(network: nn.Module, inputs: Shaped[Tensor, "batch ..."]) -> list[
         for module in names:
             if not isinstance(module, torch.jit.ScriptModule):
                 hooks.callback(module.register_forward_hook(note).remove)
-        root(inputs.clone())
+        call(root, inputs)
     return [
         SiteInfo(
             site=Site(name, call=number + 1 if len(shapes[name]) > 1 else None),
