@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.utils.hooks import RemovableHandle
 
+from mechatlas.activations.networks import call_network
 from mechatlas.activations.values import tensor_of, tensors_in
 from mechatlas.base import Site, SiteError, UserError
 
@@ -138,7 +139,7 @@ class _Pass:
                 keep = functools.partial(self._keep, site)
                 hooks.callback(hook_site(self.root, site, keep).remove)
             try:
-                call(self.root, inputs)
+                call_network(self.root, _copied(inputs))
             except _Reached:
                 return
             except UserError:
@@ -229,17 +230,7 @@ def hook_site(network: nn.Module, site: Site, change: Callable[[Any], Any]) -> R
     return module.register_forward_pre_hook(change_input, with_kwargs=True)
 
 
-def call(network: nn.Module, inputs: Any) -> Any:
-    """Run a network on copies of its inputs; those of a mapping go to the arguments of its names.
-
-    Args:
-        network: Any module.
-        inputs: Batch of inputs, or a mapping of several, such as tokens and their mask.
-    """
-    if not isinstance(inputs, Mapping):
-        return network(_copy(inputs))
-    return network(**{name: _copy(value) for name, value in inputs.items()})
-
-
-def _copy(value: Any) -> Any:
-    return value.clone() if isinstance(value, Tensor) else value
+def _copied(inputs: Any) -> Any:
+    if isinstance(inputs, Mapping):
+        return {name: _copied(value) for name, value in inputs.items()}
+    return inputs.clone() if isinstance(inputs, Tensor) else inputs

@@ -26,6 +26,7 @@ from jaxtyping import Shaped
 from torch import Tensor, nn
 
 from mechatlas.activations.branches import branches_of, no_such_branch, select
+from mechatlas.activations.networks import as_input, run_network, running
 from mechatlas.activations.passes import (
     counted,
     eager,
@@ -33,7 +34,7 @@ from mechatlas.activations.passes import (
     unobserved,
     unwrapped,
 )
-from mechatlas.activations.reading import call, hook_site, never_called, several_calls, tensors_at
+from mechatlas.activations.reading import hook_site, never_called, several_calls, tensors_at
 from mechatlas.activations.site_names import (
     fitting_sites,
     joined,
@@ -45,8 +46,6 @@ from mechatlas.base import Site, SiteError
 
 Edit = Callable[[Tensor], Tensor]
 """Function from the activations at a site to their replacement, of the same shape."""
-Inputs = Shaped[Tensor, "batch ..."] | Mapping[str, Any]
-"""Batch of inputs, or several by the name of their argument, such as tokens and their mask."""
 AnySite = TypeVar("AnySite", bound=Site | str)
 """Site, or its written form."""
 
@@ -195,7 +194,7 @@ def grid_of(activation: Shaped[Tensor, "batch ..."]) -> tuple[int, int]:
 
 
 def read_activations(
-    network: nn.Module, inputs: Inputs, sites: Sequence[AnySite]
+    network: nn.Module, inputs: Any, sites: Sequence[AnySite]
 ) -> dict[AnySite, Shaped[Tensor, "..."]]:
     """Read the activations at some sites, in one pass that stops after the last of them.
 
@@ -204,7 +203,9 @@ def read_activations(
 
     Args:
         network: Any module; called as `network(inputs)`.
-        inputs: Batch of inputs; a mapping goes to the arguments of its names.
+        inputs: Batch of inputs: a tensor, an array or lists. Floats are brought to the number
+            format of the network. A mapping, such as of tokens and their attention mask, goes to
+            the arguments of its names.
         sites: Sites to read, or their written form.
 
     Returns:
@@ -212,6 +213,7 @@ def read_activations(
         later; cut to the site's branch.
 
     Raises:
+        InputError: The network cannot run on the inputs.
         SiteError: A site's module was never called, or several times and the site does not say
             which call, or it holds no tensor.
 
@@ -230,7 +232,9 @@ def read_activations(
         stack.enter_context(counted())
         stack.enter_context(evaluation_mode(network))
         stack.enter_context(eager())
-        tensors = tensors_at(root, inputs, list(dict.fromkeys(whole.values())))
+        batch = as_input(network, inputs)
+        stack.enter_context(running(network, batch, f" to read {', '.join(map(str, sites[:3]))}"))
+        tensors = tensors_at(root, batch, list(dict.fromkeys(whole.values())))
         return {
             given: cut_branch(root, site, tensors[whole[site]]) for given, site in wanted.items()
         }
@@ -365,7 +369,7 @@ class _Interventions:
         return tensor.index_copy(axis, index, new)
 
 
-def list_sites(network: nn.Module, inputs: Inputs) -> list[SiteInfo]:
+def list_sites(network: nn.Module, inputs: Any) -> list[SiteInfo]:
     """List every module whose output is a tensor of activations, from one run of the network.
 
     Examples:
@@ -390,7 +394,8 @@ def list_sites(network: nn.Module, inputs: Inputs) -> list[SiteInfo]:
         for module in names:
             if not isinstance(module, torch.jit.ScriptModule):
                 hooks.callback(module.register_forward_hook(note).remove)
-        call(root, inputs)
+        batch = as_input(network, inputs)
+        run_network(root, batch.clone() if isinstance(batch, Tensor) else batch)
     return [
         SiteInfo(
             site=Site(name, call=number + 1 if len(shapes[name]) > 1 else None),

@@ -8,7 +8,6 @@ mechatlas sites models/gpt2
 
 import dataclasses
 import io
-import tomllib
 from pathlib import Path
 from typing import Annotated
 
@@ -24,6 +23,7 @@ from mechatlas.activations.site_names import lens_sites
 from mechatlas.activations.sites import SiteInfo, branches_of, list_sites, read_activations
 from mechatlas.app.recipes import from_dict
 from mechatlas.base import InputError, RecipeError, Site
+from mechatlas.files import read_toml
 
 MANY = 6
 """Number of branches of one width above which only the first and the last are printed."""
@@ -147,10 +147,9 @@ def _entries(network: nn.Module, inputs: torch.Tensor, infos: list[SiteInfo]) ->
 
 
 def _network_of(path: Path) -> Network:
-    try:
-        table = tomllib.loads(path.read_text())["network"]
-    except (OSError, tomllib.TOMLDecodeError, KeyError) as error:
-        raise RecipeError(f"{path} has no network that can be read ({error!r}).") from error
+    table = read_toml(path).get("network")
+    if not isinstance(table, str | dict):
+        raise RecipeError(f"{path} names no network: it has no table [network].")
     return from_dict(table if isinstance(table, dict) else {"name": table}, Network, str(path))
 
 
