@@ -24,6 +24,7 @@ from mechatlas.activations.sites import SiteInfo, branches_of, list_sites, read_
 from mechatlas.app.recipes import from_dict
 from mechatlas.base import InputError, RecipeError, Site
 from mechatlas.files import read_toml
+from mechatlas.ranges import check_ranges
 
 MANY = 6
 """Number of branches of one width above which only the first and the last are printed."""
@@ -42,6 +43,9 @@ class SitesConfig:
     """Shape of one sample; only for networks that do not say what they expect."""
     everything: bool = False
     """Also list the modules inside other sites' modules."""
+
+    def __post_init__(self) -> None:
+        check_ranges(self, shape="[1, 1000000]")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
