@@ -1,7 +1,8 @@
 from .activations.collect import StoreConfig, collect
+from .activations.images import Images
 from .activations.networks import Network, load_network
 from .activations.posing import PoseConfig
-from .activations.samples import Arrays, Images, Texts, open_samples
+from .activations.samples import Arrays, Texts, open_samples
 from .activations.sites import find_sites, intervene, list_sites, read_activations
 from .activations.store import Store
 from .analysis.branches.specialization import Specialization, branches

@@ -14,6 +14,7 @@ Axis names used in every shape of the package:
 
 import dataclasses
 import html
+import re
 from collections.abc import Callable, Iterator
 from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
@@ -53,11 +54,17 @@ class RecipeError(UserError):
     """Recipe with unknown keys or wrong values; the message lists all of them."""
 
 
+_SITE = re.compile(
+    r"(?P<module>[^#:@/]*)(?:#(?P<call>[^:@/]*))?(?::(?P<take>[^@/]*))?(?:@(?P<axes>[^/]*))?"
+    r"(?:/(?P<branch>.*))?"
+)
+
+
 @dataclasses.dataclass(frozen=True, order=True)
 class Site:
     """Place in a network where activations are read or replaced.
 
-    Written `module`, `module/branch`, `module:input` or `module:input/branch`.
+    Written `module#call:input@axes/branch`; every part but the module may be left out.
     """
 
     module: str
@@ -66,26 +73,68 @@ class Site:
     """Named slice of the channels; `None` for all of them."""
     take: Literal["output", "input"] = "output"
     """Side of the module: its output or its input."""
+    call: int | None = None
+    """Number of the call in one pass, from 1, of a module that is called several times."""
+    axes: str | None = None
+    """Meaning of each axis of the tensor, one letter an axis: `b` the batch, `c` a channel, any
+    other letter a position. `None` if it is to be found out."""
+
+    def __post_init__(self) -> None:
+        if self.take not in ("input", "output"):
+            raise SiteError(
+                f"Site {self.module!r} asks for {self.take!r}; a module offers ':input' and "
+                "':output'."
+            )
+        if self.call is not None and self.call < 1:
+            raise SiteError(f"Calls of {self.module!r} are numbered from 1, got {self.call}.")
+        if self.axes is not None:
+            _check_axes(self.axes)
 
     @classmethod
     def parse(cls, text: str) -> "Site":
         """Parse the written form.
 
         Raises:
-            SiteError: What follows the colon is neither `input` nor `output`.
+            SiteError: The number of the call, the side or the axes are not of the written form.
         """
-        path, _, branch = text.partition("/")
-        module, colon, take = path.partition(":")
-        if colon and take not in ("input", "output"):
+        parts = _SITE.fullmatch(text)
+        if parts is None:
+            raise SiteError(
+                f"Site {text!r} is not of the form module#call:input@axes/branch, each part but "
+                "the module optional."
+            )
+        call, take = parts["call"], parts["take"]
+        if take is not None and take not in ("input", "output"):
             raise SiteError(
                 f"Site {text!r} asks for {take!r}; a module offers ':input' and ':output'."
             )
-        return cls(module, branch or None, "input" if take == "input" else "output")
+        if call is not None and not call.isdecimal():
+            raise SiteError(f"Site {text!r} asks for call {call!r}; calls are numbered from 1.")
+        return cls(
+            parts["module"],
+            parts["branch"] or None,
+            "input" if take == "input" else "output",
+            None if call is None else int(call),
+            parts["axes"],
+        )
 
     def __str__(self) -> str:
         """Write the site in the form that `parse` reads."""
+        call = "" if self.call is None else f"#{self.call}"
         take = ":input" if self.take == "input" else ""
-        return f"{self.module}{take}" + (f"/{self.branch}" if self.branch else "")
+        axes = "" if self.axes is None else f"@{self.axes}"
+        return f"{self.module}{call}{take}{axes}" + (f"/{self.branch}" if self.branch else "")
+
+
+def _check_axes(axes: str) -> None:
+    others = axes.replace("c", "")
+    if not axes.isalpha() or axes.count("b") != 1 or "c" not in axes:
+        raise SiteError(
+            f"Axes {axes!r} need one letter for each axis: 'b' once for the batch, 'c' for the "
+            "channels, any other letter for a position, such as 'bct' or 'bhwc'."
+        )
+    if len(set(others)) < len(others):
+        raise SiteError(f"Axes {axes!r} name a position twice; give each a letter of its own.")
 
 
 class Batch(NamedTuple):

@@ -1,12 +1,14 @@
 """Reading and writing of files: a file is whole or not there, and damage is noticed.
 
 write         bytes to a file, under a temporary name first
+cannot_write  what the system said -> one sentence, with the cause and what to do
 write_json    the same for an object, always with the same bytes
 read_json     an object from a file, with one sentence if it is damaged
 checksum      xxh3 of some bytes, 128 bits
 """
 
 import contextlib
+import errno
 import json
 import os
 from pathlib import Path
@@ -16,6 +18,9 @@ import xxhash
 
 from mechatlas.base import DiskError
 
+TEMPORARY = ".mechatlas.tmp"
+"""Ending of a file that is being written; a killed command leaves one."""
+
 
 def write(path: Path, data: bytes) -> None:
     """Write a file so that no reader ever sees half of it.
@@ -23,7 +28,7 @@ def write(path: Path, data: bytes) -> None:
     Raises:
         DiskError: The disk is full or the place is not writable; nothing new is left.
     """
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(path.name + TEMPORARY)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
@@ -31,13 +36,25 @@ def write(path: Path, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError as error:
+    except BaseException as error:
         with contextlib.suppress(OSError):  # the place may be gone; the first error says more
             temporary.unlink(missing_ok=True)
-        raise DiskError(
-            f"Cannot write {path}: {error.strerror or error}. "
-            "Nothing half-written was left; free some space or choose another --out."
-        ) from error
+        if isinstance(error, OSError):
+            raise DiskError(cannot_write(path, error)) from error
+        raise
+
+
+def cannot_write(path: Path, error: OSError) -> str:
+    """Say why a file or folder cannot be written, and what to do about it."""
+    cause, advice = error.strerror or str(error), "Choose another --out."
+    in_the_way = next((p for p in (path, *path.parents) if p.exists() and not p.is_dir()), None)
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        advice = "Free some space or choose another --out."
+    elif error.errno in (errno.ENOTDIR, errno.EEXIST) and in_the_way:
+        cause = f"{in_the_way} is a file, expected a folder"
+    elif error.errno == errno.ENOENT:
+        cause, advice = "its folder was deleted or moved meanwhile", "Run the command again."
+    return f"Cannot write {path}: {cause}. Nothing half-written was left. {advice}"
 
 
 def write_json(path: Path, value: Any) -> None:

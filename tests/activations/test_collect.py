@@ -20,6 +20,7 @@ from mechatlas.activations.samples import Arrays, Images, Samples, open_samples
 from mechatlas.activations.sites import find_sites, read_activations
 from mechatlas.activations.store import Store
 from mechatlas.base import DiskError, InputError, NonFiniteError, Site, StoreError
+from mechatlas.files import write_json
 from tests.networks import sick, tiny
 
 NETWORK = tiny()
@@ -187,9 +188,6 @@ def test_a_run_killed_at_any_moment_ends_with_the_same_bytes(tmp_path):
             assert process.wait() == 0
             break
     assert kills >= 1
-    leftovers = [name for name in files(killed) if name.endswith(".tmp")]
-    for name in leftovers:
-        (killed / name).unlink()
     assert files(killed) == files(whole)
 
 
@@ -292,6 +290,52 @@ def test_a_damaged_shard_is_named_and_refused(tmp_path):
     next(store.rows("first").batches(10))
 
 
+@pytest.mark.parametrize("damage", ["delete", "cut", "flip", "replace"])
+@pytest.mark.parametrize("complete", [True, False])
+def test_a_round_with_a_damaged_shard_is_collected_again(tmp_path, damage, complete):
+    samples, out = images(tmp_path), tmp_path / "store"
+    collect(NETWORK, samples, SITES, out)
+    before = files(out)
+    manifest, shard = out / "manifest.json", out / "mixed" / "train-00000.safetensors"
+    if not complete:  # killed after the last round but one
+        facts = json.loads(manifest.read_text())
+        first = [entry for entry in facts["shards"] if entry[1] == "held"]
+        write_json(manifest, facts | {"shards": first, "rounds_done": 1, "complete": False})
+        shard = out / first[0][2]
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 2] ^= 1
+    shard.unlink()
+    if damage == "replace":
+        shard.symlink_to(tmp_path)
+    elif damage != "delete":
+        shard.write_bytes(data[: 300 if damage == "cut" else None])
+    collect(NETWORK, samples, SITES, out)
+    assert (files(out) == before) == (damage != "flip" or not complete)
+
+
+def test_a_damaged_shard_whose_samples_have_changed_is_not_collected_again(tmp_path):
+    samples, out = images(tmp_path), tmp_path / "store"
+    collect(NETWORK, samples, SITES, out)
+    (out / "mixed" / "train-00000.safetensors").unlink()
+    np.save(tmp_path / "images.npy", 255 - np.load(tmp_path / "images.npy"))
+    samples = open_samples(Images(source=str(tmp_path / "images.npy"), side=9), NETWORK)
+    with pytest.raises(StoreError, match="its samples give other rows now"):
+        collect(NETWORK, samples, SITES, out)
+
+
+def test_a_store_whose_shards_are_deleted_meanwhile_is_not_called_complete(tmp_path):
+    samples, out = images(tmp_path), tmp_path / "store"
+
+    def delete(done, total):
+        if done == total:
+            shutil.rmtree(out if done % 2 else out / "mixed")
+
+    with pytest.raises(StoreError, match="was deleted or changed while"):
+        collect(NETWORK, samples, SITES, out, on_progress=delete)
+    collect(NETWORK, samples, SITES, out)
+    assert Store(out).manifest["complete"]
+
+
 def test_an_unfinished_store_or_no_store_is_refused(tmp_path):
     with pytest.raises(StoreError, match="is not an activation store"):
         Store(tmp_path)
@@ -336,7 +380,7 @@ def test_when_the_disk_refuses_nothing_half_written_is_left(tmp_path):
 def test_too_little_space_is_refused_before_any_work(tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
-    with pytest.raises(DiskError, match="GiB free"):
+    with pytest.raises(DiskError, match=r"KiB and .* has 1000 bytes free"):
         collect(NETWORK, images(tmp_path), SITES, tmp_path / "store")
     assert not (tmp_path / "store").exists()
 

@@ -10,8 +10,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 from mechatlas.activations.architectures.inception import InceptionMini, inception_mini
+from mechatlas.activations.branches import branches_of
 from mechatlas.activations.networks import load_weights
-from mechatlas.activations.sites import branches_of, find_sites, read_activations
+from mechatlas.activations.sites import find_sites, read_activations
 from mechatlas.base import InputError, WeightsError
 
 POSES = [(turns, mirror) for turns in range(4) for mirror in (False, True)]

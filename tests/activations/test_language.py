@@ -10,17 +10,19 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mechatlas.activations.architectures import language
-from mechatlas.activations.sites import branches_of, find_sites, read_activations
+from mechatlas.activations.branches import branches_of
+from mechatlas.activations.sites import find_sites, read_activations
 from mechatlas.base import InputError, Site, UserError, WeightsError
 
 transformers = pytest.importorskip("transformers")
 tokenizers = pytest.importorskip("tokenizers")
 
 TEXT = "The cat sat on the mat, and the dog looked at it; nobody said a word for an hour. "
+ENDS = (".attn.c_proj:input", ".attn.c_proj:input/head1")
 
 
-def transformer(path) -> Any:
-    return language.transformer(path)
+def transformer(path, **settings) -> Any:
+    return language.transformer(path, **settings)
 
 
 @pytest.fixture(scope="module")
@@ -137,14 +139,14 @@ def test_a_decoder_in_a_folder_loads_without_a_network(folders, monkeypatch):
     network = transformer(folders / "gpt2")
     assert not network.training
     saved = load_file(folders / "gpt2" / "model.safetensors")
-    torch.testing.assert_close(network.wte.weight, saved["transformer.wte.weight"])
+    torch.testing.assert_close(network.transformer.wte.weight, saved["transformer.wte.weight"])
     tokens = torch.from_numpy(network.input.windows(TEXT, 8))
-    site = Site.parse("h.0.attn.c_proj:input/head1")
-    part, whole, block = read_activations(
-        network, tokens, [site, Site("h.0.attn.c_proj", None, "input"), Site("h.0")]
-    ).values()
+    sites = find_sites(network, [f"h.0{rest}" for rest in ("", *ENDS)])
+    block, whole, part = read_activations(network, tokens, sites).values()
     torch.testing.assert_close(part, whole[..., 4:8])
-    torch.testing.assert_close(block, network(tokens, output_hidden_states=True).hidden_states[1])
+    answer = network(tokens, output_hidden_states=True)
+    torch.testing.assert_close(block, answer.hidden_states[1])
+    assert answer.logits.shape == (len(tokens), 8, 258)
 
 
 def test_special_tokens_stand_where_each_tokenizer_puts_them(folders):
@@ -179,7 +181,9 @@ def test_context_is_the_least_that_model_and_tokenizer_say(folders, minilm):
 @pytest.mark.parametrize("bad", [-1, 258, 30521])
 def test_tokens_of_another_vocabulary_are_refused_by_the_networks_name(folders, bad):
     network = transformer(folders / "gpt2")
-    with pytest.raises(InputError, match=rf"GPT2Model of .*gpt2 expects .* 0\.\.257, got .*{bad}"):
+    with pytest.raises(
+        InputError, match=rf"GPT2LMHeadModel of .*gpt2 expects .* 0\.\.257, got .*{bad}"
+    ):
         network(torch.tensor([[5, bad]]))
     with pytest.raises(InputError, match="expects token ids in"):
         network(input_ids=torch.tensor([[5, bad]]))
@@ -213,7 +217,7 @@ def test_tensors_that_transformers_would_make_up_are_named(folders, tmp_path):
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(WeightsError) as refusal:
         transformer(folder)
-    assert "missing h.1.mlp.c_fc.weight" in str(refusal.value)
+    assert "missing transformer.h.1.mlp.c_fc.weight" in str(refusal.value)
     assert "ln_f.bias has shape (7,), expected (16,)" in str(refusal.value)
     assert "ln_f.weight[0] is nan" in str(refusal.value)
 
@@ -222,7 +226,7 @@ def test_a_pooler_that_was_never_trained_is_left_out(tmp_path):
     config = transformers.BertConfig(
         vocab_size=258, hidden_size=16, num_hidden_layers=1, num_attention_heads=2
     )
-    transformers.BertForMaskedLM(config).save_pretrained(tmp_path)
+    transformers.BertModel(config, add_pooling_layer=False).save_pretrained(tmp_path)
     byte_tokenizer(first="<s>").save_pretrained(tmp_path)
     network = transformer(tmp_path)
     assert network.pooler is None

@@ -4,13 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from mechatlas.activations.sites import (
-    branches_of,
-    find_sites,
-    intervene,
-    list_sites,
-    read_activations,
-)
+from mechatlas.activations.branches import branches_of
+from mechatlas.activations.sites import find_sites, intervene, list_sites, read_activations
 from mechatlas.base import Site, SiteError
 from tests.networks import Sequence, tiny
 
@@ -24,10 +19,11 @@ def test_a_site_reads_back_what_it_writes(text):
 
 def test_reading_stops_after_the_last_site_needed():
     network = tiny()
-    read_activations(network, X, [Site("mixed"), Site("first")])
-    assert network.head_calls == 0
-    network(X)
+    for _ in range(3):  # the first pass counts the calls of each module
+        read_activations(network, X, [Site("mixed"), Site("first")])
     assert network.head_calls == 1
+    network(X)
+    assert network.head_calls == 2
 
 
 def test_several_sites_come_from_one_pass_and_equal_the_modules_own_outputs():

@@ -160,6 +160,55 @@ def test_the_same_command_continues_a_killed_run(here, capsys, monkeypatch):
     assert not (here / "dictionary" / "checkpoint").exists()
 
 
+@pytest.mark.parametrize(
+    ("signal_", "code", "cause"), [("SIGINT", 130, "interrupted"), ("SIGTERM", 143, "terminated")]
+)
+def test_a_signal_keeps_what_is_finished_and_says_so(
+    here, capsys, monkeypatch, signal_, code, cause
+):
+    main(["collect", "collect.toml"])
+
+    @contextlib.contextmanager
+    def killer(what):
+        yield lambda done, total: done == 12 and os.kill(os.getpid(), getattr(signal, signal_))
+
+    monkeypatch.setattr("mechatlas.app.commands.train.bar", killer)
+    with pytest.raises(SystemExit) as exit_:
+        main(["train", "train.toml", "--checkpoint-every", "5"])
+    assert exit_.value.code == code
+    assert f"mechatlas: {cause}; what was finished is kept.\n" in capsys.readouterr().err
+    assert (here / "dictionary" / "checkpoint" / "checkpoint.safetensors").is_file()
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "x", "meta", ""])
+def test_a_device_that_is_not_there_is_named_before_any_work(here, capsys, device):
+    for words in (["collect", "collect.toml"], ["train", "train.toml"]):
+        assert f"device {device!r} cannot be used" in refused([*words, "--device", device], capsys)
+    assert not (here / "store").exists()
+
+
+def test_a_place_that_cannot_be_written_is_found_before_any_work(here, capsys):
+    main(["collect", "collect.toml"])
+    main(["train", "train.toml"])
+    capsys.readouterr()
+    place = str(here / "train.toml" / "out")
+    for words in (
+        ["collect", "collect.toml", "--samples.source", "nothing"],
+        ["train", "train.toml", "--store", "nothing"],
+        ["match", "nothing", "nothing"],
+        ["symmetry", "nothing", "--store", "nothing"],
+        ["branches", "nothing", "--store", "nothing"],
+        ["circuit", "nothing", "nothing"],
+        ["prove", "nothing", "--table", "nothing"],
+        ["report", "nothing"],
+    ):
+        assert "train.toml is a file, expected a folder" in refused(
+            [*words, "--out", place], capsys
+        )
+    assert "is a folder, expected the file" in refused(["report", ".", "--out", "."], capsys)
+
+
 def test_nothing_asked_and_help_are_answered(capsys):
     with pytest.raises(SystemExit) as exit_:
         main([])

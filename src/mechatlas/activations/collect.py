@@ -4,6 +4,7 @@ Main path, in reading order:
 
     collect      plan the rounds, do the remaining ones, mark the store complete
     _plan        samples in random order, cut into rounds that fit in memory
+    _mend        collect rounds of an unfinished store again whose shards are damaged or missing
     _do_round    read the sites for one round of samples, shuffle the rows, write shards
 
 A killed run loses at most its last round: the same command goes on from there, and the
@@ -14,7 +15,6 @@ import dataclasses
 import itertools
 import json
 import math
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -26,6 +26,8 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
 from mechatlas.activations import networks
+from mechatlas.activations.branches import branches_of
+from mechatlas.activations.passes import on_device
 from mechatlas.activations.posing import (
     Places,
     PoseConfig,
@@ -38,7 +40,7 @@ from mechatlas.activations.posing import (
 )
 from mechatlas.activations.positions import Positions
 from mechatlas.activations.samples import Samples
-from mechatlas.activations.sites import branches_of, channels_last, grid_of, read_activations
+from mechatlas.activations.sites import as_site, channels_last, grid_of, read_activations
 from mechatlas.activations.store import (
     DTYPES,
     SCHEMA,
@@ -46,11 +48,17 @@ from mechatlas.activations.store import (
     SiteShape,
     Split,
     Store,
-    folder_of,
+    shard_file,
     write_shard,
 )
+from mechatlas.activations.unfinished import (
+    begin_store,
+    has_checksum,
+    has_size,
+    refuse_absent,
+    shards_of,
+)
 from mechatlas.base import (
-    DiskError,
     InputError,
     NonFiniteError,
     Progress,
@@ -58,9 +66,10 @@ from mechatlas.base import (
     StoreError,
     no_progress,
 )
-from mechatlas.deprecated import renamed_keys
-from mechatlas.files import read_json, write_json
+from mechatlas.devices import as_device
+from mechatlas.files import write_json
 from mechatlas.maths.actions import Action
+from mechatlas.outputs import claim
 
 SHARD_BYTES = 8 << 20
 """Largest size of a shard."""
@@ -148,7 +157,7 @@ class _Rows:
 def collect(
     network: nn.Module,
     samples: Samples,
-    sites: Sequence[Site],
+    sites: Sequence[Site | str],
     out: Path,
     settings: StoreConfig | None = None,
     *,
@@ -160,9 +169,9 @@ def collect(
     """Read sites for every sample and write the rows, shuffled, to a store.
 
     Args:
-        network: Network in evaluation mode, on any device.
+        network: Network; run in evaluation mode, and put back in its own and on its own device.
         samples: Inputs of the network.
-        sites: Sites to read, all in one pass that stops after the last.
+        sites: Sites to read, or their written form, all in one pass that stops after the last.
         out: Folder of the store. An unfinished store of the same recipe is continued.
         settings: Positions kept, number format, memory; by default `StoreConfig()`.
         group: Group in whose poses each input is read. A row then has the channels of element
@@ -180,7 +189,9 @@ def collect(
             position can be followed through all poses.
         GroupError: The group cannot act so.
         NonFiniteError: The network gave NaN or infinity; names the site, sample and channel.
-        DiskError: The rows cannot fit on the disk, or the folder is not writable.
+        DiskError: The rows cannot fit on the disk, the folder is not writable, or another process
+            writes into it.
+        RecipeError: There is no such device here.
 
     Examples:
         >>> import tempfile
@@ -197,31 +208,42 @@ def collect(
         torch.Size([32, 8])
     """
     settings = settings or StoreConfig()
-    network = network.to(device)
-    first = _first_batch(samples, settings).to(device)
-    with torch.inference_mode():
-        activations = read_activations(network, first, sites)
-    poses = None if group is None else _poses(network, first, activations, settings, group)
-    shapes = {site: _shape(network, site, a, poses) for site, a in activations.items()}
-    collection = _Collection(network, samples, sites, shapes, settings, device, poses, out)
-    rounds = _plan(len(samples), shapes, settings)
-    manifest = _start(collection, len(rounds), recipe or {})
-    done = sum(len(r.samples) for r in rounds[: manifest["rounds_done"]])
-    for number in range(manifest["rounds_done"], len(rounds)):
-        shards, skipped = _do_round(
-            collection,
-            rounds,
-            number,
-            lambda n, before=done: on_progress(before + n, len(samples)),
-        )
-        done += len(rounds[number].samples)
-        manifest["shards"] += [list(shard) for shard in shards]
-        manifest["skipped"] += skipped
-        manifest["rounds_done"] = number + 1
-        manifest["complete"] = number + 1 == len(rounds)
-        if manifest["complete"] and not manifest["shards"]:
-            raise InputError(f"None of the {len(samples)} samples could be read.")
-        write_json(out / "manifest.json", manifest)
+    device = as_device(device)
+    chosen = [as_site(network, site) for site in sites]
+    with on_device(network, device):
+        first = _first_batch(samples, settings).to(device)
+        with torch.inference_mode():
+            activations = read_activations(network, first, chosen)
+        poses = None if group is None else _poses(network, first, activations, settings, group)
+        shapes = {site: _shape(network, site, a, poses) for site, a in activations.items()}
+        collection = _Collection(network, samples, chosen, shapes, settings, device, poses, out)
+        rounds = _plan(len(samples), shapes, settings)
+        with claim(out) as claimed:
+            manifest = begin_store(
+                out,
+                _new_manifest(collection, len(rounds), recipe or {}),
+                n_bytes=len(samples) * _sample_bytes(shapes, settings),
+            )
+            _mend(collection, rounds, manifest)
+            done = sum(len(r.samples) for r in rounds[: manifest["rounds_done"]])
+            for number in range(manifest["rounds_done"], len(rounds)):
+                shards, skipped = _do_round(
+                    collection,
+                    rounds,
+                    number,
+                    lambda n, before=done: on_progress(before + n, len(samples)),
+                )
+                done += len(rounds[number].samples)
+                manifest["shards"] += [list(shard) for shard in shards]
+                manifest["skipped"] += skipped
+                manifest["rounds_done"] = number + 1
+                manifest["complete"] = number + 1 == len(rounds)
+                claimed.check()
+                if manifest["complete"]:
+                    if not manifest["shards"]:
+                        raise InputError(f"None of the {len(samples)} samples could be read.")
+                    refuse_absent(out, manifest)
+                write_json(out / "manifest.json", manifest)
     return Store(out)
 
 
@@ -300,40 +322,6 @@ def _plan(n_samples: int, shapes: dict[Site, SiteShape], settings: StoreConfig) 
     ]
 
 
-def _start(collection: _Collection, n_rounds: int, recipe: dict[str, Any]) -> dict[str, Any]:
-    """Manifest of the unfinished store in the folder, or a new one.
-
-    Raises:
-        StoreError: The folder holds something else.
-        DiskError: The rows cannot fit on the disk, or the folder is not writable.
-    """
-    out, shapes = collection.out, collection.shapes
-    manifest = _new_manifest(collection, n_rounds, recipe)
-    path = out / "manifest.json"
-    if path.exists():
-        old = read_json(path)
-        old["recipe"] = renamed_keys("collect", old["recipe"], quiet=True)
-        given = ("recipe", "settings", "network", "n_samples", "group")
-        made_from = ("schema", "kind", *given, "rounds")
-        differing = [key for key in made_from if old.get(key) != manifest.get(key)]
-        if differing:
-            raise StoreError(
-                f"{out} holds a store made from another recipe (it differs in "
-                f"{', '.join(_differences(old, manifest, differing))}). "
-                "Choose another --out, or delete it."
-            )
-        return old
-    if out.exists() and not out.is_dir():
-        raise DiskError(f"{out} is a file, expected a folder for the store.")
-    # Files of a run killed before its first manifest, and files that a command writes beside.
-    leftovers = {folder_of(s) for s in shapes} | {"manifest.json.tmp", "recipe.toml", "result.json"}
-    if out.exists() and any(p.name not in leftovers for p in out.iterdir()):
-        raise StoreError(f"{out} is not empty and is not a store. Choose another --out.")
-    _check_space(out, len(collection.samples) * _sample_bytes(shapes, collection.settings))
-    write_json(path, manifest)
-    return manifest
-
-
 def _new_manifest(collection: _Collection, n_rounds: int, recipe: dict[str, Any]) -> dict[str, Any]:
     manifest: dict[str, Any] = {
         "schema": SCHEMA,
@@ -361,26 +349,31 @@ def _new_manifest(collection: _Collection, n_rounds: int, recipe: dict[str, Any]
     return json.loads(json.dumps(manifest))  # as a manifest on disk: lists instead of tuples
 
 
-def _differences(old: Any, new: Any, keys: Sequence[str], prefix: str = "") -> list[str]:
-    differences = []
-    for key in keys:
-        a, b = old.get(key), new.get(key)
-        if isinstance(a, dict) and isinstance(b, dict):
-            inner = [k for k in a.keys() | b.keys() if a.get(k) != b.get(k)]
-            differences += _differences(a, b, sorted(inner), f"{prefix}{key}.")
-        else:
-            differences.append(f"{prefix}{key}: {a!r} there, {b!r} here")
-    return differences
+def _mend(collection: _Collection, rounds: list[Round], manifest: dict[str, Any]) -> None:
+    """Collect every finished round again that has a damaged or missing shard.
 
+    Of a complete store only the sizes are looked at: whoever reads it verifies the checksums.
 
-def _check_space(out: Path, size: int) -> None:
-    place = next((p for p in (out, *out.resolve().parents) if p.exists()), Path("/"))
-    free = shutil.disk_usage(place).free
-    if size > free:
-        raise DiskError(
-            f"The store needs {size / 2**30:.1f} GiB and {place} has {free / 2**30:.1f} GiB "
-            "free. Take fewer positions or samples, dtype = 'float16', or another --out."
-        )
+    Raises:
+        StoreError: The round has other rows now.
+    """
+    out, is_whole = collection.out, has_size if manifest["complete"] else has_checksum
+    listed = {shard.file: shard for shard in shards_of(manifest)}
+    for number in range(manifest["rounds_done"]):
+        shards = [
+            listed[file]
+            for site in collection.shapes
+            for i in _shard_numbers(collection, site, rounds, number)
+            if (file := shard_file(str(site), rounds[number].split, i)) in listed
+        ]
+        if all(is_whole(out, shard) for shard in shards):
+            continue
+        again, _ = _do_round(collection, rounds, number, lambda _: None)
+        if again != shards:
+            raise StoreError(
+                f"A shard in {out} was damaged or missing, and its samples give other rows now. "
+                "Delete the store and collect it again."
+            )
 
 
 def _do_round(
@@ -418,23 +411,35 @@ def _write(
     collection: _Collection, site: Site, filled: _Rows, rounds: list[Round], number: int
 ) -> list[Shard]:
     """Shuffle the rows of one site in one round and write them as shards."""
-    shapes, settings, split = collection.shapes, collection.settings, rounds[number].split
+    settings, split = collection.settings, rounds[number].split
     random = torch.Generator().manual_seed(settings.seed * 1_000_003 + number)
     order = torch.randperm(filled.used, generator=random)
-    # Paired sites are cut at the same rows, so that they can be read side by side.
-    together = shapes.values() if settings.paired else [shapes[site]]
-    per_shard = max(1, SHARD_BYTES // max(_row_bytes(s, settings) for s in together))
-    n_rows = _rows_per_sample(shapes, settings)[site]
-    # Shards of earlier rounds keep their numbers, whatever was skipped.
-    earlier = [r for r in rounds[:number] if r.split == split]
-    first = sum(math.ceil(len(r.samples) * n_rows / per_shard) for r in earlier)
+    per_shard = _rows_per_shard(collection, site)
+    numbers = _shard_numbers(collection, site, rounds, number)
     return [
-        write_shard(
-            collection.out, str(site), split, first + i, filled.rows[piece], filled.where[piece]
-        )
-        for i, piece in enumerate(order.split(per_shard))
+        write_shard(collection.out, str(site), split, i, filled.rows[piece], filled.where[piece])
+        for i, piece in zip(numbers, order.split(per_shard), strict=False)  # some were skipped
         if len(piece)
     ]
+
+
+def _rows_per_shard(collection: _Collection, site: Site) -> int:
+    shapes, settings = collection.shapes, collection.settings
+    # Paired sites are cut at the same rows, so that they can be read side by side.
+    together = shapes.values() if settings.paired else [shapes[site]]
+    return max(1, SHARD_BYTES // max(_row_bytes(s, settings) for s in together))
+
+
+def _shard_numbers(collection: _Collection, site: Site, rounds: list[Round], number: int) -> range:
+    """Numbers of the shards of a site and a round, whatever is skipped in it or before it."""
+    n_rows = _rows_per_sample(collection.shapes, collection.settings)[site]
+    per_shard = _rows_per_shard(collection, site)
+    counts = [
+        math.ceil(len(r.samples) * n_rows / per_shard)
+        for r in rounds[: number + 1]
+        if r.split == rounds[number].split
+    ]
+    return range(sum(counts[:-1]), sum(counts))
 
 
 def _batches(

@@ -2,12 +2,15 @@
 
 load_network   a bundled name or `package.module:factory` -> nn.Module in eval mode
 load_weights   a file of weights into a network, every mismatch named
+dtype_of       number format that a network computes in
 digest         checksum of all weights, kept with everything made from them
+has_weights    whether a network has the weights of a checksum
 """
 
 import dataclasses
 import difflib
 import importlib
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -126,6 +129,12 @@ def load_weights(
     network.load_state_dict({name: t.to(wanted[name].dtype) for name, t in given.items()})
 
 
+def dtype_of(network: nn.Module) -> torch.dtype | None:
+    """Number format of the first floating-point parameter or buffer; `None` where there is none."""
+    tensors = itertools.chain(network.parameters(), network.buffers())
+    return next((t.dtype for t in tensors if t.is_floating_point()), None)
+
+
 def digest(network: nn.Module) -> str:
     """Checksum (xxh3, 128 bits) of the names, shapes and bytes of all weights."""
     state = xxhash.xxh3_128()
@@ -134,3 +143,14 @@ def digest(network: nn.Module) -> str:
         whole = tensor.detach().cpu().contiguous().flatten()
         state.update(whole.view(torch.uint8).numpy() if whole.numel() else b"")
     return state.hexdigest()
+
+
+def has_weights(network: nn.Module, checksum: str) -> bool:
+    """Whether a network, or its base model without a head, has the weights of a checksum.
+
+    Stores of version 0.2 were made from base models, whose heads are kept now.
+    """
+    base = getattr(network, "base_model", None)  # of transformers
+    return checksum == digest(network) or (
+        isinstance(base, nn.Module) and base is not network and checksum == digest(base)
+    )

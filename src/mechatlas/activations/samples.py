@@ -1,68 +1,46 @@
 """Samples, the inputs of a network: images, arrays or texts, read one at a time.
 
     Images, Arrays, Texts     recipes: source of the samples, and how they are cut
-    open_samples              a recipe and a network -> `Samples`
+    open_samples              a recipe, an array, a data set or a path, and a network -> `Samples`
 
 Reading a sample depends on nothing but the recipe and the sample's number, so a run can
 be resumed anywhere and a page can show later exactly what the network saw.
 """
 
+import bisect
 import dataclasses
 import io
-import threading
-import zipfile
-from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
-from fnmatch import fnmatchcase
-from importlib import resources, util
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, cast, runtime_checkable
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int, Shaped, UInt8
+from jaxtyping import Int, Shaped
 from PIL import Image
 from torch import Tensor, nn
+from torch.utils import data as torch_data
 
+from mechatlas.activations.images import Images, ImageSamples
+from mechatlas.activations.networks import dtype_of
 from mechatlas.base import InputError, RecipeError, Result
-
-SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"}
-"""Endings of names of image files."""
-SCIKIT_IMAGE = (
-    "astronaut.png brick.png camera.png chelsea.png coffee.png coins.png grass.png gravel.png "
-    "hubble_deep_field.jpg ihc.png moon.png motorcycle_left.png motorcycle_right.png retina.jpg "
-    "rocket.jpg"
+from mechatlas.maths.arrays import as_numbers
+from mechatlas.sources import (
+    MEMORY_MIB,
+    Archive,
+    ArrayFile,
+    Files,
+    Folder,
+    check_size,
+    matching,
+    open_array,
+    open_file,
+    reason_of,
 )
-"""Photographs in scikit-image's wheel; the rest of its data are drawings and scans."""
-CACHE_BYTES = 64 << 20
-"""Size of the cache of decoded images."""
 
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Images:
-    """Photographs from a folder, a zip, an array file, or bundled with the package."""
-
-    source: str = "photos"
-    """"photos" (in the package), "scikit-image" (the [demo] extra), or the path of a folder,
-    a .zip, or an .npz or .npy with (n, height, width, channels) bytes or floats in 0..1."""
-    include: str = "*"
-    """Glob over file names inside the source, such as "train/*"."""
-    side: int | None = None
-    """Side of the square given to the network, in pixels; by default the network's own."""
-    crops: int = 1
-    """Samples taken from each image. 1: the largest centered square. More: random squares."""
-    smallest_crop: float = 0.3
-    """Side of the smallest random square, as a fraction of the image's shorter side."""
-    seed: int = 0
-    """Seed of the random squares."""
-
-    def __post_init__(self) -> None:
-        if self.crops < 1:
-            raise ValueError(f"crops must be at least 1, got {self.crops}.")
-        if not 0 < self.smallest_crop <= 1:
-            raise ValueError(f"smallest_crop must be in (0, 1], got {self.smallest_crop}.")
-        if self.side is not None and self.side < 1:
-            raise ValueError(f"side must be at least 1 pixel, got {self.side}.")
+PIECE = 4 << 20
+"""Characters of a text that are tokenized at once; a longer text is cut at ends of lines."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -113,8 +91,16 @@ class Samples(Protocol):
         ...
 
 
-def open_samples(recipe: SampleRecipe, network: nn.Module) -> Samples:
-    """Open the samples that a recipe describes, cut to the input that a network expects.
+def open_samples(recipe: Any, network: nn.Module, *, memory_mib: int = MEMORY_MIB) -> Samples:
+    """Open samples for a network.
+
+    Args:
+        recipe: A recipe (`Images`, `Arrays` or `Texts`); an array, a tensor or a list, whose first
+            axis counts the samples; a `Dataset` or `DataLoader` of torch, of whose tuples the
+            first element is the input; a path of an array, of images or of texts; or samples.
+        network: Network that reads them. It says how large images are, and has the tokenizer.
+        memory_mib: Memory that the process should stay under, in MiB: an image, a compressed array
+            or tokens that would not fit are refused before they are read.
 
     Raises:
         InputError: There is nothing there, or it does not fit the network.
@@ -129,10 +115,15 @@ def open_samples(recipe: SampleRecipe, network: nn.Module) -> Samples:
         >>> samples.stack([samples.read(0), samples.read(39)]).shape
         torch.Size([2, 3, 31, 31])
     """
+    if isinstance(recipe, str | Path):
+        recipe = _recipe_for(recipe)
     if isinstance(recipe, Arrays):
-        return ArraySamples(recipe.source)
+        source = Path(recipe.source)
+        return ArraySamples(open_array(source, memory_mib=memory_mib), str(source), network)
     if isinstance(recipe, Texts):
-        return TextSamples(recipe, network)
+        return TextSamples(recipe, network, memory_mib=memory_mib)
+    if not isinstance(recipe, Images):
+        return _in_memory(recipe, network)
     expected = getattr(network, "input", None)
     side = recipe.side or getattr(expected, "side", None)
     if side is None:
@@ -140,187 +131,40 @@ def open_samples(recipe: SampleRecipe, network: nn.Module) -> Samples:
             f"{type(network).__name__} does not say how large its images are; "
             "set `side` in the recipe."
         )
-    return ImageSamples(recipe, side, getattr(expected, "channels", 3))
+    channels = getattr(expected, "channels", 3)
+    return ImageSamples(recipe, side, channels, memory_mib=memory_mib)
 
 
-class ImageSamples(Result):
-    """Squares cut from images; sample i is crop i % crops of image i // crops."""
-
-    def __init__(self, recipe: Images, side: int, channels: int) -> None:
-        self.recipe: Images = recipe
-        self.side: int = side
-        self.channels: int = channels
-        self._images = _open_images(recipe)
-        self._decoded: OrderedDict[int, np.ndarray] = OrderedDict()  # a small cache
-        self._cached = 0  # bytes
-        self._lock = threading.Lock()  # `collect` reads ahead in threads
-        if not len(self._images.names):
-            raise InputError(
-                f"{recipe.source} has no image whose name matches {recipe.include!r} "
-                f"(of {', '.join(sorted(SUFFIXES))})."
-            )
-
-    def __len__(self) -> int:
-        return len(self._images.names) * self.recipe.crops
-
-    def summary(self) -> str:
-        """Number of samples, their size and their source."""
-        n = self.recipe.crops
-        crops = f"{n} random squares" if n > 1 else "the largest centered square"
-        images = f"{len(self._images.names):,} images of {self.recipe.source}"
-        return f"{len(self):,} samples: {crops} of side {self.side} from each of {images}"
-
-    def name(self, index: int) -> str:
-        """File name inside the source, with the number of the crop if there are several."""
-        image, crop = divmod(index, self.recipe.crops)
-        return self._images.names[image] + (f" crop {crop}" if self.recipe.crops > 1 else "")
-
-    def read(self, index: int) -> UInt8[np.ndarray, "side side channel"]:
-        """Cut and resize one square.
-
-        Raises:
-            InputError: The image cannot be read or has the wrong number of channels.
-        """
-        image, crop = divmod(index, self.recipe.crops)
-        pixels = self._pixels(image)
-        height, width = pixels.shape[:2]
-        size = min(height, width)
-        left, top = (width - size) / 2, (height - size) / 2
-        if self.recipe.crops > 1:
-            random = np.random.default_rng([self.recipe.seed, image, crop])
-            smallest = max(self.recipe.smallest_crop, min(1.0, self.side / size))
-            size *= random.uniform(smallest, 1.0)
-            left, top = random.uniform(0, width - size), random.uniform(0, height - size)
-        box = (left, top, left + size, top + size)
-        square = pixels[:, :, 0] if self.channels == 1 else pixels
-        resized = Image.fromarray(square).resize(
-            (self.side, self.side), Image.Resampling.BICUBIC, box=box
-        )
-        return np.asarray(resized).reshape(self.side, self.side, self.channels)
-
-    def stack(
-        self, samples: Sequence[UInt8[np.ndarray, "side side channel"]]
-    ) -> Float[Tensor, "batch channel side side"]:
-        """Stack squares to floats in 0..1, channels first in shape and last in memory."""
-        return torch.from_numpy(np.stack(samples)).permute(0, 3, 1, 2).float().div_(255)
-
-    def _pixels(self, image: int) -> UInt8[np.ndarray, "h w channel"]:
-        with self._lock:
-            if image in self._decoded:
-                self._decoded.move_to_end(image)
-                return self._decoded[image]
-        name = f"{self.recipe.source}: {self._images.names[image]}"
-        try:
-            pixels = self._images.read(image, self.channels)
-        except (OSError, ValueError, SyntaxError, zipfile.BadZipFile) as error:
-            raise InputError(f"{name} cannot be read as an image ({error}).") from error
-        except Image.DecompressionBombError as error:
-            raise InputError(f"{name} is too large to be a photograph ({error}).") from error
-        if pixels.shape[2] != self.channels:
-            raise InputError(
-                f"{name} has {pixels.shape[2]} channels, the network expects {self.channels}."
-            )
-        with self._lock:
-            if image not in self._decoded:  # another thread may have been faster
-                self._decoded[image] = pixels
-                self._cached += pixels.nbytes
-            while self._cached > CACHE_BYTES:
-                self._cached -= self._decoded.popitem(last=False)[1].nbytes
-        return pixels
+def _recipe_for(path: str | Path) -> SampleRecipe:
+    suffix = Path(path).suffix.lower()
+    if suffix in (".npy", ".npz"):
+        return Arrays(source=Path(path))
+    return Texts(source=Path(path)) if suffix == ".txt" else Images(source=str(path))
 
 
-class _Files:
-    """Images as files of a folder, or as members of a zip."""
+def _in_memory(samples: Any, network: nn.Module) -> Samples:
+    """Samples of an array, a data set or a loader.
 
-    def __init__(self, folder: Path | zipfile.ZipFile, names: Sequence[str]) -> None:
-        self.folder, self.names = folder, names
-
-    def read(self, image: int, channels: int) -> UInt8[np.ndarray, "h w channel"]:
-        name = self.names[image]
-        if isinstance(self.folder, zipfile.ZipFile):
-            return _decode(io.BytesIO(self.folder.read(name)), channels)
-        return _decode(self.folder / name, channels)
-
-
-class _Array:
-    """Images as rows of one array."""
-
-    def __init__(self, path: Path) -> None:
-        self.images = _load_array(path)
-        if self.images.ndim != 4 or self.images.shape[3] > 4:
-            raise InputError(
-                f"{path} has shape {self.images.shape}, expected images of shape "
-                "(n, height, width, channels)."
-            )
-        self.names = [f"image {i}" for i in range(len(self.images))]
-
-    def read(self, image: int, channels: int) -> UInt8[np.ndarray, "h w channel"]:
-        del channels
-        pixels = self.images[image]
-        if pixels.dtype == np.uint8:
-            return pixels
-        if not (np.isfinite(pixels).all() and pixels.min() >= 0 and pixels.max() <= 1):
-            raise ValueError("values must be bytes, or floats in 0..1")
-        return np.round(pixels * 255).astype(np.uint8)
-
-
-def _open_images(recipe: Images) -> _Files | _Array:
-    if recipe.source == "photos":
-        folder = Path(str(resources.files("mechatlas") / "bundled" / "photos"))
-        return _Files(folder, sorted(p.name for p in folder.glob("*.jpg")))
-    if recipe.source == "scikit-image":
-        package = util.find_spec("skimage")
-        if package is None or package.origin is None:
-            raise InputError("Images of scikit-image need it: pip install 'mechatlas[demo]'.")
-        return _Files(Path(package.origin).parent / "data", SCIKIT_IMAGE.split())
-    path = Path(recipe.source)
-    if path.is_dir():
-        names = (str(p.relative_to(path)) for p in path.rglob("*") if p.is_file())
-        return _Files(path, _matching(names, recipe.include, SUFFIXES))
-    if not path.exists():
-        raise InputError(f"There is no folder or file {path} to read images from.")
-    if path.suffix == ".zip":
-        try:
-            archive = zipfile.ZipFile(path)
-        except (zipfile.BadZipFile, OSError) as error:
-            raise InputError(f"{path} cannot be read as a zip ({error}).") from error
-        return _Files(archive, _matching(archive.namelist(), recipe.include, SUFFIXES))
-    if path.suffix in (".npz", ".npy"):
-        return _Array(path)
-    raise InputError(f"{path} is not a folder, a .zip, an .npz or an .npy of images.")
-
-
-def _matching(names: Iterable[str], include: str, suffixes: set[str]) -> list[str]:
-    return sorted(
-        n for n in names if fnmatchcase(n, include) and Path(n).suffix.lower() in suffixes
-    )
-
-
-def _decode(file: Path | io.BytesIO, channels: int) -> UInt8[np.ndarray, "h w channel"]:
-    with Image.open(file) as image:
-        converted = image.convert("L" if channels == 1 else "RGB")
-    return np.asarray(converted).reshape(converted.height, converted.width, -1)
-
-
-def _load_array(path: Path) -> Shaped[np.ndarray, "..."]:
-    try:
-        loaded = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, zipfile.BadZipFile, EOFError) as error:
-        raise InputError(f"{path} cannot be read as an array ({error}).") from error
-    if isinstance(loaded, np.ndarray):
-        return loaded
-    if len(loaded.files) != 1:
-        raise InputError(f"{path} holds {len(loaded.files)} arrays, expected one.")
-    return loaded[loaded.files[0]]
+    Raises:
+        InputError: The value is none of these.
+    """
+    if isinstance(samples, Samples):
+        return samples
+    numbered = hasattr(samples, "__getitem__") and hasattr(samples, "__len__")
+    array = hasattr(samples, "__array__") or isinstance(samples, Mapping | Sequence)
+    if isinstance(samples, torch_data.DataLoader | torch_data.Dataset) or (numbered and not array):
+        return DatasetSamples(samples, network)
+    return ArraySamples(as_numbers(samples, "The samples"), "samples", network)
 
 
 class ArraySamples(Result):
     """Rows of one array, given to the network as they are."""
 
-    def __init__(self, source: Path) -> None:
-        self.source: Path = source
-        self.array: np.ndarray = _load_array(source)
-        if self.array.ndim < 1 or not len(self.array):
+    def __init__(self, array: ArrayFile | np.ndarray, source: str, network: nn.Module) -> None:
+        self.source: str = source
+        self.array: ArrayFile | np.ndarray = array
+        self._wide = dtype_of(network) == torch.float64
+        if len(array.shape) < 1 or not len(array):
             raise InputError(f"{source} is empty; expected at least one sample.")
 
     def __len__(self) -> int:
@@ -341,21 +185,140 @@ class ArraySamples(Result):
             InputError: The row has a NaN or an infinity.
         """
         row = np.asarray(self.array[index])
-        if np.issubdtype(row.dtype, np.floating) and not np.isfinite(row).all():
-            where = np.argwhere(~np.isfinite(np.atleast_1d(row)))[0].tolist()
-            raise InputError(f"{self.name(index)} is NaN or infinite at {where}.")
+        _refuse_non_finite(row, self.name(index))
         return row
 
     def stack(self, samples: Sequence[Shaped[np.ndarray, "*shape"]]) -> Shaped[Tensor, "batch ..."]:
-        """Stack rows: floats as float32, integers as int64."""
-        rows = torch.from_numpy(np.stack(samples))
-        return rows.float() if rows.is_floating_point() else rows.long()
+        """Stack rows: floats as float32 (float64 for such a network), others as int64."""
+        return _stacked(samples, self.source, wide=self._wide)
+
+
+def _refuse_non_finite(row: Shaped[np.ndarray, "..."], name: str) -> None:
+    if row.dtype.kind == "f" and not np.isfinite(row).all():
+        where = np.argwhere(~np.isfinite(np.atleast_1d(row)))[0].tolist()
+        raise InputError(f"{name} is NaN or infinite at {where}.")
+
+
+def _stacked(
+    samples: Sequence[Shaped[np.ndarray, "..."]], source: str, *, wide: bool
+) -> Shaped[Tensor, "batch ..."]:
+    """Stack samples of one shape.
+
+    Raises:
+        InputError: The shapes differ.
+    """
+    shapes = {sample.shape for sample in samples}
+    if len(shapes) > 1:
+        raise InputError(
+            f"{source} has samples of the shapes {' and '.join(map(str, sorted(shapes)[:3]))}; "
+            "bring them to one shape, or take batch_size = 1."
+        )
+    rows = np.stack(list(samples))
+    if rows.dtype.kind == "f":
+        return torch.from_numpy(rows.astype(np.float64 if wide else np.float32))
+    return torch.from_numpy(rows.astype(np.int64))
+
+
+class DatasetSamples(Result):
+    """Samples of a data set of torch, or of the data set of a loader in its own order.
+
+    The input is the first element of a tuple. What a loader makes of a sample (`collate_fn`) is
+    made of each sample alone.
+
+    Raises:
+        InputError: The samples cannot be read again by their number.
+    """
+
+    def __init__(self, data: Any, network: nn.Module) -> None:
+        loader = data if isinstance(data, torch_data.DataLoader) else None
+        dataset: Any = data if loader is None else loader.dataset
+        self.source: str = type(dataset).__name__
+        if isinstance(dataset, torch_data.IterableDataset) or not hasattr(dataset, "__len__"):
+            raise InputError(
+                f"{self.source} can only be iterated; samples are read again by number. Pass the "
+                "samples as one array: torch.stack(list(...))."
+            )
+        self.dataset: Any = dataset
+        self._wide = dtype_of(network) == torch.float64
+        self._collate = None if loader is None else loader.collate_fn
+        self._order: Sequence[int] = range(len(dataset)) if loader is None else _order(loader)
+        if not len(self._order):
+            raise InputError(f"{self.source} is empty; expected at least one sample.")
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+    def summary(self) -> str:
+        """Number of samples and the class of their data set."""
+        return f"{len(self):,} samples of a {self.source}"
+
+    def name(self, index: int) -> str:
+        """Class of the data set and number of the sample in it."""
+        return f"{self.source} sample {self._order[index]}"
+
+    def read(self, index: int) -> Shaped[np.ndarray, "..."]:
+        """Read one sample.
+
+        Raises:
+            InputError: The data set raises an error, or its sample is no array of finite numbers.
+        """
+        name = self.name(index)
+        try:
+            item = self.dataset[self._order[index]]
+            if self._collate is not None:
+                item = self._collate([item])
+        except Exception as error:  # code of the user's own
+            raise InputError(
+                f"{name} cannot be read ({type(error).__name__}: {reason_of(error)})."
+            ) from error
+        if isinstance(item, Mapping):
+            raise InputError(
+                f"{name} is a mapping of {', '.join(map(str, item))}; pass a data set of tensors, "
+                "or of tuples whose first element is the input."
+            )
+        several = isinstance(item, tuple) or (isinstance(item, list) and np.ndim(item[:1]) != 1)
+        value = item[0] if several and len(item) else item
+        if isinstance(value, Image.Image):
+            raise InputError(
+                f"{name} is an image; give the data set a transform that makes a tensor, such as "
+                "ToTensor, or collect from the files with ma.Images."
+            )
+        array = as_numbers(value, name)
+        array = array if self._collate is None else array[0]
+        _refuse_non_finite(array, name)
+        return array
+
+    def stack(self, samples: Sequence[Shaped[np.ndarray, "*shape"]]) -> Shaped[Tensor, "batch ..."]:
+        """Stack samples: floats as float32 (float64 for such a network), others as int64."""
+        return _stacked(samples, self.source, wide=self._wide)
+
+
+def _order(loader: "torch_data.DataLoader[Any]") -> Sequence[int]:
+    """Numbers of the samples that a loader yields; a shuffled one is read in order.
+
+    Raises:
+        InputError: The loader draws samples in a way of its own.
+    """
+    sampler: Any = loader.sampler
+    everything = range(len(sampler)) if hasattr(sampler, "__len__") else range(0)
+    whole = len(everything) == len(getattr(loader, "dataset", ()))
+    plain = isinstance(sampler, torch_data.SequentialSampler) or (
+        isinstance(sampler, torch_data.RandomSampler) and not sampler.replacement and whole
+    )
+    if plain:
+        return everything
+    if isinstance(sampler, torch_data.SubsetRandomSampler):
+        return sorted(int(i) for i in sampler.indices)
+    raise InputError(
+        f"The loader draws its samples by a {type(sampler).__name__}; pass its data set, or "
+        "torch.utils.data.Subset(dataset, indices) of the samples that are meant."
+    )
 
 
 class TextSamples(Result):
     """Windows of tokens, from texts read one after another."""
 
-    def __init__(self, recipe: Texts, network: nn.Module) -> None:
+    def __init__(self, recipe: Texts, network: nn.Module, *, memory_mib: int = MEMORY_MIB) -> None:
         self.recipe: Texts = recipe
         tokenizer = getattr(network, "input", None)
         if tokenizer is None or not hasattr(tokenizer, "windows"):
@@ -365,11 +328,18 @@ class TextSamples(Result):
             )
         tokens: list[np.ndarray] = []
         self._names: list[str] = []
+        self._starts: list[int] = []
+        self._n = 0
         for name, text in _read_texts(recipe):
-            windows = tokenizer.windows(text, recipe.context)
-            tokens.append(windows.astype(np.int32))
-            self._names += [f"{name} window {i}" for i in range(len(windows))]
-        if not self._names:
+            windows = tokenizer.windows(text, recipe.context).astype(np.int32)
+            if len(windows) and name not in self._names[-1:]:
+                self._names.append(name)
+                self._starts.append(self._n)
+            tokens.append(windows)
+            self._n += len(windows)
+            size = 2 * self._n * recipe.context * windows.itemsize  # they are joined at the end
+            check_size(size, (memory_mib << 20) // 2, f"The tokens of {recipe.source}")
+        if not self._n:
             raise InputError(
                 f"{recipe.source} has no text of at least {recipe.context} tokens in a file "
                 f"that matches {recipe.include!r}."
@@ -377,7 +347,7 @@ class TextSamples(Result):
         self._tokens = np.concatenate(tokens)
 
     def __len__(self) -> int:
-        return len(self._tokens)
+        return self._n
 
     def summary(self) -> str:
         """Number of samples, their length and their source."""
@@ -386,7 +356,8 @@ class TextSamples(Result):
 
     def name(self, index: int) -> str:
         """File and number of the window."""
-        return self._names[index]
+        number = bisect.bisect_right(self._starts, index) - 1
+        return f"{self._names[number]} window {index - self._starts[number]}"
 
     def read(self, index: int) -> Int[np.ndarray, " token"]:
         """Read the token ids of one window."""
@@ -398,17 +369,36 @@ class TextSamples(Result):
 
 
 def _read_texts(recipe: Texts) -> Iterator[tuple[str, str]]:
-    path = recipe.source
-    if path.is_dir():
-        files = (p for p in path.rglob("*") if p.is_file())
-        names = _matching((str(p.relative_to(path)) for p in files), recipe.include, {".txt"})
-        for name in names:
-            yield name, (path / name).read_text(encoding="utf-8", errors="replace")
-    elif path.suffix == ".zip" and path.exists():
-        with zipfile.ZipFile(path) as archive:
-            for name in _matching(archive.namelist(), recipe.include, {".txt"}):
-                yield name, archive.read(name).decode("utf-8", errors="replace")
-    elif path.is_file():
-        yield path.name, path.read_text(encoding="utf-8", errors="replace")
-    else:
+    """Texts with their names; long ones piece by piece under the same name.
+
+    Raises:
+        InputError: There is nothing there, or a text cannot be read.
+    """
+    path = Path(recipe.source)
+    if not path.is_dir() and not path.is_file():
         raise InputError(f"There is no text file, folder or zip {path}.")
+    if path.is_file() and path.suffix.lower() != ".zip":
+        yield from _pieces(open_file(path, str(path)), path.name)
+        return
+    files: Files = Folder(path) if path.is_dir() else Archive(path)
+    for name in matching(files.names, recipe.include, {".txt"})[0]:
+        for _, piece in _pieces(files.stream(name), f"{path}: {name}"):
+            yield name, piece
+
+
+def _pieces(file: io.BufferedIOBase, name: str) -> Iterator[tuple[str, str]]:
+    """Pieces of a text, each but the last ending with a line.
+
+    Raises:
+        InputError: The file is damaged.
+    """
+    with io.TextIOWrapper(cast(Any, file), encoding="utf-8", errors="replace") as text:
+        for number in itertools.count():
+            try:
+                piece = text.read(PIECE)
+                piece += text.readline(PIECE) if len(piece) == PIECE else ""
+            except Exception as error:  # a damaged archive can make its reader raise anything
+                raise InputError(f"{name} cannot be read ({reason_of(error)}).") from error
+            if number and not piece:
+                return
+            yield name, piece

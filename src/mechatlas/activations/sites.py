@@ -1,5 +1,6 @@
 """Sites of a network: find them, read activations there, replace activations there.
 
+    as_site             text or site -> the site of a network
     find_sites          globs -> sites
     list_sites          every site of a network, with its shape and branches
     read_activations    run a network just far enough and return the activations at some sites
@@ -15,19 +16,37 @@ import dataclasses
 import difflib
 import functools
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any, Literal
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Shaped
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
+from mechatlas.activations.branches import branches_of, no_such_branch, select
+from mechatlas.activations.passes import (
+    counted,
+    eager,
+    evaluation_mode,
+    unobserved,
+    unwrapped,
+)
+from mechatlas.activations.reading import hook_site, never_called, several_calls, tensors_at
+from mechatlas.activations.site_names import (
+    fitting_sites,
+    joined,
+    lens_hint,
+    translate,
+)
+from mechatlas.activations.values import replace_tensor, tensor_of, tensors_in
 from mechatlas.base import Site, SiteError
 
 Edit = Callable[[Tensor], Tensor]
 """Function from the activations at a site to their replacement, of the same shape."""
+AnySite = TypeVar("AnySite", bound=Site | str)
+"""Site, or its written form."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +64,33 @@ class SiteInfo:
     """Named slices of the channels."""
 
 
+def as_site(network: nn.Module, site: Site | str) -> Site:
+    """Convert the written form of a site of a network, or check a site.
+
+    Raises:
+        SiteError: The network has no such module; near names are offered.
+    """
+    root = unwrapped(network)
+    text = site.module if isinstance(site, Site) else site
+    if _has_module(root, text):
+        return site if isinstance(site, Site) else Site(text)
+    given = vars(site) if isinstance(site, Site) else {}
+    parsed = translate(root, Site.parse(text))
+    if not _has_module(root, parsed.module):
+        names = [name for name, _ in root.named_modules() if name]
+        raise SiteError(_no_such_module(parsed, names))
+    own = {name: value for name, value in given.items() if value not in (None, "output", text)}
+    return dataclasses.replace(parsed, **own)
+
+
+def _has_module(network: nn.Module, name: str) -> bool:
+    try:
+        network.get_submodule(name)
+    except AttributeError:
+        return False
+    return True
+
+
 def find_sites(network: nn.Module, patterns: Sequence[str]) -> list[Site]:
     """Find the sites that match any of some globs, in network order, each once.
 
@@ -60,21 +106,23 @@ def find_sites(network: nn.Module, patterns: Sequence[str]) -> list[Site]:
         >>> [str(site) for site in ma.find_sites(network, ["mixed3*", "mixed4a/5x5"])]
         ['mixed3a', 'mixed3b', 'mixed4a/5x5']
     """
+    network = unwrapped(network)
     names = [name for name, _ in network.named_modules() if name]
     sites: list[Site] = []
     for pattern in patterns:
         wanted = Site.parse(pattern)
         glob = _glob(wanted.module)
         modules = [name for name in names if glob.fullmatch(name)]
-        if not modules:
-            raise SiteError(_no_such_module(wanted, names))
-        matches = [
-            site
-            for name in modules
-            for site in _with_branch(network, dataclasses.replace(wanted, module=name))
-        ]
+        if not modules and _has_module(network, wanted.module):
+            modules = [wanted.module]  # another name of a shared module
+        named = [translate(network, dataclasses.replace(wanted, module=name)) for name in modules]
+        named = named or fitting_sites(network, wanted, glob.fullmatch)
+        if not named:
+            hint = lens_hint(network, wanted.module)
+            raise SiteError(hint or _no_such_module(wanted, names))
+        matches = [site for site in named for site in _with_branch(network, site)]
         if not matches:
-            raise SiteError(_no_such_branch(network, wanted, modules))
+            raise SiteError(no_such_branch(network, wanted, [site.module for site in named]))
         sites += [site for site in matches if site not in sites]
     return sites
 
@@ -91,11 +139,17 @@ def _with_branch(network: nn.Module, site: Site) -> list[Site]:
     glob = _glob(site.branch)
     branches = branches_of(network, site.module, site.take)
     matches = [dataclasses.replace(site, branch=name) for name in branches if glob.fullmatch(name)]
+    if not matches and joined(branches, site.branch) is not None:
+        matches = [site]
     if matches:
         return matches
     prefix = f"{site.module}."
     below = [n.removeprefix(prefix) for n, _ in network.named_modules() if n.startswith(prefix)]
-    return [Site(prefix + name, None, site.take) for name in below if glob.fullmatch(name)]
+    return [
+        dataclasses.replace(site, module=prefix + name, branch=None)
+        for name in below
+        if glob.fullmatch(name)
+    ]
 
 
 def _no_such_module(site: Site, names: list[str]) -> str:
@@ -105,89 +159,6 @@ def _no_such_module(site: Site, names: list[str]) -> str:
         f"The network has no module {site.module!r} (site {site}).{hint} "
         f"`mechatlas sites NETWORK` lists all {len(names)} of them."
     )
-
-
-def _no_such_branch(network: nn.Module, site: Site, modules: list[str]) -> str:
-    known = sorted({name for module in modules for name in branches_of(network, module, site.take)})
-    have = f"has the branches {', '.join(known)}" if known else "has no named branches"
-    return f"Module {modules[0]!r} {have}; it has no branch {site.branch!r} (site {site})."
-
-
-OUTPUT_PROJECTIONS = {"c_proj", "o_proj", "out_proj", "out_lin", "dense"}
-"""Names of the linear layers that take the heads, side by side, and mix them."""
-INPUT_PROJECTIONS = {"query", "key", "value"} | {
-    f"{x}_{end}" for x in "qkv" for end in ("proj", "lin")
-}
-"""Names of the linear layers whose outputs are the heads, side by side."""
-
-
-def branches_of(
-    network: nn.Module, module_name: str, take: Literal["output", "input"] = "output"
-) -> dict[str, slice]:
-    """Find the named channel slices of a module's output or input.
-
-    A module names the branches of its output in an attribute `branches`, a dict of name to slice.
-    The heads of an attention module are `head0`, `head1`, ... wherever they lie side by side:
-    in the output of the module if nothing inside mixes them, in the input of the layer that
-    mixes them, and in the queries, keys and values.
-
-    Args:
-        network: Network that has the module.
-        module_name: Name of the module, as in `named_modules()`.
-        take: Whether the slices are of the module's output or of its input.
-    """
-    branches = getattr(network.get_submodule(module_name), "branches", None)
-    if isinstance(branches, Mapping) and not isinstance(branches, nn.Module):
-        return dict(branches) if take == "output" else {}
-    n_heads, width = _heads(network, module_name, take)
-    return {f"head{i}": slice(i * width, (i + 1) * width) for i in range(n_heads)}
-
-
-def _heads(network: nn.Module, module_name: str, take: str) -> tuple[int, int]:
-    """Number and width of the heads that lie side by side at a module; 0 where none do."""
-    module = network.get_submodule(module_name)
-    parent, _, name = module_name.rpartition(".")
-    linear = isinstance(module, nn.Linear) or _is_conv1d(module)
-    if linear:
-        side_by_side = name in (OUTPUT_PROJECTIONS if take == "input" else INPUT_PROJECTIONS)
-    else:
-        inside = {child for child, _ in module.named_children()}
-        side_by_side = take == "output" and not inside & OUTPUT_PROJECTIONS
-    attention = network.get_submodule(parent) if linear else module
-    n_heads = _first(attention, "num_attention_heads", "num_heads", "n_heads")
-    if n_heads is None and "attention" in type(attention).__name__.lower():
-        n_heads = _first(
-            getattr(attention, "config", None), "num_attention_heads", "n_head", "n_heads"
-        )
-    width = _first(attention, "attention_head_size", "head_dim", "head_size")
-    if not side_by_side or n_heads is None or width is None:
-        return 0, 0
-    if isinstance(module, nn.Linear) and take == "output":
-        n_heads = module.out_features // width  # keys and values may have fewer heads
-    return n_heads, width
-
-
-def _is_conv1d(module: nn.Module) -> bool:
-    return type(module).__name__ == "Conv1D"  # transformers' name of a linear layer in GPT-2
-
-
-def _first(module: object, *names: str) -> int | None:
-    values = (getattr(module, name, None) for name in names)
-    return next((value for value in values if isinstance(value, int)), None)
-
-
-def select(network: nn.Module, site: Site) -> slice:
-    """Find the slice of channels that a site reads.
-
-    Raises:
-        SiteError: The module has no branch of the site's name.
-    """
-    if site.branch is None:
-        return slice(None)
-    branches = branches_of(network, site.module, site.take)
-    if site.branch not in branches:
-        raise SiteError(_no_such_branch(network, site, [site.module]))
-    return branches[site.branch]
 
 
 def channels_last(activation: Shaped[Tensor, "..."]) -> Shaped[Tensor, "..."]:
@@ -220,150 +191,175 @@ def grid_of(activation: Shaped[Tensor, "batch ..."]) -> tuple[int, int]:
     return sides[0], sides[1]
 
 
-class _Reached(Exception):  # noqa: N818 - it is a signal, not an error
-    """Signal that stops a forward pass at the last site; never leaves `read_activations`."""
-
-
 def read_activations(
-    network: nn.Module, inputs: Shaped[Tensor, "batch ..."], sites: Sequence[Site]
-) -> dict[Site, Shaped[Tensor, "..."]]:
+    network: nn.Module, inputs: Shaped[Tensor, "batch ..."], sites: Sequence[AnySite]
+) -> dict[AnySite, Shaped[Tensor, "..."]]:
     """Read the activations at some sites, in one pass that stops after the last of them.
+
+    The first pass in which a module is read goes on to the end of the network, to count the calls
+    of the module. The network runs in evaluation mode, and is put back in its mode afterwards.
 
     Args:
         network: Any module; called as `network(inputs)`.
         inputs: Batch of inputs.
-        sites: Sites to read.
+        sites: Sites to read, or their written form.
 
     Returns:
-        Activations at each site, as the module gave them, cut to the site's branch.
+        Activations at each site, as the module gave them, whatever the network does to the tensor
+        later; cut to the site's branch.
 
     Raises:
-        SiteError: A site's module was never called, or holds no tensor.
+        SiteError: A site's module was never called, or several times and the site does not say
+            which call, or it holds no tensor.
 
     Examples:
         >>> import torch
         >>> from torch import nn
         >>> import mechatlas as ma
         >>> network = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
-        >>> site = ma.Site("1")
-        >>> ma.read_activations(network, torch.ones(3, 4), [site])[site].shape
+        >>> ma.read_activations(network, torch.ones(3, 4), ["1"])["1"].shape
         torch.Size([3, 8])
     """
-    activations: dict[Site, Tensor] = {}
-
-    def keep(site: Site, value: Any) -> Any:
-        if site not in activations:
-            activations[site] = cut_branch(network, site, _tensor_of(value, site))
-        if len(activations) == len(set(sites)):
-            raise _Reached
-        return value
-
-    with ExitStack() as hooks:
-        for site in dict.fromkeys(sites):
-            hooks.callback(_hook(network, site, functools.partial(keep, site)).remove)
-        try:
-            network(inputs)
-        except _Reached:
-            return {site: activations[site] for site in sites}
-    missing = ", ".join(str(site) for site in sites if site not in activations)
-    raise SiteError(f"The network ran without calling the module of: {missing}.")
+    root = unwrapped(network)
+    wanted = {site: as_site(root, site) for site in sites}
+    whole = {site: dataclasses.replace(site, branch=None) for site in wanted.values()}
+    with ExitStack() as stack:
+        stack.enter_context(counted())
+        stack.enter_context(evaluation_mode(network))
+        stack.enter_context(eager())
+        tensors = tensors_at(root, inputs, list(dict.fromkeys(whole.values())))
+        return {
+            given: cut_branch(root, site, tensors[whole[site]]) for given, site in wanted.items()
+        }
 
 
 @contextmanager
-def intervene(network: nn.Module, edits: Mapping[Site, Edit]) -> Iterator[nn.Module]:
+def intervene(
+    network: nn.Module, edits: Mapping[Site, Edit] | Mapping[str, Edit]
+) -> Iterator[nn.Module]:
     """Run a network with some activations replaced.
+
+    The network stays in the mode that it is in. Inside, compiled modules run uncompiled and fused
+    attention is off, so that every module is called.
 
     Args:
         network: Any module; unchanged when the context ends.
-        edits: For each site a function from its activations (of the site's branch alone)
-            to their replacement, of the same shape.
+        edits: For each site, or its written form, a function from a copy of its activations (of
+            the site's branch alone) to their replacement, of the same shape.
 
     Yields:
         The same network; call it, or read its activations, inside the context.
 
     Raises:
-        SiteError: An edit changed the shape, or a site has no tensor.
+        SiteError: An edit changed the shape or took no effect, or a site has no tensor, or its
+            module is called several times and the site does not say which call.
 
     Examples:
         >>> import torch
         >>> from torch import nn
         >>> import mechatlas as ma
         >>> network = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2, bias=False))
-        >>> with ma.intervene(network, {ma.Site("1"): torch.zeros_like}):
+        >>> with ma.intervene(network, {"1": torch.zeros_like}):
         ...     ablated = network(torch.ones(3, 4))
         >>> bool((ablated == 0).all())
         True
     """
+    root = unwrapped(network)
+    interventions = _Interventions(root, edits)
     with ExitStack() as hooks:
-        for site, edit in edits.items():
-            change = functools.partial(_edit, site=site, edit=edit, channels=select(network, site))
-            hooks.callback(_hook(network, site, change).remove)
+        hooks.enter_context(eager())
+        hooks.callback(root.register_forward_pre_hook(interventions.start).remove)
+        for site in interventions.edits:
+            change = functools.partial(interventions.change, site)
+            hooks.callback(hook_site(root, site, change).remove)
+        hooks.callback(root.register_forward_hook(interventions.end).remove)
         yield network
-
-
-def _hook(network: nn.Module, site: Site, change: Callable[[Any], Any]) -> RemovableHandle:
-    """Pass everything that a module returns, or is given, through a function."""
-    module = _module(network, site)
-    if site.take == "output":
-        return module.register_forward_hook(lambda _module, _args, output: change(output))
-
-    def change_input(
-        _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[Any, dict[str, Any]]:
-        # Some networks pass everything by keyword; the activation is then the first of these.
-        if args or not kwargs:
-            return change(args), kwargs
-        name = next(iter(kwargs))
-        return args, {**kwargs, name: change(kwargs[name])}
-
-    return module.register_forward_pre_hook(change_input, with_kwargs=True)
-
-
-def _edit(value: Any, *, site: Site, edit: Edit, channels: slice) -> Any:
-    tensor = _tensor_of(value, site)
-    part = tensor if site.branch is None else _cut(tensor, channels)
-    new = edit(part)
-    if new.shape != part.shape:
+    never = [site for site in interventions.edits if site not in interventions.applied]
+    if never and not interventions.is_called:
         raise SiteError(
-            f"The edit at {site} returned shape {tuple(new.shape)}, expected {tuple(part.shape)}."
+            f"The edit at {', '.join(map(str, never))} took no effect: the network was not called "
+            "inside the context, or a compiled copy of it was."
         )
-    if site.branch is not None:
-        whole = tensor.clone()  # a skip connection may carry the same tensor
-        _cut(whole, channels).copy_(new)
-        new = whole
-    return _replace_tensor(value, site, new)
 
 
-def _module(network: nn.Module, site: Site) -> nn.Module:
-    try:
-        return network.get_submodule(site.module)
-    except AttributeError:
-        names = [name for name, _ in network.named_modules() if name]
-        raise SiteError(_no_such_module(site, names)) from None
+class _Interventions:
+    """Edits of the sites of a network, and the calls of their modules in the current pass.
 
+    Args:
+        root: Network, without wrappers.
+        edits: Functions by site.
+    """
 
-def _tensor_of(value: Any, site: Site) -> Tensor:
-    first = value
-    if isinstance(value, Mapping | tuple | list):
-        first = next(iter(value.values() if isinstance(value, Mapping) else value), None)
-    if not isinstance(first, Tensor):
-        raise SiteError(
-            f"Site {site} holds a {type(value).__name__} that does not start with a tensor."
-        )
-    return first
+    def __init__(self, root: nn.Module, edits: Mapping[Any, Edit]) -> None:
+        self.edits: dict[Site, Edit] = {}
+        for given, edit in edits.items():
+            site = as_site(root, given)
+            if site in self.edits:
+                raise SiteError(f"There are two edits at {site}; give one.")
+            self.edits[site] = edit
+        self.channels = {site: select(root, site) for site in self.edits}
+        self.n_calls: Counter[Site] = Counter()
+        self.inside = self.is_called = False
+        self.applied: set[Site] = set()
 
+    def start(self, _module: nn.Module, _args: Any) -> None:
+        """Begin to count calls."""
+        self.n_calls.clear()
+        self.inside = self.is_called = True
 
-def _replace_tensor(value: Any, site: Site, new: Tensor) -> Any:
-    if isinstance(value, Tensor):
-        return new
-    if isinstance(value, tuple):
-        return (new, *value[1:])
-    if isinstance(value, list):
-        return [new, *value[1:]]
-    if isinstance(value, dict):
-        value[next(iter(value))] = new
-        return value
-    raise SiteError(f"Site {site} holds a {type(value).__name__}, which cannot be edited.")
+    def end(self, _module: nn.Module, _args: Any, _output: Any) -> None:
+        """Refuse a pass in which some edit took no effect.
+
+        Raises:
+            SiteError: The module of a site was not called, or not often enough.
+        """
+        self.inside = False
+        missed = [site for site in self.edits if self.n_calls[site] < (site.call or 1)]
+        if missed:
+            raise SiteError(never_called(missed, self.n_calls))
+
+    def change(self, site: Site, value: Any) -> Any:
+        """Apply the edit of a site to what its module returned or was given.
+
+        Raises:
+            SiteError: The site does not say which call of its module is meant, or the edit gave
+                something else than activations of the same shape.
+        """
+        if not self.inside and site.call is not None:
+            raise SiteError(
+                f"Calls of {site.module!r} are counted while the whole network runs; {site} was "
+                "reached outside, by a call of a part of it or by checkpointing."
+            )
+        self.n_calls[site] += self.inside
+        if site.call not in (None, self.n_calls[site]):
+            return value
+        if site.call is None and self.n_calls[site] > 1:
+            raise SiteError(several_calls(site))
+        self.applied.add(site)
+        tensor = tensor_of(value, site)
+        return replace_tensor(value, site, self._edited(site, tensor))
+
+    def _edited(self, site: Site, tensor: Tensor) -> Tensor:
+        # The network may use the same tensor elsewhere, and write into what it is given.
+        whole, channels = tensor.clone(), self.channels[site]
+        part = whole if site.branch is None else _cut(whole, channels)
+        new: object = self.edits[site](part)
+        if not isinstance(new, Tensor) or new.is_floating_point() != tensor.is_floating_point():
+            kind = new.dtype if isinstance(new, Tensor) else type(new).__name__
+            raise SiteError(f"The edit at {site} returned {kind}, expected {tensor.dtype}.")
+        if new.shape != part.shape:
+            raise SiteError(
+                f"The edit at {site} returned shape {tuple(new.shape)}, expected "
+                f"{tuple(part.shape)}."
+            )
+        if new is whole:
+            return whole
+        new = new.to(tensor)
+        if site.branch is None:
+            return new.clone()
+        axis = 1 if tensor.ndim == 4 else tensor.ndim - 1
+        index = torch.arange(tensor.shape[axis], device=tensor.device)[channels]
+        return tensor.index_copy(axis, index, new)
 
 
 def list_sites(network: nn.Module, inputs: Shaped[Tensor, "batch ..."]) -> list[SiteInfo]:
@@ -377,26 +373,29 @@ def list_sites(network: nn.Module, inputs: Shaped[Tensor, "batch ..."]) -> list[
         >>> {str(i.site): (i.kind, i.width) for i in ma.list_sites(network, torch.ones(1, 4))}
         {'0': ('Linear', 8), '1': ('ReLU', 8), '2': ('Linear', 2)}
     """
-    shapes: dict[str, tuple[int, ...]] = {}
-    names = {module: name for name, module in network.named_modules() if name}
+    root = unwrapped(network)
+    names = {module: name for name, module in root.named_modules() if name}
+    shapes: dict[str, list[tuple[int, ...]]] = {}
 
     def note(module: nn.Module, _args: Any, output: Any) -> None:
-        first = output[0] if isinstance(output, tuple | list) and output else output
-        if isinstance(first, Tensor) and first.is_floating_point() and first.ndim in (2, 3, 4):
-            shapes.setdefault(names[module], tuple(first.shape[1:]))
+        first = next((t for t in tensors_in(output) if t.is_floating_point()), None)
+        if first is not None and first.ndim > 1:
+            shapes.setdefault(names[module], []).append(tuple(first.shape[1:]))
 
-    with ExitStack() as hooks, torch.no_grad():
+    with ExitStack() as hooks:
+        hooks.enter_context(unobserved(network))
         for module in names:
-            hooks.callback(module.register_forward_hook(note).remove)
-        network(inputs)
+            if not isinstance(module, torch.jit.ScriptModule):
+                hooks.callback(module.register_forward_hook(note).remove)
+        root(inputs.clone())
     return [
         SiteInfo(
-            site=Site(name),
-            kind=type(network.get_submodule(name)).__name__,
-            shape=shapes[name],
-            width=shapes[name][0 if len(shapes[name]) == 3 else -1],
-            branches=branches_of(network, name),
+            site=Site(name, call=number + 1 if len(shapes[name]) > 1 else None),
+            kind=type(root.get_submodule(name)).__name__,
+            shape=shape,
+            width=shape[0 if len(shape) == 3 else -1],
+            branches=branches_of(root, name),
         )
         for name in names.values()
-        if name in shapes
+        for number, shape in enumerate(shapes.get(name, ()))
     ]

@@ -78,6 +78,11 @@ def folder_of(site: Site | str) -> str:
     return str(site).replace("/", "~").replace(":", "~")
 
 
+def shard_file(site: str, split: Split, number: int) -> str:
+    """Name of a file of a store, relative to its folder."""
+    return f"{folder_of(site)}/{split}-{number:05d}.safetensors"
+
+
 def write_shard(
     root: Path,
     site: str,
@@ -100,7 +105,7 @@ def write_shard(
         DiskError: The disk is full or the folder is not writable.
     """
     data = safetensors.torch.save({"rows": rows.contiguous(), "where": where.contiguous()})
-    file = f"{folder_of(site)}/{split}-{number:05d}.safetensors"
+    file = shard_file(site, split, number)
     write(root / file, data)
     return Shard(site, split, file, len(rows), len(data), checksum(data))
 

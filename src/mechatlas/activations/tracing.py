@@ -10,7 +10,8 @@ accept it only if it gives the same numbers.
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from typing import Any, NamedTuple
 
@@ -19,7 +20,9 @@ from jaxtyping import Shaped
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mechatlas.activations.sites import intervene
+from mechatlas.activations.passes import counted, eager, evaluation_mode
+from mechatlas.activations.reading import hook_site, several_calls
+from mechatlas.activations.values import tensor_of, tensors_in
 from mechatlas.base import Site, SiteError
 
 TOLERANCE = 256
@@ -31,6 +34,33 @@ def same_numbers(repeated: Shaped[Tensor, "..."], recorded: Shaped[Tensor, "..."
     a, b = repeated.detach(), recorded.detach()
     tolerance = TOLERANCE * torch.finfo(b.dtype).eps * float(b.abs().max())
     return a.shape == b.shape and float((a - b).abs().max()) <= tolerance
+
+
+class Version(NamedTuple):
+    """Tensor, with how often it had been written in place: another number, another tensor."""
+
+    tensor: Tensor
+    number: int
+
+    @classmethod
+    def of(cls, value: Any) -> "Version | None":
+        """Note the version of a tensor; `None` for anything else."""
+        if not isinstance(value, Tensor):
+            return None
+        return cls(value, -1 if value.is_inference() else value._version)
+
+    def is_same(self, other: "Version | None") -> bool:
+        """Whether both are the same numbers in the same memory."""
+        if other is None or self.number != other.number:
+            return False
+        a, b = self.tensor, other.tensor
+        same_memory = a.data_ptr() == b.data_ptr() and a.stride() == b.stride()
+        return a is b or (same_memory and a.shape == b.shape)
+
+    @property
+    def is_intact(self) -> bool:
+        """Whether the tensor was not written since."""
+        return self.number >= 0 and self.tensor._version == self.number
 
 
 @dataclasses.dataclass(eq=False)
@@ -48,6 +78,10 @@ class ModuleCall:
     """Number of calls that had started or finished before its end; None if the run stopped
     inside."""
     output: Any = None
+    given: "Version | None" = None
+    """Its only argument, if that is a tensor."""
+    returned: "Version | None" = None
+    """Its output, if that is a tensor."""
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -74,8 +108,8 @@ class Operation(NamedTuple):
 class Trace:
     """Record of a run, up to the last of its sites."""
 
-    tensors: dict[Site, Shaped[Tensor, "..."]]
-    """Tensor at each site, of the whole module; later operations may have changed it in place."""
+    versions: dict[Site, Version]
+    """Tensor at each site, of the whole module; later operations may have written into it."""
     activations: dict[Site, Shaped[Tensor, "..."]]
     """Copies of the tensors, as they were when the site was reached."""
     calls: list[ModuleCall]
@@ -112,6 +146,8 @@ def trace(
     """
     recorder = _Recorder()
     with ExitStack() as hooks:
+        for mode in (counted(), evaluation_mode(network), eager()):
+            hooks.enter_context(mode)
         for name, module in network.named_modules():
             start = functools.partial(recorder.start, name)
             handle = module.register_forward_pre_hook(start, with_kwargs=True)
@@ -122,9 +158,10 @@ def trace(
                 ).remove
             )
         whole = {site: dataclasses.replace(site, branch=None) for site in sites}
-        watched = {w: functools.partial(recorder.reach, w) for w in whole.values()}
-        recorder.n_sites = len(watched)
-        hooks.enter_context(intervene(network, watched))
+        recorder.n_sites = len(set(whole.values()))
+        for site in dict.fromkeys(whole.values()):
+            reach = functools.partial(recorder.reach, site)
+            hooks.callback(hook_site(network, site, reach).remove)
         if operations:
             recorder.know(inputs, recorder.operation(None, (), {}, (), 0))
             hooks.enter_context(recorder)
@@ -134,28 +171,17 @@ def trace(
     if missing:
         raise SiteError(f"The network ran without calling the module of: {missing}.")
     reached = {site: recorder.reached[w] for site, w in whole.items()}
-    origin = {site: recorder.known.get(id(tensor), -1) for site, (tensor, _) in reached.items()}
+    origin = {site: number for site, (_, _, number) in reached.items()}
     if operations and -1 in origin.values():
         site = next(site for site, number in origin.items() if number < 0)
         raise SiteError(f"Site {site} does not depend on the network's input.")
     return Trace(
-        {site: tensor for site, (tensor, _) in reached.items()},
-        {site: copy for site, (_, copy) in reached.items()},
+        {site: version for site, (version, _, _) in reached.items()},
+        {site: copy for site, (_, copy, _) in reached.items()},
         recorder.calls,
         recorder.operations,
         origin,
     )
-
-
-def tensors_in(value: Any) -> Iterator[Tensor]:
-    """Tensors inside nested tuples, lists and dictionaries."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, tuple | list):
-        for item in value:
-            yield from tensors_in(item)
-    elif isinstance(value, dict):
-        yield from tensors_in(tuple(value.values()))
 
 
 class _Done(Exception):  # noqa: N818 - a signal, never leaves this module
@@ -169,9 +195,10 @@ class _Recorder(TorchDispatchMode):
         super().__init__()
         self.calls: list[ModuleCall] = []
         self.operations: list[Operation] = []
-        self.reached: dict[Site, tuple[Tensor, Tensor]] = {}
+        self.reached: dict[Site, tuple[Version, Tensor, int]] = {}
         self.known: dict[int, int] = {}
         self.n_sites = 0
+        self.n_calls: Counter[Site] = Counter()
         self._stack: list[ModuleCall] = []
         self._alive: list[Tensor] = []  # an id is only good as long as its tensor lives
         self._time = 0
@@ -217,6 +244,8 @@ class _Recorder(TorchDispatchMode):
     ) -> None:
         """Note that a call has started."""
         call = ModuleCall(name, module, args, kwargs, self._time)
+        if len(args) == 1 and not kwargs:
+            call.given = Version.of(args[0])
         self._time += 1
         self.calls.append(call)
         self._stack.append(call)
@@ -228,16 +257,23 @@ class _Recorder(TorchDispatchMode):
         call = self._stack.pop()
         if output is not None:
             call.finished, call.output = self._time, output
+            call.returned = Version.of(output)
             self._time += 1
 
-    def reach(self, site: Site, tensor: Tensor) -> Tensor:
+    def reach(self, site: Site, value: Any) -> Any:
         """Keep the tensor at a site, and stop at the last one.
 
         Raises:
+            SiteError: The module was called before, and the site does not say which call it means.
             _Done: All sites are reached.
         """
-        if site not in self.reached:
-            self.reached[site] = tensor, tensor.clone()
+        self.n_calls[site] += 1
+        if site.call is None and self.n_calls[site] > 1:
+            raise SiteError(several_calls(site))
+        if self.n_calls[site] == (site.call or 1):
+            tensor = tensor_of(value, site)
+            origin = self.known.get(id(tensor), -1)
+            self.reached[site] = Version(tensor, tensor._version), tensor.clone(), origin
         if len(self.reached) == self.n_sites:
             raise _Done
-        return tensor
+        return value

@@ -2,18 +2,21 @@
 
 Each command is a module of `mechatlas.app.commands` with a dataclass `...Config`, `run` and
 `in_words`. Exit codes: 0 success, 2 a mistake of the user's (one sentence, no traceback), 1 one of
-ours.
+ours, 130 interrupted (Ctrl-C), 143 terminated (SIGTERM); what was finished is kept in both cases.
 """
 
 import ast
+import contextlib
 import importlib
 import importlib.util
 import json
 import os
+import signal
 import sys
+import threading
 import tomllib
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Never
@@ -60,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         arguments: Words after `mechatlas`; by default those of the command line.
 
     Raises:
-        SystemExit: 2 for a user's mistake, 130 when interrupted, 0 after help.
+        SystemExit: 2 for a user's mistake, 130 when interrupted, 143 when terminated, 0 after help.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     as_json = "--json" in words
@@ -73,18 +76,53 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     if words[0] not in COMMANDS:
         fail(f"There is no command {words[0]!r}. Commands: {', '.join(COMMANDS)}.")
+    try:
+        with _terminable():
+            _answer(words[0], words[1:], as_json=as_json)
+    except KeyboardInterrupt as error:
+        terminated = isinstance(error, Terminated)
+        cause = "terminated" if terminated else "interrupted"
+        print(f"mechatlas: {cause}; what was finished is kept.", file=sys.stderr)
+        raise SystemExit(143 if terminated else 130) from None
+
+
+class Terminated(KeyboardInterrupt):
+    """Request of the system that the command ends."""
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """Let SIGTERM end a command as Ctrl-C does, unless somebody else decides what it does."""
+
+    def end(*_: object) -> None:
+        raise Terminated
+
+    free = signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    if not free or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _answer(name: str, words: list[str], *, as_json: bool) -> None:
+    """Run a command and print its result.
+
+    Raises:
+        SystemExit: 2 for a user's mistake.
+    """
     from mechatlas.base import UserError  # with torch, which help does not need
 
     try:
-        print(run(words[0], words[1:], as_json=as_json))
+        print(run(name, words, as_json=as_json))
     except UserError as error:
         fail(str(error))
     except BrokenPipeError:  # the reader of a pipe, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(1) from None
-    except KeyboardInterrupt:
-        print("mechatlas: interrupted; what was finished is kept.", file=sys.stderr)
-        raise SystemExit(130) from None
 
 
 def run(name: str, words: list[str], *, as_json: bool) -> str:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from mechatlas.activations.networks import digest, load_network
+from mechatlas.activations.networks import has_weights, load_network
 from mechatlas.activations.posing import PoseConfig
 from mechatlas.activations.samples import Samples, open_samples
 from mechatlas.activations.store import Store
@@ -170,7 +170,7 @@ def open_network(store: Store) -> OpenedNetwork:
         UserError: The network or the samples are no longer there.
     """
     opened = recorded_network(store)
-    if digest(opened.network) != store.manifest["network"]:
+    if not has_weights(opened.network, store.manifest["network"]):
         raise StoreError(
             f"The network found now has other weights than when {store.root} was made."
         )

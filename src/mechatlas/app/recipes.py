@@ -17,8 +17,9 @@ import cattrs
 from cattrs.gen import make_dict_structure_fn
 
 from mechatlas import deprecated
+from mechatlas.activations.images import Images
 from mechatlas.activations.networks import Network
-from mechatlas.activations.samples import Images, SampleRecipe
+from mechatlas.activations.samples import SampleRecipe
 from mechatlas.base import RecipeError
 from mechatlas.dictionaries.revival import AuxK, Resample
 from mechatlas.dictionaries.sparsity import Sparsity, TopK

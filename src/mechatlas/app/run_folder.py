@@ -9,6 +9,7 @@ first and says `complete: false` until the command has ended. Kinds of folders a
 are defined here, so that nobody needs to import a command for them.
 """
 
+import contextlib
 import dataclasses
 import importlib
 import io
@@ -35,7 +36,9 @@ from mechatlas import deprecated
 from mechatlas.app.old_runs import renamed
 from mechatlas.app.recipes import as_dict
 from mechatlas.base import DiskError
-from mechatlas.files import checksum, read_json, write, write_json
+from mechatlas.devices import as_device
+from mechatlas.files import TEMPORARY, checksum, read_json, write, write_json
+from mechatlas.outputs import Claim, claim
 
 STORE, DICTIONARY, GROUP_NET, PROOF = "store", "dictionary", "group_net", "proof"
 BASIS, MATCHING, SYMMETRY, BRANCHES, CIRCUIT = (
@@ -112,22 +115,23 @@ def execute(config: Any) -> Any:
         UserError: The input is bad, or the folder holds something else.
     """
     command: Any = sys.modules[type(config).__module__]
+    if isinstance(config, DeviceConfig):
+        as_device(config.device)
     if not hasattr(command, "KIND") or config.out is None:
         return command.run(config)
-    folder = RunFolder(config.out, command.KIND, config)
-    return folder.finish(command.run(config, folder))
+    with RunFolder(config.out, command.KIND, config) as folder:
+        return folder.finish(command.run(config, folder))
 
 
 class RunFolder:
-    """Output folder of one run; nothing is written before there is something to keep.
+    """Output folder of one run, a context in which no other process may write into it.
+
+    Nothing is written before there is something to keep.
 
     Args:
         path: Folder to write.
         kind: Kind of the folder, for its manifest.
         config: Configuration of the command, a dataclass.
-
-    Raises:
-        DiskError: The path is a file, or a folder that holds anything but an earlier run.
     """
 
     def __init__(self, path: Path, kind: str, config: Any) -> None:
@@ -138,8 +142,27 @@ class RunFolder:
         self._facts: dict[str, Any] = {}
         self._parents: dict[str, str] = {}
         self._files: dict[str, str] = {}
-        refuse_strangers(path, kind)
-        self._earlier: dict[str, str] = {} if kind == STORE else _files_of(path)
+        self._earlier: dict[str, str] = {}
+        self._context = contextlib.ExitStack()
+        self._claim: Claim
+
+    def __enter__(self) -> "RunFolder":
+        """Create the folder if need be, try to write into it, and lock it.
+
+        Raises:
+            DiskError: It cannot be written, is being written by another process, or holds anything
+                but an earlier run.
+        """
+        with contextlib.ExitStack() as context:
+            self._claim = context.enter_context(claim(self.path))
+            refuse_strangers(self.path, self.kind)
+            self._earlier = {} if self.kind == STORE else _files_of(self.path)
+            self._context = context.pop_all()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Let others write again, and delete the folder if it is empty and was made here."""
+        self._context.close()
 
     def facts(self, **values: Any) -> None:
         """Add plain values to the manifest."""
@@ -177,7 +200,12 @@ class RunFolder:
         self._files[name] = checksum((self.path / name).read_bytes())
 
     def begin(self) -> None:
-        """Say in the manifest that the folder is not complete, before its first file."""
+        """Say in the manifest that the folder is not complete, before its first file.
+
+        Raises:
+            DiskError: The folder was deleted or replaced meanwhile.
+        """
+        self._claim.check()
         if not self._files and self.kind != STORE:  # a store writes its own manifest
             self._write_manifest(complete=False)
 
@@ -191,6 +219,7 @@ class RunFolder:
 
     def keep(self, name: str, arrays: Mapping[str, Shaped[np.ndarray, "..."]]) -> None:
         """Keep a finished part of the work, from which the same command continues."""
+        self._claim.check()
         if not (self.path / MANIFEST).is_file():
             self._write_manifest(complete=False)
         plain = {key: np.ascontiguousarray(array) for key, array in arrays.items()}
@@ -224,7 +253,16 @@ class RunFolder:
 
         Returns:
             The result with the folder, CPU seconds and memory.
+
+        Raises:
+            DiskError: The folder, or a file in it, was deleted or replaced meanwhile.
         """
+        self._claim.check()
+        for name in self._files:
+            if not (self.path / name).is_file():
+                raise DiskError(
+                    f"{self.path / name} was deleted before the command had ended. Run it again."
+                )
         seconds = round(time.process_time() - self._clock, 3)
         result = dataclasses.replace(
             result, out=str(self.path), seconds=seconds, peak_bytes=peak_bytes()
@@ -232,6 +270,8 @@ class RunFolder:
         write(self.path / RECIPE, tomli_w.dumps(as_dict(self.config)).encode())
         values = as_plain(result)
         write_json(self.path / RESULT, {key: values[key] for key in values if key != "out"})
+        for temporary in self.path.rglob(f"*{TEMPORARY}"):  # of a killed run, of whatever settings
+            temporary.unlink(missing_ok=True)
         if self.kind == STORE:  # its folders are sites, and its manifest is written already
             return result
         for name in self._earlier.keys() - self._files.keys():
@@ -258,15 +298,13 @@ def refuse_strangers(out: Path, kind: str) -> None:
     """Refuse a folder that holds anything but an earlier run of the same kind.
 
     Args:
-        out: Where a command is about to write.
+        out: Folder that a command is about to write.
         kind: The `kind` in the manifest of what it writes.
 
     Raises:
-        DiskError: `out` is a file, or holds something else.
+        DiskError: `out` holds something else.
     """
-    if out.exists() and not out.is_dir():
-        raise DiskError(f"{out} is a file, expected a folder.")
-    inside = {path.name for path in out.iterdir()} if out.is_dir() else set()
+    inside = {path.name for path in out.iterdir() if not path.name.endswith(TEMPORARY)}
     if inside <= {UNFINISHED, CHECKPOINT}:
         return
     try:

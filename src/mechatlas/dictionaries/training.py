@@ -12,6 +12,7 @@ end, or when training is interrupted, the scale is taken into the weights.
 Source: Gao et al., Scaling and evaluating sparse autoencoders (2024).
 """
 
+import contextlib
 import dataclasses
 import math
 import time
@@ -23,6 +24,7 @@ import torch
 from torch import Tensor
 
 from mechatlas.base import Batch, InputError, NonFiniteError, Progress, Rows, no_progress
+from mechatlas.devices import as_device
 from mechatlas.dictionaries.autoencoder import LinearCoder, SparseCoder
 from mechatlas.dictionaries.engine import checkpoints
 from mechatlas.dictionaries.engine.adapter import Adapter, as_coder
@@ -32,6 +34,7 @@ from mechatlas.dictionaries.objective import Objective, Schedule
 from mechatlas.dictionaries.revival import AuxK, Resample
 from mechatlas.dictionaries.rows import as_rows
 from mechatlas.files import checksum
+from mechatlas.outputs import claim
 
 MEASUREMENTS = 25
 """Number of measurements of a run."""
@@ -103,11 +106,12 @@ def train(
         True
 
     Raises:
-        DiskError: A checkpoint cannot be written.
+        DiskError: A checkpoint cannot be written, or another process writes into its folder.
         InputError: The rows are not as wide as the dictionary, all are equal, or none is held out;
             or the dictionary has nothing to learn.
         NonFiniteError: A row has a NaN or an infinity (nothing was trained on it), or the loss
             became infinite.
+        RecipeError: There is no such device here.
         ValueError: `steps`, `batch_size`, `lr` or `checkpoint_every` is not positive.
         WeightsError: The checkpoint is damaged or of a run with other settings.
     """
@@ -117,6 +121,7 @@ def train(
     rows = as_rows(data)
     if wrong := [coder.width for coder in coders if coder.width != rows.d_in]:
         raise InputError(f"The rows are {rows.d_in} wide, the dictionary reads {wrong[0]}.")
+    device = as_device(device)
     held_out = _checked(rows.held_out(HELD_OUT_ROWS), rows).to(device)
     if not len(held_out):
         raise InputError("There are no held-out rows to measure on; collect more than one sample.")
@@ -125,8 +130,11 @@ def train(
     options = (steps, batch_size, lr, seed, schedule, objective, revival)
     settings = _settings(rows, held_out, options)
     done = 0
-    try:
+    with contextlib.ExitStack() as at_the_end:
+        if checkpoint is not None:
+            at_the_end.enter_context(claim(Path(checkpoint)))
         for number, run in enumerate(runs):
+            at_the_end.callback(run.finish)
             settings |= {f"{name} {number}": value for name, value in run.begin().items()}
         if checkpoint is not None:
             done = _resume(Path(checkpoint), runs, settings)
@@ -147,9 +155,6 @@ def train(
                 clock = time.process_time()
             if checkpoint is not None and (done % checkpoint_every == 0 or done == steps):
                 _keep(Path(checkpoint), runs, settings, done)
-    finally:
-        for run in runs:
-            run.finish()
     return dictionary
 
 

@@ -1,14 +1,16 @@
 """Arrays as people bring them -> numpy arrays that the mathematics works on.
 
 as_array    numpy, torch, lists, memory maps -> one contiguous array of a known shape
+as_numbers  the same of any shape, and as it lies in memory
 unit_rows   rows brought to length 1
 """
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from scipy import sparse
 
 from mechatlas.base import InputError
@@ -27,7 +29,7 @@ def as_array(
 
     Args:
         value: A numpy array of any order, stride and byte order, a memory map, a dense tensor of
-            any dtype on any device, or nested lists of numbers.
+            any dtype on any device, or nested lists of numbers, arrays or tensors.
         axes: Names of the axes, such as "latent d_in"; their number is checked.
         name: What the value is called in a message, such as "W_dec".
         dtype: Number format of the result; by default that of the value, with bfloat16 as float32.
@@ -40,23 +42,85 @@ def as_array(
             of axes.
     """
     expected = f"expected an array ({', '.join(axes.split())})"
-    if isinstance(value, torch.Tensor):
-        if value.layout != torch.strided:
-            raise InputError(f"{name} is a sparse tensor, {expected}. Pass {name}.to_dense().")
-        value = value.detach().cpu()
-        value = (value.float() if value.dtype == torch.bfloat16 else value).resolve_neg().numpy()
-    if isinstance(value, np.ma.MaskedArray):
-        raise InputError(f"{name} is a masked array, {expected}. Fill it first: {name}.filled(0).")
-    try:
-        array = np.asarray(value)
-    except ValueError as error:
-        raise InputError(f"{name} is not an array of numbers ({error}), {expected}.") from error
-    if array.dtype.kind not in "biuf":
-        raise InputError(f"{name} holds {array.dtype} values, {expected} of real numbers.")
+    array = as_numbers(value, name, expected)
     if array.ndim != len(axes.split()):
         raise InputError(f"{name} has shape {array.shape}, {expected}.")
     native = array.dtype.newbyteorder("=") if dtype is None else np.dtype(dtype)
     return np.ascontiguousarray(array, dtype=native)
+
+
+def as_numbers(value: Any, name: str, expected: str = "expected an array") -> np.ndarray:
+    """Convert an array-like value to a numpy array of real numbers.
+
+    Args:
+        value: As for `as_array`.
+        name: What the value is called in a message.
+        expected: What is said of the expected shape.
+
+    Returns:
+        An array that may share memory with the value, in any order and byte order.
+
+    Raises:
+        InputError: The value is sparse or masked, or is not an array of real numbers.
+    """
+    if isinstance(value, str | bytes | Path):
+        raise InputError(
+            f"{name} is the text {str(value)!r}, {expected}. Read the file first, as with "
+            "numpy.load, ma.load or ma.Store."
+        )
+    if isinstance(value, np.ma.MaskedArray):
+        if np.ma.getmaskarray(value).any():
+            raise InputError(
+                f"{name} is a masked array with {np.ma.count_masked(value)} masked values, "
+                f"{expected}. Fill or drop them first, as with {name}.filled(0)."
+            )
+        value = value.data
+    if isinstance(value, list | tuple):
+        value = _nested(value, name, expected)
+    if isinstance(value, torch.Tensor):
+        value = _of_tensor(value, name, expected)
+    if sparse.issparse(value):
+        raise InputError(f"{name} is a sparse matrix, {expected}. Pass {name}.toarray().")
+    try:
+        array = np.asarray(value)
+    except Exception as error:  # whatever the conversion of another library raises
+        raise InputError(f"{name} is not an array of numbers ({error}), {expected}.") from error
+    if array.dtype.kind not in "biuf":
+        kind = f"is a {type(value).__name__}" if array.ndim == 0 else f"holds {array.dtype} values"
+        raise InputError(f"{name} {kind}, {expected} of real numbers.")
+    return array.astype(np.float64) if array.dtype == np.longdouble else array
+
+
+def _nested(values: Any, name: str, expected: str) -> Any:
+    """Lists whose tensors and masked arrays have become arrays; lists of numbers as they are."""
+    inner = values
+    while isinstance(inner, list | tuple) and len(inner):
+        inner = inner[0]
+    if not isinstance(inner, torch.Tensor | np.ma.MaskedArray):
+        return values
+    return [as_numbers(v, f"{name}[{i}]", expected) for i, v in enumerate(values)]
+
+
+def _of_tensor(value: torch.Tensor, name: str, expected: str) -> Shaped[np.ndarray, "..."]:
+    """Array of a dense tensor.
+
+    Raises:
+        InputError: The tensor is sparse, nested, quantized or complex, or has no values.
+    """
+    if value.is_nested or value.layout != torch.strided:
+        kind = "nested" if value.is_nested else "sparse"
+        dense = "to_padded_tensor(0)" if value.is_nested else "to_dense()"
+        raise InputError(f"{name} is a {kind} tensor, {expected}. Pass {name}.{dense}.")
+    if value.is_quantized:
+        raise InputError(f"{name} is a quantized tensor, {expected}. Pass {name}.dequantize().")
+    if value.is_meta:
+        raise InputError(f"{name} is on the meta device and has no values, {expected}.")
+    if value.is_complex():
+        kind = str(value.dtype).removeprefix("torch.")
+        raise InputError(f"{name} holds {kind} values, {expected} of real numbers.")
+    value = value.detach().cpu().resolve_neg()
+    known = value.dtype in (torch.float16, torch.float32, torch.float64)
+    return (value.float() if value.is_floating_point() and not known else value).numpy()
 
 
 def unit_rows(rows: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "n d"]:

@@ -98,10 +98,15 @@ def test_a_way_around_the_source_is_refused():
         trace_wiring(Residual().eval(), Site("out"), Site("late"), images(2, 9))
 
 
-def test_training_mode_is_refused_where_it_matters():
-    network = Residual().train()
-    with pytest.raises(SiteError, match="Module 'norm'"):
-        trace_wiring(network, Site("stem"), Site("out"), images(2, 9))
+def test_a_network_in_training_mode_is_wired_as_in_evaluation_mode():
+    network, x = Residual().train(), images(2, 9)
+    mean = network.norm.get_buffer("running_mean").clone()
+    wiring = trace_wiring(network, Site("stem"), Site("out"), x)
+    assert network.norm.training
+    assert torch.equal(network.norm.get_buffer("running_mean"), mean)
+    expected = trace_wiring(network.eval(), Site("stem"), Site("out"), x)
+    source = images(2, 7).repeat(1, 3, 1, 1)[:, :8]
+    assert torch.equal(wiring.run(source), expected.run(source))
 
 
 def test_the_network_is_as_it_was():

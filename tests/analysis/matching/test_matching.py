@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 import mechatlas
 from mechatlas.analysis.matching.chains import compose, cycle_agreement, survival, track
 from mechatlas.analysis.matching.codes import correlate, permute_samples, sample_block
-from mechatlas.analysis.matching.folding import fold, mean_active, vectors
+from mechatlas.analysis.matching.folding import fold, mean_active, varying, vectors
 from mechatlas.analysis.matching.held_out import (
     baselines,
     co_firing,
@@ -558,3 +558,95 @@ def test_a_result_prints_as_what_was_found():
     tracks = track([np.eye(4)] * 2, [result])
     assert repr(tracks).startswith("Tracks: ")
     assert repr(survival(tracks, [result])).startswith("SurvivalCurves: ")
+
+
+def with_more(dictionary, random):
+    """The dictionary with degenerate latents in between, and where the others are now."""
+    rows = dictionary.W_dec.numpy()
+    n, d = rows.shape
+    n_zero, n_constant, n_copies, n_never = random.integers(1, 6, 4)
+    copied = random.choice(n, n_copies, replace=False)
+    extra = [np.zeros((n_zero, d)), np.ones((n_constant, d)), 3.0 * rows[copied]]
+    extra.append(rows[random.integers(n, size=n_never)] + random.standard_normal((n_never, d)))
+    theta = np.ones(n_zero + n_constant + n_copies + n_never)
+    theta[-n_never:] = np.inf
+    # Copies come after their originals, so that the originals stay the first of their direction.
+    place = np.concatenate([
+        np.arange(n), random.random(n_zero + n_constant) * n, n + np.arange(n_copies),
+        random.random(n_never) * n,
+    ])  # fmt: skip
+    order = np.argsort(place, kind="stable")
+    made = SimpleNamespace(**vars(dictionary))
+    made.W_dec = torch.from_numpy(np.concatenate([rows, *extra])[order].astype(np.float32))
+    made.W_enc = torch.cat([dictionary.W_enc, torch.ones(d, len(theta))], dim=1)[:, order]
+    made.b_enc = torch.zeros(len(order))
+    made.threshold = torch.cat([dictionary.threshold, torch.from_numpy(theta).float()])[order]
+    made.n_latents = len(order)
+    where = np.argsort(order)[:n]
+    return made, where, copied
+
+
+@given(seeds)
+@settings(max_examples=6)
+def test_degenerate_latents_are_never_matched_and_change_nothing_for_others(seed):
+    random = np.random.default_rng(seed)
+    plain = chain(150, 24, 2, noise=0.5, seed=seed).dictionaries
+    before = match(*plain)
+    (a, in_a, copied_a), (b, in_b, copied_b) = (with_more(x, random) for x in plain)
+    after = match(a, b)
+    other_a = np.setdiff1d(np.arange(a.n_latents), in_a)
+    for wrong in (other_a, in_a[copied_a]):
+        assert not after.matched[wrong].any()
+        assert (after.q_values[wrong] == 1).all()
+        assert after.degenerate_a[wrong].all()
+    np.testing.assert_array_equal(in_b[before.columns], after.columns[in_a])
+    same = ~np.isin(np.arange(len(in_a)), copied_a) & ~np.isin(before.columns, copied_b)
+    np.testing.assert_array_equal(before.q_values[same], after.q_values[in_a][same])
+    np.testing.assert_array_equal(before.matched[same], after.matched[in_a][same])
+    assert after.cosine_threshold == before.cosine_threshold
+    np.testing.assert_array_equal(after.evidence.null, before.evidence.null)
+    assert f"{after.degenerate_a.sum()} latents of A" in repr(after)
+
+
+def test_one_zero_atom_is_not_matched():
+    rows = np.random.default_rng(0).standard_normal((256, 64))
+    dead = rows.copy()
+    dead[7] = 0
+    result = match(dead, rows[::-1])
+    assert np.flatnonzero(~result.matched).tolist() == [7]
+    assert result.cosine_threshold > 0.4
+
+
+def test_tracks_have_no_links_of_degenerate_latents():
+    rows = np.random.default_rng(0).standard_normal((64, 16))
+    layers = [rows.copy(), rows.copy(), rows.copy()]
+    for x in layers:
+        x[3], x[5] = 0, x[9]
+    matches = [match(layers[0], layers[1]), match(layers[1], layers[2])]
+    tracks = track(layers, matches)
+    linked = tracks.latents[(tracks.latents >= 0).sum(axis=1) > 1]
+    assert not np.isin(linked, [3, 5, 9]).any()
+    assert len(linked) == 61
+
+
+def test_latents_that_are_never_active_or_constant_are_told_from_rows(two):
+    a, _, x = two
+    plain: Any = SimpleNamespace(d_in=12, n_latents=24, W_dec=a.W_dec.detach(), decode=a.decode)
+
+    def encode(x):
+        code = a.encode(x).clone()
+        code[:, 2], code[:, 5] = 0, 0.3
+        return code
+
+    plain.encode = encode
+    live = varying(plain, x)
+    assert np.flatnonzero(~live).tolist() == [2, 5]
+    result = match(plain, a, live=(live, None))
+    assert np.flatnonzero(~result.matched).tolist() == [2, 5]
+    assert result.columns[[2, 5]].tolist() == [-1, -1]
+    codes = correlate(plain, x)
+    assert np.flatnonzero(~codes.any(axis=1)).tolist() == [2, 5]
+    with pytest.raises(InputError, match=r"B has 24 latents, its mask of live ones 3: give"):
+        match(plain, a, live=(None, [True] * 3))
+    with pytest.raises(InputError, match="No latent of A can be paired"):
+        match(np.zeros((4, 3)), np.eye(3))

@@ -1,8 +1,10 @@
 """Training of networks on the table of a group."""
 
+import dataclasses
+
 import numpy as np
 
-from mechatlas.analysis.proofs.group_training import GroupTrainingConfig, train_group_net
+from mechatlas.analysis.proofs.group_training import GroupTrainingConfig, train_group_nets
 from mechatlas.analysis.proofs.prove import prove
 from mechatlas.maths.named_groups import group
 
@@ -11,10 +13,26 @@ from .planted import true_margins
 
 def test_training_learns_a_group_and_gives_the_same_bytes_again():
     of = group("D3")
-    options = GroupTrainingConfig(width=40, steps=300, batch_size=64, seed=3)
-    weights = train_group_net(np.asarray(of.table), options)
-    again = train_group_net(np.asarray(of.table), options)
-    assert all(np.array_equal(a, b) for a, b in zip(weights, again, strict=True))
-    assert (true_margins(weights, of.table) > 0).all()
-    bound = prove(*weights, of, compute_budget=0.5)
-    assert (bound.verification.margins <= true_margins(weights, of.table)).all()
+    options = GroupTrainingConfig(
+        width=40, embedding_width=24, steps=300, batch_size=64, seed=3, n_seeds=2
+    )
+    nets = train_group_nets(np.asarray(of.table), options)
+    again = train_group_nets(np.asarray(of.table), options)
+    for weights, others in zip(nets, again, strict=True):
+        assert all(np.array_equal(a, b) for a, b in zip(weights, others, strict=True))
+        assert (true_margins(weights, of.table) > 0).all()
+        bound = prove(*weights, of, compute_budget=0.5)
+        assert (bound.verification.margins <= true_margins(weights, of.table)).all()
+
+
+def test_networks_side_by_side_are_those_trained_alone():
+    of = group("C5")
+    options = GroupTrainingConfig(
+        width=12, embedding_width=10, steps=30, batch_size=25, seed=7, n_seeds=3
+    )
+    together = train_group_nets(np.asarray(of.table), options)
+    for i, weights in enumerate(together):
+        alone = dataclasses.replace(options, seed=7 + i, n_seeds=1)
+        [other] = train_group_nets(np.asarray(of.table), alone)
+        for a, b in zip(weights, other, strict=True):
+            np.testing.assert_allclose(a, b, atol=1e-4)

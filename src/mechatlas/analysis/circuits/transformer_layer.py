@@ -21,7 +21,7 @@ from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 from torch.nn import functional
 
-from mechatlas.activations.sites import branches_of, select
+from mechatlas.activations.branches import branches_of, select
 from mechatlas.activations.tracing import ModuleCall, Trace, same_numbers, trace
 from mechatlas.analysis.circuits.wiring import Route, Wiring, channel_range, trace_wiring
 from mechatlas.base import Site, SiteError

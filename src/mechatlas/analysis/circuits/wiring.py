@@ -16,8 +16,9 @@ from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 from torch.nn import functional
 
-from mechatlas.activations.sites import branches_of, select
-from mechatlas.activations.tracing import Operation, same_numbers, tensors_in, trace
+from mechatlas.activations.branches import branches_of, select
+from mechatlas.activations.tracing import Operation, same_numbers, trace
+from mechatlas.activations.values import tensors_in
 from mechatlas.base import Site, SiteError
 
 MOST_ROUTES = 32

@@ -25,6 +25,8 @@ from jaxtyping import Float, Int
 from torch import nn
 
 from mechatlas import deprecated
+from mechatlas.activations.passes import evaluation_mode
+from mechatlas.activations.sites import as_site
 from mechatlas.analysis.interaction import bases
 from mechatlas.analysis.interaction.ablation import (
     AblationCurve,
@@ -144,7 +146,7 @@ def basis(
     if len(layers) < 2:
         raise SiteError(f"Name at least two layers, got {len(layers)}: {list(map(str, layers))}.")
     inputs = Inputs.from_data(data)
-    sites = [site if isinstance(site, Site) else Site.parse(site) for site in layers]
+    sites = [as_site(model, site) for site in layers]
     if checkpoints is None:
         checkpoints = {}
     kept, keep = (
@@ -152,9 +154,7 @@ def basis(
         if isinstance(checkpoints, MutableMapping)
         else (checkpoints.kept, checkpoints.keep)
     )
-    trained = [m for m in model.modules() if m.training]
-    model.eval()
-    try:
+    with evaluation_mode(model):
         first = inputs.first(16).tensor
         maps = layer_maps(model, sites, first)
         n_steps = 3 + 3 * len(maps) * len(settings.kinds)
@@ -180,9 +180,6 @@ def basis(
             learning_coefficient=analysis.learning_coefficient(),
             module_degeneracy=analysis.module_degeneracy(unit_modules),
         )
-    finally:
-        for module in trained:
-            module.training = True
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

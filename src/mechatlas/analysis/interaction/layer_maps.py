@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mechatlas.activations.sites import channels_last, cut_branch, intervene, read_activations
-from mechatlas.activations.tracing import ModuleCall, Trace, same_numbers, trace
+from mechatlas.activations.tracing import ModuleCall, Trace, Version, same_numbers, trace
 from mechatlas.base import Site, SiteError
 
 
@@ -121,7 +121,7 @@ def _layer_map(
     )
     chain = None
     if source.branch is target.branch is None:
-        chain = _chain(traced.finished_calls(), traced.tensors[source], traced.tensors[target])
+        chain = _chain(traced.finished_calls(), traced.versions[source], traced.versions[target])
     if chain is not None and same_numbers(_run_chain(chain, before), after):
         modules = chain
         form = _recognize(chain, before, after)
@@ -175,8 +175,10 @@ def _before(
     for call in traced.finished_calls():
         own = whole_output and call.module is layer
         early = call.finished is not None and call.finished < reached
-        kept = torch.is_tensor(call.output) and len(call.output) == n_samples and (own or early)
-        outputs.setdefault(call.module, []).append(call.output[:1].detach() if kept else None)
+        out = call.returned
+        kept = out and out.is_intact and len(out.tensor) == n_samples and (own or early)
+        first = out.tensor[:1].detach() if out and kept else None
+        outputs.setdefault(call.module, []).append(first)
     idle = {m: outs[0] for m, outs in outputs.items() if len(outs) == 1 and outs[0] is not None}
     inside = {id(part) for module in idle for part in module.modules() if part is not module}
     return {module: out for module, out in idle.items() if id(module) not in inside}
@@ -187,7 +189,7 @@ def _standing_in(idle: dict[nn.Module, Tensor]) -> Iterator[None]:
     """Replace the output of modules by tensors, whatever their input."""
 
     def give(out: Tensor) -> Callable[..., Tensor]:
-        return lambda *_args, **_kwargs: out
+        return lambda *_args, **_kwargs: out.clone()  # what follows may write into it
 
     own = {module: vars(module).get("forward") for module in idle}
     try:
@@ -231,21 +233,20 @@ def _is_piecewise_linear(run: Run, x: Tensor, inputs: Tensor) -> bool:
     return second is None or not bool(second.any())
 
 
-def _chain(traced: list[ModuleCall], before: Tensor, after: Tensor) -> list[nn.Module] | None:
+def _chain(traced: list[ModuleCall], before: Version, after: Version) -> list[nn.Module] | None:
     """Shortest chain of modules that leads from one tensor to another."""
     calls = [
-        (call.args[0], call.module, call.output)
+        (call.given, call.module, call.returned)
         for call in reversed(traced)
-        if len(call.args) == 1 and not call.kwargs
-        and isinstance(call.args[0], Tensor) and isinstance(call.output, Tensor)
-    ]  # fmt: skip
-    paths: list[tuple[Tensor, list[nn.Module]]] = [(before, [])]
+        if call.given is not None and call.returned is not None
+    ]
+    paths: list[tuple[Version, list[nn.Module]]] = [(before, [])]
     for _ in range(len(calls)):
         longer = []
         for tensor, path in paths:
             for given, module, returned in calls:
-                if _is(given, tensor) and module not in path:
-                    if _is(returned, after):
+                if given.is_same(tensor) and module not in path:
+                    if returned.is_same(after):
                         return [*path, module]
                     longer.append((returned, [*path, module]))
         paths = longer[:64]
@@ -254,13 +255,8 @@ def _chain(traced: list[ModuleCall], before: Tensor, after: Tensor) -> list[nn.M
     return None
 
 
-def _is(a: Tensor, b: Tensor) -> bool:
-    return a is b or (
-        a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride()
-    )
-
-
 def _run_chain(chain: list[nn.Module], x: Tensor) -> Tensor:
+    x = x.clone()  # the first may write into it
     for module in chain:
         x = module(x)
     return x

@@ -22,6 +22,7 @@ from jaxtyping import Bool, Float, Int
 from numpy.typing import ArrayLike
 from torch import Tensor
 
+from mechatlas.analysis.matching.degenerate import only_unique
 from mechatlas.analysis.matching.folding import unit_rows
 from mechatlas.analysis.matching.nulls import NULLS, Null, compare_with_null, local_fdr
 from mechatlas.analysis.matching.pairing import FDR, Match
@@ -172,6 +173,7 @@ def track(
             f"Layers of {', '.join(str(len(x)) for x in units)} latents need a match of each with "
             f"the next, got matches of {', '.join(f'{n} with {m}' for n, m in sizes) or 'none'}."
         )
+    units = [only_unique(x) for x in units]
     links = [_Links.of(each) for each in matches]
     n_links = len(links)
     for sweep in range(sweeps):

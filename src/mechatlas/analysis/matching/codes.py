@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mechatlas.analysis.matching.folding import unit_rows
+from mechatlas.analysis.matching.folding import differs, unit_rows
 from mechatlas.base import Dictionary
 
 SKETCH_SIZE = 4096
@@ -74,7 +74,8 @@ def correlate(
         batch_size: Rows encoded at once.
 
     Returns:
-        One vector of length 1 for each latent; zeros for latents that are hardly ever active.
+        One vector of length 1 for each latent; zeros for latents that are hardly ever active,
+        or constant.
 
     Source:
         Charikar, Chen, Farach-Colton, Finding frequent items in data streams (2002).
@@ -84,14 +85,18 @@ def correlate(
     total = torch.zeros(sketch.width, dictionary.n_latents)
     mean = torch.zeros(dictionary.n_latents)
     active = torch.zeros(dictionary.n_latents, dtype=torch.int64)
+    lowest = torch.full((dictionary.n_latents,), torch.inf)
+    highest = -lowest
     for start in range(0, len(x), batch_size):
         part = slice(start, start + batch_size)
         code = dictionary.encode(x[part]).float()
         total.index_add_(0, bucket[part], code * sign[part, None])
         mean += code.sum(dim=0) / len(x)
         active += (code != 0).sum(dim=0)
+        lowest = torch.minimum(lowest, code.amin(dim=0))
+        highest = torch.maximum(highest, code.amax(dim=0))
     total -= torch.zeros(sketch.width).index_add_(0, bucket, sign)[:, None] * mean
-    total[:, active < min_active_rows] = 0
+    total[:, (active < min_active_rows) | ~differs(lowest, highest)] = 0
     return unit_rows(total.T.numpy())
 
 

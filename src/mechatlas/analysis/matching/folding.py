@@ -7,6 +7,7 @@ of a latent over the rows where it is active can fix it. Without either, rows st
 
     fold           a dictionary or a matrix of decoder rows -> `FoldedDictionary`
     mean_active    mean activation of each latent on some rows, for use as its scale
+    varying        latents whose code is not the same on all rows
     vectors        the vectors of a folded dictionary that a cost compares
 
 Source: Balagansky et al., Mechanistic permutability (2024), section 3.
@@ -17,7 +18,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from numpy.typing import ArrayLike
 from torch import Tensor
 
@@ -32,6 +33,8 @@ unweighted (the paper's full cost, which the decoder dominates). balanced: the s
 equal total length. cosine: decoder rows at length 1. codes: matrices made by `correlate`, whose
 rows of zeros are latents that are not paired.
 """
+CONSTANT = 1e-5
+"""Spread of the codes of a constant latent, as a share of their size."""
 BLOCK = 1024
 """Latents decoded at once from a dictionary that does not show its decoder."""
 
@@ -48,6 +51,9 @@ class FoldedDictionary:
     """Encoder bias over the scale, with what the format subtracts from its input absorbed."""
     scale: Float[np.ndarray, " latent"]
     """Activation that became 1."""
+    live: Bool[np.ndarray, " latent"]
+    """Latents whose code can depend on the input: their threshold is finite, their encoder not
+    zero."""
 
 
 def fold(
@@ -75,6 +81,10 @@ def fold(
     factor = np.ones(len(decoder)) if own is None else own.astype(np.float64)
     if factor.shape != (len(decoder),):
         raise InputError(f"{name} has {len(decoder)} latents and scales of shape {factor.shape}.")
+    live = np.isfinite(factor)
+    factor = np.where(np.isposinf(factor), 1.0, factor)
+    if encoder is not None:
+        live &= encoder.any(axis=1)
     if not (factor > 0).all():
         worst = int(np.argmin(factor))
         raise InputError(
@@ -86,6 +96,7 @@ def fold(
         encoder=None if encoder is None else encoder / factor[:, None],
         bias=None if bias is None else bias / factor,
         scale=factor,
+        live=live,
     )
 
 
@@ -190,6 +201,35 @@ def mean_active(
         raise InputError(f"No latent is active on any of the {len(x)} rows.")
     mean = total / count.clamp_min(1)
     return torch.where(alive, mean, mean[alive].median()).numpy()
+
+
+@torch.no_grad()
+def varying(
+    dictionary: Dictionary, *rows: Float[Tensor, "_row d_in"], batch_size: int = 512
+) -> Bool[np.ndarray, " latent"]:
+    """Mark the latents whose code is not the same on all rows.
+
+    The others are never active, or constant.
+
+    Args:
+        dictionary: Any; only `encode` is used.
+        *rows: Rows of activations.
+        batch_size: Rows encoded at once.
+    """
+    lowest = torch.full((dictionary.n_latents,), torch.inf)
+    highest = -lowest
+    for part in (part for x in rows for part in x.split(batch_size)):
+        code = dictionary.encode(part).float()
+        lowest = torch.minimum(lowest, code.amin(dim=0))
+        highest = torch.maximum(highest, code.amax(dim=0))
+    return differs(lowest, highest).numpy()
+
+
+def differs(
+    lowest: Float[Tensor, " latent"], highest: Float[Tensor, " latent"]
+) -> Bool[Tensor, " latent"]:
+    """Compare the least and the largest code of each latent, beyond the rounding of float32."""
+    return highest - lowest > CONSTANT * torch.maximum(highest.abs(), lowest.abs())
 
 
 def vectors(

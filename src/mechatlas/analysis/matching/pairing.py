@@ -12,16 +12,18 @@ Source: Balagansky et al., Mechanistic permutability (2024).
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, get_args
+from typing import Any, get_args
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 
+from mechatlas.analysis.matching.degenerate import Side, sides
 from mechatlas.analysis.matching.folding import Cost, FoldedDictionary, fold, unit_rows, vectors
 from mechatlas.analysis.matching.nulls import NULLS, Null, PairEvidence, compare_with_null
 from mechatlas.base import InputError, Progress, Result, no_progress
 from mechatlas.deprecated import renamed_arguments, renamed_attributes
+from mechatlas.maths.arrays import as_array
 from mechatlas.maths.assignment import Assignment, State, assign
 from mechatlas.maths.pricing import Factors
 
@@ -39,7 +41,8 @@ class Match(Result):
     """One-to-one pairing of the latents of two dictionaries, with its evidence."""
 
     columns: Int[np.ndarray, " latent_a"]
-    """Latent of B for each latent of A; -1 where the larger side A has no pair."""
+    """Latent of B for each latent of A; -1 where the larger side A has no pair, or one of the two
+    could not be paired."""
     cost: float
     """Sum of the costs of all pairs."""
     lower_bound: float
@@ -69,9 +72,15 @@ class Match(Result):
     unit_b: Float[np.ndarray, "latent_b width"]
     """Compared vectors of B at length 1."""
     active_a: Int[np.ndarray, " rows"]
-    """Latents of A that took part, the rows of `costs`: all, but with codes only active ones."""
+    """Latents of A that took part, the rows of `costs`: not zero, constant or never active, and the
+    first of those with one direction."""
     active_b: Int[np.ndarray, " columns"]
     """Latents of B that took part, the columns of `costs`."""
+    degenerate_a: Bool[np.ndarray, " latent_a"]
+    """Latents of A that cannot be matched: zero, constant, never active, or not the only one with
+    their direction."""
+    degenerate_b: Bool[np.ndarray, " latent_b"]
+    """Latents of B that cannot be matched."""
 
     def summary(self) -> str:
         """Number of matched latents, false match rate and optimality gap."""
@@ -81,11 +90,16 @@ class Match(Result):
             if self.matched.any()
             else "no pair is more similar than chance"
         )
+        n_a, n_b = int(self.degenerate_a.sum()), int(self.degenerate_b.sum())
+        degenerate = (
+            f"\nZero, constant, duplicated or never active: {n_a:,} latents of A, {n_b:,} of B."
+        )
         return (
             f"Match: {int(self.matched.sum()):,} of {smaller:,} latents matched "
             f"(false match rate {self.fdr:.0%}, {threshold}).\n"
             f"{len(self.unit_a):,} latents of A, {len(self.unit_b):,} of B; cost {self.cost:.6g}, "
             f"optimality gap {self.gap:.1e}; about {self.evidence.n_null:,} pairs are chance."
+            f"{degenerate if n_a or n_b else ''}"
         )
 
     def matched_columns(self) -> Int[np.ndarray, " latent_a"]:
@@ -112,6 +126,7 @@ def match(
     *,
     cost: Cost = "decoder",
     scale: tuple[Any, Any] = (None, None),
+    live: tuple[Any, Any] = (None, None),
     fdr: float = FDR,
     nulls: Sequence[Null] = NULLS,
     seed: int = 0,
@@ -127,6 +142,8 @@ def match(
         b: Dictionary B, likewise.
         cost: Vectors that are compared, always by squared distance.
         scale: Activation of each latent of A and of B that counts as 1; by default thresholds.
+        live: Masks of the latents of A and of B that are ever active and not constant, from
+            `varying`; by default all are. Others are not paired.
         fdr: False match rate at which a pair counts as matched.
         nulls: Functions that make null dictionaries; `(permute_samples,)` for codes.
         seed: Seed of the null.
@@ -157,12 +174,33 @@ def match(
         raise InputError(f"cost must be one of {', '.join(get_args(Cost))}, got {cost!r}.")
     if seed < 0:
         raise InputError(f"The seed must be at least 0, got {seed}.")
-    x, y = _compared(fold(a, scale=scale[0]), fold(b, scale=scale[1], name="B"), cost)
-    active = _active(x, y) if cost == "codes" else _Active(np.arange(len(x)), np.arange(len(y)))
-    costs = Factors.squared_distances(x[active.a], y[active.b])
+    folded = fold(a, scale=scale[0]), fold(b, scale=scale[1], name="B")
+    x, y = _compared(*folded, cost)
+    side_a, side_b = sides(x, y, folded, cost, (_mask(live[0], x, "A"), _mask(live[1], y, "B")))
+    costs = Factors.squared_distances(_rows(x, side_a.paired), _rows(y, side_b.paired))
     assignment = assign(costs, resume=resume, on_progress=on_progress, on_state=on_state)
     result = with_evidence(assignment, costs, fdr=fdr, nulls=nulls, seed=seed, evidence=evidence)
-    return result if cost != "codes" else _among_all(result, active, len(x), len(y))
+    return _among_all(result, side_a, side_b)
+
+
+def _mask(live: Any, x: np.ndarray, name: str) -> Bool[np.ndarray, " latent"] | None:
+    """Mask of live latents, checked.
+
+    Raises:
+        InputError: It has not one value for each latent.
+    """
+    mask = None if live is None else as_array(live, "latent", f"The mask of live latents of {name}")
+    if mask is not None and len(mask) != len(x):
+        raise InputError(
+            f"{name} has {len(x)} latents, its mask of live ones {len(mask)}: give one value for "
+            "each latent."
+        )
+    return None if mask is None else mask != 0
+
+
+def _rows(x: Float[np.ndarray, "n d"], numbers: Int[np.ndarray, " k"]) -> Float[np.ndarray, "k d"]:
+    """Rows of an array; the array itself where they are all of it."""
+    return x if len(numbers) == len(x) else x[numbers]
 
 
 def _compared(
@@ -182,49 +220,33 @@ def _compared(
     return x, y
 
 
-class _Active(NamedTuple):
-    """Latents that take part in the pairing."""
-
-    a: Int[np.ndarray, " rows"]
-    b: Int[np.ndarray, " columns"]
-
-
-def _active(x: Float[np.ndarray, "n width"], y: Float[np.ndarray, "m width"]) -> _Active:
-    """Select the latents whose codes are not zero.
-
-    Raises:
-        InputError: There is none.
-    """
-    active = _Active(np.flatnonzero(x.any(axis=1)), np.flatnonzero(y.any(axis=1)))
-    for name, latents in zip("AB", active, strict=True):
-        if not len(latents):
-            raise InputError(
-                f"No latent of {name} is active often enough on these rows to be paired by its "
-                "codes. Give more rows."
-            )
-    return active
-
-
-def _among_all(result: Match, active: _Active, n: int, m: int) -> Match:
-    """Extend a match of active latents to all; the others stay without a pair."""
+def _among_all(result: Match, a: Side, b: Side) -> Match:
+    """Extend a match of the latents that are paired to all; the others stay without a pair."""
+    n, m = len(a.unique), len(b.unique)
 
     def spread(values: np.ndarray, size: int, place: np.ndarray, empty: Any) -> np.ndarray:
+        if len(place) == size:
+            return values
         every = np.full((size, *values.shape[1:]), empty, values.dtype)
         every[place] = values
         return every
 
-    columns = np.where(result.columns < 0, -1, active.b[result.columns])
+    columns = np.where(result.columns < 0, -1, b.paired[result.columns])
+    columns = spread(columns, n, a.paired, -1)
+    unique = a.unique & np.where(columns < 0, False, b.unique[columns])
     return dataclasses.replace(
         result,
-        columns=spread(columns, n, active.a, -1),
-        pair_costs=spread(result.pair_costs, n, active.a, np.nan),
-        cosines=spread(result.cosines, n, active.a, 0.0),
-        q_values=spread(result.q_values, n, active.a, 1.0),
-        matched=spread(result.matched, n, active.a, False),
-        unit_a=spread(result.unit_a, n, active.a, 0.0),
-        unit_b=spread(result.unit_b, m, active.b, 0.0),
-        active_a=active.a,
-        active_b=active.b,
+        columns=columns,
+        pair_costs=spread(result.pair_costs, n, a.paired, np.nan),
+        cosines=spread(result.cosines, n, a.paired, 0.0),
+        q_values=np.where(unique, spread(result.q_values, n, a.paired, 1.0), 1.0),
+        matched=spread(result.matched, n, a.paired, False) & unique,
+        unit_a=spread(result.unit_a, n, a.paired, 0.0),
+        unit_b=spread(result.unit_b, m, b.paired, 0.0),
+        active_a=a.paired,
+        active_b=b.paired,
+        degenerate_a=~a.unique,
+        degenerate_b=~b.unique,
     )
 
 
@@ -278,6 +300,8 @@ def with_evidence(
         unit_b=unit_b,
         active_a=np.arange(n),
         active_b=np.arange(costs.n_columns),
+        degenerate_a=np.zeros(n, bool),
+        degenerate_b=np.zeros(costs.n_columns, bool),
     )
 
 

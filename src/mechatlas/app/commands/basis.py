@@ -19,8 +19,9 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 from torch import Tensor
 
+from mechatlas.activations.images import Images
 from mechatlas.activations.networks import Network, digest, load_network
-from mechatlas.activations.samples import Images, SampleRecipe, open_samples
+from mechatlas.activations.samples import SampleRecipe, open_samples
 from mechatlas.activations.sites import find_sites
 from mechatlas.analysis.interaction.ablation import AblationCurve
 from mechatlas.analysis.interaction.degeneracy import DegeneracyCount

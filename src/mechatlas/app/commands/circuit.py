@@ -22,7 +22,8 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 from tyro.conf import Positional, arg
 
-from mechatlas.activations.samples import ImageSamples, Samples
+from mechatlas.activations.images import ImageSamples
+from mechatlas.activations.samples import Samples
 from mechatlas.activations.store import Store
 from mechatlas.analysis.circuits.circuit import (
     AblationEvidence,

@@ -10,9 +10,10 @@ from pathlib import Path
 
 from mechatlas.activations.collect import StoreConfig
 from mechatlas.activations.collect import collect as collect_rows
+from mechatlas.activations.images import Images
 from mechatlas.activations.networks import Network, load_network
 from mechatlas.activations.posing import PoseConfig
-from mechatlas.activations.samples import Images, SampleRecipe, open_samples
+from mechatlas.activations.samples import SampleRecipe, open_samples
 from mechatlas.activations.sites import find_sites
 from mechatlas.app.progress import bar
 from mechatlas.app.recipes import as_dict
@@ -78,7 +79,7 @@ def run(config: CollectConfig, folder: RunFolder) -> CollectResult:
     """
     network = load_network(config.network)
     sites = find_sites(network, config.sites)
-    samples = open_samples(config.samples, network)
+    samples = open_samples(config.samples, network, memory_mib=config.storage.memory_mib)
     made_from = as_dict(dataclasses.replace(config, out=Path("store"), device="cpu"))
     with bar("collecting") as progress:
         store = collect_rows(

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from mechatlas.activations.collect import StoreConfig
+from mechatlas.activations.images import Images
 from mechatlas.activations.networks import Network
 from mechatlas.activations.posing import PoseConfig
 from mechatlas.activations.positions import Positions
-from mechatlas.activations.samples import Images
 from mechatlas.analysis.interaction.results import InteractionConfig
 from mechatlas.app.commands import (
     basis,

@@ -2,8 +2,8 @@
 
     mechatlas train recipes/groups/s5.toml
 
-`mechatlas train` does this with a recipe that names a group. The folder has `net.safetensors` and
-`table.npy`, which `mechatlas prove` reads.
+`mechatlas train` does this with a recipe that names a group. The folder has `net.safetensors`
+(`net_SEED.safetensors` for each of several seeds) and `table.npy`, which `mechatlas prove` reads.
 """
 
 import dataclasses
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mechatlas.analysis.proofs.group_training import GroupTrainingConfig, train_group_net
+from mechatlas.analysis.proofs.group_training import GroupTrainingConfig, train_group_nets
 from mechatlas.analysis.proofs.verifier.exact import brute_force_accuracy
 from mechatlas.app.progress import bar
 from mechatlas.app.run_folder import GROUP_NET, CommandResult, RunFolder
@@ -51,7 +51,9 @@ class GroupNetResult(CommandResult):
     width: int
     """Hidden neurons."""
     accuracy: float
-    """Accuracy over all pairs, by brute force in float64."""
+    """Accuracy over all pairs, by brute force in float64; the least of all networks."""
+    accuracies: list[float] = dataclasses.field(default_factory=list)
+    """Accuracy of each network."""
     steps: int
     """Steps of Adam."""
 
@@ -85,25 +87,36 @@ def run(config: GroupNetConfig, folder: RunFolder) -> GroupNetResult:
     """
     group = find_group(config)
     with bar("training") as progress:
-        weights = train_group_net(np.asarray(group.table), config, on_progress=progress)
+        nets = train_group_nets(np.asarray(group.table), config, on_progress=progress)
     packed = io.BytesIO()
     np.save(packed, np.asarray(group.table))
     folder.facts(group=group.name)
     folder.file(TABLE, packed.getvalue())
-    folder.tensors(NET, weights._asdict())
+    for seed, weights in enumerate(nets, start=config.seed):
+        folder.tensors(net_file(config, seed), weights._asdict())
+    accuracies = [brute_force_accuracy(*w, group.table, dtype=np.float64) for w in nets]
     return GroupNetResult(
         order=group.order,
         width=config.width,
-        accuracy=brute_force_accuracy(*weights, group.table, dtype=np.float64),
+        accuracy=min(accuracies),
+        accuracies=accuracies,
         steps=config.steps,
     )
+
+
+def net_file(config: GroupNetConfig, seed: int) -> str:
+    """Name of the file with the network of a seed; a single network needs no number."""
+    return NET if config.n_seeds == 1 else f"net_{seed}.safetensors"
 
 
 def in_words(result: GroupNetResult) -> str:
     """Accuracy, cost, and the command that proves it."""
     out = Path(result.out)
+    several = len(result.accuracies) > 1
+    nets = f"{len(result.accuracies)} networks, the worst with accuracy" if several else "Accuracy"
+    net = f"net_SEED{Path(NET).suffix}" if several else NET
     return (
-        f"Accuracy {result.accuracy:.4%} on all {result.order**2:,} pairs after {result.steps} "
+        f"{nets} {result.accuracy:.4%} on all {result.order**2:,} pairs after {result.steps} "
         f"steps ({result.seconds:.0f} s of CPU time).\n"
-        f"Try: mechatlas prove {out / NET} --table {out / TABLE} --out {out / 'proof'}"
+        f"Try: mechatlas prove {out / net} --table {out / TABLE} --out {out / 'proof'}"
     )

@@ -28,7 +28,7 @@ from mechatlas.analysis.matching.chains import (
     track,
 )
 from mechatlas.analysis.matching.codes import correlate, permute_samples, sample_block
-from mechatlas.analysis.matching.folding import Cost, mean_active
+from mechatlas.analysis.matching.folding import Cost, mean_active, varying
 from mechatlas.analysis.matching.held_out import CoFiring, co_firing, paired_codes
 from mechatlas.analysis.matching.nulls import NULLS, Null, PairEvidence
 from mechatlas.analysis.matching.pairing import FDR, Match, feature_splitting, match
@@ -82,7 +82,8 @@ class MatchConfig(RunConfig):
     """False match rate at which a pair counts as matched."""
     store: Path | None = None
     """Store collected with `paired = true` that has the sites of all dictionaries. Adds co-firing,
-    explained variance and the effect on the network's output, on held-out rows."""
+    explained variance and the effect on the network's output, on held-out rows. Latents that are
+    never active on its rows, or constant, are not paired."""
     sites: tuple[str, ...] = ()
     """Site of each dictionary, in the same order, where the dictionaries do not say it."""
     scale: str = "threshold"
@@ -132,6 +133,11 @@ class PairResult(PairQuality):
     """Rounds of pricing until the pairing was proved optimal."""
     passes: float
     """Mean number of times that a row was priced against all columns."""
+    degenerate_a: int
+    """Latents of A that cannot be matched: zero, constant, never active, or not the only one with
+    their direction."""
+    degenerate_b: int
+    """Latents of B that cannot be matched."""
     split: int
     """Features of A with several similar latents in B."""
     merged: int
@@ -231,6 +237,8 @@ class _Inputs:
     """Dictionaries, or their codes on paired rows."""
     scales: list[Any]
     """Activation of each latent that counts as 1; None for thresholds."""
+    live: list[Any]
+    """Latents that are ever active and not constant; None where it is not known."""
     nulls: tuple[Null, ...] = NULLS
     rows: PairedRows | None = None
     held: HeldSamples | str = ""
@@ -308,7 +316,7 @@ def _open(config: MatchConfig) -> _Inputs:
     opened = open_dictionaries(config.dictionaries, sites=config.sites)
     names = [each.name for each in opened]
     dictionaries = [each.dictionary for each in opened]
-    plain = _Inputs(names, opened, dictionaries, [None] * len(opened))
+    plain = _Inputs(names, opened, dictionaries, [None] * len(opened), [None] * len(opened))
     if config.store is None:
         return plain
     store = Store(config.store)
@@ -329,6 +337,8 @@ def _open(config: MatchConfig) -> _Inputs:
         codes = [correlate(d, x, samples=rows.samples) for d, x in sided]
         null = functools.partial(permute_samples, block=sample_block(rows.samples))
         return dataclasses.replace(inputs, views=codes, nulls=(null,))
+    parts = zip(dictionaries, rows.known, rows.held_out, strict=True)
+    inputs = dataclasses.replace(inputs, live=[varying(d, *both) for d, *both in parts])
     if config.scale == "mean":
         return dataclasses.replace(inputs, scales=[mean_active(d, x) for d, x in sided])
     return inputs
@@ -355,6 +365,8 @@ def _pair(
         cosine_threshold=matching.cosine_threshold if matching.matched.any() else None,
         pricing_rounds=matching.assignment.rounds,
         passes=sum(matching.assignment.rows_priced) / len(matching.assignment.columns),
+        degenerate_a=int(matching.degenerate_a.sum()),
+        degenerate_b=int(matching.degenerate_b.sum()),
         split=len(splitting.split()),
         merged=len(splitting.merged()),
         seconds=round(time.process_time() - clock, 3),
@@ -393,6 +405,7 @@ def _resumable_match(config: MatchConfig, k: int, inputs: _Inputs, folder: RunFo
             inputs.views[k + 1],
             cost=config.cost,  # pyright: ignore[reportArgumentType]
             scale=(inputs.scales[k], inputs.scales[k + 1]),
+            live=(inputs.live[k], inputs.live[k + 1]),
             fdr=config.fdr,
             nulls=inputs.nulls,
             seed=config.seed,

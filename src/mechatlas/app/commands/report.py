@@ -13,7 +13,8 @@ from tyro.conf import Positional, arg
 from mechatlas.app.progress import bar
 from mechatlas.app.report.page import report
 from mechatlas.app.run_folder import CommandResult, peak_bytes
-from mechatlas.base import RecipeError
+from mechatlas.base import DiskError, RecipeError
+from mechatlas.outputs import writable
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,13 +44,18 @@ def run(config: ReportConfig) -> ReportResult:
     """Write one HTML page of all runs in a folder.
 
     Raises:
+        DiskError: The page cannot be written.
         RecipeError: `visualize` is negative.
         UserError: The folder holds no runs, or the page cannot be written.
     """
     if config.visualize < 0:
         raise RecipeError(f"--visualize must be at least 0 features, got {config.visualize}.")
     clock = time.process_time()
-    with bar("drawing the page") as progress:
+    if config.out.is_dir():
+        raise DiskError(
+            f"{config.out} is a folder, expected the file of a page, such as atlas.html."
+        )
+    with writable(config.out.parent), bar("drawing the page") as progress:
         page = report(config.folder, config.out, visualize=config.visualize, on_progress=progress)
     return ReportResult(
         out=str(page),

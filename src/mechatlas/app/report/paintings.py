@@ -14,7 +14,7 @@ from jaxtyping import Float, Int, UInt8
 from PIL import Image
 from torch import Tensor, nn
 
-from mechatlas.activations.samples import ImageSamples
+from mechatlas.activations.images import ImageSamples
 from mechatlas.analysis.visualization import VisualizeConfig, visualize
 from mechatlas.base import Progress, Site, no_progress
 

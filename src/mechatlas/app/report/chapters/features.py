@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from mechatlas.activations.networks import digest
+from mechatlas.activations.images import ImageSamples
+from mechatlas.activations.networks import has_weights
 from mechatlas.activations.receptive import receptive_field
-from mechatlas.activations.samples import ImageSamples, Samples, TextSamples
+from mechatlas.activations.samples import Samples, TextSamples
 from mechatlas.activations.store import POOL_BYTES, StoreRows
 from mechatlas.analysis.branches.specialization import plain_shares
 from mechatlas.analysis.examples import (
@@ -148,7 +149,7 @@ def _open(run: Run, key: str, runs: Runs, on_progress: Progress) -> _FeatureData
             on_progress=_part(on_progress, 80, 20, 100),
         )  # fmt: skip
     problems = []
-    if digest(network) != store.manifest["network"]:
+    if not has_weights(network, store.manifest["network"]):
         problems.append("The network found now has other weights than the store's.")
     if shown.drift > DRIFT:
         problems.append(

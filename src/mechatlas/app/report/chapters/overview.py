@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mechatlas.activations.networks import digest
+from mechatlas.activations.networks import has_weights
 from mechatlas.activations.samples import Samples
 from mechatlas.activations.sites import SiteInfo, list_sites
 from mechatlas.app.report.chapter import MISSING, Chapter, render
@@ -73,7 +73,7 @@ def _subject(run: Run, runs: Runs) -> Subject:
     except UserError as error:
         return Subject(str(name), "", None, written, str(error), [], [], {}, None)
     problem = ""
-    if digest(network) != written:
+    if not has_weights(network, written):
         problem = "The weights found now are not those that the store was collected from."
     branched = {str(i.site): _branches(i) for i in infos if i.branches}
     inside = [i for i in infos if any(str(i.site).startswith(f"{b}.") for b in branched)]

@@ -1,0 +1,140 @@
+"""Train many group-operation networks, bound each, and compare with the paper's figures.
+
+    python recipes/papers/group_operations/run.py                 # 5 networks each: minutes
+    python recipes/papers/group_operations/run.py --n-seeds 100   # as in the paper
+
+Wu, Jaburi, Drori and Gross (ICLR 2025) bound 100 networks of S5. Below `--out` are the runs
+`GROUP/nets` and `GROUP/proof_SEED`, `paper.json` (all numbers, with the paper's beside) and
+`scatter.html` (bound against time, as a share of brute force in float32). Runs that are there
+already are not made again, so that the same command continues one that was stopped.
+"""
+
+import argparse
+import statistics
+from pathlib import Path
+from typing import Any
+
+import plotly.graph_objects as go
+
+from mechatlas.app.commands.group_net import TABLE, GroupNetConfig, net_file
+from mechatlas.app.commands.prove import ProveConfig
+from mechatlas.app.recipes import read_recipe
+from mechatlas.app.run_folder import RESULT, execute
+from mechatlas.files import read_json, write, write_json
+
+RECIPES = Path(__file__).parents[2] / "groups"
+PAPER = {"S5": {"n_nets": 100, "share_at_095": 0.45, "time_over_brute_force": 0.3}}
+"""Figures of the paper: networks, share of bounds of at least 0.95, cost of verification."""
+CERTIFIED = 0.95
+FLOATS = ("f32", "f64")
+SIDE_BY_SIDE = 10
+"""Networks trained in one run; a run that is stopped is begun anew."""
+
+
+def bound_nets(name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Train and bound the networks of a group, unless that is done."""
+    rows = []
+    for first in range(0, options.n_seeds, SIDE_BY_SIDE):
+        n_seeds = min(SIDE_BY_SIDE, options.n_seeds - first)
+        folder = options.out / name / f"nets_{first}_{n_seeds}"
+        changes = {"seed": first, "n_seeds": n_seeds, "out": folder}
+        recipe = read_recipe(RECIPES / f"{name.lower()}.toml", GroupNetConfig)
+        config = GroupNetConfig(**{**vars(recipe), **changes})
+        if not (folder / RESULT).is_file():
+            execute(config)
+        accuracies = read_json(folder / RESULT)["accuracies"]
+        for seed, accuracy in enumerate(accuracies, start=first):
+            proof = options.out / name / f"proof_{seed}"
+            if not (proof / RESULT).is_file():
+                weights = folder / net_file(config, seed)
+                execute(ProveConfig(weights=weights, table=folder / TABLE, out=proof, compare=True))
+            result = read_json(proof / RESULT)
+            names = ("accuracy_bound", "multiply_adds_share", "seconds_verify", "why")
+            row = {"group": name, "seed": seed, "accuracy": accuracy}
+            row |= {key: result[key] for key in names}
+            for f in FLOATS:
+                row[f"time_over_{f}"] = (
+                    result["seconds_verify"] / result[f"seconds_brute_force_{f}"]
+                )
+            rows.append(row)
+            print(
+                f"{name} seed {seed}: accuracy {accuracy:.4f}, bound {row['accuracy_bound']:.4f}, "
+                f"verification {row['time_over_f32']:.2f} of brute force in float32",
+                flush=True,
+            )
+    return rows
+
+
+def summarize(name: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Shares and medians of a group's networks, with the paper's beside."""
+    certified = [row for row in rows if row["accuracy_bound"] >= CERTIFIED]
+    times = {
+        f"median_time_over_{f}": statistics.median(row[f"time_over_{f}"] for row in certified)
+        if certified
+        else None
+        for f in FLOATS
+    }
+    return {
+        "n_nets": len(rows),
+        "share_at_095": len(certified) / len(rows),
+        "mean_bound": statistics.mean(row["accuracy_bound"] for row in rows),
+        **times,
+        "paper": PAPER.get(name),
+    }
+
+
+def draw(rows: list[dict[str, Any]]) -> str:
+    """Draw the bound of each network against the time of its verification."""
+    figure = go.Figure()
+    for name in dict.fromkeys(row["group"] for row in rows):
+        own = [row for row in rows if row["group"] == name]
+        figure.add_scatter(
+            x=[row["time_over_f32"] for row in own],
+            y=[row["accuracy_bound"] for row in own],
+            text=[f"seed {row['seed']}: {row['why']}" for row in own],
+            mode="markers",
+            name=name,
+        )
+    figure.update_layout(
+        xaxis_title="time of verification / brute force in float32",
+        yaxis_title="certified accuracy",
+        yaxis_range=[-0.02, 1.02],
+    )
+    return figure.to_html(include_plotlyjs=True)
+
+
+def main() -> None:
+    """Train, bound, print and write."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, default=Path("runs/papers/group_operations"))
+    parser.add_argument("--n-seeds", type=int, default=5, help="networks of each group")
+    parser.add_argument("--groups", nargs="+", default=["S4", "A5", "S5"])
+    options = parser.parse_args()
+    if options.n_seeds < 1:
+        parser.error(f"--n-seeds must be at least 1, got {options.n_seeds}.")
+    rows: list[dict[str, Any]] = []
+    summaries = {}
+    for name in options.groups:
+        own = bound_nets(name, options)
+        rows += own
+        summaries[name] = summarize(name, own)
+    write_json(options.out / "paper.json", {"groups": summaries, "networks": rows})
+    write(options.out / "scatter.html", draw(rows).encode())
+    print("\ngroup  networks  bound >= 0.95  mean bound  time/f32  time/f64   (paper)")
+    for name, s in summaries.items():
+        paper = f"{s['paper']['share_at_095']:.0%} of {s['paper']['n_nets']}" if s["paper"] else "-"
+        f32, f64 = (
+            "-" if s[f"median_time_over_{f}"] is None else f"{s[f'median_time_over_{f}']:.2f}"
+            for f in FLOATS
+        )
+        print(
+            f"{name:5}  {s['n_nets']:8}  {s['share_at_095']:13.0%}  {s['mean_bound']:10.4f}"
+            f"  {f32:>8}  {f64:>8}   {paper}"
+        )
+    print(f"\nWritten: {options.out / 'paper.json'}, {options.out / 'scatter.html'}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,104 @@
+"""Named slices of the channels of a site, such as the heads of attention.
+
+branches_of   network and module -> slices by name
+select        slice of the channels that a site reads
+"""
+
+from collections.abc import Mapping
+from typing import Literal
+
+from torch import nn
+
+from mechatlas.activations.site_names import joined, named_heads
+from mechatlas.base import Site, SiteError
+
+OUTPUT_PROJECTIONS = {"c_proj", "o_proj", "out_proj", "out_lin", "dense"}
+"""Names of the linear layers that take the heads, side by side, and mix them."""
+INPUT_PROJECTIONS = {"query", "key", "value"} | {
+    f"{x}_{end}" for x in "qkv" for end in ("proj", "lin")
+}
+"""Names of the linear layers whose outputs are the heads, side by side."""
+
+
+def branches_of(
+    network: nn.Module, module_name: str, take: Literal["output", "input"] = "output"
+) -> dict[str, slice]:
+    """Find the named channel slices of a module's output or input.
+
+    A module names the branches of its output in an attribute `branches`, a dict of name to slice.
+    The heads of an attention module are `head0`, `head1`, ... wherever they lie side by side:
+    in the output of the module if nothing inside mixes them, in the input of the layer that
+    mixes them, and in the queries, keys and values.
+
+    Args:
+        network: Network that has the module.
+        module_name: Name of the module, as in `named_modules()`.
+        take: Whether the slices are of the module's output or of its input.
+    """
+    branches = getattr(network.get_submodule(module_name), "branches", None)
+    if isinstance(branches, Mapping) and not isinstance(branches, nn.Module):
+        return dict(branches) if take == "output" else {}
+    if take == "output" and (named := named_heads(network, module_name)):
+        return named
+    n_heads, width = _heads(network, module_name, take)
+    return {f"head{i}": slice(i * width, (i + 1) * width) for i in range(n_heads)}
+
+
+def _heads(network: nn.Module, module_name: str, take: str) -> tuple[int, int]:
+    """Number and width of the heads that lie side by side at a module; 0 where none do."""
+    module = network.get_submodule(module_name)
+    parent, _, name = module_name.rpartition(".")
+    linear = isinstance(module, nn.Linear) or _is_conv1d(module)
+    if linear:
+        side_by_side = name in (OUTPUT_PROJECTIONS if take == "input" else INPUT_PROJECTIONS)
+    else:
+        inside = {child for child, _ in module.named_children()}
+        side_by_side = take == "output" and not inside & OUTPUT_PROJECTIONS
+    attention = network.get_submodule(parent) if linear else module
+    n_heads = _first(attention, "num_attention_heads", "num_heads", "n_heads")
+    if n_heads is None and "attention" in type(attention).__name__.lower():
+        n_heads = _first(
+            getattr(attention, "config", None), "num_attention_heads", "n_head", "n_heads"
+        )
+    width = _first(attention, "attention_head_size", "head_dim", "head_size")
+    if not side_by_side or n_heads is None or width is None:
+        return 0, 0
+    if isinstance(module, nn.Linear) and take == "output":
+        n_heads = module.out_features // width  # keys and values may have fewer heads
+    return n_heads, width
+
+
+def _is_conv1d(module: nn.Module) -> bool:
+    return type(module).__name__ == "Conv1D"  # transformers' name of a linear layer in GPT-2
+
+
+def _first(module: object, *names: str) -> int | None:
+    values = (getattr(module, name, None) for name in names)
+    return next((value for value in values if isinstance(value, int)), None)
+
+
+def select(network: nn.Module, site: Site) -> slice:
+    """Find the slice of channels that a site reads.
+
+    Raises:
+        SiteError: The module has no branch of the site's name.
+    """
+    if site.branch is None:
+        return slice(None)
+    part = joined(branches_of(network, site.module, site.take), site.branch)
+    if part is None:
+        raise SiteError(no_such_branch(network, site, [site.module]))
+    return part
+
+
+def no_such_branch(network: nn.Module, site: Site, modules: list[str]) -> str:
+    """Sentence that refuses a site whose branch there is not, and names those there are.
+
+    Args:
+        network: Network that has the modules.
+        site: Site that was asked for.
+        modules: Modules that it may mean.
+    """
+    known = sorted({name for module in modules for name in branches_of(network, module, site.take)})
+    have = f"has the branches {', '.join(known)}" if known else "has no named branches"
+    return f"Module {modules[0]!r} {have}; it has no branch {site.branch!r} (site {site})."

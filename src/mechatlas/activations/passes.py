@@ -1,0 +1,108 @@
+"""Passes of a user's network, which is left as it was.
+
+evaluation_mode   training mode off, and back on afterwards
+eager             no compiled code and no fused kernels, which would pass hooks by
+unobserved        evaluation mode for a pass beside the user's own, random state put back
+unwrapped         network inside a wrapper of torch
+"""
+
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from mechatlas.base import SiteError
+
+
+def unwrapped(network: nn.Module) -> nn.Module:
+    """Find the network inside `torch.compile`, `DataParallel` and `DistributedDataParallel`.
+
+    Raises:
+        SiteError: The network is split over several devices.
+    """
+    while True:
+        parallel = isinstance(network, nn.DataParallel | nn.parallel.DistributedDataParallel)
+        devices: Any = (parallel and network.device_ids) or ()
+        if len(devices) > 1:
+            raise SiteError(
+                f"{type(network).__name__} runs copies of the network on {len(devices)} devices; "
+                "give `network.module` instead."
+            )
+        inside = getattr(network, "_orig_mod", network.module if parallel else None)
+        if not isinstance(inside, nn.Module):
+            return network
+        network = inside
+
+
+@contextmanager
+def evaluation_mode(network: nn.Module) -> Iterator[None]:
+    """Switch the modules that are in training mode to evaluation, and back afterwards.
+
+    Dropout is off inside, and running statistics are used and not changed.
+    """
+    training = [module for module in network.modules() if module.training]
+    try:
+        for module in training:
+            module.training = False
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+@contextmanager
+def eager() -> Iterator[None]:
+    """Run modules one by one: compiled code and fused attention do not call them, nor hooks."""
+    fused = torch.backends.mha.get_fastpath_enabled()
+    with ExitStack() as stack:
+        if "torch._dynamo" in sys.modules:  # nothing can be compiled before it is imported
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        try:
+            torch.backends.mha.set_fastpath_enabled(False)
+            yield
+        finally:
+            torch.backends.mha.set_fastpath_enabled(fused)
+
+
+@contextmanager
+def on_device(network: nn.Module, device: torch.device | str) -> Iterator[None]:
+    """Move a network to a device, and each of its parts back to its own afterwards."""
+    parts = [(part, part.device) for part in (*network.parameters(), *network.buffers())]
+    try:
+        network.to(device)
+        yield
+    finally:
+        homes = {home for _, home in parts}
+        if len(homes) == 1:
+            network.to(homes.pop())
+        for part, home in parts:
+            if part.device != home:  # spread over several devices
+                part.data = part.data.to(home)
+
+
+@contextmanager
+def counted() -> Iterator[None]:
+    """Leave inference mode, whose tensors do not count how often they are written."""
+    if not torch.is_inference_mode_enabled():
+        yield
+        return
+    with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
+@contextmanager
+def unobserved(network: nn.Module) -> Iterator[None]:
+    """Leave no trace of a pass that the user did not ask for: random state, mode and buffers."""
+    buffers = [(buffer, buffer.clone()) for buffer in network.buffers()]
+    devices = {b.device for b in network.parameters() if b.device.type == "cuda"}
+    with counted(), torch.no_grad(), evaluation_mode(network), eager():
+        try:
+            with torch.random.fork_rng(devices=list(devices)):
+                yield
+        finally:
+            for buffer, before in buffers:
+                if not torch.equal(buffer, before):
+                    buffer.copy_(before)

@@ -1,0 +1,117 @@
+"""Unfinished stores: what a killed or interrupted `collect` left in its folder.
+
+begin_store     the manifest of an unfinished store, or of a new one
+refuse_absent   shards that were deleted meanwhile
+has_checksum    whether a shard is as the manifest says
+"""
+
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from mechatlas.activations.store import Shard, folder_of, read_shard
+from mechatlas.base import DiskError, StoreError
+from mechatlas.deprecated import renamed_keys
+from mechatlas.files import TEMPORARY, read_json, write_json
+
+MANIFEST = "manifest.json"
+UNITS = ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"), (1, "bytes"))
+
+
+def begin_store(out: Path, manifest: dict[str, Any], *, n_bytes: int) -> dict[str, Any]:
+    """Read the manifest of the unfinished store in a folder, or write the new one.
+
+    Args:
+        out: Folder of the store.
+        manifest: Manifest of a new store.
+        n_bytes: Size that the new store will have.
+
+    Returns:
+        The manifest now in the folder.
+
+    Raises:
+        StoreError: The folder holds something else, or a store of another recipe.
+        DiskError: The rows cannot fit on the disk, or the folder is not writable.
+    """
+    path = out / MANIFEST
+    if path.exists():
+        old = read_json(path)
+        old["recipe"] = renamed_keys("collect", old["recipe"], quiet=True)
+        given = ("recipe", "settings", "network", "n_samples", "group")
+        made_from = ("schema", "kind", *given, "rounds")
+        differing = [key for key in made_from if old.get(key) != manifest.get(key)]
+        if differing:
+            raise StoreError(
+                f"{out} holds a store made from another recipe (it differs in "
+                f"{', '.join(_differences(old, manifest, differing))}). "
+                "Choose another --out, or delete it."
+            )
+        return old
+    # Folders of a run whose manifest was deleted, and files that a command writes beside.
+    leftovers = {folder_of(site) for site in manifest["sites"]} | {"recipe.toml", "result.json"}
+    if any(p.name not in leftovers for p in out.iterdir() if not p.name.endswith(TEMPORARY)):
+        raise StoreError(f"{out} is not empty and is not a store. Choose another --out.")
+    _check_space(out, n_bytes)
+    write_json(path, manifest)
+    return manifest
+
+
+def _differences(old: Any, new: Any, keys: Sequence[str], prefix: str = "") -> list[str]:
+    differences = []
+    for key in keys:
+        a, b = old.get(key), new.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            inner = [k for k in a.keys() | b.keys() if a.get(k) != b.get(k)]
+            differences += _differences(a, b, sorted(inner), f"{prefix}{key}.")
+        else:
+            differences.append(f"{prefix}{key}: {a!r} there, {b!r} here")
+    return differences
+
+
+def _check_space(out: Path, size: int) -> None:
+    free = shutil.disk_usage(out).free
+    if size > free:
+        raise DiskError(
+            f"The store needs {_in_words(size)} and {out} has {_in_words(free)} free. "
+            "Take fewer positions or samples, dtype = 'float16', or another --out."
+        )
+
+
+def _in_words(size: int) -> str:
+    unit, name = next(((u, n) for u, n in UNITS if size >= u), UNITS[-1])
+    return f"{size / unit:.4g} {name}"
+
+
+def refuse_absent(out: Path, manifest: dict[str, Any]) -> None:
+    """Look at the sizes of all shards before a store is called complete.
+
+    Raises:
+        StoreError: A shard was deleted or cut meanwhile.
+    """
+    for shard in shards_of(manifest):
+        if not has_size(out, shard):
+            raise StoreError(
+                f"{out / shard.file} was deleted or changed while the store was being collected. "
+                "Run the same command again; it collects what is missing."
+            )
+
+
+def shards_of(manifest: dict[str, Any]) -> Iterator[Shard]:
+    """Entries of the shards that are written."""
+    return (Shard(*entry) for entry in manifest["shards"])
+
+
+def has_size(out: Path, shard: Shard) -> bool:
+    """Whether a shard has the size in the manifest."""
+    path = out / shard.file
+    return path.is_file() and path.stat().st_size == shard.bytes
+
+
+def has_checksum(out: Path, shard: Shard) -> bool:
+    """Whether a shard has the checksum in the manifest."""
+    try:
+        read_shard(out, shard)
+    except StoreError:
+        return False
+    return True
