@@ -41,16 +41,8 @@ from mechatlas.activations.posing import (
 from mechatlas.activations.positions import Positions
 from mechatlas.activations.samples import Samples
 from mechatlas.activations.sites import as_site, channels_last, grid_of, read_activations
-from mechatlas.activations.store import (
-    DTYPES,
-    SCHEMA,
-    Shard,
-    SiteShape,
-    Split,
-    Store,
-    shard_file,
-    write_shard,
-)
+from mechatlas.activations.store import Store, shard_file, write_shard
+from mechatlas.activations.store_manifest import DTYPES, SCHEMA, Shard, SiteShape, Split
 from mechatlas.activations.unfinished import (
     begin_store,
     has_checksum,
@@ -67,7 +59,7 @@ from mechatlas.base import (
     no_progress,
 )
 from mechatlas.devices import as_device
-from mechatlas.files import write_json
+from mechatlas.files import write_manifest
 from mechatlas.maths.actions import Action
 from mechatlas.outputs import claim
 
@@ -243,7 +235,7 @@ def collect(
                     if not manifest["shards"]:
                         raise InputError(f"None of the {len(samples)} samples could be read.")
                     refuse_absent(out, manifest)
-                write_json(out / "manifest.json", manifest)
+                write_manifest(out / "manifest.json", manifest)
     return Store(out)
 
 
