@@ -21,8 +21,8 @@ from mechatlas.app.commands.circuit import CircuitConfig
 from mechatlas.app.commands.collect import CollectConfig
 from mechatlas.app.commands.train import TrainConfig
 from mechatlas.app.inputs import open_network
-from mechatlas.app.recipes import TrustConfig
 from mechatlas.app.old_runs import KEYS
+from mechatlas.app.recipes import TrustConfig
 from mechatlas.app.report.chapters import circuits
 from mechatlas.app.report.runs import find_runs
 from mechatlas.app.run_folder import execute
