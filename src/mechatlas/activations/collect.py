@@ -72,6 +72,7 @@ from mechatlas.devices import as_device
 from mechatlas.files import write_manifest
 from mechatlas.maths.actions import Action
 from mechatlas.outputs import claim
+from mechatlas.ranges import COUNT, SEED, check_ranges
 
 SHARD_BYTES = 8 << 20
 """Largest size of a shard."""
@@ -101,12 +102,9 @@ class StoreConfig:
     """Seed of the order of samples and rows."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.held_out < 1:
-            raise ValueError(f"held_out must be in [0, 1), got {self.held_out}.")
-        if self.batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {self.batch_size}.")
-        if self.memory_mib < 512:
-            raise ValueError(f"memory_mib must be at least 512, got {self.memory_mib}.")
+        check_ranges(
+            self, held_out="[0, 1)", batch_size=COUNT, memory_mib="[512, 1000000000]", seed=SEED
+        )
 
 
 class Round(NamedTuple):
@@ -256,7 +254,7 @@ def collect(
                     refuse_absent(out, manifest)
                     outliers = outliers_of_sites(out, manifest["shards"], samples, network)
                     manifest["outliers"] = outliers
-                write_manifest(out / "manifest.json", manifest)
+                write_manifest(out / "manifest.json", manifest, make_folder=False)
     return Store(out)
 
 
