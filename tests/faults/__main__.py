@@ -37,7 +37,7 @@ def run_kills(world: World, command: str, place: Path, table: Table, *, short: b
 def run_damage(world: World, command: str, place: Path, table: Table, *, short: bool) -> None:
     """Damage of files that commands wrote."""
     targets = [t for t in damage.targets(world) if t.command == command]
-    for target in targets[:: 6 if short else 1]:
+    for target in targets[:: 9 if short else 1]:
         flips = 2 if short else 12 if command == "report" else 30
         damage.read_damaged(world, target, place, table, flips=flips)
 
@@ -45,7 +45,7 @@ def run_damage(world: World, command: str, place: Path, table: Table, *, short: 
 def run_inputs(world: World, command: str, place: Path, table: Table, *, short: bool) -> None:
     """Damage of files that people bring."""
     targets = [t for t in damage.input_targets(world) if t.command == command]
-    for target in targets[:: 5 if short else 1]:
+    for target in targets[:: 7 if short else 1]:
         damage.read_damaged(world, target, place, table, flips=2 if short else 50)
 
 
@@ -70,7 +70,7 @@ def run_limits(world: World, command: str, place: Path, table: Table, *, short: 
 
 def run_hostile(world: World, command: str, place: Path, table: Table, *, short: bool) -> None:
     """Files made to do harm."""
-    hostile.attack_all(world, command, place, table, every=12 if short else 1)
+    hostile.attack_all(world, command, place, table, every=16 if short else 1)
 
 
 def run_fuzz(world: World, command: str, place: Path, table: Table, *, short: bool) -> None:
