@@ -1,8 +1,8 @@
 """Harness of faults: `python -m tests.faults [--short] [PIECE ...]`.
 
-A piece is one of kills, damage, unfinished, inputs, limits, hostile and fuzz, or of one command
-only, such as `kills:train`. The table of outcomes is printed and written to a file; the exit code
-is 1 if a try ended as it must not.
+A piece is one of kills, damage, unfinished, inputs, limits, hostile, fuzz and memory, or of one
+command only, such as `kills:train`. The table of outcomes is printed and written to a file; the
+exit code is 1 if a try ended as it must not.
 """
 
 import argparse
@@ -10,7 +10,7 @@ import os
 import tempfile
 from pathlib import Path
 
-from tests.faults import damage, fuzz, hostile, kills, limits
+from tests.faults import damage, fuzz, hostile, kills, limits, memory
 from tests.faults.table import Table
 from tests.faults.world import World, make
 
@@ -80,6 +80,13 @@ def run_fuzz(world: World, command: str, place: Path, table: Table, *, short: bo
         fuzz.fuzz_proofs(world, place, table, tries=8 if short else 300)
 
 
+def run_memory(world: World, command: str, place: Path, table: Table, *, short: bool) -> None:
+    """Ceilings of memory; not in the short form."""
+    del world
+    if command == "collect" and not short:
+        memory.keep_ceilings(place, table)
+
+
 PIECES = {
     "kills": run_kills,
     "damage": run_damage,
@@ -88,6 +95,7 @@ PIECES = {
     "limits": run_limits,
     "hostile": run_hostile,
     "fuzz": run_fuzz,
+    "memory": run_memory,
 }
 
 

@@ -146,6 +146,16 @@ def plain() -> nn.Module:
     return nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 3))
 
 
+WIDE = 1 << 16
+"""Width of rows of which a few thousand are a gibibyte."""
+
+
+def wide() -> nn.Module:
+    """Network on wide rows."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(WIDE, 8), nn.ReLU())
+
+
 ARRAYS = """
 sites = ["1"]
 [network]
