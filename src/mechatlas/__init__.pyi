@@ -2,9 +2,10 @@ from .activations.collect import StoreConfig, collect
 from .activations.images import Images
 from .activations.networks import Network, load_network
 from .activations.posing import PoseConfig
-from .activations.samples import Arrays, Texts, open_samples
+from .activations.samples import Arrays, open_samples
 from .activations.sites import find_sites, intervene, list_sites, read_activations
 from .activations.store import Store
+from .activations.texts import Texts, text_samples
 from .analysis.branches.specialization import Specialization, branches
 from .analysis.circuits.circuit import Circuit, circuit
 from .analysis.interaction.interaction_basis import basis
@@ -100,6 +101,7 @@ __all__ = [
     "report",
     "save",
     "symmetry",
+    "text_samples",
     "track",
     "train",
 ]

@@ -1,25 +1,284 @@
 """Reading and writing of files: a file is whole or not there, and damage is noticed.
 
-write         bytes to a file, under a temporary name first
-cannot_write  what the system said -> one sentence, with the cause and what to do
-write_json    the same for an object, always with the same bytes
-read_json     an object from a file, with one sentence if it is damaged
-checksum      xxh3 of some bytes, 128 bits
+open_regular     a path -> a file to read; a pipe, folder or device is refused, never waited for
+read             a path -> the bytes, checked against the manifest beside it
+read_json        the same for JSON, read_toml for TOML
+read_manifest    `manifest.json` of a run -> its values, checked against its own checksum
+Fields           values of a JSON object, checked as they are asked for
+write            bytes to a file, under a temporary name first
+cannot_write     what the system said -> one sentence, with the cause and what to do
+write_json       the same for an object, write_manifest for a manifest with its checksum
+checksum         xxh3 of some bytes, 128 bits
+
+This module and `tensorfiles` are the only ones that open files of people. Whatever is wrong with
+a file, the reader hears one sentence that names it.
 """
 
 import contextlib
 import errno
+import io
 import json
 import os
+import re
+import reprlib
+import stat
+import tomllib
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import xxhash
 
-from mechatlas.base import DiskError
+from mechatlas.base import DiskError, UserError
 
+MANIFEST = "manifest.json"
 TEMPORARY = ".mechatlas.tmp"
 """Ending of a file that is being written; a killed command leaves one."""
+JSON_LIMIT = 512 << 20
+"""Size in bytes above which a JSON file is refused."""
+TOML_LIMIT = 4 << 20
+"""Size in bytes above which a TOML file is refused."""
+DEEP_KEY = re.compile(r"(?<![^\s.=,\[\]#])(?:[^\s.=,\[\]#]++\s*+\.\s*+){64}")
+"""Dotted key of more parts than any recipe has: tomllib needs memory in the square of them."""
+SEAL = "checksum"
+"""Key of a manifest's checksum of its other keys."""
+_FLAGS = os.O_RDONLY | sum(
+    getattr(os, name, 0) for name in ("O_NONBLOCK", "O_CLOEXEC", "O_NOCTTY", "O_BINARY")
+)
+_KINDS = ((stat.S_ISDIR, "a folder"), (stat.S_ISFIFO, "a pipe"), (stat.S_ISSOCK, "a socket"))
+
+
+def open_regular(path: Path | str) -> io.BufferedReader:
+    """Open a regular file to read.
+
+    Raises:
+        DiskError: There is none, it may not be read, or it is a pipe, folder or device.
+    """
+    try:
+        descriptor = os.open(path, _FLAGS)
+    except FileNotFoundError as error:
+        raise DiskError(f"There is no file {path}.") from error
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise DiskError(f"{path} cannot be read: {reason}.") from error
+    mode = os.fstat(descriptor).st_mode
+    if not stat.S_ISREG(mode):
+        os.close(descriptor)
+        kind = next((name for is_kind, name in _KINDS if is_kind(mode)), "a device")
+        raise DiskError(f"{path} is {kind}, expected a file.")
+    return os.fdopen(descriptor, "rb")
+
+
+def read(path: Path | str, *, expected: str | None = None, limit: int | None = None) -> bytes:
+    """Read a whole file, and verify its checksum where one is known.
+
+    Args:
+        path: File to read.
+        expected: Checksum; by default that of the manifest beside the file, if it states one.
+        limit: Largest size in bytes.
+
+    Raises:
+        DiskError: The file cannot be read, is larger than allowed, or has another checksum.
+    """
+    path = Path(path)
+    expected = stated_checksum(path) if expected is None else expected
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if limit is not None and size > limit:
+            raise DiskError(f"{path} has {size:,} bytes, expected at most {limit:,}.")
+        try:
+            data = file.read()
+        except (OSError, MemoryError) as error:
+            raise DiskError(f"{path} cannot be read: {_reason(error)}.") from error
+    if expected is not None and checksum(data) != expected:
+        raise DiskError(damaged(path))
+    return data
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, MemoryError):
+        return "it does not fit in memory"
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__
+
+
+def damaged(path: Path) -> str:
+    """Sentence about a file whose checksum is not the one in the manifest."""
+    return (
+        f"{path} is damaged or was replaced: its checksum differs from the one in {MANIFEST}. "
+        "Restore it, or run the command that wrote the folder again."
+    )
+
+
+def read_json(path: Path, *, expected: str | None = None) -> Any:
+    """Read a JSON file.
+
+    Args:
+        path: File to read.
+        expected: Checksum; by default that of the manifest beside the file, if it states one.
+
+    Raises:
+        DiskError: The file is missing, damaged, or is not JSON.
+    """
+    data = read(path, expected=expected, limit=JSON_LIMIT)
+    try:
+        return json.loads(data)
+    except (ValueError, RecursionError, MemoryError) as error:
+        reason = "nested too deeply" if isinstance(error, RecursionError) else _reason(error)
+        raise DiskError(f"{path} cannot be read as JSON ({reason}). Is the file whole?") from error
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Read a TOML file.
+
+    Raises:
+        DiskError: The file is missing, damaged, or is not TOML.
+    """
+    data = read(path, limit=TOML_LIMIT)
+    try:
+        text = data.decode()
+        if DEEP_KEY.search(text):
+            raise DiskError(f"{path} is not TOML for a recipe: a key has more than 64 parts.")
+        return tomllib.loads(text)
+    except (ValueError, RecursionError, MemoryError) as error:
+        reason = "nested too deeply" if isinstance(error, RecursionError) else _reason(error)
+        raise DiskError(f"{path} is not TOML: {reason}.") from error
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """Read the manifest of a run.
+
+    Raises:
+        DiskError: The file is missing, damaged, was edited, or is not a manifest.
+    """
+    manifest = read_json(path)
+    if not isinstance(manifest, dict):
+        raise DiskError(f"{path} is a {type(manifest).__name__} in JSON, expected an object.")
+    try:
+        whole = manifest.get(SEAL) in (None, _seal(manifest))
+    except RecursionError:
+        whole = False
+    if not whole:
+        raise DiskError(
+            f"{path} is damaged or was edited: its content does not have the checksum that it "
+            "states. Restore it, or run the command that wrote the folder again."
+        )
+    kinds = (("kind", str), ("schema", int), ("complete", bool), ("parents", dict), ("files", dict))
+    for key, kind in kinds:
+        value = manifest.get(key, kind())
+        texts = value.values() if isinstance(value, dict) else ()
+        if not isinstance(value, kind) or not all(isinstance(text, str) for text in texts):
+            of_texts = " of texts" if kind is dict else ""
+            raise DiskError(f"{path}: {key} must be {kind.__name__}{of_texts}, got {value!r:.80}.")
+    return manifest
+
+
+def stated_checksum(file: Path) -> str | None:
+    """Checksum of a file in the manifest beside it; None where none is stated.
+
+    The manifest of a run that has not ended states nothing: its files are still being written.
+
+    Raises:
+        DiskError: The manifest is damaged.
+    """
+    beside = file.parent / MANIFEST
+    if file.name == MANIFEST or not os.path.lexists(beside):
+        return None
+    manifest = read_manifest(beside)
+    return manifest.get("files", {}).get(file.name) if manifest.get("complete", True) else None
+
+
+class Fields:
+    """Values of a JSON object, checked as they are asked for.
+
+    Args:
+        file: File that they are from, for messages.
+        values: The values.
+        within: Keys of the objects around this one, such as "sites.mixed4a.".
+        error: Kind of error for a value that cannot be used.
+    """
+
+    def __init__(
+        self,
+        file: Path,
+        values: Mapping[str, Any],
+        within: str = "",
+        error: type[UserError] = DiskError,
+    ) -> None:
+        self.file, self.values, self.within, self.error = file, values, within, error
+
+    def wrong(self, key: str, expected: str) -> UserError:
+        """Make the error for a value that cannot be used."""
+        value = reprlib.repr(self.values[key]) if key in self.values else "missing"
+        return self.error(f"{self.file}: {self.within}{key} is {value}, expected {expected}.")
+
+    def has(self, key: str) -> bool:
+        """Whether there is a value that is not null."""
+        return self.values.get(key) is not None
+
+    def integer(self, key: str, default: int | None = None, *, least: int = 1) -> int:
+        """Read a whole number.
+
+        Args:
+            key: Key of the value.
+            default: Number if there is no value; by default there must be one.
+            least: Smallest number allowed.
+
+        Raises:
+            UserError: The value is no whole number, or too small, or missing without a default.
+        """
+        value = self.values[key] if self.has(key) else default
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise self.wrong(key, f"a whole number of at least {least}")
+        return value
+
+    def flag(self, key: str, default: bool | None = None) -> bool:
+        """Read true or false.
+
+        Raises:
+            UserError: The value is neither, or missing without a default.
+        """
+        value = self.values[key] if self.has(key) else default
+        if not isinstance(value, bool):
+            raise self.wrong(key, "true or false")
+        return value
+
+    def text(self, key: str, default: str | None = None) -> str:
+        """Read a text.
+
+        Raises:
+            UserError: The value is not a text, or missing without a default.
+        """
+        value = self.values[key] if self.has(key) else default
+        if not isinstance(value, str):
+            raise self.wrong(key, "a text")
+        return value
+
+    def one_of(self, key: str, choices: Collection[str], default: str | None = None) -> str:
+        """Read one of some texts.
+
+        Args:
+            key: Key of the value.
+            choices: Texts allowed.
+            default: Text if there is no value; by default there must be one.
+
+        Raises:
+            UserError: The value is another, or missing without a default.
+        """
+        value = self.text(key, default)
+        if value not in choices:
+            raise self.wrong(key, f"one of {', '.join(choices)}")
+        return value
+
+    def part(self, key: str) -> "Fields":
+        """Read an object within; an empty one if it is missing.
+
+        Raises:
+            UserError: The value is not an object.
+        """
+        value = self.values[key] if self.has(key) else {}
+        if not isinstance(value, dict):
+            raise self.wrong(key, "a JSON object")
+        return Fields(self.file, value, f"{self.within}{key}.", self.error)
 
 
 def write(path: Path, data: bytes) -> None:
@@ -31,7 +290,7 @@ def write(path: Path, data: bytes) -> None:
     temporary = path.with_name(path.name + TEMPORARY)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
+        with open(temporary, "wb", opener=_create) as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
@@ -57,6 +316,12 @@ def cannot_write(path: Path, error: OSError) -> str:
     return f"Cannot write {path}: {cause}. Nothing half-written was left. {advice}"
 
 
+def _create(path: str, flags: int) -> int:
+    """Open a new file: through no link, and without waiting where a pipe is in its place."""
+    careful = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+    return os.open(path, flags | careful, 0o666)
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write an object as JSON, its keys in the order they have.
 
@@ -66,20 +331,37 @@ def write_json(path: Path, value: Any) -> None:
     write(path, (json.dumps(value, indent=1, allow_nan=False) + "\n").encode())
 
 
-def read_json(path: Path) -> Any:
-    """Read what `write_json` wrote.
+def write_manifest(path: Path, values: dict[str, Any]) -> None:
+    """Write the manifest of a run, with a checksum of its own content.
 
     Raises:
-        DiskError: The file is missing or is not JSON.
+        DiskError: As `write`.
     """
-    try:
-        return json.loads(path.read_bytes())
-    except FileNotFoundError as error:
-        raise DiskError(f"There is no file {path}.") from error
-    except (OSError, ValueError) as error:
-        raise DiskError(f"{path} cannot be read as JSON ({error}). Is the file whole?") from error
+    write_json(path, {**values, SEAL: _seal(values)})
+
+
+def _seal(values: dict[str, Any]) -> str:
+    """Checksum of all keys but the checksum, whatever their order and spacing."""
+    others = {key: value for key, value in values.items() if key != SEAL}
+    return checksum(json.dumps(others, sort_keys=True, separators=(",", ":")).encode())
 
 
 def checksum(data: bytes | memoryview) -> str:
     """Hash bytes with xxh3 (128 bits, in hexadecimal)."""
     return xxhash.xxh3_128(data).hexdigest()
+
+
+def checksum_file(path: Path) -> str:
+    """Hash a file of any size with xxh3, in constant memory.
+
+    Raises:
+        DiskError: The file cannot be read.
+    """
+    state = xxhash.xxh3_128()
+    with open_regular(path) as file:
+        try:
+            while data := file.read(1 << 22):
+                state.update(data)
+        except OSError as error:
+            raise DiskError(f"{path} cannot be read: {_reason(error)}.") from error
+    return state.hexdigest()

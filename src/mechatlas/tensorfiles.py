@@ -1,49 +1,89 @@
-"""Files of tensors: read without running anything, and checked by name.
+"""Files of tensors and tables: read without running anything, and checked before anything is made.
 
 read_tensors   a .safetensors, .npz or torch file -> tensors by key
-read_header    a .safetensors file -> its keys and metadata
+read_arrays    a .safetensors file -> numpy arrays by key
+read_header    a .safetensors file -> its shapes and metadata, without its tensors
+read_array     a .npy file -> its array
+read_table     a .parquet file -> its columns
 reading        whatever goes wrong with a file -> one kind of error
+checksum_of    tensors or arrays by name -> one checksum
 mismatches     tensors against keys and shapes -> all that differs, in words
 not_floats     tensors -> which of them are not of floating-point numbers
 non_finite     tensors -> which of them hold a NaN or an infinity, and where
 
-A file may come from anywhere. Whatever is wrong with it, the reader hears a `WeightsError` that
-names the file, and the key where there is one.
+A file may come from anywhere. Whatever is wrong with it, the reader hears a `WeightsError` (of
+arrays and tables a `DiskError`) that names the file, and the key where there is one. A header is
+compared with the size of its file before any memory is asked for, and the bytes with the manifest
+beside the file, where it states a checksum.
 """
 
 import contextlib
+import io
+import json
+import math
+import os
+import zipfile
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
-import safetensors
 import torch
+import xxhash
 from torch import Tensor
 
-from mechatlas.base import WeightsError
+from mechatlas.base import DiskError, UserError, WeightsError
+from mechatlas.files import checksum, checksum_file, damaged, open_regular, read, stated_checksum
 
 TORCH = (".pt", ".pth", ".bin", ".ckpt")
 """Endings of files that torch wrote."""
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
+    "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8,
+    "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+}  # fmt: skip
+"""Number formats of safetensors."""
+HEADER_LIMIT = 100 << 20
+"""Size in bytes above which a header of safetensors is refused, here and by its own library."""
 
 
 @contextlib.contextmanager
-def reading(file: Path) -> Iterator[None]:
+def reading(file: Path, kind: type[UserError] = WeightsError) -> Iterator[None]:
     """Turn whatever goes wrong with a file into one kind of error.
 
     Raises:
-        WeightsError: The file is missing or damaged.
+        UserError: The file is missing or damaged; of the kind given.
     """
-    if not file.is_file():
-        raise WeightsError(f"There is no file {file}.")
     try:
         yield
-    except WeightsError:
+    except kind:
         raise
+    except DiskError as error:
+        raise kind(str(error)) from error
     except Exception as error:  # a damaged archive can make its reader raise almost anything
         reason = str(error).split("\n")[0][:200]
-        raise WeightsError(
+        raise kind(
             f"{file} cannot be read ({type(error).__name__}: {reason}). Is the file whole?"
         ) from error
+
+
+class Entry(NamedTuple):
+    """Entry of one tensor in the header of a .safetensors file."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    begin: int
+    """First byte, counted from the end of the header."""
+    end: int
+
+
+class Header(NamedTuple):
+    """Header of a .safetensors file, which fits the size of the file."""
+
+    entries: dict[str, Entry]
+    """Tensors in the order of their bytes."""
+    metadata: dict[str, str]
 
 
 def read_tensors(file: Path) -> dict[str, Tensor]:
@@ -58,18 +98,162 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
             return _read_npz(file)
         if file.suffix in TORCH:
             return _read_torch(file)
-        with safetensors.safe_open(file, framework="pt") as opened:
-            return {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
+        return read_safetensors(file)[0]
 
 
-def read_header(file: Path) -> tuple[list[str], dict[str, str]]:
-    """Read keys and metadata of a .safetensors file, without its tensors.
+def read_safetensors(
+    file: Path, *, expected: str | None = None
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Read tensors and metadata of a .safetensors file.
+
+    Args:
+        file: File to read.
+        expected: Checksum; by default that of the manifest beside the file, if it states one.
 
     Raises:
         WeightsError: It is missing or damaged.
     """
-    with reading(file), safetensors.safe_open(file, framework="pt") as opened:
-        return sorted(opened.keys()), opened.metadata() or {}
+    file = Path(file)
+    with reading(file):
+        expected = stated_checksum(file) if expected is None else expected
+        state = xxhash.xxh3_128()
+        tensors = {}
+        with open_regular(file) as opened:
+            head, header = _header(opened)
+            state.update(head)
+            for name, entry in header.entries.items():
+                tensor = torch.empty(entry.shape, dtype=entry.dtype)
+                if tensor.numel():
+                    room = tensor.view(-1).view(torch.uint8).numpy()
+                    if opened.readinto(room.data) != len(room):
+                        raise WeightsError(f"{file} ends within {name}. Is the file whole?")
+                    if expected is not None:
+                        state.update(room.data)
+                tensors[name] = tensor
+        if expected is not None and state.hexdigest() != expected:
+            raise WeightsError(damaged(file))
+        return tensors, header.metadata
+
+
+def read_arrays(file: Path) -> dict[str, np.ndarray]:
+    """Read all arrays of a .safetensors file.
+
+    Raises:
+        WeightsError: It is missing, damaged, or has a number format that numpy lacks.
+    """
+    tensors = read_safetensors(file)[0]
+    with reading(Path(file)):
+        return {name: tensor.numpy() for name, tensor in tensors.items()}
+
+
+def read_header(file: Path) -> Header:
+    """Read shapes and metadata of a .safetensors file, without its tensors.
+
+    Raises:
+        WeightsError: It is missing or damaged.
+    """
+    with reading(file), open_regular(file) as opened:
+        return _header(opened)[1]
+
+
+def _header(opened: io.BufferedReader) -> tuple[bytes, Header]:
+    """Bytes and content of a header, compared with the size of the file.
+
+    Raises:
+        ValueError: It is damaged.
+    """
+    size = os.fstat(opened.fileno()).st_size
+    first = opened.read(8)
+    length = int.from_bytes(first, "little")
+    if len(first) < 8 or not 2 <= length <= min(size - 8, HEADER_LIMIT):
+        raise ValueError("it does not begin with a header of safetensors")
+    text = opened.read(length)
+    values = json.loads(text)
+    metadata = values.pop("__metadata__", None) or {}
+    if not all(isinstance(each, str) for pair in metadata.items() for each in pair):
+        raise ValueError("its metadata are not texts")
+    entries = sorted(
+        ((name, _entry(name, fields)) for name, fields in values.items()),
+        key=lambda pair: pair[1][2:],
+    )
+    end = 0
+    for name, entry in entries:
+        if entry.begin != end:
+            raise ValueError(f"{name} begins at byte {entry.begin}, expected {end}")
+        end = entry.end
+    if end != size - 8 - length:
+        raise ValueError(
+            f"its header promises {end:,} bytes of numbers, it has {size - 8 - length:,}"
+        )
+    return first + text, Header(dict(entries), metadata)
+
+
+def _entry(name: str, fields: dict[str, Any]) -> Entry:
+    """Entry of a tensor whose shape fits its bytes.
+
+    Raises:
+        ValueError: It does not.
+    """
+    shape, (begin, end) = fields["shape"], fields["data_offsets"]
+    if fields["dtype"] not in DTYPES:
+        raise ValueError(f"{name} is of the unknown number format {fields['dtype']!r:.40}")
+    dtype = DTYPES[fields["dtype"]]
+    whole = [each for each in (*shape, begin, end) if type(each) is int and 0 <= each < 1 << 62]
+    if (
+        len(whole) != len(shape) + 2
+        or len(shape) > 32
+        or math.prod(shape) * dtype.itemsize != end - begin
+    ):
+        raise ValueError(f"{name} of shape {shape!r:.80} does not fit its bytes {begin} to {end}")
+    return Entry(dtype, tuple(shape), begin, end)
+
+
+def read_array(file: Path) -> np.ndarray:
+    """Read the array of a .npy file.
+
+    Raises:
+        DiskError: It is missing, damaged, or holds Python objects.
+    """
+    with reading(Path(file), DiskError):
+        data = read(file)
+        return _npy(io.BytesIO(data), len(data))
+
+
+def _npy(opened: Any, size: int) -> np.ndarray:
+    """Array of a stream in the format of .npy, whose header is compared with its size.
+
+    Raises:
+        ValueError: It is damaged, or holds Python objects.
+    """
+    version = np.lib.format.read_magic(opened)
+    readers = {
+        (1, 0): np.lib.format.read_array_header_1_0,
+        (2, 0): np.lib.format.read_array_header_2_0,
+    }
+    if version not in readers:
+        raise ValueError(f"it has the unknown version {version}")
+    shape, by_column, dtype = readers[version](opened)
+    if dtype.hasobject:
+        raise ValueError("it holds Python objects, which are never read")
+    wanted, there = math.prod(shape) * dtype.itemsize, size - opened.tell()
+    if wanted != there:
+        raise ValueError(f"its header promises {wanted:,} bytes of numbers, it has {there:,}")
+    flat = np.empty(math.prod(shape), dtype)
+    if wanted and opened.readinto(flat.view(np.uint8)) != wanted:
+        raise ValueError("it ends too early")
+    return flat.reshape(shape, order="F" if by_column else "C")
+
+
+def read_table(file: Path) -> Any:
+    """Read a .parquet file as a `pyarrow.Table`.
+
+    Raises:
+        DiskError: It is missing or damaged.
+    """
+    import pyarrow.parquet as pq  # takes longer to import than everything else here
+
+    with reading(Path(file), DiskError):
+        return pq.read_table(io.BytesIO(read(file)))
 
 
 def _read_npz(file: Path) -> dict[str, Tensor]:
@@ -79,9 +263,11 @@ def _read_npz(file: Path) -> dict[str, Tensor]:
         WeightsError: An array is not of numbers.
     """
     tensors = {}
-    with np.load(file, allow_pickle=False) as opened:
-        for key in opened.files:
-            array = opened[key]
+    with _verified(file) as opened, zipfile.ZipFile(opened) as archive:
+        for info in archive.infolist():
+            key = info.filename.removesuffix(".npy")
+            with archive.open(info) as member:
+                array = _npy(member, info.file_size)
             if array.dtype.kind not in "fiub":
                 raise WeightsError(f"{file}: {key} is {array.dtype}, expected floats.")
             kind = np.float32 if array.dtype.kind == "f" else np.int64
@@ -96,13 +282,44 @@ def _read_torch(file: Path) -> dict[str, Tensor]:
     Raises:
         WeightsError: It holds anything but tensors by name.
     """
-    content = torch.load(file, map_location="cpu", weights_only=True)
+    with _verified(file) as opened:
+        content = torch.load(opened, map_location="cpu", weights_only=True)
     if not isinstance(content, dict):
         raise WeightsError(f"{file} holds a {type(content).__name__}, expected tensors by name.")
     for key, value in content.items():
         if not isinstance(value, Tensor) or value.layout != torch.strided:
             raise WeightsError(f"{file}: {key} is not a plain tensor; save `state_dict()` alone.")
     return {str(key): value.detach() for key, value in content.items()}
+
+
+def _verified(file: Path) -> io.BufferedReader:
+    """Open a file whose bytes have the checksum in the manifest beside it, where one is stated.
+
+    Raises:
+        DiskError: They do not, or it cannot be opened.
+    """
+    expected = stated_checksum(file)
+    if expected is not None and checksum_file(file) != expected:
+        raise DiskError(damaged(file))
+    return open_regular(file)
+
+
+def checksum_of(tensors: Mapping[str, Tensor | np.ndarray], text: str = "") -> str:
+    """Checksum of names, types, shapes and bytes, in whatever order, and of a text.
+
+    Args:
+        tensors: Tensors on any device, or arrays.
+        text: Text that belongs to them.
+    """
+    parts = [text.encode()]
+    for name, each in sorted(tensors.items()):
+        whole = each.detach().cpu().contiguous() if isinstance(each, Tensor) else each
+        if isinstance(whole, Tensor):
+            whole = whole.flatten().view(torch.uint8).numpy() if whole.numel() else np.empty(0)
+        dtype = str(each.dtype).removeprefix("torch.")
+        data = checksum(np.ascontiguousarray(whole).data)
+        parts.append(f"{name} {dtype} {tuple(each.shape)} {data}".encode())
+    return checksum(b"\n".join(parts))
 
 
 def mismatches(

@@ -20,7 +20,7 @@ from mechatlas.activations.samples import Arrays, Images, Samples, open_samples
 from mechatlas.activations.sites import find_sites, read_activations
 from mechatlas.activations.store import Store
 from mechatlas.base import DiskError, InputError, NonFiniteError, Site, StoreError
-from mechatlas.files import write_json
+from mechatlas.files import write_manifest
 from tests.networks import sick, tiny
 
 NETWORK = tiny()
@@ -300,7 +300,7 @@ def test_a_round_with_a_damaged_shard_is_collected_again(tmp_path, damage, compl
     if not complete:  # killed after the last round but one
         facts = json.loads(manifest.read_text())
         first = [entry for entry in facts["shards"] if entry[1] == "held"]
-        write_json(manifest, facts | {"shards": first, "rounds_done": 1, "complete": False})
+        write_manifest(manifest, facts | {"shards": first, "rounds_done": 1, "complete": False})
         shard = out / first[0][2]
     data = bytearray(shard.read_bytes())
     data[len(data) // 2] ^= 1
@@ -341,7 +341,7 @@ def test_an_unfinished_store_or_no_store_is_refused(tmp_path):
         Store(tmp_path)
     store = collect(NETWORK, images(tmp_path), SITES, tmp_path / "store")
     manifest = dict(store.manifest, complete=False)
-    (tmp_path / "store" / "manifest.json").write_text(json.dumps(manifest))
+    write_manifest(tmp_path / "store" / "manifest.json", manifest)
     with pytest.raises(StoreError, match=r"is not finished .* it goes on where it stopped"):
         Store(tmp_path / "store")
 

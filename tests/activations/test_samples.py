@@ -513,13 +513,3 @@ class Broken(Pairs):
 def test_samples_that_cannot_be_numbered_or_are_no_numbers_are_refused(samples, message):
     with pytest.raises(InputError, match=message):
         open_samples(samples, tiny()).read(0)
-
-
-def test_long_texts_are_read_in_pieces_at_ends_of_lines(tmp_path, monkeypatch):
-    monkeypatch.setattr("mechatlas.activations.samples.PIECE", 10)
-    network = tiny()
-    network.input = Letters()
-    (tmp_path / "a.txt").write_text("".join(f"line {i:02}\n" for i in range(9)))
-    samples = open_samples(Texts(source=tmp_path / "a.txt", context=16), network)
-    assert [samples.name(i) for i in range(len(samples))] == [f"a.txt window {i}" for i in range(4)]
-    assert "".join(map(chr, samples.read(3))) == "line 06\nline 07\n"

@@ -6,7 +6,7 @@ from torch import nn
 
 from mechatlas.activations.branches import branches_of
 from mechatlas.activations.sites import find_sites, intervene, list_sites, read_activations
-from mechatlas.base import Site, SiteError
+from mechatlas.base import InputError, Site, SiteError
 from tests.networks import Sequence, tiny
 
 X = torch.rand(4, 3, 9, 9, generator=torch.Generator().manual_seed(0))
@@ -171,7 +171,7 @@ def test_an_edit_that_changes_the_shape_is_refused():
 
 def test_hooks_are_gone_after_an_error():
     network = tiny()
-    with pytest.raises(RuntimeError):
+    with pytest.raises(InputError, match=r"shape \(1, 5, 9, 9\).*in module 'first'"):
         read_activations(network, torch.zeros(1, 5, 9, 9), [Site("mixed")])
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in network.modules())
 

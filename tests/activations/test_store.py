@@ -14,10 +14,14 @@ import torch
 from mechatlas.activations.store import Store, _spare, write_shard
 from mechatlas.base import Rows, StoreError
 from mechatlas.dictionaries.rows import ArrayRows
-from mechatlas.files import write_json
+from mechatlas.files import write_manifest
 from tests.conformance import ROWS_CHECKS
 
 N_SHARDS, PER_SHARD, D = 24, 200, 3
+OTHERS = {
+    "n_samples": 480, "network": "", "recipe": {}, "skipped": [],
+    "settings": {"dtype": "float32", "paired": False},
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -32,9 +36,9 @@ def store(tmp_path_factory) -> Store:
         shards.append(list(write_shard(root, "a", "train", i, rows, where)))
     manifest = {
         "schema": 1, "kind": "store", "complete": True, "shards": shards, "skipped": [],
-        "sites": {"a": {"width": D, "grid": [1, 1], "branches": {}}},
+        "sites": {"a": {"width": D, "grid": [1, 1], "branches": {}}}, **OTHERS,
     }  # fmt: skip
-    write_json(root / "manifest.json", manifest)
+    write_manifest(root / "manifest.json", manifest)
     return Store(root)
 
 
@@ -140,7 +144,7 @@ def stored(tmp_path: Path) -> Rows:
         shards.append(list(write_shard(tmp_path, "a", split, i, rows, where)))
     sites = {"a": {"width": 4, "grid": [1, 1], "branches": {}}}
     manifest = {"schema": 1, "kind": "store", "complete": True, "shards": shards, "sites": sites}
-    write_json(tmp_path / "manifest.json", manifest)
+    write_manifest(tmp_path / "manifest.json", {**manifest, **OTHERS})
     return Store(tmp_path).rows("a", pool_bytes=1000)
 
 

@@ -5,10 +5,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from mechatlas.activations.store import SCHEMA, Split, write_shard
+from mechatlas.activations.store import write_shard
+from mechatlas.activations.store_manifest import SCHEMA, Split
 from mechatlas.dictionaries.autoencoder import Autoencoder, Crosscoder
 from mechatlas.dictionaries.sparsity import ReLU
-from mechatlas.files import write_json
+from mechatlas.files import write_manifest
 from mechatlas.maths.named_groups import group
 from tests.analysis.symmetry.planted import function_on_cosets
 
@@ -60,7 +61,8 @@ def write_store(root: Path, *, images=60, crops=2, each=40, noise=0.5, mixed=Fal
         "kind": "store",
         "complete": True,
         "recipe": {"samples": {"type": "Images", "source": "none", "crops": crops}},
-        "settings": {"paired": True},
+        "settings": {"paired": True, "dtype": "float32"},
+        "n_samples": images,
         "network": "0",
         "sites": {"layer": {"width": 8 * D, "grid": [9, 9], "branches": {"part": [0, 20]}}},
         "shards": [list(shard) for shard in shards],
@@ -72,7 +74,7 @@ def write_store(root: Path, *, images=60, crops=2, each=40, noise=0.5, mixed=Fal
         },
         "skipped": [],
     }
-    write_json(root / "manifest.json", manifest)
+    write_manifest(root / "manifest.json", manifest)
     return root
 
 

@@ -21,6 +21,7 @@ from mechatlas.dictionaries.autoencoder import Autoencoder
 from mechatlas.dictionaries.formats import save
 from mechatlas.dictionaries.sparsity import TopK
 from mechatlas.files import write_json
+from tests.forging import forge
 
 from .test_cli import refused
 
@@ -200,13 +201,12 @@ def test_recipes_and_flags_of_version_0_1_still_work(here, capsys):
 def test_a_folder_of_version_0_1_is_drawn_as_it_was(here, capsys):
     main(["basis", "basis.toml"])
     page = drawn(here)
-    manifest = json.loads((here / "basis" / "manifest.json").read_text())
     recipe = {"network": {"name": "tests.app.test_basis:small"}}
-    write_json(here / "basis" / "manifest.json", {**manifest, "schema": 1, "recipe": recipe})
     for file, kind in (("result.json", "basis"), ("spectra.json", "spectra")):
         values = json.loads((here / "basis" / file).read_text())
         old_names = {new: old for old, new in KEYS[kind].items()}
         write_json(here / "basis" / file, as_version_0_1(values, old_names))
+    forge(here / "basis", schema=1, recipe=recipe)
     result, spectra = (
         json.loads((here / "basis" / f).read_text()) for f in ("result.json", "spectra.json")
     )
@@ -261,7 +261,7 @@ def test_mistakes_are_named(here, capsys):
     said = refused(["basis", "basis.toml", "--layers", "2", "1"], capsys)
     assert "does not depend on layer 2" in said
     assert "no module '7'" in refused(["basis", "basis.toml", "--layers", "0", "7"], capsys)
-    assert "There is no file of labels" in refused(
+    assert "There is no file nowhere.npy" in refused(
         ["basis", "basis.toml", "--labels", "nowhere.npy"], capsys
     )
     (here / "bad.toml").write_text(RECIPE.replace('1 = "latents"', '0 = "latents"'))

@@ -181,7 +181,7 @@ def test_a_site_without_branches_is_refused_with_those_that_have_some(world, tmp
         (["--fdr", "2"], RecipeError, "--fdr must lie between 0 and 1"),
         (["--site", "first"], RecipeError, "says that it reads mixed, but first was asked for"),
         (["--labels", "nothing"], RecipeError, "must be FILE.parquet:COLUMN"),
-        (["--labels", "nowhere.parquet:kind"], DiskError, "nowhere.parquet cannot be read"),
+        (["--labels", "nowhere.parquet:kind"], DiskError, "nowhere.parquet"),
         (["--match", "nowhere"], DiskError, "nowhere"),
     ],
 )

@@ -27,6 +27,7 @@ from mechatlas.app.report.runs import find_runs
 from mechatlas.app.run_folder import execute
 from mechatlas.base import no_progress
 from mechatlas.dictionaries.sparsity import TopK
+from tests.forging import forge
 
 SITES = ("mixed4a", "mixed4b", "mixed4d")
 
@@ -94,8 +95,7 @@ def test_a_run_of_version_0_1_is_still_drawn(folder, tmp_path):
         assert f'"{new}"' in text
         text = text.replace(f'"{new}"', f'"{old}"')
     file.write_text(text)
-    manifest = file.with_name("manifest.json")
-    manifest.write_text(manifest.read_text().replace('"schema": 2', '"schema": 1'))
+    forge(file.parent, schema=1)
     old = circuits.chapter(find_runs(tmp_path / "runs"), no_progress)
     new = circuits.chapter(find_runs(folder), no_progress)
     assert old is not None
@@ -185,8 +185,7 @@ def test_a_mistake_is_one_sentence(folder, tmp_path, monkeypatch, capsys, words,
 def test_a_store_that_is_gone_is_named(folder, tmp_path, monkeypatch, capsys):
     for site in SITES[:2]:
         shutil.copytree(folder / site, tmp_path / site)
-        manifest = json.loads((tmp_path / site / "manifest.json").read_text())
-        (tmp_path / site / "manifest.json").write_text(json.dumps(manifest | {"store": "/gone"}))
+        forge(tmp_path / site, store="/gone")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit):
         main(["circuit", *SITES[:2], "--out", "out"])

@@ -24,10 +24,10 @@ from mechatlas.base import DiskError, RecipeError, StoreError, UserError
 from mechatlas.dictionaries.autoencoder import Autoencoder
 from mechatlas.dictionaries.formats import save
 from mechatlas.dictionaries.sparsity import TopK
-from mechatlas.files import read_json, write_json
 from mechatlas.maths import assignment
 from tests.analysis.matching.planted import chain
 from tests.app.worlds import photographs, run_command
+from tests.forging import forge
 
 KEYS = {
     "n_a", "n_b", "cost", "lower_bound", "gap", "matched", "seconds", "wall_seconds", "peak_bytes"
@@ -204,8 +204,7 @@ def test_where_the_network_cannot_be_run_the_match_stands_and_says_why(paired, t
     assert "reaches first before mixed" in str(pair.not_run)
     assert pair.spliced is None
     shutil.copytree(paired / "store", tmp_path / "store")
-    path = tmp_path / "store" / "manifest.json"
-    write_json(path, {**read_json(path), "recipe": {}})  # as `collect` in Python leaves it
+    forge(tmp_path / "store", recipe={})  # as `collect` in Python leaves it
     recipe = dataclasses.replace(recipe, store=tmp_path / "store", out=tmp_path / "other")
     pair = execute(recipe).pairs[0]
     assert "The manifest of" in str(pair.not_run)

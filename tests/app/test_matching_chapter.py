@@ -13,6 +13,7 @@ from mechatlas.base import DiskError, no_progress
 from mechatlas.dictionaries.autoencoder import Autoencoder
 from mechatlas.dictionaries.formats import save
 from mechatlas.dictionaries.sparsity import TopK
+from tests.forging import forge
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +63,7 @@ def test_a_damaged_table_is_named(folder, tmp_path):
     for name in ("manifest.json", "result.json"):
         (tmp_path / name).write_bytes((folder / "match" / name).read_bytes())
     (tmp_path / "matches.parquet").write_text("no table")
-    with pytest.raises(DiskError, match=r"matches\.parquet cannot be read"):
+    with pytest.raises(DiskError, match=r"matches\.parquet is damaged"):
         matching.chapter(find_runs(tmp_path), no_progress)
 
 
@@ -92,8 +93,7 @@ def test_a_result_of_version_0_1_is_drawn_like_todays(folder, tmp_path):
         run = tmp_path / name / "match"
         shutil.copytree(folder / "match", run)
         (run / "result.json").write_text(json.dumps(values))
-        manifest = json.loads((run / "manifest.json").read_text())
-        (run / "manifest.json").write_text(json.dumps(manifest | {"schema": 1 + (name == "new")}))
+        forge(run, schema=1 + (name == "new"))
         made = matching.chapter(find_runs(tmp_path / name), no_progress)
         assert made is not None
         pages.append((made.html, made.data))

@@ -164,7 +164,7 @@ def test_bad_input_is_refused_with_one_sentence(net, tmp_path, capsys):
     assert "must have the shape" in said
     (tmp_path / "no.safetensors").write_bytes(b"nothing")
     said = _refused(capsys, "prove", tmp_path / "no.safetensors", "--table", table, "--out", out)
-    assert "cannot be read as safetensors" in said
+    assert "no.safetensors cannot be read" in said
     said = _refused(capsys, "prove", "--check", tmp_path / "no.safetensors", file)
     assert "is damaged or is not a proof" in said
     assert not out.exists()

@@ -10,9 +10,9 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from mechatlas.app.run_folder import MANIFEST, STORE, CommandResult, RunConfig, RunFolder
+from mechatlas.app.run_folder import STORE, CommandResult, RunConfig, RunFolder
 from mechatlas.base import DiskError
-from mechatlas.files import TEMPORARY, cannot_write, read_json, write_json
+from mechatlas.files import MANIFEST, TEMPORARY, cannot_write, read_json, write_manifest
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,7 +38,11 @@ def test_files_of_an_earlier_run_do_not_stay(tmp_path):
     run(out, "a.safetensors", "b.safetensors")
     run(out, "a.safetensors")
     assert not (out / "b.safetensors").exists()
-    assert set(read_json(out / MANIFEST)["files"]) == {"a.safetensors"}
+    assert set(read_json(out / MANIFEST)["files"]) == {
+        "a.safetensors",
+        "recipe.toml",
+        "result.json",
+    }
 
 
 def test_nor_do_they_when_a_run_between_was_killed(tmp_path):
@@ -57,7 +61,7 @@ def test_a_manifest_cannot_name_files_outside_its_folder(tmp_path):
     run(out, "a.safetensors")
     forged = read_json(out / MANIFEST)
     forged["files"] |= {"../precious": "0", str(outside): "0", "..": "0"}
-    write_json(out / MANIFEST, forged)
+    write_manifest(out / MANIFEST, forged)
     run(out, "a.safetensors")
     assert outside.read_text() == "mine"
 

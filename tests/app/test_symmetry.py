@@ -31,6 +31,7 @@ from tests.analysis.symmetry.planted import adjusted_rand
 from tests.analysis.symmetry.test_interchange import true_features
 from tests.app import posed
 from tests.app.worlds import photographs
+from tests.forging import forge
 
 KEYS = {"n_features", "classes", "fdr", "noise_ceiling", "families", "r2", "discoveries_shuffled"}
 COLUMNS = {
@@ -131,6 +132,7 @@ def test_classes_stand_beside_those_of_a_control(world, tmp_path):
     without = ["none (curve-like)"] * table.num_rows
     changed = table.set_column(table.column_names.index("class"), "class", [without])
     pq.write_table(changed, tmp_path / "control" / "features.parquet")
+    forge(tmp_path / "control")
     _, text = run(world, "crosscoder", tmp_path / "out", control=tmp_path / "control")
     assert "any symmetry 57.9% and 0.0% (q " in text
 
@@ -167,13 +169,13 @@ def test_what_does_not_fit_is_refused_in_one_sentence(world, tmp_path, capsys):
     manifest = read_json(world / "store" / "manifest.json")
     plain = {k: v for k, v in manifest.items() if k != "group"}
     (tmp_path / "store").mkdir()
-    write_json(tmp_path / "store" / "manifest.json", plain)
+    forge(tmp_path / "store", plain)
     message = refused(
         world, tmp_path, capsys, str(world / "plain"), "--store", str(tmp_path / "store")
     )
     assert "Collect a store with a [group]" in message
     short = {**manifest, "shards": [shard for shard in manifest["shards"] if "held" not in shard]}
-    write_json(tmp_path / "store" / "manifest.json", short)
+    forge(tmp_path / "store", short)
     message = refused(
         world, tmp_path, capsys, str(world / "plain"), "--store", str(tmp_path / "store")
     )
@@ -220,14 +222,12 @@ def test_a_dictionary_or_a_control_of_another_action_or_site_is_refused(world, t
     words = [str(world / "plain"), *store, "--control", str(tmp_path / "control")]
     result = read_json(tmp_path / "control" / "result.json")
     write_json(tmp_path / "control" / "result.json", {**result, "site": "other"})
+    forge(tmp_path / "control")
     message = refused(world, tmp_path, capsys, *words)
     assert "is one for other under D4 (rotate), but this is layer under D4 (rotate)" in message
     write_json(tmp_path / "control" / "result.json", result)
     manifest = read_json(tmp_path / "control" / "manifest.json")
-    write_json(
-        tmp_path / "control" / "manifest.json",
-        {**manifest, "group": {**manifest["group"], "action": "hue"}},
-    )
+    forge(tmp_path / "control", manifest, group={**manifest["group"], "action": "hue"})
     message = refused(world, tmp_path, capsys, *words)
     assert "is one for layer under D4 (hue), but this is layer under D4 (rotate)" in message
 
@@ -238,7 +238,7 @@ def test_turns_that_interpolate_stand_beside_those_that_do_not(world, tmp_path):
     shutil.copytree(world / "store", tmp_path / "store")
     manifest = read_json(tmp_path / "store" / "manifest.json")
     manifest["group"] |= {"exact": [True, False] * 4, "matched_blur": False}
-    write_json(tmp_path / "store" / "manifest.json", manifest)
+    forge(tmp_path / "store", manifest)
     result, text = classify(world / "plain", tmp_path / "store", tmp_path / "out")
     s = load_file(tmp_path / "out" / symmetry.SYMMETRY_TENSORS)["stabilizer_function"].mean(axis=0)
     interpolation = result.interpolation

@@ -15,10 +15,11 @@ from mechatlas.app.report.chapters import symmetry
 from mechatlas.app.report.page import assemble
 from mechatlas.app.report.runs import find_runs
 from mechatlas.app.run_folder import execute
-from mechatlas.base import DiskError, no_progress
+from mechatlas.base import DiskError, UserError, no_progress
 from mechatlas.dictionaries.formats import save
 from mechatlas.files import read_json, write_json
 from tests.app import posed
+from tests.forging import forge
 
 HOSTILE = "<script>alert(1)</script>"
 
@@ -36,7 +37,7 @@ def folder(tmp_path_factory) -> Path:
     manifest = root / "<b>symmetry" / "manifest.json"
     kept = read_json(manifest)
     kept["group"]["elements"][4] = HOSTILE  # names of a user's own group
-    write_json(manifest, kept)
+    forge(manifest.parent, kept)
     return root
 
 
@@ -90,10 +91,10 @@ def test_runs_without_symmetry_have_no_such_chapter_and_damage_is_named(folder, 
     for name in ("manifest.json", "result.json", symmetry_command.FEATURES):
         (tmp_path / name).write_bytes((folder / "<b>symmetry" / name).read_bytes())
     (tmp_path / symmetry_command.SYMMETRY_TENSORS).write_text("nothing")
-    with pytest.raises(DiskError, match=r"symmetry\.safetensors cannot be read"):
+    with pytest.raises(UserError, match=r"symmetry\.safetensors cannot be read"):
         symmetry.chapter(find_runs(tmp_path), no_progress)
     (tmp_path / symmetry_command.FEATURES).write_text("nothing")
-    with pytest.raises(DiskError, match=r"features\.parquet cannot be read"):
+    with pytest.raises(DiskError, match=r"features\.parquet is damaged"):
         symmetry.chapter(find_runs(tmp_path), no_progress)
 
 
@@ -112,10 +113,6 @@ def test_a_run_of_version_0_1_is_drawn_as_before(folder, made, tmp_path):
     result["causal"] = {"missing": result["causal"]["missing"]}
     assert {"alike", "chance_likeness"} <= set(result)
     write_json(tmp_path / "result.json", result)
-    write_json(
-        tmp_path / "manifest.json",
-        {**read_json(run / "manifest.json"), "schema": 1},
-    )
     table = pq.read_table(run / symmetry_command.FEATURES)
     columns = {old_names.get(name, name): table[name] for name in table.column_names}
     assert {"stabiliser_elements", "likeness", "swap_alignment"} <= set(columns)
@@ -125,6 +122,7 @@ def test_a_run_of_version_0_1_is_drawn_as_before(folder, made, tmp_path):
         {old_names.get(name, name): array for name, array in tensors.items()},
         tmp_path / symmetry_command.SYMMETRY_TENSORS,
     )
+    forge(tmp_path, read_json(run / "manifest.json"), schema=1)
     drawn = symmetry.chapter(find_runs(tmp_path), no_progress)
     assert drawn is not None
     assert drawn.figures == made.figures

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from mechatlas.activations import networks
 from mechatlas.activations.branches import branches_of
+from mechatlas.activations.networks import as_input
 from mechatlas.activations.passes import on_device
 from mechatlas.activations.posing import (
     Places,
@@ -39,18 +40,11 @@ from mechatlas.activations.posing import (
     refuse_lawless,
 )
 from mechatlas.activations.positions import Positions
-from mechatlas.activations.samples import Samples
+from mechatlas.activations.row_checks import naming, refuse_non_finite, refuse_unreadable
+from mechatlas.activations.samples import Samples, open_samples
 from mechatlas.activations.sites import as_site, channels_last, grid_of, read_activations
-from mechatlas.activations.store import (
-    DTYPES,
-    SCHEMA,
-    Shard,
-    SiteShape,
-    Split,
-    Store,
-    shard_file,
-    write_shard,
-)
+from mechatlas.activations.store import Store, shard_file, write_shard
+from mechatlas.activations.store_manifest import DTYPES, SCHEMA, Shard, SiteShape, Split
 from mechatlas.activations.unfinished import (
     begin_store,
     has_checksum,
@@ -60,14 +54,13 @@ from mechatlas.activations.unfinished import (
 )
 from mechatlas.base import (
     InputError,
-    NonFiniteError,
     Progress,
     Site,
     StoreError,
     no_progress,
 )
 from mechatlas.devices import as_device
-from mechatlas.files import write_json
+from mechatlas.files import write_manifest
 from mechatlas.maths.actions import Action
 from mechatlas.outputs import claim
 
@@ -156,9 +149,9 @@ class _Rows:
 
 def collect(
     network: nn.Module,
-    samples: Samples,
+    samples: Any,
     sites: Sequence[Site | str],
-    out: Path,
+    out: Path | str,
     settings: StoreConfig | None = None,
     *,
     group: PoseConfig | Action | None = None,
@@ -170,7 +163,8 @@ def collect(
 
     Args:
         network: Network; run in evaluation mode, and put back in its own and on its own device.
-        samples: Inputs of the network.
+        samples: Inputs of the network: samples, or anything that `open_samples` takes, such as an
+            array whose first axis counts them.
         sites: Sites to read, or their written form, all in one pass that stops after the last.
         out: Folder of the store. An unfinished store of the same recipe is continued.
         settings: Positions kept, number format, memory; by default `StoreConfig()`.
@@ -207,13 +201,17 @@ def collect(
         >>> next(store.rows().batches(32)).x.shape
         torch.Size([32, 8])
     """
-    settings = settings or StoreConfig()
+    settings, out = settings or StoreConfig(), Path(out)
+    samples = open_samples(samples, network, memory_mib=settings.memory_mib)
     device = as_device(device)
     chosen = [as_site(network, site) for site in sites]
     with on_device(network, device):
-        first = _first_batch(samples, settings).to(device)
-        with torch.inference_mode():
+        index, first = _first_batch(samples, settings)
+        first = as_input(network, first.to(device))
+        with torch.inference_mode(), naming(samples, [index]):
             activations = read_activations(network, first, chosen)
+            for site, activation in activations.items():
+                refuse_unreadable(activation, site, len(first))
         poses = None if group is None else _poses(network, first, activations, settings, group)
         shapes = {site: _shape(network, site, a, poses) for site, a in activations.items()}
         collection = _Collection(network, samples, chosen, shapes, settings, device, poses, out)
@@ -243,19 +241,19 @@ def collect(
                     if not manifest["shards"]:
                         raise InputError(f"None of the {len(samples)} samples could be read.")
                     refuse_absent(out, manifest)
-                write_json(out / "manifest.json", manifest)
+                write_manifest(out / "manifest.json", manifest)
     return Store(out)
 
 
-def _first_batch(samples: Samples, settings: StoreConfig) -> Shaped[Tensor, "1 ..."]:
-    """Batch of the first sample that can be read.
+def _first_batch(samples: Samples, settings: StoreConfig) -> tuple[int, Any]:
+    """Number and batch of the first sample that can be read.
 
     Raises:
         InputError: None can be read, or the first cannot and `skip_bad` is off.
     """
     for i in range(len(samples)):
         try:
-            return samples.stack([samples.read(i)])
+            return i, samples.stack([samples.read(i)])
         except InputError:
             if not settings.skip_bad:
                 raise
@@ -487,12 +485,16 @@ def _fill(
     """Draw positions of the untransformed inputs, and add their rows pose by pose."""
     shapes, settings, poses = collection.shapes, collection.settings, collection.poses
     first = collection.sites[0]
+    grids = {site: shape.grid for site, shape in shapes.items()}
     drawn: dict[Site, Tensor] = {}
     for element in range(1 if poses is None else poses.action.group.order):
         action = None if poses is None else poses.action
-        activations = read_pose(collection.network, action, element, inputs, collection.sites)
+        with naming(collection.samples, indices):
+            activations = read_pose(
+                collection.network, action, element, inputs, collection.sites, grids
+            )
         for site, flat in activations.items():
-            _refuse_non_finite(flat, site, indices, collection.samples)
+            refuse_non_finite(flat, site, indices, collection.samples)
             if site not in drawn and settings.paired and drawn:
                 here, there = shapes[first].grid, shapes[site].grid
                 drawn[site] = drawn[first]
@@ -505,6 +507,8 @@ def _fill(
                 rows = flat.gather(1, drawn[site][..., None].expand(-1, -1, flat.shape[-1]))
             else:
                 rows = poses.places[site].take(element, flat, drawn[site])
+            stored = filled[site].rows.dtype
+            refuse_non_finite(rows, site, indices, collection.samples, dtype=stored)
             filled[site].put(element * flat.shape[-1], rows.flatten(0, 1).cpu())
     for site, rows in filled.items():
         position = drawn[site] if poses is None else poses.places[site].kept[drawn[site]]
@@ -522,18 +526,3 @@ def _same_place(
     y = ((y + 0.5) / grid[0] * other[0]).long()
     x = ((x + 0.5) / grid[1] * other[1]).long()
     return y * other[1] + x
-
-
-def _refuse_non_finite(
-    rows: Float[Tensor, "batch position d_in"], site: Site, indices: list[int], samples: Samples
-) -> None:
-    if rows.sum().isfinite():  # one pass; a NaN or infinity anywhere reaches the sum
-        return
-    bad = (~rows.isfinite()).nonzero()
-    if len(bad):
-        sample, _, channel = bad[0].tolist()
-        raise NonFiniteError(
-            f"The network gave {rows[tuple(bad[0])].item()} at site {site}, sample "
-            f"{samples.name(indices[sample])}, channel {channel} ({len(bad)} such values in this "
-            "batch). Look at the network and this input; nothing of the batch was kept."
-        )

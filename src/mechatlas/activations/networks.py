@@ -2,24 +2,30 @@
 
 load_network   a bundled name or `package.module:factory` -> nn.Module in eval mode
 load_weights   a file of weights into a network, every mismatch named
+run_network    call a network; what it raises becomes one sentence
+as_input       an array in any form -> a batch in the number format of a network
 dtype_of       number format that a network computes in
 digest         checksum of all weights, kept with everything made from them
 has_weights    whether a network has the weights of a checksum
 """
 
+import contextlib
 import dataclasses
 import difflib
 import importlib
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import xxhash
 from torch import Tensor, nn
 
-from mechatlas.base import UserError, WeightsError
+from mechatlas.base import InputError, UserError, WeightsError
+from mechatlas.maths.arrays import as_numbers
+from mechatlas.sources import reason_of
 from mechatlas.tensorfiles import mismatches, non_finite, read_tensors
 
 ARCHITECTURES = "mechatlas.activations.architectures"
@@ -67,8 +73,14 @@ def load_network(recipe: Network) -> nn.Module:
         arguments["weights"] = recipe.weights
     try:
         network = factory(**arguments)
+    except UserError:
+        raise
     except TypeError as error:
         raise UserError(f"Network {recipe.name!r} refused its arguments: {error}.") from error
+    except Exception as error:  # code of the user's own can raise anything
+        raise UserError(
+            f"Network {recipe.name!r} cannot be built: {reason_of(error)} ({type(error).__name__})."
+        ) from error
     if not isinstance(network, nn.Module):
         raise UserError(
             f"{recipe.name!r} returned {type(network).__name__}, expected a torch.nn.Module."
@@ -133,6 +145,88 @@ def dtype_of(network: nn.Module) -> torch.dtype | None:
     """Number format of the first floating-point parameter or buffer; `None` where there is none."""
     tensors = itertools.chain(network.parameters(), network.buffers())
     return next((t.dtype for t in tensors if t.is_floating_point()), None)
+
+
+def as_input(network: nn.Module, inputs: Any) -> Any:
+    """Convert a batch to a tensor as a network reads it.
+
+    Args:
+        network: Network that is called with the batch.
+        inputs: A tensor, an array or nested lists; floats are brought to the network's own number
+            format. Tuples and mappings are for networks that take them, and stay as they are.
+
+    Raises:
+        InputError: It is an array of something else than real numbers, or sparse, or masked.
+    """
+    if isinstance(inputs, tuple | Mapping):
+        return inputs
+    wanted = dtype_of(network)
+    if not isinstance(inputs, Tensor):
+        array = as_numbers(inputs, "The batch of inputs")
+        floats = array.dtype.kind == "f"
+        kept = array.dtype.newbyteorder("=") if floats else np.dtype(np.int64)
+        parameter = next(network.parameters(), None)
+        inputs = torch.from_numpy(np.array(array, kept, order="C"))
+        inputs = inputs.to("cpu" if parameter is None else parameter.device)
+        wanted = wanted or torch.float32
+    if inputs.is_floating_point() and wanted is not None and inputs.dtype != wanted:
+        return inputs.to(wanted)
+    return inputs
+
+
+@contextlib.contextmanager
+def running(network: nn.Module, inputs: Any, purpose: str = "") -> Iterator[None]:
+    """Turn whatever a network raises inside the context into one sentence.
+
+    Args:
+        network: Network that is called.
+        inputs: Batch that it is called with.
+        purpose: Sites that are read or similar, for the message.
+
+    Raises:
+        InputError: The network raised an error; names the shape of the inputs and the module.
+        UserError: The network says itself what the user can mend.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # code of the user's own can raise anything
+        given = type(inputs).__name__
+        if isinstance(inputs, Tensor):
+            kind = str(inputs.dtype).removeprefix("torch.")
+            given = f"{kind} inputs of shape {tuple(inputs.shape)}"
+        raise InputError(
+            f"{type(network).__name__} cannot run on {given}{purpose}: {reason_of(error)} "
+            f"({type(error).__name__}{_place(network, error)})."
+        ) from error
+
+
+def run_network(network: nn.Module, inputs: Any) -> Any:
+    """Call a network with a batch in any form.
+
+    Args:
+        network: Any module; called with the batch in its own number format.
+        inputs: Batch, as for `as_input`.
+
+    Raises:
+        InputError: The network raised an error; names the shape of the inputs and the module.
+    """
+    batch = as_input(network, inputs)
+    with running(network, batch):
+        return network(batch)
+
+
+def _place(network: nn.Module, error: BaseException) -> str:
+    """Innermost module of a network in which an error was raised."""
+    names = {id(module): name for name, module in network.named_modules()}
+    place, trace = "", error.__traceback__
+    while trace is not None:
+        module = trace.tb_frame.f_locals.get("self")
+        if names.get(id(module)):
+            place = f" in module {names[id(module)]!r}, a {type(module).__name__}"
+        trace = trace.tb_next
+    return place
 
 
 def digest(network: nn.Module) -> str:

@@ -13,7 +13,7 @@ interpolates. No posed input is ever stored.
 
 import dataclasses
 import importlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,7 +21,9 @@ import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 
+from mechatlas.activations.networks import as_input
 from mechatlas.activations.receptive import ReceptiveField, receptive_field
+from mechatlas.activations.row_checks import refuse_other_grid, refuse_unreadable
 from mechatlas.activations.sites import channels_last, grid_of, read_activations
 from mechatlas.base import InputError, Site, UserError
 from mechatlas.maths.actions import (
@@ -337,6 +339,7 @@ def read_pose(
     element: int,
     inputs: Shaped[Tensor, "batch ..."],
     sites: Sequence[Site],
+    grids: Mapping[Site, tuple[int, int]] | None = None,
 ) -> dict[Site, Float[Tensor, "batch position d"]]:
     """Read the flat maps of inputs in one pose.
 
@@ -346,8 +349,16 @@ def read_pose(
         element: Element by which to pose the inputs.
         inputs: Batch of untransformed inputs.
         sites: Sites to read.
+        grids: Expected height and width of the map at each site; by default any.
+
+    Raises:
+        InputError: The network does not run, or its maps have another size or batch axis.
     """
-    posed = inputs if action is None else action(element, inputs)
+    posed = as_input(network, inputs if action is None else action(element, inputs))
     maps = read_activations(network, posed, sites)
+    for site, activation in maps.items():
+        refuse_unreadable(activation, site, len(inputs))
+        if grids is not None:
+            refuse_other_grid(grid_of(activation), grids[site], site)
     rows = {site: channels_last(activation) for site, activation in maps.items()}
     return {site: r.reshape(len(inputs), -1, r.shape[-1]) for site, r in rows.items()}

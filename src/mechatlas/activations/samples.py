@@ -7,40 +7,31 @@ Reading a sample depends on nothing but the recipe and the sample's number, so a
 be resumed anywhere and a page can show later exactly what the network saw.
 """
 
-import bisect
 import dataclasses
-import io
-import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol, cast, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
-from jaxtyping import Int, Shaped
+from jaxtyping import Shaped
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils import data as torch_data
 
 from mechatlas.activations.images import Images, ImageSamples
 from mechatlas.activations.networks import dtype_of
+from mechatlas.activations.text_input import TextInput
+from mechatlas.activations.text_sources import is_text
+from mechatlas.activations.texts import Texts, TextSamples, text_samples
 from mechatlas.base import InputError, RecipeError, Result
 from mechatlas.maths.arrays import as_numbers
 from mechatlas.sources import (
     MEMORY_MIB,
-    Archive,
     ArrayFile,
-    Files,
-    Folder,
-    check_size,
-    matching,
     open_array,
-    open_file,
     reason_of,
 )
-
-PIECE = 4 << 20
-"""Characters of a text that are tokenized at once; a longer text is cut at ends of lines."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,18 +40,6 @@ class Arrays:
 
     source: Path
     """An .npy file, or an .npz with one array. The first axis counts the samples."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Texts:
-    """Plain text, cut into windows of tokens by the network's own tokenizer."""
-
-    source: Path
-    """A text file, or a folder or zip of them."""
-    include: str = "*.txt"
-    """Glob over file names inside the source."""
-    context: int = 128
-    """Tokens in a window, special tokens included."""
 
 
 SampleRecipe = Images | Arrays | Texts
@@ -97,10 +76,11 @@ def open_samples(recipe: Any, network: nn.Module, *, memory_mib: int = MEMORY_MI
     Args:
         recipe: A recipe (`Images`, `Arrays` or `Texts`); an array, a tensor or a list, whose first
             axis counts the samples; a `Dataset` or `DataLoader` of torch, of whose tuples the
-            first element is the input; a path of an array, of images or of texts; or samples.
+            first element is the input; for a language model any iterable of texts or rows
+            (`text_samples`); a path of an array, of images or of texts; or samples.
         network: Network that reads them. It says how large images are, and has the tokenizer.
         memory_mib: Memory that the process should stay under, in MiB: an image, a compressed array
-            or tokens that would not fit are refused before they are read.
+            or a JSON list that would not fit is refused before it is read.
 
     Raises:
         InputError: There is nothing there, or it does not fit the network.
@@ -116,7 +96,7 @@ def open_samples(recipe: Any, network: nn.Module, *, memory_mib: int = MEMORY_MI
         torch.Size([2, 3, 31, 31])
     """
     if isinstance(recipe, str | Path):
-        recipe = _recipe_for(recipe)
+        recipe = _recipe_for(Path(recipe), network)
     if isinstance(recipe, Arrays):
         source = Path(recipe.source)
         return ArraySamples(open_array(source, memory_mib=memory_mib), str(source), network)
@@ -135,11 +115,11 @@ def open_samples(recipe: Any, network: nn.Module, *, memory_mib: int = MEMORY_MI
     return ImageSamples(recipe, side, channels, memory_mib=memory_mib)
 
 
-def _recipe_for(path: str | Path) -> SampleRecipe:
-    suffix = Path(path).suffix.lower()
-    if suffix in (".npy", ".npz"):
-        return Arrays(source=Path(path))
-    return Texts(source=Path(path)) if suffix == ".txt" else Images(source=str(path))
+def _recipe_for(path: Path, network: nn.Module) -> SampleRecipe:
+    if path.suffix.lower() in (".npy", ".npz"):
+        return Arrays(source=path)
+    text = is_text(path.name) or isinstance(getattr(network, "input", None), TextInput)
+    return Texts(source=path) if text else Images(source=str(path))
 
 
 def _in_memory(samples: Any, network: nn.Module) -> Samples:
@@ -150,11 +130,24 @@ def _in_memory(samples: Any, network: nn.Module) -> Samples:
     """
     if isinstance(samples, Samples):
         return samples
+    text_input = getattr(network, "input", None)
+    if isinstance(text_input, TextInput) and _are_texts(samples):
+        context = Texts.context if text_input.context is None else text_input.context
+        return text_samples(samples, network, context=min(Texts.context, context))
     numbered = hasattr(samples, "__getitem__") and hasattr(samples, "__len__")
     array = hasattr(samples, "__array__") or isinstance(samples, Mapping | Sequence)
     if isinstance(samples, torch_data.DataLoader | torch_data.Dataset) or (numbered and not array):
         return DatasetSamples(samples, network)
-    return ArraySamples(as_numbers(samples, "The samples"), "samples", network)
+    return ArraySamples(as_numbers(samples, "The samples"), "array", network)
+
+
+def _are_texts(samples: Any) -> bool:
+    """Whether values are texts or rows to be cut into windows, and not windows of token ids."""
+    if isinstance(samples, np.ndarray | Tensor | torch_data.DataLoader):
+        return False
+    if hasattr(samples, "__getitem__") and hasattr(samples, "__len__"):
+        return len(samples) > 0 and isinstance(samples[0], str | Mapping)
+    return isinstance(samples, Iterable)
 
 
 class ArraySamples(Result):
@@ -313,92 +306,3 @@ def _order(loader: "torch_data.DataLoader[Any]") -> Sequence[int]:
         f"The loader draws its samples by a {type(sampler).__name__}; pass its data set, or "
         "torch.utils.data.Subset(dataset, indices) of the samples that are meant."
     )
-
-
-class TextSamples(Result):
-    """Windows of tokens, from texts read one after another."""
-
-    def __init__(self, recipe: Texts, network: nn.Module, *, memory_mib: int = MEMORY_MIB) -> None:
-        self.recipe: Texts = recipe
-        tokenizer = getattr(network, "input", None)
-        if tokenizer is None or not hasattr(tokenizer, "windows"):
-            raise InputError(
-                f"{type(network).__name__} has no tokenizer; texts need a network of "
-                "`mechatlas.activations.architectures.language`."
-            )
-        tokens: list[np.ndarray] = []
-        self._names: list[str] = []
-        self._starts: list[int] = []
-        self._n = 0
-        for name, text in _read_texts(recipe):
-            windows = tokenizer.windows(text, recipe.context).astype(np.int32)
-            if len(windows) and name not in self._names[-1:]:
-                self._names.append(name)
-                self._starts.append(self._n)
-            tokens.append(windows)
-            self._n += len(windows)
-            size = 2 * self._n * recipe.context * windows.itemsize  # they are joined at the end
-            check_size(size, (memory_mib << 20) // 2, f"The tokens of {recipe.source}")
-        if not self._n:
-            raise InputError(
-                f"{recipe.source} has no text of at least {recipe.context} tokens in a file "
-                f"that matches {recipe.include!r}."
-            )
-        self._tokens = np.concatenate(tokens)
-
-    def __len__(self) -> int:
-        return self._n
-
-    def summary(self) -> str:
-        """Number of samples, their length and their source."""
-        windows = f"windows of {self.recipe.context} tokens of {self.recipe.source}"
-        return f"{len(self):,} samples: {windows}"
-
-    def name(self, index: int) -> str:
-        """File and number of the window."""
-        number = bisect.bisect_right(self._starts, index) - 1
-        return f"{self._names[number]} window {index - self._starts[number]}"
-
-    def read(self, index: int) -> Int[np.ndarray, " token"]:
-        """Read the token ids of one window."""
-        return self._tokens[index]
-
-    def stack(self, samples: Sequence[Int[np.ndarray, " token"]]) -> Int[Tensor, "batch token"]:
-        """Stack the token ids of windows."""
-        return torch.from_numpy(np.stack(samples)).long()
-
-
-def _read_texts(recipe: Texts) -> Iterator[tuple[str, str]]:
-    """Texts with their names; long ones piece by piece under the same name.
-
-    Raises:
-        InputError: There is nothing there, or a text cannot be read.
-    """
-    path = Path(recipe.source)
-    if not path.is_dir() and not path.is_file():
-        raise InputError(f"There is no text file, folder or zip {path}.")
-    if path.is_file() and path.suffix.lower() != ".zip":
-        yield from _pieces(open_file(path, str(path)), path.name)
-        return
-    files: Files = Folder(path) if path.is_dir() else Archive(path)
-    for name in matching(files.names, recipe.include, {".txt"})[0]:
-        for _, piece in _pieces(files.stream(name), f"{path}: {name}"):
-            yield name, piece
-
-
-def _pieces(file: io.BufferedIOBase, name: str) -> Iterator[tuple[str, str]]:
-    """Pieces of a text, each but the last ending with a line.
-
-    Raises:
-        InputError: The file is damaged.
-    """
-    with io.TextIOWrapper(cast(Any, file), encoding="utf-8", errors="replace") as text:
-        for number in itertools.count():
-            try:
-                piece = text.read(PIECE)
-                piece += text.readline(PIECE) if len(piece) == PIECE else ""
-            except Exception as error:  # a damaged archive can make its reader raise anything
-                raise InputError(f"{name} cannot be read ({reason_of(error)}).") from error
-            if number and not piece:
-                return
-            yield name, piece

@@ -26,6 +26,7 @@ from jaxtyping import Shaped
 from torch import Tensor, nn
 
 from mechatlas.activations.branches import branches_of, no_such_branch, select
+from mechatlas.activations.networks import as_input, run_network, running
 from mechatlas.activations.passes import (
     counted,
     eager,
@@ -192,7 +193,7 @@ def grid_of(activation: Shaped[Tensor, "batch ..."]) -> tuple[int, int]:
 
 
 def read_activations(
-    network: nn.Module, inputs: Shaped[Tensor, "batch ..."], sites: Sequence[AnySite]
+    network: nn.Module, inputs: Any, sites: Sequence[AnySite]
 ) -> dict[AnySite, Shaped[Tensor, "..."]]:
     """Read the activations at some sites, in one pass that stops after the last of them.
 
@@ -201,7 +202,8 @@ def read_activations(
 
     Args:
         network: Any module; called as `network(inputs)`.
-        inputs: Batch of inputs.
+        inputs: Batch of inputs: a tensor, an array or lists. Floats are brought to the number
+            format of the network.
         sites: Sites to read, or their written form.
 
     Returns:
@@ -209,6 +211,7 @@ def read_activations(
         later; cut to the site's branch.
 
     Raises:
+        InputError: The network cannot run on the inputs.
         SiteError: A site's module was never called, or several times and the site does not say
             which call, or it holds no tensor.
 
@@ -227,7 +230,9 @@ def read_activations(
         stack.enter_context(counted())
         stack.enter_context(evaluation_mode(network))
         stack.enter_context(eager())
-        tensors = tensors_at(root, inputs, list(dict.fromkeys(whole.values())))
+        batch = as_input(network, inputs)
+        stack.enter_context(running(network, batch, f" to read {', '.join(map(str, sites[:3]))}"))
+        tensors = tensors_at(root, batch, list(dict.fromkeys(whole.values())))
         return {
             given: cut_branch(root, site, tensors[whole[site]]) for given, site in wanted.items()
         }
@@ -362,7 +367,7 @@ class _Interventions:
         return tensor.index_copy(axis, index, new)
 
 
-def list_sites(network: nn.Module, inputs: Shaped[Tensor, "batch ..."]) -> list[SiteInfo]:
+def list_sites(network: nn.Module, inputs: Any) -> list[SiteInfo]:
     """List every module whose output is a tensor of activations, from one run of the network.
 
     Examples:
@@ -387,7 +392,8 @@ def list_sites(network: nn.Module, inputs: Shaped[Tensor, "batch ..."]) -> list[
         for module in names:
             if not isinstance(module, torch.jit.ScriptModule):
                 hooks.callback(module.register_forward_hook(note).remove)
-        root(inputs.clone())
+        batch = as_input(network, inputs)
+        run_network(root, batch.clone() if isinstance(batch, Tensor) else batch)
     return [
         SiteInfo(
             site=Site(name, call=number + 1 if len(shapes[name]) > 1 else None),

@@ -22,7 +22,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import safetensors.torch
@@ -30,13 +30,12 @@ import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
-from mechatlas.base import Batch, Result, Site, StoreError
-from mechatlas.files import checksum, read_json, write
+from mechatlas.activations.store_manifest import Shard, SiteShape, Split, read_entries
+from mechatlas.base import Batch, DiskError, Result, Site, StoreError, WeightsError
+from mechatlas.files import MANIFEST, checksum, checksum_file, damaged, open_regular, write
 from mechatlas.maths.groups import Group
+from mechatlas.tensorfiles import DTYPES, read_safetensors
 
-SCHEMA = 1
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-_SAFETENSORS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 POOL_BYTES = 64 << 20
 """Default size of a pool of rows that are shuffled together."""
 BATCHES_AHEAD = 3
@@ -44,33 +43,8 @@ BATCHES_AHEAD = 3
 POOLS_AHEAD = 2
 """Pools requested from the disk beyond the current one: one is checked, one is on its way."""
 
-Split = Literal["train", "held"]
 Signature = tuple[int, int, int]
 """Inode, size in bytes and time of the last change, by which a changed file is noticed."""
-
-
-class Shard(NamedTuple):
-    """Entry of one file in the manifest."""
-
-    site: str
-    split: Split
-    file: str
-    rows: int
-    bytes: int
-    xxh3: str
-
-
-class SiteShape(NamedTuple):
-    """Entry of one site in the manifest."""
-
-    width: int
-    grid: tuple[int, int]
-    """Height and width of the map; (tokens, 1) for texts, (1, 1) for plain vectors."""
-    branches: dict[str, tuple[int, int]]
-    """First channel of each named branch and the channel after its last; in a store with a
-    group, among the channels of one element."""
-    places: int | None = None
-    """Number of places of the map that may be kept, in a store with a group; else all may."""
 
 
 def folder_of(site: Site | str) -> str:
@@ -137,26 +111,10 @@ class Store(Result):
 
     def __init__(self, root: Path | str) -> None:
         self.root: Path = Path(root)
-        path = self.root / "manifest.json"
-        if not path.is_file():
-            raise StoreError(f"{self.root} is not an activation store: it has no manifest.json.")
-        self.manifest: dict[str, Any] = read_json(path)
-        if self.manifest.get("kind") != "store" or self.manifest.get("schema") != SCHEMA:
-            raise StoreError(
-                f"{path} is of kind {self.manifest.get('kind')!r}, schema "
-                f"{self.manifest.get('schema')!r}; expected an activation store of schema {SCHEMA}."
-            )
-        if not self.manifest["complete"]:
-            raise StoreError(
-                f"{self.root} is not finished ({self.manifest['rounds_done']} of "
-                f"{self.manifest['rounds']} rounds). Run the same `mechatlas collect` again; "
-                "it goes on where it stopped."
-            )
-        self.shapes: dict[str, SiteShape] = {
-            name: SiteShape(s["width"], tuple(s["grid"]), s["branches"], s.get("places"))
-            for name, s in self.manifest["sites"].items()
-        }
-        self.shards: list[Shard] = [Shard(*entry) for entry in self.manifest["shards"]]
+        entries = read_entries(self.root)
+        self.manifest: dict[str, Any] = entries.manifest
+        self.shapes: dict[str, SiteShape] = entries.shapes
+        self.shards: list[Shard] = entries.shards
         self.verified: dict[str, Signature] = {}
 
     def summary(self) -> str:
@@ -192,6 +150,11 @@ class Store(Result):
         if entry is None:
             return None
         return Group(entry["table"], name=entry["name"], element_names=entry["elements"])
+
+    @cached_property
+    def digest(self) -> str:
+        """Checksum of the manifest, by which runs made from the store know it again."""
+        return checksum_file(self.root / MANIFEST)
 
     @property
     def sites(self) -> list[str]:
@@ -232,7 +195,7 @@ class Store(Result):
         """
         numbers: dict[int, None] = {}
         for shard in (s for s in self.shards if s.site == self.sites[0] and s.split == split):
-            where = read_shard(self.root, shard)[1][:, 0]
+            where = read_shard(self.root, shard, self.shapes[shard.site].width)[1][:, 0]
             numbers |= dict.fromkeys(where.tolist())
             if len(numbers) >= n:
                 break
@@ -424,7 +387,7 @@ class StoreRows(Result):
         for shard in self._held:
             if missing <= 0:
                 break
-            rows = read_shard(self.store.root, shard)[0]
+            rows = read_shard(self.store.root, shard, self.shape.width)[0]
             parts.append(rows[:missing, self.channels].float())
             missing -= len(parts[-1])
         x = torch.cat(parts) if parts else torch.empty(0, self.d_in)
@@ -437,7 +400,7 @@ class StoreRows(Result):
             StoreError: A shard is damaged or missing; it is named.
         """
         for i, shard in enumerate(self._all):
-            rows, where = read_shard(self.store.root, shard)
+            rows, where = read_shard(self.store.root, shard, self.shape.width)
             ids = torch.arange(int(self._first[i]), int(self._first[i + 1]))
             yield Batch(rows[:, self.channels].float(), ids), where
 
@@ -451,8 +414,8 @@ class StoreRows(Result):
         if hasattr(os, "posix_fadvise"):
             for i in shards:  # what is wrong with a file is said when it is mapped
                 with (
-                    contextlib.suppress(OSError),
-                    open(self.store.root / self._all[i].file, "rb") as file,
+                    contextlib.suppress(OSError, DiskError),
+                    open_regular(self.store.root / self._all[i].file) as file,
                 ):
                     os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
 
@@ -474,7 +437,7 @@ class StoreRows(Result):
             if signature[1] != shard.bytes:
                 raise StoreError(_damaged(path, shard, signature[1]))
             data = np.frombuffer(_mapped(path), np.uint8)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, DiskError) as error:
             raise StoreError(f"Cannot read {path} ({error}).") from error
         if self.store.verified.get(shard.file) != signature:
             if checksum(data.data) != shard.xxh3:
@@ -483,8 +446,10 @@ class StoreRows(Result):
         length = int.from_bytes(data[:8].tobytes(), "little")
         rows = json.loads(data[8 : 8 + length].tobytes())["rows"]
         begin, end = (8 + length + offset for offset in rows["data_offsets"])
+        if rows["shape"] != [shard.rows, self.shape.width]:
+            raise StoreError(_other_shape(path, rows["shape"], shard, self.shape.width))
         cells = np.asarray(data[begin:end]).reshape(shard.rows, -1)
-        return _MappedShard(path, signature, _SAFETENSORS[rows["dtype"]], cells)
+        return _MappedShard(path, signature, DTYPES[rows["dtype"]], cells)
 
 
 class PairedRows(Result):
@@ -530,21 +495,40 @@ class PairedRows(Result):
         return ", ".join(r.describe(row) for r in self.rows)
 
 
-def read_shard(root: Path, shard: Shard) -> tuple[Float[Tensor, "row d_in"], Int[Tensor, "row 3"]]:
+def read_shard(
+    root: Path, shard: Shard, width: int | None = None
+) -> tuple[Float[Tensor, "row d_in"], Int[Tensor, "row 3"]]:
     """Read the rows and places of one shard, and verify its checksum.
+
+    Args:
+        root: Folder of the store.
+        shard: Entry of the shard in the manifest.
+        width: Number of channels in the manifest; by default whatever the file has.
 
     Raises:
         StoreError: The shard is damaged or missing.
     """
-    path = root / shard.file
+    path, size = root / shard.file, 0
     try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise StoreError(f"Cannot read {path}: {error.strerror}.") from error
-    if len(data) != shard.bytes or checksum(data) != shard.xxh3:
-        raise StoreError(_damaged(path, shard, len(data)))
-    tensors = safetensors.torch.load(data)
-    return tensors["rows"], tensors["where"]
+        size = _signature(path)[1]
+        if size != shard.bytes:
+            raise StoreError(_damaged(path, shard, size))
+        tensors = read_safetensors(path, expected=shard.xxh3)[0]
+        rows, where = tensors["rows"], tensors["where"]
+    except (OSError, KeyError) as error:
+        reason = getattr(error, "strerror", None) or repr(error)
+        raise StoreError(f"Cannot read {path}: {reason}.") from error
+    except WeightsError as error:
+        message = _damaged(path, shard, size) if str(error) == damaged(path) else str(error)
+        raise StoreError(message) from error
+    width = rows.shape[-1] if width is None else width
+    if tuple(rows.shape) != (shard.rows, width):
+        raise StoreError(_other_shape(path, list(rows.shape), shard, width))
+    return rows, where
+
+
+def _other_shape(path: Path, shape: Sequence[int], shard: Shard, width: int) -> str:
+    return f"{path} has rows of shape {list(shape)}, the manifest says {[shard.rows, width]}."
 
 
 def _damaged(path: Path, shard: Shard, size: int) -> str:
@@ -560,7 +544,7 @@ def _signature(path: Path) -> Signature:
 
 
 def _mapped(path: Path) -> mmap.mmap:
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         if hasattr(mmap, "MAP_POPULATE"):  # one visit to the kernel instead of one a few pages
             flags = mmap.MAP_SHARED | mmap.MAP_POPULATE
             return mmap.mmap(file.fileno(), 0, flags=flags, prot=mmap.PROT_READ)

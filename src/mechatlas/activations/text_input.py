@@ -28,8 +28,10 @@ PRIVATE_USE = 0xF0000
 class Tokenizer(Protocol):
     """Tokenizer of transformers: the methods that are used of it."""
 
-    all_special_ids: list[int]
-    """Token ids with a meaning of their own, such as the end of a text."""
+    @property
+    def all_special_ids(self) -> list[int]:
+        """Token ids with a meaning of their own, such as the end of a text."""
+        ...
 
     def __call__(
         self, text: str, *, add_special_tokens: bool, split_special_tokens: bool, verbose: bool
@@ -45,9 +47,7 @@ class Tokenizer(Protocol):
         """Spelling of a token in the vocabulary."""
         ...
 
-    def apply_chat_template(
-        self, conversation: Sequence[Mapping[str, Any]], *, tokenize: bool
-    ) -> Any:
+    def apply_chat_template(self, conversation: Any, *, tokenize: bool) -> Any:
         """Text of a conversation, with its special tokens."""
         ...
 
@@ -138,7 +138,7 @@ class TextInput(nn.Module):
                 f"{self.name} puts {n_special} special tokens in every window, so a context of "
                 f"{context} has no room for text; make it at least {n_special + 1}."
             )
-        self._check_length(context)
+        self.check_length(context)
         return context - n_special
 
     def framed(self, content: Int[np.ndarray, "n content"]) -> Int[np.ndarray, "n context"]:
@@ -206,7 +206,7 @@ class TextInput(nn.Module):
                 f"{self.name} expects token ids, whole numbers of shape (batch, position), got "
                 f"{tokens.dtype} of shape {tuple(tokens.shape)}."
             )
-        self._check_length(tokens.shape[1])
+        self.check_length(tokens.shape[1])
         if tokens.numel():
             low, high = (int(end) for end in tokens.aminmax())
             if low < 0 or high >= self.vocabulary:
@@ -215,7 +215,12 @@ class TextInput(nn.Module):
                     f"{low}..{high}. Were they made by another model's tokenizer?"
                 )
 
-    def _check_length(self, length: int) -> None:
+    def check_length(self, length: int) -> None:
+        """Refuse windows that are longer than the network reads.
+
+        Raises:
+            InputError: The length is larger.
+        """
         if self.context is not None and length > self.context:
             raise InputError(
                 f"{self.name} reads at most {self.context} tokens at once, got a context of "

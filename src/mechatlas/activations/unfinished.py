@@ -10,12 +10,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from mechatlas.activations.store import Shard, folder_of, read_shard
+from mechatlas.activations.store import folder_of, read_shard
+from mechatlas.activations.store_manifest import Shard
 from mechatlas.base import DiskError, StoreError
 from mechatlas.deprecated import renamed_keys
-from mechatlas.files import TEMPORARY, read_json, write_json
+from mechatlas.files import MANIFEST, TEMPORARY, read_manifest, write_manifest
 
-MANIFEST = "manifest.json"
 UNITS = ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"), (1, "bytes"))
 
 
@@ -36,7 +36,7 @@ def begin_store(out: Path, manifest: dict[str, Any], *, n_bytes: int) -> dict[st
     """
     path = out / MANIFEST
     if path.exists():
-        old = read_json(path)
+        old = read_manifest(path)
         old["recipe"] = renamed_keys("collect", old["recipe"], quiet=True)
         given = ("recipe", "settings", "network", "n_samples", "group")
         made_from = ("schema", "kind", *given, "rounds")
@@ -53,7 +53,7 @@ def begin_store(out: Path, manifest: dict[str, Any], *, n_bytes: int) -> dict[st
     if any(p.name not in leftovers for p in out.iterdir() if not p.name.endswith(TEMPORARY)):
         raise StoreError(f"{out} is not empty and is not a store. Choose another --out.")
     _check_space(out, n_bytes)
-    write_json(path, manifest)
+    write_manifest(path, manifest)
     return manifest
 
 

@@ -6,21 +6,20 @@ open_matches    the folder of a matching -> matched features of neighbors
 """
 
 import dataclasses
-import io
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 from jaxtyping import Bool, Int
 from torch import Tensor
 
 from mechatlas.activations.store import Store, StoreRows
 from mechatlas.app.inputs import open_dictionary
-from mechatlas.app.run_folder import MANIFEST, MATCHES, MATCHING, RunFolder
+from mechatlas.app.run_folder import MATCHES, MATCHING, RunFolder
 from mechatlas.base import DiskError, InputError, RecipeError, StoreError
-from mechatlas.files import checksum, read_json
+from mechatlas.files import MANIFEST, checksum_file, read_manifest
+from mechatlas.tensorfiles import read_table
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -136,12 +135,8 @@ def _parquet(path: Path, name: str, folder: RunFolder) -> dict[str, Any]:
     Raises:
         DiskError: It cannot be read.
     """
-    try:
-        data = path.read_bytes()
-        table = pq.read_table(io.BytesIO(data))
-    except (OSError, ValueError) as error:
-        raise DiskError(f"{path} cannot be read as parquet ({error}).") from error
-    folder.parent(name, checksum(data))
+    table = read_table(path)
+    folder.parent(name, checksum_file(path))
     return dict(zip(table.column_names, table.columns, strict=True))
 
 
@@ -160,7 +155,7 @@ def open_matches(
         DiskError: The folder holds no matching.
         RecipeError: It does not have the dictionary, or compared channels with channels.
     """
-    manifest = read_json(match / MANIFEST)
+    manifest = read_manifest(match / MANIFEST)
     if manifest.get("kind") != MATCHING:
         raise DiskError(f"{match} is no matching. Name the folder that `mechatlas match` wrote.")
     cost = manifest["settings"]["cost"]

@@ -14,7 +14,6 @@ import os
 import signal
 import sys
 import threading
-import tomllib
 import warnings
 from collections.abc import Iterator, Sequence
 from importlib import metadata
@@ -199,9 +198,12 @@ def _names_group(words: list[str]) -> bool:
     """Whether the first word is a recipe that names a group; damaged files are for others."""
     if not words or not words[0].endswith(".toml"):
         return False
+    from mechatlas.base import UserError
+    from mechatlas.files import read_toml
+
     try:
-        return not {"group", "generators"}.isdisjoint(tomllib.loads(Path(words[0]).read_text()))
-    except (OSError, ValueError):
+        return not {"group", "generators"}.isdisjoint(read_toml(Path(words[0])))
+    except UserError:
         return False
 
 
@@ -211,8 +213,8 @@ def overview() -> str:
     for name in COMMANDS:
         spec = importlib.util.find_spec(f"mechatlas.app.commands.{name}")
         assert spec is not None
-        assert spec.origin is not None
-        text = ast.get_docstring(ast.parse(Path(spec.origin).read_text(encoding="utf-8"))) or ""
+        source: Any = spec.loader
+        text = ast.get_docstring(ast.parse(source.get_source(spec.name))) or ""
         lines.append(f"  {name:<9} {text.partition(chr(10))[0].rstrip('.')}")
     return OVERVIEW.format(commands="\n".join(lines))
 

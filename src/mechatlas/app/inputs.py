@@ -8,6 +8,7 @@ poses_of            a store -> its group and action
 """
 
 import dataclasses
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,10 +21,10 @@ from mechatlas.activations.samples import Samples, open_samples
 from mechatlas.activations.store import Store
 from mechatlas.app.commands.collect import CollectConfig
 from mechatlas.app.recipes import from_dict
-from mechatlas.app.run_folder import HISTORY, MANIFEST, RECIPE, RESULT
+from mechatlas.app.run_folder import HISTORY, RECIPE, RESULT
 from mechatlas.base import RecipeError, StoreError
 from mechatlas.dictionaries.formats import load
-from mechatlas.files import checksum, read_json
+from mechatlas.files import MANIFEST, checksum, checksum_file, read_manifest
 
 NOT_DATA = (MANIFEST, RECIPE, RESULT, HISTORY)
 """Files in the folder of a dictionary that say nothing about its weights."""
@@ -114,14 +115,14 @@ def open_dictionaries(
 def manifest_of(path: Path) -> dict[str, Any]:
     """Read the manifest in a folder, or beside a file; empty where there is none."""
     file = (path if path.is_dir() else path.parent) / MANIFEST
-    return read_json(file) if file.is_file() else {}
+    return read_manifest(file) if os.path.lexists(file) else {}
 
 
 def checksum_of(path: Path) -> str:
     """Checksum of a file, or of all data files of a folder."""
     files = [path] if path.is_file() else sorted(f for f in path.rglob("*") if f.is_file())
     data = [file for file in files if file.name not in NOT_DATA]
-    return checksum("".join(checksum(file.read_bytes()) for file in data).encode())
+    return checksum("".join(checksum_file(file) for file in data).encode())
 
 
 def find_store(opened: OpenedDictionary) -> Store:
@@ -134,7 +135,7 @@ def find_store(opened: OpenedDictionary) -> Store:
     beside = sorted(opened.path.resolve().parent.glob(f"*/{MANIFEST}"))
     wanted = opened.manifest.get("parents", {}).get("store")
     for file in (written / MANIFEST, *beside):
-        if wanted and file.is_file() and checksum(file.read_bytes()) == wanted:
+        if wanted and file.is_file() and checksum_file(file) == wanted:
             return Store(file.parent)
     raise StoreError(
         f"The store of {opened.path} ({written}) is no longer there; name one of the same network "

@@ -9,7 +9,6 @@ Paths in a recipe are relative to the folder where the command runs.
 
 import dataclasses
 import difflib
-import tomllib
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -20,9 +19,10 @@ from mechatlas import deprecated
 from mechatlas.activations.images import Images
 from mechatlas.activations.networks import Network
 from mechatlas.activations.samples import SampleRecipe
-from mechatlas.base import RecipeError
+from mechatlas.base import DiskError, RecipeError
 from mechatlas.dictionaries.revival import AuxK, Resample
 from mechatlas.dictionaries.sparsity import Sparsity, TopK
+from mechatlas.files import read_toml
 
 Recipe = TypeVar("Recipe")
 
@@ -90,14 +90,12 @@ def read_recipe(path: Path, kind: type[Recipe]) -> Recipe:
         RecipeError: There is no such file, it is not TOML, or it has unknown keys or wrong
             values; the message lists all of them.
     """
+    if not Path(path).exists():
+        raise RecipeError(f"There is no recipe file {path}.")
     try:
-        raw = tomllib.loads(Path(path).read_text())
-    except FileNotFoundError as error:
-        raise RecipeError(f"There is no recipe file {path}.") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path} cannot be read ({error}).") from error
-    except tomllib.TOMLDecodeError as error:
-        raise RecipeError(f"{path} is not TOML: {error}.") from error
+        raw = read_toml(Path(path))
+    except DiskError as error:
+        raise RecipeError(str(error)) from error
     return from_dict(deprecated.renamed_keys(_command(kind), raw), kind, str(path))
 
 

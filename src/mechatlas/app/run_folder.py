@@ -15,6 +15,7 @@ import importlib
 import io
 import json
 import math
+import os
 import resource
 import shutil
 import sys
@@ -29,16 +30,26 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import tomli_w
 from jaxtyping import Shaped
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from mechatlas import deprecated
 from mechatlas.app.old_runs import renamed
 from mechatlas.app.recipes import as_dict
-from mechatlas.base import DiskError
+from mechatlas.base import DiskError, WeightsError
 from mechatlas.devices import as_device
-from mechatlas.files import TEMPORARY, checksum, read_json, write, write_json
+from mechatlas.files import (
+    MANIFEST,
+    TEMPORARY,
+    checksum,
+    checksum_file,
+    read_json,
+    read_manifest,
+    write,
+    write_json,
+    write_manifest,
+)
 from mechatlas.outputs import Claim, claim
+from mechatlas.tensorfiles import checksum_of, read_safetensors
 
 STORE, DICTIONARY, GROUP_NET, PROOF = "store", "dictionary", "group_net", "proof"
 BASIS, MATCHING, SYMMETRY, BRANCHES, CIRCUIT = (
@@ -60,7 +71,7 @@ RESULTS: dict[str, str] = {
     PROOF: "prove:ProveResult",
 }
 """Kind of a folder -> command and type of its result."""
-RECIPE, MANIFEST, RESULT = "recipe.toml", "manifest.json", "result.json"
+RECIPE, RESULT = "recipe.toml", "result.json"
 HISTORY = "history.json"
 FEATURES, SYMMETRY_TENSORS = "features.parquet", "symmetry.safetensors"
 MATCHES, TRACKS = "matches.parquet", "tracks.parquet"
@@ -197,7 +208,7 @@ class RunFolder:
 
     def note(self, name: str) -> None:
         """Note the checksum of a file of the folder that somebody else wrote."""
-        self._files[name] = checksum((self.path / name).read_bytes())
+        self._files[name] = checksum_file(self.path / name)
 
     def begin(self) -> None:
         """Say in the manifest that the folder is not complete, before its first file.
@@ -215,7 +226,7 @@ class RunFolder:
             "schema": SCHEMA, "kind": self.kind, "complete": complete, **self._facts,
             "parents": self._parents, "files": files,
         }  # fmt: skip
-        write_json(self.path / MANIFEST, facts)
+        write_manifest(self.path / MANIFEST, facts)
 
     def keep(self, name: str, arrays: Mapping[str, Shaped[np.ndarray, "..."]]) -> None:
         """Keep a finished part of the work, from which the same command continues."""
@@ -223,18 +234,17 @@ class RunFolder:
         if not (self.path / MANIFEST).is_file():
             self._write_manifest(complete=False)
         plain = {key: np.ascontiguousarray(array) for key, array in arrays.items()}
-        marks = {"made_from": self._made_from(), "checksum": _checksum_of(plain)}
+        marks = {"made_from": self._made_from(), "checksum": checksum_of(plain)}
         write(self.path / UNFINISHED / f"{name}.safetensors", save(plain, metadata=marks))
 
     def kept(self, name: str) -> dict[str, Shaped[np.ndarray, "..."]] | None:
         """Read a part kept by an earlier run of the same configuration and inputs, if whole."""
         try:
-            with safe_open(self.path / UNFINISHED / f"{name}.safetensors", "numpy") as file:
-                marks = file.metadata() or {}
-                arrays = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        except (OSError, SafetensorError):
+            tensors, marks = read_safetensors(self.path / UNFINISHED / f"{name}.safetensors")
+        except WeightsError:
             return None
-        expected = {"made_from": self._made_from(), "checksum": _checksum_of(arrays)}
+        arrays = {key: tensor.numpy() for key, tensor in tensors.items()}
+        expected = {"made_from": self._made_from(), "checksum": checksum_of(arrays)}
         return arrays if marks == expected else None
 
     def _made_from(self) -> str:
@@ -267,9 +277,9 @@ class RunFolder:
         result = dataclasses.replace(
             result, out=str(self.path), seconds=seconds, peak_bytes=peak_bytes()
         )
-        write(self.path / RECIPE, tomli_w.dumps(as_dict(self.config)).encode())
         values = as_plain(result)
-        write_json(self.path / RESULT, {key: values[key] for key in values if key != "out"})
+        self.file(RECIPE, tomli_w.dumps(as_dict(self.config)).encode())
+        self.json(RESULT, {key: values[key] for key in values if key != "out"})
         for temporary in self.path.rglob(f"*{TEMPORARY}"):  # of a killed run, of whatever settings
             temporary.unlink(missing_ok=True)
         if self.kind == STORE:  # its folders are sites, and its manifest is written already
@@ -284,14 +294,8 @@ class RunFolder:
 
 def _files_of(path: Path) -> dict[str, str]:
     """Read which files an earlier run wrote into a folder; other names are left out."""
-    files = read_json(path / MANIFEST).get("files") if (path / MANIFEST).is_file() else None
-    names = files if isinstance(files, dict) else {}
+    names = read_manifest(path / MANIFEST).get("files", {}) if (path / MANIFEST).is_file() else {}
     return {n: names[n] for n in names if Path(n).name == n and (path / n).is_file()}
-
-
-def _checksum_of(arrays: Mapping[str, Shaped[np.ndarray, "..."]]) -> str:
-    parts = (f"{name} {a.dtype} {a.shape}".encode() + a.tobytes() for name, a in arrays.items())
-    return checksum("".join(sorted(map(checksum, parts))).encode())
 
 
 def refuse_strangers(out: Path, kind: str) -> None:
@@ -302,16 +306,13 @@ def refuse_strangers(out: Path, kind: str) -> None:
         kind: The `kind` in the manifest of what it writes.
 
     Raises:
-        DiskError: `out` holds something else.
+        DiskError: `out` holds something else, or its manifest is damaged.
     """
     inside = {path.name for path in out.iterdir() if not path.name.endswith(TEMPORARY)}
     if inside <= {UNFINISHED, CHECKPOINT}:
         return
-    try:
-        stated = json.loads((out / MANIFEST).read_text()).get("kind")
-    except (OSError, ValueError, AttributeError):
-        stated = None
-    if stated != kind:
+    manifest = out / MANIFEST
+    if not os.path.lexists(manifest) or read_manifest(manifest).get("kind") != kind:
         raise DiskError(f"{out} is not empty and is not a {kind}. Choose another --out.")
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args, overload
 
 import safetensors.torch
+import torch
 from torch import Tensor, nn
 
 from mechatlas.base import WeightsError
@@ -26,13 +27,13 @@ from mechatlas.dictionaries.foreign import dictionary_learning, gemma_scope, sae
 from mechatlas.dictionaries.pose_tied import PoseTied
 from mechatlas.dictionaries.pretrained import Pretrained
 from mechatlas.dictionaries.sparsity import Sparsity
-from mechatlas.files import write
+from mechatlas.files import MANIFEST, read_manifest, write
 from mechatlas.tensorfiles import (
     mismatches,
     non_finite,
     not_floats,
     read_header,
-    read_tensors,
+    read_safetensors,
     reading,
 )
 
@@ -144,6 +145,7 @@ def load(path: Path | str, *, classes: Sequence[type] = ()) -> Any:
         file = files[0] if files else path / FILE
     if not file.is_file():
         raise WeightsError(f"There is no dictionary at {path} (no file {file}).{_hint(path)}")
+    _refuse_unfinished(file)
     reader = READERS.get(file.name) or _reader_by_content(file)
     return reader(file) if reader is not _read_own else _read_own(file, classes)
 
@@ -154,10 +156,28 @@ def _read_own(file: Path, classes: Sequence[type] = ()) -> nn.Module:
     Raises:
         WeightsError: It is damaged, or its keys or shapes are not as expected.
     """
-    tensors = read_tensors(file)
+    tensors, metadata = read_safetensors(file)
     with reading(file):
-        config = json.loads(read_header(file)[1].get("mechatlas", "null"))
+        config = json.loads(metadata.get("mechatlas", "null"))
     return _rebuild(config, tensors, file, classes)
+
+
+def _refuse_unfinished(file: Path) -> None:
+    """Refuse a dictionary in the folder of a run that has not ended.
+
+    Raises:
+        WeightsError: The run has not ended, or its manifest is damaged.
+    """
+    manifest = file.parent / MANIFEST
+    if not manifest.is_file():
+        return
+    with reading(manifest):
+        ended = read_manifest(manifest).get("complete", True)
+    if not ended:
+        raise WeightsError(
+            f"{file} is of a run that has not ended. Run its command again; it goes on where it "
+            "stopped."
+        )
 
 
 READERS: dict[str, Callable[[Path], nn.Module]] = {
@@ -180,8 +200,9 @@ def _reader_by_content(file: Path) -> Callable[[Path], nn.Module]:
         return gemma_scope.read_first
     if file.suffix in (".pt", ".pth", ".bin"):
         return dictionary_learning.read
-    keys, metadata = read_header(file)
-    if "mechatlas" in metadata:
+    header = read_header(file)
+    keys = sorted(header.entries)
+    if "mechatlas" in header.metadata:
         return _read_own
     for key, reader in (
         ("w_enc", gemma_scope.read_second),
@@ -210,6 +231,8 @@ def _rebuild(
 ) -> nn.Module:
     """Build a dictionary from its configuration and tensors.
 
+    Nothing is allocated before the shapes in the file are those that the configuration asks for.
+
     Raises:
         WeightsError: They do not fit together, or a class is missing.
     """
@@ -230,11 +253,24 @@ def _rebuild(
         if rule is not None:
             rule = dict(rule)
             arguments["sparsity"] = build(rule.pop("type"), rule)
-        dictionary = build(kind, arguments)
+        with torch.device("meta" if known.get(kind) in KINDS else "cpu"):
+            dictionary = build(kind, arguments)
     except WeightsError:
         raise
-    except (TypeError, KeyError, ValueError, AttributeError, RuntimeError, MemoryError) as error:
-        raise WeightsError(f"{file} is not a dictionary of mechatlas ({error!r}).") from error
+    except Exception as error:  # arguments of any kind make constructors raise anything
+        raise WeightsError(f"{file} is not a dictionary of mechatlas ({error!r:.300}).") from error
+    _fill(dictionary, tensors, file)
+    if isinstance(dictionary, SparseCoder):
+        dictionary.untrained = False
+    return dictionary
+
+
+def _fill(dictionary: nn.Module, tensors: dict[str, Tensor], file: Path) -> None:
+    """Copy the tensors of a file into a dictionary, which may be on the meta device.
+
+    Raises:
+        WeightsError: Keys, shapes or numbers are not those of the dictionary.
+    """
     names, wanted = _saved_names(dictionary), dictionary.state_dict()
     wrong = mismatches(tensors, {name: wanted[own].shape for name, own in names.items()})
     whole_numbers = [name for name, own in names.items() if not wanted[own].is_floating_point()]
@@ -242,7 +278,6 @@ def _rebuild(
     wrong += non_finite(tensors)
     if wrong:
         raise WeightsError(f"{file} does not hold a whole dictionary: {'; '.join(wrong)}.")
+    if any(tensor.is_meta for tensor in wanted.values()):
+        dictionary.to_empty(device="cpu")
     dictionary.load_state_dict({own: tensors[name] for name, own in names.items()})
-    if isinstance(dictionary, SparseCoder):
-        dictionary.untrained = False
-    return dictionary

@@ -15,8 +15,6 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float, Int
-from safetensors import SafetensorError
-from safetensors.numpy import load_file
 from torch import Tensor
 
 from mechatlas.activations.images import Images
@@ -33,8 +31,9 @@ from mechatlas.app import basis_spectra
 from mechatlas.app.inputs import open_dictionary
 from mechatlas.app.progress import bar
 from mechatlas.app.run_folder import BASIS, SPECTRA, CommandResult, RunConfig, RunFolder
-from mechatlas.base import InputError, RecipeError, Site, SiteError
-from mechatlas.files import checksum
+from mechatlas.base import InputError, Site, SiteError
+from mechatlas.files import checksum, checksum_file
+from mechatlas.tensorfiles import read_array, read_arrays
 
 KIND = BASIS
 TENSORS = "basis.safetensors"
@@ -198,7 +197,7 @@ def run(config: BasisConfig, folder: RunFolder) -> BasisResult:
     folder.parent("inputs", checksum(inputs.numpy().tobytes()))
     for name, path in (("labels", config.labels), ("unit_modules", config.unit_modules)):
         if path is not None and path.is_file():
-            folder.parent(name, checksum(path.read_bytes()))
+            folder.parent(name, checksum_file(path))
     for layer, opened in dictionaries.items():
         folder.parent(f"dictionary {layer}", opened.checksum)
     with bar("analyzing") as progress:
@@ -208,7 +207,7 @@ def run(config: BasisConfig, folder: RunFolder) -> BasisResult:
             sites,
             config.settings,
             dictionaries={layer: opened.dictionary for layer, opened in dictionaries.items()},
-            unit_modules=_read_modules(config.unit_modules) if config.unit_modules else None,
+            unit_modules=read_arrays(config.unit_modules) if config.unit_modules else None,
             checkpoints=folder,
             on_progress=progress,
         )
@@ -231,33 +230,16 @@ def _read_labels(path: Path, n_samples: int, chosen: Int[np.ndarray, " n"]) -> I
     """Read the labels of the chosen samples.
 
     Raises:
-        RecipeError: There is no such file.
-        InputError: It is not an .npy file, or has not one whole number for each sample.
+        InputError: It has not one whole number for each sample.
+        DiskError: It is missing or not an .npy file.
     """
-    try:
-        labels = np.load(path, allow_pickle=False)
-    except FileNotFoundError as error:
-        raise RecipeError(f"There is no file of labels {path}.") from error
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} is not an .npy file ({error}).") from error
+    labels = read_array(path)
     if labels.shape != (n_samples,) or labels.dtype.kind not in "iu":
         raise InputError(
             f"{path} has shape {labels.shape} and type {labels.dtype}; expected "
             f"{n_samples} whole numbers, one for each sample."
         )
     return torch.from_numpy(labels[chosen].astype(np.int64))
-
-
-def _read_modules(path: Path) -> dict[str, Int[np.ndarray, " unit"]]:
-    """Read the module of each unit of each layer.
-
-    Raises:
-        InputError: It is not a file of safetensors.
-    """
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"{path} cannot be read as safetensors ({error}).") from error
 
 
 def _summarize(result: InteractionBasis, network: str, n_samples: int) -> BasisResult:

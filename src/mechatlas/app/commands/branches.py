@@ -53,13 +53,11 @@ from mechatlas.app.run_folder import (
     BRANCHES,
     DECODER_PICTURE,
     FEATURES,
-    MANIFEST,
     CommandResult,
     RunConfig,
     RunFolder,
 )
 from mechatlas.base import RecipeError
-from mechatlas.files import checksum
 from mechatlas.maths.statistics import proportion
 
 KIND = BRANCHES
@@ -248,7 +246,7 @@ def run(config: BranchesConfig, folder: RunFolder) -> BranchesResult:
         labels = read_labels(config.labels, site.dictionary.n_latents, folder)
     if config.match is not None:
         matches = open_matches(config.match, config.dictionary, store, folder)
-    folder.parent("store", checksum((config.store / MANIFEST).read_bytes()))
+    folder.parent("store", store.digest)
     folder.facts(
         site=site.rows.site,
         dictionary=str(config.dictionary.resolve()),

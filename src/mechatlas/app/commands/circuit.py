@@ -50,14 +50,12 @@ from mechatlas.app.run_folder import (
     CIRCUIT,
     EDGES,
     KERNELS,
-    MANIFEST,
     PICTURES,
     CommandResult,
     RunConfig,
     RunFolder,
 )
 from mechatlas.base import InputError, RecipeError, Site, StoreError
-from mechatlas.files import checksum
 
 KIND = CIRCUIT
 PICTURE_BATCH = 16
@@ -246,7 +244,7 @@ def run(config: CircuitConfig, folder: RunFolder) -> CircuitResult:
     ]  # every refusal comes before any work
     for name, mark in zip(inputs.names, inputs.checksums, strict=True):
         folder.parent(name, mark)
-    folder.parent("store", checksum((inputs.store.root / MANIFEST).read_bytes()))
+    folder.parent("store", inputs.store.digest)
     folder.facts(
         dictionaries=[str(path.resolve()) for path in config.dictionaries],
         store=str(inputs.store.root.resolve()),

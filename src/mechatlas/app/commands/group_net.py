@@ -20,6 +20,7 @@ from mechatlas.base import RecipeError
 from mechatlas.maths.groups import Group
 from mechatlas.maths.named_groups import group as named_group
 from mechatlas.maths.named_groups import permutation_group
+from mechatlas.tensorfiles import read_array
 
 KIND = GROUP_NET
 NET, TABLE = "net.safetensors", "table.npy"
@@ -63,7 +64,8 @@ def find_group(config: GroupNetConfig) -> Group:
 
     Raises:
         GroupError: There is no such group, or the table is not that of one.
-        RecipeError: The table cannot be read.
+        RecipeError: The generators are of different lengths.
+        DiskError: The table cannot be read.
     """
     if config.generators:
         degrees = {len(row) for row in config.generators}
@@ -71,10 +73,7 @@ def find_group(config: GroupNetConfig) -> Group:
             raise RecipeError(f"generators must be of one length, got {sorted(degrees)}.")
         return permutation_group(np.array(config.generators))[0]
     if config.group.endswith(".npy"):
-        try:
-            return Group(np.load(config.group, allow_pickle=False))
-        except (OSError, EOFError) as error:
-            raise RecipeError(f"{config.group} cannot be read ({error}).") from error
+        return Group(read_array(Path(config.group)))
     return named_group(config.group)
 
 

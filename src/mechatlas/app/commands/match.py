@@ -45,7 +45,6 @@ from mechatlas.app.match_quality import (
 )
 from mechatlas.app.progress import bar
 from mechatlas.app.run_folder import (
-    MANIFEST,
     MATCHES,
     MATCHING,
     TRACKS,
@@ -55,7 +54,6 @@ from mechatlas.app.run_folder import (
     peak_bytes,
 )
 from mechatlas.base import RecipeError
-from mechatlas.files import checksum
 from mechatlas.maths.assignment import State
 
 KIND = MATCHING
@@ -261,7 +259,7 @@ def run(config: MatchConfig, folder: RunFolder) -> MatchResult:
     for name, opened in zip(inputs.names, inputs.opened, strict=True):
         folder.parent(name, opened.checksum)
     if config.store is not None:
-        folder.parent("store", checksum((config.store / MANIFEST).read_bytes()))
+        folder.parent("store", Store(config.store).digest)
     folder.facts(
         dictionaries=[str(path.resolve()) for path in config.dictionaries],
         settings={"cost": config.cost},

@@ -12,8 +12,6 @@ from typing import Annotated
 
 import numpy as np
 from jaxtyping import Int
-from safetensors import SafetensorError
-from safetensors.numpy import load_file
 from tyro.conf import Positional, arg
 
 from mechatlas.analysis.proofs.prove import (
@@ -31,9 +29,10 @@ from mechatlas.analysis.proofs.verifier.structures import Weights
 from mechatlas.analysis.proofs.verifier.verify import LogitBudget, Verification, verify
 from mechatlas.app.proof_details import CosetSummary, describe, measure_cosets, summarize_cosets
 from mechatlas.app.run_folder import NEURONS, PROOF, PROOF_FILE, CommandResult, RunFolder
-from mechatlas.base import InputError, RecipeError, WeightsError
-from mechatlas.files import checksum
+from mechatlas.base import RecipeError, WeightsError
+from mechatlas.files import checksum, checksum_file
 from mechatlas.maths.groups import Group
+from mechatlas.tensorfiles import read_array, read_arrays
 
 KIND = PROOF
 KEPT = "explanation"
@@ -154,8 +153,8 @@ def run(config: ProveConfig, folder: RunFolder | None = None) -> ProveResult | C
     group = Group(table, name=config.table.stem.removesuffix("_table"))
     weights = as_weights(*given, group.order)
     folder.facts(group=group.name, weights=str(config.weights.resolve()))
-    folder.parent("weights", checksum(config.weights.read_bytes()))
-    folder.parent("table", checksum(config.table.read_bytes()))
+    folder.parent("weights", checksum_file(config.weights))
+    folder.parent("table", checksum_file(config.table))
     bound = _find_bound(config, weights, group, folder)
     verification, cosets = bound.verification, measure_cosets(weights, group)
     result = ProveResult(
@@ -193,11 +192,10 @@ def _find_bound(
         seconds = float(kept["seconds_prove"].item())
         return bound_again(load_proof(file), *weights, group, seconds_prove=seconds)
     bound = prove_bound(*weights, group, compute_budget=config.compute_budget)
-    folder.begin()
-    bound.proof.save(file)
-    folder.note(PROOF_FILE)
-    proof = np.frombuffer(file.read_bytes(), np.uint8)
-    folder.keep(KEPT, {"proof": proof, "seconds_prove": np.array(bound.seconds_prove)})
+    data = bound.proof.as_bytes()
+    folder.file(PROOF_FILE, data)
+    seconds = np.array(bound.seconds_prove)
+    folder.keep(KEPT, {"proof": np.frombuffer(data, np.uint8), "seconds_prove": seconds})
     return bound
 
 
@@ -256,12 +254,7 @@ def read_weights(path: Path) -> Weights:
     Raises:
         WeightsError: The file is missing, damaged or lacks one of them.
     """
-    try:
-        arrays = load_file(path)
-    except FileNotFoundError as error:
-        raise WeightsError(f"There is no file {path}.") from error
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise WeightsError(f"{path} cannot be read as safetensors ({error}).") from error
+    arrays = read_arrays(path)
     if missing := [key for key in Weights._fields if key not in arrays]:
         raise WeightsError(
             f"{path} has no {', '.join(map(repr, missing))}; it has "
@@ -275,15 +268,9 @@ def read_table(path: Path) -> Int[np.ndarray, "order order"]:
     """Read a table from a .npy file.
 
     Raises:
-        InputError: The file is missing or is not an array.
+        DiskError: The file is missing or is not an array.
     """
-    try:
-        with open(path, "rb") as file:
-            return np.load(file, allow_pickle=False)
-    except FileNotFoundError as error:
-        raise InputError(f"There is no file {path}.") from error
-    except (OSError, ValueError, EOFError) as error:
-        raise InputError(f"{path} cannot be read as a .npy array ({error}).") from error
+    return read_array(path)
 
 
 REASONS = {

@@ -7,7 +7,6 @@ mechatlas sites my_package.my_module:my_factory --shape 3 32 32
 
 import dataclasses
 import io
-import tomllib
 from pathlib import Path
 from typing import Annotated
 
@@ -22,6 +21,7 @@ from mechatlas.activations.networks import Network
 from mechatlas.activations.sites import list_sites
 from mechatlas.app.recipes import from_dict
 from mechatlas.base import InputError, RecipeError
+from mechatlas.files import read_toml
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -112,10 +112,9 @@ def run(config: SitesConfig) -> SitesResult:
 
 
 def _network_of(path: Path) -> Network:
-    try:
-        table = tomllib.loads(path.read_text())["network"]
-    except (OSError, tomllib.TOMLDecodeError, KeyError) as error:
-        raise RecipeError(f"{path} has no network that can be read ({error!r}).") from error
+    table = read_toml(path).get("network")
+    if not isinstance(table, str | dict):
+        raise RecipeError(f"{path} names no network: it has no table [network].")
     return from_dict(table if isinstance(table, dict) else {"name": table}, Network, str(path))
 
 

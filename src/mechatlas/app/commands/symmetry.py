@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
-import pyarrow.parquet as pq
 from tyro.conf import Positional, arg
 
 from mechatlas.activations.store import Store
@@ -31,7 +30,6 @@ from mechatlas.app.pose_interventions import InterventionsResult, rounded
 from mechatlas.app.progress import bar
 from mechatlas.app.run_folder import (
     FEATURES,
-    MANIFEST,
     RESULT,
     SYMMETRY,
     SYMMETRY_TENSORS,
@@ -40,9 +38,10 @@ from mechatlas.app.run_folder import (
     RunFolder,
 )
 from mechatlas.base import RecipeError
-from mechatlas.files import checksum, read_json
+from mechatlas.files import read_json
 from mechatlas.maths.actions import Rotate
 from mechatlas.maths.groups import Group
+from mechatlas.tensorfiles import read_table
 
 KIND = SYMMETRY
 KEPT = "blocks"
@@ -271,7 +270,7 @@ def _describe(
     """Note the inputs and the group in the manifest."""
     group = posed.group
     folder.parent("dictionary", digest)
-    folder.parent("store", checksum((store.root / MANIFEST).read_bytes()))
+    folder.parent("store", store.digest)
     folder.facts(
         dictionary=str(config.dictionary.resolve()),
         store=str(config.store.resolve()),
@@ -320,7 +319,7 @@ def _read_control(folder: Path, posed: PosedDictionary) -> list[str]:
             f"--control {folder} is one for {site} under {group['name']} ({group['action']}), but "
             f"this is {posed.site} under {posed.group.name} ({posed.action})."
         )
-    return pq.read_table(folder / FEATURES)["class"].to_pylist()
+    return read_table(folder / FEATURES)["class"].to_pylist()
 
 
 def _compare(folder: str, symmetries: Symmetry, control: list[str]) -> ControlResult:

@@ -16,7 +16,6 @@ from mechatlas.app.run_folder import (
     CHECKPOINT,
     DICTIONARY,
     HISTORY,
-    MANIFEST,
     CommandResult,
     DeviceConfig,
     RunFolder,
@@ -29,7 +28,6 @@ from mechatlas.dictionaries.pose_tied import PoseTied
 from mechatlas.dictionaries.revival import AuxK, Resample
 from mechatlas.dictionaries.sparsity import Sparsity, TopK
 from mechatlas.dictionaries.training import train as train_dictionary
-from mechatlas.files import checksum
 from mechatlas.maths.groups import Group
 
 KIND = DICTIONARY
@@ -202,7 +200,7 @@ def run(config: TrainConfig, folder: RunFolder) -> TrainResult:
     )
     if reads_poses:
         folder.facts(group=store.manifest["group"])
-    folder.parent("store", checksum((config.store / MANIFEST).read_bytes()))
+    folder.parent("store", store.digest)
     folder.begin()
     save(dictionary.cpu(), folder.path)
     folder.note(FILE)

@@ -6,22 +6,20 @@ Runs         the runs, and what they open to; each network and store is opened o
 
 import dataclasses
 import functools
-import io
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
-from safetensors import SafetensorError
-from safetensors.numpy import load as load_tensors
 
 from mechatlas.activations.store import Store
 from mechatlas.app.inputs import OpenedNetwork, recorded_network
-from mechatlas.app.run_folder import MANIFEST, RESULT, STORE, read_result
+from mechatlas.app.run_folder import RESULT, STORE, read_result
 from mechatlas.base import DiskError, StoreError, UserError
-from mechatlas.files import checksum, read_json
+from mechatlas.files import MANIFEST, checksum_file, read_json, read_manifest
+from mechatlas.tensorfiles import read_arrays, read_table
 
 DEPTH = 2
 """Levels of folders below the given one that are searched for runs."""
@@ -63,7 +61,7 @@ class Run:
             DiskError: It is there and damaged.
         """
         path = self.folder / file
-        return read_json(path) if path.is_file() else None
+        return read_json(path) if os.path.lexists(path) else None
 
     def table(self, file: str) -> dict[str, Any]:
         """Read the columns of a parquet file: arrays, and lists where entries are lists.
@@ -71,7 +69,7 @@ class Run:
         Raises:
             DiskError: It is missing or damaged.
         """
-        table = self._whole(file, lambda data: pq.read_table(io.BytesIO(data)))
+        table = read_table(self.folder / file)
         return {
             name: column.to_pylist() if pa.types.is_list(column.type) else column.to_numpy()
             for name, column in zip(table.column_names, table.columns, strict=True)
@@ -81,18 +79,9 @@ class Run:
         """Read the arrays of a safetensors file.
 
         Raises:
-            DiskError: It is missing or damaged.
+            WeightsError: It is missing or damaged.
         """
-        return self._whole(file, load_tensors)
-
-    def _whole(self, file: str, parse: Callable[[bytes], Any]) -> Any:
-        path = self.folder / file
-        try:
-            return parse(path.read_bytes())
-        except (OSError, ValueError, SafetensorError) as error:
-            raise DiskError(
-                f"{path} cannot be read ({error}). Run the command that wrote {self.folder} again."
-            ) from error
+        return read_arrays(self.folder / file)
 
 
 def find_runs(folder: Path, *, visualize: int = 0) -> "Runs":
@@ -112,8 +101,8 @@ def find_runs(folder: Path, *, visualize: int = 0) -> "Runs":
     runs = []
     for depth in range(DEPTH + 1):
         for path in sorted(folder.glob("*/" * depth + MANIFEST)):
-            manifest = read_json(path)
-            if isinstance(manifest, dict) and "kind" in manifest:
+            manifest = read_manifest(path)
+            if "kind" in manifest:
                 result = path.with_name(RESULT)
                 name = path.parent.relative_to(folder).as_posix()
                 values = read_json(result) if result.is_file() else {}
@@ -162,7 +151,7 @@ class Runs:
         """
         wanted = run.manifest.get("parents", {}).get("store")
         for other in self.of_kind(STORE):
-            if wanted and checksum((other.folder / MANIFEST).read_bytes()) == wanted:
+            if wanted and checksum_file(other.folder / MANIFEST) == wanted:
                 return other.folder
         written = Path(str(run.manifest.get("store", "")))
         for path in (run.folder / written, self.folder / written, written):

@@ -4,10 +4,11 @@
     continued   the file -> weights, moments and counters, if it is of the same run
 
 There is one file, `checkpoint.safetensors`, with the settings and the counters as JSON in its
-metadata: two files could be of different steps.
+metadata, and a checksum of these and of the tensors: two files could be of different steps.
 """
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import Tensor
 from mechatlas.base import WeightsError
 from mechatlas.deprecated import ARGUMENTS
 from mechatlas.files import write
-from mechatlas.tensorfiles import mismatches, read_header, read_tensors, reading
+from mechatlas.tensorfiles import checksum_of, mismatches, read_safetensors, reading
 
 FILE = "checkpoint.safetensors"
 
@@ -38,7 +39,8 @@ def keep(
     """
     state = json.dumps({"settings": settings, "progress": progress})
     copies = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    write(folder / FILE, safetensors.torch.save(copies, {"mechatlas": state}))
+    metadata = {"mechatlas": state, "checksum": checksum_of(copies, state)}
+    write(folder / FILE, safetensors.torch.save(copies, metadata))
 
 
 def continued(
@@ -59,12 +61,16 @@ def continued(
             listed, and no tensor was changed.
     """
     file = Path(folder) / FILE
-    if not file.exists():
+    if not os.path.lexists(file):
         return None
     try:
-        kept = read_tensors(file)
+        kept, metadata = read_safetensors(file)
         with reading(file):
-            state = json.loads(read_header(file)[1]["mechatlas"])
+            text = metadata["mechatlas"]
+            # Checkpoints of version 0.1 have no checksum.
+            if metadata.get("checksum", found := checksum_of(kept, text)) != found:
+                raise WeightsError(f"{file} is damaged: its checksum is not that of its content.")
+            state = json.loads(text)
             was, progress = dict(state["settings"]), dict(state["progress"])
     except WeightsError as error:
         raise WeightsError(f"{error} Delete it to train anew.") from error

@@ -25,9 +25,10 @@ from typing import Any
 from torch import Tensor
 
 from mechatlas.base import WeightsError
-from mechatlas.dictionaries.foreign.weights import Config, fit, take_integer
+from mechatlas.dictionaries.foreign.weights import fit, read_config, take_integer
 from mechatlas.dictionaries.pretrained import Pretrained
 from mechatlas.dictionaries.sparsity import Gated, ReLU, Rule, Threshold, TopK
+from mechatlas.files import Fields
 from mechatlas.tensorfiles import read_tensors
 
 LINEAR = {
@@ -62,7 +63,7 @@ def read(file: Path) -> Pretrained:
         WeightsError: One is damaged, or not as the format says.
     """
     folder = file.parent.parent if file.parent.name == "checkpoints" else file.parent
-    config = Config.read(folder / "config.json").part("trainer")
+    config = read_config(folder / "config.json").part("trainer")
     kind = config.one_of("dict_class", tuple(SHAPES))
     tensors = read_tensors(file)
     k = _read_k(file, tensors, config) if kind in WITH_K else None
@@ -130,7 +131,7 @@ def _rule(
     return Threshold(), {"threshold": parts["threshold"].expand(len(bias)).clone()}
 
 
-def _read_k(file: Path, tensors: dict[str, Tensor], config: Config) -> int:
+def _read_k(file: Path, tensors: dict[str, Tensor], config: Fields) -> int:
     """Latents a sample, from the tensors and the configuration, which have to agree.
 
     Raises:

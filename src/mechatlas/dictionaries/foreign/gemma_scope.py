@@ -9,7 +9,7 @@ Source: Lieberum et al., Gemma Scope (2024).
 from pathlib import Path
 
 from mechatlas.base import WeightsError
-from mechatlas.dictionaries.foreign.weights import Config, fit
+from mechatlas.dictionaries.foreign.weights import fit, read_config
 from mechatlas.dictionaries.pretrained import Pretrained
 from mechatlas.dictionaries.sparsity import Threshold
 from mechatlas.tensorfiles import read_tensors
@@ -59,7 +59,7 @@ def read_second(file: Path) -> Pretrained:
     lower = {key.replace("W_", "w_"): axes for key, axes in SHAPES.items()}
     skips, transcodes, site = "affine_skip_connection" in tensors, False, None
     if (file.parent / "config.json").exists():
-        config = Config.read(file.parent / "config.json")
+        config = read_config(file.parent / "config.json")
         config.one_of("architecture", ("jump_relu",))
         skips = config.flag("affine_connection", default=skips)
         transcodes = config.has("hf_hook_point_out")

@@ -26,10 +26,10 @@ from torch import Tensor
 
 from mechatlas.base import WeightsError
 from mechatlas.dictionaries.activation_rules import AbsTopK
-from mechatlas.dictionaries.foreign.weights import Config, fit
+from mechatlas.dictionaries.foreign.weights import fit, read_config
 from mechatlas.dictionaries.pretrained import Pretrained, layer_norm, root_length
 from mechatlas.dictionaries.sparsity import Gated, ReLU, Rule, Threshold, TopK
-from mechatlas.files import write, write_json
+from mechatlas.files import Fields, write, write_json
 from mechatlas.tensorfiles import read_tensors
 
 WEIGHTS, CONFIG = "sae_weights.safetensors", "cfg.json"
@@ -67,7 +67,7 @@ def read(file: Path) -> Pretrained:
         WeightsError: One is damaged, not as the format says, or of an architecture that is not
             read.
     """
-    config = Config.read(file.parent / CONFIG)
+    config = read_config(file.parent / CONFIG)
     architecture = _architecture(config)
     transcodes = "transcoder" in architecture
     d_in, n_latents = config.integer("d_in"), config.integer("d_sae")
@@ -95,7 +95,7 @@ def read(file: Path) -> Pretrained:
     )
 
 
-def _architecture(config: Config) -> str:
+def _architecture(config: Fields) -> str:
     """The architecture, which older files spell in other ways.
 
     Raises:
@@ -113,7 +113,7 @@ def _architecture(config: Config) -> str:
     return architecture
 
 
-def _before_six(config: Config) -> bool:
+def _before_six(config: Fields) -> bool:
     """Whether it is from before version 6, which gave the activation function another place."""
     metadata = config.part("metadata")
     place = metadata if metadata.has("sae_lens_version") else config
@@ -121,7 +121,7 @@ def _before_six(config: Config) -> bool:
     return version is None or int(version[0]) < 6
 
 
-def _norm(config: Config) -> Callable[[Tensor], Any] | None:
+def _norm(config: Fields) -> Callable[[Tensor], Any] | None:
     """How each row is scaled.
 
     Raises:
@@ -144,7 +144,7 @@ def _norm(config: Config) -> Callable[[Tensor], Any] | None:
     return NORMS[mode]
 
 
-def _fit(file: Path, config: Config, architecture: str, sizes: dict[str, int]) -> dict[str, Tensor]:
+def _fit(file: Path, config: Fields, architecture: str, sizes: dict[str, int]) -> dict[str, Tensor]:
     """The checked tensors, with all that only rescales them taken into the weights.
 
     Raises:
@@ -180,7 +180,7 @@ def _fit(file: Path, config: Config, architecture: str, sizes: dict[str, int]) -
 
 
 def _rule(
-    config: Config, architecture: str, parts: dict[str, Tensor], n_latents: int
+    config: Fields, architecture: str, parts: dict[str, Tensor], n_latents: int
 ) -> tuple[Rule, dict[str, Tensor]]:
     """Sparsity rule and its own tensors.
 
@@ -204,7 +204,7 @@ def _rule(
     return ReLU(), {}
 
 
-def _site(config: Config) -> str | None:
+def _site(config: Fields) -> str | None:
     """The hook that it was trained on, if the file says."""
     metadata = config.part("metadata")
     for place, key in ((metadata, "hook_name"), (config, "hook_name"), (config, "hook_point")):

@@ -9,9 +9,10 @@ Source: https://github.com/EleutherAI/sparsify, version 1.3.3, and its older rel
 from pathlib import Path
 
 from mechatlas.dictionaries.activation_rules import GroupMax
-from mechatlas.dictionaries.foreign.weights import Config, fit
+from mechatlas.dictionaries.foreign.weights import fit, read_config
 from mechatlas.dictionaries.pretrained import Pretrained
 from mechatlas.dictionaries.sparsity import Rule, TopK
+from mechatlas.files import Fields
 from mechatlas.tensorfiles import read_tensors
 
 SHAPES = {
@@ -28,7 +29,7 @@ def read(file: Path) -> Pretrained:
     Raises:
         WeightsError: One is damaged, or not as the format says.
     """
-    config = Config.read(file.parent / "cfg.json")
+    config = read_config(file.parent / "cfg.json")
     d_in = config.integer("d_in")
     n_latents = config.integer("num_latents", 0, least=0)
     n_latents = n_latents or d_in * config.integer("expansion_factor", 32)
@@ -53,7 +54,7 @@ def read(file: Path) -> Pretrained:
     )
 
 
-def _rule(config: Config, n_latents: int) -> Rule:
+def _rule(config: Fields, n_latents: int) -> Rule:
     """Sparsity rule.
 
     Raises:

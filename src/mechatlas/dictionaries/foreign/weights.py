@@ -1,120 +1,35 @@
 """Promises of file formats: a configuration, and tensors with named axes.
 
-Config         a JSON file whose values are checked as they are asked for
+read_config    a JSON file -> its values, checked as they are asked for
 fit            tensors against the keys and axes that a format promises
 take_integer   a whole number that stands among the tensors
 """
 
-import json
-import reprlib
 from collections import Counter
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from mechatlas.base import WeightsError
-from mechatlas.tensorfiles import mismatches, non_finite, not_floats
+from mechatlas.files import Fields, read_json
+from mechatlas.tensorfiles import mismatches, non_finite, not_floats, reading
 
 
-class Config:
-    """The values of a JSON file, or of an object within it."""
+def read_config(file: Path) -> Fields:
+    """Read a JSON file.
 
-    def __init__(self, file: Path, values: Mapping[str, Any], within: str = "") -> None:
-        self.file, self.values, self.within = file, values, within
-
-    @classmethod
-    def read(cls, file: Path) -> "Config":
-        """Read a file.
-
-        Raises:
-            WeightsError: It is missing, damaged, or not a JSON object.
-        """
-        try:
-            values = json.loads(file.read_bytes())
-        except FileNotFoundError as error:
-            raise WeightsError(f"There is no file {file}, which says how to read it.") from error
-        except (OSError, ValueError, RecursionError) as error:
-            raise WeightsError(f"{file} cannot be read as JSON ({error}). Is it whole?") from error
-        if not isinstance(values, dict):
-            raise WeightsError(f"{file} is not a JSON object.")
-        return cls(file, values)
-
-    def wrong(self, key: str, expected: str) -> WeightsError:
-        """Make the error for a value that cannot be used."""
-        value = reprlib.repr(self.values[key]) if key in self.values else "missing"
-        return WeightsError(f"{self.file}: {self.within}{key} is {value}, expected {expected}.")
-
-    def has(self, key: str) -> bool:
-        """Whether there is a value that is not null."""
-        return self.values.get(key) is not None
-
-    def integer(self, key: str, default: int | None = None, *, least: int = 1) -> int:
-        """Read a whole number.
-
-        Args:
-            key: Key of the value.
-            default: Number if there is no value; by default there must be one.
-            least: Smallest number allowed.
-
-        Raises:
-            WeightsError: The value is no whole number, or too small, or missing without a default.
-        """
-        value = self.values[key] if self.has(key) else default
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise self.wrong(key, f"a whole number of at least {least}")
-        return value
-
-    def flag(self, key: str, default: bool | None = None) -> bool:
-        """Read true or false.
-
-        Raises:
-            WeightsError: The value is neither, or missing without a default.
-        """
-        value = self.values[key] if self.has(key) else default
-        if not isinstance(value, bool):
-            raise self.wrong(key, "true or false")
-        return value
-
-    def text(self, key: str, default: str | None = None) -> str:
-        """Read a text.
-
-        Raises:
-            WeightsError: The value is not a text, or missing without a default.
-        """
-        value = self.values[key] if self.has(key) else default
-        if not isinstance(value, str):
-            raise self.wrong(key, "a text")
-        return value
-
-    def one_of(self, key: str, choices: Collection[str], default: str | None = None) -> str:
-        """Read one of some texts.
-
-        Args:
-            key: Key of the value.
-            choices: Texts allowed.
-            default: Text if there is no value; by default there must be one.
-
-        Raises:
-            WeightsError: The value is another, or missing without a default.
-        """
-        value = self.text(key, default)
-        if value not in choices:
-            raise self.wrong(key, f"one of {', '.join(choices)}")
-        return value
-
-    def part(self, key: str) -> "Config":
-        """Read an object within; an empty one if it is missing.
-
-        Raises:
-            WeightsError: The value is not an object.
-        """
-        value = self.values[key] if self.has(key) else {}
-        if not isinstance(value, dict):
-            raise self.wrong(key, "a JSON object")
-        return Config(self.file, value, f"{self.within}{key}.")
+    Raises:
+        WeightsError: It is missing, damaged, or not a JSON object.
+    """
+    if not file.exists():
+        raise WeightsError(f"There is no file {file}, which says how to read it.")
+    with reading(file):
+        values = read_json(file)
+    if not isinstance(values, dict):
+        raise WeightsError(f"{file} is not a JSON object.")
+    return Fields(file, values, error=WeightsError)
 
 
 def fit(

@@ -25,8 +25,8 @@ from mechatlas.analysis.proofs.verifier.explanation import (
 )
 from mechatlas.analysis.proofs.verifier.structures import Weights
 from mechatlas.analysis.proofs.verifier.verify import Verification, verify
-from mechatlas.base import DiskError, InputError, NonFiniteError, Result
-from mechatlas.files import checksum, write
+from mechatlas.base import InputError, NonFiniteError, Result
+from mechatlas.files import checksum, read, write
 from mechatlas.maths.arrays import as_array
 from mechatlas.maths.groups import Group
 
@@ -204,7 +204,7 @@ def load_proof(path: Path) -> AccuracyProof:
     """Read a proof. Nothing in it is believed before `AccuracyProof.check`.
 
     Raises:
-        DiskError: There is no such file.
+        DiskError: There is no such file, or it is not the one that a manifest beside it states.
         ProofError: It is damaged or not a proof.
 
     Examples:
@@ -221,11 +221,7 @@ def load_proof(path: Path) -> AccuracyProof:
         >>> proof.check(left, right, unembed).accuracy_bound
         1.0
     """
-    try:
-        data = Path(path).read_bytes()
-    except OSError as error:
-        raise DiskError(f"{path} cannot be read: {error.strerror or error}.") from error
-    return read_proof(data, str(path))
+    return read_proof(read(Path(path)), str(path))
 
 
 def read_proof(data: bytes, source: str = "The file") -> AccuracyProof:
@@ -254,6 +250,8 @@ def read_proof(data: bytes, source: str = "The file") -> AccuracyProof:
         ValueError,
         AttributeError,
         OverflowError,
+        RecursionError,
+        MemoryError,
     ) as error:
         raise ProofError(f"{source} is damaged or is not a proof ({error}).") from error
 

@@ -1,0 +1,138 @@
+"""Manifest of an activation store: its sites and shards, checked before anything is read.
+
+    read_entries   a folder -> the manifest with its typed entries
+
+A manifest may come from anywhere: numbers are in range, rows fit into the bytes of their files, and
+files lie within the folder, or a `StoreError` names the key.
+"""
+
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+
+from mechatlas.base import DiskError, StoreError
+from mechatlas.files import MANIFEST, Fields, read_manifest
+
+SCHEMA = 1
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+Split = Literal["train", "held"]
+
+
+class Shard(NamedTuple):
+    """Entry of one file in the manifest."""
+
+    site: str
+    split: Split
+    file: str
+    rows: int
+    bytes: int
+    xxh3: str
+
+
+class SiteShape(NamedTuple):
+    """Entry of one site in the manifest."""
+
+    width: int
+    grid: tuple[int, int]
+    """Height and width of the map; (tokens, 1) for texts, (1, 1) for plain vectors."""
+    branches: dict[str, tuple[int, int]]
+    """First channel of each named branch and the channel after its last; in a store with a
+    group, among the channels of one element."""
+    places: int | None = None
+    """Number of places of the map that may be kept, in a store with a group; else all may."""
+
+
+class StoreEntries(NamedTuple):
+    """Manifest of a finished store, with its typed entries."""
+
+    manifest: dict[str, Any]
+    shapes: dict[str, SiteShape]
+    shards: list[Shard]
+
+
+def read_entries(root: Path) -> StoreEntries:
+    """Read the manifest of a finished store.
+
+    Raises:
+        StoreError: The folder is not a store, its manifest is damaged, or collecting it was never
+            finished.
+    """
+    path = root / MANIFEST
+    if not path.is_file():
+        raise StoreError(f"{root} is not an activation store: it has no {MANIFEST}.")
+    try:
+        manifest = read_manifest(path)
+    except DiskError as error:
+        raise StoreError(str(error)) from error
+    fields = Fields(path, manifest, error=StoreError)
+    if manifest.get("kind") != "store" or manifest.get("schema") != SCHEMA:
+        raise StoreError(
+            f"{path} is of kind {manifest.get('kind')!r}, schema {manifest.get('schema')!r}; "
+            f"expected an activation store of schema {SCHEMA}."
+        )
+    if not fields.flag("complete"):
+        raise StoreError(
+            f"{root} is not finished ({fields.integer('rounds_done', least=0)} of "
+            f"{fields.integer('rounds')} rounds). Run the same `mechatlas collect` again; it goes "
+            "on where it stopped."
+        )
+    fields.integer("n_samples")
+    fields.text("network")
+    fields.part("recipe")
+    settings, sites = fields.part("settings"), fields.part("sites")
+    settings.flag("paired")
+    itemsize = DTYPES[settings.one_of("dtype", tuple(DTYPES))].itemsize
+    shapes = {name: _shape(sites.part(name)) for name in sites.values}
+    return StoreEntries(manifest, shapes, _shards(fields, shapes, itemsize))
+
+
+def _shape(fields: Fields) -> SiteShape:
+    """Shape of a site, as the manifest has it.
+
+    Raises:
+        StoreError: A number is missing or out of range.
+    """
+    width, branches = fields.integer("width"), fields.part("branches")
+    ranges = {name: fields.values["branches"][name] for name in branches.values}
+    for name, ends in ranges.items():
+        if not _whole(ends, 2) or not 0 <= ends[0] < ends[1] <= width:
+            raise branches.wrong(name, f"first channel and channel after the last of {width}")
+    grid: Any = fields.values.get("grid")
+    if not _whole(grid, 2) or min(grid) < 1:
+        raise fields.wrong("grid", "two whole numbers of at least 1")
+    places = fields.integer("places") if fields.has("places") else None
+    return SiteShape(width, tuple(grid), ranges, places)
+
+
+def _whole(value: Any, n: int) -> bool:
+    """Whether a value is a list of n whole numbers."""
+    return isinstance(value, list) and len(value) == n and all(type(each) is int for each in value)
+
+
+def _shards(fields: Fields, shapes: dict[str, SiteShape], itemsize: int) -> list[Shard]:
+    """Entries of the shards, as the manifest has them.
+
+    Raises:
+        StoreError: An entry names a place outside the store, or cannot be true.
+    """
+    entries = fields.values.get("shards")
+    if not isinstance(entries, list):
+        raise fields.wrong("shards", "a list")
+    shards = []
+    for number, entry in enumerate(entries):
+        one = Fields(fields.file, {"entry": entry}, f"shards[{number}] ", StoreError)
+        if not isinstance(entry, list) or len(entry) != len(Shard._fields):
+            raise one.wrong("entry", f"a list of {', '.join(Shard._fields)}")
+        shard = Shard(*entry)
+        texts = (shard.site, shard.split, shard.file, shard.xxh3)
+        if not all(isinstance(text, str) for text in texts) or not _whole(entry[3:5], 2):
+            raise one.wrong("entry", "texts, and whole numbers for rows and bytes")
+        if shard.site not in shapes or shard.split not in ("train", "held"):
+            raise one.wrong("entry", "a site of the store, and train or held")
+        if Path(shard.file).is_absolute() or ".." in Path(shard.file).parts:
+            raise one.wrong("entry", "a file within the store")
+        if shard.rows < 1 or shard.rows * shapes[shard.site].width * itemsize > shard.bytes:
+            raise one.wrong("entry", "at least one row, and no more than fit into its bytes")
+        shards.append(shard)
+    return shards
