@@ -214,8 +214,8 @@ TRUTH: list[tuple[nn.Module, Tensor, dict[str, str]]] = [
      | {"head": "bc", "": "bc"}),
     (ChannelsLast(), IMAGE, dict.fromkeys(("norm", "same", "block", "drop", ""), "bhwc")
      | {"patch": "bchw", "patch:input": "bchw"}),
-    (Attention(), torch.rand(2, 5, 12), {"heads": "btcc", "pattern": "bchw", "mixed": "btcc", "out": "btc",
-     "qkv:input": "btc", "": "btc"}),
+    (Attention(), torch.rand(2, 5, 12), {"heads": "btcc", "pattern": "bchw",
+     "mixed": "btcc", "out": "btc", "qkv:input": "btc", "": "btc"}),
     (Vision(), IMAGE, dict.fromkeys(("drop", "norm", "attention", "block", "attention.qkv"), "btc")
      | {"patch": "bchw", "head": "bc", "attention.heads": "btcc"}),
     (Sound(), SOUND, dict.fromkeys(("conv", "norm", "act", "pool", "conv:input"), "bct")

@@ -406,7 +406,7 @@ def _index(t: AxisTracker, args: Any, _kwargs: Any, made: list[Tensor]) -> list[
 
 
 def _copy(t: AxisTracker, args: Any, _kwargs: Any, _made: list[Tensor]) -> list[Axes]:
-    """What is written into a tensor says what the tensor's axes are."""
+    """Writing into a tensor says what the tensor's axes are."""
     axes = t.axes(args[0])
     if t._is_known(args[1]) and args[1].shape == args[0].shape:
         for mine, its in zip(axes, t.axes(args[1]), strict=True):

@@ -17,6 +17,7 @@ from torch import nn
 from tyro.conf import Positional, arg
 
 from mechatlas.activations import networks
+from mechatlas.activations.branches import ends_of
 from mechatlas.activations.networks import Network
 from mechatlas.activations.sites import list_sites
 from mechatlas.app.recipes import from_dict
@@ -49,7 +50,9 @@ class SiteEntry:
     shape: list[int]
     """Shape of the activations of one sample."""
     width: int
-    """Channels."""
+    """Channels; 0 where it is not known which axis holds them."""
+    axes: str | None
+    """Meaning of each axis: b the batch, c channels, any other a position; null if not known."""
     branches: dict[str, tuple[int, int]]
     """First channel of each branch, and the first after it."""
     hidden: bool
@@ -103,7 +106,8 @@ def run(config: SitesConfig) -> SitesResult:
                 kind=info.kind,
                 shape=list(info.shape),
                 width=info.width,
-                branches={name: (s.start, s.stop) for name, s in info.branches.items()},
+                branches=ends_of(info.branches, info.width),
+                axes=info.axes,
                 hidden=not info.branches and any(str(info.site).startswith(b) for b in branched),
             )
             for info in infos
@@ -136,11 +140,12 @@ def in_words(result: SitesResult) -> str:
     """Table of the sites."""
     listed = [entry for entry in result.sites if result.everything or not entry.hidden]
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in ("site", "kind", "shape", "branches (channels)"):
+    for column in ("site", "kind", "axes", "shape", "branches (channels)"):
         table.add_column(column, overflow="fold")
     for entry in listed:
         branches = "  ".join(f"{name} ({b - a})" for name, (a, b) in entry.branches.items())
-        table.add_row(entry.site, entry.kind, " x ".join(map(str, entry.shape)), branches)
+        shape = " x ".join(map(str, entry.shape))
+        table.add_row(entry.site, entry.kind, entry.axes or "?", shape, branches)
     text = io.StringIO()
     Console(file=text, width=100).print(table)
     n_hidden = len(result.sites) - len(listed)
