@@ -26,7 +26,7 @@ from torch.jit import ScriptModule
 from torch.utils._pytree import tree_map_only
 
 from mechatlas.activations.axes import BATCH, CHANNEL, Axes, AxisTracker, kind_of
-from mechatlas.activations.networks import running
+from mechatlas.activations.networks import arguments_of, running
 from mechatlas.activations.passes import unobserved, unwrapped
 from mechatlas.activations.reading import hook_site
 from mechatlas.activations.values import tensors_in
@@ -249,10 +249,10 @@ def find_layouts(
     root = unwrapped(network)
     purpose = "" if sites is None else f" to read {', '.join(map(str, sites[:3]))}"
     with running(root, inputs, purpose):
-        passes = [_watch(root, (_take(inputs, n),), {}, sites) for n in (2, 1)]
+        passes = [_watch(root, *arguments_of(root, _take(inputs, n)), sites) for n in (2, 1)]
         double, single = (each.seen for each in passes)
         if all(each.error for each in passes):  # a network for one size of batch
-            whole = _watch(root, (inputs,), {}, sites)
+            whole = _watch(root, *arguments_of(root, inputs), sites)
             double = {**double, **whole.seen}
             if whole.error and not (sites and all(_call(s) in double for s in sites)):
                 raise whole.error

@@ -13,6 +13,7 @@ import contextlib
 import dataclasses
 import difflib
 import importlib
+import inspect
 import itertools
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -214,7 +215,27 @@ def run_network(network: nn.Module, inputs: Any) -> Any:
     """
     batch = as_input(network, inputs)
     with running(network, batch):
-        return network(batch)
+        return call_network(network, batch)
+
+
+def call_network(network: nn.Module, inputs: Any) -> Any:
+    """Call a network; a mapping goes to the arguments of its names, where the network has these.
+
+    Args:
+        network: Any module.
+        inputs: Batch as the network takes it.
+    """
+    args, kwargs = arguments_of(network, inputs)
+    return network(*args, **kwargs)
+
+
+def arguments_of(network: nn.Module, inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments with which `call_network` calls a network, in order and by name."""
+    if isinstance(inputs, Mapping) and set(inputs) <= set(
+        inspect.signature(network.forward).parameters
+    ):
+        return (), dict(inputs)
+    return (inputs,), {}
 
 
 def _place(network: nn.Module, error: BaseException) -> str:

@@ -21,6 +21,7 @@ from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.utils._pytree import tree_map_only
 from torch.utils.hooks import RemovableHandle
 
+from mechatlas.activations.networks import call_network
 from mechatlas.activations.passes import is_aside
 from mechatlas.activations.values import tensor_of, tensors_in
 from mechatlas.base import Site, SiteError, UserError
@@ -140,7 +141,7 @@ class _Pass:
                 keep = functools.partial(self._keep, site)
                 hooks.callback(hook_site(self.root, site, keep).remove)
             try:
-                self.root(tree_map_only(Tensor, torch.clone, inputs))
+                call_network(self.root, tree_map_only(Tensor, torch.clone, inputs))
             except _Reached:
                 return
             except UserError:
