@@ -71,6 +71,7 @@ def _subject(run: Run, runs: Runs) -> Subject:
         network, samples = runs.reopen(run.folder)
         infos = list_sites(network, _one(network, samples))
     except UserError as error:
+        runs.problems[run.name] = str(error)
         return Subject(str(name), "", None, written, str(error), [], [], {}, None)
     problem = ""
     if not has_weights(network, written):
