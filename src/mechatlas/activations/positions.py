@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from mechatlas.activations.sites import read_activations
 from mechatlas.base import Site
+from mechatlas.ranges import COUNT, COUNT_OR_NONE, SEED, check_ranges
 
 REASONS = ("padding", "first", "special", "tokens")
 """Reasons for which a position is left out; one that has several counts under the first."""
@@ -68,10 +69,7 @@ class Positions:
     """Ids of further tokens whose rows are left out."""
 
     def __post_init__(self) -> None:
-        if self.per_sample < 1:
-            raise ValueError(f"per_sample must be at least 1, got {self.per_sample}.")
-        if self.skip_first is not None and self.skip_first < 0:
-            raise ValueError(f"skip_first must be at least 0, got {self.skip_first}.")
+        check_ranges(self, per_sample=COUNT, skip_first=COUNT_OR_NONE, seed=SEED)
 
     def resolved(self, *, tokens: bool, causal: bool) -> "Positions":
         """Fill in what depends on the samples and the network.

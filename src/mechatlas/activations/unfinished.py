@@ -56,7 +56,7 @@ def begin_store(out: Path, manifest: dict[str, Any], *, n_bytes: int) -> dict[st
     if any(p.name not in leftovers for p in out.iterdir() if not p.name.endswith(TEMPORARY)):
         raise StoreError(f"{out} is not empty and is not a store. Choose another --out.")
     _check_space(out, n_bytes)
-    write_manifest(path, manifest)
+    write_manifest(path, manifest, make_folder=False)
     return manifest
 
 

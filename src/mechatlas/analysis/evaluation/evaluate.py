@@ -24,6 +24,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from mechatlas.activations.layouts import Layout, layouts_of
 from mechatlas.activations.networks import as_input
 from mechatlas.activations.passes import on_device
 from mechatlas.activations.positions import Positions, TokenSamples, is_causal, left_out
@@ -34,7 +35,7 @@ from mechatlas.activations.predictions import (
     output_of,
 )
 from mechatlas.activations.samples import Samples, open_samples
-from mechatlas.activations.sites import as_site, channels_last, intervene, read_activations
+from mechatlas.activations.sites import as_site, intervene, read_activations
 from mechatlas.analysis.evaluation.results import DensityBin, NetworkEvaluation, OutputEffect
 from mechatlas.base import Dictionary, InputError, Progress, Site, no_progress
 from mechatlas.dictionaries import metrics
@@ -131,6 +132,7 @@ class _Setting:
     causal: bool
     device: torch.device | str
     left_out: Counter[str]
+    layout: Layout = Layout("bc")
     limit: float = float("inf")
     mean: Tensor | None = None
 
@@ -186,7 +188,8 @@ def _evaluate_in_network(
         first = setting.inputs(batches[0][:1])
         causal = tokens and is_causal(network, first, samples.padding(batches[0][0]), [place])
         resolved = (positions or Positions()).resolved(tokens=tokens, causal=causal)
-        setting = dataclasses.replace(setting, positions=resolved, causal=causal)
+        layout = layouts_of(network, first, [place])[place]
+        setting = dataclasses.replace(setting, positions=resolved, causal=causal, layout=layout)
         limit, mean = _site_statistics(_counted_rows(setting, batches), outlier_norms)
         setting = dataclasses.replace(setting, limit=limit, mean=mean)
         parts: list[_Part] = []
@@ -204,7 +207,7 @@ def _counted_rows(setting: _Setting, batches: Iterable[Sequence[int]]) -> Iterat
     """
     for batch in batches:
         activation = read_activations(setting.network, setting.inputs(batch), [setting.site])
-        rows, n_positions = _rows(activation[setting.site], len(batch))
+        rows, n_positions = _rows(activation[setting.site], setting.layout)
         if rows.shape[1] != setting.dictionary.d_in:
             raise InputError(
                 f"Site {setting.site} is {rows.shape[1]} wide, the dictionary reads "
@@ -213,11 +216,11 @@ def _counted_rows(setting: _Setting, batches: Iterable[Sequence[int]]) -> Iterat
         yield rows[~setting.excluded(batch, n_positions, Counter())]
 
 
-def _rows(activation: Tensor, n_samples: int) -> tuple[Float[Tensor, "row d"], int]:
+def _rows(activation: Tensor, layout: Layout) -> tuple[Float[Tensor, "row d"], int]:
     """Rows of all positions, sample after sample, and the number of positions of a sample."""
-    rows = channels_last(activation)
-    rows = rows.reshape(-1, rows.shape[-1]).float()
-    return rows, len(rows) // n_samples
+    whole = layout.rows(activation)
+    rows = whole.reshape(-1, whole.shape[-1]).float()
+    return rows, len(rows) // len(whole)
 
 
 def _site_statistics(
@@ -284,7 +287,7 @@ def _measure_batch(setting: _Setting, batch: Sequence[int]) -> _Part:
             f"{type(network).__name__} returns no logits, so there is no loss to recover: give a "
             "network with its head. `ma.evaluate(dictionary, rows)` measures the rows alone."
         )
-    rows, n_positions = _rows(seen[0], len(batch))
+    rows, n_positions = _rows(seen[0], setting.layout)
     kept = ~setting.excluded(batch, n_positions, setting.left_out)
     sample = torch.arange(len(batch), device=rows.device).repeat_interleave(n_positions)[kept]
     counted = rows[kept]
@@ -296,7 +299,9 @@ def _measure_batch(setting: _Setting, batch: Sequence[int]) -> _Part:
     effects = [_effect(setting, batch, inputs, before, before)]
     for new in news:
         changed = rows.index_put((written,), new.expand(len(written), -1).to(rows))
-        with intervene(network, {site: lambda old, c=changed: _in_place_of(old, c)}):
+        with intervene(
+            network, {site: lambda old, c=changed: _in_place_of(old, c, setting.layout)}
+        ):
             after = output_of(network(inputs)).x
         effects.append(_effect(setting, batch, inputs, before, after))
     return _Part(
@@ -309,10 +314,8 @@ def _measure_batch(setting: _Setting, batch: Sequence[int]) -> _Part:
     )
 
 
-def _in_place_of(old: Tensor, rows: Float[Tensor, "row d"]) -> Tensor:
-    target = channels_last(old)
-    new = rows.to(old.dtype).reshape(target.shape)
-    return new.movedim(-1, 1) if target.shape != old.shape or old.ndim == 4 else new
+def _in_place_of(old: Tensor, rows: Float[Tensor, "row d"], layout: Layout) -> Tensor:
+    return layout.undo(rows.to(old.dtype).reshape(layout.rows(old).shape), old)
 
 
 def _reconstruct(

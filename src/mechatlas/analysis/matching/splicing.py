@@ -21,9 +21,10 @@ import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 
+from mechatlas.activations.layouts import Layout, layouts_of
 from mechatlas.activations.positions import is_causal
 from mechatlas.activations.predictions import compare, next_token_losses, output_of
-from mechatlas.activations.sites import channels_last, grid_of, intervene
+from mechatlas.activations.sites import intervene
 from mechatlas.base import Dictionary, InputError, Site
 from mechatlas.maths.bootstrap import Estimate, ratio_estimate, resample
 from mechatlas.maths.outliers import norm_limit
@@ -136,7 +137,7 @@ def splice(
         tokens = _NextTokens.of(before, batch, pad) if predicts else None
         same = torch.from_numpy(left_out[number]) if left_out else None
         for way, write in ways.items():
-            with _replaced(network, sites, write, same):
+            with _replaced(network, batch, sites, write, same):
                 after = output_of(network(batch)).x
             effects[way].append(_compare(before, after, tokens))
     if not clean:
@@ -177,9 +178,14 @@ def _predicts_tokens(network: nn.Module, batch: Any, logits: Tensor, site: Site)
 
 
 def _replaced(
-    network: nn.Module, sites: tuple[Site, Site], write: Writer, left_out: Tensor | None
+    network: nn.Module,
+    batch: Any,
+    sites: tuple[Site, Site],
+    write: Writer,
+    left_out: Tensor | None,
 ) -> AbstractContextManager[nn.Module]:
     """Replace the second site by what is written from the first, but for what is left out."""
+    layouts = layouts_of(network, batch, sites)
     seen: list[Tensor] = []
 
     def remember(x: Tensor) -> Tensor:
@@ -187,13 +193,17 @@ def _replaced(
         return x
 
     def replace(y: Tensor) -> Tensor:
-        x = y if sites[0] == sites[1] else _aligned(seen[0], y) if seen else None
+        x = None
+        if sites[0] == sites[1]:
+            x = layouts[sites[1]].rows(y)
+        elif seen:
+            x = _aligned(seen[0], y, layouts[sites[0]], layouts[sites[1]])
         if x is None:
             raise InputError(
                 f"The network reaches {sites[1]} before {sites[0]}; give dictionaries in its order."
             )
-        target = channels_last(y)
-        rows, own = _rows(x).float(), _rows(y).float()
+        target = layouts[sites[1]].rows(y)
+        rows, own = _rows(x).float(), _rows(target).float()
         parts = zip(rows.split(ROWS_AT_ONCE), own.split(ROWS_AT_ONCE), strict=True)
         new = torch.cat([write(*part) for part in parts])
         if left_out is not None and left_out.numel() == len(own):
@@ -201,27 +211,25 @@ def _replaced(
             same = left_out.to(own.device).flatten()
             same = same | (norms > norm_limit(norms[~same]))
             new = torch.where(same[:, None], own, new)
-        new = new.to(y.dtype).reshape(target.shape)
-        return new.movedim(-1, 1) if y.ndim == 4 else new
+        return layouts[sites[1]].undo(new.to(y.dtype).reshape(target.shape), y)
 
     edits = {sites[1]: replace}
     return intervene(network, edits if sites[0] == sites[1] else {sites[0]: remember, **edits})
 
 
 def _rows(x: Tensor) -> Float[Tensor, "row d"]:
-    whole = channels_last(x)
-    return whole.reshape(-1, whole.shape[-1])
+    return x.reshape(-1, x.shape[-1])
 
 
-def _aligned(x: Tensor, y: Tensor) -> Tensor:
+def _aligned(x: Tensor, y: Tensor, at_x: Layout, at_y: Layout) -> Tensor:
     """A's map at the positions of B's: for each cell of B the cell of A that holds its center."""
-    grid_a, grid_b = grid_of(x), grid_of(y)
-    if grid_a == grid_b or x.ndim != 4:
+    grid_a, grid_b, x = at_x.grid(x), at_y.grid(y), at_x.rows(x)
+    if grid_a == grid_b or len(at_x.positions) != 2:
         return x
     rows, columns = (
         ((torch.arange(n) + 0.5) / n * m).long() for n, m in zip(grid_b, grid_a, strict=True)
     )
-    return x[:, :, rows[:, None], columns]
+    return x[:, rows[:, None], columns]
 
 
 def _moments(x: Float[Tensor, "sample place d"]) -> Float[np.ndarray, "sample d_and_2"]:

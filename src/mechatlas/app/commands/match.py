@@ -32,7 +32,7 @@ from mechatlas.analysis.matching.folding import Cost, mean_active, varying
 from mechatlas.analysis.matching.held_out import CoFiring, co_firing, paired_codes
 from mechatlas.analysis.matching.nulls import NULLS, Null, PairEvidence
 from mechatlas.analysis.matching.pairing import FDR, Match, feature_splitting, match
-from mechatlas.app.inputs import OpenedDictionary, open_dictionaries
+from mechatlas.app.inputs import OpenedDictionary, open_dictionaries, refuse_other_network
 from mechatlas.app.match_quality import (
     HeldSamples,
     PairedRows,
@@ -44,6 +44,7 @@ from mechatlas.app.match_quality import (
     pairings,
 )
 from mechatlas.app.progress import bar
+from mechatlas.app.recipes import TrustConfig
 from mechatlas.app.run_folder import (
     MATCHES,
     MATCHING,
@@ -55,6 +56,7 @@ from mechatlas.app.run_folder import (
 )
 from mechatlas.base import RecipeError
 from mechatlas.maths.assignment import State
+from mechatlas.ranges import COUNT_OR_NONE, RATE, SEED, check_ranges
 
 KIND = MATCHING
 ROWS = 4096
@@ -68,7 +70,7 @@ CURVES = ("persistence", "low", "high", "birth_share", "death_share")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class MatchConfig(RunConfig):
+class MatchConfig(TrustConfig, RunConfig):
     """Match the latents of consecutive dictionaries one to one."""
 
     dictionaries: Annotated[Positional[tuple[Path, ...]], arg(metavar="DICT_A DICT_B ...")]
@@ -98,6 +100,7 @@ class MatchConfig(RunConfig):
 
     def __post_init__(self) -> None:
         """Accept the name that a scale had in version 0.1."""
+        check_ranges(self, fdr=RATE, rows="[2, 1000000000]", samples=COUNT_OR_NONE, seed=SEED)
         if self.scale == "data":
             deprecated.warn("scale 'data'", "'mean'")
             object.__setattr__(self, "scale", "mean")
@@ -296,11 +299,6 @@ def _check(config: MatchConfig) -> None:
             raise RecipeError(f"--{name} must be one of {', '.join(allowed)}, got {value!r}.")
     if config.store is None and (config.cost == "codes" or config.scale == "mean"):
         raise RecipeError("--cost codes and --scale mean need rows: give --store STORE too.")
-    if not 0 < config.fdr < 1 or config.rows < 2 or config.samples < 0:
-        raise RecipeError(
-            f"--fdr must lie between 0 and 1 (got {config.fdr}), --rows be at least 2 (got "
-            f"{config.rows}) and --samples at least 0 (got {config.samples})."
-        )
 
 
 def _open(config: MatchConfig) -> _Inputs:
@@ -318,6 +316,8 @@ def _open(config: MatchConfig) -> _Inputs:
     if config.store is None:
         return plain
     store = Store(config.store)
+    for each in opened:
+        refuse_other_network(each, store)
     unknown = [str(each.path) for each in opened if each.site is None]
     if unknown:
         raise RecipeError(
@@ -328,7 +328,7 @@ def _open(config: MatchConfig) -> _Inputs:
         store, dictionaries, [str(each.site) for each in opened], config.dictionaries,
         n_known=config.rows * (CODES if config.cost == "codes" else 1), n_held_out=config.rows,
     )  # fmt: skip
-    held = open_held_samples(store, config.samples)
+    held = open_held_samples(store, config.samples, config)
     inputs = dataclasses.replace(plain, rows=rows, held=held)
     sided = list(zip(dictionaries, rows.known, strict=True))
     if config.cost == "codes":

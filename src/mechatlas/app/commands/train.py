@@ -30,6 +30,7 @@ from mechatlas.dictionaries.sparsity import Sparsity, TopK
 from mechatlas.dictionaries.training import train as train_dictionary
 from mechatlas.maths.groups import Group
 from mechatlas.maths.outliers import OUTLIER_NORMS
+from mechatlas.ranges import COUNT, SEED, check_ranges
 
 KIND = DICTIONARY
 
@@ -78,9 +79,17 @@ class TrainConfig(DeviceConfig):
     """Seed of the weights and of the order of batches."""
 
     def __post_init__(self) -> None:
-        for name in ("n_latents", "steps", "batch_size", "lr", "checkpoint_every"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be > 0, got {getattr(self, name)}.")
+        check_ranges(
+            self,
+            n_latents=f"[1, {2**26}]",
+            matryoshka_widths=COUNT,
+            steps=COUNT,
+            batch_size=COUNT,
+            lr="(0, 1000]",
+            outlier_norms="(0, inf]",
+            checkpoint_every=COUNT,
+            seed=SEED,
+        )
         if len(self.writes) == 1 and (self.tied or self.site in (None, *self.writes)):
             raise ValueError(
                 f"A transcoder to {self.writes[0]} needs another site to read, and cannot be tied."
@@ -206,6 +215,7 @@ def run(config: TrainConfig, folder: RunFolder) -> TrainResult:
         site=config.site or (config.writes or store.sites)[0],
         writes=list(config.writes),
         store=str(config.store.resolve()),
+        network=store.manifest["network"],
     )
     if reads_poses:
         folder.facts(group=store.manifest["group"])
