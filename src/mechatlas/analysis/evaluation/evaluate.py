@@ -132,7 +132,7 @@ class _Setting:
     causal: bool
     device: torch.device | str
     left_out: Counter[str]
-    layout: Layout = Layout("bc")
+    layout: Layout
     limit: float = float("inf")
     mean: Tensor | None = None
 
@@ -181,15 +181,14 @@ def _evaluate_in_network(
     if not batches:
         raise InputError("There are no samples to run the network on.")
     with on_device(network, device):
-        tokens = isinstance(samples, TokenSamples)
-        setting = _Setting(
-            dictionary, network, samples, place, Positions(), labels, False, device, Counter()
-        )
-        first = setting.inputs(batches[0][:1])
-        causal = tokens and is_causal(network, first, samples.padding(batches[0][0]), [place])
+        tokens, index = isinstance(samples, TokenSamples), batches[0][0]
+        first = as_input(network, samples.stack([samples.read(index)]).to(device))
+        causal = tokens and is_causal(network, first, samples.padding(index), [place])
         resolved = (positions or Positions()).resolved(tokens=tokens, causal=causal)
         layout = layouts_of(network, first, [place])[place]
-        setting = dataclasses.replace(setting, positions=resolved, causal=causal, layout=layout)
+        setting = _Setting(
+            dictionary, network, samples, place, resolved, labels, causal, device, Counter(), layout
+        )
         limit, mean = _site_statistics(_counted_rows(setting, batches), outlier_norms)
         setting = dataclasses.replace(setting, limit=limit, mean=mean)
         parts: list[_Part] = []
@@ -299,9 +298,7 @@ def _measure_batch(setting: _Setting, batch: Sequence[int]) -> _Part:
     effects = [_effect(setting, batch, inputs, before, before)]
     for new in news:
         changed = rows.index_put((written,), new.expand(len(written), -1).to(rows))
-        with intervene(
-            network, {site: lambda old, c=changed: _in_place_of(old, c, setting.layout)}
-        ):
+        with intervene(network, {site: lambda old, c=changed: _written(old, c, setting.layout)}):
             after = output_of(network(inputs)).x
         effects.append(_effect(setting, batch, inputs, before, after))
     return _Part(
@@ -314,7 +311,7 @@ def _measure_batch(setting: _Setting, batch: Sequence[int]) -> _Part:
     )
 
 
-def _in_place_of(old: Tensor, rows: Float[Tensor, "row d"], layout: Layout) -> Tensor:
+def _written(old: Tensor, rows: Float[Tensor, "row d"], layout: Layout) -> Tensor:
     return layout.undo(rows.to(old.dtype).reshape(layout.rows(old).shape), old)
 
 

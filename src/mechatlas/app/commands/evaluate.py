@@ -21,7 +21,14 @@ from mechatlas.analysis.evaluation.evaluate import N_SAMPLES
 from mechatlas.analysis.evaluation.evaluate import evaluate as evaluate_dictionary
 from mechatlas.analysis.evaluation.results import NetworkEvaluation
 from mechatlas.app.commands.collect import CollectConfig
-from mechatlas.app.inputs import OpenedDictionary, find_store, open_dictionary, open_network
+from mechatlas.app.inputs import (
+    OpenedDictionary,
+    TrustConfig,
+    find_store,
+    open_dictionary,
+    open_network,
+    recorded_network,
+)
 from mechatlas.app.progress import bar
 from mechatlas.app.recipes import CONVERTER, from_dict
 from mechatlas.app.run_folder import EVALUATION, CommandResult, DeviceConfig, RunFolder
@@ -47,6 +54,8 @@ class EvaluateConfig(DeviceConfig):
     samples: Path | None = None
     """Texts, images or an array, or a recipe with a [samples] table; by default the held-out
     samples of the store."""
+    trust: bool = False
+    """Run the code that the store's recipe names, if its network is not bundled."""
     store: Path | None = None
     """Store that says what is missing; by default that which the dictionary was trained on."""
     site: str | None = None
@@ -89,11 +98,14 @@ def run(config: EvaluateConfig, folder: RunFolder) -> EvaluateResult:
     if site is None:
         raise RecipeError(f"{config.dictionary} does not say of which site it is; give --site.")
     if config.network is None and config.samples is None and store is not None:
-        network, samples = open_network(store)
+        network, samples = open_network(store, TrustConfig(trust=config.trust))
         numbers = store.samples("held", config.n_samples) or None
     else:
-        named = _network(config.network) if config.network else _recipe_of(store).network
-        network = load_network(named)
+        if config.network:
+            network = load_network(_network(config.network))
+        else:
+            assert store is not None  # `_store` has refused
+            network = recorded_network(store, TrustConfig(trust=config.trust)).network
         samples = open_samples(_samples(config.samples) or _recipe_of(store).samples, network)
         numbers = None
     positions = config.positions
