@@ -11,8 +11,8 @@ import sys
 from types import SimpleNamespace
 
 import torch
-from sae_lens import SAE
-from sae_lens.evals import get_recons_loss
+from sae_lens import SAE  # pyright: ignore[reportMissingImports]
+from sae_lens.evals import get_recons_loss  # pyright: ignore[reportMissingImports]
 from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional

@@ -1,6 +1,7 @@
 """Worth of a dictionary to its network, against a plain computation in float64."""
 
 import copy
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,12 +10,13 @@ from torch import nn
 from torch.nn import functional
 
 from mechatlas.activations.positions import Positions
-from mechatlas.analysis.evaluation.evaluate import evaluate
+from mechatlas.analysis.evaluation import evaluate as module
 from mechatlas.base import InputError
 from mechatlas.dictionaries.autoencoder import Autoencoder, Transcoder
 from mechatlas.dictionaries.sparsity import TopK
 from tests.networks import Reader, Windows
 
+evaluate: Any = module.evaluate
 SAMPLES = Windows(n=24, length=12)
 TOKENS = torch.from_numpy(SAMPLES.tokens)
 

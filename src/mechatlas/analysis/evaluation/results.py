@@ -54,13 +54,13 @@ class NetworkEvaluation(Result):
     """Share of the latents that are active on none of the rows."""
     density: list[DensityBin]
     """Histogram of the density of latents: dead ones first, then by half powers of ten."""
-    intact: OutputEffect | None = None
+    intact: OutputEffect
     """The untouched network."""
-    spliced: OutputEffect | None = None
+    spliced: OutputEffect
     """Network that goes on from the dictionary's reconstruction."""
-    zero_ablated: OutputEffect | None = None
+    zero_ablated: OutputEffect
     """Network that goes on from zeros."""
-    mean_ablated: OutputEffect | None = None
+    mean_ablated: OutputEffect
     """Network that goes on from the mean of the rows."""
     loss_recovered: Estimate | None = None
     """(L_zero - L_spliced) / (L_zero - L_intact): 1 is the intact network, 0 is zero ablation."""
@@ -77,16 +77,15 @@ class NetworkEvaluation(Result):
             f"{_in_words(self.fvu_with_outliers)}",
             f"l0 {_in_words(self.l0, 1)}, dead {_in_words(self.dead_share)}",
         ]
-        if self.spliced is not None:
-            effect = self.spliced
-            lines.append(
-                f"spliced: kl {_in_words(effect.kl_divergence)} nats, agreement "
-                f"{_in_words(effect.agreement)}"
-            )
-        if self.intact and self.spliced and self.zero_ablated and self.intact.loss:
-            ways = {"intact": self.intact, "spliced": self.spliced, "zero": self.zero_ablated}
-            losses = ", ".join(f"{n} {e.loss.value:.3f}" for n, e in ways.items() if e.loss)
-            lines.append(f"loss: {losses} nats")
+        effect = self.spliced
+        lines.append(
+            f"spliced: kl {_in_words(effect.kl_divergence)} nats, agreement "
+            f"{_in_words(effect.agreement)}"
+        )
+        ways = {"intact": self.intact, "spliced": self.spliced, "zero": self.zero_ablated}
+        losses = [f"{name} {way.loss.value:.3f}" for name, way in ways.items() if way.loss]
+        if losses:
+            lines.append(f"loss: {', '.join(losses)} nats")
         if self.loss_recovered is not None:
             lines.append(f"loss recovered {_in_words(self.loss_recovered)}")
         return "\n".join(lines)
