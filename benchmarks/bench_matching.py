@@ -14,6 +14,7 @@ import itertools
 import sys
 from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -117,7 +118,8 @@ def rates(n, d, n_seeds):
                 if cost == "codes"
                 else jump_relu_pair(n, d, tied=tied, spread=spread, alone=alone, seed=seed)
             )
-            columns = match(a, b, cost=cost, seed=seed, nulls=nulls).matched_columns()
+            options: dict[str, Any] = {"cost": cost, "seed": seed, "nulls": nulls}
+            columns = match(a, b, **options).matched_columns()
             matched = columns >= 0
             right = (matched & (columns == partner)).sum()
             wrong = (matched.sum() - right) / max(matched.sum(), 1)
