@@ -21,8 +21,7 @@ from mechatlas.activations.sites import intervene, read_activations
 from mechatlas.base import UserError
 from tests.zoo import ZOO, Animal, Place
 
-LATER = {"dense_concatenation", "scripted", "left_in_training_mode"}
-everywhere = pytest.mark.parametrize("name", [name for name in ZOO if name not in LATER])
+everywhere = pytest.mark.parametrize("name", list(ZOO))
 drawn = settings(
     max_examples=5,
     derandomize=True,
