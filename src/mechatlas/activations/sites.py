@@ -24,6 +24,7 @@ from typing import Any, TypeVar
 
 from jaxtyping import Shaped
 from torch import Tensor, nn
+from torch.jit import ScriptModule
 
 from mechatlas.activations.axes import stamped_axis
 from mechatlas.activations.branches import branches_of, no_such_branch, select
@@ -82,9 +83,14 @@ def as_site(network: nn.Module, site: Site | str) -> Site:
     """Convert the written form of a site of a network, or check a site.
 
     Raises:
-        SiteError: The network has no such module; near names are offered.
+        SiteError: The network has no such module, and near names are offered; or it is scripted.
     """
     root = unwrapped(network)
+    if isinstance(root, ScriptModule):
+        raise SiteError(
+            "The network is scripted, and nothing inside it can be read or edited; give the "
+            "network that it was made from."
+        )
     text = site.module if isinstance(site, Site) else site
     if _has_module(root, text):
         return site if isinstance(site, Site) else Site(text)
@@ -243,8 +249,8 @@ def intervene(
 ) -> Iterator[nn.Module]:
     """Run a network with some activations replaced.
 
-    The network stays in the mode that it is in. Inside, compiled modules run uncompiled and fused
-    attention is off, so that every module is called.
+    Inside, the network is in evaluation mode, as when it is read; compiled modules run uncompiled
+    and fused attention is off, so that every module is called.
 
     Args:
         network: Any module; unchanged when the context ends.
@@ -271,6 +277,7 @@ def intervene(
     root = unwrapped(network)
     interventions = _Interventions(root, edits)
     with ExitStack() as hooks:
+        hooks.enter_context(evaluation_mode(network))
         hooks.enter_context(eager())
         hooks.callback(root.register_forward_pre_hook(interventions.start, with_kwargs=True).remove)
         for site in interventions.edits:
