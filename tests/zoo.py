@@ -998,8 +998,8 @@ animal(
     first       bc    6  -
     same        bc    6  -
     same:input  bc    6  -
-    halves      bcc?  6  -
-    halves@btc  btc   3  2
+    halves      btc   3  2
+    halves@bcc  bcc   6  -
     last        btc   3  2
     last:input  btc   3  2
     spoiled     btc   2  2

@@ -21,11 +21,12 @@ from functools import partial
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
+import torch
 from jaxtyping import Float, Int
 from torch import nn
 
 from mechatlas import deprecated
-from mechatlas.activations.passes import evaluation_mode
+from mechatlas.activations.passes import evaluation_mode, unwrapped
 from mechatlas.activations.sites import as_site
 from mechatlas.analysis.interaction import bases
 from mechatlas.analysis.interaction.ablation import (
@@ -71,7 +72,15 @@ from mechatlas.analysis.interaction.statistics import (
     pullback,
     unprefixed,
 )
-from mechatlas.base import Dictionary, Progress, Site, SiteError, UserError, no_progress
+from mechatlas.base import (
+    Dictionary,
+    InputError,
+    Progress,
+    Site,
+    SiteError,
+    UserError,
+    no_progress,
+)
 from mechatlas.maths.arrays import as_array
 from mechatlas.maths.linalg import cut, parts_of, spectral
 
@@ -127,7 +136,8 @@ def basis(
 
     Raises:
         SiteError: Fewer than two layers, a layer that is not there, or a wrong order.
-        InputError: The data are not samples for this network, or the modules do not fit it.
+        InputError: The data are not samples for this network, the modules do not fit it, or it
+            computes in half precision.
         NonFiniteError: A NaN or an infinity, and where.
 
     Examples:
@@ -146,7 +156,14 @@ def basis(
     if len(layers) < 2:
         raise SiteError(f"Name at least two layers, got {len(layers)}: {list(map(str, layers))}.")
     inputs = Inputs.from_data(data)
+    model = unwrapped(model)
     sites = [as_site(model, site) for site in layers]
+    coarse = {p.dtype for p in model.parameters()} & {torch.float16, torch.bfloat16}
+    if coarse:
+        raise InputError(
+            f"The network computes in {coarse.pop()}, which is too coarse for ranks and gradients; "
+            "give `network.float()` and inputs in float32."
+        )
     if checkpoints is None:
         checkpoints = {}
     kept, keep = (
