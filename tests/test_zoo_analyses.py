@@ -106,8 +106,11 @@ def test_a_splice_with_the_rows_of_the_site_itself_loses_nothing(name, data):
     def same(_x: Tensor, y: Tensor) -> Tensor:
         return y
 
-    sites = tuple(as_site(network, named(place)) for place in places)
-    result = done(network, splice, network, [x], sites, {"same": same})
+    def work() -> Any:
+        a, b = (as_site(network, named(place)) for place in places)
+        return splice(network, [x], (a, b), {"same": same})
+
+    result = done(network, work)
     if not isinstance(result, str):  # the answers may all be equal: then nothing can be lost
         assert not abs(result["same"].variance_lost.value) > 1e-4
 
@@ -115,8 +118,13 @@ def test_a_splice_with_the_rows_of_the_site_itself_loses_nothing(name, data):
 @everywhere
 def test_poses_are_collected_or_refused(name, tmp_path):
     kind, network, x = brought(name)
-    sites = [as_site(network, named(place)) for place in kind.places[:1]]
+    sites = [named(place) for place in kind.places[:1]]
     if not sites:
         pytest.skip("has no sites")
-    poses = PoseConfig(name="C2")
-    done(network, collect, network, Numbered(x), sites, tmp_path / "store", group=poses)
+
+    def work() -> Any:
+        found = [as_site(network, site) for site in sites]
+        poses = PoseConfig(name="C2")
+        return collect(network, Numbered(x), found, tmp_path / "store", group=poses)
+
+    done(network, work)

@@ -548,8 +548,8 @@ def layer_table(name: str, tokens: int) -> str:
     {name}.norm1                 btc    6  {tokens}
     {name}.attention             btc?   6  {tokens}
     {name}.attention.qkv         btc   18  {tokens}
-    {name}.attention.query_norm  bthc   3  {tokens}x2
-    {name}.attention.query_norm@btcc  btcc  6  {tokens}
+    {name}.attention.query_norm  btcc   6  {tokens}
+    {name}.attention.query_norm@bthc  bthc  3  {tokens}x2
     {name}.attention.pattern     bcqk?  2  {tokens}x{tokens}
     {name}.attention.out         btc    6  {tokens}
     {name}.attention.out:input   btc    6  {tokens}

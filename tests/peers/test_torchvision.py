@@ -65,7 +65,11 @@ def own_values(network: nn.Module, x: Tensor) -> dict[str, list[Tensor]]:
 @pytest.mark.parametrize("name", NETWORKS)
 def test_all_sites_are_what_the_modules_returned(name, models):
     torch.manual_seed(0)
-    options = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
+    options: dict[str, Any] = {}
+    if name in ("googlenet", "inception_v3"):
+        options["init_weights"] = False
+    if name == "vit_b_16":
+        options["image_size"] = NETWORKS[name]
     network = getattr(models, name)(weights=None, **options).eval()
     x = torch.randn(1, 3, NETWORKS[name], NETWORKS[name])
     truth = own_values(network, x)

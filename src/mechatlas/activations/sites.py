@@ -359,7 +359,8 @@ class _Interventions:
             raise SiteError(several_calls(site))
         self.applied.add(site)
         tensor = tensor_of(value, site)
-        return replace_tensor(value, site, self._edited(site, tensor))
+        new = self._edited(site, tensor)
+        return value if new is tensor else replace_tensor(value, site, new)
 
     def _edited(self, site: Site, tensor: Tensor) -> Tensor:
         # The network may use the same tensor elsewhere, and write into what it is given.
@@ -375,8 +376,9 @@ class _Interventions:
                 f"The edit at {site} returned shape {tuple(new.shape)}, expected "
                 f"{tuple(part.shape)}."
             )
-        if new is whole:
-            return whole
+        if new is whole:  # as it was, unless it was written or is watched for its gradient
+            same = not (whole.is_inference() or whole.requires_grad or whole._version)
+            return tensor if same else whole
         new = new.to(tensor)
         return layout.replaced(tensor, channels, new) if layout else new.clone()
 

@@ -79,7 +79,7 @@ def test_a_network_that_writes_in_place_has_the_circuit_of_its_twin(
         return
     assert isinstance(found, Circuit), found
     assert found.routes == truth.routes or "relu" in sites[1]
-    for kernel, own in zip(found.kernels, truth.kernels, strict=True):
+    for kernel, own in zip(found.kernels(), truth.kernels(), strict=True):
         np.testing.assert_allclose(kernel, own, rtol=1e-6, atol=1e-9)
     for name in ("source", "target", "route"):
         np.testing.assert_array_equal(getattr(found.edges, name), getattr(truth.edges, name))

@@ -16,7 +16,8 @@ Main path, in reading order:
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
@@ -171,7 +172,7 @@ def basis(
         if isinstance(checkpoints, MutableMapping)
         else (checkpoints.kept, checkpoints.keep)
     )
-    with evaluation_mode(model):
+    with evaluation_mode(model), _differentiable():
         first = inputs.first(16).tensor
         maps = layer_maps(model, sites, first)
         n_steps = 3 + 3 * len(maps) * len(settings.kinds)
@@ -212,6 +213,25 @@ class _Statistics:
 
 _Pairs = dict[int, tuple[Basis, Basis]]
 """Coordinates at both ends of a layer map, by its number."""
+
+
+@contextmanager
+def _differentiable() -> Iterator[None]:
+    """Say in a sentence that a network writes over what its gradients need.
+
+    Raises:
+        SiteError: It does.
+        RuntimeError: Torch failed for another reason.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if "modified by an inplace operation" not in str(error):
+            raise
+        raise SiteError(
+            "The network writes in place over activations that its gradients need, so that torch "
+            "cannot differentiate it. Compute `x = x + y` there in place of `x += y`."
+        ) from error
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)

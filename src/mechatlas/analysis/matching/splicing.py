@@ -22,6 +22,7 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
 from mechatlas.activations.layouts import Layout, layouts_of
+from mechatlas.activations.passes import evaluation_mode
 from mechatlas.activations.sites import intervene
 from mechatlas.analysis.matching.held_out import N_RESAMPLES, Estimate
 from mechatlas.base import Dictionary, InputError, Site
@@ -117,13 +118,14 @@ def splice(
     clean: list[np.ndarray] = []
     logits = False
     effects: dict[str, list[np.ndarray]] = {way: [] for way in ways}
-    for batch in batches:
-        before, logits = _output(network(batch))
-        clean.append(_moments(before))
-        for way, write in ways.items():
-            with _replaced(network, batch, sites, write):
-                after, _ = _output(network(batch))
-            effects[way].append(_compare(before, after))
+    with evaluation_mode(network):
+        for batch in batches:
+            before, logits = _output(network(batch))
+            clean.append(_moments(before))
+            for way, write in ways.items():
+                with _replaced(network, batch, sites, write):
+                    after, _ = _output(network(batch))
+                effects[way].append(_compare(before, after))
     if not clean:
         raise InputError("There are no samples to run the network on.")
     total = _squares_around_mean(np.concatenate(clean))
@@ -143,7 +145,7 @@ def _replaced(
     seen: list[Tensor] = []
 
     def remember(x: Tensor) -> Tensor:
-        seen[:] = [x]
+        seen[:] = [x.clone()]  # the network may write into what it goes on with
         return x
 
     def replace(y: Tensor) -> Tensor:
