@@ -53,13 +53,12 @@ def outcome(network: nn.Module, sites: tuple[str, str]) -> Circuit | str:
     for parameter in network.parameters():
         nn.init.normal_(parameter, std=0.4)
     x = torch.randn(12, 3, 8, 7, generator=torch.Generator().manual_seed(1)).double()
-    dictionaries = [
-        Linear(WIDTHS[site], 12, seed=k, dtype=torch.float64) for k, site in enumerate(sites)
-    ]
+    a, b = (Linear(WIDTHS[site], 12, seed=k, dtype=x.dtype) for k, site in enumerate(sites))
     if isinstance(network, Separate):
-        sites = tuple(s.replace("relu#1", "relu").replace("relu#2", "relu_two") for s in sites)
+        first, second = (s.replace("relu#1", "relu").replace("relu#2", "relu_two") for s in sites)
+        sites = first, second
     try:
-        return circuit(network, *dictionaries, x, site_a=sites[0], site_b=sites[1])
+        return circuit(network, a, b, x, site_a=sites[0], site_b=sites[1])
     except SiteError as error:
         return str(error)
 
