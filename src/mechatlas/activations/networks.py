@@ -13,7 +13,9 @@ import contextlib
 import dataclasses
 import difflib
 import importlib
+import inspect
 import itertools
+import types
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -52,7 +54,7 @@ class Network:
 
 
 def load_network(recipe: Network) -> nn.Module:
-    """Call the factory that a recipe names.
+    """Call the factory that a recipe names: a class of `nn.Module`, or a function of the module.
 
     Returns:
         The network in evaluation mode.
@@ -108,7 +110,17 @@ def _factory(name: str) -> Callable[..., Any]:
     factory = getattr(module, attribute, None)
     if not callable(factory):
         raise UserError(f"Network {name!r}: module {module_name!r} has no function {attribute!r}.")
-    return factory
+    if isinstance(factory, type) and issubclass(factory, nn.Module):
+        return factory
+    function = inspect.unwrap(factory)
+    home = str(getattr(function, "__module__", ""))
+    within = home == module_name or home.startswith(f"{module_name}.")
+    if isinstance(function, types.FunctionType) and within:
+        return factory
+    raise UserError(
+        f"Network {name!r} was not called: it is neither a class of torch.nn.Module nor a function "
+        f"defined in {module_name!r} ({type(factory).__name__} of {home or 'no module'})."
+    )
 
 
 def load_weights(
@@ -214,7 +226,27 @@ def run_network(network: nn.Module, inputs: Any) -> Any:
     """
     batch = as_input(network, inputs)
     with running(network, batch):
-        return network(batch)
+        return call_network(network, batch)
+
+
+def call_network(network: nn.Module, inputs: Any) -> Any:
+    """Call a network; a mapping goes to the arguments of its names, where the network has these.
+
+    Args:
+        network: Any module.
+        inputs: Batch as the network takes it.
+    """
+    args, kwargs = arguments_of(network, inputs)
+    return network(*args, **kwargs)
+
+
+def arguments_of(network: nn.Module, inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments with which `call_network` calls a network, in order and by name."""
+    if isinstance(inputs, Mapping) and set(inputs) <= set(
+        inspect.signature(network.forward).parameters
+    ):
+        return (), dict(inputs)
+    return (inputs,), {}
 
 
 def _place(network: nn.Module, error: BaseException) -> str:
