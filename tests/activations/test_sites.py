@@ -1,5 +1,5 @@
 import dataclasses
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import pytest
 import torch
@@ -240,8 +240,8 @@ def test_only_tensors_that_are_written_are_copied():
     kept = []
     network = nn.Sequential(nn.Linear(4, 4), nn.ReLU(inplace=True), nn.Linear(4, 4), nn.Identity())
     network[2].register_forward_hook(lambda _m, _args, out: kept.append(out))
-    for _ in range(2):
-        found = read_activations(network, torch.randn(3, 4), ["0", "2", "3"])
+    read_activations(network, torch.randn(3, 4), ["0", "2", "3"])
+    found = read_activations(network, torch.randn(3, 4), ["0", "2", "3"])
     assert found["2"].data_ptr() == kept[-1].data_ptr()
     assert found["0"].data_ptr() != kept[-1].data_ptr()
 
@@ -300,7 +300,8 @@ def test_the_written_form_and_the_site_mean_the_same():
     found = read_activations(network, x, forms)
     assert all(torch.equal(value, found[forms[0]]) for value in found.values())
     with pytest.raises(SiteError, match="two edits at act#1"):
-        intervene(network, {Site("act#1"): torch.neg, "act#1": torch.neg}).__enter__()
+        both: Any = {Site("act#1"): torch.neg, "act#1": torch.neg}
+        intervene(network, both).__enter__()
     for bad in ("a#0", "a#x", "a:sideways", "a@", "a@bb", "a@tt", "a@bct t", "a@bcxx"):
         with pytest.raises(SiteError):
             Site.parse(bad)
@@ -394,7 +395,7 @@ def test_tensors_inside_what_a_module_returns_are_read_and_edited_alike(make, ta
 def test_a_branch_may_be_any_choice_of_channels(channels, write):
     network, x = nn.Sequential(nn.Conv1d(3, 6, 1), nn.Identity()), torch.randn(2, 3, 5)
     for module in network:
-        module.branches = {"some": channels}
+        vars(module)["branches"] = {"some": channels}
     numbers = list(range(6))[channels] if isinstance(channels, slice) else (
         torch.as_tensor(channels).nonzero().flatten().tolist()
         if torch.as_tensor(channels).dtype == torch.bool else list(map(int, channels))
@@ -420,7 +421,8 @@ def test_an_edit_in_place_reaches_neither_skips_nor_inputs_nor_what_it_returns(e
     with intervene(network, {"0": lambda _a: kept}):
         network(x)
     assert (kept == -1).all()
-    with intervene(network, {"0": lambda a: None}), pytest.raises(SiteError, match="NoneType"):
+    nothing: Any = {"0": lambda _a: None}
+    with intervene(network, nothing), pytest.raises(SiteError, match="NoneType"):
         network(x)
 
 
