@@ -4,6 +4,7 @@ open_regular     a path -> a file to read; a pipe, folder or device is refused, 
 read             a path -> the bytes, checked against the manifest beside it
 read_json        the same for JSON, read_toml for TOML
 read_manifest    `manifest.json` of a run -> its values, checked against its own checksum
+about            an error about the content of a file -> the same, with its path
 Fields           values of a JSON object, checked as they are asked for
 write            bytes to a file, under a temporary name first
 create_folder    a folder in one that exists
@@ -24,7 +25,7 @@ import re
 import reprlib
 import stat
 import tomllib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +101,21 @@ def _reason(error: BaseException) -> str:
     if isinstance(error, MemoryError):
         return "it does not fit in memory"
     return getattr(error, "strerror", None) or str(error) or type(error).__name__
+
+
+@contextlib.contextmanager
+def about(path: Path) -> Iterator[None]:
+    """Name a file in the sentence of whatever error its content causes.
+
+    Raises:
+        UserError: The same error, which names the file.
+    """
+    try:
+        yield
+    except UserError as error:
+        if str(path) in str(error):
+            raise
+        raise type(error)(f"{path}: {error}") from error
 
 
 def damaged(path: Path) -> str:
