@@ -236,11 +236,17 @@ def call_network(network: nn.Module, inputs: Any) -> Any:
         network: Any module.
         inputs: Batch as the network takes it.
     """
+    args, kwargs = arguments_of(network, inputs)
+    return network(*args, **kwargs)
+
+
+def arguments_of(network: nn.Module, inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments with which `call_network` calls a network, in order and by name."""
     if isinstance(inputs, Mapping) and set(inputs) <= set(
         inspect.signature(network.forward).parameters
     ):
-        return network(**inputs)
-    return network(inputs)
+        return (), dict(inputs)
+    return (inputs,), {}
 
 
 def _place(network: nn.Module, error: BaseException) -> str:
