@@ -299,8 +299,8 @@ def test_the_written_form_and_the_site_mean_the_same():
     ]
     found = read_activations(network, x, forms)
     assert all(torch.equal(value, found[forms[0]]) for value in found.values())
+    both: Any = {Site("act#1"): torch.neg, "act#1": torch.neg}
     with pytest.raises(SiteError, match="two edits at act#1"):
-        both: Any = {Site("act#1"): torch.neg, "act#1": torch.neg}
         intervene(network, both).__enter__()
     for bad in ("a#0", "a#x", "a:sideways", "a@", "a@bb", "a@tt", "a@bct t", "a@bcxx"):
         with pytest.raises(SiteError):
