@@ -51,7 +51,7 @@ def settings() -> argparse.Namespace:
     given = parser.parse_args()
     if given.quick:
         given.layers, given.n_latents, given.tokens = [8, 9, 16], 1152, 24_000
-        given.steps, given.batch_size, given.samples = 150, 512, 24
+        given.steps, given.batch_size, given.samples = 175, 128, 16
     return given
 
 
