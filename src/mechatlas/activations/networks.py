@@ -15,6 +15,7 @@ import difflib
 import importlib
 import inspect
 import itertools
+import types
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -53,7 +54,7 @@ class Network:
 
 
 def load_network(recipe: Network) -> nn.Module:
-    """Call the factory that a recipe names.
+    """Call the factory that a recipe names: a class of `nn.Module`, or a function of the module.
 
     Returns:
         The network in evaluation mode.
@@ -109,7 +110,17 @@ def _factory(name: str) -> Callable[..., Any]:
     factory = getattr(module, attribute, None)
     if not callable(factory):
         raise UserError(f"Network {name!r}: module {module_name!r} has no function {attribute!r}.")
-    return factory
+    if isinstance(factory, type) and issubclass(factory, nn.Module):
+        return factory
+    function = inspect.unwrap(factory)
+    home = str(getattr(function, "__module__", ""))
+    within = home == module_name or home.startswith(f"{module_name}.")
+    if isinstance(function, types.FunctionType) and within:
+        return factory
+    raise UserError(
+        f"Network {name!r} was not called: it is neither a class of torch.nn.Module nor a function "
+        f"defined in {module_name!r} ({type(factory).__name__} of {home or 'no module'})."
+    )
 
 
 def load_weights(
@@ -225,11 +236,17 @@ def call_network(network: nn.Module, inputs: Any) -> Any:
         network: Any module.
         inputs: Batch as the network takes it.
     """
+    args, kwargs = arguments_of(network, inputs)
+    return network(*args, **kwargs)
+
+
+def arguments_of(network: nn.Module, inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments with which `call_network` calls a network, in order and by name."""
     if isinstance(inputs, Mapping) and set(inputs) <= set(
         inspect.signature(network.forward).parameters
     ):
-        return network(**inputs)
-    return network(inputs)
+        return (), dict(inputs)
+    return (inputs,), {}
 
 
 def _place(network: nn.Module, error: BaseException) -> str:
