@@ -231,9 +231,10 @@ def _explained(path: str | Path, part: str) -> Iterator[None]:
         yield
     except Exception as error:  # whatever the readers of many formats raise
         reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-        hint = " Is the file whole?" if isinstance(error, IndexError | EOFError) else ""
+        short = isinstance(error, IndexError | EOFError) or "reshape array of size" in reason
+        hint = ". Is the file whole?" if short else ""
         if isinstance(error, ModuleNotFoundError | ImportError):
-            hint = " It may need pip install 'mechatlas[text]'."
+            hint = ". It may need pip install 'mechatlas[text]'."
         raise WeightsError(f"The {part} in {path} cannot be loaded: {reason}{hint}") from error
 
 
