@@ -94,11 +94,11 @@ class TrustConfig:
     """Run the code of whatever network a store names."""
 
 
-def _said(kind: Any) -> tuple[str, ...]:
+def _spoken(kind: Any) -> tuple[str, ...]:
     """Fields of a configuration that count only when said on the command line."""
     names = {field.name for field in dataclasses.fields(kind)}
-    said = ("network", "trust") if issubclass(kind, TrustConfig) else ("trust",)
-    return tuple(name for name in said if name in names)
+    names_of_trust = ("network", "trust") if issubclass(kind, TrustConfig) else ("trust",)
+    return tuple(name for name in names_of_trust if name in names)
 
 
 def read_recipe(path: Path, kind: type[Recipe]) -> Recipe:
@@ -114,9 +114,9 @@ def read_recipe(path: Path, kind: type[Recipe]) -> Recipe:
         raw = read_toml(Path(path))
     except DiskError as error:
         raise RecipeError(str(error)) from error
-    if said := [key for key in _said(kind) if key in raw]:
+    if spoken := [key for key in _spoken(kind) if key in raw]:
         raise RecipeError(
-            f"{path} has {', '.join(said)}: whose code may run is said on the command line only."
+            f"{path} has {', '.join(spoken)}: whose code may run is said on the command line only."
         )
     return from_dict(deprecated.renamed_keys(_command(kind), raw), kind, str(path))
 
@@ -188,8 +188,8 @@ def as_dict(recipe: Any) -> dict[str, Any]:
     Keys without a value are left out, and so is the trust in code.
     """
     values = CONVERTER.unstructure(recipe, unstructure_as=type(recipe))
-    said = _said(type(recipe))
-    return _without_none({key: value for key, value in values.items() if key not in said})
+    left_out = _spoken(type(recipe))
+    return _without_none({key: value for key, value in values.items() if key not in left_out})
 
 
 def _without_none(value: Any) -> Any:

@@ -96,8 +96,8 @@ def report(
         UserError: The folder holds no run that can be read.
     """
     names = (network,) if isinstance(network, str) else tuple(network)
-    said = TrustConfig(network=names, trust=trust)
-    runs = find_runs(Path(folder), visualize=visualize, trust=said)
+    trusted = TrustConfig(network=names, trust=trust)
+    runs = find_runs(Path(folder), visualize=visualize, trust=trusted)
     chapters = []
     total = len(CHAPTERS) * STEPS
     for number, make in enumerate(CHAPTERS):
