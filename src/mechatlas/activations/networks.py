@@ -14,7 +14,10 @@ import dataclasses
 import difflib
 import importlib
 import itertools
+import os
+import sys
 from collections.abc import Callable, Iterator, Mapping
+from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +57,9 @@ class Network:
 def load_network(recipe: Network) -> nn.Module:
     """Call the factory that a recipe names.
 
+    A module of the user's own is imported from where Python finds it, else from the current folder;
+    commands also look beside the recipe.
+
     Returns:
         The network in evaluation mode.
 
@@ -67,12 +73,12 @@ def load_network(recipe: Network) -> nn.Module:
         >>> network(torch.rand(2, 3, 31, 31)).shape
         torch.Size([2, 10])
     """
-    factory = _factory(recipe.name)
     arguments = dict(recipe.arguments)
     if recipe.weights is not None:
         arguments["weights"] = recipe.weights
     try:
-        network = factory(**arguments)
+        with importing_from(Path.cwd()):
+            network = _factory(recipe.name)(**arguments)
     except UserError:
         raise
     except TypeError as error:
@@ -88,6 +94,37 @@ def load_network(recipe: Network) -> nn.Module:
     return network.eval()
 
 
+@contextlib.contextmanager
+def importing_from(*folders: Path) -> Iterator[None]:
+    """Let modules be imported from some folders too, after all others that Python knows.
+
+    Args:
+        folders: Folders with modules, such as that of a recipe.
+    """
+    added = [str(folder) for folder in folders if str(folder) not in sys.path]
+    sys.path.extend(added)
+    importlib.invalidate_caches()
+    try:
+        yield
+    finally:
+        for folder in added:
+            with contextlib.suppress(ValueError):  # the imported code may have removed it
+                sys.path.remove(folder)
+
+
+def _forget_other(package: str) -> None:
+    """Forget a module of the same name that lies in no folder any more that is looked into."""
+    loaded = getattr(sys.modules.get(package), "__file__", None)
+    if loaded is None:
+        return
+    file = Path(loaded)
+    folder = file.parent.parent if file.stem == "__init__" else file.parent
+    spec = PathFinder.find_spec(package)
+    if spec is not None and str(folder) not in map(os.path.abspath, sys.path):
+        for name in [n for n in sys.modules if n.partition(".")[0] == package]:
+            del sys.modules[name]
+
+
 def _factory(name: str) -> Callable[..., Any]:
     path = BUNDLED.get(name, name)
     module_name, colon, attribute = path.partition(":")
@@ -98,12 +135,18 @@ def _factory(name: str) -> Callable[..., Any]:
             f"There is no bundled network {name!r}.{hint} Bundled: {', '.join(BUNDLED)}. "
             "Name your own as 'package.module:factory'."
         )
+    _forget_other(module_name.partition(".")[0])
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         raise UserError(
-            f"Network {name!r}: cannot import {error.name!r}. Is it installed, and is its "
-            "folder on PYTHONPATH?"
+            f"Network {name!r}: cannot import {error.name!r}. It is not installed, and neither "
+            f"beside the recipe nor in the current folder, {Path.cwd()}, nor on PYTHONPATH."
+        ) from error
+    except Exception as error:  # code of the user's own can raise anything
+        raise UserError(
+            f"Network {name!r}: importing {module_name!r} failed: {reason_of(error)} "
+            f"({type(error).__name__})."
         ) from error
     factory = getattr(module, attribute, None)
     if not callable(factory):

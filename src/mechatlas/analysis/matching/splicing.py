@@ -21,6 +21,7 @@ import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
+from mechatlas.activations.networks import run_network
 from mechatlas.activations.sites import channels_last, grid_of, intervene
 from mechatlas.analysis.matching.held_out import N_RESAMPLES, Estimate
 from mechatlas.base import Dictionary, InputError, Site
@@ -117,11 +118,11 @@ def splice(
     logits = False
     effects: dict[str, list[np.ndarray]] = {way: [] for way in ways}
     for batch in batches:
-        before, logits = _output(network(batch))
+        before, logits = _output(run_network(network, batch))
         clean.append(_moments(before))
         for way, write in ways.items():
             with _replaced(network, sites, write):
-                after, _ = _output(network(batch))
+                after, _ = _output(run_network(network, batch))
             effects[way].append(_compare(before, after))
     if not clean:
         raise InputError("There are no samples to run the network on.")
