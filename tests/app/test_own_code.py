@@ -9,9 +9,12 @@ import pytest
 from mechatlas.app.cli import main
 
 NETS = """
+import torch
 from torch import nn
 WIDTH = {width}
-def plain(): return nn.Sequential(nn.Linear(4, WIDTH), nn.ReLU(), nn.Linear(WIDTH, 2))
+def plain():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, WIDTH), nn.ReLU(), nn.Linear(WIDTH, 2))
 def low(): return plain().bfloat16()
 def broken(): raise OSError("no weights here")
 """
