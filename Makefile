@@ -5,7 +5,7 @@ PEERS ?= .venv-peers
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: setup demo test test-slow test-peers page-test bench bench-peers docs clean
+.PHONY: setup demo test test-slow faults test-peers page-test bench bench-peers docs clean
 
 setup: $(VENV)/.ready
 
@@ -27,6 +27,10 @@ test: setup
 
 test-slow: setup
 	$(BIN)/pytest -m slow
+
+# Kills, damage, full disks, two writers, hostile files: half an hour; `faults.md` has the table.
+faults: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults
 
 # The libraries whose files we read, in an environment of their own.
 $(PEERS)/.ready: tools/make_peers.sh

@@ -1,5 +1,8 @@
 """Small networks for tests; also what a user's own factory looks like."""
 
+from collections import abc
+
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -111,3 +114,78 @@ def sick() -> Sick:
 
 def not_a_network() -> int:
     return 3
+
+
+class Reader(nn.Module):
+    """Reads tokens: an embedding, a block that mixes them (from the left only, if causal), logits.
+
+    A token may be a sink: in the first three places its row is three hundred times as long.
+    """
+
+    def __init__(self, *, causal: bool = True, sink: int | None = None, width: int = 8) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = nn.Embedding(50, width)
+        self.block = Mixer(width, causal=causal)
+        self.head = nn.Linear(width, 50)
+        self.sink = sink
+        self.input = _Spelling()
+        self.eval()
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embed(tokens)
+        if self.sink is not None:
+            near = torch.arange(tokens.shape[1]) < 3
+            x = x * torch.where((tokens == self.sink) & near, 300.0, 1.0)[..., None]
+        return self.head(self.block(x))
+
+
+class Mixer(nn.Module):
+    """Adds to each row a nonlinear function of the mean of the rows before it, or of all."""
+
+    def __init__(self, width: int, *, causal: bool) -> None:
+        super().__init__()
+        self.mix, self.causal = nn.Linear(width, width), causal
+
+    def forward(self, x: Tensor) -> Tensor:
+        counts = torch.arange(1, x.shape[1] + 1, dtype=x.dtype)[:, None]
+        mean = x.cumsum(dim=1) / counts if self.causal else x.mean(dim=1, keepdim=True)
+        return x + self.mix(mean.expand_as(x)).tanh()
+
+
+class _Spelling(nn.Module):
+    def decode(self, tokens: list[int]) -> list[str]:
+        return [f"<{token}>" for token in tokens]
+
+
+class Windows:
+    """Windows of tokens 2 to 49: 0 is special and stands first and elsewhere, 1 is padding."""
+
+    def __init__(self, n: int, length: int, *, padded_left: bool = False, seed: int = 0) -> None:
+        random = np.random.default_rng(seed)
+        self.tokens = random.integers(2, 50, (n, length))
+        self.tokens[random.random((n, length)) < 0.05] = 0
+        self.tokens[:, 0] = 0
+        for row in self.tokens[::3] if length > 3 else ():
+            missing = int(random.integers(1, length // 2))
+            row[length - missing :] = 1
+            row[:] = np.roll(row, missing) if padded_left else row
+        self.special_ids = frozenset({0})
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def name(self, index: int) -> str:
+        return f"window {index}"
+
+    def read(self, index: int) -> np.ndarray:
+        return self.tokens[index]
+
+    def token_ids(self, index: int) -> np.ndarray:
+        return self.tokens[index]
+
+    def padding(self, index: int) -> np.ndarray:
+        return self.tokens[index] == 1
+
+    def stack(self, samples: abc.Sequence[np.ndarray]) -> Tensor:
+        return torch.from_numpy(np.stack(samples)).long()

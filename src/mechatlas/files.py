@@ -6,6 +6,7 @@ read_json        the same for JSON, read_toml for TOML
 read_manifest    `manifest.json` of a run -> its values, checked against its own checksum
 Fields           values of a JSON object, checked as they are asked for
 write            bytes to a file, under a temporary name first
+create_folder    a folder in one that exists
 cannot_write     what the system said -> one sentence, with the cause and what to do
 write_json       the same for an object, write_manifest for a manifest with its checksum
 checksum         xxh3 of some bytes, 128 bits
@@ -281,15 +282,21 @@ class Fields:
         return Fields(self.file, value, f"{self.within}{key}.", self.error)
 
 
-def write(path: Path, data: bytes) -> None:
+def write(path: Path, data: bytes, *, make_folder: bool = True) -> None:
     """Write a file so that no reader ever sees half of it.
+
+    Args:
+        path: Place of the file.
+        data: Its contents.
+        make_folder: Whether its folder is created where it is missing.
 
     Raises:
         DiskError: The disk is full or the place is not writable; nothing new is left.
     """
     temporary = path.with_name(path.name + TEMPORARY)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        if make_folder and not path.parent.is_dir():
+            path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb", opener=_create) as file:
             file.write(data)
             file.flush()
@@ -303,10 +310,24 @@ def write(path: Path, data: bytes) -> None:
         raise
 
 
+def create_folder(path: Path) -> None:
+    """Create a folder in one that exists, unless it is there already.
+
+    Raises:
+        DiskError: It cannot be created, or the folder that it is in is gone.
+    """
+    try:
+        path.mkdir(exist_ok=True)
+    except OSError as error:
+        raise DiskError(cannot_write(path, error)) from error
+
+
 def cannot_write(path: Path, error: OSError) -> str:
     """Say why a file or folder cannot be written, and what to do about it."""
     cause, advice = error.strerror or str(error), "Choose another --out."
-    in_the_way = next((p for p in (path, *path.parents) if p.exists() and not p.is_dir()), None)
+    in_the_way = next(
+        (p for p in (path, *path.parents) if os.path.exists(p) and not os.path.isdir(p)), None
+    )
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         advice = "Free some space or choose another --out."
     elif error.errno in (errno.ENOTDIR, errno.EEXIST) and in_the_way:
@@ -322,22 +343,33 @@ def _create(path: str, flags: int) -> int:
     return os.open(path, flags | careful, 0o666)
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: Any, *, make_folder: bool = True) -> None:
     """Write an object as JSON, its keys in the order they have.
 
+    Args:
+        path: Place of the file.
+        value: Plain values.
+        make_folder: Whether its folder is created where it is missing.
+
     Raises:
         DiskError: As `write`.
     """
-    write(path, (json.dumps(value, indent=1, allow_nan=False) + "\n").encode())
+    text = json.dumps(value, indent=1, allow_nan=False) + "\n"
+    write(path, text.encode(), make_folder=make_folder)
 
 
-def write_manifest(path: Path, values: dict[str, Any]) -> None:
+def write_manifest(path: Path, values: dict[str, Any], *, make_folder: bool = True) -> None:
     """Write the manifest of a run, with a checksum of its own content.
 
+    Args:
+        path: Place of the file.
+        values: Plain values.
+        make_folder: Whether its folder is created where it is missing.
+
     Raises:
         DiskError: As `write`.
     """
-    write_json(path, {**values, SEAL: _seal(values)})
+    write_json(path, {**values, SEAL: _seal(values)}, make_folder=make_folder)
 
 
 def _seal(values: dict[str, Any]) -> str:

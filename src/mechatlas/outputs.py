@@ -61,8 +61,7 @@ def writable(folder: Path) -> Iterator[None]:
     """
     made: list[Path] = []
     try:
-        made = [path for path in (folder, *folder.parents) if not os.path.lexists(path)]
-        folder.mkdir(parents=True, exist_ok=True)
+        made = _create(folder)
         with tempfile.TemporaryFile(dir=folder) as probe:  # without a name where that is possible
             probe.write(bytes(PROBE_BYTES))
             probe.flush()
@@ -126,6 +125,23 @@ def _identity(folder: Path) -> tuple[int, int] | None:
     except OSError:
         return None
     return status.st_dev, status.st_ino
+
+
+def _create(folder: Path) -> list[Path]:
+    """Create a folder and those above it; return what was created here, the innermost first.
+
+    Raises:
+        FileExistsError: A file is in the way.
+    """
+    made: list[Path] = []
+    for path in reversed([p for p in (folder, *folder.parents) if not os.path.isdir(p)]):
+        try:
+            path.mkdir()
+            made.insert(0, path)
+        except FileExistsError:  # by another command meanwhile, which may need it
+            if not path.is_dir():
+                raise
+    return made
 
 
 def _remove_empty(folders: list[Path]) -> None:

@@ -47,6 +47,7 @@ def write_store(root: Path, *, images=60, crops=2, each=40, noise=0.5, mixed=Fal
     sample = np.repeat(np.arange(images * crops), each)
     where = np.stack([sample, random.integers(0, 9, n), random.integers(0, 9, n)], axis=1)
     held = sample >= (images - 6) * crops
+    root.mkdir(parents=True, exist_ok=True)
     shards = []
     splits: list[tuple[Split, np.ndarray]] = [("train", ~held), ("held", held)]
     for split, chosen in splits:

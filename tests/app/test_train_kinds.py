@@ -114,7 +114,7 @@ def test_sites_that_do_not_belong_together_are_refused(stores, tmp_path):
             "expected one of the types TopK, .* got 'TopX' @ .*sparsity",
         ),
         ({"sparsity": 3}, "expected dict, got 3"),
-        ({"revival": {"type": "Resample", "until": 2.0}}, "until .2.0. in 0 to 1"),
+        ({"revival": {"type": "Resample", "until": 2.0}}, r"until must be in \(0, 1\], got 2.0"),
         ({"objective": {"clip": 0.0}}, "clip must be > 0, got 0.0"),
     ],
 )

@@ -105,7 +105,7 @@ def test_the_rate_rises_in_a_line_and_falls_in_a_line():
     rates = [Schedule(warm_up=3, decay=0.5)(step, 10) for step in range(10)]
     np.testing.assert_allclose(rates, [0.25, 0.5, 0.75, 1, 1, 1, 0.8, 0.6, 0.4, 0.2])
     assert {Schedule(decay=0.0)(step, 10) for step in range(10)} == {1.0}
-    with pytest.raises(ValueError, match=r"warm_up \(-1\) must be at least 0, decay \(0.2\)"):
+    with pytest.raises(ValueError, match="warm_up must be at least 0, got -1"):
         Schedule(warm_up=-1)
-    with pytest.raises(ValueError, match=r"decay \(1.5\) and sparsity_warm_up \(0.1\) in 0 to 1"):
+    with pytest.raises(ValueError, match=r"decay must be in \[0, 1\], got 1.5"):
         Schedule(decay=1.5)

@@ -15,6 +15,7 @@ import dataclasses
 import itertools
 import json
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -22,12 +23,13 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 
 from mechatlas.activations import networks
 from mechatlas.activations.branches import branches_of
 from mechatlas.activations.networks import as_input
+from mechatlas.activations.outlier_rows import outliers_of_sites
 from mechatlas.activations.passes import on_device
 from mechatlas.activations.posing import (
     Places,
@@ -39,7 +41,13 @@ from mechatlas.activations.posing import (
     read_pose,
     refuse_lawless,
 )
-from mechatlas.activations.positions import Positions
+from mechatlas.activations.positions import (
+    REASONS,
+    Positions,
+    TokenSamples,
+    is_causal,
+    left_out,
+)
 from mechatlas.activations.row_checks import naming, refuse_non_finite, refuse_unreadable
 from mechatlas.activations.samples import Samples, open_samples
 from mechatlas.activations.sites import as_site, channels_last, grid_of, read_activations
@@ -50,6 +58,7 @@ from mechatlas.activations.unfinished import (
     has_checksum,
     has_size,
     refuse_absent,
+    refuse_empty,
     shards_of,
 )
 from mechatlas.base import (
@@ -63,6 +72,7 @@ from mechatlas.devices import as_device
 from mechatlas.files import write_manifest
 from mechatlas.maths.actions import Action
 from mechatlas.outputs import claim
+from mechatlas.ranges import COUNT, SEED, check_ranges
 
 SHARD_BYTES = 8 << 20
 """Largest size of a shard."""
@@ -74,9 +84,10 @@ class StoreConfig:
 
     positions: Positions = dataclasses.field(default_factory=Positions)
     """Rule by which positions of a sample are kept."""
-    paired: bool = False
+    paired: bool | None = None
     """Keep the same places at every site, chosen at the first one, so that rows of different
-    sites belong together (for crosscoders and transcoders)."""
+    sites belong together (for crosscoders, transcoders, matching and circuits). By default so
+    where it costs nothing: all sites have the same grid, and places are not drawn by norm."""
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     """Number format of the rows on disk."""
     held_out: float = 0.05
@@ -91,12 +102,9 @@ class StoreConfig:
     """Seed of the order of samples and rows."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.held_out < 1:
-            raise ValueError(f"held_out must be in [0, 1), got {self.held_out}.")
-        if self.batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {self.batch_size}.")
-        if self.memory_mib < 512:
-            raise ValueError(f"memory_mib must be at least 512, got {self.memory_mib}.")
+        check_ranges(
+            self, held_out="[0, 1)", batch_size=COUNT, memory_mib="[512, 1000000000]", seed=SEED
+        )
 
 
 class Round(NamedTuple):
@@ -125,6 +133,11 @@ class _Collection:
     device: torch.device | str
     poses: _Poses | None
     out: Path
+
+    @property
+    def tokens(self) -> TokenSamples | None:
+        """The samples, if they are windows of tokens."""
+        return self.samples if isinstance(self.samples, TokenSamples) else None
 
 
 @dataclasses.dataclass
@@ -215,6 +228,8 @@ def collect(
         poses = None if group is None else _poses(network, first, activations, settings, group)
         shapes = {site: _shape(network, site, a, poses) for site, a in activations.items()}
         collection = _Collection(network, samples, chosen, shapes, settings, device, poses, out)
+        collection = _resolved(collection, index, first)
+        settings = collection.settings
         rounds = _plan(len(samples), shapes, settings)
         with claim(out) as claimed:
             manifest = begin_store(
@@ -225,24 +240,38 @@ def collect(
             _mend(collection, rounds, manifest)
             done = sum(len(r.samples) for r in rounds[: manifest["rounds_done"]])
             for number in range(manifest["rounds_done"], len(rounds)):
-                shards, skipped = _do_round(
+                parts = _do_round(
                     collection,
                     rounds,
                     number,
                     lambda n, before=done: on_progress(before + n, len(samples)),
                 )
                 done += len(rounds[number].samples)
-                manifest["shards"] += [list(shard) for shard in shards]
-                manifest["skipped"] += skipped
-                manifest["rounds_done"] = number + 1
-                manifest["complete"] = number + 1 == len(rounds)
+                _note(manifest, number, *parts)
                 claimed.check()
                 if manifest["complete"]:
-                    if not manifest["shards"]:
-                        raise InputError(f"None of the {len(samples)} samples could be read.")
+                    refuse_empty(manifest)
                     refuse_absent(out, manifest)
-                write_manifest(out / "manifest.json", manifest)
+                    outliers = outliers_of_sites(out, manifest["shards"], samples, network)
+                    manifest["outliers"] = outliers
+                write_manifest(out / "manifest.json", manifest, make_folder=False)
     return Store(out)
+
+
+def _note(
+    manifest: dict[str, Any],
+    number: int,
+    shards: list[Shard],
+    skipped: list[str],
+    n_left_out: Counter[str],
+) -> None:
+    """Note a finished round in the manifest."""
+    manifest["shards"] += [list(shard) for shard in shards]
+    manifest["skipped"] += skipped
+    for reason, n in n_left_out.items():
+        manifest["left_out"][reason] += n
+    manifest["rounds_done"] = number + 1
+    manifest["complete"] = number + 1 == manifest["rounds"]
 
 
 def _first_batch(samples: Samples, settings: StoreConfig) -> tuple[int, Any]:
@@ -286,6 +315,29 @@ def _shape(
         return SiteShape(width, grid_of(activation), ranges)
     n_places = len(poses.places[site].kept)
     return SiteShape(width * poses.action.group.order, grid_of(activation), ranges, n_places)
+
+
+def _resolved(collection: _Collection, index: int, first: Any) -> _Collection:
+    """Decide the settings that depend on the samples, the network and the sites.
+
+    Args:
+        collection: Inputs and settings of the store.
+        index: Number of the first sample.
+        first: Batch of it alone.
+    """
+    settings, shapes, tokens = collection.settings, collection.shapes, collection.tokens
+    causal = tokens is not None and is_causal(
+        collection.network, first, tokens.padding(index), collection.sites
+    )
+    positions = settings.positions.resolved(tokens=tokens is not None, causal=causal)
+    paired = settings.paired
+    if paired is None:  # yes where each site alone would have the same places drawn
+        n_positions = {math.prod(shape.grid) for shape in shapes.values()}
+        every = all(positions.count(n) == n for n in n_positions)
+        one_grid = len({shape.grid for shape in shapes.values()}) == 1
+        paired = collection.poses is None and one_grid and (every or positions.rule != "norm")
+    settings = dataclasses.replace(settings, positions=positions, paired=paired)
+    return dataclasses.replace(collection, settings=settings)
 
 
 def _row_bytes(shape: SiteShape, settings: StoreConfig) -> int:
@@ -343,6 +395,7 @@ def _new_manifest(collection: _Collection, n_rounds: int, recipe: dict[str, Any]
         "complete": False,
         "shards": [],
         "skipped": [],
+        "left_out": {} if collection.tokens is None else dict.fromkeys(REASONS, 0),
     }
     return json.loads(json.dumps(manifest))  # as a manifest on disk: lists instead of tuples
 
@@ -366,7 +419,7 @@ def _mend(collection: _Collection, rounds: list[Round], manifest: dict[str, Any]
         ]
         if all(is_whole(out, shard) for shard in shards):
             continue
-        again, _ = _do_round(collection, rounds, number, lambda _: None)
+        again, *_ = _do_round(collection, rounds, number, lambda _: None)
         if again != shards:
             raise StoreError(
                 f"A shard in {out} was damaged or missing, and its samples give other rows now. "
@@ -376,11 +429,12 @@ def _mend(collection: _Collection, rounds: list[Round], manifest: dict[str, Any]
 
 def _do_round(
     collection: _Collection, rounds: list[Round], number: int, on_progress: Callable[[int], None]
-) -> tuple[list[Shard], list[str]]:
+) -> tuple[list[Shard], list[str], Counter[str]]:
     """Fill the rows of every site for one round, shuffle them, write them as shards.
 
     Returns:
-        Shards written, and a message for every sample that could not be read.
+        Shards written, a message for every sample that could not be read, and the number of
+        positions left out for each reason.
     """
     shapes, settings = collection.shapes, collection.settings
     samples = rounds[number].samples
@@ -393,16 +447,20 @@ def _do_round(
         for site, shape in shapes.items()
     }
     skipped: list[str] = []
+    n_left_out: Counter[str] = Counter()
     done = 0
     for indices, inputs in _batches(collection, samples, skipped):
         if indices:
-            _fill(collection, filled, inputs.to(collection.device), indices)
+            excluded = None
+            if collection.tokens is not None:
+                excluded = left_out(collection.tokens, indices, settings.positions, n_left_out)
+            _fill(collection, filled, inputs.to(collection.device), indices, excluded)
         done += settings.batch_size
         on_progress(min(done, len(samples)))
     shards: list[Shard] = []
     for site, rows in filled.items():
         shards += _write(collection, site, rows, rounds, number)
-    return shards, skipped
+    return shards, skipped, n_left_out
 
 
 def _write(
@@ -481,6 +539,7 @@ def _fill(
     filled: dict[Site, _Rows],
     inputs: Shaped[Tensor, "batch ..."],
     indices: list[int],
+    excluded: Bool[Tensor, "batch token"] | None,
 ) -> None:
     """Draw positions of the untransformed inputs, and add their rows pose by pose."""
     shapes, settings, poses = collection.shapes, collection.settings, collection.poses
@@ -502,20 +561,22 @@ def _fill(
                     drawn[site] = _same_place(drawn[first], here, there)
             elif site not in drawn:
                 among = flat if poses is None else flat[:, poses.places[site].kept]
-                drawn[site] = settings.positions.draw(among, indices)
+                fits = poses is None and excluded is not None and excluded.shape[1] == flat.shape[1]
+                drawn[site] = settings.positions.draw(among, indices, excluded if fits else None)
+            of_sample, column = (drawn[site] >= 0).nonzero().T
             if poses is None:
-                rows = flat.gather(1, drawn[site][..., None].expand(-1, -1, flat.shape[-1]))
+                rows = flat[of_sample, drawn[site][of_sample, column]]
             else:
-                rows = poses.places[site].take(element, flat, drawn[site])
-            stored = filled[site].rows.dtype
-            refuse_non_finite(rows, site, indices, collection.samples, dtype=stored)
-            filled[site].put(element * flat.shape[-1], rows.flatten(0, 1).cpu())
+                rows = poses.places[site].take(element, flat, drawn[site]).flatten(0, 1)
+            of_row, stored = [indices[i] for i in of_sample.tolist()], filled[site].rows.dtype
+            refuse_non_finite(rows[:, None], site, of_row, collection.samples, dtype=stored)
+            filled[site].put(element * flat.shape[-1], rows.cpu())
     for site, rows in filled.items():
         position = drawn[site] if poses is None else poses.places[site].kept[drawn[site]]
         position, width = position.cpu(), shapes[site].grid[1]
         sample = torch.tensor(indices)[:, None].expand_as(position)
         where = torch.stack([sample, position // width, position % width], dim=-1)
-        rows.finish(where.flatten(0, 1).int())
+        rows.finish(where[position >= 0].int())
 
 
 def _same_place(
@@ -525,4 +586,4 @@ def _same_place(
     y, x = position // grid[1], position % grid[1]
     y = ((y + 0.5) / grid[0] * other[0]).long()
     x = ((x + 0.5) / grid[1] * other[1]).long()
-    return y * other[1] + x
+    return torch.where(position < 0, position, y * other[1] + x)

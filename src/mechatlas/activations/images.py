@@ -24,6 +24,7 @@ from PIL import Image, ImageColor, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from mechatlas.base import InputError, Result
+from mechatlas.ranges import SEED, check_ranges
 from mechatlas.sources import (
     MEMORY_MIB,
     Archive,
@@ -72,12 +73,9 @@ class Images:
     """Color under transparent pixels: a name of CSS or "#rrggbb"."""
 
     def __post_init__(self) -> None:
-        if self.crops < 1:
-            raise ValueError(f"crops must be at least 1, got {self.crops}.")
-        if not 0 < self.smallest_crop <= 1:
-            raise ValueError(f"smallest_crop must be in (0, 1], got {self.smallest_crop}.")
-        if self.side is not None and self.side < 1:
-            raise ValueError(f"side must be at least 1 pixel, got {self.side}.")
+        check_ranges(
+            self, crops="[1, 1000000]", smallest_crop="(0, 1]", side="[1, 65536]", seed=SEED
+        )
         try:
             ImageColor.getrgb(self.background)
         except ValueError:

@@ -32,7 +32,15 @@ from torch import Tensor
 
 from mechatlas.activations.store_manifest import Shard, SiteShape, Split, read_entries
 from mechatlas.base import Batch, DiskError, Result, Site, StoreError, WeightsError
-from mechatlas.files import MANIFEST, checksum, checksum_file, damaged, open_regular, write
+from mechatlas.files import (
+    MANIFEST,
+    checksum,
+    checksum_file,
+    create_folder,
+    damaged,
+    open_regular,
+    write,
+)
 from mechatlas.maths.groups import Group
 from mechatlas.tensorfiles import DTYPES, read_safetensors
 
@@ -80,7 +88,8 @@ def write_shard(
     """
     data = safetensors.torch.save({"rows": rows.contiguous(), "where": where.contiguous()})
     file = shard_file(site, split, number)
-    write(root / file, data)
+    create_folder((root / file).parent)
+    write(root / file, data, make_folder=False)
     return Shard(site, split, file, len(rows), len(data), checksum(data))
 
 

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from mechatlas.activations.text_input import TextInput
 from mechatlas.activations.text_sources import Document, documents, records
 from mechatlas.base import DiskError, InputError, Result
+from mechatlas.ranges import COUNT, check_ranges
 from mechatlas.sources import MEMORY_MIB
 
 BLOCK = 1024
@@ -56,10 +57,7 @@ class Texts:
     """Largest number of tokens, special tokens included; reading stops there."""
 
     def __post_init__(self) -> None:
-        for name in ("context", "max_samples", "max_tokens"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}.")
+        check_ranges(self, context=COUNT, max_samples=COUNT, max_tokens="[1, 1000000000000]")
 
 
 class _Window(NamedTuple):

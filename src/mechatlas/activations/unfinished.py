@@ -12,7 +12,7 @@ from typing import Any
 
 from mechatlas.activations.store import folder_of, read_shard
 from mechatlas.activations.store_manifest import Shard
-from mechatlas.base import DiskError, StoreError
+from mechatlas.base import DiskError, InputError, StoreError
 from mechatlas.deprecated import renamed_keys
 from mechatlas.files import MANIFEST, TEMPORARY, read_manifest, write_manifest
 
@@ -38,9 +38,12 @@ def begin_store(out: Path, manifest: dict[str, Any], *, n_bytes: int) -> dict[st
     if path.exists():
         old = read_manifest(path)
         old["recipe"] = renamed_keys("collect", old["recipe"], quiet=True)
+        _state_what_was_done(old, manifest)
         given = ("recipe", "settings", "network", "n_samples", "group")
         made_from = ("schema", "kind", *given, "rounds")
-        differing = [key for key in made_from if old.get(key) != manifest.get(key)]
+        # The settings say all that [storage] says, and what was chosen where it says nothing.
+        stated = [{**m, "recipe": {**m["recipe"], "storage": None}} for m in (old, manifest)]
+        differing = [key for key in made_from if stated[0].get(key) != stated[1].get(key)]
         if differing:
             raise StoreError(
                 f"{out} holds a store made from another recipe (it differs in "
@@ -53,8 +56,16 @@ def begin_store(out: Path, manifest: dict[str, Any], *, n_bytes: int) -> dict[st
     if any(p.name not in leftovers for p in out.iterdir() if not p.name.endswith(TEMPORARY)):
         raise StoreError(f"{out} is not empty and is not a store. Choose another --out.")
     _check_space(out, n_bytes)
-    write_manifest(path, manifest)
+    write_manifest(path, manifest, make_folder=False)
     return manifest
+
+
+def _state_what_was_done(old: dict[str, Any], new: dict[str, Any]) -> None:
+    """Add to the manifest of an older store the settings that it does not state."""
+    before = {"keep_special": True, "skip_first": 0, "skip_tokens": []}
+    positions = old["settings"]["positions"]
+    old["settings"]["positions"] = positions | {**before, **positions}
+    old.setdefault("left_out", new["left_out"])
 
 
 def _differences(old: Any, new: Any, keys: Sequence[str], prefix: str = "") -> list[str]:
@@ -95,6 +106,21 @@ def refuse_absent(out: Path, manifest: dict[str, Any]) -> None:
                 f"{out / shard.file} was deleted or changed while the store was being collected. "
                 "Run the same command again; it collects what is missing."
             )
+
+
+def refuse_empty(manifest: dict[str, Any]) -> None:
+    """Refuse a store without rows.
+
+    Raises:
+        InputError: No sample could be read, or every position is left out.
+    """
+    if not manifest["shards"]:
+        raise InputError(
+            f"None of the {manifest['n_samples']} samples could be read."
+            if len(manifest["skipped"]) == manifest["n_samples"]
+            else "Every position of the samples is left out: they are special tokens, padding or "
+            "first tokens. Give longer windows, or set `skip_first` and `keep_special`."
+        )
 
 
 def shards_of(manifest: dict[str, Any]) -> Iterator[Shard]:

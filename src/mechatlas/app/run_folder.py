@@ -42,6 +42,7 @@ from mechatlas.files import (
     TEMPORARY,
     checksum,
     checksum_file,
+    create_folder,
     read_json,
     read_manifest,
     write,
@@ -197,13 +198,13 @@ class RunFolder:
     def json(self, name: str, value: Any) -> None:
         """Write a dataclass or plain values as JSON; numbers that are not finite become null."""
         self.begin()
-        write_json(self.path / name, as_plain(value))
+        write_json(self.path / name, as_plain(value), make_folder=False)
         self.note(name)
 
     def file(self, name: str, data: bytes) -> None:
         """Write bytes."""
         self.begin()
-        write(self.path / name, data)
+        write(self.path / name, data, make_folder=False)
         self._files[name] = checksum(data)
 
     def note(self, name: str) -> None:
@@ -226,7 +227,7 @@ class RunFolder:
             "schema": SCHEMA, "kind": self.kind, "complete": complete, **self._facts,
             "parents": self._parents, "files": files,
         }  # fmt: skip
-        write_manifest(self.path / MANIFEST, facts)
+        write_manifest(self.path / MANIFEST, facts, make_folder=False)
 
     def keep(self, name: str, arrays: Mapping[str, Shaped[np.ndarray, "..."]]) -> None:
         """Keep a finished part of the work, from which the same command continues."""
@@ -235,7 +236,9 @@ class RunFolder:
             self._write_manifest(complete=False)
         plain = {key: np.ascontiguousarray(array) for key, array in arrays.items()}
         marks = {"made_from": self._made_from(), "checksum": checksum_of(plain)}
-        write(self.path / UNFINISHED / f"{name}.safetensors", save(plain, metadata=marks))
+        file = self.path / UNFINISHED / f"{name}.safetensors"
+        create_folder(file.parent)
+        write(file, save(plain, metadata=marks), make_folder=False)
 
     def kept(self, name: str) -> dict[str, Shaped[np.ndarray, "..."]] | None:
         """Read a part kept by an earlier run of the same configuration and inputs, if whole."""
@@ -267,12 +270,7 @@ class RunFolder:
         Raises:
             DiskError: The folder, or a file in it, was deleted or replaced meanwhile.
         """
-        self._claim.check()
-        for name in self._files:
-            if not (self.path / name).is_file():
-                raise DiskError(
-                    f"{self.path / name} was deleted before the command had ended. Run it again."
-                )
+        self._refuse_absent()
         seconds = round(time.process_time() - self._clock, 3)
         result = dataclasses.replace(
             result, out=str(self.path), seconds=seconds, peak_bytes=peak_bytes()
@@ -291,7 +289,21 @@ class RunFolder:
         self._write_manifest(complete=True)
         for name in (UNFINISHED, CHECKPOINT):
             shutil.rmtree(self.path / name, ignore_errors=True)
+        self._refuse_absent()
         return result
+
+    def _refuse_absent(self) -> None:
+        """Look for what was written.
+
+        Raises:
+            DiskError: The folder, or a file in it, was deleted or replaced meanwhile.
+        """
+        self._claim.check()
+        for name in self._files:
+            if not (self.path / name).is_file():
+                raise DiskError(
+                    f"{self.path / name} was deleted before the command had ended. Run it again."
+                )
 
 
 def _files_of(path: Path) -> dict[str, str]:
@@ -311,8 +323,8 @@ def refuse_strangers(out: Path, kind: str) -> None:
         DiskError: `out` holds something else, or its manifest is damaged.
     """
     inside = {path.name for path in out.iterdir() if not path.name.endswith(TEMPORARY)}
-    if inside <= {UNFINISHED, CHECKPOINT}:
-        return
+    if inside <= {UNFINISHED, CHECKPOINT} or (kind == STORE and MANIFEST not in inside):
+        return  # `collect` knows the folders of its sites
     manifest = out / MANIFEST
     if not os.path.lexists(manifest) or read_manifest(manifest).get("kind") != kind:
         raise DiskError(f"{out} is not empty and is not a {kind}. Choose another --out.")

@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from mechatlas.base import Dictionary, Result
+from mechatlas.maths.outliers import norm_limit
 
 
 def fvu(
@@ -46,18 +47,31 @@ class Evaluation(Result):
     """Reconstruction error and sparsity of a dictionary on some rows."""
 
     fvu: float
-    """Fraction of variance unexplained."""
+    """Fraction of variance unexplained, without outlier rows."""
     l0: float
     """Mean number of non-zero latents of a sample."""
     fired: Bool[Tensor, " latent"]
     """Latents that were non-zero for at least one sample."""
+    fvu_median: float
+    """Median over rows of the fraction unexplained of the row's distance from the mean, squared."""
+    fvu_with_outliers: float
+    """Fraction of variance unexplained of all rows."""
+    n_outliers: int
+    """Rows that are longer than ten median rows, which only `fvu_with_outliers` counts."""
 
     def summary(self) -> str:
         """Error, sparsity and number of latents in use."""
-        return (
-            f"Evaluation: {self.fvu:.2%} of variance unexplained, {self.l0:.1f} latents active\n"
-            f"{int(self.fired.sum()):,} of {len(self.fired):,} latents active at least once"
-        )
+        lines = [
+            f"Evaluation: {self.fvu:.2%} of variance unexplained (median row "
+            f"{self.fvu_median:.2%}), {self.l0:.1f} latents active",
+            f"{int(self.fired.sum()):,} of {len(self.fired):,} latents active at least once",
+        ]
+        if self.n_outliers:
+            lines.append(
+                f"{self.n_outliers:,} outlier rows are left out; with them "
+                f"{self.fvu_with_outliers:.2%} of variance unexplained"
+            )
+        return "\n".join(lines)
 
 
 @torch.no_grad()
@@ -66,6 +80,7 @@ def evaluate(
     x: Float[Tensor, "batch d_in"] | Float[np.ndarray, "batch d_in"],
     *,
     target: Float[Tensor, "batch d_out"] | Float[np.ndarray, "batch d_out"] | None = None,
+    outlier: Bool[Tensor, " batch"] | None = None,
     batch_size: int = 64,
 ) -> Evaluation:
     """Measure a dictionary without holding more than one batch of codes.
@@ -74,6 +89,7 @@ def evaluate(
         dictionary: Dictionary to measure.
         x: Activations that it reads.
         target: Activations that it should write; by default those that it reads.
+        outlier: Rows that are not counted; by default those longer than ten median rows.
         batch_size: Samples encoded at once.
 
     Raises:
@@ -88,17 +104,34 @@ def evaluate(
     """
     x = torch.as_tensor(x)
     target = x if target is None else torch.as_tensor(target)
-    mean, active, left, total = target.mean(dim=0), 0, 0.0, 0.0
-    fired = torch.zeros(dictionary.n_latents, dtype=torch.bool, device=x.device)
-    for part, wanted in zip(x.split(batch_size), target.split(batch_size), strict=True):
+    norms = torch.linalg.vector_norm(x.float(), dim=1)
+    counted = ~(norms > norm_limit(norms) if outlier is None else outlier)
+    some = not bool(counted.all())
+    means = [target[counted].mean(dim=0), target.mean(dim=0)] if some else [target.mean(dim=0)]
+    active, fired = 0, torch.zeros(dictionary.n_latents, dtype=torch.bool, device=x.device)
+    parts: list[Tensor] = []
+    pieces = (a.split(batch_size) for a in (x, target, counted))
+    for part, wanted, inside in zip(*pieces, strict=True):
         code = dictionary.encode(part)
-        left += float((wanted - dictionary.decode(code)).square().sum())
-        total += float((wanted - mean).square().sum())
-        active += int((code != 0).sum())
-        fired |= (code != 0).any(dim=0)
-    if not total > 0:
+        off = [wanted - dictionary.decode(code), *(wanted - mean for mean in means)]
+        parts.append(torch.stack([each.square().sum(dim=1).double() for each in off]))
+        on = code != 0
+        if some:
+            on = on[inside]
+        active += int(on.sum())
+        fired |= on.any(dim=0)
+    residual, *totals = torch.cat(parts, dim=1)
+    left, total = residual[counted], totals[0][counted]
+    if not total.sum() > 0:
         raise ValueError(_undefined(len(x)))
-    return Evaluation(left / total, active / len(x), fired)
+    return Evaluation(
+        fvu=float(left.sum() / total.sum()),
+        l0=active / int(counted.sum()),
+        fired=fired,
+        fvu_median=float((left / total)[total > 0].median()),
+        fvu_with_outliers=float(residual.sum() / totals[-1].sum()),
+        n_outliers=int((~counted).sum()),
+    )
 
 
 def _undefined(n_samples: int) -> str:
@@ -115,13 +148,18 @@ class History(Result):
     step: list[int] = dataclasses.field(default_factory=list)
     """Number of steps done."""
     fvu: list[float] = dataclasses.field(default_factory=list)
-    """Fraction of variance unexplained on held-out rows."""
+    """Fraction of variance unexplained on held-out rows, without outlier rows."""
     l0: list[float] = dataclasses.field(default_factory=list)
     """Mean number of non-zero latents of a held-out row."""
     dead_share: list[float] = dataclasses.field(default_factory=list)
     """Fraction of latents that no row has used for the last 250,000 rows (or since the start)."""
     seconds_per_step: list[float] = dataclasses.field(default_factory=list)
     """Process CPU seconds of a step, mean since the measurement before."""
+    fvu_median: list[float] = dataclasses.field(default_factory=list)
+    """Median over held-out rows of the fraction unexplained of the row's squared distance from
+    the mean."""
+    fvu_with_outliers: list[float] = dataclasses.field(default_factory=list)
+    """Fraction of variance unexplained on all held-out rows."""
 
     def summary(self) -> str:
         """Number of steps, and the last measurements."""

@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mechatlas.deprecated import renamed_fields
+from mechatlas.ranges import COUNT_OR_NONE, POSITIVE, SHARE, check_ranges
 
 SHORT_ROW = 1e-3
 """Smallest squared length that normalization divides by, as a fraction of the batch's mean."""
@@ -28,8 +29,7 @@ class Objective:
     """Largest norm of the gradient of all parameters together; by default it is not limited."""
 
     def __post_init__(self) -> None:
-        if self.clip is not None and not (self.clip > 0 and math.isfinite(self.clip)):
-            raise ValueError(f"clip must be > 0, got {self.clip}.")
+        check_ranges(self, clip=POSITIVE)
 
     def weights(self, target: Float[Tensor, "batch d_out"]) -> Float[Tensor, " batch"]:
         """Weight of each row's squared error."""
@@ -63,11 +63,7 @@ class Schedule:
     coefficient."""
 
     def __post_init__(self) -> None:
-        if self.warm_up < 0 or not 0 <= self.decay <= 1 or not 0 <= self.sparsity_warm_up <= 1:
-            raise ValueError(
-                f"warm_up ({self.warm_up}) must be at least 0, decay ({self.decay}) and "
-                f"sparsity_warm_up ({self.sparsity_warm_up}) in 0 to 1."
-            )
+        check_ranges(self, warm_up=COUNT_OR_NONE, decay=SHARE, sparsity_warm_up=SHARE)
 
     def __call__(self, step: int, steps: int) -> float:
         """Fraction of the largest learning rate at a step, counted from 0."""

@@ -16,6 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mechatlas.deprecated import renamed_fields
+from mechatlas.ranges import COUNT, POSITIVE, check_ranges
 
 ROWS = 512
 """Rows whose codes of dead latents exist at once."""
@@ -35,11 +36,7 @@ class AuxK:
     """Rows without use after which a latent is dead."""
 
     def __post_init__(self) -> None:
-        if self.k < 1 or not self.auxk_alpha > 0 or self.dead_after_rows < 1:
-            raise ValueError(
-                f"k ({self.k}), auxk_alpha ({self.auxk_alpha}) and dead_after_rows "
-                f"({self.dead_after_rows}) must be > 0."
-            )
+        check_ranges(self, k=COUNT, auxk_alpha=POSITIVE, dead_after_rows=COUNT)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,11 +51,7 @@ class Resample:
     """Rows without use after which a latent is dead."""
 
     def __post_init__(self) -> None:
-        if self.every < 1 or not 0 < self.until <= 1 or self.dead_after_rows < 1:
-            raise ValueError(
-                f"every ({self.every}) and dead_after_rows ({self.dead_after_rows}) must be at "
-                f"least 1, until ({self.until}) in 0 to 1."
-            )
+        check_ranges(self, every=COUNT, until="(0, 1]", dead_after_rows=COUNT)
 
 
 class Revival(NamedTuple):

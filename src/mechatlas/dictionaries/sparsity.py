@@ -31,6 +31,7 @@ from torch import Tensor
 
 from mechatlas.dictionaries.engine.interface import CodeSearch
 from mechatlas.dictionaries.engine.structures import Codes
+from mechatlas.ranges import COUNT, POSITIVE, check_ranges
 
 Latents = Float[Tensor, "batch latent"]
 """Pre-activations, or codes, of some samples."""
@@ -160,7 +161,7 @@ class TopK(Rule):
     """Latents kept in each sample."""
 
     def __post_init__(self) -> None:
-        _check_k(self.k)
+        check_ranges(self, k=COUNT)
 
     def __call__(self, pre: Latents, state: State = NONE) -> Latents:
         """Zero all but the k largest entries of each row, and those below zero."""
@@ -188,7 +189,7 @@ class BatchTopK(Rule):
     by_row = False
 
     def __post_init__(self) -> None:
-        _check_k(self.k)
+        check_ranges(self, k=COUNT)
 
     def __call__(self, pre: Latents, state: State = NONE) -> Latents:
         """Zero what is not above the threshold; before any training, all but each row's k."""
@@ -240,7 +241,7 @@ class ReLU(Rule):
     """Weight of the code's sum beside the squared error; a code of f loses about l1 / 2 of it."""
 
     def __post_init__(self) -> None:
-        _check_weight("l1", self.l1)
+        check_ranges(self, l1=POSITIVE)
 
     def __call__(self, pre: Latents, state: State = NONE) -> Latents:
         """Zero what is below zero."""
@@ -332,8 +333,7 @@ class JumpReLU(Rule):
     """Width of the window around a threshold from which it learns."""
 
     def __post_init__(self) -> None:
-        for name in ("l0", "threshold", "bandwidth"):
-            _check_weight(name, getattr(self, name))
+        check_ranges(self, l0=POSITIVE, threshold=POSITIVE, bandwidth=POSITIVE)
 
     def __call__(self, pre: Latents, state: State = NONE) -> Latents:
         """Zero what is not above its latent's threshold."""
@@ -420,7 +420,7 @@ class Gated(Rule):
     """Weight of the open gates' sum beside the squared errors."""
 
     def __post_init__(self) -> None:
-        _check_weight("l1", self.l1)
+        check_ranges(self, l1=POSITIVE)
 
     def __call__(self, pre: Latents, state: State = NONE) -> Latents:
         """The sizes of latents whose gate is open."""
@@ -447,16 +447,6 @@ class Gated(Rule):
     def rescale(self, factor: float, state: State) -> None:
         """`b_mag` has the pre-activations' units."""
         state["b_mag"].mul_(factor)
-
-
-def _check_k(k: int) -> None:
-    if k < 1:
-        raise ValueError(f"k must be at least 1, got {k}.")
-
-
-def _check_weight(name: str, value: float) -> None:
-    if not (value > 0 and math.isfinite(value)):
-        raise ValueError(f"{name} must be > 0, got {value}.")
 
 
 Sparsity = TopK | BatchTopK | ReLU | JumpReLU | Gated

@@ -16,6 +16,7 @@ import contextlib
 import dataclasses
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -34,6 +35,7 @@ from mechatlas.dictionaries.objective import Objective, Schedule
 from mechatlas.dictionaries.revival import AuxK, Resample
 from mechatlas.dictionaries.rows import as_rows
 from mechatlas.files import checksum
+from mechatlas.maths.outliers import OUTLIER_NORMS, norm_limit, variance_share
 from mechatlas.outputs import claim
 
 MEASUREMENTS = 25
@@ -62,6 +64,7 @@ def train(
     schedule: Schedule | None = None,
     objective: Objective | None = None,
     revival: AuxK | Resample | None = None,
+    outlier_norms: float = OUTLIER_NORMS,
     seed: int = 0,
     device: torch.device | str = "cpu",
     checkpoint: Path | str | None = None,
@@ -73,8 +76,9 @@ def train(
 
     Args:
         dictionary: Dictionary that is trained in place. Several are trained in one pass over the
-            same batches, each with its own k, kind or seed. A class of your own is a module that
-            fits `Dictionary`; it is trained by autograd, or by its own `step(objective)`.
+            same batches, each with its own k, kind or seed; on rows of several sites either all
+            read all sites, or there is one for each site, in order. A class of your own is a module
+            that fits `Dictionary`; it is trained by autograd, or by its own `step(objective)`.
         data: An array (rows, width) or memory map, a tuple of arrays whose rows belong
             together (for a transcoder or crosscoder), a store with one site, an iterable of
             arrays, or anything that fits `Rows`.
@@ -85,6 +89,8 @@ def train(
             last fifth.
         objective: Normalized errors, clipping; by default neither.
         revival: How dead latents are brought back; by default they are not.
+        outlier_norms: Median norms beyond which a row is neither trained on nor counted; rows of
+            a crosscoder count as outliers where they are at one of its sites; `inf` keeps all.
         seed: Seed of the order of rows.
         device: Device to train on.
         checkpoint: Folder for the state of the run. If there is one of a run with the same
@@ -116,18 +122,17 @@ def train(
         WeightsError: The checkpoint is damaged or of a run with other settings.
     """
     _check(steps=steps, batch_size=batch_size, lr=lr, checkpoint_every=checkpoint_every)
-    each: Sequence[Any] = dictionary if isinstance(dictionary, Sequence) else [dictionary]
-    coders = list(map(as_coder, each))
+    coders = list(map(as_coder, dictionary if isinstance(dictionary, Sequence) else [dictionary]))
     rows = as_rows(data)
-    if wrong := [coder.width for coder in coders if coder.width != rows.d_in]:
-        raise InputError(f"The rows are {rows.d_in} wide, the dictionary reads {wrong[0]}.")
     device = as_device(device)
-    held_out = _checked(rows.held_out(HELD_OUT_ROWS), rows).to(device)
-    if not len(held_out):
-        raise InputError("There are no held-out rows to measure on; collect more than one sample.")
     schedule, objective = schedule or Schedule(), objective or Objective()
-    runs = [_Run(coder, held_out, objective, revival, seed) for coder in coders]
-    options = (steps, batch_size, lr, seed, schedule, objective, revival)
+    held_out = _checked(held := rows.held_out(HELD_OUT_ROWS), rows).to(device)
+    runs = [
+        _Run(coder, part, held_out, objective, revival, seed, outlier_norms)
+        for coder, part in zip(coders, _columns(coders, rows, held_out), strict=True)
+    ]
+    _warn_of_outliers(runs, held, rows)
+    options = (steps, batch_size, lr, seed, schedule, objective, revival, outlier_norms)
     settings = _settings(rows, held_out, options)
     done = 0
     with contextlib.ExitStack() as at_the_end:
@@ -164,15 +169,21 @@ class _Run:
     def __init__(
         self,
         dictionary: SparseCoder | Adapter,
+        columns: slice,
         held_out: Tensor,
         objective: Objective,
         revival: AuxK | Resample | None,
         seed: int,
+        outlier_norms: float,
     ) -> None:
         self.dictionary, self.revival, self.seed = dictionary, revival, seed
+        self.columns = columns  # of a row, that are this dictionary's
+        held_out = held_out[:, columns]
         self.module: Any = dictionary.module if isinstance(dictionary, Adapter) else dictionary
         self.module.to(held_out.device)
-        self.scale = _scale(dictionary, held_out)
+        self.limits = _limits(dictionary, held_out, outlier_norms)
+        self.outlier = _outliers(held_out, self.limits)
+        self.scale = _scale(dictionary, held_out[~self.outlier])
         self.held_out = held_out  # as they are: scaled ones would take room in every step
         self.take_step = dictionary.step(objective, revival)
         self.last_fired = torch.zeros(
@@ -208,7 +219,12 @@ class _Run:
             InputError: All rows of the first batch are equal.
             NonFiniteError: The loss is not finite.
         """
-        x = x * self.scale
+        x = x[:, self.columns]
+        outlier = _outliers(x, self.limits)
+        if outlier.all() and self.done:
+            self.done = self.take_step.n_steps = self.done + 1
+            return
+        x = (x[~outlier] if outlier.any() and not outlier.all() else x) * self.scale
         if self.done == 0 and self.to_begin:
             _begin(self.dictionary, x)
         dead, revival = None, self.revival
@@ -245,9 +261,11 @@ class _Run:
         dictionary = self.dictionary
         x = self.held_out * self.scale
         read, written = x[:, dictionary.reads], x[:, dictionary.writes]
-        quality = evaluate(self.module, read, target=written)
+        quality = evaluate(self.module, read, target=written, outlier=self.outlier)
         self.history.step.append(self.done)
         self.history.fvu.append(quality.fvu)
+        self.history.fvu_median.append(quality.fvu_median)
+        self.history.fvu_with_outliers.append(quality.fvu_with_outliers)
         self.history.l0.append(quality.l0)
         self.history.dead_share.append(float(dead.float().mean()))
         self.history.seconds_per_step.append(seconds / max(1, self.unmeasured))
@@ -300,18 +318,80 @@ def _check(**numbers: int | float) -> None:
 
 def _settings(rows: Rows, held_out: Tensor, options: tuple[Any, ...]) -> dict[str, Any]:
     """Settings that a run can only be continued with."""
-    names = ("steps", "batch_size", "lr", "seed", "schedule", "objective", "revival")
+    names = ("steps", "batch_size", "lr", "seed", "schedule", "objective", "revival", "outliers")
     kept: dict[str, Any] = {
         "rows": [rows.n_rows, rows.d_in],
         "held-out rows": _checksum([held_out]),
     }
     for name, value in zip(names, options, strict=True):
         kept[name] = value if isinstance(value, int | float) else repr(value)
+    if kept["outliers"] == OUTLIER_NORMS:  # checkpoints of older versions do not state it
+        del kept["outliers"]
     return kept
 
 
 def _checksum(tensors: Iterable[Tensor]) -> str:
     return checksum(b"".join(t.detach().cpu().contiguous().numpy().data for t in tensors))
+
+
+def _columns(coders: Sequence[SparseCoder | Adapter], rows: Rows, held_out: Tensor) -> list[slice]:
+    """Columns of a row that each dictionary is trained on.
+
+    Raises:
+        InputError: The dictionaries do not fit the rows, or none of these is held out.
+    """
+    if not len(held_out):
+        raise InputError("There are no held-out rows to measure on; collect more than one sample.")
+    wrong = [coder.width for coder in coders if coder.width != rows.d_in]
+    if not wrong:
+        return [slice(None)] * len(coders)
+    parts: Sequence[slice] = getattr(rows, "parts", ())
+    if len(parts) < 2:
+        raise InputError(f"The rows are {rows.d_in} wide, the dictionary reads {wrong[0]}.")
+    widths = [part.stop - part.start for part in parts]
+    if widths != [coder.width for coder in coders]:
+        raise InputError(
+            f"The rows have sites of {', '.join(map(str, widths))} columns, the dictionaries read "
+            f"{', '.join(str(coder.width) for coder in coders)}; give one dictionary for each site."
+        )
+    return list(parts)
+
+
+def _limits(
+    dictionary: SparseCoder | Adapter, x: Tensor, outlier_norms: float
+) -> list[tuple[slice, float]]:
+    """Norm beyond which a row is an outlier, for the columns of each site."""
+    reads, writes = dictionary.reads, dictionary.writes
+    sites = dictionary.sites or ([reads] if reads == writes else [reads, writes])
+    norms = [torch.linalg.vector_norm(x[:, site], dim=1) for site in sites]
+    return [(s, norm_limit(n, outlier_norms)) for s, n in zip(sites, norms, strict=True)]
+
+
+def _outliers(x: Tensor, limits: Sequence[tuple[slice, float]]) -> Tensor:
+    """Rows that are longer than the limit at one of the sites."""
+    outlier = torch.zeros(len(x), dtype=torch.bool, device=x.device)
+    for site, limit in limits:
+        if limit < math.inf:
+            outlier |= torch.linalg.vector_norm(x[:, site], dim=1) > limit
+    return outlier
+
+
+def _warn_of_outliers(runs: Sequence[_Run], held: Batch, rows: Rows) -> None:
+    """Warn where a few held-out rows carry most of the variance."""
+    for run in runs:
+        x, outlier = run.held_out, run.outlier
+        ending = "they are neither trained on nor counted in `fvu`"
+        if not outlier.any():  # also where all rows are to be kept
+            outlier = _outliers(x, _limits(run.dictionary, x, OUTLIER_NORMS))
+            ending = "`fvu` says little of all the others"
+        share = variance_share(x, outlier) if outlier.any() else 0.0
+        if share > 0.5:
+            first = rows.describe(int(held.row[int(outlier.nonzero()[0])]))
+            warnings.warn(
+                f"{int(outlier.sum()):,} of {len(x):,} held-out rows (the first is {first}) are "
+                f"longer than ten median rows and carry {share:.0%} of the variance; {ending}.",
+                stacklevel=3,
+            )
 
 
 def _scale(dictionary: SparseCoder | Adapter, x: Tensor) -> Tensor:

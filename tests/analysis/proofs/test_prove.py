@@ -10,7 +10,7 @@ from mechatlas.base import InputError, NonFiniteError
 from mechatlas.maths.groups import Group, GroupError
 from mechatlas.maths.named_groups import group
 
-from .planted import NETS, load_net, proved, true_margins
+from .planted import NETS, load_net, proved, true_margins, wide
 
 
 @pytest.mark.parametrize(("name", "noise", "seed"), NETS)
@@ -77,6 +77,38 @@ def test_a_network_with_permuted_labels_gets_no_bound_above_its_accuracy(seed):
         left[np.argsort(names)], right[np.argsort(names)], unembed[:, np.argsort(names)], table
     )
     assert renamed.accuracy_bound == 1  # the labels were all that was wrong
+
+
+@pytest.mark.parametrize("rows", [(3, 20), (0, 1)])
+def test_two_damaged_rows_cost_their_own_pairs_and_no_others(rows):
+    n, random = 31, np.random.default_rng(0)
+    phases, x = 2 * np.pi * np.arange(12) / 12, np.arange(n)
+    angles = [2 * np.pi * k * x / n for k in (1, 4, 9)]
+    left = np.array([np.cos(a + p) for a in angles for p in phases]).T
+    unembed = np.array([np.cos(a + 2 * p) for a in angles for p in phases])
+    left, right, unembed = (
+        (w + 0.02 * random.normal(size=w.shape)).astype(np.float32) for w in (left, left, unembed)
+    )
+    of = group("C31")
+    whole = prove(left, right, unembed, of).accuracy_bound
+    left[list(rows)] = left[list(rows[::-1])]
+    truth = float((true_margins(Weights(left, right, unembed), of.table) > 0).mean())
+    bound = prove(left, right, unembed, of).accuracy_bound
+    assert truth == pytest.approx(1 - 2 / n)
+    assert whole - 1.5 * (1 - truth) < bound <= truth
+
+
+def test_what_the_circuits_leave_of_the_budget_is_spent_on_single_pairs(monkeypatch):
+    of = group("S5")
+    weights = wide(of, noise=0.06, seed=1)
+    bound = prove(*weights, of, compute_budget=0.9)
+    share = bound.verification.multiply_adds / (of.order**3 * weights.left.shape[1])
+    assert share <= 0.9
+    monkeypatch.setattr("mechatlas.analysis.proofs.prove._with_remaining_budget", lambda e, *_: e)
+    without = prove(*weights, of, compute_budget=0.9)
+    assert without.accuracy_bound < bound.accuracy_bound
+    explained = (bound.verification.stages < 3) & (bound.verification.margins > 0)
+    assert (bound.verification.stages == 3).sum() <= explained.sum() + 0.01 * of.order**2
 
 
 def test_bad_input_is_refused_in_one_sentence():

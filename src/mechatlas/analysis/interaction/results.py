@@ -25,6 +25,7 @@ from mechatlas.analysis.interaction.modularity import (
 from mechatlas.analysis.interaction.module_degeneracy import ModuleDegeneracy
 from mechatlas.base import Result
 from mechatlas.maths.linalg import RELATIVE, Cut
+from mechatlas.ranges import COUNT, COUNT_OR_NONE, POSITIVE, RATE, SEED, check_ranges
 
 
 @deprecated.renamed_fields
@@ -69,13 +70,18 @@ class InteractionConfig:
 
     def __post_init__(self) -> None:
         counts = "batch_size jacobian_samples ablation_samples gradient_probes quadrature_points"
-        for name in counts.split():
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        check_ranges(
+            self,
+            **dict.fromkeys(counts.split(), COUNT),
+            max_accuracy_drop="[0, 1e12]",
+            rank_threshold=RATE,
+            synchrony_tolerance="[0, 1)",
+            n_beta=POSITIVE,
+            n_null_graphs=COUNT_OR_NONE,
+            seed=SEED,
+        )
         if not self.kinds:
             raise ValueError(f"kinds must name at least one of {', '.join(BASIS_KINDS)}.")
-        if not 0 < self.rank_threshold < 1 or not 0 <= self.synchrony_tolerance < 1:
-            raise ValueError("rank_threshold must be in (0, 1), synchrony_tolerance in [0, 1).")
         new = {"answers": "accuracy", "numbers": "fvu"}.get(self.score, self.score)
         if new not in ("accuracy", "fvu"):
             raise ValueError(f"score must be 'accuracy' or 'fvu', got {self.score!r}.")

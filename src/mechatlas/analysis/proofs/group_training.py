@@ -22,6 +22,7 @@ from torch import Tensor
 
 from mechatlas.analysis.proofs.verifier.structures import Weights
 from mechatlas.base import Progress, no_progress
+from mechatlas.ranges import COUNT, SEED, check_ranges
 
 WARM_UP, FALL = 50, 0.1
 """Steps in which the learning rate rises, and fraction of the training in which it falls."""
@@ -50,12 +51,14 @@ class GroupTrainingConfig:
     """Number of networks trained side by side, from the seeds `seed`, `seed` + 1, ..."""
 
     def __post_init__(self) -> None:
-        positive = ("width", "embedding_width", "steps", "batch_size", "lr", "n_seeds")
-        for name in positive:
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be > 0, got {getattr(self, name)}.")
-        if self.weight_decay < 0:
-            raise ValueError(f"weight_decay must be >= 0, got {self.weight_decay}.")
+        counts = ("width", "embedding_width", "steps", "batch_size", "n_seeds")
+        check_ranges(
+            self,
+            **dict.fromkeys(counts, COUNT),
+            lr="(0, 1000]",
+            weight_decay="[0, 1000]",
+            seed=SEED,
+        )
 
 
 def train_group_nets(

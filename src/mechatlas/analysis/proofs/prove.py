@@ -5,7 +5,8 @@
     exact_accuracy  the bound first where that saves time, then brute force for the other pairs
 
 Main path: `explain` looks for structure, `verify` turns it into a bound that holds whatever
-was found. Explanations of two degrees of detail are tried; the cheaper one that suffices wins.
+was found. Explanations of two degrees of detail are tried; the cheaper one that suffices wins, and
+pairs that it leaves are tried outright within the budget.
 """
 
 import dataclasses
@@ -121,7 +122,8 @@ def prove(
         tried.append((verify(*weights, group, explanation), explanation))
     most = max(verification.accuracy_bound for verification, _ in tried)
     enough = [pair for pair in tried if pair[0].accuracy_bound >= most - GAIN]
-    _, explanation = min(enough, key=lambda pair: pair[0].multiply_adds)
+    verification, explanation = min(enough, key=lambda pair: pair[0].multiply_adds)
+    explanation = _with_remaining_budget(explanation, verification, weights, compute_budget)
     return _bound(weights, group, explanation, clock)
 
 
@@ -194,6 +196,23 @@ def _with_budget(explanation: Explanation, compute_budget: float) -> Explanation
     return dataclasses.replace(
         explanation, second_stage_budget=compute_budget - third, third_stage_budget=third
     )
+
+
+def _with_remaining_budget(
+    explanation: Explanation, verification: Verification, weights: Weights, compute_budget: float
+) -> Explanation:
+    """Give the third stage the multiply-adds that the others left.
+
+    It gets no more pairs than they certified, so that a bound never rests mainly on brute force.
+    """
+    certified = verification.margins > verification.float32_errors
+    explained = float((certified & (verification.stages < 3)).mean())
+    if certified.all() or explained < GAIN:
+        return explanation
+    share = verification.multiply_adds / (certified.size * weights.unembed.size)
+    third = explanation.third_stage_budget + compute_budget - share
+    third = max(explanation.third_stage_budget, min(third, explained))
+    return dataclasses.replace(explanation, third_stage_budget=third)
 
 
 class ExactAccuracy(NamedTuple):

@@ -33,6 +33,7 @@ from mechatlas.app.progress import bar
 from mechatlas.app.run_folder import BASIS, SPECTRA, CommandResult, RunConfig, RunFolder
 from mechatlas.base import InputError, Site, SiteError
 from mechatlas.files import checksum, checksum_file
+from mechatlas.ranges import check_ranges
 from mechatlas.tensorfiles import read_array, read_arrays
 
 KIND = BASIS
@@ -75,8 +76,7 @@ class BasisConfig(RunConfig):
     def __post_init__(self) -> None:
         if len(self.layers) < 2:
             raise ValueError(f"layers must name at least two layers, got {len(self.layers)}.")
-        if self.n_samples < 2:
-            raise ValueError(f"n_samples must be at least 2, got {self.n_samples}.")
+        check_ranges(self, n_samples="[2, 1000000000]")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -57,8 +57,8 @@ from mechatlas.app.run_folder import (
     RunConfig,
     RunFolder,
 )
-from mechatlas.base import RecipeError
 from mechatlas.maths.statistics import proportion
+from mechatlas.ranges import RATE, SEED, check_ranges
 
 KIND = BRANCHES
 ROWS = 16_384
@@ -93,6 +93,9 @@ class BranchesConfig(RunConfig):
     layers, to test whether features stay in the same kind of branch."""
     seed: int = 0
     """Seed of the permutation control and of the features moved to measure power."""
+
+    def __post_init__(self) -> None:
+        check_ranges(self, rows="[2, 1000000000]", fdr=RATE, seed=SEED)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -234,11 +237,6 @@ def run(config: BranchesConfig, folder: RunFolder) -> BranchesResult:
         RecipeError: A choice makes no sense, or the site is not known.
         StoreError: The store misses the site, or the site has no branches.
     """
-    if not 0 < config.fdr < 1 or config.rows < 2:
-        raise RecipeError(
-            f"--fdr must lie between 0 and 1 (got {config.fdr}) and --rows be at least 2 "
-            f"(got {config.rows})."
-        )
     store = Store(config.store)
     site = open_site(config.dictionary, config.site, store, folder)
     labels, matches = None, []

@@ -56,6 +56,7 @@ from mechatlas.app.run_folder import (
     RunFolder,
 )
 from mechatlas.base import InputError, RecipeError, Site, StoreError
+from mechatlas.ranges import COUNT, COUNT_OR_NONE, RATE, SEED, check_ranges
 
 KIND = CIRCUIT
 PICTURE_BATCH = 16
@@ -90,6 +91,19 @@ class CircuitConfig(RunConfig):
     """Steps of activation maximization for the picture of each feature drawn; 0: no pictures."""
     seed: int = 0
     """Seed of the activations followed, the null, the ablations, the intervals and the pictures."""
+
+    def __post_init__(self) -> None:
+        check_ranges(
+            self,
+            samples=COUNT,
+            held_out="[2, 1000000000]",
+            n_ablated="[2, 1000000000]",
+            top_k_sources=COUNT,
+            features=COUNT,
+            fdr=RATE,
+            visualize_steps=COUNT_OR_NONE,
+            seed=SEED,
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -315,15 +329,6 @@ def _check(config: CircuitConfig) -> None:
             f"`mechatlas circuit` needs two dictionaries or more, got {len(config.dictionaries)}: "
             "mechatlas circuit DICT_A DICT_B [DICT_C ...] --out DIR."
         )
-    for name in ("samples", "held_out", "n_ablated", "top_k_sources", "features"):
-        least = 2 if name in ("held_out", "n_ablated") else 1
-        if getattr(config, name) < least:
-            option = name.replace("_", "-")
-            raise RecipeError(f"--{option} must be at least {least}, got {getattr(config, name)}.")
-    if config.visualize_steps < 0:
-        raise RecipeError(f"--visualize-steps must be at least 0, got {config.visualize_steps}.")
-    if not 0 < config.fdr < 1:
-        raise RecipeError(f"--fdr must lie between 0 and 1, got {config.fdr}.")
 
 
 def _open(config: CircuitConfig) -> _Inputs:

@@ -12,6 +12,7 @@ from mechatlas.activations.collect import StoreConfig
 from mechatlas.activations.collect import collect as collect_rows
 from mechatlas.activations.images import Images
 from mechatlas.activations.networks import Network, load_network
+from mechatlas.activations.outlier_rows import OutlierRows
 from mechatlas.activations.posing import PoseConfig
 from mechatlas.activations.samples import SampleRecipe, open_samples
 from mechatlas.activations.sites import find_sites
@@ -69,6 +70,10 @@ class CollectResult(CommandResult):
     """Rows of each site."""
     bytes: int
     """Size of all shards."""
+    left_out: dict[str, int] = dataclasses.field(default_factory=dict)
+    """Positions of tokens without rows, by reason: padding, first, special, tokens."""
+    outliers: dict[str, OutlierRows] = dataclasses.field(default_factory=dict)
+    """Rows that are longer than ten median rows, of each site that has some."""
 
 
 def run(config: CollectConfig, folder: RunFolder) -> CollectResult:
@@ -102,6 +107,8 @@ def run(config: CollectConfig, folder: RunFolder) -> CollectResult:
             for name, r in rows.items()
         },
         bytes=sum(shard.bytes for shard in store.shards),
+        left_out=store.manifest.get("left_out", {}),
+        outliers=store.manifest.get("outliers", {}),
     )
 
 
@@ -109,4 +116,6 @@ def in_words(result: CollectResult) -> str:
     """Sites with their rows, and the folder."""
     widths = ", ".join(f"{name} ({site.rows} rows)" for name, site in result.sites.items())
     skipped = f"; skipped {result.skipped} unreadable samples" if result.skipped else ""
-    return f"Collected {widths}{skipped}.\nStore: {result.out}"
+    reasons = ", ".join(f"{n:,} {reason}" for reason, n in result.left_out.items() if n)
+    left_out = f"\nPositions left out: {reasons}." if reasons else ""
+    return f"Collected {widths}{skipped}.{left_out}\nStore: {result.out}"

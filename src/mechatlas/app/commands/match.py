@@ -55,6 +55,7 @@ from mechatlas.app.run_folder import (
 )
 from mechatlas.base import RecipeError
 from mechatlas.maths.assignment import State
+from mechatlas.ranges import COUNT_OR_NONE, RATE, SEED, check_ranges
 
 KIND = MATCHING
 ROWS = 4096
@@ -98,6 +99,7 @@ class MatchConfig(RunConfig):
 
     def __post_init__(self) -> None:
         """Accept the name that a scale had in version 0.1."""
+        check_ranges(self, fdr=RATE, rows="[2, 1000000000]", samples=COUNT_OR_NONE, seed=SEED)
         if self.scale == "data":
             deprecated.warn("scale 'data'", "'mean'")
             object.__setattr__(self, "scale", "mean")
@@ -296,11 +298,6 @@ def _check(config: MatchConfig) -> None:
             raise RecipeError(f"--{name} must be one of {', '.join(allowed)}, got {value!r}.")
     if config.store is None and (config.cost == "codes" or config.scale == "mean"):
         raise RecipeError("--cost codes and --scale mean need rows: give --store STORE too.")
-    if not 0 < config.fdr < 1 or config.rows < 2 or config.samples < 0:
-        raise RecipeError(
-            f"--fdr must lie between 0 and 1 (got {config.fdr}), --rows be at least 2 (got "
-            f"{config.rows}) and --samples at least 0 (got {config.samples})."
-        )
 
 
 def _open(config: MatchConfig) -> _Inputs:

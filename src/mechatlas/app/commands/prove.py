@@ -32,6 +32,7 @@ from mechatlas.app.run_folder import NEURONS, PROOF, PROOF_FILE, CommandResult, 
 from mechatlas.base import RecipeError, WeightsError
 from mechatlas.files import checksum, checksum_file
 from mechatlas.maths.groups import Group
+from mechatlas.ranges import check_ranges
 from mechatlas.tensorfiles import read_array, read_arrays
 
 KIND = PROOF
@@ -62,6 +63,9 @@ class ProveConfig:
     proof must be about that table."""
     reference: bool = False
     """Check with the short verifier in numpy, which is slower and meant to be audited."""
+
+    def __post_init__(self) -> None:
+        check_ranges(self, compute_budget="[0, 1e12]")
 
 
 SOUND: dict[str, str] = {

@@ -13,8 +13,9 @@ from tyro.conf import Positional, arg
 from mechatlas.app.progress import bar
 from mechatlas.app.report.page import report
 from mechatlas.app.run_folder import CommandResult, peak_bytes
-from mechatlas.base import DiskError, RecipeError
+from mechatlas.base import DiskError
 from mechatlas.outputs import writable
+from mechatlas.ranges import COUNT_OR_NONE, check_ranges
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,6 +29,9 @@ class ReportConfig:
     visualize: int = 0
     """Number of features per dictionary of images to visualize by activation maximization, and of
     their parts in a branch."""
+
+    def __post_init__(self) -> None:
+        check_ranges(self, visualize=COUNT_OR_NONE)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,11 +49,8 @@ def run(config: ReportConfig) -> ReportResult:
 
     Raises:
         DiskError: The page cannot be written.
-        RecipeError: `visualize` is negative.
         UserError: The folder holds no runs, or the page cannot be written.
     """
-    if config.visualize < 0:
-        raise RecipeError(f"--visualize must be at least 0 features, got {config.visualize}.")
     clock = time.process_time()
     if config.out.is_dir():
         raise DiskError(

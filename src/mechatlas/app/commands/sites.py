@@ -22,6 +22,7 @@ from mechatlas.activations.sites import list_sites
 from mechatlas.app.recipes import from_dict
 from mechatlas.base import InputError, RecipeError
 from mechatlas.files import read_toml
+from mechatlas.ranges import check_ranges
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,6 +37,9 @@ class SitesConfig:
     """Shape of one sample; only for networks that do not say what they expect."""
     everything: bool = False
     """Also list the modules inside other sites' modules."""
+
+    def __post_init__(self) -> None:
+        check_ranges(self, shape="[1, 1000000]")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

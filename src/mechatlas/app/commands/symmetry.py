@@ -41,6 +41,7 @@ from mechatlas.base import RecipeError
 from mechatlas.files import read_json
 from mechatlas.maths.actions import Rotate
 from mechatlas.maths.groups import Group
+from mechatlas.ranges import COUNT_OR_NONE, RATE, SEED, SHARE, check_ranges
 from mechatlas.tensorfiles import read_table
 
 KIND = SYMMETRY
@@ -77,6 +78,11 @@ class SymmetryConfig(RunConfig):
     frequencies are compared with it."""
     seed: int = 0
     """Seed of the nulls, and of the features drawn for interventions."""
+
+    def __post_init__(self) -> None:
+        check_ranges(
+            self, fdr=RATE, equality_threshold=SHARE, interventions=COUNT_OR_NONE, seed=SEED
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -253,15 +259,11 @@ def _check(config: SymmetryConfig) -> None:
     Raises:
         RecipeError: A number is out of range.
     """
-    if not 0 < config.fdr < 1:
-        raise RecipeError(f"--fdr must lie between 0 and 1, got {config.fdr}.")
     if not SUPPORT_THRESHOLD < config.equality_threshold <= 1:
         raise RecipeError(
             f"--equality-threshold must be above {SUPPORT_THRESHOLD:.4f} and at most 1, got "
             f"{config.equality_threshold}."
         )
-    if config.interventions < 0:
-        raise RecipeError(f"--interventions must be at least 0, got {config.interventions}.")
 
 
 def _describe(

@@ -29,6 +29,8 @@ from mechatlas.dictionaries.revival import AuxK, Resample
 from mechatlas.dictionaries.sparsity import Sparsity, TopK
 from mechatlas.dictionaries.training import train as train_dictionary
 from mechatlas.maths.groups import Group
+from mechatlas.maths.outliers import OUTLIER_NORMS
+from mechatlas.ranges import COUNT, SEED, check_ranges
 
 KIND = DICTIONARY
 
@@ -69,15 +71,25 @@ class TrainConfig(DeviceConfig):
     """Squared error that is minimized, and the limit of its gradient."""
     revival: AuxK | Resample | None = None
     """Revival of dead latents, such as `k = 256` in a table [revival]; by default none."""
+    outlier_norms: float = OUTLIER_NORMS
+    """Median norms beyond which a row is neither trained on nor counted; `inf` keeps all rows."""
     checkpoint_every: int = 1000
     """Steps between two checkpoints. The same command continues a run that was stopped."""
     seed: int = 0
     """Seed of the weights and of the order of batches."""
 
     def __post_init__(self) -> None:
-        for name in ("n_latents", "steps", "batch_size", "lr", "checkpoint_every"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be > 0, got {getattr(self, name)}.")
+        check_ranges(
+            self,
+            n_latents=f"[1, {2**26}]",
+            matryoshka_widths=COUNT,
+            steps=COUNT,
+            batch_size=COUNT,
+            lr="(0, 1000]",
+            outlier_norms="(0, inf]",
+            checkpoint_every=COUNT,
+            seed=SEED,
+        )
         if len(self.writes) == 1 and (self.tied or self.site in (None, *self.writes)):
             raise ValueError(
                 f"A transcoder to {self.writes[0]} needs another site to read, and cannot be tied."
@@ -142,7 +154,7 @@ class TrainResult(CommandResult):
     """Dictionary that was trained, measured on held-out rows."""
 
     fvu: float
-    """Fraction of variance unexplained."""
+    """Fraction of variance unexplained, without outlier rows."""
     l0: float
     """Mean number of active latents of a row."""
     dead_share: float
@@ -161,6 +173,11 @@ class TrainResult(CommandResult):
     """Rows to train on."""
     held_out_rows: int
     """Rows kept apart."""
+    fvu_median: float | None = None
+    """Median over held-out rows of the fraction unexplained of the row's squared distance from
+    the mean."""
+    fvu_with_outliers: float | None = None
+    """Fraction of variance unexplained on all held-out rows, outlier rows included."""
 
 
 def run(config: TrainConfig, folder: RunFolder) -> TrainResult:
@@ -187,6 +204,7 @@ def run(config: TrainConfig, folder: RunFolder) -> TrainResult:
             schedule=config.schedule,
             objective=config.objective,
             revival=config.revival,
+            outlier_norms=config.outlier_norms,
             checkpoint=folder.path / CHECKPOINT,
             checkpoint_every=config.checkpoint_every,
             on_progress=progress,
@@ -216,6 +234,8 @@ def run(config: TrainConfig, folder: RunFolder) -> TrainResult:
         n_latents=config.n_latents,
         rows=rows.n_rows,
         held_out_rows=rows.n_held_out,
+        fvu_median=history.fvu_median[-1],
+        fvu_with_outliers=history.fvu_with_outliers[-1],
     )
 
 
@@ -239,5 +259,7 @@ def _untrained(
 
 def in_words(result: TrainResult) -> str:
     """Quality on held-out rows, and the folder."""
-    quality = f"fvu {result.fvu:.4f}, l0 {result.l0:.1f}, dead {result.dead_share:.1%}"
+    outliers = result.fvu_with_outliers
+    others = f" ({outliers:.4f} with outlier rows)" if outliers not in (None, result.fvu) else ""
+    quality = f"fvu {result.fvu:.4f}{others}, l0 {result.l0:.1f}, dead {result.dead_share:.1%}"
     return f"Held out: {quality}.\nDictionary: {result.out}"

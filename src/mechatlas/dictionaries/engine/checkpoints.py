@@ -29,7 +29,7 @@ def keep(
     """Write a checkpoint over the one before.
 
     Args:
-        folder: Folder of the file.
+        folder: Folder of the file, which is there.
         tensors: Weights, moments and the like, by name.
         settings: Settings that a run can only be continued with.
         progress: Counters.
@@ -40,7 +40,7 @@ def keep(
     state = json.dumps({"settings": settings, "progress": progress})
     copies = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     metadata = {"mechatlas": state, "checksum": checksum_of(copies, state)}
-    write(folder / FILE, safetensors.torch.save(copies, metadata))
+    write(folder / FILE, safetensors.torch.save(copies, metadata), make_folder=False)
 
 
 def continued(

@@ -7,7 +7,7 @@ import numpy as np
 
 from mechatlas.analysis.proofs.verifier import reference
 from mechatlas.analysis.proofs.verifier.compiled_checks import compiled, compiled_form
-from mechatlas.analysis.proofs.verifier.explanation import NOT_TRIED
+from mechatlas.analysis.proofs.verifier.explanation import NOT_TRIED, PATIENCE
 from mechatlas.analysis.proofs.verifier.structures import PairCounts
 
 
@@ -191,6 +191,7 @@ def bound_pairs(table, neurons, lookup, circuits, first, second, out):
     lines = np.empty((4, n), np.float32)
     rest, total, worst, sharper = lines[0], lines[1], lines[2], lines[3]
     used = open_pairs = 0
+    failures = 2 + n // PATIENCE
     for x in range(n):
         i = x % 2
         if not i:
@@ -210,7 +211,7 @@ def bound_pairs(table, neurons, lookup, circuits, first, second, out):
                 failed[count] = y
                 count += 1
         open_pairs += count
-        if x == n // 8 and not pairs_left and open_pairs > (1 - give_up_share / 5) * (x + 1) * n:
+        if x >= n // 8 and not pairs_left and open_pairs > (1 - give_up_share / 5) * (x + 1) * n:
             margins[x + 1 :] = NOT_TRIED
             return PairCounts(used, open_pairs + (n - x - 1) * n, x + 1)
         count = min(count, pairs_left)
@@ -231,6 +232,8 @@ def bound_pairs(table, neurons, lookup, circuits, first, second, out):
         open_pairs -= good
         pairs_left -= count
         if good < give_up_share * count:
+            failures -= 1
+        if failures < 0:
             pairs_left = 0
     return PairCounts(used, open_pairs, n)
 

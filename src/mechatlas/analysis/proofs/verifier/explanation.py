@@ -24,6 +24,9 @@ from mechatlas.base import UserError
 
 NOT_TRIED = -1e30
 """Margin of pairs that a verifier did not look at, because there was no hope."""
+PATIENCE = 16
+"""Divisor of the order n: the second stage ends after failing at more than 2 + n / PATIENCE
+elements x."""
 
 
 class ProofError(UserError):

@@ -26,7 +26,7 @@ network. Choose this module with `mechatlas prove --check PROOF WEIGHTS --refere
 import numpy as np
 from jaxtyping import Float, Float32, Int, Int8
 
-from mechatlas.analysis.proofs.verifier.explanation import NOT_TRIED
+from mechatlas.analysis.proofs.verifier.explanation import NOT_TRIED, PATIENCE
 from mechatlas.analysis.proofs.verifier.structures import (
     AdditiveLosses,
     CircuitTerms,
@@ -411,6 +411,7 @@ def bound_pairs(
     losses, slack, inflate = first.losses, first.slack, first.inflate
     residuals, deviations = np.empty_like(out.residuals), np.empty_like(out.deviations)
     n, pairs_left, used, uncertified = len(table), second.max_pairs, 0, 0
+    failures = 2 + n // PATIENCE  # elements x that may fail, such as damaged rows of weights
     for x in range(n):
         interaction = np.maximum(left[x][:, None] + right, 0) - additive_x[x][:, None] - additive_y
         tables = lookup.rows[lookup.first + lookup.moves[x, lookup.columns]]
@@ -429,7 +430,7 @@ def bound_pairs(
         ys = np.flatnonzero(~(out.margins[x] > error))
         uncertified += len(ys)
         hopeless = uncertified > (1 - second.give_up_share / 5) * (x + 1) * n
-        if x == n // 8 and not pairs_left and hopeless:
+        if x >= n // 8 and not pairs_left and hopeless:
             out.margins[x + 1 :] = NOT_TRIED
             return PairCounts(used, uncertified + (n - x - 1) * n, x + 1)
         ys = ys[:pairs_left]
@@ -443,7 +444,8 @@ def bound_pairs(
         used, pairs_left = used + len(ys), pairs_left - len(ys)
         good = int((sharper > error[ys]).sum())
         uncertified -= good
-        if good < second.give_up_share * len(ys):
+        failures -= good < second.give_up_share * len(ys)
+        if failures < 0:
             pairs_left = 0
     return PairCounts(used, uncertified, n)
 

@@ -249,7 +249,7 @@ class SecondStage(NamedTuple):
     max_pairs: int
     """Number of pairs that the stage may take."""
     give_up_share: float
-    """Share of certified pairs below which the stage ends."""
+    """Share of certified pairs below which the stage has failed at an element x."""
 
 
 class PairBounds(NamedTuple):

@@ -1,0 +1,126 @@
+"""Harness of faults: `python -m tests.faults [--short] [PIECE ...]`.
+
+A piece is one of kills, damage, unfinished, inputs, limits, hostile and fuzz, or of one command
+only, such as `kills:train`. The table of outcomes is printed and written to a file; the exit code
+is 1 if a try ended as it must not.
+"""
+
+import argparse
+import os
+import tempfile
+from pathlib import Path
+
+from tests.faults import damage, fuzz, hostile, kills, limits
+from tests.faults.table import Table
+from tests.faults.world import World, make
+
+SHORT_COMMANDS = {
+    "kills": ("train", "prove"),
+    "damage": ("train", "branches", "report"),
+    "inputs": ("collect",),
+    "unfinished": ("train",),
+    "limits": ("prove",),
+    "hostile": ("branches", "collect"),
+    "fuzz": ("train", "report"),
+}
+"""Commands of the short form; the full one has all."""
+
+
+def run_kills(world: World, command: str, place: Path, table: Table, *, short: bool) -> None:
+    """Kills and signals."""
+    every, n_last, tries = (6, 5, 1) if short else (1, 0, 25)
+    kills.kill_at_points(world, command, place, table, every=every, n_last=n_last)
+    kills.kill_at_random(world, command, place, table, tries=tries)
+    kills.interrupt(world, command, place, table, tries=1 if short else 6)
+
+
+def run_damage(world: World, command: str, place: Path, table: Table, *, short: bool) -> None:
+    """Damage of files that commands wrote."""
+    targets = [t for t in damage.targets(world) if t.command == command]
+    for target in targets[:: 6 if short else 1]:
+        flips = 2 if short else 12 if command == "report" else 30
+        damage.read_damaged(world, target, place, table, flips=flips)
+
+
+def run_inputs(world: World, command: str, place: Path, table: Table, *, short: bool) -> None:
+    """Damage of files that people bring."""
+    targets = [t for t in damage.input_targets(world) if t.command == command]
+    for target in targets[:: 5 if short else 1]:
+        damage.read_damaged(world, target, place, table, flips=2 if short else 50)
+
+
+def run_unfinished(world: World, command: str, place: Path, table: Table, *, short: bool) -> None:
+    """Damage of what a killed run left."""
+    if command == "report":
+        return
+    flips, most = (4, 2) if short else (20, 12)
+    damage.continue_damaged(world, command, place, table, flips=flips, most_files=most)
+
+
+def run_limits(world: World, command: str, place: Path, table: Table, *, short: bool) -> None:
+    """Disks, writers and clocks."""
+    sizes = [1000] if short else [0, 1000, 5000, 30_000, 200_000]
+    limits.full_disk(world, command, place / "limit", table, sizes)
+    limits.full_tmpfs(world, command, place / "disk", table, [4096, 40_960, 102_400][short:])
+    limits.unwritable(world, command, place / "unwritable", table)
+    limits.two_writers(world, command, place / "two", table, tries=1 if short else 8)
+    limits.deleted(world, command, place / "deleted", table, every=9 if short else 2)
+    limits.odd_clock(world, command, place / "odd", table)
+
+
+def run_hostile(world: World, command: str, place: Path, table: Table, *, short: bool) -> None:
+    """Files made to do harm."""
+    hostile.attack_all(world, command, place, table, every=12 if short else 1)
+
+
+def run_fuzz(world: World, command: str, place: Path, table: Table, *, short: bool) -> None:
+    """Odd values in manifests, results and proofs."""
+    fuzz.fuzz_json(world, command, place, table, tries=1 if short else 40)
+    if command == "prove":
+        fuzz.fuzz_proofs(world, place, table, tries=8 if short else 300)
+
+
+PIECES = {
+    "kills": run_kills,
+    "damage": run_damage,
+    "inputs": run_inputs,
+    "unfinished": run_unfinished,
+    "limits": run_limits,
+    "hostile": run_hostile,
+    "fuzz": run_fuzz,
+}
+
+
+def main() -> None:
+    """Run the pieces that are asked for.
+
+    Raises:
+        SystemExit: With 1 if a try ended as it must not.
+    """
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("pieces", nargs="*", default=list(PIECES), metavar="PIECE")
+    parser.add_argument("--short", action="store_true", help="a few tries of each kind")
+    parser.add_argument("--world", type=Path, help="folder of the world, to make or use again")
+    parser.add_argument("--out", type=Path, default=Path("faults.md"), help="file of the table")
+    options = parser.parse_args()
+    out, table = options.out.resolve(), Table()
+    with tempfile.TemporaryDirectory() as temporary:
+        place = Path(temporary)
+        place.chmod(0o755)  # others must be able to try, and fail, to write below
+        world = make(options.world or place / "world")
+        os.chdir(place)
+        for word in options.pieces:
+            piece, _, command = word.partition(":")
+            chosen = SHORT_COMMANDS.get(piece) if options.short else None
+            for each in [command] if command else chosen or [*world.commands, "load"]:
+                if each != "load" or piece == "inputs":
+                    here = place / piece / each
+                    here.mkdir(parents=True, exist_ok=True)
+                    PIECES[piece](world, each, here, table, short=options.short)
+                    table.write(out)
+    print("\n".join(table.lines()))
+    raise SystemExit(1 if table.bad() else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,247 @@
+"""Damage of every kind of file, read by every command that reads it.
+
+A file is flipped, cut, emptied, zeroed, swapped with another, linked, and replaced by a folder or
+a FIFO. Where the file has a checksum, the command must say so or give the same result.
+"""
+
+import contextlib
+import os
+import random
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from tests.faults.child import Ended, contents, run
+from tests.faults.kills import judge, reference
+from tests.faults.table import Table
+from tests.faults.world import RECIPES, RUNS, SITES, World
+
+Damage = Callable[[Path, bytes], object]
+"""Callback that puts something else in the place of a file, given what it held."""
+NO_CHECKSUM = ("silent",)
+"""Outcome that a format without a checksum cannot prevent."""
+
+
+class Target(NamedTuple):
+    """A file, and a command that reads it."""
+
+    file: str
+    words: list[str]
+    allowed: Sequence[str] = ()
+    """Outcomes that its format cannot prevent."""
+
+    @property
+    def command(self) -> str:
+        """Name of the command."""
+        return self.words[0]
+
+
+def damages(size: int, sibling: bytes, *, flips: int, seed: int) -> Iterator[tuple[str, Damage]]:
+    """Ways to damage a file.
+
+    Args:
+        size: Size of the file.
+        sibling: Contents of another file of its kind.
+        flips: Number of bits that are flipped in turn, half of them in the first KiB.
+        seed: Seed of the places.
+    """
+    places = random.Random(seed)
+    for k in range(flips if size else 0):
+        place = places.randrange(min(size, 1024) if k % 2 else size)
+        mask = 1 << places.randrange(8)
+        yield f"bit {mask} of byte {place}", _flip(place, mask)
+    for length in sorted({0, 1, size // 4, size // 2, size - 1} & set(range(size))):
+        yield f"cut to {length}", lambda file, data, n=length: file.write_bytes(data[:n])
+    yield "zeros", lambda file, data: file.write_bytes(bytes(len(data)))
+    yield "deleted", lambda file, data: file.unlink()
+    if sibling:
+        yield "swapped", lambda file, data: file.write_bytes(sibling)
+    yield "dangling link", lambda file, data: _instead(file, lambda: file.symlink_to("nowhere"))
+    yield "circular link", lambda file, data: _instead(file, lambda: file.symlink_to(file.name))
+    yield "folder", lambda file, data: _instead(file, file.mkdir)
+    yield "FIFO", lambda file, data: _instead(file, lambda: os.mkfifo(file))
+
+
+def _flip(place: int, mask: int) -> Damage:
+    def flip(file: Path, data: bytes) -> None:
+        changed = bytearray(data)
+        changed[place] ^= mask
+        file.write_bytes(changed)
+
+    return flip
+
+
+def _instead(file: Path, make: Callable[[], object]) -> None:
+    file.unlink()
+    make()
+
+
+@contextlib.contextmanager
+def damaged(file: Path, damage: Damage) -> Iterator[None]:
+    """Damage a file while the context is open."""
+    data = file.read_bytes()
+    try:
+        damage(file, data)
+        yield
+    finally:
+        if file.is_dir() and not file.is_symlink():
+            shutil.rmtree(file)
+        else:
+            file.unlink(missing_ok=True)
+        file.write_bytes(data)
+
+
+def targets(world: World) -> list[Target]:
+    """Every kind of file of the world, with every command that reads it."""
+    place, words = world.place, world.words
+    a, b = SITES
+    found = [
+        *(Target(f"{folder}/{name}", words(command)) for folder, name, commands in (
+            ("store", f"{a}/train-00000.safetensors", ("train", "match", "branches", "circuit")),
+            ("store", f"{a}/held-00000.safetensors", ("train",)),
+            ("store", "manifest.json", ("train", "match", "branches", "circuit")),
+            ("posed", "mixed3b/train-00000.safetensors", ("symmetry",)),
+            ("posed", "manifest.json", ("symmetry",)),
+            (a, "dictionary.safetensors", ("match", "branches", "circuit")),
+            (a, "manifest.json", ("match", "branches", "circuit")),
+            (b, "dictionary.safetensors", ("match", "circuit")),
+            ("few", "dictionary.safetensors", ("symmetry",)),
+        ) for command in commands),
+        Target("match/matches.parquet", [*words("branches"), "--match", place("match")]),
+        Target("match/manifest.json", [*words("branches"), "--match", place("match")]),
+        Target("symmetry/features.parquet", [*words("symmetry"), "--control", place("symmetry")]),
+        Target("symmetry/result.json", [*words("symmetry"), "--control", place("symmetry")]),
+        Target("proof/proof.safetensors",
+               ["prove", "--check", place("proof"), place("net", "net.safetensors")]),
+        Target("net/net.safetensors",
+               ["prove", "--check", place("proof"), place("net", "net.safetensors")]),
+        Target("net/net.safetensors", words("prove")),
+        Target("net/table.npy", words("prove"), NO_CHECKSUM),
+    ]  # fmt: skip
+    found += [
+        Target(f"{name}/{file.name}", ["report", place(name), "--out", "page.html"])
+        for name in ("store", a, "few", *RUNS.values())
+        for file in sorted((world.root / name).iterdir())
+        if file.is_file()
+    ]
+    return found
+
+
+def input_targets(world: World) -> list[Target]:
+    """Files that people bring, whose formats mostly have no checksum."""
+    place = world.place
+    images = ["collect", place("collect.toml"), "--out", "out", "--samples.crops", "1"]
+    arrays = ["collect", place("arrays.toml"), "--out", "out"]
+    texts = ["collect", place("texts.toml"), "--out", "out"]
+
+    def reading(words: list[str], source: str) -> list[str]:
+        return [*words, "--samples.source", place(source)]
+
+    found = [
+        *(
+            Target(f"images/photo.{ending}", reading(images, "images"))
+            for ending in ("jpg", "png", "gif", "webp")
+        ),
+        Target("photos.zip", reading(images, "photos.zip")),
+        Target("images.npy", reading(images, "images.npy")),
+        *(Target(file, reading(arrays, file)) for file in ("rows.npy", "rows.npz", "packed.npz")),
+        *(Target(file, reading(texts, file)) for file in ("text.txt", "texts.zip")),
+        Target("weights.pt", [*images, "--network.weights", place("weights.pt")]),
+        *(Target(f"{name}.toml", world.words(name)) for name in RECIPES if name in world.commands),
+    ]
+    found += [
+        Target(str(file.relative_to(world.root)), ["load", str(file.parent)])
+        for file in sorted((world.root / "foreign").rglob("*"))
+        if file.is_file()
+    ]
+    return [target._replace(allowed=NO_CHECKSUM) for target in found]
+
+
+def read_damaged(world: World, target: Target, place: Path, table: Table, *, flips: int) -> None:
+    """Damage one file in every way, and run the command that reads it."""
+    file = world.root / target.file
+    whole = run(target.words, place / "whole")
+    expected = (whole.code, _result(whole, place / "whole"))
+    siblings = [p for p in sorted(world.root.rglob(f"*{file.suffix}")) if p.is_file() and p != file]
+    sibling = next((p.read_bytes() for p in siblings if p.name == file.name), b"")
+    for what, damage in damages(file.stat().st_size, sibling, flips=flips, seed=len(target.file)):
+        here = place / "damaged"
+        with damaged(file, damage):
+            ended = run(target.words, here)
+        outcome = _outcome(ended, file, expected, here)
+        table.add(
+            f"damage of {target.file}",
+            target.command,
+            outcome,
+            f"{what}: exit {ended.code}: {ended.message}",
+            allowed=target.allowed,
+        )
+        shutil.rmtree(here)
+    shutil.rmtree(place / "whole")
+
+
+def _result(ended: Ended, here: Path) -> tuple[str, dict[str, bytes]]:
+    return _without_seconds(ended.output), contents(here)
+
+
+def _without_seconds(text: str) -> str:
+    return "\n".join(line for line in text.splitlines() if " s of CPU time" not in line)
+
+
+def _outcome(
+    ended: Ended, file: Path, expected: tuple[int | None, tuple[str, dict[str, bytes]]], here: Path
+) -> str:
+    if ended.code is None:
+        return "hang"
+    if ended.code == 2:
+        names = (str(file), file.name, file.parent.name if file.name == "manifest.json" else "")
+        said = ended.errors.startswith("mechatlas: ") or "mechatlas: " in ended.errors
+        return "named" if said and any(n and n in ended.errors for n in names) else "unnamed"
+    if ended.code == 0 or ended.code == expected[0]:
+        return "same" if (ended.code, _result(ended, here)) == expected else "silent"
+    return "traceback" if ended.code == 1 else "crash"
+
+
+def stop_at(name: str, nth: int = 1) -> Callable[[], None]:
+    """Kill the process when a file of a name is about to be in its place for the nth time."""
+    seen = 0
+
+    def prepare() -> None:
+        replace = os.replace
+
+        def watched(source: str, target: str) -> None:
+            nonlocal seen
+            seen += Path(target).name == name
+            if seen == nth and Path(target).name == name:
+                os._exit(137)
+            replace(source, target)
+
+        os.replace = watched
+
+    return prepare
+
+
+def continue_damaged(
+    world: World, command: str, place: Path, table: Table, *, flips: int, most_files: int = 99
+) -> None:
+    """Damage every file of a run that was killed at its end, and run the command again."""
+    whole = reference(world, command, place)
+    last = ("manifest.json", 4) if command == "collect" else ("recipe.toml", 1)
+    killed = run(world.words(command), place / "killed", stop_at(*last))
+    assert killed.code == 137, killed
+    left = [p for p in sorted((place / "killed").rglob("*")) if p.is_file()]
+    for file in [p for p in left if not p.name.endswith(".tmp")][:most_files]:
+        name = file.relative_to(place / "killed")
+        size = file.stat().st_size
+        for what, damage in damages(size, b"", flips=flips, seed=size):
+            here = place / "again"
+            shutil.copytree(place / "killed", here)
+            damage(here / name, file.read_bytes())
+            ended = run(world.words(command), here)
+            outcome, example = judge(ended, here, whole)
+            if outcome == "refused":
+                outcome = "named" if file.name in ended.errors else "unnamed"
+            table.add(f"damage of unfinished {name}", command, outcome, f"{what}: {example}")
+            shutil.rmtree(here)
+    shutil.rmtree(place / "killed")

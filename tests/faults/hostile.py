@@ -1,0 +1,277 @@
+"""Folders and files made to do harm: none may run code, write outside, or take the memory.
+
+Every attack is on a file of the world, which is set back afterwards.
+"""
+
+import io
+import json
+import os
+import pickle
+import resource
+import shutil
+import struct
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from mechatlas.files import checksum
+from tests.faults.child import run
+from tests.faults.damage import damaged
+from tests.faults.table import Table, outcome_of
+from tests.faults.world import SITES, World
+
+CANARY = "/tmp/mechatlas-canary"
+"""File that is there if the code of an attack ran."""
+SPARE_BYTES = 2 << 30
+"""Address space that a command may take beyond what the warm process has."""
+BOMB_BYTES = 3 << 30
+"""Size that small files claim or inflate to."""
+
+
+class Attack(NamedTuple):
+    """Something in the place of a file."""
+
+    name: str
+    file: str
+    attack: Callable[[Path, bytes], object]
+    commands: tuple[str, ...]
+
+
+class Trap:
+    """Object that runs code where it is unpickled."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Name the code."""
+        return os.system, (f"touch {CANARY}",)
+
+
+def edited(**changes: Any) -> Callable[[Path, bytes], object]:
+    """Attack that sets entries of a JSON file; `a__b` is the entry b of the entry a."""
+
+    def edit(file: Path, data: bytes) -> None:
+        values = json.loads(data)
+        for key, value in changes.items():
+            *parents, last = key.split("__")
+            inner = values
+            for name in parents:
+                inner = inner[name]
+            inner[last] = value(inner.get(last)) if callable(value) else value
+        file.write_text(json.dumps(values))
+
+    return edit
+
+
+def replaced(data: bytes | str) -> Callable[[Path, bytes], object]:
+    """Attack that writes other contents."""
+    content = data.encode() if isinstance(data, str) else data
+    return lambda file, _: file.write_bytes(content)
+
+
+READERS = ("match", "symmetry", "branches", "circuit", "report", "train")
+CALLABLES = (
+    ("os:system", {"command": f"touch {CANARY}"}),
+    ("posix:system", {"command": f"touch {CANARY}"}),
+    ("subprocess:getoutput", {"cmd": f"touch {CANARY}"}),
+    ("builtins:exec", {"source": f"open({CANARY!r}, 'w')"}),
+    ("tests.faults.hostile:trap", {}),
+)
+
+
+def trap() -> None:
+    """Run the code of an attack."""
+    Path(CANARY).touch()
+
+
+def attacks() -> list[Attack]:
+    """All attacks on files of the world."""
+    first = f"store/{SITES[0]}/train-00000.safetensors"
+    found = [
+        Attack(f"a manifest names {name}", f"{store}/manifest.json",
+               edited(recipe__network={"name": name, "arguments": arguments}), READERS)
+        for name, arguments in CALLABLES for store in ("store", "posed")
+    ]  # fmt: skip
+    escape = edited(shards=lambda shards: [[*s[:2], f"../{s[2]}", *s[3:]] for s in shards])
+    found += [
+        Attack("shards outside the store", "store/manifest.json", escape, READERS),
+        Attack("absolute paths of shards", "store/manifest.json",
+               edited(shards=lambda shards: [[*s[:2], "/etc/passwd", *s[3:]] for s in shards]),
+               READERS),
+    ]  # fmt: skip
+    rows = (-5, 10**12, "7", 0, 2.5, None, True)
+    for n in rows:
+        wrong = edited(shards=lambda shards, n=n: [[*s[:3], n, *s[4:]] for s in shards])
+        found.append(Attack(f"{n!r} rows in a shard", "store/manifest.json", wrong, READERS))
+    for file in ("store/manifest.json", f"{SITES[0]}/manifest.json", "match/manifest.json",
+                 "match/result.json", "basis/spectra.json", "proof/neurons.json",
+                 "branches/picture.json", f"{SITES[0]}/history.json"):  # fmt: skip
+        found += [
+            Attack(f"{what} in {file}", file, replaced(text), READERS)
+            for what, text in (
+                ("deep lists", "[" * 100_000 + "]" * 100_000),
+                ("deep objects", '{"a":' * 100_000 + "1" + "}" * 100_000),
+                ("a number of 5,000 digits", '{"schema": ' + "9" * 5000 + "}"),
+                ("a list", "[]"), ("null", "null"), ("NaN", '{"a": NaN}'), ("a lone string", '"a"'),
+                ("an empty object", "{}"), ("bytes that are no text", b"\xff\xfe\x00{}"),
+            )
+        ]  # fmt: skip
+    for dims in ((30_000, 30_000), (184, 10**7), (2**31, 2**31), (0, 0), (-1, 5)):
+        found.append(
+            Attack(f"a dictionary that claims {dims}", f"{SITES[0]}/dictionary.safetensors",
+                   _claim(*dims), ("match", "branches", "circuit", "report"))
+        )  # fmt: skip
+    found += [
+        Attack("a header of 2^60 bytes", first, _long_header, ("train", "match")),
+        Attack("a header of 2^60 bytes", f"{SITES[0]}/dictionary.safetensors", _long_header,
+               ("match", "report")),
+    ]  # fmt: skip
+    return found
+
+
+def _claim(d_in: int, n_latents: int) -> Callable[[Path, bytes], object]:
+    """Attack that changes the sizes in the metadata of a dictionary, and mends its checksum."""
+
+    def claim(file: Path, data: bytes) -> None:
+        length = int.from_bytes(data[:8], "little")
+        header = json.loads(data[8 : 8 + length])
+        settings = json.loads(header["__metadata__"]["mechatlas"])
+        text = json.dumps(settings)
+        for key, value in (("d_in", d_in), ("n_latents", n_latents)):
+            old = _find(settings, key)
+            text = text.replace(f'"{key}": {old}', f'"{key}": {value}')
+        header["__metadata__"]["mechatlas"] = text
+        packed = json.dumps(header).encode()
+        changed = struct.pack("<Q", len(packed)) + packed + data[8 + length :]
+        file.write_bytes(changed)
+        manifest = file.with_name("manifest.json")
+        values = json.loads(manifest.read_text())
+        values["files"][file.name] = checksum(changed)
+        manifest.write_text(json.dumps(values))
+
+    return claim
+
+
+def _find(values: Any, key: str) -> Any:
+    if isinstance(values, dict):
+        if key in values:
+            return values[key]
+        return next((f for v in values.values() if (f := _find(v, key)) is not None), None)
+    return None
+
+
+def _long_header(file: Path, data: bytes) -> None:
+    file.write_bytes(struct.pack("<Q", 2**60) + data[8:])
+
+
+def input_attacks(
+    world: World,
+) -> list[tuple[str, str, Callable[[Path, bytes], object], list[str]]]:
+    """Attacks on files that people bring: name, file, attack, words."""
+    place = world.place
+    images = ["collect", place("collect.toml"), "--out", "out", "--samples.source"]
+    arrays = ["collect", place("arrays.toml"), "--out", "out", "--samples.source"]
+    pickled = pickle.dumps(Trap())
+    weights = ["collect", place("collect.toml"), "--out", "out", "--network.weights"]
+    return [
+        ("a pickle", "weights.pt", replaced(pickled), [*weights, place("weights.pt")]),
+        ("a pickle", "rows.npy", replaced(_pickled_npy()), [*arrays, place("rows.npy")]),
+        ("a pickle", "rows.npz", lambda f, _: f.write_bytes(_archive("rows.npy", _pickled_npy())),
+         [*arrays, place("rows.npz")]),
+        ("a pickle", "net/table.npy", replaced(_pickled_npy()), world.words("prove")),
+        ("a bomb", "photos.zip", lambda f, _: _bomb(f, "a.jpg"), [*images, place("photos.zip")]),
+        ("a bomb", "rows.npz", lambda f, _: _bomb(f, "rows.npy"), [*arrays, place("rows.npz")]),
+        ("a bomb", "texts.zip", lambda f, _: _bomb(f, "a.txt"),
+         ["collect", place("texts.toml"), "--out", "out", "--samples.source", place("texts.zip")]),
+        ("a header of 10^14 numbers", "rows.npy", replaced(_long_npy()),
+         [*arrays, place("rows.npy")]),
+        ("a header of 10^14 numbers", "net/table.npy", replaced(_long_npy()),
+         world.words("prove")),
+        *((what, "train.toml", replaced(text), world.words("train")) for what, text in (
+            ("deep lists", "a = " + "[" * 100_000 + "]" * 100_000),
+            ("a number of 5,000 digits", "steps = " + "9" * 5000),
+            ("a key of 50,000 parts", "a" + ".a" * 50_000 + " = 1"),
+            ("bytes that are no text", b"\xff\xfe"),
+        )),
+    ]  # fmt: skip
+
+
+def _pickled_npy() -> bytes:
+    data = io.BytesIO()
+    np.save(data, np.array([Trap()], object), allow_pickle=True)
+    return data.getvalue()
+
+
+def _archive(name: str, content: bytes) -> bytes:
+    data = io.BytesIO()
+    with zipfile.ZipFile(data, "w") as archive:
+        archive.writestr(name, content)
+    return data.getvalue()
+
+
+def _bomb(file: Path, name: str) -> None:
+    with (
+        zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive,
+        archive.open(name, "w", force_zip64=True) as member,
+    ):
+        for _ in range(BOMB_BYTES >> 24):
+            member.write(bytes(1 << 24))
+
+
+def _long_npy() -> bytes:
+    data = io.BytesIO()
+    np.lib.format.write_array_header_1_0(
+        data, {"descr": "<f4", "fortran_order": False, "shape": (10**7, 10**7)}
+    )
+    return data.getvalue() + bytes(1000)
+
+
+def attack_all(world: World, command: str, place: Path, table: Table, *, every: int = 1) -> None:
+    """Run a command on every hostile file that it reads."""
+    tried: list[tuple[str, str, Callable[[Path, bytes], object], list[str]]] = []
+    for attack in attacks():
+        words = world.words(command)
+        if command == "report":
+            words = ["report", world.place(attack.file.split("/")[0]), "--out", "page.html"]
+        elif attack.file.startswith("posed") != (command == "symmetry"):
+            continue
+        if command in attack.commands:
+            tried.append((attack.name, attack.file, attack.attack, words))
+    tried += [each for each in input_attacks(world) if each[3][0] == command]
+    for name, file, attack, words in tried[::every]:
+        _try(world, name, world.root / file, attack, words, place, table)
+
+
+def _try(
+    world: World,
+    name: str,
+    file: Path,
+    attack: Callable[[Path, bytes], object],
+    words: list[str],
+    place: Path,
+    table: Table,
+) -> None:
+    Path(CANARY).unlink(missing_ok=True)
+    here, beside = place / "here", file.with_name("manifest.json")
+    kept = beside.read_bytes() if beside.is_file() else None
+    with damaged(file, attack):
+        ended = run(words, here, _limit_memory)
+    outside = [p for p in place.iterdir() if p.name != "here"]
+    if kept is not None:
+        beside.write_bytes(kept)
+    outcome = outcome_of(ended.code)
+    example = f"{name}: {words[0]}: exit {ended.code}: {ended.message}"
+    if Path(CANARY).exists() or outside:
+        outcome, example = "harm", f"{example}; ran code or wrote {outside}"
+    if outcome == "named" and str(file) not in ended.errors and file.name not in ended.errors:
+        outcome = "named" if file.parent.name in ended.errors else "unnamed"
+    kind = f"hostile {file.relative_to(world.root)}"
+    table.add(kind, words[0], outcome, example)
+    shutil.rmtree(here, ignore_errors=True)
+
+
+def _limit_memory() -> None:
+    status = Path("/proc/self/status").read_text()
+    size = next(int(line.split()[1]) << 10 for line in status.splitlines() if "VmSize" in line)
+    resource.setrlimit(resource.RLIMIT_AS, (size + SPARE_BYTES, resource.RLIM_INFINITY))

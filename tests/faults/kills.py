@@ -1,0 +1,170 @@
+"""Kills at every crash point and at random moments: the same command must end with the same bytes.
+
+A crash point is a call that changes a folder: a rename, a new folder, a file deleted or flushed.
+"""
+
+import os
+import random
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tests.faults.child import Child, Ended, contents, run
+from tests.faults.table import Table
+from tests.faults.world import World
+
+CALLS = ("replace", "rename", "mkdir", "rmdir", "unlink", "remove", "fsync")
+"""Functions of `os` that are crash points."""
+
+
+class CrashPoints:
+    """Count of the crash points of a process, which dies at one of them.
+
+    Args:
+        deadly: Number of the point at which it dies, before the call where even, else after it;
+            by default none.
+        end: Function that ends the process there.
+    """
+
+    def __init__(self, deadly: int = -1, end: Callable[[], object] | None = None) -> None:
+        self.deadly = deadly
+        self.passed = 0
+        self.end = end or (lambda: os.kill(os.getpid(), signal.SIGKILL))
+
+    def watch(self) -> None:
+        """Go between the process and the system."""
+        for name in CALLS:
+            setattr(os, name, self._watched(getattr(os, name)))
+
+    def _watched(self, call: Callable[..., Any]) -> Callable[..., Any]:
+        def watched(*arguments: Any, **options: Any) -> Any:
+            if not _ours(*arguments, **options):
+                return call(*arguments, **options)
+            self._pass()
+            result = call(*arguments, **options)
+            self._pass()
+            return result
+
+        return watched
+
+    def _pass(self) -> None:
+        self.passed += 1
+        if self.passed == self.deadly + 1:
+            self.end()
+
+
+def _ours(path: Any, *_: Any, **options: Any) -> bool:
+    """Whether a call is on a file of the run: its descriptor, or a path in the current folder."""
+    if isinstance(path, int) or options.get("dir_fd") is not None:
+        return True
+    return os.path.abspath(os.fspath(path)).startswith(os.getcwd())
+
+
+def reference(world: World, command: str, place: Path) -> dict[str, bytes]:
+    """Files of a run that nobody killed."""
+    ended = run(world.words(command), place / "whole")
+    assert ended.code == 0, ended
+    return contents(place / "whole" / "out")
+
+
+def count_points(world: World, command: str, place: Path) -> int:
+    """Number of crash points of a command."""
+    points, file = CrashPoints(), place / "count"
+
+    def counted() -> None:
+        from mechatlas.app.cli import main
+
+        points.watch()
+        main(world.words(command))
+        file.write_text(str(points.passed))
+
+    ended = run(counted, place / "counted")
+    assert ended.code == 0, ended
+    return int(file.read_text())
+
+
+def kill_at_points(
+    world: World, command: str, place: Path, table: Table, *, every: int = 1, n_last: int = 0
+) -> None:
+    """Kill a command before and after each crash point, and run it again.
+
+    Args:
+        world: Inputs.
+        command: Name of the command.
+        place: Folder to work in.
+        table: Where the outcomes are counted.
+        every: One point in so many is tried.
+        n_last: Number of points at the end of which all are tried.
+    """
+    whole, n = reference(world, command, place), count_points(world, command, place)
+    points = [k for k in range(n) if k % every == 0 or k >= n - n_last]
+    for k in points:
+        here = place / f"killed{k}"
+        killed = run(world.words(command), here, CrashPoints(k).watch)
+        outcome, example = _after(killed, world, command, here, whole)
+        table.add("SIGKILL at a crash point", command, outcome, f"point {k} of {n}: {example}")
+        shutil.rmtree(here)
+
+
+def _after(
+    killed: Ended, world: World, command: str, here: Path, whole: dict[str, bytes]
+) -> tuple[str, str]:
+    if killed.code != -signal.SIGKILL:
+        return "crash", f"it was not killed but ended with {killed.code}: {killed.message}"
+    return judge(run(world.words(command), here), here, whole)
+
+
+def judge(again: Ended, here: Path, whole: dict[str, bytes]) -> tuple[str, str]:
+    """Outcome of a command that should have ended like one without a fault."""
+    if again.code == 0:
+        found = contents(here / "out")
+        differing = sorted(k for k in found.keys() | whole.keys() if found.get(k) != whole.get(k))
+        return ("silent", f"{', '.join(differing)} differ") if differing else ("same", "")
+    if again.code is None:
+        return "hang", again.message
+    outcome = {1: "traceback", 2: "refused"}.get(again.code, "crash")
+    return outcome, f"exit {again.code}: {again.message}"
+
+
+def kill_at_random(
+    world: World, command: str, place: Path, table: Table, *, tries: int, seed: int = 0
+) -> None:
+    """Kill a command up to three times at random moments, and run it again."""
+    moments, whole = random.Random(seed), reference(world, command, place)
+    clock = time.monotonic()
+    run(world.words(command), place / "timed")
+    length = time.monotonic() - clock
+    for k in range(tries):
+        here = place / f"random{k}"
+        for _ in range(3):
+            child = Child(world.words(command), here)
+            time.sleep(moments.uniform(0.02, 1.0) * length)
+            child.send(signal.SIGKILL)
+            if child.wait().code == 0:
+                break
+        outcome, example = judge(run(world.words(command), here), here, whole)
+        table.add("SIGKILL at a random moment", command, outcome, example)
+        shutil.rmtree(here)
+
+
+def interrupt(
+    world: World, command: str, place: Path, table: Table, *, tries: int, seed: int = 0
+) -> None:
+    """Interrupt and terminate a command at crash points: it says so, and goes on afterwards."""
+    whole, n = reference(world, command, place), count_points(world, command, place)
+    chosen = random.Random(seed)
+    for signal_, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
+        for k in sorted(chosen.sample(range(n), min(tries, n))):
+            here = place / f"{signal_.name}{k}"
+            points = CrashPoints(k, lambda number=signal_: os.kill(os.getpid(), number))
+            ended = run(world.words(command), here, points.watch)
+            if ended.code != code or "what was finished is kept" not in ended.errors:
+                # Late signals may come when the work has been done.
+                outcome, example = judge(ended, here, whole)
+            else:
+                outcome, example = judge(run(world.words(command), here), here, whole)
+            table.add(f"{signal_.name} at a crash point", command, outcome, f"point {k}: {example}")
+            shutil.rmtree(here)
