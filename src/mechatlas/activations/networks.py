@@ -13,6 +13,7 @@ import contextlib
 import dataclasses
 import difflib
 import importlib
+import inspect
 import itertools
 import os
 import sys
@@ -257,7 +258,21 @@ def run_network(network: nn.Module, inputs: Any) -> Any:
     """
     batch = as_input(network, inputs)
     with running(network, batch):
-        return network(batch)
+        return call_network(network, batch)
+
+
+def call_network(network: nn.Module, inputs: Any) -> Any:
+    """Call a network; a mapping goes to the arguments of its names, where the network has these.
+
+    Args:
+        network: Any module.
+        inputs: Batch as the network takes it.
+    """
+    if isinstance(inputs, Mapping) and set(inputs) <= set(
+        inspect.signature(network.forward).parameters
+    ):
+        return network(**inputs)
+    return network(inputs)
 
 
 def _place(network: nn.Module, error: BaseException) -> str:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.utils.hooks import RemovableHandle
 
+from mechatlas.activations.networks import call_network
 from mechatlas.activations.values import tensor_of, tensors_in
 from mechatlas.base import Site, SiteError, UserError
 
@@ -138,7 +139,7 @@ class _Pass:
                 keep = functools.partial(self._keep, site)
                 hooks.callback(hook_site(self.root, site, keep).remove)
             try:
-                self.root(inputs.clone() if isinstance(inputs, Tensor) else inputs)
+                call_network(self.root, _copied(inputs))
             except _Reached:
                 return
             except UserError:
@@ -227,3 +228,9 @@ def hook_site(network: nn.Module, site: Site, change: Callable[[Any], Any]) -> R
         raise SiteError(f"Site {site} was given no tensor.")
 
     return module.register_forward_pre_hook(change_input, with_kwargs=True)
+
+
+def _copied(inputs: Any) -> Any:
+    if isinstance(inputs, Mapping):
+        return {name: _copied(value) for name, value in inputs.items()}
+    return inputs.clone() if isinstance(inputs, Tensor) else inputs

@@ -79,7 +79,8 @@ def as_site(network: nn.Module, site: Site | str) -> Site:
     parsed = translate(root, Site.parse(text))
     if not _has_module(root, parsed.module):
         names = [name for name, _ in root.named_modules() if name]
-        raise SiteError(_no_such_module(parsed, names))
+        hint = lens_hint(root, parsed.module)
+        raise SiteError(hint or _no_such_module(parsed, names))
     own = {name: value for name, value in given.items() if value not in (None, "output", text)}
     return dataclasses.replace(parsed, **own)
 
@@ -203,7 +204,8 @@ def read_activations(
     Args:
         network: Any module; called as `network(inputs)`.
         inputs: Batch of inputs: a tensor, an array or lists. Floats are brought to the number
-            format of the network.
+            format of the network. A mapping, such as of tokens and their attention mask, goes to
+            the arguments of its names.
         sites: Sites to read, or their written form.
 
     Returns:

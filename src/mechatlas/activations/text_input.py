@@ -100,9 +100,8 @@ class TextInput(nn.Module):
         # What follows a causal model's text is seen by no token of it, so any id will do.
         self.pad = pads if pads is not None or not causal else self.separator or 0
         added = getattr(tokenizer, "added_tokens_decoder", {})
-        self.special_ids = frozenset(tokenizer.all_special_ids) | frozenset(
-            token for token, spelled in added.items() if spelled.special
-        )
+        special = {*tokenizer.all_special_ids, *(i for i, token in added.items() if token.special)}
+        self.special_ids = frozenset(i for i in special if i < vocabulary)
 
     def forward(self, tokens: Int[Tensor, "batch position"]) -> Int[Tensor, "batch position"]:
         """Check tokens, and return them."""

@@ -10,13 +10,15 @@ token ids, alone or in a mapping with an attention mask, and `network.input`, a 
 them from text. Nothing is ever downloaded, and code that lies in a model's folder never runs.
 """
 
+import io
+import sys
 import tempfile
 import zipfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from importlib import metadata, util
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -50,7 +52,7 @@ class _Model(NamedTuple):
 def transformer(
     path: str | Path,
     *,
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
+    dtype: str = "auto",
     device_map: str | None = None,
     attn_implementation: str | None = None,
 ) -> nn.Module:
@@ -59,7 +61,8 @@ def transformer(
     Args:
         path: What `save_pretrained` of the model and its tokenizer wrote (a folder, or a zip of
             it), a `.gguf` file, or the name of an installed package that carries one of these.
-        dtype: Number format of the weights; "auto" is the file's own.
+        dtype: Number format of the weights: "float32", "bfloat16", "float16", or "auto" for the
+            file's own.
         device_map: Devices of the layers, as transformers spreads them ("auto", "cuda:0"); needs
             accelerate. By default all weights are on the CPU.
         attn_implementation: Attention of transformers ("sdpa", "eager"); "eager" is the one that
@@ -190,7 +193,8 @@ def _head(model: _Model) -> str:
 
 
 def _loaded(model: _Model, kind: Any, settings: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
-    with _explained(model.path, "model"):
+    bars = io.StringIO()  # of the reader of GGUF files, which no setting turns off
+    with _explained(model.path, "model"), redirect_stderr(bars if model.gguf else sys.stderr):
         return kind.from_pretrained(
             model.folder,
             **model.options(),

@@ -3,6 +3,7 @@
 mechatlas sites inception_mini
 mechatlas sites squeezenet --weights squeezenet.safetensors
 mechatlas sites my_package.my_module:my_factory --shape 3 32 32
+mechatlas sites models/gpt2
 """
 
 import dataclasses
@@ -18,11 +19,15 @@ from tyro.conf import Positional, arg
 
 from mechatlas.activations import networks
 from mechatlas.activations.networks import Network
-from mechatlas.activations.sites import list_sites
+from mechatlas.activations.site_names import lens_sites
+from mechatlas.activations.sites import SiteInfo, branches_of, list_sites, read_activations
 from mechatlas.app.recipes import from_dict
-from mechatlas.base import InputError, RecipeError
+from mechatlas.base import InputError, RecipeError, Site
 from mechatlas.files import read_toml
 from mechatlas.ranges import check_ranges
+
+MANY = 6
+"""Number of branches of one width above which only the first and the last are printed."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -30,7 +35,8 @@ class SitesConfig:
     """List the sites of a network, with shapes and branches."""
 
     network: Annotated[Positional[str], arg(metavar="NETWORK")]
-    """A bundled name, `package.module:factory`, or a recipe with a [network] table."""
+    """A bundled name, `package.module:factory`, a recipe with a [network] table, or the folder,
+    zip or .gguf file of a language model."""
     weights: Path | None = None
     """File of weights for it."""
     shape: tuple[int, ...] = ()
@@ -48,6 +54,8 @@ class SiteEntry:
 
     site: str
     """Name, as recipes take it."""
+    lens: list[str]
+    """Names in TransformerLens, which recipes take too."""
     kind: str
     """Class of the module."""
     shape: list[int]
@@ -82,30 +90,57 @@ def run(config: SitesConfig) -> SitesResult:
         InputError: The network does not run on such a sample.
         UserError: There is no such network.
     """
-    recipe = Network(name=config.network, weights=config.weights)
-    if config.network.endswith(".toml"):
-        recipe = _network_of(Path(config.network))
-    network = networks.load_network(recipe)
+    network = networks.load_network(_recipe(config))
     inputs = _example(network, config.shape)
     infos = list_sites(network, inputs)
-    branched = [f"{info.site}." for info in infos]
     return SitesResult(
         network=config.network,
         parameters=sum(p.numel() for p in network.parameters()),
         digest=networks.digest(network),
         everything=config.everything,
-        sites=[
-            SiteEntry(
-                site=str(info.site),
-                kind=info.kind,
-                shape=list(info.shape),
-                width=info.width,
-                branches={name: (s.start, s.stop) for name, s in info.branches.items()},
-                hidden=not info.branches and any(str(info.site).startswith(b) for b in branched),
-            )
-            for info in infos
-        ],
+        sites=_entries(network, inputs, infos),
     )
+
+
+def _recipe(config: SitesConfig) -> Network:
+    path = Path(config.network)
+    if path.suffix == ".toml":
+        return _network_of(path)
+    if path.is_dir() or path.suffix in (".gguf", ".zip"):
+        return Network(name="transformer", arguments={"path": config.network})
+    return Network(name=config.network, weights=config.weights)
+
+
+def _entries(network: nn.Module, inputs: torch.Tensor, infos: list[SiteInfo]) -> list[SiteEntry]:
+    """Outputs of modules, and the other sites that TransformerLens has a name for."""
+    names: dict[Site, list[str]] = {}
+    for name, site in lens_sites(network).items():
+        names.setdefault(site, []).append(name)
+    others = [site for site in names if site.take == "input" or site.branch is not None]
+    tensors = read_activations(network, inputs, others) if others else {}
+    outer = [f"{info.site}." for info in infos]
+    entries: list[SiteEntry] = []
+    for info in infos:
+        inside = any(str(info.site).startswith(name) for name in outer)
+        beside = [site for site in others if site.module == info.site.module]
+        before = [site for site in beside if site.take == "input"]
+        after = [site for site in beside if site.take == "output"]
+        for site in (*before, info.site, *after):
+            shape = list(tensors[site].shape[1:]) if site in tensors else list(info.shape)
+            whole = site.branch is None
+            branches = branches_of(network, site.module, site.take) if whole else {}
+            entries.append(
+                SiteEntry(
+                    site=str(site),
+                    lens=names.get(site, []),
+                    kind=info.kind if site == info.site else f"{site.take} of {info.kind}",
+                    shape=shape,
+                    width=info.width if site == info.site else shape[-1],
+                    branches={name: (s.start, s.stop) for name, s in branches.items()},
+                    hidden=inside and site not in names and not branches,
+                )
+            )
+    return entries
 
 
 def _network_of(path: Path) -> Network:
@@ -133,13 +168,24 @@ def in_words(result: SitesResult) -> str:
     """Table of the sites."""
     listed = [entry for entry in result.sites if result.everything or not entry.hidden]
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in ("site", "kind", "shape", "branches (channels)"):
+    columns = ["site", "kind", "shape", "branches (channels)"]
+    named = any(entry.lens for entry in listed)
+    for column in [columns[0], *["in TransformerLens"] * named, *columns[1:]]:
         table.add_column(column, overflow="fold")
     for entry in listed:
-        branches = "  ".join(f"{name} ({b - a})" for name, (a, b) in entry.branches.items())
-        table.add_row(entry.site, entry.kind, " x ".join(map(str, entry.shape)), branches)
+        cells = [entry.site, entry.kind, " x ".join(map(str, entry.shape)), _branches(entry)]
+        table.add_row(cells[0], *[" ".join(entry.lens)] * named, *cells[1:])
     text = io.StringIO()
-    Console(file=text, width=100).print(table)
+    Console(file=text, width=160 if named else 100).print(table)
     n_hidden = len(result.sites) - len(listed)
     more = f"\n{n_hidden} more inside these; --everything lists them." if n_hidden else ""
     return f"{result.network}: {result.parameters:,} parameters\n{text.getvalue().rstrip()}{more}"
+
+
+def _branches(entry: SiteEntry) -> str:
+    """Names and widths of the branches; heads, of one width, as a range."""
+    branches = {name: b - a for name, (a, b) in entry.branches.items()}
+    names = list(branches)
+    if len(names) > MANY and len(set(branches.values())) == 1:
+        return f"{names[0]} .. {names[-1]} ({len(names)} of {branches[names[0]]})"
+    return "  ".join(f"{name} ({width})" for name, width in branches.items())
