@@ -163,7 +163,7 @@ class _Rows:
 def collect(
     network: nn.Module,
     samples: Any,
-    sites: Sequence[Site | str],
+    sites: Sequence[Site | str] | Site | str,
     out: Path | str,
     settings: StoreConfig | None = None,
     *,
@@ -217,7 +217,8 @@ def collect(
     settings, out = settings or StoreConfig(), Path(out)
     samples = open_samples(samples, network, memory_mib=settings.memory_mib)
     device = as_device(device)
-    chosen = [as_site(network, site) for site in sites]
+    given = [sites] if isinstance(sites, str | Site) else sites
+    chosen = [as_site(network, site) for site in given]
     with on_device(network, device):
         index, first = _first_batch(samples, settings)
         first = as_input(network, first.to(device))

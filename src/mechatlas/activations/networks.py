@@ -213,6 +213,8 @@ def as_input(network: nn.Module, inputs: Any) -> Any:
         inputs = torch.from_numpy(np.array(array, kept, order="C"))
         inputs = inputs.to("cpu" if parameter is None else parameter.device)
         wanted = wanted or torch.float32
+    if inputs.layout != torch.strided:
+        raise InputError("The batch of inputs is a sparse tensor. Pass .to_dense() of it.")
     if inputs.is_floating_point() and wanted is not None and inputs.dtype != wanted:
         return inputs.to(wanted)
     return inputs

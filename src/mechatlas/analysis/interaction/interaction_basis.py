@@ -25,6 +25,7 @@ from jaxtyping import Float, Int
 from torch import nn
 
 from mechatlas import deprecated
+from mechatlas.activations.networks import as_input
 from mechatlas.activations.passes import evaluation_mode
 from mechatlas.activations.sites import as_site
 from mechatlas.analysis.interaction import bases
@@ -146,6 +147,7 @@ def basis(
     if len(layers) < 2:
         raise SiteError(f"Name at least two layers, got {len(layers)}: {list(map(str, layers))}.")
     inputs = Inputs.from_data(data)
+    inputs = dataclasses.replace(inputs, tensor=as_input(model, inputs.tensor))
     sites = [as_site(model, site) for site in layers]
     if checkpoints is None:
         checkpoints = {}
