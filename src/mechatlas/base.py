@@ -38,6 +38,10 @@ class NonFiniteError(UserError):
     """NaN or infinity; the message says where."""
 
 
+class TrustError(UserError):
+    """Code that a folder names and the user has not named."""
+
+
 class WeightsError(UserError):
     """Weights that are damaged, or do not fit their network or dictionary."""
 

@@ -369,7 +369,8 @@ def write_manifest(path: Path, values: dict[str, Any], *, make_folder: bool = Tr
     Raises:
         DiskError: As `write`.
     """
-    write_json(path, {**values, SEAL: _seal(values)}, make_folder=make_folder)
+    others = {key: value for key, value in values.items() if key != SEAL}
+    write_json(path, {**others, SEAL: _seal(values)}, make_folder=make_folder)
 
 
 def _seal(values: dict[str, Any]) -> str:

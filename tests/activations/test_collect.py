@@ -243,8 +243,10 @@ def test_a_network_that_gives_nan_is_refused_with_site_sample_and_channel(tmp_pa
     np.save(tmp_path / "x.npy", pixels)
     network = sick()
     samples = open_samples(Images(source=str(tmp_path / "x.npy"), side=9), network)
-    with pytest.raises(NonFiniteError, match="gave nan at site scale, sample image 13, channel 0"):
-        collect(network, samples, [Site("scale")], tmp_path / "store")
+    with pytest.raises(
+        NonFiniteError, match="gave nan at site scale@bchw, sample image 13, channel 0"
+    ):
+        collect(network, samples, ["scale@bchw"], tmp_path / "store")
 
 
 def test_unreadable_images_are_refused_or_skipped_and_counted(tmp_path):

@@ -22,6 +22,7 @@ from mechatlas.app.commands.collect import CollectConfig
 from mechatlas.app.commands.train import TrainConfig
 from mechatlas.app.inputs import open_network
 from mechatlas.app.old_runs import KEYS
+from mechatlas.app.recipes import TrustConfig
 from mechatlas.app.report.chapters import circuits
 from mechatlas.app.report.runs import find_runs
 from mechatlas.app.run_folder import execute
@@ -106,7 +107,7 @@ def test_a_run_of_version_0_1_is_still_drawn(folder, tmp_path):
 
 def test_the_verb_gives_what_the_command_gives(folder):
     store = Store(folder / "store")
-    network, samples = open_network(store)
+    network, samples = open_network(store, TrustConfig())
     numbers = store.samples("train", 256), store.samples("held", 128)
     known, unseen = (samples.stack([samples.read(int(i)) for i in n]) for n in numbers)
     found = ma.circuit(

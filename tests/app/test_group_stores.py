@@ -21,7 +21,7 @@ from mechatlas.app.commands import symmetry
 from mechatlas.app.commands.collect import CollectConfig
 from mechatlas.app.commands.symmetry import SymmetryConfig
 from mechatlas.app.commands.train import TrainConfig
-from mechatlas.app.recipes import from_dict
+from mechatlas.app.recipes import TrustConfig, from_dict
 from mechatlas.app.report.chapters import features
 from mechatlas.app.report.runs import find_runs
 from mechatlas.app.run_folder import execute
@@ -128,7 +128,7 @@ def test_the_page_has_cards_of_group_crosscoders_and_says_why_not_of_pose_tied_o
     folder = store.parent
     trained(store, folder / "untied", n_latents=24, sparsity=TopK(k=3))
     trained(store, folder / "tied", n_latents=24, sparsity=TopK(k=4), pose_tied=True)
-    chapter = features.chapter(find_runs(folder), no_progress)
+    chapter = features.chapter(find_runs(folder, trust=TrustConfig(trust=True)), no_progress)
     assert chapter is not None
     (cards,) = chapter.data["dictionaries"]
     assert (cards["run"], cards["n"], cards["problems"]) == ("untied", 24, [])
@@ -218,7 +218,7 @@ def test_shifts_and_scales_are_collected_and_told(action, name, closes, store, t
             )
     save(Autoencoder(d_in=6, n_latents=12, sparsity=TopK(k=2)), tmp_path / "d")
     config = SymmetryConfig(
-        dictionary=tmp_path / "d", store=tmp_path / "store", out=tmp_path / "found"
+        trust=True, dictionary=tmp_path / "d", store=tmp_path / "store", out=tmp_path / "found"
     )
     result = execute(config)
     text = symmetry.in_words(result)

@@ -172,6 +172,7 @@ def paired(tmp_path_factory):
 
 def test_with_a_store_the_network_runs_on_what_a_match_writes(paired, tmp_path):
     recipe = MatchConfig(
+        trust=True,
         dictionaries=(paired / "first", paired / "mixed"),
         out=tmp_path / "out", cost="codes", store=paired / "store", samples=6,
     )  # fmt: skip
@@ -197,6 +198,7 @@ def test_with_a_store_the_network_runs_on_what_a_match_writes(paired, tmp_path):
 
 def test_where_the_network_cannot_be_run_the_match_stands_and_says_why(paired, tmp_path):
     recipe = MatchConfig(
+        trust=True,
         dictionaries=(paired / "mixed", paired / "first"),
         out=tmp_path / "out", cost="codes", store=paired / "store", samples=6,
     )  # fmt: skip

@@ -57,6 +57,20 @@ def test_a_module_is_found_beside_the_recipe_and_in_the_current_folder(here, cap
     assert sys.path == path
 
 
+def test_nothing_else_is_imported_from_the_folder_of_data(here, capsys):
+    (here / "not_installed_anywhere.py").write_text("open('ran', 'w')")
+    code = (
+        "import mechatlas.app.commands.sites as s\n"
+        "def run(config):\n import not_installed_anywhere\n"
+        "s.run = run\n"
+        "from mechatlas.app.cli import main\n"
+        "main(['sites', 'inception_mini'])"
+    )
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, check=False)
+    assert b"No module named 'not_installed_anywhere'" in done.stderr
+    assert not (here / "ran").exists()
+
+
 def test_modules_of_one_name_beside_two_recipes_are_two_modules(here, capsys):
     for folder, width in (("a", 5), ("b", 7)):
         recipe = write(here / folder, "same_name", width=width)

@@ -12,6 +12,7 @@ import pytest
 from mechatlas.activations.store import Store
 from mechatlas.analysis.branches.specialization import plain_shares
 from mechatlas.analysis.examples import feature_statistics
+from mechatlas.app.recipes import TrustConfig
 from mechatlas.app.report import paintings
 from mechatlas.app.report.atoms import flat_map, neighbors
 from mechatlas.app.report.chapter import Chapter, as_json, render
@@ -54,7 +55,7 @@ def folder(tmp_path_factory):
 def page(folder, tmp_path_factory):
     steps = []
     out = tmp_path_factory.mktemp("out") / "atlas.html"
-    written = report(folder, out, on_progress=lambda *step: steps.append(step))
+    written = report(folder, out, trust=True, on_progress=lambda *step: steps.append(step))
     assert written == out
     assert steps == sorted(steps)
     assert steps[-1][0] == steps[-1][1]
@@ -154,7 +155,7 @@ def test_a_page_is_small(page):
 
 
 def test_the_same_runs_give_the_same_page(folder, page, tmp_path):
-    assert report(folder, tmp_path / "again.html").read_text() == page
+    assert report(folder, tmp_path / "again.html", trust=True).read_text() == page
 
 
 def test_one_broken_run_does_not_cost_the_page(folder, tmp_path):
@@ -164,7 +165,7 @@ def test_one_broken_run_does_not_cost_the_page(folder, tmp_path):
     (broken / "lost").mkdir()
     manifest = {"schema": 1, "kind": "dictionary", "site": "mixed", "store": "gone"}
     (broken / "lost" / "manifest.json").write_text(json.dumps(manifest))
-    text = report(broken, tmp_path / "page.html").read_text()
+    text = report(broken, tmp_path / "page.html", trust=True).read_text()
     assert "There is no dictionary at" in text
     assert 'data-array="features/0/heat"' in text
 
@@ -291,7 +292,9 @@ def test_many_large_pictures_are_made_smaller(monkeypatch):
 
 def test_the_page_draws_as_many_features_as_asked(folder, monkeypatch):
     monkeypatch.setattr(paintings, "STEPS", 2)
-    made = features.chapter(find_runs(folder, visualize=3), no_progress)
+    made = features.chapter(
+        find_runs(folder, visualize=3, trust=TrustConfig(trust=True)), no_progress
+    )
     assert made is not None
     for number, one in enumerate(made.data["dictionaries"]):
         whole = [name for name in one["painted"] if "/" not in name]

@@ -22,7 +22,7 @@ DRIVER = "GL Driver Message"  # of software rendering; says nothing of the page
 @pytest.fixture(scope="module")
 def page(tmp_path_factory):
     folder = pictures_and_words(tmp_path_factory.mktemp("page") / "runs")
-    return report(folder, folder.parent / "atlas.html").as_uri()
+    return report(folder, folder.parent / "atlas.html", trust=True).as_uri()
 
 
 @pytest.fixture(scope="module")

@@ -57,7 +57,7 @@ def world(tmp_path_factory):
 
 
 def classify(dictionary, store, out, **options):
-    config = SymmetryConfig(dictionary=dictionary, store=store, out=out, **options)
+    config = SymmetryConfig(dictionary=dictionary, store=store, out=out, trust=True, **options)
     result = execute(config)
     return result, symmetry.in_words(result)
 

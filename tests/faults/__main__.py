@@ -1,8 +1,8 @@
 """Harness of faults: `python -m tests.faults [--short] [PIECE ...]`.
 
-A piece is one of kills, damage, unfinished, inputs, limits, hostile and fuzz, or of one command
-only, such as `kills:train`. The table of outcomes is printed and written to a file; the exit code
-is 1 if a try ended as it must not.
+A piece is one of kills, damage, unfinished, inputs, limits, hostile, fuzz and memory, or of one
+command only, such as `kills:train`. The table of outcomes is printed and written to a file; the
+exit code is 1 if a try ended as it must not.
 """
 
 import argparse
@@ -10,7 +10,7 @@ import os
 import tempfile
 from pathlib import Path
 
-from tests.faults import damage, fuzz, hostile, kills, limits
+from tests.faults import damage, fuzz, hostile, kills, limits, memory
 from tests.faults.table import Table
 from tests.faults.world import World, make
 
@@ -37,7 +37,7 @@ def run_kills(world: World, command: str, place: Path, table: Table, *, short: b
 def run_damage(world: World, command: str, place: Path, table: Table, *, short: bool) -> None:
     """Damage of files that commands wrote."""
     targets = [t for t in damage.targets(world) if t.command == command]
-    for target in targets[:: 6 if short else 1]:
+    for target in targets[:: 9 if short else 1]:
         flips = 2 if short else 12 if command == "report" else 30
         damage.read_damaged(world, target, place, table, flips=flips)
 
@@ -45,7 +45,7 @@ def run_damage(world: World, command: str, place: Path, table: Table, *, short: 
 def run_inputs(world: World, command: str, place: Path, table: Table, *, short: bool) -> None:
     """Damage of files that people bring."""
     targets = [t for t in damage.input_targets(world) if t.command == command]
-    for target in targets[:: 5 if short else 1]:
+    for target in targets[:: 7 if short else 1]:
         damage.read_damaged(world, target, place, table, flips=2 if short else 50)
 
 
@@ -70,7 +70,7 @@ def run_limits(world: World, command: str, place: Path, table: Table, *, short: 
 
 def run_hostile(world: World, command: str, place: Path, table: Table, *, short: bool) -> None:
     """Files made to do harm."""
-    hostile.attack_all(world, command, place, table, every=12 if short else 1)
+    hostile.attack_all(world, command, place, table, every=16 if short else 1)
 
 
 def run_fuzz(world: World, command: str, place: Path, table: Table, *, short: bool) -> None:
@@ -78,6 +78,13 @@ def run_fuzz(world: World, command: str, place: Path, table: Table, *, short: bo
     fuzz.fuzz_json(world, command, place, table, tries=1 if short else 40)
     if command == "prove":
         fuzz.fuzz_proofs(world, place, table, tries=8 if short else 300)
+
+
+def run_memory(world: World, command: str, place: Path, table: Table, *, short: bool) -> None:
+    """Ceilings of memory; not in the short form."""
+    del world
+    if command == "collect" and not short:
+        memory.keep_ceilings(place, table)
 
 
 PIECES = {
@@ -88,6 +95,7 @@ PIECES = {
     "limits": run_limits,
     "hostile": run_hostile,
     "fuzz": run_fuzz,
+    "memory": run_memory,
 }
 
 

@@ -52,7 +52,6 @@ class Child:
         words: Words of the command line; a function is called instead.
         here: Folder in which it runs.
         prepare: Callback before the command.
-        measured: Whether its memory is measured.
     """
 
     def __init__(
@@ -60,14 +59,9 @@ class Child:
         words: Sequence[str] | Callable[[], object],
         here: Path,
         prepare: Prepare | None = None,
-        *,
-        measured: bool = False,
     ) -> None:
         here.mkdir(parents=True, exist_ok=True)
         self._files = [tempfile.TemporaryFile() for _ in range(2)]  # noqa: SIM115
-        self.measured = measured
-        self.peak_bytes = 0
-        """Largest resident memory without the pages of mapped files."""
         self.pid: int = os.fork()
         if self.pid == 0:
             _run(words, here, prepare, [file.fileno() for file in self._files])
@@ -84,8 +78,6 @@ class Child:
         limit, worked = time.monotonic() + seconds, 0.0
         while (found := os.waitpid(self.pid, os.WNOHANG)) == (0, 0):
             time.sleep(0.005)
-            if self.measured:
-                self.peak_bytes = max(self.peak_bytes, _anonymous_bytes(self.pid))
             if time.monotonic() > limit:
                 now = _cpu_seconds(self.pid)
                 if worked < now < seconds:  # slow only because the machine is busy
@@ -166,15 +158,6 @@ def _cpu_seconds(pid: int) -> float:
     except OSError:
         return 0.0
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-
-def _anonymous_bytes(pid: int) -> int:
-    try:
-        status = Path(f"/proc/{pid}/status").read_text()
-    except OSError:
-        return 0
-    found = re.search(r"RssAnon:\s+(\d+) kB", status)
-    return int(found[1]) << 10 if found else 0
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -12,9 +12,10 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
-from mechatlas.files import checksum
+from mechatlas.files import MANIFEST
 from tests.faults.child import run
 from tests.faults.damage import damaged
+from tests.faults.hostile import forge, rewrite
 from tests.faults.table import Table, outcome_of
 from tests.faults.world import RUNS, SITES, World
 
@@ -76,10 +77,11 @@ def _fuzz_one(
               phases=[Phase.generate], suppress_health_check=[HealthCheck.too_slow])  # fmt: skip
     @given(st.sampled_from(paths), st.sampled_from([*NASTY, KeyError]))
     def attempt(path: tuple[Any, ...], new: Any) -> None:
-        text = json.dumps(changed(values, path, new))
-        here = place / "here"
-        with damaged(file, lambda f, _: f.write_text(text)):
+        here, beside = place / "here", file.with_name(MANIFEST)
+        kept = beside.read_bytes()
+        with damaged(file, lambda f, _: rewrite(f, changed(values, path, new))):
             ended = run(words, here)
+        beside.write_bytes(kept)
         shutil.rmtree(here)
         outcome = outcome_of(ended.code)
         example = f"{path} = {new!r}: exit {ended.code}: {ended.message}"
@@ -113,9 +115,7 @@ def fuzz_proofs(world: World, place: Path, table: Table, *, tries: int) -> None:
 
         def write(path: Path, _: bytes) -> None:
             save_file(other, path, metadata=header)
-            facts = json.loads(kept)
-            facts["files"][path.name] = checksum(path.read_bytes())
-            manifest.write_text(json.dumps(facts))
+            forge(path)
 
         with damaged(file, write):
             ended = run(words, place / "here")

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mechatlas.files import checksum
+from mechatlas.files import MANIFEST, SEAL, checksum, write_manifest
 from tests.faults.child import run
 from tests.faults.damage import damaged
 from tests.faults.table import Table, outcome_of
@@ -59,15 +59,38 @@ def edited(**changes: Any) -> Callable[[Path, bytes], object]:
             for name in parents:
                 inner = inner[name]
             inner[last] = value(inner.get(last)) if callable(value) else value
-        file.write_text(json.dumps(values))
+        rewrite(file, values)
 
     return edit
+
+
+def rewrite(file: Path, values: Any) -> None:
+    """Write other JSON, with all checksums right again, as whoever means harm would."""
+    if file.name == MANIFEST:
+        write_manifest(file, {key: values[key] for key in values if key != SEAL})
+        return
+    file.write_text(json.dumps(values))
+    forge(file)
+
+
+def forge(file: Path) -> None:
+    """State the checksum that a file has now in the manifest beside it."""
+    manifest = file.with_name(MANIFEST)
+    facts = json.loads(manifest.read_text())
+    facts.get("files", {})[file.name] = checksum(file.read_bytes())
+    rewrite(manifest, facts)
 
 
 def replaced(data: bytes | str) -> Callable[[Path, bytes], object]:
     """Attack that writes other contents."""
     content = data.encode() if isinstance(data, str) else data
-    return lambda file, _: file.write_bytes(content)
+
+    def replace(file: Path, _: bytes) -> None:
+        file.write_bytes(content)
+        if file.name != MANIFEST and file.with_name(MANIFEST).is_file():
+            forge(file)
+
+    return replace
 
 
 READERS = ("match", "symmetry", "branches", "circuit", "report", "train")
@@ -145,10 +168,7 @@ def _claim(d_in: int, n_latents: int) -> Callable[[Path, bytes], object]:
         packed = json.dumps(header).encode()
         changed = struct.pack("<Q", len(packed)) + packed + data[8 + length :]
         file.write_bytes(changed)
-        manifest = file.with_name("manifest.json")
-        values = json.loads(manifest.read_text())
-        values["files"][file.name] = checksum(changed)
-        manifest.write_text(json.dumps(values))
+        forge(file)
 
     return claim
 

@@ -133,7 +133,7 @@ def small_rounds() -> None:
         return [
             collect.Round(each.split, samples)
             for each in rounds(*arguments)
-            for samples in np.array_split(each.samples, 2)
+            for samples in np.array_split(each.samples, min(2, len(each.samples)))
         ]
 
     collect._plan = split
@@ -144,6 +144,16 @@ def plain() -> nn.Module:
     """Network on vectors of eight numbers."""
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 3))
+
+
+WIDE = 1 << 16
+"""Width of rows of which a few thousand are a gibibyte."""
+
+
+def wide() -> nn.Module:
+    """Network on wide rows."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(WIDE, 8), nn.ReLU())
 
 
 ARRAYS = """
@@ -165,6 +175,11 @@ context = 20
 [storage.positions]
 per_sample = 5
 """
+FOREIGN = (
+    "saelens6_topk", "dictionary_learning_topk", "gemma_scope_one", "gemma_scope_two",
+    "sparsify_topk",
+)  # fmt: skip
+"""Dictionaries that other libraries wrote."""
 RECIPES = {"collect": COLLECT, "posed": POSED, "basis": BASIS, "train": TRAIN, "group": GROUP,
            "arrays": ARRAYS, "texts": TEXTS}  # fmt: skip
 
@@ -194,9 +209,8 @@ def write_inputs(root: Path) -> None:
     weights = load_network(Network(name="inception_mini")).state_dict()
     torch.save(weights, root / "weights.pt")
     golden = Path(__file__).parents[1] / "golden"
-    for folder in golden.iterdir():
-        if folder.is_dir():
-            shutil.copytree(folder, root / "foreign" / folder.name, dirs_exist_ok=True)
+    for name in FOREIGN:
+        shutil.copytree(golden / name, root / "foreign" / name)
 
 
 def make(root: Path) -> World:

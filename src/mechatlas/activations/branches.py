@@ -5,10 +5,12 @@ select        slice of the channels that a site reads
 """
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import Any, Literal
 
-from torch import nn
+import numpy as np
+from torch import Tensor, nn
 
+from mechatlas.activations.layouts import Channels
 from mechatlas.activations.site_names import joined, named_heads
 from mechatlas.base import Site, SiteError
 
@@ -22,13 +24,13 @@ INPUT_PROJECTIONS = {"query", "key", "value"} | {
 
 def branches_of(
     network: nn.Module, module_name: str, take: Literal["output", "input"] = "output"
-) -> dict[str, slice]:
-    """Find the named channel slices of a module's output or input.
+) -> dict[str, Channels]:
+    """Find the named channels of a module's output or input.
 
-    A module names the branches of its output in an attribute `branches`, a dict of name to slice.
-    The heads of an attention module are `head0`, `head1`, ... wherever they lie side by side:
-    in the output of the module if nothing inside mixes them, in the input of the layer that
-    mixes them, and in the queries, keys and values.
+    A module names the branches of its output in an attribute `branches`: a dict of name to slice,
+    to numbers of channels, or to one bool a channel. The heads of an attention module are `head0`,
+    `head1`, ... wherever they lie side by side: in the output of the module if nothing inside
+    mixes them, in the input of the layer that mixes them, and in the queries, keys and values.
 
     Args:
         network: Network that has the module.
@@ -37,9 +39,9 @@ def branches_of(
     """
     branches = getattr(network.get_submodule(module_name), "branches", None)
     if isinstance(branches, Mapping) and not isinstance(branches, nn.Module):
-        return dict(branches) if take == "output" else {}
+        return {n: as_channels(c) for n, c in branches.items()} if take == "output" else {}
     if take == "output" and (named := named_heads(network, module_name)):
-        return named
+        return dict(named)
     n_heads, width = _heads(network, module_name, take)
     return {f"head{i}": slice(i * width, (i + 1) * width) for i in range(n_heads)}
 
@@ -77,8 +79,29 @@ def _first(module: object, *names: str) -> int | None:
     return next((value for value in values if isinstance(value, int)), None)
 
 
-def select(network: nn.Module, site: Site) -> slice:
-    """Find the slice of channels that a site reads.
+def as_channels(value: Any) -> Channels:
+    """Convert a slice, numbers of channels or one bool a channel."""
+    if isinstance(value, slice):
+        return value
+    numbers = np.asarray(value.tolist() if isinstance(value, Tensor) else list(value))
+    numbers = np.flatnonzero(numbers) if numbers.dtype == bool else numbers
+    return [int(number) for number in numbers]
+
+
+def ends_of(branches: Mapping[str, Channels], width: int) -> dict[str, tuple[int, int]]:
+    """First channel of each branch and the one after its last; scattered branches are left out."""
+    numbers = {
+        name: list(range(width)[c]) if isinstance(c, slice) else c for name, c in branches.items()
+    }
+    return {
+        name: (at[0], at[-1] + 1)
+        for name, at in numbers.items()
+        if at and at == list(range(at[0], at[-1] + 1))
+    }
+
+
+def select(network: nn.Module, site: Site) -> Channels:
+    """Find the channels that a site reads.
 
     Raises:
         SiteError: The module has no branch of the site's name.

@@ -27,7 +27,8 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 
 from mechatlas.activations import networks
-from mechatlas.activations.branches import branches_of
+from mechatlas.activations.branches import branches_of, ends_of
+from mechatlas.activations.layouts import Layout, layouts_of
 from mechatlas.activations.networks import as_input
 from mechatlas.activations.outlier_rows import outliers_of_sites
 from mechatlas.activations.passes import on_device
@@ -50,7 +51,7 @@ from mechatlas.activations.positions import (
 )
 from mechatlas.activations.row_checks import naming, refuse_non_finite, refuse_unreadable
 from mechatlas.activations.samples import Samples, open_samples
-from mechatlas.activations.sites import as_site, channels_last, grid_of, read_activations
+from mechatlas.activations.sites import as_site, read_activations
 from mechatlas.activations.store import Store, shard_file, write_shard
 from mechatlas.activations.store_manifest import DTYPES, SCHEMA, Shard, SiteShape, Split
 from mechatlas.activations.unfinished import (
@@ -223,11 +224,14 @@ def collect(
         index, first = _first_batch(samples, settings)
         first = as_input(network, first.to(device))
         with torch.inference_mode(), naming(samples, [index]):
+            layouts = layouts_of(network, first, chosen)
             activations = read_activations(network, first, chosen)
             for site, activation in activations.items():
-                refuse_unreadable(activation, site, len(first))
+                refuse_unreadable(layouts[site].rows(activation), site, len(first))
         poses = None if group is None else _poses(network, first, activations, settings, group)
-        shapes = {site: _shape(network, site, a, poses) for site, a in activations.items()}
+        shapes = {
+            site: _shape(network, site, layouts[site], a, poses) for site, a in activations.items()
+        }
         collection = _Collection(network, samples, chosen, shapes, settings, device, poses, out)
         collection = _resolved(collection, index, first)
         settings = collection.settings
@@ -301,21 +305,27 @@ def _poses(
     refuse_lawless(action, first)
     places = {site: places_of(action, network, site, first) for site in activations}
     if settings.paired:
-        places = paired_places(places, {site: grid_of(a) for site, a in activations.items()})
+        layouts = layouts_of(network, first, list(activations))
+        grids = {site: layouts[site].grid(a) for site, a in activations.items()}
+        places = paired_places(places, grids)
     on_device = {site: Places(*(t.to(first.device) for t in p)) for site, p in places.items()}
     return _Poses(action, on_device)
 
 
 def _shape(
-    network: nn.Module, site: Site, activation: Shaped[Tensor, "1 ..."], poses: _Poses | None
+    network: nn.Module,
+    site: Site,
+    layout: Layout,
+    activation: Shaped[Tensor, "..."],
+    poses: _Poses | None,
 ) -> SiteShape:
     branches = {} if site.branch else branches_of(network, site.module, site.take)
-    ranges = {name: (s.start, s.stop) for name, s in branches.items()}
-    width = channels_last(activation).shape[-1]
+    width, grid = layout.width(activation), layout.grid(activation)
+    ranges = ends_of(branches, width)
     if poses is None:
-        return SiteShape(width, grid_of(activation), ranges)
+        return SiteShape(width, grid, ranges)
     n_places = len(poses.places[site].kept)
-    return SiteShape(width * poses.action.group.order, grid_of(activation), ranges, n_places)
+    return SiteShape(width * poses.action.group.order, grid, ranges, n_places)
 
 
 def _resolved(collection: _Collection, index: int, first: Any) -> _Collection:

@@ -17,7 +17,9 @@ import inspect
 import itertools
 import os
 import sys
+import types
 from collections.abc import Callable, Iterator, Mapping
+from contextvars import ContextVar
 from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
@@ -41,6 +43,7 @@ BUNDLED = {
     "transformer": f"{ARCHITECTURES}.language:transformer",
 }
 """Networks that a recipe can name without a module path."""
+_FOLDERS: ContextVar[tuple[Path, ...]] = ContextVar("_FOLDERS", default=())
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -56,7 +59,7 @@ class Network:
 
 
 def load_network(recipe: Network) -> nn.Module:
-    """Call the factory that a recipe names.
+    """Call the factory that a recipe names: a class of `nn.Module`, or a function of the module.
 
     A module of the user's own is imported from where Python finds it, else from the current folder;
     commands also look beside the recipe.
@@ -78,7 +81,7 @@ def load_network(recipe: Network) -> nn.Module:
     if recipe.weights is not None:
         arguments["weights"] = recipe.weights
     try:
-        with importing_from(Path.cwd()):
+        with _importable(recipe.name):
             network = _factory(recipe.name)(**arguments)
     except UserError:
         raise
@@ -96,12 +99,27 @@ def load_network(recipe: Network) -> nn.Module:
 
 
 @contextlib.contextmanager
-def importing_from(*folders: Path) -> Iterator[None]:
-    """Let modules be imported from some folders too, after all others that Python knows.
+def looking_in(*folders: Path) -> Iterator[None]:
+    """Look for the modules of named networks in some folders too, as in that of a recipe.
 
     Args:
-        folders: Folders with modules, such as that of a recipe.
+        folders: Folders with modules.
     """
+    token = _FOLDERS.set(folders)
+    try:
+        yield
+    finally:
+        _FOLDERS.reset(token)
+
+
+@contextlib.contextmanager
+def _importable(name: str) -> Iterator[None]:
+    """Let Python import a network's module from the folders, after all others that it knows.
+
+    Only while a network is loaded that the user has named: nothing else that a command imports may
+    come from a folder of data.
+    """
+    folders = () if name in BUNDLED else (*_FOLDERS.get(), Path.cwd())
     added = [str(folder) for folder in folders if str(folder) not in sys.path]
     sys.path.extend(added)
     importlib.invalidate_caches()
@@ -152,7 +170,17 @@ def _factory(name: str) -> Callable[..., Any]:
     factory = getattr(module, attribute, None)
     if not callable(factory):
         raise UserError(f"Network {name!r}: module {module_name!r} has no function {attribute!r}.")
-    return factory
+    if isinstance(factory, type) and issubclass(factory, nn.Module):
+        return factory
+    function = inspect.unwrap(factory)
+    home = str(getattr(function, "__module__", ""))
+    within = home == module_name or home.startswith(f"{module_name}.")
+    if isinstance(function, types.FunctionType) and within:
+        return factory
+    raise UserError(
+        f"Network {name!r} was not called: it is neither a class of torch.nn.Module nor a function "
+        f"defined in {module_name!r} ({type(factory).__name__} of {home or 'no module'})."
+    )
 
 
 def load_weights(
@@ -270,11 +298,17 @@ def call_network(network: nn.Module, inputs: Any) -> Any:
         network: Any module.
         inputs: Batch as the network takes it.
     """
+    args, kwargs = arguments_of(network, inputs)
+    return network(*args, **kwargs)
+
+
+def arguments_of(network: nn.Module, inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments with which `call_network` calls a network, in order and by name."""
     if isinstance(inputs, Mapping) and set(inputs) <= set(
         inspect.signature(network.forward).parameters
     ):
-        return network(**inputs)
-    return network(inputs)
+        return (), dict(inputs)
+    return (inputs,), {}
 
 
 def _place(network: nn.Module, error: BaseException) -> str:

@@ -9,6 +9,7 @@ unwrapped         network inside a wrapper of torch
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -93,16 +94,26 @@ def counted() -> Iterator[None]:
         yield
 
 
+_aside: ContextVar[bool] = ContextVar("aside", default=False)
+
+
+def is_aside() -> bool:
+    """Whether a pass runs that the user did not ask for, in which no hook of a site acts."""
+    return _aside.get()
+
+
 @contextmanager
 def unobserved(network: nn.Module) -> Iterator[None]:
     """Leave no trace of a pass that the user did not ask for: random state, mode and buffers."""
     buffers = [(buffer, buffer.clone()) for buffer in network.buffers()]
     devices = {b.device for b in network.parameters() if b.device.type == "cuda"}
     with counted(), torch.no_grad(), evaluation_mode(network), eager():
+        token = _aside.set(True)
         try:
             with torch.random.fork_rng(devices=list(devices)):
                 yield
         finally:
+            _aside.reset(token)
             for buffer, before in buffers:
                 if not torch.equal(buffer, before):
                     buffer.copy_(before)

@@ -21,10 +21,11 @@ import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 
+from mechatlas.activations.layouts import layouts_of
 from mechatlas.activations.networks import as_input
 from mechatlas.activations.receptive import ReceptiveField, receptive_field
 from mechatlas.activations.row_checks import refuse_other_grid, refuse_unreadable
-from mechatlas.activations.sites import channels_last, grid_of, read_activations
+from mechatlas.activations.sites import read_activations
 from mechatlas.base import InputError, Site, UserError
 from mechatlas.maths.actions import (
     REACH,
@@ -193,7 +194,8 @@ def places_of(
     """
     with torch.inference_mode():
         activation = read_activations(network, inputs, [site])[site]
-    grid, side = grid_of(activation), inputs.shape[-1]
+    layout = layouts_of(network, inputs, [site])[site]
+    grid, side = layout.grid(activation), inputs.shape[-1]
     if not action.moves_places:
         every = np.arange(grid[0] * grid[1])
         return _places(
@@ -203,7 +205,7 @@ def places_of(
         tokens = grid_points(1, grid[0])
         moved = np.stack([action.moved(g, tokens, side) for g in range(action.group.order)])
         return _places(np.arange(grid[0]), moved[..., ::-1], grid)
-    if activation.ndim != 4:
+    if len(layout.positions) != 2:
         if action.masks:
             raise InputError(
                 f"Every unit of {site} sees the whole image, also outside its inscribed circle; "
@@ -291,7 +293,8 @@ def _better_side(
         try:
             with torch.inference_mode():
                 plain = torch.full((1, channels, other, other), 0.5)
-                grid = grid_of(read_activations(network, plain, [site])[site])
+                layout = layouts_of(network, plain, [site])[site]
+                grid = layout.grid(read_activations(network, plain, [site])[site])
             if isinstance(_kept_places(action, field, grid, other), str):
                 continue
             measured = receptive_field(network, site, other, channels)
@@ -355,10 +358,11 @@ def read_pose(
         InputError: The network does not run, or its maps have another size or batch axis.
     """
     posed = as_input(network, inputs if action is None else action(element, inputs))
+    layouts = layouts_of(network, posed, sites)
     maps = read_activations(network, posed, sites)
+    rows = {site: layouts[site].rows(activation) for site, activation in maps.items()}
     for site, activation in maps.items():
-        refuse_unreadable(activation, site, len(inputs))
+        refuse_unreadable(rows[site], site, len(inputs))
         if grids is not None:
-            refuse_other_grid(grid_of(activation), grids[site], site)
-    rows = {site: channels_last(activation) for site, activation in maps.items()}
+            refuse_other_grid(layouts[site].grid(activation), grids[site], site)
     return {site: r.reshape(len(inputs), -1, r.shape[-1]) for site, r in rows.items()}

@@ -69,7 +69,9 @@ class Positions:
     """Ids of further tokens whose rows are left out."""
 
     def __post_init__(self) -> None:
-        check_ranges(self, per_sample=COUNT, skip_first=COUNT_OR_NONE, seed=SEED)
+        check_ranges(
+            self, per_sample=COUNT, skip_first=COUNT_OR_NONE, skip_tokens=COUNT_OR_NONE, seed=SEED
+        )
 
     def resolved(self, *, tokens: bool, causal: bool) -> "Positions":
         """Fill in what depends on the samples and the network.

@@ -18,9 +18,11 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 from torch._C._functorch import is_functorch_wrapped_tensor
+from torch.utils._pytree import tree_map_only
 from torch.utils.hooks import RemovableHandle
 
 from mechatlas.activations.networks import call_network
+from mechatlas.activations.passes import is_aside
 from mechatlas.activations.values import tensor_of, tensors_in
 from mechatlas.base import Site, SiteError, UserError
 
@@ -139,7 +141,7 @@ class _Pass:
                 keep = functools.partial(self._keep, site)
                 hooks.callback(hook_site(self.root, site, keep).remove)
             try:
-                call_network(self.root, _copied(inputs))
+                call_network(self.root, tree_map_only(Tensor, torch.clone, inputs))
             except _Reached:
                 return
             except UserError:
@@ -195,13 +197,16 @@ def never_called(sites: Sequence[Site], n_calls: Mapping[Site, int]) -> str:
     return f"The network ran without calling the module of: {names}."
 
 
-def hook_site(network: nn.Module, site: Site, change: Callable[[Any], Any]) -> RemovableHandle:
+def hook_site(
+    network: nn.Module, site: Site, change: Callable[[Any], Any], *, aside: bool = False
+) -> RemovableHandle:
     """Pass everything that the module of a site returns, or is given, through a function.
 
     Args:
         network: Network, without wrappers.
         site: Site; its call, axes and branch are left out of account.
         change: Function from what is passed on to what is passed on instead.
+        aside: Whether for passes that the user did not ask for, or for all others.
 
     Raises:
         SiteError: The module is scripted, and calls no hooks.
@@ -213,11 +218,15 @@ def hook_site(network: nn.Module, site: Site, change: Callable[[Any], Any]) -> R
             "or edited; give the network that it was made from."
         )
     if site.take == "output":
-        return module.register_forward_hook(lambda _module, _args, output: change(output))
+        return module.register_forward_hook(
+            lambda _module, _args, output: change(output) if is_aside() == aside else output
+        )
 
     def change_input(
         _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Any, dict[str, Any]]:
+        if is_aside() != aside:
+            return args, kwargs
         # The activation is the first argument with a tensor; some networks pass all by keyword.
         for i, value in enumerate(args):
             if next(tensors_in(value), None) is not None:
@@ -228,9 +237,3 @@ def hook_site(network: nn.Module, site: Site, change: Callable[[Any], Any]) -> R
         raise SiteError(f"Site {site} was given no tensor.")
 
     return module.register_forward_pre_hook(change_input, with_kwargs=True)
-
-
-def _copied(inputs: Any) -> Any:
-    if isinstance(inputs, Mapping):
-        return {name: _copied(value) for name, value in inputs.items()}
-    return inputs.clone() if isinstance(inputs, Tensor) else inputs

@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 
+from mechatlas.activations.layouts import layouts_of
 from mechatlas.activations.sites import intervene, read_activations
 from mechatlas.base import Site, SiteError
 
@@ -142,10 +143,10 @@ def _sees(
     with torch.inference_mode(), torch.backends.cudnn.flags(enabled=False):
         for piece in one_hot.split(max(1, PIXELS_AT_ONCE // (sides[0] * sides[1]))):
             where = piece[:, None, :, None] if axis == 0 else piece[:, None, None, :]
-            activation = _with_nan(network, site, plain, where)
-            if activation.ndim != 4:
+            rows = _with_nan(network, site, plain, where)
+            if rows.ndim != 4:
                 return None
-            parts.append(activation.isnan().any(dim=1).any(dim=2 - axis))
+            parts.append(rows.isnan().any(dim=-1).any(dim=2 - axis))
     return torch.cat(parts).T.cpu().numpy()
 
 
@@ -155,7 +156,8 @@ def _with_nan(
     plain: Float[Tensor, "1 channel h w"],
     where: Bool[Tensor, "batch 1 _h _w"],
 ) -> Shaped[Tensor, "batch ..."]:
-    """Activations at a site for inputs with NaN at some pixels."""
+    """Activations (batch, positions, channel) at a site for inputs with NaN at some pixels."""
+    layout = layouts_of(network, plain, [site])[site]
 
     def put(x: Tensor) -> Tensor:
         return x.masked_fill(where, torch.nan)
@@ -163,7 +165,8 @@ def _with_nan(
     inputs = plain.expand(len(where), -1, -1, -1)
     guard = dict(network.named_children()).get("input")
     with intervene(network, {Site("input"): put}) if guard is not None else nullcontext():
-        return read_activations(network, inputs if guard is not None else put(inputs), [site])[site]
+        given = inputs if guard is not None else put(inputs)
+        return layout.rows(read_activations(network, given, [site])[site])
 
 
 def _fit(sees: Bool[np.ndarray, "position pixel"]) -> ReceptiveField | None:

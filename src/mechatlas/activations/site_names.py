@@ -379,10 +379,12 @@ def named_heads(network: nn.Module, module_name: str) -> dict[str, slice]:
     return {place: slice(i * width, (i + 1) * width) for i, place in enumerate(places)}
 
 
-def joined(branches: Mapping[str, slice], name: str) -> slice | None:
+def joined(branches: Mapping[str, slice | list[int]], name: str) -> slice | list[int] | None:
     """Slice of a branch, or of all branches `name.*` where these lie side by side."""
     if name in branches:
         return branches[name]
     inner = [part for branch, part in branches.items() if branch.startswith(f"{name}.")]
-    beside = all(a.stop == b.start for a, b in itertools.pairwise(inner))
-    return slice(inner[0].start, inner[-1].stop) if inner and beside else None
+    parts = [part for part in inner if isinstance(part, slice)]
+    beside = all(a.stop == b.start for a, b in itertools.pairwise(parts))
+    fits = parts and parts == inner and beside
+    return slice(parts[0].start, parts[-1].stop) if fits else None

@@ -8,30 +8,40 @@
     branches_of         named channel slices of a site
 
 A branch is a slice of channels that a module names in its `branches` attribute, one of
-its submodules, or a head of an attention module. Channels are axis 1 of a map
-(batch, channel, h, w) and the last axis of everything else.
+its submodules, or a head of an attention module. Which axis holds the channels is known or asked
+for, never guessed (`layouts.py`).
 """
 
 import dataclasses
 import difflib
 import functools
+import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, TypeVar
 
-import torch
 from jaxtyping import Shaped
 from torch import Tensor, nn
 
+from mechatlas.activations.axes import stamped_axis
 from mechatlas.activations.branches import branches_of, no_such_branch, select
-from mechatlas.activations.networks import as_input, run_network, running
+from mechatlas.activations.layouts import (
+    Channels,
+    Layout,
+    channel_axis,
+    find_layouts,
+    layouts_of,
+    sample_shape,
+    unknown_axis,
+)
+from mechatlas.activations.networks import as_input, running
 from mechatlas.activations.passes import (
     counted,
     eager,
     evaluation_mode,
-    unobserved,
+    is_aside,
     unwrapped,
 )
 from mechatlas.activations.reading import hook_site, never_called, several_calls, tensors_at
@@ -41,7 +51,7 @@ from mechatlas.activations.site_names import (
     lens_hint,
     translate,
 )
-from mechatlas.activations.values import replace_tensor, tensor_of, tensors_in
+from mechatlas.activations.values import replace_tensor, tensor_of
 from mechatlas.base import Site, SiteError
 
 Edit = Callable[[Tensor], Tensor]
@@ -60,9 +70,12 @@ class SiteInfo:
     shape: tuple[int, ...]
     """Shape of the activations of one sample, without the batch axis."""
     width: int
-    """Number of channels."""
-    branches: dict[str, slice]
-    """Named slices of the channels."""
+    """Number of channels; 0 where it is not known which axis holds them."""
+    branches: dict[str, Channels]
+    """Named slices of the channels, or numbers of channels."""
+    axes: str | None = None
+    """Meaning of each axis, the batch included, as in the written form of a site; `None` where it
+    is not known."""
 
 
 def as_site(network: nn.Module, site: Site | str) -> Site:
@@ -163,36 +176,6 @@ def _no_such_module(site: Site, names: list[str]) -> str:
     )
 
 
-def channels_last(activation: Shaped[Tensor, "..."]) -> Shaped[Tensor, "..."]:
-    """Move the channels to the last axis (a view)."""
-    return activation.movedim(1, -1) if activation.ndim == 4 else activation
-
-
-def cut_branch(
-    network: nn.Module, site: Site, activation: Shaped[Tensor, "..."]
-) -> Shaped[Tensor, "..."]:
-    """Cut activations of a whole module to the channels of a site's branch (a view).
-
-    Args:
-        network: Network that has the site.
-        site: Site, with or without a branch.
-        activation: Activations of the whole module.
-    """
-    return _cut(activation, select(network, site))
-
-
-def _cut(activation: Shaped[Tensor, "..."], channels: slice) -> Shaped[Tensor, "..."]:
-    axis = 1 if activation.ndim == 4 else activation.ndim - 1
-    start, stop, _ = channels.indices(activation.shape[axis])
-    return activation.narrow(axis, start, stop - start)
-
-
-def grid_of(activation: Shaped[Tensor, "batch ..."]) -> tuple[int, int]:
-    """Height and width of a map; (tokens, 1) for sequences, (1, 1) for plain vectors."""
-    sides = (*channels_last(activation).shape[1:-1], 1, 1)
-    return sides[0], sides[1]
-
-
 def read_activations(
     network: nn.Module, inputs: Any, sites: Sequence[AnySite]
 ) -> dict[AnySite, Shaped[Tensor, "..."]]:
@@ -236,8 +219,22 @@ def read_activations(
         stack.enter_context(running(network, batch, f" to read {', '.join(map(str, sites[:3]))}"))
         tensors = tensors_at(root, batch, list(dict.fromkeys(whole.values())))
         return {
-            given: cut_branch(root, site, tensors[whole[site]]) for given, site in wanted.items()
+            given: tensors[site]
+            if site.branch is None
+            else _branch_layout(root, site, tensors[whole[site]], batch).cut(
+                tensors[whole[site]], select(root, site)
+            )
+            for given, site in wanted.items()
         }
+
+
+def _branch_layout(root: nn.Module, site: Site, whole: Tensor, batch: Any) -> Layout:
+    """Layout by which a branch is cut; only its channels are sure to be right."""
+    if site.axes is None and site.take == "output":
+        axis = stamped_axis(root.get_submodule(site.module), whole.ndim)
+        if axis is not None:
+            return Layout.of_channel(axis, whole.ndim)
+    return layouts_of(root, batch, [site])[site]
 
 
 @contextmanager
@@ -275,7 +272,7 @@ def intervene(
     interventions = _Interventions(root, edits)
     with ExitStack() as hooks:
         hooks.enter_context(eager())
-        hooks.callback(root.register_forward_pre_hook(interventions.start).remove)
+        hooks.callback(root.register_forward_pre_hook(interventions.start, with_kwargs=True).remove)
         for site in interventions.edits:
             change = functools.partial(interventions.change, site)
             hooks.callback(hook_site(root, site, change).remove)
@@ -304,15 +301,24 @@ class _Interventions:
             if site in self.edits:
                 raise SiteError(f"There are two edits at {site}; give one.")
             self.edits[site] = edit
+        self.root = root
         self.channels = {site: select(root, site) for site in self.edits}
+        self.axes: dict[Site, int | None] = {}
         self.n_calls: Counter[Site] = Counter()
         self.inside = self.is_called = False
         self.applied: set[Site] = set()
 
-    def start(self, _module: nn.Module, _args: Any) -> None:
-        """Begin to count calls."""
+    def start(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Begin to count calls, and find the channels of branches."""
+        if is_aside():
+            return
         self.n_calls.clear()
         self.inside = self.is_called = True
+        for site in self.edits:
+            module = self.root.get_submodule(site.module)
+            stamped = site.take == "output" and stamped_axis(module, 4) is not None
+            if site.branch and not (site.axes or stamped or site in self.axes):
+                self.axes[site] = channel_axis(self.root, args, kwargs, site)
 
     def end(self, _module: nn.Module, _args: Any, _output: Any) -> None:
         """Refuse a pass in which some edit took no effect.
@@ -320,6 +326,8 @@ class _Interventions:
         Raises:
             SiteError: The module of a site was not called, or not often enough.
         """
+        if is_aside():
+            return
         self.inside = False
         missed = [site for site in self.edits if self.n_calls[site] < (site.call or 1)]
         if missed:
@@ -349,7 +357,8 @@ class _Interventions:
     def _edited(self, site: Site, tensor: Tensor) -> Tensor:
         # The network may use the same tensor elsewhere, and write into what it is given.
         whole, channels = tensor.clone(), self.channels[site]
-        part = whole if site.branch is None else _cut(whole, channels)
+        layout = self._layout(site, tensor) if site.branch else None
+        part = layout.cut(whole, channels) if layout else whole
         new: object = self.edits[site](part)
         if not isinstance(new, Tensor) or new.is_floating_point() != tensor.is_floating_point():
             kind = new.dtype if isinstance(new, Tensor) else type(new).__name__
@@ -362,11 +371,17 @@ class _Interventions:
         if new is whole:
             return whole
         new = new.to(tensor)
-        if site.branch is None:
-            return new.clone()
-        axis = 1 if tensor.ndim == 4 else tensor.ndim - 1
-        index = torch.arange(tensor.shape[axis], device=tensor.device)[channels]
-        return tensor.index_copy(axis, index, new)
+        return layout.replaced(tensor, channels, new) if layout else new.clone()
+
+    def _layout(self, site: Site, tensor: Tensor) -> Layout:
+        if site.axes is not None:
+            return Layout(site.axes)
+        axis = self.axes.get(site)
+        if site not in self.axes:
+            axis = stamped_axis(self.root.get_submodule(site.module), tensor.ndim)
+        if axis is None:
+            raise SiteError(unknown_axis(site, tensor.shape, "which axis holds the channels"))
+        return Layout.of_channel(axis, tensor.ndim)
 
 
 def list_sites(network: nn.Module, inputs: Any) -> list[SiteInfo]:
@@ -381,29 +396,21 @@ def list_sites(network: nn.Module, inputs: Any) -> list[SiteInfo]:
         {'0': ('Linear', 8), '1': ('ReLU', 8), '2': ('Linear', 2)}
     """
     root = unwrapped(network)
-    names = {module: name for name, module in root.named_modules() if name}
-    shapes: dict[str, list[tuple[int, ...]]] = {}
-
-    def note(module: nn.Module, _args: Any, output: Any) -> None:
-        first = next((t for t in tensors_in(output) if t.is_floating_point()), None)
-        if first is not None and first.ndim > 1:
-            shapes.setdefault(names[module], []).append(tuple(first.shape[1:]))
-
-    with ExitStack() as hooks:
-        hooks.enter_context(unobserved(network))
-        for module in names:
-            if not isinstance(module, torch.jit.ScriptModule):
-                hooks.callback(module.register_forward_hook(note).remove)
-        batch = as_input(network, inputs)
-        run_network(root, batch.clone() if isinstance(batch, Tensor) else batch)
+    found = find_layouts(root, as_input(network, inputs))
+    names = [name for name, _ in root.named_modules()]
     return [
-        SiteInfo(
-            site=Site(name, call=number + 1 if len(shapes[name]) > 1 else None),
-            kind=type(root.get_submodule(name)).__name__,
-            shape=shape,
-            width=shape[0 if len(shape) == 3 else -1],
-            branches=branches_of(root, name),
-        )
-        for name in names.values()
-        for number, shape in enumerate(shapes.get(name, ()))
+        _info(root, site, *found[site])
+        for site in sorted(found, key=lambda site: (names.index(site.module), site.call or 0))
     ]
+
+
+def _info(root: nn.Module, site: Site, layout: Layout | str, shape: tuple[int, ...]) -> SiteInfo:
+    known = isinstance(layout, Layout)
+    return SiteInfo(
+        site=site,
+        kind=type(root.get_submodule(site.module)).__name__,
+        shape=sample_shape(layout, shape) if known else shape[1:],
+        width=math.prod(shape[i] for i in layout.channels) if known else 0,
+        branches=branches_of(root, site.module),
+        axes=layout.axes if known else None,
+    )

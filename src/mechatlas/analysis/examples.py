@@ -17,9 +17,10 @@ import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
 
+from mechatlas.activations.layouts import layouts_of
 from mechatlas.activations.receptive import ReceptiveField
 from mechatlas.activations.samples import Samples
-from mechatlas.activations.sites import channels_last, read_activations
+from mechatlas.activations.sites import read_activations
 from mechatlas.activations.store import StoreRows
 from mechatlas.base import Dictionary, InputError, Progress, Result, Site, no_progress
 
@@ -316,7 +317,7 @@ def examples(
         chunk = needed[done : done + _samples_at_once(dictionary, grid)]
         raw = [samples.read(int(i)) for i in chunk]
         inputs = samples.stack(raw)
-        activation = channels_last(_read(network, inputs, site))
+        activation = _read(network, inputs, site)
         if window is None or filled is None:
             window = _window(activation, inputs, field, smallest_crop, context)
             filled = _Maps(statistics, window)
@@ -331,7 +332,9 @@ def examples(
 
 def _read(network: nn.Module, inputs: Tensor, site: Site) -> Tensor:
     device = next((p.device for p in network.parameters()), torch.device("cpu"))
-    return read_activations(network, inputs.to(device), [site])[site]
+    inputs = inputs.to(device)
+    layout = layouts_of(network, inputs, [site])[site]
+    return layout.rows(read_activations(network, inputs, [site])[site])
 
 
 def _samples_at_once(dictionary: Dictionary, grid: tuple[int, int] | None) -> int:

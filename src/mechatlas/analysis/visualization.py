@@ -26,7 +26,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from mechatlas.activations.sites import channels_last, read_activations
+from mechatlas.activations.layouts import layouts_of
+from mechatlas.activations.sites import read_activations
 from mechatlas.base import InputError, Site
 
 COLORS = ((0.26, 0.09, 0.02), (0.27, 0.00, -0.05), (0.27, -0.09, 0.03))
@@ -190,12 +191,13 @@ def center_pre_activations(
         InputError: The site is not a map, or not as wide as the directions.
     """
     activations = read_activations(network, images, [site])[site]
-    if activations.ndim != 4 or activations.shape[1] != directions.shape[1]:
+    layout = layouts_of(network, images, [site])[site]
+    if len(layout.positions) != 2 or layout.width(activations) != directions.shape[1]:
         raise InputError(
             f"Site {site} has activations of shape {tuple(activations.shape[1:])}; images need "
             f"a map of {directions.shape[1]} channels, as wide as the directions."
         )
-    rows = channels_last(activations)
+    rows = layout.rows(activations)
     center = rows[:, rows.shape[1] // 2, rows.shape[2] // 2]
     return (center * directions).sum(dim=1)
 

@@ -15,10 +15,10 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from mechatlas.activations.store import Store, StoreRows
-from mechatlas.app.inputs import open_dictionary
+from mechatlas.app.inputs import checksum_of, open_dictionary, refuse_other_network
 from mechatlas.app.run_folder import MATCHES, MATCHING, RunFolder
 from mechatlas.base import DiskError, InputError, RecipeError, StoreError
-from mechatlas.files import MANIFEST, checksum_file, read_manifest
+from mechatlas.files import MANIFEST, Fields, checksum_file, read_manifest
 from mechatlas.tensorfiles import read_table
 
 
@@ -69,6 +69,7 @@ def open_site(path: Path, site: str | None, store: Store, folder: RunFolder) -> 
         StoreError: The store misses the site, or the site has no branches, or another width.
     """
     opened = open_dictionary(path, site=site)
+    refuse_other_network(opened, store)
     name, dictionary = opened.site_in(store), opened.dictionary
     rows = store.rows(name)
     if rows.d_in != rows.shape.width:
@@ -152,20 +153,26 @@ def open_matches(
         folder: Folder that notes the checksums of the matching and the neighbors.
 
     Raises:
-        DiskError: The folder holds no matching.
-        RecipeError: It does not have the dictionary, or compared channels with channels.
+        DiskError: The folder holds no finished matching.
+        RecipeError: It does not have the dictionary, compared channels with channels, or a
+            dictionary has changed since.
     """
     manifest = read_manifest(match / MANIFEST)
-    if manifest.get("kind") != MATCHING:
-        raise DiskError(f"{match} is no matching. Name the folder that `mechatlas match` wrote.")
-    cost = manifest["settings"]["cost"]
+    if manifest.get("kind") != MATCHING or not manifest.get("complete", True):
+        raise DiskError(
+            f"{match} is no finished matching. Name the folder that `mechatlas match` wrote."
+        )
+    fields = Fields(match / MANIFEST, manifest)
+    cost, listed = fields.part("settings").text("cost"), manifest.get("dictionaries")
+    if not isinstance(listed, list) or not all(isinstance(path, str) for path in listed):
+        raise fields.wrong("dictionaries", "a list of paths")
     if cost != "codes":
         raise RecipeError(
             f"{match} was matched with --cost {cost}, which compares channel with channel "
             "and so puts partners into the same branch by itself. Match with --cost codes and a "
             "paired store."
         )
-    paths, own = [Path(path) for path in manifest["dictionaries"]], dictionary.resolve()
+    paths, own = [Path(path) for path in listed], dictionary.resolve()
     if own not in paths:
         raise RecipeError(
             f"{match} does not match {dictionary}. It has {', '.join(map(str, paths))}."
@@ -176,6 +183,9 @@ def open_matches(
     for number in range(len(paths) - 1):
         two = paths[number], paths[number + 1]
         if own in two:
+            for path in two:
+                if checksum_of(path) not in manifest.get("parents", {}).values():
+                    raise RecipeError(f"{path} has changed since {match} was made. Match again.")
             mine = columns["pair"] == number
             a, b = (None if p == own else open_site(p, None, store, folder) for p in two)
             pairs = (columns[name][mine] for name in ("latent_a", "latent_b", "matched"))

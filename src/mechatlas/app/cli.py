@@ -32,6 +32,7 @@ COMMANDS = (
     "circuit",
     "prove",
     "report",
+    "verify",
 )
 FROM_RECIPES = ("collect", "train", "basis")
 """Commands whose settings are too many for a command line alone."""
@@ -124,12 +125,12 @@ def _answer(name: str, words: list[str], *, as_json: bool) -> None:
     Raises:
         SystemExit: 2 for a user's mistake.
     """
-    from mechatlas.activations.networks import importing_from  # with torch
+    from mechatlas.activations.networks import looking_in  # with torch
     from mechatlas.base import UserError
 
     recipe = [Path(words[0]).resolve().parent] if words and words[0].endswith(".toml") else []
     try:
-        with importing_from(*recipe, Path.cwd()):
+        with looking_in(*recipe):
             print(run(name, words, as_json=as_json))
     except UserError as error:
         fail(str(error))
@@ -144,6 +145,7 @@ def run(name: str, words: list[str], *, as_json: bool) -> str:
         as_json: Whether to describe it as a JSON object instead of in words.
 
     Raises:
+        SystemExit: 2, after printing, if the command found that something is damaged.
         UserError: The input is bad, or the folder holds something else.
     """
     from mechatlas.app.run_folder import as_plain, execute
@@ -152,10 +154,13 @@ def run(name: str, words: list[str], *, as_json: bool) -> str:
     module = "group_net" if name == "train" and _names_group(words) else name
     command = importlib.import_module(f"mechatlas.app.commands.{module}")
     result = execute(configure(command, name, words))
-    if not as_json:
-        return command.in_words(result)
-    values = as_plain(result)
-    return json.dumps({key: values[key] for key in values if key != "out" or values[key]})
+    values = as_plain(result) if as_json else {}
+    shown = {key: values[key] for key in values if key != "out" or values[key]}
+    text = json.dumps(shown) if as_json else command.in_words(result)
+    if hasattr(command, "failed") and command.failed(result):
+        print(text)
+        raise SystemExit(2)
+    return text
 
 
 def configure(command: Any, name: str, words: list[str]) -> Any:

@@ -3,26 +3,29 @@
 open_dictionary     a folder or file -> the dictionary and the site that it reads
 open_dictionaries   several of them, each with a name of its own
 find_store          an opened dictionary -> the store that it was trained on
+refuse_other_network   a dictionary and a store of another network -> a sentence
 open_network        a store -> its network and samples
 poses_of            a store -> its group and action
 """
 
+import contextlib
 import dataclasses
 import os
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch import nn
 
-from mechatlas.activations.networks import has_weights, load_network
+from mechatlas.activations.networks import BUNDLED, Network, has_weights, load_network
 from mechatlas.activations.posing import PoseConfig
 from mechatlas.activations.samples import Samples, open_samples
 from mechatlas.activations.store import Store
 from mechatlas.app.commands.collect import CollectConfig
-from mechatlas.app.recipes import from_dict
+from mechatlas.app.recipes import TrustConfig, from_dict
 from mechatlas.app.run_folder import HISTORY, RECIPE, RESULT
-from mechatlas.base import RecipeError, StoreError
+from mechatlas.base import RecipeError, StoreError, TrustError
 from mechatlas.dictionaries.formats import load
 from mechatlas.files import MANIFEST, checksum, checksum_file, read_manifest
 
@@ -143,6 +146,29 @@ def find_store(opened: OpenedDictionary) -> Store:
     )
 
 
+def refuse_other_network(opened: OpenedDictionary, store: Store) -> None:
+    """Refuse a store of another network than the one that a dictionary was trained on.
+
+    Another store of the same network will do. Dictionaries that do not say what they were trained
+    on, as those of other libraries, are not refused.
+
+    Raises:
+        StoreError: The store is of other weights.
+    """
+    wanted = opened.manifest.get("parents", {}).get("store")
+    if wanted is None or wanted == store.digest:
+        return
+    network = opened.manifest.get("network")
+    if network is None:  # of version 0.1: its store may still be where it was
+        with contextlib.suppress(StoreError):
+            network = find_store(opened).manifest["network"]
+    if network is not None and network != store.manifest["network"]:
+        raise StoreError(
+            f"{store.root} is neither the store that {opened.path} was trained on nor one of the "
+            "same network: their weights have other checksums. Name a store of that network."
+        )
+
+
 class OpenedNetwork(NamedTuple):
     """A network and its samples."""
 
@@ -150,27 +176,55 @@ class OpenedNetwork(NamedTuple):
     samples: Samples
 
 
-def recorded_network(store: Store) -> OpenedNetwork:
+def recorded_network(store: Store, trust: TrustConfig) -> OpenedNetwork:
     """Open the network and the samples of a store, whatever weights the network has now.
 
+    Args:
+        store: The store.
+        trust: Code that may run.
+
     Raises:
+        TrustError: The store names code that the user has not named.
         RecipeError: The store was not made by `mechatlas collect`.
         UserError: The network or the samples are no longer there.
     """
     config = from_dict(store.manifest["recipe"], CollectConfig, f"The manifest of {store.root}")
+    _refuse_code(config.network, store, trust)
     network = load_network(config.network)
     return OpenedNetwork(network, open_samples(config.samples, network))
 
 
-def open_network(store: Store) -> OpenedNetwork:
-    """Open the network and the samples that a store was collected from.
+def _refuse_code(network: Network, store: Store, trust: TrustConfig) -> None:
+    """Refuse to run code that a folder names, unless the user names it too.
 
     Raises:
+        TrustError: The user has not.
+    """
+    if network.name in (*BUNDLED, *trust.network) or trust.trust:
+        return
+    given = {**network.arguments, **({"weights": str(network.weights)} if network.weights else {})}
+    words = ", ".join(f"{key}={value!r:.60}" for key, value in given.items())
+    raise TrustError(
+        f"{store.root} names a network that is not bundled: {network.name}({words:.300}) would "
+        f"run. If you know that code, add --network {shlex.quote(network.name)}; add --trust if "
+        "you trust the whole folder."
+    )
+
+
+def open_network(store: Store, trust: TrustConfig) -> OpenedNetwork:
+    """Open the network and the samples that a store was collected from.
+
+    Args:
+        store: The store.
+        trust: Code that may run.
+
+    Raises:
+        TrustError: The store names code that the user has not named.
         RecipeError: The store was not made by `mechatlas collect`.
         StoreError: The network has other weights now.
         UserError: The network or the samples are no longer there.
     """
-    opened = recorded_network(store)
+    opened = recorded_network(store, trust)
     if not has_weights(opened.network, store.manifest["network"]):
         raise StoreError(
             f"The network found now has other weights than when {store.root} was made."

@@ -31,7 +31,8 @@ from mechatlas.analysis.matching.held_out import (
 from mechatlas.analysis.matching.pairing import Match
 from mechatlas.analysis.matching.splicing import SpliceEffect, permuted, references, splice
 from mechatlas.app.inputs import open_network
-from mechatlas.base import Dictionary, Site, StoreError, UserError
+from mechatlas.app.recipes import TrustConfig
+from mechatlas.base import Dictionary, Site, StoreError, TrustError, UserError
 
 SAMPLES_AT_ONCE = 32
 """Samples in one forward pass."""
@@ -219,20 +220,26 @@ class HeldSamples(NamedTuple):
     batches: list[Tensor]
 
 
-def open_held_samples(store: Store, n: int) -> HeldSamples | str:
+def open_held_samples(store: Store, n: int, trust: TrustConfig) -> HeldSamples | str:
     """Open the network of a store and its first held-out samples, or say why it cannot be opened.
 
     Args:
         store: The store.
         n: Number of samples; 0 for no network, for no reason.
+        trust: Code that may run.
+
+    Raises:
+        TrustError: The store names code that the user has not named.
     """
     if not n:
         return ""
     try:
-        network, samples = open_network(store)
+        network, samples = open_network(store, trust)
         numbers = store.samples("held", n)
         chunks = [numbers[i : i + SAMPLES_AT_ONCE] for i in range(0, len(numbers), SAMPLES_AT_ONCE)]
         batches = [samples.stack([samples.read(i) for i in chunk]) for chunk in chunks]
+    except TrustError:
+        raise
     except UserError as error:
         return str(error)
     return HeldSamples(network, batches)

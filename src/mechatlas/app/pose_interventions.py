@@ -40,8 +40,9 @@ from mechatlas.analysis.symmetry.interchange import (
 from mechatlas.analysis.symmetry.posed_dictionary import HeldOutCodes
 from mechatlas.app.inputs import open_network, poses_of
 from mechatlas.app.progress import bar
+from mechatlas.app.recipes import TrustConfig
 from mechatlas.app.run_folder import RunFolder
-from mechatlas.base import Site, UserError
+from mechatlas.base import Site, TrustError, UserError
 from mechatlas.maths.statistics import proportion
 
 OUTPUT = "output"
@@ -131,7 +132,7 @@ class MeasuredInterventions(NamedTuple):
 
 
 def open_posed_network(
-    store: Store, site: str, downstream: str | None, *, wanted: bool
+    store: Store, site: str, downstream: str | None, *, wanted: bool, trust: TrustConfig
 ) -> PosedNetwork | str:
     """Open the network of a store and pass a sample through, or say why it cannot be opened.
 
@@ -140,16 +141,20 @@ def open_posed_network(
         site: Site of the interventions.
         downstream: Site where answers are compared, or "output"; by default the next module.
         wanted: Whether interventions are asked for.
+        trust: Code that may run.
 
     Raises:
         InputError: The sample cannot be read.
         SiteError: There is no such site downstream.
+        TrustError: The store names code that the user has not named.
     """
     if not wanted:
         return "Not asked for (--interventions 0)."
     try:
-        network, samples = open_network(store)
+        network, samples = open_network(store, trust)
         action = action_of(poses_of(store))
+    except TrustError:
+        raise
     except UserError as error:
         return str(error)
     at = Site.parse(site)

@@ -83,6 +83,21 @@ def _typed(value: Any, kind: Any) -> Any:
 CONVERTER = _converter()
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrustConfig:
+    """Fields of commands that reopen the network of a store; said each time, never in a recipe."""
+
+    network: tuple[str, ...] = ()
+    """Networks that stores may name, as `package.module:factory`: their code runs. Bundled ones
+    need no such word."""
+    trust: bool = False
+    """Run the code of whatever network a store names."""
+
+
+SAID = tuple(field.name for field in dataclasses.fields(TrustConfig))
+"""Fields that count only when said on the command line."""
+
+
 def read_recipe(path: Path, kind: type[Recipe]) -> Recipe:
     """Read a recipe file; the `recipe.toml` in the folder of a run is for that folder.
 
@@ -98,6 +113,10 @@ def read_recipe(path: Path, kind: type[Recipe]) -> Recipe:
         raise RecipeError(str(error)) from error
     if path.name == "recipe.toml" and (path.parent / MANIFEST).is_file():
         raw.setdefault("out", str(path.parent))
+    if issubclass(kind, TrustConfig) and (said := [key for key in SAID if key in raw]):
+        raise RecipeError(
+            f"{path} has {', '.join(said)}: whose code may run is said on the command line only."
+        )
     return from_dict(deprecated.renamed_keys(_command(kind), raw), kind, str(path))
 
 
@@ -163,8 +182,13 @@ def _keys(kind: type) -> set[str]:
 
 
 def as_dict(recipe: Any) -> dict[str, Any]:
-    """Plain values that `from_dict` reads back; keys without a value are left out."""
-    return _without_none(CONVERTER.unstructure(recipe, unstructure_as=type(recipe)))
+    """Plain values that `from_dict` reads back.
+
+    Keys without a value are left out, and so is the trust in code.
+    """
+    values = CONVERTER.unstructure(recipe, unstructure_as=type(recipe))
+    said = SAID if isinstance(recipe, TrustConfig) else ()
+    return _without_none({key: value for key, value in values.items() if key not in said})
 
 
 def _without_none(value: Any) -> Any:

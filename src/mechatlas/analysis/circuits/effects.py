@@ -20,7 +20,6 @@ from jaxtyping import Float, Int
 from scipy import stats
 from torch import Tensor
 
-from mechatlas.activations.sites import channels_last
 from mechatlas.analysis.circuits.attention import AttentionResponse, arriving
 from mechatlas.analysis.circuits.compose import LinearDictionary, Response
 from mechatlas.analysis.circuits.recording import encode, seen
@@ -148,7 +147,7 @@ def attribute(
             features = features.view(len(x), *x.shape[2:], -1).movedim(-1, 1)
             bare = x.clone()
             bare[:, wiring.writes] -= features
-            lost = channels_last(out - wiring.run(bare)[:, wiring.reads]).flatten(0, 2)
+            lost = (out - wiring.run(bare)[:, wiring.reads]).movedim(1, -1).flatten(0, 2)
             mask = torch.from_numpy(on).to(x)
             pre_activation += (
                 ((lost @ encoder[:, targets]) * mask).sum(dim=0).double().cpu().numpy()
@@ -157,7 +156,7 @@ def attribute(
         for step in range(steps):
             point = bare + (step + 0.5) / steps * (x - bare)
             for t, p, slope in _slopes(wiring, point, encoder[:, targets], mask, apart):
-                rows = channels_last(slope[:, wiring.writes]).flatten(0, 2).float().cpu().numpy()
+                rows = slope[:, wiring.writes].movedim(1, -1).flatten(0, 2).float().cpu().numpy()
                 attributed[t, p] += ((code.T @ rows) * written).sum(axis=1) / steps
     n = np.maximum(places, 1)
     attributed, pre_activation = attributed / n[:, None, None], pre_activation / n
@@ -235,7 +234,7 @@ def reproduced_variance(
                     response.stride, (int(tap[0]), int(tap[1])),
                 )  # fmt: skip
                 made[here, response.channels] += code[there] @ values.float().cpu().numpy()
-        true = channels_last(out[:, wiring.reads]).flatten(0, 2) @ encoder
+        true = out[:, wiring.reads].movedim(1, -1).flatten(0, 2) @ encoder
         guess = torch.from_numpy(made[:, wiring.reads]).to(true) @ encoder
         true, rest = true.double().cpu().numpy(), (true - guess).double().cpu().numpy()
         count += len(true)

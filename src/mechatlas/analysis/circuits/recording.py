@@ -21,7 +21,6 @@ from scipy import sparse
 from torch import Tensor
 from torch.nn import functional
 
-from mechatlas.activations.sites import channels_last
 from mechatlas.analysis.circuits.compose import (
     LinearDictionary,
     Response,
@@ -203,7 +202,7 @@ def _sides(x: Tensor) -> tuple[int, int]:
 
 def encode(dictionary: LinearDictionary, x: Float[Tensor, "n channel y x"]) -> SparseMatrix:
     """Encode every position, ordered by sample, y and x."""
-    rows = channels_last(x).reshape(-1, x.shape[1])
+    rows = x.movedim(1, -1).reshape(-1, x.shape[1])
     size = max(1, CODE_BYTES // (4 * dictionary.n_latents))
     parts = [
         sparse.csr_matrix(dictionary.encode(part).detach().float().cpu().numpy())

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from mechatlas.activations.branches import branches_of, select
+from mechatlas.activations.layouts import expect_patterns
 from mechatlas.activations.tracing import ModuleCall, Trace, same_numbers, trace
 from mechatlas.analysis.circuits.wiring import Route, Wiring, channel_range, trace_wiring
 from mechatlas.base import Site, SiteError
@@ -206,6 +207,7 @@ def connect(
     """
     traced = trace(network, inputs, [source, target])
     if {activations.ndim for activations in traced.activations.values()} == {3}:
+        expect_patterns(network, inputs, [source, target], ["bpc"], "A circuit between sequences")
         return _layer(network, source, target, traced)
     return trace_wiring(network, source, target, inputs)
 
@@ -234,7 +236,7 @@ def _layer(network: nn.Module, source: Site, target: Site, traced: Trace) -> Tra
         for name in ("", *(f"head{k}" for k in range(heads)))
     )
     hidden, activated = linear[-2].output, linear[-1].args[0]
-    ends = (channel_range(select(network, site), d) for site in (source, target))
+    ends = (channel_range(select(network, site), d, site) for site in (source, target))
     writes, reads = ends
     # Both forms of GELU may agree within the tolerance, so the closest is taken.
     candidates = ACTIVATIONS if hidden.shape == activated.shape else ()

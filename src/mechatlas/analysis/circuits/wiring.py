@@ -16,7 +16,8 @@ from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 from torch.nn import functional
 
-from mechatlas.activations.branches import branches_of, select
+from mechatlas.activations.branches import branches_of, ends_of, select
+from mechatlas.activations.layouts import Channels, expect_patterns
 from mechatlas.activations.tracing import Operation, same_numbers, trace
 from mechatlas.activations.values import tensors_in
 from mechatlas.base import Site, SiteError
@@ -188,6 +189,7 @@ def trace_wiring(
                 f"Site {site} has activations of shape {tuple(value.shape)}; circuits need maps "
                 "(sample, channel, y, x)."
             )
+    expect_patterns(network, inputs, [source, target], ["bcpp"], "A circuit between maps")
     between = _between(traced.operations, first, last, source, target)
     number = {first: -1} | {raw: k for k, raw in enumerate(between)}
     nodes = tuple(
@@ -200,12 +202,13 @@ def trace_wiring(
         for raw in (traced.operations[k] for k in between)
     )
     _refuse_sites_between(nodes, source, target)
-    reads = channel_range(select(network, target), after.shape[1])
-    branches = branches_of(network, target.module, target.take)
+    reads = channel_range(select(network, target), after.shape[1], target)
+    named = ends_of(branches_of(network, target.module, target.take), after.shape[1])
+    branches = {name: slice(*ends) for name, ends in named.items()}
     wiring = Wiring(
         source,
         target,
-        channel_range(select(network, source), before.shape[1]),
+        channel_range(select(network, source), before.shape[1], source),
         reads,
         before.shape[1],
         nodes,
@@ -221,9 +224,23 @@ def trace_wiring(
     return wiring
 
 
-def channel_range(channels: slice, width: int) -> slice:
-    """Slice with explicit ends."""
-    return slice(*channels.indices(width)[:2])
+def channel_range(channels: Channels, width: int, site: Site) -> slice:
+    """Slice with explicit ends.
+
+    Args:
+        channels: Channels of a branch.
+        width: Number of channels of the whole module.
+        site: Site of the branch, for the message.
+
+    Raises:
+        SiteError: The channels are not side by side.
+    """
+    ends = ends_of({"": channels}, width)
+    if not ends:
+        raise SiteError(
+            f"A circuit reads branches whose channels lie side by side; those of {site} do not."
+        )
+    return slice(*ends[""])
 
 
 def _between(

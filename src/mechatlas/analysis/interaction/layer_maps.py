@@ -19,9 +19,14 @@ from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from mechatlas.activations.sites import channels_last, cut_branch, intervene, read_activations
+from mechatlas.activations.branches import select
+from mechatlas.activations.layouts import expect_patterns, layouts_of
+from mechatlas.activations.sites import intervene, read_activations
 from mechatlas.activations.tracing import ModuleCall, Trace, Version, same_numbers, trace
 from mechatlas.base import Site, SiteError
+
+PATTERNS = ("bc", "bpc", "bcpp")
+"""Axes of the layers: vectors, tokens and maps; `p` is a position."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -84,6 +89,11 @@ def rows_of(activations: Shaped[Tensor, "sample ..."]) -> Float[Tensor, "n posit
     return last.reshape(last.shape[0], -1, last.shape[-1])
 
 
+def channels_last(activations: Shaped[Tensor, "sample ..."]) -> Shaped[Tensor, "sample ..."]:
+    """Move the channels of a map to the last axis; `layer_maps` refuses other axes than these."""
+    return activations.movedim(1, -1) if activations.ndim == 4 else activations
+
+
 def like(rows: Float[Tensor, "n position d"], activations: Shaped[Tensor, "sample ..."]) -> Tensor:
     """Undo `rows_of`, in the shape of `activations` for as many samples as `rows` has."""
     last = channels_last(activations)
@@ -104,21 +114,27 @@ def layer_maps(
     Raises:
         SiteError: A layer is not reached, or does not depend on the one before it.
     """
+    expect_patterns(network, inputs, layers, PATTERNS, "The interaction basis")
     traced = trace(network, inputs, layers)
     maps = []
     for source, target in itertools.pairwise(layers):
         layer_map = _layer_map(network, source, target, traced, inputs)
-        _check_order(layer_map, cut_branch(network, source, traced.activations[source]), inputs)
+        _check_order(layer_map, _cut(network, source, traced, inputs), inputs)
         maps.append(layer_map)
     return maps
+
+
+def _cut(network: nn.Module, site: Site, traced: Trace, inputs: Tensor) -> Tensor:
+    whole = traced.activations[site]
+    if site.branch is None:
+        return whole
+    return layouts_of(network, inputs, [site])[site].cut(whole, select(network, site))
 
 
 def _layer_map(
     network: nn.Module, source: Site, target: Site, traced: Trace, inputs: Tensor
 ) -> LayerMap:
-    before, after = (
-        cut_branch(network, site, traced.activations[site]) for site in (source, target)
-    )
+    before, after = (_cut(network, site, traced, inputs) for site in (source, target))
     chain = None
     if source.branch is target.branch is None:
         chain = _chain(traced.finished_calls(), traced.versions[source], traced.versions[target])

@@ -17,9 +17,9 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
-from mechatlas.activations.sites import channels_last, read_activations
+from mechatlas.activations.sites import read_activations
 from mechatlas.analysis.interaction.derivatives import MAX_GRADIENTS, vector_jacobian_products
-from mechatlas.analysis.interaction.layer_maps import LayerMap, rows_of, taps_of
+from mechatlas.analysis.interaction.layer_maps import LayerMap, channels_last, rows_of, taps_of
 from mechatlas.base import InputError, NonFiniteError, Site
 from mechatlas.maths.arrays import as_tensor
 from mechatlas.maths.linalg import Firing, Moments, gram, relu_pullback, skip_pullback

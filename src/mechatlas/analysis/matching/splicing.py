@@ -21,8 +21,9 @@ import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
+from mechatlas.activations.layouts import Layout, layouts_of
 from mechatlas.activations.networks import run_network
-from mechatlas.activations.sites import channels_last, grid_of, intervene
+from mechatlas.activations.sites import intervene
 from mechatlas.analysis.matching.held_out import N_RESAMPLES, Estimate
 from mechatlas.base import Dictionary, InputError, Site
 
@@ -121,7 +122,7 @@ def splice(
         before, logits = _output(run_network(network, batch))
         clean.append(_moments(before))
         for way, write in ways.items():
-            with _replaced(network, sites, write):
+            with _replaced(network, batch, sites, write):
                 after, _ = _output(run_network(network, batch))
             effects[way].append(_compare(before, after))
     if not clean:
@@ -136,9 +137,10 @@ def splice(
 
 
 def _replaced(
-    network: nn.Module, sites: tuple[Site, Site], write: Writer
+    network: nn.Module, batch: Any, sites: tuple[Site, Site], write: Writer
 ) -> AbstractContextManager[nn.Module]:
     """Replace the second site by what is written from the first."""
+    layouts = layouts_of(network, batch, sites)
     seen: list[Tensor] = []
 
     def remember(x: Tensor) -> Tensor:
@@ -146,34 +148,37 @@ def _replaced(
         return x
 
     def replace(y: Tensor) -> Tensor:
-        x = y if sites[0] == sites[1] else _aligned(seen[0], y) if seen else None
+        x = None
+        if sites[0] == sites[1]:
+            x = layouts[sites[1]].rows(y)
+        elif seen:
+            x = _aligned(seen[0], y, layouts[sites[0]], layouts[sites[1]])
         if x is None:
             raise InputError(
                 f"The network reaches {sites[1]} before {sites[0]}; give dictionaries in its order."
             )
-        target = channels_last(y)
-        parts = zip(_rows(x).split(ROWS_AT_ONCE), _rows(y).split(ROWS_AT_ONCE), strict=True)
+        target = layouts[sites[1]].rows(y)
+        parts = zip(_rows(x).split(ROWS_AT_ONCE), _rows(target).split(ROWS_AT_ONCE), strict=True)
         new = torch.cat([write(*part) for part in parts]).to(y.dtype).reshape(target.shape)
-        return new.movedim(-1, 1) if y.ndim == 4 else new
+        return layouts[sites[1]].undo(new, y)
 
     edits = {sites[1]: replace}
     return intervene(network, edits if sites[0] == sites[1] else {sites[0]: remember, **edits})
 
 
 def _rows(x: Tensor) -> Float[Tensor, "row d"]:
-    whole = channels_last(x)
-    return whole.reshape(-1, whole.shape[-1])
+    return x.reshape(-1, x.shape[-1])
 
 
-def _aligned(x: Tensor, y: Tensor) -> Tensor:
+def _aligned(x: Tensor, y: Tensor, at_x: Layout, at_y: Layout) -> Tensor:
     """A's map at the positions of B's: for each cell of B the cell of A that holds its center."""
-    grid_a, grid_b = grid_of(x), grid_of(y)
-    if grid_a == grid_b or x.ndim != 4:
+    grid_a, grid_b, x = at_x.grid(x), at_y.grid(y), at_x.rows(x)
+    if grid_a == grid_b or len(at_x.positions) != 2:
         return x
     rows, columns = (
         ((torch.arange(n) + 0.5) / n * m).long() for n, m in zip(grid_b, grid_a, strict=True)
     )
-    return x[:, :, rows[:, None], columns]
+    return x[:, rows[:, None], columns]
 
 
 def _output(value: Any) -> tuple[Float[Tensor, "sample place d"], bool]:

@@ -31,10 +31,11 @@ import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 
+from mechatlas.activations.layouts import Layout, layouts_of
 from mechatlas.activations.networks import run_network
 from mechatlas.activations.posing import Places
 from mechatlas.activations.samples import Samples
-from mechatlas.activations.sites import channels_last, intervene, read_activations
+from mechatlas.activations.sites import intervene, read_activations
 from mechatlas.analysis.symmetry.stabilizers import element_masks
 from mechatlas.base import InputError, Progress, Site, no_progress
 from mechatlas.maths.actions import Action
@@ -247,16 +248,16 @@ class PosedNetwork:
         self, inputs: Shaped[Tensor, "batch ..."], positions: Int[Tensor, " batch"]
     ) -> Float[Tensor, "batch d"]:
         """Record activations of the site, at one position of each input."""
-        rows = _by_position(read_activations(self.network, inputs, [self.site])[self.site])
+        layout = layouts_of(self.network, inputs, [self.site])[self.site]
+        read = read_activations(self.network, inputs, [self.site])[self.site]
+        rows = _by_position(layout, read)
         return rows[torch.arange(len(rows)), positions]
 
     def answer(self, inputs: Shaped[Tensor, "batch ..."]) -> Float[Tensor, "batch width"]:
         """Record activations of the downstream site, flat."""
-        return (
-            read_activations(self.network, inputs, [self.downstream])[self.downstream]
-            .flatten(1)
-            .float()
-        )
+        layout = layouts_of(self.network, inputs, [self.downstream])[self.downstream]
+        read = read_activations(self.network, inputs, [self.downstream])[self.downstream]
+        return layout.rows(read).flatten(1).float()
 
     def answer_with(
         self,
@@ -271,19 +272,19 @@ class PosedNetwork:
             positions: Flat position in the map of each input.
             vectors: Activations to put there.
         """
+        layout = layouts_of(self.network, inputs, [self.site])[self.site]
 
         def put(activation: Tensor) -> Tensor:
-            rows = _by_position(activation).clone()
+            rows = _by_position(layout, activation).clone()
             rows[torch.arange(len(rows)), positions] = vectors.to(rows)
-            new = rows.view(channels_last(activation).shape)
-            return new.movedim(-1, 1) if activation.ndim == 4 else new
+            return layout.undo(rows, activation)
 
         with intervene(self.network, {self.site: put}):
             return self.answer(inputs)
 
 
-def _by_position(activation: Tensor) -> Float[Tensor, "batch position d"]:
-    last = channels_last(activation)
+def _by_position(layout: Layout, activation: Tensor) -> Float[Tensor, "batch position d"]:
+    last = layout.rows(activation)
     return last.reshape(len(last), -1, last.shape[-1])
 
 

@@ -44,8 +44,14 @@ from mechatlas.analysis.circuits.paths import CircuitPath, strongest_paths
 from mechatlas.analysis.circuits.transformer_layer import connect
 from mechatlas.analysis.circuits.virtual_weights import CircuitEdges
 from mechatlas.analysis.visualization import VisualizeConfig, visualize
-from mechatlas.app.inputs import find_store, open_dictionaries, open_network
+from mechatlas.app.inputs import (
+    find_store,
+    open_dictionaries,
+    open_network,
+    refuse_other_network,
+)
 from mechatlas.app.progress import bar
+from mechatlas.app.recipes import TrustConfig
 from mechatlas.app.run_folder import (
     CIRCUIT,
     EDGES,
@@ -66,7 +72,7 @@ MAP_NUMBERS = 1 << 22
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class CircuitConfig(RunConfig):
+class CircuitConfig(TrustConfig, RunConfig):
     """Find which features of a site are computed from which features of the site before."""
 
     dictionaries: Annotated[Positional[tuple[Path, ...]], arg(metavar="DICT_A DICT_B ...")]
@@ -360,7 +366,9 @@ def _open(config: CircuitConfig) -> _Inputs:
                 f"{each.path} was trained on another network than {opened[0].path}: their "
                 "stores have different weights."
             )
-    network, samples = open_network(store)
+    for each in opened:
+        refuse_other_network(each, store)
+    network, samples = open_network(store, config)
     known = np.array(store.samples("train", config.samples), np.int64)
     unseen = np.array(store.samples("held", config.held_out), np.int64)
     if len(unseen) < 2:

@@ -32,7 +32,7 @@ from mechatlas.analysis.matching.folding import Cost, mean_active, varying
 from mechatlas.analysis.matching.held_out import CoFiring, co_firing, paired_codes
 from mechatlas.analysis.matching.nulls import NULLS, Null, PairEvidence
 from mechatlas.analysis.matching.pairing import FDR, Match, feature_splitting, match
-from mechatlas.app.inputs import OpenedDictionary, open_dictionaries
+from mechatlas.app.inputs import OpenedDictionary, open_dictionaries, refuse_other_network
 from mechatlas.app.match_quality import (
     HeldSamples,
     PairedRows,
@@ -44,6 +44,7 @@ from mechatlas.app.match_quality import (
     pairings,
 )
 from mechatlas.app.progress import bar
+from mechatlas.app.recipes import TrustConfig
 from mechatlas.app.run_folder import (
     MATCHES,
     MATCHING,
@@ -69,7 +70,7 @@ CURVES = ("persistence", "low", "high", "birth_share", "death_share")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class MatchConfig(RunConfig):
+class MatchConfig(TrustConfig, RunConfig):
     """Match the latents of consecutive dictionaries one to one."""
 
     dictionaries: Annotated[Positional[tuple[Path, ...]], arg(metavar="DICT_A DICT_B ...")]
@@ -315,6 +316,8 @@ def _open(config: MatchConfig) -> _Inputs:
     if config.store is None:
         return plain
     store = Store(config.store)
+    for each in opened:
+        refuse_other_network(each, store)
     unknown = [str(each.path) for each in opened if each.site is None]
     if unknown:
         raise RecipeError(
@@ -325,7 +328,7 @@ def _open(config: MatchConfig) -> _Inputs:
         store, dictionaries, [str(each.site) for each in opened], config.dictionaries,
         n_known=config.rows * (CODES if config.cost == "codes" else 1), n_held_out=config.rows,
     )  # fmt: skip
-    held = open_held_samples(store, config.samples)
+    held = open_held_samples(store, config.samples, config)
     inputs = dataclasses.replace(plain, rows=rows, held=held)
     sided = list(zip(dictionaries, rows.known, strict=True))
     if config.cost == "codes":

@@ -11,6 +11,7 @@ from typing import Annotated
 from tyro.conf import Positional, arg
 
 from mechatlas.app.progress import bar
+from mechatlas.app.recipes import TrustConfig
 from mechatlas.app.report.page import report
 from mechatlas.app.run_folder import CommandResult, peak_bytes
 from mechatlas.base import DiskError
@@ -19,7 +20,7 @@ from mechatlas.ranges import COUNT_OR_NONE, check_ranges
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ReportConfig:
+class ReportConfig(TrustConfig):
     """Draw one self-contained HTML page of all runs in a folder."""
 
     folder: Annotated[Positional[Path], arg(metavar="DIR")]
@@ -42,6 +43,8 @@ class ReportResult(CommandResult):
     """File of the page."""
     bytes: int
     """Size of the page."""
+    problems: dict[str, str]
+    """Reason for each run that is left out, or not drawn whole."""
 
 
 def run(config: ReportConfig) -> ReportResult:
@@ -51,22 +54,32 @@ def run(config: ReportConfig) -> ReportResult:
         DiskError: The page cannot be written.
         UserError: The folder holds no runs, or the page cannot be written.
     """
-    clock = time.process_time()
+    clock, problems = time.process_time(), {}
     if config.out.is_dir():
         raise DiskError(
             f"{config.out} is a folder, expected the file of a page, such as atlas.html."
         )
     with writable(config.out.parent), bar("drawing the page") as progress:
-        page = report(config.folder, config.out, visualize=config.visualize, on_progress=progress)
+        page = report(
+            config.folder,
+            config.out,
+            visualize=config.visualize,
+            network=config.network,
+            trust=config.trust,
+            on_progress=progress,
+            on_problem=problems.__setitem__,
+        )
     return ReportResult(
         out=str(page),
         page=str(page),
         bytes=page.stat().st_size,
+        problems=problems,
         seconds=round(time.process_time() - clock, 3),
         peak_bytes=peak_bytes(),
     )
 
 
 def in_words(result: ReportResult) -> str:
-    """File and size of the page."""
-    return f"Page: {result.page} ({result.bytes / 2**20:.1f} MiB)"
+    """Runs that are left out or not whole, then file and size of the page."""
+    lines = [f"Not drawn, or not whole: {name}: {why}" for name, why in result.problems.items()]
+    return "\n".join([*lines, f"Page: {result.page} ({result.bytes / 2**20:.1f} MiB)"])

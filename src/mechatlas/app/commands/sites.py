@@ -18,9 +18,10 @@ from torch import nn
 from tyro.conf import Positional, arg
 
 from mechatlas.activations import networks
+from mechatlas.activations.branches import branches_of, ends_of
 from mechatlas.activations.networks import Network
 from mechatlas.activations.site_names import lens_sites
-from mechatlas.activations.sites import SiteInfo, branches_of, list_sites, read_activations
+from mechatlas.activations.sites import SiteInfo, list_sites, read_activations
 from mechatlas.app.recipes import from_dict
 from mechatlas.base import InputError, RecipeError, Site
 from mechatlas.files import read_toml
@@ -61,7 +62,9 @@ class SiteEntry:
     shape: list[int]
     """Shape of the activations of one sample."""
     width: int
-    """Channels."""
+    """Channels; 0 where it is not known which axis holds them."""
+    axes: str | None
+    """Meaning of each axis: b the batch, c channels, any other a position; null if not known."""
     branches: dict[str, tuple[int, int]]
     """First channel of each branch, and the first after it."""
     hidden: bool
@@ -129,14 +132,16 @@ def _entries(network: nn.Module, inputs: torch.Tensor, infos: list[SiteInfo]) ->
             shape = list(tensors[site].shape[1:]) if site in tensors else list(info.shape)
             whole = site.branch is None
             branches = branches_of(network, site.module, site.take) if whole else {}
+            width = info.width if site == info.site else shape[-1]
             entries.append(
                 SiteEntry(
                     site=str(site),
                     lens=names.get(site, []),
                     kind=info.kind if site == info.site else f"{site.take} of {info.kind}",
                     shape=shape,
-                    width=info.width if site == info.site else shape[-1],
-                    branches={name: (s.start, s.stop) for name, s in branches.items()},
+                    width=width,
+                    axes=info.axes,
+                    branches=ends_of(branches, width),
                     hidden=inside and site not in names and not branches,
                 )
             )
@@ -168,12 +173,13 @@ def in_words(result: SitesResult) -> str:
     """Table of the sites."""
     listed = [entry for entry in result.sites if result.everything or not entry.hidden]
     table = Table(box=None, pad_edge=False, header_style="bold")
-    columns = ["site", "kind", "shape", "branches (channels)"]
+    columns = ["site", "kind", "axes", "shape", "branches (channels)"]
     named = any(entry.lens for entry in listed)
     for column in [columns[0], *["in TransformerLens"] * named, *columns[1:]]:
         table.add_column(column, overflow="fold")
     for entry in listed:
-        cells = [entry.site, entry.kind, " x ".join(map(str, entry.shape)), _branches(entry)]
+        shape = " x ".join(map(str, entry.shape))
+        cells = [entry.site, entry.kind, entry.axes or "?", shape, _branches(entry)]
         table.add_row(cells[0], *[" ".join(entry.lens)] * named, *cells[1:])
     text = io.StringIO()
     Console(file=text, width=160 if named else 100).print(table)

@@ -25,9 +25,10 @@ from mechatlas.analysis.symmetry.posed_dictionary import (
 )
 from mechatlas.analysis.symmetry.shift_evidence import EQUALITY_THRESHOLD, SUPPORT_THRESHOLD
 from mechatlas.app import pose_interventions
-from mechatlas.app.inputs import manifest_of, open_dictionary
+from mechatlas.app.inputs import manifest_of, open_dictionary, refuse_other_network
 from mechatlas.app.pose_interventions import InterventionsResult, rounded
 from mechatlas.app.progress import bar
+from mechatlas.app.recipes import TrustConfig
 from mechatlas.app.run_folder import (
     FEATURES,
     RESULT,
@@ -50,7 +51,7 @@ ALL_POSES, UNTRANSFORMED = "all poses", "the untransformed input"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SymmetryConfig(RunConfig):
+class SymmetryConfig(TrustConfig, RunConfig):
     """Classify the features of a dictionary by the group elements that leave them unchanged.
 
     Examples:  mechatlas symmetry runs/crosscoder --store runs/posed --out runs/symmetry
@@ -200,6 +201,7 @@ def run(config: SymmetryConfig, folder: RunFolder) -> SymmetryResult:
     """
     _check(config)
     opened, store = open_dictionary(config.dictionary, site=config.site), Store(config.store)
+    refuse_other_network(opened, store)
     posed = pair_with_store(
         opened.dictionary, store, opened.site_in(store), name=str(config.dictionary),
         trained_for=opened.manifest.get("group"),
@@ -207,7 +209,7 @@ def run(config: SymmetryConfig, folder: RunFolder) -> SymmetryResult:
     _describe(folder, config, posed, store, opened.checksum)
     control = _read_control(config.control, posed) if config.control else None
     network = pose_interventions.open_posed_network(
-        store, posed.site, config.downstream, wanted=config.interventions > 0
+        store, posed.site, config.downstream, wanted=config.interventions > 0, trust=config
     )
     estimates = _estimate(posed, folder, config.seed)
     with bar("comparing features") as progress:

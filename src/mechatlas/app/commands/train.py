@@ -215,6 +215,7 @@ def run(config: TrainConfig, folder: RunFolder) -> TrainResult:
         site=config.site or (config.writes or store.sites)[0],
         writes=list(config.writes),
         store=str(config.store.resolve()),
+        network=store.manifest["network"],
     )
     if reads_poses:
         folder.facts(group=store.manifest["group"])

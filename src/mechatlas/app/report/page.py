@@ -8,12 +8,14 @@ numbers are inside, and its content policy forbids the browser to load anything 
 
 import importlib.metadata
 import sys
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from plotly.offline import get_plotlyjs
 
+from mechatlas.app.recipes import TrustConfig
 from mechatlas.app.report.chapter import (
     Chapter,
     ChapterOf,
@@ -55,30 +57,53 @@ STEPS = 1000
 """Progress steps of one chapter."""
 
 
+OnProblem = Callable[[str, str], None]
+"""Callback with the name of a run that is left out, or not drawn whole, and the reason."""
+
+
+def no_problem(name: str, reason: str) -> None:
+    """Say nothing; the page does."""
+
+
 def report(
-    folder: Path | str, out: Path | str, *, visualize: int = 0, on_progress: Progress = no_progress
+    folder: Path | str,
+    out: Path | str,
+    *,
+    visualize: int = 0,
+    network: Sequence[str] = (),
+    trust: bool = False,
+    on_progress: Progress = no_progress,
+    on_problem: OnProblem = no_problem,
 ) -> Path:
     """Write one page about every run in a folder.
+
+    A run that is damaged is left out, and the page says why.
 
     Args:
         folder: A run, or a folder with runs up to two levels below.
         out: The file to write.
         visualize: Number of features per dictionary to visualize by activation maximization.
-        on_progress: Told how much is done.
+        network: Networks that stores may name, as `package.module:factory`: their code runs.
+        trust: Whether the code of whatever network a store names may run.
+        on_progress: Callback with the steps done.
+        on_problem: Callback with each run that is left out, or not drawn whole.
 
     Returns:
         `out`.
 
     Raises:
         DiskError: The folder is not there, or the page cannot be written.
-        UserError: The folder holds no run.
+        UserError: The folder holds no run that can be read.
     """
-    runs = find_runs(Path(folder), visualize=visualize)
+    names = (network,) if isinstance(network, str) else tuple(network)
+    said = TrustConfig(network=names, trust=trust)
+    runs = find_runs(Path(folder), visualize=visualize, trust=said)
     chapters = []
     total = len(CHAPTERS) * STEPS
     for number, make in enumerate(CHAPTERS):
         on_progress(number * STEPS, total)
-        made = make(
+        made = _chapter(
+            make,
             runs,
             lambda done, of, before=number: on_progress(
                 before * STEPS + done * STEPS // max(of, 1), total
@@ -86,19 +111,39 @@ def report(
         )
         if made is not None:
             chapters.append(made)
-    write(Path(out), assemble(_title(runs), chapters).encode())
+    for name, reason in runs.problems.items():
+        on_problem(name, reason)
+    page = assemble(_title(runs), chapters, runs.problems)
+    write(Path(out), page.encode())
     on_progress(total, total)
     return Path(out)
 
 
-def assemble(title: str, chapters: list[Chapter]) -> str:
-    """Fill the page's template with the chapters."""
+def _chapter(make: ChapterOf, runs: Runs, on_progress: Progress) -> Chapter | None:
+    """Make a chapter of all runs that it can be made of."""
+    try:
+        return make(runs, on_progress)
+    except Exception:  # whatever damaged values cause, one run must not cost the page
+        if not runs.leave_out(lambda alone: make(alone, no_progress)):
+            raise
+        return make(runs, on_progress)
+
+
+def assemble(title: str, chapters: list[Chapter], problems: Mapping[str, str] | None = None) -> str:
+    """Fill the page's template with the chapters.
+
+    Args:
+        title: Title of the page.
+        chapters: Chapters, in order.
+        problems: Sentence about each run that is left out, or not drawn whole.
+    """
     scripts = ["page.js", *(name for chapter in chapters for name in chapter.scripts)]
     return render(
         "template.html",
         title=title,
         version=importlib.metadata.version("mechatlas"),
         chapters=chapters,
+        problems=problems or {},
         css=text_of("page.css"),
         data=as_json({c.name: {"data": c.data, "figures": c.figures} for c in chapters}),
         arrays=[_array(c.name, *item) for c in chapters for item in c.arrays.items()],

@@ -16,6 +16,7 @@ import pyarrow as pa
 
 from mechatlas.activations.store import Store
 from mechatlas.app.inputs import OpenedNetwork, recorded_network
+from mechatlas.app.recipes import TrustConfig
 from mechatlas.app.run_folder import RESULT, STORE, read_result
 from mechatlas.base import DiskError, StoreError, UserError
 from mechatlas.files import MANIFEST, checksum_file, read_json, read_manifest
@@ -84,61 +85,113 @@ class Run:
         return read_arrays(self.folder / file)
 
 
-def find_runs(folder: Path, *, visualize: int = 0) -> "Runs":
+def find_runs(folder: Path, *, visualize: int = 0, trust: TrustConfig | None = None) -> "Runs":
     """Find every run in a folder: the folder itself and up to two levels below.
+
+    Runs with a damaged manifest or result are among the problems, and not among the runs.
 
     Args:
         folder: Where to look.
         visualize: Number of features per dictionary to visualize by activation maximization.
+        trust: Code that may run; by default that of bundled networks only.
 
     Raises:
-        DiskError: There is no such folder, or a manifest in it is damaged.
-        UserError: It holds no run.
+        DiskError: There is no such folder.
+        UserError: It holds no run that can be read.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise DiskError(f"There is no folder {folder}.")
-    runs = []
+    runs, problems = [], {}
     for depth in range(DEPTH + 1):
         for path in sorted(folder.glob("*/" * depth + MANIFEST)):
-            manifest = read_manifest(path)
-            if "kind" in manifest:
-                result = path.with_name(RESULT)
-                name = path.parent.relative_to(folder).as_posix()
-                values = read_json(result) if result.is_file() else {}
-                name = folder.resolve().name if name == "." else name
-                runs.append(Run(path.parent, name, manifest, values))
+            name = path.parent.relative_to(folder).as_posix()
+            name = folder.resolve().name if name == "." else name
+            try:
+                manifest = read_manifest(path)
+                if "kind" in manifest:
+                    runs.append(Run(path.parent, name, manifest, _result_of(path.parent)))
+            except UserError as error:
+                problems[name] = str(error)
+    if problems and not runs:
+        raise UserError(f"{folder} holds no run that can be read: {next(iter(problems.values()))}")
     if not runs:
         raise UserError(
             f"{folder} holds no runs: no manifest.json in it or up to {DEPTH} levels below. "
             "Name the folder that `mechatlas collect` or `mechatlas train` wrote, or the one "
             "around it."
         )
-    return Runs(folder, runs, visualize)
+    return Runs(folder, runs, visualize, trust or TrustConfig(), problems)
+
+
+def _result_of(folder: Path) -> dict[str, Any]:
+    """Contents of `result.json`; empty where there is none.
+
+    Raises:
+        DiskError: It is damaged.
+    """
+    path = folder / RESULT
+    values = read_json(path) if os.path.lexists(path) else {}
+    if not isinstance(values, dict):
+        raise DiskError(f"{path} is a {type(values).__name__} in JSON, expected an object.")
+    return values
 
 
 class Runs:
     """All runs of a page."""
 
-    def __init__(self, folder: Path, runs: list[Run], visualize: int = 0) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        runs: list[Run],
+        visualize: int,
+        trust: TrustConfig,
+        problems: dict[str, str],
+    ) -> None:
         """List the runs of a page; nothing is opened yet.
 
         Args:
             folder: Folder of the page.
             runs: Runs found in the folder.
             visualize: Number of features per dictionary to visualize by activation maximization.
+            trust: Code that may run.
+            problems: Sentence about each run that is left out, or not drawn whole, by its name.
         """
         self.folder: Path = folder
         self.all: list[Run] = runs
         self.visualize: int = visualize
+        self.trust: TrustConfig = trust
+        self.problems: dict[str, str] = problems
         self.open_store: Callable[[Path], Store] = functools.cache(Store)
         self.reopen: Callable[[Path], OpenedNetwork] = functools.cache(
-            lambda store: recorded_network(self.open_store(store))
+            lambda store: recorded_network(self.open_store(store), trust)
         )
 
     def of_kind(self, kind: str) -> list[Run]:
         """List finished runs of one kind, and all stores, in the order of their names."""
         return [run for run in self.all if run.kind == kind and (run.complete or kind == STORE)]
+
+    def leave_out(self, make: Callable[["Runs"], Any]) -> bool:
+        """Leave out the runs that a chapter cannot be made of, and say why.
+
+        Args:
+            make: Function that makes the chapter of some runs.
+
+        Returns:
+            Whether there were any.
+        """
+        broken = []
+        for run in self.all:
+            alone = Runs(self.folder, [run], 0, self.trust, {})
+            try:
+                make(alone)
+            except Exception as error:  # damaged values can make a chapter raise anything
+                reason = f"{type(error).__name__}: {error}"
+                sentence = f"{run.folder} cannot be drawn, its files hold other values ({reason})."
+                self.problems[run.name] = str(error) if isinstance(error, UserError) else sentence
+                broken.append(run)
+        self.all = [run for run in self.all if run not in broken]
+        return bool(broken)
 
     def store_of(self, run: Run) -> Path:
         """Find the folder of the store that a dictionary was trained on.

@@ -70,6 +70,7 @@ def chapter(runs: Runs, on_progress: Progress) -> Chapter | None:
             opened.append(_open(run, key, runs, _part(on_progress, number * 90, 90, total)))
         except UserError as error:  # one broken run must not cost the page of the others
             failed.append((run.name, str(error)))
+            runs.problems[run.name] = str(error)
     galleries = _galleries(opened)
     data: dict[str, Any] = {"galleries": {}, "dictionaries": []}
     arrays: dict[str, np.ndarray] = {}

@@ -71,6 +71,7 @@ def _subject(run: Run, runs: Runs) -> Subject:
         network, samples = runs.reopen(run.folder)
         infos = list_sites(network, _one(network, samples))
     except UserError as error:
+        runs.problems[run.name] = str(error)
         return Subject(str(name), "", None, written, str(error), [], [], {}, None)
     problem = ""
     if not has_weights(network, written):
@@ -96,7 +97,10 @@ def _one(network: nn.Module, samples: Samples) -> torch.Tensor:
 
 
 def _branches(info: SiteInfo) -> list[Branch]:
-    widths = {n: len(range(*s.indices(info.width))) for n, s in info.branches.items()}
+    widths = {
+        n: len(range(info.width)[c]) if isinstance(c, slice) else len(c)
+        for n, c in info.branches.items()
+    }
     total = max(sum(widths.values()), 1)
     return [
         Branch(name, width, width / total, number % 8)

@@ -1,0 +1,148 @@
+"""Memory and open files of a long run in small: collect, train and match, with all data on disk.
+
+    python benchmarks/long_run.py --gib 5 --memory-mib 1024 --out runs/long
+
+Every command runs in a process of its own, whose anonymous memory (without the pages of mapped
+files, which the system takes back when it likes) and open files are looked at several times a
+second. `samples.json` and `memory.html` in the folder show both over time; they must be flat.
+"""
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import plotly.graph_objects as go
+import torch
+from torch import nn
+
+WIDTH = 512
+"""Width of the inputs and of the activations."""
+EVERY = 0.25
+"""Seconds between two looks."""
+
+
+class Sample(NamedTuple):
+    """One look at a process."""
+
+    command: str
+    seconds: float
+    anonymous_mib: float
+    files: int
+
+
+def network() -> nn.Module:
+    """Network on vectors; its activations are as wide as the inputs."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.ReLU(), nn.Linear(WIDTH, WIDTH), nn.ReLU())
+
+
+def write_rows(path: Path, gib: float) -> int:
+    """Write random rows to a .npy file of a size, in pieces."""
+    n = int(gib * 2**30 / (4 * WIDTH))
+    rows = np.lib.format.open_memmap(path, "w+", np.float32, (n, WIDTH))
+    random = np.random.default_rng(0)
+    for start in range(0, n, 1 << 14):
+        piece = random.standard_normal((min(1 << 14, n - start), WIDTH), np.float32)
+        rows[start : start + len(piece)] = piece
+        rows.flush()
+    return n
+
+
+def watch(words: list[str], samples: list[Sample]) -> None:
+    """Run a command and look at its process until it ends.
+
+    Raises:
+        RuntimeError: The command failed.
+    """
+    process = subprocess.Popen([sys.executable, "-m", "mechatlas", *words])
+    started = time.monotonic()
+    while process.poll() is None:
+        time.sleep(EVERY)
+        try:
+            status = Path(f"/proc/{process.pid}/status").read_text()
+            files = len(os.listdir(f"/proc/{process.pid}/fd"))
+        except OSError:
+            continue
+        found = re.search(r"RssAnon:\s+(\d+) kB", status)
+        if found:
+            seconds = time.monotonic() - started
+            samples.append(Sample(words[0], seconds, int(found[1]) / 1024, files))
+    if process.returncode:
+        raise RuntimeError(f"mechatlas {' '.join(words)} ended with {process.returncode}")
+
+
+def draw(samples: list[Sample], page: Path) -> None:
+    """Draw memory and open files over time, a line for each command."""
+    figure = go.Figure()
+    for command in dict.fromkeys(sample.command for sample in samples):
+        own = [sample for sample in samples if sample.command == command]
+        x = [sample.seconds for sample in own]
+        mib, files = [s.anonymous_mib for s in own], [s.files for s in own]
+        figure.add_scatter(x=x, y=mib, name=f"{command}: anonymous MiB")
+        figure.add_scatter(x=x, y=files, name=f"{command}: open files", line_dash="dot")
+    figure.update_layout(xaxis_title="wall seconds", yaxis_title="MiB, or files")
+    figure.write_html(page, include_plotlyjs=True)
+
+
+def summarize(samples: list[Sample]) -> str:
+    """Peak, and what the second half of each command has beyond the first."""
+    lines = [
+        "| command | wall s | peak MiB | growth MiB | files at most | growth |",
+        "|" + "---|" * 6,
+    ]
+    for command in dict.fromkeys(sample.command for sample in samples):
+        own = [sample for sample in samples if sample.command == command]
+        half = len(own) // 2
+        first, second = own[len(own) // 5 : half] or own, own[half:]
+        mib = [max(s.anonymous_mib for s in part) for part in (own, first, second)]
+        files = [max(s.files for s in part) for part in (own, first, second)]
+        lines.append(
+            f"| {command} | {own[-1].seconds:.0f} | {mib[0]:.0f} | {mib[2] - mib[1]:+.0f} | "
+            f"{files[0]} | {files[2] - files[1]:+d} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Write the rows, run the commands, draw and tell."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--gib", type=float, default=5.0, help="size of the inputs")
+    parser.add_argument("--memory-mib", type=int, default=1024, help="budget of collect")
+    parser.add_argument("--out", type=Path, default=Path("runs/long"))
+    options = parser.parse_args()
+    out = options.out.resolve()
+    out.mkdir(parents=True)
+    n = write_rows(out / "rows.npy", options.gib)
+    os.environ["PYTHONPATH"] = os.pathsep.join(
+        [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
+    )
+    (out / "collect.toml").write_text(
+        f'sites = ["1", "3"]\nout = "{out}/store"\n[network]\nname = "long_run:network"\n'
+        f'[samples]\ntype = "Arrays"\nsource = "{out}/rows.npy"\n'
+        f"[storage]\npaired = true\nmemory_mib = {options.memory_mib}\n"
+    )
+    (out / "train.toml").write_text(
+        f'store = "{out}/store"\nn_latents = 1024\nsteps = {n // 4096}\n'
+    )
+    samples: list[Sample] = []
+    watch(["collect", f"{out}/collect.toml"], samples)
+    for site in ("1", "3"):
+        words = ["train", f"{out}/train.toml", "--site", site, "--out", f"{out}/site{site}"]
+        watch(words, samples)
+    sites = [f"{out}/site1", f"{out}/site3"]
+    watch(["match", *sites, "--store", f"{out}/store", "--samples", "0", "--out", f"{out}/match"],
+          samples)  # fmt: skip
+    (out / "samples.json").write_text(json.dumps([sample._asdict() for sample in samples]))
+    draw(samples, out / "memory.html")
+    print(summarize(samples))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,110 @@
+"""Memory of `collect` on inputs of any size, in a process of its own as people run it."""
+
+import re
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import numpy as np
+
+from tests.faults.table import Table
+from tests.faults.world import WIDE
+
+BUDGET_MIB, SPARE_MIB = 512, 64
+"""Budget of `collect`, and what its anonymous memory may have beyond it."""
+GIB = 1 << 30
+RECIPE = """
+sites = ["{site}"]
+[network]
+name = "{network}"
+[samples]
+type = "{kind}"
+source = "{source}"
+{more}
+[storage]
+memory_mib = 512
+"""
+SOURCES = ("rows.npy", "packed.npz", "plain.npz", "texts.zip", "text.txt")
+
+
+def keep_ceilings(place: Path, table: Table, *, n_bytes: int = GIB) -> None:
+    """Collect from sources that are larger than the budget."""
+    for name in SOURCES:
+        source = place / name
+        _write(source, n_bytes)
+        texts = name.startswith("text")
+        recipe = RECIPE.format(
+            site="out" if texts else "0",
+            network="tests.app.worlds:words" if texts else "tests.faults.world:wide",
+            kind="Texts" if texts else "Arrays",
+            source=source,
+            more="context = 20\nmax_samples = 3000" if texts else "",
+        )
+        (place / "recipe.toml").write_text(recipe)
+        code, peak, errors = _measured(["collect", "recipe.toml", "--out", name + ".store"], place)
+        outcome = {0: "same", 2: "named", None: "hang"}.get(code, "traceback")
+        if peak > BUDGET_MIB + SPARE_MIB:
+            outcome = "harm"
+        example = f"{peak:.0f} MiB of {BUDGET_MIB}, exit {code}: {errors[-200:]}"
+        table.add(f"{n_bytes >> 20} MiB of {name}", "collect", outcome, example)
+        print(f"{name}: {example}", flush=True)
+        source.unlink()
+
+
+def _write(source: Path, n_bytes: int) -> None:
+    """Write a source of a size, in pieces."""
+    n = n_bytes // (4 * WIDE)
+    if source.suffix == ".npy":
+        rows = np.lib.format.open_memmap(source, "w+", np.float32, (n, WIDE))
+        rows[:, 0] = np.arange(n)
+        rows.flush()
+    elif source.suffix == ".npz":
+        pack = zipfile.ZIP_DEFLATED if source.stem == "packed" else zipfile.ZIP_STORED
+        with (
+            zipfile.ZipFile(source, "w", pack, compresslevel=1) as archive,
+            archive.open("rows.npy", "w", force_zip64=True) as member,
+        ):
+            np.lib.format.write_array_header_2_0(
+                member, {"descr": "<f4", "fortran_order": False, "shape": (n, WIDE)}
+            )
+            for i in range(n):
+                member.write(np.full(WIDE, i, np.float32).tobytes())
+    else:
+        lines = b"a few words of this size and that\n" * (1 << 15)
+        if source.suffix == ".txt":
+            with open(source, "wb") as file:
+                for _ in range(n_bytes // len(lines)):
+                    file.write(lines)
+            return
+        with (
+            zipfile.ZipFile(source, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive,
+            archive.open("a.txt", "w", force_zip64=True) as member,
+        ):
+            for _ in range(n_bytes // len(lines)):
+                member.write(lines)
+
+
+def _measured(
+    words: list[str], here: Path, seconds: float = 100.0
+) -> tuple[int | None, float, str]:
+    """Run a command; its exit code, largest anonymous memory in MiB, and what it said."""
+    with open(here / "said", "w+") as said:
+        command = [sys.executable, "-m", "mechatlas", *words]
+        process = subprocess.Popen(command, cwd=here, stdout=said, stderr=said)
+        peak, limit = 0, time.monotonic() + seconds
+        while process.poll() is None:
+            time.sleep(0.02)
+            try:
+                status = Path(f"/proc/{process.pid}/status").read_text()
+            except OSError:
+                continue
+            found = re.search(r"RssAnon:\s+(\d+) kB", status)
+            peak = max(peak, int(found[1]) if found else 0)
+            if time.monotonic() > limit:
+                process.kill()
+                process.wait()
+                return None, peak / 1024, ""
+        said.seek(0)
+        return process.returncode, peak / 1024, said.read()
