@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from mechatlas.activations.collect import StoreConfig, collect
 from mechatlas.activations.networks import Network, as_input, load_network, run_network
 from mechatlas.activations.sites import list_sites, read_activations
+from mechatlas.analysis.interaction.interaction_basis import basis
 from mechatlas.base import InputError, NonFiniteError, Site, UserError
 
 X = np.random.default_rng(0).normal(size=(40, 4))
@@ -190,3 +191,10 @@ def raising() -> nn.Module:
 def test_what_a_factory_raises_is_one_sentence():
     with pytest.raises(UserError, match=r"cannot be built: no such weights \(OSError\)"):
         load_network(Network(name=f"{__name__}:raising"))
+
+
+@pytest.mark.parametrize("kind", ["float16", "bfloat16", "float64"])
+def test_the_interaction_basis_of_a_network_in_any_number_format_is_found(kind):
+    model = network(KINDS[kind])
+    result = basis(model, X, ["0", "1", "2"])
+    assert result["0"].free_directions == basis(network(), X, ["0", "1", "2"])["0"].free_directions
