@@ -12,7 +12,7 @@ from mechatlas.activations.collect import StoreConfig, collect
 from mechatlas.activations.networks import Network, as_input, load_network, run_network
 from mechatlas.activations.sites import list_sites, read_activations
 from mechatlas.analysis.interaction.interaction_basis import basis
-from mechatlas.base import InputError, NonFiniteError, Site, UserError
+from mechatlas.base import InputError, NonFiniteError, Site, StoreError, UserError
 
 X = np.random.default_rng(0).normal(size=(40, 4))
 KINDS = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16,
@@ -198,3 +198,11 @@ def test_the_interaction_basis_of_a_network_in_any_number_format_is_found(kind):
     model = network(KINDS[kind])
     result = basis(model, X, ["0", "1", "2"])
     assert result["0"].free_directions == basis(network(), X, ["0", "1", "2"])["0"].free_directions
+
+
+def test_a_store_of_other_samples_is_not_taken_for_that_of_these(tmp_path):
+    first = collect(network(), X, "0", tmp_path / "s")
+    again = collect(network(), X.tolist(), "0", tmp_path / "s")
+    assert torch.equal(again.rows("0").held_out(9).x, first.rows("0").held_out(9).x)
+    with pytest.raises(StoreError, match=r"made from another recipe .*recipe\.samples"):
+        collect(network(), X + 1, "0", tmp_path / "s")
