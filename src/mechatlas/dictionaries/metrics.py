@@ -147,7 +147,8 @@ def _samples_for(dictionary: Dictionary, x: Any, target: Any) -> tuple[Tensor, T
     written = read if target is None else as_tensor(target, "samples d_out", "target")
     like = next((t for t in tensors if t.is_floating_point()), torch.empty(0, device=read.device))
     check_width(read, dictionary.d_in)
-    width = getattr(dictionary, "d_out", dictionary.d_in)
+    own = dictionary.d_in if target is None else written.shape[1]
+    width = getattr(dictionary, "d_out", own)
     if written.shape != (len(read), width):
         raise InputError(
             f"The dictionary writes activations of shape {(len(read), width)}, got "
