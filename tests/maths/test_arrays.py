@@ -85,5 +85,5 @@ def test_tensors_in_lists_are_taken_whatever_their_format():
     rows = [torch.ones(3, dtype=torch.bfloat16, requires_grad=True), torch.zeros(3)]
     assert as_numbers(rows, "x").tolist() == [[1, 1, 1], [0, 0, 0]]
     assert as_numbers(torch.ones(2).to(torch.float8_e4m3fn), "x").dtype == np.float32
-    assert as_numbers(np.longdouble([1.5]), "x").dtype == np.float64
+    assert as_numbers(np.array([1.5], np.longdouble), "x").dtype == np.float64
     assert as_numbers(range(3), "x").tolist() == [0, 1, 2]
