@@ -8,6 +8,8 @@ from .activations.store import Store
 from .activations.texts import Texts, text_samples
 from .analysis.branches.specialization import Specialization, branches
 from .analysis.circuits.circuit import Circuit, circuit
+from .analysis.evaluation.evaluate import evaluate
+from .analysis.evaluation.results import NetworkEvaluation
 from .analysis.interaction.interaction_basis import basis
 from .analysis.interaction.results import InteractionBasis, InteractionConfig
 from .analysis.matching.chains import Tracks, track
@@ -29,7 +31,6 @@ from .base import (
 )
 from .dictionaries.autoencoder import Autoencoder, Crosscoder, Transcoder
 from .dictionaries.formats import load, save
-from .dictionaries.metrics import evaluate
 from .dictionaries.objective import Objective, Schedule
 from .dictionaries.pose_tied import PoseTied
 from .dictionaries.revival import AuxK, Resample
@@ -60,6 +61,7 @@ __all__ = [
     "JumpReLU",
     "Match",
     "Network",
+    "NetworkEvaluation",
     "Objective",
     "PoseConfig",
     "PoseTied",

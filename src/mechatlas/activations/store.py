@@ -112,7 +112,7 @@ class Store(Result):
         >>> _ = ma.collect(network, samples, [ma.Site("1")], folder / "store")
         >>> store = ma.Store(folder / "store")
         >>> store
-        Activation store of 200 samples: 0.0 MiB in float32
+        Activation store of 200 samples: 0.0 MiB in float32, paired
           1: 190 rows of 8 channels, 10 held out
         >>> store.rows("1").held_out(5).x.shape
         torch.Size([5, 8])

@@ -39,9 +39,11 @@ from mechatlas.analysis.interaction.ablation import (
 from mechatlas.analysis.interaction.bases import Basis, BasisKind
 from mechatlas.analysis.interaction.degeneracy import (
     DegeneracyCount,
+    EffectiveParameters,
     NetworkDegeneracy,
     bound_degeneracy,
     count_degeneracy,
+    effective_parameters,
 )
 from mechatlas.analysis.interaction.edges import InteractionEdges, measure_edges
 from mechatlas.analysis.interaction.layer_maps import LayerMap, layer_maps, rows_of
@@ -461,6 +463,7 @@ class _Analysis:
             always_on=always_on,
             synchronized_blocks=blocks,
             degeneracy=count,
+            effective_parameters=self.effective_parameters(number, statistics),
             kind=self.settings.kind,
             map_description="" if last else self.maps[number].description,
             n_rows=layer.moments.n,
@@ -469,24 +472,46 @@ class _Analysis:
 
     def bound(self, number: int, statistics: _Statistics) -> DegeneracyCount:
         """Lower bound on the free directions of the weights that read a layer."""
+        activations, gradients = self.spectra(number, statistics)
+        threshold = self.settings.rank_threshold
+        return bound_degeneracy(
+            self.maps[number].form,
+            statistics.layers[number].moments.width,
+            rank=cut(activations, threshold).rank,
+            n_dead=self.n_dead(number, statistics),
+            gradient_rank=cut(gradients, threshold).rank,
+        )
+
+    def effective_parameters(self, number: int, statistics: _Statistics) -> EffectiveParameters:
+        """Effective parameters of the weights that read a layer."""
+        if number == len(self.maps):
+            return EffectiveParameters()
+        activations, gradients = self.spectra(number, statistics)
+        return effective_parameters(
+            self.maps[number].form,
+            activations,
+            gradients,
+            n_dead=self.n_dead(number, statistics),
+            rank_threshold=self.settings.rank_threshold,
+        )
+
+    def spectra(
+        self, number: int, statistics: _Statistics
+    ) -> tuple[Float[np.ndarray, " d"], Float[np.ndarray, " k"]]:
+        """Eigenvalues of what the weights after a layer read, and of the gradients they get."""
         moments, form = statistics.layers[number].moments, self.maps[number].form
         plain = form is not None and form.is_linear_map and form.inner.bias is not None
         matrix = moments.covariance if plain else moments.second_moment
-        gradient_rank = statistics.layers[number + 1].moments.width
+        gradients = np.ones(statistics.layers[number + 1].moments.width)
         if number + 1 < len(self.maps):
-            gradient_rank = self.rank(statistics.gradients[number + 1])
-        firing = statistics.firing[number]
-        rectified = firing is not None and form is not None and form.relu
-        return bound_degeneracy(
-            form,
-            moments.width,
-            rank=self.rank(matrix),
-            n_dead=int((firing.units.rate == 0).sum()) if firing and rectified else 0,
-            gradient_rank=gradient_rank,
-        )
+            gradients = spectral(statistics.gradients[number + 1])[0]
+        return spectral(matrix)[0], gradients
 
-    def rank(self, matrix: Float[np.ndarray, "d d"]) -> int:
-        return cut(spectral(matrix)[0], self.settings.rank_threshold).rank
+    def n_dead(self, number: int, statistics: _Statistics) -> int:
+        """Number of hidden units of a rectified map that never fire."""
+        firing, form = statistics.firing[number], self.maps[number].form
+        rectified = firing is not None and form is not None and form.relu
+        return int((firing.units.rate == 0).sum()) if firing and rectified else 0
 
     def modules(self, layers: tuple[LayerResult, ...]) -> dict[str, Any]:
         """Graph of the reported basis, its modules, their stability, and Q after a rotation."""
