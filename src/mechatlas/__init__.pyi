@@ -5,6 +5,7 @@ from .activations.posing import PoseConfig
 from .activations.samples import Arrays, open_samples
 from .activations.sites import find_sites, intervene, list_sites, read_activations
 from .activations.store import Store
+from .activations.stream import stream
 from .activations.texts import Texts, text_samples
 from .analysis.branches.specialization import Specialization, branches
 from .analysis.circuits.circuit import Circuit, circuit
@@ -102,6 +103,7 @@ __all__ = [
     "read_activations",
     "report",
     "save",
+    "stream",
     "symmetry",
     "text_samples",
     "track",

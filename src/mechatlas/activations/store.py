@@ -34,6 +34,7 @@ from mechatlas.activations.store_manifest import Shard, SiteShape, Split, read_e
 from mechatlas.base import Batch, DiskError, Result, Site, StoreError, WeightsError
 from mechatlas.files import (
     MANIFEST,
+    about,
     checksum,
     checksum_file,
     create_folder,
@@ -158,7 +159,8 @@ class Store(Result):
         entry = self.manifest.get("group")
         if entry is None:
             return None
-        return Group(entry["table"], name=entry["name"], element_names=entry["elements"])
+        with about(self.root / MANIFEST):
+            return Group(entry["table"], name=entry["name"], element_names=entry["elements"])
 
     @cached_property
     def digest(self) -> str:

@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mechatlas.activations.networks import running
 from mechatlas.activations.passes import counted, eager, evaluation_mode
-from mechatlas.activations.reading import hook_site, several_calls
+from mechatlas.activations.reading import hook_site, several_calls, tensors_at
 from mechatlas.activations.values import tensor_of, tensors_in
 from mechatlas.base import Site, SiteError
 
@@ -149,6 +149,8 @@ def trace(
     with ExitStack() as hooks:
         for mode in (counted(), evaluation_mode(network), eager()):
             hooks.enter_context(mode)
+        whole = {site: dataclasses.replace(site, branch=None) for site in sites}
+        tensors_at(network, inputs, list(dict.fromkeys(whole.values())))  # refuses later calls too
         for name, module in network.named_modules():
             start = functools.partial(recorder.start, name)
             handle = module.register_forward_pre_hook(start, with_kwargs=True)
@@ -158,7 +160,6 @@ def trace(
                     recorder.finish, with_kwargs=True, always_call=True
                 ).remove
             )
-        whole = {site: dataclasses.replace(site, branch=None) for site in sites}
         recorder.n_sites = len(set(whole.values()))
         for site in dict.fromkeys(whole.values()):
             reach = functools.partial(recorder.reach, site)

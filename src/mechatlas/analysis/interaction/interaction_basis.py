@@ -16,17 +16,19 @@ Main path, in reading order:
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
+import torch
 from jaxtyping import Float, Int
 from torch import nn
 
 from mechatlas import deprecated
 from mechatlas.activations.networks import as_input
-from mechatlas.activations.passes import evaluation_mode
+from mechatlas.activations.passes import evaluation_mode, unwrapped
 from mechatlas.activations.sites import as_site
 from mechatlas.analysis.interaction import bases
 from mechatlas.analysis.interaction.ablation import (
@@ -74,7 +76,15 @@ from mechatlas.analysis.interaction.statistics import (
     pullback,
     unprefixed,
 )
-from mechatlas.base import Dictionary, Progress, Site, SiteError, UserError, no_progress
+from mechatlas.base import (
+    Dictionary,
+    InputError,
+    Progress,
+    Site,
+    SiteError,
+    UserError,
+    no_progress,
+)
 from mechatlas.maths.arrays import as_array
 from mechatlas.maths.linalg import cut, parts_of, spectral
 
@@ -130,7 +140,8 @@ def basis(
 
     Raises:
         SiteError: Fewer than two layers, a layer that is not there, or a wrong order.
-        InputError: The data are not samples for this network, or the modules do not fit it.
+        InputError: The data are not samples for this network, the modules do not fit it, or it
+            computes in half precision.
         NonFiniteError: A NaN or an infinity, and where.
 
     Examples:
@@ -149,8 +160,15 @@ def basis(
     if len(layers) < 2:
         raise SiteError(f"Name at least two layers, got {len(layers)}: {list(map(str, layers))}.")
     inputs = Inputs.from_data(data)
+    model = unwrapped(model)
     inputs = dataclasses.replace(inputs, tensor=as_input(model, inputs.tensor))
     sites = [as_site(model, site) for site in layers]
+    coarse = {p.dtype for p in model.parameters()} & {torch.float16, torch.bfloat16}
+    if coarse:
+        raise InputError(
+            f"The network computes in {coarse.pop()}, which is too coarse for ranks and gradients; "
+            "give `network.float()` and inputs in float32."
+        )
     if checkpoints is None:
         checkpoints = {}
     kept, keep = (
@@ -158,7 +176,7 @@ def basis(
         if isinstance(checkpoints, MutableMapping)
         else (checkpoints.kept, checkpoints.keep)
     )
-    with evaluation_mode(model):
+    with evaluation_mode(model), _differentiable():
         first = inputs.first(16).tensor
         maps = layer_maps(model, sites, first)
         n_steps = 3 + 3 * len(maps) * len(settings.kinds)
@@ -199,6 +217,25 @@ class _Statistics:
 
 _Pairs = dict[int, tuple[Basis, Basis]]
 """Coordinates at both ends of a layer map, by its number."""
+
+
+@contextmanager
+def _differentiable() -> Iterator[None]:
+    """Say in a sentence that a network writes over what its gradients need.
+
+    Raises:
+        SiteError: It does.
+        RuntimeError: Torch failed for another reason.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if "modified by an inplace operation" not in str(error):
+            raise
+        raise SiteError(
+            "The network writes in place over activations that its gradients need, so that torch "
+            "cannot differentiate it. Compute `x = x + y` there in place of `x += y`."
+        ) from error
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)

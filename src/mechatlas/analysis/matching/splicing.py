@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from mechatlas.activations.layouts import Layout, layouts_of
 from mechatlas.activations.networks import run_network
+from mechatlas.activations.passes import evaluation_mode
 from mechatlas.activations.positions import is_causal
 from mechatlas.activations.predictions import compare, next_token_losses, output_of
 from mechatlas.activations.sites import intervene
@@ -129,18 +130,19 @@ def splice(
     clean: list[np.ndarray] = []
     logits = predicts = False
     effects: dict[str, list[np.ndarray]] = {way: [] for way in ways}
-    for number, batch in enumerate(batches):
-        before, logits = output_of(run_network(network, batch))
-        if not clean:
-            predicts = logits and _predicts_tokens(network, batch, before, sites[1])
-        clean.append(_moments(before))
-        pad = torch.from_numpy(padding[number]) if padding else None
-        tokens = _NextTokens.of(before, batch, pad) if predicts else None
-        same = torch.from_numpy(left_out[number]) if left_out else None
-        for way, write in ways.items():
-            with _replaced(network, batch, sites, write, same):
-                after = output_of(run_network(network, batch)).x
-            effects[way].append(_compare(before, after, tokens))
+    with evaluation_mode(network):
+        for number, batch in enumerate(batches):
+            before, logits = output_of(run_network(network, batch))
+            if not clean:
+                predicts = logits and _predicts_tokens(network, batch, before, sites[1])
+            clean.append(_moments(before))
+            pad = torch.from_numpy(padding[number]) if padding else None
+            tokens = _NextTokens.of(before, batch, pad) if predicts else None
+            same = torch.from_numpy(left_out[number]) if left_out else None
+            for way, write in ways.items():
+                with _replaced(network, batch, sites, write, same):
+                    after = output_of(run_network(network, batch)).x
+                effects[way].append(_compare(before, after, tokens))
     if not clean:
         raise InputError("There are no samples to run the network on.")
     total = _squares_around_mean(np.concatenate(clean))
@@ -190,7 +192,7 @@ def _replaced(
     seen: list[Tensor] = []
 
     def remember(x: Tensor) -> Tensor:
-        seen[:] = [x]
+        seen[:] = [x.clone()]  # the network may write into what it goes on with
         return x
 
     def replace(y: Tensor) -> Tensor:

@@ -28,6 +28,7 @@ from mechatlas.app.inputs import (
     open_dictionary,
     open_network,
     recorded_network,
+    refuse_other_network,
 )
 from mechatlas.app.progress import bar
 from mechatlas.app.recipes import CONVERTER, from_dict
@@ -136,10 +137,13 @@ def _store(config: EvaluateConfig, opened: OpenedDictionary) -> Store | None:
     """The store that is named, or the dictionary's; none where nothing is asked of it.
 
     Raises:
-        StoreError: It is needed and nowhere to be found.
+        StoreError: It is needed and nowhere to be found, or of another network.
     """
     if config.store is not None:
-        return Store(config.store)
+        store = Store(config.store)
+        if config.network is None:
+            refuse_other_network(opened, store)
+        return store
     try:
         return find_store(opened)
     except StoreError:
