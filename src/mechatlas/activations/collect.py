@@ -214,13 +214,11 @@ def collect(
         >>> next(store.rows().batches(32)).x.shape
         torch.Size([32, 8])
     """
-    settings, out = settings or StoreConfig(), Path(out)
+    settings, out, device = settings or StoreConfig(), Path(out), as_device(device)
     samples = open_samples(samples, network, memory_mib=settings.memory_mib)
-    if recipe is None and isinstance(samples, ArraySamples) and (mark := samples.checksum()):
-        recipe = {"samples": mark}  # a store of other samples in this folder is not theirs
-    device = as_device(device)
-    sites = [sites] if isinstance(sites, str | Site) else sites
-    chosen = [as_site(network, site) for site in sites]
+    if recipe is None and isinstance(samples, ArraySamples):
+        recipe = samples.made_from()
+    chosen = [as_site(network, s) for s in ([sites] if isinstance(sites, str | Site) else sites)]
     with on_device(network, device):
         index, first = _first_batch(samples, settings)
         first = as_input(network, first.to(device))

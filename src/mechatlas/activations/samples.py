@@ -182,12 +182,13 @@ class ArraySamples(Result):
         _refuse_non_finite(row, self.name(index))
         return row
 
-    def checksum(self) -> str | None:
-        """Checksum of an array in memory; `None` for one in a file, which a recipe names."""
+    def made_from(self) -> dict[str, str]:
+        """Checksum of an array in memory, by which a store of other samples is told apart."""
         if isinstance(self.array, ArrayFile | np.memmap):
-            return None
+            return {}
         kind = f"{self.array.dtype} {self.array.shape}".encode()
-        return checksum(kind + checksum(np.ascontiguousarray(self.array).data.cast("B")).encode())
+        data = checksum(np.ascontiguousarray(self.array).data.cast("B"))
+        return {"samples": checksum(kind + data.encode())}
 
     def stack(self, samples: Sequence[Shaped[np.ndarray, "*shape"]]) -> Shaped[Tensor, "batch ..."]:
         """Stack rows: floats as float32 (float64 for such a network), others as int64."""
