@@ -56,6 +56,7 @@ def test_what_is_left_out_can_be_chosen(tmp_path):
     store = collect(
         Reader(), samples, SITES[1:], tmp_path / "store", StoreConfig(positions=positions)
     )
+    assert Positions.of_store(store.manifest) == positions
     expected = places_by_hand(samples, first=3, special=True, tokens=(5, 6))
     assert every_place(store, "block") == expected
 

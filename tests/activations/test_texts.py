@@ -140,7 +140,7 @@ def test_text_files_are_cut_as_they_always_were(tmp_path):
 
 
 def test_a_long_text_has_the_tokens_of_the_whole_whatever_its_pieces(tmp_path, monkeypatch):
-    monkeypatch.setattr(text_sources, "PIECE", 10)
+    monkeypatch.setattr(text_sources, "PIECE", 30)
     tokenizer = pytest.importorskip("tokenizers")
     bpe = tokenizer.Tokenizer(tokenizer.models.BPE())
     bpe.pre_tokenizer = tokenizer.pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -73,6 +73,12 @@ class Positions:
             self, per_sample=COUNT, skip_first=COUNT_OR_NONE, skip_tokens=COUNT_OR_NONE, seed=SEED
         )
 
+    @classmethod
+    def of_store(cls, manifest: dict[str, Any]) -> "Positions":
+        """Read the settings in a store's manifest, where tuples are lists."""
+        fields = dict(manifest["settings"]["positions"])
+        return cls(**{**fields, "skip_tokens": tuple(fields.get("skip_tokens", ()))})
+
     def resolved(self, *, tokens: bool, causal: bool) -> "Positions":
         """Fill in what depends on the samples and the network.
 

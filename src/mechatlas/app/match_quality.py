@@ -250,7 +250,7 @@ def open_held_samples(store: Store, n: int, trust: TrustConfig) -> HeldSamples |
         return str(error)
     same, padding = [], []
     if isinstance(samples, TokenSamples) and store.manifest.get("left_out"):
-        positions = Positions(**store.manifest["settings"]["positions"])
+        positions = Positions.of_store(store.manifest)
         same = [left_out(samples, chunk, positions, Counter()).numpy() for chunk in chunks]
         padding = [np.stack([samples.padding(i) for i in chunk]) for chunk in chunks]
     return HeldSamples(network, batches, same, padding)

@@ -53,8 +53,8 @@ def test_the_right_pairing_changes_nothing_and_a_wrong_one_does(network, sites):
         network, BATCHES, sites,
         {"right": permuted(a, b, right), "wrong": permuted(a, b, np.roll(right, 1))},
     )  # fmt: skip
-    assert found["right"].variance_lost.value == pytest.approx(0, abs=1e-9)
-    assert value(found["right"].kl_divergence) == pytest.approx(0, abs=1e-9)
+    assert found["right"].variance_lost.value == pytest.approx(0, abs=1e-7)
+    assert value(found["right"].kl_divergence) == pytest.approx(0, abs=1e-7)
     assert value(found["right"].agreement) == 1
     assert found["wrong"].variance_lost.value > 0.3
     assert value(found["wrong"].kl_divergence) > 0.01
@@ -78,7 +78,7 @@ def test_divergence_is_the_rise_of_the_cross_entropy_with_the_untouched_answer(n
     ways = references(rotation(0), rotation(0))
     found = splice(network, [x], (FIRST, SECOND), ways)
     assert found["layer_drop"].variance_lost.value == 0
-    assert value(found["b_reconstruction"].kl_divergence) == pytest.approx(0, abs=1e-9)
+    assert value(found["b_reconstruction"].kl_divergence) == pytest.approx(0, abs=1e-7)
     clean = network(x)
     mean = network[2](network[0](x).mean(dim=0))
     p = clean.softmax(-1)
@@ -115,7 +115,7 @@ def test_hidden_states_are_no_logits():
     )["same"]  # fmt: skip
     assert found.kl_divergence is None
     assert found.agreement is None
-    assert found.variance_lost.value == pytest.approx(0, abs=1e-9)
+    assert found.variance_lost.value == pytest.approx(0, abs=1e-7)
 
 
 def test_sites_in_the_wrong_order_are_refused_and_the_network_is_left_as_it_was(network):

@@ -111,7 +111,7 @@ def run(config: EvaluateConfig, folder: RunFolder) -> EvaluateResult:
         numbers = None
     positions = config.positions
     if positions is None and store is not None and store.manifest.get("left_out"):
-        positions = Positions(**store.manifest["settings"]["positions"])
+        positions = Positions.of_store(store.manifest)
     folder.parent("dictionary", opened.checksum)
     with bar("evaluating") as progress:
         found = evaluate_dictionary(
