@@ -12,7 +12,6 @@ import io
 import math
 import os
 import re
-import stat
 import zipfile
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
@@ -22,7 +21,8 @@ from typing import cast
 import numpy as np
 from jaxtyping import Shaped
 
-from mechatlas.base import InputError
+from mechatlas.base import DiskError, InputError
+from mechatlas.files import open_regular
 
 MEMORY_MIB = 1024
 """Memory that a command plans for, in MiB, where nobody says otherwise."""
@@ -121,7 +121,7 @@ class Archive:
         """Place in the file of the first byte of a member that is stored as it is."""
         header = 30  # bytes before the name: the last four say how long name and extras are
         place = self.member(name).header_offset
-        with open(self.path, "rb") as file:
+        with open_file(self.path, str(self.path)) as file:
             lengths = os.pread(file.fileno(), 4, place + header - 4)
         return place + header + sum(np.frombuffer(lengths, "<u2").tolist())
 
@@ -142,19 +142,11 @@ def open_file(path: Path, name: str, limit: int | None = None) -> io.BufferedIOB
         InputError: There is no regular file, it cannot be opened, or it is too large.
     """
     try:
-        status = path.stat()
-        regular = stat.S_ISREG(status.st_mode)
-        file = open(path, "rb") if regular else None  # noqa: SIM115 - for the caller to close
-    except FileNotFoundError as error:
-        link = "it is a link to nothing" if path.is_symlink() else "there is no such file"
-        raise InputError(f"{name} cannot be read ({link}).") from error
-    except (OSError, ValueError) as error:
-        raise InputError(f"{name} cannot be read ({reason_of(error)}).") from error
-    if file is None:
-        kind = "a folder" if stat.S_ISDIR(status.st_mode) else "a pipe or device"
-        raise InputError(f"{name} cannot be read (it is {kind}, not a file).")
+        file = open_regular(path)
+    except DiskError as error:
+        raise InputError(str(error)) from error
     if limit is not None:
-        check_size(status.st_size, limit, name)
+        check_size(os.fstat(file.fileno()).st_size, limit, name)
     return file
 
 
@@ -277,7 +269,7 @@ def _open_npy(path: Path, limit: int) -> ArrayFile | np.ndarray:
     file = open_file(path, str(path))
     dtype, shape, by_column = _header(file, str(path), limit)
     start = file.tell()
-    if path.stat().st_size < start + math.prod(shape) * dtype.itemsize:
+    if os.fstat(file.fileno()).st_size < start + math.prod(shape) * dtype.itemsize:
         raise InputError(f"{path} is cut short: shape {shape} of {dtype} needs more bytes.")
     if by_column and len(shape) > 1 and math.prod(shape):
         return np.memmap(path, dtype, "r", start, shape, order="F")

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from mechatlas.activations.collect import StoreConfig, collect
 from mechatlas.activations.networks import Network, as_input, load_network, run_network
 from mechatlas.activations.sites import list_sites, read_activations
-from mechatlas.base import InputError, NonFiniteError, Site, UserError
+from mechatlas.analysis.interaction.interaction_basis import basis
+from mechatlas.base import InputError, NonFiniteError, Site, StoreError, UserError
 
 X = np.random.default_rng(0).normal(size=(40, 4))
 KINDS = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16,
@@ -190,3 +191,18 @@ def raising() -> nn.Module:
 def test_what_a_factory_raises_is_one_sentence():
     with pytest.raises(UserError, match=r"cannot be built: no such weights \(OSError\)"):
         load_network(Network(name=f"{__name__}:raising"))
+
+
+def test_the_interaction_basis_of_a_network_of_doubles_is_found_or_refused_if_coarse():
+    found = basis(network(torch.float64), X, ["0", "1", "2"])["0"].free_directions
+    assert found == basis(network(), X, ["0", "1", "2"])["0"].free_directions
+    with pytest.raises(InputError, match="too coarse"):
+        basis(network(torch.bfloat16), X, ["0", "1", "2"])
+
+
+def test_a_store_of_other_samples_is_not_taken_for_that_of_these(tmp_path):
+    first = collect(network(), X, "0", tmp_path / "s")
+    again = collect(network(), X.tolist(), "0", tmp_path / "s")
+    assert torch.equal(again.rows("0").held_out(9).x, first.rows("0").held_out(9).x)
+    with pytest.raises(StoreError, match=r"made from another recipe .*recipe\.samples"):
+        collect(network(), X + 1, "0", tmp_path / "s")

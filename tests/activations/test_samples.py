@@ -321,8 +321,10 @@ def test_names_of_images_that_are_no_files_are_named(folder):
     os.mkfifo(folder / "x_pipe.png")
     samples = open_samples(Images(source=str(folder), include="x_*"), NETWORK)
     assert len(samples) == 3
-    for i, reason in enumerate(["it is a folder", "it is a link to nothing", "a pipe or device"]):
-        with pytest.raises(InputError, match=f"{samples.name(i)} cannot be read .*{reason}"):
+    for i, reason in enumerate(
+        ["x_folder.png is a folder", "no file .*x_link", "x_pipe.png is a pipe"]
+    ):
+        with pytest.raises(InputError, match=reason):
             samples.read(i)
 
 

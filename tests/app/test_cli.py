@@ -113,7 +113,7 @@ def test_mistakes_get_one_sentence_and_exit_code_2(here, capsys):
     assert "returned int, expected a torch.nn.Module" in said
     assert "give the shape of one sample" in refused(["sites", "tests.networks:tiny"], capsys)
     wrong = ["sites", "tests.networks:tiny", "--shape", "5", "9", "9"]
-    assert "does not run on a sample of shape (5, 9, 9)" in refused(wrong, capsys)
+    assert "cannot run on float32 inputs of shape (1, 5, 9, 9)" in refused(wrong, capsys)
     assert "inception_v1 refused its arguments" not in refused(
         ["sites", "inception_mini", "--weights", "none.safetensors"], capsys
     )

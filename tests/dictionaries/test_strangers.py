@@ -176,10 +176,10 @@ def test_what_cannot_be_trained_or_saved_is_refused_in_one_sentence(x, tmp_path)
         train(Fixed(), x)  # pyright: ignore[reportArgumentType]
     with pytest.raises(InputError, match=r"Cannot train a Linear: .* with d_in, n_latents, encode"):
         train(nn.Linear(24, 96), x)
-    with pytest.raises(
-        InputError, match="Cannot train a Pretrained: it has no parameters that req"
-    ):
+    with pytest.raises(InputError, match=r"with ReLU\(l1=1.0\): its file does not say by which"):
         train(read(GOLDEN / "saelens2_standard"), x)
+    with pytest.raises(InputError, match="transcoder with a skip connection"):
+        train(read(GOLDEN / "sparsify_transcode_skip"), x)
     with pytest.raises(ValueError, match="Latents of a Winners cannot be revived"):
         train(Winners(24, 96), x, revival=AuxK())
     with pytest.raises(WeightsError, match="Cannot save a Fixed: it is not a "):
@@ -224,3 +224,16 @@ def test_numpy_and_torch_are_measured_alike(x):
     assert evaluate(built, rows).fvu == evaluate(built, x[:500]).fvu
     assert evaluate(built, rows, target=np.ascontiguousarray(rows)).l0 == 3.0
     assert repr(evaluate(built, rows)).startswith("Evaluation: ")
+
+
+@pytest.mark.parametrize("name", ["saelens6_topk", "saelens6_jumprelu", "sparsify_topk"])
+def test_a_dictionary_of_another_library_is_trained_on(name, tmp_path):
+    rows = torch.randn(500, 8, generator=torch.Generator().manual_seed(0))
+    dictionary, before = read(GOLDEN / name), read(GOLDEN / name)
+    if name == "saelens6_jumprelu":
+        dictionary.sparsity = TopK(k=4)
+    assert train(dictionary, rows, steps=60, batch_size=128, lr=1e-2) is dictionary
+    assert evaluate(dictionary, rows).fvu < 0.8 * evaluate(before, rows).fvu
+    assert evaluate(dictionary, rows).l0 <= 4
+    save(dictionary, tmp_path, format="saelens")
+    torch.testing.assert_close(load(tmp_path)(rows), dictionary(rows))

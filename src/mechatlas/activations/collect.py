@@ -50,7 +50,7 @@ from mechatlas.activations.positions import (
     left_out,
 )
 from mechatlas.activations.row_checks import naming, refuse_non_finite, refuse_unreadable
-from mechatlas.activations.samples import Samples, open_samples
+from mechatlas.activations.samples import ArraySamples, Samples, open_samples
 from mechatlas.activations.sites import as_site, read_activations
 from mechatlas.activations.store import Store, shard_file, write_shard
 from mechatlas.activations.store_manifest import DTYPES, SCHEMA, Shard, SiteShape, Split
@@ -164,7 +164,7 @@ class _Rows:
 def collect(
     network: nn.Module,
     samples: Any,
-    sites: Sequence[Site | str],
+    sites: Sequence[Site | str] | Site | str,
     out: Path | str,
     settings: StoreConfig | None = None,
     *,
@@ -177,8 +177,7 @@ def collect(
 
     Args:
         network: Network; run in evaluation mode, and put back in its own and on its own device.
-        samples: Inputs of the network: samples, or anything that `open_samples` takes, such as an
-            array whose first axis counts them.
+        samples: Inputs of the network: whatever `open_samples` takes, such as an array.
         sites: Sites to read, or their written form, all in one pass that stops after the last.
         out: Folder of the store. An unfinished store of the same recipe is continued.
         settings: Positions kept, number format, memory; by default `StoreConfig()`.
@@ -215,10 +214,11 @@ def collect(
         >>> next(store.rows().batches(32)).x.shape
         torch.Size([32, 8])
     """
-    settings, out = settings or StoreConfig(), Path(out)
+    settings, out, device = settings or StoreConfig(), Path(out), as_device(device)
     samples = open_samples(samples, network, memory_mib=settings.memory_mib)
-    device = as_device(device)
-    chosen = [as_site(network, site) for site in sites]
+    if recipe is None and isinstance(samples, ArraySamples):
+        recipe = samples.made_from()
+    chosen = [as_site(network, s) for s in ([sites] if isinstance(sites, str | Site) else sites)]
     with on_device(network, device):
         index, first = _first_batch(samples, settings)
         first = as_input(network, first.to(device))
@@ -553,15 +553,13 @@ def _fill(
 ) -> None:
     """Draw positions of the untransformed inputs, and add their rows pose by pose."""
     shapes, settings, poses = collection.shapes, collection.settings, collection.poses
-    first = collection.sites[0]
+    sites, first = collection.sites, collection.sites[0]
     grids = {site: shape.grid for site, shape in shapes.items()}
     drawn: dict[Site, Tensor] = {}
     for element in range(1 if poses is None else poses.action.group.order):
         action = None if poses is None else poses.action
         with naming(collection.samples, indices):
-            activations = read_pose(
-                collection.network, action, element, inputs, collection.sites, grids
-            )
+            activations = read_pose(collection.network, action, element, inputs, sites, grids)
         for site, flat in activations.items():
             refuse_non_finite(flat, site, indices, collection.samples)
             if site not in drawn and settings.paired and drawn:

@@ -15,8 +15,12 @@ import difflib
 import importlib
 import inspect
 import itertools
+import os
+import sys
 import types
 from collections.abc import Callable, Iterator, Mapping
+from contextvars import ContextVar
+from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +43,7 @@ BUNDLED = {
     "transformer": f"{ARCHITECTURES}.language:transformer",
 }
 """Networks that a recipe can name without a module path."""
+_FOLDERS: ContextVar[tuple[Path, ...]] = ContextVar("_FOLDERS", default=())
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -56,6 +61,9 @@ class Network:
 def load_network(recipe: Network) -> nn.Module:
     """Call the factory that a recipe names: a class of `nn.Module`, or a function of the module.
 
+    A module of the user's own is imported from where Python finds it, else from the current folder;
+    commands also look beside the recipe.
+
     Returns:
         The network in evaluation mode.
 
@@ -69,12 +77,12 @@ def load_network(recipe: Network) -> nn.Module:
         >>> network(torch.rand(2, 3, 31, 31)).shape
         torch.Size([2, 10])
     """
-    factory = _factory(recipe.name)
     arguments = dict(recipe.arguments)
     if recipe.weights is not None:
         arguments["weights"] = recipe.weights
     try:
-        network = factory(**arguments)
+        with _importable(recipe.name):
+            network = _factory(recipe.name)(**arguments)
     except UserError:
         raise
     except TypeError as error:
@@ -90,6 +98,52 @@ def load_network(recipe: Network) -> nn.Module:
     return network.eval()
 
 
+@contextlib.contextmanager
+def looking_in(*folders: Path) -> Iterator[None]:
+    """Look for the modules of named networks in some folders too, as in that of a recipe.
+
+    Args:
+        folders: Folders with modules.
+    """
+    token = _FOLDERS.set(folders)
+    try:
+        yield
+    finally:
+        _FOLDERS.reset(token)
+
+
+@contextlib.contextmanager
+def _importable(name: str) -> Iterator[None]:
+    """Let Python import a network's module from the folders, after all others that it knows.
+
+    Only while a network is loaded that the user has named: nothing else that a command imports may
+    come from a folder of data.
+    """
+    folders = () if name in BUNDLED else (*_FOLDERS.get(), Path.cwd())
+    added = [str(folder) for folder in folders if str(folder) not in sys.path]
+    sys.path.extend(added)
+    importlib.invalidate_caches()
+    try:
+        yield
+    finally:
+        for folder in added:
+            with contextlib.suppress(ValueError):  # the imported code may have removed it
+                sys.path.remove(folder)
+
+
+def _forget_other(package: str) -> None:
+    """Forget a module of the same name that lies in no folder any more that is looked into."""
+    loaded = getattr(sys.modules.get(package), "__file__", None)
+    if loaded is None:
+        return
+    file = Path(loaded)
+    folder = file.parent.parent if file.stem == "__init__" else file.parent
+    spec = PathFinder.find_spec(package)
+    if spec is not None and str(folder) not in map(os.path.abspath, sys.path):
+        for name in [n for n in sys.modules if n.partition(".")[0] == package]:
+            del sys.modules[name]
+
+
 def _factory(name: str) -> Callable[..., Any]:
     path = BUNDLED.get(name, name)
     module_name, colon, attribute = path.partition(":")
@@ -100,12 +154,18 @@ def _factory(name: str) -> Callable[..., Any]:
             f"There is no bundled network {name!r}.{hint} Bundled: {', '.join(BUNDLED)}. "
             "Name your own as 'package.module:factory'."
         )
+    _forget_other(module_name.partition(".")[0])
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         raise UserError(
-            f"Network {name!r}: cannot import {error.name!r}. Is it installed, and is its "
-            "folder on PYTHONPATH?"
+            f"Network {name!r}: cannot import {error.name!r}. It is not installed, and neither "
+            f"beside the recipe nor in the current folder, {Path.cwd()}, nor on PYTHONPATH."
+        ) from error
+    except Exception as error:  # code of the user's own can raise anything
+        raise UserError(
+            f"Network {name!r}: importing {module_name!r} failed: {reason_of(error)} "
+            f"({type(error).__name__})."
         ) from error
     factory = getattr(module, attribute, None)
     if not callable(factory):
@@ -181,6 +241,8 @@ def as_input(network: nn.Module, inputs: Any) -> Any:
         inputs = torch.from_numpy(np.array(array, kept, order="C"))
         inputs = inputs.to("cpu" if parameter is None else parameter.device)
         wanted = wanted or torch.float32
+    if inputs.layout != torch.strided:
+        raise InputError("The batch of inputs is a sparse tensor. Pass .to_dense() of it.")
     if inputs.is_floating_point() and wanted is not None and inputs.dtype != wanted:
         return inputs.to(wanted)
     return inputs

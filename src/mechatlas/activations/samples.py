@@ -25,6 +25,7 @@ from mechatlas.activations.text_input import TextInput
 from mechatlas.activations.text_sources import Document, documents, is_text
 from mechatlas.activations.texts import Texts, TextSamples, text_samples
 from mechatlas.base import InputError, RecipeError, Result
+from mechatlas.files import checksum
 from mechatlas.maths.arrays import as_numbers
 from mechatlas.sources import (
     MEMORY_MIB,
@@ -180,6 +181,14 @@ class ArraySamples(Result):
         row = np.asarray(self.array[index])
         _refuse_non_finite(row, self.name(index))
         return row
+
+    def made_from(self) -> dict[str, str]:
+        """Checksum of an array in memory, by which a store of other samples is told apart."""
+        if isinstance(self.array, ArrayFile | np.memmap):
+            return {}
+        kind = f"{self.array.dtype} {self.array.shape}".encode()
+        data = checksum(np.ascontiguousarray(self.array).data.cast("B"))
+        return {"samples": checksum(kind + data.encode())}
 
     def stack(self, samples: Sequence[Shaped[np.ndarray, "*shape"]]) -> Shaped[Tensor, "batch ..."]:
         """Stack rows: floats as float32 (float64 for such a network), others as int64."""

@@ -20,6 +20,7 @@ from jaxtyping import Shaped
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from mechatlas.activations.networks import running
 from mechatlas.activations.passes import counted, eager, evaluation_mode
 from mechatlas.activations.reading import hook_site, several_calls, tensors_at
 from mechatlas.activations.values import tensor_of, tensors_in
@@ -166,7 +167,7 @@ def trace(
         if operations:
             recorder.know(inputs, recorder.operation(None, (), {}, (), 0))
             hooks.enter_context(recorder)
-        with suppress(_Done):
+        with running(network, inputs), suppress(_Done):
             network(inputs)
     missing = ", ".join(str(site) for site, w in whole.items() if w not in recorder.reached)
     if missing:

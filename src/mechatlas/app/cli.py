@@ -66,6 +66,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Raises:
         SystemExit: 2 for a user's mistake, 130 when interrupted, 143 when terminated, 0 after help.
     """
+    try:
+        try:
+            _main(arguments)
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:  # the reader of a pipe, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(0) from None
+
+
+def _main(arguments: Sequence[str] | None) -> None:
     words = list(sys.argv[1:] if arguments is None else arguments)
     as_json = "--json" in words
     words = [word for word in words if word != "--json"]
@@ -115,15 +126,15 @@ def _answer(name: str, words: list[str], *, as_json: bool) -> None:
     Raises:
         SystemExit: 2 for a user's mistake.
     """
-    from mechatlas.base import UserError  # with torch, which help does not need
+    from mechatlas.activations.networks import looking_in  # with torch
+    from mechatlas.base import UserError
 
+    recipe = [Path(words[0]).resolve().parent] if words and words[0].endswith(".toml") else []
     try:
-        print(run(name, words, as_json=as_json))
+        with looking_in(*recipe):
+            print(run(name, words, as_json=as_json))
     except UserError as error:
         fail(str(error))
-    except BrokenPipeError:  # the reader of a pipe, such as `head`, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise SystemExit(1) from None
 
 
 def run(name: str, words: list[str], *, as_json: bool) -> str:

@@ -22,7 +22,7 @@ from mechatlas.activations.samples import SampleRecipe
 from mechatlas.base import DiskError, RecipeError
 from mechatlas.dictionaries.revival import AuxK, Resample
 from mechatlas.dictionaries.sparsity import Sparsity, TopK
-from mechatlas.files import read_toml
+from mechatlas.files import MANIFEST, read_toml
 
 Recipe = TypeVar("Recipe")
 
@@ -102,18 +102,20 @@ def _spoken(kind: Any) -> tuple[str, ...]:
 
 
 def read_recipe(path: Path, kind: type[Recipe]) -> Recipe:
-    """Read a recipe file.
+    """Read a recipe file; the `recipe.toml` in the folder of a run is for that folder.
 
     Raises:
         RecipeError: There is no such file, it is not TOML, or it has unknown keys or wrong
             values; the message lists all of them.
     """
-    if not Path(path).exists():
+    if not path.exists():
         raise RecipeError(f"There is no recipe file {path}.")
     try:
-        raw = read_toml(Path(path))
+        raw = read_toml(path)
     except DiskError as error:
         raise RecipeError(str(error)) from error
+    if path.name == "recipe.toml" and (path.parent / MANIFEST).is_file():
+        raw.setdefault("out", str(path.parent))
     if spoken := [key for key in _spoken(kind) if key in raw]:
         raise RecipeError(
             f"{path} has {', '.join(spoken)}: whose code may run is said on the command line only."

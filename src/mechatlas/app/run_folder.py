@@ -278,7 +278,9 @@ class RunFolder:
             result, out=str(self.path), seconds=seconds, peak_bytes=peak_bytes()
         )
         values = as_plain(result)
-        self.file(RECIPE, tomli_w.dumps(as_dict(self.config)).encode())
+        recipe = as_dict(self.config)
+        recipe.pop("out", None)  # the folder has the same bytes wherever it lies
+        self.file(RECIPE, tomli_w.dumps(recipe).encode())
         self.json(RESULT, {key: values[key] for key in values if key != "out"})
         for temporary in self.path.rglob(f"*{TEMPORARY}"):  # of a killed run, of whatever settings
             temporary.unlink(missing_ok=True)

@@ -5,13 +5,15 @@ evaluate    fvu, l0 and the latents that fire, streamed over any number of rows
 """
 
 import dataclasses
+from typing import Any
 
-import numpy as np
 import torch
 from jaxtyping import Bool, Float
-from torch import Tensor
+from torch import Tensor, nn
 
-from mechatlas.base import Dictionary, Result
+from mechatlas.base import Dictionary, InputError, Result
+from mechatlas.dictionaries.rows import check_width
+from mechatlas.maths.arrays import as_tensor
 from mechatlas.maths.outliers import norm_limit
 
 
@@ -77,9 +79,9 @@ class Evaluation(Result):
 @torch.no_grad()
 def evaluate(
     dictionary: Dictionary,
-    x: Float[Tensor, "batch d_in"] | Float[np.ndarray, "batch d_in"],
+    x: Any,
     *,
-    target: Float[Tensor, "batch d_out"] | Float[np.ndarray, "batch d_out"] | None = None,
+    target: Any = None,
     outlier: Bool[Tensor, " batch"] | None = None,
     batch_size: int = 64,
 ) -> Evaluation:
@@ -87,12 +89,13 @@ def evaluate(
 
     Args:
         dictionary: Dictionary to measure.
-        x: Activations that it reads.
+        x: Activations that it reads, (samples, d_in): an array, tensor, list of rows or data set.
         target: Activations that it should write; by default those that it reads.
         outlier: Rows that are not counted; by default those longer than ten median rows.
         batch_size: Samples encoded at once.
 
     Raises:
+        InputError: The samples or targets are no matrix of numbers, or of another width.
         ValueError: All samples are equal, so FVU is undefined.
 
     Examples:
@@ -102,8 +105,7 @@ def evaluate(
         >>> ma.evaluate(sae, torch.randn(100, 16)).l0
         4.0
     """
-    x = torch.as_tensor(x)
-    target = x if target is None else torch.as_tensor(target)
+    x, target = _samples_for(dictionary, x, target)
     norms = torch.linalg.vector_norm(x.float(), dim=1)
     counted = ~(norms > norm_limit(norms) if outlier is None else outlier)
     some = not bool(counted.all())
@@ -132,6 +134,27 @@ def evaluate(
         fvu_with_outliers=float(residual.sum() / totals[-1].sum()),
         n_outliers=int((~counted).sum()),
     )
+
+
+def _samples_for(dictionary: Dictionary, x: Any, target: Any) -> tuple[Tensor, Tensor]:
+    """Activations that a dictionary reads and should write, in its number format and place.
+
+    Raises:
+        InputError: They are no matrices of numbers, or of another width.
+    """
+    tensors = list(dictionary.state_dict().values()) if isinstance(dictionary, nn.Module) else []
+    read = as_tensor(x, "samples d_in", "x")
+    written = read if target is None else as_tensor(target, "samples d_out", "target")
+    like = next((t for t in tensors if t.is_floating_point()), torch.empty(0, device=read.device))
+    check_width(read, dictionary.d_in)
+    own = dictionary.d_in if target is None else written.shape[1]
+    width = getattr(dictionary, "d_out", own)
+    if written.shape != (len(read), width):
+        raise InputError(
+            f"The dictionary writes activations of shape {(len(read), width)}, got "
+            f"{tuple(written.shape)}. Of a transcoder, give what it should write as target=."
+        )
+    return read.to(like), written.to(like)
 
 
 def _undefined(n_samples: int) -> str:

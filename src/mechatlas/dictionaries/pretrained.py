@@ -125,6 +125,31 @@ class Pretrained(nn.Module):
             "cannot be written in our own format; write it with format='saelens'."
         )
 
+    def make_trainable(self) -> None:
+        """Turn the weights into parameters, to train a dictionary of another library further.
+
+        Raises:
+            InputError: The number of active latents would not stay as it is, or there is a skip
+                connection, which `decode` leaves out.
+        """
+        if not (self.sparsity.by_row and hasattr(self.sparsity, "k")):
+            raise InputError(
+                f"Cannot train on a dictionary of {self.file_format or 'another library'} with "
+                f"{self.sparsity}: its file does not say by which penalty its codes were kept "
+                "sparse. Give it a rule of its own, as dictionary.sparsity = ma.TopK(k=32)."
+            )
+        if self.W_skip is not None:
+            raise InputError(
+                "Cannot train on a transcoder with a skip connection; build a Transcoder."
+            )
+        for name in ("W_enc", "b_enc", "W_dec", "b_dec"):
+            weight = getattr(self, name)
+            if not isinstance(weight, nn.Parameter):
+                delattr(self, name)
+                self.register_parameter(name, nn.Parameter(weight.detach().clone()))
+        if self.transcodes:
+            self.reads, self.writes = slice(0, self.d_in), slice(self.d_in, self.d_in + self.d_out)
+
     def as_pretrained(self) -> "Pretrained":
         """See this dictionary in the parts of other libraries."""
         return self

@@ -6,14 +6,16 @@ as_rows       whichever fits
 check_width   rows against the width that a dictionary reads
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils import data as torch_data
 
 from mechatlas.base import Batch, InputError, Rows
+from mechatlas.maths.arrays import as_tensor
 
 
 class ArrayRows:
@@ -203,15 +205,15 @@ class StreamRows:
 
 
 def _matrix(array: Any) -> Tensor:
-    """An array as a matrix of floats.
+    """An array as a matrix of floats; of a tuple, as loaders give them, the first element.
 
     Raises:
         InputError: It is none.
     """
-    if not isinstance(array, Tensor | np.ndarray):
-        raise InputError(f"Activations must be arrays (rows, d_in), got a {type(array).__name__}.")
-    tensor = torch.as_tensor(array)
-    if tensor.ndim != 2 or not tensor.is_floating_point():
+    if isinstance(array, tuple | list) and len(array) and np.ndim(array[0]) == 2:
+        array = array[0]
+    tensor = as_tensor(array, "rows d_in", "The matrix of activations")
+    if not tensor.is_floating_point():
         raise InputError(
             f"Activations must be a matrix (rows, d_in) of floats, got shape "
             f"{tuple(tensor.shape)} of {tensor.dtype}."
@@ -223,8 +225,9 @@ def as_rows(data: Any) -> Rows:
     """Rows to train on.
 
     Args:
-        data: A matrix; a tuple of matrices whose rows belong together; a store with one site;
-            an iterable of matrices; or anything that already fits the protocol.
+        data: A matrix, as an array, a tensor, a list of rows or a data set of torch; a tuple of
+            matrices whose rows belong together; a store with one site; an iterable of matrices,
+            as a loader is; or anything that already fits the protocol.
 
     Raises:
         InputError: It is none of these.
@@ -233,12 +236,16 @@ def as_rows(data: Any) -> Rows:
         return data
     if isinstance(data, np.ndarray | Tensor | tuple):
         return ArrayRows(data)
+    listed = isinstance(data, list) and len(data) > 0 and np.ndim(data[0]) < 2
+    if listed or isinstance(data, torch_data.Dataset):
+        return ArrayRows(as_tensor(data, "rows d_in", "The matrix of activations"))
     if callable(rows := getattr(data, "rows", None)):  # a store with one site
         return as_rows(rows())
-    if isinstance(data, Iterable) and not isinstance(data, str | bytes | dict):
+    if isinstance(data, Iterable) and not isinstance(data, str | bytes | Mapping):
         return StreamRows(data)
     raise InputError(
-        f"Cannot train on a {type(data).__name__}; pass an array (rows, d_in) or a store."
+        f"Cannot train on a {type(data).__name__}; pass an array (rows, d_in) or a store, as from "
+        "numpy.load(path) or ma.Store(path)."
     )
 
 

@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+import torch
 from jaxtyping import Bool, Float, Int
 from scipy import linalg as scipy_linalg
 from torch import Tensor
@@ -136,7 +137,8 @@ def gram(rows: Float[Tensor, "batch d"]) -> Float[np.ndarray, "d d"]:
 
 def _blocks(rows: Tensor, dtype: type) -> Iterator[np.ndarray]:
     for start in range(0, len(rows), BLOCK):
-        yield rows[start : start + BLOCK].detach().cpu().numpy().astype(dtype)
+        block = rows[start : start + BLOCK].detach().cpu()
+        yield (block.float() if block.dtype == torch.bfloat16 else block).numpy().astype(dtype)
 
 
 def _gram(rows: np.ndarray, onto: np.ndarray | None = None) -> np.ndarray:

@@ -14,11 +14,13 @@ Source: Bozoukov, Branch specialization with k-sparse autoencoders (2025), for t
 
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.utils import data
 
 from mechatlas import deprecated
 from mechatlas.analysis.branches.null import (
@@ -375,7 +377,8 @@ def channel_statistics(activations: Any) -> ChannelStatistics:
 
 def _blocks(activations: Any) -> Iterator[np.ndarray]:
     nested = isinstance(activations, list | tuple) and activations and np.ndim(activations[0]) < 2
-    is_array = nested or isinstance(activations, np.ndarray | Tensor)
+    whole = np.ndarray | Tensor | str | Path | data.Dataset | data.DataLoader
+    is_array = nested or isinstance(activations, whole)
     if not is_array and isinstance(activations, Iterable):
         for part in activations:
             yield from _blocks(part)

@@ -27,6 +27,7 @@ from jaxtyping import Float, Int
 from torch import nn
 
 from mechatlas import deprecated
+from mechatlas.activations.networks import as_input
 from mechatlas.activations.passes import evaluation_mode, unwrapped
 from mechatlas.activations.sites import as_site
 from mechatlas.analysis.interaction import bases
@@ -160,6 +161,7 @@ def basis(
         raise SiteError(f"Name at least two layers, got {len(layers)}: {list(map(str, layers))}.")
     inputs = Inputs.from_data(data)
     model = unwrapped(model)
+    inputs = dataclasses.replace(inputs, tensor=as_input(model, inputs.tensor))
     sites = [as_site(model, site) for site in layers]
     coarse = {p.dtype for p in model.parameters()} & {torch.float16, torch.bfloat16}
     if coarse:

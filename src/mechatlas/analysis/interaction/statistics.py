@@ -21,6 +21,7 @@ from mechatlas.activations.sites import read_activations
 from mechatlas.analysis.interaction.derivatives import MAX_GRADIENTS, vector_jacobian_products
 from mechatlas.analysis.interaction.layer_maps import LayerMap, channels_last, rows_of, taps_of
 from mechatlas.base import InputError, NonFiniteError, Site
+from mechatlas.maths.arrays import as_tensor
 from mechatlas.maths.linalg import Firing, Moments, gram, relu_pullback, skip_pullback
 
 T = TypeVar("T")
@@ -45,13 +46,11 @@ class Inputs:
             InputError: The data is none of these or empty, or the labels do not fit.
             NonFiniteError: A sample has a NaN or an infinity.
         """
-        pair = data if isinstance(data, tuple | list) and len(data) == 2 else (data, None)
-        tensor, labels = [torch.from_numpy(x) if isinstance(x, np.ndarray) else x for x in pair]
-        if not isinstance(tensor, Tensor):
-            raise InputError(
-                f"Expected inputs as a tensor or array, or a pair (inputs, labels), got "
-                f"{type(pair[0]).__name__}."
-            )
+        two = isinstance(data, tuple | list) and len(data) == 2 and np.ndim(data[0]) > 1
+        inputs, labels = data if two else (data, None)
+        tensor = as_tensor(inputs, None, "The inputs")
+        if labels is not None:
+            labels = as_tensor(labels, None, "The labels")
         if not len(tensor):
             raise InputError("There are no samples: the first axis of the inputs is empty.")
         if tensor.is_floating_point() and not tensor.isfinite().all():

@@ -22,6 +22,7 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 
 from mechatlas.activations.layouts import Layout, layouts_of
+from mechatlas.activations.networks import run_network
 from mechatlas.activations.passes import evaluation_mode
 from mechatlas.activations.positions import is_causal
 from mechatlas.activations.predictions import compare, next_token_losses, output_of
@@ -131,7 +132,7 @@ def splice(
     effects: dict[str, list[np.ndarray]] = {way: [] for way in ways}
     with evaluation_mode(network):
         for number, batch in enumerate(batches):
-            before, logits = output_of(network(batch))
+            before, logits = output_of(run_network(network, batch))
             if not clean:
                 predicts = logits and _predicts_tokens(network, batch, before, sites[1])
             clean.append(_moments(before))
@@ -140,7 +141,7 @@ def splice(
             same = torch.from_numpy(left_out[number]) if left_out else None
             for way, write in ways.items():
                 with _replaced(network, batch, sites, write, same):
-                    after = output_of(network(batch)).x
+                    after = output_of(run_network(network, batch)).x
                 effects[way].append(_compare(before, after, tokens))
     if not clean:
         raise InputError("There are no samples to run the network on.")

@@ -32,6 +32,7 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 
 from mechatlas.activations.layouts import Layout, layouts_of
+from mechatlas.activations.networks import run_network
 from mechatlas.activations.posing import Places
 from mechatlas.activations.samples import Samples
 from mechatlas.activations.sites import intervene, read_activations
@@ -205,7 +206,7 @@ def following_site(network: nn.Module, site: Site, inputs: Shaped[Tensor, "batch
         for name, module in network.get_submodule(parent).named_children():
             note = functools.partial(lambda name, *_: called.append(name), name)
             hooks.callback(module.register_forward_hook(note).remove)
-        network(inputs)
+        run_network(network, inputs)
     later = called[called.index(own) + 1 :] if own in called else []
     following = [name for name in later if name != own]
     return Site(f"{parent}.{following[0]}".strip(".")) if following else Site("")

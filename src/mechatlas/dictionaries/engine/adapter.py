@@ -9,6 +9,7 @@ from mechatlas.dictionaries.autoencoder import SparseCoder
 from mechatlas.dictionaries.engine.interface import Step
 from mechatlas.dictionaries.engine.steps import ReconstructionStep
 from mechatlas.dictionaries.objective import Objective
+from mechatlas.dictionaries.pretrained import Pretrained
 from mechatlas.dictionaries.revival import AuxK, Resample
 
 
@@ -64,9 +65,8 @@ def as_coder(dictionary: Any) -> SparseCoder | Adapter:
             f"Cannot train a {kind}: a dictionary to train is a torch.nn.Module with d_in, "
             "n_latents, encode and decode."
         )
+    if isinstance(dictionary, Pretrained):
+        dictionary.make_trainable()
     if not any(p.requires_grad for p in dictionary.parameters()):
-        raise InputError(
-            f"Cannot train a {kind}: it has no parameters that require a gradient. Dictionaries "
-            "that other libraries trained are used as they are; build an Autoencoder to train one."
-        )
+        raise InputError(f"Cannot train a {kind}: it has no parameters that require a gradient.")
     return Adapter(dictionary)
