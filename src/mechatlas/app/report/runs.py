@@ -110,6 +110,7 @@ def find_runs(folder: Path, *, visualize: int = 0, trust: TrustConfig | None = N
             try:
                 manifest = read_manifest(path)
                 if "kind" in manifest:
+                    _refuse_absent(path.parent, manifest)
                     runs.append(Run(path.parent, name, manifest, _result_of(path.parent)))
             except UserError as error:
                 problems[name] = str(error)
@@ -122,6 +123,19 @@ def find_runs(folder: Path, *, visualize: int = 0, trust: TrustConfig | None = N
             "around it."
         )
     return Runs(folder, runs, visualize, trust or TrustConfig(), problems)
+
+
+def _refuse_absent(folder: Path, manifest: dict[str, Any]) -> None:
+    """Look for every file that the manifest of a finished run lists.
+
+    Raises:
+        DiskError: One is missing.
+    """
+    files = manifest.get("files")
+    if isinstance(files, dict) and manifest.get("complete", True):
+        for name in files:
+            if not os.path.lexists(folder / name):
+                raise DiskError(f"{folder / name} is missing. Run the command again.")
 
 
 def _result_of(folder: Path) -> dict[str, Any]:
