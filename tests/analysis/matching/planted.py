@@ -100,3 +100,57 @@ def dictionary(rows, threshold, random) -> Any:
         threshold=torch.from_numpy(theta[:, 0]),
         subtracts_b_dec=False,
     )
+
+
+def jump_relu_pair(
+    n, d, *, tied, spread, noise=1.0, alone=0.31, encoder_noise=0.7, seed=0
+) -> tuple[Any, Any, np.ndarray]:
+    """Two JumpReLU dictionaries with log-normal thresholds, and the partner of each latent of A.
+
+    Args:
+        n: Latents of each.
+        d: Width.
+        tied: Whether encoders are the decoders.
+        spread: Standard deviation of the logarithm of thresholds; partners differ by a tenth of it.
+        noise: Length of the noise on a partner's directions.
+        alone: Share of the latents without a partner.
+        encoder_noise: Length of what an encoder has beside the decoder.
+        seed: Seed.
+    """
+    random = np.random.default_rng(seed)
+    spectrum = 1 / np.sqrt(1 + 16 * np.arange(d) / d)
+    k = round((1 - alone) * n)
+
+    def two(width):
+        a, b = (units(random.standard_normal((n, width)) * spectrum) for _ in range(2))
+        other = units(random.standard_normal((k, width)) * spectrum)
+        b[:k] = units(a[:k] + noise * other)
+        return a, b
+
+    decoders, others = two(d), two(d)
+    logs, offsets = (
+        random.standard_normal((2, n)),
+        -0.3 * (1 + 0.3 * random.standard_normal((2, n))),
+    )
+    logs[1, :k] = logs[0, :k] + 0.1 * random.standard_normal(k)
+    offsets[1, :k] = offsets[0, :k]
+    order = random.permutation(n)
+    made = []
+    for side, rows in enumerate((np.arange(n), order)):
+        decoder = decoders[side][rows].astype(np.float32)
+        encoder = units(decoder + encoder_noise * others[side][rows]).astype(np.float32)
+        made.append(
+            SimpleNamespace(
+                d_in=d,
+                n_latents=n,
+                W_dec=torch.from_numpy(decoder),
+                W_enc=torch.from_numpy(np.ascontiguousarray((decoder if tied else encoder).T)),
+                b_enc=torch.from_numpy(offsets[side][rows].astype(np.float32)),
+                b_dec=torch.zeros(d),
+                threshold=torch.from_numpy(np.exp(spread * logs[side][rows]).astype(np.float32)),
+                subtracts_b_dec=False,
+            )
+        )
+    partner = np.full(n, -1)
+    partner[:k] = np.argsort(order)[:k]
+    return made[0], made[1], partner

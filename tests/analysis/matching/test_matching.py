@@ -27,7 +27,7 @@ from mechatlas.analysis.matching.pairing import feature_splitting, match
 from mechatlas.base import InputError
 from mechatlas.dictionaries.autoencoder import Autoencoder
 from mechatlas.dictionaries.sparsity import BatchTopK, Gated, JumpReLU, ReLU, TopK
-from tests.analysis.matching.planted import LEVELS, chain, dictionary, units
+from tests.analysis.matching.planted import LEVELS, chain, dictionary, jump_relu_pair, units
 
 seeds = st.integers(0, 10**6)
 
@@ -650,3 +650,23 @@ def test_latents_that_are_never_active_or_constant_are_told_from_rows(two):
         match(plain, a, live=(None, [True] * 3))
     with pytest.raises(InputError, match="No latent of A can be paired"):
         match(np.zeros((4, 3)), np.eye(3))
+
+
+@pytest.mark.parametrize("cost", ["all", "balanced"])
+@pytest.mark.parametrize(("tied", "spread"), [(True, 0.5), (False, 0.0)])
+def test_the_stated_rate_holds_where_several_parts_are_compared(cost, tied, spread):
+    found, wrong = [], []
+    for seed in range(3):
+        a, b, partner = jump_relu_pair(600, 96, tied=tied, spread=spread, seed=seed)
+        columns = match(a, b, cost=cost, seed=seed).matched_columns()
+        right = (columns >= 0) & (columns == partner)
+        found.append(right.sum() / (partner >= 0).sum())
+        wrong.append(1 - right.sum() / (columns >= 0).sum())
+    assert np.mean(found) > 0.98
+    assert 0.025 < np.mean(wrong) < 0.08  # 0.09 to 0.13 where the parts' lengths are not kept
+
+
+@pytest.mark.parametrize("cost", ["decoder", "encoder", "all", "balanced"])
+def test_independent_dictionaries_do_not_match_by_any_cost(cost):
+    a, b, _ = jump_relu_pair(400, 64, tied=False, spread=0.5, alone=1.0)
+    assert match(a, b, cost=cost).matched.mean() < 0.01

@@ -263,6 +263,18 @@ def vectors(
     return np.ascontiguousarray(np.concatenate(pieces, axis=1), dtype=np.float32)
 
 
+def part_widths(folded: FoldedDictionary, cost: Cost) -> tuple[int, ...]:
+    """Numbers in the decoder, the encoder and the bias of a compared vector, if it has all three.
+
+    Args:
+        folded: Dictionary that is compared.
+        cost: One of the costs.
+    """
+    if cost not in ("all", "balanced") or folded.encoder is None:
+        return ()
+    return folded.decoder.shape[1], folded.encoder.shape[1], 1
+
+
 def unit_rows(x: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "n d"]:
     """Divide rows by their lengths, summed in float64; rows of zeros stay zero."""
     x = np.asarray(x, dtype=np.float32)

@@ -23,11 +23,13 @@ Source: Storey (2002) for q-values from the number of discoveries; the rest is o
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from jaxtyping import Float, Int
 from scipy.optimize import isotonic_regression
+from torch import Tensor
 
 from mechatlas.analysis.matching.folding import unit_rows
 from mechatlas.maths.assignment import assign
@@ -49,6 +51,10 @@ LENGTH_PASSES = 2
 """Times that the lengths of whitened rows are made more equal."""
 MAX_CHANCE_COSINE = 0.9
 """Upper limit on the cosine that chance is assumed to give."""
+SAME_WAY = 0.1
+"""Mean cosine of a latent's decoder and encoder from which both are taken to be in one space."""
+DOUBT = 2.0
+"""Standard errors by which one null must exceed all of them together to count alone."""
 STOREY_QUANTILE = 0.65
 """Quantile of the null below which pairs are counted to estimate how many are chance."""
 
@@ -64,29 +70,68 @@ class PairEvidence(NamedTuple):
     """Similarity of chance pairs, as a cosine of average ones."""
 
 
-def rotate(x: Float[np.ndarray, "n d"], random: np.random.Generator) -> Float[np.ndarray, "n d"]:
-    """Make rows with the same second moments of their directions, in random directions."""
-    white = _whiten(x)
-    rotation, r = np.linalg.qr(random.standard_normal((len(white.color), len(white.color))))
-    return (white.rows @ (rotation * np.sign(np.diag(r))) @ white.color).astype(np.float32)
+class Whitened(NamedTuple):
+    """Directions of vectors, with equal second moments along all axes of each."""
+
+    rows: list[Float[np.ndarray, "n k"]]
+    """Whitened directions: one array, or one for each part where a rotation turns all alike."""
+    colors: list[Float[np.ndarray, "k _width"]]
+    """Matrices that turn whitened rows back into directions."""
+    lengths: Float[np.ndarray, "n part"]
+    """Length of each part of each vector; the number itself of a part of one number."""
+    widths: tuple[int, ...]
+    """Number of numbers in each part."""
+
+    def colored(self, rows: Sequence[Tensor]) -> Float[np.ndarray, "n width"]:
+        """Turn whitened rows into vectors whose parts are as long as those of the originals."""
+        colors = map(torch.from_numpy, self.colors)
+        turned = [white @ color for white, color in zip(rows, colors, strict=True)]
+        directions = (turned[0] if len(turned) == 1 else torch.cat(turned, dim=1)).numpy()
+        parts, start = [], 0
+        for width, length in zip(self.widths, self.lengths.T, strict=True):
+            if width == 1:
+                parts.append(length[:, None])
+                continue
+            parts.append(unit_rows(directions[:, start : start + width]) * length[:, None])
+            start += width
+        return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
 
 
-def shuffle(x: Float[np.ndarray, "n d"], random: np.random.Generator) -> Float[np.ndarray, "n d"]:
-    """Make rows with the same distribution along each principal axis, mixed among latents."""
-    white = _whiten(x)
-    return (random.permuted(white.rows, axis=0) @ white.color).astype(np.float32)
+def whiten(x: Float[np.ndarray, "n width"], widths: Sequence[int] = ()) -> Whitened:
+    """Whiten the directions of vectors.
+
+    The parts of a vector keep their lengths, because what is between them depends on the latent
+    (a threshold makes the encoder longer and the decoder shorter). A decoder and an encoder in the
+    same space are turned alike, so that the angle between them stays the latent's own.
+
+    Args:
+        x: Vectors.
+        widths: Number of numbers in each part that has a length of its own; by default one part.
+    """
+    widths = tuple(widths) or (x.shape[1],)
+    pieces = np.split(x, np.cumsum(widths)[:-1], axis=1)
+    lengths = [p[:, 0] if p.shape[1] == 1 else np.linalg.norm(p, axis=1) for p in pieces]
+    sides = np.stack(lengths, axis=1).astype(np.float32), widths
+    whole = [unit_rows(p) for p in pieces if p.shape[1] > 1] or [np.ones_like(x)]
+    if len(whole) == 1 or not _in_one_space(whole):
+        rows, sizes, axes = _whiten(whole[0] if len(whole) == 1 else np.concatenate(whole, axis=1))
+        return Whitened([rows.numpy()], [(sizes[:, None] * axes.T).numpy()], *sides)
+    made = [_whiten(each) for each in whole]
+    frame = torch.linalg.eigh(sum((axes * sizes) @ axes.T for _, sizes, axes in made))[1]
+    rows = [(white @ (axes.T @ frame)).numpy() for white, _, axes in made]
+    return Whitened(
+        rows, [(frame.T @ (axes * sizes) @ axes.T).numpy() for _, sizes, axes in made], *sides
+    )
 
 
-class _Whitened(NamedTuple):
-    """Rows with equal second moments along all axes."""
-
-    rows: Float[np.ndarray, "n k"]
-    color: Float[np.ndarray, "k d"]
-    """Matrix that turns whitened rows back into directions of the original."""
+def _in_one_space(parts: list[Float[np.ndarray, "n _width"]]) -> bool:
+    """Whether two parts are rows of one space: on the average they point the same way."""
+    a, b = parts
+    return a.shape == b.shape and float(np.einsum("nd,nd->n", a, b).mean()) > SAME_WAY
 
 
-def _whiten(x: Float[np.ndarray, "n d"]) -> _Whitened:
-    """Whiten rows.
+def _whiten(x: Float[np.ndarray, "n d"]) -> tuple[Tensor, Tensor, Tensor]:
+    """Whiten rows; returns them, and the length and direction of each axis.
 
     Rows at length 1 are short along the axes where they vary most; a null made of them and brought
     to length 1 once more would be too short there, and too seldom similar. So lengths are first
@@ -95,71 +140,129 @@ def _whiten(x: Float[np.ndarray, "n d"]) -> _Whitened:
     Source:
         Tyler, A distribution-free M-estimator of multivariate scatter (1987).
     """
-    x = x.astype(np.float64)
-    if len(x) <= x.shape[1]:  # whitened rows are orthogonal, and of one length
-        u, s, vt = np.linalg.svd(x, full_matrices=False)
-        return _Whitened(u, s[:, None] * vt)
-    rows, color = x, np.eye(x.shape[1])
-    for _ in range(1 + LENGTH_PASSES):
-        length = np.linalg.norm(rows, axis=1)
-        x = x / np.where(length > 1e-6 * length.max(initial=0.0), length, 1.0)[:, None]
-        variances, axes = np.linalg.eigh(x.T @ x)
-        present = variances > 1e-12 * variances[-1]
-        sizes, axes = np.sqrt(variances[present]), axes[:, present]
-        rows, color = x @ axes / sizes, sizes[:, None] * axes.T
-    return _Whitened(rows, color)
+    rows = torch.from_numpy(x)
+    if len(rows) <= rows.shape[1]:  # whitened rows are orthogonal, and of one length
+        u, s, vt = torch.linalg.svd(rows, full_matrices=False)
+        return u, s, vt.T
+    white, sizes, axes = _principal(rows)
+    for _ in range(LENGTH_PASSES):
+        length = white.norm(dim=1, keepdim=True)
+        rows = rows / length.where(length > 1e-6 * length.max(), torch.ones(1))
+        white, sizes, axes = _principal(rows)
+    return white, sizes, axes
 
 
-Null = Callable[[np.ndarray, np.random.Generator], np.ndarray]
+def _principal(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Principal coordinates at equal size, and the length and direction of each axis."""
+    variances, axes = torch.linalg.eigh((x.T @ x).double())
+    present = variances > 1e-6 * variances[-1]
+    sizes, axes = variances[present].sqrt().float(), axes[:, present].float()
+    return x @ (axes / sizes), sizes, axes
+
+
+def rotate(
+    x: Float[np.ndarray, "n width"] | Whitened, random: np.random.Generator
+) -> Float[np.ndarray, "n width"]:
+    """Make vectors with the same second moments of their directions, in random directions."""
+    white = x if isinstance(x, Whitened) else whiten(x)
+    k = len(white.colors[0])
+    rotation, r = torch.linalg.qr(torch.from_numpy(random.standard_normal((k, k), np.float32)))
+    rotation = rotation * r.diagonal().sign()
+    return white.colored([torch.from_numpy(rows) @ rotation for rows in white.rows])
+
+
+def shuffle(
+    x: Float[np.ndarray, "n width"] | Whitened, random: np.random.Generator
+) -> Float[np.ndarray, "n width"]:
+    """Make vectors with the same distribution along each principal axis, mixed among latents."""
+    white = x if isinstance(x, Whitened) else whiten(x)
+    n, k = white.rows[0].shape
+    order = random.permuted(np.tile(np.arange(n, dtype=np.int32)[:, None], k), axis=0)
+    return white.colored([
+        torch.from_numpy(np.take_along_axis(rows, order, axis=0)) for rows in white.rows
+    ])  # fmt: skip
+
+
+Null = Callable[[Any, np.random.Generator], np.ndarray]
 """Function that makes the vectors of a null dictionary from those of a real one."""
 NULLS: tuple[Null, ...] = (rotate, shuffle)
-"""Nulls of decoder rows; of several, the one that gives the largest q-value counts."""
+"""Nulls of weights, which are given them whitened."""
 
 
 def compare_with_null(
-    a: Float[np.ndarray, "n d"],
-    b: Float[np.ndarray, "m d"],
+    a: Float[np.ndarray, "n width"],
+    b: Float[np.ndarray, "m width"],
     rows: Int[np.ndarray, " pair"],
     columns: Int[np.ndarray, " pair"],
     *,
     nulls: Sequence[Null] = NULLS,
+    widths: Sequence[int] = (),
     seed: int = 0,
 ) -> PairEvidence:
-    """Compare pairs of unit vectors with pairs that chance makes.
+    """Compare pairs with pairs that chance makes.
 
     Args:
-        a: Vectors of A at length 1.
-        b: Vectors of B at length 1.
+        a: Vectors of A, as they were paired.
+        b: Vectors of B.
         rows: Latent of A in each pair.
         columns: Latent of B in each pair.
         nulls: Functions that make null dictionaries.
+        widths: Number of numbers in each part of a vector that has a length of its own; by default
+            one part.
         seed: Seed of the null.
 
     Source:
         Storey, A direct approach to false discovery rates (2002).
     """
     if len(b) < len(a):  # a null of few latents would lie in the few directions that they span
-        return compare_with_null(b, a, columns, rows, nulls=nulls, seed=seed)
+        return compare_with_null(b, a, columns, rows, nulls=nulls, widths=widths, seed=seed)
     random = np.random.default_rng([seed, 5])
-    measure = _Similarity(a, b, nulls, random)
+    made = _NullDictionaries(b, nulls, widths, random)
+    measure = _Similarity(a, b, made.vectors, random)
     similarity, null = measure(a[rows], b[columns]), measure.by_chance
     spare = [np.setdiff1d(np.arange(len(x)), used) for x, used in ((a, rows), (b, columns))]
     before, n_null, chance_pairs, q_values = 0, len(rows), [null], np.empty(0)
     draws: list[list[np.ndarray]] = []
     for _ in range(ROUNDS):
-        before, n_null = n_null, _count_null(similarity, null, len(rows))
+        before, n_null = n_null, _count_null(similarity, chance_pairs, len(rows))
         settled = abs(n_null - before) <= 0.03 * before
         if n_null < 2 or (settled and len(null) >= ENOUGH_DRAWS):
             break
         drop = _draw_replaced(similarity, q_values, n_null, random)
         keep = np.setdiff1d(np.arange(len(rows)), drop)
         left = a[np.concatenate([rows[keep], rows[drop], spare[0]])]
-        partners, rest = b[columns[keep]], b[np.concatenate([columns[drop], spare[1]])]
-        draws.append([_chance_pairs(left, partners, rest, make, measure, random) for make in nulls])
+        replaced = np.concatenate([columns[drop], spare[1]])
+        draws.append(_chance_pairs(left, b[columns[keep]], replaced, made, measure))
         chance_pairs = [np.concatenate(each) for each in zip(*draws[-KEPT_ROUNDS:], strict=True)]
         null = np.concatenate(chance_pairs)
         q_values = _q_values(similarity, chance_pairs, n_null)
     return PairEvidence(_q_values(similarity, chance_pairs, max(n_null, 1)), n_null, null)
+
+
+class _NullDictionaries:
+    """Null dictionaries, made anew for each use where they are small."""
+
+    def __init__(
+        self,
+        b: np.ndarray,
+        nulls: Sequence[Null],
+        widths: Sequence[int],
+        random: np.random.Generator,
+    ) -> None:
+        self._nulls, self._random, self._b = nulls, random, b
+        self._source = whiten(b, widths) if any(make in NULLS for make in nulls) else b
+        self.vectors = self._make()
+
+    def _make(self) -> list[np.ndarray]:
+        return [
+            make(self._source if make in NULLS else self._b, self._random) for make in self._nulls
+        ]
+
+    def again(self) -> list[np.ndarray]:
+        """Vectors of all latents, for each null."""
+        if len(self._b) <= ENOUGH_DRAWS:
+            self.vectors = self._make()
+        return self.vectors
 
 
 class _Similarity:
@@ -171,13 +274,17 @@ class _Similarity:
     """
 
     def __init__(
-        self, a: np.ndarray, b: np.ndarray, nulls: Sequence[Null], random: np.random.Generator
+        self,
+        a: np.ndarray,
+        b: np.ndarray,
+        nulls: Sequence[np.ndarray],
+        random: np.random.Generator,
     ) -> None:
-        self._roots = _root(a), _root(b)
-        some = a[random.permutation(len(a))[:FIRST_SAMPLE]]
-        made = [unit_rows(make(b, random)) for make in nulls]
-        y = np.concatenate([null[(some @ null.T).argmax(axis=1)] for null in made])
-        x = np.tile(some, (len(nulls), 1))
+        self._roots = _root(unit_rows(a)), _root(unit_rows(b))
+        x = unit_rows(a[random.permutation(len(a))[:FIRST_SAMPLE]])
+        units = [unit_rows(null) for null in nulls]
+        y = np.concatenate([null[(x @ null.T).argmax(axis=1)] for null in units])
+        x = np.tile(x, (len(nulls), 1))
         cosines = np.einsum("pd,pd->p", x, y, dtype=np.float64)
         self._average = float(np.clip(cosines.mean(), 0.0, MAX_CHANCE_COSINE))
         self._nearest = self._average / max(float(self._typical(x, y).mean()), 1e-12)
@@ -191,7 +298,8 @@ class _Similarity:
         )
 
     def __call__(self, x: np.ndarray, y: np.ndarray) -> Float[np.ndarray, " pair"]:
-        """Similarity of pairs of unit vectors."""
+        """Similarity of pairs of vectors."""
+        x, y = unit_rows(x), unit_rows(y)
         cosines = np.einsum("pd,pd->p", x, y, dtype=np.float64)
         expected = np.minimum(self._nearest * self._typical(x, y), MAX_CHANCE_COSINE)
         return self._average + (1 - self._average) * (cosines - expected) / (1 - expected)
@@ -235,45 +343,58 @@ def local_fdr(q_values: Float[np.ndarray, " pair"]) -> Float[np.ndarray, " pair"
     return probability
 
 
-def _count_null(similarity: np.ndarray, null: np.ndarray, at_most: int) -> int:
+def _count_null(similarity: np.ndarray, nulls: list[np.ndarray], at_most: int) -> int:
     """Estimate the number of chance pairs from how many lie where most of the null does."""
-    below = int((similarity <= np.quantile(null, STOREY_QUANTILE)).sum())
-    return min(at_most, round(below / STOREY_QUANTILE))
+
+    def count(null: np.ndarray) -> float:
+        below = int((similarity <= np.quantile(null, STOREY_QUANTILE)).sum())
+        return min(float(at_most), below / STOREY_QUANTILE)
+
+    odds = (1 - STOREY_QUANTILE) / STOREY_QUANTILE
+    alone = [count(null) * (1 - DOUBT * np.sqrt(odds / len(null))) for null in nulls]
+    return round(max([count(np.concatenate(nulls)), *alone]))
 
 
 def _chance_pairs(
-    a: Float[np.ndarray, "n d"],
-    partners: Float[np.ndarray, "k d"],
-    rest: Float[np.ndarray, "m d"],
-    make: Null,
+    a: Float[np.ndarray, "n width"],
+    partners: Float[np.ndarray, "k width"],
+    replaced: Int[np.ndarray, " m"],
+    made: _NullDictionaries,
     measure: _Similarity,
-    random: np.random.Generator,
-) -> Float[np.ndarray, " draw"]:
-    """Similarity of the pairs that are wrong after the rest of B is replaced by a null.
+) -> list[Float[np.ndarray, " draw"]]:
+    """Similarity of the pairs that are wrong after some of B are replaced, for each null.
 
     Row i of `a` belongs to row i of `partners`; the rows of `a` after these belong to nothing.
     """
     draws: list[np.ndarray] = []
-    for _ in range(min(MAX_REPEATS, max(1, -(-MIN_DRAWS // len(rest))))):
-        b = np.concatenate([partners, unit_rows(make(rest, random))])
-        columns = assign(Factors.squared_distances(a, b)).columns
-        wrong = np.flatnonzero((columns >= 0) & (columns != np.arange(len(a))))
-        wrong = np.union1d(wrong, len(partners) + np.flatnonzero(columns[len(partners) :] >= 0))
-        draws.append(measure(a[wrong], b[columns[wrong]]))
-    return np.concatenate(draws)
+    for _ in range(min(MAX_REPEATS, max(1, -(-MIN_DRAWS // len(replaced))))):
+        for vectors in made.again():
+            b = np.concatenate([partners, vectors[replaced]])
+            columns = assign(Factors.squared_distances(a, b)).columns
+            wrong = np.flatnonzero((columns >= 0) & (columns != np.arange(len(a))))
+            wrong = np.union1d(wrong, len(partners) + np.flatnonzero(columns[len(partners) :] >= 0))
+            draws.append(measure(a[wrong], b[columns[wrong]]))
+    n = len(made.vectors)
+    return [np.concatenate(draws[k::n]) for k in range(n)]
 
 
 def _q_values(
     similarity: Float[np.ndarray, " pair"], nulls: list[np.ndarray], n_null: int
 ) -> Float[np.ndarray, " pair"]:
-    """Share of chance pairs among all that are at least as similar, smallest over thresholds."""
+    """Share of chance pairs among all that are at least as similar, smallest over thresholds.
+
+    Nulls are pooled; where one of them alone has a larger share, beyond its own sampling error,
+    that counts. The largest share of all would be too large by that error.
+    """
     order = np.argsort(similarity)
     above = len(similarity) - np.searchsorted(similarity[order], similarity, side="left")
-    by_chance = np.zeros(len(similarity))
-    for null in nulls:
-        low = np.sort(null)
-        more = len(low) - np.searchsorted(low, similarity, side="left")
-        by_chance = np.maximum(by_chance, (more + 1) / (len(low) + 1))
+    low = np.sort(np.concatenate(nulls))
+    more = len(low) - np.searchsorted(low, similarity, side="left")
+    by_chance = (more + 1) / (len(low) + 1)
+    for null in map(np.sort, nulls):
+        share = 1 - np.searchsorted(null, similarity, side="left") / len(null)
+        doubt = DOUBT * np.sqrt(share * (1 - share) / len(null))
+        by_chance = np.maximum(by_chance, share - doubt)
     rate = np.minimum(1.0, by_chance * n_null / above)
     smallest = np.minimum.accumulate(rate[order])
     q_values = np.empty(len(similarity))

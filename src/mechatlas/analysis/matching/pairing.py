@@ -19,7 +19,14 @@ import torch
 from jaxtyping import Bool, Float, Int
 
 from mechatlas.analysis.matching.degenerate import Side, sides
-from mechatlas.analysis.matching.folding import Cost, FoldedDictionary, fold, unit_rows, vectors
+from mechatlas.analysis.matching.folding import (
+    Cost,
+    FoldedDictionary,
+    fold,
+    part_widths,
+    unit_rows,
+    vectors,
+)
 from mechatlas.analysis.matching.nulls import NULLS, Null, PairEvidence, compare_with_null
 from mechatlas.base import InputError, Progress, Result, no_progress
 from mechatlas.deprecated import renamed_arguments, renamed_attributes
@@ -179,7 +186,10 @@ def match(
     side_a, side_b = sides(x, y, folded, cost, (_mask(live[0], x, "A"), _mask(live[1], y, "B")))
     costs = Factors.squared_distances(_rows(x, side_a.paired), _rows(y, side_b.paired))
     assignment = assign(costs, resume=resume, on_progress=on_progress, on_state=on_state)
-    result = with_evidence(assignment, costs, fdr=fdr, nulls=nulls, seed=seed, evidence=evidence)
+    widths = part_widths(folded[0], cost)
+    result = with_evidence(
+        assignment, costs, fdr=fdr, nulls=nulls, widths=widths, seed=seed, evidence=evidence
+    )
     return _among_all(result, side_a, side_b)
 
 
@@ -256,6 +266,7 @@ def with_evidence(
     *,
     fdr: float = FDR,
     nulls: Sequence[Null] = NULLS,
+    widths: Sequence[int] = (),
     seed: int = 0,
     evidence: PairEvidence | None = None,
 ) -> Match:
@@ -266,6 +277,7 @@ def with_evidence(
         costs: Costs that it is optimal for.
         fdr: False match rate at which a pair counts as matched.
         nulls: Functions that make null dictionaries.
+        widths: Number of numbers in each part of a vector that has a length of its own.
         seed: Seed of the null.
         evidence: Evidence from an earlier run, which saves the null.
     """
@@ -273,7 +285,9 @@ def with_evidence(
     unit_a, unit_b = unit_rows(costs.a), unit_rows(costs.b)
     rows = np.flatnonzero(assignment.columns >= 0)
     columns = assignment.columns[rows]
-    evidence = evidence or compare_with_null(unit_a, unit_b, rows, columns, nulls=nulls, seed=seed)
+    evidence = evidence or compare_with_null(
+        costs.a, costs.b, rows, columns, nulls=nulls, widths=widths, seed=seed
+    )
     pair_costs, cosines, q_values = np.full(n, np.nan), np.zeros(n), np.ones(n)
     pair_costs[rows] = costs.exact(rows, columns)
     cosines[rows] = np.einsum("pd,pd->p", unit_a[rows], unit_b[columns], dtype=np.float64)
