@@ -18,6 +18,7 @@ ROOT = Path(__file__).parents[1]
 NAMES = (
     "tutorial",
     "own",
+    "language",
     "dictionaries",
     "group_stores",
     "formats",

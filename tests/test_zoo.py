@@ -6,23 +6,28 @@ The truth is a table beside each network, and hooks of these tests' own that clo
 import copy
 import dataclasses
 import functools
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from mechatlas.activations.sites import intervene, read_activations
+from mechatlas.activations.collect import StoreConfig, collect
+from mechatlas.activations.positions import Positions
+from mechatlas.activations.sites import as_site, intervene, list_sites, read_activations
+from mechatlas.activations.store import Store
 from mechatlas.base import UserError
 from tests.zoo import ZOO, Animal, Place
 
-LATER = {"dense_concatenation", "scripted", "left_in_training_mode"}
-everywhere = pytest.mark.parametrize("name", [name for name in ZOO if name not in LATER])
+everywhere = pytest.mark.parametrize("name", ZOO)
 drawn = settings(
     max_examples=5,
     derandomize=True,
@@ -141,6 +146,15 @@ def own_values(network: nn.Module, x: Tensor, places: Sequence[Place]) -> list[T
     return [part_of(place, value) for place, value in zip(places, values, strict=True)]
 
 
+def own_rows(place: Place, value: Tensor, n_samples: int) -> Tensor:
+    """Rows (sample, position, channel) of a value, by the truth about its axes."""
+    order = sorted(
+        range(len(place.axes)), key=lambda i: (place.axes[i] != "b", place.axes[i] == "c")
+    )
+    moved = value.detach().permute(order)
+    return moved.reshape(n_samples, -1, place.width)
+
+
 def same(found: Tensor, truth: Tensor) -> None:
     torch.testing.assert_close(found, truth, rtol=1e-5, atol=1e-5)
 
@@ -239,6 +253,105 @@ def test_sites_that_are_no_single_call_of_a_module_are_refused(name):
         assert re.search(sentence, str(refused.value)), str(refused.value)
 
 
+# Listing.
+
+
+def letters(axes: str) -> str:
+    """Axes with the same letter for every position."""
+    return re.sub(r"[^bc]", ".", axes)
+
+
+@everywhere
+def test_the_list_of_sites_is_the_truth(name):
+    kind, network, x = brought(name)
+    with refusal_allowed(kind, network):
+        listed = {str(info.site): info for info in list_sites(network, x)}
+        if kind.wrapped and not listed:
+            return
+        known = {place.site: place for place in kind.places}
+        assert set(listed) <= set(known), "nothing but modules that return activations"
+        for site, place in known.items():
+            info = listed.get(site)
+            if info is None:
+                assert not (place.told and place.collected) or re.search("[:/@]", site), site
+                continue
+            if info.axes is None:
+                assert not (place.told and place.collected), site
+                continue
+            assert place.collected, site
+            assert (letters(info.axes), info.width) == (letters(place.axes), place.width), site
+            assert math.prod(info.shape) == place.width * math.prod(place.positions), site
+
+
+# Collecting.
+
+
+class Numbered:
+    """Samples of a network of the zoo; fits the protocol of samples."""
+
+    def __init__(self, x: Tensor) -> None:
+        self.x = x
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def name(self, index: int) -> str:
+        return f"sample {index}"
+
+    def read(self, index: int) -> np.ndarray:
+        x = self.x[index]
+        return (x.float() if x.is_floating_point() else x).numpy()
+
+    def stack(self, samples: Sequence[np.ndarray]) -> Tensor:
+        return torch.from_numpy(np.stack(samples)).to(self.x.dtype)
+
+
+def collected(network: nn.Module, x: Tensor, sites: Sequence[str], out: Path) -> Store:
+    everything = StoreConfig(positions=Positions(rule="all"), held_out=0.3, batch_size=2)
+    return collect(
+        network, Numbered(x), [as_site(network, site) for site in sites], out, everything
+    )
+
+
+def check_rows(store: Store, site: str, place: Place, value: Tensor) -> None:
+    """Compare the rows of a store with a value, by sample and place."""
+    rows, where = zip(*((batch.x, where) for batch, where in store.rows(site).scan()), strict=True)
+    order = np.lexsort(torch.cat(where).numpy().T[::-1])
+    truth = own_rows(place, value, 3).float()
+    assert len(order) == truth.shape[0] * truth.shape[1]
+    same(torch.cat(rows)[torch.from_numpy(order)].view_as(truth), truth)
+    grid = store.shapes[site].grid
+    assert math.prod(grid) == math.prod(place.positions), site
+    if len(place.positions) < 3:
+        assert grid == (*place.positions, 1, 1)[:2]
+
+
+@everywhere
+def test_rows_of_a_store_are_the_values_by_sample_and_place(name, tmp_path):
+    kind, network, x = brought(name)
+    places = [place for place in kind.places if place.collected]
+    if not places:
+        pytest.skip("has no sites")
+    with refusal_allowed(kind, network):
+        sites = [place.site if place.told else place.written for place in places]
+        store = collected(network, x, sites, tmp_path / "store")
+        truth = own_values(network, x, places)
+        for site, place, value in zip(sites, places, truth, strict=True):
+            check_rows(store, site, place, value)
+    for number, place in enumerate(kind.places):
+        if place.told and place.collected:
+            continue
+        out = tmp_path / str(number)
+        with untouched(network):
+            done = outcome(collected, network, x, [place.site], out)
+        if isinstance(done, Store):
+            assert place.collected, place.site
+            check_rows(done, place.site, place, own_values(network, x, [place])[0])
+        else:
+            assert not place.collected or "@" in done, done
+            assert not [*out.rglob("*.safetensors")], "nothing is written before the refusal"
+
+
 # Editing.
 
 
@@ -259,7 +372,7 @@ def test_an_edit_changes_what_a_hook_changes_and_nothing_else(name, data):
         st.sampled_from(
             [
                 (lambda a: a, lambda _a: None),
-                (torch.clone, lambda _a: None),
+                (torch.clone, torch.clone),
                 (torch.zeros_like, lambda a: zeroed(place, a)),
                 (Tensor.zero_, lambda a: zeroed(place, a)),
             ]

@@ -13,7 +13,8 @@ AXES has a letter for each axis of the tensor: b batch, c channel, others positi
 nothing but the user's word tells these axes, so a refusal that asks for them is right too, and the
 same site with `@AXES` must be right. `!` after it: the first axis does not count samples, so that
 the site can be read and edited, and its rows cannot be collected. POSITIONS are the lengths of the
-other axes for one sample, `-` for none. CHANNELS are those of a branch.
+other axes for one sample, `-` for none; those that are merged into the batch axis count too.
+CHANNELS are those of a branch.
 """
 
 import dataclasses
@@ -547,7 +548,8 @@ def layer_table(name: str, tokens: int) -> str:
     {name}.norm1                 btc    6  {tokens}
     {name}.attention             btc?   6  {tokens}
     {name}.attention.qkv         btc   18  {tokens}
-    {name}.attention.query_norm  btcc?  6  {tokens}
+    {name}.attention.query_norm  btcc   6  {tokens}
+    {name}.attention.query_norm@bthc  bthc  3  {tokens}x2
     {name}.attention.pattern     bcqk?  2  {tokens}x{tokens}
     {name}.attention.out         btc    6  {tokens}
     {name}.attention.out:input   btc    6  {tokens}
@@ -747,7 +749,7 @@ animal(
     numbers(5, 3),
     """
     into       btc  6  5
-    router     bc!  2  -
+    router     bc   2  5
     experts.0  bc!  6  -
     experts.1  bc!  6  -
     out        btc  3  5
@@ -996,7 +998,8 @@ animal(
     first       bc    6  -
     same        bc    6  -
     same:input  bc    6  -
-    halves      btc?  3  2
+    halves      btc   3  2
+    halves@bcc  bcc   6  -
     last        btc   3  2
     last:input  btc   3  2
     spoiled     btc   2  2
@@ -1130,3 +1133,8 @@ def one_module() -> nn.Module:
 
 
 animal(one_module, numbers(4), "weight refused no module|no such\n0 refused no module|no such")
+
+
+def named_animal(name: str) -> nn.Module:
+    """Network of the zoo, for recipes."""
+    return ZOO[name].network()

@@ -10,7 +10,7 @@ cd "$(dirname "$0")/.."
 folder=${1:-.venv-peers}
 test -x "$folder/bin/python" || "${PYTHON:-python3}" -m venv "$folder"
 "$folder/bin/python" -m pip install --quiet --disable-pip-version-check \
-    torch==2.13.0 sae-lens==6.54.12 dictionary-learning==0.1.0 eai-sparsify==1.3.3 \
+    torch==2.13.0 torchvision==0.28.0 sae-lens==6.54.12 dictionary-learning==0.1.0 eai-sparsify==1.3.3 \
     Overcomplete==0.3.0 lapx==0.11.1
 "$folder/bin/python" -m pip freeze >"$folder/versions.txt"
 touch "$folder/.ready"

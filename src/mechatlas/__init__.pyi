@@ -5,9 +5,12 @@ from .activations.posing import PoseConfig
 from .activations.samples import Arrays, open_samples
 from .activations.sites import find_sites, intervene, list_sites, read_activations
 from .activations.store import Store
+from .activations.stream import stream
 from .activations.texts import Texts, text_samples
 from .analysis.branches.specialization import Specialization, branches
 from .analysis.circuits.circuit import Circuit, circuit
+from .analysis.evaluation.evaluate import evaluate
+from .analysis.evaluation.results import NetworkEvaluation
 from .analysis.interaction.interaction_basis import basis
 from .analysis.interaction.results import InteractionBasis, InteractionConfig
 from .analysis.matching.chains import Tracks, track
@@ -29,7 +32,6 @@ from .base import (
 )
 from .dictionaries.autoencoder import Autoencoder, Crosscoder, Transcoder
 from .dictionaries.formats import load, save
-from .dictionaries.metrics import evaluate
 from .dictionaries.objective import Objective, Schedule
 from .dictionaries.pose_tied import PoseTied
 from .dictionaries.revival import AuxK, Resample
@@ -60,6 +62,7 @@ __all__ = [
     "JumpReLU",
     "Match",
     "Network",
+    "NetworkEvaluation",
     "Objective",
     "PoseConfig",
     "PoseTied",
@@ -100,6 +103,7 @@ __all__ = [
     "read_activations",
     "report",
     "save",
+    "stream",
     "symmetry",
     "text_samples",
     "track",

@@ -4,6 +4,7 @@ open_regular     a path -> a file to read; a pipe, folder or device is refused, 
 read             a path -> the bytes, checked against the manifest beside it
 read_json        the same for JSON, read_toml for TOML
 read_manifest    `manifest.json` of a run -> its values, checked against its own checksum
+about            an error about the content of a file -> the same, with its path
 Fields           values of a JSON object, checked as they are asked for
 write            bytes to a file, under a temporary name first
 create_folder    a folder in one that exists
@@ -24,7 +25,7 @@ import re
 import reprlib
 import stat
 import tomllib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +103,21 @@ def _reason(error: BaseException) -> str:
     return getattr(error, "strerror", None) or str(error) or type(error).__name__
 
 
+@contextlib.contextmanager
+def about(path: Path) -> Iterator[None]:
+    """Name a file in the sentence of whatever error its content causes.
+
+    Raises:
+        UserError: The same error, which names the file.
+    """
+    try:
+        yield
+    except UserError as error:
+        if str(path) in str(error):
+            raise
+        raise type(error)(f"{path}: {error}") from error
+
+
 def damaged(path: Path) -> str:
     """Sentence about a file whose checksum is not the one in the manifest."""
     return (
@@ -120,7 +136,15 @@ def read_json(path: Path, *, expected: str | None = None) -> Any:
     Raises:
         DiskError: The file is missing, damaged, or is not JSON.
     """
-    data = read(path, expected=expected, limit=JSON_LIMIT)
+    return _parsed(path, read(path, expected=expected, limit=JSON_LIMIT))
+
+
+def _parsed(path: Path, data: bytes) -> Any:
+    """Parse JSON.
+
+    Raises:
+        DiskError: The data are not JSON.
+    """
     try:
         return json.loads(data)
     except (ValueError, RecursionError, MemoryError) as error:
@@ -151,17 +175,19 @@ def read_manifest(path: Path) -> dict[str, Any]:
     Raises:
         DiskError: The file is missing, damaged, was edited, or is not a manifest.
     """
-    manifest = read_json(path)
+    data = read(path, limit=JSON_LIMIT)
+    manifest = _parsed(path, data)
     if not isinstance(manifest, dict):
         raise DiskError(f"{path} is a {type(manifest).__name__} in JSON, expected an object.")
-    try:
-        whole = manifest.get(SEAL) in (None, _seal(manifest))
-    except RecursionError:
+    try:  # a manifest without a checksum is one of version 0.1, or of somebody's own
+        whole = SEAL not in manifest or _as_written(manifest) == data
+        whole = whole and manifest.get(SEAL) in (None, _seal(manifest))
+    except (RecursionError, ValueError):
         whole = False
     if not whole:
         raise DiskError(
-            f"{path} is damaged or was edited: its content does not have the checksum that it "
-            "states. Restore it, or run the command that wrote the folder again."
+            f"{path} is damaged or was edited: it is not what its own checksum says. "
+            "Restore it, or run the command that wrote the folder again."
         )
     kinds = (("kind", str), ("schema", int), ("complete", bool), ("parents", dict), ("files", dict))
     for key, kind in kinds:
@@ -354,8 +380,11 @@ def write_json(path: Path, value: Any, *, make_folder: bool = True) -> None:
     Raises:
         DiskError: As `write`.
     """
-    text = json.dumps(value, indent=1, allow_nan=False) + "\n"
-    write(path, text.encode(), make_folder=make_folder)
+    write(path, _as_written(value), make_folder=make_folder)
+
+
+def _as_written(value: Any) -> bytes:
+    return (json.dumps(value, indent=1, allow_nan=False) + "\n").encode()
 
 
 def write_manifest(path: Path, values: dict[str, Any], *, make_folder: bool = True) -> None:

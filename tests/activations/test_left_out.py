@@ -1,6 +1,5 @@
 """Positions that a store leaves out, and the rows of it that are outliers."""
 
-import json
 from collections import Counter
 from typing import Any
 
@@ -12,6 +11,7 @@ from mechatlas.activations.positions import Positions, is_causal, left_out
 from mechatlas.activations.sites import read_activations
 from mechatlas.activations.store import Store
 from mechatlas.base import InputError, Site
+from mechatlas.files import read_manifest, write_manifest
 from tests.networks import Reader, Windows
 
 BEGIN, PAD = 0, 1
@@ -124,11 +124,11 @@ def test_a_store_of_an_older_version_is_still_the_store_of_its_recipe(tmp_path):
     samples, out = Windows(n=20, length=12), tmp_path / "store"
     plain = _Plain(samples)
     collect(Reader(), plain, SITES[1:], out)
-    manifest = json.loads((out / "manifest.json").read_text())
+    manifest = read_manifest(out / "manifest.json")
     for name in ("keep_special", "skip_first", "skip_tokens"):
         del manifest["settings"]["positions"][name]
     del manifest["left_out"], manifest["outliers"]
-    (out / "manifest.json").write_text(json.dumps(manifest))
+    write_manifest(out / "manifest.json", manifest)
     collect(Reader(), plain, SITES[1:], out)
 
 

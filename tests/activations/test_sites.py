@@ -1,8 +1,9 @@
-from typing import ClassVar
+import dataclasses
+from typing import Any, ClassVar, NamedTuple
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mechatlas.activations.branches import branches_of
 from mechatlas.activations.sites import find_sites, intervene, list_sites, read_activations
@@ -182,3 +183,303 @@ def test_every_site_is_listed_with_its_shape_and_branches():
     assert found["mixed"].branches == {"left": slice(0, 5), "right": slice(5, 8)}
     assert found["head"].width == 2
     assert set(found) == {"first", "mixed", "mixed.left", "mixed.right", "head"}
+
+
+class InPlace(nn.Module):
+    """Writes into what its modules returned, in every way that there is."""
+
+    def __init__(self, write) -> None:
+        super().__init__()
+        self.first, self.last, self.write = nn.Linear(4, 6), nn.Linear(6, 2), write
+
+    def forward(self, x):
+        y = self.first(x)
+        self.write(y)
+        return self.last(y.reshape(len(x), -1)[:, :1].expand(-1, 6))
+
+
+WRITES = {
+    "relu": torch.relu_,
+    "sum": lambda y: y.add_(1),
+    "view": lambda y: y[:, :2].zero_(),
+    "detached": lambda y: y.detach().mul_(3),
+    "data": lambda y: y.data.mul_(3),
+    "numpy": lambda y: y.detach().numpy().__imul__(3),
+    "resize": lambda y: y.resize_(len(y), 3),
+    "set": lambda y: y.set_(torch.ones(len(y), 6)),
+    "replaced": lambda y: setattr(y, "data", torch.ones(len(y), 6)),
+    "transposed": lambda y: y.unsqueeze_(0).squeeze_(0).neg_(),
+}
+
+
+@pytest.mark.parametrize("inference", [False, True])
+@pytest.mark.parametrize("write", WRITES.values(), ids=WRITES)
+def test_a_value_is_what_the_module_returned_whatever_is_written_later(write, inference):
+    network, x = InPlace(write), torch.randn(5, 4)
+    with torch.no_grad():
+        truth = network.first(x)
+    for _ in range(3):
+        with torch.inference_mode() if inference else torch.no_grad():
+            found = read_activations(network, x, ["first", "last"])
+            assert torch.equal(found["first"], truth)
+            assert torch.equal(read_activations(network, x, ["first"])["first"], truth)
+
+
+def test_a_tensor_that_is_written_for_some_inputs_only_is_read_right():
+    network = InPlace(lambda y: y.zero_() if y.sum() > 0 else None)
+    with torch.no_grad():
+        network.first.weight.fill_(1.0)
+        for value in (-1.0, 2.0, -3.0, 4.0):
+            x = torch.full((3, 4), value)
+            assert torch.equal(
+                read_activations(network, x, ["first", "last"])["first"], network.first(x)
+            )
+
+
+def test_only_tensors_that_are_written_are_copied():
+    kept = []
+    network = nn.Sequential(nn.Linear(4, 4), nn.ReLU(inplace=True), nn.Linear(4, 4), nn.Identity())
+    network[2].register_forward_hook(lambda _m, _args, out: kept.append(out))
+    read_activations(network, torch.randn(3, 4), ["0", "2", "3"])
+    found = read_activations(network, torch.randn(3, 4), ["0", "2", "3"])
+    assert found["2"].data_ptr() == kept[-1].data_ptr()
+    assert found["0"].data_ptr() != kept[-1].data_ptr()
+
+
+def test_gradients_pass_through_values_that_are_written_later():
+    network = InPlace(torch.relu_)
+    x = torch.randn(5, 4, requires_grad=True)
+    for _ in range(2):
+        read = read_activations(network, x, ["first"])["first"]
+        (gradient,) = torch.autograd.grad(read.sum(), x)
+        torch.testing.assert_close(gradient, network.first.weight.sum(dim=0).expand(5, 4))
+
+
+class Twice(nn.Module):
+    """One module under two names, called twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.act, self.last = nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)
+        self.same = self.act
+
+    def forward(self, x):
+        return self.last(self.same(self.one(self.act(self.one(x)))))
+
+
+@pytest.mark.parametrize("name", ["act", "same", "one"])
+def test_calls_of_a_module_are_sites_of_their_own(name):
+    network, x = Twice(), torch.randn(5, 4)
+    for _ in range(2):
+        with pytest.raises(SiteError, match=f"several times in one pass; name a call: {name}#1"):
+            read_activations(network, x, [name])
+    with pytest.raises(SiteError, match="several times"), intervene(network, {name: torch.neg}):
+        network(x)
+    first, second = network.one(x), network.one(network.one(x).relu())
+    truth = (first, second) if name == "one" else (first.relu(), second.relu())
+    found = read_activations(network, x, [f"{name}#2", f"{name}#1"])
+    torch.testing.assert_close(found[f"{name}#1"], truth[0])
+    torch.testing.assert_close(found[f"{name}#2"], truth[1])
+    with pytest.raises(
+        SiteError, match=f"calls '{name}' 2 time.s. in one pass; there is no {name}#3"
+    ):
+        read_activations(network, x, [f"{name}#3"])
+    with intervene(network, {f"{name}#2": torch.zeros_like}):
+        expected = second.relu() * 0 if name != "one" else second * 0
+        torch.testing.assert_close(network(x), network.last(expected), check_stride=False)
+
+
+def test_the_written_form_and_the_site_mean_the_same():
+    network, x = Twice(), torch.randn(5, 4)
+    forms = [
+        "act#2:input",
+        Site("act#2:input"),
+        Site.parse("act#2:input"),
+        Site("act", take="input", call=2),
+    ]
+    found = read_activations(network, x, forms)
+    assert all(torch.equal(value, found[forms[0]]) for value in found.values())
+    both: Any = {Site("act#1"): torch.neg, "act#1": torch.neg}
+    with pytest.raises(SiteError, match="two edits at act#1"):
+        intervene(network, both).__enter__()
+    for bad in ("a#0", "a#x", "a:sideways", "a@", "a@bb", "a@tt", "a@bct t", "a@bcxx"):
+        with pytest.raises(SiteError):
+            Site.parse(bad)
+
+
+def test_an_edit_that_takes_no_effect_is_refused():
+    network, x = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval(), torch.randn(3, 5, 8)
+    with (
+        pytest.raises(SiteError, match=r"without calling the module of: self_attn\.out_proj"),
+        torch.no_grad(),
+        intervene(network, {"self_attn.out_proj": torch.zeros_like}),
+    ):
+        network(x)
+    with torch.no_grad():
+        before = network(x)
+        with intervene(network, {"linear1": torch.zeros_like}):
+            assert not torch.allclose(network(x), before)
+    with (
+        pytest.raises(SiteError, match="was not called inside the context"),
+        intervene(network, {"norm1": torch.zeros_like}),
+    ):
+        nn.Linear(8, 8)(x)
+    scripted = nn.Sequential(torch.jit.script(nn.Linear(4, 4)))
+    with pytest.raises(SiteError, match="is scripted"):
+        read_activations(scripted, torch.randn(2, 4), ["0"])
+
+
+class Pair(NamedTuple):
+    hidden: torch.Tensor
+    skip: torch.Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    length: int
+    nested: dict
+    extra: torch.Tensor
+
+
+class Returning(nn.Module):
+    def __init__(self, make) -> None:
+        super().__init__()
+        self.make, self.inner = make, nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.make(self.inner(x))
+
+
+class Taking(nn.Module):
+    def __init__(self, make, take) -> None:
+        super().__init__()
+        self.block, self.take = Returning(make), take
+
+    def forward(self, x):
+        return self.take(self.block(x))
+
+
+RETURNED = {
+    "NamedTuple": (lambda y: Pair(y, y), lambda out: (out.hidden, out.skip)),
+    "tuple": (lambda y: (torch.arange(3), (y, y)), lambda out: out[1]),
+    "list": (lambda y: [None, y, y], lambda out: out[1:]),
+    "dict": (lambda y: {"n": 3, "hidden": y, "skip": y}, lambda out: (out["hidden"], out["skip"])),
+    "dataclass": (
+        lambda y: Answer(3, {"all": [y]}, y),
+        lambda out: (out.nested["all"][0], out.extra),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("make", "take"), RETURNED.values(), ids=RETURNED)
+def test_tensors_inside_what_a_module_returns_are_read_and_edited_alike(make, take):
+    returned = []
+    network, x = Taking(make, take), torch.randn(5, 4)
+    network.block.register_forward_hook(lambda _m, _args, out: returned.append(out))
+    truth = network.block.inner(x)
+    torch.testing.assert_close(read_activations(network, x, ["block"])["block"], truth)
+    with intervene(network, {"block": lambda a: a + 1}):
+        edited, other = network(x)
+    torch.testing.assert_close(edited, truth + 1)
+    torch.testing.assert_close(other, truth)
+    torch.testing.assert_close(take(returned[-1])[0], truth)
+    assert [info.width for info in list_sites(network, x)] == [4, 4]
+
+
+@pytest.mark.parametrize(
+    "channels",
+    [slice(0, 6, 2), slice(None, None, -2), [4, 1], torch.tensor([3, 0]), [True, False] * 3],
+    ids=str,
+)
+@pytest.mark.parametrize("write", ["returns", "in place"])
+def test_a_branch_may_be_any_choice_of_channels(channels, write):
+    network, x = nn.Sequential(nn.Conv1d(3, 6, 1), nn.Identity()), torch.randn(2, 3, 5)
+    for module in network:
+        vars(module)["branches"] = {"some": channels}
+    numbers = list(range(6))[channels] if isinstance(channels, slice) else (
+        torch.as_tensor(channels).nonzero().flatten().tolist()
+        if torch.as_tensor(channels).dtype == torch.bool else list(map(int, channels))
+    )  # fmt: skip
+    whole = network(x)
+    for site in ("0/some", "1/some", "1@bct/some"):
+        torch.testing.assert_close(read_activations(network, x, [site])[site], whole[:, numbers])
+        with intervene(network, {site: torch.zeros_like if write == "returns" else Tensor.zero_}):
+            expected = whole.clone()
+            expected[:, numbers] = 0
+            torch.testing.assert_close(network(x), expected)
+
+
+@pytest.mark.parametrize(
+    "edit", [lambda a: a.mul_(0), lambda a: a.zero_().clone(), torch.zeros_like]
+)
+def test_an_edit_in_place_reaches_neither_skips_nor_inputs_nor_what_it_returns(edit):
+    network = nn.Sequential(nn.Identity(), nn.ReLU(inplace=True))
+    x, kept = torch.ones(2, 3), -torch.ones(2, 3)
+    with intervene(network, {"0": edit}):
+        assert not network(x).any()
+    assert (x == 1).all()
+    with intervene(network, {"0": lambda _a: kept}):
+        network(x)
+    assert (kept == -1).all()
+    nothing: Any = {"0": lambda _a: None}
+    with intervene(network, nothing), pytest.raises(SiteError, match="NoneType"):
+        network(x)
+
+
+def test_a_network_in_training_mode_is_run_in_evaluation_mode_and_put_back():
+    network = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Dropout(0.5))
+    network[1].eval()
+    state = {name: value.clone() for name, value in network.state_dict().items()}
+    x, random = torch.randn(5, 4), torch.get_rng_state()
+    found = read_activations(network, x, ["2"])["2"]
+    list_sites(network, x)
+    assert [module.training for module in network.modules()] == [True, True, False, True]
+    assert all(torch.equal(network.state_dict()[name], value) for name, value in state.items())
+    assert torch.equal(torch.get_rng_state(), random)
+    torch.testing.assert_close(found, network.eval()(x))
+
+
+def test_an_interrupted_pass_leaves_no_hooks():
+    class Interrupted(nn.Module):
+        def forward(self, x):
+            raise KeyboardInterrupt
+
+    network = nn.Sequential(nn.Linear(4, 4), Interrupted()).train()
+    for run in (
+        lambda: read_activations(network, torch.randn(2, 4), ["1"]),
+        lambda: list_sites(network, torch.randn(2, 4)),
+    ):
+        with pytest.raises(KeyboardInterrupt):
+            run()
+        assert not any(m._forward_hooks or m._forward_pre_hooks for m in network.modules())
+        assert all(module.training for module in network.modules())
+
+
+def test_networks_in_wrappers_are_read_as_what_is_inside():
+    network, x = nn.Sequential(nn.Linear(4, 4), nn.ReLU()), torch.randn(3, 4)
+    wrapped = nn.DataParallel(network)
+    assert torch.equal(read_activations(wrapped, x, ["0"])["0"], network[0](x))
+    with intervene(wrapped, {"0": torch.zeros_like}):
+        assert not wrapped(x).any()
+    assert [str(info.site) for info in list_sites(wrapped, x)] == ["0", "1"]
+
+
+def test_calls_axes_and_unknown_axes_are_listed():
+    class Outer(nn.Module):
+        def forward(self, x):
+            return x.mean() + torch.ones(2, 3)
+
+    class Listed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.twice, self.outer = Twice(), Outer()
+
+        def forward(self, x):
+            self.outer(x)
+            return self.twice(x)
+
+    infos = {str(info.site): info for info in list_sites(Listed(), torch.randn(3, 4))}
+    assert {"twice.act#1", "twice.act#2", "twice.one#1", "twice.one#2", "twice.last"} <= set(infos)
+    assert infos["twice.act#2"].axes == "bc"
+    assert infos["outer"].axes is None
+    assert infos["outer"].width == 0

@@ -157,6 +157,9 @@ def test_a_long_text_has_the_tokens_of_the_whole_whatever_its_pieces(tmp_path, m
     whole = fast(text)["input_ids"]
     tokens = np.concatenate([samples.read(i) for i in range(len(samples))])
     assert tokens.tolist() == whole[: len(whole) // 3 * 3]
+    row = text_samples([text], module, context=3, packing="cut")
+    assert [row.read(i).tolist() for i in range(len(row))] == tokens.reshape(-1, 3).tolist()
+    assert row.name(2) == "document row 1 window 2"
 
 
 def test_texts_without_line_ends_are_read_too(tmp_path, monkeypatch):
@@ -164,6 +167,13 @@ def test_texts_without_line_ends_are_read_too(tmp_path, monkeypatch):
     (tmp_path / "a.txt").write_text("word " * 100 + "x" * 400)
     samples = cut(tmp_path / "a.txt", context=9)
     assert "".join(words(samples, i) for i in range(100)) == ("word " * 100 + "x" * 400)
+    (tmp_path / "b.txt").write_bytes(b"A line of Windows.\r\n" * 40)
+    with zipfile.ZipFile(tmp_path / "z.zip", "w") as archive:  # kept there, as it always was
+        archive.write(tmp_path / "b.txt", "b.txt")
+    for path, end in (("b.txt", "\n"), ("z.zip", "\r\n")):
+        samples = cut(tmp_path / path, context=10)
+        text = "".join(words(samples, i) for i in range(len(samples)))
+        assert ("A line of Windows." + end) * 40 == text
 
 
 @pytest.mark.parametrize(("setting", "expected"), [("max_samples", 3), ("max_tokens", 3)])

@@ -220,14 +220,11 @@ def test_a_dictionary_or_a_control_of_another_action_or_site_is_refused(world, t
     assert "with D4 (order 8, rotate)" in message
     run(world, "plain", tmp_path / "control", interventions=0)
     words = [str(world / "plain"), *store, "--control", str(tmp_path / "control")]
-    result = read_json(tmp_path / "control" / "result.json")
-    write_json(tmp_path / "control" / "result.json", {**result, "site": "other"})
-    forge(tmp_path / "control")
+    forge(tmp_path / "control", site="other")
     message = refused(world, tmp_path, capsys, *words)
     assert "is one for other under D4 (rotate), but this is layer under D4 (rotate)" in message
-    write_json(tmp_path / "control" / "result.json", result)
     manifest = read_json(tmp_path / "control" / "manifest.json")
-    forge(tmp_path / "control", manifest, group={**manifest["group"], "action": "hue"})
+    forge(tmp_path / "control", group={**manifest["group"], "action": "hue"}, site="layer")
     message = refused(world, tmp_path, capsys, *words)
     assert "is one for layer under D4 (hue), but this is layer under D4 (rotate)" in message
 

@@ -96,11 +96,12 @@ def words_of(folder: Path) -> dict[str, list[str]]:
         "branches": [two[1], "--store", store],
         "circuit": two,
         "train": [str(folder / "mixed" / "recipe.toml"), "--store", store, "--steps", "2"],
+        "evaluate": [two[1], "--n-samples", "4"],
         "verify": [str(folder)],
     }
 
 
-REOPEN = {"report", "match", "symmetry", "circuit"}
+REOPEN = {"report", "match", "symmetry", "circuit", "evaluate"}
 """Commands that run the network of a store."""
 OF_RECIPES = {"demo", "sites", "collect", "basis", "prove"}
 """Commands that run what their user names, or nothing."""

@@ -177,14 +177,14 @@ def test_a_store_with_wrong_numbers_of_rows_is_refused(tree, rows):
         Store(tree / "store")
 
 
-def test_one_damaged_run_of_any_kind_does_not_cost_the_page(tree, capsys):
-    whole = report(tree, tree / "page.html").read_text()
-    assert 'id="problems"' not in whole.replace("would run", "") or "would run" in whole
+def test_one_damaged_run_of_any_kind_does_not_cost_the_page(tree):
+    whole = report(tree, tree / "page.html", trust=True).read_text()
+    assert 'id="problems"' not in whole
     broken = {
         "of_store": "history.json", "m": "matches.parquet", "of_other": "manifest.json",
     }  # fmt: skip
     for run, name in broken.items():
-        (tree / run / name).write_text("{}")
+        (tree / run / name).write_text("nothing")
     result, text = run_command("report", str(tree), "--out", str(tree / "page.html"), "--trust")
     page = (tree / "page.html").read_text()
     for run, name in broken.items():

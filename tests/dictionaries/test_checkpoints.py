@@ -7,7 +7,7 @@ import torch
 
 from mechatlas.base import WeightsError
 from mechatlas.dictionaries.autoencoder import Autoencoder
-from mechatlas.dictionaries.engine.checkpoints import FILE
+from mechatlas.dictionaries.engine.checkpoints import FILE, continued, keep
 from mechatlas.dictionaries.objective import Schedule
 from mechatlas.dictionaries.sparsity import TopK
 from mechatlas.dictionaries.training import train
@@ -99,6 +99,27 @@ def test_a_damaged_checkpoint_is_refused_by_name(tmp_path):
         file.write_bytes(whole[:cut])
         with pytest.raises(WeightsError, match=r"checkpoint\.safetensors cannot be read"):
             run(build(TopK(k=3)), x, checkpoint=tmp_path)
+
+
+def test_no_flip_in_a_checkpoint_goes_unnoticed(tmp_path):
+    tensors = {"a": torch.randn(40, 30), "b": torch.randn(7)}
+    settings, progress = {"steps": 9}, {"done": 3, "histories": [{"fvu": [0.25, 0.125]}]}
+    keep(tmp_path, tensors, settings, progress)
+    file = tmp_path / FILE
+    whole = file.read_bytes()
+    unnoticed = 0
+    for place in (*range(500), *range(500, len(whole), 37)):
+        file.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        read = {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}
+        try:
+            found = continued(tmp_path, read, settings)
+        except WeightsError as error:
+            assert str(file) in str(error)  # noqa: PT017
+            continue
+        unnoticed += 1  # in the padding, or in the word that names the checksum
+        assert found == progress
+        assert all(torch.equal(read[name], tensor) for name, tensor in tensors.items())
+    assert unnoticed < 30
 
 
 def test_the_rate_rises_in_a_line_and_falls_in_a_line():

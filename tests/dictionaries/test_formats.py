@@ -148,3 +148,17 @@ def test_what_cannot_be_written_is_refused(tmp_path):
     dictionary = Autoencoder(d_in=2, n_latents=4, sparsity=TopK(k=1))
     with pytest.raises(WeightsError, match="The metadata cannot be written as JSON"):
         save(dictionary, tmp_path, format="saelens", metadata={"loss": {1, 2}})
+
+
+@pytest.mark.parametrize("kind", ["Autoencoder", "Transcoder", "Crosscoder"])
+def test_a_small_file_that_claims_to_be_huge_is_refused_before_anything_is_made(tmp_path, kind):
+    n = 3_000_000  # weights of 33 TiB
+    claims = {"Autoencoder": {"d_in": n}, "Transcoder": {"d_in": n, "d_out": n},
+              "Crosscoder": {"widths": {"a": n}}}[kind]  # fmt: skip
+    config = {"kind": kind, "n_latents": n, "sparsity": {"type": "TopK", "k": 3}, **claims}
+    file = tmp_path / "d.safetensors"
+    safetensors.torch.save_file(
+        {"W_dec": torch.ones(2, 3)}, file, {"mechatlas": json.dumps(config)}
+    )
+    with pytest.raises(WeightsError, match=rf"W_dec has shape \(2, 3\), expected \({n}, {n}\)"):
+        load(file)

@@ -517,7 +517,6 @@ def test_training_that_diverges_stops(compiled, monkeypatch):
 
     monkeypatch.setattr(Autoencoder, "step", step)
     x = torch.randn(200, 24)
-    x[::50] *= 1e25
     built = Autoencoder(d_in=24, n_latents=40, sparsity=TopK(k=3))
-    with pytest.raises(NonFiniteError, match=r"The loss became (inf|nan) at step 1: training"):
-        train(built, x, steps=3, batch_size=50)
+    with pytest.raises(NonFiniteError, match=r"The loss became (inf|nan) at step [12]: training"):
+        train(built, x, steps=3, batch_size=50, lr=1e25)

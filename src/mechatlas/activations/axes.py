@@ -58,6 +58,17 @@ def with_channels(axes: Axes, channel: int) -> Axes:
     return out
 
 
+def normalized(axes: Axes, channel: int) -> Axes:
+    """Axes of what is normalized along its channels, which stay what they are if they are known."""
+    if kind_of(axes[channel]) == CHANNEL:
+        return axes
+    if not has_channels(axes) and all(f.kind is None for f in axes[channel]):
+        for factor in axes[channel]:
+            factor.kind = CHANNEL
+        return axes
+    return with_channels(axes, channel)
+
+
 def _demoted(axis: Axis) -> Axis:
     if all(f.kind != CHANNEL for f in axis):
         return axis
@@ -194,11 +205,24 @@ class AxisTracker(TorchDispatchMode):
             self._axes[tensor] = fresh(tensor.shape)
         return self._axes[tensor]
 
-    def stamp(self, module: nn.Module, tensor: Tensor) -> None:
-        """Note the channels of what a module returned, if its class says where they are."""
-        axis = stamped_axis(module, tensor.ndim)
-        if axis is not None:
-            self.label(tensor, with_channels(self.axes(tensor), axis))
+    def stamp(self, module: nn.Module, given: Any, tensor: Tensor) -> None:
+        """Note the channels of what a module was given and returned, if its class says it.
+
+        Args:
+            module: Module of the network.
+            given: First argument of the call.
+            tensor: Tensor that it returned.
+        """
+        axis, axes = stamped_axis(module, tensor.ndim), self.axes(tensor)
+        if axis is None:
+            return
+        name = type(module).__name__
+        if "Pool" in name:
+            if isinstance(given, Tensor):
+                _read_at(self.axes(given), given.ndim - tensor.ndim + axis)
+            if has_channels(axes):
+                return
+        self.label(tensor, normalized(axes, axis) if "Norm" in name else with_channels(axes, axis))
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -214,7 +238,7 @@ class AxisTracker(TorchDispatchMode):
                     self._weights[tensor] = True
             return out
         name = func.overloadpacket.__name__
-        rule = RULES.get(name.removesuffix("_"), _elementwise)
+        rule = _rule_of(name.removesuffix("_"))
         labels = rule(self, args, kwargs or {}, made) if known else None
         for tensor, axes in itertools.zip_longest(made, labels or ()):
             if tensor is not None:
@@ -269,6 +293,18 @@ def _same_kinds(t: AxisTracker, args: Any, _kwargs: Any, made: list[Tensor]) -> 
         else fresh(tensor.shape)
         for tensor in made
     ]
+
+
+def _pool(n: int) -> Rule:
+    """Rule of an operation on maps of `n` axes of positions, after the channels."""
+
+    def rule(t: AxisTracker, args: Any, kwargs: Any, made: list[Tensor]) -> list[Axes]:
+        axes = t.axes(args[0])
+        if len(axes) > n:
+            _read_at(axes, len(axes) - n - 1)
+        return _same_kinds(t, args, kwargs, made)
+
+    return rule
 
 
 def _view(t: AxisTracker, args: Any, _kwargs: Any, made: list[Tensor]) -> list[Axes]:
@@ -335,8 +371,14 @@ def _stack(t: AxisTracker, args: Any, kwargs: Any, made: list[Tensor]) -> list[A
 
 
 def _read_at(axes: Axes, channel: int) -> None:
-    """Note that an operation reads the channels of its input at some axis."""
-    if not has_channels(axes) and all(f.kind is None for f in axes[channel]):
+    """Note that an operation reads the channels of its input at some axis.
+
+    Where the channels were split over several axes, the others are positions to it.
+    """
+    if kind_of(axes[channel]) == CHANNEL:
+        for factor in itertools.chain(*(axis for axis in axes if axis is not axes[channel])):
+            factor.kind = DEMOTED if factor.kind == CHANNEL else factor.kind
+    elif not has_channels(axes) and all(f.kind is None for f in axes[channel]):
         for factor in axes[channel]:
             factor.kind = CHANNEL
 
@@ -360,9 +402,7 @@ def _norm(axis: int) -> Rule:
         several = isinstance(args[1], list | tuple) and len(args[1]) > 1
         if not t._is_known(args[0]) or several:
             return _elementwise(t, args[:1], {}, made[:1])
-        axes = t.axes(args[0])
-        _read_at(axes, axis)
-        return [with_channels(axes, axis)]
+        return [normalized(t.axes(args[0]), axis)]
 
     return rule
 
@@ -432,16 +472,8 @@ RULES: dict[str, Rule] = {
     ),
     **dict.fromkeys(
         ("slice", "narrow", "split", "split_with_sizes", "chunk", "index_select", "gather", "topk",
-         "sort", "constant_pad_nd", "reflection_pad1d", "reflection_pad2d", "reflection_pad3d",
-         "replication_pad1d", "replication_pad2d", "replication_pad3d", "pixel_shuffle",
-         "pixel_unshuffle", "_fft_r2c", "_fft_c2r", "_fft_c2c", "im2col", "repeat",
-         "max_pool1d", "max_pool2d", "max_pool3d", "max_pool2d_with_indices",
-         "max_pool3d_with_indices", "avg_pool1d", "avg_pool2d", "avg_pool3d",
-         "_adaptive_avg_pool2d", "_adaptive_avg_pool3d", "adaptive_max_pool2d",
-         "adaptive_max_pool3d", "upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d",
-         "upsample_bilinear2d", "upsample_linear1d", "upsample_trilinear3d",
-         "upsample_bicubic2d", "_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa",
-         "grid_sampler_2d"), _same_kinds,
+         "sort", "constant_pad_nd", "_fft_r2c", "_fft_c2r", "_fft_c2c", "im2col", "repeat",
+         "pixel_shuffle", "pixel_unshuffle", "grid_sampler_2d"), _same_kinds,
     ),
     **dict.fromkeys(("native_batch_norm", "_native_batch_norm_legit", "cudnn_batch_norm",
                      "_native_batch_norm_legit_no_training", "_batch_norm_with_update",
@@ -460,3 +492,14 @@ RULES: dict[str, Rule] = {
     "embedding": _embedding, "index": _index, "copy": _copy, "unfold": _unfold,
 }  # fmt: skip
 """Rules by the name of the operation; any other is elementwise, or loses labels."""
+
+
+POOLING = re.compile(
+    r"_?(?:max_pool|avg_pool|adaptive_\w+_pool|\w+_pad|_?upsample_[a-z]+)([123])d.*"
+)
+"""Names of operations on maps, with the number of axes of positions, which follow the channels."""
+
+
+def _rule_of(name: str) -> Rule:
+    maps = POOLING.fullmatch(name)
+    return _pool(int(maps[1])) if maps else RULES.get(name, _elementwise)

@@ -11,6 +11,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from mechatlas.activations.layouts import Channels
+from mechatlas.activations.passes import unwrapped
 from mechatlas.activations.site_names import joined, named_heads
 from mechatlas.base import Site, SiteError
 
@@ -37,6 +38,7 @@ def branches_of(
         module_name: Name of the module, as in `named_modules()`.
         take: Whether the slices are of the module's output or of its input.
     """
+    network = unwrapped(network)
     branches = getattr(network.get_submodule(module_name), "branches", None)
     if isinstance(branches, Mapping) and not isinstance(branches, nn.Module):
         return {n: as_channels(c) for n, c in branches.items()} if take == "output" else {}

@@ -14,7 +14,7 @@ import dataclasses
 import math
 import string
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -303,6 +303,8 @@ def channel_axis(
 
 def _take(inputs: Any, n: int) -> Any:
     """First samples of a batch; the first one again where there are fewer."""
+    if isinstance(inputs, Mapping):
+        inputs = dict(inputs)
 
     def first(tensor: Tensor) -> Tensor:
         return tensor[:n] if len(tensor) >= n else tensor[:1].expand(n, *tensor.shape[1:])
@@ -340,10 +342,10 @@ def _watch(
                 result.seen[call] = first.shape, tracker.axes(first)
         return value
 
-    def stamp(module: nn.Module, _args: Any, output: Any) -> None:
+    def stamp(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         first = next((t for t in tensors_in(output) if t.is_floating_point()), None)
         if first is not None:
-            tracker.stamp(module, first)
+            tracker.stamp(module, next(iter(args), None), first)
 
     with ExitStack() as stack:
         stack.enter_context(unobserved(root))

@@ -140,6 +140,8 @@ class _Pass:
             for site in self.sites:
                 keep = functools.partial(self._keep, site)
                 hooks.callback(hook_site(self.root, site, keep).remove)
+            if isinstance(inputs, Mapping):
+                inputs = dict(inputs)
             try:
                 call_network(self.root, tree_map_only(Tensor, torch.clone, inputs))
             except _Reached:

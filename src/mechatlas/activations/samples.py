@@ -8,7 +8,7 @@ be resumed anywhere and a page can show later exactly what the network saw.
 """
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -22,7 +22,7 @@ from torch.utils import data as torch_data
 from mechatlas.activations.images import Images, ImageSamples
 from mechatlas.activations.networks import dtype_of
 from mechatlas.activations.text_input import TextInput
-from mechatlas.activations.text_sources import is_text
+from mechatlas.activations.text_sources import Document, documents, is_text
 from mechatlas.activations.texts import Texts, TextSamples, text_samples
 from mechatlas.base import InputError, RecipeError, Result
 from mechatlas.maths.arrays import as_numbers
@@ -306,3 +306,8 @@ def _order(loader: "torch_data.DataLoader[Any]") -> Sequence[int]:
         f"The loader draws its samples by a {type(sampler).__name__}; pass its data set, or "
         "torch.utils.data.Subset(dataset, indices) of the samples that are meant."
     )
+
+
+def _read_texts(recipe: Texts) -> Iterator[Document]:
+    """Read the documents of a recipe, for scripts of version 0.2."""
+    return documents(recipe.source, recipe.include, recipe.column, chat=recipe.chat)

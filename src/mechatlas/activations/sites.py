@@ -24,6 +24,7 @@ from typing import Any, TypeVar
 
 from jaxtyping import Shaped
 from torch import Tensor, nn
+from torch.jit import ScriptModule
 
 from mechatlas.activations.axes import stamped_axis
 from mechatlas.activations.branches import branches_of, no_such_branch, select
@@ -82,9 +83,14 @@ def as_site(network: nn.Module, site: Site | str) -> Site:
     """Convert the written form of a site of a network, or check a site.
 
     Raises:
-        SiteError: The network has no such module; near names are offered.
+        SiteError: The network has no such module, and near names are offered; or it is scripted.
     """
     root = unwrapped(network)
+    if isinstance(root, ScriptModule):
+        raise SiteError(
+            "The network is scripted, and nothing inside it can be read or edited; give the "
+            "network that it was made from."
+        )
     text = site.module if isinstance(site, Site) else site
     if _has_module(root, text):
         return site if isinstance(site, Site) else Site(text)
@@ -243,8 +249,8 @@ def intervene(
 ) -> Iterator[nn.Module]:
     """Run a network with some activations replaced.
 
-    The network stays in the mode that it is in. Inside, compiled modules run uncompiled and fused
-    attention is off, so that every module is called.
+    Inside, the network is in evaluation mode, as when it is read; compiled modules run uncompiled
+    and fused attention is off, so that every module is called.
 
     Args:
         network: Any module; unchanged when the context ends.
@@ -271,6 +277,7 @@ def intervene(
     root = unwrapped(network)
     interventions = _Interventions(root, edits)
     with ExitStack() as hooks:
+        hooks.enter_context(evaluation_mode(network))
         hooks.enter_context(eager())
         hooks.callback(root.register_forward_pre_hook(interventions.start, with_kwargs=True).remove)
         for site in interventions.edits:
@@ -352,7 +359,8 @@ class _Interventions:
             raise SiteError(several_calls(site))
         self.applied.add(site)
         tensor = tensor_of(value, site)
-        return replace_tensor(value, site, self._edited(site, tensor))
+        new = self._edited(site, tensor)
+        return value if new is tensor else replace_tensor(value, site, new)
 
     def _edited(self, site: Site, tensor: Tensor) -> Tensor:
         # The network may use the same tensor elsewhere, and write into what it is given.
@@ -368,8 +376,9 @@ class _Interventions:
                 f"The edit at {site} returned shape {tuple(new.shape)}, expected "
                 f"{tuple(part.shape)}."
             )
-        if new is whole:
-            return whole
+        if new is whole:  # as it was, unless it was written or is watched for its gradient
+            same = not (whole.is_inference() or whole.requires_grad or whole._version)
+            return tensor if same else whole
         new = new.to(tensor)
         return layout.replaced(tensor, channels, new) if layout else new.clone()
 

@@ -34,6 +34,7 @@ from mechatlas.activations.store_manifest import Shard, SiteShape, Split, read_e
 from mechatlas.base import Batch, DiskError, Result, Site, StoreError, WeightsError
 from mechatlas.files import (
     MANIFEST,
+    about,
     checksum,
     checksum_file,
     create_folder,
@@ -112,7 +113,7 @@ class Store(Result):
         >>> _ = ma.collect(network, samples, [ma.Site("1")], folder / "store")
         >>> store = ma.Store(folder / "store")
         >>> store
-        Activation store of 200 samples: 0.0 MiB in float32
+        Activation store of 200 samples: 0.0 MiB in float32, paired
           1: 190 rows of 8 channels, 10 held out
         >>> store.rows("1").held_out(5).x.shape
         torch.Size([5, 8])
@@ -158,7 +159,8 @@ class Store(Result):
         entry = self.manifest.get("group")
         if entry is None:
             return None
-        return Group(entry["table"], name=entry["name"], element_names=entry["elements"])
+        with about(self.root / MANIFEST):
+            return Group(entry["table"], name=entry["name"], element_names=entry["elements"])
 
     @cached_property
     def digest(self) -> str:

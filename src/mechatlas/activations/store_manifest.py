@@ -83,6 +83,12 @@ def read_entries(root: Path) -> StoreEntries:
     settings, sites = fields.part("settings"), fields.part("sites")
     settings.flag("paired")
     itemsize = DTYPES[settings.one_of("dtype", tuple(DTYPES))].itemsize
+    if fields.has("group"):
+        group = fields.part("group")
+        group.text("name")
+        for key in ("table", "elements"):
+            if not isinstance(group.values.get(key), list):
+                raise group.wrong(key, "a list")
     shapes = {name: _shape(sites.part(name)) for name in sites.values}
     return StoreEntries(manifest, shapes, _shards(fields, shapes, itemsize))
 

@@ -165,12 +165,16 @@ def _pieces(file: io.BufferedIOBase, where: str, newline: str | None) -> Iterato
 
 
 def _end_of_line(text: str) -> int:
-    """Place after the last newline between two words; after any space if there is none for long."""
+    """Place after the last newline between two words, where tokens are those of the whole.
+
+    After another newline or space if there is none for long, as with line ends of Windows; a token
+    may then be cut in two.
+    """
     at = len(text) - 1
     while (at := text.rfind("\n", 1, at)) > 0:
         if not text[at - 1].isspace() and not text[at + 1].isspace():
             return at + 1
-    if len(text) < 16 * PIECE:
+    if len(text) < 2 * PIECE:
         return 0
     return max(text.rfind("\n"), text.rfind(" ")) + 1 or len(text)
 
@@ -197,10 +201,23 @@ def _documents(
         content = _content(value, f"{where}, row {number}", column, chat=chat)
         if content is not None:
             n_documents += 1
-            yield Document(file, number, content)
+            parts = _split(content) if isinstance(content, str) else (content,)
+            yield from (Document(file, number, part) for part in parts)
     if not n_documents:
         what = f"no text in the column {column!r} of its {n_rows:,} rows" if column else "no text"
         raise InputError(f"{where} has {what}.")
+
+
+def _split(text: str) -> Iterator[str]:
+    """Pieces of a document that is in memory, cut as those of a file are."""
+    stream, rest = io.StringIO(text), ""
+    while block := stream.read(PIECE):
+        rest += block
+        if end := _end_of_line(rest):
+            yield rest[:end]
+            rest = rest[end:]
+    if rest:
+        yield rest
 
 
 def _guess(row: Mapping[str, Any], where: str, *, chat: bool) -> str:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mechatlas.activations.passes import counted, eager, evaluation_mode
-from mechatlas.activations.reading import hook_site, several_calls
+from mechatlas.activations.reading import hook_site, several_calls, tensors_at
 from mechatlas.activations.values import tensor_of, tensors_in
 from mechatlas.base import Site, SiteError
 
@@ -148,6 +148,8 @@ def trace(
     with ExitStack() as hooks:
         for mode in (counted(), evaluation_mode(network), eager()):
             hooks.enter_context(mode)
+        whole = {site: dataclasses.replace(site, branch=None) for site in sites}
+        tensors_at(network, inputs, list(dict.fromkeys(whole.values())))  # refuses later calls too
         for name, module in network.named_modules():
             start = functools.partial(recorder.start, name)
             handle = module.register_forward_pre_hook(start, with_kwargs=True)
@@ -157,7 +159,6 @@ def trace(
                     recorder.finish, with_kwargs=True, always_call=True
                 ).remove
             )
-        whole = {site: dataclasses.replace(site, branch=None) for site in sites}
         recorder.n_sites = len(set(whole.values()))
         for site in dict.fromkeys(whole.values()):
             reach = functools.partial(recorder.reach, site)

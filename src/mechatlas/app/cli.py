@@ -25,6 +25,7 @@ COMMANDS = (
     "sites",
     "collect",
     "train",
+    "evaluate",
     "basis",
     "match",
     "symmetry",

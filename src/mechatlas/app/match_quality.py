@@ -8,15 +8,17 @@ effects_on_output    the network's output with a site written through each pairi
 """
 
 import dataclasses
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from mechatlas.activations.positions import Positions, TokenSamples, left_out
 from mechatlas.activations.store import Store, StoreRows
 from mechatlas.analysis.matching.folding import fold
 from mechatlas.analysis.matching.held_out import (
@@ -218,6 +220,10 @@ class HeldSamples(NamedTuple):
 
     network: nn.Module
     batches: list[Tensor]
+    left_out: list[Bool[np.ndarray, "sample token"]]
+    """Tokens of each batch that stay as they are; none for other samples."""
+    padding: list[Bool[np.ndarray, "sample token"]]
+    """Tokens of each batch that are padding."""
 
 
 def open_held_samples(store: Store, n: int, trust: TrustConfig) -> HeldSamples | str:
@@ -242,7 +248,12 @@ def open_held_samples(store: Store, n: int, trust: TrustConfig) -> HeldSamples |
         raise
     except UserError as error:
         return str(error)
-    return HeldSamples(network, batches)
+    same, padding = [], []
+    if isinstance(samples, TokenSamples) and store.manifest.get("left_out"):
+        positions = Positions(**store.manifest["settings"]["positions"])
+        same = [left_out(samples, chunk, positions, Counter()).numpy() for chunk in chunks]
+        padding = [np.stack([samples.padding(i) for i in chunk]) for chunk in chunks]
+    return HeldSamples(network, batches, same, padding)
 
 
 def effects_on_output(
@@ -272,7 +283,15 @@ def effects_on_output(
     writers = {way: permuted(a, b, p.columns, p.gain) for way, p in ways.items()}
     parsed = Site.parse(sites[0]), Site.parse(sites[1])
     try:
-        effects = splice(held.network, held.batches, parsed, writers | references(a, b), seed=seed)
+        effects = splice(
+            held.network,
+            held.batches,
+            parsed,
+            writers | references(a, b),
+            left_out=held.left_out,
+            padding=held.padding,
+            seed=seed,
+        )
     except UserError as error:
         return PairQuality(not_run=str(error))
     return PairQuality(samples=sum(map(len, held.batches)), spliced=effects)

@@ -94,8 +94,11 @@ class TrustConfig:
     """Run the code of whatever network a store names."""
 
 
-SAID = tuple(field.name for field in dataclasses.fields(TrustConfig))
-"""Fields that count only when said on the command line."""
+def _said(kind: Any) -> tuple[str, ...]:
+    """Fields of a configuration that count only when said on the command line."""
+    names = {field.name for field in dataclasses.fields(kind)}
+    said = ("network", "trust") if issubclass(kind, TrustConfig) else ("trust",)
+    return tuple(name for name in said if name in names)
 
 
 def read_recipe(path: Path, kind: type[Recipe]) -> Recipe:
@@ -111,7 +114,7 @@ def read_recipe(path: Path, kind: type[Recipe]) -> Recipe:
         raw = read_toml(Path(path))
     except DiskError as error:
         raise RecipeError(str(error)) from error
-    if issubclass(kind, TrustConfig) and (said := [key for key in SAID if key in raw]):
+    if said := [key for key in _said(kind) if key in raw]:
         raise RecipeError(
             f"{path} has {', '.join(said)}: whose code may run is said on the command line only."
         )
@@ -185,7 +188,7 @@ def as_dict(recipe: Any) -> dict[str, Any]:
     Keys without a value are left out, and so is the trust in code.
     """
     values = CONVERTER.unstructure(recipe, unstructure_as=type(recipe))
-    said = SAID if isinstance(recipe, TrustConfig) else ()
+    said = _said(type(recipe))
     return _without_none({key: value for key, value in values.items() if key not in said})
 
 

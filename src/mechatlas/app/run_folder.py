@@ -53,6 +53,7 @@ from mechatlas.outputs import Claim, claim
 from mechatlas.tensorfiles import checksum_of, read_safetensors
 
 STORE, DICTIONARY, GROUP_NET, PROOF = "store", "dictionary", "group_net", "proof"
+EVALUATION = "evaluation"
 BASIS, MATCHING, SYMMETRY, BRANCHES, CIRCUIT = (
     "basis",
     "matching",
@@ -64,6 +65,7 @@ RESULTS: dict[str, str] = {
     STORE: "collect:CollectResult",
     DICTIONARY: "train:TrainResult",
     GROUP_NET: "group_net:GroupNetResult",
+    EVALUATION: "evaluate:EvaluateResult",
     BASIS: "basis:BasisResult",
     MATCHING: "match:MatchResult",
     SYMMETRY: "symmetry:SymmetryResult",

@@ -3,6 +3,7 @@
 import itertools
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -168,3 +169,25 @@ def test_a_block_of_k_units_has_k_squared_directions():
         second.weight[:, :3] = second.weight[:, :3] @ torch.linalg.inv(turn)
     assert torch.allclose(network(x), before)
     assert ledger(network, x).n_free == free(network, x)
+
+
+@pytest.mark.parametrize("has_gap", [True, False])
+def test_a_count_of_free_directions_is_claimed_only_where_the_spectrum_has_a_gap(has_gap):
+    d, n = (12, 4000) if has_gap else (36, 4000)
+    random = torch.Generator().manual_seed(0)
+    scales = torch.logspace(0, -9, d, dtype=torch.float64)
+    if has_gap:
+        scales = torch.tensor([1.0] * 5 + [0.0] * 7, dtype=torch.float64)
+    inputs = torch.randn(n, d, dtype=torch.float64, generator=random) * scales
+    network = nn.Sequential(nn.Identity(), nn.Linear(d, 6), nn.GELU(), nn.Linear(6, 3))
+    result = basis(network.double().eval(), inputs, ["0", "1", "3"])
+    layer = result.layers[0]
+    assert layer.has_gap == result.has_gap == has_gap
+    assert ("At least" in result.summary()) == has_gap
+    assert ("no gap" in result.summary()) == (not has_gap)
+    curve = np.array(layer.effective_parameters.n_effective)
+    assert (np.diff(curve) >= 0).all()
+    if has_gap:
+        assert (curve[4:] == 5 * 6).all()  # five directions of the inputs, six units
+    else:
+        assert len(np.unique(curve)) > 8

@@ -81,6 +81,11 @@ def transformer(
         ) from error
     if dtype not in ("auto", "float32", "bfloat16", "float16"):
         raise UserError(f"dtype must be auto, float32, bfloat16 or float16, got {dtype!r}.")
+    if not (attn_implementation or "eager").isidentifier():  # others are code from a hub
+        raise UserError(
+            f"attn_implementation must be one of transformers, such as 'sdpa' or 'eager', got "
+            f"{attn_implementation!r}."
+        )
     settings = {"device_map": device_map, "attn_implementation": attn_implementation}
     given = {key: value for key, value in settings.items() if value is not None}
     with _found(path) as model, _quiet(transformers.logging):
@@ -226,9 +231,10 @@ def _explained(path: str | Path, part: str) -> Iterator[None]:
         yield
     except Exception as error:  # whatever the readers of many formats raise
         reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-        hint = " Is the file whole?" if isinstance(error, IndexError | EOFError) else ""
+        short = isinstance(error, IndexError | EOFError) or "reshape array of size" in reason
+        hint = ". Is the file whole?" if short else ""
         if isinstance(error, ModuleNotFoundError | ImportError):
-            hint = " It may need pip install 'mechatlas[text]'."
+            hint = ". It may need pip install 'mechatlas[text]'."
         raise WeightsError(f"The {part} in {path} cannot be loaded: {reason}{hint}") from error
 
 

@@ -32,6 +32,7 @@ from mechatlas.analysis.branches.null import (
 )
 from mechatlas.base import InputError, Result
 from mechatlas.maths.arrays import as_array
+from mechatlas.maths.directions import distinct_rows
 from mechatlas.maths.statistics import q_values, wilson
 
 ROWS_AT_ONCE = 1024
@@ -58,7 +59,8 @@ class Specialization(Result):
     """Shares of features in branches, with their evidence.
 
     Every matrix has a row for each feature and a column for each branch, in the order of `names`.
-    Features without any decoder row to speak of have NaN.
+    Features without any decoder row to speak of have NaN. Rows that are constant, or that point the
+    same way as another, say nothing of a branch: they have shares, and NaN for p- and q-values.
     """
 
     names: tuple[str, ...]
@@ -289,8 +291,13 @@ class BranchTest:
             for k, groups in enumerate(self._groups):
                 p[at, k], n_effective[at, k] = tail_probability(components, energy[at, k], groups)
         low, high = wilson(energy, n_effective)
+        distinct = distinct_rows(rows)
+        taking_part = np.isin(np.arange(len(rows)), distinct.kept)
+        p[~taking_part] = np.nan
         if self.tested is not None:
             p[~self.tested] = np.nan
+        q = q_values(p)
+        p[~distinct.unique], q[~distinct.unique] = np.nan, np.nan
         expected = np.sqrt([[groups.share for groups in self._groups]]) * np.ones(energy.shape)
         expected[np.isnan(energy)] = np.nan
         return Specialization(
@@ -298,7 +305,7 @@ class BranchTest:
             share=np.sqrt(energy),
             expected=expected,
             p_values=p,
-            q_values=q_values(p),
+            q_values=q,
             low=np.sqrt(low),
             high=np.sqrt(high),
             n_effective=n_effective,

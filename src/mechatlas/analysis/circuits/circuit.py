@@ -17,7 +17,8 @@ import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 
-from mechatlas.activations.sites import read_activations
+from mechatlas.activations.passes import unwrapped
+from mechatlas.activations.sites import as_site, read_activations
 from mechatlas.analysis.circuits.attention import AttentionRecording, record_layer
 from mechatlas.analysis.circuits.compose import LinearDictionary, Response
 from mechatlas.analysis.circuits.effects import (
@@ -169,7 +170,8 @@ def circuit(
         >>> edges.routes, edges.edges.tested > 0
         (('1x1', '3x3', '5x5', 'pool'), True)
     """
-    source, target = (Site.parse(s) if isinstance(s, str) else s for s in (site_a, site_b))
+    network = unwrapped(network)
+    source, target = (as_site(network, site) for site in (site_a, site_b))
     known = _as_inputs(samples, network)
     if held_out is None:
         cut = len(known) - len(known) // 3

@@ -216,7 +216,8 @@ def connect(
 def _layer(network: nn.Module, source: Site, target: Site, traced: Trace) -> TransformerLayer:
     before, after = traced.activations[source], traced.activations[target]
     module = network.get_submodule(target.module)
-    entered = next(call for call in traced.calls if call.module is module).tensors
+    own = [call for call in traced.calls if call.module is module][(target.call or 1) - 1]
+    entered = own.tensors
     if not entered or before.shape != entered[0].shape or not torch.equal(before, entered[0]):
         raise SiteError(
             f"Sites {source} and {target} are not consecutive: the module of {target} is not "
@@ -224,7 +225,11 @@ def _layer(network: nn.Module, source: Site, target: Site, traced: Trace) -> Tra
             "each other."
         )
     inside = {id(m) for m in module.modules()}
-    calls = [call for call in traced.finished_calls() if id(call.module) in inside]
+    calls = [
+        call
+        for call in traced.finished_calls()
+        if id(call.module) in inside and call.started >= own.started
+    ]
     linear = [call for call in calls if _weight(call.module) is not None]
     parts = _parts(linear, source, target)
     order, norms = _norms(calls, linear, source, target)
@@ -235,7 +240,7 @@ def _layer(network: nn.Module, source: Site, target: Site, traced: Trace) -> Tra
         for mlp in ("", "mlp")
         for name in ("", *(f"head{k}" for k in range(heads)))
     )
-    hidden, activated = linear[-2].output, linear[-1].args[0]
+    hidden, activated = linear[-2].output, linear[-1].tensors[0]
     ends = (channel_range(select(network, site), d, site) for site in (source, target))
     writes, reads = ends
     # Both forms of GELU may agree within the tolerance, so the closest is taken.
@@ -282,7 +287,7 @@ def _projection(module: nn.Module) -> Projection:
 
 def _names_of(linear: Sequence[ModuleCall], target: Site) -> str:
     shapes = (
-        f"{_inner(call, target)} {call.args[0].shape[-1]} -> {call.output.shape[-1]}"
+        f"{_inner(call, target)} {call.tensors[0].shape[-1]} -> {call.output.shape[-1]}"
         for call in linear
     )
     return ", ".join(shapes) or "none"
@@ -296,15 +301,20 @@ def _parts(
     Raises:
         SiteError: The layer has other linear maps.
     """
-    *made, mixed, up, down = (
-        [_projection(call.module) for call in linear] if len(linear) > 3 else []
+    refusal = SiteError(
+        f"The module of {target} after {source} has the linear maps {_names_of(linear, target)}; "
+        "circuits through transformers need queries, keys and values (together or apart), one map "
+        "that mixes the heads, and an MLP of two maps."
     )
+    if len(linear) < 4:
+        raise refusal
+    *made, mixed, up, down = (_projection(call.module) for call in linear)
     if len(linear) == 4 and made[0].weight.shape[1] % 3 == 0:
         fused = made[0]
         biases = fused.bias.chunk(3) if isinstance(fused.bias, Tensor) else (0.0,) * 3
         pairs = zip(fused.weight.chunk(3, dim=1), biases, strict=True)
         made = [Projection(weight, bias) for weight, bias in pairs]
-    d = linear[0].args[0].shape[-1] if linear else 0
+    d = linear[0].tensors[0].shape[-1]
     shapes = [(m.weight.shape[0], m.weight.shape[1]) for m in made]
     if (
         len(made) == 3
@@ -315,11 +325,7 @@ def _parts(
     ):
         query, key, value = made
         return query, key, value, mixed, up, down
-    raise SiteError(
-        f"The module of {target} after {source} has the linear maps {_names_of(linear, target)}; "
-        "circuits through transformers need queries, keys and values (together or apart), one map "
-        "that mixes the heads, and an MLP of two maps."
-    )
+    raise refusal
 
 
 def _norms(

@@ -49,8 +49,10 @@ from torch import Tensor, nn
 from mechatlas.analysis.interaction.layer_maps import LayerMap, ReLUForm, rows_of
 from mechatlas.analysis.interaction.statistics import Inputs, run_chain
 from mechatlas.base import InputError
-from mechatlas.maths.linalg import Firing, parts_of, rank_of
+from mechatlas.maths.linalg import Firing, cut, parts_of, rank_of
 
+RESOLUTIONS = tuple(10.0**-k for k in range(2, 15))
+"""Shares of the largest eigenvalue of the Hessian at which effective parameters are counted."""
 MAX_RANK_ENTRIES = 1 << 25
 """Maximum number of entries of a matrix whose rank is taken; beyond, products of ranks are used."""
 MAX_OPERATIONS = 1e11
@@ -80,6 +82,37 @@ class DegeneracyCount:
     def n_free(self) -> int:
         """Number of free directions."""
         return sum(dataclasses.astuple(self)[1:])
+
+    @property
+    def needs_rank(self) -> bool:
+        """Whether some of them were counted by a numerical rank, which needs a threshold."""
+        return bool(self.low_rank_activations or self.low_rank_gradients or self.low_rank_products)
+
+
+@dataclasses.dataclass(frozen=True)
+class EffectiveParameters:
+    """Effective parameters of one weight matrix as a function of the resolution.
+
+    The Hessian of the behavioral loss is taken as the product of the second moments of
+    activations and of gradients, so its eigenvalues are all products of theirs. Where no
+    gradients are known (behind a ReLU), those of all live units count as equal.
+
+    Source: Bushnaq et al., Using degeneracy in the loss landscape (2024), section 2: N_eff, for a
+    quadratic loss the number of eigenvalues of the Hessian above the resolution.
+    """
+
+    resolutions: tuple[float, ...] = ()
+    """Resolutions epsilon, as shares of the largest eigenvalue of the Hessian."""
+    n_effective: tuple[int, ...] = ()
+    """N_eff at each resolution."""
+    gap_decades: float = 0.0
+    """Powers of ten by which the thresholds of the ranks may move without changing the count of
+    free directions."""
+
+    @property
+    def has_gap(self) -> bool:
+        """Whether the spectra have a gap of a decade or more, so that a count means something."""
+        return self.gap_decades >= 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -351,3 +384,34 @@ def bound_degeneracy(
         low_rank_activations=n_live * max(width - rank, 0) * taps,
         low_rank_gradients=linear * max(n_live - gradient_rank, 0) * (rank * taps + constant),
     )
+
+
+def effective_parameters(
+    form: ReLUForm | None,
+    activations: Float[np.ndarray, " d"],
+    gradients: Float[np.ndarray, " k"],
+    *,
+    n_dead: int,
+    rank_threshold: float,
+) -> EffectiveParameters:
+    """Count the effective parameters of the first weights of a layer map at every resolution.
+
+    Args:
+        form: Closed form of the map; without one nothing is counted.
+        activations: Eigenvalues of the second moments of the activations that it reads.
+        gradients: Eigenvalues of the second moments of the gradients at its target.
+        n_dead: Number of hidden units (or channels) that never fire.
+        rank_threshold: Share of the largest eigenvalue below which others count as zero.
+    """
+    if form is None:
+        return EffectiveParameters()
+    linear = form.out is None and not form.skip and not form.relu
+    n_live = int(form.weight.shape[0]) - n_dead
+    cuts = [cut(activations, rank_threshold)] + linear * [cut(gradients, rank_threshold)]
+    gap = min(c.decades for c in cuts)
+    taps = int(np.prod(form.inner.kernel_size)) if isinstance(form.inner, nn.Conv2d) else 1
+    others = np.sort(gradients)[::-1][:n_live] if linear else np.ones(n_live)
+    products = np.sort(np.outer(activations, others).ravel())
+    limits = np.array(RESOLUTIONS) * products[-1] if len(products) else np.zeros(len(RESOLUTIONS))
+    above = taps * (len(products) - np.searchsorted(products, limits, side="right"))
+    return EffectiveParameters(RESOLUTIONS, tuple(above.tolist()), gap)

@@ -16,16 +16,18 @@ Main path, in reading order:
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
+import torch
 from jaxtyping import Float, Int
 from torch import nn
 
 from mechatlas import deprecated
-from mechatlas.activations.passes import evaluation_mode
+from mechatlas.activations.passes import evaluation_mode, unwrapped
 from mechatlas.activations.sites import as_site
 from mechatlas.analysis.interaction import bases
 from mechatlas.analysis.interaction.ablation import (
@@ -38,9 +40,11 @@ from mechatlas.analysis.interaction.ablation import (
 from mechatlas.analysis.interaction.bases import Basis, BasisKind
 from mechatlas.analysis.interaction.degeneracy import (
     DegeneracyCount,
+    EffectiveParameters,
     NetworkDegeneracy,
     bound_degeneracy,
     count_degeneracy,
+    effective_parameters,
 )
 from mechatlas.analysis.interaction.edges import InteractionEdges, measure_edges
 from mechatlas.analysis.interaction.layer_maps import LayerMap, layer_maps, rows_of
@@ -71,7 +75,15 @@ from mechatlas.analysis.interaction.statistics import (
     pullback,
     unprefixed,
 )
-from mechatlas.base import Dictionary, Progress, Site, SiteError, UserError, no_progress
+from mechatlas.base import (
+    Dictionary,
+    InputError,
+    Progress,
+    Site,
+    SiteError,
+    UserError,
+    no_progress,
+)
 from mechatlas.maths.arrays import as_array
 from mechatlas.maths.linalg import cut, parts_of, spectral
 
@@ -127,7 +139,8 @@ def basis(
 
     Raises:
         SiteError: Fewer than two layers, a layer that is not there, or a wrong order.
-        InputError: The data are not samples for this network, or the modules do not fit it.
+        InputError: The data are not samples for this network, the modules do not fit it, or it
+            computes in half precision.
         NonFiniteError: A NaN or an infinity, and where.
 
     Examples:
@@ -146,7 +159,14 @@ def basis(
     if len(layers) < 2:
         raise SiteError(f"Name at least two layers, got {len(layers)}: {list(map(str, layers))}.")
     inputs = Inputs.from_data(data)
+    model = unwrapped(model)
     sites = [as_site(model, site) for site in layers]
+    coarse = {p.dtype for p in model.parameters()} & {torch.float16, torch.bfloat16}
+    if coarse:
+        raise InputError(
+            f"The network computes in {coarse.pop()}, which is too coarse for ranks and gradients; "
+            "give `network.float()` and inputs in float32."
+        )
     if checkpoints is None:
         checkpoints = {}
     kept, keep = (
@@ -154,7 +174,7 @@ def basis(
         if isinstance(checkpoints, MutableMapping)
         else (checkpoints.kept, checkpoints.keep)
     )
-    with evaluation_mode(model):
+    with evaluation_mode(model), _differentiable():
         first = inputs.first(16).tensor
         maps = layer_maps(model, sites, first)
         n_steps = 3 + 3 * len(maps) * len(settings.kinds)
@@ -195,6 +215,25 @@ class _Statistics:
 
 _Pairs = dict[int, tuple[Basis, Basis]]
 """Coordinates at both ends of a layer map, by its number."""
+
+
+@contextmanager
+def _differentiable() -> Iterator[None]:
+    """Say in a sentence that a network writes over what its gradients need.
+
+    Raises:
+        SiteError: It does.
+        RuntimeError: Torch failed for another reason.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if "modified by an inplace operation" not in str(error):
+            raise
+        raise SiteError(
+            "The network writes in place over activations that its gradients need, so that torch "
+            "cannot differentiate it. Compute `x = x + y` there in place of `x += y`."
+        ) from error
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
@@ -459,6 +498,7 @@ class _Analysis:
             always_on=always_on,
             synchronized_blocks=blocks,
             degeneracy=count,
+            effective_parameters=self.effective_parameters(number, statistics),
             kind=self.settings.kind,
             map_description="" if last else self.maps[number].description,
             n_rows=layer.moments.n,
@@ -467,24 +507,46 @@ class _Analysis:
 
     def bound(self, number: int, statistics: _Statistics) -> DegeneracyCount:
         """Lower bound on the free directions of the weights that read a layer."""
+        activations, gradients = self.spectra(number, statistics)
+        threshold = self.settings.rank_threshold
+        return bound_degeneracy(
+            self.maps[number].form,
+            statistics.layers[number].moments.width,
+            rank=cut(activations, threshold).rank,
+            n_dead=self.n_dead(number, statistics),
+            gradient_rank=cut(gradients, threshold).rank,
+        )
+
+    def effective_parameters(self, number: int, statistics: _Statistics) -> EffectiveParameters:
+        """Effective parameters of the weights that read a layer."""
+        if number == len(self.maps):
+            return EffectiveParameters()
+        activations, gradients = self.spectra(number, statistics)
+        return effective_parameters(
+            self.maps[number].form,
+            activations,
+            gradients,
+            n_dead=self.n_dead(number, statistics),
+            rank_threshold=self.settings.rank_threshold,
+        )
+
+    def spectra(
+        self, number: int, statistics: _Statistics
+    ) -> tuple[Float[np.ndarray, " d"], Float[np.ndarray, " k"]]:
+        """Eigenvalues of what the weights after a layer read, and of the gradients they get."""
         moments, form = statistics.layers[number].moments, self.maps[number].form
         plain = form is not None and form.is_linear_map and form.inner.bias is not None
         matrix = moments.covariance if plain else moments.second_moment
-        gradient_rank = statistics.layers[number + 1].moments.width
+        gradients = np.ones(statistics.layers[number + 1].moments.width)
         if number + 1 < len(self.maps):
-            gradient_rank = self.rank(statistics.gradients[number + 1])
-        firing = statistics.firing[number]
-        rectified = firing is not None and form is not None and form.relu
-        return bound_degeneracy(
-            form,
-            moments.width,
-            rank=self.rank(matrix),
-            n_dead=int((firing.units.rate == 0).sum()) if firing and rectified else 0,
-            gradient_rank=gradient_rank,
-        )
+            gradients = spectral(statistics.gradients[number + 1])[0]
+        return spectral(matrix)[0], gradients
 
-    def rank(self, matrix: Float[np.ndarray, "d d"]) -> int:
-        return cut(spectral(matrix)[0], self.settings.rank_threshold).rank
+    def n_dead(self, number: int, statistics: _Statistics) -> int:
+        """Number of hidden units of a rectified map that never fire."""
+        firing, form = statistics.firing[number], self.maps[number].form
+        rectified = firing is not None and form is not None and form.relu
+        return int((firing.units.rate == 0).sum()) if firing and rectified else 0
 
     def modules(self, layers: tuple[LayerResult, ...]) -> dict[str, Any]:
         """Graph of the reported basis, its modules, their stability, and Q after a rotation."""

@@ -13,7 +13,11 @@ from jaxtyping import Float
 from mechatlas import deprecated
 from mechatlas.analysis.interaction.ablation import MAX_ACCURACY_DROP, AblationCurve
 from mechatlas.analysis.interaction.bases import BASIS_KINDS, Basis, BasisKind
-from mechatlas.analysis.interaction.degeneracy import DegeneracyCount, NetworkDegeneracy
+from mechatlas.analysis.interaction.degeneracy import (
+    DegeneracyCount,
+    EffectiveParameters,
+    NetworkDegeneracy,
+)
 from mechatlas.analysis.interaction.edges import InteractionEdges
 from mechatlas.analysis.interaction.learning_coefficient import LearningCoefficient
 from mechatlas.analysis.interaction.modularity import (
@@ -96,6 +100,24 @@ class InteractionConfig:
         return next(kind for kind in order if kind in self.kinds)
 
 
+def count_in_words(n_free: int, n_parameters: int, *, is_exact: bool, has_gap: bool) -> str:
+    """Say how many directions of the weights are free, and how sure the number is.
+
+    Args:
+        n_free: Number of free directions.
+        n_parameters: Number of weights and biases.
+        is_exact: Whether the number is exact, not a lower bound.
+        has_gap: Whether the spectra have a gap, so that a lower bound means something.
+    """
+    if is_exact or has_gap:
+        at_least = "" if is_exact else "At least "
+        return f"{at_least}{n_free} of {n_parameters} directions of the weights are free"
+    return (
+        f"No clear number of free directions: about {n_free} of {n_parameters} at the chosen "
+        "threshold, but the spectra have no gap (see the curve of effective parameters)"
+    )
+
+
 @deprecated.renamed_attributes
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class LayerResult(Result):
@@ -121,6 +143,8 @@ class LayerResult(Result):
     """Blocks of two or more units that fire on the same rows."""
     degeneracy: DegeneracyCount
     """Free directions of the weights that read this layer."""
+    effective_parameters: EffectiveParameters
+    """Effective parameters of these weights at every resolution."""
     bases: dict[str, Basis]
     """Coordinates by kind of basis."""
     edges_by_basis: dict[str, InteractionEdges]
@@ -166,6 +190,14 @@ class LayerResult(Result):
     def free_directions(self) -> int:
         """Number of directions of the weights that read this layer and change nothing."""
         return self.degeneracy.n_free
+
+    @property
+    def has_gap(self) -> bool:
+        """Whether that number does not hang on the threshold of a rank.
+
+        True where no rank was needed, and where the spectra have a gap of a decade or more.
+        """
+        return not self.degeneracy.needs_rank or self.effective_parameters.has_gap
 
     def summary(self) -> str:
         """Rank, dead units, free directions and needed edges in one line."""
@@ -242,14 +274,23 @@ class InteractionBasis(Result):
         """Whether `free_directions` is exact, not a lower bound."""
         return self.degeneracy is not None and self.degeneracy.across_blocks is not None
 
+    @property
+    def has_gap(self) -> bool:
+        """Whether `free_directions` is exact, or no layer hangs on a threshold."""
+        return self.is_exact or all(layer.has_gap for layer in self.layers)
+
     def summary(self) -> str:
         """Ranks and needed edges of the first layers, free directions, modules."""
         lines = [
             f"Interaction basis ({self.layers[0].kind}) of {len(self)} layers; {self.measure} "
             f"{self.score:.4g}",
             *(layer.summary() for layer in self.layers[:3]),
-            f"{'' if self.is_exact else 'At least '}{self.free_directions} of "
-            f"{self.n_parameters} directions of the weights are free",
+            count_in_words(
+                self.free_directions,
+                self.n_parameters,
+                is_exact=self.is_exact,
+                has_gap=self.has_gap,
+            ),
         ]
         if self.modules is not None:
             n = self.modules.n if self.modules.significant else "no"

@@ -23,24 +23,8 @@ from mechatlas.analysis.matching.folding import fold, unit_rows
 from mechatlas.analysis.matching.pairing import BLOCK, Match
 from mechatlas.base import Dictionary, InputError
 from mechatlas.maths.assignment import assign
+from mechatlas.maths.bootstrap import N_RESAMPLES, Estimate
 from mechatlas.maths.pricing import Factors
-
-N_RESAMPLES = 500
-"""Bootstrap resamples of an interval."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Estimate:
-    """Estimate of a mean with its 95 % bootstrap interval."""
-
-    value: float
-    """Estimate over the rows."""
-    low: float
-    """Lower end of its 95 % interval."""
-    high: float
-    """Upper end of its 95 % interval."""
-    n: int
-    """Number of features, rows or samples under the mean."""
 
 
 def baselines(

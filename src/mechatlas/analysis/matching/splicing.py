@@ -12,19 +12,23 @@ Source: Balagansky et al., Mechanistic permutability (2024), encode-permute-deco
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 
 from mechatlas.activations.layouts import Layout, layouts_of
+from mechatlas.activations.passes import evaluation_mode
+from mechatlas.activations.positions import is_causal
+from mechatlas.activations.predictions import compare, next_token_losses, output_of
 from mechatlas.activations.sites import intervene
-from mechatlas.analysis.matching.held_out import N_RESAMPLES, Estimate
 from mechatlas.base import Dictionary, InputError, Site
+from mechatlas.maths.bootstrap import Estimate, ratio_estimate, resample
+from mechatlas.maths.outliers import norm_limit
 
 ROWS_AT_ONCE = 4096
 """Rows encoded and decoded together."""
@@ -45,6 +49,9 @@ class SpliceEffect:
     agreement: Estimate | None
     """Share of the outputs whose most likely answer is unchanged. `None` if the outputs are not
     logits."""
+    loss_change: Estimate | None = None
+    """Rise of the mean loss of the next token in nats, the delta loss of the paper. `None` if the
+    network does not predict next tokens."""
 
 
 def permuted(
@@ -98,6 +105,8 @@ def splice(
     sites: tuple[Site, Site],
     ways: Mapping[str, Writer],
     *,
+    left_out: Sequence[Bool[np.ndarray, "_ _"]] = (),
+    padding: Sequence[Bool[np.ndarray, "_ _"]] = (),
     seed: int = 0,
 ) -> dict[str, SpliceEffect]:
     """Run a network with the second site replaced, once for each way.
@@ -108,6 +117,9 @@ def splice(
         batches: Inputs, several samples each.
         sites: Sites of A and of B; A's must be reached before B's, or be the same.
         ways: Functions that write B's rows, by name.
+        left_out: Tokens of each batch that stay as they are, and where given also outlier rows:
+            dictionaries are not trained on them. By default every row is replaced.
+        padding: Tokens of each batch that are padding, no losses; by default none.
         seed: Seed of the intervals.
 
     Raises:
@@ -115,35 +127,71 @@ def splice(
         SiteError: The network has no such site.
     """
     clean: list[np.ndarray] = []
-    logits = False
+    logits = predicts = False
     effects: dict[str, list[np.ndarray]] = {way: [] for way in ways}
-    for batch in batches:
-        before, logits = _output(network(batch))
-        clean.append(_moments(before))
-        for way, write in ways.items():
-            with _replaced(network, batch, sites, write):
-                after, _ = _output(network(batch))
-            effects[way].append(_compare(before, after))
+    with evaluation_mode(network):
+        for number, batch in enumerate(batches):
+            before, logits = output_of(network(batch))
+            if not clean:
+                predicts = logits and _predicts_tokens(network, batch, before, sites[1])
+            clean.append(_moments(before))
+            pad = torch.from_numpy(padding[number]) if padding else None
+            tokens = _NextTokens.of(before, batch, pad) if predicts else None
+            same = torch.from_numpy(left_out[number]) if left_out else None
+            for way, write in ways.items():
+                with _replaced(network, batch, sites, write, same):
+                    after = output_of(network(batch)).x
+                effects[way].append(_compare(before, after, tokens))
     if not clean:
         raise InputError("There are no samples to run the network on.")
     total = _squares_around_mean(np.concatenate(clean))
-    random = np.random.default_rng([seed, 19])
-    draws = random.integers(0, len(total), (N_RESAMPLES, len(total)))
+    times = resample(len(total), seed=seed)
     return {
-        way: _effect(np.concatenate(parts), total, draws, logits=logits)
+        way: _effect(np.concatenate(parts), total, times, logits=logits)
         for way, parts in effects.items()
     }
 
 
+class _NextTokens(NamedTuple):
+    """Tokens of a batch, and the loss of the untouched network at each that counts."""
+
+    tokens: Int[Tensor, "sample token"]
+    counts: Bool[Tensor, "sample token_but_first"]
+    losses: Float[Tensor, "sample token_but_first"]
+
+    @classmethod
+    def of(cls, logits: Tensor, tokens: Tensor, padding: Tensor | None) -> "_NextTokens":
+        """Compute the losses; padding is not a token to predict."""
+        counts = torch.ones_like(tokens[:, 1:], dtype=torch.bool)
+        if padding is not None:
+            counts &= ~padding[:, 1:].to(counts.device)
+        return cls(tokens, counts, next_token_losses(logits, tokens))
+
+
+def _predicts_tokens(network: nn.Module, batch: Any, logits: Tensor, site: Site) -> bool:
+    """Whether the outputs are predictions of the token after each of the batch."""
+    if not isinstance(batch, Tensor) or batch.is_floating_point() or batch.ndim != 2:
+        return False
+    if logits.shape[:2] != batch.shape or batch.shape[1] < 2:
+        return False
+    nothing = np.zeros(batch.shape[1], dtype=bool)
+    in_vocabulary = int(batch.max()) < logits.shape[-1]
+    return in_vocabulary and is_causal(network, batch[:1], nothing, [site])
+
+
 def _replaced(
-    network: nn.Module, batch: Any, sites: tuple[Site, Site], write: Writer
+    network: nn.Module,
+    batch: Any,
+    sites: tuple[Site, Site],
+    write: Writer,
+    left_out: Tensor | None,
 ) -> AbstractContextManager[nn.Module]:
-    """Replace the second site by what is written from the first."""
+    """Replace the second site by what is written from the first, but for what is left out."""
     layouts = layouts_of(network, batch, sites)
     seen: list[Tensor] = []
 
     def remember(x: Tensor) -> Tensor:
-        seen[:] = [x]
+        seen[:] = [x.clone()]  # the network may write into what it goes on with
         return x
 
     def replace(y: Tensor) -> Tensor:
@@ -157,9 +205,15 @@ def _replaced(
                 f"The network reaches {sites[1]} before {sites[0]}; give dictionaries in its order."
             )
         target = layouts[sites[1]].rows(y)
-        parts = zip(_rows(x).split(ROWS_AT_ONCE), _rows(target).split(ROWS_AT_ONCE), strict=True)
-        new = torch.cat([write(*part) for part in parts]).to(y.dtype).reshape(target.shape)
-        return layouts[sites[1]].undo(new, y)
+        rows, own = _rows(x).float(), _rows(target).float()
+        parts = zip(rows.split(ROWS_AT_ONCE), own.split(ROWS_AT_ONCE), strict=True)
+        new = torch.cat([write(*part) for part in parts])
+        if left_out is not None and left_out.numel() == len(own):
+            norms = torch.linalg.vector_norm(own, dim=1)
+            same = left_out.to(own.device).flatten()
+            same = same | (norms > norm_limit(norms[~same]))
+            new = torch.where(same[:, None], own, new)
+        return layouts[sites[1]].undo(new.to(y.dtype).reshape(target.shape), y)
 
     edits = {sites[1]: replace}
     return intervene(network, edits if sites[0] == sites[1] else {sites[0]: remember, **edits})
@@ -180,21 +234,11 @@ def _aligned(x: Tensor, y: Tensor, at_x: Layout, at_y: Layout) -> Tensor:
     return x[:, rows[:, None], columns]
 
 
-def _output(value: Any) -> tuple[Float[Tensor, "sample place d"], bool]:
-    """The network's output, one row a sample or a token of it, and whether it is logits."""
-    if isinstance(value, Tensor):
-        return value.flatten(1, -2) if value.ndim > 2 else value[:, None], True
-    if isinstance(getattr(value, "logits", None), Tensor):
-        return _output(value.logits)
-    first = value[0] if isinstance(value, tuple | list) else next(iter(value.values()))
-    return _output(first)[0], False
-
-
 def _moments(x: Float[Tensor, "sample place d"]) -> Float[np.ndarray, "sample d_and_2"]:
     """Number of places, sum of squares, and sum of each coordinate, by sample."""
     size = torch.full((len(x), 1), float(x.shape[1]), dtype=torch.float64)
-    squares = x.double().square().sum(dim=(1, 2))[:, None]
-    return torch.cat([size, squares, x.double().sum(dim=1)], dim=1).numpy()
+    squares = x.double().square().sum(dim=(1, 2))[:, None].cpu()
+    return torch.cat([size, squares, x.double().sum(dim=1).cpu()], dim=1).numpy()
 
 
 def _squares_around_mean(
@@ -206,38 +250,37 @@ def _squares_around_mean(
     return squares - 2 * sums @ mean + size * (mean @ mean)
 
 
-def _compare(before: Tensor, after: Tensor) -> Float[np.ndarray, "sample 3"]:
-    """Residual sum of squares, mean divergence and share of equal answers, by sample."""
+def _compare(
+    before: Float[Tensor, "sample place d"],
+    after: Float[Tensor, "sample place d"],
+    tokens: _NextTokens | None,
+) -> Float[np.ndarray, "sample 5"]:
+    """Sums for each sample: squares of the residual, divergence, equal answers, loss, tokens.
+
+    Divergence and answers are means over the sample.
+    """
     residual = (after - before).double().square().sum(dim=(1, 2))
-    p, q = before.double().log_softmax(-1), after.double().log_softmax(-1)
-    divergence = (p.exp() * (p - q)).sum(-1).mean(-1)
-    same = (before.argmax(-1) == after.argmax(-1)).double().mean(-1)
-    return torch.stack([residual, divergence, same], dim=1).numpy()
+    divergence, same = compare(before, after)
+    rise = n = torch.zeros_like(residual)
+    if tokens is not None:
+        losses = next_token_losses(after, tokens.tokens) - tokens.losses
+        rise, n = (losses * tokens.counts).double().sum(1), tokens.counts.double().sum(1)
+    means = (divergence.double().mean(1), same.double().mean(1))
+    return torch.stack([residual, *means, rise, n], dim=1).cpu().numpy()
 
 
 def _effect(
-    values: Float[np.ndarray, "sample 3"],
+    values: Float[np.ndarray, "sample 5"],
     total: Float[np.ndarray, " sample"],
-    draws: Int[np.ndarray, "resample sample"],
+    times: Int[np.ndarray, "resample sample"],
     *,
     logits: bool,
 ) -> SpliceEffect:
-    residual, divergence, same = values.T
-    lost = residual.sum() / total.sum()
-    shares = residual[draws].sum(axis=1) / total[draws].sum(axis=1)
+    residual, divergence, same, rise, n_tokens = values.T
+    one = np.ones(len(total))
     return SpliceEffect(
-        variance_lost=_estimate(lost, shares, len(total)),
-        kl_divergence=_mean(divergence, draws) if logits else None,
-        agreement=_mean(same, draws) if logits else None,
+        variance_lost=ratio_estimate(residual, total, times),
+        kl_divergence=ratio_estimate(divergence, one, times) if logits else None,
+        agreement=ratio_estimate(same, one, times) if logits else None,
+        loss_change=ratio_estimate(rise, n_tokens, times) if n_tokens.any() else None,
     )
-
-
-def _mean(
-    values: Float[np.ndarray, " sample"], draws: Int[np.ndarray, "resample sample"]
-) -> Estimate:
-    return _estimate(values.mean(), values[draws].mean(axis=1), len(values))
-
-
-def _estimate(value: float, resampled: Float[np.ndarray, " resample"], n: int) -> Estimate:
-    low, high = np.quantile(resampled, [0.025, 0.975])
-    return Estimate(float(value), float(low), float(high), n)

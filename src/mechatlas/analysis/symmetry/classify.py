@@ -17,6 +17,7 @@ Source: Gorton, Group crosscoders for mechanistic analysis of symmetry (2024).
 import dataclasses
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float, Int, Shaped
@@ -35,6 +36,7 @@ from mechatlas.analysis.symmetry.stabilizers import select_stabilizers
 from mechatlas.base import InputError, NonFiniteError, Progress, Result, no_progress
 from mechatlas.deprecated import renamed_arguments, renamed_attributes
 from mechatlas.maths.arrays import as_array
+from mechatlas.maths.directions import distinct_rows
 from mechatlas.maths.groups import Group
 
 Halves = Sequence[ArrayLike | Tensor] | Shaped[np.ndarray, "..."] | Shaped[Tensor, "..."]
@@ -152,6 +154,9 @@ def symmetry(
 ) -> Symmetry:
     """Classify features by their stabilizer, and gather features that are poses of one another.
 
+    Features that are zero, constant, or the same as an earlier one up to their size take no part:
+    they change nothing for the others, and nothing is claimed of them or of the earlier one.
+
     Args:
         blocks: Decoder blocks D_g `(n_features, order, d)`, numpy or torch, in the group's order.
         group: Group that acts on the input.
@@ -190,10 +195,33 @@ def symmetry(
             f"{equality_threshold}."
         )
     whole = _as_blocks(blocks, group, "blocks")
+    both = None if halves is None else _as_halves(halves, group, whole.shape)
+    distinct = distinct_rows(whole.reshape(len(whole), -1))
+    kept = distinct.kept if len(distinct.kept) else np.array([0])
+    found = _symmetry(
+        whole[kept], group, both and [half[kept] for half in both],
+        fdr=fdr, equality_threshold=equality_threshold, seed=seed,
+        acts_by_rotation=acts_by_rotation, on_progress=on_progress,
+    )  # fmt: skip
+    return found if distinct.unique.all() else _spread(found, kept, distinct.unique)
+
+
+def _symmetry(
+    whole: Float[np.ndarray, "feature order d"],
+    group: Group,
+    halves: list[np.ndarray] | None,
+    *,
+    fdr: float,
+    equality_threshold: float,
+    seed: int,
+    acts_by_rotation: bool,
+    on_progress: Progress,
+) -> Symmetry:
+    """Find the symmetries of features that each say something of their own."""
     if halves is None:
         evidence = evidence_from_channels(whole, group, equality_threshold)
     else:
-        first, second = _as_halves(halves, group, whole.shape)
+        first, second = halves
         evidence = evidence_from_halves(first, second, group, equality_threshold)
     selected = select_stabilizers(evidence, group, fdr)
     subgroups = group.subgroups()
@@ -228,6 +256,43 @@ def symmetry(
         fdr=fdr,
         equality_threshold=equality_threshold,
         missing="" if halves is not None else WITHOUT_HALVES,
+    )
+
+
+def _spread(
+    found: Symmetry, kept: Int[np.ndarray, " kept"], unique: Bool[np.ndarray, " feature"]
+) -> Symmetry:
+    """Give the features that took no part, or share a direction, results that claim nothing."""
+    n, claimed, group = len(unique), kept[unique[kept]], found.group
+    nothing = frozenset({group.identity})
+
+    def all_features(values: np.ndarray, fill: Any, part: np.ndarray) -> np.ndarray:
+        out = np.empty((n, *values.shape[1:]), values.dtype)
+        out[...] = fill
+        out[part] = values[np.isin(kept, part)]
+        return out
+
+    stabilizers = [nothing] * n
+    for i, k in zip(np.flatnonzero(unique[kept]), claimed, strict=True):
+        stabilizers[k] = found.stabilizers[i]
+    families = all_features(found.families, -1, kept)
+    families[families < 0] = found.families.max() + 1 + np.arange((families < 0).sum())
+    return dataclasses.replace(
+        found,
+        stabilizers=tuple(stabilizers),
+        p_values=all_features(found.p_values, 1, claimed),
+        q_values=all_features(found.q_values, 1, claimed),
+        reliable=all_features(found.reliable, False, claimed),
+        classes=all_features(found.classes, group.lattice().class_of(nothing), claimed),
+        families=families,
+        poses=all_features(found.poses, group.identity, kept),
+        references=all_features(kept[found.references], np.arange(n), kept),
+        similarity_to_reference=all_features(found.similarity_to_reference, 1, kept),
+        stabilizer_function=all_features(found.stabilizer_function, np.nan, kept),
+        standard_errors=all_features(found.standard_errors, np.nan, kept),
+        spectrum=all_features(found.spectrum, 0, kept),
+        noise_ceiling=all_features(found.noise_ceiling, np.nan, kept),
+        reliability=all_features(found.reliability, np.nan, kept),
     )
 
 
@@ -273,9 +338,11 @@ def count_shuffled_discoveries(
         InputError: The shapes do not fit the group or one another.
         NonFiniteError: A block has NaN or infinite values.
     """
-    first, second = (
-        shuffle_pairing(half, group, seed=seed) for half in _as_halves(halves, group, None)
-    )
+    both = _as_halves(halves, group, None)
+    kept = distinct_rows((both[0] + both[1]).reshape(len(both[0]), -1)).kept
+    if not len(kept):
+        return 0
+    first, second = (shuffle_pairing(half[kept], group, seed=seed) for half in both)
     evidence = evidence_from_halves(first, second, group, equality_threshold)
     return int((select_stabilizers(evidence, group, fdr).q_values <= fdr).sum())
 

@@ -22,11 +22,16 @@ from mechatlas.activations.networks import Network, digest, load_network
 from mechatlas.activations.samples import SampleRecipe, open_samples
 from mechatlas.activations.sites import find_sites
 from mechatlas.analysis.interaction.ablation import AblationCurve
-from mechatlas.analysis.interaction.degeneracy import DegeneracyCount
+from mechatlas.analysis.interaction.degeneracy import DegeneracyCount, EffectiveParameters
 from mechatlas.analysis.interaction.interaction_basis import basis
 from mechatlas.analysis.interaction.learning_coefficient import LearningCoefficient
 from mechatlas.analysis.interaction.module_degeneracy import ModuleDegeneracy
-from mechatlas.analysis.interaction.results import InteractionBasis, InteractionConfig, LayerResult
+from mechatlas.analysis.interaction.results import (
+    InteractionBasis,
+    InteractionConfig,
+    LayerResult,
+    count_in_words,
+)
 from mechatlas.app import basis_spectra
 from mechatlas.app.inputs import open_dictionary
 from mechatlas.app.progress import bar
@@ -42,7 +47,7 @@ SAME = ("free_directions", "n_parameters", "score", "measure", "learning_coeffic
         "module_degeneracy")  # fmt: skip
 """Fields of the result of `basis` that are in `result.json` as they are."""
 SAME_IN_LAYER = ("name", "width", "limited_by_samples", "dead_units", "always_on",
-                 "free_directions", "degeneracy")  # fmt: skip
+                 "free_directions", "degeneracy", "effective_parameters")  # fmt: skip
 """Fields of the result for a layer that are in `result.json` as they are."""
 
 
@@ -123,6 +128,10 @@ class LayerEntry:
     """Free directions of the layer."""
     degeneracy: DegeneracyCount
     """Free directions by cause."""
+    effective_parameters: EffectiveParameters = dataclasses.field(
+        default_factory=EffectiveParameters
+    )
+    """Effective parameters of the weights that read the layer, at every resolution."""
     edges_needed: int | None
     """Edges needed to the next layer; null for the last layer, or if all do not suffice."""
     vectors_needed: int | None
@@ -163,6 +172,9 @@ class BasisResult(CommandResult):
     """Directions in the parameters along which the network does not change, in all layers."""
     free_directions_exact: bool
     """Whether the number is exact, not a lower bound."""
+    free_directions_have_gap: bool = True
+    """Whether the number is exact, or the spectra have a gap of a decade or more; otherwise it
+    hangs on the threshold, and `effective_parameters` of the layers say more."""
     free_directions_across: int | None
     """Free directions owed to dependencies between blocks and layers; null if not counted."""
     n_parameters: int
@@ -256,6 +268,7 @@ def _summarize(result: InteractionBasis, network: str, n_samples: int) -> BasisR
         modules_stable_over_seeds=None if stability is None else stability.over_seeds,
         modules_stable_over_samples=None if stability is None else stability.over_samples,
         free_directions_exact=result.is_exact,
+        free_directions_have_gap=result.has_gap,
         free_directions_across=None if degeneracy is None else degeneracy.across_blocks,
         samples=n_samples,
         **{name: getattr(result, name) for name in SAME},
@@ -308,17 +321,30 @@ def _tensors(result: InteractionBasis) -> dict[str, Float[np.ndarray, "..."]]:
 
 def in_words(result: BasisResult) -> str:
     """Describe each layer in a line, then the modules."""
-    at_least = "" if result.free_directions_exact else "at least "
     lines = []
     for layer in result.layers:
         edges = layer.edges_needed
         needed = "" if edges is None else f", {edges} edges and {layer.vectors_needed} vectors"
+        degeneracy, gap = layer.degeneracy, layer.effective_parameters.has_gap
+        free = f"{layer.free_directions} free directions"
+        if not result.free_directions_exact:
+            hangs = degeneracy.needs_rank and not gap
+            free = f"about {free} (no gap in the spectrum)" if hangs else f"at least {free}"
         if layer.limited_by_samples:
             needed += " (too few samples to see a higher rank; take more)"
         lines.append(
             f"{layer.name}: rank {layer.rank_activations} of {layer.width}, {layer.dead_units} "
-            f"dead, {at_least}{layer.free_directions} free directions{needed}"
+            f"dead, {free}{needed}"
         )
+    lines.append(
+        count_in_words(
+            result.free_directions,
+            result.n_parameters,
+            is_exact=result.free_directions_exact,
+            has_gap=result.free_directions_have_gap,
+        )
+        + "."
+    )
     if result.modularity is not None:
         lines.append(
             f"Modularity {result.modularity:.3f}; up to {result.modularity_null_max:.3f} in random "

@@ -17,6 +17,7 @@ from mechatlas.analysis.proofs.verifier.exact import brute_force_accuracy
 from mechatlas.app.progress import bar
 from mechatlas.app.run_folder import GROUP_NET, CommandResult, RunFolder
 from mechatlas.base import RecipeError
+from mechatlas.files import about
 from mechatlas.maths.groups import Group
 from mechatlas.maths.named_groups import group as named_group
 from mechatlas.maths.named_groups import permutation_group
@@ -73,7 +74,9 @@ def find_group(config: GroupNetConfig) -> Group:
             raise RecipeError(f"generators must be of one length, got {sorted(degrees)}.")
         return permutation_group(np.array(config.generators))[0]
     if config.group.endswith(".npy"):
-        return Group(read_array(Path(config.group)))
+        table = read_array(Path(config.group))
+        with about(Path(config.group)):
+            return Group(table)
     return named_group(config.group)
 
 

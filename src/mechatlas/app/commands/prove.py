@@ -30,7 +30,7 @@ from mechatlas.analysis.proofs.verifier.verify import LogitBudget, Verification,
 from mechatlas.app.proof_details import CosetSummary, describe, measure_cosets, summarize_cosets
 from mechatlas.app.run_folder import NEURONS, PROOF, PROOF_FILE, CommandResult, RunFolder
 from mechatlas.base import RecipeError, WeightsError
-from mechatlas.files import checksum, checksum_file
+from mechatlas.files import about, checksum, checksum_file
 from mechatlas.maths.groups import Group
 from mechatlas.ranges import check_ranges
 from mechatlas.tensorfiles import read_array, read_arrays
@@ -154,12 +154,15 @@ def run(config: ProveConfig, folder: RunFolder | None = None) -> ProveResult | C
     if config.table is None or folder is None:
         raise RecipeError("`mechatlas prove WEIGHTS` needs --table TABLE.npy and --out DIR.")
     given, table = read_weights(config.weights), read_table(config.table)
-    group = Group(table, name=config.table.stem.removesuffix("_table"))
-    weights = as_weights(*given, group.order)
+    with about(config.table):
+        group = Group(table, name=config.table.stem.removesuffix("_table"))
+    with about(config.weights):
+        weights = as_weights(*given, group.order)
     folder.facts(group=group.name, weights=str(config.weights.resolve()))
     folder.parent("weights", checksum_file(config.weights))
     folder.parent("table", checksum_file(config.table))
-    bound = _find_bound(config, weights, group, folder)
+    with about(config.weights):
+        bound = _find_bound(config, weights, group, folder)
     verification, cosets = bound.verification, measure_cosets(weights, group)
     result = ProveResult(
         order=group.order,
@@ -215,9 +218,10 @@ def check(config: ProveConfig) -> CheckResult:
     proof = load_proof(path)
     weights = read_weights(config.weights)
     if config.table is not None and not np.array_equal(proof.table, read_table(config.table)):
-        raise ProofError(f"The proof is about another table than {config.table}.")
+        raise ProofError(f"{path} is about another table than {config.table}.")
     clock = time.process_time()
-    verification = proof.check(*weights, reference=config.reference)
+    with about(path):
+        verification = proof.check(*weights, reference=config.reference)
     return CheckResult(
         order=len(proof.table),
         width=len(weights.unembed),

@@ -31,7 +31,6 @@ from mechatlas.app.progress import bar
 from mechatlas.app.recipes import TrustConfig
 from mechatlas.app.run_folder import (
     FEATURES,
-    RESULT,
     SYMMETRY,
     SYMMETRY_TENSORS,
     CommandResult,
@@ -39,7 +38,7 @@ from mechatlas.app.run_folder import (
     RunFolder,
 )
 from mechatlas.base import RecipeError
-from mechatlas.files import read_json
+from mechatlas.files import MANIFEST, Fields
 from mechatlas.maths.actions import Rotate
 from mechatlas.maths.groups import Group
 from mechatlas.ranges import COUNT_OR_NONE, RATE, SEED, SHARE, check_ranges
@@ -313,9 +312,11 @@ def _read_control(folder: Path, posed: PosedDictionary) -> list[str]:
         RecipeError: The folder is no result of this command, or one for another site or group.
     """
     manifest = manifest_of(folder)
-    if manifest.get("kind") != KIND or not (folder / FEATURES).is_file():
+    if manifest.get("kind") != KIND or not manifest.get("complete", True):
         raise RecipeError(f"--control {folder} is no result of `mechatlas symmetry`.")
-    group, site = manifest["group"], read_json(folder / RESULT)["site"]
+    fields = Fields(folder / MANIFEST, manifest)
+    group = {key: fields.part("group").values.get(key) for key in ("name", "table", "action")}
+    site = fields.text("site")
     if (group["table"], group["action"], site) != (
         posed.group.table.tolist(), posed.action, posed.site
     ):  # fmt: skip
@@ -323,7 +324,10 @@ def _read_control(folder: Path, posed: PosedDictionary) -> list[str]:
             f"--control {folder} is one for {site} under {group['name']} ({group['action']}), but "
             f"this is {posed.site} under {posed.group.name} ({posed.action})."
         )
-    return read_table(folder / FEATURES)["class"].to_pylist()
+    table = read_table(folder / FEATURES)
+    if "class" not in table.column_names:
+        raise RecipeError(f"{folder / FEATURES} has no column 'class'.")
+    return table["class"].to_pylist()
 
 
 def _compare(folder: str, symmetries: Symmetry, control: list[str]) -> ControlResult:

@@ -84,13 +84,14 @@ def run(config: VerifyConfig) -> VerifyResult:
     for folder, manifest in tree.manifests.items():
         tree.compare_parents(folder, manifest)
     n_bytes = sum(path.stat().st_size for path in tree.right)
+    listed = len(tree.right) + sum(os.path.lexists(p) and not p.is_dir() for p in tree.wrong)
     return VerifyResult(
         out=str(config.folder),
         runs=tree.runs,
         unfinished=sum(not each.get("complete", True) for each in tree.manifests.values()),
         files=len(tree.right),
         bytes=n_bytes,
-        without_checksum=tree.n_files - len(tree.right) - len(tree.wrong),
+        without_checksum=tree.n_files - listed,
         parents=tree.n_parents,
         parents_elsewhere=sorted(tree.elsewhere),
         damaged=[Damage(file=str(path), reason=why) for path, why in tree.wrong.items()],

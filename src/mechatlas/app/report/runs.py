@@ -56,13 +56,16 @@ class Run:
         return read_result(self.folder, self.kind, schema=self.manifest.get("schema", 1))
 
     def read(self, file: str) -> Any:
-        """Read a JSON file of the run; `None` if there is none.
+        """Read a JSON file of the run; `None` if the run has none.
 
         Raises:
-            DiskError: It is there and damaged.
+            DiskError: It is missing or damaged.
         """
-        path = self.folder / file
-        return read_json(path) if os.path.lexists(path) else None
+        return read_json(self.folder / file) if self.has(file) else None
+
+    def has(self, file: str) -> bool:
+        """Whether a file is in the folder, or should be."""
+        return _has(self.folder, self.manifest, file)
 
     def table(self, file: str) -> dict[str, Any]:
         """Read the columns of a parquet file: arrays, and lists where entries are lists.
@@ -110,8 +113,7 @@ def find_runs(folder: Path, *, visualize: int = 0, trust: TrustConfig | None = N
             try:
                 manifest = read_manifest(path)
                 if "kind" in manifest:
-                    _refuse_absent(path.parent, manifest)
-                    runs.append(Run(path.parent, name, manifest, _result_of(path.parent)))
+                    runs.append(Run(path.parent, name, manifest, _result_of(path.parent, manifest)))
             except UserError as error:
                 problems[name] = str(error)
     if problems and not runs:
@@ -125,27 +127,19 @@ def find_runs(folder: Path, *, visualize: int = 0, trust: TrustConfig | None = N
     return Runs(folder, runs, visualize, trust or TrustConfig(), problems)
 
 
-def _refuse_absent(folder: Path, manifest: dict[str, Any]) -> None:
-    """Look for every file that the manifest of a finished run lists.
+def _has(folder: Path, manifest: dict[str, Any], file: str) -> bool:
+    stated = manifest.get("files", {}) if manifest.get("complete", True) else {}
+    return file in stated or os.path.lexists(folder / file)
+
+
+def _result_of(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
+    """Contents of `result.json`; empty where the run has none.
 
     Raises:
-        DiskError: One is missing.
-    """
-    files = manifest.get("files")
-    if isinstance(files, dict) and manifest.get("complete", True):
-        for name in files:
-            if not os.path.lexists(folder / name):
-                raise DiskError(f"{folder / name} is missing. Run the command again.")
-
-
-def _result_of(folder: Path) -> dict[str, Any]:
-    """Contents of `result.json`; empty where there is none.
-
-    Raises:
-        DiskError: It is damaged.
+        DiskError: It is missing or damaged.
     """
     path = folder / RESULT
-    values = read_json(path) if os.path.lexists(path) else {}
+    values = read_json(path) if _has(folder, manifest, RESULT) else {}
     if not isinstance(values, dict):
         raise DiskError(f"{path} is a {type(values).__name__} in JSON, expected an object.")
     return values

@@ -70,7 +70,7 @@ def _pictures(run: Run, number: int, n_layers: int) -> dict[str, bytes]:
     Raises:
         DiskError: The file is damaged.
     """
-    if not (run.folder / PICTURES).is_file():
+    if not run.has(PICTURES):
         return {}
     tensors = run.tensors(PICTURES)
     made = {}

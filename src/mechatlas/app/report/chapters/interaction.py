@@ -51,6 +51,8 @@ def chapter(runs: Runs, on_progress: Progress) -> Chapter | None:
         spectra = read_spectra(run.folder, schema=schema)
         names = [layer.name for layer in spectra.layers]
         figures[f"spectra-{number}"] = _spectra(spectra.layers)
+        if has_effective := any(x.effective_parameters.n_effective for x in result.layers):
+            figures[f"effective-{number}"] = _effective_parameters(result.layers)
         if has_curves := any(layer.edge_curves for layer in spectra.layers):
             for what in ("edge", "vector"):
                 figures[f"{what}s-{number}"] = _curves(spectra.layers, what)
@@ -64,6 +66,7 @@ def chapter(runs: Runs, on_progress: Progress) -> Chapter | None:
             "result": result,
             "kinds": list(dict.fromkeys(k for layer in result.layers for k in layer.by_basis)),
             "has_curves": has_curves,
+            "has_effective": has_effective,
             "graph": spectra.graph,
         })  # fmt: skip
         on_progress(number + 1, len(finished))
@@ -103,6 +106,34 @@ def _spectra(layers: list[LayerSpectra]) -> dict[str, Any]:
             "xaxis": {"title": {"text": "eigenvalue"}},
             "yaxis": {"type": "log", "exponentformat": "power"},
             "shapes": [line],
+        },
+    }
+
+
+def _effective_parameters(layers: list[Any]) -> dict[str, Any]:
+    """Effective parameters of the weights that read each layer, by resolution."""
+    traces = [
+        {
+            "type": "scatter",
+            "mode": "lines+markers",
+            "name": layer.name,
+            "x": list(layer.effective_parameters.resolutions),
+            "y": list(layer.effective_parameters.n_effective),
+            "hovertemplate": "%{y:,} effective parameters at %{x:.0e}",
+        }
+        for layer in layers
+        if layer.effective_parameters.n_effective
+    ]
+    return {
+        "data": traces,
+        "layout": {
+            "xaxis": {
+                "type": "log",
+                "autorange": "reversed",
+                "exponentformat": "power",
+                "title": {"text": "resolution (share of the largest eigenvalue)"},
+            },
+            "yaxis": {"rangemode": "tozero", "title": {"text": "effective parameters"}},
         },
     }
 

@@ -57,7 +57,7 @@ def chapter(runs: Runs, on_progress: Progress) -> Chapter | None:
     for number, run in enumerate(matchings):
         result: "MatchResult" = run.typed_result()
         table = run.table(MATCHES)
-        tracks = run.table(TRACKS) if (run.folder / TRACKS).is_file() else None
+        tracks = run.table(TRACKS) if run.has(TRACKS) else None
         names = result.dictionaries
         dictionaries = [folders.get(Path(p).resolve(), "") for p in run.manifest["dictionaries"]]
         figures[f"flow{number}"] = _flow(result.pairs, table, tracks, names)
