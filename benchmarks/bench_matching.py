@@ -3,22 +3,35 @@
 Run: `pytest benchmarks/bench_matching.py -s -o python_files='bench_*.py' -m ''`.
 Features turn from layer to layer, 10 % die and as many are born, 5 % split, scales drift; each
 decoder row has noise of its own. Nominal false match rate: 5 %.
+
+Rate and power of every cost on two JumpReLU dictionaries, 31 % of the latents without a partner:
+
+    python benchmarks/bench_matching.py rates 600 96 12        latents, width, seeds
+    python benchmarks/bench_matching.py time 16384 2304        match and evidence, in products
 """
 
 import itertools
 import sys
 from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from mechatlas.analysis.matching.chains import compose, track
-from mechatlas.analysis.matching.pairing import match
+from mechatlas.analysis.matching.codes import permute_samples
+from mechatlas.analysis.matching.nulls import NULLS
+from mechatlas.analysis.matching.pairing import feature_splitting, match
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from tests.analysis.matching.planted import LEVELS, chain
+sys.path.insert(0, str(Path(__file__).parent))
+from bench_assignment import planted as planted_rows
+from bench_assignment import product, resident, timed, warm_up
+from tests.analysis.matching.planted import LEVELS, chain, jump_relu_pair
 
+COSTS = ("decoder", "encoder", "all", "balanced", "codes")
 SEEDS = 2
 FAR_SEEDS = 8
 
@@ -75,3 +88,67 @@ def test_ends(level):
     found, wrong = np.mean(scores, axis=0)
     print(f"\n{level}, distance 5, direct, {FAR_SEEDS} seeds: found {found:.3f}, wrong {wrong:.3f}")
     assert wrong < 0.06
+
+
+def planted_codes(n, alone, seed):
+    """Codes of latents that fire on 1 % of 4,000 rows; partners fire together half of the time."""
+    random = np.random.default_rng(seed)
+    fires = random.random((3, n, 4000)) < 0.01
+    k = round((1 - alone) * n)
+    fires[1, :k] = (fires[0, :k] & (random.random((k, 4000)) < 0.5)) | (fires[2, :k] & fires[1, :k])
+    order = random.permutation(n)
+    partner = np.full(n, -1)
+    partner[:k] = np.argsort(order)[:k]
+    values = fires[:2] * random.gamma(2, 1, (2, n, 4000))
+    a, b = (values - values.mean(axis=2, keepdims=True)).astype(np.float32)
+    return a, b[order], partner
+
+
+def rates(n, d, n_seeds):
+    """Print the share of partners found and of matches that are wrong, with its standard error."""
+    settings = itertools.product(COSTS, (True, False), (0.0, 0.5), (0.31, 1.0))
+    for cost, tied, spread, alone in settings:
+        if cost == "codes" and (tied or spread):
+            continue
+        scores = []
+        for seed in range(n_seeds):
+            nulls = (permute_samples,) if cost == "codes" else NULLS
+            a, b, partner = (
+                planted_codes(n, alone, seed)
+                if cost == "codes"
+                else jump_relu_pair(n, d, tied=tied, spread=spread, alone=alone, seed=seed)
+            )
+            options: dict[str, Any] = {"cost": cost, "seed": seed, "nulls": nulls}
+            columns = match(a, b, **options).matched_columns()
+            matched = columns >= 0
+            right = (matched & (columns == partner)).sum()
+            wrong = (matched.sum() - right) / max(matched.sum(), 1)
+            scores.append((right / max((partner >= 0).sum(), 1), wrong, matched.mean()))
+        found, wrong, matched = np.mean(scores, axis=0)
+        error = np.std(scores, axis=0)[1] / np.sqrt(n_seeds)
+        name = f"{cost}, {'tied' if tied else 'untied'}, spread {spread}, alone {alone}"
+        if alone == 1:
+            print(f"{name}: {matched:.4f} of independent latents matched", flush=True)
+        else:
+            print(f"{name}: found {found:.3f}, wrong {wrong:.3f} +- {error:.3f}", flush=True)
+
+
+def time(n, d):
+    """Print CPU seconds and memory of a match, its evidence and feature splitting."""
+    torch.set_num_threads(1)
+    warm_up()
+    feature_splitting(match(*planted_rows(300, 16)))  # compiled code is loaded
+    a, b = planted_rows(n, d, noise=0.8)
+    _, first, _ = timed(lambda: product(a, b))
+    Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten (Linux)
+    result, cpu, _ = timed(lambda: match(a, b))
+    _, splitting, _ = timed(lambda: feature_splitting(result))
+    peak = resident("VmHWM") / 2**20
+    _, second, _ = timed(lambda: product(a, b))
+    one = (first + second) / 2
+    print(f"product {one:.2f} s, match {cpu:.2f} s, splitting {splitting:.2f} s")
+    print(f"{(cpu + splitting) / one:.1f} products, {peak:.2f} GiB, {result.matched.sum()} matched")
+
+
+if __name__ == "__main__":
+    {"rates": rates, "time": time}[sys.argv[1]](*map(int, sys.argv[2:]))

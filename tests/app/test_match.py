@@ -255,7 +255,7 @@ def test_the_old_name_of_a_scale_still_works(paired, tmp_path):
         ({"dictionaries": ()}, RecipeError, "needs two dictionaries or more, got 0"),
         ({"cost": "codes"}, RecipeError, "give --store STORE too"),
         ({"cost": "decode"}, RecipeError, "must be one of decoder, .* got 'decode'"),
-        ({"fdr": 2.0}, RecipeError, "--fdr must lie between 0 and 1"),
+        ({"fdr": 2.0}, RecipeError, r"fdr must be in \(0, 1\)"),
         ({"store": "nowhere"}, StoreError, "nowhere"),
         ({"out": "full"}, DiskError, "not empty and is not a matching"),
     ],

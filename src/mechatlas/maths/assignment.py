@@ -31,6 +31,7 @@ from mechatlas.maths.pricing import (
     Factors,
     Kept,
     Matrix,
+    Replaced,
     as_costs,
     block_rows,
     in_threads,
@@ -51,6 +52,8 @@ FINER = 6.0
 """Factor by which the overpayment falls from round to round."""
 TIMES = 3
 """Rounds of bids that overpay."""
+NEARLY = 2
+"""Rounds of bids that overpay for a pairing that need not be the cheapest."""
 BIDS = 300
 """Bids for each row in one round, and exact ones before paths are searched."""
 FEW = 500
@@ -313,6 +316,25 @@ def assign(
     return _finish(state, costs, unmatched)
 
 
+def nearly_cheapest(costs: Factors) -> Int[np.ndarray, " n"]:
+    """Pair rows with columns at nearly the least cost, without proof, in less time than `assign`.
+
+    Bids end with the overpayment `STEP` / `FINER`; a few rows may stay without a column (-1). With
+    unequal numbers of rows and columns the pairing is the cheapest.
+    """
+    costs = costs.kept()
+    if costs.n_rows == costs.n_columns:
+        state = _begin(costs, math.inf, no_progress)
+        if state.plan[1]:
+            state.plan[1] = NEARLY
+            while state.plan[1]:
+                wanted = _approach(state, costs, math.inf, keep=True)
+                if len(wanted):
+                    _list_again(state, costs, wanted, 1.0)
+            return state.column_of.astype(np.int64)
+    return assign(costs).columns
+
+
 def _done(state: State) -> float:
     """Share of the work done after the first look."""
     parts = 1 - len(state.free) / len(state.row_prices) if state.plan[1] == 0 else 0.0
@@ -342,10 +364,8 @@ def _begin(costs: Costs, unmatched: float, on_progress: Progress) -> State:
     Where all columns are paired, prices may be any, and begin with what each column costs at least.
     """
     n, m = costs.n_rows, costs.n_columns
-    listed, all_paired = (
-        min((1 if _kept(costs) else FARTHER) * LISTED, m),
-        n == m and math.isinf(unmatched),
-    )
+    listed = min((1 if _kept(costs) else FARTHER) * LISTED, m)
+    all_paired = n == m and math.isinf(unmatched)
     lists = {
         "columns": np.zeros(n * listed, np.int32),
         "keys": np.zeros(n * listed),
@@ -382,7 +402,7 @@ def _begin(costs: Costs, unmatched: float, on_progress: Progress) -> State:
 
 
 def _kept(costs: Costs) -> bool:
-    return isinstance(costs, Kept | Matrix)
+    return isinstance(costs, Kept | Matrix | Replaced)
 
 
 def _lower_to_least(costs: Costs, prices: np.ndarray, rows: np.ndarray) -> None:
@@ -463,8 +483,13 @@ def _make_room(lists: dict[str, np.ndarray], rows: np.ndarray, listed: int) -> N
         lists[name] = np.append(lists[name], np.zeros(len(moved) * listed, lists[name].dtype))
 
 
-def _approach(state: State, costs: Costs, unmatched: float) -> np.ndarray:
-    """One round of bids that overpay; returns rows that need a new list before the next."""
+def _approach(
+    state: State, costs: Costs, unmatched: float, *, keep: bool = False
+) -> Int[np.ndarray, " rows"]:
+    """One round of bids that overpay; returns rows that need a new list before the next.
+
+    Pairs are kept only from the last round, with `keep`.
+    """
     from mechatlas.maths.augmenting import approach, near_horizon
 
     n = len(state.row_prices)
@@ -477,6 +502,9 @@ def _approach(state: State, costs: Costs, unmatched: float) -> np.ndarray:
     if len(waiting) > 1 + n // FEW and state.plan[2] > 0:
         state.free = waiting.astype(np.int32)
         return waiting
+    if keep and state.plan[1] == 1:
+        state.plan[1] = 0
+        return waiting[:0]
     # Prices are near enough for this step. Pairs do not matter: only exact ones are kept.
     state.row_of[:], state.column_of[:] = -1, -1
     state.free = np.arange(n - 1, -1, -1, dtype=np.int32)

@@ -224,6 +224,58 @@ class Kept(Factors):
         """Costs of some rows with every column, in float32."""
         return self._values[rows]
 
+    def kept(self) -> "Kept":
+        """Costs as they are."""
+        return self
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Replaced(Factors):
+    """Kept factors of which some columns are replaced; only their products are computed."""
+
+    base: Kept
+    """Factors before."""
+    replaced: Int[np.ndarray, " columns"]
+    """Columns that are replaced."""
+
+    @classmethod
+    def squared_distances_with(
+        cls,
+        base: Kept,
+        replaced: Int[np.ndarray, " columns"],
+        b: Float[np.ndarray, "m d"],
+    ) -> "Replaced":
+        """Squared distances where some columns of `base` are replaced.
+
+        Args:
+            base: Squared distances.
+            replaced: Columns that are replaced.
+            b: Vectors of all columns.
+        """
+        offsets = base.column_offsets.copy()
+        offsets[replaced] = np.einsum("nd,nd->n", b[replaced], b[replaced], dtype=np.float64)
+        return cls(base.a, b, base.row_offsets, offsets, base, replaced)
+
+    @cached_property
+    def _new(self) -> Float[np.ndarray, "n columns"]:
+        """Costs of all rows with the new columns."""
+        a, b, row_offsets, column_offsets = self._tensors
+        with _full_precision():
+            new = torch.addmm(column_offsets[self.replaced], a, b[self.replaced].T, alpha=-1)
+        return new.add_(row_offsets[:, None]).numpy()
+
+    def block(self, rows: Index) -> Float[np.ndarray, "part m"]:
+        """Costs of some rows with every column, in float32."""
+        from mechatlas.maths.selection import replace_columns  # compiles when it is imported
+
+        block = self.base.block(rows).copy()
+        replace_columns(block, self.replaced, self._new[rows])
+        return block
+
+    def kept(self) -> "Replaced":
+        """Costs as they are."""
+        return self
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Matrix:

@@ -2,6 +2,7 @@
 
     keep_cheapest_of_rows       the cheapest columns of each row of a block
     least_of_columns            the least cost of each column, over all blocks so far
+    replace_columns             other costs in some columns
     underpriced                 the pairs of a block that cost less than their prices say
 
 Each runs on one thread without the interpreter's lock and writes only its own rows or columns,
@@ -110,6 +111,24 @@ def least_of_columns(
     for row in range(block.shape[0]):
         for j in range(first, last):
             least[j] = min(least[j], block[row, j])
+
+
+@compiled
+def replace_columns(
+    block: Float[np.ndarray, "row column"],
+    columns: Int[np.ndarray, " new"],
+    values: Float[np.ndarray, "row new"],
+) -> None:
+    """Write new values into some columns of a block.
+
+    Args:
+        block: Costs, written in place.
+        columns: Columns that are replaced.
+        values: Their new costs.
+    """
+    for row in range(block.shape[0]):
+        for k in range(len(columns)):
+            block[row, columns[k]] = values[row, k]
 
 
 @compiled

@@ -3,9 +3,10 @@
 A null dictionary has the spectrum of the real one (so directions that all latents share cannot
 pass for partners) and no latent of it (for codes see `codes`):
 
+    whiten              directions of vectors, and of their parts, at equal second moments
     rotate              whitened, turned by a random rotation, colored again
     shuffle             each principal coordinate shuffled among latents: keeps its distribution too
-    compare_with_null   pairs of unit vectors -> q-values
+    compare_with_null   pairs -> q-values
     local_fdr           q-values -> probability that each single pair is wrong
 
 Latents without a partner compete for the latents that partners leave over, so the pairing is done
@@ -13,7 +14,10 @@ again with the columns of some pairs replaced: as many as the pairs that appear 
 by how many fall where most of the null lies, and drawn by how likely each is to be chance. Rows
 stay as they are. A row whose partner was replaced takes the next best there is, so latents that
 are similar without being partners (parts of a cluster, siblings of a split) are in the null, and
-count as no evidence.
+count as no evidence. The pairing is by the costs of the match, so null latents are as long as the
+latents that they replace, part by part; it is within an overpayment of the cheapest, which changes
+a similarity by far less than chance does. Large dictionaries are paired with one null in each
+round, small ones with all of them.
 
 The statistic is the cosine beyond what chance gives a pair: latents along the axes where all vary
 most are similar by chance more often. With plain cosines most false matches would be such latents,
@@ -32,8 +36,8 @@ from scipy.optimize import isotonic_regression
 from torch import Tensor
 
 from mechatlas.analysis.matching.folding import unit_rows
-from mechatlas.maths.assignment import assign
-from mechatlas.maths.pricing import Factors
+from mechatlas.maths.assignment import nearly_cheapest
+from mechatlas.maths.pricing import Factors, Kept, Replaced
 
 FIRST_SAMPLE = 1024
 """Latents in the first, rough estimate of the null."""
@@ -144,20 +148,16 @@ def _whiten(x: Float[np.ndarray, "n d"]) -> tuple[Tensor, Tensor, Tensor]:
     if len(rows) <= rows.shape[1]:  # whitened rows are orthogonal, and of one length
         u, s, vt = torch.linalg.svd(rows, full_matrices=False)
         return u, s, vt.T
-    white, sizes, axes = _principal(rows)
     for _ in range(LENGTH_PASSES):
-        length = white.norm(dim=1, keepdim=True)
+        moments = rows.T @ rows
+        ridge = 1e-6 * moments.diagonal().mean() * torch.eye(len(moments))
+        root = torch.linalg.cholesky(moments + ridge)
+        length = torch.linalg.solve_triangular(root, rows.T, upper=False).norm(dim=0)[:, None]
         rows = rows / length.where(length > 1e-6 * length.max(), torch.ones(1))
-        white, sizes, axes = _principal(rows)
-    return white, sizes, axes
-
-
-def _principal(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Principal coordinates at equal size, and the length and direction of each axis."""
-    variances, axes = torch.linalg.eigh((x.T @ x).double())
+    variances, axes = torch.linalg.eigh(rows.T @ rows)
     present = variances > 1e-6 * variances[-1]
-    sizes, axes = variances[present].sqrt().float(), axes[:, present].float()
-    return x @ (axes / sizes), sizes, axes
+    sizes, axes = variances[present].sqrt(), axes[:, present]
+    return rows @ (axes / sizes), sizes, axes
 
 
 def rotate(
@@ -177,10 +177,18 @@ def shuffle(
     """Make vectors with the same distribution along each principal axis, mixed among latents."""
     white = x if isinstance(x, Whitened) else whiten(x)
     n, k = white.rows[0].shape
-    order = random.permuted(np.tile(np.arange(n, dtype=np.int32)[:, None], k), axis=0)
-    return white.colored([
-        torch.from_numpy(np.take_along_axis(rows, order, axis=0)) for rows in white.rows
-    ])  # fmt: skip
+    shifts = random.integers(0, n, k)  # the order of latents says nothing, so a shift is a shuffle
+    return white.colored([torch.from_numpy(_shifted(rows, shifts)) for rows in white.rows])
+
+
+def _shifted(
+    rows: Float[np.ndarray, "n k"], shifts: Int[np.ndarray, " k"]
+) -> Float[np.ndarray, "n k"]:
+    """Move each coordinate to other rows, those at the end to the beginning."""
+    turned = np.ascontiguousarray(rows.T)
+    for coordinate, shift in zip(turned, shifts, strict=True):
+        coordinate[:] = np.roll(coordinate, shift)
+    return turned.T
 
 
 Null = Callable[[Any, np.random.Generator], np.ndarray]
@@ -198,6 +206,7 @@ def compare_with_null(
     nulls: Sequence[Null] = NULLS,
     widths: Sequence[int] = (),
     seed: int = 0,
+    costs: Factors | None = None,
 ) -> PairEvidence:
     """Compare pairs with pairs that chance makes.
 
@@ -210,6 +219,7 @@ def compare_with_null(
         widths: Number of numbers in each part of a vector that has a length of its own; by default
             one part.
         seed: Seed of the null.
+        costs: Squared distances of the vectors, which save time where they are kept.
 
     Source:
         Storey, A direct approach to false discovery rates (2002).
@@ -219,24 +229,26 @@ def compare_with_null(
     random = np.random.default_rng([seed, 5])
     made = _NullDictionaries(b, nulls, widths, random)
     measure = _Similarity(a, b, made.vectors, random)
-    similarity, null = measure(a[rows], b[columns]), measure.by_chance
-    spare = [np.setdiff1d(np.arange(len(x)), used) for x, used in ((a, rows), (b, columns))]
-    before, n_null, chance_pairs, q_values = 0, len(rows), [null], np.empty(0)
-    draws: list[list[np.ndarray]] = []
-    for _ in range(ROUNDS):
+    similarity, chance_pairs = measure(a[rows], b[columns]), [measure.by_chance]
+    before, n_null, q_values = 0, len(rows), np.empty(0)
+    world = _NullWorld(a, b, rows, columns, costs)
+    draws: list[list[np.ndarray]] = [[] for _ in nulls]
+    for turn in range(ROUNDS):
         before, n_null = n_null, _count_null(similarity, chance_pairs, len(rows))
-        settled = abs(n_null - before) <= 0.03 * before
-        if n_null < 2 or (settled and len(null) >= ENOUGH_DRAWS):
+        settled = all(draws) and abs(n_null - before) <= 0.03 * before
+        if n_null < 2 or (settled and sum(map(len, chance_pairs)) >= ENOUGH_DRAWS):
             break
         drop = _draw_replaced(similarity, q_values, n_null, random)
-        keep = np.setdiff1d(np.arange(len(rows)), drop)
-        left = a[np.concatenate([rows[keep], rows[drop], spare[0]])]
-        replaced = np.concatenate([columns[drop], spare[1]])
-        draws.append(_chance_pairs(left, b[columns[keep]], replaced, made, measure))
-        chance_pairs = [np.concatenate(each) for each in zip(*draws[-KEPT_ROUNDS:], strict=True)]
-        null = np.concatenate(chance_pairs)
+        replaced = np.union1d(columns[drop], np.setdiff1d(np.arange(len(b)), columns))
+        one = len(nulls) * len(replaced) >= ENOUGH_DRAWS
+        for k in [turn % len(nulls)] if one else range(len(nulls)):
+            repeats = min(MAX_REPEATS, max(1, -(-MIN_DRAWS // len(replaced))))
+            new = [world.chance_pairs(replaced, made.again(k), measure) for _ in range(repeats)]
+            draws[k].append(np.concatenate(new))
+        chance_pairs = [np.concatenate(each[-KEPT_ROUNDS:]) for each in draws if each]
         q_values = _q_values(similarity, chance_pairs, n_null)
-    return PairEvidence(_q_values(similarity, chance_pairs, max(n_null, 1)), n_null, null)
+    q_values = _q_values(similarity, chance_pairs, max(n_null, 1))
+    return PairEvidence(q_values, n_null, np.concatenate(chance_pairs))
 
 
 class _NullDictionaries:
@@ -250,19 +262,51 @@ class _NullDictionaries:
         random: np.random.Generator,
     ) -> None:
         self._nulls, self._random, self._b = nulls, random, b
-        self._source = whiten(b, widths) if any(make in NULLS for make in nulls) else b
-        self.vectors = self._make()
+        self._white = whiten(b, widths) if any(make in NULLS for make in nulls) else None
+        self.vectors = [self._make(make) for make in nulls]
+        if len(b) > ENOUGH_DRAWS:
+            self._white = None
 
-    def _make(self) -> list[np.ndarray]:
-        return [
-            make(self._source if make in NULLS else self._b, self._random) for make in self._nulls
-        ]
+    def _make(self, make: Null) -> np.ndarray:
+        return make(self._white if make in NULLS else self._b, self._random)
 
-    def again(self) -> list[np.ndarray]:
-        """Vectors of all latents, for each null."""
+    def again(self, k: int) -> np.ndarray:
+        """Vectors of all latents, for one null."""
         if len(self._b) <= ENOUGH_DRAWS:
-            self.vectors = self._make()
-        return self.vectors
+            self.vectors[k] = self._make(self._nulls[k])
+        return self.vectors[k]
+
+
+class _NullWorld:
+    """Two dictionaries in which some latents of B are replaced by null ones."""
+
+    def __init__(
+        self,
+        a: np.ndarray,
+        b: np.ndarray,
+        rows: np.ndarray,
+        columns: np.ndarray,
+        costs: Factors | None,
+    ) -> None:
+        self._a, self._b, self._kept = a, b, costs
+        self._partners = np.full(len(a), -1)
+        self._partners[rows] = columns
+
+    def chance_pairs(
+        self, replaced: Int[np.ndarray, " k"], vectors: np.ndarray, measure: "_Similarity"
+    ) -> Float[np.ndarray, " draw"]:
+        """Similarity of the pairs that are wrong once some latents of B are null ones."""
+        b = self._b.copy()
+        b[replaced] = vectors[replaced]
+        if isinstance(self._kept, Kept):
+            costs = Replaced.squared_distances_with(self._kept, replaced, b)
+        else:
+            costs = Factors.squared_distances(self._a, b)
+        columns = nearly_cheapest(costs)
+        is_new = np.zeros(len(b), bool)
+        is_new[replaced] = True
+        wrong = np.flatnonzero((columns >= 0) & ((columns != self._partners) | is_new[columns]))
+        return measure(self._a[wrong], b[columns[wrong]])
 
 
 class _Similarity:
@@ -280,7 +324,7 @@ class _Similarity:
         nulls: Sequence[np.ndarray],
         random: np.random.Generator,
     ) -> None:
-        self._roots = _root(unit_rows(a)), _root(unit_rows(b))
+        self._moments = _moments(a), _moments(b)
         x = unit_rows(a[random.permutation(len(a))[:FIRST_SAMPLE]])
         units = [unit_rows(null) for null in nulls]
         y = np.concatenate([null[(x @ null.T).argmax(axis=1)] for null in units])
@@ -292,10 +336,12 @@ class _Similarity:
 
     def _typical(self, x: np.ndarray, y: np.ndarray) -> Float[np.ndarray, " pair"]:
         """Root mean square of the cosines with all of the other side, mean of both latents."""
-        root_a, root_b = self._roots
-        return np.sqrt(
-            np.linalg.norm(x @ root_b.T, axis=1) * np.linalg.norm(y @ root_a.T, axis=1), dtype=float
-        )
+        of_a, of_b = self._moments
+        squares = [
+            np.maximum(np.einsum("pd,pd->p", z @ m, z, dtype=np.float64), 0.0)
+            for z, m in ((x, of_b), (y, of_a))
+        ]
+        return np.sqrt(np.sqrt(squares[0] * squares[1]))
 
     def __call__(self, x: np.ndarray, y: np.ndarray) -> Float[np.ndarray, " pair"]:
         """Similarity of pairs of vectors."""
@@ -305,10 +351,10 @@ class _Similarity:
         return self._average + (1 - self._average) * (cosines - expected) / (1 - expected)
 
 
-def _root(x: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "k d"]:
-    """Matrix with the second moments of x, and no more rows than it has columns."""
-    small = x if len(x) <= x.shape[1] else np.linalg.qr(x, mode="r")
-    return (small / np.sqrt(len(x))).astype(np.float32)
+def _moments(x: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "d d"]:
+    """Second moments of the directions of rows."""
+    units = unit_rows(x)
+    return units.T @ units / np.float32(len(x))
 
 
 def _draw_replaced(
@@ -353,29 +399,6 @@ def _count_null(similarity: np.ndarray, nulls: list[np.ndarray], at_most: int) -
     odds = (1 - STOREY_QUANTILE) / STOREY_QUANTILE
     alone = [count(null) * (1 - DOUBT * np.sqrt(odds / len(null))) for null in nulls]
     return round(max([count(np.concatenate(nulls)), *alone]))
-
-
-def _chance_pairs(
-    a: Float[np.ndarray, "n width"],
-    partners: Float[np.ndarray, "k width"],
-    replaced: Int[np.ndarray, " m"],
-    made: _NullDictionaries,
-    measure: _Similarity,
-) -> list[Float[np.ndarray, " draw"]]:
-    """Similarity of the pairs that are wrong after some of B are replaced, for each null.
-
-    Row i of `a` belongs to row i of `partners`; the rows of `a` after these belong to nothing.
-    """
-    draws: list[np.ndarray] = []
-    for _ in range(min(MAX_REPEATS, max(1, -(-MIN_DRAWS // len(replaced))))):
-        for vectors in made.again():
-            b = np.concatenate([partners, vectors[replaced]])
-            columns = assign(Factors.squared_distances(a, b)).columns
-            wrong = np.flatnonzero((columns >= 0) & (columns != np.arange(len(a))))
-            wrong = np.union1d(wrong, len(partners) + np.flatnonzero(columns[len(partners) :] >= 0))
-            draws.append(measure(a[wrong], b[columns[wrong]]))
-    n = len(made.vectors)
-    return [np.concatenate(draws[k::n]) for k in range(n)]
 
 
 def _q_values(

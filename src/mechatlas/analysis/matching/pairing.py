@@ -184,7 +184,7 @@ def match(
     folded = fold(a, scale=scale[0]), fold(b, scale=scale[1], name="B")
     x, y = _compared(*folded, cost)
     side_a, side_b = sides(x, y, folded, cost, (_mask(live[0], x, "A"), _mask(live[1], y, "B")))
-    costs = Factors.squared_distances(_rows(x, side_a.paired), _rows(y, side_b.paired))
+    costs = Factors.squared_distances(_rows(x, side_a.paired), _rows(y, side_b.paired)).kept()
     assignment = assign(costs, resume=resume, on_progress=on_progress, on_state=on_state)
     widths = part_widths(folded[0], cost)
     result = with_evidence(
@@ -286,7 +286,14 @@ def with_evidence(
     rows = np.flatnonzero(assignment.columns >= 0)
     columns = assignment.columns[rows]
     evidence = evidence or compare_with_null(
-        costs.a, costs.b, rows, columns, nulls=nulls, widths=widths, seed=seed
+        costs.a / 2,
+        costs.b,
+        rows,
+        columns,
+        nulls=nulls,
+        widths=widths,
+        seed=seed,
+        costs=costs,
     )
     pair_costs, cosines, q_values = np.full(n, np.nan), np.zeros(n), np.ones(n)
     pair_costs[rows] = costs.exact(rows, columns)
@@ -309,7 +316,7 @@ def with_evidence(
         cosine_threshold=least if matched.any() else math.inf,
         evidence=evidence,
         assignment=assignment,
-        costs=costs,
+        costs=Factors(costs.a, costs.b, costs.row_offsets, costs.column_offsets),
         unit_a=unit_a,
         unit_b=unit_b,
         active_a=np.arange(n),
@@ -365,23 +372,43 @@ def feature_splitting(matching: Match, *, max_partners: int = 4) -> FeatureSplit
         >>> splitting.split()
         array([0])
     """
-    pairs, best = np.empty((0, 2), np.int64), []
-    sides = (matching.unit_a, matching.unit_b, False), (matching.unit_b, matching.unit_a, True)
-    for units, others, reverse in sides:
-        largest = []
-        for start in range(0, len(units), BLOCK):
-            block = torch.from_numpy(units[start : start + BLOCK])
-            top = (block @ torch.from_numpy(others).T).topk(min(max_partners, len(others)), dim=1)
-            values, neighbors = top.values.numpy(), top.indices.numpy()
-            largest.append(values[:, 0])
-            i, k = np.nonzero(values >= max(matching.cosine_threshold, 1e-6))
-            new = np.stack([i + start, neighbors[i, k]], axis=1)
-            pairs = np.concatenate([pairs, new[:, ::-1] if reverse else new])
-        best.append(np.concatenate(largest))
-    i, j = np.unique(pairs, axis=0).T
+    i, j = _nearest_pairs(matching, max_partners)
     cosine = np.einsum("pd,pd->p", matching.unit_a[i], matching.unit_b[j], dtype=np.float64)
+    best = [np.zeros(len(x)) for x in (matching.unit_a, matching.unit_b)]
+    for most, latents in zip(best, (i, j), strict=True):
+        np.maximum.at(most, latents, cosine)
     close = cosine >= SPLITTING_RATIO * np.maximum(best[0][i], best[1][j])
     i, j, cosine = i[close], j[close], cosine[close]
     row, column = np.searchsorted(matching.active_a, i), np.searchsorted(matching.active_b, j)
     prices = matching.assignment.row_prices[row] + matching.assignment.column_prices[column]
     return FeatureSplitting(i, j, cosine, matching.costs.exact(row, column) - prices)
+
+
+def _nearest_pairs(
+    matching: Match, most: int
+) -> tuple[Int[np.ndarray, " pair"], Int[np.ndarray, " pair"]]:
+    """Find the pairs as similar as partners that are among the most similar of one of the two."""
+    a, b = torch.from_numpy(matching.unit_a), torch.from_numpy(matching.unit_b).T
+    least = max(matching.cosine_threshold, 1e-6)
+    i, j = np.empty((2, 0), np.int64)
+    values, row_rank = np.empty(0, np.float32), np.empty(0, np.int64)
+    for start in range(0, len(a) if least <= 1 + 1e-6 else 0, BLOCK):
+        block = a[start : start + BLOCK] @ b
+        rows, columns = (block >= least).nonzero(as_tuple=True)
+        new = block[rows, columns].numpy()
+        row_rank = np.append(row_rank, _rank(rows.numpy(), new))
+        i, j = np.append(i, start + rows.numpy()), np.append(j, columns.numpy())
+        values = np.append(values, new)
+        keep = (row_rank < most) | (_rank(j, values) < most)
+        i, j, values, row_rank = i[keep], j[keep], values[keep], row_rank[keep]
+    order = np.lexsort((j, i))
+    return i[order], j[order]
+
+
+def _rank(group: Int[np.ndarray, " n"], values: Float[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
+    """Number of larger values in the group of each."""
+    order = np.lexsort((-values, group))
+    starts = np.flatnonzero(np.diff(group[order], prepend=-1))
+    rank = np.empty(len(group), np.int64)
+    rank[order] = np.arange(len(group)) - np.repeat(starts, np.diff(starts, append=len(group)))
+    return rank
