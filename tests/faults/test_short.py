@@ -8,12 +8,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.slow  # and it fails until every reader verifies checksums
 def test_no_fault_loses_work_or_passes_unnoticed(tmp_path):
     table = tmp_path / "faults.md"
     words = [sys.executable, "-m", "tests.faults", "--short", "--out", str(table)]
