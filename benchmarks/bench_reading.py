@@ -7,6 +7,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +33,7 @@ def networks() -> dict[str, tuple[nn.Module, Tensor, list[str]]]:
 
 def hooked(network: nn.Module, x: Tensor, names: list[str]) -> dict[str, Tensor]:
     """Read with bare hooks, to the end of the network."""
-    kept: dict[str, Tensor] = {}
+    kept: dict[str, Any] = {}
     modules = {name: network.get_submodule(name) for name in names}
     handles = [
         m.register_forward_hook(lambda _m, _a, out, n=n: kept.__setitem__(n, out))

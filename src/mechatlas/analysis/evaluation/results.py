@@ -65,7 +65,7 @@ class NetworkEvaluation(Result):
     loss_recovered: Estimate | None = None
     """(L_zero - L_spliced) / (L_zero - L_intact): 1 is the intact network, 0 is zero ablation."""
     loss_recovered_from_mean: Estimate | None = None
-    """The same against mean ablation."""
+    """Loss recovered relative to mean ablation: 0 is the network with the mean of the rows."""
 
     def summary(self) -> str:
         """Error, sparsity and effect on the network, with intervals."""

@@ -70,6 +70,7 @@ from mechatlas.analysis.interaction.statistics import (
     NamedArrays,
     as_arrays,
     collect_statistics,
+    firing_counts,
     from_arrays,
     output_gradients,
     prefixed,
@@ -86,7 +87,7 @@ from mechatlas.base import (
     no_progress,
 )
 from mechatlas.maths.arrays import as_array
-from mechatlas.maths.linalg import cut, parts_of, spectral
+from mechatlas.maths.linalg import cut, spectral
 
 LATENTS = "dictionary"
 """Name of the latents of a dictionary among the bases."""
@@ -488,7 +489,7 @@ class _Analysis:
             count = degeneracy.layers[number]
         else:
             count = self.bound(number, statistics)
-        dead_units, always_on, blocks = _firing_counts(layer, self.settings.synchrony_tolerance)
+        dead_units, always_on, blocks = firing_counts(layer, self.settings.synchrony_tolerance)
         return LayerResult(
             name=str(self.sites[number]),
             width=width,
@@ -591,18 +592,3 @@ def _weakest_needed(
         float(-np.partition(-strength, n - 1, axis=None)[n - 1])
         for strength, n in zip(strengths, n_needed, strict=True)
     ]
-
-
-def _firing_counts(
-    layer: LayerMoments, tolerance: float
-) -> tuple[int, int, tuple[tuple[int, ...], ...]]:
-    """Number of dead units and of units that always fire, and synchronized blocks.
-
-    There are none where nothing is rectified.
-    """
-    if not (layer.nonnegative and layer.has_zeros):
-        return 0, 0, ()
-    labels = parts_of(layer.firing.together, tolerance)
-    blocks = [np.flatnonzero(labels == b) for b in range(labels.max(initial=-1) + 1)]
-    several = tuple(tuple(block.tolist()) for block in blocks if len(block) > 1)
-    return int((labels < 0).sum()), int((layer.firing.rate == 1).sum()), several

@@ -22,7 +22,7 @@ from mechatlas.analysis.interaction.derivatives import MAX_GRADIENTS, vector_jac
 from mechatlas.analysis.interaction.layer_maps import LayerMap, channels_last, rows_of, taps_of
 from mechatlas.base import InputError, NonFiniteError, Site
 from mechatlas.maths.arrays import as_tensor
-from mechatlas.maths.linalg import Firing, Moments, gram, relu_pullback, skip_pullback
+from mechatlas.maths.linalg import Firing, Moments, gram, parts_of, relu_pullback, skip_pullback
 
 T = TypeVar("T")
 
@@ -411,3 +411,18 @@ def run_chain(
         for layer_map in maps:
             chain.append(layer_map.run(chain[-1], inputs))
     return chain
+
+
+def firing_counts(
+    layer: LayerMoments, tolerance: float
+) -> tuple[int, int, tuple[tuple[int, ...], ...]]:
+    """Number of dead units and of units that always fire, and synchronized blocks.
+
+    There are none where nothing is rectified.
+    """
+    if not (layer.nonnegative and layer.has_zeros):
+        return 0, 0, ()
+    labels = parts_of(layer.firing.together, tolerance)
+    blocks = [np.flatnonzero(labels == b) for b in range(labels.max(initial=-1) + 1)]
+    several = tuple(tuple(block.tolist()) for block in blocks if len(block) > 1)
+    return int((labels < 0).sum()), int((layer.firing.rate == 1).sum()), several
