@@ -156,7 +156,8 @@ def test_paths_are_texts_or_paths(kind, tmp_path):
     np.save(tmp_path / "x.npy", X)
     again = ma.collect(network(), kind(tmp_path / "x.npy"), ["0"], kind(tmp_path / "again"))
     assert torch.equal(again.rows().held_out(9).x, store.rows().held_out(9).x)
-    trained = ma.train(sae(), store, steps=2, batch_size=16, checkpoint=kind(tmp_path / "c"))
+    built = ma.Autoencoder(d_in=12, n_latents=16, sparsity=ma.TopK(k=3))
+    trained = ma.train(built, store, steps=2, batch_size=16, checkpoint=kind(tmp_path / "c"))
     ma.save(trained, kind(tmp_path / "sae"))
     ma.save(trained, kind(tmp_path / "other"), format="saelens")
     for name in ("sae", "other"):

@@ -89,7 +89,13 @@ def interrupt(*_args, **_options):
 def test_an_interrupted_run_continues_and_ends_with_the_same_bytes(world, tmp_path, monkeypatch):
     two = (world / "whole", world / "again")
     execute(
-        MatchConfig(dictionaries=two, out=tmp_path / "match", cost="codes", store=world / "store")
+        MatchConfig(
+            dictionaries=two,
+            out=tmp_path / "match",
+            cost="codes",
+            store=world / "store",
+            trust=True,
+        )
     )
     more = ("--match", str(tmp_path / "match"))
     run(world, tmp_path / "whole", *more)
@@ -153,7 +159,13 @@ def test_labels_that_fit_no_feature_or_contradict_are_refused(world, tmp_path, f
 def test_matched_features_are_compared_by_branch(world, tmp_path):
     two = (world / "whole", world / "again")
     execute(
-        MatchConfig(dictionaries=two, out=tmp_path / "match", cost="codes", store=world / "store"),
+        MatchConfig(
+            dictionaries=two,
+            out=tmp_path / "match",
+            cost="codes",
+            store=world / "store",
+            trust=True,
+        )
     )
     result, _ = run(world, tmp_path / "out", "--match", str(tmp_path / "match"), "--fdr", "0.5")
     found = result["consistency"][0]
@@ -178,7 +190,7 @@ def test_a_site_without_branches_is_refused_with_those_that_have_some(world, tmp
 @pytest.mark.parametrize(
     ("more", "kind", "said"),
     [
-        (["--fdr", "2"], RecipeError, "--fdr must lie between 0 and 1"),
+        (["--fdr", "2"], RecipeError, r"fdr must be in \(0, 1\)"),
         (["--site", "first"], RecipeError, "says that it reads mixed, but first was asked for"),
         (["--labels", "nothing"], RecipeError, "must be FILE.parquet:COLUMN"),
         (["--labels", "nowhere.parquet:kind"], DiskError, "nowhere.parquet"),

@@ -169,7 +169,7 @@ def test_an_interrupted_run_continues_with_the_pairs_it_has_kept(folder, tmp_pat
         (["mixed4a"], "needs two dictionaries or more, got 1"),
         (["mixed4b", "mixed4d"], "not consecutive: the branches of 'mixed4c' lie between"),
         (["mixed4b", "mixed4a"], "mixed4a does not follow site mixed4b"),
-        (["mixed4a", "mixed4b", "--fdr", "2"], "--fdr must lie between 0 and 1"),
+        (["mixed4a", "mixed4b", "--fdr", "2"], "fdr must be in (0, 1)"),
         (["mixed4a", "mixed4b", "--store", "nowhere"], "is not an activation store"),
     ],
 )
@@ -214,7 +214,7 @@ def test_a_transformer_has_circuits_by_heads_and_mlp(tmp_path):
     found = execute(
         CircuitConfig(
             dictionaries=tuple(tmp_path / site for site in sites), out=tmp_path / "circuit",
-            n_ablated=12, features=3,
+            n_ablated=12, features=3, trust=True,
         )
     )  # fmt: skip
     (pair,) = found.pairs

@@ -188,7 +188,7 @@ def test_what_does_not_fit_is_refused_in_one_sentence(world, tmp_path, capsys):
     message = refused(world, tmp_path, capsys, str(tmp_path / "narrow"), "--store", store)
     assert "reads 12 numbers, but one pose of layer" in message
     message = refused(world, tmp_path, capsys, str(world / "plain"), "--store", store, "--fdr", "2")
-    assert "--fdr must lie between 0 and 1" in message
+    assert "fdr must be in (0, 1)" in message
     message = refused(
         world,
         tmp_path,

@@ -124,7 +124,7 @@ def test_rows_that_cannot_be_trained_on_are_refused():
         train(built, np.ones((100, 24), np.float32), steps=1)
     with pytest.raises(InputError, match=r"shape \(0, 24\); at least two rows"):
         train(built, np.zeros((0, 24), np.float32), steps=1)
-    with pytest.raises(InputError, match=r"matrix \(rows, d_in\) of floats, got shape \(9,\)"):
+    with pytest.raises(InputError, match=r"has shape \(9,\), expected an array \(rows, d_in\)"):
         train(built, np.zeros(9, np.float32), steps=1)
     with pytest.raises(InputError, match=r"of floats, got shape \(9, 24\) of torch.int64"):
         train(built, np.zeros((9, 24), np.int64), steps=1)

@@ -251,7 +251,7 @@ def test_a_stream_that_does_not_fit_is_refused():
         train(built, [])
     with pytest.raises(InputError, match="has one row"):
         train(built, [X[:1]])
-    with pytest.raises(InputError, match=r"must be arrays \(rows, d_in\), got a list"):
+    with pytest.raises(InputError, match="has one row"):
         train(built, [[[1.0]]])
     with pytest.raises(InputError, match="Cannot train on a str"):
         train(built, "activations.npy")
