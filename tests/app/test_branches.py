@@ -190,7 +190,7 @@ def test_a_site_without_branches_is_refused_with_those_that_have_some(world, tmp
 @pytest.mark.parametrize(
     ("more", "kind", "said"),
     [
-        (["--fdr", "2"], RecipeError, r"fdr must be in \(0, 1\)"),
+        (["--fdr", "2"], SystemExit, "2"),
         (["--site", "first"], RecipeError, "says that it reads mixed, but first was asked for"),
         (["--labels", "nothing"], RecipeError, "must be FILE.parquet:COLUMN"),
         (["--labels", "nowhere.parquet:kind"], DiskError, "nowhere.parquet"),

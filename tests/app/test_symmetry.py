@@ -197,7 +197,7 @@ def test_what_does_not_fit_is_refused_in_one_sentence(world, tmp_path, capsys):
         "--store",
         store,
         "--equality-threshold",
-        "1.1",
+        "0.5",
     )
     assert "--equality-threshold must be above 0.7071 and at most 1" in message
     save(Transcoder(d_in=36, d_out=20, n_latents=40, seed=1), tmp_path / "transcoder")
