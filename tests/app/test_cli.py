@@ -41,6 +41,14 @@ k = 3
 """
 
 
+@pytest.fixture(autouse=True)
+def _interrupts_are_heard():
+    """A test run in the background of a shell ignores SIGINT unless told otherwise."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.fixture
 def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
