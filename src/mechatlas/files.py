@@ -8,7 +8,7 @@ about            an error about the content of a file -> the same, with its path
 Fields           values of a JSON object, checked as they are asked for
 write            bytes to a file, under a temporary name first
 create_folder    a folder in one that exists
-cannot_write     what the system said -> one sentence, with the cause and what to do
+cannot_write     error of the system -> one sentence, with the cause and what to do
 write_json       the same for an object, write_manifest for a manifest with its checksum
 checksum         xxh3 of some bytes, 128 bits
 

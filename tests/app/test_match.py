@@ -195,6 +195,10 @@ def test_with_a_store_the_network_runs_on_what_a_match_writes(paired, tmp_path):
     again = execute(dataclasses.replace(recipe, samples=0, out=tmp_path / "none"))
     assert again.pairs[0].spliced is None
     assert again.pairs[0].not_run is None
+    for matched in (0, 1):  # nothing is said of the rows of no pairs
+        changed = dataclasses.replace(again.pairs[0], matched=matched)
+        words = matching.in_words(dataclasses.replace(again, pairs=[changed]))
+        assert ("fire together" in words) == bool(matched)
 
 
 def test_where_the_network_cannot_be_run_the_match_stands_and_says_why(paired, tmp_path):

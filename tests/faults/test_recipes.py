@@ -29,6 +29,7 @@ BASES: dict[str, dict[str, Any]] = {
     "branches": {"dictionary": "d", "store": "s", "out": "o"},
     "circuit": {"dictionaries": ["a", "b"], "out": "o"},
     "prove": {"weights": "w"},
+    "evaluate": {"dictionary": "d", "out": "o"},
     "report": {"folder": "f", "out": "o"},
     "demo": {"out": "o"},
     "sites": {"network": "x"},

@@ -1,6 +1,6 @@
 """Checks of activations before they are kept.
 
-naming               names of samples in what is said of their batch
+naming               names of samples in messages about their batch
 refuse_unreadable    numbers that no store holds, and batches of another size
 refuse_other_grid    maps that are smaller or larger than those of the first sample
 refuse_non_finite    NaN and infinity, and numbers that the store's number format does not hold

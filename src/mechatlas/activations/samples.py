@@ -183,7 +183,7 @@ class ArraySamples(Result):
         return row
 
     def made_from(self) -> dict[str, str]:
-        """Checksum of an array in memory, by which a store of other samples is told apart."""
+        """Checksum of an array in memory, so that a store of other samples is recognized."""
         if isinstance(self.array, ArrayFile | np.memmap):
             return {}
         kind = f"{self.array.dtype} {self.array.shape}".encode()

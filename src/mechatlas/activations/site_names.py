@@ -13,8 +13,8 @@ with its `from_pretrained_no_processing`: with post-norms (Gemma 2 and 3), `hook
 norms, as there. Besides, names may leave out the name of the base model: `layers.3` is
 `model.layers.3`.
 
-Families are told by the class of their blocks, since modules of the same name mean other things in
-other models.
+Families are recognized by the class of their blocks, since modules of the same name mean other
+things in other models.
 """
 
 import dataclasses

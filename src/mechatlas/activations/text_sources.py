@@ -334,7 +334,7 @@ def _parquet(
     with tempfile.TemporaryFile() as whole:
         table = parquet.ParquetFile(_seekable(file, whole))
         names = table.schema_arrow.names
-        columns = [column] if column in names else names  # a missing one is told by its row
+        columns = [column] if column in names else names  # a missing column is refused with its row
         numbers = itertools.count(1)
         for batch in table.iter_batches(batch_size=256, columns=columns):
             yield from ((next(numbers), row) for row in batch.to_pylist())

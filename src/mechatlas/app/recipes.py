@@ -85,7 +85,7 @@ CONVERTER = _converter()
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrustConfig:
-    """Fields of commands that reopen the network of a store; said each time, never in a recipe."""
+    """Fields of commands that reopen the network of a store; given on the command line only."""
 
     network: tuple[str, ...] = ()
     """Networks that stores may name, as `package.module:factory`: their code runs. Bundled ones
@@ -95,7 +95,7 @@ class TrustConfig:
 
 
 def _spoken(kind: Any) -> tuple[str, ...]:
-    """Fields of a configuration that count only when said on the command line."""
+    """Fields of a configuration that are read from the command line only."""
     names = {field.name for field in dataclasses.fields(kind)}
     names_of_trust = ("network", "trust") if issubclass(kind, TrustConfig) else ("trust",)
     return tuple(name for name in names_of_trust if name in names)
@@ -118,7 +118,7 @@ def read_recipe(path: Path, kind: type[Recipe]) -> Recipe:
         raw.setdefault("out", str(path.parent))
     if spoken := [key for key in _spoken(kind) if key in raw]:
         raise RecipeError(
-            f"{path} has {', '.join(spoken)}: whose code may run is said on the command line only."
+            f"{path} has {', '.join(spoken)}: code that may run is named on the command line only."
         )
     return from_dict(deprecated.renamed_keys(_command(kind), raw), kind, str(path))
 

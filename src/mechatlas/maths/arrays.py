@@ -60,7 +60,7 @@ def as_numbers(value: Any, name: str, expected: str = "expected an array") -> np
     Args:
         value: As for `as_array`.
         name: What the value is called in a message.
-        expected: What is said of the expected shape.
+        expected: Words for the expected shape, for the message.
 
     Returns:
         An array that may share memory with the value, in any order and byte order.

@@ -205,7 +205,7 @@ def _loaded(model: _Model, kind: Any, settings: Mapping[str, Any]) -> tuple[Any,
             **model.options(),
             **settings,
             output_loading_info=True,
-            ignore_mismatched_sizes=True,  # told by `_network`, all of them
+            ignore_mismatched_sizes=True,  # `_network` names all of them
         )
 
 

@@ -36,6 +36,7 @@ from mechatlas.app.run_folder import EVALUATION, CommandResult, DeviceConfig, Ru
 from mechatlas.base import RecipeError, StoreError
 from mechatlas.files import read_toml
 from mechatlas.maths.outliers import OUTLIER_NORMS
+from mechatlas.ranges import COUNT, SEED, check_ranges
 
 KIND = EVALUATION
 
@@ -74,8 +75,7 @@ class EvaluateConfig(DeviceConfig):
     """Seed of the draw of samples and of the intervals."""
 
     def __post_init__(self) -> None:
-        if self.n_samples < 1 or self.batch_size < 1:
-            raise ValueError("n_samples and batch_size must be at least 1.")
+        check_ranges(self, n_samples=COUNT, batch_size=COUNT, outlier_norms="(0, inf]", seed=SEED)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False, repr=False)

@@ -213,7 +213,7 @@ def in_words(result: MatchResult) -> str:
             f"{pair.a} -> {pair.b}: {pair.matched} of {min(pair.n_a, pair.n_b)} latents matched "
             f"(false match rate {result.fdr:.0%}), cost {pair.cost:.6g}, gap {pair.gap:.1e}"
         )
-        if pair.co_firing is not None:
+        if pair.matched and pair.co_firing is not None:
             together = pair.co_firing["matched"].p_b_given_a
             chance = pair.co_firing["random"].p_b_given_a
             lines.append(
