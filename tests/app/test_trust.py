@@ -166,7 +166,7 @@ def test_a_recipe_cannot_say_what_may_run(world, tmp_path, capsys):
         recipe.write_text(f'dictionaries = ["a", "b"]\nout = "o"\n{line}\n')
         with pytest.raises(SystemExit):
             main(["match", str(recipe)])
-        assert "is said on the command line only" in capsys.readouterr().err
+        assert "is named on the command line only" in capsys.readouterr().err
     words = words_of(world)["match"]
     main(["match", *words, "--trust", "--out", str(tmp_path / "out")])
     assert "trust" not in (tmp_path / "out" / "recipe.toml").read_text()
