@@ -167,24 +167,29 @@ class SparseCoder(nn.Module, abc.ABC):
 
     @torch.no_grad()
     def initialize(self, x: Float[Tensor, "batch width"]) -> None:
-        """Set biases, and the size of the codes of several sites, from the first batch.
+        """Set biases and the size of the codes from the first batch.
 
-        An encoder row reads its atom as 1 at one site, which says nothing of the others at first:
-        there the k latents of a row add noise, as much at each site as they explain at one, which
-        Adam unlearns slowly. Codes start at the geometric mean of the size that is best now and
-        the size that is right once the other sites are learned. The k largest stay the same.
+        The k largest of many pre-activations are large by chance, and atoms that point the way of
+        a row overlap: their sum overshoots it, several times over where rows vary along few
+        directions. Codes start at half the size that explains the batch best. Where several sites
+        are written, an encoder row says nothing at first of those that it does not read as its
+        atom is written: codes start at the geometric mean of the size that is best now and the size
+        that is right once these sites are learned. The k largest stay the same.
         """
         self.start_at(x.mean(dim=0))
-        if len(self.edges) == 2 or self.tied or not hasattr(self.sparsity, "k"):
+        if self.tied or not hasattr(self.sparsity, "k"):
             return
         x = x[:FIRST_ROWS]
         reconstruction = self.decode(self.encode(x[:, self.reads])) - self.b_dec
         target = x[:, self.writes] - self.b_dec
         squares = reconstruction.square().sum().clamp(min=1e-30)
         best = float((reconstruction * target).sum() / squares)
-        if 0 < best < 0.5:  # above, the error is less than that of no code at all
-            for parameter in self.encoder_parameters:
-                parameter.mul_(math.sqrt(best))
+        if len(self.edges) > 2:
+            factor = math.sqrt(best) if 0 < best < 0.5 else 1.0  # above, better than no code
+        else:
+            factor = best / 2 if best > 0 else 1.0
+        for parameter in self.encoder_parameters:
+            parameter.mul_(factor)
 
     def as_pretrained(self) -> Pretrained:
         """Copy this dictionary into the parts of other libraries.
