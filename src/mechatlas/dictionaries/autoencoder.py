@@ -169,12 +169,10 @@ class SparseCoder(nn.Module, abc.ABC):
     def initialize(self, x: Float[Tensor, "batch width"]) -> None:
         """Set biases and the size of the codes from the first batch.
 
-        The k largest of many pre-activations are large by chance, and atoms that point the way of
-        a row overlap: their sum overshoots it, several times over where rows vary along few
-        directions. Codes start at half the size that explains the batch best. Where several sites
-        are written, an encoder row says nothing at first of those that it does not read as its
-        atom is written: codes start at the geometric mean of the size that is best now and the size
-        that is right once these sites are learned. The k largest stay the same.
+        The k largest of many random pre-activations are large by chance and their atoms overlap, so
+        that together they overshoot a row; and where sites are written that are not read, they
+        say nothing of these yet. Codes start at the geometric mean of the size that is best now
+        and their size if atoms were learned. The k largest stay the same.
         """
         self.start_at(x.mean(dim=0))
         if self.tied or not hasattr(self.sparsity, "k"):
@@ -184,12 +182,9 @@ class SparseCoder(nn.Module, abc.ABC):
         target = x[:, self.writes] - self.b_dec
         squares = reconstruction.square().sum().clamp(min=1e-30)
         best = float((reconstruction * target).sum() / squares)
-        if len(self.edges) > 2:
-            factor = math.sqrt(best) if 0 < best < 0.5 else 1.0  # above, better than no code
-        else:
-            factor = best / 2 if best > 0 else 1.0
-        for parameter in self.encoder_parameters:
-            parameter.mul_(factor)
+        if 0 < best < 1:
+            for parameter in self.encoder_parameters:
+                parameter.mul_(math.sqrt(best))
 
     def as_pretrained(self) -> Pretrained:
         """Copy this dictionary into the parts of other libraries.
