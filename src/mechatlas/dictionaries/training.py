@@ -47,8 +47,10 @@ HELD_OUT_ROWS = 4096
 DEAD_AFTER_ROWS = 250_000
 """Rows without use after which a latent counts as dead in the history."""
 
-ANGLE = 0.06
-"""Angle, in radians, that Adam turns an atom by in a step at most."""
+ANGLE, ANGLE_STEPS = 0.06, 1600
+"""Angle, in radians, that Adam turns an atom by in a step at most, in a run of so many steps."""
+SHORT_RUN = 100
+"""Number of steps below which the angle does not grow any more."""
 ADAM_RATE = 1e-3
 """Learning rate for modules of other projects."""
 
@@ -91,7 +93,7 @@ def train(
             arrays, or anything that fits `Rows`.
         steps: Optimizer steps.
         batch_size: Rows in a step.
-        lr: Largest learning rate; by default the one of `default_rate` for each dictionary.
+        lr: Largest learning rate; by default that of `default_rate`, by width and number of steps.
         schedule: Learning rate and sparsity warm-up; by default the rate falls linearly over the
             last fifth.
         objective: Normalized errors, clipping; by default neither.
@@ -135,7 +137,7 @@ def train(
     schedule, objective = schedule or Schedule(), objective or Objective()
     held_out = _checked(held := rows.held_out(HELD_OUT_ROWS), rows).to(device)
     runs = [
-        _Run(coder, part, held_out, objective, revival, lr, seed, outlier_norms)
+        _Run(coder, part, held_out, objective, revival, lr, steps, seed, outlier_norms)
         for coder, part in zip(coders, _columns(coders, rows, held_out), strict=True)
     ]
     _warn_of_outliers(runs, held, rows)
@@ -181,6 +183,7 @@ class _Run:
         objective: Objective,
         revival: AuxK | Resample | None,
         lr: float | None,
+        steps: int,
         seed: int,
         outlier_norms: float,
     ) -> None:
@@ -201,7 +204,7 @@ class _Run:
         self.done = 0
         self.unmeasured = 0  # steps since the last measurement
         self.to_begin = dictionary.untrained
-        self.lr = default_rate(dictionary) if lr is None else lr
+        self.lr = default_rate(dictionary, steps) if lr is None else lr
 
     def begin(self) -> dict[str, Any]:
         """Go over to scaled rows; return what a checkpoint of this run must agree with."""
@@ -290,16 +293,18 @@ class _Run:
         return {**tensors, "last_fired": self.last_fired}
 
 
-def default_rate(dictionary: SparseCoder | Adapter) -> float:
+def default_rate(dictionary: SparseCoder | Adapter, steps: int) -> float:
     """Compute the learning rate at which an atom turns equally far in a step, whatever its width.
 
     Adam moves every entry of an atom by about the rate, so an atom of length 1 with d entries
-    turns by about the rate times the root of d. Modules of other projects, whose units are not
-    known, get the rate that they had in Adam's paper.
+    turns by about the rate times the root of d. Short runs must turn faster and long ones settle:
+    the angle falls with the fourth root of the number of steps. Modules of other projects, whose
+    units are not known, get the usual rate of Adam.
     """
     if isinstance(dictionary, Adapter):
         return ADAM_RATE
-    return ANGLE / math.sqrt(dictionary.d_out)
+    angle = ANGLE * (ANGLE_STEPS / max(steps, SHORT_RUN)) ** 0.25
+    return angle / math.sqrt(dictionary.d_out)
 
 
 def _tensors(runs: Sequence[_Run]) -> dict[str, Tensor]:
@@ -328,7 +333,7 @@ def _resume(folder: Path, runs: Sequence[_Run], settings: dict[str, Any]) -> int
     return progress["done"]
 
 
-def _check(**numbers: float | None) -> None:
+def _check(**numbers: int | float | None) -> None:
     """Refuse numbers that are given and not positive.
 
     Raises:
