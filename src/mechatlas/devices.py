@@ -1,6 +1,7 @@
 """Devices to compute on."""
 
 import torch
+from torch import Tensor
 
 from mechatlas.base import RecipeError
 
@@ -19,6 +20,8 @@ def as_device(device: torch.device | str) -> torch.device:
     """
     try:
         tried = torch.device(device)
+        if tried.type == "cuda" and tried.index is None:
+            tried = torch.device("cuda", torch.cuda.current_device())
         torch.zeros(1, device=tried).tolist()  # "meta" has no values
     except (RuntimeError, AssertionError, ImportError, ValueError) as error:
         have = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
@@ -28,3 +31,13 @@ def as_device(device: torch.device | str) -> torch.device:
             f"({torch.__version__}) have {', '.join(['cpu', *have])}."
         ) from error
     return tried
+
+
+def moved(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy a tensor to a device, without waiting where it can be copied meanwhile."""
+    if tensor.device == device:
+        return tensor
+    pinned = (
+        tensor.pin_memory() if device.type == "cuda" and tensor.device.type == "cpu" else tensor
+    )
+    return pinned.to(device, non_blocking=True)

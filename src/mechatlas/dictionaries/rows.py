@@ -178,7 +178,7 @@ class StreamRows:
         random = np.random.default_rng([seed, 2])
         chunks = self._numbered()
         room = max(self._pool, 2 * batch_size)
-        x, ids = torch.empty(0, self.d_in), torch.empty(0, dtype=torch.long)
+        x, ids = self._held[:0], torch.empty(0, dtype=torch.long)
         number = 0
         while True:
             more = [Batch(x, ids)]

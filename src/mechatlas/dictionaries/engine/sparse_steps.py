@@ -42,7 +42,7 @@ from mechatlas.dictionaries.objective import Objective
 from mechatlas.dictionaries.revival import revive
 
 TILE = 2**21
-"""Pre-activations that exist at once, for each thread."""
+"""Pre-activations that exist at once, for each thread of a CPU."""
 LATENT_BLOCK = 512
 """Latents that are updated together."""
 COLUMN_SPLIT_SIZE = 2**24
@@ -227,6 +227,8 @@ class SparseStep:
         if compiled or (compiled is None and can_compile(dictionary.W_dec)):
             self.backend = importlib.import_module("mechatlas.dictionaries.engine.kernels")
             self._screens = can_screen(dictionary.W_dec)
+        self._levels = torch.tensor(dictionary.matryoshka_widths, device=dictionary.W_dec.device)
+        self._edges = torch.tensor(dictionary.edges)  # of the host, whatever the device
         self._room: dict[str, Tensor] = {}
         self._tiles: list[Tensor] = []
 
@@ -273,7 +275,8 @@ class SparseStep:
             with suppress(screening.TooCloseError):
                 batch = BatchSearch(dictionary, x, room, search, plan)
                 return dictionary.rule.find_codes(batch, dictionary.state)
-        plan = Plan(tiles(len(x), len(rows)), run)
+        numbers = TILE if x.device.type == "cpu" else steps.DEVICE_TILE
+        plan = Plan(tiles(len(x), len(rows), numbers), run)
         search = WholeProduct(rows, bias, self.backend, plan.spans[0].stop)
         batch = BatchSearch(dictionary, x, room, search, plan)
         return dictionary.rule.find_codes(batch, dictionary.state)
@@ -297,7 +300,7 @@ class SparseStep:
             self.objective.weights(target).mul_(2 / len(x) / len(levels)),
             dictionary.W_dec.data,
             dictionary.b_dec.data,
-            torch.tensor(levels, device=x.device),
+            self._levels,
         )
         by_columns = self._by_columns(dead)
         reconstruct = self._by_column_groups if by_columns else self._by_tiles
@@ -309,8 +312,7 @@ class SparseStep:
         batch = LatentGradients(self._room["x"], out.rows, out.atoms, d_code, task.widths)
         added = self._revival(dead, task.scales, out.rows)
         adam = steps.adam(lr, self.n_steps)
-        edges = torch.tensor(dictionary.edges, device=x.device)
-        update = Update(adam, edges, 1.0, SMALLEST_LENGTH, dictionary.tied, True)
+        update = Update(adam, self._edges, 1.0, SMALLEST_LENGTH, dictionary.tied, True)
         sums = (grouped, batch, added, run)
 
         def to_bias(d_input: Tensor) -> Tensor:
@@ -324,32 +326,33 @@ class SparseStep:
             factor = self.objective.factor(squares)
         _, d_input = self._update(update._replace(clip=factor), *sums)
         learned["b_dec"] = to_bias(d_input)
-        for name, gradient in learned.items():
-            moments = self.moments[name]
-            fallback.step_adam(self._parameter(name), *moments, gradient * factor, adam)
+        gradients = [g if factor == 1 else g * factor for g in learned.values()]
+        own = [Learned(self._parameter(name), *self.moments[name]) for name in learned]
+        fallback.step_adam(own, gradients, adam)
         return StepResult(loss + penalty, grouped.starts[1:] > grouped.starts[:-1])
 
     def _group(self, codes: Codes) -> Grouped:
         """Group codes by latent."""
         n_latents = self.dictionary.n_latents
         order, starts = self.backend.group(codes.latents, codes.values, n_latents)
-        rows = _rows(codes.starts).index_select(0, order)
+        rows = fallback.rows_of(codes).int().index_select(0, order)
         return Grouped(starts, rows, codes.values.index_select(0, order), order)
 
     def _by_tiles(
         self, task: Reconstruction, codes: Codes, run: Run
-    ) -> tuple[float, Grouped, ErrorGradients]:
+    ) -> tuple[Tensor | float, Grouped, ErrorGradients]:
         """Squared error, codes latent by latent, and gradients of rows, codes and bias.
 
         One thread groups the codes meanwhile.
         """
         n, d_out = task.target.shape
-        spans = tiles(n, self.dictionary.n_latents)
+        whole = self.backend is fallback
+        spans = [slice(0, n)] if whole else tiles(n, self.dictionary.n_latents)
         room = self._room_for("g", (len(task.widths), n, d_out), task.target)
         biases = task.target.new_zeros(len(spans), d_out)
         out = ErrorGradients(room, task.atoms[:0], torch.zeros_like(codes.values), biases)
 
-        def residual(i: int) -> float:
+        def residual(i: int) -> Tensor | float:
             rows = spans[i]
             target = task.target[rows].contiguous()
             part = task._replace(target=target, scales=task.scales[rows])
@@ -364,7 +367,7 @@ class SparseStep:
 
     def _by_column_groups(
         self, task: Reconstruction, codes: Codes, run: Run
-    ) -> tuple[float, Grouped, ErrorGradients]:
+    ) -> tuple[Tensor | float, Grouped, ErrorGradients]:
         """Squared error, codes latent by latent, and gradients of atoms, codes and bias."""
         grouped, target = self._group(codes), task.target
         d_out = target.shape[1]
@@ -392,7 +395,8 @@ class SparseStep:
     ) -> tuple[float, Tensor]:
         """Update all latents, or measure their gradients; gradient of the encoder's input."""
         n = self.dictionary.n_latents
-        blocks = [range(i, min(i + LATENT_BLOCK, n)) for i in range(0, n, LATENT_BLOCK)]
+        block = n if self.backend is fallback else LATENT_BLOCK
+        blocks = [range(i, min(i + block, n)) for i in range(0, n, block)]
         d_input = batch.x.new_zeros(len(blocks), batch.x.shape[1])
         names = ("W_dec", "W_dec" if rule.tied else "W_enc", "b_enc")
         weights = Weights(*(Learned(self._parameter(n), *self.moments[n]) for n in names))
@@ -405,9 +409,11 @@ class SparseStep:
         dictionary = self.dictionary
         atoms, encoder = dictionary.W_dec.data, dictionary.encoder_rows
         bias = dictionary.b_enc.data
-        place = torch.full((len(bias),), -1, dtype=torch.int32, device=bias.device)
+        if "place" not in self._room:
+            self._room["place"] = torch.full_like(bias, -1, dtype=torch.int32)
         if dead is None or not len(dead[1]):
-            return AddedGradients(place, atoms[:0], encoder[:0], bias[:0])
+            return AddedGradients(self._room["place"], atoms[:0], encoder[:0], bias[:0])
+        place = torch.full_like(bias, -1, dtype=torch.int32)
         residual = rows[-1] / -scales[:, None]
         latents, *gradients = revive(*dead, (atoms, encoder, bias), self._room["x"], residual)
         place[latents] = torch.arange(len(latents), dtype=torch.int32, device=bias.device)
@@ -423,12 +429,6 @@ class SparseStep:
         if name not in self._room or self._room[name].shape != shape:
             self._room[name] = x.new_empty(shape)
         return self._room[name]
-
-
-def _rows(starts: Tensor) -> Tensor:
-    """Row of each pair."""
-    rows = torch.arange(len(starts) - 1, dtype=torch.int32, device=starts.device)
-    return torch.repeat_interleave(rows, starts[1:] - starts[:-1])
 
 
 def step_for(dictionary: LinearCoder, objective: Objective | None = None) -> Step:
