@@ -26,6 +26,7 @@ VIEWS |= {"squeeze", "detach", "alias", "as_strided", "permute", "split", "unbin
 VIEWS |= {"split_with_sizes", "unfold", "_reshape_alias", "empty", "empty_like", "new_empty"}
 VIEWS |= {"_to_copy"}  # counted where it does something
 WAITING = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique2", "is_nonzero"}
+UNMIXED = {"_has_compatible_shallow_copy_type"}  # asked of any two tensors
 INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_"}
 
 
@@ -67,28 +68,29 @@ class OnDevice(torch.Tensor):
 
     @staticmethod
     def __new__(cls, held: torch.Tensor) -> "OnDevice":
-        made = torch.Tensor._make_wrapper_subclass(
-            cls,
-            held.size(),
-            strides=held.stride(),
-            storage_offset=held.storage_offset(),
-            dtype=held.dtype,
-            layout=held.layout,
-            device=torch.device("meta"),
-        )
+        with torch.inference_mode(False):  # so that views of it can be made in any mode
+            made = torch.Tensor._make_wrapper_subclass(
+                cls,
+                held.size(),
+                strides=held.stride(),
+                storage_offset=held.storage_offset(),
+                dtype=held.dtype,
+                layout=held.layout,
+                device=torch.device("meta"),
+            )
         made.held = held
         return made
 
     @property
-    def device(self) -> torch.device:
+    def device(self) -> torch.device:  # pyright: ignore[reportIncompatibleVariableOverride]
         return torch.device("cuda:0")
 
     @property
-    def is_cuda(self) -> bool:
+    def is_cuda(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
         return True
 
     @property
-    def is_meta(self) -> bool:
+    def is_meta(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
         return False
 
     def __setitem__(self, index: Any, value: Any) -> None:
@@ -116,7 +118,7 @@ class OnDevice(torch.Tensor):
         _wait("tolist")
         return self.held.tolist()
 
-    def __repr__(self) -> str:
+    def __repr__(self, **_: Any) -> str:
         return f"OnDevice({self.held})"
 
     def numpy(self, *_: Any, **__: Any) -> Any:
@@ -167,7 +169,7 @@ def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     target = kwargs.get("device")
     to_device = None if target is None else torch.device(target).type == "cuda"
     copies = name in ("copy_", "_to_copy", "copy")
-    if on_device and not copies:
+    if on_device and not copies and name not in UNMIXED:
         _refuse_mixing(name, args, leaves)
     _count(name, args, kwargs, bool(on_device), to_device)
     plain = {**kwargs, **({"device": torch.device("cpu")} if target is not None else {})}
@@ -231,7 +233,7 @@ class _Mode(TorchDispatchMode):
         return func(*args, **kwargs)
 
 
-_TENSOR, _AS_TENSOR = torch.tensor, torch.as_tensor
+_TENSOR, _AS_TENSOR, _TO = torch.tensor, torch.as_tensor, torch.Tensor.to
 
 
 def _is_cuda(device: Any) -> bool:
@@ -253,12 +255,33 @@ def _as_tensor(data: Any, *args: Any, device: Any = None, **options: Any) -> tor
     return _tensor(made, device=device) if _is_cuda(device) else made
 
 
+def _to(tensor: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
+    """Copy; of another tensor only the Python side knows where it claims to be."""
+    if args and isinstance(args[0], OnDevice):
+        args = ("cuda:0", args[0].dtype, *args[1:])
+    return _TO(tensor, *args, **options)
+
+
+def _new_tensor(tensor: torch.Tensor, data: Any, **options: Any) -> torch.Tensor:
+    return _tensor(data, **{"dtype": tensor.dtype, "device": tensor.device, **options})
+
+
+def _fork_rng(*_: Any, **__: Any) -> Any:
+    return _FORK_RNG(devices=[])
+
+
+_FORK_RNG = torch.random.fork_rng
+
+
 @contextlib.contextmanager
 def simulated_cuda() -> Iterator[Device]:
     """Make `device="cuda"` mean the simulated device; gives its counts."""
     replaced = {
         (torch, "tensor"): _tensor,
         (torch, "as_tensor"): _as_tensor,
+        (torch.Tensor, "to"): _to,
+        (torch.Tensor, "new_tensor"): _new_tensor,
+        (torch.random, "fork_rng"): _fork_rng,
         (torch.cuda, "_lazy_init"): lambda *_, **__: None,
         (torch.cuda, "is_available"): lambda: True,
         (torch.cuda, "device_count"): lambda: 1,

@@ -1,15 +1,16 @@
 """Training and analyses on a device that is simulated: right numbers, no mixing, few waits."""
 
 from collections import Counter
+from typing import Any
 
 import pytest
 import torch
-from tests.simulated_device import OnDevice, simulated_cuda
 
 import mechatlas as ma
 from mechatlas.base import NonFiniteError
 from mechatlas.dictionaries import training
 from mechatlas.dictionaries.sparsity import Gated
+from tests.simulated_device import OnDevice, simulated_cuda
 
 ROWS = torch.randn(1500, 12, generator=torch.Generator().manual_seed(0))
 KINDS = {
@@ -45,7 +46,7 @@ MOST_WAITS = {"topk": 0, "batch topk": 6, "relu": 2, "jumprelu": 2, "gated": 0}
     ],
 )
 def test_a_device_trains_the_same_dictionary(kind, revival, steps):
-    options = {"steps": steps, "batch_size": 128, "revival": REVIVALS[revival]}
+    options: dict[str, Any] = {"steps": steps, "batch_size": 128, "revival": REVIVALS[revival]}
     here = ma.train(KINDS[kind](), ROWS, **options)
     with simulated_cuda():
         there = ma.train(KINDS[kind](), ROWS, device="cuda", **options)
@@ -73,7 +74,7 @@ def test_a_step_is_few_calls_and_waits_for_nothing(kind, monkeypatch):
 
 
 def test_rows_of_a_device_come_as_a_stream():
-    options = {"steps": 20, "batch_size": 128}
+    options: dict[str, Any] = {"steps": 20, "batch_size": 128}
     here = ma.train(KINDS["topk"](), list(ROWS.split(100)), **options)
     with simulated_cuda():
         chunks = [chunk.to("cuda:0") for chunk in ROWS.split(100)]
@@ -138,7 +139,7 @@ def test_the_simulation_refuses_what_a_gpu_refuses():
     with simulated_cuda() as device:
         there = torch.ones(3).to("cuda:0")
         with pytest.raises(RuntimeError, match="two devices"):
-            there + torch.ones(3)
+            there.add(torch.ones(3))
         with pytest.raises(TypeError, match="can't convert cuda"):
             there.numpy()
         assert float((there + 1).sum()) == 6

@@ -147,9 +147,8 @@ def train(
         clock = time.process_time()
         while done < steps:
             x = _checked(next(batches), rows)
-            rate = lr * schedule(done, steps)
+            rate, on_device = lr * schedule(done, steps), moved(x, device)
             coefficient = schedule.sparsity_coefficient(done, steps)
-            on_device = moved(x, device)
             for run in runs:
                 run.step(x, on_device, rate, coefficient, done / steps)
             done += 1

@@ -93,7 +93,7 @@ def residual(task: Reconstruction, codes: Codes, out: ErrorGradients) -> Tensor:
     error, loss = task.bias - task.target, task.target.new_zeros(())
     for i in range(n_levels):
         values = codes.values if level is None else codes.values * (level == i)
-        error = error + _summed(latents, task.atoms, codes.starts, values)
+        error = error + summed(latents, task.atoms, codes.starts, values)
         loss = loss + (error.square().sum(dim=-1) * task.scales).sum() / 2
         torch.mul(error, task.scales[:, None], out=out.rows[i])
     for i in range(n_levels - 2, -1, -1):
@@ -116,8 +116,11 @@ def rows_of(codes: Codes) -> Int[Tensor, " pairs"]:
     return torch.repeat_interleave(rows, counts, output_size=len(codes.latents))
 
 
-def _summed(index: Tensor, table: Tensor, starts: Tensor, weights: Tensor) -> Tensor:
-    """Weighted sums of rows of a table, one for each bag, of which `starts` has the bounds."""
+def summed(index: Tensor, table: Tensor, starts: Tensor, weights: Tensor) -> Tensor:
+    """Weighted sums of rows of a table, one for each bag, of which `starts` has the bounds.
+
+    What is behind the last bound must have weight zero: torch adds it to the last bag.
+    """
     return embedding_bag(
         index, table, starts, per_sample_weights=weights, mode="sum", include_last_offset=True
     )
@@ -202,9 +205,9 @@ def _gradients(span: range, pairs: Grouped, batch: LatentGradients) -> dict[str,
         latent = torch.searchsorted(bounds, place, right=True).clamp_max(len(level) - 1)
         index = level[latent] * len(x) + rows
     return {
-        "atoms": _summed(index, g.flatten(0, 1), starts, pairs.values),
-        "encoder": _summed(rows, x, starts, batch.codes),
-        "bias": _summed(rows, torch.ones_like(x[:, :1]), starts, batch.codes)[:, 0],
+        "atoms": summed(index, g.flatten(0, 1), starts, pairs.values),
+        "encoder": summed(rows, x, starts, batch.codes),
+        "bias": summed(rows, torch.ones_like(x[:, :1]), starts, batch.codes)[:, 0],
     }
 
 

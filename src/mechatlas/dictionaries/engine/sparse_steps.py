@@ -7,7 +7,7 @@ Only the encoder's product is dense. Its result, the pre-activations of a batch,
 it comes in tiles of `TILE` numbers, of which only the codes are kept, as pairs of a row and a
 latent; where the processor is fast at numbers of half the size, the product is of those, and
 the codes are exact none the less (`screening`). The rest is sparse: it is done by the functions of
-a backend, `kernels` (numba) or `fallback` (torch).
+a backend: `kernels` (numba), `triton_kernels` (GPUs) or `fallback` (torch).
 """
 
 import functools
@@ -81,7 +81,7 @@ class WholeProduct:
     """A `TileSearch` among all pre-activations."""
 
     def __init__(self, rows: Tensor, bias: Tensor, backend: Any, tile: int) -> None:
-        self.bias, self.backend = bias, backend
+        self.rows, self.bias, self.backend = rows, bias, backend
         self.product = product_with(rows, tile)
 
     def largest(self, k: int) -> Callable[[Tensor, Tensor, Tensor], None]:
@@ -208,6 +208,7 @@ class SparseStep:
             dictionary: Changed in place by each step.
             objective: Squared error that is minimized.
             compiled: Whether numba's kernels are used; by default on a CPU with numba installed.
+                Elsewhere Triton's are, on its devices where it is installed, or plain torch.
 
         Raises:
             ValueError: The sparsity rule has no fast path.
@@ -227,6 +228,9 @@ class SparseStep:
         if compiled or (compiled is None and can_compile(dictionary.W_dec)):
             self.backend = importlib.import_module("mechatlas.dictionaries.engine.kernels")
             self._screens = can_screen(dictionary.W_dec)
+        elif compiled is None and can_use_triton(dictionary.W_dec):
+            self.backend = importlib.import_module("mechatlas.dictionaries.engine.triton_kernels")
+        self._in_parts = hasattr(self.backend, "columns")  # numba's kernels run on many threads
         self._levels = torch.tensor(dictionary.matryoshka_widths, device=dictionary.W_dec.device)
         self._edges = torch.tensor(dictionary.edges)  # of the host, whatever the device
         self._room: dict[str, Tensor] = {}
@@ -277,7 +281,8 @@ class SparseStep:
                 return dictionary.rule.find_codes(batch, dictionary.state)
         numbers = TILE if x.device.type == "cpu" else steps.DEVICE_TILE
         plan = Plan(tiles(len(x), len(rows), numbers), run)
-        search = WholeProduct(rows, bias, self.backend, plan.spans[0].stop)
+        make = getattr(self.backend, "Screen", WholeProduct)
+        search = make(rows, bias, self.backend, plan.spans[0].stop)
         batch = BatchSearch(dictionary, x, room, search, plan)
         return dictionary.rule.find_codes(batch, dictionary.state)
 
@@ -309,6 +314,8 @@ class SparseStep:
         rule, state = dictionary.rule, dictionary.state
         penalty, learned = rule.penalize_codes(codes, out.codes, weight, state)
         d_code = out.codes.index_select(0, grouped.order)
+        if not self._in_parts:  # codes of zero are behind the last latent, and none of its pairs
+            d_code = d_code.masked_fill_(grouped.values == 0, 0)
         batch = LatentGradients(self._room["x"], out.rows, out.atoms, d_code, task.widths)
         added = self._revival(dead, task.scales, out.rows)
         adam = steps.adam(lr, self.n_steps)
@@ -329,7 +336,7 @@ class SparseStep:
         gradients = [g if factor == 1 else g * factor for g in learned.values()]
         own = [Learned(self._parameter(name), *self.moments[name]) for name in learned]
         fallback.step_adam(own, gradients, adam)
-        return StepResult(loss + penalty, grouped.starts[1:] > grouped.starts[:-1])
+        return StepResult(steps.at_hand(loss + penalty), grouped.starts[1:] > grouped.starts[:-1])
 
     def _group(self, codes: Codes) -> Grouped:
         """Group codes by latent."""
@@ -346,8 +353,7 @@ class SparseStep:
         One thread groups the codes meanwhile.
         """
         n, d_out = task.target.shape
-        whole = self.backend is fallback
-        spans = [slice(0, n)] if whole else tiles(n, self.dictionary.n_latents)
+        spans = tiles(n, self.dictionary.n_latents) if self._in_parts else [slice(0, n)]
         room = self._room_for("g", (len(task.widths), n, d_out), task.target)
         biases = task.target.new_zeros(len(spans), d_out)
         out = ErrorGradients(room, task.atoms[:0], torch.zeros_like(codes.values), biases)
@@ -395,7 +401,7 @@ class SparseStep:
     ) -> tuple[float, Tensor]:
         """Update all latents, or measure their gradients; gradient of the encoder's input."""
         n = self.dictionary.n_latents
-        block = n if self.backend is fallback else LATENT_BLOCK
+        block = LATENT_BLOCK if self._in_parts else n
         blocks = [range(i, min(i + block, n)) for i in range(0, n, block)]
         d_input = batch.x.new_zeros(len(blocks), batch.x.shape[1])
         names = ("W_dec", "W_dec" if rule.tied else "W_enc", "b_enc")
@@ -422,7 +428,7 @@ class SparseStep:
     def _by_columns(self, dead: Dead | None) -> bool:
         """Whether the atoms are too wide for whole rows; the dead read whole rows."""
         wide = self.dictionary.n_latents * self.dictionary.d_out > COLUMN_SPLIT_SIZE
-        return wide and self.backend is not fallback and (dead is None or not len(dead[1]))
+        return wide and self._in_parts and (dead is None or not len(dead[1]))
 
     def _room_for(self, name: str, shape: tuple[int, ...], x: Tensor) -> Tensor:
         """Array that is kept from step to step."""
@@ -442,6 +448,13 @@ def can_compile(tensor: Tensor) -> bool:
     if tensor.device.type != "cpu" or tensor.dtype not in (torch.float32, torch.float64):
         return False
     return importlib.util.find_spec("numba") is not None
+
+
+def can_use_triton(tensor: Tensor) -> bool:
+    """Whether Triton's kernels can work on a tensor."""
+    if tensor.device.type != "cuda" or tensor.dtype != torch.float32:
+        return False
+    return importlib.util.find_spec("triton") is not None
 
 
 @functools.cache

@@ -44,6 +44,12 @@ def adam(lr: float, n_steps: int) -> Adam:
     return Adam(decay1, 1 - decay1, decay2, 1 - decay2, rate, correction, EPSILON)
 
 
+def at_hand(loss: Tensor | float) -> Tensor | float:
+    """Loss as a number on a CPU; elsewhere as it is, so that nobody waits for the device."""
+    on_device = isinstance(loss, Tensor) and loss.device.type != "cpu"
+    return loss if on_device else float(loss)
+
+
 class AutogradStep:
     """Steps of a `LinearCoder`, a tile of rows at a time where its sparsity rule allows it."""
 
@@ -113,7 +119,7 @@ class AutogradStep:
         self._limit()
         self.optimizer.step()
         dictionary.normalize()
-        return StepResult(loss, fired)
+        return StepResult(at_hand(loss), fired)
 
     def _loss(
         self, x: Tensor, weights: Tensor, sparsity_coefficient: float
@@ -225,4 +231,4 @@ class ReconstructionStep:
         learned = [Learned(self.parameters[n].data, *self.moments[n]) for n in gradients]
         fallback.step_adam(learned, [g * factor for g in gradients.values()], numbers)
         self._normalize()
-        return StepResult(loss.detach(), (code.detach() != 0).any(dim=0))
+        return StepResult(at_hand(loss.detach()), (code.detach() != 0).any(dim=0))
