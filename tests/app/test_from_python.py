@@ -52,11 +52,12 @@ def world(tmp_path_factory):
 
 def test_a_network_of_ones_own_has_a_page_with_every_chapter(world, tmp_path):
     halves = {"low": slice(0, 8), "high": slice(8, 16)}
-    proof = ma.prove(*np.ones((2, 6, 4), np.float32), np.ones((4, 6), np.float32), ma.group("S3"))
+    left, right = np.ones((2, 6, 4), np.float32)
+    proof = ma.prove(left, right, np.ones((4, 6), np.float32), ma.group("S3"))
     results = {
         ("3", "seed 1"): ma.match(world.last, world.other),
         ("1", "3"): world.circuit(n_ablated=4),
-        "3": [ma.branches(world.last, halves), ma.symmetry(*posed())],
+        "3": [ma.branches(world.last, halves), posed_features()],
         "head": ma.basis(world.network, world.samples, ["4", "5", "6"]),
         "net": proof,
     }
@@ -74,10 +75,9 @@ def test_a_network_of_ones_own_has_a_page_with_every_chapter(world, tmp_path):
     assert "<title>Sequential" in page
 
 
-def posed():
-    d4 = ma.group("D4")
+def posed_features() -> ma.Symmetry:
     blocks = np.random.default_rng(0).normal(size=(32, 8, 6))
-    return blocks, d4, [blocks + 0.1, blocks]
+    return ma.symmetry(blocks, ma.group("D4"), [blocks + 0.1, blocks])
 
 
 def test_a_chapter_of_memory_is_that_of_the_folder(world, tmp_path):
@@ -130,7 +130,7 @@ def test_a_notebook_shows_the_chapter_of_a_result(world, tmp_path):
 )
 def test_what_does_not_fit_is_named(world, tmp_path, given, message):
     made = {"match": lambda: ma.match(world.last, world.other), "circuit": world.circuit}
-    small = ma.Autoencoder(d_in=12, n_latents=8)
+    small = ma.Autoencoder(d_in=12, n_latents=8, sparsity=ma.TopK(k=2))
     options = {
         "dictionaries": {**world.dictionaries, "small": ("1", small)}, "network": world.network,
         "samples": world.samples, **given,
@@ -179,7 +179,7 @@ def test_runs_that_cannot_be_read_do_not_cost_the_others(world, tmp_path):
     assert "Not drawn, or not whole: broken: " in told
     assert 'id="matching"' in (tmp_path / "page.html").read_text()
     (tmp_path / "runs" / "match" / "result.json").write_text(json.dumps({"pairs": 3}))
-    with pytest.raises(UserError, match="nothing to show"):
+    with pytest.raises(UserError, match="no run that can be read"):
         run_command(*words)
 
 

@@ -325,10 +325,10 @@ def _tested(
 
     def test() -> dict[str, Any]:
         specialization = branches(site.dictionary, site.branches, known, tested=alive())
-        matrices = vars(specialization).items()
-        return {key: value for key, value in matrices if key not in ("names", "test")}
+        return {k: v for k, v in vars(specialization).items() if k not in ("names", "test")}
 
-    return Specialization(names=tuple(site.branches), **_resumed(folder, name, test))
+    matrices: dict[str, Any] = _resumed(folder, name, test)
+    return Specialization(names=tuple(site.branches), **matrices)
 
 
 def summarize(

@@ -35,6 +35,7 @@ from mechatlas.app.commands import basis, branches, circuit, evaluate, match, pr
 from mechatlas.app.inputs import OpenedNetwork
 from mechatlas.app.pose_interventions import InterventionsResult
 from mechatlas.app.recipes import TrustConfig
+from mechatlas.app.report.chapters.symmetry import PREDICTORS
 from mechatlas.app.report.page import (
     OnProblem,
     assemble,
@@ -149,8 +150,8 @@ def report(
         deprecated.warn("ma.report(folder, out)", "ma.report(out, folder)")
         out, folder = folder, out
     module = network if isinstance(network, nn.Module) else None
-    names = () if network is None or module is not None else network
-    trusted = TrustConfig(network=(names,) if isinstance(names, str) else tuple(names), trust=trust)
+    named = () if network is None or isinstance(network, nn.Module) else network
+    trusted = TrustConfig(network=(named,) if isinstance(named, str) else tuple(named), trust=trust)
     if (module is None) != (samples is None):
         raise InputError("Give `network` and `samples` together: examples need both.")
     opened = None if module is None else OpenedNetwork(module, open_samples(samples, module))
@@ -365,7 +366,7 @@ def _describe_symmetry(
     if names[0] in known:
         atoms = known[names[0]].returned.W_dec.detach().float().cpu().numpy()
     symmetry.write_features(out, found, atoms, np.zeros(n, np.int64), {})
-    unknown = dict.fromkeys(("linear", "dictionary", "invariant", "shuffled"))
+    unknown: dict[str, float | None] = dict.fromkeys(PREDICTORS)
     return symmetry.SymmetryResult(
         **symmetry.count_classes(found),
         discoveries_shuffled=None,
