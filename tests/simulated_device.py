@@ -26,7 +26,6 @@ VIEWS |= {"squeeze", "detach", "alias", "as_strided", "permute", "split", "unbin
 VIEWS |= {"split_with_sizes", "unfold", "_reshape_alias", "empty", "empty_like", "new_empty"}
 VIEWS |= {"_to_copy"}  # counted where it does something
 WAITING = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique2", "is_nonzero"}
-UNMIXED = {"_has_compatible_shallow_copy_type"}  # asked of any two tensors
 INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_"}
 
 
@@ -164,12 +163,14 @@ def _refuse_mixing(name: str, args: tuple[Any, ...], leaves: list[Any]) -> None:
 
 def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     leaves = tree_leaves((args, kwargs))
+    if "_has_compatible_shallow_copy_type" in str(func):
+        return False  # a module gets new parameters when it is moved
     on_device = [t for t in leaves if isinstance(t, OnDevice)]
     name = func._schema.name.removeprefix("aten::")
     target = kwargs.get("device")
     to_device = None if target is None else torch.device(target).type == "cuda"
     copies = name in ("copy_", "_to_copy", "copy")
-    if on_device and not copies and name not in UNMIXED:
+    if on_device and not copies:
         _refuse_mixing(name, args, leaves)
     _count(name, args, kwargs, bool(on_device), to_device)
     plain = {**kwargs, **({"device": torch.device("cpu")} if target is not None else {})}
@@ -259,6 +260,12 @@ def _to(tensor: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
     """Copy; of another tensor only the Python side knows where it claims to be."""
     if args and isinstance(args[0], OnDevice):
         args = ("cuda:0", args[0].dtype, *args[1:])
+    place = options.get("device", args[0] if args else None)
+    named = isinstance(place, str | torch.device) and torch.device(place).type
+    if isinstance(tensor, OnDevice) and named == "cpu":
+        DEVICE.copies[f"to the host at {_place()}"] += 1
+        _wait("copy to the host")
+        return _TO(tensor.held, *args, **options)
     return _TO(tensor, *args, **options)
 
 

@@ -181,7 +181,8 @@ def _evaluate_in_network(
     batches = [numbers[i : i + batch_size] for i in range(0, len(numbers), batch_size)]
     if not batches:
         raise InputError("There are no samples to run the network on.")
-    with on_device(network, device):
+    module = dictionary if isinstance(dictionary, nn.Module) else nn.Identity()
+    with on_device(network, device), on_device(module, device):
         tokens, index = isinstance(samples, TokenSamples), batches[0][0]
         first = as_input(network, samples.stack([samples.read(index)]).to(device))
         causal = tokens and is_causal(network, first, samples.padding(index), [place])
