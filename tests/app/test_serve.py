@@ -113,7 +113,7 @@ def test_a_browser_draws_the_served_page(tmp_path):
         browser = Browser(program, tmp_path / "profile")
         try:
             browser.open(address + "#features")
-            browser.wait("document.querySelectorAll('.card canvas').length > 3")
+            browser.until("document.querySelectorAll('.card canvas').length > 3")
             assert browser.complaints == []
             assert any("/parts/" in request for request in browser.requests)
             assert all(request.startswith(address) for request in browser.requests
