@@ -44,15 +44,23 @@ def settings() -> argparse.Namespace:
     parser.add_argument("--k", type=int, default=32)
     parser.add_argument("--tokens", type=int, default=1_000_000)
     parser.add_argument("--steps", type=int, default=2000)
-    parser.add_argument("--batch-size", type=int, default=1024)
+    parser.add_argument("--batch-size", type=int, default=512)
     parser.add_argument("--samples", type=int, default=128, help="windows of each evaluation")
     parser.add_argument("--context", type=int, default=64)
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument(
+        "--train-only", action="store_true", help="stop there; other layers may train beside it"
+    )
     given = parser.parse_args()
     if given.quick:
         given.layers, given.n_latents, given.tokens = [8, 9, 16], 1152, 24_000
         given.steps, given.batch_size, given.samples = 175, 128, 16
     return given
+
+
+def model(given: argparse.Namespace) -> Network:
+    """Recipe of the model, in a format that processors read fast."""
+    return Network(name="transformer", arguments={"path": str(given.model), "dtype": "bfloat16"})
 
 
 def texts(given: argparse.Namespace, *, held_out: bool, n: int) -> Texts:
@@ -85,7 +93,7 @@ def train(network: Any, sites: list[str], folders: list[Path], given: argparse.N
         steps=given.steps,
         batch_size=given.batch_size,
         revival=AuxK(k=4 * given.k, dead_after_rows=100_000),
-        checkpoint=given.out / "checkpoint",
+        checkpoint=given.out / f"checkpoint{given.layers[0]}",
         checkpoint_every=100,
         on_measure=lambda n, entry: print(f"{sites[n]}: {entry}", flush=True) if not n else None,
     )
@@ -129,7 +137,7 @@ def match(sites: list[str], folders: list[Path], given: argparse.Namespace) -> A
     store, out = given.out / "held_out_rows", given.out / "match"
     execute(
         CollectConfig(
-            network=Network(name="transformer", arguments={"path": str(given.model)}),
+            network=model(given),
             sites=tuple(sites),
             samples=texts(given, held_out=True, n=given.samples * 4),
             storage=ma.StoreConfig(
@@ -163,10 +171,12 @@ def match(sites: list[str], folders: list[Path], given: argparse.Namespace) -> A
 def main() -> None:
     """Run what is not there yet."""
     given, clock = settings(), time.perf_counter()
-    network = ma.load_network(Network(name="transformer", arguments={"path": str(given.model)}))
+    network = ma.load_network(model(given))
     sites = [f"model.layers.{layer}" for layer in given.layers]
     folders = [given.out / f"layer{layer}" for layer in given.layers]
     train(network, sites, folders, given)
+    if given.train_only:
+        return
     evaluate(network, sites, folders, given)
     match(sites, folders, given)
     print(f"{time.perf_counter() - clock:.0f} s")
