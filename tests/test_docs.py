@@ -19,6 +19,8 @@ NAMES = (
     "tutorial",
     "own",
     "language",
+    "evaluation",
+    "effects",
     "dictionaries",
     "group_stores",
     "formats",

@@ -225,13 +225,14 @@ def test_clamping_and_ablation_keep_the_error(llama):
 
 
 def test_attribution_is_exact_for_an_output_that_is_linear_in_the_site():
-    network = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
+    last = nn.Linear(8, 3)
+    network = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), last)
     sae = dictionary(8, 20, 4)
     x = torch.randn(30, 6, generator=torch.Generator().manual_seed(1))
     found = ma.attribute(network, sae, x, lambda y: y[..., 1].sum(), site="1")
     with torch.no_grad():
         rows = network[:2](x)
-        code, weight = sae.encode(rows), network[2].weight[1]
+        code, weight = sae.encode(rows), last.weight[1]
         expected = code * (sae.W_dec @ weight)
         error = (rows - sae.decode(code)) @ weight
     assert np.allclose(found.values[:, 0], expected, atol=1e-5)
@@ -239,7 +240,7 @@ def test_attribution_is_exact_for_an_output_that_is_linear_in_the_site():
     assert np.allclose(found.falls, found.latents[found.ablated], atol=1e-4)
     assert found.rank_correlation is not None
     assert found.rank_correlation.value > 0.999
-    constant = 30 * float(network[2].bias[1].detach() + sae.b_dec.detach() @ weight)
+    constant = 30 * float(last.bias[1].detach() + sae.b_dec.detach() @ weight)
     total = found.latents.sum() + found.error.sum() + constant
     assert total == pytest.approx(found.output, rel=1e-4)
 

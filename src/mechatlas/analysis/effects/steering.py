@@ -159,9 +159,10 @@ def site_of(network: nn.Module, dictionary: Any, site: Site | str | None) -> Sit
         SiteError: The network has no such site.
     """
     named = getattr(dictionary, "site", None)
-    if site is None and named is None:
+    given = named if site is None else site
+    if given is None:
         raise InputError("The dictionary does not say of which site it is; give `site`.")
-    place = as_site(network, named if site is None else site)
+    place = as_site(network, given)
     if named is not None and as_site(network, named) != place:
         raise InputError(f"The dictionary is of site {named}, not of {place}.")
     if getattr(dictionary, "d_out", dictionary.d_in) != dictionary.d_in:
