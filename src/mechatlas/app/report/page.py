@@ -1,6 +1,6 @@
 """Page of a folder of runs: one self-contained HTML file.
 
-    report    find the runs, make the chapters, write the page
+    report    find the runs, make the chapters, write the page with its first screen
 
 The page is one file and asks for nothing from anywhere: scripts, styles, pictures and
 numbers are inside, and its content policy forbids the browser to load anything else.
@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from plotly.offline import get_plotlyjs
 
+from mechatlas.app.feature_labels import read_feature_labels
 from mechatlas.app.recipes import TrustConfig
 from mechatlas.app.report.chapter import (
     Chapter,
@@ -26,30 +27,33 @@ from mechatlas.app.report.chapter import (
     text_of,
 )
 from mechatlas.app.report.chapters import (
+    appendix,
     branches,
     circuits,
     features,
     interaction,
     matching,
-    overview,
     proofs,
     symmetry,
     training,
 )
+from mechatlas.app.report.dossiers import collect, encoded
+from mechatlas.app.report.first_screen import first_screen
+from mechatlas.app.report.palette import style_sheet
 from mechatlas.app.report.runs import Runs, find_runs
 from mechatlas.base import Progress, no_progress
 from mechatlas.files import write
 
 CHAPTERS: tuple[ChapterOf, ...] = (
-    overview.chapter,
-    training.chapter,
     features.chapter,
-    interaction.chapter,
     matching.chapter,
     symmetry.chapter,
     branches.chapter,
     circuits.chapter,
+    interaction.chapter,
     proofs.chapter,
+    training.chapter,
+    appendix.chapter,
 )
 """Chapters in the order of the page. A new analysis adds its function here."""
 
@@ -72,6 +76,7 @@ def report(
     visualize: int = 0,
     network: Sequence[str] = (),
     trust: bool = False,
+    labels: Path | str | None = None,
     on_progress: Progress = no_progress,
     on_problem: OnProblem = no_problem,
 ) -> Path:
@@ -85,6 +90,7 @@ def report(
         visualize: Number of features per dictionary to visualize by activation maximization.
         network: Networks that stores may name, as `package.module:factory`: their code runs.
         trust: Whether the code of whatever network a store names may run.
+        labels: A `labels.json` that an earlier page saved; its names and notes are on this one.
         on_progress: Callback with the steps done.
         on_problem: Callback with each run that is left out, or not drawn whole.
 
@@ -93,11 +99,13 @@ def report(
 
     Raises:
         DiskError: The folder is not there, or the page cannot be written.
+        RecipeError: The labels are none.
         UserError: The folder holds no run that can be read.
     """
     names = (network,) if isinstance(network, str) else tuple(network)
     trusted = TrustConfig(network=names, trust=trust)
-    runs = find_runs(Path(folder), visualize=visualize, trust=trusted)
+    read = read_feature_labels(Path(labels)) if labels is not None else None
+    runs = find_runs(Path(folder), visualize=visualize, trust=trusted, labels=read)
     chapters = []
     total = len(CHAPTERS) * STEPS
     for number, make in enumerate(CHAPTERS):
@@ -113,6 +121,7 @@ def report(
             chapters.append(made)
     for name, reason in runs.problems.items():
         on_problem(name, reason)
+    chapters.insert(0, first_screen(runs, chapters))
     page = assemble(_title(runs), chapters, runs.problems)
     write(Path(out), page.encode())
     on_progress(total, total)
@@ -137,6 +146,7 @@ def assemble(title: str, chapters: list[Chapter], problems: Mapping[str, str] | 
         chapters: Chapters, in order.
         problems: Sentence about each run that is left out, or not drawn whole.
     """
+    records = collect(line for chapter in chapters for line in chapter.statements)
     scripts = ["page.js", *(name for chapter in chapters for name in chapter.scripts)]
     return render(
         "template.html",
@@ -144,9 +154,10 @@ def assemble(title: str, chapters: list[Chapter], problems: Mapping[str, str] | 
         version=importlib.metadata.version("mechatlas"),
         chapters=chapters,
         problems=problems or {},
-        css=text_of("page.css"),
+        css=style_sheet() + text_of("page.css"),
         data=as_json({c.name: {"data": c.data, "figures": c.figures} for c in chapters}),
-        arrays=[_array(c.name, *item) for c in chapters for item in c.arrays.items()],
+        arrays=[_array(c.name, *item) for c in chapters for item in c.arrays.items()]
+        + [_array("records", run, np.frombuffer(encoded(r), "u1")) for run, r in records.items()],
         images=[
             {"name": f"{c.name}/{name}", "text": as_base64(data)}
             for c in chapters

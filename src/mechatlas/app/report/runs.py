@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 
 from mechatlas.activations.store import Store
+from mechatlas.app.feature_labels import Labels
 from mechatlas.app.inputs import OpenedNetwork, recorded_network
 from mechatlas.app.recipes import TrustConfig
 from mechatlas.app.run_folder import RESULT, STORE, read_result
@@ -88,7 +89,13 @@ class Run:
         return read_arrays(self.folder / file)
 
 
-def find_runs(folder: Path, *, visualize: int = 0, trust: TrustConfig | None = None) -> "Runs":
+def find_runs(
+    folder: Path,
+    *,
+    visualize: int = 0,
+    trust: TrustConfig | None = None,
+    labels: Labels | None = None,
+) -> "Runs":
     """Find every run in a folder: the folder itself and up to two levels below.
 
     Runs with a damaged manifest or result are among the problems, and not among the runs.
@@ -97,6 +104,7 @@ def find_runs(folder: Path, *, visualize: int = 0, trust: TrustConfig | None = N
         folder: Where to look.
         visualize: Number of features per dictionary to visualize by activation maximization.
         trust: Code that may run; by default that of bundled networks only.
+        labels: Names and notes of features.
 
     Raises:
         DiskError: There is no such folder.
@@ -124,7 +132,7 @@ def find_runs(folder: Path, *, visualize: int = 0, trust: TrustConfig | None = N
             "Name the folder that `mechatlas collect` or `mechatlas train` wrote, or the one "
             "around it."
         )
-    return Runs(folder, runs, visualize, trust or TrustConfig(), problems)
+    return Runs(folder, runs, visualize, trust or TrustConfig(), problems, labels)
 
 
 def _has(folder: Path, manifest: dict[str, Any], file: str) -> bool:
@@ -155,6 +163,7 @@ class Runs:
         visualize: int,
         trust: TrustConfig,
         problems: dict[str, str],
+        labels: Labels | None = None,
     ) -> None:
         """List the runs of a page; nothing is opened yet.
 
@@ -164,12 +173,14 @@ class Runs:
             visualize: Number of features per dictionary to visualize by activation maximization.
             trust: Code that may run.
             problems: Sentence about each run that is left out, or not drawn whole, by its name.
+            labels: Names and notes of features, by run and latent.
         """
         self.folder: Path = folder
         self.all: list[Run] = runs
         self.visualize: int = visualize
         self.trust: TrustConfig = trust
         self.problems: dict[str, str] = problems
+        self.labels: Labels = labels or {}
         self.open_store: Callable[[Path], Store] = functools.cache(Store)
         self.reopen: Callable[[Path], OpenedNetwork] = functools.cache(
             lambda store: recorded_network(self.open_store(store), trust)
