@@ -62,6 +62,13 @@ class Chapter:
     statements: Statements = dataclasses.field(default_factory=list)
     """Lines for the dossiers of features."""
 
+    def note(self, found: Finding | Absence) -> None:
+        """Add a finding or an absence."""
+        if isinstance(found, Finding):
+            self.findings.append(found)
+        else:
+            self.absences.append(found)
+
 
 ChapterOf = Callable[[Runs, Progress], Chapter | None]
 """Function that makes a chapter; `None` if the runs have nothing for it."""

@@ -100,7 +100,7 @@ const query = (() => {
   }
 
   function compare(word, d) {
-    const comparison = /^(.+?)(>=|<=|>|<|=)(.*)$/.exec(word);
+    const comparison = /^([^<>=]+)(>=|<=|>|<|=)([^<>=]*)$/.exec(word);
     if (!comparison) return null;
     const [, name, operator, written] = comparison;
     const value = numbers(d).get(name), limit = /^(-?[\d.]+(?:e[+-]?\d+)?)(%?)$/i.exec(written);

@@ -1,9 +1,11 @@
 """Chapter on symmetry: counts of stabilizers, their lattice, families of features."""
 
+import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+from markupsafe import Markup
 
 from mechatlas.analysis.symmetry.class_names import NOT_RELIABLE, rotation_subgroup
 from mechatlas.app.old_runs import renamed_columns
@@ -17,7 +19,7 @@ from mechatlas.app.report.dossiers import (
     finite,
 )
 from mechatlas.app.report.palette import category
-from mechatlas.app.report.runs import Runs
+from mechatlas.app.report.runs import Run, Runs
 from mechatlas.app.run_folder import DICTIONARY, FEATURES, SYMMETRY, SYMMETRY_TENSORS
 from mechatlas.base import Progress
 from mechatlas.maths.groups import Group
@@ -50,64 +52,62 @@ def chapter(runs: Runs, on_progress: Progress) -> Chapter | None:
     if not finished:
         return None
     folders = {run.folder.resolve(): run.name for run in runs.of_kind(DICTIONARY)}
-    parts, data, figures, arrays = [], [], {}, {}
-    findings: list[Finding] = []
-    absences: list[Absence] = []
-    statements: Statements = []
-    for k, run in enumerate(finished):
-        result: "SymmetryResult" = run.typed_result()
-        facts = run.manifest["group"]
-        group = Group(facts["table"], name=facts["name"], element_names=facts["elements"])
-        table = renamed_columns(run.table(FEATURES), SYMMETRY)
-        tensors = renamed_columns(run.tensors(SYMMETRY_TENSORS), SYMMETRY)
-        names = [*facts["classes"], NOT_RELIABLE]
-        colors = _class_colors(names, table["class"])
-        figures[f"lattice{k}"] = _lattice(group, names, table["class"], colors)
-        figures[f"r2{k}"] = _r2(result, group)
-        if result.interventions.tested:
-            figures[f"interventions{k}"] = _interventions(table, result.fdr)
-        arrays[f"{k}/s"] = tensors["stabilizer_function"]
-        for key in ("q_value", "noise_ceiling", "similarity"):
-            arrays[f"{k}/{key}"] = table[key].astype(np.float32)
-        arrays[f"{k}/class"] = np.array([names.index(n) for n in table["class"]], np.uint16)
-        families = _families(table, group)
-        of_run = folders.get(Path(run.manifest["dictionary"]).resolve(), "")
-        place = _Place(k, of_run, names, result.fdr)
-        for found in _found(place, result, table, families):
-            (findings if isinstance(found, Finding) else absences).append(found)  # pyright: ignore
-        statements += _lines(place, table)
-        data.append({
-            "run": of_run,
-            "elements": list(group.element_names),
-            "rotations": sorted(rotation_subgroup(group) or []),
-            "classes": names,
-            "colors": [colors.get(name, "") for name in names],
-            "families": families,
-            "fdr": result.fdr,
-            "chance": finite(result.chance_similarity),
-        })  # fmt: skip
-        parts.append({
-            "name": run.name,
-            "number": k,
-            "result": result,
-            "counts": _counts(group, names, table["class"], colors),
-            "families": len(families),
-            "claimed": int(_claimed(table, names).sum()),
-            "r2_mean": [(words, result.r2_mean[key]) for key, words in PREDICTORS.items()],
-        })  # fmt: skip
-        on_progress(k + 1, len(finished))
-    return Chapter(
-        name="symmetry",
-        title="Symmetry",
-        html=render("symmetry.html", parts=parts),
-        figures=figures,
-        data=data,
-        arrays=arrays,
-        scripts=("symmetry.js",),
-        findings=findings,
-        absences=absences,
-        statements=statements,
+    made = Chapter(
+        name="symmetry", title="Symmetry", html=Markup(), data=[], scripts=("symmetry.js",)
     )
+    parts = []
+    for k, run in enumerate(finished):
+        parts.append(_draw(made, k, run, folders))
+        on_progress(k + 1, len(finished))
+    return dataclasses.replace(made, html=render("symmetry.html", parts=parts))
+
+
+def _draw(made: Chapter, k: int, run: Run, folders: dict[Path, str]) -> dict[str, Any]:
+    """Add a run to the chapter; the values of its part of the template.
+
+    Raises:
+        DiskError: A file of the run is damaged.
+    """
+    result: "SymmetryResult" = run.typed_result()
+    facts = run.manifest["group"]
+    group = Group(facts["table"], name=facts["name"], element_names=facts["elements"])
+    table = renamed_columns(run.table(FEATURES), SYMMETRY)
+    tensors = renamed_columns(run.tensors(SYMMETRY_TENSORS), SYMMETRY)
+    names = [*facts["classes"], NOT_RELIABLE]
+    colors = _class_colors(names, table["class"])
+    made.figures[f"lattice{k}"] = _lattice(group, names, table["class"], colors)
+    made.figures[f"r2{k}"] = _r2(result, group)
+    if result.interventions.tested:
+        made.figures[f"interventions{k}"] = _interventions(table, result.fdr)
+    made.arrays[f"{k}/s"] = tensors["stabilizer_function"]
+    for key in ("q_value", "noise_ceiling", "similarity"):
+        made.arrays[f"{k}/{key}"] = table[key].astype(np.float32)
+    made.arrays[f"{k}/class"] = np.array([names.index(n) for n in table["class"]], np.uint16)
+    families = _families(table, group)
+    of_run = folders.get(Path(run.manifest["dictionary"]).resolve(), "")
+    place = _Place(k, of_run, names, result.fdr)
+    for found in _found(place, result, table, families):
+        made.note(found)
+    made.statements.extend(_lines(place, table))
+    made.data.append({
+        "run": of_run,
+        "elements": list(group.element_names),
+        "rotations": sorted(rotation_subgroup(group) or []),
+        "classes": names,
+        "colors": [colors.get(name, "") for name in names],
+        "families": families,
+        "fdr": result.fdr,
+        "chance": finite(result.chance_similarity),
+    })  # fmt: skip
+    return {
+        "name": run.name,
+        "number": k,
+        "result": result,
+        "counts": _counts(group, names, table["class"], colors),
+        "families": len(families),
+        "claimed": int(_claimed(table, names).sum()),
+        "r2_mean": [(words, result.r2_mean[key]) for key, words in PREDICTORS.items()],
+    }
 
 
 class _Place(NamedTuple):
