@@ -3,8 +3,6 @@
 first_screen    chapters -> the chapter that stands before them
 """
 
-from typing import Any
-
 from mechatlas.activations.images import ImageSamples
 from mechatlas.activations.samples import TextSamples
 from mechatlas.app.report.chapter import Chapter, count_of, render
@@ -48,7 +46,7 @@ def _sentences(runs: Runs) -> list[str]:
     """Say for each network what it is, what it was shown, and which dictionaries there are."""
     stores: dict[tuple[str, str], list[Run]] = {}
     for run in runs.of_kind(STORE):
-        key = (_network_name(run.manifest), str(run.manifest.get("network")))
+        key = (run.network_name, str(run.manifest.get("network")))
         stores.setdefault(key, []).append(run)
     dictionaries = runs.of_kind(DICTIONARY)
     sentences = []
@@ -62,12 +60,8 @@ def _sentences(runs: Runs) -> list[str]:
     return sentences
 
 
-def _network_name(manifest: dict[str, Any]) -> str:
-    return str(manifest.get("recipe", {}).get("network", {}).get("name", "unknown network"))
-
-
 def _network(run: Run, runs: Runs) -> str:
-    name = _network_name(run.manifest)
+    name = run.network_name or "without a name"
     try:
         network, _ = runs.reopen(run.folder)
     except UserError:
@@ -79,7 +73,8 @@ def _network(run: Run, runs: Runs) -> str:
 def _data(run: Run, runs: Runs) -> str:
     n = run.manifest.get("n_samples")
     number = "samples" if n is None else f"{n:,} samples"
-    source = str(run.manifest.get("recipe", {}).get("samples", {}).get("source", ""))
+    written = run.manifest.get("recipe", {}).get("samples")
+    source = str(written.get("source", "")) if isinstance(written, dict) else ""
     try:
         _, samples = runs.reopen(run.folder)
         kind = (

@@ -77,7 +77,7 @@ def chapter(runs: Runs, on_progress: Progress) -> Chapter | None:
         html=render("circuits.html", parts=parts),
         data=data,
         images=images,
-        scripts=("circuits.js",),
+        scripts=("cards.js", "circuits.js"),
         findings=findings,
         absences=absences,
         statements=statements,

@@ -7,12 +7,12 @@ import numpy as np
 from jaxtyping import Shaped
 
 from mechatlas.analysis.interaction.degeneracy import DegeneracyCount
-from mechatlas.app.basis_spectra import DrawnGraph, LayerSpectra, read_spectra
+from mechatlas.app.basis_spectra import DrawnGraph, LayerSpectra, structure_spectra
 from mechatlas.app.report.chapter import Chapter, count_of, number, render
 from mechatlas.app.report.dossiers import Absence, Finding
 from mechatlas.app.report.palette import category
 from mechatlas.app.report.runs import Runs
-from mechatlas.app.run_folder import BASIS, read_result
+from mechatlas.app.run_folder import BASIS, SPECTRA
 from mechatlas.base import Progress
 
 LABELS = {
@@ -49,9 +49,8 @@ def chapter(runs: Runs, on_progress: Progress) -> Chapter | None:
     findings: list[Finding] = []
     absences: list[Absence] = []
     for k, run in enumerate(finished):
-        schema = run.manifest.get("schema", 1)
-        result: Any = read_result(run.folder, BASIS, schema=schema)
-        spectra = read_spectra(run.folder, schema=schema)
+        result: Any = run.typed_result()
+        spectra = structure_spectra(run.read(SPECTRA), run.name, run.manifest.get("schema", 1))
         names = [layer.name for layer in spectra.layers]
         figures[f"spectra-{k}"] = _spectra(spectra.layers)
         if has_effective := any(x.effective_parameters.n_effective for x in result.layers):
@@ -64,11 +63,10 @@ def chapter(runs: Runs, on_progress: Progress) -> Chapter | None:
         found = _found(result, k, drawn=spectra.graph is not None)
         for each in found:
             (findings if isinstance(each, Finding) else absences).append(each)  # pyright: ignore
-        recorded = run.manifest.get("recipe", {}).get("network", {}).get("name", "")
         parts.append({
             "name": run.name,
             "number": k,
-            "network": result.network or recorded,
+            "network": result.network or run.network_name,
             "result": result,
             "kinds": list(dict.fromkeys(k for layer in result.layers for k in layer.by_basis)),
             "has_curves": has_curves,

@@ -130,8 +130,8 @@ def _found(
     """Sum up stabilizers, families and interventions."""
     n, group = result.n_features, result.group.name
     control = (
-        f"false discovery rate {percent(place.fdr)}; {result.discoveries_shuffled:,} with the "
-        f"pairing shuffled; median noise ceiling {number(result.noise_ceiling)}"
+        f"false discovery rate {percent(place.fdr)}; {number(result.discoveries_shuffled)} with "
+        f"the pairing shuffled; median noise ceiling {number(result.noise_ceiling)}"
     )
     reliable = f"{result.reliable:,} of {n:,} features are measured well enough to tell"
     chance = f"Unrelated features reach a similarity of {number(result.chance_similarity)}"
