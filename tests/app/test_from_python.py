@@ -68,7 +68,9 @@ def test_a_network_of_ones_own_has_a_page_with_every_chapter(world, tmp_path):
         on_problem=problems.__setitem__,
     ).read_text()  # fmt: skip
     assert problems == {}
-    names = "overview training features interaction matching symmetry branches circuits proofs"
+    names = (
+        "findings appendix training features interaction matching symmetry branches circuits proofs"
+    )
     for name in names.split():
         assert f'id="{name}"' in page
     assert re.search(r"data-array=.features/2/heat", page), "three dictionaries have cards"

@@ -107,7 +107,7 @@ const atlas = (() => {
       font: { family: "inherit", size: 12, color: ink },
       margin: { l: 44, r: 12, t: 8, b: 38 },
       colorway: [0, 1, 2, 3, 4, 5, 6, 7].map((k) => color(category(k))),
-      legend: { orientation: "h", x: 0, y: 1.02, yanchor: "bottom", font: { size: 11 } },
+      legend: { orientation: "h", x: 0, y: 1.02, yanchor: "bottom", font: { size: 11 }, itemsizing: "constant" },
       hoverlabel: { font: { family: "inherit" } },
       ...own,
       xaxis: { ...axis, ...own.xaxis },

@@ -28,7 +28,7 @@ STRONGEST = 6
 DOTS = 400
 """Number of features drawn of each branch in the picture of shares."""
 SHARE_AXIS = {"title": {"text": "share of the decoder row"}, "range": [-0.02, 1.04]}
-LEGEND = {"orientation": "h", "y": 1.12}
+LEGEND = {"orientation": "h", "y": 1.12, "itemsizing": "constant"}
 Table = dict[str, Any]
 
 

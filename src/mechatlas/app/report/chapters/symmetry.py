@@ -266,6 +266,7 @@ def _lattice(
         "layout": {
             "xaxis": {**bare, "visible": False, "range": wide},
             "yaxis": {**bare, "tickvals": np.log2(levels).tolist(), "ticktext": levels.tolist(),
+                      "range": [-0.35, float(y.max()) + 0.6],
                       "title": {"text": "order of the stabilizer"}},
             "margin": {"l": 52, "r": 8, "t": 12, "b": 12},
         },
