@@ -11,7 +11,13 @@ from mechatlas.activations.positions import Positions
 from mechatlas.activations.receptive import ReceptiveField
 from mechatlas.activations.samples import Images, Texts, open_samples
 from mechatlas.activations.sites import read_activations
-from mechatlas.analysis.examples import BINS, PER_OCTAVE, examples, feature_statistics
+from mechatlas.analysis.examples import (
+    BINS,
+    PER_OCTAVE,
+    Crop,
+    examples,
+    feature_statistics,
+)
 from mechatlas.base import InputError, Site
 
 SITE = Site("mixed3b")
@@ -283,7 +289,7 @@ def test_tokens_of_an_image_are_mapped_at_their_patches(tmp_path):
     shown = examples(network, samples, Site("rows"), dictionary, found)
     assert shown.heat.shape == (2, 4, 4, 4)
     assert shown.apart.shape == (2, 4, 1)
-    assert (shown.crop.side, shown.crop.cell) == (16, 4)
+    assert shown.crop == Crop(16, 4.0, 0.0)
     for rank in range(4):
         place = divmod(int(shown.sample[0, rank]), 4)
         assert tuple(shown.place[0, rank]) == place

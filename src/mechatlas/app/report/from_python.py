@@ -8,9 +8,10 @@ folder of a command gives it; results are described by the functions of the comm
 The network and the samples are those given, instead of those that the recipe of a store names.
 """
 
+import contextlib
 import dataclasses
 import html
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from torch import nn
 
 from mechatlas import deprecated
 from mechatlas.activations.samples import open_samples
+from mechatlas.activations.sites import as_site
 from mechatlas.activations.store import Store
 from mechatlas.analysis.branches.specialization import Specialization
 from mechatlas.analysis.circuits.circuit import Circuit
@@ -56,7 +58,7 @@ from mechatlas.app.run_folder import (
     TRACKS,
     as_plain,
 )
-from mechatlas.base import InputError, Progress, no_progress
+from mechatlas.base import InputError, Progress, SiteError, no_progress
 from mechatlas.files import write
 
 UNNAMED = ("dictionary", "A", "B")
@@ -166,7 +168,10 @@ def report(
     given = [stores] if isinstance(stores, Store | str | Path) else list(stores)
     stored = [each if isinstance(each, Store) else Store(each) for each in given]
     runs += [read_run(store.root, store.root.name) for store in stored]
-    known = dict(_dictionary_run(name, each, stored) for name, each in (dictionaries or {}).items())
+    known = {
+        name: _dictionary_run(name, each, stored, module)
+        for name, each in (dictionaries or {}).items()
+    }
     runs += known.values()
     for name, result in (results or {}).items():
         runs += _result_runs(name, result, known)
@@ -175,17 +180,21 @@ def report(
     return write_page(page, out, on_progress=on_progress, on_problem=on_problem)
 
 
-def _dictionary_run(name: str, value: Any, stores: Sequence[Store]) -> tuple[str, MemoryRun]:
+def _dictionary_run(
+    name: str, value: Any, stores: Sequence[Store], network: nn.Module | None
+) -> MemoryRun:
     """Make a run of a dictionary, and find its site and its store.
 
     Raises:
-        InputError: It is not clear which site it reads, or no store has the site.
+        InputError: No store has its site.
     """
     given, dictionary = value if isinstance(value, tuple) else (None, value)
-    site = str(given or getattr(dictionary, "site", None) or name)
-    store = next(
-        (s for s in stores if site in s.shapes or site.partition("/")[0] in s.shapes), None
-    )
+    spellings = [str(given)] if given else [name, str(getattr(dictionary, "site", None) or name)]
+    site, store = spellings[0], None
+    for spelling in [*spellings, *_own_spellings(network, spellings)]:
+        for each in stores if store is None else ():
+            if spelling in each.shapes or spelling.partition("/")[0] in each.shapes:
+                site, store = spelling, each
     if store is None and stores:
         sites = ", ".join(site for each in stores for site in each.sites)
         raise InputError(
@@ -200,7 +209,7 @@ def _dictionary_run(name: str, value: Any, stores: Sequence[Store]) -> tuple[str
     facts = {"site": site, "complete": True}
     if store is not None:
         facts |= {"store": str(store.root.resolve()), "parents": {"store": store.digest}}
-    return name, MemoryRun(
+    return MemoryRun(
         folder=Path(name),
         name=name,
         manifest={"schema": SCHEMA, "kind": DICTIONARY, **facts},
@@ -208,6 +217,14 @@ def _dictionary_run(name: str, value: Any, stores: Sequence[Store]) -> tuple[str
         contents={} if history is None else {HISTORY: measured},
         returned=dictionary,
     )
+
+
+def _own_spellings(network: nn.Module | None, spellings: Sequence[str]) -> Iterator[str]:
+    """Give the network's own spelling of sites that are named as in another library."""
+    for spelling in spellings if network is not None else ():
+        with contextlib.suppress(SiteError):
+            assert network is not None
+            yield str(as_site(network, spelling))
 
 
 def _result_runs(name: Any, value: Any, known: Mapping[str, MemoryRun]) -> list[Run]:

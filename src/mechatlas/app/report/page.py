@@ -2,6 +2,7 @@
 
     report           find the runs of a folder and write their page
     write_page       the runs, from a folder or from Python -> one file
+    write_parts      the same with arrays and pictures in files of their own, to be served
     make_chapters    the runs -> chapters, whatever single runs are damaged
 
 The page is one file and asks for nothing from anywhere: scripts, styles, pictures and
@@ -9,6 +10,7 @@ numbers are inside, and its content policy forbids the browser to load anything 
 """
 
 import importlib.metadata
+import itertools
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -143,6 +145,31 @@ def write_page(
     return out
 
 
+def write_parts(runs: Runs, folder: Path, *, on_progress: Progress = no_progress) -> None:
+    """Write a page whose arrays and pictures are fetched from files beside it when needed.
+
+    Args:
+        runs: The runs.
+        folder: Folder for `index.html` and the files.
+        on_progress: Callback with the steps done.
+
+    Raises:
+        DiskError: A file cannot be written.
+        UserError: There is nothing to show.
+    """
+    chapters = make_chapters(runs, on_progress)
+    refuse_nothing(runs, chapters)
+    chapters.insert(0, first_screen(runs, chapters))
+    numbers = itertools.count()
+
+    def keep(data: bytes) -> str:
+        address = f"parts/{next(numbers)}"
+        write(folder / address, data)
+        return address
+
+    write(folder / "index.html", assemble(_title(runs), chapters, runs.problems, keep).encode())
+
+
 def make_chapters(runs: Runs, on_progress: Progress = no_progress) -> list[Chapter]:
     """Make the chapters of all runs that they can be made of."""
     chapters = []
@@ -187,13 +214,20 @@ def _chapter(make: ChapterOf, runs: Runs, on_progress: Progress) -> Chapter | No
         return make(runs, on_progress)
 
 
-def assemble(title: str, chapters: list[Chapter], problems: Mapping[str, str] | None = None) -> str:
+def assemble(
+    title: str,
+    chapters: list[Chapter],
+    problems: Mapping[str, str] | None = None,
+    keep: Callable[[bytes], str] | None = None,
+) -> str:
     """Fill the page's template with the chapters.
 
     Args:
         title: Title of the page.
         chapters: Chapters, in order.
         problems: Sentence about each run that is left out, or not drawn whole.
+        keep: Function that keeps bytes outside the page and gives their address; by default
+            everything is inside.
     """
     records = collect(line for chapter in chapters for line in chapter.statements)
     scripts = ["page.js", *(name for chapter in chapters for name in chapter.scripts)]
@@ -205,10 +239,14 @@ def assemble(title: str, chapters: list[Chapter], problems: Mapping[str, str] | 
         problems=problems or {},
         css=style_sheet() + text_of("page.css"),
         data=as_json({c.name: {"data": c.data, "figures": c.figures} for c in chapters}),
-        arrays=[_array(c.name, *item) for c in chapters for item in c.arrays.items()]
-        + [_array("records", run, np.frombuffer(encoded(r), "u1")) for run, r in records.items()],
+        served=keep is not None,
+        arrays=[_array(c.name, *item, keep) for c in chapters for item in c.arrays.items()]
+        + [
+            _array("records", run, np.frombuffer(encoded(of_run), "u1"), keep)
+            for run, of_run in records.items()
+        ],
         images=[
-            {"name": f"{c.name}/{name}", "text": as_base64(data)}
+            {"name": f"{c.name}/{name}", **_part(data, keep, as_base64)}
             for c in chapters
             for name, data in c.images.items()
         ],
@@ -217,7 +255,16 @@ def assemble(title: str, chapters: list[Chapter], problems: Mapping[str, str] | 
     )
 
 
-def _array(chapter: str, name: str, array: np.ndarray) -> dict[str, Any]:
+def _part(
+    data: bytes, keep: Callable[[bytes], str] | None, encode: Callable[[bytes], str]
+) -> dict[str, str]:
+    """Text of some bytes inside the page, or their address outside it."""
+    return {"text": encode(data), "src": ""} if keep is None else {"text": "", "src": keep(data)}
+
+
+def _array(
+    chapter: str, name: str, array: np.ndarray, keep: Callable[[bytes], str] | None
+) -> dict[str, Any]:
     whole = np.ascontiguousarray(array)
     if sys.byteorder == "big":
         whole = whole.byteswap()
@@ -225,7 +272,7 @@ def _array(chapter: str, name: str, array: np.ndarray) -> dict[str, Any]:
         "name": f"{chapter}/{name}",
         "dtype": whole.dtype.name,
         "shape": ",".join(map(str, whole.shape)),
-        "text": packed(whole.tobytes()),
+        **_part(whole.tobytes(), keep, packed),
     }
 
 
