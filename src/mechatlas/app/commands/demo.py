@@ -28,14 +28,12 @@ from mechatlas.app.commands import (
 from mechatlas.app.commands.collect import CollectConfig, CollectResult
 from mechatlas.app.commands.train import TrainConfig, TrainResult
 from mechatlas.app.run_folder import RESULT, as_plain, execute
-from mechatlas.dictionaries.revival import AuxK
 from mechatlas.dictionaries.sparsity import TopK
 from mechatlas.files import write_json
 
-SITES = ("fire6", "fire7")
-SEEDS = "fire7_seed1"
+SITES = ("fire4", "fire5")
+SEEDS = "fire5_seed1"
 """Second dictionary of the last site, from another seed."""
-POSED = "fire4"
 FEW = "fire4_few"
 """Small dictionary, whose features are active often enough to know their symmetry."""
 
@@ -78,14 +76,14 @@ def run(config: DemoConfig) -> DemoResult:
     started, out = time.perf_counter(), config.out
     collect = CollectConfig(
         network=Network(name="squeezenet"),
-        sites=(POSED, *SITES),
+        sites=SITES,
         samples=_photographs(side=111, crops=40),
         storage=StoreConfig(positions=Positions(per_sample=60), paired=True),
         out=out / "store",
     )
     posed = dataclasses.replace(
         collect,
-        sites=(POSED,),
+        sites=SITES[:1],
         samples=_photographs(side=79, crops=24),
         storage=StoreConfig(positions=Positions(per_sample=40)),
         group=PoseConfig(name="D4"),
@@ -157,14 +155,13 @@ def _train(collect: CollectConfig, out: Path) -> dict[str, TrainResult]:
         store=collect.out,
         n_latents=512,
         sparsity=TopK(k=16),
-        revival=AuxK(),
         steps=1500,
         batch_size=512,
     )
     few = dataclasses.replace(whole, n_latents=96, sparsity=TopK(k=8), steps=1000)
     configs = [dataclasses.replace(whole, site=site, out=out / site) for site in SITES]
     configs.append(dataclasses.replace(whole, site=SITES[1], seed=1, out=out / SEEDS))
-    configs.append(dataclasses.replace(few, site=POSED, out=out / FEW))
+    configs.append(dataclasses.replace(few, site=SITES[0], out=out / FEW))
     return {config.out.name: execute(config) for config in configs}
 
 
