@@ -71,13 +71,7 @@ def run(config: DemoConfig) -> DemoResult:
         UserError: `out` is not writable or holds something else.
     """
     started, out = time.perf_counter(), config.out
-    collect = CollectConfig(
-        network=Network(name="inception_mini"),
-        sites=SITES,
-        samples=_photographs(side=47, crops=32),
-        storage=StoreConfig(positions=Positions(per_sample=50), paired=True),
-        out=out / "store",
-    )
+    collect = collection(out)
     posed = dataclasses.replace(
         collect,
         sites=SITES[:1],
@@ -101,7 +95,7 @@ def run(config: DemoConfig) -> DemoResult:
     result = DemoResult(
         out=str(out),
         store=execute(collect),
-        dictionaries=_train(collect, out),
+        dictionaries=train_all(collect, out),
         match=execute(pairs),
         branches=execute(whole),
         circuit=execute(_circuit(out)),
@@ -114,6 +108,17 @@ def run(config: DemoConfig) -> DemoResult:
     )
     write_json(out / RESULT, as_plain(result))
     return result
+
+
+def collection(out: Path) -> CollectConfig:
+    """Settings of the store that the dictionaries are trained on."""
+    return CollectConfig(
+        network=Network(name="inception_mini"),
+        sites=SITES,
+        samples=_photographs(side=47, crops=32),
+        storage=StoreConfig(positions=Positions(per_sample=50), paired=True),
+        out=out / "store",
+    )
 
 
 def _circuit(out: Path) -> circuit.CircuitConfig:
@@ -144,7 +149,7 @@ def _photographs(*, side: int, crops: int) -> Images:
     return Images(source=source, side=side, crops=crops)
 
 
-def _train(collect: CollectConfig, out: Path) -> dict[str, TrainResult]:
+def train_all(collect: CollectConfig, out: Path) -> dict[str, TrainResult]:
     """Train a dictionary for each site, and a small one."""
     dictionaries = {}
     for name, site, n_latents, k in (*((s, s, 1024, 16) for s in SITES), (FEW, SITES[0], 128, 8)):
