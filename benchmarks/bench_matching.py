@@ -148,8 +148,7 @@ def rates(n, d, n_seeds):
 
 
 def trained(n_seeds):
-    """Print how many partners planted in briefly trained dictionaries are matched, and how many
-    pairs of the dictionaries themselves."""
+    """Print the share of partners found that are planted in briefly trained dictionaries."""
     with tempfile.TemporaryDirectory() as folder:
         collect = demo.collection(Path(folder))
         execute(collect)
@@ -183,7 +182,9 @@ def trained(n_seeds):
 
     for seed in range(n_seeds):
         found = match(a, b, cost="codes", nulls=(null,), seed=seed)
-        print(f"the dictionaries themselves, seed {seed}: {found.matched.sum()} matched", flush=True)
+        print(
+            f"the dictionaries themselves, seed {seed}: {found.matched.sum()} matched", flush=True
+        )
     settings: list[tuple[Callable[..., Any], tuple[Any, ...], str, float, float]] = [
         *((by_codes, (null,), "codes, noise", *s) for s in ((0.1, 0.7), (0.6, 0.7), (0.6, 1.5))),
         *((by_rows, NULLS, "decoder rows, cosine", *s) for s in ((0.2, 0.5), (0.6, 0.5))),

@@ -136,7 +136,9 @@ class _Graph:
         if len(rows) < len(nodes):
             order = np.argsort(self._leaving, kind="stable")[:listed]
             horizon = self._leaving[order[-1]] if listed < n else np.inf
-            self._append(np.array([n]), order[None], self._leaving[order][None], np.array([horizon]))
+            self._append(
+                np.array([n]), order[None], self._leaving[order][None], np.array([horizon])
+            )
 
     def _keep(self, rows: np.ndarray, block: np.ndarray, error: np.ndarray, listed: int) -> None:
         """Keep the cheapest edges of some rows, exactly."""
