@@ -48,7 +48,7 @@ FIRST_SAMPLE = 1024
 MIN_DRAWS = 2000
 """Size of the null of one of the last rounds, for which small dictionaries are paired several
 times: where 20 pairs are matched, one in 500 of the null is as similar."""
-MAX_REPEATS = 4
+MAX_REPEATS = 8
 """Upper limit on the pairings of a small dictionary in one round."""
 ROUNDS = 8
 """Upper limit on the rounds in which pairs are replaced."""
@@ -60,6 +60,9 @@ LENGTH_PASSES = 2
 """Times that the lengths of whitened rows are made more equal."""
 MAX_CHANCE_COSINE = 0.9
 """Upper limit on the cosine that chance is assumed to give."""
+LARGER = 0.75
+"""Weight of the larger of both latents' next best cosines; the parts of a split feature, which are
+all similar to one latent that has no rival itself, still count where it is less than 1."""
 MAX_NEXT_COSINE = 0.98
 """Upper limit on the cosine with the next best latents, near which a difference is rounding."""
 SAME_WAY = 0.1
@@ -367,7 +370,9 @@ class _Similarity:
         )
         squares = of_rows[1][rows] / costs.n_columns, of_columns[1][paired] / costs.n_rows
         expected = self._expected(_typical(*squares))
-        following = np.minimum((of_rows[0][rows] + of_columns[0][paired]) / 2, MAX_NEXT_COSINE)
+        two = of_rows[0][rows], of_columns[0][paired]
+        larger, smaller = np.maximum(*two), np.minimum(*two)
+        following = np.minimum(smaller + LARGER * (larger - smaller), MAX_NEXT_COSINE)
         return _Pairs(
             self._beyond(cosine, expected),
             self._beyond(cosine, np.maximum(expected, following)),
