@@ -9,12 +9,13 @@ Rate and power of every cost on two JumpReLU dictionaries, 31 % of the latents w
     python benchmarks/bench_matching.py rates 600 96 12        latents, width, seeds
     python benchmarks/bench_matching.py time 16384 2304        match and evidence, in products
 
-Partners planted among the codes and decoder rows of the two dictionaries of the tour, which are
-trained for 400 steps and have clusters of nearly equal latents:
+Partners planted among the codes and decoder rows of two dictionaries of the bundled network, which
+are trained for 400 steps and have clusters of nearly equal latents:
 
     python benchmarks/bench_matching.py trained 3              seeds
 """
 
+import dataclasses
 import functools
 import itertools
 import sys
@@ -28,16 +29,22 @@ import numpy as np
 import pytest
 import torch
 
+from mechatlas.activations.collect import StoreConfig
+from mechatlas.activations.images import Images
+from mechatlas.activations.networks import Network
+from mechatlas.activations.positions import Positions
 from mechatlas.activations.store import Store
 from mechatlas.analysis.matching.chains import compose, track
 from mechatlas.analysis.matching.codes import correlate, permute_samples, sample_block
 from mechatlas.analysis.matching.folding import fold, unit_rows
 from mechatlas.analysis.matching.nulls import NULLS, rotate
 from mechatlas.analysis.matching.pairing import feature_splitting, match
-from mechatlas.app.commands import demo
+from mechatlas.app.commands.collect import CollectConfig
+from mechatlas.app.commands.train import TrainConfig
 from mechatlas.app.match_quality import first_rows
 from mechatlas.app.run_folder import execute
 from mechatlas.dictionaries.formats import load
+from mechatlas.dictionaries.sparsity import TopK
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parent))
@@ -45,6 +52,7 @@ from bench_assignment import planted as planted_rows
 from bench_assignment import product, resident, timed, warm_up
 from tests.analysis.matching.planted import LEVELS, chain, jump_relu_pair
 
+SITES = ("mixed3b", "mixed4a")
 COSTS = ("decoder", "encoder", "all", "balanced", "codes")
 SEEDS = 2
 FAR_SEEDS = 8
@@ -147,15 +155,29 @@ def rates(n, d, n_seeds):
             print(f"{name}: found {found:.3f}, wrong {wrong:.3f} +- {error:.3f}", flush=True)
 
 
+def briefly_trained(folder):
+    """Dictionaries of two modules of the bundled network, and the store of their activations."""
+    out = folder / "store"
+    execute(
+        CollectConfig(
+            network=Network(name="inception_mini"),
+            sites=SITES,
+            samples=Images(source="scikit-image", side=47, crops=32),
+            storage=StoreConfig(positions=Positions(per_sample=50), paired=True),
+            out=out,
+        )
+    )
+    train = TrainConfig(store=out, n_latents=1024, sparsity=TopK(k=16), steps=400, batch_size=512)
+    for site in SITES:
+        execute(dataclasses.replace(train, site=site, out=folder / site))
+    return [load(folder / site) for site in SITES], Store(out)
+
+
 def trained(n_seeds):
     """Print the share of partners found that are planted in briefly trained dictionaries."""
     with tempfile.TemporaryDirectory() as folder:
-        collect = demo.collection(Path(folder))
-        execute(collect)
-        demo.train_all(collect, Path(folder))
-        dictionaries = [load(Path(folder) / site) for site in demo.SITES]
-        store = Store(collect.out)
-        rows = [first_rows(store.rows(site), 32_000) for site in demo.SITES]
+        dictionaries, store = briefly_trained(Path(folder))
+        rows = [first_rows(store.rows(site), 32_000) for site in SITES]
     samples = rows[0][1]
     null = functools.partial(permute_samples, block=sample_block(samples))
     codes = functools.partial(correlate, samples=samples)
