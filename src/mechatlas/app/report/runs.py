@@ -15,11 +15,12 @@ import numpy as np
 import pyarrow as pa
 
 from mechatlas.activations.store import Store
+from mechatlas.activations.store_manifest import store_digest
 from mechatlas.app.inputs import OpenedNetwork, recorded_network
 from mechatlas.app.recipes import TrustConfig
 from mechatlas.app.run_folder import RESULT, STORE, read_result
 from mechatlas.base import DiskError, StoreError, UserError
-from mechatlas.files import MANIFEST, checksum_file, read_json, read_manifest
+from mechatlas.files import MANIFEST, read_json, read_manifest
 from mechatlas.tensorfiles import read_arrays, read_table
 
 DEPTH = 2
@@ -212,7 +213,7 @@ class Runs:
         """
         wanted = run.manifest.get("parents", {}).get("store")
         for other in self.of_kind(STORE):
-            if wanted and checksum_file(other.folder / MANIFEST) == wanted:
+            if wanted and store_digest(other.folder / MANIFEST) == wanted:
                 return other.folder
         written = Path(str(run.manifest.get("store", "")))
         for path in (run.folder / written, self.folder / written, written):
