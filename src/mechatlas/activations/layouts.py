@@ -31,9 +31,7 @@ from mechatlas.activations.passes import unobserved, unwrapped
 from mechatlas.activations.reading import hook_site
 from mechatlas.activations.values import tensors_in
 from mechatlas.base import Site, SiteError
-
-Channels = slice | list[int]
-"""Some of the channels."""
+from mechatlas.maths.arrays import Channels
 
 
 @dataclasses.dataclass(frozen=True)

@@ -30,7 +30,6 @@ from torch.jit import ScriptModule
 from mechatlas.activations.axes import stamped_axis
 from mechatlas.activations.branches import branches_of, no_such_branch, select
 from mechatlas.activations.layouts import (
-    Channels,
     Layout,
     channel_axis,
     find_layouts,
@@ -55,6 +54,7 @@ from mechatlas.activations.site_names import (
 )
 from mechatlas.activations.values import replace_tensor, tensor_of
 from mechatlas.base import Site, SiteError
+from mechatlas.maths.arrays import Channels
 
 Edit = Callable[[Tensor], Tensor]
 """Function from the activations at a site to their replacement, of the same shape."""

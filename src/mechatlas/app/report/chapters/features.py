@@ -28,6 +28,7 @@ from mechatlas.app.report.paintings import most_in_each, paint
 from mechatlas.app.report.runs import Run, Runs
 from mechatlas.base import Progress, Site, UserError
 from mechatlas.dictionaries.formats import load
+from mechatlas.maths.arrays import Channels
 
 TOP = 12
 """Number of examples of each feature."""
@@ -271,8 +272,8 @@ def _facts(
     }
 
 
-def _branches(rows: StoreRows) -> dict[str, slice]:
+def _branches(rows: StoreRows) -> dict[str, Channels]:
     """Branches of the site, if the dictionary reads all of its channels."""
     if rows.d_in != rows.shape.width:
         return {}
-    return {name: slice(*ends) for name, ends in rows.shape.branches.items()}
+    return rows.shape.channels
