@@ -289,11 +289,12 @@ def test_a_value_is_never_the_users_own_batch():
 
 
 def test_a_module_that_takes_the_place_of_another_is_read():
-    network, x = nn.Sequential(nn.Sequential(nn.Linear(4, 4)), nn.ReLU()), torch.randn(3, 4)
+    inner, x = nn.Sequential(nn.Linear(4, 4)), torch.randn(3, 4)
+    network = nn.Sequential(inner, nn.ReLU())
     for _ in range(2):
         found = read_activations(network, x, ["0.0"])["0.0"]
-        assert torch.equal(found, network[0][0](x))
-        network[0][0] = nn.Linear(4, 4)
+        assert torch.equal(found, inner[0](x))
+        inner[0] = nn.Linear(4, 4)
     network[0] = nn.Linear(4, 4)
     with pytest.raises(SiteError, match=r"0\.0"):
         read_activations(network, x, ["0.0"])
