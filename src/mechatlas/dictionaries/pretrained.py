@@ -203,7 +203,7 @@ class Pretrained(nn.Module):
 
     def _pre_activations(self, x: Tensor) -> tuple[Tensor, RowUnits | None]:
         """Pre-activations of some rows, and the units that the rows were brought to."""
-        check_width(x, self.d_in)
+        check_width(x, self.d_in, self.W_enc.device)
         x = x.to(self.W_enc.dtype)
         units = self.norm(x) if self.norm else None
         if units:
