@@ -57,6 +57,11 @@ def test_every_combination_is_trained_as_train_would(store, tmp_path, capsys):
     same = ma.load(out / "n_latents-16_k-3")
     assert np.array_equal(one.W_dec.detach().numpy(), same.W_dec.detach().numpy())
 
+    page = tmp_path / "page.html"
+    main(["report", str(out), "--out", str(page)])
+    assert 'data-figure="frontier"' in page.read_text()
+    main(["verify", str(out)])
+
 
 def test_what_is_missing_is_trained_and_nothing_else(store, tmp_path, capsys):
     recipe = write(tmp_path / "sweep.toml", store, *FOUR)
