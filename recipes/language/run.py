@@ -51,6 +51,9 @@ def settings() -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=512)
     parser.add_argument("--samples", type=int, default=128, help="windows of each evaluation")
     parser.add_argument("--context", type=int, default=64)
+    parser.add_argument(
+        "--scale", default="threshold", help="mean folds by mean activations: slower by far"
+    )
     parser.add_argument("--quick", action="store_true")
     parser.add_argument(
         "--train-only", action="store_true", help="stop there; other layers may train beside it"
@@ -156,12 +159,16 @@ def collect(sites: list[str], given: argparse.Namespace) -> Path:
 def match(
     sites: list[str], folders: list[Path], store: Path, out: Path, given: argparse.Namespace
 ) -> MatchResult:
-    """Match consecutive dictionaries, folded by mean activations, and print the pairs' worth."""
+    """Match consecutive dictionaries and print what pairs are worth."""
     if not (out / "result.json").is_file():
         config = MatchConfig(
-            dictionaries=tuple(folders), sites=tuple(sites), store=store, scale="mean", out=out,
+            dictionaries=tuple(folders),
+            sites=tuple(sites),
+            store=store,
+            scale=given.scale,
+            out=out,
             samples=max(8, given.samples // 4),
-        )  # fmt: skip
+        )
         execute(config)
     result = read_result(out, "matching")
     print("pair | matched of | co-firing, random | " + " | ".join(f"loss, {way}" for way in WAYS))
