@@ -64,7 +64,7 @@ def run_unfinished(world: World, command: str, place: Path, table: Table, *, sho
 
 def run_limits(world: World, command: str, place: Path, table: Table, *, short: bool) -> None:
     """Disks, writers and clocks."""
-    sizes = [1000] if short else [0, 1000, 5000, 30_000, 200_000]
+    sizes = [1000] if short else [500, 2000, 5000, 30_000, 200_000]
     limits.full_disk(world, command, place / "limit", table, sizes)
     limits.full_tmpfs(world, command, place / "disk", table, [4096, 40_960, 102_400][short:])
     limits.unwritable(world, command, place / "unwritable", table)
