@@ -33,6 +33,7 @@ COMMANDS = (
     "circuit",
     "prove",
     "report",
+    "serve",
     "verify",
 )
 FROM_RECIPES = ("collect", "train", "basis")

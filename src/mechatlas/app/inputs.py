@@ -189,7 +189,13 @@ def recorded_network(store: Store, trust: TrustConfig) -> OpenedNetwork:
         RecipeError: The store was not made by `mechatlas collect`.
         UserError: The network or the samples are no longer there.
     """
-    config = from_dict(store.manifest["recipe"], CollectConfig, f"The manifest of {store.root}")
+    recipe = store.manifest["recipe"]
+    if "network" not in recipe:
+        raise RecipeError(
+            f"{store.root} was collected from Python, so no recipe names its network. Give the "
+            "network and the samples: ma.report(out, stores=..., network=..., samples=...)."
+        )
+    config = from_dict(recipe, CollectConfig, f"The manifest of {store.root}")
     _refuse_code(config.network, store, trust)
     network = load_network(config.network)
     return OpenedNetwork(network, open_samples(config.samples, network))

@@ -22,7 +22,7 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import cattrs
 import numpy as np
@@ -101,8 +101,9 @@ class RunConfig:
 class DeviceConfig(RunConfig):
     """Fields of commands that run a network or train on a chosen device."""
 
-    device: str = "cpu"
-    """Device to compute on, such as "cpu" or "cuda"."""
+    device: str = "auto"
+    """Device to compute on, such as "cpu" or "cuda"; "auto" is the first there is of cuda, mps and
+    cpu."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -115,6 +116,23 @@ class CommandResult:
     """Process CPU seconds of the command."""
     peak_bytes: int = 0
     """Largest resident memory of the process."""
+
+
+@runtime_checkable
+class Outputs(Protocol):
+    """Tables, tensors and plain values of a run: a `RunFolder`, or a run kept in memory."""
+
+    def facts(self, **values: Any) -> None:
+        """Add plain values to the manifest."""
+
+    def table(self, name: str, columns: Mapping[str, Any]) -> None:
+        """Give columns of equal length."""
+
+    def tensors(self, name: str, arrays: Mapping[str, Shaped[np.ndarray, "..."]]) -> None:
+        """Give arrays by name."""
+
+    def json(self, name: str, value: Any) -> None:
+        """Give a dataclass or plain values."""
 
 
 def execute(config: Any) -> Any:

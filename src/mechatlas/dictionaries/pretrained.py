@@ -160,7 +160,7 @@ class Pretrained(nn.Module):
         Raises:
             InputError: The rows are not `d_in` wide.
         """
-        check_width(x, self.d_in)
+        check_width(x, self.d_in, self.W_enc.device)
         x = x.to(self.W_enc.dtype)
         units = self.norm(x) if self.norm else None
         if units:

@@ -1,12 +1,16 @@
 """Page of a folder of runs: one self-contained HTML file.
 
-    report    find the runs, make the chapters, write the page
+    report           find the runs of a folder and write their page
+    write_page       the runs, from a folder or from Python -> one file
+    write_parts      the same with arrays and pictures in files of their own, to be served
+    make_chapters    the runs -> chapters, whatever single runs are damaged
 
 The page is one file and asks for nothing from anywhere: scripts, styles, pictures and
 numbers are inside, and its content policy forbids the browser to load anything else.
 """
 
 import importlib.metadata
+import itertools
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -37,7 +41,8 @@ from mechatlas.app.report.chapters import (
     training,
 )
 from mechatlas.app.report.runs import Runs, find_runs
-from mechatlas.base import Progress, no_progress
+from mechatlas.app.run_folder import STORE
+from mechatlas.base import Progress, UserError, no_progress
 from mechatlas.files import write
 
 CHAPTERS: tuple[ChapterOf, ...] = (
@@ -98,6 +103,65 @@ def report(
     names = (network,) if isinstance(network, str) else tuple(network)
     trusted = TrustConfig(network=names, trust=trust)
     runs = find_runs(Path(folder), visualize=visualize, trust=trusted)
+    return write_page(runs, Path(out), on_progress=on_progress, on_problem=on_problem)
+
+
+def write_page(
+    runs: Runs,
+    out: Path,
+    *,
+    on_progress: Progress = no_progress,
+    on_problem: OnProblem = no_problem,
+) -> Path:
+    """Write one page about runs.
+
+    Args:
+        runs: The runs.
+        out: File to write.
+        on_progress: Callback with the steps done.
+        on_problem: Callback with each run that is left out, or not drawn whole.
+
+    Returns:
+        `out`.
+
+    Raises:
+        DiskError: The page cannot be written.
+        UserError: There is nothing to show.
+    """
+    chapters = make_chapters(runs, on_progress)
+    refuse_nothing(runs, chapters)
+    for name, reason in runs.problems.items():
+        on_problem(name, reason)
+    write(out, assemble(_title(runs), chapters, runs.problems).encode())
+    return out
+
+
+def write_parts(runs: Runs, folder: Path, *, on_progress: Progress = no_progress) -> None:
+    """Write a page whose arrays and pictures are fetched from files beside it when needed.
+
+    Args:
+        runs: The runs.
+        folder: Folder for `index.html` and the files.
+        on_progress: Callback with the steps done.
+
+    Raises:
+        DiskError: A file cannot be written.
+        UserError: There is nothing to show.
+    """
+    chapters = make_chapters(runs, on_progress)
+    refuse_nothing(runs, chapters)
+    numbers = itertools.count()
+
+    def keep(data: bytes) -> str:
+        address = f"parts/{next(numbers)}"
+        write(folder / address, data)
+        return address
+
+    write(folder / "index.html", assemble(_title(runs), chapters, runs.problems, keep).encode())
+
+
+def make_chapters(runs: Runs, on_progress: Progress = no_progress) -> list[Chapter]:
+    """Make the chapters of all runs that they can be made of."""
     chapters = []
     total = len(CHAPTERS) * STEPS
     for number, make in enumerate(CHAPTERS):
@@ -111,12 +175,23 @@ def report(
         )
         if made is not None:
             chapters.append(made)
-    for name, reason in runs.problems.items():
-        on_problem(name, reason)
-    page = assemble(_title(runs), chapters, runs.problems)
-    write(Path(out), page.encode())
     on_progress(total, total)
-    return Path(out)
+    return chapters
+
+
+def refuse_nothing(runs: Runs, chapters: Sequence[Chapter]) -> None:
+    """Refuse a page that would show nothing but what is wrong.
+
+    Raises:
+        UserError: No chapter shows anything.
+    """
+    shown = [each for each in chapters if each.name != "overview" and not each.empty]
+    if shown or (runs.of_kind(STORE) and not runs.problems):
+        return
+    reasons = [f"{name}: {reason}" for name, reason in runs.problems.items()]
+    kinds = sorted({run.kind for run in runs.all})
+    held = f"It holds only {', '.join(kinds)}." if kinds else "It holds no runs."
+    raise UserError(f"{runs.folder} has nothing to show. {' '.join(reasons) or held}")
 
 
 def _chapter(make: ChapterOf, runs: Runs, on_progress: Progress) -> Chapter | None:
@@ -129,13 +204,20 @@ def _chapter(make: ChapterOf, runs: Runs, on_progress: Progress) -> Chapter | No
         return make(runs, on_progress)
 
 
-def assemble(title: str, chapters: list[Chapter], problems: Mapping[str, str] | None = None) -> str:
+def assemble(
+    title: str,
+    chapters: list[Chapter],
+    problems: Mapping[str, str] | None = None,
+    keep: Callable[[bytes], str] | None = None,
+) -> str:
     """Fill the page's template with the chapters.
 
     Args:
         title: Title of the page.
         chapters: Chapters, in order.
         problems: Sentence about each run that is left out, or not drawn whole.
+        keep: Function that keeps bytes outside the page and gives their address; by default
+            everything is inside.
     """
     scripts = ["page.js", *(name for chapter in chapters for name in chapter.scripts)]
     return render(
@@ -146,9 +228,10 @@ def assemble(title: str, chapters: list[Chapter], problems: Mapping[str, str] | 
         problems=problems or {},
         css=text_of("page.css"),
         data=as_json({c.name: {"data": c.data, "figures": c.figures} for c in chapters}),
-        arrays=[_array(c.name, *item) for c in chapters for item in c.arrays.items()],
+        served=keep is not None,
+        arrays=[_array(c.name, *item, keep) for c in chapters for item in c.arrays.items()],
         images=[
-            {"name": f"{c.name}/{name}", "text": as_base64(data)}
+            {"name": f"{c.name}/{name}", **_part(data, keep, as_base64)}
             for c in chapters
             for name, data in c.images.items()
         ],
@@ -157,7 +240,16 @@ def assemble(title: str, chapters: list[Chapter], problems: Mapping[str, str] | 
     )
 
 
-def _array(chapter: str, name: str, array: np.ndarray) -> dict[str, Any]:
+def _part(
+    data: bytes, keep: Callable[[bytes], str] | None, encode: Callable[[bytes], str]
+) -> dict[str, str]:
+    """Text of some bytes inside the page, or their address outside it."""
+    return {"text": encode(data), "src": ""} if keep is None else {"text": "", "src": keep(data)}
+
+
+def _array(
+    chapter: str, name: str, array: np.ndarray, keep: Callable[[bytes], str] | None
+) -> dict[str, Any]:
     whole = np.ascontiguousarray(array)
     if sys.byteorder == "big":
         whole = whole.byteswap()
@@ -165,13 +257,12 @@ def _array(chapter: str, name: str, array: np.ndarray) -> dict[str, Any]:
         "name": f"{chapter}/{name}",
         "dtype": whole.dtype.name,
         "shape": ",".join(map(str, whole.shape)),
-        "text": packed(whole.tobytes()),
+        **_part(whole.tobytes(), keep, packed),
     }
 
 
 def _title(runs: Runs) -> str:
-    names = {
-        str(run.manifest.get("recipe", {}).get("network", {}).get("name", ""))
-        for run in runs.of_kind("store")
-    } - {""}
+    if runs.opened is not None:
+        return type(runs.opened.network).__name__
+    names = {run.network_name for run in runs.of_kind(STORE)} - {""}
     return " and ".join(sorted(name.rpartition(":")[2] for name in names)) or runs.folder.name

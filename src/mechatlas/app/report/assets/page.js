@@ -37,16 +37,24 @@ const atlas = (() => {
     return [element, text];
   }
 
+  // A served page fetches its parts when they are needed; one file has them inside.
+  async function bytesAt(element) {
+    const answer = await fetch(element.dataset.src);
+    if (!answer.ok) throw new Error(`The server has no ${element.dataset.src}; is it still running?`);
+    return answer.arrayBuffer();
+  }
+
   const array = once(async (name) => {
     const [element, text] = takeText(`[data-array="${CSS.escape(name)}"]`);
     const shape = element.dataset.shape.split(",").filter(Boolean).map(Number);
-    const values = new kinds[element.dataset.dtype](await unpack(text));
+    const values = new kinds[element.dataset.dtype](await (element.dataset.src ? bytesAt(element) : unpack(text)));
     return Object.assign(values, { shape });
   });
 
   const image = once(async (name) => {
-    const [, text] = takeText(`[data-image="${CSS.escape(name)}"]`);
-    return createImageBitmap(new Blob([bytesOf(text)], { type: "image/webp" }));
+    const [element, text] = takeText(`[data-image="${CSS.escape(name)}"]`);
+    const bytes = element.dataset.src ? await bytesAt(element) : bytesOf(text);
+    return createImageBitmap(new Blob([bytes], { type: "image/webp" }));
   });
 
   const plotly = once(async () => {
