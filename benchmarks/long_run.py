@@ -102,11 +102,12 @@ def draw(samples: list[Sample], file: Path, budget_mib: int) -> None:
         label = f"{run[0].command}, {span:.0f} s"
         lines.append(f'<text x="{left + 2:.0f}" y="{HIGH - EDGE + 16}">{label}</text>')
         left += span * per_second
-    y = HIGH - EDGE - budget_mib / highest * ROOM
+    floor, right = HIGH - EDGE, WIDE - EDGE
+    y = floor - budget_mib / highest * ROOM
     lines += [
-        f'<line x1="{EDGE}" x2="{WIDE - EDGE}" y1="{y:.1f}" y2="{y:.1f}" stroke="#d33"/>',
+        f'<line x1="{EDGE}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}" stroke="#d33"/>',
         f'<text x="{EDGE}" y="{y - 4:.1f}" fill="#d33">budget of collect, {budget_mib} MiB</text>',
-        f'<line x1="{EDGE}" x2="{WIDE - EDGE}" y1="{HIGH - EDGE}" y2="{HIGH - EDGE}" stroke="#333"/>',
+        f'<line x1="{EDGE}" x2="{right}" y1="{floor}" y2="{floor}" stroke="#333"/>',
         f'<text x="{EDGE}" y="{HIGH - 4}" fill="#1f6feb">anonymous memory, at most '
         f"{max(s.anonymous_mib for s in samples):.0f} MiB</text>",
         f'<text x="{WIDE / 2:.0f}" y="{HIGH - 4}" fill="#777">open files, at most '
