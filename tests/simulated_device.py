@@ -20,6 +20,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from mechatlas.dictionaries.engine import sparse_steps
+
 aten = torch.ops.aten
 VIEWS = {"view", "_unsafe_view", "t", "transpose", "expand", "slice", "select", "unsqueeze"}
 VIEWS |= {"squeeze", "detach", "alias", "as_strided", "permute", "split", "unbind", "diagonal"}
@@ -283,7 +285,8 @@ _FORK_RNG = torch.random.fork_rng
 @contextlib.contextmanager
 def simulated_cuda() -> Iterator[Device]:
     """Make `device="cuda"` mean the simulated device; gives its counts."""
-    replaced = {
+    replaced: dict[Any, Any] = {
+        (sparse_steps, "can_use_triton"): lambda _: False,  # its kernels want a driver
         (torch, "tensor"): _tensor,
         (torch, "as_tensor"): _as_tensor,
         (torch.Tensor, "to"): _to,

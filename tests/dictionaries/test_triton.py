@@ -1,11 +1,13 @@
 """Kernels in Triton, run by its interpreter on the CPU, against float64 and the CPU's own step."""
 
 import os
+from collections import Counter
 from typing import Any
 
 import pytest
 import torch
 from jaxtyping import install_import_hook
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import mechatlas as ma
 from mechatlas.dictionaries.engine import fallback, sparse_steps
@@ -23,11 +25,14 @@ from mechatlas.dictionaries.engine.structures import (
     Weights,
 )
 from tests import conftest
+from tests.simulated_device import VIEWS, WAITING
 
 os.environ.setdefault("TRITON_INTERPRET", "1")
 pytest.importorskip("triton", reason="Triton is not installed: make test-triton")
 # Triton reads the source of its kernels: they cannot be wrapped as all else is in the tests.
 conftest.hook.uninstall()
+from triton.runtime.interpreter import GridExecutor  # noqa: E402 # pyright: ignore
+
 from mechatlas.dictionaries.engine import triton_kernels  # noqa: E402
 
 conftest.hook = install_import_hook("mechatlas", "beartype.beartype")
@@ -163,6 +168,41 @@ def test_an_update_is_that_of_plain_torch_in_float64(d_in, d_out):
         run(triton_kernels, torch.float32), run(fallback, torch.float64), strict=True
     ):
         torch.testing.assert_close(found.double(), wanted, atol=2e-5, rtol=2e-5)
+
+
+def test_a_step_is_few_launches_and_waits_for_nothing(monkeypatch):
+    monkeypatch.setattr(sparse_steps, "can_compile", lambda _: False)
+    monkeypatch.setattr(sparse_steps, "can_use_triton", lambda _: True)
+    monkeypatch.setattr(sparse_steps.steps, "at_hand", lambda loss: loss)  # as on a device
+    step = SparseStep(ma.Autoencoder(d_in=16, n_latents=64, sparsity=ma.TopK(k=4)))
+    kernels, inside = [], []
+    launch = GridExecutor.__call__
+
+    def counted(self, *args, **options):
+        kernels.append(self.fn.__name__)
+        inside.append(True)  # the interpreter's own operators are no launches
+        try:
+            return launch(self, *args, **options)
+        finally:
+            inside.pop()
+
+    class Operators(TorchDispatchMode):
+        def __init__(self):
+            super().__init__()
+            self.names = Counter()
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            name = func._schema.name.removeprefix("aten::")
+            if not inside and name not in VIEWS and not name.startswith("mkl"):
+                self.names[name] += 1
+            return func(*args, **(kwargs or {}))
+
+    monkeypatch.setattr(GridExecutor, "__call__", counted)
+    with Operators() as operators:
+        step(drawn(32, 16), 1e-3)
+    assert len(kernels) == 8
+    assert 30 < sum(operators.names.values()) + len(kernels) <= 60
+    assert not WAITING & set(operators.names)
 
 
 @pytest.mark.parametrize("rule", [ma.TopK(k=3), ma.BatchTopK(k=3), ma.ReLU(l1=0.05)])

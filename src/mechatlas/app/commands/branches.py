@@ -57,6 +57,7 @@ from mechatlas.app.run_folder import (
     RunConfig,
     RunFolder,
 )
+from mechatlas.maths.arrays import numbers_of
 from mechatlas.maths.statistics import proportion
 from mechatlas.ranges import RATE, SEED, check_ranges
 
@@ -86,8 +87,9 @@ class BranchesConfig(RunConfig):
     fdr: float = FDR
     """False discovery rate at which a feature counts as specialized."""
     labels: str | None = None
-    """Labels to look for in the branches, as FILE.parquet:COLUMN; a column `feature` says which
-    feature each row is of, otherwise rows are in the order of features."""
+    """Labels to look for in the branches: a labels.json that the page saved, or
+    FILE.parquet:COLUMN; a column `feature` says which feature each row is of, otherwise rows are in
+    the order of features."""
     match: Path | None = None
     """Result folder of `mechatlas match --cost codes` for this dictionary and dictionaries of other
     layers, to test whether features stay in the same kind of branch."""
@@ -109,7 +111,7 @@ class BranchResult:
     last: int
     """Channel after the last one."""
     width: int
-    """Number of channels."""
+    """Number of channels; fewer than lie between them where others lie there too."""
     expected_share: float
     """Share of a feature that belongs to no branch."""
     mean_share: float | None
@@ -241,7 +243,7 @@ def run(config: BranchesConfig, folder: RunFolder) -> BranchesResult:
     site = open_site(config.dictionary, config.site, store, folder)
     labels, matches = None, []
     if config.labels is not None:
-        labels = read_labels(config.labels, site.dictionary.n_latents, folder)
+        labels = read_labels(config.labels, config.dictionary, site.dictionary.n_latents, folder)
     if config.match is not None:
         matches = open_matches(config.match, config.dictionary, store, folder)
     folder.parent("store", store.digest)
@@ -357,13 +359,14 @@ def summarize(
     listed = []
     for k, (name, s) in enumerate(test.branches.items()):
         share = proportion(int(specialized[:, k].sum()), max(n_tested, 1))
+        at = numbers_of(s, test.rows.shape[1])
         there = ~np.isnan(tested.share[:, k])
         listed.append(
             BranchResult(
                 name=name,
-                first=s.start,
-                last=s.stop,
-                width=s.stop - s.start,
+                first=min(at),
+                last=max(at) + 1,
+                width=len(at),
                 expected_share=float(tested.expected[there, k][0]) if there.any() else 0.0,
                 mean_share=float(np.nanmean(tested.share[:, k])) if there.any() else None,
                 n_specialized=int(specialized[:, k].sum()),

@@ -34,6 +34,7 @@ from mechatlas.analysis.proofs.prove import AccuracyBound
 from mechatlas.analysis.symmetry.classify import Symmetry
 from mechatlas.app.basis_spectra import spectra_of
 from mechatlas.app.commands import basis, branches, circuit, evaluate, match, prove, symmetry
+from mechatlas.app.feature_labels import read_feature_labels
 from mechatlas.app.inputs import OpenedNetwork
 from mechatlas.app.pose_interventions import InterventionsResult
 from mechatlas.app.recipes import TrustConfig
@@ -101,6 +102,7 @@ def report(
     samples: Any = None,
     visualize: int = 0,
     trust: bool = False,
+    labels: Path | str | None = None,
     on_progress: Progress = no_progress,
     on_problem: OnProblem = no_problem,
 ) -> Path:
@@ -121,6 +123,7 @@ def report(
             `open_samples` takes.
         visualize: Number of features per dictionary to visualize by activation maximization.
         trust: Whether the code of whatever network a store names may run.
+        labels: A `labels.json` that an earlier page saved; its names and notes are on this one.
         on_progress: Callback with the steps done.
         on_problem: Callback with each run that is left out, or not drawn whole.
 
@@ -172,7 +175,8 @@ def report(
     runs += known.values()
     for name, result in (results or {}).items():
         runs += _result_runs(name, result, known)
-    page = Runs(folder or Path(), runs, visualize, trusted, problems, opened)
+    read = read_feature_labels(Path(labels)) if labels is not None else None
+    page = Runs(folder or Path(), runs, visualize, trusted, problems, opened, read)
     return write_page(page, out, on_progress=on_progress, on_problem=on_problem)
 
 
@@ -471,6 +475,6 @@ def draw(result: Any, names: Sequence[str] = ()) -> Drawing:
     """
     chosen = tuple(names) or (UNNAMED[1:] if isinstance(result, Match | Circuit) else UNNAMED[:1])
     runs = Runs(Path(), [memory_run(chosen, [result], {})], 0, TrustConfig(), {})
-    chapters = [each for each in make_chapters(runs) if each.name != "overview"]
+    chapters = [each for each in make_chapters(runs) if each.name != "appendix"]
     refuse_nothing(runs, chapters)
     return Drawing(assemble(chapters[0].title, chapters, runs.problems), chapters[0].title)

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from plotly.offline import get_plotlyjs
 
+from mechatlas.app.feature_labels import read_feature_labels
 from mechatlas.app.recipes import TrustConfig
 from mechatlas.app.report.chapter import (
     Chapter,
@@ -30,31 +31,34 @@ from mechatlas.app.report.chapter import (
     text_of,
 )
 from mechatlas.app.report.chapters import (
+    appendix,
     branches,
     circuits,
     features,
     interaction,
     matching,
-    overview,
     proofs,
     symmetry,
     training,
 )
+from mechatlas.app.report.dossiers import collect, encoded
+from mechatlas.app.report.first_screen import first_screen
+from mechatlas.app.report.palette import style_sheet
 from mechatlas.app.report.runs import Runs, find_runs
 from mechatlas.app.run_folder import STORE
 from mechatlas.base import Progress, UserError, no_progress
 from mechatlas.files import write
 
 CHAPTERS: tuple[ChapterOf, ...] = (
-    overview.chapter,
-    training.chapter,
     features.chapter,
-    interaction.chapter,
     matching.chapter,
     symmetry.chapter,
     branches.chapter,
     circuits.chapter,
+    interaction.chapter,
     proofs.chapter,
+    training.chapter,
+    appendix.chapter,
 )
 """Chapters in the order of the page. A new analysis adds its function here."""
 
@@ -77,6 +81,7 @@ def report(
     visualize: int = 0,
     network: Sequence[str] = (),
     trust: bool = False,
+    labels: Path | str | None = None,
     on_progress: Progress = no_progress,
     on_problem: OnProblem = no_problem,
 ) -> Path:
@@ -90,6 +95,7 @@ def report(
         visualize: Number of features per dictionary to visualize by activation maximization.
         network: Networks that stores may name, as `package.module:factory`: their code runs.
         trust: Whether the code of whatever network a store names may run.
+        labels: A `labels.json` that an earlier page saved; its names and notes are on this one.
         on_progress: Callback with the steps done.
         on_problem: Callback with each run that is left out, or not drawn whole.
 
@@ -98,11 +104,13 @@ def report(
 
     Raises:
         DiskError: The folder is not there, or the page cannot be written.
+        RecipeError: The labels are none.
         UserError: The folder holds no run that can be read.
     """
     names = (network,) if isinstance(network, str) else tuple(network)
     trusted = TrustConfig(network=names, trust=trust)
-    runs = find_runs(Path(folder), visualize=visualize, trust=trusted)
+    read = read_feature_labels(Path(labels)) if labels is not None else None
+    runs = find_runs(Path(folder), visualize=visualize, trust=trusted, labels=read)
     return write_page(runs, Path(out), on_progress=on_progress, on_problem=on_problem)
 
 
@@ -132,6 +140,7 @@ def write_page(
     refuse_nothing(runs, chapters)
     for name, reason in runs.problems.items():
         on_problem(name, reason)
+    chapters.insert(0, first_screen(runs, chapters))
     write(out, assemble(_title(runs), chapters, runs.problems).encode())
     return out
 
@@ -150,6 +159,7 @@ def write_parts(runs: Runs, folder: Path, *, on_progress: Progress = no_progress
     """
     chapters = make_chapters(runs, on_progress)
     refuse_nothing(runs, chapters)
+    chapters.insert(0, first_screen(runs, chapters))
     numbers = itertools.count()
 
     def keep(data: bytes) -> str:
@@ -185,7 +195,7 @@ def refuse_nothing(runs: Runs, chapters: Sequence[Chapter]) -> None:
     Raises:
         UserError: No chapter shows anything.
     """
-    shown = [each for each in chapters if each.name != "overview" and not each.empty]
+    shown = [each for each in chapters if each.name != "appendix" and not each.empty]
     if shown or (runs.of_kind(STORE) and not runs.problems):
         return
     reasons = [f"{name}: {reason}" for name, reason in runs.problems.items()]
@@ -219,6 +229,7 @@ def assemble(
         keep: Function that keeps bytes outside the page and gives their address; by default
             everything is inside.
     """
+    records = collect(line for chapter in chapters for line in chapter.statements)
     scripts = ["page.js", *(name for chapter in chapters for name in chapter.scripts)]
     return render(
         "template.html",
@@ -226,10 +237,14 @@ def assemble(
         version=importlib.metadata.version("mechatlas"),
         chapters=chapters,
         problems=problems or {},
-        css=text_of("page.css"),
+        css=style_sheet() + text_of("page.css"),
         data=as_json({c.name: {"data": c.data, "figures": c.figures} for c in chapters}),
         served=keep is not None,
-        arrays=[_array(c.name, *item, keep) for c in chapters for item in c.arrays.items()],
+        arrays=[_array(c.name, *item, keep) for c in chapters for item in c.arrays.items()]
+        + [
+            _array("records", run, np.frombuffer(encoded(of_run), "u1"), keep)
+            for run, of_run in records.items()
+        ],
         images=[
             {"name": f"{c.name}/{name}", **_part(data, keep, as_base64)}
             for c in chapters

@@ -314,7 +314,9 @@ class SparseStep:
         rule, state = dictionary.rule, dictionary.state
         penalty, learned = rule.penalize_codes(codes, out.codes, weight, state)
         d_code = out.codes.index_select(0, grouped.order)
-        if not self._in_parts:  # codes of zero are behind the last latent, and none of its pairs
+        if (
+            self.backend is fallback
+        ):  # codes of zero are behind the last latent, and none of its pairs
             d_code = d_code.masked_fill_(grouped.values == 0, 0)
         batch = LatentGradients(self._room["x"], out.rows, out.atoms, d_code, task.widths)
         added = self._revival(dead, task.scales, out.rows)

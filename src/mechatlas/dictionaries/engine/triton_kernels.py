@@ -305,17 +305,47 @@ def update(
     if special or len(batch.widths) > 1 or len(rule.edges) > 2:
         return fallback.update(span, pairs, batch, weights, rule, added, d_input)
     atoms, encoder, bias = weights
-    slopes = fallback.summed(
-        pairs.rows.long(), torch.ones_like(batch.x[:, :1]), pairs.starts.long(), batch.codes
-    )[:, 0]
+    slopes = torch.empty_like(bias.value)
+    _step_bias[(len(span),)](pairs.starts, batch.codes, slopes, *bias, *rule.adam)
     d_input += slopes @ encoder.value  # before the encoder changes
     d_in, d_out = batch.x.shape[1], batch.rows.shape[-1]
     read = (pairs.starts, pairs.rows, pairs.values, batch.codes, batch.x, batch.rows)
     widths = {"wide_in": _wide(d_in), "wide_out": _wide(d_out)}
     numbers = (rule.least, *rule.adam)
     _step_latent[(len(span),)](*read, *atoms, *encoder, *numbers, d_in, d_out, **widths)
-    fallback.step_adam([bias], [slopes], rule.adam)
     return 0.0
+
+
+@triton.jit
+def _step_bias(
+    starts,
+    d_codes,
+    slopes,
+    bias,
+    first,
+    second,
+    decay1,
+    weight1,
+    decay2,
+    weight2,
+    rate,
+    fix,
+    eps,
+    block: tl.constexpr = 128,
+):
+    j = tl.program_id(0).to(tl.int64)
+    t = tl.arange(0, block)
+    total = tl.zeros([block], tl.float32)
+    last = tl.load(starts + j + 1)
+    for p in range(tl.load(starts + j), last, block):
+        total += tl.load(d_codes + p + t, mask=p + t < last, other=0.0)
+    slope = tl.sum(total)
+    tl.store(slopes + j, slope)
+    m1 = decay1 * tl.load(first + j) + weight1 * slope
+    m2 = decay2 * tl.load(second + j) + weight2 * slope * slope
+    tl.store(first + j, m1)
+    tl.store(second + j, m2)
+    tl.store(bias + j, tl.load(bias + j) - rate * m1 / (tl.sqrt(m2) * fix + eps))
 
 
 @triton.jit
