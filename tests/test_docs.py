@@ -20,6 +20,8 @@ NAMES = (
     "guides",
     "own",
     "language",
+    "evaluation",
+    "effects",
     "dictionaries",
     "group_stores",
     "formats",
