@@ -16,7 +16,6 @@ from rich.progress import (
 
 from mechatlas import base
 
-
 EVERY = 10.0
 """Seconds between two lines where there is no terminal; shorter work says nothing."""
 
