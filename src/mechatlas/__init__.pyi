@@ -9,6 +9,9 @@ from .activations.stream import stream
 from .activations.texts import Texts, text_samples
 from .analysis.branches.specialization import Specialization, branches
 from .analysis.circuits.circuit import Circuit, circuit
+from .analysis.effects.attribution import Attribution, attribute
+from .analysis.effects.logits import LogitEffects, logit_effects
+from .analysis.effects.steering import steer
 from .analysis.evaluation.evaluate import evaluate
 from .analysis.evaluation.results import NetworkEvaluation
 from .analysis.interaction.interaction_basis import basis
@@ -18,7 +21,7 @@ from .analysis.matching.pairing import Match, feature_splitting, match
 from .analysis.proofs.prove import AccuracyBound, prove
 from .analysis.proofs.verifier.proof import AccuracyProof, load_proof
 from .analysis.symmetry.classify import Symmetry, symmetry
-from .app.report.page import report
+from .app.report.from_python import report
 from .base import (
     Dictionary,
     DiskError,
@@ -46,6 +49,7 @@ __all__ = [
     "AccuracyProof",
     "Arrays",
     "Assignment",
+    "Attribution",
     "Autoencoder",
     "AuxK",
     "BatchTopK",
@@ -60,6 +64,7 @@ __all__ = [
     "InteractionBasis",
     "InteractionConfig",
     "JumpReLU",
+    "LogitEffects",
     "Match",
     "Network",
     "NetworkEvaluation",
@@ -84,6 +89,7 @@ __all__ = [
     "UserError",
     "WeightsError",
     "assign",
+    "attribute",
     "basis",
     "branches",
     "circuit",
@@ -97,12 +103,14 @@ __all__ = [
     "load",
     "load_network",
     "load_proof",
+    "logit_effects",
     "match",
     "open_samples",
     "prove",
     "read_activations",
     "report",
     "save",
+    "steer",
     "stream",
     "symmetry",
     "text_samples",

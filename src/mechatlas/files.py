@@ -161,12 +161,13 @@ def read_toml(path: Path) -> dict[str, Any]:
     data = read(path, limit=TOML_LIMIT)
     try:
         text = data.decode()
-        if DEEP_KEY.search(text):
-            raise DiskError(f"{path} is not TOML for a recipe: a key has more than 64 parts.")
-        return tomllib.loads(text)
+        values = None if DEEP_KEY.search(text) else tomllib.loads(text)
     except (ValueError, RecursionError, MemoryError) as error:
         reason = "nested too deeply" if isinstance(error, RecursionError) else _reason(error)
         raise DiskError(f"{path} is not TOML: {reason}.") from error
+    if values is None:
+        raise DiskError(f"{path} is not TOML for a recipe: a key has more than 64 parts.")
+    return values
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
@@ -398,8 +399,13 @@ def write_manifest(path: Path, values: dict[str, Any], *, make_folder: bool = Tr
     Raises:
         DiskError: As `write`.
     """
+    write(path, sealed(values), make_folder=make_folder)
+
+
+def sealed(values: dict[str, Any]) -> bytes:
+    """Bytes of a manifest, with a checksum of its own content."""
     others = {key: value for key, value in values.items() if key != SEAL}
-    write_json(path, {**others, SEAL: _seal(values)}, make_folder=make_folder)
+    return _as_written({**others, SEAL: _seal(values)})
 
 
 def _seal(values: dict[str, Any]) -> str:

@@ -44,6 +44,8 @@ DTYPES = {
     "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
 }  # fmt: skip
 """Number formats of safetensors."""
+PIECE = 1 << 18
+"""Bytes that are read and hashed at once."""
 HEADER_LIMIT = 100 << 20
 """Size in bytes above which a header of safetensors is refused, here and by its own library."""
 
@@ -125,10 +127,12 @@ def read_safetensors(
                 tensor = torch.empty(entry.shape, dtype=entry.dtype)
                 if tensor.numel():
                     room = tensor.view(-1).view(torch.uint8).numpy()
-                    if opened.readinto(room.data) != len(room):
-                        raise WeightsError(f"{file} ends within {name}. Is the file whole?")
-                    if expected is not None:
-                        state.update(room.data)
+                    for start in range(0, len(room), PIECE):  # hashed while the processor has it
+                        piece = room[start : start + PIECE].data
+                        if opened.readinto(piece) != len(piece):
+                            raise WeightsError(f"{file} ends within {name}. Is the file whole?")
+                        if expected is not None:
+                            state.update(piece)
                 tensors[name] = tensor
         if expected is not None and state.hexdigest() != expected:
             raise WeightsError(damaged(file))

@@ -13,7 +13,9 @@ from mechatlas.activations.collect import StoreConfig
 from mechatlas.activations.images import Images
 from mechatlas.activations.networks import Network, load_network
 from mechatlas.activations.positions import Positions
+from mechatlas.activations.store_manifest import store_digest
 from mechatlas.app.cli import COMMANDS, main
+from mechatlas.app.commands import serve
 from mechatlas.app.commands.collect import CollectConfig
 from mechatlas.app.commands.train import TrainConfig
 from mechatlas.app.report.page import report
@@ -21,7 +23,6 @@ from mechatlas.app.run_folder import execute
 from mechatlas.base import UserError
 from mechatlas.dictionaries.formats import save
 from mechatlas.dictionaries.sparsity import TopK
-from mechatlas.files import checksum_file
 from tests.app import posed
 from tests.app.worlds import photographs
 from tests.forging import forge
@@ -80,7 +81,7 @@ def downloaded(world: Path, tmp_path: Path, name: str) -> Path:
     recipe = json.loads((folder / "store" / "manifest.json").read_text())["recipe"]
     for store in ("store", "posed"):
         forge(folder / store, recipe={**recipe, "network": network})
-    digest = checksum_file(folder / "store" / "manifest.json")
+    digest = store_digest(folder / "store" / "manifest.json")
     for site in ("first", "mixed"):
         forge(folder / site, store=str(folder / "store"), parents={"store": digest})
     return folder
@@ -98,12 +99,13 @@ def words_of(folder: Path) -> dict[str, list[str]]:
         "train": [str(folder / "mixed" / "recipe.toml"), "--store", store, "--steps", "2"],
         "evaluate": [two[1], "--n-samples", "4"],
         "verify": [str(folder)],
+        "serve": [str(folder)],
     }
 
 
-REOPEN = {"report", "match", "symmetry", "circuit", "evaluate"}
+REOPEN = {"report", "serve", "match", "symmetry", "circuit", "evaluate"}
 """Commands that run the network of a store."""
-OF_RECIPES = {"demo", "sites", "collect", "basis", "prove"}
+OF_RECIPES = {"demo", "sites", "collect", "sweep", "basis", "prove"}
 """Commands that run what their user names, or nothing."""
 
 
@@ -112,13 +114,18 @@ def test_every_command_is_tried():
     assert not rest, "say whether the command opens the network of a folder"
 
 
+@pytest.fixture(autouse=True)
+def nobody_waits(monkeypatch):
+    monkeypatch.setattr(serve, "wait", lambda: None)
+
+
 @pytest.mark.parametrize("command", words_of(Path()))
 @pytest.mark.parametrize("name", ["os:system", f"{HERE}:hostile", "subprocess:getoutput"])
 def test_nothing_that_a_folder_names_runs(world, tmp_path, monkeypatch, capsys, command, name):
     folder = downloaded(world, tmp_path, name)
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv(RAN, raising=False)
-    out = [] if command == "verify" else ["--out", str(tmp_path / "out.html")]
+    out = [] if command in ("verify", "serve") else ["--out", str(tmp_path / "out.html")]
     with contextlib.suppress(SystemExit):
         main([command, *words_of(folder)[command], *out])
     said = capsys.readouterr()

@@ -27,7 +27,7 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 
 from mechatlas.activations import networks
-from mechatlas.activations.branches import branches_of, ends_of
+from mechatlas.activations.branches import branches_of, ends_of, scattered_of
 from mechatlas.activations.layouts import Layout, layouts_of
 from mechatlas.activations.networks import as_input
 from mechatlas.activations.outlier_rows import outliers_of_sites
@@ -170,7 +170,7 @@ def collect(
     *,
     group: PoseConfig | Action | None = None,
     recipe: dict[str, Any] | None = None,
-    device: torch.device | str = "cpu",
+    device: torch.device | str | None = None,
     on_progress: Progress = no_progress,
 ) -> Store:
     """Read sites for every sample and write the rows, shuffled, to a store.
@@ -184,7 +184,7 @@ def collect(
         group: Group in whose poses each input is read. A row then has the channels of element
             0, the input itself, followed by the channels of element 1, and so on.
         recipe: Plain values kept in the manifest; a store made from another recipe is refused.
-        device: Device on which the network runs.
+        device: Device on which the network runs; by default its own.
         on_progress: Callback with the number of samples done and their total.
 
     Returns:
@@ -214,7 +214,7 @@ def collect(
         >>> next(store.rows().batches(32)).x.shape
         torch.Size([32, 8])
     """
-    settings, out, device = settings or StoreConfig(), Path(out), as_device(device)
+    settings, out, device = settings or StoreConfig(), Path(out), as_device(device, network)
     samples = open_samples(samples, network, memory_mib=settings.memory_mib)
     if recipe is None and isinstance(samples, ArraySamples):
         recipe = samples.made_from()
@@ -320,11 +320,11 @@ def _shape(
 ) -> SiteShape:
     branches = {} if site.branch else branches_of(network, site.module, site.take)
     width, grid = layout.width(activation), layout.grid(activation)
-    ranges = ends_of(branches, width)
+    ranges, scattered = ends_of(branches, width), scattered_of(branches, width)
     if poses is None:
-        return SiteShape(width, grid, ranges)
+        return SiteShape(width, grid, ranges, scattered=scattered)
     n_places = len(poses.places[site].kept)
-    return SiteShape(width * poses.action.group.order, grid, ranges, n_places)
+    return SiteShape(width * poses.action.group.order, grid, ranges, n_places, scattered)
 
 
 def _resolved(collection: _Collection, index: int, first: Any) -> _Collection:
@@ -395,6 +395,7 @@ def _new_manifest(collection: _Collection, n_rounds: int, recipe: dict[str, Any]
                 "width": s.width,
                 "grid": s.grid,
                 "branches": s.branches,
+                **({"scattered": s.scattered} if s.scattered else {}),
                 **({} if s.places is None else {"places": s.places}),
             }
             for site, s in collection.shapes.items()
@@ -554,12 +555,11 @@ def _fill(
     """Draw positions of the untransformed inputs, and add their rows pose by pose."""
     shapes, settings, poses = collection.shapes, collection.settings, collection.poses
     sites, first = collection.sites, collection.sites[0]
-    grids = {site: shape.grid for site, shape in shapes.items()}
     drawn: dict[Site, Tensor] = {}
     for element in range(1 if poses is None else poses.action.group.order):
         action = None if poses is None else poses.action
         with naming(collection.samples, indices):
-            activations = read_pose(collection.network, action, element, inputs, sites, grids)
+            activations = read_pose(collection.network, action, element, inputs, sites, shapes)
         for site, flat in activations.items():
             refuse_non_finite(flat, site, indices, collection.samples)
             if site not in drawn and settings.paired and drawn:

@@ -18,7 +18,7 @@ import itertools
 import os
 import sys
 import types
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from importlib.machinery import PathFinder
 from pathlib import Path
@@ -224,8 +224,9 @@ def as_input(network: nn.Module, inputs: Any) -> Any:
 
     Args:
         network: Network that is called with the batch.
-        inputs: A tensor, an array or nested lists; floats are brought to the network's own number
-            format. Tuples and mappings are for networks that take them, and stay as they are.
+        inputs: A tensor, an array or nested lists, which are brought to the device of the network's
+            first parameter, and floats to its number format. Tuples and mappings are for networks
+            that take them, and stay as they are.
 
     Raises:
         InputError: It is an array of something else than real numbers, or sparse, or masked.
@@ -237,25 +238,26 @@ def as_input(network: nn.Module, inputs: Any) -> Any:
         array = as_numbers(inputs, "The batch of inputs")
         floats = array.dtype.kind == "f"
         kept = array.dtype.newbyteorder("=") if floats else np.dtype(np.int64)
-        parameter = next(network.parameters(), None)
         inputs = torch.from_numpy(np.array(array, kept, order="C"))
-        inputs = inputs.to("cpu" if parameter is None else parameter.device)
         wanted = wanted or torch.float32
     if inputs.layout != torch.strided:
         raise InputError("The batch of inputs is a sparse tensor. Pass .to_dense() of it.")
+    parameter = next(network.parameters(), None)
+    if parameter is not None:
+        inputs = inputs.to(parameter.device)
     if inputs.is_floating_point() and wanted is not None and inputs.dtype != wanted:
         return inputs.to(wanted)
     return inputs
 
 
 @contextlib.contextmanager
-def running(network: nn.Module, inputs: Any, purpose: str = "") -> Iterator[None]:
+def running(network: nn.Module, inputs: Any, sites: Sequence[Any] = ()) -> Iterator[None]:
     """Turn whatever a network raises inside the context into one sentence.
 
     Args:
         network: Network that is called.
         inputs: Batch that it is called with.
-        purpose: Sites that are read or similar, for the message.
+        sites: Sites that are read, for the message.
 
     Raises:
         InputError: The network raised an error; names the shape of the inputs and the module.
@@ -270,6 +272,7 @@ def running(network: nn.Module, inputs: Any, purpose: str = "") -> Iterator[None
         if isinstance(inputs, Tensor):
             kind = str(inputs.dtype).removeprefix("torch.")
             given = f"{kind} inputs of shape {tuple(inputs.shape)}"
+        purpose = f" to read {', '.join(map(str, sites[:3]))}" if sites else ""
         raise InputError(
             f"{type(network).__name__} cannot run on {given}{purpose}: {reason_of(error)} "
             f"({type(error).__name__}{_place(network, error)})."

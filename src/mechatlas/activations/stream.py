@@ -23,9 +23,11 @@ from mechatlas.activations.layouts import layouts_of
 from mechatlas.activations.networks import as_input
 from mechatlas.activations.passes import on_device
 from mechatlas.activations.positions import Positions, TokenSamples, is_causal, left_out
+from mechatlas.activations.row_checks import refuse_other_grid, refuse_other_width
 from mechatlas.activations.samples import Samples, open_samples
 from mechatlas.activations.sites import as_site, read_activations
 from mechatlas.base import Batch, InputError, Result, Site
+from mechatlas.devices import as_device
 
 
 def stream(
@@ -38,7 +40,7 @@ def stream(
     batch_size: int = 16,
     pool_mib: int = 512,
     seed: int = 0,
-    device: torch.device | str = "cpu",
+    device: torch.device | str | None = None,
 ) -> "NetworkRows":
     """Read rows from a network while a dictionary is trained on them.
 
@@ -52,7 +54,7 @@ def stream(
         batch_size: Samples in one forward pass.
         pool_mib: Memory for the rows that are shuffled together, in MiB.
         seed: Seed of the held-out samples and of drawn positions.
-        device: Device on which the network runs.
+        device: Device on which the network runs; by default its own.
 
     Raises:
         InputError: There are fewer than two samples, sites differ in their grids, or every position
@@ -80,7 +82,7 @@ def stream(
         batch_size=batch_size,
         pool_mib=pool_mib,
         seed=seed,
-        device=device,
+        device=as_device(device, network),
     )
 
 
@@ -105,7 +107,7 @@ class NetworkRows(Result):
         batch_size: int,
         pool_mib: int,
         seed: int,
-        device: torch.device | str,
+        device: torch.device,
     ) -> None:
         if len(samples) < 2 or not sites or not 0 < held_out < 1:
             raise InputError(
@@ -134,6 +136,10 @@ class NetworkRows(Result):
         activations = read_activations(self.network, first, self.sites)
         self._layouts = layouts_of(self.network, first, self.sites)
         whole = {site: self._layouts[site].rows(a) for site, a in activations.items()}
+        self._shapes = {
+            site: (self._layouts[site].grid(activations[site]), rows.shape[-1])
+            for site, rows in whole.items()
+        }
         grids = {str(site): tuple(rows.shape[1:-1]) for site, rows in whole.items()}
         if len(set(grids.values())) > 1:
             raise InputError(
@@ -247,6 +253,10 @@ class NetworkRows(Result):
         """Rows of some samples that are kept, and their numbers."""
         activations = read_activations(self.network, self._inputs(some), self.sites)
         whole = [self._layouts[s].rows(a) for s, a in activations.items()]
+        for (site, activation), rows in zip(activations.items(), whole, strict=True):
+            grid, width = self._shapes[site]
+            refuse_other_grid(self._layouts[site].grid(activation), grid, site)
+            refuse_other_width(rows.shape[-1], width, site)
         flat = [rows.reshape(len(rows), self.n_positions, -1) for rows in whole]
         drawn = self.positions.draw(flat[0], some, self._excluded(some))
         of_sample, column = (drawn >= 0).nonzero().T

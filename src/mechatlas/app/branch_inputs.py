@@ -15,10 +15,12 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from mechatlas.activations.store import Store, StoreRows
+from mechatlas.app.feature_labels import names_of
 from mechatlas.app.inputs import checksum_of, open_dictionary, refuse_other_network
 from mechatlas.app.run_folder import MATCHES, MATCHING, RunFolder
 from mechatlas.base import DiskError, InputError, RecipeError, StoreError
 from mechatlas.files import MANIFEST, Fields, checksum_file, read_manifest
+from mechatlas.maths.arrays import Channels
 from mechatlas.tensorfiles import read_table
 
 
@@ -29,7 +31,7 @@ class BranchSite:
     dictionary: Any
     """A `Dictionary` on the CPU."""
     rows: StoreRows
-    branches: dict[str, slice]
+    branches: dict[str, Channels]
 
     def read(self, n_rows: int) -> Iterator[tuple[Tensor, Tensor]]:
         """First rows of the store, with the sample of each; they are stored shuffled."""
@@ -78,8 +80,8 @@ def open_site(path: Path, site: str | None, store: Store, folder: RunFolder) -> 
             f"and there is nothing to compare. Give a dictionary of {rows.site}; to find the "
             "features of a branch in it, use `mechatlas match`."
         )
-    if not rows.shape.branches:
-        have = [name for name, shape in store.shapes.items() if shape.branches]
+    if not rows.shape.channels:
+        have = [name for name, shape in store.shapes.items() if shape.channels]
         raise StoreError(
             f"{name} has no named branches. Sites of {store.root} that have some: "
             f"{', '.join(have) or 'none'}."
@@ -90,15 +92,15 @@ def open_site(path: Path, site: str | None, store: Store, folder: RunFolder) -> 
             f"{dictionary.d_in} and writes {dictionary.d_out}."
         )
     folder.parent(str(path.resolve()), opened.checksum)
-    named = {name: slice(*ends) for name, ends in rows.shape.branches.items()}
-    return BranchSite(dictionary, rows, named)
+    return BranchSite(dictionary, rows, rows.shape.channels)
 
 
-def read_labels(text: str, n: int, folder: RunFolder) -> list[Any]:
+def read_labels(text: str, dictionary: Path, n: int, folder: RunFolder) -> list[Any]:
     """Read one label for each feature.
 
     Args:
-        text: FILE.parquet:COLUMN.
+        text: FILE.parquet:COLUMN, or a labels.json that the page saved.
+        dictionary: Folder of the dictionary.
         n: Number of features.
         folder: Folder that notes the checksum of the file.
 
@@ -106,9 +108,13 @@ def read_labels(text: str, n: int, folder: RunFolder) -> list[Any]:
         DiskError: The file cannot be read.
         RecipeError: There is no such column, or it does not fit the features.
     """
+    if text.endswith(".json"):
+        names = names_of(Path(text), dictionary, n)
+        folder.parent("labels", checksum_file(Path(text)))
+        return names
     path, _, column = text.rpartition(":")
     if not path or not column:
-        raise RecipeError(f"--labels must be FILE.parquet:COLUMN, got {text!r}.")
+        raise RecipeError(f"--labels must be FILE.parquet:COLUMN or labels.json, got {text!r}.")
     table = _parquet(Path(path), "labels", folder)
     if column not in table:
         raise RecipeError(f"{path} has no column {column!r}. It has {', '.join(table)}.")

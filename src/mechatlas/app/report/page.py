@@ -1,12 +1,16 @@
 """Page of a folder of runs: one self-contained HTML file.
 
-    report    find the runs, make the chapters, write the page
+    report           find the runs of a folder and write their page
+    write_page       the runs, from a folder or from Python -> one file
+    write_parts      the same with arrays and pictures in files of their own, to be served
+    make_chapters    the runs -> chapters, whatever single runs are damaged
 
 The page is one file and asks for nothing from anywhere: scripts, styles, pictures and
 numbers are inside, and its content policy forbids the browser to load anything else.
 """
 
 import importlib.metadata
+import itertools
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -15,6 +19,7 @@ from typing import Any
 import numpy as np
 from plotly.offline import get_plotlyjs
 
+from mechatlas.app.feature_labels import read_feature_labels
 from mechatlas.app.recipes import TrustConfig
 from mechatlas.app.report.chapter import (
     Chapter,
@@ -26,30 +31,34 @@ from mechatlas.app.report.chapter import (
     text_of,
 )
 from mechatlas.app.report.chapters import (
+    appendix,
     branches,
     circuits,
     features,
     interaction,
     matching,
-    overview,
     proofs,
     symmetry,
     training,
 )
+from mechatlas.app.report.dossiers import collect, encoded
+from mechatlas.app.report.first_screen import first_screen
+from mechatlas.app.report.palette import style_sheet
 from mechatlas.app.report.runs import Runs, find_runs
-from mechatlas.base import Progress, no_progress
+from mechatlas.app.run_folder import STORE
+from mechatlas.base import Progress, UserError, no_progress
 from mechatlas.files import write
 
 CHAPTERS: tuple[ChapterOf, ...] = (
-    overview.chapter,
-    training.chapter,
     features.chapter,
-    interaction.chapter,
     matching.chapter,
     symmetry.chapter,
     branches.chapter,
     circuits.chapter,
+    interaction.chapter,
     proofs.chapter,
+    training.chapter,
+    appendix.chapter,
 )
 """Chapters in the order of the page. A new analysis adds its function here."""
 
@@ -72,6 +81,7 @@ def report(
     visualize: int = 0,
     network: Sequence[str] = (),
     trust: bool = False,
+    labels: Path | str | None = None,
     on_progress: Progress = no_progress,
     on_problem: OnProblem = no_problem,
 ) -> Path:
@@ -85,6 +95,7 @@ def report(
         visualize: Number of features per dictionary to visualize by activation maximization.
         network: Networks that stores may name, as `package.module:factory`: their code runs.
         trust: Whether the code of whatever network a store names may run.
+        labels: A `labels.json` that an earlier page saved; its names and notes are on this one.
         on_progress: Callback with the steps done.
         on_problem: Callback with each run that is left out, or not drawn whole.
 
@@ -93,11 +104,74 @@ def report(
 
     Raises:
         DiskError: The folder is not there, or the page cannot be written.
+        RecipeError: The labels are none.
         UserError: The folder holds no run that can be read.
     """
     names = (network,) if isinstance(network, str) else tuple(network)
     trusted = TrustConfig(network=names, trust=trust)
-    runs = find_runs(Path(folder), visualize=visualize, trust=trusted)
+    read = read_feature_labels(Path(labels)) if labels is not None else None
+    runs = find_runs(Path(folder), visualize=visualize, trust=trusted, labels=read)
+    return write_page(runs, Path(out), on_progress=on_progress, on_problem=on_problem)
+
+
+def write_page(
+    runs: Runs,
+    out: Path,
+    *,
+    on_progress: Progress = no_progress,
+    on_problem: OnProblem = no_problem,
+) -> Path:
+    """Write one page about runs.
+
+    Args:
+        runs: The runs.
+        out: File to write.
+        on_progress: Callback with the steps done.
+        on_problem: Callback with each run that is left out, or not drawn whole.
+
+    Returns:
+        `out`.
+
+    Raises:
+        DiskError: The page cannot be written.
+        UserError: There is nothing to show.
+    """
+    chapters = make_chapters(runs, on_progress)
+    refuse_nothing(runs, chapters)
+    for name, reason in runs.problems.items():
+        on_problem(name, reason)
+    chapters.insert(0, first_screen(runs, chapters))
+    write(out, assemble(_title(runs), chapters, runs.problems).encode())
+    return out
+
+
+def write_parts(runs: Runs, folder: Path, *, on_progress: Progress = no_progress) -> None:
+    """Write a page whose arrays and pictures are fetched from files beside it when needed.
+
+    Args:
+        runs: The runs.
+        folder: Folder for `index.html` and the files.
+        on_progress: Callback with the steps done.
+
+    Raises:
+        DiskError: A file cannot be written.
+        UserError: There is nothing to show.
+    """
+    chapters = make_chapters(runs, on_progress)
+    refuse_nothing(runs, chapters)
+    chapters.insert(0, first_screen(runs, chapters))
+    numbers = itertools.count()
+
+    def keep(data: bytes) -> str:
+        address = f"parts/{next(numbers)}"
+        write(folder / address, data)
+        return address
+
+    write(folder / "index.html", assemble(_title(runs), chapters, runs.problems, keep).encode())
+
+
+def make_chapters(runs: Runs, on_progress: Progress = no_progress) -> list[Chapter]:
+    """Make the chapters of all runs that they can be made of."""
     chapters = []
     total = len(CHAPTERS) * STEPS
     for number, make in enumerate(CHAPTERS):
@@ -111,12 +185,23 @@ def report(
         )
         if made is not None:
             chapters.append(made)
-    for name, reason in runs.problems.items():
-        on_problem(name, reason)
-    page = assemble(_title(runs), chapters, runs.problems)
-    write(Path(out), page.encode())
     on_progress(total, total)
-    return Path(out)
+    return chapters
+
+
+def refuse_nothing(runs: Runs, chapters: Sequence[Chapter]) -> None:
+    """Refuse a page that would show nothing but what is wrong.
+
+    Raises:
+        UserError: No chapter shows anything.
+    """
+    shown = [each for each in chapters if each.name != "appendix" and not each.empty]
+    if shown or (runs.of_kind(STORE) and not runs.problems):
+        return
+    reasons = [f"{name}: {reason}" for name, reason in runs.problems.items()]
+    kinds = sorted({run.kind for run in runs.all})
+    held = f"It holds only {', '.join(kinds)}." if kinds else "It holds no runs."
+    raise UserError(f"{runs.folder} has nothing to show. {' '.join(reasons) or held}")
 
 
 def _chapter(make: ChapterOf, runs: Runs, on_progress: Progress) -> Chapter | None:
@@ -129,14 +214,22 @@ def _chapter(make: ChapterOf, runs: Runs, on_progress: Progress) -> Chapter | No
         return make(runs, on_progress)
 
 
-def assemble(title: str, chapters: list[Chapter], problems: Mapping[str, str] | None = None) -> str:
+def assemble(
+    title: str,
+    chapters: list[Chapter],
+    problems: Mapping[str, str] | None = None,
+    keep: Callable[[bytes], str] | None = None,
+) -> str:
     """Fill the page's template with the chapters.
 
     Args:
         title: Title of the page.
         chapters: Chapters, in order.
         problems: Sentence about each run that is left out, or not drawn whole.
+        keep: Function that keeps bytes outside the page and gives their address; by default
+            everything is inside.
     """
+    records = collect(line for chapter in chapters for line in chapter.statements)
     scripts = ["page.js", *(name for chapter in chapters for name in chapter.scripts)]
     return render(
         "template.html",
@@ -144,11 +237,16 @@ def assemble(title: str, chapters: list[Chapter], problems: Mapping[str, str] | 
         version=importlib.metadata.version("mechatlas"),
         chapters=chapters,
         problems=problems or {},
-        css=text_of("page.css"),
+        css=style_sheet() + text_of("page.css"),
         data=as_json({c.name: {"data": c.data, "figures": c.figures} for c in chapters}),
-        arrays=[_array(c.name, *item) for c in chapters for item in c.arrays.items()],
+        served=keep is not None,
+        arrays=[_array(c.name, *item, keep) for c in chapters for item in c.arrays.items()]
+        + [
+            _array("records", run, np.frombuffer(encoded(of_run), "u1"), keep)
+            for run, of_run in records.items()
+        ],
         images=[
-            {"name": f"{c.name}/{name}", "text": as_base64(data)}
+            {"name": f"{c.name}/{name}", **_part(data, keep, as_base64)}
             for c in chapters
             for name, data in c.images.items()
         ],
@@ -157,7 +255,16 @@ def assemble(title: str, chapters: list[Chapter], problems: Mapping[str, str] | 
     )
 
 
-def _array(chapter: str, name: str, array: np.ndarray) -> dict[str, Any]:
+def _part(
+    data: bytes, keep: Callable[[bytes], str] | None, encode: Callable[[bytes], str]
+) -> dict[str, str]:
+    """Text of some bytes inside the page, or their address outside it."""
+    return {"text": encode(data), "src": ""} if keep is None else {"text": "", "src": keep(data)}
+
+
+def _array(
+    chapter: str, name: str, array: np.ndarray, keep: Callable[[bytes], str] | None
+) -> dict[str, Any]:
     whole = np.ascontiguousarray(array)
     if sys.byteorder == "big":
         whole = whole.byteswap()
@@ -165,13 +272,12 @@ def _array(chapter: str, name: str, array: np.ndarray) -> dict[str, Any]:
         "name": f"{chapter}/{name}",
         "dtype": whole.dtype.name,
         "shape": ",".join(map(str, whole.shape)),
-        "text": packed(whole.tobytes()),
+        **_part(whole.tobytes(), keep, packed),
     }
 
 
 def _title(runs: Runs) -> str:
-    names = {
-        str(run.manifest.get("recipe", {}).get("network", {}).get("name", ""))
-        for run in runs.of_kind("store")
-    } - {""}
+    if runs.opened is not None:
+        return type(runs.opened.network).__name__
+    names = {run.network_name for run in runs.of_kind(STORE)} - {""}
     return " and ".join(sorted(name.rpartition(":")[2] for name in names)) or runs.folder.name
