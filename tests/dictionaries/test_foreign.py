@@ -230,13 +230,21 @@ def test_a_missing_or_broken_configuration_is_refused_by_name(tmp_path):
             load(folder)
 
 
-def test_a_cross_layer_transcoder_is_refused(tmp_path):
+def test_a_file_of_several_sites_must_say_which_it_reads(tmp_path):
     folder = edited(tmp_path, "gemma_scope_two")
     tensors = safetensors.torch.load_file(folder / "params.safetensors")
     tensors["w_dec"] = tensors["w_dec"][:, None].repeat(1, 3, 1)
     safetensors.torch.save_file(tensors, folder / "params.safetensors")
-    with pytest.raises(WeightsError, match=r"w_dec has shape \(24, 3, 8\): it writes to several"):
+    with pytest.raises(WeightsError, match=r"w_dec has shape \(24, 3, 8\): it writes several"):
         load(folder)
+    dictionary = load(folder, layer=1)
+    assert dictionary.sites == tuple(f"blocks.{i}.hook_mlp_out" for i in range(3))
+    code = dictionary.encode(X)
+    torch.testing.assert_close(code, EXPECTED["gemma_scope_two/code"])
+    decoded = EXPECTED["gemma_scope_two/decoded"]
+    torch.testing.assert_close(dictionary.decode_site(code, "blocks.1.hook_mlp_out"), decoded)
+    with pytest.raises(WeightsError, match="layer is 3, expected less than its 3 sites"):
+        load(folder, layer=3)
 
 
 class Trap:
