@@ -18,7 +18,7 @@ from .analysis.matching.pairing import Match, feature_splitting, match
 from .analysis.proofs.prove import AccuracyBound, prove
 from .analysis.proofs.verifier.proof import AccuracyProof, load_proof
 from .analysis.symmetry.classify import Symmetry, symmetry
-from .app.report.page import report
+from .app.report.from_python import report
 from .base import (
     Dictionary,
     DiskError,

@@ -14,9 +14,10 @@ Axis names used in every shape of the package:
 
 import dataclasses
 import html
+import importlib
 import re
 from collections.abc import Callable, Iterator
-from typing import Literal, NamedTuple, Protocol, runtime_checkable
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -215,6 +216,20 @@ class Result:
         """Give the summary for a notebook, its first line in bold."""
         first, *others = (html.escape(line) for line in self.summary().splitlines())
         return "<br>".join([f"<strong>{first}</strong>", *others])
+
+    def show(self, *names: str) -> Any:
+        """Draw the chapter of the page on this result; a notebook shows it, `save` writes it.
+
+        Args:
+            names: Names of the dictionaries, in the order that the analysis was given them.
+
+        Raises:
+            InputError: No chapter draws such a result.
+        """
+        drawing = importlib.import_module(
+            "mechatlas.app.report.from_python"
+        )  # not before it is used
+        return drawing.draw(self, names)
 
 
 Progress = Callable[[int, int], None]

@@ -398,8 +398,13 @@ def write_manifest(path: Path, values: dict[str, Any], *, make_folder: bool = Tr
     Raises:
         DiskError: As `write`.
     """
+    write(path, sealed(values), make_folder=make_folder)
+
+
+def sealed(values: dict[str, Any]) -> bytes:
+    """Bytes of a manifest, with a checksum of its own content."""
     others = {key: value for key, value in values.items() if key != SEAL}
-    write_json(path, {**others, SEAL: _seal(values)}, make_folder=make_folder)
+    return _as_written({**others, SEAL: _seal(values)})
 
 
 def _seal(values: dict[str, Any]) -> str:

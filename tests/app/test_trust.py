@@ -13,6 +13,7 @@ from mechatlas.activations.collect import StoreConfig
 from mechatlas.activations.images import Images
 from mechatlas.activations.networks import Network, load_network
 from mechatlas.activations.positions import Positions
+from mechatlas.activations.store_manifest import store_digest
 from mechatlas.app.cli import COMMANDS, main
 from mechatlas.app.commands.collect import CollectConfig
 from mechatlas.app.commands.train import TrainConfig
@@ -21,7 +22,6 @@ from mechatlas.app.run_folder import execute
 from mechatlas.base import UserError
 from mechatlas.dictionaries.formats import save
 from mechatlas.dictionaries.sparsity import TopK
-from mechatlas.files import checksum_file
 from tests.app import posed
 from tests.app.worlds import photographs
 from tests.forging import forge
@@ -80,7 +80,7 @@ def downloaded(world: Path, tmp_path: Path, name: str) -> Path:
     recipe = json.loads((folder / "store" / "manifest.json").read_text())["recipe"]
     for store in ("store", "posed"):
         forge(folder / store, recipe={**recipe, "network": network})
-    digest = checksum_file(folder / "store" / "manifest.json")
+    digest = store_digest(folder / "store" / "manifest.json")
     for site in ("first", "mixed"):
         forge(folder / site, store=str(folder / "store"), parents={"store": digest})
     return folder

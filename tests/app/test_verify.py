@@ -20,6 +20,7 @@ from mechatlas.app.run_folder import execute
 from mechatlas.base import StoreError, UserError, WeightsError
 from mechatlas.dictionaries.formats import load
 from mechatlas.dictionaries.sparsity import TopK
+from mechatlas.files import checksum_file, read_manifest, write_manifest
 from tests.app.worlds import photographs, run_command
 from tests.forging import forge
 from tests.networks import Tiny
@@ -80,22 +81,15 @@ def test_a_whole_tree_is_as_its_manifests_say(tree, capsys):
     assert (found["runs"], found["unfinished"], found["damaged"]) == (5, 0, [])
     assert (found["parents"], found["parents_elsewhere"]) == (4, [])
     shards = sum(len(Store(tree / name).shards) for name in ("store", "other"))
-    assert found["files"] == 5 + shards + 2 * 4 + 3  # manifests, shards, dictionaries, matching
-    assert found["without_checksum"] == 4  # recipe and result of each store
+    assert found["files"] == sum(path.is_file() for path in tree.rglob("*"))
+    assert found["files"] == 5 + shards + 2 * 2 + 2 * 4 + 3  # of manifests, stores, runs, matching
+    assert found["without_checksum"] == 0
     _, text = run_command("verify", str(tree))
     assert "0 damaged or missing" in text
 
 
-def files_of(tree: Path) -> list[Path]:
-    kept = ("recipe.toml", "result.json")
-    return sorted(
-        path for path in tree.rglob("*")
-        if path.is_file() and not (path.name in kept and path.parent.name in ("store", "other"))
-    )  # fmt: skip
-
-
 def test_every_file_that_is_flipped_cut_or_gone_is_listed(tree, capsys):
-    for file in files_of(tree):
+    for file in sorted(path for path in tree.rglob("*") if path.is_file()):
         whole = file.read_bytes()
         for data in (whole[:-3] + bytes([whole[-3] ^ 4]) + whole[-2:], whole[:-1], None):
             file.unlink()
@@ -109,6 +103,27 @@ def test_every_file_that_is_flipped_cut_or_gone_is_listed(tree, capsys):
             assert any(file.name in each["reason"] for each in found["damaged"])
             file.write_bytes(whole)
     assert verified(tree, capsys, code=0)["damaged"] == []
+
+
+def test_a_store_is_known_by_its_activations_not_by_the_seconds_they_took(tree, capsys):
+    path = tree / "store" / "manifest.json"
+    manifest = read_manifest(path)
+    parent = read_manifest(tree / "of_store" / "manifest.json")["parents"]["store"]
+    assert manifest["files"].keys() == {"recipe.toml", "result.json"}
+    assert Store(tree / "store").digest == parent
+    main(["collect", str(tree / "store" / "recipe.toml")])  # done already: takes other seconds
+    assert read_manifest(path)["files"]["result.json"] != manifest["files"]["result.json"]
+    assert Store(tree / "store").digest == parent
+    found = verified(tree, capsys, code=0)
+    assert (found["without_checksum"], found["parents"]) == (0, 4)
+    manifest.pop("files")  # as stores were before they stated these checksums
+    write_manifest(path, manifest)
+    assert Store(tree / "store").digest == parent == checksum_file(path)
+    found = verified(tree, capsys, code=0)
+    assert (found["without_checksum"], found["parents"]) == (2, 4)
+    manifest["network"] = "another"
+    write_manifest(path, manifest)
+    assert Store(tree / "store").digest != parent
 
 
 def test_a_parent_that_was_made_anew_is_listed(tree, capsys):

@@ -6,17 +6,19 @@ exit code is 1 if a try ended as it must not.
 """
 
 import argparse
+import gc
 import os
 import tempfile
 from pathlib import Path
 
 from tests.faults import damage, fuzz, hostile, kills, limits, memory
+from tests.faults.fuzz import READING
 from tests.faults.table import Table
 from tests.faults.world import World, make
 
 SHORT_COMMANDS = {
     "kills": ("train", "prove"),
-    "damage": ("train", "branches", "report"),
+    "damage": ("train", "branches", "report", "verify"),
     "inputs": ("collect",),
     "unfinished": ("train",),
     "limits": ("prove",),
@@ -28,7 +30,7 @@ SHORT_COMMANDS = {
 
 def run_kills(world: World, command: str, place: Path, table: Table, *, short: bool) -> None:
     """Kills and signals."""
-    every, n_last, tries = (6, 5, 1) if short else (1, 0, 25)
+    every, n_last, tries = (12, 1, 1) if short else (1, 0, 25)
     kills.kill_at_points(world, command, place, table, every=every, n_last=n_last)
     kills.kill_at_random(world, command, place, table, tries=tries)
     kills.interrupt(world, command, place, table, tries=1 if short else 6)
@@ -37,24 +39,27 @@ def run_kills(world: World, command: str, place: Path, table: Table, *, short: b
 def run_damage(world: World, command: str, place: Path, table: Table, *, short: bool) -> None:
     """Damage of files that commands wrote."""
     targets = [t for t in damage.targets(world) if t.command == command]
-    for target in targets[:: 9 if short else 1]:
-        flips = 2 if short else 12 if command == "report" else 30
-        damage.read_damaged(world, target, place, table, flips=flips)
+    for target in targets[::14] if short else targets:
+        flips = 1 if short else 12 if command in READING else 30
+        damage.read_damaged(world, target, place, table, flips=flips, one_cut=short)
 
 
 def run_inputs(world: World, command: str, place: Path, table: Table, *, short: bool) -> None:
     """Damage of files that people bring."""
     targets = [t for t in damage.input_targets(world) if t.command == command]
-    for target in targets[:: 7 if short else 1]:
-        damage.read_damaged(world, target, place, table, flips=2 if short else 50)
+    for target in targets[:: 9 if short else 1]:
+        flips = 1 if short else 50
+        damage.read_damaged(world, target, place, table, flips=flips, one_cut=short)
 
 
 def run_unfinished(world: World, command: str, place: Path, table: Table, *, short: bool) -> None:
     """Damage of what a killed run left."""
     if command == "report":
         return
-    flips, most = (4, 2) if short else (20, 12)
-    damage.continue_damaged(world, command, place, table, flips=flips, most_files=most)
+    flips, most = (1, 2) if short else (20, 12)
+    damage.continue_damaged(
+        world, command, place, table, flips=flips, most_files=most, one_cut=short
+    )
 
 
 def run_limits(world: World, command: str, place: Path, table: Table, *, short: bool) -> None:
@@ -75,7 +80,8 @@ def run_hostile(world: World, command: str, place: Path, table: Table, *, short:
 
 def run_fuzz(world: World, command: str, place: Path, table: Table, *, short: bool) -> None:
     """Odd values in manifests, results and proofs."""
-    fuzz.fuzz_json(world, command, place, table, tries=1 if short else 40)
+    tries, every = (2, 4) if short else (40, 1)
+    fuzz.fuzz_json(world, command, place, table, tries=tries, every=every)
     if command == "prove":
         fuzz.fuzz_proofs(world, place, table, tries=8 if short else 300)
 
@@ -97,6 +103,8 @@ PIECES = {
     "fuzz": run_fuzz,
     "memory": run_memory,
 }
+ONLY = {"load": ("inputs",), "verify": ("damage", "hostile", "fuzz")}
+"""Pieces of commands that write no folder, so that only what they read can be at fault."""
 
 
 def main() -> None:
@@ -115,13 +123,15 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         place = Path(temporary)
         place.chmod(0o755)  # others must be able to try, and fail, to write below
-        world = make(options.world or place / "world")
+        world = make(options.world or place / "world", short=options.short)
         os.chdir(place)
+        gc.collect()
+        gc.freeze()  # else every child copies all objects when it looks for garbage
         for word in options.pieces:
             piece, _, command = word.partition(":")
             chosen = SHORT_COMMANDS.get(piece) if options.short else None
-            for each in [command] if command else chosen or [*world.commands, "load"]:
-                if each != "load" or piece == "inputs":
+            for each in [command] if command else chosen or [*world.commands, *ONLY]:
+                if piece in ONLY.get(each, PIECES):
                     here = place / piece / each
                     here.mkdir(parents=True, exist_ok=True)
                     PIECES[piece](world, each, here, table, short=options.short)

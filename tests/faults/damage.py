@@ -37,7 +37,9 @@ class Target(NamedTuple):
         return self.words[0]
 
 
-def damages(size: int, sibling: bytes, *, flips: int, seed: int) -> Iterator[tuple[str, Damage]]:
+def damages(
+    size: int, sibling: bytes, *, flips: int, seed: int, one_cut: bool = False
+) -> Iterator[tuple[str, Damage]]:
     """Ways to damage a file.
 
     Args:
@@ -45,13 +47,15 @@ def damages(size: int, sibling: bytes, *, flips: int, seed: int) -> Iterator[tup
         sibling: Contents of another file of its kind.
         flips: Number of bits that are flipped in turn, half of them in the first KiB.
         seed: Seed of the places.
+        one_cut: Whether it is cut at one length only.
     """
     places = random.Random(seed)
     for k in range(flips if size else 0):
         place = places.randrange(min(size, 1024) if k % 2 else size)
         mask = 1 << places.randrange(8)
         yield f"bit {mask} of byte {place}", _flip(place, mask)
-    for length in sorted({0, 1, size // 4, size // 2, size - 2} & set(range(size))):
+    lengths = {size // 2} if one_cut else {0, 1, size // 4, size // 2, size - 2}
+    for length in sorted(lengths & set(range(size))):
         yield f"cut to {length}", lambda file, data, n=length: file.write_bytes(data[:n])
     yield "zeros", lambda file, data: file.write_bytes(bytes(len(data)))
     yield "deleted", lambda file, data: file.unlink()
@@ -100,11 +104,11 @@ def targets(world: World) -> list[Target]:
         *(Target(f"{folder}/{name}", words(command)) for folder, name, commands in (
             ("store", f"{a}/train-00000.safetensors", ("train", "match", "branches", "circuit")),
             ("store", f"{a}/held-00000.safetensors", ("train",)),
-            ("store", "manifest.json", ("train", "match", "branches", "circuit")),
+            ("store", "manifest.json", ("train", "match", "branches", "circuit", "evaluate")),
             ("posed", "mixed3b/train-00000.safetensors", ("symmetry",)),
             ("posed", "manifest.json", ("symmetry",)),
-            (a, "dictionary.safetensors", ("match", "branches", "circuit")),
-            (a, "manifest.json", ("match", "branches", "circuit")),
+            (a, "dictionary.safetensors", ("match", "branches", "circuit", "evaluate")),
+            (a, "manifest.json", ("match", "branches", "circuit", "evaluate")),
             (b, "dictionary.safetensors", ("match", "circuit")),
             ("few", "dictionary.safetensors", ("symmetry",)),
         ) for command in commands),
@@ -119,13 +123,16 @@ def targets(world: World) -> list[Target]:
         Target("net/net.safetensors", words("prove")),
         Target("net/table.npy", words("prove"), NO_CHECKSUM),
     ]  # fmt: skip
-    found += [
-        Target(f"{name}/{file.name}", ["report", place(name), "--out", "page.html"])
-        for name in ("store", a, "few", *RUNS.values())
-        for file in sorted((world.root / name).iterdir())
-        if file.is_file()
-    ]
-    return found
+    folders = [world.root / name for name in ("store", a, "few", *RUNS.values())]
+    for folder in [each for each in folders if each.is_dir()]:
+        files = [file for file in sorted(folder.rglob("*")) if file.is_file()]
+        found += [
+            Target(str(file.relative_to(world.root)), words)
+            for words in (["report", str(folder), "--out", "page.html"], ["verify", str(folder)])
+            for file in files
+            if file.parent == folder or words[0] == "verify"
+        ]
+    return [target for target in found if (world.root / target.file).is_file()]
 
 
 def input_targets(world: World) -> list[Target]:
@@ -158,7 +165,15 @@ def input_targets(world: World) -> list[Target]:
     return [target._replace(allowed=NO_CHECKSUM) for target in found]
 
 
-def read_damaged(world: World, target: Target, place: Path, table: Table, *, flips: int) -> None:
+def read_damaged(
+    world: World,
+    target: Target,
+    place: Path,
+    table: Table,
+    *,
+    flips: int,
+    one_cut: bool = False,
+) -> None:
     """Damage one file in every way, and run the command that reads it."""
     file = world.root / target.file
     whole = run(target.words, place / "whole")
@@ -166,7 +181,8 @@ def read_damaged(world: World, target: Target, place: Path, table: Table, *, fli
     expected = _result(whole, place / "whole")
     siblings = [p for p in sorted(world.root.rglob(f"*{file.suffix}")) if p.is_file() and p != file]
     sibling = next((p.read_bytes() for p in siblings if p.name == file.name), b"")
-    for what, damage in damages(file.stat().st_size, sibling, flips=flips, seed=len(target.file)):
+    size, seed = file.stat().st_size, len(target.file)
+    for what, damage in damages(size, sibling, flips=flips, seed=seed, one_cut=one_cut):
         here = place / "damaged"
         with damaged(file, damage):
             ended = run(target.words, here)
@@ -195,8 +211,9 @@ def _outcome(ended: Ended, file: Path, expected: tuple[str, dict[str, bytes]], h
         return "hang"
     if ended.code == 2:
         names = (file.name, str(file.parent))
-        said = ended.errors.startswith("mechatlas: ") or "mechatlas: " in ended.errors
-        return "named" if said and any(n and n in ended.errors for n in names) else "unnamed"
+        text = ended.errors + ended.output  # `verify` lists what is damaged
+        said = "mechatlas: " in ended.errors or ended.output
+        return "named" if said and any(n and n in text for n in names) else "unnamed"
     if ended.code == 0:
         result = _result(ended, here)
         if result == expected:
@@ -231,7 +248,14 @@ def stop_at(name: str, nth: int = 1) -> Callable[[], None]:
 
 
 def continue_damaged(
-    world: World, command: str, place: Path, table: Table, *, flips: int, most_files: int = 99
+    world: World,
+    command: str,
+    place: Path,
+    table: Table,
+    *,
+    flips: int,
+    most_files: int = 99,
+    one_cut: bool = False,
 ) -> None:
     """Damage every file of a run that was killed at its end, and run the command again."""
     whole = reference(world, command, place)
@@ -242,7 +266,7 @@ def continue_damaged(
     for file in [p for p in left if not p.name.endswith(".tmp")][:most_files]:
         name = file.relative_to(place / "killed")
         size = file.stat().st_size
-        for what, damage in damages(size, b"", flips=flips, seed=size):
+        for what, damage in damages(size, b"", flips=flips, seed=size, one_cut=one_cut):
             here = place / "again"
             shutil.copytree(place / "killed", here)
             damage(here / name, file.read_bytes())

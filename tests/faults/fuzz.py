@@ -24,6 +24,8 @@ NASTY: list[Any] = [
     -(2**63), 2**64, 10**30, 0.5, -0.0, 1e308, 1e-308, "nan", "inf",
 ]  # fmt: skip
 """Values that a field of a file or recipe may be given."""
+READING = ("report", "verify")
+"""Commands that read runs of every kind."""
 
 
 def places_in(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
@@ -51,19 +53,22 @@ def changed(values: Any, path: tuple[Any, ...], new: Any) -> Any:
     return copied
 
 
-def fuzz_json(world: World, command: str, place: Path, table: Table, *, tries: int) -> None:
+def fuzz_json(
+    world: World, command: str, place: Path, table: Table, *, tries: int, every: int = 1
+) -> None:
     """Change entries of every JSON file that a command reads."""
-    files = [(f"{name}/{file}", ["report", world.place(name), "--out", "page.html"])
+    more = ["--out", "page.html"] if command == "report" else []
+    files = [(f"{name}/{file}", [command, world.place(name), *more])
              for name in (SITES[0], "store", *RUNS.values())
              for file in ("manifest.json", "result.json", "history.json", "spectra.json",
                           "neurons.json", "picture.json")
              if (world.root / name / file).is_file()]  # fmt: skip
-    if command != "report":
+    if command not in READING:
         store = "posed" if command == "symmetry" else "store"
         dictionary = "few" if command == "symmetry" else SITES[0]
         files = [(f"{name}/manifest.json", world.words(command)) for name in (store, dictionary)]
-    if command in ("train", "match", "symmetry", "branches", "circuit", "report"):
-        for name, words in files:
+    if command in ("train", "match", "symmetry", "branches", "circuit", "evaluate", *READING):
+        for name, words in files[::every]:
             _fuzz_one(world.root / name, name, words, place, table, tries=tries)
 
 

@@ -93,7 +93,7 @@ def replaced(data: bytes | str) -> Callable[[Path, bytes], object]:
     return replace
 
 
-READERS = ("match", "symmetry", "branches", "circuit", "report", "train")
+READERS = ("match", "symmetry", "branches", "circuit", "evaluate", "report", "train", "verify")
 CALLABLES = (
     ("os:system", {"command": f"touch {CANARY}"}),
     ("posix:system", {"command": f"touch {CANARY}"}),
@@ -251,12 +251,16 @@ def attack_all(world: World, command: str, place: Path, table: Table, *, every: 
     """Run a command on every hostile file that it reads."""
     tried: list[tuple[str, str, Callable[[Path, bytes], object], list[str]]] = []
     for attack in attacks():
-        words = world.words(command)
+        folder = world.place(attack.file.split("/")[0])
         if command == "report":
-            words = ["report", world.place(attack.file.split("/")[0]), "--out", "page.html"]
+            words = ["report", folder, "--out", "page.html"]
+        elif command == "verify":
+            words = ["verify", folder]
         elif attack.file.startswith("posed") != (command == "symmetry"):
             continue
-        if command in attack.commands:
+        else:
+            words = world.words(command)
+        if command in attack.commands and (world.root / attack.file).is_file():
             tried.append((attack.name, attack.file, attack.attack, words))
     tried += [each for each in input_attacks(world) if each[3][0] == command]
     for name, file, attack, words in tried[::every]:
@@ -284,8 +288,9 @@ def _try(
     example = f"{name}: {words[0]}: exit {ended.code}: {ended.message}"
     if Path(CANARY).exists() or outside:
         outcome, example = "harm", f"{example}; ran code or wrote {outside}"
-    if outcome == "named" and str(file) not in ended.errors and file.name not in ended.errors:
-        outcome = "named" if file.parent.name in ended.errors else "unnamed"
+    said = ended.errors + ended.output
+    if outcome == "named" and file.name not in said and file.parent.name not in said:
+        outcome = "unnamed"
     kind = f"hostile {file.relative_to(world.root)}"
     table.add(kind, words[0], outcome, example)
     shutil.rmtree(here, ignore_errors=True)

@@ -105,6 +105,7 @@ class World:
             "basis": ["basis", place("basis.toml")],
             "prove": ["prove", place("net", "net.safetensors"),
                       "--table", place("net", "table.npy"), "--exact"],
+            "evaluate": ["evaluate", place(SITES[0]), "--n-samples", "4"],
             "report": ["report", place()],
         }  # fmt: skip
         """Command -> its words, without `--out`."""
@@ -120,8 +121,10 @@ class World:
 
 
 RUNS = {"match": "match", "symmetry": "symmetry", "branches": "branches", "circuit": "circuit",
-        "basis": "basis", "prove": "proof"}  # fmt: skip
+        "basis": "basis", "evaluate": "evaluation", "prove": "proof"}  # fmt: skip
 """Command -> name of its finished run in the world."""
+SHORT_RUNS = ("branches", "prove")
+"""Commands with a finished run in the world of the short form."""
 
 
 def small_rounds() -> None:
@@ -213,7 +216,7 @@ def write_inputs(root: Path) -> None:
         shutil.copytree(golden / name, root / "foreign" / name)
 
 
-def make(root: Path) -> World:
+def make(root: Path, *, short: bool = False) -> World:
     """Make the world, or set it back to what it was when it was made."""
     torch.set_num_threads(1)
     small_rounds()
@@ -227,18 +230,19 @@ def make(root: Path) -> World:
     os.chdir(world.root)
     write_inputs(world.root)
     with contextlib.redirect_stdout(io.StringIO()):
-        _run_all(world)
+        _run_all(world, SHORT_RUNS if short else tuple(RUNS))
     shutil.copytree(world.root, pristine)
     return world
 
 
-def _run_all(world: World) -> None:
+def _run_all(world: World, commands: tuple[str, ...]) -> None:
     main(world.words("collect", "store"))
-    main(["collect", "posed.toml", "--out", "posed"])
     for site in SITES:
         main(["train", "train.toml", "--store", "store", "--site", site, "--out", site])
-    main(["train", "train.toml", "--store", "posed", "--out", "few", "--n-latents", "16"])
+    if "symmetry" in commands:
+        main(["collect", "posed.toml", "--out", "posed"])
+        main(["train", "train.toml", "--store", "posed", "--out", "few", "--n-latents", "16"])
     main(world.words("group_net", "net"))
-    for command, name in RUNS.items():
-        main(world.words(command, name))
+    for command in commands:
+        main(world.words(command, RUNS[command]))
     main(["report", ".", "--out", "page.html"])

@@ -30,13 +30,12 @@ import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
-from mechatlas.activations.store_manifest import Shard, SiteShape, Split, read_entries
+from mechatlas.activations.store_manifest import Shard, SiteShape, Split, read_entries, store_digest
 from mechatlas.base import Batch, DiskError, Result, Site, StoreError, WeightsError
 from mechatlas.files import (
     MANIFEST,
     about,
     checksum,
-    checksum_file,
     create_folder,
     damaged,
     open_regular,
@@ -165,7 +164,7 @@ class Store(Result):
     @cached_property
     def digest(self) -> str:
         """Checksum of the manifest, by which runs made from the store know it again."""
-        return checksum_file(self.root / MANIFEST)
+        return store_digest(self.root / MANIFEST)
 
     @property
     def sites(self) -> list[str]:

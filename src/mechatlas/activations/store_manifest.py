@@ -1,18 +1,20 @@
 """Manifest of an activation store: its sites and shards, checked before anything is read.
 
     read_entries   a folder -> the manifest with its typed entries
+    store_digest   a manifest -> the checksum by which runs know their store again
 
 A manifest may come from anywhere: numbers are in range, rows fit into the bytes of their files, and
 files lie within the folder, or a `StoreError` names the key.
 """
 
+import contextlib
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
 
 from mechatlas.base import DiskError, StoreError
-from mechatlas.files import MANIFEST, Fields, read_manifest
+from mechatlas.files import MANIFEST, Fields, checksum, checksum_file, read_manifest, sealed
 
 SCHEMA = 1
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -91,6 +93,24 @@ def read_entries(root: Path) -> StoreEntries:
                 raise group.wrong(key, "a list")
     shapes = {name: _shape(sites.part(name)) for name in sites.values}
     return StoreEntries(manifest, shapes, _shards(fields, shapes, itemsize))
+
+
+def store_digest(path: Path) -> str:
+    """Checksum of a manifest, by which runs that were made from the store know it again.
+
+    Checksums of the files beside the shards are left out: they hold the seconds that it took.
+
+    Args:
+        path: Manifest of a store; of any other file the checksum is that of its bytes.
+
+    Raises:
+        DiskError: The file cannot be read.
+    """
+    with contextlib.suppress(DiskError):
+        manifest = read_manifest(path)
+        if manifest.get("kind") == "store" and "files" in manifest:
+            return checksum(sealed({k: v for k, v in manifest.items() if k != "files"}))
+    return checksum_file(path)
 
 
 def _shape(fields: Fields) -> SiteShape:

@@ -1,11 +1,11 @@
 """Spectra, ablation curves and graph of an interaction basis, as drawn by the page.
 
 spectra_of      a result -> the contents of `spectra.json`
-read_spectra    a folder -> the same, also of version 0.1
+structure_spectra   contents of `spectra.json` -> the same, also of version 0.1
 """
 
 import dataclasses
-from pathlib import Path
+from typing import Any
 
 import cattrs
 import numpy as np
@@ -15,7 +15,6 @@ from mechatlas.analysis.interaction.results import InteractionBasis, LayerResult
 from mechatlas.app.old_runs import renamed
 from mechatlas.app.run_folder import SCHEMA, SPECTRA
 from mechatlas.base import DiskError
-from mechatlas.files import read_json
 
 MAX_EDGES = 600
 """Maximum number of edges of the graph that the page draws, strongest first."""
@@ -118,20 +117,20 @@ def _describe(layer: LayerResult, vector: int) -> str:
     return f"{share:.1%} of the importance<br>{', '.join(channels)}"
 
 
-def read_spectra(folder: Path, *, schema: int = SCHEMA) -> Spectra:
-    """Read `spectra.json`; keys of version 0.1 are renamed.
+def structure_spectra(values: Any, run: str, schema: int = SCHEMA) -> Spectra:
+    """Structure the contents of `spectra.json`; keys of version 0.1 are renamed.
 
     Args:
-        folder: Folder of a finished run.
+        values: Contents of the file.
+        run: Name of the run, for messages.
         schema: Schema in its manifest.
 
     Raises:
-        DiskError: The file is missing or damaged.
+        DiskError: The file is damaged.
     """
-    values = read_json(folder / SPECTRA)
     try:
         return cattrs.structure(renamed(values, "spectra") if schema < SCHEMA else values, Spectra)
     except (cattrs.BaseValidationError, TypeError, ValueError, AttributeError) as error:
         raise DiskError(
-            f"{folder / SPECTRA} is damaged. Run the command that wrote the folder again."
+            f"{SPECTRA} of {run} is damaged. Run the command that wrote the folder again."
         ) from error

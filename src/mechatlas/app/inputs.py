@@ -22,6 +22,7 @@ from mechatlas.activations.networks import BUNDLED, Network, has_weights, load_n
 from mechatlas.activations.posing import PoseConfig
 from mechatlas.activations.samples import Samples, open_samples
 from mechatlas.activations.store import Store
+from mechatlas.activations.store_manifest import store_digest
 from mechatlas.app.commands.collect import CollectConfig
 from mechatlas.app.recipes import TrustConfig, from_dict
 from mechatlas.app.run_folder import HISTORY, RECIPE, RESULT
@@ -138,7 +139,7 @@ def find_store(opened: OpenedDictionary) -> Store:
     beside = sorted(opened.path.resolve().parent.glob(f"*/{MANIFEST}"))
     wanted = opened.manifest.get("parents", {}).get("store")
     for file in (written / MANIFEST, *beside):
-        if wanted and file.is_file() and checksum_file(file) == wanted:
+        if wanted and file.is_file() and store_digest(file) == wanted:
             return Store(file.parent)
     raise StoreError(
         f"The store of {opened.path} ({written}) is no longer there; name one of the same network "
@@ -188,7 +189,13 @@ def recorded_network(store: Store, trust: TrustConfig) -> OpenedNetwork:
         RecipeError: The store was not made by `mechatlas collect`.
         UserError: The network or the samples are no longer there.
     """
-    config = from_dict(store.manifest["recipe"], CollectConfig, f"The manifest of {store.root}")
+    recipe = store.manifest["recipe"]
+    if "network" not in recipe:
+        raise RecipeError(
+            f"{store.root} was collected from Python, so no recipe names its network. Give the "
+            "network and the samples: ma.report(out, stores=..., network=..., samples=...)."
+        )
+    config = from_dict(recipe, CollectConfig, f"The manifest of {store.root}")
     _refuse_code(config.network, store, trust)
     network = load_network(config.network)
     return OpenedNetwork(network, open_samples(config.samples, network))

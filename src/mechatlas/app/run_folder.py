@@ -22,7 +22,7 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import cattrs
 import numpy as np
@@ -39,6 +39,7 @@ from mechatlas.base import DiskError, WeightsError
 from mechatlas.devices import as_device
 from mechatlas.files import (
     MANIFEST,
+    SEAL,
     TEMPORARY,
     checksum,
     checksum_file,
@@ -114,6 +115,23 @@ class CommandResult:
     """Process CPU seconds of the command."""
     peak_bytes: int = 0
     """Largest resident memory of the process."""
+
+
+@runtime_checkable
+class Outputs(Protocol):
+    """Tables, tensors and plain values of a run: a `RunFolder`, or a run kept in memory."""
+
+    def facts(self, **values: Any) -> None:
+        """Add plain values to the manifest."""
+
+    def table(self, name: str, columns: Mapping[str, Any]) -> None:
+        """Give columns of equal length."""
+
+    def tensors(self, name: str, arrays: Mapping[str, Shaped[np.ndarray, "..."]]) -> None:
+        """Give arrays by name."""
+
+    def json(self, name: str, value: Any) -> None:
+        """Give a dataclass or plain values."""
 
 
 def execute(config: Any) -> Any:
@@ -231,6 +249,15 @@ class RunFolder:
         }  # fmt: skip
         write_manifest(self.path / MANIFEST, facts, make_folder=False)
 
+    def _state_in_store(self, files: dict[str, str]) -> None:
+        """State the checksums of the files beside the shards, the last thing that is written."""
+        path = self.path / MANIFEST
+        manifest = read_manifest(path)
+        if SEAL in manifest and manifest.get("files", {}) != files:  # not of version 0.1
+            others = {key: value for key, value in manifest.items() if key != "files"}
+            values = {**others, "files": files} if files else others
+            write_manifest(path, values, make_folder=False)
+
     def keep(self, name: str, arrays: Mapping[str, Shaped[np.ndarray, "..."]]) -> None:
         """Keep a finished part of the work, from which the same command continues."""
         self._claim.check()
@@ -280,11 +307,14 @@ class RunFolder:
         values = as_plain(result)
         recipe = as_dict(self.config)
         recipe.pop("out", None)  # the folder has the same bytes wherever it lies
+        if self.kind == STORE:
+            self._state_in_store({})  # those of an earlier run, whose files are replaced now
         self.file(RECIPE, tomli_w.dumps(recipe).encode())
         self.json(RESULT, {key: values[key] for key in values if key != "out"})
         for temporary in self.path.rglob(f"*{TEMPORARY}"):  # of a killed run, of whatever settings
             temporary.unlink(missing_ok=True)
         if self.kind == STORE:  # its folders are sites, and its manifest is written already
+            self._state_in_store(self._files)
             return result
         for name in self._earlier.keys() - self._files.keys():
             (self.path / name).unlink(missing_ok=True)

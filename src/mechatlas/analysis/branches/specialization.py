@@ -84,6 +84,8 @@ class Specialization(Result):
     """Upper end of the interval."""
     n_effective: Float[np.ndarray, "feature branch"]
     """Effective number of independent components of the row, after correlations of channels."""
+    test: "BranchTest | None" = None
+    """Test that gave the result, for its permutation control and its power."""
 
     @property
     def excess(self) -> Float[np.ndarray, "feature branch"]:
@@ -166,7 +168,8 @@ def branches(
         >>> result.specialized().sum(axis=0).tolist()
         [20, 0]
     """
-    return BranchTest(W_dec, branches, activations, positive=positive, tested=tested).run()
+    test = BranchTest(W_dec, branches, activations, positive=positive, tested=tested)
+    return dataclasses.replace(test.run(), test=test)
 
 
 class BranchTest:

@@ -60,6 +60,8 @@ class AblationEvidence:
     """Agreement with gates averaged over all positions, the same for all features."""
     agreement_open_gates: AblationAgreement | None = None
     """Agreement with all gates open; None for transformers."""
+    n_samples: int = 0
+    """Held-out samples that they were removed on."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -304,6 +306,7 @@ def ablation_evidence(
     is_wiring = isinstance(result.connection, Wiring)
     return AblationEvidence(
         n_ablated=int(compared.sum()),
+        n_samples=ablation.lost.shape[1],
         agreement=agreement(result.responses),
         agreement_shared_gates=agreement(shared),
         agreement_open_gates=(

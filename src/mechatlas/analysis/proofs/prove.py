@@ -47,6 +47,8 @@ class AccuracyBound(Result):
     """Bound on the margin of every pair."""
     group: Group
     """Group of the table."""
+    weights: Weights
+    """Weights of the network."""
     directions: NeuronDirections
     """Irrep and vectors of each neuron, for people; the proof does not use them."""
     seconds_prove: float
@@ -168,7 +170,8 @@ def _bound(weights: Weights, group: Group, explanation: Explanation, clock: floa
         accuracy_bound=verification.accuracy_bound,
         saves_time=_saves_time(verification, explanation, brute_force),
     )
-    return AccuracyBound(proof, verification, group, directions, middle - clock, end - middle)
+    seconds = middle - clock, end - middle
+    return AccuracyBound(proof, verification, group, weights, directions, *seconds)
 
 
 def _saves_time(verification: Verification, explanation: Explanation, brute_force: int) -> bool:

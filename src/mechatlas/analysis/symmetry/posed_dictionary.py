@@ -117,7 +117,8 @@ def pair_with_store(
     blocks = _decoder_blocks(
         dictionary, name, trained_for or {}, group, action, d, f"{site} in {store.root}"
     )
-    crops = int(store.manifest.get("recipe", {}).get("samples", {}).get("crops", 1))
+    recorded = store.manifest.get("recipe", {}).get("samples", {})
+    crops = int(recorded.get("crops", 1)) if isinstance(recorded, dict) else 1  # from Python: text
     return PosedDictionary(dictionary, rows, site, group, action, columns, blocks, crops)
 
 

@@ -225,7 +225,7 @@ def run(config: BasisConfig, folder: RunFolder) -> BasisResult:
         )
     folder.tensors(TENSORS, _tensors(result))
     folder.json(SPECTRA, basis_spectra.spectra_of(result))
-    return _summarize(result, config.network.name, len(inputs))
+    return summarize(result, config.network.name, len(inputs))
 
 
 def _find_site(network: torch.nn.Module, layer: str) -> Site:
@@ -254,7 +254,14 @@ def _read_labels(path: Path, n_samples: int, chosen: Int[np.ndarray, " n"]) -> I
     return torch.from_numpy(labels[chosen].astype(np.int64))
 
 
-def _summarize(result: InteractionBasis, network: str, n_samples: int) -> BasisResult:
+def summarize(result: InteractionBasis, network: str, n_samples: int) -> BasisResult:
+    """Collect ranks, free directions and modules, without spectra and coordinates.
+
+    Args:
+        result: Interaction basis.
+        network: Name of the network.
+        n_samples: Samples the network ran on.
+    """
     modules, degeneracy, stability = result.modules, result.degeneracy, result.stability
     return BasisResult(
         network=network,

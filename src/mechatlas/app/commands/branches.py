@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int, Shaped
+from jaxtyping import Bool, Int, Shaped
 from scipy import stats
 from tyro.conf import Positional, arg
 
@@ -254,11 +254,14 @@ def run(config: BranchesConfig, folder: RunFolder) -> BranchesResult:
     activity = _activity(site, config.rows, known, folder)
     alive = activity.active > 0
     tested = _tested(site, known, folder, "specialization", lambda: alive)
-    result = _summary(config, site, known, activity, tested, _control(config, site, known, alive))
+    test = BranchTest(site.dictionary, site.branches, known, tested=alive)
+    result = summarize(
+        tested, test, site=site.rows.site, fdr=config.fdr, seed=config.seed, activity=activity
+    )
     if labels is not None:
         result = dataclasses.replace(result, labels=_enriched(config, tested, labels, alive))
     agreements = [_consistency(config, k, each, tested, folder) for k, each in enumerate(matches)]
-    folder.table(FEATURES, _table(tested, activity))
+    folder.table(FEATURES, features_table(tested, activity))
     folder.json(DECODER_PICTURE, _picture(site, known))
     return dataclasses.replace(result, consistency=agreements)
 
@@ -322,37 +325,37 @@ def _tested(
 
     def test() -> dict[str, Any]:
         specialization = branches(site.dictionary, site.branches, known, tested=alive())
-        return {key: value for key, value in vars(specialization).items() if key != "names"}
+        return {k: v for k, v in vars(specialization).items() if k not in ("names", "test")}
 
-    return Specialization(names=tuple(site.branches), **_resumed(folder, name, test))
-
-
-def _control(
-    config: BranchesConfig,
-    site: BranchSite,
-    known: ChannelStatistics,
-    alive: Bool[np.ndarray, " feature"],
-) -> tuple[Bool[np.ndarray, "feature branch"], Float[np.ndarray, " branch"]]:
-    """Features specialized once their channels are permuted, and the power for each branch."""
-    test = BranchTest(site.dictionary, site.branches, known, tested=alive)
-    permuted = test.permuted(seed=config.seed).specialized(config.fdr)
-    return permuted, test.power(fdr=config.fdr, seed=config.seed)
+    matrices: dict[str, Any] = _resumed(folder, name, test)
+    return Specialization(names=tuple(site.branches), **matrices)
 
 
-def _summary(
-    config: BranchesConfig,
-    site: BranchSite,
-    known: ChannelStatistics,
-    activity: ActivityShares,
+def summarize(
     tested: Specialization,
-    control: tuple[Bool[np.ndarray, "feature branch"], Float[np.ndarray, " branch"]],
+    test: BranchTest,
+    *,
+    site: str,
+    fdr: float = FDR,
+    seed: int = 0,
+    activity: ActivityShares | None = None,
 ) -> BranchesResult:
-    """Count the features of each branch."""
-    (permuted, seen), specialized = control, tested.specialized(config.fdr)
-    branch_of = tested.branch_of(config.fdr)
+    """Count the features of each branch, beside the permutation control and the power.
+
+    Args:
+        tested: Shares of the features with their evidence.
+        test: Test that gave them.
+        site: Site of the dictionary.
+        fdr: False discovery rate at which a feature counts as specialized.
+        seed: Seed of the control and of the power.
+        activity: Activity from each branch, where it was measured.
+    """
+    permuted = test.permuted(seed=seed).specialized(fdr)
+    seen, specialized = test.power(fdr=fdr, seed=seed), tested.specialized(fdr)
+    branch_of = tested.branch_of(fdr)
     n_tested = int((~np.isnan(tested.q_values)).any(axis=1).sum())
     listed = []
-    for k, (name, s) in enumerate(site.branches.items()):
+    for k, (name, s) in enumerate(test.branches.items()):
         share = proportion(int(specialized[:, k].sum()), max(n_tested, 1))
         there = ~np.isnan(tested.share[:, k])
         listed.append(
@@ -373,21 +376,22 @@ def _summary(
             )
         )
     n, by_chance = int(specialized.any(axis=1).sum()), int(permuted.any(axis=1).sum())
+    never_active = 0 if test.tested is None else int((~test.tested).sum())
     return BranchesResult(
-        site=site.rows.site,
-        fdr=config.fdr,
+        site=site,
+        fdr=fdr,
         branches=listed,
         n_features=len(branch_of),
         n_tested=n_tested,
-        n_never_active=int((activity.active == 0).sum()),
+        n_never_active=never_active,
         n_specialized=n,
         n_specialized_permuted=by_chance,
         fdr_permuted=min(1.0, by_chance / n) if n else None,
-        n_rows=activity.n_rows,
-        positive=not known.signed,
+        n_rows=0 if test.known is None else test.known.n_rows,
+        positive=test.positive,
         rank_correlations=RankCorrelations(
-            activation=_rank_correlation(tested, activity.activation),
-            ablation=_rank_correlation(tested, activity.ablation),
+            activation=_rank_correlation(tested, activity and activity.activation),
+            ablation=_rank_correlation(tested, activity and activity.ablation),
         ),
     )
 
@@ -405,7 +409,10 @@ def _rank_correlation(tested: Specialization, shares: Shares | None) -> float | 
     return float(np.mean(values)) if values else None
 
 
-def _table(tested: Specialization, activity: ActivityShares) -> dict[str, Any]:
+def features_table(
+    tested: Specialization, activity: ActivityShares | None = None
+) -> dict[str, Any]:
+    """Columns of the table of features: a row for each feature and branch."""
     n, b = tested.share.shape
     columns: dict[str, Any] = {
         "feature": np.repeat(np.arange(n), b),
@@ -420,12 +427,12 @@ def _table(tested: Specialization, activity: ActivityShares) -> dict[str, Any]:
         "n_effective": tested.n_effective.ravel(),
     }
     empty = np.full((n, b), np.nan)
-    for name, shares in (("activation", activity.activation), ("ablation", activity.ablation)):
-        shares = shares or Shares(empty, empty, empty)
+    for name in ("activation", "ablation"):
+        shares = getattr(activity, name, None) or Shares(empty, empty, empty)
         columns[f"{name}_share"] = shares.value.ravel()
         columns[f"{name}_low"] = shares.low.ravel()
         columns[f"{name}_high"] = shares.high.ravel()
-    columns["active_rows"] = np.repeat(activity.active, b)
+    columns["active_rows"] = np.repeat(np.zeros(n, int) if activity is None else activity.active, b)
     return columns
 
 

@@ -27,6 +27,7 @@ from mechatlas.activations.samples import Samples
 from mechatlas.activations.store import Store
 from mechatlas.analysis.circuits.circuit import (
     AblationEvidence,
+    Circuit,
     Connection,
     ablation_evidence,
     draw_sources,
@@ -58,6 +59,7 @@ from mechatlas.app.run_folder import (
     KERNELS,
     PICTURES,
     CommandResult,
+    Outputs,
     RunConfig,
     RunFolder,
 )
@@ -282,7 +284,12 @@ def run(config: CircuitConfig, folder: RunFolder) -> CircuitResult:
         ablation, attribution = _measure(inputs, k, pair, paths)
         tables.append(_table(inputs, k, pair, ablation, attribution))
         explained += _explained(k, pair, attribution, paths)
-    _write(folder, pairs, tables, _pictures(config, inputs, paths))
+    kernels: dict[str, np.ndarray] = {}
+    for k, pair in enumerate(pairs):
+        kernels |= kernel_tensors(k, pair.connection, pair.taps, pair.kernels)
+    write_edges(folder, tables, kernels)
+    if pictures := _pictures(config, inputs, paths):
+        folder.tensors(PICTURES, pictures)
     return CircuitResult(
         dictionaries=inputs.names,
         sites=[str(site) for site in inputs.sites],
@@ -398,11 +405,28 @@ def _weigh(config: CircuitConfig, inputs: _Inputs, k: int, connection: Connectio
     sources = draw_sources(circuit, config.n_ablated, config.seed, pair=k)
     ablation = ablate(connection, a, inputs.maps(connection.source, inputs.unseen), sources)
     evidence = ablation_evidence(circuit, ablation, sources, seed=config.seed)
-    result = PairResult(
-        a=inputs.names[k],
-        b=inputs.names[k + 1],
-        n_a=a.n_latents,
-        n_b=b.n_latents,
+    result = pair_result(circuit, evidence, *inputs.names[k : k + 2], seconds=seconds)
+    taps = [response.taps for response in circuit.responses]
+    return _Pair(connection, circuit.edges, taps, circuit.kernels(), ablation, result)
+
+
+def pair_result(
+    circuit: Circuit, evidence: AblationEvidence, a: str, b: str, *, seconds: float = 0.0
+) -> PairResult:
+    """Count the edges of a circuit, beside its agreement with ablations.
+
+    Args:
+        circuit: Circuit of two dictionaries.
+        evidence: Agreement with ablations.
+        a: Name of the earlier dictionary.
+        b: Name of the later dictionary.
+        seconds: CPU seconds of recording and weighing.
+    """
+    return PairResult(
+        a=a,
+        b=b,
+        n_a=circuit.a.W_enc.shape[1],
+        n_b=circuit.b.W_enc.shape[1],
         branches=list(circuit.routes),
         kernel_taps=[len(response.taps) for response in circuit.responses],
         pairs_tested=circuit.edges.tested,
@@ -413,8 +437,6 @@ def _weigh(config: CircuitConfig, inputs: _Inputs, k: int, connection: Connectio
         seconds=seconds,
         **vars(evidence),
     )
-    taps = [response.taps for response in circuit.responses]
-    return _Pair(connection, circuit.edges, taps, circuit.kernels(), ablation, result)
 
 
 def _quartiles(values: Float[np.ndarray, " feature"]) -> Quartiles | None:
@@ -448,8 +470,8 @@ def _table(
 ) -> dict[str, Shaped[np.ndarray, " edge"]]:
     """Rows of `edges.parquet` of two sites."""
     edges, routes = pair.edges, pair.connection.routes
-    n = len(edges.source)
-    effects = {name: np.full(n, np.nan) for name in ("effect", "effect_low", "effect_high")}
+    columns = edge_columns(edges, [route.name for route in routes], k)
+    effects = {name: columns[name] for name in ("effect", "effect_low", "effect_high")}
     encoder = inputs.dictionaries[k + 1].W_enc.detach().float().numpy()
     row = {int(source): r for r, source in enumerate(ablation.sources)}
     measured = np.isin(edges.target, attribution.targets) & np.isin(edges.source, ablation.sources)
@@ -461,27 +483,40 @@ def _table(
         low, high = bootstrap_interval(pre_activation[None])
         for name, value in zip(effects, (pre_activation.mean(), low[0], high[0]), strict=True):
             effects[name][edge] = value
-    attributed = np.full(n, np.nan)
-    targets = attribution.targets
+    attributed, targets = columns["attribution"], attribution.targets
     at = np.searchsorted(targets, edges.target).clip(0, max(0, len(targets) - 1))
     known = np.isin(edges.target, targets[attribution.places > 0])
     part_of_edge = attribution.part[edges.route[known]]
     attributed[known] = attribution.attributed[at[known], part_of_edge, edges.source[known]]
+    return columns
+
+
+def edge_columns(
+    edges: CircuitEdges, routes: Sequence[str], k: int
+) -> dict[str, Shaped[np.ndarray, " edge"]]:
+    """Columns of the table of edges; effects and attributions are NaN until they are measured.
+
+    Args:
+        edges: Edges of two sites.
+        routes: Names of the routes.
+        k: Number of the pair of sites.
+    """
+    n = len(edges.source)
     kernel = np.zeros(n, np.int32)
     for r in range(len(routes)):
         kernel[edges.route == r] = np.arange((edges.route == r).sum())
+    unknown = ("attribution", "effect", "effect_low", "effect_high")
     return {
         "pair": np.full(n, k, np.int32),
         "latent_a": edges.source.astype(np.int32),
         "latent_b": edges.target.astype(np.int32),
-        "branch": np.array([routes[r].name for r in edges.route], dtype=object),
+        "branch": np.array([routes[r] for r in edges.route], dtype=object),
         "weight": edges.weight,
         "norm": edges.norm,
         "contribution": edges.contribution,
         "share": edges.share.astype(np.float32),
         "q_value": edges.q_value,
-        "attribution": attributed,
-        **effects,
+        **{name: np.full(n, np.nan) for name in unknown},
         "kernel": kernel,
     }
 
@@ -536,23 +571,27 @@ def _pictures(
     return pictures
 
 
-def _write(
-    folder: RunFolder,
-    pairs: list[_Pair],
-    tables: list[dict[str, Shaped[np.ndarray, " _"]]],
-    pictures: dict[str, Shaped[np.ndarray, "_ ..."]],
+def kernel_tensors(
+    k: int,
+    connection: Connection,
+    taps: Sequence[Int[np.ndarray, "_ 2"]],
+    kernels: Sequence[Float[np.ndarray, "_ _"]],
+) -> dict[str, Shaped[np.ndarray, "_ ..."]]:
+    """Name the kernels of the edges of pair `k` of sites, route by route, and their positions."""
+    arrays = {}
+    for route, positions, kernel in zip(connection.routes, taps, kernels, strict=True):
+        arrays[f"{k}.{route.name}.taps"] = positions.astype(np.int32)
+        arrays[f"{k}.{route.name}.kernels"] = kernel
+    return arrays
+
+
+def write_edges(
+    folder: Outputs,
+    tables: Sequence[dict[str, Shaped[np.ndarray, " _"]]],
+    kernels: dict[str, Shaped[np.ndarray, "_ ..."]],
 ) -> None:
-    """Write the table, the kernels and the pictures."""
+    """Write the edges of all pairs of sites, and their kernels."""
     columns = {name: np.concatenate([table[name] for table in tables]) for name in tables[0]}
     columns["branch"] = columns["branch"].astype(str)
-    kernels = {}
-    for k, pair in enumerate(pairs):
-        for route, taps, kernel in zip(
-            pair.connection.routes, pair.taps, pair.kernels, strict=True
-        ):
-            kernels[f"{k}.{route.name}.taps"] = taps.astype(np.int32)
-            kernels[f"{k}.{route.name}.kernels"] = kernel
     folder.table(EDGES, columns)
     folder.tensors(KERNELS, kernels)
-    if pictures:
-        folder.tensors(PICTURES, pictures)

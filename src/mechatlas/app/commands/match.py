@@ -275,7 +275,7 @@ def run(config: MatchConfig, folder: RunFolder) -> MatchResult:
         dictionaries=inputs.names,
         pairs=[pair for _, pair in pairs],
     )
-    folder.table(MATCHES, _matches_table(matches))
+    folder.table(MATCHES, matches_table(matches))
     if len(matches) > 1 and len({m.unit_b.shape[1] for m in matches}) == 1:
         return _joint(config, result, matches, inputs, folder)
     return result
@@ -348,25 +348,9 @@ def _pair(
     """Match two consecutive dictionaries and measure what the match is worth."""
     clock, wall = time.process_time(), time.perf_counter()
     matching = _resumable_match(config, k, inputs, folder)
-    splitting = feature_splitting(matching)
     first, second = inputs.opened[k : k + 2]
-    pair = PairResult(
-        a=inputs.names[k],
-        b=inputs.names[k + 1],
-        n_a=len(matching.unit_a),
-        n_b=len(matching.unit_b),
-        cost=matching.cost,
-        lower_bound=matching.lower_bound,
-        gap=matching.gap,
-        matched=int(matching.matched.sum()),
-        n_null=matching.evidence.n_null,
-        cosine_threshold=matching.cosine_threshold if matching.matched.any() else None,
-        pricing_rounds=matching.assignment.rounds,
-        passes=sum(matching.assignment.rows_priced) / len(matching.assignment.columns),
-        degenerate_a=int(matching.degenerate_a.sum()),
-        degenerate_b=int(matching.degenerate_b.sum()),
-        split=len(splitting.split()),
-        merged=len(splitting.merged()),
+    pair = dataclasses.replace(
+        pair_result(matching, *inputs.names[k : k + 2]),
         seconds=round(time.process_time() - clock, 3),
         wall_seconds=round(time.perf_counter() - wall, 3),
         peak_bytes=peak_bytes(),
@@ -383,6 +367,38 @@ def _pair(
         measured = {name: value for name, value in vars(each).items() if value is not None}
         pair = dataclasses.replace(pair, **measured)
     return matching, pair
+
+
+def pair_result(matching: Match, a: str, b: str) -> PairResult:
+    """Count the pairs of a match, without the cost of finding it.
+
+    Args:
+        matching: Match of two dictionaries.
+        a: Name of the first.
+        b: Name of the second.
+    """
+    splitting = feature_splitting(matching)
+    return PairResult(
+        a=a,
+        b=b,
+        n_a=len(matching.unit_a),
+        n_b=len(matching.unit_b),
+        cost=matching.cost,
+        lower_bound=matching.lower_bound,
+        gap=matching.gap,
+        matched=int(matching.matched.sum()),
+        n_null=matching.evidence.n_null,
+        cosine_threshold=matching.cosine_threshold if matching.matched.any() else None,
+        pricing_rounds=matching.assignment.rounds,
+        passes=sum(matching.assignment.rows_priced) / len(matching.assignment.columns),
+        degenerate_a=int(matching.degenerate_a.sum()),
+        degenerate_b=int(matching.degenerate_b.sum()),
+        split=len(splitting.split()),
+        merged=len(splitting.merged()),
+        seconds=0.0,
+        wall_seconds=0.0,
+        peak_bytes=0,
+    )
 
 
 def _resumable_match(config: MatchConfig, k: int, inputs: _Inputs, folder: RunFolder) -> Match:
@@ -434,7 +450,7 @@ def _joint(
     with bar("solving all layers jointly") as progress:
         tracks = track(layers, matches, on_progress=progress, **options)
     curves = survival(tracks, matches, fdr=config.fdr)
-    folder.table(TRACKS, _tracks_table(tracks, curves))
+    folder.table(TRACKS, tracks_table(tracks, curves))
     first, last, n = layers[0], layers[-1], len(layers[0])
     cost: Cost = "codes" if config.cost == "codes" else "cosine"
     back = match(last, first, cost=cost, **options).matched_columns()
@@ -450,12 +466,7 @@ def _joint(
 
     return dataclasses.replace(
         result,
-        tracks=TracksResult(
-            n=len(tracks.latents),
-            layers=len(layers),
-            longer_than_one=int((curves.death > curves.birth).sum()),
-            **{name: getattr(curves, name).tolist() for name in CURVES},
-        ),
+        tracks=tracks_result(tracks, curves),
         first_to_last={
             "composition": distant(composed),
             "direct": distant(match(first, last, cost=cost, **options).matched_columns()),
@@ -465,7 +476,17 @@ def _joint(
     )
 
 
-def _matches_table(matches: list[Match]) -> dict[str, np.ndarray]:
+def tracks_result(tracks: Tracks, curves: SurvivalCurves) -> TracksResult:
+    """Count tracks, and copy their survival curves."""
+    return TracksResult(
+        n=len(tracks.latents),
+        layers=tracks.latents.shape[1],
+        longer_than_one=int((curves.death > curves.birth).sum()),
+        **{name: getattr(curves, name).tolist() for name in CURVES},
+    )
+
+
+def matches_table(matches: list[Match]) -> dict[str, np.ndarray]:
     """Pairs of all matches, one after another."""
     rows = [np.flatnonzero(m.columns >= 0) for m in matches]
     parts = list(zip(matches, rows, strict=True))
@@ -481,7 +502,7 @@ def _matches_table(matches: list[Match]) -> dict[str, np.ndarray]:
     return {name: np.concatenate(values) for name, values in columns.items()}
 
 
-def _tracks_table(tracks: Tracks, curves: SurvivalCurves) -> dict[str, np.ndarray]:
+def tracks_table(tracks: Tracks, curves: SurvivalCurves) -> dict[str, np.ndarray]:
     """Latents of all tracks, track by track."""
     present = tracks.latents >= 0
     number, layer = np.nonzero(present)

@@ -28,7 +28,14 @@ from mechatlas.analysis.proofs.verifier.proof import as_weights, load_proof
 from mechatlas.analysis.proofs.verifier.structures import Weights
 from mechatlas.analysis.proofs.verifier.verify import LogitBudget, Verification, verify
 from mechatlas.app.proof_details import CosetSummary, describe, measure_cosets, summarize_cosets
-from mechatlas.app.run_folder import NEURONS, PROOF, PROOF_FILE, CommandResult, RunFolder
+from mechatlas.app.run_folder import (
+    NEURONS,
+    PROOF,
+    PROOF_FILE,
+    CommandResult,
+    Outputs,
+    RunFolder,
+)
 from mechatlas.base import RecipeError, WeightsError
 from mechatlas.files import about, checksum, checksum_file
 from mechatlas.maths.groups import Group
@@ -163,8 +170,20 @@ def run(config: ProveConfig, folder: RunFolder | None = None) -> ProveResult | C
     folder.parent("table", checksum_file(config.table))
     with about(config.weights):
         bound = _find_bound(config, weights, group, folder)
-    verification, cosets = bound.verification, measure_cosets(weights, group)
-    result = ProveResult(
+    result = describe_bound(bound, folder)
+    if config.exact:
+        decide_exactly(weights, group.table, np.eye(group.order, dtype=bool))  # compiles
+        accuracy, seconds = exact_accuracy(bound, *weights)
+        result = dataclasses.replace(result, accuracy_exact=accuracy, seconds_exact=seconds)
+    return _compare(weights, group, bound, result) if config.compare else result
+
+
+def describe_bound(bound: AccuracyBound, folder: Outputs) -> ProveResult:
+    """Describe a bound with its evidence, and write the details of the network."""
+    weights, group, verification = bound.weights, bound.group, bound.verification
+    cosets = measure_cosets(weights, group)
+    folder.json(NEURONS, describe(weights, group, bound, cosets))
+    return ProveResult(
         order=group.order,
         width=weights.left.shape[1],
         accuracy_bound=bound.accuracy_bound,
@@ -179,14 +198,6 @@ def run(config: ProveConfig, folder: RunFolder | None = None) -> ProveResult | C
         bi_equivariance=bi_equivariance(*weights, group),
         cosets={side: summarize_cosets(each) for side, each in cosets.items()},
     )
-    if config.exact:
-        decide_exactly(weights, group.table, np.eye(group.order, dtype=bool))  # compiles
-        accuracy, seconds = exact_accuracy(bound, *weights)
-        result = dataclasses.replace(result, accuracy_exact=accuracy, seconds_exact=seconds)
-    if config.compare:
-        result = _compare(weights, group, bound, result)
-    folder.json(NEURONS, describe(weights, group, bound, cosets))
-    return result
 
 
 def _find_bound(

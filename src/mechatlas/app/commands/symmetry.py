@@ -5,10 +5,12 @@ Example:  mechatlas symmetry runs/crosscoder --store runs/posed --out runs/symme
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
+from jaxtyping import Float, Int
 from tyro.conf import Positional, arg
 
 from mechatlas.activations.store import Store
@@ -34,6 +36,7 @@ from mechatlas.app.run_folder import (
     SYMMETRY,
     SYMMETRY_TENSORS,
     CommandResult,
+    Outputs,
     RunConfig,
     RunFolder,
 )
@@ -137,8 +140,9 @@ class SymmetryResult(CommandResult):
     """Similarity at which blocks count as equal."""
     discoveries: int
     """Number of features with a stabilizer larger than {e}."""
-    discoveries_shuffled: int
-    """Number of such features after shuffling the pairing of blocks; expect 0."""
+    discoveries_shuffled: int | None
+    """Number of such features after shuffling the pairing of blocks; expect 0. None without
+    halves."""
     reliable: int
     """Number of reliable features."""
     noise_ceiling: float | None
@@ -227,11 +231,12 @@ def run(config: SymmetryConfig, folder: RunFolder) -> SymmetryResult:
         lambda codes: reconstruct(posed, estimates, codes), folder,
         n_features=config.interventions, seed=config.seed,
     )  # fmt: skip
-    _write(folder, symmetries, estimates, tested.columns)
+    untransformed = estimates.blocks[:, posed.group.identity]
+    write_features(folder, symmetries, untransformed, estimates.active, tested.columns)
     by_pose = {name: [rounded(v) for v in values] for name, values in r2.items()}
     description = store.manifest["group"]
     return SymmetryResult(
-        **_counts(symmetries),
+        **count_classes(symmetries),
         discoveries_shuffled=n_shuffled,
         agreement=_agreement(estimates, symmetries),
         group=GroupDescription(
@@ -278,14 +283,27 @@ def _describe(
         dictionary=str(config.dictionary.resolve()),
         store=str(config.store.resolve()),
         site=posed.site,
-        group={
-            "name": group.name,
-            "table": group.table.tolist(),
-            "elements": list(group.element_names),
-            "action": posed.action,
-            "classes": list(name_classes(group, acts_by_rotation=posed.action == Rotate.name)),
-        },
+        group=group_facts(
+            group, posed.action, name_classes(group, acts_by_rotation=posed.action == Rotate.name)
+        ),
     )
+
+
+def group_facts(group: Group, action: str, classes: Sequence[str]) -> dict[str, Any]:
+    """Plain values of a group for a manifest.
+
+    Args:
+        group: The group.
+        action: Name of its action.
+        classes: Name of each conjugacy class of its subgroups.
+    """
+    return {
+        "name": group.name,
+        "table": group.table.tolist(),
+        "elements": list(group.element_names),
+        "action": action,
+        "classes": list(classes),
+    }
 
 
 def _estimate(posed: PosedDictionary, folder: RunFolder, seed: int) -> BlockEstimates:
@@ -356,7 +374,7 @@ def _agreement(estimates: BlockEstimates, symmetries: Symmetry) -> float | None:
     return float(np.median(cosine / np.sqrt(np.maximum(symmetries.reliability[kept], 1e-6))))
 
 
-def _counts(symmetries: Symmetry) -> dict[str, Any]:
+def count_classes(symmetries: Symmetry) -> dict[str, Any]:
     """Fields of the result that count classes and families."""
     sizes = symmetries.family_sizes
     ceilings = symmetries.noise_ceiling[~np.isnan(symmetries.noise_ceiling)]
@@ -393,13 +411,22 @@ def _interpolation(
     )
 
 
-def _write(
-    folder: RunFolder,
+def write_features(
+    folder: Outputs,
     symmetries: Symmetry,
-    estimates: BlockEstimates,
+    atoms: Float[np.ndarray, "feature d"],
+    active: Int[np.ndarray, " feature"],
     interventions: dict[str, np.ndarray],
 ) -> None:
-    """Write the table of features and the tensors that the page draws."""
+    """Write the table of features and the tensors that the page draws.
+
+    Args:
+        folder: Outputs of the run.
+        symmetries: Stabilizers, families and poses.
+        atoms: Untransformed block of each feature.
+        active: Rows where each feature is active.
+        interventions: Columns with the interventions of each feature.
+    """
     names = symmetries.group.element_names
     sizes = symmetries.family_sizes
     folder.table(
@@ -421,7 +448,7 @@ def _write(
             "reliable": symmetries.reliable,
             "noise_ceiling": symmetries.noise_ceiling,
             "reliability": symmetries.reliability,
-            "rows_active": estimates.active,
+            "rows_active": active,
             **interventions,
         },
     )
@@ -431,7 +458,7 @@ def _write(
             "stabilizer_function": symmetries.stabilizer_function.astype(np.float32),
             "standard_errors": np.minimum(symmetries.standard_errors, 1e6).astype(np.float32),
             "spectrum": symmetries.spectrum.astype(np.float32),
-            "atoms": estimates.blocks[:, symmetries.group.identity].astype(np.float32),
+            "atoms": atoms.astype(np.float32),
         },
     )
 

@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 from tyro.conf import Positional, arg
 
-from mechatlas.activations.store_manifest import read_entries
+from mechatlas.activations.store_manifest import read_entries, store_digest
 from mechatlas.app.inputs import checksum_of as checksum_of_dictionary
 from mechatlas.app.run_folder import CHECKPOINT, STORE, UNFINISHED, CommandResult, peak_bytes
 from mechatlas.base import DiskError, UserError
@@ -125,7 +125,7 @@ class _Tree:
         self.manifests[folder] = manifest
         self.right.append(path)
         if manifest["kind"] == STORE:
-            self.stores[checksum_file(path)] = folder
+            self.stores[store_digest(path)] = folder
         try:
             stated = dict(_stated(folder, manifest))
         except UserError as error:
@@ -164,7 +164,7 @@ class _Tree:
             if parents["store"] in self.stores:
                 self.n_parents += 1
             else:
-                self._parent(folder, place, parents, checksum_file)
+                self._parent(folder, place, parents, store_digest)
         listed = manifest.get("dictionaries", [])
         places = [*(listed if isinstance(listed, list) else []), manifest.get("dictionary")]
         for place in places:
@@ -188,10 +188,8 @@ def _stated(folder: Path, manifest: dict[str, Any]) -> Iterator[tuple[str, str]]
         DiskError: The manifest names a file outside its folder.
         StoreError: The manifest is not that of a store.
     """
-    if manifest["kind"] == STORE:
-        if manifest.get("complete"):
-            yield from ((shard.file, shard.xxh3) for shard in read_entries(folder).shards)
-        return
+    if manifest["kind"] == STORE and manifest.get("complete"):
+        yield from ((shard.file, shard.xxh3) for shard in read_entries(folder).shards)
     for name, expected in manifest.get("files", {}).items():
         if Path(name).name != name:
             raise DiskError(f"{folder / MANIFEST} names {name!r}, which is not in its folder.")

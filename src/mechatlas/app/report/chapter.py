@@ -43,6 +43,8 @@ class Chapter:
     title: str
     html: Markup
     """Escaped markup from `render`."""
+    empty: bool = False
+    """Whether it shows only why nothing can be shown."""
     figures: dict[str, Any] = dataclasses.field(default_factory=dict)
     """Plotly figures as plain values: `{"data": [...], "layout": {...}}`. Colors and fonts
     that they leave open follow the theme of the page."""

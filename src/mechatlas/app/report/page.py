@@ -1,6 +1,8 @@
 """Page of a folder of runs: one self-contained HTML file.
 
-    report    find the runs, make the chapters, write the page
+    report           find the runs of a folder and write their page
+    write_page       the runs, from a folder or from Python -> one file
+    make_chapters    the runs -> chapters, whatever single runs are damaged
 
 The page is one file and asks for nothing from anywhere: scripts, styles, pictures and
 numbers are inside, and its content policy forbids the browser to load anything else.
@@ -37,7 +39,8 @@ from mechatlas.app.report.chapters import (
     training,
 )
 from mechatlas.app.report.runs import Runs, find_runs
-from mechatlas.base import Progress, no_progress
+from mechatlas.app.run_folder import STORE
+from mechatlas.base import Progress, UserError, no_progress
 from mechatlas.files import write
 
 CHAPTERS: tuple[ChapterOf, ...] = (
@@ -98,6 +101,41 @@ def report(
     names = (network,) if isinstance(network, str) else tuple(network)
     trusted = TrustConfig(network=names, trust=trust)
     runs = find_runs(Path(folder), visualize=visualize, trust=trusted)
+    return write_page(runs, Path(out), on_progress=on_progress, on_problem=on_problem)
+
+
+def write_page(
+    runs: Runs,
+    out: Path,
+    *,
+    on_progress: Progress = no_progress,
+    on_problem: OnProblem = no_problem,
+) -> Path:
+    """Write one page about runs.
+
+    Args:
+        runs: The runs.
+        out: File to write.
+        on_progress: Callback with the steps done.
+        on_problem: Callback with each run that is left out, or not drawn whole.
+
+    Returns:
+        `out`.
+
+    Raises:
+        DiskError: The page cannot be written.
+        UserError: There is nothing to show.
+    """
+    chapters = make_chapters(runs, on_progress)
+    refuse_nothing(runs, chapters)
+    for name, reason in runs.problems.items():
+        on_problem(name, reason)
+    write(out, assemble(_title(runs), chapters, runs.problems).encode())
+    return out
+
+
+def make_chapters(runs: Runs, on_progress: Progress = no_progress) -> list[Chapter]:
+    """Make the chapters of all runs that they can be made of."""
     chapters = []
     total = len(CHAPTERS) * STEPS
     for number, make in enumerate(CHAPTERS):
@@ -111,12 +149,23 @@ def report(
         )
         if made is not None:
             chapters.append(made)
-    for name, reason in runs.problems.items():
-        on_problem(name, reason)
-    page = assemble(_title(runs), chapters, runs.problems)
-    write(Path(out), page.encode())
     on_progress(total, total)
-    return Path(out)
+    return chapters
+
+
+def refuse_nothing(runs: Runs, chapters: Sequence[Chapter]) -> None:
+    """Refuse a page that would show nothing but what is wrong.
+
+    Raises:
+        UserError: No chapter shows anything.
+    """
+    shown = [each for each in chapters if each.name != "overview" and not each.empty]
+    if shown or (runs.of_kind(STORE) and not runs.problems):
+        return
+    reasons = [f"{name}: {reason}" for name, reason in runs.problems.items()]
+    kinds = sorted({run.kind for run in runs.all})
+    held = f"It holds only {', '.join(kinds)}." if kinds else "It holds no runs."
+    raise UserError(f"{runs.folder} has nothing to show. {' '.join(reasons) or held}")
 
 
 def _chapter(make: ChapterOf, runs: Runs, on_progress: Progress) -> Chapter | None:
@@ -170,8 +219,7 @@ def _array(chapter: str, name: str, array: np.ndarray) -> dict[str, Any]:
 
 
 def _title(runs: Runs) -> str:
-    names = {
-        str(run.manifest.get("recipe", {}).get("network", {}).get("name", ""))
-        for run in runs.of_kind("store")
-    } - {""}
+    if runs.opened is not None:
+        return type(runs.opened.network).__name__
+    names = {run.network_name for run in runs.of_kind(STORE)} - {""}
     return " and ".join(sorted(name.rpartition(":")[2] for name in names)) or runs.folder.name

@@ -1,13 +1,15 @@
 """Finished runs that a page is made from.
 
 find_runs    a folder -> every run in it
+Run          what a chapter needs of a run: kind, manifest, result, tables, tensors, dictionary
+MemoryRun    the same for a run made in Python, which has no folder
 Runs         the runs, and what they open to; each network and store is opened once
 """
 
 import dataclasses
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +17,21 @@ import numpy as np
 import pyarrow as pa
 
 from mechatlas.activations.store import Store
+from mechatlas.activations.store_manifest import store_digest
 from mechatlas.app.inputs import OpenedNetwork, recorded_network
 from mechatlas.app.recipes import TrustConfig
-from mechatlas.app.run_folder import RESULT, STORE, read_result
+from mechatlas.app.run_folder import RESULT, STORE, as_plain, read_result
 from mechatlas.base import DiskError, StoreError, UserError
-from mechatlas.files import MANIFEST, checksum_file, read_json, read_manifest
+from mechatlas.dictionaries.formats import FILE as DICTIONARY_FILE
+from mechatlas.dictionaries.formats import load
+from mechatlas.files import MANIFEST, read_json, read_manifest
 from mechatlas.tensorfiles import read_arrays, read_table
 
+FROM_PYTHON = (
+    "A dictionary saved from Python says neither its site nor its store. Draw it with "
+    "ma.report(out, stores=..., dictionaries=..., network=..., samples=...)."
+)
+"""Reason why a dictionary without a manifest is not on the page."""
 DEPTH = 2
 """Levels of folders below the given one that are searched for runs."""
 
@@ -46,6 +56,12 @@ class Run:
     def complete(self) -> bool:
         """Whether the command has ended; version 0.1 wrote the manifest last."""
         return bool(self.manifest.get("complete", True))
+
+    @property
+    def network_name(self) -> str:
+        """Name of the network in the recipe of the run; empty if there is none."""
+        network = self.manifest.get("recipe", {}).get("network", "")
+        return str(network.get("name", "") if isinstance(network, dict) else network)
 
     def typed_result(self) -> Any:
         """Result of the command, as the type that `run_folder.RESULTS` names for the kind.
@@ -73,11 +89,7 @@ class Run:
         Raises:
             DiskError: It is missing or damaged.
         """
-        table = read_table(self.folder / file)
-        return {
-            name: column.to_pylist() if pa.types.is_list(column.type) else column.to_numpy()
-            for name, column in zip(table.column_names, table.columns, strict=True)
-        }
+        return _columns(read_table(self.folder / file))
 
     def tensors(self, file: str) -> dict[str, np.ndarray]:
         """Read the arrays of a safetensors file.
@@ -86,6 +98,55 @@ class Run:
             WeightsError: It is missing or damaged.
         """
         return read_arrays(self.folder / file)
+
+    def dictionary(self) -> Any:
+        """Read the dictionary of the run.
+
+        Raises:
+            WeightsError: It is missing or damaged.
+        """
+        return load(self.folder)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class MemoryRun(Run):
+    """Run made in Python; nothing of it is on disk, and its folder is only its name in links."""
+
+    contents: Mapping[str, Any]
+    """Tables, tensors and plain values by the name of the file that they would be in."""
+    returned: Any
+    """Result as the command would return it, or the dictionary."""
+
+    def typed_result(self) -> Any:
+        """Result of the command."""
+        return self.returned
+
+    def read(self, file: str) -> Any:
+        """Plain values; `None` if the run has none of that name."""
+        return as_plain(self.contents[file]) if self.has(file) else None
+
+    def has(self, file: str) -> bool:
+        """Whether the run has tables, tensors or values of that name."""
+        return file in self.contents
+
+    def table(self, file: str) -> dict[str, Any]:
+        """Columns of a table: arrays, and lists where entries are lists."""
+        return _columns(pa.table(dict(self.contents[file])))
+
+    def tensors(self, file: str) -> dict[str, np.ndarray]:
+        """Arrays by name."""
+        return dict(self.contents[file])
+
+    def dictionary(self) -> Any:
+        """Dictionary of the run."""
+        return self.returned
+
+
+def _columns(table: pa.Table) -> dict[str, Any]:
+    return {
+        name: column.to_pylist() if pa.types.is_list(column.type) else column.to_numpy()
+        for name, column in zip(table.column_names, table.columns, strict=True)
+    }
 
 
 def find_runs(folder: Path, *, visualize: int = 0, trust: TrustConfig | None = None) -> "Runs":
@@ -111,11 +172,13 @@ def find_runs(folder: Path, *, visualize: int = 0, trust: TrustConfig | None = N
             name = path.parent.relative_to(folder).as_posix()
             name = folder.resolve().name if name == "." else name
             try:
-                manifest = read_manifest(path)
-                if "kind" in manifest:
-                    runs.append(Run(path.parent, name, manifest, _result_of(path.parent, manifest)))
+                if "kind" in (run := read_run(path.parent, name)).manifest:
+                    runs.append(run)
             except UserError as error:
                 problems[name] = str(error)
+        for path in sorted(folder.glob("*/" * depth + DICTIONARY_FILE)):
+            if not (path.parent / MANIFEST).exists():
+                problems[path.parent.relative_to(folder).as_posix()] = FROM_PYTHON
     if problems and not runs:
         raise UserError(f"{folder} holds no run that can be read: {next(iter(problems.values()))}")
     if not runs:
@@ -125,6 +188,20 @@ def find_runs(folder: Path, *, visualize: int = 0, trust: TrustConfig | None = N
             "around it."
         )
     return Runs(folder, runs, visualize, trust or TrustConfig(), problems)
+
+
+def read_run(folder: Path, name: str) -> Run:
+    """Read the manifest and the result of a run.
+
+    Args:
+        folder: Folder of the run.
+        name: Name of the run on the page.
+
+    Raises:
+        DiskError: One is damaged, or there is no manifest.
+    """
+    manifest = read_manifest(folder / MANIFEST)
+    return Run(folder, name, manifest, _result_of(folder, manifest))
 
 
 def _has(folder: Path, manifest: dict[str, Any], file: str) -> bool:
@@ -155,6 +232,7 @@ class Runs:
         visualize: int,
         trust: TrustConfig,
         problems: dict[str, str],
+        opened: OpenedNetwork | None = None,
     ) -> None:
         """List the runs of a page; nothing is opened yet.
 
@@ -164,15 +242,17 @@ class Runs:
             visualize: Number of features per dictionary to visualize by activation maximization.
             trust: Code that may run.
             problems: Sentence about each run that is left out, or not drawn whole, by its name.
+            opened: Network and samples of all stores; by default those that each store records.
         """
         self.folder: Path = folder
         self.all: list[Run] = runs
         self.visualize: int = visualize
         self.trust: TrustConfig = trust
         self.problems: dict[str, str] = problems
+        self.opened: OpenedNetwork | None = opened
         self.open_store: Callable[[Path], Store] = functools.cache(Store)
         self.reopen: Callable[[Path], OpenedNetwork] = functools.cache(
-            lambda store: recorded_network(self.open_store(store), trust)
+            lambda store: opened or recorded_network(self.open_store(store), trust)
         )
 
     def of_kind(self, kind: str) -> list[Run]:
@@ -190,7 +270,7 @@ class Runs:
         """
         broken = []
         for run in self.all:
-            alone = Runs(self.folder, [run], 0, self.trust, {})
+            alone = Runs(self.folder, [run], 0, self.trust, {}, self.opened)
             try:
                 make(alone)
             except Exception as error:  # damaged values can make a chapter raise anything
@@ -212,9 +292,14 @@ class Runs:
         """
         wanted = run.manifest.get("parents", {}).get("store")
         for other in self.of_kind(STORE):
-            if wanted and checksum_file(other.folder / MANIFEST) == wanted:
+            if wanted and store_digest(other.folder / MANIFEST) == wanted:
                 return other.folder
-        written = Path(str(run.manifest.get("store", "")))
+        if not run.manifest.get("store"):
+            raise StoreError(
+                f"{run.name} does not say which store it was trained on. Train it with `mechatlas "
+                "train`, or draw it from Python: ma.report(out, stores=..., dictionaries=...)."
+            )
+        written = Path(str(run.manifest["store"]))
         for path in (run.folder / written, self.folder / written, written):
             if (path / MANIFEST).is_file():
                 return path

@@ -27,7 +27,6 @@ from mechatlas.app.report.galleries import Gallery, gallery
 from mechatlas.app.report.paintings import most_in_each, paint
 from mechatlas.app.report.runs import Run, Runs
 from mechatlas.base import Progress, Site, UserError
-from mechatlas.dictionaries.formats import load
 
 TOP = 12
 """Number of examples of each feature."""
@@ -89,6 +88,7 @@ def chapter(runs: Runs, on_progress: Progress) -> Chapter | None:
         name="features",
         title="Features",
         html=render("features.html", opened=opened, failed=failed),
+        empty=not opened,
         data=data,
         arrays=arrays,
         images=images,
@@ -116,7 +116,7 @@ def _open(run: Run, key: str, runs: Runs, on_progress: Progress) -> _FeatureData
     if not isinstance(written, str):
         raise UserError(f"The manifest of {run.name} names no single site that it was trained on.")
     site = Site.parse(written)
-    dictionary = load(run.folder)
+    dictionary = run.dictionary()
     if getattr(dictionary, "group", None) is not None:
         raise UserError(
             "It is pose-tied: its codes need every input in all poses, and cards show inputs as "

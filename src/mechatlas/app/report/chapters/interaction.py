@@ -7,10 +7,10 @@ import numpy as np
 from jaxtyping import Shaped
 
 from mechatlas.analysis.interaction.degeneracy import DegeneracyCount
-from mechatlas.app.basis_spectra import DrawnGraph, LayerSpectra, read_spectra
+from mechatlas.app.basis_spectra import DrawnGraph, LayerSpectra, structure_spectra
 from mechatlas.app.report.chapter import Chapter, render
 from mechatlas.app.report.runs import Runs
-from mechatlas.app.run_folder import BASIS, read_result
+from mechatlas.app.run_folder import BASIS, SPECTRA
 from mechatlas.base import Progress
 
 LABELS = {
@@ -46,9 +46,8 @@ def chapter(runs: Runs, on_progress: Progress) -> Chapter | None:
     figures: dict[str, Any] = {}
     parts = []
     for number, run in enumerate(finished):
-        schema = run.manifest.get("schema", 1)
-        result: Any = read_result(run.folder, BASIS, schema=schema)
-        spectra = read_spectra(run.folder, schema=schema)
+        result: Any = run.typed_result()
+        spectra = structure_spectra(run.read(SPECTRA), run.name, run.manifest.get("schema", 1))
         names = [layer.name for layer in spectra.layers]
         figures[f"spectra-{number}"] = _spectra(spectra.layers)
         if has_effective := any(x.effective_parameters.n_effective for x in result.layers):
@@ -58,11 +57,10 @@ def chapter(runs: Runs, on_progress: Progress) -> Chapter | None:
                 figures[f"{what}s-{number}"] = _curves(spectra.layers, what)
         if spectra.graph is not None:
             figures[f"graph-{number}"] = _graph(spectra.graph, names)
-        recorded = run.manifest.get("recipe", {}).get("network", {}).get("name", "")
         parts.append({
             "name": run.name,
             "number": number,
-            "network": result.network or recorded,
+            "network": result.network or run.network_name,
             "result": result,
             "kinds": list(dict.fromkeys(k for layer in result.layers for k in layer.by_basis)),
             "has_curves": has_curves,

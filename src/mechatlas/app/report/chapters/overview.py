@@ -65,7 +65,7 @@ def chapter(runs: Runs, on_progress: Progress) -> Chapter | None:
 
 
 def _subject(run: Run, runs: Runs) -> Subject:
-    name = run.manifest.get("recipe", {}).get("network", {}).get("name", "unknown network")
+    name = run.network_name or "unknown network"
     written = str(run.manifest.get("network", ""))
     try:
         network, samples = runs.reopen(run.folder)
@@ -111,6 +111,7 @@ def _branches(info: SiteInfo) -> list[Branch]:
 def _store(run: Run) -> dict[str, Any]:
     manifest = run.manifest
     settings = manifest.get("settings", {})
+    source = manifest.get("recipe", {}).get("samples", {})
     rows: dict[str, dict[str, int]] = {}
     for site, split, _file, n_rows, *_ in manifest.get("shards", []):
         rows.setdefault(site, {"train": 0, "held": 0})[split] += n_rows
@@ -118,7 +119,7 @@ def _store(run: Run) -> dict[str, Any]:
         "name": run.name,
         "complete": manifest.get("complete", False),
         "samples": manifest.get("n_samples"),
-        "source": manifest.get("recipe", {}).get("samples", {}).get("source", MISSING),
+        "source": source.get("source", MISSING) if isinstance(source, dict) else "arrays in memory",
         "skipped": len(manifest.get("skipped", [])),
         "dtype": settings.get("dtype", MISSING),
         "positions": settings.get("positions", {}).get("rule", MISSING),
