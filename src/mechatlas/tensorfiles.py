@@ -183,7 +183,8 @@ def read_sharded(index: Path) -> dict[Path, Header]:
             raise WeightsError(f"{index} has no weight_map, which names the file of each tensor.")
         headers: dict[Path, Header] = {}
         for tensor, name in places.items():
-            if not isinstance(name, str) or Path(name).name != name or "\\" in name:
+            plain = isinstance(name, str) and Path(name).name == name and name != ".."
+            if not plain or "\\" in name:
                 raise WeightsError(f"{index}: {tensor} is in {name!r:.80}, not a file beside it.")
             file = index.parent / name
             if file not in headers:

@@ -15,6 +15,7 @@ import torch
 from mechatlas.base import InputError, WeightsError
 from mechatlas.dictionaries.formats import load
 from mechatlas.dictionaries.metrics import evaluate, fvu
+from mechatlas.dictionaries.pretrained import Pretrained
 from tests.conformance import CHECKS
 from tests.dictionaries.golden import EXPECTED, GOLDEN, NAMES, UNSCALED, X, read, weights_of
 
@@ -238,6 +239,7 @@ def test_a_file_of_several_sites_must_say_which_it_reads(tmp_path):
     with pytest.raises(WeightsError, match=r"w_dec has shape \(24, 3, 8\): it writes several"):
         load(folder)
     dictionary = load(folder, layer=1)
+    assert isinstance(dictionary, Pretrained)
     assert dictionary.sites == tuple(f"blocks.{i}.hook_mlp_out" for i in range(3))
     code = dictionary.encode(X)
     torch.testing.assert_close(code, EXPECTED["gemma_scope_two/code"])

@@ -26,6 +26,7 @@ COMMANDS = (
     "collect",
     "train",
     "evaluate",
+    "export",
     "basis",
     "match",
     "symmetry",

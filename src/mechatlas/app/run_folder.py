@@ -54,7 +54,7 @@ from mechatlas.outputs import Claim, claim
 from mechatlas.tensorfiles import checksum_of, read_safetensors
 
 STORE, DICTIONARY, GROUP_NET, PROOF = "store", "dictionary", "group_net", "proof"
-EVALUATION = "evaluation"
+EVALUATION, EXPORT = "evaluation", "export"
 BASIS, MATCHING, SYMMETRY, BRANCHES, CIRCUIT = (
     "basis",
     "matching",
@@ -67,6 +67,7 @@ RESULTS: dict[str, str] = {
     DICTIONARY: "train:TrainResult",
     GROUP_NET: "group_net:GroupNetResult",
     EVALUATION: "evaluate:EvaluateResult",
+    EXPORT: "export:ExportResult",
     BASIS: "basis:BasisResult",
     MATCHING: "match:MatchResult",
     SYMMETRY: "symmetry:SymmetryResult",

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from mechatlas.base import WeightsError
 from mechatlas.deprecated import ARGUMENTS
+from mechatlas.dictionaries import hub
 from mechatlas.dictionaries.activation_rules import (
     AbsTopK,
     GroupMax,
@@ -176,7 +177,7 @@ def load(
     disk until they are used.
 
     Args:
-        path: Folder or file.
+        path: Folder, file, or address on the Hugging Face Hub: `hf://owner/name/folder@revision`.
         classes: Classes of your own, of dictionaries or sparsity rules, that the file may need.
         device: Device of the dictionary; by default the CPU.
         dtype: Number format of the weights; by default float32, of large files that of the file.
@@ -193,7 +194,7 @@ def load(
         >>> ma.load("sae").n_latents
         64
     """
-    path = Path(path)
+    path = hub.fetch(str(path)) if hub.is_address(path) else Path(path)
     own = path / FILE if path.is_dir() else path
     if own.name == FILE and own.is_file():
         dictionary = _read_own(own, classes)

@@ -19,11 +19,11 @@ import safetensors.torch
 from torch import Tensor
 
 from mechatlas.base import WeightsError
-from mechatlas.dictionaries.foreign.weights import Found, as_pretrained, find_tensors, fit, oriented
+from mechatlas.dictionaries.foreign.weights import Found, as_pretrained, fit, oriented
 from mechatlas.dictionaries.pretrained import CrossLayerDictionary, Pretrained
 from mechatlas.dictionaries.sparsity import ReLU, Threshold
 from mechatlas.files import read, write
-from mechatlas.tensorfiles import reading
+from mechatlas.tensorfiles import read_tensors, reading
 
 THRESHOLD = "activation_function.threshold"
 SHAPES = {
@@ -72,21 +72,22 @@ def read_cross_layer(found: Found) -> CrossLayerDictionary | Pretrained:
     own = re.fullmatch(r"W_(?:enc|dec)_(\d+)", found.file.stem)
     folder = found.file.parent if own else found.file
     wanted = found.setting("layer", int(own[1]) if own else None)
-    if own:  # the encoder and the decoder of a layer are files of their own
-        found = find_tensors(folder, {})
+    if wanted is not None:  # only two of the files are needed
+        files = [folder / f"W_{part}_{wanted}.safetensors" for part in ("enc", "dec")]
+        if not all(file.is_file() for file in files):
+            raise WeightsError(
+                f"{folder} has no layer {wanted}: no {files[0].name}, {files[1].name}."
+            )
+        tensors = {key: t for file in files for key, t in read_tensors(file).items()}
+        atoms = tensors.get(f"W_dec_{wanted}")
+        n = wanted + (atoms.shape[1] if atoms is not None and atoms.ndim == 3 else 1)
+        return _layer(folder, tensors, wanted, n, _hooks(found))
     numbers = sorted(int(name[6:]) for name in found.shapes if re.fullmatch(r"W_enc_\d+", name))
     if numbers != list(range(len(numbers))):
         raise WeightsError(f"{folder} holds encoders of layers {numbers}, expected all from 0.")
-    if wanted is not None and wanted not in numbers:
-        raise WeightsError(f"{folder} has no layer {wanted}; it has 0 to {len(numbers) - 1}.")
     hooks = _hooks(found)
-    tensors, n = found.tensors, len(numbers)
-    layers = [
-        _layer(folder, tensors, number, n, hooks)
-        for number in (numbers if wanted is None else [wanted])
-    ]
-    if wanted is not None:
-        return layers[0]
+    n = len(numbers)
+    layers = [_layer(folder, found.tensors, i, n, hooks) for i in numbers]
     return CrossLayerDictionary(
         layers, [f"blocks.{i}.{hooks['feature_input_hook']}" for i in numbers]
     )

@@ -302,6 +302,8 @@ def _describe(whole: Pretrained) -> tuple[str, dict[str, Tensor], dict[str, Any]
     Raises:
         WeightsError: It has none.
     """
+    if whole.spans:
+        raise WeightsError("SAELens has no crosscoders, which write several sites.")
     rule, b_enc, state = whole.sparsity, {"b_enc": whole.b_enc}, whole.state
     # A transcoder between sites of one width, with the k largest, is as good as an autoencoder
     # that takes nothing from its input.
@@ -316,11 +318,9 @@ def _describe(whole: Pretrained) -> tuple[str, dict[str, Tensor], dict[str, Any]
         skip = {} if whole.W_skip is None else {"W_skip": whole.W_skip.T}
         name = f"{jump}{'skip_' if skip else ''}transcoder"
         return name, {**b_enc, **state, **skip}, {"d_out": whole.d_out}
-    if whole.spans:
-        raise WeightsError("SAELens has no dictionaries that write several sites.")
     if isinstance(rule, Pursuit):
         if not rule.positive:
-            raise WeightsError("SAELens' matching pursuit only adds atoms, and never takes away.")
+            raise WeightsError("SAELens has no matching pursuit that takes atoms away.")
         settings = {
             "residual_threshold": rule.least_residual,
             "max_iterations": rule.steps,
