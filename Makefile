@@ -5,7 +5,7 @@ PEERS ?= .venv-peers
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: setup demo test test-slow faults test-peers page-test bench bench-peers docs clean
+.PHONY: setup demo test test-slow test-triton faults test-peers page-test bench bench-peers docs clean
 
 setup: $(VENV)/.ready
 
@@ -27,6 +27,11 @@ test: setup
 
 test-slow: setup
 	$(BIN)/pytest -m slow
+
+# Kernels for GPUs, run by Triton's interpreter on the CPU.
+test-triton: setup
+	$(PIP) -e '.[gpu]'
+	TRITON_INTERPRET=1 $(BIN)/pytest -m triton tests/dictionaries
 
 # Kills, damage, full disks, two writers, hostile files: half an hour; `faults.md` has the table.
 faults: setup

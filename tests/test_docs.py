@@ -17,8 +17,11 @@ from mechatlas import deprecated
 ROOT = Path(__file__).parents[1]
 NAMES = (
     "tutorial",
+    "guides",
     "own",
     "language",
+    "evaluation",
+    "effects",
     "dictionaries",
     "group_stores",
     "formats",
@@ -119,3 +122,21 @@ def test_the_tables_of_results_are_those_of_the_commands():
     check = [sys.executable, ROOT / "tools" / "write_result_tables.py", "--check"]
     done = subprocess.run(check, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_messages_of_troubleshooting_are_those_of_the_source():
+    joined = re.compile(r'"\s*\n\s*f?"')
+    source = "\n".join(joined.sub("", p.read_text()) for p in (ROOT / "src").rglob("*.py"))
+    table = (ROOT / "docs" / "troubleshooting.md").read_text()
+    messages = re.findall(r"^\| `([^`]+)` \|", table, re.MULTILINE)
+    assert len(messages) > 8
+    for message in messages:
+        for part in re.split(r"\.\.\.|'[^']*'|\d+", message):
+            assert part.strip() in source, message
+
+
+def test_every_page_is_reached_from_the_index_and_the_navigation():
+    pages = {path.name for path in (ROOT / "docs").glob("*.md")} - {"index.md"}
+    for file in ("docs/index.md", "mkdocs.yml"):
+        text = (ROOT / file).read_text()
+        assert [name for name in sorted(pages) if name not in text] == [], file

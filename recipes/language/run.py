@@ -7,25 +7,29 @@
 The first trains TopK dictionaries of 4,608 latents on twelve layers, straight from the model, on a
 million tokens, in hours on two cores; `--quick` is three small ones in minutes. Texts whose names
 end in 7 are held out. Then each dictionary is evaluated in the model (`worth.json`), and SAE Match
-runs over all neighbors and from first to last (`match/result.json`). What is there is not made
-again, and training that was stopped goes on.
+runs over all neighbors (`match/result.json`) and from first to last (`match_ends`), beside a
+rotated control; `layers.html` is the picture. What is there is not made again, and training that
+was stopped goes on. With `--train-only`, some of the layers can be trained beside others.
 """
 
 import argparse
-import json
+import itertools
 import time
 from pathlib import Path
 from typing import Any
+
+import torch
+from plotly.subplots import make_subplots
 
 import mechatlas as ma
 from mechatlas.activations.networks import Network
 from mechatlas.activations.positions import Positions
 from mechatlas.activations.texts import Texts
 from mechatlas.app.commands.collect import CollectConfig
-from mechatlas.app.commands.match import MatchConfig
+from mechatlas.app.commands.match import MatchConfig, MatchResult
 from mechatlas.app.run_folder import as_plain, execute, read_result
 from mechatlas.dictionaries.revival import AuxK
-from mechatlas.files import write_json
+from mechatlas.files import read_json, write_json
 
 WAYS = ("matched", "match", "unfolded", "random", "same_index", "layer_drop", "b_reconstruction")
 """Ways of pairing in the table of next-token losses; same_index is the identity."""
@@ -44,15 +48,23 @@ def settings() -> argparse.Namespace:
     parser.add_argument("--k", type=int, default=32)
     parser.add_argument("--tokens", type=int, default=1_000_000)
     parser.add_argument("--steps", type=int, default=2000)
-    parser.add_argument("--batch-size", type=int, default=1024)
+    parser.add_argument("--batch-size", type=int, default=512)
     parser.add_argument("--samples", type=int, default=128, help="windows of each evaluation")
     parser.add_argument("--context", type=int, default=64)
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument(
+        "--train-only", action="store_true", help="stop there; other layers may train beside it"
+    )
     given = parser.parse_args()
     if given.quick:
         given.layers, given.n_latents, given.tokens = [8, 9, 16], 1152, 24_000
         given.steps, given.batch_size, given.samples = 175, 128, 16
     return given
+
+
+def model(given: argparse.Namespace) -> Network:
+    """Recipe of the model, in a format that processors read fast."""
+    return Network(name="transformer", arguments={"path": str(given.model), "dtype": "bfloat16"})
 
 
 def texts(given: argparse.Namespace, *, held_out: bool, n: int) -> Texts:
@@ -85,7 +97,7 @@ def train(network: Any, sites: list[str], folders: list[Path], given: argparse.N
         steps=given.steps,
         batch_size=given.batch_size,
         revival=AuxK(k=4 * given.k, dead_after_rows=100_000),
-        checkpoint=given.out / "checkpoint",
+        checkpoint=given.out / f"checkpoint{given.layers[0]}",
         checkpoint_every=100,
         on_measure=lambda n, entry: print(f"{sites[n]}: {entry}", flush=True) if not n else None,
     )
@@ -110,7 +122,7 @@ def evaluate(network: Any, sites: list[str], folders: list[Path], given: Any) ->
                 n_samples=given.samples,
             )
             write_json(path, as_plain(worth))
-        values = json.loads(path.read_text())
+        values = read_json(path)
         found.append(values)
         recovered = values["loss_recovered"]
         print(
@@ -124,51 +136,113 @@ def evaluate(network: Any, sites: list[str], folders: list[Path], given: Any) ->
     return found
 
 
-def match(sites: list[str], folders: list[Path], given: argparse.Namespace) -> Any:
-    """Match neighbors and the ends, and print what the pairs are worth."""
-    store, out = given.out / "held_out_rows", given.out / "match"
+def collect(sites: list[str], given: argparse.Namespace) -> Path:
+    """Collect held-out rows of all sites in one pass of the model."""
+    out = given.out / "held_out_rows"
     execute(
         CollectConfig(
-            network=Network(name="transformer", arguments={"path": str(given.model)}),
+            network=model(given),
             sites=tuple(sites),
             samples=texts(given, held_out=True, n=given.samples * 4),
             storage=ma.StoreConfig(
                 positions=Positions(per_sample=24), paired=True, held_out=0.3, batch_size=16
             ),
-            out=store,
+            out=out,
         )
     )
+    return out
+
+
+def match(
+    sites: list[str], folders: list[Path], store: Path, out: Path, given: argparse.Namespace
+) -> MatchResult:
+    """Match consecutive dictionaries, folded by mean activations, and print the pairs' worth."""
     if not (out / "result.json").is_file():
         config = MatchConfig(
-            dictionaries=tuple(folders), sites=tuple(sites), store=store, out=out,
+            dictionaries=tuple(folders), sites=tuple(sites), store=store, scale="mean", out=out,
             samples=max(8, given.samples // 4),
         )  # fmt: skip
         execute(config)
     result = read_result(out, "matching")
-    print("pair | matched of | co-firing | " + " | ".join(f"loss, {way}" for way in WAYS))
+    print("pair | matched of | co-firing, random | " + " | ".join(f"loss, {way}" for way in WAYS))
     for pair in result.pairs:
-        effects = pair.spliced or {}
+        effects, firing = pair.spliced or {}, pair.co_firing or {}
         changes = [effects[way].loss_change if way in effects else None for way in WAYS]
+        together = [firing[way].jaccard.value for way in ("matched", "random")]
         print(
             f"{pair.a} -> {pair.b} | {pair.matched} of {pair.n_a} | "
-            f"{(pair.co_firing or {})['matched'].jaccard.value:.3f} | "
+            f"{together[0]:.3f}, {together[1]:.3f} | "
             + " | ".join("" if c is None else f"{c.value:+.3f}" for c in changes),
             flush=True,
         )
-    for way, ends in (result.first_to_last or {}).items():
-        print(f"first to last, {way}: {ends}")
     return result
+
+
+def rotated(folders: list[Path], out: Path) -> list[int]:
+    """Count the pairs of each dictionary with the next, rotated: a control without any match."""
+    if not out.is_file():
+        decoders = [ma.load(folder).W_dec.detach() for folder in folders]
+        draw = torch.Generator().manual_seed(0)
+        q = torch.linalg.qr(torch.randn(*[decoders[0].shape[1]] * 2, generator=draw))[0]
+        found = [ma.match(a, b @ q, cost="cosine") for a, b in itertools.pairwise(decoders)]
+        write_json(out, [int(each.matched.sum()) for each in found])
+    return read_json(out)
+
+
+def draw(layers: list[int], worth: list[Any], neighbors: MatchResult, out: Path) -> None:
+    """Draw what dictionaries and pairs are worth over the layers, and how features persist."""
+    figure = make_subplots(
+        1, 3, subplot_titles=("Dictionaries", "Change of next-token loss", "Persistence")
+    )
+    for name in ("fvu", "fvu_median", "loss_recovered"):
+        values = [each[name] for each in worth]
+        y = [v["value"] for v in values]
+        bars = {
+            "array": [v["high"] - v["value"] for v in values],
+            "arrayminus": [v["value"] - v["low"] for v in values],
+        }
+        figure.add_scatter(x=layers, y=y, error_y=bars, name=name.replace("_", " "), row=1, col=1)
+    for way in WAYS:
+        found = [((p.spliced or {})[way].loss_change) for p in neighbors.pairs]
+        figure.add_scatter(
+            x=layers[:-1], y=[e.value for e in found if e], name=way.replace("_", " "), row=1, col=2
+        )
+    tracks = neighbors.tracks
+    if tracks is not None:
+        n = list(range(1, len(tracks.persistence) + 1))
+        bars = {
+            "array": [h - v for h, v in zip(tracks.high, tracks.persistence, strict=True)],
+            "arrayminus": [v - x for x, v in zip(tracks.low, tracks.persistence, strict=True)],
+        }
+        figure.add_scatter(
+            x=n, y=tracks.persistence, error_y=bars, name="same feature", row=1, col=3
+        )
+    for column, title in enumerate(("layer", "layer of A", "dictionaries on"), start=1):
+        figure.update_xaxes(title_text=title, row=1, col=column)
+    figure.update_layout(template="plotly_white", width=1200, height=420)
+    figure.write_html(out)
 
 
 def main() -> None:
     """Run what is not there yet."""
     given, clock = settings(), time.perf_counter()
-    network = ma.load_network(Network(name="transformer", arguments={"path": str(given.model)}))
+    network = ma.load_network(model(given))
     sites = [f"model.layers.{layer}" for layer in given.layers]
     folders = [given.out / f"layer{layer}" for layer in given.layers]
     train(network, sites, folders, given)
-    evaluate(network, sites, folders, given)
-    match(sites, folders, given)
+    if given.train_only:
+        return
+    worth = evaluate(network, sites, folders, given)
+    store = collect(sites, given)
+    neighbors = match(sites, folders, store, given.out / "match", given)
+    match([sites[0], sites[-1]], [folders[0], folders[-1]], store, given.out / "match_ends", given)
+    for way, ends in (neighbors.first_to_last or {}).items():
+        firing = f", co-firing {ends.co_firing.jaccard.value:.3f}" if ends.co_firing else ""
+        print(f"first to last, {way}: {ends.pairs} pairs{firing}")
+    if neighbors.tracks is not None:
+        print("persistence", [round(share, 3) for share in neighbors.tracks.persistence])
+    print("matched with a rotated dictionary", rotated(folders, given.out / "rotated.json"))
+    draw(given.layers, worth, neighbors, given.out / "layers.html")
     print(f"{time.perf_counter() - clock:.0f} s")
 
 

@@ -9,6 +9,9 @@ from .activations.stream import stream
 from .activations.texts import Texts, text_samples
 from .analysis.branches.specialization import Specialization, branches
 from .analysis.circuits.circuit import Circuit, circuit
+from .analysis.effects.attribution import Attribution, attribute
+from .analysis.effects.logits import LogitEffects, logit_effects
+from .analysis.effects.steering import steer
 from .analysis.evaluation.evaluate import evaluate
 from .analysis.evaluation.results import NetworkEvaluation
 from .analysis.interaction.interaction_basis import basis
@@ -47,6 +50,7 @@ __all__ = [
     "AccuracyProof",
     "Arrays",
     "Assignment",
+    "Attribution",
     "Autoencoder",
     "AuxK",
     "BatchTopK",
@@ -61,6 +65,7 @@ __all__ = [
     "InteractionBasis",
     "InteractionConfig",
     "JumpReLU",
+    "LogitEffects",
     "Match",
     "Network",
     "NetworkEvaluation",
@@ -85,6 +90,7 @@ __all__ = [
     "UserError",
     "WeightsError",
     "assign",
+    "attribute",
     "basis",
     "branches",
     "circuit",
@@ -99,6 +105,7 @@ __all__ = [
     "load_network",
     "load_proof",
     "load_release",
+    "logit_effects",
     "match",
     "open_samples",
     "prove",
@@ -106,6 +113,7 @@ __all__ = [
     "read_activations",
     "report",
     "save",
+    "steer",
     "stream",
     "symmetry",
     "text_samples",

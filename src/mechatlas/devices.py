@@ -1,15 +1,18 @@
 """Devices to compute on."""
 
 import torch
+from torch import Tensor, nn
 
 from mechatlas.base import RecipeError
 
 
-def as_device(device: torch.device | str) -> torch.device:
+def as_device(device: torch.device | str | None, network: nn.Module | None = None) -> torch.device:
     """Parse the name of a device, and try the device.
 
     Args:
-        device: Device, or its name such as "cpu", "cuda" or "cuda:1".
+        device: Device, or its name such as "cpu", "cuda" or "cuda:1"; "auto" is the first there
+            is of cuda, mps and cpu.
+        network: Network whose own device is meant by `None`; by default that is the CPU.
 
     Returns:
         The device.
@@ -17,8 +20,16 @@ def as_device(device: torch.device | str) -> torch.device:
     Raises:
         RecipeError: There is no such device, or this PyTorch cannot compute on it.
     """
+    if device is None:
+        parameter = next(network.parameters(), None) if network is not None else None
+        return torch.device("cpu") if parameter is None else parameter.device
+    if device == "auto":
+        has_mps = torch.backends.mps.is_available()
+        device = "cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu"
     try:
         tried = torch.device(device)
+        if tried.type == "cuda" and tried.index is None:
+            tried = torch.device("cuda", torch.cuda.current_device())
         torch.zeros(1, device=tried).tolist()  # "meta" has no values
     except (RuntimeError, AssertionError, ImportError, ValueError) as error:
         have = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
@@ -28,3 +39,13 @@ def as_device(device: torch.device | str) -> torch.device:
             f"({torch.__version__}) have {', '.join(['cpu', *have])}."
         ) from error
     return tried
+
+
+def moved(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy a tensor to a device, without waiting where it can be copied meanwhile."""
+    if tensor.device == device:
+        return tensor
+    pinned = (
+        tensor.pin_memory() if device.type == "cuda" and tensor.device.type == "cpu" else tensor
+    )
+    return pinned.to(device, non_blocking=True)

@@ -136,3 +136,20 @@ def test_half_a_file_is_refused(tmp_path):
 def test_bytes_are_refused_by_the_networks_name():
     with pytest.raises(InputError, match=r"squeezenet expects RGB values in 0\.\.1, got"):
         SqueezeNet()(torch.full((1, 3, 47, 47), 200.0))
+
+
+def test_the_bundled_weights_are_the_published_ones_in_float16(data):
+    network = squeezenet()
+    published = squeezenet(data(FILE))
+    assert network.conv10 is None
+    for (name, own), (_, other) in zip(
+        network.state_dict().items(), published.state_dict().items(), strict=True
+    ):
+        assert torch.equal(own, other.half().float()), name
+
+
+def test_the_bundled_network_needs_no_file():
+    from mechatlas.activations.networks import Network, load_network
+
+    network = load_network(Network(name="squeezenet"))
+    assert network(torch.zeros(1, 3, 63, 63)).shape == (1, 512, 2, 2)

@@ -2,6 +2,7 @@ import csv
 import gzip
 import json
 import zipfile
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from pyarrow import parquet
 from torch import nn
 
-from mechatlas.activations import text_sources
+from mechatlas.activations import text_sources, texts
 from mechatlas.activations.samples import open_samples
 from mechatlas.activations.text_input import TextInput
 from mechatlas.activations.texts import Texts, TextSamples, text_samples
@@ -191,8 +192,41 @@ def test_reading_stops_at_a_limit(setting, expected):
     assert len(taken) < 6
 
 
+@pytest.mark.parametrize("packing", ["cut", "document", "packed"])
+def test_a_limit_takes_windows_of_many_files_in_turn(tmp_path, packing, monkeypatch):
+    monkeypatch.setattr(texts, "OPEN_FILES", 8)
+    for i in range(40):
+        (tmp_path / f"{i:02}.txt").write_text(
+            f"{i:02} " * 100 * (1 + 30 * (i == 0 and packing == "cut"))
+        )
+    options: dict[str, Any] = {"context": 12, "packing": packing}
+    some = cut(tmp_path, max_samples=400, **options)
+    n_windows = Counter(some.name(i)[:2] for i in range(len(some)))
+    assert len(some) == 400
+    assert len(n_windows) >= 16
+    assert max(n_windows.values()) <= 60
+    if packing != "packed":
+        for i in range(len(some)):  # of the file that it names
+            assert some.name(i)[:2] in words(some, i)
+    everything = cut(tmp_path, max_samples=10**6, **options)
+    in_order = cut(tmp_path, **options)
+    assert [in_order.name(i)[:2] for i in (0, 1)] == ["00", "00"]
+    assert len(in_order) == len(everything)
+
+
+def test_packed_documents_of_many_files_are_taken_in_turn(tmp_path):
+    for i in range(5):
+        write(tmp_path / f"{i}.jsonl", [f"{i}{j}" for j in range(9)])
+    samples = cut(tmp_path, context=20, max_samples=3)
+    found = [words(samples, i) for i in range(3)]
+    documents = "".join(found).split("</s>")
+    assert len({d[0] for d in documents[:5]}) == 5
+    assert [d[1] for d in documents[:15]] == [*"00000", *"11111", *"22222"]
+    assert samples.name(0)[0] == documents[0][0]
+
+
 def test_any_iterable_of_texts_rows_or_token_ids_can_be_read():
-    texts = text_samples(iter(DOCUMENTS), network(), context=8, packing="document")
+    plain = text_samples(iter(DOCUMENTS), network(), context=8, packing="document")
     rows = text_samples(
         [{"text": t, "n": 1} for t in DOCUMENTS], network(), context=8, packing="document"
     )
@@ -203,9 +237,9 @@ def test_any_iterable_of_texts_rows_or_token_ids_can_be_read():
         *(text_samples(x, network(), context=8, packing="document") for x in several),
     ):
         assert [same.read(i).tolist() for i in range(len(same))] == [
-            texts.read(i).tolist() for i in range(len(texts))
+            plain.read(i).tolist() for i in range(len(plain))
         ]
-    assert texts.name(0) == "document row 1 window 0"
+    assert plain.name(0) == "document row 1 window 0"
     opened = open_samples((t for t in DOCUMENTS), network())
     assert isinstance(opened, TextSamples)
     windows = np.zeros((4, 8), dtype=np.int64)

@@ -11,7 +11,13 @@ from mechatlas.activations.positions import Positions
 from mechatlas.activations.receptive import ReceptiveField
 from mechatlas.activations.samples import Images, Texts, open_samples
 from mechatlas.activations.sites import read_activations
-from mechatlas.analysis.examples import BINS, PER_OCTAVE, examples, feature_statistics
+from mechatlas.analysis.examples import (
+    BINS,
+    PER_OCTAVE,
+    Crop,
+    examples,
+    feature_statistics,
+)
 from mechatlas.base import InputError, Site
 
 SITE = Site("mixed3b")
@@ -224,3 +230,72 @@ def test_results_are_plain_arrays(world):
     found = feature_statistics(world[3], world[2])
     fields = dataclasses.asdict(found)
     assert all(isinstance(v, int | np.ndarray) for v in fields.values())
+
+
+def test_quantiles_go_from_weak_to_strong_over_the_whole_range(world):
+    _, _, rows, dictionary = world
+    found = feature_statistics(dictionary, rows, top=3, quantiles=10)
+    code, where = everything(rows, dictionary)
+    assert found.sample.shape == (50, 13)
+    often = [k for k in range(50) if len(np.unique(where[code[:, k] > 0, 0])) >= 20]
+    assert len(often) > 10
+    ranks = []
+    for latent in often:
+        active = np.sort(code[:, latent][code[:, latent] > 0])
+        value, sample = found.value[latent, 3:], found.sample[latent, 3:]
+        assert (np.diff(value) >= 0).all()
+        assert len(set(sample.tolist())) == 10
+        for v, s, (y, x) in zip(value, sample, found.place[latent, 3:], strict=True):
+            (row,) = np.flatnonzero((where == [s, y, x]).all(axis=1))
+            assert code[row, latent] == pytest.approx(v)
+        ranks.append(np.searchsorted(active, value) / len(active))
+    np.testing.assert_allclose(np.mean(ranks, axis=0), (np.arange(10) + 0.5) / 10, atol=0.12)
+
+
+def test_quantiles_do_not_depend_on_how_rows_are_cut(world, monkeypatch):
+    _, _, rows, dictionary = world
+    whole = feature_statistics(dictionary, rows, top=3, quantiles=5)
+    monkeypatch.setattr("mechatlas.analysis.examples.CODE_BYTES", 4 * 50 * 7)
+    pieces = feature_statistics(dictionary, rows, top=3, quantiles=5)
+    np.testing.assert_array_equal(whole.sample, pieces.sample)
+    np.testing.assert_array_equal(whole.value, pieces.value)
+
+
+class Tokens(nn.Module):
+    """A class token and the mean colors of 4 x 4 patches."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Conv2d(3, 3, 4, stride=4, bias=False)
+        self.embed.weight.data = torch.eye(3)[:, :, None, None].expand(3, 3, 4, 4) / 16
+        self.rows = nn.Identity()
+
+    def forward(self, x):
+        patches = self.embed(x).flatten(2).movedim(1, 2)
+        return self.rows(torch.cat([patches.mean(dim=1, keepdim=True) - 9, patches], dim=1))
+
+
+def test_tokens_of_an_image_are_mapped_at_their_patches(tmp_path):
+    network = Tokens().eval()
+    images = torch.zeros(9, 3, 16, 16)
+    for i in range(9):  # a red patch at another place in each image
+        y, x = divmod(i, 4)
+        images[i, 0, 4 * y : 4 * y + 4, 4 * x : 4 * x + 4] = 1
+    samples = open_samples(images, network)
+    settings = StoreConfig(positions=Positions(rule="all"), held_out=0.2)
+    store = collect(network, samples, [Site("rows")], tmp_path / "store", settings)
+    dictionary = Projections(torch.tensor([[1.0, 0, 0], [-1.0, 0, 0]]), threshold=0.5)
+    found = feature_statistics(dictionary, store.rows("rows"), top=4)
+    shown = examples(network, samples, Site("rows"), dictionary, found)
+    assert shown.heat.shape == (2, 4, 4, 4)
+    assert shown.apart.shape == (2, 4, 1)
+    assert shown.crop == Crop(16, 4.0, 0.0)
+    for rank in range(4):
+        place = divmod(int(shown.sample[0, rank]), 4)
+        assert tuple(shown.place[0, rank]) == place
+        assert np.argwhere(shown.heat[0, rank]).tolist() == [list(place)]
+        assert shown.apart[0, rank] == 0
+        assert tuple(shown.place[1, rank]) == (-1, 0)
+        assert not shown.heat[1, rank].any()
+        assert shown.apart[1, rank] == 255
+    assert shown.drift < 1e-3

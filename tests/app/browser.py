@@ -111,6 +111,22 @@ class Browser:
         self.send("Input.dispatchKeyEvent", type="keyDown", key=key, **more)
         self.send("Input.dispatchKeyEvent", type="keyUp", key=key)
 
+    def mouse(self, kind: str, x: float, y: float) -> None:
+        """One event of the left button."""
+        held = {"button": "left", "buttons": int(kind != "mouseReleased"), "clickCount": 1}
+        self.send("Input.dispatchMouseEvent", type=kind, x=x, y=y, **held)
+
+    def click(self, x: float, y: float) -> None:
+        """One click."""
+        self.drag([(x, y)])
+
+    def drag(self, path: list[tuple[float, float]]) -> None:
+        """Press at the first point, release at the last."""
+        self.mouse("mousePressed", *path[0])
+        for point in path[1:]:
+            self.mouse("mouseMoved", *point)
+        self.mouse("mouseReleased", *path[-1])
+
     def picture(self, file: Path) -> bytes:
         """A screenshot of the window, as PNG."""
         data = base64.b64decode(self.send("Page.captureScreenshot", format="png")["data"])

@@ -68,7 +68,9 @@ def test_a_network_of_ones_own_has_a_page_with_every_chapter(world, tmp_path):
         on_problem=problems.__setitem__,
     ).read_text()  # fmt: skip
     assert problems == {}
-    names = "overview training features interaction matching symmetry branches circuits proofs"
+    names = (
+        "findings appendix training features interaction matching symmetry branches circuits proofs"
+    )
     for name in names.split():
         assert f'id="{name}"' in page
     assert re.search(r"data-array=.features/2/heat", page), "three dictionaries have cards"
@@ -186,6 +188,6 @@ def test_runs_that_cannot_be_read_do_not_cost_the_others(world, tmp_path):
 def test_drawn_chapters_need_no_network(world):
     run = memory_run(("1", "3"), [world.circuit(n_ablated=4)], {})
     (chapter,) = [c for c in make_chapters(Runs(Path(), [run], 0, TrustConfig(), {}))
-                  if c.name != "overview"]  # fmt: skip
+                  if c.name != "appendix"]  # fmt: skip
     assert chapter.name == "circuits"
     assert "circuits" in draw(world.circuit(n_ablated=4)).page

@@ -51,8 +51,7 @@ def made(folder):
 def test_the_chapter_counts_every_feature_once(made):
     n = len(posed.features()[0])
     assert len(made.arrays["0/class"]) == n
-    points = [len(trace["x"]) for trace in made.figures["map0"]["data"]]
-    assert sum(points) == n
+    assert sorted(feature.latent for feature, _ in made.statements) == list(range(n))
     text = "".join(made.figures["lattice0"]["data"][1]["text"])
     assert "<b>4</b>" in text
     assert "quarter-turn" in text

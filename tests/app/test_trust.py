@@ -15,6 +15,7 @@ from mechatlas.activations.networks import Network, load_network
 from mechatlas.activations.positions import Positions
 from mechatlas.activations.store_manifest import store_digest
 from mechatlas.app.cli import COMMANDS, main
+from mechatlas.app.commands import serve
 from mechatlas.app.commands.collect import CollectConfig
 from mechatlas.app.commands.train import TrainConfig
 from mechatlas.app.report.page import report
@@ -98,10 +99,11 @@ def words_of(folder: Path) -> dict[str, list[str]]:
         "train": [str(folder / "mixed" / "recipe.toml"), "--store", store, "--steps", "2"],
         "evaluate": [two[1], "--n-samples", "4"],
         "verify": [str(folder)],
+        "serve": [str(folder)],
     }
 
 
-REOPEN = {"report", "match", "symmetry", "circuit", "evaluate"}
+REOPEN = {"report", "serve", "match", "symmetry", "circuit", "evaluate"}
 """Commands that run the network of a store."""
 OF_RECIPES = {"demo", "sites", "collect", "basis", "prove"}
 """Commands that run what their user names, or nothing."""
@@ -112,13 +114,18 @@ def test_every_command_is_tried():
     assert not rest, "say whether the command opens the network of a folder"
 
 
+@pytest.fixture(autouse=True)
+def nobody_waits(monkeypatch):
+    monkeypatch.setattr(serve, "wait", lambda: None)
+
+
 @pytest.mark.parametrize("command", words_of(Path()))
 @pytest.mark.parametrize("name", ["os:system", f"{HERE}:hostile", "subprocess:getoutput"])
 def test_nothing_that_a_folder_names_runs(world, tmp_path, monkeypatch, capsys, command, name):
     folder = downloaded(world, tmp_path, name)
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv(RAN, raising=False)
-    out = [] if command == "verify" else ["--out", str(tmp_path / "out.html")]
+    out = [] if command in ("verify", "serve") else ["--out", str(tmp_path / "out.html")]
     with contextlib.suppress(SystemExit):
         main([command, *words_of(folder)[command], *out])
     said = capsys.readouterr()

@@ -253,7 +253,7 @@ def test_a_batch_keeps_its_largest_whatever_was_guessed(n, m, seed, guess):
     x = torch.randn(n, m, generator=random)
     codes = sparse_steps.SparseStep(built)._select(x, lambda piece, n: [piece(i) for i in range(n)])
     assert codes is not None
-    rows = sparse_steps._rows(codes.starts)
+    rows = fallback.rows_of(codes)
     found = torch.zeros(n, m).index_put((rows.long(), codes.latents.long()), codes.values)
     assert torch.equal(found, built.rule.training_code(x, built.state))
 

@@ -170,7 +170,7 @@ def collect(
     *,
     group: PoseConfig | Action | None = None,
     recipe: dict[str, Any] | None = None,
-    device: torch.device | str = "cpu",
+    device: torch.device | str | None = None,
     on_progress: Progress = no_progress,
 ) -> Store:
     """Read sites for every sample and write the rows, shuffled, to a store.
@@ -184,7 +184,7 @@ def collect(
         group: Group in whose poses each input is read. A row then has the channels of element
             0, the input itself, followed by the channels of element 1, and so on.
         recipe: Plain values kept in the manifest; a store made from another recipe is refused.
-        device: Device on which the network runs.
+        device: Device on which the network runs; by default its own.
         on_progress: Callback with the number of samples done and their total.
 
     Returns:
@@ -214,7 +214,7 @@ def collect(
         >>> next(store.rows().batches(32)).x.shape
         torch.Size([32, 8])
     """
-    settings, out, device = settings or StoreConfig(), Path(out), as_device(device)
+    settings, out, device = settings or StoreConfig(), Path(out), as_device(device, network)
     samples = open_samples(samples, network, memory_mib=settings.memory_mib)
     if recipe is None and isinstance(samples, ArraySamples):
         recipe = samples.made_from()

@@ -224,8 +224,9 @@ def as_input(network: nn.Module, inputs: Any) -> Any:
 
     Args:
         network: Network that is called with the batch.
-        inputs: A tensor, an array or nested lists; floats are brought to the network's own number
-            format. Tuples and mappings are for networks that take them, and stay as they are.
+        inputs: A tensor, an array or nested lists, which are brought to the device of the network's
+            first parameter, and floats to its number format. Tuples and mappings are for networks
+            that take them, and stay as they are.
 
     Raises:
         InputError: It is an array of something else than real numbers, or sparse, or masked.
@@ -237,12 +238,13 @@ def as_input(network: nn.Module, inputs: Any) -> Any:
         array = as_numbers(inputs, "The batch of inputs")
         floats = array.dtype.kind == "f"
         kept = array.dtype.newbyteorder("=") if floats else np.dtype(np.int64)
-        parameter = next(network.parameters(), None)
         inputs = torch.from_numpy(np.array(array, kept, order="C"))
-        inputs = inputs.to("cpu" if parameter is None else parameter.device)
         wanted = wanted or torch.float32
     if inputs.layout != torch.strided:
         raise InputError("The batch of inputs is a sparse tensor. Pass .to_dense() of it.")
+    parameter = next(network.parameters(), None)
+    if parameter is not None:
+        inputs = inputs.to(parameter.device)
     if inputs.is_floating_point() and wanted is not None and inputs.dtype != wanted:
         return inputs.to(wanted)
     return inputs

@@ -8,6 +8,7 @@ be resumed anywhere and a page can show later exactly what the network saw.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -319,4 +320,5 @@ def _order(loader: "torch_data.DataLoader[Any]") -> Sequence[int]:
 
 def _read_texts(recipe: Texts) -> Iterator[Document]:
     """Read the documents of a recipe, for scripts of version 0.2."""
-    return documents(recipe.source, recipe.include, recipe.column, chat=recipe.chat)
+    files = documents(recipe.source, recipe.include, recipe.column, chat=recipe.chat)
+    return itertools.chain.from_iterable(files)

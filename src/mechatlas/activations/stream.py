@@ -26,6 +26,7 @@ from mechatlas.activations.positions import Positions, TokenSamples, is_causal, 
 from mechatlas.activations.samples import Samples, open_samples
 from mechatlas.activations.sites import as_site, read_activations
 from mechatlas.base import Batch, InputError, Result, Site
+from mechatlas.devices import as_device
 
 
 def stream(
@@ -38,7 +39,7 @@ def stream(
     batch_size: int = 16,
     pool_mib: int = 512,
     seed: int = 0,
-    device: torch.device | str = "cpu",
+    device: torch.device | str | None = None,
 ) -> "NetworkRows":
     """Read rows from a network while a dictionary is trained on them.
 
@@ -52,7 +53,7 @@ def stream(
         batch_size: Samples in one forward pass.
         pool_mib: Memory for the rows that are shuffled together, in MiB.
         seed: Seed of the held-out samples and of drawn positions.
-        device: Device on which the network runs.
+        device: Device on which the network runs; by default its own.
 
     Raises:
         InputError: There are fewer than two samples, sites differ in their grids, or every position
@@ -80,7 +81,7 @@ def stream(
         batch_size=batch_size,
         pool_mib=pool_mib,
         seed=seed,
-        device=device,
+        device=as_device(device, network),
     )
 
 
@@ -105,7 +106,7 @@ class NetworkRows(Result):
         batch_size: int,
         pool_mib: int,
         seed: int,
-        device: torch.device | str,
+        device: torch.device,
     ) -> None:
         if len(samples) < 2 or not sites or not 0 < held_out < 1:
             raise InputError(

@@ -49,8 +49,8 @@ class Document(NamedTuple):
 
 def documents(
     source: Path, include: str, column: str | None, *, chat: bool, memory_mib: int = MEMORY_MIB
-) -> Iterator[Document]:
-    """Read the documents of a file, or of the files in a folder or zip.
+) -> Iterator[Iterator[Document]]:
+    """Read the documents of a file, or of each of the files in a folder or zip.
 
     Args:
         source: File, folder or zip.
@@ -60,23 +60,32 @@ def documents(
         memory_mib: Memory that the process should stay under; for .json files, which are read
             whole.
 
+    Returns:
+        The documents of each file, by name. A file is opened when its first document is read.
+
     Raises:
         InputError: There is nothing there, a file is of another type or damaged, or a row has no
             such column.
     """
     files, names = _open(source, include)
+    alone = isinstance(files, Folder) and source.is_file()
     for name in names:
-        alone = isinstance(files, Folder) and source.is_file()
         where = str(source) if alone else f"{source}: {name}"
-        with files.stream(name) as packed, _explained(where):
-            gzipped = name.lower().endswith(".gz")
-            file = cast(io.BufferedIOBase, gzip.GzipFile(fileobj=packed)) if gzipped else packed
-            if _suffix(name) == TEXT:
-                newline = "" if isinstance(files, Archive) else None
-                yield from (Document(name, 0, text) for text in _pieces(file, where, newline))
-            else:
-                rows = _READERS[_suffix(name)](file, where, column, memory_mib)
-                yield from _documents(rows, name, where, column, chat=chat)
+        yield _documents_of_file(files, name, where, column, chat=chat, memory_mib=memory_mib)
+
+
+def _documents_of_file(
+    files: Files, name: str, where: str, column: str | None, *, chat: bool, memory_mib: int
+) -> Iterator[Document]:
+    with files.stream(name) as packed, _explained(where):
+        gzipped = name.lower().endswith(".gz")
+        file = cast(io.BufferedIOBase, gzip.GzipFile(fileobj=packed)) if gzipped else packed
+        if _suffix(name) == TEXT:
+            newline = "" if isinstance(files, Archive) else None
+            yield from (Document(name, 0, text) for text in _pieces(file, where, newline))
+        else:
+            rows = _READERS[_suffix(name)](file, where, column, memory_mib)
+            yield from _documents(rows, name, where, column, chat=chat)
 
 
 @contextmanager

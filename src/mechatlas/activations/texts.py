@@ -8,13 +8,14 @@ Memory stays the same however many tokens there are.
 """
 
 import dataclasses
+import itertools
 import os
 import tempfile
 import weakref
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -29,6 +30,10 @@ from mechatlas.sources import MEMORY_MIB
 
 BLOCK = 1024
 """Windows that are written at once."""
+OPEN_FILES = 32
+"""Files that windows are taken from in turn, where not all are read."""
+
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,9 +57,9 @@ class Texts:
     each document is padded. By default cut for .txt files, document for conversations, packed
     for all else."""
     max_samples: int | None = None
-    """Largest number of windows; reading stops there."""
+    """Largest number of windows; with a largest number, windows of all files are taken in turn."""
     max_tokens: int | None = None
-    """Largest number of tokens, special tokens included; reading stops there."""
+    """Largest number of tokens, special tokens included."""
 
     def __post_init__(self) -> None:
         check_ranges(self, context=COUNT, max_samples=COUNT, max_tokens="[1, 1000000000000]")
@@ -161,7 +166,7 @@ class TextSamples(Result):
                 source, recipe.include, recipe.column, chat=chat, memory_mib=memory_mib
             )
         else:
-            found = records(texts, recipe.column, chat=chat)
+            found = iter([records(texts, recipe.column, chat=chat)])
         self.packing: str = recipe.packing or ("document" if chat else "")
         self._spool(found)
         self._tokens.flush()
@@ -214,11 +219,15 @@ class TextSamples(Result):
     def _window(self, index: int) -> _Window:
         return _Window(*self._windows[index].tolist())
 
-    def _spool(self, found: Iterable[Document]) -> None:
+    def _spool(self, found: Iterator[Iterator[Document]]) -> None:
         """Cut the documents and write the windows, until there are as many as are asked for."""
         most_samples, most_tokens = self.recipe.max_samples, self.recipe.max_tokens
+        everything = most_samples is None and most_tokens is None
+        windows = (
+            self._cut(itertools.chain.from_iterable(found)) if everything else self._mix(found)
+        )
         total = 0
-        for window, tokens in self._cut(found):
+        for window, tokens in windows:
             total += window.n_tokens
             if most_tokens is not None and total > most_tokens:
                 break
@@ -227,11 +236,30 @@ class TextSamples(Result):
             if len(self) == most_samples:
                 break
 
+    def _mix(
+        self, found: Iterator[Iterator[Document]]
+    ) -> Iterator[tuple[_Window, Int[np.ndarray, " n"]]]:
+        """Windows of the files in turn, in a random order; where packed, documents in turn."""
+        files = list(found)
+        shuffled = [files[i] for i in np.random.default_rng(0).permutation(len(files))]
+        first = next(shuffled[0], None)
+        if first is not None:
+            self._choose_packing(first)
+            shuffled[0] = itertools.chain([first], shuffled[0])
+        if self.packing != "packed":
+            return interleaved(map(self._cut, shuffled))
+        whole = (itertools.groupby(file, key=lambda piece: piece.row) for file in shuffled)
+        pieces = (pieces for _, pieces in interleaved(whole))
+        return self._cut(itertools.chain.from_iterable(pieces))
+
+    def _choose_packing(self, first: Document) -> None:
+        self.packing = self.packing or ("cut" if first.row == 0 else "packed")
+
     def _cut(self, found: Iterable[Document]) -> Iterator[tuple[_Window, Int[np.ndarray, " n"]]]:
         """Windows of the documents, one after another."""
         pending = _Pending()
         last: tuple[str, int] | None = None
-        start = room = 0
+        file = start = room = 0
         for document in found:
             if last is None:
                 room = self._prepare(document)
@@ -241,12 +269,13 @@ class TextSamples(Result):
                 elif self.packing == "cut":
                     pending = _Pending()
                 elif self.packing == "packed" and last is not None and len(self._separator):
-                    pending.put(_Piece(len(self._files) - 1, last[1], start, self._separator))
+                    pending.put(_Piece(file, last[1], start, self._separator))
                 if last is None or last[0] != document.file:
+                    file = len(self._files)
                     self._files.append(document.file)
                 last, start = (document.file, document.row), 0
             ids = self._ids(document)
-            pending.put(_Piece(len(self._files) - 1, document.row, start, ids))
+            pending.put(_Piece(file, document.row, start, ids))
             start += len(ids)
             while len(pending) >= room:
                 yield self._filled(pending.take(room))
@@ -267,7 +296,7 @@ class TextSamples(Result):
         """
         text = self._input
         plain = isinstance(first.content, str)
-        self.packing = self.packing or ("cut" if first.row == 0 else "packed")
+        self._choose_packing(first)
         if plain:
             self._before, self._after = (
                 np.array(t, dtype=np.int64) for t in (text.before, text.after)
@@ -312,6 +341,23 @@ class TextSamples(Result):
         if short:
             tokens = np.pad(tokens, (0, short), constant_values=self._input.pad or 0)
         return window, tokens
+
+
+def interleaved(files: Iterable[Iterator[T]]) -> Iterator[T]:
+    """Items of several files in turn, of `OPEN_FILES` at a time.
+
+    Args:
+        files: Items of each file; the next file takes the place of one that has ended.
+    """
+    waiting = iter(files)
+    opened = deque(itertools.islice(waiting, OPEN_FILES))
+    while opened:
+        file = opened.popleft()
+        try:
+            yield next(file)
+            opened.append(file)
+        except StopIteration:
+            opened.extend(itertools.islice(waiting, 1))
 
 
 class _Piece(NamedTuple):

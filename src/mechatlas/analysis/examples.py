@@ -5,11 +5,12 @@
     examples              run the network on those samples again: the activation map of each
                           latent around each of those places
 
-Examples are not cherry-picked: they are the strongest rows, at most one of each sample, and
-the same on every run.
+Examples are not cherry-picked: they are the strongest rows, and rows at quantiles of a random
+sample of those where the latent is active; at most one of each sample, and the same on every run.
 """
 
 import dataclasses
+import math
 from collections.abc import Iterator
 
 import numpy as np
@@ -31,6 +32,10 @@ PER_OCTAVE = 4
 _LOWEST, _HIGHEST = -24, 24  # octaves counted while reading; values outside join the ends
 CODE_BYTES = 64 << 20
 """Memory for one dense block of codes, in bytes."""
+POOL = 64
+"""Number of active rows of each latent, drawn at random, that quantiles are taken from."""
+MOST_APART = 16
+"""Largest number of tokens beside the patches of an image: class, distillation, registers."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -50,12 +55,14 @@ class FeatureStatistics(Result):
     the first also everything smaller."""
     upper: Float[np.ndarray, " latent"]
     """Upper end of the last bin; bin b from the end ends at `upper * 2 ** (-b / 4)`."""
-    sample: Int[np.ndarray, "latent top"]
-    """Samples of the strongest rows, strongest first, each sample once; -1 where the latent
-    was active in fewer."""
-    place: Int[np.ndarray, "latent top 2"]
+    top: int
+    """Number of strongest rows; the columns after them are rows at quantiles, weakest first."""
+    sample: Int[np.ndarray, "latent shown"]
+    """Samples of the strongest rows, strongest first, each sample once, then of the rows at
+    quantiles; -1 where the latent was active in fewer."""
+    place: Int[np.ndarray, "latent shown 2"]
     """Position in the sample: y and x (token and 0 for texts)."""
-    value: Float[np.ndarray, "latent top"]
+    value: Float[np.ndarray, "latent shown"]
     """Activation at the position; 0 where there is none."""
 
     def summary(self) -> str:
@@ -82,21 +89,24 @@ class Crop:
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Examples(Result):
-    """Strongest examples of each latent, with a map of its activation around them."""
+    """Examples of each latent, with a map of its activation around them."""
 
-    sample: Int[np.ndarray, "latent top"]
+    sample: Int[np.ndarray, "latent shown"]
     """Number of the sample; -1 where there is none."""
-    place: Int[np.ndarray, "latent top 2"]
-    """y and x of the position (token and 0 for texts)."""
-    value: Float[np.ndarray, "latent top"]
+    place: Int[np.ndarray, "latent shown 2"]
+    """y and x of the position (token and 0 for texts; -1 - t and 0 for token t of an image that is
+    no patch)."""
+    value: Float[np.ndarray, "latent shown"]
     """Activation at the position, from the network run again."""
-    first: Int[np.ndarray, "latent top 2"]
+    first: Int[np.ndarray, "latent shown 2"]
     """y and x of the first position of the map."""
-    heat: UInt8[np.ndarray, "latent top h w"]
+    heat: UInt8[np.ndarray, "latent shown h w"]
     """Activations at the positions from `first` on, in units where 255 is `scale`."""
+    apart: UInt8[np.ndarray, "latent shown token"]
+    """Activations at the tokens of an image that are no patches, in the units of `heat`."""
     scale: Float[np.ndarray, " latent"]
     """Largest activation in the maps of a latent."""
-    corner: Int[np.ndarray, "latent top 2"]
+    corner: Int[np.ndarray, "latent shown 2"]
     """Top and left pixel of the square to show; all zero if samples are not images."""
     crop: Crop | None
     """Geometry of the squares; `None` if samples are not images."""
@@ -120,6 +130,7 @@ def feature_statistics(
     rows: StoreRows,
     *,
     top: int = 9,
+    quantiles: int = 0,
     max_rows: int | None = None,
     on_progress: Progress = no_progress,
 ) -> FeatureStatistics:
@@ -129,6 +140,8 @@ def feature_statistics(
         dictionary: Any; only `encode` is used.
         rows: Rows of the site that it was trained on.
         top: Number of strongest rows kept for each latent.
+        quantiles: Number of rows kept at evenly spaced quantiles of the activation where it is
+            above zero, estimated from `POOL` such rows drawn at random.
         max_rows: Upper limit on the rows read; they are stored in random order of samples.
         on_progress: Callback with the number of rows done.
 
@@ -143,13 +156,48 @@ def feature_statistics(
         )
     total = rows.n_rows + rows.n_held_out
     total = min(total, max_rows or total)
-    tally, strongest = _Tally(dictionary.n_latents), _Strongest(dictionary.n_latents, top)
+    n_latents = dictionary.n_latents
+    tally, strongest = _Tally(n_latents), _Largest(n_latents, top)
+    drawn = _Largest(n_latents, POOL) if quantiles else None
     for x, where in _blocks(rows, dictionary, total):
         latent, row, value = _active(dictionary, x)
         tally.add(latent, value, len(x))
-        strongest.add(latent, value, where[row])
+        entry = np.column_stack([where[row], value.view(np.int32)])
+        strongest.add(latent, value, entry)
+        if drawn is not None:
+            drawn.add(latent, _draws(latent, entry), entry)
         on_progress(tally.n_rows, total)
-    return tally.finish(*strongest.finish())
+    kept = strongest.finish()
+    if drawn is not None:
+        kept = np.concatenate([kept, _at_quantiles(drawn.finish(), quantiles)], axis=1)
+    return tally.finish(kept, top)
+
+
+def _draws(latent: np.ndarray, entry: np.ndarray) -> np.ndarray:
+    """Hash each entry to a number in (0, 1], the same however rows are cut into blocks."""
+    h = latent.astype(np.uint64) << np.uint64(32) ^ entry[:, 0].astype(np.uint64)
+    h ^= entry[:, 1].astype(np.uint64) << np.uint64(44) ^ entry[:, 2].astype(
+        np.uint64
+    ) << np.uint64(20)
+    for factor in (0xBF58476D1CE4E5B9, 0x94D049BB133111EB):
+        h = (h ^ h >> np.uint64(30)) * np.uint64(factor)
+    return ((h >> np.uint64(40)).astype(np.float32) + 1) / np.float32(1 << 24)
+
+
+def _at_quantiles(
+    pool: Int[np.ndarray, "latent pool 4"], n: int
+) -> Int[np.ndarray, "latent quantile 4"]:
+    """Choose entries of each latent at evenly spaced quantiles of the activation, weakest first."""
+    there = pool[:, :, 0] >= 0
+    value = np.where(there, np.ascontiguousarray(pool[:, :, 3]).view(np.float32), np.inf)
+    order = np.argsort(value, axis=1, kind="stable")
+    count = there.sum(axis=1)[:, None]
+    level = ((np.arange(n) + 0.5) * count / n).astype(int)
+    rank = np.where(count >= n, level, np.arange(n))
+    chosen = np.take_along_axis(order, np.minimum(rank, pool.shape[1] - 1), axis=1)
+    kept = np.take_along_axis(pool, chosen[:, :, None], axis=1)
+    kept[rank >= count] = _NOTHING
+    return kept
 
 
 def _blocks(
@@ -202,8 +250,9 @@ class _Tally:
         index = np.clip(octave.astype(np.int64), 0, self.n_bins - 1)
         self.bins += np.bincount(latent * self.n_bins + index, minlength=len(self.bins))
 
-    def finish(self, sample: np.ndarray, place: np.ndarray, value: np.ndarray) -> FeatureStatistics:
+    def finish(self, kept: Int[np.ndarray, "latent shown 4"], top: int) -> FeatureStatistics:
         """Select the bins below each latent's largest activation."""
+        value = np.ascontiguousarray(kept[:, :, 3]).view(np.float32)
         bins = self.bins.reshape(self.n_latents, self.n_bins)
         last = self.n_bins - 1 - (bins[:, ::-1] > 0).argmax(axis=1)
         last = np.where(self.count > 0, np.maximum(last, BINS - 1), BINS - 1)
@@ -217,14 +266,19 @@ class _Tally:
             max=value[:, 0].copy(),
             histogram=histogram,
             upper=2.0 ** ((last + 1) / PER_OCTAVE + _LOWEST),
-            sample=sample,
-            place=place,
+            top=top,
+            sample=kept[:, :, 0],
+            place=kept[:, :, 1:3],
             value=value,
         )
 
 
-class _Strongest:
-    """Running selection of the strongest entries of each latent, one of each sample.
+_NOTHING = np.array([-1, 0, 0, 0], dtype=np.int32)
+"""Entry that is not there: sample, y, x, and the bits of its activation."""
+
+
+class _Largest:
+    """Running selection of the entries of each latent with the largest keys, one of each sample.
 
     Entries that cannot be among them are dropped at once; the others wait until there are
     enough to be worth a sort.
@@ -233,44 +287,41 @@ class _Strongest:
     def __init__(self, n_latents: int, top: int) -> None:
         self.n_latents, self.top = n_latents, top
         self.latent = np.zeros(0, dtype=np.int64)
-        self.value = np.zeros(0, dtype=np.float32)
-        self.where = np.zeros((0, 3), dtype=np.int32)
+        self.key = np.zeros(0, dtype=np.float32)
+        self.entry = np.zeros((0, 4), dtype=np.int32)
         self.floor = np.zeros(n_latents, dtype=np.float32)
         self.waiting: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
         self.enough = max(1 << 19, 2 * n_latents * top)
 
-    def add(self, latent: np.ndarray, value: np.ndarray, where: np.ndarray) -> None:
-        able = value > self.floor[latent]
-        self.waiting.append((latent[able], value[able], where[able]))
+    def add(self, latent: np.ndarray, key: np.ndarray, entry: np.ndarray) -> None:
+        able = key > self.floor[latent]
+        self.waiting.append((latent[able], key[able], entry[able]))
         if sum(len(part[0]) for part in self.waiting) > self.enough:
             self._merge()
 
     def _merge(self) -> None:
-        parts = [(self.latent, self.value, self.where), *self.waiting]
-        latent, value, where = (np.concatenate(column) for column in zip(*parts, strict=True))
+        parts = [(self.latent, self.key, self.entry), *self.waiting]
+        latent, key, entry = (np.concatenate(column) for column in zip(*parts, strict=True))
         self.waiting = []
-        # Positive floats sort like their bits. The sort is stable: of equal values the row that
+        # Positive floats sort like their bits. The sort is stable: of equal keys the row that
         # was read first is kept, however the rows are cut into blocks.
-        falling = np.uint64(0xFFFFFFFF) - value.view(np.uint32).astype(np.uint64)
+        falling = np.uint64(0xFFFFFFFF) - key.view(np.uint32).astype(np.uint64)
         order = np.argsort(latent.astype(np.uint64) << np.uint64(32) | falling, kind="stable")
-        pair = (latent[order] << 32) | where[order, 0]
+        pair = (latent[order] << 32) | entry[order, 0]
         order = order[np.sort(np.unique(pair, return_index=True)[1])]
         rank = _rank(latent[order], self.n_latents)
         order = order[rank < self.top]
-        self.latent, self.value, self.where = latent[order], value[order], where[order]
+        self.latent, self.key, self.entry = latent[order], key[order], entry[order]
         rank = _rank(self.latent, self.n_latents)
         weakest = rank == self.top - 1
-        self.floor[self.latent[weakest]] = self.value[weakest]
+        self.floor[self.latent[weakest]] = self.key[weakest]
 
-    def finish(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return samples, positions and values."""
+    def finish(self) -> Int[np.ndarray, "latent top 4"]:
+        """Return the entries of each latent, largest key first."""
         self._merge()
-        at = (self.latent, _rank(self.latent, self.n_latents))
-        sample = np.full((self.n_latents, self.top), -1, dtype=np.int32)
-        place = np.zeros((self.n_latents, self.top, 2), dtype=np.int32)
-        value = np.zeros((self.n_latents, self.top), dtype=np.float32)
-        sample[at], place[at], value[at] = self.where[:, 0], self.where[:, 1:], self.value
-        return sample, place, value
+        kept = np.tile(_NOTHING, (self.n_latents, self.top, 1))
+        kept[self.latent, _rank(self.latent, self.n_latents)] = self.entry
+        return kept
 
 
 def _rank(latent: np.ndarray, n_latents: int) -> np.ndarray:
@@ -319,7 +370,7 @@ def examples(
         inputs = samples.stack(raw)
         activation = _read(network, inputs, site)
         if window is None or filled is None:
-            window = _window(activation, inputs, field, smallest_crop, context)
+            window = _window(network, activation, inputs, field, smallest_crop, context)
             filled = _Maps(statistics, window)
         _fill(filled, activation, dictionary, chunk)
         done += len(chunk)
@@ -352,6 +403,23 @@ class _Window:
     before: tuple[int, int]
     crop: Crop | None
     side: int
+    apart: int = 0
+    """Number of tokens before those of the grid that have no place in the image."""
+
+    def places(self, position: np.ndarray) -> np.ndarray:
+        """Places on the grid, from places as the store has them."""
+        if not self.apart:
+            return position
+        patch = position[..., 0] - self.apart
+        y, x = np.divmod(patch, self.grid[1])
+        return np.stack(
+            [np.where(patch < 0, -1 - position[..., 0], y), np.where(patch < 0, 0, x)], -1
+        )
+
+    def rows(self, place: Tensor) -> Tensor:
+        """Rows of the activation at places on the grid."""
+        y, x = place.unbind(-1)
+        return torch.where(y < 0, -1 - y, self.apart + y * self.grid[1] + x)
 
     def corners(self, place: np.ndarray) -> np.ndarray:
         """Top and left pixel of the square centered on a position."""
@@ -370,7 +438,25 @@ class _Window:
         return np.clip(first, 0, np.array(self.grid) - np.array(self.shape)).astype(np.int32)
 
 
+def _patches(network: nn.Module, inputs: Tensor, n_tokens: int) -> tuple[int, int]:
+    """Side of the square of patches that the tokens of an image form, and number of the others.
+
+    The patches are those of the first convolution whose steps are as large as its kernel; without
+    one, the largest square that leaves few tokens. The side is 0 if there is none.
+    """
+    side = int(inputs.shape[-1])
+    steps = [
+        m.stride[0] for m in network.modules()
+        if isinstance(m, nn.Conv2d) and m.stride == m.kernel_size and m.stride[0] > 1
+    ]  # fmt: skip
+    for grid in (*(side // step for step in steps[:1]), math.isqrt(n_tokens)):
+        if grid > 1 and 0 <= n_tokens - grid * grid <= MOST_APART:
+            return grid, n_tokens - grid * grid
+    return 0, n_tokens
+
+
 def _window(
+    network: nn.Module,
     activation: Tensor,
     inputs: Tensor,
     field: ReceptiveField | None,
@@ -383,6 +469,11 @@ def _window(
         rows = min(grid[0], context[0] + 1 + context[1]) if grid[1] == 1 else grid[0]
         return _Window(grid, (rows, grid[1]), (context[0] if grid[1] == 1 else 0, 0), None, 0)
     side = int(inputs.shape[2])
+    if activation.ndim == 3:  # tokens of an image
+        patches, apart = _patches(network, inputs, grid[0])
+        crop = Crop(side, side / max(patches, 1), 0.0)
+        tokens = max(patches, 1)
+        return _Window((tokens, tokens), (tokens, tokens), (0, 0), crop, side, apart)
     if field is None or field.stride == 0:  # the positions share the input evenly
         crop = Crop(side, side / max(grid), 0.0)
     else:
@@ -398,10 +489,11 @@ class _Maps:
 
     def __init__(self, statistics: FeatureStatistics, window: _Window) -> None:
         self.window = window
-        self.first = window.firsts(statistics.place)
-        self.place = statistics.place
-        shape = (*statistics.sample.shape, *window.shape)
-        self.heat = np.zeros(shape, dtype=np.float16)
+        self.place = window.places(statistics.place)
+        self.first = window.firsts(self.place)
+        shape = statistics.sample.shape
+        self.heat = np.zeros((*shape, *window.shape), dtype=np.float16)
+        self.apart = np.zeros((*shape, window.apart), dtype=np.float16)
         self.value = np.zeros(statistics.sample.shape, dtype=np.float32)
         # Half precision has 11 bits but ends at 65504, so maps are kept as shares of the
         # largest activation in the store.
@@ -419,38 +511,51 @@ class _Maps:
         """Quantize the maps."""
         there = statistics.sample >= 0
         share = self.heat.max(axis=(1, 2, 3)).astype(np.float32)
+        share = np.maximum(share, self.apart.max(axis=(1, 2), initial=0))
         scale = np.where(share > 0, share, 1)
-        heat = np.empty(self.heat.shape, dtype=np.uint8)
-        for i in range(0, len(heat), 512):  # a block at a time: no second copy in float
-            block = self.heat[i : i + 512] / scale[i : i + 512, None, None, None]
-            heat[i : i + 512] = np.ceil(np.clip(block, 0, 1) * 255)
         difference = np.abs(self.value - statistics.value) / self.unit[:, None]
         return Examples(
             sample=statistics.sample,
-            place=statistics.place,
+            place=self.place,
             value=self.value,
             first=np.where(there[..., None], self.first, 0),
-            heat=heat,
+            heat=_quantized(self.heat, scale),
+            apart=_quantized(self.apart, scale),
             scale=share * self.unit,
-            corner=np.where(there[..., None], self.window.corners(statistics.place), 0),
+            corner=np.where(there[..., None], self.window.corners(self.place), 0),
             crop=self.window.crop,
             drift=float(difference[there].max()) if there.any() else 0.0,
         )
+
+
+def _quantized(
+    share: Float[np.ndarray, "latent ..."], scale: Float[np.ndarray, " latent"]
+) -> UInt8[np.ndarray, "latent ..."]:
+    """Shares in units where 255 is `scale`, rounded up."""
+    bytes_ = np.empty(share.shape, dtype=np.uint8)
+    for i in range(0, len(share), 512):  # a block at a time: no second copy in float
+        unit = scale[i : i + 512].reshape(-1, *(1,) * (share.ndim - 1))
+        bytes_[i : i + 512] = np.ceil(np.clip(share[i : i + 512] / unit, 0, 1) * 255)
+    return bytes_
 
 
 def _fill(
     maps: _Maps, activation: Tensor, dictionary: Dictionary, chunk: Int[np.ndarray, " n"]
 ) -> None:
     """Encode the positions that maps of some samples show, and cut out the maps."""
-    height, width = maps.window.shape
-    columns = maps.window.grid[1]
+    window = maps.window
+    (height, width), columns = window.shape, window.grid[1]
     inside = (torch.arange(height)[:, None] * columns + torch.arange(width)).flatten()
+    apart = torch.arange(window.apart)
     for i, sample in enumerate(chunk.tolist()):
         latent, rank = maps.of(sample)
         example = torch.arange(len(latent))
         first = torch.from_numpy(maps.first[latent, rank]).long()
         place = torch.from_numpy(maps.place[latent, rank]).long()
-        shown = (first[:, 0] * columns + first[:, 1])[:, None] + inside
+        grid = window.rows(first)[:, None] + inside
+        shown = torch.cat([apart.expand(len(latent), -1), grid], dim=1)
+        if window.apart:  # a grid of one token stands for none
+            shown = shown.clamp_max(activation[i].reshape(-1, activation.shape[-1]).shape[0] - 1)
         needed, index = shown.unique(return_inverse=True)
         flat = activation[i].reshape(-1, activation.shape[-1])[needed.to(activation.device)]
         codes = []
@@ -463,6 +568,7 @@ def _fill(
             code[index, example[:, None]].clamp_min(0)
             / torch.from_numpy(maps.unit[latent])[:, None]
         )
-        maps.heat[latent, rank] = cut.view(-1, height, width).half().numpy()
-        peak = torch.searchsorted(needed, place[:, 0] * columns + place[:, 1])
+        maps.apart[latent, rank] = cut[:, : window.apart].half().numpy()
+        maps.heat[latent, rank] = cut[:, window.apart :].view(-1, height, width).half().numpy()
+        peak = torch.searchsorted(needed, window.rows(place))
         maps.value[latent, rank] = code[peak, example].numpy()

@@ -15,6 +15,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from mechatlas.activations.store import Store, StoreRows
+from mechatlas.app.feature_labels import names_of
 from mechatlas.app.inputs import checksum_of, open_dictionary, refuse_other_network
 from mechatlas.app.run_folder import MATCHES, MATCHING, RunFolder
 from mechatlas.base import DiskError, InputError, RecipeError, StoreError
@@ -94,11 +95,12 @@ def open_site(path: Path, site: str | None, store: Store, folder: RunFolder) -> 
     return BranchSite(dictionary, rows, named)
 
 
-def read_labels(text: str, n: int, folder: RunFolder) -> list[Any]:
+def read_labels(text: str, dictionary: Path, n: int, folder: RunFolder) -> list[Any]:
     """Read one label for each feature.
 
     Args:
-        text: FILE.parquet:COLUMN.
+        text: FILE.parquet:COLUMN, or a labels.json that the page saved.
+        dictionary: Folder of the dictionary.
         n: Number of features.
         folder: Folder that notes the checksum of the file.
 
@@ -106,9 +108,13 @@ def read_labels(text: str, n: int, folder: RunFolder) -> list[Any]:
         DiskError: The file cannot be read.
         RecipeError: There is no such column, or it does not fit the features.
     """
+    if text.endswith(".json"):
+        names = names_of(Path(text), dictionary, n)
+        folder.parent("labels", checksum_file(Path(text)))
+        return names
     path, _, column = text.rpartition(":")
     if not path or not column:
-        raise RecipeError(f"--labels must be FILE.parquet:COLUMN, got {text!r}.")
+        raise RecipeError(f"--labels must be FILE.parquet:COLUMN or labels.json, got {text!r}.")
     table = _parquet(Path(path), "labels", folder)
     if column not in table:
         raise RecipeError(f"{path} has no column {column!r}. It has {', '.join(table)}.")

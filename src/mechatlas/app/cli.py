@@ -34,6 +34,7 @@ COMMANDS = (
     "circuit",
     "prove",
     "report",
+    "serve",
     "verify",
 )
 FROM_RECIPES = ("collect", "train", "basis")

@@ -102,8 +102,9 @@ class RunConfig:
 class DeviceConfig(RunConfig):
     """Fields of commands that run a network or train on a chosen device."""
 
-    device: str = "cpu"
-    """Device to compute on, such as "cpu" or "cuda"."""
+    device: str = "auto"
+    """Device to compute on, such as "cpu" or "cuda"; "auto" is the first there is of cuda, mps and
+    cpu."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

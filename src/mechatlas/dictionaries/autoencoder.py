@@ -278,7 +278,7 @@ class LinearCoder(SparseCoder):
         Raises:
             InputError: The rows are not `d_in` wide.
         """
-        check_width(x, self.d_in)
+        check_width(x, self.d_in, self.b_dec.device)
         return (x - self.b_dec if self.subtracts_b_dec else x) @ self.W_enc + self.b_enc
 
     def decode(self, code: Float[Tensor, "batch latent"]) -> Float[Tensor, "batch d_out"]:

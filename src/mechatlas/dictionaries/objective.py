@@ -36,7 +36,7 @@ class Objective:
         if not self.normalize_mse:
             return target.new_ones(len(target))
         squares = target.square().sum(dim=-1)
-        return 1 / squares.clamp_min(SHORT_ROW * float(squares.mean()))
+        return 1 / squares.clamp_min(SHORT_ROW * squares.mean())
 
     def factor(self, squares: float) -> float:
         """Factor of the gradient that keeps its norm within the limit.

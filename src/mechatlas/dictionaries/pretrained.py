@@ -188,7 +188,7 @@ class Pretrained(nn.Module):
         Raises:
             InputError: The rows are not `d_in` wide.
         """
-        check_width(x, self.d_in)
+        check_width(x, self.d_in, self.W_enc.device)
         x = x.to(_wide(x, self.W_enc))
         units = self.norm(x) if self.norm else None
         if units:

@@ -178,7 +178,7 @@ class StreamRows:
         random = np.random.default_rng([seed, 2])
         chunks = self._numbered()
         room = max(self._pool, 2 * batch_size)
-        x, ids = torch.empty(0, self.d_in), torch.empty(0, dtype=torch.long)
+        x, ids = self._held[:0], torch.empty(0, dtype=torch.long)
         number = 0
         while True:
             more = [Batch(x, ids)]
@@ -249,14 +249,24 @@ def as_rows(data: Any) -> Rows:
     )
 
 
-def check_width(x: Tensor, d_in: int) -> None:
-    """Refuse rows of another width than a dictionary reads.
+def check_width(x: Tensor, d_in: int, device: torch.device | None = None) -> None:
+    """Refuse rows of another width than a dictionary reads, or on another device.
+
+    Args:
+        x: Rows.
+        d_in: Width that the dictionary reads.
+        device: Device of the dictionary; by default any will do.
 
     Raises:
-        InputError: The rows are not `d_in` wide.
+        InputError: The rows are not `d_in` wide, or are elsewhere.
     """
     if x.shape[-1] != d_in:
         raise InputError(
             f"The dictionary reads activations of width {d_in}, got {x.shape[-1]}. "
             "Is this the site it was trained on?"
+        )
+    if device is not None and x.device != device:
+        raise InputError(
+            f"The dictionary is on {device}, the rows are on {x.device}. Move one to the other: "
+            f'rows.to("{device}"), or dictionary.to("{x.device}").'
         )

@@ -123,7 +123,7 @@ class Rule(abc.ABC):
 
     def penalize_codes(
         self, codes: Codes, d_code: Pairs, weight: float, state: State
-    ) -> tuple[float, dict[str, Tensor]]:
+    ) -> tuple[Tensor | float, dict[str, Tensor]]:
         """Add the gradient of the penalty to that of each code, in place.
 
         Args:
@@ -231,7 +231,7 @@ class BatchTopK(Rule):
     def update_threshold(self, smallest: Float[Tensor, ""], state: State) -> None:
         """Move the threshold a hundredth of the way."""
         threshold = state["threshold"]
-        threshold.copy_(smallest if threshold < 0 else threshold.lerp(smallest, 0.01))
+        threshold.copy_(torch.where(threshold < 0, smallest, threshold.lerp(smallest, 0.01)))
 
     def frozen(self, state: State, n_latents: int) -> tuple[Rule, State]:
         """Threshold of all latents; before any training the k largest of each row."""
@@ -279,7 +279,7 @@ class ReLU(Rule):
 
     def penalize_codes(
         self, codes: Codes, d_code: Pairs, weight: float, state: State
-    ) -> tuple[float, dict[str, Tensor]]:
+    ) -> tuple[Tensor | float, dict[str, Tensor]]:
         """Add the gradient of the sum of the codes.
 
         Args:
@@ -288,7 +288,7 @@ class ReLU(Rule):
         """
         del state
         d_code += weight * self.l1
-        return weight * self.l1 * float(codes.values.sum()), {}
+        return weight * self.l1 * codes.values.sum(), {}
 
 
 class _Jump(torch.autograd.Function):
@@ -381,7 +381,7 @@ class JumpReLU(Rule):
 
     def penalize_codes(
         self, codes: Codes, d_code: Pairs, weight: float, state: State
-    ) -> tuple[float, dict[str, Tensor]]:
+    ) -> tuple[Tensor | float, dict[str, Tensor]]:
         """Compute the pseudo-derivatives of loss and penalty with respect to the thresholds.
 
         Args:
@@ -392,8 +392,12 @@ class JumpReLU(Rule):
         own = threshold[codes.latents]
         window = (codes.raw - own).abs() < self.bandwidth / 2
         to_threshold = window * (own * d_code + weight * self.l0) * (-own / self.bandwidth)
-        gradient = torch.zeros_like(threshold).index_add_(0, codes.latents, to_threshold)
-        n_kept = int((codes.values != 0).sum())
+        gradient = torch.zeros_like(threshold)
+        if gradient.device.type == "cpu":
+            gradient.index_add_(0, codes.latents, to_threshold)
+        else:  # which sums in one order there, as `index_add_` does not
+            gradient.index_put_((codes.latents.long(),), to_threshold, accumulate=True)
+        n_kept = (codes.values != 0).sum(dtype=codes.values.dtype)
         return weight * self.l0 * n_kept, {"log_threshold": gradient}
 
     def frozen(self, state: State, n_latents: int) -> tuple[Rule, State]:

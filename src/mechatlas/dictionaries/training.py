@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from mechatlas.base import Batch, InputError, NonFiniteError, Progress, Rows, no_progress
-from mechatlas.devices import as_device
+from mechatlas.devices import as_device, moved
 from mechatlas.dictionaries.autoencoder import LinearCoder, SparseCoder
 from mechatlas.dictionaries.engine import checkpoints
 from mechatlas.dictionaries.engine.adapter import Adapter, as_coder
@@ -35,7 +35,7 @@ from mechatlas.dictionaries.objective import Objective, Schedule
 from mechatlas.dictionaries.revival import AuxK, Resample
 from mechatlas.dictionaries.rows import as_rows
 from mechatlas.files import checksum
-from mechatlas.maths.outliers import OUTLIER_NORMS, norm_limit, variance_share
+from mechatlas.maths.outliers import OUTLIER_NORMS, farthest, norm_limit, variance_share
 from mechatlas.outputs import claim
 
 MEASUREMENTS = 25
@@ -146,11 +146,11 @@ def train(
         batches = rows.batches(batch_size, seed=seed, start=done)
         clock = time.process_time()
         while done < steps:
-            x = _checked(next(batches), rows).to(device)
-            rate = lr * schedule(done, steps)
+            x = _checked(next(batches), rows)
+            rate, on_device = lr * schedule(done, steps), moved(x, device)
             coefficient = schedule.sparsity_coefficient(done, steps)
             for run in runs:
-                run.step(x, rate, coefficient, done / steps)
+                run.step(x, on_device, rate, coefficient, done / steps)
             done += 1
             on_progress(done, steps)
             if done % max(1, steps // MEASUREMENTS) == 0 or done == steps:
@@ -180,7 +180,11 @@ class _Run:
         self.columns = columns  # of a row, that are this dictionary's
         held_out = held_out[:, columns]
         self.module: Any = dictionary.module if isinstance(dictionary, Adapter) else dictionary
+        first = next(self.module.parameters())
+        self.home = first.device, first.dtype  # where the user has it
         self.module.to(held_out.device)
+        if first.dtype in (torch.float16, torch.bfloat16):  # too coarse to add a step to
+            self.module.float()
         self.limits = _limits(dictionary, held_out, outlier_norms)
         self.outlier = _outliers(held_out, self.limits)
         self.scale = _scale(dictionary, held_out[~self.outlier])
@@ -192,6 +196,7 @@ class _Run:
         self.history = History()
         self.done = 0
         self.unmeasured = 0  # steps since the last measurement
+        self.loss: Tensor | float = 0.0  # of the steps since the last check
         self.to_begin = dictionary.untrained
 
     def begin(self) -> dict[str, Any]:
@@ -206,25 +211,45 @@ class _Run:
         return settings
 
     def finish(self) -> None:
-        """Go back to rows as they are."""
+        """Go back to rows as they are, to the device of the start and to its precision."""
         if self.done or not self.to_begin:
             self.dictionary.rescale(self.scale)
         if self.done:
             self.module.history = self.history
+        device, dtype = self.home
+        self.module.to(device)
+        if dtype in (torch.float16, torch.bfloat16):
+            self.module.to(dtype)
 
-    def step(self, x: Tensor, rate: float, sparsity_coefficient: float, part_done: float) -> None:
+    def step(
+        self,
+        at_hand: Tensor,
+        x: Tensor,
+        rate: float,
+        sparsity_coefficient: float,
+        part_done: float,
+    ) -> None:
         """Train on one batch.
+
+        Args:
+            at_hand: Rows where they came from, for what is asked of them before the step.
+            x: The same rows on the device.
+            rate: Learning rate.
+            sparsity_coefficient: Fraction of the sparsity penalty that counts.
+            part_done: Fraction of the training that is done.
 
         Raises:
             InputError: All rows of the first batch are equal.
             NonFiniteError: The loss is not finite.
         """
-        x = x[:, self.columns]
-        outlier = _outliers(x, self.limits)
+        outlier = _outliers(at_hand[:, self.columns], self.limits)
         if outlier.all() and self.done:
             self.done = self.take_step.n_steps = self.done + 1
             return
-        x = (x[~outlier] if outlier.any() and not outlier.all() else x) * self.scale
+        x = x[:, self.columns]
+        if outlier.any() and not outlier.all():
+            x = x.index_select(0, (~outlier).nonzero()[:, 0].to(x.device))
+        x = x * self.scale
         if self.done == 0 and self.to_begin:
             _begin(self.dictionary, x)
         dead, revival = None, self.revival
@@ -247,15 +272,28 @@ class _Run:
         loss, fired = self.take_step(x, rate, dead, sparsity_coefficient=sparsity_coefficient)
         self.done += 1
         self.unmeasured += 1
+        self.loss += loss
+        if x.device.type == "cpu":
+            self.check()
+        self.last_fired.masked_fill_(fired, self.done)
+
+    def check(self) -> None:
+        """Refuse to go on after a loss that is not finite; on a CPU after each step.
+
+        Raises:
+            NonFiniteError: A loss since the last check was not finite.
+        """
+        loss, self.loss = float(self.loss), 0.0
         if not math.isfinite(loss):
+            when = "at" if self.held_out.device.type == "cpu" else "at or before"
             raise NonFiniteError(
-                f"The loss became {loss} at step {self.done}: training diverged. Train with a "
+                f"The loss became {loss} {when} step {self.done}: training diverged. Train with a "
                 "smaller learning rate, or look for rows of very large activations."
             )
-        self.last_fired[fired] = self.done
 
     def measure(self, batch_size: int, seconds: float) -> dict[str, float]:
         """Add to the history, given the seconds since the last measurement."""
+        self.check()
         silent = (self.done - self.last_fired) * batch_size
         dead = silent >= min(DEAD_AFTER_ROWS, self.done * batch_size)
         dictionary = self.dictionary
@@ -290,6 +328,8 @@ def _tensors(runs: Sequence[_Run]) -> dict[str, Tensor]:
 
 def _keep(folder: Path, runs: Sequence[_Run], settings: dict[str, Any], done: int) -> None:
     """Write a checkpoint."""
+    for run in runs:
+        run.check()
     histories = [dataclasses.asdict(run.history) for run in runs]
     progress = {"done": done, "histories": histories}
     checkpoints.keep(folder, _tensors(runs), settings, progress)
@@ -384,14 +424,21 @@ def _warn_of_outliers(runs: Sequence[_Run], held: Batch, rows: Rows) -> None:
         if not outlier.any():  # also where all rows are to be kept
             outlier = _outliers(x, _limits(run.dictionary, x, OUTLIER_NORMS))
             ending = "`fvu` says little of all the others"
-        share = variance_share(x, outlier) if outlier.any() else 0.0
-        if share > 0.5:
-            first = rows.describe(int(held.row[int(outlier.nonzero()[0])]))
-            warnings.warn(
-                f"{int(outlier.sum()):,} of {len(x):,} held-out rows (the first is {first}) are "
-                f"longer than ten median rows and carry {share:.0%} of the variance; {ending}.",
-                stacklevel=3,
-            )
+        some, what = outlier, "are longer than ten median rows and carry"
+        if variance_share(x, some) <= 0.5:
+            inside = x[~outlier]
+            some = torch.zeros_like(outlier)
+            some[~outlier] = farthest(inside)
+            if variance_share(inside, some[~outlier]) <= 0.5:
+                continue
+            what, ending = "carry", "`fvu_median` says more of the others than `fvu` does"
+        share = variance_share(x, some)
+        first = rows.describe(int(held.row[int(some.nonzero()[0])]))
+        warnings.warn(
+            f"{int(some.sum()):,} of {len(x):,} held-out rows (the first is {first}) {what} "
+            f"{share:.0%} of the variance; {ending}.",
+            stacklevel=3,
+        )
 
 
 def _scale(dictionary: SparseCoder | Adapter, x: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
     norm_limit        lengths of rows -> the length beyond which a row is an outlier
     variance_share    the part of the variance that some rows carry
+    farthest          a few rows, those farthest from the mean
 
 Decoders write a few rows of a hundred and more median norms (first tokens, delimiters). They
 dominate a fraction of variance unexplained, which then says nothing of all other tokens.
@@ -35,6 +36,21 @@ def norm_limit(norms: Float[Tensor, " row"], factor: float = OUTLIER_NORMS) -> f
     limit = factor * float(nonzero.median())
     too_many = float((norms > limit).double().mean()) > LARGEST_SHARE
     return float("inf") if too_many else limit
+
+
+def farthest(x: Float[Tensor, "row d"]) -> Bool[Tensor, " row"]:
+    """The twentieth of the rows that is farthest from the mean of all.
+
+    They carry a tenth of the variance at most sites, and above half where some kind of token or
+    sample writes rows of its own.
+
+    Args:
+        x: Rows.
+    """
+    squares = torch.linalg.vector_norm(x - x.mean(dim=0), dim=1)
+    far = torch.zeros(len(x), dtype=torch.bool, device=x.device)
+    far[squares.topk(len(x) // 20).indices] = True
+    return far
 
 
 def variance_share(x: Float[Tensor, "row d"], some: Bool[Tensor, " row"]) -> float:

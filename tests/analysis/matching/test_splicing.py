@@ -10,6 +10,7 @@ from mechatlas.activations.sites import read_activations
 from mechatlas.analysis.matching.held_out import Estimate
 from mechatlas.analysis.matching.splicing import permuted, references, splice
 from mechatlas.base import InputError, Site
+from tests import language_models
 
 
 def value(estimate: Estimate | None) -> float:
@@ -126,3 +127,76 @@ def test_sites_in_the_wrong_order_are_refused_and_the_network_is_left_as_it_was(
     with pytest.raises(InputError, match="no samples"):
         splice(network, [], (FIRST, SECOND), ways)
     assert torch.equal(read_activations(network, BATCHES[0], [SECOND])[SECOND], before)
+
+
+def test_change_of_next_token_loss_is_that_of_a_plain_computation():
+    """Own hooks on GPT-2, one sample at a time, with rows that are left out and padding."""
+    network = language_models.model("gpt2")
+    network.lm_head.weight.data *= 20  # predictions that differ
+    draw = torch.Generator().manual_seed(0)
+    tokens = torch.randint(0, 258, (6, 9), generator=draw)
+    left_out = torch.zeros(6, 9, dtype=torch.bool)
+    left_out[:, 0] = True
+    padding = torch.zeros_like(left_out)
+    padding[4, 6:] = True
+    q, r = (torch.linalg.qr(torch.randn(16, 16, generator=draw))[0] for _ in "12")
+
+    def thresholded(basis: torch.Tensor) -> Any:
+        return SimpleNamespace(
+            d_in=16,
+            n_latents=16,
+            encode=lambda x: (x @ basis).relu(),
+            decode=lambda code: code @ basis.T,
+        )
+
+    a, b = thresholded(q), thresholded(r)
+    columns = np.roll(np.arange(16), 1)
+    columns[3] = -1
+    ways = {"match": permuted(a, b, columns), **references(a, b)}
+    found = splice(
+        network,
+        tokens.split(4),
+        (Site("transformer.h.0"), Site("transformer.h.1")),
+        ways,
+        left_out=[part.numpy() for part in (left_out | padding).split(4)],
+        padding=[part.numpy() for part in padding.split(4)],
+    )
+    first, second = network.transformer.h
+
+    def loss(sample: int, way: str | None) -> tuple[float, int]:
+        seen: list[torch.Tensor] = []
+        alone = tokens[sample : sample + 1, : 6 if padding[sample].any() else 9]
+
+        def remember(_module, _inputs, output):
+            seen.append((output if isinstance(output, torch.Tensor) else output[0])[0].clone())
+
+        def patch(_module, _inputs, output):
+            y = (output if isinstance(output, torch.Tensor) else output[0]).clone()
+            for place in range(1, y.shape[1]):
+                x = seen[0][place]
+                if way == "match":
+                    code = torch.zeros(16)
+                    for latent, partner in enumerate(columns):
+                        if partner >= 0:
+                            code[partner] += (x @ q)[latent].relu()
+                    y[0, place] = r @ code
+                elif way == "layer_drop":
+                    y[0, place] = x
+                else:
+                    y[0, place] = r @ (y[0, place] @ r).relu()
+            return y if isinstance(output, torch.Tensor) else (y, *output[1:])
+
+        hooks = [first.register_forward_hook(remember)]
+        hooks += [second.register_forward_hook(patch)] if way else []
+        with torch.no_grad():
+            logits = network(alone).logits[0]
+        for hook in hooks:
+            hook.remove()
+        terms = [-logits[t].log_softmax(-1)[alone[0, t + 1]] for t in range(alone.shape[1] - 1)]
+        return float(sum(terms)), len(terms)
+
+    for way in ("match", "layer_drop", "b_reconstruction"):
+        rises = [loss(i, way)[0] - loss(i, None)[0] for i in range(6)]
+        expected = sum(rises) / sum(loss(i, None)[1] for i in range(6))
+        assert value(found[way].loss_change) == pytest.approx(expected, abs=1e-5), way
+        assert abs(expected) > 1e-3

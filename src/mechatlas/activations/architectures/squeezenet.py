@@ -16,6 +16,7 @@ Source: Iandola et al., SqueezeNet (2016), and its release v1.1.
 """
 
 from collections import OrderedDict
+from importlib import resources
 from pathlib import Path
 
 import torch
@@ -97,22 +98,24 @@ class SqueezeNet(nn.Module):
         return x if self.conv10 is None else self.conv10(x).mean(dim=(2, 3))
 
 
-def squeezenet(weights: Path) -> SqueezeNet:
-    """Load SqueezeNet v1.1 with the weights of a file.
+def squeezenet(weights: Path | None = None) -> SqueezeNet:
+    """Load SqueezeNet v1.1 with the bundled weights, which have no classifier, or those of a file.
 
     Args:
-        weights: Keys `conv1.weight`, `fire2.squeeze.weight`, ... and, if it has a classifier,
-            `conv10.weight`, with their biases.
+        weights: File with the keys `conv1.weight`, `fire2.squeeze.weight`, ... and, if it has a
+            classifier, `conv10.weight`, with their biases.
 
     Raises:
         WeightsError: The file cannot be read or does not fit.
     """
-    classifier = next(
-        (t for key, t in read_tensors(weights).items() if _own_name(key) == "conv10.conv.weight"),
-        None,
-    )
-    network = SqueezeNet(None if classifier is None else len(classifier))
-    load_weights(network, weights, _own_name)
+    bundled = resources.files("mechatlas") / "bundled" / "squeezenet.safetensors"
+    with resources.as_file(bundled) as path:
+        tensors = read_tensors(weights or path)
+        classifier = next(
+            (t for k, t in tensors.items() if _own_name(k) == "conv10.conv.weight"), None
+        )
+        network = SqueezeNet(None if classifier is None else len(classifier))
+        load_weights(network, weights or path, _own_name)
     return network
 
 

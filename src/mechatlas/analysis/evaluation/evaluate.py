@@ -38,6 +38,7 @@ from mechatlas.activations.samples import Samples, open_samples
 from mechatlas.activations.sites import as_site, intervene, read_activations
 from mechatlas.analysis.evaluation.results import DensityBin, NetworkEvaluation, OutputEffect
 from mechatlas.base import Dictionary, InputError, Progress, Site, no_progress
+from mechatlas.devices import as_device
 from mechatlas.dictionaries import metrics
 from mechatlas.maths.bootstrap import Estimate, estimate, median_estimate, ratio_estimate, resample
 from mechatlas.maths.outliers import OUTLIER_NORMS, norm_limit
@@ -78,7 +79,7 @@ def evaluate(
     outlier_norms: float = OUTLIER_NORMS,
     batch_size: int = 8,
     seed: int = 0,
-    device: torch.device | str = "cpu",
+    device: torch.device | str | None = None,
     on_progress: Progress = no_progress,
 ) -> NetworkEvaluation: ...
 
@@ -94,7 +95,7 @@ def evaluate(dictionary: Dictionary, x: Any = None, **options: Any) -> Any:
             class of each sample; `n_samples` drawn at random, or their `numbers`;
             `positions` left out, by default as `collect` leaves them out; `outlier_norms`, beyond
             which a row stays as it is (`inf` for none); `batch_size` in samples; `seed` of the
-            draw and the intervals; `device`; `on_progress`.
+            draw and the intervals; `device`, by default the network's own; `on_progress`.
 
     Raises:
         InputError: The dictionary does not write the site that it reads, or the network gives no
@@ -169,10 +170,10 @@ def _evaluate_in_network(
     outlier_norms: float = OUTLIER_NORMS,
     batch_size: int = 8,
     seed: int = 0,
-    device: torch.device | str = "cpu",
+    device: torch.device | str | None = None,
     on_progress: Progress = no_progress,
 ) -> NetworkEvaluation:
-    samples = open_samples(samples, network)
+    samples, device = open_samples(samples, network), as_device(device, network)
     place = as_site(network, site)
     if numbers is None:
         drawn = np.random.default_rng([seed, 20]).permutation(len(samples))
@@ -180,7 +181,8 @@ def _evaluate_in_network(
     batches = [numbers[i : i + batch_size] for i in range(0, len(numbers), batch_size)]
     if not batches:
         raise InputError("There are no samples to run the network on.")
-    with on_device(network, device):
+    module = dictionary if isinstance(dictionary, nn.Module) else nn.Identity()
+    with on_device(network, device), on_device(module, device):
         tokens, index = isinstance(samples, TokenSamples), batches[0][0]
         first = as_input(network, samples.stack([samples.read(index)]).to(device))
         causal = tokens and is_causal(network, first, samples.padding(index), [place])

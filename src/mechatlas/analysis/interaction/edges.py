@@ -88,8 +88,8 @@ def measure_edges(
         squares = _squared_attributions(
             layer_map, x, batch.tensor, source, target, path, n_positions
         )
-        total[0] += squares.sum(0).double().numpy()
-        total[1] += torch.einsum("nkj,nkj->kj", squares, squares).double().numpy()
+        total[0] += squares.sum(0).double().cpu().numpy()
+        total[1] += torch.einsum("nkj,nkj->kj", squares, squares).double().cpu().numpy()
         n_samples += len(batch)
     mean = total[0] / n_samples
     variance = (total[1] / n_samples - mean**2).clip(min=0)

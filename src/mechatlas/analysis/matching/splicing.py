@@ -22,7 +22,7 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 
 from mechatlas.activations.layouts import Layout, layouts_of
-from mechatlas.activations.networks import run_network
+from mechatlas.activations.networks import as_input, run_network
 from mechatlas.activations.passes import evaluation_mode
 from mechatlas.activations.positions import is_causal
 from mechatlas.activations.predictions import compare, next_token_losses, output_of
@@ -131,7 +131,8 @@ def splice(
     logits = predicts = False
     effects: dict[str, list[np.ndarray]] = {way: [] for way in ways}
     with evaluation_mode(network):
-        for number, batch in enumerate(batches):
+        for number, given in enumerate(batches):
+            batch = as_input(network, given)
             before, logits = output_of(run_network(network, batch))
             if not clean:
                 predicts = logits and _predicts_tokens(network, batch, before, sites[1])

@@ -86,8 +86,9 @@ class BranchesConfig(RunConfig):
     fdr: float = FDR
     """False discovery rate at which a feature counts as specialized."""
     labels: str | None = None
-    """Labels to look for in the branches, as FILE.parquet:COLUMN; a column `feature` says which
-    feature each row is of, otherwise rows are in the order of features."""
+    """Labels to look for in the branches: a labels.json that the page saved, or
+    FILE.parquet:COLUMN; a column `feature` says which feature each row is of, otherwise rows are in
+    the order of features."""
     match: Path | None = None
     """Result folder of `mechatlas match --cost codes` for this dictionary and dictionaries of other
     layers, to test whether features stay in the same kind of branch."""
@@ -241,7 +242,7 @@ def run(config: BranchesConfig, folder: RunFolder) -> BranchesResult:
     site = open_site(config.dictionary, config.site, store, folder)
     labels, matches = None, []
     if config.labels is not None:
-        labels = read_labels(config.labels, site.dictionary.n_latents, folder)
+        labels = read_labels(config.labels, config.dictionary, site.dictionary.n_latents, folder)
     if config.match is not None:
         matches = open_matches(config.match, config.dictionary, store, folder)
     folder.parent("store", store.digest)

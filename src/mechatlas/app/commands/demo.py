@@ -28,11 +28,15 @@ from mechatlas.app.commands import (
 from mechatlas.app.commands.collect import CollectConfig, CollectResult
 from mechatlas.app.commands.train import TrainConfig, TrainResult
 from mechatlas.app.run_folder import RESULT, as_plain, execute
+from mechatlas.dictionaries.revival import AuxK
 from mechatlas.dictionaries.sparsity import TopK
 from mechatlas.files import write_json
 
-SITES = ("mixed3b", "mixed4a")
-FEW = "mixed3b_few"
+SITES = ("fire6", "fire7")
+SEEDS = "fire7_seed1"
+"""Second dictionary of the last site, from another seed."""
+POSED = "fire4"
+FEW = "fire4_few"
 """Small dictionary, whose features are active often enough to know their symmetry."""
 
 
@@ -52,6 +56,7 @@ class DemoResult:
     """Folder of the runs."""
     store: CollectResult
     dictionaries: dict[str, TrainResult]
+    seeds: match.MatchResult
     match: match.MatchResult
     branches: Any
     circuit: circuit.CircuitResult
@@ -72,43 +77,45 @@ def run(config: DemoConfig) -> DemoResult:
     """
     started, out = time.perf_counter(), config.out
     collect = CollectConfig(
-        network=Network(name="inception_mini"),
-        sites=SITES,
-        samples=_photographs(side=47, crops=32),
-        storage=StoreConfig(positions=Positions(per_sample=50), paired=True),
+        network=Network(name="squeezenet"),
+        sites=(POSED, *SITES),
+        samples=_photographs(side=111, crops=40),
+        storage=StoreConfig(positions=Positions(per_sample=60), paired=True),
         out=out / "store",
     )
     posed = dataclasses.replace(
         collect,
-        sites=SITES[:1],
-        samples=_photographs(side=63, crops=12),
+        sites=(POSED,),
+        samples=_photographs(side=79, crops=24),
         storage=StoreConfig(positions=Positions(per_sample=40)),
         group=PoseConfig(name="D4"),
         out=out / "posed",
     )
     sites = tuple(out / site for site in SITES)
-    pairs = match.MatchConfig(
-        dictionaries=sites,
-        out=out / "match",
-        cost="codes",  # the two sites have different widths
-        store=collect.out,
-        rows=2000,
+    seeds = match.MatchConfig(
+        dictionaries=(sites[1], out / SEEDS), out=out / "seeds", store=collect.out, samples=0
+    )
+    layers = match.MatchConfig(
+        dictionaries=sites, out=out / "match", cost="codes", store=collect.out, rows=2000, samples=0
     )
     few = symmetry.SymmetryConfig(
         dictionary=out / FEW, store=posed.out, out=out / "symmetry", interventions=0
     )
-    whole = branches.BranchesConfig(dictionary=sites[1], store=collect.out, out=out / "branches")
+    whole = branches.BranchesConfig(
+        dictionary=sites[1], store=collect.out, match=layers.out, out=out / "branches"
+    )
     result = DemoResult(
         out=str(out),
         store=execute(collect),
         dictionaries=_train(collect, out),
-        match=execute(pairs),
+        seeds=execute(seeds),
+        match=execute(layers),
         branches=execute(whole),
         circuit=execute(_circuit(out)),
         posed=execute(posed),
         symmetry=execute(few),
         proof=_prove(out),
-        basis=execute(_basis(collect.network, out)),
+        basis=execute(_basis(out)),
         page=execute(report.ReportConfig(folder=out, out=out / "atlas.html")),
         wall_seconds=round(time.perf_counter() - started, 1),
     )
@@ -122,15 +129,15 @@ def _circuit(out: Path) -> circuit.CircuitConfig:
         out=out / "circuit",
         samples=24,
         held_out=16,
-        n_ablated=8,
+        n_ablated=16,
         features=4,
         visualize_steps=0,
     )
 
 
-def _basis(network: Network, out: Path) -> basis.BasisConfig:
+def _basis(out: Path) -> basis.BasisConfig:
     return basis.BasisConfig(
-        network=network,
+        network=Network(name="inception_mini"),
         layers=("classify:input", "classify"),
         samples=_photographs(side=31, crops=40),
         n_samples=320,
@@ -145,20 +152,20 @@ def _photographs(*, side: int, crops: int) -> Images:
 
 
 def _train(collect: CollectConfig, out: Path) -> dict[str, TrainResult]:
-    """Train a dictionary for each site, and a small one."""
-    dictionaries = {}
-    for name, site, n_latents, k in (*((s, s, 1024, 16) for s in SITES), (FEW, SITES[0], 128, 8)):
-        config = TrainConfig(
-            store=collect.out,
-            site=site,
-            out=out / name,
-            n_latents=n_latents,
-            sparsity=TopK(k=k),
-            steps=400,
-            batch_size=512,
-        )
-        dictionaries[name] = execute(config)
-    return dictionaries
+    """Train a dictionary for each site, a second one from another seed, and a small one."""
+    whole = TrainConfig(
+        store=collect.out,
+        n_latents=512,
+        sparsity=TopK(k=16),
+        revival=AuxK(),
+        steps=1500,
+        batch_size=512,
+    )
+    few = dataclasses.replace(whole, n_latents=96, sparsity=TopK(k=8), steps=1000)
+    configs = [dataclasses.replace(whole, site=site, out=out / site) for site in SITES]
+    configs.append(dataclasses.replace(whole, site=SITES[1], seed=1, out=out / SEEDS))
+    configs.append(dataclasses.replace(few, site=POSED, out=out / FEW))
+    return {config.out.name: execute(config) for config in configs}
 
 
 def _prove(out: Path) -> prove.ProveResult:
@@ -176,7 +183,7 @@ def _prove(out: Path) -> prove.ProveResult:
 
 def in_words(result: DemoResult) -> str:
     """Findings of the tour, a line each."""
-    lines = [f"{result.store.samples} crops of photographs through inception_mini"]
+    lines = [f"{result.store.samples} crops of photographs through SqueezeNet"]
     for name, trained in result.dictionaries.items():
         lines.append(
             f"{name}: {trained.n_latents} latents, fvu {trained.fvu:.3f} held out, "
@@ -186,8 +193,9 @@ def in_words(result: DemoResult) -> str:
         f"S4 net: accuracy at least {result.proof.accuracy_bound:.2%} proved, "
         f"{result.proof.accuracy_exact:.2%} exact"
     )
-    commands = (match, branches, circuit, symmetry, basis)
-    parts = (result.match, result.branches, result.circuit, result.symmetry, result.basis)
+    commands = (match, match, branches, circuit, symmetry, basis)
+    parts = (result.seeds, result.match, result.branches, result.circuit, result.symmetry,
+             result.basis)  # fmt: skip
     for command, part in zip(commands, parts, strict=True):
         lines += command.in_words(part).splitlines()[:-1]  # without the folder
     lines.append(f"Done in {result.wall_seconds:.0f} s.")

@@ -31,6 +31,9 @@ class ReportConfig(TrustConfig):
     """Number of features per dictionary of images to visualize by activation maximization, and of
     their parts in a branch."""
 
+    labels: Path | None = None
+    """Names and notes of features: a labels.json that an earlier page saved."""
+
     def __post_init__(self) -> None:
         check_ranges(self, visualize=COUNT_OR_NONE)
 
@@ -66,6 +69,7 @@ def run(config: ReportConfig) -> ReportResult:
             visualize=config.visualize,
             network=config.network,
             trust=config.trust,
+            labels=config.labels,
             on_progress=progress,
             on_problem=problems.__setitem__,
         )

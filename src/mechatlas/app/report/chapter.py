@@ -7,6 +7,8 @@ It may use, with no script of its own:
     html      its text and tables, from a template in `assets` (every value is escaped)
     figures   plotly figures, each drawn where the html has `<div data-figure="NAME">`
 
+It fills the first screen with `findings` and `absences`, and the dossiers with `statements`.
+
 and, with a script in `assets` that finds them through `atlas`:
 
     data      plain values               atlas.data(CHAPTER)
@@ -26,6 +28,7 @@ import jinja2
 import numpy as np
 from markupsafe import Markup
 
+from mechatlas.app.report.dossiers import Absence, Finding, Statements
 from mechatlas.app.report.runs import Runs
 from mechatlas.base import Progress
 
@@ -47,13 +50,26 @@ class Chapter:
     """Whether it shows only why nothing can be shown."""
     figures: dict[str, Any] = dataclasses.field(default_factory=dict)
     """Plotly figures as plain values: `{"data": [...], "layout": {...}}`. Colors and fonts
-    that they leave open follow the theme of the page."""
+    that they leave open follow the theme of the page; so do colors named as in `palette`."""
     data: Any = None
     arrays: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
     images: dict[str, bytes] = dataclasses.field(default_factory=dict)
     """WebP files."""
     scripts: tuple[str, ...] = ()
     """Files in `assets` to run after `page.js`."""
+    findings: list[Finding] = dataclasses.field(default_factory=list)
+    """Claims for the first screen, strongest first."""
+    absences: list[Absence] = dataclasses.field(default_factory=list)
+    """Questions that were asked and answered with "nothing found"."""
+    statements: Statements = dataclasses.field(default_factory=list)
+    """Lines for the dossiers of features."""
+
+    def note(self, found: Finding | Absence) -> None:
+        """Add a finding or an absence."""
+        if isinstance(found, Finding):
+            self.findings.append(found)
+        else:
+            self.absences.append(found)
 
 
 ChapterOf = Callable[[Runs, Progress], Chapter | None]
@@ -65,14 +81,27 @@ def text_of(asset: str) -> str:
     return (ASSETS / asset).read_text(encoding="utf-8")
 
 
-def _number(value: Any) -> str:
-    """Write a number as people do; a dash if there is none."""
+def number(value: Any) -> str:
+    """Write a number as people do, with three digits; a dash if there is none."""
     if value is None:
         return MISSING
     if isinstance(value, int) or float(value).is_integer():
         return f"{int(value):,}"
     size = abs(value)
-    return f"{value:,.1f}" if size >= 100 else f"{value:.3g}" if size >= 1e-3 else f"{value:.1e}"
+    return f"{value:,.0f}" if size >= 100 else f"{value:.3g}" if size >= 1e-3 else f"{value:.1e}"
+
+
+def percent(value: float | None) -> str:
+    """Write a share in percent, with one digit below ten and above 99; a dash if there is none."""
+    if value is None:
+        return MISSING
+    digits = 0 if 0.0995 <= abs(value) <= 0.99 else 1
+    return f"{100 * value:.{digits}f}".removesuffix(".0") + "%"
+
+
+def count_of(n: int, noun: str, plural: str = "") -> str:
+    """Write a number with its noun: "1 feature", "2,000 features"."""
+    return f"{n:,} {noun if n == 1 else plural or noun + 's'}"
 
 
 def _size(n_bytes: int | float | None) -> str:
@@ -93,9 +122,7 @@ def _environment() -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(
-        number=_number, size=_size, percent=lambda v: MISSING if v is None else f"{v:.1%}"
-    )
+    environment.filters.update(number=number, size=_size, percent=percent)
     return environment
 
 

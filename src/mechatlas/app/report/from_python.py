@@ -8,9 +8,10 @@ folder of a command gives it; results are described by the functions of the comm
 The network and the samples are those given, instead of those that the recipe of a store names.
 """
 
+import contextlib
 import dataclasses
 import html
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from torch import nn
 
 from mechatlas import deprecated
 from mechatlas.activations.samples import open_samples
+from mechatlas.activations.sites import as_site
 from mechatlas.activations.store import Store
 from mechatlas.analysis.branches.specialization import Specialization
 from mechatlas.analysis.circuits.circuit import Circuit
@@ -32,6 +34,7 @@ from mechatlas.analysis.proofs.prove import AccuracyBound
 from mechatlas.analysis.symmetry.classify import Symmetry
 from mechatlas.app.basis_spectra import spectra_of
 from mechatlas.app.commands import basis, branches, circuit, evaluate, match, prove, symmetry
+from mechatlas.app.feature_labels import read_feature_labels
 from mechatlas.app.inputs import OpenedNetwork
 from mechatlas.app.pose_interventions import InterventionsResult
 from mechatlas.app.recipes import TrustConfig
@@ -55,7 +58,7 @@ from mechatlas.app.run_folder import (
     TRACKS,
     as_plain,
 )
-from mechatlas.base import InputError, Progress, no_progress
+from mechatlas.base import InputError, Progress, SiteError, no_progress
 from mechatlas.files import write
 
 UNNAMED = ("dictionary", "A", "B")
@@ -99,6 +102,7 @@ def report(
     samples: Any = None,
     visualize: int = 0,
     trust: bool = False,
+    labels: Path | str | None = None,
     on_progress: Progress = no_progress,
     on_problem: OnProblem = no_problem,
 ) -> Path:
@@ -119,6 +123,7 @@ def report(
             `open_samples` takes.
         visualize: Number of features per dictionary to visualize by activation maximization.
         trust: Whether the code of whatever network a store names may run.
+        labels: A `labels.json` that an earlier page saved; its names and notes are on this one.
         on_progress: Callback with the steps done.
         on_problem: Callback with each run that is left out, or not drawn whole.
 
@@ -163,25 +168,33 @@ def report(
     given = [stores] if isinstance(stores, Store | str | Path) else list(stores)
     stored = [each if isinstance(each, Store) else Store(each) for each in given]
     runs += [read_run(store.root, store.root.name) for store in stored]
-    known = dict(_dictionary_run(name, each, stored) for name, each in (dictionaries or {}).items())
+    known = {
+        name: _dictionary_run(name, each, stored, module)
+        for name, each in (dictionaries or {}).items()
+    }
     runs += known.values()
     for name, result in (results or {}).items():
         runs += _result_runs(name, result, known)
-    page = Runs(folder or Path(), runs, visualize, trusted, problems, opened)
+    read = read_feature_labels(Path(labels)) if labels is not None else None
+    page = Runs(folder or Path(), runs, visualize, trusted, problems, opened, read)
     return write_page(page, out, on_progress=on_progress, on_problem=on_problem)
 
 
-def _dictionary_run(name: str, value: Any, stores: Sequence[Store]) -> tuple[str, MemoryRun]:
+def _dictionary_run(
+    name: str, value: Any, stores: Sequence[Store], network: nn.Module | None
+) -> MemoryRun:
     """Make a run of a dictionary, and find its site and its store.
 
     Raises:
-        InputError: It is not clear which site it reads, or no store has the site.
+        InputError: No store has its site.
     """
     given, dictionary = value if isinstance(value, tuple) else (None, value)
-    site = str(given or getattr(dictionary, "site", None) or name)
-    store = next(
-        (s for s in stores if site in s.shapes or site.partition("/")[0] in s.shapes), None
-    )
+    spellings = [str(given)] if given else [name, str(getattr(dictionary, "site", None) or name)]
+    site, store = spellings[0], None
+    for spelling in [*spellings, *_own_spellings(network, spellings)]:
+        for each in stores if store is None else ():
+            if spelling in each.shapes or spelling.partition("/")[0] in each.shapes:
+                site, store = spelling, each
     if store is None and stores:
         sites = ", ".join(site for each in stores for site in each.sites)
         raise InputError(
@@ -196,7 +209,7 @@ def _dictionary_run(name: str, value: Any, stores: Sequence[Store]) -> tuple[str
     facts = {"site": site, "complete": True}
     if store is not None:
         facts |= {"store": str(store.root.resolve()), "parents": {"store": store.digest}}
-    return name, MemoryRun(
+    return MemoryRun(
         folder=Path(name),
         name=name,
         manifest={"schema": SCHEMA, "kind": DICTIONARY, **facts},
@@ -204,6 +217,14 @@ def _dictionary_run(name: str, value: Any, stores: Sequence[Store]) -> tuple[str
         contents={} if history is None else {HISTORY: measured},
         returned=dictionary,
     )
+
+
+def _own_spellings(network: nn.Module | None, spellings: Sequence[str]) -> Iterator[str]:
+    """Give the network's own spelling of sites that are named as in another library."""
+    for spelling in spellings if network is not None else ():
+        with contextlib.suppress(SiteError):
+            assert network is not None
+            yield str(as_site(network, spelling))
 
 
 def _result_runs(name: Any, value: Any, known: Mapping[str, MemoryRun]) -> list[Run]:
@@ -454,6 +475,6 @@ def draw(result: Any, names: Sequence[str] = ()) -> Drawing:
     """
     chosen = tuple(names) or (UNNAMED[1:] if isinstance(result, Match | Circuit) else UNNAMED[:1])
     runs = Runs(Path(), [memory_run(chosen, [result], {})], 0, TrustConfig(), {})
-    chapters = [each for each in make_chapters(runs) if each.name != "overview"]
+    chapters = [each for each in make_chapters(runs) if each.name != "appendix"]
     refuse_nothing(runs, chapters)
     return Drawing(assemble(chapters[0].title, chapters, runs.problems), chapters[0].title)

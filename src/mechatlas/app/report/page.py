@@ -2,6 +2,7 @@
 
     report           find the runs of a folder and write their page
     write_page       the runs, from a folder or from Python -> one file
+    write_parts      the same with arrays and pictures in files of their own, to be served
     make_chapters    the runs -> chapters, whatever single runs are damaged
 
 The page is one file and asks for nothing from anywhere: scripts, styles, pictures and
@@ -9,6 +10,7 @@ numbers are inside, and its content policy forbids the browser to load anything 
 """
 
 import importlib.metadata
+import itertools
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -17,6 +19,7 @@ from typing import Any
 import numpy as np
 from plotly.offline import get_plotlyjs
 
+from mechatlas.app.feature_labels import read_feature_labels
 from mechatlas.app.recipes import TrustConfig
 from mechatlas.app.report.chapter import (
     Chapter,
@@ -28,31 +31,34 @@ from mechatlas.app.report.chapter import (
     text_of,
 )
 from mechatlas.app.report.chapters import (
+    appendix,
     branches,
     circuits,
     features,
     interaction,
     matching,
-    overview,
     proofs,
     symmetry,
     training,
 )
+from mechatlas.app.report.dossiers import collect, encoded
+from mechatlas.app.report.first_screen import first_screen
+from mechatlas.app.report.palette import style_sheet
 from mechatlas.app.report.runs import Runs, find_runs
 from mechatlas.app.run_folder import STORE
 from mechatlas.base import Progress, UserError, no_progress
 from mechatlas.files import write
 
 CHAPTERS: tuple[ChapterOf, ...] = (
-    overview.chapter,
-    training.chapter,
     features.chapter,
-    interaction.chapter,
     matching.chapter,
     symmetry.chapter,
     branches.chapter,
     circuits.chapter,
+    interaction.chapter,
     proofs.chapter,
+    training.chapter,
+    appendix.chapter,
 )
 """Chapters in the order of the page. A new analysis adds its function here."""
 
@@ -75,6 +81,7 @@ def report(
     visualize: int = 0,
     network: Sequence[str] = (),
     trust: bool = False,
+    labels: Path | str | None = None,
     on_progress: Progress = no_progress,
     on_problem: OnProblem = no_problem,
 ) -> Path:
@@ -88,6 +95,7 @@ def report(
         visualize: Number of features per dictionary to visualize by activation maximization.
         network: Networks that stores may name, as `package.module:factory`: their code runs.
         trust: Whether the code of whatever network a store names may run.
+        labels: A `labels.json` that an earlier page saved; its names and notes are on this one.
         on_progress: Callback with the steps done.
         on_problem: Callback with each run that is left out, or not drawn whole.
 
@@ -96,11 +104,13 @@ def report(
 
     Raises:
         DiskError: The folder is not there, or the page cannot be written.
+        RecipeError: The labels are none.
         UserError: The folder holds no run that can be read.
     """
     names = (network,) if isinstance(network, str) else tuple(network)
     trusted = TrustConfig(network=names, trust=trust)
-    runs = find_runs(Path(folder), visualize=visualize, trust=trusted)
+    read = read_feature_labels(Path(labels)) if labels is not None else None
+    runs = find_runs(Path(folder), visualize=visualize, trust=trusted, labels=read)
     return write_page(runs, Path(out), on_progress=on_progress, on_problem=on_problem)
 
 
@@ -130,8 +140,34 @@ def write_page(
     refuse_nothing(runs, chapters)
     for name, reason in runs.problems.items():
         on_problem(name, reason)
+    chapters.insert(0, first_screen(runs, chapters))
     write(out, assemble(_title(runs), chapters, runs.problems).encode())
     return out
+
+
+def write_parts(runs: Runs, folder: Path, *, on_progress: Progress = no_progress) -> None:
+    """Write a page whose arrays and pictures are fetched from files beside it when needed.
+
+    Args:
+        runs: The runs.
+        folder: Folder for `index.html` and the files.
+        on_progress: Callback with the steps done.
+
+    Raises:
+        DiskError: A file cannot be written.
+        UserError: There is nothing to show.
+    """
+    chapters = make_chapters(runs, on_progress)
+    refuse_nothing(runs, chapters)
+    chapters.insert(0, first_screen(runs, chapters))
+    numbers = itertools.count()
+
+    def keep(data: bytes) -> str:
+        address = f"parts/{next(numbers)}"
+        write(folder / address, data)
+        return address
+
+    write(folder / "index.html", assemble(_title(runs), chapters, runs.problems, keep).encode())
 
 
 def make_chapters(runs: Runs, on_progress: Progress = no_progress) -> list[Chapter]:
@@ -159,7 +195,7 @@ def refuse_nothing(runs: Runs, chapters: Sequence[Chapter]) -> None:
     Raises:
         UserError: No chapter shows anything.
     """
-    shown = [each for each in chapters if each.name != "overview" and not each.empty]
+    shown = [each for each in chapters if each.name != "appendix" and not each.empty]
     if shown or (runs.of_kind(STORE) and not runs.problems):
         return
     reasons = [f"{name}: {reason}" for name, reason in runs.problems.items()]
@@ -178,14 +214,22 @@ def _chapter(make: ChapterOf, runs: Runs, on_progress: Progress) -> Chapter | No
         return make(runs, on_progress)
 
 
-def assemble(title: str, chapters: list[Chapter], problems: Mapping[str, str] | None = None) -> str:
+def assemble(
+    title: str,
+    chapters: list[Chapter],
+    problems: Mapping[str, str] | None = None,
+    keep: Callable[[bytes], str] | None = None,
+) -> str:
     """Fill the page's template with the chapters.
 
     Args:
         title: Title of the page.
         chapters: Chapters, in order.
         problems: Sentence about each run that is left out, or not drawn whole.
+        keep: Function that keeps bytes outside the page and gives their address; by default
+            everything is inside.
     """
+    records = collect(line for chapter in chapters for line in chapter.statements)
     scripts = ["page.js", *(name for chapter in chapters for name in chapter.scripts)]
     return render(
         "template.html",
@@ -193,11 +237,16 @@ def assemble(title: str, chapters: list[Chapter], problems: Mapping[str, str] | 
         version=importlib.metadata.version("mechatlas"),
         chapters=chapters,
         problems=problems or {},
-        css=text_of("page.css"),
+        css=style_sheet() + text_of("page.css"),
         data=as_json({c.name: {"data": c.data, "figures": c.figures} for c in chapters}),
-        arrays=[_array(c.name, *item) for c in chapters for item in c.arrays.items()],
+        served=keep is not None,
+        arrays=[_array(c.name, *item, keep) for c in chapters for item in c.arrays.items()]
+        + [
+            _array("records", run, np.frombuffer(encoded(of_run), "u1"), keep)
+            for run, of_run in records.items()
+        ],
         images=[
-            {"name": f"{c.name}/{name}", "text": as_base64(data)}
+            {"name": f"{c.name}/{name}", **_part(data, keep, as_base64)}
             for c in chapters
             for name, data in c.images.items()
         ],
@@ -206,7 +255,16 @@ def assemble(title: str, chapters: list[Chapter], problems: Mapping[str, str] | 
     )
 
 
-def _array(chapter: str, name: str, array: np.ndarray) -> dict[str, Any]:
+def _part(
+    data: bytes, keep: Callable[[bytes], str] | None, encode: Callable[[bytes], str]
+) -> dict[str, str]:
+    """Text of some bytes inside the page, or their address outside it."""
+    return {"text": encode(data), "src": ""} if keep is None else {"text": "", "src": keep(data)}
+
+
+def _array(
+    chapter: str, name: str, array: np.ndarray, keep: Callable[[bytes], str] | None
+) -> dict[str, Any]:
     whole = np.ascontiguousarray(array)
     if sys.byteorder == "big":
         whole = whole.byteswap()
@@ -214,7 +272,7 @@ def _array(chapter: str, name: str, array: np.ndarray) -> dict[str, Any]:
         "name": f"{chapter}/{name}",
         "dtype": whole.dtype.name,
         "shape": ",".join(map(str, whole.shape)),
-        "text": packed(whole.tobytes()),
+        **_part(whole.tobytes(), keep, packed),
     }
 
 

@@ -18,6 +18,7 @@ import pyarrow as pa
 
 from mechatlas.activations.store import Store
 from mechatlas.activations.store_manifest import store_digest
+from mechatlas.app.feature_labels import Labels
 from mechatlas.app.inputs import OpenedNetwork, recorded_network
 from mechatlas.app.recipes import TrustConfig
 from mechatlas.app.run_folder import RESULT, STORE, as_plain, read_result
@@ -149,7 +150,13 @@ def _columns(table: pa.Table) -> dict[str, Any]:
     }
 
 
-def find_runs(folder: Path, *, visualize: int = 0, trust: TrustConfig | None = None) -> "Runs":
+def find_runs(
+    folder: Path,
+    *,
+    visualize: int = 0,
+    trust: TrustConfig | None = None,
+    labels: Labels | None = None,
+) -> "Runs":
     """Find every run in a folder: the folder itself and up to two levels below.
 
     Runs with a damaged manifest or result are among the problems, and not among the runs.
@@ -158,6 +165,7 @@ def find_runs(folder: Path, *, visualize: int = 0, trust: TrustConfig | None = N
         folder: Where to look.
         visualize: Number of features per dictionary to visualize by activation maximization.
         trust: Code that may run; by default that of bundled networks only.
+        labels: Names and notes of features.
 
     Raises:
         DiskError: There is no such folder.
@@ -187,7 +195,7 @@ def find_runs(folder: Path, *, visualize: int = 0, trust: TrustConfig | None = N
             "Name the folder that `mechatlas collect` or `mechatlas train` wrote, or the one "
             "around it."
         )
-    return Runs(folder, runs, visualize, trust or TrustConfig(), problems)
+    return Runs(folder, runs, visualize, trust or TrustConfig(), problems, labels=labels)
 
 
 def read_run(folder: Path, name: str) -> Run:
@@ -233,6 +241,7 @@ class Runs:
         trust: TrustConfig,
         problems: dict[str, str],
         opened: OpenedNetwork | None = None,
+        labels: Labels | None = None,
     ) -> None:
         """List the runs of a page; nothing is opened yet.
 
@@ -243,6 +252,7 @@ class Runs:
             trust: Code that may run.
             problems: Sentence about each run that is left out, or not drawn whole, by its name.
             opened: Network and samples of all stores; by default those that each store records.
+            labels: Names and notes of features, by run and latent.
         """
         self.folder: Path = folder
         self.all: list[Run] = runs
@@ -250,6 +260,7 @@ class Runs:
         self.trust: TrustConfig = trust
         self.problems: dict[str, str] = problems
         self.opened: OpenedNetwork | None = opened
+        self.labels: Labels = labels or {}
         self.open_store: Callable[[Path], Store] = functools.cache(Store)
         self.reopen: Callable[[Path], OpenedNetwork] = functools.cache(
             lambda store: opened or recorded_network(self.open_store(store), trust)

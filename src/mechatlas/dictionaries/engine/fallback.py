@@ -3,8 +3,14 @@
 The functions are those of `kernels.py`, with the same results to rounding. They use no product
 of sparse matrices, which on some CPUs torch does not have: sums over the codes of a row or
 of a latent are bags of embeddings.
+
+They work on a whole batch and on all latents at once, so that a step is few operators, and they
+never ask a tensor for a number, so that a GPU is not waited for: what a batch holds is told by
+shapes and by the bounds of bags alone.
 """
 
+import functools
+from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
@@ -19,13 +25,14 @@ from mechatlas.dictionaries.engine.structures import (
     ErrorGradients,
     Grouped,
     LatentGradients,
+    Learned,
     Reconstruction,
     Update,
     Weights,
 )
 
-PAIRS = 4096
-"""Pairs of a row and a latent worked on at once: each has a whole atom."""
+GATHERED = {"cpu": 2**22, "cuda": 2**28}
+"""Numbers of atoms that are gathered at once, by kind of device."""
 
 
 def select(
@@ -64,51 +71,65 @@ def above(
     """
     whole = pre.add_(bias)
     kept = whole > low
-    return kept.sum(dim=1), kept.nonzero()[:, 1].int(), whole[kept]
+    row, latent = kept.nonzero().unbind(dim=1)
+    return kept.sum(dim=1), latent.int(), whole[row, latent]
 
 
-def residual(task: Reconstruction, codes: Codes, out: ErrorGradients) -> float:
+def residual(task: Reconstruction, codes: Codes, out: ErrorGradients) -> Tensor:
     """Write the gradient of the reconstructions and of each code.
 
     Args:
-        task: Some rows to reconstruct.
-        codes: Codes of the batch, with `starts` of these rows.
+        task: Batch to reconstruct.
+        codes: Codes of the batch.
         out: Gradients. `rows` of each level is written, with those of all wider levels added;
             `codes` and `bias` are added to.
 
     Returns:
         The squared errors times their weights, summed over rows and levels.
     """
-    widths = task.widths
-    pairs = slice(int(codes.starts[0]), int(codes.starts[-1]))
-    latents, values = codes.latents[pairs], codes.values[pairs]
-    counts = codes.starts[1:] - codes.starts[:-1]
-    rows = torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts)
-    level = torch.searchsorted(widths, latents.long(), right=True)
-    error, loss = task.bias - task.target, 0.0
-    for i in range(len(widths)):
-        weights = values if len(widths) == 1 else values * (level == i)
-        offsets = codes.starts[:-1] - codes.starts[0]
-        error = error + embedding_bag(
-            latents.long(), task.atoms, offsets, per_sample_weights=weights, mode="sum"
-        )
-        loss += float((error.square().sum(dim=-1) * task.scales).sum()) / 2
-        out.rows[i] = error * task.scales[:, None]
-    for i in range(len(widths) - 2, -1, -1):
+    n_levels, latents = len(task.widths), codes.latents.long()
+    rows = rows_of(codes)
+    level = torch.searchsorted(task.widths, latents, right=True) if n_levels > 1 else None
+    error, loss = task.bias - task.target, task.target.new_zeros(())
+    for i in range(n_levels):
+        values = codes.values if level is None else codes.values * (level == i)
+        error = error + summed(latents, task.atoms, codes.starts, values)
+        loss = loss + (error.square().sum(dim=-1) * task.scales).sum() / 2
+        torch.mul(error, task.scales[:, None], out=out.rows[i])
+    for i in range(n_levels - 2, -1, -1):
         out.rows[i] += out.rows[i + 1]
     out.bias.add_(out.rows[0].sum(dim=0))
-    gradient = out.codes[pairs]
-    for i in range(0, len(gradient), PAIRS):
-        part = slice(i, i + PAIRS)
-        atoms, back = task.atoms[latents[part].long()], out.rows[level[part], rows[part]]
-        gradient[part] += (atoms * back).sum(dim=-1)
+    back = out.rows.flatten(0, 1)
+    index = rows if level is None else level * len(task.target) + rows
+    share = max(1, GATHERED.get(error.device.type, 2**24) // error.shape[1])
+    for low in range(0, len(latents), share):
+        part = slice(low, low + share)
+        atoms, g = task.atoms.index_select(0, latents[part]), back.index_select(0, index[part])
+        out.codes[part] += atoms.mul_(g).sum(dim=-1)
     return loss
+
+
+def rows_of(codes: Codes) -> Int[Tensor, " pairs"]:
+    """Row of each pair."""
+    counts = codes.starts[1:] - codes.starts[:-1]
+    rows = torch.arange(len(counts), device=counts.device)
+    return torch.repeat_interleave(rows, counts, output_size=len(codes.latents))
+
+
+def summed(index: Tensor, table: Tensor, starts: Tensor, weights: Tensor) -> Tensor:
+    """Weighted sums of rows of a table, one for each bag, of which `starts` has the bounds.
+
+    What is behind the last bound must have weight zero: torch adds it to the last bag.
+    """
+    return embedding_bag(
+        index, table, starts, per_sample_weights=weights, mode="sum", include_last_offset=True
+    )
 
 
 def group(
     latents: Int[Tensor, " pairs"], values: Float[Tensor, " pairs"], n_latents: int
 ) -> tuple[Int[Tensor, " grouped"], Int[Tensor, " latents_and_one"]]:
-    """Group the pairs of a row and a latent with a non-zero value by latent.
+    """Order the pairs of a row and a latent by latent, those with a value of zero last.
 
     Args:
         latents: Latent of each pair.
@@ -117,12 +138,11 @@ def group(
 
     Returns:
         Pairs, latent by latent and in their own order within each, and where each latent's
-        begin (one entry more than there are latents).
+        begin (one entry more than there are latents; behind the last are the zeros).
     """
     ordered = latents.masked_fill(values == 0, n_latents).sort(stable=True)
     bounds = torch.arange(n_latents + 1, device=latents.device, dtype=latents.dtype)
-    starts = torch.searchsorted(ordered.values, bounds)
-    return ordered.indices[: int(starts[-1])], starts
+    return ordered.indices, torch.searchsorted(ordered.values, bounds)
 
 
 def update(
@@ -134,10 +154,10 @@ def update(
     added: AddedGradients,
     d_input: Tensor,
 ) -> float:
-    """Take one step of Adam on the latents of a span, and add to the input's gradient.
+    """Take one step of Adam on all latents, and add to the input's gradient.
 
     Args:
-        span: Latents to update.
+        span: Latents to update, which are all.
         pairs: Codes of the batch latent by latent.
         batch: Rows that the encoder read, and the gradients that `residual` wrote.
         weights: Parameters and moments. Changed in place.
@@ -148,47 +168,46 @@ def update(
     Returns:
         Sum of the squared gradients if they were only measured, else 0.
     """
-    names = ("atoms", "bias") if rule.tied else Weights._fields
-    own = slice(span.start, span.stop)
-    parts = {name: [t[own] for t in getattr(weights, name)] for name in names}
     gradients = _gradients(span, pairs, batch)
-    d_input += gradients["bias"] @ weights.encoder.value[own]
-    dead = (added.place[own] >= 0).nonzero()[:, 0]
-    places = added.place[own][dead].long()
-    for name, gradient in gradients.items():
-        gradient[dead] += getattr(added, name)[places]
+    d_input += gradients["bias"] @ weights.encoder.value
+    if len(added.bias):
+        dead = (added.place >= 0).nonzero()[:, 0]
+        places = added.place[dead].long()
+        for name, gradient in gradients.items():
+            gradient[dead] += getattr(added, name)[places]
     if rule.tied:
         gradients["atoms"] += gradients.pop("encoder")
-    atoms, bounds = parts["atoms"][0], rule.edges.tolist()
+    atoms, bounds = weights.atoms.value, rule.edges.tolist()
     remove_along(gradients["atoms"], atoms, bounds)
     if not rule.apply:
         return float(sum(gradient.double().square().sum() for gradient in gradients.values()))
-    for name, gradient in gradients.items():
-        parameter, first, second = parts[name]
-        gradient = gradient * rule.clip if rule.clip < 1 else gradient
-        step_adam(parameter, first, second, gradient, rule.adam)
-    atoms /= torch.stack(_lengths(atoms, bounds)).sum(dim=0).clamp_min(rule.least)
+    if rule.clip < 1:
+        torch._foreach_mul_(list(gradients.values()), rule.clip)
+    step_adam([getattr(weights, name) for name in gradients], list(gradients.values()), rule.adam)
+    length = functools.reduce(torch.add, _lengths(atoms, bounds))
+    atoms /= length.clamp_min(rule.least)
     return 0.0
 
 
 def _gradients(span: range, pairs: Grouped, batch: LatentGradients) -> dict[str, Tensor]:
-    """Gradients of the reconstruction's error for the latents of a span."""
-    starts = pairs.starts[span.start : span.stop + 1]
-    part = slice(int(starts[0]), int(starts[-1]))
-    values, d_code = pairs.values[part], batch.codes[part]
-    rows, offsets = pairs.rows[part].long(), (starts[:-1] - starts[0]).long()
+    """Gradients of the reconstruction's error for all latents."""
+    rows, starts = pairs.rows.long(), pairs.starts.long()
     x, g = batch.x, batch.rows
-
-    def summed(table: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-        return embedding_bag(index, table, offsets, per_sample_weights=weights, mode="sum")
-
-    counts = starts[1:] - starts[:-1]
-    latents = torch.repeat_interleave(torch.arange(span.start, span.stop, device=x.device), counts)
-    level = torch.searchsorted(batch.widths, latents, right=True)
+    index = rows
+    if len(batch.widths) > 1:
+        counts = starts[1:] - starts[:-1]
+        level = torch.searchsorted(
+            batch.widths, torch.arange(span.start, span.stop, device=x.device), right=True
+        )
+        # Pairs with a value of zero are behind the last latent: their level is never read.
+        bounds = torch.cumsum(counts, dim=0)
+        place = torch.arange(len(rows), device=x.device)
+        latent = torch.searchsorted(bounds, place, right=True).clamp_max(len(level) - 1)
+        index = level[latent] * len(x) + rows
     return {
-        "atoms": summed(g.reshape(-1, g.shape[-1]), level * len(x) + rows, values),
-        "encoder": summed(x, rows, d_code),
-        "bias": summed(torch.ones_like(x[:, :1]), rows, d_code)[:, 0],
+        "atoms": summed(index, g.flatten(0, 1), starts, pairs.values),
+        "encoder": summed(rows, x, starts, batch.codes),
+        "bias": summed(rows, torch.ones_like(x[:, :1]), starts, batch.codes)[:, 0],
     }
 
 
@@ -208,31 +227,36 @@ def remove_along(
         edges: Bounds of the sites in an atom, the first 0 and the last d_out.
     """
     parts = _lengths(atoms, edges)
-    n_sites = (torch.stack(parts) > 0).sum(dim=0).clamp_min(1)
-    normal = torch.cat(
-        [
-            atoms[:, low:high] / length.clamp_min(torch.finfo(atoms.dtype).tiny)
-            for (low, high), length in zip(pairwise(edges), parts, strict=True)
-        ],
-        dim=1,
-    )
+    tiny = torch.finfo(atoms.dtype).tiny
+    if len(parts) == 1:
+        normal, n_sites = atoms / parts[0].clamp_min(tiny), 1
+    else:
+        n_sites = (torch.stack(parts) > 0).sum(dim=0).clamp_min(1)
+        normal = torch.cat(
+            [
+                atoms[:, low:high] / length.clamp_min(tiny)
+                for (low, high), length in zip(pairwise(edges), parts, strict=True)
+            ],
+            dim=1,
+        )
     along = (gradient * normal).sum(dim=-1, keepdim=True)
-    gradient.sub_(along / n_sites * normal)
+    gradient.sub_(normal.mul_(along / n_sites))
 
 
-def step_adam(
-    parameter: Tensor, first: Tensor, second: Tensor, gradient: Tensor, adam: Adam
-) -> None:
+def step_adam(learned: Sequence[Learned], gradients: Sequence[Tensor], adam: Adam) -> None:
     """Take one step of Adam, in place.
 
     Args:
-        parameter: Parameter, of any shape. Changed in place.
-        first: First moment, of the same shape. Changed in place.
-        second: Second moment, of the same shape. Changed in place.
-        gradient: Gradient of the parameter.
+        learned: Parameters of any shapes, each with its moments. Changed in place.
+        gradients: Gradient of each parameter.
         adam: Numbers of this step.
     """
-    first.mul_(adam.decay1).add_(gradient, alpha=adam.weight1)
-    second.mul_(adam.decay2).addcmul_(gradient, gradient, value=adam.weight2)
-    root = second.sqrt().mul_(adam.correction).add_(adam.epsilon)
-    parameter.addcdiv_(first, root, value=-adam.rate)
+    values, firsts, seconds = (list(tensors) for tensors in zip(*learned, strict=True))
+    slopes = list(gradients)
+    torch._foreach_lerp_(firsts, slopes, adam.weight1)
+    torch._foreach_mul_(seconds, adam.decay2)
+    torch._foreach_addcmul_(seconds, slopes, slopes, adam.weight2)
+    roots = torch._foreach_sqrt(seconds)
+    torch._foreach_mul_(roots, adam.correction)
+    torch._foreach_add_(roots, adam.epsilon)
+    torch._foreach_addcdiv_(values, firsts, roots, -adam.rate)

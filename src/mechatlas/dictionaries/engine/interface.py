@@ -19,8 +19,9 @@ Dead = tuple[AuxK, Int[Tensor, " dead"]]
 class StepResult(NamedTuple):
     """Measurements of a step on its batch, before it changed the dictionary."""
 
-    loss: float
-    """Squared error and penalty, mean over the batch."""
+    loss: Tensor | float
+    """Squared error and penalty, mean over the batch; a tensor where a device computes it, so that
+    nobody has to wait for it."""
     fired: Bool[Tensor, " latent"]
     """Latents that were non-zero for at least one row."""
 

@@ -124,7 +124,8 @@ class PosedStep:
         _, d_input = self._update(update._replace(clip=factor), pairs, batch, run)
         d_bias = biases.sum(dim=0) - d_input
         b_dec = self.parameters["_b_dec"].data
-        fallback.step_adam(b_dec, *self.moments["_b_dec"], d_bias * factor, adam)
+        bias = Learned(b_dec, *self.moments["_b_dec"])
+        fallback.step_adam([bias], [d_bias * factor], adam)
         fired = torch.zeros(dictionary.n_latents, dtype=torch.bool)
         fired[codes.latents[codes.values > 0].long()] = True
         return StepResult(loss, fired)

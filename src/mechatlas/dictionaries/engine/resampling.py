@@ -64,7 +64,7 @@ def resample(
     dictionary.b_enc[dead] = bias
     learned = dictionary.rule.parameters(dictionary.n_latents)
     for name, start in learned.items():
-        dictionary.state[name][dead] = start[dead].to(x)
+        dictionary.state[name][dead] = start.to(x)[dead]
     dictionary.normalize()
     for name, pair in moments.items():
         for moment in pair:

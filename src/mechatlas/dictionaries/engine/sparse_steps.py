@@ -7,7 +7,7 @@ Only the encoder's product is dense. Its result, the pre-activations of a batch,
 it comes in tiles of `TILE` numbers, of which only the codes are kept, as pairs of a row and a
 latent; where the processor is fast at numbers of half the size, the product is of those, and
 the codes are exact none the less (`screening`). The rest is sparse: it is done by the functions of
-a backend, `kernels` (numba) or `fallback` (torch).
+a backend: `kernels` (numba), `triton_kernels` (GPUs) or `fallback` (torch).
 """
 
 import functools
@@ -42,7 +42,7 @@ from mechatlas.dictionaries.objective import Objective
 from mechatlas.dictionaries.revival import revive
 
 TILE = 2**21
-"""Pre-activations that exist at once, for each thread."""
+"""Pre-activations that exist at once, for each thread of a CPU."""
 LATENT_BLOCK = 512
 """Latents that are updated together."""
 COLUMN_SPLIT_SIZE = 2**24
@@ -81,7 +81,7 @@ class WholeProduct:
     """A `TileSearch` among all pre-activations."""
 
     def __init__(self, rows: Tensor, bias: Tensor, backend: Any, tile: int) -> None:
-        self.bias, self.backend = bias, backend
+        self.rows, self.bias, self.backend = rows, bias, backend
         self.product = product_with(rows, tile)
 
     def largest(self, k: int) -> Callable[[Tensor, Tensor, Tensor], None]:
@@ -208,6 +208,7 @@ class SparseStep:
             dictionary: Changed in place by each step.
             objective: Squared error that is minimized.
             compiled: Whether numba's kernels are used; by default on a CPU with numba installed.
+                Elsewhere Triton's are, on its devices where it is installed, or plain torch.
 
         Raises:
             ValueError: The sparsity rule has no fast path.
@@ -227,6 +228,11 @@ class SparseStep:
         if compiled or (compiled is None and can_compile(dictionary.W_dec)):
             self.backend = importlib.import_module("mechatlas.dictionaries.engine.kernels")
             self._screens = can_screen(dictionary.W_dec)
+        elif compiled is None and can_use_triton(dictionary.W_dec):
+            self.backend = importlib.import_module("mechatlas.dictionaries.engine.triton_kernels")
+        self._in_parts = hasattr(self.backend, "columns")  # numba's kernels run on many threads
+        self._levels = torch.tensor(dictionary.matryoshka_widths, device=dictionary.W_dec.device)
+        self._edges = torch.tensor(dictionary.edges)  # of the host, whatever the device
         self._room: dict[str, Tensor] = {}
         self._tiles: list[Tensor] = []
 
@@ -273,8 +279,10 @@ class SparseStep:
             with suppress(screening.TooCloseError):
                 batch = BatchSearch(dictionary, x, room, search, plan)
                 return dictionary.rule.find_codes(batch, dictionary.state)
-        plan = Plan(tiles(len(x), len(rows)), run)
-        search = WholeProduct(rows, bias, self.backend, plan.spans[0].stop)
+        numbers = TILE if x.device.type == "cpu" else steps.DEVICE_TILE
+        plan = Plan(tiles(len(x), len(rows), numbers), run)
+        make = getattr(self.backend, "Screen", WholeProduct)
+        search = make(rows, bias, self.backend, plan.spans[0].stop)
         batch = BatchSearch(dictionary, x, room, search, plan)
         return dictionary.rule.find_codes(batch, dictionary.state)
 
@@ -297,7 +305,7 @@ class SparseStep:
             self.objective.weights(target).mul_(2 / len(x) / len(levels)),
             dictionary.W_dec.data,
             dictionary.b_dec.data,
-            torch.tensor(levels, device=x.device),
+            self._levels,
         )
         by_columns = self._by_columns(dead)
         reconstruct = self._by_column_groups if by_columns else self._by_tiles
@@ -306,11 +314,14 @@ class SparseStep:
         rule, state = dictionary.rule, dictionary.state
         penalty, learned = rule.penalize_codes(codes, out.codes, weight, state)
         d_code = out.codes.index_select(0, grouped.order)
+        if (
+            self.backend is fallback
+        ):  # codes of zero are behind the last latent, and none of its pairs
+            d_code = d_code.masked_fill_(grouped.values == 0, 0)
         batch = LatentGradients(self._room["x"], out.rows, out.atoms, d_code, task.widths)
         added = self._revival(dead, task.scales, out.rows)
         adam = steps.adam(lr, self.n_steps)
-        edges = torch.tensor(dictionary.edges, device=x.device)
-        update = Update(adam, edges, 1.0, SMALLEST_LENGTH, dictionary.tied, True)
+        update = Update(adam, self._edges, 1.0, SMALLEST_LENGTH, dictionary.tied, True)
         sums = (grouped, batch, added, run)
 
         def to_bias(d_input: Tensor) -> Tensor:
@@ -324,32 +335,32 @@ class SparseStep:
             factor = self.objective.factor(squares)
         _, d_input = self._update(update._replace(clip=factor), *sums)
         learned["b_dec"] = to_bias(d_input)
-        for name, gradient in learned.items():
-            moments = self.moments[name]
-            fallback.step_adam(self._parameter(name), *moments, gradient * factor, adam)
-        return StepResult(loss + penalty, grouped.starts[1:] > grouped.starts[:-1])
+        gradients = [g if factor == 1 else g * factor for g in learned.values()]
+        own = [Learned(self._parameter(name), *self.moments[name]) for name in learned]
+        fallback.step_adam(own, gradients, adam)
+        return StepResult(steps.at_hand(loss + penalty), grouped.starts[1:] > grouped.starts[:-1])
 
     def _group(self, codes: Codes) -> Grouped:
         """Group codes by latent."""
         n_latents = self.dictionary.n_latents
         order, starts = self.backend.group(codes.latents, codes.values, n_latents)
-        rows = _rows(codes.starts).index_select(0, order)
+        rows = fallback.rows_of(codes).int().index_select(0, order)
         return Grouped(starts, rows, codes.values.index_select(0, order), order)
 
     def _by_tiles(
         self, task: Reconstruction, codes: Codes, run: Run
-    ) -> tuple[float, Grouped, ErrorGradients]:
+    ) -> tuple[Tensor | float, Grouped, ErrorGradients]:
         """Squared error, codes latent by latent, and gradients of rows, codes and bias.
 
         One thread groups the codes meanwhile.
         """
         n, d_out = task.target.shape
-        spans = tiles(n, self.dictionary.n_latents)
+        spans = tiles(n, self.dictionary.n_latents) if self._in_parts else [slice(0, n)]
         room = self._room_for("g", (len(task.widths), n, d_out), task.target)
         biases = task.target.new_zeros(len(spans), d_out)
         out = ErrorGradients(room, task.atoms[:0], torch.zeros_like(codes.values), biases)
 
-        def residual(i: int) -> float:
+        def residual(i: int) -> Tensor | float:
             rows = spans[i]
             target = task.target[rows].contiguous()
             part = task._replace(target=target, scales=task.scales[rows])
@@ -364,7 +375,7 @@ class SparseStep:
 
     def _by_column_groups(
         self, task: Reconstruction, codes: Codes, run: Run
-    ) -> tuple[float, Grouped, ErrorGradients]:
+    ) -> tuple[Tensor | float, Grouped, ErrorGradients]:
         """Squared error, codes latent by latent, and gradients of atoms, codes and bias."""
         grouped, target = self._group(codes), task.target
         d_out = target.shape[1]
@@ -392,7 +403,8 @@ class SparseStep:
     ) -> tuple[float, Tensor]:
         """Update all latents, or measure their gradients; gradient of the encoder's input."""
         n = self.dictionary.n_latents
-        blocks = [range(i, min(i + LATENT_BLOCK, n)) for i in range(0, n, LATENT_BLOCK)]
+        block = LATENT_BLOCK if self._in_parts else n
+        blocks = [range(i, min(i + block, n)) for i in range(0, n, block)]
         d_input = batch.x.new_zeros(len(blocks), batch.x.shape[1])
         names = ("W_dec", "W_dec" if rule.tied else "W_enc", "b_enc")
         weights = Weights(*(Learned(self._parameter(n), *self.moments[n]) for n in names))
@@ -405,9 +417,11 @@ class SparseStep:
         dictionary = self.dictionary
         atoms, encoder = dictionary.W_dec.data, dictionary.encoder_rows
         bias = dictionary.b_enc.data
-        place = torch.full((len(bias),), -1, dtype=torch.int32, device=bias.device)
+        if "place" not in self._room:
+            self._room["place"] = torch.full_like(bias, -1, dtype=torch.int32)
         if dead is None or not len(dead[1]):
-            return AddedGradients(place, atoms[:0], encoder[:0], bias[:0])
+            return AddedGradients(self._room["place"], atoms[:0], encoder[:0], bias[:0])
+        place = torch.full_like(bias, -1, dtype=torch.int32)
         residual = rows[-1] / -scales[:, None]
         latents, *gradients = revive(*dead, (atoms, encoder, bias), self._room["x"], residual)
         place[latents] = torch.arange(len(latents), dtype=torch.int32, device=bias.device)
@@ -416,19 +430,13 @@ class SparseStep:
     def _by_columns(self, dead: Dead | None) -> bool:
         """Whether the atoms are too wide for whole rows; the dead read whole rows."""
         wide = self.dictionary.n_latents * self.dictionary.d_out > COLUMN_SPLIT_SIZE
-        return wide and self.backend is not fallback and (dead is None or not len(dead[1]))
+        return wide and self._in_parts and (dead is None or not len(dead[1]))
 
     def _room_for(self, name: str, shape: tuple[int, ...], x: Tensor) -> Tensor:
         """Array that is kept from step to step."""
         if name not in self._room or self._room[name].shape != shape:
             self._room[name] = x.new_empty(shape)
         return self._room[name]
-
-
-def _rows(starts: Tensor) -> Tensor:
-    """Row of each pair."""
-    rows = torch.arange(len(starts) - 1, dtype=torch.int32, device=starts.device)
-    return torch.repeat_interleave(rows, starts[1:] - starts[:-1])
 
 
 def step_for(dictionary: LinearCoder, objective: Objective | None = None) -> Step:
@@ -442,6 +450,13 @@ def can_compile(tensor: Tensor) -> bool:
     if tensor.device.type != "cpu" or tensor.dtype not in (torch.float32, torch.float64):
         return False
     return importlib.util.find_spec("numba") is not None
+
+
+def can_use_triton(tensor: Tensor) -> bool:
+    """Whether Triton's kernels can work on a tensor."""
+    if tensor.device.type != "cuda" or tensor.dtype != torch.float32:
+        return False
+    return importlib.util.find_spec("triton") is not None
 
 
 @functools.cache

@@ -20,14 +20,16 @@ from torch import Tensor
 from mechatlas.dictionaries.autoencoder import LinearCoder
 from mechatlas.dictionaries.engine import fallback
 from mechatlas.dictionaries.engine.interface import Dead, StepResult
-from mechatlas.dictionaries.engine.structures import Adam
+from mechatlas.dictionaries.engine.structures import Adam, Learned
 from mechatlas.dictionaries.objective import Objective
 from mechatlas.dictionaries.revival import revive
 
 BETAS = (0.9, 0.999)
 EPSILON = 1e-8
 TILE = 2**22
-"""Pre-activations that `AutogradStep` makes at once."""
+"""Pre-activations that `AutogradStep` makes at once on a CPU."""
+DEVICE_TILE = 2**28
+"""Pre-activations that exist at once on another device."""
 
 
 def moments_of(parameters: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
@@ -40,6 +42,12 @@ def adam(lr: float, n_steps: int) -> Adam:
     decay1, decay2 = BETAS
     rate, correction = lr / (1 - decay1**n_steps), (1 - decay2**n_steps) ** -0.5
     return Adam(decay1, 1 - decay1, decay2, 1 - decay2, rate, correction, EPSILON)
+
+
+def at_hand(loss: Tensor | float) -> Tensor | float:
+    """Loss as a number on a CPU; elsewhere as it is, so that nobody waits for the device."""
+    on_device = isinstance(loss, Tensor) and loss.device.type != "cpu"
+    return loss if on_device else float(loss)
 
 
 class AutogradStep:
@@ -88,14 +96,16 @@ class AutogradStep:
         self.optimizer.zero_grad(set_to_none=True)
         weights = self.objective.weights(x[:, dictionary.writes])
         by_row = dictionary.rule.by_row
-        tile = max(1, TILE // dictionary.n_latents) if by_row else len(x)
+        numbers = TILE if x.device.type == "cpu" else DEVICE_TILE
+        tile = max(1, numbers // dictionary.n_latents) if by_row else len(x)
         fired = torch.zeros(dictionary.n_latents, dtype=torch.bool, device=x.device)
-        loss, revived = 0.0, dead is not None and len(dead[1]) > 0
+        loss: Tensor | float = 0.0
+        revived = dead is not None and len(dead[1]) > 0
         residuals = []
         for part, part_weights in zip(x.split(tile), weights.split(tile), strict=True):
             part_loss, code, residual = self._loss(part, part_weights, sparsity_coefficient)
             (part_loss / len(x)).backward()
-            loss += float(part_loss.detach()) / len(x)
+            loss += part_loss.detach() / len(x)
             fired |= (code != 0).any(dim=0)
             residuals += [residual] if revived else []
             if not by_row and bool((code > 0).any()):
@@ -109,7 +119,7 @@ class AutogradStep:
         self._limit()
         self.optimizer.step()
         dictionary.normalize()
-        return StepResult(loss, fired)
+        return StepResult(at_hand(loss), fired)
 
     def _loss(
         self, x: Tensor, weights: Tensor, sparsity_coefficient: float
@@ -218,8 +228,7 @@ class ReconstructionStep:
         self._project(gradients)
         squares = sum(float(gradient.square().sum()) for gradient in gradients.values())
         factor = self.objective.factor(squares)
-        for name, gradient in gradients.items():
-            parameter, moments = self.parameters[name].data, self.moments[name]
-            fallback.step_adam(parameter, *moments, gradient * factor, numbers)
+        learned = [Learned(self.parameters[n].data, *self.moments[n]) for n in gradients]
+        fallback.step_adam(learned, [g * factor for g in gradients.values()], numbers)
         self._normalize()
-        return StepResult(float(loss.detach()), (code.detach() != 0).any(dim=0))
+        return StepResult(at_hand(loss.detach()), (code.detach() != 0).any(dim=0))

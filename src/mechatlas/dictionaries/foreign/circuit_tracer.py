@@ -157,14 +157,15 @@ def save(dictionary: Any, folder: Path, metadata: Mapping[str, Any] | None = Non
         WeightsError: circuit-tracer has no such dictionary.
     """
     if isinstance(dictionary, CrossLayerDictionary):
-        for i, layer in enumerate(dictionary.layers):
-            assert isinstance(layer, Pretrained)
+        layers = [each for each in dictionary.layers if isinstance(each, Pretrained)]
+        for i, layer in enumerate(layers):
             _refuse(layer)
-            if len(layer.sites) != len(dictionary.layers) - i or layer.W_skip is not None:
+            if len(layer.sites) != len(layers) - i or layer.W_skip is not None:
                 raise WeightsError(
                     f"circuit-tracer needs layer {i} to write itself and all layers after it, "
                     "without a skip connection."
                 )
+        for i, layer in enumerate(layers):
             width = layer.d_out // len(layer.sites)
             parts = {"W_enc": layer.W_enc.T, "b_enc": layer.b_enc, "b_dec": layer.b_dec[:width]}
             encoder = {f"{key}_{i}": tensor for key, tensor in {**parts, **layer.state}.items()}

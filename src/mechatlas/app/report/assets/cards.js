@@ -2,11 +2,11 @@
 "use strict";
 
 const cards = (() => {
-  const { el, number } = atlas;
+  const { el, svg, number, percent } = atlas;
 
   // A light in the dark: what is not active is dimmed, what is active shows through an amber tint.
   function heatColor(v) {
-    const t = v / 255, dark = 0.4 * (1 - t), tint = 0.56 * Math.sqrt(t), sum = dark + tint;
+    const t = v / 255, dark = 0.5 * (1 - t), tint = 0.34 * Math.sqrt(t), sum = dark + tint || 1;
     return [255 * tint / sum, 178 * tint / sum, 0, 255 * sum].map(Math.round);
   }
   const ramp = Array.from({ length: 256 }, (_, v) => heatColor(v));
@@ -29,7 +29,7 @@ const cards = (() => {
   }
 
   async function drawCrop(canvas, d, i, rank, showHeat) {
-    const at = i * d.top + rank, slot = d.slot[at];
+    const at = i * d.shown + rank, slot = d.slot[at];
     const { tile, side, columns } = d.gallery;
     const per = columns * columns, sheet = await d.sheet(Math.floor(slot / per));
     const scale = tile / side, crop = d.crop.side;
@@ -45,7 +45,7 @@ const cards = (() => {
       const hx = (d.crop.origin + cell * d.first[2 * at + 1] - left) * unit;
       const hy = (d.crop.origin + cell * d.first[2 * at] - top) * unit;
       context.drawImage(heatCanvas(d, at), hx - cell * unit, hy - cell * unit, (w + 2) * cell * unit, (h + 2) * cell * unit);
-      if (size > 100) mark(context, hx, hy, cell * unit, d.place[2 * at + 1] - d.first[2 * at + 1], d.place[2 * at] - d.first[2 * at]);
+      if (size > 100 && d.place[2 * at] >= 0) mark(context, hx, hy, cell * unit, d.place[2 * at + 1] - d.first[2 * at + 1], d.place[2 * at] - d.first[2 * at]);
     }
     canvas.dataset.drawn = "yes";
   }
@@ -59,53 +59,99 @@ const cards = (() => {
     }
   }
 
-  function crop(d, i, rank, css) {
-    const at = i * d.top + rank;
-    const name = d.names[d.slot[at]];
-    const pixels = Math.round(css * Math.min(window.devicePixelRatio || 1, 2));
-    const title = `${name}\nactivation ${number(d.value[at])} at y ${d.place[2 * at]}, x ${d.place[2 * at + 1]}`;
-    return el("canvas", { width: pixels, height: pixels, title, role: "img", "aria-label": title });
+  // Where the position is: in an image its row and column, or a token that is no patch.
+  function placed(d, at) {
+    const y = d.place[2 * at];
+    if (y < 0) return y === -1 ? "the class token (token 0)" : `token ${-1 - y}, no patch`;
+    if (d.kind === "text") return `token ${y}`;
+    return d.apart ? `patch row ${y}, column ${d.place[2 * at + 1]}` : `y ${y}, x ${d.place[2 * at + 1]}`;
   }
 
-  function textExample(d, i, rank, showHeat) {
-    const at = i * d.top + rank, length = d.heat_shape[0];
-    const line = el("p", { class: "tokens", title: `${d.names[d.slot[at]]}\nactivation ${number(d.value[at])}` });
-    const peak = d.place[2 * at] - d.first[2 * at];
-    for (let t = 0; t < length; t++) {
-      const heat = d.heat[at * length + t];
-      const token = el("span", { class: t === peak ? "peak" : null }, d.words[d.tokens[at * length + t]].replaceAll("\n", "↵"));
+  function crop(d, i, rank, css) {
+    const at = i * d.shown + rank;
+    const pixels = Math.round(css * Math.min(window.devicePixelRatio || 1, 2));
+    const title = `${d.names[d.slot[at]]}\nactivation ${number(d.value[at])} at ${placed(d, at)}`;
+    const canvas = el("canvas", { width: pixels, height: pixels, title, role: "img", "aria-label": `feature ${i}: ${title}` });
+    if (!d.apart) return [canvas, canvas];
+    const tokens = Array.from({ length: d.apart }, (_, k) => d.heat && d.apartHeat[at * d.apart + k]);
+    const strip = el("span", { class: "apart" }, ...tokens.map((heat, k) =>
+      el("i", { style: `--heat:${(heat / 255).toFixed(2)}`, class: d.place[2 * at] === -1 - k ? "peak" : null,
+        title: `${k ? `token ${k}` : "class token"}: ${number((heat / 255) * d.scale[i])}` }, k ? String(k) : "class")));
+    return [el("span", { class: "crop" }, canvas, strip), canvas];
+  }
+
+  // ---- texts ---------------------------------------------------------------------------
+
+  // First and last token of the words around a token of a sample.
+  function wordAround(d, slot, token) {
+    const row = slot * d.length, { opens, closes } = d.vocabulary, far = 12;
+    const starts = (t) => opens[d.tokens[row + t]] || closes[d.tokens[row + t - 1]];
+    let first = token, last = token;
+    while (first > Math.max(0, token - far) && !starts(first)) first--;
+    while (last + 1 < Math.min(d.length, token + far) && !starts(last + 1)) last++;
+    return [first, last];
+  }
+
+  // Tokens that begin a word, and tokens after which one begins.
+  const vocabulary = (words) => ({
+    opens: Uint8Array.from(words, (w) => /^[\s▁Ġ]|^[^\p{L}\p{N}#']/u.test(w)),
+    closes: Uint8Array.from(words, (w) => /[^\p{L}\p{N}#'-]$/u.test(w)),
+  });
+
+  const spelled = (d, slot, first, last) =>
+    Array.from(d.tokens.subarray(slot * d.length + first, slot * d.length + last + 1), (t) => d.words[t]).join("");
+
+  function textExample(d, i, rank, showHeat, whole) {
+    const at = i * d.shown + rank, slot = d.slot[at], n = d.heat_shape[0], begin = d.first[2 * at];
+    const peak = d.place[2 * at], end = Math.min(begin + n, d.length) - 1;
+    const first = whole ? begin : Math.max(begin, wordAround(d, slot, Math.max(begin, peak - 9))[0]);
+    const last = whole ? end : Math.min(end, wordAround(d, slot, Math.min(end, peak + 5))[1]);
+    const name = d.names[slot];
+    const line = el("p", { class: "tokens", title: `${name}\nactivation ${number(d.value[at])}; click for the ${whole ? "excerpt" : "whole context"}` });
+    if (first > 0 && !whole) line.append("… ");
+    for (let t = first; t <= last; t++) {
+      const heat = d.heat[at * n + t - begin];
+      const token = el("span", { class: t === peak ? "peak" : null, title: heat ? `${number((heat / 255) * d.scale[i])} in ${name}` : null },
+        d.words[d.tokens[slot * d.length + t]].replaceAll("\n", "↵"));
       if (showHeat && heat) token.style.setProperty("--heat", (heat / 255).toFixed(3));
       line.append(token);
     }
+    if (last < d.length - 1 && !whole) line.append(" …");
+    line.addEventListener("click", (event) => {
+      if (!line.closest("dialog")) return;
+      event.stopPropagation();
+      line.replaceWith(textExample(d, i, rank, showHeat, !whole));
+    });
     return line;
   }
 
   function plainExample(d, i, rank) {
-    const at = i * d.top + rank;
+    const at = i * d.shown + rank;
     return el("li", {}, d.names[d.slot[at]], el("span", { class: "n" }, ` ${number(d.value[at])}`));
   }
 
-  function countExamples(d, i) {
-    let n = 0;
-    while (n < d.top && d.slot[i * d.top + n] >= 0) n++;
-    return n;
+  // Ranks of the examples that are there: the strongest, or those at quantiles.
+  function ranksOf(d, i, which = "strongest") {
+    const [begin, end] = which === "strongest" ? [0, d.top] : [d.top, d.shown];
+    const ranks = [];
+    for (let rank = begin; rank < end && d.slot[i * d.shown + rank] >= 0; rank++) ranks.push(rank);
+    return ranks;
   }
 
-  function exampleList(d, i, count, css, showHeat) {
-    const there = Math.min(count, countExamples(d, i));
-    if (!there) return el("p", { class: "empty" }, "never active in the rows read");
-    const ranks = Array.from({ length: there }, (_, rank) => rank);
+  function exampleList(d, i, count, css, showHeat, which = "strongest") {
+    const ranks = ranksOf(d, i, which).slice(0, count);
+    if (!ranks.length) return el("p", { class: "empty" }, "not active in the rows read");
     if (d.kind === "image") {
       const list = el("div", { class: "crops" });
       for (const rank of ranks) {
-        const canvas = crop(d, i, rank, css);
-        list.append(canvas);
+        const [element, canvas] = crop(d, i, rank, css);
+        list.append(element);
         drawCrop(canvas, d, i, rank, showHeat);
       }
       return list;
     }
     if (d.kind === "text") {
-      return el("div", { class: "texts" }, ...ranks.map((rank) => textExample(d, i, rank, showHeat)));
+      return el("div", { class: "texts" }, ...ranks.map((rank) => textExample(d, i, rank, showHeat, false)));
     }
     return el("ol", { class: "plain" }, ...ranks.map((rank) => plainExample(d, i, rank)));
   }
@@ -125,13 +171,6 @@ const cards = (() => {
     });
     return bars;
   }
-
-  const svg = (tag, attributes, ...children) => {
-    const element = document.createElementNS("http://www.w3.org/2000/svg", tag);
-    for (const [name, value] of Object.entries(attributes)) element.setAttribute(name, value);
-    element.append(...children);
-    return element;
-  };
 
   function histogram(d, i) {
     const counts = d.histogram.subarray(i * d.bins, (i + 1) * d.bins);
@@ -153,18 +192,18 @@ const cards = (() => {
   }
 
   function facts(d, i) {
-    const pairs = [["density", number(d.density[i])], ["max", number(d.max[i])], ["mean", number(d.mean[i])]];
+    const pairs = [["active in", `${percent(d.density[i])} of rows`], ["largest", number(d.max[i])], ["mean where active", number(d.mean[i])]];
     return el("dl", { class: "facts" }, ...pairs.map(([name, value]) => el("div", {}, el("dt", {}, name), el("dd", {}, value))));
   }
 
   function card(d, i, showHeat, open) {
-    const branch = query.nearestBranch(d, i);
-    const element = el("article", { class: "card", tabindex: 0, "data-feature": i, "aria-label": `feature ${i}` },
-      el("header", {}, el("a", { href: link(d, i), tabindex: -1 }, String(i)),
-        el("span", { class: "brief" }, d.density[i] > 0 ? `density ${number(d.density[i])} · max ${number(d.max[i])}` : "dead"),
+    const branch = query.nearestBranch(d, i), name = labels.of(d, i).name;
+    const element = el("article", { class: "card", "data-feature": i },
+      el("header", {}, el("a", { href: link(d, i), "aria-label": `feature ${i}${name ? `, ${name}` : ""}` }, String(i)),
+        name ? el("span", { class: "name" }, name) : null,
+        el("span", { class: "brief" }, d.density[i] > 0 ? `active ${percent(d.density[i])} · max ${number(d.max[i])}` : "not active"),
         branch >= 0 && d.density[i] > 0 ? el("span", { class: "lean" }, el("i", { class: `dot c${branch % 8}` }), d.branches[branch]) : null));
     element.addEventListener("click", (event) => { event.preventDefault(); open(i); });
-    element.addEventListener("keydown", (event) => { if (event.key === "Enter") open(i); });
     const body = el("div", { class: "body" });
     element.append(body);
     const bars = branchBars(d, i, false);
@@ -178,27 +217,18 @@ const cards = (() => {
 
   const link = (d, i) => `#${encodeURIComponent(d.key).replaceAll("%2F", "/")}/${i}`;
 
-  function neighborList(d, i, showHeat, open) {
-    const list = el("div", { class: "neighbors" });
-    for (let k = 0; k < d.near_n; k++) {
-      const other = d.near[i * d.near_n + k];
-      if (other < 0) break;
-      const cosine = d.cosine[i * d.near_n + k];
-      const item = el("a", { href: link(d, other), class: cosine > d.chance ? null : "chance" },
-        el("b", {}, String(other)), el("span", { class: "n" }, cosine.toFixed(2)));
-      item.addEventListener("click", (event) => { event.preventDefault(); open(other); });
-      if (d.kind === "image") item.append(exampleList(d, other, 3, 40, showHeat));
-      list.append(item);
-    }
-    return list.children.length ? list : el("p", { class: "empty" }, "none");
+  // A feature of any dictionary of the page, by run: its link and, where asked for, examples.
+  async function mention(run, latent, name, count = 0, css = 44) {
+    const d = run && atlas.features ? await atlas.features.ofRun(run) : null;
+    const text = name ? `${name}/${latent}` : String(latent);
+    const head = d ? el("a", { href: link(d, latent) }, text, labels.of(d, latent).name ? ` ${labels.of(d, latent).name}` : "") : el("b", {}, text);
+    return el("span", { class: `mention ${d?.kind ?? ""}` }, head, d && count ? exampleList(d, latent, count, css, true) : null);
   }
-
-  const part = (title, caption, ...children) =>
-    el("section", {}, el("h4", {}, title), ...children, el("p", { class: "caption" }, caption));
 
   // What excites a feature most of all that can be painted.
   function painted(chapter, name, pixels) {
-    const canvas = el("canvas", { class: "painted", width: pixels, height: pixels, role: "img", title: "activation maximization for this feature: a picture, not a claim" });
+    const title = "activation maximization for this feature: a picture, not a claim";
+    const canvas = el("canvas", { class: "painted", width: pixels, height: pixels, role: "img", title, "aria-label": title });
     atlas.image(chapter, name).then((bitmap) => {
       const context = canvas.getContext("2d");
       context.imageSmoothingQuality = "high";
@@ -207,30 +237,25 @@ const cards = (() => {
     return canvas;
   }
 
-  function paintings(d, i) {
-    const names = d.painted.filter((name) => name.split("/")[0] === String(i));
-    if (!names.length) return null;
-    const pictures = names.map((name) => el("figure", {}, painted("features", `painted${d.index}/${name}`, 264),
-      el("figcaption", {}, name.slice(String(i).length + 1) || "whole feature")));
-    return part("Activation maximization", "Images optimized from noise to maximize the pre-activation at the center of the map, for the whole feature and for its part in its main branch. A picture, not a claim.",
-      el("div", { class: "paintings" }, ...pictures));
+  // Kernel of an edge: each cell is a position of the earlier feature.
+  function kernel(numbers, side) {
+    const most = Math.max(...numbers.values.map(Math.abs), 1e-12);
+    const cell = Math.max(3, Math.floor(side / Math.max(numbers.w, numbers.h)));
+    const tall = numbers.h === 1 && numbers.w > 1 ? Math.max(cell, 16) : cell;  // a sequence is a strip
+    const title = `kernel ${numbers.h} × ${numbers.w}, largest ${number(most)}`;
+    const picture = el("canvas", { class: "kernel", width: numbers.w * cell, height: numbers.h * tall, role: "img", title, "aria-label": title });
+    const context = picture.getContext("2d");
+    numbers.values.forEach((value, k) => {
+      const box = [(k % numbers.w) * cell, Math.floor(k / numbers.w) * tall, cell, tall];
+      context.globalAlpha = 1;
+      context.fillStyle = atlas.color("--raised");
+      context.fillRect(...box);
+      context.globalAlpha = Math.abs(value) / most;
+      context.fillStyle = atlas.color(value < 0 ? "--branch-2" : "--branch-1");
+      context.fillRect(...box);
+    });
+    return picture;
   }
 
-  function detail(d, i, showHeat, open) {
-    const shown = countExamples(d, i);
-    const read = d.rows < d.allRows ? `${number(d.rows)} of ${number(d.allRows)} rows` : `all ${number(d.rows)} rows`;
-    const bars = branchBars(d, i, true);
-    return [
-      part(d.kind === "text" ? "Strongest tokens" : "Strongest examples",
-        shown ? `The ${shown} strongest rows, at most one of each sample, strongest first.${d.kind === "image" ? " Crops of one photograph are different samples. Each square shows the receptive field of the position, cut to the image; brightness is the activation at every position, relative to the feature’s largest, and the frame is the position itself." : ""}` : "",
-        exampleList(d, i, d.top, 132, showHeat)),
-      paintings(d, i),
-      el("div", { class: "columns" },
-        part("Activations", `Density: share of ${read} of the store where it is active. Mean: over those rows. Bars: number of rows by activation, with ratios across and square roots up; the first bar holds everything weaker.`, facts(d, i), d.density[i] > 0 ? histogram(d, i) : null),
-        bars ? part("Branches", "Length of the atom’s positive part inside each branch, relative to its whole length; squares add up to 1. The tick is the share expected from the branch’s width. A description: whether a difference stands against chance is in the chapter on branches, where “mechatlas branches” was run.", bars) : null,
-        part("Nearest atoms", `Cosine of decoder rows, among features that are ever active. One shuffled atom in a hundred reaches ${number(d.chance)}; fainter ones are below that.`, neighborList(d, i, showHeat, open))),
-    ];
-  }
-
-  return { card, detail, exampleList, link, painted };
+  return { card, exampleList, ranksOf, branchBars, histogram, facts, link, mention, painted, kernel, wordAround, spelled, vocabulary, drawCrop };
 })();

@@ -2,38 +2,14 @@
 "use strict";
 
 (() => {
-  const { el, number } = atlas;
+  const { el, svg, number, percent } = atlas;
   const parts = atlas.data("circuits");
-  const CELL = 7;
-  const svg = (tag, attributes) => {
-    const element = document.createElementNS("http://www.w3.org/2000/svg", tag);
-    for (const [name, value] of Object.entries(attributes)) element.setAttribute(name, value);
-    return element;
-  };
-  const percent = (value) => (value == null ? "–" : `${(100 * value).toFixed(Math.abs(value) < 0.1 ? 1 : 0)} %`);
+  const narrow = matchMedia("(max-width: 760px)");
 
-  function kernelPicture(kernel) {
-    const most = Math.max(...kernel.values.map(Math.abs), 1e-12);
-    const cell = Math.max(3, Math.min(CELL, Math.floor(36 / Math.max(kernel.w, kernel.h))));
-    const tall = kernel.h === 1 && kernel.w > 1 ? 3 * cell : cell;  // a sequence is a strip
-    const picture = el("canvas", { class: "kernel", width: kernel.w * cell, height: kernel.h * tall });
-    const context = picture.getContext("2d");
-    kernel.values.forEach((value, k) => {
-      const strength = Math.abs(value) / most;
-      context.fillStyle = atlas.color("--raised");
-      context.fillRect((k % kernel.w) * cell, Math.floor(k / kernel.w) * tall, cell, tall);
-      context.globalAlpha = strength;
-      context.fillStyle = atlas.color(value < 0 ? "--branch-2" : "--branch-1");
-      context.fillRect((k % kernel.w) * cell, Math.floor(k / kernel.w) * tall, cell, tall);
-      context.globalAlpha = 1;
-    });
-    return picture;
-  }
-
-  function describe(edge, fdr) {
-    const effect = edge.effect == null ? "not measured" : `${number(edge.effect)} [${number(edge.effect_low)}, ${number(edge.effect_high)}]`;
-    return `${edge.branch}: weight ${number(edge.weight)}, contribution ${number(edge.contribution)}, attribution ${number(edge.attribution ?? NaN)}\n`
-      + `pre-activation lost when ablated: ${effect}\nq ${number(edge.q_value)}${edge.q_value <= fdr ? "" : ": not significant"}`;
+  function evidence(edge, fdr) {
+    const lost = edge.effect == null ? "not measured" : `${number(edge.effect)} [${number(edge.effect_low)}, ${number(edge.effect_high)}]`;
+    return `${edge.q_value <= fdr ? "Significant" : "Not significant"}: q ${number(edge.q_value)} at a false discovery rate of ${percent(fdr)}. `
+      + `Weight ${number(edge.weight)}, contribution ${number(edge.contribution)}, attribution ${number(edge.attribution)}; pre-activation lost when ablated ${lost}.`;
   }
 
   function card(part, d, layer, fact) {
@@ -42,27 +18,38 @@
     const body = el("div", { class: "body" });
     const name = `${parts.indexOf(part)}/${layer}/${fact.latent}`;
     if (part.pictures.includes(name)) body.append(cards.painted("circuits", name, 112));
-    if (d) body.append(cards.exampleList(d, fact.latent, d.kind === "image" ? 6 : 2, 52, true));
+    if (d) body.append(cards.exampleList(d, fact.latent, d.kind === "image" ? 6 : 2, 80, true));
     const share = layer && fact.explained_by_paths != null
-      ? el("p", { class: "caption", title: `by all sources kept: ${percent(fact.explained_by_kept)}; ${number(fact.places)} positions on held-out samples` },
-        `${percent(fact.explained_by_paths)} of its pre-activation by the edges shown`) : null;
+      ? el("p", { class: "caption" },
+        `The edges shown make ${percent(fact.explained_by_paths)} of its mean pre-activation, all edges kept ${percent(fact.explained_by_kept)} (${number(fact.places)} positions of held-out samples; signs count).`) : null;
     return el("article", { class: "unit", "data-layer": layer, "data-latent": fact.latent }, el("header", {}, head), body, share);
   }
 
-  // Lines from the right edge of a card to the left edge of another, a picture in the middle.
-  function wire(figure, part, drawing) {
-    figure.querySelectorAll("svg, .edge").forEach((old) => old.remove());
-    const box = figure.getBoundingClientRect();
-    const lines = svg("svg", { width: box.width, height: figure.scrollHeight, "aria-hidden": "true" });
-    const unit = (layer, latent) => figure.querySelector(`.unit[data-layer="${layer}"][data-latent="${latent}"]`).getBoundingClientRect();
+  function pairsOf(drawing) {
     const pairs = new Map();
     for (const edge of drawing.edges) {
       const key = `${edge.pair}/${edge.a}/${edge.b}`;
       if (!pairs.has(key)) pairs.set(key, []);
       pairs.get(key).push(edge);
     }
-    const into = new Map();
-    for (const edges of pairs.values()) {
+    return [...pairs.values()];
+  }
+
+  // What an edge says, with its evidence; opened by a click on its kernels.
+  function details(part, edges) {
+    const { pair, a, b } = edges[0];
+    return el("div", { class: "claim", "data-claim": true },
+      el("div", { class: "says" }, `${part.sites[pair]}/${a} → ${part.sites[pair + 1]}/${b}`),
+      ...edges.map((edge) => el("p", { class: "evidence", "data-evidence": true }, cards.kernel(edge.kernel, 72), ` ${edge.branch}, ${percent(edge.share)}. ${evidence(edge, part.fdr)}`)));
+  }
+
+  // Lines from the right edge of a card to the left edge of another, kernels in the middle.
+  function wire(figure, part, drawing, open) {
+    figure.querySelectorAll("svg, .edge").forEach((old) => old.remove());
+    const box = figure.getBoundingClientRect();
+    const lines = svg("svg", { width: box.width, height: figure.scrollHeight, "aria-hidden": "true" });
+    const unit = (layer, latent) => figure.querySelector(`.unit[data-layer="${layer}"][data-latent="${latent}"]`).getBoundingClientRect();
+    for (const edges of pairsOf(drawing)) {
       const { pair, a, b, share } = edges[0];
       const from = unit(pair, a), to = unit(pair + 1, b);
       const [x0, y0] = [from.right - box.left, from.top + from.height / 2 - box.top];
@@ -75,16 +62,13 @@
         "stroke-width": Math.max(1, Math.min(9, 28 * Math.abs(share))),
         "stroke-dasharray": significant ? "none" : "3 4",
       }));
-      const rank = into.get(`${pair}/${b}`) ?? 0;
-      into.set(`${pair}/${b}`, rank + 1);
-      const t = 0.36, s = 1 - t;
+      const t = 0.4, s = 1 - t;
       const x = s * s * s * x0 + 3 * s * s * t * (x0 + bend) + 3 * s * t * t * (x1 - bend) + t * t * t * x1;
       const y = s * s * s * y0 + 3 * s * s * t * y0 + 3 * s * t * t * y1 + t * t * t * y1;
-      const label = el("div", { class: "edge", style: `left:${x}px;top:${y}px` });
-      for (const edge of edges.slice(0, 2)) {
-        label.append(el("span", { title: describe(edge, part.fdr) }, kernelPicture(edge.kernel), el("small", {}, edge.branch)));
-      }
-      label.append(el("small", { class: "n", title: "share of all contributions to the later feature, counted without signs" }, percent(share)));
+      const label = el("button", { type: "button", class: "edge", style: `left:${x}px;top:${y}px`, onclick: () => open(edges),
+        title: "numbers of this edge", "aria-label": `edge from ${a} to ${b}, ${percent(share)} of all contributions` });
+      for (const edge of edges.slice(0, 2)) label.append(el("span", {}, cards.kernel(edge.kernel, 40), el("small", {}, edge.branch)));
+      label.append(el("small", { class: "n" }, percent(share)));
       figure.append(label);
     }
     figure.prepend(lines);
@@ -92,29 +76,42 @@
   }
 
   async function draw(place, part, drawing, dictionaries) {
+    const shown = el("div", { class: "details" });
+    const open = (edges) => shown.replaceChildren(details(part, edges));
+    if (narrow.matches) {  // no room for columns: a list
+      for (const [layer, column] of drawing.columns.entries()) for (const fact of column) place.append(card(part, dictionaries[layer], layer, fact));
+      place.append(...pairsOf(drawing).map((edges) => details(part, edges)));
+      place.dataset.ready = "yes";
+      return;
+    }
     const figure = el("div", { class: "circuit", style: `--columns:${drawing.columns.length}` });
     drawing.columns.forEach((column, layer) =>
       figure.append(el("div", { class: "layer" }, ...column.map((fact) => card(part, dictionaries[layer], layer, fact)))));
-    place.append(figure);
-    const again = () => wire(figure, part, drawing);
+    place.append(figure, shown);
+    const again = () => wire(figure, part, drawing, open);
     requestAnimationFrame(again);
     new ResizeObserver(again).observe(figure);
     document.addEventListener("theme", again);
+    open(pairsOf(drawing)[0]);
+    place.dataset.ready = "yes";
   }
 
   document.querySelectorAll("section.circuits").forEach(async (section) => {
     const part = parts[Number(section.dataset.run)];
     const place = section.querySelector(".drawings");
     if (!place) return;
-    const dictionaries = await Promise.all(part.runs.map((run) => (run && atlas.features ? atlas.features.ofRun(run) : null)));
-    part.drawings.forEach((drawing) => {
-      const last = part.names.length - 1;
-      const strongest = drawing.paths[0];
-      const holder = el("figure", {}, el("h4", {}, `${part.sites[last]}/${drawing.target}`,
+    for (const drawing of part.drawings) {
+      const last = part.names.length - 1, strongest = drawing.paths[0];
+      const tallest = Math.max(...drawing.columns.map((column) => column.length));
+      const holder = el("figure", { style: `min-height:${160 * tallest + 120}px` }, el("h4", {}, `${part.sites[last]}/${drawing.target}`,
         el("small", {}, ` strongest path ${percent(strongest.strength)}${strongest.significant ? "" : ", not significant"}`)));
       place.append(holder);
-      atlas.whenSeen(holder, () => draw(holder, part, drawing, dictionaries), "400px");
-    });
-    place.append(el("p", { class: "caption" }, "A column is a site; the crops are the strongest of each feature, the framed picture was made from noise to excite it. Each line is a pair of features, as thick as its share of all contributions to the later one (counted without signs); orange excites, blue inhibits, dashed is not significant. On it are the kernels of the two branches that carry most: each cell is a position of the earlier feature (in a text, a token before or after; the outermost cells stand for all that lie farther). Hover for the numbers."));
+      atlas.whenSeen(holder, () => atlas.rest(async () => {
+        const dictionaries = await Promise.all(part.runs.map((run) => (run && atlas.features ? atlas.features.ofRun(run) : null)));
+        await draw(holder, part, drawing, dictionaries);
+      }), "400px");
+    }
+    const painted = part.pictures.length ? " The framed picture was optimized from noise to excite the feature." : "";
+    place.append(el("p", { class: "caption" }, `A column is a site; the crops are the strongest examples of each feature.${painted} Each line is a pair of features, as thick as its share of all contributions to the later one (sizes, without signs); orange excites, blue inhibits, dashed is not significant. On it are the kernels of the two branches that carry most: each cell is a position of the earlier feature (in a text, a token before or after; the outermost cells stand for all that lie farther). Click or tap one for its numbers.`));
   });
 })();

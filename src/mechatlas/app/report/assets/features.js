@@ -1,4 +1,4 @@
-// The browser of features: tabs, search, cards, map, the open card, links.
+// The browser of features: tabs, search, cards, the open dossier, and the address of all of it.
 "use strict";
 
 (() => {
@@ -9,13 +9,13 @@
   const byId = (id) => document.getElementById(id);
   const PER_PAGE = 24;
   const dialog = byId("detail");
-  const state = { d: null, found: [], page: 0, open: null, heat: true, rising: true, observers: [] };
+  const state = { d: null, found: [], page: 0, open: null, heat: true, rising: true, lasso: null, observers: [] };
   const opened = new Map();
 
   // Arrays of a dictionary are decoded when it is first looked at.
-  function openDictionary(number_) {
-    if (!opened.has(number_)) opened.set(number_, load(number_));
-    return opened.get(number_);
+  function openDictionary(index) {
+    if (!opened.has(index)) opened.set(index, load(index));
+    return opened.get(index);
   }
 
   // For other chapters: the dictionary of a run, or null if the page does not show it.
@@ -29,8 +29,7 @@
   async function load(index) {
     const facts = dictionaries[index];
     const names = ["density", "mean", "max", "histogram", "upper", "shares", "near", "cosine", "flat",
-      "slot", "place", "value", "first", "corner", "heat"];
-    if (facts.kind === "text") names.push("tokens");
+      "slot", "place", "value", "first", "corner", "heat", "scale"];
     const arrays = await Promise.all(names.map((name) => atlas.array("features", `${index}/${name}`)));
     const d = { ...facts, heat_shape: facts.heat, index };
     names.forEach((name, k) => { d[name] = arrays[k]; });
@@ -38,25 +37,90 @@
     d.names = d.gallery.names;
     d.near_n = d.near.shape[1];
     d.sheet = (k) => atlas.image("features", `${facts.gallery}/${k}`);
+    if (d.apart) d.apartHeat = await atlas.array("features", `${index}/apart`);
+    if (d.kind === "text") {
+      d.words = d.gallery.words ?? [];
+      d.vocabulary = (d.gallery.vocabulary ??= cards.vocabulary(d.words));
+      d.tokens = d.words.length ? await atlas.array("features", `${facts.gallery}/tokens`) : new Uint32Array(0);
+      d.length = d.tokens.shape?.[1] ?? 0;
+    }
+    d.records = atlas.has("records", d.run) ? JSON.parse(new TextDecoder().decode(await atlas.array("records", d.run))) : {};
+    d.has = {};
+    for (const record of Object.values(d.records)) for (const kind of Object.keys(record)) d.has[kind] = true;
+    atlas.rest(() => query.warm(d));
     return d;
   }
 
-  function show() {
-    const d = state.d, problem = byId("count");
-    try {
-      state.found = query.sort(query.select(byId("search").value, d), byId("sort").value, state.rising, d);
-      problem.classList.remove("wrong");
-    } catch (error) {
-      problem.textContent = error.message;
-      problem.classList.add("wrong");
+  // ---- the address ---------------------------------------------------------------------
+
+  // #dictionary/feature?q=words&sort=density&order=falling&page=2
+  function address() {
+    const d = state.d, values = new URLSearchParams();
+    if (byId("search").value.trim()) values.set("q", byId("search").value.trim());
+    if (byId("sort").value !== "number") values.set("sort", byId("sort").value);
+    if (state.rising !== risingAtFirst()) values.set("order", state.rising ? "rising" : "falling");
+    if (state.page) values.set("page", state.page + 1);
+    const link = state.open === null ? cards.link(d, "").slice(0, -1) : cards.link(d, state.open);
+    return `${link}${values.size ? `?${values}` : ""}`;
+  }
+  const remember = () => history.replaceState(null, "", address());
+  const risingAtFirst = () => ["number", "shuffled"].includes(byId("sort").value);
+
+  async function followLink({ first = false } = {}) {
+    const [path, values] = location.hash.slice(1).split("?"), text = decodeURIComponent(path);
+    if (document.getElementById(text)?.closest("main")) {  // a chapter, or a part of one
+      if (dialog.open) leave();
+      if (first) await choose(0);
       return;
     }
-    problem.textContent = state.found.length === d.n
+    const [, key, feature] = /^(.*?)(?:\/(\d+))?$/.exec(text);
+    let index = dictionaries.findIndex((d) => d.key === key), i = feature;
+    if (index < 0) [index, i] = [dictionaries.findIndex((d) => d.key === text), undefined];
+    await choose(index < 0 ? state.d?.index ?? 0 : index);
+    if (index < 0) return;
+    if (values) recall(new URLSearchParams(values));
+    if (!dialog.open) atlas.land(byId("features"));
+    if (i !== undefined && Number(i) < state.d.n) openFeature(Number(i));
+    else if (dialog.open) leave();
+  }
+
+  function recall(values) {
+    byId("search").value = values.get("q") ?? "";
+    if ([...byId("sort").options].some((o) => o.value === values.get("sort"))) byId("sort").value = values.get("sort");
+    setOrder(values.has("order") ? values.get("order") === "rising" : risingAtFirst());
+    show();
+    state.page = Number(values.get("page") ?? 1) - 1 || 0;
+    showPage();
+  }
+
+  function setOrder(rising) {
+    state.rising = rising;
+    byId("direction").textContent = rising ? "↑" : "↓";
+  }
+
+  // ---- the list ------------------------------------------------------------------------
+
+  function show() {
+    const d = state.d, place = byId("count");
+    let note = "";
+    try {
+      const answer = query.select(byId("search").value, d);
+      const inside = state.lasso && new Set(state.lasso);
+      state.found = query.sort(inside ? answer.found.filter((i) => inside.has(i)) : answer.found, byId("sort").value, state.rising, d);
+      note = answer.note;
+    } catch (error) {
+      place.textContent = error.message;
+      place.classList.add("wrong");
+      return;
+    }
+    place.classList.toggle("wrong", !!note);
+    place.textContent = note || (state.found.length === d.n
       ? `${number(d.n)} features, ${number(d.alive)} of them active in the rows read`
-      : `${number(state.found.length)} of ${number(d.n)} features`;
+      : `${number(state.found.length)} of ${number(d.n)} features`);
+    if (state.lasso) place.append(" in the lasso ", el("button", { type: "button", class: "link", onclick: () => { state.lasso = null; show(); } }, "clear"));
     state.page = 0;
     showPage();
-    markMap();
+    map.mark(state.found, state.open);
   }
 
   function showPage() {
@@ -76,75 +140,13 @@
   function turn(by) {
     state.page += by;
     showPage();
+    remember();
     byId("count").scrollIntoView({ block: "nearest" });
-  }
-
-  // ---- the map -------------------------------------------------------------------------
-
-  const hasGl = (() => {
-    try { return !!document.createElement("canvas").getContext("webgl"); } catch { return false; }
-  })();
-
-  function mapFigure() {
-    const d = state.d, by = byId("map-color").value;
-    const groups = by === "branch" ? d.branches.map((name) => [name, []]) : [["features", []]];
-    for (let i = 0; i < d.n; i++) {
-      if (!Number.isFinite(d.flat[2 * i])) continue;
-      groups[by === "branch" ? Math.max(0, query.nearestBranch(d, i)) : 0][1].push(i);
-    }
-    const matched = state.found.length < d.n ? new Set(state.found) : null;
-    const size = d.alive > 3000 ? 3.5 : d.alive > 800 ? 5 : 7;
-    const data = groups.map(([name, members], g) => ({
-      type: hasGl ? "scattergl" : "scatter", mode: "markers", name,
-      x: members.map((i) => d.flat[2 * i]), y: members.map((i) => d.flat[2 * i + 1]),
-      customdata: members,
-      text: members.map((i) => `${i} · density ${number(d.density[i])}`),
-      hovertemplate: "%{text}<extra></extra>",
-      selectedpoints: matched ? members.flatMap((i, k) => (matched.has(i) ? [k] : [])) : null,
-      unselected: { marker: { opacity: 0.07 } },
-      marker: by === "branch" ? { size, opacity: 0.75, color: atlas.branchColor(g) }
-        : { size, opacity: 0.8, colorscale: "Viridis", color: members.map((i) => Math.log10(d[by][i])), colorbar: scale(members.map((i) => d[by][i]), by) },
-    }));
-    if (state.open != null && Number.isFinite(d.flat[2 * state.open])) {
-      data.push({ type: "scatter", mode: "markers", x: [d.flat[2 * state.open]], y: [d.flat[2 * state.open + 1]],
-        hoverinfo: "skip", showlegend: false, marker: { size: 15, color: "rgba(0,0,0,0)", line: { width: 2.5, color: atlas.color("--ink") } } });
-    }
-    const bare = { visible: false, showgrid: false, zeroline: false };
-    return { data, layout: {
-      xaxis: bare, yaxis: { ...bare, scaleanchor: "x" }, margin: { l: 4, r: 4, t: 4, b: 4 }, hovermode: "closest",
-      dragmode: "pan", showlegend: by === "branch", legend: { orientation: "h", x: 0, y: -0.02, yanchor: "top", itemsizing: "constant" }, uirevision: `${d.index}`,
-    } };
-  }
-
-  // A bar of colors for the logarithm of some values, labeled with the values.
-  function scale(values, title) {
-    const [low, high] = values.reduce(([a, b], v) => [Math.min(a, v), Math.max(b, v)], [Infinity, 0]);
-    const ticks = [];
-    for (let decade = Math.floor(Math.log10(low)); decade <= Math.log10(high); decade++) {
-      for (const step of high / low > 100 ? [1] : [1, 2, 5]) {
-        const value = step * Math.pow(10, decade);
-        if (value >= low && value <= high) ticks.push(value);
-      }
-    }
-    return { thickness: 8, outlinewidth: 0, title: { text: title, side: "right" },
-      tickvals: ticks.map(Math.log10), ticktext: ticks.map(number) };
-  }
-
-  let mapWanted = false, mapReady = false;
-  async function markMap() {
-    if (!mapWanted) return;
-    const element = await atlas.draw(byId("map"), mapFigure);
-    if (mapReady) return;
-    mapReady = true;
-    element.on("plotly_click", (event) => {
-      const i = event.points[0]?.customdata;
-      if (i != null) openFeature(i);
-    });
   }
 
   // ---- one feature ---------------------------------------------------------------------
 
-  function openFeature(i, { link = true } = {}) {
+  function openFeature(i) {
     const d = state.d;
     state.open = i;
     const step = (by) => {
@@ -161,21 +163,35 @@
         el("h3", { id: "detail-title" }, `${d.key}/`, el("b", {}, String(i))),
         el("span", { class: "spacer" }),
         button("←", "previous feature", back), button("→", "next feature", forth),
-        heatButton, button("✕", "close", () => dialog.close())),
-      el("div", { class: `inside ${d.kind}` }, ...cards.detail(d, i, state.heat, openFeature)));
+        heatButton,
+        button("JSON", "save everything that the page knows of it", () => atlas.save(`${d.key.replaceAll("/", "_")}_${i}.json`, JSON.stringify(dossier.plain(d, i), null, 1))),
+        button("✕", "close", () => dialog.close())),
+      el("div", { class: `inside ${d.kind}` }, ...dossier.detail(d, i, state.heat)));
     dialog.step = (by) => step(by)?.();
     if (!dialog.open) dialog.showModal();
     dialog.scrollTop = 0;
-    if (link) history.replaceState(null, "", cards.link(d, i));
-    markMap();
+    remember();
+    map.mark(state.found, i);
   }
 
+  let leaving = false;
+  function leave() {
+    leaving = true;
+    dialog.close();
+  }
   dialog.addEventListener("close", () => {
     state.open = null;
-    history.replaceState(null, "", cards.link(state.d, "").slice(0, -1));
-    markMap();
+    if (!leaving) remember();
+    leaving = false;
+    map.mark(state.found, null);
   });
-  dialog.addEventListener("click", (event) => { if (event.target === dialog) dialog.close(); });
+  dialog.addEventListener("click", (event) => {
+    if (event.target === dialog) dialog.close();
+    const link = event.target.closest("a[data-feature]");
+    if (!link) return;
+    event.preventDefault();
+    openFeature(Number(link.dataset.feature));
+  });
 
   function toggleHeat() {
     state.heat = !state.heat;
@@ -188,67 +204,80 @@
 
   async function choose(index) {
     if (state.d?.index === index) return;
-    state.d = await openDictionary(index);
-    const d = state.d;
+    const d = await openDictionary(index);
+    Object.assign(state, { d, lasso: null, open: null });
     root.querySelectorAll("[role=tab]").forEach((tab, k) => tab.setAttribute("aria-selected", k === index));
     const option = (value, text = value) => el("option", { value }, text);
-    byId("sort").replaceChildren(...["number", "density", "max", "mean", "shuffled"].map((n) => option(n)), ...d.branches.map((n) => option(n, `share of ${n}`)));
-    byId("map-color").replaceChildren(...(d.branches.length ? [option("branch")] : []), option("density"), option("max"));
+    const words = { match: "cosine of its match", origin: "cosine of its origin" };
+    byId("sort").replaceChildren(option("number"), option("shuffled"), ...[...query.numbers(d).keys()].map((n) => option(n, words[n] ?? (d.branches.includes(n) ? `share of ${n}` : n))));
+    setOrder(true);
+    byId("search").placeholder = d.kind === "text" ? "Search: 123, a word or token, density>0.01, matched …"
+      : d.branches.length ? `Search: 123, ${d.branches.at(-1)}, density>0.01, matched, a file name …` : "Search: 123, density>0.01, matched, a file name …";
     byId("help-branches").textContent = d.branches.length
-      ? `, ${d.branches[0]}>0.8 by number · ${d.branches.join(", ")}: features by nearest branch` : "";
+      ? `, ${d.branches[0]} > 0.8 by number · ${d.branches.join(", ")}: features by nearest branch` : "";
     byId("map-caption").textContent =
-      `${d.map} of the decoder rows of ${number(d.alive)} active features (cosine, seed 0). A picture: nearby points are similar, but distances, gaps and shapes prove nothing.`;
+      `${d.map} of the decoder rows of ${number(d.alive)} active features (cosine, seed 0). Click a point for its dossier; the wheel zooms once the map has the focus. A picture: nearby points are similar, but distances, gaps and shapes prove nothing.`;
     root.querySelector(".notes").replaceChildren(...d.problems.map((text) => el("p", { class: "note" }, text)));
     legend(d);
+    map.show(d, openFeature, (caught) => { state.lasso = caught; show(); });
     show();
   }
 
   function legend(d) {
     const terms = [
-      ["density", "share of the store’s rows where the feature is active (above zero)"],
+      ["active, density", "share of the store’s rows where the feature is active (above zero)"],
       ["max, mean", "largest and mean activation where it is active, in the units of the code"],
-      ["heat", "brightness is the activation at every position, relative to the feature’s largest in the squares shown; dimmed positions are not active"],
+      ["heat", "brightness is the activation at every position, relative to the feature’s largest in the examples shown; dimmed positions are not active"],
       ["examples", `from ${number(d.rows)} of ${number(d.allRows)} rows, then run through the network again; the two agree within ${number(d.drift)} of each feature’s maximum`],
     ];
     if (d.branches.length) terms.push(["branch bars", "share of the atom’s length in each branch; the tick is the share expected from the branch’s width. A feature’s nearest branch exceeds its tick by the largest factor"]);
     byId("legend").replaceChildren(...terms.flatMap(([term, text]) => [el("dt", {}, term), el("dd", {}, text)]));
   }
 
-  async function followLink() {
-    const text = decodeURIComponent(location.hash.slice(1));
-    const [, key, feature] = /^(.*?)(?:\/(\d+))?$/.exec(text);
-    let index = dictionaries.findIndex((d) => d.key === key), i = feature;
-    if (index < 0) [index, i] = [dictionaries.findIndex((d) => d.key === text), undefined];
-    await choose(index < 0 ? state.d?.index ?? 0 : index);
-    if (index < 0) return;
-    byId("features").scrollIntoView({ behavior: "instant" });
-    if (i !== undefined && Number(i) < state.d.n) openFeature(Number(i), { link: false });
+  // The features listed, as a table.
+  function table() {
+    const d = state.d, values = [...query.numbers(d)];
+    const head = ["feature", "name", "note", ...values.map(([name]) => name), "class", "family", "matched", "specialized"];
+    return [head, ...state.found.map((i) => {
+      const record = d.records[i] ?? {}, label = labels.of(d, i), s = record.symmetry?.[0];
+      return [i, label.name, label.note, ...values.map(([, value]) => value(i)), s?.name, s?.family,
+        record.matches && record.matches.some((m) => m.matched), record.branches?.filter((b) => b.significant).map((b) => b.branch).join(" ")];
+    })];
   }
 
   // ---- events --------------------------------------------------------------------------
 
   root.querySelector(".tabs").append(...dictionaries.map((d, k) =>
-    el("button", { type: "button", role: "tab", onclick: () => {
-      choose(k);
-      history.replaceState(null, "", `#${encodeURIComponent(d.key).replaceAll("%2F", "/")}`);
-    } }, d.key, el("small", {}, `${number(d.n)} features`))));
+    el("button", { type: "button", role: "tab", onclick: async () => { await choose(k); remember(); } },
+      d.key, el("small", {}, `${number(d.n)} features`))));
   let wait = 0;
-  byId("search").addEventListener("input", () => { clearTimeout(wait); wait = setTimeout(show, 80); });
-  root.querySelector("form").addEventListener("submit", (event) => { event.preventDefault(); show(); });
-  byId("sort").addEventListener("change", () => {
-    state.rising = ["number", "shuffled"].includes(byId("sort").value);
-    byId("direction").textContent = state.rising ? "↑" : "↓";
-    show();
-  });
-  byId("direction").addEventListener("click", () => {
-    state.rising = !state.rising;
-    byId("direction").textContent = state.rising ? "↑" : "↓";
-    show();
-  });
+  const again = () => { show(); remember(); };
+  byId("search").addEventListener("input", () => { clearTimeout(wait); wait = setTimeout(again, 80); });
+  root.querySelector("form").addEventListener("submit", (event) => { event.preventDefault(); again(); });
+  byId("sort").addEventListener("change", () => { setOrder(risingAtFirst()); again(); });
+  byId("direction").addEventListener("click", () => { setOrder(!state.rising); again(); });
   byId("heat").addEventListener("click", toggleHeat);
-  byId("map-color").addEventListener("change", markMap);
   byId("previous").addEventListener("click", () => turn(-1));
   byId("next").addEventListener("click", () => turn(1));
+  byId("export-csv").addEventListener("click", () => atlas.save(`${state.d.key.replaceAll("/", "_")}.csv`, atlas.csv(table()), "text/csv"));
+  byId("export-json").addEventListener("click", () => {
+    const [head, ...rows] = table();
+    atlas.save(`${state.d.key.replaceAll("/", "_")}.json`, JSON.stringify(rows.map((row) => Object.fromEntries(row.map((cell, k) => [head[k], cell ?? null]))), null, 1));
+  });
+  byId("labels-save").addEventListener("click", labels.save);
+  byId("labels-load").addEventListener("change", async (event) => {
+    const place = byId("count");
+    try {
+      const n = labels.read(await event.target.files[0].text());
+      show();
+      place.textContent = `${number(n)} names and notes read.`;
+    } catch (error) {
+      place.textContent = `No labels were read. ${error.message}`;
+      place.classList.add("wrong");
+    }
+    event.target.value = "";
+  });
+  document.addEventListener("label", () => { if (state.d) showPage(); });
   document.addEventListener("keydown", (event) => {
     if (event.ctrlKey || event.metaKey || event.altKey) return;
     if (/^(INPUT|SELECT|TEXTAREA)$/.test(event.target.tagName)) {
@@ -263,9 +292,8 @@
     event.preventDefault();
     actions[event.key]();
   });
-  addEventListener("hashchange", followLink);
+  addEventListener("hashchange", () => followLink());
   document.addEventListener("theme", () => { if (state.d) showPage(); });
   root.hidden = false;
-  atlas.whenSeen(byId("map"), () => { mapWanted = true; if (state.d) markMap(); });
-  followLink();
+  followLink({ first: true });
 })();

@@ -2,7 +2,7 @@
 "use strict";
 
 (() => {
-  const { el, number } = atlas;
+  const { el, number, percent } = atlas;
   const PER_PAGE = 6;
   const facts = atlas.data("matching");
 
@@ -32,10 +32,9 @@
       const made = await Promise.all(rows.slice(page * PER_PAGE, (page + 1) * PER_PAGE).map(async (i) => {
         const matched = t.q_value[i] <= fdr;
         const two = await Promise.all([side(runs[p], names[p], t.latent_a[i]), side(runs[p + 1], names[p + 1], t.latent_b[i])]);
-        return el("article", { class: "card" },
-          el("header", {}, el("span", { class: "brief" },
-            `cosine ${number(t.cosine[i])} · q ${number(t.q_value[i])} · cost ${number(t.cost[i])}`),
-          el("span", { class: "lean" }, matched ? "matched" : "could be chance")),
+        return el("article", { class: "card still", "data-claim": true },
+          el("header", {}, el("b", {}, matched ? "matched" : "could be chance"),
+            el("span", { class: "evidence lean", "data-evidence": true }, `cosine ${number(t.cosine[i])}, q ${number(t.q_value[i])} at ${percent(fdr)}; cost ${number(t.cost[i])}`)),
           el("div", { class: "two" }, ...two));
       }));
       find(".pairs").replaceChildren(...made);
@@ -50,6 +49,6 @@
   }
 
   for (const section of document.querySelectorAll("section.matching")) {
-    atlas.whenSeen(section.querySelector(".pairs"), () => start(section), "400px");
+    atlas.whenSeen(section.querySelector(".pairs"), () => atlas.rest(() => start(section)), "400px");
   }
 })();

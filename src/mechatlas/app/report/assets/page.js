@@ -37,16 +37,24 @@ const atlas = (() => {
     return [element, text];
   }
 
+  // A served page fetches its parts when they are needed; one file has them inside.
+  async function bytesAt(element) {
+    const answer = await fetch(element.dataset.src);
+    if (!answer.ok) throw new Error(`The server has no ${element.dataset.src}; is it still running?`);
+    return answer.arrayBuffer();
+  }
+
   const array = once(async (name) => {
     const [element, text] = takeText(`[data-array="${CSS.escape(name)}"]`);
     const shape = element.dataset.shape.split(",").filter(Boolean).map(Number);
-    const values = new kinds[element.dataset.dtype](await unpack(text));
+    const values = new kinds[element.dataset.dtype](await (element.dataset.src ? bytesAt(element) : unpack(text)));
     return Object.assign(values, { shape });
   });
 
   const image = once(async (name) => {
-    const [, text] = takeText(`[data-image="${CSS.escape(name)}"]`);
-    return createImageBitmap(new Blob([bytesOf(text)], { type: "image/webp" }));
+    const [element, text] = takeText(`[data-image="${CSS.escape(name)}"]`);
+    const bytes = element.dataset.src ? await bytesAt(element) : bytesOf(text);
+    return createImageBitmap(new Blob([bytes], { type: "image/webp" }));
   });
 
   const plotly = once(async () => {
@@ -68,15 +76,34 @@ const atlas = (() => {
     return element;
   }
 
-  const color = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
-  const branchColor = (number) => color(`--branch-${number % 8}`);
+  function svg(tag, attributes = {}, ...children) {
+    const element = document.createElementNS("http://www.w3.org/2000/svg", tag);
+    for (const [name, value] of Object.entries(attributes)) if (value != null) element.setAttribute(name, value);
+    element.append(...children.filter((child) => child != null));
+    return element;
+  }
 
+  const color = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
+  const category = (number) => `--branch-${number % 8}`;
+
+  // Three digits, as people write them.
   function number(value) {
-    if (!Number.isFinite(value)) return "–";
+    if (value == null || !Number.isFinite(value)) return "–";
     if (Number.isInteger(value)) return value.toLocaleString("en");
     const size = Math.abs(value);
-    if (size >= 100) return value.toLocaleString("en", { maximumFractionDigits: 1 });
+    if (size >= 100) return value.toLocaleString("en", { maximumFractionDigits: 0 });
     return size >= 1e-3 ? String(Number(value.toPrecision(3))) : value.toExponential(1);
+  }
+  const percent = (value) => (value == null || !Number.isFinite(value) ? "–" : `${(100 * value).toFixed(Math.abs(value) >= 0.0995 && Math.abs(value) <= 0.99 ? 0 : 1).replace(/\.0$/, "")}%`);
+
+  // ---- figures -------------------------------------------------------------------------
+
+  // Colors are named in figures, and follow the theme.
+  function colored(value) {
+    if (typeof value === "string") return value.replace(/^var\((--[\w-]+)\)/, (_, name) => color(name));
+    if (Array.isArray(value)) return typeof value[0] === "number" && value.length > 4 ? value : value.map(colored);
+    if (value === null || typeof value !== "object") return value;
+    return Object.fromEntries(Object.entries(value).map(([name, each]) => [name, colored(each)]));
   }
 
   function themed(layout) {
@@ -87,8 +114,8 @@ const atlas = (() => {
       paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
       font: { family: "inherit", size: 12, color: ink },
       margin: { l: 44, r: 12, t: 8, b: 38 },
-      colorway: [0, 1, 2, 3, 4, 5, 6, 7].map(branchColor),
-      legend: { orientation: "h", x: 0, y: 1.02, yanchor: "bottom", font: { size: 11 } },
+      colorway: [0, 1, 2, 3, 4, 5, 6, 7].map((k) => color(category(k))),
+      legend: { orientation: "h", x: 0, y: 1.02, yanchor: "bottom", font: { size: 11 }, itemsizing: "constant" },
       hoverlabel: { font: { family: "inherit" } },
       ...own,
       xaxis: { ...axis, ...own.xaxis },
@@ -96,15 +123,28 @@ const atlas = (() => {
     };
   }
 
-  const figures = new Map();
-
-  async function draw(element, figure) {
-    figures.set(element, figure);
+  async function draw(element) {
+    const { data, layout } = colored(chapters[element.dataset.chapter].figures[element.dataset.figure]);
     const Plotly = await plotly();
-    const { data, layout } = typeof figure === "function" ? figure() : figure;
-    await Plotly.react(element, data, themed(layout), { responsive: true, displaylogo: false, displayModeBar: false });
+    const small = element.classList.contains("tiny") ? { showlegend: false, margin: { l: 30, r: 8, t: 6, b: 24 } } : {};
+    await Plotly.react(element, data, themed({ ...layout, ...small }), { responsive: true, displaylogo: false, displayModeBar: false });
     element.dataset.drawn = "yes";
-    return element;
+  }
+
+  // Work that takes a while waits for a moment in which nobody scrolls.
+  let scrolled = 0;
+  addEventListener("scroll", () => { scrolled = performance.now(); }, { passive: true });
+  const waiting = [];
+  let working = false;
+  function rest(task) {
+    waiting.push(task);
+    if (!working) { working = true; setTimeout(work, 0); }
+  }
+  async function work() {
+    if (performance.now() - scrolled < 150) { setTimeout(work, 60); return; }
+    const task = waiting.shift();
+    if (!task) { working = false; return; }
+    try { await task(); } finally { setTimeout(work, 0); }
   }
 
   function whenSeen(element, then, margin = "300px") {
@@ -117,19 +157,85 @@ const atlas = (() => {
     return observer;
   }
 
+  const drawn = [];
   for (const element of document.querySelectorAll("[data-figure]")) {
-    const name = element.closest(".chapter").id;
-    whenSeen(element, () => draw(element, chapters[name].figures[element.dataset.figure]));
+    element.dataset.chapter ||= element.closest(".chapter").id;
+    element.setAttribute("role", "img");
+    const caption = element.closest("figure")?.querySelector("h4, figcaption")?.textContent ?? "";
+    element.setAttribute("aria-label", `Figure. ${caption}`);
+    whenSeen(element, () => { drawn.push(element); rest(() => draw(element)); });
   }
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => {
-    for (const [element, figure] of figures) draw(element, figure);
+    for (const element of drawn) rest(() => draw(element));
     document.dispatchEvent(new Event("theme"));
+  });
+
+  // ---- links ---------------------------------------------------------------------------
+
+  // What lies above a target may unfold while the eye is on the way to it: the target is held at
+  // its place until the reader moves.
+  let held = null;
+  const hold = () => {
+    if (!held) return;
+    const top = held.getBoundingClientRect().top - document.querySelector(".top").offsetHeight - 8;
+    if (Math.abs(top) > 1) scrollBy({ top, behavior: "instant" });
+  };
+  function land(element) {
+    held = element;
+    hold();
+  }
+  const release = () => { held = null; };
+  for (const event of ["wheel", "touchstart", "pointerdown", "keydown"]) addEventListener(event, release, { passive: true });
+  new ResizeObserver(hold).observe(document.querySelector("main"));
+  function followAnchor() {
+    const target = document.getElementById(decodeURIComponent(location.hash.slice(1)));
+    if (target?.closest("main")) land(target);
+  }
+  document.addEventListener("click", (event) => {
+    const link = event.target.closest("a[href^='#']");
+    if (link && link.hash === location.hash) followAnchor();  // no hashchange comes of it
+  });
+  addEventListener("hashchange", followAnchor);
+  history.scrollRestoration = "manual";
+  setTimeout(followAnchor, 0);
+
+  // ---- tables, files -------------------------------------------------------------------
+
+  // A table that is cut off says so, and can be reached by keyboard.
+  const overflow = new ResizeObserver((entries) => entries.forEach(({ target }) => {
+    const cut = target.scrollWidth > target.clientWidth + 1;
+    target.classList.toggle("cut", cut);
+    if (cut) { target.tabIndex = 0; target.setAttribute("role", "region"); target.setAttribute("aria-label", "Table, scrolls sideways"); }
+    else target.removeAttribute("tabindex");
+  }));
+  document.querySelectorAll(".scroll").forEach((element) => overflow.observe(element));
+
+  function save(name, text, type = "application/json") {
+    const url = URL.createObjectURL(new Blob([text], { type }));
+    el("a", { href: url, download: name }).click();
+    setTimeout(() => URL.revokeObjectURL(url), 1000);
+  }
+
+  const quoted = (text) => (/[",\n]/.test(text) ? `"${text.replaceAll('"', '""')}"` : text);
+  const csv = (rows) => rows.map((row) => row.map((cell) => quoted(cell == null ? "" : String(cell))).join(",")).join("\n") + "\n";
+
+  // Every table with numbers can be taken along.
+  document.querySelectorAll(".scroll table").forEach((table) => {
+    const chapter = table.closest(".chapter")?.id ?? "table";
+    const rows = () => [...table.rows].map((row) => [...row.cells].map((cell) => cell.textContent.trim().replace(/\s+/g, " ")));
+    table.closest(".scroll").after(el("p", { class: "export" },
+      el("button", { type: "button", class: "link", onclick: () => save(`${chapter}.csv`, csv(rows()), "text/csv") }, "CSV"),
+      el("button", { type: "button", class: "link", onclick: () => {
+        const [head, ...body] = rows();
+        save(`${chapter}.json`, JSON.stringify(body.map((row) => Object.fromEntries(row.map((cell, k) => [head[k] || `column ${k + 1}`, cell]))), null, 1));
+      } }, "JSON")));
   });
 
   return {
     data: (chapter) => chapters[chapter].data,
+    has: (chapter, name) => !!document.querySelector(`[data-array="${CSS.escape(`${chapter}/${name}`)}"]`),
     array: (chapter, name) => array(`${chapter}/${name}`),
     image: (chapter, name) => image(`${chapter}/${name}`),
-    el, color, branchColor, number, draw, whenSeen,
+    el, svg, color, category, number, percent, whenSeen, rest, land, save, csv,
   };
 })();

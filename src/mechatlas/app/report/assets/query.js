@@ -10,6 +10,10 @@ const query = (() => {
       ["mean", (i) => d.mean[i]],
     ]);
     d.branches.forEach((name, b) => found.set(name, (i) => d.shares[i * d.branches.length + b]));
+    const best = (i, after) => Math.max(0, ...record(d, i, "matches").filter((m) => m.after === after).map((m) => m.cosine));
+    if (d.has.matches) {
+      for (const [name, after] of [["match", true], ["origin", false]]) found.set(name, (i) => best(i, after));
+    }
     return found;
   }
 
@@ -28,43 +32,124 @@ const query = (() => {
     "<": (a, b) => a < b, "<=": (a, b) => a <= b,
     "=": (a, b) => Math.abs(a - b) <= 1e-6 * Math.abs(b),
   };
+  const active = (d) => (i) => d.density[i] > 0;
+  const record = (d, i, kind) => d.records[i]?.[kind] ?? [];
+  const includes = (text, word) => text.toLowerCase().includes(word);
+
+  // Words that stand for a test of their own.
+  const keywords = {
+    active: active, alive: active,
+    inactive: (d) => (i) => !(d.density[i] > 0), dead: (d) => (i) => !(d.density[i] > 0),
+    named: (d) => (i) => !!labels.of(d, i).name,
+    matched: (d) => (i) => record(d, i, "matches").some((m) => m.matched),
+    specialized: (d) => (i) => record(d, i, "branches").some((b) => b.significant),
+    symmetric: (d) => (i) => record(d, i, "symmetry").some((s) => s.claimed),
+    circuit: (d) => (i) => record(d, i, "circuits").some((c) => c.significant),
+  };
+
+  // What can stand before a colon: kind:word.
+  const kinds = {
+    branch: (d, word) => (i) => d.density[i] > 0 && nearestBranch(d, i) === d.branches.findIndex((b) => b.toLowerCase() === word),
+    class: (d, word) => (i) => record(d, i, "symmetry").some((s) => includes(s.name, word)),
+    family: (d, word) => (i) => record(d, i, "symmetry").some((s) => String(s.family) === word),
+    label: (d, word) => (i) => includes(`${labels.of(d, i).name ?? ""} ${labels.of(d, i).note ?? ""}`, word),
+    token: (d, word) => inSet(d, byWord(d), word),
+    file: (d, word) => inSet(d, bySample(d), word),
+  };
+
+  const remembered = new WeakMap();
+  function remember(d, name, make) {
+    if (!remembered.has(d)) remembered.set(d, {});
+    return (remembered.get(d)[name] ??= make());
+  }
+
+  // Text -> features, of the samples among the examples and of the words that they are active on.
+  function index(d, add) {
+    const found = new Map();
+    for (let i = 0; i < d.n; i++) {
+      add(i, (text) => {
+        if (!found.has(text)) found.set(text, new Set());
+        found.get(text).add(i);
+      });
+    }
+    return found;
+  }
+  const bySample = (d) => remember(d, "files", () => index(d, (i, put) => {
+    for (let k = 0; k < d.shown; k++) {
+      const slot = d.slot[i * d.shown + k];
+      if (slot >= 0) put(d.names[slot].toLowerCase());
+    }
+  }));
+  const byWord = (d) => remember(d, "words", () => (d.kind !== "text" ? new Map() : index(d, (i, put) => {
+    const n = d.heat_shape[0];
+    for (let k = 0; k < d.shown; k++) {
+      const at = i * d.shown + k, slot = d.slot[at];
+      if (slot < 0) continue;
+      for (let t = 0, begin = d.first[2 * at]; t < n; t++) {
+        if (!d.heat[at * n + t]) continue;
+        const [first, last] = cards.wordAround(d, slot, begin + t);
+        put(cards.spelled(d, slot, first, last).trim().toLowerCase());
+      }
+    }
+  })));
+
+  function inSet(d, texts, word) {
+    const wanted = new Uint8Array(d.n);
+    for (const [text, features] of texts) if (text.includes(word)) for (const i of features) wanted[i] = 1;
+    return (i) => wanted[i] === 1;
+  }
+
+  function compare(word, d) {
+    const comparison = /^([^<>=]+)(>=|<=|>|<|=)([^<>=]*)$/.exec(word);
+    if (!comparison) return null;
+    const [, name, operator, written] = comparison;
+    const value = numbers(d).get(name), limit = /^(-?[\d.]+(?:e[+-]?\d+)?)(%?)$/i.exec(written);
+    if (!value) throw new Error(`There is no number “${name}”. There are ${[...numbers(d).keys()].join(", ")}.`);
+    if (!limit || !Number.isFinite(Number(limit[1]))) throw new Error(`“${word}” needs a number after ${operator}, such as ${name}${operator}0.01.`);
+    return (i) => comparisons[operator](value(i), Number(limit[1]) / (limit[2] ? 100 : 1));
+  }
 
   function compile(word, d) {
-    const comparison = /^(.+?)(>=|<=|>|<|=)(-?[\d.]+(?:e[+-]?\d+)?)(%?)$/i.exec(word);
-    if (comparison) {
-      const value = numbers(d).get(comparison[1]);
-      const limit = Number(comparison[3]) / (comparison[4] ? 100 : 1);
-      if (!value || !Number.isFinite(limit)) {
-        throw new Error(`“${word}”: there is no number “${comparison[1]}”. There are ${[...numbers(d).keys()].join(", ")}.`);
-      }
-      return (i) => comparisons[comparison[2]](value(i), limit);
+    if (word.length > 1 && word.startsWith("-")) {
+      const test = compile(word.slice(1), d);
+      return (i) => !test(i);
     }
-    const branch = d.branches.indexOf(word);
-    if (branch >= 0) return (i) => d.density[i] > 0 && nearestBranch(d, i) === branch;
-    if (/^\d+$/.test(word)) return (i) => i === Number(word);
     const range = /^(\d+)(?:-|\.\.)(\d+)$/.exec(word);
     if (range) return (i) => i >= Number(range[1]) && i <= Number(range[2]);
-    if (word === "alive") return (i) => d.density[i] > 0;
-    if (word === "dead") return (i) => !(d.density[i] > 0);
-    return bySample(word, d);
+    if (/^\d+$/.test(word)) return (i) => i === Number(word);
+    const compared = compare(word, d);
+    if (compared) return compared;
+    const low = word.toLowerCase();
+    if (Object.hasOwn(keywords, low)) return keywords[low](d);
+    const [kind, ...rest] = low.split(":");
+    if (rest.length && /^\w+$/.test(kind)) {
+      if (Object.hasOwn(kinds, kind)) return kinds[kind](d, rest.join(":"));
+      if (d.kind !== "text") throw new Error(`“${kind}:” is not known. There are ${Object.keys(kinds).map((k) => `${k}:`).join(", ")}.`);
+    }
+    if (d.branches.some((b) => b.toLowerCase() === low)) return kinds.branch(d, low);
+    const tests = ["label", "class", "token", "file"].map((name) => kinds[name](d, low));
+    return (i) => tests.some((test) => test(i));
   }
 
-  function bySample(word, d) {
-    const wanted = word.toLowerCase();
-    const slots = new Set();
-    d.names.forEach((name, slot) => { if (name.toLowerCase().includes(wanted)) slots.add(slot); });
-    return (i) => {
-      for (let k = 0; k < d.top; k++) if (slots.has(d.slot[i * d.top + k])) return true;
-      return false;
-    };
+  function wordsOf(text) {
+    const joined = text.replace(/\s*(>=|<=|>|<|=)\s*(?=[\d.-])/g, "$1");
+    return [...joined.matchAll(/-?(?:\w+:)?"[^"]*"|\S+/g)].map((m) => m[0].replaceAll('"', "")).filter((w) => w && w.toLowerCase() !== "and");
   }
 
+  // All words must hold; “or” separates alternatives. What finds nothing is named.
   function select(text, d) {
-    const words = [...text.matchAll(/"([^"]*)"|(\S+)/g)].map((m) => m[1] ?? m[2]).filter(Boolean);
-    const tests = words.map((word) => compile(word, d));
+    const alternatives = [[]];
+    for (const word of wordsOf(text)) {
+      if (word.toLowerCase() === "or") alternatives.push([]);
+      else alternatives.at(-1).push([word, compile(word, d)]);
+    }
     const found = [];
-    for (let i = 0; i < d.n; i++) if (tests.every((test) => test(i))) found.push(i);
-    return found;
+    for (let i = 0; i < d.n; i++) if (alternatives.some((tests) => tests.every(([, test]) => test(i)))) found.push(i);
+    if (found.length) return { found, note: "" };
+    const every = Array.from({ length: d.n }, (_, i) => i);
+    const empty = alternatives.flat().filter(([, test]) => !every.some(test)).map(([word]) => `“${word}”`);
+    const shown = d.kind === "text" ? "no label, word or file name among the examples" : "no label, class, branch or file name among the examples";
+    return { found, note: empty.length ? `${empty.join(", ")}: ${shown} has it, and it is no number or keyword.` : "Each word finds some features, but none has all of them." };
   }
 
   // The same shuffle on every visit: a fair sample to look at, and one that can be cited.
@@ -78,11 +163,14 @@ const query = (() => {
     return (i) => order[i];
   }
 
+  // Features that are never active come last, whatever the order.
   function sort(found, by, rising, d) {
     const value = by === "shuffled" ? shuffled(d.n) : numbers(d).get(by) || ((i) => i);
-    const sign = rising ? 1 : -1;
-    return found.sort((a, b) => sign * (value(a) - value(b)) || a - b);
+    const keys = Float64Array.from({ length: d.n }, (_, i) => value(i)), sign = rising ? 1 : -1;
+    const asleep = (i) => (d.density[i] > 0 ? 0 : 1);
+    return found.sort((a, b) => asleep(a) - asleep(b) || sign * (keys[a] - keys[b]) || a - b);
   }
 
-  return { numbers, nearestBranch, select, sort };
+  const warm = (d) => { bySample(d); byWord(d); };
+  return { numbers, nearestBranch, select, sort, warm };
 })();

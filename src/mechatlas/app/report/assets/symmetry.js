@@ -2,16 +2,9 @@
 "use strict";
 
 (() => {
-  const { el, number } = atlas;
+  const { el, svg, number, percent } = atlas;
   const facts = atlas.data("symmetry");
   const PER_PAGE = 8, WHEELS_PER_PAGE = 2;
-
-  const svg = (tag, attributes, ...children) => {
-    const element = document.createElementNS("http://www.w3.org/2000/svg", tag);
-    for (const [name, value] of Object.entries(attributes)) element.setAttribute(name, value);
-    element.append(...children);
-    return element;
-  };
 
   // Place of each element: rotations on one ring, all others on another.
   function places(f) {
@@ -42,12 +35,12 @@
   }
 
   function wheel(f, t, d, family) {
-    const SIZE = 460, tile = f.elements.length > 16 ? 44 : 74;
+    const SIZE = Math.min(460, document.documentElement.clientWidth - 72), tile = Math.round((f.elements.length > 16 ? 0.095 : 0.16) * SIZE);
     const { place, others } = places(f);
     const outer = SIZE / 2 - tile / 2 - 4, inner = outer - tile - 14;
-    const color = f.colors[f.classes.indexOf(family.class)] || "#888";
+    const color = f.colors[f.classes.indexOf(family.class)] || "var(--pale)";
     const middle = others.length ? inner - tile / 2 - 12 : outer - tile / 2 - 12;
-    const picture = el("div", { class: "wheel", style: `width:${SIZE}px;height:${SIZE}px` },
+    const picture = el("div", { class: "wheel", style: `width:${SIZE}px;height:${SIZE}px`, role: "group", "aria-label": `poses of family ${family.family}` },
       svg("svg", { viewBox: `0 0 ${SIZE} ${SIZE}`, width: SIZE, height: SIZE }, polar(f, t.s, family.reference, middle, SIZE / 2, SIZE / 2, color)));
     family.slots.forEach((feature, g) => {
       const radius = place[g].outer ? outer : inner;
@@ -61,20 +54,32 @@
       picture.append(box, el("small", { style: `left:${x - tile / 2}px;top:${y + tile / 2 - 14}px` }, f.elements[g]));
     });
     const list = family.members.map((i, k) => `${i} (${family.poses[k]})`).join(", ");
-    return el("article", { class: "card still" },
+    const likeness = family.members.filter((i) => i !== family.reference).map((i) => t.similarity[i]);
+    return el("article", { class: "card still", "data-claim": true },
       el("header", {}, el("b", {}, `Family ${family.family}`), el("span", { class: "brief" }, `${number(family.size)} features · ${family.class}`)),
-      picture, el("p", { class: "caption" }, `Features and poses: ${list}`));
+      picture, el("p", { class: "caption" }, `Features and poses: ${list}`),
+      el("p", { class: "evidence", "data-evidence": true }, `Similarity to the reference at least ${number(Math.min(...likeness))}; unrelated features reach ${number(f.chance)}.`));
   }
 
   function card(f, t, d, i) {
-    const color = f.colors[t.class[i]] || "#888";
+    const color = f.colors[t.class[i]] || "var(--pale)";
     const name = d ? el("a", { href: cards.link(d, i) }, String(i)) : el("b", {}, String(i));
     const body = el("div", { class: "symmetric" },
       svg("svg", { viewBox: "0 0 120 120" }, polar(f, t.s, i, 52, 60, 60, color)),
       d ? cards.exampleList(d, i, d.kind === "image" ? 4 : 3, 72, false) : null);
-    return el("article", { class: "card still" },
-      el("header", {}, name, el("span", { class: "brief" }, `q ${number(t.q_value[i])} · ceiling ${number(t.noise_ceiling[i])}`)), body);
+    return el("article", { class: "card still", "data-claim": true },
+      el("header", {}, name, el("span", { class: "brief" }, f.classes[t.class[i]])), body,
+      el("p", { class: "evidence", "data-evidence": true }, `q ${number(t.q_value[i])} at a false discovery rate of ${percent(f.fdr)}; noise ceiling ${number(t.noise_ceiling[i])}`));
   }
+
+  // For dossiers: the stabilizer function of a feature.
+  atlas.symmetry = {
+    polar: async (k, i) => {
+      const s = await atlas.array("symmetry", `${k}/s`), of = await atlas.array("symmetry", `${k}/class`);
+      return svg("svg", { viewBox: "0 0 120 120", role: "img", "aria-label": "similarity of the feature to itself under each element" },
+        polar(facts[k], s, i, 52, 60, 60, facts[k].colors[of[i]] || "var(--pale)"));
+    },
+  };
 
   async function start(section) {
     const k = Number(section.dataset.run), f = facts[k];
@@ -113,6 +118,6 @@
   }
 
   for (const section of document.querySelectorAll("section.symmetry")) {
-    atlas.whenSeen(section.querySelector(".members"), () => start(section), "600px");
+    atlas.whenSeen(section.querySelector(".members"), () => atlas.rest(() => start(section)), "600px");
   }
 })();

@@ -6,7 +6,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mechatlas.app.old_runs import renamed_columns
-from mechatlas.app.report.chapter import Chapter, render
+from mechatlas.app.report.chapter import Chapter, percent, render
+from mechatlas.app.report.dossiers import (
+    Absence,
+    BranchLine,
+    FeatureAt,
+    Finding,
+    Statements,
+    finite,
+)
+from mechatlas.app.report.palette import category
 from mechatlas.app.report.runs import Runs
 from mechatlas.app.run_folder import BRANCHES, DECODER_PICTURE, DICTIONARY, FEATURES
 from mechatlas.base import Progress
@@ -16,11 +25,10 @@ if TYPE_CHECKING:
 
 STRONGEST = 6
 """Number of features shown of each branch."""
-DOTS = 1500
+DOTS = 400
 """Number of features drawn of each branch in the picture of shares."""
-COLORS = ("#4c78a8", "#f2a541", "#54a24b", "#d1605e", "#8c6bb1", "#4fb0ae", "#b07b54", "#d78fb8")
 SHARE_AXIS = {"title": {"text": "share of the decoder row"}, "range": [-0.02, 1.04]}
-LEGEND = {"orientation": "h", "y": 1.12}
+LEGEND = {"orientation": "h", "y": 1.12, "itemsizing": "constant"}
 Table = dict[str, Any]
 
 
@@ -35,34 +43,41 @@ def chapter(runs: Runs, on_progress: Progress) -> Chapter | None:
         return None
     folders = {run.folder.resolve(): run.name for run in runs.of_kind(DICTIONARY)}
     parts, figures, data = [], {}, []
-    for number, run in enumerate(finished):
+    findings: list[Finding] = []
+    absences: list[Absence] = []
+    statements: Statements = []
+    for k, run in enumerate(finished):
         result: "BranchesResult" = run.typed_result()
         table = renamed_columns(run.table(FEATURES), BRANCHES)
         names = [branch.name for branch in result.branches]
         of_branch = [
-            {name: values[k :: len(names)] for name, values in table.items()}
-            for k in range(len(names))
+            {name: values[branch :: len(names)] for name, values in table.items()}
+            for branch in range(len(names))
         ]
-        figures[f"shares{number}"] = _shares(result, of_branch, names)
-        figures[f"agree{number}"] = _agreement(of_branch, names)
+        figures[f"shares{k}"] = _shares(result, of_branch, names)
+        figures[f"agree{k}"] = _agreement(of_branch, names)
         picture = run.read(DECODER_PICTURE)
         if picture:
-            figures[f"picture{number}"] = _picture(picture, names)
+            figures[f"picture{k}"] = _picture(picture, names)
         strongest = [_strongest(own, result.fdr) for own in of_branch]
         dictionary = Path(run.manifest["dictionary"]).resolve()
-        data.append({"run": folders.get(dictionary, ""), "branches": names, "strongest": strongest})
+        of_run, anchor = folders.get(dictionary, ""), f"branches-{k}"
+        found = _finding(result, strongest, of_run, anchor)
+        (findings if isinstance(found, Finding) else absences).append(found)  # pyright: ignore
+        statements += _lines(result, of_branch, of_run, anchor)
+        data.append({"run": of_run, "branches": names, "strongest": strongest, "fdr": result.fdr})
         labels = result.labels.surest if result.labels else []
         parts.append(
             {
                 "name": run.name,
-                "number": number,
+                "number": k,
                 "explained": picture["explained"] if picture else None,
                 "strongest": sum(map(len, strongest)),
                 "result": result,
                 "labels": [label for label in labels if label.q_value <= result.fdr],
             }
         )
-        on_progress(number + 1, len(finished))
+        on_progress(k + 1, len(finished))
     return Chapter(
         name="branches",
         title="Branches",
@@ -70,7 +85,56 @@ def chapter(runs: Runs, on_progress: Progress) -> Chapter | None:
         figures=figures,
         data=data,
         scripts=("branches.js",),
+        findings=findings,
+        absences=absences,
+        statements=statements,
     )
+
+
+def _finding(
+    result: "BranchesResult", strongest: list[list[dict[str, Any]]], run: str, anchor: str
+) -> Finding | Absence:
+    """Sum up the test of all features."""
+    control = f"{result.n_specialized_permuted:,} with the channels permuted"
+    powers = [b.power for b in result.branches if b.power is not None]
+    power = "power not measured (too few features)" if not powers else (
+        f"of features moved most of the way into a branch, the test finds {percent(min(powers))} "
+        f"to {percent(max(powers))}"
+    )  # fmt: skip
+    if not result.n_specialized:
+        return Absence(
+            text=f"Of {result.n_tested:,} features of {result.site}, none is specialized to a "
+            "branch.",
+            power=f"False discovery rate {percent(result.fdr)}; {power}.",
+            anchor=anchor,
+        )
+    shown = [
+        tuple(FeatureAt(run, one["feature"]) for one in own if one["significant"])[:4]
+        for own in strongest
+    ]
+    return Finding(
+        text=f"{result.n_specialized:,} of {result.n_tested:,} features of {result.site} are "
+        "specialized to one branch.",
+        evidence=f"False discovery rate {percent(result.fdr)}; {control}; {power}.",
+        anchor=anchor,
+        rows=tuple(row for row in shown if row),
+    )
+
+
+def _lines(result: "BranchesResult", of_branch: list[Table], run: str, anchor: str) -> Statements:
+    """Lines on the share of each feature in each branch."""
+    keys = ("feature", "share", "expected_share", "q_value", "ablation_share", "activation_share")
+    statements: Statements = []
+    for branch, own in zip(result.branches, of_branch, strict=True):
+        columns = (own[key].tolist() for key in keys)
+        for feature, share, expected, q, ablation, activation in zip(*columns, strict=True):
+            line = BranchLine(
+                anchor=anchor, branch=branch.name, share=finite(share),
+                expected=finite(expected) or 0.0, q=finite(q), significant=q <= result.fdr,
+                ablation=finite(ablation), activation=finite(activation), fdr=result.fdr,
+            )  # fmt: skip
+            statements.append((FeatureAt(run, int(feature)), line))
+    return statements
 
 
 def _strongest(own: Table, fdr: float) -> list[dict[str, Any]]:
@@ -111,11 +175,11 @@ def _shares(result: "BranchesResult", of_branch: list[Table], names: list[str]) 
             words += [f"feature {i} in {name}" for i in own["feature"][chosen].tolist()]
         hover = "%{text}<br>share %{y:.3f}<extra></extra>"
         if significant:
-            traces.append(_dots("specialized", x, y, words, hover, size=4, color="#d1605e"))
+            traces.append(_dots("specialized", x, y, words, hover, size=5, color="var(--accent)"))
         else:
-            gray = {"size": 3, "color": "rgba(128,128,128,0.45)"}
-            traces.append(_dots("not told from chance", x, y, words, hover, **gray))
-    line = {"type": "line", "line": {"width": 2, "color": "#4c78a8"}}
+            gray = {"size": 3, "color": "var(--pale)"}
+            traces.append(_dots("not significant", x, y, words, hover, **gray))
+    line = {"type": "line", "line": {"width": 2, "color": "var(--ink)"}}
     shapes = [
         {**line, "x0": k - 0.4, "x1": k + 0.4, "y0": share, "y1": share}
         for k, share in enumerate(branch.expected_share for branch in result.branches)
@@ -132,11 +196,11 @@ def _agreement(of_branch: list[Table], names: list[str]) -> dict[str, Any]:
     traces = []
     for k, (name, own) in enumerate(zip(names, of_branch, strict=True)):
         known = np.isfinite(own["ablation_share"]) & np.isfinite(own["share"])
-        chosen = _drawn(known & (own["active_rows"] >= 10), DOTS // 2, random)
+        chosen = _drawn(known & (own["active_rows"] >= 10), DOTS, random)
         x = own["share"][chosen].round(4).tolist()
         y = np.clip(own["ablation_share"][chosen], -0.5, 1.2).round(4).tolist()
         words = [f"feature {i}" for i in own["feature"][chosen].tolist()]
-        color = COLORS[k % len(COLORS)]
+        color = category(k)
         traces.append(_dots(name, x, y, words, hover, size=3, color=color, opacity=0.6))
     lost = {"title": {"text": "activity lost without the branch"}}
     return {"data": traces, "layout": {"xaxis": SHARE_AXIS, "yaxis": lost, "legend": LEGEND}}
@@ -150,7 +214,7 @@ def _drawn(there: np.ndarray, most: int, random: np.random.Generator) -> np.ndar
 def _dots(
     name: str, x: list[float], y: list[float], words: list[str], hover: str, **marker: Any
 ) -> dict[str, Any]:
-    trace = {"type": "scattergl", "mode": "markers", "name": name, "x": x, "y": y}
+    trace = {"type": "scatter", "mode": "markers", "name": name, "x": x, "y": y}
     return {**trace, "text": words, "hovertemplate": hover, "marker": marker}
 
 
@@ -159,7 +223,7 @@ def _picture(picture: dict[str, Any], names: list[str]) -> dict[str, Any]:
     branch = [b if b >= 0 else None for b in picture["branch"]]
     n = max(len(names), 2)
     scale = [
-        [edge, COLORS[k % len(COLORS)]] for k in range(n) for edge in (k / n, (k + 1) / n)
+        [edge, category(k)] for k in range(n) for edge in (k / n, (k + 1) / n)
     ]  # fmt: skip
     words = [names[b] if b is not None else "no branch" for b in branch]
     decoder = np.sqrt(np.array(picture["rows"])).round(3).tolist()

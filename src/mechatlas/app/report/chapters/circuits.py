@@ -5,7 +5,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mechatlas.app.report.chapter import Chapter, render
+from mechatlas.app.report.chapter import Chapter, percent, render
+from mechatlas.app.report.dossiers import (
+    Absence,
+    CircuitLine,
+    FeatureAt,
+    Finding,
+    Statements,
+    finite,
+)
 from mechatlas.app.report.paintings import as_webp
 from mechatlas.app.report.runs import Run, Runs
 from mechatlas.app.run_folder import CIRCUIT, DICTIONARY, EDGES, KERNELS, PICTURES, as_plain
@@ -15,6 +23,8 @@ if TYPE_CHECKING:
     from mechatlas.app.commands.circuit import CircuitResult
 
 
+STRONGEST = 6
+"""Number of edges into, and out of, a feature that its dossier shows."""
 SHARES = ("explained_by_paths", "explained_by_kept", "places")
 NUMBERS = ("weight", "contribution", "share", "attribution", "effect", "effect_low", "effect_high",
            "q_value")  # fmt: skip
@@ -32,12 +42,19 @@ def chapter(runs: Runs, on_progress: Progress) -> Chapter | None:
     folders = {run.folder.resolve(): run.name for run in runs.of_kind(DICTIONARY)}
     parts, data = [], []
     images: dict[str, bytes] = {}
-    for number, run in enumerate(finished):
+    findings: list[Finding] = []
+    absences: list[Absence] = []
+    statements: Statements = []
+    for k, run in enumerate(finished):
         places = [folders.get(Path(p).resolve(), "") for p in run.manifest["dictionaries"]]
         result: "CircuitResult" = run.typed_result()
         drawings = _drawings(run, result)
-        pictures = _pictures(run, number, len(result.sites))
+        pictures = _pictures(run, k, len(result.sites))
         images |= pictures
+        edges = _strongest_edges(run, result, places, f"circuits-{k}")
+        statements += edges
+        found = _finding(result, edges, f"circuits-{k}")
+        (findings if isinstance(found, Finding) else absences).append(found)  # pyright: ignore
         data.append({
             "names": result.dictionaries,
             "sites": result.sites,
@@ -48,20 +65,90 @@ def chapter(runs: Runs, on_progress: Progress) -> Chapter | None:
         })  # fmt: skip
         parts.append({
             "name": run.name,
-            "number": number,
+            "number": k,
             "result": result,
             "drawings": drawings,
             "names": result.dictionaries,
         })  # fmt: skip
-        on_progress(number + 1, len(finished))
+        on_progress(k + 1, len(finished))
     return Chapter(
         name="circuits",
         title="Circuits",
         html=render("circuits.html", parts=parts),
         data=data,
         images=images,
-        scripts=("circuits.js",),
+        scripts=("cards.js", "circuits.js"),
+        findings=findings,
+        absences=absences,
+        statements=statements,
     )
+
+
+def _finding(result: "CircuitResult", edges: Statements, anchor: str) -> Finding | Absence:
+    """Sum up the edges, and how well they predict ablations."""
+    n = sum(pair.n_significant for pair in result.pairs)
+    kept = sum(pair.edges for pair in result.pairs)
+    agreement = "; ".join(
+        f"{pair.a} to {pair.b}: rank correlation with ablations {pair.agreement.spearman:.2f}, "
+        f"of random pairs {pair.agreement.null:.2f}"
+        for pair in result.pairs
+    )
+    sites = " to ".join(result.sites)
+    if not n:
+        return Absence(
+            text=f"Of {kept:,} edges kept from {sites}, none is significant.",
+            power=f"False discovery rate {percent(result.fdr)}; {agreement}.",
+            anchor=anchor,
+        )
+    best = sorted(
+        (
+            (abs(line.contribution or 0), feature, line.other)
+            for feature, line in edges
+            if isinstance(line, CircuitLine) and line.into and line.significant
+        ),
+        reverse=True,
+    )[:4]
+    return Finding(
+        text=f"{n:,} of {kept:,} edges kept from {sites} are significant: a feature built from "
+        "another by the network's own weights.",
+        evidence=f"False discovery rate {percent(result.fdr)}; {agreement}.",
+        anchor=anchor,
+        rows=tuple((source, target) for _, target, source in best),
+    )
+
+
+def _strongest_edges(run: Run, result: "CircuitResult", runs: list[str], anchor: str) -> Statements:
+    """Lines on the edges that carry most into and out of each feature."""
+    table, tensors = run.table(EDGES), run.tensors(KERNELS)
+    size = np.abs(np.nan_to_num(table["contribution"]))
+    shown: dict[int, list[bool]] = {}
+    for into, latent in ((True, "latent_b"), (False, "latent_a")):
+        order = np.lexsort((-size, table[latent], table["pair"]))
+        key = np.stack([table["pair"][order], table[latent][order]], axis=1)
+        new = np.r_[True, (key[1:] != key[:-1]).any(axis=1)] if len(key) else np.zeros(0, bool)
+        first = np.maximum.accumulate(np.where(new, np.arange(len(new)), 0))
+        for row in order[np.arange(len(new)) - first < STRONGEST].tolist():
+            shown.setdefault(row, []).append(into)
+    statements: Statements = []
+    for row, directions in shown.items():
+        pair = int(table["pair"][row])
+        ends = (
+            FeatureAt(runs[pair], int(table["latent_a"][row])),
+            FeatureAt(runs[pair + 1], int(table["latent_b"][row])),
+        )
+        branch, q = str(table["branch"][row]), finite(table["q_value"][row])
+        for into in directions:
+            line = CircuitLine(
+                anchor=anchor, into=into, name=result.sites[pair + (not into)],
+                other=ends[not into], branch=branch,
+                contribution=finite(table["contribution"][row]),
+                share=finite(table["share"][row]),
+                effect=[finite(table[n][row]) for n in ("effect", "effect_low", "effect_high")],
+                q=q, significant=q is not None and q <= result.fdr, fdr=result.fdr,
+                kernel=_kernel(tensors, f"{pair}.{branch}", int(table["kernel"][row])),
+            )  # fmt: skip
+            statements.append((ends[into], line))
+    return statements
 
 
 def _pictures(run: Run, number: int, n_layers: int) -> dict[str, bytes]:
@@ -135,4 +222,4 @@ def _kernel(tensors: dict[str, np.ndarray], name: str, row: int) -> dict[str, An
     height, width = (taps.max(axis=0) - low + 1).tolist()
     picture = np.zeros((height, width), np.float32)
     picture[tuple((taps - low).T)] = values
-    return {"h": height, "w": width, "values": [round(float(v), 6) for v in picture.ravel()]}
+    return {"h": height, "w": width, "values": [finite(v) for v in picture.ravel()]}

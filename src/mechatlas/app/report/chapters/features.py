@@ -1,10 +1,12 @@
 """Chapter on features: strongest examples, statistics and atom of every latent."""
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jaxtyping import Int
 from torch import nn
 
 from mechatlas.activations.images import ImageSamples
@@ -22,14 +24,20 @@ from mechatlas.analysis.examples import (
     feature_statistics,
 )
 from mechatlas.app.report.atoms import Neighbors, flat_map, neighbors
-from mechatlas.app.report.chapter import Chapter, render
+from mechatlas.app.report.chapter import Chapter, number, percent, render
+from mechatlas.app.report.dossiers import FeatureAt, Finding
 from mechatlas.app.report.galleries import Gallery, gallery
 from mechatlas.app.report.paintings import most_in_each, paint
 from mechatlas.app.report.runs import Run, Runs
 from mechatlas.base import Progress, Site, UserError
+from mechatlas.dictionaries.formats import FILE
 
 TOP = 12
-"""Number of examples of each feature."""
+"""Number of strongest examples of each feature."""
+QUANTILES = 10
+"""Number of examples of each feature at quantiles of its activation."""
+CONTEXT = (96, 64)
+"""Tokens of a text shown before and after a position; windows that are shorter are shown whole."""
 MAX_ROWS = 100_000
 """Upper limit on the rows read from a store; they are stored in random order of samples."""
 DRIFT = 0.05
@@ -49,7 +57,8 @@ class _FeatureData:
     samples: Samples
     statistics: FeatureStatistics
     shown: Examples
-    tokens: tuple[np.ndarray, list[str]] | None
+    words: Callable[[np.ndarray], list[str]] | None
+    """Decoder of tokens, if samples are texts."""
     painted: dict[str, bytes]
     """Visualizations of some features, by latent, or latent and branch."""
     problems: list[str]
@@ -63,27 +72,31 @@ def chapter(runs: Runs, on_progress: Progress) -> Chapter | None:
     opened: list[_FeatureData] = []
     failed: list[tuple[str, str]] = []
     total = 100 * len(dictionaries)
-    for number, run in enumerate(dictionaries):
+    for k, run in enumerate(dictionaries):
         key = _key(run, [o.key for o in opened])
         try:
-            opened.append(_open(run, key, runs, _part(on_progress, number * 90, 90, total)))
+            opened.append(_open(run, key, runs, _part(on_progress, k * 90, 90, total)))
         except UserError as error:  # one broken run must not cost the page of the others
             failed.append((run.name, str(error)))
             runs.problems[run.name] = str(error)
     galleries = _galleries(opened)
-    data: dict[str, Any] = {"galleries": {}, "dictionaries": []}
+    data: dict[str, Any] = {"galleries": {}, "dictionaries": [], "labels": runs.labels}
     arrays: dict[str, np.ndarray] = {}
     images: dict[str, bytes] = {}
-    for name, pictures in galleries.values():
+    for store, (name, pictures) in galleries.items():
         data["galleries"][name] = _describe_gallery(pictures)
         images |= {f"{name}/{i}": sheet for i, sheet in enumerate(pictures.sheets)}
-    for number, each in enumerate(opened):
+        of_store = next(each for each in opened if each.store == store)
+        if of_store.words and len(pictures.samples):
+            arrays[f"{name}/tokens"], words = _tokens(of_store, pictures.samples)
+            data["galleries"][name]["words"] = words
+    for k, each in enumerate(opened):
         name, pictures = galleries[each.store]
         described, own = _describe(each, name, pictures)
         data["dictionaries"].append(described)
-        arrays |= {f"{number}/{key}": array for key, array in own.items()}
-        images |= {f"painted{number}/{key}": file for key, file in each.painted.items()}
-        on_progress(90 * len(dictionaries) + 10 * (number + 1), total)
+        arrays |= {f"{k}/{key}": array for key, array in own.items()}
+        images |= {f"painted{k}/{key}": file for key, file in each.painted.items()}
+        on_progress(90 * len(dictionaries) + 10 * (k + 1), total)
     return Chapter(
         name="features",
         title="Features",
@@ -92,7 +105,27 @@ def chapter(runs: Runs, on_progress: Progress) -> Chapter | None:
         data=data,
         arrays=arrays,
         images=images,
-        scripts=("cards.js", "query.js", "features.js"),
+        scripts=("cards.js", "query.js", "labels.js", "dossier.js", "map.js", "features.js"),
+        findings=[_finding(each) for each in opened if each.run.result.get("fvu") is not None],
+    )
+
+
+def _finding(each: _FeatureData) -> Finding:
+    """Sum up a dictionary, with features drawn at random."""
+    result, n = each.run.result, len(each.atoms)
+    active = np.flatnonzero(each.statistics.density > 0)
+    drawn = np.random.default_rng(0).permutation(active)[:12].tolist()
+    return Finding(
+        text=f"{n:,} features of {each.run.manifest['site']} stand for "
+        f"{percent(1 - result['fvu'])} of its variance, {number(result.get('l0'))} of them active "
+        "at a time.",
+        evidence=f"Rows that were not trained on; {len(active):,} features are ever active in the "
+        f"{each.statistics.n_rows:,} rows read. Pictures: features drawn at random.",
+        anchor=each.key,
+        rows=tuple(
+            tuple(FeatureAt(each.run.name, i) for i in drawn[k : k + 6])
+            for k in range(0, len(drawn), 6)
+        ),
     )
 
 
@@ -128,15 +161,16 @@ def _open(run: Run, key: str, runs: Runs, on_progress: Progress) -> _FeatureData
     if store.manifest.get("group"):  # the untransformed block: what the network gives for a sample
         rows = StoreRows(store, rows.site, slice(0, dictionary.d_in), POOL_BYTES)
     statistics = feature_statistics(
-        dictionary, rows, top=TOP, max_rows=MAX_ROWS, on_progress=_part(on_progress, 0, 40, 100)
-    )
+        dictionary, rows, top=TOP, quantiles=QUANTILES, max_rows=MAX_ROWS,
+        on_progress=_part(on_progress, 0, 40, 100),
+    )  # fmt: skip
     network, samples = runs.reopen(folder)
     field = None
     if isinstance(samples, ImageSamples):
         field = receptive_field(network, site, samples.side, samples.channels)
     shown = examples(
         network, samples, site, dictionary, statistics,
-        field=field, on_progress=_part(on_progress, 40, 40, 100),
+        field=field, context=CONTEXT, on_progress=_part(on_progress, 40, 40, 100),
     )  # fmt: skip
     painted: dict[str, bytes] = {}
     if runs.visualize and field is not None and dictionary.W_enc.shape[0] == rows.d_in:
@@ -157,27 +191,28 @@ def _open(run: Run, key: str, runs: Runs, on_progress: Progress) -> _FeatureData
             f"Activations differ from those in the store by up to {shown.drift:.0%} of a "
             "feature's maximum: network, samples and store do not belong together."
         )
-    tokens = _tokens(network, samples, shown) if isinstance(samples, TextSamples) else None
+    words = _decoder(network) if isinstance(samples, TextSamples) else None
     atoms = dictionary.W_dec.detach()[:, : rows.d_in].float().cpu().numpy()
     return _FeatureData(
-        run, key, atoms, rows, folder, samples, statistics, shown, tokens, painted, problems
+        run, key, atoms, rows, folder, samples, statistics, shown, words, painted, problems
     )  # fmt: skip
 
 
-def _tokens(
-    network: nn.Module, samples: TextSamples, shown: Examples
-) -> tuple[np.ndarray, list[str]]:
-    """Look up the tokens of each example, as indices into a list of words."""
-    length = shown.heat.shape[2]
-    ids = np.zeros((*shown.sample.shape, length), dtype=np.int64)
-    windows = {int(s): samples.read(int(s)) for s in np.unique(shown.sample) if s >= 0}
-    for latent, rank in np.argwhere(shown.sample >= 0):
-        first = shown.first[latent, rank, 0]
-        window = windows[int(shown.sample[latent, rank])]
-        ids[latent, rank] = window[first : first + length]
+def _decoder(network: nn.Module) -> Callable[[np.ndarray], list[str]]:
+    """Decoder of the tokens of a language model."""
+    decode: Any = network.get_submodule("input").decode
+    return lambda tokens: [str(word) for word in decode(tokens)]
+
+
+def _tokens(each: _FeatureData, shown: Int[np.ndarray, " n"]) -> tuple[np.ndarray, list[str]]:
+    """Look up the tokens of the samples shown, as indices into a list of words."""
+    assert each.words is not None
+    windows = [np.asarray(each.samples.read(int(i))) for i in shown]
+    ids = np.full((len(shown), max(map(len, windows))), windows[0][0])
+    for window, row in zip(windows, ids, strict=True):
+        row[: len(window)] = window
     known, index = np.unique(ids, return_inverse=True)
-    words = network.get_submodule("input").decode(known)  # pyright: ignore[reportCallIssue]
-    return index.reshape(ids.shape).astype(np.uint32), [str(word) for word in words]
+    return index.reshape(ids.shape).astype(np.uint32), each.words(known)
 
 
 def _galleries(opened: list[_FeatureData]) -> dict[Path, tuple[str, Gallery]]:
@@ -228,10 +263,9 @@ def _describe(
         "first": shown.first.astype(np.int16),
         "corner": shown.corner.astype(np.int16),
         "heat": shown.heat,
+        "apart": shown.apart,
         "scale": shown.scale,
     }
-    if features.tokens is not None:
-        arrays["tokens"] = features.tokens[0]
     return _facts(features, name, pictures, method, near, list(branches), expected.tolist()), arrays
 
 
@@ -248,9 +282,12 @@ def _facts(
     return {
         "key": features.key,
         "run": features.run.name,
+        "checksum": features.run.manifest.get("files", {}).get(FILE, ""),
         "site": str(features.run.manifest["site"]),
         "n": len(features.atoms),
         "top": TOP,
+        "shown": TOP + QUANTILES,
+        "apart": features.shown.apart.shape[2],
         "rows": features.statistics.n_rows,
         "allRows": features.rows.n_rows + features.rows.n_held_out,
         "drift": features.shown.drift,
@@ -259,11 +296,10 @@ def _facts(
         "chance": near.chance,
         "branches": branches,
         "expected": expected,
-        "kind": "text" if features.tokens else "image" if pictures.sheets and crop else "array",
+        "kind": "text" if features.words else "image" if pictures.sheets and crop else "array",
         "crop": dataclasses.asdict(crop) if crop else None,
         "heat": list(features.shown.heat.shape[2:]),
         "gallery": name,
-        "words": features.tokens[1] if features.tokens else [],
         "painted": list(features.painted),
         "bins": BINS,
         "perOctave": PER_OCTAVE,

@@ -8,7 +8,9 @@ from jaxtyping import Shaped
 
 from mechatlas.analysis.interaction.degeneracy import DegeneracyCount
 from mechatlas.app.basis_spectra import DrawnGraph, LayerSpectra, structure_spectra
-from mechatlas.app.report.chapter import Chapter, render
+from mechatlas.app.report.chapter import Chapter, count_of, number, render
+from mechatlas.app.report.dossiers import Absence, Finding
+from mechatlas.app.report.palette import category
 from mechatlas.app.report.runs import Runs
 from mechatlas.app.run_folder import BASIS, SPECTRA
 from mechatlas.base import Progress
@@ -26,7 +28,6 @@ CAUSES = {
     for field in dataclasses.fields(DegeneracyCount)[1:]
 }
 """Cause of degeneracy -> its name on the page."""
-COLORS = ("#1b998b", "#e08e45", "#4c6fbf", "#d1495b", "#7a9e35")
 DASHES = ("solid", "dot", "dash", "dashdot")
 N_LINE_WIDTHS = 4
 """Number of line widths that edges are drawn with."""
@@ -45,21 +46,26 @@ def chapter(runs: Runs, on_progress: Progress) -> Chapter | None:
         return None
     figures: dict[str, Any] = {}
     parts = []
-    for number, run in enumerate(finished):
+    findings: list[Finding] = []
+    absences: list[Absence] = []
+    for k, run in enumerate(finished):
         result: Any = run.typed_result()
         spectra = structure_spectra(run.read(SPECTRA), run.name, run.manifest.get("schema", 1))
         names = [layer.name for layer in spectra.layers]
-        figures[f"spectra-{number}"] = _spectra(spectra.layers)
+        figures[f"spectra-{k}"] = _spectra(spectra.layers)
         if has_effective := any(x.effective_parameters.n_effective for x in result.layers):
-            figures[f"effective-{number}"] = _effective_parameters(result.layers)
+            figures[f"effective-{k}"] = _effective_parameters(result.layers)
         if has_curves := any(layer.edge_curves for layer in spectra.layers):
             for what in ("edge", "vector"):
-                figures[f"{what}s-{number}"] = _curves(spectra.layers, what)
+                figures[f"{what}s-{k}"] = _curves(spectra.layers, what)
         if spectra.graph is not None:
-            figures[f"graph-{number}"] = _graph(spectra.graph, names)
+            figures[f"graph-{k}"] = _graph(spectra.graph, names)
+        found = _found(result, k, drawn=spectra.graph is not None)
+        for each in found:
+            (findings if isinstance(each, Finding) else absences).append(each)  # pyright: ignore
         parts.append({
             "name": run.name,
-            "number": number,
+            "number": k,
             "network": result.network or run.network_name,
             "result": result,
             "kinds": list(dict.fromkeys(k for layer in result.layers for k in layer.by_basis)),
@@ -67,18 +73,58 @@ def chapter(runs: Runs, on_progress: Progress) -> Chapter | None:
             "has_effective": has_effective,
             "graph": spectra.graph,
         })  # fmt: skip
-        on_progress(number + 1, len(finished))
+        on_progress(k + 1, len(finished))
     return Chapter(
         name="interaction",
         title="Interaction",
         html=render("interaction.html", parts=parts, causes=CAUSES, labels=LABELS),
         figures=figures,
+        findings=findings,
+        absences=absences,
     )
+
+
+def _found(result: Any, k: int, *, drawn: bool) -> list[Finding | Absence]:
+    """Sum up free directions and modules of a run."""
+    anchor, found = f"interaction-{k}", []
+    if result.modularity is not None:
+        evidence = (
+            f"modularity {number(result.modularity)}; random graphs with the same degrees reach "
+            f"{number(result.modularity_null_max)} at most, {number(result.modularity_null)} on "
+            "average"
+        )
+        if result.modules:
+            found.append(Finding(
+                text=f"The interaction graph falls into {count_of(result.modules, 'module')}.",
+                evidence=f"{evidence[0].upper()}{evidence[1:]}; agreement over seeds (adjusted "
+                f"Rand index) {number(result.modules_stable_over_seeds)}.",
+                anchor=anchor,
+                figure=f"graph-{k}" if drawn else f"spectra-{k}",
+            ))  # fmt: skip
+        else:
+            found.append(Absence(
+                text="No modules in the interaction graph.",
+                power=f"{evidence[0].upper()}{evidence[1:]}: a graph must exceed these.",
+                anchor=anchor,
+            ))  # fmt: skip
+    if result.free_directions:
+        bound = "" if result.free_directions_exact else "at least "
+        gap = "the spectra have a gap of a decade or more, so the count does not hang on the " \
+            "threshold" if result.free_directions_have_gap else "the spectra have no gap: the " \
+            "count hangs on the threshold"  # fmt: skip
+        found.append(Finding(
+            text=f"{bound}{result.free_directions:,} of {result.n_parameters:,} directions of the "
+            "weights change no output.".capitalize(),
+            evidence=f"On {result.samples:,} samples; {gap}.",
+            anchor=anchor,
+            figure=f"spectra-{k}",
+        ))  # fmt: skip
+    return found
 
 
 def _spectra(layers: list[LayerSpectra]) -> dict[str, Any]:
     traces: list[dict[str, Any]] = []
-    for number, layer in enumerate(layers):
+    for k, layer in enumerate(layers):
         spectra = {"activations": layer.activation_eigenvalues,
                    "gradients": layer.gradient_eigenvalues}  # fmt: skip
         for (what, eigenvalues), dash in zip(spectra.items(), ("solid", "dot"), strict=True):
@@ -92,17 +138,21 @@ def _spectra(layers: list[LayerSpectra]) -> dict[str, Any]:
                 "x": list(range(1, len(shares) + 1)),
                 "y": shares.tolist(),
                 "line": {"width": 2, "dash": dash},
-                "legendgroup": str(number),
-                "hovertemplate": "%{y:.2g} of the largest<br>eigenvalue %{x}",
+                "legendgroup": str(k),
+                "hovertemplate": "%{y:.2g} of the largest<br>rank %{x}",
             })  # fmt: skip
     threshold = layers[0].threshold if layers else 0
     line = {"type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": threshold, "y1": threshold,
-            "line": {"width": 1, "dash": "dash"}}  # fmt: skip
+            "line": {"width": 1, "dash": "dash", "color": "var(--ink)"}}  # fmt: skip
     return {
         "data": traces,
         "layout": {
-            "xaxis": {"title": {"text": "eigenvalue"}},
-            "yaxis": {"type": "log", "exponentformat": "power"},
+            "xaxis": {"title": {"text": "rank of the eigenvalue"}},
+            "yaxis": {
+                "type": "log",
+                "exponentformat": "power",
+                "title": {"text": "share of the largest"},
+            },
             "shapes": [line],
         },
     }
@@ -141,9 +191,9 @@ def _curves(layers: list[LayerSpectra], what: str) -> dict[str, Any]:
     by_layer = [layer.edge_curves if what == "edge" else layer.vector_curves for layer in layers]
     kinds = list(dict.fromkeys(kind for curves in by_layer for kind in curves))
     traces, labeled = [], set()
-    for number, (layer, curves) in enumerate(zip(layers, by_layer, strict=True)):
+    for k, (layer, curves) in enumerate(zip(layers, by_layer, strict=True)):
         for kind, curve in curves.items():
-            color = COLORS[kinds.index(kind) % len(COLORS)]
+            color = category(kinds.index(kind))
             traces.append({
                 "type": "scatter",
                 "mode": "lines+markers",
@@ -153,13 +203,16 @@ def _curves(layers: list[LayerSpectra], what: str) -> dict[str, Any]:
                 "x": [max(kept, 0.5) for kept in curve.kept],
                 "y": list(curve.scores),
                 "marker": {"size": 4, "color": color},
-                "line": {"width": 1.5, "dash": DASHES[number % len(DASHES)], "color": color},
+                "line": {"width": 1.5, "dash": DASHES[k % len(DASHES)], "color": color},
                 "hovertemplate": f"{layer.name}: %{{x}} of {curve.n} kept<br>score %{{y:.4f}}",
             })  # fmt: skip
             labeled.add(kind)
     return {
         "data": traces,
-        "layout": {"xaxis": {"type": "log", "title": {"text": f"{what}s kept"}}},
+        "layout": {
+            "xaxis": {"type": "log", "title": {"text": f"{what}s kept"}},
+            "yaxis": {"title": {"text": "score"}},
+        },
     }
 
 
@@ -167,27 +220,27 @@ def _graph(graph: DrawnGraph, names: list[str]) -> dict[str, Any]:
     """Interaction graph: layers side by side, vectors above one another, sorted by module."""
     layer, module = np.array(graph.layer), np.array(graph.module)
     height = np.zeros(len(layer))
-    for number in np.unique(layer):
-        nodes = np.flatnonzero(layer == number)
+    for k in np.unique(layer):
+        nodes = np.flatnonzero(layer == k)
         order = nodes[np.lexsort((np.array(graph.vector)[nodes], module[nodes]))]
         height[order] = (np.arange(len(nodes)) + 0.5) / len(nodes)
     weight, source, target = (np.array(x) for x in (graph.weight, graph.source, graph.target))
     traces: list[dict[str, Any]] = []
     width = np.minimum((N_LINE_WIDTHS * weight / weight.max()).astype(int), N_LINE_WIDTHS - 1)
-    for number in range(N_LINE_WIDTHS):
-        drawn = width == number
+    for k in range(N_LINE_WIDTHS):
+        drawn = width == k
         traces.append({
             "type": "scatter",
             "mode": "lines",
             "x": _segments(layer[source[drawn]], layer[target[drawn]]),
             "y": _segments(height[source[drawn]], height[target[drawn]]),
-            "line": {"width": 0.4 + number, "color": "rgba(128,128,128,0.45)"},
+            "line": {"width": 0.4 + k, "color": "var(--pale)"},
             "hoverinfo": "skip",
             "showlegend": False,
         })  # fmt: skip
-    for number in np.unique(module):
-        nodes = np.flatnonzero(module == number)
-        label = f"module {number}" if graph.significant else f"group {number} (not significant)"
+    for k in np.unique(module):
+        nodes = np.flatnonzero(module == k)
+        label = f"module {k}" if graph.significant else f"group {k} (not significant)"
         traces.append({
             "type": "scatter",
             "mode": "markers",

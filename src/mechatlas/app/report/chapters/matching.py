@@ -2,12 +2,22 @@
 
 from collections import ChainMap
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Int
 
-from mechatlas.app.report.chapter import Chapter, render
+from mechatlas.app.report.chapter import Chapter, number, percent, render
+from mechatlas.app.report.dossiers import (
+    Absence,
+    FeatureAt,
+    Finding,
+    MatchLine,
+    Statements,
+    TrackLine,
+    finite,
+)
+from mechatlas.app.report.palette import category
 from mechatlas.app.report.runs import Runs
 from mechatlas.app.run_folder import DICTIONARY, MATCHES, MATCHING, TRACKS, as_plain
 from mechatlas.base import Progress
@@ -54,21 +64,30 @@ def chapter(runs: Runs, on_progress: Progress) -> Chapter | None:
         return None
     folders = {run.folder.resolve(): run.name for run in runs.of_kind(DICTIONARY)}
     parts, figures, arrays, data = [], {}, {}, []
-    for number, run in enumerate(matchings):
+    findings: list[Finding] = []
+    absences: list[Absence] = []
+    statements: Statements = []
+    for k, run in enumerate(matchings):
         result: "MatchResult" = run.typed_result()
         table = run.table(MATCHES)
         tracks = run.table(TRACKS) if run.has(TRACKS) else None
         names = result.dictionaries
         dictionaries = [folders.get(Path(p).resolve(), "") for p in run.manifest["dictionaries"]]
-        figures[f"flow{number}"] = _flow(result.pairs, table, tracks, names)
+        figures[f"flow{k}"] = _flow(result.pairs, table, tracks, names)
         for key in ("pair", "latent_a", "latent_b"):
-            arrays[f"{number}/{key}"] = table[key].astype(np.int32)
+            arrays[f"{k}/{key}"] = table[key].astype(np.int32)
         for key in ("cosine", "q_value", "cost"):
-            arrays[f"{number}/{key}"] = table[key].astype(np.float32)
+            arrays[f"{k}/{key}"] = table[key].astype(np.float32)
         data.append({"name": run.name, "names": names, "runs": dictionaries, "fdr": result.fdr})
+        place = _Place(f"matching-{k}", names, dictionaries, result.fdr)
+        for pair, each in enumerate(result.pairs):
+            found = _finding(place, pair, each, table)
+            (findings if isinstance(found, Finding) else absences).append(found)  # pyright: ignore
+        statements += _matches(place, table)
+        statements += _tracks(place, tracks)
         parts.append({
             "name": run.name,
-            "number": number,
+            "number": k,
             "fdr": result.fdr,
             "pairs": result.pairs,
             "evidence": [_evidence(pair) for pair in result.pairs],
@@ -76,7 +95,7 @@ def chapter(runs: Runs, on_progress: Progress) -> Chapter | None:
             "tracks": _longest(tracks, names),
             "distant": _distant(result.first_to_last),
         })  # fmt: skip
-        on_progress(number + 1, len(matchings))
+        on_progress(k + 1, len(matchings))
     return Chapter(
         name="matching",
         title="Matching",
@@ -85,7 +104,87 @@ def chapter(runs: Runs, on_progress: Progress) -> Chapter | None:
         data=data,
         arrays=arrays,
         scripts=("matching.js",),
+        findings=findings,
+        absences=absences,
+        statements=statements,
     )
+
+
+class _Place(NamedTuple):
+    """Part of the chapter, and the dictionaries that it speaks of."""
+
+    anchor: str
+    names: list[str]
+    runs: list[str]
+    fdr: float
+
+
+def _finding(place: _Place, k: int, pair: "PairResult", table: Columns) -> Finding | Absence:
+    """Sum up the matches of two consecutive dictionaries."""
+    names, smaller = place.names, min(pair.n_a, pair.n_b)
+    threshold = "" if pair.cosine_threshold is None else (
+        f", which takes a cosine of {number(pair.cosine_threshold)}"
+    )  # fmt: skip
+    if not pair.matched:
+        return Absence(
+            text=f"Of {smaller:,} features of {names[k]}, none is matched in {names[k + 1]}.",
+            power=f"Certified best pairing (gap {number(pair.gap)}) against {pair.n_null:,} pairs "
+            f"of null dictionaries, false match rate {percent(place.fdr)}{threshold}.",
+            anchor=place.anchor,
+        )
+    own = np.flatnonzero((table["pair"] == k) & table["matched"])
+    best = own[np.argsort(-table["cosine"][own], kind="stable")][:4]
+    return Finding(
+        text=f"{pair.matched:,} of {smaller:,} features of {names[k]} continue in {names[k + 1]}.",
+        evidence=f"False match rate {percent(place.fdr)} against null dictionaries{threshold}; "
+        f"the pairing is within {number(pair.gap)} of the best one.",
+        anchor=place.anchor,
+        rows=tuple(
+            (
+                FeatureAt(place.runs[k], int(table["latent_a"][i])),
+                FeatureAt(place.runs[k + 1], int(table["latent_b"][i])),
+            )
+            for i in best
+        ),
+    )
+
+
+def _matches(place: _Place, table: Columns) -> Statements:
+    """Lines on the partner of each feature, before and after."""
+    statements: Statements = []
+    names = ("pair", "latent_a", "latent_b", "cosine", "q_value", "matched")
+    for k, a, b, cosine, q, matched in zip(*(table[n].tolist() for n in names), strict=True):
+        ends = (FeatureAt(place.runs[k], a), FeatureAt(place.runs[k + 1], b))
+        for after in (True, False):
+            line = MatchLine(
+                anchor=place.anchor, after=after, name=place.names[k + after],
+                other=ends[after], cosine=finite(cosine) or 0.0, q=finite(q), matched=matched,
+                fdr=place.fdr,
+            )  # fmt: skip
+            statements.append((ends[not after], line))
+    return statements
+
+
+def _tracks(place: _Place, tracks: Columns | None) -> Statements:
+    """Lines on the tracks of more than one feature."""
+    if tracks is None:
+        return []
+    names, statements = place.names, []
+    order = np.lexsort((tracks["layer"], tracks["track"]))
+    t = {name: values[order] for name, values in tracks.items()}
+    _, first, count = np.unique(t["track"], return_index=True, return_counts=True)
+    for start, n in zip(first[count > 1].tolist(), count[count > 1].tolist(), strict=True):
+        own = slice(start, start + n)
+        latents = dict(zip(t["layer"][own].tolist(), t["latent"][own].tolist(), strict=True))
+        line = TrackLine(
+            anchor=place.anchor,
+            steps=[(name, place.runs[k], latents.get(k)) for k, name in enumerate(names)],
+            cosine=finite(t["cosine"][own].mean()) or 0.0,
+            earliest=names[max(0, int(t["earliest_birth"][start]))],
+            latest=names[min(len(names) - 1, int(t["latest_death"][start]))],
+        )
+        statements += [(FeatureAt(place.runs[k], i), line) for k, i in latents.items()]
+    return statements
 
 
 def _flow(
@@ -105,7 +204,7 @@ def _flow(
             born = "born here" if birth == layer else f"since {names[birth]}"
             labels.append(f"{names[layer]}: {n:,} {born}")
     at_end = len(labels)
-    labels += [f"{name}: no partner further on" for name in names[:-1]]
+    labels += [f"{name}: no match further on" for name in names[:-1]]
     links: dict[str, list[Any]] = {"source": [], "target": [], "value": [], "color": []}
     for pair in range(n_layers - 1):
         matched = (table["pair"] == pair) & table["matched"]
@@ -140,12 +239,9 @@ def _flow(
     }  # fmt: skip
 
 
-PALETTE = ("#4c78a8", "#f2a541", "#54a24b", "#d1605e", "#8c6bb1", "#4fb0ae", "#b07b54", "#d78fb8")
-
-
 def _link(links: dict[str, list[Any]], source: int, target: int, n: int, birth: int) -> None:
     if n:
-        color = "#99999940" if birth < 0 else PALETTE[birth % len(PALETTE)] + "90"
+        color = "var(--line)" if birth < 0 else category(birth)
         for key, value in zip(links, (source, target, n, color), strict=True):
             links[key].append(value)
 

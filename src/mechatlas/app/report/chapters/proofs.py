@@ -8,7 +8,8 @@ from jaxtyping import Float
 
 from mechatlas.app.old_runs import renamed
 from mechatlas.app.proof_details import GridDetails, MarginHistogram, NetworkDetails
-from mechatlas.app.report.chapter import Chapter, render
+from mechatlas.app.report.chapter import Chapter, percent, render
+from mechatlas.app.report.dossiers import Finding
 from mechatlas.app.report.runs import Runs
 from mechatlas.app.run_folder import NEURONS, PROOF
 from mechatlas.base import Progress
@@ -25,6 +26,8 @@ TERMS = {
     "rounding": "rounding",
 }
 """Terms of the bound, as the page calls them."""
+VIEW = np.array([[0.8387, 0.2302], [-0.5446, 0.3544], [0.0, 0.9063]])
+"""Directions of the page's plane in space: polytopes are seen from a little above and aside."""
 
 
 class Drawing(NamedTuple):
@@ -45,13 +48,16 @@ def chapter(runs: Runs, on_progress: Progress) -> Chapter | None:
     if not finished:
         return None
     proofs, figures = [], {}
+    findings: list[Finding] = []
     for number, run in enumerate(finished):
         details = cattrs.structure(renamed(run.read(NEURONS), run.kind), NetworkDetails)
         result: "ProveResult" = run.typed_result()
         drawings = _drawings(result, details, f"proof{number}")
         figures |= {drawing.name: drawing.figure for drawing in drawings}
+        findings.append(_finding(result, details, number, drawings))
         proofs.append({
             "name": run.name,
+            "number": number,
             "details": details,
             "result": result,
             "irreps": _irreps(details),
@@ -60,8 +66,36 @@ def chapter(runs: Runs, on_progress: Progress) -> Chapter | None:
         })  # fmt: skip
         on_progress(number + 1, len(finished))
     return Chapter(
-        name="proofs", title="Proofs", html=render("proofs.html", proofs=proofs), figures=figures
+        name="proofs",
+        title="Proofs",
+        html=render("proofs.html", proofs=proofs),
+        figures=figures,
+        findings=findings,
     )
+
+
+def _finding(
+    result: "ProveResult", details: NetworkDetails, number: int, drawings: list[Drawing]
+) -> Finding:
+    """Sum up the bound."""
+    exact = result.accuracy_exact
+    known = f"; the exact accuracy is {_accuracy(exact)}" if exact is not None else ""
+    sizes = [len(grid.left_vectors) for grid in details.grids]
+    largest = f"proof{number}set{int(np.argmax(sizes))}" if sizes else ""
+    names = [drawing.name for drawing in drawings]
+    return Finding(
+        text=f"A network on a group of order {result.order} is certified at least "
+        f"{_accuracy(result.accuracy_bound)} accurate over all {result.order**2:,} pairs, at "
+        f"{percent(result.multiply_adds_share)} of the multiply-adds of checking each.",
+        evidence=f"A bound that was verified ({result.verifier}){known}.",
+        anchor=f"proofs-{number}",
+        figure=largest if largest in names else names[0],
+    )
+
+
+def _accuracy(value: float) -> str:
+    """Accuracy with four digits after the point, which bounds need."""
+    return f"{100 * value:.4f}".rstrip("0").removesuffix(".") + " %"
 
 
 def _irreps(details: NetworkDetails) -> list[dict[str, Any]]:
@@ -98,7 +132,9 @@ def _drawings(result: "ProveResult", details: NetworkDetails, prefix: str) -> li
         drawings.append(Drawing(f"{prefix}margins", text, _margins(details.histogram)))
     seen = set()
     for number, grid in enumerate(details.grids):
-        text = f"Neurons of irrep {grid.irrep} in their cells B \N{MULTIPLICATION SIGN} B'."
+        text = (
+            f"Neurons of irrep {grid.irrep}, by the points of the rho-sets on the left and right."
+        )
         drawings.append(Drawing(f"{prefix}grid{number}", text, _cells(grid)))
         key = (grid.irrep, len(grid.left_vectors))
         if key not in seen:
@@ -158,12 +194,14 @@ def _cells(grid: GridDetails) -> dict[str, Any]:
             {
                 "type": "heatmap",
                 "z": filled.round(4).tolist(),
-                "hovertemplate": "b %{y}, b' %{x}<br>strength %{z:.3g}<extra></extra>",
+                "colorscale": [[0, "var(--raised)"], [1, "var(--accent)"]],
+                "colorbar": {"title": {"text": "strength", "side": "right"}, "thickness": 8},
+                "hovertemplate": "left %{y}, right %{x}<br>strength %{z:.3g}<extra></extra>",
             }
         ],
         "layout": {
-            "xaxis": {"title": {"text": "b' (point)"}, "constrain": "domain"},
-            "yaxis": {"title": {"text": "b (point)"}, "scaleanchor": "x"},
+            "xaxis": {"title": {"text": "point on the right"}, "constrain": "domain"},
+            "yaxis": {"title": {"text": "point on the left"}, "scaleanchor": "x"},
         },
     }
 
@@ -177,26 +215,29 @@ def _polytope(vectors: Float[np.ndarray, "point d"]) -> dict[str, Any]:
         vectors = vectors @ np.linalg.svd(vectors, full_matrices=False)[2][:3].T
     points = np.zeros((len(vectors), 3))
     points[:, : vectors.shape[1]] = vectors
-    points = points.round(4)
-    lines: list[list[float | None]] = [[], [], []]
+    flat = (points @ VIEW).round(4)
+    lines: list[list[float | None]] = [[], []]
     for i, j in zip(first, second, strict=True):
-        for axis in range(3):
-            lines[axis] += [float(points[i, axis]), float(points[j, axis]), None]
-    hidden = {"visible": False}
+        for axis in range(2):
+            lines[axis] += [float(flat[i, axis]), float(flat[j, axis]), None]
+    depth = points @ np.cross(VIEW[:, 0], VIEW[:, 1])
+    size = 8 + 6 * depth / max(float(np.abs(depth).max()), 1e-9)
+    bare = {"visible": False, "showgrid": False, "zeroline": False}
     return {
         "data": [
             {
-                "type": "scatter3d", "mode": "lines", "hoverinfo": "skip",
-                "x": lines[0], "y": lines[1], "z": lines[2], "line": {"width": 3},
+                "type": "scatter", "mode": "lines", "hoverinfo": "skip",
+                "x": lines[0], "y": lines[1], "line": {"width": 2, "color": "var(--branch-0)"},
             },
             {
-                "type": "scatter3d", "mode": "markers", "marker": {"size": 5},
-                **{axis: points[:, k].tolist() for k, axis in enumerate("xyz")},
+                "type": "scatter", "mode": "markers",
+                "marker": {"size": size.round(1).tolist(), "color": "var(--branch-1)"},
+                "x": flat[:, 0].tolist(), "y": flat[:, 1].tolist(),
                 "text": [f"point {i}" for i in range(len(points))], "hoverinfo": "text",
             },
         ],
         "layout": {
-            "showlegend": False,
-            "scene": {"xaxis": hidden, "yaxis": hidden, "zaxis": hidden, "aspectmode": "cube"},
+            "showlegend": False, "xaxis": bare, "yaxis": {**bare, "scaleanchor": "x"},
+            "margin": {"l": 8, "r": 8, "t": 8, "b": 8},
         },
     }  # fmt: skip

@@ -1,15 +1,25 @@
-"""Chapter on symmetry: counts of stabilizers, their lattice, a map of features, families."""
+"""Chapter on symmetry: counts of stabilizers, their lattice, families of features."""
 
+import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+from markupsafe import Markup
 
 from mechatlas.analysis.symmetry.class_names import NOT_RELIABLE, rotation_subgroup
 from mechatlas.app.old_runs import renamed_columns
-from mechatlas.app.report.atoms import flat_map
-from mechatlas.app.report.chapter import Chapter, render
-from mechatlas.app.report.runs import Runs
+from mechatlas.app.report.chapter import Chapter, count_of, number, percent, render
+from mechatlas.app.report.dossiers import (
+    Absence,
+    FeatureAt,
+    Finding,
+    Statements,
+    SymmetryLine,
+    finite,
+)
+from mechatlas.app.report.palette import category
+from mechatlas.app.report.runs import Run, Runs
 from mechatlas.app.run_folder import DICTIONARY, FEATURES, SYMMETRY, SYMMETRY_TENSORS
 from mechatlas.base import Progress
 from mechatlas.maths.groups import Group
@@ -21,8 +31,8 @@ MAX_WHEELS = 60
 """Maximum number of families drawn, largest first."""
 MAX_NODES = 40
 """Number of classes above which a lattice shows only those with features."""
-COLORS = ("#2a8f86", "#d98c2b", "#5a6fd0", "#c65b7c", "#7d9a2e", "#8d62b8", "#3b8fc4", "#9c7448")
-PALE = {NOT_RELIABLE: "#cfcac2"}
+MEMBERS = 12
+"""Members of a family that are named in a dossier."""
 PREDICTORS = {
     "linear": "best linear map",
     "dictionary": "this dictionary",
@@ -42,58 +52,154 @@ def chapter(runs: Runs, on_progress: Progress) -> Chapter | None:
     if not finished:
         return None
     folders = {run.folder.resolve(): run.name for run in runs.of_kind(DICTIONARY)}
-    parts, data, figures, arrays = [], [], {}, {}
-    for number, run in enumerate(finished):
-        result: "SymmetryResult" = run.typed_result()
-        facts = run.manifest["group"]
-        group = Group(facts["table"], name=facts["name"], element_names=facts["elements"])
-        table = renamed_columns(run.table(FEATURES), SYMMETRY)
-        tensors = renamed_columns(run.tensors(SYMMETRY_TENSORS), SYMMETRY)
-        names = [*facts["classes"], NOT_RELIABLE]
-        colors = _class_colors(names, table["class"])
-        figures[f"lattice{number}"] = _lattice(group, names, table["class"], colors)
-        figures[f"map{number}"] = _map(tensors["atoms"], table, colors)
-        figures[f"r2{number}"] = _r2(result, group)
-        if result.interventions.tested:
-            figures[f"interventions{number}"] = _interventions(table, result.fdr)
-        arrays[f"{number}/s"] = tensors["stabilizer_function"]
-        for key in ("q_value", "noise_ceiling", "similarity"):
-            arrays[f"{number}/{key}"] = table[key].astype(np.float32)
-        arrays[f"{number}/class"] = np.array([names.index(n) for n in table["class"]], np.uint16)
-        families = _families(table, group)
-        data.append({
-            "run": folders.get(Path(run.manifest["dictionary"]).resolve(), ""),
-            "elements": list(group.element_names),
-            "rotations": sorted(rotation_subgroup(group) or []),
-            "classes": names,
-            "colors": [colors.get(name, "") for name in names],
-            "families": families,
-        })  # fmt: skip
-        parts.append({
-            "name": run.name,
-            "number": number,
-            "result": result,
-            "counts": _counts(group, names, table["class"], colors),
-            "families": len(families),
-            "r2_mean": [(words, result.r2_mean[key]) for key, words in PREDICTORS.items()],
-        })  # fmt: skip
-        on_progress(number + 1, len(finished))
-    return Chapter(
-        name="symmetry",
-        title="Symmetry",
-        html=render("symmetry.html", parts=parts),
-        figures=figures,
-        data=data,
-        arrays=arrays,
-        scripts=("symmetry.js",),
+    made = Chapter(
+        name="symmetry", title="Symmetry", html=Markup(), data=[], scripts=("symmetry.js",)
     )
+    parts = []
+    for k, run in enumerate(finished):
+        parts.append(_draw(made, k, run, folders))
+        on_progress(k + 1, len(finished))
+    return dataclasses.replace(made, html=render("symmetry.html", parts=parts))
+
+
+def _draw(made: Chapter, k: int, run: Run, folders: dict[Path, str]) -> dict[str, Any]:
+    """Add a run to the chapter; the values of its part of the template.
+
+    Raises:
+        DiskError: A file of the run is damaged.
+    """
+    result: "SymmetryResult" = run.typed_result()
+    facts = run.manifest["group"]
+    group = Group(facts["table"], name=facts["name"], element_names=facts["elements"])
+    table = renamed_columns(run.table(FEATURES), SYMMETRY)
+    tensors = renamed_columns(run.tensors(SYMMETRY_TENSORS), SYMMETRY)
+    names = [*facts["classes"], NOT_RELIABLE]
+    colors = _class_colors(names, table["class"])
+    made.figures[f"lattice{k}"] = _lattice(group, names, table["class"], colors)
+    made.figures[f"r2{k}"] = _r2(result, group)
+    if result.interventions.tested:
+        made.figures[f"interventions{k}"] = _interventions(table, result.fdr)
+    made.arrays[f"{k}/s"] = tensors["stabilizer_function"]
+    for key in ("q_value", "noise_ceiling", "similarity"):
+        made.arrays[f"{k}/{key}"] = table[key].astype(np.float32)
+    made.arrays[f"{k}/class"] = np.array([names.index(n) for n in table["class"]], np.uint16)
+    families = _families(table, group)
+    of_run = folders.get(Path(run.manifest["dictionary"]).resolve(), "")
+    place = _Place(k, of_run, names, result.fdr)
+    for found in _found(place, result, table, families):
+        made.note(found)
+    made.statements.extend(_lines(place, table))
+    made.data.append({
+        "run": of_run,
+        "elements": list(group.element_names),
+        "rotations": sorted(rotation_subgroup(group) or []),
+        "classes": names,
+        "colors": [colors.get(name, "") for name in names],
+        "families": families,
+        "fdr": result.fdr,
+        "chance": finite(result.chance_similarity),
+    })  # fmt: skip
+    return {
+        "name": run.name,
+        "number": k,
+        "result": result,
+        "counts": _counts(group, names, table["class"], colors),
+        "families": len(families),
+        "claimed": int(_claimed(table, names).sum()),
+        "r2_mean": [(words, result.r2_mean[key]) for key, words in PREDICTORS.items()],
+    }
+
+
+class _Place(NamedTuple):
+    """Part of the chapter, and the dictionary that it speaks of."""
+
+    number: int
+    run: str
+    classes: list[str]
+    fdr: float
+
+    @property
+    def anchor(self) -> str:
+        """Anchor of the part."""
+        return f"symmetry-{self.number}"
+
+
+def _found(
+    place: _Place, result: "SymmetryResult", table: dict[str, Any], families: list[dict[str, Any]]
+) -> list[Finding | Absence]:
+    """Sum up stabilizers, families and interventions."""
+    n, group = result.n_features, result.group.name
+    control = (
+        f"false discovery rate {percent(place.fdr)}; {number(result.discoveries_shuffled)} with "
+        f"the pairing shuffled; median noise ceiling {number(result.noise_ceiling)}"
+    )
+    reliable = f"{result.reliable:,} of {n:,} features are measured well enough to tell"
+    chance = f"Unrelated features reach a similarity of {number(result.chance_similarity)}"
+    found: list[Finding | Absence] = []
+    if result.families:
+        elements = [tuple(dict.fromkeys(i for i in f["slots"] if i >= 0))[:6] for f in families[:3]]
+        found.append(Finding(
+            text=f"{count_of(result.features_in_families, 'feature')} of {result.site} come in "
+            f"{count_of(result.families, 'family', 'families')} of one feature in several poses "
+            f"({group}).",
+            evidence=f"{chance}; {control}.",
+            anchor=place.anchor,
+            rows=tuple(tuple(FeatureAt(place.run, i) for i in row) for row in elements),
+        ))  # fmt: skip
+    else:
+        found.append(Absence(
+            text=f"No two features of {result.site} are shown to be poses of one another.",
+            power=f"{chance}; {reliable}.",
+            anchor=place.anchor,
+        ))  # fmt: skip
+    claimed = np.flatnonzero(_claimed(table, place.classes))
+    if len(claimed):
+        best = claimed[np.argsort(table["q_value"][claimed], kind="stable")][:6]
+        found.append(Finding(
+            text=f"{count_of(len(claimed), 'feature')} of {result.site} look the same in several "
+            f"poses: the stabilizer in {group} is larger than {{e}}.",
+            evidence=f"{control[0].upper()}{control[1:]}.",
+            anchor=place.anchor,
+            rows=(tuple(FeatureAt(place.run, int(i)) for i in best),),
+        ))  # fmt: skip
+    else:
+        found.append(Absence(
+            text=f"No feature of {result.site} is shown to be symmetric under {group}.",
+            power=f"{reliable} ({control}).",
+            anchor=place.anchor,
+        ))  # fmt: skip
+    return found
+
+
+def _claimed(table: dict[str, Any], classes: list[str]) -> np.ndarray:
+    """Features with a stabilizer larger than {e} that is claimed."""
+    return (table["class"] != classes[0]) & (table["class"] != NOT_RELIABLE)
+
+
+def _lines(place: _Place, table: dict[str, Any]) -> Statements:
+    """Lines on the symmetry and the family of each feature."""
+    claimed, statements = _claimed(table, place.classes), []
+    members: dict[int, list[tuple[int, str]]] = {}
+    for i, (family, pose) in enumerate(zip(table["family"], table["pose_name"], strict=True)):
+        members.setdefault(int(family), []).append((i, str(pose)))
+    for i, name in enumerate(table["class"]):
+        family = int(table["family"][i])
+        line = SymmetryLine(
+            anchor=place.anchor, part=place.number, name=str(name),
+            order=len(table["stabilizer_elements"][i]), claimed=bool(claimed[i]),
+            q=finite(table["q_value"][i]), ceiling=finite(table["noise_ceiling"][i]),
+            fdr=place.fdr, family=family, pose=str(table["pose_name"][i]),
+            members=[each for each in members[family] if each[0] != i][:MEMBERS],
+        )  # fmt: skip
+        statements.append((FeatureAt(place.run, i), line))
+    return statements
 
 
 def _class_colors(names: list[str], of: np.ndarray) -> dict[str, str]:
     """Choose a color for each class that has features; classes without symmetry are pale."""
     there = [name for name in names if (of == name).any()]
-    pale = {names[0]: "#8f959c", **PALE}
-    own = iter(COLORS * (1 + len(there) // len(COLORS)))
+    pale = {names[0]: "var(--faint)", NOT_RELIABLE: "var(--pale)"}
+    own = iter(category(k) for k in range(len(there)))
     return {name: pale.get(name) or next(own) for name in there}
 
 
@@ -114,7 +220,7 @@ def _counts(
     rows.append({"name": NOT_RELIABLE, "kind": "", "order": None, "conjugates": None,
                  "n": int((of == NOT_RELIABLE).sum())})  # fmt: skip
     kept = [row for row in rows if row["n"] or len(rows) <= MAX_NODES]
-    return [{**row, "share": row["n"] / len(of), "color": colors.get(row["name"], "#0000")}
+    return [{**row, "share": row["n"] / len(of), "color": colors.get(row["name"], "transparent")}
             for row in kept]  # fmt: skip
 
 
@@ -144,13 +250,13 @@ def _lattice(
     nodes = {
         "type": "scatter", "mode": "markers+text", "x": x.tolist(), "y": y.tolist(),
         "text": [f"{names[c]}<br><b>{counts[c]:,}</b>" for c in shown],
-        "textposition": "middle right", "hoverinfo": "text", "showlegend": False,
+        "textposition": "top center", "hoverinfo": "text", "showlegend": False,
         "marker": {"size": size, "opacity": 1, "line": {"width": 0},
-                   "color": [colors.get(names[c], "#d9d5cd") for c in shown]},
+                   "color": [colors.get(names[c], "var(--line)") for c in shown]},
     }  # fmt: skip
     lines = {
         "type": "scatter", "mode": "lines", "x": edges_x, "y": edges_y, "hoverinfo": "skip",
-        "showlegend": False, "line": {"width": 1, "color": "#b9b4aa"},
+        "showlegend": False, "line": {"width": 1, "color": "var(--pale)"},
     }  # fmt: skip
     levels = np.unique(order)
     bare = {"showgrid": False, "zeroline": False}
@@ -160,34 +266,9 @@ def _lattice(
         "layout": {
             "xaxis": {**bare, "visible": False, "range": wide},
             "yaxis": {**bare, "tickvals": np.log2(levels).tolist(), "ticktext": levels.tolist(),
+                      "range": [-0.35, float(y.max()) + 0.6],
                       "title": {"text": "order of the stabilizer"}},
             "margin": {"l": 52, "r": 8, "t": 12, "b": 12},
-        },
-    }  # fmt: skip
-
-
-def _map(atoms: np.ndarray, table: dict[str, Any], colors: dict[str, str]) -> dict[str, Any]:
-    """Draw all features by their untransformed block, colored by class."""
-    flat, _ = flat_map(atoms, np.abs(atoms).max(axis=1, initial=0) > 0)
-    size = 3.5 if len(atoms) > 3000 else 5 if len(atoms) > 800 else 7
-    traces = []
-    for name, color in sorted(colors.items(), key=lambda item: item[0] != NOT_RELIABLE):
-        rows = np.flatnonzero((table["class"] == name) & np.isfinite(flat[:, 0]))
-        text = [f"{i} · {name} · family {table['family'][i]} of {table['family_size'][i]}"
-                for i in rows]  # fmt: skip
-        traces.append({
-            "type": "scatter", "mode": "markers", "name": name, "text": text,
-            "x": flat[rows, 0].tolist(), "y": flat[rows, 1].tolist(),
-            "hovertemplate": "%{text}<extra></extra>",
-            "marker": {"size": size, "color": color, "opacity": 0.85},
-        })  # fmt: skip
-    bare = {"visible": False, "showgrid": False, "zeroline": False}
-    return {
-        "data": traces,
-        "layout": {
-            "xaxis": bare, "yaxis": {**bare, "scaleanchor": "x"}, "hovermode": "closest",
-            "margin": {"l": 4, "r": 4, "t": 4, "b": 4},
-            "legend": {"orientation": "h", "x": 0, "y": -0.02, "yanchor": "top"},
         },
     }  # fmt: skip
 
@@ -217,9 +298,9 @@ def _interventions(table: dict[str, Any], fdr: float) -> dict[str, Any]:
     passed = np.nan_to_num(table["intervention_q_value"][order], nan=1.0) <= fdr
     traces = []
     for key, name, color in (
-        ("intervention_null_alignment", "other features", "#b9b4aa"),
-        ("intervention_wrong_pose_alignment", "wrong pose", "#d98c2b"),
-        ("intervention_alignment", "own pose", "#2a8f86"),
+        ("intervention_null_alignment", "other features", "var(--pale)"),
+        ("intervention_wrong_pose_alignment", "wrong pose", "var(--branch-1)"),
+        ("intervention_alignment", "own pose", "var(--branch-0)"),
     ):
         own = key == "intervention_alignment"
         symbol = ["circle" if ok or not own else "circle-open" for ok in passed]

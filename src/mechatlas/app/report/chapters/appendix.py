@@ -1,4 +1,4 @@
-"""Chapter with an overview: networks, stores and dictionaries with their numbers."""
+"""Appendix: networks, stores and dictionaries with their numbers and checksums."""
 
 import dataclasses
 from typing import Any
@@ -52,10 +52,10 @@ def chapter(runs: Runs, on_progress: Progress) -> Chapter | None:
             subjects[key] = _subject(run, runs)
         on_progress(done + 1, len(stores))
     return Chapter(
-        name="overview",
-        title="Overview",
+        name="appendix",
+        title="Appendix",
         html=render(
-            "overview.html",
+            "appendix.html",
             subjects=list(subjects.values()),
             stores=[_store(run) for run in stores],
             dictionaries=[_dictionary(run) for run in runs.of_kind("dictionary")],

@@ -1,0 +1,1 @@
+"""Effect of a dictionary's latents on the outputs of its network."""

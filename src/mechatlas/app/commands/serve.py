@@ -1,0 +1,89 @@
+"""Open the page of all runs in a folder on this machine, for runs too large for one file.
+
+mechatlas serve runs/large
+"""
+
+import contextlib
+import dataclasses
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Annotated
+
+from tyro.conf import Positional, arg
+
+from mechatlas.app.progress import bar
+from mechatlas.app.recipes import TrustConfig
+from mechatlas.app.report.page import write_parts
+from mechatlas.app.report.runs import find_runs
+from mechatlas.app.report.server import serve
+from mechatlas.app.run_folder import CommandResult, peak_bytes
+from mechatlas.ranges import COUNT_OR_NONE, check_ranges
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ServeConfig(TrustConfig):
+    """Open the page of all runs in a folder on this machine, until Ctrl-C ends it."""
+
+    folder: Annotated[Positional[Path], arg(metavar="DIR")]
+    """Folder with the runs (stores and dictionaries), itself one or up to two levels above."""
+    port: int = 0
+    """Port on this machine; 0 for any that is free."""
+    visualize: int = 0
+    """Number of features per dictionary of images to visualize by activation maximization."""
+
+    def __post_init__(self) -> None:
+        check_ranges(self, port="[0, 65535]", visualize=COUNT_OR_NONE)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ServeResult(CommandResult):
+    """Page that was served."""
+
+    address: str
+    """Address of the page, as long as the command ran."""
+    bytes: int
+    """Size of all its files."""
+    problems: dict[str, str]
+    """Reason for each run that is left out, or not drawn whole."""
+
+
+def run(config: ServeConfig) -> ServeResult:
+    """Write the page in parts, which a browser fetches when it needs them, and serve them.
+
+    Raises:
+        DiskError: There is no such folder, or no place for the parts.
+        RecipeError: The port cannot be used.
+        UserError: The folder holds no runs.
+    """
+    clock = time.process_time()
+    runs = find_runs(config.folder, visualize=config.visualize, trust=config)
+    with tempfile.TemporaryDirectory(prefix="mechatlas-") as name, bar("drawing the page") as step:
+        folder = Path(name)
+        write_parts(runs, folder, on_progress=step)
+        size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+        with serve(folder, config.port) as address:
+            for run_name, reason in runs.problems.items():
+                print(f"Not drawn, or not whole: {run_name}: {reason}", file=sys.stderr)
+            print(f"{address} (Ctrl-C ends it)", file=sys.stderr, flush=True)
+            with contextlib.suppress(KeyboardInterrupt):
+                wait()
+    return ServeResult(
+        address=address,
+        bytes=size,
+        problems=runs.problems,
+        seconds=round(time.process_time() - clock, 3),
+        peak_bytes=peak_bytes(),
+    )
+
+
+def wait() -> None:
+    """Wait until somebody ends the command."""
+    threading.Event().wait()
+
+
+def in_words(result: ServeResult) -> str:
+    """Address that is no longer served."""
+    return f"{result.address} is closed."

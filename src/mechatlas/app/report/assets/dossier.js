@@ -1,0 +1,152 @@
+// The dossier of a feature: what it looks like, and every claim about it with its evidence.
+"use strict";
+
+const dossier = (() => {
+  const { el, number, percent } = atlas;
+
+  const part = (title, caption, ...children) =>
+    el("section", {}, el("h4", {}, title), ...children, caption ? el("p", { class: "caption" }, caption) : null);
+
+  // A statement with the evidence that it rests on, and its place on the page.
+  function claim(anchor, statement, evidence, sure = true, ...more) {
+    return el("div", { class: sure ? "claim" : "claim unsure", "data-claim": true },
+      el("div", { class: "says" }, ...[statement].flat()), ...more,
+      el("p", { class: "evidence", "data-evidence": true }, evidence, " ",
+        el("a", { href: `#${anchor}`, "data-leave": true }, "all of it")));
+  }
+
+  function paintings(d, i) {
+    const names = d.painted.filter((name) => name.split("/")[0] === String(i));
+    if (!names.length) return null;
+    const pictures = names.map((name) => el("figure", {}, cards.painted("features", `painted${d.index}/${name}`, 264),
+      el("figcaption", {}, name.slice(String(i).length + 1) || "whole feature")));
+    return part("Activation maximization", "Images optimized from noise to maximize the pre-activation at the center of the map, for the whole feature and for its part in its main branch. A picture, not a claim.",
+      el("div", { class: "paintings" }, ...pictures));
+  }
+
+  function examples(d, i, showHeat) {
+    const css = 132, n = cards.ranksOf(d, i).length;
+    if (!n) return part("Examples", "", el("p", { class: "empty" }, "Not active in the rows read."));
+    const image = d.kind === "image"
+      ? d.apart ? " Each square is the whole image; brightness is the activation at every patch, and the frame is the patch itself. Tokens without a place in the image stand below it."
+        : " Each square is the receptive field of the position, cut to the image; brightness is the activation at every position, relative to the feature’s largest, and the frame is the position itself."
+      : d.kind === "text" ? " Click one for the whole context; hover over a token for its activation." : "";
+    return el("div", { class: "columns two" },
+      part("Strongest", `The ${n} strongest rows, at most one of each sample.${image}`, cards.exampleList(d, i, d.top, css, showHeat)),
+      part("At ten quantiles", `From weak to strong: rows at evenly spaced quantiles of 64 drawn at random from those where it is active, at most one of each sample.`,
+        cards.exampleList(d, i, d.shown, css, showHeat, "quantiles")));
+  }
+
+  function symmetry(line) {
+    const statement = line.claimed ? `Stabilizer: ${line.name} (order ${line.order})` : line.name === "not reliable" ? "Symmetry: not reliably measured" : `Symmetry: ${line.name}`;
+    const others = line.members.length
+      ? el("p", { class: "says" }, `Family ${line.family}, pose ${line.pose}; others: `, ...line.members.flatMap(([j, pose], k) => [k ? ", " : "", el("a", { href: "#", "data-feature": j }, `${j} (${pose})`)])) : null;
+    const wheel = el("span", { class: "wheel-small" });
+    if (atlas.symmetry) atlas.symmetry.polar(line.part, line.feature).then((picture) => wheel.append(picture));
+    return claim(line.anchor, [statement], `q ${number(line.q)} at a false discovery rate of ${percent(line.fdr)}; noise ceiling ${number(line.ceiling)}.`, line.claimed, wheel, others);
+  }
+
+  function branches(d, lines) {
+    return lines.map((b) => {
+      const k = Math.max(0, d.branches.indexOf(b.branch)), share = b.share ?? 0;
+      const bar = el("span", { class: "share", title: `share ${number(b.share)}, expected ${number(b.expected)}` },
+        el("span", { class: `fill c${k % 8}`, style: `width:${(100 * share).toFixed(1)}%` }),
+        el("span", { class: "tick", style: `left:${(100 * b.expected).toFixed(1)}%` }));
+      const measured = [b.ablation === null ? "" : `; lost without it ${number(b.ablation)}`, b.activation === null ? "" : `; of its activation ${number(b.activation)}`].join("");
+      return claim(b.anchor, [el("span", {}, b.significant ? `Specialized to ${b.branch}` : b.branch), bar, el("span", { class: "n" }, number(b.share))],
+        `Expected by chance ${number(b.expected)}; q ${number(b.q)} at a false discovery rate of ${percent(b.fdr)}${measured}.`, b.significant);
+    });
+  }
+
+  async function match(m) {
+    const other = await cards.mention(...m.other, m.name, 3);
+    return claim(m.anchor, [m.after ? "continues as " : "comes from ", other], `${m.matched ? "Matched" : "Could be chance"}: cosine ${number(m.cosine)}, q ${number(m.q)} at a false match rate of ${percent(m.fdr)}.`, m.matched);
+  }
+
+  async function track(t) {
+    const steps = await Promise.all(t.steps.map(async ([name, run, latent]) =>
+      el("li", {}, latent === null ? el("span", { class: "faint" }, `${name} –`) : await cards.mention(run, latent, name, 1))));
+    return claim(t.anchor, ["Life line", el("ol", { class: "track" }, ...steps)], `Mean cosine ${number(t.cosine)}; may reach from ${t.earliest} to ${t.latest}.`);
+  }
+
+  async function circuit(c) {
+    const other = await cards.mention(...c.other, c.name, 3);
+    const [effect, low, high] = c.effect;
+    const lost = effect === null ? "its ablation was not measured" : `ablating it takes ${number(effect)} [${number(low)}, ${number(high)}]`;
+    return claim(c.anchor, [cards.kernel(c.kernel, 56), el("span", {}, c.into ? "from " : "to ", other, ` by ${c.branch}: ${percent(c.share)}`)],
+      `${c.significant ? "Significant" : "Not significant"}: q ${number(c.q)} at ${percent(c.fdr)}; contribution ${number(c.contribution)}; ${lost}.`, c.significant);
+  }
+
+  // Claims of every analysis that was run on this dictionary.
+  async function claims(d, i) {
+    const record = d.records[i] ?? {};
+    const of = (kind) => record[kind] ?? [];
+    const [before, after] = [false, true].map((way) => of("matches").filter((m) => m.after === way));
+    const [into, out] = [true, false].map((way) => of("circuits").filter((c) => c.into === way));
+    const groups = [
+      ["Symmetry", of("symmetry").map((s) => symmetry({ ...s, feature: i }))],
+      ["Branches", branches(d, of("branches"))],
+      ["Comes from", await Promise.all(before.map(match))],
+      ["Goes to", await Promise.all(after.map(match))],
+      ["Life line", await Promise.all(of("tracks").map(track))],
+      ["Circuits in", await Promise.all(into.map(circuit))],
+      ["Circuits out", await Promise.all(out.map(circuit))],
+    ];
+    const made = groups.filter(([, lines]) => lines.length).map(([title, lines]) => part(title, "", ...lines));
+    const asked = new Set(Object.keys(record));
+    const missing = [["matches", "match"], ["symmetry", "symmetry"], ["branches", "branches"], ["circuits", "circuit"]]
+      .filter(([kind]) => !asked.has(kind)).map(([, command]) => `mechatlas ${command}`);
+    if (missing.length) made.push(el("p", { class: "caption" }, `Nothing here from ${missing.join(", ")}: not run on this dictionary, or no line for this feature.`));
+    return made;
+  }
+
+  function neighbors(d, i, showHeat) {
+    const list = el("div", { class: "neighbors" });
+    for (let k = 0; k < d.near_n; k++) {
+      const other = d.near[i * d.near_n + k];
+      if (other < 0) break;
+      const cosine = d.cosine[i * d.near_n + k];
+      const item = el("a", { href: cards.link(d, other), "data-feature": other, class: cosine > d.chance ? null : "chance" },
+        el("b", {}, String(other)), el("span", { class: "n" }, cosine.toFixed(2)));
+      if (d.kind === "image") item.append(cards.exampleList(d, other, 3, 40, showHeat));
+      else item.append(el("span", { class: "name" }, labels.of(d, other).name ?? ""));
+      list.append(item);
+    }
+    return list.children.length ? list : el("p", { class: "empty" }, "none");
+  }
+
+  // Everything that the page knows of a feature, as plain values.
+  function plain(d, i) {
+    const one = (rank) => {
+      const at = i * d.shown + rank;
+      return { sample: d.names[d.slot[at]], position: [d.place[2 * at], d.place[2 * at + 1]], activation: d.value[at] };
+    };
+    return {
+      dictionary: d.run, site: d.site, feature: i, ...labels.of(d, i),
+      density: d.density[i], max: d.max[i], mean: d.mean[i], rows: d.rows,
+      branches: Object.fromEntries(d.branches.map((b, k) => [b, { share: d.shares[i * d.branches.length + k], expected: d.expected[k] }])),
+      strongest: cards.ranksOf(d, i).map(one), quantiles: cards.ranksOf(d, i, "quantiles").map(one),
+      nearest: Array.from({ length: d.near_n }, (_, k) => i * d.near_n + k).filter((at) => d.near[at] >= 0).map((at) => ({ feature: d.near[at], cosine: d.cosine[at] })),
+      claims: d.records[i] ?? {},
+    };
+  }
+
+  function detail(d, i, showHeat) {
+    const read = d.rows < d.allRows ? `${number(d.rows)} of ${number(d.allRows)} rows` : `all ${number(d.rows)} rows`;
+    const bars = d.has.branches ? null : cards.branchBars(d, i, true);
+    const said = el("div", { class: "columns claims" });
+    claims(d, i).then((made) => { said.replaceChildren(...made); said.dataset.ready = "yes"; });
+    return [
+      labels.form(d, i),
+      examples(d, i, showHeat),
+      paintings(d, i),
+      el("div", { class: "columns" },
+        part("Activations", `Measured on ${read} of the store. Bars: number of rows by activation, with ratios across and square roots up; the first bar holds everything weaker.`, cards.facts(d, i), d.density[i] > 0 ? cards.histogram(d, i) : null),
+        bars ? part("Branches", "Length of the atom’s positive part inside each branch, relative to its whole length. The tick is the share expected from the branch’s width. A description, not a test: “mechatlas branches” tests it.", bars) : null,
+        part("Nearest features", `Cosine of decoder rows, among features that are ever active. One shuffled atom in a hundred reaches ${number(d.chance)}; fainter ones are below that.`, neighbors(d, i, showHeat))),
+      said,
+    ];
+  }
+
+  return { detail, plain };
+})();

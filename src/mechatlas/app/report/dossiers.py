@@ -1,0 +1,228 @@
+"""Dossiers: everything that the runs of a page say about each feature, and the findings.
+
+    FeatureRecord    lines of one feature's dossier, filled in by every chapter
+    Finding          claim of the first screen, with its number, its evidence and its place
+    Absence          question that was asked and answered with "nothing found"
+    collect          records of all chapters -> records of each dictionary, by feature
+
+Every line of a record carries its own evidence and the anchor of its place on the page, so that
+the first screen and the dossiers never say more than the chapters do.
+"""
+
+import dataclasses
+import json
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import numpy as np
+
+
+class FeatureAt(NamedTuple):
+    """Feature: a latent of the dictionary of a run."""
+
+    run: str
+    """Name of the run of the dictionary; empty if the page does not have it."""
+    latent: int
+    """Number of the latent."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SymmetryLine:
+    """Symmetry of a feature, with its evidence."""
+
+    anchor: str
+    """Anchor of the part of the chapter."""
+    part: int
+    """Number of the run of the analysis, for its stabilizer functions."""
+    name: str
+    """Class of the stabilizer."""
+    order: int
+    """Order of the stabilizer."""
+    claimed: bool
+    """Whether a stabilizer larger than {e} is claimed."""
+    q: float | None
+    """q-value of the claim."""
+    ceiling: float | None
+    """Noise ceiling: similarity of two estimates from different images."""
+    fdr: float
+    """False discovery rate asked for."""
+    family: int
+    """Number of the family."""
+    pose: str
+    """Element that moves the reference of the family here."""
+    members: list[tuple[int, str]]
+    """Latents and poses of the other members, up to a dozen."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BranchLine:
+    """Share of a feature in one branch, with its test."""
+
+    anchor: str
+    """Anchor of the part of the chapter."""
+    branch: str
+    """Name of the branch."""
+    share: float | None
+    """Share of the decoder row inside the branch."""
+    expected: float
+    """Share of a feature that belongs to no branch."""
+    q: float | None
+    """q-value; None where the feature was not tested."""
+    significant: bool
+    """Whether the feature is specialized to the branch."""
+    ablation: float | None
+    """Share of the activity that is lost without the branch."""
+    activation: float | None
+    """Share of the activation that the branch writes."""
+    fdr: float
+    """False discovery rate asked for."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MatchLine:
+    """Partner of a feature in the dictionary before or after."""
+
+    anchor: str
+    """Anchor of the part of the chapter."""
+    after: bool
+    """Whether the partner is in the later dictionary."""
+    name: str
+    """Name of the partner's dictionary."""
+    other: FeatureAt
+    """Partner."""
+    cosine: float
+    """Similarity of the two."""
+    q: float | None
+    """q-value of the pair against null dictionaries."""
+    matched: bool
+    """Whether the pair is significant."""
+    fdr: float
+    """False match rate asked for."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrackLine:
+    """Life line of a feature through several dictionaries."""
+
+    anchor: str
+    """Anchor of the part of the chapter."""
+    steps: list[tuple[str, str, int | None]]
+    """Dictionary, its run and the latent in it, in the order of the network."""
+    cosine: float
+    """Mean similarity of consecutive members."""
+    earliest: str
+    """Dictionary in which the feature may be present first."""
+    latest: str
+    """Dictionary in which it may be present last."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CircuitLine:
+    """Edge of a circuit that ends or begins at a feature."""
+
+    anchor: str
+    """Anchor of the part of the chapter."""
+    into: bool
+    """Whether the edge leads into this feature."""
+    name: str
+    """Site of the feature at the other end."""
+    other: FeatureAt
+    """Feature at the other end."""
+    branch: str
+    """Branch or route of the edge."""
+    contribution: float | None
+    """Mean effect on the later feature's pre-activation."""
+    share: float | None
+    """Share of all contributions to the later feature, with its sign."""
+    effect: list[float | None]
+    """Pre-activation lost when the earlier feature is ablated, with a 95 % interval."""
+    q: float | None
+    """q-value of the edge."""
+    significant: bool
+    """Whether the edge is significant."""
+    fdr: float
+    """False discovery rate asked for."""
+    kernel: dict[str, Any]
+    """Height, width and numbers of the kernel."""
+
+
+Line = SymmetryLine | BranchLine | MatchLine | TrackLine | CircuitLine
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FeatureRecord:
+    """Lines of the dossier of one feature."""
+
+    symmetry: list[SymmetryLine] = dataclasses.field(default_factory=list)
+    branches: list[BranchLine] = dataclasses.field(default_factory=list)
+    matches: list[MatchLine] = dataclasses.field(default_factory=list)
+    tracks: list[TrackLine] = dataclasses.field(default_factory=list)
+    circuits: list[CircuitLine] = dataclasses.field(default_factory=list)
+
+    def add(self, line: Line) -> None:
+        """Add a line of whatever kind."""
+        lists = {
+            SymmetryLine: self.symmetry, BranchLine: self.branches, MatchLine: self.matches,
+            TrackLine: self.tracks, CircuitLine: self.circuits,
+        }  # fmt: skip
+        lists[type(line)].append(line)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Finding:
+    """Claim of the first screen."""
+
+    text: str
+    """Sentence with the number."""
+    evidence: str
+    """Null, gap, interval or control that the claim rests on."""
+    anchor: str
+    """Anchor of the place on the page that shows it."""
+    rows: tuple[tuple[FeatureAt, ...], ...] = ()
+    """Features to show: a row for each example of the finding."""
+    figure: str = ""
+    """Figure of the chapter to show in place of features."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Absence:
+    """Question that was asked and answered with "nothing found"."""
+
+    text: str
+    """Sentence on what was asked and not found."""
+    power: str
+    """Power of the test: what it would have found."""
+    anchor: str
+    """Anchor of the place on the page that shows it."""
+
+
+Statements = list[tuple[FeatureAt, Line]]
+"""Lines of a chapter and the features that they are about."""
+
+
+def collect(statements: Iterable[tuple[FeatureAt, Line]]) -> dict[str, dict[int, FeatureRecord]]:
+    """Sort lines into one record for each feature, by the run of its dictionary."""
+    records: dict[str, dict[int, FeatureRecord]] = {}
+    for feature, line in statements:
+        if feature.run:
+            of_run = records.setdefault(feature.run, {})
+            of_run.setdefault(feature.latent, FeatureRecord()).add(line)
+    return records
+
+
+def encoded(records: dict[int, FeatureRecord]) -> bytes:
+    """Records of a dictionary as JSON; kinds without lines are left out."""
+    plain = {
+        latent: {
+            kind: [vars(line) for line in lines] for kind, lines in vars(record).items() if lines
+        }
+        for latent, record in sorted(records.items())
+    }
+    return json.dumps(plain, allow_nan=False, separators=(",", ":")).encode()
+
+
+def finite(value: Any) -> float | None:
+    """Number with four digits; None for NaN and for what is no number."""
+    if value is None or not np.isfinite(value):
+        return None
+    return float(f"{float(value):.4g}")

@@ -1,0 +1,91 @@
+"""Verbs on a device that is simulated: the numbers of the CPU, and no mixing of devices."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import mechatlas as ma
+from mechatlas.activations.sites import as_site
+from mechatlas.analysis.matching.splicing import splice
+from tests.simulated_device import simulated_cuda
+
+INPUTS = torch.randn(120, 6, generator=torch.Generator().manual_seed(1))
+ROWS = torch.randn(80, 8, generator=torch.Generator().manual_seed(2))
+
+
+def network(device):
+    torch.manual_seed(0)
+    made = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 5))
+    return made.eval().to(device)
+
+
+def dictionary(device, seed=0):
+    made = ma.Autoencoder(d_in=8, n_latents=12, sparsity=ma.TopK(k=3), seed=seed)
+    return made.to(device)
+
+
+def spliced(device):
+    own = dictionary(device)
+    site = as_site(network("cpu"), "1")
+    ways = {"own": lambda x, y: own.decode(own.encode(x))}
+    effect = splice(network(device), list(INPUTS.split(40)), (site, site), ways)["own"]
+    return [effect.variance_lost.value, effect.variance_lost.low]
+
+
+def evaluated(device):
+    found = ma.evaluate(
+        dictionary("cpu"), network=network("cpu"), samples=INPUTS, site="1", device=device
+    )
+    return [found.fvu.value, found.l0.value]
+
+
+def collected(device, folder):
+    return ma.collect(network(device), INPUTS, ["1", "3"], folder).rows("1").held_out(99).x
+
+
+def streamed(device):
+    rows = ma.stream(network("cpu"), INPUTS, "1", device=device)
+    return ma.train(dictionary("cpu"), rows, steps=5, batch_size=16, device=device).W_dec
+
+
+def saved(device, folder):
+    ma.save(dictionary(device), folder / "d")
+    return ma.load(folder / "d").W_dec
+
+
+def edited(device):
+    made = network(device)
+    with ma.intervene(made, {"1": lambda x: x * 0}):
+        return made(INPUTS.to(device))
+
+
+VERBS = {
+    "read_activations": lambda at, _: ma.read_activations(network(at), INPUTS, ["1"])["1"],
+    "intervene": lambda at, _: edited(at),
+    "collect": collected,
+    "stream and train": lambda at, _: streamed(at),
+    "evaluate rows": lambda at, _: [ma.evaluate(dictionary(at), ROWS).fvu],
+    "evaluate a network": lambda at, _: evaluated(at),
+    "match": lambda at, _: ma.match(dictionary(at), dictionary(at, seed=1)).columns,
+    "splice": lambda at, _: spliced(at),
+    "save and load": saved,
+}
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_a_verb_computes_on_the_device_what_it_computes_on_the_cpu(verb, tmp_path):
+    def numbers(found):
+        whole = found.detach().cpu() if isinstance(found, torch.Tensor) else found
+        return np.asarray(whole, dtype=float)
+
+    wanted = numbers(VERBS[verb]("cpu", tmp_path / "here"))
+    with simulated_cuda() as device:
+        found = numbers(VERBS[verb]("cuda:0", tmp_path / "there"))
+    assert np.allclose(found, wanted, atol=1e-4, rtol=1e-3)
+    assert device.calls or verb == "match"  # which is computed on the CPU
+
+
+def test_rows_elsewhere_are_refused_in_a_sentence():
+    with simulated_cuda(), pytest.raises(ma.InputError, match="on cuda:0, the rows are on cpu"):
+        dictionary("cuda:0").encode(ROWS)
