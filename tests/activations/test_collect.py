@@ -112,6 +112,40 @@ def test_a_branch_of_a_site_can_be_read_from_its_store(tmp_path):
         store.rows("mixed/middle")
 
 
+@pytest.mark.parametrize(
+    ("channels", "numbers"),
+    [
+        ([1, 6, 3], [1, 6, 3]),
+        ([True, False] * 4, [0, 2, 4, 6]),
+        (slice(None, None, 3), [0, 3, 6]),
+        ([2, 3, 4], [2, 3, 4]),
+        ([3, 1], [3, 1]),
+    ],
+)
+def test_a_branch_whose_channels_are_scattered_is_read_from_its_store(channels, numbers, tmp_path):
+    network = tiny()
+    vars(network.mixed)["branches"] = {"some": channels, "rest": slice(5, 8)}
+    collect(network, images(tmp_path), [Site("mixed")], tmp_path / "store")
+    store = Store(tmp_path / "store")
+    rows = store.rows("mixed/some")
+    assert rows.d_in == len(numbers)
+    assert torch.equal(rows.held_out(9).x, store.rows("mixed").held_out(9).x[:, numbers])
+    batch = next(rows.batches(7))
+    whole = next(store.rows("mixed").batches(7))
+    assert torch.equal(batch.x, whole.x[:, numbers])
+    assert set(store.shapes["mixed"].channels) == {"some", "rest"}
+    written = store.manifest["sites"]["mixed"]
+    assert written["branches"]["rest"] == [5, 8]
+    if "scattered" not in written:
+        assert written["branches"]["some"] == [2, 5]
+        return
+    manifest = json.loads((store.root / "manifest.json").read_text())
+    manifest["sites"]["mixed"]["scattered"]["some"] = [1, 8]
+    write_manifest(store.root / "manifest.json", manifest)
+    with pytest.raises(StoreError, match=r"channels of 0 to 7, each once"):
+        Store(store.root)
+
+
 def test_neighbours_in_a_shuffled_stream_are_strangers(tmp_path, monkeypatch):
     # Samples in the order of the data set, as of classes in a folder: where one of two rows
     # that follow each other comes from must say nothing of the other, over four rounds and a

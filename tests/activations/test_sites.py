@@ -246,6 +246,98 @@ def test_only_tensors_that_are_written_are_copied():
     assert found["0"].data_ptr() != kept[-1].data_ptr()
 
 
+class Scaled(nn.Module):
+    """Network that divides its inputs in place, some of them or all."""
+
+    def __init__(self, largest: float) -> None:
+        super().__init__()
+        self.largest, self.first, self.last = largest, nn.Identity(), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.max() > self.largest:
+            x.div_(255)
+        return self.last(self.first(x))
+
+
+def test_inputs_that_the_network_writes_into_are_left_as_they_are():
+    network, x = Scaled(-1e9), torch.rand(3, 4)
+    for _ in range(3):
+        before = x.clone()
+        found = read_activations(network, x, ["first"])["first"]
+        assert torch.equal(x, before)
+        assert torch.equal(found, before / 255)
+
+
+def test_a_network_that_begins_to_write_into_its_inputs_is_refused():
+    network = Scaled(1.0)
+    for _ in range(2):
+        read_activations(network, torch.rand(3, 4), ["first"])
+    with pytest.raises(InputError, match="wrote into this batch of inputs"):
+        read_activations(network, torch.full((3, 4), 200.0), ["first"])
+    x = torch.full((3, 4), 200.0)
+    assert read_activations(network, x, ["first"])["first"].max() < 1
+    assert bool((x == 200).all())
+
+
+def test_a_value_is_never_the_users_own_batch():
+    network, x = Scaled(2.0), torch.rand(3, 4)
+    for site in ("first", "first:input"):
+        for _ in range(3):
+            before = x.clone()
+            read_activations(network, x, [site])[site].zero_()
+            assert torch.equal(x, before)
+
+
+def test_a_module_that_takes_the_place_of_another_is_read():
+    inner, x = nn.Sequential(nn.Linear(4, 4)), torch.randn(3, 4)
+    network = nn.Sequential(inner, nn.ReLU())
+    for _ in range(2):
+        found = read_activations(network, x, ["0.0"])["0.0"]
+        assert torch.equal(found, inner[0](x))
+        inner[0] = nn.Linear(4, 4)
+    network[0] = nn.Linear(4, 4)
+    with pytest.raises(SiteError, match=r"0\.0"):
+        read_activations(network, x, ["0.0"])
+
+
+@pytest.mark.parametrize("site", ["layers.1", "layers.1:input", "layers.1.linear1", "layers.0"])
+def test_layers_of_an_encoder_are_read_with_padded_samples(site):
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    network = nn.TransformerEncoder(layer, 2).eval()
+    assert network.use_nested_tensor
+    padded = torch.zeros(3, 5, dtype=torch.bool)
+    padded[1, 3:] = True
+    x = {"src": torch.randn(3, 5, 8), "src_key_padding_mask": padded}
+    truth, fused = [], torch.backends.mha.get_fastpath_enabled()
+    module = network.get_submodule(site.removesuffix(":input"))
+    hook = module.register_forward_hook(
+        lambda _m, args, out: truth.append((args[0] if site.endswith("input") else out).clone())
+    )
+    torch.backends.mha.set_fastpath_enabled(False)
+    with torch.no_grad():
+        network(**x)
+        hook.remove()
+        torch.backends.mha.set_fastpath_enabled(fused)
+        for _ in range(2):
+            found = read_activations(network, x, [site])[site]
+            torch.testing.assert_close(found[~padded], truth[0][~padded])
+    assert network.use_nested_tensor
+    assert torch.backends.mha.get_fastpath_enabled() == fused
+
+
+@pytest.mark.parametrize(("site", "fused"), [("0.1", True), ("1", True), ("0.0.linear1", False)])
+def test_layers_run_fused_unless_a_site_lies_inside(site, fused, monkeypatch):
+    calls, kernel = [], torch._transformer_encoder_layer_fwd
+    monkeypatch.setattr(
+        torch, "_transformer_encoder_layer_fwd", lambda *args: calls.append(1) or kernel(*args)
+    )
+    layers = (nn.TransformerEncoderLayer(8, 2, 16, batch_first=True) for _ in range(2))
+    network = nn.Sequential(nn.Sequential(*layers), nn.Linear(8, 4)).eval()
+    with torch.no_grad():
+        read_activations(network, torch.randn(3, 5, 8), [site])
+    assert bool(calls) == fused
+
+
 def test_gradients_pass_through_values_that_are_written_later():
     network = InPlace(torch.relu_)
     x = torch.randn(5, 4, requires_grad=True)

@@ -180,7 +180,7 @@ def test_a_file_under_another_name_is_known_by_its_keys(tmp_path):
 
 def test_a_folder_of_none_or_of_several_says_what_to_do(tmp_path):
     with pytest.raises(
-        WeightsError, match=r"There is dictionary_learning_april/ae\.pt, .*: give one"
+        WeightsError, match=r"There is crosscoder_learning_batchtopk/model\.safet.*: give one"
     ):
         load(GOLDEN)
     shutil.copy(GOLDEN / "gemma_scope_one" / "params.npz", tmp_path)

@@ -203,6 +203,8 @@ def test_files_that_are_cut_or_hold_no_numbers_are_refused_by_name(name, tmp_pat
             continue
         tensors = safetensors.torch.load_file(file)
         for key, tensor in tensors.items():
+            if not tensor.is_floating_point():
+                continue
             for changed in (tensor.to(torch.int32), torch.full_like(tensor, torch.nan)):
                 safetensors.torch.save_file({**tensors, key: changed}, file)
                 with pytest.raises(WeightsError, match=key.replace(".", r"\.")):

@@ -1,6 +1,7 @@
 """Dictionaries and sparsity rules of other projects, which inherit nothing or only a contract."""
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,8 +18,18 @@ from mechatlas.dictionaries.engine.structures import Codes
 from mechatlas.dictionaries.formats import load, save
 from mechatlas.dictionaries.metrics import evaluate
 from mechatlas.dictionaries.objective import Objective
+from mechatlas.dictionaries.pretrained import Pretrained
 from mechatlas.dictionaries.revival import AuxK
-from mechatlas.dictionaries.sparsity import NONE, Rule, State, TopK
+from mechatlas.dictionaries.sparsity import (
+    NONE,
+    BatchTopK,
+    Gated,
+    JumpReLU,
+    ReLU,
+    Rule,
+    State,
+    TopK,
+)
 from mechatlas.dictionaries.training import train
 from tests.conformance import CHECKS
 from tests.dictionaries.golden import GOLDEN, read
@@ -176,8 +187,13 @@ def test_what_cannot_be_trained_or_saved_is_refused_in_one_sentence(x, tmp_path)
         train(Fixed(), x)  # pyright: ignore[reportArgumentType]
     with pytest.raises(InputError, match=r"Cannot train a Linear: .* with d_in, n_latents, encode"):
         train(nn.Linear(24, 96), x)
-    with pytest.raises(InputError, match=r"with ReLU\(l1=1.0\): its file does not say by which"):
-        train(read(GOLDEN / "saelens2_standard"), x)
+    for name, rule in (
+        ("2_standard", r"ReLU\(l1"),
+        ("6_gated", r"Gated\(l1"),
+        ("6_jumprelu", "Jump"),
+    ):
+        with pytest.raises(InputError, match=rf"its file does not say by which .* = ma\.{rule}"):
+            train(read(GOLDEN / f"saelens{name}"), x)
     with pytest.raises(InputError, match="transcoder with a skip connection"):
         train(read(GOLDEN / "sparsify_transcode_skip"), x)
     with pytest.raises(ValueError, match="Latents of a Winners cannot be revived"):
@@ -191,6 +207,72 @@ def test_what_cannot_be_trained_or_saved_is_refused_in_one_sentence(x, tmp_path)
         WeightsError, match=r"holds a Winners, .* load\(path, classes=\[Winners\]\)"
     ):
         load(tmp_path)
+
+
+FOREIGN = {
+    "saelens2_standard": ReLU(l1=0.3), "saelens6_gated": Gated(l1=0.3),
+    "saelens6_jumprelu": JumpReLU(l0=0.1), "gemma_scope_one": JumpReLU(l0=0.1),
+    "dictionary_learning_standard": ReLU(l1=0.3), "saelens6_standard_constant_norm": ReLU(l1=0.3),
+    "saelens6_jumprelu_layer_norm": JumpReLU(l0=0.1), "saelens5_topk": ReLU(l1=0.3),
+    "dictionary_learning_batchtopk": BatchTopK(k=4), "saelens6_jumprelu_transcoder": ReLU(l1=0.3),
+}  # fmt: skip
+"""Files of other libraries, and the rules by which their dictionaries are trained further."""
+
+
+def foreign_rows(dictionary: Pretrained) -> Tensor:
+    """Rows of few features each, as wide as a dictionary reads and writes."""
+    width = dictionary.d_in + dictionary.d_out * dictionary.transcodes
+    return torch.from_numpy(planted(1200, width, 3 * width)[0])
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_a_dictionary_of_another_library_is_trained_by_the_penalty_it_is_given(name, tmp_path):
+    rule, dictionary = FOREIGN[name], read(GOLDEN / name)
+    rows = foreign_rows(dictionary)
+    read_rows = rows[:, : dictionary.d_in]
+    before = dictionary.encode(read_rows)
+    same_rule = type(rule).__name__ == type(dictionary.sparsity).__name__
+    lengths = dictionary.W_dec.norm(dim=1)
+    dictionary.sparsity = rule
+    if same_rule or isinstance(rule, JumpReLU):
+        torch.testing.assert_close(dictionary.encode(read_rows), before)
+    losses = []
+    for n in (1, 150):
+        trained: Any = train(dictionary, rows, steps=n, batch_size=256, lr=1e-3)
+        losses.append(trained.history.fvu[-1])
+    assert losses[1] < losses[0]
+    if not hasattr(rule, "k"):
+        torch.testing.assert_close(dictionary.W_dec.norm(dim=1), lengths)
+    if not dictionary.transcodes:
+        save(dictionary, tmp_path, format="saelens")
+        torch.testing.assert_close(
+            load(tmp_path).encode(rows), dictionary.encode(rows), atol=1e-5, rtol=1e-5
+        )
+
+
+@pytest.mark.parametrize("name", [n for n, rule in FOREIGN.items() if not hasattr(rule, "k")])
+def test_a_larger_penalty_leaves_fewer_latents_of_a_foreign_dictionary(name):
+    n_active = []
+    for weight in (1e-3, 5.0):
+        dictionary = read(GOLDEN / name)
+        rule = FOREIGN[name]
+        field = "l0" if isinstance(rule, JumpReLU) else "l1"
+        dictionary.sparsity = dataclasses.replace(rule, **{field: weight})
+        rows = foreign_rows(dictionary)
+        train(dictionary, rows, steps=150, batch_size=256, lr=1e-2)
+        n_active.append(float((dictionary.encode(rows[:, : dictionary.d_in]) != 0).float().mean()))
+    assert n_active[1] < 0.85 * n_active[0]
+
+
+def test_a_penalty_is_added_to_the_loss_as_for_our_own_kinds():
+    ours = Autoencoder(d_in=24, n_latents=96, sparsity=Gated(l1=0.7))
+    theirs = ours.as_pretrained()
+    theirs.sparsity = Gated(l1=0.7)
+    theirs.make_trainable()
+    rows = torch.randn(64, 24, generator=torch.Generator().manual_seed(3))
+    loss = [step(rows, 1e-3).loss for step in (
+        AutogradStep(ours, Objective()), ReconstructionStep(theirs, Objective()))]  # fmt: skip
+    assert loss[0] == pytest.approx(loss[1], rel=1e-5)
 
 
 def test_a_strangers_rule_is_trained_fast_saved_loaded_matched_and_evaluated(x, tmp_path):

@@ -2,6 +2,7 @@
 
 branches_of   network and module -> slices by name
 select        slice of the channels that a site reads
+ends_of       branches whose channels lie side by side; `scattered_of` has the others
 """
 
 from collections.abc import Mapping
@@ -10,10 +11,10 @@ from typing import Any, Literal
 import numpy as np
 from torch import Tensor, nn
 
-from mechatlas.activations.layouts import Channels
 from mechatlas.activations.passes import unwrapped
 from mechatlas.activations.site_names import joined, named_heads
 from mechatlas.base import Site, SiteError
+from mechatlas.maths.arrays import Channels, numbers_of
 
 OUTPUT_PROJECTIONS = {"c_proj", "o_proj", "out_proj", "out_lin", "dense"}
 """Names of the linear layers that take the heads, side by side, and mix them."""
@@ -92,14 +93,18 @@ def as_channels(value: Any) -> Channels:
 
 def ends_of(branches: Mapping[str, Channels], width: int) -> dict[str, tuple[int, int]]:
     """First channel of each branch and the one after its last; scattered branches are left out."""
-    numbers = {
-        name: list(range(width)[c]) if isinstance(c, slice) else c for name, c in branches.items()
-    }
+    numbers = {name: numbers_of(channels, width) for name, channels in branches.items()}
     return {
         name: (at[0], at[-1] + 1)
         for name, at in numbers.items()
         if at and at == list(range(at[0], at[-1] + 1))
     }
+
+
+def scattered_of(branches: Mapping[str, Channels], width: int) -> dict[str, list[int]]:
+    """Channels of each branch whose channels do not lie side by side, in their order."""
+    side_by_side = ends_of(branches, width)
+    return {n: numbers_of(c, width) for n, c in branches.items() if n not in side_by_side}
 
 
 def select(network: nn.Module, site: Site) -> Channels:

@@ -27,7 +27,7 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 
 from mechatlas.activations import networks
-from mechatlas.activations.branches import branches_of, ends_of
+from mechatlas.activations.branches import branches_of, ends_of, scattered_of
 from mechatlas.activations.layouts import Layout, layouts_of
 from mechatlas.activations.networks import as_input
 from mechatlas.activations.outlier_rows import outliers_of_sites
@@ -320,11 +320,11 @@ def _shape(
 ) -> SiteShape:
     branches = {} if site.branch else branches_of(network, site.module, site.take)
     width, grid = layout.width(activation), layout.grid(activation)
-    ranges = ends_of(branches, width)
+    ranges, scattered = ends_of(branches, width), scattered_of(branches, width)
     if poses is None:
-        return SiteShape(width, grid, ranges)
+        return SiteShape(width, grid, ranges, scattered=scattered)
     n_places = len(poses.places[site].kept)
-    return SiteShape(width * poses.action.group.order, grid, ranges, n_places)
+    return SiteShape(width * poses.action.group.order, grid, ranges, n_places, scattered)
 
 
 def _resolved(collection: _Collection, index: int, first: Any) -> _Collection:
@@ -395,6 +395,7 @@ def _new_manifest(collection: _Collection, n_rounds: int, recipe: dict[str, Any]
                 "width": s.width,
                 "grid": s.grid,
                 "branches": s.branches,
+                **({"scattered": s.scattered} if s.scattered else {}),
                 **({} if s.places is None else {"places": s.places}),
             }
             for site, s in collection.shapes.items()

@@ -31,9 +31,7 @@ from mechatlas.activations.passes import unobserved, unwrapped
 from mechatlas.activations.reading import hook_site
 from mechatlas.activations.values import tensors_in
 from mechatlas.base import Site, SiteError
-
-Channels = slice | list[int]
-"""Some of the channels."""
+from mechatlas.maths.arrays import Channels
 
 
 @dataclasses.dataclass(frozen=True)
@@ -247,8 +245,7 @@ def find_layouts(
         Exception: Never; it becomes an `InputError`.
     """
     root = unwrapped(network)
-    purpose = "" if sites is None else f" to read {', '.join(map(str, sites[:3]))}"
-    with running(root, inputs, purpose):
+    with running(root, inputs, sites or ()):
         passes = [_watch(root, *arguments_of(root, _take(inputs, n)), sites) for n in (2, 1)]
         double, single = (each.seen for each in passes)
         if all(each.error for each in passes):  # a network for one size of batch

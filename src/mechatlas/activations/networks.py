@@ -18,7 +18,7 @@ import itertools
 import os
 import sys
 import types
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from importlib.machinery import PathFinder
 from pathlib import Path
@@ -251,13 +251,13 @@ def as_input(network: nn.Module, inputs: Any) -> Any:
 
 
 @contextlib.contextmanager
-def running(network: nn.Module, inputs: Any, purpose: str = "") -> Iterator[None]:
+def running(network: nn.Module, inputs: Any, sites: Sequence[Any] = ()) -> Iterator[None]:
     """Turn whatever a network raises inside the context into one sentence.
 
     Args:
         network: Network that is called.
         inputs: Batch that it is called with.
-        purpose: Sites that are read or similar, for the message.
+        sites: Sites that are read, for the message.
 
     Raises:
         InputError: The network raised an error; names the shape of the inputs and the module.
@@ -272,6 +272,7 @@ def running(network: nn.Module, inputs: Any, purpose: str = "") -> Iterator[None
         if isinstance(inputs, Tensor):
             kind = str(inputs.dtype).removeprefix("torch.")
             given = f"{kind} inputs of shape {tuple(inputs.shape)}"
+        purpose = f" to read {', '.join(map(str, sites[:3]))}" if sites else ""
         raise InputError(
             f"{type(network).__name__} cannot run on {given}{purpose}: {reason_of(error)} "
             f"({type(error).__name__}{_place(network, error)})."

@@ -1,19 +1,17 @@
-"""One pass of a network in which tensors of modules are read, each as the module returned it.
+"""Passes of a network in which tensors of modules are read, each as the module returned it.
 
-    tensors_at   network, inputs, whole sites -> tensors
+    Reader       whole sites of a network that are read together, pass by pass
     hook_site    pass everything that a module returns, or is given, through a function
 
-A network may write into a tensor after its module has returned it. The first passes find out which
-tensors, by their counts of writes, and only these are copied in later ones.
+A network may write into a tensor after its module has returned it, and into its inputs. The first
+pass finds out which ones, and only these are copied later; counts of writes are watched always.
 """
 
 import dataclasses
 import functools
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +22,7 @@ from torch.utils.hooks import RemovableHandle
 from mechatlas.activations.networks import call_network
 from mechatlas.activations.passes import is_aside
 from mechatlas.activations.values import tensor_of, tensors_in
-from mechatlas.base import Site, SiteError, UserError
+from mechatlas.base import InputError, Site, SiteError, UserError
 
 
 class _Reached(BaseException):
@@ -34,42 +32,111 @@ class _Reached(BaseException):
     """
 
 
-@dataclasses.dataclass
-class _Habits:
-    """Observations on a network, by which later passes stop early and copy little."""
-
-    n_calls: "WeakKeyDictionary[nn.Module, int]" = dataclasses.field(
-        default_factory=WeakKeyDictionary
-    )
-    """Number of calls in one pass of the modules that were counted."""
-    written: set[Site] = dataclasses.field(default_factory=set)
-    """Whole sites whose tensors the network writes in place later in the pass."""
-
-
-_habits: "WeakKeyDictionary[nn.Module, _Habits]" = WeakKeyDictionary()
-
-
-def tensors_at(root: nn.Module, inputs: Any, sites: list[Site]) -> dict[Site, Tensor]:
-    """Tensors at whole sites, as their modules returned them.
+class Reader:
+    """Reader of some sites of a network, which remembers what its passes have shown.
 
     Args:
-        root: Network, without wrappers, outside of inference mode.
-        inputs: Batch of inputs; left as they are.
-        sites: Sites without branches.
-
-    Raises:
-        SiteError: A site is not reached, or its module is called several times.
+        root: Network, without wrappers.
+        sites: Sites; their branches are left out of account.
     """
-    habits = _habits.setdefault(root, _Habits())
-    random = torch.get_rng_state()
-    while True:
-        reading = _Pass(root, sites, habits)
-        reading.run(inputs)
-        written = reading.written()
-        if not written:
-            return {site: kept.tensor for site, kept in reading.kept.items()}
-        habits.written |= written
-        torch.set_rng_state(random)
+
+    def __init__(self, root: nn.Module, sites: Iterable[Site]) -> None:
+        self.sites = list(dict.fromkeys(whole(site) for site in sites))
+        self._paths = [
+            [(name, weakref.ref(module)) for name, module in _path(root, site)]
+            for site in self.sites
+        ]
+        self.written: set[Site] = set()
+        """Sites whose tensors the network writes in place later, or are in its inputs' memory."""
+        self._copies_inputs: dict[Any, bool] = {}
+        """Whether inputs are copied, by their form; known after a pass to the end."""
+
+    def is_current(self, root: nn.Module) -> bool:
+        """Whether the network still has the same modules on the way to each site."""
+        for path in self._paths:
+            module: Any = root
+            for name, known in path:
+                module = getattr(module, name, None)
+                if module is None or module is not known():
+                    return False
+        return True
+
+    def around(self, root: nn.Module) -> list[nn.Module]:
+        """Modules that those of the sites lie inside."""
+        modules = (known() for path in self._paths for _, known in path[:-1])
+        inside = [root] if any(self._paths) else []
+        return [*inside, *(module for module in modules if module is not None)]
+
+    def tensors(self, root: nn.Module, inputs: Any) -> dict[Site, Tensor]:
+        """Tensors at the whole sites, as their modules returned them.
+
+        Args:
+            root: The network, outside of inference mode.
+            inputs: Batch of inputs; left as they are.
+
+        Raises:
+            SiteError: A site is not reached, or its module is called several times.
+            InputError: The network wrote into the inputs, unlike in its first pass.
+        """
+        form = _form(inputs)
+        random = torch.get_rng_state()
+        while True:
+            copies = self._copies_inputs.get(form)
+            reading = _Pass(self, is_first=copies is None)
+            if copies is False:
+                before = [tensor._version for tensor in tensors_in(inputs)]
+                reading.run(root, inputs)
+                if before != [tensor._version for tensor in tensors_in(inputs)]:
+                    self._copies_inputs[form] = True
+                    raise InputError(_CHANGED)
+            else:
+                given = tree_map_only(Tensor, torch.clone, inputs)
+                watched = [_Kept(t, copy=False, sample=True) for t in tensors_in(given)]
+                if reading.run(root, given) and copies is None:
+                    safe = form is None or any(kept.safe or kept.is_written() for kept in watched)
+                    self._copies_inputs[form] = safe
+                    self.written |= set() if safe else reading.within(watched)
+            written = {site for site, kept in reading.kept.items() if kept.is_written()}
+            if not written:
+                return {site: kept.tensor for site, kept in reading.kept.items()}
+            self.written |= written
+            torch.set_rng_state(random)
+
+
+def whole(site: Site) -> Site:
+    """Site of the whole module, all channels."""
+    return dataclasses.replace(site, branch=None) if site.branch else site
+
+
+def _path(root: nn.Module, site: Site) -> Iterator[tuple[str, nn.Module]]:
+    """Modules on the way from a network to a site, with their names inside one another."""
+    module = root
+    for name in filter(None, site.module.split(".")):
+        module = module.get_submodule(name)
+        yield name, module
+
+
+_CHANGED = (
+    "The network wrote into this batch of inputs, unlike into the first one of its form; it is "
+    "changed. Let the network work on a copy of its inputs."
+)
+
+
+def _is_counted(tensor: Tensor) -> bool:
+    """Whether a tensor counts how often it is written."""
+    strided = not tensor.is_inference() and tensor.layout == torch.strided
+    return strided and not is_functorch_wrapped_tensor(tensor)
+
+
+def _form(inputs: Any) -> tuple[Any, ...] | None:
+    """Properties of inputs by which networks decide whether to work on copies of them.
+
+    `None` if writing into them would not be noticed.
+    """
+    tensors = [inputs] if isinstance(inputs, Tensor) else list(tensors_in(inputs))
+    if not all(map(_is_counted, tensors)):
+        return None
+    return tuple((t.dtype, t.device, t.ndim, t.is_contiguous()) for t in tensors)
 
 
 class _Kept:
@@ -82,8 +149,7 @@ class _Kept:
     """
 
     def __init__(self, tensor: Tensor, *, copy: bool, sample: bool) -> None:
-        counted = not tensor.is_inference() and tensor.layout == torch.strided
-        self.safe = copy or not counted or is_functorch_wrapped_tensor(tensor)
+        self.safe = copy or not _is_counted(tensor)
         self.tensor = tensor.clone() if self.safe else tensor
         self._mark = None if self.safe else self._state()
         self._sample = None if self.safe or not sample else self._numbers().clone()
@@ -111,68 +177,67 @@ class _Kept:
 
 
 class _Pass:
-    """Pass of a network in which whole sites are read.
+    """Pass of a network, to its end if it is the first one of its kind.
 
     Args:
-        root: Network, without wrappers.
-        sites: Whole sites.
-        habits: What is known of the network; added to.
+        reader: Reader of the sites.
+        is_first: Whether to count calls, and to look closely at what is written.
     """
 
-    def __init__(self, root: nn.Module, sites: list[Site], habits: _Habits) -> None:
-        self.root, self.sites, self.habits = root, sites, habits
+    def __init__(self, reader: Reader, *, is_first: bool) -> None:
+        self.reader, self.is_first = reader, is_first
+        self.n_sites = len(reader.sites)
         self.kept: dict[Site, _Kept] = {}
-        self.n_calls: Counter[Site] = Counter()
-        modules = [root.get_submodule(site.module) for site in sites]
-        self.is_first = any(module not in habits.n_calls for module in modules)
-        for site, module in zip(sites, modules, strict=True):
-            if site.call is None and habits.n_calls.get(module, 1) > 1:
-                raise SiteError(several_calls(site))
+        self.n_calls = dict.fromkeys(reader.sites, 0)
 
-    def run(self, inputs: Any) -> None:
-        """Run the network.
+    def run(self, root: nn.Module, inputs: Any) -> bool:
+        """Run the network, and return whether it came to its end.
 
         Raises:
             SiteError: A site is not reached, or its module is called several times.
             UserError: The network refuses the inputs.
         """
-        with ExitStack() as hooks:
-            for site in self.sites:
-                keep = functools.partial(self._keep, site)
-                hooks.callback(hook_site(self.root, site, keep).remove)
-            if isinstance(inputs, Mapping):
-                inputs = dict(inputs)
-            try:
-                call_network(self.root, tree_map_only(Tensor, torch.clone, inputs))
-            except _Reached:
-                return
-            except UserError:
+        hooks: list[RemovableHandle] = []
+        try:
+            for site in self.reader.sites:
+                hooks += [hook_site(root, site, functools.partial(self._keep, site))]
+            call_network(root, dict(inputs) if isinstance(inputs, Mapping) else inputs)
+        except _Reached:
+            return False
+        except UserError:
+            raise
+        except Exception:
+            if len(self.kept) < self.n_sites:
                 raise
-            except Exception:
-                if len(self.kept) < len(self.sites):
-                    raise
-                return  # behind the last site, where no other pass gets
-        missing = [site for site in self.sites if site not in self.kept]
+            return False  # behind the last site, where no other pass gets
+        finally:
+            for hook in hooks:
+                hook.remove()
+        missing = [site for site in self.reader.sites if site not in self.kept]
         if missing:
             raise SiteError(never_called(missing, self.n_calls))
-        for site in self.sites:
-            self.habits.n_calls[self.root.get_submodule(site.module)] = self.n_calls[site]
+        return True
 
     def _keep(self, site: Site, value: Any) -> Any:
         self.n_calls[site] += 1
         number = self.n_calls[site]
         if number == (site.call or 1):
-            copy = site in self.habits.written
+            copy = site in self.reader.written
             self.kept[site] = _Kept(tensor_of(value, site), copy=copy, sample=self.is_first)
         elif site.call is None:
             raise SiteError(several_calls(site))
-        if len(self.kept) == len(self.sites) and not self.is_first:
+        if not self.is_first and len(self.kept) == self.n_sites:
             raise _Reached
         return value
 
-    def written(self) -> set[Site]:
-        """Sites whose tensors the network wrote into after they were reached."""
-        return {site for site, kept in self.kept.items() if kept.is_written()}
+    def within(self, given: list[_Kept]) -> set[Site]:
+        """Sites whose tensors are in the memory of the inputs, which are the user's own."""
+        memory = {kept.tensor.untyped_storage().data_ptr() for kept in given}
+        return {
+            site
+            for site, kept in self.kept.items()
+            if not kept.safe and kept.tensor.untyped_storage().data_ptr() in memory
+        }
 
 
 def several_calls(site: Site) -> str:

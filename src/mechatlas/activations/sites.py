@@ -21,6 +21,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
 
 from jaxtyping import Shaped
 from torch import Tensor, nn
@@ -29,7 +30,6 @@ from torch.jit import ScriptModule
 from mechatlas.activations.axes import stamped_axis
 from mechatlas.activations.branches import branches_of, no_such_branch, select
 from mechatlas.activations.layouts import (
-    Channels,
     Layout,
     channel_axis,
     find_layouts,
@@ -45,7 +45,7 @@ from mechatlas.activations.passes import (
     is_aside,
     unwrapped,
 )
-from mechatlas.activations.reading import hook_site, never_called, several_calls, tensors_at
+from mechatlas.activations.reading import Reader, hook_site, never_called, several_calls, whole
 from mechatlas.activations.site_names import (
     fitting_sites,
     joined,
@@ -54,6 +54,7 @@ from mechatlas.activations.site_names import (
 )
 from mechatlas.activations.values import replace_tensor, tensor_of
 from mechatlas.base import Site, SiteError
+from mechatlas.maths.arrays import Channels
 
 Edit = Callable[[Tensor], Tensor]
 """Function from the activations at a site to their replacement, of the same shape."""
@@ -215,23 +216,37 @@ def read_activations(
         torch.Size([3, 8])
     """
     root = unwrapped(network)
-    wanted = {site: as_site(root, site) for site in sites}
-    whole = {site: dataclasses.replace(site, branch=None) for site in wanted.values()}
-    with ExitStack() as stack:
-        stack.enter_context(counted())
-        stack.enter_context(evaluation_mode(network))
-        stack.enter_context(eager())
-        batch = as_input(network, inputs)
-        stack.enter_context(running(network, batch, f" to read {', '.join(map(str, sites[:3]))}"))
-        tensors = tensors_at(root, batch, list(dict.fromkeys(whole.values())))
+    wanted, reader = _reader(root, tuple(sites))
+    batch = as_input(network, inputs)
+    modules = eager(reader.around(root))
+    with counted(), evaluation_mode(network), modules, running(network, batch, sites):
+        tensors = reader.tensors(root, batch)
         return {
-            given: tensors[site]
-            if site.branch is None
-            else _branch_layout(root, site, tensors[whole[site]], batch).cut(
-                tensors[whole[site]], select(root, site)
-            )
-            for given, site in wanted.items()
+            given: _cut(root, site, tensors[whole(site)], batch) for given, site in wanted.items()
         }
+
+
+def _reader(root: nn.Module, sites: tuple[AnySite, ...]) -> tuple[dict[AnySite, Site], Reader]:
+    """Sites by their given forms, and their reader, which is kept from pass to pass."""
+    readers = _readers.setdefault(root, {})
+    known = readers.get(sites)
+    if known is None or not known[1].is_current(root):
+        wanted = {site: as_site(root, site) for site in sites}
+        known = readers[sites] = wanted, Reader(root, wanted.values())
+    return known
+
+
+_readers: WeakKeyDictionary[nn.Module, dict[Any, tuple[dict[Any, Site], Reader]]] = (
+    WeakKeyDictionary()
+)
+
+
+def _cut(root: nn.Module, site: Site, tensor: Tensor, batch: Any) -> Tensor:
+    """Cut the tensor of a whole site to the site's branch."""
+    if site.branch is None:
+        return tensor
+    layout = _branch_layout(root, site, tensor, batch)
+    return layout.cut(tensor, select(root, site))
 
 
 def _branch_layout(root: nn.Module, site: Site, whole: Tensor, batch: Any) -> Layout:

@@ -41,6 +41,7 @@ from mechatlas.files import (
     open_regular,
     write,
 )
+from mechatlas.maths.arrays import Channels, numbers_of
 from mechatlas.maths.groups import Group
 from mechatlas.tensorfiles import DTYPES, read_safetensors
 
@@ -191,9 +192,10 @@ class Store(Result):
         if site in self.shapes:
             return StoreRows(self, site, slice(0, self.shapes[site].width), pool_bytes)
         base, _, branch = site.partition("/")
-        if base in self.shapes and branch in self.shapes[base].branches:
-            return StoreRows(self, base, slice(*self.shapes[base].branches[branch]), pool_bytes)
-        known = ", ".join(self.shapes[base].branches) if base in self.shapes else ""
+        named = self.shapes[base].channels if base in self.shapes else {}
+        if branch in named:
+            return StoreRows(self, base, named[branch], pool_bytes)
+        known = ", ".join(named)
         also = f" Branches of {base}: {known}." if known else ""
         raise StoreError(f"{have}; there is no {site!r}.{also}")
 
@@ -278,12 +280,12 @@ class StoreRows(Result):
     n_held_out: int
     """Number of held-out rows."""
 
-    def __init__(self, store: Store, site: str, channels: slice, pool_bytes: int) -> None:
+    def __init__(self, store: Store, site: str, channels: Channels, pool_bytes: int) -> None:
         self.store: Store = store
         self.site: str = site
-        self.channels: slice = channels
+        self.channels: Channels = channels
         self.shape: SiteShape = store.shapes[site]
-        self.d_in = len(range(*channels.indices(self.shape.width)))
+        self.d_in = len(numbers_of(channels, self.shape.width))
         self._train = [s for s in store.shards if s.site == site and s.split == "train"]
         self._held = [s for s in store.shards if s.site == site and s.split == "held"]
         self._all = self._train + self._held

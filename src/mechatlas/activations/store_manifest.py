@@ -8,7 +8,9 @@ files lie within the folder, or a `StoreError` names the key.
 """
 
 import contextlib
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -43,6 +45,13 @@ class SiteShape(NamedTuple):
     group, among the channels of one element."""
     places: int | None = None
     """Number of places of the map that may be kept, in a store with a group; else all may."""
+    scattered: Mapping[str, list[int]] = MappingProxyType({})
+    """Channels of each named branch whose channels do not lie side by side."""
+
+    @property
+    def channels(self) -> dict[str, slice | list[int]]:
+        """Channels of all named branches."""
+        return {name: slice(*ends) for name, ends in self.branches.items()} | {**self.scattered}
 
 
 class StoreEntries(NamedTuple):
@@ -124,11 +133,17 @@ def _shape(fields: Fields) -> SiteShape:
     for name, ends in ranges.items():
         if not _whole(ends, 2) or not 0 <= ends[0] < ends[1] <= width:
             raise branches.wrong(name, f"first channel and channel after the last of {width}")
+    scattered = fields.part("scattered").values if fields.has("scattered") else {}
+    for name, numbers in scattered.items():
+        if not isinstance(numbers, list) or not _whole(numbers, len(numbers)) or not numbers:
+            raise branches.wrong(name, "a list of channels")
+        if min(numbers) < 0 or max(numbers) >= width or len({*numbers}) < len(numbers):
+            raise branches.wrong(name, f"channels of 0 to {width - 1}, each once")
     grid: Any = fields.values.get("grid")
     if not _whole(grid, 2) or min(grid) < 1:
         raise fields.wrong("grid", "two whole numbers of at least 1")
     places = fields.integer("places") if fields.has("places") else None
-    return SiteShape(width, tuple(grid), ranges, places)
+    return SiteShape(width, tuple(grid), ranges, places, scattered)
 
 
 def _whole(value: Any, n: int) -> bool:

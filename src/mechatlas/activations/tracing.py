@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mechatlas.activations.networks import running
 from mechatlas.activations.passes import counted, eager, evaluation_mode
-from mechatlas.activations.reading import hook_site, several_calls, tensors_at
+from mechatlas.activations.reading import Reader, hook_site, several_calls, whole
 from mechatlas.activations.values import tensor_of, tensors_in
 from mechatlas.base import Site, SiteError
 
@@ -149,8 +149,7 @@ def trace(
     with ExitStack() as hooks:
         for mode in (counted(), evaluation_mode(network), eager()):
             hooks.enter_context(mode)
-        whole = {site: dataclasses.replace(site, branch=None) for site in sites}
-        tensors_at(network, inputs, list(dict.fromkeys(whole.values())))  # refuses later calls too
+        Reader(network, sites).tensors(network, inputs)  # refuses later calls too
         for name, module in network.named_modules():
             start = functools.partial(recorder.start, name)
             handle = module.register_forward_pre_hook(start, with_kwargs=True)
@@ -160,8 +159,8 @@ def trace(
                     recorder.finish, with_kwargs=True, always_call=True
                 ).remove
             )
-        recorder.n_sites = len(set(whole.values()))
-        for site in dict.fromkeys(whole.values()):
+        recorder.n_sites = len({whole(site) for site in sites})
+        for site in dict.fromkeys(whole(site) for site in sites):
             reach = functools.partial(recorder.reach, site)
             hooks.callback(hook_site(network, site, reach).remove)
         if operations:
@@ -169,10 +168,10 @@ def trace(
             hooks.enter_context(recorder)
         with running(network, inputs), suppress(_Done):
             network(inputs)
-    missing = ", ".join(str(site) for site, w in whole.items() if w not in recorder.reached)
+    missing = ", ".join(str(site) for site in sites if whole(site) not in recorder.reached)
     if missing:
         raise SiteError(f"The network ran without calling the module of: {missing}.")
-    reached = {site: recorder.reached[w] for site, w in whole.items()}
+    reached = {site: recorder.reached[whole(site)] for site in sites}
     origin = {site: number for site, (_, _, number) in reached.items()}
     if operations and -1 in origin.values():
         site = next(site for site, number in origin.items() if number < 0)

@@ -20,6 +20,7 @@ from mechatlas.app.inputs import checksum_of, open_dictionary, refuse_other_netw
 from mechatlas.app.run_folder import MATCHES, MATCHING, RunFolder
 from mechatlas.base import DiskError, InputError, RecipeError, StoreError
 from mechatlas.files import MANIFEST, Fields, checksum_file, read_manifest
+from mechatlas.maths.arrays import Channels
 from mechatlas.tensorfiles import read_table
 
 
@@ -30,7 +31,7 @@ class BranchSite:
     dictionary: Any
     """A `Dictionary` on the CPU."""
     rows: StoreRows
-    branches: dict[str, slice]
+    branches: dict[str, Channels]
 
     def read(self, n_rows: int) -> Iterator[tuple[Tensor, Tensor]]:
         """First rows of the store, with the sample of each; they are stored shuffled."""
@@ -79,8 +80,8 @@ def open_site(path: Path, site: str | None, store: Store, folder: RunFolder) -> 
             f"and there is nothing to compare. Give a dictionary of {rows.site}; to find the "
             "features of a branch in it, use `mechatlas match`."
         )
-    if not rows.shape.branches:
-        have = [name for name, shape in store.shapes.items() if shape.branches]
+    if not rows.shape.channels:
+        have = [name for name, shape in store.shapes.items() if shape.channels]
         raise StoreError(
             f"{name} has no named branches. Sites of {store.root} that have some: "
             f"{', '.join(have) or 'none'}."
@@ -91,8 +92,7 @@ def open_site(path: Path, site: str | None, store: Store, folder: RunFolder) -> 
             f"{dictionary.d_in} and writes {dictionary.d_out}."
         )
     folder.parent(str(path.resolve()), opened.checksum)
-    named = {name: slice(*ends) for name, ends in rows.shape.branches.items()}
-    return BranchSite(dictionary, rows, named)
+    return BranchSite(dictionary, rows, rows.shape.channels)
 
 
 def read_labels(text: str, dictionary: Path, n: int, folder: RunFolder) -> list[Any]:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from mechatlas.base import InputError
 from mechatlas.dictionaries.rows import check_width
-from mechatlas.dictionaries.sparsity import NONE, Rule, State
+from mechatlas.dictionaries.sparsity import NONE, JumpReLU, Rule, State, as_rule
 
 
 class RowUnits(NamedTuple):
@@ -51,8 +51,16 @@ def layer_norm(x: Float[Tensor, "batch d_in"]) -> RowUnits:
     return RowUnits(x.mean(dim=-1, keepdim=True), deviation + 1e-5, deviation)
 
 
+<<<<<<< HEAD
 NORMS: dict[str, RowNorm] = {"layer_norm": layer_norm, "root_length": root_length}
 """Ways to scale each row by itself, by the names that files of ours have for them."""
+=======
+def _with_units(code: Tensor, units: RowUnits | None) -> Tensor:
+    """Code with the units of its rows noted on it."""
+    if units:
+        code.row_units = units  # pyright: ignore[reportAttributeAccessIssue]
+    return code
+>>>>>>> main
 
 
 class Pretrained(nn.Module):
@@ -124,7 +132,7 @@ class Pretrained(nn.Module):
         for name, tensor in {**weights, "W_skip": W_skip, **state}.items():
             self.register_buffer(name, tensor)
         self._state = list(state)
-        self.sparsity, self.norm = sparsity, norm
+        self._rule, self._rule_is_read, self.norm = sparsity, True, norm
         self.subtracts_b_dec, self.transcodes = subtracts_b_dec, transcodes
         self.file_format, self.site, self.metadata = file_format, site, dict(metadata or {})
 
@@ -134,9 +142,33 @@ class Pretrained(nn.Module):
         return {name: getattr(self, name) for name in self._state}
 
     @property
+<<<<<<< HEAD
     def sites(self) -> tuple[str, ...]:
         """Names of the sites that it writes, in the order of the columns."""
         return tuple(self.spans)
+=======
+    def sparsity(self) -> Rule:
+        """Sparsity rule; one that is assigned says by which penalty the dictionary is trained."""
+        return self._rule
+
+    @sparsity.setter
+    def sparsity(self, sparsity: Callable[..., Tensor]) -> None:
+        rule, known = as_rule(sparsity), self.state
+        if isinstance(rule, JumpReLU) and "threshold" in known:
+            known["log_threshold"] = known["threshold"].clamp_min(TINY).log()
+        for name in self._state:
+            delattr(self, name)
+        state = {**rule.parameters(self.n_latents), **rule.buffers(self.n_latents)}
+        for name, start in state.items():
+            own = known.get(name, start)
+            own = own if own.shape == start.shape else start
+            self.register_buffer(name, own.detach().clone().to(self.W_dec))
+        self._state, self._rule, self._rule_is_read = list(state), rule, False
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """Arguments to build it again.
+>>>>>>> main
 
     @property
     def config(self) -> dict[str, Any]:
@@ -157,20 +189,24 @@ class Pretrained(nn.Module):
         """Turn the weights into parameters, to train a dictionary of another library further.
 
         Raises:
-            InputError: The number of active latents would not stay as it is, or there is a skip
-                connection, which `decode` leaves out.
+            InputError: No penalty keeps the codes sparse, or there is a skip connection, which
+                `decode` leaves out.
         """
-        if not (self.sparsity.by_row and hasattr(self.sparsity, "k")):
+        keeps_k = self.sparsity.by_row and hasattr(self.sparsity, "k")
+        if self._rule_is_read and not keeps_k:
+            name = type(self.sparsity).__name__
+            own = {"ReLU": "ReLU(l1=1.0)", "Gated": "Gated(l1=1.0)"}.get(name, "JumpReLU(l0=1.0)")
             raise InputError(
-                f"Cannot train on a dictionary of {self.file_format or 'another library'} with "
-                f"{self.sparsity}: its file does not say by which penalty its codes were kept "
-                "sparse. Give it a rule of its own, as dictionary.sparsity = ma.TopK(k=32)."
+                f"Cannot train on a dictionary of {self.file_format or 'another library'} with the "
+                f"rule {name}: its file does not say by which penalty its codes were kept sparse. "
+                f"Give the penalty, as dictionary.sparsity = ma.{own}, or another rule."
             )
         if self.W_skip is not None:
             raise InputError(
                 "Cannot train on a transcoder with a skip connection; build a Transcoder."
             )
-        for name in ("W_enc", "b_enc", "W_dec", "b_dec"):
+        learned = self.sparsity.parameters(1)
+        for name in ("W_enc", "b_enc", "W_dec", "b_dec", *learned):
             weight = getattr(self, name)
             if not isinstance(weight, nn.Parameter):
                 delattr(self, name)
@@ -180,7 +216,15 @@ class Pretrained(nn.Module):
 
     def as_pretrained(self) -> "Pretrained":
         """See this dictionary in the parts of other libraries."""
-        return self
+        rule, state = self.sparsity.frozen(self.state, self.n_latents)
+        if rule is self.sparsity:
+            return self
+        return Pretrained(
+            W_enc=self.W_enc, b_enc=self.b_enc, W_dec=self.W_dec, b_dec=self.b_dec,
+            sparsity=rule, state=state, subtracts_b_dec=self.subtracts_b_dec, norm=self.norm,
+            transcodes=self.transcodes, W_skip=self.W_skip, file_format=self.file_format,
+            site=self.site,
+        )  # fmt: skip
 
     def encode(self, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch latent"]:
         """Sparse code of each sample.
@@ -188,6 +232,11 @@ class Pretrained(nn.Module):
         Raises:
             InputError: The rows are not `d_in` wide.
         """
+        pre, units = self._pre_activations(x)
+        return _with_units(self.sparsity(pre, self.state), units)
+
+    def _pre_activations(self, x: Tensor) -> tuple[Tensor, RowUnits | None]:
+        """Pre-activations of some rows, and the units that the rows were brought to."""
         check_width(x, self.d_in, self.W_enc.device)
         x = x.to(_wide(x, self.W_enc))
         units = self.norm(x) if self.norm else None
@@ -195,6 +244,7 @@ class Pretrained(nn.Module):
             x = (x - units.mean) / units.divisor
         if self.subtracts_b_dec:
             x = x - self.b_dec
+<<<<<<< HEAD
         if self.sparsity.pursues:
             code = self.sparsity.pursue(x, self.W_dec)
         else:
@@ -202,6 +252,36 @@ class Pretrained(nn.Module):
         if units:
             code.row_units = units  # pyright: ignore[reportAttributeAccessIssue]
         return code
+=======
+        return x @ self.W_enc + self.b_enc, units
+
+    def training_code(
+        self,
+        x: Float[Tensor, "batch d_in"],
+        target: Float[Tensor, "batch d_out"],
+        weights: Float[Tensor, " batch"],
+    ) -> tuple[Float[Tensor, "batch latent"], Float[Tensor, " batch"]]:
+        """Encode rows in training, and compute the penalty of the rule for each.
+
+        Args:
+            x: Rows.
+            target: Rows that are reconstructed.
+            weights: Weight of the squared error of each row.
+        """
+        pre, units = self._pre_activations(x)
+        code = _with_units(self.sparsity.training_code(pre, self.state), units)
+        if not self.sparsity.by_row and bool((code > 0).any()):
+            self.sparsity.update_threshold(code[code > 0].detach().min(), self.state)
+        atoms, bias = self.W_dec.detach(), self.b_dec.detach()
+
+        def unexplained(gates: Tensor) -> Tensor:
+            out = gates @ atoms + bias
+            if units and not self.transcodes:
+                out = out * units.scale + units.mean
+            return weights * (target - out).square().sum(dim=-1)
+
+        return code, self.sparsity.penalty(pre, code, unexplained, self.state)
+>>>>>>> main
 
     def decode(
         self, code: Float[Tensor, "batch latent"], x: Float[Tensor, "batch d_in"] | None = None

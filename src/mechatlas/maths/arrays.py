@@ -4,6 +4,7 @@ as_array    numpy, torch, lists, memory maps -> one contiguous array of a known 
 as_numbers  the same of any shape, and as it lies in memory
 as_tensor   the same as a tensor, on the device where it is
 unit_rows   rows brought to length 1
+numbers_of  a slice of channels, or some of them, as numbers
 """
 
 import warnings
@@ -24,6 +25,13 @@ if TYPE_CHECKING:
 else:
     SparseMatrix = sparse.spmatrix | sparse.sparray
 """Sparse matrix of scipy, which ships no types."""
+Channels = slice | list[int]
+"""Some of the channels."""
+
+
+def numbers_of(channels: Channels, width: int) -> list[int]:
+    """Numbers of some of `width` channels, in their order."""
+    return list(range(width)[channels]) if isinstance(channels, slice) else channels
 
 
 def as_array(

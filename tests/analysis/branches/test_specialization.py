@@ -287,6 +287,18 @@ def test_the_covariance_of_squares_is_that_of_gaussians():
             assert exact == pytest.approx(sampled, abs=0.06)
 
 
+def test_channels_of_a_branch_need_not_lie_side_by_side():
+    random = np.random.default_rng(4)
+    atoms, rows = np.abs(random.standard_normal((60, 9))), random.standard_normal((200, 9))
+    order = np.array([0, 3, 6, 1, 2, 7, 8, 4, 5])
+    even = branches(atoms[:, order], {"a": (0, 3), "b": (3, 7)}, rows[:, order])
+    mask = np.isin(np.arange(9), [1, 2, 7, 8])
+    for a in (slice(0, 9, 3), np.array([6, 0, 3]), [0, 3, 6]):
+        found = branches(atoms, {"a": a, "b": mask}, rows)
+        np.testing.assert_allclose(found.share, even.share)
+        np.testing.assert_allclose(found.p_values, even.p_values)
+
+
 SICK = np.ones((3, 8))
 SICK[1, 6] = np.nan
 
@@ -299,8 +311,11 @@ SICK[1, 6] = np.nan
         (np.ones((3, 8)), {}, None, "There are no branches"),
         (np.ones((3, 8)), {"a": slice(0, 8)}, None, "'a' is all 8 channels.*nothing to compare"),
         (np.ones((3, 8)), {"a": (0, 4), "b": (3, 8)}, None, "Branches 'a' and 'b' overlap"),
-        (np.ones((3, 8)), {"a": (0, 4), "b": (4, 9)}, None, "'b' is channels 4 to 9"),
-        (np.ones((3, 8)), {"a": slice(0, 8, 2), "b": (4, 9)}, None, "every 2th channel"),
+        (np.ones((3, 8)), {"a": (0, 4), "b": (4, 9)}, None, r"'b' is \(4, 9\); .* channels 0 to 7"),
+        (np.ones((3, 8)), {"a": np.array([1, 5, 8])}, None, r"'a' is \[1 5 8\]; expected some"),
+        (np.ones((3, 8)), {"a": np.array([1, 5, 1])}, None, r"'a' is .*each once"),
+        (np.ones((3, 8)), {"a": slice(4, 9)}, None, "'a' is slice.*expected some"),
+        (np.ones((3, 8)), {"a": slice(0, 0)}, None, "'a' is slice.*expected some"),
         (np.ones(8), FEW, None, r"W_dec has shape \(8,\), expected an array"),
         (np.ones((3, 8)), FEW, np.ones((5, 7)), "8 channels, the activations 7"),
         (np.ones((3, 8)), FEW, np.ones((5, 8)), "All 5 rows of activations are equal"),

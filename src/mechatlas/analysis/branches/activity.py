@@ -20,6 +20,7 @@ from scipy import stats
 from torch import Tensor
 
 from mechatlas.base import InputError, Progress, no_progress
+from mechatlas.maths.arrays import Channels
 
 GROUPS = 32
 """Number of groups of samples that are left out one after another."""
@@ -54,7 +55,7 @@ class ActivityShares:
 def activity_shares(
     dictionary: Any,
     rows: Iterable[tuple[Tensor, Tensor]],
-    branches: Mapping[str, slice],
+    branches: Mapping[str, Channels],
     mean: Float[np.ndarray, " d"],
     *,
     n_rows: int = 0,
@@ -104,7 +105,9 @@ def activity_shares(
     return sums.finish(done, linear=encoder is not None)
 
 
-def _split(encoder: Tensor, x: Tensor, row: Tensor, latent: Tensor, slices: list[slice]) -> Tensor:
+def _split(
+    encoder: Tensor, x: Tensor, row: Tensor, latent: Tensor, slices: list[Channels]
+) -> Tensor:
     """Encoder input of each pair of a row and a feature: through every branch, and in all."""
     atoms = encoder.T
     parts = []

@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.utils import data
 
 from mechatlas import deprecated
+from mechatlas.activations.branches import as_channels
 from mechatlas.analysis.branches.null import (
     FAINTEST,
     Components,
@@ -33,7 +34,7 @@ from mechatlas.analysis.branches.null import (
     whitening_pair,
 )
 from mechatlas.base import InputError, Result
-from mechatlas.maths.arrays import as_array
+from mechatlas.maths.arrays import Channels, as_array, numbers_of
 from mechatlas.maths.directions import distinct_rows
 from mechatlas.maths.statistics import q_values, wilson
 
@@ -144,8 +145,9 @@ def branches(
 
     Args:
         W_dec: Decoder rows (n_features, d), numpy, torch or lists; or a dictionary.
-        branches: Name -> channels, as a slice or (first, one after the last). They must not
-            overlap; together they need not cover the site.
+        branches: Name -> channels, as a slice, as (first, one after the last), or as an array of
+            numbers or of one bool a channel. They must not overlap; together they need not cover
+            the site.
         activations: Rows (n, d) of the site, or their `channel_statistics`. Without them all
             channels count as equally and independently variable.
         positive: Only the positive part of a row counts, as after a rectifier. By default it does
@@ -318,7 +320,10 @@ class BranchTest:
 
 
 def plain_shares(
-    atoms: Float[np.ndarray, "feature d"], branches: Mapping[str, slice], *, positive: bool = True
+    atoms: Float[np.ndarray, "feature d"],
+    branches: Mapping[str, Channels],
+    *,
+    positive: bool = True,
 ) -> tuple[Float[np.ndarray, "feature branch"], Float[np.ndarray, " branch"]]:
     """Shares without a test, 0 for rows without length, and the shares that width predicts.
 
@@ -329,7 +334,7 @@ def plain_shares(
     """
     part = np.maximum(atoms, 0) if positive else np.abs(atoms)
     whole = np.maximum(np.linalg.norm(part, axis=1), np.finfo(np.float32).tiny)
-    widths = [len(range(*s.indices(atoms.shape[1]))) for s in branches.values()]
+    widths = [len(numbers_of(channels, atoms.shape[1])) for channels in branches.values()]
     shares = np.zeros((len(atoms), len(widths)))
     for k, s in enumerate(branches.values()):
         shares[:, k] = np.linalg.norm(part[:, s], axis=1) / whole
@@ -391,29 +396,23 @@ def _blocks(activations: Any) -> Iterator[np.ndarray]:
         yield rows[start : start + ROWS_AT_ONCE].astype(np.float64)
 
 
-def checked_branches(branches: Mapping[str, Any], d: int) -> dict[str, slice]:
-    """Branches as slices of the channels.
+def checked_branches(branches: Mapping[str, Any], d: int) -> dict[str, Channels]:
+    """Branches as slices or numbers of the channels.
 
     Raises:
         InputError: There is nothing to compare; or one is empty, does not fit, or overlaps.
     """
-    named: dict[str, slice] = {}
+    named: dict[str, Channels] = {}
     branch_of = np.full(d, -1)
-    for number, (name, ends) in enumerate(dict(branches).items()):
-        first, last = (ends.start, ends.stop) if isinstance(ends, slice) else tuple(ends)
-        first, last = 0 if first is None else int(first), d if last is None else int(last)
-        if isinstance(ends, slice) and ends.step not in (None, 1):
-            raise InputError(f"Branch {name!r} takes every {ends.step}th channel, expected all.")
-        if not 0 <= first < last <= d:
-            raise InputError(
-                f"Branch {name!r} is channels {first} to {last}; expected some of 0 to {d}."
-            )
-        taken = branch_of[first:last]
+    for number, (name, given) in enumerate(dict(branches).items()):
+        at = _channels(name, given, d)
+        taken = branch_of[at]
         if (taken >= 0).any():
             other = list(named)[int(taken.max())]
             raise InputError(f"Branches {other!r} and {name!r} overlap.")
-        branch_of[first:last] = number
-        named[str(name)] = slice(first, last)
+        branch_of[at] = number
+        side_by_side = at == list(range(at[0], at[-1] + 1))
+        named[str(name)] = slice(at[0], at[-1] + 1) if side_by_side else at
     if not named:
         raise InputError("There are no branches: pass a dict of name -> slice of the channels.")
     if len(named) == 1 and (branch_of >= 0).all():
@@ -432,3 +431,23 @@ def _refuse_unless_finite(block: np.ndarray, name: str, start: int) -> None:
             f"{name} is not finite at row {start + row}, column {column} "
             f"({block[row, column]}). Remove the row, or find out where it came from."
         )
+
+
+def _channels(name: str, given: Any, d: int) -> list[int]:
+    """Numbers of the channels of a branch, in ascending order.
+
+    Raises:
+        InputError: There are none, some are not among the `d`, or one comes twice.
+    """
+    pair = isinstance(given, tuple | list) and len(given) == 2 and not isinstance(given[0], bool)
+    if isinstance(given, slice):
+        inside = (given.start or 0) >= 0 and (given.stop or 0) <= d
+        at = numbers_of(given, d) if inside else []
+    else:
+        at = list(range(*map(int, given))) if pair else numbers_of(as_channels(given), d)
+    if not at or not 0 <= min(at) <= max(at) < d or len(set(at)) < len(at):
+        raise InputError(
+            f"Branch {name!r} is {given}; expected some of the channels 0 to {d - 1}, each once: a "
+            "slice, (first, one after the last), or an array of numbers or of one bool a channel."
+        )
+    return sorted(at)

@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from mechatlas.activations.branches import branches_of, ends_of, select
-from mechatlas.activations.layouts import Channels, expect_patterns
+from mechatlas.activations.layouts import expect_patterns
 from mechatlas.activations.tracing import Operation, same_numbers, trace
 from mechatlas.activations.values import tensors_in
 from mechatlas.base import Site, SiteError
+from mechatlas.maths.arrays import Channels
 
 MOST_ROUTES = 32
 aten: Any = torch.ops.aten

@@ -32,7 +32,7 @@ def vector_jacobian_products(
 
     Args:
         layer_map: Map to differentiate.
-        x: Activations of the source, in the shape the network gives them.
+        x: Arranged activations of the source.
         inputs: Inputs of the network for the same samples.
         directions: Directions of the target's channels, as columns.
         gradient_probes: Number of random sums with signs of +-1 that replace the gradients if
@@ -77,7 +77,7 @@ def directional_derivatives(
 
     Args:
         layer_map: Map to differentiate.
-        x: Activations of the source, in the shape the network gives them.
+        x: Arranged activations of the source.
         inputs: Inputs of the network for the same samples.
         tangents: Changes of the source, each of the shape of `x`.
     """
@@ -117,7 +117,7 @@ def form_jacobians(
 
     Args:
         form: A linear map, with or without a ReLU and a second linear map.
-        x: Activations of the source, in the shape the network gives them.
+        x: Arranged activations of the source.
         left: Directions of the target that are read, as columns.
         right: Directions of the source, one for each of its coordinates, as rows.
     """

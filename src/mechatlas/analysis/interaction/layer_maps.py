@@ -1,7 +1,8 @@
 """Maps of a network from each analyzed layer to the next.
 
-    layer_maps    a network and its layers -> one `LayerMap` from each layer to the next
-    rows_of       activations as (sample, position, channel), whatever the layer's shape
+    layer_maps     a network and its layers -> one `LayerMap` from each layer to the next
+    Arrangement    activations of a layer in one of three orders of axes, and back
+    rows_of        arranged activations as (sample, position, channel)
 
 A map is recognized by running it, never by name: a chain of modules that leads from one layer to
 the next, or one of the forms of `ReLUForm` inside that chain, is used only where it gives the
@@ -11,8 +12,9 @@ replaced; modules that run before that layer are left out only if that makes no 
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Shaped
@@ -20,13 +22,57 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mechatlas.activations.branches import select
-from mechatlas.activations.layouts import expect_patterns, layouts_of
+from mechatlas.activations.layouts import Layout, layouts_of
 from mechatlas.activations.sites import intervene, read_activations
 from mechatlas.activations.tracing import ModuleCall, Trace, Version, same_numbers, trace
-from mechatlas.base import Site, SiteError
+from mechatlas.base import Site, SiteError, UserError
 
 PATTERNS = ("bc", "bpc", "bcpp")
-"""Axes of the layers: vectors, tokens and maps; `p` is a position."""
+"""Arranged axes of layers: vectors, tokens and maps; `p` is a position."""
+
+
+class Arrangement(NamedTuple):
+    """Activations of a layer in an order of axes of `PATTERNS`, and back."""
+
+    layout: Layout
+    """Axes as the network gives them."""
+    shape: torch.Size
+    """Shape of some activations as the network gives them, cut to the layer's branch."""
+
+    @property
+    def is_arranged(self) -> bool:
+        """Whether the network gives them so."""
+        return self.layout.pattern in PATTERNS and self.layout.merged == 1
+
+    def arrange(self, x: Shaped[Tensor, "..."]) -> Shaped[Tensor, "sample ..."]:
+        """Arrange activations; all positions become one axis unless they are a map already."""
+        if self.is_arranged:
+            return x
+        rows = self.layout.rows(x)
+        return rows if rows.ndim == 2 else rows.flatten(1, -2)
+
+    def native(self, x: Shaped[Tensor, "sample ..."]) -> Shaped[Tensor, "..."]:
+        """Undo `arrange`, for any number of samples."""
+        if self.is_arranged:
+            return x
+        return self.layout.undo(x, torch.empty(self.shape, device="meta"))
+
+
+def arrangements(
+    network: nn.Module, inputs: Any, activations: Mapping[Site, Tensor]
+) -> dict[Site, Arrangement]:
+    """Find the arrangement of each layer.
+
+    Args:
+        network: Network that has the layers.
+        inputs: Batch of inputs.
+        activations: Activations of the layers on them, cut to their branches.
+
+    Raises:
+        SiteError: Batch or channels of a layer are not known.
+    """
+    layouts = layouts_of(network, inputs, list(activations))
+    return {site: Arrangement(layouts[site], x.shape) for site, x in activations.items()}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -75,22 +121,13 @@ class LayerMap:
 
 
 def rows_of(activations: Shaped[Tensor, "sample ..."]) -> Float[Tensor, "n position d"]:
-    """View activations with one axis of samples, one of positions and one of channels.
-
-    Raises:
-        SiteError: The activations have neither two, three nor four axes.
-    """
-    if activations.ndim not in (2, 3, 4):
-        raise SiteError(
-            f"Activations of shape {tuple(activations.shape)} cannot be analyzed: expected "
-            "(sample, channel), (sample, position, channel) or (sample, channel, h, w)."
-        )
+    """View arranged activations with one axis of samples, one of positions and one of channels."""
     last = channels_last(activations)
     return last.reshape(last.shape[0], -1, last.shape[-1])
 
 
 def channels_last(activations: Shaped[Tensor, "sample ..."]) -> Shaped[Tensor, "sample ..."]:
-    """Move the channels of a map to the last axis; `layer_maps` refuses other axes than these."""
+    """Move the channels of an arranged map to the last axis."""
     return activations.movedim(1, -1) if activations.ndim == 4 else activations
 
 
@@ -114,12 +151,13 @@ def layer_maps(
     Raises:
         SiteError: A layer is not reached, or does not depend on the one before it.
     """
-    expect_patterns(network, inputs, layers, PATTERNS, "The interaction basis")
     traced = trace(network, inputs, layers)
+    cut = {site: _cut(network, site, traced, inputs) for site in layers}
+    arranged = arrangements(network, inputs, cut)
     maps = []
     for source, target in itertools.pairwise(layers):
-        layer_map = _layer_map(network, source, target, traced, inputs)
-        _check_order(layer_map, _cut(network, source, traced, inputs), inputs)
+        layer_map = _layer_map(network, (source, target), arranged, cut, traced, inputs)
+        _check_order(layer_map, arranged[source].arrange(cut[source]), inputs)
         maps.append(layer_map)
     return maps
 
@@ -132,26 +170,34 @@ def _cut(network: nn.Module, site: Site, traced: Trace, inputs: Tensor) -> Tenso
 
 
 def _layer_map(
-    network: nn.Module, source: Site, target: Site, traced: Trace, inputs: Tensor
+    network: nn.Module,
+    layers: tuple[Site, Site],
+    arranged: Mapping[Site, Arrangement],
+    activations: Mapping[Site, Tensor],
+    traced: Trace,
+    inputs: Tensor,
 ) -> LayerMap:
-    before, after = (_cut(network, site, traced, inputs) for site in (source, target))
+    source, target = layers
+    native, arrange = arranged[source].native, arranged[target].arrange
+    before = arranged[source].arrange(activations[source])
+    after = arrange(activations[target])
     chain = None
     if source.branch is target.branch is None:
         chain = _chain(traced.finished_calls(), traced.versions[source], traced.versions[target])
-    if chain is not None and same_numbers(_run_chain(chain, before), after):
+    if chain is not None and same_numbers(arrange(_run_chain(chain, native(before))), after):
         modules = chain
-        form = _recognize(chain, before, after)
         names = " > ".join(type(m).__name__ for m in chain)
 
         def chained(x: Tensor, _inputs: Tensor) -> Tensor:
-            return _run_chain(modules, x)
+            return arrange(_run_chain(modules, native(x)))
 
+        form = _recognize(chain, lambda x: chained(x, inputs), before, after)
         linear = form is not None or _is_piecewise_linear(chained, before, inputs)
         return LayerMap(source, target, chained, form, names, linear, depends_only_on_source=True)
 
     def whole(x: Tensor, samples: Tensor) -> Tensor:
-        with intervene(network, {source: lambda _old: x}):
-            return read_activations(network, samples, [target])[target]
+        with intervene(network, {source: lambda _old: native(x)}):
+            return arrange(read_activations(network, samples, [target])[target])
 
     idle = _before(traced, network, source, len(inputs))
     own = network.get_submodule(source.module)
@@ -160,8 +206,8 @@ def _layer_map(
         if own not in idle:
             with _standing_in({m: out.expand(len(x), *out.shape[1:]) for m, out in idle.items()}):
                 return whole(x, samples)
-        with _standing_in({**idle, own: x}):  # up to the layer one sample is enough
-            return read_activations(network, samples[:1], [target])[target]
+        with _standing_in({**idle, own: native(x)}):  # up to the layer one sample is enough
+            return arrange(read_activations(network, samples[:1], [target])[target])
 
     with torch.no_grad():
         alone = bool(idle) and _agree(short, whole, before, inputs)
@@ -227,7 +273,7 @@ def _agree(first: Run, second: Run, x: Tensor, inputs: Tensor) -> bool:
             same_numbers(first(trial, inputs), second(trial, inputs))
             for trial in (x, x.flip(0), noise)
         )
-    except (RuntimeError, SiteError):
+    except (RuntimeError, UserError):
         return False
 
 
@@ -278,7 +324,9 @@ def _run_chain(chain: list[nn.Module], x: Tensor) -> Tensor:
     return x
 
 
-def _recognize(chain: list[nn.Module], before: Tensor, after: Tensor) -> ReLUForm | None:
+def _recognize(
+    chain: list[nn.Module], run: Callable[[Tensor], Tensor], before: Tensor, after: Tensor
+) -> ReLUForm | None:
     leaves = [m for module in chain for m in module.modules() if isinstance(m, nn.Linear)]
     kernels = [
         m
@@ -299,12 +347,12 @@ def _recognize(chain: list[nn.Module], before: Tensor, after: Tensor) -> ReLUFor
         first, second = leaves
         candidates = [ReLUForm(first, out=second, skip=skip) for skip in (False, True)]
     with torch.no_grad():
-        trials = list(_trials(chain, before, after))
+        trials = list(_trials(run, before, after))
         return next((form for form in candidates if _agrees(form, trials)), None)
 
 
 def _trials(
-    chain: list[nn.Module], before: Tensor, after: Tensor
+    run: Callable[[Tensor], Tensor], before: Tensor, after: Tensor
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Activations and their image under a chain: real ones, and some of either sign.
 
@@ -314,7 +362,7 @@ def _trials(
     noise = torch.randn(before.shape, generator=torch.Generator().manual_seed(0)).to(before)
     for other in (-before, noise * 30, noise * 1e6):
         try:
-            yield other, _run_chain(chain, other)
+            yield other, run(other)
         except (RuntimeError, ValueError):  # a module that refuses what is not an image, say
             continue
 

@@ -19,7 +19,13 @@ from torch import Tensor, nn
 
 from mechatlas.activations.sites import read_activations
 from mechatlas.analysis.interaction.derivatives import MAX_GRADIENTS, vector_jacobian_products
-from mechatlas.analysis.interaction.layer_maps import LayerMap, channels_last, rows_of, taps_of
+from mechatlas.analysis.interaction.layer_maps import (
+    LayerMap,
+    arrangements,
+    channels_last,
+    rows_of,
+    taps_of,
+)
 from mechatlas.base import InputError, NonFiniteError, Site
 from mechatlas.maths.arrays import as_tensor
 from mechatlas.maths.linalg import Firing, Moments, gram, parts_of, relu_pullback, skip_pullback
@@ -87,11 +93,13 @@ class Inputs:
             yield self._select(slice(start, start + size))
 
     def read(self, network: nn.Module, layers: Sequence[Site]) -> dict[Site, Tensor]:
-        """Read activations at some layers, from memory where they are kept."""
+        """Read arranged activations at some layers, from memory where they are kept."""
         if all(layer in self.activations for layer in layers):
             return {layer: self.activations[layer] for layer in layers}
         with torch.no_grad():
-            return read_activations(network, self.tensor, layers)
+            read = read_activations(network, self.tensor, layers)
+        arranged = arrangements(network, self.tensor, read)
+        return {layer: arranged[layer].arrange(x) for layer, x in read.items()}
 
     def with_activations(
         self, network: nn.Module, layers: Sequence[Site], *, batch_size: int
@@ -203,7 +211,7 @@ class LayerMapFiring:
         self._taps: dict[tuple[int, int], Firing] = {}
 
     def add(self, x: Shaped[Tensor, "sample ..."]) -> None:
-        """Add activations of the source of the map, as the network gives them."""
+        """Add arranged activations of the source of the map."""
         form = self.form
         self.n_rows += rows_of(x).shape[0] * rows_of(x).shape[1]
         with torch.no_grad():

@@ -24,7 +24,7 @@ from mechatlas.activations.store import Store, StoreRows
 from mechatlas.analysis.symmetry.baselines import PoseMapFit, PoseMaps, PoseR2
 from mechatlas.analysis.symmetry.regression import CodeRegression
 from mechatlas.base import Progress, StoreError, WeightsError, no_progress
-from mechatlas.maths.arrays import SparseMatrix
+from mechatlas.maths.arrays import Channels, SparseMatrix, numbers_of
 from mechatlas.maths.groups import Group
 
 BATCH = 4096
@@ -45,7 +45,7 @@ class PosedDictionary:
     group: Group
     action: str
     """How the group acts on inputs, such as "rotate"."""
-    columns: slice
+    columns: Channels
     """Columns of each block that the dictionary reads."""
     decoder_blocks: Float[np.ndarray, "feature order d"] | None
     """Decoder blocks of a dictionary that writes all of them."""
@@ -112,7 +112,7 @@ def pair_with_store(
             f"{store.root} has no held-out rows to measure on; collect with held_out > 0."
         )
     columns = branch.channels if branch.d_in < rows.d_in else slice(0, rows.d_in // group.order)
-    d = columns.stop - columns.start
+    d = len(numbers_of(columns, rows.d_in))
     action = str(store.manifest["group"].get("action", ""))
     blocks = _decoder_blocks(
         dictionary, name, trained_for or {}, group, action, d, f"{site} in {store.root}"

@@ -57,6 +57,7 @@ from mechatlas.app.run_folder import (
     RunConfig,
     RunFolder,
 )
+from mechatlas.maths.arrays import numbers_of
 from mechatlas.maths.statistics import proportion
 from mechatlas.ranges import RATE, SEED, check_ranges
 
@@ -110,7 +111,7 @@ class BranchResult:
     last: int
     """Channel after the last one."""
     width: int
-    """Number of channels."""
+    """Number of channels; fewer than lie between them where others lie there too."""
     expected_share: float
     """Share of a feature that belongs to no branch."""
     mean_share: float | None
@@ -358,13 +359,14 @@ def summarize(
     listed = []
     for k, (name, s) in enumerate(test.branches.items()):
         share = proportion(int(specialized[:, k].sum()), max(n_tested, 1))
+        at = numbers_of(s, test.rows.shape[1])
         there = ~np.isnan(tested.share[:, k])
         listed.append(
             BranchResult(
                 name=name,
-                first=s.start,
-                last=s.stop,
-                width=s.stop - s.start,
+                first=min(at),
+                last=max(at) + 1,
+                width=len(at),
                 expected_share=float(tested.expected[there, k][0]) if there.any() else 0.0,
                 mean_share=float(np.nanmean(tested.share[:, k])) if there.any() else None,
                 n_specialized=int(specialized[:, k].sum()),

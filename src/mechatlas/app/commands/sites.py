@@ -18,7 +18,7 @@ from torch import nn
 from tyro.conf import Positional, arg
 
 from mechatlas.activations import networks
-from mechatlas.activations.branches import branches_of, ends_of
+from mechatlas.activations.branches import branches_of, ends_of, scattered_of
 from mechatlas.activations.networks import Network
 from mechatlas.activations.site_names import lens_sites
 from mechatlas.activations.sites import SiteInfo, list_sites, read_activations
@@ -67,6 +67,8 @@ class SiteEntry:
     """Meaning of each axis: b the batch, c channels, any other a position; null if not known."""
     branches: dict[str, tuple[int, int]]
     """First channel of each branch, and the first after it."""
+    scattered: dict[str, list[int]]
+    """Channels of each branch whose channels do not lie side by side."""
     hidden: bool
     """Whether it lies inside a site with branches, and is listed with --everything only."""
 
@@ -142,6 +144,7 @@ def _entries(network: nn.Module, inputs: torch.Tensor, infos: list[SiteInfo]) ->
                     width=width,
                     axes=info.axes,
                     branches=ends_of(branches, width),
+                    scattered=scattered_of(branches, width),
                     hidden=inside and site not in names and not branches,
                 )
             )
@@ -191,6 +194,7 @@ def in_words(result: SitesResult) -> str:
 def _branches(entry: SiteEntry) -> str:
     """Names and widths of the branches; heads, of one width, as a range."""
     branches = {name: b - a for name, (a, b) in entry.branches.items()}
+    branches |= {name: len(numbers) for name, numbers in entry.scattered.items()}
     names = list(branches)
     if len(names) > MANY and len(set(branches.values())) == 1:
         return f"{names[0]} .. {names[-1]} ({len(names)} of {branches[names[0]]})"

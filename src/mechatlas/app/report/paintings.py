@@ -7,6 +7,7 @@ as_webp         an image -> a file
 
 import dataclasses
 import io
+from collections.abc import Mapping
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from mechatlas.activations.images import ImageSamples
 from mechatlas.analysis.visualization import VisualizeConfig, visualize
 from mechatlas.base import Progress, Site, no_progress
+from mechatlas.maths.arrays import Channels
 
 AT_ONCE = 16
 """Images that are optimized together."""
@@ -30,7 +32,7 @@ def paint(
     site: Site,
     encoder: Float[Tensor, "d_in latent"],
     latents: Int[np.ndarray, " n"],
-    branches: dict[str, slice],
+    branches: Mapping[str, Channels],
     home: Int[np.ndarray, " n"],
     *,
     on_progress: Progress = no_progress,

@@ -6,10 +6,11 @@ from torch import Tensor, nn
 
 from mechatlas.base import Dictionary, InputError
 from mechatlas.dictionaries.autoencoder import SparseCoder
+from mechatlas.dictionaries.engine.fallback import remove_along
 from mechatlas.dictionaries.engine.interface import Step
 from mechatlas.dictionaries.engine.steps import ReconstructionStep
 from mechatlas.dictionaries.objective import Objective
-from mechatlas.dictionaries.pretrained import Pretrained
+from mechatlas.dictionaries.pretrained import TINY, Pretrained
 from mechatlas.dictionaries.revival import AuxK, Resample
 
 
@@ -47,8 +48,25 @@ class Adapter:
         if revival is not None:
             kind = type(self.module).__name__
             raise ValueError(f"Latents of a {kind} cannot be revived ({revival}).")
+        if isinstance(self.module, Pretrained) and not hasattr(self.module.sparsity, "k"):
+            return _step_with_penalty(self.module, objective)
         own: Any = getattr(self.module, "step", None)
         return ReconstructionStep(self.module, objective) if own is None else own(objective)
+
+
+def _step_with_penalty(dictionary: Pretrained, objective: Objective) -> Step:
+    """Make an optimizer that holds the lengths of the atoms, which a penalty would be evaded by."""
+    lengths = dictionary.W_dec.detach().norm(dim=1, keepdim=True)
+    edges = [0, dictionary.d_out]
+
+    def project(gradients: dict[str, Tensor]) -> None:
+        remove_along(gradients["W_dec"], dictionary.W_dec.detach(), edges)
+
+    def normalize() -> None:
+        norm = dictionary.W_dec.norm(dim=1, keepdim=True).clamp_min(TINY)
+        dictionary.W_dec.mul_(lengths / norm)
+
+    return ReconstructionStep(dictionary, objective, project=project, normalize=normalize)
 
 
 def as_coder(dictionary: Any) -> SparseCoder | Adapter:

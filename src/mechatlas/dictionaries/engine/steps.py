@@ -22,6 +22,7 @@ from mechatlas.dictionaries.engine import fallback
 from mechatlas.dictionaries.engine.interface import Dead, StepResult
 from mechatlas.dictionaries.engine.structures import Adam, Learned
 from mechatlas.dictionaries.objective import Objective
+from mechatlas.dictionaries.pretrained import Pretrained
 from mechatlas.dictionaries.revival import revive
 
 BETAS = (0.9, 0.999)
@@ -211,18 +212,23 @@ class ReconstructionStep:
         Raises:
             ValueError: Dead latents are to be brought back, which is not done here.
         """
-        del sparsity_coefficient  # there is no penalty
         if dead is not None:
             raise ValueError(f"Latents of a {type(self.dictionary).__name__} cannot be revived.")
         self.n_steps += 1
         numbers = adam(lr, self.n_steps)
         dictionary, everything = self.dictionary, slice(None)
         target = x[:, getattr(dictionary, "writes", everything)]
-        scales = self.objective.weights(target).mul_(2 / len(x))
+        read = x[:, getattr(dictionary, "reads", everything)]
+        weights = self.objective.weights(target)
+        scales = weights * (2 / len(x))
         with torch.enable_grad():
-            code = dictionary.encode(x[:, getattr(dictionary, "reads", everything)])
+            if isinstance(dictionary, Pretrained):
+                code, penalty = dictionary.training_code(read, target, weights)
+            else:
+                code, penalty = dictionary.encode(read), x.new_zeros(())
             residual = dictionary.decode(code) - target
             loss = (residual.square().sum(dim=-1) * scales).sum() / 2
+            loss = loss + penalty.sum() * (sparsity_coefficient / len(x))
             slopes = torch.autograd.grad(loss, list(self.parameters.values()), allow_unused=True)
         gradients = {n: g for n, g in zip(self.parameters, slopes, strict=True) if g is not None}
         self._project(gradients)

@@ -184,7 +184,7 @@ _NUMBERED = re.compile(r"(W_enc|W_dec|params_layer|layer)_\d+\.safetensors")
 
 def _hint(path: Path) -> str:
     """Say which folders within hold dictionaries."""
-    within = sorted({f"{f.parent.name}/{f.name}" for name in FILES for f in path.glob(f"*/{name}")})
+    within = sorted(str(f.relative_to(path)) for name in FILES for f in path.glob(f"*/{name}"))
     return f" There is {', '.join(within[:3])}: give one of these folders." if within else ""
 
 

@@ -31,6 +31,7 @@ from mechatlas.app.report.paintings import most_in_each, paint
 from mechatlas.app.report.runs import Run, Runs
 from mechatlas.base import Progress, Site, UserError
 from mechatlas.dictionaries.formats import FILE
+from mechatlas.maths.arrays import Channels
 
 TOP = 12
 """Number of strongest examples of each feature."""
@@ -307,8 +308,8 @@ def _facts(
     }
 
 
-def _branches(rows: StoreRows) -> dict[str, slice]:
+def _branches(rows: StoreRows) -> dict[str, Channels]:
     """Branches of the site, if the dictionary reads all of its channels."""
     if rows.d_in != rows.shape.width:
         return {}
-    return {name: slice(*ends) for name, ends in rows.shape.branches.items()}
+    return rows.shape.channels
