@@ -109,6 +109,8 @@ def save(
     kind = type(dictionary)
     if not isinstance(dictionary, nn.Module):
         raise WeightsError(f"Cannot save a {kind.__name__}: it is not a torch.nn.Module.")
+    if isinstance(dictionary, Pretrained):
+        dictionary = dictionary.as_pretrained()
     sizes = {name: getattr(dictionary, name, None) for name in ("d_in", "n_latents")}
     config = {"kind": kind.__name__, **_plain(getattr(dictionary, "config", sizes))}
     try:

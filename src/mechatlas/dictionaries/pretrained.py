@@ -51,16 +51,15 @@ def layer_norm(x: Float[Tensor, "batch d_in"]) -> RowUnits:
     return RowUnits(x.mean(dim=-1, keepdim=True), deviation + 1e-5, deviation)
 
 
-<<<<<<< HEAD
 NORMS: dict[str, RowNorm] = {"layer_norm": layer_norm, "root_length": root_length}
 """Ways to scale each row by itself, by the names that files of ours have for them."""
-=======
+
+
 def _with_units(code: Tensor, units: RowUnits | None) -> Tensor:
     """Code with the units of its rows noted on it."""
     if units:
         code.row_units = units  # pyright: ignore[reportAttributeAccessIssue]
     return code
->>>>>>> main
 
 
 class Pretrained(nn.Module):
@@ -142,11 +141,6 @@ class Pretrained(nn.Module):
         return {name: getattr(self, name) for name in self._state}
 
     @property
-<<<<<<< HEAD
-    def sites(self) -> tuple[str, ...]:
-        """Names of the sites that it writes, in the order of the columns."""
-        return tuple(self.spans)
-=======
     def sparsity(self) -> Rule:
         """Sparsity rule; one that is assigned says by which penalty the dictionary is trained."""
         return self._rule
@@ -166,9 +160,9 @@ class Pretrained(nn.Module):
         self._state, self._rule, self._rule_is_read = list(state), rule, False
 
     @property
-    def config(self) -> dict[str, Any]:
-        """Arguments to build it again.
->>>>>>> main
+    def sites(self) -> tuple[str, ...]:
+        """Names of the sites that it writes, in the order of the columns."""
+        return tuple(self.spans)
 
     @property
     def config(self) -> dict[str, Any]:
@@ -223,7 +217,8 @@ class Pretrained(nn.Module):
             W_enc=self.W_enc, b_enc=self.b_enc, W_dec=self.W_dec, b_dec=self.b_dec,
             sparsity=rule, state=state, subtracts_b_dec=self.subtracts_b_dec, norm=self.norm,
             transcodes=self.transcodes, W_skip=self.W_skip, file_format=self.file_format,
-            site=self.site,
+            site=self.site, metadata=self.metadata,
+            widths={name: span.stop - span.start for name, span in self.spans.items()},
         )  # fmt: skip
 
     def encode(self, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch latent"]:
@@ -232,11 +227,19 @@ class Pretrained(nn.Module):
         Raises:
             InputError: The rows are not `d_in` wide.
         """
+        if self.sparsity.pursues:
+            x, units = self._centered(x)
+            return _with_units(self.sparsity.pursue(x, self.W_dec), units)
         pre, units = self._pre_activations(x)
         return _with_units(self.sparsity(pre, self.state), units)
 
     def _pre_activations(self, x: Tensor) -> tuple[Tensor, RowUnits | None]:
         """Pre-activations of some rows, and the units that the rows were brought to."""
+        x, units = self._centered(x)
+        return _product(x, self.W_enc) + self.b_enc, units
+
+    def _centered(self, x: Tensor) -> tuple[Tensor, RowUnits | None]:
+        """Rows as the encoder reads them, and the units that they were brought to."""
         check_width(x, self.d_in, self.W_enc.device)
         x = x.to(_wide(x, self.W_enc))
         units = self.norm(x) if self.norm else None
@@ -244,16 +247,7 @@ class Pretrained(nn.Module):
             x = (x - units.mean) / units.divisor
         if self.subtracts_b_dec:
             x = x - self.b_dec
-<<<<<<< HEAD
-        if self.sparsity.pursues:
-            code = self.sparsity.pursue(x, self.W_dec)
-        else:
-            code = self.sparsity(_product(x, self.W_enc) + self.b_enc, self.state)
-        if units:
-            code.row_units = units  # pyright: ignore[reportAttributeAccessIssue]
-        return code
-=======
-        return x @ self.W_enc + self.b_enc, units
+        return x, units
 
     def training_code(
         self,
@@ -281,7 +275,6 @@ class Pretrained(nn.Module):
             return weights * (target - out).square().sum(dim=-1)
 
         return code, self.sparsity.penalty(pre, code, unexplained, self.state)
->>>>>>> main
 
     def decode(
         self, code: Float[Tensor, "batch latent"], x: Float[Tensor, "batch d_in"] | None = None
@@ -420,7 +413,7 @@ class CrossLayerDictionary(nn.Module):
         Raises:
             InputError: The rows are not `d_in` wide.
         """
-        check_width(x, self.d_in)
+        check_width(x, self.d_in, self.b_enc.device)
         return torch.cat([each.encode(x[..., read]) for each, read, *_ in self._parts()], dim=-1)
 
     def decode(self, code: Float[Tensor, "batch latent"]) -> Float[Tensor, "batch d_out"]:
