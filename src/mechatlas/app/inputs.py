@@ -144,10 +144,10 @@ def find_store(opened: OpenedDictionary) -> Store:
     for file in (written / MANIFEST, *beside):
         if wanted and file.is_file() and store_digest(file) == wanted:
             return Store(file.parent)
-    raise StoreError(
-        f"The store of {opened.path} ({written}) is no longer there; name one of the same network "
-        "with --store STORE."
-    )
+    what = f"The store of {opened.path} ({written}) is no longer there"
+    if not opened.manifest.get("store"):
+        what = f"{opened.path} does not say that it was trained on a store"
+    raise StoreError(f"{what}; name one of the same network with --store STORE.")
 
 
 def refuse_other_network(opened: OpenedDictionary, store: Store) -> None:
