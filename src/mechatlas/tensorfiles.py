@@ -58,6 +58,8 @@ WRAPPERS = ("sae", "state_dict", "autoencoder", "model")
 """Keys under which libraries keep the tensors of a torch file, beside settings."""
 MAP_FROM = 1 << 30
 """Size in bytes of a file from which its tensors are mapped, not read: the file must then stay."""
+PIECE = 1 << 18
+"""Bytes that are read and hashed at once."""
 HEADER_LIMIT = 100 << 20
 """Size in bytes above which a header of safetensors is refused, here and by its own library."""
 
@@ -147,10 +149,12 @@ def read_safetensors(
                 tensor = torch.empty(entry.shape, dtype=entry.dtype)
                 if tensor.numel():
                     room = tensor.view(-1).view(torch.uint8).numpy()
-                    if opened.readinto(room.data) != len(room):
-                        raise WeightsError(f"{file} ends within {name}. Is the file whole?")
-                    if expected is not None:
-                        state.update(room.data)
+                    for start in range(0, len(room), PIECE):  # hashed while the processor has it
+                        piece = room[start : start + PIECE].data
+                        if opened.readinto(piece) != len(piece):
+                            raise WeightsError(f"{file} ends within {name}. Is the file whole?")
+                        if expected is not None:
+                            state.update(piece)
                 tensors[name] = tensor
         if expected is not None and state.hexdigest() != expected:
             raise WeightsError(damaged(file))

@@ -267,7 +267,7 @@ def find_release(release: str, name: str) -> tuple[Address, dict[str, Any]]:
     if entry["format"] == "gemma_2_transcoder":
         given["transcodes"] = True
     if entry["format"] == "mntss_clt_layer_transcoder":
-        given["layer"], path = int(path), ""
+        given["layer"], path = int(path.rpartition("_")[2]), ""
     active = re.search(r"L0_(\d+)", repository)
     if entry["format"] == "qwen_scope" and active:
         given["k"] = int(active[1])
