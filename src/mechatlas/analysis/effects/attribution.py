@@ -12,7 +12,7 @@ Source: Marks et al., Sparse feature circuits (2024), for attribution with the e
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -139,6 +139,54 @@ def attribute(
     """
     place = site_of(network, dictionary, site)
     batch = as_input(network, inputs)
+    traced = _trace(network, dictionary, batch, output, place)
+    whole, code, error, gradients, (n, n_positions) = traced
+    values = code * gradients[0]
+    ablated = _chosen(values.sum(dim=0).cpu(), (code != 0).any(dim=0).cpu(), n_ablated, seed)
+    falls = [
+        whole - _without(network, dictionary, batch, output, place, int(latent))
+        for latent in ablated
+    ]
+    correlations = _agreement(
+        values.sum(dim=0).cpu().double().numpy()[ablated],
+        code.sum(dim=0).cpu().double().numpy()[ablated],
+        np.array(falls),
+        seed,
+    )
+    shape = (n, n_positions, dictionary.n_latents)
+    return Attribution(
+        output=whole,
+        activations=code.reshape(shape).float().cpu().numpy(),
+        values=values.reshape(shape).float().cpu().numpy(),
+        error=(error * gradients[1]).sum(dim=1).reshape(shape[:2]).float().cpu().numpy(),
+        ablated=ablated,
+        falls=np.array(falls),
+        rank_correlation=correlations[0],
+        null=correlations[1],
+        activation_correlation=correlations[2],
+    )
+
+
+class _Traced(NamedTuple):
+    """Output of a pass through codes and errors, and its gradients."""
+
+    output: float
+    code: Tensor
+    error: Tensor
+    gradients: list[Tensor]
+    """Gradients of the codes and of the errors."""
+    shape: tuple[int, int]
+    """Number of samples and of positions."""
+
+
+def _trace(
+    network: nn.Module, dictionary: Dictionary, batch: Any, output: int | Output, place: Site
+) -> _Traced:
+    """Run the network through the codes and errors of a site, and differentiate its output.
+
+    Raises:
+        InputError: The output is not one number, or does not depend on the site.
+    """
     seen: dict[str, Tensor] = {}
 
     def trace(activation: Tensor) -> Tensor:
@@ -165,33 +213,9 @@ def attribute(
         torch.zeros_like(seen[name]) if gradient is None else gradient
         for name, gradient in zip(("code", "error"), found, strict=True)
     ]
-    n, n_positions = seen["shape"].tolist()
+    shape = (int(seen["shape"][0]), int(seen["shape"][1]))
     code, error = seen["code"].detach(), seen["error"].detach()
-    values = code * gradients[0]
-    ablated = _chosen(values.sum(dim=0).cpu(), (code != 0).any(dim=0).cpu(), n_ablated, seed)
-    whole = float(value.detach())
-    falls = [
-        whole - _without(network, dictionary, batch, output, place, int(latent))
-        for latent in ablated
-    ]
-    correlations = _agreement(
-        values.sum(dim=0).cpu().double().numpy()[ablated],
-        code.sum(dim=0).cpu().double().numpy()[ablated],
-        np.array(falls),
-        seed,
-    )
-    shape = (n, n_positions, dictionary.n_latents)
-    return Attribution(
-        output=whole,
-        activations=code.reshape(shape).float().cpu().numpy(),
-        values=values.reshape(shape).float().cpu().numpy(),
-        error=(error * gradients[1]).sum(dim=1).reshape(shape[:2]).float().cpu().numpy(),
-        ablated=ablated,
-        falls=np.array(falls),
-        rank_correlation=correlations[0],
-        null=correlations[1],
-        activation_correlation=correlations[2],
-    )
+    return _Traced(float(value.detach()), code, error, gradients, shape)
 
 
 def _scalar(returned: Any, output: int | Output) -> Tensor:
