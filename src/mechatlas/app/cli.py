@@ -27,6 +27,7 @@ COMMANDS = (
     "train",
     "sweep",
     "evaluate",
+    "export",
     "basis",
     "match",
     "symmetry",

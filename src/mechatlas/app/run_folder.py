@@ -54,7 +54,7 @@ from mechatlas.outputs import Claim, claim
 from mechatlas.tensorfiles import checksum_of, read_safetensors
 
 STORE, DICTIONARY, GROUP_NET, PROOF = "store", "dictionary", "group_net", "proof"
-EVALUATION, SWEEP = "evaluation", "sweep"
+EVALUATION, EXPORT, SWEEP = "evaluation", "export", "sweep"
 BASIS, MATCHING, SYMMETRY, BRANCHES, CIRCUIT = (
     "basis",
     "matching",
@@ -68,6 +68,7 @@ RESULTS: dict[str, str] = {
     SWEEP: "sweep:SweepResult",
     GROUP_NET: "group_net:GroupNetResult",
     EVALUATION: "evaluate:EvaluateResult",
+    EXPORT: "export:ExportResult",
     BASIS: "basis:BasisResult",
     MATCHING: "match:MatchResult",
     SYMMETRY: "symmetry:SymmetryResult",
