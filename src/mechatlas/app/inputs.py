@@ -28,6 +28,7 @@ from mechatlas.app.recipes import TrustConfig, from_dict
 from mechatlas.app.run_folder import HISTORY, RECIPE, RESULT
 from mechatlas.base import RecipeError, StoreError, TrustError
 from mechatlas.dictionaries.formats import load
+from mechatlas.dictionaries.hub import fetch, is_address
 from mechatlas.files import MANIFEST, checksum, checksum_file, read_manifest
 
 NOT_DATA = (MANIFEST, RECIPE, RESULT, HISTORY)
@@ -78,6 +79,8 @@ def open_dictionary(path: Path, *, site: str | None = None) -> OpenedDictionary:
         RecipeError: The manifest says that it reads another site.
         WeightsError: It cannot be read.
     """
+    if is_address(path):
+        path = fetch(str(path))
     dictionary, manifest = load(path), manifest_of(path)
     stated = manifest.get("site")
     if site and stated and site != stated:

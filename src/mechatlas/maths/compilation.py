@@ -43,12 +43,14 @@ class _Notice(event.Listener):
     """Listener that says, once a process, that loops are compiled and not read from disk."""
 
     def __init__(self) -> None:
-        self.told = False
+        self.announced = False
 
     def on_start(self, event: Any) -> None:
         """Say it before the first one."""
-        if not self.told and event.data["dispatcher"].py_func.__module__.startswith("mechatlas."):
-            self.told = True
+        if not self.announced and event.data["dispatcher"].py_func.__module__.startswith(
+            "mechatlas."
+        ):
+            self.announced = True
             logging.getLogger("mechatlas").warning(NOTICE)
 
     def on_end(self, event: Any) -> None:
