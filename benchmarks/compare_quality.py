@@ -6,7 +6,7 @@ Every trainer gets the same rows and batches, the same k, and each learning rate
 turns on one core; of the rates the one counts that explains held-out rows best, for each trainer
 and number of steps. Ours also runs with the rate that it chooses by itself ("ours, default"). The
 rate falls to 0 over the last `--decay` of the steps. A table is printed and kept as `table.md`,
-and `quality.html` draws the error against rows and against CPU seconds of training. What has
+and `quality.png` draws the error against rows and against CPU seconds of training. What has
 been measured is in `results.jsonl`; run again, only what is missing or failed is.
 """
 
@@ -17,8 +17,7 @@ from typing import Any
 
 import compare_training as training
 import numpy as np
-import plotly.graph_objects as go
-from plotly.subplots import make_subplots
+from matplotlib.figure import Figure
 
 DEFAULT = 0.0
 """Learning rate that stands for the one that our trainer chooses."""
@@ -74,21 +73,18 @@ def table(chosen: dict[str, list[dict[str, Any]]]) -> str:
     return "\n".join(lines)
 
 
-def draw(chosen: dict[str, list[dict[str, Any]]], batch_size: int, title: str) -> go.Figure:
+def draw(chosen: dict[str, list[dict[str, Any]]], batch_size: int) -> Figure:
     """Error against rows, and against CPU seconds of training."""
-    figure = make_subplots(cols=2, shared_yaxes=True)
-    colors = ["#1f77b4", "#17becf", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd"]
-    for color, (name, runs) in zip(colors, chosen.items(), strict=False):
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    sides = figure.subplots(1, 2, sharey=True)
+    for name, runs in chosen.items():
         errors = [r["fvu"] for r in runs]
-        style = {"name": name, "legendgroup": name, "line": {"color": color}}
-        rows = [r["steps"] * batch_size for r in runs]
-        figure.add_scatter(x=rows, y=errors, row=1, col=1, **style)
-        seconds = [r["steps"] * r["step_s"] for r in runs]
-        figure.add_scatter(x=seconds, y=errors, row=1, col=2, showlegend=False, **style)
-    figure.update_xaxes(type="log", title="rows", col=1)
-    figure.update_xaxes(type="log", title="CPU seconds", col=2)
-    figure.update_yaxes(type="log", title="FVU (held out)", col=1)
-    return figure.update_layout(title=title, width=900, height=420)
+        sides[0].loglog([r["steps"] * batch_size for r in runs], errors, "o-", label=name)
+        sides[1].loglog([r["steps"] * r["step_s"] for r in runs], errors, "o-", label=name)
+    sides[0].set(xlabel="rows", ylabel="FVU (held out)")
+    sides[1].set(xlabel="CPU seconds")
+    sides[0].legend(loc="lower left")
+    return figure
 
 
 def parse() -> argparse.Namespace:
@@ -118,8 +114,8 @@ def main() -> None:
     text = table(chosen)
     print(f"\n{text}")
     (options.out / "table.md").write_text(text + "\n")
-    figure = draw(chosen, options.batch_size, options.rows_file.stem)
-    figure.write_html(options.out / "quality.html", include_plotlyjs=True)
+    figure = draw(chosen, options.batch_size)
+    figure.savefig(options.out / "quality.png", dpi=110)
 
 
 if __name__ == "__main__":
