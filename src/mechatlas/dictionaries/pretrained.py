@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from mechatlas.base import InputError, WeightsError
-from mechatlas.dictionaries.rows import check_width
+from mechatlas.dictionaries.rows import as_batch, check_width
 from mechatlas.dictionaries.sparsity import NONE, JumpReLU, Rule, State, as_rule
 
 
@@ -192,19 +192,19 @@ class Pretrained(nn.Module):
             site=self.site,
         )  # fmt: skip
 
-    def encode(self, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch latent"]:
-        """Sparse code of each sample.
+    def encode(self, x: Any) -> Float[Tensor, "batch latent"]:
+        """Sparse code of each sample, a tensor (batch, d_in), an array or lists.
 
         Raises:
-            InputError: The rows are not `d_in` wide.
+            InputError: The rows are not `d_in` wide, or are no real numbers.
         """
         pre, units = self._pre_activations(x)
         return _with_units(self.sparsity(pre, self.state), units)
 
-    def _pre_activations(self, x: Tensor) -> tuple[Tensor, RowUnits | None]:
+    def _pre_activations(self, x: Any) -> tuple[Tensor, RowUnits | None]:
         """Pre-activations of some rows, and the units that the rows were brought to."""
+        x = as_batch(x, self.W_enc)
         check_width(x, self.d_in, self.W_enc.device)
-        x = x.to(self.W_enc.dtype)
         units = self.norm(x) if self.norm else None
         if units:
             x = (x - units.mean) / units.divisor

@@ -3,6 +3,7 @@
 ArrayRows     matrices in memory or memory-mapped
 StreamRows    arrays that come one after another
 as_rows       whichever fits
+as_batch      rows for a dictionary, as a tensor of its number format
 check_width   rows against the width that a dictionary reads
 """
 
@@ -247,6 +248,21 @@ def as_rows(data: Any) -> Rows:
         f"Cannot train on a {type(data).__name__}; pass an array (rows, d_in) or a store, as from "
         "numpy.load(path) or ma.Store(path)."
     )
+
+
+def as_batch(x: Any, weights: Tensor) -> Tensor:
+    """Convert rows in any form to a tensor in the number format of a dictionary's weights.
+
+    Args:
+        x: A tensor, which stays on its device and keeps its gradient, or whatever `as_array` takes.
+        weights: Weights of the dictionary.
+
+    Raises:
+        InputError: These are no real numbers.
+    """
+    if isinstance(x, Tensor) and x.layout == torch.strided:
+        return x if x.dtype == weights.dtype else x.to(weights.dtype)
+    return as_tensor(x, None, "The rows").to(weights)
 
 
 def check_width(x: Tensor, d_in: int, device: torch.device | None = None) -> None:
