@@ -8,11 +8,20 @@ Rate and power of every cost on two JumpReLU dictionaries, 31 % of the latents w
 
     python benchmarks/bench_matching.py rates 600 96 12        latents, width, seeds
     python benchmarks/bench_matching.py time 16384 2304        match and evidence, in products
+
+Partners planted among the codes and decoder rows of two dictionaries of the bundled network, which
+are trained for 400 steps and have clusters of nearly equal latents:
+
+    python benchmarks/bench_matching.py trained 3              seeds
 """
 
+import dataclasses
+import functools
 import itertools
 import sys
+import tempfile
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +29,22 @@ import numpy as np
 import pytest
 import torch
 
+from mechatlas.activations.collect import StoreConfig
+from mechatlas.activations.images import Images
+from mechatlas.activations.networks import Network
+from mechatlas.activations.positions import Positions
+from mechatlas.activations.store import Store
 from mechatlas.analysis.matching.chains import compose, track
-from mechatlas.analysis.matching.codes import permute_samples
-from mechatlas.analysis.matching.nulls import NULLS
+from mechatlas.analysis.matching.codes import correlate, permute_samples, sample_block
+from mechatlas.analysis.matching.folding import fold, unit_rows
+from mechatlas.analysis.matching.nulls import NULLS, rotate
 from mechatlas.analysis.matching.pairing import feature_splitting, match
+from mechatlas.app.commands.collect import CollectConfig
+from mechatlas.app.commands.train import TrainConfig
+from mechatlas.app.match_quality import first_rows
+from mechatlas.app.run_folder import execute
+from mechatlas.dictionaries.formats import load
+from mechatlas.dictionaries.sparsity import TopK
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parent))
@@ -31,6 +52,7 @@ from bench_assignment import planted as planted_rows
 from bench_assignment import product, resident, timed, warm_up
 from tests.analysis.matching.planted import LEVELS, chain, jump_relu_pair
 
+SITES = ("mixed3b", "mixed4a")
 COSTS = ("decoder", "encoder", "all", "balanced", "codes")
 SEEDS = 2
 FAR_SEEDS = 8
@@ -133,6 +155,76 @@ def rates(n, d, n_seeds):
             print(f"{name}: found {found:.3f}, wrong {wrong:.3f} +- {error:.3f}", flush=True)
 
 
+def briefly_trained(folder):
+    """Dictionaries of two modules of the bundled network, and the store of their activations."""
+    out = folder / "store"
+    execute(
+        CollectConfig(
+            network=Network(name="inception_mini"),
+            sites=SITES,
+            samples=Images(source="scikit-image", side=47, crops=32),
+            storage=StoreConfig(positions=Positions(per_sample=50), paired=True),
+            out=out,
+        )
+    )
+    train = TrainConfig(store=out, n_latents=1024, sparsity=TopK(k=16), steps=400, batch_size=512)
+    for site in SITES:
+        execute(dataclasses.replace(train, site=site, out=folder / site))
+    return [load(folder / site) for site in SITES], Store(out)
+
+
+def trained(n_seeds):
+    """Print the share of partners found that are planted in briefly trained dictionaries."""
+    with tempfile.TemporaryDirectory() as folder:
+        dictionaries, store = briefly_trained(Path(folder))
+        rows = [first_rows(store.rows(site), 32_000) for site in SITES]
+    samples = rows[0][1]
+    null = functools.partial(permute_samples, block=sample_block(samples))
+    codes = functools.partial(correlate, samples=samples)
+    x, a, b = rows[0][0], codes(dictionaries[0], rows[0][0]), codes(dictionaries[1], rows[1][0])
+    units = unit_rows(fold(dictionaries[0]).decoder)
+
+    def by_codes(seed, share, noise):
+        random, generator = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
+        noisy = x + noise * x.std(dim=0) * torch.randn(x.shape, generator=generator)
+        second, latents = null(b, random).copy(), random.permutation(len(a))[: int(share * len(a))]
+        places = random.permutation(len(b))[: len(latents)]
+        second[places] = codes(dictionaries[0], noisy)[latents]
+        partner = np.full(len(a), -1)
+        partner[latents] = places
+        return a, second, partner
+
+    def by_rows(seed, share, cosine):
+        random = np.random.default_rng(seed)
+        noise, chance = (rotate(units, random) for _ in range(2))
+        similar = cosine * units + (1 - cosine**2) ** 0.5 * noise
+        partners, order = random.random(len(units)) < share, random.permutation(len(units))
+        second = np.where(partners[:, None], similar, chance)[order]
+        return units, second, np.where(partners, np.argsort(order), -1)
+
+    for seed in range(n_seeds):
+        found = match(a, b, cost="codes", nulls=(null,), seed=seed)
+        print(
+            f"the dictionaries themselves, seed {seed}: {found.matched.sum()} matched", flush=True
+        )
+    settings: list[tuple[Callable[..., Any], tuple[Any, ...], str, float, float]] = [
+        *((by_codes, (null,), "codes, noise", *s) for s in ((0.1, 0.7), (0.6, 0.7), (0.6, 1.5))),
+        *((by_rows, NULLS, "decoder rows, cosine", *s) for s in ((0.2, 0.5), (0.6, 0.5))),
+    ]
+    for make, nulls, name, share, level in settings:
+        scores = []
+        for seed in range(n_seeds):
+            first, second, partner = make(seed, share, level)
+            cost: Any = "codes" if make is by_codes else "decoder"
+            columns = match(first, second, cost=cost, nulls=nulls, seed=seed).matched_columns()
+            n_right = ((columns >= 0) & (columns == partner)).sum()
+            n_matched = (columns >= 0).sum()
+            scores.append((n_right / (partner >= 0).sum(), 1 - n_right / max(n_matched, 1)))
+        found, wrong = np.mean(scores, axis=0)
+        print(f"{name} {level}, {share:.0%} partners: found {found:.3f}, wrong {wrong:.3f}",
+              flush=True)  # fmt: skip
+
+
 def time(n, d):
     """Print CPU seconds and memory of a match, its evidence and feature splitting."""
     torch.set_num_threads(1)
@@ -151,4 +243,4 @@ def time(n, d):
 
 
 if __name__ == "__main__":
-    {"rates": rates, "time": time}[sys.argv[1]](*map(int, sys.argv[2:]))
+    {"rates": rates, "time": time, "trained": trained}[sys.argv[1]](*map(int, sys.argv[2:]))

@@ -61,7 +61,7 @@ def test_the_result_has_what_scripts_rely_on(saved, tmp_path):
     assert set(pair) >= KEYS
     assert pair["gap"] == pytest.approx(0, abs=1e-6)
     table = pq.read_table(tmp_path / "out" / "matches.parquet")
-    wanted = ["pair", "latent_a", "latent_b", "cost", "cosine", "q_value", "matched"]
+    wanted = ["pair", "latent_a", "latent_b", "cost", "cosine", "q_value", "margin", "matched"]
     assert table.column_names == wanted
     assert len(table) == min(pair["n_a"], pair["n_b"])
     assert sum(table["cost"].to_pylist()) == pytest.approx(pair["cost"])

@@ -28,12 +28,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from mechatlas.base import WeightsError
 from mechatlas.deprecated import renamed_arguments
 from mechatlas.dictionaries.engine.interface import Step
 from mechatlas.dictionaries.metrics import History
 from mechatlas.dictionaries.objective import Objective
-from mechatlas.dictionaries.pretrained import Pretrained
+from mechatlas.dictionaries.pretrained import Pretrained, span_of
 from mechatlas.dictionaries.revival import AuxK, Resample
 from mechatlas.dictionaries.rows import as_batch, check_width
 from mechatlas.dictionaries.sparsity import TopK, as_rule
@@ -131,7 +130,8 @@ class SparseCoder(nn.Module, abc.ABC):
         Raises:
             InputError: The rows are not `d_in` wide, or are no real numbers.
         """
-        return self.rule(self.pre_activations(as_batch(x, self.W_dec)), self.state)
+        rows = as_batch(x, self.W_dec.device).to(self.W_dec.dtype)
+        return self.rule(self.pre_activations(rows), self.state)
 
     @abc.abstractmethod
     def decode(self, code: Float[Tensor, "batch latent"]) -> Float[Tensor, "batch d_out"]:
@@ -187,11 +187,7 @@ class SparseCoder(nn.Module, abc.ABC):
                 parameter.mul_(math.sqrt(best))
 
     def as_pretrained(self) -> Pretrained:
-        """Copy this dictionary into the parts of other libraries.
-
-        Raises:
-            WeightsError: It writes several sites.
-        """
+        """Copy this dictionary into the parts of other libraries."""
         rule, state = self.rule.frozen(self.state, self.n_latents)
         return Pretrained(
             W_enc=self.W_enc.detach(),
@@ -467,13 +463,22 @@ class Crosscoder(LinearCoder):
         super().rescale(scale)
         self.scale.mul_(scale)
 
-    def as_pretrained(self) -> Pretrained:
-        """Refuse to copy this dictionary into the parts of other libraries.
+    def decode_site(
+        self, code: Float[Tensor, "batch latent"], site: str
+    ) -> Float[Tensor, "batch width"]:
+        """Reconstruction of one of the sites.
 
         Raises:
-            WeightsError: Always: other libraries do not write several sites.
+            InputError: No site of that name is written.
         """
-        raise WeightsError("SAELens has no crosscoders.")
+        span = span_of(self.spans, site)
+        return code @ self.W_dec[:, span] + self.b_dec[span]
+
+    def as_pretrained(self) -> Pretrained:
+        """Copy this dictionary into the parts of other libraries."""
+        whole = super().as_pretrained()
+        whole.spans = dict(self.spans)
+        return whole
 
     @property
     def norms(self) -> Float[Tensor, "latent site"]:

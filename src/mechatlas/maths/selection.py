@@ -2,6 +2,7 @@
 
     keep_cheapest_of_rows       the cheapest columns of each row of a block
     least_of_columns            the least cost of each column, over all blocks so far
+    rivals                      the best cosines of rows and columns besides those of their pairs
     replace_columns             other costs in some columns
     underpriced                 the pairs of a block that cost less than their prices say
 
@@ -111,6 +112,62 @@ def least_of_columns(
     for row in range(block.shape[0]):
         for j in range(first, last):
             least[j] = min(least[j], block[row, j])
+
+
+def _scan(costs, offset, scale, others, first, last, of_columns):
+    """Raise the best and the sum of squares of columns first..last; return those of the row."""
+    best, total = np.float32(-1.0), np.float32(0.0)
+    for j in range(first, last):
+        cosine = (offset + others[0][j] - costs[j]) * scale * others[1][j]
+        best = max(best, cosine)
+        of_columns[0, j] = max(of_columns[0, j], cosine)
+        square = cosine * cosine
+        of_columns[1, j] += square
+        total += square
+    return best, total
+
+
+_scan_quickly = compiled(_scan, fastmath={"reassoc", "contract", "nsz", "nnan"})
+
+
+@compiled
+def rivals(
+    block: Float[np.ndarray, "row column"],
+    of_rows: tuple[Float[np.ndarray, " row"], Float[np.ndarray, " row"]],
+    others: tuple[Float[np.ndarray, " column"], Float[np.ndarray, " column"]],
+    partners: Int[np.ndarray, " row"],
+    part: tuple[int, int],
+    of_columns: Float[np.ndarray, "2 column"],
+) -> tuple[Float[np.ndarray, " row"], Float[np.ndarray, " row"]]:
+    """Find the largest cosines in some columns of a block of squared distances.
+
+    Args:
+        block: Squared distances.
+        of_rows: Squared length of each row, and the reciprocal of its length.
+        others: Squared length of each column, and the reciprocal of its length.
+        partners: Column of each row that is left out of the largest; -1 for none.
+        part: First column, and the one after the last.
+        of_columns: Largest cosine of each column and the sum of squares of all, raised in place.
+
+    Returns:
+        The same for each row.
+    """
+    first, last = part
+    best = np.empty(len(block), np.float32)
+    squares = np.empty(len(block), np.float32)
+    for row in range(len(block)):
+        offset, scale, own = of_rows[0][row], of_rows[1][row], partners[row]
+        if own < first or own >= last:
+            best[row], squares[row] = _scan_quickly(
+                block[row], offset, scale, others, first, last, of_columns
+            )
+            continue
+        before, b = _scan_quickly(block[row], offset, scale, others, first, own, of_columns)
+        after, c = _scan_quickly(block[row], offset, scale, others, own + 1, last, of_columns)
+        square = ((offset + others[0][own] - block[row, own]) * scale * others[1][own]) ** 2
+        of_columns[1, own] += square
+        best[row], squares[row] = max(before, after), b + c + square
+    return best, squares
 
 
 @compiled

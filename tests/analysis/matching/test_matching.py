@@ -124,7 +124,26 @@ def test_planted_partners_are_found_at_the_stated_false_match_rate(level):
             found.append(right)
             wrong.append(false)
     assert np.mean(found) > {"low": 0.99, "middle": 0.95}[level]
-    assert 0.025 < np.mean(wrong) < 0.075  # nominal 0.05; the benchmark looks closer
+    # Nominal 0.05; the parts of a split feature are wrong in the null, and right here.
+    assert 0.015 < np.mean(wrong) < 0.075
+
+
+def test_a_cluster_of_similar_latents_does_not_hide_the_partners_of_others():
+    found, clustered, alone = [], [], []
+    for seed in range(4):
+        random = np.random.default_rng(seed)
+        a, b = (units(random.standard_normal((300, 64))) for _ in range(2))
+        b[:40] = 0.72 * a[:40] + (1 - 0.72**2) ** 0.5 * b[:40]
+        center = units(random.standard_normal((1, 64)))
+        for rows in (a, b):  # any latent here is as similar to any of the other side: 0.86 to 0.92
+            rows[40:52] = units(center + 0.35 * rows[40:52])
+        matched = match(a, b, seed=seed).matched
+        found.append(matched[:40].mean())
+        clustered.append(matched[40:52].mean())
+        alone.append(matched[52:].sum())
+    assert np.mean(found) > 0.95
+    assert np.mean(clustered) < 0.3
+    assert np.mean(alone) < 6
 
 
 def test_nothing_matches_where_there_is_nothing_to_match():
@@ -428,7 +447,7 @@ def test_rows_of_one_sample_that_are_alike_do_not_make_partners():
         assert kept[0].shape[1] == sums
         null = functools.partial(permute_samples, block=sample_block(samples))
         assert match(*kept, cost="codes", nulls=(null,)).matched.mean() < 0.02
-        assert match(*kept, cost="codes", nulls=(permute_samples,)).matched.mean() > 0.9
+        assert match(*kept, cost="codes", nulls=(permute_samples,)).matched.mean() > 0.2
     # Partners are still found, and a sample of very many rows does not need as many numbers.
     order = torch.from_numpy(random.permutation(d))
     kept = [correlate(plain, y, samples=samples // 50, sketch_size=2048) for y in (a, a[:, order])]

@@ -19,9 +19,13 @@ latents that they replace, part by part; it is within an overpayment of the chea
 a similarity by far less than chance does. Large dictionaries are paired with one null in each
 round, small ones with all of them.
 
-The statistic is the cosine beyond what chance gives a pair: latents along the axes where all vary
-most are similar by chance more often. With plain cosines most false matches would be such latents,
-and the null would have too few of them.
+The statistic is the cosine beyond what chance gives a pair, and beyond what the two latents have
+with the next best ones. Latents along the axes where all vary most are similar by chance more
+often: with plain cosines most false matches would be such latents, and the null would have too few
+of them. And where several latents of A are all similar to several of B, it is not determined which
+belongs to which: their pairs in the null are as similar as partners elsewhere, and would forbid to
+match those too. How many pairs are chance is counted without the next best, which real
+dictionaries have nearer than null ones.
 
 Source: Storey (2002) for q-values from the number of discoveries; the rest is ours.
 """
@@ -37,12 +41,13 @@ from torch import Tensor
 
 from mechatlas.analysis.matching.folding import unit_rows
 from mechatlas.maths.assignment import nearly_cheapest
-from mechatlas.maths.pricing import Factors, Kept, Replaced
+from mechatlas.maths.pricing import Factors, Kept, Replaced, block_rows, in_threads
 
 FIRST_SAMPLE = 1024
 """Latents in the first, rough estimate of the null."""
-MIN_DRAWS = 100
-"""Smallest size of the null of one round; small dictionaries are paired several times."""
+MIN_DRAWS = 2000
+"""Size of the null of one of the last rounds, for which small dictionaries are paired several
+times: where 20 pairs are matched, one in 500 of the null is as similar."""
 MAX_REPEATS = 8
 """Upper limit on the pairings of a small dictionary in one round."""
 ROUNDS = 8
@@ -55,6 +60,11 @@ LENGTH_PASSES = 2
 """Times that the lengths of whitened rows are made more equal."""
 MAX_CHANCE_COSINE = 0.9
 """Upper limit on the cosine that chance is assumed to give."""
+LARGER = 0.75
+"""Weight of the larger of both latents' next best cosines; the parts of a split feature, which are
+all similar to one latent that has no rival itself, still count where it is less than 1."""
+MAX_NEXT_COSINE = 0.98
+"""Upper limit on the cosine with the next best latents, near which a difference is rounding."""
 SAME_WAY = 0.1
 """Mean cosine of a latent's decoder and encoder from which both are taken to be in one space."""
 DOUBT = 2.0
@@ -228,27 +238,42 @@ def compare_with_null(
         return compare_with_null(b, a, columns, rows, nulls=nulls, widths=widths, seed=seed)
     random = np.random.default_rng([seed, 5])
     made = _NullDictionaries(b, nulls, widths, random)
-    measure = _Similarity(a, b, made.vectors, random)
-    similarity, chance_pairs = measure(a[rows], b[columns]), [measure.by_chance]
+    world = _NullWorld(rows, columns, costs or Factors.squared_distances(a, b).kept())
+    measure = _Similarity(a, made.vectors, random)
+    pairs, nulls_of = measure(world.costs, world.partners, rows), [measure.by_chance]
     before, n_null, q_values = 0, len(rows), np.empty(0)
-    world = _NullWorld(a, b, rows, columns, costs)
-    draws: list[list[np.ndarray]] = [[] for _ in nulls]
+    draws: list[list[_Pairs]] = [[] for _ in nulls]
     for turn in range(ROUNDS):
-        before, n_null = n_null, _count_null(similarity, chance_pairs, len(rows))
+        before, n_null = n_null, _count_null(pairs, nulls_of)
         settled = all(draws) and abs(n_null - before) <= 0.03 * before
-        if n_null < 2 or (settled and sum(map(len, chance_pairs)) >= ENOUGH_DRAWS):
+        if n_null < 2 or (settled and sum(len(each.similar) for each in nulls_of) >= ENOUGH_DRAWS):
             break
-        drop = _draw_replaced(similarity, q_values, n_null, random)
+        drop = _draw_replaced(pairs.similar, q_values, n_null, random)
         replaced = np.union1d(columns[drop], np.setdiff1d(np.arange(len(b)), columns))
         one = len(nulls) * len(replaced) >= ENOUGH_DRAWS
+        last = turn >= ROUNDS - KEPT_ROUNDS
+        repeats = min(MAX_REPEATS, -(-MIN_DRAWS // len(replaced))) if last else 1
         for k in [turn % len(nulls)] if one else range(len(nulls)):
-            repeats = min(MAX_REPEATS, max(1, -(-MIN_DRAWS // len(replaced))))
             new = [world.chance_pairs(replaced, made.again(k), measure) for _ in range(repeats)]
-            draws[k].append(np.concatenate(new))
-        chance_pairs = [np.concatenate(each[-KEPT_ROUNDS:]) for each in draws if each]
-        q_values = _q_values(similarity, chance_pairs, n_null)
-    q_values = _q_values(similarity, chance_pairs, max(n_null, 1))
-    return PairEvidence(q_values, n_null, np.concatenate(chance_pairs))
+            draws[k].append(_Pairs.joined(new))
+        nulls_of = [_Pairs.joined(each[-KEPT_ROUNDS:]) for each in draws if each]
+        q_values = _q_values(pairs.distinct, [null.distinct for null in nulls_of], n_null)
+    q_values = _q_values(pairs.distinct, [null.distinct for null in nulls_of], max(n_null, 1))
+    return PairEvidence(q_values, n_null, _Pairs.joined(nulls_of).similar)
+
+
+class _Pairs(NamedTuple):
+    """Similarity of pairs, on the scale of a cosine of average latents."""
+
+    similar: Float[np.ndarray, " pair"]
+    """Cosine beyond chance."""
+    distinct: Float[np.ndarray, " pair"]
+    """Cosine beyond chance and beyond the next best latents."""
+
+    @classmethod
+    def joined(cls, parts: Sequence["_Pairs"]) -> "_Pairs":
+        """All pairs, one part after another."""
+        return cls(*map(np.concatenate, zip(*parts, strict=True)))
 
 
 class _NullDictionaries:
@@ -280,37 +305,30 @@ class _NullDictionaries:
 class _NullWorld:
     """Two dictionaries in which some latents of B are replaced by null ones."""
 
-    def __init__(
-        self,
-        a: np.ndarray,
-        b: np.ndarray,
-        rows: np.ndarray,
-        columns: np.ndarray,
-        costs: Factors | None,
-    ) -> None:
-        self._a, self._b, self._kept = a, b, costs
-        self._partners = np.full(len(a), -1)
-        self._partners[rows] = columns
+    def __init__(self, rows: np.ndarray, columns: np.ndarray, costs: Factors) -> None:
+        self.costs = costs
+        self.partners = np.full(costs.n_rows, -1)
+        self.partners[rows] = columns
 
     def chance_pairs(
         self, replaced: Int[np.ndarray, " k"], vectors: np.ndarray, measure: "_Similarity"
-    ) -> Float[np.ndarray, " draw"]:
+    ) -> _Pairs:
         """Similarity of the pairs that are wrong once some latents of B are null ones."""
-        b = self._b.copy()
+        b = self.costs.b.copy()
         b[replaced] = vectors[replaced]
-        if isinstance(self._kept, Kept):
-            costs = Replaced.squared_distances_with(self._kept, replaced, b)
+        if isinstance(self.costs, Kept):
+            costs = Replaced.squared_distances_with(self.costs, replaced, b)
         else:
-            costs = Factors.squared_distances(self._a, b)
+            costs = Factors.squared_distances(self.costs.a / 2, b)
         columns = nearly_cheapest(costs)
         is_new = np.zeros(len(b), bool)
         is_new[replaced] = True
-        wrong = np.flatnonzero((columns >= 0) & ((columns != self._partners) | is_new[columns]))
-        return measure(self._a[wrong], b[columns[wrong]])
+        wrong = (columns >= 0) & ((columns != self.partners) | is_new[columns])
+        return measure(costs, columns, np.flatnonzero(wrong))
 
 
 class _Similarity:
-    """Cosine of pairs beyond chance, on the scale of a pair of average latents.
+    """Cosine of pairs beyond chance, and beyond the next best of their latents.
 
     A cosine c where chance gives e counts as (c - e) / (1 - e), which is 1 for equal latents
     whatever chance gives. Chance gives the mean cosine with the nearest latent of a null
@@ -318,43 +336,84 @@ class _Similarity:
     """
 
     def __init__(
-        self,
-        a: np.ndarray,
-        b: np.ndarray,
-        nulls: Sequence[np.ndarray],
-        random: np.random.Generator,
+        self, a: np.ndarray, nulls: Sequence[np.ndarray], random: np.random.Generator
     ) -> None:
-        self._moments = _moments(a), _moments(b)
         x = unit_rows(a[random.permutation(len(a))[:FIRST_SAMPLE]])
-        units = [unit_rows(null) for null in nulls]
-        y = np.concatenate([null[(x @ null.T).argmax(axis=1)] for null in units])
-        x = np.tile(x, (len(nulls), 1))
-        cosines = np.einsum("pd,pd->p", x, y, dtype=np.float64)
-        self._average = float(np.clip(cosines.mean(), 0.0, MAX_CHANCE_COSINE))
-        self._nearest = self._average / max(float(self._typical(x, y).mean()), 1e-12)
-        self.by_chance = self(x, y)
+        cosines, typical = [], []
+        for null in nulls:
+            block = x @ unit_rows(null).T
+            nearest = block.argmax(axis=1)
+            cosines.append(block[np.arange(len(x)), nearest].astype(np.float64))
+            of_rows = np.einsum("nm,nm->n", block, block) / len(null)
+            of_columns = np.einsum("nm,nm->m", block, block)[nearest] / len(x)
+            typical.append(_typical(of_rows, of_columns))
+        cosine, expected = np.concatenate(cosines), np.concatenate(typical)
+        self._average = float(np.clip(cosine.mean(), 0.0, MAX_CHANCE_COSINE))
+        self._nearest = self._average / max(float(expected.mean()), 1e-12)
+        similar = self._beyond(cosine, self._expected(expected))
+        self.by_chance = _Pairs(similar, similar)
 
-    def _typical(self, x: np.ndarray, y: np.ndarray) -> Float[np.ndarray, " pair"]:
-        """Root mean square of the cosines with all of the other side, mean of both latents."""
-        of_a, of_b = self._moments
-        squares = [
-            np.maximum(np.einsum("pd,pd->p", z @ m, z, dtype=np.float64), 0.0)
-            for z, m in ((x, of_b), (y, of_a))
-        ]
-        return np.sqrt(np.sqrt(squares[0] * squares[1]))
+    def _expected(self, typical: Float[np.ndarray, " pair"]) -> Float[np.ndarray, " pair"]:
+        return np.minimum(self._nearest * typical, MAX_CHANCE_COSINE)
 
-    def __call__(self, x: np.ndarray, y: np.ndarray) -> Float[np.ndarray, " pair"]:
-        """Similarity of pairs of vectors."""
-        x, y = unit_rows(x), unit_rows(y)
-        cosines = np.einsum("pd,pd->p", x, y, dtype=np.float64)
-        expected = np.minimum(self._nearest * self._typical(x, y), MAX_CHANCE_COSINE)
-        return self._average + (1 - self._average) * (cosines - expected) / (1 - expected)
+    def _beyond(self, cosine: np.ndarray, other: np.ndarray) -> Float[np.ndarray, " pair"]:
+        return self._average + (1 - self._average) * (cosine - other) / (1 - other)
+
+    def __call__(
+        self, costs: Factors, columns: Int[np.ndarray, " n"], rows: Int[np.ndarray, " pair"]
+    ) -> _Pairs:
+        """Measure the pairs of some rows, where every row has the column in `columns`."""
+        of_rows, of_columns = _rivals(costs, columns)
+        paired = columns[rows]
+        cosine = np.einsum(
+            "pd,pd->p", unit_rows(costs.a[rows]), unit_rows(costs.b[paired]), dtype=np.float64
+        )
+        squares = of_rows[1][rows] / costs.n_columns, of_columns[1][paired] / costs.n_rows
+        expected = self._expected(_typical(*squares))
+        two = of_rows[0][rows], of_columns[0][paired]
+        larger, smaller = np.maximum(*two), np.minimum(*two)
+        following = np.minimum(smaller + LARGER * (larger - smaller), MAX_NEXT_COSINE)
+        return _Pairs(
+            self._beyond(cosine, expected),
+            self._beyond(cosine, np.maximum(expected, following)),
+        )
 
 
-def _moments(x: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "d d"]:
-    """Second moments of the directions of rows."""
-    units = unit_rows(x)
-    return units.T @ units / np.float32(len(x))
+def _typical(of_rows: np.ndarray, of_columns: np.ndarray) -> Float[np.ndarray, " pair"]:
+    """Root mean square of the cosines with all of the other side, mean of both latents."""
+    return np.sqrt(np.sqrt(of_rows * of_columns, dtype=np.float64))
+
+
+def _rivals(costs: Factors, columns: Int[np.ndarray, " n"]) -> tuple[np.ndarray, np.ndarray]:
+    """Largest cosine of each latent but its partner's, and the sum of the squares of all of them.
+
+    Returns:
+        Both for each row, and both for each column.
+    """
+    from mechatlas.maths.selection import rivals  # compiles when it is imported
+
+    scales = [1 / np.maximum(np.linalg.norm(x, axis=1), 1e-30) for x in (costs.a, costs.b)]
+    of_a, of_b = (scale.astype(np.float32) for scale in scales)
+    offsets = costs.row_offsets.astype(np.float32), costs.column_offsets.astype(np.float32)
+    of_rows = np.zeros((2, costs.n_rows), np.float32)
+    of_columns = np.zeros((2, costs.n_columns), np.float32)
+    for x in (of_rows, of_columns):
+        x[0] = -1
+    step = block_rows(costs)
+    for start in range(0, costs.n_rows, step):
+        part = slice(start, min(start + step, costs.n_rows))
+        block = costs.block(part)
+
+        def work(
+            first: int, last: int, block: np.ndarray = block, part: slice = part
+        ) -> tuple[np.ndarray, np.ndarray]:
+            sides = (offsets[0][part], of_a[part]), (offsets[1], of_b)
+            return rivals(block, *sides, columns[part], (first, last), of_columns)
+
+        for best, squares in in_threads(work, costs.n_columns):
+            np.maximum(of_rows[0, part], best, out=of_rows[0, part])
+            of_rows[1, part] += squares
+    return of_rows, of_columns
 
 
 def _draw_replaced(
@@ -389,12 +448,13 @@ def local_fdr(q_values: Float[np.ndarray, " pair"]) -> Float[np.ndarray, " pair"
     return probability
 
 
-def _count_null(similarity: np.ndarray, nulls: list[np.ndarray], at_most: int) -> int:
+def _count_null(pairs: _Pairs, draws: list[_Pairs]) -> int:
     """Estimate the number of chance pairs from how many lie where most of the null does."""
+    nulls = [each.similar for each in draws]
 
     def count(null: np.ndarray) -> float:
-        below = int((similarity <= np.quantile(null, STOREY_QUANTILE)).sum())
-        return min(float(at_most), below / STOREY_QUANTILE)
+        below = int((pairs.similar <= np.quantile(null, STOREY_QUANTILE)).sum())
+        return min(float(len(pairs.similar)), below / STOREY_QUANTILE)
 
     odds = (1 - STOREY_QUANTILE) / STOREY_QUANTILE
     alone = [count(null) * (1 - DOUBT * np.sqrt(odds / len(null))) for null in nulls]

@@ -32,6 +32,7 @@ from mechatlas.base import InputError, Progress, Result, no_progress
 from mechatlas.deprecated import renamed_arguments, renamed_attributes
 from mechatlas.maths.arrays import as_array
 from mechatlas.maths.assignment import Assignment, State, assign
+from mechatlas.maths.margins import margins
 from mechatlas.maths.pricing import Factors
 
 FDR = 0.05
@@ -112,6 +113,15 @@ class Match(Result):
     def matched_columns(self) -> Int[np.ndarray, " latent_a"]:
         """Latent of B for each latent of A that is matched; -1 for the others."""
         return np.where(self.matched, self.columns, -1)
+
+    def margins(self) -> Float[np.ndarray, " latent_a"]:
+        """Exact rise of the total cost if each pair is forbidden: how determined it is.
+
+        NaN for latents without a pair, infinite where there is no other pairing.
+        """
+        found = np.full(len(self.unit_a), np.nan)
+        found[self.active_a] = margins(self.assignment, self.costs.kept())
+        return found
 
     def partial_assignment(self) -> Int[np.ndarray, " latent_a"]:
         """Optimal pairing by cosine in which a latent may stay unmatched.

@@ -497,6 +497,7 @@ def matches_table(matches: list[Match]) -> dict[str, np.ndarray]:
         "cost": [m.pair_costs[r] for m, r in parts],
         "cosine": [m.cosines[r] for m, r in parts],
         "q_value": [m.q_values[r] for m, r in parts],
+        "margin": [m.margins()[r] for m, r in parts],
         "matched": [m.matched[r] for m, r in parts],
     }
     return {name: np.concatenate(values) for name, values in columns.items()}
