@@ -54,7 +54,7 @@ class Norms(NamedTuple):
 
     before_attention: Normalization | None = None
     after_attention: Normalization | None = None
-    """Of what attention gives, before it is added."""
+    """Normalization of what attention gives, before it is added."""
     before_mlp: Normalization | None = None
     after_mlp: Normalization | None = None
 
