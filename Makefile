@@ -5,7 +5,7 @@ PEERS ?= .venv-peers
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: setup demo test test-slow test-triton faults test-peers page-test bench bench-peers docs clean
+.PHONY: setup demo test test-slow test-triton test-cluster faults test-peers page-test bench bench-peers docs clean
 
 setup: $(VENV)/.ready
 
@@ -32,6 +32,11 @@ test-slow: setup
 test-triton: setup
 	$(PIP) -e '.[gpu]'
 	TRITON_INTERPRET=1 $(BIN)/pytest -m triton tests/dictionaries
+
+# Pieces of work on a Ray cluster of two workers, started here.
+test-cluster: setup
+	$(PIP) -e '.[ray]'
+	$(BIN)/pytest tests/app/test_engines.py
 
 # Kills, damage, full disks, two writers, hostile files: half an hour; `faults.md` has the table.
 faults: setup

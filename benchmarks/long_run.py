@@ -4,7 +4,7 @@
 
 Every command runs in a process of its own, whose anonymous memory (without the pages of mapped
 files, which the system takes back when it likes) and open files are looked at several times a
-second. `samples.json` and `memory.html` in the folder show both over time; they must be flat.
+second. `samples.json` and `memory.svg` in the folder show both over time; they must be flat.
 """
 
 import argparse
@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import plotly.graph_objects as go
 import torch
 from torch import nn
 
@@ -26,6 +25,10 @@ WIDTH = 512
 """Width of the inputs and of the activations."""
 EVERY = 0.25
 """Seconds between two looks."""
+WIDE, HIGH, EDGE = 760, 260, 24
+"""Sides of the drawing, and its margin."""
+ROOM = HIGH - 2 * EDGE - 12
+"""Height of the largest value."""
 
 
 class Sample(NamedTuple):
@@ -78,17 +81,53 @@ def watch(words: list[str], samples: list[Sample]) -> None:
         raise RuntimeError(f"mechatlas {' '.join(words)} ended with {process.returncode}")
 
 
-def draw(samples: list[Sample], page: Path) -> None:
-    """Draw memory and open files over time, a line for each command."""
-    figure = go.Figure()
-    for command in dict.fromkeys(sample.command for sample in samples):
-        own = [sample for sample in samples if sample.command == command]
-        x = [sample.seconds for sample in own]
-        mib, files = [s.anonymous_mib for s in own], [s.files for s in own]
-        figure.add_scatter(x=x, y=mib, name=f"{command}: anonymous MiB")
-        figure.add_scatter(x=x, y=files, name=f"{command}: open files", line_dash="dot")
-    figure.update_layout(xaxis_title="wall seconds", yaxis_title="MiB, or files")
-    figure.write_html(page, include_plotlyjs=True)
+def draw(samples: list[Sample], file: Path, budget_mib: int) -> None:
+    """Draw memory and open files over time, one command after another, as SVG."""
+    runs = _runs(samples)
+    spans = [run[-1].seconds for run in runs]
+    highest = 1.1 * max(budget_mib, *(s.anonymous_mib for s in samples))
+    most = 1.1 * max(s.files for s in samples)
+    per_second = (WIDE - 2 * EDGE) / sum(spans)
+    lines, left = [], float(EDGE)
+    for run, span in zip(runs, spans, strict=True):
+        for values, top, color in (
+            ([s.anonymous_mib for s in run], highest, "#1f6feb"),
+            ([s.files for s in run], most, "#999"),
+        ):
+            points = " ".join(
+                f"{left + s.seconds * per_second:.1f},{HIGH - EDGE - value / top * ROOM:.1f}"
+                for s, value in zip(run, values, strict=True)
+            )
+            lines.append(f'<polyline points="{points}" fill="none" stroke="{color}"/>')
+        label = f"{run[0].command}, {span:.0f} s"
+        lines.append(f'<text x="{left + 2:.0f}" y="{HIGH - EDGE + 16}">{label}</text>')
+        left += span * per_second
+    floor, right = HIGH - EDGE, WIDE - EDGE
+    y = floor - budget_mib / highest * ROOM
+    lines += [
+        f'<line x1="{EDGE}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}" stroke="#d33"/>',
+        f'<text x="{EDGE}" y="{y - 4:.1f}" fill="#d33">budget of collect, {budget_mib} MiB</text>',
+        f'<line x1="{EDGE}" x2="{right}" y1="{floor}" y2="{floor}" stroke="#333"/>',
+        f'<text x="{EDGE}" y="{HIGH - 4}" fill="#1f6feb">anonymous memory, at most '
+        f"{max(s.anonymous_mib for s in samples):.0f} MiB</text>",
+        f'<text x="{WIDE / 2:.0f}" y="{HIGH - 4}" fill="#777">open files, at most '
+        f"{max(s.files for s in samples)}</text>",
+    ]
+    text = "\n".join(lines)
+    file.write_text(
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDE} {HIGH}" '
+        f'font-family="sans-serif" font-size="11">\n{text}\n</svg>\n'
+    )
+
+
+def _runs(samples: list[Sample]) -> list[list[Sample]]:
+    """Samples of each process, whose seconds begin anew."""
+    runs: list[list[Sample]] = []
+    for sample in samples:
+        if not runs or sample.seconds < runs[-1][-1].seconds:
+            runs.append([])
+        runs[-1].append(sample)
+    return runs
 
 
 def summarize(samples: list[Sample]) -> str:
@@ -97,14 +136,13 @@ def summarize(samples: list[Sample]) -> str:
         "| command | wall s | peak MiB | growth MiB | files at most | growth |",
         "|" + "---|" * 6,
     ]
-    for command in dict.fromkeys(sample.command for sample in samples):
-        own = [sample for sample in samples if sample.command == command]
+    for own in _runs(samples):
         half = len(own) // 2
         first, second = own[len(own) // 5 : half] or own, own[half:]
         mib = [max(s.anonymous_mib for s in part) for part in (own, first, second)]
         files = [max(s.files for s in part) for part in (own, first, second)]
         lines.append(
-            f"| {command} | {own[-1].seconds:.0f} | {mib[0]:.0f} | {mib[2] - mib[1]:+.0f} | "
+            f"| {own[0].command} | {own[-1].seconds:.0f} | {mib[0]:.0f} | {mib[2] - mib[1]:+.0f} | "
             f"{files[0]} | {files[2] - files[1]:+d} |"
         )
     return "\n".join(lines)
@@ -129,7 +167,7 @@ def main() -> None:
         f"[storage]\npaired = true\nmemory_mib = {options.memory_mib}\n"
     )
     (out / "train.toml").write_text(
-        f'store = "{out}/store"\nn_latents = 1024\nsteps = {n // 4096}\n'
+        f'store = "{out}/store"\nn_latents = 256\nsteps = {n // 4096}\n'
     )
     samples: list[Sample] = []
     watch(["collect", f"{out}/collect.toml"], samples)
@@ -140,7 +178,7 @@ def main() -> None:
     watch(["match", *sites, "--store", f"{out}/store", "--samples", "0", "--out", f"{out}/match"],
           samples)  # fmt: skip
     (out / "samples.json").write_text(json.dumps([sample._asdict() for sample in samples]))
-    draw(samples, out / "memory.html")
+    draw(samples, out / "memory.svg", options.memory_mib)
     print(summarize(samples))
 
 

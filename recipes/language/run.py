@@ -8,8 +8,9 @@ The first trains TopK dictionaries of 4,608 latents on twelve layers, straight f
 million tokens, in hours on two cores; `--quick` is three small ones in minutes. Texts whose names
 end in 7 are held out. Then each dictionary is evaluated in the model (`worth.json`), and SAE Match
 runs over all neighbors (`match/result.json`) and from first to last (`match_ends`), beside a
-rotated control; `layers.html` is the picture. What is there is not made again, and training that
-was stopped goes on. With `--train-only`, some of the layers can be trained beside others.
+rotated control; `layers.html` is the picture. Last come the tokens that latents raise, a steered
+text and an attributed answer. What is there is not made again, and training that was stopped goes
+on. With `--train-only`, some of the layers can be trained beside others.
 """
 
 import argparse
@@ -51,6 +52,9 @@ def settings() -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=512)
     parser.add_argument("--samples", type=int, default=128, help="windows of each evaluation")
     parser.add_argument("--context", type=int, default=64)
+    parser.add_argument(
+        "--scale", default="threshold", help="mean folds by mean activations: slower by far"
+    )
     parser.add_argument("--quick", action="store_true")
     parser.add_argument(
         "--train-only", action="store_true", help="stop there; other layers may train beside it"
@@ -156,12 +160,16 @@ def collect(sites: list[str], given: argparse.Namespace) -> Path:
 def match(
     sites: list[str], folders: list[Path], store: Path, out: Path, given: argparse.Namespace
 ) -> MatchResult:
-    """Match consecutive dictionaries, folded by mean activations, and print the pairs' worth."""
+    """Match consecutive dictionaries and print what pairs are worth."""
     if not (out / "result.json").is_file():
         config = MatchConfig(
-            dictionaries=tuple(folders), sites=tuple(sites), store=store, scale="mean", out=out,
+            dictionaries=tuple(folders),
+            sites=tuple(sites),
+            store=store,
+            scale=given.scale,
+            out=out,
             samples=max(8, given.samples // 4),
-        )  # fmt: skip
+        )
         execute(config)
     result = read_result(out, "matching")
     print("pair | matched of | co-firing, random | " + " | ".join(f"loss, {way}" for way in WAYS))
@@ -187,6 +195,30 @@ def rotated(folders: list[Path], out: Path) -> list[int]:
         found = [ma.match(a, b @ q, cost="cosine") for a, b in itertools.pairwise(decoders)]
         write_json(out, [int(each.matched.sum()) for each in found])
     return read_json(out)
+
+
+def effects(network: Any, sites: list[str], folders: list[Path], given: Any) -> None:
+    """Say what latents of the last dictionary do: tokens, a steered text, an attributed answer."""
+    site, sae = sites[-1], ma.load(folders[-1])
+    samples = ma.open_samples(texts(given, held_out=True, n=8), network)
+    tokens = samples.stack([samples.read(i) for i in range(len(samples))])
+    found = ma.logit_effects(network, sae, tokens=tokens, site=site)
+    print(f"{site}: {found}", flush=True)
+    latent = int(found.latents[found.p_top.argmin()])
+    rows = ma.read_activations(network, tokens[:, 1:], [site])[site].flatten(0, 1)
+    scale = float(sae.encode(rows.float()).max())
+    options: dict[str, Any] = {"max_new_tokens": 16, "do_sample": False}
+    plain = network.generate(tokens[:1, :12], **options)[0].tolist()
+    with ma.steer(network, sae, latent, scale, site=site):
+        steered = network.generate(tokens[:1, :12], **options)[0].tolist()
+    for name, ids in (("as it is", plain), (f"latent {latent} + {scale:.0f}", steered)):
+        print(f"{name}: {''.join(network.input.decode(ids))!r}")
+    with torch.no_grad():
+        likely, second = network(tokens[:1]).logits[0, -1].topk(2).indices.tolist()
+    attributed = ma.attribute(
+        network, sae, tokens[:1], lambda y: y[0, -1, likely] - y[0, -1, second], site=site
+    )
+    print(attributed, f"; activations alone {attributed.activation_correlation:.3f}", flush=True)
 
 
 def draw(layers: list[int], worth: list[Any], neighbors: MatchResult, out: Path) -> None:
@@ -242,6 +274,7 @@ def main() -> None:
     if neighbors.tracks is not None:
         print("persistence", [round(share, 3) for share in neighbors.tracks.persistence])
     print("matched with a rotated dictionary", rotated(folders, given.out / "rotated.json"))
+    effects(network, sites, folders, given)
     draw(given.layers, worth, neighbors, given.out / "layers.html")
     print(f"{time.perf_counter() - clock:.0f} s")
 

@@ -35,6 +35,7 @@ from .base import (
 )
 from .dictionaries.autoencoder import Autoencoder, Crosscoder, Transcoder
 from .dictionaries.formats import load, save
+from .dictionaries.hub import load_release, push
 from .dictionaries.objective import Objective, Schedule
 from .dictionaries.pose_tied import PoseTied
 from .dictionaries.revival import AuxK, Resample
@@ -103,10 +104,12 @@ __all__ = [
     "load",
     "load_network",
     "load_proof",
+    "load_release",
     "logit_effects",
     "match",
     "open_samples",
     "prove",
+    "push",
     "read_activations",
     "report",
     "save",

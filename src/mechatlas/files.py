@@ -161,12 +161,13 @@ def read_toml(path: Path) -> dict[str, Any]:
     data = read(path, limit=TOML_LIMIT)
     try:
         text = data.decode()
-        if DEEP_KEY.search(text):
-            raise DiskError(f"{path} is not TOML for a recipe: a key has more than 64 parts.")
-        return tomllib.loads(text)
+        values = None if DEEP_KEY.search(text) else tomllib.loads(text)
     except (ValueError, RecursionError, MemoryError) as error:
         reason = "nested too deeply" if isinstance(error, RecursionError) else _reason(error)
         raise DiskError(f"{path} is not TOML: {reason}.") from error
+    if values is None:
+        raise DiskError(f"{path} is not TOML for a recipe: a key has more than 64 parts.")
+    return values
 
 
 def read_manifest(path: Path) -> dict[str, Any]:

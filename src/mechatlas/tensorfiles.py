@@ -1,6 +1,8 @@
 """Files of tensors and tables: read without running anything, and checked before anything is made.
 
 read_tensors   a .safetensors, .npz or torch file -> tensors by key
+read_torch     a torch file -> tensors and the plain values beside them
+read_sharded   an index of .safetensors files -> their headers, checked against the index
 read_arrays    a .safetensors file -> numpy arrays by key
 read_header    a .safetensors file -> its shapes and metadata, without its tensors
 read_array     a .npy file -> its array
@@ -33,7 +35,15 @@ import xxhash
 from torch import Tensor
 
 from mechatlas.base import DiskError, UserError, WeightsError
-from mechatlas.files import checksum, checksum_file, damaged, open_regular, read, stated_checksum
+from mechatlas.files import (
+    checksum,
+    checksum_file,
+    damaged,
+    open_regular,
+    read,
+    read_json,
+    stated_checksum,
+)
 
 TORCH = (".pt", ".pth", ".bin", ".ckpt")
 """Endings of files that torch wrote."""
@@ -44,6 +54,12 @@ DTYPES = {
     "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
 }  # fmt: skip
 """Number formats of safetensors."""
+WRAPPERS = ("sae", "state_dict", "autoencoder", "model")
+"""Keys under which libraries keep the tensors of a torch file, beside settings."""
+MAP_FROM = 1 << 30
+"""Size in bytes of a file from which its tensors are mapped, not read: the file must then stay."""
+PIECE = 1 << 18
+"""Bytes that are read and hashed at once."""
 HEADER_LIMIT = 100 << 20
 """Size in bytes above which a header of safetensors is refused, here and by its own library."""
 
@@ -97,7 +113,13 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
         if file.suffix == ".npz":
             return _read_npz(file)
         if file.suffix in TORCH:
-            return _read_torch(file)
+            tensors, values = read_torch(file)
+            if values:
+                key = next(iter(values))
+                raise WeightsError(
+                    f"{file}: {key} is not a plain tensor; save `state_dict()` alone."
+                )
+            return tensors
         return read_safetensors(file)[0]
 
 
@@ -120,19 +142,60 @@ def read_safetensors(
         tensors = {}
         with open_regular(file) as opened:
             head, header = _header(opened)
+            if expected is None and os.fstat(opened.fileno()).st_size >= MAP_FROM:
+                return _map(file, len(head), header), header.metadata
             state.update(head)
             for name, entry in header.entries.items():
                 tensor = torch.empty(entry.shape, dtype=entry.dtype)
                 if tensor.numel():
                     room = tensor.view(-1).view(torch.uint8).numpy()
-                    if opened.readinto(room.data) != len(room):
-                        raise WeightsError(f"{file} ends within {name}. Is the file whole?")
-                    if expected is not None:
-                        state.update(room.data)
+                    for start in range(0, len(room), PIECE):  # hashed while the processor has it
+                        piece = room[start : start + PIECE].data
+                        if opened.readinto(piece) != len(piece):
+                            raise WeightsError(f"{file} ends within {name}. Is the file whole?")
+                        if expected is not None:
+                            state.update(piece)
                 tensors[name] = tensor
         if expected is not None and state.hexdigest() != expected:
             raise WeightsError(damaged(file))
         return tensors, header.metadata
+
+
+def _map(file: Path, begin: int, header: Header) -> dict[str, Tensor]:
+    """Map the tensors of a .safetensors file; pages that are changed stay in memory."""
+    whole = torch.from_numpy(np.memmap(file, np.uint8, mode="c"))
+    tensors = {}
+    for name, entry in header.entries.items():
+        part = whole[begin + entry.begin : begin + entry.end]
+        aligned = part.data_ptr() % entry.dtype.itemsize == 0
+        part = torch.from_numpy(part.numpy()) if aligned else part.clone()  # no storage offset
+        tensors[name] = part.view(entry.dtype).view(entry.shape)
+    return tensors
+
+
+def read_sharded(index: Path) -> dict[Path, Header]:
+    """Read the headers of the files that an index names.
+
+    Raises:
+        WeightsError: The index is damaged, names a file that is not in its folder, or a tensor
+            that its file does not hold.
+    """
+    with reading(index):
+        values = read_json(index)
+        places = values.get("weight_map") if isinstance(values, dict) else None
+        if not isinstance(places, dict) or not places:
+            raise WeightsError(f"{index} has no weight_map, which names the file of each tensor.")
+        headers: dict[Path, Header] = {}
+        for tensor, name in places.items():
+            plain = isinstance(name, str) and Path(name).name == name and name != ".."
+            if not plain or "\\" in name:
+                raise WeightsError(f"{index}: {tensor} is in {name!r:.80}, not a file beside it.")
+            file = index.parent / name
+            if file not in headers:
+                headers[file] = read_header(file)
+            if tensor not in headers[file].entries:
+                raise WeightsError(f"{index} promises {tensor} in {name}, which does not hold it.")
+        return headers
 
 
 def read_arrays(file: Path) -> dict[str, np.ndarray]:
@@ -276,20 +339,42 @@ def _read_npz(file: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def _read_torch(file: Path) -> dict[str, Tensor]:
-    """Read the tensors of a file of torch, without running what it may ask for.
+def read_torch(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read what torch saved, without running what the file may ask for.
+
+    A line of JSON may stand before it; its values are added. Tensors may lie in a dict of their
+    own, under one of `WRAPPERS`.
+
+    Returns:
+        Tensors by name, and the plain values beside them.
 
     Raises:
-        WeightsError: It holds anything but tensors by name.
+        WeightsError: The file is damaged, or asks for anything but tensors and plain values.
     """
-    with _verified(file) as opened:
-        content = torch.load(opened, map_location="cpu", weights_only=True)
-    if not isinstance(content, dict):
-        raise WeightsError(f"{file} holds a {type(content).__name__}, expected tensors by name.")
-    for key, value in content.items():
-        if not isinstance(value, Tensor) or value.layout != torch.strided:
+    values: dict[str, Any] = {}
+    with reading(file), _verified(file) as opened:
+        source: Any = opened
+        if opened.peek(1)[:1] == b"{":
+            values = dict(json.loads(opened.readline(HEADER_LIMIT)))
+            source = io.BytesIO(opened.read())
+        elif os.fstat(opened.fileno()).st_size >= MAP_FROM and opened.peek(2)[:2] == b"PK":
+            source = str(file)
+        mapped = isinstance(source, str)
+        content = torch.load(source, map_location="cpu", weights_only=True, mmap=mapped)
+        if not isinstance(content, dict):
+            kind = type(content).__name__
+            raise WeightsError(f"{file} holds a {kind}, expected tensors by name.")
+        if not any(isinstance(value, Tensor) for value in content.values()):
+            wrapped = next((key for key in WRAPPERS if isinstance(content.get(key), dict)), None)
+            if wrapped is not None:
+                inner = content.pop(wrapped)
+                content = {**content, **inner}
+    tensors = {str(k): v.detach() for k, v in content.items() if isinstance(v, Tensor)}
+    for key, tensor in tensors.items():
+        if tensor.layout != torch.strided:
             raise WeightsError(f"{file}: {key} is not a plain tensor; save `state_dict()` alone.")
-    return {str(key): value.detach() for key, value in content.items()}
+    others = {str(k): v for k, v in content.items() if not isinstance(v, Tensor)}
+    return tensors, {**values, **others}
 
 
 def _verified(file: Path) -> io.BufferedReader:
@@ -359,8 +444,12 @@ def non_finite(tensors: Mapping[str, Tensor]) -> list[str]:
     """List the tensors with a NaN or an infinity, and where the first one is."""
     places = []
     for name, tensor in tensors.items():
-        bad = tensor.isfinite().logical_not_()
-        if bad.any():
-            where = tuple(bad.nonzero()[0].tolist())
-            places.append(f"{name}{list(where) if where else ''} is {float(tensor[where])}")
+        rows = max(1, (1 << 22) * len(tensor) // max(tensor.numel(), 1)) if tensor.ndim else 1
+        for number, part in enumerate(tensor.split(rows) if tensor.ndim else (tensor,)):
+            bad = part.isfinite().logical_not_()
+            if bad.any():
+                first, *others = bad.nonzero()[0].tolist() or [0]
+                where = (number * rows + first, *others) if tensor.ndim else ()
+                places.append(f"{name}{list(where) if where else ''} is {float(tensor[where])}")
+                break
     return places

@@ -1,6 +1,7 @@
 """What is kept was checked, in any number format, and what a network raises is a sentence."""
 
 import dataclasses
+import itertools
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from mechatlas.activations.collect import StoreConfig, collect
 from mechatlas.activations.networks import Network, as_input, load_network, run_network
 from mechatlas.activations.sites import list_sites, read_activations
+from mechatlas.activations.stream import stream
 from mechatlas.analysis.interaction.interaction_basis import basis
 from mechatlas.base import InputError, NonFiniteError, Site, StoreError, UserError
 
@@ -92,15 +94,15 @@ class Odd(nn.Module):
         return self.site(self.make(self.layer(x)))
 
 
-class Growing:
-    """Maps of 4 x 4 at first, then of 2 x 8."""
+class Changing:
+    """Maps of 4 x 4 of one channel at first, then of another shape."""
 
-    def __init__(self) -> None:
-        self.n_calls = 0
+    def __init__(self, *shape: int) -> None:
+        self.shape, self.n_calls = shape, 0
 
     def __call__(self, x: Tensor) -> Tensor:
         self.n_calls += 1
-        shape = (1, 4, 4) if self.n_calls < 5 else (1, 2, 8)
+        shape = (1, 4, 4) if self.n_calls < 5 else self.shape
         return x[:, :1, None, None].expand(len(x), *shape)
 
 
@@ -109,13 +111,22 @@ class Growing:
     [
         (lambda x: torch.complex(x, x), "Site site holds complex numbers"),
         (lambda x: x[0], "not known which axis is the batch of the activations at site"),
-        (Growing(), "map of 2 x 8 here, and of 4 x 4 for the first sample"),
+        (lambda x: x[:, :0], r"holds no numbers: its shape is \(1, 0\)"),
+        (Changing(1, 2, 8), "map of 2 x 8 here, and of 4 x 4 for the first sample"),
+        (Changing(3, 4, 4), "Site site has 3 channels here, and 1 for the first sample"),
         (lambda x: x / 0, r"gave (inf|-inf|nan) at site site, sample array row \d+, channel 0"),
     ],
 )
 def test_activations_that_no_store_holds_are_refused(tmp_path, make, message):
     with pytest.raises(UserError, match=message):
         collect(Odd(make).eval(), X, [Site("site")], tmp_path / "s", StoreConfig(batch_size=8))
+
+
+@pytest.mark.parametrize("shape", [(1, 2, 8), (3, 4, 4), (4, 2, 2)])
+def test_maps_that_change_are_refused_in_a_stream_too(shape):
+    rows = stream(Odd(Changing(*shape)).eval(), X, "site@bchw", batch_size=1)
+    with pytest.raises(UserError, match="for the first sample"):
+        list(itertools.islice(rows.batches(64), 4))
 
 
 class Picky(nn.Module):

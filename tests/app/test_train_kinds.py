@@ -1,5 +1,6 @@
 """Recipes of every kind of dictionary, from a store of two sites that belong together."""
 
+import json
 from typing import Any
 
 import numpy as np
@@ -7,13 +8,15 @@ import pytest
 import torch
 from torch import nn
 
+import mechatlas as ma
 from mechatlas.activations.collect import StoreConfig
-from mechatlas.activations.networks import Network
+from mechatlas.activations.networks import Network, digest
 from mechatlas.activations.positions import Positions
 from mechatlas.activations.samples import Arrays
 from mechatlas.activations.store import Store
+from mechatlas.app.cli import main
 from mechatlas.app.commands.collect import CollectConfig
-from mechatlas.app.commands.train import TrainConfig
+from mechatlas.app.commands.train import SourceConfig, TrainConfig
 from mechatlas.app.recipes import as_dict, from_dict
 from mechatlas.app.run_folder import execute
 from mechatlas.base import RecipeError, StoreError
@@ -78,6 +81,61 @@ def test_every_kind_is_trained_by_a_recipe(stores, tmp_path, kind, d_in, d_out, 
     assert again.sparsity == recipe.sparsity
 
 
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        (Autoencoder, {"site": "1"}),
+        (Transcoder, {"site": "1", "writes": ("3",)}),
+        (Crosscoder, {"writes": ("1", "3")}),
+    ],
+)
+def test_a_recipe_with_a_source_trains_straight_from_the_network(stores, tmp_path, kind, options):
+    source = SourceConfig(
+        network=Network(name=f"{__name__}:two_layers"), samples=Arrays(source=stores / "x.npy")
+    )
+    recipe = TrainConfig(source=source, out=tmp_path / "d", seed=2, **OPTIONS, **options)
+    assert from_dict(as_dict(recipe), TrainConfig, "again") == recipe
+    result = execute(recipe)
+    assert result.rows == 2850
+    assert result.held_out_rows == 150
+    again = load(tmp_path / "d")
+    assert type(again) is kind
+    sites = [site for site in recipe.sites if site]
+    rows = ma.stream(two_layers(), Arrays(source=stores / "x.npy"), sites, seed=2)
+    widths = {s: p.stop - p.start for s, p in zip(recipe.sites, rows.parts, strict=True)}
+    own = recipe.build(widths)
+    ma.train(own, rows, steps=20, batch_size=128, seed=2)
+    for name, weights in own.state_dict().items():
+        assert torch.equal(again.state_dict()[name], weights), name
+
+
+def test_a_file_with_tables_of_the_source_is_read_by_the_command(stores, tmp_path, capsys):
+    path = tmp_path / "straight.toml"
+    path.write_text(
+        f"""
+        site = "1"
+        n_latents = 40
+        out = "{tmp_path / "d"}"
+        [source]
+        held_out = 0.1
+        [source.network]
+        name = "{__name__}:two_layers"
+        [source.samples]
+        type = "Arrays"
+        source = "{stores / "x.npy"}"
+        """
+    )
+    main(["train", str(path), "--steps", "5", "--batch-size", "64", "--source.batch-size", "32"])
+    assert "Held out: fvu" in capsys.readouterr().out
+    manifest = json.loads((tmp_path / "d" / "manifest.json").read_text())
+    assert manifest["site"] == "1"
+    assert manifest["network"] == digest(two_layers())
+    with pytest.raises(SystemExit) as stopped:
+        main(["evaluate", str(tmp_path / "d"), "--out", str(tmp_path / "e")])
+    assert stopped.value.code == 2
+    assert "does not say that it was trained on a store" in capsys.readouterr().err
+
+
 def test_paired_rows_are_of_one_sample_at_every_site(stores):
     rows = Store(stores / "paired").paired(["1", "3"])
     network = two_layers()
@@ -103,6 +161,10 @@ def test_sites_that_do_not_belong_together_are_refused(stores, tmp_path):
     ("keys", "message"),
     [
         ({"writes": ["3"]}, "A transcoder to 3 needs another site to read"),
+        ({"source": {"network": "n"}}, "give either a store, or a table"),
+        ({"store": None}, "give either a store, or a table"),
+        ({"store": None, "source": {"network": "n"}}, "needs the `site` of the network"),
+        ({"source": {"network": "n", "held_out": 1.0}}, "held_out must be"),
         ({"site": "3", "writes": ["3"]}, "A transcoder to 3 needs another site to read"),
         ({"site": "1", "writes": ["3"], "tied": True}, "and cannot be tied"),
         ({"site": "2", "writes": ["1", "3"]}, "reads .'2'. must be one of '1', '3'"),

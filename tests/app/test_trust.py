@@ -105,7 +105,7 @@ def words_of(folder: Path) -> dict[str, list[str]]:
 
 REOPEN = {"report", "serve", "match", "symmetry", "circuit", "evaluate"}
 """Commands that run the network of a store."""
-OF_RECIPES = {"demo", "sites", "collect", "basis", "prove"}
+OF_RECIPES = {"demo", "sites", "collect", "sweep", "basis", "prove"}
 """Commands that run what their user names, or nothing."""
 
 

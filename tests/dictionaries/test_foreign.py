@@ -15,6 +15,7 @@ import torch
 from mechatlas.base import InputError, WeightsError
 from mechatlas.dictionaries.formats import load
 from mechatlas.dictionaries.metrics import evaluate, fvu
+from mechatlas.dictionaries.pretrained import Pretrained
 from tests.conformance import CHECKS
 from tests.dictionaries.golden import EXPECTED, GOLDEN, NAMES, UNSCALED, X, read, weights_of
 
@@ -179,7 +180,7 @@ def test_a_file_under_another_name_is_known_by_its_keys(tmp_path):
 
 def test_a_folder_of_none_or_of_several_says_what_to_do(tmp_path):
     with pytest.raises(
-        WeightsError, match=r"There is dictionary_learning_april/ae\.pt, .*: give one"
+        WeightsError, match=r"There is crosscoder_learning_batchtopk/model\.safet.*: give one"
     ):
         load(GOLDEN)
     shutil.copy(GOLDEN / "gemma_scope_one" / "params.npz", tmp_path)
@@ -230,13 +231,22 @@ def test_a_missing_or_broken_configuration_is_refused_by_name(tmp_path):
             load(folder)
 
 
-def test_a_cross_layer_transcoder_is_refused(tmp_path):
+def test_a_file_of_several_sites_must_say_which_it_reads(tmp_path):
     folder = edited(tmp_path, "gemma_scope_two")
     tensors = safetensors.torch.load_file(folder / "params.safetensors")
     tensors["w_dec"] = tensors["w_dec"][:, None].repeat(1, 3, 1)
     safetensors.torch.save_file(tensors, folder / "params.safetensors")
-    with pytest.raises(WeightsError, match=r"w_dec has shape \(24, 3, 8\): it writes to several"):
+    with pytest.raises(WeightsError, match=r"w_dec has shape \(24, 3, 8\): it writes several"):
         load(folder)
+    dictionary = load(folder, layer=1)
+    assert isinstance(dictionary, Pretrained)
+    assert dictionary.sites == tuple(f"blocks.{i}.hook_mlp_out" for i in range(3))
+    code = dictionary.encode(X)
+    torch.testing.assert_close(code, EXPECTED["gemma_scope_two/code"])
+    decoded = EXPECTED["gemma_scope_two/decoded"]
+    torch.testing.assert_close(dictionary.decode_site(code, "blocks.1.hook_mlp_out"), decoded)
+    with pytest.raises(WeightsError, match="layer is 3, expected less than its 3 sites"):
+        load(folder, layer=3)
 
 
 class Trap:

@@ -555,12 +555,11 @@ def _fill(
     """Draw positions of the untransformed inputs, and add their rows pose by pose."""
     shapes, settings, poses = collection.shapes, collection.settings, collection.poses
     sites, first = collection.sites, collection.sites[0]
-    grids = {site: shape.grid for site, shape in shapes.items()}
     drawn: dict[Site, Tensor] = {}
     for element in range(1 if poses is None else poses.action.group.order):
         action = None if poses is None else poses.action
         with naming(collection.samples, indices):
-            activations = read_pose(collection.network, action, element, inputs, sites, grids)
+            activations = read_pose(collection.network, action, element, inputs, sites, shapes)
         for site, flat in activations.items():
             refuse_non_finite(flat, site, indices, collection.samples)
             if site not in drawn and settings.paired and drawn:

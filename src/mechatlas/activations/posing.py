@@ -24,8 +24,13 @@ from torch import Tensor, nn
 from mechatlas.activations.layouts import layouts_of
 from mechatlas.activations.networks import as_input
 from mechatlas.activations.receptive import ReceptiveField, receptive_field
-from mechatlas.activations.row_checks import refuse_other_grid, refuse_unreadable
+from mechatlas.activations.row_checks import (
+    refuse_other_grid,
+    refuse_other_width,
+    refuse_unreadable,
+)
 from mechatlas.activations.sites import read_activations
+from mechatlas.activations.store_manifest import SiteShape
 from mechatlas.base import InputError, Site, UserError
 from mechatlas.maths.actions import (
     REACH,
@@ -342,7 +347,7 @@ def read_pose(
     element: int,
     inputs: Shaped[Tensor, "batch ..."],
     sites: Sequence[Site],
-    grids: Mapping[Site, tuple[int, int]] | None = None,
+    shapes: Mapping[Site, SiteShape] | None = None,
 ) -> dict[Site, Float[Tensor, "batch position d"]]:
     """Read the flat maps of inputs in one pose.
 
@@ -352,10 +357,10 @@ def read_pose(
         element: Element by which to pose the inputs.
         inputs: Batch of untransformed inputs.
         sites: Sites to read.
-        grids: Expected height and width of the map at each site; by default any.
+        shapes: Expected sizes of the map and its channels at each site; by default any.
 
     Raises:
-        InputError: The network does not run, or its maps have another size or batch axis.
+        InputError: The network does not run, or its maps have other sizes or another batch axis.
     """
     posed = as_input(network, inputs if action is None else action(element, inputs))
     layouts = layouts_of(network, posed, sites)
@@ -363,6 +368,8 @@ def read_pose(
     rows = {site: layouts[site].rows(activation) for site, activation in maps.items()}
     for site, activation in maps.items():
         refuse_unreadable(rows[site], site, len(inputs))
-        if grids is not None:
-            refuse_other_grid(layouts[site].grid(activation), grids[site], site)
+        if shapes is not None:
+            n_channels = shapes[site].width // (1 if action is None else action.group.order)
+            refuse_other_grid(layouts[site].grid(activation), shapes[site].grid, site)
+            refuse_other_width(rows[site].shape[-1], n_channels, site)
     return {site: r.reshape(len(inputs), -1, r.shape[-1]) for site, r in rows.items()}

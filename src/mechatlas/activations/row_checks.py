@@ -3,6 +3,7 @@
 naming               names of samples in messages about their batch
 refuse_unreadable    numbers that no store holds, and batches of another size
 refuse_other_grid    maps that are smaller or larger than those of the first sample
+refuse_other_width   maps of more or fewer channels
 refuse_non_finite    NaN and infinity, and numbers that the store's number format does not hold
 """
 
@@ -37,7 +38,7 @@ def naming(samples: Samples, indices: Sequence[int]) -> Iterator[None]:
 
 
 def refuse_unreadable(activation: Shaped[Tensor, "..."], site: Site, n_samples: int) -> None:
-    """Refuse complex numbers, and activations without a row for each sample.
+    """Refuse complex numbers, no numbers, and activations without a row for each sample.
 
     Args:
         activation: Activations of a batch.
@@ -57,6 +58,11 @@ def refuse_unreadable(activation: Shaped[Tensor, "..."], site: Site, n_samples: 
             f"Site {site} has shape {tuple(activation.shape)} for a batch of {n_samples}; expected "
             "the batch on the first axis."
         )
+    if not activation.numel():
+        raise InputError(
+            f"Site {site} holds no numbers: its shape is {tuple(activation.shape)}. Choose a site "
+            "with channels."
+        )
 
 
 def refuse_other_grid(grid: tuple[int, int], expected: tuple[int, int], site: Site) -> None:
@@ -75,6 +81,24 @@ def refuse_other_grid(grid: tuple[int, int], expected: tuple[int, int], site: Si
             f"Site {site} has a map of {' x '.join(map(str, grid))} here, and of "
             f"{' x '.join(map(str, expected))} for the first sample. A store keeps maps of one "
             "size; bring the samples to one size."
+        )
+
+
+def refuse_other_width(width: int, expected: int, site: Site) -> None:
+    """Refuse more or fewer channels than the first sample has.
+
+    Args:
+        width: Number of channels.
+        expected: Number of channels of the first sample.
+        site: Site of the channels.
+
+    Raises:
+        InputError: The numbers differ.
+    """
+    if width != expected:
+        raise InputError(
+            f"Site {site} has {width} channels here, and {expected} for the first sample. A store "
+            "keeps rows of one width; choose a site whose width does not depend on the input."
         )
 
 

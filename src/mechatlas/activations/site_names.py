@@ -4,6 +4,7 @@
     translate        a site in another spelling -> the site by its module's name
     fitting_sites    sites whose name in another spelling fits a glob
     lens_hint        why a name of TransformerLens cannot be read, or which one is near
+    lens_name        a site of a model that is not at hand -> its name of TransformerLens
     named_heads      heads of modules whose channels need more than the head's number
 
 `blocks.3.hook_resid_post` is the output of `model.layers.3`; `blocks.3.attn.hook_z/head5` is one
@@ -20,6 +21,7 @@ things in other models.
 import dataclasses
 import difflib
 import itertools
+import re
 from collections.abc import Callable, Mapping
 
 from torch import nn
@@ -327,6 +329,36 @@ def lens_hint(network: nn.Module, name: str) -> str | None:
         f"The network has no {name!r} of TransformerLens.{hint} `mechatlas sites NETWORK` lists "
         f"all {len(names)} of its names."
     )
+
+
+_LISTS = {"h": (_GPT2,), "layer": (_BERT,), "layers": (_LLAMA, _GEMMA, _MIXTURE, _NEOX, _MAMBA)}
+"""Name of the list of blocks -> families that may have it."""
+_IN_BLOCK = re.compile(r"(?:.+\.)?(h|layers?)\.(\d+)(?:\.(.+))?")
+_BEFORE_NORM = ("self_attn", "mlp")
+"""Modules whose output some models add to the residual stream, and others only after a norm."""
+
+
+def lens_name(site: str) -> str | None:
+    """Name of TransformerLens for a site of a language model of Hugging Face, from its spelling.
+
+    None for other sites, for a part of a site, and where models of different families have
+    different names for it.
+    """
+    parsed = Site.parse(site)
+    found = _IN_BLOCK.fullmatch(parsed.module)
+    if found is None or parsed.branch or parsed.call or parsed.axes:
+        return None
+    below = found[3] or ""
+    if found[1] == "layers" and below in _BEFORE_NORM:
+        return None
+    wanted = below + (":input" if parsed.take == "input" else "")
+    names = {
+        name
+        for family in _LISTS[found[1]]
+        for name, inside in family.block.items()
+        if inside == wanted
+    }
+    return f"blocks.{found[2]}.{names.pop()}" if len(names) == 1 else None
 
 
 def _blocks(network: nn.Module) -> tuple[str, list[str], _Family] | None:

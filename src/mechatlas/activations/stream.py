@@ -23,6 +23,7 @@ from mechatlas.activations.layouts import layouts_of
 from mechatlas.activations.networks import as_input
 from mechatlas.activations.passes import on_device
 from mechatlas.activations.positions import Positions, TokenSamples, is_causal, left_out
+from mechatlas.activations.row_checks import refuse_other_grid, refuse_other_width
 from mechatlas.activations.samples import Samples, open_samples
 from mechatlas.activations.sites import as_site, read_activations
 from mechatlas.base import Batch, InputError, Result, Site
@@ -135,6 +136,10 @@ class NetworkRows(Result):
         activations = read_activations(self.network, first, self.sites)
         self._layouts = layouts_of(self.network, first, self.sites)
         whole = {site: self._layouts[site].rows(a) for site, a in activations.items()}
+        self._shapes = {
+            site: (self._layouts[site].grid(activations[site]), rows.shape[-1])
+            for site, rows in whole.items()
+        }
         grids = {str(site): tuple(rows.shape[1:-1]) for site, rows in whole.items()}
         if len(set(grids.values())) > 1:
             raise InputError(
@@ -248,6 +253,10 @@ class NetworkRows(Result):
         """Rows of some samples that are kept, and their numbers."""
         activations = read_activations(self.network, self._inputs(some), self.sites)
         whole = [self._layouts[s].rows(a) for s, a in activations.items()]
+        for (site, activation), rows in zip(activations.items(), whole, strict=True):
+            grid, width = self._shapes[site]
+            refuse_other_grid(self._layouts[site].grid(activation), grid, site)
+            refuse_other_width(rows.shape[-1], width, site)
         flat = [rows.reshape(len(rows), self.n_positions, -1) for rows in whole]
         drawn = self.positions.draw(flat[0], some, self._excluded(some))
         of_sample, column = (drawn >= 0).nonzero().T

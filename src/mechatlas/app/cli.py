@@ -25,7 +25,9 @@ COMMANDS = (
     "sites",
     "collect",
     "train",
+    "sweep",
     "evaluate",
+    "export",
     "basis",
     "match",
     "symmetry",
@@ -191,7 +193,8 @@ def configure(command: Any, name: str, words: list[str]) -> Any:
         "config": (tyro.conf.AvoidSubcommands,),  # a recipe has chosen its kind of samples already
     }
     words = deprecated.renamed_flags(name, words)
-    recipe = words[:1] if name != "sites" and words and words[0].endswith(".toml") else []
+    takes_recipe = name not in ("sites", "sweep") and bool(words)
+    recipe = words[:1] if takes_recipe and words[0].endswith(".toml") else []
     if from_recipe and not recipe and not {"-h", "--help"} & set(words):
         raise RecipeError(
             f"`mechatlas {name}` needs a recipe file first: mechatlas {name} RECIPE.toml "

@@ -28,6 +28,7 @@ from mechatlas.app.recipes import TrustConfig, from_dict
 from mechatlas.app.run_folder import HISTORY, RECIPE, RESULT
 from mechatlas.base import RecipeError, StoreError, TrustError
 from mechatlas.dictionaries.formats import load
+from mechatlas.dictionaries.hub import fetch, is_address
 from mechatlas.files import MANIFEST, checksum, checksum_file, read_manifest
 
 NOT_DATA = (MANIFEST, RECIPE, RESULT, HISTORY)
@@ -78,6 +79,8 @@ def open_dictionary(path: Path, *, site: str | None = None) -> OpenedDictionary:
         RecipeError: The manifest says that it reads another site.
         WeightsError: It cannot be read.
     """
+    if is_address(path):
+        path = fetch(str(path))
     dictionary, manifest = load(path), manifest_of(path)
     stated = manifest.get("site")
     if site and stated and site != stated:
@@ -141,10 +144,10 @@ def find_store(opened: OpenedDictionary) -> Store:
     for file in (written / MANIFEST, *beside):
         if wanted and file.is_file() and store_digest(file) == wanted:
             return Store(file.parent)
-    raise StoreError(
-        f"The store of {opened.path} ({written}) is no longer there; name one of the same network "
-        "with --store STORE."
-    )
+    what = f"The store of {opened.path} ({written}) is no longer there"
+    if not opened.manifest.get("store"):
+        what = f"{opened.path} does not say that it was trained on a store"
+    raise StoreError(f"{what}; name one of the same network with --store STORE.")
 
 
 def refuse_other_network(opened: OpenedDictionary, store: Store) -> None:

@@ -1,6 +1,7 @@
-"""Progress bar on the terminal; silent anywhere else."""
+"""Progress of a command: a bar on a terminal, and a line now and then anywhere else."""
 
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -15,12 +16,15 @@ from rich.progress import (
 
 from mechatlas import base
 
+EVERY = 10.0
+"""Seconds between two lines where there is no terminal; shorter work says nothing."""
+
 
 @contextmanager
 def bar(what: str) -> Iterator[base.Progress]:
-    """Draw a bar on standard error while the context is open, if that is a terminal."""
+    """Show progress on standard error while the context is open."""
     if not sys.stderr.isatty():
-        yield base.no_progress
+        yield _lines(what)
         return
     columns = (
         TextColumn("{task.description}"),
@@ -35,3 +39,16 @@ def bar(what: str) -> Iterator[base.Progress]:
             progress.update(task, completed=done, total=total)
 
         yield update
+
+
+def _lines(what: str) -> base.Progress:
+    """Write the share that is done, every `EVERY` seconds."""
+    last = time.monotonic()
+
+    def update(done: int, total: int) -> None:
+        nonlocal last
+        if time.monotonic() - last >= EVERY:
+            last = time.monotonic()
+            print(f"{what}: {done / max(total, 1):.0%}", file=sys.stderr, flush=True)
+
+    return update

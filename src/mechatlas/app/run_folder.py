@@ -54,7 +54,7 @@ from mechatlas.outputs import Claim, claim
 from mechatlas.tensorfiles import checksum_of, read_safetensors
 
 STORE, DICTIONARY, GROUP_NET, PROOF = "store", "dictionary", "group_net", "proof"
-EVALUATION = "evaluation"
+EVALUATION, EXPORT, SWEEP = "evaluation", "export", "sweep"
 BASIS, MATCHING, SYMMETRY, BRANCHES, CIRCUIT = (
     "basis",
     "matching",
@@ -65,8 +65,10 @@ BASIS, MATCHING, SYMMETRY, BRANCHES, CIRCUIT = (
 RESULTS: dict[str, str] = {
     STORE: "collect:CollectResult",
     DICTIONARY: "train:TrainResult",
+    SWEEP: "sweep:SweepResult",
     GROUP_NET: "group_net:GroupNetResult",
     EVALUATION: "evaluate:EvaluateResult",
+    EXPORT: "export:ExportResult",
     BASIS: "basis:BasisResult",
     MATCHING: "match:MatchResult",
     SYMMETRY: "symmetry:SymmetryResult",

@@ -7,14 +7,14 @@ Our own file is `dictionary.safetensors`: `W_enc (d_in, n_latents)` (absent when
 `W_dec (n_latents, d_out)`, `b_dec` and the sparsity rule's own tensors (such as `threshold`); of a
 pose-tied one only `atoms`, `encoder`, `b_enc` and `b_dec` of one pose; of a class of your own its
 `state_dict`. The kind and its configuration are JSON in its metadata. The files of other libraries
-are told by their names, and a file under another name by its keys; `foreign` reads them.
+are recognized by their tensors and settings (`foreign.layouts`).
 """
 
 import dataclasses
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args, overload
+from typing import Any, get_args, overload
 
 import safetensors.torch
 import torch
@@ -22,31 +22,62 @@ from torch import Tensor, nn
 
 from mechatlas.base import WeightsError
 from mechatlas.deprecated import ARGUMENTS
+from mechatlas.dictionaries import hub
+from mechatlas.dictionaries.activation_rules import (
+    AbsTopK,
+    GroupMax,
+    Levels,
+    Pursuit,
+    SignedTopK,
+    WeightedTopK,
+)
 from mechatlas.dictionaries.autoencoder import Autoencoder, Crosscoder, SparseCoder, Transcoder
-from mechatlas.dictionaries.foreign import dictionary_learning, gemma_scope, saelens, sparsify
+from mechatlas.dictionaries.foreign import circuit_tracer, dictionary_learning, saelens, sparsify
+from mechatlas.dictionaries.foreign.layouts import find, recognize
+from mechatlas.dictionaries.foreign.weights import fit
 from mechatlas.dictionaries.pose_tied import PoseTied
-from mechatlas.dictionaries.pretrained import Pretrained
-from mechatlas.dictionaries.sparsity import Sparsity
+from mechatlas.dictionaries.pretrained import NORMS, CrossLayerDictionary, Pretrained
+from mechatlas.dictionaries.sparsity import Sparsity, Threshold
 from mechatlas.files import MANIFEST, read_manifest, write
 from mechatlas.tensorfiles import (
     mismatches,
     non_finite,
     not_floats,
-    read_header,
     read_safetensors,
     reading,
 )
 
 FILE = "dictionary.safetensors"
 KINDS = (Autoencoder, Transcoder, Crosscoder, PoseTied)
-"""Kinds of dictionaries that `load` knows."""
+"""Kinds of dictionaries that `load` knows, besides those of other libraries."""
+WRITERS: dict[str, Callable[[Any, Path, Mapping[str, Any] | None], Path]] = {
+    "saelens": saelens.save,
+    "dictionary_learning": dictionary_learning.save,
+    "sparsify": sparsify.save,
+    "circuit-tracer": circuit_tracer.save,
+}
+"""Libraries for which dictionaries are written."""
+RULES = (
+    *get_args(Sparsity),
+    Threshold,
+    AbsTopK,
+    SignedTopK,
+    WeightedTopK,
+    GroupMax,
+    Levels,
+    Pursuit,
+)
+"""Sparsity rules that a file of ours may name."""
+STATE = {"threshold": "latent", "r_mag": "latent", "b_mag": "latent"}
+STATE |= {"length": "latent", "levels": "level"}
+PRETRAINED = {"W_enc": "d_in latent", "b_enc": "latent", "W_dec": "latent d_out", "b_dec": "d_out"}
 
 
 def save(
     dictionary: Any,
     path: Path | str,
     *,
-    format: Literal["mechatlas", "saelens"] = "mechatlas",
+    format: str = "mechatlas",
     metadata: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write a dictionary into a folder and return the file of weights.
@@ -57,8 +88,9 @@ def save(
     Args:
         dictionary: Dictionary to write.
         path: Folder to write into.
-        format: `mechatlas`, or `saelens` for a folder that SAELens 6 loads.
-        metadata: Further entries for SAELens: `model_name`, `hook_name` and the like.
+        format: `mechatlas`, or the library that is to load it: `saelens`, `dictionary_learning`,
+            `sparsify` or `circuit-tracer`.
+        metadata: Further entries for that library: `model_name`, `hook_name` and the like.
 
     Raises:
         DiskError: The folder is not writable or the disk is full.
@@ -69,23 +101,18 @@ def save(
         >>> ma.save(ma.Autoencoder(d_in=16, n_latents=64), "sae").name
         'dictionary.safetensors'
     """
-    if format == "saelens":
-        return saelens.save(dictionary, Path(path), metadata)
+    if format in WRITERS:
+        return WRITERS[format](dictionary, Path(path), metadata)
     if format != "mechatlas":
-        raise WeightsError(f"Cannot write the format {format!r}; known are mechatlas, saelens.")
+        names = ", ".join(("mechatlas", *WRITERS))
+        raise WeightsError(f"Cannot write the format {format!r}; known are {names}.")
     kind = type(dictionary)
     if not isinstance(dictionary, nn.Module):
         raise WeightsError(f"Cannot save a {kind.__name__}: it is not a torch.nn.Module.")
+    if isinstance(dictionary, Pretrained):
+        dictionary = dictionary.as_pretrained()
     sizes = {name: getattr(dictionary, name, None) for name in ("d_in", "n_latents")}
-    config: dict[str, Any] = {"kind": kind.__name__, **getattr(dictionary, "config", sizes)}
-    rule = config.get("sparsity")
-    if rule is not None:
-        if not dataclasses.is_dataclass(rule) or isinstance(rule, type):
-            raise WeightsError(
-                f"Cannot save a dictionary with the sparsity rule {rule!r}: a rule that can be "
-                "read again is a dataclass."
-            )
-        config["sparsity"] = {"type": type(rule).__name__, **dataclasses.asdict(rule)}
+    config = {"kind": kind.__name__, **_plain(getattr(dictionary, "config", sizes))}
     try:
         described = json.dumps(config)
     except TypeError as error:
@@ -99,6 +126,26 @@ def save(
     return file
 
 
+def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Configuration as plain values: a rule as its class and fields.
+
+    Raises:
+        WeightsError: A rule is not a dataclass.
+    """
+    plain = dict(config)
+    rule = plain.get("sparsity")
+    if rule is not None:
+        if not dataclasses.is_dataclass(rule) or isinstance(rule, type):
+            raise WeightsError(
+                f"Cannot save a dictionary with the sparsity rule {rule!r}: a rule that can be "
+                "read again is a dataclass."
+            )
+        plain["sparsity"] = {"type": type(rule).__name__, **dataclasses.asdict(rule)}
+    if "layers" in plain:
+        plain["layers"] = [_plain(layer) for layer in plain["layers"]]
+    return plain
+
+
 def _saved_names(dictionary: nn.Module) -> dict[str, str]:
     """Name in the file of each tensor of a dictionary: public, where that is no other's name."""
     own = list(dictionary.state_dict())
@@ -107,26 +154,41 @@ def _saved_names(dictionary: nn.Module) -> dict[str, str]:
 
 
 @overload
-def load(path: Path | str) -> SparseCoder | Pretrained: ...
+def load(
+    path: Path | str, *, device: str | None = None, dtype: torch.dtype | None = None, **given: Any
+) -> SparseCoder | Pretrained | CrossLayerDictionary: ...
 
 
 @overload
-def load(path: Path | str, *, classes: Sequence[type]) -> Any: ...
+def load(path: Path | str, *, classes: Sequence[type], **given: Any) -> Any: ...
 
 
-def load(path: Path | str, *, classes: Sequence[type] = ()) -> Any:
+def load(
+    path: Path | str,
+    *,
+    classes: Sequence[type] = (),
+    device: str | None = None,
+    dtype: torch.dtype | None = None,
+    **given: Any,
+) -> Any:
     """Read a dictionary of any known format from a folder or file.
 
     Reading runs no code that a file may hold. One of another library gives a `Pretrained`, which
-    encodes and decodes as that library does.
+    encodes and decodes as that library does; a cross-layer transcoder gives a
+    `CrossLayerDictionary`. Of files of a gigabyte or more the numbers stay in their format and on
+    disk until they are used.
 
     Args:
-        path: Folder or file.
+        path: Folder, file, or address on the Hugging Face Hub: `hf://owner/name/folder@revision`.
         classes: Classes of your own, of dictionaries or sparsity rules, that the file may need.
+        device: Device of the dictionary; by default the CPU.
+        dtype: Number format of the weights; by default float32, of large files that of the file.
+        given: Settings that the files of a library lack, such as `k=50`, `layer=3`,
+            `threshold=0.1`, `transcodes=True` or `format="Qwen Scope"`.
 
     Raises:
-        WeightsError: There is none, there are several, it is damaged, needs a class that was not
-            given, or its keys, shapes or settings are not as its format says.
+        WeightsError: There is none, there are several, it is damaged, needs a class or a setting
+            that was not given, or its keys, shapes or settings are not as its format says.
 
     Examples:
         >>> import mechatlas as ma
@@ -134,20 +196,24 @@ def load(path: Path | str, *, classes: Sequence[type] = ()) -> Any:
         >>> ma.load("sae").n_latents
         64
     """
-    path = Path(path)
-    if not path.is_dir():
-        file = path
+    path = hub.fetch(str(path)) if hub.is_address(path) else Path(path)
+    own = path / FILE if path.is_dir() else path
+    if own.name == FILE and own.is_file():
+        dictionary = _read_own(own, classes)
     else:
-        files = [path / name for name in READERS if (path / name).is_file()]
-        if len(files) > 1:
-            names = ", ".join(file.name for file in files)
-            raise WeightsError(f"{path} holds several dictionaries ({names}): give one file.")
-        file = files[0] if files else path / FILE
-    if not file.is_file():
-        raise WeightsError(f"There is no dictionary at {path} (no file {file}).{_hint(path)}")
-    _refuse_unfinished(file)
-    reader = READERS.get(file.name) or _reader_by_content(file)
-    return reader(file) if reader is not _read_own else _read_own(file, classes)
+        found = find(path, given)
+        _refuse_unfinished(found.file)
+        if "mechatlas" in found.metadata:
+            dictionary = _read_own(found.file, classes)
+        else:
+            layout = recognize(found)
+            dictionary = layout.read(found)
+            surplus = sorted(set(given) - found.used)
+            if surplus:
+                raise WeightsError(
+                    f"{found.file} is of {layout.name}, which needs no {', '.join(surplus)}."
+                )
+    return dictionary if device is dtype is None else dictionary.to(device=device, dtype=dtype)
 
 
 def _read_own(file: Path, classes: Sequence[type] = ()) -> nn.Module:
@@ -156,6 +222,7 @@ def _read_own(file: Path, classes: Sequence[type] = ()) -> nn.Module:
     Raises:
         WeightsError: It is damaged, or its keys or shapes are not as expected.
     """
+    _refuse_unfinished(file)
     tensors, metadata = read_safetensors(file)
     with reading(file):
         config = json.loads(metadata.get("mechatlas", "null"))
@@ -180,52 +247,6 @@ def _refuse_unfinished(file: Path) -> None:
         )
 
 
-READERS: dict[str, Callable[[Path], nn.Module]] = {
-    FILE: _read_own,
-    saelens.WEIGHTS: saelens.read,
-    "sae.safetensors": sparsify.read,
-    "ae.pt": dictionary_learning.read,
-    "params.npz": gemma_scope.read_first,
-    "params.safetensors": gemma_scope.read_second,
-}
-
-
-def _reader_by_content(file: Path) -> Callable[[Path], nn.Module]:
-    """Find the reader of a file whose name says nothing.
-
-    Raises:
-        WeightsError: It is damaged, or its keys are those of no known format.
-    """
-    if file.suffix == ".npz":
-        return gemma_scope.read_first
-    if file.suffix in (".pt", ".pth", ".bin"):
-        return dictionary_learning.read
-    header = read_header(file)
-    keys = sorted(header.entries)
-    if "mechatlas" in header.metadata:
-        return _read_own
-    for key, reader in (
-        ("w_enc", gemma_scope.read_second),
-        ("encoder.weight", sparsify.read),
-        ("W_enc", saelens.read),
-    ):
-        if key in keys:
-            return reader
-    raise WeightsError(
-        f"{file} is not a dictionary of a known format; it holds {', '.join(keys[:8])}."
-    )
-
-
-def _hint(path: Path) -> str:
-    """Say where dictionaries are, if not in the folder then in its folders."""
-    if not path.is_dir():
-        return ""
-    within = sorted(
-        {f"{f.parent.name}/{f.name}" for name in READERS for f in path.glob(f"*/{name}")}
-    )
-    return f" There is {', '.join(within[:3])}: give one of these folders." if within else ""
-
-
 def _rebuild(
     config: Any, tensors: dict[str, Tensor], file: Path, classes: Sequence[type]
 ) -> nn.Module:
@@ -236,7 +257,7 @@ def _rebuild(
     Raises:
         WeightsError: They do not fit together, or a class is missing.
     """
-    known = {each.__name__: each for each in (*KINDS, *get_args(Sparsity), *classes)}
+    known = {each.__name__: each for each in (*KINDS, *RULES, *classes)}
 
     def build(name: Any, arguments: dict[str, Any]) -> Any:
         if name not in known:
@@ -249,10 +270,16 @@ def _rebuild(
 
     try:
         arguments = dict(config)
-        kind, rule = arguments.pop("kind"), arguments.get("sparsity")
-        if rule is not None:
-            rule = dict(rule)
-            arguments["sparsity"] = build(rule.pop("type"), rule)
+        kind = arguments.pop("kind")
+        if kind == CrossLayerDictionary.__name__:
+            layers = [
+                _pretrained(_with_rule(each, build), _below(tensors, f"layers.{i}."), file)
+                for i, each in enumerate(arguments["layers"])
+            ]
+            return CrossLayerDictionary(layers, arguments["reads"])
+        arguments = _with_rule(arguments, build)
+        if kind == Pretrained.__name__:
+            return _pretrained(arguments, tensors, file)
         with torch.device("meta" if known.get(kind) in KINDS else "cpu"):
             dictionary = build(kind, arguments)
     except WeightsError:
@@ -263,6 +290,34 @@ def _rebuild(
     if isinstance(dictionary, SparseCoder):
         dictionary.untrained = False
     return dictionary
+
+
+def _with_rule(config: Mapping[str, Any], build: Callable[..., Any]) -> dict[str, Any]:
+    """Configuration with the sparsity rule that it describes."""
+    rule = dict(config.get("sparsity") or {})
+    return {**config, "sparsity": build(rule.pop("type"), rule)} if rule else dict(config)
+
+
+def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
+
+
+def _pretrained(arguments: dict[str, Any], tensors: dict[str, Tensor], file: Path) -> Pretrained:
+    """Build a dictionary of another library, with the conventions that were saved with it.
+
+    Raises:
+        WeightsError: Keys, shapes or numbers are not those of the dictionary.
+    """
+    shapes = {**PRETRAINED, "W_skip": "d_in d_out", **STATE}
+    parts = fit(file, tensors, shapes, optional=("W_skip", *STATE))
+    weights = {name: parts[name] for name in (*PRETRAINED, "W_skip") if name in parts}
+    norm = arguments.pop("norm")
+    return Pretrained(
+        **weights,
+        state={name: parts[name] for name in STATE if name in parts},
+        norm=None if norm is None else NORMS[norm],
+        **arguments,
+    )
 
 
 def _fill(dictionary: nn.Module, tensors: dict[str, Tensor], file: Path) -> None:

@@ -52,6 +52,18 @@ class Rule(abc.ABC):
 
     by_row = True
     """Whether the code of a sample in training is independent of the other samples."""
+    pursues = False
+    """Whether codes are found step by step from rows and atoms (`pursue`), without an encoder."""
+
+    def pursue(
+        self, x: Float[Tensor, "batch d_in"], atoms: Float[Tensor, "latent d_in"]
+    ) -> Latents:
+        """Find the code of each row from the atoms alone.
+
+        Raises:
+            NotImplementedError: The rule is one of pre-activations.
+        """
+        raise NotImplementedError(f"{self} needs pre-activations")
 
     @abc.abstractmethod
     def __call__(self, pre: Latents, state: State = NONE) -> Latents:

@@ -1,12 +1,15 @@
 """Compilation of inner loops to machine code that is kept on disk."""
 
 import inspect
+import logging
 import zlib
 from collections.abc import Callable, Collection, Iterable
 from typing import Any, TypeVar
 
 import numba
+from numba.core import event
 
+NOTICE = "Compiling inner loops for this machine; this takes some seconds, and happens once."
 Loop = TypeVar("Loop", bound=Callable[..., Any])
 
 
@@ -34,3 +37,24 @@ def compiled(
         return compiler(cache=True, **options)(function)
     except RuntimeError:  # no writable place for the cache: compile in every process
         return compiler(**options)(function)
+
+
+class _Notice(event.Listener):
+    """Listener that says, once a process, that loops are compiled and not read from disk."""
+
+    def __init__(self) -> None:
+        self.announced = False
+
+    def on_start(self, event: Any) -> None:
+        """Say it before the first one."""
+        if not self.announced and event.data["dispatcher"].py_func.__module__.startswith(
+            "mechatlas."
+        ):
+            self.announced = True
+            logging.getLogger("mechatlas").warning(NOTICE)
+
+    def on_end(self, event: Any) -> None:
+        """Say nothing."""
+
+
+event.register("numba:compile", _Notice())

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from jaxtyping import Float, Int
+from scipy.sparse import csr_array, vstack
 from torch import Tensor
 
 from mechatlas.analysis.matching.folding import fold, unit_rows
@@ -25,6 +26,9 @@ from mechatlas.base import Dictionary, InputError
 from mechatlas.maths.assignment import assign
 from mechatlas.maths.bootstrap import N_RESAMPLES, Estimate
 from mechatlas.maths.pricing import Factors
+
+BATCH = 512
+"""Rows encoded or decoded at once."""
 
 
 def baselines(
@@ -77,17 +81,19 @@ class PairFiring(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class PairedCodes:
-    """Codes of two dictionaries on rows that belong together."""
+    """Codes of two dictionaries on rows that belong together, without their zeros."""
 
-    a: Float[np.ndarray, "latent_a row"]
-    b: Float[np.ndarray, "latent_b row"]
+    a: Any
+    """Sparse array of SciPy (row, latent_a)."""
+    b: Any
+    """Sparse array of SciPy (row, latent_b)."""
 
     def firing(self, columns: Int[np.ndarray, " latent_a"]) -> PairFiring:
         """Measure how often the pairs of a pairing fire together."""
-        alive = np.flatnonzero((columns >= 0) & self.a.any(axis=1))
-        a, b = self.a[alive] > 0, self.b[columns[alive]] > 0
-        both = (a & b).sum(axis=1)
-        return PairFiring(alive, both / a.sum(axis=1), both / np.maximum((a | b).sum(axis=1), 1))
+        alive = np.flatnonzero((columns >= 0) & (np.diff(self.a.indptr) > 0))
+        a, b = self.a[:, alive] > 0, self.b[:, columns[alive]] > 0
+        both, of_a, of_b = (np.asarray(x.sum(axis=0)) for x in (a.multiply(b), a, b))
+        return PairFiring(alive, both / of_a, both / np.maximum(of_a + of_b - both, 1))
 
 
 @torch.no_grad()
@@ -97,7 +103,7 @@ def paired_codes(
     x: Float[Tensor, "row d_a"],
     y: Float[Tensor, "row d_b"],
     *,
-    batch_size: int = 512,
+    batch_size: int = BATCH,
 ) -> PairedCodes:
     """Encode rows that belong together with two dictionaries.
 
@@ -114,10 +120,10 @@ def paired_codes(
     if len(x) != len(y):
         raise InputError(f"{len(x)} rows of A and {len(y)} of B do not belong together.")
     codes = [
-        torch.cat([d.encode(part).float() for part in rows.split(batch_size)]).T.numpy()
+        vstack([csr_array(d.encode(part).float().numpy()) for part in rows.split(batch_size)])
         for d, rows in ((a, x), (b, y))
     ]
-    return PairedCodes(*codes)
+    return PairedCodes(*(csr_array(code).tocsc() for code in codes))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,13 +181,14 @@ def transport(
         gain: Factor from the activation of each latent of A to its partner's; 1 if not given.
         seed: Seed of the interval.
     """
-    rows = np.flatnonzero(columns >= 0)
-    activations = torch.from_numpy(codes.a[rows])
-    if gain is not None:
-        activations *= torch.from_numpy(gain[rows, None]).float()
-    partners = torch.from_numpy(columns[rows])
-    code = torch.zeros(codes.b.shape).index_add_(0, partners, activations)
-    return explained(y, b.decode(code.T.contiguous()), seed=seed)
+    latents = np.flatnonzero(columns >= 0)
+    factors = np.ones(len(latents)) if gain is None else gain[latents]
+    places = latents, columns[latents]
+    shape = codes.a.shape[1], codes.b.shape[1]
+    moved: Any = csr_array((factors.astype(np.float32), places), shape=shape)
+    code = codes.a.tocsr() @ moved
+    parts = (code[i : i + BATCH].toarray() for i in range(0, len(y), BATCH))
+    return explained(y, torch.cat([b.decode(torch.from_numpy(p)) for p in parts]), seed=seed)
 
 
 @torch.no_grad()

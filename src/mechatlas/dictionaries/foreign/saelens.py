@@ -10,6 +10,8 @@ What differs between files and would otherwise be read wrongly without a word:
     log_threshold           the logarithm of JumpReLU's threshold, in older training checkpoints
     rescale_acts_by_decoder_norm   codes are in units of atoms of length 1: goes into the weights
     batchtopk, matryoshka_batchtopk   a training checkpoint, read as what SAELens would export
+    matching_pursuit        no encoder: atoms are chosen one by one; no bias unless it is taken from
+                            the input
 
 Source: https://github.com/decoderesearch/SAELens, version 6.54.12.
 """
@@ -25,12 +27,11 @@ import torch
 from torch import Tensor
 
 from mechatlas.base import WeightsError
-from mechatlas.dictionaries.activation_rules import AbsTopK
-from mechatlas.dictionaries.foreign.weights import fit, read_config
+from mechatlas.dictionaries.activation_rules import AbsTopK, Pursuit
+from mechatlas.dictionaries.foreign.weights import Found, as_json, as_pretrained, fit
 from mechatlas.dictionaries.pretrained import Pretrained, layer_norm, root_length
 from mechatlas.dictionaries.sparsity import Gated, ReLU, Rule, Threshold, TopK
 from mechatlas.files import Fields, write, write_json
-from mechatlas.tensorfiles import read_tensors
 
 WEIGHTS, CONFIG = "sae_weights.safetensors", "cfg.json"
 SHAPES = {
@@ -49,6 +50,7 @@ SHAPES = {
         "threshold": "latent",
         "W_skip": "d_out d_in",
     },
+    "matching_pursuit": {},
 }
 NORMS = {
     "none": None,
@@ -58,16 +60,22 @@ NORMS = {
     "constant_norm_rescale": root_length,
 }
 SCALES = ("scaling_factor", "finetuning_scaling_factor")
+METADATA = (
+    "model_name", "hook_name_out", "hook_layer", "hook_head_index", "model_class_name",
+    "model_from_pretrained_kwargs", "prepend_bos", "exclude_special_tokens", "neuronpedia_id",
+    "context_size", "seqpos_slice", "dataset_path", "reshape_activations",
+)  # fmt: skip
+"""Entries of a configuration that SAELens and tools around it read."""
 
 
-def read(file: Path) -> Pretrained:
+def read(found: Found) -> Pretrained:
     """Read `sae_weights.safetensors` and the `cfg.json` beside it.
 
     Raises:
         WeightsError: One is damaged, not as the format says, or of an architecture that is not
             read.
     """
-    config = read_config(file.parent / CONFIG)
+    config = found.config(CONFIG)
     architecture = _architecture(config)
     transcodes = "transcoder" in architecture
     d_in, n_latents = config.integer("d_in"), config.integer("d_sae")
@@ -76,7 +84,11 @@ def read(file: Path) -> Pretrained:
     if transcodes and subtracts_b_dec:
         raise config.wrong("apply_b_dec_to_input", "false: b_dec is as wide as the output")
     norm = _norm(config)
-    parts = _fit(file, config, architecture, {"d_in": d_in, "latent": n_latents, "d_out": d_out})
+    parts = _fit(found, config, architecture, {"d_in": d_in, "latent": n_latents, "d_out": d_out})
+    if architecture == "matching_pursuit":
+        parts |= {"W_enc": parts["W_dec"].T, "b_enc": torch.zeros(n_latents)}
+        if not subtracts_b_dec:
+            parts["b_dec"] = torch.zeros(d_in)
     rule, state = _rule(config, architecture, parts, n_latents)
     skip = parts.get("W_skip")
     return Pretrained(
@@ -92,7 +104,15 @@ def read(file: Path) -> Pretrained:
         W_skip=None if skip is None else skip.T,
         file_format=f"SAELens {architecture}",
         site=_site(config),
+        metadata=_metadata(config),
     )
+
+
+def _metadata(config: Fields) -> dict[str, Any]:
+    """Entries that other tools read, kept for when the dictionary is written again."""
+    places = (config.values, config.part("metadata").values)
+    kept = {key: place[key] for place in places for key in METADATA if place.get(key) is not None}
+    return as_json(kept)
 
 
 def _architecture(config: Fields) -> str:
@@ -144,13 +164,15 @@ def _norm(config: Fields) -> Callable[[Tensor], Any] | None:
     return NORMS[mode]
 
 
-def _fit(file: Path, config: Fields, architecture: str, sizes: dict[str, int]) -> dict[str, Tensor]:
+def _fit(
+    found: Found, config: Fields, architecture: str, sizes: dict[str, int]
+) -> dict[str, Tensor]:
     """The checked tensors, with all that only rescales them taken into the weights.
 
     Raises:
         WeightsError: They do not fit, or a scaling factor is there that is not to be used.
     """
-    tensors = read_tensors(file)
+    file, tensors = found.file, found.tensors
     shapes = {
         "W_enc": "d_in latent",
         "W_dec": "latent d_out",
@@ -158,6 +180,8 @@ def _fit(file: Path, config: Fields, architecture: str, sizes: dict[str, int]) -
         **SHAPES[architecture],
         **dict.fromkeys(SCALES, "latent"),
     }
+    if architecture == "matching_pursuit":
+        del shapes["W_enc"]
     if "log_threshold" in tensors and "threshold" in shapes:
         shapes["log_threshold"] = shapes.pop("threshold")
     parts = fit(file, tensors, shapes, optional=SCALES, sizes=sizes)
@@ -187,6 +211,17 @@ def _rule(
     Raises:
         WeightsError: `k` is missing, or not a number of latents.
     """
+    if architecture == "matching_pursuit":
+        residual = config.values.get("residual_threshold", 0.01)
+        if not isinstance(residual, int | float) or isinstance(residual, bool):
+            raise config.wrong("residual_threshold", "a number")
+        pursuit = Pursuit(
+            steps=config.integer("max_iterations", config.integer("d_in")),
+            least_residual=float(residual),
+            ends_at_same_support=config.flag("stop_on_duplicate_support", default=True),
+            positive=True,
+        )
+        return pursuit, {}
     if architecture in ("topk", "abstopk"):
         within = config if config.has("k") else config.part("activation_fn_kwargs")
         k = within.integer("k")
@@ -230,12 +265,16 @@ def save(
         DiskError: The folder is not writable or the disk is full.
         WeightsError: SAELens has no such dictionary.
     """
-    if not hasattr(dictionary, "as_pretrained"):
-        raise WeightsError(f"A {type(dictionary).__name__} cannot be written for SAELens.")
-    whole = dictionary.as_pretrained()
+    whole = as_pretrained(dictionary, "SAELens")
     architecture, tensors, settings = _describe(whole)
-    tensors |= {"W_enc": whole.W_enc, "W_dec": whole.W_dec, "b_dec": whole.b_dec}
-    known = {"hook_name": whole.site} if whole.site else {}
+    tensors |= {"W_dec": whole.W_dec, "b_dec": whole.b_dec}
+    if not whole.sparsity.pursues:
+        tensors["W_enc"] = whole.W_enc
+    known = {**whole.metadata, **({"hook_name": whole.site} if whole.site else {})}
+    known |= metadata or {}
+    reshaping = known.pop("reshape_activations", None)
+    if reshaping is None:
+        reshaping = "hook_z" if str(known.get("hook_name", "")).endswith("hook_z") else "none"
     config = {
         "architecture": architecture,
         "d_in": whole.d_in,
@@ -244,9 +283,9 @@ def save(
         "device": "cpu",
         "apply_b_dec_to_input": whole.subtracts_b_dec,
         "normalize_activations": next(k for k, norm in NORMS.items() if norm is whole.norm),
-        "reshape_activations": "none",
+        "reshape_activations": reshaping,
         **settings,
-        "metadata": {"sae_lens_version": "6.0.0", **known, **(metadata or {})},
+        "metadata": {"sae_lens_version": "6.0.0", **known},
     }
     plain = {k: t.detach().to("cpu", torch.float32).contiguous() for k, t in tensors.items()}
     write(folder / WEIGHTS, safetensors.torch.save(plain, {"written_by": "mechatlas"}))
@@ -263,6 +302,8 @@ def _describe(whole: Pretrained) -> tuple[str, dict[str, Tensor], dict[str, Any]
     Raises:
         WeightsError: It has none.
     """
+    if whole.spans:
+        raise WeightsError("SAELens has no crosscoders, which write several sites.")
     rule, b_enc, state = whole.sparsity, {"b_enc": whole.b_enc}, whole.state
     # A transcoder between sites of one width, with the k largest, is as good as an autoencoder
     # that takes nothing from its input.
@@ -277,6 +318,15 @@ def _describe(whole: Pretrained) -> tuple[str, dict[str, Tensor], dict[str, Any]
         skip = {} if whole.W_skip is None else {"W_skip": whole.W_skip.T}
         name = f"{jump}{'skip_' if skip else ''}transcoder"
         return name, {**b_enc, **state, **skip}, {"d_out": whole.d_out}
+    if isinstance(rule, Pursuit):
+        if not rule.positive:
+            raise WeightsError("SAELens has no matching pursuit that takes atoms away.")
+        settings = {
+            "residual_threshold": rule.least_residual,
+            "max_iterations": rule.steps,
+            "stop_on_duplicate_support": rule.ends_at_same_support,
+        }
+        return "matching_pursuit", {}, settings
     if isinstance(rule, TopK | AbsTopK):
         name = "topk" if isinstance(rule, TopK) else "abstopk"
         return name, b_enc, {"k": rule.k, "rescale_acts_by_decoder_norm": False}

