@@ -1,6 +1,6 @@
 """CPU time of checksums: reading a store, loading a dictionary, and the tour.
 
-    python benchmarks/cost_of_checksums.py --rounds 9 --tour runs/tour
+    python benchmarks/cost_of_checksums.py --rounds 41 --tour runs/tour
 
 Both ways are measured in turn, in one process, with the files in the cache of the system. A store
 without checksums is one whose shards count as verified; a dictionary without them is the same file
@@ -143,7 +143,8 @@ def tell(what: str, pairs: list[list[float]]) -> None:
 def main() -> None:
     """Measure, and print a line for each."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--rounds", type=int, default=41)
+    parser.add_argument("--trainings", type=int, default=4)
     parser.add_argument("--tour", type=Path, help="also run the tour, into this folder")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -157,11 +158,12 @@ def main() -> None:
         for number in range(options.rounds + 1):  # the first is left out
             reads.append([shuffled(store.root, verified=way) for way in (False, True)])
             loads.append([loading(each) for each in (folder, bare)])
-            if number < 4:
+            if number < options.trainings:
                 trainings.append([trained(place, verified=way) for way in (False, True)])
     size = sum(shard.bytes for shard in store.shards) >> 20
     tell(f"reading the rows of {size} MiB once, shuffled", reads[1:])
-    tell("training on them once", trainings[1:])
+    if trainings[1:]:
+        tell("training on them once", trainings[1:])
     tell(f"loading a dictionary of {N_LATENTS} latents", loads[1:])
     if options.tour:
         SPENT[0], start = 0.0, time.process_time()

@@ -24,6 +24,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+USED_BY_ROWS = 32_768
+"""Rows, besides those held out, of which a latent must be used by one to count as used."""
 RULES = ("topk", "batchtopk", "jumprelu", "l1")
 
 
@@ -132,8 +134,9 @@ class Measurement:
         version: str,
         reconstruct: Callable[[Tensor], Tensor],
         atoms: Tensor | None = None,
+        encode: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
-        """Print the line; `atoms` as (n_latents, d_in)."""
+        """Print the line; `atoms` as (n_latents, d_in), codes as (n_rows, n_latents)."""
         options, peak = self.options, status("VmHWM")
         ends = np.array(self.seen.ends or self.seen.cpu[1:])
         steps = ends - np.array(self.seen.cpu[: len(ends)])
@@ -144,6 +147,13 @@ class Measurement:
             float((part - reconstruct(part)).square().sum()) for part in self.held.split(512)
         )
         total = float((self.held - self.held.mean(dim=0)).square().sum())
+        if encode is not None:
+            used = torch.zeros(options.n_latents, dtype=torch.bool)
+            for part in (*self.held.split(512), *self.x[:USED_BY_ROWS].split(512)):
+                used |= (encode(part) != 0).any(dim=0)
+            unused = {"unused": round(1 - float(used.float().mean()), 5)}
+        else:
+            unused = {}
         if options.atoms is not None and atoms is not None:
             np.save(options.atoms, atoms.detach().float().numpy())
         line = {
@@ -156,6 +166,7 @@ class Measurement:
             "fvu": round(residual / total, 5),
             "peak_mb": round(peak / 2**20, 1),
             "added_mb": round((peak - self.before) / 2**20, 1),
+            **unused,
         }
         print(json.dumps(line), flush=True)
 

@@ -54,4 +54,4 @@ settings = {
 trainSAE(data=batches, trainer_configs=[settings], steps=options.steps, device="cpu")
 ae = kept[0].ae
 atoms = ae.W_dec if hasattr(ae, "W_dec") else ae.decoder.weight.T
-measurement.report(version("dictionary-learning"), ae, atoms)
+measurement.report(version("dictionary-learning"), ae, atoms, ae.encode)

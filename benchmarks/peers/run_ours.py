@@ -59,9 +59,9 @@ dictionary = ma.train(
     Rows(measurement),
     steps=options.steps,
     batch_size=options.batch_size,
-    lr=options.lr,
+    lr=options.lr or None,  # 0: the rate that it chooses
     schedule=schedule,
     revival=revival,
     on_progress=lambda done, steps: measurement.seen.end(),
 )
-measurement.report(ma.__version__, dictionary, dictionary.W_dec)
+measurement.report(ma.__version__, dictionary, dictionary.W_dec, dictionary.encode)

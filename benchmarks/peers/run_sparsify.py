@@ -39,4 +39,12 @@ for number, x in enumerate(measurement.batches(options.steps)):
     optimizer.zero_grad()
     silent += len(x)
     silent[fired] = 0
-measurement.report(version("eai-sparsify"), lambda x: coder(x).sae_out, coder.W_dec)
+
+
+def codes(x: torch.Tensor) -> torch.Tensor:
+    """Codes of some rows, as a matrix."""
+    found = coder.encode(x)
+    return torch.zeros(len(x), options.n_latents).scatter(1, found.top_indices, found.top_acts)
+
+
+measurement.report(version("eai-sparsify"), lambda x: coder(x).sae_out, coder.W_dec, codes)

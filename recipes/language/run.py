@@ -204,7 +204,6 @@ def effects(network: Any, sites: list[str], folders: list[Path], given: Any) -> 
     tokens = samples.stack([samples.read(i) for i in range(len(samples))])
     found = ma.logit_effects(network, sae, tokens=tokens, site=site)
     print(f"{site}: {found}", flush=True)
-    write_json(given.out / "logit_effects.json", as_plain(found))
     latent = int(found.latents[found.p_top.argmin()])
     rows = ma.read_activations(network, tokens[:, 1:], [site])[site].flatten(0, 1)
     scale = float(sae.encode(rows.float()).max())

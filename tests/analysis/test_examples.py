@@ -11,13 +11,8 @@ from mechatlas.activations.positions import Positions
 from mechatlas.activations.receptive import ReceptiveField
 from mechatlas.activations.samples import Images, Texts, open_samples
 from mechatlas.activations.sites import read_activations
-from mechatlas.analysis.examples import (
-    BINS,
-    PER_OCTAVE,
-    Crop,
-    examples,
-    feature_statistics,
-)
+from mechatlas.analysis.examples.maps import Crop, ExamplesWanted, examples, examples_together
+from mechatlas.analysis.examples.statistics import BINS, PER_OCTAVE, feature_statistics
 from mechatlas.base import InputError, Site
 
 SITE = Site("mixed3b")
@@ -96,7 +91,7 @@ def test_top_rows_are_the_strongest_with_one_of_each_sample(world):
 def test_small_blocks_give_the_same_as_large_ones(world, monkeypatch):
     _, _, rows, dictionary = world
     whole = feature_statistics(dictionary, rows, top=3)
-    monkeypatch.setattr("mechatlas.analysis.examples.CODE_BYTES", 4 * 50 * 17)
+    monkeypatch.setattr("mechatlas.analysis.examples.statistics.CODE_BYTES", 4 * 50 * 17)
     pieces = feature_statistics(dictionary, rows, top=3)
     np.testing.assert_array_equal(whole.sample, pieces.sample)
     np.testing.assert_array_equal(whole.place, pieces.place)
@@ -255,7 +250,7 @@ def test_quantiles_go_from_weak_to_strong_over_the_whole_range(world):
 def test_quantiles_do_not_depend_on_how_rows_are_cut(world, monkeypatch):
     _, _, rows, dictionary = world
     whole = feature_statistics(dictionary, rows, top=3, quantiles=5)
-    monkeypatch.setattr("mechatlas.analysis.examples.CODE_BYTES", 4 * 50 * 7)
+    monkeypatch.setattr("mechatlas.analysis.examples.statistics.CODE_BYTES", 4 * 50 * 7)
     pieces = feature_statistics(dictionary, rows, top=3, quantiles=5)
     np.testing.assert_array_equal(whole.sample, pieces.sample)
     np.testing.assert_array_equal(whole.value, pieces.value)
@@ -299,3 +294,16 @@ def test_tokens_of_an_image_are_mapped_at_their_patches(tmp_path):
         assert not shown.heat[1, rank].any()
         assert shown.apart[1, rank] == 255
     assert shown.drift < 1e-3
+
+
+def test_examples_found_together_are_those_found_alone(world):
+    network, samples, rows, dictionary = world
+    other = Projections(atoms(20, 136, seed=1), threshold=dictionary.threshold)
+    both = [(d, feature_statistics(d, rows, top=4, quantiles=3)) for d in (dictionary, other)]
+    wanted = [ExamplesWanted(SITE, d, found, FIELD) for d, found in both]
+    together = examples_together(network, samples, wanted)
+    for (d, found), shown in zip(both, together, strict=True):
+        alone = examples(network, samples, SITE, d, found, field=FIELD)
+        np.testing.assert_array_equal(alone.sample, shown.sample)
+        np.testing.assert_allclose(alone.value, shown.value, rtol=1e-4, atol=1e-5)
+        assert np.abs(alone.heat.astype(int) - shown.heat).max() <= 1

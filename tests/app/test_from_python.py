@@ -1,5 +1,6 @@
 """Pages of runs made in Python, with a network that no recipe names."""
 
+import html
 import json
 import re
 from pathlib import Path
@@ -110,7 +111,8 @@ def test_matches_and_tracks_of_a_chain_are_one_run(world, tmp_path):
 
 def test_a_notebook_shows_the_chapter_of_a_result(world, tmp_path):
     drawing = ma.match(world.last, world.other).show("first", "second")
-    assert drawing._repr_html_().startswith("<iframe")
+    framed = re.search(r'<iframe .* srcdoc="([^"]*)"', drawing._repr_html_())
+    assert html.unescape(framed[1] if framed else "") == drawing.page
     assert repr(drawing) == "Drawing(title='Matching')"
     saved = drawing.save(tmp_path / "match.html").read_text()
     assert "first" in saved

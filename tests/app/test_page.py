@@ -11,7 +11,7 @@ import pytest
 
 from mechatlas.activations.store import Store
 from mechatlas.analysis.branches.specialization import plain_shares
-from mechatlas.analysis.examples import feature_statistics
+from mechatlas.analysis.examples.statistics import feature_statistics
 from mechatlas.app.recipes import TrustConfig
 from mechatlas.app.report import paintings
 from mechatlas.app.report.atoms import flat_map, neighbors

@@ -64,7 +64,8 @@ def test_training_explains_rows_sparsely(rule, form):
     found = evaluate(built, held[:, built.reads], target=held[:, built.writes])
     assert found.l0 == pytest.approx(built.history.l0[-1], abs=0.01)
     if form not in ("crosscoder", "of one site"):  # whose sites count alike while training
-        assert found.fvu == pytest.approx(built.history.fvu[-1], rel=1e-3)
+        # A code at its threshold may fall on the other side once the scale is in the weights.
+        assert found.fvu == pytest.approx(built.history.fvu[-1], rel=3e-3)
 
 
 @CASES

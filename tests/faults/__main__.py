@@ -1,4 +1,4 @@
-"""Harness of faults: `python -m tests.faults [--short] [PIECE ...]`.
+"""Harness of faults: `python -m tests.faults [--short] [--thin N] [PIECE ...]`.
 
 A piece is one of kills, damage, unfinished, inputs, limits, hostile, fuzz and memory, or of one
 command only, such as `kills:train`. The table of outcomes is printed and written to a file; the
@@ -10,12 +10,14 @@ import gc
 import os
 import tempfile
 from pathlib import Path
+from typing import NamedTuple, TypeVar
 
 from tests.faults import damage, fuzz, hostile, kills, limits, memory
 from tests.faults.fuzz import READING
 from tests.faults.table import Table
 from tests.faults.world import World, make
 
+Choice = TypeVar("Choice")
 SHORT_COMMANDS = {
     "kills": ("train", "prove"),
     "damage": ("train", "branches", "report", "verify"),
@@ -28,68 +30,91 @@ SHORT_COMMANDS = {
 """Commands of the short form; the full one has all."""
 
 
-def run_kills(world: World, command: str, place: Path, table: Table, *, short: bool) -> None:
+class Effort(NamedTuple):
+    """Amount of tries."""
+
+    short: bool
+    """Whether a few tries of each kind are enough."""
+    thin: int
+    """One in so many tries is made, of every kind of file and fault."""
+
+    def pick(self, short: Choice, full: Choice) -> Choice:
+        """Choose by the form."""
+        return short if self.short else full
+
+    def of(self, tries: int) -> int:
+        """Number of tries, of those of the full form."""
+        return 1 if self.short else max(1, tries // self.thin)
+
+    def damages(self, flips: int) -> damage.Damages:
+        """Ways to damage a file."""
+        return damage.Damages(flips, self.thin, one_cut=self.short)
+
+
+def run_kills(world: World, command: str, place: Path, table: Table, *, effort: Effort) -> None:
     """Kills and signals."""
-    every, n_last, tries = (12, 1, 1) if short else (1, 0, 25)
+    every, n_last = effort.pick((12, 1), (effort.thin, 0))
     kills.kill_at_points(world, command, place, table, every=every, n_last=n_last)
-    kills.kill_at_random(world, command, place, table, tries=tries)
-    kills.interrupt(world, command, place, table, tries=1 if short else 6)
+    kills.kill_at_random(world, command, place, table, tries=effort.of(25))
+    kills.interrupt(world, command, place, table, tries=effort.of(6))
 
 
-def run_damage(world: World, command: str, place: Path, table: Table, *, short: bool) -> None:
+def run_damage(world: World, command: str, place: Path, table: Table, *, effort: Effort) -> None:
     """Damage of files that commands wrote."""
     targets = [t for t in damage.targets(world) if t.command == command]
-    for target in targets[::14] if short else targets:
-        flips = 1 if short else 12 if command in READING else 30
-        damage.read_damaged(world, target, place, table, flips=flips, one_cut=short)
+    flips = effort.pick(1, 12 if command in READING else 30)
+    for target in targets[:: effort.pick(14, 1)]:
+        damage.read_damaged(world, target, place, table, effort.damages(flips))
 
 
-def run_inputs(world: World, command: str, place: Path, table: Table, *, short: bool) -> None:
+def run_inputs(world: World, command: str, place: Path, table: Table, *, effort: Effort) -> None:
     """Damage of files that people bring."""
     targets = [t for t in damage.input_targets(world) if t.command == command]
-    for target in targets[:: 9 if short else 1]:
-        flips = 1 if short else 50
-        damage.read_damaged(world, target, place, table, flips=flips, one_cut=short)
+    for target in targets[:: effort.pick(9, 1)]:
+        damage.read_damaged(world, target, place, table, effort.damages(effort.pick(1, 50)))
 
 
-def run_unfinished(world: World, command: str, place: Path, table: Table, *, short: bool) -> None:
+def run_unfinished(
+    world: World, command: str, place: Path, table: Table, *, effort: Effort
+) -> None:
     """Damage of what a killed run left."""
     if command == "report":
         return
-    flips, most = (1, 2) if short else (20, 12)
-    damage.continue_damaged(
-        world, command, place, table, flips=flips, most_files=most, one_cut=short
-    )
+    flips, most = effort.pick((1, 2), (20, 12))
+    damage.continue_damaged(world, command, place, table, effort.damages(flips), most_files=most)
 
 
-def run_limits(world: World, command: str, place: Path, table: Table, *, short: bool) -> None:
+def run_limits(world: World, command: str, place: Path, table: Table, *, effort: Effort) -> None:
     """Disks, writers and clocks."""
-    sizes = [1000] if short else [0, 1000, 5000, 30_000, 200_000]
+    sizes = effort.pick([1000], [500, 2000, 5000, 30_000, 200_000][:: effort.thin])
     limits.full_disk(world, command, place / "limit", table, sizes)
-    limits.full_tmpfs(world, command, place / "disk", table, [4096, 40_960, 102_400][short:])
+    limits.full_tmpfs(
+        world, command, place / "disk", table, [4096, 40_960, 102_400][effort.short :]
+    )
     limits.unwritable(world, command, place / "unwritable", table)
-    limits.two_writers(world, command, place / "two", table, tries=1 if short else 8)
-    limits.deleted(world, command, place / "deleted", table, every=9 if short else 2)
+    limits.two_writers(world, command, place / "two", table, tries=effort.of(8))
+    every = effort.pick(9, 2 * effort.thin)
+    limits.deleted(world, command, place / "deleted", table, every=every)
     limits.odd_clock(world, command, place / "odd", table)
 
 
-def run_hostile(world: World, command: str, place: Path, table: Table, *, short: bool) -> None:
+def run_hostile(world: World, command: str, place: Path, table: Table, *, effort: Effort) -> None:
     """Files made to do harm."""
-    hostile.attack_all(world, command, place, table, every=16 if short else 1)
+    hostile.attack_all(world, command, place, table, every=effort.pick(16, effort.thin))
 
 
-def run_fuzz(world: World, command: str, place: Path, table: Table, *, short: bool) -> None:
+def run_fuzz(world: World, command: str, place: Path, table: Table, *, effort: Effort) -> None:
     """Odd values in manifests, results and proofs."""
-    tries, every = (2, 4) if short else (40, 1)
+    tries, every = effort.pick((2, 4), (effort.of(40), 1))
     fuzz.fuzz_json(world, command, place, table, tries=tries, every=every)
     if command == "prove":
-        fuzz.fuzz_proofs(world, place, table, tries=8 if short else 300)
+        fuzz.fuzz_proofs(world, place, table, tries=effort.pick(8, effort.of(300)))
 
 
-def run_memory(world: World, command: str, place: Path, table: Table, *, short: bool) -> None:
+def run_memory(world: World, command: str, place: Path, table: Table, *, effort: Effort) -> None:
     """Ceilings of memory; not in the short form."""
     del world
-    if command == "collect" and not short:
+    if command == "collect" and not effort.short:
         memory.keep_ceilings(place, table)
 
 
@@ -116,10 +141,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("pieces", nargs="*", default=list(PIECES), metavar="PIECE")
     parser.add_argument("--short", action="store_true", help="a few tries of each kind")
+    parser.add_argument("--thin", type=int, default=1, help="make one in so many tries")
     parser.add_argument("--world", type=Path, help="folder of the world, to make or use again")
     parser.add_argument("--out", type=Path, default=Path("faults.md"), help="file of the table")
     options = parser.parse_args()
     out, table = options.out.resolve(), Table()
+    effort = Effort(options.short, options.thin)
     with tempfile.TemporaryDirectory() as temporary:
         place = Path(temporary)
         place.chmod(0o755)  # others must be able to try, and fail, to write below
@@ -134,7 +161,7 @@ def main() -> None:
                 if piece in ONLY.get(each, PIECES):
                     here = place / piece / each
                     here.mkdir(parents=True, exist_ok=True)
-                    PIECES[piece](world, each, here, table, short=options.short)
+                    PIECES[piece](world, each, here, table, effort=effort)
                     table.write(out)
     print("\n".join(table.lines()))
     raise SystemExit(1 if table.bad() else 0)

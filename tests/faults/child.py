@@ -73,14 +73,14 @@ class Child:
     def wait(self, seconds: float = HANG_SECONDS) -> Ended:
         """Wait for the end, and kill the child if it hangs.
 
-        Without work for some wall seconds, or with work for as many seconds of CPU time, it hangs.
+        One that sleeps for some wall seconds, or works for as many seconds of CPU time, hangs.
         """
         limit, worked = time.monotonic() + seconds, 0.0
         while (found := os.waitpid(self.pid, os.WNOHANG)) == (0, 0):
             time.sleep(0.005)
             if time.monotonic() > limit:
-                now = _cpu_seconds(self.pid)
-                if worked < now < seconds:  # slow only because the machine is busy
+                now, waits_for_processor = _progress(self.pid)
+                if now < seconds and (worked < now or waits_for_processor):
                     limit, worked = limit + seconds, now
                     continue
                 os.kill(self.pid, signal.SIGKILL)
@@ -151,13 +151,14 @@ def _run(
         os._exit(code)
 
 
-def _cpu_seconds(pid: int) -> float:
-    """Process CPU seconds of a child, where the system says so."""
+def _progress(pid: int) -> tuple[float, bool]:
+    """CPU seconds of a child, and whether it could go on if the machine were not busy."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
-        return 0.0
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+        return 0.0, False
+    seconds = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    return seconds, fields[0] in "RD"
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -5,6 +5,7 @@ a FIFO. Where the file has a checksum, the command must say so or give the same 
 """
 
 import contextlib
+import itertools
 import os
 import random
 import shutil
@@ -37,6 +38,22 @@ class Target(NamedTuple):
         return self.words[0]
 
 
+class Damages(NamedTuple):
+    """Amount of damage that is tried."""
+
+    flips: int
+    """Number of bits that are flipped in turn, half of them in the first KiB."""
+    thin: int = 1
+    """One in so many ways is tried of each file, other ones of the next file."""
+    one_cut: bool = False
+    """Whether files are cut at one length only."""
+
+    def of(self, size: int, sibling: bytes, seed: int) -> Iterator[tuple[str, Damage]]:
+        """Choose ways to damage a file."""
+        every = damages(size, sibling, flips=self.flips, seed=seed, one_cut=self.one_cut)
+        return itertools.islice(every, seed % self.thin, None, self.thin)
+
+
 def damages(
     size: int, sibling: bytes, *, flips: int, seed: int, one_cut: bool = False
 ) -> Iterator[tuple[str, Damage]]:
@@ -45,7 +62,7 @@ def damages(
     Args:
         size: Size of the file.
         sibling: Contents of another file of its kind.
-        flips: Number of bits that are flipped in turn, half of them in the first KiB.
+        flips: Number of bits that are flipped in turn.
         seed: Seed of the places.
         one_cut: Whether it is cut at one length only.
     """
@@ -165,15 +182,7 @@ def input_targets(world: World) -> list[Target]:
     return [target._replace(allowed=NO_CHECKSUM) for target in found]
 
 
-def read_damaged(
-    world: World,
-    target: Target,
-    place: Path,
-    table: Table,
-    *,
-    flips: int,
-    one_cut: bool = False,
-) -> None:
+def read_damaged(world: World, target: Target, place: Path, table: Table, amount: Damages) -> None:
     """Damage one file in every way, and run the command that reads it."""
     file = world.root / target.file
     whole = run(target.words, place / "whole")
@@ -182,7 +191,7 @@ def read_damaged(
     siblings = [p for p in sorted(world.root.rglob(f"*{file.suffix}")) if p.is_file() and p != file]
     sibling = next((p.read_bytes() for p in siblings if p.name == file.name), b"")
     size, seed = file.stat().st_size, len(target.file)
-    for what, damage in damages(size, sibling, flips=flips, seed=seed, one_cut=one_cut):
+    for what, damage in amount.of(size, sibling, seed):
         here = place / "damaged"
         with damaged(file, damage):
             ended = run(target.words, here)
@@ -248,14 +257,7 @@ def stop_at(name: str, nth: int = 1) -> Callable[[], None]:
 
 
 def continue_damaged(
-    world: World,
-    command: str,
-    place: Path,
-    table: Table,
-    *,
-    flips: int,
-    most_files: int = 99,
-    one_cut: bool = False,
+    world: World, command: str, place: Path, table: Table, amount: Damages, *, most_files: int = 99
 ) -> None:
     """Damage every file of a run that was killed at its end, and run the command again."""
     whole = reference(world, command, place)
@@ -266,7 +268,7 @@ def continue_damaged(
     for file in [p for p in left if not p.name.endswith(".tmp")][:most_files]:
         name = file.relative_to(place / "killed")
         size = file.stat().st_size
-        for what, damage in damages(size, b"", flips=flips, seed=size, one_cut=one_cut):
+        for what, damage in amount.of(size, b"", size):
             here = place / "again"
             shutil.copytree(place / "killed", here)
             damage(here / name, file.read_bytes())

@@ -34,7 +34,7 @@ from mechatlas.dictionaries.metrics import History
 from mechatlas.dictionaries.objective import Objective
 from mechatlas.dictionaries.pretrained import Pretrained, span_of
 from mechatlas.dictionaries.revival import AuxK, Resample
-from mechatlas.dictionaries.rows import check_width
+from mechatlas.dictionaries.rows import as_batch, check_width
 from mechatlas.dictionaries.sparsity import TopK, as_rule
 
 FIRST_ROWS = 1024
@@ -124,13 +124,14 @@ class SparseCoder(nn.Module, abc.ABC):
             InputError: The rows are not `d_in` wide.
         """
 
-    def encode(self, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch latent"]:
-        """Sparse code of each sample.
+    def encode(self, x: Any) -> Float[Tensor, "batch latent"]:
+        """Sparse code of each sample, a tensor (batch, d_in), an array or lists.
 
         Raises:
-            InputError: The rows are not `d_in` wide.
+            InputError: The rows are not `d_in` wide, or are no real numbers.
         """
-        return self.rule(self.pre_activations(x), self.state)
+        rows = as_batch(x, self.W_dec.device).to(self.W_dec.dtype)
+        return self.rule(self.pre_activations(rows), self.state)
 
     @abc.abstractmethod
     def decode(self, code: Float[Tensor, "batch latent"]) -> Float[Tensor, "batch d_out"]:
@@ -166,22 +167,22 @@ class SparseCoder(nn.Module, abc.ABC):
 
     @torch.no_grad()
     def initialize(self, x: Float[Tensor, "batch width"]) -> None:
-        """Set biases, and the size of the codes of several sites, from the first batch.
+        """Set biases and the size of the codes from the first batch.
 
-        An encoder row reads its atom as 1 at one site, which says nothing of the others at first:
-        there the k latents of a row add noise, as much at each site as they explain at one, which
-        Adam unlearns slowly. Codes start at the geometric mean of the size that is best now and
-        the size that is right once the other sites are learned. The k largest stay the same.
+        The k largest of many random pre-activations are large by chance and their atoms overlap, so
+        that together they overshoot a row; and where sites are written that are not read, they
+        say nothing of these yet. Codes start at the geometric mean of the size that is best now
+        and their size if atoms were learned. The k largest stay the same.
         """
         self.start_at(x.mean(dim=0))
-        if len(self.edges) == 2 or self.tied or not hasattr(self.sparsity, "k"):
+        if self.tied or not hasattr(self.sparsity, "k"):
             return
         x = x[:FIRST_ROWS]
         reconstruction = self.decode(self.encode(x[:, self.reads])) - self.b_dec
         target = x[:, self.writes] - self.b_dec
         squares = reconstruction.square().sum().clamp(min=1e-30)
         best = float((reconstruction * target).sum() / squares)
-        if 0 < best < 0.5:  # above, the error is less than that of no code at all
+        if 0 < best < 1:
             for parameter in self.encoder_parameters:
                 parameter.mul_(math.sqrt(best))
 

@@ -39,11 +39,20 @@ from mechatlas.maths.outliers import OUTLIER_NORMS, farthest, norm_limit, varian
 from mechatlas.outputs import claim
 
 MEASUREMENTS = 25
-"""Number of measurements of a run."""
+"""Largest number of measurements of a run."""
+ROWS_A_MEASURED_ROW = 8
+"""Smallest number of rows that are trained on for each row that is measured on meanwhile."""
 HELD_OUT_ROWS = 4096
 """Largest number of rows that are measured on."""
 DEAD_AFTER_ROWS = 250_000
 """Rows without use after which a latent counts as dead in the history."""
+
+ANGLE, ANGLE_STEPS = 0.06, 1600
+"""Angle, in radians, that Adam turns an atom by in a step at most, in a run of so many steps."""
+SHORT_RUN = 100
+"""Number of steps below which the angle does not grow any more."""
+ADAM_RATE = 1e-3
+"""Learning rate for modules of other projects."""
 
 Trained = TypeVar("Trained")  # a dictionary, or several
 OnMeasure = Callable[[int, dict[str, float]], None]
@@ -60,7 +69,7 @@ def train(
     *,
     steps: int = 10_000,
     batch_size: int = 4096,
-    lr: float = 1e-3,
+    lr: float | None = None,
     schedule: Schedule | None = None,
     objective: Objective | None = None,
     revival: AuxK | Resample | None = None,
@@ -84,7 +93,7 @@ def train(
             arrays, or anything that fits `Rows`.
         steps: Optimizer steps.
         batch_size: Rows in a step.
-        lr: Largest learning rate.
+        lr: Largest learning rate; by default that of `default_rate`, by width and number of steps.
         schedule: Learning rate and sparsity warm-up; by default the rate falls linearly over the
             last fifth.
         objective: Normalized errors, clipping; by default neither.
@@ -96,7 +105,7 @@ def train(
         checkpoint: Folder for the state of the run. If there is one of a run with the same
             settings, that run is continued and ends as if it had never been stopped.
         checkpoint_every: Steps between two checkpoints; one is also written at the end.
-        on_measure: Callback for measurements, of which there are some twenty-five.
+        on_measure: Callback for measurements, of which there are at most some twenty-five.
         on_progress: Callback with the number of steps done.
 
     Returns:
@@ -128,13 +137,13 @@ def train(
     schedule, objective = schedule or Schedule(), objective or Objective()
     held_out = _checked(held := rows.held_out(HELD_OUT_ROWS), rows).to(device)
     runs = [
-        _Run(coder, part, held_out, objective, revival, seed, outlier_norms)
+        _Run(coder, part, held_out, objective, revival, lr, steps, seed, outlier_norms)
         for coder, part in zip(coders, _columns(coders, rows, held_out), strict=True)
     ]
     _warn_of_outliers(runs, held, rows)
     options = (steps, batch_size, lr, seed, schedule, objective, revival, outlier_norms)
     settings = _settings(rows, held_out, options)
-    done = 0
+    done, every = 0, _steps_between_measurements(steps, batch_size, len(held_out))
     with contextlib.ExitStack() as at_the_end:
         if checkpoint is not None:
             at_the_end.enter_context(claim(Path(checkpoint)))
@@ -147,13 +156,13 @@ def train(
         clock = time.process_time()
         while done < steps:
             x = _checked(next(batches), rows)
-            rate, on_device = lr * schedule(done, steps), moved(x, device)
+            rate, on_device = schedule(done, steps), moved(x, device)
             coefficient = schedule.sparsity_coefficient(done, steps)
             for run in runs:
                 run.step(x, on_device, rate, coefficient, done / steps)
             done += 1
             on_progress(done, steps)
-            if done % max(1, steps // MEASUREMENTS) == 0 or done == steps:
+            if done % every == 0 or done == steps:
                 seconds = (time.process_time() - clock) / len(runs)
                 for number, run in enumerate(runs):
                     on_measure(number, run.measure(batch_size, seconds))
@@ -173,6 +182,8 @@ class _Run:
         held_out: Tensor,
         objective: Objective,
         revival: AuxK | Resample | None,
+        lr: float | None,
+        steps: int,
         seed: int,
         outlier_norms: float,
     ) -> None:
@@ -198,6 +209,7 @@ class _Run:
         self.unmeasured = 0  # steps since the last measurement
         self.loss: Tensor | float = 0.0  # of the steps since the last check
         self.to_begin = dictionary.untrained
+        self.lr = default_rate(dictionary, steps) if lr is None else lr
 
     def begin(self) -> dict[str, Any]:
         """Go over to scaled rows; return what a checkpoint of this run must agree with."""
@@ -234,7 +246,7 @@ class _Run:
         Args:
             at_hand: Rows where they came from, for what is asked of them before the step.
             x: The same rows on the device.
-            rate: Learning rate.
+            rate: Learning rate, as a fraction of the largest.
             sparsity_coefficient: Fraction of the sparsity penalty that counts.
             part_done: Fraction of the training that is done.
 
@@ -269,6 +281,7 @@ class _Run:
                         random,
                     )
                     self.last_fired[latents] = self.done
+        rate = self.lr * rate
         loss, fired = self.take_step(x, rate, dead, sparsity_coefficient=sparsity_coefficient)
         self.done += 1
         self.unmeasured += 1
@@ -318,6 +331,20 @@ class _Run:
         return {**tensors, "last_fired": self.last_fired}
 
 
+def default_rate(dictionary: SparseCoder | Adapter, steps: int) -> float:
+    """Compute the learning rate at which an atom turns equally far in a step, whatever its width.
+
+    Adam moves every entry of an atom by about the rate, so an atom of length 1 with d entries
+    turns by about the rate times the root of d. Short runs must turn faster and long ones settle:
+    the angle falls with the fourth root of the number of steps. Modules of other projects, whose
+    units are not known, get the usual rate of Adam.
+    """
+    if isinstance(dictionary, Adapter):
+        return ADAM_RATE
+    angle = ANGLE * (ANGLE_STEPS / max(steps, SHORT_RUN)) ** 0.25
+    return angle / math.sqrt(dictionary.d_out)
+
+
 def _tensors(runs: Sequence[_Run]) -> dict[str, Tensor]:
     return {
         f"{number}.{name}": tensor
@@ -346,14 +373,20 @@ def _resume(folder: Path, runs: Sequence[_Run], settings: dict[str, Any]) -> int
     return progress["done"]
 
 
-def _check(**numbers: int | float) -> None:
-    """Refuse numbers that are not positive.
+def _check(**numbers: int | float | None) -> None:
+    """Refuse numbers that are given and not positive.
 
     Raises:
         ValueError: One is not.
     """
-    if wrong := [f"{name} ({number})" for name, number in numbers.items() if not number > 0]:
+    given = {name: number for name, number in numbers.items() if number is not None}
+    if wrong := [f"{name} ({number})" for name, number in given.items() if not number > 0]:
         raise ValueError(f"{', '.join(wrong)} must be > 0.")
+
+
+def _steps_between_measurements(steps: int, batch_size: int, n_held_out: int) -> int:
+    """Steps between two measurements, which cost at most about an eighth of the training."""
+    return max(1, steps // MEASUREMENTS, ROWS_A_MEASURED_ROW * n_held_out // batch_size)
 
 
 def _settings(rows: Rows, held_out: Tensor, options: tuple[Any, ...]) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """Attribution of an output of a network to latents: gradient times activation.
 
     attribute        inputs and an output -> attribution of each latent at each position
-    _check           ablations of the latents, one at a time, and their rank correlation
+    _trace           code, error and their gradients
+    _agreement       rank correlation with ablations of the latents, one at a time
 
 To first order, the output falls by a latent's activation times its gradient where the latent is
 removed. That is checked: latents are ablated with the error term kept, and the change of the
@@ -140,25 +141,19 @@ def attribute(
     place = site_of(network, dictionary, site)
     batch = as_input(network, inputs)
     traced = _trace(network, dictionary, batch, output, place)
-    whole, code, error, gradients, (n, n_positions) = traced
-    values = code * gradients[0]
-    ablated = _chosen(values.sum(dim=0).cpu(), (code != 0).any(dim=0).cpu(), n_ablated, seed)
+    values, shape = traced.code * traced.code_gradient, traced.shape
+    ablated = _chosen(values.sum(dim=0).cpu(), (traced.code != 0).any(dim=0).cpu(), n_ablated, seed)
     falls = [
-        whole - _without(network, dictionary, batch, output, place, int(latent))
+        traced.output - _without(network, dictionary, batch, output, place, int(latent))
         for latent in ablated
     ]
-    correlations = _agreement(
-        values.sum(dim=0).cpu().double().numpy()[ablated],
-        code.sum(dim=0).cpu().double().numpy()[ablated],
-        np.array(falls),
-        seed,
-    )
-    shape = (n, n_positions, dictionary.n_latents)
+    sums = [x.sum(dim=0).cpu().double().numpy()[ablated] for x in (values, traced.code)]
+    correlations = _agreement(sums[0], sums[1], np.array(falls), seed)
     return Attribution(
-        output=whole,
-        activations=code.reshape(shape).float().cpu().numpy(),
-        values=values.reshape(shape).float().cpu().numpy(),
-        error=(error * gradients[1]).sum(dim=1).reshape(shape[:2]).float().cpu().numpy(),
+        output=traced.output,
+        activations=traced.code.reshape(*shape, -1).cpu().numpy(),
+        values=values.reshape(*shape, -1).cpu().numpy(),
+        error=traced.error.reshape(shape).cpu().numpy(),
         ablated=ablated,
         falls=np.array(falls),
         rank_correlation=correlations[0],
@@ -167,55 +162,60 @@ def attribute(
     )
 
 
-class _Traced(NamedTuple):
-    """Output of a pass through codes and errors, and its gradients."""
+class _Trace(NamedTuple):
+    """An output with its gradient at a site."""
 
     output: float
-    code: Tensor
-    error: Tensor
-    gradients: list[Tensor]
-    """Gradients of the codes and of the errors."""
+    code: Float[Tensor, "row latent"]
+    code_gradient: Float[Tensor, "row latent"]
+    error: Float[Tensor, " row"]
+    """Attribution to the dictionary's error."""
     shape: tuple[int, int]
-    """Number of samples and of positions."""
+    """Samples and positions of each."""
 
 
 def _trace(
     network: nn.Module, dictionary: Dictionary, batch: Any, output: int | Output, place: Site
-) -> _Traced:
-    """Run the network through the codes and errors of a site, and differentiate its output.
+) -> _Trace:
+    """Run the network on the code and the error of a site, and take the output's gradient there.
 
     Raises:
         InputError: The output is not one number, or does not depend on the site.
     """
     seen: dict[str, Tensor] = {}
+    n_samples = 0
 
-    def trace(activation: Tensor) -> Tensor:
+    def split(activation: Tensor) -> Tensor:
+        nonlocal n_samples
+        rows, put_back = site_rows(network, place, activation, dictionary)
+        n_samples = len(activation)
         with torch.no_grad():
-            rows, _ = site_rows(network, place, activation, dictionary)
             x = rows.float()
-            code = dictionary.encode(x)
+            code = dictionary.encode(x).float()
             error = x - dictionary.decode(code).float()
         seen["code"], seen["error"] = code.requires_grad_(), error.requires_grad_()
-        seen["shape"] = torch.tensor([len(activation), len(rows) // len(activation)])
         with torch.enable_grad():
-            new = dictionary.decode(code).float() + error
-            _, put_back = site_rows(network, place, activation, dictionary)
-            return put_back(new.to(activation.dtype))
+            return put_back((dictionary.decode(code).float() + error).to(activation.dtype))
 
-    with torch.enable_grad(), intervene(network, {place: trace}):
+    with torch.enable_grad(), intervene(network, {place: split}):
         with running(network, batch):
             returned = call_network(network, batch)
         value = _scalar(returned, output)
         if not value.requires_grad:
             raise InputError(f"The output does not depend on site {place}, or not smoothly.")
-        found = torch.autograd.grad(value, [seen["code"], seen["error"]], allow_unused=True)
+        leaves = [seen["code"], seen["error"]]
+        found = torch.autograd.grad(value, leaves, allow_unused=True)
     gradients = [
-        torch.zeros_like(seen[name]) if gradient is None else gradient
-        for name, gradient in zip(("code", "error"), found, strict=True)
+        torch.zeros_like(leaf) if g is None else g for leaf, g in zip(leaves, found, strict=True)
     ]
-    shape = (int(seen["shape"][0]), int(seen["shape"][1]))
-    code, error = seen["code"].detach(), seen["error"].detach()
-    return _Traced(float(value.detach()), code, error, gradients, shape)
+    code, error = (leaf.detach() for leaf in leaves)
+    return _Trace(
+        float(value.detach()),
+        code,
+        gradients[0],
+        (error * gradients[1]).sum(dim=1),
+        (n_samples, len(code) // n_samples),
+    )
 
 
 def _scalar(returned: Any, output: int | Output) -> Tensor:

@@ -33,8 +33,8 @@ from mechatlas.maths.statistics import q_values
 
 LATENTS_AT_ONCE = 128
 """Latents whose effects on all tokens are computed together."""
-N_RANDOM = 1000
-"""Random directions of the null."""
+N_RANDOM = 10_000
+"""Random directions of the null; thousands of latents are tested at once, so p must be small."""
 N_UNFROZEN = 256
 """Largest number of activations under the comparison with an unfrozen norm."""
 

@@ -477,4 +477,5 @@ def draw(result: Any, names: Sequence[str] = ()) -> Drawing:
     runs = Runs(Path(), [memory_run(chosen, [result], {})], 0, TrustConfig(), {})
     chapters = [each for each in make_chapters(runs) if each.name != "appendix"]
     refuse_nothing(runs, chapters)
-    return Drawing(assemble(chapters[0].title, chapters, runs.problems), chapters[0].title)
+    page = assemble(chapters[0].title, chapters, runs.problems)
+    return Drawing(str(page), chapters[0].title)  # plain text: markup would be escaped twice

@@ -11,16 +11,15 @@ from torch import nn
 
 from mechatlas.activations.images import ImageSamples
 from mechatlas.activations.networks import has_weights
-from mechatlas.activations.receptive import receptive_field
+from mechatlas.activations.receptive import ReceptiveField, receptive_field
 from mechatlas.activations.samples import Samples, TextSamples
 from mechatlas.activations.store import POOL_BYTES, StoreRows
 from mechatlas.analysis.branches.specialization import plain_shares
-from mechatlas.analysis.examples import (
+from mechatlas.analysis.examples.maps import Examples, ExamplesWanted, examples_together
+from mechatlas.analysis.examples.statistics import (
     BINS,
     PER_OCTAVE,
-    Examples,
     FeatureStatistics,
-    examples,
     feature_statistics,
 )
 from mechatlas.app.report.atoms import Neighbors, flat_map, neighbors
@@ -31,7 +30,6 @@ from mechatlas.app.report.paintings import most_in_each, paint
 from mechatlas.app.report.runs import Run, Runs
 from mechatlas.base import Progress, Site, UserError
 from mechatlas.dictionaries.formats import FILE
-from mechatlas.maths.arrays import Channels
 
 TOP = 12
 """Number of strongest examples of each feature."""
@@ -70,16 +68,7 @@ def chapter(runs: Runs, on_progress: Progress) -> Chapter | None:
     dictionaries = runs.of_kind("dictionary")
     if not dictionaries:
         return None
-    opened: list[_FeatureData] = []
-    failed: list[tuple[str, str]] = []
-    total = 100 * len(dictionaries)
-    for k, run in enumerate(dictionaries):
-        key = _key(run, [o.key for o in opened])
-        try:
-            opened.append(_open(run, key, runs, _part(on_progress, k * 90, 90, total)))
-        except UserError as error:  # one broken run must not cost the page of the others
-            failed.append((run.name, str(error)))
-            runs.problems[run.name] = str(error)
+    opened, failed = _open_all(dictionaries, runs, on_progress)
     galleries = _galleries(opened)
     data: dict[str, Any] = {"galleries": {}, "dictionaries": [], "labels": runs.labels}
     arrays: dict[str, np.ndarray] = {}
@@ -97,7 +86,7 @@ def chapter(runs: Runs, on_progress: Progress) -> Chapter | None:
         data["dictionaries"].append(described)
         arrays |= {f"{k}/{key}": array for key, array in own.items()}
         images |= {f"painted{k}/{key}": file for key, file in each.painted.items()}
-        on_progress(90 * len(dictionaries) + 10 * (k + 1), total)
+        on_progress(90 * len(dictionaries) + 10 * (k + 1), 100 * len(dictionaries))
     return Chapter(
         name="features",
         title="Features",
@@ -106,9 +95,48 @@ def chapter(runs: Runs, on_progress: Progress) -> Chapter | None:
         data=data,
         arrays=arrays,
         images=images,
-        scripts=("cards.js", "query.js", "labels.js", "dossier.js", "map.js", "features.js"),
+        scripts=(
+            "cards.js",
+            "query.js",
+            "labels.js",
+            "dossier.js",
+            "map.js",
+            "features.js",
+        ),
         findings=[_finding(each) for each in opened if each.run.result.get("fvu") is not None],
     )
+
+
+def _open_all(
+    dictionaries: list[Run], runs: Runs, on_progress: Progress
+) -> tuple[list[_FeatureData], list[tuple[str, str]]]:
+    """Open the dictionaries, those of a store together; and name those that cannot be shown."""
+    opened: list[_FeatureData] = []
+    failed: list[tuple[str, str]] = []
+    total = 100 * len(dictionaries)
+    measured: dict[Path, list[_Measured]] = {}
+    for k, run in enumerate(dictionaries):
+        try:
+            each = _measure(run, runs, _part(on_progress, k * 40, 40, total))
+            measured.setdefault(each.store, []).append(each)
+        except UserError as error:  # one broken run must not cost the page of the others
+            failed.append((run.name, str(error)))
+            runs.problems[run.name] = str(error)
+    done = 40 * len(dictionaries)
+    groups = list(measured.values())
+    while groups:
+        group, *groups = groups
+        try:
+            opened += _open(group, runs, _part(on_progress, done, 50 * len(group), total))
+        except UserError as error:
+            if len(group) > 1:  # one of them must not cost the others
+                groups = [[each] for each in group] + groups
+                continue
+            failed.append((group[0].run.name, str(error)))
+            runs.problems[group[0].run.name] = str(error)
+        done += 50 * len(group)
+    opened = _keyed(sorted(opened, key=lambda each: dictionaries.index(each.run)))
+    return opened, failed
 
 
 def _finding(each: _FeatureData) -> Finding:
@@ -134,22 +162,37 @@ def _part(on_progress: Progress, start: int, share: int, total: int) -> Progress
     return lambda done, of: on_progress(start + share * done // max(of, 1), total)
 
 
-def _key(run: Run, taken: list[str]) -> str:
-    """Name the dictionary in links: by its site, with the run's name where a site has several."""
-    site = str(run.manifest.get("site", run.name))
-    return site if site not in taken else f"{site}@{run.name}"
+def _keyed(opened: list[_FeatureData]) -> list[_FeatureData]:
+    """Name dictionaries in links: by the site, with the run's name where a site has several."""
+    named: list[_FeatureData] = []
+    for each in opened:
+        site = str(each.run.manifest["site"])
+        taken = any(other.key == site for other in named)
+        named.append(dataclasses.replace(each, key=f"{site}@{each.run.name}" if taken else site))
+    return named
 
 
-def _open(run: Run, key: str, runs: Runs, on_progress: Progress) -> _FeatureData:
-    """Read a dictionary and its rows, run the network and measure.
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Measured:
+    """Dictionary with the statistics of its latents."""
+
+    run: Run
+    site: Site
+    dictionary: Any
+    store: Path
+    rows: StoreRows
+    statistics: FeatureStatistics
+
+
+def _measure(run: Run, runs: Runs, on_progress: Progress) -> _Measured:
+    """Read a dictionary and its rows, and measure its latents.
 
     Raises:
-        UserError: The dictionary, its store, the network or the samples are missing.
+        UserError: The dictionary or its store is missing, or cannot be shown.
     """
     written = run.manifest.get("site")
     if not isinstance(written, str):
         raise UserError(f"The manifest of {run.name} names no single site that it was trained on.")
-    site = Site.parse(written)
     dictionary = run.dictionary()
     if getattr(dictionary, "group", None) is not None:
         raise UserError(
@@ -162,40 +205,88 @@ def _open(run: Run, key: str, runs: Runs, on_progress: Progress) -> _FeatureData
     if store.manifest.get("group"):  # the untransformed block: what the network gives for a sample
         rows = StoreRows(store, rows.site, slice(0, dictionary.d_in), POOL_BYTES)
     statistics = feature_statistics(
-        dictionary, rows, top=TOP, quantiles=QUANTILES, max_rows=MAX_ROWS,
-        on_progress=_part(on_progress, 0, 40, 100),
-    )  # fmt: skip
+        dictionary,
+        rows,
+        top=TOP,
+        quantiles=QUANTILES,
+        max_rows=MAX_ROWS,
+        on_progress=on_progress,
+    )
+    return _Measured(run, Site.parse(written), dictionary, folder, rows, statistics)
+
+
+def _open(group: list[_Measured], runs: Runs, on_progress: Progress) -> list[_FeatureData]:
+    """Run the network of a store on the samples that its dictionaries show.
+
+    Raises:
+        UserError: The network or the samples are missing.
+    """
+    folder = group[0].store
     network, samples = runs.reopen(folder)
-    field = None
-    if isinstance(samples, ImageSamples):
-        field = receptive_field(network, site, samples.side, samples.channels)
-    shown = examples(
-        network, samples, site, dictionary, statistics,
-        field=field, context=CONTEXT, on_progress=_part(on_progress, 40, 40, 100),
-    )  # fmt: skip
-    painted: dict[str, bytes] = {}
-    if runs.visualize and field is not None and dictionary.W_enc.shape[0] == rows.d_in:
-        assert isinstance(samples, ImageSamples)
-        branches = _branches(rows)
-        shares, _ = plain_shares(dictionary.W_dec.detach().float().cpu().numpy(), branches)
-        latents = most_in_each(shares, statistics.density, runs.visualize)
-        home = shares[latents].argmax(axis=1) if branches else np.full(len(latents), -1)
-        painted = paint(
-            network, samples, site, dictionary.W_enc, latents, branches, home,
-            on_progress=_part(on_progress, 80, 20, 100),
-        )  # fmt: skip
+    fields = [
+        receptive_field(network, each.site, samples.side, samples.channels)
+        if isinstance(samples, ImageSamples)
+        else None
+        for each in group
+    ]
+    wanted = [
+        ExamplesWanted(each.site, each.dictionary, each.statistics, field)
+        for each, field in zip(group, fields, strict=True)
+    ]
+    found = examples_together(
+        network,
+        samples,
+        wanted,
+        context=CONTEXT,
+        on_progress=_part(on_progress, 0, 80, 100),
+    )
     problems = []
-    if not has_weights(network, store.manifest["network"]):
+    if not has_weights(network, runs.open_store(folder).manifest["network"]):
         problems.append("The network found now has other weights than the store's.")
-    if shown.drift > DRIFT:
-        problems.append(
-            f"Activations differ from those in the store by up to {shown.drift:.0%} of a "
-            "feature's maximum: network, samples and store do not belong together."
-        )
     words = _decoder(network) if isinstance(samples, TextSamples) else None
-    atoms = dictionary.W_dec.detach()[:, : rows.d_in].float().cpu().numpy()
-    return _FeatureData(
-        run, key, atoms, rows, folder, samples, statistics, shown, words, painted, problems
+    return [
+        _FeatureData(
+            run=each.run,
+            key="",
+            atoms=each.dictionary.W_dec.detach()[:, : each.rows.d_in].float().cpu().numpy(),
+            rows=each.rows,
+            store=folder,
+            samples=samples,
+            statistics=each.statistics,
+            shown=shown,
+            words=words,
+            painted=_painted(each, field, runs, _part(on_progress, 80, 20, 100)),
+            problems=problems + _drifted(shown),
+        )
+        for each, field, shown in zip(group, fields, found, strict=True)
+    ]
+
+
+def _drifted(shown: Examples) -> list[str]:
+    if shown.drift <= DRIFT:
+        return []
+    return [
+        f"Activations differ from those in the store by up to {shown.drift:.0%} of a feature's "
+        "maximum: network, samples and store do not belong together."
+    ]
+
+
+def _painted(
+    each: _Measured, field: ReceptiveField | None, runs: Runs, on_progress: Progress
+) -> dict[str, bytes]:
+    """Visualize some features, where that is wanted and samples are images."""
+    dictionary, rows = each.dictionary, each.rows
+    network, samples = runs.reopen(each.store)
+    if not runs.visualize or field is None or dictionary.W_enc.shape[0] != rows.d_in:
+        return {}
+    assert isinstance(samples, ImageSamples)
+    branches = _branches(rows)
+    shares, _ = plain_shares(dictionary.W_dec.detach().float().cpu().numpy(), branches)
+    latents = most_in_each(shares, each.statistics.density, runs.visualize)
+    home = shares[latents].argmax(axis=1) if branches else np.full(len(latents), -1)
+    return paint(
+        network, samples, each.site, dictionary.W_enc, latents, branches, home,
+        on_progress=on_progress,
     )  # fmt: skip
 
 
@@ -308,8 +399,8 @@ def _facts(
     }
 
 
-def _branches(rows: StoreRows) -> dict[str, Channels]:
+def _branches(rows: StoreRows) -> dict[str, slice]:
     """Branches of the site, if the dictionary reads all of its channels."""
     if rows.d_in != rows.shape.width:
         return {}
-    return rows.shape.channels
+    return {name: slice(*ends) for name, ends in rows.shape.branches.items()}

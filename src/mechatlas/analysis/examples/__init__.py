@@ -1,0 +1,1 @@
+"""Statistics and examples of the latents of a dictionary on data."""
