@@ -105,7 +105,8 @@ def shortest_cycles(
         rows: Rows that a cycle is searched for.
         edges: Listed edges.
         closing: Costs and prices.
-        lengths: Length of the cycle through each row, written in place.
+        lengths: Length of the cycle through each row, or a lower bound where it is open, written in
+            place.
         is_open: Marks of rows whose cycle is not proved the shortest.
         wanted: Marks of nodes whose lists are too short for that.
     """
@@ -147,7 +148,7 @@ def shortest_cycles(
             node, far = heap[0], keys[0]
             _take(heap, keys, size)
             size -= 1
-        lengths[root] = best
+        lengths[root] = min(best, limit + least)
         if limit + least < best:
             is_open[root] = True
             for t in range(n_passed):
