@@ -73,8 +73,8 @@ const dossier = (() => {
     const other = await cards.mention(...c.other, c.name, 3);
     const [effect, low, high] = c.effect;
     const lost = effect === null ? "its ablation was not measured" : `ablating it takes ${number(effect)} [${number(low)}, ${number(high)}]`;
-    return claim(c.anchor, [cards.kernel(c.kernel, 56), el("span", {}, c.into ? "from " : "to ", other, ` by ${c.branch}: ${percent(c.share)}`)],
-      `${c.significant ? "Significant" : "Not significant"}: q ${number(c.q)} at ${percent(c.fdr)}; contribution ${number(c.contribution)}; ${lost}.`, c.significant);
+    return claim(c.anchor, [cards.kernel(c.kernel, 56), el("span", {}, c.into ? "from " : "to ", other, ` by ${c.branch}`)],
+      `${c.significant ? "Significant" : "Not significant"}: q ${number(c.q)} at ${percent(c.fdr)}; contribution ${number(c.contribution)}, all branches of the pair together ${percent(c.share)} of all contributions; ${lost}.`, c.significant);
   }
 
   // Claims of every analysis that was run on this dictionary.
