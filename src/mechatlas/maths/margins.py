@@ -30,6 +30,8 @@ LISTED = 32
 """Columns listed for each row at first."""
 MAX_LISTED = 256
 """Longest list by default."""
+MAX_REACHED = 256
+"""Rows reached from a row, after which the search for its cycle ends unless all are to be exact."""
 LONGER = 8
 """Factor by which lists that were too short are made longer."""
 
@@ -73,10 +75,11 @@ def margins(
 
     graph = _Graph.of(assignment, as_costs(costs))
     n = len(graph.columns)
-    most = max(graph.costs.n_columns, n) if max_listed is None else max_listed
+    m = graph.costs.n_columns
+    most, reached = (m + 1, n + 2) if max_listed is None else (max_listed, MAX_REACHED)
     rises, is_open = np.full(n, np.inf), np.ones(n, bool)
     wanted, listed = np.arange(n + 1), 0
-    while is_open.any() and listed < most:
+    while len(wanted):
         listed = min(listed * LONGER or LISTED, most)
         graph.list_again(wanted, listed)
         cycles, is_wanted = np.flatnonzero(is_open), np.zeros(n + 1, bool)
@@ -86,10 +89,10 @@ def margins(
             first: int, last: int, cycles: np.ndarray = cycles, wanted: np.ndarray = is_wanted
         ) -> None:
             edges, closing = graph.edges(), graph.closing()
-            shortest_cycles(cycles[first:last], edges, closing, rises, is_open, wanted)
+            shortest_cycles(cycles[first:last], reached, edges, closing, rises, is_open, wanted)
 
         in_threads(search, len(cycles))
-        wanted = np.flatnonzero(is_wanted)
+        wanted = np.flatnonzero(is_wanted & (graph.listed < most))
     found, exact = np.full(len(assignment.columns), np.nan), np.zeros(len(assignment.columns), bool)
     rows = graph.columns if graph.is_turned else np.arange(n)
     found[rows], exact[rows] = rises, ~is_open
@@ -113,6 +116,7 @@ class _Graph:
         self._starts, self._counts = np.zeros(n + 1, np.int64), np.zeros(n + 1, np.int64)
         self._nodes, self._weights = np.empty(0, np.int64), np.empty(0)
         self._horizon, self._is_new = np.zeros(n + 1), True
+        self.listed = np.zeros(n + 1, np.int64)
 
     @classmethod
     def of(cls, assignment: Assignment, costs: Costs) -> "_Graph":
@@ -138,6 +142,7 @@ class _Graph:
 
     def list_again(self, nodes: Int[np.ndarray, " k"], listed: int) -> None:
         """List the cheapest edges of some nodes; at first, also the least edge to each node."""
+        self.listed[nodes] = listed
         n, step = len(self.columns), block_rows(self.costs)
         n_leaving, listed = min(listed, n), min(listed, self.costs.n_columns)
         rows = nodes[nodes < n]
