@@ -57,7 +57,7 @@ def test_short_searches_give_exact_margins_or_lower_bounds(reached, monkeypatch)
     assert (5 if reached > 90 else 0) <= found.exact.sum() < 85
     np.testing.assert_allclose(found.rise[found.exact], expected[found.exact], atol=1e-6)
     assert (found.rise < expected + 1e-6).all()
-    assert (found.rise[~found.exact] > 0).all()
+    assert found.rise.sum() > 0.3 * expected.sum()
 
 
 def test_margins_are_refused_where_rows_may_stay_unmatched():

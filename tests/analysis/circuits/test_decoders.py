@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import mechatlas as ma
 from mechatlas.activations.sites import as_site, read_activations
 from mechatlas.analysis.circuits import attention
 from mechatlas.analysis.circuits.attention import record_layer
@@ -18,7 +19,7 @@ from mechatlas.analysis.circuits.transformer_layer import connect
 from mechatlas.analysis.circuits.virtual_weights import compose_responses, pair_blocks
 from mechatlas.base import SiteError
 from tests.analysis.circuits.small import Linear
-from tests.language_models import model
+from tests.language_models import model, smollm2
 
 DECODERS = ["llama", "gemma2", "gemma3", "qwen3"]
 WIDTH = 16
@@ -140,6 +141,20 @@ def test_a_circuit_of_a_decoder_names_its_heads():
     assert found.routes == ("direct", *heads, "mlp", *(f"{head} > mlp" for head in heads))
     assert found.evidence is not None
     assert found.evidence.agreement.spearman > 0.9
+
+
+@pytest.mark.slow
+def test_circuits_of_smollm2_rank_like_ablations():
+    network = ma.load_network(ma.Network(name="transformer", arguments={"path": str(smollm2())}))
+    ids = torch.randint(3, 40_000, (24, 24), generator=torch.Generator().manual_seed(1))
+    a, b = (Linear(576, 64, seed=seed, dtype=torch.float32) for seed in (4, 5))
+    found = circuit(
+        network, a, b, ids, site_a="model.layers.10", site_b="model.layers.11", n_ablated=16
+    )
+    assert found.evidence is not None
+    agreement = found.evidence.agreement
+    assert agreement.spearman > 0.8
+    assert agreement.low > agreement.null_high
 
 
 def test_layers_of_experts_are_refused_by_their_maps():
