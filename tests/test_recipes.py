@@ -61,7 +61,7 @@ def test_all_mistakes_are_told_at_once(tmp_path):
         ("lr = '1e-3'\nstore = 's'", "expected float, got '1e-3' @ recipe.lr"),
         ("n_latents = 8\nstore = 's'", "must be at least k \\(32\\)"),
         ("steps = 0\nstore = 's'", "steps must be at least 1, got 0"),
-        ("steps = 5", "missing key store"),
+        ("steps = 5", "give either a store, or a table"),
         ("steps = ", "is not TOML"),
         ("store = 's'\n[sparsity]\nkk = 3", "unknown key kk"),
     ],

@@ -12,6 +12,13 @@ test -x "$folder/bin/python" || "${PYTHON:-python3}" -m venv "$folder"
 "$folder/bin/python" -m pip install --quiet --disable-pip-version-check \
     torch==2.13.0 torchvision==0.28.0 sae-lens==6.54.12 dictionary-learning==0.1.0 eai-sparsify==1.3.3 \
     Overcomplete==0.3.0 lapx==0.11.1
+# These pin what the others do not allow, and run beside them all the same.
+"$folder/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps \
+    circuit-tracer==0.5.0 saev==0.1.0 sae-bench==0.6.0 llamascopium==2.0.0b34 zstandard \
+    more-itertools loguru pymongo json-repair pydantic-settings opentelemetry-api opentelemetry-sdk \
+    opentelemetry-semantic-conventions opentelemetry-proto \
+    opentelemetry-exporter-otlp-proto-common opentelemetry-exporter-otlp-proto-http \
+    googleapis-common-protos
 "$folder/bin/python" -m pip freeze >"$folder/versions.txt"
 touch "$folder/.ready"
 echo "peers are in $folder"

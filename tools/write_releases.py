@@ -28,7 +28,7 @@ def main() -> None:
             "format": entry.get("conversion_func") or "sae_lens",
             "model": entry["model"],
             "ids": {
-                each["id"]: None if each["path"] == each["id"] else each["path"]
+                each["id"]: None if each["path"] == each["id"] else str(each["path"])
                 for each in entry["saes"]
             },
         }

@@ -61,7 +61,17 @@ def test_the_result_has_what_scripts_rely_on(saved, tmp_path):
     assert set(pair) >= KEYS
     assert pair["gap"] == pytest.approx(0, abs=1e-6)
     table = pq.read_table(tmp_path / "out" / "matches.parquet")
-    wanted = ["pair", "latent_a", "latent_b", "cost", "cosine", "q_value", "margin", "matched"]
+    wanted = [
+        "pair",
+        "latent_a",
+        "latent_b",
+        "cost",
+        "cosine",
+        "q_value",
+        "margin",
+        "margin_exact",
+        "matched",
+    ]
     assert table.column_names == wanted
     assert len(table) == min(pair["n_a"], pair["n_b"])
     assert sum(table["cost"].to_pylist()) == pytest.approx(pair["cost"])
@@ -214,7 +224,7 @@ def test_where_the_network_cannot_be_run_the_match_stands_and_says_why(paired, t
     forge(tmp_path / "store", recipe={})  # as `collect` in Python leaves it
     recipe = dataclasses.replace(recipe, store=tmp_path / "store", out=tmp_path / "other")
     pair = execute(recipe).pairs[0]
-    assert "The manifest of" in str(pair.not_run)
+    assert "no recipe names its network" in str(pair.not_run)
     assert pair.co_firing is not None
     assert pair.co_firing["matched"].p_b_given_a.n > 0
 

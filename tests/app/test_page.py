@@ -193,7 +193,7 @@ def test_a_folder_without_runs_is_refused(tmp_path):
 
 def test_a_chapter_needs_no_script_of_its_own():
     figure = {"data": [{"type": "bar", "y": [1, 2]}], "layout": {}}
-    html = render("training.html", curves={"fvu": "<b>"})
+    html = render("training.html", curves={"fvu": "<b>"}, beside=False)
     chapter = Chapter(name="mine", title="Mine & yours", html=html, figures={"fvu": figure})
     page = assemble("a title", [chapter])
     assert "Mine &amp; yours" in page

@@ -214,8 +214,10 @@ def test_a_lasso_lists_what_it_holds(tab):
 
 def test_training_curves_are_drawn(tab):
     tab.run("document.getElementById('training').scrollIntoView()")
-    tab.until("document.querySelectorAll('#training [data-drawn]').length === 3")
-    assert tab.run("document.querySelectorAll('#training .scatterlayer .trace').length") == 9
+    tab.until("document.querySelectorAll('#training [data-figure]:not([data-drawn])').length === 0")
+    curves = "[data-figure=fvu], [data-figure=l0], [data-figure=dead_share]"
+    traces = f"[...document.querySelectorAll('{curves}')].map((e) => e.data.length)"
+    assert tab.run(traces) == [3, 3, 3]
 
 
 def test_texts_show_their_tokens(tab, page):

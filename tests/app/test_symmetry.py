@@ -309,7 +309,7 @@ def test_poses_are_swapped_where_the_network_can_be_run_again_or_it_is_said_why_
     world, turning, tmp_path
 ):
     result, text = run(world, "plain", tmp_path / "out")
-    assert "is not a CollectConfig recipe" in result.interventions.missing
+    assert "no recipe names its network" in result.interventions.missing
     assert "Poses were not changed inside the network" in text
     root, _, _ = turning
     result, _ = run(root, "plain", tmp_path / "out", interventions=0)

@@ -98,6 +98,7 @@ def words_of(folder: Path) -> dict[str, list[str]]:
         "circuit": two,
         "train": [str(folder / "mixed" / "recipe.toml"), "--store", store, "--steps", "2"],
         "evaluate": [two[1], "--n-samples", "4"],
+        "export": [two[1], "--format", "saelens"],
         "verify": [str(folder)],
         "serve": [str(folder)],
     }

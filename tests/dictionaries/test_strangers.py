@@ -219,6 +219,21 @@ FOREIGN = {
 """Files of other libraries, and the rules by which their dictionaries are trained further."""
 
 
+@pytest.mark.parametrize("kind", ["ours", "foreign"])
+def test_rows_to_encode_may_be_arrays_and_lists(kind):
+    ours = Autoencoder(d_in=24, n_latents=96, sparsity=TopK(k=3))
+    dictionary = ours if kind == "ours" else ours.as_pretrained()
+    x = torch.randn(5, 24, generator=torch.Generator().manual_seed(5))
+    code, array = dictionary.encode(x), x.numpy()
+    forms = (array, array.tolist(), array.astype(">f4"), array.astype(np.float64), x.double(),
+             np.asfortranarray(array), array[::-1][::-1], [*x])  # fmt: skip
+    for form in forms:
+        torch.testing.assert_close(dictionary.encode(form), code)
+    for wrong in (x.to_sparse(), [["a"] * 24], array[:, :20]):
+        with pytest.raises(InputError):
+            dictionary.encode(wrong)
+
+
 def foreign_rows(dictionary: Pretrained) -> Tensor:
     """Rows of few features each, as wide as a dictionary reads and writes."""
     width = dictionary.d_in + dictionary.d_out * dictionary.transcodes

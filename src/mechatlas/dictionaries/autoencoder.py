@@ -34,7 +34,7 @@ from mechatlas.dictionaries.metrics import History
 from mechatlas.dictionaries.objective import Objective
 from mechatlas.dictionaries.pretrained import Pretrained, span_of
 from mechatlas.dictionaries.revival import AuxK, Resample
-from mechatlas.dictionaries.rows import check_width
+from mechatlas.dictionaries.rows import as_batch, check_width
 from mechatlas.dictionaries.sparsity import TopK, as_rule
 
 FIRST_ROWS = 1024
@@ -124,13 +124,14 @@ class SparseCoder(nn.Module, abc.ABC):
             InputError: The rows are not `d_in` wide.
         """
 
-    def encode(self, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch latent"]:
-        """Sparse code of each sample.
+    def encode(self, x: Any) -> Float[Tensor, "batch latent"]:
+        """Sparse code of each sample, a tensor (batch, d_in), an array or lists.
 
         Raises:
-            InputError: The rows are not `d_in` wide.
+            InputError: The rows are not `d_in` wide, or are no real numbers.
         """
-        return self.rule(self.pre_activations(x), self.state)
+        rows = as_batch(x, self.W_dec.device).to(self.W_dec.dtype)
+        return self.rule(self.pre_activations(rows), self.state)
 
     @abc.abstractmethod
     def decode(self, code: Float[Tensor, "batch latent"]) -> Float[Tensor, "batch d_out"]:

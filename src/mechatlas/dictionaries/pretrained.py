@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from mechatlas.base import InputError
-from mechatlas.dictionaries.rows import check_width
+from mechatlas.dictionaries.rows import as_batch, check_width
 from mechatlas.dictionaries.sparsity import NONE, JumpReLU, Rule, State, as_rule
 
 
@@ -221,11 +221,11 @@ class Pretrained(nn.Module):
             widths={name: span.stop - span.start for name, span in self.spans.items()},
         )  # fmt: skip
 
-    def encode(self, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch latent"]:
-        """Sparse code of each sample.
+    def encode(self, x: Any) -> Float[Tensor, "batch latent"]:
+        """Sparse code of each sample, a tensor (batch, d_in), an array or lists.
 
         Raises:
-            InputError: The rows are not `d_in` wide.
+            InputError: The rows are not `d_in` wide, or are no real numbers.
         """
         if self.sparsity.pursues:
             x, units = self._centered(x)
@@ -233,13 +233,14 @@ class Pretrained(nn.Module):
         pre, units = self._pre_activations(x)
         return _with_units(self.sparsity(pre, self.state), units)
 
-    def _pre_activations(self, x: Tensor) -> tuple[Tensor, RowUnits | None]:
+    def _pre_activations(self, x: Any) -> tuple[Tensor, RowUnits | None]:
         """Pre-activations of some rows, and the units that the rows were brought to."""
         x, units = self._centered(x)
         return _product(x, self.W_enc) + self.b_enc, units
 
-    def _centered(self, x: Tensor) -> tuple[Tensor, RowUnits | None]:
+    def _centered(self, x: Any) -> tuple[Tensor, RowUnits | None]:
         """Rows as the encoder reads them, and the units that they were brought to."""
+        x = as_batch(x, self.W_enc.device)
         check_width(x, self.d_in, self.W_enc.device)
         x = x.to(_wide(x, self.W_enc))
         units = self.norm(x) if self.norm else None
@@ -407,12 +408,13 @@ class CrossLayerDictionary(nn.Module):
             whole[written] += each.b_dec
         return whole
 
-    def encode(self, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch latent"]:
-        """Sparse code of each sample.
+    def encode(self, x: Any) -> Float[Tensor, "batch latent"]:
+        """Sparse code of each sample, a tensor (batch, d_in), an array or lists.
 
         Raises:
-            InputError: The rows are not `d_in` wide.
+            InputError: The rows are not `d_in` wide, or are no real numbers.
         """
+        x = as_batch(x, self.b_enc.device)
         check_width(x, self.d_in, self.b_enc.device)
         return torch.cat([each.encode(x[..., read]) for each, read, *_ in self._parts()], dim=-1)
 

@@ -3,6 +3,7 @@
 ArrayRows     matrices in memory or memory-mapped
 StreamRows    arrays that come one after another
 as_rows       whichever fits
+as_batch      rows for a dictionary, as a tensor
 check_width   rows against the width that a dictionary reads
 """
 
@@ -247,6 +248,21 @@ def as_rows(data: Any) -> Rows:
         f"Cannot train on a {type(data).__name__}; pass an array (rows, d_in) or a store, as from "
         "numpy.load(path) or ma.Store(path)."
     )
+
+
+def as_batch(x: Any, device: torch.device) -> Tensor:
+    """Convert rows in any form to a tensor on the device of a dictionary.
+
+    Args:
+        x: A tensor, which stays where it is and keeps its gradient, or whatever `as_array` takes.
+        device: Device of the dictionary.
+
+    Raises:
+        InputError: These are no real numbers.
+    """
+    if isinstance(x, Tensor) and x.layout == torch.strided:
+        return x
+    return as_tensor(x, None, "The rows").to(device)
 
 
 def check_width(x: Tensor, d_in: int, device: torch.device | None = None) -> None:

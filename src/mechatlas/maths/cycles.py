@@ -93,6 +93,7 @@ def _take(heap, keys, size):
 @compiled
 def shortest_cycles(
     rows: Int[np.ndarray, " cycle"],
+    most: int,
     edges: Edges,
     closing: Closing,
     lengths: Float[np.ndarray, " row"],
@@ -103,9 +104,11 @@ def shortest_cycles(
 
     Args:
         rows: Rows that a cycle is searched for.
+        most: Number of nodes reached from a row after which its search ends.
         edges: Listed edges.
         closing: Costs and prices.
-        lengths: Length of the cycle through each row, written in place.
+        lengths: Length of the cycle through each row, or a lower bound where it is open, written in
+            place.
         is_open: Marks of rows whose cycle is not proved the shortest.
         wanted: Marks of nodes whose lists are too short for that.
     """
@@ -120,6 +123,10 @@ def shortest_cycles(
         distance[root] = 0.0
         seen[0], n_seen, n_passed = root, 1, 0
         while True:
+            if n_seen >= most:
+                limit = min(limit, far)
+                n_passed = 0  # longer lists would not help
+                break
             passed[n_passed] = node
             n_passed += 1
             limit = min(limit, far + edges.horizon[node])
@@ -147,7 +154,7 @@ def shortest_cycles(
             node, far = heap[0], keys[0]
             _take(heap, keys, size)
             size -= 1
-        lengths[root] = best
+        lengths[root] = min(best, limit + least)
         if limit + least < best:
             is_open[root] = True
             for t in range(n_passed):

@@ -12,10 +12,10 @@ as shortest paths.
 """
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from numpy.typing import ArrayLike
 from torch import Tensor
 
@@ -28,19 +28,38 @@ if TYPE_CHECKING:  # compiles when it is imported
 
 LISTED = 32
 """Columns listed for each row at first."""
+MAX_LISTED = 256
+"""Longest list by default."""
+MAX_REACHED = 256
+"""Rows reached from a row, after which the search for its cycle ends unless all are to be exact."""
 LONGER = 8
 """Factor by which lists that were too short are made longer."""
 
 
-def margins(assignment: Assignment, costs: Costs | ArrayLike | Tensor) -> Float[np.ndarray, " n"]:
+class Margins(NamedTuple):
+    """Rise of the total cost of an optimal pairing if each of its pairs is forbidden."""
+
+    rise: Float[np.ndarray, " n"]
+    """Rise for each row, or a lower bound on it; NaN where the row has no pair, infinite where
+    there is no other pairing."""
+    exact: Bool[np.ndarray, " n"]
+    """Rows whose rise is exact."""
+
+
+def margins(
+    assignment: Assignment,
+    costs: Costs | ArrayLike | Tensor,
+    *,
+    max_listed: int | None = MAX_LISTED,
+) -> Margins:
     """Find what the cost of an optimal pairing rises by if each of its pairs is forbidden.
 
     Args:
         assignment: Optimal pairing, with its prices.
         costs: Costs that it is optimal for.
-
-    Returns:
-        The rise for each row; NaN where it has no pair, infinite where there is no other pairing.
+        max_listed: Longest list of columns that is searched for each row; `None` for all columns,
+            so that every rise is exact, which takes long for many rows. With shorter lists large
+            rises are lower bounds.
 
     Raises:
         InputError: Rows may stay unmatched at a price.
@@ -49,33 +68,35 @@ def margins(assignment: Assignment, costs: Costs | ArrayLike | Tensor) -> Float[
         >>> import mechatlas as ma
         >>> from mechatlas.maths.margins import margins
         >>> costs = [[4.0, 1.0, 3.0], [2.0, 0.0, 5.0], [3.0, 2.0, 2.0]]
-        >>> margins(ma.assign(costs), costs)
+        >>> margins(ma.assign(costs), costs).rise
         array([1., 1., 3.])
     """
     from mechatlas.maths.cycles import shortest_cycles  # compiles when it is imported
 
     graph = _Graph.of(assignment, as_costs(costs))
     n = len(graph.columns)
-    rises, cycles, wanted = np.full(n, np.inf), np.arange(n), np.arange(n + 1)
-    listed = min(LISTED, graph.costs.n_columns)
-    while len(cycles):
+    m = graph.costs.n_columns
+    most, reached = (m + 1, n + 2) if max_listed is None else (max_listed, MAX_REACHED)
+    rises, is_open = np.full(n, np.inf), np.ones(n, bool)
+    wanted, listed = np.arange(n + 1), 0
+    while len(wanted):
+        listed = min(listed * LONGER or LISTED, most)
         graph.list_again(wanted, listed)
-        is_open, is_wanted = np.zeros(n, bool), np.zeros(n + 1, bool)
+        cycles, is_wanted = np.flatnonzero(is_open), np.zeros(n + 1, bool)
+        is_open[:] = False
 
         def search(
-            first: int,
-            last: int,
-            cycles: np.ndarray = cycles,
-            marks: tuple[np.ndarray, np.ndarray] = (is_open, is_wanted),
+            first: int, last: int, cycles: np.ndarray = cycles, wanted: np.ndarray = is_wanted
         ) -> None:
-            shortest_cycles(cycles[first:last], graph.edges(), graph.closing(), rises, *marks)
+            edges, closing = graph.edges(), graph.closing()
+            shortest_cycles(cycles[first:last], reached, edges, closing, rises, is_open, wanted)
 
         in_threads(search, len(cycles))
-        cycles, wanted = np.flatnonzero(is_open), np.flatnonzero(is_wanted)
-        listed = min(listed * LONGER, max(graph.costs.n_columns, n))
-    found = np.full(len(assignment.columns), np.nan)
-    found[graph.columns if graph.is_turned else np.arange(n)] = rises
-    return found
+        wanted = np.flatnonzero(is_wanted & (graph.listed < most))
+    found, exact = np.full(len(assignment.columns), np.nan), np.zeros(len(assignment.columns), bool)
+    rows = graph.columns if graph.is_turned else np.arange(n)
+    found[rows], exact[rows] = rises, ~is_open
+    return Margins(found, exact)
 
 
 class _Graph:
@@ -95,6 +116,7 @@ class _Graph:
         self._starts, self._counts = np.zeros(n + 1, np.int64), np.zeros(n + 1, np.int64)
         self._nodes, self._weights = np.empty(0, np.int64), np.empty(0)
         self._horizon, self._is_new = np.zeros(n + 1), True
+        self.listed = np.zeros(n + 1, np.int64)
 
     @classmethod
     def of(cls, assignment: Assignment, costs: Costs) -> "_Graph":
@@ -120,7 +142,9 @@ class _Graph:
 
     def list_again(self, nodes: Int[np.ndarray, " k"], listed: int) -> None:
         """List the cheapest edges of some nodes; at first, also the least edge to each node."""
+        self.listed[nodes] = listed
         n, step = len(self.columns), block_rows(self.costs)
+        n_leaving, listed = min(listed, n), min(listed, self.costs.n_columns)
         rows = nodes[nodes < n]
         least = np.full(self.costs.n_columns, np.inf)
         for start in range(0, len(rows), step):
@@ -134,8 +158,8 @@ class _Graph:
             self._least = np.minimum(self._least, np.maximum(least[self.columns], 0.0))
             self._is_new = False
         if len(rows) < len(nodes):
-            order = np.argsort(self._leaving, kind="stable")[:listed]
-            horizon = self._leaving[order[-1]] if listed < n else np.inf
+            order = np.argsort(self._leaving, kind="stable")[:n_leaving]
+            horizon = self._leaving[order[-1]] if n_leaving < n else np.inf
             self._append(
                 np.array([n]), order[None], self._leaving[order][None], np.array([horizon])
             )

@@ -19,7 +19,8 @@ from mechatlas.analysis.circuits.effects import (
     attribute,
     reproduced_variance,
 )
-from mechatlas.analysis.circuits.transformer_layer import TransformerLayer, as_maps, connect
+from mechatlas.analysis.circuits.layer_parts import as_maps
+from mechatlas.analysis.circuits.transformer_layer import TransformerLayer, connect
 from mechatlas.analysis.circuits.virtual_weights import (
     compose_responses,
     edge_kernels,

@@ -373,6 +373,29 @@ def test_rescaling_is_distinguished_from_permuting(two):
     assert again == pytest.approx(transport(fired, b, x, found.columns).value)
 
 
+def test_sparse_codes_give_what_dense_ones_give(two):
+    a, b, x = two
+    fired = paired_codes(a, b, x, x)
+    assert fired.a.nnz <= 4 * len(x)  # of 24 latents
+    random = np.random.default_rng(1)
+    columns, gain = random.integers(-1, 24, 24), random.uniform(0.5, 2, 24)  # some meet
+    code_a, code_b = a.encode(x).detach().numpy(), b.encode(x).detach().numpy()
+    moved = np.zeros_like(code_b)
+    for latent in np.flatnonzero(columns >= 0):
+        moved[:, columns[latent]] += gain[latent] * code_a[:, latent]
+    dense = explained(x, b.decode(torch.from_numpy(moved)))
+    assert transport(fired, b, x, columns, gain).value == pytest.approx(dense.value, rel=1e-5)
+    alive = [k for k in range(24) if columns[k] >= 0 and code_a[:, k].any()]
+    both = [(code_a[:, k] > 0) & (code_b[:, columns[k]] > 0) for k in alive]
+    either = [(code_a[:, k] > 0) | (code_b[:, columns[k]] > 0) for k in alive]
+    firing = fired.firing(columns)
+    assert firing.latent_a.tolist() == alive
+    shares = [x.sum() / (code_a[:, k] > 0).sum() for x, k in zip(both, alive, strict=True)]
+    np.testing.assert_allclose(firing.p_b_given_a, shares)
+    ratios = [x.sum() / y.sum() for x, y in zip(both, either, strict=True)]
+    np.testing.assert_allclose(firing.jaccard, ratios)
+
+
 def test_codes_match_dictionaries_of_different_widths(two):
     a, _, x = two
     wide = torch.nn.functional.pad(x, (0, 5))

@@ -25,8 +25,8 @@ from scipy import sparse
 from torch import Tensor
 
 from mechatlas.analysis.circuits.compose import LinearDictionary, Response
+from mechatlas.analysis.circuits.layer_parts import AttentionLayer, LayerNonlinearities
 from mechatlas.analysis.circuits.recording import check_width, encode, prior_of, stacked
-from mechatlas.analysis.circuits.transformer_layer import LayerNonlinearities, TransformerLayer
 from mechatlas.analysis.circuits.wiring import Route, SiteMap
 from mechatlas.base import InputError
 from mechatlas.maths.arrays import SparseMatrix
@@ -136,7 +136,7 @@ def arriving(
 
 @torch.no_grad()
 def record_layer(
-    layer: TransformerLayer, a: LinearDictionary, b: LinearDictionary, maps: Iterable[SiteMap]
+    layer: AttentionLayer, a: LinearDictionary, b: LinearDictionary, maps: Iterable[SiteMap]
 ) -> AttentionRecording:
     """Record codes at both sites, and the frozen nonlinearities of the layer for each feature.
 
@@ -170,8 +170,8 @@ def record_layer(
 class _Sums:
     """Sums over all positions of a feature, weighted by its activation."""
 
-    def __init__(self, layer: TransformerLayer, n: int) -> None:
-        ways, hidden = 1 + layer.n_heads, layer.up.weight.shape[1]
+    def __init__(self, layer: AttentionLayer, n: int) -> None:
+        ways, hidden = 1 + layer.n_heads, layer.n_hidden
         self.spread = np.zeros((ways, len(TAPS), n + 1), np.float32)
         self.after = np.zeros((ways, n + 1), np.float32)
         self.inner = np.zeros((ways, n + 1, hidden), np.float32)
@@ -227,7 +227,7 @@ def _attention_by_tap(
 
 @torch.no_grad()
 def compose_layer_route(
-    layer: TransformerLayer,
+    layer: AttentionLayer,
     route: Route,
     atoms: Float[Tensor, "latent d"],
     frozen: FrozenNonlinearities,
@@ -256,7 +256,7 @@ def compose_layer_route(
     )
 
 
-def _way(layer: TransformerLayer, route: Route) -> tuple[int, bool]:
+def _way(layer: AttentionLayer, route: Route) -> tuple[int, bool]:
     """Way past attention (0) or by a head (from 1), and whether it passes the MLP."""
     by_mlp, way = divmod(layer.routes.index(route), 1 + layer.n_heads)
     return way, bool(by_mlp)

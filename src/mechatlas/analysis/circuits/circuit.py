@@ -28,8 +28,9 @@ from mechatlas.analysis.circuits.effects import (
     ablation_agreement,
     reproduced_variance,
 )
+from mechatlas.analysis.circuits.layer_parts import AttentionLayer, as_maps
 from mechatlas.analysis.circuits.recording import Recording, record_gates
-from mechatlas.analysis.circuits.transformer_layer import TransformerLayer, as_maps, connect
+from mechatlas.analysis.circuits.transformer_layer import connect
 from mechatlas.analysis.circuits.virtual_weights import (
     CircuitEdges,
     compose_responses,
@@ -42,7 +43,7 @@ from mechatlas.base import InputError, Progress, Result, Site, no_progress
 
 Inputs = Shaped[Tensor, "_ ..."] | Shaped[np.ndarray, "_ ..."] | Sequence[Any]
 """Inputs of a network, one for each sample."""
-Connection = Wiring | TransformerLayer
+Connection = Wiring | AttentionLayer
 """Computation between two sites."""
 Maps = Callable[[], Iterable[SiteMap]]
 """Source of the activations (sample, channel, y, x) of the earlier site's module, in batches."""
@@ -252,7 +253,7 @@ def find_circuit(
     Raises:
         InputError: There are no samples, or a dictionary does not fit its site.
     """
-    if isinstance(connection, TransformerLayer):
+    if isinstance(connection, AttentionLayer):
         recording = record_layer(connection, a, b, maps())
     else:
         recording = record_gates(connection, a, b, maps(), seed=seed)

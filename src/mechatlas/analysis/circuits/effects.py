@@ -22,8 +22,8 @@ from torch import Tensor
 
 from mechatlas.analysis.circuits.attention import AttentionResponse, arriving
 from mechatlas.analysis.circuits.compose import LinearDictionary, Response
+from mechatlas.analysis.circuits.layer_parts import AttentionLayer
 from mechatlas.analysis.circuits.recording import encode, seen
-from mechatlas.analysis.circuits.transformer_layer import TransformerLayer
 from mechatlas.analysis.circuits.wiring import SiteMap, Wiring
 
 RESAMPLES = 1000
@@ -52,7 +52,7 @@ class Ablation:
 
 @torch.no_grad()
 def ablate(
-    wiring: Wiring | TransformerLayer,
+    wiring: Wiring | AttentionLayer,
     a: LinearDictionary,
     maps: Iterable[SiteMap],
     sources: Int[np.ndarray, " source"],
@@ -109,7 +109,7 @@ class Attribution:
 
 
 def attribute(
-    wiring: Wiring | TransformerLayer,
+    wiring: Wiring | AttentionLayer,
     a: LinearDictionary,
     b: LinearDictionary,
     maps: Iterable[SiteMap],
@@ -167,7 +167,7 @@ def attribute(
 
 
 def _slopes(
-    wiring: Wiring | TransformerLayer,
+    wiring: Wiring | AttentionLayer,
     point: Tensor,
     encoder: Tensor,
     mask: Tensor,
@@ -194,7 +194,7 @@ def _slopes(
 
 @torch.no_grad()
 def reproduced_variance(
-    wiring: Wiring | TransformerLayer,
+    wiring: Wiring | AttentionLayer,
     responses: Sequence[Response],
     a: LinearDictionary,
     b: LinearDictionary,
@@ -221,7 +221,7 @@ def reproduced_variance(
         out = wiring.run(x)
         code = encode(a, x[:, wiring.writes])
         made = np.zeros((len(out) * out.shape[2] * out.shape[3], out.shape[1]), np.float32)
-        frozen = wiring.nonlinearities(x) if isinstance(wiring, TransformerLayer) else None
+        frozen = wiring.nonlinearities(x) if isinstance(wiring, AttentionLayer) else None
         for response in responses:
             if frozen is not None:
                 assert isinstance(response, AttentionResponse)

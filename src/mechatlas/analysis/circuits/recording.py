@@ -32,7 +32,7 @@ from mechatlas.analysis.circuits.compose import (
     walk,
     window,
 )
-from mechatlas.analysis.circuits.transformer_layer import TransformerLayer
+from mechatlas.analysis.circuits.layer_parts import AttentionLayer
 from mechatlas.analysis.circuits.wiring import Gate, MaxPool, Node, Route, SiteMap, Wiring
 from mechatlas.base import InputError
 from mechatlas.maths.arrays import SparseMatrix
@@ -173,9 +173,7 @@ def record_gates(
     return Recording(whole, stacked(codes_b), *grids, n_samples, gates)
 
 
-def check_width(
-    wiring: Wiring | TransformerLayer, a: LinearDictionary, b: LinearDictionary
-) -> None:
+def check_width(wiring: Wiring | AttentionLayer, a: LinearDictionary, b: LinearDictionary) -> None:
     """Refuse dictionaries whose widths are not those of their sites.
 
     Args:

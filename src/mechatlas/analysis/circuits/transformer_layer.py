@@ -1,19 +1,17 @@
 """Layer of a transformer, repeated outside of the network.
 
-    connect             two sites -> a `Wiring` of maps, or a `TransformerLayer` of sequences
+    connect             two sites -> a `Wiring` of maps, or an `AttentionLayer` of sequences
     TransformerLayer    attention, then an MLP of two linear maps, each added to its input; `run`
                         repeats it, `nonlinearities` gives attention, normalization and slopes
 
 Nothing is read from names: linear maps and normalizations are those that were called, in their
 order, and a layer is used only if it gives the same numbers as the network. Samples are whole
 windows of tokens, so there is no padding to mask.
-
-To look like maps, sequences are (sample, channel, 1, token).
 """
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
 import torch
@@ -24,7 +22,20 @@ from torch.nn import functional
 from mechatlas.activations.branches import branches_of, select
 from mechatlas.activations.layouts import expect_patterns
 from mechatlas.activations.tracing import ModuleCall, Trace, same_numbers, trace
-from mechatlas.analysis.circuits.wiring import Route, Wiring, channel_range, trace_wiring
+from mechatlas.analysis.circuits.decoder_layer import decoder_layer
+from mechatlas.analysis.circuits.layer_parts import (
+    AttentionLayer,
+    LayerNonlinearities,
+    Normalization,
+    Projection,
+    as_maps,
+    as_rows,
+    is_norm,
+    layer_norm_of,
+    projection_of,
+    weight_of,
+)
+from mechatlas.analysis.circuits.wiring import Wiring, channel_range, trace_wiring
 from mechatlas.base import Site, SiteError
 
 ACTIVATIONS: tuple[Callable[[Tensor], Tensor], ...] = (
@@ -35,62 +46,14 @@ ACTIVATIONS: tuple[Callable[[Tensor], Tensor], ...] = (
     lambda z: z * (1.702 * z).sigmoid(),
 )
 """Activation functions of MLPs; the one that gives the network's numbers is taken."""
+GATED = 7
+"""Number of linear maps of a layer with a gated MLP."""
 
 
-class Projection(NamedTuple):
-    """Linear map of rows, with its bias."""
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class TransformerLayer(AttentionLayer):
+    """Layer with an MLP of two linear maps, whose attention is that of its rows alone."""
 
-    weight: Float[Tensor, "n_in n_out"]
-    bias: Float[Tensor, " n_out"] | float
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """Apply the map."""
-        return x @ self.weight + self.bias
-
-
-class Normalization(NamedTuple):
-    """Layer normalization."""
-
-    scale: Float[Tensor, " d"]
-    shift: Float[Tensor, " d"]
-    eps: float
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """Apply the map."""
-        return functional.layer_norm(x, x.shape[-1:], self.scale, self.shift, self.eps)
-
-    def size(self, x: Float[Tensor, "*rows d"]) -> Float[Tensor, "*rows"]:
-        """Factor that a row is multiplied by."""
-        return (x.var(dim=-1, correction=0) + self.eps).rsqrt()
-
-    def held(self, x: Float[Tensor, "*rows d"]) -> Float[Tensor, "*rows d"]:
-        """Linear part of the normalization, with the factor held at 1."""
-        return (x - x.mean(dim=-1, keepdim=True)) * self.scale
-
-
-class LayerNonlinearities(NamedTuple):
-    """Attention patterns, normalization factors and activation slopes of a layer on samples."""
-
-    pattern: Float[Tensor, "sample head query key"]
-    """Attention of each position to every other, times the normalization factor of the key
-    where the layer normalizes first."""
-    after: Float[Tensor, "sample token"]
-    """Factor of all later normalization at a position, past the MLP."""
-    inner: Float[Tensor, "sample token hidden"]
-    """Factor of all later normalization through the MLP, times the slope of each hidden unit."""
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class TransformerLayer:
-    """Layer of a transformer: attention, then an MLP, each added to its input."""
-
-    source: Site
-    target: Site
-    writes: slice
-    reads: slice
-    source_channels: int
-    routes: tuple[Route, ...]
-    """Past attention or through one of its heads, and then past the MLP or through it."""
     query: Projection
     key: Projection
     value: Projection
@@ -99,7 +62,6 @@ class TransformerLayer:
     up: Projection
     down: Projection
     activation: Callable[[Tensor], Tensor]
-    n_heads: int
     causal: bool
     order: Literal["before", "after", "none"]
     """Whether it normalizes before attention and MLP, or after the sum with their input."""
@@ -107,12 +69,12 @@ class TransformerLayer:
 
     def run(self, x: Float[Tensor, "sample channel 1 token"]) -> Float[Tensor, "sample c 1 token"]:
         """Activations of the target for activations `x` of the source."""
-        return _as_map(self._pass(_as_rows(x))[-1])
+        return as_maps(self._pass(as_rows(x))[-1])
 
     @torch.no_grad()
     def nonlinearities(self, x: Float[Tensor, "sample channel 1 token"]) -> LayerNonlinearities:
         """Nonlinear factors of the layer where the source gives `x`."""
-        rows = _as_rows(x)
+        rows = as_rows(x)
         pattern, taken, before, _ = self._pass(rows)
         with torch.enable_grad():
             start = before.detach().requires_grad_()
@@ -178,22 +140,9 @@ def _same(x: Tensor) -> Tensor:
     return x
 
 
-def _as_rows(x: Tensor) -> Tensor:
-    return x[:, :, 0].transpose(1, 2)
-
-
-def _as_map(rows: Tensor) -> Tensor:
-    return rows.transpose(1, 2)[:, :, None]
-
-
-def as_maps(activations: Float[Tensor, "sample ..."]) -> Float[Tensor, "sample channel y x"]:
-    """Activations of a site's module as maps, sequences too."""
-    return _as_map(activations) if activations.ndim == 3 else activations
-
-
 def connect(
     network: nn.Module, source: Site, target: Site, inputs: Shaped[Tensor, "_ ..."]
-) -> Wiring | TransformerLayer:
+) -> Wiring | AttentionLayer:
     """Read the computation between two sites: of maps any wiring, of sequences one layer.
 
     Args:
@@ -213,7 +162,7 @@ def connect(
 
 
 @torch.no_grad()
-def _layer(network: nn.Module, source: Site, target: Site, traced: Trace) -> TransformerLayer:
+def _layer(network: nn.Module, source: Site, target: Site, traced: Trace) -> AttentionLayer:
     before, after = traced.activations[source], traced.activations[target]
     module = network.get_submodule(target.module)
     own = [call for call in traced.calls if call.module is module][(target.call or 1) - 1]
@@ -230,19 +179,18 @@ def _layer(network: nn.Module, source: Site, target: Site, traced: Trace) -> Tra
         for call in traced.finished_calls()
         if id(call.module) in inside and call.started >= own.started
     ]
-    linear = [call for call in calls if _weight(call.module) is not None]
-    parts = _parts(linear, source, target)
-    order, norms = _norms(calls, linear, source, target)
+    linear = [call for call in calls if weight_of(call.module) is not None]
     d = before.shape[-1]
+    writes, reads = (channel_range(select(network, site), d, site) for site in (source, target))
+    if len(linear) == GATED:
+        ends = source, target, writes, reads
+        gated = decoder_layer(own, calls, after, ends, _n_heads(network, target), ACTIVATIONS)
+        if gated is not None:
+            return gated
+    query, key, value, mixed, up, down = _parts(linear, source, target)
+    order, norms = _norms(calls, linear, source, target)
     heads = _n_heads(network, target)
-    routes = tuple(
-        Route(" > ".join(filter(None, (name, mlp))) or "direct", (), (), slice(0, d))
-        for mlp in ("", "mlp")
-        for name in ("", *(f"head{k}" for k in range(heads)))
-    )
     hidden, activated = linear[-2].output, linear[-1].tensors[0]
-    ends = (channel_range(select(network, site), d, site) for site in (source, target))
-    writes, reads = ends
     # Both forms of GELU may agree within the tolerance, so the closest is taken.
     candidates = ACTIVATIONS if hidden.shape == activated.shape else ()
     errors = [float((f(hidden) - activated).abs().max()) for f in candidates]
@@ -250,39 +198,22 @@ def _layer(network: nn.Module, source: Site, target: Site, traced: Trace) -> Tra
     for causal in (False, True):
         if same_numbers(activation(hidden), activated):
             layer = TransformerLayer(
-                source, target, writes, reads, d, routes, *parts, activation, heads, causal,
-                order, norms,
+                source=source, target=target, writes=writes, reads=reads, source_channels=d,
+                n_heads=heads, n_hidden=up.weight.shape[1], query=query, key=key, value=value,
+                mixed=mixed, up=up, down=down, activation=activation, causal=causal, order=order,
+                norms=norms,
             )  # fmt: skip
-            if same_numbers(layer.run(_as_map(before)), _as_map(after)):
+            if same_numbers(layer.run(as_maps(before)), as_maps(after)):
                 return layer
     raise SiteError(
         f"What {target} computes from {source} could not be repeated as attention and an MLP "
-        f"({_names_of(linear, target)}): positions that are turned into queries and keys, gated "
-        "MLPs and masks cannot be composed."
+        f"({_names_of(linear, target)}): attention of other rows than those of the layer, experts "
+        "and masks of an encoder cannot be composed."
     )
-
-
-def _weight(module: nn.Module) -> Tensor | None:
-    """The matrix (n_in, n_out) of a linear layer."""
-    if isinstance(module, nn.Linear):
-        return module.weight.detach().T
-    if type(module).__name__ == "Conv1D":  # transformers' name of a linear layer in GPT-2
-        return module.get_parameter("weight").detach()
-    return None
 
 
 def _inner(call: ModuleCall, target: Site) -> str:
     return call.name.removeprefix(f"{target.module}.")
-
-
-def _is_norm(module: nn.Module) -> bool:
-    return isinstance(module, nn.LayerNorm) or "norm" in type(module).__name__.lower()
-
-
-def _projection(module: nn.Module) -> Projection:
-    weight, bias = _weight(module), getattr(module, "bias", None)
-    assert weight is not None
-    return Projection(weight, bias.detach() if isinstance(bias, Tensor) else 0.0)
 
 
 def _names_of(linear: Sequence[ModuleCall], target: Site) -> str:
@@ -308,7 +239,7 @@ def _parts(
     )
     if len(linear) < 4:
         raise refusal
-    *made, mixed, up, down = (_projection(call.module) for call in linear)
+    *made, mixed, up, down = (projection_of(call.module) for call in linear)
     if len(linear) == 4 and made[0].weight.shape[1] % 3 == 0:
         fused = made[0]
         biases = fused.bias.chunk(3) if isinstance(fused.bias, Tensor) else (0.0,) * 3
@@ -336,15 +267,15 @@ def _norms(
     Raises:
         SiteError: Elsewhere than before or after both parts, or by other means.
     """
-    normalizing = [call for call in calls if _is_norm(call.module)]
-    calls = [call for call in calls if _is_norm(call.module) or _weight(call.module) is not None]
+    normalizing = [call for call in calls if is_norm(call.module)]
+    calls = [call for call in calls if is_norm(call.module) or weight_of(call.module) is not None]
     mixed, down = (calls.index(linear[i]) for i in (-3, -1))
     places = [calls.index(call) for call in normalizing]
     if not normalizing:
         return "none", None
     plain = all(isinstance(call.module, nn.LayerNorm) for call in normalizing)
     if plain and len(normalizing) == 2:
-        first, second = (_norm(call.module) for call in normalizing)
+        first, second = (layer_norm_of(call.module) for call in normalizing)
         if places[0] == 0 and mixed < places[1] < down:
             return "before", (first, second)
         if mixed < places[0] < down < places[1]:
@@ -354,14 +285,6 @@ def _norms(
         f"{', '.join(f'{_inner(c, target)} ({type(c.module).__name__})' for c in normalizing)}; "
         "circuits need LayerNorm twice, before attention and MLP or after both."
     )
-
-
-def _norm(module: nn.Module) -> Normalization:
-    assert isinstance(module, nn.LayerNorm)
-    d = module.normalized_shape[-1]
-    scale = torch.ones(d) if module.weight is None else module.weight.detach()
-    shift = torch.zeros(d) if module.bias is None else module.bias.detach()
-    return Normalization(scale, shift, module.eps)
 
 
 def _n_heads(network: nn.Module, target: Site) -> int:

@@ -35,8 +35,8 @@ from mechatlas.analysis.circuits.compose import (
     compose_route,
     open_gates,
 )
+from mechatlas.analysis.circuits.layer_parts import AttentionLayer
 from mechatlas.analysis.circuits.recording import MeanGates, Recording
-from mechatlas.analysis.circuits.transformer_layer import TransformerLayer
 from mechatlas.analysis.circuits.wiring import Wiring
 from mechatlas.base import Progress, no_progress
 from mechatlas.maths.arrays import SparseMatrix
@@ -53,7 +53,7 @@ _SHIFT = 17  # of the bits of a float32, so that an octave has 64 bins
 
 
 def compose_responses(
-    wiring: Wiring | TransformerLayer,
+    wiring: Wiring | AttentionLayer,
     a: LinearDictionary,
     gates: Gates | FrozenNonlinearities = open_gates,
 ) -> Sequence[Response]:
@@ -66,7 +66,7 @@ def compose_responses(
     """
     atoms = a.W_dec.detach()
     if isinstance(gates, FrozenNonlinearities):
-        assert isinstance(wiring, TransformerLayer)
+        assert isinstance(wiring, AttentionLayer)
         return [compose_layer_route(wiring, route, atoms, gates) for route in wiring.routes]
     assert isinstance(wiring, Wiring)
     responses = [compose_route(wiring, route, atoms, gates) for route in wiring.routes]
@@ -88,7 +88,7 @@ class PairBlock:
 
 
 def encoder_rows(
-    wiring: Wiring | TransformerLayer, response: Response, encoder: Float[Tensor, "d target"]
+    wiring: Wiring | AttentionLayer, response: Response, encoder: Float[Tensor, "d target"]
 ) -> Float[Tensor, "channel target"]:
     """Encoder rows of the channels that a route writes; zero outside of the target's site.
 
@@ -106,7 +106,7 @@ def encoder_rows(
 
 @torch.no_grad()
 def pair_blocks(
-    wiring: Wiring | TransformerLayer,
+    wiring: Wiring | AttentionLayer,
     responses: Sequence[Response],
     encoder: Float[Tensor, "d target"],
     recording: Recording | AttentionRecording | None = None,
@@ -211,7 +211,7 @@ class CircuitEdges:
 
 @torch.no_grad()
 def strongest_edges(
-    wiring: Wiring | TransformerLayer,
+    wiring: Wiring | AttentionLayer,
     responses: Sequence[Response],
     b: LinearDictionary,
     recording: Recording | AttentionRecording,
@@ -346,7 +346,7 @@ def _tail(counts: np.ndarray) -> np.ndarray:
 
 @torch.no_grad()
 def edge_kernels(
-    wiring: Wiring | TransformerLayer,
+    wiring: Wiring | AttentionLayer,
     responses: Sequence[Response],
     encoder: Float[Tensor, "d target"],
     edges: CircuitEdges,

@@ -32,7 +32,7 @@ from mechatlas.base import InputError, Progress, Result, no_progress
 from mechatlas.deprecated import renamed_arguments, renamed_attributes
 from mechatlas.maths.arrays import as_array
 from mechatlas.maths.assignment import Assignment, State, assign
-from mechatlas.maths.margins import margins
+from mechatlas.maths.margins import MAX_LISTED, Margins, margins
 from mechatlas.maths.pricing import Factors
 
 FDR = 0.05
@@ -114,14 +114,20 @@ class Match(Result):
         """Latent of B for each latent of A that is matched; -1 for the others."""
         return np.where(self.matched, self.columns, -1)
 
-    def margins(self) -> Float[np.ndarray, " latent_a"]:
-        """Exact rise of the total cost if each pair is forbidden: how determined it is.
+    def margins(self, *, max_listed: int | None = MAX_LISTED) -> Margins:
+        """Find the rise of the total cost if each pair is forbidden: how determined it is.
 
-        NaN for latents without a pair, infinite where there is no other pairing.
+        The rise is NaN for latents without a pair, infinite where there is no other pairing.
+
+        Args:
+            max_listed: Longest list of candidates that is searched for each latent; `None` for all,
+                so that every rise is exact. With shorter lists large rises are lower bounds.
         """
-        found = np.full(len(self.unit_a), np.nan)
-        found[self.active_a] = margins(self.assignment, self.costs.kept())
-        return found
+        found = margins(self.assignment, self.costs.kept(), max_listed=max_listed)
+        n = len(self.unit_a)
+        rise, exact = np.full(n, np.nan), np.zeros(n, bool)
+        rise[self.active_a], exact[self.active_a] = found
+        return Margins(rise, exact)
 
     def partial_assignment(self) -> Int[np.ndarray, " latent_a"]:
         """Optimal pairing by cosine in which a latent may stay unmatched.

@@ -112,8 +112,8 @@ class Symmetry(Result):
 
     @property
     def n_discoveries(self) -> int:
-        """Number of features whose stabilizer is larger than {e}."""
-        return int((self.q_values <= self.fdr).sum())
+        """Number of reliable features whose stabilizer is larger than {e}."""
+        return int(((self.q_values <= self.fdr) & self.reliable).sum())
 
     @property
     def class_counts(self) -> dict[str, int]:
@@ -325,7 +325,7 @@ def count_shuffled_discoveries(
     equality_threshold: float = EQUALITY_THRESHOLD,
     seed: int = 0,
 ) -> int:
-    """Count the features with a stabilizer larger than {e} after shuffling: a negative control.
+    """Count the reliable features with a symmetry after shuffling: a negative control.
 
     Args:
         halves: Two estimates of the blocks with independent noise.
@@ -344,7 +344,8 @@ def count_shuffled_discoveries(
         return 0
     first, second = (shuffle_pairing(half[kept], group, seed=seed) for half in both)
     evidence = evidence_from_halves(first, second, group, equality_threshold)
-    return int((select_stabilizers(evidence, group, fdr).q_values <= fdr).sum())
+    selected = select_stabilizers(evidence, group, fdr)
+    return int(((selected.q_values <= fdr) & selected.conclusive).sum())
 
 
 def _energy_spectrum(

@@ -490,6 +490,7 @@ def matches_table(matches: list[Match]) -> dict[str, np.ndarray]:
     """Pairs of all matches, one after another."""
     rows = [np.flatnonzero(m.columns >= 0) for m in matches]
     parts = list(zip(matches, rows, strict=True))
+    margins = [m.margins() for m in matches]
     columns: dict[str, list[np.ndarray]] = {
         "pair": [np.full(len(r), number, np.int32) for number, r in enumerate(rows)],
         "latent_a": rows,
@@ -497,7 +498,8 @@ def matches_table(matches: list[Match]) -> dict[str, np.ndarray]:
         "cost": [m.pair_costs[r] for m, r in parts],
         "cosine": [m.cosines[r] for m, r in parts],
         "q_value": [m.q_values[r] for m, r in parts],
-        "margin": [m.margins()[r] for m, r in parts],
+        "margin": [found.rise[r] for found, r in zip(margins, rows, strict=True)],
+        "margin_exact": [found.exact[r] for found, r in zip(margins, rows, strict=True)],
         "matched": [m.matched[r] for m, r in parts],
     }
     return {name: np.concatenate(values) for name, values in columns.items()}

@@ -139,7 +139,7 @@ class SymmetryResult(CommandResult):
     equality_threshold: float | None = None
     """Similarity at which blocks count as equal."""
     discoveries: int
-    """Number of features with a stabilizer larger than {e}."""
+    """Number of reliable features with a stabilizer larger than {e}."""
     discoveries_shuffled: int | None
     """Number of such features after shuffling the pairing of blocks; expect 0. None without
     halves."""

@@ -199,6 +199,8 @@ def _refuse(whole: Pretrained) -> None:
             f"circuit-tracer has no transcoder with the sparsity rule {whole.sparsity!r}; it has "
             "ReLU and thresholds."
         )
+    if whole.d_out != whole.d_in * max(len(whole.sites), 1):
+        raise WeightsError("circuit-tracer needs all sites of a transcoder to be of one width.")
     if whole.norm is not None or whole.subtracts_b_dec or not whole.transcodes:
         raise WeightsError(
             "circuit-tracer replaces MLPs: it needs a transcoder that takes nothing from its "

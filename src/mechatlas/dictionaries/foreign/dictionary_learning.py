@@ -270,7 +270,7 @@ def _describe(whole: Pretrained) -> tuple[str, dict[str, Tensor]]:
         WeightsError: It has none.
     """
     rule, state, subtracts = whole.sparsity, whole.state, whole.subtracts_b_dec
-    if whole.norm is not None or whole.W_skip is not None or whole.d_in != whole.d_out:
+    if whole.norm is not None or whole.transcodes or whole.spans:
         raise WeightsError(
             "dictionary_learning has dictionaries of one site alone, which do not scale their rows."
         )

@@ -156,6 +156,9 @@ def find(path: Path, given: Mapping[str, Any]) -> Found:
         if not path.is_file():
             raise WeightsError(f"There is no dictionary at {path} (no such file or folder).")
         return find_tensors(path, given)
+    layer = path / f"W_enc_{given.get('layer')}.safetensors"
+    if layer.is_file():  # of a cross-layer transcoder, whose other layers may be elsewhere
+        return find_tensors(layer, given)
     known = [path / name for name in FILES if (path / name).is_file()]
     indices = sorted(path.glob(f"*{INDEX}"))
     # A file of a known name is the dictionary, whatever else lies beside it.

@@ -102,6 +102,12 @@ const cards = (() => {
   const spelled = (d, slot, first, last) =>
     Array.from(d.tokens.subarray(slot * d.length + first, slot * d.length + last + 1), (t) => d.words[t]).join("");
 
+  // The word where a feature of texts is strongest.
+  function peakWord(d, i) {
+    const at = i * d.shown, slot = d.slot[at];
+    return d.kind !== "text" || slot < 0 ? "" : spelled(d, slot, ...wordAround(d, slot, d.place[2 * at])).trim();
+  }
+
   function textExample(d, i, rank, showHeat, whole) {
     const at = i * d.shown + rank, slot = d.slot[at], n = d.heat_shape[0], begin = d.first[2 * at];
     const peak = d.place[2 * at], end = Math.min(begin + n, d.length) - 1;
@@ -258,5 +264,5 @@ const cards = (() => {
     return picture;
   }
 
-  return { card, exampleList, ranksOf, branchBars, histogram, facts, link, mention, painted, kernel, wordAround, spelled, vocabulary, drawCrop };
+  return { card, exampleList, ranksOf, branchBars, histogram, facts, link, mention, painted, kernel, wordAround, spelled, peakWord, vocabulary, drawCrop };
 })();

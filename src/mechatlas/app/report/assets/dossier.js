@@ -73,8 +73,8 @@ const dossier = (() => {
     const other = await cards.mention(...c.other, c.name, 3);
     const [effect, low, high] = c.effect;
     const lost = effect === null ? "its ablation was not measured" : `ablating it takes ${number(effect)} [${number(low)}, ${number(high)}]`;
-    return claim(c.anchor, [cards.kernel(c.kernel, 56), el("span", {}, c.into ? "from " : "to ", other, ` by ${c.branch}: ${percent(c.share)}`)],
-      `${c.significant ? "Significant" : "Not significant"}: q ${number(c.q)} at ${percent(c.fdr)}; contribution ${number(c.contribution)}; ${lost}.`, c.significant);
+    return claim(c.anchor, [cards.kernel(c.kernel, 56), el("span", {}, c.into ? "from " : "to ", other, ` by ${c.branch}`)],
+      `${c.significant ? "Significant" : "Not significant"}: q ${number(c.q)} at ${percent(c.fdr)}; contribution ${number(c.contribution)}, all branches of the pair together ${percent(c.share)} of all contributions; ${lost}.`, c.significant);
   }
 
   // Claims of every analysis that was run on this dictionary.
@@ -109,7 +109,7 @@ const dossier = (() => {
       const item = el("a", { href: cards.link(d, other), "data-feature": other, class: cosine > d.chance ? null : "chance" },
         el("b", {}, String(other)), el("span", { class: "n" }, cosine.toFixed(2)));
       if (d.kind === "image") item.append(cards.exampleList(d, other, 3, 40, showHeat));
-      else item.append(el("span", { class: "name" }, labels.of(d, other).name ?? ""));
+      else item.append(el("span", { class: "name" }, labels.of(d, other).name || cards.peakWord(d, other)));
       list.append(item);
     }
     return list.children.length ? list : el("p", { class: "empty" }, "none");

@@ -28,7 +28,8 @@ const map = (() => {
   const measures = { density: (d) => (i) => d.density[i], max: (d) => (i) => d.max[i] };
 
   function options(d) {
-    return [...Object.keys(groupings).filter((name) => groupings[name](d)), ...Object.keys(measures)];
+    const found = Object.keys(groupings).filter((name) => name !== "label" && groupings[name](d));
+    return [...found, ...Object.keys(measures), "label"];
   }
 
   // Color of each point, and what the colors mean.
@@ -90,11 +91,7 @@ const map = (() => {
   let later = 0;
   function redrawLater() { later ||= setTimeout(() => { later = 0; redraw(); }, 200); }
 
-  const word = (i) => {
-    const { d } = state, at = i * d.shown, slot = d.slot[at];
-    if (labels.of(d, i).name) return labels.of(d, i).name;
-    return slot < 0 || d.kind !== "text" ? "" : cards.spelled(d, slot, ...cards.wordAround(d, slot, d.place[2 * at])).trim();
-  };
+  const word = (i) => labels.of(state.d, i).name || cards.peakWord(state.d, i);
 
   let asked = false;
   function redraw() {

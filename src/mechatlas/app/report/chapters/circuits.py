@@ -90,7 +90,7 @@ def _finding(result: "CircuitResult", edges: Statements, anchor: str) -> Finding
     kept = sum(pair.edges for pair in result.pairs)
     agreement = "; ".join(
         f"{pair.a} to {pair.b}: rank correlation with ablations {pair.agreement.spearman:.2f}, "
-        f"of random pairs {pair.agreement.null:.2f}"
+        f"of random pairs {round(pair.agreement.null, 2) + 0.0:.2f}"
         for pair in result.pairs
     )
     sites = " to ".join(result.sites)

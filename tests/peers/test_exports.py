@@ -1,0 +1,55 @@
+"""Libraries read what is written for them, and SAEBench's check accepts it: `make test-peers`."""
+
+import pytest
+import safetensors.torch
+import torch
+
+from mechatlas.activations.site_names import lens_name
+from mechatlas.base import WeightsError
+from mechatlas.dictionaries.formats import save
+from tests.dictionaries.golden import (
+    GOLDEN,
+    NAMES,
+    PUBLISHED,
+    X,
+    expected,
+    read,
+    read_published,
+)
+from tests.peers.test_round_trips import in_peers
+
+pytestmark = pytest.mark.peers
+
+WITHOUT = {
+    # sparsify keeps k codes of any sign before it decodes, and is compared by its outputs alone.
+    ("sparsify", "code"),
+}
+
+
+def test_libraries_compute_what_was_written_for_them(tmp_path):
+    wanted, rows = {}, {"x": X}
+    for name in (*NAMES, *PUBLISHED):
+        own = name in PUBLISHED
+        dictionary = read_published(name) if own else read(GOLDEN / name)
+        found = expected(name) if own else {"x": X}
+        if own:
+            rows[name] = found["x"].clone()
+        for library in ("circuit-tracer", "dictionary_learning", "sparsify"):
+            try:
+                save(dictionary, tmp_path / library / name, format=library)
+            except WeightsError:
+                continue
+            wanted[f"{library}/{name}/code"] = dictionary.encode(found["x"])
+            wanted[f"{library}/{name}/output"] = dictionary(found["x"])
+    metadata = {"model_name": "gpt2", "hook_name": lens_name("transformer.h.3")}
+    save(read_published("qwen_scope"), tmp_path / "saelens" / "qwen", format="saelens",
+         metadata=metadata)  # fmt: skip
+    safetensors.torch.save_file(rows, tmp_path / "x.safetensors")
+    in_peers("read_exports.py", tmp_path)
+    answers = safetensors.torch.load_file(tmp_path / "answers.safetensors")
+    assert int(answers.pop("saebench/qwen/layer", torch.tensor(3))) == 3
+    assert len(wanted) > 60
+    for key, ours in wanted.items():
+        library, _, kind = key.split("/")
+        if (library, kind) not in WITHOUT:
+            torch.testing.assert_close(answers[key], ours, rtol=1e-5, atol=1e-5, msg=key)
