@@ -152,4 +152,4 @@ def test_the_bundled_network_needs_no_file():
     from mechatlas.activations.networks import Network, load_network
 
     network = load_network(Network(name="squeezenet"))
-    assert network(torch.zeros(1, 3, 63, 63)).shape == (1, 512, 2, 2)
+    assert network(torch.zeros(1, 3, 63, 63)).shape == (1, 512, 3, 3)  # 63, 31, 15, 7, 3

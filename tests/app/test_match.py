@@ -226,7 +226,8 @@ def test_where_the_network_cannot_be_run_the_match_stands_and_says_why(paired, t
     pair = execute(recipe).pairs[0]
     assert "no recipe names its network" in str(pair.not_run)
     assert pair.co_firing is not None
-    assert pair.co_firing["matched"].p_b_given_a.n > 0
+    assert bool(pair.co_firing["matched"].p_b_given_a.n) == bool(pair.matched)
+    assert pair.co_firing["random"].p_b_given_a.n > 0
 
 
 def test_sites_can_be_named_where_dictionaries_do_not_say_theirs(paired, tmp_path):

@@ -69,7 +69,7 @@ def test_a_proof_is_made_checked_and_drawn(net, tmp_path, capsys):
     text = page.read_text()
     assert "rho-set" in text
     assert "bi-equivariance" in text
-    assert "scatter3d" in text
+    assert "by the points of the rho-sets on the left and right" in text
 
 
 def test_an_interrupted_proof_is_continued_without_looking_for_it_again(net, tmp_path, monkeypatch):

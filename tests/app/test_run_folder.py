@@ -70,6 +70,7 @@ def test_a_site_of_a_store_may_be_called_checkpoint(tmp_path):
     site = tmp_path / "out" / "checkpoint"
     site.mkdir(parents=True)
     (site / "train-00000.safetensors").write_text("rows")
+    write_manifest(tmp_path / "out" / MANIFEST, {"kind": STORE})  # as `collect` does
     with written(tmp_path / "out", kind=STORE) as folder:
         folder.finish(CommandResult())
     assert (site / "train-00000.safetensors").exists()

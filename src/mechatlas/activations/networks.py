@@ -243,7 +243,7 @@ def as_input(network: nn.Module, inputs: Any) -> Any:
     if inputs.layout != torch.strided:
         raise InputError("The batch of inputs is a sparse tensor. Pass .to_dense() of it.")
     parameter = next(network.parameters(), None)
-    if parameter is not None:
+    if parameter is not None and not inputs.is_meta:
         inputs = inputs.to(parameter.device)
     if inputs.is_floating_point() and wanted is not None and inputs.dtype != wanted:
         return inputs.to(wanted)

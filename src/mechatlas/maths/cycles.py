@@ -91,6 +91,14 @@ def _take(heap, keys, size):
 
 
 @compiled
+def _mark_short(passed, distance, horizon, bound, wanted):
+    """Mark the nodes whose lists end before a length."""
+    for node in passed:
+        if distance[node] + horizon[node] < bound:
+            wanted[node] = True
+
+
+@compiled
 def shortest_cycles(
     rows: Int[np.ndarray, " cycle"],
     most: int,
@@ -157,8 +165,6 @@ def shortest_cycles(
         lengths[root] = min(best, limit + least)
         if limit + least < best:
             is_open[root] = True
-            for t in range(n_passed):
-                if distance[passed[t]] + edges.horizon[passed[t]] + least < best:
-                    wanted[passed[t]] = True
+            _mark_short(passed[:n_passed], distance, edges.horizon, best - least, wanted)
         for t in range(n_seen):
             distance[seen[t]], back[seen[t]] = np.inf, np.nan
