@@ -66,7 +66,7 @@ NUMBERS = [
 
 def with_value(command: str, place: tuple[str, ...], kind: str, value: Any) -> dict[str, Any]:
     """The smallest recipe with one more value, in a table of a kind."""
-    recipe = dict(BASES[command])
+    recipe: dict[str, Any] = dict(BASES[command])
     if place[0] == "source":  # in place of a store
         recipe = {"source": {"network": {"name": "x"}}}
     inner = recipe
