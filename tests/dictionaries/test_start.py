@@ -94,3 +94,18 @@ def test_planted_atoms_are_found_by_default_and_the_same_seed_gives_the_same_byt
         b"".join(p.detach().numpy().tobytes() for p in run.parameters()) for run in runs
     )
     assert first == second
+
+
+def test_the_start_does_not_depend_on_the_number_of_threads():
+    x = torch.randn(2048, 480, generator=torch.Generator().manual_seed(0)).relu()
+    starts, before = [], torch.get_num_threads()
+    try:
+        for n_threads in (1, 2):
+            torch.set_num_threads(n_threads)
+            built = Autoencoder(d_in=480, n_latents=1024, sparsity=TopK(k=16))
+            built.initialize(x)
+            starts.append(built.W_enc.detach().clone())
+            assert torch.get_num_threads() == n_threads
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(*starts)

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from mechatlas.deprecated import renamed_arguments
 from mechatlas.dictionaries.engine.interface import Step
+from mechatlas.dictionaries.engine.threads import workers
 from mechatlas.dictionaries.metrics import History
 from mechatlas.dictionaries.objective import Objective
 from mechatlas.dictionaries.pretrained import Pretrained, span_of
@@ -178,10 +179,11 @@ class SparseCoder(nn.Module, abc.ABC):
         if self.tied or not hasattr(self.sparsity, "k"):
             return
         x = x[:FIRST_ROWS]
-        reconstruction = self.decode(self.encode(x[:, self.reads])) - self.b_dec
-        target = x[:, self.writes] - self.b_dec
-        squares = reconstruction.square().sum().clamp(min=1e-30)
-        best = float((reconstruction * target).sum() / squares)
+        with workers(x.device):  # one thread, since several would sum in another order
+            reconstruction = self.decode(self.encode(x[:, self.reads])) - self.b_dec
+            target = x[:, self.writes] - self.b_dec
+            squares = reconstruction.square().sum().clamp(min=1e-30)
+            best = float((reconstruction * target).sum() / squares)
         if 0 < best < 1:
             for parameter in self.encoder_parameters:
                 parameter.mul_(math.sqrt(best))
