@@ -55,11 +55,8 @@ def own_values(network: nn.Module, x: Tensor) -> dict[str, list[Tensor]]:
                 values.setdefault(name, []).append(tensor.clone())
 
         handles.append(module.register_forward_hook(keep))
-    fused = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)  # rounds otherwise
     with torch.no_grad():
         network(x)
-    torch.backends.mha.set_fastpath_enabled(fused)
     for handle in handles:
         handle.remove()
     return values
