@@ -76,7 +76,11 @@ class Processes:
     def map(
         self, work: Work, pieces: Iterable[Any], *, shared: Any = None
     ) -> Iterator[tuple[int, Any]]:
-        """Run all pieces, `n` at once; see `Engine`."""
+        """Run all pieces, `n` at once; see `Engine`.
+
+        Raises:
+            LostPieceError: A piece ended its process three times.
+        """
         left, again = enumerate(pieces), []
         lost: Counter[int] = Counter()
         running: dict[Connection, tuple[Any, int, Any]] = {}
@@ -99,7 +103,10 @@ class Processes:
                         succeeded, result = line.recv()
                     except (EOFError, ConnectionResetError):
                         process.join()
-                        _refuse_third(lost, number, piece, f"exit code {process.exitcode}")
+                        lost[number] += 1
+                        if lost[number] >= TRIES:
+                            reason = f"exit code {process.exitcode}"
+                            raise LostPieceError(_lost(number, piece, reason)) from None
                         again.append((number, piece))
                         continue
                     if not succeeded:
@@ -140,18 +147,12 @@ def _run_pieces(line: Connection, work: Work, shared: Any, n_threads: int) -> No
             line.send(answer)
 
 
-def _refuse_third(lost: Counter[int], number: int, piece: Any, reason: str) -> None:
-    """Count a lost worker.
-
-    Raises:
-        LostPieceError: It is the third of this piece.
-    """
-    lost[number] += 1
-    if lost[number] >= TRIES:
-        raise LostPieceError(
-            f"Piece {number} ({str(piece)[:200]}) ended its process {TRIES} times ({reason}). Is "
-            "there memory enough? What other pieces finished is kept; fewer processes need less."
-        )
+def _lost(number: int, piece: Any, reason: str) -> str:
+    """Sentence on a piece that ended all workers that it may."""
+    return (
+        f"Piece {number} ({str(piece)[:200]}) ended its process {TRIES} times ({reason}). Is there "
+        "memory enough? What other pieces finished is kept; fewer processes need less."
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,6 +168,7 @@ class Ray:
         """Run all pieces, at most two at once for each worker; see `Engine`.
 
         Raises:
+            LostPieceError: A piece ended its worker three times.
             RecipeError: Ray is not installed.
         """
         try:
@@ -191,7 +193,7 @@ class Ray:
                 try:
                     yield number, ray.get(done)
                 except ray.exceptions.WorkerCrashedError as error:
-                    _refuse_third(Counter({number: TRIES}), number, piece, str(error))
+                    raise LostPieceError(_lost(number, piece, str(error))) from error
                 except ray.exceptions.RayTaskError as error:
                     raise error.cause or error from error
         finally:

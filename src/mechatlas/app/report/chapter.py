@@ -64,12 +64,11 @@ class Chapter:
     statements: Statements = dataclasses.field(default_factory=list)
     """Lines for the dossiers of features."""
 
-    def note(self, found: Finding | Absence) -> None:
-        """Add a finding or an absence."""
-        if isinstance(found, Finding):
-            self.findings.append(found)
-        else:
-            self.absences.append(found)
+    def note(self, *found: Finding | Absence) -> "Chapter":
+        """Add findings and absences; return this chapter."""
+        self.findings.extend(each for each in found if isinstance(each, Finding))
+        self.absences.extend(each for each in found if isinstance(each, Absence))
+        return self
 
 
 ChapterOf = Callable[[Runs, Progress], Chapter | None]

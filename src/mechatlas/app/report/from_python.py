@@ -322,7 +322,7 @@ def _describe_matches(
 
 
 def _refuse_other_sizes(rows: Any, name: str, known: Mapping[str, MemoryRun]) -> None:
-    """Refuse a result of another dictionary than the one that it is said to be of.
+    """Refuse a result whose number of latents is not that of the dictionary it names.
 
     Raises:
         InputError: The dictionary has another number of latents.

@@ -5,8 +5,8 @@ of sparse matrices, which on some CPUs torch does not have: sums over the codes 
 of a latent are bags of embeddings.
 
 They work on a whole batch and on all latents at once, so that a step is few operators, and they
-never ask a tensor for a number, so that a GPU is not waited for: what a batch holds is told by
-shapes and by the bounds of bags alone.
+read no number of a tensor, so that nobody waits for a GPU: shapes and bounds of bags say what a
+batch holds.
 """
 
 import functools

@@ -43,8 +43,7 @@ def chapter(runs: Runs, on_progress: Progress) -> Chapter | None:
         return None
     folders = {run.folder.resolve(): run.name for run in runs.of_kind(DICTIONARY)}
     parts, figures, data = [], {}, []
-    findings: list[Finding] = []
-    absences: list[Absence] = []
+    noted: list[Finding | Absence] = []
     statements: Statements = []
     for k, run in enumerate(finished):
         result: "BranchesResult" = run.typed_result()
@@ -63,7 +62,7 @@ def chapter(runs: Runs, on_progress: Progress) -> Chapter | None:
         dictionary = Path(run.manifest["dictionary"]).resolve()
         of_run, anchor = folders.get(dictionary, ""), f"branches-{k}"
         found = _finding(result, strongest, of_run, anchor)
-        (findings if isinstance(found, Finding) else absences).append(found)  # pyright: ignore
+        noted.append(found)
         statements += _lines(result, of_branch, of_run, anchor)
         data.append({"run": of_run, "branches": names, "strongest": strongest, "fdr": result.fdr})
         labels = result.labels.surest if result.labels else []
@@ -85,10 +84,8 @@ def chapter(runs: Runs, on_progress: Progress) -> Chapter | None:
         figures=figures,
         data=data,
         scripts=("branches.js",),
-        findings=findings,
-        absences=absences,
         statements=statements,
-    )
+    ).note(*noted)
 
 
 def _finding(

@@ -42,8 +42,7 @@ def chapter(runs: Runs, on_progress: Progress) -> Chapter | None:
     folders = {run.folder.resolve(): run.name for run in runs.of_kind(DICTIONARY)}
     parts, data = [], []
     images: dict[str, bytes] = {}
-    findings: list[Finding] = []
-    absences: list[Absence] = []
+    noted: list[Finding | Absence] = []
     statements: Statements = []
     for k, run in enumerate(finished):
         places = [folders.get(Path(p).resolve(), "") for p in run.manifest["dictionaries"]]
@@ -54,7 +53,7 @@ def chapter(runs: Runs, on_progress: Progress) -> Chapter | None:
         edges = _strongest_edges(run, result, places, f"circuits-{k}")
         statements += edges
         found = _finding(result, edges, f"circuits-{k}")
-        (findings if isinstance(found, Finding) else absences).append(found)  # pyright: ignore
+        noted.append(found)
         data.append({
             "names": result.dictionaries,
             "sites": result.sites,
@@ -78,10 +77,8 @@ def chapter(runs: Runs, on_progress: Progress) -> Chapter | None:
         data=data,
         images=images,
         scripts=("cards.js", "circuits.js"),
-        findings=findings,
-        absences=absences,
         statements=statements,
-    )
+    ).note(*noted)
 
 
 def _finding(result: "CircuitResult", edges: Statements, anchor: str) -> Finding | Absence:

@@ -46,8 +46,7 @@ def chapter(runs: Runs, on_progress: Progress) -> Chapter | None:
         return None
     figures: dict[str, Any] = {}
     parts = []
-    findings: list[Finding] = []
-    absences: list[Absence] = []
+    noted: list[Finding | Absence] = []
     for k, run in enumerate(finished):
         result: Any = run.typed_result()
         spectra = structure_spectra(run.read(SPECTRA), run.name, run.manifest.get("schema", 1))
@@ -61,8 +60,7 @@ def chapter(runs: Runs, on_progress: Progress) -> Chapter | None:
         if spectra.graph is not None:
             figures[f"graph-{k}"] = _graph(spectra.graph, names)
         found = _found(result, k, drawn=spectra.graph is not None)
-        for each in found:
-            (findings if isinstance(each, Finding) else absences).append(each)  # pyright: ignore
+        noted += found
         parts.append({
             "name": run.name,
             "number": k,
@@ -79,9 +77,7 @@ def chapter(runs: Runs, on_progress: Progress) -> Chapter | None:
         title="Interaction",
         html=render("interaction.html", parts=parts, causes=CAUSES, labels=LABELS),
         figures=figures,
-        findings=findings,
-        absences=absences,
-    )
+    ).note(*noted)
 
 
 def _found(result: Any, k: int, *, drawn: bool) -> list[Finding | Absence]:

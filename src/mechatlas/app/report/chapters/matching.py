@@ -64,8 +64,7 @@ def chapter(runs: Runs, on_progress: Progress) -> Chapter | None:
         return None
     folders = {run.folder.resolve(): run.name for run in runs.of_kind(DICTIONARY)}
     parts, figures, arrays, data = [], {}, {}, []
-    findings: list[Finding] = []
-    absences: list[Absence] = []
+    noted: list[Finding | Absence] = []
     statements: Statements = []
     for k, run in enumerate(matchings):
         result: "MatchResult" = run.typed_result()
@@ -82,7 +81,7 @@ def chapter(runs: Runs, on_progress: Progress) -> Chapter | None:
         place = _Place(f"matching-{k}", names, dictionaries, result.fdr)
         for pair, each in enumerate(result.pairs):
             found = _finding(place, pair, each, table)
-            (findings if isinstance(found, Finding) else absences).append(found)  # pyright: ignore
+            noted.append(found)
         statements += _matches(place, table)
         statements += _tracks(place, tracks)
         parts.append({
@@ -104,10 +103,8 @@ def chapter(runs: Runs, on_progress: Progress) -> Chapter | None:
         data=data,
         arrays=arrays,
         scripts=("matching.js",),
-        findings=findings,
-        absences=absences,
         statements=statements,
-    )
+    ).note(*noted)
 
 
 class _Place(NamedTuple):
