@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 from tests.faults import damage, fuzz, hostile, kills, limits, memory
-from tests.faults.fuzz import READING
 from tests.faults.table import Table
-from tests.faults.world import World, make
+from tests.faults.world import READ_ALL, World, make
 
 Choice = TypeVar("Choice")
 SHORT_COMMANDS = {
@@ -62,7 +61,7 @@ def run_kills(world: World, command: str, place: Path, table: Table, *, effort: 
 def run_damage(world: World, command: str, place: Path, table: Table, *, effort: Effort) -> None:
     """Damage of files that commands wrote."""
     targets = [t for t in damage.targets(world) if t.command == command]
-    flips = effort.pick(1, 12 if command in READING else 30)
+    flips = effort.pick(1, 12 if command in READ_ALL else 30)
     for target in targets[:: effort.pick(14, 1)]:
         damage.read_damaged(world, target, place, table, effort.damages(flips))
 
@@ -128,7 +127,12 @@ PIECES = {
     "fuzz": run_fuzz,
     "memory": run_memory,
 }
-ONLY = {"load": ("inputs",), "verify": ("damage", "hostile", "fuzz")}
+ONLY = {
+    "load": ("inputs",),
+    "sites": ("inputs", "hostile"),
+    "serve": ("damage", "hostile", "fuzz"),
+    "verify": ("damage", "hostile", "fuzz"),
+}
 """Pieces of commands that write no folder, so that only what they read can be at fault."""
 
 

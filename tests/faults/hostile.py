@@ -21,7 +21,7 @@ from mechatlas.files import MANIFEST, SEAL, checksum, write_manifest
 from tests.faults.child import run
 from tests.faults.damage import damaged
 from tests.faults.table import Table, outcome_of
-from tests.faults.world import SITES, World
+from tests.faults.world import READ_ALL, SITES, World
 
 CANARY = "/tmp/mechatlas-canary"
 """File that is there if the code of an attack ran."""
@@ -93,7 +93,8 @@ def replaced(data: bytes | str) -> Callable[[Path, bytes], object]:
     return replace
 
 
-READERS = ("match", "symmetry", "branches", "circuit", "evaluate", "report", "train", "verify")
+READERS = ("match", "symmetry", "branches", "circuit", "evaluate", "train", "sweep", "export",
+           *READ_ALL)  # fmt: skip
 CALLABLES = (
     ("os:system", {"command": f"touch {CANARY}"}),
     ("posix:system", {"command": f"touch {CANARY}"}),
@@ -143,12 +144,13 @@ def attacks() -> list[Attack]:
     for dims in ((30_000, 30_000), (184, 10**7), (2**31, 2**31), (0, 0), (-1, 5)):
         found.append(
             Attack(f"a dictionary that claims {dims}", f"{SITES[0]}/dictionary.safetensors",
-                   _claim(*dims), ("match", "branches", "circuit", "report"))
+                   _claim(*dims),
+                   ("match", "branches", "circuit", "evaluate", "export", *READ_ALL))
         )  # fmt: skip
     found += [
         Attack("a header of 2^60 bytes", first, _long_header, ("train", "match")),
         Attack("a header of 2^60 bytes", f"{SITES[0]}/dictionary.safetensors", _long_header,
-               ("match", "report")),
+               ("match", "export", *READ_ALL)),
     ]  # fmt: skip
     return found
 
@@ -208,7 +210,10 @@ def input_attacks(
          [*arrays, place("rows.npy")]),
         ("a header of 10^14 numbers", "net/table.npy", replaced(_long_npy()),
          world.words("prove")),
-        *((what, "train.toml", replaced(text), world.words("train")) for what, text in (
+        *((what, f"{command}.toml", replaced(text), words)
+          for command, words in (("train", world.words("train")), ("sweep", world.words("sweep")),
+                                 ("collect", ["sites", place("collect.toml")]))
+          for what, text in (
             ("deep lists", "a = " + "[" * 100_000 + "]" * 100_000),
             ("a number of 5,000 digits", "steps = " + "9" * 5000),
             ("a key of 50,000 parts", "a" + ".a" * 50_000 + " = 1"),
@@ -252,12 +257,12 @@ def attack_all(world: World, command: str, place: Path, table: Table, *, every: 
     tried: list[tuple[str, str, Callable[[Path, bytes], object], list[str]]] = []
     for attack in attacks():
         folder = world.place(attack.file.split("/")[0])
-        if command == "report":
-            words = ["report", folder, "--out", "page.html"]
-        elif command == "verify":
-            words = ["verify", folder]
+        if command in READ_ALL:
+            words = world.reads(command, folder)
         elif attack.file.startswith("posed") != (command == "symmetry"):
             continue
+        elif attack.file.partition("/")[0] not in ("store", "posed", SITES[0]):
+            continue  # it reads no runs of other commands
         else:
             words = world.words(command)
         if command in attack.commands and (world.root / attack.file).is_file():
