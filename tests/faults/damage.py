@@ -269,7 +269,7 @@ def continue_damaged(
     world: World, command: str, place: Path, table: Table, amount: Damages, *, most_files: int = 99
 ) -> None:
     """Damage every file of a run that was killed at its end, and run the command again."""
-    whole = reference(world, command, place)
+    whole = reference(world, command)
     last = LAST_FILE.get(command, ("recipe.toml", 1))
     killed = run(world.words(command), place / "killed", stop_at(*last))
     assert killed.code == 137, killed
