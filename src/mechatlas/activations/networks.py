@@ -112,6 +112,11 @@ def looking_in(*folders: Path) -> Iterator[None]:
         _FOLDERS.reset(token)
 
 
+def folders() -> tuple[Path, ...]:
+    """Folders in which modules of named networks are looked for too, for workers."""
+    return _FOLDERS.get()
+
+
 @contextlib.contextmanager
 def _importable(name: str) -> Iterator[None]:
     """Let Python import a network's module from the folders, after all others that it knows.

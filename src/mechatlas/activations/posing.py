@@ -341,6 +341,45 @@ def paired_places(
     }
 
 
+class Poses(NamedTuple):
+    """Group action on the inputs, and the places of each site that are kept."""
+
+    action: Action
+    places: dict[Site, Places]
+
+
+def poses_of_sites(
+    group: PoseConfig | Action,
+    network: nn.Module,
+    inputs: Shaped[Tensor, "1 ..."],
+    activations: Mapping[Site, Tensor],
+    *,
+    paired: bool | None,
+) -> Poses:
+    """Find the places of all sites that can be kept in every pose.
+
+    Args:
+        group: Group and how it acts.
+        network: Network that is read.
+        inputs: Batch of one input.
+        activations: Its activations at the sites.
+        paired: Whether the same places are kept at every site.
+
+    Raises:
+        InputError: No place is left at a site.
+        GroupError: The group cannot act so.
+    """
+    action = action_of(group) if isinstance(group, PoseConfig) else group
+    refuse_lawless(action, inputs)
+    places = {site: places_of(action, network, site, inputs) for site in activations}
+    if paired:
+        layouts = layouts_of(network, inputs, list(activations))
+        grids = {site: layouts[site].grid(a) for site, a in activations.items()}
+        places = paired_places(places, grids)
+    device = inputs.device
+    return Poses(action, {s: Places(*(t.to(device) for t in p)) for s, p in places.items()})
+
+
 def read_pose(
     network: nn.Module,
     action: Action | None,
