@@ -26,8 +26,7 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 
 from mechatlas.activations import networks
-from mechatlas.activations.branches import branches_of, ends_of, scattered_of
-from mechatlas.activations.layouts import Layout, layouts_of
+from mechatlas.activations.layouts import layouts_of
 from mechatlas.activations.networks import as_input
 from mechatlas.activations.outlier_rows import outliers_of_sites
 from mechatlas.activations.passes import on_device
@@ -37,6 +36,7 @@ from mechatlas.activations.posing import (
     describe_action,
     poses_of_sites,
     read_pose,
+    shape_of,
 )
 from mechatlas.activations.positions import (
     REASONS,
@@ -78,7 +78,7 @@ from mechatlas.base import (
     no_progress,
 )
 from mechatlas.devices import as_device
-from mechatlas.files import TEMPORARY, checksum, write_manifest
+from mechatlas.files import MANIFEST, TEMPORARY, checksum, write_manifest
 from mechatlas.maths.actions import Action
 from mechatlas.outputs import claim
 from mechatlas.ranges import COUNT, SEED, check_ranges
@@ -250,29 +250,14 @@ def collect(
                 state = _new_manifest(collection, len(rounds), {})
                 job = _Job(reopen, chosen, settings, group, str(device), out.resolve(), state)
                 running = engine.map(_do_round_elsewhere, todo, shared=job)
-            n_done = len(samples) - sum(len(rounds[number].samples) for number in todo)
+            done = len(samples) - sum(len(rounds[number].samples) for number in todo)
             for i, result in running:
-                number = todo[i]
-                if number in again and result.shards != again[number]:
-                    raise StoreError(
-                        f"A shard in {out} was damaged or missing, and its samples give other rows "
-                        "now. Delete the store and collect it again."
-                    )
                 claimed.check()
-                n_done += len(rounds[number].samples)
-                on_progress(n_done, len(samples))
-                if number not in again:
-                    note_round(manifest, number, result)
-                    write_manifest(out / "manifest.json", manifest, make_folder=False)
+                _note(manifest, todo[i], result, again, out)
+                done += len(rounds[todo[i]].samples)
+                on_progress(done, len(samples))
             if not manifest["complete"]:
-                finish_store(manifest)
-                refuse_empty(manifest)
-                for temporary in out.rglob(f"*{TEMPORARY}"):  # of killed workers
-                    temporary.unlink(missing_ok=True)
-                refuse_absent(out, manifest)
-                outliers = outliers_of_sites(out, manifest["shards"], samples, network)
-                manifest["outliers"] = outliers
-                write_manifest(out / "manifest.json", manifest, make_folder=False)
+                _finish(collection, manifest)
     return Store(out)
 
 
@@ -297,11 +282,51 @@ def _prepare(
     if group is not None:
         poses = poses_of_sites(group, network, first, activations, paired=settings.paired)
     shapes = {
-        site: _shape(network, site, layouts[site], a, poses) for site, a in activations.items()
+        site: shape_of(network, site, layouts[site], a, poses) for site, a in activations.items()
     }
     collection = _Collection(network, samples, sites, shapes, settings, device, poses, out)
     collection = _resolved(collection, index, first)
     return collection, _plan(len(samples), shapes, collection.settings)
+
+
+def _note(
+    manifest: dict[str, Any],
+    number: int,
+    result: RoundResult,
+    again: dict[int, list[Shard]],
+    out: Path,
+) -> None:
+    """Note a round that is done, or compare it with what it was when it was done before.
+
+    Raises:
+        StoreError: The round has other rows now.
+    """
+    if number not in again:
+        note_round(manifest, number, result)
+        write_manifest(out / MANIFEST, manifest, make_folder=False)
+    elif result.shards != again[number]:
+        raise StoreError(
+            f"A shard in {out} was damaged or missing, and its samples give other rows now. "
+            "Delete the store and collect it again."
+        )
+
+
+def _finish(collection: _Collection, manifest: dict[str, Any]) -> None:
+    """Say in the manifest that the store is complete, if it is.
+
+    Raises:
+        InputError: The store has no rows.
+        StoreError: A shard was deleted meanwhile.
+    """
+    out = collection.out
+    finish_store(manifest)
+    refuse_empty(manifest)
+    for temporary in out.rglob(f"*{TEMPORARY}"):  # of killed workers
+        temporary.unlink(missing_ok=True)
+    refuse_absent(out, manifest)
+    network, samples = collection.network, collection.samples
+    manifest["outliers"] = outliers_of_sites(out, manifest["shards"], samples, network)
+    write_manifest(out / MANIFEST, manifest, make_folder=False)
 
 
 def _in_turn(
@@ -311,11 +336,7 @@ def _in_turn(
     n_samples = len(collection.samples)
     done = n_samples - sum(len(rounds[number].samples) for number in todo)
     for i, number in enumerate(todo):
-
-        def report(n: int, before: int = done) -> None:
-            on_progress(before + n, n_samples)
-
-        yield i, _do_round(collection, rounds, number, report)
+        yield i, _do_round(collection, rounds, number, lambda n: on_progress(done + n, n_samples))
         done += len(rounds[number].samples)
 
 
@@ -360,22 +381,6 @@ def _do_round_elsewhere(number: int, job: _Job) -> RoundResult:
         _JOBS.clear()
         _JOBS[key] = collection, rounds
     return _do_round(*_JOBS[key], number, lambda _: None)
-
-
-def _shape(
-    network: nn.Module,
-    site: Site,
-    layout: Layout,
-    activation: Shaped[Tensor, "..."],
-    poses: Poses | None,
-) -> SiteShape:
-    branches = {} if site.branch else branches_of(network, site.module, site.take)
-    width, grid = layout.width(activation), layout.grid(activation)
-    ranges, scattered = ends_of(branches, width), scattered_of(branches, width)
-    if poses is None:
-        return SiteShape(width, grid, ranges, scattered=scattered)
-    n_places = len(poses.places[site].kept)
-    return SiteShape(width * poses.action.group.order, grid, ranges, n_places, scattered)
 
 
 def _resolved(collection: _Collection, index: int, first: Any) -> _Collection:
