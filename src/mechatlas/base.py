@@ -123,6 +123,10 @@ class Site:
             parts["axes"],
         )
 
+    def __hash__(self) -> int:
+        """Hash by the module alone: sites are looked up at every pass."""
+        return hash(self.module)
+
     def __str__(self) -> str:
         """Write the site in the form that `parse` reads."""
         call = "" if self.call is None else f"#{self.call}"
