@@ -733,5 +733,7 @@ def test_chance_pairs_of_a_large_dictionary_are_counted_without_bias():
     a, b, partner = jump_relu_pair(8192, 256, tied=True, spread=0.0)
     result = match(a, b)
     wrong = (result.matched & (result.columns != partner)).sum() / result.matched.sum()
-    assert result.n_null == pytest.approx((partner < 0).sum(), rel=0.04)  # else 1.07 times as many
+    assert result.evidence.n_null == pytest.approx(
+        (partner < 0).sum(), rel=0.04
+    )  # else 1.07 times as many
     assert 0.04 < wrong < 0.06  # 0.033 where the draws of the first, rough round count
