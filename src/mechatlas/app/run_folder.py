@@ -88,6 +88,8 @@ PROOF_FILE, NEURONS = "proof.safetensors", "neurons.json"
 DECODER_PICTURE, SPECTRA = "picture.json", "spectra.json"
 UNFINISHED, CHECKPOINT = "unfinished", "checkpoint"
 """Folders with the parts of a run that was interrupted."""
+PLACES = ("out", "device", "engine")
+"""Fields of a configuration that say where the work is done, not what it is."""
 SCHEMA = 2
 COST = ("out", "seconds", "peak_bytes")
 """Fields of a result that are known only after the command has ended."""
@@ -286,7 +288,7 @@ class RunFolder:
 
     def _made_from(self) -> str:
         config = as_dict(self.config)
-        values = {key: config[key] for key in config if key not in ("out", "device")}
+        values = {key: config[key] for key in config if key not in PLACES}
         facts = [SCHEMA, self.kind, values, sorted(self._parents.items())]
         return checksum(json.dumps(facts).encode())
 
@@ -311,7 +313,8 @@ class RunFolder:
         )
         values = as_plain(result)
         recipe = as_dict(self.config)
-        recipe.pop("out", None)  # the folder has the same bytes wherever it lies
+        for place in ("out", "engine"):  # the folder has the same bytes wherever it is made
+            recipe.pop(place, None)
         if self.kind == STORE:
             self._state_in_store({})  # those of an earlier run, whose files are replaced now
         self.file(RECIPE, tomli_w.dumps(recipe).encode())
