@@ -15,9 +15,10 @@ from mechatlas.app.commands.evaluate import EvaluateConfig
 from mechatlas.app.commands.train import TrainConfig
 from mechatlas.app.report.chapter import number
 from mechatlas.app.report.chapters import effects
+from mechatlas.app.report.dossiers import LogitLine
 from mechatlas.app.report.from_python import memory_run
 from mechatlas.app.report.page import make_chapters
-from mechatlas.app.report.runs import Runs, TrustConfig, find_runs
+from mechatlas.app.report.runs import Run, Runs, TrustConfig, find_runs
 from mechatlas.app.run_folder import execute
 from mechatlas.base import InputError, no_progress
 from mechatlas.dictionaries.formats import load, save
@@ -125,6 +126,7 @@ def test_the_page_has_the_tokens_and_what_the_dictionary_is_worth(here, monkeypa
     assert tokens.data == ["sae"]
     (first, line), *_ = tokens.statements
     assert first == ("sae", 0)
+    assert isinstance(line, LogitLine)
     table = pq.read_table(here / "runs/effects/logits.parquet").to_pylist()
     assert [word for word, _ in line.raises] == table[0]["top_words"][:8]
     assert len(tokens.statements) == 24
@@ -147,7 +149,7 @@ def test_results_from_python_are_drawn(here):
     tokens = torch.randint(0, 258, (2, 8), generator=torch.Generator().manual_seed(0))
     logits = ma.logit_effects(network, sae, tokens=tokens, site=SITE, n_random=50)
     attributed = ma.attribute(network, sae, tokens, output=3, site=SITE, n_ablated=4)
-    runs = [memory_run(("mine",), [each], {}) for each in (logits, attributed)]
+    runs: list[Run] = [memory_run(("mine",), [each], {}) for each in (logits, attributed)]
     drawn = effects.chapter(Runs(Path(), runs, 0, TrustConfig(), {}), no_progress)
     assert drawn is not None
     assert "50</dd>" in drawn.html
