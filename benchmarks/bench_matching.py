@@ -4,8 +4,8 @@ Run: `pytest benchmarks/bench_matching.py -s -o python_files='bench_*.py' -m ''`
 Features turn from layer to layer, 10 % die and as many are born, 5 % split, scales drift; each
 decoder row has noise of its own. Nominal false match rate: 5 %.
 
-Rate and power of every cost on two JumpReLU dictionaries, 31 % of the latents without a partner, and
-the same with no partners at all:
+Rate and power of every cost on two JumpReLU dictionaries, 31 % of the latents without a partner,
+and the same with no partners at all:
 
     python benchmarks/bench_matching.py rates 600 96 12        latents, width, seeds
     python benchmarks/bench_matching.py independent 600 96 12
