@@ -336,7 +336,11 @@ def _in_turn(
     n_samples = len(collection.samples)
     done = n_samples - sum(len(rounds[number].samples) for number in todo)
     for i, number in enumerate(todo):
-        yield i, _do_round(collection, rounds, number, lambda n: on_progress(done + n, n_samples))
+
+        def show(n: int, done: int = done) -> None:
+            on_progress(done + n, n_samples)
+
+        yield i, _do_round(collection, rounds, number, show)
         done += len(rounds[number].samples)
 
 
