@@ -334,14 +334,10 @@ def _in_turn(
 ) -> Iterator[tuple[int, RoundResult]]:
     """Do rounds one after another in this process."""
     n_samples = len(collection.samples)
-    done = n_samples - sum(len(rounds[number].samples) for number in todo)
+    at = [n_samples - sum(len(rounds[number].samples) for number in todo)]  # samples done
     for i, number in enumerate(todo):
-
-        def show(n: int, done: int = done) -> None:
-            on_progress(done + n, n_samples)
-
-        yield i, _do_round(collection, rounds, number, show)
-        done += len(rounds[number].samples)
+        yield i, _do_round(collection, rounds, number, lambda n: on_progress(at[0] + n, n_samples))
+        at[0] += len(rounds[number].samples)
 
 
 class _Job(NamedTuple):
