@@ -335,8 +335,12 @@ def _in_turn(
     """Do rounds one after another in this process."""
     n_samples = len(collection.samples)
     done = n_samples - sum(len(rounds[number].samples) for number in todo)
+
+    def advance(n: int) -> None:
+        on_progress(done + n, n_samples)
+
     for i, number in enumerate(todo):
-        yield i, _do_round(collection, rounds, number, lambda n: on_progress(done + n, n_samples))
+        yield i, _do_round(collection, rounds, number, advance)
         done += len(rounds[number].samples)
 
 
