@@ -333,14 +333,11 @@ def _in_turn(
     collection: _Collection, rounds: list[Round], todo: list[int], on_progress: Progress
 ) -> Iterator[tuple[int, RoundResult]]:
     """Do rounds one after another in this process."""
-    n_samples = len(collection.samples)
-    done = n_samples - sum(len(rounds[number].samples) for number in todo)
-
-    def advance(n: int) -> None:
-        on_progress(done + n, n_samples)
-
+    total = len(collection.samples)
+    done = total - sum(len(rounds[number].samples) for number in todo)
     for i, number in enumerate(todo):
-        yield i, _do_round(collection, rounds, number, advance)
+        progress = lambda n, done=done: on_progress(done + n, total)  # noqa: E731
+        yield i, _do_round(collection, rounds, number, progress)
         done += len(rounds[number].samples)
 
 
