@@ -333,11 +333,12 @@ def _in_turn(
     collection: _Collection, rounds: list[Round], todo: list[int], on_progress: Progress
 ) -> Iterator[tuple[int, RoundResult]]:
     """Do rounds one after another in this process."""
-    n_samples = len(collection.samples)
-    at = [n_samples - sum(len(rounds[number].samples) for number in todo)]  # samples done
+    total = len(collection.samples)
+    done = total - sum(len(rounds[number].samples) for number in todo)
     for i, number in enumerate(todo):
-        yield i, _do_round(collection, rounds, number, lambda n: on_progress(at[0] + n, n_samples))
-        at[0] += len(rounds[number].samples)
+        progress = lambda n, done=done: on_progress(done + n, total)  # noqa: E731
+        yield i, _do_round(collection, rounds, number, progress)
+        done += len(rounds[number].samples)
 
 
 class _Job(NamedTuple):
