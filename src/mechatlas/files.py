@@ -309,18 +309,20 @@ class Fields:
         return Fields(self.file, value, f"{self.within}{key}.", self.error)
 
 
-def write(path: Path, data: bytes, *, make_folder: bool = True) -> None:
+def write(path: Path, data: bytes, *, make_folder: bool = True, apart: bool = False) -> None:
     """Write a file so that no reader ever sees half of it.
 
     Args:
         path: Place of the file.
         data: Its contents.
         make_folder: Whether its folder is created where it is missing.
+        apart: Whether another process may write the same file at the same time, as a worker that
+            was given up; the temporary name is then of this process alone.
 
     Raises:
         DiskError: The disk is full or the place is not writable; nothing new is left.
     """
-    temporary = path.with_name(path.name + TEMPORARY)
+    temporary = path.with_name(f"{path.name}{f'.{os.getpid()}' if apart else ''}{TEMPORARY}")
     try:
         if make_folder and not path.parent.is_dir():
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -54,7 +54,7 @@ from mechatlas.outputs import Claim, claim
 from mechatlas.tensorfiles import checksum_of, read_safetensors
 
 STORE, DICTIONARY, GROUP_NET, PROOF = "store", "dictionary", "group_net", "proof"
-EVALUATION, EXPORT, SWEEP = "evaluation", "export", "sweep"
+EVALUATION, EXPORT, SWEEP, EFFECTS = "evaluation", "export", "sweep", "effects"
 BASIS, MATCHING, SYMMETRY, BRANCHES, CIRCUIT = (
     "basis",
     "matching",
@@ -68,6 +68,7 @@ RESULTS: dict[str, str] = {
     SWEEP: "sweep:SweepResult",
     GROUP_NET: "group_net:GroupNetResult",
     EVALUATION: "evaluate:EvaluateResult",
+    EFFECTS: "effects:EffectsResult",
     EXPORT: "export:ExportResult",
     BASIS: "basis:BasisResult",
     MATCHING: "match:MatchResult",
@@ -79,6 +80,7 @@ RESULTS: dict[str, str] = {
 """Kind of a folder -> command and type of its result."""
 RECIPE, RESULT = "recipe.toml", "result.json"
 HISTORY = "history.json"
+LOGITS = "logits.parquet"
 FEATURES, SYMMETRY_TENSORS = "features.parquet", "symmetry.safetensors"
 MATCHES, TRACKS = "matches.parquet", "tracks.parquet"
 EDGES, KERNELS, PICTURES = "edges.parquet", "kernels.safetensors", "pictures.safetensors"
@@ -86,6 +88,8 @@ PROOF_FILE, NEURONS = "proof.safetensors", "neurons.json"
 DECODER_PICTURE, SPECTRA = "picture.json", "spectra.json"
 UNFINISHED, CHECKPOINT = "unfinished", "checkpoint"
 """Folders with the parts of a run that was interrupted."""
+PLACES = ("out", "device", "engine")
+"""Fields of a configuration that say where the work is done, not what it is."""
 SCHEMA = 2
 COST = ("out", "seconds", "peak_bytes")
 """Fields of a result that are known only after the command has ended."""
@@ -284,7 +288,7 @@ class RunFolder:
 
     def _made_from(self) -> str:
         config = as_dict(self.config)
-        values = {key: config[key] for key in config if key not in ("out", "device")}
+        values = {key: config[key] for key in config if key not in PLACES}
         facts = [SCHEMA, self.kind, values, sorted(self._parents.items())]
         return checksum(json.dumps(facts).encode())
 
@@ -309,7 +313,8 @@ class RunFolder:
         )
         values = as_plain(result)
         recipe = as_dict(self.config)
-        recipe.pop("out", None)  # the folder has the same bytes wherever it lies
+        for place in ("out", "engine"):  # the folder has the same bytes wherever it is made
+            recipe.pop(place, None)
         if self.kind == STORE:
             self._state_in_store({})  # those of an earlier run, whose files are replaced now
         self.file(RECIPE, tomli_w.dumps(recipe).encode())

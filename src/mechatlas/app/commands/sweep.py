@@ -18,11 +18,12 @@ from typing import Annotated, Any
 from tyro.conf import Positional, arg
 
 from mechatlas.app.commands.train import TrainConfig
-from mechatlas.app.engines import as_engine
+from mechatlas.app.engines import EngineConfig, as_engine
 from mechatlas.app.progress import bar
 from mechatlas.app.recipes import as_dict, from_dict
 from mechatlas.app.run_folder import (
     DICTIONARY,
+    PLACES,
     RECIPE,
     SWEEP,
     CommandResult,
@@ -43,16 +44,13 @@ MAX_RUNS = 10_000
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SweepConfig(RunConfig):
+class SweepConfig(EngineConfig, RunConfig):
     """Train a dictionary for every combination of the settings that a recipe lists."""
 
     recipe: Annotated[Positional[Path], arg(metavar="RECIPE.toml")]
     """Recipe of `train` whose settings may be lists."""
     out: Path = Path("sweep")
     """Folder for the dictionaries and the table of all."""
-    engine: str = "here"
-    """Engine that trains them: "here" one after another, "processes:N" N at once, "ray" or
-    "ray://HOST:PORT" on a cluster that sees the same files."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -206,8 +204,8 @@ def _trained(config: TrainConfig) -> dict[str, Any] | None:
         return None
     wanted = as_dict(config)
     found = read_toml(config.out / RECIPE)
-    same = {k: v for k, v in wanted.items() if k not in ("out", "device")}
-    if same != {k: v for k, v in found.items() if k not in ("out", "device")}:
+    same = {k: v for k, v in wanted.items() if k not in PLACES}
+    if same != {k: v for k, v in found.items() if k not in PLACES}:
         raise DiskError(
             f"{config.out} holds a dictionary of other settings. Choose another --out, or delete "
             "that folder."
