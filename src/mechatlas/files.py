@@ -370,8 +370,9 @@ def cannot_write(path: Path, error: OSError) -> str:
 
 def _refused_by_system(error: OSError) -> bool:
     """Whether the folder is there all the same, such as /proc."""
-    alone = error.filename is not None and error.filename2 is None
-    return alone and Path(error.filename).parent.is_dir()
+    if error.filename is None or error.filename2 is not None:
+        return False
+    return Path(error.filename).parent.is_dir()
 
 
 def _create(path: str, flags: int) -> int:
