@@ -57,8 +57,8 @@ class Effort(NamedTuple):
 
 def run_kills(world: World, command: str, place: Path, table: Table, *, effort: Effort) -> None:
     """Kills and signals."""
-    every, n_last = effort.pick((12, 1), (effort.thin, 0))
-    kills.kill_at_points(world, command, place, table, every=every, n_last=n_last)
+    every = effort.pick(12, effort.thin)
+    kills.kill_at_points(world, command, place, table, every=every)
     kills.kill_at_random(world, command, place, table, tries=effort.of(25))
     kills.interrupt(world, command, place, table, tries=effort.of(6))
 
