@@ -96,6 +96,7 @@ def run_limits(world: World, command: str, place: Path, table: Table, *, effort:
     limits.full_tmpfs(world, command, place / "disk", table, disks)
     limits.unwritable(world, command, place / "unwritable", table)
     limits.two_writers(world, command, place / "two", table, tries=effort.of(8))
+    limits.run_twice(world, command, place / "twice", table)
     every = effort.pick(9, 2 * effort.thin)
     limits.deleted(world, command, place / "deleted", table, every=every)
     limits.odd_clock(world, command, place / "odd", table)
