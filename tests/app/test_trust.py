@@ -98,13 +98,14 @@ def words_of(folder: Path) -> dict[str, list[str]]:
         "circuit": two,
         "train": [str(folder / "mixed" / "recipe.toml"), "--store", store, "--steps", "2"],
         "evaluate": [two[1], "--n-samples", "4"],
+        "effects": [two[1], "--n-samples", "4"],
         "export": [two[1], "--format", "saelens"],
         "verify": [str(folder)],
         "serve": [str(folder)],
     }
 
 
-REOPEN = {"report", "serve", "match", "symmetry", "circuit", "evaluate"}
+REOPEN = {"report", "serve", "match", "symmetry", "circuit", "evaluate", "effects"}
 """Commands that run the network of a store."""
 OF_RECIPES = {"demo", "sites", "collect", "sweep", "basis", "prove"}
 """Commands that run what their user names, or nothing."""

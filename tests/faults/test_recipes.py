@@ -30,6 +30,7 @@ BASES: dict[str, dict[str, Any]] = {
     "circuit": {"dictionaries": ["a", "b"], "out": "o"},
     "prove": {"weights": "w"},
     "evaluate": {"dictionary": "d", "out": "o"},
+    "effects": {"dictionary": "d", "out": "o"},
     "report": {"folder": "f", "out": "o"},
     "demo": {"out": "o"},
     "sites": {"network": "x"},

@@ -121,8 +121,16 @@ def open_samples(recipe: Any, network: nn.Module, *, memory_mib: int = MEMORY_MI
 def _recipe_for(path: Path, network: nn.Module) -> SampleRecipe:
     if path.suffix.lower() in (".npy", ".npz"):
         return Arrays(source=path)
-    text = is_text(path.name) or isinstance(getattr(network, "input", None), TextInput)
-    return Texts(source=path) if text else Images(source=str(path))
+    text_input = getattr(network, "input", None)
+    if is_text(path.name) or isinstance(text_input, TextInput):
+        return Texts(source=path, context=_context(text_input))
+    return Images(source=str(path))
+
+
+def _context(text_input: Any) -> int:
+    """Tokens of a window where nobody has said how many: what the network reads, up to 128."""
+    most = getattr(text_input, "context", None)
+    return Texts.context if most is None else min(Texts.context, most)
 
 
 def _in_memory(samples: Any, network: nn.Module) -> Samples:
@@ -135,8 +143,7 @@ def _in_memory(samples: Any, network: nn.Module) -> Samples:
         return samples
     text_input = getattr(network, "input", None)
     if isinstance(text_input, TextInput) and _are_texts(samples):
-        context = Texts.context if text_input.context is None else text_input.context
-        return text_samples(samples, network, context=min(Texts.context, context))
+        return text_samples(samples, network, context=_context(text_input))
     numbered = hasattr(samples, "__getitem__") and hasattr(samples, "__len__")
     array = hasattr(samples, "__array__") or isinstance(samples, Mapping | Sequence)
     if isinstance(samples, torch_data.DataLoader | torch_data.Dataset) or (numbered and not array):

@@ -27,6 +27,7 @@ COMMANDS = (
     "train",
     "sweep",
     "evaluate",
+    "effects",
     "export",
     "basis",
     "match",

@@ -54,7 +54,7 @@ from mechatlas.outputs import Claim, claim
 from mechatlas.tensorfiles import checksum_of, read_safetensors
 
 STORE, DICTIONARY, GROUP_NET, PROOF = "store", "dictionary", "group_net", "proof"
-EVALUATION, EXPORT, SWEEP = "evaluation", "export", "sweep"
+EVALUATION, EXPORT, SWEEP, EFFECTS = "evaluation", "export", "sweep", "effects"
 BASIS, MATCHING, SYMMETRY, BRANCHES, CIRCUIT = (
     "basis",
     "matching",
@@ -68,6 +68,7 @@ RESULTS: dict[str, str] = {
     SWEEP: "sweep:SweepResult",
     GROUP_NET: "group_net:GroupNetResult",
     EVALUATION: "evaluate:EvaluateResult",
+    EFFECTS: "effects:EffectsResult",
     EXPORT: "export:ExportResult",
     BASIS: "basis:BasisResult",
     MATCHING: "match:MatchResult",
@@ -79,6 +80,7 @@ RESULTS: dict[str, str] = {
 """Kind of a folder -> command and type of its result."""
 RECIPE, RESULT = "recipe.toml", "result.json"
 HISTORY = "history.json"
+LOGITS = "logits.parquet"
 FEATURES, SYMMETRY_TENSORS = "features.parquet", "symmetry.safetensors"
 MATCHES, TRACKS = "matches.parquet", "tracks.parquet"
 EDGES, KERNELS, PICTURES = "edges.parquet", "kernels.safetensors", "pictures.safetensors"

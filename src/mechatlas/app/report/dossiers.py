@@ -146,7 +146,27 @@ class CircuitLine:
     """Height, width and numbers of the kernel."""
 
 
-Line = SymmetryLine | BranchLine | MatchLine | TrackLine | CircuitLine
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LogitLine:
+    """Tokens that a feature raises and lowers most, directly."""
+
+    anchor: str
+    """Anchor of the part of the chapter."""
+    raises: list[tuple[str, float | None]]
+    """Tokens raised most, and the rise of their logits for one unit of activation."""
+    lowers: list[tuple[str, float | None]]
+    """Tokens lowered most, and the change of their logits."""
+    q_raises: float | None
+    """q-value of the largest rise against random directions."""
+    q_lowers: float | None
+    """q-value of the largest fall."""
+    n_random: int
+    """Random directions of the null."""
+    fdr: float
+    """False discovery rate asked for."""
+
+
+Line = SymmetryLine | BranchLine | MatchLine | TrackLine | CircuitLine | LogitLine
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -158,12 +178,13 @@ class FeatureRecord:
     matches: list[MatchLine] = dataclasses.field(default_factory=list)
     tracks: list[TrackLine] = dataclasses.field(default_factory=list)
     circuits: list[CircuitLine] = dataclasses.field(default_factory=list)
+    logits: list[LogitLine] = dataclasses.field(default_factory=list)
 
     def add(self, line: Line) -> None:
         """Add a line of whatever kind."""
         lists = {
             SymmetryLine: self.symmetry, BranchLine: self.branches, MatchLine: self.matches,
-            TrackLine: self.tracks, CircuitLine: self.circuits,
+            TrackLine: self.tracks, CircuitLine: self.circuits, LogitLine: self.logits,
         }  # fmt: skip
         lists[type(line)].append(line)
 
