@@ -33,6 +33,10 @@ BASES: dict[str, dict[str, Any]] = {
     "evaluate": {"dictionary": "d", "out": "o"},
     "effects": {"dictionary": "d", "out": "o"},
     "report": {"folder": "f", "out": "o"},
+    "serve": {"folder": "f"},
+    "verify": {"folder": "f"},
+    "sweep": {"recipe": "r.toml"},
+    "export": {"dictionary": "d", "format": "saelens", "out": "o"},
     "demo": {"out": "o"},
     "sites": {"network": "x"},
 }

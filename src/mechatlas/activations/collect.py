@@ -333,10 +333,10 @@ def _in_turn(
     collection: _Collection, rounds: list[Round], todo: list[int], on_progress: Progress
 ) -> Iterator[tuple[int, RoundResult]]:
     """Do rounds one after another in this process."""
-    n_samples = len(collection.samples)
-    done = n_samples - sum(len(rounds[number].samples) for number in todo)
+    n = len(collection.samples)
+    done = n - sum(len(rounds[number].samples) for number in todo)
     for i, number in enumerate(todo):
-        yield i, _do_round(collection, rounds, number, lambda n: on_progress(done + n, n_samples))
+        yield i, _do_round(collection, rounds, number, lambda m, at=done: on_progress(at + m, n))
         done += len(rounds[number].samples)
 
 

@@ -20,9 +20,21 @@ EVERY = 10.0
 """Seconds between two lines where there is no terminal; shorter work says nothing."""
 
 
+_SILENT = False
+
+
+def silence() -> None:
+    """Show no progress in this process, a worker: the process that it works for does."""
+    global _SILENT
+    _SILENT = True
+
+
 @contextmanager
 def bar(what: str) -> Iterator[base.Progress]:
     """Show progress on standard error while the context is open."""
+    if _SILENT:
+        yield base.no_progress
+        return
     if not sys.stderr.isatty():
         yield _lines(what)
         return
