@@ -31,6 +31,7 @@ COMMANDS = (
     "export",
     "basis",
     "match",
+    "flow",
     "symmetry",
     "branches",
     "circuit",

@@ -2,6 +2,7 @@
 
 bar         progress on standard error
 duration    seconds in words
+silence     no progress in this process
 """
 
 import sys
@@ -22,6 +23,13 @@ from mechatlas import base
 
 EVERY = 10.0
 """Seconds between two lines where there is no terminal; shorter work says nothing."""
+_SILENT = False
+
+
+def silence() -> None:
+    """Show no progress in this process, a worker: the process that it works for does."""
+    global _SILENT
+    _SILENT = True
 
 
 def duration(seconds: float) -> str:
@@ -35,6 +43,9 @@ def duration(seconds: float) -> str:
 @contextmanager
 def bar(what: str) -> Iterator[base.Progress]:
     """Show progress on standard error while the context is open."""
+    if _SILENT:
+        yield base.no_progress
+        return
     if not sys.stderr.isatty():
         yield _lines(what)
         return

@@ -55,7 +55,13 @@ from mechatlas.outputs import Claim, claim
 from mechatlas.tensorfiles import checksum_of, read_safetensors
 
 STORE, DICTIONARY, GROUP_NET, PROOF = "store", "dictionary", "group_net", "proof"
-EVALUATION, EXPORT, SWEEP, EFFECTS = "evaluation", "export", "sweep", "effects"
+EVALUATION, EXPORT, SWEEP, EFFECTS, FLOW = (
+    "evaluation",
+    "export",
+    "sweep",
+    "effects",
+    "flow",
+)
 BASIS, MATCHING, SYMMETRY, BRANCHES, CIRCUIT = (
     "basis",
     "matching",
@@ -71,6 +77,7 @@ RESULTS: dict[str, str] = {
     EVALUATION: "evaluate:EvaluateResult",
     EFFECTS: "effects:EffectsResult",
     EXPORT: "export:ExportResult",
+    FLOW: "flow:FlowResult",
     BASIS: "basis:BasisResult",
     MATCHING: "match:MatchResult",
     SYMMETRY: "symmetry:SymmetryResult",
@@ -81,7 +88,7 @@ RESULTS: dict[str, str] = {
 """Kind of a folder -> command and type of its result."""
 RECIPE, RESULT = "recipe.toml", "result.json"
 HISTORY = "history.json"
-LOGITS = "logits.parquet"
+LOGITS, FLOWS = "logits.parquet", "flow.parquet"
 FEATURES, SYMMETRY_TENSORS = "features.parquet", "symmetry.safetensors"
 MATCHES, TRACKS = "matches.parquet", "tracks.parquet"
 EDGES, KERNELS, PICTURES = "edges.parquet", "kernels.safetensors", "pictures.safetensors"

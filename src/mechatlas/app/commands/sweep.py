@@ -35,7 +35,7 @@ from mechatlas.app.run_folder import (
     read_result,
 )
 from mechatlas.base import DiskError, RecipeError, UserError
-from mechatlas.files import MANIFEST, read_manifest, read_toml
+from mechatlas.files import MANIFEST, checksum_file, read_manifest, read_toml
 
 KIND = SWEEP
 RUNS = "runs.parquet"
@@ -198,13 +198,14 @@ def _written(value: Any) -> str:
 
 
 def _trained(config: TrainConfig) -> dict[str, Any] | None:
-    """Result of a dictionary that is there already, trained by the same settings.
+    """Result of a dictionary that is there already, whole and trained by the same settings.
 
     Raises:
-        DiskError: The folder holds one of other settings, or is damaged.
+        DiskError: The folder holds one of other settings, or does not say of which.
     """
-    manifest = config.out / MANIFEST
-    if not manifest.is_file() or not read_manifest(manifest).get("complete"):
+    path = config.out / MANIFEST
+    manifest = read_manifest(path) if path.is_file() else {}
+    if not manifest.get("complete"):
         return None
     wanted = as_dict(config)
     found = read_toml(config.out / RECIPE)
@@ -214,6 +215,10 @@ def _trained(config: TrainConfig) -> dict[str, Any] | None:
             f"{config.out} holds a dictionary of other settings. Choose another --out, or delete "
             "that folder."
         )
+    for name, stated in manifest["files"].items():
+        file = config.out / name
+        if not file.is_file() or checksum_file(file) != stated:
+            return None
     return as_plain(read_result(config.out, DICTIONARY))
 
 
