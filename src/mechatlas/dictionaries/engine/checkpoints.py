@@ -21,6 +21,12 @@ from mechatlas.files import write
 from mechatlas.tensorfiles import checksum_of, mismatches, read_safetensors, reading
 
 FILE = "checkpoint.safetensors"
+HELD_OUT = "held-out rows"
+"""Setting that is a checksum of the rows themselves."""
+OTHER_THREADS = (
+    "Rows that are read from a network change with the number of threads (OMP_NUM_THREADS) and "
+    "with the processor. "
+)
 
 
 def keep(
@@ -82,8 +88,10 @@ def continued(
     ]
     wrong += mismatches(kept, {name: tensor.shape for name, tensor in tensors.items()})
     if wrong:
+        other_rows = len(wrong) == 1 and wrong[0].startswith(HELD_OUT)
+        hint = OTHER_THREADS if other_rows else ""
         raise WeightsError(
-            f"{file} is of another run: {'; '.join(wrong)}. "
+            f"{file} is of another run: {'; '.join(wrong)}. {hint}"
             "Give the same settings to continue it, or delete it to train anew."
         )
     for name, tensor in tensors.items():
