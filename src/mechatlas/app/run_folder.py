@@ -20,7 +20,7 @@ import resource
 import shutil
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -33,9 +33,10 @@ from jaxtyping import Shaped
 from safetensors.numpy import save
 
 from mechatlas import deprecated
+from mechatlas.app.engines import is_first, n_processes
 from mechatlas.app.old_runs import renamed
 from mechatlas.app.recipes import as_dict
-from mechatlas.base import DiskError, WeightsError
+from mechatlas.base import DiskError, RecipeError, WeightsError
 from mechatlas.devices import as_device
 from mechatlas.files import (
     MANIFEST,
@@ -151,6 +152,7 @@ def execute(config: Any) -> Any:
         The result, with the folder, CPU seconds and memory.
 
     Raises:
+        RecipeError: `torchrun` started a command that it is not for.
         UserError: The input is bad, or the folder holds something else.
     """
     command: Any = sys.modules[type(config).__module__]
@@ -158,8 +160,23 @@ def execute(config: Any) -> Any:
         as_device(config.device)
     if not hasattr(command, "KIND") or config.out is None:
         return command.run(config)
+    if n_processes() > 1 and command.KIND != DICTIONARY:
+        raise RecipeError("torchrun is for `mechatlas train` alone; other commands have --engine.")
+    if not is_first():
+        return command.run(config, Follower(config.out))
     with RunFolder(config.out, command.KIND, config) as folder:
         return folder.finish(command.run(config, folder))
+
+
+class Follower:
+    """Folder of a run as the other processes of `torchrun` see it: the first one writes it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path: Path = path
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        """Do nothing, whatever a `RunFolder` would do."""
+        return lambda *_, **__: None
 
 
 class RunFolder:
