@@ -84,7 +84,7 @@ class Child:
         while (found := os.waitpid(self.pid, os.WNOHANG)) == (0, 0):
             time.sleep(0.005)
             if time.monotonic() > limit:
-                now, waits_for_processor = _progress(self.pid)
+                now, waits_for_processor = progress(self.pid)
                 if now < seconds and (worked < now or waits_for_processor):
                     limit, worked = limit + seconds, now
                     continue
@@ -179,7 +179,7 @@ def _run(
         os._exit(code)
 
 
-def _progress(pid: int) -> tuple[float, bool]:
+def progress(pid: int) -> tuple[float, bool]:
     """CPU seconds of a child, and whether it could go on if the machine were not busy."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()

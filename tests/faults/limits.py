@@ -1,4 +1,7 @@
-"""Disks that are full or cannot be written, folders that vanish, two writers, and odd clocks."""
+"""Disks that are full or cannot be written, folders that vanish, two writers, and odd clocks.
+
+Also runs that are repeated into their own folder.
+"""
 
 import os
 import random
@@ -132,6 +135,15 @@ def two_writers(
             outcome, example = "unnamed", refused[0].message
         table.add("two writers", command, outcome, example)
         shutil.rmtree(here)
+
+
+def run_twice(world: World, command: str, place: Path, table: Table) -> None:
+    """Run a command into the folder of a run that has ended: it ends with the same files."""
+    ended = run(world.words(command), place)
+    if ended.code == 0:
+        ended = run(world.words(command), place)
+    table.add("the same once more", command, *judge(ended, place, reference(world, command)))
+    shutil.rmtree(place)
 
 
 def deleted(world: World, command: str, place: Path, table: Table, *, every: int) -> None:

@@ -24,6 +24,7 @@ BASES: dict[str, dict[str, Any]] = {
     "train": {"store": "s"},
     "group_net": {"group": "C2"},
     "basis": {"network": {"name": "x"}, "layers": ["a", "b"]},
+    "flow": {"dictionaries": ["a", "b"], "out": "o"},
     "match": {"dictionaries": ["a", "b"], "out": "o"},
     "symmetry": {"dictionary": "d", "store": "s", "out": "o"},
     "branches": {"dictionary": "d", "store": "s", "out": "o"},
