@@ -36,7 +36,7 @@ test-triton: setup
 # Pieces of work on a Ray cluster of two workers, started here.
 test-cluster: setup
 	$(PIP) -e '.[ray]'
-	$(BIN)/pytest tests/app/test_engines.py
+	$(BIN)/pytest -m 'cluster or not slow' tests/app/test_engines.py tests/app/test_cluster.py
 
 # Kills, damage, full disks, two writers, hostile files: half an hour; `faults.md` has the table.
 faults: setup

@@ -4,9 +4,11 @@ Run: `pytest benchmarks/bench_matching.py -s -o python_files='bench_*.py' -m ''`
 Features turn from layer to layer, 10 % die and as many are born, 5 % split, scales drift; each
 decoder row has noise of its own. Nominal false match rate: 5 %.
 
-Rate and power of every cost on two JumpReLU dictionaries, 31 % of the latents without a partner:
+Rate and power of every cost on two JumpReLU dictionaries, 31 % of the latents without a partner,
+and the same with no partners at all:
 
     python benchmarks/bench_matching.py rates 600 96 12        latents, width, seeds
+    python benchmarks/bench_matching.py independent 600 96 12
     python benchmarks/bench_matching.py time 16384 2304        match and evidence, in products
 
 Partners planted among the codes and decoder rows of two dictionaries of the bundled network, which
@@ -115,21 +117,21 @@ def test_ends(level):
 def planted_codes(n, alone, seed):
     """Codes of latents that fire on 1 % of 4,000 rows; partners fire together half of the time."""
     random = np.random.default_rng(seed)
-    fires = random.random((3, n, 4000)) < 0.01
+    fires = random.random((3, n, 4000), np.float32) < 0.01
     k = round((1 - alone) * n)
     fires[1, :k] = (fires[0, :k] & (random.random((k, 4000)) < 0.5)) | (fires[2, :k] & fires[1, :k])
     order = random.permutation(n)
     partner = np.full(n, -1)
     partner[:k] = np.argsort(order)[:k]
-    values = fires[:2] * random.gamma(2, 1, (2, n, 4000))
+    values = np.zeros(fires[:2].shape, np.float32)
+    values[fires[:2]] = random.gamma(2, 1, int(fires[:2].sum()))
     a, b = (values - values.mean(axis=2, keepdims=True)).astype(np.float32)
     return a, b[order], partner
 
 
-def rates(n, d, n_seeds):
-    """Print the share of partners found and of matches that are wrong, with its standard error."""
-    settings = itertools.product(COSTS, (True, False), (0.0, 0.5), (0.31, 1.0))
-    for cost, tied, spread, alone in settings:
+def planted_by_cost(n, d, n_seeds, alone):
+    """Share of partners found, of matches that are wrong and of latents matched, by setting."""
+    for cost, tied, spread in itertools.product(COSTS, (True, False), (0.0, 0.5)):
         if cost == "codes" and (tied or spread):
             continue
         scores = []
@@ -146,13 +148,24 @@ def rates(n, d, n_seeds):
             right = (matched & (columns == partner)).sum()
             wrong = (matched.sum() - right) / max(matched.sum(), 1)
             scores.append((right / max((partner >= 0).sum(), 1), wrong, matched.mean()))
-        found, wrong, matched = np.mean(scores, axis=0)
-        error = np.std(scores, axis=0)[1] / np.sqrt(n_seeds)
-        name = f"{cost}, {'tied' if tied else 'untied'}, spread {spread}, alone {alone}"
-        if alone == 1:
-            print(f"{name}: {matched:.4f} of independent latents matched", flush=True)
-        else:
-            print(f"{name}: found {found:.3f}, wrong {wrong:.3f} +- {error:.3f}", flush=True)
+        name = cost if cost == "codes" else f"{cost}, {'tied' if tied else 'untied'}, {spread}"
+        yield name, np.asarray(scores)
+
+
+def rates(n, d, n_seeds):
+    """Print the share of partners found and of matches that are wrong, with its standard error."""
+    for name, scores in planted_by_cost(n, d, n_seeds, 0.31):
+        found, wrong, matched = scores.mean(axis=0)
+        # matches of one pair of dictionaries count as independent where there is one seed only
+        alone = np.sqrt(wrong * (1 - wrong) / max(matched * n, 1))
+        error = scores[:, 1].std(ddof=1) / np.sqrt(n_seeds) if n_seeds > 2 else alone
+        print(f"{name}: found {found:.3f}, wrong {wrong:.3f} +- {error:.3f}", flush=True)
+
+
+def independent(n, d, n_seeds):
+    """Print the share of latents matched between dictionaries without partners."""
+    for name, scores in planted_by_cost(n, d, n_seeds, 1.0):
+        print(f"{name}: {scores[:, 2].mean():.4f} of independent latents matched", flush=True)
 
 
 def briefly_trained(folder):
@@ -243,4 +256,5 @@ def time(n, d):
 
 
 if __name__ == "__main__":
-    {"rates": rates, "time": time, "trained": trained}[sys.argv[1]](*map(int, sys.argv[2:]))
+    commands = {"rates": rates, "independent": independent, "time": time, "trained": trained}
+    commands[sys.argv[1]](*map(int, sys.argv[2:]))

@@ -24,6 +24,7 @@ NAMES = (
     "effects",
     "dictionaries",
     "group_stores",
+    "scaling",
     "formats",
     "interaction",
     "matching",

@@ -16,7 +16,7 @@ import dataclasses
 import html
 import importlib
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 from jaxtyping import Float, Int
@@ -122,6 +122,10 @@ class Site:
             None if call is None else int(call),
             parts["axes"],
         )
+
+    def __hash__(self) -> int:
+        """Hash by the module alone: sites are looked up at every pass."""
+        return hash(self.module)
 
     def __str__(self) -> str:
         """Write the site in the form that `parse` reads."""
@@ -230,6 +234,43 @@ class Result:
             "mechatlas.app.report.from_python"
         )  # not before it is used
         return drawing.draw(self, names)
+
+
+Work = Callable[[Any, Any], Any]
+"""Function of a piece and of what all pieces share."""
+
+
+@runtime_checkable
+class Engine(Protocol):
+    """Runner of numbered pieces of work, which do not need one another."""
+
+    def map(
+        self, work: Work, pieces: Iterable[Any], *, shared: Any = None
+    ) -> Iterator[tuple[int, Any]]:
+        """Run all pieces, and give number and result of each as it finishes.
+
+        Args:
+            work: Function of a piece and of `shared`.
+            pieces: Plain values, taken when there is somebody to run them.
+            shared: What all pieces need, which is sent to each worker once.
+
+        Raises:
+            Exception: Whatever the work raises; pieces that run elsewhere are ended.
+            UserError: A piece ended its worker three times, or the workers are gone.
+        """
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Here:
+    """Engine that runs the pieces one after another in this process."""
+
+    def map(
+        self, work: Work, pieces: Iterable[Any], *, shared: Any = None
+    ) -> Iterator[tuple[int, Any]]:
+        """Run all pieces in order; see `Engine`."""
+        for number, piece in enumerate(pieces):
+            yield number, work(piece, shared)
 
 
 Progress = Callable[[int, int], None]

@@ -309,18 +309,20 @@ class Fields:
         return Fields(self.file, value, f"{self.within}{key}.", self.error)
 
 
-def write(path: Path, data: bytes, *, make_folder: bool = True) -> None:
+def write(path: Path, data: bytes, *, make_folder: bool = True, apart: bool = False) -> None:
     """Write a file so that no reader ever sees half of it.
 
     Args:
         path: Place of the file.
         data: Its contents.
         make_folder: Whether its folder is created where it is missing.
+        apart: Whether another process may write the same file at the same time, as a worker that
+            was given up; the temporary name is then of this process alone.
 
     Raises:
         DiskError: The disk is full or the place is not writable; nothing new is left.
     """
-    temporary = path.with_name(path.name + TEMPORARY)
+    temporary = path.with_name(f"{path.name}{f'.{os.getpid()}' if apart else ''}{TEMPORARY}")
     try:
         if make_folder and not path.parent.is_dir():
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -359,9 +361,18 @@ def cannot_write(path: Path, error: OSError) -> str:
         advice = "Free some space or choose another --out."
     elif error.errno in (errno.ENOTDIR, errno.EEXIST) and in_the_way:
         cause = f"{in_the_way} is a file, expected a folder"
+    elif error.errno == errno.ENOENT and _refused_by_system(error):
+        cause = "nothing can be made in its folder"
     elif error.errno == errno.ENOENT:
         cause, advice = "its folder was deleted or moved meanwhile", "Run the command again."
     return f"Cannot write {path}: {cause}. Nothing half-written was left. {advice}"
+
+
+def _refused_by_system(error: OSError) -> bool:
+    """Whether the folder is there all the same, such as /proc."""
+    if error.filename is None or error.filename2 is not None:
+        return False
+    return Path(error.filename).parent.is_dir()
 
 
 def _create(path: str, flags: int) -> int:

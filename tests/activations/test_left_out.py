@@ -1,5 +1,6 @@
 """Positions that a store leaves out, and the rows of it that are outliers."""
 
+import warnings
 from collections import Counter
 from typing import Any
 
@@ -160,6 +161,19 @@ def test_outlier_rows_are_named_by_token_and_position(tmp_path):
     assert found["commonest"][0]["token"] == "<7>"
     assert sum(place["count"] for place in found["commonest"]) <= found["count"]
     assert found["variance_share"] > 0.5
+
+
+def test_common_rows_that_carry_most_of_the_variance_are_named_though_none_is_an_outlier(tmp_path):
+    samples, network = Windows(n=300, length=12), Reader()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        collect(network, samples, SITES[:1], tmp_path / "plain")
+    with torch.no_grad():
+        network.embed.weight /= network.embed.weight.norm(dim=1, keepdim=True)
+        network.embed.weight[9] *= 8
+    with pytest.warns(UserWarning, match=r"At embed the \d+ of .* farthest .* '<9>' at position"):
+        store = collect(network, samples, SITES[:1], tmp_path / "store")
+    assert store.manifest["outliers"] == {}
 
 
 def test_reasons_are_counted_once(tmp_path):

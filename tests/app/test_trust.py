@@ -93,18 +93,20 @@ def words_of(folder: Path) -> dict[str, list[str]]:
     return {
         "report": [str(folder)],
         "match": [*two, "--store", store, "--samples", "4", "--cost", "codes"],
+        "flow": two,
         "symmetry": [str(folder / "plain"), "--store", str(folder / "posed")],
         "branches": [two[1], "--store", store],
         "circuit": two,
         "train": [str(folder / "mixed" / "recipe.toml"), "--store", store, "--steps", "2"],
         "evaluate": [two[1], "--n-samples", "4"],
+        "effects": [two[1], "--n-samples", "4"],
         "export": [two[1], "--format", "saelens"],
         "verify": [str(folder)],
         "serve": [str(folder)],
     }
 
 
-REOPEN = {"report", "serve", "match", "symmetry", "circuit", "evaluate"}
+REOPEN = {"report", "serve", "match", "symmetry", "circuit", "evaluate", "effects"}
 """Commands that run the network of a store."""
 OF_RECIPES = {"demo", "sites", "collect", "sweep", "basis", "prove"}
 """Commands that run what their user names, or nothing."""

@@ -4,20 +4,19 @@ Main path, in reading order:
 
     collect      plan the rounds, do the remaining ones, mark the store complete
     _plan        samples in random order, cut into rounds that fit in memory
-    _mend        collect rounds of an unfinished store again whose shards are damaged or missing
+    _damaged     rounds that were done and whose shards are damaged or missing: done again
     _do_round    read the sites for one round of samples, shuffle the rows, write shards
 
-A killed run loses at most its last round: the same command goes on from there, and the
-finished store has the same bytes as a store collected in a single run.
+A round depends on nothing but its number, so rounds may run on an engine, each where there is room.
+A killed run loses at most the rounds that were running: the same command goes on from there, and
+the finished store has the same bytes as a store collected in a single run.
 """
 
 import dataclasses
-import itertools
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -27,20 +26,17 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 
 from mechatlas.activations import networks
-from mechatlas.activations.branches import branches_of, ends_of, scattered_of
-from mechatlas.activations.layouts import Layout, layouts_of
+from mechatlas.activations.layouts import layouts_of
 from mechatlas.activations.networks import as_input
 from mechatlas.activations.outlier_rows import outliers_of_sites
 from mechatlas.activations.passes import on_device
 from mechatlas.activations.posing import (
-    Places,
     PoseConfig,
-    action_of,
+    Poses,
     describe_action,
-    paired_places,
-    places_of,
+    poses_of_sites,
     read_pose,
-    refuse_lawless,
+    shape_of,
 )
 from mechatlas.activations.positions import (
     REASONS,
@@ -48,35 +44,49 @@ from mechatlas.activations.positions import (
     TokenSamples,
     is_causal,
     left_out,
+    same_place,
 )
 from mechatlas.activations.row_checks import naming, refuse_non_finite, refuse_unreadable
-from mechatlas.activations.samples import ArraySamples, Samples, open_samples
+from mechatlas.activations.samples import (
+    ArraySamples,
+    Samples,
+    batches_of,
+    first_batch,
+    open_samples,
+)
 from mechatlas.activations.sites import as_site, read_activations
 from mechatlas.activations.store import Store, shard_file, write_shard
 from mechatlas.activations.store_manifest import DTYPES, SCHEMA, Shard, SiteShape, Split
 from mechatlas.activations.unfinished import (
+    RoundResult,
     begin_store,
+    finish_store,
     has_checksum,
     has_size,
+    note_round,
     refuse_absent,
     refuse_empty,
+    rounds_done,
     shards_of,
 )
 from mechatlas.base import (
-    InputError,
+    Engine,
     Progress,
+    RecipeError,
     Site,
     StoreError,
     no_progress,
 )
 from mechatlas.devices import as_device
-from mechatlas.files import write_manifest
+from mechatlas.files import MANIFEST, TEMPORARY, checksum, write_manifest
 from mechatlas.maths.actions import Action
 from mechatlas.outputs import claim
 from mechatlas.ranges import COUNT, SEED, check_ranges
 
 SHARD_BYTES = 8 << 20
 """Largest size of a shard."""
+Reopen = Callable[[], tuple[nn.Module, Any]]
+"""Function that opens a network and its samples."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -115,13 +125,6 @@ class Round(NamedTuple):
     samples: Int[np.ndarray, " sample"]
 
 
-class _Poses(NamedTuple):
-    """Group action on the inputs, and the places of each site that are kept."""
-
-    action: Action
-    places: dict[Site, Places]
-
-
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Collection:
     """Inputs, settings and folder of one store."""
@@ -132,7 +135,7 @@ class _Collection:
     shapes: dict[Site, SiteShape]
     settings: StoreConfig
     device: torch.device | str
-    poses: _Poses | None
+    poses: Poses | None
     out: Path
 
     @property
@@ -171,6 +174,8 @@ def collect(
     group: PoseConfig | Action | None = None,
     recipe: dict[str, Any] | None = None,
     device: torch.device | str | None = None,
+    engine: Engine | None = None,
+    reopen: Reopen | None = None,
     on_progress: Progress = no_progress,
 ) -> Store:
     """Read sites for every sample and write the rows, shuffled, to a store.
@@ -185,6 +190,10 @@ def collect(
             0, the input itself, followed by the channels of element 1, and so on.
         recipe: Plain values kept in the manifest; a store made from another recipe is refused.
         device: Device on which the network runs; by default its own.
+        engine: Engine on which rounds run, such as `Processes(4)`; by default this process. Each
+            worker stays under `memory_mib`.
+        reopen: Function of a module that gives network and samples again, for the workers of an
+            engine; the weights must be the same.
         on_progress: Callback with the number of samples done and their total.
 
     Returns:
@@ -198,7 +207,8 @@ def collect(
         NonFiniteError: The network gave NaN or infinity; names the site, sample and channel.
         DiskError: The rows cannot fit on the disk, the folder is not writable, or another process
             writes into it.
-        RecipeError: There is no such device here.
+        RecipeError: There is no such device here, or an engine is given without `reopen`.
+        UserError: The workers of an engine are lost.
 
     Examples:
         >>> import tempfile
@@ -219,112 +229,158 @@ def collect(
     if recipe is None and isinstance(samples, ArraySamples):
         recipe = samples.made_from()
     chosen = [as_site(network, s) for s in ([sites] if isinstance(sites, str | Site) else sites)]
+    if engine is not None and reopen is None:
+        raise RecipeError(
+            "Workers of an engine open network and samples by themselves: give collect(reopen=f), "
+            "a function f of a module that returns both."
+        )
     with on_device(network, device):
-        index, first = _first_batch(samples, settings)
-        first = as_input(network, first.to(device))
-        with torch.inference_mode(), naming(samples, [index]):
-            layouts = layouts_of(network, first, chosen)
-            activations = read_activations(network, first, chosen)
-            for site, activation in activations.items():
-                refuse_unreadable(layouts[site].rows(activation), site, len(first))
-        poses = None if group is None else _poses(network, first, activations, settings, group)
-        shapes = {
-            site: _shape(network, site, layouts[site], a, poses) for site, a in activations.items()
-        }
-        collection = _Collection(network, samples, chosen, shapes, settings, device, poses, out)
-        collection = _resolved(collection, index, first)
-        settings = collection.settings
-        rounds = _plan(len(samples), shapes, settings)
+        collection, rounds = _prepare(network, samples, chosen, settings, group, device, out)
         with claim(out) as claimed:
             manifest = begin_store(
                 out,
                 _new_manifest(collection, len(rounds), recipe or {}),
-                n_bytes=len(samples) * _sample_bytes(shapes, settings),
+                n_bytes=len(samples) * _sample_bytes(collection.shapes, collection.settings),
             )
-            _mend(collection, rounds, manifest)
-            done = sum(len(r.samples) for r in rounds[: manifest["rounds_done"]])
-            for number in range(manifest["rounds_done"], len(rounds)):
-                parts = _do_round(
-                    collection,
-                    rounds,
-                    number,
-                    lambda n, before=done: on_progress(before + n, len(samples)),
-                )
-                done += len(rounds[number].samples)
-                _note(manifest, number, *parts)
+            again = _damaged(collection, rounds, manifest)
+            todo = [*again, *sorted({*range(len(rounds))} - {*rounds_done(manifest)})]
+            if engine is None or reopen is None:
+                running = _in_turn(collection, rounds, todo, on_progress)
+            else:
+                state = _new_manifest(collection, len(rounds), {})
+                job = _Job(reopen, chosen, settings, group, str(device), out.resolve(), state)
+                running = engine.map(_do_round_elsewhere, todo, shared=job)
+            done = len(samples) - sum(len(rounds[number].samples) for number in todo)
+            for i, result in running:
                 claimed.check()
-                if manifest["complete"]:
-                    refuse_empty(manifest)
-                    refuse_absent(out, manifest)
-                    outliers = outliers_of_sites(out, manifest["shards"], samples, network)
-                    manifest["outliers"] = outliers
-                write_manifest(out / "manifest.json", manifest, make_folder=False)
+                _note(manifest, todo[i], result, again, out)
+                done += len(rounds[todo[i]].samples)
+                on_progress(done, len(samples))
+            if not manifest["complete"]:
+                _finish(collection, manifest)
     return Store(out)
+
+
+def _prepare(
+    network: nn.Module,
+    samples: Samples,
+    sites: Sequence[Site],
+    settings: StoreConfig,
+    group: PoseConfig | Action | None,
+    device: torch.device | str,
+    out: Path,
+) -> tuple[_Collection, list[Round]]:
+    """Read the sites for one sample, by which all settings are decided, and plan the rounds."""
+    index, first = first_batch(samples, skip_bad=settings.skip_bad)
+    first = as_input(network, first.to(device))
+    with torch.inference_mode(), naming(samples, [index]):
+        layouts = layouts_of(network, first, sites)
+        activations = read_activations(network, first, sites)
+        for site, activation in activations.items():
+            refuse_unreadable(layouts[site].rows(activation), site, len(first))
+    poses = None
+    if group is not None:
+        poses = poses_of_sites(group, network, first, activations, paired=settings.paired)
+    shapes = {
+        site: shape_of(network, site, layouts[site], a, poses) for site, a in activations.items()
+    }
+    collection = _Collection(network, samples, sites, shapes, settings, device, poses, out)
+    collection = _resolved(collection, index, first)
+    return collection, _plan(len(samples), shapes, collection.settings)
 
 
 def _note(
     manifest: dict[str, Any],
     number: int,
-    shards: list[Shard],
-    skipped: list[str],
-    n_left_out: Counter[str],
+    result: RoundResult,
+    again: dict[int, list[Shard]],
+    out: Path,
 ) -> None:
-    """Note a finished round in the manifest."""
-    manifest["shards"] += [list(shard) for shard in shards]
-    manifest["skipped"] += skipped
-    for reason, n in n_left_out.items():
-        manifest["left_out"][reason] += n
-    manifest["rounds_done"] = number + 1
-    manifest["complete"] = number + 1 == manifest["rounds"]
-
-
-def _first_batch(samples: Samples, settings: StoreConfig) -> tuple[int, Any]:
-    """Number and batch of the first sample that can be read.
+    """Note a round that is done, or compare it with what it was when it was done before.
 
     Raises:
-        InputError: None can be read, or the first cannot and `skip_bad` is off.
+        StoreError: The round has other rows now.
     """
-    for i in range(len(samples)):
-        try:
-            return i, samples.stack([samples.read(i)])
-        except InputError:
-            if not settings.skip_bad:
-                raise
-    raise InputError(f"None of the {len(samples)} samples could be read.")
+    if number not in again:
+        note_round(manifest, number, result)
+        write_manifest(out / MANIFEST, manifest, make_folder=False)
+    elif result.shards != again[number]:
+        raise StoreError(
+            f"A shard in {out} was damaged or missing, and its samples give other rows now. "
+            "Delete the store and collect it again."
+        )
 
 
-def _poses(
-    network: nn.Module,
-    first: Shaped[Tensor, "1 ..."],
-    activations: Mapping[Site, Tensor],
-    settings: StoreConfig,
-    group: PoseConfig | Action,
-) -> _Poses:
-    action = action_of(group) if isinstance(group, PoseConfig) else group
-    refuse_lawless(action, first)
-    places = {site: places_of(action, network, site, first) for site in activations}
-    if settings.paired:
-        layouts = layouts_of(network, first, list(activations))
-        grids = {site: layouts[site].grid(a) for site, a in activations.items()}
-        places = paired_places(places, grids)
-    on_device = {site: Places(*(t.to(first.device) for t in p)) for site, p in places.items()}
-    return _Poses(action, on_device)
+def _finish(collection: _Collection, manifest: dict[str, Any]) -> None:
+    """Say in the manifest that the store is complete, if it is.
+
+    Raises:
+        InputError: The store has no rows.
+        StoreError: A shard was deleted meanwhile.
+    """
+    out = collection.out
+    finish_store(manifest)
+    refuse_empty(manifest)
+    for temporary in out.rglob(f"*{TEMPORARY}"):  # of killed workers
+        temporary.unlink(missing_ok=True)
+    refuse_absent(out, manifest)
+    network, samples = collection.network, collection.samples
+    manifest["outliers"] = outliers_of_sites(out, manifest["shards"], samples, network)
+    write_manifest(out / MANIFEST, manifest, make_folder=False)
 
 
-def _shape(
-    network: nn.Module,
-    site: Site,
-    layout: Layout,
-    activation: Shaped[Tensor, "..."],
-    poses: _Poses | None,
-) -> SiteShape:
-    branches = {} if site.branch else branches_of(network, site.module, site.take)
-    width, grid = layout.width(activation), layout.grid(activation)
-    ranges, scattered = ends_of(branches, width), scattered_of(branches, width)
-    if poses is None:
-        return SiteShape(width, grid, ranges, scattered=scattered)
-    n_places = len(poses.places[site].kept)
-    return SiteShape(width * poses.action.group.order, grid, ranges, n_places, scattered)
+def _in_turn(
+    collection: _Collection, rounds: list[Round], todo: list[int], on_progress: Progress
+) -> Iterator[tuple[int, RoundResult]]:
+    """Do rounds one after another in this process."""
+    n = len(collection.samples)
+    done = n - sum(len(rounds[number].samples) for number in todo)
+    for i, number in enumerate(todo):
+        yield i, _do_round(collection, rounds, number, lambda m, at=done: on_progress(at + m, n))
+        done += len(rounds[number].samples)
+
+
+class _Job(NamedTuple):
+    """Inputs of `_prepare` for a worker, which opens network and samples by itself."""
+
+    reopen: Reopen
+    sites: list[Site]
+    settings: StoreConfig
+    group: PoseConfig | Action | None
+    device: str
+    out: Path
+    state: dict[str, Any]
+    """Manifest of the store before its first round; a worker must come to the same."""
+
+
+_JOBS: dict[str, tuple[_Collection, list[Round]]] = {}
+"""Collection that this worker has opened."""
+
+
+def _do_round_elsewhere(number: int, job: _Job) -> RoundResult:
+    """Do a round in a worker, which opens network and samples at its first.
+
+    Raises:
+        StoreError: The network has other weights there, or the samples are others.
+    """
+    key = checksum(json.dumps([str(job.out), job.state]).encode())
+    if key not in _JOBS:
+        network, samples = job.reopen()
+        samples = open_samples(samples, network, memory_mib=job.settings.memory_mib)
+        network.to(job.device)
+        collection, rounds = _prepare(
+            network, samples, job.sites, job.settings, job.group, job.device, job.out
+        )
+        found = _new_manifest(collection, len(rounds), {})
+        if differing := [key for key in found if found[key] != job.state[key]]:
+            raise StoreError(
+                f"A worker finds another {' and '.join(differing)} than the first process. Workers "
+                "must see the same weights and the same samples, and nothing may change them "
+                "meanwhile."
+            )
+        _JOBS.clear()
+        _JOBS[key] = collection, rounds
+    return _do_round(*_JOBS[key], number, lambda _: None)
 
 
 def _resolved(collection: _Collection, index: int, first: Any) -> _Collection:
@@ -402,7 +458,7 @@ def _new_manifest(collection: _Collection, n_rounds: int, recipe: dict[str, Any]
         },
         **({} if collection.poses is None else {"group": describe_action(collection.poses.action)}),
         "rounds": n_rounds,
-        "rounds_done": 0,
+        "rounds_done": {},
         "complete": False,
         "shards": [],
         "skipped": [],
@@ -411,45 +467,35 @@ def _new_manifest(collection: _Collection, n_rounds: int, recipe: dict[str, Any]
     return json.loads(json.dumps(manifest))  # as a manifest on disk: lists instead of tuples
 
 
-def _mend(collection: _Collection, rounds: list[Round], manifest: dict[str, Any]) -> None:
-    """Collect every finished round again that has a damaged or missing shard.
+def _damaged(
+    collection: _Collection, rounds: list[Round], manifest: dict[str, Any]
+) -> dict[int, list[Shard]]:
+    """Rounds that were done and have a damaged or missing shard, with the shards they should have.
 
     Of a complete store only the sizes are looked at: whoever reads it verifies the checksums.
-
-    Raises:
-        StoreError: The round has other rows now.
     """
     out, is_whole = collection.out, has_size if manifest["complete"] else has_checksum
     listed = {shard.file: shard for shard in shards_of(manifest)}
-    for number in range(manifest["rounds_done"]):
+    damaged = {}
+    for number in rounds_done(manifest):
         shards = [
             listed[file]
             for site in collection.shapes
             for i in _shard_numbers(collection, site, rounds, number)
             if (file := shard_file(str(site), rounds[number].split, i)) in listed
         ]
-        if all(is_whole(out, shard) for shard in shards):
-            continue
-        again, *_ = _do_round(collection, rounds, number, lambda _: None)
-        if again != shards:
-            raise StoreError(
-                f"A shard in {out} was damaged or missing, and its samples give other rows now. "
-                "Delete the store and collect it again."
-            )
+        if not all(is_whole(out, shard) for shard in shards):
+            damaged[number] = shards
+    return damaged
 
 
 def _do_round(
     collection: _Collection, rounds: list[Round], number: int, on_progress: Callable[[int], None]
-) -> tuple[list[Shard], list[str], Counter[str]]:
-    """Fill the rows of every site for one round, shuffle them, write them as shards.
-
-    Returns:
-        Shards written, a message for every sample that could not be read, and the number of
-        positions left out for each reason.
-    """
+) -> RoundResult:
+    """Fill the rows of every site for one round, shuffle them, write them as shards."""
     shapes, settings = collection.shapes, collection.settings
-    samples = rounds[number].samples
-    n_rows = {site: len(samples) * n for site, n in _rows_per_sample(shapes, settings).items()}
+    numbers = rounds[number].samples
+    n_rows = {site: len(numbers) * n for site, n in _rows_per_sample(shapes, settings).items()}
     filled = {
         site: _Rows(
             torch.empty(n_rows[site], shape.width, dtype=DTYPES[settings.dtype]),
@@ -458,20 +504,21 @@ def _do_round(
         for site, shape in shapes.items()
     }
     skipped: list[str] = []
+    bad = skipped.append if settings.skip_bad else None
     n_left_out: Counter[str] = Counter()
     done = 0
-    for indices, inputs in _batches(collection, samples, skipped):
+    for indices, inputs in batches_of(collection.samples, numbers, settings.batch_size, bad):
         if indices:
             excluded = None
             if collection.tokens is not None:
                 excluded = left_out(collection.tokens, indices, settings.positions, n_left_out)
             _fill(collection, filled, inputs.to(collection.device), indices, excluded)
         done += settings.batch_size
-        on_progress(min(done, len(samples)))
+        on_progress(min(done, len(numbers)))
     shards: list[Shard] = []
     for site, rows in filled.items():
         shards += _write(collection, site, rows, rounds, number)
-    return shards, skipped, n_left_out
+    return RoundResult(shards, skipped, dict(n_left_out))
 
 
 def _write(
@@ -509,41 +556,6 @@ def _shard_numbers(collection: _Collection, site: Site, rounds: list[Round], num
     return range(sum(counts[:-1]), sum(counts))
 
 
-def _batches(
-    collection: _Collection, order: Int[np.ndarray, " sample"], skipped: list[str]
-) -> Iterator[tuple[list[int], Shaped[Tensor, "..."]]]:
-    """Batches of readable samples with their numbers, decoded one batch ahead in threads."""
-    samples, settings = collection.samples, collection.settings
-
-    def load(index: int) -> np.ndarray | InputError:
-        try:
-            return samples.read(index)
-        except InputError as error:
-            return error
-
-    pieces = [
-        order[i : i + settings.batch_size].tolist()
-        for i in range(0, len(order), settings.batch_size)
-    ]
-    with ThreadPoolExecutor(2) as pool:
-        ahead = [pool.submit(load, i) for i in pieces[0]]
-        for piece, following in itertools.zip_longest(pieces, pieces[1:], fillvalue=[]):
-            current, ahead = ahead, [pool.submit(load, i) for i in following]
-            good: list[int] = []
-            loaded: list[np.ndarray] = []
-            for index, future in zip(piece, current, strict=True):
-                result = future.result()
-                if isinstance(result, InputError):
-                    if not settings.skip_bad:
-                        pool.shutdown(wait=False, cancel_futures=True)
-                        raise result
-                    skipped.append(str(result))
-                else:
-                    good.append(index)
-                    loaded.append(result)
-            yield good, samples.stack(loaded) if good else torch.empty(0)
-
-
 @torch.inference_mode()
 def _fill(
     collection: _Collection,
@@ -566,7 +578,7 @@ def _fill(
                 here, there = shapes[first].grid, shapes[site].grid
                 drawn[site] = drawn[first]
                 if poses is None and here != there:
-                    drawn[site] = _same_place(drawn[first], here, there)
+                    drawn[site] = same_place(drawn[first], here, there)
             elif site not in drawn:
                 among = flat if poses is None else flat[:, poses.places[site].kept]
                 fits = poses is None and excluded is not None and excluded.shape[1] == flat.shape[1]
@@ -585,13 +597,3 @@ def _fill(
         sample = torch.tensor(indices)[:, None].expand_as(position)
         where = torch.stack([sample, position // width, position % width], dim=-1)
         rows.finish(where[position >= 0].int())
-
-
-def _same_place(
-    position: Int[Tensor, "batch kept"], grid: tuple[int, int], other: tuple[int, int]
-) -> Int[Tensor, "batch kept"]:
-    """Cells of another grid that hold the centers of cells of this grid."""
-    y, x = position // grid[1], position % grid[1]
-    y = ((y + 0.5) / grid[0] * other[0]).long()
-    x = ((x + 0.5) / grid[1] * other[1]).long()
-    return torch.where(position < 0, position, y * other[1] + x)

@@ -28,7 +28,7 @@ from torch.utils._pytree import tree_map_only
 from mechatlas.activations.axes import BATCH, CHANNEL, Axes, AxisTracker, kind_of
 from mechatlas.activations.networks import arguments_of, running
 from mechatlas.activations.passes import unobserved, unwrapped
-from mechatlas.activations.reading import hook_site
+from mechatlas.activations.reading import hook_module
 from mechatlas.activations.values import tensors_in
 from mechatlas.base import Site, SiteError
 from mechatlas.maths.arrays import Channels
@@ -349,7 +349,12 @@ def _watch(
         for module in modules.values():
             stack.callback(module.register_forward_hook(stamp).remove)
         for site in ends:
-            hook = hook_site(root, site, lambda value, s=site: note(s, value), aside=True)
+            hook = hook_module(
+                root.get_submodule(site.module),
+                site,
+                lambda value, s=site: note(s, value),
+                aside=True,
+            )
             stack.callback(hook.remove)
         args, kwargs = tree_map_only(Tensor, torch.clone, (args, kwargs))
         for tensor in tensors_in((args, kwargs)):

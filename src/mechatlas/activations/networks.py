@@ -112,6 +112,11 @@ def looking_in(*folders: Path) -> Iterator[None]:
         _FOLDERS.reset(token)
 
 
+def folders() -> tuple[Path, ...]:
+    """Folders in which modules of named networks are looked for too, for workers."""
+    return _FOLDERS.get()
+
+
 @contextlib.contextmanager
 def _importable(name: str) -> Iterator[None]:
     """Let Python import a network's module from the folders, after all others that it knows.
@@ -219,6 +224,18 @@ def dtype_of(network: nn.Module) -> torch.dtype | None:
     return next((t.dtype for t in tensors if t.is_floating_point()), None)
 
 
+def _first_parameter(network: nn.Module) -> nn.Parameter | None:
+    """First parameter, as `parameters()` yields it, without its name."""
+    waiting = [network]
+    while waiting:
+        module = waiting.pop()
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                return parameter
+        waiting += [part for part in reversed(module._modules.values()) if part is not None]
+    return None
+
+
 def as_input(network: nn.Module, inputs: Any) -> Any:
     """Convert a batch to a tensor as a network reads it.
 
@@ -233,6 +250,16 @@ def as_input(network: nn.Module, inputs: Any) -> Any:
     """
     if isinstance(inputs, tuple | Mapping):
         return inputs
+    parameter = _first_parameter(network)
+    if (
+        parameter is not None
+        and isinstance(inputs, Tensor)
+        and inputs.dtype == parameter.dtype
+        and inputs.device == parameter.device
+        and inputs.layout == torch.strided
+        and inputs.is_floating_point()
+    ):
+        return inputs  # as most are
     wanted = dtype_of(network)
     if not isinstance(inputs, Tensor):
         array = as_numbers(inputs, "The batch of inputs")
@@ -242,7 +269,6 @@ def as_input(network: nn.Module, inputs: Any) -> Any:
         wanted = wanted or torch.float32
     if inputs.layout != torch.strided:
         raise InputError("The batch of inputs is a sparse tensor. Pass .to_dense() of it.")
-    parameter = next(network.parameters(), None)
     if parameter is not None and not inputs.is_meta:
         inputs = inputs.to(parameter.device)
     if inputs.is_floating_point() and wanted is not None and inputs.dtype != wanted:
@@ -301,6 +327,8 @@ def call_network(network: nn.Module, inputs: Any) -> Any:
         network: Any module.
         inputs: Batch as the network takes it.
     """
+    if isinstance(inputs, Tensor):
+        return network(inputs)
     args, kwargs = arguments_of(network, inputs)
     return network(*args, **kwargs)
 

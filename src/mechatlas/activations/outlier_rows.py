@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from mechatlas.activations.positions import TokenSamples
 from mechatlas.activations.samples import Samples
 from mechatlas.activations.store import read_shard
 from mechatlas.activations.store_manifest import Shard
-from mechatlas.maths.outliers import norm_limit, variance_share
+from mechatlas.maths.outliers import farthest, norm_limit, variance_share
 
 BYTES_SEEN = 64 << 20
 """Size of the rows of a site that are looked at; shards are shuffled, so the first ones will do."""
@@ -28,6 +28,9 @@ MOST = 0.5
 """Fraction of the variance from which on a few rows carry most of it."""
 COMMONEST = 5
 """Places named."""
+LEFT_OUT = "by default `train` and `evaluate` leave such rows out"
+COUNTED = "`fvu_median` says more of the others than `fvu` does"
+"""Endings of a warning, for outlier rows and for others."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -61,7 +64,7 @@ class OutlierRows:
 def outliers_of_sites(
     root: Path, entries: Sequence[Sequence[Any]], samples: Samples, network: nn.Module
 ) -> dict[str, Any]:
-    """Look for outlier rows at each site; warn where they carry most of the variance.
+    """Look for outlier rows at each site; warn where a few rows carry most of the variance.
 
     Args:
         root: Folder of the store.
@@ -75,50 +78,47 @@ def outliers_of_sites(
     shards = [Shard(*entry) for entry in entries]
     found: dict[str, Any] = {}
     for site in dict.fromkeys(shard.site for shard in shards):
-        train = [shard for shard in shards if shard.site == site and shard.split == "train"]
-        outliers = find_outlier_rows(root, train, samples, network)
-        if outliers is not None:
-            found[site] = dataclasses.asdict(outliers)
-            warn_of_outliers(site, outliers)
+        x, where = _first_rows(
+            root, [shard for shard in shards if shard.site == site and shard.split == "train"]
+        )
+        norms = torch.linalg.vector_norm(x, dim=1)
+        outlier = norms > norm_limit(norms)
+        share = variance_share(x, outlier)
+        if outlier.any():
+            commonest = _commonest(where[outlier], samples, network)
+            values = OutlierRows(
+                rows_seen=len(x),
+                count=int(outlier.sum()),
+                median_norm=float(norms.median()),
+                variance_share=share,
+                commonest=commonest,
+            )
+            found[site] = dataclasses.asdict(values)
+            if share >= MOST:
+                rows = f"{values.count:,} of {len(x):,} rows are longer than ten median rows and"
+                _warn(site, rows, share, commonest, LEFT_OUT)
+        if share < MOST:
+            inside, places = x[~outlier], where[~outlier]
+            far = farthest(inside)
+            share = variance_share(inside, far)
+            if share >= MOST:
+                rows = f"the {int(far.sum()):,} of {len(x):,} rows farthest from the mean"
+                _warn(site, rows, share, _commonest(places[far], samples, network), COUNTED)
     return found
 
 
-def find_outlier_rows(
-    root: Path, shards: Sequence[Shard], samples: Samples, network: nn.Module
-) -> OutlierRows | None:
-    """Look for outlier rows at a site.
-
-    Args:
-        root: Folder of the store.
-        shards: Shards of the site.
-        samples: Samples of the store.
-        network: Network whose `input` spells tokens.
-
-    Returns:
-        The outlier rows; `None` where there are none.
-    """
-    kept: list[Tensor] = []
-    places: list[Tensor] = []
+def _first_rows(
+    root: Path, shards: Sequence[Shard]
+) -> tuple[Float[Tensor, "row d"], Int[Tensor, "row 3"]]:
+    """Rows of the first shards of a site, and their samples and positions."""
+    rows, places = [torch.zeros(0, 0)], [torch.zeros(0, 3, dtype=torch.long)]
     for shard in shards:
-        if 4 * sum(rows.numel() for rows in kept) >= BYTES_SEEN:
+        if 4 * sum(part.numel() for part in rows) >= BYTES_SEEN:
             break
-        rows, where = read_shard(root, shard)
-        kept.append(rows.float())
+        x, where = read_shard(root, shard)
+        rows.append(x.float())
         places.append(where)
-    if not kept:
-        return None
-    x = torch.cat(kept)
-    norms = torch.linalg.vector_norm(x, dim=1)
-    outlier = norms > norm_limit(norms)
-    if not outlier.any():
-        return None
-    return OutlierRows(
-        rows_seen=len(norms),
-        count=int(outlier.sum()),
-        median_norm=float(norms.median()),
-        variance_share=variance_share(x, outlier),
-        commonest=_commonest(torch.cat(places)[outlier], samples, network),
-    )
+    return torch.cat(rows[1:] or rows), torch.cat(places)
 
 
 def _commonest(
@@ -139,24 +139,16 @@ def _commonest(
     )
 
 
-def warn_of_outliers(site: str, outliers: OutlierRows) -> None:
-    """Warn in one sentence where a few rows carry most of the variance.
-
-    Args:
-        site: Site of the rows.
-        outliers: Outlier rows found there.
-    """
-    if outliers.variance_share < MOST:
-        return
+def _warn(
+    site: str, rows: str, share: float, commonest: Sequence[OutlierPlace], ending: str
+) -> None:
     places = ", ".join(
         (f"{place.token!r} at " if place.token is not None else "")
         + (f"position {place.position[0]}" if not place.position[1] else f"{place.position}")
         + f" ({place.count})"
-        for place in outliers.commonest[:3]
+        for place in commonest[:3]
     )
     warnings.warn(
-        f"At {site} {outliers.count:,} of {outliers.rows_seen:,} rows are longer than ten median "
-        f"rows and carry {outliers.variance_share:.0%} of the variance, most often {places}; by "
-        "default `train` and `evaluate` leave such rows out.",
+        f"At {site} {rows} carry {share:.0%} of the variance, most often {places}; {ending}.",
         stacklevel=3,
     )

@@ -25,17 +25,21 @@ def unwrapped(network: nn.Module) -> nn.Module:
         SiteError: The network is split over several devices.
     """
     while True:
-        parallel = isinstance(network, nn.DataParallel | nn.parallel.DistributedDataParallel)
+        parallel = isinstance(network, _PARALLEL)
         devices: Any = (parallel and network.device_ids) or ()
         if len(devices) > 1:
             raise SiteError(
                 f"{type(network).__name__} runs copies of the network on {len(devices)} devices; "
                 "give `network.module` instead."
             )
-        inside = getattr(network, "_orig_mod", network.module if parallel else None)
+        compiled = "_orig_mod" in network._modules
+        inside = network.module if parallel else network._orig_mod if compiled else None
         if not isinstance(inside, nn.Module):
             return network
         network = inside
+
+
+_PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 
 
 @contextmanager
@@ -79,12 +83,14 @@ def eager(around: Collection[nn.Module] | None = None) -> Iterator[None]:
     compiles = "torch._dynamo" in sys.modules  # nothing can be compiled before it is imported
     with torch.compiler.set_stance("force_eager") if compiles else nullcontext():
         try:
-            torch.backends.mha.set_fastpath_enabled(fused and fuse)
+            if fused and not fuse:
+                torch.backends.mha.set_fastpath_enabled(False)
             for encoder in packing:  # layers would be given padded samples without the padding
                 encoder.use_nested_tensor = False
             yield
         finally:
-            torch.backends.mha.set_fastpath_enabled(fused)
+            if fused and not fuse:
+                torch.backends.mha.set_fastpath_enabled(True)
             for encoder in packing:
                 encoder.use_nested_tensor = True
 

@@ -4,6 +4,7 @@
     action_of       settings -> an action
     places_of       an action, a network and a site -> places that can be kept in every pose
     read_pose       pose inputs by one element and read the sites
+    shape_of        width, grid and branches of a site, in one pose or all
 
 A row holds a(gI) for every element g, element by element, of one place of the input: the map of
 gI is read where g takes the place. A place is kept if its receptive field, measured on the
@@ -21,7 +22,8 @@ import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 
-from mechatlas.activations.layouts import layouts_of
+from mechatlas.activations.branches import branches_of, ends_of, scattered_of
+from mechatlas.activations.layouts import Layout, layouts_of
 from mechatlas.activations.networks import as_input
 from mechatlas.activations.receptive import ReceptiveField, receptive_field
 from mechatlas.activations.row_checks import (
@@ -341,6 +343,45 @@ def paired_places(
     }
 
 
+class Poses(NamedTuple):
+    """Group action on the inputs, and the places of each site that are kept."""
+
+    action: Action
+    places: dict[Site, Places]
+
+
+def poses_of_sites(
+    group: PoseConfig | Action,
+    network: nn.Module,
+    inputs: Shaped[Tensor, "1 ..."],
+    activations: Mapping[Site, Tensor],
+    *,
+    paired: bool | None,
+) -> Poses:
+    """Find the places of all sites that can be kept in every pose.
+
+    Args:
+        group: Group and how it acts.
+        network: Network that is read.
+        inputs: Batch of one input.
+        activations: Its activations at the sites.
+        paired: Whether the same places are kept at every site.
+
+    Raises:
+        InputError: No place is left at a site.
+        GroupError: The group cannot act so.
+    """
+    action = action_of(group) if isinstance(group, PoseConfig) else group
+    refuse_lawless(action, inputs)
+    places = {site: places_of(action, network, site, inputs) for site in activations}
+    if paired:
+        layouts = layouts_of(network, inputs, list(activations))
+        grids = {site: layouts[site].grid(a) for site, a in activations.items()}
+        places = paired_places(places, grids)
+    device = inputs.device
+    return Poses(action, {s: Places(*(t.to(device) for t in p)) for s, p in places.items()})
+
+
 def read_pose(
     network: nn.Module,
     action: Action | None,
@@ -373,3 +414,28 @@ def read_pose(
             refuse_other_grid(layouts[site].grid(activation), shapes[site].grid, site)
             refuse_other_width(rows[site].shape[-1], n_channels, site)
     return {site: r.reshape(len(inputs), -1, r.shape[-1]) for site, r in rows.items()}
+
+
+def shape_of(
+    network: nn.Module,
+    site: Site,
+    layout: Layout,
+    activation: Shaped[Tensor, "..."],
+    poses: Poses | None,
+) -> SiteShape:
+    """Shape of a site in a store.
+
+    Args:
+        network: Network, which names the branches of the site.
+        site: Site.
+        layout: Layout of its activations.
+        activation: Its activation for one sample.
+        poses: Poses in which inputs are read, if any.
+    """
+    branches = {} if site.branch else branches_of(network, site.module, site.take)
+    width, grid = layout.width(activation), layout.grid(activation)
+    ranges, scattered = ends_of(branches, width), scattered_of(branches, width)
+    if poses is None:
+        return SiteShape(width, grid, ranges, scattered=scattered)
+    n_places = len(poses.places[site].kept)
+    return SiteShape(width * poses.action.group.order, grid, ranges, n_places, scattered)

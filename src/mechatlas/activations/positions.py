@@ -198,3 +198,19 @@ def is_causal(
             if (new - old).norm() > CAUSAL_TOLERANCE * old.norm():
                 return False
     return last > 0
+
+
+def same_place(
+    position: Int[Tensor, "batch kept"], grid: tuple[int, int], other: tuple[int, int]
+) -> Int[Tensor, "batch kept"]:
+    """Find the cells of another grid that hold the centers of cells of this grid.
+
+    Args:
+        position: Numbers of cells, -1 where none is kept.
+        grid: Height and width of this grid.
+        other: Height and width of the other.
+    """
+    y, x = position // grid[1], position % grid[1]
+    y = ((y + 0.5) / grid[0] * other[0]).long()
+    x = ((x + 0.5) / grid[1] * other[1]).long()
+    return torch.where(position < 0, position, y * other[1] + x)

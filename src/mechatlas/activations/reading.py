@@ -1,7 +1,7 @@
 """Passes of a network in which tensors of modules are read, each as the module returned it.
 
     Reader       whole sites of a network that are read together, pass by pass
-    hook_site    pass everything that a module returns, or is given, through a function
+    hook_module  pass everything that a module returns, or is given, through a function
 
 A network may write into a tensor after its module has returned it, and into its inputs. The first
 pass finds out which ones, and only these are copied later; counts of writes are watched always.
@@ -61,6 +61,11 @@ class Reader:
                     return False
         return True
 
+    def module(self, root: nn.Module, i: int) -> nn.Module:
+        """Module of a site, by its number."""
+        path = self._paths[i]
+        return (path[-1][1]() if path else root) or root
+
     def around(self, root: nn.Module) -> list[nn.Module]:
         """Modules that those of the sites lie inside."""
         modules = (known() for path in self._paths for _, known in path[:-1])
@@ -78,15 +83,16 @@ class Reader:
             SiteError: A site is not reached, or its module is called several times.
             InputError: The network wrote into the inputs, unlike in its first pass.
         """
-        form = _form(inputs)
+        given_tensors = [inputs] if isinstance(inputs, Tensor) else list(tensors_in(inputs))
+        form = _form(given_tensors)
         random = torch.get_rng_state()
         while True:
             copies = self._copies_inputs.get(form)
             reading = _Pass(self, is_first=copies is None)
             if copies is False:
-                before = [tensor._version for tensor in tensors_in(inputs)]
+                before = [tensor._version for tensor in given_tensors]
                 reading.run(root, inputs)
-                if before != [tensor._version for tensor in tensors_in(inputs)]:
+                if before != [tensor._version for tensor in given_tensors]:
                     self._copies_inputs[form] = True
                     raise InputError(_CHANGED)
             else:
@@ -128,12 +134,11 @@ def _is_counted(tensor: Tensor) -> bool:
     return strided and not is_functorch_wrapped_tensor(tensor)
 
 
-def _form(inputs: Any) -> tuple[Any, ...] | None:
+def _form(tensors: list[Tensor]) -> tuple[Any, ...] | None:
     """Properties of inputs by which networks decide whether to work on copies of them.
 
     `None` if writing into them would not be noticed.
     """
-    tensors = [inputs] if isinstance(inputs, Tensor) else list(tensors_in(inputs))
     if not all(map(_is_counted, tensors)):
         return None
     return tuple((t.dtype, t.device, t.ndim, t.is_contiguous()) for t in tensors)
@@ -199,8 +204,9 @@ class _Pass:
         """
         hooks: list[RemovableHandle] = []
         try:
-            for site in self.reader.sites:
-                hooks += [hook_site(root, site, functools.partial(self._keep, site))]
+            for i, site in enumerate(self.reader.sites):
+                keep = functools.partial(self._keep, site)
+                hooks += [hook_module(self.reader.module(root, i), site, keep)]
             call_network(root, dict(inputs) if isinstance(inputs, Mapping) else inputs)
         except _Reached:
             return False
@@ -264,13 +270,13 @@ def never_called(sites: Sequence[Site], n_calls: Mapping[Site, int]) -> str:
     return f"The network ran without calling the module of: {names}."
 
 
-def hook_site(
-    network: nn.Module, site: Site, change: Callable[[Any], Any], *, aside: bool = False
+def hook_module(
+    module: nn.Module, site: Site, change: Callable[[Any], Any], *, aside: bool = False
 ) -> RemovableHandle:
     """Pass everything that the module of a site returns, or is given, through a function.
 
     Args:
-        network: Network, without wrappers.
+        module: Module of the site.
         site: Site; its call, axes and branch are left out of account.
         change: Function from what is passed on to what is passed on instead.
         aside: Whether for passes that the user did not ask for, or for all others.
@@ -278,7 +284,6 @@ def hook_site(
     Raises:
         SiteError: The module is scripted, and calls no hooks.
     """
-    module = network.get_submodule(site.module)
     if isinstance(module, torch.jit.ScriptModule):
         raise SiteError(
             f"Module {site.module!r} (site {site}) is scripted, and nothing inside it can be read "

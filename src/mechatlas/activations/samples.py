@@ -9,13 +9,14 @@ be resumed anywhere and a page can show later exactly what the network saw.
 
 import dataclasses
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
-from jaxtyping import Shaped
+from jaxtyping import Int, Shaped
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils import data as torch_data
@@ -120,8 +121,16 @@ def open_samples(recipe: Any, network: nn.Module, *, memory_mib: int = MEMORY_MI
 def _recipe_for(path: Path, network: nn.Module) -> SampleRecipe:
     if path.suffix.lower() in (".npy", ".npz"):
         return Arrays(source=path)
-    text = is_text(path.name) or isinstance(getattr(network, "input", None), TextInput)
-    return Texts(source=path) if text else Images(source=str(path))
+    text_input = getattr(network, "input", None)
+    if is_text(path.name) or isinstance(text_input, TextInput):
+        return Texts(source=path, context=_context(text_input))
+    return Images(source=str(path))
+
+
+def _context(text_input: Any) -> int:
+    """Tokens of a window where nobody has said how many: what the network reads, up to 128."""
+    most = getattr(text_input, "context", None)
+    return Texts.context if most is None else min(Texts.context, most)
 
 
 def _in_memory(samples: Any, network: nn.Module) -> Samples:
@@ -134,8 +143,7 @@ def _in_memory(samples: Any, network: nn.Module) -> Samples:
         return samples
     text_input = getattr(network, "input", None)
     if isinstance(text_input, TextInput) and _are_texts(samples):
-        context = Texts.context if text_input.context is None else text_input.context
-        return text_samples(samples, network, context=min(Texts.context, context))
+        return text_samples(samples, network, context=_context(text_input))
     numbered = hasattr(samples, "__getitem__") and hasattr(samples, "__len__")
     array = hasattr(samples, "__array__") or isinstance(samples, Mapping | Sequence)
     if isinstance(samples, torch_data.DataLoader | torch_data.Dataset) or (numbered and not array):
@@ -150,6 +158,66 @@ def _are_texts(samples: Any) -> bool:
     if hasattr(samples, "__getitem__") and hasattr(samples, "__len__"):
         return len(samples) > 0 and isinstance(samples[0], str | Mapping)
     return isinstance(samples, Iterable)
+
+
+def first_batch(samples: Samples, *, skip_bad: bool) -> tuple[int, Any]:
+    """Number and batch of the first sample that can be read.
+
+    Raises:
+        InputError: None can be read, or the first cannot and `skip_bad` is off.
+    """
+    for i in range(len(samples)):
+        try:
+            return i, samples.stack([samples.read(i)])
+        except InputError:
+            if not skip_bad:
+                raise
+    raise InputError(f"None of the {len(samples)} samples could be read.")
+
+
+def batches_of(
+    samples: Samples,
+    numbers: Int[np.ndarray, " sample"],
+    batch_size: int,
+    on_bad: Callable[[str], None] | None,
+) -> Iterator[tuple[list[int], Shaped[Tensor, "..."]]]:
+    """Batches of readable samples with their numbers, decoded one batch ahead in threads.
+
+    Args:
+        samples: Samples.
+        numbers: Numbers of those to read, in order.
+        batch_size: Samples in a batch, with those that cannot be read.
+        on_bad: Callback with a message for each sample that cannot be read; by default it is
+            refused.
+
+    Raises:
+        InputError: A sample cannot be read, and there is no callback.
+    """
+
+    def load(index: int) -> np.ndarray | InputError:
+        try:
+            return samples.read(index)
+        except InputError as error:
+            return error
+
+    pieces = [numbers[i : i + batch_size].tolist() for i in range(0, len(numbers), batch_size)]
+    with ThreadPoolExecutor(2) as pool:
+        ahead = [pool.submit(load, i) for i in pieces[0]]
+        for piece, following in itertools.zip_longest(pieces, pieces[1:], fillvalue=[]):
+            current, ahead = ahead, [pool.submit(load, i) for i in following]
+            good: list[int] = []
+            loaded: list[np.ndarray] = []
+            for index, future in zip(piece, current, strict=True):
+                result = future.result()
+                if not isinstance(result, InputError):
+                    good.append(index)
+                    loaded.append(result)
+                elif on_bad is not None:
+                    on_bad(str(result))
+                else:
+                    pool.shutdown(wait=False, cancel_futures=True)
+                    raise result
+            yield good, samples.stack(loaded) if good else torch.empty(0)
 
 
 class ArraySamples(Result):

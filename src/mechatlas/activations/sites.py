@@ -45,7 +45,7 @@ from mechatlas.activations.passes import (
     is_aside,
     unwrapped,
 )
-from mechatlas.activations.reading import Reader, hook_site, never_called, several_calls, whole
+from mechatlas.activations.reading import Reader, hook_module, never_called, several_calls, whole
 from mechatlas.activations.site_names import (
     fitting_sites,
     joined,
@@ -297,7 +297,7 @@ def intervene(
         hooks.callback(root.register_forward_pre_hook(interventions.start, with_kwargs=True).remove)
         for site in interventions.edits:
             change = functools.partial(interventions.change, site)
-            hooks.callback(hook_site(root, site, change).remove)
+            hooks.callback(hook_module(root.get_submodule(site.module), site, change).remove)
         hooks.callback(root.register_forward_hook(interventions.end).remove)
         yield network
     never = [site for site in interventions.edits if site not in interventions.applied]

@@ -90,7 +90,7 @@ def write_shard(
     data = safetensors.torch.save({"rows": rows.contiguous(), "where": where.contiguous()})
     file = shard_file(site, split, number)
     create_folder((root / file).parent)
-    write(root / file, data, make_folder=False)
+    write(root / file, data, make_folder=False, apart=True)
     return Shard(site, split, file, len(rows), len(data), checksum(data))
 
 

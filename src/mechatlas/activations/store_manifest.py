@@ -83,8 +83,10 @@ def read_entries(root: Path) -> StoreEntries:
             f"expected an activation store of schema {SCHEMA}."
         )
     if not fields.flag("complete"):
+        done = manifest.get("rounds_done")
+        n_done = len(done) if isinstance(done, dict) else fields.integer("rounds_done", least=0)
         raise StoreError(
-            f"{root} is not finished ({fields.integer('rounds_done', least=0)} of "
+            f"{root} is not finished ({n_done} of "
             f"{fields.integer('rounds')} rounds). Run the same `mechatlas collect` again; it goes "
             "on where it stopped."
         )

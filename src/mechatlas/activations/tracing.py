@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mechatlas.activations.networks import running
 from mechatlas.activations.passes import counted, eager, evaluation_mode
-from mechatlas.activations.reading import Reader, hook_site, several_calls, whole
+from mechatlas.activations.reading import Reader, hook_module, several_calls, whole
 from mechatlas.activations.values import tensor_of, tensors_in
 from mechatlas.base import Site, SiteError
 
@@ -162,7 +162,7 @@ def trace(
         recorder.n_sites = len({whole(site) for site in sites})
         for site in dict.fromkeys(whole(site) for site in sites):
             reach = functools.partial(recorder.reach, site)
-            hooks.callback(hook_site(network, site, reach).remove)
+            hooks.callback(hook_module(network.get_submodule(site.module), site, reach).remove)
         if operations:
             recorder.know(inputs, recorder.operation(None, (), {}, (), 0))
             hooks.enter_context(recorder)

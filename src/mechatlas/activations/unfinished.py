@@ -1,6 +1,8 @@
 """Unfinished stores: what a killed or interrupted `collect` left in its folder.
 
 begin_store     the manifest of an unfinished store, or of a new one
+RoundResult     what a round gave; the manifest keeps those of all rounds done, in whatever order
+finish_store    join the rounds in their order: the manifest of the finished store
 refuse_absent   shards that were deleted meanwhile
 has_checksum    whether a shard is as the manifest says
 """
@@ -8,13 +10,24 @@ has_checksum    whether a shard is as the manifest says
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from mechatlas.activations.store import folder_of, read_shard
 from mechatlas.activations.store_manifest import Shard
 from mechatlas.base import DiskError, InputError, StoreError
 from mechatlas.deprecated import renamed_keys
 from mechatlas.files import MANIFEST, TEMPORARY, read_manifest, write_manifest
+
+
+class RoundResult(NamedTuple):
+    """Shards that a round of samples gave, and what was left out of it."""
+
+    shards: list[Shard]
+    skipped: list[str]
+    """Message for each sample that could not be read."""
+    left_out: dict[str, int]
+    """Positions left out, by reason."""
+
 
 UNITS = ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"), (1, "bytes"))
 
@@ -66,6 +79,44 @@ def _state_what_was_done(old: dict[str, Any], new: dict[str, Any]) -> None:
     positions = old["settings"]["positions"]
     old["settings"]["positions"] = positions | {**before, **positions}
     old.setdefault("left_out", new["left_out"])
+    if not old["complete"] and isinstance(old["rounds_done"], int):  # of version 0.2: in order
+        so_far = RoundResult(old["shards"], old["skipped"], old["left_out"])
+        rounds = [so_far, *[([], [], {})] * old["rounds_done"]][: old["rounds_done"]]
+        old["rounds_done"] = {str(n): list(each) for n, each in enumerate(rounds)}
+        old |= {"shards": [], "skipped": [], "left_out": new["left_out"]}
+
+
+def rounds_done(manifest: dict[str, Any]) -> list[int]:
+    """Numbers of the rounds that are done, of a finished store or another."""
+    done = manifest["rounds_done"]
+    return list(range(done)) if isinstance(done, int) else sorted(map(int, done))
+
+
+def note_round(manifest: dict[str, Any], number: int, result: RoundResult) -> None:
+    """Note a round that is done in the manifest.
+
+    Args:
+        manifest: Manifest of an unfinished store, which is changed.
+        number: Number of the round.
+        result: What the round gave.
+    """
+    manifest["rounds_done"][str(number)] = [list(map(list, result.shards)), *result[1:]]
+
+
+def finish_store(manifest: dict[str, Any]) -> None:
+    """Join what the rounds gave in the order of the rounds, whenever each was done.
+
+    Args:
+        manifest: Manifest of an unfinished store whose rounds are all done, which is changed.
+    """
+    done = manifest["rounds_done"]
+    for number in range(manifest["rounds"]):
+        shards, skipped, left_out = done[str(number)]
+        manifest["shards"] += shards
+        manifest["skipped"] += skipped
+        for reason, n in left_out.items():
+            manifest["left_out"][reason] += n
+    manifest["rounds_done"], manifest["complete"] = manifest["rounds"], True
 
 
 def _differences(old: Any, new: Any, keys: Sequence[str], prefix: str = "") -> list[str]:
@@ -124,8 +175,11 @@ def refuse_empty(manifest: dict[str, Any]) -> None:
 
 
 def shards_of(manifest: dict[str, Any]) -> Iterator[Shard]:
-    """Entries of the shards that are written."""
-    return (Shard(*entry) for entry in manifest["shards"])
+    """Entries of the shards that are written, of a finished store or another."""
+    entries = list(manifest["shards"])
+    if not isinstance(manifest["rounds_done"], int):
+        entries += [entry for shards, *_ in manifest["rounds_done"].values() for entry in shards]
+    return (Shard(*entry) for entry in entries)
 
 
 def has_size(out: Path, shard: Shard) -> bool:

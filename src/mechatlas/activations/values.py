@@ -26,7 +26,7 @@ def tensor_of(value: Any, site: Site) -> Tensor:
     Raises:
         SiteError: The value holds no tensor.
     """
-    return _first(value, site)[1]
+    return value if isinstance(value, Tensor) else _first(value, site)[1]
 
 
 def replace_tensor(value: Any, site: Site, new: Tensor) -> Any:

@@ -8,7 +8,7 @@
 Each `map` gives results as they finish, with the numbers of their pieces. The piece of a worker
 that is lost runs again; one that loses three workers ends the work, with what is finished kept.
 Work and pieces go to other processes, so the work is a function of a module and the pieces are
-plain values.
+plain values. Workers end with the process that they work for, however that ends.
 """
 
 import contextlib
@@ -16,15 +16,16 @@ import dataclasses
 import multiprocessing
 import os
 import signal
+import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from multiprocessing.connection import Connection, wait
-from typing import Any, Protocol, runtime_checkable
+from pathlib import Path
+from typing import Any
 
-from mechatlas.base import RecipeError, UserError
+from mechatlas.app.progress import silence
+from mechatlas.base import Engine, Here, RecipeError, UserError, Work
 
-Work = Callable[[Any, Any], Any]
-"""Function of a piece and of what all pieces share."""
 TRIES = 3
 """Workers that a piece may lose."""
 
@@ -33,37 +34,26 @@ class LostPieceError(UserError):
     """Piece of work that ended its worker again and again."""
 
 
-@runtime_checkable
-class Engine(Protocol):
-    """Runner of numbered pieces of work."""
+class LostClusterError(UserError):
+    """Cluster that went away while it had work."""
 
-    def map(
-        self, work: Work, pieces: Iterable[Any], *, shared: Any = None
-    ) -> Iterator[tuple[int, Any]]:
-        """Run all pieces, and give number and result of each as it finishes.
 
-        Args:
-            work: Function of a piece and of `shared`.
-            pieces: Plain values, taken when there is somebody to run them.
-            shared: What all pieces need, which is sent to each worker once.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """Fields of commands whose work comes in pieces."""
+
+    engine: str = "here"
+    """Engine that does the work: "here", "processes:N" for N processes of this machine, "ray", or
+    "ray://HOST:PORT" for a cluster that sees the same files."""
+
+    def elsewhere(self) -> Engine | None:
+        """Engine that runs in other processes; None for this one.
 
         Raises:
-            Exception: Whatever the work raises; pieces that run elsewhere are ended.
-            LostPieceError: A piece ended its worker three times.
+            RecipeError: There is no such engine.
         """
-        ...
-
-
-@dataclasses.dataclass(frozen=True)
-class Here:
-    """Engine that runs the pieces one after another in this process."""
-
-    def map(
-        self, work: Work, pieces: Iterable[Any], *, shared: Any = None
-    ) -> Iterator[tuple[int, Any]]:
-        """Run all pieces in order; see `Engine`."""
-        for number, piece in enumerate(pieces):
-            yield number, work(piece, shared)
+        engine = as_engine(self.engine)
+        return None if isinstance(engine, Here) else engine
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,6 +126,8 @@ def _run_pieces(line: Connection, work: Work, shared: Any, n_threads: int) -> No
     import torch
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process ends this one
+    silence()
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(n_threads)
     with contextlib.suppress(EOFError, BrokenPipeError):
         while True:
@@ -145,6 +137,14 @@ def _run_pieces(line: Connection, work: Work, shared: Any, n_threads: int) -> No
             except Exception as error:  # raised again by the first process
                 answer = (False, error)
             line.send(answer)
+
+
+def _end_with_parent() -> None:
+    """End this process as soon as the one that started it is gone, in the middle of a piece too."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    wait([parent.sentinel])
+    os._exit(1)
 
 
 def _lost(number: int, piece: Any, reason: str) -> str:
@@ -168,24 +168,28 @@ class Ray:
         """Run all pieces, at most two at once for each worker; see `Engine`.
 
         Raises:
+            LostClusterError: The cluster cannot be reached, or no more.
             LostPieceError: A piece ended its worker three times.
             RecipeError: Ray is not installed.
         """
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is sent to anybody
         try:
             import ray  # pyright: ignore[reportMissingImports]
         except ImportError as error:
             raise RecipeError("The engine ray needs Ray: pip install 'mechatlas[ray]'.") from error
+        lost = (ray.exceptions.RaySystemError, ray.exceptions.RayActorError, ConnectionError)
         own = not ray.is_initialized()
-        if own:
-            ray.init(self.address, log_to_driver=False, include_dashboard=False)
         try:
+            if own:
+                ray.init(self.address, log_to_driver=False, include_dashboard=False)
             at_once = 2 * max(1, int(ray.cluster_resources().get("CPU", 1)))
             everywhere, left = ray.put(shared), enumerate(pieces)
-            remote = ray.remote(max_retries=TRIES - 1)(work)
+            remote = ray.remote(max_retries=TRIES - 1)(_run_in)
+            home = str(Path.cwd())
             running: dict[Any, tuple[int, Any]] = {}
             while True:
                 while len(running) < at_once and (taken := next(left, None)):
-                    running[remote.remote(taken[1], everywhere)] = taken
+                    running[remote.remote(home, work, taken[1], everywhere)] = taken
                 if not running:
                     return
                 (done,), _ = ray.wait(list(running), num_returns=1)
@@ -196,9 +200,22 @@ class Ray:
                     raise LostPieceError(_lost(number, piece, str(error))) from error
                 except ray.exceptions.RayTaskError as error:
                     raise error.cause or error from error
+        except lost as error:
+            raise LostClusterError(
+                f"The Ray cluster {self.address or 'of this machine'} cannot be reached: "
+                f"{str(error).partition(chr(10))[0]}. What is finished is kept; the same command "
+                "goes on from there."
+            ) from error
         finally:
             if own:
                 ray.shutdown()
+
+
+def _run_in(home: str, work: Work, piece: Any, shared: Any) -> Any:
+    """Run a piece in a folder of the driver's, where the worker has it too."""
+    with contextlib.suppress(OSError):
+        os.chdir(home)
+    return work(piece, shared)
 
 
 def as_engine(text: str) -> Engine:

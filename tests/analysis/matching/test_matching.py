@@ -22,7 +22,7 @@ from mechatlas.analysis.matching.held_out import (
     paired_codes,
     transport,
 )
-from mechatlas.analysis.matching.nulls import local_fdr, rotate, shuffle
+from mechatlas.analysis.matching.nulls import _draw_replaced, local_fdr, rotate, shuffle
 from mechatlas.analysis.matching.pairing import feature_splitting, match
 from mechatlas.base import InputError
 from mechatlas.dictionaries.autoencoder import Autoencoder
@@ -712,3 +712,28 @@ def test_the_stated_rate_holds_where_several_parts_are_compared(cost, tied, spre
 def test_independent_dictionaries_do_not_match_by_any_cost(cost):
     a, b, _ = jump_relu_pair(400, 64, tied=False, spread=0.5, alone=1.0)
     assert match(a, b, cost=cost).matched.mean() < 0.01
+
+
+def test_pairs_are_replaced_as_often_as_they_are_likely_to_be_chance():
+    random = np.random.default_rng(0)
+    q = np.concatenate([np.zeros(20), np.full(20, 0.1), np.linspace(0.2, 0.6, 40)])
+    likely = local_fdr(q)
+    n = round(likely.sum())
+    draws = np.zeros(len(q))
+    for _ in range(1500):
+        drawn = _draw_replaced(-q, q, n, random)
+        assert len(drawn) == len(set(drawn))
+        assert abs(len(drawn) - n) <= 1
+        draws[drawn] += 1 / 1500
+    assert draws == pytest.approx(np.minimum(likely * n / likely.sum(), 1), abs=0.06)
+
+
+@pytest.mark.slow
+def test_chance_pairs_of_a_large_dictionary_are_counted_without_bias():
+    a, b, partner = jump_relu_pair(8192, 256, tied=True, spread=0.0)
+    result = match(a, b)
+    wrong = (result.matched & (result.columns != partner)).sum() / result.matched.sum()
+    assert result.evidence.n_null == pytest.approx(
+        (partner < 0).sum(), rel=0.04
+    )  # else 1.07 times as many
+    assert 0.04 < wrong < 0.06  # 0.033 where the draws of the first, rough round count

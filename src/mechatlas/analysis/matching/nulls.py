@@ -54,6 +54,8 @@ ROUNDS = 8
 """Upper limit on the rounds in which pairs are replaced."""
 KEPT_ROUNDS = 4
 """Last rounds whose nulls count: the first are made before it is known which pairs are chance."""
+MAX_CHANGE = 0.1
+"""Change of the number of chance pairs above which earlier draws no longer count."""
 ENOUGH_DRAWS = 4096
 """Size of the null that needs no further round."""
 LENGTH_PASSES = 2
@@ -245,6 +247,8 @@ def compare_with_null(
     draws: list[list[_Pairs]] = [[] for _ in nulls]
     for turn in range(ROUNDS):
         before, n_null = n_null, _count_null(pairs, nulls_of)
+        if turn == 1 or abs(n_null - before) > MAX_CHANGE * before:
+            draws = [[] for _ in nulls]  # these were made with other pairs replaced
         settled = all(draws) and abs(n_null - before) <= 0.03 * before
         if n_null < 2 or (settled and sum(len(each.similar) for each in nulls_of) >= ENOUGH_DRAWS):
             break
@@ -422,14 +426,28 @@ def _draw_replaced(
     n: int,
     random: np.random.Generator,
 ) -> Int[np.ndarray, " n"]:
-    """Draw as many pairs as appear to be chance, by how likely each is.
+    """Draw as many pairs as appear to be chance, each as often as it is likely to be chance.
 
     The least similar alone would be latents of unusual directions, which have no siblings.
+
+    Source:
+        Madow, On the theory of systematic sampling (1949), for draws with given probabilities.
     """
     if not len(q_values):
         return np.argsort(similarity, kind="stable")[:n]
-    likely = local_fdr(q_values)
-    return np.argsort(random.random(len(likely)) / np.maximum(likely, 1e-12), kind="stable")[:n]
+    weight = np.maximum(local_fdr(q_values), 1e-12)
+    n = min(n, len(weight))
+    included = np.zeros(len(weight))
+    free = np.ones(len(weight), bool)
+    while True:  # probabilities in proportion to the weights, none above 1
+        included[free] = weight[free] * (n - (~free).sum()) / weight[free].sum()
+        above = free & (included > 1)
+        if not above.any():
+            break
+        included[above], free[above] = 1.0, False
+    order = random.permutation(len(weight))
+    steps = np.floor(np.cumsum(included[order]) + random.random())
+    return order[np.diff(steps, prepend=0.0) > 0]
 
 
 def local_fdr(q_values: Float[np.ndarray, " pair"]) -> Float[np.ndarray, " pair"]:

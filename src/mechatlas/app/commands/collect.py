@@ -1,21 +1,27 @@
 """Run a network over samples and write the activations at some sites to a store.
 
     mechatlas collect recipes/quick/collect.toml --samples.crops 20
+    mechatlas collect recipe.toml --engine processes:4
 
 The folder has the shards of the store. An interrupted run is continued by the same command.
 """
 
 import dataclasses
+import functools
 from pathlib import Path
+
+from torch import nn
 
 from mechatlas.activations.collect import StoreConfig
 from mechatlas.activations.collect import collect as collect_rows
 from mechatlas.activations.images import Images
-from mechatlas.activations.networks import Network, load_network
+from mechatlas.activations.networks import Network, folders, load_network, looking_in
 from mechatlas.activations.outlier_rows import OutlierRows
-from mechatlas.activations.posing import PoseConfig
+from mechatlas.activations.posing import PoseConfig, action_of
 from mechatlas.activations.samples import SampleRecipe, open_samples
 from mechatlas.activations.sites import find_sites
+from mechatlas.app.engines import EngineConfig
+from mechatlas.app.estimates import WORTH_MEASURING, of_collecting
 from mechatlas.app.progress import bar
 from mechatlas.app.recipes import as_dict
 from mechatlas.app.run_folder import STORE, CommandResult, DeviceConfig, RunFolder
@@ -24,7 +30,7 @@ KIND = STORE
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class CollectConfig(DeviceConfig):
+class CollectConfig(EngineConfig, DeviceConfig):
     """Run a network over samples and write the activations at some sites to a store."""
 
     network: Network
@@ -85,7 +91,13 @@ def run(config: CollectConfig, folder: RunFolder) -> CollectResult:
     network = load_network(config.network)
     sites = find_sites(network, config.sites)
     samples = open_samples(config.samples, network, memory_mib=config.storage.memory_mib)
+    n_poses = 1 if config.group is None else action_of(config.group).group.order
+    folder.expect(
+        lambda: of_collecting(network, samples, sites, config.storage, n_poses),
+        is_long=len(samples) >= WORTH_MEASURING * config.storage.batch_size,
+    )
     made_from = as_dict(dataclasses.replace(config, out=Path("store"), device="cpu"))
+    made_from.pop("engine")
     with bar("collecting") as progress:
         store = collect_rows(
             network,
@@ -96,6 +108,8 @@ def run(config: CollectConfig, folder: RunFolder) -> CollectResult:
             group=config.group,
             recipe=made_from,
             device=config.device,
+            engine=config.elsewhere(),
+            reopen=functools.partial(_reopen, config, folders()),
             on_progress=progress,
         )
     rows = {name: store.rows(name) for name in store.sites}
@@ -110,6 +124,12 @@ def run(config: CollectConfig, folder: RunFolder) -> CollectResult:
         left_out=store.manifest.get("left_out", {}),
         outliers=store.manifest.get("outliers", {}),
     )
+
+
+def _reopen(config: CollectConfig, beside: tuple[Path, ...]) -> tuple[nn.Module, SampleRecipe]:
+    """Load the network again in a worker; it is one that the first process has loaded."""
+    with looking_in(*beside):
+        return load_network(config.network), config.samples
 
 
 def in_words(result: CollectResult) -> str:

@@ -26,6 +26,8 @@ from mechatlas.activations.store import Store
 from mechatlas.analysis.branches.specialization import Specialization
 from mechatlas.analysis.circuits.circuit import Circuit
 from mechatlas.analysis.circuits.paths import strongest_paths
+from mechatlas.analysis.effects.attribution import Attribution
+from mechatlas.analysis.effects.logits import LogitEffects
 from mechatlas.analysis.evaluation.results import NetworkEvaluation
 from mechatlas.analysis.interaction.results import InteractionBasis
 from mechatlas.analysis.matching.chains import Tracks, survival
@@ -33,7 +35,16 @@ from mechatlas.analysis.matching.pairing import Match
 from mechatlas.analysis.proofs.prove import AccuracyBound
 from mechatlas.analysis.symmetry.classify import Symmetry
 from mechatlas.app.basis_spectra import spectra_of
-from mechatlas.app.commands import basis, branches, circuit, evaluate, match, prove, symmetry
+from mechatlas.app.commands import (
+    basis,
+    branches,
+    circuit,
+    effects,
+    evaluate,
+    match,
+    prove,
+    symmetry,
+)
 from mechatlas.app.feature_labels import read_feature_labels
 from mechatlas.app.inputs import OpenedNetwork
 from mechatlas.app.pose_interventions import InterventionsResult
@@ -52,6 +63,7 @@ from mechatlas.app.run_folder import (
     DICTIONARY,
     FEATURES,
     HISTORY,
+    LOGITS,
     MATCHES,
     SCHEMA,
     SPECTRA,
@@ -424,6 +436,20 @@ def _describe_evaluation(
     return evaluate.EvaluateResult(site=_site(names[0], known), **vars(results[0]))
 
 
+def _describe_effects(
+    names: Sequence[str], results: Sequence[Any], known: Mapping[str, MemoryRun], out: _Contents
+) -> effects.EffectsResult:
+    found: LogitEffects | Attribution = results[0]
+    site = _site(names[0], known)
+    if isinstance(found, LogitEffects):
+        out.table(LOGITS, effects.logit_columns(found))
+        return effects.EffectsResult(**effects.logit_counts(found, effects.FDR), site=site)
+    _refuse_other_sizes(found.latents, names[0], known)
+    places = [f"{position} " for position in range(found.values.shape[1])]
+    answer = effects.describe_attribution(found, "first sample", "output", places)
+    return effects.EffectsResult(site=site, attributions=[answer])
+
+
 DESCRIBED: dict[type, tuple[Any, Any, bool]] = {
     Match: (_describe_matches, match, True),
     Tracks: (_describe_matches, match, True),
@@ -431,6 +457,8 @@ DESCRIBED: dict[type, tuple[Any, Any, bool]] = {
     Specialization: (_describe_branches, branches, True),
     Symmetry: (_describe_symmetry, symmetry, True),
     NetworkEvaluation: (_describe_evaluation, evaluate, True),
+    LogitEffects: (_describe_effects, effects, True),
+    Attribution: (_describe_effects, effects, True),
     InteractionBasis: (_describe_basis, basis, False),
     AccuracyBound: (_describe_proof, prove, False),
 }

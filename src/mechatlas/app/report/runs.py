@@ -21,7 +21,7 @@ from mechatlas.activations.store_manifest import store_digest
 from mechatlas.app.feature_labels import Labels
 from mechatlas.app.inputs import OpenedNetwork, recorded_network
 from mechatlas.app.recipes import TrustConfig
-from mechatlas.app.run_folder import RESULT, STORE, as_plain, read_result
+from mechatlas.app.run_folder import DICTIONARY, RESULT, STORE, as_plain, read_result
 from mechatlas.base import DiskError, StoreError, UserError
 from mechatlas.dictionaries.formats import FILE as DICTIONARY_FILE
 from mechatlas.dictionaries.formats import load
@@ -269,6 +269,12 @@ class Runs:
     def of_kind(self, kind: str) -> list[Run]:
         """List finished runs of one kind, and all stores, in the order of their names."""
         return [run for run in self.all if run.kind == kind and (run.complete or kind == STORE)]
+
+    def dictionary_at(self, folder: Path | str) -> str:
+        """Name of the run of the dictionary in a folder; empty where the page does not have it."""
+        place = Path(folder).resolve()
+        named = (run.name for run in self.of_kind(DICTIONARY) if run.folder.resolve() == place)
+        return next(named, "")
 
     def leave_out(self, make: Callable[["Runs"], Any]) -> bool:
         """Leave out the runs that a chapter cannot be made of, and say why.

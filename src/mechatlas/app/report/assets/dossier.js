@@ -77,6 +77,23 @@ const dossier = (() => {
       `${c.significant ? "Significant" : "Not significant"}: q ${number(c.q)} at ${percent(c.fdr)}; contribution ${number(c.contribution)}, all branches of the pair together ${percent(c.share)} of all contributions; ${lost}.`, c.significant);
   }
 
+  function logits(line) {
+    const row = (title, words) => el("div", { class: "says words" }, el("span", { class: "faint" }, title),
+      ...words.map(([word, effect]) => el("span", { class: "word", title: `${number(effect)} for one unit of activation` }, word.replaceAll("\n", "↵"))));
+    const sure = [line.q_raises, line.q_lowers].some((q) => q !== null && q <= line.fdr);
+    return claim(line.anchor, [], `${sure ? "Not by chance" : "Could be chance"}: against ${number(line.n_random)} random directions of the same norm, q ${number(line.q_raises)} for the largest rise, ${number(line.q_lowers)} for the largest fall, at a false discovery rate of ${percent(line.fdr)}. Largest rise ${number(line.raises[0]?.[1])}.`,
+      sure, row("raises", line.raises), row("lowers", line.lowers));
+  }
+
+  async function flow(f) {
+    const from = f.before ? el("span", {}, "from ", await cards.mention(...f.before, f.before_name)) : null;
+    const written = f.module ? el("span", {}, "written by ", await cards.mention(...f.module, f.module_name)) : null;
+    const links = [f.before ? `layer before: cosine ${number(f.cosine)}, q ${number(f.q)}` : `nearest partner before: cosine ${number(f.cosine)}, q ${number(f.q)}`,
+      f.module ? `module: cosine ${number(f.module_cosine)}, q ${number(f.module_q)}` : "no module is matched"];
+    return claim(f.anchor, [`${f.origin[0].toUpperCase()}${f.origin.slice(1)}`, from, written].filter(Boolean),
+      `At a false match rate of ${percent(f.fdr)}; ${links.join("; ")}. On its track since ${f.since}; a link of it is wrong with a probability of at most ${percent(f.wrong)}.`, f.origin !== "unexplained");
+  }
+
   // Claims of every analysis that was run on this dictionary.
   async function claims(d, i) {
     const record = d.records[i] ?? {};
@@ -84,8 +101,10 @@ const dossier = (() => {
     const [before, after] = [false, true].map((way) => of("matches").filter((m) => m.after === way));
     const [into, out] = [true, false].map((way) => of("circuits").filter((c) => c.into === way));
     const groups = [
+      ["Next tokens", of("logits").map(logits)],
       ["Symmetry", of("symmetry").map((s) => symmetry({ ...s, feature: i }))],
       ["Branches", branches(d, of("branches"))],
+      ["Origin", await Promise.all(of("flow").map(flow))],
       ["Comes from", await Promise.all(before.map(match))],
       ["Goes to", await Promise.all(after.map(match))],
       ["Life line", await Promise.all(of("tracks").map(track))],
@@ -94,7 +113,7 @@ const dossier = (() => {
     ];
     const made = groups.filter(([, lines]) => lines.length).map(([title, lines]) => part(title, "", ...lines));
     const asked = new Set(Object.keys(record));
-    const missing = [["matches", "match"], ["symmetry", "symmetry"], ["branches", "branches"], ["circuits", "circuit"]]
+    const missing = [["matches", "match"], ["symmetry", "symmetry"], ["branches", "branches"], ["circuits", "circuit"], ...(d.kind === "text" ? [["logits", "effects"]] : [])]
       .filter(([kind]) => !asked.has(kind)).map(([, command]) => `mechatlas ${command}`);
     if (missing.length) made.push(el("p", { class: "caption" }, `Nothing here from ${missing.join(", ")}: not run on this dictionary, or no line for this feature.`));
     return made;

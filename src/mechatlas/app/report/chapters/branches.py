@@ -1,6 +1,5 @@
 """Chapter on branches: counts against the control, shares, strongest features."""
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,7 +16,7 @@ from mechatlas.app.report.dossiers import (
 )
 from mechatlas.app.report.palette import category
 from mechatlas.app.report.runs import Runs
-from mechatlas.app.run_folder import BRANCHES, DECODER_PICTURE, DICTIONARY, FEATURES
+from mechatlas.app.run_folder import BRANCHES, DECODER_PICTURE, FEATURES
 from mechatlas.base import Progress
 
 if TYPE_CHECKING:
@@ -41,7 +40,6 @@ def chapter(runs: Runs, on_progress: Progress) -> Chapter | None:
     finished = runs.of_kind(BRANCHES)
     if not finished:
         return None
-    folders = {run.folder.resolve(): run.name for run in runs.of_kind(DICTIONARY)}
     parts, figures, data = [], {}, []
     noted: list[Finding | Absence] = []
     statements: Statements = []
@@ -59,8 +57,7 @@ def chapter(runs: Runs, on_progress: Progress) -> Chapter | None:
         if picture:
             figures[f"picture{k}"] = _picture(picture, names)
         strongest = [_strongest(own, result.fdr) for own in of_branch]
-        dictionary = Path(run.manifest["dictionary"]).resolve()
-        of_run, anchor = folders.get(dictionary, ""), f"branches-{k}"
+        of_run, anchor = runs.dictionary_at(run.manifest["dictionary"]), f"branches-{k}"
         found = _finding(result, strongest, of_run, anchor)
         noted.append(found)
         statements += _lines(result, of_branch, of_run, anchor)

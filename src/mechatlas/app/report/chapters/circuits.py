@@ -1,6 +1,5 @@
 """Chapter on circuits: features as cards, edges with their kernels, and the evidence."""
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,7 +15,7 @@ from mechatlas.app.report.dossiers import (
 )
 from mechatlas.app.report.paintings import as_webp
 from mechatlas.app.report.runs import Run, Runs
-from mechatlas.app.run_folder import CIRCUIT, DICTIONARY, EDGES, KERNELS, PICTURES, as_plain
+from mechatlas.app.run_folder import CIRCUIT, EDGES, KERNELS, PICTURES, as_plain
 from mechatlas.base import Progress
 
 if TYPE_CHECKING:
@@ -39,13 +38,12 @@ def chapter(runs: Runs, on_progress: Progress) -> Chapter | None:
     finished = runs.of_kind(CIRCUIT)
     if not finished:
         return None
-    folders = {run.folder.resolve(): run.name for run in runs.of_kind(DICTIONARY)}
     parts, data = [], []
     images: dict[str, bytes] = {}
     noted: list[Finding | Absence] = []
     statements: Statements = []
     for k, run in enumerate(finished):
-        places = [folders.get(Path(p).resolve(), "") for p in run.manifest["dictionaries"]]
+        places = [runs.dictionary_at(p) for p in run.manifest["dictionaries"]]
         result: "CircuitResult" = run.typed_result()
         drawings = _drawings(run, result)
         pictures = _pictures(run, k, len(result.sites))

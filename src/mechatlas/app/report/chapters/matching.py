@@ -1,7 +1,6 @@
 """Chapter on matching: flow of features, survival, pairs and their evidence."""
 
 from collections import ChainMap
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -19,7 +18,7 @@ from mechatlas.app.report.dossiers import (
 )
 from mechatlas.app.report.palette import category
 from mechatlas.app.report.runs import Runs
-from mechatlas.app.run_folder import DICTIONARY, MATCHES, MATCHING, TRACKS, as_plain
+from mechatlas.app.run_folder import MATCHES, MATCHING, TRACKS, as_plain
 from mechatlas.base import Progress
 
 if TYPE_CHECKING:
@@ -62,7 +61,6 @@ def chapter(runs: Runs, on_progress: Progress) -> Chapter | None:
     matchings = runs.of_kind(MATCHING)
     if not matchings:
         return None
-    folders = {run.folder.resolve(): run.name for run in runs.of_kind(DICTIONARY)}
     parts, figures, arrays, data = [], {}, {}, []
     noted: list[Finding | Absence] = []
     statements: Statements = []
@@ -71,7 +69,7 @@ def chapter(runs: Runs, on_progress: Progress) -> Chapter | None:
         table = run.table(MATCHES)
         tracks = run.table(TRACKS) if run.has(TRACKS) else None
         names = result.dictionaries
-        dictionaries = [folders.get(Path(p).resolve(), "") for p in run.manifest["dictionaries"]]
+        dictionaries = [runs.dictionary_at(p) for p in run.manifest["dictionaries"]]
         figures[f"flow{k}"] = _flow(result.pairs, table, tracks, names)
         for key in ("pair", "latent_a", "latent_b"):
             arrays[f"{k}/{key}"] = table[key].astype(np.int32)

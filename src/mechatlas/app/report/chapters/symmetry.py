@@ -1,7 +1,6 @@
 """Chapter on symmetry: counts of stabilizers, their lattice, families of features."""
 
 import dataclasses
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -20,7 +19,7 @@ from mechatlas.app.report.dossiers import (
 )
 from mechatlas.app.report.palette import category
 from mechatlas.app.report.runs import Run, Runs
-from mechatlas.app.run_folder import DICTIONARY, FEATURES, SYMMETRY, SYMMETRY_TENSORS
+from mechatlas.app.run_folder import FEATURES, SYMMETRY, SYMMETRY_TENSORS
 from mechatlas.base import Progress
 from mechatlas.maths.groups import Group
 
@@ -51,18 +50,17 @@ def chapter(runs: Runs, on_progress: Progress) -> Chapter | None:
     finished = runs.of_kind(SYMMETRY)
     if not finished:
         return None
-    folders = {run.folder.resolve(): run.name for run in runs.of_kind(DICTIONARY)}
     made = Chapter(
         name="symmetry", title="Symmetry", html=Markup(), data=[], scripts=("symmetry.js",)
     )
     parts = []
     for k, run in enumerate(finished):
-        parts.append(_draw(made, k, run, folders))
+        parts.append(_draw(made, k, run, runs.dictionary_at(run.manifest["dictionary"])))
         on_progress(k + 1, len(finished))
     return dataclasses.replace(made, html=render("symmetry.html", parts=parts))
 
 
-def _draw(made: Chapter, k: int, run: Run, folders: dict[Path, str]) -> dict[str, Any]:
+def _draw(made: Chapter, k: int, run: Run, of_run: str) -> dict[str, Any]:
     """Add a run to the chapter; the values of its part of the template.
 
     Raises:
@@ -84,7 +82,6 @@ def _draw(made: Chapter, k: int, run: Run, folders: dict[Path, str]) -> dict[str
         made.arrays[f"{k}/{key}"] = table[key].astype(np.float32)
     made.arrays[f"{k}/class"] = np.array([names.index(n) for n in table["class"]], np.uint16)
     families = _families(table, group)
-    of_run = folders.get(Path(run.manifest["dictionary"]).resolve(), "")
     place = _Place(k, of_run, names, result.fdr)
     for found in _found(place, result, table, families):
         made.note(found)
