@@ -61,8 +61,8 @@ MAP_FROM = 1 << 30
 PIECE = 1 << 18
 """Bytes that are read and hashed at once."""
 MOST_EXPANDED = 64
-"""Bytes of numbers for each byte of a file, from `EXPANDED_FROM` on: numbers hardly shrink, so a file
-that promises more is made to fill the memory."""
+"""Bytes of numbers for each byte of a file, from `EXPANDED_FROM` on: numbers hardly shrink, so a
+file that promises more is made to fill the memory."""
 EXPANDED_FROM = 64 << 20
 """Bytes of numbers from which `MOST_EXPANDED` is asked for."""
 HEADER_LIMIT = 100 << 20
