@@ -29,6 +29,7 @@ from mechatlas.deprecated import ARGUMENTS
 from mechatlas.dictionaries import hub
 from mechatlas.dictionaries.activation_rules import (
     AbsTopK,
+    BySite,
     GroupMax,
     Levels,
     Pursuit,
@@ -44,6 +45,7 @@ from mechatlas.dictionaries.pose_tied import PoseTied
 from mechatlas.dictionaries.pretrained import NORMS, CrossLayerDictionary, Pretrained
 from mechatlas.dictionaries.sharded import Shard
 from mechatlas.dictionaries.sparsity import Sparsity, Threshold
+from mechatlas.dictionaries.temporal import TemporalDictionary
 from mechatlas.files import MANIFEST, read_manifest, write
 from mechatlas.tensorfiles import (
     mismatches,
@@ -56,7 +58,7 @@ from mechatlas.tensorfiles import (
 FILE = "dictionary.safetensors"
 SHARD_FILES = "dictionary-*.safetensors"
 """Files of a dictionary of several processes."""
-KINDS = (Autoencoder, Transcoder, Crosscoder, PoseTied)
+KINDS = (Autoencoder, Transcoder, Crosscoder, PoseTied, TemporalDictionary)
 """Kinds of dictionaries that `load` knows, besides those of other libraries."""
 WRITERS: dict[str, Callable[[Any, Path, Mapping[str, Any] | None], Path]] = {
     "saelens": saelens.save,
@@ -72,12 +74,14 @@ RULES = (
     SignedTopK,
     WeightedTopK,
     GroupMax,
+    BySite,
     Levels,
     Pursuit,
 )
 """Sparsity rules that a file of ours may name."""
 STATE = {"threshold": "latent", "r_mag": "latent", "b_mag": "latent"}
 STATE |= {"length": "latent", "levels": "level"}
+STATE |= {"site_threshold": "site latent", "site_length": "site latent"}
 PRETRAINED = {"W_enc": "d_in latent", "b_enc": "latent", "W_dec": "latent d_out", "b_dec": "d_out"}
 
 
@@ -171,7 +175,7 @@ def _saved_names(dictionary: nn.Module) -> dict[str, str]:
 @overload
 def load(
     path: Path | str, *, device: str | None = None, dtype: torch.dtype | None = None, **given: Any
-) -> SparseCoder | Pretrained | CrossLayerDictionary: ...
+) -> SparseCoder | Pretrained | CrossLayerDictionary | TemporalDictionary: ...
 
 
 @overload
