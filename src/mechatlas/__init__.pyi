@@ -12,11 +12,13 @@ from .analysis.circuits.circuit import Circuit, circuit
 from .analysis.effects.attribution import Attribution, attribute
 from .analysis.effects.logits import LogitEffects, logit_effects
 from .analysis.effects.steering import steer
+from .analysis.effects.track_steering import SteeringComparison, compare_steering, steer_track
 from .analysis.evaluation.evaluate import evaluate
 from .analysis.evaluation.results import NetworkEvaluation
 from .analysis.interaction.interaction_basis import basis
 from .analysis.interaction.results import InteractionBasis, InteractionConfig
 from .analysis.matching.chains import Tracks, track
+from .analysis.matching.flow import FeatureFlow, feature_flow
 from .analysis.matching.pairing import Match, feature_splitting, match
 from .analysis.proofs.prove import AccuracyBound, prove
 from .analysis.proofs.verifier.proof import AccuracyProof, load_proof
@@ -59,6 +61,7 @@ __all__ = [
     "Crosscoder",
     "Dictionary",
     "DiskError",
+    "FeatureFlow",
     "Gated",
     "Images",
     "InputError",
@@ -79,6 +82,7 @@ __all__ = [
     "Site",
     "SiteError",
     "Specialization",
+    "SteeringComparison",
     "Store",
     "StoreConfig",
     "StoreError",
@@ -95,7 +99,9 @@ __all__ = [
     "branches",
     "circuit",
     "collect",
+    "compare_steering",
     "evaluate",
+    "feature_flow",
     "feature_splitting",
     "find_sites",
     "group",
@@ -114,6 +120,7 @@ __all__ = [
     "report",
     "save",
     "steer",
+    "steer_track",
     "stream",
     "symmetry",
     "text_samples",

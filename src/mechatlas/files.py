@@ -361,9 +361,18 @@ def cannot_write(path: Path, error: OSError) -> str:
         advice = "Free some space or choose another --out."
     elif error.errno in (errno.ENOTDIR, errno.EEXIST) and in_the_way:
         cause = f"{in_the_way} is a file, expected a folder"
+    elif error.errno == errno.ENOENT and _refused_by_system(error):
+        cause = "nothing can be made in its folder"
     elif error.errno == errno.ENOENT:
         cause, advice = "its folder was deleted or moved meanwhile", "Run the command again."
     return f"Cannot write {path}: {cause}. Nothing half-written was left. {advice}"
+
+
+def _refused_by_system(error: OSError) -> bool:
+    """Whether the folder is there all the same, such as /proc."""
+    if error.filename is None or error.filename2 is not None:
+        return False
+    return Path(error.filename).parent.is_dir()
 
 
 def _create(path: str, flags: int) -> int:

@@ -1,10 +1,13 @@
 """Output folders: tried before any work, and written by one process at a time.
 
-writable   a folder that is created, and that takes a file
-claim      the same, and no other process may write into it meanwhile
+writable           a folder that is created, and that takes a file
+claim              the same, and no other process may write into it meanwhile
+temporary_folder   a folder that is gone when its context ends
+temporary_room     no room for temporary files -> one sentence
 """
 
 import contextlib
+import errno
 import os
 import tempfile
 from collections.abc import Iterator
@@ -94,6 +97,40 @@ def claim(folder: Path) -> Iterator[Claim]:
             yield mine
         finally:
             _CLAIMED.reset(token)
+
+
+@contextlib.contextmanager
+def temporary_folder() -> Iterator[Path]:
+    """Make a folder that is gone when the context ends.
+
+    Raises:
+        DiskError: There is no room for it, or for what is written into it.
+    """
+    with (
+        temporary_room(),
+        tempfile.TemporaryDirectory(prefix="mechatlas-", ignore_cleanup_errors=True) as name,
+    ):
+        yield Path(name)
+
+
+@contextlib.contextmanager
+def temporary_room() -> Iterator[None]:
+    """Say in one sentence that there is no room for temporary files.
+
+    Raises:
+        DiskError: There is none.
+        OSError: Another error of the system, as it is.
+    """
+    try:
+        yield
+    except OSError as error:
+        nowhere = "temporary directory" in str(error)  # tempfile has tried some places
+        if not nowhere and error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise DiskError(
+            f"Temporary files cannot be kept: {error.strerror}. Free some space, or set TMPDIR to "
+            "a folder with room."
+        ) from error
 
 
 def _locked(folder: Path) -> int:

@@ -13,8 +13,12 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
+import mechatlas as ma
+from mechatlas.app.cli import main
 from mechatlas.app.engines import as_engine
 from tests.activations import test_collect_engines as rounds
 from tests.activations.test_collect_engines import photos
@@ -146,3 +150,21 @@ def test_after_a_kill_of_the_head_of_the_cluster_the_same_command_goes_on(photos
     assert rounds_done(out) >= 2
     drive(photos, out, "processes:1")
     assert rounds.files(out) == rounds.files(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("engine", ["processes:2", "ray"])
+def test_matchings_are_the_same_bytes_on_every_engine(tmp_path, engine):
+    needs_ray(engine)
+    random = np.random.default_rng(0)
+    first = random.normal(size=(80, 16)).astype(np.float32)
+    for k in range(3):
+        rows = first[random.permutation(80)] + np.float32(0.1 * k)
+        sae = ma.Autoencoder(d_in=16, n_latents=80, sparsity=ma.TopK(k=4), tied=True)
+        sae.W_dec.data.copy_(torch.nn.functional.normalize(torch.from_numpy(rows), dim=1))
+        ma.save(sae, tmp_path / f"layer{k}")
+    layers = [str(tmp_path / f"layer{k}") for k in range(3)]
+    for name in ("here", engine):
+        main(["match", *layers, "--out", str(tmp_path / f"on {name}"), "--engine", name])
+    for file in ("matches.parquet", "tracks.parquet"):
+        here, there = (tmp_path / f"on {name}" / file for name in ("here", engine))
+        assert here.read_bytes() == there.read_bytes()

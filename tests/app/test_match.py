@@ -25,6 +25,7 @@ from mechatlas.dictionaries.autoencoder import Autoencoder
 from mechatlas.dictionaries.formats import save
 from mechatlas.dictionaries.sparsity import TopK
 from mechatlas.maths import assignment
+from tests.activations.test_collect_engines import Backwards
 from tests.analysis.matching.planted import chain
 from tests.app.worlds import photographs, run_command
 from tests.forging import forge
@@ -99,6 +100,24 @@ def test_the_same_command_gives_the_same_bytes(saved, tmp_path):
         run(saved, tmp_path / name, layers=3)
     for file in ("matches.parquet", "tracks.parquet"):
         assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
+
+
+def test_pairs_on_an_engine_give_the_same_bytes_and_are_kept(saved, tmp_path, monkeypatch):
+    monkeypatch.setattr(matching, "_joint", lambda config, result, *others: result)
+    run(saved, tmp_path / "here", layers=4)
+    words = ("--engine", "processes:2")
+    monkeypatch.setattr(MatchConfig, "elsewhere", lambda _: Backwards(give_up_after=2))
+    with pytest.raises(UserError, match="given up"):
+        run(saved, tmp_path / "there", *words, layers=4)
+    compare, calls = pairing.compare_with_null, []
+    counted = lambda *a, **options: calls.append(1) or compare(*a, **options)  # noqa: E731
+    monkeypatch.setattr(pairing, "compare_with_null", counted)
+    monkeypatch.setattr(MatchConfig, "elsewhere", lambda _: Backwards())
+    result, _ = run(saved, tmp_path / "there", *words, layers=4)
+    assert len(calls) == 1, "the evidence of two pairs was kept"
+    assert [pair["a"] for pair in result["pairs"]] == ["layer0", "layer1", "layer2"]
+    here, there = (tmp_path / each / "matches.parquet" for each in ("here", "there"))
+    assert here.read_bytes() == there.read_bytes()
 
 
 def test_an_interrupt_loses_nothing_that_the_same_command_needs(saved, tmp_path, monkeypatch):

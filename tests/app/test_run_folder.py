@@ -5,7 +5,9 @@ import dataclasses
 import errno
 import os
 import shutil
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ import pytest
 from mechatlas.app.run_folder import STORE, CommandResult, RunConfig, RunFolder
 from mechatlas.base import DiskError
 from mechatlas.files import MANIFEST, TEMPORARY, cannot_write, read_json, write_manifest
+from mechatlas.outputs import temporary_folder, temporary_room
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -142,3 +145,19 @@ def test_why_a_place_cannot_be_written_is_said_as_it_is(tmp_path):
     }
     assert [number for number in said if "Free some space" in said[number]] == [errno.ENOSPC]
     assert "was deleted or moved meanwhile" in said[errno.ENOENT]
+    with (
+        pytest.raises(DiskError, match=r"nothing can be made in its folder.*another --out"),
+        written(Path("/proc/out/deep")),
+    ):
+        pass
+
+
+def test_no_room_for_temporary_files_is_one_sentence(monkeypatch, tmp_path):
+    monkeypatch.setattr(tempfile, "_candidate_tempdir_list", lambda: [str(tmp_path / "none")])
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    with pytest.raises(DiskError, match="set TMPDIR to a folder with room"), temporary_folder():
+        pass
+    with pytest.raises(DiskError, match="set TMPDIR"), temporary_room():
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    with pytest.raises(FileNotFoundError), temporary_room():
+        raise FileNotFoundError(errno.ENOENT, "missing")

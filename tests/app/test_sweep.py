@@ -63,19 +63,24 @@ def test_every_combination_is_trained_as_train_would(store, tmp_path, capsys):
     main(["verify", str(out)])
 
 
-def test_what_is_missing_is_trained_and_nothing_else(store, tmp_path, capsys):
+def test_what_is_missing_or_damaged_is_trained_and_nothing_else(store, tmp_path, capsys):
     recipe = write(tmp_path / "sweep.toml", store, *FOUR)
     out = tmp_path / "out"
     sweep(capsys, recipe, "--out", out)
     before = {f.name: (f / MANIFEST).stat().st_mtime_ns for f in out.iterdir() if f.is_dir()}
-    weights = (out / "n_latents-12_k-3" / "dictionary.safetensors").read_bytes()
-    shutil.rmtree(out / "n_latents-12_k-3")
+    missing, damaged = out / "n_latents-12_k-3", out / "n_latents-16_k-2"
+    files = [folder / "dictionary.safetensors" for folder in (missing, damaged)]
+    weights = [file.read_bytes() for file in files]
+    shutil.rmtree(missing)
+    files[1].write_bytes(weights[1][:-1] + b"x")
     again = sweep(capsys, recipe, "--out", out, "--engine", "processes:2")
-    assert again["n_kept"] == 3
+    assert again["n_kept"] == 2
     after = {f.name: (f / MANIFEST).stat().st_mtime_ns for f in out.iterdir() if f.is_dir()}
-    assert {name for name in before if before[name] != after[name]} == {"n_latents-12_k-3"}
-    # another process gives the same bytes
-    assert (out / "n_latents-12_k-3" / "dictionary.safetensors").read_bytes() == weights
+    assert {name for name in before if before[name] != after[name]} == {
+        missing.name,
+        damaged.name,
+    }
+    assert [file.read_bytes() for file in files] == weights  # also of another process
 
 
 def test_one_that_fails_is_named_and_the_others_are_kept(store, tmp_path, capsys):

@@ -93,6 +93,7 @@ def words_of(folder: Path) -> dict[str, list[str]]:
     return {
         "report": [str(folder)],
         "match": [*two, "--store", store, "--samples", "4", "--cost", "codes"],
+        "flow": two,
         "symmetry": [str(folder / "plain"), "--store", str(folder / "posed")],
         "branches": [two[1], "--store", store],
         "circuit": two,

@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 from tests.faults import damage, fuzz, hostile, kills, limits, memory
-from tests.faults.fuzz import READING
 from tests.faults.table import Table
-from tests.faults.world import World, make
+from tests.faults.world import READ_ALL, World, make
 
 Choice = TypeVar("Choice")
 SHORT_COMMANDS = {
@@ -36,7 +35,12 @@ class Effort(NamedTuple):
     short: bool
     """Whether a few tries of each kind are enough."""
     thin: int
-    """One in so many tries is made, of every kind of file and fault."""
+    """One in so many tries is made: up to 8 of every kind of file, beyond that of fewer files."""
+
+    @property
+    def files(self) -> int:
+        """Of so many files one is damaged."""
+        return max(1, self.thin // 8)
 
     def pick(self, short: Choice, full: Choice) -> Choice:
         """Choose by the form."""
@@ -48,13 +52,13 @@ class Effort(NamedTuple):
 
     def damages(self, flips: int) -> damage.Damages:
         """Ways to damage a file."""
-        return damage.Damages(flips, self.thin, one_cut=self.short)
+        return damage.Damages(flips, min(self.thin, 8), one_cut=self.short)
 
 
 def run_kills(world: World, command: str, place: Path, table: Table, *, effort: Effort) -> None:
     """Kills and signals."""
-    every, n_last = effort.pick((12, 1), (effort.thin, 0))
-    kills.kill_at_points(world, command, place, table, every=every, n_last=n_last)
+    every = effort.pick(12, effort.thin)
+    kills.kill_at_points(world, command, place, table, every=every)
     kills.kill_at_random(world, command, place, table, tries=effort.of(25))
     kills.interrupt(world, command, place, table, tries=effort.of(6))
 
@@ -62,15 +66,15 @@ def run_kills(world: World, command: str, place: Path, table: Table, *, effort: 
 def run_damage(world: World, command: str, place: Path, table: Table, *, effort: Effort) -> None:
     """Damage of files that commands wrote."""
     targets = [t for t in damage.targets(world) if t.command == command]
-    flips = effort.pick(1, 12 if command in READING else 30)
-    for target in targets[:: effort.pick(14, 1)]:
+    flips = effort.pick(1, 12 if command in READ_ALL else 30)
+    for target in targets[:: effort.pick(14, effort.files)]:
         damage.read_damaged(world, target, place, table, effort.damages(flips))
 
 
 def run_inputs(world: World, command: str, place: Path, table: Table, *, effort: Effort) -> None:
     """Damage of files that people bring."""
     targets = [t for t in damage.input_targets(world) if t.command == command]
-    for target in targets[:: effort.pick(9, 1)]:
+    for target in targets[:: effort.pick(9, effort.files)]:
         damage.read_damaged(world, target, place, table, effort.damages(effort.pick(1, 50)))
 
 
@@ -80,7 +84,7 @@ def run_unfinished(
     """Damage of what a killed run left."""
     if command == "report":
         return
-    flips, most = effort.pick((1, 2), (20, 12))
+    flips, most = effort.pick((1, 2), (20, -(-12 // effort.files)))
     damage.continue_damaged(world, command, place, table, effort.damages(flips), most_files=most)
 
 
@@ -88,11 +92,11 @@ def run_limits(world: World, command: str, place: Path, table: Table, *, effort:
     """Disks, writers and clocks."""
     sizes = effort.pick([1000], [500, 2000, 5000, 30_000, 200_000][:: effort.thin])
     limits.full_disk(world, command, place / "limit", table, sizes)
-    limits.full_tmpfs(
-        world, command, place / "disk", table, [4096, 40_960, 102_400][effort.short :]
-    )
+    disks = effort.pick([40_960, 102_400], [40_960, 4096, 102_400][:: effort.thin])
+    limits.full_tmpfs(world, command, place / "disk", table, disks)
     limits.unwritable(world, command, place / "unwritable", table)
     limits.two_writers(world, command, place / "two", table, tries=effort.of(8))
+    limits.run_twice(world, command, place / "twice", table)
     every = effort.pick(9, 2 * effort.thin)
     limits.deleted(world, command, place / "deleted", table, every=every)
     limits.odd_clock(world, command, place / "odd", table)
@@ -105,7 +109,7 @@ def run_hostile(world: World, command: str, place: Path, table: Table, *, effort
 
 def run_fuzz(world: World, command: str, place: Path, table: Table, *, effort: Effort) -> None:
     """Odd values in manifests, results and proofs."""
-    tries, every = effort.pick((2, 4), (effort.of(40), 1))
+    tries, every = effort.pick((2, 4), (effort.of(40), effort.files))
     fuzz.fuzz_json(world, command, place, table, tries=tries, every=every)
     if command == "prove":
         fuzz.fuzz_proofs(world, place, table, tries=effort.pick(8, effort.of(300)))
@@ -128,7 +132,12 @@ PIECES = {
     "fuzz": run_fuzz,
     "memory": run_memory,
 }
-ONLY = {"load": ("inputs",), "verify": ("damage", "hostile", "fuzz")}
+ONLY = {
+    "load": ("inputs",),
+    "sites": ("inputs", "hostile"),
+    "serve": ("damage", "hostile", "fuzz"),
+    "verify": ("damage", "hostile", "fuzz"),
+}
 """Pieces of commands that write no folder, so that only what they read can be at fault."""
 
 

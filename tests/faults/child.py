@@ -11,20 +11,25 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Sequence
+import urllib.parse
+import urllib.request
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from mechatlas.app.cli import fail, main
+from mechatlas.app.commands import serve
+from mechatlas.app.report import server
 from mechatlas.base import UserError
 from mechatlas.dictionaries.formats import load
 from mechatlas.files import checksum
+from mechatlas.tensorfiles import read_table
 
 HANG_SECONDS = 10.0
 """Seconds after which a command that should take less than one counts as hung."""
-VOLATILE = re.compile(rb'"?\b(\w*seconds\w*|peak_bytes)"?( =|:) (\[[^]]*\]|[0-9.e+-]+|null)')
+VOLATILE = re.compile(rb'"?\b(\w*seconds\w*|peak_bytes|n_kept)"?( =|:) (\[[^]]*\]|[0-9.e+-]+|null)')
 """Entries of JSON that differ between two runs of one command."""
-MANIFEST_SUM = re.compile(rb'"(result\.json|history\.json|checksum)": "[0-9a-f]+"')
+MANIFEST_SUM = re.compile(rb'"(result\.json|history\.json|runs\.parquet|checksum)": "[0-9a-f]+"')
 """Checksums of files with such entries."""
 
 Prepare = Callable[[], object]
@@ -79,7 +84,7 @@ class Child:
         while (found := os.waitpid(self.pid, os.WNOHANG)) == (0, 0):
             time.sleep(0.005)
             if time.monotonic() > limit:
-                now, waits_for_processor = _progress(self.pid)
+                now, waits_for_processor = progress(self.pid)
                 if now < seconds and (worked < now or waits_for_processor):
                     limit, worked = limit + seconds, now
                     continue
@@ -110,6 +115,8 @@ def answer(words: Sequence[str]) -> None:
     Raises:
         SystemExit: As the command line does.
     """
+    if words[0] == "serve":
+        _fetch_when_served()
     if words[0] != "load":
         main(words)
         return
@@ -119,6 +126,27 @@ def answer(words: Sequence[str]) -> None:
         fail(str(error))
     for name, tensor in sorted(dictionary.state_dict().items()):
         print(name, checksum(tensor.contiguous().numpy().tobytes()))
+
+
+def _fetch_when_served() -> None:
+    """Let `serve` end after all that it serves was fetched, into a folder beside."""
+    served: list[tuple[Path, str]] = []
+
+    @contextlib.contextmanager
+    def watched(folder: Path, port: int) -> Iterator[str]:
+        with server.serve(folder, port) as address:
+            served.append((folder, address))
+            yield address
+
+    def fetch() -> None:
+        for folder, address in served:
+            for path in sorted(p.relative_to(folder) for p in folder.rglob("*") if p.is_file()):
+                to = Path("served", path)
+                to.parent.mkdir(parents=True, exist_ok=True)
+                with urllib.request.urlopen(address + urllib.parse.quote(str(path))) as answer:
+                    to.write_bytes(answer.read())
+
+    serve.serve, serve.wait = watched, fetch
 
 
 def _run(
@@ -151,7 +179,7 @@ def _run(
         os._exit(code)
 
 
-def _progress(pid: int) -> tuple[float, bool]:
+def progress(pid: int) -> tuple[float, bool]:
     """CPU seconds of a child, and whether it could go on if the machine were not busy."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
@@ -174,6 +202,8 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def _lasting(file: Path) -> bytes:
     data = file.read_bytes()
-    if file.suffix not in (".json", ".html"):
+    if file.name == "runs.parquet":
+        return repr(read_table(file).drop_columns("seconds").to_pydict()).encode()
+    if file.suffix not in (".json", ".html", ".js"):
         return data
     return MANIFEST_SUM.sub(b"", VOLATILE.sub(b"", data))

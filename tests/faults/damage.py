@@ -16,10 +16,13 @@ from typing import NamedTuple
 from tests.faults.child import Ended, contents, run
 from tests.faults.kills import judge, reference
 from tests.faults.table import Table
-from tests.faults.world import RECIPES, RUNS, SITES, World
+from tests.faults.world import READ_ALL, RECIPES, RUNS, SITES, World
 
 Damage = Callable[[Path, bytes], object]
 """Callback that puts something else in the place of a file, given what it held."""
+LAST_FILE = {"collect": ("manifest.json", 4), "sweep": ("runs.parquet", 1)}
+"""Command -> file, and how many of this name in turn, before which its work is done; of most
+commands the first recipe.toml."""
 NO_CHECKSUM = ("silent",)
 """Outcome that a format without a checksum cannot prevent."""
 
@@ -119,13 +122,16 @@ def targets(world: World) -> list[Target]:
     a, b = SITES
     found = [
         *(Target(f"{folder}/{name}", words(command)) for folder, name, commands in (
-            ("store", f"{a}/train-00000.safetensors", ("train", "match", "branches", "circuit")),
+            ("store", f"{a}/train-00000.safetensors",
+             ("train", "match", "branches", "circuit", "sweep")),
             ("store", f"{a}/held-00000.safetensors", ("train",)),
-            ("store", "manifest.json", ("train", "match", "branches", "circuit", "evaluate")),
+            ("store", "manifest.json",
+             ("train", "match", "branches", "circuit", "evaluate", "sweep")),
             ("posed", "mixed3b/train-00000.safetensors", ("symmetry",)),
             ("posed", "manifest.json", ("symmetry",)),
-            (a, "dictionary.safetensors", ("match", "branches", "circuit", "evaluate")),
-            (a, "manifest.json", ("match", "branches", "circuit", "evaluate")),
+            (a, "dictionary.safetensors",
+             ("match", "branches", "circuit", "evaluate", "export")),
+            (a, "manifest.json", ("match", "branches", "circuit", "evaluate", "export")),
             (b, "dictionary.safetensors", ("match", "circuit")),
             ("few", "dictionary.safetensors", ("symmetry",)),
         ) for command in commands),
@@ -145,7 +151,7 @@ def targets(world: World) -> list[Target]:
         files = [file for file in sorted(folder.rglob("*")) if file.is_file()]
         found += [
             Target(str(file.relative_to(world.root)), words)
-            for words in (["report", str(folder), "--out", "page.html"], ["verify", str(folder)])
+            for words in (world.reads(command, str(folder)) for command in READ_ALL)
             for file in files
             if file.parent == folder or words[0] == "verify"
         ]
@@ -172,6 +178,8 @@ def input_targets(world: World) -> list[Target]:
         *(Target(file, reading(arrays, file)) for file in ("rows.npy", "rows.npz", "packed.npz")),
         *(Target(file, reading(texts, file)) for file in ("text.txt", "texts.zip")),
         Target("weights.pt", [*images, "--network.weights", place("weights.pt")]),
+        Target("weights.pt", ["sites", "inception_mini", "--weights", place("weights.pt")]),
+        Target("collect.toml", ["sites", place("collect.toml")]),
         *(Target(f"{name}.toml", world.words(name)) for name in RECIPES if name in world.commands),
     ]
     found += [
@@ -212,7 +220,8 @@ def _result(ended: Ended, here: Path) -> tuple[str, dict[str, bytes]]:
 
 
 def _without_seconds(text: str) -> str:
-    return "\n".join(line for line in text.splitlines() if " s of CPU time" not in line)
+    volatile = (" s of CPU time", "http://127.0.0.1")
+    return "\n".join(line for line in text.splitlines() if not any(v in line for v in volatile))
 
 
 def _outcome(ended: Ended, file: Path, expected: tuple[str, dict[str, bytes]], here: Path) -> str:
@@ -260,8 +269,8 @@ def continue_damaged(
     world: World, command: str, place: Path, table: Table, amount: Damages, *, most_files: int = 99
 ) -> None:
     """Damage every file of a run that was killed at its end, and run the command again."""
-    whole = reference(world, command, place)
-    last = ("manifest.json", 4) if command == "collect" else ("recipe.toml", 1)
+    whole = reference(world, command)
+    last = LAST_FILE.get(command, ("recipe.toml", 1))
     killed = run(world.words(command), place / "killed", stop_at(*last))
     assert killed.code == 137, killed
     left = [p for p in sorted((place / "killed").rglob("*")) if p.is_file()]
@@ -276,7 +285,8 @@ def continue_damaged(
             outcome, example = judge(ended, here, whole)
             if outcome == "refused":
                 names = (file.name, "out is not empty")  # so it is without its manifest
-                outcome = "named" if any(n in ended.errors for n in names) else "unnamed"
+                said = ended.errors + ended.output  # `sweep` lists what it could not train
+                outcome = "named" if any(n in said for n in names) else "unnamed"
             table.add(f"damage of unfinished {name}", command, outcome, f"{what}: {example}")
             shutil.rmtree(here)
     shutil.rmtree(place / "killed")

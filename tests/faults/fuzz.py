@@ -17,15 +17,13 @@ from tests.faults.child import run
 from tests.faults.damage import damaged
 from tests.faults.hostile import forge, rewrite
 from tests.faults.table import Table, outcome_of
-from tests.faults.world import RUNS, SITES, World
+from tests.faults.world import READ_ALL, RUNS, SITES, World
 
 NASTY: list[Any] = [
     None, True, False, "", "x", "../x", "\x00", [], {}, [[]], {"a": 1}, 0, -1, 1, 2**31, 2**63,
     -(2**63), 2**64, 10**30, 0.5, -0.0, 1e308, 1e-308, "nan", "inf",
 ]  # fmt: skip
 """Values that a field of a file or recipe may be given."""
-READING = ("report", "verify")
-"""Commands that read runs of every kind."""
 
 
 def places_in(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
@@ -57,17 +55,19 @@ def fuzz_json(
     world: World, command: str, place: Path, table: Table, *, tries: int, every: int = 1
 ) -> None:
     """Change entries of every JSON file that a command reads."""
-    more = ["--out", "page.html"] if command == "report" else []
-    files = [(f"{name}/{file}", [command, world.place(name), *more])
+    files = [(f"{name}/{file}", world.reads(command, world.place(name)))
              for name in (SITES[0], "store", *RUNS.values())
              for file in ("manifest.json", "result.json", "history.json", "spectra.json",
                           "neurons.json", "picture.json")
              if (world.root / name / file).is_file()]  # fmt: skip
-    if command not in READING:
+    if command not in READ_ALL:
         store = "posed" if command == "symmetry" else "store"
         dictionary = "few" if command == "symmetry" else SITES[0]
-        files = [(f"{name}/manifest.json", world.words(command)) for name in (store, dictionary)]
-    if command in ("train", "match", "symmetry", "branches", "circuit", "evaluate", *READING):
+        read = {"train": [store], "sweep": [store], "export": [dictionary]}
+        files = [(f"{name}/manifest.json", world.words(command))
+                 for name in read.get(command, [store, dictionary])]  # fmt: skip
+    if command in ("train", "sweep", "export", "match", "symmetry", "branches", "circuit",
+                   "evaluate", *READ_ALL):  # fmt: skip
         for name, words in files[::every]:
             _fuzz_one(world.root / name, name, words, place, table, tries=tries)
 

@@ -21,7 +21,7 @@ from mechatlas.files import MANIFEST, SEAL, checksum, write_manifest
 from tests.faults.child import run
 from tests.faults.damage import damaged
 from tests.faults.table import Table, outcome_of
-from tests.faults.world import SITES, World
+from tests.faults.world import READ_ALL, SITES, World
 
 CANARY = "/tmp/mechatlas-canary"
 """File that is there if the code of an attack ran."""
@@ -37,7 +37,6 @@ class Attack(NamedTuple):
     name: str
     file: str
     attack: Callable[[Path, bytes], object]
-    commands: tuple[str, ...]
 
 
 class Trap:
@@ -93,7 +92,17 @@ def replaced(data: bytes | str) -> Callable[[Path, bytes], object]:
     return replace
 
 
-READERS = ("match", "symmetry", "branches", "circuit", "evaluate", "report", "train", "verify")
+FIRST_SHARD = f"store/{SITES[0]}/train-00000.safetensors"
+OF_STORE = ("store/manifest.json", FIRST_SHARD)
+OF_DICTIONARY = (f"{SITES[0]}/manifest.json", f"{SITES[0]}/dictionary.safetensors")
+READ = {
+    "train": OF_STORE,
+    "sweep": OF_STORE,
+    "export": OF_DICTIONARY,
+    "symmetry": ("posed/manifest.json",),
+    **dict.fromkeys(("match", "branches", "circuit", "evaluate"), OF_STORE + OF_DICTIONARY),
+}
+"""Command -> attacked files that it reads; those of `READ_ALL` read all."""
 CALLABLES = (
     ("os:system", {"command": f"touch {CANARY}"}),
     ("posix:system", {"command": f"touch {CANARY}"}),
@@ -110,28 +119,26 @@ def trap() -> None:
 
 def attacks() -> list[Attack]:
     """All attacks on files of the world."""
-    first = f"store/{SITES[0]}/train-00000.safetensors"
     found = [
         Attack(f"a manifest names {name}", f"{store}/manifest.json",
-               edited(recipe__network={"name": name, "arguments": arguments}), READERS)
+               edited(recipe__network={"name": name, "arguments": arguments}))
         for name, arguments in CALLABLES for store in ("store", "posed")
     ]  # fmt: skip
     escape = edited(shards=lambda shards: [[*s[:2], f"../{s[2]}", *s[3:]] for s in shards])
     found += [
-        Attack("shards outside the store", "store/manifest.json", escape, READERS),
+        Attack("shards outside the store", "store/manifest.json", escape),
         Attack("absolute paths of shards", "store/manifest.json",
-               edited(shards=lambda shards: [[*s[:2], "/etc/passwd", *s[3:]] for s in shards]),
-               READERS),
+               edited(shards=lambda shards: [[*s[:2], "/etc/passwd", *s[3:]] for s in shards])),
     ]  # fmt: skip
     rows = (-5, 10**12, "7", 0, 2.5, None, True)
     for n in rows:
         wrong = edited(shards=lambda shards, n=n: [[*s[:3], n, *s[4:]] for s in shards])
-        found.append(Attack(f"{n!r} rows in a shard", "store/manifest.json", wrong, READERS))
+        found.append(Attack(f"{n!r} rows in a shard", "store/manifest.json", wrong))
     for file in ("store/manifest.json", f"{SITES[0]}/manifest.json", "match/manifest.json",
                  "match/result.json", "basis/spectra.json", "proof/neurons.json",
                  "branches/picture.json", f"{SITES[0]}/history.json"):  # fmt: skip
         found += [
-            Attack(f"{what} in {file}", file, replaced(text), READERS)
+            Attack(f"{what} in {file}", file, replaced(text))
             for what, text in (
                 ("deep lists", "[" * 100_000 + "]" * 100_000),
                 ("deep objects", '{"a":' * 100_000 + "1" + "}" * 100_000),
@@ -143,12 +150,11 @@ def attacks() -> list[Attack]:
     for dims in ((30_000, 30_000), (184, 10**7), (2**31, 2**31), (0, 0), (-1, 5)):
         found.append(
             Attack(f"a dictionary that claims {dims}", f"{SITES[0]}/dictionary.safetensors",
-                   _claim(*dims), ("match", "branches", "circuit", "report"))
+                   _claim(*dims))
         )  # fmt: skip
     found += [
-        Attack("a header of 2^60 bytes", first, _long_header, ("train", "match")),
-        Attack("a header of 2^60 bytes", f"{SITES[0]}/dictionary.safetensors", _long_header,
-               ("match", "report")),
+        Attack("a header of 2^60 bytes", FIRST_SHARD, _long_header),
+        Attack("a header of 2^60 bytes", f"{SITES[0]}/dictionary.safetensors", _long_header),
     ]  # fmt: skip
     return found
 
@@ -208,7 +214,10 @@ def input_attacks(
          [*arrays, place("rows.npy")]),
         ("a header of 10^14 numbers", "net/table.npy", replaced(_long_npy()),
          world.words("prove")),
-        *((what, "train.toml", replaced(text), world.words("train")) for what, text in (
+        *((what, f"{command}.toml", replaced(text), words)
+          for command, words in (("train", world.words("train")), ("sweep", world.words("sweep")),
+                                 ("collect", ["sites", place("collect.toml")]))
+          for what, text in (
             ("deep lists", "a = " + "[" * 100_000 + "]" * 100_000),
             ("a number of 5,000 digits", "steps = " + "9" * 5000),
             ("a key of 50,000 parts", "a" + ".a" * 50_000 + " = 1"),
@@ -252,15 +261,13 @@ def attack_all(world: World, command: str, place: Path, table: Table, *, every: 
     tried: list[tuple[str, str, Callable[[Path, bytes], object], list[str]]] = []
     for attack in attacks():
         folder = world.place(attack.file.split("/")[0])
-        if command == "report":
-            words = ["report", folder, "--out", "page.html"]
-        elif command == "verify":
-            words = ["verify", folder]
-        elif attack.file.startswith("posed") != (command == "symmetry"):
+        if command in READ_ALL:
+            words = world.reads(command, folder)
+        elif attack.file not in READ.get(command, ()):
             continue
         else:
             words = world.words(command)
-        if command in attack.commands and (world.root / attack.file).is_file():
+        if (world.root / attack.file).is_file():
             tried.append((attack.name, attack.file, attack.attack, words))
     tried += [each for each in input_attacks(world) if each[3][0] == command]
     for name, file, attack, words in tried[::every]:

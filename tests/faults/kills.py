@@ -3,10 +3,12 @@
 A crash point is a call that changes a folder: a rename, a new folder, a file deleted or flushed.
 """
 
+import functools
 import os
 import random
 import shutil
 import signal
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -63,31 +65,35 @@ def _ours(path: Any, *_: Any, **options: Any) -> bool:
     return os.path.abspath(os.fspath(path)).startswith(os.getcwd())
 
 
-def reference(world: World, command: str, place: Path) -> dict[str, bytes]:
+@functools.cache
+def reference(world: World, command: str) -> dict[str, bytes]:
     """Files of a run that nobody killed."""
-    ended = run(world.words(command), place / "whole")
-    assert ended.code == 0, ended
-    return contents(place / "whole" / "out")
+    with tempfile.TemporaryDirectory() as place:
+        ended = run(world.words(command), Path(place))
+        assert ended.code == 0, ended
+        return contents(Path(place, "out"))
 
 
-def count_points(world: World, command: str, place: Path) -> int:
+@functools.cache
+def count_points(world: World, command: str) -> int:
     """Number of crash points of a command."""
-    points, file = CrashPoints(), place / "count"
+    with tempfile.TemporaryDirectory() as place:
+        points, file = CrashPoints(), Path(place, "count")
 
-    def counted() -> None:
-        from mechatlas.app.cli import main
+        def counted() -> None:
+            from mechatlas.app.cli import main
 
-        points.watch()
-        main(world.words(command))
-        file.write_text(str(points.passed))
+            points.watch()
+            main(world.words(command))
+            file.write_text(str(points.passed))
 
-    ended = run(counted, place / "counted")
-    assert ended.code == 0, ended
-    return int(file.read_text())
+        ended = run(counted, Path(place, "counted"))
+        assert ended.code == 0, ended
+        return int(file.read_text())
 
 
 def kill_at_points(
-    world: World, command: str, place: Path, table: Table, *, every: int = 1, n_last: int = 0
+    world: World, command: str, place: Path, table: Table, *, every: int = 1
 ) -> None:
     """Kill a command before and after each crash point, and run it again.
 
@@ -96,12 +102,11 @@ def kill_at_points(
         command: Name of the command.
         place: Folder to work in.
         table: Where the outcomes are counted.
-        every: One point in so many is tried.
-        n_last: Number of points at the end of which all are tried.
+        every: One point in so many is tried, counted back from the third last, as what is written
+            last is what a run is known by.
     """
-    whole, n = reference(world, command, place), count_points(world, command, place)
-    points = [k for k in range(n) if k % every == 0 or k >= n - n_last]
-    for k in points:
+    whole, n = reference(world, command), count_points(world, command)
+    for k in [k for k in range(n) if (n - 3 - k) % every == 0]:
         here = place / f"killed{k}"
         killed = run(world.words(command), here, CrashPoints(k).watch)
         outcome, example = _after(killed, world, command, here, whole)
@@ -133,7 +138,7 @@ def kill_at_random(
     world: World, command: str, place: Path, table: Table, *, tries: int, seed: int = 0
 ) -> None:
     """Kill a command up to three times at random moments, and run it again."""
-    moments, whole = random.Random(seed), reference(world, command, place)
+    moments, whole = random.Random(seed), reference(world, command)
     clock = time.monotonic()
     run(world.words(command), place / "timed")
     length = time.monotonic() - clock
@@ -154,7 +159,7 @@ def interrupt(
     world: World, command: str, place: Path, table: Table, *, tries: int, seed: int = 0
 ) -> None:
     """Interrupt and terminate a command at crash points: it says so, and goes on afterwards."""
-    whole, n = reference(world, command, place), count_points(world, command, place)
+    whole, n = reference(world, command), count_points(world, command)
     chosen = random.Random(seed)
     for signal_, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
         for k in sorted(chosen.sample(range(n), min(tries, n))):

@@ -1,4 +1,7 @@
-"""Disks that are full or cannot be written, folders that vanish, two writers, and odd clocks."""
+"""Disks that are full or cannot be written, folders that vanish, two writers, and odd clocks.
+
+Also runs that are repeated into their own folder.
+"""
 
 import os
 import random
@@ -19,7 +22,7 @@ from tests.faults.world import World
 
 def full_disk(world: World, command: str, place: Path, table: Table, sizes: list[int]) -> None:
     """Refuse long files, then let the command go on."""
-    whole = reference(world, command, place)
+    whole = reference(world, command)
     for size in sizes:
         here = place / f"limit{size}"
         ended = run(world.words(command), here, lambda n=size: _limit_files(n))
@@ -33,10 +36,10 @@ def _limit_files(size: int) -> None:
 
 def full_tmpfs(world: World, command: str, place: Path, table: Table, sizes: list[int]) -> None:
     """Fill a small disk, then make room and go on; nothing is tried without the right to mount."""
-    whole = reference(world, command, place)
+    whole = reference(world, command)
     for size in sizes:
         here = place / f"disk{size}"
-        here.mkdir()
+        here.mkdir(parents=True)
         with mounted(here, size) as resize:
             if resize is None:
                 return
@@ -120,7 +123,7 @@ def two_writers(
     world: World, command: str, place: Path, table: Table, *, tries: int, seed: int = 0
 ) -> None:
     """Start the same command twice: the second is refused, or finds it done."""
-    whole, moments = reference(world, command, place), random.Random(seed)
+    whole, moments = reference(world, command), random.Random(seed)
     for k in range(tries):
         here = place / f"two{k}"
         first = Child(world.words(command), here)
@@ -134,9 +137,18 @@ def two_writers(
         shutil.rmtree(here)
 
 
+def run_twice(world: World, command: str, place: Path, table: Table) -> None:
+    """Run a command into the folder of a run that has ended: it ends with the same files."""
+    ended = run(world.words(command), place)
+    if ended.code == 0:
+        ended = run(world.words(command), place)
+    table.add("the same once more", command, *judge(ended, place, reference(world, command)))
+    shutil.rmtree(place)
+
+
 def deleted(world: World, command: str, place: Path, table: Table, *, every: int) -> None:
     """Delete the folder at crash points: the command says so, or ends with all its files."""
-    whole, n = reference(world, command, place), count_points(world, command, place)
+    whole, n = reference(world, command), count_points(world, command)
     for k in range(0, n, every):
         here = place / f"deleted{k}"
         points = CrashPoints(k, lambda: shutil.rmtree("out", ignore_errors=True))
@@ -153,7 +165,7 @@ def deleted(world: World, command: str, place: Path, table: Table, *, every: int
 
 def odd_clock(world: World, command: str, place: Path, table: Table, *, seed: int = 0) -> None:
     """Let all clocks jump forward and back."""
-    whole = reference(world, command, place)
+    whole = reference(world, command)
     jumps = random.Random(seed)
 
     def jump() -> None:

@@ -24,6 +24,7 @@ BASES: dict[str, dict[str, Any]] = {
     "train": {"store": "s"},
     "group_net": {"group": "C2"},
     "basis": {"network": {"name": "x"}, "layers": ["a", "b"]},
+    "flow": {"dictionaries": ["a", "b"], "out": "o"},
     "match": {"dictionaries": ["a", "b"], "out": "o"},
     "symmetry": {"dictionary": "d", "store": "s", "out": "o"},
     "branches": {"dictionary": "d", "store": "s", "out": "o"},
@@ -32,6 +33,10 @@ BASES: dict[str, dict[str, Any]] = {
     "evaluate": {"dictionary": "d", "out": "o"},
     "effects": {"dictionary": "d", "out": "o"},
     "report": {"folder": "f", "out": "o"},
+    "serve": {"folder": "f"},
+    "verify": {"folder": "f"},
+    "sweep": {"recipe": "r.toml"},
+    "export": {"dictionary": "d", "format": "saelens", "out": "o"},
     "demo": {"out": "o"},
     "sites": {"network": "x"},
 }

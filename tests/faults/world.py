@@ -75,6 +75,16 @@ checkpoint_every = 5
 [sparsity]
 k = 6
 """
+SWEEP = """
+store = "{root}/store"
+site = "mixed4a"
+steps = 12
+batch_size = 64
+n_latents = [16, 24]
+checkpoint_every = 5
+[sparsity]
+k = 6
+"""
 GROUP = 'group = "C6"\nwidth = 16\nsteps = 400\nbatch_size = 36\n'
 
 
@@ -93,6 +103,8 @@ class World:
             "train": ["train", place("train.toml"), "--store", place("store"),
                       "--site", SITES[0]],
             "group_net": ["train", place("group.toml")],
+            "sweep": ["sweep", place("sweep.toml")],
+            "export": ["export", place(SITES[0]), "--format", "saelens"],
             "match": ["match", place(SITES[0]), place(SITES[1]), "--cost", "codes",
                       "--store", place("store"), "--rows", "400"],
             "symmetry": ["symmetry", place("few"), "--store", place("posed"),
@@ -108,7 +120,7 @@ class World:
             "evaluate": ["evaluate", place(SITES[0]), "--n-samples", "4"],
             "report": ["report", place()],
         }  # fmt: skip
-        """Command -> its words, without `--out`."""
+        """Command -> its words, without `--out`; not those that write nothing."""
 
     def place(self, *parts: str) -> str:
         """Path in the world, as the word of a command line."""
@@ -119,9 +131,16 @@ class World:
         page = "/page.html" if command == "report" else ""
         return [*self.commands[command], "--out", out + page]
 
+    def reads(self, command: str, folder: str) -> list[str]:
+        """Words of one of `READ_ALL`, for a folder of runs."""
+        return [command, folder, *(["--out", "page.html"] if command == "report" else [])]
 
+
+READ_ALL = ("report", "serve", "verify")
+"""Commands that read runs of every kind."""
 RUNS = {"match": "match", "symmetry": "symmetry", "branches": "branches", "circuit": "circuit",
-        "basis": "basis", "evaluate": "evaluation", "prove": "proof"}  # fmt: skip
+        "basis": "basis", "evaluate": "evaluation", "prove": "proof", "sweep": "sweep",
+        "export": "exported"}  # fmt: skip
 """Command -> name of its finished run in the world."""
 SHORT_RUNS = ("branches", "prove")
 """Commands with a finished run in the world of the short form."""
@@ -184,13 +203,13 @@ FOREIGN = (
 )  # fmt: skip
 """Dictionaries that other libraries wrote."""
 RECIPES = {"collect": COLLECT, "posed": POSED, "basis": BASIS, "train": TRAIN, "group": GROUP,
-           "arrays": ARRAYS, "texts": TEXTS}  # fmt: skip
+           "arrays": ARRAYS, "texts": TEXTS, "sweep": SWEEP}  # fmt: skip
 
 
 def write_inputs(root: Path) -> None:
     """Write recipes, images, arrays, texts and weights."""
     for name, text in RECIPES.items():
-        (root / f"{name}.toml").write_text(text)
+        (root / f"{name}.toml").write_text(text.replace("{root}", str(root)))
     random = np.random.default_rng(0)
     rows = random.normal(size=(60, 8)).astype(np.float32)
     np.save(root / "rows.npy", rows)

@@ -333,11 +333,10 @@ def _in_turn(
     collection: _Collection, rounds: list[Round], todo: list[int], on_progress: Progress
 ) -> Iterator[tuple[int, RoundResult]]:
     """Do rounds one after another in this process."""
-    total = len(collection.samples)
-    done = total - sum(len(rounds[number].samples) for number in todo)
+    n = len(collection.samples)
+    done = n - sum(len(rounds[number].samples) for number in todo)
     for i, number in enumerate(todo):
-        progress = lambda n, done=done: on_progress(done + n, total)  # noqa: E731
-        yield i, _do_round(collection, rounds, number, progress)
+        yield i, _do_round(collection, rounds, number, lambda m, at=done: on_progress(at + m, n))
         done += len(rounds[number].samples)
 
 

@@ -24,7 +24,8 @@ from torch import Tensor, nn
 
 from mechatlas.activations.text_input import TextInput
 from mechatlas.activations.text_sources import Document, documents, records
-from mechatlas.base import DiskError, InputError, Result
+from mechatlas.base import InputError, Result
+from mechatlas.outputs import temporary_room
 from mechatlas.ranges import COUNT, check_ranges
 from mechatlas.sources import MEMORY_MIB
 
@@ -405,7 +406,8 @@ class _Spool:
 
     def __init__(self, width: int) -> None:
         self._row_bytes = width * 4
-        self._file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115 - closed below
+        with temporary_room():
+            self._file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115 - closed below
         weakref.finalize(self, self._file.close)
         self._ahead: list[bytes] = []
         self._n = 0
@@ -432,14 +434,9 @@ class _Spool:
         """
         data = b"".join(self._ahead)
         self._ahead = []
-        try:
+        with temporary_room():
             while data:
                 data = data[self._file.write(data) :]
-        except OSError as error:
-            raise DiskError(
-                f"Token ids cannot be kept in {tempfile.gettempdir()} ({error}). Set TMPDIR to a "
-                "folder with room, or take fewer with max_tokens."
-            ) from error
 
     def __getitem__(self, index: int) -> Int[np.ndarray, " width"]:
         row = range(self._n)[index]

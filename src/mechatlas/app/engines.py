@@ -23,6 +23,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
+from mechatlas.app.progress import silence
 from mechatlas.base import Engine, Here, RecipeError, UserError, Work
 
 TRIES = 3
@@ -125,6 +126,7 @@ def _run_pieces(line: Connection, work: Work, shared: Any, n_threads: int) -> No
     import torch
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process ends this one
+    silence()
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(n_threads)
     with contextlib.suppress(EOFError, BrokenPipeError):

@@ -20,7 +20,7 @@ import resource
 import shutil
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -33,6 +33,7 @@ from jaxtyping import Shaped
 from safetensors.numpy import save
 
 from mechatlas import deprecated
+from mechatlas.app.estimates import WORTH_SAYING, Estimate, OnlyEstimate, in_words
 from mechatlas.app.old_runs import renamed
 from mechatlas.app.recipes import as_dict
 from mechatlas.base import DiskError, WeightsError
@@ -54,7 +55,13 @@ from mechatlas.outputs import Claim, claim
 from mechatlas.tensorfiles import checksum_of, read_safetensors
 
 STORE, DICTIONARY, GROUP_NET, PROOF = "store", "dictionary", "group_net", "proof"
-EVALUATION, EXPORT, SWEEP, EFFECTS = "evaluation", "export", "sweep", "effects"
+EVALUATION, EXPORT, SWEEP, EFFECTS, FLOW = (
+    "evaluation",
+    "export",
+    "sweep",
+    "effects",
+    "flow",
+)
 BASIS, MATCHING, SYMMETRY, BRANCHES, CIRCUIT = (
     "basis",
     "matching",
@@ -70,6 +77,7 @@ RESULTS: dict[str, str] = {
     EVALUATION: "evaluate:EvaluateResult",
     EFFECTS: "effects:EffectsResult",
     EXPORT: "export:ExportResult",
+    FLOW: "flow:FlowResult",
     BASIS: "basis:BasisResult",
     MATCHING: "match:MatchResult",
     SYMMETRY: "symmetry:SymmetryResult",
@@ -80,7 +88,7 @@ RESULTS: dict[str, str] = {
 """Kind of a folder -> command and type of its result."""
 RECIPE, RESULT = "recipe.toml", "result.json"
 HISTORY = "history.json"
-LOGITS = "logits.parquet"
+LOGITS, FLOWS = "logits.parquet", "flow.parquet"
 FEATURES, SYMMETRY_TENSORS = "features.parquet", "symmetry.safetensors"
 MATCHES, TRACKS = "matches.parquet", "tracks.parquet"
 EDGES, KERNELS, PICTURES = "edges.parquet", "kernels.safetensors", "pictures.safetensors"
@@ -141,16 +149,18 @@ class Outputs(Protocol):
         """Give a dataclass or plain values."""
 
 
-def execute(config: Any) -> Any:
+def execute(config: Any, *, dry_run: bool = False) -> Any:
     """Run the command of a configuration, into its folder where it has one.
 
     Args:
         config: Configuration of a command, such as `MatchConfig`.
+        dry_run: Whether to stop where the command would say what it costs.
 
     Returns:
         The result, with the folder, CPU seconds and memory.
 
     Raises:
+        OnlyEstimate: It is a dry run.
         UserError: The input is bad, or the folder holds something else.
     """
     command: Any = sys.modules[type(config).__module__]
@@ -158,7 +168,7 @@ def execute(config: Any) -> Any:
         as_device(config.device)
     if not hasattr(command, "KIND") or config.out is None:
         return command.run(config)
-    with RunFolder(config.out, command.KIND, config) as folder:
+    with RunFolder(config.out, command.KIND, config, dry_run=dry_run) as folder:
         return folder.finish(command.run(config, folder))
 
 
@@ -171,12 +181,14 @@ class RunFolder:
         path: Folder to write.
         kind: Kind of the folder, for its manifest.
         config: Configuration of the command, a dataclass.
+        dry_run: Whether the run ends with its estimate.
     """
 
-    def __init__(self, path: Path, kind: str, config: Any) -> None:
+    def __init__(self, path: Path, kind: str, config: Any, *, dry_run: bool = False) -> None:
         self.path: Path = path
         self.kind: str = kind
         self.config: Any = config
+        self.dry_run = dry_run
         self._clock = time.process_time()
         self._facts: dict[str, Any] = {}
         self._parents: dict[str, str] = {}
@@ -202,6 +214,24 @@ class RunFolder:
     def __exit__(self, *error: object) -> None:
         """Let others write again, and delete the folder if it is empty and was made here."""
         self._context.close()
+
+    def expect(self, estimate: Callable[[], Estimate], *, is_long: bool = True) -> None:
+        """Say what the command costs, if that is over a minute, before the work begins.
+
+        Args:
+            estimate: Function that measures and estimates.
+            is_long: Whether the work is long beside the measurement.
+
+        Raises:
+            OnlyEstimate: It is a dry run.
+        """
+        if not (is_long or self.dry_run):
+            return
+        found = estimate()
+        if self.dry_run:
+            raise OnlyEstimate(found)
+        if found.seconds > WORTH_SAYING:
+            print(f"mechatlas: {in_words(found)}", file=sys.stderr, flush=True)
 
     def facts(self, **values: Any) -> None:
         """Add plain values to the manifest."""

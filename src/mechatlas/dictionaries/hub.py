@@ -19,7 +19,6 @@ import hashlib
 import json
 import os
 import re
-import tempfile
 from collections.abc import Iterator, Mapping
 from importlib import resources
 from pathlib import Path, PurePosixPath
@@ -28,6 +27,7 @@ from typing import Any
 from mechatlas.base import WeightsError
 from mechatlas.dictionaries.foreign.layouts import FILES, LAYOUTS
 from mechatlas.dictionaries.foreign.weights import INDEX
+from mechatlas.outputs import temporary_folder
 from mechatlas.tensorfiles import TORCH
 
 SCHEME = "hf://"
@@ -320,7 +320,7 @@ def push(
     from mechatlas.dictionaries.formats import save  # imports this module
 
     place, hub = Address.parse(address), _hub()
-    with tempfile.TemporaryDirectory() as folder:
+    with temporary_folder() as folder:
         save(dictionary, folder, format=format, metadata=metadata)
         with _telling(place):
             api = hub.HfApi(endpoint=os.environ.get("HF_ENDPOINT"))

@@ -12,7 +12,6 @@ them from text. Nothing is ever downloaded, and code that lies in a model's fold
 
 import io
 import sys
-import tempfile
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
@@ -24,6 +23,7 @@ from torch import Tensor, nn
 
 from mechatlas.activations.text_input import TextInput
 from mechatlas.base import UserError, WeightsError
+from mechatlas.outputs import temporary_folder
 from mechatlas.tensorfiles import non_finite
 
 HEADS = {
@@ -267,11 +267,11 @@ def _found(path: str | Path) -> Iterator[_Model]:
     elif place.suffix == ".gguf" and place.is_file():
         yield _Model(place.parent, place.name, path)
     elif zipfile.is_zipfile(place):
-        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as unpacked:
+        with temporary_folder() as unpacked:
             with zipfile.ZipFile(place) as archive:
                 archive.extractall(unpacked)
-            files = [p for p in Path(unpacked).rglob("*") if _is_model(p)]
-            outermost = min(files, key=lambda p: len(p.parts), default=Path(unpacked) / "none")
+            files = [p for p in unpacked.rglob("*") if _is_model(p)]
+            outermost = min(files, key=lambda p: len(p.parts), default=unpacked / "none")
             yield _in_folder(outermost.parent, path)
     else:
         raise WeightsError(

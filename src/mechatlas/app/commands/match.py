@@ -1,7 +1,7 @@
 """Match the latents of consecutive dictionaries one to one, with proof and false match rate.
 
     mechatlas match runs/layer3 runs/layer4 --out runs/match
-    mechatlas match runs/l*/ --out runs/tracks --store runs/store
+    mechatlas match runs/l*/ --out runs/tracks --store runs/store --engine processes:4
 
 The folder has `matches.parquet` (a row for each pair of latents) and, with three dictionaries or
 more, `tracks.parquet`. An interrupted run is continued by the same command.
@@ -10,6 +10,7 @@ more, `tracks.parquet`. An interrupted run is continued by the same command.
 import dataclasses
 import functools
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
@@ -32,6 +33,8 @@ from mechatlas.analysis.matching.folding import Cost, mean_active, varying
 from mechatlas.analysis.matching.held_out import CoFiring, co_firing, paired_codes
 from mechatlas.analysis.matching.nulls import NULLS, Null, PairEvidence
 from mechatlas.analysis.matching.pairing import FDR, Match, feature_splitting, match
+from mechatlas.app.engines import EngineConfig
+from mechatlas.app.estimates import of_matching
 from mechatlas.app.inputs import OpenedDictionary, open_dictionaries, refuse_other_network
 from mechatlas.app.match_quality import (
     HeldSamples,
@@ -54,7 +57,7 @@ from mechatlas.app.run_folder import (
     RunFolder,
     peak_bytes,
 )
-from mechatlas.base import RecipeError
+from mechatlas.base import Engine, RecipeError
 from mechatlas.maths.assignment import State
 from mechatlas.ranges import COUNT_OR_NONE, RATE, SEED, check_ranges
 
@@ -70,7 +73,7 @@ CURVES = ("persistence", "low", "high", "birth_share", "death_share")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class MatchConfig(TrustConfig, RunConfig):
+class MatchConfig(TrustConfig, EngineConfig, RunConfig):
     """Match the latents of consecutive dictionaries one to one."""
 
     dictionaries: Annotated[Positional[tuple[Path, ...]], arg(metavar="DICT_A DICT_B ...")]
@@ -259,6 +262,9 @@ def run(config: MatchConfig, folder: RunFolder) -> MatchResult:
     """
     _check(config)
     inputs = _open(config)
+    if config.cost != "codes":
+        shapes = [(each.dictionary.n_latents, each.dictionary.d_in) for each in inputs.opened]
+        folder.expect(lambda: of_matching(shapes))
     for name, opened in zip(inputs.names, inputs.opened, strict=True):
         folder.parent(name, opened.checksum)
     if config.store is not None:
@@ -267,7 +273,11 @@ def run(config: MatchConfig, folder: RunFolder) -> MatchResult:
         dictionaries=[str(path.resolve()) for path in config.dictionaries],
         settings={"cost": config.cost},
     )
-    pairs = [_pair(config, k, inputs, folder) for k in range(len(inputs.opened) - 1)]
+    engine, n_pairs = config.elsewhere(), len(inputs.opened) - 1
+    if engine is None:
+        pairs = [_pair(config, k, inputs, folder) for k in range(n_pairs)]
+    else:
+        pairs = _pairs_on(engine, config, inputs.names, folder)
     matches = [matching for matching, _ in pairs]
     result = MatchResult(
         cost=config.cost,
@@ -342,8 +352,55 @@ def _open(config: MatchConfig) -> _Inputs:
     return inputs
 
 
+@dataclasses.dataclass(frozen=True)
+class _Kept:
+    """Parts of one pair that are kept, in a worker; fits what `_pair` needs of a `RunFolder`."""
+
+    arrays: dict[str, dict[str, np.ndarray]]
+
+    def kept(self, name: str) -> dict[str, np.ndarray] | None:
+        """Part that an earlier run kept."""
+        return self.arrays.get(name)
+
+    def keep(self, name: str, arrays: Mapping[str, np.ndarray]) -> None:
+        """Keep a part."""
+        self.arrays[name] = dict(arrays)
+
+
+def _pairs_on(
+    engine: Engine, config: MatchConfig, names: Sequence[str], folder: RunFolder
+) -> list[tuple[Match, PairResult]]:
+    """Match all pairs on an engine; what each of them kept is in the folder once it is done."""
+    n_pairs = len(names) - 1
+    parts = {k: {"state0": f"state{k}", "evidence0": f"evidence{k}"} for k in range(n_pairs)}
+    pieces = [
+        (k, _Kept({here: a for here, name in parts[k].items() if (a := folder.kept(name))}))
+        for k in range(n_pairs)
+    ]
+    done: dict[int, tuple[Match, PairResult]] = {}
+    with bar("matching pairs") as progress:
+        for k, (matching, pair, kept) in engine.map(_pair_elsewhere, pieces, shared=config):
+            for here, name in parts[k].items():
+                folder.keep(name, kept.arrays[here])
+            done[k] = matching, dataclasses.replace(pair, a=names[k], b=names[k + 1])
+            progress(len(done), n_pairs)
+    return [done[k] for k in range(n_pairs)]
+
+
+def _pair_elsewhere(
+    piece: tuple[int, _Kept], config: MatchConfig
+) -> tuple[Match, PairResult, _Kept]:
+    """Match one pair in a worker, which opens the two dictionaries and their rows alone."""
+    k, kept = piece
+    both = slice(k, k + 2)
+    two = dataclasses.replace(
+        config, dictionaries=config.dictionaries[both], sites=config.sites[both]
+    )
+    return *_pair(two, 0, _open(two), kept), kept
+
+
 def _pair(
-    config: MatchConfig, k: int, inputs: _Inputs, folder: RunFolder
+    config: MatchConfig, k: int, inputs: _Inputs, folder: RunFolder | _Kept
 ) -> tuple[Match, PairResult]:
     """Match two consecutive dictionaries and measure what the match is worth."""
     clock, wall = time.process_time(), time.perf_counter()
@@ -401,7 +458,9 @@ def pair_result(matching: Match, a: str, b: str) -> PairResult:
     )
 
 
-def _resumable_match(config: MatchConfig, k: int, inputs: _Inputs, folder: RunFolder) -> Match:
+def _resumable_match(
+    config: MatchConfig, k: int, inputs: _Inputs, folder: RunFolder | _Kept
+) -> Match:
     """Match two dictionaries, from where an interrupted run stopped."""
     state, evidence = folder.kept(f"state{k}"), folder.kept(f"evidence{k}")
     last = time.monotonic()

@@ -6,7 +6,6 @@ mechatlas serve runs/large
 import contextlib
 import dataclasses
 import sys
-import tempfile
 import threading
 import time
 from pathlib import Path
@@ -20,6 +19,7 @@ from mechatlas.app.report.page import write_parts
 from mechatlas.app.report.runs import find_runs
 from mechatlas.app.report.server import serve
 from mechatlas.app.run_folder import CommandResult, peak_bytes
+from mechatlas.outputs import temporary_folder
 from mechatlas.ranges import COUNT_OR_NONE, check_ranges
 
 
@@ -60,8 +60,7 @@ def run(config: ServeConfig) -> ServeResult:
     """
     clock = time.process_time()
     runs = find_runs(config.folder, visualize=config.visualize, trust=config)
-    with tempfile.TemporaryDirectory(prefix="mechatlas-") as name, bar("drawing the page") as step:
-        folder = Path(name)
+    with temporary_folder() as folder, bar("drawing the page") as step:
         write_parts(runs, folder, on_progress=step)
         size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
         with serve(folder, config.port) as address:

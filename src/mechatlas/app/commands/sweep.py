@@ -17,8 +17,9 @@ from typing import Annotated, Any
 
 from tyro.conf import Positional, arg
 
-from mechatlas.app.commands.train import TrainConfig
+from mechatlas.app.commands.train import TrainConfig, estimate
 from mechatlas.app.engines import EngineConfig, as_engine
+from mechatlas.app.estimates import WORTH_MEASURING, Estimate
 from mechatlas.app.progress import bar
 from mechatlas.app.recipes import as_dict, from_dict
 from mechatlas.app.run_folder import (
@@ -34,7 +35,7 @@ from mechatlas.app.run_folder import (
     read_result,
 )
 from mechatlas.base import DiskError, RecipeError, UserError
-from mechatlas.files import MANIFEST, read_manifest, read_toml
+from mechatlas.files import MANIFEST, checksum_file, read_manifest, read_toml
 
 KIND = SWEEP
 RUNS = "runs.parquet"
@@ -81,9 +82,13 @@ def run(config: SweepConfig, folder: RunFolder) -> SweepResult:
     """
     engine = as_engine(config.engine)
     varied, runs = _combinations(config)
-    folder.begin()  # the folders of dictionaries that follow are this sweep's
     done = {name: result for name in runs if (result := _trained(runs[name]))}
     missing = [name for name in runs if name not in done]
+    if missing:
+        configs = [runs[name] for name in missing]
+        is_long = sum(config.steps for config in configs) >= 10 * WORTH_MEASURING
+        folder.expect(lambda: _estimate(configs), is_long=is_long)
+    folder.begin()  # the folders of dictionaries that follow are this sweep's
     failed: dict[str, str] = {}
     n_kept = len(done)
     with bar(f"training {len(runs)} dictionaries") as step:
@@ -193,13 +198,14 @@ def _written(value: Any) -> str:
 
 
 def _trained(config: TrainConfig) -> dict[str, Any] | None:
-    """Result of a dictionary that is there already, trained by the same settings.
+    """Result of a dictionary that is there already, whole and trained by the same settings.
 
     Raises:
-        DiskError: The folder holds one of other settings, or is damaged.
+        DiskError: The folder holds one of other settings, or does not say of which.
     """
-    manifest = config.out / MANIFEST
-    if not manifest.is_file() or not read_manifest(manifest).get("complete"):
+    path = config.out / MANIFEST
+    manifest = read_manifest(path) if path.is_file() else {}
+    if not manifest.get("complete"):
         return None
     wanted = as_dict(config)
     found = read_toml(config.out / RECIPE)
@@ -209,6 +215,10 @@ def _trained(config: TrainConfig) -> dict[str, Any] | None:
             f"{config.out} holds a dictionary of other settings. Choose another --out, or delete "
             "that folder."
         )
+    for name, stated in manifest["files"].items():
+        file = config.out / name
+        if not file.is_file() or checksum_file(file) != stated:
+            return None
     return as_plain(read_result(config.out, DICTIONARY))
 
 
@@ -219,6 +229,36 @@ def _train(config: TrainConfig, shared: None) -> tuple[dict[str, Any], str]:
         return as_plain(execute(config)), ""
     except UserError as error:
         return {}, str(error)
+
+
+def _estimate(configs: list[TrainConfig]) -> Estimate:
+    """Estimate the cost of all dictionaries from that of one, in proportion to their sizes.
+
+    Raises:
+        UserError: None can be trained.
+    """
+    config, first = _first_estimate(configs)
+    steps = sum(each.steps * each.batch_size * each.n_latents for each in configs)
+    n_latents = [each.n_latents for each in configs]
+    return Estimate(
+        seconds=first.seconds * steps / (config.steps * config.batch_size * config.n_latents),
+        memory=int(first.memory * max(1.0, max(n_latents) / config.n_latents)),
+        disk=first.disk * sum(n_latents) // config.n_latents,
+    )
+
+
+def _first_estimate(configs: list[TrainConfig]) -> tuple[TrainConfig, Estimate]:
+    """Estimate the first dictionary that can be trained.
+
+    Raises:
+        UserError: None can.
+    """
+    try:
+        return configs[0], estimate(configs[0])
+    except UserError:
+        if len(configs) == 1:
+            raise
+        return _first_estimate(configs[1:])
 
 
 def _table(

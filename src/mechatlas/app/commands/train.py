@@ -7,6 +7,7 @@ by the same command. A recipe that names a group trains a network on the group's
 """
 
 import dataclasses
+import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ from mechatlas.activations.positions import Positions
 from mechatlas.activations.samples import SampleRecipe
 from mechatlas.activations.store import PairedRows, Store
 from mechatlas.activations.stream import stream
+from mechatlas.app.estimates import WORTH_MEASURING, Estimate, of_training
 from mechatlas.app.progress import bar
 from mechatlas.app.run_folder import (
     CHECKPOINT,
@@ -222,25 +224,19 @@ def run(config: TrainConfig, folder: RunFolder) -> TrainResult:
         RecipeError: The dictionary does not suit the rows.
         UserError: See `mechatlas.dictionaries.training.train`.
     """
-    data = _from_store(config) if config.source is None else _from_network(config, config.source)
+    data = _open(config)
     rows = data.rows
     try:
         dictionary = config.build(data.widths, data.group)
     except ValueError as error:
         raise RecipeError(f"{data.name}: {error}") from error
+    folder.expect(lambda: _estimate(config, data), is_long=config.steps >= 10 * WORTH_MEASURING)
     with bar("training") as progress:
         train_dictionary(
             dictionary,
             rows,
             steps=config.steps,
-            batch_size=config.batch_size,
-            lr=config.lr,
-            seed=config.seed,
-            device=config.device,
-            schedule=config.schedule,
-            objective=config.objective,
-            revival=config.revival,
-            outlier_norms=config.outlier_norms,
+            **_options(config),
             checkpoint=folder.path / CHECKPOINT,
             checkpoint_every=config.checkpoint_every,
             on_progress=progress,
@@ -270,6 +266,34 @@ def run(config: TrainConfig, folder: RunFolder) -> TrainResult:
     )
 
 
+def _options(config: TrainConfig) -> dict[str, Any]:
+    """Options of a step of training."""
+    names = (
+        "batch_size", "lr", "seed", "device", "schedule", "objective", "revival", "outlier_norms",
+    )  # fmt: skip
+    return {name: getattr(config, name) for name in names}
+
+
+def estimate(config: TrainConfig) -> Estimate:
+    """Estimate the cost of the command.
+
+    Raises:
+        UserError: As `run`.
+    """
+    return _estimate(config, _open(config))
+
+
+def _estimate(config: TrainConfig, data: "_Data") -> Estimate:
+    dictionary = config.build(data.widths, data.group)
+    rows = data.rows.held_out(HELD_OUT_ROWS).x
+    options = _options(config)
+    return of_training(dictionary, rows, config.steps, options, seconds_a_row=data.seconds_a_row)
+
+
+def _open(config: TrainConfig) -> "_Data":
+    return _from_store(config) if config.source is None else _from_network(config, config.source)
+
+
 class _Data(NamedTuple):
     """Rows to train on, and what is known of them."""
 
@@ -284,6 +308,8 @@ class _Data(NamedTuple):
     group: Group | None = None
     """Group of the store, if its rows hold a block for every element."""
     store: Store | None = None
+    seconds_a_row: float = 0.0
+    """Seconds in which the network gives a row."""
 
 
 def _from_store(config: TrainConfig) -> _Data:
@@ -322,10 +348,13 @@ def _from_network(config: TrainConfig, source: SourceConfig) -> _Data:
         seed=config.seed,
         device=config.device,
     )
+    start = time.perf_counter()
     n_held_out = len(rows.held_out(HELD_OUT_ROWS).row)
+    seconds_a_row = (time.perf_counter() - start) / max(1, n_held_out)
     widths = {s: p.stop - p.start for s, p in zip(config.sites, rows.parts, strict=True)}
     facts = {"site": str(rows.sites[0]), "network": digest(network)}
-    return _Data(rows, n_held_out, widths, f"The network {source.network.name}", facts)
+    name = f"The network {source.network.name}"
+    return _Data(rows, n_held_out, widths, name, facts, seconds_a_row=seconds_a_row)
 
 
 def in_words(result: TrainResult) -> str:

@@ -166,7 +166,39 @@ class LogitLine:
     """False discovery rate asked for."""
 
 
-Line = SymmetryLine | BranchLine | MatchLine | TrackLine | CircuitLine | LogitLine
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FlowLine:
+    """Origin of a feature, and the way that it came."""
+
+    anchor: str
+    """Anchor of the part of the chapter."""
+    origin: str
+    """Origin in words."""
+    before: FeatureAt | None
+    """Partner in the layer before."""
+    before_name: str
+    """Name of the dictionary before."""
+    cosine: float | None
+    """Cosine with it."""
+    q: float | None
+    """q-value of that link."""
+    module: FeatureAt | None
+    """Latent of the attention or MLP that writes the direction."""
+    module_name: str
+    """Name of its dictionary."""
+    module_cosine: float | None
+    """Cosine with it."""
+    module_q: float | None
+    """q-value of that link."""
+    since: str
+    """Dictionary in which the track begins."""
+    wrong: float | None
+    """Probability that some link of the track so far is wrong, at most."""
+    fdr: float
+    """False match rate asked for."""
+
+
+Line = SymmetryLine | BranchLine | MatchLine | TrackLine | CircuitLine | LogitLine | FlowLine
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -179,12 +211,14 @@ class FeatureRecord:
     tracks: list[TrackLine] = dataclasses.field(default_factory=list)
     circuits: list[CircuitLine] = dataclasses.field(default_factory=list)
     logits: list[LogitLine] = dataclasses.field(default_factory=list)
+    flow: list[FlowLine] = dataclasses.field(default_factory=list)
 
     def add(self, line: Line) -> None:
         """Add a line of whatever kind."""
         lists = {
             SymmetryLine: self.symmetry, BranchLine: self.branches, MatchLine: self.matches,
             TrackLine: self.tracks, CircuitLine: self.circuits, LogitLine: self.logits,
+            FlowLine: self.flow,
         }  # fmt: skip
         lists[type(line)].append(line)
 

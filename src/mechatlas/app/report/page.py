@@ -37,6 +37,7 @@ from mechatlas.app.report.chapters import (
     effects,
     evaluation,
     features,
+    flow,
     interaction,
     matching,
     proofs,
@@ -54,6 +55,7 @@ from mechatlas.files import write
 CHAPTERS: tuple[ChapterOf, ...] = (
     features.chapter,
     matching.chapter,
+    flow.chapter,
     symmetry.chapter,
     branches.chapter,
     circuits.chapter,

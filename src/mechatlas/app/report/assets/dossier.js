@@ -85,6 +85,15 @@ const dossier = (() => {
       sure, row("raises", line.raises), row("lowers", line.lowers));
   }
 
+  async function flow(f) {
+    const from = f.before ? el("span", {}, "from ", await cards.mention(...f.before, f.before_name)) : null;
+    const written = f.module ? el("span", {}, "written by ", await cards.mention(...f.module, f.module_name)) : null;
+    const links = [f.before ? `layer before: cosine ${number(f.cosine)}, q ${number(f.q)}` : `nearest partner before: cosine ${number(f.cosine)}, q ${number(f.q)}`,
+      f.module ? `module: cosine ${number(f.module_cosine)}, q ${number(f.module_q)}` : "no module is matched"];
+    return claim(f.anchor, [`${f.origin[0].toUpperCase()}${f.origin.slice(1)}`, from, written].filter(Boolean),
+      `At a false match rate of ${percent(f.fdr)}; ${links.join("; ")}. On its track since ${f.since}; a link of it is wrong with a probability of at most ${percent(f.wrong)}.`, f.origin !== "unexplained");
+  }
+
   // Claims of every analysis that was run on this dictionary.
   async function claims(d, i) {
     const record = d.records[i] ?? {};
@@ -95,6 +104,7 @@ const dossier = (() => {
       ["Next tokens", of("logits").map(logits)],
       ["Symmetry", of("symmetry").map((s) => symmetry({ ...s, feature: i }))],
       ["Branches", branches(d, of("branches"))],
+      ["Origin", await Promise.all(of("flow").map(flow))],
       ["Comes from", await Promise.all(before.map(match))],
       ["Goes to", await Promise.all(after.map(match))],
       ["Life line", await Promise.all(of("tracks").map(track))],

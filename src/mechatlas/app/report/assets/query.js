@@ -53,6 +53,7 @@ const query = (() => {
     class: (d, word) => (i) => record(d, i, "symmetry").some((s) => includes(s.name, word)),
     family: (d, word) => (i) => record(d, i, "symmetry").some((s) => String(s.family) === word),
     label: (d, word) => (i) => includes(`${labels.of(d, i).name ?? ""} ${labels.of(d, i).note ?? ""}`, word),
+    origin: (d, word) => (i) => record(d, i, "flow").some((f) => includes(f.origin, word)),
     raises: (d, word) => (i) => record(d, i, "logits").some((l) => l.raises.some(([token]) => includes(token, word))),
     lowers: (d, word) => (i) => record(d, i, "logits").some((l) => l.lowers.some(([token]) => includes(token, word))),
     token: (d, word) => inSet(d, byWord(d), word),
