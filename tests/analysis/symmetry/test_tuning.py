@@ -72,11 +72,14 @@ def test_responses_have_the_symmetry_of_the_filter(stimuli):
     grades = ["exact"] * 24 + ["none"] * 8
     true = class_agreement(tuning, subgroups, grades)
     assert true.n_claimed, true.n_none == (24, 8)
+    assert true.auc is not None
+    assert true.p_value is not None
     assert true.auc > 0.99
     assert true.p_value < 0.01
     assert true.claimed == pytest.approx(1, abs=1e-4)
     shuffled = [subgroups[i] for i in random.permutation(32)]
     wrong = class_agreement(tuning, shuffled, ["exact" if len(h) > 1 else "none" for h in shuffled])
+    assert wrong.auc is not None
     assert wrong.auc < true.auc - 0.2
 
 
@@ -97,6 +100,7 @@ def test_responses_follow_poses(stimuli):
     assert (right.n, right.right) == (6, 6)
     assert right.similarity == pytest.approx(1, abs=1e-4)
     assert right.by_chance == pytest.approx(1 / 8, abs=0.05)
+    assert right.similarity_by_chance is not None
     assert right.similarity_by_chance < 0.8
     wrong = pose_agreement(tuning, own, np.concatenate([np.zeros(6, int), 1 + poses % 7]))
     assert wrong.right == 0

@@ -134,7 +134,7 @@ def find_types(
     for near, null_tree in (pair for each in nulls.values() for pair in each):
         enough = np.flatnonzero(_n_in_clusters(null_tree) >= found[at])
         cut = CUTS[enough[0]] if len(enough) else CUTS[-1]
-        separations.append(_separation(near, _clusters(null_tree, cut)))
+        separations.append(_separation(near, _clusters(null_tree, float(cut))))
     return _describe(
         labels, similarity, spectra, usable, len(blocks), group,
         cut=float(CUTS[at]), n_by_chance=float(by_chance[at]),
