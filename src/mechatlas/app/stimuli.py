@@ -23,7 +23,7 @@ from mechatlas.activations.store import Store
 from mechatlas.analysis.symmetry.classify import Symmetry
 from mechatlas.analysis.symmetry.feature_types import FeatureTypes
 from mechatlas.analysis.symmetry.posed_dictionary import PosedDictionary
-from mechatlas.analysis.symmetry.stimuli import KINDS, draw_stimuli
+from mechatlas.analysis.symmetry.stimuli import KINDS, Stimuli, draw_stimuli
 from mechatlas.analysis.symmetry.tuning import (
     ClassAgreement,
     PoseAgreement,
@@ -127,6 +127,19 @@ def measure(
     rows = _activations(network, site, torch.from_numpy(stimuli.images), position)
     responses = _codes(posed, rows, stimuli.image_of, stimuli.group.table, elements)
     tuning = measure_tuning(responses, stimuli, elements, seed=seed)
+    shown = {"n_images": len(stimuli.images), "n_angles": angles, "receptive_field": field.size}
+    return _summarize(tuning, stimuli, symmetries, types, shown, seed)
+
+
+def _summarize(
+    tuning: Tuning,
+    stimuli: Stimuli,
+    symmetries: Symmetry,
+    types: FeatureTypes,
+    shown: dict[str, int],
+    seed: int,
+) -> MeasuredTuning:
+    """Compare responses with claims, and list what is known of each feature."""
     grades = symmetries.grades
     claims = [
         exact if grade == "exact" else near
@@ -136,9 +149,7 @@ def measure(
     ]
     kinds = np.array(stimuli.kinds)[tuning.best]
     result = TuningResult(
-        n_images=len(stimuli.images),
-        n_angles=angles,
-        receptive_field=field.size,
+        **shown,
         responding=int(tuning.responds.sum()),
         stimuli={kind: int((tuning.responds & (kinds == kind)).sum()) for kind in KINDS},
         classes=class_agreement(tuning, claims, grades, seed=seed),
@@ -150,7 +161,7 @@ def measure(
         "stimulus": [k if on else "" for k, on in zip(kinds, tuning.responds, strict=True)],
         "stimulus_name": [k if on else "" for k, on in zip(names, tuning.responds, strict=True)],
         "response": tuning.curves.max(axis=1),
-        "tuning_period": _periods(tuning, angles),
+        "tuning_period": _periods(tuning, shown["n_angles"]),
         "tuning_likeness": tuning.similarity_under(claims, tuning.similarity),
         "tuning_likeness_low": tuning.similarity_under(claims, tuning.low),
         "tuning_likeness_high": tuning.similarity_under(claims, tuning.high),

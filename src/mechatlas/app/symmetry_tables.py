@@ -109,18 +109,9 @@ def write_features(
         columns: Further columns: type of each feature, responses to stimuli, interventions.
         tensors: Further tensors: tuning curves.
     """
-    group = symmetries.group
-    names = group.element_names
+    names = symmetries.group.element_names
     sizes = symmetries.family_sizes
     likeness, errors = symmetries.likeness()
-    lattice = group.lattice()
-    similar = np.array([lattice.class_of(each) for each in symmetries.approximate_stabilizers])
-    # Where no symmetry is shown, that which the feature is nearest to.
-    nearest = np.nan_to_num(likeness, nan=-2.0)
-    nearest[:, 0] = -3.0  # the class of {e} itself
-    at = np.where(similar > 0, similar, nearest.argmax(axis=1))
-    rows = np.arange(len(at))
-    value, spread = likeness[rows, at], NORMAL_95 * errors[rows, at]
     folder.table(
         FEATURES,
         {
@@ -129,14 +120,7 @@ def write_features(
             "stabilizer_order": np.array([len(each) for each in symmetries.stabilizers], np.int32),
             "stabilizer_elements": [sorted(each) for each in symmetries.stabilizers],
             "class": symmetries.names,
-            "grade": symmetries.grades,
-            "approximate_stabilizer": [symmetries.class_names[c] for c in similar],
-            "approximate_elements": [sorted(h) for h in symmetries.approximate_stabilizers],
-            "approximate_q_value": symmetries.approximate_q_values,
-            "likeness_class": [symmetries.class_names[c] for c in at],
-            "likeness": value,
-            "likeness_low": value - spread,
-            "likeness_high": value + spread,
+            **_grade_columns(symmetries, likeness, errors),
             "family": symmetries.families.astype(np.int32),
             "family_size": sizes[symmetries.families].astype(np.int32),
             "reference": symmetries.references.astype(np.int32),
@@ -164,3 +148,29 @@ def write_features(
             **(tensors or {}),
         },
     )
+
+
+def _grade_columns(
+    symmetries: Symmetry,
+    likeness: Float[np.ndarray, "feature cls"],
+    errors: Float[np.ndarray, "feature cls"],
+) -> dict[str, Any]:
+    """Columns with the grade of each feature, and its likeness under the class that matters."""
+    lattice = symmetries.group.lattice()
+    similar = np.array([lattice.class_of(each) for each in symmetries.approximate_stabilizers])
+    # Where no symmetry is shown, that which the feature is nearest to.
+    nearest = np.nan_to_num(likeness, nan=-2.0)
+    nearest[:, 0] = -3.0  # the class of {e} itself
+    at = np.where(similar > 0, similar, nearest.argmax(axis=1))
+    rows = np.arange(len(at))
+    value, spread = likeness[rows, at], NORMAL_95 * errors[rows, at]
+    return {
+        "grade": symmetries.grades,
+        "approximate_stabilizer": [symmetries.class_names[c] for c in similar],
+        "approximate_elements": [sorted(h) for h in symmetries.approximate_stabilizers],
+        "approximate_q_value": symmetries.approximate_q_values,
+        "likeness_class": [symmetries.class_names[c] for c in at],
+        "likeness": value,
+        "likeness_low": value - spread,
+        "likeness_high": value + spread,
+    }

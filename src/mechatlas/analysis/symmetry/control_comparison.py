@@ -35,7 +35,7 @@ class ClassComparison:
     share: float
     """Share of the features that are shown to have a symmetry, or none."""
     share_control: float
-    """The same share in the control."""
+    """Share of such features of the control."""
     difference: float | None
     """Difference of the two shares; None if one side has no such features."""
     low: float

@@ -64,7 +64,7 @@ class FeatureTypes:
     """Mean over features in clusters of the mean similarity to their own cluster, less that to the
     most similar other cluster; NaN with fewer than two clusters."""
     null_separation: Float[np.ndarray, " null"]
-    """The same of each null dictionary, cut at as many features in clusters."""
+    """Separation of each null dictionary, cut at as many features in clusters."""
 
     @property
     def sizes(self) -> Int[np.ndarray, " cluster"]:

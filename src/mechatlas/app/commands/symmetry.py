@@ -254,21 +254,13 @@ def run(config: SymmetryConfig, folder: RunFolder) -> SymmetryResult:
         lambda codes: reconstruct(posed, estimates, codes), folder,
         n_features=config.interventions, seed=config.seed,
     )  # fmt: skip
-    types = find_types(
-        estimates.blocks, posed.group, symmetries.reliability, fdr=config.fdr, seed=config.seed
-    )
-    tuned = stimuli.measure(
-        posed, store, symmetries, types, n_angles=config.stimuli, seed=config.seed, trust=config
-    )
-    untransformed = estimates.blocks[:, posed.group.identity]
-    columns = type_columns(types, posed.group) | tuned.columns | tested.columns
-    write_features(folder, symmetries, untransformed, estimates.active, columns, tuned.tensors)
+    types, tuning = _describe_features(config, posed, store, estimates, symmetries, tested, folder)
     by_pose = {name: [rounded(v) for v in values] for name, values in r2.items()}
     description = store.manifest["group"]
     return SymmetryResult(
         **count_classes(symmetries),
-        types=count_types(types),
-        tuning=tuned.result,
+        types=types,
+        tuning=tuning,
         discoveries_shuffled=n_shuffled,
         agreement=_agreement(estimates, symmetries),
         group=GroupDescription(
@@ -289,6 +281,28 @@ def run(config: SymmetryConfig, folder: RunFolder) -> SymmetryResult:
         interventions=tested.result,
         control=None if control is None else _compare(str(config.control), symmetries, control),
     )
+
+
+def _describe_features(
+    config: SymmetryConfig,
+    posed: PosedDictionary,
+    store: Store,
+    estimates: BlockEstimates,
+    symmetries: Symmetry,
+    tested: pose_interventions.MeasuredInterventions,
+    folder: RunFolder,
+) -> tuple[TypesResult, TuningResult]:
+    """Find types, measure responses to stimuli, and write all that is known of each feature."""
+    types = find_types(
+        estimates.blocks, posed.group, symmetries.reliability, fdr=config.fdr, seed=config.seed
+    )
+    tuned = stimuli.measure(
+        posed, store, symmetries, types, n_angles=config.stimuli, seed=config.seed, trust=config
+    )
+    untransformed = estimates.blocks[:, posed.group.identity]
+    columns = type_columns(types, posed.group) | tuned.columns | tested.columns
+    write_features(folder, symmetries, untransformed, estimates.active, columns, tuned.tensors)
+    return count_types(types), tuned.result
 
 
 def _check(config: SymmetryConfig) -> None:
