@@ -136,7 +136,7 @@ def _summarize(
     stimuli: Stimuli,
     symmetries: Symmetry,
     types: FeatureTypes,
-    shown: dict[str, int],
+    shown: dict[str, Any],
     seed: int,
 ) -> MeasuredTuning:
     """Compare responses with claims, and list what is known of each feature."""
