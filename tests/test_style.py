@@ -1,6 +1,7 @@
 """The house rules that a linter does not know."""
 
 import ast
+import functools
 import json
 import os
 import re
@@ -21,11 +22,16 @@ PREPOSITIONS = {"about", "at", "beside", "between", "beyond", "by", "for", "from
     "over", "to", "under", "with"}  # fmt: skip
 
 
+@functools.cache
+def parsed(path):
+    return ast.parse(path.read_text())
+
+
 @pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(ROOT / "src")))
 def test_small_enough_to_read_in_one_sitting(path):
     source = path.read_text()
     assert source.count("\n") <= 600, "split it, or delete something"
-    for node in ast.walk(ast.parse(source)):
+    for node in ast.walk(parsed(path)):
         if isinstance(node, ast.FunctionDef) and node.end_lineno is not None:
             body = node.end_lineno - node.lineno
             doc = ast.get_docstring(node)
@@ -58,7 +64,7 @@ def is_refused(name: str) -> bool:
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(ROOT / "src")))
 def test_names_are_american_and_say_what_they_are(path):
-    assert sorted({n for n in defined_names(ast.parse(path.read_text())) if is_refused(n)}) == []
+    assert sorted({n for n in defined_names(parsed(path)) if is_refused(n)}) == []
 
 
 def test_a_british_or_vague_name_is_refused():
@@ -74,7 +80,7 @@ def test_other_words_are_not_taken_for_british(name):
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(ROOT / "src")))
 def test_nothing_reads_a_pickle(path):
-    tree = ast.parse(path.read_text())
+    tree = parsed(path)
     for node in ast.walk(tree):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
             called = ast.unparse(node.func)
@@ -108,7 +114,7 @@ def stands_alone(text: str, *, of_constant: bool) -> bool:
 def test_docstrings_begin_with_the_noun_of_what_they_describe(path):
     unclear = [
         f"{path}:{line}: {text.splitlines()[0]}"
-        for line, text, of_constant in docstrings(ast.parse(path.read_text()))
+        for line, text, of_constant in docstrings(parsed(path))
         if not stands_alone(text, of_constant=of_constant)
     ]
     assert not unclear, "\n".join(unclear)

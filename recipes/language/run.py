@@ -47,7 +47,7 @@ def settings() -> argparse.Namespace:
     parser.add_argument("--layers", type=int, nargs="*", default=list(range(4, 28, 2)))
     parser.add_argument("--n-latents", type=int, default=4608)
     parser.add_argument("--k", type=int, default=32)
-    parser.add_argument("--tokens", type=int, default=1_000_000)
+    parser.add_argument("--tokens", type=int, default=1_100_000)
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--batch-size", type=int, default=512)
     parser.add_argument("--samples", type=int, default=128, help="windows of each evaluation")
