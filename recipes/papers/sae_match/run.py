@@ -66,10 +66,10 @@ def between(pair: dict[str, Any]) -> str:
 
 
 def estimate(values: dict[str, Any] | None) -> str:
-    """A value with its interval."""
-    return (
-        "-" if not values else f"{values['value']:.2f} [{values['low']:.2f}, {values['high']:.2f}]"
-    )
+    """Write a value with its interval."""
+    if not values or not values["n"]:
+        return "no pairs"
+    return f"{values['value']:.2f} [{values['low']:.2f}, {values['high']:.2f}]"
 
 
 def rows_of(pair: dict[str, Any]) -> list[Any]:
@@ -141,8 +141,17 @@ def main() -> None:
     rows = [row for pair in results[0]["pairs"] for row in rows_of(pair)]
     chain = results[0].get("first_to_last")
     if chain:
-        rows.append(Row("composition of matches against the direct match, first to last site",
-                        str(chain), "holds for about five layers (plot)"))  # fmt: skip
+        shown = {
+            way: f"{each['pairs']} pairs, P {estimate(each['co_firing']['p_b_given_a'])}"
+            for way, each in chain.items()
+        }
+        rows.append(
+            Row(
+                "matched from the first site to the last",
+                "; ".join(f"{way} {text}" for way, text in shown.items()),
+                "composition of matches holds for about five layers (plot)",
+            )
+        )
     missing = MISSING if options.texts else [*MISSING, "a residual stream: --texts FOLDER"]
     write_paper(options.out, TITLE, rows, missing, {"matches": results})
 
