@@ -89,6 +89,7 @@ def test_a_step_sends_the_messages_of_the_formula(messages):
         step(torch.randn(job.batch, job.d), 1e-3)
         assert messages["gathered"] == SCALING["gathered_bytes"](job)
         assert messages["summed"] == SCALING["summed_bytes"](job)
+    job = jobs()[0]
     assert SCALING["received_bytes"](job, 1) == 0
     two = SCALING["gathered_bytes"](job) + SCALING["summed_bytes"](job)
     assert SCALING["received_bytes"](job, 2) == two
