@@ -45,9 +45,9 @@ def here(tmp_path, monkeypatch):
     (tmp_path / "collect.toml").write_text(RECIPE)
     main(["collect", "collect.toml"])
     rows = Store("store").rows(SITE)
-    sae = Autoencoder(d_in=16, n_latents=24, sparsity=TopK(k=2))
+    sae = Autoencoder(d_in=16, n_latents=12, sparsity=TopK(k=2))
     with torch.no_grad():
-        sae.W_dec.mul_(torch.linspace(0.5, 2, 24)[:, None])  # lengths that must be taken out
+        sae.W_dec.mul_(torch.linspace(0.5, 2, 12)[:, None])  # lengths that must be taken out
         sae.W_enc.copy_(sae.W_dec.T / rows.held_out(50).x.std())
     save(sae, "sae")
     return tmp_path
@@ -123,7 +123,7 @@ def test_some_features_are_written_and_what_does_not_fit_is_refused(here, capsys
     assert [feature["feature_index"] for feature in batch["features"]] == [7, 3]
     for more, said in (
         ([], "name one with --site"),
-        (["--site", SITE, "--latents", "24"], "There is no latent 24; the dictionary has 0 to 23"),
+        (["--site", SITE, "--latents", "12"], "There is no latent 12; the dictionary has 0 to 11"),
         (["--site", f"{SITE}.mlp.act_fn"], "24 wide, the dictionary reads 16"),
     ):
         with pytest.raises(SystemExit) as exit_:

@@ -30,7 +30,6 @@ from mechatlas.app.inputs import (
     open_network,
     refuse_other_network,
 )
-from mechatlas.app.neuronpedia import Facts, write_features
 from mechatlas.app.progress import bar
 from mechatlas.app.run_folder import EXPORT, CommandResult, RunConfig, RunFolder
 from mechatlas.base import RecipeError
@@ -140,6 +139,9 @@ def _features(
         RecipeError: The store is not of texts, or has several sites and none is named.
         UserError: The store, its network or its texts are not to be found, or do not fit.
     """
+    # Its statistics take longer to import than a dictionary takes to export.
+    from mechatlas.app.neuronpedia import Facts, write_features
+
     store = find_store(opened) if config.store is None else Store(config.store)
     refuse_other_network(opened, store)
     own = opened.site or (store.sites[0] if len(store.sites) == 1 else None)
