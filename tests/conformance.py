@@ -51,6 +51,8 @@ def decoding_is_affine(dictionary: Dictionary) -> None:
     zero = decoded(dictionary, torch.zeros_like(code), x)
     parts = decoded(dictionary, code, x) - zero
     torch.testing.assert_close(dictionary.decode(code) - zero, parts)
+    if getattr(getattr(dictionary, "sparsity", None), "by_site", False):
+        return  # a code twice as large may open what a site had closed
     torch.testing.assert_close(decoded(dictionary, 2 * code, x) - zero, 2 * parts)
 
 

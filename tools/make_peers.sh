@@ -18,7 +18,9 @@ test -x "$folder/bin/python" || "${PYTHON:-python3}" -m venv "$folder"
     more-itertools loguru pymongo json-repair pydantic-settings opentelemetry-api opentelemetry-sdk \
     opentelemetry-semantic-conventions opentelemetry-proto \
     opentelemetry-exporter-otlp-proto-common opentelemetry-exporter-otlp-proto-http \
-    googleapis-common-protos
+    googleapis-common-protos cattrs \
+    sae-dashboard==0.8.0 dataclasses-json==0.6.7 marshmallow==3.26.1 typing-inspect==0.9.0 \
+    mypy-extensions eindex-callum==0.1.2 decode-clt==0.0.1
 "$folder/bin/python" -m pip freeze >"$folder/versions.txt"
 touch "$folder/.ready"
 echo "peers are in $folder"

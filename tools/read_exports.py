@@ -6,10 +6,11 @@
 Runs in the environment of `tools/make_peers.sh` and never imports mechatlas. FOLDER holds
 `x.safetensors`, and a folder for each of circuit-tracer, dictionary_learning and sparsify with one
 folder a dictionary; `answers.safetensors` gets `LIBRARY/NAME/code` and `LIBRARY/NAME/output`.
-Folders for SAELens go through the check of SAEBench, if that is installed.
+Folders for SAELens go through the loader of SAEBench and through SAEDashboard on a tiny random
+network, which gives `saebench/NAME/layer`, and the rows and codes of all features under
+`saedashboard/NAME`. Files `neuronpedia/*.json` are read by the classes of SAEDashboard.
 """
 
-import contextlib
 import json
 import sys
 from pathlib import Path
@@ -64,6 +65,52 @@ def sparsify(folder: Path, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]
     return code, own(x).sae_out
 
 
+def saebench(folder: Path) -> int:
+    """Layer of a dictionary as SAEBench prepares it for its evaluations."""
+    from sae_bench.sae_bench_utils.general_utils import load_and_format_sae
+    from sae_lens import SAE
+
+    loaded = load_and_format_sae("exported", SAE.load_from_disk(folder), "cpu")
+    assert loaded is not None
+    return int(loaded[1].cfg.hook_layer)
+
+
+def saedashboard(folder: Path) -> dict[str, torch.Tensor]:
+    """Rows, codes and densities of all features, by SAEDashboard on a tiny random network."""
+    from sae_dashboard.sae_vis_data import SaeVisConfig
+    from sae_dashboard.sae_vis_runner import FeatureDataGeneratorFactory, SaeVisRunner
+    from sae_lens import SAE, HookedSAETransformer
+
+    sae = SAE.load_from_disk(folder)
+    torch.manual_seed(0)
+    model = HookedSAETransformer(
+        {"n_layers": 4, "d_model": sae.cfg.d_in, "n_ctx": 16, "d_head": 4, "n_heads": 2,
+         "d_vocab": 40, "act_fn": "gelu", "d_mlp": 16, "device": "cpu", "seed": 0}
+    )  # fmt: skip
+    tokens = torch.randint(40, (24, 16))
+    hook, features = str(sae.cfg.metadata.hook_name), list(range(sae.cfg.d_sae))
+    config = SaeVisConfig(hook_point=hook, features=features, minibatch_size_tokens=24)
+    data = SaeVisRunner(config).run(sae, model, tokens)  # folds the lengths of the atoms
+    maker = FeatureDataGeneratorFactory.create(config, model, sae, tokens)
+    code = maker.get_feature_data(features)[0]
+    rows = maker.get_model_acts(0, tokens)[hook]
+    titles = [data.feature_data_dict[i].acts_histogram_data.title for i in features]
+    density = [float(t.split(" = ")[1].rstrip("%")) / 100 if t else 0.0 for t in titles]
+    return {
+        "rows": rows.flatten(0, 1), "code": code.flatten(0, 1), "density": torch.tensor(density)
+    }  # fmt: skip
+
+
+def neuronpedia(file: Path) -> torch.Tensor:
+    """Densities of the features in a file, read by the classes that Neuronpedia's tools write."""
+    from sae_dashboard.neuronpedia.neuronpedia_dashboard import NeuronpediaDashboardBatch
+
+    written = json.loads(file.read_text())
+    batch = NeuronpediaDashboardBatch(**written)
+    assert batch.to_dict() == written
+    return torch.tensor([feature.frac_nonzero for feature in batch.features])
+
+
 def main(root: Path) -> None:
     """Read all folders."""
     answers = {}
@@ -75,14 +122,12 @@ def main(root: Path) -> None:
             with torch.no_grad():
                 code, output = library(folder, x)
             answers |= {f"{name}/{folder.name}/code": code, f"{name}/{folder.name}/output": output}
-    with contextlib.suppress(ImportError):
-        from sae_bench.sae_bench_utils.general_utils import _standardize_sae_cfg
-        from sae_lens import SAE
-
-        for folder in sorted((root / "saelens").iterdir()):
-            sae = SAE.load_from_disk(folder)
-            _standardize_sae_cfg(sae.cfg)
-            answers[f"saebench/{folder.name}/layer"] = torch.tensor(sae.cfg.hook_layer)
+    for folder in sorted((root / "saelens").iterdir()):
+        answers[f"saebench/{folder.name}/layer"] = torch.tensor(saebench(folder))
+        for key, tensor in saedashboard(folder).items():
+            answers[f"saedashboard/{folder.name}/{key}"] = tensor
+    for file in sorted((root / "neuronpedia").glob("*.json")):
+        answers[f"neuronpedia/{file.stem}/density"] = neuronpedia(file)
     save_file({k: t.detach().contiguous().clone() for k, t in answers.items()},
               root / "answers.safetensors")  # fmt: skip
 

@@ -272,6 +272,98 @@ def llamascopium(out: Path, x: torch.Tensor, random: torch.Generator) -> dict[st
     return found
 
 
+def llamascopium_sites(out: Path, random: torch.Generator) -> dict[str, Numbers]:
+    """OpenMOSS' crosscoders and cross-layer transcoders, with the mean lengths of three sites."""
+    from llamascopium.models.clt import CLTConfig, CrossLayerTranscoder
+    from llamascopium.models.crosscoder import Crosscoder, CrosscoderConfig
+
+    ins = [f"blocks.{i}.hook_resid_mid" for i in range(SITES)]
+    outs = [f"blocks.{i}.hook_mlp_out" for i in range(SITES)]
+    found: dict[str, Numbers] = {}
+    usual = {"d_model": D_IN, "expansion_factor": N_LATENTS // D_IN, "device": "cpu",
+             "dtype": torch.float32}  # fmt: skip
+    for name, kind, config in (
+        ("crosscoder_relu", Crosscoder, CrosscoderConfig(hook_points=ins, act_fn="relu", **usual)),
+        ("crosscoder_jumprelu", Crosscoder,
+         CrosscoderConfig(hook_points=ins, act_fn="jumprelu", **usual)),
+        ("crosscoder_topk", Crosscoder,
+         CrosscoderConfig(hook_points=ins, act_fn="topk", top_k=K, **usual)),
+        ("clt_relu", CrossLayerTranscoder, CLTConfig(
+            hook_points_in=ins, hook_points_out=outs, act_fn="relu",
+            sparsity_include_decoder_norm=False, norm_activation="inference", **usual)),
+        ("clt_jumprelu", CrossLayerTranscoder, CLTConfig(
+            hook_points_in=ins, hook_points_out=outs, act_fn="jumprelu", **usual)),
+        ("clt_topk", CrossLayerTranscoder, CLTConfig(
+            hook_points_in=ins, hook_points_out=outs, act_fn="topk", top_k=K, **usual)),
+    ):  # fmt: skip
+        sae = kind(config)
+        randomise(sae, random)
+        points = [*ins, *([] if name.startswith("cross") else outs)]
+        sae.set_dataset_average_activation_norm({p: 3.0 + i for i, p in enumerate(points)})
+        folder = out / f"llamascopium_{name}"
+        folder.mkdir(parents=True, exist_ok=True)
+        sae.save_pretrained(folder)
+        config.save_hyperparameters(folder)
+        wide = torch.randn(N_ROWS, SITES * D_IN, generator=random)
+        layers = dict(zip(ins, wide.split(D_IN, dim=1), strict=True))
+        targets = dict.fromkeys(outs, wide[:, :D_IN])
+        with torch.no_grad():
+            batch, scales = sae.normalize_activations({**layers, **targets},
+                                                      return_scale_factor=True)  # fmt: skip
+            code = sae.encode(torch.stack([batch[point] for point in ins], dim=1))
+            out_of = [scales[p] for p in (ins if name.startswith("cross") else outs)]
+            options = {} if name.startswith("cross") else {"batch_first": True}
+            decoded = sae.decode(code, **options)
+            decoded = (decoded / torch.stack(out_of)[:, None]).flatten(1)
+        # A crosscoder's codes differ between sites only by what is closed there.
+        code = code.amax(dim=1) if name.startswith("cross") else code.flatten(1)
+        found[folder.name] = {"x": wide, "code": code, "decoded": decoded, "output": decoded}
+    return found
+
+
+def temporal(out: Path, random: torch.Generator) -> dict[str, Numbers]:
+    """SAELens' temporal dictionaries, which read windows of tokens, and one as it is published."""
+    from sae_lens import SAE
+    from sae_lens.registry import get_sae_class
+
+    kind, config = get_sae_class("temporal")
+    sizes = {"d_in": D_IN, "d_sae": N_LATENTS, "n_heads": 2, "bottleneck_factor": 4}
+    found: dict[str, Numbers] = {}
+    for name, settings in (
+        ("topk", {"kval_topk": K, "normalize_activations": "constant_scalar_rescale",
+                  "activation_normalization_factor": 0.2}),
+        ("relu", {"sae_diff_type": "relu", "tied_weights": False, "n_attn_layers": 2,
+                  "apply_b_dec_to_input": False}),
+    ):  # fmt: skip
+        sae = kind(config(**sizes, **settings))
+        randomise(sae, random)
+        x = torch.randn(2, 10, D_IN, generator=random) * 4
+        folder = out / f"temporal_{name}"
+        sae.save_model(folder)
+        found[folder.name] = {"x": x, **answers(SAE.load_from_disk(folder), x)}
+    state = {key: t.detach().clone() for key, t in sae.state_dict().items()}
+    names: dict[str, str] = {"W_dec": "D", "b_dec": "b", "W_enc": "E"}
+    published = out / "temporal_published"
+    folder = published / "layer_12"
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({str(names.get(key, key)): t for key, t in state.items()},
+              folder / "latest_ckpt.safetensors")  # fmt: skip
+    own = {"exp_factor": N_LATENTS / D_IN, "n_heads": 2, "n_attn_layers": 2, "bottleneck_factor": 4,
+           "sae_diff_type": "relu", "kval_topk": "null", "tied_weights": "false",
+           "scaling_factor": 0.25}  # fmt: skip
+    lines = ["llm:", "  n_heads: 99", f"  dimin: {D_IN}", "sae:"]
+    lines += [f"  {key}: {value}" for key, value in own.items()]
+    (folder / "conf.yaml").write_text("\n".join([*lines, "data:", "  dtype: float32", ""]))
+    from sae_lens.loading import pretrained_sae_loaders as loaders
+
+    loaders.hf_hub_download = lambda filename="", **options: str(published / filename)
+    settings, state, _ = loaders.temporal_sae_huggingface_loader("", "layer_12")
+    sae = kind(config.from_dict(settings))
+    sae.load_state_dict(state)
+    found["temporal_published"] = {"x": x, **answers(sae, x)}
+    return found
+
+
 def overcomplete(out: Path, x: torch.Tensor, random: torch.Generator) -> dict[str, Numbers]:
     """Overcomplete's classes, in evaluation."""
     from overcomplete.sae import QSAE, SAE, BatchTopKSAE, JumpSAE, MpSAE, TopKSAE
@@ -423,6 +515,8 @@ def main(out: Path, seed: int) -> None:
         **overcomplete(out, x, random),
         **saev(out, x, random),
         **by_formula(out, x, random),
+        **llamascopium_sites(out, random),
+        **temporal(out, random),
     }
     tensors = {f"{name}/{key}": t for name, own in found.items() for key, t in own.items()}
     kept = {key: tensor.detach().float().contiguous().clone() for key, tensor in tensors.items()}

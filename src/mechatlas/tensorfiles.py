@@ -60,6 +60,11 @@ MAP_FROM = 1 << 30
 """Size in bytes of a file from which its tensors are mapped, not read: the file must then stay."""
 PIECE = 1 << 18
 """Bytes that are read and hashed at once."""
+MOST_EXPANDED = 64
+"""Bytes of numbers for each byte of a file, from `EXPANDED_FROM` on: numbers hardly shrink, so a
+file that promises more is made to fill the memory."""
+EXPANDED_FROM = 64 << 20
+"""Bytes of numbers from which `MOST_EXPANDED` is asked for."""
 HEADER_LIMIT = 100 << 20
 """Size in bytes above which a header of safetensors is refused, here and by its own library."""
 
@@ -282,8 +287,13 @@ def read_array(file: Path) -> np.ndarray:
         return _npy(io.BytesIO(data), len(data))
 
 
-def _npy(opened: Any, size: int) -> np.ndarray:
+def _npy(opened: Any, size: int, mapped: tuple[Path, int] | None = None) -> np.ndarray:
     """Array of a stream in the format of .npy, whose header is compared with its size.
+
+    Args:
+        opened: The stream.
+        size: Its size in bytes.
+        mapped: File that holds the same bytes and where they begin, if floats are to be mapped.
 
     Raises:
         ValueError: It is damaged, or holds Python objects.
@@ -301,6 +311,10 @@ def _npy(opened: Any, size: int) -> np.ndarray:
     wanted, there = math.prod(shape) * dtype.itemsize, size - opened.tell()
     if wanted != there:
         raise ValueError(f"its header promises {wanted:,} bytes of numbers, it has {there:,}")
+    if wanted and mapped is not None and dtype in (np.float16, np.float32):
+        file, start = mapped
+        order = "F" if by_column else "C"
+        return np.memmap(file, dtype, "c", start + opened.tell(), shape, order)
     flat = np.empty(math.prod(shape), dtype)
     if wanted and opened.readinto(flat.view(np.uint8)) != wanted:
         raise ValueError("it ends too early")
@@ -327,16 +341,40 @@ def _read_npz(file: Path) -> dict[str, Tensor]:
     """
     tensors = {}
     with _verified(file) as opened, zipfile.ZipFile(opened) as archive:
+        size = os.fstat(opened.fileno()).st_size
+        _refuse_expansion(sum(info.file_size for info in archive.infolist()), size)
+        maps = size >= MAP_FROM and stated_checksum(file) is None
         for info in archive.infolist():
             key = info.filename.removesuffix(".npy")
+            stays = maps and info.compress_type == zipfile.ZIP_STORED
+            place = (file, _start_of(info, opened)) if stays else None
             with archive.open(info) as member:
-                array = _npy(member, info.file_size)
+                array = _npy(member, info.file_size, place)
             if array.dtype.kind not in "fiub":
                 raise WeightsError(f"{file}: {key} is {array.dtype}, expected floats.")
             kind = np.float32 if array.dtype.kind == "f" else np.int64
-            with np.errstate(over="ignore"):  # what does not fit becomes infinite and is refused
-                tensors[key] = torch.from_numpy(array.astype(kind))
+            if not isinstance(array, np.memmap):
+                with np.errstate(over="ignore"):  # what does not fit is infinite, and is refused
+                    array = array.astype(kind)
+            tensors[key] = torch.from_numpy(np.asarray(array))
     return tensors
+
+
+def _start_of(info: zipfile.ZipInfo, opened: io.BufferedReader) -> int:
+    """First byte of a member of an archive that is stored as it is."""
+    opened.seek(info.header_offset + 26)  # two lengths end the fixed part of a member's header
+    name, extra = (int.from_bytes(opened.read(2), "little") for _ in range(2))
+    return info.header_offset + 30 + name + extra
+
+
+def _refuse_expansion(wanted: int, size: int) -> None:
+    """Refuse a file that would need much more memory than it has bytes.
+
+    Raises:
+        ValueError: It would.
+    """
+    if wanted >= EXPANDED_FROM and wanted > MOST_EXPANDED * size:
+        raise ValueError(f"it promises {wanted:,} bytes of numbers, but has {size:,} bytes itself")
 
 
 def read_torch(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -360,6 +398,12 @@ def read_torch(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         elif os.fstat(opened.fileno()).st_size >= MAP_FROM and opened.peek(2)[:2] == b"PK":
             source = str(file)
         mapped = isinstance(source, str)
+        size = os.fstat(opened.fileno()).st_size
+        if zipfile.is_zipfile(source):
+            with zipfile.ZipFile(source) as archive:
+                _refuse_expansion(sum(info.file_size for info in archive.infolist()), size)
+            if not mapped:
+                source.seek(0)
         content = torch.load(source, map_location="cpu", weights_only=True, mmap=mapped)
         if not isinstance(content, dict):
             kind = type(content).__name__
@@ -369,7 +413,8 @@ def read_torch(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             if wrapped is not None:
                 inner = content.pop(wrapped)
                 content = {**content, **inner}
-    tensors = {str(k): v.detach() for k, v in content.items() if isinstance(v, Tensor)}
+        tensors = {str(k): v.detach() for k, v in content.items() if isinstance(v, Tensor)}
+        _refuse_expansion(sum(t.numel() * t.itemsize for t in tensors.values()), size)
     for key, tensor in tensors.items():
         if tensor.layout != torch.strided:
             raise WeightsError(f"{file}: {key} is not a plain tensor; save `state_dict()` alone.")

@@ -10,6 +10,8 @@ from mechatlas.app.cli import main
 from mechatlas.dictionaries.formats import load
 from tests.dictionaries.golden import GOLDEN, expected
 
+FILES = {"cfg.json", "sae_weights.safetensors"}
+
 
 def test_a_dictionary_is_exported_with_its_site_and_model(tmp_path, capsys):
     words = [
@@ -27,11 +29,15 @@ def test_a_dictionary_is_exported_with_its_site_and_model(tmp_path, capsys):
     assert metadata["hook_name"] == "blocks.3.hook_resid_post"
     assert metadata["model_name"] == "llama"
     manifest = json.loads((out / "manifest.json").read_text())
-    assert {"cfg.json", "sae_weights.safetensors"} <= set(manifest["files"])
+    assert set(manifest["files"]) >= FILES
     found = expected("llama_scope")
     code = load(out).encode(found["x"])
     torch.testing.assert_close(code, found["code"], rtol=1e-5, atol=1e-5)
     main(["verify", str(tmp_path)])
+    before = {path.name: path.read_bytes() for path in out.iterdir() if path.name in FILES}
+    main([*words, "--model-name", "llama", "--out", str(out)])  # the same files once more
+    assert {name: (out / name).read_bytes() for name in FILES} == before
+    assert json.loads((out / "manifest.json").read_text())["files"].keys() >= FILES
 
 
 def test_all_layers_of_a_cross_layer_transcoder_are_exported(tmp_path, capsys):

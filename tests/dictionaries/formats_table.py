@@ -18,10 +18,12 @@ from tests.dictionaries.golden import (
     GOLDEN,
     NAMES,
     PUBLISHED,
+    TEMPORAL,
     X,
     expected,
     read,
     read_published,
+    read_temporal,
 )
 
 DOCS = Path(__file__).parents[2] / "docs" / "formats.md"
@@ -32,10 +34,10 @@ LIMIT = 1e-5
 def rows() -> dict[str, tuple[str, float]]:
     """Library and class -> libraries for which it is written, and the largest difference."""
     found: dict[str, tuple[str, float]] = {}
-    for name in (*NAMES, *PUBLISHED):
-        published = name in PUBLISHED
-        dictionary = read_published(name) if published else read(GOLDEN / name)
-        if published:
+    for name in (*NAMES, *PUBLISHED, *TEMPORAL):
+        reader = read_temporal if name in TEMPORAL else read_published
+        dictionary = read(GOLDEN / name) if name in NAMES else reader(name)
+        if name not in NAMES:
             numbers = expected(name)
         else:
             keys = ("code", "decoded", "output")

@@ -10,6 +10,7 @@ from torch import Tensor
 from mechatlas.dictionaries.formats import load
 from mechatlas.dictionaries.pretrained import CrossLayerDictionary, Pretrained
 from mechatlas.dictionaries.sparsity import ReLU
+from mechatlas.dictionaries.temporal import TemporalDictionary
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 EXPECTED = safetensors.torch.load_file(GOLDEN / "expected.safetensors")
@@ -32,8 +33,11 @@ def weights_of(folder: Path) -> Path:
 
 
 PUBLISHED_EXPECTED = safetensors.torch.load_file(GOLDEN / "published.safetensors")
-PUBLISHED = sorted({key.split("/")[0] for key in PUBLISHED_EXPECTED if "/" in key})
-SITES = sorted({key.split("/")[0] for key in PUBLISHED_EXPECTED if key.endswith("/x")})
+_WRITTEN = sorted({key.split("/")[0] for key in PUBLISHED_EXPECTED if "/" in key})
+TEMPORAL = [name for name in _WRITTEN if name.startswith("temporal")]
+"""Dictionaries that read windows of tokens."""
+PUBLISHED = [name for name in _WRITTEN if name not in TEMPORAL]
+SITES = [name for name in PUBLISHED if f"{name}/x" in PUBLISHED_EXPECTED]
 GIVEN: dict[str, dict[str, Any]] = {
     "qwen_scope": {"k": 4},
     "overcomplete_sae": {"sparsity": ReLU()},
@@ -54,6 +58,13 @@ def expected(name: str) -> dict[str, Tensor]:
         if key.startswith(f"{name}/")
     }
     return {"x": PUBLISHED_EXPECTED["x"], **own}
+
+
+def read_temporal(name: str) -> TemporalDictionary:
+    folder = GOLDEN / name
+    dictionary = load(folder / "layer_12" if name == "temporal_published" else folder)
+    assert isinstance(dictionary, TemporalDictionary)
+    return dictionary
 
 
 def read_published(name: str) -> Pretrained | CrossLayerDictionary:

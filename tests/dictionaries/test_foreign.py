@@ -192,7 +192,7 @@ def test_a_folder_of_none_or_of_several_says_what_to_do(tmp_path):
 @pytest.mark.parametrize(
     ("name", "changes", "said"),
     [
-        ("saelens6_topk", {"architecture": "temporal"}, r"cfg\.json: architecture is 'temporal'"),
+        ("saelens6_topk", {"architecture": "tpc"}, r"cfg\.json: architecture is 'tpc'"),
         ("saelens6_topk", {"k": 25}, r"cfg\.json: k is 25, expected at most .* 24"),
         ("saelens6_topk", {"k": None}, r"activation_fn_kwargs\.k is missing, expected a whole"),
         ("saelens6_topk", {"k": True}, r"k is True, expected a whole number"),

@@ -3,14 +3,13 @@
 import hashlib
 import http.server
 import json
+import re
 import shutil
-import subprocess
 import sys
 import threading
 from pathlib import Path
 from urllib.parse import urlsplit
 
-import huggingface_hub
 import pytest
 import torch
 from huggingface_hub import constants
@@ -226,7 +225,7 @@ def test_settings_of_releases_are_those_of_their_names():
     addresses = [
         hub.find_release(release, name)[0]
         for release, each in hub.releases().items()
-        for name in each["ids"]
+        for name in list(each["ids"])[::9]
     ]
     assert all(hub.Address.parse(str(address)) == address for address in addresses)
 
@@ -234,18 +233,15 @@ def test_settings_of_releases_are_those_of_their_names():
 def test_nearly_all_registered_dictionaries_are_of_a_format_that_is_read():
     known, total = hub.readable()
     assert total >= 13_857
-    assert known >= 13_500
+    assert known == total
     assert set(hub.REGISTERED.values()) <= {layout.name for layout in LAYOUTS}
-    unread = {each["format"] for each in hub.releases().values()} - set(hub.REGISTERED)
-    assert unread <= {"temporal"}
 
 
-def test_the_library_of_the_hub_is_imported_only_for_an_address():
-    code = (
-        "import sys, mechatlas as ma; ma.load, ma.load_release, ma.push;"
-        f"ma.load({str(GOLDEN / 'deepseek')!r});"
-        "print('huggingface_hub' in sys.modules)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "False"
-    assert huggingface_hub is not None
+def test_the_library_of_the_hub_is_imported_only_for_an_address(monkeypatch):
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)  # importing it fails from here on
+    assert load(GOLDEN / "deepseek").n_latents == 24
+    with pytest.raises(WeightsError, match=r"pip install 'mechatlas\[hub\]'"):
+        load("hf://me/sae")
+    source = Path(hub.__file__).parents[1]
+    early = re.compile(r"^(import|from) huggingface_hub", re.MULTILINE)
+    assert not [file for file in source.rglob("*.py") if early.search(file.read_text())]

@@ -57,8 +57,8 @@ class Effort(NamedTuple):
 
 def run_kills(world: World, command: str, place: Path, table: Table, *, effort: Effort) -> None:
     """Kills and signals."""
-    every, n_last = effort.pick((12, 1), (effort.thin, 0))
-    kills.kill_at_points(world, command, place, table, every=every, n_last=n_last)
+    every = effort.pick(12, effort.thin)
+    kills.kill_at_points(world, command, place, table, every=every)
     kills.kill_at_random(world, command, place, table, tries=effort.of(25))
     kills.interrupt(world, command, place, table, tries=effort.of(6))
 
@@ -96,6 +96,7 @@ def run_limits(world: World, command: str, place: Path, table: Table, *, effort:
     limits.full_tmpfs(world, command, place / "disk", table, disks)
     limits.unwritable(world, command, place / "unwritable", table)
     limits.two_writers(world, command, place / "two", table, tries=effort.of(8))
+    limits.run_twice(world, command, place / "twice", table)
     every = effort.pick(9, 2 * effort.thin)
     limits.deleted(world, command, place / "deleted", table, every=every)
     limits.odd_clock(world, command, place / "odd", table)

@@ -45,9 +45,16 @@ class Ended(NamedTuple):
     errors: str
 
     @property
+    def said(self) -> str:
+        """Everything that was said; `sweep` and `verify` list faults in their result."""
+        return self.errors + self.output
+
+    @property
     def message(self) -> str:
-        """Last line of what was said about an error."""
-        return (self.errors.strip().splitlines() or [""])[-1]
+        """Last line of what was said about an error, or of the result."""
+        lines = self.errors.strip().splitlines()
+        told = [line for line in lines if line.startswith("mechatlas: ")] or lines[-1:]
+        return " / ".join([*told, *self.output.strip().splitlines()[-4:]])
 
 
 class Child:
@@ -84,7 +91,7 @@ class Child:
         while (found := os.waitpid(self.pid, os.WNOHANG)) == (0, 0):
             time.sleep(0.005)
             if time.monotonic() > limit:
-                now, waits_for_processor = _progress(self.pid)
+                now, waits_for_processor = progress(self.pid)
                 if now < seconds and (worked < now or waits_for_processor):
                     limit, worked = limit + seconds, now
                     continue
@@ -179,7 +186,7 @@ def _run(
         os._exit(code)
 
 
-def _progress(pid: int) -> tuple[float, bool]:
+def progress(pid: int) -> tuple[float, bool]:
     """CPU seconds of a child, and whether it could go on if the machine were not busy."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()

@@ -93,7 +93,7 @@ def count_points(world: World, command: str) -> int:
 
 
 def kill_at_points(
-    world: World, command: str, place: Path, table: Table, *, every: int = 1, n_last: int = 0
+    world: World, command: str, place: Path, table: Table, *, every: int = 1
 ) -> None:
     """Kill a command before and after each crash point, and run it again.
 
@@ -102,12 +102,11 @@ def kill_at_points(
         command: Name of the command.
         place: Folder to work in.
         table: Where the outcomes are counted.
-        every: One point in so many is tried.
-        n_last: Number of points at the end of which all are tried.
+        every: One point in so many is tried, counted back from the third last, as what is written
+            last is what a run is known by.
     """
     whole, n = reference(world, command), count_points(world, command)
-    points = [k for k in range(n) if k % every == 0 or k >= n - n_last]
-    for k in points:
+    for k in [k for k in range(n) if (n - 3 - k) % every == 0]:
         here = place / f"killed{k}"
         killed = run(world.words(command), here, CrashPoints(k).watch)
         outcome, example = _after(killed, world, command, here, whole)

@@ -1,5 +1,6 @@
 """Memory of `collect` on inputs of any size, in a process of its own as people run it."""
 
+import io
 import re
 import subprocess
 import sys
@@ -8,7 +9,9 @@ import zipfile
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
+from tests.faults.child import progress
 from tests.faults.table import Table
 from tests.faults.world import WIDE
 
@@ -26,22 +29,27 @@ source = "{source}"
 [storage]
 memory_mib = 512
 """
-SOURCES = ("rows.npy", "packed.npz", "plain.npz", "texts.zip", "text.txt")
+ARRAYS = ("0", "tests.faults.world:wide", "Arrays", "")
+TEXTS = ("out", "tests.app.worlds:words", "Texts", "context = 20\nmax_samples = 3000")
+IMAGES = ("mixed3b", "inception_mini", "Images", "side = 31\ncrops = 1")
+SOURCES = {
+    "rows.npy": ARRAYS,
+    "packed.npz": ARRAYS,
+    "plain.npz": ARRAYS,
+    "texts.zip": TEXTS,
+    "text.txt": TEXTS,
+    "lines.jsonl": TEXTS,
+    "photos.zip": IMAGES,
+}
+"""Name of a source -> site, network, kind of samples, and more settings."""
 
 
 def keep_ceilings(place: Path, table: Table, *, n_bytes: int = GIB) -> None:
     """Collect from sources that are larger than the budget."""
-    for name in SOURCES:
+    for name, (site, network, kind, more) in SOURCES.items():
         source = place / name
         _write(source, n_bytes)
-        texts = name.startswith("text")
-        recipe = RECIPE.format(
-            site="out" if texts else "0",
-            network="tests.app.worlds:words" if texts else "tests.faults.world:wide",
-            kind="Texts" if texts else "Arrays",
-            source=source,
-            more="context = 20\nmax_samples = 3000" if texts else "",
-        )
+        recipe = RECIPE.format(site=site, network=network, kind=kind, source=source, more=more)
         (place / "recipe.toml").write_text(recipe)
         code, peak, errors = _measured(["collect", "recipe.toml", "--out", name + ".store"], place)
         outcome = {0: "same", 2: "named", None: "hang"}.get(code, "traceback")
@@ -71,9 +79,13 @@ def _write(source: Path, n_bytes: int) -> None:
             )
             for i in range(n):
                 member.write(np.full(WIDE, i, np.float32).tobytes())
+    elif source.stem == "photos":
+        _write_photos(source, n_bytes)
     else:
         lines = b"a few words of this size and that\n" * (1 << 15)
-        if source.suffix == ".txt":
+        if source.suffix == ".jsonl":
+            lines = b'{"text": "a few words of this size and that"}\n' * (1 << 15)
+        if source.suffix != ".zip":
             with open(source, "wb") as file:
                 for _ in range(n_bytes // len(lines)):
                     file.write(lines)
@@ -86,14 +98,25 @@ def _write(source: Path, n_bytes: int) -> None:
                 member.write(lines)
 
 
+def _write_photos(source: Path, n_bytes: int) -> None:
+    """Write a zip of photographs of noise, which no format packs."""
+    random, side = np.random.default_rng(0), 768
+    with zipfile.ZipFile(source, "w") as archive:
+        for i in range(n_bytes // (3 * side * side)):
+            data = io.BytesIO()
+            noise = np.frombuffer(random.bytes(3 * side * side), np.uint8)
+            Image.fromarray(noise.reshape(side, side, 3)).save(data, "PNG", compress_level=0)
+            archive.writestr(f"{i}.png", data.getvalue())
+
+
 def _measured(
     words: list[str], here: Path, seconds: float = 100.0
 ) -> tuple[int | None, float, str]:
-    """Run a command; its exit code, largest anonymous memory in MiB, and what it said."""
+    """Run a command for so many CPU seconds; exit code, peak anonymous MiB, and what it said."""
     with open(here / "said", "w+") as said:
         command = [sys.executable, "-m", "mechatlas", *words]
         process = subprocess.Popen(command, cwd=here, stdout=said, stderr=said)
-        peak, limit = 0, time.monotonic() + seconds
+        peak = 0
         while process.poll() is None:
             time.sleep(0.02)
             try:
@@ -102,7 +125,7 @@ def _measured(
                 continue
             found = re.search(r"RssAnon:\s+(\d+) kB", status)
             peak = max(peak, int(found[1]) if found else 0)
-            if time.monotonic() > limit:
+            if progress(process.pid)[0] > seconds:
                 process.kill()
                 process.wait()
                 return None, peak / 1024, ""

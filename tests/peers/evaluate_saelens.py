@@ -6,9 +6,14 @@ FOLDER has a SAELens dictionary and `inputs.safetensors` (tokens, and the networ
 unembedding and mixing weights). Prints the scores of `sae_lens.evals.get_recons_loss` as JSON.
 """
 
+import importlib
 import json
 import sys
+from pathlib import Path
 from types import SimpleNamespace
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
+importlib.import_module("peer_shims")  # before the libraries
 
 import torch
 from sae_lens import SAE  # pyright: ignore[reportMissingImports]

@@ -6,7 +6,10 @@ import torch
 
 from mechatlas.activations.site_names import lens_name
 from mechatlas.base import WeightsError
+from mechatlas.dictionaries.autoencoder import Autoencoder
+from mechatlas.dictionaries.foreign.weights import as_pretrained
 from mechatlas.dictionaries.formats import save
+from mechatlas.dictionaries.sparsity import TopK
 from tests.dictionaries.golden import (
     GOLDEN,
     NAMES,
@@ -42,14 +45,27 @@ def test_libraries_compute_what_was_written_for_them(tmp_path):
             wanted[f"{library}/{name}/code"] = dictionary.encode(found["x"])
             wanted[f"{library}/{name}/output"] = dictionary(found["x"])
     metadata = {"model_name": "gpt2", "hook_name": lens_name("transformer.h.3")}
-    save(read_published("qwen_scope"), tmp_path / "saelens" / "qwen", format="saelens",
-         metadata=metadata)  # fmt: skip
+    own = Autoencoder(d_in=8, n_latents=24, sparsity=TopK(k=3))
+    shown = {"own": own, "gemma_scope_one": read(GOLDEN / "gemma_scope_one")}
+    for name, dictionary in shown.items():
+        save(dictionary, tmp_path / "saelens" / name, format="saelens", metadata=metadata)
     safetensors.torch.save_file(rows, tmp_path / "x.safetensors")
     in_peers("read_exports.py", tmp_path)
     answers = safetensors.torch.load_file(tmp_path / "answers.safetensors")
-    assert int(answers.pop("saebench/qwen/layer", torch.tensor(3))) == 3
     assert len(wanted) > 60
     for key, ours in wanted.items():
         library, _, kind = key.split("/")
         if (library, kind) not in WITHOUT:
             torch.testing.assert_close(answers[key], ours, rtol=1e-5, atol=1e-5, msg=key)
+    for name, dictionary in shown.items():
+        assert int(answers[f"saebench/{name}/layer"]) == 3
+        theirs = {key: answers[f"saedashboard/{name}/{key}"] for key in ("rows", "code", "density")}
+        # SAEDashboard gives atoms length 1; with the k largest they must have it before.
+        length = dictionary.W_dec.norm(dim=1)
+        pre = (theirs["rows"] @ dictionary.W_enc + dictionary.b_enc) * length
+        state = {k: t * length for k, t in as_pretrained(dictionary, "").state.items()}
+        code = dictionary.sparsity(pre, state)
+        torch.testing.assert_close(theirs["code"], code, rtol=1e-4, atol=1e-5)
+        density = (code > 0).float().mean(dim=0)
+        torch.testing.assert_close(theirs["density"], density, rtol=0, atol=1e-5)
+        assert 0 < density.mean() < 1

@@ -42,6 +42,8 @@ COMMANDS = (
 )
 FROM_RECIPES = ("collect", "train", "basis")
 """Commands whose settings are too many for a command line alone."""
+ESTIMATED = ("collect", "train", "sweep", "match")
+"""Commands that say beforehand what they cost, if that is over a minute."""
 OVERVIEW = """\
 mechatlas: an atlas of the features of a trained PyTorch network.
 
@@ -58,7 +60,8 @@ Try:
 
 Every command takes --json (print the result as one JSON object, and nothing else) and a
 RECIPE.toml as its first word, such as the recipe.toml of an earlier run, whose fields the other
-words replace. `mechatlas --version` prints the version.
+words replace. collect, train, sweep and match take --dry-run (say how long, how much memory and
+disk, and do nothing). `mechatlas --version` prints the version.
 """
 
 
@@ -84,7 +87,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _main(arguments: Sequence[str] | None) -> None:
     words = list(sys.argv[1:] if arguments is None else arguments)
     as_json = "--json" in words
-    words = [word for word in words if word != "--json"]
+    dry_run = "--dry-run" in words
+    words = [word for word in words if word not in ("--json", "--dry-run")]
     if not words or words[0] in ("-h", "--help"):
         print(overview())
         raise SystemExit(0 if words else 2)
@@ -95,7 +99,7 @@ def _main(arguments: Sequence[str] | None) -> None:
         fail(f"There is no command {words[0]!r}. Commands: {', '.join(COMMANDS)}.")
     try:
         with _terminable():
-            _answer(words[0], words[1:], as_json=as_json)
+            _answer(words[0], words[1:], as_json=as_json, dry_run=dry_run)
     except KeyboardInterrupt as error:
         terminated = isinstance(error, Terminated)
         cause = "terminated" if terminated else "interrupted"
@@ -125,41 +129,56 @@ def _terminable() -> Iterator[None]:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-def _answer(name: str, words: list[str], *, as_json: bool) -> None:
+def _answer(name: str, words: list[str], *, as_json: bool, dry_run: bool) -> None:
     """Run a command and print its result.
 
     Raises:
         SystemExit: 2 for a user's mistake.
     """
     from mechatlas.activations.networks import looking_in  # with torch
+    from mechatlas.app.engines import is_first
     from mechatlas.base import UserError
 
     recipe = [Path(words[0]).resolve().parent] if words and words[0].endswith(".toml") else []
     try:
         with looking_in(*recipe):
-            print(run(name, words, as_json=as_json))
+            text = run(name, words, as_json=as_json, dry_run=dry_run)
+        if is_first():
+            print(text)
     except UserError as error:
         fail(str(error))
 
 
-def run(name: str, words: list[str], *, as_json: bool) -> str:
-    """Run a command and describe its result.
+def run(name: str, words: list[str], *, as_json: bool, dry_run: bool = False) -> str:
+    """Run a command and describe its result, or what it would cost.
 
     Args:
         name: Name of the command.
         words: Words after it.
         as_json: Whether to describe it as a JSON object instead of in words.
+        dry_run: Whether to estimate its time, memory and disk and do nothing else.
 
     Raises:
+        RecipeError: It is a dry run of a command that makes no estimate.
         SystemExit: 2, after printing, if the command found that something is damaged.
         UserError: The input is bad, or the folder holds something else.
     """
+    from mechatlas.app.estimates import OnlyEstimate
     from mechatlas.app.run_folder import as_plain, execute
+    from mechatlas.base import RecipeError
 
+    if dry_run and name not in ESTIMATED:
+        raise RecipeError(
+            f"`mechatlas {name}` makes no estimate; {', '.join(ESTIMATED)} take --dry-run."
+        )
     warnings.filterwarnings("default", category=DeprecationWarning, module="mechatlas")
     module = "group_net" if name == "train" and _names_group(words) else name
     command = importlib.import_module(f"mechatlas.app.commands.{module}")
-    result = execute(configure(command, name, words))
+    config = configure(command, name, words)
+    try:
+        result = execute(config, dry_run=dry_run)
+    except OnlyEstimate as end:
+        return json.dumps(as_plain(end.estimate)) if as_json else str(end)
     values = as_plain(result) if as_json else {}
     shown = {key: values[key] for key in values if key != "out" or values[key]}
     text = json.dumps(shown) if as_json else command.in_words(result)

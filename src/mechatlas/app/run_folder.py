@@ -20,7 +20,7 @@ import resource
 import shutil
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -33,9 +33,11 @@ from jaxtyping import Shaped
 from safetensors.numpy import save
 
 from mechatlas import deprecated
+from mechatlas.app.engines import is_first, n_processes
+from mechatlas.app.estimates import WORTH_SAYING, Estimate, OnlyEstimate, in_words
 from mechatlas.app.old_runs import renamed
 from mechatlas.app.recipes import as_dict
-from mechatlas.base import DiskError, WeightsError
+from mechatlas.base import DiskError, RecipeError, WeightsError
 from mechatlas.devices import as_device
 from mechatlas.files import (
     MANIFEST,
@@ -148,16 +150,19 @@ class Outputs(Protocol):
         """Give a dataclass or plain values."""
 
 
-def execute(config: Any) -> Any:
+def execute(config: Any, *, dry_run: bool = False) -> Any:
     """Run the command of a configuration, into its folder where it has one.
 
     Args:
         config: Configuration of a command, such as `MatchConfig`.
+        dry_run: Whether to stop where the command would say what it costs.
 
     Returns:
         The result, with the folder, CPU seconds and memory.
 
     Raises:
+        RecipeError: `torchrun` started a command that it is not for.
+        OnlyEstimate: It is a dry run.
         UserError: The input is bad, or the folder holds something else.
     """
     command: Any = sys.modules[type(config).__module__]
@@ -165,8 +170,23 @@ def execute(config: Any) -> Any:
         as_device(config.device)
     if not hasattr(command, "KIND") or config.out is None:
         return command.run(config)
-    with RunFolder(config.out, command.KIND, config) as folder:
+    if n_processes() > 1 and (command.KIND != DICTIONARY or dry_run):
+        raise RecipeError("torchrun is for `mechatlas train` alone; other commands have --engine.")
+    if not is_first():
+        return command.run(config, Follower(config.out))
+    with RunFolder(config.out, command.KIND, config, dry_run=dry_run) as folder:
         return folder.finish(command.run(config, folder))
+
+
+class Follower:
+    """Folder of a run as the other processes of `torchrun` see it: the first one writes it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path: Path = path
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        """Do nothing, whatever a `RunFolder` would do."""
+        return lambda *_, **__: None
 
 
 class RunFolder:
@@ -178,12 +198,14 @@ class RunFolder:
         path: Folder to write.
         kind: Kind of the folder, for its manifest.
         config: Configuration of the command, a dataclass.
+        dry_run: Whether the run ends with its estimate.
     """
 
-    def __init__(self, path: Path, kind: str, config: Any) -> None:
+    def __init__(self, path: Path, kind: str, config: Any, *, dry_run: bool = False) -> None:
         self.path: Path = path
         self.kind: str = kind
         self.config: Any = config
+        self.dry_run = dry_run
         self._clock = time.process_time()
         self._facts: dict[str, Any] = {}
         self._parents: dict[str, str] = {}
@@ -209,6 +231,24 @@ class RunFolder:
     def __exit__(self, *error: object) -> None:
         """Let others write again, and delete the folder if it is empty and was made here."""
         self._context.close()
+
+    def expect(self, estimate: Callable[[], Estimate], *, is_long: bool = True) -> None:
+        """Say what the command costs, if that is over a minute, before the work begins.
+
+        Args:
+            estimate: Function that measures and estimates.
+            is_long: Whether the work is long beside the measurement.
+
+        Raises:
+            OnlyEstimate: It is a dry run.
+        """
+        if not (is_long or self.dry_run):
+            return
+        found = estimate()
+        if self.dry_run:
+            raise OnlyEstimate(found)
+        if found.seconds > WORTH_SAYING:
+            print(f"mechatlas: {in_words(found)}", file=sys.stderr, flush=True)
 
     def facts(self, **values: Any) -> None:
         """Add plain values to the manifest."""

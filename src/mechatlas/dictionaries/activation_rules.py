@@ -4,6 +4,7 @@ AbsTopK          the k furthest from zero, with their signs
 SignedTopK       the k largest, whatever their signs
 GroupMax         the largest of each of k runs of neighboring latents
 WeightedTopK     the k that are largest once multiplied by the length of their atom
+BySite           those above the thresholds of a site, or the k largest there, of any site
 Levels           a mean of learned levels, those nearest to the pre-activation weighted most
 Pursuit          atoms chosen one by one, each for what those before it leave
 """
@@ -14,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mechatlas.dictionaries.sparsity import NONE, Rule, State
+from mechatlas.dictionaries.sparsity import NONE, Rule, State, Threshold
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -79,6 +80,37 @@ class WeightedTopK(Rule):
         """Zero all but k entries of each row, and those below zero."""
         index = (pre * state["length"]).topk(self.k, dim=-1).indices
         return torch.zeros_like(pre).scatter(-1, index, pre.gather(-1, index).relu())
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BySite(Rule):
+    """Open each latent site by site, by thresholds or ranks of the site (llamascopium).
+
+    The code has what any site uses; `at_site` closes the rest before a site is decoded.
+    """
+
+    k: int = 0
+    """Latents kept at each site, by `site_length`; 0 for those above `site_threshold`."""
+
+    by_site = True
+
+    def __call__(
+        self, pre: Float[Tensor, "batch latent"], state: State = NONE
+    ) -> Float[Tensor, "batch latent"]:
+        """Zero what no site uses."""
+        n_sites = len(state["site_length" if self.k else "site_threshold"])
+        opened = torch.zeros_like(pre, dtype=torch.bool)
+        for site in range(n_sites):
+            opened |= self.at_site(pre, state, site) != 0
+        return torch.where(opened, pre, 0.0)
+
+    def at_site(
+        self, code: Float[Tensor, "batch latent"], state: State, site: int
+    ) -> Float[Tensor, "batch latent"]:
+        """Code as one site uses it."""
+        if self.k:
+            return WeightedTopK(k=self.k)(code, {"length": state["site_length"][site]})
+        return Threshold()(code, {"threshold": state["site_threshold"][site]})
 
 
 @dataclasses.dataclass(frozen=True)

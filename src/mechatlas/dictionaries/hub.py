@@ -31,7 +31,7 @@ from mechatlas.outputs import temporary_folder
 from mechatlas.tensorfiles import TORCH
 
 SCHEME = "hf://"
-SETTINGS = ("cfg.json", "config.json", "hyperparams.json", "config.yaml")
+SETTINGS = ("cfg.json", "config.json", "hyperparams.json", "config.yaml", "conf.yaml")
 """Files of settings that are fetched with weights."""
 WEIGHTS = (*TORCH, ".safetensors", ".npz")
 _ADDRESS = re.compile(r"hf:/{1,2}([\w.-]+/[\w.-]+)((?:/[^/@\s]+)*)/?(?:@([\w./-]+))?")
@@ -280,7 +280,7 @@ REGISTERED = {
     "dictionary_learning_1": "dictionary_learning", "deepseek_r1": "DeepSeek R1",
     "qwen_scope": "Qwen Scope", "llama_scope": "OpenMOSS", "llama_scope_r1_distill": "OpenMOSS",
     "sparsify": "sparsify", "mwhanna_transcoder": "circuit-tracer",
-    "mntss_clt_layer_transcoder": "circuit-tracer cross-layer",
+    "mntss_clt_layer_transcoder": "circuit-tracer cross-layer", "temporal": "temporal",
 }  # fmt: skip
 """Format in the registry -> library of the layout that reads it."""
 

@@ -186,7 +186,8 @@ class Pretrained(nn.Module):
             InputError: No penalty keeps the codes sparse, or there is a skip connection, which
                 `decode` leaves out.
         """
-        keeps_k = self.sparsity.by_row and hasattr(self.sparsity, "k")
+        rule = self.sparsity
+        keeps_k = rule.by_row and hasattr(rule, "k") and not rule.by_site
         if self._rule_is_read and not keeps_k:
             name = type(self.sparsity).__name__
             own = {"ReLU": "ReLU(l1=1.0)", "Gated": "Gated(l1=1.0)"}.get(name, "JumpReLU(l0=1.0)")
@@ -289,6 +290,9 @@ class Pretrained(nn.Module):
         Raises:
             InputError: The units of the rows are needed and unknown.
         """
+        if self.sparsity.by_site:
+            parts = [self._at_site(code, site) for site in self.spans]
+            return torch.cat(parts, dim=-1) + self.b_dec
         out = _sum_of_atoms(code, self.W_dec) + self.b_dec
         if self.norm is None or self.transcodes:
             return out
@@ -308,8 +312,13 @@ class Pretrained(nn.Module):
         Raises:
             InputError: No site of that name is written.
         """
+        return self._at_site(code, site) + self.b_dec[span_of(self.spans, site)]
+
+    def _at_site(self, code: Tensor, site: str) -> Tensor:
+        """Sum of the atoms of one site, of the latents that the site uses."""
         span = span_of(self.spans, site)
-        return _sum_of_atoms(code, self.W_dec[:, span]) + self.b_dec[span]
+        own = self.sparsity.at_site(code, self.state, list(self.spans).index(site))
+        return _sum_of_atoms(own, self.W_dec[:, span])
 
     def forward(self, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch d_out"]:
         """Encode, then decode, and add what the skip connection passes."""

@@ -54,6 +54,13 @@ class Rule(abc.ABC):
     """Whether the code of a sample in training is independent of the other samples."""
     pursues = False
     """Whether codes are found step by step from rows and atoms (`pursue`), without an encoder."""
+    by_site = False
+    """Whether a site that is written uses a part of the code alone (`at_site`)."""
+
+    def at_site(self, code: Latents, state: State, site: int) -> Latents:
+        """Code as one of several sites uses it: all of it, but for a rule of sites."""
+        del state, site
+        return code
 
     def pursue(
         self, x: Float[Tensor, "batch d_in"], atoms: Float[Tensor, "latent d_in"]

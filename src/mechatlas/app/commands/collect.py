@@ -17,10 +17,11 @@ from mechatlas.activations.collect import collect as collect_rows
 from mechatlas.activations.images import Images
 from mechatlas.activations.networks import Network, folders, load_network, looking_in
 from mechatlas.activations.outlier_rows import OutlierRows
-from mechatlas.activations.posing import PoseConfig
+from mechatlas.activations.posing import PoseConfig, action_of
 from mechatlas.activations.samples import SampleRecipe, open_samples
 from mechatlas.activations.sites import find_sites
 from mechatlas.app.engines import EngineConfig
+from mechatlas.app.estimates import WORTH_MEASURING, of_collecting
 from mechatlas.app.progress import bar
 from mechatlas.app.recipes import as_dict
 from mechatlas.app.run_folder import STORE, CommandResult, DeviceConfig, RunFolder
@@ -90,6 +91,11 @@ def run(config: CollectConfig, folder: RunFolder) -> CollectResult:
     network = load_network(config.network)
     sites = find_sites(network, config.sites)
     samples = open_samples(config.samples, network, memory_mib=config.storage.memory_mib)
+    n_poses = 1 if config.group is None else action_of(config.group).group.order
+    folder.expect(
+        lambda: of_collecting(network, samples, sites, config.storage, n_poses),
+        is_long=len(samples) >= WORTH_MEASURING * config.storage.batch_size,
+    )
     made_from = as_dict(dataclasses.replace(config, out=Path("store"), device="cpu"))
     made_from.pop("engine")
     with bar("collecting") as progress:

@@ -70,12 +70,18 @@ def run(config: ExportConfig, folder: RunFolder) -> ExportResult:
     folder.parent("dictionary", opened.checksum)
     folder.facts(format=config.format, **({} if site is None else {"site": site}))
     folder.begin()
-    before = set(folder.path.iterdir())
+    before = _inodes(folder.path)  # files of an earlier run have the same names
     save(opened.dictionary, folder.path, format=config.format, metadata=entries)
-    written = sorted(path.name for path in set(folder.path.iterdir()) - before)
+    written = sorted(name for name, _ in _inodes(folder.path) - before)
     for name in written:
         folder.note(name)
     return ExportResult(format=config.format, files=written, site=site)
+
+
+def _inodes(folder: Path) -> set[tuple[str, tuple[int, int]]]:
+    """Names and identities of the files of a folder; one that is written again is another."""
+    found = ((path.name, path.stat()) for path in folder.iterdir())
+    return {(name, (status.st_ino, status.st_mtime_ns)) for name, status in found}
 
 
 def in_words(result: ExportResult) -> str:

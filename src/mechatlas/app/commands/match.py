@@ -34,6 +34,7 @@ from mechatlas.analysis.matching.held_out import CoFiring, co_firing, paired_cod
 from mechatlas.analysis.matching.nulls import NULLS, Null, PairEvidence
 from mechatlas.analysis.matching.pairing import FDR, Match, feature_splitting, match
 from mechatlas.app.engines import EngineConfig
+from mechatlas.app.estimates import of_matching
 from mechatlas.app.inputs import OpenedDictionary, open_dictionaries, refuse_other_network
 from mechatlas.app.match_quality import (
     HeldSamples,
@@ -261,6 +262,9 @@ def run(config: MatchConfig, folder: RunFolder) -> MatchResult:
     """
     _check(config)
     inputs = _open(config)
+    if config.cost != "codes":
+        shapes = [(each.dictionary.n_latents, each.dictionary.d_in) for each in inputs.opened]
+        folder.expect(lambda: of_matching(shapes))
     for name, opened in zip(inputs.names, inputs.opened, strict=True):
         folder.parent(name, opened.checksum)
     if config.store is not None:

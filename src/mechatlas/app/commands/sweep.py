@@ -17,8 +17,9 @@ from typing import Annotated, Any
 
 from tyro.conf import Positional, arg
 
-from mechatlas.app.commands.train import TrainConfig
+from mechatlas.app.commands.train import TrainConfig, estimate
 from mechatlas.app.engines import EngineConfig, as_engine
+from mechatlas.app.estimates import WORTH_MEASURING, Estimate
 from mechatlas.app.progress import bar
 from mechatlas.app.recipes import as_dict, from_dict
 from mechatlas.app.run_folder import (
@@ -81,9 +82,13 @@ def run(config: SweepConfig, folder: RunFolder) -> SweepResult:
     """
     engine = as_engine(config.engine)
     varied, runs = _combinations(config)
-    folder.begin()  # the folders of dictionaries that follow are this sweep's
     done = {name: result for name in runs if (result := _trained(runs[name]))}
     missing = [name for name in runs if name not in done]
+    if missing:
+        configs = [runs[name] for name in missing]
+        is_long = sum(config.steps for config in configs) >= 10 * WORTH_MEASURING
+        folder.expect(lambda: _estimate(configs), is_long=is_long)
+    folder.begin()  # the folders of dictionaries that follow are this sweep's
     failed: dict[str, str] = {}
     n_kept = len(done)
     with bar(f"training {len(runs)} dictionaries") as step:
@@ -220,10 +225,43 @@ def _trained(config: TrainConfig) -> dict[str, Any] | None:
 def _train(config: TrainConfig, shared: None) -> tuple[dict[str, Any], str]:
     """Train one dictionary; its result, or the sentence that says why there is none."""
     del shared
+    sweep = config.out.parent
+    if not (sweep / MANIFEST).is_file():  # the folder must not come back with half of its files
+        return {}, f"{sweep} was deleted or moved meanwhile. Run the command again."
     try:
         return as_plain(execute(config)), ""
     except UserError as error:
         return {}, str(error)
+
+
+def _estimate(configs: list[TrainConfig]) -> Estimate:
+    """Estimate the cost of all dictionaries from that of one, in proportion to their sizes.
+
+    Raises:
+        UserError: None can be trained.
+    """
+    config, first = _first_estimate(configs)
+    steps = sum(each.steps * each.batch_size * each.n_latents for each in configs)
+    n_latents = [each.n_latents for each in configs]
+    return Estimate(
+        seconds=first.seconds * steps / (config.steps * config.batch_size * config.n_latents),
+        memory=int(first.memory * max(1.0, max(n_latents) / config.n_latents)),
+        disk=first.disk * sum(n_latents) // config.n_latents,
+    )
+
+
+def _first_estimate(configs: list[TrainConfig]) -> tuple[TrainConfig, Estimate]:
+    """Estimate the first dictionary that can be trained.
+
+    Raises:
+        UserError: None can.
+    """
+    try:
+        return configs[0], estimate(configs[0])
+    except UserError:
+        if len(configs) == 1:
+            raise
+        return _first_estimate(configs[1:])
 
 
 def _table(

@@ -73,6 +73,7 @@ from mechatlas.app.run_folder import (
     TRACKS,
     as_plain,
 )
+from mechatlas.app.symmetry_tables import write_features
 from mechatlas.base import InputError, Progress, SiteError, no_progress
 from mechatlas.files import write
 
@@ -401,7 +402,7 @@ def _describe_symmetry(
     atoms = found.stabilizer_function
     if names[0] in known:
         atoms = known[names[0]].returned.W_dec.detach().float().cpu().numpy()
-    symmetry.write_features(out, found, atoms, np.zeros(n, np.int64), {})
+    write_features(out, found, atoms, np.zeros(n, np.int64), {})
     unknown: dict[str, float | None] = dict.fromkeys(PREDICTORS)
     return symmetry.SymmetryResult(
         **symmetry.count_classes(found),

@@ -27,6 +27,7 @@ from mechatlas.dictionaries.foreign import (
     published,
     saelens,
     sparsify,
+    temporal,
 )
 from mechatlas.dictionaries.foreign.weights import INDEX, Found, find_tensors
 from mechatlas.tensorfiles import TORCH
@@ -112,6 +113,7 @@ LAYOUTS = (
     Layout("OpenMOSS", openmoss.read, LINEAR, ("hyperparams.json",)),
     Layout("OpenMOSS", openmoss.read, LINEAR, ("config.json",), _says("d_model")),
     Layout("OpenMOSS", openmoss.read, ("W_E", "b_E", "W_D"), ("config.json",), _says("d_model")),
+    Layout("OpenMOSS", openmoss.read, ("W_E", "b_E", "W_D.#"), ("config.json",), _says("d_model")),
     Layout("Connor and Rob", published.read_heads, USUAL, ("*_cfg.json",)),
     Layout(
         "Prisma", published.read_prisma, ("W_enc", "W_dec", "b_dec"), ("config.json",),
@@ -137,6 +139,10 @@ LAYOUTS = (
     Layout("OpenAI", published.read_openai, ("pre_bias", "latent_bias", "encoder.weight")),
     Layout("Goodfire", published.read_linear, ("encoder_linear.weight", "decoder_linear.weight")),
     Layout("DeepSeek R1", published.read_linear, LINEAR, needs=_axes("encoder.weight", 2)),
+    Layout(
+        "temporal", temporal.read_published, ("D", "b", "attn_layers.#.k_ctx.weight"),
+        ("conf.yaml",),
+    ),
     Layout("Overcomplete", overcomplete.read, ("dictionary.multiplier",)),
 )  # fmt: skip
 """Layouts, the more particular ones first: of rows that fit equally well the first is taken."""

@@ -28,9 +28,11 @@ from torch import Tensor
 
 from mechatlas.base import WeightsError
 from mechatlas.dictionaries.activation_rules import AbsTopK, Pursuit
+from mechatlas.dictionaries.foreign import temporal
 from mechatlas.dictionaries.foreign.weights import Found, as_json, as_pretrained, fit
 from mechatlas.dictionaries.pretrained import Pretrained, layer_norm, root_length
 from mechatlas.dictionaries.sparsity import Gated, ReLU, Rule, Threshold, TopK
+from mechatlas.dictionaries.temporal import TemporalDictionary
 from mechatlas.files import Fields, write, write_json
 
 WEIGHTS, CONFIG = "sae_weights.safetensors", "cfg.json"
@@ -68,7 +70,7 @@ METADATA = (
 """Entries of a configuration that SAELens and tools around it read."""
 
 
-def read(found: Found) -> Pretrained:
+def read(found: Found) -> Pretrained | TemporalDictionary:
     """Read `sae_weights.safetensors` and the `cfg.json` beside it.
 
     Raises:
@@ -76,6 +78,8 @@ def read(found: Found) -> Pretrained:
             read.
     """
     config = found.config(CONFIG)
+    if config.values.get("architecture") == "temporal":
+        return temporal.read_saelens(found, config, _site(config), _metadata(config))
     architecture = _architecture(config)
     transcodes = "transcoder" in architecture
     d_in, n_latents = config.integer("d_in"), config.integer("d_sae")
@@ -329,7 +333,11 @@ def _describe(whole: Pretrained) -> tuple[str, dict[str, Tensor], dict[str, Any]
         return "matching_pursuit", {}, settings
     if isinstance(rule, TopK | AbsTopK):
         name = "topk" if isinstance(rule, TopK) else "abstopk"
-        return name, b_enc, {"k": rule.k, "rescale_acts_by_decoder_norm": False}
+        # SAEDashboard and SAEBench give atoms length 1, which SAELens allows only where ranks are
+        # of codes in units of such atoms: with atoms of length 1 they are.
+        length = whole.W_dec.float().norm(dim=1)
+        rescales = bool(torch.allclose(length, torch.ones_like(length), atol=1e-5))
+        return name, b_enc, {"k": rule.k, "rescale_acts_by_decoder_norm": rescales}
     if isinstance(rule, Threshold):
         return "jumprelu", {**b_enc, **state}, {}
     if isinstance(rule, Gated):

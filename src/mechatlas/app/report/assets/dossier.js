@@ -38,7 +38,7 @@ const dossier = (() => {
   }
 
   function symmetry(line) {
-    const statement = line.claimed ? `Stabilizer: ${line.name} (order ${line.order})` : line.name === "not reliable" ? "Symmetry: not reliably measured" : `Symmetry: ${line.name}`;
+    const statement = line.claimed ? `Stabilizer: ${line.name} (order ${line.order})` : line.name === "not shown" ? "Symmetry: neither shown nor ruled out" : `Symmetry: ${line.name}`;
     const others = line.members.length
       ? el("p", { class: "says" }, `Family ${line.family}, pose ${line.pose}; others: `, ...line.members.flatMap(([j, pose], k) => [k ? ", " : "", el("a", { href: "#", "data-feature": j }, `${j} (${pose})`)])) : null;
     const wheel = el("span", { class: "wheel-small" });

@@ -49,7 +49,7 @@ const map = (() => {
     }
     const group = groupings[by]?.(d) ?? (() => null), of = points.map(group);
     const listed = by === "branch" ? d.branches.map((b) => [b, of.filter((g) => g === b).length]) : named(of);
-    const colors = new Map(listed.slice(0, 8).map(([name], k) => [name, atlas.color(name === "not matched" || name === "not reliable" ? "--pale" : atlas.category(k))]));
+    const colors = new Map(listed.slice(0, 8).map(([name], k) => [name, atlas.color(name === "not matched" || name === "not shown" ? "--pale" : atlas.category(k))]));
     const other = atlas.color("--pale");
     state.colors = of.map((name) => colors.get(name) ?? other);
     const keys = [...colors].map(([name, color], k) => el("span", {}, el("i", { class: "dot", style: `--c:${color}` }), `${name} ${number(listed[k][1])}`));

@@ -1,0 +1,100 @@
+"""Estimates before work: what they say, that they change nothing, and what a dry run leaves."""
+
+import json
+
+import numpy as np
+import pytest
+from torch import nn
+
+import mechatlas as ma
+from mechatlas.app import estimates
+from mechatlas.app.cli import main
+from mechatlas.app.commands import train as train_command
+from mechatlas.app.estimates import Estimate, in_words
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("estimates") / "store"
+    x = np.random.default_rng(0).normal(size=(400, 6)).astype("float32")
+    ma.collect(nn.Sequential(nn.Linear(6, 32), nn.ReLU()), x, ["0", "1"], folder)
+    return folder
+
+
+def training(path, store, *lines):
+    settings = (f'store = "{store}"', "steps = 30", "batch_size = 32", *lines)
+    path.write_text("\n".join(settings))
+    return str(path)
+
+
+def dry(capsys, *words):
+    main([*map(str, words), "--dry-run", "--json"])
+    return json.loads(capsys.readouterr().out)
+
+
+def test_an_estimate_reads_as_a_sentence():
+    estimate = Estimate(seconds=754.0, memory=3 << 29, disk=300 << 20)
+    assert in_words(estimate) == "About 13 minutes, 1.5 GiB of memory and 300 MiB of disk."
+    estimate = Estimate(seconds=7200.0, memory=200 << 20)
+    assert in_words(estimate) == "About 2.0 hours, 200 MiB of memory."
+
+
+def test_a_dry_run_of_collect_knows_the_size_of_the_store_and_writes_nothing(tmp_path, capsys):
+    np.save(tmp_path / "x.npy", np.zeros((70, 32, 32, 3), dtype=np.uint8))
+    recipe = tmp_path / "collect.toml"
+    recipe.write_text(
+        f'sites = ["mixed3b", "mixed4c"]\n[network]\nname = "inception_mini"\n'
+        f'[samples]\nsource = "{tmp_path}/x.npy"\nside = 32\n[storage.positions]\nper_sample = 7'
+    )
+    found = dry(capsys, "collect", recipe, "--out", tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+    assert found["seconds"] > 0
+    main(["collect", str(recipe), "--out", str(tmp_path / "store"), "--json"])
+    size = json.loads(capsys.readouterr().out)["bytes"]
+    assert abs(found["disk"] - size) < 0.1 * size
+
+
+def test_a_dry_run_of_training_is_as_long_as_its_steps(store, tmp_path, capsys, monkeypatch):
+    clock = iter(range(1000))
+    monkeypatch.setattr(estimates.time, "perf_counter", lambda: float(next(clock)))
+    recipe = training(tmp_path / "train.toml", store, 'site = "1"', "n_latents = 64")
+    out = tmp_path / "new"
+    found = dry(capsys, "train", recipe, "--out", out)
+    assert found["seconds"] == 30  # a second a step, by this clock
+    assert not out.exists()
+    main(["train", recipe, "--out", str(out)])
+    size = sum(path.stat().st_size for path in out.glob("*.safetensors"))
+    assert abs(found["disk"] - size) < 0.2 * size
+    capsys.readouterr()
+
+    sweep = training(tmp_path / "sweep.toml", store, 'site = "1"', "n_latents = [64, 128]")
+    assert dry(capsys, "sweep", sweep, "--out", tmp_path / "sweep")["seconds"] == 90
+    assert not (tmp_path / "sweep").exists()
+
+    other = dry(capsys, "match", out, out, "--out", tmp_path / "match")
+    assert 0 < other["seconds"] < 60
+    assert not (tmp_path / "match").exists()
+
+
+def test_training_has_the_same_bytes_whether_its_cost_was_estimated(
+    store, tmp_path, capsys, monkeypatch
+):
+    recipe = training(tmp_path / "train.toml", store, 'site = "1"', "n_latents = 64")
+    main(["train", recipe, "--out", str(tmp_path / "plain")])
+    assert "About" not in capsys.readouterr().err
+    monkeypatch.setattr(train_command, "WORTH_MEASURING", 0)
+    monkeypatch.setattr("mechatlas.app.run_folder.WORTH_SAYING", 0)
+    main(["train", recipe, "--out", str(tmp_path / "estimated")])
+    assert "mechatlas: About" in capsys.readouterr().err
+    files = [tmp_path / name / "dictionary.safetensors" for name in ("plain", "estimated")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_a_dry_run_makes_the_mistakes_known(store, tmp_path, capsys):
+    recipe = training(tmp_path / "train.toml", store, 'site = "7"')
+    with pytest.raises(SystemExit):
+        main(["train", recipe, "--dry-run"])
+    assert "7" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["verify", str(store), "--dry-run"])
+    assert "`mechatlas verify` makes no estimate; collect, train" in capsys.readouterr().err
