@@ -21,7 +21,7 @@ from mechatlas.activations.positions import Positions
 from mechatlas.app.commands import symmetry
 from mechatlas.app.commands.collect import CollectConfig
 from mechatlas.app.commands.train import TrainConfig
-from mechatlas.app.run_folder import execute
+from mechatlas.app.run_folder import SYMMETRY_TENSORS, execute
 
 N = 16
 
@@ -52,7 +52,7 @@ def measure(name: str, blurred: bool, options: argparse.Namespace) -> dict[str, 
         dictionary=out / "crosscoder", store=store, out=out / "symmetry", interventions=0
     )
     result = execute(config)
-    s = load_file(out / "symmetry" / symmetry.SYMMETRY_TENSORS)["stabilizer_function"].mean(axis=0)
+    s = load_file(out / "symmetry" / SYMMETRY_TENSORS)["stabilizer_function"].mean(axis=0)
     linear = np.array(result.r2["linear"])
     turns = np.arange(1, N)
     quarter = turns[turns % (N // 4) == 0]

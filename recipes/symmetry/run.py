@@ -26,7 +26,7 @@ from mechatlas.analysis.symmetry.shift_evidence import SUPPORT_THRESHOLD
 from mechatlas.app.commands import symmetry
 from mechatlas.app.commands.train import TrainConfig
 from mechatlas.app.recipes import read_recipe
-from mechatlas.app.run_folder import execute, read_result
+from mechatlas.app.run_folder import FEATURES, SYMMETRY_TENSORS, execute, read_result
 from mechatlas.files import read_json, write_json
 
 HERE = Path(__file__).parent
@@ -75,7 +75,7 @@ def agreement(dictionaries: list[Path], folders: list[Path]) -> dict[str, Any]:
     """
     a, b = (ma.load(path).W_dec.detach().numpy() for path in dictionaries)
     match = ma.match(a, b)
-    tables = [pq.read_table(folder / symmetry.FEATURES) for folder in folders]
+    tables = [pq.read_table(folder / FEATURES) for folder in folders]
     names = [np.array(table["class"].to_pylist()) for table in tables]
     orders = [table["stabilizer_order"].to_numpy() for table in tables]
     reliable = [table["reliable"].to_numpy() for table in tables]
@@ -102,8 +102,8 @@ def beyond_invariance(folder: Path) -> dict[str, int]:
     little is left of a blur, which is nearly the same in every pose. It must stay above the
     threshold of support for all elements of the claimed stabilizer.
     """
-    table = pq.read_table(folder / symmetry.FEATURES)
-    s = load_file(folder / symmetry.SYMMETRY_TENSORS)["stabilizer_function"]
+    table = pq.read_table(folder / FEATURES)
+    s = load_file(folder / SYMMETRY_TENSORS)["stabilizer_function"]
     mean = s.mean(axis=1, keepdims=True)
     rest = (s - mean) / np.maximum(1 - mean, 1e-9)
     counts = {"symmetric": 0, "beyond": 0}

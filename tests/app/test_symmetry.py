@@ -19,7 +19,7 @@ from mechatlas.app.commands.collect import CollectConfig
 from mechatlas.app.commands.symmetry import SymmetryConfig
 from mechatlas.app.report.chapters.symmetry import chapter as symmetry_chapter
 from mechatlas.app.report.runs import find_runs
-from mechatlas.app.run_folder import execute
+from mechatlas.app.run_folder import FEATURES, SYMMETRY_TENSORS, execute
 from mechatlas.base import DiskError, SiteError, WeightsError, no_progress
 from mechatlas.dictionaries.autoencoder import Autoencoder, Transcoder
 from mechatlas.dictionaries.formats import save
@@ -122,7 +122,9 @@ def test_classes_stand_beside_those_of_a_control(world, tmp_path):
     control, _ = run(world, "plain", tmp_path / "control")
     assert control.control is None
     result, text = run(world, "crosscoder", tmp_path / "out", control=tmp_path / "control")
-    assert "Reliable features here (19) and in the control (19): no class differs." in text
+    assert (
+        "Features with a known class here (19) and in the control (19): no class differs." in text
+    )
     rows = {row.name: row for row in result.control.classes}
     assert (rows["any symmetry"].n, rows["any symmetry"].n_control) == (11, 11)
     chapter = symmetry_chapter(find_runs(tmp_path), no_progress)
@@ -140,7 +142,7 @@ def test_classes_stand_beside_those_of_a_control(world, tmp_path):
 def test_a_run_gives_the_same_files_again(world, tmp_path):
     for name in ("a", "b"):
         run(world, "plain", tmp_path / name)
-    for file in (symmetry.FEATURES, symmetry.SYMMETRY_TENSORS):
+    for file in (FEATURES, SYMMETRY_TENSORS):
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
     run(world, "plain", tmp_path / "a")  # its own folder may be written again
     (tmp_path / "c").mkdir()
@@ -237,7 +239,7 @@ def test_turns_that_interpolate_stand_beside_those_that_do_not(world, tmp_path):
     manifest["group"] |= {"exact": [True, False] * 4, "matched_blur": False}
     forge(tmp_path / "store", manifest)
     result, text = classify(world / "plain", tmp_path / "store", tmp_path / "out")
-    s = load_file(tmp_path / "out" / symmetry.SYMMETRY_TENSORS)["stabilizer_function"].mean(axis=0)
+    s = load_file(tmp_path / "out" / SYMMETRY_TENSORS)["stabilizer_function"].mean(axis=0)
     interpolation = result.interpolation
     assert interpolation.quarters == pytest.approx(s[[2, 4, 6]].mean(), abs=1e-5)
     assert interpolation.between == pytest.approx(s[[1, 3, 5, 7]].mean(), abs=1e-5)
@@ -380,6 +382,6 @@ def test_an_interrupted_run_continues_to_the_same_files_without_reading_the_stor
     result, _ = run(root, "plain", tmp_path / "out")
     assert 0 < len(again) == (28 + 5) * interchange.SAMPLES // interchange.BATCH + 1 - len(done)
     assert result.interventions == whole.interventions
-    for file in (symmetry.FEATURES, symmetry.SYMMETRY_TENSORS):
+    for file in (FEATURES, SYMMETRY_TENSORS):
         assert (tmp_path / "out" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
     assert not (tmp_path / "out" / "unfinished").exists()

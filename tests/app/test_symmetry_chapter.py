@@ -8,13 +8,12 @@ import pyarrow.parquet as pq
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from mechatlas.app.commands import symmetry as symmetry_command
 from mechatlas.app.commands.symmetry import SymmetryConfig
 from mechatlas.app.old_runs import COLUMNS, KEYS
 from mechatlas.app.report.chapters import symmetry
 from mechatlas.app.report.page import assemble
 from mechatlas.app.report.runs import find_runs
-from mechatlas.app.run_folder import execute
+from mechatlas.app.run_folder import FEATURES, SYMMETRY_TENSORS, execute
 from mechatlas.base import DiskError, UserError, no_progress
 from mechatlas.dictionaries.formats import save
 from mechatlas.files import read_json, write_json
@@ -87,12 +86,12 @@ def test_the_chapter_is_tied_to_the_dictionary_on_the_page_and_escapes_names(mad
 def test_runs_without_symmetry_have_no_such_chapter_and_damage_is_named(folder, tmp_path):
     (tmp_path / "manifest.json").write_text('{"kind": "dictionary"}')
     assert symmetry.chapter(find_runs(tmp_path), no_progress) is None
-    for name in ("manifest.json", "result.json", symmetry_command.FEATURES):
+    for name in ("manifest.json", "result.json", FEATURES):
         (tmp_path / name).write_bytes((folder / "<b>symmetry" / name).read_bytes())
-    (tmp_path / symmetry_command.SYMMETRY_TENSORS).write_text("nothing")
+    (tmp_path / SYMMETRY_TENSORS).write_text("nothing")
     with pytest.raises(UserError, match=r"symmetry\.safetensors cannot be read"):
         symmetry.chapter(find_runs(tmp_path), no_progress)
-    (tmp_path / symmetry_command.FEATURES).write_text("nothing")
+    (tmp_path / FEATURES).write_text("nothing")
     with pytest.raises(DiskError, match=r"features\.parquet is damaged"):
         symmetry.chapter(find_runs(tmp_path), no_progress)
 
@@ -112,14 +111,14 @@ def test_a_run_of_version_0_1_is_drawn_as_before(folder, made, tmp_path):
     result["causal"] = {"missing": result["causal"]["missing"]}
     assert {"alike", "chance_likeness"} <= set(result)
     write_json(tmp_path / "result.json", result)
-    table = pq.read_table(run / symmetry_command.FEATURES)
+    table = pq.read_table(run / FEATURES)
     columns = {old_names.get(name, name): table[name] for name in table.column_names}
     assert {"stabiliser_elements", "likeness", "swap_alignment"} <= set(columns)
-    pq.write_table(pa.table(columns), tmp_path / symmetry_command.FEATURES)
-    tensors = load_file(run / symmetry_command.SYMMETRY_TENSORS)
+    pq.write_table(pa.table(columns), tmp_path / FEATURES)
+    tensors = load_file(run / SYMMETRY_TENSORS)
     save_file(
         {old_names.get(name, name): array for name, array in tensors.items()},
-        tmp_path / symmetry_command.SYMMETRY_TENSORS,
+        tmp_path / SYMMETRY_TENSORS,
     )
     forge(tmp_path, read_json(run / "manifest.json"), schema=1)
     drawn = symmetry.chapter(find_runs(tmp_path), no_progress)

@@ -136,12 +136,15 @@ def _answer(name: str, words: list[str], *, as_json: bool, dry_run: bool) -> Non
         SystemExit: 2 for a user's mistake.
     """
     from mechatlas.activations.networks import looking_in  # with torch
+    from mechatlas.app.engines import is_first
     from mechatlas.base import UserError
 
     recipe = [Path(words[0]).resolve().parent] if words and words[0].endswith(".toml") else []
     try:
         with looking_in(*recipe):
-            print(run(name, words, as_json=as_json, dry_run=dry_run))
+            text = run(name, words, as_json=as_json, dry_run=dry_run)
+        if is_first():
+            print(text)
     except UserError as error:
         fail(str(error))
 

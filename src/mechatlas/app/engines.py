@@ -181,7 +181,9 @@ class Ray:
         own = not ray.is_initialized()
         try:
             if own:
-                ray.init(self.address, log_to_driver=False, include_dashboard=False)
+                # Not the cluster that Ray remembers, of a driver that may have been killed.
+                address = self.address or os.environ.get("RAY_ADDRESS") or "local"
+                ray.init(address, log_to_driver=False, include_dashboard=False)
             at_once = 2 * max(1, int(ray.cluster_resources().get("CPU", 1)))
             everywhere, left = ray.put(shared), enumerate(pieces)
             remote = ray.remote(max_retries=TRIES - 1)(_run_in)
@@ -216,6 +218,16 @@ def _run_in(home: str, work: Work, piece: Any, shared: Any) -> Any:
     with contextlib.suppress(OSError):
         os.chdir(home)
     return work(piece, shared)
+
+
+def n_processes() -> int:
+    """Number of processes that `torchrun` has started to work together; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1")) if "TORCHELASTIC_RUN_ID" in os.environ else 1
+
+
+def is_first() -> bool:
+    """Whether this is the process that writes and speaks for all those of `torchrun`."""
+    return n_processes() == 1 or os.environ.get("RANK") == "0"
 
 
 def as_engine(text: str) -> Engine:

@@ -2,12 +2,15 @@
 
     KEYS        keys of `result.json` and other JSON files, by kind of folder
     COLUMNS     columns of tables and names of tensors, by kind of folder
+    VALUES      words in columns of tables, by kind of folder and column
 
 Folders of version 0.1 are read through these tables and never written again.
 """
 
 from collections.abc import Mapping
 from typing import Any
+
+import numpy as np
 
 KEYS: dict[str, dict[str, str]] = {
     "branches": {
@@ -123,6 +126,10 @@ COLUMNS: dict[str, dict[str, str]] = {
     },
 }
 """Kind -> old column or tensor -> its name today."""
+VALUES: dict[str, dict[str, dict[str, str]]] = {
+    "symmetry": {"class": {"not reliable": "not shown"}},
+}
+"""Kind -> column -> old word -> word today."""
 
 
 def renamed(value: Any, kind: str) -> Any:
@@ -141,11 +148,15 @@ def renamed(value: Any, kind: str) -> Any:
 
 
 def renamed_columns(columns: Mapping[str, Any], kind: str) -> dict[str, Any]:
-    """Replace the old names of columns or tensors.
+    """Replace the old names of columns or tensors, and old words in them.
 
     Args:
         columns: Columns or tensors by name.
         kind: Kind of the folder.
     """
-    table = COLUMNS.get(kind, {})
-    return {table.get(name, name): values for name, values in columns.items()}
+    table, words = COLUMNS.get(kind, {}), VALUES.get(kind, {})
+    new = {table.get(name, name): values for name, values in columns.items()}
+    for name in words.keys() & new.keys():
+        listed = [words[name].get(value, value) for value in new[name]]
+        new[name] = np.array(listed) if isinstance(new[name], np.ndarray) else listed
+    return new

@@ -282,7 +282,8 @@ def _summarize(effects: InterchangeEffects, symmetries: Symmetry) -> Interventio
     passed = effects.q_values <= symmetries.fdr
     smallest = effects.alignment[passed].min(initial=np.inf)
     null = effects.null_alignment[np.isfinite(effects.null_alignment)]
-    names = [symmetries.names[i] for i in effects.features]
+    labels = symmetries.names
+    names = [labels[i] for i in effects.features]
     n_passed = Counter(name for name, ok in zip(names, passed, strict=True) if ok)
     medians: dict[str, Any] = {
         name: rounded(finite_median(getattr(effects, name))) for name in MEDIANS

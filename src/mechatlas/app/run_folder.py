@@ -33,10 +33,11 @@ from jaxtyping import Shaped
 from safetensors.numpy import save
 
 from mechatlas import deprecated
+from mechatlas.app.engines import is_first, n_processes
 from mechatlas.app.estimates import WORTH_SAYING, Estimate, OnlyEstimate, in_words
 from mechatlas.app.old_runs import renamed
 from mechatlas.app.recipes import as_dict
-from mechatlas.base import DiskError, WeightsError
+from mechatlas.base import DiskError, RecipeError, WeightsError
 from mechatlas.devices import as_device
 from mechatlas.files import (
     MANIFEST,
@@ -160,6 +161,7 @@ def execute(config: Any, *, dry_run: bool = False) -> Any:
         The result, with the folder, CPU seconds and memory.
 
     Raises:
+        RecipeError: `torchrun` started a command that it is not for.
         OnlyEstimate: It is a dry run.
         UserError: The input is bad, or the folder holds something else.
     """
@@ -168,8 +170,23 @@ def execute(config: Any, *, dry_run: bool = False) -> Any:
         as_device(config.device)
     if not hasattr(command, "KIND") or config.out is None:
         return command.run(config)
+    if n_processes() > 1 and (command.KIND != DICTIONARY or dry_run):
+        raise RecipeError("torchrun is for `mechatlas train` alone; other commands have --engine.")
+    if not is_first():
+        return command.run(config, Follower(config.out))
     with RunFolder(config.out, command.KIND, config, dry_run=dry_run) as folder:
         return folder.finish(command.run(config, folder))
+
+
+class Follower:
+    """Folder of a run as the other processes of `torchrun` see it: the first one writes it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path: Path = path
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        """Do nothing, whatever a `RunFolder` would do."""
+        return lambda *_, **__: None
 
 
 class RunFolder:

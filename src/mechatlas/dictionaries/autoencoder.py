@@ -220,7 +220,7 @@ class LinearCoder(SparseCoder):
         """Build with random atoms; see `SparseCoder`."""
         super().__init__(read=read, write=write, edges=edges, config=config)
         random = torch.Generator().manual_seed(config["seed"])
-        atoms = torch.randn(self.n_latents, self.d_out, generator=random)
+        atoms = self._draw(random, self.d_out)
         self.W_dec = nn.Parameter(atoms.div_(atom_lengths(atoms, self.edges)))
         if not self.tied:
             rows = self._first_encoder(random)
@@ -236,6 +236,10 @@ class LinearCoder(SparseCoder):
         for name, start in self.rule.buffers(self.n_latents).items():
             self.register_buffer(name, start)
 
+    def _draw(self, random: torch.Generator, width: int) -> Tensor:
+        """Draw a row of numbers for each latent."""
+        return torch.randn(self.n_latents, width, generator=random)
+
     def _first_encoder(self, random: torch.Generator) -> Tensor:
         """Rows that read an atom as 1 where it is written as 1; random if it is not read at all."""
         # The numbers of a latent lie side by side in memory: training reads them by latent.
@@ -243,7 +247,7 @@ class LinearCoder(SparseCoder):
         if 0 <= offset < self.d_out:
             rows = self.W_dec.detach()[:, offset : offset + self.d_in].clone()
         else:
-            rows = torch.randn(self.n_latents, self.d_in, generator=random)
+            rows = self._draw(random, self.d_in)
             return rows / rows.norm(dim=-1, keepdim=True)
         return rows / rows.square().sum(dim=-1, keepdim=True)
 

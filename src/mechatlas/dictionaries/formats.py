@@ -3,6 +3,9 @@
     save    a dictionary -> a folder
     load    a folder or file -> a dictionary, whichever library wrote it
 
+Several files `dictionary-00000000.safetensors`, each with a range of the latents, are a dictionary
+that was trained by several processes; `load` joins them, or reads one of them as it is.
+
 Our own file is `dictionary.safetensors`: `W_enc (d_in, n_latents)` (absent when tied), `b_enc`,
 `W_dec (n_latents, d_out)`, `b_dec` and the sparsity rule's own tensors (such as `threshold`); of a
 pose-tied one only `atoms`, `encoder`, `b_enc` and `b_dec` of one pose; of a class of your own its
@@ -11,6 +14,7 @@ are recognized by their tensors and settings (`foreign.layouts`).
 """
 
 import dataclasses
+import itertools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -33,11 +37,13 @@ from mechatlas.dictionaries.activation_rules import (
     WeightedTopK,
 )
 from mechatlas.dictionaries.autoencoder import Autoencoder, Crosscoder, SparseCoder, Transcoder
+from mechatlas.dictionaries.engine.shard_files import WHOLE
 from mechatlas.dictionaries.foreign import circuit_tracer, dictionary_learning, saelens, sparsify
 from mechatlas.dictionaries.foreign.layouts import find, recognize
 from mechatlas.dictionaries.foreign.weights import fit
 from mechatlas.dictionaries.pose_tied import PoseTied
 from mechatlas.dictionaries.pretrained import NORMS, CrossLayerDictionary, Pretrained
+from mechatlas.dictionaries.sharded import Shard
 from mechatlas.dictionaries.sparsity import Sparsity, Threshold
 from mechatlas.dictionaries.temporal import TemporalDictionary
 from mechatlas.files import MANIFEST, read_manifest, write
@@ -50,6 +56,8 @@ from mechatlas.tensorfiles import (
 )
 
 FILE = "dictionary.safetensors"
+SHARD_FILES = "dictionary-*.safetensors"
+"""Files of a dictionary of several processes."""
 KINDS = (Autoencoder, Transcoder, Crosscoder, PoseTied, TemporalDictionary)
 """Kinds of dictionaries that `load` knows, besides those of other libraries."""
 WRITERS: dict[str, Callable[[Any, Path, Mapping[str, Any] | None], Path]] = {
@@ -116,7 +124,11 @@ def save(
     if isinstance(dictionary, Pretrained):
         dictionary = dictionary.as_pretrained()
     sizes = {name: getattr(dictionary, name, None) for name in ("d_in", "n_latents")}
-    config = {"kind": kind.__name__, **_plain(getattr(dictionary, "config", sizes))}
+    shard = dictionary if isinstance(dictionary, Shard) else None
+    config = {
+        "kind": shard.kind if shard else kind.__name__,
+        **_plain(getattr(dictionary, "config", sizes)),
+    }
     try:
         described = json.dumps(config)
     except TypeError as error:
@@ -125,8 +137,11 @@ def save(
     tensors = {name: state[own].contiguous() for name, own in names.items()}
     if len({t.data_ptr() for t in tensors.values()}) < len(tensors):  # tied modules
         tensors = {name: tensor.clone() for name, tensor in tensors.items()}
-    file = Path(path) / FILE
-    write(file, safetensors.torch.save(tensors, {"mechatlas": described}))
+    file = Path(path) / (shard.file_name if shard else FILE)
+    metadata = {"mechatlas": described}
+    if shard is not None:
+        metadata["shard"] = json.dumps([shard.latents.start, shard.latents.stop, shard.n_all])
+    write(file, safetensors.torch.save(tensors, metadata))
     return file
 
 
@@ -204,6 +219,8 @@ def load(
     own = path / FILE if path.is_dir() else path
     if own.name == FILE and own.is_file():
         dictionary = _read_own(own, classes)
+    elif path.is_dir() and (files := sorted(path.glob(SHARD_FILES))):
+        dictionary = _read_shards(files)
     else:
         found = find(path, given)
         _refuse_unfinished(found.file)
@@ -231,6 +248,34 @@ def _read_own(file: Path, classes: Sequence[type] = ()) -> nn.Module:
     with reading(file):
         config = json.loads(metadata.get("mechatlas", "null"))
     return _rebuild(config, tensors, file, classes)
+
+
+def _read_shards(files: Sequence[Path]) -> nn.Module:
+    """Join the files of a dictionary that was trained by several processes.
+
+    Raises:
+        WeightsError: One is damaged, or some are missing.
+    """
+    parts, ranges, config = [], [], {}
+    for file in files:
+        _refuse_unfinished(file)
+        tensors, metadata = read_safetensors(file)
+        with reading(file):
+            start, stop, total = map(int, json.loads(metadata["shard"]))
+            config = {**json.loads(metadata["mechatlas"]), "n_latents": total}
+        parts.append(tensors)
+        ranges.append((start, stop, total))
+    bounds = [0, *(stop for _, stop, _ in ranges)]
+    if [(*pair, bounds[-1]) for pair in itertools.pairwise(bounds)] != ranges:
+        found = ", ".join(f"{start} to {stop} of {total}" for start, stop, total in ranges)
+        raise WeightsError(
+            f"{files[0].parent} has files of the latents {found}, expected all of one dictionary."
+        )
+    joined = {
+        name: tensor if name in WHOLE else torch.cat([p[name] for p in parts], int(name == "W_enc"))
+        for name, tensor in parts[0].items()
+    }
+    return _rebuild(config, joined, files[0], ())
 
 
 def _refuse_unfinished(file: Path) -> None:

@@ -36,7 +36,6 @@ from mechatlas.dictionaries.revival import AuxK, Resample
 from mechatlas.dictionaries.rows import as_rows
 from mechatlas.files import checksum
 from mechatlas.maths.outliers import OUTLIER_NORMS, farthest, norm_limit, variance_share
-from mechatlas.outputs import claim
 
 MEASUREMENTS = 25
 """Largest number of measurements of a run."""
@@ -146,7 +145,7 @@ def train(
     done, every = 0, _steps_between_measurements(steps, batch_size, len(held_out))
     with contextlib.ExitStack() as at_the_end:
         if checkpoint is not None:
-            at_the_end.enter_context(claim(Path(checkpoint)))
+            at_the_end.enter_context(_files_of(runs).claim(Path(checkpoint)))
         for number, run in enumerate(runs):
             at_the_end.callback(run.finish)
             settings |= {f"{name} {number}": value for name, value in run.begin().items()}
@@ -216,7 +215,9 @@ class _Run:
         dictionary = self.dictionary
         settings = {
             "dictionary": f"{type(self.module).__name__}({self.module.extra_repr()})",
-            "weights at the start": _checksum(self.module.parameters()),
+            "weights at the start": getattr(
+                dictionary, "start_id", _checksum(self.module.parameters())
+            ),
         }
         if not dictionary.untrained:
             dictionary.rescale(1 / self.scale)
@@ -317,8 +318,9 @@ class _Run:
         self.history.fvu.append(quality.fvu)
         self.history.fvu_median.append(quality.fvu_median)
         self.history.fvu_with_outliers.append(quality.fvu_with_outliers)
-        self.history.l0.append(quality.l0)
-        self.history.dead_share.append(float(dead.float().mean()))
+        total = getattr(dictionary, "total", float)  # over the processes that share the latents
+        self.history.l0.append(total(quality.l0))
+        self.history.dead_share.append(total(int(dead.sum())) / total(len(dead)))
         self.history.seconds_per_step.append(seconds / max(1, self.unmeasured))
         self.unmeasured = 0
         return {name: float(v[-1]) for name, v in dataclasses.asdict(self.history).items()}
@@ -353,18 +355,30 @@ def _tensors(runs: Sequence[_Run]) -> dict[str, Tensor]:
     }
 
 
+def _files_of(runs: Sequence[_Run]) -> Any:
+    """Functions that keep checkpoints: those of the dictionary if it is one of several processes.
+
+    Raises:
+        InputError: There are several dictionaries, and one is of several processes.
+    """
+    own = [files for run in runs if (files := getattr(run.dictionary, "files", None))]
+    if own and len(runs) > 1:
+        raise InputError("Dictionaries over several processes are trained one at a time.")
+    return own[0] if own else checkpoints
+
+
 def _keep(folder: Path, runs: Sequence[_Run], settings: dict[str, Any], done: int) -> None:
     """Write a checkpoint."""
     for run in runs:
         run.check()
     histories = [dataclasses.asdict(run.history) for run in runs]
     progress = {"done": done, "histories": histories}
-    checkpoints.keep(folder, _tensors(runs), settings, progress)
+    _files_of(runs).keep(folder, _tensors(runs), settings, progress)
 
 
 def _resume(folder: Path, runs: Sequence[_Run], settings: dict[str, Any]) -> int:
     """Continue from a checkpoint, if there is one; return the number of steps done."""
-    progress = checkpoints.continued(folder, _tensors(runs), settings)
+    progress = _files_of(runs).continued(folder, _tensors(runs), settings)
     if progress is None:
         return 0
     for run, history in zip(runs, progress["histories"], strict=True):
@@ -394,7 +408,7 @@ def _settings(rows: Rows, held_out: Tensor, options: tuple[Any, ...]) -> dict[st
     names = ("steps", "batch_size", "lr", "seed", "schedule", "objective", "revival", "outliers")
     kept: dict[str, Any] = {
         "rows": [rows.n_rows, rows.d_in],
-        "held-out rows": _checksum([held_out]),
+        checkpoints.HELD_OUT: _checksum([held_out]),
     }
     for name, value in zip(names, options, strict=True):
         kept[name] = value if isinstance(value, int | float) else repr(value)

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import mechatlas
-from mechatlas.analysis.symmetry.class_names import NOT_RELIABLE, name_classes
+from mechatlas.analysis.symmetry.class_names import NOT_SHOWN, name_classes
 from mechatlas.analysis.symmetry.classify import (
     count_shuffled_discoveries,
     shuffle_pairing,
@@ -79,7 +79,7 @@ def test_nothing_is_found_in_random_blocks():
     assert symmetry(blocks, D4).n_discoveries == 0
     noise = symmetry(blocks, D4, halves)
     assert noise.n_discoveries == 0
-    assert noise.names.count(NOT_RELIABLE) >= 190
+    assert noise.names.count(NOT_SHOWN) >= 190
     exact = symmetry(blocks, D4, (blocks, blocks))
     assert exact.n_discoveries == 0
     assert exact.reliable.all()

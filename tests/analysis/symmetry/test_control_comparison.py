@@ -2,15 +2,15 @@
 
 import numpy as np
 
-from mechatlas.analysis.symmetry.class_names import NOT_RELIABLE
+from mechatlas.analysis.symmetry.class_names import NOT_SHOWN
 from mechatlas.analysis.symmetry.control_comparison import ANY, compare_with_control
 
 CLASSES = ("none", "half-turn", "mirror", "invariant")
 
 
 def test_shares_are_those_of_reliable_features_and_classes_of_neither_are_left_out():
-    own = ["none"] * 60 + ["mirror"] * 20 + [NOT_RELIABLE] * 20
-    control = ["none"] * 30 + ["mirror"] * 5 + ["invariant"] * 5 + [NOT_RELIABLE] * 60
+    own = ["none"] * 60 + ["mirror"] * 20 + [NOT_SHOWN] * 20
+    control = ["none"] * 30 + ["mirror"] * 5 + ["invariant"] * 5 + [NOT_SHOWN] * 60
     comparisons = {each.name: each for each in compare_with_control(own, control, CLASSES)}
     assert list(comparisons) == [ANY, "none", "mirror", "invariant"]
     assert (comparisons[ANY].share, comparisons[ANY].share_control) == (0.25, 0.25)
@@ -35,7 +35,7 @@ def test_classes_drawn_alike_seldom_differ():
 
 
 def test_without_reliable_features_nothing_is_told():
-    comparisons = compare_with_control([NOT_RELIABLE] * 3, ["none"], CLASSES)
+    comparisons = compare_with_control([NOT_SHOWN] * 3, ["none"], CLASSES)
     assert [each.name for each in comparisons] == [ANY, "none"]
     assert [each.difference for each in comparisons] == [None, None]
     assert [(each.low, each.high, each.q_value) for each in comparisons] == [(-1, 1, 1)] * 2

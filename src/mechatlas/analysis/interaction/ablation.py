@@ -14,12 +14,14 @@ Source: Bushnaq et al., The local interaction basis (2024), section 5.1.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from mechatlas.analysis.interaction.bases import Basis
 from mechatlas.analysis.interaction.edges import InteractionEdges
@@ -29,6 +31,8 @@ from mechatlas.deprecated import renamed_attributes
 
 MAX_ACCURACY_DROP = 0.001
 """Default of the largest fall of the score."""
+MIN_SAMPLES = 16
+"""Samples on which ablated networks are scored at least, however long that takes."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -103,6 +107,34 @@ class AblationCurve:
     def score(self) -> float:
         """Score with `n_needed` of them, or with all if they do not suffice."""
         return self.scores[self.kept.index(self.n if self.n_needed is None else self.n_needed)]
+
+
+def affordable_samples(
+    layer_map: LayerMap, inputs: Inputs, source: int, target: int, max_flops: float
+) -> int:
+    """Number of samples on which a search for needed edges costs at most so many operations.
+
+    A map without a closed form runs once for each target coordinate and number of edges tried.
+
+    Args:
+        layer_map: Map that is ablated.
+        inputs: Samples of the search.
+        source: Number of source coordinates.
+        target: Number of target coordinates.
+        max_flops: Upper limit on floating-point operations.
+
+    Returns:
+        At least `MIN_SAMPLES`, and at most all.
+    """
+    if layer_map.form is not None or not len(inputs):
+        return len(inputs)
+    one = inputs.first(1)
+    counter = FlopCounterMode(display=False)
+    with torch.no_grad(), counter:
+        layer_map.run(one.activations[layer_map.source], one.tensor)
+    n_tried = 2 * math.log2(max(source * target, 2))
+    a_sample = max(counter.get_total_flops(), 1) * target * n_tried
+    return max(min(int(max_flops / a_sample), len(inputs)), min(MIN_SAMPLES, len(inputs)))
 
 
 def find_needed(
@@ -200,6 +232,8 @@ def ablate_edges(
     source: Basis,
     target: Basis,
     max_drop: float = MAX_ACCURACY_DROP,
+    *,
+    on_try: Callable[[], None] = lambda: None,
 ) -> AblationCurve:
     """Find the fewest edges of a layer map, strongest first, that suffice.
 
@@ -209,6 +243,7 @@ def ablate_edges(
         source: Coordinates of the source.
         target: Coordinates of the target.
         max_drop: Largest fall of the score.
+        on_try: Callback after each number that was tried.
     """
     order = np.argsort(-edges.strength, axis=None, kind="stable")
     ablation = EdgeAblation(site, source, target)
@@ -216,7 +251,9 @@ def ablate_edges(
     def score(number: int) -> float:
         mask = np.zeros(edges.strength.size, dtype=bool)
         mask[order[:number]] = True
-        return site.behavior.score(ablation.outputs(mask.reshape(edges.strength.shape)))
+        result = site.behavior.score(ablation.outputs(mask.reshape(edges.strength.shape)))
+        on_try()
+        return result
 
     return find_needed(len(order), score, site.behavior.unchanged, max_drop)
 

@@ -108,6 +108,25 @@ def interaction_basis(
     return Basis(kind, moments.mean, to_basis, from_basis, strength)
 
 
+def coordinate_agreement(moments: Moments, basis: Basis, other: Basis) -> Float[np.ndarray, " k"]:
+    """Largest correlation, over the data, of each coordinate with one of another basis.
+
+    Coordinates of equal importance are only determined together: their correlations are low.
+
+    Args:
+        moments: Mean and covariance of the layer.
+        basis: Coordinates.
+        other: Other coordinates of the same layer.
+    """
+    if not len(basis) or not len(other):
+        return np.zeros(len(basis))
+    scaled = []
+    for each in (basis, other):
+        spread = np.sqrt(np.einsum("dk,de,ek->k", each.to_basis, moments.covariance, each.to_basis))
+        scaled.append(each.to_basis / np.where(spread > 0, spread, 1))
+    return np.abs(scaled[0].T @ moments.covariance @ scaled[1]).max(axis=1)
+
+
 def rotated_basis(basis: Basis, *, seed: int) -> Basis:
     """Return the coordinates of a basis after a random rotation."""
     random = np.random.default_rng(seed)

@@ -1,11 +1,13 @@
 """Derivatives of a layer map, by the cheapest exact way.
 
+differentiable             says in a sentence that a network cannot be differentiated
 vector_jacobian_products   gradients of output directions, one at a time
 directional_derivatives    derivatives along changes of the source, several at once
 form_jacobians             Jacobians of maps in which positions do not mix
 """
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -14,9 +16,29 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mechatlas.analysis.interaction.layer_maps import LayerMap, ReLUForm, rows_of
+from mechatlas.base import SiteError
 
 MAX_GRADIENTS = 512
 """Maximum number of output directions (times positions) that are not replaced by random sums."""
+
+
+@contextmanager
+def differentiable() -> Iterator[None]:
+    """Say in a sentence that a network writes over what its gradients need.
+
+    Raises:
+        SiteError: It does.
+        RuntimeError: Torch failed for another reason.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if "modified by an inplace operation" not in str(error):
+            raise
+        raise SiteError(
+            "The network writes in place over activations that its gradients need, so that torch "
+            "cannot differentiate it. Compute `x = x + y` there in place of `x += y`."
+        ) from error
 
 
 def vector_jacobian_products(

@@ -16,8 +16,7 @@ Main path, in reading order:
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from functools import partial
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
@@ -37,8 +36,10 @@ from mechatlas.analysis.interaction.ablation import (
     ablate_edges,
     ablate_vectors,
     ablation_sites,
+    affordable_samples,
 )
 from mechatlas.analysis.interaction.bases import Basis, BasisKind
+from mechatlas.analysis.interaction.certain_gradients import Steps, certain_gradients
 from mechatlas.analysis.interaction.degeneracy import (
     DegeneracyCount,
     EffectiveParameters,
@@ -47,6 +48,7 @@ from mechatlas.analysis.interaction.degeneracy import (
     count_degeneracy,
     effective_parameters,
 )
+from mechatlas.analysis.interaction.derivatives import differentiable
 from mechatlas.analysis.interaction.edges import InteractionEdges, measure_edges
 from mechatlas.analysis.interaction.layer_maps import LayerMap, layer_maps, rows_of
 from mechatlas.analysis.interaction.learning_coefficient import (
@@ -177,11 +179,10 @@ def basis(
         if isinstance(checkpoints, MutableMapping)
         else (checkpoints.kept, checkpoints.keep)
     )
-    with evaluation_mode(model), _differentiable():
+    with evaluation_mode(model), differentiable():
         first = inputs.first(16).tensor
         maps = layer_maps(model, sites, first)
-        n_steps = 3 + 3 * len(maps) * len(settings.kinds)
-        steps = itertools.count(1)
+        steps = Steps(on_progress, 3 + 3 * len(maps) * len(settings.kinds))
         subset = inputs.random_subset(
             max(settings.jacobian_samples, settings.ablation_samples), seed=settings.seed
         )
@@ -195,7 +196,7 @@ def basis(
             maps_to_end=[layer_maps(model, [s, sites[-1]], first)[0] for s in sites[:-1]],
             kept=kept,
             keep=keep,
-            on_step=lambda: on_progress(min(next(steps), n_steps), n_steps),
+            steps=steps,
         )
         result = analysis.run(dictionaries or {})
         return dataclasses.replace(
@@ -214,29 +215,14 @@ class _Statistics:
     """Firing inside each map that has a closed form."""
     gradients: list[Float[np.ndarray, "_ _"]]
     """Second moments of the gradients of the outputs, of every layer but the last."""
+    n_gradient_samples: int
+    """Number of samples of these gradients."""
+    agreement: list[Float[np.ndarray, " _"] | None]
+    """Agreement of the global bases with those from either half of these samples."""
 
 
 _Pairs = dict[int, tuple[Basis, Basis]]
 """Coordinates at both ends of a layer map, by its number."""
-
-
-@contextmanager
-def _differentiable() -> Iterator[None]:
-    """Say in a sentence that a network writes over what its gradients need.
-
-    Raises:
-        SiteError: It does.
-        RuntimeError: Torch failed for another reason.
-    """
-    try:
-        yield
-    except RuntimeError as error:
-        if "modified by an inplace operation" not in str(error):
-            raise
-        raise SiteError(
-            "The network writes in place over activations that its gradients need, so that torch "
-            "cannot differentiate it. Compute `x = x + y` there in place of `x += y`."
-        ) from error
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
@@ -253,20 +239,13 @@ class _Analysis:
     maps_to_end: list[LayerMap]
     kept: Callable[[str], NamedArrays | None]
     keep: Callable[[str, NamedArrays], None]
-    on_step: Callable[[], None]
+    steps: Steps
 
     def run(self, dictionaries: Mapping[str, Dictionary]) -> InteractionBasis:
         settings = self.settings
         latents = self.dictionary_bases(dictionaries)
         statistics = self.statistics()
         degeneracy = count_degeneracy(self.model, self.maps, self.inputs)
-        ablations = ablation_sites(
-            self.model,
-            self.maps,
-            self.maps_to_end,
-            self.subset.first(settings.ablation_samples),
-            fvu=settings.score == "fvu",
-        )
         by_kind = {kind: self.bases(kind, statistics) for kind in settings.kinds}
         all_bases = {kind: dict(enumerate(each)) for kind, each in by_kind.items()}
         pairs = {k: dict(enumerate(itertools.pairwise(each))) for k, each in by_kind.items()}
@@ -275,6 +254,18 @@ class _Analysis:
             all_bases[LATENTS] = latents
             pairs[LATENTS] = {i: (source, targets[i + 1]) for i, source in latents.items()}
         edges = {kind: self.edges(each, kind) for kind, each in pairs.items()}
+        scored = self.subset.first(settings.ablation_samples)
+        if settings.ablations:
+            scored = scored.first(min(
+                affordable_samples(
+                    self.maps[i], scored, len(pair[0]), len(pair[1]), settings.max_ablation_flops
+                )
+                for each in pairs.values()
+                for i, pair in each.items()
+            ))  # fmt: skip
+        ablations = ablation_sites(
+            self.model, self.maps, self.maps_to_end, scored, fvu=settings.score == "fvu"
+        )
         ablated = pairs if settings.ablations else {}
         edge_curves = {k: self.ablate(k, pairs[k], edges[k], ablations) for k in ablated}
         vector_curves = {k: self.ablate(k, pairs[k], None, ablations) for k in ablated}
@@ -292,8 +283,10 @@ class _Analysis:
         )
         behavior = ablations[0].behavior
         return InteractionBasis(
-            layers, degeneracy, behavior.measure, behavior.unchanged, **self.modules(layers)
-        )
+            layers, degeneracy, behavior.measure, behavior.unchanged,
+            n_ablation_samples=len(scored), n_gradient_samples=statistics.n_gradient_samples,
+            **self.modules(layers),
+        )  # fmt: skip
 
     def once(self, name: str, compute: Callable[[], NamedArrays]) -> NamedArrays:
         """Arrays kept under a name, or else computed and kept."""
@@ -341,32 +334,42 @@ class _Analysis:
                 arrays |= {} if hidden is None else prefixed(f"map{i}", hidden.arrays())
             return arrays
 
-        def differentiate() -> NamedArrays:
-            gradients = output_gradients(
-                self.model,
-                self.maps,
-                self.maps_to_end,
-                self.subset.first(max(settings.jacobian_samples // 8, 1)),
-                batch_size=settings.batch_size,
-                gradient_probes=settings.gradient_probes,
-            )
-            return {str(number): each for number, each in enumerate(gradients)}
-
         arrays = self.once("statistics", collect)
-        self.on_step()
-        gradients = self.once("gradients", differentiate)
-        self.on_step()
+        self.steps.step()
+        named = (unprefixed(f"layer{i}", arrays) for i in range(len(self.sites)))
+        layers = list(map(LayerMoments.from_arrays, named))
+        gradients = self.once("gradients", lambda: self.gradients(layers))
+        self.steps.step()
         return _Statistics(
-            layers=[
-                LayerMoments.from_arrays(unprefixed(f"layer{i}", arrays))
-                for i in range(len(self.sites))
-            ],
+            layers=layers,
             firing=[
                 m.form and LayerMapFiring.from_arrays(m, unprefixed(f"map{i}", arrays))
                 for i, m in enumerate(self.maps)
             ],
             gradients=[gradients[str(number)] for number in range(len(self.maps))],
+            n_gradient_samples=int(gradients["n"]),
+            agreement=[gradients.get(f"agreement{i}") for i in range(len(self.maps))],
         )
+
+    def gradients(self, layers: list[LayerMoments]) -> NamedArrays:
+        """Second moments of the gradients of the outputs, and how certain global bases are."""
+        settings = self.settings
+        samples = self.subset.first(settings.jacobian_samples)
+        n = min(max(settings.jacobian_samples // 8, 1), len(samples))
+
+        def moments_of(part: Inputs) -> list[np.ndarray]:
+            return output_gradients(
+                self.model, self.maps, self.maps_to_end, part,
+                batch_size=settings.batch_size, gradient_probes=settings.gradient_probes,
+            )  # fmt: skip
+
+        if "gib" not in settings.kinds or n < 2:
+            gradients = moments_of(samples.first(n))
+            return {"n": np.array(n)} | {str(i): each for i, each in enumerate(gradients)}
+        return certain_gradients(
+            moments_of, samples, [layer.moments for layer in layers], n,
+            rank_threshold=settings.rank_threshold, on_more=self.steps.part,
+        )  # fmt: skip
 
     def learning_coefficient(self) -> LearningCoefficient | None:
         """Learning coefficient of the whole network, if the settings ask for it."""
@@ -448,7 +451,7 @@ class _Analysis:
                 quadrature_points=self.settings.quadrature_points,
             )  # fmt: skip
             edges[number] = self.result(f"edges.{name}.{number}", InteractionEdges, measure)
-            self.on_step()
+            self.steps.step()
         return edges
 
     def ablate(
@@ -466,9 +469,11 @@ class _Analysis:
             if edges is not None:
                 each = edges[number]
                 name = "needed"
-                search = partial(ablate_edges, sites[number], each, source, target, drop)
+                search = partial(
+                    ablate_edges, sites[number], each, source, target, drop, on_try=self.steps.part
+                )
             curves[number] = self.result(f"{name}.{kind}.{number}", AblationCurve, search)
-            self.on_step()
+            self.steps.step()
         return curves
 
     def layer(
@@ -505,6 +510,7 @@ class _Analysis:
             kind=self.settings.kind,
             map_description="" if last else self.maps[number].description,
             n_rows=layer.moments.n,
+            global_agreement=None if last else statistics.agreement[number],
             **by_basis,
         )
 

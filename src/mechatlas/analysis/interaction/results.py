@@ -42,10 +42,15 @@ class InteractionConfig:
     batch_size: int = 512
     """Samples in a forward pass."""
     jacobian_samples: int = 1024
-    """Samples for edges, and for Jacobians where there is no closed form; gradients of the outputs
-    are taken on an eighth of them."""
+    """Samples for edges, and for Jacobians where there is no closed form. Gradients of the outputs
+    are taken on an eighth of them, or on as many more as the global basis needs to agree with that
+    from half of the samples."""
     ablation_samples: int = 4096
-    """Samples on which ablated networks are scored."""
+    """Samples on which ablated networks are scored, at most."""
+    max_ablation_flops: float = 2e13
+    """Floating-point operations of one search for needed edges, at most, where a layer map has no
+    closed form and runs for each target coordinate (transformer layers): above that fewer samples
+    are scored, down to 16."""
     gradient_probes: int = 64
     """Random sums over outputs whose gradients are taken, where a layer has too many outputs
     (coordinates times positions, more than 512) to take the gradient of each."""
@@ -81,6 +86,7 @@ class InteractionConfig:
             rank_threshold=RATE,
             synchrony_tolerance="[0, 1)",
             n_beta=POSITIVE,
+            max_ablation_flops="(0, 1e24]",
             n_null_graphs=COUNT_OR_NONE,
             seed=SEED,
         )
@@ -159,6 +165,10 @@ class LayerResult(Result):
     """Modules that were run to reach the next layer."""
     n_rows: int
     """Number of rows of activations."""
+    global_agreement: Float[np.ndarray, " k"] | None = None
+    """Correlation of each coordinate of the global interaction basis with the nearest one of a
+    basis whose gradients are from half of the samples, the smaller of both halves; `None` without
+    that basis."""
 
     @property
     def limited_by_samples(self) -> bool:
@@ -239,6 +249,10 @@ class InteractionBasis(Result):
     """Local learning coefficient, if the settings ask for it."""
     module_degeneracy: ModuleDegeneracy | None = None
     """Free directions of the modules of units, if they were given."""
+    n_ablation_samples: int = 0
+    """Samples on which ablated networks were scored."""
+    n_gradient_samples: int = 0
+    """Samples on which gradients of the outputs were taken."""
 
     def __len__(self) -> int:
         """Number of layers."""
@@ -292,6 +306,17 @@ class InteractionBasis(Result):
                 has_gap=self.has_gap,
             ),
         ]
+        uncertain = [
+            (layer.name, float(layer.global_agreement.min()))
+            for layer in self.layers
+            if layer.global_agreement is not None and len(layer.global_agreement)
+        ]
+        if uncertain:
+            name, worst = min(uncertain, key=lambda each: each[1])
+            lines.append(
+                f"Global basis from gradients of {self.n_gradient_samples} samples; its least "
+                f"certain coordinate ({name}) correlates by {worst:.2f} with that of half of them"
+            )
         if self.modules is not None:
             n = self.modules.n if self.modules.significant else "no"
             lines.append(

@@ -77,6 +77,10 @@ class Inputs:
         """First `n` samples."""
         return self._select(slice(n))
 
+    def part(self, samples: slice) -> "Inputs":
+        """Some samples in a row."""
+        return self._select(samples)
+
     def random_subset(self, n: int, *, seed: int = 0) -> "Inputs":
         """At most `n` samples in random order; data may come sorted by class."""
         generator = torch.Generator().manual_seed(seed)

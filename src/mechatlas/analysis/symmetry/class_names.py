@@ -1,6 +1,8 @@
 """Names of the classes of stabilizers.
 
 name_classes         a name for each conjugacy class of subgroups
+APPROXIMATELY        word before the name of a class of approximate stabilizers
+NOT_SHOWN            label of features of which neither a symmetry nor a lack of it is shown
 rotation_subgroup    the rotations inside a dihedral group
 """
 
@@ -11,7 +13,8 @@ import numpy as np
 
 from mechatlas.maths.groups import Group
 
-NOT_RELIABLE = "not reliable"
+NOT_SHOWN = "not shown"
+APPROXIMATELY = "approximately"
 _TURNS = {2: "half-turn", 3: "third-turn", 4: "quarter-turn", 6: "sixth-turn", 8: "eighth-turn"}
 
 

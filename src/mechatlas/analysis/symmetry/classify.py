@@ -17,14 +17,14 @@ Source: Gorton, Group crosscoders for mechanistic analysis of symmetry (2024).
 import dataclasses
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 from jaxtyping import Bool, Float, Int, Shaped
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from mechatlas.analysis.symmetry.class_names import NOT_RELIABLE, name_classes
+from mechatlas.analysis.symmetry.class_names import APPROXIMATELY, NOT_SHOWN, name_classes
 from mechatlas.analysis.symmetry.families import find_families
 from mechatlas.analysis.symmetry.shift_evidence import (
     EQUALITY_THRESHOLD,
@@ -41,6 +41,9 @@ from mechatlas.maths.groups import Group
 
 Halves = Sequence[ArrayLike | Tensor] | Shaped[np.ndarray, "..."] | Shaped[Tensor, "..."]
 """Two estimates of decoder blocks, of shape (2, n_features, order, d)."""
+Grade = Literal["exact", "approximate", "none", "not shown"]
+GRADES: tuple[Grade, ...] = get_args(Grade)
+"""Grades of symmetry: of "not shown" neither a symmetry nor a lack of it is certain."""
 FDR = 0.05
 """Default false discovery rate."""
 WITHOUT_HALVES = (
@@ -101,25 +104,86 @@ class Symmetry(Result):
     """Similarity at which shifted blocks count as equal."""
     missing: str
     """Evidence that is missing, in words; empty with halves."""
+    approximate_stabilizers: tuple[frozenset[int], ...]
+    """Largest subgroup of each feature whose elements all leave it certainly more similar than
+    0.707, equal or not; `{e}` unless its q-value is at most `fdr`."""
+    approximate_q_values: Float[np.ndarray, " feature"]
+    """Smallest false discovery rates at which the approximate stabilizer is larger than {e}."""
+    asymmetric: Bool[np.ndarray, " feature"]
+    """Mask of features for which every subgroup has an element that leaves them certainly less
+    similar than 0.707: they have no symmetry, not even an approximate one."""
+
+    @property
+    def grades(self) -> list[Grade]:
+        """Grade of the symmetry of each feature.
+
+        "exact": the stabilizer is larger than {e} and reliable; "approximate": only the approximate
+        stabilizer is larger; "none": the feature is asymmetric; "not shown": none of these is
+        certain.
+        """
+        exact = (self.q_values <= self.fdr) & self.reliable
+        approximate = self.approximate_q_values <= self.fdr
+        masks = exact, approximate, self.asymmetric
+        return np.select(masks, GRADES[:-1], GRADES[-1]).tolist()
 
     @property
     def names(self) -> list[str]:
-        """Class name of each feature, or `NOT_RELIABLE`."""
-        return [
-            self.class_names[c] if reliable else NOT_RELIABLE
-            for c, reliable in zip(self.classes, self.reliable, strict=True)
-        ]
+        """Label of each feature: one of `labels`."""
+        lattice = self.group.lattice()
+        label = {
+            "exact": lambda i: self.class_names[self.classes[i]],
+            "approximate": lambda i: (
+                f"{APPROXIMATELY} "
+                + self.class_names[lattice.class_of(self.approximate_stabilizers[i])]
+            ),
+            "none": lambda i: self.class_names[self.classes[i]],
+            "not shown": lambda i: NOT_SHOWN,
+        }
+        return [label[grade](i) for i, grade in enumerate(self.grades)]
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """All labels in order: classes, that of {e} first, approximate classes, `NOT_SHOWN`."""
+        return label_classes(self.class_names)
 
     @property
     def n_discoveries(self) -> int:
-        """Number of reliable features whose stabilizer is larger than {e}."""
-        return int(((self.q_values <= self.fdr) & self.reliable).sum())
+        """Number of features with an exact symmetry."""
+        return self.grades.count("exact")
 
     @property
     def class_counts(self) -> dict[str, int]:
-        """Number of features of each class that has features, reliable classes first."""
+        """Number of features of each label that has features."""
         counts = Counter(self.names)
-        return {name: counts[name] for name in (*self.class_names, NOT_RELIABLE) if counts[name]}
+        return {name: counts[name] for name in self.labels if counts[name]}
+
+    @property
+    def grade_counts(self) -> dict[str, int]:
+        """Number of features of each grade."""
+        counts = Counter(self.grades)
+        return {grade: counts[grade] for grade in GRADES}
+
+    def likeness(self) -> tuple[Float[np.ndarray, "feature cls"], Float[np.ndarray, "feature cls"]]:
+        """Similarity of each feature to itself under each class of subgroups, with its error.
+
+        The mean of the stabilizer function over the elements other than e, of the subgroup of the
+        class where it is largest; 1 for the class of {e}. The largest is a little too large where
+        a class has several members and noise decides. The standard error is that of elements whose
+        errors are equal, so that it is too large rather than too small.
+        """
+        classes = self.group.lattice().classes
+        value = np.ones((len(self.reliable), len(classes)))
+        error = np.zeros_like(value)
+        rows = np.arange(len(value))
+        for k, each in enumerate(classes):
+            if each.order == 1:
+                continue
+            others = [sorted(h - {self.group.identity}) for h in each.members]
+            means = np.stack([self.stabilizer_function[:, h].mean(axis=1) for h in others])
+            errors = np.stack([self.standard_errors[:, h].mean(axis=1) for h in others])
+            best = np.nan_to_num(means, nan=-np.inf).argmax(axis=0)
+            value[:, k], error[:, k] = means[best, rows], errors[best, rows]
+        return value, error
 
     @property
     def family_sizes(self) -> Int[np.ndarray, " family"]:
@@ -134,6 +198,7 @@ class Symmetry(Result):
         return (
             f"Symmetry: {self.n_discoveries} of {len(self.stabilizers)} features have a symmetry "
             f"under {self.group.name} (false discovery rate {self.fdr:.0%})\n"
+            f"grades: {', '.join(f'{name} {n}' for name, n in self.grade_counts.items())}\n"
             f"classes: {', '.join(f'{n} {name}' for name, n in self.class_counts.items())}\n"
             f"families of two or more: {(sizes > 1).sum()}, with {sizes[sizes > 1].sum()} features"
             f"\nmedian noise ceiling {known}"
@@ -256,6 +321,9 @@ def _symmetry(
         fdr=fdr,
         equality_threshold=equality_threshold,
         missing="" if halves is not None else WITHOUT_HALVES,
+        approximate_stabilizers=tuple(subgroups[i] for i in selected.approximate),
+        approximate_q_values=selected.approximate_q_values,
+        asymmetric=selected.asymmetric,
     )
 
 
@@ -272,14 +340,17 @@ def _spread(
         out[part] = values[np.isin(kept, part)]
         return out
 
-    stabilizers = [nothing] * n
-    for i, k in zip(np.flatnonzero(unique[kept]), claimed, strict=True):
-        stabilizers[k] = found.stabilizers[i]
+    def subgroups(of_kept: tuple[frozenset[int], ...]) -> tuple[frozenset[int], ...]:
+        out = [nothing] * n
+        for i, k in zip(np.flatnonzero(unique[kept]), claimed, strict=True):
+            out[k] = of_kept[i]
+        return tuple(out)
+
     families = all_features(found.families, -1, kept)
     families[families < 0] = found.families.max() + 1 + np.arange((families < 0).sum())
     return dataclasses.replace(
         found,
-        stabilizers=tuple(stabilizers),
+        stabilizers=subgroups(found.stabilizers),
         p_values=all_features(found.p_values, 1, claimed),
         q_values=all_features(found.q_values, 1, claimed),
         reliable=all_features(found.reliable, False, claimed),
@@ -293,7 +364,16 @@ def _spread(
         spectrum=all_features(found.spectrum, 0, kept),
         noise_ceiling=all_features(found.noise_ceiling, np.nan, kept),
         reliability=all_features(found.reliability, np.nan, kept),
+        approximate_stabilizers=subgroups(found.approximate_stabilizers),
+        approximate_q_values=all_features(found.approximate_q_values, 1, claimed),
+        asymmetric=all_features(found.asymmetric, False, claimed),
     )
+
+
+def label_classes(class_names: Sequence[str]) -> tuple[str, ...]:
+    """List the labels of features: classes, that of {e} first, approximate ones, `NOT_SHOWN`."""
+    approximate = (f"{APPROXIMATELY} {name}" for name in class_names[1:])
+    return (*class_names, *approximate, NOT_SHOWN)
 
 
 def shuffle_pairing(

@@ -4,8 +4,8 @@
 
 A symmetry that a network with random weights has too (blurs and colors look the same in every
 pose) says nothing about learning. The control is a dictionary of the same site of the network with
-randomly re-initialized weights, trained and classified in the same way. Only reliable features
-count, since the stabilizers of the others are not known. Features are treated as independent,
+randomly re-initialized weights, trained and classified in the same way. Only features that
+are shown to have a symmetry, or none, count. Features are treated as independent,
 which the features of one dictionary are not quite: do not believe a difference that a second seed
 does not confirm.
 """
@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from mechatlas.analysis.symmetry.class_names import NOT_RELIABLE
+from mechatlas.analysis.symmetry.class_names import NOT_SHOWN
 from mechatlas.maths.statistics import difference, q_values
 
 ANY = "any symmetry"
@@ -29,15 +29,15 @@ class ClassComparison:
     name: str
     """Name of the class."""
     n: int
-    """Number of reliable features of the class."""
+    """Number of features of the class."""
     n_control: int
-    """Number of reliable features of the class in the control."""
+    """Number of features of the class in the control."""
     share: float
-    """Share of the reliable features."""
+    """Share of the features that are shown to have a symmetry, or none."""
     share_control: float
-    """Share of the reliable features of the control."""
+    """Share of such features of the control."""
     difference: float | None
-    """Difference of the two shares; None if one side has no reliable features."""
+    """Difference of the two shares; None if one side has no such features."""
     low: float
     """Lower end of the 95 % interval of the difference (Newcombe)."""
     high: float
@@ -51,17 +51,18 @@ class ClassComparison:
 def compare_with_control(
     names: Sequence[str], control: Sequence[str], classes: Sequence[str]
 ) -> list[ClassComparison]:
-    """Compare the shares of each class among the reliable features with those of a control.
+    """Compare the shares of each class among the features with a known one with those of a control.
 
     Args:
-        names: Class name of each feature, or `NOT_RELIABLE`.
-        control: Class name of each feature of the control.
-        classes: Names of the classes, that of {e} first; classes without features are left out.
+        names: Label of each feature, `NOT_SHOWN` where its class is not known.
+        control: Label of each feature of the control.
+        classes: All labels but `NOT_SHOWN`, that of {e} first; labels without features are left
+            out.
 
     Returns:
         The comparison of `ANY` first, if there are several classes, then one for each class.
     """
-    own, other = (np.array([n for n in each if n != NOT_RELIABLE]) for each in (names, control))
+    own, other = (np.array([n for n in each if n != NOT_SHOWN]) for each in (names, control))
     members = {ANY: list(classes[1:])} if len(classes) > 1 else {}
     members |= {name: [name] for name in classes}
     counts = {

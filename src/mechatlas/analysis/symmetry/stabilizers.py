@@ -7,6 +7,10 @@ subgroups of the group are compared, not one of each conjugacy class, so the ans
 products by construction. It is conclusive if every subgroup that is not contained in it has an
 element that is certainly unequal.
 
+Real features are seldom exactly symmetric. The approximate stabilizer is the largest subgroup whose
+elements all have support, certainly unequal or not. A feature is asymmetric, which is more than
+that no symmetry was shown, if every subgroup has an element that certainly lacks support.
+
 The p-value of "larger than {e}" is the smallest among subgroups of prime order, each with the
 p-value of its worst element (intersection-union), times the number of elements to choose from
 (Bonferroni). Larger subgroups of the discovered features are then tested at the level at which
@@ -19,6 +23,7 @@ hypotheses (2014), for levels inside selected families.
 
 import dataclasses
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -43,6 +48,12 @@ class SelectedStabilizers:
     """Smallest false discovery rates at which the stabilizer is larger than {e}."""
     conclusive: Bool[np.ndarray, " feature"]
     """Mask of features that can be reproduced and whose data rule out every larger stabilizer."""
+    approximate: Int[np.ndarray, " feature"]
+    """Index of the approximate stabilizer in `Group.subgroups()`."""
+    approximate_q_values: Float[np.ndarray, " feature"]
+    """Smallest false discovery rates at which the approximate stabilizer is larger than {e}."""
+    asymmetric: Bool[np.ndarray, " feature"]
+    """Mask of features that can be reproduced and have not even an approximate symmetry."""
 
 
 def select_stabilizers(evidence: ShiftEvidence, group: Group, fdr: float) -> SelectedStabilizers:
@@ -53,33 +64,81 @@ def select_stabilizers(evidence: ShiftEvidence, group: Group, fdr: float) -> Sel
         group: Group whose subgroups are compared.
         fdr: False discovery rate of the claim that a stabilizer is larger than {e}.
     """
-    n, order = evidence.p_support.shape
+    order = evidence.p_support.shape[1]
     masks = element_masks(group.subgroups(), order)
     others = max(order - 1, 1)
     refuted = evidence.p_unequal <= fdr / others
-    support = np.where(refuted, 1.0, evidence.p_support)
-    refuted[:, group.identity], support[:, group.identity] = False, 0.0
-    p = np.minimum(1.0, others * _smallest_of_prime_order(support, masks))
-    q = q_values(p)
-    discovered = q <= fdr
-    level = fdr * max(int(discovered.sum()), 1) / max(n, 1) / others
-    supported = (support <= level) & discovered[:, None]
-    supported[:, group.identity] = True
-    weight = np.where(np.isfinite(evidence.similarity), evidence.similarity, 0) + 2
+    refuted[:, group.identity] = False
+    exact = _Claims.select(evidence, np.where(refuted, 1.0, evidence.p_support), masks, group, fdr)
+    similar = _Claims.select(evidence, evidence.p_support, masks, group, fdr)
+    unlike = 1 - evidence.p_support <= fdr / others  # the test against the opposite
+    unlike[:, group.identity] = False
     n_inside = _contained(masks, masks).sum(axis=1)  # subgroups inside each, itself included
-    selected = np.zeros(n, int)
-    conclusive = np.zeros(n, bool)
-    step = max(1, _CELLS // len(masks))
-    for i in range(0, n, step):
-        part = slice(i, i + step)
-        fits = _contained(supported[part], masks)
-        # Larger subgroups first; among equally large ones the most similar.
-        score = masks.sum(axis=1) * 4 + weight[part] @ masks.T / masks.sum(axis=1)
-        selected[part] = np.where(fits, score, -np.inf).argmax(axis=1)
-        n_possible = _contained(~refuted[part], masks).sum(axis=1)
-        conclusive[part] = n_possible == n_inside[selected[part]]
+    n_possible = np.concatenate(
+        [_contained(~part, masks).sum(axis=1) for part in _parts(refuted, len(masks))]
+    )
+    n_similar = np.concatenate(
+        [_contained(~part, masks).sum(axis=1) for part in _parts(unlike, len(masks))]
+    )
     reproduced = q_values(evidence.p_signal) <= fdr
-    return SelectedStabilizers(selected, p, q, conclusive & reproduced)
+    return SelectedStabilizers(
+        exact.subgroup, exact.p_values, exact.q_values,
+        conclusive=(n_possible == n_inside[exact.subgroup]) & reproduced,
+        approximate=similar.subgroup,
+        approximate_q_values=similar.q_values,
+        asymmetric=(n_similar == 1) & reproduced,
+    )  # fmt: skip
+
+
+class _Claims(NamedTuple):
+    """Largest subgroup of each feature whose elements all have support."""
+
+    subgroup: Int[np.ndarray, " feature"]
+    p_values: Float[np.ndarray, " feature"]
+    q_values: Float[np.ndarray, " feature"]
+
+    @classmethod
+    def select(
+        cls,
+        evidence: ShiftEvidence,
+        support: Float[np.ndarray, "feature element"],
+        masks: Bool[np.ndarray, "subgroup element"],
+        group: Group,
+        fdr: float,
+    ) -> "_Claims":
+        """Select subgroups at a false discovery rate.
+
+        Args:
+            evidence: Tests of every feature and element.
+            support: p-values of the null hypothesis that an element has no support.
+            masks: Elements of each subgroup.
+            group: Group whose subgroups are compared.
+            fdr: False discovery rate of subgroups larger than {e}.
+        """
+        n, others = len(support), max(group.order - 1, 1)
+        support = support.copy()
+        support[:, group.identity] = 0.0
+        p = np.minimum(1.0, others * _smallest_of_prime_order(support, masks))
+        q = q_values(p)
+        discovered = q <= fdr
+        level = fdr * max(int(discovered.sum()), 1) / max(n, 1) / others
+        supported = (support <= level) & discovered[:, None]
+        supported[:, group.identity] = True
+        weight = np.where(np.isfinite(evidence.similarity), evidence.similarity, 0) + 2
+        selected = []
+        for part, own in zip(
+            _parts(supported, len(masks)), _parts(weight, len(masks)), strict=True
+        ):
+            # Larger subgroups first; among equally large ones the most similar.
+            score = masks.sum(axis=1) * 4 + own @ masks.T / masks.sum(axis=1)
+            selected.append(np.where(_contained(part, masks), score, -np.inf).argmax(axis=1))
+        return cls(np.concatenate(selected), p, q)
+
+
+def _parts(x: np.ndarray, n_subgroups: int) -> list[np.ndarray]:
+    """Split features so that a part times all subgroups fits in memory."""
+    step = max(1, _CELLS // n_subgroups)
+    return [x[i : i + step] for i in range(0, max(len(x), 1), step)]
 
 
 def element_masks(

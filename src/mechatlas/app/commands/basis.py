@@ -138,6 +138,9 @@ class LayerEntry:
     """Basis vectors needed; null for the last layer, or if all do not suffice."""
     basis: str
     """Basis that is reported."""
+    global_agreement: float | None = None
+    """Smallest correlation of a coordinate of the global interaction basis with the nearest one
+    of a basis whose gradients are from half of the samples; null without that basis."""
     by_basis: dict[str, NeededCounts]
     """Edges and vectors in every basis."""
     layer_map: str
@@ -185,6 +188,10 @@ class BasisResult(CommandResult):
     """Name of the score: accuracy, agreement or 1 - fvu."""
     samples: int
     """Samples the network ran on."""
+    n_ablation_samples: int = 0
+    """Samples on which ablated networks were scored."""
+    n_gradient_samples: int = 0
+    """Samples on which gradients of the outputs were taken."""
     learning_coefficient: LearningCoefficient | None = None
     """Local learning coefficient; null unless asked for."""
     module_degeneracy: ModuleDegeneracy | None = None
@@ -278,6 +285,8 @@ def summarize(result: InteractionBasis, network: str, n_samples: int) -> BasisRe
         free_directions_have_gap=result.has_gap,
         free_directions_across=None if degeneracy is None else degeneracy.across_blocks,
         samples=n_samples,
+        n_ablation_samples=result.n_ablation_samples,
+        n_gradient_samples=result.n_gradient_samples,
         **{name: getattr(result, name) for name in SAME},
     )
 
@@ -297,7 +306,9 @@ def _layer_entry(layer: LayerResult) -> LayerEntry:
         )
         for kind, each in layer.bases.items()
     }
+    agreement = layer.global_agreement
     return LayerEntry(
+        global_agreement=None if agreement is None or not len(agreement) else agreement.min(),
         rank_activations=layer.rank_activations.rank,
         rank_activations_decades=layer.rank_activations.decades,
         rank_gradients=layer.rank_gradients.rank,

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
-from jaxtyping import Float, Int
 from tyro.conf import Positional, arg
 
 from mechatlas.activations.store import Store
-from mechatlas.analysis.symmetry.class_names import NOT_RELIABLE, name_classes
+from mechatlas.analysis.symmetry.class_names import NOT_SHOWN, name_classes
 from mechatlas.analysis.symmetry.classify import FDR, Symmetry, count_shuffled_discoveries, symmetry
 from mechatlas.analysis.symmetry.control_comparison import ClassComparison, compare_with_control
+from mechatlas.analysis.symmetry.feature_types import find_types
 from mechatlas.analysis.symmetry.posed_dictionary import (
     BlockEstimates,
     PosedDictionary,
@@ -26,19 +26,27 @@ from mechatlas.analysis.symmetry.posed_dictionary import (
     reconstruct,
 )
 from mechatlas.analysis.symmetry.shift_evidence import EQUALITY_THRESHOLD, SUPPORT_THRESHOLD
-from mechatlas.app import pose_interventions
+from mechatlas.app import pose_interventions, stimuli
 from mechatlas.app.inputs import manifest_of, open_dictionary, refuse_other_network
+from mechatlas.app.old_runs import renamed_columns
 from mechatlas.app.pose_interventions import InterventionsResult, rounded
 from mechatlas.app.progress import bar
 from mechatlas.app.recipes import TrustConfig
 from mechatlas.app.run_folder import (
     FEATURES,
     SYMMETRY,
-    SYMMETRY_TENSORS,
     CommandResult,
-    Outputs,
     RunConfig,
     RunFolder,
+    read_result,
+)
+from mechatlas.app.stimuli import TuningResult
+from mechatlas.app.symmetry_tables import (
+    TypesResult,
+    count_types,
+    type_columns,
+    types_in_words,
+    write_features,
 )
 from mechatlas.base import RecipeError
 from mechatlas.files import MANIFEST, Fields
@@ -79,13 +87,17 @@ class SymmetryConfig(TrustConfig, RunConfig):
     control: Path | None = None
     """Result folder of this command for a randomly re-initialized copy of the network; class
     frequencies are compared with it."""
+    stimuli: int = 16
+    """Orientations in which synthetic stimuli are shown to the network, to compare responses with
+    what is claimed; 0 shows none."""
     seed: int = 0
     """Seed of the nulls, and of the features drawn for interventions."""
 
     def __post_init__(self) -> None:
         check_ranges(
-            self, fdr=RATE, equality_threshold=SHARE, interventions=COUNT_OR_NONE, seed=SEED
-        )
+            self, fdr=RATE, equality_threshold=SHARE, interventions=COUNT_OR_NONE,
+            stimuli="[0, 360]", seed=SEED,
+        )  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -121,9 +133,11 @@ class ControlResult:
     folder: str
     """Folder of the control."""
     reliable: tuple[int, int] | None = None
-    """Number of reliable features here and in the control."""
+    """Number of features here and in the control that are shown to have a symmetry, or none."""
     classes: list[ClassComparison]
     """Comparison of each class."""
+    tuning: TuningResult | None = None
+    """Agreement with responses to stimuli in the control."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -133,13 +147,16 @@ class SymmetryResult(CommandResult):
     n_features: int
     """Features of the dictionary."""
     classes: dict[str, int]
-    """Number of features by class of the stabilizer."""
+    """Number of features by label: class of the stabilizer, exact or "approximately ...", the class
+    of no symmetry, or "not shown"."""
+    grades: dict[str, int] = dataclasses.field(default_factory=dict)
+    """Number of features by grade: exact, approximate, none, not shown."""
     fdr: float
     """Nominal false discovery rate."""
     equality_threshold: float | None = None
     """Similarity at which blocks count as equal."""
     discoveries: int
-    """Number of reliable features with a stabilizer larger than {e}."""
+    """Number of features with an exact symmetry: a reliable stabilizer larger than {e}."""
     discoveries_shuffled: int | None
     """Number of such features after shuffling the pairing of blocks; expect 0. None without
     halves."""
@@ -157,6 +174,12 @@ class SymmetryResult(CommandResult):
     """Features in families of two or more."""
     largest_family: int
     """Features of the largest family."""
+    types: TypesResult | None = None
+    """Families of a wider sense; null in runs that are older."""
+    tuning: TuningResult = dataclasses.field(
+        default_factory=lambda: TuningResult(missing="The run is older than stimuli.")
+    )
+    """Agreement with responses to synthetic stimuli."""
     chance_similarity: float
     """Similarity of unrelated features."""
     agreement: float | None
@@ -231,12 +254,13 @@ def run(config: SymmetryConfig, folder: RunFolder) -> SymmetryResult:
         lambda codes: reconstruct(posed, estimates, codes), folder,
         n_features=config.interventions, seed=config.seed,
     )  # fmt: skip
-    untransformed = estimates.blocks[:, posed.group.identity]
-    write_features(folder, symmetries, untransformed, estimates.active, tested.columns)
+    types, tuning = _describe_features(config, posed, store, estimates, symmetries, tested, folder)
     by_pose = {name: [rounded(v) for v in values] for name, values in r2.items()}
     description = store.manifest["group"]
     return SymmetryResult(
         **count_classes(symmetries),
+        types=types,
+        tuning=tuning,
         discoveries_shuffled=n_shuffled,
         agreement=_agreement(estimates, symmetries),
         group=GroupDescription(
@@ -257,6 +281,28 @@ def run(config: SymmetryConfig, folder: RunFolder) -> SymmetryResult:
         interventions=tested.result,
         control=None if control is None else _compare(str(config.control), symmetries, control),
     )
+
+
+def _describe_features(
+    config: SymmetryConfig,
+    posed: PosedDictionary,
+    store: Store,
+    estimates: BlockEstimates,
+    symmetries: Symmetry,
+    tested: pose_interventions.MeasuredInterventions,
+    folder: RunFolder,
+) -> tuple[TypesResult, TuningResult]:
+    """Find types, measure responses to stimuli, and write all that is known of each feature."""
+    types = find_types(
+        estimates.blocks, posed.group, symmetries.reliability, fdr=config.fdr, seed=config.seed
+    )
+    tuned = stimuli.measure(
+        posed, store, symmetries, types, n_angles=config.stimuli, seed=config.seed, trust=config
+    )
+    untransformed = estimates.blocks[:, posed.group.identity]
+    columns = type_columns(types, posed.group) | tuned.columns | tested.columns
+    write_features(folder, symmetries, untransformed, estimates.active, columns, tuned.tensors)
+    return count_types(types), tuned.result
 
 
 def _check(config: SymmetryConfig) -> None:
@@ -323,8 +369,8 @@ def _estimate(posed: PosedDictionary, folder: RunFolder, seed: int) -> BlockEsti
     return estimates
 
 
-def _read_control(folder: Path, posed: PosedDictionary) -> list[str]:
-    """Read the class of each feature of a control.
+def _read_control(folder: Path, posed: PosedDictionary) -> tuple[list[str], TuningResult]:
+    """Read the class of each feature of a control, and its agreement with stimuli.
 
     Raises:
         RecipeError: The folder is no result of this command, or one for another site or group.
@@ -345,15 +391,21 @@ def _read_control(folder: Path, posed: PosedDictionary) -> list[str]:
     table = read_table(folder / FEATURES)
     if "class" not in table.column_names:
         raise RecipeError(f"{folder / FEATURES} has no column 'class'.")
-    return table["class"].to_pylist()
+    classes = renamed_columns({"class": table["class"].to_pylist()}, KIND)["class"]
+    result: Any = read_result(folder, KIND)
+    return classes, result.tuning
 
 
-def _compare(folder: str, symmetries: Symmetry, control: list[str]) -> ControlResult:
-    here, there = (len(names) - names.count(NOT_RELIABLE) for names in (symmetries.names, control))
+def _compare(
+    folder: str, symmetries: Symmetry, control: tuple[list[str], TuningResult]
+) -> ControlResult:
+    names, (others, tuning) = symmetries.names, control
+    here, there = (len(each) - each.count(NOT_SHOWN) for each in (names, others))
     return ControlResult(
         folder=folder,
         reliable=(here, there),
-        classes=compare_with_control(symmetries.names, control, symmetries.class_names),
+        classes=compare_with_control(names, others, symmetries.labels[:-1]),
+        tuning=tuning,
     )
 
 
@@ -382,6 +434,7 @@ def count_classes(symmetries: Symmetry) -> dict[str, Any]:
     return {
         "n_features": len(symmetries.stabilizers),
         "classes": symmetries.class_counts,
+        "grades": symmetries.grade_counts,
         "fdr": symmetries.fdr,
         "equality_threshold": symmetries.equality_threshold,
         "discoveries": symmetries.n_discoveries,
@@ -411,58 +464,6 @@ def _interpolation(
     )
 
 
-def write_features(
-    folder: Outputs,
-    symmetries: Symmetry,
-    atoms: Float[np.ndarray, "feature d"],
-    active: Int[np.ndarray, " feature"],
-    interventions: dict[str, np.ndarray],
-) -> None:
-    """Write the table of features and the tensors that the page draws.
-
-    Args:
-        folder: Outputs of the run.
-        symmetries: Stabilizers, families and poses.
-        atoms: Untransformed block of each feature.
-        active: Rows where each feature is active.
-        interventions: Columns with the interventions of each feature.
-    """
-    names = symmetries.group.element_names
-    sizes = symmetries.family_sizes
-    folder.table(
-        FEATURES,
-        {
-            "feature": np.arange(len(symmetries.stabilizers), dtype=np.int32),
-            "stabilizer": [symmetries.class_names[c] for c in symmetries.classes],
-            "stabilizer_order": np.array([len(each) for each in symmetries.stabilizers], np.int32),
-            "stabilizer_elements": [sorted(each) for each in symmetries.stabilizers],
-            "class": symmetries.names,
-            "family": symmetries.families.astype(np.int32),
-            "family_size": sizes[symmetries.families].astype(np.int32),
-            "reference": symmetries.references.astype(np.int32),
-            "pose": symmetries.poses.astype(np.int32),
-            "pose_name": [names[pose] for pose in symmetries.poses],
-            "similarity": symmetries.similarity_to_reference,
-            "p_value": symmetries.p_values,
-            "q_value": symmetries.q_values,
-            "reliable": symmetries.reliable,
-            "noise_ceiling": symmetries.noise_ceiling,
-            "reliability": symmetries.reliability,
-            "rows_active": active,
-            **interventions,
-        },
-    )
-    folder.tensors(
-        SYMMETRY_TENSORS,
-        {
-            "stabilizer_function": symmetries.stabilizer_function.astype(np.float32),
-            "standard_errors": np.minimum(symmetries.standard_errors, 1e6).astype(np.float32),
-            "spectrum": symmetries.spectrum.astype(np.float32),
-            "atoms": atoms.astype(np.float32),
-        },
-    )
-
-
 READS_ALL = "The dictionary is pose-tied and reads all poses; the linear map reads one."
 NO_GROUP = (
     "The store's manifest says `closes: false`: steps of {action} do not return to the start, so "
@@ -481,15 +482,20 @@ def in_words(result: SymmetryResult) -> str:
     group = result.group
     lines = [
         f"{result.n_features} features under {group.name}: {counts}.",
-        f"{result.discoveries} have a symmetry at a false discovery rate of {result.fdr:.0%} "
-        f"({result.discoveries_shuffled} with shuffled pairing); median noise ceiling {ceiling}.",
+        f"{result.discoveries} have an exact symmetry, {result.grades['approximate']} an "
+        f"approximate one at a false discovery rate of {result.fdr:.0%}, {result.grades['none']} "
+        f"have none, of {result.grades['not shown']} neither is shown "
+        f"({result.discoveries_shuffled} exact with shuffled pairing); median noise ceiling "
+        f"{ceiling}.",
         f"{result.families} families of two or more hold {result.features_in_families}.",
+        types_in_words(result.types) if result.types else "",
         f"R2 of other poses, held out: dictionary {r2['dictionary']}, linear map {r2['linear']}, "
         f"the activation itself {r2['invariant']}, shuffled pairing {r2['shuffled']}.",
         READS_ALL if result.reads == ALL_POSES else "",
         "" if group.closes else NO_GROUP.format(action=group.action, name=group.name),
         _interpolation_in_words(result.interpolation) if result.interpolation else "",
         control_in_words(result.control) if result.control else "",
+        stimuli.in_words(result.tuning),
         pose_interventions.in_words(result.interventions),
         f"Result: {result.out}",
     ]
@@ -513,6 +519,7 @@ def control_in_words(control: ControlResult) -> str:
     )
     here, there = control.reliable or (math.nan, math.nan)
     return (
-        f"Reliable features here ({here}) and in the control ({there}): "
+        f"Features with a known class here ({here}) and in the control ({there}): "
         f"{listed or 'no class differs'}."
+        + (f" In the control: {stimuli.in_words(control.tuning)}" if control.tuning else "")
     )

@@ -1,9 +1,11 @@
 """Train a dictionary on the activations of a site, from a store or straight from a network.
 
     mechatlas train recipes/quick/train.toml --steps 500
+    torchrun --nproc-per-node 2 -m mechatlas train recipes/quick/train.toml
 
 The folder has the weights and `history.json`, the training curve. An interrupted run is continued
-by the same command. A recipe that names a group trains a network on the group's table instead.
+by the same command. Processes of `torchrun` share out the latents of one dictionary, each with a
+file of its own. A recipe that names a group trains a network on the group's table instead.
 """
 
 import dataclasses
@@ -11,12 +13,15 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch.distributed as dist
+
 from mechatlas.activations.images import Images
 from mechatlas.activations.networks import Network, digest, load_network
 from mechatlas.activations.positions import Positions
 from mechatlas.activations.samples import SampleRecipe
 from mechatlas.activations.store import PairedRows, Store
 from mechatlas.activations.stream import stream
+from mechatlas.app.engines import n_processes
 from mechatlas.app.estimates import WORTH_MEASURING, Estimate, of_training
 from mechatlas.app.progress import bar
 from mechatlas.app.run_folder import (
@@ -28,11 +33,19 @@ from mechatlas.app.run_folder import (
     RunFolder,
 )
 from mechatlas.base import RecipeError, Rows
-from mechatlas.dictionaries.autoencoder import Autoencoder, Crosscoder, SparseCoder, Transcoder
+from mechatlas.devices import as_device
+from mechatlas.dictionaries.autoencoder import (
+    Autoencoder,
+    Crosscoder,
+    LinearCoder,
+    SparseCoder,
+    Transcoder,
+)
 from mechatlas.dictionaries.formats import FILE, save
 from mechatlas.dictionaries.objective import Objective, Schedule
 from mechatlas.dictionaries.pose_tied import PoseTied
 from mechatlas.dictionaries.revival import AuxK, Resample
+from mechatlas.dictionaries.sharded import Shard, mesh_of
 from mechatlas.dictionaries.sparsity import Sparsity, TopK
 from mechatlas.dictionaries.training import HELD_OUT_ROWS
 from mechatlas.dictionaries.training import train as train_dictionary
@@ -106,6 +119,9 @@ class TrainConfig(DeviceConfig):
     """Revival of dead latents, such as `k = 256` in a table [revival]; by default none."""
     outlier_norms: float = OUTLIER_NORMS
     """Median norms beyond which a row is neither trained on nor counted; `inf` keeps all rows."""
+    row_processes: int = 1
+    """Processes of torchrun, a divisor of their number, that share out the rows of a batch; the
+    others share out the latents."""
     checkpoint_every: int = 1000
     """Steps between two checkpoints. The same command continues a run that was stopped."""
     seed: int = 0
@@ -121,6 +137,7 @@ class TrainConfig(DeviceConfig):
             lr="(0, 1000]",
             outlier_norms="(0, inf]",
             checkpoint_every=COUNT,
+            row_processes=COUNT,
             seed=SEED,
         )
         if (self.store is None) == (self.source is None):
@@ -227,10 +244,12 @@ def run(config: TrainConfig, folder: RunFolder) -> TrainResult:
     data = _open(config)
     rows = data.rows
     try:
-        dictionary = config.build(data.widths, data.group)
+        dictionary = _build(config, data)
     except ValueError as error:
         raise RecipeError(f"{data.name}: {error}") from error
-    folder.expect(lambda: _estimate(config, data), is_long=config.steps >= 10 * WORTH_MEASURING)
+    if n_processes() == 1:
+        is_long = config.steps >= 10 * WORTH_MEASURING
+        folder.expect(lambda: _estimate(config, data), is_long=is_long)
     with bar("training") as progress:
         train_dictionary(
             dictionary,
@@ -248,7 +267,10 @@ def run(config: TrainConfig, folder: RunFolder) -> TrainResult:
         folder.parent("store", data.store.digest)
     folder.begin()
     save(dictionary.cpu(), folder.path)
-    folder.note(FILE)
+    if isinstance(dictionary, Shard):
+        dist.barrier()
+    for name in dictionary.file_names if isinstance(dictionary, Shard) else (FILE,):
+        folder.note(name)
     folder.json(HISTORY, history)
     return TrainResult(
         fvu=history.fvu[-1],
@@ -264,6 +286,26 @@ def run(config: TrainConfig, folder: RunFolder) -> TrainResult:
         fvu_median=history.fvu_median[-1],
         fvu_with_outliers=history.fvu_with_outliers[-1],
     )
+
+
+def _build(config: TrainConfig, data: "_Data") -> SparseCoder:
+    """Build the dictionary, or the share of it that this process of `torchrun` has.
+
+    Raises:
+        RecipeError: Such a dictionary cannot be shared out.
+        ValueError: It cannot be built as asked.
+    """
+    if n_processes() == 1:
+        return config.build(data.widths, data.group)
+    mesh = mesh_of(n_data=config.row_processes, device=as_device(config.device).type)
+    least = getattr(config.sparsity, "k", 1)  # of its form only the widths count
+    like = dataclasses.replace(config, n_latents=least, matryoshka_widths=())
+    coder = like.build(data.widths, data.group)
+    if config.matryoshka_widths or not isinstance(coder, LinearCoder):
+        raise RecipeError(
+            "Processes of torchrun share out dictionaries without matryoshka_widths and pose_tied."
+        )
+    return Shard(coder, config.n_latents, mesh)
 
 
 def _options(config: TrainConfig) -> dict[str, Any]:

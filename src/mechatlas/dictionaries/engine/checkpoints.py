@@ -1,5 +1,6 @@
 """Training runs on disk: a killed run continues and ends with the same bytes.
 
+    claim       no other run in the same folder
     keep        weights, moments and counters -> one file, whole or not there
     continued   the file -> weights, moments and counters, if it is of the same run
 
@@ -18,9 +19,17 @@ from torch import Tensor
 from mechatlas.base import WeightsError
 from mechatlas.deprecated import ARGUMENTS
 from mechatlas.files import write
+from mechatlas.outputs import claim
 from mechatlas.tensorfiles import checksum_of, mismatches, read_safetensors, reading
 
 FILE = "checkpoint.safetensors"
+HELD_OUT = "held-out rows"
+"""Setting that is a checksum of the rows themselves."""
+OTHER_THREADS = (
+    "Rows that are read from a network change with the number of threads (OMP_NUM_THREADS) and "
+    "with the processor. "
+)
+__all__ = ["claim", "continued", "keep"]
 
 
 def keep(
@@ -74,21 +83,40 @@ def continued(
             was, progress = dict(state["settings"]), dict(state["progress"])
     except WeightsError as error:
         raise WeightsError(f"{error} Delete it to train anew.") from error
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    refuse_other_run(file, was, settings, mismatches(kept, shapes))
+    for name, tensor in tensors.items():
+        tensor.copy_(kept[name])
+    return progress
+
+
+def refuse_other_run(
+    file: Path, was: dict[str, Any], settings: dict[str, Any], mismatches: list[str]
+) -> None:
+    """Refuse a checkpoint of a run with other settings, and list all that differ.
+
+    Args:
+        file: File of the checkpoint.
+        was: Settings of the run that wrote it.
+        settings: Settings of this run.
+        mismatches: Tensors that do not fit.
+
+    Raises:
+        WeightsError: Something differs.
+    """
     was = {key: _with_new_names(value) for key, value in was.items()}
     wrong = [
         f"{key} was {was.get(key)!r}, is {settings.get(key)!r}"
         for key in dict.fromkeys((*was, *settings))
         if was.get(key) != settings.get(key)
-    ]
-    wrong += mismatches(kept, {name: tensor.shape for name, tensor in tensors.items()})
+    ] + mismatches
     if wrong:
+        other_rows = len(wrong) == 1 and wrong[0].startswith(HELD_OUT)
+        hint = OTHER_THREADS if other_rows else ""
         raise WeightsError(
-            f"{file} is of another run: {'; '.join(wrong)}. "
+            f"{file} is of another run: {'; '.join(wrong)}. {hint}"
             "Give the same settings to continue it, or delete it to train anew."
         )
-    for name, tensor in tensors.items():
-        tensor.copy_(kept[name])
-    return progress
 
 
 def _with_new_names(value: Any) -> Any:

@@ -39,7 +39,7 @@ from mechatlas.dictionaries.engine.structures import (
 )
 from mechatlas.dictionaries.engine.threads import Run, workers
 from mechatlas.dictionaries.objective import Objective
-from mechatlas.dictionaries.revival import revive
+from mechatlas.dictionaries.revival import Revival, revive
 
 TILE = 2**21
 """Pre-activations that exist at once, for each thread of a CPU."""
@@ -277,14 +277,16 @@ class SparseStep:
             search = screening.Screen(rows, bias, run, self._tiles)
             plan = Plan(tiles(len(x), len(rows), 2 * TILE, screening.MIN_TILE_ROWS), run)
             with suppress(screening.TooCloseError):
-                batch = BatchSearch(dictionary, x, room, search, plan)
-                return dictionary.rule.find_codes(batch, dictionary.state)
+                return self._find(BatchSearch(dictionary, x, room, search, plan))
         numbers = TILE if x.device.type == "cpu" else steps.DEVICE_TILE
         plan = Plan(tiles(len(x), len(rows), numbers), run)
         make = getattr(self.backend, "Screen", WholeProduct)
         search = make(rows, bias, self.backend, plan.spans[0].stop)
-        batch = BatchSearch(dictionary, x, room, search, plan)
-        return dictionary.rule.find_codes(batch, dictionary.state)
+        return self._find(BatchSearch(dictionary, x, room, search, plan))
+
+    def _find(self, search: BatchSearch) -> Codes | None:
+        """Find the codes that the sparsity rule keeps."""
+        return self.dictionary.rule.find_codes(search, self.dictionary.state)
 
     def _learn(
         self,
@@ -419,13 +421,23 @@ class SparseStep:
         bias = dictionary.b_enc.data
         if "place" not in self._room:
             self._room["place"] = torch.full_like(bias, -1, dtype=torch.int32)
-        if dead is None or not len(dead[1]):
+        if dead is None or not self._n_dead(dead):
             return AddedGradients(self._room["place"], atoms[:0], encoder[:0], bias[:0])
         place = torch.full_like(bias, -1, dtype=torch.int32)
         residual = rows[-1] / -scales[:, None]
-        latents, *gradients = revive(*dead, (atoms, encoder, bias), self._room["x"], residual)
+        latents, *gradients = self._revive(dead, self._room["x"], residual)
         place[latents] = torch.arange(len(latents), dtype=torch.int32, device=bias.device)
         return AddedGradients(place, *gradients)
+
+    def _n_dead(self, dead: Dead) -> int:
+        """Number of dead latents."""
+        return len(dead[1])
+
+    def _revive(self, dead: Dead, x: Tensor, residual: Tensor) -> Revival:
+        """Gradients of the dead latents, on rows that the encoder read."""
+        dictionary = self.dictionary
+        parameters = dictionary.W_dec.data, dictionary.encoder_rows, dictionary.b_enc.data
+        return revive(*dead, parameters, x, residual)
 
     def _by_columns(self, dead: Dead | None) -> bool:
         """Whether the atoms are too wide for whole rows; the dead read whole rows."""

@@ -38,7 +38,7 @@ const dossier = (() => {
   }
 
   function symmetry(line) {
-    const statement = line.claimed ? `Stabilizer: ${line.name} (order ${line.order})` : line.name === "not reliable" ? "Symmetry: not reliably measured" : `Symmetry: ${line.name}`;
+    const statement = line.claimed ? `Stabilizer: ${line.name} (order ${line.order})` : line.name === "not shown" ? "Symmetry: neither shown nor ruled out" : `Symmetry: ${line.name}`;
     const others = line.members.length
       ? el("p", { class: "says" }, `Family ${line.family}, pose ${line.pose}; others: `, ...line.members.flatMap(([j, pose], k) => [k ? ", " : "", el("a", { href: "#", "data-feature": j }, `${j} (${pose})`)])) : null;
     const wheel = el("span", { class: "wheel-small" });
@@ -128,7 +128,11 @@ const dossier = (() => {
       const item = el("a", { href: cards.link(d, other), "data-feature": other, class: cosine > d.chance ? null : "chance" },
         el("b", {}, String(other)), el("span", { class: "n" }, cosine.toFixed(2)));
       if (d.kind === "image") item.append(cards.exampleList(d, other, 3, 40, showHeat));
-      else item.append(el("span", { class: "name" }, labels.of(d, other).name || cards.peakWord(d, other)));
+      else {
+        const name = el("span", { class: "name" });
+        d.need([other]).then(() => { name.textContent = labels.of(d, other).name || cards.peakWord(d, other); });
+        item.append(name);
+      }
       list.append(item);
     }
     return list.children.length ? list : el("p", { class: "empty" }, "none");

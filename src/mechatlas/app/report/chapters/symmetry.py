@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from markupsafe import Markup
 
-from mechatlas.analysis.symmetry.class_names import NOT_RELIABLE, rotation_subgroup
+from mechatlas.analysis.symmetry.class_names import NOT_SHOWN, rotation_subgroup
+from mechatlas.analysis.symmetry.classify import label_classes
 from mechatlas.app.old_runs import renamed_columns
 from mechatlas.app.report.chapter import Chapter, count_of, number, percent, render
 from mechatlas.app.report.dossiers import (
@@ -71,13 +72,14 @@ def _draw(made: Chapter, k: int, run: Run, of_run: str) -> dict[str, Any]:
     group = Group(facts["table"], name=facts["name"], element_names=facts["elements"])
     table = renamed_columns(run.table(FEATURES), SYMMETRY)
     tensors = renamed_columns(run.tensors(SYMMETRY_TENSORS), SYMMETRY)
-    names = [*facts["classes"], NOT_RELIABLE]
+    names = list(label_classes(facts["classes"]))
     colors = _class_colors(names, table["class"])
     made.figures[f"lattice{k}"] = _lattice(group, names, table["class"], colors)
     made.figures[f"r2{k}"] = _r2(result, group)
     if result.interventions.tested:
         made.figures[f"interventions{k}"] = _interventions(table, result.fdr)
     made.arrays[f"{k}/s"] = tensors["stabilizer_function"]
+    table |= _claims(table)
     for key in ("q_value", "noise_ceiling", "similarity"):
         made.arrays[f"{k}/{key}"] = table[key].astype(np.float32)
     made.arrays[f"{k}/class"] = np.array([names.index(n) for n in table["class"]], np.uint16)
@@ -154,7 +156,8 @@ def _found(
         best = claimed[np.argsort(table["q_value"][claimed], kind="stable")][:6]
         found.append(Finding(
             text=f"{count_of(len(claimed), 'feature')} of {result.site} look the same in several "
-            f"poses: the stabilizer in {group} is larger than {{e}}.",
+            f"poses, {result.discoveries:,} of them exactly: the stabilizer in {group} is larger "
+            "than {e}.",
             evidence=f"{control[0].upper()}{control[1:]}.",
             anchor=place.anchor,
             rows=(tuple(FeatureAt(place.run, int(i)) for i in best),),
@@ -168,14 +171,28 @@ def _found(
     return found
 
 
+def _claims(table: dict[str, Any]) -> dict[str, Any]:
+    """Stabilizer and q-value of what is claimed, which is approximate for some features."""
+    if "grade" not in table:  # a run that is older than grades
+        return {}
+    approximate = table["grade"] == "approximate"
+    elements = [
+        table["approximate_elements" if near else "stabilizer_elements"][i]
+        for i, near in enumerate(approximate)
+    ]
+    q = np.where(approximate, table["approximate_q_value"], table["q_value"])
+    return {"q_value": q, "claimed_elements": elements}
+
+
 def _claimed(table: dict[str, Any], classes: list[str]) -> np.ndarray:
-    """Features with a stabilizer larger than {e} that is claimed."""
-    return (table["class"] != classes[0]) & (table["class"] != NOT_RELIABLE)
+    """Features with a stabilizer larger than {e} that is claimed, exactly or approximately."""
+    return (table["class"] != classes[0]) & (table["class"] != NOT_SHOWN)
 
 
 def _lines(place: _Place, table: dict[str, Any]) -> Statements:
     """Lines on the symmetry and the family of each feature."""
     claimed, statements = _claimed(table, place.classes), []
+    elements = table.get("claimed_elements", table["stabilizer_elements"])
     members: dict[int, list[tuple[int, str]]] = {}
     for i, (family, pose) in enumerate(zip(table["family"], table["pose_name"], strict=True)):
         members.setdefault(int(family), []).append((i, str(pose)))
@@ -183,7 +200,7 @@ def _lines(place: _Place, table: dict[str, Any]) -> Statements:
         family = int(table["family"][i])
         line = SymmetryLine(
             anchor=place.anchor, part=place.number, name=str(name),
-            order=len(table["stabilizer_elements"][i]), claimed=bool(claimed[i]),
+            order=len(elements[i]), claimed=bool(claimed[i]),
             q=finite(table["q_value"][i]), ceiling=finite(table["noise_ceiling"][i]),
             fdr=place.fdr, family=family, pose=str(table["pose_name"][i]),
             members=[each for each in members[family] if each[0] != i][:MEMBERS],
@@ -195,7 +212,7 @@ def _lines(place: _Place, table: dict[str, Any]) -> Statements:
 def _class_colors(names: list[str], of: np.ndarray) -> dict[str, str]:
     """Choose a color for each class that has features; classes without symmetry are pale."""
     there = [name for name in names if (of == name).any()]
-    pale = {names[0]: "var(--faint)", NOT_RELIABLE: "var(--pale)"}
+    pale = {names[0]: "var(--faint)", NOT_SHOWN: "var(--pale)"}
     own = iter(category(k) for k in range(len(there)))
     return {name: pale.get(name) or next(own) for name in there}
 
@@ -212,11 +229,14 @@ def _counts(
             "conjugates": each.size,
             "n": int((of == name).sum()),
         }
-        for name, kind, each in zip(names[:-1], lattice.names, lattice.classes, strict=True)
+        for name, kind, each in zip(names, lattice.names, lattice.classes, strict=False)
     ]
-    rows.append({"name": NOT_RELIABLE, "kind": "", "order": None, "conjugates": None,
-                 "n": int((of == NOT_RELIABLE).sum())})  # fmt: skip
     kept = [row for row in rows if row["n"] or len(rows) <= MAX_NODES]
+    kept += [
+        {"name": name, "kind": "", "order": None, "conjugates": None, "n": int((of == name).sum())}
+        for name in names[len(rows) :]
+        if name == NOT_SHOWN or (of == name).any()
+    ]
     return [{**row, "share": row["n"] / len(of), "color": colors.get(row["name"], "transparent")}
             for row in kept]  # fmt: skip
 
