@@ -10,7 +10,7 @@ from torch import nn
 from mechatlas.activations.positions import Positions
 from mechatlas.activations.sites import read_activations
 from mechatlas.activations.stream import stream
-from mechatlas.base import InputError, Rows
+from mechatlas.base import InputError, Rows, WeightsError
 from mechatlas.dictionaries.autoencoder import Autoencoder, Crosscoder
 from mechatlas.dictionaries.sparsity import TopK
 from mechatlas.dictionaries.training import train
@@ -118,6 +118,16 @@ def test_a_killed_run_ends_with_the_same_bytes(tmp_path):
     for one, other in zip(whole, run("killed"), strict=True):
         assert torch.equal(one.W_dec, other.W_dec)
         assert torch.equal(one.W_enc, other.W_enc)
+
+    network = Reader()
+    with torch.no_grad():
+        network.embed.weight += 1e-6  # as another number of threads would
+    rows = stream(network, SAMPLES, ["embed", "block"], pool_mib=0)
+    options = {"checkpoint": tmp_path / "whole", "steps": 40, "batch_size": 64}
+    with pytest.raises(WeightsError, match=r"held-out rows was .* number of threads"):
+        train([sae(0), sae(1)], rows, **options)
+    with pytest.raises(WeightsError, match=r"lr was .None., is 0.5. Give the same"):
+        train([sae(0), sae(1)], stream(Reader(), SAMPLES, ["embed", "block"]), lr=0.5, **options)
 
 
 def test_maps_of_one_grid_are_streamed_and_those_of_several_refused():

@@ -408,7 +408,7 @@ def _settings(rows: Rows, held_out: Tensor, options: tuple[Any, ...]) -> dict[st
     names = ("steps", "batch_size", "lr", "seed", "schedule", "objective", "revival", "outliers")
     kept: dict[str, Any] = {
         "rows": [rows.n_rows, rows.d_in],
-        "held-out rows": _checksum([held_out]),
+        checkpoints.HELD_OUT: _checksum([held_out]),
     }
     for name, value in zip(names, options, strict=True):
         kept[name] = value if isinstance(value, int | float) else repr(value)

@@ -23,6 +23,12 @@ from mechatlas.outputs import claim
 from mechatlas.tensorfiles import checksum_of, mismatches, read_safetensors, reading
 
 FILE = "checkpoint.safetensors"
+HELD_OUT = "held-out rows"
+"""Setting that is a checksum of the rows themselves."""
+OTHER_THREADS = (
+    "Rows that are read from a network change with the number of threads (OMP_NUM_THREADS) and "
+    "with the processor. "
+)
 __all__ = ["claim", "continued", "keep"]
 
 
@@ -105,8 +111,10 @@ def refuse_other_run(
         if was.get(key) != settings.get(key)
     ] + mismatches
     if wrong:
+        other_rows = len(wrong) == 1 and wrong[0].startswith(HELD_OUT)
+        hint = OTHER_THREADS if other_rows else ""
         raise WeightsError(
-            f"{file} is of another run: {'; '.join(wrong)}. "
+            f"{file} is of another run: {'; '.join(wrong)}. {hint}"
             "Give the same settings to continue it, or delete it to train anew."
         )
 
