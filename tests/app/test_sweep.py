@@ -9,6 +9,7 @@ import pytest
 
 import mechatlas as ma
 from mechatlas.app.cli import main
+from mechatlas.app.run_folder import execute
 from mechatlas.files import MANIFEST
 
 
@@ -92,6 +93,26 @@ def test_one_that_fails_is_named_and_the_others_are_kept(store, tmp_path, capsys
     assert "1 of 2 dictionaries trained" in said
     assert "Failed: site-nowhere" in said
     assert (tmp_path / "out" / "site-1" / MANIFEST).exists()
+
+
+def test_a_folder_that_is_deleted_meanwhile_does_not_come_back_in_part(
+    store, tmp_path, capsys, monkeypatch
+):
+    recipe = write(tmp_path / "sweep.toml", store, 'site = "1"', "n_latents = [40, 41]")
+    out = tmp_path / "out"
+
+    def trained_and_deleted(config):
+        result = execute(config)
+        if config.n_latents == 40:
+            shutil.rmtree(out)
+        return result
+
+    monkeypatch.setattr("mechatlas.app.commands.sweep.execute", trained_and_deleted)
+    with pytest.raises(SystemExit) as ended:
+        main(["sweep", recipe, "--out", str(out)])
+    assert ended.value.code == 2
+    assert "was deleted, moved or replaced" in capsys.readouterr().err
+    assert not out.exists()
 
 
 @pytest.mark.parametrize(

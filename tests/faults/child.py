@@ -45,9 +45,16 @@ class Ended(NamedTuple):
     errors: str
 
     @property
+    def said(self) -> str:
+        """Everything that was said; `sweep` and `verify` list faults in their result."""
+        return self.errors + self.output
+
+    @property
     def message(self) -> str:
-        """Last line of what was said about an error."""
-        return (self.errors.strip().splitlines() or [""])[-1]
+        """Last line of what was said about an error, or of the result."""
+        lines = self.errors.strip().splitlines()
+        told = [line for line in lines if line.startswith("mechatlas: ")] or lines[-1:]
+        return " / ".join([*told, *self.output.strip().splitlines()[-4:]])
 
 
 class Child:

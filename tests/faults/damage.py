@@ -229,7 +229,7 @@ def _outcome(ended: Ended, file: Path, expected: tuple[str, dict[str, bytes]], h
         return "hang"
     if ended.code == 2:
         names = (file.name, str(file.parent))
-        text = ended.errors + ended.output  # `verify` lists what is damaged
+        text = ended.said
         said = "mechatlas: " in ended.errors or ended.output
         return "named" if said and any(n and n in text for n in names) else "unnamed"
     if ended.code == 0:
@@ -285,8 +285,7 @@ def continue_damaged(
             outcome, example = judge(ended, here, whole)
             if outcome == "refused":
                 names = (file.name, "out is not empty")  # so it is without its manifest
-                said = ended.errors + ended.output  # `sweep` lists what it could not train
-                outcome = "named" if any(n in said for n in names) else "unnamed"
+                outcome = "named" if any(n in ended.said for n in names) else "unnamed"
             table.add(f"damage of unfinished {name}", command, outcome, f"{what}: {example}")
             shutil.rmtree(here)
     shutil.rmtree(place / "killed")

@@ -295,8 +295,8 @@ def _try(
     example = f"{name}: {words[0]}: exit {ended.code}: {ended.message}"
     if Path(CANARY).exists() or outside:
         outcome, example = "harm", f"{example}; ran code or wrote {outside}"
-    said = ended.errors + ended.output
-    if outcome == "named" and file.name not in said and file.parent.name not in said:
+    names = (file.name, file.parent.name)
+    if outcome == "named" and not any(name in ended.said for name in names):
         outcome = "unnamed"
     kind = f"hostile {file.relative_to(world.root)}"
     table.add(kind, words[0], outcome, example)

@@ -78,7 +78,7 @@ def _judge_refusal(
     """A command that could not write must say so, and end as ever once it can."""
     if ended.code == 0:
         table.add(fault, command, *judge(ended, here, whole))
-    elif ended.code != 2 or not re.search("Cannot write|The store needs", ended.errors):
+    elif ended.code != 2 or not re.search("Cannot write|The store needs", ended.said):
         outcome = "unnamed" if ended.code == 2 else outcome_of(ended.code)
         table.add(fault, command, outcome, f"exit {ended.code}: {ended.message}")
     else:
@@ -106,7 +106,7 @@ def unwritable(world: World, command: str, place: Path, table: Table) -> None:
                 continue
             ended = run(world.words(command, out), place)
             outcome = outcome_of(ended.code)
-            if ended.code == 2 and not re.search("Cannot write|expected the file", ended.errors):
+            if ended.code == 2 and not re.search("Cannot write|expected the file", ended.said):
                 outcome = "unnamed"
             elif ended.code == 0 and what != "a dangling link":  # whose file can be made
                 outcome = "silent"

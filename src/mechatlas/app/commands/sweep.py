@@ -225,6 +225,9 @@ def _trained(config: TrainConfig) -> dict[str, Any] | None:
 def _train(config: TrainConfig, shared: None) -> tuple[dict[str, Any], str]:
     """Train one dictionary; its result, or the sentence that says why there is none."""
     del shared
+    sweep = config.out.parent
+    if not (sweep / MANIFEST).is_file():  # the folder must not come back with half of its files
+        return {}, f"{sweep} was deleted or moved meanwhile. Run the command again."
     try:
         return as_plain(execute(config)), ""
     except UserError as error:
