@@ -243,7 +243,7 @@ def test_where_the_network_cannot_be_run_the_match_stands_and_says_why(paired, t
     forge(tmp_path / "store", recipe={})  # as `collect` in Python leaves it
     recipe = dataclasses.replace(recipe, store=tmp_path / "store", out=tmp_path / "other")
     pair = execute(recipe).pairs[0]
-    assert "no recipe names its network" in str(pair.not_run)
+    assert "no recipe names its network. Collect it by a recipe" in str(pair.not_run)
     assert pair.co_firing is not None
     assert bool(pair.co_firing["matched"].p_b_given_a.n) == bool(pair.matched)
     assert pair.co_firing["random"].p_b_given_a.n > 0

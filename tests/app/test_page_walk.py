@@ -1,6 +1,8 @@
 """A walk through a page with every chapter, in light and dark, on a screen and on a phone."""
 
+import importlib.util
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -26,8 +28,9 @@ SCROLL = """(async () => {
   }
 })()"""
 READY = """[...document.querySelectorAll('[data-figure]')].every((e) => e.dataset.drawn)
-  && [...document.querySelectorAll('.symmetry, .matching, .branches, [data-finding]')]
-    .every((e) => !e.matches('section, [data-finding]') || e.dataset.ready)"""
+  && [...document.querySelectorAll(
+    '.symmetry, .matching, .branches, .effects, [data-track], [data-finding]')]
+    .every((e) => !e.matches('section, [data-track], [data-finding]') || e.dataset.ready)"""
 WIDE = """[...document.querySelectorAll('body *')].filter((e) => {
   const box = e.getBoundingClientRect();
   return box.width > 0 && box.right > document.documentElement.clientWidth + 1
@@ -36,6 +39,26 @@ WIDE = """[...document.querySelectorAll('body *')].filter((e) => {
 BARE = """[...document.querySelectorAll('[data-claim]')].filter((claim) =>
   !/\\d/.test([...claim.querySelectorAll('[data-evidence]')].map((e) => e.textContent).join(' ')))
   .map((claim) => claim.textContent.slice(0, 200))"""
+
+
+# The links to features are addresses of the page, not places in it that could be skipped to.
+AXE = """axe.run(document, { rules: { 'skip-link': { enabled: false } },
+  resultTypes: ['violations'], runOnly: ['wcag2a', 'wcag2aa', 'wcag21a',
+  'wcag21aa', 'best-practice'] }).then(({ violations }) => violations.map((each) =>
+  `${each.id} (${each.impact}), ${each.nodes.length} times: ${each.nodes[0].html.slice(0, 160)} `
+  + each.nodes[0].failureSummary.slice(0, 300)))"""
+
+
+def axe() -> str:
+    """Script of axe-core, where a package on this machine has it."""
+    given = os.environ.get("MECHATLAS_AXE")
+    for package in ("axe_playwright_python", "axe_core_python"):
+        spec = None if given else importlib.util.find_spec(package)
+        if spec is not None and spec.submodule_search_locations:
+            given = str(Path(spec.submodule_search_locations[0]) / "axe.min.js")
+    if given is None:
+        pytest.skip("needs axe-core: pip install axe-core-python, or its file in MECHATLAS_AXE")
+    return Path(given).read_text()
 
 
 @pytest.fixture(scope="module")
@@ -50,14 +73,29 @@ def page(world, tmp_path_factory):
     results = {
         ("3", "seed 1"): ma.match(world.last, world.other),
         ("1", "3"): world.circuit(n_ablated=4),
-        "3": [ma.branches(world.last, halves), posed_features()],
+        ("3", "seed 1", "3 again"): ma.feature_flow(
+            [world.last, world.other, world.last], mlp=[world.last, world.other]
+        ),
+        "3": [
+            ma.branches(world.last, halves),
+            posed_features(),
+            ma.evaluate(world.last, network=world.network, samples=world.samples, site="3"),
+            ma.attribute(
+                world.network,
+                world.last,
+                world.samples[:4],
+                lambda y: y[:, 0].sum(),
+                site="3@bchw",
+                n_ablated=8,
+            ),
+        ],
         "head": ma.basis(world.network, world.samples, ["4", "5", "6"]),
         "net": ma.prove(left, right, np.ones((4, 6), np.float32), ma.group("S3")),
     }
     return ma.report(
         tmp_path_factory.mktemp("page") / "atlas.html",
-        stores=world.store, dictionaries=world.dictionaries, results=results,
-        network=world.network, samples=world.samples,
+        stores=world.store, results=results, network=world.network, samples=world.samples,
+        dictionaries={**world.dictionaries, "3 again": ("3", world.last)},
     ).as_uri()  # fmt: skip
 
 
@@ -75,7 +113,7 @@ def test_nothing_is_wrong_on_the_way_through_the_page(window, page, width, dark)
     window.complaints.clear()
     window.open(page, width, 900, dark=dark)
     names = window.run("[...document.querySelectorAll('nav a')].map((a) => a.hash.slice(1))")
-    assert len(names) == 10
+    assert len(names) == 13
     for name in reversed(names):
         window.run(f"document.querySelector('nav a[href=\"#{name}\"]').click()")
         window.run("new Promise((done) => setTimeout(done, 300))")
@@ -92,6 +130,20 @@ def test_nothing_is_wrong_on_the_way_through_the_page(window, page, width, dark)
     assert window.run("document.querySelectorAll('[data-claim]').length") > 10
     assert window.run(BARE) == []
     assert [c for c in window.complaints if "GL Driver" not in c] == []
+
+
+@pytest.mark.parametrize(("width", "dark"), [(1400, False), (420, True)])
+def test_axe_finds_no_fault(window, page, width, dark):
+    script = axe()
+    window.open(page, width, 900, dark=dark)
+    window.run(SCROLL)
+    window.until(READY)
+    window.run(f"{script}; 0")
+    assert window.run(AXE) == []
+    window.open(f"{page}#3/3", width, 900, dark=dark)
+    window.until("document.querySelector('dialog[open] .claims[data-ready]')")
+    window.run(f"{script}; 0")
+    assert window.run(AXE) == []
 
 
 @pytest.mark.parametrize("width", [1400, 420])

@@ -180,12 +180,22 @@ class OpenedNetwork(NamedTuple):
     samples: Samples
 
 
-def recorded_network(store: Store, trust: TrustConfig) -> OpenedNetwork:
+IN_PYTHON = (
+    "Collect it by a recipe with `mechatlas collect`, or call the analysis in Python with the "
+    "network itself."
+)
+"""Way out for commands that need the network of a store that was collected from Python."""
+
+
+def recorded_network(
+    store: Store, trust: TrustConfig, *, instead: str = IN_PYTHON
+) -> OpenedNetwork:
     """Open the network and the samples of a store, whatever weights the network has now.
 
     Args:
         store: The store.
         trust: Code that may run.
+        instead: Sentence on what to do where no recipe names the network.
 
     Raises:
         TrustError: The store names code that the user has not named.
@@ -195,8 +205,7 @@ def recorded_network(store: Store, trust: TrustConfig) -> OpenedNetwork:
     recipe = store.manifest["recipe"]
     if "network" not in recipe:
         raise RecipeError(
-            f"{store.root} was collected from Python, so no recipe names its network. Give the "
-            "network and the samples: ma.report(out, stores=..., network=..., samples=...)."
+            f"{store.root} was collected from Python, so no recipe names its network. {instead}"
         )
     config = from_dict(recipe, CollectConfig, f"The manifest of {store.root}")
     _refuse_code(config.network, store, trust)
@@ -221,12 +230,13 @@ def _refuse_code(network: Network, store: Store, trust: TrustConfig) -> None:
     )
 
 
-def open_network(store: Store, trust: TrustConfig) -> OpenedNetwork:
+def open_network(store: Store, trust: TrustConfig, *, instead: str = IN_PYTHON) -> OpenedNetwork:
     """Open the network and the samples that a store was collected from.
 
     Args:
         store: The store.
         trust: Code that may run.
+        instead: Sentence on what to do where no recipe names the network.
 
     Raises:
         TrustError: The store names code that the user has not named.
@@ -234,7 +244,7 @@ def open_network(store: Store, trust: TrustConfig) -> OpenedNetwork:
         StoreError: The network has other weights now.
         UserError: The network or the samples are no longer there.
     """
-    opened = recorded_network(store, trust)
+    opened = recorded_network(store, trust, instead=instead)
     if not has_weights(opened.network, store.manifest["network"]):
         raise StoreError(
             f"The network found now has other weights than when {store.root} was made."

@@ -29,6 +29,9 @@ from mechatlas.app.run_folder import DeviceConfig
 from mechatlas.base import RecipeError, StoreError
 from mechatlas.files import read_toml
 
+INSTEAD = "Give --network and --samples."
+"""Way out where no recipe names the network of a store."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeasureConfig(DeviceConfig):
@@ -80,14 +83,15 @@ def open_measured(config: MeasureConfig, n_samples: int) -> Measured:
     if site is None:
         raise RecipeError(f"{config.dictionary} does not say of which site it is; give --site.")
     if config.network is None and config.samples is None and store is not None:
-        network, samples = open_network(store, TrustConfig(trust=config.trust))
+        network, samples = open_network(store, TrustConfig(trust=config.trust), instead=INSTEAD)
         numbers = store.samples("held", n_samples) or None
         return Measured(opened, site, network, samples, numbers, store)
     if config.network:
         network = load_network(_network(config.network))
     else:
         assert store is not None  # `_store` has refused
-        network = recorded_network(store, TrustConfig(trust=config.trust)).network
+        trusted = TrustConfig(trust=config.trust)
+        network = recorded_network(store, trusted, instead=INSTEAD).network
     samples = open_samples(_samples(config.samples) or _recipe_of(store).samples, network)
     return Measured(opened, site, network, samples, None, store)
 

@@ -118,6 +118,37 @@ def feature_statistics(
     return tally.finish(kept, top)
 
 
+@torch.inference_mode()
+def linear_histograms(
+    dictionary: Dictionary,
+    rows: StoreRows,
+    largest: Float[np.ndarray, " latent"],
+    *,
+    n_bins: int = 50,
+    max_rows: int | None = None,
+) -> Int[np.ndarray, "latent bin"]:
+    """Count the rows of each latent by activation, in equal bins from 0 to its largest.
+
+    Args:
+        dictionary: Any; only `encode` is used.
+        rows: Rows of the site that it was trained on.
+        largest: Largest activation of each latent on those rows.
+        n_bins: Number of bins.
+        max_rows: Upper limit on the rows read, as for the largest.
+
+    Raises:
+        StoreError: A shard is damaged or missing; it is named.
+    """
+    total = rows.n_rows + rows.n_held_out
+    counts = np.zeros(dictionary.n_latents * n_bins, dtype=np.int64)
+    width = np.maximum(largest, np.finfo(np.float32).tiny)
+    for x, _ in _blocks(rows, dictionary, min(total, max_rows or total)):
+        latent, _, value = _active(dictionary, x)
+        index = np.clip(value * (n_bins / width[latent]), 0, n_bins - 1).astype(np.int64)
+        counts += np.bincount(latent * n_bins + index, minlength=len(counts))
+    return counts.reshape(-1, n_bins)
+
+
 def _draws(latent: np.ndarray, entry: np.ndarray) -> np.ndarray:
     """Hash each entry to a number in (0, 1], the same however rows are cut into blocks."""
     h = latent.astype(np.uint64) << np.uint64(32) ^ entry[:, 0].astype(np.uint64)

@@ -205,5 +205,5 @@ def in_words(result: DemoResult) -> str:
         words = command.in_words(part).splitlines()[:-1]  # without the folder
         lines += [f"{name}: {words[0]}", *words[1:]]
     lines.append(f"Done in {result.wall_seconds:.0f} s.")
-    lines.append(f"Page: {Path(result.page.page).resolve()}")
+    lines.append(f"Page: {result.page.page}")
     return "\n".join(lines)

@@ -265,14 +265,14 @@ def collect(statements: Iterable[tuple[FeatureAt, Line]]) -> dict[str, dict[int,
     return records
 
 
+def plain_record(record: FeatureRecord) -> dict[str, list[dict[str, Any]]]:
+    """Record as plain values; kinds without lines are left out."""
+    return {kind: [vars(line) for line in lines] for kind, lines in vars(record).items() if lines}
+
+
 def encoded(records: dict[int, FeatureRecord]) -> bytes:
-    """Records of a dictionary as JSON; kinds without lines are left out."""
-    plain = {
-        latent: {
-            kind: [vars(line) for line in lines] for kind, lines in vars(record).items() if lines
-        }
-        for latent, record in sorted(records.items())
-    }
+    """Records of a dictionary as JSON."""
+    plain = {latent: plain_record(record) for latent, record in sorted(records.items())}
     return json.dumps(plain, allow_nan=False, separators=(",", ":")).encode()
 
 

@@ -3,6 +3,8 @@
 first_screen    chapters -> the chapter that stands before them
 """
 
+from pathlib import Path
+
 from mechatlas.activations.images import ImageSamples
 from mechatlas.activations.samples import TextSamples
 from mechatlas.app.report.chapter import Chapter, count_of, render
@@ -84,7 +86,7 @@ def _data(run: Run, runs: Runs) -> str:
         number = number.replace("samples", kind)
     except UserError:
         pass
-    return f"{number} from {source}" if source else number
+    return f"{number} from {Path(source).name or source}" if source else number
 
 
 def _dictionaries(stores: list[Run], dictionaries: list[Run]) -> str:

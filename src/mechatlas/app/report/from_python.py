@@ -31,6 +31,7 @@ from mechatlas.analysis.effects.logits import LogitEffects
 from mechatlas.analysis.evaluation.results import NetworkEvaluation
 from mechatlas.analysis.interaction.results import InteractionBasis
 from mechatlas.analysis.matching.chains import Tracks, survival
+from mechatlas.analysis.matching.flow import KINDS, FeatureFlow
 from mechatlas.analysis.matching.pairing import Match
 from mechatlas.analysis.proofs.prove import AccuracyBound
 from mechatlas.analysis.symmetry.classify import Symmetry
@@ -41,6 +42,7 @@ from mechatlas.app.commands import (
     circuit,
     effects,
     evaluate,
+    flow,
     match,
     prove,
     symmetry,
@@ -62,6 +64,7 @@ from mechatlas.app.report.runs import MemoryRun, Run, Runs, find_runs, read_run
 from mechatlas.app.run_folder import (
     DICTIONARY,
     FEATURES,
+    FLOWS,
     HISTORY,
     LOGITS,
     MATCHES,
@@ -451,9 +454,32 @@ def _describe_effects(
     return effects.EffectsResult(site=site, attributions=[answer])
 
 
+def _describe_flow(
+    names: Sequence[str], results: Sequence[Any], known: Mapping[str, MemoryRun], out: _Contents
+) -> flow.FlowResult:
+    found: FeatureFlow = results[0]
+    if len(found.sizes) != len(names):
+        raise InputError(
+            f"A FeatureFlow of {len(found.sizes)} layers is under {len(names)} names, "
+            f"{', '.join(map(repr, names))}: give the names of all dictionaries of the stream."
+        )
+    between = {
+        kind: [
+            [f"{kind} {link.number} before {name}" for link in links if link.kind == kind]
+            for links, name in zip(found.modules, names[1:], strict=True)
+        ]
+        for kind in KINDS
+    }
+    modules = [name for kind in KINDS for step in between[kind] for name in step]
+    out.facts(modules=modules)
+    out.table(FLOWS, flow.flow_columns(found, between, modules))
+    return flow.describe_flow(found, names, between, modules)
+
+
 DESCRIBED: dict[type, tuple[Any, Any, bool]] = {
     Match: (_describe_matches, match, True),
     Tracks: (_describe_matches, match, True),
+    FeatureFlow: (_describe_flow, flow, True),
     Circuit: (_describe_circuits, circuit, True),
     Specialization: (_describe_branches, branches, True),
     Symmetry: (_describe_symmetry, symmetry, True),

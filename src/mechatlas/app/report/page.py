@@ -12,7 +12,7 @@ numbers are inside, and its content policy forbids the browser to load anything 
 import importlib.metadata
 import itertools
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,9 +44,10 @@ from mechatlas.app.report.chapters import (
     symmetry,
     training,
 )
-from mechatlas.app.report.dossiers import collect, encoded
+from mechatlas.app.report.dossiers import collect, encoded, plain_record
 from mechatlas.app.report.first_screen import first_screen
 from mechatlas.app.report.palette import style_sheet
+from mechatlas.app.report.pieces import PIECE, by_feature, indexes, lines_of
 from mechatlas.app.report.runs import Runs, find_runs
 from mechatlas.app.run_folder import STORE
 from mechatlas.base import Progress, UserError, no_progress
@@ -235,7 +236,6 @@ def assemble(
         keep: Function that keeps bytes outside the page and gives their address; by default
             everything is inside.
     """
-    records = collect(line for chapter in chapters for line in chapter.statements)
     scripts = ["page.js", *(name for chapter in chapters for name in chapter.scripts)]
     return render(
         "template.html",
@@ -246,10 +246,9 @@ def assemble(
         css=style_sheet() + text_of("page.css"),
         data=as_json({c.name: {"data": c.data, "figures": c.figures} for c in chapters}),
         served=keep is not None,
-        arrays=[_array(c.name, *item, keep) for c in chapters for item in c.arrays.items()]
-        + [
-            _array("records", run, np.frombuffer(encoded(of_run), "u1"), keep)
-            for run, of_run in records.items()
+        arrays=[
+            _array(chapter, name, array, keep)
+            for chapter, name, array in _arrays(chapters, in_pieces=keep is not None)
         ],
         images=[
             {"name": f"{c.name}/{name}", **_part(data, keep, as_base64)}
@@ -259,6 +258,30 @@ def assemble(
         plotly=packed(get_plotlyjs().encode()),
         scripts=[text_of(name) for name in dict.fromkeys(scripts)],
     )
+
+
+def _arrays(
+    chapters: Sequence[Chapter], *, in_pieces: bool
+) -> Iterator[tuple[str, str, np.ndarray]]:
+    """Chapter, name and values of each array of a page, with the claims on each feature."""
+    records = collect(line for chapter in chapters for line in chapter.statements)
+    sizes: dict[str, int] = {}
+    for chapter in chapters:
+        for name, array in chapter.arrays.items():
+            yield chapter.name, name, array
+        if chapter.name == "features" and in_pieces:
+            sizes = {each["run"]: each["n"] for each in chapter.data["dictionaries"]}
+            for name, array in indexes(chapter.data, chapter.arrays).items():
+                yield chapter.name, name, array
+    for run, of_run in records.items():
+        if run not in sizes:
+            yield "records", run, np.frombuffer(encoded(of_run), "u1")
+            continue
+        lines, places = lines_of(of_run, sizes[run])
+        kinds = sorted({kind for each in of_run.values() for kind in plain_record(each)})
+        yield "records", f"{run}.lines", np.frombuffer(lines, "u1")
+        yield "records", f"{run}.at", places
+        yield "records", f"{run}.kinds", np.frombuffer(" ".join(kinds).encode(), "u1")
 
 
 def _part(
@@ -278,6 +301,7 @@ def _array(
         "name": f"{chapter}/{name}",
         "dtype": whole.dtype.name,
         "shape": ",".join(map(str, whole.shape)),
+        "pieces": PIECE if keep is not None and by_feature(chapter, name) else 0,
         **_part(whole.tobytes(), keep, packed),
     }
 

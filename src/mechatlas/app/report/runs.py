@@ -33,6 +33,10 @@ FROM_PYTHON = (
     "ma.report(out, stores=..., dictionaries=..., network=..., samples=...)."
 )
 """Reason why a dictionary without a manifest is not on the page."""
+IN_REPORT = (
+    "Give the network and the samples: ma.report(out, stores=..., network=..., samples=...)."
+)
+"""Way to the page of a store that was collected from Python."""
 DEPTH = 2
 """Levels of folders below the given one that are searched for runs."""
 
@@ -263,7 +267,9 @@ class Runs:
         self.labels: Labels = labels or {}
         self.open_store: Callable[[Path], Store] = functools.cache(Store)
         self.reopen: Callable[[Path], OpenedNetwork] = functools.cache(
-            lambda store: opened or recorded_network(self.open_store(store), trust)
+            lambda store: (
+                opened or recorded_network(self.open_store(store), trust, instead=IN_REPORT)
+            )
         )
 
     def of_kind(self, kind: str) -> list[Run]:

@@ -9,12 +9,15 @@ this machine: a page of another site cannot read the atlas through a name that i
 import contextlib
 import functools
 import http.server
+import io
+import re
 import threading
 from collections.abc import Iterator
 from http import HTTPStatus
 from pathlib import Path
 
 from mechatlas.base import RecipeError
+from mechatlas.files import open_regular
 
 HOST = "127.0.0.1"
 NAMES = (HOST, "localhost")
@@ -48,7 +51,24 @@ class _Handler(http.server.SimpleHTTPRequestHandler):
         if not path.resolve().is_relative_to(root) or not path.is_file():
             self.send_error(HTTPStatus.NOT_FOUND, "There is no such file")
             return None
-        return super().send_head()
+        asked = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
+        return self._send_part(path, int(asked[1]), int(asked[2])) if asked else super().send_head()
+
+    def _send_part(self, path: Path, first: int, last: int) -> io.BytesIO | None:
+        """Answer with the bytes of a file from the first to the last."""
+        size = path.stat().st_size
+        if not first <= last < size:
+            self.send_error(HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE, f"There are {size} bytes")
+            return None
+        with open_regular(path) as file:
+            file.seek(first)
+            part = file.read(last - first + 1)
+        self.send_response(HTTPStatus.PARTIAL_CONTENT)
+        self.send_header("Content-Type", "application/octet-stream")
+        self.send_header("Content-Length", str(len(part)))
+        self.send_header("Content-Range", f"bytes {first}-{last}/{size}")
+        self.end_headers()
+        return io.BytesIO(part)
 
     def end_headers(self) -> None:
         """Add the headers of every answer."""

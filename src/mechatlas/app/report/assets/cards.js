@@ -104,6 +104,7 @@ const cards = (() => {
 
   // The word where a feature of texts is strongest.
   function peakWord(d, i) {
+    if (!d.ready(i)) return "";
     const at = i * d.shown, slot = d.slot[at];
     return d.kind !== "text" || slot < 0 ? "" : spelled(d, slot, ...wordAround(d, slot, d.place[2 * at])).trim();
   }
@@ -146,6 +147,11 @@ const cards = (() => {
   }
 
   function exampleList(d, i, count, css, showHeat, which = "strongest") {
+    if (!d.ready(i)) {  // its piece of a served page is on the way
+      const place = el("p", { class: "empty" }, "…");
+      d.need([i]).then(() => place.replaceWith(exampleList(d, i, count, css, showHeat, which)));
+      return place;
+    }
     const ranks = ranksOf(d, i, which).slice(0, count);
     if (!ranks.length) return el("p", { class: "empty" }, "not active in the rows read");
     if (d.kind === "image") {
@@ -236,12 +242,14 @@ const cards = (() => {
   function painted(chapter, name, pixels) {
     const title = "activation maximization for this feature: a picture, not a claim";
     const canvas = el("canvas", { class: "painted", width: pixels, height: pixels, role: "img", title, "aria-label": title });
-    atlas.image(chapter, name).then((bitmap) => {
-      const context = canvas.getContext("2d");
-      context.imageSmoothingQuality = "high";
-      context.drawImage(bitmap, 0, 0, pixels, pixels);
-    });
+    paint(canvas, chapter, name);
     return canvas;
+  }
+
+  async function paint(canvas, chapter, name) {
+    const bitmap = await atlas.image(chapter, name), context = canvas.getContext("2d");
+    context.imageSmoothingQuality = "high";
+    context.drawImage(bitmap, 0, 0, canvas.width, canvas.height);
   }
 
   // Kernel of an edge: each cell is a position of the earlier feature.
@@ -264,5 +272,5 @@ const cards = (() => {
     return picture;
   }
 
-  return { card, exampleList, ranksOf, branchBars, histogram, facts, link, mention, painted, kernel, wordAround, spelled, peakWord, vocabulary, drawCrop };
+  return { card, exampleList, ranksOf, branchBars, histogram, facts, link, mention, painted, paint, kernel, wordAround, spelled, peakWord, vocabulary, drawCrop };
 })();

@@ -128,7 +128,11 @@ const dossier = (() => {
       const item = el("a", { href: cards.link(d, other), "data-feature": other, class: cosine > d.chance ? null : "chance" },
         el("b", {}, String(other)), el("span", { class: "n" }, cosine.toFixed(2)));
       if (d.kind === "image") item.append(cards.exampleList(d, other, 3, 40, showHeat));
-      else item.append(el("span", { class: "name" }, labels.of(d, other).name || cards.peakWord(d, other)));
+      else {
+        const name = el("span", { class: "name" });
+        d.need([other]).then(() => { name.textContent = labels.of(d, other).name || cards.peakWord(d, other); });
+        item.append(name);
+      }
       list.append(item);
     }
     return list.children.length ? list : el("p", { class: "empty" }, "none");

@@ -29,26 +29,63 @@
   async function load(index) {
     const facts = dictionaries[index];
     const names = ["density", "mean", "max", "histogram", "upper", "shares", "near", "cosine", "flat",
-      "slot", "place", "value", "first", "corner", "heat", "scale"];
-    const arrays = await Promise.all(names.map((name) => atlas.array("features", `${index}/${name}`)));
-    const d = { ...facts, heat_shape: facts.heat, index };
-    names.forEach((name, k) => { d[name] = arrays[k]; });
+      "slot", "place", "value", "first", "corner", "heat", "scale", ...(facts.apart ? ["apart"] : [])];
+    const d = { ...facts, heat_shape: facts.heat, index, piece: atlas.pieceOf("features", `${index}/slot`) };
+    const parts = [];
+    await Promise.all(names.map(async (name) => {
+      const place = `${index}/${name}`;
+      if (!atlas.pieceOf("features", place)) { d[name === "apart" ? "apartHeat" : name] = await atlas.array("features", place); return; }
+      const { values, load } = await atlas.pieces("features", place);
+      d[name === "apart" ? "apartHeat" : name] = values;
+      parts.push(load);
+    }));
     d.gallery = galleries[facts.gallery];
     d.names = d.gallery.names;
     d.near_n = d.near.shape[1];
     d.sheet = (k) => atlas.image("features", `${facts.gallery}/${k}`);
-    if (d.apart) d.apartHeat = await atlas.array("features", `${index}/apart`);
     if (d.kind === "text") {
       d.words = d.gallery.words ?? [];
       d.vocabulary = (d.gallery.vocabulary ??= cards.vocabulary(d.words));
       d.tokens = d.words.length ? await atlas.array("features", `${facts.gallery}/tokens`) : new Uint32Array(0);
       d.length = d.tokens.shape?.[1] ?? 0;
     }
-    d.records = atlas.has("records", d.run) ? JSON.parse(new TextDecoder().decode(await atlas.array("records", d.run))) : {};
     d.has = {};
-    for (const record of Object.values(d.records)) for (const kind of Object.keys(record)) d.has[kind] = true;
-    atlas.rest(() => query.warm(d));
+    await (d.piece ? claimsInPieces(d, parts) : claimsAtOnce(d));
+    if (!d.piece) atlas.rest(() => query.warm(d));
     return d;
+  }
+
+  const text = (bytes) => new TextDecoder().decode(bytes);
+
+  async function claimsAtOnce(d) {
+    d.records = atlas.has("records", d.run) ? JSON.parse(text(await atlas.array("records", d.run))) : {};
+    for (const record of Object.values(d.records)) for (const kind of Object.keys(record)) d.has[kind] = true;
+    d.ready = () => true;
+    d.need = d.needClaims = async () => {};
+  }
+
+  // A served dictionary: what a feature's card needs is fetched with those of its neighbors by number.
+  async function claimsInPieces(d, parts) {
+    d.records = {};
+    const lines = atlas.has("records", `${d.run}.lines`) ? await atlas.pieces("records", `${d.run}.lines`) : null;
+    const at = lines ? await atlas.array("records", `${d.run}.at`) : null;
+    if (lines) for (const kind of text(await atlas.array("records", `${d.run}.kinds`)).split(" ")) d.has[kind] = true;
+    const read = async (first, last) => {
+      await lines.load(at[first], at[last]);
+      text(lines.values.subarray(at[first], at[last])).trimEnd().split("\n").forEach((line, k) => { if (line !== "null") d.records[first + k] = JSON.parse(line); });
+    };
+    const asked = new Map(), done = new Set();
+    const piece = (k) => {
+      if (!asked.has(k)) {
+        const [first, last] = [k * d.piece, Math.min((k + 1) * d.piece, d.n)];
+        asked.set(k, Promise.all([...parts.map((load) => load(first, last)), lines ? read(first, last) : null]).then(() => done.add(k)));
+      }
+      return asked.get(k);
+    };
+    d.ready = (i) => done.has(Math.floor(i / d.piece));
+    d.need = (features) => Promise.all([...new Set(features.map((i) => Math.floor(i / d.piece)))].map(piece));
+    let whole = null;
+    d.needClaims = () => (whole ??= lines ? read(0, d.n) : Promise.resolve());
   }
 
   // ---- the address ---------------------------------------------------------------------
@@ -78,17 +115,17 @@
     if (index < 0) [index, i] = [dictionaries.findIndex((d) => d.key === text), undefined];
     await choose(index < 0 ? state.d?.index ?? 0 : index);
     if (index < 0) return;
-    if (values) recall(new URLSearchParams(values));
+    if (values) await recall(new URLSearchParams(values));
     if (!dialog.open) atlas.land(byId("features"));
     if (i !== undefined && Number(i) < state.d.n) openFeature(Number(i));
     else if (dialog.open) leave();
   }
 
-  function recall(values) {
+  async function recall(values) {
     byId("search").value = values.get("q") ?? "";
     if ([...byId("sort").options].some((o) => o.value === values.get("sort"))) byId("sort").value = values.get("sort");
     setOrder(values.has("order") ? values.get("order") === "rising" : risingAtFirst());
-    show();
+    await show();
     state.page = Number(values.get("page") ?? 1) - 1 || 0;
     showPage();
   }
@@ -100,9 +137,14 @@
 
   // ---- the list ------------------------------------------------------------------------
 
-  function show() {
-    const d = state.d, place = byId("count");
+  let asking = 0;
+  async function show() {
+    const d = state.d, place = byId("count"), mine = ++asking;
     let note = "";
+    if (d.piece) {
+      await query.prepare(byId("search").value, byId("sort").value, d);
+      if (mine !== asking || state.d !== d) return;  // another search has begun
+    }
     try {
       const answer = query.select(byId("search").value, d);
       const inside = state.lasso && new Set(state.lasso);
@@ -148,6 +190,7 @@
 
   function openFeature(i) {
     const d = state.d;
+    if (!d.ready(i)) { d.need([i]).then(() => { if (state.d === d) openFeature(i); }); return; }
     state.open = i;
     const step = (by) => {
       const at = state.found.indexOf(i), next = state.found[at < 0 ? 0 : at + by];
@@ -164,7 +207,7 @@
         el("span", { class: "spacer" }),
         button("←", "previous feature", back), button("→", "next feature", forth),
         heatButton,
-        button("JSON", "save everything that the page knows of it", () => atlas.save(`${d.key.replaceAll("/", "_")}_${i}.json`, JSON.stringify(dossier.plain(d, i), null, 1))),
+        button("JSON", "JSON: save everything that the page knows of it", () => atlas.save(`${d.key.replaceAll("/", "_")}_${i}.json`, JSON.stringify(dossier.plain(d, i), null, 1))),
         button("✕", "close", () => dialog.close())),
       el("div", { class: `inside ${d.kind}` }, ...dossier.detail(d, i, state.heat)));
     dialog.step = (by) => step(by)?.();
@@ -220,7 +263,7 @@
     root.querySelector(".notes").replaceChildren(...d.problems.map((text) => el("p", { class: "note" }, text)));
     legend(d);
     map.show(d, openFeature, (caught) => { state.lasso = caught; show(); });
-    show();
+    await show();
   }
 
   function legend(d) {
@@ -235,7 +278,8 @@
   }
 
   // The features listed, as a table.
-  function table() {
+  async function table() {
+    await state.d.needClaims();
     const d = state.d, values = [...query.numbers(d)];
     const head = ["feature", "name", "note", ...values.map(([name]) => name), "class", "family", "matched", "specialized"];
     return [head, ...state.found.map((i) => {
@@ -251,7 +295,7 @@
     el("button", { type: "button", role: "tab", onclick: async () => { await choose(k); remember(); } },
       d.key, el("small", {}, `${number(d.n)} features`))));
   let wait = 0;
-  const again = () => { show(); remember(); };
+  const again = async () => { await show(); remember(); };
   byId("search").addEventListener("input", () => { clearTimeout(wait); wait = setTimeout(again, 80); });
   root.querySelector("form").addEventListener("submit", (event) => { event.preventDefault(); again(); });
   byId("sort").addEventListener("change", () => { setOrder(risingAtFirst()); again(); });
@@ -259,9 +303,9 @@
   byId("heat").addEventListener("click", toggleHeat);
   byId("previous").addEventListener("click", () => turn(-1));
   byId("next").addEventListener("click", () => turn(1));
-  byId("export-csv").addEventListener("click", () => atlas.save(`${state.d.key.replaceAll("/", "_")}.csv`, atlas.csv(table()), "text/csv"));
-  byId("export-json").addEventListener("click", () => {
-    const [head, ...rows] = table();
+  byId("export-csv").addEventListener("click", async () => atlas.save(`${state.d.key.replaceAll("/", "_")}.csv`, atlas.csv(await table()), "text/csv"));
+  byId("export-json").addEventListener("click", async () => {
+    const [head, ...rows] = await table();
     atlas.save(`${state.d.key.replaceAll("/", "_")}.json`, JSON.stringify(rows.map((row) => Object.fromEntries(row.map((cell, k) => [head[k], cell ?? null]))), null, 1));
   });
   byId("labels-save").addEventListener("click", labels.save);

@@ -8,7 +8,7 @@
   async function picture([run, latent]) {
     const d = run && atlas.features ? await atlas.features.ofRun(run) : null;
     if (!d) return el("b", {}, String(latent));
-    const link = el("a", { href: cards.link(d, latent), class: "shown", title: `${d.key}/${latent}`, "aria-label": `feature ${latent} of ${d.key}` });
+    const link = el("a", { href: cards.link(d, latent), class: "shown", title: `${d.key}/${latent}` });
     link.append(cards.exampleList(d, latent, 1, 84, true));
     return link;
   }

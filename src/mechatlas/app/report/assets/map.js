@@ -7,7 +7,7 @@ const map = (() => {
   const { el, number } = atlas;
   const byId = (id) => document.getElementById(id);
   const TILE = 40, NEAR = 12;
-  const state = { d: null, view: null, points: [], found: null, open: null, pictures: true, lasso: false, path: null, hover: null, onOpen: null, onLasso: null };
+  const state = { d: null, view: null, points: [], found: null, open: null, show: "examples", lasso: false, path: null, hover: null, onOpen: null, onLasso: null };
   const thumbs = new Map();
 
   // ---- colors --------------------------------------------------------------------------
@@ -33,8 +33,11 @@ const map = (() => {
   }
 
   // Color of each point, and what the colors mean.
+  const OF_CLAIMS = ["class", "family", "match"];
+  let claimed = null;
   function paint() {
     const { d, points } = state, by = byId("map-color").value, legend = byId("map-legend");
+    if (OF_CLAIMS.includes(by) && claimed !== d) { d.needClaims().then(() => { claimed = d; if (state.d === d) { paint(); redraw(); } }); }
     if (measures[by]) {
       const value = measures[by](d), logs = points.map((i) => Math.log10(value(i)));
       const [low, high] = logs.reduce(([a, b], v) => [Math.min(a, v), Math.max(b, v)], [Infinity, -Infinity]);
@@ -77,13 +80,22 @@ const map = (() => {
 
   // Small picture of the strongest example, made when nobody scrolls.
   function thumb(i) {
-    const { d } = state, key = `${d.index}/${i}`;
+    const { d } = state, key = `${d.index}/${i}/${state.show}`;
+    if (state.show === "visualizations" && !d.painted.includes(String(i))) return null;
     if (!thumbs.has(key)) {
       thumbs.set(key, null);
-      if (d.slot[i * d.shown] < 0) return null;
       const picture = document.createElement("canvas");
       picture.width = picture.height = 2 * TILE;
-      atlas.rest(async () => { await cards.drawCrop(picture, d, i, 0, false); thumbs.set(key, picture); redrawLater(); });
+      atlas.rest(async () => {
+        if (state.show === "visualizations") await cards.paint(picture, "features", `painted${d.index}/${i}`);
+        else {
+          await d.need([i]);
+          if (d.slot[i * d.shown] < 0) return;
+          await cards.drawCrop(picture, d, i, 0, false);
+        }
+        thumbs.set(key, picture);
+        redrawLater();
+      });
     }
     return thumbs.get(key);
   }
@@ -91,7 +103,14 @@ const map = (() => {
   let later = 0;
   function redrawLater() { later ||= setTimeout(() => { later = 0; redraw(); }, 200); }
 
-  const word = (i) => labels.of(state.d, i).name || cards.peakWord(state.d, i);
+  const fetched = new Set();
+  function word(i) {
+    const { d } = state, named = labels.of(d, i).name;
+    if (named || d.ready(i)) return named || cards.peakWord(d, i);
+    const piece = `${d.index}/${Math.floor(i / d.piece)}`;
+    if (!fetched.has(piece)) { fetched.add(piece); d.need([i]).then(redrawLater); }
+    return "";
+  }
 
   let asked = false;
   function redraw() {
@@ -124,7 +143,7 @@ const map = (() => {
     });
     context.globalAlpha = 1;
     state.near = near;
-    if (state.pictures && state.d.kind !== "array") for (const place of taken.values()) illustrate(context, ...place);
+    if (state.show !== "points" && state.d.kind !== "array") for (const place of taken.values()) illustrate(context, ...place);
     if (state.open !== null && Number.isFinite(state.d.flat[2 * state.open])) ring(context, ...onScreen(state.open));
     if (state.hover !== null) ring(context, ...onScreen(state.hover));
     if (state.path?.length > 1) {
@@ -171,7 +190,7 @@ const map = (() => {
   }
 
   function nearest(x, y) {
-    let best = null, least = (state.pictures ? TILE / 2 : NEAR) ** 2;
+    let best = null, least = (state.show !== "points" ? TILE / 2 : NEAR) ** 2;
     for (const [px, py, i] of state.near ?? []) {
       const far = (px - x) ** 2 + (py - y) ** 2;
       if (far < least) [best, least] = [i, far];
@@ -251,9 +270,8 @@ const map = (() => {
   }
   function whole() { fit(); redraw(); }
   byId("map-lasso").addEventListener("click", () => setLasso(!state.lasso));
-  byId("map-pictures").addEventListener("click", (event) => {
-    state.pictures = !state.pictures;
-    event.target.setAttribute("aria-pressed", state.pictures);
+  byId("map-pictures").addEventListener("change", (event) => {
+    state.show = event.target.value;
     redraw();
   });
   byId("map-in").addEventListener("click", () => zoom(1.6));
@@ -274,6 +292,10 @@ const map = (() => {
       const before = byId("map-color").value;
       byId("map-color").replaceChildren(...options(d).map((name) => el("option", { value: name }, name)));
       if (options(d).includes(before)) byId("map-color").value = before;
+      const shown = ["examples", ...(d.painted.length ? ["visualizations"] : []), "points"];
+      byId("map-pictures").replaceChildren(...shown.map((name) => el("option", { value: name }, name === "examples" && d.kind === "text" ? "words" : name)));
+      if (!shown.includes(state.show)) state.show = "examples";
+      byId("map-pictures").value = state.show;
       paint();
       fit();
       redraw();

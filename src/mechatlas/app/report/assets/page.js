@@ -51,6 +51,28 @@ const atlas = (() => {
     return Object.assign(values, { shape });
   });
 
+  // Bytes from..to of a part that lies outside the page.
+  async function rangeOf(src, from, to) {
+    if (to <= from) return new ArrayBuffer(0);
+    const answer = await fetch(src, { headers: { Range: `bytes=${from}-${to - 1}` } });
+    if (answer.status !== 206) throw new Error(`The server has no bytes ${from} to ${to} of ${src}; is it still running?`);
+    return answer.arrayBuffer();
+  }
+
+  // An array whose pieces are fetched when they are needed; memory of the others is never touched.
+  const pieces = once(async (name) => {
+    const [element] = takeText(`[data-array="${CSS.escape(name)}"]`);
+    const shape = element.dataset.shape.split(",").filter(Boolean).map(Number), kind = kinds[element.dataset.dtype];
+    const size = shape.reduce((a, b) => a * b, 1), row = shape[0] ? size / shape[0] : 0;
+    const values = Object.assign(new kind(size), { shape });
+    const load = async (first, last) => {  // rows
+      const [from, to] = [first * row, Math.min(last, shape[0]) * row];
+      values.set(new kind(await rangeOf(element.dataset.src, from * kind.BYTES_PER_ELEMENT, to * kind.BYTES_PER_ELEMENT)), from);
+    };
+    return { values, load };
+  });
+  const pieceOf = (chapter, name) => Number(document.querySelector(`[data-array="${CSS.escape(`${chapter}/${name}`)}"]`)?.dataset.piece ?? 0);
+
   const image = once(async (name) => {
     const [element, text] = takeText(`[data-image="${CSS.escape(name)}"]`);
     const bytes = element.dataset.src ? await bytesAt(element) : bytesOf(text);
@@ -217,10 +239,11 @@ const atlas = (() => {
   const overflow = new ResizeObserver((entries) => entries.forEach(({ target }) => {
     const cut = target.scrollWidth > target.clientWidth + 1;
     target.classList.toggle("cut", cut);
-    if (cut) { target.tabIndex = 0; target.setAttribute("role", "region"); target.setAttribute("aria-label", "Table, scrolls sideways"); }
+    if (cut) { target.tabIndex = 0; target.setAttribute("role", "region"); target.setAttribute("aria-label", `Table ${tables.indexOf(target) + 1} of ${target.closest(".chapter")?.id ?? "the page"}, scrolls sideways`); }
     else target.removeAttribute("tabindex");
   }));
-  document.querySelectorAll(".scroll").forEach((element) => overflow.observe(element));
+  const tables = [...document.querySelectorAll(".scroll")];
+  tables.forEach((element) => overflow.observe(element));
 
   function save(name, text, type = "application/json") {
     const url = URL.createObjectURL(new Blob([text], { type }));
@@ -247,6 +270,8 @@ const atlas = (() => {
     data: (chapter) => chapters[chapter].data,
     has: (chapter, name) => !!document.querySelector(`[data-array="${CSS.escape(`${chapter}/${name}`)}"]`),
     array: (chapter, name) => array(`${chapter}/${name}`),
+    pieceOf,
+    pieces: (chapter, name) => pieces(`${chapter}/${name}`),
     image: (chapter, name) => image(`${chapter}/${name}`),
     el, svg, color, category, number, percent, whenSeen, rest, soon, land, save, csv,
   };

@@ -56,8 +56,8 @@ const query = (() => {
     origin: (d, word) => (i) => record(d, i, "flow").some((f) => includes(f.origin, word)),
     raises: (d, word) => (i) => record(d, i, "logits").some((l) => l.raises.some(([token]) => includes(token, word))),
     lowers: (d, word) => (i) => record(d, i, "logits").some((l) => l.lowers.some(([token]) => includes(token, word))),
-    token: (d, word) => inSet(d, byWord(d), word),
-    file: (d, word) => inSet(d, bySample(d), word),
+    token: (d, word) => inSet(d, () => byWord(d), word, "token"),
+    file: (d, word) => inSet(d, () => bySample(d), word, "file"),
   };
 
   const remembered = new WeakMap();
@@ -96,9 +96,37 @@ const query = (() => {
     }
   })));
 
-  function inSet(d, texts, word) {
+  // Of a served page, the lists of features by word or file that a search asks for.
+  const lists = { token: ["words", (d) => d.words ?? []], file: ["files", (d) => d.names] };
+  async function fetchList(d, kind, word) {
+    const [name, keysOf] = lists[kind], key = `${kind}:${word}`;
+    d.listed ??= new Map();
+    if (d.listed.has(key) || !atlas.has("features", `${d.index}/${name}.at`)) return;
+    const at = await atlas.array("features", `${d.index}/${name}.at`), features = await atlas.pieces("features", `${d.index}/${name}.feature`);
+    const wanted = new Uint8Array(d.n), found = [];
+    keysOf(d).forEach((text, k) => { if (text.trim().toLowerCase().includes(word) && at[k + 1] > at[k]) found.push(k); });
+    for (const k of found) await features.load(at[k], at[k + 1]);
+    for (const k of found) for (const i of features.values.subarray(at[k], at[k + 1])) wanted[i] = 1;
+    d.listed.set(key, wanted);
+  }
+
+  // Fetch what a search and an order of a served page need.
+  async function prepare(text, by, d) {
+    const words = wordsOf(text).map((word) => word.replace(/^-/, "").toLowerCase());
+    const ofClaims = (word) => ["match", "origin"].includes(word.split(/[<>=]/)[0]) || ["matched", "specialized", "symmetric", "circuit"].includes(word)
+      || /^(class|family|raises|lowers|origin):/.test(word);
+    const plain = words.filter((word) => !/^[\d.-]+$|[<>=]/.test(word) && !Object.hasOwn(keywords, word) && word !== "or");
+    if (words.some(ofClaims) || ["match", "origin"].includes(by) || (d.has.symmetry && plain.length)) await d.needClaims();
+    for (const word of plain) {
+      const [kind, rest] = /^(token|file):/.test(word) ? [word.split(":")[0], word.slice(word.indexOf(":") + 1)] : [null, word];
+      for (const each of kind ? [kind] : ["token", "file"]) await fetchList(d, each, rest);
+    }
+  }
+
+  function inSet(d, texts, word, kind) {
+    if (d.piece) { const found = d.listed?.get(`${kind}:${word}`); return (i) => found?.[i] === 1; }
     const wanted = new Uint8Array(d.n);
-    for (const [text, features] of texts) if (text.includes(word)) for (const i of features) wanted[i] = 1;
+    for (const [text, features] of texts()) if (text.includes(word)) for (const i of features) wanted[i] = 1;
     return (i) => wanted[i] === 1;
   }
 
@@ -175,5 +203,5 @@ const query = (() => {
   }
 
   const warm = (d) => { bySample(d); byWord(d); };
-  return { numbers, nearestBranch, select, sort, warm };
+  return { numbers, nearestBranch, select, sort, warm, prepare };
 })();

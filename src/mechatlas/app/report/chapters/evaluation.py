@@ -86,15 +86,15 @@ def _densities(rows: list[dict[str, Any]]) -> dict[str, Any]:
         bins = row["result"].density
         traces.append({
             "type": "scatter", "mode": "lines+markers", "name": row["name"],
-            "x": ["never" if not b.low else f"{b.low:.1e}" for b in bins],
+            "x": ["never", *(f"{b.high:.1e}" for b in bins[1:])],
             "y": [b.share.value for b in bins],
             "marker": {"size": 5, "color": category(k)}, "line": {"color": category(k)},
-            "hovertemplate": "active in %{x} of rows or more<br>%{y:.1%} of the latents",
+            "hovertemplate": "active in up to %{x} of rows<br>%{y:.1%} of the latents",
         })  # fmt: skip
     return {
         "data": traces,
         "layout": {
-            "xaxis": {"title": {"text": "density: share of rows, from"}, "type": "category"},
+            "xaxis": {"title": {"text": "density: share of rows, up to"}, "type": "category"},
             "yaxis": {"title": {"text": "latents"}, "tickformat": ".0%", "rangemode": "tozero"},
             "showlegend": len(rows) > 1,
         },
