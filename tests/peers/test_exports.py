@@ -1,15 +1,20 @@
 """Libraries read what is written for them, and SAEBench's check accepts it: `make test-peers`."""
 
+import json
+import shutil
+
 import pytest
 import safetensors.torch
 import torch
 
 from mechatlas.activations.site_names import lens_name
+from mechatlas.app.cli import main
 from mechatlas.base import WeightsError
 from mechatlas.dictionaries.autoencoder import Autoencoder
 from mechatlas.dictionaries.foreign.weights import as_pretrained
 from mechatlas.dictionaries.formats import save
 from mechatlas.dictionaries.sparsity import TopK
+from tests.app.test_neuronpedia import here  # noqa: F401 - a fixture
 from tests.dictionaries.golden import (
     GOLDEN,
     NAMES,
@@ -69,3 +74,16 @@ def test_libraries_compute_what_was_written_for_them(tmp_path):
         density = (code > 0).float().mean(dim=0)
         torch.testing.assert_close(theirs["density"], density, rtol=0, atol=1e-5)
         assert 0 < density.mean() < 1
+
+
+def test_features_for_neuronpedia_are_read_by_its_own_classes(here):  # noqa: F811 - the fixture
+    words = ["export", "sae", "--format", "neuronpedia", "--store", "store"]
+    main([*words, "--site", "model.layers.0", "--out", "features"])
+    for library in ("circuit-tracer", "dictionary_learning", "sparsify", "saelens", "neuronpedia"):
+        (here / "theirs" / library).mkdir(parents=True)
+    shutil.copy(here / "features" / "batch-0.json", here / "theirs" / "neuronpedia")
+    in_peers("read_exports.py", here / "theirs")
+    theirs = safetensors.torch.load_file(here / "theirs" / "answers.safetensors")
+    batch = json.loads((here / "features" / "batch-0.json").read_text())
+    ours = torch.tensor([feature["frac_nonzero"] for feature in batch["features"]])
+    torch.testing.assert_close(theirs["neuronpedia/batch-0/density"], ours)

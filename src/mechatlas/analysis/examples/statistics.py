@@ -17,6 +17,7 @@ from torch import Tensor
 
 from mechatlas.activations.store import StoreRows
 from mechatlas.base import Dictionary, InputError, Progress, Result, no_progress
+from mechatlas.dictionaries.pretrained import reading_of
 
 BINS = 24
 """Number of bins of a histogram; each is a factor of `2 ** (1 / PER_OCTAVE)` wide."""
@@ -97,7 +98,7 @@ def feature_statistics(
     if rows.d_in != dictionary.d_in:
         raise InputError(
             f"The rows of {rows.site} are {rows.d_in} wide, the dictionary reads "
-            f"{dictionary.d_in}. Is this the site it was trained on?"
+            f"{reading_of(dictionary)}. Is this the site it was trained on?"
         )
     total = rows.n_rows + rows.n_held_out
     total = min(total, max_rows or total)
@@ -116,6 +117,37 @@ def feature_statistics(
     if drawn is not None:
         kept = np.concatenate([kept, _at_quantiles(drawn.finish(), quantiles)], axis=1)
     return tally.finish(kept, top)
+
+
+@torch.inference_mode()
+def linear_histograms(
+    dictionary: Dictionary,
+    rows: StoreRows,
+    largest: Float[np.ndarray, " latent"],
+    *,
+    n_bins: int = 50,
+    max_rows: int | None = None,
+) -> Int[np.ndarray, "latent bin"]:
+    """Count the rows of each latent by activation, in equal bins from 0 to its largest.
+
+    Args:
+        dictionary: Any; only `encode` is used.
+        rows: Rows of the site that it was trained on.
+        largest: Largest activation of each latent on those rows.
+        n_bins: Number of bins.
+        max_rows: Upper limit on the rows read, as for the largest.
+
+    Raises:
+        StoreError: A shard is damaged or missing; it is named.
+    """
+    total = rows.n_rows + rows.n_held_out
+    counts = np.zeros(dictionary.n_latents * n_bins, dtype=np.int64)
+    width = np.maximum(largest, np.finfo(np.float32).tiny)
+    for x, _ in _blocks(rows, dictionary, min(total, max_rows or total)):
+        latent, _, value = _active(dictionary, x)
+        index = np.clip(value * (n_bins / width[latent]), 0, n_bins - 1).astype(np.int64)
+        counts += np.bincount(latent * n_bins + index, minlength=len(counts))
+    return counts.reshape(-1, n_bins)
 
 
 def _draws(latent: np.ndarray, entry: np.ndarray) -> np.ndarray:

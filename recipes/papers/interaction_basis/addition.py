@@ -1,4 +1,4 @@
-"""Modular addition: one-layer transformers without normalisation, as modules with named sites."""
+"""Modular addition: one-layer transformers without normalization, as modules with named sites."""
 
 from pathlib import Path
 
@@ -10,12 +10,15 @@ PRIME = 113
 
 
 class Embed(nn.Module):
+    """Embedding of tokens and positions."""
+
     def __init__(self, weights: dict[str, Tensor]) -> None:
         super().__init__()
         self.tokens = nn.Parameter(weights["embed.W_E"])
         self.places = nn.Parameter(weights["pos_embed.W_pos"])
 
     def forward(self, tokens: Tensor) -> Tensor:
+        """Embed the two numbers and the equals sign."""
         return self.tokens[tokens] + self.places
 
 
@@ -30,6 +33,7 @@ class Attend(nn.Module):
         self.b_Q, self.b_K, self.b_V, self.b_O = (of[f"b_{x}"] for x in "QKVO")
 
     def forward(self, x: Tensor) -> Tensor:
+        """Attend from the last position."""
         last = x[:, -1]
         q = torch.einsum("nd,hde->nhe", last, self.W_Q) + self.b_Q
         k = torch.einsum("npd,hde->nphe", x, self.W_K) + self.b_K
@@ -40,16 +44,20 @@ class Attend(nn.Module):
 
 
 class Feed(nn.Module):
+    """MLP with a residual connection."""
+
     def __init__(self, weights: dict[str, Tensor]) -> None:
         super().__init__()
         self.inner = linear(weights, "blocks.0.mlp.W_in", "blocks.0.mlp.b_in")
         self.outer = linear(weights, "blocks.0.mlp.W_out", "blocks.0.mlp.b_out")
 
     def forward(self, x: Tensor) -> Tensor:
+        """Add the output of the MLP."""
         return x + self.outer(self.inner(x).relu())
 
 
 def linear(weights: dict[str, Tensor], weight: str, bias: str) -> nn.Linear:
+    """Make a linear layer of two tensors in the layout of TransformerLens."""
     made = nn.Linear(weights[weight].shape[0], weights[weight].shape[1])
     made.weight = nn.Parameter(weights[weight].T.contiguous())
     made.bias = nn.Parameter(weights[bias])
@@ -65,16 +73,17 @@ class Addition(nn.Module):
         self.unembed = linear(weights, "unembed.W_U", "unembed.b_U")
 
     def forward(self, tokens: Tensor) -> Tensor:
+        """Compute logits at the last position."""
         return self.unembed(self.feed(self.attend(self.embed(tokens))))
 
 
 def addition(weights: Path) -> Addition:
-    """A factory, as a recipe names it."""
+    """Load a network, as a recipe names it."""
     return Addition(load_file(weights)).eval()
 
 
 def training_pairs() -> tuple[Tensor, Tensor]:
-    """The 3,830 pairs that the networks were trained on, with their sums."""
+    """List the 3,830 pairs that the networks were trained on, with their sums."""
     pairs = [(a, b, PRIME) for a in range(PRIME) for b in range(PRIME)]
     tokens = torch.tensor(pairs)
     n = int(0.3 * len(pairs))
