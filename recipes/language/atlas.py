@@ -41,7 +41,9 @@ def settings() -> argparse.Namespace:
     parser.add_argument("run", type=Path, help="folder of run.py")
     parser.add_argument("--out", type=Path, default=Path("atlas.html"))
     parser.add_argument("--layers", type=int, nargs="*", help="layers to show; by default all")
-    parser.add_argument("--n-random", type=int, default=10_000, help="random directions of the null")
+    parser.add_argument(
+        "--n-random", type=int, default=10_000, help="random directions of the null"
+    )
     parser.add_argument("--scale", type=float, default=30.0, help="activation added in steering")
     return parser.parse_args()
 
