@@ -35,6 +35,8 @@ def test_a_dictionary_is_exported_with_its_site_and_model(tmp_path, capsys):
     torch.testing.assert_close(code, found["code"], rtol=1e-5, atol=1e-5)
     main(["verify", str(tmp_path)])
     before = {path.name: path.read_bytes() for path in out.iterdir() if path.name in FILES}
+    (out / "cfg.json").unlink()
+    (out / "cfg.json").symlink_to("cfg.json")
     main([*words, "--model-name", "llama", "--out", str(out)])  # the same files once more
     assert {name: (out / name).read_bytes() for name in FILES} == before
     assert json.loads((out / "manifest.json").read_text())["files"].keys() >= FILES

@@ -4,12 +4,13 @@
     python recipes/papers/group_operations/run.py --n-seeds 100   # as in the paper
 
 Wu, Jaburi, Drori and Gross (ICLR 2025) bound 100 networks of S5. Below `--out` are the runs
-`GROUP/nets` and `GROUP/proof_SEED`, `paper.json` (all numbers, with the paper's beside) and
-`scatter.html` (bound against time, as a share of brute force in float32). Runs that are there
-already are not made again, so that the same command continues one that was stopped.
+`GROUP/nets` and `GROUP/proof_SEED`, `paper.json` and `paper.html` (all numbers, with the paper's
+beside) and `scatter.html` (bound against time, as a share of brute force in float32). Runs that are
+there already are not made again, so that the same command continues one that was stopped.
 """
 
 import argparse
+import runpy
 import statistics
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,13 @@ from mechatlas.app.commands.group_net import TABLE, GroupNetConfig, net_file
 from mechatlas.app.commands.prove import ProveConfig
 from mechatlas.app.recipes import read_recipe
 from mechatlas.app.run_folder import RESULT, execute
-from mechatlas.files import read_json, write, write_json
+from mechatlas.files import read_json, write
 
 RECIPES = Path(__file__).parents[2] / "groups"
+_SIDE = runpy.run_path(str(Path(__file__).parents[1] / "side_by_side.py"))
+Row, write_paper = _SIDE["Row"], _SIDE["write_paper"]
+TITLE = "Unifying and verifying mechanistic interpretations: group operations (Wu et al., 2025)"
+MISSING = ["the authors' own networks: mechatlas prove WEIGHTS.safetensors --table TABLE.npy"]
 PAPER = {"S5": {"n_nets": 100, "share_at_095": 0.45, "time_over_brute_force": 0.3}}
 """Figures of the paper: networks, share of bounds of at least 0.95, cost of verification."""
 CERTIFIED = 0.95
@@ -83,6 +88,23 @@ def summarize(name: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
+def row_of(name: str, summary: dict[str, Any]) -> Any:
+    """One group's line of the page."""
+    paper, time = summary["paper"], summary["median_time_over_f32"]
+    return Row(
+        f"{name}: share of networks with a bound of at least {CERTIFIED}",
+        f"{summary['share_at_095']:.0%} of {summary['n_nets']}, mean bound "
+        f"{summary['mean_bound']:.3f}; verification in "
+        + ("-" if time is None else f"{time:.2f}")
+        + " of the time of brute force in float32 (median)",
+        f"{paper['share_at_095']:.0%} of {paper['n_nets']}, in {paper['time_over_brute_force']} of "
+        "the time"
+        if paper
+        else "in its appendix",
+        "the paper's time is against its own brute force",
+    )
+
+
 def draw(rows: list[dict[str, Any]]) -> str:
     """Draw the bound of each network against the time of its verification."""
     figure = go.Figure()
@@ -120,7 +142,10 @@ def main() -> None:
         own = bound_nets(name, options)
         rows += own
         summaries[name] = summarize(name, own)
-    write_json(options.out / "paper.json", {"groups": summaries, "networks": rows})
+    write_paper(
+        options.out, TITLE, [row_of(*pair) for pair in summaries.items()], MISSING,
+        {"groups": summaries, "networks": rows},
+    )  # fmt: skip
     write(options.out / "scatter.html", draw(rows).encode())
     print("\ngroup  networks  bound >= 0.95  mean bound  time/f32  time/f64   (paper)")
     for name, s in summaries.items():
@@ -133,7 +158,7 @@ def main() -> None:
             f"{name:5}  {s['n_nets']:8}  {s['share_at_095']:13.0%}  {s['mean_bound']:10.4f}"
             f"  {f32:>8}  {f64:>8}   {paper}"
         )
-    print(f"\nWritten: {options.out / 'paper.json'}, {options.out / 'scatter.html'}")
+    print(f"\nWritten: {options.out / 'scatter.html'}")
 
 
 if __name__ == "__main__":

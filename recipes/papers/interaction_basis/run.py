@@ -62,9 +62,7 @@ def modular_addition(folder: Path, *, full: bool) -> dict[str, Any]:
             "pca": needed(found, "pca"),
             "modularity": found.modules.q,
             "modularity_of_random_graphs": max(found.modules.q_null),
-            "effective_parameters": [
-                layer.effective_parameters.gap_decades for layer in found.layers[:-1]
-            ],
+            "gap_decades": [layer.effective_parameters.gap_decades for layer in found.layers[:-1]],
         }
         print(f"{file.stem}: {networks[file.stem]}", flush=True)
     return networks

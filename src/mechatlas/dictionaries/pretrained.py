@@ -464,6 +464,17 @@ class CrossLayerDictionary(nn.Module):
         )
 
 
+def reading_of(dictionary: Any) -> str:
+    """Width that a dictionary reads, in words that name the sites of one that reads several."""
+    reads = getattr(dictionary, "reads", None)
+    if not isinstance(reads, dict):
+        crosscodes = isinstance(dictionary, Pretrained) and not dictionary.transcodes
+        reads = dictionary.spans if crosscodes else {}
+    if len(reads) < 2:
+        return str(dictionary.d_in)
+    return f"{dictionary.d_in} ({len(reads)} sites side by side: {', '.join(reads)})"
+
+
 def spans_of(widths: Mapping[str, int]) -> dict[str, slice]:
     """Columns of each site, side by side in the order given."""
     edges = accumulate(widths.values(), initial=0)

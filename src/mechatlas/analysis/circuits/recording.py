@@ -35,6 +35,7 @@ from mechatlas.analysis.circuits.compose import (
 from mechatlas.analysis.circuits.layer_parts import AttentionLayer
 from mechatlas.analysis.circuits.wiring import Gate, MaxPool, Node, Route, SiteMap, Wiring
 from mechatlas.base import InputError
+from mechatlas.dictionaries.pretrained import reading_of
 from mechatlas.maths.arrays import SparseMatrix
 
 PRIOR = 16.0
@@ -189,8 +190,8 @@ def check_width(wiring: Wiring | AttentionLayer, a: LinearDictionary, b: LinearD
         width = part.stop - part.start
         if dictionary.d_in != width or dictionary.W_dec.shape[1] != width:
             raise InputError(
-                f"Site {site} has {width} channels, its dictionary reads {dictionary.d_in} and "
-                f"writes {dictionary.W_dec.shape[1]}."
+                f"Site {site} has {width} channels, its dictionary reads "
+                f"{reading_of(dictionary)} and writes {dictionary.W_dec.shape[1]}."
             )
 
 

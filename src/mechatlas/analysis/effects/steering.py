@@ -24,6 +24,7 @@ from mechatlas.activations.layouts import Layout
 from mechatlas.activations.passes import unwrapped
 from mechatlas.activations.sites import as_site, intervene
 from mechatlas.base import Dictionary, InputError, Site
+from mechatlas.dictionaries.pretrained import reading_of
 
 EditCode = Callable[[Tensor], Tensor]
 """Function from codes (row, latent) to their replacement."""
@@ -138,8 +139,8 @@ def site_rows(
     whole = layout.rows(activation)
     if whole.shape[-1] != dictionary.d_in:
         raise InputError(
-            f"Site {site} is {whole.shape[-1]} wide, the dictionary reads {dictionary.d_in}: is it "
-            "of another site or model?"
+            f"Site {site} is {whole.shape[-1]} wide, the dictionary reads "
+            f"{reading_of(dictionary)}: is it of another site or model?"
         )
     rows = whole.reshape(-1, whole.shape[-1])
     return rows, lambda new: layout.undo(new.reshape(whole.shape), activation)

@@ -40,6 +40,7 @@ from mechatlas.analysis.evaluation.results import DensityBin, NetworkEvaluation,
 from mechatlas.base import Dictionary, InputError, Progress, Site, no_progress
 from mechatlas.devices import as_device
 from mechatlas.dictionaries import metrics
+from mechatlas.dictionaries.pretrained import reading_of
 from mechatlas.maths.bootstrap import Estimate, estimate, median_estimate, ratio_estimate, resample
 from mechatlas.maths.outliers import OUTLIER_NORMS, norm_limit
 
@@ -212,7 +213,7 @@ def _counted_rows(setting: _Setting, batches: Iterable[Sequence[int]]) -> Iterat
         if rows.shape[1] != setting.dictionary.d_in:
             raise InputError(
                 f"Site {setting.site} is {rows.shape[1]} wide, the dictionary reads "
-                f"{setting.dictionary.d_in}."
+                f"{reading_of(setting.dictionary)}."
             )
         yield rows[~setting.excluded(batch, n_positions, Counter())]
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from mechatlas.activations.store import StoreRows
 from mechatlas.base import Dictionary, InputError, Progress, Result, no_progress
+from mechatlas.dictionaries.pretrained import reading_of
 
 BINS = 24
 """Number of bins of a histogram; each is a factor of `2 ** (1 / PER_OCTAVE)` wide."""
@@ -97,7 +98,7 @@ def feature_statistics(
     if rows.d_in != dictionary.d_in:
         raise InputError(
             f"The rows of {rows.site} are {rows.d_in} wide, the dictionary reads "
-            f"{dictionary.d_in}. Is this the site it was trained on?"
+            f"{reading_of(dictionary)}. Is this the site it was trained on?"
         )
     total = rows.n_rows + rows.n_held_out
     total = min(total, max_rows or total)

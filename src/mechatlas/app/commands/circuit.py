@@ -359,11 +359,13 @@ def _open(config: CircuitConfig) -> _Inputs:
                 f"{each.path} does not say which site it reads. Name the site of each dictionary "
                 "with --sites."
             )
-        other = each.dictionary.d_in != each.dictionary.d_out or each.manifest.get("writes")
+        several = len(getattr(each.dictionary, "sites", ())) > 1
+        other = several or each.dictionary.d_in != each.dictionary.d_out
+        other = other or each.manifest.get("writes")
         if other or getattr(each.dictionary, "norm", None) is not None:
             raise InputError(
                 f"{each.path} cannot be part of a circuit: "
-                + ("it reads other sites than it writes." if other else
+                + ("it writes several sites, or others than it reads." if other else
                    "it scales every row by itself, so its pre-activations are not linear.")
             )  # fmt: skip
     store = Store(config.store) if config.store is not None else find_store(opened[0])

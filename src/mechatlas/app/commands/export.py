@@ -126,7 +126,7 @@ def run(config: ExportConfig, folder: RunFolder) -> ExportResult:
 
 def _inodes(folder: Path) -> set[tuple[str, tuple[int, int]]]:
     """Names and identities of the files of a folder; one that is written again is another."""
-    found = ((path.name, path.stat()) for path in folder.iterdir())
+    found = ((path.name, path.lstat()) for path in folder.iterdir())  # of links themselves
     return {(name, (status.st_ino, status.st_mtime_ns)) for name, status in found}
 
 

@@ -66,7 +66,7 @@
       const x = s * s * s * x0 + 3 * s * s * t * (x0 + bend) + 3 * s * t * t * (x1 - bend) + t * t * t * x1;
       const y = s * s * s * y0 + 3 * s * s * t * y0 + 3 * s * t * t * y1 + t * t * t * y1;
       const label = el("button", { type: "button", class: "edge", style: `left:${x}px;top:${y}px`, onclick: () => open(edges),
-        title: "numbers of this edge", "aria-label": `edge from ${a} to ${b}, ${percent(share)} of all contributions` });
+        title: `numbers of the edge from ${a} to ${b}` });
       for (const edge of edges.slice(0, 2)) label.append(el("span", {}, cards.kernel(edge.kernel, 40), el("small", {}, edge.branch)));
       label.append(el("small", { class: "n" }, percent(share)));
       figure.append(label);
