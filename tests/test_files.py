@@ -260,3 +260,12 @@ def test_the_checksum_of_tensors_is_of_names_types_shapes_bytes_and_text():
     ]  # fmt: skip
     assert len({checksum_of(each) for each in (a, *others)}) == 6
     assert checksum_of(a, "text") != checksum_of(a)
+
+
+@pytest.mark.parametrize("archive", [True, False], ids=["archive", "before version 1.6"])
+def test_files_of_torch_are_read_whether_they_are_archives_or_not(tmp_path, archive):
+    expected = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.ones(1000)}
+    path = tmp_path / "weights.pth"
+    torch.save(expected, path, _use_new_zipfile_serialization=archive)
+    found = read_tensors(path)
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())

@@ -402,8 +402,8 @@ def read_torch(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         if zipfile.is_zipfile(source):
             with zipfile.ZipFile(source) as archive:
                 _refuse_expansion(sum(info.file_size for info in archive.infolist()), size)
-            if not mapped:
-                source.seek(0)
+        if not mapped:
+            source.seek(0)  # files of old versions of torch are no archives, but were looked at
         content = torch.load(source, map_location="cpu", weights_only=True, mmap=mapped)
         if not isinstance(content, dict):
             kind = type(content).__name__
