@@ -110,11 +110,11 @@ def test_a_killed_run_goes_on_where_it_stopped(here, capsys, monkeypatch):
     done: list[str] = []
     search = interaction_basis.ablate_edges
 
-    def killed(*arguments):
+    def killed(*arguments, **options):
         done.append("search")
         if len(done) == 3:
             raise KeyboardInterrupt
-        return search(*arguments)
+        return search(*arguments, **options)
 
     monkeypatch.setattr(interaction_basis, "ablate_edges", killed)
     again = ["basis", "basis.toml", "--json", "--out", "again"]

@@ -86,7 +86,7 @@ class InteractionConfig:
             rank_threshold=RATE,
             synchrony_tolerance="[0, 1)",
             n_beta=POSITIVE,
-            max_ablation_flops="(0, 1e24]",
+            max_ablation_flops="(0, 1e18]",
             n_null_graphs=COUNT_OR_NONE,
             seed=SEED,
         )
