@@ -347,7 +347,7 @@ class _Analysis:
                 for i, m in enumerate(self.maps)
             ],
             gradients=[gradients[str(number)] for number in range(len(self.maps))],
-            n_gradient_samples=int(gradients["n"]),
+            n_gradient_samples=int(gradients["n"].item()),  # a kept one has an axis
             agreement=[gradients.get(f"agreement{i}") for i in range(len(self.maps))],
         )
 
