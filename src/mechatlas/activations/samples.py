@@ -128,7 +128,7 @@ def _recipe_for(path: Path, network: nn.Module) -> SampleRecipe:
 
 
 def _context(text_input: Any) -> int:
-    """Tokens of a window where nobody has said how many: what the network reads, up to 128."""
+    """Default length of a window, in tokens: the context of the network, at most 128."""
     most = getattr(text_input, "context", None)
     return Texts.context if most is None else min(Texts.context, most)
 
