@@ -13,7 +13,7 @@ def test_a_wheel_installs_and_runs_without_the_source_tree(tmp_path):
     build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path)]
     subprocess.run([*build, str(ROOT)], check=True, capture_output=True, cwd=tmp_path)
     (wheel,) = tmp_path.glob("mechatlas-*.whl")
-    assert wheel.stat().st_size < 4 << 20
+    assert wheel.stat().st_size < 13 << 18  # 2.3 MiB of weights and photographs
     target = tmp_path / "installed"
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()

@@ -36,6 +36,8 @@ from mechatlas.dictionaries.temporal import TemporalDictionary
 from mechatlas.files import Fields, write, write_json
 
 WEIGHTS, CONFIG = "sae_weights.safetensors", "cfg.json"
+UNIT = 1e-5
+"""Largest difference from 1 of the length of an atom that counts as of length 1."""
 SHAPES = {
     "standard": {"b_enc": "latent"},
     "topk": {"b_enc": "latent"},
@@ -201,6 +203,7 @@ def _fit(
             parts["W_dec"] = parts["W_dec"] * parts[key][:, None]
     if architecture.endswith("topk") and config.flag("rescale_acts_by_decoder_norm", default=False):
         length = parts["W_dec"].norm(dim=-1).clamp_min(1e-8)
+        length = torch.where((length - 1).abs() <= UNIT, 1.0, length)  # bit for bit as written
         parts["W_enc"] = parts["W_enc"] * length
         parts["b_enc"] = parts["b_enc"] * length
         parts["W_dec"] = parts["W_dec"] / length[:, None]
@@ -336,7 +339,7 @@ def _describe(whole: Pretrained) -> tuple[str, dict[str, Tensor], dict[str, Any]
         # SAEDashboard and SAEBench give atoms length 1, which SAELens allows only where ranks are
         # of codes in units of such atoms: with atoms of length 1 they are.
         length = whole.W_dec.float().norm(dim=1)
-        rescales = bool(torch.allclose(length, torch.ones_like(length), atol=1e-5))
+        rescales = bool(((length - 1).abs() <= UNIT).all())
         return name, b_enc, {"k": rule.k, "rescale_acts_by_decoder_norm": rescales}
     if isinstance(rule, Threshold):
         return "jumprelu", {**b_enc, **state}, {}
