@@ -196,12 +196,7 @@ class _Pass:
         self.n_calls = dict.fromkeys(reader.sites, 0)
 
     def run(self, root: nn.Module, inputs: Any) -> bool:
-        """Run the network, and return whether it came to its end.
-
-        Raises:
-            SiteError: A site is not reached, or its module is called several times.
-            UserError: The network refuses the inputs.
-        """
+        """Run the network, and return whether it came to its end."""
         hooks: list[RemovableHandle] = []
         try:
             for i, site in enumerate(self.reader.sites):

@@ -214,11 +214,7 @@ def recorded_network(
 
 
 def _refuse_code(network: Network, store: Store, trust: TrustConfig) -> None:
-    """Refuse to run code that a folder names, unless the user names it too.
-
-    Raises:
-        TrustError: The user has not.
-    """
+    """Refuse to run code that a folder names, unless the user names it too."""
     if network.name in (*BUNDLED, *trust.network) or trust.trust:
         return
     given = {**network.arguments, **({"weights": str(network.weights)} if network.weights else {})}

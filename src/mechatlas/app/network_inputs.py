@@ -97,11 +97,7 @@ def open_measured(config: MeasureConfig, n_samples: int) -> Measured:
 
 
 def _store(config: MeasureConfig, opened: OpenedDictionary) -> Store | None:
-    """The store that is named, or the dictionary's; none where nothing is asked of it.
-
-    Raises:
-        StoreError: It is needed and nowhere to be found, or of another network.
-    """
+    """The store that is named, or the dictionary's; none where nothing is asked of it."""
     if config.store is not None:
         store = Store(config.store)
         if config.network is None:
@@ -116,11 +112,7 @@ def _store(config: MeasureConfig, opened: OpenedDictionary) -> Store | None:
 
 
 def _recipe_of(store: Store | None) -> CollectConfig:
-    """Recipe that a store was collected by.
-
-    Raises:
-        RecipeError: There is no store, or it does not say.
-    """
+    """Recipe that a store was collected by."""
     if store is None:
         raise RecipeError("Give --network and --samples, or --store.")
     return from_dict(store.manifest["recipe"], CollectConfig, f"The manifest of {store.root}")
@@ -144,11 +136,7 @@ def _samples(path: Path | None) -> Any:
 
 
 def _table(path: Path, name: str) -> dict[str, Any]:
-    """A table of a recipe.
-
-    Raises:
-        RecipeError: The recipe has none.
-    """
+    """A table of a recipe."""
     table = read_toml(path).get(name)
     if not isinstance(table, dict):
         raise RecipeError(f"{path} has no table [{name}].")

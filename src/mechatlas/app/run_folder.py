@@ -380,11 +380,7 @@ class RunFolder:
         return result
 
     def _refuse_absent(self) -> None:
-        """Look for what was written.
-
-        Raises:
-            DiskError: The folder, or a file in it, was deleted or replaced meanwhile.
-        """
+        """Look for what was written."""
         self._claim.check()
         for name in self._files:
             if not (self.path / name).is_file():

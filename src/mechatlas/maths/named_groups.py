@@ -237,9 +237,6 @@ def _field(q: int) -> tuple[Int[np.ndarray, "q q"], Int[np.ndarray, "q q"]]:
 
     The element with the base-p digits c_0, c_1, ... is the polynomial sum of c_i t^i over the
     prime field, taken modulo the first irreducible monic polynomial.
-
-    Raises:
-        ArithmeticError: q is not a power of a prime.
     """
     p = _prime_of(q)
     degree = round(math.log(q, p))

@@ -301,11 +301,7 @@ class _Analysis:
         return from_arrays(kind, self.once(name, lambda: as_arrays(compute())))
 
     def dictionary_bases(self, dictionaries: Mapping[str, Dictionary]) -> dict[int, Basis]:
-        """Latents of the dictionary of a layer, by its number.
-
-        Raises:
-            SiteError: There is a dictionary for the last layer or for none.
-        """
+        """Latents of the dictionary of a layer, by its number."""
         sources = {str(site): number for number, site in enumerate(self.sites[:-1])}
         if unknown := set(dictionaries) - set(sources):
             raise SiteError(
@@ -384,11 +380,7 @@ class _Analysis:
     def module_degeneracy(
         self, unit_modules: Mapping[str, Int[Any, " unit"]] | None
     ) -> ModuleDegeneracy | None:
-        """Free directions of the modules of units.
-
-        Raises:
-            InputError: The modules do not fit the layers, or the layers are not linear and ReLU.
-        """
+        """Free directions of the modules of units."""
         if unit_modules is None:
             return None
         names = [str(site) for site in self.sites]

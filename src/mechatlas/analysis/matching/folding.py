@@ -107,11 +107,7 @@ def _weights(
     Float[np.ndarray, "latent d_enc"] | None,
     Float[np.ndarray, " latent"] | None,
 ]:
-    """Decoder rows, encoder rows and encoder bias of a dictionary.
-
-    Raises:
-        InputError: The input is neither a dictionary nor an array.
-    """
+    """Decoder rows, encoder rows and encoder bias of a dictionary."""
     if isinstance(dictionary, np.ndarray | Tensor | list | tuple):
         return _float32(dictionary, "latent d_in", f"Decoder rows of {name}"), None, None
     if not hasattr(dictionary, "W_dec"):
@@ -133,11 +129,7 @@ def _weights(
 
 @torch.no_grad()
 def _decoded_rows(dictionary: Dictionary, name: str) -> Float[np.ndarray, "latent d_in"]:
-    """Decoder rows read off `decode`, one latent at a time.
-
-    Raises:
-        InputError: `decode` is not affine, so that there are no decoder rows.
-    """
+    """Decoder rows read off `decode`, one latent at a time."""
     n = dictionary.n_latents
     offset = dictionary.decode(torch.zeros(1, n))
     blocks = [

@@ -332,11 +332,7 @@ def _read(arrays: dict[str, Shaped[np.ndarray, "..."]], connection: Connection) 
 
 
 def _check(config: CircuitConfig) -> None:
-    """Check everything that can be known before any work.
-
-    Raises:
-        RecipeError: Too few dictionaries, or a number is out of its range.
-    """
+    """Check everything that can be known before any work."""
     if len(config.dictionaries) < 2:
         raise RecipeError(
             f"`mechatlas circuit` needs two dictionaries or more, got {len(config.dictionaries)}: "
@@ -345,13 +341,7 @@ def _check(config: CircuitConfig) -> None:
 
 
 def _open(config: CircuitConfig) -> _Inputs:
-    """Open the dictionaries, and the network and samples of their store.
-
-    Raises:
-        InputError: A dictionary is not linear in its rows.
-        RecipeError: A dictionary does not say which site it reads.
-        StoreError: The store is missing, of another network, or has no held-out samples.
-    """
+    """Open the dictionaries, and the network and samples of their store."""
     opened = open_dictionaries(config.dictionaries, sites=config.sites)
     for each in opened:
         if each.site is None:

@@ -165,11 +165,7 @@ def run(config: FlowConfig, folder: RunFolder) -> FlowResult:
 
 
 def _layer(opened: OpenedDictionary) -> int:
-    """Number of the layer that a dictionary reads.
-
-    Raises:
-        RecipeError: Its site has no number.
-    """
+    """Number of the layer that a dictionary reads."""
     number = re.search(r"(?:^|\.)(\d+)(?:[.:/]|$)", opened.site or "")
     if number is None:
         raise RecipeError(
@@ -182,11 +178,7 @@ def _layer(opened: OpenedDictionary) -> int:
 def _between(
     stream: Sequence[OpenedDictionary], modules: Sequence[OpenedDictionary], kind: str
 ) -> list[list[OpenedDictionary]]:
-    """Modules in the layers after each dictionary of the stream, up to the next.
-
-    Raises:
-        RecipeError: A module lies between none of them.
-    """
+    """Modules in the layers after each dictionary of the stream, up to the next."""
     if not modules:
         return [[] for _ in stream[1:]]
     layers = [_layer(each) for each in stream]

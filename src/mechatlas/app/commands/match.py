@@ -292,11 +292,7 @@ def run(config: MatchConfig, folder: RunFolder) -> MatchResult:
 
 
 def _check(config: MatchConfig) -> None:
-    """Check that the choices go together.
-
-    Raises:
-        RecipeError: They do not.
-    """
+    """Check that the choices go together."""
     n = len(config.dictionaries)
     if n < 2:
         raise RecipeError(
@@ -312,13 +308,7 @@ def _check(config: MatchConfig) -> None:
 
 
 def _open(config: MatchConfig) -> _Inputs:
-    """Open dictionaries, rows and network.
-
-    Raises:
-        RecipeError: There is a store, and a dictionary does not say which site it reads.
-        StoreError: The store is damaged, is not paired, or misses a site.
-        WeightsError: A dictionary cannot be read.
-    """
+    """Open dictionaries, rows and network."""
     opened = open_dictionaries(config.dictionaries, sites=config.sites)
     names = [each.name for each in opened]
     dictionaries = [each.dictionary for each in opened]

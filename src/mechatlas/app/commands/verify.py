@@ -182,12 +182,7 @@ class _Tree:
 
 
 def _stated(folder: Path, manifest: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """Files of a run with the checksums that its manifest states.
-
-    Raises:
-        DiskError: The manifest names a file outside its folder.
-        StoreError: The manifest is not that of a store.
-    """
+    """Files of a run with the checksums that its manifest states."""
     if manifest["kind"] == STORE and manifest.get("complete"):
         yield from ((shard.file, shard.xxh3) for shard in read_entries(folder).shards)
     for name, expected in manifest.get("files", {}).items():

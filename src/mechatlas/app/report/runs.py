@@ -222,11 +222,7 @@ def _has(folder: Path, manifest: dict[str, Any], file: str) -> bool:
 
 
 def _result_of(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
-    """Contents of `result.json`; empty where the run has none.
-
-    Raises:
-        DiskError: It is missing or damaged.
-    """
+    """Contents of `result.json`; empty where the run has none."""
     path = folder / RESULT
     values = read_json(path) if _has(folder, manifest, RESULT) else {}
     if not isinstance(values, dict):

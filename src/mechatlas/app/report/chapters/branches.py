@@ -62,9 +62,7 @@ def _draw(runs: Runs, made: Chapter, k: int, run: Run) -> dict[str, Any]:
     of_run, anchor = runs.dictionary_at(run.manifest["dictionary"]), f"branches-{k}"
     made.note(_finding(result, strongest, of_run, anchor))
     made.statements.extend(_lines(result, of_branch, of_run, anchor))
-    made.data.append(
-        {"run": of_run, "branches": names, "strongest": strongest, "fdr": result.fdr}
-    )
+    made.data.append({"run": of_run, "branches": names, "strongest": strongest, "fdr": result.fdr})
     labels = result.labels.surest if result.labels else []
     return {
         "explained": picture["explained"] if picture else None,

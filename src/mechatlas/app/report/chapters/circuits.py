@@ -131,11 +131,7 @@ def _strongest_edges(run: Run, result: "CircuitResult", runs: list[str], anchor:
 
 
 def _pictures(run: Run, number: int, n_layers: int) -> dict[str, bytes]:
-    """Pictures of the features drawn, as WebP, named by run, layer and latent.
-
-    Raises:
-        DiskError: The file is damaged.
-    """
+    """Pictures of the features drawn, as WebP, named by run, layer and latent."""
     if not run.has(PICTURES):
         return {}
     tensors = run.tensors(PICTURES)
