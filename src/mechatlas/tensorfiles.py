@@ -412,12 +412,7 @@ def _verified(file: Path) -> io.BufferedReader:
 
 
 def checksum_of(tensors: Mapping[str, Tensor | np.ndarray], text: str = "") -> str:
-    """Checksum of names, types, shapes and bytes, in whatever order, and of a text.
-
-    Args:
-        tensors: Tensors on any device, or arrays.
-        text: Text that belongs to them.
-    """
+    """Checksum of names, types, shapes and bytes, in whatever order, and of a text."""
     parts = [text.encode()]
     for name, each in sorted(tensors.items()):
         whole = each.detach().cpu().contiguous() if isinstance(each, Tensor) else each

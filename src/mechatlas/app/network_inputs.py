@@ -69,10 +69,6 @@ class Measured(NamedTuple):
 def open_measured(config: MeasureConfig, n_samples: int) -> Measured:
     """Open the dictionary, the network and the samples of a command.
 
-    Args:
-        config: Settings of the command.
-        n_samples: Largest number of samples.
-
     Raises:
         RecipeError: The site is not known.
         UserError: The network, the samples or the store are not to be found, or do not fit.

@@ -235,10 +235,6 @@ class RunFolder:
     def expect(self, estimate: Callable[[], Estimate], *, is_long: bool = True) -> None:
         """Say what the command costs, if that is over a minute, before the work begins.
 
-        Args:
-            estimate: Function that measures and estimates.
-            is_long: Whether the work is long beside the measurement.
-
         Raises:
             OnlyEstimate: It is a dry run.
         """
@@ -344,9 +340,6 @@ class RunFolder:
 
         Kept parts are deleted, and files of an earlier run that this one did not write again.
 
-        Args:
-            result: Result of the command.
-
         Returns:
             The result with the folder, CPU seconds and memory.
 
@@ -397,10 +390,6 @@ def _files_of(path: Path) -> dict[str, str]:
 
 def refuse_strangers(out: Path, kind: str) -> None:
     """Refuse a folder that holds anything but an earlier run of the same kind.
-
-    Args:
-        out: Folder that a command is about to write.
-        kind: The `kind` in the manifest of what it writes.
 
     Raises:
         DiskError: `out` holds something else, or its manifest is damaged.

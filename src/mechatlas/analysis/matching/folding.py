@@ -256,12 +256,7 @@ def vectors(
 
 
 def part_widths(folded: FoldedDictionary, cost: Cost) -> tuple[int, ...]:
-    """Numbers in the decoder, the encoder and the bias of a compared vector, if it has all three.
-
-    Args:
-        folded: Dictionary that is compared.
-        cost: One of the costs.
-    """
+    """Entries of a compared vector from decoder, encoder and bias, if it has all three parts."""
     if cost not in ("all", "balanced") or folded.encoder is None:
         return ()
     return folded.decoder.shape[1], folded.encoder.shape[1], 1

@@ -186,7 +186,7 @@ class TrainConfig(DeviceConfig):
         return Crosscoder(widths=written, reads=self.site, tied=self.tied, **options)
 
     def _of_group(self, group: Group, width: int, options: dict[str, Any]) -> SparseCoder:
-        """Build a dictionary of all poses, which reads the untransformed block or all (pose-tied)."""
+        """Build a dictionary of all poses, which reads one block or, pose-tied, all."""
         if self.writes or self.tied:
             raise ValueError("A dictionary of a store with a group goes without writes and tied.")
         if self.pose_tied:

@@ -505,10 +505,6 @@ class Drawing:
 def draw(result: Any, names: Sequence[str] = ()) -> Drawing:
     """Draw the chapter of the page on one result.
 
-    Args:
-        result: Whatever an analysis returned.
-        names: Names of its dictionaries.
-
     Raises:
         InputError: No chapter draws such a result.
     """

@@ -28,21 +28,12 @@ OF_CARDS = (
 
 
 def by_feature(chapter: str, name: str) -> bool:
-    """Whether an array has a row a feature, needed where the feature is shown.
-
-    Args:
-        chapter: Name of the chapter.
-        name: Name of the array in it.
-    """
+    """Whether an array has a row a feature, needed where the feature is shown."""
     return chapter == "features" and name.partition("/")[2] in OF_CARDS
 
 
 def indexes(data: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Features of each dictionary by the words they are active on, and by the files shown.
-
-    Args:
-        data: Plain values of the chapter on features.
-        arrays: Its arrays.
 
     Returns:
         For each dictionary and kind, `FEATURES/words.at` (where the features of each word begin)
@@ -78,10 +69,6 @@ def _listed(
 
 def lines_of(records: Mapping[int, FeatureRecord], n: int) -> tuple[bytes, np.ndarray]:
     """Claims of a dictionary as JSON, a line a feature, and where each line begins.
-
-    Args:
-        records: Records by feature.
-        n: Number of features.
 
     Returns:
         The lines, and the places of their beginnings and of the end.

@@ -205,10 +205,6 @@ def find_runs(
 def read_run(folder: Path, name: str) -> Run:
     """Read the manifest and the result of a run.
 
-    Args:
-        folder: Folder of the run.
-        name: Name of the run on the page.
-
     Raises:
         DiskError: One is damaged, or there is no manifest.
     """
@@ -280,9 +276,6 @@ class Runs:
 
     def leave_out(self, make: Callable[["Runs"], Any]) -> bool:
         """Leave out the runs that a chapter cannot be made of, and say why.
-
-        Args:
-            make: Function that makes the chapter of some runs.
 
         Returns:
             Whether there were any.
