@@ -169,13 +169,20 @@ def execute(config: Any, *, dry_run: bool = False) -> Any:
     if isinstance(config, DeviceConfig):
         as_device(config.device)
     if not hasattr(command, "KIND") or config.out is None:
-        return command.run(config)
+        clock, result = time.process_time(), command.run(config)
+        return _costed(result, clock) if isinstance(result, CommandResult) else result
     if n_processes() > 1 and (command.KIND != DICTIONARY or dry_run):
         raise RecipeError("torchrun is for `mechatlas train` alone; other commands have --engine.")
     if not is_first():
         return command.run(config, Follower(config.out))
     with RunFolder(config.out, command.KIND, config, dry_run=dry_run) as folder:
         return folder.finish(command.run(config, folder))
+
+
+def _costed(result: CommandResult, clock: float, **fields: str) -> Any:
+    """Add CPU seconds since a clock, memory and other fields to a result."""
+    seconds = round(time.process_time() - clock, 3)
+    return dataclasses.replace(result, seconds=seconds, peak_bytes=peak_bytes(), **fields)
 
 
 class Follower:
@@ -347,10 +354,7 @@ class RunFolder:
             DiskError: The folder, or a file in it, was deleted or replaced meanwhile.
         """
         self._refuse_absent()
-        seconds = round(time.process_time() - self._clock, 3)
-        result = dataclasses.replace(
-            result, out=str(self.path), seconds=seconds, peak_bytes=peak_bytes()
-        )
+        result = _costed(result, self._clock, out=str(self.path))
         values = as_plain(result)
         recipe = as_dict(self.config)
         for place in ("out", "engine"):  # the folder has the same bytes wherever it is made

@@ -7,6 +7,7 @@ difference    by how much two shares differ, with interval and test
 wilson        the same for many shares at once
 """
 
+import dataclasses
 from typing import NamedTuple
 
 import numpy as np
@@ -54,12 +55,16 @@ def enrichment(
     return np.clip(np.asarray(p), 0, 1)
 
 
-class Proportion(NamedTuple):
-    """A share of some trials, and its interval."""
+@dataclasses.dataclass(frozen=True)
+class Proportion:
+    """Share of some trials, with its Wilson interval."""
 
     value: float
+    """The share."""
     low: float
+    """Lower end of the interval."""
     high: float
+    """Upper end of the interval."""
 
 
 def proportion(hits: int, trials: int, *, level: float = 0.95) -> Proportion:
@@ -122,14 +127,13 @@ def difference(
     """
     if not (first[1] and second[1]):
         return Difference(np.nan, -1.0, 1.0, 1.0)
-    (p, p_low, p_high), (q, q_low, q_high) = (
-        proportion(*each, level=level) for each in (first, second)
-    )
+    p, q = (proportion(*each, level=level) for each in (first, second))
+    value = p.value - q.value
     hits, trials = np.array([first, second]).T
     one_sided = enrichment(hits, np.repeat(hits.sum(), 2), trials, int(trials.sum()))
     return Difference(
-        p - q,
-        p - q - float(np.hypot(p - p_low, q_high - q)),
-        p - q + float(np.hypot(p_high - p, q - q_low)),
+        value,
+        value - float(np.hypot(p.value - p.low, q.high - q.value)),
+        value + float(np.hypot(p.high - p.value, q.value - q.low)),
         min(1.0, 2 * float(one_sided.min())),
     )

@@ -4,7 +4,6 @@ mechatlas report runs/demo --out atlas.html
 """
 
 import dataclasses
-import time
 from pathlib import Path
 from typing import Annotated
 
@@ -13,7 +12,7 @@ from tyro.conf import Positional, arg
 from mechatlas.app.progress import bar
 from mechatlas.app.recipes import TrustConfig
 from mechatlas.app.report.page import report
-from mechatlas.app.run_folder import CommandResult, peak_bytes
+from mechatlas.app.run_folder import CommandResult
 from mechatlas.base import DiskError
 from mechatlas.outputs import writable
 from mechatlas.ranges import COUNT_OR_NONE, check_ranges
@@ -57,7 +56,7 @@ def run(config: ReportConfig) -> ReportResult:
         DiskError: The page cannot be written.
         UserError: The folder holds no runs, or the page cannot be written.
     """
-    clock, problems = time.process_time(), {}
+    problems: dict[str, str] = {}
     if config.out.is_dir():
         raise DiskError(
             f"{config.out} is a folder, expected the file of a page, such as atlas.html."
@@ -73,14 +72,8 @@ def run(config: ReportConfig) -> ReportResult:
             on_progress=progress,
             on_problem=problems.__setitem__,
         )
-    return ReportResult(
-        out=str(page),
-        page=str(page),
-        bytes=page.stat().st_size,
-        problems=problems,
-        seconds=round(time.process_time() - clock, 3),
-        peak_bytes=peak_bytes(),
-    )
+    size = page.stat().st_size
+    return ReportResult(out=str(page), page=str(page), bytes=size, problems=problems)
 
 
 def in_words(result: ReportResult) -> str:

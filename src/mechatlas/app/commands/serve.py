@@ -7,7 +7,6 @@ import contextlib
 import dataclasses
 import sys
 import threading
-import time
 from pathlib import Path
 from typing import Annotated
 
@@ -18,7 +17,7 @@ from mechatlas.app.recipes import TrustConfig
 from mechatlas.app.report.page import write_parts
 from mechatlas.app.report.runs import find_runs
 from mechatlas.app.report.server import serve
-from mechatlas.app.run_folder import CommandResult, peak_bytes
+from mechatlas.app.run_folder import CommandResult
 from mechatlas.outputs import temporary_folder
 from mechatlas.ranges import COUNT_OR_NONE, check_ranges
 
@@ -58,7 +57,6 @@ def run(config: ServeConfig) -> ServeResult:
         RecipeError: The port cannot be used.
         UserError: The folder holds no runs.
     """
-    clock = time.process_time()
     runs = find_runs(config.folder, visualize=config.visualize, trust=config)
     with temporary_folder() as folder, bar("drawing the page") as step:
         write_parts(runs, folder, on_progress=step)
@@ -69,13 +67,7 @@ def run(config: ServeConfig) -> ServeResult:
             print(f"{address} (Ctrl-C ends it)", file=sys.stderr, flush=True)
             with contextlib.suppress(KeyboardInterrupt):
                 wait()
-    return ServeResult(
-        address=address,
-        bytes=size,
-        problems=runs.problems,
-        seconds=round(time.process_time() - clock, 3),
-        peak_bytes=peak_bytes(),
-    )
+    return ServeResult(address=address, bytes=size, problems=runs.problems)
 
 
 def wait() -> None:
