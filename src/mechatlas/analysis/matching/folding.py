@@ -35,6 +35,8 @@ rows of zeros are latents that are not paired.
 """
 CONSTANT = 1e-5
 """Spread of the codes of a constant latent, as a share of their size."""
+BATCH = 512
+"""Rows encoded or decoded at once."""
 BLOCK = 1024
 """Latents decoded at once from a dictionary that does not show its decoder."""
 
@@ -168,23 +170,18 @@ def _thresholds(dictionary: Any) -> Float[np.ndarray, " latent"] | None:
 
 @torch.no_grad()
 def mean_active(
-    dictionary: Dictionary, x: Float[Tensor, "row d_in"], *, batch_size: int = 512
+    dictionary: Dictionary, x: Float[Tensor, "row d_in"]
 ) -> Float[np.ndarray, " latent"]:
     """Mean activation of each latent over the rows where it is active.
 
     A latent that is never active gets the median of the others.
-
-    Args:
-        dictionary: Any; only `encode` is used.
-        x: Rows of activations.
-        batch_size: Rows encoded at once.
 
     Raises:
         InputError: No latent is active on any row.
     """
     total = torch.zeros(dictionary.n_latents, dtype=torch.float64)
     count = torch.zeros(dictionary.n_latents, dtype=torch.float64)
-    for part in x.split(batch_size):
+    for part in x.split(BATCH):
         code = dictionary.encode(part)
         total += code.double().abs().sum(dim=0)
         count += (code != 0).double().sum(dim=0)
@@ -197,20 +194,15 @@ def mean_active(
 
 @torch.no_grad()
 def varying(
-    dictionary: Dictionary, *rows: Float[Tensor, "_row d_in"], batch_size: int = 512
+    dictionary: Dictionary, *rows: Float[Tensor, "_row d_in"]
 ) -> Bool[np.ndarray, " latent"]:
     """Mark the latents whose code is not the same on all rows.
 
     The others are never active, or constant.
-
-    Args:
-        dictionary: Any; only `encode` is used.
-        *rows: Rows of activations.
-        batch_size: Rows encoded at once.
     """
     lowest = torch.full((dictionary.n_latents,), torch.inf)
     highest = -lowest
-    for part in (part for x in rows for part in x.split(batch_size)):
+    for part in (part for x in rows for part in x.split(BATCH)):
         code = dictionary.encode(part).float()
         lowest = torch.minimum(lowest, code.amin(dim=0))
         highest = torch.maximum(highest, code.amax(dim=0))
