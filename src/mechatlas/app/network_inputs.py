@@ -2,6 +2,7 @@
 
 MeasureConfig     settings of a command that runs a dictionary's network
 open_measured     these settings -> dictionary, site, network and samples
+named_network     words for a network, on the command line -> its recipe
 """
 
 import dataclasses
@@ -83,7 +84,7 @@ def open_measured(config: MeasureConfig, n_samples: int) -> Measured:
         numbers = store.samples("held", n_samples) or None
         return Measured(opened, site, network, samples, numbers, store)
     if config.network:
-        network = load_network(_network(config.network))
+        network = load_network(named_network(config.network))
     else:
         assert store is not None  # `_store` has refused
         trusted = TrustConfig(trust=config.trust)
@@ -114,13 +115,14 @@ def _recipe_of(store: Store | None) -> CollectConfig:
     return from_dict(store.manifest["recipe"], CollectConfig, f"The manifest of {store.root}")
 
 
-def _network(text: str) -> Network:
+def named_network(text: str, weights: Path | None = None) -> Network:
     """Network by its name, its recipe, or the folder or file of a language model."""
-    if text.endswith(".toml"):
-        return from_dict(_table(Path(text), "network"), Network, text)
-    if Path(text).exists():
+    path = Path(text)
+    if path.suffix == ".toml":
+        return from_dict(_table(path, "network"), Network, text)
+    if path.exists() or path.suffix in (".gguf", ".zip"):
         return Network(name="transformer", arguments={"path": text})
-    return Network(name=text)
+    return Network(name=text, weights=weights)
 
 
 def _samples(path: Path | None) -> Any:
@@ -132,8 +134,8 @@ def _samples(path: Path | None) -> Any:
 
 
 def _table(path: Path, name: str) -> dict[str, Any]:
-    """A table of a recipe."""
+    """A table of a recipe, or one with a name alone."""
     table = read_toml(path).get(name)
-    if not isinstance(table, dict):
+    if not isinstance(table, str | dict):
         raise RecipeError(f"{path} has no table [{name}].")
-    return table
+    return table if isinstance(table, dict) else {"name": table}

@@ -19,34 +19,45 @@ from mechatlas.ranges import COUNT_OR_NONE, check_ranges
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ReportConfig(TrustConfig):
-    """Draw one self-contained HTML page of all runs in a folder."""
+class PageConfig(TrustConfig):
+    """Fields of commands that draw the runs in a folder."""
 
     folder: Annotated[Positional[Path], arg(metavar="DIR")]
     """Folder with the runs (stores and dictionaries), itself one or up to two levels above."""
-    out: Path
-    """Page to write."""
     visualize: int = 0
     """Number of features per dictionary of images to visualize by activation maximization, and of
     their parts in a branch."""
-
-    labels: Path | None = None
-    """Names and notes of features: a labels.json that an earlier page saved."""
 
     def __post_init__(self) -> None:
         check_ranges(self, visualize=COUNT_OR_NONE)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ReportResult(CommandResult):
-    """Page that was written."""
+class PageResult(CommandResult):
+    """Page that was drawn."""
 
-    page: str
-    """File of the page."""
     bytes: int
     """Size of the page."""
     problems: dict[str, str]
     """Reason for each run that is left out, or not drawn whole."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ReportConfig(PageConfig):
+    """Draw one self-contained HTML page of all runs in a folder."""
+
+    out: Path
+    """Page to write."""
+    labels: Path | None = None
+    """Names and notes of features: a labels.json that an earlier page saved."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ReportResult(PageResult):
+    """Page that was written."""
+
+    page: str
+    """File of the page."""
 
 
 def run(config: ReportConfig) -> ReportResult:

@@ -7,46 +7,34 @@ import contextlib
 import dataclasses
 import sys
 import threading
-from pathlib import Path
-from typing import Annotated
 
-from tyro.conf import Positional, arg
-
+from mechatlas.app.commands.report import PageConfig, PageResult
 from mechatlas.app.progress import bar
-from mechatlas.app.recipes import TrustConfig
 from mechatlas.app.report.page import write_parts
 from mechatlas.app.report.runs import find_runs
 from mechatlas.app.report.server import serve
-from mechatlas.app.run_folder import CommandResult
 from mechatlas.outputs import temporary_folder
-from mechatlas.ranges import COUNT_OR_NONE, check_ranges
+from mechatlas.ranges import check_ranges
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ServeConfig(TrustConfig):
+class ServeConfig(PageConfig):
     """Open the page of all runs in a folder on this machine, until Ctrl-C ends it."""
 
-    folder: Annotated[Positional[Path], arg(metavar="DIR")]
-    """Folder with the runs (stores and dictionaries), itself one or up to two levels above."""
     port: int = 0
     """Port on this machine; 0 for any that is free."""
-    visualize: int = 0
-    """Number of features per dictionary of images to visualize by activation maximization."""
 
     def __post_init__(self) -> None:
-        check_ranges(self, port="[0, 65535]", visualize=COUNT_OR_NONE)
+        super().__post_init__()
+        check_ranges(self, port="[0, 65535]")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ServeResult(CommandResult):
+class ServeResult(PageResult):
     """Page that was served."""
 
     address: str
     """Address of the page, as long as the command ran."""
-    bytes: int
-    """Size of all its files."""
-    problems: dict[str, str]
-    """Reason for each run that is left out, or not drawn whole."""
 
 
 def run(config: ServeConfig) -> ServeResult:

@@ -21,7 +21,7 @@ from mechatlas.app.commands.train import TrainConfig, estimate
 from mechatlas.app.engines import EngineConfig, as_engine
 from mechatlas.app.estimates import WORTH_MEASURING, Estimate
 from mechatlas.app.progress import bar
-from mechatlas.app.recipes import as_dict, from_dict
+from mechatlas.app.recipes import as_dict, from_dict, read_raw
 from mechatlas.app.run_folder import (
     DICTIONARY,
     PLACES,
@@ -132,12 +132,7 @@ def in_words(result: SweepResult) -> str:
 
 def _combinations(config: SweepConfig) -> tuple[list[str], dict[str, TrainConfig]]:
     """Settings that are varied, and the configuration of each dictionary by its name."""
-    if not config.recipe.exists():
-        raise RecipeError(f"There is no recipe file {config.recipe}.")
-    try:
-        raw = read_toml(config.recipe)
-    except DiskError as error:
-        raise RecipeError(str(error)) from error
+    raw = read_raw(config.recipe)
     raw.pop("out", None)
     lists = {key: values for key, values in _leaves(raw) if _is_varied(key, values)}
     if empty := [".".join(key) for key, values in lists.items() if not values]:
