@@ -45,8 +45,8 @@ def match(cosine, *, after, matched):
 
 def symmetry(name, members):
     return SymmetryLine(
-        anchor="s", part=0, name=name, order=2, claimed=True, q=0.0, fdr=0.05, ceiling=1.0, family=3,
-        pose="e", members=members,
+        anchor="s", part=0, name=name, order=2, claimed=True, q=0.0, fdr=0.05, ceiling=1.0,
+        family=3, pose="e", members=members,
     )  # fmt: skip
 
 
