@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from scipy import linalg as scipy_linalg
+from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
 blas: Any = scipy_linalg.blas  # its functions are made when it is loaded
@@ -258,18 +259,9 @@ def parts_of(together: Float[np.ndarray, "d d"], tolerance: float = 0.0) -> Int[
         The block of each unit, counted from 0; -1 for units that never fire.
     """
     alone = np.diag(together)
-    either = alone[:, None] + alone[None, :] - together
+    firing = np.flatnonzero(alone)
+    either = alone[:, None] + alone - together
+    near = either - together <= tolerance * either
     blocks = np.full(len(alone), -1)
-    number = 0
-    for unit in np.flatnonzero(alone > 0):
-        if blocks[unit] >= 0:
-            continue
-        blocks[unit], waiting = number, [unit]
-        while waiting:
-            member = waiting.pop()
-            near = (either[member] - together[member] <= tolerance * either[member]) & (alone > 0)
-            new = np.flatnonzero(near & (blocks < 0))
-            blocks[new] = number
-            waiting += new.tolist()
-        number += 1
+    blocks[firing] = connected_components(near[np.ix_(firing, firing)], directed=False)[1]
     return blocks

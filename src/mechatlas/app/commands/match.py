@@ -469,17 +469,17 @@ def _resumable_match(
             nulls=inputs.nulls,
             seed=config.seed,
             resume=None if state is None else State.from_arrays(state),
-            evidence=None if evidence is None else _evidence(evidence),
+            evidence=None
+            if evidence is None
+            else PairEvidence(
+                evidence["q_values"], int(evidence["n_null"].item()), evidence["null"]
+            ),
             on_progress=progress,
             on_state=keep_state,
         )
     arrays = {name: np.asarray(value) for name, value in matching.evidence._asdict().items()}
     folder.keep(f"evidence{k}", arrays)
     return matching
-
-
-def _evidence(arrays: dict[str, np.ndarray]) -> PairEvidence:
-    return PairEvidence(arrays["q_values"], int(arrays["n_null"].item()), arrays["null"])
 
 
 def _joint(
