@@ -149,7 +149,8 @@ def public_functions(node: ast.Module | ast.ClassDef) -> Iterator[ast.FunctionDe
 
 def raised_by(function: ast.FunctionDef) -> set[str]:
     """Exceptions that a function raises by their names; not those of functions inside it."""
-    names, waiting = set(), list(function.body)
+    names: set[str] = set()
+    waiting: list[ast.AST] = [*function.body]
     while waiting:
         node = waiting.pop()
         if isinstance(node, ast.FunctionDef | ast.Lambda | ast.ClassDef):

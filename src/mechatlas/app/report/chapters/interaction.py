@@ -42,8 +42,7 @@ def chapter(runs: Runs, on_progress: Progress) -> Chapter | None:
         DiskError: A run is damaged.
     """
     finished = [run for run in runs.of_kind(BASIS) if run.result.get("layers")]
-    values = {"causes": CAUSES, "labels": LABELS}
-    return part_for_each("Interaction", finished, _draw, on_progress, **values)
+    return part_for_each("Interaction", finished, _draw, on_progress, causes=CAUSES, labels=LABELS)
 
 
 def _draw(made: Chapter, k: int, run: Run) -> dict[str, Any]:
