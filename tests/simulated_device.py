@@ -42,9 +42,50 @@ class Device(threading.local):
         self.calls: Counter[str] = Counter()
         self.syncs: Counter[str] = Counter()
         self.copies: Counter[str] = Counter()
+        self.staged: Counter[torch.dtype] = Counter()
 
 
 DEVICE = Device()
+
+
+class Stream:
+    """Copies that are not done before somebody waits for them."""
+
+    def __init__(self, *_: Any) -> None:
+        self.left: list[Any] = []
+
+    def wait_event(self, event: "Event") -> None:
+        """Work on after what an event stands for."""
+        event.synchronize()
+
+
+class Event:
+    """Copies of a stream up to here."""
+
+    work: tuple[Any, ...] = ()
+
+    def record(self, stream: Stream | None = None) -> None:
+        """Stand for what the stream was asked for until now."""
+        stream = stream or CURRENT[-1]
+        self.work, stream.left = tuple(stream.left), []
+
+    def synchronize(self) -> None:
+        """Wait for it."""
+        for copy in self.work:
+            copy()
+        self.work = ()
+
+
+CURRENT = [Stream()]
+
+
+@contextlib.contextmanager
+def _on_stream(stream: Stream) -> Iterator[None]:
+    CURRENT.append(stream)
+    try:
+        yield
+    finally:
+        CURRENT.pop()
 
 
 def _place() -> str:
@@ -115,6 +156,9 @@ class OnDevice(torch.Tensor):
         _wait("index")
         return self.held.__index__()
 
+    def record_stream(self, stream: Any) -> None:
+        assert stream is CURRENT[-1]
+
     def tolist(self) -> Any:
         _wait("tolist")
         return self.held.tolist()
@@ -176,9 +220,10 @@ def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         _refuse_mixing(name, args, leaves)
     _count(name, args, kwargs, bool(on_device), to_device)
     plain = {**kwargs, **({"device": torch.device("cpu")} if target is not None else {})}
-    if plain.get("pin_memory"):
-        plain["pin_memory"] = False
     out = func(*tree_map(_held, args), **tree_map(_held, plain))
+    crosses = len(on_device) == 1 if name == "copy_" else to_device not in (None, bool(on_device))
+    if copies and crosses:
+        _delay(name, args, kwargs, out)
     if to_device is False or not (on_device or to_device):
         return out
     if (
@@ -192,6 +237,20 @@ def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if "out" in kwargs and isinstance(kwargs["out"], OnDevice):
         return kwargs["out"]
     return tree_map(_on_device, out)
+
+
+def _delay(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+    """Let a copy between host and device happen no sooner than it is waited for.
+
+    What the host sends by the stream of the work is there before the work goes on.
+    """
+    to, source = (_held(args[0]), args[1]) if name == "copy_" else (out, args[0])
+    own_stream = len(CURRENT) > 1
+    non_blocking = kwargs.get("non_blocking") or args[2:3] == (True,)
+    if own_stream or (non_blocking and isinstance(source, OnDevice)):
+        to.zero_()
+        DEVICE.staged[to.dtype] += own_stream
+        CURRENT[-1].left.append(lambda: to.copy_(_held(source)))
 
 
 def _count(
@@ -228,7 +287,7 @@ class _Mode(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        kwargs = kwargs or {}
+        kwargs = {key: v for key, v in (kwargs or {}).items() if key != "pin_memory"}
         target = kwargs.get("device")
         named = target is not None and torch.device(target).type == "cuda"
         if named or any(isinstance(t, OnDevice) for t in tree_leaves((args, kwargs))):
@@ -297,7 +356,10 @@ def simulated_cuda() -> Iterator[Device]:
         (torch.cuda, "device_count"): lambda: 1,
         (torch.cuda, "current_device"): lambda: 0,
         (torch.cuda, "synchronize"): lambda *_: None,
-        (torch.Tensor, "pin_memory"): lambda tensor, *_: tensor,
+        (torch.cuda, "Stream"): Stream,
+        (torch.cuda, "Event"): Event,
+        (torch.cuda, "stream"): _on_stream,
+        (torch.cuda, "current_stream"): lambda *_: CURRENT[-1],
     }
     torch._C._ensureCUDADeviceGuardSet()
     before = {key: getattr(*key) for key in replaced}

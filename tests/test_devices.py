@@ -8,6 +8,8 @@ from torch import nn
 import mechatlas as ma
 from mechatlas.activations.sites import as_site
 from mechatlas.analysis.matching.splicing import splice
+from mechatlas.analysis.symmetry.regression import CodeRegression
+from mechatlas.maths.linalg import Firing, Moments, gram
 from tests.simulated_device import simulated_cuda
 
 INPUTS = torch.randn(120, 6, generator=torch.Generator().manual_seed(1))
@@ -60,6 +62,31 @@ def edited(device):
         return made(INPUTS.to(device))
 
 
+def moments(device):
+    rows, moments, firing = ROWS.to(device), Moments(8), Firing(8)
+    for part in rows.split(30):
+        moments.add(part)
+        firing.add(part > 0)
+    return np.stack([moments.covariance, moments.second_moment, firing.together, gram(rows)])
+
+
+def regressed(device):
+    made = CodeRegression(8, 6, torch.device(device))
+    codes, second = ROWS.relu().to(device), np.arange(80) % 3 == 0
+    codes[:, 5] = 0  # a dead latent
+    for i in range(0, 80, 40):
+        part = slice(i, i + 40)
+        made.add(codes[part], INPUTS[:80][part], second[part])
+    slopes, intercept = made.whole()
+    return np.concatenate([slopes.ravel(), intercept, made.halves().ravel()])
+
+
+def matched(device):
+    found = ma.match(dictionary(device), dictionary(device, seed=1), device=device, seed=2)
+    found.assignment.certify(found.costs)
+    return np.concatenate([found.columns, found.q_values, [found.cost]])
+
+
 VERBS = {
     "read_activations": lambda at, _: ma.read_activations(network(at), INPUTS, ["1"])["1"],
     "intervene": lambda at, _: edited(at),
@@ -67,7 +94,9 @@ VERBS = {
     "stream and train": lambda at, _: streamed(at),
     "evaluate rows": lambda at, _: [ma.evaluate(dictionary(at), ROWS).fvu],
     "evaluate a network": lambda at, _: evaluated(at),
-    "match": lambda at, _: ma.match(dictionary(at), dictionary(at, seed=1)).columns,
+    "match": lambda at, _: matched(at),
+    "statistics of the interaction basis": lambda at, _: moments(at),
+    "regressions on codes": lambda at, _: regressed(at),
     "splice": lambda at, _: spliced(at),
     "save and load": saved,
 }
@@ -83,7 +112,7 @@ def test_a_verb_computes_on_the_device_what_it_computes_on_the_cpu(verb, tmp_pat
     with simulated_cuda() as device:
         found = numbers(VERBS[verb]("cuda:0", tmp_path / "there"))
     assert np.allclose(found, wanted, atol=1e-4, rtol=1e-3)
-    assert device.calls or verb == "match"  # which is computed on the CPU
+    assert device.calls
 
 
 def test_rows_elsewhere_are_refused_in_a_sentence():

@@ -1,9 +1,18 @@
-"""Devices to compute on."""
+"""Devices to compute on.
+
+as_device    the name of a device -> a device that is there
+staged       batches of rows, the next one copied while the device works on this one
+LateNumber   a number that is read while the device works on
+"""
+
+import itertools
+from collections import deque
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
 
-from mechatlas.base import RecipeError
+from mechatlas.base import Batch, RecipeError
 
 
 def as_device(device: torch.device | str | None, network: nn.Module | None = None) -> torch.device:
@@ -64,11 +73,61 @@ class LateNumber:
         return int(self._number)
 
 
-def moved(tensor: Tensor, device: torch.device) -> Tensor:
-    """Copy a tensor to a device, without waiting where it can be copied meanwhile."""
-    if tensor.device == device:
-        return tensor
-    pinned = (
-        tensor.pin_memory() if device.type == "cuda" and tensor.device.type == "cpu" else tensor
-    )
-    return pinned.to(device, non_blocking=True)
+def staged(
+    batches: Iterator[Batch], n: int, device: torch.device
+) -> Iterator[tuple[Batch, Tensor]]:
+    """Yield batches, and their rows in float32 on a device.
+
+    For a CUDA device the next batch is copied meanwhile, in the precision that it comes in.
+
+    Args:
+        batches: Batches, of which no more are taken.
+        n: Number of batches.
+        device: Device to compute on.
+    """
+    if device.type != "cuda":
+        for batch in itertools.islice(batches, n):
+            yield batch, batch.x.to(device).float()
+        return
+    copies, ahead = _Copies(device), deque()
+    for batch in itertools.islice(batches, n):
+        ahead.append((batch, copies.begin(batch.x)))
+        if len(ahead) > 1:
+            batch, begun = ahead.popleft()
+            yield batch, copies.finished(*begun)
+    for batch, begun in ahead:
+        yield batch, copies.finished(*begun)
+
+
+class _Copies:
+    """Copies to a CUDA device, by a stream of its own, through two pinned buffers in turns."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.stream = device, torch.cuda.Stream(device)
+        self._buffers: deque[tuple[Tensor, torch.cuda.Event]] = deque(maxlen=2)
+
+    def begin(self, x: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
+        """Begin to copy; rows that are on the device stay as they are."""
+        if x.device == self.device:
+            return x, None
+        buffer = copied = None
+        if len(self._buffers) == 2:
+            buffer, copied = self._buffers.popleft()
+            copied.synchronize()  # begun two batches ago
+        if buffer is None or (buffer.shape, buffer.dtype) != (x.shape, x.dtype):
+            buffer = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
+        buffer.copy_(x)
+        copied = torch.cuda.Event()
+        with torch.cuda.stream(self.stream):
+            there = buffer.to(self.device, non_blocking=True)
+            copied.record(self.stream)
+        self._buffers.append((buffer, copied))
+        return there, copied
+
+    def finished(self, there: Tensor, copied: torch.cuda.Event | None) -> Tensor:
+        """Let the device wait for a copy before it goes on."""
+        if copied is not None:
+            stream = torch.cuda.current_stream(self.device)
+            stream.wait_event(copied)
+            there.record_stream(stream)
+        return there.float()

@@ -8,6 +8,7 @@ import torch
 
 import mechatlas as ma
 from mechatlas.base import NonFiniteError
+from mechatlas.devices import LateNumber
 from mechatlas.dictionaries import training
 from mechatlas.dictionaries.sparsity import Gated
 from tests.simulated_device import OnDevice, simulated_cuda
@@ -71,6 +72,24 @@ def test_a_step_is_few_calls_and_waits_for_nothing(kind, monkeypatch):
     )
     assert 20 < calls <= MOST_CALLS[kind]
     assert waits <= MOST_WAITS[kind]
+
+
+def test_rows_are_copied_as_they_are_stored_while_the_device_works():
+    half = ROWS.bfloat16()
+    options: dict[str, Any] = {"steps": 9, "batch_size": 128}
+    here = ma.train(KINDS["topk"](), half, **options)
+    with simulated_cuda() as device:
+        there = ma.train(KINDS["topk"](), half, device="cuda", **options)
+    torch.testing.assert_close(there.W_dec, here.W_dec, atol=1e-5, rtol=1e-4)
+    assert device.staged == {torch.bfloat16: 9}  # by a stream of its own
+
+
+def test_a_late_number_is_read_when_it_has_come():
+    with simulated_cuda() as device:
+        number = LateNumber(torch.tensor(7).to("cuda:0"))
+        assert int(number._number) == 0  # not yet
+        assert int(number) == 7
+    assert not device.syncs
 
 
 def test_rows_of_a_device_come_as_a_stream():

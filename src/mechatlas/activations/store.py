@@ -314,12 +314,18 @@ class StoreRows(Result):
             StoreError: A shard is damaged or missing, or changes while it is read; it is named.
                 Every shard is checked whole when it is first read, and again if it changed.
         """
+        yield from self.stored_batches(batch_size, seed=seed, start=start, dtype=torch.float32)
+
+    def stored_batches(
+        self, batch_size: int, *, seed: int = 0, start: int = 0, dtype: torch.dtype | None = None
+    ) -> Iterator[Batch]:
+        """Yield the same batches in another precision, by default that of the store."""
         spare: list[np.ndarray] = []
         with ThreadPoolExecutor(2) as workers:
             ahead: deque[Future[Batch]] = deque()
             for parts in self._parts(batch_size, seed, start, workers):
                 size = batch_size * parts[0][0].shards[0].rows.shape[1]
-                ahead.append(workers.submit(self._gather, parts, _spare(spare, size)))
+                ahead.append(workers.submit(self._gather, parts, _spare(spare, size), dtype))
                 if len(ahead) > BATCHES_AHEAD:
                     yield ahead.popleft().result()
 
@@ -338,7 +344,9 @@ class StoreRows(Result):
                     yield parts
                     missing, parts = batch_size, []
 
-    def _gather(self, parts: list[_Part], room: UInt8[np.ndarray, " byte"]) -> Batch:
+    def _gather(
+        self, parts: list[_Part], room: UInt8[np.ndarray, " byte"], dtype: torch.dtype | None
+    ) -> Batch:
         out = room.reshape(sum(len(order) for _, order in parts), -1)
         done = 0
         for pool, order in parts:
@@ -346,7 +354,7 @@ class StoreRows(Result):
             done += len(order)
         x = torch.from_numpy(room).view(parts[0][0].shards[0].dtype).view(len(out), -1)
         ids = np.concatenate([pool.ids[order] for pool, order in parts])
-        return Batch(x[:, self.channels].float(), torch.from_numpy(ids))
+        return Batch(x[:, self.channels].to(dtype or x.dtype), torch.from_numpy(ids))
 
     def _pools(self, seed: int, first_row: int, workers: ThreadPoolExecutor) -> Iterator[_Part]:
         """Pools of shards in random order, each with a random order of its rows."""
@@ -485,7 +493,11 @@ class PairedRows(Result):
             seed: Seed of the order.
             start: Number of the first batch.
         """
-        streams = [r.batches(batch_size, seed=seed, start=start) for r in self.rows]
+        yield from self.stored_batches(batch_size, seed=seed, start=start, dtype=torch.float32)
+
+    def stored_batches(self, batch_size: int, **options: Any) -> Iterator[Batch]:
+        """Yield the same batches in another precision; see `StoreRows.stored_batches`."""
+        streams = [r.stored_batches(batch_size, **options) for r in self.rows]
         for batches in zip(*streams, strict=True):
             yield Batch(torch.cat([batch.x for batch in batches], dim=1), batches[0].row)
 

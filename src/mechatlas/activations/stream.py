@@ -176,12 +176,17 @@ class NetworkRows(Result):
         Raises:
             InputError: Every position is left out.
         """
+        for batch in self.stored_batches(batch_size, seed=seed, start=start):
+            yield Batch(batch.x.float(), batch.row)
+
+    def stored_batches(self, batch_size: int, *, seed: int = 0, start: int = 0) -> Iterator[Batch]:
+        """Yield the same batches in the network's number format."""
         missing, parts = batch_size, []
         for pool, order in self._pools(seed, start * batch_size):
             taken = 0
             while taken < len(order):
                 index = order[taken : taken + missing]
-                parts.append(Batch(pool.x[index].float(), pool.row[index]))
+                parts.append(Batch(pool.x[index], pool.row[index]))
                 taken, missing = taken + len(index), missing - len(index)
                 if not missing:
                     x, row = (torch.cat(tensors) for tensors in zip(*parts, strict=True))

@@ -18,6 +18,9 @@ from torch.utils import data as torch_data
 from mechatlas.base import Batch, InputError, Rows
 from mechatlas.maths.arrays import as_tensor
 
+HALVES = (torch.float16, torch.bfloat16)
+"""Precisions in which rows are copied to a device as they are."""
+
 
 class ArrayRows:
     """Rows of a matrix (n, d_in) of floats, or of several side by side; fits `Rows`.
@@ -57,8 +60,9 @@ class ArrayRows:
         self._held, self._train = torch.from_numpy(order[:n_held]), torch.from_numpy(order[n_held:])
         self.n_rows = len(self._train)
 
-    def _rows(self, rows: Tensor) -> Batch:
-        parts = [array[rows].float() for array in self.arrays]
+    def _rows(self, rows: Tensor, *, as_stored: bool = False) -> Batch:
+        parts = [array[rows] for array in self.arrays]
+        parts = [part if as_stored and part.dtype in HALVES else part.float() for part in parts]
         return Batch(parts[0] if len(parts) == 1 else torch.cat(parts, dim=1), rows)
 
     def batches(self, batch_size: int, *, seed: int = 0, start: int = 0) -> Iterator[Batch]:
@@ -69,6 +73,16 @@ class ArrayRows:
             seed: Seed of the order.
             start: Number of the first batch; those before are skipped.
         """
+        for rows in self._order(batch_size, seed, start):
+            yield self._rows(rows)
+
+    def stored_batches(self, batch_size: int, *, seed: int = 0, start: int = 0) -> Iterator[Batch]:
+        """Yield the same batches, in half precision where the arrays are."""
+        for rows in self._order(batch_size, seed, start):
+            yield self._rows(rows, as_stored=True)
+
+    def _order(self, batch_size: int, seed: int, start: int) -> Iterator[Tensor]:
+        """Numbers of the rows of each batch."""
         epoch, skip = divmod(start * batch_size, self.n_rows)
         index = torch.empty(0, dtype=torch.long)
         while True:
@@ -78,7 +92,7 @@ class ArrayRows:
                 index = torch.cat([index, order[skip:]])
                 epoch, skip = epoch + 1, 0
             rows, index = index[:batch_size], index[batch_size:]
-            yield self._rows(rows)
+            yield rows
 
     def held_out(self, n_rows: int) -> Batch:
         """Up to `n_rows` rows that `batches` never yields."""

@@ -17,7 +17,7 @@ import dataclasses
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from mechatlas.base import Batch, InputError, NonFiniteError, Progress, Rows, no_progress
-from mechatlas.devices import as_device, moved
+from mechatlas.devices import as_device, staged
 from mechatlas.dictionaries.autoencoder import LinearCoder, SparseCoder
 from mechatlas.dictionaries.engine import checkpoints
 from mechatlas.dictionaries.engine.adapter import Adapter, as_coder
@@ -151,11 +151,13 @@ def train(
             settings |= {f"{name} {number}": value for name, value in run.begin().items()}
         if checkpoint is not None:
             done = _resume(Path(checkpoint), runs, settings)
-        batches = rows.batches(batch_size, seed=seed, start=done)
+        batches = staged(
+            _batches(rows, device)(batch_size, seed=seed, start=done), steps - done, device
+        )
         clock = time.process_time()
         while done < steps:
-            x = _checked(next(batches), rows)
-            rate, on_device = schedule(done, steps), moved(x, device)
+            batch, on_device = next(batches)
+            x, rate = _checked(batch, rows), schedule(done, steps)
             coefficient = schedule.sparsity_coefficient(done, steps)
             for run in runs:
                 run.step(x, on_device, rate, coefficient, done / steps)
@@ -439,7 +441,7 @@ def _outliers(x: Tensor, limits: Sequence[tuple[slice, float]]) -> Tensor:
     outlier = torch.zeros(len(x), dtype=torch.bool, device=x.device)
     for site, limit in limits:
         if limit < math.inf:
-            outlier |= torch.linalg.vector_norm(x[:, site], dim=1) > limit
+            outlier |= torch.linalg.vector_norm(x[:, site], dim=1, dtype=torch.float32) > limit
     return outlier
 
 
@@ -489,9 +491,17 @@ def _begin(dictionary: SparseCoder | Adapter, x: Tensor) -> None:
     dictionary.initialize(x)
 
 
+def _batches(rows: Rows, device: torch.device) -> Callable[..., Iterator[Batch]]:
+    """Method that yields batches: for a GPU, as they are stored, which is less to copy."""
+    stored = getattr(rows, "stored_batches", None)
+    return rows.batches if device.type != "cuda" or stored is None else stored
+
+
 def _checked(batch: Batch, rows: Rows) -> Tensor:
     """Rows of a batch without NaN and infinities."""
-    if not batch.x.sum().isfinite():  # one pass; a NaN or infinity anywhere reaches the sum
+    if not batch.x.sum(
+        dtype=torch.float32
+    ).isfinite():  # one pass; a NaN or infinity anywhere reaches the sum
         bad = (~batch.x.isfinite()).nonzero()
         if len(bad):
             row, column = bad[0].tolist()

@@ -43,12 +43,9 @@ class Moments:
 
     def add(self, rows: Float[Tensor, "batch d"]) -> None:
         """Take in some rows."""
-        for block in _blocks(rows, np.float64):
-            mean = block.mean(axis=0)
-            block -= mean
-            n, step = len(block), mean - self.mean
-            total = self.n + n
-            self._upper += _gram(block)
+        for n, mean, scatter in _scatters(rows):
+            step, total = mean - self.mean, self.n + n
+            self._upper += scatter
             self._upper = blas.dsyr(self.n * n / total, step, a=self._upper, overwrite_a=True)
             self.mean = self.mean + step * (n / total)
             self.n = total
@@ -91,6 +88,11 @@ class Firing:
         """Take in some rows."""
         for start in range(0, len(fires), EXACT_IN_FLOAT32):  # products stay exact integers
             partial: np.ndarray | None = None
+            if fires.device.type == "cuda":
+                part = fires[start : start + EXACT_IN_FLOAT32]
+                blocks = (block.double() for block in part.split(BLOCK))
+                self._upper += sum(block.T @ block for block in blocks).cpu().numpy()
+                continue
             for block in _blocks(fires[start : start + EXACT_IN_FLOAT32], np.float32):
                 partial = _gram(block, partial)
             if partial is not None:
@@ -121,6 +123,9 @@ class Firing:
 
 def gram(rows: Float[Tensor, "batch d"]) -> Float[np.ndarray, "d d"]:
     """Sum of x x^T, in float64 whatever the rows are."""
+    if rows.device.type == "cuda":
+        rows = rows.detach().double()
+        return (rows.T @ rows).cpu().numpy()
     return _symmetric(_gram(rows.detach().cpu().double().contiguous().numpy()))
 
 
@@ -128,6 +133,20 @@ def _blocks(rows: Tensor, dtype: type) -> Iterator[np.ndarray]:
     for start in range(0, len(rows), BLOCK):
         block = rows[start : start + BLOCK].detach().cpu()
         yield (block.float() if block.dtype == torch.bfloat16 else block).numpy().astype(dtype)
+
+
+def _scatters(rows: Tensor) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+    """Number, mean and scatter (its upper triangle) of rows, part by part, where the rows are."""
+    if rows.device.type == "cuda":  # other devices have no float64
+        for part in rows.detach().split(BLOCK):
+            wide = part.double()
+            mean = wide.mean(dim=0)
+            yield len(part), mean.cpu().numpy(), gram(wide - mean)
+        return
+    for block in _blocks(rows, np.float64):
+        mean = block.mean(axis=0)
+        block -= mean
+        yield len(block), mean, _gram(block)
 
 
 def _gram(rows: np.ndarray, onto: np.ndarray | None = None) -> np.ndarray:

@@ -35,6 +35,7 @@ BLOCK_BYTES = 192 << 20
 """Size of a block of costs in float32."""
 KEPT_BYTES = 1280 << 20
 """Size up to which all costs in float32 are kept: 18,000 x 18,000."""
+CPU = torch.device("cpu")
 FEW = 16
 """Number of rows that are not worth another thread."""
 Work = TypeVar("Work")
@@ -106,6 +107,8 @@ class Factors:
     """Vectors of columns."""
     row_offsets: Float[np.ndarray, " n"]
     column_offsets: Float[np.ndarray, " m"]
+    device: torch.device = dataclasses.field(default=CPU, kw_only=True)
+    """Device on which blocks are computed."""
 
     def __post_init__(self) -> None:
         parts = {"rows": self.a, "columns": self.b}
@@ -121,15 +124,23 @@ class Factors:
 
     @classmethod
     def squared_distances(
-        cls, a: Float[np.ndarray, "n d"], b: Float[np.ndarray, "m d"]
+        cls,
+        a: Float[np.ndarray, "n d"],
+        b: Float[np.ndarray, "m d"],
+        device: torch.device = CPU,
     ) -> "Factors":
         """Costs |a_i - b_j|^2.
+
+        Args:
+            a: Vectors of rows.
+            b: Vectors of columns.
+            device: Device on which blocks are computed.
 
         Raises:
             InputError: A factor is empty or has a NaN or an infinity.
         """
         squares = [np.einsum("nd,nd->n", x, x, dtype=np.float64) for x in (a, b)]
-        return cls(2 * a, b, *squares)
+        return cls(2 * a, b, *squares, device=device)
 
     @property
     def n_rows(self) -> int:
@@ -144,16 +155,17 @@ class Factors:
     @cached_property
     def _tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return tuple(  # pyright: ignore[reportReturnType]
-            torch.from_numpy(np.ascontiguousarray(x, dtype=np.float32))
+            torch.from_numpy(np.ascontiguousarray(x, dtype=np.float32)).to(self.device)
             for x in (self.a, self.b, self.row_offsets, self.column_offsets)
         )
 
     def block(self, rows: Index) -> Float[np.ndarray, "part m"]:
         """Costs of some rows with every column, in float32."""
         a, b, row_offsets, column_offsets = self._tensors
+        rows = rows if isinstance(rows, slice) else torch.tensor(rows, device=self.device)
         with _full_precision():
             block = torch.addmm(column_offsets, a[rows], b.T, alpha=-1)
-        return block.add_(row_offsets[rows, None]).numpy()
+        return block.add_(row_offsets[rows, None]).cpu().numpy()
 
     @cached_property
     def _norms(self) -> tuple[np.ndarray, np.ndarray]:
@@ -199,13 +211,15 @@ class Factors:
 
     def transposed(self) -> "Factors":
         """Costs with rows and columns exchanged."""
-        return Factors(self.b, self.a, self.column_offsets, self.row_offsets)
+        offsets = self.column_offsets, self.row_offsets
+        return Factors(self.b, self.a, *offsets, device=self.device)
 
     def kept(self) -> "Factors":
         """Costs whose blocks are kept, if that takes moderate memory."""
         if 4 * self.n_rows * self.n_columns > KEPT_BYTES:
             return self
-        return Kept(self.a, self.b, self.row_offsets, self.column_offsets)
+        offsets = self.row_offsets, self.column_offsets
+        return Kept(self.a, self.b, *offsets, device=self.device)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -254,15 +268,16 @@ class Replaced(Factors):
         """
         offsets = base.column_offsets.copy()
         offsets[replaced] = np.einsum("nd,nd->n", b[replaced], b[replaced], dtype=np.float64)
-        return cls(base.a, b, base.row_offsets, offsets, base, replaced)
+        return cls(base.a, b, base.row_offsets, offsets, base, replaced, device=base.device)
 
     @cached_property
     def _new(self) -> Float[np.ndarray, "n columns"]:
         """Costs of all rows with the new columns."""
         a, b, row_offsets, column_offsets = self._tensors
+        columns = torch.tensor(self.replaced, device=self.device)
         with _full_precision():
-            new = torch.addmm(column_offsets[self.replaced], a, b[self.replaced].T, alpha=-1)
-        return new.add_(row_offsets[:, None]).numpy()
+            new = torch.addmm(column_offsets[columns], a, b[columns].T, alpha=-1)
+        return new.add_(row_offsets[:, None]).cpu().numpy()
 
     def block(self, rows: Index) -> Float[np.ndarray, "part m"]:
         """Costs of some rows with every column, in float32."""

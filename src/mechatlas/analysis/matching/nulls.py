@@ -323,7 +323,7 @@ class _NullWorld:
         if isinstance(self.costs, Kept):
             costs = Replaced.squared_distances_with(self.costs, replaced, b)
         else:
-            costs = Factors.squared_distances(self.costs.a / 2, b)
+            costs = Factors.squared_distances(self.costs.a / 2, b, self.costs.device)
         columns = nearly_cheapest(costs)
         is_new = np.zeros(len(b), bool)
         is_new[replaced] = True

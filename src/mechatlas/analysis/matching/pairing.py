@@ -30,6 +30,7 @@ from mechatlas.analysis.matching.folding import (
 from mechatlas.analysis.matching.nulls import NULLS, Null, PairEvidence, compare_with_null
 from mechatlas.base import InputError, Progress, Result, no_progress
 from mechatlas.deprecated import renamed_arguments, renamed_attributes
+from mechatlas.devices import as_device
 from mechatlas.maths.arrays import as_array
 from mechatlas.maths.assignment import Assignment, State, assign
 from mechatlas.maths.margins import MAX_LISTED, Margins, margins
@@ -153,6 +154,7 @@ def match(
     fdr: float = FDR,
     nulls: Sequence[Null] = NULLS,
     seed: int = 0,
+    device: torch.device | str = "cpu",
     resume: State | None = None,
     evidence: PairEvidence | None = None,
     on_progress: Progress = no_progress,
@@ -170,6 +172,7 @@ def match(
         fdr: False match rate at which a pair counts as matched.
         nulls: Functions that make null dictionaries; `(permute_samples,)` for codes.
         seed: Seed of the null.
+        device: Device that computes the costs; other devices than CUDA's leave that to the CPU.
         resume: State of an interrupted pairing, as `on_state` received it.
         evidence: Evidence from an earlier run of the same match, which saves the null.
         on_progress: Callback with the progress of the pairing.
@@ -178,6 +181,7 @@ def match(
     Raises:
         InputError: The dictionaries cannot be folded, have different widths, or a choice is
             unknown.
+        RecipeError: There is no such device here.
 
     Examples:
         >>> import numpy as np, mechatlas as ma
@@ -200,7 +204,10 @@ def match(
     folded = fold(a, scale=scale[0]), fold(b, scale=scale[1], name="B")
     x, y = _compared(*folded, cost)
     side_a, side_b = sides(x, y, folded, cost, (_mask(live[0], x, "A"), _mask(live[1], y, "B")))
-    costs = Factors.squared_distances(_rows(x, side_a.paired), _rows(y, side_b.paired)).kept()
+    paired, at = (_rows(x, side_a.paired), _rows(y, side_b.paired)), as_device(device)
+    # Of float32 sums on other devices no bound is known.
+    at = at if at.type == "cuda" else torch.device("cpu")
+    costs = Factors.squared_distances(*paired, at).kept()
     assignment = assign(costs, resume=resume, on_progress=on_progress, on_state=on_state)
     widths = part_widths(folded[0], cost)
     result = with_evidence(
@@ -324,7 +331,9 @@ def with_evidence(
         cosine_threshold=least if matched.any() else math.inf,
         evidence=evidence,
         assignment=assignment,
-        costs=Factors(costs.a, costs.b, costs.row_offsets, costs.column_offsets),
+        costs=Factors(
+            costs.a, costs.b, costs.row_offsets, costs.column_offsets, device=costs.device
+        ),
         unit_a=unit_a,
         unit_b=unit_b,
         active_a=np.arange(n),

@@ -62,8 +62,18 @@ class PosedDictionary:
         """Channels of one block that the dictionary reads."""
         return self.dictionary.d_block if self.pose_tied else self.dictionary.d_in
 
+    @property
+    def device(self) -> torch.device:
+        """Device of the dictionary."""
+        weights = self.dictionary.W_dec
+        return weights.device if isinstance(weights, Tensor) else torch.device("cpu")
+
     def encode(self, x: Float[Tensor, "batch width"]) -> Float[Tensor, "batch latent"]:
-        """Encode rows of all blocks; latents that are features come first."""
+        """Encode rows of all blocks; latents that are features come first.
+
+        Codes are on the device of the dictionary.
+        """
+        x = x.to(self.device)
         start = self.group.identity * self.d
         return self.dictionary.encode(x if self.pose_tied else x[:, start : start + self.d]).float()
 
@@ -210,7 +220,8 @@ def estimate_blocks(
         StoreError: A shard is damaged.
     """
     order, d = posed.group.order, posed.d
-    regression = CodeRegression(posed.dictionary.n_latents, d if posed.pose_tied else order * d)
+    width = d if posed.pose_tied else order * d
+    regression = CodeRegression(posed.dictionary.n_latents, width, posed.device)
     maps = PoseMapFit(order, d, posed.group.identity, seed=seed)
     _read_training_rows(posed, regression, maps, on_progress)
     halves = np.stack([_as_blocks(posed, half) for half in regression.halves()])
@@ -287,7 +298,7 @@ def reconstruct(
     if estimates.intercept is None:
         return posed.dictionary.decode(codes).float()
     weights = torch.from_numpy(estimates.blocks.reshape(len(estimates.blocks), -1))
-    return codes @ weights + torch.from_numpy(estimates.intercept)
+    return codes @ weights.to(codes) + torch.from_numpy(estimates.intercept).to(codes)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -329,9 +340,9 @@ def measure_r2(posed: PosedDictionary, estimates: BlockEstimates) -> R2Measureme
         ):
             codes = posed.encode(x)
             n_more = max(0, MAX_HELD_OUT_CODES - explained.n)
-            codes_kept.append(sparse.csr_array(codes[:n_more].numpy()))
+            codes_kept.append(sparse.csr_array(codes[:n_more].cpu().numpy()))
             places_kept.append(places[:n_more].numpy().astype(np.int64))
-            reconstruction, rows = reconstruct(posed, estimates, codes).numpy(), x.numpy()
+            reconstruction, rows = reconstruct(posed, estimates, codes).cpu().numpy(), x.numpy()
             explained.add(rows, dictionary=reconstruction, **estimates.maps.predict(rows))
     sample, y, x = np.concatenate(places_kept).T
     position = y * posed.rows.shape.grid[1] + x

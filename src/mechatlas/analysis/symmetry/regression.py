@@ -12,10 +12,12 @@ units of rows: it shrinks a slope as if the latent had been active on as many mo
 effect.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 import scipy.linalg
+import torch
 from jaxtyping import Bool, Float, Int
 from scipy import sparse
 from torch import Tensor
@@ -47,9 +49,12 @@ class CodeRegression:
     Args:
         n_latents: Number of latents.
         width: Number of target columns.
+        device: Device that sums the moments and solves, by default the CPU, which also does it for
+            devices other than CUDA's, as they have no float64.
     """
 
-    def __init__(self, n_latents: int, width: int) -> None:
+    def __init__(self, n_latents: int, width: int, device: torch.device | None = None) -> None:
+        self.device: torch.device = device or torch.device("cpu")
         self.n_latents: int = n_latents
         self.width: int = width
         self.rows: Int[np.ndarray, " 2"] = np.zeros(2, np.int64)
@@ -61,6 +66,9 @@ class CodeRegression:
         self._codes = np.zeros((2, n_latents))
         self._targets = np.zeros((2, width))
         self._buffer: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+        names = ("active", "_gram", "_cross", "_codes", "_targets")
+        names = names if self.device.type == "cuda" else ()
+        self._there = {name: torch.from_numpy(getattr(self, name)).to(device) for name in names}
 
     def add(
         self,
@@ -75,12 +83,29 @@ class CodeRegression:
             targets: Activations that the codes should explain.
             second: Mask of the rows that belong to the second half.
         """
-        part = codes.detach().float().numpy(), targets.detach().float().numpy(), second
+        if self._there:
+            for half in range(2):
+                rows = torch.from_numpy(np.flatnonzero(second == bool(half))).to(self.device)
+                self.rows[half] += len(rows)
+                self._add_there(half, *(x.to(self.device)[rows].float() for x in (codes, targets)))
+            return
+        part = codes.detach().float().cpu().numpy(), targets.detach().float().numpy(), second
         self._buffer.append(part)
         if sum(t.nbytes for _, t, _ in self._buffer) >= BUFFER_BYTES:
             self._flush()
 
+    def _add_there(self, half: int, codes: Tensor, targets: Tensor) -> None:
+        """Add rows of a half to the moments on the device."""
+        there = self._there
+        there["active"][half] += (codes != 0).sum(dim=0)
+        there["_codes"][half] += codes.double().sum(dim=0)
+        there["_targets"][half] += targets.double().sum(dim=0)
+        there["_gram"][half] += codes.T @ codes
+        there["_cross"][half] += codes.T @ targets
+
     def _flush(self) -> None:
+        for name, moments in self._there.items():
+            setattr(self, name, moments.cpu().numpy())
         if not self._buffer:
             return
         codes, targets, second = (
@@ -151,7 +176,7 @@ class CodeRegression:
         out = np.zeros((self.n_latents, self.width), np.float32)
         if not len(live):
             return Regression(out, target.astype(np.float32))
-        factor = scipy.linalg.cho_factor(gram, lower=True, overwrite_a=True, check_finite=False)
+        solve = self._factored(gram)
         for k in range(0, self.width, COLUMNS):
             columns = slice(k, k + COLUMNS)
             right = np.zeros((len(live), len(target[columns])))
@@ -159,6 +184,20 @@ class CodeRegression:
                 right += self._cross[half][live, columns]
             right -= rows * np.outer(mean, target[columns])
             right /= unit[:, None]
-            solved = scipy.linalg.cho_solve(factor, right, overwrite_b=True, check_finite=False)
-            out[live, columns] = solved / unit[:, None]
+            out[live, columns] = solve(right) / unit[:, None]
         return Regression(out, (target - mean @ out[live]).astype(np.float32))
+
+    def _factored(self, gram: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
+        """Function that solves for right sides, by Cholesky."""
+        if not self._there:
+            factor = scipy.linalg.cho_factor(gram, lower=True, overwrite_a=True, check_finite=False)
+            return lambda right: scipy.linalg.cho_solve(
+                factor, right, overwrite_b=True, check_finite=False
+            )
+        lower = torch.linalg.cholesky(torch.from_numpy(gram).to(self.device))
+
+        def solve(right: np.ndarray) -> np.ndarray:
+            there = torch.from_numpy(right).to(self.device)
+            return torch.cholesky_solve(there, lower).cpu().numpy()
+
+        return solve

@@ -59,7 +59,7 @@ from mechatlas.app.run_folder import (
     MATCHING,
     TRACKS,
     CommandResult,
-    RunConfig,
+    DeviceConfig,
     RunFolder,
     peak_bytes,
 )
@@ -79,7 +79,7 @@ CURVES = ("persistence", "low", "high", "birth_share", "death_share")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class MatchConfig(TrustConfig, EngineConfig, RunConfig):
+class MatchConfig(TrustConfig, EngineConfig, DeviceConfig):
     """Match the latents of consecutive dictionaries one to one."""
 
     dictionaries: Annotated[Positional[tuple[Path, ...]], arg(metavar="DICT_A DICT_B ...")]
@@ -468,6 +468,7 @@ def _resumable_match(
             fdr=config.fdr,
             nulls=inputs.nulls,
             seed=config.seed,
+            device=config.device,
             resume=None if state is None else State.from_arrays(state),
             evidence=None
             if evidence is None
@@ -492,13 +493,14 @@ def _joint(
     """Add tracks, survival curves and matches of the first dictionary with the last."""
     layers = [m.unit_a for m in matches] + [matches[-1].unit_b]
     options: dict[str, Any] = {"fdr": config.fdr, "nulls": inputs.nulls, "seed": config.seed}
+    at = {"device": config.device}
     with bar("solving all layers jointly") as progress:
         tracks = track(layers, matches, on_progress=progress, **options)
     curves = survival(tracks, matches, fdr=config.fdr)
     folder.table(TRACKS, tracks_table(tracks, curves))
     first, last, n = layers[0], layers[-1], len(layers[0])
     cost: Cost = "codes" if config.cost == "codes" else "cosine"
-    back = match(last, first, cost=cost, **options).matched_columns()
+    back = match(last, first, cost=cost, **options, **at).matched_columns()
     composed = compose([m.matched_columns() for m in matches])
     cycle = float(cycle_agreement(composed, back, n=n))
     ends = inputs.opened[0].dictionary, inputs.opened[-1].dictionary
@@ -514,7 +516,7 @@ def _joint(
         tracks=tracks_result(tracks, curves),
         first_to_last={
             "composition": distant(composed),
-            "direct": distant(match(first, last, cost=cost, **options).matched_columns()),
+            "direct": distant(match(first, last, cost=cost, **options, **at).matched_columns()),
             "joint": distant(tracks.between(0, len(matches), n=n, fdr=config.fdr)),
         },
         cycle_agreement=None if np.isnan(cycle) else cycle,

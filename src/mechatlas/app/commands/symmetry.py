@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import numpy as np
 from tyro.conf import Positional, arg
 
+from mechatlas.activations.passes import on_device
 from mechatlas.activations.store import Store
 from mechatlas.analysis.symmetry.class_names import NOT_SHOWN, name_classes
 from mechatlas.analysis.symmetry.classify import FDR, Symmetry, count_shuffled_discoveries, symmetry
@@ -36,7 +37,7 @@ from mechatlas.app.run_folder import (
     FEATURES,
     SYMMETRY,
     CommandResult,
-    RunConfig,
+    DeviceConfig,
     RunFolder,
     read_result,
 )
@@ -49,6 +50,7 @@ from mechatlas.app.symmetry_tables import (
     write_features,
 )
 from mechatlas.base import RecipeError
+from mechatlas.devices import as_device
 from mechatlas.files import MANIFEST, Fields
 from mechatlas.maths.actions import Rotate
 from mechatlas.maths.groups import Group
@@ -61,7 +63,7 @@ ALL_POSES, UNTRANSFORMED = "all poses", "the untransformed input"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SymmetryConfig(TrustConfig, RunConfig):
+class SymmetryConfig(TrustConfig, DeviceConfig):
     """Classify the features of a dictionary by the group elements that leave them unchanged.
 
     Examples:  mechatlas symmetry runs/crosscoder --store runs/posed --out runs/symmetry
@@ -237,7 +239,8 @@ def run(config: SymmetryConfig, folder: RunFolder) -> SymmetryResult:
     network = pose_interventions.open_posed_network(
         store, posed.site, config.downstream, wanted=config.interventions > 0, trust=config
     )
-    estimates = _estimate(posed, folder, config.seed)
+    with on_device(posed.dictionary, as_device(config.device)):
+        estimates = _estimate(posed, folder, config.seed)
     with bar("comparing features") as progress:
         symmetries = symmetry(
             estimates.blocks, posed.group, estimates.halves, fdr=config.fdr,
@@ -248,7 +251,8 @@ def run(config: SymmetryConfig, folder: RunFolder) -> SymmetryResult:
         estimates.halves, posed.group, fdr=config.fdr,
         equality_threshold=config.equality_threshold, seed=config.seed,
     )  # fmt: skip
-    r2, held_out, n_held_out = measure_r2(posed, estimates)
+    with on_device(posed.dictionary, as_device(config.device)):
+        r2, held_out, n_held_out = measure_r2(posed, estimates)
     tested = pose_interventions.run_interventions(
         network, held_out, symmetries, estimates.blocks,
         lambda codes: reconstruct(posed, estimates, codes), folder,
