@@ -288,7 +288,7 @@ def test_splitting_and_merging_are_seen_from_both_sides():
 
 
 def test_the_joint_solution_reaches_further_than_composition():
-    planted = chain(300, 96, 6, noise=LEVELS["high"], turn=0.2, seed=3)
+    planted = chain(120, 96, 6, noise=LEVELS["high"], turn=0.2, seed=3)
     matches = [match(*planted.dictionaries[k : k + 2]) for k in range(5)]
     composed = compose([np.where(m.matched, m.columns, -1) for m in matches])
     layers = [m.unit_a for m in matches] + [matches[-1].unit_b]
@@ -323,7 +323,7 @@ def test_through_two_layers_tracks_are_pairs_that_stand_from_both_sides():
 
 
 def test_life_lines_of_a_chain_show_its_births_and_deaths():
-    planted = chain(300, 64, 4, noise=0.3, churn=0.2, splits=0)
+    planted = chain(150, 64, 4, noise=0.3, churn=0.2, splits=0)
     matches = [match(*planted.dictionaries[k : k + 2]) for k in range(3)]
     tracks = track([m.unit_a for m in matches] + [matches[-1].unit_b], matches)
     lines = survival(tracks, matches)
