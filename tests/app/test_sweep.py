@@ -9,7 +9,7 @@ import pytest
 
 import mechatlas as ma
 from mechatlas.app.cli import main
-from mechatlas.app.run_folder import execute
+from mechatlas.app.run_folder import CHECKPOINT, execute
 from mechatlas.files import MANIFEST
 
 
@@ -74,6 +74,8 @@ def test_what_is_missing_or_damaged_is_trained_and_nothing_else(store, tmp_path,
     weights = [file.read_bytes() for file in files]
     shutil.rmtree(missing)
     files[1].write_bytes(weights[1][:-1] + b"x")
+    left = out / "n_latents-12_k-2" / CHECKPOINT  # of a run that was killed at its very end
+    left.mkdir()
     again = sweep(capsys, recipe, "--out", out, "--engine", "processes:2")
     assert again["n_kept"] == 2
     after = {f.name: (f / MANIFEST).stat().st_mtime_ns for f in out.iterdir() if f.is_dir()}
@@ -82,6 +84,7 @@ def test_what_is_missing_or_damaged_is_trained_and_nothing_else(store, tmp_path,
         damaged.name,
     }
     assert [file.read_bytes() for file in files] == weights  # also of another process
+    assert not left.exists()
 
 
 def test_one_that_fails_is_named_and_the_others_are_kept(store, tmp_path, capsys):

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from tests.faults.child import Child, Ended, run
-from tests.faults.kills import CrashPoints, count_points, judge, reference
+from tests.faults.kills import CrashPoints, crash_points, judge, reference
 from tests.faults.table import Table, outcome_of
 from tests.faults.world import World
 
@@ -148,7 +148,7 @@ def run_twice(world: World, command: str, place: Path, table: Table) -> None:
 
 def deleted(world: World, command: str, place: Path, table: Table, *, every: int) -> None:
     """Delete the folder at crash points: the command says so, or ends with all its files."""
-    whole, n = reference(world, command), count_points(world, command)
+    whole, n = reference(world, command), len(crash_points(world, command))
     for k in range(0, n, every):
         here = place / f"deleted{k}"
         points = CrashPoints(k, lambda: shutil.rmtree("out", ignore_errors=True))

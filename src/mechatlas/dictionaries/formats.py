@@ -369,6 +369,11 @@ def _pretrained(arguments: dict[str, Any], tensors: dict[str, Tensor], file: Pat
     )
 
 
+def _room(tensor: Tensor) -> Tensor:
+    """Memory for a tensor on the meta device; `to_empty` does this after a second of imports."""
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
+
+
 def _fill(dictionary: nn.Module, tensors: dict[str, Tensor], file: Path) -> None:
     """Copy the tensors of a file into a dictionary, which may be on the meta device.
 
@@ -383,5 +388,5 @@ def _fill(dictionary: nn.Module, tensors: dict[str, Tensor], file: Path) -> None
     if wrong:
         raise WeightsError(f"{file} does not hold a whole dictionary: {'; '.join(wrong)}.")
     if any(tensor.is_meta for tensor in wanted.values()):
-        dictionary.to_empty(device="cpu")
+        dictionary._apply(_room)
     dictionary.load_state_dict({own: tensors[name] for name, own in names.items()})

@@ -31,6 +31,7 @@ from mechatlas.app.run_folder import (
     RunConfig,
     RunFolder,
     as_plain,
+    delete_parts,
     execute,
     read_result,
 )
@@ -219,6 +220,7 @@ def _trained(config: TrainConfig) -> dict[str, Any] | None:
         file = config.out / name
         if not file.is_file() or checksum_file(file) != stated:
             return None
+    delete_parts(config.out)
     return as_plain(read_result(config.out, DICTIONARY))
 
 
