@@ -68,8 +68,11 @@ def run_damage(world: World, command: str, place: Path, table: Table, *, effort:
     """Damage of files that commands wrote."""
     targets = [t for t in damage.targets(world) if t.command == command]
     flips = effort.pick(1, 4 if command in READ_ALL else 8)
+    amount = effort.damages(flips)
+    if command in SLOW and not effort.short:
+        amount = amount._replace(thin=amount.thin * SLOW[command])
     for target in targets[:: effort.pick(14, effort.files)]:
-        damage.read_damaged(world, target, place, table, effort.damages(flips))
+        damage.read_damaged(world, target, place, table, amount)
 
 
 def run_inputs(world: World, command: str, place: Path, table: Table, *, effort: Effort) -> None:
@@ -123,6 +126,8 @@ def run_memory(world: World, command: str, place: Path, table: Table, *, effort:
         memory.keep_ceilings(table)
 
 
+SLOW = {"report": 2, "serve": 4}
+"""Command that draws pages -> one in so many ways to damage a file is tried, others of the next."""
 IN_MEMORY = Path("/dev/shm")
 """Place of the tries, which flush files all the time."""
 PIECES = {
