@@ -10,7 +10,7 @@ import pytest
 import mechatlas as ma
 from mechatlas.app.cli import main
 from mechatlas.app.run_folder import CHECKPOINT, execute
-from mechatlas.files import MANIFEST
+from mechatlas.files import MANIFEST, read_manifest
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +76,7 @@ def test_what_is_missing_or_damaged_is_trained_and_nothing_else(store, tmp_path,
     files[1].write_bytes(weights[1][:-1] + b"x")
     left = out / "n_latents-12_k-2" / CHECKPOINT  # of a run that was killed at its very end
     left.mkdir()
+    parents = read_manifest(out / MANIFEST)["parents"]
     again = sweep(capsys, recipe, "--out", out, "--engine", "processes:2")
     assert again["n_kept"] == 2
     after = {f.name: (f / MANIFEST).stat().st_mtime_ns for f in out.iterdir() if f.is_dir()}
@@ -85,6 +86,7 @@ def test_what_is_missing_or_damaged_is_trained_and_nothing_else(store, tmp_path,
     }
     assert [file.read_bytes() for file in files] == weights  # also of another process
     assert not left.exists()
+    assert list(read_manifest(out / MANIFEST)["parents"].items()) == list(parents.items())
 
 
 def test_one_that_fails_is_named_and_the_others_are_kept(store, tmp_path, capsys):

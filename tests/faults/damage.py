@@ -301,7 +301,8 @@ def continue_damaged(
             ended = run(world.words(command), here)
             outcome, example = judge(ended, here, whole)
             if outcome == "refused":
-                names = (file.name, "out is not empty")  # so it is without its manifest
+                empty = f"{file.parent.name} is not empty"  # so it is without its manifest
+                names = (file.name, "out is not empty", empty)
                 outcome = "named" if any(n in ended.said for n in names) else "unnamed"
             table.add(f"damage of unfinished {name}", command, outcome, f"{what}: {example}")
             shutil.rmtree(here)

@@ -233,7 +233,8 @@ class LinearCoder(SparseCoder):
     def _first_weights(self) -> tuple[Tensor, Tensor]:
         """Random atoms of length 1, and rows of an encoder that reads them."""
         if is_shell():
-            return tuple(torch.empty(self.n_latents, width) for width in (self.d_out, self.d_in))
+            n = self.n_latents
+            return torch.empty(n, self.d_out), torch.empty(n, self.d_in)
         random = torch.Generator().manual_seed(self.config["seed"])
         atoms = self._draw(random, self.d_out)
         atoms.div_(atom_lengths(atoms, self.edges))

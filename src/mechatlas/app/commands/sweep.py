@@ -101,6 +101,7 @@ def run(config: SweepConfig, folder: RunFolder) -> SweepResult:
             else:
                 done[name] = result
             step(len(done) + len(failed), len(runs))
+    done = {name: done[name] for name in runs if name in done}  # whoever trained them, and when
     folder.table(RUNS, _table(varied, runs, done))
     for name in done:
         folder.parent(name, read_manifest(config.out / name / MANIFEST)["files"][RECIPE])
