@@ -125,7 +125,7 @@ read()
 loads = [timed(lambda: load(Path("sae"))) for _ in range(2)]
 print(json.dumps([timed(read), *loads]))
 """
-"""What one version is asked to do."""
+"""Measurements of one version, in a process of its own."""
 
 
 NETWORK = """

@@ -100,15 +100,18 @@ def test_one_that_fails_is_named_and_the_others_are_kept(store, tmp_path, capsys
     assert (tmp_path / "out" / "site-1" / MANIFEST).exists()
 
 
+@pytest.mark.parametrize("first", [True, False])
 def test_a_folder_that_is_deleted_meanwhile_does_not_come_back_in_part(
-    store, tmp_path, capsys, monkeypatch
+    first, store, tmp_path, capsys, monkeypatch
 ):
     recipe = write(tmp_path / "sweep.toml", store, 'site = "1"', "n_latents = [40, 41]")
     out = tmp_path / "out"
 
     def trained_and_deleted(config):
+        if not first and config.n_latents == 41:
+            shutil.rmtree(out)
         result = execute(config)
-        if config.n_latents == 40:
+        if first and config.n_latents == 40:
             shutil.rmtree(out)
         return result
 

@@ -79,7 +79,7 @@ def run_inputs(world: World, command: str, place: Path, table: Table, *, effort:
     """Damage of files that people bring."""
     targets = [t for t in damage.input_targets(world) if t.command == command]
     for target in targets[:: effort.pick(9, effort.files)]:
-        damage.read_damaged(world, target, place, table, effort.damages(effort.pick(1, 12)))
+        damage.read_damaged(world, target, place, table, effort.damages(effort.pick(1, 8)))
 
 
 def run_unfinished(
@@ -94,14 +94,14 @@ def run_unfinished(
 
 def run_limits(world: World, command: str, place: Path, table: Table, *, effort: Effort) -> None:
     """Disks, writers and clocks."""
-    sizes = effort.pick([1000], [500, 2000, 5000, 30_000, 200_000][:: effort.thin])
+    sizes = effort.pick([1000], [500, 5000, 30_000][:: effort.thin])
     limits.full_disk(world, command, place / "limit", table, sizes)
-    disks = effort.pick([40_960, 102_400], [40_960, 4096, 102_400][:: effort.thin])
+    disks = effort.pick([40_960, 102_400], [40_960, 102_400][:: effort.thin])
     limits.full_tmpfs(world, command, place / "disk", table, disks)
     limits.unwritable(world, command, place / "unwritable", table)
-    limits.two_writers(world, command, place / "two", table, tries=effort.of(4))
+    limits.two_writers(world, command, place / "two", table, tries=effort.of(3))
     limits.run_twice(world, command, place / "twice", table)
-    every = effort.pick(9, 4 * effort.thin)
+    every = effort.pick(9, 6 * effort.thin)
     limits.deleted(world, command, place / "deleted", table, every=every)
     limits.odd_clock(world, command, place / "odd", table)
 
@@ -113,7 +113,7 @@ def run_hostile(world: World, command: str, place: Path, table: Table, *, effort
 
 def run_fuzz(world: World, command: str, place: Path, table: Table, *, effort: Effort) -> None:
     """Odd values in manifests, results and proofs."""
-    tries, every = effort.pick((2, 4), (effort.of(10), effort.files))
+    tries, every = effort.pick((2, 4), (effort.of(6), effort.files))
     fuzz.fuzz_json(world, command, place, table, tries=tries, every=every)
     if command == "prove":
         fuzz.fuzz_proofs(world, place, table, tries=effort.pick(8, effort.of(200)))

@@ -8,8 +8,10 @@ varied as a list of lists. Each dictionary is a folder in `--out`, as `train` wr
 command trains what is missing.
 """
 
+import contextlib
 import dataclasses
 import itertools
+import shutil
 import typing
 from collections.abc import Iterator
 from pathlib import Path
@@ -216,12 +218,19 @@ def _train(config: TrainConfig, shared: None) -> tuple[dict[str, Any], str]:
     """Train one dictionary; its result, or the sentence that says why there is none."""
     del shared
     sweep = config.out.parent
+    deleted = f"{sweep} was deleted or moved meanwhile. Run the command again."
     if not (sweep / MANIFEST).is_file():  # the folder must not come back with half of its files
-        return {}, f"{sweep} was deleted or moved meanwhile. Run the command again."
+        return {}, deleted
     try:
-        return as_plain(execute(config)), ""
+        result = as_plain(execute(config))
     except UserError as error:
         return {}, str(error)
+    if not (sweep / MANIFEST).is_file():
+        shutil.rmtree(config.out, ignore_errors=True)
+        with contextlib.suppress(OSError):  # others of its dictionaries may be there
+            sweep.rmdir()
+        return {}, deleted
+    return result, ""
 
 
 def _estimate(configs: list[TrainConfig]) -> Estimate:
