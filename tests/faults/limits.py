@@ -19,6 +19,9 @@ from tests.faults.kills import CrashPoints, crash_points, judge, reference
 from tests.faults.table import Table, outcome_of
 from tests.faults.world import World
 
+REFUSED = "Cannot write|The store needs|Temporary files cannot be kept"
+"""Sentences of commands that have no room."""
+
 
 def full_disk(world: World, command: str, place: Path, table: Table, sizes: list[int]) -> None:
     """Refuse long files, then let the command go on."""
@@ -78,7 +81,7 @@ def _judge_refusal(
     """A command that could not write must say so, and end as ever once it can."""
     if ended.code == 0:
         table.add(fault, command, *judge(ended, here, whole))
-    elif ended.code != 2 or not re.search("Cannot write|The store needs", ended.said):
+    elif ended.code != 2 or not re.search(REFUSED, ended.said):
         outcome = "unnamed" if ended.code == 2 else outcome_of(ended.code)
         table.add(fault, command, outcome, f"exit {ended.code}: {ended.message}")
     else:
