@@ -27,6 +27,8 @@ NO_CHECKSUM = ("silent",)
 """Outcome that a format without a checksum cannot prevent."""
 
 
+NO_NAME = (*NO_CHECKSUM, "unnamed")
+"""Outcomes of a recipe, of which a sentence may name the value alone."""
 NO_PAGE = RUNS["export"]
 """Folder in which there is nothing to draw."""
 
@@ -204,7 +206,10 @@ def input_targets(world: World) -> list[Target]:
         for file in sorted((world.root / "foreign").rglob("*"))
         if file.is_file()
     ]
-    return [target._replace(allowed=NO_CHECKSUM) for target in found]
+    return [
+        target._replace(allowed=NO_NAME if target.file.endswith(".toml") else NO_CHECKSUM)
+        for target in found
+    ]
 
 
 def read_damaged(world: World, target: Target, place: Path, table: Table, amount: Damages) -> None:
