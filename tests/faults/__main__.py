@@ -113,7 +113,7 @@ def run_hostile(world: World, command: str, place: Path, table: Table, *, effort
 
 def run_fuzz(world: World, command: str, place: Path, table: Table, *, effort: Effort) -> None:
     """Odd values in manifests, results and proofs."""
-    tries, every = effort.pick((2, 4), (effort.of(6), effort.files))
+    tries, every = effort.pick((2, 4), (effort.of(2 if command in SLOW else 6), effort.files))
     fuzz.fuzz_json(world, command, place, table, tries=tries, every=every)
     if command == "prove":
         fuzz.fuzz_proofs(world, place, table, tries=effort.pick(8, effort.of(200)))
@@ -126,7 +126,7 @@ def run_memory(world: World, command: str, place: Path, table: Table, *, effort:
         memory.keep_ceilings(table)
 
 
-SLOW = {"report": 2, "serve": 4}
+SLOW = {"report": 4, "serve": 8}
 """Command that draws pages -> one in so many ways to damage a file is tried, others of the next."""
 IN_MEMORY = Path("/dev/shm")
 """Place of the tries, which flush files all the time."""
