@@ -222,15 +222,15 @@ def _train(config: TrainConfig, shared: None) -> tuple[dict[str, Any], str]:
     if not (sweep / MANIFEST).is_file():  # the folder must not come back with half of its files
         return {}, deleted
     try:
-        result = as_plain(execute(config))
+        ended = as_plain(execute(config)), ""
     except UserError as error:
-        return {}, str(error)
+        ended = {}, str(error)
     if not (sweep / MANIFEST).is_file():
         shutil.rmtree(config.out, ignore_errors=True)
         with contextlib.suppress(OSError):  # others of its dictionaries may be there
             sweep.rmdir()
         return {}, deleted
-    return result, ""
+    return ended
 
 
 def _estimate(configs: list[TrainConfig]) -> Estimate:
