@@ -205,40 +205,11 @@ def _length_at(values, o, edges, site):
 
 @triton.jit
 def _step_latent(
-    starts,
-    rows,
-    values,
-    d_codes,
-    x,
-    g,
-    widths,
-    edges,
-    place,
-    added_atoms,
-    added_encoder,
-    atoms,
-    atoms_first,
-    atoms_second,
-    encoder,
-    encoder_first,
-    encoder_second,
-    least,
-    decay1,
-    weight1,
-    decay2,
-    weight2,
-    rate,
-    fix,
-    eps,
-    n,
-    d_in,
-    d_out,
-    n_levels,
-    n_sites,
-    wide_in: tl.constexpr,
-    wide_out: tl.constexpr,
-    tied: tl.constexpr,
-):
+    starts, rows, values, d_codes, x, g, widths, edges, place, added_atoms, added_encoder,
+    atoms, atoms_first, atoms_second, encoder, encoder_first, encoder_second,
+    least, decay1, weight1, decay2, weight2, rate, fix, eps, n, d_in, d_out, n_levels, n_sites,
+    wide_in: tl.constexpr, wide_out: tl.constexpr, tied: tl.constexpr,
+):  # fmt: skip
     j = tl.program_id(0).to(tl.int64)
     c, o = tl.arange(0, wide_in), tl.arange(0, wide_out)
     read, written = c < d_in, o < d_out
