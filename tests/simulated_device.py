@@ -156,8 +156,8 @@ class OnDevice(torch.Tensor):
         _wait("index")
         return self.held.__index__()
 
-    def record_stream(self, stream: Any) -> None:
-        assert stream is CURRENT[-1]
+    def record_stream(self, s: Any) -> None:
+        assert s is CURRENT[-1]
 
     def tolist(self) -> Any:
         _wait("tolist")

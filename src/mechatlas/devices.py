@@ -8,6 +8,7 @@ LateNumber   a number that is read while the device works on
 import itertools
 from collections import deque
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -104,9 +105,9 @@ class _Copies:
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.stream = device, torch.cuda.Stream(device)
-        self._buffers: deque[tuple[Tensor, torch.cuda.Event]] = deque(maxlen=2)
+        self._buffers: deque[tuple[Tensor, Any]] = deque(maxlen=2)
 
-    def begin(self, x: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
+    def begin(self, x: Tensor) -> tuple[Tensor, Any]:
         """Begin to copy; rows that are on the device stay as they are."""
         if x.device == self.device:
             return x, None
@@ -124,7 +125,7 @@ class _Copies:
         self._buffers.append((buffer, copied))
         return there, copied
 
-    def finished(self, there: Tensor, copied: torch.cuda.Event | None) -> Tensor:
+    def finished(self, there: Tensor, copied: Any) -> Tensor:
         """Let the device wait for a copy before it goes on."""
         if copied is not None:
             stream = torch.cuda.current_stream(self.device)

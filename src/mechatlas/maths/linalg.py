@@ -90,8 +90,8 @@ class Firing:
             partial: np.ndarray | None = None
             if fires.device.type == "cuda":
                 part = fires[start : start + EXACT_IN_FLOAT32]
-                blocks = (block.double() for block in part.split(BLOCK))
-                self._upper += sum(block.T @ block for block in blocks).cpu().numpy()
+                for block in part.split(BLOCK):
+                    self._upper += gram(block.double())
                 continue
             for block in _blocks(fires[start : start + EXACT_IN_FLOAT32], np.float32):
                 partial = _gram(block, partial)

@@ -162,10 +162,10 @@ class Factors:
     def block(self, rows: Index) -> Float[np.ndarray, "part m"]:
         """Costs of some rows with every column, in float32."""
         a, b, row_offsets, column_offsets = self._tensors
-        rows = rows if isinstance(rows, slice) else torch.tensor(rows, device=self.device)
+        some = rows if isinstance(rows, slice) else torch.tensor(rows, device=self.device)
         with _full_precision():
-            block = torch.addmm(column_offsets, a[rows], b.T, alpha=-1)
-        return block.add_(row_offsets[rows, None]).cpu().numpy()
+            block = torch.addmm(column_offsets, a[some], b.T, alpha=-1)
+        return block.add_(row_offsets[some, None]).cpu().numpy()
 
     @cached_property
     def _norms(self) -> tuple[np.ndarray, np.ndarray]:

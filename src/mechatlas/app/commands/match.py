@@ -493,7 +493,7 @@ def _joint(
     """Add tracks, survival curves and matches of the first dictionary with the last."""
     layers = [m.unit_a for m in matches] + [matches[-1].unit_b]
     options: dict[str, Any] = {"fdr": config.fdr, "nulls": inputs.nulls, "seed": config.seed}
-    at = {"device": config.device}
+    at: dict[str, Any] = {"device": config.device}
     with bar("solving all layers jointly") as progress:
         tracks = track(layers, matches, on_progress=progress, **options)
     curves = survival(tracks, matches, fdr=config.fdr)
