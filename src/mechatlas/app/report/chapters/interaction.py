@@ -105,9 +105,9 @@ def _found(result: Any, k: int, *, drawn: bool) -> list[Finding | Absence]:
             ))  # fmt: skip
     if result.free_directions:
         bound = "" if result.free_directions_exact else "at least "
-        gap = "the spectra have a gap of a decade or more, so the count does not hang on the " \
+        gap = "the spectra have a gap of a decade or more, so the count does not depend on the " \
             "threshold" if result.free_directions_have_gap else "the spectra have no gap: the " \
-            "count hangs on the threshold"  # fmt: skip
+            "count depends on the threshold"  # fmt: skip
         found.append(Finding(
             text=f"{bound}{result.free_directions:,} of {result.n_parameters:,} directions of the "
             "weights change no output.".capitalize(),

@@ -118,7 +118,7 @@ def _finding(place: _Place, k: int, pair: "PairResult", table: Columns) -> Findi
     """Sum up the matches of two consecutive dictionaries."""
     names, smaller = place.names, min(pair.n_a, pair.n_b)
     threshold = "" if pair.cosine_threshold is None else (
-        f", which takes a cosine of {number(pair.cosine_threshold)}"
+        f" (a cosine of at least {number(pair.cosine_threshold)})"
     )  # fmt: skip
     if not pair.matched:
         return Absence(
@@ -132,7 +132,7 @@ def _finding(place: _Place, k: int, pair: "PairResult", table: Columns) -> Findi
     return Finding(
         text=f"{pair.matched:,} of {smaller:,} features of {names[k]} continue in {names[k + 1]}.",
         evidence=f"False match rate {percent(place.fdr)} against null dictionaries{threshold}; "
-        f"the pairing is within {number(pair.gap)} of the best one.",
+        f"no other pairing is cheaper by more than {number(pair.gap)}.",
         anchor=place.anchor,
         rows=tuple(
             (
