@@ -9,6 +9,7 @@ const atlas = (() => {
   };
 
   function bytesOf(text) {
+    if (Uint8Array.fromBase64) return Uint8Array.fromBase64(text);
     const raw = atob(text);
     const bytes = new Uint8Array(raw.length);
     for (let i = 0; i < raw.length; i++) bytes[i] = raw.charCodeAt(i);
@@ -76,10 +77,13 @@ const atlas = (() => {
     return createImageBitmap(new Blob([bytes], { type: "image/webp" }));
   });
 
+  // A script from an address is compiled beside the main thread.
   const plotly = once(async () => {
-    const script = document.createElement("script");
-    script.textContent = new TextDecoder().decode(await unpack(takeText("#plotly")[1]));
+    const script = document.createElement("script"), code = await unpack(takeText("#plotly")[1]);
+    script.src = URL.createObjectURL(new Blob([code], { type: "text/javascript" }));
     document.head.append(script);
+    await new Promise((done) => { script.onload = done; });
+    URL.revokeObjectURL(script.src);
     return window.Plotly;
   });
 

@@ -1,6 +1,7 @@
 """Chapter on interaction bases: spectra, free directions, ablation curves, interaction graph."""
 
 import dataclasses
+import itertools
 from typing import Any
 
 import numpy as np
@@ -223,20 +224,30 @@ def _graph(graph: DrawnGraph, names: list[str]) -> dict[str, Any]:
     weight, source, target = (np.array(x) for x in (graph.weight, graph.source, graph.target))
     traces: list[dict[str, Any]] = []
     width = np.minimum((N_LINE_WIDTHS * weight / weight.max()).astype(int), N_LINE_WIDTHS - 1)
-    for k in range(N_LINE_WIDTHS):
-        drawn = width == k
+    modules = np.unique(module).tolist()
+    colors = {m: category(k) for k, m in enumerate(modules)}
+    inside = np.where(module[source] == module[target], module[source], -1)
+    own = [(inside == m, colors[m], 0.7) for m in modules] if graph.significant else []
+    others = inside < 0 if graph.significant else np.ones(len(inside), bool)
+    for (of_color, color, opacity), k in itertools.product(
+        [(others, "var(--pale)", 0.35), *own], range(N_LINE_WIDTHS)
+    ):
+        drawn = of_color & (width == k)
+        if not drawn.any():
+            continue
         traces.append({
             "type": "scatter",
             "mode": "lines",
             "x": _segments(layer[source[drawn]], layer[target[drawn]]),
             "y": _segments(height[source[drawn]], height[target[drawn]]),
-            "line": {"width": 0.4 + k, "color": "var(--pale)"},
+            "line": {"width": 0.4 + k, "color": color},
+            "opacity": opacity,
             "hoverinfo": "skip",
             "showlegend": False,
         })  # fmt: skip
-    for k in np.unique(module):
-        nodes = np.flatnonzero(module == k)
-        label = f"module {k}" if graph.significant else f"group {k} (not significant)"
+    for m in modules:
+        nodes = np.flatnonzero(module == m)
+        label = f"module {m}" if graph.significant else f"group {m} (not significant)"
         traces.append({
             "type": "scatter",
             "mode": "markers",
@@ -248,7 +259,7 @@ def _graph(graph: DrawnGraph, names: list[str]) -> dict[str, Any]:
                 for i in nodes
             ],
             "hovertemplate": "%{text}<extra>" + label + "</extra>",
-            "marker": {"size": 8},
+            "marker": {"size": 8, "color": colors[m]},
         })  # fmt: skip
     return {
         "data": traces,
