@@ -50,7 +50,7 @@ const dossier = (() => {
     return lines.map((b) => {
       const k = Math.max(0, d.branches.indexOf(b.branch)), share = b.share ?? 0;
       const bar = el("span", { class: "share", title: `share ${number(b.share)}, expected ${number(b.expected)}` },
-        el("span", { class: `fill c${k % 8}`, style: `width:${(100 * share).toFixed(1)}%` }),
+        el("span", { class: `fill ${atlas.swatch(k)}`, style: `width:${(100 * share).toFixed(1)}%` }),
         el("span", { class: "tick", style: `left:${(100 * b.expected).toFixed(1)}%` }));
       const measured = [b.ablation === null ? "" : `; lost without it ${number(b.ablation)}`, b.activation === null ? "" : `; of its activation ${number(b.activation)}`].join("");
       return claim(b.anchor, [el("span", {}, b.significant ? `Specialized to ${b.branch}` : b.branch), bar, el("span", { class: "n" }, number(b.share))],
