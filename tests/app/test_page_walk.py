@@ -145,7 +145,8 @@ def test_nothing_is_wrong_on_the_way_through_the_page(window, page, width, dark)
     assert [c for c in window.complaints if "GL Driver" not in c] == []
 
 
-@pytest.mark.parametrize(("width", "dark"), [(1400, False), (420, True)])
+@pytest.mark.parametrize("dark", [False, True])
+@pytest.mark.parametrize("width", [1400, 420])
 def test_axe_finds_no_fault(window, page, width, dark):
     script = axe()
     window.open(page, width, 900, dark=dark)
