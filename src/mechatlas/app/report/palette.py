@@ -1,7 +1,8 @@
 """Colors of the page: one table for the style sheet and for all figures.
 
-A figure names a color as `var(--branch-0)`; the browser resolves it for the theme that is on, and
-`resolved` for places that have no style sheet.
+A figure names a color as `var(--branch-0)`, with two hexadecimal digits of opacity behind it if it
+is not opaque; the browser resolves it for the theme that is on, and `resolved` for places that have
+no style sheet.
 """
 
 from typing import Any
@@ -63,5 +64,6 @@ def resolved(figure: Any, *, dark: bool = False) -> Any:
     if isinstance(figure, list):
         return [resolved(value, dark=dark) for value in figure]
     if isinstance(figure, str) and figure.startswith("var(--"):
-        return COLORS[figure[6:-1]][dark]
+        name, _, alpha = figure[6:].partition(")")
+        return COLORS[name][dark] + alpha
     return figure

@@ -157,6 +157,9 @@ def _budget(budget: dict[str, float]) -> dict[str, Any]:
                 "x": [*TERMS.values(), "bound"],
                 "y": [budget[name] for name in TERMS] + [0],
                 "hovertemplate": "%{x}<br>%{delta:.2f} logits<extra></extra>",
+                "increasing": {"marker": {"color": "var(--branch-0)"}},
+                "decreasing": {"marker": {"color": "var(--branch-3)"}},
+                "totals": {"marker": {"color": "var(--branch-2)"}},
             }
         ],
         "layout": {"yaxis": {"title": {"text": "logits"}}, "showlegend": False},
