@@ -8,8 +8,10 @@ varied as a list of lists. Each dictionary is a folder in `--out`, as `train` wr
 command trains what is missing.
 """
 
+import contextlib
 import dataclasses
 import itertools
+import shutil
 import typing
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,7 +23,7 @@ from mechatlas.app.commands.train import TrainConfig, estimate
 from mechatlas.app.engines import EngineConfig, as_engine
 from mechatlas.app.estimates import WORTH_MEASURING, Estimate
 from mechatlas.app.progress import bar
-from mechatlas.app.recipes import as_dict, from_dict
+from mechatlas.app.recipes import as_dict, from_dict, read_raw
 from mechatlas.app.run_folder import (
     DICTIONARY,
     PLACES,
@@ -31,6 +33,7 @@ from mechatlas.app.run_folder import (
     RunConfig,
     RunFolder,
     as_plain,
+    delete_parts,
     execute,
     read_result,
 )
@@ -100,6 +103,7 @@ def run(config: SweepConfig, folder: RunFolder) -> SweepResult:
             else:
                 done[name] = result
             step(len(done) + len(failed), len(runs))
+    done = {name: done[name] for name in runs if name in done}  # whoever trained them, and when
     folder.table(RUNS, _table(varied, runs, done))
     for name in done:
         folder.parent(name, read_manifest(config.out / name / MANIFEST)["files"][RECIPE])
@@ -131,17 +135,8 @@ def in_words(result: SweepResult) -> str:
 
 
 def _combinations(config: SweepConfig) -> tuple[list[str], dict[str, TrainConfig]]:
-    """Settings that are varied, and the configuration of each dictionary by its name.
-
-    Raises:
-        RecipeError: The recipe has mistakes, or is of too many dictionaries.
-    """
-    if not config.recipe.exists():
-        raise RecipeError(f"There is no recipe file {config.recipe}.")
-    try:
-        raw = read_toml(config.recipe)
-    except DiskError as error:
-        raise RecipeError(str(error)) from error
+    """Settings that are varied, and the configuration of each dictionary by its name."""
+    raw = read_raw(config.recipe)
     raw.pop("out", None)
     lists = {key: values for key, values in _leaves(raw) if _is_varied(key, values)}
     if empty := [".".join(key) for key, values in lists.items() if not values]:
@@ -198,11 +193,7 @@ def _written(value: Any) -> str:
 
 
 def _trained(config: TrainConfig) -> dict[str, Any] | None:
-    """Result of a dictionary that is there already, whole and trained by the same settings.
-
-    Raises:
-        DiskError: The folder holds one of other settings, or does not say of which.
-    """
+    """Result of a dictionary that is there already, whole and trained by the same settings."""
     path = config.out / MANIFEST
     manifest = read_manifest(path) if path.is_file() else {}
     if not manifest.get("complete"):
@@ -219,6 +210,7 @@ def _trained(config: TrainConfig) -> dict[str, Any] | None:
         file = config.out / name
         if not file.is_file() or checksum_file(file) != stated:
             return None
+    delete_parts(config.out)
     return as_plain(read_result(config.out, DICTIONARY))
 
 
@@ -226,20 +218,23 @@ def _train(config: TrainConfig, shared: None) -> tuple[dict[str, Any], str]:
     """Train one dictionary; its result, or the sentence that says why there is none."""
     del shared
     sweep = config.out.parent
+    deleted = f"{sweep} was deleted or moved meanwhile. Run the command again."
     if not (sweep / MANIFEST).is_file():  # the folder must not come back with half of its files
-        return {}, f"{sweep} was deleted or moved meanwhile. Run the command again."
+        return {}, deleted
     try:
-        return as_plain(execute(config)), ""
+        ended = as_plain(execute(config)), ""
     except UserError as error:
-        return {}, str(error)
+        ended = {}, str(error)
+    if not (sweep / MANIFEST).is_file():
+        shutil.rmtree(config.out, ignore_errors=True)
+        with contextlib.suppress(OSError):  # others of its dictionaries may be there
+            sweep.rmdir()
+        return {}, deleted
+    return ended
 
 
 def _estimate(configs: list[TrainConfig]) -> Estimate:
-    """Estimate the cost of all dictionaries from that of one, in proportion to their sizes.
-
-    Raises:
-        UserError: None can be trained.
-    """
+    """Estimate the cost of all dictionaries from that of one, in proportion to their sizes."""
     config, first = _first_estimate(configs)
     steps = sum(each.steps * each.batch_size * each.n_latents for each in configs)
     n_latents = [each.n_latents for each in configs]
@@ -251,11 +246,7 @@ def _estimate(configs: list[TrainConfig]) -> Estimate:
 
 
 def _first_estimate(configs: list[TrainConfig]) -> tuple[TrainConfig, Estimate]:
-    """Estimate the first dictionary that can be trained.
-
-    Raises:
-        UserError: None can.
-    """
+    """Estimate the first dictionary that can be trained."""
     try:
         return configs[0], estimate(configs[0])
     except UserError:
