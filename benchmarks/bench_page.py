@@ -162,7 +162,7 @@ def look(address: str, profile: Path) -> None:
 
 def main() -> None:
     """Build a page, and look at it."""
-    options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    options = argparse.ArgumentParser(description="Pages of very many features.")
     options.add_argument("--features", type=int, default=10_000)
     options.add_argument("--served", type=int)
     options.add_argument("--made-up", type=int)
