@@ -119,6 +119,37 @@ def open_dictionaries(
     return [dataclasses.replace(each, name=str(each.path)) for each in opened]
 
 
+def expect_several(paths: Sequence[Path], command: str) -> None:
+    """Refuse fewer than two dictionaries.
+
+    Raises:
+        RecipeError: There are fewer.
+    """
+    if len(paths) < 2:
+        raise RecipeError(
+            f"`mechatlas {command}` needs two dictionaries or more, got {len(paths)}: "
+            f"mechatlas {command} DICT_A DICT_B [DICT_C ...] --out DIR."
+        )
+
+
+def expect_sites(opened: Sequence[OpenedDictionary], of_store: str = "") -> list[str]:
+    """Sites of dictionaries, all of which have to be known.
+
+    Args:
+        opened: The dictionaries.
+        of_store: Sites of their store, for the message.
+
+    Raises:
+        RecipeError: Some do not say which site they read.
+    """
+    if unknown := [str(each.path) for each in opened if each.site is None]:
+        raise RecipeError(
+            f"{', '.join(unknown)} does not say which site it reads. Name the site of each "
+            f"dictionary with --sites{of_store}."
+        )
+    return [str(each.site) for each in opened]
+
+
 def manifest_of(path: Path) -> dict[str, Any]:
     """Read the manifest in a folder, or beside a file; empty where there is none."""
     file = (path if path.is_dir() else path.parent) / MANIFEST
@@ -214,11 +245,7 @@ def recorded_network(
 
 
 def _refuse_code(network: Network, store: Store, trust: TrustConfig) -> None:
-    """Refuse to run code that a folder names, unless the user names it too.
-
-    Raises:
-        TrustError: The user has not.
-    """
+    """Refuse to run code that a folder names, unless the user names it too."""
     if network.name in (*BUNDLED, *trust.network) or trust.trust:
         return
     given = {**network.arguments, **({"weights": str(network.weights)} if network.weights else {})}

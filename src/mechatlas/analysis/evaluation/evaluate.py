@@ -202,11 +202,7 @@ def _evaluate_in_network(
 
 
 def _counted_rows(setting: _Setting, batches: Iterable[Sequence[int]]) -> Iterator[Tensor]:
-    """Rows of each batch that are not left out.
-
-    Raises:
-        InputError: The site is not as wide as the dictionary.
-    """
+    """Rows of each batch that are not left out."""
     for batch in batches:
         activation = read_activations(setting.network, setting.inputs(batch), [setting.site])
         rows, n_positions = _rows(activation[setting.site], setting.layout)
@@ -228,11 +224,7 @@ def _rows(activation: Tensor, layout: Layout) -> tuple[Float[Tensor, "row d"], i
 def _site_statistics(
     batches: Iterator[Float[Tensor, "row d"]], outlier_norms: float
 ) -> tuple[float, Float[Tensor, " d"]]:
-    """Limit beyond which a row is an outlier, and the mean of the rows that are none.
-
-    Raises:
-        InputError: Every position is left out.
-    """
+    """Limit beyond which a row is an outlier, and the mean of the rows that are none."""
     head: list[Tensor] = []
     for rows in batches:
         head.append(rows)
@@ -270,11 +262,7 @@ class _Part:
 
 
 def _measure_batch(setting: _Setting, batch: Sequence[int]) -> _Part:
-    """Reconstruct the rows of a batch and run the network with each way of writing them.
-
-    Raises:
-        InputError: The network gives no logits.
-    """
+    """Reconstruct the rows of a batch and run the network with each way of writing them."""
     network, site, inputs = setting.network, setting.site, setting.inputs(batch)
     seen: list[Tensor] = []
 
@@ -325,11 +313,7 @@ def _reconstruct(
     outlier: Bool[Tensor, " row"],
     n_samples: int,
 ) -> tuple[Float[Tensor, "row d"], Int[Tensor, "sample latent"]]:
-    """Reconstructions, and on how many rows of each sample each latent is active.
-
-    Raises:
-        InputError: The dictionary writes another site than it reads.
-    """
+    """Reconstructions, and on how many rows of each sample each latent is active."""
     parts = []
     active = torch.zeros(n_samples, dictionary.n_latents, dtype=torch.int32, device=rows.device)
     pieces = (x.split(ROWS_AT_ONCE) for x in (rows, sample, ~outlier))
@@ -367,11 +351,7 @@ def _effect(
 
 
 def _summarize(parts: Sequence[_Part], setting: _Setting, seed: int) -> NetworkEvaluation:
-    """Figures with their intervals.
-
-    Raises:
-        ValueError: All rows are equal, so FVU is undefined.
-    """
+    """Figures with their intervals."""
     firsts = np.cumsum([0] + [len(part.active) for part in parts])
     n = int(firsts[-1])
     sample = np.concatenate([p.sample + first for p, first in zip(parts, firsts, strict=False)])

@@ -46,6 +46,8 @@ from mechatlas.analysis.circuits.transformer_layer import connect
 from mechatlas.analysis.circuits.virtual_weights import CircuitEdges
 from mechatlas.analysis.visualization import VisualizeConfig, visualize
 from mechatlas.app.inputs import (
+    expect_several,
+    expect_sites,
     find_store,
     open_dictionaries,
     open_network,
@@ -63,7 +65,7 @@ from mechatlas.app.run_folder import (
     RunConfig,
     RunFolder,
 )
-from mechatlas.base import InputError, RecipeError, Site, StoreError
+from mechatlas.base import InputError, Site, StoreError
 from mechatlas.ranges import COUNT, COUNT_OR_NONE, RATE, SEED, check_ranges
 
 KIND = CIRCUIT
@@ -258,7 +260,7 @@ def run(config: CircuitConfig, folder: RunFolder) -> CircuitResult:
         SiteError: Two sites are not consecutive, or an operation between them cannot be composed.
         StoreError: The store is missing or damaged, or of another network.
     """
-    _check(config)
+    expect_several(config.dictionaries, "circuit")
     inputs = _open(config)
     first = inputs.samples.stack([inputs.samples.read(int(inputs.known[0]))])
     connections = [
@@ -331,34 +333,11 @@ def _read(arrays: dict[str, Shaped[np.ndarray, "..."]], connection: Connection) 
     )
 
 
-def _check(config: CircuitConfig) -> None:
-    """Check everything that can be known before any work.
-
-    Raises:
-        RecipeError: Too few dictionaries, or a number is out of its range.
-    """
-    if len(config.dictionaries) < 2:
-        raise RecipeError(
-            f"`mechatlas circuit` needs two dictionaries or more, got {len(config.dictionaries)}: "
-            "mechatlas circuit DICT_A DICT_B [DICT_C ...] --out DIR."
-        )
-
-
 def _open(config: CircuitConfig) -> _Inputs:
-    """Open the dictionaries, and the network and samples of their store.
-
-    Raises:
-        InputError: A dictionary is not linear in its rows.
-        RecipeError: A dictionary does not say which site it reads.
-        StoreError: The store is missing, of another network, or has no held-out samples.
-    """
+    """Open the dictionaries, and the network and samples of their store."""
     opened = open_dictionaries(config.dictionaries, sites=config.sites)
+    sites = expect_sites(opened)
     for each in opened:
-        if each.site is None:
-            raise RecipeError(
-                f"{each.path} does not say which site it reads. Name the site of each dictionary "
-                "with --sites."
-            )
         several = len(getattr(each.dictionary, "sites", ())) > 1
         other = several or each.dictionary.d_in != each.dictionary.d_out
         other = other or each.manifest.get("writes")
@@ -385,7 +364,7 @@ def _open(config: CircuitConfig) -> _Inputs:
     return _Inputs(
         [each.name for each in opened],
         [each.checksum for each in opened],
-        [Site.parse(str(each.site)) for each in opened],
+        list(map(Site.parse, sites)),
         [each.dictionary.cpu() for each in opened],
         store, network, samples, known, unseen,
     )  # fmt: skip

@@ -185,11 +185,7 @@ class _Measured:
 
 
 def _measure(run: Run, runs: Runs, on_progress: Progress) -> _Measured:
-    """Read a dictionary and its rows, and measure its latents.
-
-    Raises:
-        UserError: The dictionary or its store is missing, or cannot be shown.
-    """
+    """Read a dictionary and its rows, and measure its latents."""
     written = run.manifest.get("site")
     if not isinstance(written, str):
         raise UserError(f"The manifest of {run.name} names no single site that it was trained on.")
@@ -216,11 +212,7 @@ def _measure(run: Run, runs: Runs, on_progress: Progress) -> _Measured:
 
 
 def _open(group: list[_Measured], runs: Runs, on_progress: Progress) -> list[_FeatureData]:
-    """Run the network of a store on the samples that its dictionaries show.
-
-    Raises:
-        UserError: The network or the samples are missing.
-    """
+    """Run the network of a store on the samples that its dictionaries show."""
     folder = group[0].store
     network, samples = runs.reopen(folder)
     fields = [
@@ -386,6 +378,7 @@ def _facts(
         "alive": int((features.statistics.density > 0).sum()),
         "map": method,
         "chance": near.chance,
+        "recall": near.recall,
         "branches": branches,
         "expected": expected,
         "kind": "text" if features.words else "image" if pictures.sheets and crop else "array",
