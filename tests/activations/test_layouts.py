@@ -299,7 +299,7 @@ def test_what_is_not_known_is_refused_with_the_way_to_say_it():
         layouts_of(Table(), VECTORS, [Site("table")])
 
 
-class TimeFirst(nn.Module):
+class Mixing(nn.Module):
     """Layers that take time on the first axis, whatever is given to the network."""
 
     def __init__(self, core: nn.Module) -> None:
@@ -316,7 +316,7 @@ def mixing_networks():
     layer = nn.TransformerEncoderLayer(6, 2, 8)
     norm = nn.BatchNorm1d(7, track_running_stats=False)
     for core in (nn.GRU(6, 6), layer, nn.Sequential(nn.Linear(6, 6), norm)):
-        yield TimeFirst(core).eval()
+        yield Mixing(core).eval()
 
 
 @pytest.mark.parametrize("n", [1, 3])
@@ -334,7 +334,7 @@ def test_networks_whose_samples_are_apart_are_not_refused_for_rounding_or_chance
     x = torch.randn(3, 7, 6)
     cores = nn.TransformerEncoderLayer(6, 2, 8, batch_first=True), Noise()
     for core, kind in itertools.product(cores, (torch.float32, torch.bfloat16)):
-        network = TimeFirst(core).to(kind).eval()
+        network = Mixing(core).to(kind).eval()
         assert layouts_of(network, x.to(kind), [Site("out")])[Site("out")] == Layout("btc")
 
 
