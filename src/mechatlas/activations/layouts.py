@@ -353,7 +353,7 @@ class _Seen(NamedTuple):
 
 
 class _Watched:
-    """What a pass has shown of some sites."""
+    """Tensors at some sites in one pass, with their axes as far as they are known."""
 
     def __init__(self) -> None:
         self.seen: dict[Site, _Seen] = {}
