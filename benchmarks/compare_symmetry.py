@@ -32,8 +32,8 @@ from safetensors.numpy import load_file
 from torch import Tensor
 
 import mechatlas as ma
-from mechatlas.app.commands.symmetry import FEATURES, SYMMETRY_TENSORS, SymmetryConfig
-from mechatlas.app.run_folder import execute
+from mechatlas.app.commands.symmetry import SymmetryConfig
+from mechatlas.app.run_folder import FEATURES, SYMMETRY_TENSORS, execute
 from mechatlas.base import InputError
 from mechatlas.dictionaries.autoencoder import SparseCoder
 from mechatlas.dictionaries.rows import ArrayRows

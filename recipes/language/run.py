@@ -7,10 +7,11 @@
 The first trains TopK dictionaries of 4,608 latents on twelve layers, straight from the model, on a
 million tokens, in hours on two cores; `--quick` is three small ones in minutes. Texts whose names
 end in 7 are held out. Then each dictionary is evaluated in the model (`worth.json`), and SAE Match
-runs over all neighbors (`match/result.json`) and from first to last (`match_ends`), beside a
-rotated control; `layers.html` is the picture. Last come the tokens that latents raise, a steered
-text and an attributed answer. What is there is not made again, and training that was stopped goes
-on. With `--train-only`, some of the layers can be trained beside others.
+runs over all neighbors (`match/result.json`) and from first to last (`match_ends`), beside random
+pairs and rotated dictionaries (`controls.json`); `layers.html` is the picture. Last come the tokens
+that latents raise, a steered text and an attributed answer. What is there is not made again, and
+training that was stopped goes on. With `--train-only`, some of the layers can be trained beside
+others, and what attention and MLPs add to the stream (`--kinds attention mlp`), for `atlas.py`.
 """
 
 import argparse
@@ -28,10 +29,17 @@ from mechatlas.activations.positions import Positions
 from mechatlas.activations.texts import Texts
 from mechatlas.app.commands.collect import CollectConfig
 from mechatlas.app.commands.match import MatchConfig, MatchResult
-from mechatlas.app.run_folder import as_plain, execute, read_result
+from mechatlas.app.match_quality import first_rows
+from mechatlas.app.report.runs import read_run
+from mechatlas.app.run_folder import MATCHES, as_plain, execute, read_result
 from mechatlas.dictionaries.revival import AuxK
 from mechatlas.files import read_json, write_json
 
+SITES = {"layer": "model.layers.{}", "attention": "model.layers.{}.self_attn",
+         "mlp": "model.layers.{}.mlp"}  # fmt: skip
+"""Sites of each kind, by layer; folders of dictionaries are named by kind and layer."""
+OFTEN = 10
+"""Least number of rows on which latents must be active for their codes to be correlated."""
 WAYS = ("matched", "match", "unfolded", "random", "same_index", "layer_drop", "b_reconstruction")
 """Ways of pairing in the table of next-token losses; same_index is the identity."""
 
@@ -45,6 +53,7 @@ def settings() -> argparse.Namespace:
     parser.add_argument("texts", type=Path, help="folder or zip of texts")
     parser.add_argument("--out", type=Path, default=Path("runs/language"))
     parser.add_argument("--layers", type=int, nargs="*", default=list(range(4, 28, 2)))
+    parser.add_argument("--kinds", nargs="*", default=["layer"], choices=list(SITES))
     parser.add_argument("--n-latents", type=int, default=4608)
     parser.add_argument("--k", type=int, default=32)
     parser.add_argument("--tokens", type=int, default=1_100_000)
@@ -60,6 +69,9 @@ def settings() -> argparse.Namespace:
         "--train-only", action="store_true", help="stop there; other layers may train beside it"
     )
     given = parser.parse_args()
+    given.texts, given.out = given.texts.resolve(), given.out.resolve()
+    if given.kinds != ["layer"] and not given.train_only:
+        parser.error("--kinds attention mlp needs --train-only; atlas.py takes such dictionaries")
     if given.quick:
         given.layers, given.n_latents, given.tokens = [8, 9, 16], 1152, 24_000
         given.steps, given.batch_size, given.samples = 175, 128, 16
@@ -101,7 +113,7 @@ def train(network: Any, sites: list[str], folders: list[Path], given: argparse.N
         steps=given.steps,
         batch_size=given.batch_size,
         revival=AuxK(k=4 * given.k, dead_after_rows=100_000),
-        checkpoint=given.out / f"checkpoint{given.layers[0]}",
+        checkpoint=given.out / f"checkpoint_{folders[0].name}",
         checkpoint_every=100,
         on_measure=lambda n, entry: print(f"{sites[n]}: {entry}", flush=True) if not n else None,
     )
@@ -143,6 +155,8 @@ def evaluate(network: Any, sites: list[str], folders: list[Path], given: Any) ->
 def collect(sites: list[str], given: argparse.Namespace) -> Path:
     """Collect held-out rows of all sites in one pass of the model."""
     out = given.out / "held_out_rows"
+    if (out / "result.json").is_file():
+        return out
     execute(
         CollectConfig(
             network=model(given),
@@ -186,15 +200,41 @@ def match(
     return result
 
 
-def rotated(folders: list[Path], out: Path) -> list[int]:
-    """Count the pairs of each dictionary with the next, rotated: a control without any match."""
-    if not out.is_file():
-        decoders = [ma.load(folder).W_dec.detach() for folder in folders]
-        draw = torch.Generator().manual_seed(0)
-        q = torch.linalg.qr(torch.randn(*[decoders[0].shape[1]] * 2, generator=draw))[0]
-        found = [ma.match(a, b @ q, cost="cosine") for a, b in itertools.pairwise(decoders)]
-        write_json(out, [int(each.matched.sum()) for each in found])
-    return read_json(out)
+def controls(
+    sites: list[str], folders: list[Path], store: Path, matches: Path, out: Path
+) -> list[dict[str, Any]]:
+    """Correlate the codes of matched pairs, beside random pairs; and match a rotated dictionary."""
+    if out.is_file():
+        return read_json(out)
+    rows = [ma.Store(store).rows(site) for site in sites]
+    everything = [torch.cat([first_rows(r, r.n_rows)[0], r.held_out(r.n_held_out).x]) for r in rows]
+    dictionaries = [ma.load(folder) for folder in folders]
+    table = read_run(matches, matches.name).table(MATCHES)
+    draw, found = torch.Generator().manual_seed(0), []
+    for k, (a, b) in enumerate(itertools.pairwise(dictionaries)):
+        codes = [d.encode(x.float()).detach() for d, x in zip((a, b), everything[k:], strict=False)]
+        often = [(code != 0).sum(0) >= OFTEN for code in codes]
+        pairs = (table["pair"] == k) & table["matched"]
+        ends = [torch.tensor(table[f"latent_{side}"][pairs]) for side in "ab"]
+        kept = often[0][ends[0]] & often[1][ends[1]]
+        x, y = (code[:, end[kept]] for code, end in zip(codes, ends, strict=True))
+        x, y = ((z - z.mean(0)) / z.std(0, correction=0) for z in (x, y))
+        matched = (x * y).mean(0)
+        moves = torch.randint(1, len(matched), (20,), generator=draw).tolist()
+        random = torch.cat([(x * y.roll(move, 1)).mean(0) for move in moves])
+        q = torch.linalg.qr(torch.randn(*[a.d_in] * 2, generator=draw))[0]
+        decoders = a.W_dec.detach(), b.W_dec.detach() @ q
+        found.append({
+            "pairs": len(matched),
+            "matched": float(matched.median()),
+            "random": float(random.median()),
+            "random_99": float(random.quantile(0.99)),
+            "above": float((matched > random.quantile(0.99)).double().mean()),
+            "rotated": int(ma.match(*decoders, cost="cosine").matched.sum()),
+        })  # fmt: skip
+        print(f"{sites[k]}: {found[-1]}", flush=True)
+    write_json(out, found)
+    return found
 
 
 def effects(network: Any, sites: list[str], folders: list[Path], given: Any) -> None:
@@ -259,8 +299,9 @@ def main() -> None:
     """Run what is not there yet."""
     given, clock = settings(), time.perf_counter()
     network = ma.load_network(model(given))
-    sites = [f"model.layers.{layer}" for layer in given.layers]
-    folders = [given.out / f"layer{layer}" for layer in given.layers]
+    places = [(kind, layer) for kind in given.kinds for layer in given.layers]
+    sites = [SITES[kind].format(layer) for kind, layer in places]
+    folders = [given.out / f"{kind}{layer}" for kind, layer in places]
     train(network, sites, folders, given)
     if given.train_only:
         return
@@ -273,7 +314,9 @@ def main() -> None:
         print(f"first to last, {way}: {ends.pairs} pairs{firing}")
     if neighbors.tracks is not None:
         print("persistence", [round(share, 3) for share in neighbors.tracks.persistence])
-    print("matched with a rotated dictionary", rotated(folders, given.out / "rotated.json"))
+    for found in controls(sites, folders, store, given.out / "match", given.out / "controls.json"):
+        print(f"{found['above']:.1%} of {found['pairs']} correlate above 99 % of random pairs; "
+              f"{found['rotated']} pairs with a rotated dictionary")  # fmt: skip
     effects(network, sites, folders, given)
     draw(given.layers, worth, neighbors, given.out / "layers.html")
     print(f"{time.perf_counter() - clock:.0f} s")

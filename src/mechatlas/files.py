@@ -25,7 +25,7 @@ import re
 import reprlib
 import stat
 import tomllib
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,8 @@ TOML_LIMIT = 4 << 20
 """Size in bytes above which a TOML file is refused."""
 DEEP_KEY = re.compile(r"(?<![^\s.=,\[\]#])(?:[^\s.=,\[\]#]++\s*+\.\s*+){64}")
 """Dotted key of more parts than any recipe has: tomllib needs memory in the square of them."""
+Data = bytes | memoryview | Iterable[bytes]
+"""Contents of a file, whole or in blocks."""
 SEAL = "checksum"
 """Key of a manifest's checksum of its other keys."""
 _FLAGS = os.O_RDONLY | sum(
@@ -309,12 +311,12 @@ class Fields:
         return Fields(self.file, value, f"{self.within}{key}.", self.error)
 
 
-def write(path: Path, data: bytes, *, make_folder: bool = True, apart: bool = False) -> None:
+def write(path: Path, data: Data, *, make_folder: bool = True, apart: bool = False) -> None:
     """Write a file so that no reader ever sees half of it.
 
     Args:
         path: Place of the file.
-        data: Its contents.
+        data: Its contents, or blocks of them.
         make_folder: Whether its folder is created where it is missing.
         apart: Whether another process may write the same file at the same time, as a worker that
             was given up; the temporary name is then of this process alone.
@@ -327,7 +329,8 @@ def write(path: Path, data: bytes, *, make_folder: bool = True, apart: bool = Fa
         if make_folder and not path.parent.is_dir():
             path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb", opener=_create) as file:
-            file.write(data)
+            for block in (data,) if isinstance(data, bytes | memoryview) else data:
+                file.write(block)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)

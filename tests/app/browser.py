@@ -44,6 +44,7 @@ class Browser:
         self.number = 0
         self.requests: list[str] = []
         self.complaints: list[str] = []
+        self.trace: list[dict[str, Any]] | None = None
         for domain in ("Page", "Runtime", "Network", "Log"):
             self.send(f"{domain}.enable")
 
@@ -69,6 +70,10 @@ class Browser:
         method, params = message.get("method"), message.get("params", {})
         if method == "Network.requestWillBeSent":
             self.requests.append(params["request"]["url"])
+        elif method == "Tracing.dataCollected" and self.trace is not None:
+            self.trace += params["value"]
+        elif method == "Tracing.tracingComplete":
+            self.traced = True
         elif method == "Runtime.exceptionThrown":
             self.complaints.append(json.dumps(params["exceptionDetails"])[:2000])
         elif method == "Runtime.consoleAPICalled" and params["type"] in ("error", "warning"):
@@ -95,6 +100,26 @@ class Browser:
         )
         assert "exceptionDetails" not in result, result["exceptionDetails"]
         return result["result"].get("value")
+
+    def tasks(self, script: str) -> list[float]:
+        """CPU milliseconds of every task of the main thread while a script runs, longest first."""
+        self.trace, self.traced = [], False
+        self.send("Tracing.start", transferMode="ReportEvents",
+                  traceConfig={"includedCategories": ["toplevel", "__metadata"]})  # fmt: skip
+        self.run(script)
+        self.send("Tracing.end")
+        while not self.traced:
+            self.run("0")
+        threads = {
+            (e["pid"], e["tid"]) for e in self.trace
+            if e["name"] == "thread_name" and e["args"]["name"] == "CrRendererMain"
+        }  # fmt: skip
+        spent = [
+            e["tdur"] / 1000 for e in self.trace
+            if e["name"].endswith("RunTask") and "tdur" in e and (e["pid"], e["tid"]) in threads
+        ]  # fmt: skip
+        self.trace = None
+        return sorted(spent, reverse=True)
 
     def until(self, condition: str, seconds: float = 60) -> None:
         """Wait for an expression to be true."""

@@ -162,6 +162,22 @@ def saved(world, folder):
     return folder / "a", folder / "b"
 
 
+def test_a_folder_and_the_dictionaries_and_store_in_it_make_one_page(world, tmp_path, monkeypatch):
+    folders = saved(world, tmp_path)
+    execute(MatchConfig(dictionaries=folders, out=tmp_path / "match"))
+    (tmp_path / "store").symlink_to(world.store.root)
+    monkeypatch.chdir(tmp_path)
+    problems: dict[str, str] = {}
+    page = ma.report(
+        "atlas.html", ".", stores="store", network=world.network, samples=world.samples,
+        dictionaries={"a": ("3", world.last), "b": ("3", world.other)},
+        on_problem=problems.__setitem__,
+    ).read_text()  # fmt: skip
+    assert problems == {}, "the dictionaries are given, and not told off for having no manifest"
+    assert page.count('data-array="records/') == 2, "matches are linked with both dictionaries"
+    assert page.count('<td rowspan="2">store') == 1, "the store is listed once"
+
+
 def test_a_page_with_nothing_to_show_is_refused(world, tmp_path):
     saved(world, tmp_path)
     with pytest.raises(UserError, match=r"holds no run that can be read: A dictionary saved from"):

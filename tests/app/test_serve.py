@@ -10,7 +10,7 @@ import torch
 import mechatlas as ma
 from mechatlas.app.commands import serve as command
 from mechatlas.app.commands.match import MatchConfig
-from mechatlas.app.report.pieces import indexes
+from mechatlas.app.report.pieces import word_lists
 from mechatlas.app.report.server import serve
 from mechatlas.app.run_folder import execute
 from mechatlas.base import RecipeError
@@ -89,9 +89,9 @@ def test_features_are_listed_by_word_and_by_file():
         "dictionaries": [{"gallery": "g0", "kind": "text"}],
         "galleries": {"g0": {"names": list("abcdef"), "words": [str(k) for k in range(12)]}},
     }
-    found = indexes(data, arrays)
-    for key, n_keys in (("words", 12), ("files", 6)):
-        at, features = (found[f"0/{key}.{what}"] for what in ("at", "feature"))
+    found = word_lists(data, arrays)
+    for key, n_keys in (("token", 12), ("file", 6)):
+        at, features = found[f"0/{key}"]
         for k in range(n_keys):
             expected = set()
             for i in range(n):
@@ -104,7 +104,7 @@ def test_features_are_listed_by_word_and_by_file():
                         for t in range(min(context, length - first))
                         if arrays["0/heat"][i, rank, t, 0]
                     ]
-                    if k == slot if key == "files" else k in active:
+                    if k == slot if key == "file" else k in active:
                         expected.add(i)
             assert features[int(at[k]) : int(at[k + 1])].tolist() == sorted(expected)
 
@@ -138,7 +138,7 @@ def test_the_command_serves_numbers_apart_from_the_page(tmp_path, monkeypatch, c
     seen: dict[str, bytes] = {}
 
     def ask_and_leave() -> None:
-        address = capsys.readouterr().err.split(" (Ctrl-C")[0]
+        (address,) = re.findall(r"(http://\S+) \(Ctrl-C", capsys.readouterr().err)
         seen[""] = answer(address, "/")[2]
         for part in re.findall(r'data-src="([^"]+)"', seen[""].decode()):
             seen[part] = answer(address, "/" + part)[2]

@@ -10,7 +10,6 @@ the first screen and the dossiers never say more than the chapters do.
 """
 
 import dataclasses
-import json
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
@@ -268,12 +267,6 @@ def collect(statements: Iterable[tuple[FeatureAt, Line]]) -> dict[str, dict[int,
 def plain_record(record: FeatureRecord) -> dict[str, list[dict[str, Any]]]:
     """Record as plain values; kinds without lines are left out."""
     return {kind: [vars(line) for line in lines] for kind, lines in vars(record).items() if lines}
-
-
-def encoded(records: dict[int, FeatureRecord]) -> bytes:
-    """Records of a dictionary as JSON."""
-    plain = {latent: plain_record(record) for latent, record in sorted(records.items())}
-    return json.dumps(plain, allow_nan=False, separators=(",", ":")).encode()
 
 
 def finite(value: Any) -> float | None:

@@ -183,10 +183,16 @@ def report(
     problems: dict[str, str] = {}
     if folder is not None:
         found = find_runs(folder, visualize=visualize, trust=trusted)
-        runs, problems = found.all, found.problems
+        named_here = {Path(name).resolve() for name in dictionaries or {}}
+        runs, problems = found.all, {
+            name: problem for name, problem in found.problems.items()
+            if (folder / name).resolve() not in named_here
+        }  # fmt: skip
     given = [stores] if isinstance(stores, Store | str | Path) else list(stores)
     stored = [each if isinstance(each, Store) else Store(each) for each in given]
-    runs += [read_run(store.root, store.root.name) for store in stored]
+    there = {run.folder.resolve() for run in runs}
+    new = [store.root for store in stored if store.root.resolve() not in there]
+    runs += [read_run(root, root.name) for root in new]
     known = {
         name: _dictionary_run(name, each, stored, module)
         for name, each in (dictionaries or {}).items()

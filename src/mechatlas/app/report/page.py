@@ -11,6 +11,7 @@ numbers are inside, and its content policy forbids the browser to load anything 
 
 import importlib.metadata
 import itertools
+import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -44,14 +45,25 @@ from mechatlas.app.report.chapters import (
     symmetry,
     training,
 )
-from mechatlas.app.report.dossiers import collect, encoded, plain_record
+from mechatlas.app.report.dossiers import FeatureRecord, collect
 from mechatlas.app.report.first_screen import first_screen
 from mechatlas.app.report.palette import style_sheet
-from mechatlas.app.report.pieces import PIECE, by_feature, indexes, lines_of
+from mechatlas.app.report.pieces import (
+    OF_CARDS,
+    Lists,
+    as_bytes,
+    best_cosines,
+    claim_lists,
+    layout_of,
+    lines_of,
+    row_blocks,
+    row_type,
+    word_lists,
+)
 from mechatlas.app.report.runs import Runs, find_runs
 from mechatlas.app.run_folder import STORE
 from mechatlas.base import Progress, UserError, no_progress
-from mechatlas.files import write
+from mechatlas.files import Data, write
 
 CHAPTERS: tuple[ChapterOf, ...] = (
     features.chapter,
@@ -73,6 +85,8 @@ STEPS = 1000
 """Progress steps of one chapter."""
 
 
+Keep = Callable[[Data], str]
+"""Function that keeps bytes outside the page and gives their address."""
 OnProblem = Callable[[str, str], None]
 """Callback with the name of a run that is left out, or not drawn whole, and the reason."""
 
@@ -169,7 +183,7 @@ def write_parts(runs: Runs, folder: Path, *, on_progress: Progress = no_progress
     chapters.insert(0, first_screen(runs, chapters))
     numbers = itertools.count()
 
-    def keep(data: bytes) -> str:
+    def keep(data: Data) -> str:
         address = f"parts/{next(numbers)}"
         write(folder / address, data)
         return address
@@ -225,7 +239,7 @@ def assemble(
     title: str,
     chapters: list[Chapter],
     problems: Mapping[str, str] | None = None,
-    keep: Callable[[bytes], str] | None = None,
+    keep: Keep | None = None,
 ) -> str:
     """Fill the page's template with the chapters.
 
@@ -247,8 +261,8 @@ def assemble(
         data=as_json({c.name: {"data": c.data, "figures": c.figures} for c in chapters}),
         served=keep is not None,
         arrays=[
-            _array(chapter, name, array, keep)
-            for chapter, name, array in _arrays(chapters, in_pieces=keep is not None)
+            _array(name, values, keep)
+            for name, values in _arrays(chapters, served=keep is not None)
         ],
         images=[
             {"name": f"{c.name}/{name}", **_part(data, keep, as_base64)}
@@ -261,49 +275,82 @@ def assemble(
 
 
 def _arrays(
-    chapters: Sequence[Chapter], *, in_pieces: bool
-) -> Iterator[tuple[str, str, np.ndarray]]:
-    """Chapter, name and values of each array of a page, with the claims on each feature."""
+    chapters: Sequence[Chapter], *, served: bool
+) -> Iterator[tuple[str, np.ndarray | Mapping[str, np.ndarray]]]:
+    """Name and values of each array of a page, with the claims on each feature.
+
+    Of a served page, what only the cards of a dictionary need is one mapping.
+    """
     records = collect(line for chapter in chapters for line in chapter.statements)
-    sizes: dict[str, int] = {}
     for chapter in chapters:
+        rows: dict[str, dict[str, np.ndarray]] = {}
         for name, array in chapter.arrays.items():
-            yield chapter.name, name, array
-        if chapter.name == "features" and in_pieces:
-            sizes = {each["run"]: each["n"] for each in chapter.data["dictionaries"]}
-            for name, array in indexes(chapter.data, chapter.arrays).items():
-                yield chapter.name, name, array
-    for run, of_run in records.items():
-        if run not in sizes:
-            yield "records", run, np.frombuffer(encoded(of_run), "u1")
-            continue
-        lines, places = lines_of(of_run, sizes[run])
-        kinds = sorted({kind for each in of_run.values() for kind in plain_record(each)})
-        yield "records", f"{run}.lines", np.frombuffer(lines, "u1")
-        yield "records", f"{run}.at", places
-        yield "records", f"{run}.kinds", np.frombuffer(" ".join(kinds).encode(), "u1")
+            place, _, of = name.partition("/")
+            if served and chapter.name == "features" and of in OF_CARDS:
+                rows.setdefault(place, {})[of] = array
+            else:
+                yield f"{chapter.name}/{name}", array
+        yield from ((f"features/{place}/rows", arrays) for place, arrays in rows.items())
+        if chapter.name == "features":
+            lists = word_lists(chapter.data, chapter.arrays) if served else {}
+            yield from _lists("features", lists)
+            for k, facts in enumerate(chapter.data["dictionaries"]):
+                of_run = records.get(facts["run"], {})
+                yield from _claims(f"features/{k}", of_run, facts["n"])
 
 
-def _part(
-    data: bytes, keep: Callable[[bytes], str] | None, encode: Callable[[bytes], str]
-) -> dict[str, str]:
+def _lists(place: str, lists: Mapping[str, Lists]) -> Iterator[tuple[str, np.ndarray]]:
+    for name, (at, listed) in lists.items():
+        yield f"{place}/{name}.at", at
+        yield f"{place}/{name}.feature", listed
+
+
+def _claims(
+    place: str, records: Mapping[int, FeatureRecord], n: int
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Claims on the features of a dictionary, and what a search needs of them."""
+    if not records:
+        return
+    lines, at = lines_of(records, n)
+    yield f"{place}/lines", np.frombuffer(lines, "u1")
+    yield f"{place}/lines.at", at
+    kinds = sorted({kind for each in records.values() for kind in vars(each) if vars(each)[kind]})
+    yield f"{place}/kinds", as_bytes(kinds)
+    lists = claim_lists(records)
+    yield from ((f"{place}/{kind}.words", as_bytes(words)) for kind, (words, _) in lists.items())
+    yield from _lists(place, {kind: listed for kind, (_, listed) in lists.items()})
+    yield from ((f"{place}/{name}", of) for name, of in best_cosines(records, n).items())
+
+
+def _part(data: bytes, keep: Keep | None, encode: Callable[[bytes], str]) -> dict[str, str]:
     """Text of some bytes inside the page, or their address outside it."""
     return {"text": encode(data), "src": ""} if keep is None else {"text": "", "src": keep(data)}
 
 
 def _array(
-    chapter: str, name: str, array: np.ndarray, keep: Callable[[bytes], str] | None
+    name: str, values: np.ndarray | Mapping[str, np.ndarray], keep: Keep | None
 ) -> dict[str, Any]:
-    whole = np.ascontiguousarray(array)
+    if isinstance(values, Mapping):
+        assert keep is not None
+        row = row_type(values)
+        shape = (len(next(iter(values.values()))), row.itemsize)
+        part = {"text": "", "src": keep(row_blocks(values, row))}
+        layout = json.dumps(layout_of(row))
+        return {"name": name, "dtype": "uint8", "shape": _shape(shape), "layout": layout, **part}
+    whole = np.ascontiguousarray(values)
     if sys.byteorder == "big":
         whole = whole.byteswap()
+    part = (
+        {"text": packed(whole.tobytes()), "src": ""} if keep is None
+        else {"text": "", "src": keep(whole.data if whole.size else b"")}
+    )  # fmt: skip
     return {
-        "name": f"{chapter}/{name}",
-        "dtype": whole.dtype.name,
-        "shape": ",".join(map(str, whole.shape)),
-        "pieces": PIECE if keep is not None and by_feature(chapter, name) else 0,
-        **_part(whole.tobytes(), keep, packed),
-    }
+        "name": name, "dtype": whole.dtype.name, "shape": _shape(whole.shape), "layout": "", **part
+    }  # fmt: skip
+
+
+def _shape(shape: tuple[int, ...]) -> str:
+    return ",".join(map(str, shape))
 
 
 def _title(runs: Runs) -> str:

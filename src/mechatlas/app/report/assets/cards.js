@@ -12,29 +12,29 @@ const cards = (() => {
   const ramp = Array.from({ length: 256 }, (_, v) => heatColor(v));
 
   // One pixel a position, and one more around: pixels beyond the outermost positions exist too.
-  function heatCanvas(d, at) {
+  function heatCanvas(d, heat) {
     const [h, w] = d.heat_shape;
     const canvas = document.createElement("canvas");
     canvas.width = w + 2;
     canvas.height = h + 2;
     const pixels = new ImageData(w + 2, h + 2);
     for (let y = 0; y < h + 2; y++) {
-      const row = at * h * w + Math.min(Math.max(y - 1, 0), h - 1) * w;
+      const line = Math.min(Math.max(y - 1, 0), h - 1) * w;
       for (let x = 0; x < w + 2; x++) {
-        pixels.data.set(ramp[d.heat[row + Math.min(Math.max(x - 1, 0), w - 1)]], 4 * (y * (w + 2) + x));
+        pixels.data.set(ramp[heat[line + Math.min(Math.max(x - 1, 0), w - 1)]], 4 * (y * (w + 2) + x));
       }
     }
     canvas.getContext("2d").putImageData(pixels, 0, 0);
     return canvas;
   }
 
-  async function drawCrop(canvas, d, i, rank, showHeat) {
-    const at = i * d.shown + rank, slot = d.slot[at];
+  async function drawCrop(canvas, d, row, rank, showHeat) {
+    const { place, first, corner } = row, at = 2 * rank, slot = row.slot[rank];
     const { tile, side, columns } = d.gallery;
     const per = columns * columns, sheet = await d.sheet(Math.floor(slot / per));
     await new Promise((done) => { atlas.soon(done); });
     const scale = tile / side, crop = d.crop.side;
-    const [top, left] = [d.corner[2 * at], d.corner[2 * at + 1]];
+    const [top, left] = [corner[at], corner[at + 1]];
     const x = ((slot % per) % columns) * tile + left * scale;
     const y = Math.floor((slot % per) / columns) * tile + top * scale;
     const size = canvas.width, unit = size / crop;
@@ -43,10 +43,10 @@ const cards = (() => {
     context.drawImage(sheet, x, y, crop * scale, crop * scale, 0, 0, size, size);
     if (showHeat) {
       const [h, w] = d.heat_shape, cell = d.crop.cell;
-      const hx = (d.crop.origin + cell * d.first[2 * at + 1] - left) * unit;
-      const hy = (d.crop.origin + cell * d.first[2 * at] - top) * unit;
-      context.drawImage(heatCanvas(d, at), hx - cell * unit, hy - cell * unit, (w + 2) * cell * unit, (h + 2) * cell * unit);
-      if (size > 100 && d.place[2 * at] >= 0) mark(context, hx, hy, cell * unit, d.place[2 * at + 1] - d.first[2 * at + 1], d.place[2 * at] - d.first[2 * at]);
+      const hx = (d.crop.origin + cell * first[at + 1] - left) * unit;
+      const hy = (d.crop.origin + cell * first[at] - top) * unit;
+      context.drawImage(heatCanvas(d, row.heat.subarray(rank * h * w)), hx - cell * unit, hy - cell * unit, (w + 2) * cell * unit, (h + 2) * cell * unit);
+      if (size > 100 && place[at] >= 0) mark(context, hx, hy, cell * unit, place[at + 1] - first[at + 1], place[at] - first[at]);
     }
     canvas.dataset.drawn = "yes";
   }
@@ -61,23 +61,22 @@ const cards = (() => {
   }
 
   // Where the position is: in an image its row and column, or a token that is no patch.
-  function placed(d, at) {
-    const y = d.place[2 * at];
+  function placed(d, [y, x]) {
     if (y < 0) return y === -1 ? "the class token (token 0)" : `token ${-1 - y}, no patch`;
     if (d.kind === "text") return `token ${y}`;
-    return d.apart ? `patch row ${y}, column ${d.place[2 * at + 1]}` : `y ${y}, x ${d.place[2 * at + 1]}`;
+    return d.apart ? `patch row ${y}, column ${x}` : `y ${y}, x ${x}`;
   }
 
   function crop(d, i, rank, css) {
-    const at = i * d.shown + rank;
+    const row = d.row(i), peak = row.place.subarray(2 * rank);
     const pixels = Math.round(css * Math.min(window.devicePixelRatio || 1, 2));
-    const title = `${d.names[d.slot[at]]}\nactivation ${number(d.value[at])} at ${placed(d, at)}`;
+    const title = `${d.names[row.slot[rank]]}\nactivation ${number(row.value[rank])} at ${placed(d, peak)}`;
     const canvas = el("canvas", { width: pixels, height: pixels, title, role: "img", "aria-label": `feature ${i}: ${title}` });
     if (!d.apart) return [canvas, canvas];
-    const tokens = Array.from({ length: d.apart }, (_, k) => d.heat && d.apartHeat[at * d.apart + k]);
+    const tokens = Array.from({ length: d.apart }, (_, k) => row.apart[rank * d.apart + k]);
     const strip = el("span", { class: "apart" }, ...tokens.map((heat, k) =>
-      el("i", { style: `--heat:${(heat / 255).toFixed(2)}`, class: d.place[2 * at] === -1 - k ? "peak" : null,
-        title: `${k ? `token ${k}` : "class token"}: ${number((heat / 255) * d.scale[i])}` }, k ? String(k) : "class")));
+      el("i", { style: `--heat:${(heat / 255).toFixed(2)}`, class: peak[0] === -1 - k ? "peak" : null,
+        title: `${k ? `token ${k}` : "class token"}: ${number((heat / 255) * row.scale[0])}` }, k ? String(k) : "class")));
     return [el("span", { class: "crop" }, canvas, strip), canvas];
   }
 
@@ -104,22 +103,21 @@ const cards = (() => {
 
   // The word where a feature of texts is strongest.
   function peakWord(d, i) {
-    if (!d.ready(i)) return "";
-    const at = i * d.shown, slot = d.slot[at];
-    return d.kind !== "text" || slot < 0 ? "" : spelled(d, slot, ...wordAround(d, slot, d.place[2 * at])).trim();
+    const row = d.row(i), slot = row ? row.slot[0] : -1;
+    return d.kind !== "text" || slot < 0 ? "" : spelled(d, slot, ...wordAround(d, slot, row.place[0])).trim();
   }
 
   function textExample(d, i, rank, showHeat, whole) {
-    const at = i * d.shown + rank, slot = d.slot[at], n = d.heat_shape[0], begin = d.first[2 * at];
-    const peak = d.place[2 * at], end = Math.min(begin + n, d.length) - 1;
+    const row = d.row(i), slot = row.slot[rank], n = d.heat_shape[0], begin = row.first[2 * rank];
+    const peak = row.place[2 * rank], end = Math.min(begin + n, d.length) - 1;
     const first = whole ? begin : Math.max(begin, wordAround(d, slot, Math.max(begin, peak - 9))[0]);
     const last = whole ? end : Math.min(end, wordAround(d, slot, Math.min(end, peak + 5))[1]);
     const name = d.names[slot];
-    const line = el("p", { class: "tokens", title: `${name}\nactivation ${number(d.value[at])}; click for the ${whole ? "excerpt" : "whole context"}` });
+    const line = el("p", { class: "tokens", title: `${name}\nactivation ${number(row.value[rank])}; click for the ${whole ? "excerpt" : "whole context"}` });
     if (first > 0 && !whole) line.append("… ");
     for (let t = first; t <= last; t++) {
-      const heat = d.heat[at * n + t - begin];
-      const token = el("span", { class: t === peak ? "peak" : null, title: heat ? `${number((heat / 255) * d.scale[i])} in ${name}` : null },
+      const heat = row.heat[rank * n + t - begin];
+      const token = el("span", { class: t === peak ? "peak" : null, title: heat ? `${number((heat / 255) * row.scale[0])} in ${name}` : null },
         d.words[d.tokens[slot * d.length + t]].replaceAll("\n", "↵"));
       if (showHeat && heat) token.style.setProperty("--heat", (heat / 255).toFixed(3));
       line.append(token);
@@ -134,20 +132,20 @@ const cards = (() => {
   }
 
   function plainExample(d, i, rank) {
-    const at = i * d.shown + rank;
-    return el("li", {}, d.names[d.slot[at]], el("span", { class: "n" }, ` ${number(d.value[at])}`));
+    const row = d.row(i);
+    return el("li", {}, d.names[row.slot[rank]], el("span", { class: "n" }, ` ${number(row.value[rank])}`));
   }
 
   // Ranks of the examples that are there: the strongest, or those at quantiles.
   function ranksOf(d, i, which = "strongest") {
     const [begin, end] = which === "strongest" ? [0, d.top] : [d.top, d.shown];
-    const ranks = [];
-    for (let rank = begin; rank < end && d.slot[i * d.shown + rank] >= 0; rank++) ranks.push(rank);
+    const ranks = [], { slot } = d.row(i);
+    for (let rank = begin; rank < end && slot[rank] >= 0; rank++) ranks.push(rank);
     return ranks;
   }
 
   function exampleList(d, i, count, css, showHeat, which = "strongest") {
-    if (!d.ready(i)) {  // its piece of a served page is on the way
+    if (!d.row(i)) {  // its row of a served page is on the way
       const place = el("p", { class: "empty" }, "…");
       d.need([i]).then(() => place.replaceWith(exampleList(d, i, count, css, showHeat, which)));
       return place;
@@ -159,7 +157,7 @@ const cards = (() => {
       for (const rank of ranks) {
         const [element, canvas] = crop(d, i, rank, css);
         list.append(element);
-        drawCrop(canvas, d, i, rank, showHeat);
+        drawCrop(canvas, d, d.row(i), rank, showHeat);
       }
       return list;
     }
@@ -186,9 +184,9 @@ const cards = (() => {
   }
 
   function histogram(d, i) {
-    const counts = d.histogram.subarray(i * d.bins, (i + 1) * d.bins);
+    const { histogram: counts, upper: [end] } = d.row(i);
     const most = Math.max(1, ...counts), width = 240, height = 84, step = width / d.bins;
-    const upper = (b) => d.upper[i] * Math.pow(2, (b + 1 - d.bins) / d.perOctave);
+    const upper = (b) => end * Math.pow(2, (b + 1 - d.bins) / d.perOctave);
     const picture = svg("svg", { viewBox: `0 -4 ${width} ${height + 20}`, class: "histogram", role: "img", "aria-label": "Histogram of activations" });
     counts.forEach((count, b) => {
       const tall = height * Math.sqrt(count / most);

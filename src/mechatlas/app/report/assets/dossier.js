@@ -96,7 +96,7 @@ const dossier = (() => {
 
   // Claims of every analysis that was run on this dictionary.
   async function claims(d, i) {
-    const record = d.records[i] ?? {};
+    const { record } = d.row(i);
     const of = (kind) => record[kind] ?? [];
     const [before, after] = [false, true].map((way) => of("matches").filter((m) => m.after === way));
     const [into, out] = [true, false].map((way) => of("circuits").filter((c) => c.into === way));
@@ -120,11 +120,11 @@ const dossier = (() => {
   }
 
   function neighbors(d, i, showHeat) {
-    const list = el("div", { class: "neighbors" });
-    for (let k = 0; k < d.near_n; k++) {
-      const other = d.near[i * d.near_n + k];
+    const list = el("div", { class: "neighbors" }), { near, cosine: cosines } = d.row(i);
+    d.need(near.filter((other) => other >= 0));
+    for (let k = 0; k < near.length; k++) {
+      const other = near[k], cosine = cosines[k];
       if (other < 0) break;
-      const cosine = d.cosine[i * d.near_n + k];
       const item = el("a", { href: cards.link(d, other), "data-feature": other, class: cosine > d.chance ? null : "chance" },
         el("b", {}, String(other)), el("span", { class: "n" }, cosine.toFixed(2)));
       if (d.kind === "image") item.append(cards.exampleList(d, other, 3, 40, showHeat));
@@ -140,17 +140,15 @@ const dossier = (() => {
 
   // Everything that the page knows of a feature, as plain values.
   function plain(d, i) {
-    const one = (rank) => {
-      const at = i * d.shown + rank;
-      return { sample: d.names[d.slot[at]], position: [d.place[2 * at], d.place[2 * at + 1]], activation: d.value[at] };
-    };
+    const { slot, place, value, near, cosine, record } = d.row(i);
+    const one = (rank) => ({ sample: d.names[slot[rank]], position: [place[2 * rank], place[2 * rank + 1]], activation: value[rank] });
     return {
       dictionary: d.run, site: d.site, feature: i, ...labels.of(d, i),
       density: d.density[i], max: d.max[i], mean: d.mean[i], rows: d.rows,
       branches: Object.fromEntries(d.branches.map((b, k) => [b, { share: d.shares[i * d.branches.length + k], expected: d.expected[k] }])),
       strongest: cards.ranksOf(d, i).map(one), quantiles: cards.ranksOf(d, i, "quantiles").map(one),
-      nearest: Array.from({ length: d.near_n }, (_, k) => i * d.near_n + k).filter((at) => d.near[at] >= 0).map((at) => ({ feature: d.near[at], cosine: d.cosine[at] })),
-      claims: d.records[i] ?? {},
+      nearest: Array.from(near, (feature, k) => ({ feature, cosine: cosine[k] })).filter(({ feature }) => feature >= 0),
+      claims: record,
     };
   }
 
@@ -166,7 +164,7 @@ const dossier = (() => {
       el("div", { class: "columns" },
         part("Activations", `Measured on ${read} of the store. Bars: number of rows by activation, with ratios across and square roots up; the first bar holds everything weaker.`, cards.facts(d, i), d.density[i] > 0 ? cards.histogram(d, i) : null),
         bars ? part("Branches", "Length of the atom’s positive part inside each branch, relative to its whole length. The tick is the share expected from the branch’s width. A description, not a test: “mechatlas branches” tests it.", bars) : null,
-        part("Nearest features", `Cosine of decoder rows, among features that are ever active. One shuffled atom in a hundred reaches ${number(d.chance)}; fainter ones are below that.`, neighbors(d, i, showHeat))),
+        part("Nearest features", `Cosine of decoder rows, among features that are ever active. One shuffled atom in a hundred reaches ${number(d.chance)}; fainter ones are below that.${d.recall < 1 ? ` The search is approximate: it found ${percent(d.recall)} of the nearest of features drawn at random.` : ""}`, neighbors(d, i, showHeat))),
       said,
     ];
   }

@@ -26,22 +26,19 @@
     },
   };
 
+  const text = (bytes) => new TextDecoder().decode(bytes);
+  const WHOLE = ["density", "mean", "max", "shares", "flat"];
+  const OF_CARDS = ["histogram", "upper", "near", "cosine", "slot", "place", "value", "first", "corner", "heat", "apart", "scale"];
+  const KINDS = ["is", "class", "family", "specialized", "origin", "raises", "lowers"];
+  const MOST_BYTES = 48e6, MOST_ROWS = 8192;
+
   async function load(index) {
-    const facts = dictionaries[index];
-    const names = ["density", "mean", "max", "histogram", "upper", "shares", "near", "cosine", "flat",
-      "slot", "place", "value", "first", "corner", "heat", "scale", ...(facts.apart ? ["apart"] : [])];
-    const d = { ...facts, heat_shape: facts.heat, index, piece: atlas.pieceOf("features", `${index}/slot`) };
-    const parts = [];
-    await Promise.all(names.map(async (name) => {
-      const place = `${index}/${name}`;
-      if (!atlas.pieceOf("features", place)) { d[name === "apart" ? "apartHeat" : name] = await atlas.array("features", place); return; }
-      const { values, load } = await atlas.pieces("features", place);
-      d[name === "apart" ? "apartHeat" : name] = values;
-      parts.push(load);
-    }));
+    const facts = dictionaries[index], place = (name) => `${index}/${name}`;
+    const has = (name) => atlas.has("features", place(name)), read = (name) => atlas.array("features", place(name));
+    const d = { ...facts, heat_shape: facts.heat, index };
+    await Promise.all([...WHOLE, ...["match", "origin"].filter(has)].map(async (name) => { d[name] = await read(name); }));
     d.gallery = galleries[facts.gallery];
     d.names = d.gallery.names;
-    d.near_n = d.near.shape[1];
     d.sheet = (k) => atlas.image("features", `${facts.gallery}/${k}`);
     if (d.kind === "text") {
       d.words = d.gallery.words ?? [];
@@ -50,42 +47,86 @@
       d.length = d.tokens.shape?.[1] ?? 0;
     }
     d.has = {};
-    await (d.piece ? claimsInPieces(d, parts) : claimsAtOnce(d));
-    if (!d.piece) atlas.rest(() => query.warm(d));
+    if (has("kinds")) for (const kind of JSON.parse(text(await read("kinds")))) d.has[kind] = true;
+    await rowsOf(d, has, read);
+    listsOf(d, has, read);
+    if (d.arrays) atlas.rest(() => query.warm(d));
     return d;
   }
 
-  const text = (bytes) => new TextDecoder().decode(bytes);
-
-  async function claimsAtOnce(d) {
-    d.records = atlas.has("records", d.run) ? JSON.parse(text(await atlas.array("records", d.run))) : {};
-    for (const record of Object.values(d.records)) for (const kind of Object.keys(record)) d.has[kind] = true;
-    d.ready = () => true;
-    d.need = d.needClaims = async () => {};
+  // d.row(i): what the card of feature i needs, by name, with its claims; null until d.need([i]) has fetched it.
+  async function rowsOf(d, has, read) {
+    const served = atlas.ranges("features", `${d.index}/rows`), lines = has("lines") && atlas.ranges("features", `${d.index}/lines`);
+    const at = has("lines") ? await read("lines.at") : null, kept = new Map(), asked = new Map();
+    const most = served ? Math.min(MOST_ROWS, Math.max(256, Math.floor(MOST_BYTES / served.shape[1]))) : MOST_ROWS;
+    const keep = (i, row, claims) => {
+      row.record = claims.length ? JSON.parse(text(claims)) : {};
+      kept.set(i, row);
+      if (kept.size > most) kept.delete(kept.keys().next().value);
+      return row;
+    };
+    const claimsOf = (bytes, i, begin = 0) => (at ? bytes.subarray(at[i] - begin, at[i + 1] - begin) : []);
+    if (!served) {
+      d.arrays = Object.fromEntries(await Promise.all(OF_CARDS.map(async (name) => [name, await read(name)])));
+      const bytes = at ? await read("lines") : null;
+      const cut = (values, i) => { const step = values.length / d.n; return values.subarray(i * step, (i + 1) * step); };
+      d.row = (i) => kept.get(i) ?? keep(i, Object.fromEntries(Object.entries(d.arrays).map(([name, values]) => [name, cut(values, i)])), claimsOf(bytes, i));
+      d.need = async () => {};
+      return;
+    }
+    const size = served.shape[1];
+    const fetchRun = async (first, last) => {
+      const [bytes, claims] = await Promise.all([served.read(first * size, last * size), at ? lines.read(at[first], at[last]) : null]);
+      for (let i = first; i < last; i++) {
+        const row = Object.fromEntries(served.layout.map(([name, kind, begin, count]) => [name, new atlas.kinds[kind](bytes.buffer, (i - first) * size + begin, count)]));
+        keep(i, row, claimsOf(claims, i, at?.[first]));
+        asked.delete(i);
+      }
+    };
+    d.row = (i) => kept.get(i) ?? null;
+    d.need = (features) => {
+      const missing = [...new Set(features)].filter((i) => !kept.has(i) && !asked.has(i)).sort((a, b) => a - b);
+      for (let k = 0, begin = 0; k < missing.length; k++) {
+        if (missing[k + 1] === missing[k] + 1 && k - begin < 63) continue;
+        const run = fetchRun(missing[begin], missing[k] + 1);
+        for (; begin <= k; begin++) asked.set(missing[begin], run);
+      }
+      return Promise.all(Array.from(features, (i) => asked.get(i)));
+    };
   }
 
-  // A served dictionary: what a feature's card needs is fetched with those of its neighbors by number.
-  async function claimsInPieces(d, parts) {
-    d.records = {};
-    const lines = atlas.has("records", `${d.run}.lines`) ? await atlas.pieces("records", `${d.run}.lines`) : null;
-    const at = lines ? await atlas.array("records", `${d.run}.at`) : null;
-    if (lines) for (const kind of text(await atlas.array("records", `${d.run}.kinds`)).split(" ")) d.has[kind] = true;
-    const read = async (first, last) => {
-      await lines.load(at[first], at[last]);
-      text(lines.values.subarray(at[first], at[last])).trimEnd().split("\n").forEach((line, k) => { if (line !== "null") d.records[first + k] = JSON.parse(line); });
+  // d.list(kind): the words of a kind, and of(words by number) with the features of each.
+  function listsOf(d, has, read) {
+    const lists = new Map();
+    const served = async (kind, words) => {
+      const at = await read(`${kind}.at`), features = atlas.ranges("features", `${d.index}/${kind}.feature`);
+      const whole = features ? null : await read(`${kind}.feature`);
+      const of = async (numbers) => {
+        const runs = [];  // lists that lie close together are fetched at once
+        for (const k of numbers) {
+          if (runs.length && at[k] - runs.at(-1)[1] < 4096) runs.at(-1)[1] = at[k + 1];
+          else runs.push([at[k], at[k + 1]]);
+        }
+        const fetched = whole ? [] : await Promise.all(runs.map(([from, to]) => features.read(from, to)));
+        const ofWord = (k) => {
+          if (whole) return whole.subarray(at[k], at[k + 1]);
+          const run = runs.findIndex(([from, to]) => from <= at[k] && at[k + 1] <= to);
+          return fetched[run].subarray(at[k] - runs[run][0], at[k + 1] - runs[run][0]);
+        };
+        return numbers.map(ofWord);
+      };
+      return { words, of };
     };
-    const asked = new Map(), done = new Set();
-    const piece = (k) => {
-      if (!asked.has(k)) {
-        const [first, last] = [k * d.piece, Math.min((k + 1) * d.piece, d.n)];
-        asked.set(k, Promise.all([...parts.map((load) => load(first, last)), lines ? read(first, last) : null]).then(() => done.add(k)));
-      }
-      return asked.get(k);
+    const make = async (kind) => {
+      if (KINDS.includes(kind)) return has(`${kind}.words`) ? served(kind, JSON.parse(text(await read(`${kind}.words`)))) : null;
+      if (!d.arrays) return has(`${kind}.at`) ? served(kind, kind === "token" ? d.words.map((w) => w.trim().toLowerCase()) : d.names) : null;
+      const index = query.index(d, kind), words = [...index.keys()];
+      return { words, of: async (numbers) => numbers.map((k) => index.get(words[k])) };
     };
-    d.ready = (i) => done.has(Math.floor(i / d.piece));
-    d.need = (features) => Promise.all([...new Set(features.map((i) => Math.floor(i / d.piece)))].map(piece));
-    let whole = null;
-    d.needClaims = () => (whole ??= lines ? read(0, d.n) : Promise.resolve());
+    d.list = (kind) => {
+      if (!lists.has(kind)) lists.set(kind, make(kind));
+      return lists.get(kind);
+    };
   }
 
   // ---- the address ---------------------------------------------------------------------
@@ -141,16 +182,14 @@
   async function show() {
     const d = state.d, place = byId("count"), mine = ++asking;
     let note = "";
-    if (d.piece) {
-      await query.prepare(byId("search").value, byId("sort").value, d);
-      if (mine !== asking || state.d !== d) return;  // another search has begun
-    }
     try {
-      const answer = query.select(byId("search").value, d);
+      const answer = await query.select(byId("search").value, d);
+      if (mine !== asking || state.d !== d) return;  // another search has begun
       const inside = state.lasso && new Set(state.lasso);
       state.found = query.sort(inside ? answer.found.filter((i) => inside.has(i)) : answer.found, byId("sort").value, state.rising, d);
       note = answer.note;
     } catch (error) {
+      if (mine !== asking) return;
       place.textContent = error.message;
       place.classList.add("wrong");
       return;
@@ -170,6 +209,7 @@
     state.page = Math.min(Math.max(state.page, 0), pages - 1);
     state.observers.forEach((observer) => observer.disconnect());
     const part = state.found.slice(state.page * PER_PAGE, (state.page + 1) * PER_PAGE);
+    state.d.need(part);  // at once, where they lie side by side
     const made = part.map((i) => cards.card(state.d, i, state.heat, openFeature));
     state.observers = made.map(([, observer]) => observer);
     byId("cards").className = `cards ${state.d.kind}`;
@@ -190,7 +230,7 @@
 
   function openFeature(i) {
     const d = state.d;
-    if (!d.ready(i)) { d.need([i]).then(() => { if (state.d === d) openFeature(i); }); return; }
+    if (!d.row(i)) { d.need([i]).then(() => { if (state.d === d) openFeature(i); }); return; }
     state.open = i;
     const step = (by) => {
       const at = state.found.indexOf(i), next = state.found[at < 0 ? 0 : at + by];
@@ -279,13 +319,12 @@
 
   // The features listed, as a table.
   async function table() {
-    await state.d.needClaims();
-    const d = state.d, values = [...query.numbers(d)];
+    const d = state.d, values = [...query.numbers(d)], kinds = ["class", "family", "specialized", "is"];
+    const [classes, families, branches, is] = await Promise.all(kinds.map((kind) => query.words(d, kind)));
     const head = ["feature", "name", "note", ...values.map(([name]) => name), "class", "family", "matched", "specialized"];
-    return [head, ...state.found.map((i) => {
-      const record = d.records[i] ?? {}, label = labels.of(d, i), s = record.symmetry?.[0];
-      return [i, label.name, label.note, ...values.map(([, value]) => value(i)), s?.name, s?.family,
-        record.matches && record.matches.some((m) => m.matched), record.branches?.filter((b) => b.significant).map((b) => b.branch).join(" ")];
+    return [head, ...Array.from(state.found, (i) => {
+      const label = labels.of(d, i), matched = d.has.matches ? !!is[i]?.split(" ").includes("matched") : null;
+      return [i, label.name, label.note, ...values.map(([, value]) => value(i)), classes[i], families[i], matched, branches[i]];
     })];
   }
 

@@ -9,6 +9,7 @@ const labels = (() => {
   try { own = JSON.parse(localStorage.getItem(place)) ?? {}; } catch { own = {}; }
 
   const of = (d, i) => own[d.run]?.[i] ?? given[d.run]?.[i] ?? {};
+  const all = (d) => Object.entries({ ...given[d.run], ...own[d.run] });
 
   function put(d, i, label) {
     (own[d.run] ??= {})[i] = label;
@@ -16,17 +17,17 @@ const labels = (() => {
     document.dispatchEvent(new CustomEvent("label", { detail: { run: d.run, feature: i } }));
   }
 
-  // All of them, as `mechatlas report --labels` and `branches --labels` read them.
+  // Names and notes of all dictionaries, as `mechatlas report --labels` and `branches --labels` read them.
   function whole() {
-    const all = {};
+    const dictionariesOf = {};
     for (const d of dictionaries) {
       const features = {};
-      for (const [i, label] of Object.entries({ ...given[d.run], ...own[d.run] })) {
+      for (const [i, label] of all(d)) {
         if (label.name || label.note) features[i] = label;
       }
-      if (Object.keys(features).length) all[d.run] = { site: d.site, checksum: d.checksum, features };
+      if (Object.keys(features).length) dictionariesOf[d.run] = { site: d.site, checksum: d.checksum, features };
     }
-    return { schema: 1, dictionaries: all };
+    return { schema: 1, dictionaries: dictionariesOf };
   }
 
   function read(text) {
@@ -53,5 +54,5 @@ const labels = (() => {
       el("button", { type: "button", title: "All names and notes of this page, for mechatlas report --labels", onclick: save }, "save labels.json"));
   }
 
-  return { of, put, form, save, read };
+  return { of, all, put, form, save, read };
 })();

@@ -6,58 +6,71 @@ const map = (() => {
   if (!canvas) return null;
   const { el, number } = atlas;
   const byId = (id) => document.getElementById(id);
-  const TILE = 40, NEAR = 12;
-  const state = { d: null, view: null, points: [], found: null, open: null, show: "examples", lasso: false, path: null, hover: null, onOpen: null, onLasso: null };
+  const TILE = 40, CELL = TILE + 6, NEAR = 12;
+  const state = { d: null, view: null, half: [0, 0], points: [], found: null, open: null, show: "examples", lasso: false, path: null, hover: null, onOpen: null, onLasso: null,
+    // The points listed that are in view, with their places.
+    get near() {
+      const inside = ([x, y]) => x >= -TILE && y >= -TILE && x <= 2 * this.half[0] + TILE && y <= 2 * this.half[1] + TILE;
+      return Array.from(this.points, (i) => [...onScreen(i), i]).filter(([x, y, i]) => inside([x, y]) && (!this.found || this.found[i] === 1));
+    } };
   const thumbs = new Map();
 
   // ---- colors --------------------------------------------------------------------------
 
+  // Number of points of each name, most first.
   const named = (values) => {
     const count = new Map();
-    for (const value of values) if (value !== null) count.set(value, (count.get(value) ?? 0) + 1);
+    for (const value of values) if (value != null) count.set(value, (count.get(value) ?? 0) + 1);
     return [...count].sort((a, b) => b[1] - a[1]);
   };
-  const symmetryOf = (d, i) => d.records[i]?.symmetry?.[0];
-  const groupings = {
-    branch: (d) => (d.branches.length ? (i) => d.branches[query.nearestBranch(d, i)] ?? null : null),
-    class: (d) => (d.has.symmetry ? (i) => symmetryOf(d, i)?.name ?? null : null),
-    family: (d) => (d.has.symmetry ? (i) => (symmetryOf(d, i)?.members.length ? `family ${symmetryOf(d, i).family}` : null) : null),
-    match: (d) => (d.has.matches ? (i) => (d.records[i]?.matches?.some((m) => m.matched) ? "matched" : "not matched") : null),
-    label: () => (i) => labels.of(state.d, i).name || null,
-  };
-  const measures = { density: (d) => (i) => d.density[i], max: (d) => (i) => d.max[i] };
-
-  function options(d) {
-    const found = Object.keys(groupings).filter((name) => name !== "label" && groupings[name](d));
-    return [...found, ...Object.keys(measures), "label"];
+  // Names by which points are colored; those of claims are read when they are first asked for.
+  const claimed = { class: "symmetry", family: "symmetry", match: "matches" };
+  const known = new Map();
+  async function learn(d, by) {
+    const found = by === "match" ? (await query.words(d, "is")).map((words) => words?.split(" ").includes("matched")) : await query.words(d, by);
+    if (by === "match") for (let i = 0; i < d.n; i++) found[i] = found[i] ? "matched" : "not matched";
+    known.set(`${d.index}/${by}`, by === "family" ? found.map((family) => family && `family ${family}`) : found);
+    if (state.d === d) { paint(); redraw(); }
   }
+  function nameOf(d, by) {
+    if (by === "branch") return (i) => d.branches[query.nearestBranch(d, i)];
+    if (by === "label") return (i) => labels.of(d, i).name;
+    const names = known.get(`${d.index}/${by}`);
+    if (!names) { learn(d, by); return () => null; }
+    return (i) => names[i];
+  }
+  const measures = ["density", "max"];
+
+  const options = (d) => [...(d.branches.length ? ["branch"] : []), ...Object.keys(claimed).filter((by) => d.has[claimed[by]]), ...measures, "label"];
 
   // Color of each point, and what the colors mean.
-  const OF_CLAIMS = ["class", "family", "match"];
-  let claimed = null;
   function paint() {
     const { d, points } = state, by = byId("map-color").value, legend = byId("map-legend");
-    if (OF_CLAIMS.includes(by) && claimed !== d) { d.needClaims().then(() => { claimed = d; if (state.d === d) { paint(); redraw(); } }); }
-    if (measures[by]) {
-      const value = measures[by](d), logs = points.map((i) => Math.log10(value(i)));
+    if (measures.includes(by)) {
+      const logs = Float32Array.from(points, (i) => Math.log10(d[by][i]));
       const [low, high] = logs.reduce(([a, b], v) => [Math.min(a, v), Math.max(b, v)], [Infinity, -Infinity]);
       const [from, to] = [atlas.color("--line"), atlas.color("--accent")].map(rgb);
-      const shade = (t) => `rgb(${from.map((c, k) => Math.round(c + (to[k] - c) * t)).join(",")})`;
-      state.colors = logs.map((v) => shade(high > low ? (v - low) / (high - low) : 1));
-      legend.replaceChildren(el("span", {}, number(10 ** low)), el("span", { class: "ramp", style: `background:linear-gradient(90deg, ${shade(0)}, ${shade(1)})` }), el("span", {}, `${number(10 ** high)} ${by}, logarithmic`));
+      const shade = (t) => from.map((c, k) => Math.round(c + (to[k] - c) * t));
+      state.colors = Uint32Array.from(logs, (v) => packed(shade(high > low ? (v - low) / (high - low) : 1)));
+      const [pale, full] = [0, 1].map((t) => css(packed(shade(t))));
+      legend.replaceChildren(el("span", {}, number(10 ** low)), el("span", { class: "ramp", style: `background:linear-gradient(90deg, ${pale}, ${full})` }), el("span", {}, `${number(10 ** high)} ${by}, logarithmic`));
       return;
     }
-    const group = groupings[by]?.(d) ?? (() => null), of = points.map(group);
-    const listed = by === "branch" ? d.branches.map((b) => [b, of.filter((g) => g === b).length]) : named(of);
-    const colors = new Map(listed.slice(0, 8).map(([name], k) => [name, atlas.color(name === "not matched" || name === "not shown" ? "--pale" : atlas.category(k))]));
+    const name = nameOf(d, by), of = Array.from(points, name);
+    const count = new Map(named(of)), listed = by === "branch" ? d.branches.map((b) => [b, count.get(b) ?? 0]) : [...count];
     const other = atlas.color("--pale");
-    state.colors = of.map((name) => colors.get(name) ?? other);
-    const keys = [...colors].map(([name, color], k) => el("span", {}, el("i", { class: "dot", style: `--c:${color}` }), `${name} ${number(listed[k][1])}`));
+    const colors = new Map(listed.slice(0, 8).map(([each], k) => [each, each === "not matched" || each === "not shown" ? other : atlas.color(atlas.category(k))]));
+    const numbers = new Map([...colors].map(([each, color]) => [each, packed(rgb(color))])), rest = packed(rgb(other));
+    state.colors = Uint32Array.from(of, (each) => numbers.get(each) ?? rest);
+    const keys = [...colors].map(([each, color], k) => el("span", {}, el("i", { class: "dot", style: `--c:${color}` }), `${each} ${number(listed[k][1])}`));
     if (listed.length > 8) keys.push(el("span", {}, el("i", { class: "dot", style: `--c:${other}` }), `${number(listed.length - 8)} more`));
     if (!listed.length) keys.push(el("span", { class: "hint" }, by === "label" ? "No feature has a name yet." : "No feature has one."));
     legend.replaceChildren(...keys);
   }
 
+  // A color as one pixel of a canvas, and as text.
+  const packed = ([r, g, b]) => ((255 << 24) | (b << 16) | (g << 8) | r) >>> 0;
+  const css = (pixel) => `rgb(${pixel & 255},${(pixel >> 8) & 255},${(pixel >> 16) & 255})`;
   function rgb(text) {
     const hex = text.replace("#", "");
     return [0, 2, 4].map((k) => parseInt(hex.slice(k, k + 2), 16));
@@ -66,16 +79,22 @@ const map = (() => {
   // ---- drawing -------------------------------------------------------------------------
 
   function fit() {
-    const { d, points } = state;
-    const [x, y] = [0, 1].map((k) => points.map((i) => d.flat[2 * i + k]));
-    const range = (v) => v.reduce(([a, b], w) => [Math.min(a, w), Math.max(b, w)], [Infinity, -Infinity]);
-    const [[x0, x1], [y0, y1]] = [range(x), range(y)], box = canvas.getBoundingClientRect();
+    const { d, points } = state, box = canvas.getBoundingClientRect();
+    state.half = [canvas.clientWidth / 2, canvas.clientHeight / 2];
+    let [x0, x1, y0, y1] = [Infinity, -Infinity, Infinity, -Infinity];
+    for (const i of points) {
+      const x = d.flat[2 * i], y = d.flat[2 * i + 1];
+      if (x < x0) x0 = x;
+      if (x > x1) x1 = x;
+      if (y < y0) y0 = y;
+      if (y > y1) y1 = y;
+    }
     state.view = { x: (x0 + x1) / 2, y: (y0 + y1) / 2, scale: Math.min((box.width - 44) / (x1 - x0 || 1), (box.height - 44) / (y1 - y0 || 1)) };
   }
 
   const onScreen = (i) => {
-    const { view, d } = state;
-    return [canvas.clientWidth / 2 + (d.flat[2 * i] - view.x) * view.scale, canvas.clientHeight / 2 + (d.flat[2 * i + 1] - view.y) * view.scale];
+    const { view, d, half } = state;
+    return [half[0] + (d.flat[2 * i] - view.x) * view.scale, half[1] + (d.flat[2 * i + 1] - view.y) * view.scale];
   };
 
   // Small picture of the strongest example, made when nobody scrolls.
@@ -84,14 +103,16 @@ const map = (() => {
     if (state.show === "visualizations" && !d.painted.includes(String(i))) return null;
     if (!thumbs.has(key)) {
       thumbs.set(key, null);
+      if (thumbs.size > 2000) thumbs.delete(thumbs.keys().next().value);
       const picture = document.createElement("canvas");
       picture.width = picture.height = 2 * TILE;
       atlas.rest(async () => {
         if (state.show === "visualizations") await cards.paint(picture, "features", `painted${d.index}/${i}`);
         else {
           await d.need([i]);
-          if (d.slot[i * d.shown] < 0) return;
-          await cards.drawCrop(picture, d, i, 0, false);
+          const row = d.row(i);
+          if (!row || row.slot[0] < 0) return;
+          await cards.drawCrop(picture, d, row, 0, false);
         }
         thumbs.set(key, picture);
         redrawLater();
@@ -103,14 +124,8 @@ const map = (() => {
   let later = 0;
   function redrawLater() { later ||= setTimeout(() => { later = 0; redraw(); }, 200); }
 
-  const fetched = new Set();
-  function word(i) {
-    const { d } = state, named = labels.of(d, i).name;
-    if (named || d.ready(i)) return named || cards.peakWord(d, i);
-    const piece = `${d.index}/${Math.floor(i / d.piece)}`;
-    if (!fetched.has(piece)) { fetched.add(piece); d.need([i]).then(redrawLater); }
-    return "";
-  }
+  // Name or strongest word of a feature; of a served page, empty until its row is there.
+  const word = (i) => labels.of(state.d, i).name || cards.peakWord(state.d, i);
 
   let asked = false;
   function redraw() {
@@ -121,29 +136,33 @@ const map = (() => {
 
   function render() {
     const ratio = Math.min(devicePixelRatio || 1, 2), [w, h] = [canvas.clientWidth, canvas.clientHeight];
+    state.half = [w / 2, h / 2];
     if (canvas.width !== Math.round(w * ratio)) canvas.width = Math.round(w * ratio);
     if (canvas.height !== Math.round(h * ratio)) canvas.height = Math.round(h * ratio);
     const context = canvas.getContext("2d");
     context.setTransform(ratio, 0, 0, ratio, 0, 0);
     context.clearRect(0, 0, w, h);
-    const { points, colors, found } = state;
-    const size = points.length > 3000 ? 3 : points.length > 800 ? 4.5 : 6;
-    const taken = new Map(), near = [];
-    points.forEach((i, k) => {
-      const [x, y] = onScreen(i);
-      if (x < -TILE || y < -TILE || x > w + TILE || y > h + TILE) return;
-      const listed = !found || found.has(i);
-      context.globalAlpha = listed ? 0.85 : 0.12;
-      context.fillStyle = colors[k];
-      context.fillRect(x - size / 2, y - size / 2, size, size);
-      if (!listed) return;
-      near.push([x, y, i]);
-      const cell = `${Math.floor(x / (TILE + 6))} ${Math.floor(y / (TILE + 6))}`, before = taken.get(cell);
-      if (before === undefined || state.d.density[i] > state.d.density[points[before[2]]]) taken.set(cell, [x, y, k]);
-    });
-    context.globalAlpha = 1;
-    state.near = near;
-    if (state.show !== "points" && state.d.kind !== "array") for (const place of taken.values()) illustrate(context, ...place);
+    const { points, colors, found, d } = state, image = new ImageData(canvas.width, canvas.height), pixels = new Uint32Array(image.data.buffer);
+    const size = Math.max(1, Math.round(ratio * (points.length > 1e5 ? 1 : points.length > 3000 ? 3 : points.length > 800 ? 4.5 : 6)));
+    const columns = Math.ceil((w + 2 * TILE) / CELL), taken = new Int32Array(columns * Math.ceil((h + 2 * TILE) / CELL)).fill(-1);
+    for (const listed of found ? [false, true] : [true]) {
+      for (let k = 0; k < points.length; k++) {
+        const i = points[k];
+        if (found && (found[i] === 1) !== listed) continue;
+        const [x, y] = onScreen(i);
+        if (x < -TILE || y < -TILE || x > w + TILE || y > h + TILE) continue;
+        square(pixels, canvas.width, Math.round(x * ratio - size / 2), Math.round(y * ratio - size / 2), size, (colors[k] & 0xffffff | (listed ? 0xd9000000 : 0x1f000000)) >>> 0);
+        if (!listed) continue;
+        const cell = Math.floor((y + TILE) / CELL) * columns + Math.floor((x + TILE) / CELL);
+        if (taken[cell] < 0 || d.density[i] > d.density[points[taken[cell]]]) taken[cell] = k;
+      }
+    }
+    context.putImageData(image, 0, 0);
+    if (state.show !== "points" && d.kind !== "array") {
+      const shown = taken.filter((k) => k >= 0), missing = Array.from(shown, (k) => points[k]).filter((i) => d.kind === "text" && !d.row(i));
+      if (missing.length) d.need(missing).then(redrawLater);
+      for (const k of shown) illustrate(context, ...onScreen(points[k]), k);
+    }
     if (state.open !== null && Number.isFinite(state.d.flat[2 * state.open])) ring(context, ...onScreen(state.open));
     if (state.hover !== null) ring(context, ...onScreen(state.hover));
     if (state.path?.length > 1) {
@@ -153,6 +172,11 @@ const map = (() => {
       context.stroke();
     }
     canvas.dataset.drawn = "yes";
+  }
+
+  function square(pixels, width, left, top, size, color) {
+    const height = pixels.length / width, right = Math.min(left + size, width), bottom = Math.min(top + size, height);
+    for (let y = Math.max(0, top); y < bottom; y++) pixels.fill(color, y * width + Math.max(0, left), y * width + Math.max(0, right));
   }
 
   function illustrate(context, x, y, k) {
@@ -165,7 +189,7 @@ const map = (() => {
     }
     const picture = thumb(i);
     if (!picture) return;
-    context.fillStyle = state.colors[k];
+    context.fillStyle = css(state.colors[k]);
     context.fillRect(x - TILE / 2 - 2, y - TILE / 2 - 2, TILE + 4, TILE + 4);
     context.drawImage(picture, x - TILE / 2, y - TILE / 2, TILE, TILE);
   }
@@ -191,8 +215,9 @@ const map = (() => {
 
   function nearest(x, y) {
     let best = null, least = (state.show !== "points" ? TILE / 2 : NEAR) ** 2;
-    for (const [px, py, i] of state.near ?? []) {
-      const far = (px - x) ** 2 + (py - y) ** 2;
+    for (const i of state.points) {
+      if (state.found && state.found[i] !== 1) continue;
+      const [px, py] = onScreen(i), far = (px - x) ** 2 + (py - y) ** 2;
       if (far < least) [best, least] = [i, far];
     }
     return best;
@@ -286,8 +311,7 @@ const map = (() => {
     options,
     // Show another dictionary.
     show(d, onOpen, onLasso) {
-      const points = [];
-      for (let i = 0; i < d.n; i++) if (Number.isFinite(d.flat[2 * i])) points.push(i);
+      const points = Int32Array.from({ length: d.n }, (_, i) => i).filter((i) => Number.isFinite(d.flat[2 * i]));
       Object.assign(state, { d, points, onOpen, onLasso, found: null, open: null, hover: null });
       const before = byId("map-color").value;
       byId("map-color").replaceChildren(...options(d).map((name) => el("option", { value: name }, name)));
@@ -300,7 +324,12 @@ const map = (() => {
       fit();
       redraw();
     },
-    mark(found, open) { Object.assign(state, { found: found && found.length < state.d.n ? new Set(found) : null, open }); redraw(); },
+    mark(found, open) {
+      const marks = found && found.length < state.d.n ? new Uint8Array(state.d.n) : null;
+      if (marks) for (const i of found) marks[i] = 1;
+      Object.assign(state, { found: marks, open });
+      redraw();
+    },
     state,
   };
 })();

@@ -59,19 +59,16 @@ const atlas = (() => {
     return answer.arrayBuffer();
   }
 
-  // An array whose pieces are fetched when they are needed; memory of the others is never touched.
-  const pieces = once(async (name) => {
-    const [element] = takeText(`[data-array="${CSS.escape(name)}"]`);
-    const shape = element.dataset.shape.split(",").filter(Boolean).map(Number), kind = kinds[element.dataset.dtype];
-    const size = shape.reduce((a, b) => a * b, 1), row = shape[0] ? size / shape[0] : 0;
-    const values = Object.assign(new kind(size), { shape });
-    const load = async (first, last) => {  // rows
-      const [from, to] = [first * row, Math.min(last, shape[0]) * row];
-      values.set(new kind(await rangeOf(element.dataset.src, from * kind.BYTES_PER_ELEMENT, to * kind.BYTES_PER_ELEMENT)), from);
+  // An array of a served page, of which entries from..to are fetched when they are needed; null in one file.
+  function ranges(chapter, name) {
+    const element = document.querySelector(`[data-array="${CSS.escape(`${chapter}/${name}`)}"]`);
+    if (!element?.dataset.src) return null;
+    const { src, shape, dtype, layout } = element.dataset, kind = kinds[dtype], size = kind.BYTES_PER_ELEMENT;
+    return {
+      shape: shape.split(",").map(Number), layout: layout ? JSON.parse(layout) : null,
+      read: async (from, to) => new kind(await rangeOf(src, from * size, to * size)),
     };
-    return { values, load };
-  });
-  const pieceOf = (chapter, name) => Number(document.querySelector(`[data-array="${CSS.escape(`${chapter}/${name}`)}"]`)?.dataset.piece ?? 0);
+  }
 
   const image = once(async (name) => {
     const [element, text] = takeText(`[data-image="${CSS.escape(name)}"]`);
@@ -270,8 +267,7 @@ const atlas = (() => {
     data: (chapter) => chapters[chapter].data,
     has: (chapter, name) => !!document.querySelector(`[data-array="${CSS.escape(`${chapter}/${name}`)}"]`),
     array: (chapter, name) => array(`${chapter}/${name}`),
-    pieceOf,
-    pieces: (chapter, name) => pieces(`${chapter}/${name}`),
+    ranges, kinds,
     image: (chapter, name) => image(`${chapter}/${name}`),
     el, svg, color, category, number, percent, whenSeen, rest, soon, land, save, csv,
   };

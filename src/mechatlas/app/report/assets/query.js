@@ -2,6 +2,8 @@
 "use strict";
 
 const query = (() => {
+  const { number } = atlas;
+
   // Numbers that can be compared and sorted by: name -> value of feature i.
   function numbers(d) {
     const found = new Map([
@@ -10,10 +12,7 @@ const query = (() => {
       ["mean", (i) => d.mean[i]],
     ]);
     d.branches.forEach((name, b) => found.set(name, (i) => d.shares[i * d.branches.length + b]));
-    const best = (i, after) => Math.max(0, ...record(d, i, "matches").filter((m) => m.after === after).map((m) => m.cosine));
-    if (d.has.matches) {
-      for (const [name, after] of [["match", true], ["origin", false]]) found.set(name, (i) => best(i, after));
-    }
+    for (const name of ["match", "origin"]) if (d[name]) found.set(name, (i) => d[name][i]);
     return found;
   }
 
@@ -32,32 +31,54 @@ const query = (() => {
     "<": (a, b) => a < b, "<=": (a, b) => a <= b,
     "=": (a, b) => Math.abs(a - b) <= 1e-6 * Math.abs(b),
   };
-  const active = (d) => (i) => d.density[i] > 0;
-  const record = (d, i, kind) => d.records[i]?.[kind] ?? [];
   const includes = (text, word) => text.toLowerCase().includes(word);
+  const set = (marks) => (i) => marks[i] === 1;
+
+  // Features with a word of a kind that a test accepts.
+  async function marked(d, kind, accepts) {
+    const marks = new Uint8Array(d.n), list = await d.list(kind);
+    if (!list) return set(marks);
+    const numbers = [];
+    list.words.forEach((word, k) => { if (accepts(word)) numbers.push(k); });
+    for (const features of await list.of(numbers)) for (const i of features) marks[i] = 1;
+    return set(marks);
+  }
+
+  function labeled(d, accepts) {
+    const marks = new Uint8Array(d.n);
+    for (const [i, label] of labels.all(d)) if (i < d.n && accepts(label)) marks[i] = 1;
+    return set(marks);
+  }
+
+  // All words of a kind of each feature, with a space between them; undefined where there are none.
+  async function words(d, kind) {
+    const all = new Array(d.n), list = await d.list(kind);
+    if (!list) return all;
+    const found = await list.of(list.words.map((_, k) => k));
+    found.forEach((features, k) => { for (const i of features) all[i] = all[i] === undefined ? list.words[k] : `${all[i]} ${list.words[k]}`; });
+    return all;
+  }
 
   // Words that stand for a test of their own.
+  const active = (d) => (i) => d.density[i] > 0, inactive = (d) => (i) => !(d.density[i] > 0);
+  const claimed = (name) => (d) => marked(d, "is", (word) => word === name);
   const keywords = {
-    active: active, alive: active,
-    inactive: (d) => (i) => !(d.density[i] > 0), dead: (d) => (i) => !(d.density[i] > 0),
-    named: (d) => (i) => !!labels.of(d, i).name,
-    matched: (d) => (i) => record(d, i, "matches").some((m) => m.matched),
-    specialized: (d) => (i) => record(d, i, "branches").some((b) => b.significant),
-    symmetric: (d) => (i) => record(d, i, "symmetry").some((s) => s.claimed),
-    circuit: (d) => (i) => record(d, i, "circuits").some((c) => c.significant),
+    active, alive: active, inactive, dead: inactive,
+    named: (d) => labeled(d, (label) => !!label.name),
+    matched: claimed("matched"), specialized: claimed("specialized"), symmetric: claimed("symmetric"), circuit: claimed("circuit"),
   };
 
   // What can stand before a colon: kind:word.
+  const equal = (kind) => (d, word) => marked(d, kind, (each) => each.toLowerCase() === word);
+  const within = (kind) => (d, word) => marked(d, kind, (each) => includes(each, word));
   const kinds = {
-    branch: (d, word) => (i) => d.density[i] > 0 && nearestBranch(d, i) === d.branches.findIndex((b) => b.toLowerCase() === word),
-    class: (d, word) => (i) => record(d, i, "symmetry").some((s) => includes(s.name, word)),
-    family: (d, word) => (i) => record(d, i, "symmetry").some((s) => String(s.family) === word),
-    label: (d, word) => (i) => includes(`${labels.of(d, i).name ?? ""} ${labels.of(d, i).note ?? ""}`, word),
-    origin: (d, word) => (i) => record(d, i, "flow").some((f) => includes(f.origin, word)),
-    raises: (d, word) => (i) => record(d, i, "logits").some((l) => l.raises.some(([token]) => includes(token, word))),
-    lowers: (d, word) => (i) => record(d, i, "logits").some((l) => l.lowers.some(([token]) => includes(token, word))),
-    token: (d, word) => inSet(d, () => byWord(d), word, "token"),
-    file: (d, word) => inSet(d, () => bySample(d), word, "file"),
+    branch: (d, word) => {
+      const b = d.branches.findIndex((name) => name.toLowerCase() === word);
+      return (i) => d.density[i] > 0 && nearestBranch(d, i) === b;
+    },
+    class: within("class"), family: equal("family"), specialized: equal("specialized"), origin: within("origin"),
+    raises: within("raises"), lowers: within("lowers"), token: within("token"), file: within("file"),
+    label: (d, word) => labeled(d, (label) => includes(`${label.name ?? ""} ${label.note ?? ""}`, word)),
   };
 
   const remembered = new WeakMap();
@@ -66,8 +87,8 @@ const query = (() => {
     return (remembered.get(d)[name] ??= make());
   }
 
-  // Text -> features, of the samples among the examples and of the words that they are active on.
-  function index(d, add) {
+  // Text -> features, of the samples among the examples, or of the words that they are active on.
+  function collect(d, add) {
     const found = new Map();
     for (let i = 0; i < d.n; i++) {
       add(i, (text) => {
@@ -77,58 +98,27 @@ const query = (() => {
     }
     return found;
   }
-  const bySample = (d) => remember(d, "files", () => index(d, (i, put) => {
-    for (let k = 0; k < d.shown; k++) {
-      const slot = d.slot[i * d.shown + k];
-      if (slot >= 0) put(d.names[slot].toLowerCase());
-    }
-  }));
-  const byWord = (d) => remember(d, "words", () => (d.kind !== "text" ? new Map() : index(d, (i, put) => {
-    const n = d.heat_shape[0];
-    for (let k = 0; k < d.shown; k++) {
-      const at = i * d.shown + k, slot = d.slot[at];
-      if (slot < 0) continue;
-      for (let t = 0, begin = d.first[2 * at]; t < n; t++) {
-        if (!d.heat[at * n + t]) continue;
-        const [first, last] = cards.wordAround(d, slot, begin + t);
-        put(cards.spelled(d, slot, first, last).trim().toLowerCase());
+  const indexes = {
+    file: (d) => collect(d, (i, put) => {
+      for (let k = 0; k < d.shown; k++) {
+        const slot = d.arrays.slot[i * d.shown + k];
+        if (slot >= 0) put(d.names[slot].toLowerCase());
       }
-    }
-  })));
-
-  // Of a served page, the lists of features by word or file that a search asks for.
-  const lists = { token: ["words", (d) => d.words ?? []], file: ["files", (d) => d.names] };
-  async function fetchList(d, kind, word) {
-    const [name, keysOf] = lists[kind], key = `${kind}:${word}`;
-    d.listed ??= new Map();
-    if (d.listed.has(key) || !atlas.has("features", `${d.index}/${name}.at`)) return;
-    const at = await atlas.array("features", `${d.index}/${name}.at`), features = await atlas.pieces("features", `${d.index}/${name}.feature`);
-    const wanted = new Uint8Array(d.n), found = [];
-    keysOf(d).forEach((text, k) => { if (text.trim().toLowerCase().includes(word) && at[k + 1] > at[k]) found.push(k); });
-    for (const k of found) await features.load(at[k], at[k + 1]);
-    for (const k of found) for (const i of features.values.subarray(at[k], at[k + 1])) wanted[i] = 1;
-    d.listed.set(key, wanted);
-  }
-
-  // Fetch what a search and an order of a served page need.
-  async function prepare(text, by, d) {
-    const words = wordsOf(text).map((word) => word.replace(/^-/, "").toLowerCase());
-    const ofClaims = (word) => ["match", "origin"].includes(word.split(/[<>=]/)[0]) || ["matched", "specialized", "symmetric", "circuit"].includes(word)
-      || /^(class|family|raises|lowers|origin):/.test(word);
-    const plain = words.filter((word) => !/^[\d.-]+$|[<>=]/.test(word) && !Object.hasOwn(keywords, word) && word !== "or");
-    if (words.some(ofClaims) || ["match", "origin"].includes(by) || (d.has.symmetry && plain.length)) await d.needClaims();
-    for (const word of plain) {
-      const [kind, rest] = /^(token|file):/.test(word) ? [word.split(":")[0], word.slice(word.indexOf(":") + 1)] : [null, word];
-      for (const each of kind ? [kind] : ["token", "file"]) await fetchList(d, each, rest);
-    }
-  }
-
-  function inSet(d, texts, word, kind) {
-    if (d.piece) { const found = d.listed?.get(`${kind}:${word}`); return (i) => found?.[i] === 1; }
-    const wanted = new Uint8Array(d.n);
-    for (const [text, features] of texts()) if (text.includes(word)) for (const i of features) wanted[i] = 1;
-    return (i) => wanted[i] === 1;
-  }
+    }),
+    token: (d) => (d.kind !== "text" ? new Map() : collect(d, (i, put) => {
+      const n = d.heat_shape[0], { slot, first: begins, heat } = d.arrays;
+      for (let k = 0; k < d.shown; k++) {
+        const at = i * d.shown + k;
+        if (slot[at] < 0) continue;
+        for (let t = 0, begin = begins[2 * at]; t < n; t++) {
+          if (!heat[at * n + t]) continue;
+          const [first, last] = cards.wordAround(d, slot[at], begin + t);
+          put(cards.spelled(d, slot[at], first, last).trim().toLowerCase());
+        }
+      }
+    })),
+  };
+  const index = (d, kind) => remember(d, kind, () => indexes[kind](d));
 
   function compare(word, d) {
     const comparison = /^([^<>=]+)(>=|<=|>|<|=)([^<>=]*)$/.exec(word);
@@ -140,9 +130,9 @@ const query = (() => {
     return (i) => comparisons[operator](value(i), Number(limit[1]) / (limit[2] ? 100 : 1));
   }
 
-  function compile(word, d) {
+  async function compile(word, d) {
     if (word.length > 1 && word.startsWith("-")) {
-      const test = compile(word.slice(1), d);
+      const test = await compile(word.slice(1), d);
       return (i) => !test(i);
     }
     const range = /^(\d+)(?:-|\.\.)(\d+)$/.exec(word);
@@ -158,7 +148,7 @@ const query = (() => {
       if (d.kind !== "text") throw new Error(`“${kind}:” is not known. There are ${Object.keys(kinds).map((k) => `${k}:`).join(", ")}.`);
     }
     if (d.branches.some((b) => b.toLowerCase() === low)) return kinds.branch(d, low);
-    const tests = ["label", "class", "token", "file"].map((name) => kinds[name](d, low));
+    const tests = await Promise.all(["label", "class", "token", "file"].map((name) => kinds[name](d, low)));
     return (i) => tests.some((test) => test(i));
   }
 
@@ -168,40 +158,45 @@ const query = (() => {
   }
 
   // All words must hold; “or” separates alternatives. What finds nothing is named.
-  function select(text, d) {
+  async function select(text, d) {
     const alternatives = [[]];
     for (const word of wordsOf(text)) {
       if (word.toLowerCase() === "or") alternatives.push([]);
-      else alternatives.at(-1).push([word, compile(word, d)]);
+      else alternatives.at(-1).push([word, await compile(word, d)]);
     }
     const found = [];
     for (let i = 0; i < d.n; i++) if (alternatives.some((tests) => tests.every(([, test]) => test(i)))) found.push(i);
     if (found.length) return { found, note: "" };
-    const every = Array.from({ length: d.n }, (_, i) => i);
-    const empty = alternatives.flat().filter(([, test]) => !every.some(test)).map(([word]) => `“${word}”`);
+    const holds = (test) => { for (let i = 0; i < d.n; i++) if (test(i)) return true; return false; };
+    const empty = alternatives.flat().filter(([, test]) => !holds(test)).map(([word]) => `“${word}”`);
     const shown = d.kind === "text" ? "no label, word or file name among the examples" : "no label, class, branch or file name among the examples";
     return { found, note: empty.length ? `${empty.join(", ")}: ${shown} has it, and it is no number or keyword.` : "Each word finds some features, but none has all of them." };
   }
 
   // The same shuffle on every visit: a fair sample to look at, and one that can be cited.
-  function shuffled(n) {
-    const order = Float64Array.from({ length: n }, (_, i) => {
-      let h = Math.imul(i + 1, 0x9e3779b1);
-      h = Math.imul(h ^ (h >>> 15), 0x85ebca6b);
-      h = Math.imul(h ^ (h >>> 13), 0xc2b2ae35);
-      return (h ^ (h >>> 16)) >>> 0;
-    });
-    return (i) => order[i];
+  function shuffled(i) {
+    let h = Math.imul(i + 1, 0x9e3779b1);
+    h = Math.imul(h ^ (h >>> 15), 0x85ebca6b);
+    h = Math.imul(h ^ (h >>> 13), 0xc2b2ae35);
+    return (h ^ (h >>> 16)) >>> 0;
   }
 
-  // Features that are never active come last, whatever the order.
+  // Features that are never active come last, whatever the order; equal ones by number. Keys are whole
+  // numbers of 32 bits with the feature behind them, as floats that sort natively.
   function sort(found, by, rising, d) {
-    const value = by === "shuffled" ? shuffled(d.n) : numbers(d).get(by) || ((i) => i);
-    const keys = Float64Array.from({ length: d.n }, (_, i) => value(i)), sign = rising ? 1 : -1;
-    const asleep = (i) => (d.density[i] > 0 ? 0 : 1);
-    return found.sort((a, b) => asleep(a) - asleep(b) || sign * (keys[a] - keys[b]) || a - b);
+    const float = new Float32Array(1), bits = new Uint32Array(float.buffer), value = numbers(d).get(by), SPAN = 2 ** 21;
+    if (d.n > SPAN) throw new Error(`Up to ${number(SPAN)} features can be sorted.`);
+    const ordered = (v) => { float[0] = v; return bits[0] >>> 31 ? ~bits[0] >>> 0 : (bits[0] | 0x80000000) >>> 0; };
+    const key = by === "shuffled" ? shuffled : value ? (i) => ordered(value(i)) : (i) => i;
+    const part = (features) => {
+      const keys = Float64Array.from(features, (i) => (rising ? key(i) : 0xffffffff - key(i)) * SPAN + i).sort();
+      return Array.from(keys, (k) => k % SPAN);
+    };
+    const awake = [], asleep = [];
+    for (const i of found) (d.density[i] > 0 ? awake : asleep).push(i);
+    return part(awake).concat(part(asleep));
   }
 
-  const warm = (d) => { bySample(d); byWord(d); };
-  return { numbers, nearestBranch, select, sort, warm, prepare };
+  const warm = (d) => { index(d, "file"); index(d, "token"); };
+  return { numbers, nearestBranch, select, sort, warm, index, words };
 })();

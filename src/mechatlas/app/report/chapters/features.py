@@ -423,6 +423,7 @@ def _facts(
         "alive": int((features.statistics.density > 0).sum()),
         "map": method,
         "chance": near.chance,
+        "recall": near.recall,
         "branches": branches,
         "expected": expected,
         "kind": "text" if features.words else "image" if pictures.sheets and crop else "array",
