@@ -127,7 +127,7 @@ def sites_of(opened: OpenedDictionary) -> str | None:
     None where neither its manifest nor its file says them.
     """
     ends, written = ends_of(opened.dictionary), opened.manifest.get("writes")
-    if len(ends.names) == 1 or opened.site is None:
+    if len(ends.names) == 1 or opened.site is None or opened.manifest.get("group"):
         return opened.site
     if isinstance(written, list) and len(written) == 1:  # a transcoder of ours
         return f"{opened.site},{written[0]}"
