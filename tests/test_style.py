@@ -136,6 +136,57 @@ def test_a_constant_that_is_one_prepositional_phrase_is_refused():
     assert verdicts == [True, False]
 
 
+def public_functions(node: ast.Module | ast.ClassDef) -> Iterator[ast.FunctionDef]:
+    """Functions and methods without an underscore, also in their class; documented magic ones."""
+    for child in node.body:
+        match child:
+            case ast.FunctionDef(name=name):
+                if not name.startswith("_") or (name.startswith("__") and ast.get_docstring(child)):
+                    yield child
+            case ast.ClassDef(name=name) if not name.startswith("_"):
+                yield from public_functions(child)
+
+
+def raised_by(function: ast.FunctionDef) -> set[str]:
+    """Exceptions that a function raises by their names; not those of functions inside it."""
+    names: set[str] = set()
+    waiting: list[ast.AST] = [*function.body]
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, ast.FunctionDef | ast.Lambda | ast.ClassDef):
+            continue
+        if isinstance(node, ast.Raise) and node.exc is not None:
+            raised = node.exc.func if isinstance(node.exc, ast.Call) else node.exc
+            if isinstance(raised, ast.Name) and raised.id[0].isupper():
+                names.add(raised.id)
+        waiting += ast.iter_child_nodes(node)
+    return names
+
+
+def undocumented_errors(tree: ast.Module) -> list[str]:
+    wrong = []
+    for function in public_functions(tree):
+        stated = (ast.get_docstring(function) or "").partition("Raises:")[2]
+        missing = [name for name in raised_by(function) if f"{name}:" not in stated]
+        wrong += [f"{function.name}: {name}" for name in sorted(missing)]
+    return wrong
+
+
+def test_public_functions_say_what_they_raise():
+    wrong = {path: found for path in MODULES if (found := undocumented_errors(parsed(path)))}
+    assert wrong == {}
+
+
+def test_an_error_that_the_docstring_leaves_out_is_found():
+    code = (
+        'def read(path):\n    """Read.\n\n    Raises:\n        DiskError: Gone.\n    """\n'
+        "    if not path:\n        raise DiskError('Gone.')\n    raise ValueError\n"
+        "def _read(path):\n    raise ValueError\n"
+        "class File:\n    def read(self):\n        raise TypeError('Closed.')\n"
+    )
+    assert undocumented_errors(ast.parse(code)) == ["read: ValueError", "read: TypeError"]
+
+
 def test_the_front_door_offers_what_it_lists():
     for name in mechatlas.__all__:
         assert getattr(mechatlas, name).__module__.startswith("mechatlas.")

@@ -220,12 +220,7 @@ def _new_flag(command: str, old: str) -> str | None:
 
 
 def renamed_flags(command: str, words: list[str]) -> list[str]:
-    """Replace the old flags that the table lists for a command.
-
-    Args:
-        command: Name of the command.
-        words: Words of the command line after it.
-    """
+    """Replace the old flags that the table lists for a command."""
     renamed = []
     for word in words:
         flag, equals, value = word.partition("=")

@@ -134,11 +134,7 @@ def temporary_room() -> Iterator[None]:
 
 
 def _locked(folder: Path) -> int:
-    """Open and lock a folder.
-
-    Raises:
-        DiskError: Another process has locked it, or it is gone.
-    """
+    """Open and lock a folder."""
     assert fcntl is not None
     try:
         descriptor = os.open(folder, os.O_RDONLY)
@@ -165,11 +161,7 @@ def _identity(folder: Path) -> tuple[int, int] | None:
 
 
 def _create(folder: Path) -> list[Path]:
-    """Create a folder and those above it; return what was created here, the innermost first.
-
-    Raises:
-        FileExistsError: A file is in the way.
-    """
+    """Create a folder and those above it; return what was created here, the innermost first."""
     made: list[Path] = []
     for path in reversed([p for p in (folder, *folder.parents) if not os.path.isdir(p)]):
         try:

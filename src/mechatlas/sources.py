@@ -277,11 +277,7 @@ def _open_npy(path: Path, limit: int) -> ArrayFile | np.ndarray:
 
 
 def _open_npz(path: Path, limit: int) -> ArrayFile | np.ndarray:
-    """Open the only array of a zip.
-
-    Raises:
-        InputError: There are several arrays, or the array is damaged or too large.
-    """
+    """Open the only array of a zip."""
     archive = Archive(path)
     if len(archive.names) != 1:
         raise InputError(f"{path} holds {len(archive.names)} arrays, expected one.")
@@ -311,9 +307,6 @@ def _header(
 
     Returns:
         Number format, shape, and whether columns follow each other in place of rows.
-
-    Raises:
-        InputError: The array is not of numbers, or one row is too large.
     """
     version = np.lib.format.read_magic(file)
     reader = {

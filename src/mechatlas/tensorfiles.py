@@ -225,11 +225,7 @@ def read_header(file: Path) -> Header:
 
 
 def _header(opened: io.BufferedReader) -> tuple[bytes, Header]:
-    """Bytes and content of a header, compared with the size of the file.
-
-    Raises:
-        ValueError: It is damaged.
-    """
+    """Bytes and content of a header, compared with the size of the file."""
     size = os.fstat(opened.fileno()).st_size
     first = opened.read(8)
     length = int.from_bytes(first, "little")
@@ -257,11 +253,7 @@ def _header(opened: io.BufferedReader) -> tuple[bytes, Header]:
 
 
 def _entry(name: str, fields: dict[str, Any]) -> Entry:
-    """Entry of a tensor whose shape fits its bytes.
-
-    Raises:
-        ValueError: It does not.
-    """
+    """Entry of a tensor whose shape fits its bytes."""
     shape, (begin, end) = fields["shape"], fields["data_offsets"]
     if fields["dtype"] not in DTYPES:
         raise ValueError(f"{name} is of the unknown number format {fields['dtype']!r:.40}")
@@ -294,9 +286,6 @@ def _npy(opened: Any, size: int, mapped: tuple[Path, int] | None = None) -> np.n
         opened: The stream.
         size: Its size in bytes.
         mapped: File that holds the same bytes and where they begin, if floats are to be mapped.
-
-    Raises:
-        ValueError: It is damaged, or holds Python objects.
     """
     version = np.lib.format.read_magic(opened)
     readers = {
@@ -334,11 +323,7 @@ def read_table(file: Path) -> Any:
 
 
 def _read_npz(file: Path) -> dict[str, Tensor]:
-    """Read the arrays of an archive of numpy.
-
-    Raises:
-        WeightsError: An array is not of numbers.
-    """
+    """Read the arrays of an archive of numpy."""
     tensors = {}
     with _verified(file) as opened, zipfile.ZipFile(opened) as archive:
         size = os.fstat(opened.fileno()).st_size
@@ -368,11 +353,7 @@ def _start_of(info: zipfile.ZipInfo, opened: io.BufferedReader) -> int:
 
 
 def _refuse_expansion(wanted: int, size: int) -> None:
-    """Refuse a file that would need much more memory than it has bytes.
-
-    Raises:
-        ValueError: It would.
-    """
+    """Refuse a file that would need much more memory than it has bytes."""
     if wanted >= EXPANDED_FROM and wanted > MOST_EXPANDED * size:
         raise ValueError(f"it promises {wanted:,} bytes of numbers, but has {size:,} bytes itself")
 
@@ -423,11 +404,7 @@ def read_torch(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def _verified(file: Path) -> io.BufferedReader:
-    """Open a file whose bytes have the checksum in the manifest beside it, where one is stated.
-
-    Raises:
-        DiskError: They do not, or it cannot be opened.
-    """
+    """Open a file whose bytes have the checksum in the manifest beside it, where one is stated."""
     expected = stated_checksum(file)
     if expected is not None and checksum_file(file) != expected:
         raise DiskError(damaged(file))
@@ -435,12 +412,7 @@ def _verified(file: Path) -> io.BufferedReader:
 
 
 def checksum_of(tensors: Mapping[str, Tensor | np.ndarray], text: str = "") -> str:
-    """Checksum of names, types, shapes and bytes, in whatever order, and of a text.
-
-    Args:
-        tensors: Tensors on any device, or arrays.
-        text: Text that belongs to them.
-    """
+    """Checksum of names, types, shapes and bytes, in whatever order, and of a text."""
     parts = [text.encode()]
     for name, each in sorted(tensors.items()):
         whole = each.detach().cpu().contiguous() if isinstance(each, Tensor) else each

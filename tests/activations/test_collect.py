@@ -192,12 +192,24 @@ c.collect(network, samples, find_sites(network, ["mixed", "first"]), Path(sys.ar
 """
 
 
-def test_a_run_killed_at_any_moment_ends_with_the_same_bytes(tmp_path):
+def collect_here(monkeypatch, *words):
+    """Run `KILLED` in this process, where nothing has to be imported first."""
+    n_threads = torch.get_num_threads()
+    with monkeypatch.context() as patched:
+        patched.setattr(sys, "argv", ["", *words])
+        patched.setattr(sys, "path", [*sys.path])
+        for name in ("SHARD_BYTES", "_plan"):  # as they are, to be put back
+            patched.setattr(module, name, getattr(module, name))
+        exec(KILLED, {})
+    torch.set_num_threads(n_threads)
+
+
+def test_a_run_killed_at_any_moment_ends_with_the_same_bytes(tmp_path, monkeypatch):
     images(tmp_path, 400)
-    command = [sys.executable, "-c", KILLED, str(tmp_path / "images.npy")]
-    root = str(Path(__file__).parents[2])
+    file, root = str(tmp_path / "images.npy"), str(Path(__file__).parents[2])
+    command = [sys.executable, "-c", KILLED, file]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    subprocess.run([*command, str(whole), root], check=True, capture_output=True)
+    collect_here(monkeypatch, file, str(whole), root)
     n_files = len(files(whole))
     for share in (0.3, 0.7):
         process = subprocess.Popen([*command, str(killed), root], stdout=subprocess.DEVNULL)
@@ -205,7 +217,7 @@ def test_a_run_killed_at_any_moment_ends_with_the_same_bytes(tmp_path):
             time.sleep(0.005)
         process.send_signal(signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL
-    subprocess.run([*command, str(killed), root], check=True, capture_output=True)
+    collect_here(monkeypatch, file, str(killed), root)
     assert files(killed) == files(whole)
 
 

@@ -11,7 +11,7 @@ from mechatlas.activations.positions import Positions
 from mechatlas.activations.receptive import ReceptiveField
 from mechatlas.activations.samples import Images, Texts, open_samples
 from mechatlas.activations.sites import read_activations
-from mechatlas.analysis.examples.maps import Crop, ExamplesWanted, examples, examples_together
+from mechatlas.analysis.examples.maps import Crop, ExamplesWanted, examples_together
 from mechatlas.analysis.examples.statistics import BINS, PER_OCTAVE, feature_statistics
 from mechatlas.base import InputError, Site
 
@@ -37,6 +37,12 @@ class Projections:
 def atoms(n_latents, d_in, seed=0):
     random = torch.Generator().manual_seed(seed)
     return nn.functional.normalize(torch.randn(n_latents, d_in, generator=random), dim=1)
+
+
+def examples(network, samples, site, dictionary, statistics, *, field=None, **options):
+    wanted = ExamplesWanted(site, dictionary, statistics, field)
+    (shown,) = examples_together(network, samples, [wanted], **options)
+    return shown
 
 
 @pytest.fixture(scope="module")

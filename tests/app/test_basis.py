@@ -1,6 +1,7 @@
 """`mechatlas basis`: the folder, the keys that others rely on, the page, and mistakes named."""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -158,8 +159,10 @@ def interrupted(*_args, **_options):
 
 
 def test_learning_coefficient_and_free_directions_of_modules_are_in_the_result_and_the_page(
-    here, capsys
+    here, capsys, monkeypatch
 ):
+    few = partial(learning_coefficient, samples=20, burn_in=20, chains=2)
+    monkeypatch.setattr(interaction_basis, "learning_coefficient", few)
     save_file({"0": np.arange(6) % 2, "1": np.arange(8) % 2, "2": np.array([0, 1, -1])},
               "modules.safetensors")  # fmt: skip
     words = ["--settings.learning-coefficient", "--unit-modules", "modules.safetensors"]
@@ -170,7 +173,7 @@ def test_learning_coefficient_and_free_directions_of_modules_are_in_the_result_a
     result = json.loads((here / "basis" / "result.json").read_text())
     network, inputs = small(), torch.from_numpy(np.load("rows.npy")).float()
     chosen = torch.randperm(300, generator=torch.Generator().manual_seed(0))
-    alone = learning_coefficient(network, inputs[chosen], n_beta=1e4)
+    alone = few(network, inputs[chosen], n_beta=1e4)
     assert result["learning_coefficient"]["value"] == pytest.approx(alone.value)
     modules = result["module_degeneracy"]
     assert modules["n_free_network"] == result["free_directions"]

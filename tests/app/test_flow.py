@@ -72,5 +72,5 @@ def test_origins_are_told_with_their_links(here):
 def test_modules_find_their_step_by_their_site(here, sites, message):
     with pytest.raises(RecipeError, match=message):
         run_command("flow", *words(here, sites))
-    with pytest.raises(RecipeError, match="needs two dictionaries of the stream or more, got 1"):
+    with pytest.raises(RecipeError, match="needs two dictionaries or more, got 1"):
         execute(FlowConfig(dictionaries=(here / "a",), out=here / "none"))

@@ -104,4 +104,4 @@ def test_one_dictionary_of_one_site_has_no_circuit_alone(here, capsys):
     with pytest.raises(SystemExit) as exit_:
         main(["circuit", "sae", "--sites", "head", "--store", "store", "--out", "no"])
     assert exit_.value.code == 2
-    assert "A cross-layer transcoder can be alone" in capsys.readouterr().err
+    assert "needs two dictionaries or more, got 1" in capsys.readouterr().err

@@ -18,23 +18,23 @@ def rows(seed, n=200, d=7, dtype=torch.float32, shift=3.0):
 
 @given(seeds, st.integers(0, 200))
 @settings(max_examples=30)
-def test_two_halves_merged_equal_the_whole(seed, where):
+def test_a_stream_goes_on_from_its_state_and_equals_the_whole(seed, where):
     x = rows(seed)
-    whole, left, right = Moments(7), Moments(7), Moments(7)
+    whole, left = Moments(7), Moments(7)
     whole.add(x)
     left.add(x[:where])
-    right.add(x[where:])
-    left.merge(right)
+    left = Moments.from_state(left.state())
+    left.add(x[where:])
     assert left.n == whole.n == 200
     np.testing.assert_allclose(left.mean, whole.mean, rtol=1e-12)
     scale = np.abs(whole.covariance).max()
     assert np.abs(left.covariance - whole.covariance).max() <= 1e-12 * scale
     np.testing.assert_allclose(whole.covariance, np.cov(x.double().T, bias=True), rtol=1e-10)
-    f_whole, f_left, f_right = Firing(7), Firing(7), Firing(7)
+    f_whole, f_left = Firing(7), Firing(7)
     f_whole.add(x > 9)
     f_left.add(x[:where] > 9)
-    f_right.add(x[where:] > 9)
-    f_left.merge(f_right)
+    f_left = Firing.from_state(f_left.state())
+    f_left.add(x[where:] > 9)
     assert (f_left.together == f_whole.together).all()
     fires = (x > 9).long()
     assert (f_whole.together == (fires.T @ fires).numpy()).all()

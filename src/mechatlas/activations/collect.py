@@ -296,11 +296,7 @@ def _note(
     again: dict[int, list[Shard]],
     out: Path,
 ) -> None:
-    """Note a round that is done, or compare it with what it was when it was done before.
-
-    Raises:
-        StoreError: The round has other rows now.
-    """
+    """Note a round that is done, or compare it with what it was when it was done before."""
     if number not in again:
         note_round(manifest, number, result)
         write_manifest(out / MANIFEST, manifest, make_folder=False)
@@ -312,12 +308,7 @@ def _note(
 
 
 def _finish(collection: _Collection, manifest: dict[str, Any]) -> None:
-    """Say in the manifest that the store is complete, if it is.
-
-    Raises:
-        InputError: The store has no rows.
-        StoreError: A shard was deleted meanwhile.
-    """
+    """Say in the manifest that the store is complete, if it is."""
     out = collection.out
     finish_store(manifest)
     refuse_empty(manifest)
@@ -358,11 +349,7 @@ _JOBS: dict[str, tuple[_Collection, list[Round]]] = {}
 
 
 def _do_round_elsewhere(number: int, job: _Job) -> RoundResult:
-    """Do a round in a worker, which opens network and samples at its first.
-
-    Raises:
-        StoreError: The network has other weights there, or the samples are others.
-    """
+    """Do a round in a worker, which opens network and samples at its first."""
     key = checksum(json.dumps([str(job.out), job.state]).encode())
     if key not in _JOBS:
         network, samples = job.reopen()

@@ -294,11 +294,7 @@ def decode(
 
 
 def _gray_of(image: Image.Image) -> UInt8[np.ndarray, "h w"]:
-    """Bytes of an image of one channel with more than 8 bits.
-
-    Raises:
-        ValueError: Nothing says how bright its numbers are.
-    """
+    """Bytes of an image of one channel with more than 8 bits."""
     if image.mode == "F":
         gray = _bytes_of(np.asarray(image))
     elif image.mode.startswith("I;16") or image.format in ("PNG", "PPM"):
@@ -313,11 +309,7 @@ def _gray_of(image: Image.Image) -> UInt8[np.ndarray, "h w"]:
 
 
 def _bytes_of(pixels: Float[np.ndarray, "..."]) -> UInt8[np.ndarray, "..."]:
-    """Bytes of floats in 0..1.
-
-    Raises:
-        ValueError: They lie elsewhere.
-    """
+    """Bytes of floats in 0..1."""
     low, high = float(pixels.min()), float(pixels.max())
     if not (np.isfinite(low) and np.isfinite(high) and low >= 0 and high <= 1):
         raise ValueError(

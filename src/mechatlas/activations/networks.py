@@ -100,11 +100,7 @@ def load_network(recipe: Network) -> nn.Module:
 
 @contextlib.contextmanager
 def looking_in(*folders: Path) -> Iterator[None]:
-    """Look for the modules of named networks in some folders too, as in that of a recipe.
-
-    Args:
-        folders: Folders with modules.
-    """
+    """Look for the modules of named networks in some folders too, as in that of a recipe."""
     token = _FOLDERS.set(folders)
     try:
         yield

@@ -48,12 +48,7 @@ def _blocks(*rows: Tensor) -> Iterator[tuple[Tensor, ...]]:
 def next_token_losses(
     logits: Float[Tensor, "sample place vocabulary"], tokens: Int[Tensor, "sample place"]
 ) -> Float[Tensor, "sample place_but_last"]:
-    """Cross entropy in nats of each token but the first, given those before it.
-
-    Args:
-        logits: Predictions at each token.
-        tokens: Token ids.
-    """
+    """Cross entropy in nats of each token but the first, given those before it."""
     predicted, targets = logits[:, :-1], tokens[:, 1:]
     losses = _losses(predicted.reshape(-1, logits.shape[-1]), targets.reshape(-1))
     return losses.reshape(targets.shape)
@@ -62,12 +57,7 @@ def next_token_losses(
 def label_losses(
     logits: Float[Tensor, "sample 1 d"], labels: Int[Tensor, " sample"]
 ) -> Float[Tensor, "sample 1"]:
-    """Cross entropy in nats of the label of each sample.
-
-    Args:
-        logits: Predictions for each sample.
-        labels: Number of the right class of each.
-    """
+    """Cross entropy in nats of the label of each sample."""
     return _losses(logits[:, 0], labels)[:, None]
 
 
@@ -82,12 +72,7 @@ def _losses(logits: Float[Tensor, "n d"], targets: Int[Tensor, " n"]) -> Float[T
 def compare(
     before: Float[Tensor, "sample place d"], after: Float[Tensor, "sample place d"]
 ) -> tuple[Float[Tensor, "sample place"], Bool[Tensor, "sample place"]]:
-    """Kullback-Leibler divergence from `before` in nats, and whether the likeliest class is equal.
-
-    Args:
-        before: Logits of the untouched network.
-        after: Logits to compare with them.
-    """
+    """Kullback-Leibler divergence from `before` in nats, and whether the likeliest class stays."""
     divergence, same = [], []
     for x, y in _blocks(before.flatten(0, 1), after.flatten(0, 1)):
         p, q = x.float().log_softmax(-1), y.float().log_softmax(-1)

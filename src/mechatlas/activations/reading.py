@@ -196,12 +196,7 @@ class _Pass:
         self.n_calls = dict.fromkeys(reader.sites, 0)
 
     def run(self, root: nn.Module, inputs: Any) -> bool:
-        """Run the network, and return whether it came to its end.
-
-        Raises:
-            SiteError: A site is not reached, or its module is called several times.
-            UserError: The network refuses the inputs.
-        """
+        """Run the network, and return whether it came to its end."""
         hooks: list[RemovableHandle] = []
         try:
             for i, site in enumerate(self.reader.sites):
@@ -256,12 +251,7 @@ def several_calls(site: Site) -> str:
 
 
 def never_called(sites: Sequence[Site], n_calls: Mapping[Site, int]) -> str:
-    """Sentence that refuses sites whose call never came in a pass.
-
-    Args:
-        sites: Sites that were not reached.
-        n_calls: Number of calls of the modules of sites.
-    """
+    """Sentence that refuses sites whose call never came in a pass."""
     called = {site: n for site in sites if (n := n_calls.get(site, 0))}
     if called:
         site, n = next(iter(called.items()))

@@ -22,10 +22,6 @@ from mechatlas.base import InputError, NonFiniteError, Site
 def naming(samples: Samples, indices: Sequence[int]) -> Iterator[None]:
     """Name the samples of a batch in every refusal of it.
 
-    Args:
-        samples: Samples of a run.
-        indices: Numbers of those in the batch.
-
     Raises:
         InputError: As inside the context, with their names.
     """

@@ -134,11 +134,7 @@ def _context(text_input: Any) -> int:
 
 
 def _in_memory(samples: Any, network: nn.Module) -> Samples:
-    """Samples of an array, a data set or a loader.
-
-    Raises:
-        InputError: The value is none of these.
-    """
+    """Samples of an array, a data set or a loader."""
     if isinstance(samples, Samples):
         return samples
     text_input = getattr(network, "input", None)
@@ -273,11 +269,7 @@ def _refuse_non_finite(row: Shaped[np.ndarray, "..."], name: str) -> None:
 def _stacked(
     samples: Sequence[Shaped[np.ndarray, "..."]], source: str, *, wide: bool
 ) -> Shaped[Tensor, "batch ..."]:
-    """Stack samples of one shape.
-
-    Raises:
-        InputError: The shapes differ.
-    """
+    """Stack samples of one shape."""
     shapes = {sample.shape for sample in samples}
     if len(shapes) > 1:
         raise InputError(
@@ -365,11 +357,7 @@ class DatasetSamples(Result):
 
 
 def _order(loader: "torch_data.DataLoader[Any]") -> Sequence[int]:
-    """Numbers of the samples that a loader yields; a shuffled one is read in order.
-
-    Raises:
-        InputError: The loader draws samples in a way of its own.
-    """
+    """Numbers of the samples that a loader yields; a shuffled one is read in order."""
     sampler: Any = loader.sampler
     everything = range(len(sampler)) if hasattr(sampler, "__len__") else range(0)
     whole = len(everything) == len(getattr(loader, "dataset", ()))

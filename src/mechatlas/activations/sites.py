@@ -378,11 +378,7 @@ class _Interventions:
                 self.axes[site] = channel_axis(self.root, args, kwargs, site)
 
     def end(self, _module: nn.Module, _args: Any, _output: Any) -> None:
-        """Refuse a pass in which some edit took no effect.
-
-        Raises:
-            SiteError: The module of a site was not called, or not often enough.
-        """
+        """Refuse a pass in which some edit took no effect."""
         if is_aside():
             return
         self.inside = False
@@ -391,12 +387,7 @@ class _Interventions:
             raise SiteError(never_called(missed, self.n_calls))
 
     def change(self, site: Site, value: Any) -> Any:
-        """Apply the edit of a site to what its module returned or was given.
-
-        Raises:
-            SiteError: The site does not say which call of its module is meant, or the edit gave
-                something else than activations of the same shape.
-        """
+        """Apply the edit of a site to what its module returned or was given."""
         if not self.inside and site.call is not None:
             raise SiteError(
                 f"Calls of {site.module!r} are counted while the whole network runs; {site} was "

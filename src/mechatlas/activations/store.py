@@ -238,11 +238,7 @@ class _MappedShard(NamedTuple):
     rows: UInt8[np.ndarray, "row byte"]
 
     def check(self) -> None:
-        """Refuse a file that was changed meanwhile: a page cut off would end the process.
-
-        Raises:
-            StoreError: The file was changed, replaced or deleted.
-        """
+        """Refuse a file that was changed meanwhile: a page cut off would end the process."""
         signature = None
         with contextlib.suppress(OSError):
             signature = _signature(self.path)
@@ -438,11 +434,7 @@ class StoreRows(Result):
         return _Pool([self._map(shard) for shard in entries], firsts, np.concatenate(ids))
 
     def _map(self, shard: Shard) -> _MappedShard:
-        """Map a shard into memory; check the whole file unless this store has done so.
-
-        Raises:
-            StoreError: The shard is damaged or missing.
-        """
+        """Map a shard into memory; check the whole file unless this store has done so."""
         path = self.store.root / shard.file
         try:
             signature = _signature(path)

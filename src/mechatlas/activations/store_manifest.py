@@ -125,11 +125,7 @@ def store_digest(path: Path) -> str:
 
 
 def _shape(fields: Fields) -> SiteShape:
-    """Shape of a site, as the manifest has it.
-
-    Raises:
-        StoreError: A number is missing or out of range.
-    """
+    """Shape of a site, as the manifest has it."""
     width, branches = fields.integer("width"), fields.part("branches")
     ranges = {name: fields.values["branches"][name] for name in branches.values}
     for name, ends in ranges.items():
@@ -154,11 +150,7 @@ def _whole(value: Any, n: int) -> bool:
 
 
 def _shards(fields: Fields, shapes: dict[str, SiteShape], itemsize: int) -> list[Shard]:
-    """Entries of the shards, as the manifest has them.
-
-    Raises:
-        StoreError: An entry names a place outside the store, or cannot be true.
-    """
+    """Entries of the shards, as the manifest has them."""
     entries = fields.values.get("shards")
     if not isinstance(entries, list):
         raise fields.wrong("shards", "a list")

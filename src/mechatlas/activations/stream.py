@@ -127,11 +127,7 @@ class NetworkRows(Result):
         self._held_out: Batch | None = None
 
     def _prepare(self, sites: Sequence[Site], positions: Positions, pool_bytes: int) -> None:
-        """Find widths, grids and the size of a pool, from one sample.
-
-        Raises:
-            InputError: The sites differ in their grids.
-        """
+        """Find widths, grids and the size of a pool, from one sample."""
         first = self._inputs([0])
         activations = read_activations(self.network, first, self.sites)
         self._layouts = layouts_of(self.network, first, self.sites)
@@ -193,11 +189,7 @@ class NetworkRows(Result):
                     missing, parts = batch_size, []
 
     def _pools(self, seed: int, skip: int) -> Iterator[tuple[Batch, Int[Tensor, " row"]]]:
-        """Pools of rows, each with a random order, from a row on.
-
-        Raises:
-            InputError: Every position is left out.
-        """
+        """Pools of rows, each with a random order, from a row on."""
         counts: dict[int, int] = {}
         for epoch in itertools.count():
             order = np.random.default_rng([seed, epoch, 3]).permutation(self._train)

@@ -238,11 +238,7 @@ class TextInput(nn.Module):
         return token if isinstance(token, int) and 0 <= token < self.vocabulary else None
 
     def _special_tokens(self) -> tuple[list[int], list[int]]:
-        """Tokens that the tokenizer puts before and after a text.
-
-        Raises:
-            InputError: The tokenizer changes the text's own tokens.
-        """
+        """Tokens that the tokenizer puts before and after a text."""
         plain = self._tokens("a", special=False)
         framed = self._tokens("a", special=True)
         for start in range(len(framed) - len(plain) + 1):

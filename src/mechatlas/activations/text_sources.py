@@ -112,11 +112,7 @@ def records(items: Iterable[Any], column: str | None, *, chat: bool) -> Iterator
 
 
 def _open(source: Path, include: str) -> tuple[Files, list[str]]:
-    """Files of a source, and the names of those that are read.
-
-    Raises:
-        InputError: There are none.
-    """
+    """Files of a source, and the names of those that are read."""
     known = ", ".join(sorted({TEXT, *_READERS}))
     if source.is_file() and source.suffix.lower() != ".zip":
         if not is_text(source.name):
@@ -147,11 +143,7 @@ def _suffix(name: str) -> str:
 
 
 def _pieces(file: io.BufferedIOBase, where: str, newline: str | None) -> Iterator[str]:
-    """Pieces of a text, cut where tokens of both sides are those of the whole.
-
-    Raises:
-        InputError: The file is not text.
-    """
+    """Pieces of a text, cut where tokens of both sides are those of the whole."""
     text = io.TextIOWrapper(cast(Any, file), encoding="utf-8-sig", newline=newline)
     rest = ""
     while True:
@@ -191,11 +183,7 @@ def _end_of_line(text: str) -> int:
 def _documents(
     rows: Iterable[Row], file: str, where: str, column: str | None, *, chat: bool
 ) -> Iterator[Document]:
-    """Documents in a column of rows; empty ones are passed over.
-
-    Raises:
-        InputError: A row has no such column, or holds something else; or all are empty.
-    """
+    """Documents in a column of rows; empty ones are passed over."""
     n_rows = n_documents = 0
     for number, value in rows:
         n_rows += 1
@@ -230,11 +218,7 @@ def _split(text: str) -> Iterator[str]:
 
 
 def _guess(row: Mapping[str, Any], where: str, *, chat: bool) -> str:
-    """Column that holds the documents, where there is only one that can.
-
-    Raises:
-        InputError: There are several or none.
-    """
+    """Column that holds the documents, where there is only one that can."""
     if chat:
         return MESSAGES
     texts = [name for name, value in row.items() if isinstance(value, str)]
@@ -250,11 +234,7 @@ def _guess(row: Mapping[str, Any], where: str, *, chat: bool) -> str:
 
 
 def _content(value: Any, where: str, column: str | None, *, chat: bool) -> Any:
-    """A document; `None` if it is empty.
-
-    Raises:
-        InputError: The value is no document.
-    """
+    """A document; `None` if it is empty."""
     if value is None or (isinstance(value, str | Sequence) and not len(value)):
         return None
     within = f" in the column {column!r}" if column else ""
@@ -294,11 +274,7 @@ def _json_lines(
 
 
 def _json(data: bytes, where: str) -> Any:
-    """Value of some JSON.
-
-    Raises:
-        InputError: The data are not JSON.
-    """
+    """Value of some JSON."""
     try:
         return json.loads(data)
     except (ValueError, RecursionError) as error:

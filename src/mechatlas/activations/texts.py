@@ -101,20 +101,12 @@ class _Windows:
         return np.asarray(self.windows(text, self.context), dtype=np.int64).reshape(-1)
 
     def chat_tokens(self, messages: Sequence[Any]) -> Int[np.ndarray, " n"]:
-        """Refuse a conversation.
-
-        Raises:
-            InputError: Always.
-        """
+        """Refuse a conversation."""
         raise InputError(f"The tokenizer of {self.name} has no chat template.")
 
 
 def _text_input(network: nn.Module, context: int) -> TextInput | _Windows:
-    """The tokenizer of a network.
-
-    Raises:
-        InputError: It has none.
-    """
+    """The tokenizer of a network."""
     text_input = getattr(network, "input", None)
     if isinstance(text_input, TextInput):
         return text_input
@@ -291,9 +283,6 @@ class TextSamples(Result):
 
         Returns:
             Tokens of documents in a window.
-
-        Raises:
-            InputError: The tokenizer has no token to join or pad documents with.
         """
         text = self._input
         plain = isinstance(first.content, str)
@@ -317,11 +306,7 @@ class TextSamples(Result):
         return text.room(self.recipe.context) if plain else self.recipe.context
 
     def _ids(self, document: Document) -> Int[np.ndarray, " n"]:
-        """Token ids of a document.
-
-        Raises:
-            InputError: The network does not have them.
-        """
+        """Token ids of a document."""
         if isinstance(document.content, str):
             return self._input.tokens(document.content)
         if isinstance(document.content, list):
@@ -416,22 +401,14 @@ class _Spool:
         return self._n
 
     def append(self, row: Int[np.ndarray, " width"]) -> None:
-        """Add a row.
-
-        Raises:
-            DiskError: The disk is full.
-        """
+        """Add a row."""
         self._ahead.append(row.astype(np.int32).tobytes())
         self._n += 1
         if len(self._ahead) == BLOCK:
             self.flush()
 
     def flush(self) -> None:
-        """Write what was added.
-
-        Raises:
-            DiskError: The disk is full.
-        """
+        """Write what was added."""
         data = b"".join(self._ahead)
         self._ahead = []
         with temporary_room():

@@ -262,12 +262,7 @@ class _Recorder(TorchDispatchMode):
             self._time += 1
 
     def reach(self, site: Site, value: Any) -> Any:
-        """Keep the tensor at a site, and stop at the last one.
-
-        Raises:
-            SiteError: The module was called before, and the site does not say which call it means.
-            _Done: All sites are reached.
-        """
+        """Keep the tensor at a site, and stop at the last one."""
         self.n_calls[site] += 1
         if site.call is None and self.n_calls[site] > 1:
             raise SiteError(several_calls(site))

@@ -137,11 +137,7 @@ def read_labels(text: str, dictionary: Path, n: int, folder: RunFolder) -> list[
 
 
 def _parquet(path: Path, name: str, folder: RunFolder) -> dict[str, Any]:
-    """Columns of a parquet file, whose checksum is noted.
-
-    Raises:
-        DiskError: It cannot be read.
-    """
+    """Columns of a parquet file, whose checksum is noted."""
     table = read_table(path)
     folder.parent(name, checksum_file(path))
     return dict(zip(table.column_names, table.columns, strict=True))

@@ -130,11 +130,7 @@ def _terminable() -> Iterator[None]:
 
 
 def _answer(name: str, words: list[str], *, as_json: bool, dry_run: bool) -> None:
-    """Run a command and print its result.
-
-    Raises:
-        SystemExit: 2 for a user's mistake.
-    """
+    """Run a command and print its result."""
     from mechatlas.activations.networks import looking_in  # with torch
     from mechatlas.app.engines import is_first
     from mechatlas.base import UserError

@@ -156,11 +156,7 @@ def of_training(
 
 
 def of_matching(shapes: Sequence[tuple[int, int]]) -> Estimate:
-    """Estimate the matching of consecutive dictionaries from their sizes.
-
-    Args:
-        shapes: Latents and columns of each.
-    """
+    """Estimate the matching of consecutive dictionaries from their sizes."""
     seconds, largest = 0.0, 0
     rate = _products_per_second()
     for (n_a, d), (n_b, _) in itertools.pairwise(shapes):

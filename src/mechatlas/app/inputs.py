@@ -127,12 +127,43 @@ def sites_of(opened: OpenedDictionary) -> str | None:
     None where neither its manifest nor its file says them.
     """
     ends, written = ends_of(opened.dictionary), opened.manifest.get("writes")
-    if len(ends.names) == 1 or opened.site is None or opened.manifest.get("group"):
+    if len(ends.names) == 1 or opened.manifest.get("group"):
         return opened.site
-    if isinstance(written, list) and len(written) == 1:  # a transcoder of ours
+    if opened.site and isinstance(written, list) and len(written) == 1:  # a transcoder of ours
         return f"{opened.site},{written[0]}"
     named = [name for name in ends.names if name not in UNNAMED]
     return ",".join(named) if len(named) == len(ends.names) else opened.site
+
+
+def expect_several(paths: Sequence[Path], command: str) -> None:
+    """Refuse fewer than two dictionaries.
+
+    Raises:
+        RecipeError: There are fewer.
+    """
+    if len(paths) < 2:
+        raise RecipeError(
+            f"`mechatlas {command}` needs two dictionaries or more, got {len(paths)}: "
+            f"mechatlas {command} DICT_A DICT_B [DICT_C ...] --out DIR."
+        )
+
+
+def expect_sites(opened: Sequence[OpenedDictionary], of_store: str = "") -> list[str]:
+    """Sites of dictionaries, all of which have to be known.
+
+    Args:
+        opened: The dictionaries.
+        of_store: Sites of their store, for the message.
+
+    Raises:
+        RecipeError: Some do not say which site they read.
+    """
+    if unknown := [str(each.path) for each in opened if each.site is None]:
+        raise RecipeError(
+            f"{', '.join(unknown)} does not say which site it reads. Name the site of each "
+            f"dictionary with --sites{of_store}."
+        )
+    return [str(each.site) for each in opened]
 
 
 def manifest_of(path: Path) -> dict[str, Any]:
@@ -230,11 +261,7 @@ def recorded_network(
 
 
 def _refuse_code(network: Network, store: Store, trust: TrustConfig) -> None:
-    """Refuse to run code that a folder names, unless the user names it too.
-
-    Raises:
-        TrustError: The user has not.
-    """
+    """Refuse to run code that a folder names, unless the user names it too."""
     if network.name in (*BUNDLED, *trust.network) or trust.trust:
         return
     given = {**network.arguments, **({"weights": str(network.weights)} if network.weights else {})}

@@ -100,10 +100,6 @@ def first_rows(
 ) -> tuple[Float[Tensor, "row d_in"], Int[np.ndarray, " row"]]:
     """Read the first rows of the training split, the same for all sites.
 
-    Args:
-        rows: Rows of one site.
-        n: How many.
-
     Returns:
         The rows sorted by sample, and the sample of each.
     """

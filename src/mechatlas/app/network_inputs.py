@@ -2,6 +2,7 @@
 
 MeasureConfig     settings of a command that runs a dictionary's network
 open_measured     these settings -> dictionary, site, network and samples
+named_network     words for a network, on the command line -> its recipe
 """
 
 import dataclasses
@@ -72,10 +73,6 @@ class Measured(NamedTuple):
 def open_measured(config: MeasureConfig, n_samples: int) -> Measured:
     """Open the dictionary, the network and the samples of a command.
 
-    Args:
-        config: Settings of the command.
-        n_samples: Largest number of samples.
-
     Raises:
         RecipeError: The site is not known.
         UserError: The network, the samples or the store are not to be found, or do not fit.
@@ -93,7 +90,7 @@ def open_measured(config: MeasureConfig, n_samples: int) -> Measured:
         numbers = store.samples("held", n_samples) or None
         return Measured(opened, site, network, samples, numbers, store)
     if config.network:
-        network = load_network(_network(config.network))
+        network = load_network(named_network(config.network))
     else:
         assert store is not None  # `_store` has refused
         trusted = TrustConfig(trust=config.trust)
@@ -103,11 +100,7 @@ def open_measured(config: MeasureConfig, n_samples: int) -> Measured:
 
 
 def _store(config: MeasureConfig, opened: OpenedDictionary) -> Store | None:
-    """The store that is named, or the dictionary's; none where nothing is asked of it.
-
-    Raises:
-        StoreError: It is needed and nowhere to be found, or of another network.
-    """
+    """The store that is named, or the dictionary's; none where nothing is asked of it."""
     if config.store is not None:
         store = Store(config.store)
         if config.network is None:
@@ -122,23 +115,20 @@ def _store(config: MeasureConfig, opened: OpenedDictionary) -> Store | None:
 
 
 def _recipe_of(store: Store | None) -> CollectConfig:
-    """Recipe that a store was collected by.
-
-    Raises:
-        RecipeError: There is no store, or it does not say.
-    """
+    """Recipe that a store was collected by."""
     if store is None:
         raise RecipeError("Give --network and --samples, or --store.")
     return from_dict(store.manifest["recipe"], CollectConfig, f"The manifest of {store.root}")
 
 
-def _network(text: str) -> Network:
+def named_network(text: str, weights: Path | None = None) -> Network:
     """Network by its name, its recipe, or the folder or file of a language model."""
-    if text.endswith(".toml"):
-        return from_dict(_table(Path(text), "network"), Network, text)
-    if Path(text).exists():
+    path = Path(text)
+    if path.suffix == ".toml":
+        return from_dict(_table(path, "network"), Network, text)
+    if path.exists() or path.suffix in (".gguf", ".zip"):
         return Network(name="transformer", arguments={"path": text})
-    return Network(name=text)
+    return Network(name=text, weights=weights)
 
 
 def _samples(path: Path | None) -> Any:
@@ -150,12 +140,8 @@ def _samples(path: Path | None) -> Any:
 
 
 def _table(path: Path, name: str) -> dict[str, Any]:
-    """A table of a recipe.
-
-    Raises:
-        RecipeError: The recipe has none.
-    """
+    """A table of a recipe, or one with a name alone."""
     table = read_toml(path).get(name)
-    if not isinstance(table, dict):
+    if not isinstance(table, str | dict):
         raise RecipeError(f"{path} has no table [{name}].")
-    return table
+    return table if isinstance(table, dict) else {"name": table}

@@ -65,11 +65,7 @@ class _Some:
         return code * self.length.to(code)
 
     def decode(self, code: Tensor) -> Tensor:
-        """Refuse codes.
-
-        Raises:
-            NotImplementedError: Always: a part of a code gives no reconstruction.
-        """
+        """Refuse codes."""
         raise NotImplementedError("some latents of a dictionary do not reconstruct")
 
 

@@ -133,12 +133,7 @@ VALUES: dict[str, dict[str, dict[str, str]]] = {
 
 
 def renamed(value: Any, kind: str) -> Any:
-    """Replace the old keys of plain values, at any depth.
-
-    Args:
-        value: Values of a JSON file.
-        kind: Kind of the folder.
-    """
+    """Replace the old keys of plain values, at any depth."""
     table = KEYS.get(kind, {})
     if isinstance(value, Mapping):
         if kind == "matching" and {"pairs", "given_a", "either"} <= set(value):
@@ -148,12 +143,7 @@ def renamed(value: Any, kind: str) -> Any:
 
 
 def renamed_columns(columns: Mapping[str, Any], kind: str) -> dict[str, Any]:
-    """Replace the old names of columns or tensors, and old words in them.
-
-    Args:
-        columns: Columns or tensors by name.
-        kind: Kind of the folder.
-    """
+    """Replace the old names of columns or tensors, and old words in them."""
     table, words = COLUMNS.get(kind, {}), VALUES.get(kind, {})
     new = {table.get(name, name): values for name, values in columns.items()}
     for name in words.keys() & new.keys():

@@ -101,6 +101,20 @@ def _spoken(kind: Any) -> tuple[str, ...]:
     return tuple(name for name in names_of_trust if name in names)
 
 
+def read_raw(path: Path) -> dict[str, Any]:
+    """Read the values of a recipe file, whatever they are for.
+
+    Raises:
+        RecipeError: There is no such file, or it is not TOML.
+    """
+    if not path.exists():
+        raise RecipeError(f"There is no recipe file {path}.")
+    try:
+        return read_toml(path)
+    except DiskError as error:
+        raise RecipeError(str(error)) from error
+
+
 def read_recipe(path: Path, kind: type[Recipe]) -> Recipe:
     """Read a recipe file; the `recipe.toml` in the folder of a run is for that folder.
 
@@ -108,12 +122,7 @@ def read_recipe(path: Path, kind: type[Recipe]) -> Recipe:
         RecipeError: There is no such file, it is not TOML, or it has unknown keys or wrong
             values; the message lists all of them.
     """
-    if not path.exists():
-        raise RecipeError(f"There is no recipe file {path}.")
-    try:
-        raw = read_toml(path)
-    except DiskError as error:
-        raise RecipeError(str(error)) from error
+    raw = read_raw(path)
     if path.name == "recipe.toml" and (path.parent / MANIFEST).is_file():
         raw.setdefault("out", str(path.parent))
     if spoken := [key for key in _spoken(kind) if key in raw]:

@@ -169,13 +169,20 @@ def execute(config: Any, *, dry_run: bool = False) -> Any:
     if isinstance(config, DeviceConfig):
         as_device(config.device)
     if not hasattr(command, "KIND") or config.out is None:
-        return command.run(config)
+        clock, result = time.process_time(), command.run(config)
+        return _costed(result, clock) if isinstance(result, CommandResult) else result
     if n_processes() > 1 and (command.KIND != DICTIONARY or dry_run):
         raise RecipeError("torchrun is for `mechatlas train` alone; other commands have --engine.")
     if not is_first():
         return command.run(config, Follower(config.out))
     with RunFolder(config.out, command.KIND, config, dry_run=dry_run) as folder:
         return folder.finish(command.run(config, folder))
+
+
+def _costed(result: CommandResult, clock: float, **fields: str) -> Any:
+    """Add CPU seconds since a clock, memory and other fields to a result."""
+    seconds = round(time.process_time() - clock, 3)
+    return dataclasses.replace(result, seconds=seconds, peak_bytes=peak_bytes(), **fields)
 
 
 class Follower:
@@ -234,10 +241,6 @@ class RunFolder:
 
     def expect(self, estimate: Callable[[], Estimate], *, is_long: bool = True) -> None:
         """Say what the command costs, if that is over a minute, before the work begins.
-
-        Args:
-            estimate: Function that measures and estimates.
-            is_long: Whether the work is long beside the measurement.
 
         Raises:
             OnlyEstimate: It is a dry run.
@@ -344,9 +347,6 @@ class RunFolder:
 
         Kept parts are deleted, and files of an earlier run that this one did not write again.
 
-        Args:
-            result: Result of the command.
-
         Returns:
             The result with the folder, CPU seconds and memory.
 
@@ -354,10 +354,7 @@ class RunFolder:
             DiskError: The folder, or a file in it, was deleted or replaced meanwhile.
         """
         self._refuse_absent()
-        seconds = round(time.process_time() - self._clock, 3)
-        result = dataclasses.replace(
-            result, out=str(self.path), seconds=seconds, peak_bytes=peak_bytes()
-        )
+        result = _costed(result, self._clock, out=str(self.path))
         values = as_plain(result)
         recipe = as_dict(self.config)
         for place in ("out", "engine"):  # the folder has the same bytes wherever it is made
@@ -380,11 +377,7 @@ class RunFolder:
         return result
 
     def _refuse_absent(self) -> None:
-        """Look for what was written.
-
-        Raises:
-            DiskError: The folder, or a file in it, was deleted or replaced meanwhile.
-        """
+        """Look for what was written."""
         self._claim.check()
         for name in self._files:
             if not (self.path / name).is_file():
@@ -401,10 +394,6 @@ def _files_of(path: Path) -> dict[str, str]:
 
 def refuse_strangers(out: Path, kind: str) -> None:
     """Refuse a folder that holds anything but an earlier run of the same kind.
-
-    Args:
-        out: Folder that a command is about to write.
-        kind: The `kind` in the manifest of what it writes.
 
     Raises:
         DiskError: `out` holds something else, or its manifest is damaged.

@@ -502,11 +502,7 @@ def atom_lengths(
 
 
 def _check_sizes(built: SparseCoder) -> None:
-    """Refuse sizes that cannot be.
-
-    Raises:
-        ValueError: A size is below 1, or k is more than the latents.
-    """
+    """Refuse sizes that cannot be."""
     sizes = {"d_in": built.d_in, "d_out": built.d_out, "n_latents": built.n_latents}
     if min(*sizes.values(), *(high - low for low, high in pairwise(built.edges))) < 1:
         listed = ", ".join(f"{name} ({size})" for name, size in sizes.items())
@@ -520,11 +516,7 @@ def _check_sizes(built: SparseCoder) -> None:
 
 
 def _checked_widths(widths: Sequence[int], n_latents: int) -> tuple[int, ...]:
-    """Check Matryoshka widths.
-
-    Raises:
-        ValueError: They do not rise from 1 to below the number of latents.
-    """
+    """Check Matryoshka widths."""
     if any(low >= high for low, high in pairwise((0, *widths, n_latents))):
         raise ValueError(
             f"matryoshka_widths {tuple(widths)} must rise, from at least 1 to less than n_latents "

@@ -146,11 +146,7 @@ def save(
 
 
 def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Configuration as plain values: a rule as its class and fields.
-
-    Raises:
-        WeightsError: A rule is not a dataclass.
-    """
+    """Configuration as plain values: a rule as its class and fields."""
     plain = dict(config)
     rule = plain.get("sparsity")
     if rule is not None:
@@ -238,11 +234,7 @@ def load(
 
 
 def _read_own(file: Path, classes: Sequence[type] = ()) -> nn.Module:
-    """Read what `save` wrote.
-
-    Raises:
-        WeightsError: It is damaged, or its keys or shapes are not as expected.
-    """
+    """Read what `save` wrote."""
     _refuse_unfinished(file)
     tensors, metadata = read_safetensors(file)
     with reading(file):
@@ -251,11 +243,7 @@ def _read_own(file: Path, classes: Sequence[type] = ()) -> nn.Module:
 
 
 def _read_shards(files: Sequence[Path]) -> nn.Module:
-    """Join the files of a dictionary that was trained by several processes.
-
-    Raises:
-        WeightsError: One is damaged, or some are missing.
-    """
+    """Join the files of a dictionary that was trained by several processes."""
     parts, ranges, config = [], [], {}
     for file in files:
         _refuse_unfinished(file)
@@ -279,11 +267,7 @@ def _read_shards(files: Sequence[Path]) -> nn.Module:
 
 
 def _refuse_unfinished(file: Path) -> None:
-    """Refuse a dictionary in the folder of a run that has not ended.
-
-    Raises:
-        WeightsError: The run has not ended, or its manifest is damaged.
-    """
+    """Refuse a dictionary in the folder of a run that has not ended."""
     manifest = file.parent / MANIFEST
     if not manifest.is_file():
         return
@@ -302,9 +286,6 @@ def _rebuild(
     """Build a dictionary from its configuration and tensors.
 
     Nothing is allocated before the shapes in the file are those that the configuration asks for.
-
-    Raises:
-        WeightsError: They do not fit together, or a class is missing.
     """
     known = {each.__name__: each for each in (*KINDS, *RULES, *classes)}
 
@@ -352,11 +333,7 @@ def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 def _pretrained(arguments: dict[str, Any], tensors: dict[str, Tensor], file: Path) -> Pretrained:
-    """Build a dictionary of another library, with the conventions that were saved with it.
-
-    Raises:
-        WeightsError: Keys, shapes or numbers are not those of the dictionary.
-    """
+    """Build a dictionary of another library, with the conventions that were saved with it."""
     shapes = {**PRETRAINED, "W_skip": "d_in d_out", **STATE}
     parts = fit(file, tensors, shapes, optional=("W_skip", *STATE))
     weights = {name: parts[name] for name in (*PRETRAINED, "W_skip") if name in parts}
@@ -370,11 +347,7 @@ def _pretrained(arguments: dict[str, Any], tensors: dict[str, Tensor], file: Pat
 
 
 def _fill(dictionary: nn.Module, tensors: dict[str, Tensor], file: Path) -> None:
-    """Copy the tensors of a file into a dictionary, which may be on the meta device.
-
-    Raises:
-        WeightsError: Keys, shapes or numbers are not those of the dictionary.
-    """
+    """Copy the tensors of a file into a dictionary, which may be on the meta device."""
     names, wanted = _saved_names(dictionary), dictionary.state_dict()
     wrong = mismatches(tensors, {name: wanted[own].shape for name, own in names.items()})
     whole_numbers = [name for name, own in names.items() if not wanted[own].is_floating_point()]

@@ -109,11 +109,7 @@ def fetch(address: Address | str, wanted: str = "*") -> Path:
 
 
 def _hub() -> Any:
-    """Library of the hub.
-
-    Raises:
-        WeightsError: It is not installed.
-    """
+    """Library of the hub."""
     try:
         import huggingface_hub
     except ImportError as error:
@@ -124,11 +120,7 @@ def _hub() -> Any:
 
 
 def _files(address: Address, names: list[str], wanted: str) -> tuple[str, list[str]]:
-    """Path in the repository, and its files that are needed.
-
-    Raises:
-        WeightsError: There is nothing at the path, or no dictionary.
-    """
+    """Path in the repository, and its files that are needed."""
     path = address.path
     if path not in names and f"{path}.safetensors" in names:
         path = f"{path}.safetensors"
@@ -159,11 +151,7 @@ def _files(address: Address, names: list[str], wanted: str) -> tuple[str, list[s
 
 
 def _verify(file: Path, address: Address) -> None:
-    """Compare a file with the checksum that the hub states, which is the name it is kept under.
-
-    Raises:
-        WeightsError: It is another file.
-    """
+    """Compare a file with the checksum that the hub states, which is the name it is kept under."""
     kept = file.resolve()
     if not re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", kept.name):
         return  # a disk without links keeps no checksum
@@ -183,11 +171,7 @@ def _verify(file: Path, address: Address) -> None:
 
 @contextlib.contextmanager
 def _telling(address: Address) -> Iterator[None]:
-    """Turn whatever goes wrong at the hub into one sentence.
-
-    Raises:
-        WeightsError: Always, if anything goes wrong.
-    """
+    """Turn whatever goes wrong at the hub into one sentence."""
     from huggingface_hub import errors
 
     where = address.repository

@@ -137,11 +137,7 @@ def evaluate(
 
 
 def _samples_for(dictionary: Dictionary, x: Any, target: Any) -> tuple[Tensor, Tensor]:
-    """Activations that a dictionary reads and should write, in its number format and place.
-
-    Raises:
-        InputError: They are no matrices of numbers, or of another width.
-    """
+    """Activations that a dictionary reads and should write, in its number format and place."""
     tensors = list(dictionary.state_dict().values()) if isinstance(dictionary, nn.Module) else []
     read = as_tensor(x, "samples d_in", "x")
     written = read if target is None else as_tensor(target, "samples d_out", "target")

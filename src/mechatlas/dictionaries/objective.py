@@ -39,11 +39,7 @@ class Objective:
         return 1 / squares.clamp_min(SHORT_ROW * squares.mean())
 
     def factor(self, squares: float) -> float:
-        """Factor of the gradient that keeps its norm within the limit.
-
-        Args:
-            squares: Sum of the squared entries of the gradient.
-        """
+        """Factor of the gradient that keeps its norm within the limit."""
         if self.clip is None or squares <= self.clip**2:
             return 1.0
         return self.clip / math.sqrt(squares) if math.isfinite(squares) else math.nan

@@ -204,11 +204,7 @@ class PoseTied(SparseCoder):
 
 
 def _check(group: Group, d_in: int, n_latents: int, sparsity: Any) -> None:
-    """Refuse arguments of which no dictionary can be built.
-
-    Raises:
-        ValueError: See `PoseTied`.
-    """
+    """Refuse arguments of which no dictionary can be built."""
     if group.identity != 0:
         raise ValueError(f"The identity of the group must be element 0, got {group.identity}.")
     for name, size in (("d_in", d_in), ("n_latents", n_latents)):

@@ -127,11 +127,7 @@ class StreamRows:
             raise InputError("The stream of activations has one row; at least two are needed.")
 
     def _fitting(self, chunk: Any) -> Tensor:
-        """An array of the stream.
-
-        Raises:
-            InputError: It is not as wide as the first.
-        """
+        """An array of the stream."""
         rows = _matrix(chunk)
         if rows.shape[1] != self.d_in:
             raise InputError(
@@ -140,11 +136,7 @@ class StreamRows:
         return rows
 
     def _numbered(self) -> Iterator[Batch]:
-        """Arrays of the stream after the held-out rows, and the numbers of their rows.
-
-        Raises:
-            InputError: The stream has ended and cannot be read again.
-        """
+        """Arrays of the stream after the held-out rows, and the numbers of their rows."""
         number = self._n_held
         yield Batch(self._left, torch.arange(number, number + len(self._left)))
         number += len(self._left)
@@ -206,11 +198,7 @@ class StreamRows:
 
 
 def _matrix(array: Any) -> Tensor:
-    """An array as a matrix of floats; of a tuple, as loaders give them, the first element.
-
-    Raises:
-        InputError: It is none.
-    """
+    """An array as a matrix of floats; of a tuple, as loaders give them, the first element."""
     if isinstance(array, tuple | list) and len(array) and np.ndim(array[0]) == 2:
         array = array[0]
     tensor = as_tensor(array, "rows d_in", "The matrix of activations")

@@ -113,11 +113,7 @@ class TemporalDictionary(nn.Module):
         return self._codes(x)[1]
 
     def _codes(self, x: Any) -> tuple[Tensor, Tensor]:
-        """Codes of what is new, and of what earlier tokens predict.
-
-        Raises:
-            InputError: These are no windows of tokens, not `d_in` wide, or no real numbers.
-        """
+        """Codes of what is new, and of what earlier tokens predict."""
         x = as_batch(x, self.W_dec.device)
         if x.ndim < 3:
             raise InputError(

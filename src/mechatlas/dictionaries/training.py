@@ -250,10 +250,6 @@ class _Run:
             rate: Learning rate, as a fraction of the largest.
             sparsity_coefficient: Fraction of the sparsity penalty that counts.
             part_done: Fraction of the training that is done.
-
-        Raises:
-            InputError: All rows of the first batch are equal.
-            NonFiniteError: The loss is not finite.
         """
         outlier = _outliers(at_hand[:, self.columns], self.limits)
         if outlier.all() and self.done:
@@ -292,11 +288,7 @@ class _Run:
         self.last_fired.masked_fill_(fired, self.done)
 
     def check(self) -> None:
-        """Refuse to go on after a loss that is not finite; on a CPU after each step.
-
-        Raises:
-            NonFiniteError: A loss since the last check was not finite.
-        """
+        """Refuse to go on after a loss that is not finite; on a CPU after each step."""
         loss, self.loss = float(self.loss), 0.0
         if not math.isfinite(loss):
             when = "at" if self.held_out.device.type == "cpu" else "at or before"
@@ -356,11 +348,7 @@ def _tensors(runs: Sequence[_Run]) -> dict[str, Tensor]:
 
 
 def _files_of(runs: Sequence[_Run]) -> Any:
-    """Functions that keep checkpoints: those of the dictionary if it is one of several processes.
-
-    Raises:
-        InputError: There are several dictionaries, and one is of several processes.
-    """
+    """Functions that keep checkpoints, of the dictionary if it is one of several processes."""
     own = [files for run in runs if (files := getattr(run.dictionary, "files", None))]
     if own and len(runs) > 1:
         raise InputError("Dictionaries over several processes are trained one at a time.")
@@ -388,11 +376,7 @@ def _resume(folder: Path, runs: Sequence[_Run], settings: dict[str, Any]) -> int
 
 
 def _check(**numbers: int | float | None) -> None:
-    """Refuse numbers that are given and not positive.
-
-    Raises:
-        ValueError: One is not.
-    """
+    """Refuse numbers that are given and not positive."""
     given = {name: number for name, number in numbers.items() if number is not None}
     if wrong := [f"{name} ({number})" for name, number in given.items() if not number > 0]:
         raise ValueError(f"{', '.join(wrong)} must be > 0.")
@@ -422,11 +406,7 @@ def _checksum(tensors: Iterable[Tensor]) -> str:
 
 
 def _columns(coders: Sequence[SparseCoder | Adapter], rows: Rows, held_out: Tensor) -> list[slice]:
-    """Columns of a row that each dictionary is trained on.
-
-    Raises:
-        InputError: The dictionaries do not fit the rows, or none of these is held out.
-    """
+    """Columns of a row that each dictionary is trained on."""
     if not len(held_out):
         raise InputError("There are no held-out rows to measure on; collect more than one sample.")
     wrong = [coder.width for coder in coders if coder.width != rows.d_in]
@@ -500,11 +480,7 @@ def _scale(dictionary: SparseCoder | Adapter, x: Tensor) -> Tensor:
 
 
 def _begin(dictionary: SparseCoder | Adapter, x: Tensor) -> None:
-    """Initialize from the first batch.
-
-    Raises:
-        InputError: All rows are equal.
-    """
+    """Initialize from the first batch."""
     if not (x - x[0]).any():
         raise InputError(
             f"All {len(x)} rows of the first batch are equal: there is nothing to learn. "
@@ -514,11 +490,7 @@ def _begin(dictionary: SparseCoder | Adapter, x: Tensor) -> None:
 
 
 def _checked(batch: Batch, rows: Rows) -> Tensor:
-    """Rows of a batch without NaN and infinities.
-
-    Raises:
-        NonFiniteError: One has a NaN or an infinity.
-    """
+    """Rows of a batch without NaN and infinities."""
     if not batch.x.sum().isfinite():  # one pass; a NaN or infinity anywhere reaches the sum
         bad = (~batch.x.isfinite()).nonzero()
         if len(bad):

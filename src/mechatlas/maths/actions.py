@@ -425,11 +425,7 @@ def law_error(action: Action, x: Shaped[Tensor, "batch ..."]) -> tuple[float, tu
 
 
 def _turns_of(group: Group, name: str) -> tuple[int, bool]:
-    """Find the number of rotations, and whether there are mirrors.
-
-    Raises:
-        GroupError: The group is not C_n or D_n.
-    """
+    """Find the number of rotations, and whether there are mirrors."""
     n = group.order
     if group == cyclic(n) and group.name != "D1":
         return n, False

@@ -109,11 +109,7 @@ def as_numbers(value: Any, name: str, expected: str = "expected an array") -> np
 
 
 def _rows_of(rows: Any, name: str, expected: str) -> list[Any]:
-    """Rows of a data set in their order, or of the data set of a loader.
-
-    Raises:
-        InputError: They have no numbers, or the loader makes rows in a way of its own.
-    """
+    """Rows of a data set in their order, or of the data set of a loader."""
     kind = type(rows).__name__
     if isinstance(rows, data.DataLoader):
         own = rows.collate_fn is not data.default_collate
@@ -177,11 +173,7 @@ def _of_tensor(value: torch.Tensor, name: str, expected: str) -> Shaped[np.ndarr
 
 
 def _check_dense(value: torch.Tensor, name: str, expected: str) -> None:
-    """Refuse a tensor that is not of dense real numbers.
-
-    Raises:
-        InputError: The tensor is sparse, nested, quantized or complex, or has no values.
-    """
+    """Refuse a tensor that is not of dense real numbers."""
     if value.is_nested or value.layout != torch.strided:
         kind = "nested" if value.is_nested else "sparse"
         dense = "to_padded_tensor(0)" if value.is_nested else "to_dense()"

@@ -31,18 +31,9 @@ class Estimate:
     """Number of features, rows or samples under the mean."""
 
 
-def resample(n: int, *, seed: int, n_resamples: int = N_RESAMPLES) -> Int[np.ndarray, "resample n"]:
-    """Draw resamples with replacement.
-
-    Args:
-        n: Number of samples.
-        seed: Seed of the draws.
-        n_resamples: Number of resamples.
-
-    Returns:
-        How often each resample has each sample.
-    """
-    return np.random.default_rng([seed, 19]).multinomial(n, np.full(n, 1 / n), size=n_resamples)
+def resample(n: int, *, seed: int) -> Int[np.ndarray, "resample n"]:
+    """Draw resamples of n samples with replacement: how often each resample has each sample."""
+    return np.random.default_rng([seed, 19]).multinomial(n, np.full(n, 1 / n), size=N_RESAMPLES)
 
 
 def estimate(value: float, resampled: Float[np.ndarray, " resample"], n: int) -> Estimate:

@@ -45,11 +45,7 @@ def distinct_rows(rows: Float[np.ndarray, "n d"]) -> DistinctRows:
 
 
 def first_of_direction(units: Float[np.ndarray, "n d"]) -> Int[np.ndarray, " n"]:
-    """Find the first row that is the same as each, but for rounding.
-
-    Args:
-        units: Rows at length 1.
-    """
+    """Find the first row that is the same as each, but for rounding."""
     seen: dict[bytes, int] = {}
     first = np.array([seen.setdefault(row.tobytes(), k) for k, row in enumerate(units)])
     distinct = np.fromiter(seen.values(), np.int64)

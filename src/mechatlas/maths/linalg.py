@@ -1,15 +1,16 @@
 """Second moments of streams of rows, and what their spectra say.
 
-    Moments          mean and centered Gram matrix, one pass, mergeable, resumable
+    Moments          mean and centered Gram matrix, one pass, resumable
     Firing           how often units fire, alone and together: exact counts
     cut              a spectrum -> its numerical rank, and how far the threshold may move
     relu_pullback    E[J^T A J] of a ReLU section from `Firing` alone: no Jacobian is formed
     parts_of         equal or nearly equal firing sets -> blocks of units
 
-Rows may be float32: sums are float64, and merging two halves gives the whole to rounding.
+Rows may be float32: sums are float64.
 
 Source: Bushnaq et al., Using degeneracy in the loss landscape for mechanistic
-interpretability (2024), for the three degeneracies; Chan, Golub and LeVeque (1979), for merging.
+interpretability (2024), for the three degeneracies; Chan, Golub and LeVeque (1979), for
+adding blocks.
 """
 
 import dataclasses
@@ -20,6 +21,7 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from scipy import linalg as scipy_linalg
+from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
 blas: Any = scipy_linalg.blas  # its functions are made when it is loaded
@@ -44,20 +46,12 @@ class Moments:
         for block in _blocks(rows, np.float64):
             mean = block.mean(axis=0)
             block -= mean
-            self._take(len(block), mean, _gram(block))
-
-    def merge(self, other: "Moments") -> None:
-        """Take in what another stream has seen."""
-        if other.n:
-            self._take(other.n, other.mean, other._upper)
-
-    def _take(self, n: int, mean: np.ndarray, upper: np.ndarray) -> None:
-        total = self.n + n
-        step = mean - self.mean
-        self._upper += upper
-        self._upper = blas.dsyr(self.n * n / total, step, a=self._upper, overwrite_a=True)
-        self.mean = self.mean + step * (n / total)
-        self.n = total
+            n, step = len(block), mean - self.mean
+            total = self.n + n
+            self._upper += _gram(block)
+            self._upper = blas.dsyr(self.n * n / total, step, a=self._upper, overwrite_a=True)
+            self.mean = self.mean + step * (n / total)
+            self.n = total
 
     @property
     def covariance(self) -> Float[np.ndarray, "d d"]:
@@ -102,11 +96,6 @@ class Firing:
             if partial is not None:
                 self._upper += partial
         self.n += len(fires)
-
-    def merge(self, other: "Firing") -> None:
-        """Take in what another stream has seen."""
-        self.n += other.n
-        self._upper += other._upper
 
     @property
     def together(self) -> Float[np.ndarray, "d d"]:
@@ -270,18 +259,9 @@ def parts_of(together: Float[np.ndarray, "d d"], tolerance: float = 0.0) -> Int[
         The block of each unit, counted from 0; -1 for units that never fire.
     """
     alone = np.diag(together)
-    either = alone[:, None] + alone[None, :] - together
+    firing = np.flatnonzero(alone)
+    either = alone[:, None] + alone - together
+    near = either - together <= tolerance * either
     blocks = np.full(len(alone), -1)
-    number = 0
-    for unit in np.flatnonzero(alone > 0):
-        if blocks[unit] >= 0:
-            continue
-        blocks[unit], waiting = number, [unit]
-        while waiting:
-            member = waiting.pop()
-            near = (either[member] - together[member] <= tolerance * either[member]) & (alone > 0)
-            new = np.flatnonzero(near & (blocks < 0))
-            blocks[new] = number
-            waiting += new.tolist()
-        number += 1
+    blocks[firing] = connected_components(near[np.ix_(firing, firing)], directed=False)[1]
     return blocks

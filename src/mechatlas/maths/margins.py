@@ -120,11 +120,7 @@ class _Graph:
 
     @classmethod
     def of(cls, assignment: Assignment, costs: Costs) -> "_Graph":
-        """Build the graph.
-
-        Raises:
-            InputError: Rows may stay unmatched at a price.
-        """
+        """Build the graph."""
         if math.isfinite(assignment.unmatched):
             raise InputError(
                 "Margins are of pairings in which all rows or all columns are paired; this one "

@@ -122,7 +122,7 @@ def permutation_group(
     return Group(table, name=name, element_names=names), permutations
 
 
-def direct_product(*factors: Group, name: str | None = None) -> Group:
+def direct_product(*factors: Group) -> Group:
     """All tuples of elements, multiplied part by part.
 
     Labels count the tuples in lexicographic order: the pair (a, b) is a * second.order + b.
@@ -140,7 +140,7 @@ def direct_product(*factors: Group, name: str | None = None) -> Group:
     names = itertools.product(*(factor.element_names for factor in factors))
     return Group(
         table,
-        name=name or "x".join(factor.name for factor in factors),
+        name="x".join(factor.name for factor in factors),
         element_names=[f"({', '.join(parts)})" for parts in names],
     )
 
@@ -237,9 +237,6 @@ def _field(q: int) -> tuple[Int[np.ndarray, "q q"], Int[np.ndarray, "q q"]]:
 
     The element with the base-p digits c_0, c_1, ... is the polynomial sum of c_i t^i over the
     prime field, taken modulo the first irreducible monic polynomial.
-
-    Raises:
-        ArithmeticError: q is not a power of a prime.
     """
     p = _prime_of(q)
     degree = round(math.log(q, p))

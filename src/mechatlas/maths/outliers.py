@@ -43,9 +43,6 @@ def farthest(x: Float[Tensor, "row d"]) -> Bool[Tensor, " row"]:
 
     They carry a tenth of the variance at most sites, and above half where some kind of token or
     sample writes rows of its own.
-
-    Args:
-        x: Rows.
     """
     squares = torch.linalg.vector_norm(x - x.mean(dim=0), dim=1)
     far = torch.zeros(len(x), dtype=torch.bool, device=x.device)
@@ -54,12 +51,7 @@ def farthest(x: Float[Tensor, "row d"]) -> Bool[Tensor, " row"]:
 
 
 def variance_share(x: Float[Tensor, "row d"], some: Bool[Tensor, " row"]) -> float:
-    """Fraction of the sum of squares around the mean of all rows that some of them carry.
-
-    Args:
-        x: Rows.
-        some: Rows in question.
-    """
+    """Fraction of the sum of squares around the mean of all rows that some of them carry."""
     squares = torch.linalg.vector_norm(x - x.mean(dim=0), dim=1).double().square()
     total = float(squares.sum())
     return float(squares[some].sum()) / total if total else 0.0

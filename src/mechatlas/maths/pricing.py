@@ -358,11 +358,7 @@ def _full_precision() -> Iterator[None]:
 
 
 def _refuse(name: str, array: np.ndarray) -> None:
-    """Say what is wrong with a part of the costs, if anything.
-
-    Raises:
-        InputError: It is empty, or has a NaN or an infinity.
-    """
+    """Say what is wrong with a part of the costs, if anything."""
     if array.size == 0:
         raise InputError(f"The {name} have shape {array.shape}: there is nothing to pair.")
     bad = np.argwhere(~np.isfinite(array))

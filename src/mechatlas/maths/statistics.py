@@ -7,6 +7,7 @@ difference    by how much two shares differ, with interval and test
 wilson        the same for many shares at once
 """
 
+import dataclasses
 from typing import NamedTuple
 
 import numpy as np
@@ -54,42 +55,35 @@ def enrichment(
     return np.clip(np.asarray(p), 0, 1)
 
 
-class Proportion(NamedTuple):
-    """A share of some trials, and its interval."""
+@dataclasses.dataclass(frozen=True)
+class Proportion:
+    """Share of some trials, with its Wilson interval."""
 
     value: float
+    """The share."""
     low: float
+    """Lower end of the interval."""
     high: float
+    """Upper end of the interval."""
 
 
-def proportion(hits: int, trials: int, *, level: float = 0.95) -> Proportion:
-    """A share with its Wilson interval; NaN and 0..1 where there were no trials.
-
-    Args:
-        hits: Number of hits.
-        trials: Number of trials.
-        level: Coverage of the interval.
-    """
+def proportion(hits: int, trials: int) -> Proportion:
+    """A share of trials with its 95 % Wilson interval; NaN and 0..1 where there were none."""
     if trials == 0:
         return Proportion(np.nan, 0.0, 1.0)
-    low, high = wilson(np.array([hits / trials]), np.array([float(trials)]), level=level)
+    low, high = wilson(np.array([hits / trials]), np.array([float(trials)]))
     return Proportion(hits / trials, float(low[0]), float(high[0]))
 
 
 def wilson(
-    share: Float[np.ndarray, "*shape"], trials: Float[np.ndarray, "*shape"], *, level: float = 0.95
+    share: Float[np.ndarray, "*shape"], trials: Float[np.ndarray, "*shape"]
 ) -> tuple[Float[np.ndarray, "*shape"], Float[np.ndarray, "*shape"]]:
-    """Ends of the Wilson intervals of shares of some trials, which need not be whole.
-
-    Args:
-        share: Share of hits.
-        trials: Number of trials.
-        level: Coverage of the intervals.
+    """Ends of the 95 % Wilson intervals of shares of some trials, which need not be whole.
 
     Source:
         Wilson, Probable inference, the law of succession, and statistical inference (1927).
     """
-    z2 = float(stats.norm.ppf(0.5 + level / 2)) ** 2
+    z2 = float(stats.norm.ppf(0.975)) ** 2
     middle = (share + z2 / (2 * trials)) / (1 + z2 / trials)
     spread = z2 * (share * (1 - share) / trials + z2 / (4 * trials**2))
     half = np.sqrt(np.maximum(spread, 0)) / (1 + z2 / trials)
@@ -106,15 +100,12 @@ class Difference(NamedTuple):
     """Twice the smaller one-sided one of Fisher's exact test."""
 
 
-def difference(
-    first: tuple[int, int], second: tuple[int, int], *, level: float = 0.95
-) -> Difference:
+def difference(first: tuple[int, int], second: tuple[int, int]) -> Difference:
     """The share of the first less that of the second; NaN and -1..1 where one had no trials.
 
     Args:
         first: Hits and trials.
         second: Hits and trials.
-        level: Of the interval.
 
     Source:
         Newcombe, Interval estimation for the difference between independent proportions (1998),
@@ -122,14 +113,13 @@ def difference(
     """
     if not (first[1] and second[1]):
         return Difference(np.nan, -1.0, 1.0, 1.0)
-    (p, p_low, p_high), (q, q_low, q_high) = (
-        proportion(*each, level=level) for each in (first, second)
-    )
+    p, q = (proportion(*each) for each in (first, second))
+    value = p.value - q.value
     hits, trials = np.array([first, second]).T
     one_sided = enrichment(hits, np.repeat(hits.sum(), 2), trials, int(trials.sum()))
     return Difference(
-        p - q,
-        p - q - float(np.hypot(p - p_low, q_high - q)),
-        p - q + float(np.hypot(p_high - p, q - q_low)),
+        value,
+        value - float(np.hypot(p.value - p.low, q.high - q.value)),
+        value + float(np.hypot(p.high - p.value, q.value - q.low)),
         min(1.0, 2 * float(one_sided.min())),
     )

@@ -269,9 +269,6 @@ def _key(member: Bool[np.ndarray, " order"]) -> bytes:
 class _Catalogue:
     """The subgroups found so far, whole conjugacy classes at a time."""
 
-    found: dict[bytes, int]
-    """Key of each subgroup, and the number of its class."""
-
     def __init__(
         self,
         table: Int[np.ndarray, "order order"],

@@ -183,7 +183,7 @@ def test_features_placed_in_a_branch_are_found_at_the_stated_rate(name):
     for k in range(4):
         truth[50 * k : 50 * (k + 1), k] = True
     power, false = [], []
-    for seed in range(5, 25):  # the rate holds on average, not in each draw
+    for seed in range(5, 15):  # the rate holds on average, not in each draw
         atoms = null_atoms(at, 1200, draw, seed=seed)
         for k, branch in enumerate(BRANCHES):
             mine = slice(50 * k, 50 * (k + 1))

@@ -44,7 +44,7 @@ def test_gradients_are_taken_on_more_samples_where_the_basis_is_uncertain():
     agreement = [each for each in (x.global_agreement for x in found.layers) if each is not None]
     assert len(agreement) == 2
     assert 0 < min(each.min() for each in agreement) < 1
-    first = Inputs.from_data(x).random_subset(4096, seed=0).first(n)
+    first = Inputs.from_data(x).random_subset(4096, seed=0)[:n]
     sites = [Site.parse(name) for name in LAYERS]
     maps = layer_maps(network, sites, x[:16])
     direct = output_gradients(network, maps, maps, first, batch_size=512)

@@ -139,11 +139,7 @@ def _is_causal(config: Any) -> bool:
 
 
 def _refuse_other_tokenizer(name: str, tokenizer: Any, vocabulary: int) -> None:
-    """Refuse a tokenizer with more words than the model embeds.
-
-    Raises:
-        WeightsError: It has more.
-    """
+    """Refuse a tokenizer with more words than the model embeds."""
     known = int(getattr(tokenizer, "vocab_size", 0))  # without tokens that were added later
     if known > vocabulary:
         raise WeightsError(
@@ -254,11 +250,7 @@ def _quiet(logging: Any) -> Iterator[None]:
 
 @contextmanager
 def _found(path: str | Path) -> Iterator[_Model]:
-    """The files of a model, unpacked for as long as it takes to load.
-
-    Raises:
-        WeightsError: There is neither a folder, nor a zip, nor a GGUF file, nor a package.
-    """
+    """The files of a model, unpacked for as long as it takes to load."""
     place = Path(path)
     if not place.exists():
         place = _in_package(str(path)) or place
@@ -282,11 +274,7 @@ def _found(path: str | Path) -> Iterator[_Model]:
 
 
 def _in_folder(folder: Path, path: str | Path) -> _Model:
-    """The model of a folder: its `config.json`, or else its one GGUF file.
-
-    Raises:
-        WeightsError: There are several GGUF files.
-    """
+    """The model of a folder: its `config.json`, or else its one GGUF file."""
     files = sorted(file.name for file in folder.glob("*.gguf"))
     if (folder / "config.json").is_file() or not files:
         return _Model(folder, None, path)

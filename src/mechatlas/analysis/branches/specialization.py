@@ -434,11 +434,7 @@ def _refuse_unless_finite(block: np.ndarray, name: str, start: int) -> None:
 
 
 def _channels(name: str, given: Any, d: int) -> list[int]:
-    """Numbers of the channels of a branch, in ascending order.
-
-    Raises:
-        InputError: There are none, some are not among the `d`, or one comes twice.
-    """
+    """Numbers of the channels of a branch, in ascending order."""
     pair = isinstance(given, tuple | list) and len(given) == 2 and not isinstance(given[0], bool)
     if isinstance(given, slice):
         inside = (given.start or 0) >= 0 and (given.stop or 0) <= d

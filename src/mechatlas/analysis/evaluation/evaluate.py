@@ -501,11 +501,7 @@ def _effect(
 
 
 def _summarize(parts: Sequence[_Part], setting: _Setting, seed: int) -> NetworkEvaluation:
-    """Figures with their intervals.
-
-    Raises:
-        ValueError: All rows are equal, so FVU is undefined.
-    """
+    """Figures with their intervals."""
     firsts = np.cumsum([0] + [len(part.active) for part in parts])
     n = int(firsts[-1])
     sample = np.concatenate([p.sample + first for p, first in zip(parts, firsts, strict=False)])

@@ -1,8 +1,7 @@
 """Examples of each feature of a dictionary: where it is active, in the inputs themselves.
 
-examples             run the network again on the samples that `feature_statistics` chose, and
-map the activation of each latent around each of those places
-examples_together    the same for several dictionaries with one pass over each sample
+examples_together    run the network again on the samples that `feature_statistics` chose, and
+map the activation of each latent of some dictionaries around each of those places
 """
 
 import dataclasses
@@ -91,42 +90,6 @@ class ExamplesWanted:
     def sites(self) -> tuple[Site, ...]:
         """All sites that the dictionary reads."""
         return (self.site,) if isinstance(self.site, Site) else self.site
-
-
-def examples(
-    network: nn.Module,
-    samples: Samples,
-    site: Site,
-    dictionary: Dictionary,
-    statistics: FeatureStatistics,
-    *,
-    field: ReceptiveField | None = None,
-    smallest_crop: float = 0.3,
-    context: tuple[int, int] = (12, 4),
-    on_progress: Progress = no_progress,
-) -> Examples:
-    """Run the network on the samples of the strongest rows and map each latent around them.
-
-    Args:
-        network: Network that the statistics came from, in evaluation mode.
-        samples: Samples that the store was collected from.
-        site: Site of the dictionary.
-        dictionary: Any; only `encode` is used.
-        statistics: Statistics from `feature_statistics`.
-        field: Receptive field of a position, if the samples are images; squares show all of it.
-        smallest_crop: Side of the smallest square shown, as a share of the input's side.
-        context: Tokens of a text kept before and after the position.
-        on_progress: Callback with the number of samples done.
-
-    Raises:
-        InputError: A sample can no longer be read.
-    """
-    wanted = ExamplesWanted(site, dictionary, statistics, field)
-    (found,) = examples_together(
-        network, samples, [wanted], smallest_crop=smallest_crop, context=context,
-        on_progress=on_progress,
-    )  # fmt: skip
-    return found
 
 
 @torch.inference_mode()

@@ -128,7 +128,7 @@ def affordable_samples(
     """
     if layer_map.form is not None or not len(inputs):
         return len(inputs)
-    one = inputs.first(1)
+    one = inputs[:1]
     counter = FlopCounterMode(display=False)
     with torch.no_grad(), counter:
         layer_map.run(one.activations[layer_map.source], one.tensor)

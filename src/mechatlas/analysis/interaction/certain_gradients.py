@@ -57,7 +57,7 @@ def certain_gradients(
         return interaction_basis(layer, gradients, kind="gib", rank_threshold=rank_threshold)
 
     middle = n // 2
-    halves = [moments_of(samples.part(slice(middle))), moments_of(samples.part(slice(middle, n)))]
+    halves = [moments_of(samples[:middle]), moments_of(samples[middle:n])]
     while True:
         share = middle / n
         pooled = [share * a + (1 - share) * b for a, b in zip(*halves, strict=True)]
@@ -74,7 +74,7 @@ def certain_gradients(
         if enough or n >= len(samples):
             break
         middle, n = n, min(2 * n, len(samples))
-        halves = [pooled, moments_of(samples.part(slice(middle, n)))]
+        halves = [pooled, moments_of(samples[middle:n])]
         on_more()
     arrays = {str(i): each for i, each in enumerate(pooled)}
     arrays |= {f"agreement{i}": each for i, each in enumerate(agreement)}

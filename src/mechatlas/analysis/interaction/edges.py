@@ -79,7 +79,7 @@ def measure_edges(
     )
     total = np.zeros((2, len(target), len(source)))
     layers = [layer_map.source, layer_map.target]
-    first = list(inputs.first(1).read(network, layers).values())
+    first = list(inputs[:1].read(network, layers).values())
     n_positions = rows_of(first[-1]).shape[1]
     n_samples = 0
     size = _batch_size(layer_map, source, target, sum(x.numel() for x in first))

@@ -180,7 +180,7 @@ def basis(
         else (checkpoints.kept, checkpoints.keep)
     )
     with evaluation_mode(model), differentiable():
-        first = inputs.first(16).tensor
+        first = inputs[:16].tensor
         maps = layer_maps(model, sites, first)
         steps = Steps(on_progress, 3 + 3 * len(maps) * len(settings.kinds))
         subset = inputs.random_subset(
@@ -254,15 +254,16 @@ class _Analysis:
             all_bases[LATENTS] = latents
             pairs[LATENTS] = {i: (source, targets[i + 1]) for i, source in latents.items()}
         edges = {kind: self.edges(each, kind) for kind, each in pairs.items()}
-        scored = self.subset.first(settings.ablation_samples)
+        scored = self.subset[: settings.ablation_samples]
         if settings.ablations:
-            scored = scored.first(min(
+            n_scored = min(
                 affordable_samples(
                     self.maps[i], scored, len(pair[0]), len(pair[1]), settings.max_ablation_flops
                 )
                 for each in pairs.values()
                 for i, pair in each.items()
-            ))  # fmt: skip
+            )
+            scored = scored[:n_scored]
         ablations = ablation_sites(
             self.model, self.maps, self.maps_to_end, scored, fvu=settings.score == "fvu"
         )
@@ -301,11 +302,7 @@ class _Analysis:
         return from_arrays(kind, self.once(name, lambda: as_arrays(compute())))
 
     def dictionary_bases(self, dictionaries: Mapping[str, Dictionary]) -> dict[int, Basis]:
-        """Latents of the dictionary of a layer, by its number.
-
-        Raises:
-            SiteError: There is a dictionary for the last layer or for none.
-        """
+        """Latents of the dictionary of a layer, by its number."""
         sources = {str(site): number for number, site in enumerate(self.sites[:-1])}
         if unknown := set(dictionaries) - set(sources):
             raise SiteError(
@@ -354,7 +351,7 @@ class _Analysis:
     def gradients(self, layers: list[LayerMoments]) -> NamedArrays:
         """Second moments of the gradients of the outputs, and how certain global bases are."""
         settings = self.settings
-        samples = self.subset.first(settings.jacobian_samples)
+        samples = self.subset[: settings.jacobian_samples]
         n = min(max(settings.jacobian_samples // 8, 1), len(samples))
 
         def moments_of(part: Inputs) -> list[np.ndarray]:
@@ -364,7 +361,7 @@ class _Analysis:
             )  # fmt: skip
 
         if "gib" not in settings.kinds or n < 2:
-            gradients = moments_of(samples.first(n))
+            gradients = moments_of(samples[:n])
             return {"n": np.array(n)} | {str(i): each for i, each in enumerate(gradients)}
         return certain_gradients(
             moments_of, samples, [layer.moments for layer in layers], n,
@@ -376,7 +373,7 @@ class _Analysis:
         settings = self.settings
         if not settings.learning_coefficient:
             return None
-        x = self.subset.first(settings.jacobian_samples).tensor
+        x = self.subset[: settings.jacobian_samples].tensor
         n_beta = settings.n_beta or len(x) / math.log(max(len(x), 2))
         sample = partial(learning_coefficient, self.model, x, n_beta=n_beta, seed=settings.seed)
         return self.result("learning_coefficient", LearningCoefficient, sample)
@@ -384,11 +381,7 @@ class _Analysis:
     def module_degeneracy(
         self, unit_modules: Mapping[str, Int[Any, " unit"]] | None
     ) -> ModuleDegeneracy | None:
-        """Free directions of the modules of units.
-
-        Raises:
-            InputError: The modules do not fit the layers, or the layers are not linear and ReLU.
-        """
+        """Free directions of the modules of units."""
         if unit_modules is None:
             return None
         names = [str(site) for site in self.sites]
@@ -432,7 +425,7 @@ class _Analysis:
             gradients = pullback(
                 self.model,
                 self.maps[number],
-                self.subset.first(self.settings.jacobian_samples),
+                self.subset[: self.settings.jacobian_samples],
                 after.to_basis,
                 batch_size=self.settings.batch_size,
                 gradient_probes=self.settings.gradient_probes,
@@ -443,7 +436,7 @@ class _Analysis:
 
     def edges(self, pairs: _Pairs, name: str) -> dict[int, InteractionEdges]:
         """Edges of every map between a pair of bases."""
-        samples = self.subset.first(self.settings.jacobian_samples)
+        samples = self.subset[: self.settings.jacobian_samples]
         edges = {}
         for number, pair in pairs.items():
             measure = partial(

@@ -28,6 +28,8 @@ from mechatlas.base import UserError
 
 N_NULL_GRAPHS = 20
 """Default number of random graphs that modularity is compared with."""
+N_REPEATS = 5
+"""Other seeds, and resampled graphs, that the stability of modules is measured with."""
 TRADES = 20
 """Number of trades of every vector on the way to a random graph."""
 
@@ -117,7 +119,6 @@ def find_modules(
     *,
     seed: int = 0,
     n_null_graphs: int = N_NULL_GRAPHS,
-    resolution: float = 1.0,
 ) -> Modules:
     """Find the Leiden modules of a graph, with Newman's Q and its null.
 
@@ -125,32 +126,28 @@ def find_modules(
         graph: Interaction graph.
         seed: Seed of Leiden and of the random graphs.
         n_null_graphs: Number of random graphs.
-        resolution: Resolution of Leiden; larger values give smaller modules.
 
     Raises:
         UserError: The graph has no edges.
     """
     if not len(graph.weight):
         raise UserError("The interaction graph has no edges: nothing is needed by anything.")
-    _, q = _leiden(graph, graph.target, seed, resolution)
-    q_null = tuple(_null_modularity(graph, seed, n_null_graphs, resolution))
-    labels = _significant_partition(graph, seed, n_null_graphs, resolution, q_null)
+    _, q = _leiden(graph, graph.target, seed)
+    q_null = tuple(_null_modularity(graph, seed, n_null_graphs))
+    labels = _significant_partition(graph, seed, n_null_graphs, q_null)
     return Modules(labels, q, q_null)
 
 
-def _null_modularity(
-    graph: InteractionGraph, seed: int, n_null_graphs: int, resolution: float
-) -> Iterator[float]:
+def _null_modularity(graph: InteractionGraph, seed: int, n_null_graphs: int) -> Iterator[float]:
     random = np.random.default_rng(seed)
     for number in range(n_null_graphs):
-        yield _leiden(graph, _rewired_targets(graph, random), seed + number, resolution)[1]
+        yield _leiden(graph, _rewired_targets(graph, random), seed + number)[1]
 
 
 def _significant_partition(
     graph: InteractionGraph,
     seed: int,
     n_null_graphs: int,
-    resolution: float,
     q_null: Sequence[float] = (),
 ) -> Int[np.ndarray, " node"]:
     """Leiden's partition, in which modules of a connected component are joined unless significant.
@@ -162,7 +159,7 @@ def _significant_partition(
     n = len(graph.layer)
     matrix = csr_array((np.ones(len(graph.weight)), (graph.source, graph.target)), shape=(n, n))
     _, component = connected_components(matrix, directed=False)
-    leiden, q_graph = _leiden(graph, graph.target, seed, resolution)
+    leiden, q_graph = _leiden(graph, graph.target, seed)
     joined = leiden.copy()
     for number in np.unique(component[leiden >= 0]):
         inside = component[graph.source] == number
@@ -173,15 +170,15 @@ def _significant_partition(
         if not (inside.all() and q_null):
             edges = (x[inside] for x in (graph.source, graph.target, graph.weight))
             part = InteractionGraph(graph.layer, graph.vector, *edges)
-            _, q = _leiden(part, part.target, seed, resolution)
-            nulls = _null_modularity(part, seed, n_null_graphs, resolution)
+            _, q = _leiden(part, part.target, seed)
+            nulls = _null_modularity(part, seed, n_null_graphs)
         if any(null >= q - 1e-12 for null in nulls):  # the first that does is enough
             joined[component == number] = modules[0]
     return _by_size(joined)
 
 
 def _leiden(
-    graph: InteractionGraph, target: Int[np.ndarray, " edge"], seed: int, resolution: float
+    graph: InteractionGraph, target: Int[np.ndarray, " edge"], seed: int
 ) -> tuple[Int[np.ndarray, " node"], float]:
     """Leiden's partition of a graph whose edges enter other targets, and its modularity."""
     from importlib import import_module
@@ -191,7 +188,7 @@ def _leiden(
     ends = zip(graph.source.tolist(), target.tolist(), graph.weight.tolist(), strict=True)
     edges = [(str(a), str(b), float(w)) for a, b, w in ends]
     _, partition = native.leiden(
-        edges, resolution=resolution, seed=seed, trials=4, iterations=2, use_modularity=True
+        edges, resolution=1.0, seed=seed, trials=4, iterations=2, use_modularity=True
     )
     raw = np.full(len(graph.layer), -1)
     for node, module in partition.items():
@@ -287,7 +284,6 @@ def module_stability(
     errors: Sequence[Float[np.ndarray, "..."]],
     thresholds: Sequence[float],
     *,
-    n_repeats: int = 5,
     seed: int = 0,
 ) -> ModuleStability:
     """Measure the agreement of modules with those of other seeds and of resampled edges.
@@ -298,13 +294,12 @@ def module_stability(
         strengths: Strength of the edges of each layer map, as for `interaction_graph`.
         errors: Standard errors of the strengths.
         thresholds: Strength of the weakest edge needed, as for `interaction_graph`.
-        n_repeats: Number of other seeds, and of resampled graphs.
         seed: Seed of the resampling.
     """
     random = np.random.default_rng(seed)
     by_seed, by_sample = [], []
-    for number in range(1, n_repeats + 1):
-        labels = _significant_partition(graph, seed + number, N_NULL_GRAPHS, 1.0, modules.q_null)
+    for number in range(1, N_REPEATS + 1):
+        labels = _significant_partition(graph, seed + number, N_NULL_GRAPHS, modules.q_null)
         by_seed.append(adjusted_rand_index(modules.labels, labels))
         resampled = [
             (s + e * random.normal(size=s.shape)).clip(min=0)
@@ -312,7 +307,7 @@ def module_stability(
         ]
         again = interaction_graph(resampled, thresholds)
         if len(again.weight):
-            labels = _significant_partition(again, seed, N_NULL_GRAPHS, 1.0)
+            labels = _significant_partition(again, seed, N_NULL_GRAPHS)
             by_sample.append(adjusted_rand_index(modules.labels, labels))
     over_samples = float(np.mean(by_sample)) if by_sample else 0.0
     return ModuleStability(float(np.mean(by_seed)), over_samples)

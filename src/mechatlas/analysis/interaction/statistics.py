@@ -1,7 +1,7 @@
 """Statistics of every layer from one pass over the data, and second moments of gradients.
 
 Inputs               samples as a tensor with their labels, in batches
-LayerMoments         mean, covariance and firing of a layer; mergeable and resumable
+LayerMoments         mean, covariance and firing of a layer; resumable
 LayerMapFiring       firing of the hidden units of a layer map, for its closed form
 collect_statistics   network, inputs -> moments and firing, in one pass
 pullback             E[J^T A J] of a layer map, by vector-Jacobian products
@@ -73,20 +73,13 @@ class Inputs:
         """Number of samples."""
         return len(self.tensor)
 
-    def first(self, n: int) -> "Inputs":
-        """First `n` samples."""
-        return self._select(slice(n))
-
-    def part(self, samples: slice) -> "Inputs":
-        """Some samples in a row."""
-        return self._select(samples)
-
     def random_subset(self, n: int, *, seed: int = 0) -> "Inputs":
         """At most `n` samples in random order; data may come sorted by class."""
         generator = torch.Generator().manual_seed(seed)
-        return self._select(torch.randperm(len(self), generator=generator)[:n])
+        return self[torch.randperm(len(self), generator=generator)[:n]]
 
-    def _select(self, samples: slice | Tensor) -> "Inputs":
+    def __getitem__(self, samples: slice | Tensor) -> "Inputs":
+        """Some of the samples."""
         labels = None if self.labels is None else self.labels[samples]
         activations = {site: x[samples] for site, x in self.activations.items()}
         return Inputs(self.tensor[samples], labels, activations)
@@ -94,7 +87,7 @@ class Inputs:
     def batches(self, size: int) -> "Iterator[Inputs]":
         """Yield all samples in order, `size` at a time."""
         for start in range(0, len(self), size):
-            yield self._select(slice(start, start + size))
+            yield self[start : start + size]
 
     def read(self, network: nn.Module, layers: Sequence[Site]) -> dict[Site, Tensor]:
         """Read arranged activations at some layers, from memory where they are kept."""
@@ -171,13 +164,6 @@ class LayerMoments:
             self.firing.add(rows > 0)
             self.has_zeros = self.has_zeros or bool((rows == 0).any())
 
-    def merge(self, other: "LayerMoments") -> None:
-        """Add the rows of another stream."""
-        self.moments.merge(other.moments)
-        self.firing.merge(other.firing)
-        self.nonnegative = self.nonnegative and other.nonnegative
-        self.has_zeros = self.has_zeros or other.has_zeros
-
     def arrays(self) -> NamedArrays:
         """Convert to arrays that `from_arrays` reads."""
         flags = {"nonnegative": self.nonnegative, "has_zeros": self.has_zeros}
@@ -226,17 +212,8 @@ class LayerMapFiring:
             height, width = x.shape[2:]
             for row, column, served in taps_of(form.inner, height, width):
                 part = channels_last(fires)[:, served[0], served[1]]
-                self._tap(row, column).add(part.flatten(0, -2))
-
-    def _tap(self, row: int, column: int) -> Firing:
-        return self._taps.setdefault((row, column), Firing(self.units.width))
-
-    def merge(self, other: "LayerMapFiring") -> None:
-        """Add the activations of another stream."""
-        self.n_rows += other.n_rows
-        self.units.merge(other.units)
-        for tap, firing in other._taps.items():
-            self._tap(*tap).merge(firing)
+                firing = self._taps.setdefault((row, column), Firing(self.units.width))
+                firing.add(part.flatten(0, -2))
 
     def arrays(self) -> NamedArrays:
         """Convert to arrays that `from_arrays` reads."""
@@ -381,7 +358,7 @@ def output_gradients(
         batch_size: Number of samples differentiated at a time.
         gradient_probes: Random sums, as for `vector_jacobian_products`.
     """
-    last = inputs.first(1).read(network, [maps_to_end[0].target])[maps_to_end[0].target]
+    last = inputs[:1].read(network, [maps_to_end[0].target])[maps_to_end[0].target]
     _, n_positions, width = rows_of(last).shape
     bypassed = not all(layer_map.depends_only_on_source for layer_map in maps)
     if bypassed or (gradient_probes is not None and n_positions * width > MAX_GRADIENTS):

@@ -354,7 +354,7 @@ def survival(tracks: Tracks, matches: Sequence[Match], *, fdr: float = FDR) -> S
         firsts = range(n_layers - distance)
         both = sum(int(tracks.significant(k, k + distance, fdr=fdr).sum()) for k in firsts)
         shares.append(proportion(both, alive))
-    persistence, low, high = np.array(shares).reshape(-1, 3).T
+    persistence, low, high = np.array(list(map(dataclasses.astuple, shares))).reshape(-1, 3).T
     size = np.maximum(present.sum(axis=0), 1)
     return SurvivalCurves(
         birth=birth,

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mechatlas.analysis.matching.folding import differs, unit_rows
+from mechatlas.analysis.matching.folding import BATCH, differs, unit_rows
 from mechatlas.base import Dictionary
 
 SKETCH_SIZE = 4096
@@ -55,7 +55,6 @@ def correlate(
     samples: Int[np.ndarray, " row"] | None = None,
     sketch_size: int = SKETCH_SIZE,
     min_active_rows: int = MIN_ACTIVE_ROWS,
-    batch_size: int = 512,
 ) -> Float[np.ndarray, "latent width"]:
     """Encode rows, and center and normalize the codes of each latent.
 
@@ -71,7 +70,6 @@ def correlate(
         samples: The sample that each row is of; by default each is a sample of its own.
         sketch_size: Numbers kept of each latent.
         min_active_rows: Rows on which a latent must be active to have a vector that is not zero.
-        batch_size: Rows encoded at once.
 
     Returns:
         One vector of length 1 for each latent; zeros for latents that are hardly ever active,
@@ -87,8 +85,8 @@ def correlate(
     active = torch.zeros(dictionary.n_latents, dtype=torch.int64)
     lowest = torch.full((dictionary.n_latents,), torch.inf)
     highest = -lowest
-    for start in range(0, len(x), batch_size):
-        part = slice(start, start + batch_size)
+    for start in range(0, len(x), BATCH):
+        part = slice(start, start + BATCH)
         code = dictionary.encode(x[part]).float()
         total.index_add_(0, bucket[part], code * sign[part, None])
         mean += code.sum(dim=0) / len(x)

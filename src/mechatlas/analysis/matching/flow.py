@@ -284,11 +284,7 @@ def _size(dictionary: Any) -> int:
 
 
 def _between(kind: str, given: Sequence[Any], steps: int) -> list[list[Any]]:
-    """Dictionaries of a kind of module for each step.
-
-    Raises:
-        InputError: There are more or fewer entries than steps.
-    """
+    """Dictionaries of a kind of module for each step."""
     if not len(given):
         return [[] for _ in range(steps)]
     if len(given) != steps:

@@ -35,6 +35,8 @@ rows of zeros are latents that are not paired.
 """
 CONSTANT = 1e-5
 """Spread of the codes of a constant latent, as a share of their size."""
+BATCH = 512
+"""Rows encoded or decoded at once."""
 BLOCK = 1024
 """Latents decoded at once from a dictionary that does not show its decoder."""
 
@@ -107,11 +109,7 @@ def _weights(
     Float[np.ndarray, "latent d_enc"] | None,
     Float[np.ndarray, " latent"] | None,
 ]:
-    """Decoder rows, encoder rows and encoder bias of a dictionary.
-
-    Raises:
-        InputError: The input is neither a dictionary nor an array.
-    """
+    """Decoder rows, encoder rows and encoder bias of a dictionary."""
     if isinstance(dictionary, np.ndarray | Tensor | list | tuple):
         return _float32(dictionary, "latent d_in", f"Decoder rows of {name}"), None, None
     if not hasattr(dictionary, "W_dec"):
@@ -133,11 +131,7 @@ def _weights(
 
 @torch.no_grad()
 def _decoded_rows(dictionary: Dictionary, name: str) -> Float[np.ndarray, "latent d_in"]:
-    """Decoder rows read off `decode`, one latent at a time.
-
-    Raises:
-        InputError: `decode` is not affine, so that there are no decoder rows.
-    """
+    """Decoder rows read off `decode`, one latent at a time."""
     n = dictionary.n_latents
     offset = dictionary.decode(torch.zeros(1, n))
     blocks = [
@@ -176,23 +170,18 @@ def _thresholds(dictionary: Any) -> Float[np.ndarray, " latent"] | None:
 
 @torch.no_grad()
 def mean_active(
-    dictionary: Dictionary, x: Float[Tensor, "row d_in"], *, batch_size: int = 512
+    dictionary: Dictionary, x: Float[Tensor, "row d_in"]
 ) -> Float[np.ndarray, " latent"]:
     """Mean activation of each latent over the rows where it is active.
 
     A latent that is never active gets the median of the others.
-
-    Args:
-        dictionary: Any; only `encode` is used.
-        x: Rows of activations.
-        batch_size: Rows encoded at once.
 
     Raises:
         InputError: No latent is active on any row.
     """
     total = torch.zeros(dictionary.n_latents, dtype=torch.float64)
     count = torch.zeros(dictionary.n_latents, dtype=torch.float64)
-    for part in x.split(batch_size):
+    for part in x.split(BATCH):
         code = dictionary.encode(part)
         total += code.double().abs().sum(dim=0)
         count += (code != 0).double().sum(dim=0)
@@ -205,20 +194,15 @@ def mean_active(
 
 @torch.no_grad()
 def varying(
-    dictionary: Dictionary, *rows: Float[Tensor, "_row d_in"], batch_size: int = 512
+    dictionary: Dictionary, *rows: Float[Tensor, "_row d_in"]
 ) -> Bool[np.ndarray, " latent"]:
     """Mark the latents whose code is not the same on all rows.
 
     The others are never active, or constant.
-
-    Args:
-        dictionary: Any; only `encode` is used.
-        *rows: Rows of activations.
-        batch_size: Rows encoded at once.
     """
     lowest = torch.full((dictionary.n_latents,), torch.inf)
     highest = -lowest
-    for part in (part for x in rows for part in x.split(batch_size)):
+    for part in (part for x in rows for part in x.split(BATCH)):
         code = dictionary.encode(part).float()
         lowest = torch.minimum(lowest, code.amin(dim=0))
         highest = torch.maximum(highest, code.amax(dim=0))
@@ -264,12 +248,7 @@ def vectors(
 
 
 def part_widths(folded: FoldedDictionary, cost: Cost) -> tuple[int, ...]:
-    """Numbers in the decoder, the encoder and the bias of a compared vector, if it has all three.
-
-    Args:
-        folded: Dictionary that is compared.
-        cost: One of the costs.
-    """
+    """Entries of a compared vector from decoder, encoder and bias, if it has all three parts."""
     if cost not in ("all", "balanced") or folded.encoder is None:
         return ()
     return folded.decoder.shape[1], folded.encoder.shape[1], 1

@@ -20,15 +20,12 @@ from jaxtyping import Float, Int
 from scipy.sparse import csr_array, vstack
 from torch import Tensor
 
-from mechatlas.analysis.matching.folding import fold, unit_rows
+from mechatlas.analysis.matching.folding import BATCH, fold, unit_rows
 from mechatlas.analysis.matching.pairing import BLOCK, Match
 from mechatlas.base import Dictionary, InputError
 from mechatlas.maths.assignment import assign
 from mechatlas.maths.bootstrap import N_RESAMPLES, Estimate
 from mechatlas.maths.pricing import Factors
-
-BATCH = 512
-"""Rows encoded or decoded at once."""
 
 
 def baselines(
@@ -102,8 +99,6 @@ def paired_codes(
     b: Dictionary,
     x: Float[Tensor, "row d_a"],
     y: Float[Tensor, "row d_b"],
-    *,
-    batch_size: int = BATCH,
 ) -> PairedCodes:
     """Encode rows that belong together with two dictionaries.
 
@@ -112,7 +107,6 @@ def paired_codes(
         b: Dictionary B.
         x: Rows of A's site.
         y: Rows of B's site, of the same samples and positions.
-        batch_size: Rows encoded at once.
 
     Raises:
         InputError: There are not as many rows of one as of the other.
@@ -120,7 +114,7 @@ def paired_codes(
     if len(x) != len(y):
         raise InputError(f"{len(x)} rows of A and {len(y)} of B do not belong together.")
     codes = [
-        vstack([csr_array(d.encode(part).float().numpy()) for part in rows.split(batch_size)])
+        vstack([csr_array(d.encode(part).float().numpy()) for part in rows.split(BATCH)])
         for d, rows in ((a, x), (b, y))
     ]
     return PairedCodes(*(csr_array(code).tocsc() for code in codes))

@@ -210,11 +210,7 @@ def match(
 
 
 def _mask(live: Any, x: np.ndarray, name: str) -> Bool[np.ndarray, " latent"] | None:
-    """Mask of live latents, checked.
-
-    Raises:
-        InputError: It has not one value for each latent.
-    """
+    """Mask of live latents, checked."""
     mask = None if live is None else as_array(live, "latent", f"The mask of live latents of {name}")
     if mask is not None and len(mask) != len(x):
         raise InputError(
@@ -232,11 +228,7 @@ def _rows(x: Float[np.ndarray, "n d"], numbers: Int[np.ndarray, " k"]) -> Float[
 def _compared(
     a: FoldedDictionary, b: FoldedDictionary, cost: Cost
 ) -> tuple[Float[np.ndarray, "latent_a width"], Float[np.ndarray, "latent_b width"]]:
-    """Select the vectors that a cost compares.
-
-    Raises:
-        InputError: The vectors have different widths.
-    """
+    """Select the vectors that a cost compares."""
     x, y = vectors(a, b, cost), vectors(b, a, cost)
     if x.shape[1] != y.shape[1]:
         raise InputError(

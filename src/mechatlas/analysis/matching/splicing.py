@@ -84,10 +84,6 @@ def permuted(
 def references(a: Dictionary, b: Dictionary) -> dict[str, Writer]:
     """Ways to write B's site that need no match.
 
-    Args:
-        a: Dictionary A.
-        b: Dictionary B.
-
     Returns:
         `b_reconstruction` (B on its own rows), `b_mean` (their mean), and where the widths are
         equal `layer_drop` (A's row as it is).

@@ -188,11 +188,7 @@ def _saves_time(verification: Verification, explanation: Explanation, brute_forc
 
 
 def _with_budget(explanation: Explanation, compute_budget: float) -> Explanation:
-    """Divide the budget between the second and the third stage.
-
-    Raises:
-        InputError: It is not a share.
-    """
+    """Divide the budget between the second and the third stage."""
     if not 0 <= compute_budget <= 1:
         raise InputError(f"compute_budget must be from 0 to 1, got {compute_budget}.")
     third = min(0.01, compute_budget / 4)

@@ -17,6 +17,8 @@ from jaxtyping import Float, Int
 
 from mechatlas.maths.groups import Group
 
+MAX_SHIFTS = 24
+"""Largest number of x, spread evenly, that equivariance is measured at."""
 MIN_CORRELATION = 0.8
 """Least correlation of a function with itself moved by an element, for it to be in H."""
 
@@ -64,8 +66,6 @@ def bi_equivariance(
     right: Float[np.ndarray, "order neuron"],
     unembed: Float[np.ndarray, "neuron order"],
     group: Group,
-    *,
-    most: int = 24,
 ) -> float:
     """Measure the share of the variance of the logits that moving x, y and z together preserves.
 
@@ -77,14 +77,13 @@ def bi_equivariance(
         right: r_i(y).
         unembed: u_i(z).
         group: The group.
-        most: Number of x that are used, spread evenly; all where the group has no more.
     """
     n = group.order
     first, second, last = (np.asarray(w, np.float32) for w in (left, right, unembed))
     last = last - last.mean(axis=1, keepdims=True)
     back = group.table.T[group.inverses]  # back[y, z] is z y^-1
     sums, counts, total = np.zeros(n), 0, 0.0
-    for x in np.unique(np.linspace(0, n - 1, min(n, most)).astype(int)):
+    for x in np.unique(np.linspace(0, n - 1, min(n, MAX_SHIFTS)).astype(int)):
         logits = np.maximum(first[x] + second, 0) @ last
         moved = group.table[group.inverses[x]][back]
         sums += np.bincount(moved.ravel(), weights=logits.ravel(), minlength=n)

@@ -441,11 +441,7 @@ def _energy_spectrum(
 def _as_halves(
     halves: Halves, group: Group, shape: tuple[int, ...] | None
 ) -> list[Float[np.ndarray, "feature order d"]]:
-    """Convert two estimates of the blocks, of the given shape or else of equal shapes.
-
-    Raises:
-        InputError: There are not two, or their shapes differ.
-    """
+    """Convert two estimates of the blocks, of the given shape or else of equal shapes."""
     if len(halves) != 2:
         raise InputError(f"halves must be two estimates of the blocks, got {len(halves)}.")
     arrays = [
@@ -463,12 +459,7 @@ def _as_halves(
 def _as_blocks(
     blocks: ArrayLike | Tensor, group: Group, name: str
 ) -> Float[np.ndarray, "feature order d"]:
-    """Convert decoder blocks to floats and check their shape and values.
-
-    Raises:
-        InputError: The shape does not fit the group.
-        NonFiniteError: A value is NaN or infinite.
-    """
+    """Convert decoder blocks to floats and check their shape and values."""
     array = as_array(blocks, "feature element channel", name)
     if array.shape[1] != group.order or 0 in array.shape:
         raise InputError(

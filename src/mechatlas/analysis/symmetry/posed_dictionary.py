@@ -131,12 +131,7 @@ def _decoder_blocks(
     d: int,
     place: str,
 ) -> Float[np.ndarray, "feature order d"] | None:
-    """Decoder blocks of a group crosscoder; None for a dictionary of the untransformed block.
-
-    Raises:
-        StoreError: The dictionary reads rows of another width.
-        WeightsError: It writes blocks of another group.
-    """
+    """Decoder blocks of a group crosscoder; None for a dictionary of the untransformed block."""
     order, tied = group.order, _is_pose_tied(dictionary)
     n_written = getattr(dictionary, "d_out", dictionary.d_in)
     expected = (

@@ -246,12 +246,7 @@ def _find_site(network: torch.nn.Module, layer: str) -> Site:
 
 
 def _read_labels(path: Path, n_samples: int, chosen: Int[np.ndarray, " n"]) -> Int[Tensor, " n"]:
-    """Read the labels of the chosen samples.
-
-    Raises:
-        InputError: It has not one whole number for each sample.
-        DiskError: It is missing or not an .npy file.
-    """
+    """Read the labels of the chosen samples."""
     labels = read_array(path)
     if labels.shape != (n_samples,) or labels.dtype.kind not in "iu":
         raise InputError(

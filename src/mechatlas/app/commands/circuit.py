@@ -57,6 +57,8 @@ from mechatlas.app.circuit_results import (
 )
 from mechatlas.app.inputs import (
     OpenedDictionary,
+    expect_several,
+    expect_sites,
     find_store,
     open_dictionaries,
     open_network,
@@ -268,26 +270,16 @@ def _read(arrays: dict[str, Shaped[np.ndarray, "..."]], connection: Connection) 
 
 
 def _opened(config: CircuitConfig) -> list[OpenedDictionary]:
-    """Open the dictionaries, and refuse what cannot be part of a circuit.
-
-    Raises:
-        InputError: A dictionary is not linear in its rows.
-        RecipeError: There are too few dictionaries, or one does not say its site.
-    """
+    """Open the dictionaries, and refuse what cannot be part of a circuit."""
     listed = any("," in site for site in config.sites)
     opened = open_dictionaries(config.dictionaries, sites=() if listed else config.sites)
-    if len(opened) < 2 and not (opened and _is_several(opened[0])):
-        raise RecipeError(
-            f"`mechatlas circuit` needs two dictionaries or more, got {len(opened)}: "
-            "mechatlas circuit DICT_A DICT_B [DICT_C ...] --out DIR. A cross-layer transcoder can "
-            "be alone."
-        )
+    several = [_is_several(each) for each in opened]
+    if not any(several):
+        expect_several(config.dictionaries, "circuit")
+    if not listed:
+        expect_sites([each for each, is_several in zip(opened, several, strict=True)
+                      if not is_several])  # fmt: skip
     for each in opened:
-        if each.site is None and not listed and not _is_several(each):
-            raise RecipeError(
-                f"{each.path} does not say which site it reads. Name the site of each dictionary "
-                "with --sites."
-            )
         if getattr(each.dictionary, "norm", None) is not None:
             raise InputError(
                 f"{each.path} cannot be part of a circuit: it scales every row by itself, so its "

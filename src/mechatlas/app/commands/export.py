@@ -133,12 +133,7 @@ def _inodes(folder: Path) -> set[tuple[str, tuple[int, int]]]:
 def _features(
     config: ExportConfig, opened: OpenedDictionary, site: str | None
 ) -> Callable[..., list[Path]]:
-    """Open what the features of a dictionary of texts are written from, and return their writer.
-
-    Raises:
-        RecipeError: The store is not of texts, or has several sites and none is named.
-        UserError: The store, its network or its texts are not to be found, or do not fit.
-    """
+    """Open what the features of a dictionary of texts are written from, and return their writer."""
     # Its statistics take longer to import than a dictionary takes to export.
     from mechatlas.app.neuronpedia import Facts, write_features
 

@@ -19,7 +19,7 @@ from tyro.conf import Positional, arg
 
 from mechatlas.analysis.matching.flow import KINDS, ORIGINS, FeatureFlow, feature_flow
 from mechatlas.analysis.matching.pairing import FDR
-from mechatlas.app.inputs import OpenedDictionary, open_dictionaries
+from mechatlas.app.inputs import OpenedDictionary, expect_several, open_dictionaries
 from mechatlas.app.progress import bar
 from mechatlas.app.run_folder import FLOW, FLOWS, CommandResult, RunConfig, RunFolder
 from mechatlas.base import RecipeError
@@ -53,18 +53,6 @@ class FlowConfig(RunConfig):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Share:
-    """Share of the latents of a layer, with its 95 % Wilson interval."""
-
-    value: float
-    """The share."""
-    low: float
-    """Lower end of the interval."""
-    high: float
-    """Upper end of the interval."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class FlowStep:
     """Origins of the latents of one layer."""
 
@@ -76,11 +64,11 @@ class FlowStep:
     """Latents of the layer."""
     counts: dict[str, int]
     """Latents by origin."""
-    shares: dict[str, Share]
+    shares: dict[str, Proportion]
     """Share of the latents by origin."""
-    births: Share
+    births: Proportion
     """Share of the layer's latents without a partner in the dictionary before."""
-    deaths: Share
+    deaths: Proportion
     """Share of the latents before without a partner in the layer."""
     thresholds: dict[str, float | None]
     """Cosine that a link takes to be significant, by the dictionary that it leads to; null where
@@ -131,11 +119,7 @@ def run(config: FlowConfig, folder: RunFolder) -> FlowResult:
         RecipeError: There are fewer than two, or a module lies between none of the layers.
         WeightsError: A dictionary cannot be read.
     """
-    if len(config.dictionaries) < 2:
-        raise RecipeError(
-            f"`mechatlas flow` needs two dictionaries of the stream or more, got "
-            f"{len(config.dictionaries)}: mechatlas flow DICT_A DICT_B ... --out DIR."
-        )
+    expect_several(config.dictionaries, "flow")
     paths = [*config.dictionaries, *config.attention, *config.mlp]
     opened = open_dictionaries(paths, sites=config.sites)
     n, n_attention = len(config.dictionaries), len(config.attention)
@@ -165,11 +149,7 @@ def run(config: FlowConfig, folder: RunFolder) -> FlowResult:
 
 
 def _layer(opened: OpenedDictionary) -> int:
-    """Number of the layer that a dictionary reads.
-
-    Raises:
-        RecipeError: Its site has no number.
-    """
+    """Number of the layer that a dictionary reads."""
     number = re.search(r"(?:^|\.)(\d+)(?:[.:/]|$)", opened.site or "")
     if number is None:
         raise RecipeError(
@@ -182,11 +162,7 @@ def _layer(opened: OpenedDictionary) -> int:
 def _between(
     stream: Sequence[OpenedDictionary], modules: Sequence[OpenedDictionary], kind: str
 ) -> list[list[OpenedDictionary]]:
-    """Modules in the layers after each dictionary of the stream, up to the next.
-
-    Raises:
-        RecipeError: A module lies between none of them.
-    """
+    """Modules in the layers after each dictionary of the stream, up to the next."""
     if not modules:
         return [[] for _ in stream[1:]]
     layers = [_layer(each) for each in stream]
@@ -228,9 +204,9 @@ def describe_flow(
             b=stream[layer],
             n=flow.sizes[layer],
             counts={o: int((flow.origins[layer - 1] == k).sum()) for k, o in enumerate(ORIGINS)},
-            shares={o: _share(flow.share(layer, k)) for k, o in enumerate(ORIGINS)},
-            births=_share(flow.births(layer)),
-            deaths=_share(flow.deaths(layer - 1)),
+            shares={o: flow.share(layer, k) for k, o in enumerate(ORIGINS)},
+            births=flow.births(layer),
+            deaths=flow.deaths(layer - 1),
             thresholds={
                 name: link.cosine_threshold if np.isfinite(link.cosine_threshold) else None
                 for name, link in zip(names, links, strict=True)
@@ -254,10 +230,6 @@ def describe_flow(
     return FlowResult(
         fdr=flow.fdr, dictionaries=list(stream), modules=list(modules), steps=steps, tracks=tracks
     )
-
-
-def _share(share: Proportion) -> Share:
-    return Share(value=share.value, low=share.low, high=share.high)
 
 
 def flow_columns(

@@ -35,7 +35,13 @@ from mechatlas.analysis.matching.nulls import NULLS, Null, PairEvidence
 from mechatlas.analysis.matching.pairing import FDR, Match, feature_splitting, match
 from mechatlas.app.engines import EngineConfig
 from mechatlas.app.estimates import of_matching
-from mechatlas.app.inputs import OpenedDictionary, open_dictionaries, refuse_other_network
+from mechatlas.app.inputs import (
+    OpenedDictionary,
+    expect_several,
+    expect_sites,
+    open_dictionaries,
+    refuse_other_network,
+)
 from mechatlas.app.match_quality import (
     HeldSamples,
     PairedRows,
@@ -292,17 +298,8 @@ def run(config: MatchConfig, folder: RunFolder) -> MatchResult:
 
 
 def _check(config: MatchConfig) -> None:
-    """Check that the choices go together.
-
-    Raises:
-        RecipeError: They do not.
-    """
-    n = len(config.dictionaries)
-    if n < 2:
-        raise RecipeError(
-            f"`mechatlas match` needs two dictionaries or more, got {n}: "
-            "mechatlas match DICT_A DICT_B [DICT_C ...] --out DIR."
-        )
+    """Check that the choices go together."""
+    expect_several(config.dictionaries, "match")
     choices = (("cost", config.cost, get_args(Cost)), ("scale", config.scale, SCALES))
     for name, value, allowed in choices:
         if value not in allowed:
@@ -312,13 +309,7 @@ def _check(config: MatchConfig) -> None:
 
 
 def _open(config: MatchConfig) -> _Inputs:
-    """Open dictionaries, rows and network.
-
-    Raises:
-        RecipeError: There is a store, and a dictionary does not say which site it reads.
-        StoreError: The store is damaged, is not paired, or misses a site.
-        WeightsError: A dictionary cannot be read.
-    """
+    """Open dictionaries, rows and network."""
     opened = open_dictionaries(config.dictionaries, sites=config.sites)
     names = [each.name for each in opened]
     dictionaries = [each.dictionary for each in opened]
@@ -328,14 +319,9 @@ def _open(config: MatchConfig) -> _Inputs:
     store = Store(config.store)
     for each in opened:
         refuse_other_network(each, store)
-    unknown = [str(each.path) for each in opened if each.site is None]
-    if unknown:
-        raise RecipeError(
-            f"{', '.join(unknown)} does not say which site it reads. Name the site of each "
-            f"dictionary with --sites; {config.store} has {', '.join(store.sites)}."
-        )
+    sites = expect_sites(opened, f"; {config.store} has {', '.join(store.sites)}")
     rows = open_rows(
-        store, dictionaries, [str(each.site) for each in opened], config.dictionaries,
+        store, dictionaries, sites, config.dictionaries,
         n_known=config.rows * (CODES if config.cost == "codes" else 1), n_held_out=config.rows,
     )  # fmt: skip
     held = open_held_samples(store, config.samples, config)
@@ -483,17 +469,17 @@ def _resumable_match(
             nulls=inputs.nulls,
             seed=config.seed,
             resume=None if state is None else State.from_arrays(state),
-            evidence=None if evidence is None else _evidence(evidence),
+            evidence=None
+            if evidence is None
+            else PairEvidence(
+                evidence["q_values"], int(evidence["n_null"].item()), evidence["null"]
+            ),
             on_progress=progress,
             on_state=keep_state,
         )
     arrays = {name: np.asarray(value) for name, value in matching.evidence._asdict().items()}
     folder.keep(f"evidence{k}", arrays)
     return matching
-
-
-def _evidence(arrays: dict[str, np.ndarray]) -> PairEvidence:
-    return PairEvidence(arrays["q_values"], int(arrays["n_null"].item()), arrays["null"])
 
 
 def _joint(

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Annotated
 
 import numpy as np
-from jaxtyping import Int
 from tyro.conf import Positional, arg
 
 from mechatlas.analysis.proofs.prove import (
@@ -160,7 +159,7 @@ def run(config: ProveConfig, folder: RunFolder | None = None) -> ProveResult | C
         return check(config)
     if config.table is None or folder is None:
         raise RecipeError("`mechatlas prove WEIGHTS` needs --table TABLE.npy and --out DIR.")
-    given, table = read_weights(config.weights), read_table(config.table)
+    given, table = read_weights(config.weights), read_array(config.table)
     with about(config.table):
         group = Group(table, name=config.table.stem.removesuffix("_table"))
     with about(config.weights):
@@ -228,7 +227,7 @@ def check(config: ProveConfig) -> CheckResult:
     path = config.check / PROOF_FILE if config.check.is_dir() else config.check
     proof = load_proof(path)
     weights = read_weights(config.weights)
-    if config.table is not None and not np.array_equal(proof.table, read_table(config.table)):
+    if config.table is not None and not np.array_equal(proof.table, read_array(config.table)):
         raise ProofError(f"{path} is about another table than {config.table}.")
     clock = time.process_time()
     with about(path):
@@ -281,15 +280,6 @@ def read_weights(path: Path) -> Weights:
             "right (n, m) and unembed (m, n)."
         )
     return Weights(*(arrays[key] for key in Weights._fields))
-
-
-def read_table(path: Path) -> Int[np.ndarray, "order order"]:
-    """Read a table from a .npy file.
-
-    Raises:
-        DiskError: The file is missing or is not an array.
-    """
-    return read_array(path)
 
 
 REASONS = {

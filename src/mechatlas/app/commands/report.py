@@ -4,7 +4,6 @@ mechatlas report runs/demo --out atlas.html
 """
 
 import dataclasses
-import time
 from pathlib import Path
 from typing import Annotated
 
@@ -13,41 +12,52 @@ from tyro.conf import Positional, arg
 from mechatlas.app.progress import bar
 from mechatlas.app.recipes import TrustConfig
 from mechatlas.app.report.page import report
-from mechatlas.app.run_folder import CommandResult, peak_bytes
+from mechatlas.app.run_folder import CommandResult
 from mechatlas.base import DiskError
 from mechatlas.outputs import writable
 from mechatlas.ranges import COUNT_OR_NONE, check_ranges
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ReportConfig(TrustConfig):
-    """Draw one self-contained HTML page of all runs in a folder."""
+class PageConfig(TrustConfig):
+    """Fields of commands that draw the runs in a folder."""
 
     folder: Annotated[Positional[Path], arg(metavar="DIR")]
     """Folder with the runs (stores and dictionaries), itself one or up to two levels above."""
-    out: Path
-    """Page to write."""
     visualize: int = 0
     """Number of features per dictionary of images to visualize by activation maximization, and of
     their parts in a branch."""
-
-    labels: Path | None = None
-    """Names and notes of features: a labels.json that an earlier page saved."""
 
     def __post_init__(self) -> None:
         check_ranges(self, visualize=COUNT_OR_NONE)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ReportResult(CommandResult):
-    """Page that was written."""
+class PageResult(CommandResult):
+    """Page that was drawn."""
 
-    page: str
-    """File of the page."""
     bytes: int
     """Size of the page."""
     problems: dict[str, str]
     """Reason for each run that is left out, or not drawn whole."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ReportConfig(PageConfig):
+    """Draw one self-contained HTML page of all runs in a folder."""
+
+    out: Path
+    """Page to write."""
+    labels: Path | None = None
+    """Names and notes of features: a labels.json that an earlier page saved."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ReportResult(PageResult):
+    """Page that was written."""
+
+    page: str
+    """File of the page."""
 
 
 def run(config: ReportConfig) -> ReportResult:
@@ -57,7 +67,7 @@ def run(config: ReportConfig) -> ReportResult:
         DiskError: The page cannot be written.
         UserError: The folder holds no runs, or the page cannot be written.
     """
-    clock, problems = time.process_time(), {}
+    problems: dict[str, str] = {}
     if config.out.is_dir():
         raise DiskError(
             f"{config.out} is a folder, expected the file of a page, such as atlas.html."
@@ -73,14 +83,8 @@ def run(config: ReportConfig) -> ReportResult:
             on_progress=progress,
             on_problem=problems.__setitem__,
         )
-    return ReportResult(
-        out=str(page),
-        page=str(page),
-        bytes=page.stat().st_size,
-        problems=problems,
-        seconds=round(time.process_time() - clock, 3),
-        peak_bytes=peak_bytes(),
-    )
+    size = page.stat().st_size
+    return ReportResult(out=str(page), page=str(page), bytes=size, problems=problems)
 
 
 def in_words(result: ReportResult) -> str:

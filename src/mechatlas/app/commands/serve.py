@@ -7,47 +7,34 @@ import contextlib
 import dataclasses
 import sys
 import threading
-import time
-from pathlib import Path
-from typing import Annotated
 
-from tyro.conf import Positional, arg
-
+from mechatlas.app.commands.report import PageConfig, PageResult
 from mechatlas.app.progress import bar
-from mechatlas.app.recipes import TrustConfig
 from mechatlas.app.report.page import write_parts
 from mechatlas.app.report.runs import find_runs
 from mechatlas.app.report.server import serve
-from mechatlas.app.run_folder import CommandResult, peak_bytes
 from mechatlas.outputs import temporary_folder
-from mechatlas.ranges import COUNT_OR_NONE, check_ranges
+from mechatlas.ranges import check_ranges
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ServeConfig(TrustConfig):
+class ServeConfig(PageConfig):
     """Open the page of all runs in a folder on this machine, until Ctrl-C ends it."""
 
-    folder: Annotated[Positional[Path], arg(metavar="DIR")]
-    """Folder with the runs (stores and dictionaries), itself one or up to two levels above."""
     port: int = 0
     """Port on this machine; 0 for any that is free."""
-    visualize: int = 0
-    """Number of features per dictionary of images to visualize by activation maximization."""
 
     def __post_init__(self) -> None:
-        check_ranges(self, port="[0, 65535]", visualize=COUNT_OR_NONE)
+        super().__post_init__()
+        check_ranges(self, port="[0, 65535]")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ServeResult(CommandResult):
+class ServeResult(PageResult):
     """Page that was served."""
 
     address: str
     """Address of the page, as long as the command ran."""
-    bytes: int
-    """Size of all its files."""
-    problems: dict[str, str]
-    """Reason for each run that is left out, or not drawn whole."""
 
 
 def run(config: ServeConfig) -> ServeResult:
@@ -58,7 +45,6 @@ def run(config: ServeConfig) -> ServeResult:
         RecipeError: The port cannot be used.
         UserError: The folder holds no runs.
     """
-    clock = time.process_time()
     runs = find_runs(config.folder, visualize=config.visualize, trust=config)
     with temporary_folder() as folder, bar("drawing the page") as step:
         write_parts(runs, folder, on_progress=step)
@@ -69,13 +55,7 @@ def run(config: ServeConfig) -> ServeResult:
             print(f"{address} (Ctrl-C ends it)", file=sys.stderr, flush=True)
             with contextlib.suppress(KeyboardInterrupt):
                 wait()
-    return ServeResult(
-        address=address,
-        bytes=size,
-        problems=runs.problems,
-        seconds=round(time.process_time() - clock, 3),
-        peak_bytes=peak_bytes(),
-    )
+    return ServeResult(address=address, bytes=size, problems=runs.problems)
 
 
 def wait() -> None:

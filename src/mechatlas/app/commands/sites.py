@@ -19,12 +19,10 @@ from tyro.conf import Positional, arg
 
 from mechatlas.activations import networks
 from mechatlas.activations.branches import branches_of, ends_of, scattered_of
-from mechatlas.activations.networks import Network
 from mechatlas.activations.site_names import lens_sites
 from mechatlas.activations.sites import SiteInfo, list_sites, read_activations
-from mechatlas.app.recipes import from_dict
-from mechatlas.base import InputError, RecipeError, Site
-from mechatlas.files import read_toml
+from mechatlas.app.network_inputs import named_network
+from mechatlas.base import InputError, Site
 from mechatlas.ranges import check_ranges
 
 MANY = 6
@@ -95,7 +93,7 @@ def run(config: SitesConfig) -> SitesResult:
         InputError: The network does not run on such a sample.
         UserError: There is no such network.
     """
-    network = networks.load_network(_recipe(config))
+    network = networks.load_network(named_network(config.network, config.weights))
     inputs = _example(network, config.shape)
     infos = list_sites(network, inputs)
     return SitesResult(
@@ -105,15 +103,6 @@ def run(config: SitesConfig) -> SitesResult:
         everything=config.everything,
         sites=_entries(network, inputs, infos),
     )
-
-
-def _recipe(config: SitesConfig) -> Network:
-    path = Path(config.network)
-    if path.suffix == ".toml":
-        return _network_of(path)
-    if path.is_dir() or path.suffix in (".gguf", ".zip"):
-        return Network(name="transformer", arguments={"path": config.network})
-    return Network(name=config.network, weights=config.weights)
 
 
 def _entries(network: nn.Module, inputs: torch.Tensor, infos: list[SiteInfo]) -> list[SiteEntry]:
@@ -149,13 +138,6 @@ def _entries(network: nn.Module, inputs: torch.Tensor, infos: list[SiteInfo]) ->
                 )
             )
     return entries
-
-
-def _network_of(path: Path) -> Network:
-    table = read_toml(path).get("network")
-    if not isinstance(table, str | dict):
-        raise RecipeError(f"{path} names no network: it has no table [network].")
-    return from_dict(table if isinstance(table, dict) else {"name": table}, Network, str(path))
 
 
 def _example(network: nn.Module, shape: tuple[int, ...]) -> torch.Tensor:

@@ -21,7 +21,7 @@ from mechatlas.app.commands.train import TrainConfig, estimate
 from mechatlas.app.engines import EngineConfig, as_engine
 from mechatlas.app.estimates import WORTH_MEASURING, Estimate
 from mechatlas.app.progress import bar
-from mechatlas.app.recipes import as_dict, from_dict
+from mechatlas.app.recipes import as_dict, from_dict, read_raw
 from mechatlas.app.run_folder import (
     DICTIONARY,
     PLACES,
@@ -131,17 +131,8 @@ def in_words(result: SweepResult) -> str:
 
 
 def _combinations(config: SweepConfig) -> tuple[list[str], dict[str, TrainConfig]]:
-    """Settings that are varied, and the configuration of each dictionary by its name.
-
-    Raises:
-        RecipeError: The recipe has mistakes, or is of too many dictionaries.
-    """
-    if not config.recipe.exists():
-        raise RecipeError(f"There is no recipe file {config.recipe}.")
-    try:
-        raw = read_toml(config.recipe)
-    except DiskError as error:
-        raise RecipeError(str(error)) from error
+    """Settings that are varied, and the configuration of each dictionary by its name."""
+    raw = read_raw(config.recipe)
     raw.pop("out", None)
     lists = {key: values for key, values in _leaves(raw) if _is_varied(key, values)}
     if empty := [".".join(key) for key, values in lists.items() if not values]:
@@ -198,11 +189,7 @@ def _written(value: Any) -> str:
 
 
 def _trained(config: TrainConfig) -> dict[str, Any] | None:
-    """Result of a dictionary that is there already, whole and trained by the same settings.
-
-    Raises:
-        DiskError: The folder holds one of other settings, or does not say of which.
-    """
+    """Result of a dictionary that is there already, whole and trained by the same settings."""
     path = config.out / MANIFEST
     manifest = read_manifest(path) if path.is_file() else {}
     if not manifest.get("complete"):
@@ -235,11 +222,7 @@ def _train(config: TrainConfig, shared: None) -> tuple[dict[str, Any], str]:
 
 
 def _estimate(configs: list[TrainConfig]) -> Estimate:
-    """Estimate the cost of all dictionaries from that of one, in proportion to their sizes.
-
-    Raises:
-        UserError: None can be trained.
-    """
+    """Estimate the cost of all dictionaries from that of one, in proportion to their sizes."""
     config, first = _first_estimate(configs)
     steps = sum(each.steps * each.batch_size * each.n_latents for each in configs)
     n_latents = [each.n_latents for each in configs]
@@ -251,11 +234,7 @@ def _estimate(configs: list[TrainConfig]) -> Estimate:
 
 
 def _first_estimate(configs: list[TrainConfig]) -> tuple[TrainConfig, Estimate]:
-    """Estimate the first dictionary that can be trained.
-
-    Raises:
-        UserError: None can.
-    """
+    """Estimate the first dictionary that can be trained."""
     try:
         return configs[0], estimate(configs[0])
     except UserError:

@@ -306,11 +306,7 @@ def _describe_features(
 
 
 def _check(config: SymmetryConfig) -> None:
-    """Check the ranges of the numbers.
-
-    Raises:
-        RecipeError: A number is out of range.
-    """
+    """Check the ranges of the numbers."""
     if not SUPPORT_THRESHOLD < config.equality_threshold <= 1:
         raise RecipeError(
             f"--equality-threshold must be above {SUPPORT_THRESHOLD:.4f} and at most 1, got "
@@ -353,13 +349,7 @@ def group_facts(group: Group, action: str, classes: Sequence[str]) -> dict[str, 
 
 
 def _estimate(posed: PosedDictionary, folder: RunFolder, seed: int) -> BlockEstimates:
-    """Estimate blocks, or continue with the blocks that an interrupted run has kept.
-
-    Raises:
-        DiskError: The folder cannot be written.
-        InputError: A half has no rows.
-        StoreError: A shard is damaged.
-    """
+    """Estimate blocks, or continue with the blocks that an interrupted run has kept."""
     kept = folder.kept(KEPT)
     if kept is not None:
         return BlockEstimates.from_arrays(kept)
@@ -370,11 +360,7 @@ def _estimate(posed: PosedDictionary, folder: RunFolder, seed: int) -> BlockEsti
 
 
 def _read_control(folder: Path, posed: PosedDictionary) -> tuple[list[str], TuningResult]:
-    """Read the class of each feature of a control, and its agreement with stimuli.
-
-    Raises:
-        RecipeError: The folder is no result of this command, or one for another site or group.
-    """
+    """Read the class of each feature of a control, and its agreement with stimuli."""
     manifest = manifest_of(folder)
     if manifest.get("kind") != KIND or not manifest.get("complete", True):
         raise RecipeError(f"--control {folder} is no result of `mechatlas symmetry`.")

@@ -186,11 +186,7 @@ class TrainConfig(DeviceConfig):
         return Crosscoder(widths=written, reads=self.site, tied=self.tied, **options)
 
     def _of_group(self, group: Group, width: int, options: dict[str, Any]) -> SparseCoder:
-        """Build a dictionary of all poses, which reads the untransformed block or, pose-tied, all.
-
-        Raises:
-            ValueError: It cannot be built as asked.
-        """
+        """Build a dictionary of all poses, which reads one block or, pose-tied, all."""
         if self.writes or self.tied:
             raise ValueError("A dictionary of a store with a group goes without writes and tied.")
         if self.pose_tied:
@@ -289,12 +285,7 @@ def run(config: TrainConfig, folder: RunFolder) -> TrainResult:
 
 
 def _build(config: TrainConfig, data: "_Data") -> SparseCoder:
-    """Build the dictionary, or the share of it that this process of `torchrun` has.
-
-    Raises:
-        RecipeError: Such a dictionary cannot be shared out.
-        ValueError: It cannot be built as asked.
-    """
+    """Build the dictionary, or the share of it that this process of `torchrun` has."""
     if n_processes() == 1:
         return config.build(data.widths, data.group)
     mesh = mesh_of(n_data=config.row_processes, device=as_device(config.device).type)

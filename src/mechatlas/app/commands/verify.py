@@ -8,7 +8,6 @@ damaged or missing.
 
 import dataclasses
 import os
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,7 +16,7 @@ from tyro.conf import Positional, arg
 
 from mechatlas.activations.store_manifest import read_entries, store_digest
 from mechatlas.app.inputs import checksum_of as checksum_of_dictionary
-from mechatlas.app.run_folder import CHECKPOINT, STORE, UNFINISHED, CommandResult, peak_bytes
+from mechatlas.app.run_folder import CHECKPOINT, STORE, UNFINISHED, CommandResult
 from mechatlas.base import DiskError, UserError
 from mechatlas.files import MANIFEST, checksum_file, damaged, read_manifest
 from mechatlas.tensorfiles import checksum_of, read_safetensors
@@ -70,7 +69,6 @@ def run(config: VerifyConfig) -> VerifyResult:
         DiskError: There is no such folder.
         UserError: It holds no run.
     """
-    clock = time.process_time()
     if not config.folder.is_dir():
         raise DiskError(f"There is no folder {config.folder}.")
     tree = _Tree()
@@ -95,8 +93,6 @@ def run(config: VerifyConfig) -> VerifyResult:
         parents=tree.n_parents,
         parents_elsewhere=sorted(tree.elsewhere),
         damaged=[Damage(file=str(path), reason=why) for path, why in tree.wrong.items()],
-        seconds=round(time.process_time() - clock, 3),
-        peak_bytes=peak_bytes(),
     )
 
 
@@ -182,12 +178,7 @@ class _Tree:
 
 
 def _stated(folder: Path, manifest: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """Files of a run with the checksums that its manifest states.
-
-    Raises:
-        DiskError: The manifest names a file outside its folder.
-        StoreError: The manifest is not that of a store.
-    """
+    """Files of a run with the checksums that its manifest states."""
     if manifest["kind"] == STORE and manifest.get("complete"):
         yield from ((shard.file, shard.xxh3) for shard in read_entries(folder).shards)
     for name, expected in manifest.get("files", {}).items():

@@ -20,7 +20,7 @@ import base64
 import dataclasses
 import gzip
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib import resources
 from typing import Any
 
@@ -29,7 +29,7 @@ import numpy as np
 from markupsafe import Markup
 
 from mechatlas.app.report.dossiers import Absence, Finding, Statements
-from mechatlas.app.report.runs import Runs
+from mechatlas.app.report.runs import Run, Runs
 from mechatlas.base import Progress
 
 MISSING = "\N{EN DASH}"
@@ -73,6 +73,8 @@ class Chapter:
 
 ChapterOf = Callable[[Runs, Progress], Chapter | None]
 """Function that makes a chapter; `None` if the runs have nothing for it."""
+DrawRun = Callable[[Chapter, int, Run], dict[str, Any]]
+"""Function that adds a run, with its number, to a chapter, and gives the values of its part."""
 
 
 def text_of(asset: str) -> str:
@@ -131,6 +133,34 @@ _ENVIRONMENT = _environment()
 def render(template: str, **values: Any) -> Markup:
     """Fill a template of `assets`; every value is escaped."""
     return Markup(_ENVIRONMENT.get_template(template).render(**values))
+
+
+def part_for_each(
+    title: str,
+    finished: Sequence[Run],
+    draw: DrawRun,
+    on_progress: Progress,
+    *,
+    scripts: tuple[str, ...] = (),
+    **values: Any,
+) -> Chapter | None:
+    """Make a chapter with a part for every run; `None` if there are no runs.
+
+    Args:
+        title: Title; in small letters the name of the chapter, and of its template.
+        finished: Runs to draw.
+        draw: Function that draws one of them.
+        on_progress: Callback with the number of runs drawn.
+        scripts: Files in `assets` to run after `page.js`.
+        values: Values of the template, beside `parts`.
+    """
+    made = Chapter(name=title.lower(), title=title, html=Markup(), data=[], scripts=scripts)
+    parts = []
+    for k, run in enumerate(finished):
+        parts.append({"name": run.name, "number": k, **draw(made, k, run)})
+        on_progress(k + 1, len(finished))
+    html = render(f"{made.name}.html", parts=parts, **values)
+    return dataclasses.replace(made, html=html) if parts else None
 
 
 def as_json(value: Any) -> Markup:

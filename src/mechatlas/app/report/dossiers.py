@@ -26,11 +26,25 @@ class FeatureAt(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SymmetryLine:
-    """Symmetry of a feature, with its evidence."""
+class DossierLine:
+    """Statement of a chapter about a feature."""
 
     anchor: str
     """Anchor of the part of the chapter."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ClaimLine(DossierLine):
+    """Statement that was tested against a null."""
+
+    fdr: float
+    """False discovery rate, or false match rate, asked for."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SymmetryLine(ClaimLine):
+    """Symmetry of a feature, with its evidence."""
+
     part: int
     """Number of the run of the analysis, for its stabilizer functions."""
     name: str
@@ -43,8 +57,6 @@ class SymmetryLine:
     """q-value of the claim."""
     ceiling: float | None
     """Noise ceiling: similarity of two estimates from different images."""
-    fdr: float
-    """False discovery rate asked for."""
     family: int
     """Number of the family."""
     pose: str
@@ -54,11 +66,9 @@ class SymmetryLine:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class BranchLine:
+class BranchLine(ClaimLine):
     """Share of a feature in one branch, with its test."""
 
-    anchor: str
-    """Anchor of the part of the chapter."""
     branch: str
     """Name of the branch."""
     share: float | None
@@ -73,16 +83,12 @@ class BranchLine:
     """Share of the activity that is lost without the branch."""
     activation: float | None
     """Share of the activation that the branch writes."""
-    fdr: float
-    """False discovery rate asked for."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class MatchLine:
+class MatchLine(ClaimLine):
     """Partner of a feature in the dictionary before or after."""
 
-    anchor: str
-    """Anchor of the part of the chapter."""
     after: bool
     """Whether the partner is in the later dictionary."""
     name: str
@@ -95,16 +101,12 @@ class MatchLine:
     """q-value of the pair against null dictionaries."""
     matched: bool
     """Whether the pair is significant."""
-    fdr: float
-    """False match rate asked for."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TrackLine:
+class TrackLine(DossierLine):
     """Life line of a feature through several dictionaries."""
 
-    anchor: str
-    """Anchor of the part of the chapter."""
     steps: list[tuple[str, str, int | None]]
     """Dictionary, its run and the latent in it, in the order of the network."""
     cosine: float
@@ -116,11 +118,9 @@ class TrackLine:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class CircuitLine:
+class CircuitLine(ClaimLine):
     """Edge of a circuit that ends or begins at a feature."""
 
-    anchor: str
-    """Anchor of the part of the chapter."""
     into: bool
     """Whether the edge leads into this feature."""
     name: str
@@ -139,18 +139,14 @@ class CircuitLine:
     """q-value of the edge."""
     significant: bool
     """Whether the edge is significant."""
-    fdr: float
-    """False discovery rate asked for."""
     kernel: dict[str, Any]
     """Height, width and numbers of the kernel."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LogitLine:
+class LogitLine(ClaimLine):
     """Tokens that a feature raises and lowers most, directly."""
 
-    anchor: str
-    """Anchor of the part of the chapter."""
     raises: list[tuple[str, float | None]]
     """Tokens raised most, and the rise of their logits for one unit of activation."""
     lowers: list[tuple[str, float | None]]
@@ -161,16 +157,12 @@ class LogitLine:
     """q-value of the largest fall."""
     n_random: int
     """Random directions of the null."""
-    fdr: float
-    """False discovery rate asked for."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class FlowLine:
+class FlowLine(ClaimLine):
     """Origin of a feature, and the way that it came."""
 
-    anchor: str
-    """Anchor of the part of the chapter."""
     origin: str
     """Origin in words."""
     before: FeatureAt | None
@@ -193,8 +185,6 @@ class FlowLine:
     """Dictionary in which the track begins."""
     wrong: float | None
     """Probability that some link of the track so far is wrong, at most."""
-    fdr: float
-    """False match rate asked for."""
 
 
 Line = SymmetryLine | BranchLine | MatchLine | TrackLine | CircuitLine | LogitLine | FlowLine

@@ -208,11 +208,7 @@ def report(
 def _dictionary_run(
     name: str, value: Any, stores: Sequence[Store], network: nn.Module | None
 ) -> MemoryRun:
-    """Make a run of a dictionary, and find its site and its store.
-
-    Raises:
-        InputError: No store has its site.
-    """
+    """Make a run of a dictionary, and find its site and its store."""
     given, dictionary = value if isinstance(value, tuple) else (None, value)
     names = [name for name in ends_of(dictionary).reads if name not in UNNAMED_SITES]
     if isinstance(given, str | Site):
@@ -277,11 +273,7 @@ def _own_spellings(network: nn.Module | None, spellings: Sequence[str]) -> Itera
 
 
 def _result_runs(name: Any, value: Any, known: Mapping[str, MemoryRun]) -> list[Run]:
-    """Make the runs of the results under one name.
-
-    Raises:
-        InputError: A name is not that of a dictionary, or no chapter draws such a result.
-    """
+    """Make the runs of the results under one name."""
     names = (name,) if isinstance(name, str) else tuple(map(str, name))
     results = list(value) if isinstance(value, list | tuple) else [value]
     chains = [[r for r in results if isinstance(r, Match | Tracks)],
@@ -335,11 +327,7 @@ def _site(name: str, known: Mapping[str, MemoryRun]) -> str:
 
 
 def _refuse_other_lengths(names: Sequence[str], results: Sequence[Any]) -> None:
-    """Refuse a chain that has not one result for each two consecutive dictionaries.
-
-    Raises:
-        InputError: There are more or fewer.
-    """
+    """Refuse a chain that has not one result for each two consecutive dictionaries."""
     if len(results) != len(names) - 1:
         raise InputError(
             f"{len(results)} results are under {len(names)} names, {', '.join(map(repr, names))}: "
@@ -371,11 +359,7 @@ def _describe_matches(
 
 
 def _refuse_other_sizes(rows: Any, name: str, known: Mapping[str, MemoryRun]) -> None:
-    """Refuse a result whose number of latents is not that of the dictionary it names.
-
-    Raises:
-        InputError: The dictionary has another number of latents.
-    """
+    """Refuse a result whose number of latents is not that of the dictionary it names."""
     n = known[name].result.get("n_latents") if name in known else None
     if n is not None and len(rows) != n:
         raise InputError(
@@ -531,10 +515,6 @@ class Drawing:
 
 def draw(result: Any, names: Sequence[str] = ()) -> Drawing:
     """Draw the chapter of the page on one result.
-
-    Args:
-        result: Whatever an analysis returned.
-        names: Names of its dictionaries.
 
     Raises:
         InputError: No chapter draws such a result.

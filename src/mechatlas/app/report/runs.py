@@ -205,10 +205,6 @@ def find_runs(
 def read_run(folder: Path, name: str) -> Run:
     """Read the manifest and the result of a run.
 
-    Args:
-        folder: Folder of the run.
-        name: Name of the run on the page.
-
     Raises:
         DiskError: One is damaged, or there is no manifest.
     """
@@ -222,11 +218,7 @@ def _has(folder: Path, manifest: dict[str, Any], file: str) -> bool:
 
 
 def _result_of(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
-    """Contents of `result.json`; empty where the run has none.
-
-    Raises:
-        DiskError: It is missing or damaged.
-    """
+    """Contents of `result.json`; empty where the run has none."""
     path = folder / RESULT
     values = read_json(path) if _has(folder, manifest, RESULT) else {}
     if not isinstance(values, dict):
@@ -284,9 +276,6 @@ class Runs:
 
     def leave_out(self, make: Callable[["Runs"], Any]) -> bool:
         """Leave out the runs that a chapter cannot be made of, and say why.
-
-        Args:
-            make: Function that makes the chapter of some runs.
 
         Returns:
             Whether there were any.

@@ -118,9 +118,6 @@ class Screen:
         Args:
             bias: Bias of each latent.
             side: 1 to bound pre-activations from above, -1 from below.
-
-        Raises:
-            TooCloseError: There are NaN or infinities, which are left to the whole product.
         """
         m, d = self.rows.shape
         half = bias.new_empty(m, d + 5, dtype=torch.bfloat16)
@@ -140,11 +137,7 @@ class Screen:
     def _bounds(
         self, x: Float[Tensor, "row d_in"], half: BFloat16[Tensor, "latent wide"]
     ) -> Iterator[tuple[Int16[Tensor, "row latent"], Float[Tensor, "row 2"]]]:
-        """Bounds of pre-activations as the bits of bfloat16, and the rows' share in their distance.
-
-        Raises:
-            TooCloseError: There are NaN or infinities.
-        """
+        """Bounds of pre-activations as bits of bfloat16, and the rows' share in their distance."""
         n, d = x.shape
         wide = x.new_empty(n, d + 5, dtype=torch.bfloat16)
         lengths = x.new_empty(n, 2)

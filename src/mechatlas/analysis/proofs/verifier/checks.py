@@ -178,11 +178,7 @@ def word_length(group: Group) -> int:
 
 
 def _defect(name: str, matrices: Float[np.ndarray, "order d d"], group: Group) -> float:
-    """Distance of matrices from an orthogonal representation, for all pairs of elements.
-
-    Raises:
-        ProofError: So far that they are none.
-    """
+    """Distance of matrices from an orthogonal representation, for all pairs of elements."""
     d = matrices.shape[1]
     unit = np.eye(d)
     if not np.abs(matrices).max() < 10:  # NaN as well
@@ -228,11 +224,7 @@ def _recall(arrays: tuple[np.ndarray, ...], group: Group, kind: type[_Known]) ->
 
 
 def _irreps(arrays: tuple[Float[np.ndarray, "_ _ _"], ...], group: Group) -> KnownIrreps:
-    """Check that matrices are orthogonal representations, and lay out their entries.
-
-    Raises:
-        ProofError: They are not.
-    """
+    """Check that matrices are orthogonal representations, and lay out their entries."""
     n, defect = group.order, 0.0
     rows, norms = [np.zeros((0, n), np.float32)], [np.zeros((n, 0))]
     for number, matrices in enumerate(arrays):
@@ -247,11 +239,7 @@ def _irreps(arrays: tuple[Float[np.ndarray, "_ _ _"], ...], group: Group) -> Kno
 
 
 def _actions(arrays: tuple[Int[np.ndarray, "_ _"], ...], group: Group) -> KnownActions:
-    """Check that every element permutes the points of each action.
-
-    Raises:
-        ProofError: One does not.
-    """
+    """Check that every element permutes the points of each action."""
     n = group.order
     for action in arrays:
         hit = np.zeros(action.shape, bool)

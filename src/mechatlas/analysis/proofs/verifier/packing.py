@@ -67,11 +67,7 @@ def pack(e: Explanation) -> Packed:
 
 
 def _pack(width: int, order: int, e: Explanation) -> Packed:
-    """Check all shapes, and lay the explanation out.
-
-    Raises:
-        ProofError: A shape is impossible.
-    """
+    """Check all shapes, and lay the explanation out."""
     k = len(e.representatives)
     for name in ("dead", "representative_of", "scale_factors"):
         _refuse_shape(name, getattr(e, name), (width,))
@@ -130,11 +126,7 @@ def _grids(
 ) -> tuple[
     tuple[Int[np.ndarray, "_ _"], ...], Int[np.ndarray, "grid 8"], Int[np.ndarray, "grid 2"]
 ]:
-    """Collect the distinct actions, the shapes of all grids, and the actions of their sides.
-
-    Raises:
-        ProofError: A shape is impossible.
-    """
+    """Collect the distinct actions, the shapes of all grids, and the actions of their sides."""
     actions: dict[int, np.ndarray] = {}
     rows, sides, taken = [], [], set()
     antipode = cell = 0
@@ -165,10 +157,6 @@ def _grids(
 
 
 def _refuse_shape(name: str, array: np.ndarray, shape: tuple[int, ...]) -> None:
-    """Refuse an array of another shape.
-
-    Raises:
-        ProofError: It has another shape.
-    """
+    """Refuse an array of another shape."""
     if array.shape != shape:
         raise ProofError(f"{name} must have the shape {shape}, got {array.shape}.")

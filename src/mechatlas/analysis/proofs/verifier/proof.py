@@ -172,12 +172,7 @@ def as_weights(left: ArrayLike, right: ArrayLike, unembed: ArrayLike, order: int
 
 
 def _exact_float32(value: ArrayLike, axes: str, name: str) -> np.ndarray:
-    """Convert a matrix to float32 without rounding.
-
-    Raises:
-        InputError: It is no matrix of numbers, or rounding would change it.
-        NonFiniteError: A number is NaN or infinite.
-    """
+    """Convert a matrix to float32 without rounding."""
     given = as_array(value, axes, name)
     bad = np.argwhere(~np.isfinite(given))
     if len(bad):
@@ -323,11 +318,7 @@ _PART_ARRAYS: dict[str, tuple[int, type]] = {
 
 
 def _typed(array: np.ndarray, ndim: int, dtype: type) -> np.ndarray:
-    """The array, if its numbers are of this kind.
-
-    Raises:
-        ProofError: They are not.
-    """
+    """The array, if its numbers are of this kind."""
     wanted = np.dtype(dtype)
     integral = wanted.kind == "i" and array.dtype.kind == "i"
     if array.ndim != ndim or not (array.dtype == wanted or integral):

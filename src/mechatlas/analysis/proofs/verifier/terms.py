@@ -126,11 +126,7 @@ def build_terms(
 
 
 def _merge(weights: Weights, packed: Packed, loops: ModuleType) -> MergedNetwork:
-    """Merge clusters of neurons, and scale all weights by powers of two.
-
-    Raises:
-        ProofError: A product is not exact in float32.
-    """
+    """Merge clusters of neurons, and scale all weights by powers of two."""
     representatives = packed.layout.representatives
     factor = np.ldexp(np.float32(1), packed.layout.exponents).astype(np.float32)
     merged = loops.merge_neurons(weights, packed.clusters, representatives, factor)
@@ -161,9 +157,6 @@ def _slack(
         index: Tables of the grids.
         spans: Residual in the cells of the grids.
         loops: See `checks.choose_loops`.
-
-    Raises:
-        ProofError: Numbers are so large that squares could overflow.
     """
     # In float32 these sums are off by less than a thousandth, which the 1.01 covers.
     small = (1.01 * rate * weight).astype(np.float32)

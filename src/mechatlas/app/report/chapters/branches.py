@@ -1,11 +1,12 @@
 """Chapter on branches: counts against the control, shares, strongest features."""
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from mechatlas.app.old_runs import renamed_columns
-from mechatlas.app.report.chapter import Chapter, percent, render
+from mechatlas.app.report.chapter import Chapter, part_for_each, percent
 from mechatlas.app.report.dossiers import (
     Absence,
     BranchLine,
@@ -15,7 +16,7 @@ from mechatlas.app.report.dossiers import (
     finite,
 )
 from mechatlas.app.report.palette import category
-from mechatlas.app.report.runs import Runs
+from mechatlas.app.report.runs import Run, Runs
 from mechatlas.app.run_folder import BRANCHES, DECODER_PICTURE, FEATURES
 from mechatlas.base import Progress
 
@@ -37,52 +38,38 @@ def chapter(runs: Runs, on_progress: Progress) -> Chapter | None:
     Raises:
         DiskError: A result is damaged.
     """
-    finished = runs.of_kind(BRANCHES)
-    if not finished:
-        return None
-    parts, figures, data = [], {}, []
-    noted: list[Finding | Absence] = []
-    statements: Statements = []
-    for k, run in enumerate(finished):
-        result: "BranchesResult" = run.typed_result()
-        table = renamed_columns(run.table(FEATURES), BRANCHES)
-        names = [branch.name for branch in result.branches]
-        of_branch = [
-            {name: values[branch :: len(names)] for name, values in table.items()}
-            for branch in range(len(names))
-        ]
-        figures[f"shares{k}"] = _shares(result, of_branch, names)
-        figures[f"agree{k}"] = _agreement(of_branch, names)
-        picture = run.read(DECODER_PICTURE)
-        if picture:
-            figures[f"picture{k}"] = _picture(picture, names)
-        strongest = [_strongest(own, result.fdr) for own in of_branch]
-        of_run, anchor = runs.dictionary_at(run.manifest["dictionary"]), f"branches-{k}"
-        found = _finding(result, strongest, of_run, anchor)
-        noted.append(found)
-        statements += _lines(result, of_branch, of_run, anchor)
-        data.append({"run": of_run, "branches": names, "strongest": strongest, "fdr": result.fdr})
-        labels = result.labels.surest if result.labels else []
-        parts.append(
-            {
-                "name": run.name,
-                "number": k,
-                "explained": picture["explained"] if picture else None,
-                "strongest": sum(map(len, strongest)),
-                "result": result,
-                "labels": [label for label in labels if label.q_value <= result.fdr],
-            }
-        )
-        on_progress(k + 1, len(finished))
-    return Chapter(
-        name="branches",
-        title="Branches",
-        html=render("branches.html", parts=parts),
-        figures=figures,
-        data=data,
+    return part_for_each(
+        "Branches", runs.of_kind(BRANCHES), partial(_draw, runs), on_progress,
         scripts=("branches.js",),
-        statements=statements,
-    ).note(*noted)
+    )  # fmt: skip
+
+
+def _draw(runs: Runs, made: Chapter, k: int, run: Run) -> dict[str, Any]:
+    """Draw a run."""
+    result: "BranchesResult" = run.typed_result()
+    table = renamed_columns(run.table(FEATURES), BRANCHES)
+    names = [branch.name for branch in result.branches]
+    of_branch = [
+        {name: values[branch :: len(names)] for name, values in table.items()}
+        for branch in range(len(names))
+    ]
+    made.figures[f"shares{k}"] = _shares(result, of_branch, names)
+    made.figures[f"agree{k}"] = _agreement(of_branch, names)
+    picture = run.read(DECODER_PICTURE)
+    if picture:
+        made.figures[f"picture{k}"] = _picture(picture, names)
+    strongest = [_strongest(own, result.fdr) for own in of_branch]
+    of_run, anchor = runs.dictionary_at(run.manifest["dictionary"]), f"branches-{k}"
+    made.note(_finding(result, strongest, of_run, anchor))
+    made.statements.extend(_lines(result, of_branch, of_run, anchor))
+    made.data.append({"run": of_run, "branches": names, "strongest": strongest, "fdr": result.fdr})
+    labels = result.labels.surest if result.labels else []
+    return {
+        "explained": picture["explained"] if picture else None,
+        "strongest": sum(map(len, strongest)),
+        "result": result,
+        "labels": [label for label in labels if label.q_value <= result.fdr],
+    }
 
 
 def _finding(

@@ -1,10 +1,11 @@
 """Chapter on circuits: features as cards, edges with their kernels, and the evidence."""
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mechatlas.app.report.chapter import Chapter, percent, render
+from mechatlas.app.report.chapter import Chapter, part_for_each, percent
 from mechatlas.app.report.dossiers import (
     Absence,
     CircuitLine,
@@ -35,48 +36,31 @@ def chapter(runs: Runs, on_progress: Progress) -> Chapter | None:
     Raises:
         DiskError: A result is damaged.
     """
-    finished = runs.of_kind(CIRCUIT)
-    if not finished:
-        return None
-    parts, data = [], []
-    images: dict[str, bytes] = {}
-    noted: list[Finding | Absence] = []
-    statements: Statements = []
-    for k, run in enumerate(finished):
-        places = [runs.dictionary_at(p) for p in run.manifest["dictionaries"]]
-        result: "CircuitResult" = run.typed_result()
-        drawings = _drawings(run, result)
-        pictures = _pictures(run, k, len(result.sites))
-        images |= pictures
-        edges = _strongest_edges(run, result, places, f"circuits-{k}")
-        statements += edges
-        found = _finding(result, edges, f"circuits-{k}")
-        noted.append(found)
-        data.append({
-            "names": result.dictionaries,
-            "sites": result.sites,
-            "runs": places,
-            "fdr": result.fdr,
-            "drawings": drawings,
-            "pictures": list(pictures),
-        })  # fmt: skip
-        parts.append({
-            "name": run.name,
-            "number": k,
-            "result": result,
-            "drawings": drawings,
-            "names": result.dictionaries,
-        })  # fmt: skip
-        on_progress(k + 1, len(finished))
-    return Chapter(
-        name="circuits",
-        title="Circuits",
-        html=render("circuits.html", parts=parts),
-        data=data,
-        images=images,
+    return part_for_each(
+        "Circuits", runs.of_kind(CIRCUIT), partial(_draw, runs), on_progress,
         scripts=("cards.js", "circuits.js"),
-        statements=statements,
-    ).note(*noted)
+    )  # fmt: skip
+
+
+def _draw(runs: Runs, made: Chapter, k: int, run: Run) -> dict[str, Any]:
+    """Draw a run."""
+    places = [runs.dictionary_at(p) for p in run.manifest["dictionaries"]]
+    result: "CircuitResult" = run.typed_result()
+    drawings = _drawings(run, result)
+    pictures = _pictures(run, k, len(result.sites))
+    made.images.update(pictures)
+    edges = _strongest_edges(run, result, places, f"circuits-{k}")
+    made.statements.extend(edges)
+    made.note(_finding(result, edges, f"circuits-{k}"))
+    made.data.append({
+        "names": result.dictionaries,
+        "sites": result.sites,
+        "runs": places,
+        "fdr": result.fdr,
+        "drawings": drawings,
+        "pictures": list(pictures),
+    })  # fmt: skip
+    return {"result": result, "drawings": drawings, "names": result.dictionaries}
 
 
 def _finding(result: "CircuitResult", edges: Statements, anchor: str) -> Finding | Absence:
@@ -147,11 +131,7 @@ def _strongest_edges(run: Run, result: "CircuitResult", runs: list[str], anchor:
 
 
 def _pictures(run: Run, number: int, n_layers: int) -> dict[str, bytes]:
-    """Pictures of the features drawn, as WebP, named by run, layer and latent.
-
-    Raises:
-        DiskError: The file is damaged.
-    """
+    """Pictures of the features drawn, as WebP, named by run, layer and latent."""
     if not run.has(PICTURES):
         return {}
     tensors = run.tensors(PICTURES)

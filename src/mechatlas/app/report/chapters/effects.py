@@ -1,10 +1,11 @@
 """Chapter on effects: tokens that features raise and lower, and answers attributed to features."""
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mechatlas.app.report.chapter import Chapter, number, percent, render
+from mechatlas.app.report.chapter import Chapter, number, part_for_each, percent
 from mechatlas.app.report.dossiers import (
     Absence,
     FeatureAt,
@@ -13,7 +14,7 @@ from mechatlas.app.report.dossiers import (
     Statements,
     finite,
 )
-from mechatlas.app.report.runs import Runs
+from mechatlas.app.report.runs import Run, Runs
 from mechatlas.app.run_folder import EFFECTS, LOGITS
 from mechatlas.base import Progress
 
@@ -35,37 +36,25 @@ def chapter(runs: Runs, on_progress: Progress) -> Chapter | None:
     Raises:
         DiskError: A result is damaged.
     """
-    finished = runs.of_kind(EFFECTS)
-    if not finished:
-        return None
-    parts: list[dict[str, Any]] = []
-    noted: list[Finding | Absence] = []
-    statements: Statements = []
-    for k, run in enumerate(finished):
-        result: "EffectsResult" = run.typed_result()
-        table = run.table(LOGITS) if run.has(LOGITS) else None
-        of_run, anchor = runs.dictionary_at(run.manifest["dictionary"]), f"effects-{k}"
-        listed: list[dict[str, Any]] = []
-        if table is not None:
-            listed = _strongest(table, result.fdr)
-            noted.append(_finding(result, listed, of_run, anchor))
-            statements += _lines(result, table, of_run, anchor)
-        parts.append({
-            "name": run.name,
-            "number": k,
-            "result": result,
-            "listed": listed,
-            "answers": [_answer(each) for each in result.attributions],
-        })  # fmt: skip
-        on_progress(k + 1, len(finished))
-    return Chapter(
-        name="effects",
-        title="Effects",
-        html=render("effects.html", parts=parts, shown=SHOWN),
-        data=[runs.dictionary_at(run.manifest["dictionary"]) for run in finished],
-        scripts=("effects.js",),
-        statements=statements,
-    ).note(*noted)
+    return part_for_each(
+        "Effects", runs.of_kind(EFFECTS), partial(_draw, runs), on_progress,
+        scripts=("effects.js",), shown=SHOWN,
+    )  # fmt: skip
+
+
+def _draw(runs: Runs, made: Chapter, k: int, run: Run) -> dict[str, Any]:
+    """Draw a run."""
+    result: "EffectsResult" = run.typed_result()
+    of_run, anchor = runs.dictionary_at(run.manifest["dictionary"]), f"effects-{k}"
+    listed: list[dict[str, Any]] = []
+    if run.has(LOGITS):
+        table = run.table(LOGITS)
+        listed = _strongest(table, result.fdr)
+        made.note(_finding(result, listed, of_run, anchor))
+        made.statements.extend(_lines(result, table, of_run, anchor))
+    made.data.append(of_run)
+    answers = [_answer(each) for each in result.attributions]
+    return {"result": result, "listed": listed, "answers": answers}
 
 
 def _strongest(table: Table, fdr: float) -> list[dict[str, Any]]:

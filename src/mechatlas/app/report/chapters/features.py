@@ -188,11 +188,7 @@ class _Measured:
 
 
 def _measure(run: Run, runs: Runs, on_progress: Progress) -> _Measured:
-    """Read a dictionary and its rows, and measure its latents.
-
-    Raises:
-        UserError: The dictionary or its store is missing, or cannot be shown.
-    """
+    """Read a dictionary and its rows, and measure its latents."""
     written = run.manifest.get("site")
     if not isinstance(written, str):
         raise UserError(f"The manifest of {run.name} names no single site that it was trained on.")
@@ -243,11 +239,7 @@ def _sites_read(run: Run, dictionary: Any, store: Store) -> list[str]:
 
 
 def _open(group: list[_Measured], runs: Runs, on_progress: Progress) -> list[_FeatureData]:
-    """Run the network of a store on the samples that its dictionaries show.
-
-    Raises:
-        UserError: The network or the samples are missing.
-    """
+    """Run the network of a store on the samples that its dictionaries show."""
     folder = group[0].store
     network, samples = runs.reopen(folder)
     fields = [

@@ -1,8 +1,9 @@
 """Chapter on flow: where features of the residual stream come from, layer by layer."""
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from mechatlas.app.report.chapter import Chapter, number, percent, render
+from mechatlas.app.report.chapter import Chapter, number, part_for_each, percent
 from mechatlas.app.report.dossiers import (
     Absence,
     FeatureAt,
@@ -12,7 +13,7 @@ from mechatlas.app.report.dossiers import (
     finite,
 )
 from mechatlas.app.report.palette import category
-from mechatlas.app.report.runs import Runs
+from mechatlas.app.report.runs import Run, Runs
 from mechatlas.app.run_folder import FLOW, FLOWS
 from mechatlas.base import Progress
 
@@ -30,49 +31,35 @@ def chapter(runs: Runs, on_progress: Progress) -> Chapter | None:
     Raises:
         DiskError: A result is damaged.
     """
-    finished = runs.of_kind(FLOW)
-    if not finished:
-        return None
-    parts, figures, data = [], {}, []
-    noted: list[Finding | Absence] = []
-    statements: Statements = []
-    for k, run in enumerate(finished):
-        result: "FlowResult" = run.typed_result()
-        places = {
-            name: runs.dictionary_at(path)
-            for key, names in (("dictionaries", result.dictionaries), ("modules", result.modules))
-            for name, path in zip(names, run.manifest[key], strict=True)
-        }
-        figures[f"origins{k}"] = _origins(result)
-        figures[f"turnover{k}"] = _turnover(result)
-        noted.append(_finding(result, places, f"flow-{k}"))
-        statements += _lines(result, run.table(FLOWS), places, f"flow-{k}")
-        data.append([
-            [
-                [point.dictionary, places[point.dictionary], point.latent, point.origin,
-                 point.module, places.get(point.module, ""), point.module_latent,
-                 finite(point.cosine)]
-                for point in track
-            ]
-            for track in result.tracks[:SHOWN]
-        ])  # fmt: skip
-        parts.append({
-            "name": run.name,
-            "number": k,
-            "result": result,
-            "origins": list(result.steps[0].counts),
-            "tracks": result.tracks[:SHOWN],
-        })  # fmt: skip
-        on_progress(k + 1, len(finished))
-    return Chapter(
-        name="flow",
-        title="Flow",
-        html=render("flow.html", parts=parts),
-        figures=figures,
-        data=data,
+    return part_for_each(
+        "Flow", runs.of_kind(FLOW), partial(_draw, runs), on_progress,
         scripts=("cards.js", "flow.js"),
-        statements=statements,
-    ).note(*noted)
+    )  # fmt: skip
+
+
+def _draw(runs: Runs, made: Chapter, k: int, run: Run) -> dict[str, Any]:
+    """Draw a run."""
+    result: "FlowResult" = run.typed_result()
+    places = {
+        name: runs.dictionary_at(path)
+        for key, names in (("dictionaries", result.dictionaries), ("modules", result.modules))
+        for name, path in zip(names, run.manifest[key], strict=True)
+    }
+    made.figures[f"origins{k}"] = _origins(result)
+    made.figures[f"turnover{k}"] = _turnover(result)
+    made.note(_finding(result, places, f"flow-{k}"))
+    made.statements.extend(_lines(result, run.table(FLOWS), places, f"flow-{k}"))
+    tracks = result.tracks[:SHOWN]
+    made.data.append([
+        [
+            [point.dictionary, places[point.dictionary], point.latent, point.origin,
+             point.module, places.get(point.module, ""), point.module_latent,
+             finite(point.cosine)]
+            for point in track
+        ]
+        for track in tracks
+    ])  # fmt: skip
+    return {"result": result, "origins": list(result.steps[0].counts), "tracks": tracks}
 
 
 def _finding(result: "FlowResult", places: dict[str, str], anchor: str) -> Finding | Absence:

@@ -8,10 +8,10 @@ from jaxtyping import Shaped
 
 from mechatlas.analysis.interaction.degeneracy import DegeneracyCount
 from mechatlas.app.basis_spectra import DrawnGraph, LayerSpectra, structure_spectra
-from mechatlas.app.report.chapter import Chapter, count_of, number, render
+from mechatlas.app.report.chapter import Chapter, count_of, number, part_for_each
 from mechatlas.app.report.dossiers import Absence, Finding
 from mechatlas.app.report.palette import category
-from mechatlas.app.report.runs import Runs
+from mechatlas.app.report.runs import Run, Runs
 from mechatlas.app.run_folder import BASIS, SPECTRA
 from mechatlas.base import Progress
 
@@ -42,42 +42,31 @@ def chapter(runs: Runs, on_progress: Progress) -> Chapter | None:
         DiskError: A run is damaged.
     """
     finished = [run for run in runs.of_kind(BASIS) if run.result.get("layers")]
-    if not finished:
-        return None
-    figures: dict[str, Any] = {}
-    parts = []
-    noted: list[Finding | Absence] = []
-    for k, run in enumerate(finished):
-        result: Any = run.typed_result()
-        spectra = structure_spectra(run.read(SPECTRA), run.name, run.manifest.get("schema", 1))
-        names = [layer.name for layer in spectra.layers]
-        figures[f"spectra-{k}"] = _spectra(spectra.layers)
-        if has_effective := any(x.effective_parameters.n_effective for x in result.layers):
-            figures[f"effective-{k}"] = _effective_parameters(result.layers)
-        if has_curves := any(layer.edge_curves for layer in spectra.layers):
-            for what in ("edge", "vector"):
-                figures[f"{what}s-{k}"] = _curves(spectra.layers, what)
-        if spectra.graph is not None:
-            figures[f"graph-{k}"] = _graph(spectra.graph, names)
-        found = _found(result, k, drawn=spectra.graph is not None)
-        noted += found
-        parts.append({
-            "name": run.name,
-            "number": k,
-            "network": result.network or run.network_name,
-            "result": result,
-            "kinds": list(dict.fromkeys(k for layer in result.layers for k in layer.by_basis)),
-            "has_curves": has_curves,
-            "has_effective": has_effective,
-            "graph": spectra.graph,
-        })  # fmt: skip
-        on_progress(k + 1, len(finished))
-    return Chapter(
-        name="interaction",
-        title="Interaction",
-        html=render("interaction.html", parts=parts, causes=CAUSES, labels=LABELS),
-        figures=figures,
-    ).note(*noted)
+    return part_for_each("Interaction", finished, _draw, on_progress, causes=CAUSES, labels=LABELS)
+
+
+def _draw(made: Chapter, k: int, run: Run) -> dict[str, Any]:
+    """Draw a run."""
+    result: Any = run.typed_result()
+    spectra = structure_spectra(run.read(SPECTRA), run.name, run.manifest.get("schema", 1))
+    names = [layer.name for layer in spectra.layers]
+    made.figures[f"spectra-{k}"] = _spectra(spectra.layers)
+    if has_effective := any(x.effective_parameters.n_effective for x in result.layers):
+        made.figures[f"effective-{k}"] = _effective_parameters(result.layers)
+    if has_curves := any(layer.edge_curves for layer in spectra.layers):
+        for what in ("edge", "vector"):
+            made.figures[f"{what}s-{k}"] = _curves(spectra.layers, what)
+    if spectra.graph is not None:
+        made.figures[f"graph-{k}"] = _graph(spectra.graph, names)
+    made.note(*_found(result, k, drawn=spectra.graph is not None))
+    return {
+        "network": result.network or run.network_name,
+        "result": result,
+        "kinds": list(dict.fromkeys(k for layer in result.layers for k in layer.by_basis)),
+        "has_curves": has_curves,
+        "has_effective": has_effective,
+        "graph": spectra.graph,
+    }
 
 
 def _found(result: Any, k: int, *, drawn: bool) -> list[Finding | Absence]:

@@ -1,12 +1,13 @@
 """Chapter on matching: flow of features, survival, pairs and their evidence."""
 
 from collections import ChainMap
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Int
 
-from mechatlas.app.report.chapter import Chapter, number, percent, render
+from mechatlas.app.report.chapter import Chapter, number, part_for_each, percent
 from mechatlas.app.report.dossiers import (
     Absence,
     FeatureAt,
@@ -17,7 +18,7 @@ from mechatlas.app.report.dossiers import (
     finite,
 )
 from mechatlas.app.report.palette import category
-from mechatlas.app.report.runs import Runs
+from mechatlas.app.report.runs import Run, Runs
 from mechatlas.app.run_folder import MATCHES, MATCHING, TRACKS, as_plain
 from mechatlas.base import Progress
 
@@ -53,56 +54,41 @@ NO_MEASURES = dict.fromkeys(("p_b_given_a", "jaccard", "permuted", "rescaled", *
 
 
 def chapter(runs: Runs, on_progress: Progress) -> Chapter | None:
-    """One part for every run of `mechatlas match`.
+    """Draw every run of `mechatlas match`.
 
     Raises:
         DiskError: A result is damaged.
     """
-    matchings = runs.of_kind(MATCHING)
-    if not matchings:
-        return None
-    parts, figures, arrays, data = [], {}, {}, []
-    noted: list[Finding | Absence] = []
-    statements: Statements = []
-    for k, run in enumerate(matchings):
-        result: "MatchResult" = run.typed_result()
-        table = run.table(MATCHES)
-        tracks = run.table(TRACKS) if run.has(TRACKS) else None
-        names = result.dictionaries
-        dictionaries = [runs.dictionary_at(p) for p in run.manifest["dictionaries"]]
-        figures[f"flow{k}"] = _flow(result.pairs, table, tracks, names)
-        for key in ("pair", "latent_a", "latent_b"):
-            arrays[f"{k}/{key}"] = table[key].astype(np.int32)
-        for key in ("cosine", "q_value", "cost"):
-            arrays[f"{k}/{key}"] = table[key].astype(np.float32)
-        data.append({"name": run.name, "names": names, "runs": dictionaries, "fdr": result.fdr})
-        place = _Place(f"matching-{k}", names, dictionaries, result.fdr)
-        for pair, each in enumerate(result.pairs):
-            found = _finding(place, pair, each, table)
-            noted.append(found)
-        statements += _matches(place, table)
-        statements += _tracks(place, tracks)
-        parts.append({
-            "name": run.name,
-            "number": k,
-            "fdr": result.fdr,
-            "pairs": result.pairs,
-            "evidence": [_evidence(pair) for pair in result.pairs],
-            "survival": _survival(result.tracks),
-            "tracks": _longest(tracks, names),
-            "distant": _distant(result.first_to_last),
-        })  # fmt: skip
-        on_progress(k + 1, len(matchings))
-    return Chapter(
-        name="matching",
-        title="Matching",
-        html=render("matching.html", parts=parts),
-        figures=figures,
-        data=data,
-        arrays=arrays,
+    return part_for_each(
+        "Matching", runs.of_kind(MATCHING), partial(_draw, runs), on_progress,
         scripts=("matching.js",),
-        statements=statements,
-    ).note(*noted)
+    )  # fmt: skip
+
+
+def _draw(runs: Runs, made: Chapter, k: int, run: Run) -> dict[str, Any]:
+    """Draw a run."""
+    result: "MatchResult" = run.typed_result()
+    table = run.table(MATCHES)
+    tracks = run.table(TRACKS) if run.has(TRACKS) else None
+    names = result.dictionaries
+    dictionaries = [runs.dictionary_at(p) for p in run.manifest["dictionaries"]]
+    made.figures[f"flow{k}"] = _flow(result.pairs, table, tracks, names)
+    for key in ("pair", "latent_a", "latent_b"):
+        made.arrays[f"{k}/{key}"] = table[key].astype(np.int32)
+    for key in ("cosine", "q_value", "cost"):
+        made.arrays[f"{k}/{key}"] = table[key].astype(np.float32)
+    made.data.append({"name": run.name, "names": names, "runs": dictionaries, "fdr": result.fdr})
+    place = _Place(f"matching-{k}", names, dictionaries, result.fdr)
+    made.note(*(_finding(place, pair, each, table) for pair, each in enumerate(result.pairs)))
+    made.statements.extend([*_matches(place, table), *_tracks(place, tracks)])
+    return {
+        "fdr": result.fdr,
+        "pairs": result.pairs,
+        "evidence": [_evidence(pair) for pair in result.pairs],
+        "survival": _survival(result.tracks),
+        "tracks": _longest(tracks, names),
+        "distant": _distant(result.first_to_last),
+    }
 
 
 class _Place(NamedTuple):

@@ -8,9 +8,9 @@ from jaxtyping import Float
 
 from mechatlas.app.old_runs import renamed
 from mechatlas.app.proof_details import GridDetails, MarginHistogram, NetworkDetails
-from mechatlas.app.report.chapter import Chapter, percent, render
+from mechatlas.app.report.chapter import Chapter, part_for_each, percent
 from mechatlas.app.report.dossiers import Finding
-from mechatlas.app.report.runs import Runs
+from mechatlas.app.report.runs import Run, Runs
 from mechatlas.app.run_folder import NEURONS, PROOF
 from mechatlas.base import Progress
 
@@ -44,34 +44,23 @@ def chapter(runs: Runs, on_progress: Progress) -> Chapter | None:
     Raises:
         DiskError: A file of a run is damaged.
     """
-    finished = runs.of_kind(PROOF)
-    if not finished:
-        return None
-    proofs, figures = [], {}
-    findings: list[Finding] = []
-    for number, run in enumerate(finished):
-        details = cattrs.structure(renamed(run.read(NEURONS), run.kind), NetworkDetails)
-        result: "ProveResult" = run.typed_result()
-        drawings = _drawings(result, details, f"proof{number}")
-        figures |= {drawing.name: drawing.figure for drawing in drawings}
-        findings.append(_finding(result, details, number, drawings))
-        proofs.append({
-            "name": run.name,
-            "number": number,
-            "details": details,
-            "result": result,
-            "irreps": _irreps(details),
-            "circuits": [_circuit(grid) for grid in details.grids],
-            "drawings": drawings,
-        })  # fmt: skip
-        on_progress(number + 1, len(finished))
-    return Chapter(
-        name="proofs",
-        title="Proofs",
-        html=render("proofs.html", proofs=proofs),
-        figures=figures,
-        findings=findings,
-    )
+    return part_for_each("Proofs", runs.of_kind(PROOF), _draw, on_progress)
+
+
+def _draw(made: Chapter, number: int, run: Run) -> dict[str, Any]:
+    """Draw a run."""
+    details = cattrs.structure(renamed(run.read(NEURONS), run.kind), NetworkDetails)
+    result: "ProveResult" = run.typed_result()
+    drawings = _drawings(result, details, f"proof{number}")
+    made.figures.update({drawing.name: drawing.figure for drawing in drawings})
+    made.note(_finding(result, details, number, drawings))
+    return {
+        "details": details,
+        "result": result,
+        "irreps": _irreps(details),
+        "circuits": [_circuit(grid) for grid in details.grids],
+        "drawings": drawings,
+    }
 
 
 def _finding(

@@ -1,15 +1,14 @@
 """Chapter on symmetry: counts of stabilizers, their lattice, families of features."""
 
-import dataclasses
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from markupsafe import Markup
 
 from mechatlas.analysis.symmetry.class_names import NOT_SHOWN, rotation_subgroup
 from mechatlas.analysis.symmetry.classify import label_classes
 from mechatlas.app.old_runs import renamed_columns
-from mechatlas.app.report.chapter import Chapter, count_of, number, percent, render
+from mechatlas.app.report.chapter import Chapter, count_of, number, part_for_each, percent
 from mechatlas.app.report.dossiers import (
     Absence,
     FeatureAt,
@@ -48,25 +47,15 @@ def chapter(runs: Runs, on_progress: Progress) -> Chapter | None:
     Raises:
         DiskError: A file of a run is damaged.
     """
-    finished = runs.of_kind(SYMMETRY)
-    if not finished:
-        return None
-    made = Chapter(
-        name="symmetry", title="Symmetry", html=Markup(), data=[], scripts=("symmetry.js",)
-    )
-    parts = []
-    for k, run in enumerate(finished):
-        parts.append(_draw(made, k, run, runs.dictionary_at(run.manifest["dictionary"])))
-        on_progress(k + 1, len(finished))
-    return dataclasses.replace(made, html=render("symmetry.html", parts=parts))
+    return part_for_each(
+        "Symmetry", runs.of_kind(SYMMETRY), partial(_draw, runs), on_progress,
+        scripts=("symmetry.js",),
+    )  # fmt: skip
 
 
-def _draw(made: Chapter, k: int, run: Run, of_run: str) -> dict[str, Any]:
-    """Add a run to the chapter; the values of its part of the template.
-
-    Raises:
-        DiskError: A file of the run is damaged.
-    """
+def _draw(runs: Runs, made: Chapter, k: int, run: Run) -> dict[str, Any]:
+    """Draw a run."""
+    of_run = runs.dictionary_at(run.manifest["dictionary"])
     result: "SymmetryResult" = run.typed_result()
     facts = run.manifest["group"]
     group = Group(facts["table"], name=facts["name"], element_names=facts["elements"])
@@ -99,8 +88,6 @@ def _draw(made: Chapter, k: int, run: Run, of_run: str) -> dict[str, Any]:
         "chance": finite(result.chance_similarity),
     })  # fmt: skip
     return {
-        "name": run.name,
-        "number": k,
         "result": result,
         "counts": _counts(group, names, table["class"], colors),
         "families": len(families),
