@@ -68,7 +68,7 @@ from mechatlas.app.inputs import (
 from mechatlas.app.progress import bar
 from mechatlas.app.recipes import TrustConfig
 from mechatlas.app.run_folder import CIRCUIT, PICTURES, RunConfig, RunFolder
-from mechatlas.base import InputError, RecipeError, Site, StoreError
+from mechatlas.base import InputError, Site, StoreError
 from mechatlas.dictionaries.ends import ends_of
 from mechatlas.dictionaries.ends import in_words as ends_in_words
 from mechatlas.ranges import COUNT, COUNT_OR_NONE, RATE, SEED, check_ranges
