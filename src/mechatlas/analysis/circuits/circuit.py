@@ -142,20 +142,34 @@ def circuit(
     *,
     site_a: Site | str,
     site_b: Site | str,
-    **options: Any,
+    held_out: Inputs | None = None,
+    top_k_sources: int = 8,
+    n_ablated: int = 0,
+    n_targets: int = N_TARGETS,
+    fdr: float = 0.05,
+    batch_size: int = 16,
+    seed: int = 0,
+    on_progress: Progress = no_progress,
 ) -> Circuit: ...
 
 
 @overload
 def circuit(
     network: nn.Module,
-    a: Any,
-    b: Any,
+    a: LinearDictionary,
+    b: LinearDictionary,
     samples: Inputs,
     *,
     site_a: AnySites = None,
     site_b: AnySites = None,
-    **options: Any,
+    held_out: Inputs | None = None,
+    top_k_sources: int = 8,
+    n_ablated: int = 0,
+    n_targets: int = N_TARGETS,
+    fdr: float = 0.05,
+    batch_size: int = 16,
+    seed: int = 0,
+    on_progress: Progress = no_progress,
 ) -> Circuit | DirectCircuit: ...
 
 
