@@ -94,7 +94,7 @@ def _lengthen_file(file: Path, n_latents: set[int], times: int) -> None:
 def _load(path: str, given: dict[str, Any], answers: Any) -> None:
     """Load a dictionary and send the largest memory that this took, and what went wrong."""
     for module in (tensorfiles, weights):
-        module.MAP_FROM = MAPPED
+        vars(module)["MAP_FROM"] = MAPPED
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     problem = ""
     try:
