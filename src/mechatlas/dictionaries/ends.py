@@ -113,7 +113,7 @@ def decoded_at(
 
 
 def in_words(dictionary: Any) -> str:
-    """What a dictionary reads and writes, for messages.
+    """Widths and sites that a dictionary reads and writes, for messages.
 
     Args:
         dictionary: Any dictionary.

@@ -234,15 +234,24 @@ def find_direct_circuit(
     )  # fmt: skip
     if not n_ablated:
         return found
-    ablation = _ablate(network, a, b, held_out, sources)
+    compared = possible[a.part_of[sources]][:, b.part_of[targets]]
+    return _validated(found, _ablate(network, a, b, held_out, sources), weights, compared, seed)
+
+
+def _validated(
+    found: DirectCircuit,
+    ablation: Ablation,
+    weights: Float[np.ndarray, "source target"],
+    compared: Bool[np.ndarray, "source target"],
+    seed: int,
+) -> DirectCircuit:
+    """Add the agreement of weights times mean activations with ablations of the sources."""
+    measured = (ablation.lost.mean(axis=1) @ found.encoder)[:, found.targets]
     agreement = ablation_agreement(
-        weights * ablation.mean[:, None],
-        ablation.pre_activations(b.encoder)[:, targets],
-        seed=seed,
-        possible=possible[a.part_of[sources]][:, b.part_of[targets]],
+        weights * ablation.mean[:, None], measured, seed=seed, possible=compared
     )
     evidence = AblationEvidence(
-        n_ablated=len(sources), agreement=agreement, n_samples=ablation.lost.shape[1]
+        n_ablated=len(ablation.sources), agreement=agreement, n_samples=ablation.lost.shape[1]
     )
     return dataclasses.replace(found, evidence=evidence, ablation=ablation)
 
@@ -524,7 +533,7 @@ def _ablate(
 def _without(
     a: PlacedDictionary, kept: _Pass, activation: Tensor, latent: int, site: Site, old: Tensor
 ) -> Tensor:
-    """What is held at a site, less what a latent writes there."""
+    """Activations held at a site, less those that a latent writes there."""
     held = kept.written[site]
     atom = a.atoms[latent, a.writes[site]].to(held)
     rows = _as_rows(kept.layouts[site], held) - activation.to(held)[:, None] * atom

@@ -421,7 +421,7 @@ def _running(setting: _Setting, written: Int[Tensor, " row"]) -> Edits:
 
 
 def _written_by(part: Part, x: Float[Tensor, "row d_in"]) -> _SiteRows:
-    """What one part of a transcoder writes at each of its sites."""
+    """Rows that one part of a transcoder writes at each of its sites."""
     pieces: dict[str, list[Tensor]] = {name: [] for name in part.ends.writes}
     for piece in x.split(ROWS_AT_ONCE):
         code = part.dictionary.encode(piece)
