@@ -40,8 +40,12 @@ SITES = {"layer": "model.layers.{}", "attention": "model.layers.{}.self_attn",
 """Sites of each kind, by layer; folders of dictionaries are named by kind and layer."""
 OFTEN = 10
 """Least number of rows on which latents must be active for their codes to be correlated."""
-WAYS = ("matched", "match", "unfolded", "random", "same_index", "layer_drop", "b_reconstruction")
-"""Ways of pairing in the table of next-token losses; same_index is the identity."""
+WAYS = {
+    "matched": "matched pairs alone", "match": "all pairs", "unfolded": "all pairs, unfolded",
+    "random": "random pairs", "same_index": "latent i for latent i", "layer_drop": "layers skipped",
+    "b_reconstruction": "own reconstruction",
+}  # fmt: skip
+"""Ways of pairing in the table of next-token losses, in the words of the picture."""
 
 
 def settings() -> argparse.Namespace:
@@ -274,11 +278,10 @@ def draw(layers: list[int], worth: list[Any], neighbors: MatchResult, out: Path)
             "arrayminus": [v["value"] - v["low"] for v in values],
         }
         figure.add_scatter(x=layers, y=y, error_y=bars, name=name.replace("_", " "), row=1, col=1)
-    for way in WAYS:
+    for way, words in WAYS.items():
         found = [((p.spliced or {})[way].loss_change) for p in neighbors.pairs]
-        figure.add_scatter(
-            x=layers[:-1], y=[e.value for e in found if e], name=way.replace("_", " "), row=1, col=2
-        )
+        y = [e.value for e in found if e]
+        figure.add_scatter(x=layers[:-1], y=y, name=words, row=1, col=2)
     tracks = neighbors.tracks
     if tracks is not None:
         n = list(range(1, len(tracks.persistence) + 1))
@@ -291,6 +294,7 @@ def draw(layers: list[int], worth: list[Any], neighbors: MatchResult, out: Path)
         )
     for column, title in enumerate(("layer", "layer of A", "dictionaries on"), start=1):
         figure.update_xaxes(title_text=title, row=1, col=column)
+    figure.update_yaxes(rangemode="tozero")
     figure.update_layout(template="plotly_white", width=1200, height=420)
     figure.write_html(out)
 

@@ -193,9 +193,9 @@ def logit_effects(
     # Not the stream of torch with this seed, which weights may have been drawn from.
     random = np.random.default_rng([seed, 32]).standard_normal((n_random, width))
     random = functional.normalize(torch.from_numpy(random), dim=1).to(vectors)
-    null = [_ends(head, part, 1) for part in random.split(LATENTS_AT_ONCE)]
+    null = [head.effects(part).aminmax(dim=1) for part in random.split(LATENTS_AT_ONCE)]
     norms = vectors.norm(dim=1).cpu().double().numpy()
-    largest, lowest = (torch.cat([n[i] for n in null]).cpu().double().numpy()[:, 0] for i in (0, 2))
+    lowest, largest = (torch.cat(end).cpu().double().numpy() for end in zip(*null, strict=True))
     p_top = _p_values(effects[0][:, 0], norms, largest)
     p_bottom = _p_values(-effects[1][:, 0], norms, -lowest)
     return LogitEffects(
