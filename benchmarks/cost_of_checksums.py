@@ -6,13 +6,18 @@ Both ways are measured in turn, in one process, with the files in the cache of t
 without checksums is one whose checksums are not computed; a dictionary without them is the same
 file in a folder without a manifest. The least that a checksum of whole shards could cost is
 measured too: every byte is looked at once, by an exclusive or. Of the tour, the share of its CPU
-time within checksums is printed.
+time within checksums is printed. `--against SRC` measures another version in turn with this one, in
+processes of their own, each on files that it wrote itself.
 """
 
 import argparse
 import functools
+import json
+import os
 import shutil
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -98,6 +103,81 @@ class Looked(Same):
         np.bitwise_xor.reduce(np.frombuffer(data, np.uint64, len(data) // 8))
 
 
+VERSION = """
+import json, sys, time
+from pathlib import Path
+from mechatlas.activations.store import Store
+from mechatlas.app.cli import main
+from mechatlas.dictionaries.formats import load
+def timed(work):
+    start = time.process_time()
+    work()
+    return time.process_time() - start
+def read():
+    rows = Store(Path("store")).rows("0")
+    batches = rows.batches(BATCH, seed=0)
+    for _ in range(rows.n_rows // BATCH):
+        next(batches)
+if not Path("sae").exists():
+    main(["collect", "collect.toml"])
+    main(["train", "train.toml"])
+read()
+first, *later = [timed(lambda: load(Path("sae"))) for _ in range(6)]
+print(json.dumps([min(timed(read) for _ in range(6)), first, min(later)]))
+"""
+"""Measurements of one version, in a process of its own."""
+
+
+NETWORK = """
+from torch import nn
+def same():
+    return nn.Sequential(nn.Identity())
+"""
+"""Module of a network whose activations are its inputs."""
+
+
+def versions(place: Path, sources: Sequence[Path], rounds: int) -> list[list[list[float]]]:
+    """Measure versions in turn, in fresh processes.
+
+    Args:
+        place: Folder to work in.
+        sources: Folders `src` of the versions.
+        rounds: Number of processes of each.
+
+    Returns:
+        CPU seconds of reading, the least of several, of the first loading, and the least of later
+        ones, for each round and version.
+    """
+    found = []
+    for source in sources:
+        here = place / source.absolute().parent.name
+        here.mkdir()
+        (here / "nets.py").write_text(NETWORK)
+        rows = torch.randn(N_SAMPLES, WIDTH, generator=torch.Generator().manual_seed(0))
+        np.save(here / "rows.npy", rows.numpy())
+        (here / "collect.toml").write_text(
+            'sites = ["0"]\nout = "store"\n[network]\nname = "nets:same"\n'
+            '[samples]\ntype = "Arrays"\nsource = "rows.npy"\n'
+        )
+        (here / "train.toml").write_text(
+            f'store = "store"\nout = "sae"\nsteps = 1\nbatch_size = 64\nn_latents = {N_LATENTS}\n'
+        )
+
+    def one(source: Path) -> list[float]:
+        said = subprocess.run(
+            [sys.executable, "-c", VERSION.replace("BATCH", str(BATCH))],
+            cwd=place / source.absolute().parent.name, stdout=subprocess.PIPE, text=True,
+            check=True,            env={**os.environ, "PYTHONPATH": str(source.absolute())},
+        )  # fmt: skip
+        return json.loads(said.stdout.splitlines()[-1])
+
+    for number in range(rounds + 1):
+        order = list(sources) if number % 2 else list(sources)[::-1]
+        measured = {source: one(source) for source in order}
+        found.append([measured[source] for source in sources])
+    return found[1:]  # the first writes and compiles
+
+
 def make(place: Path) -> tuple[stores.Store, Path]:
     """Collect a store and train a dictionary for one step."""
     rows = torch.randn(N_SAMPLES, WIDTH, generator=torch.Generator().manual_seed(0))
@@ -159,8 +239,18 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=41)
     parser.add_argument("--trainings", type=int, default=4)
     parser.add_argument("--tour", type=Path, help="also run the tour, into this folder")
+    parser.add_argument("--against", type=Path, help="folder src of another version, for that only")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    if options.against:
+        sources = (Path(files.__file__).parents[1], options.against)
+        with tempfile.TemporaryDirectory() as temporary:
+            found = np.array(versions(Path(temporary), sources, options.rounds))
+        for what, of in zip(("reading", "loading first", "loading again"), found.T, strict=True):
+            ratio = float(np.median(of[0] / of[1]))
+            this, other = np.median(of, axis=1)
+            print(f"{what}: {this:.4f} s here, {other:.4f} s there: {ratio - 1:+.1%}")
+        return
     with tempfile.TemporaryDirectory() as temporary:
         place = Path(temporary)
         store, folder = make(place)

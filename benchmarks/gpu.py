@@ -139,7 +139,7 @@ def check(given: argparse.Namespace) -> dict[str, float]:
     x = torch.randn(n, d, generator=random).to(given.device)
     values = x.new_empty(n, given.k)
     latents = torch.empty_like(values, dtype=torch.int32)
-    triton_kernels.Screen(rows, bias, triton_kernels, n).largest(given.k)(x, values, latents)
+    triton_kernels.Screen(rows, bias).largest(given.k)(x, values, latents)
     wanted = (x.double() @ rows.double().T + bias.double()).topk(given.k, dim=1).values.relu()
     error = (values.sort(dim=1, descending=True).values - wanted).abs().max() / wanted.max()
     found = {"largest relative error of a selected code": float(error)}

@@ -200,12 +200,17 @@ def test_importing_the_package_imports_nothing_heavy():
     assert said.stdout.strip() == "[]"
 
 
-def test_using_the_package_imports_no_tool_of_the_page():
+def test_using_the_package_imports_no_tool_of_the_page_and_no_compiler(tmp_path):
     code = (
-        "import sys, mechatlas as m; m.Autoencoder, m.collect, m.train, m.load;"
-        "print([x for x in ('numba', 'plotly', 'transformers', 'tyro') if x in sys.modules])"
+        "import sys, mechatlas as m; m.collect, m.train\n"
+        "for sae in (m.Autoencoder(d_in=8, n_latents=16, sparsity=m.JumpReLU()),"
+        "            m.PoseTied(group=m.group('C2'), d_in=8, n_latents=16)):\n"
+        "    m.load(m.save(sae, sys.argv[1]))\n"
+        "heavy = ('numba', 'plotly', 'transformers', 'tyro', 'sympy')\n"
+        "print([x for x in heavy if x in sys.modules])"
     )
-    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    words = [sys.executable, "-c", code, str(tmp_path)]
+    said = subprocess.run(words, capture_output=True, text=True, check=True)
     assert said.stdout.strip() == "[]"
 
 

@@ -41,6 +41,29 @@ def as_device(device: torch.device | str | None, network: nn.Module | None = Non
     return tried
 
 
+class LateNumber:
+    """Number of a tensor that is read while its device works on.
+
+    Where there is a copy beside the work, the host waits for no more than what was asked of the
+    device before this was made.
+    """
+
+    def __init__(self, number: Tensor) -> None:
+        """Begin to copy a whole number."""
+        self._number, self._copied = number, None
+        if number.device.type == "cuda":
+            self._number = torch.empty_like(number, device="cpu", pin_memory=True)
+            self._number.copy_(number, non_blocking=True)
+            self._copied = torch.cuda.Event()
+            self._copied.record()
+
+    def __int__(self) -> int:
+        """Wait for the copy and read it."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        return int(self._number)
+
+
 def moved(tensor: Tensor, device: torch.device) -> Tensor:
     """Copy a tensor to a device, without waiting where it can be copied meanwhile."""
     if tensor.device == device:

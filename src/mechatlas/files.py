@@ -34,6 +34,8 @@ import xxhash
 from mechatlas.base import DiskError, UserError
 
 MANIFEST = "manifest.json"
+RUN_FILES = ("recipe.toml", "result.json")
+"""Files that every run writes beside its manifest."""
 TEMPORARY = ".mechatlas.tmp"
 """Ending of a file that is being written; a killed command leaves one."""
 JSON_LIMIT = 512 << 20
@@ -200,6 +202,21 @@ def read_manifest(path: Path) -> dict[str, Any]:
             of_texts = " of texts" if kind is dict else ""
             raise DiskError(f"{path}: {key} must be {kind.__name__}{of_texts}, got {value!r:.80}.")
     return manifest
+
+
+def lost_manifest(folder: Path) -> str | None:
+    """Sentence about a folder of a run without its manifest; None where nothing is wrong.
+
+    Args:
+        folder: Folder of any kind.
+    """
+    there = os.path.lexists(folder / MANIFEST)
+    if there or not all((folder / name).is_file() for name in RUN_FILES):
+        return None
+    return (
+        f"There is no {folder / MANIFEST}, with the checksums of the files beside it. Restore it, "
+        "or run the command that wrote the folder again."
+    )
 
 
 def stated_checksum(file: Path) -> str | None:

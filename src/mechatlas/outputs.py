@@ -22,6 +22,8 @@ try:
 except ImportError:  # Windows has no locks of folders: there is none then
     fcntl = None
 
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""Errors of a disk that is full, and of a file that is longer than its disk allows."""
 PROBE_BYTES = 4096
 """Size of the file that is tried; a full disk takes an empty one."""
 _CLAIMED: ContextVar[frozenset["Claim"]] = ContextVar("_CLAIMED", default=frozenset())
@@ -125,7 +127,7 @@ def temporary_room() -> Iterator[None]:
         yield
     except OSError as error:
         nowhere = "temporary directory" in str(error)  # tempfile has tried some places
-        if not nowhere and error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if not nowhere and error.errno not in NO_ROOM:
             raise
         raise DiskError(
             f"Temporary files cannot be kept: {error.strerror}. Free some space, or set TMPDIR to "

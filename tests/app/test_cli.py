@@ -196,7 +196,7 @@ def test_a_device_that_is_not_there_is_named_before_any_work(here, capsys, devic
     assert not (here / "store").exists()
 
 
-def test_a_place_that_cannot_be_written_is_found_before_any_work(here, capsys):
+def test_a_place_that_cannot_be_written_is_found_before_any_work(here, capsys, monkeypatch):
     main(["collect", "collect.toml"])
     main(["train", "train.toml"])
     capsys.readouterr()
@@ -215,6 +215,12 @@ def test_a_place_that_cannot_be_written_is_found_before_any_work(here, capsys):
             [*words, "--out", place], capsys
         )
     assert "is a folder, expected the file" in refused(["report", ".", "--out", "."], capsys)
+    long = "n" * 300 + ".html"
+    assert "File name too long" in refused(["report", ".", "--out", long], capsys)
+    Path("loop.toml").symlink_to("loop.toml")
+    assert "no recipe file loop.toml" in refused(["train", "loop.toml"], capsys)
+    monkeypatch.setattr("mechatlas.app.commands.report.report", lambda *_, **__: Path("gone.html"))
+    assert "gone.html was deleted" in refused(["report", ".", "--out", "gone.html"], capsys)
 
 
 def test_nothing_asked_and_help_are_answered(capsys):

@@ -9,8 +9,8 @@ import pytest
 
 import mechatlas as ma
 from mechatlas.app.cli import main
-from mechatlas.app.run_folder import execute
-from mechatlas.files import MANIFEST
+from mechatlas.app.run_folder import CHECKPOINT, execute
+from mechatlas.files import MANIFEST, read_manifest
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +74,9 @@ def test_what_is_missing_or_damaged_is_trained_and_nothing_else(store, tmp_path,
     weights = [file.read_bytes() for file in files]
     shutil.rmtree(missing)
     files[1].write_bytes(weights[1][:-1] + b"x")
+    left = out / "n_latents-12_k-2" / CHECKPOINT  # of a run that was killed at its very end
+    left.mkdir()
+    parents = read_manifest(out / MANIFEST)["parents"]
     again = sweep(capsys, recipe, "--out", out, "--engine", "processes:2")
     assert again["n_kept"] == 2
     after = {f.name: (f / MANIFEST).stat().st_mtime_ns for f in out.iterdir() if f.is_dir()}
@@ -82,6 +85,8 @@ def test_what_is_missing_or_damaged_is_trained_and_nothing_else(store, tmp_path,
         damaged.name,
     }
     assert [file.read_bytes() for file in files] == weights  # also of another process
+    assert not left.exists()
+    assert list(read_manifest(out / MANIFEST)["parents"].items()) == list(parents.items())
 
 
 def test_one_that_fails_is_named_and_the_others_are_kept(store, tmp_path, capsys):
@@ -95,15 +100,18 @@ def test_one_that_fails_is_named_and_the_others_are_kept(store, tmp_path, capsys
     assert (tmp_path / "out" / "site-1" / MANIFEST).exists()
 
 
+@pytest.mark.parametrize("first", [True, False])
 def test_a_folder_that_is_deleted_meanwhile_does_not_come_back_in_part(
-    store, tmp_path, capsys, monkeypatch
+    first, store, tmp_path, capsys, monkeypatch
 ):
     recipe = write(tmp_path / "sweep.toml", store, 'site = "1"', "n_latents = [40, 41]")
     out = tmp_path / "out"
 
     def trained_and_deleted(config):
+        if not first and config.n_latents == 41:
+            shutil.rmtree(out)
         result = execute(config)
-        if config.n_latents == 40:
+        if first and config.n_latents == 40:
             shutil.rmtree(out)
         return result
 

@@ -1,6 +1,7 @@
 """`mechatlas verify`, and the readers that compare checksums before it is asked for."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -153,6 +154,22 @@ def test_damaged_or_swapped_dictionaries_are_refused(tree, capsys):
     forge(tree / "of_store", complete=False)
     with pytest.raises(WeightsError, match="of a run that has not ended"):
         load(tree / "of_store")
+    shutil.copy(tree / "m" / "manifest.json", tree / "of_store")
+    with pytest.raises(WeightsError, match="of another run: it has no checksum of dictionary"):
+        load(tree / "of_store")
+    (tree / "of_store" / "manifest.json").unlink()
+    with pytest.raises(WeightsError, match=r"There is no .*manifest\.json, with the checksums"):
+        load(tree / "of_store")
+    lost = str(tree / "of_store" / "manifest.json")
+    assert lost in [each["file"] for each in verified(tree, capsys, code=2)["damaged"]]
+    shutil.copy(tree / "of_store" / "dictionary.safetensors", tree)
+    load(tree / "dictionary.safetensors")
+    (tree / "of_other" / "dictionary.safetensors").unlink()
+    with pytest.raises(WeightsError, match=r"There is no file .*of_other/dictionary"):
+        load(tree / "of_other")
+    os.mkfifo(tree / "of_other" / "dictionary.safetensors")
+    with pytest.raises(WeightsError, match="is a pipe, expected a file"):
+        load(tree / "of_other")
 
 
 def test_a_dictionary_goes_with_stores_of_its_own_network(tree, capsys):

@@ -33,7 +33,7 @@ pytest.importorskip("triton", reason="Triton is not installed: make test-triton"
 conftest.hook.uninstall()
 from triton.runtime.interpreter import GridExecutor  # noqa: E402 # pyright: ignore
 
-from mechatlas.dictionaries.engine import triton_kernels  # noqa: E402
+from mechatlas.dictionaries.engine import triton_kernels, triton_screening  # noqa: E402
 
 conftest.hook = install_import_hook("mechatlas", "beartype.beartype")
 
@@ -50,9 +50,14 @@ def drawn(*shape, seed=0):
 def largest(rows, bias, x, k):
     values = torch.full((len(x), k), -7.0)
     latents = torch.full((len(x), k), -7, dtype=torch.int32)
-    screen = triton_kernels.Screen(rows, bias, triton_kernels, len(x))
-    screen.largest(k)(x, values, latents)
+    triton_kernels.Screen(rows, bias).largest(k)(x, values, latents)
     return values, latents
+
+
+def above(rows, bias, low, x):
+    found = triton_kernels.Screen(rows, bias).above(low)(x)
+    assert found is not None
+    return found
 
 
 def check_largest(rows, bias, x, k):
@@ -79,18 +84,18 @@ def test_selection_among_numbers_that_half_precision_cannot_tell_apart(monkeypat
     rows = torch.ones(200, 16) + 1e-4 * drawn(200, 16)
     x = drawn(3, 16, seed=2).abs()
     searched = []
-    monkeypatch.setattr(triton_kernels, "ROOM", 1)
-    near: Any = triton_kernels._near
+    monkeypatch.setattr(triton_screening, "ROOM", 1)
+    near: Any = triton_screening._near
 
     class Counting:
         def __getitem__(self, grid):
             def run(*args, **options):
                 near[grid](*args, **options)
-                searched.append(args[5].clone())
+                searched.append(args[8].clone())
 
             return run
 
-    monkeypatch.setattr(triton_kernels, "_near", Counting())
+    monkeypatch.setattr(triton_screening, "_near", Counting())
     check_largest(rows, torch.zeros(200), x, 4)
     assert (searched[0] > 16).all()  # there was no room: all latents were computed
 
@@ -100,47 +105,130 @@ def test_rows_below_zero_have_no_codes():
     assert (values == 0).all()
 
 
+@pytest.mark.parametrize(("m", "d", "n", "k"), [(300, 20, 5, 5), (129, 33, 3, 1), (64, 7, 6, 31)])
+def test_the_codes_of_a_batch_are_those_of_full_precision(m, d, n, k):
+    rows, bias, x = drawn(m, d), drawn(m, seed=1) / 3, drawn(n, d, seed=2)
+    x[0] *= 5  # has most of the codes
+    screen = triton_kernels.Screen(rows, bias)
+    bound = screen.bound_of_batch([x[:2], x[2:]], k)
+    pre = x.double() @ rows.double().T + bias.double()
+    wanted = pre.flatten().topk(n * k).values.relu()
+    assert 0 <= float(bound) < float(wanted[wanted > 0].min())
+    if m > 200:
+        assert int((pre > float(bound)).sum()) < 2 * n * k  # a bound that says something
+    found = [screen.above(bound.expand(m).contiguous())(part) for part in (x[:2], x[2:])]
+    counts, latents, values = (torch.cat(part) for part in zip(*found, strict=True))
+    starts = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+    codes = sparse_steps.first_largest(Codes(starts, latents, values, values), n * k)
+    assert (
+        codes.values.sort(descending=True).values - wanted[: len(codes.values)]
+    ).abs().max() < 1e-5 * wanted[0]
+    rows_of = fallback.rows_of(codes)
+    own = pre[rows_of, codes.latents.long()].relu()
+    assert (codes.values - own).abs().max() < 1e-5 * wanted[0]
+    assert len(set(zip(rows_of.tolist(), codes.latents.tolist(), strict=True))) == n * k
+
+
+def test_of_equal_codes_the_first_are_kept():
+    values = torch.tensor([2.0, 3, 2, 2, 0, 5, 2, 0])
+    codes = Codes(torch.tensor([0, 3, 3, 8]), torch.arange(8).int(), values, values)
+    found, wanted = (f(codes, 4) for f in (sparse_steps.first_largest, sparse_steps._keep_largest))
+    assert found.latents.tolist() == [0, 1, 2, 5]
+    for a, b in zip(found, wanted, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("lowest", [-1.0, 0.0, 0.4])
+def test_pre_activations_above_a_bound_of_each_latent_are_those_of_full_precision(lowest):
+    m, d, n = 150, 19, 4
+    rows, bias, x = drawn(m, d), drawn(m, seed=1) / 3, drawn(n, d, seed=2)
+    low = lowest + drawn(m, seed=3).abs() * 3
+    x[1] = 0  # no more than the bias
+    counts, latents, values = above(rows, bias, low, x)
+    pre = x.double() @ rows.double().T + bias.double()
+    dense = torch.zeros(n, m)
+    sizes = counts.tolist()
+    for row, (part, own) in enumerate(zip(latents.split(sizes), values.split(sizes), strict=True)):
+        assert (part.diff() > 0).all()  # ascending
+        dense[row, part.long()] = own
+    kept = pre > low
+    torch.testing.assert_close(dense.double(), pre * kept, atol=1e-5, rtol=1e-5)
+    assert len(values) <= 1.3 * int(kept.sum()) + 3  # few are computed in vain
+
+
+def test_rows_with_more_codes_than_there_is_room_for_are_refused(monkeypatch):
+    monkeypatch.setattr(triton_screening, "GROUPS", 16)
+    rows, x = drawn(200, 8), drawn(3, 8, seed=1)
+    screen = triton_kernels.Screen(rows, torch.zeros(200))
+    assert screen.above(torch.zeros(200))(x) is None
+    assert screen.above(torch.full((200,), 4.0))(x) is not None
+
+
+def test_what_is_no_number_is_computed_in_full(monkeypatch):
+    rows, x = drawn(40, 8), drawn(3, 8, seed=1)
+    rows[7, 2] = torch.nan
+    _, latents, values = above(rows, torch.zeros(40), torch.ones(40), x)
+    assert (latents == 7).sum() == 3
+    assert (values[latents == 7] == 0).all()  # which is not above its bound
+
+
 def codes_of(n, m, k, seed=5):
     latents = torch.stack(
         [torch.randperm(m, generator=torch.Generator().manual_seed(seed + i))[:k] for i in range(n)]
     )
-    values = drawn(n, k, seed=seed).relu().flatten()
+    values, latents = drawn(n, k, seed=seed).relu().flatten(), latents.sort(dim=1).values
     return Codes(torch.arange(0, n * k + 1, k), latents.int().flatten(), values, values)
 
 
-@pytest.mark.parametrize(("n", "m", "d", "k"), [(5, 30, 20, 3), (3, 17, 33, 1)])
-def test_residual_and_gradients_are_those_of_float64(n, m, d, k):
+@pytest.mark.parametrize(
+    ("n", "m", "d", "k", "widths"),
+    [(5, 30, 20, 3, []), (3, 17, 33, 1, []), (4, 30, 20, 5, [3, 11]), (2, 17, 33, 1, [16])],
+)
+def test_residual_and_gradients_are_those_of_float64(n, m, d, k, widths):
     codes, scales = codes_of(n, m, k), torch.rand(n, generator=torch.Generator().manual_seed(9))
     task = Reconstruction(
-        drawn(n, d), scales, drawn(m, d, seed=1), drawn(d, seed=2), torch.tensor([m])
+        drawn(n, d), scales, drawn(m, d, seed=1), drawn(d, seed=2), torch.tensor([*widths, m])
     )
-    out = ErrorGradients(torch.empty(1, n, d), task.atoms[:0], torch.zeros(n * k), torch.zeros(d))
+    levels = len(widths) + 1
+    out = ErrorGradients(
+        torch.empty(levels, n, d), task.atoms[:0], torch.zeros(n * k), torch.zeros(d)
+    )
     loss = triton_kernels.residual(task, codes, out)
     dense = torch.zeros(n, m, dtype=torch.float64)
     dense.scatter_(1, codes.latents.view(n, k).long(), codes.values.view(n, k).double())
     dense.requires_grad_()
-    error = dense @ task.atoms.double() + task.bias.double() - task.target.double()
-    wanted = (error.square().sum(dim=1) * scales.double()).sum() / 2
+    wanted, errors = torch.zeros((), dtype=torch.float64), []
+    for width in (*widths, m):
+        error = dense[:, :width] @ task.atoms[:width].double() + task.bias.double() - task.target
+        wanted = wanted + (error.square().sum(dim=1) * scales.double()).sum() / 2
+        errors.append((error * scales.double()[:, None]).detach())
     wanted.backward()
     assert float(loss) == pytest.approx(float(wanted.detach()), rel=1e-5)
-    back = (error * scales.double()[:, None]).detach()
-    torch.testing.assert_close(out.rows[0].double(), back, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(out.bias.double(), back.sum(dim=0), atol=1e-5, rtol=1e-5)
+    backs = [torch.stack(errors[level:]).sum(dim=0) for level in range(levels)]
+    torch.testing.assert_close(out.rows.double(), torch.stack(backs), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(out.bias.double(), backs[0].sum(dim=0), atol=1e-5, rtol=1e-5)
     assert dense.grad is not None
     slopes = dense.grad.gather(1, codes.latents.view(n, k).long()).flatten()
     torch.testing.assert_close(out.codes.double(), slopes, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize(("d_in", "d_out"), [(20, 20), (17, 33)])
-def test_an_update_is_that_of_plain_torch_in_float64(d_in, d_out):
+@pytest.mark.parametrize(
+    ("d_in", "d_out", "form"),
+    [(20, 20, "plain"), (17, 33, "plain"), (20, 20, "tied"), (9, 20, "levels"), (9, 20, "sites")]
+    + [(20, 20, "dead"), (17, 33, "dead")],
+)
+def test_an_update_is_that_of_plain_torch_in_float64(d_in, d_out, form):
     n, m, k = 6, 25, 3
     codes = codes_of(n, m, k)  # some latents have no pair
     order, starts = fallback.group(codes.latents, codes.values, m)
     pairs = Grouped(starts, fallback.rows_of(codes).int()[order], codes.values[order], order)
-    x, g, d_codes = drawn(n, d_in), drawn(1, n, d_out, seed=1), drawn(n * k, seed=2)[order]
+    widths = torch.tensor([4, 11, m] if form == "levels" else [m])
+    x, g = drawn(n, d_in), drawn(len(widths), n, d_out, seed=1)
+    d_codes = drawn(n * k, seed=2)[order]
     d_codes[pairs.values == 0] = 0
     adam = Adam(0.9, 0.1, 0.999, 0.001, 3e-3, 1.3, 1e-8)
-    rule = Update(adam, torch.tensor([0, d_out]), 1.0, 1e-6, False, True)
+    edges = torch.tensor([0, 5, 12, d_out] if form == "sites" else [0, d_out])
+    rule = Update(adam, edges, 1.0, 1e-6, form == "tied", True)
 
     def run(backend, dtype):
         shapes = {"atoms": (m, d_out), "encoder": (m, d_in), "bias": (m,)}
@@ -154,14 +242,20 @@ def test_an_update_is_that_of_plain_torch_in_float64(d_in, d_out):
                 for i, shape in enumerate(shapes.values())
             )
         )
+        if form == "tied":
+            weights = weights._replace(encoder=weights.atoms)
+        if form == "sites":
+            weights.atoms.value[3, 5:12] = 0  # a latent that one of the sites does not have
         batch = LatentGradients(
-            x.to(dtype), g.to(dtype), g.new_empty(0, d_out), d_codes.to(dtype), torch.tensor([m])
+            x.to(dtype), g.to(dtype), g.new_empty(0, d_out), d_codes.to(dtype), widths
         )
-        place = torch.full((m,), -1, dtype=torch.int32)
-        none = AddedGradients(place, x.new_empty(0, 1), x.new_empty(0, 1), x.new_empty(0))
+        place, n_dead = torch.full((m,), -1, dtype=torch.int32), 3 if form == "dead" else 0
+        place[[2, 24, 0][:n_dead]] = torch.arange(n_dead, dtype=torch.int32)
+        shapes = [(n_dead, d_out), (n_dead, d_in), (n_dead,)]
+        added = AddedGradients(place, *(drawn(*shape, seed=4).to(dtype) for shape in shapes))
         d_input = torch.zeros(d_in, dtype=dtype)
         own = pairs._replace(values=pairs.values.to(dtype))
-        backend.update(range(m), own, batch, weights, rule, none, d_input)
+        backend.update(range(m), own, batch, weights, rule, added, d_input)
         return [d_input, *(t for learned in weights for t in learned)]
 
     for found, wanted in zip(
@@ -170,11 +264,17 @@ def test_an_update_is_that_of_plain_torch_in_float64(d_in, d_out):
         torch.testing.assert_close(found.double(), wanted, atol=2e-5, rtol=2e-5)
 
 
-def test_a_step_is_few_launches_and_waits_for_nothing(monkeypatch):
+MOST_LAUNCHES = {ma.TopK(k=4): 60, ma.BatchTopK(k=4): 80, ma.ReLU(): 65, ma.JumpReLU(): 85}
+
+
+@pytest.mark.parametrize("rule", MOST_LAUNCHES)
+def test_a_step_is_few_launches_and_waits_at_most_for_the_number_of_pairs(rule, monkeypatch):
     monkeypatch.setattr(sparse_steps, "can_compile", lambda _: False)
     monkeypatch.setattr(sparse_steps, "can_use_triton", lambda _: True)
     monkeypatch.setattr(sparse_steps.steps, "at_hand", lambda loss: loss)  # as on a device
-    step = SparseStep(ma.Autoencoder(d_in=16, n_latents=64, sparsity=ma.TopK(k=4)))
+    monkeypatch.setattr(sparse_steps, "_keep_largest", sparse_steps.first_largest)
+    step = SparseStep(ma.Autoencoder(d_in=16, n_latents=64, sparsity=rule))
+    step.dictionary.b_enc.data -= 1  # no more than a few codes
     kernels, inside = [], []
     launch = GridExecutor.__call__
 
@@ -200,33 +300,57 @@ def test_a_step_is_few_launches_and_waits_for_nothing(monkeypatch):
     monkeypatch.setattr(GridExecutor, "__call__", counted)
     with Operators() as operators:
         step(drawn(32, 16), 1e-3)
-    assert len(kernels) == 8
-    assert 30 < sum(operators.names.values()) + len(kernels) <= 60
-    assert not WAITING & set(operators.names)
+    assert 9 <= len(kernels) <= 10
+    assert 30 < sum(operators.names.values()) + len(kernels) <= MOST_LAUNCHES[rule]
+    n_numbers = 0 if isinstance(rule, ma.TopK) else 1
+    assert {name: operators.names[name] for name in WAITING & set(operators.names)} == (
+        {"_local_scalar_dense": n_numbers} if n_numbers else {}
+    )
 
 
-@pytest.mark.parametrize("rule", [ma.TopK(k=3), ma.BatchTopK(k=3), ma.ReLU(l1=0.05)])
-@pytest.mark.parametrize("form", ["plain", "tied", "matryoshka", "transcoder"])
-def test_steps_are_those_of_plain_torch(rule, form, monkeypatch):
-    def build():
-        if form == "transcoder":
-            return ma.Transcoder(d_in=9, d_out=11, n_latents=30, sparsity=rule)
-        widths = (7,) if form == "matryoshka" else ()
-        return ma.Autoencoder(
-            d_in=20, n_latents=30, sparsity=rule, tied=form == "tied", matryoshka_widths=widths
-        )
+RULES = {
+    "topk": ma.TopK(k=3),
+    "batch topk": ma.BatchTopK(k=3),
+    "relu": ma.ReLU(l1=0.5),
+    "jumprelu": ma.JumpReLU(l0=0.3),
+}
+FORMS = {
+    "plain": lambda **rest: ma.Autoencoder(d_in=20, **rest),
+    "tied": lambda **rest: ma.Autoencoder(d_in=20, tied=True, **rest),
+    "matryoshka": lambda **rest: ma.Autoencoder(d_in=20, matryoshka_widths=(7, 12), **rest),
+    "transcoder": lambda **rest: ma.Transcoder(d_in=9, d_out=11, **rest),
+    "crosscoder": lambda **rest: ma.Crosscoder(widths={"a": 5, "b": 15}, **rest),
+}
+
+
+@pytest.mark.parametrize(
+    ("rule", "form", "steps"),
+    [("topk", "plain", 60), ("batch topk", "plain", 5), ("jumprelu", "plain", 5)]
+    + [("relu", "tied", 5), ("batch topk", "matryoshka", 5), ("jumprelu", "matryoshka", 5)]
+    + [("topk", "crosscoder", 5), ("batch topk", "transcoder", 5)],
+)
+def test_steps_are_those_of_the_cpu(rule, form, steps, monkeypatch):
+    usual, dense = sparse_steps.can_compile, []
+    autograd = sparse_steps.AutogradStep
+    monkeypatch.setattr(
+        sparse_steps, "AutogradStep", lambda *a, **k: dense.append(1) or autograd(*a, **k)
+    )
 
     def trained(uses_triton):
-        monkeypatch.setattr(sparse_steps, "can_compile", lambda _: False)
+        monkeypatch.setattr(sparse_steps, "can_compile", lambda t: not uses_triton and usual(t))
         monkeypatch.setattr(sparse_steps, "can_use_triton", lambda _: uses_triton)
-        built = build()
+        built = FORMS[form](n_latents=18, sparsity=RULES[rule])
         built.initialize(drawn(64, 20))
+        built.b_enc.data -= 1.5 if "topk" not in rule else 0  # few codes
         step = SparseStep(built)
         assert (step.backend is triton_kernels) == uses_triton
-        losses = [float(step(drawn(8, 20, seed=t), 1e-3).loss) for t in range(6)]
+        aux = ma.AuxK(k=3), torch.tensor([4, 17])
+        dead = aux if form in ("tied", "crosscoder") else None
+        losses = [float(step(drawn(5, 20, seed=t), 1e-3, dead).loss) for t in range(steps)]
         return losses, built.state_dict()
 
     losses, found = trained(True)
+    assert len(dense) < steps / 2
     wanted_losses, wanted = trained(False)
     assert losses == pytest.approx(wanted_losses, rel=1e-4)
     for name, tensor in wanted.items():

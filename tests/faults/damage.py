@@ -27,6 +27,12 @@ NO_CHECKSUM = ("silent",)
 """Outcome that a format without a checksum cannot prevent."""
 
 
+NO_NAME = (*NO_CHECKSUM, "unnamed")
+"""Outcomes of a recipe, of which a sentence may name the value alone."""
+NO_PAGE = RUNS["export"]
+"""Folder in which there is nothing to draw."""
+
+
 class Target(NamedTuple):
     """A file, and a command that reads it."""
 
@@ -134,6 +140,12 @@ def targets(world: World) -> list[Target]:
             (a, "manifest.json", ("match", "branches", "circuit", "evaluate", "export")),
             (b, "dictionary.safetensors", ("match", "circuit")),
             ("few", "dictionary.safetensors", ("symmetry",)),
+            ("language", "manifest.json", ("effects",)),
+            ("language", "model.layers.0/held-00000.safetensors", ("effects",)),
+            ("llama", "model.safetensors", ("effects",)),
+            ("layer1", "dictionary.safetensors", ("effects", "flow")),
+            ("layer1", "manifest.json", ("effects", "flow")),
+            ("mlp1", "dictionary.safetensors", ("flow",)),
         ) for command in commands),
         Target("match/matches.parquet", [*words("branches"), "--match", place("match")]),
         Target("match/manifest.json", [*words("branches"), "--match", place("match")]),
@@ -146,14 +158,15 @@ def targets(world: World) -> list[Target]:
         Target("net/net.safetensors", words("prove")),
         Target("net/table.npy", words("prove"), NO_CHECKSUM),
     ]  # fmt: skip
-    folders = [world.root / name for name in ("store", a, "few", *RUNS.values())]
+    names = ("store", a, "few", "language", "layer1", *RUNS.values())
+    folders = [world.root / name for name in names]
     for folder in [each for each in folders if each.is_dir()]:
         files = [file for file in sorted(folder.rglob("*")) if file.is_file()]
         found += [
             Target(str(file.relative_to(world.root)), words)
             for words in (world.reads(command, str(folder)) for command in READ_ALL)
             for file in files
-            if file.parent == folder or words[0] == "verify"
+            if words[0] == "verify" or (file.parent == folder and folder.name != NO_PAGE)
         ]
     return [target for target in found if (world.root / target.file).is_file()]
 
@@ -182,12 +195,21 @@ def input_targets(world: World) -> list[Target]:
         Target("collect.toml", ["sites", place("collect.toml")]),
         *(Target(f"{name}.toml", world.words(name)) for name in RECIPES if name in world.commands),
     ]
+    language = ["collect", place("language.toml"), "--out", "out"]
+    found += [
+        Target(str(file.relative_to(world.root)), language)
+        for file in (world.root / "rows.jsonl", *sorted((world.root / "llama").glob("*")))
+        if (world.root / "llama").is_dir()
+    ]
     found += [
         Target(str(file.relative_to(world.root)), ["load", str(file.parent)])
         for file in sorted((world.root / "foreign").rglob("*"))
         if file.is_file()
     ]
-    return [target._replace(allowed=NO_CHECKSUM) for target in found]
+    return [
+        target._replace(allowed=NO_NAME if target.file.endswith(".toml") else NO_CHECKSUM)
+        for target in found
+    ]
 
 
 def read_damaged(world: World, target: Target, place: Path, table: Table, amount: Damages) -> None:
@@ -284,7 +306,8 @@ def continue_damaged(
             ended = run(world.words(command), here)
             outcome, example = judge(ended, here, whole)
             if outcome == "refused":
-                names = (file.name, "out is not empty")  # so it is without its manifest
+                empty = f"{file.parent.name} is not empty"  # so it is without its manifest
+                names = (file.name, "out is not empty", empty)
                 outcome = "named" if any(n in ended.said for n in names) else "unnamed"
             table.add(f"damage of unfinished {name}", command, outcome, f"{what}: {example}")
             shutil.rmtree(here)

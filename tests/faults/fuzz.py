@@ -17,7 +17,7 @@ from tests.faults.child import run
 from tests.faults.damage import damaged
 from tests.faults.hostile import forge, rewrite
 from tests.faults.table import Table, outcome_of
-from tests.faults.world import READ_ALL, RUNS, SITES, World
+from tests.faults.world import PARENTS, READ_ALL, RUNS, SITES, World
 
 NASTY: list[Any] = [
     None, True, False, "", "x", "../x", "\x00", [], {}, [[]], {"a": 1}, 0, -1, 1, 2**31, 2**63,
@@ -61,15 +61,10 @@ def fuzz_json(
                           "neurons.json", "picture.json")
              if (world.root / name / file).is_file()]  # fmt: skip
     if command not in READ_ALL:
-        store = "posed" if command == "symmetry" else "store"
-        dictionary = "few" if command == "symmetry" else SITES[0]
-        read = {"train": [store], "sweep": [store], "export": [dictionary]}
         files = [(f"{name}/manifest.json", world.words(command))
-                 for name in read.get(command, [store, dictionary])]  # fmt: skip
-    if command in ("train", "sweep", "export", "match", "symmetry", "branches", "circuit",
-                   "evaluate", *READ_ALL):  # fmt: skip
-        for name, words in files[::every]:
-            _fuzz_one(world.root / name, name, words, place, table, tries=tries)
+                 for name in PARENTS.get(command, ())]  # fmt: skip
+    for name, words in files[::every]:
+        _fuzz_one(world.root / name, name, words, place, table, tries=tries)
 
 
 def _fuzz_one(

@@ -21,7 +21,7 @@ from mechatlas.files import MANIFEST, SEAL, checksum, write_manifest
 from tests.faults.child import run
 from tests.faults.damage import damaged
 from tests.faults.table import Table, outcome_of
-from tests.faults.world import READ_ALL, SITES, World
+from tests.faults.world import FIRST_SHARD, PARENTS, READ_ALL, SITES, World
 
 CANARY = "/tmp/mechatlas-canary"
 """File that is there if the code of an attack ran."""
@@ -73,8 +73,10 @@ def rewrite(file: Path, values: Any) -> None:
 
 
 def forge(file: Path) -> None:
-    """State the checksum that a file has now in the manifest beside it."""
+    """State the checksum that a file has now in the manifest beside it, if there is one."""
     manifest = file.with_name(MANIFEST)
+    if not manifest.is_file():
+        return
     facts = json.loads(manifest.read_text())
     facts.get("files", {})[file.name] = checksum(file.read_bytes())
     rewrite(manifest, facts)
@@ -86,23 +88,12 @@ def replaced(data: bytes | str) -> Callable[[Path, bytes], object]:
 
     def replace(file: Path, _: bytes) -> None:
         file.write_bytes(content)
-        if file.name != MANIFEST and file.with_name(MANIFEST).is_file():
+        if file.name != MANIFEST:
             forge(file)
 
     return replace
 
 
-FIRST_SHARD = f"store/{SITES[0]}/train-00000.safetensors"
-OF_STORE = ("store/manifest.json", FIRST_SHARD)
-OF_DICTIONARY = (f"{SITES[0]}/manifest.json", f"{SITES[0]}/dictionary.safetensors")
-READ = {
-    "train": OF_STORE,
-    "sweep": OF_STORE,
-    "export": OF_DICTIONARY,
-    "symmetry": ("posed/manifest.json",),
-    **dict.fromkeys(("match", "branches", "circuit", "evaluate"), OF_STORE + OF_DICTIONARY),
-}
-"""Command -> attacked files that it reads; those of `READ_ALL` read all."""
 CALLABLES = (
     ("os:system", {"command": f"touch {CANARY}"}),
     ("posix:system", {"command": f"touch {CANARY}"}),
@@ -117,46 +108,65 @@ def trap() -> None:
     Path(CANARY).touch()
 
 
-def attacks() -> list[Attack]:
-    """All attacks on files of the world."""
-    found = [
+def attacks(command: str) -> list[Attack]:
+    """All attacks on files of the world that a command reads."""
+    found: list[Attack] = []
+    for folder in PARENTS.get(command, ("store", SITES[0])):
+        found += _on_store(folder) if folder in FIRST_SHARD else _on_dictionary(folder)
+    if command in READ_ALL:
+        found += _naming_code("posed")
+        for file in ("match/manifest.json", "match/result.json", "basis/spectra.json",
+                     "proof/neurons.json", "branches/picture.json", "effects/result.json",
+                     "flow/result.json", f"{SITES[0]}/history.json"):  # fmt: skip
+            found += _no_json(file)
+    return found
+
+
+def _naming_code(store: str) -> list[Attack]:
+    return [
         Attack(f"a manifest names {name}", f"{store}/manifest.json",
                edited(recipe__network={"name": name, "arguments": arguments}))
-        for name, arguments in CALLABLES for store in ("store", "posed")
+        for name, arguments in CALLABLES
     ]  # fmt: skip
+
+
+def _on_store(store: str) -> list[Attack]:
+    file = f"{store}/manifest.json"
     escape = edited(shards=lambda shards: [[*s[:2], f"../{s[2]}", *s[3:]] for s in shards])
-    found += [
-        Attack("shards outside the store", "store/manifest.json", escape),
-        Attack("absolute paths of shards", "store/manifest.json",
-               edited(shards=lambda shards: [[*s[:2], "/etc/passwd", *s[3:]] for s in shards])),
-    ]  # fmt: skip
-    rows = (-5, 10**12, "7", 0, 2.5, None, True)
-    for n in rows:
+    absolute = edited(shards=lambda shards: [[*s[:2], "/etc/passwd", *s[3:]] for s in shards])
+    found = [
+        *_naming_code(store),
+        Attack("shards outside the store", file, escape),
+        Attack("absolute paths of shards", file, absolute),
+    ]
+    for n in (-5, 10**12, "7", 0, 2.5, None, True):
         wrong = edited(shards=lambda shards, n=n: [[*s[:3], n, *s[4:]] for s in shards])
-        found.append(Attack(f"{n!r} rows in a shard", "store/manifest.json", wrong))
-    for file in ("store/manifest.json", f"{SITES[0]}/manifest.json", "match/manifest.json",
-                 "match/result.json", "basis/spectra.json", "proof/neurons.json",
-                 "branches/picture.json", f"{SITES[0]}/history.json"):  # fmt: skip
-        found += [
-            Attack(f"{what} in {file}", file, replaced(text))
-            for what, text in (
-                ("deep lists", "[" * 100_000 + "]" * 100_000),
-                ("deep objects", '{"a":' * 100_000 + "1" + "}" * 100_000),
-                ("a number of 5,000 digits", '{"schema": ' + "9" * 5000 + "}"),
-                ("a list", "[]"), ("null", "null"), ("NaN", '{"a": NaN}'), ("a lone string", '"a"'),
-                ("an empty object", "{}"), ("bytes that are no text", b"\xff\xfe\x00{}"),
-            )
-        ]  # fmt: skip
-    for dims in ((30_000, 30_000), (184, 10**7), (2**31, 2**31), (0, 0), (-1, 5)):
-        found.append(
-            Attack(f"a dictionary that claims {dims}", f"{SITES[0]}/dictionary.safetensors",
-                   _claim(*dims))
-        )  # fmt: skip
-    found += [
-        Attack("a header of 2^60 bytes", FIRST_SHARD, _long_header),
-        Attack("a header of 2^60 bytes", f"{SITES[0]}/dictionary.safetensors", _long_header),
+        found.append(Attack(f"{n!r} rows in a shard", file, wrong))
+    header = Attack("a header of 2^60 bytes", FIRST_SHARD[store], _long_header)
+    return [*found, *_no_json(file), header]
+
+
+def _on_dictionary(folder: str) -> list[Attack]:
+    weights = f"{folder}/dictionary.safetensors"
+    found = [
+        Attack(f"a dictionary that claims {dims}", weights, _claim(*dims))
+        for dims in ((30_000, 30_000), (184, 10**7), (2**31, 2**31), (0, 0), (-1, 5))
+    ]
+    header = Attack("a header of 2^60 bytes", weights, _long_header)
+    return [*_no_json(f"{folder}/manifest.json"), *found, header]
+
+
+def _no_json(file: str) -> list[Attack]:
+    return [
+        Attack(f"{what} in {file}", file, replaced(text))
+        for what, text in (
+            ("deep lists", "[" * 100_000 + "]" * 100_000),
+            ("deep objects", '{"a":' * 100_000 + "1" + "}" * 100_000),
+            ("a number of 5,000 digits", '{"schema": ' + "9" * 5000 + "}"),
+            ("a list", "[]"), ("null", "null"), ("NaN", '{"a": NaN}'), ("a lone string", '"a"'),
+            ("an empty object", "{}"), ("bytes that are no text", b"\xff\xfe\x00{}"),
+        )
     ]  # fmt: skip
-    return found
 
 
 def _claim(d_in: int, n_latents: int) -> Callable[[Path, bytes], object]:
@@ -198,6 +208,7 @@ def input_attacks(
     place = world.place
     images = ["collect", place("collect.toml"), "--out", "out", "--samples.source"]
     arrays = ["collect", place("arrays.toml"), "--out", "out", "--samples.source"]
+    language = ["collect", place("language.toml"), "--out", "out"]
     pickled = pickle.dumps(Trap())
     weights = ["collect", place("collect.toml"), "--out", "out", "--network.weights"]
     return [
@@ -214,6 +225,8 @@ def input_attacks(
          [*arrays, place("rows.npy")]),
         ("a header of 10^14 numbers", "net/table.npy", replaced(_long_npy()),
          world.words("prove")),
+        ("a pickle", "llama/model.safetensors", replaced(pickled), language),
+        ("code of its own", "llama/config.json", _with_code, language),
         *((what, f"{command}.toml", replaced(text), words)
           for command, words in (("train", world.words("train")), ("sweep", world.words("sweep")),
                                  ("collect", ["sites", place("collect.toml")]))
@@ -224,6 +237,13 @@ def input_attacks(
             ("bytes that are no text", b"\xff\xfe"),
         )),
     ]  # fmt: skip
+
+
+def _with_code(file: Path, data: bytes) -> None:
+    """Let the configuration of a language model name code in its folder."""
+    file.with_name("own.py").write_text(f"open({CANARY!r}, 'w')")
+    names = {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}
+    edited(auto_map=names, model_type="own", architectures=["OwnForCausalLM"])(file, data)
 
 
 def _pickled_npy() -> bytes:
@@ -259,17 +279,16 @@ def _long_npy() -> bytes:
 def attack_all(world: World, command: str, place: Path, table: Table, *, every: int = 1) -> None:
     """Run a command on every hostile file that it reads."""
     tried: list[tuple[str, str, Callable[[Path, bytes], object], list[str]]] = []
-    for attack in attacks():
-        folder = world.place(attack.file.split("/")[0])
-        if command in READ_ALL:
-            words = world.reads(command, folder)
-        elif attack.file not in READ.get(command, ()):
-            continue
-        else:
-            words = world.words(command)
-        if (world.root / attack.file).is_file():
-            tried.append((attack.name, attack.file, attack.attack, words))
-    tried += [each for each in input_attacks(world) if each[3][0] == command]
+    if command in (*READ_ALL, *PARENTS):
+        for attack in attacks(command):
+            folder = world.place(attack.file.split("/")[0])
+            words = world.reads(command, folder) if command in READ_ALL else world.words(command)
+            if (world.root / attack.file).is_file():
+                tried.append((attack.name, attack.file, attack.attack, words))
+    tried += [
+        each for each in input_attacks(world)
+        if each[3][0] == command and (world.root / each[1]).is_file()
+    ]  # fmt: skip
     for name, file, attack, words in tried[::every]:
         _try(world, name, world.root / file, attack, words, place, table)
 

@@ -1,9 +1,11 @@
 """Kills at every crash point and at random moments: the same command must end with the same bytes.
 
-A crash point is a call that changes a folder: a rename, a new folder, a file deleted or flushed.
+A crash point lies before or after a call that changes a folder: a rename, a new folder, a file
+deleted or flushed. Where the files are as they were at an earlier point, a kill leaves the same.
 """
 
 import functools
+import json
 import os
 import random
 import shutil
@@ -14,6 +16,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from mechatlas.app.cli import main
+from mechatlas.files import checksum
 from tests.faults.child import Child, Ended, contents, run
 from tests.faults.table import Table
 from tests.faults.world import World
@@ -35,6 +39,7 @@ class CrashPoints:
         self.deadly = deadly
         self.passed = 0
         self.end = end or (lambda: os.kill(os.getpid(), signal.SIGKILL))
+        self.each: Callable[[], object] = lambda: None
 
     def watch(self) -> None:
         """Go between the process and the system."""
@@ -54,6 +59,7 @@ class CrashPoints:
 
     def _pass(self) -> None:
         self.passed += 1
+        self.each()
         if self.passed == self.deadly + 1:
             self.end()
 
@@ -75,21 +81,35 @@ def reference(world: World, command: str) -> dict[str, bytes]:
 
 
 @functools.cache
-def count_points(world: World, command: str) -> int:
-    """Number of crash points of a command."""
+def crash_points(world: World, command: str) -> list[bool]:
+    """For each crash point of a command, whether no earlier one has the same files."""
     with tempfile.TemporaryDirectory() as place:
-        points, file = CrashPoints(), Path(place, "count")
+        seen, new = set[str](), list[bool]()
+        points, file = CrashPoints(), Path(place, "found")
+
+        def look() -> None:
+            state = _state(Path())
+            new.append(state not in seen)
+            seen.add(state)
 
         def counted() -> None:
-            from mechatlas.app.cli import main
-
+            points.each = look
             points.watch()
             main(world.words(command))
-            file.write_text(str(points.passed))
+            file.write_text(json.dumps(new))
 
         ended = run(counted, Path(place, "counted"))
         assert ended.code == 0, ended
-        return int(file.read_text())
+        return json.loads(file.read_text())
+
+
+def _state(folder: Path) -> str:
+    """Checksum of the names and contents of all files of a folder."""
+    paths = sorted(folder.rglob("*"))
+    return checksum(b"".join(
+        f"{path} ".encode() + (checksum(path.read_bytes()).encode() if path.is_file() else b"/")
+        for path in paths
+    ))  # fmt: skip
 
 
 def kill_at_points(
@@ -105,12 +125,14 @@ def kill_at_points(
         every: One point in so many is tried, counted back from the third last, as what is written
             last is what a run is known by.
     """
-    whole, n = reference(world, command), count_points(world, command)
-    for k in [k for k in range(n) if (n - 3 - k) % every == 0]:
+    whole, new = reference(world, command), crash_points(world, command)
+    points = [k for k, is_new in enumerate(new) if is_new]
+    for k in [k for i, k in enumerate(points) if (len(points) - 3 - i) % every == 0]:
         here = place / f"killed{k}"
         killed = run(world.words(command), here, CrashPoints(k).watch)
         outcome, example = _after(killed, world, command, here, whole)
-        table.add("SIGKILL at a crash point", command, outcome, f"point {k} of {n}: {example}")
+        example = f"point {k} of {len(new)}: {example}"
+        table.add("SIGKILL at a crash point", command, outcome, example)
         shutil.rmtree(here)
 
 
@@ -159,7 +181,7 @@ def interrupt(
     world: World, command: str, place: Path, table: Table, *, tries: int, seed: int = 0
 ) -> None:
     """Interrupt and terminate a command at crash points: it says so, and goes on afterwards."""
-    whole, n = reference(world, command), count_points(world, command)
+    whole, n = reference(world, command), len(crash_points(world, command))
     chosen = random.Random(seed)
     for signal_, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
         for k in sorted(chosen.sample(range(n), min(tries, n))):

@@ -15,9 +15,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from tests.faults.child import Child, Ended, run
-from tests.faults.kills import CrashPoints, count_points, judge, reference
+from tests.faults.kills import CrashPoints, crash_points, judge, reference
 from tests.faults.table import Table, outcome_of
 from tests.faults.world import World
+
+REFUSED = "Cannot write|The store needs|Temporary files cannot be kept"
+"""Sentences of commands that have no room."""
 
 
 def full_disk(world: World, command: str, place: Path, table: Table, sizes: list[int]) -> None:
@@ -78,7 +81,7 @@ def _judge_refusal(
     """A command that could not write must say so, and end as ever once it can."""
     if ended.code == 0:
         table.add(fault, command, *judge(ended, here, whole))
-    elif ended.code != 2 or not re.search("Cannot write|The store needs", ended.said):
+    elif ended.code != 2 or not re.search(REFUSED, ended.said):
         outcome = "unnamed" if ended.code == 2 else outcome_of(ended.code)
         table.add(fault, command, outcome, f"exit {ended.code}: {ended.message}")
     else:
@@ -148,7 +151,7 @@ def run_twice(world: World, command: str, place: Path, table: Table) -> None:
 
 def deleted(world: World, command: str, place: Path, table: Table, *, every: int) -> None:
     """Delete the folder at crash points: the command says so, or ends with all its files."""
-    whole, n = reference(world, command), count_points(world, command)
+    whole, n = reference(world, command), len(crash_points(world, command))
     for k in range(0, n, every):
         here = place / f"deleted{k}"
         points = CrashPoints(k, lambda: shutil.rmtree("out", ignore_errors=True))

@@ -50,6 +50,10 @@ class Table:
             self.examples.append(f"{outcome}: {fault}, {command}: {example}")
             print(self.examples[-1], flush=True)
 
+    def tries(self) -> int:
+        """Number of tries."""
+        return sum(counts.total() for counts in self.counts.values())
+
     def bad(self) -> int:
         """Number of tries with an outcome that must not be."""
         return sum(

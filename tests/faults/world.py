@@ -5,8 +5,11 @@ All inputs are bundled or drawn here, so that the world is the same everywhere.
 
 import contextlib
 import io
+import json
 import os
 import shutil
+import tempfile
+import tomllib
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +24,8 @@ from mechatlas.activations.networks import Network, load_network
 from mechatlas.app.cli import main
 
 SITES = ("mixed4a", "mixed4b")
+LAYERS = ("layer0", "mlp1", "layer1")
+"""Dictionaries of the sites of the language model."""
 COLLECT = """
 sites = ["mixed4a", "mixed4b"]
 [network]
@@ -85,6 +90,19 @@ checkpoint_every = 5
 [sparsity]
 k = 6
 """
+LANGUAGE = """
+sites = ["model.layers.0", "model.layers.1.mlp", "model.layers.1"]
+[network]
+name = "transformer"
+arguments = { path = "{root}/llama", dtype = "float32" }
+[samples]
+type = "Texts"
+source = "{root}/rows.jsonl"
+context = 16
+packing = "document"
+[storage]
+held_out = 0.3
+"""
 GROUP = 'group = "C6"\nwidth = 16\nsteps = 400\nbatch_size = 36\n'
 
 
@@ -118,6 +136,9 @@ class World:
             "prove": ["prove", place("net", "net.safetensors"),
                       "--table", place("net", "table.npy"), "--exact"],
             "evaluate": ["evaluate", place(SITES[0]), "--n-samples", "4"],
+            "effects": ["effects", place("layer1"), "--n-samples", "4", "--n-random", "50",
+                        "--n-ablated", "3"],
+            "flow": ["flow", place("layer0"), place("layer1"), "--mlp", place("mlp1")],
             "report": ["report", place()],
         }  # fmt: skip
         """Command -> its words, without `--out`; not those that write nothing."""
@@ -139,9 +160,25 @@ class World:
 READ_ALL = ("report", "serve", "verify")
 """Commands that read runs of every kind."""
 RUNS = {"match": "match", "symmetry": "symmetry", "branches": "branches", "circuit": "circuit",
-        "basis": "basis", "evaluate": "evaluation", "prove": "proof", "sweep": "sweep",
-        "export": "exported"}  # fmt: skip
+        "basis": "basis", "evaluate": "evaluation", "effects": "effects", "flow": "flow",
+        "prove": "proof", "sweep": "sweep", "export": "exported"}  # fmt: skip
 """Command -> name of its finished run in the world."""
+FIRST_SHARD = {
+    "store": f"store/{SITES[0]}/train-00000.safetensors",
+    "posed": "posed/mixed3b/train-00000.safetensors",
+    "language": "language/model.layers.0/held-00000.safetensors",
+}
+"""Store -> file of its rows that commands read."""
+PARENTS = {
+    "train": ("store",),
+    "sweep": ("store",),
+    "export": (SITES[0],),
+    "symmetry": ("posed", "few"),
+    "effects": ("language", "layer1"),
+    "flow": ("layer1",),
+    **dict.fromkeys(("match", "branches", "circuit", "evaluate"), ("store", SITES[0])),
+}
+"""Command -> stores and dictionaries that it reads; those of `READ_ALL` read all."""
 SHORT_RUNS = ("branches", "prove")
 """Commands with a finished run in the world of the short form."""
 
@@ -203,7 +240,7 @@ FOREIGN = (
 )  # fmt: skip
 """Dictionaries that other libraries wrote."""
 RECIPES = {"collect": COLLECT, "posed": POSED, "basis": BASIS, "train": TRAIN, "group": GROUP,
-           "arrays": ARRAYS, "texts": TEXTS, "sweep": SWEEP}  # fmt: skip
+           "arrays": ARRAYS, "texts": TEXTS, "sweep": SWEEP, "language": LANGUAGE}  # fmt: skip
 
 
 def write_inputs(root: Path) -> None:
@@ -230,6 +267,8 @@ def write_inputs(root: Path) -> None:
             (root / "images" / f"photo.{ending}").write_bytes(data.getvalue())
     weights = load_network(Network(name="inception_mini")).state_dict()
     torch.save(weights, root / "weights.pt")
+    sentences = [f"Text {i} of some words. " * (1 + i % 3) for i in range(40)]
+    (root / "rows.jsonl").write_text("\n".join(json.dumps({"text": each}) for each in sentences))
     golden = Path(__file__).parents[1] / "golden"
     for name in FOREIGN:
         shutil.copytree(golden / name, root / "foreign" / name)
@@ -240,18 +279,34 @@ def make(root: Path, *, short: bool = False) -> World:
     torch.set_num_threads(1)
     small_rounds()
     world, pristine = World(root), root.with_name(f"{root.name}.pristine")
+    quiet = contextlib.redirect_stdout(io.StringIO())
     if pristine.exists():
         shutil.rmtree(root, ignore_errors=True)
         shutil.copytree(pristine, root, symlinks=True)
         os.chdir(world.root)
+        with quiet, tempfile.TemporaryDirectory() as place:
+            for command in world.commands:  # so that children need not import and compile
+                main(world.words(command, f"{place}/{command}"))
         return world
     world.root.mkdir(parents=True)
     os.chdir(world.root)
     write_inputs(world.root)
-    with contextlib.redirect_stdout(io.StringIO()):
+    with quiet:
         _run_all(world, SHORT_RUNS if short else tuple(RUNS))
     shutil.copytree(world.root, pristine)
     return world
+
+
+def _train_language(world: World) -> None:
+    """Train the dictionaries of a tiny decoder with random weights."""
+    from tests.language_models import byte_tokenizer, model  # imports transformers, which is slow
+
+    model("llama").save_pretrained(world.root / "llama")
+    byte_tokenizer(first="<s>").save_pretrained(world.root / "llama")
+    main(["collect", "language.toml", "--out", "language"])
+    for name, site in zip(LAYERS, tomllib.loads(LANGUAGE)["sites"], strict=True):
+        main(["train", "train.toml", "--store", "language", "--site", site, "--out", name,
+              "--n-latents", "24"])  # fmt: skip
 
 
 def _run_all(world: World, commands: tuple[str, ...]) -> None:
@@ -261,6 +316,8 @@ def _run_all(world: World, commands: tuple[str, ...]) -> None:
     if "symmetry" in commands:
         main(["collect", "posed.toml", "--out", "posed"])
         main(["train", "train.toml", "--store", "posed", "--out", "few", "--n-latents", "16"])
+    if "effects" in commands:
+        _train_language(world)
     main(world.words("group_net", "net"))
     for command in commands:
         main(world.words(command, RUNS[command]))

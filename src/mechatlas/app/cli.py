@@ -135,7 +135,8 @@ def _answer(name: str, words: list[str], *, as_json: bool, dry_run: bool) -> Non
     from mechatlas.app.engines import is_first
     from mechatlas.base import UserError
 
-    recipe = [Path(words[0]).resolve().parent] if words and words[0].endswith(".toml") else []
+    is_recipe = bool(words) and words[0].endswith(".toml")
+    recipe = [Path(os.path.realpath(words[0])).parent] if is_recipe else []
     try:
         with looking_in(*recipe):
             text = run(name, words, as_json=as_json, dry_run=dry_run)

@@ -248,13 +248,18 @@ def _refuse_code(network: Network, store: Store, trust: TrustConfig) -> None:
     """Refuse to run code that a folder names, unless the user names it too."""
     if network.name in (*BUNDLED, *trust.network) or trust.trust:
         return
-    given = {**network.arguments, **({"weights": str(network.weights)} if network.weights else {})}
-    words = ", ".join(f"{key}={value!r:.60}" for key, value in given.items())
     raise TrustError(
-        f"{store.root} names a network that is not bundled: {network.name}({words:.300}) would "
-        f"run. If you know that code, add --network {shlex.quote(network.name)}; add --trust if "
-        "you trust the whole folder."
+        f"{store.root} names a network that is not bundled: {_call_of(network)} would run. If you "
+        f"know that code, add --network {shlex.quote(network.name)}; add --trust if you trust the "
+        "whole folder."
     )
+
+
+def _call_of(network: Network) -> str:
+    """Name of a network with its arguments, as Python writes a call."""
+    given = {**network.arguments, **({"weights": str(network.weights)} if network.weights else {})}
+    words = ", ".join(f"{key}={value!r:.200}" for key, value in given.items())
+    return f"{network.name}({words:.300})"
 
 
 def open_network(store: Store, trust: TrustConfig, *, instead: str = IN_PYTHON) -> OpenedNetwork:
@@ -273,8 +278,10 @@ def open_network(store: Store, trust: TrustConfig, *, instead: str = IN_PYTHON) 
     """
     opened = recorded_network(store, trust, instead=instead)
     if not has_weights(opened.network, store.manifest["network"]):
+        network = from_dict(store.manifest["recipe"]["network"], Network, str(store.root))
         raise StoreError(
-            f"The network found now has other weights than when {store.root} was made."
+            f"{_call_of(network)} has other weights now than when {store.root} was collected from "
+            "it. Restore them, or collect the store again."
         )
     return opened
 

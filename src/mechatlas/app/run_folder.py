@@ -371,8 +371,7 @@ class RunFolder:
         for name in self._earlier.keys() - self._files.keys():
             (self.path / name).unlink(missing_ok=True)
         self._write_manifest(complete=True)
-        for name in (UNFINISHED, CHECKPOINT):
-            shutil.rmtree(self.path / name, ignore_errors=True)
+        delete_parts(self.path)
         self._refuse_absent()
         return result
 
@@ -384,6 +383,12 @@ class RunFolder:
                 raise DiskError(
                     f"{self.path / name} was deleted before the command had ended. Run it again."
                 )
+
+
+def delete_parts(path: Path) -> None:
+    """Delete the parts kept of a run that has ended; one killed at its very end leaves them."""
+    for name in (UNFINISHED, CHECKPOINT):
+        shutil.rmtree(path / name, ignore_errors=True)
 
 
 def _files_of(path: Path) -> dict[str, str]:

@@ -219,15 +219,9 @@ class LinearCoder(SparseCoder):
     ) -> None:
         """Build with random atoms; see `SparseCoder`."""
         super().__init__(read=read, write=write, edges=edges, config=config)
-        random = torch.Generator().manual_seed(config["seed"])
-        atoms = self._draw(random, self.d_out)
-        self.W_dec = nn.Parameter(atoms.div_(atom_lengths(atoms, self.edges)))
+        atoms, rows = self._first_weights()
+        self.W_dec = nn.Parameter(atoms)
         if not self.tied:
-            rows = self._first_encoder(random)
-            if not hasattr(self.sparsity, "k"):
-                # Half of the latents are above zero at first. Together they should rebuild a
-                # row once, not as many times over as there are more of them than columns.
-                rows *= min(1.0, 2 * self.d_in / self.n_latents)
             self._W_enc = nn.Parameter(rows.T)
         self.b_enc = nn.Parameter(torch.zeros(self.n_latents))
         self.b_dec = nn.Parameter(torch.zeros(self.d_out))
@@ -236,16 +230,31 @@ class LinearCoder(SparseCoder):
         for name, start in self.rule.buffers(self.n_latents).items():
             self.register_buffer(name, start)
 
+    def _first_weights(self) -> tuple[Tensor, Tensor]:
+        """Random atoms of length 1, and rows of an encoder that reads them."""
+        if is_shell():
+            n = self.n_latents
+            return torch.empty(n, self.d_out), torch.empty(n, self.d_in)
+        random = torch.Generator().manual_seed(self.config["seed"])
+        atoms = self._draw(random, self.d_out)
+        atoms.div_(atom_lengths(atoms, self.edges))
+        rows = atoms if self.tied else self._first_encoder(atoms, random)
+        if not self.tied and not hasattr(self.sparsity, "k"):
+            # Half of the latents are above zero at first. Together they should rebuild a
+            # row once, not as many times over as there are more of them than columns.
+            rows *= min(1.0, 2 * self.d_in / self.n_latents)
+        return atoms, rows
+
     def _draw(self, random: torch.Generator, width: int) -> Tensor:
         """Draw a row of numbers for each latent."""
         return torch.randn(self.n_latents, width, generator=random)
 
-    def _first_encoder(self, random: torch.Generator) -> Tensor:
+    def _first_encoder(self, atoms: Tensor, random: torch.Generator) -> Tensor:
         """Rows that read an atom as 1 where it is written as 1; random if it is not read at all."""
         # The numbers of a latent lie side by side in memory: training reads them by latent.
         offset = self.reads.start - self.writes.start
         if 0 <= offset < self.d_out:
-            rows = self.W_dec.detach()[:, offset : offset + self.d_in].clone()
+            rows = atoms[:, offset : offset + self.d_in].clone()
         else:
             rows = self._draw(random, self.d_in)
             return rows / rows.norm(dim=-1, keepdim=True)
@@ -491,6 +500,14 @@ class Crosscoder(LinearCoder):
         """Length of each atom at each site, in units in which the sites vary equally much."""
         atoms = self.W_dec * self.scale
         return torch.stack([atoms[:, s].norm(dim=-1) for s in self.spans.values()], dim=1)
+
+
+def is_shell() -> bool:
+    """Whether dictionaries are built on the meta device, for a file to fill.
+
+    Nothing is computed then: what torch imports for that takes a second.
+    """
+    return torch.get_default_device().type == "meta"
 
 
 def atom_lengths(

@@ -16,6 +16,7 @@ are recognized by their tensors and settings (`foreign.layouts`).
 import dataclasses
 import itertools
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args, overload
@@ -46,7 +47,7 @@ from mechatlas.dictionaries.pretrained import NORMS, CrossLayerDictionary, Pretr
 from mechatlas.dictionaries.sharded import Shard
 from mechatlas.dictionaries.sparsity import Sparsity, Threshold
 from mechatlas.dictionaries.temporal import TemporalDictionary
-from mechatlas.files import MANIFEST, read_manifest, write
+from mechatlas.files import MANIFEST, lost_manifest, read_manifest, write
 from mechatlas.tensorfiles import (
     mismatches,
     non_finite,
@@ -213,13 +214,13 @@ def load(
     """
     path = hub.fetch(str(path)) if hub.is_address(path) else Path(path)
     own = path / FILE if path.is_dir() else path
-    if own.name == FILE and own.is_file():
+    if own.name == FILE and _is_own(own):
         dictionary = _read_own(own, classes)
     elif path.is_dir() and (files := sorted(path.glob(SHARD_FILES))):
         dictionary = _read_shards(files)
     else:
         found = find(path, given)
-        _refuse_unfinished(found.file)
+        _check_run(found.file)
         if "mechatlas" in found.metadata:
             dictionary = _read_own(found.file, classes)
         else:
@@ -233,9 +234,18 @@ def load(
     return dictionary if device is dtype is None else dictionary.to(device=device, dtype=dtype)
 
 
+def _is_own(file: Path) -> bool:
+    """Whether something is at the place of a dictionary, or a manifest says that it was there."""
+    manifest = file.parent / MANIFEST
+    if os.path.lexists(file) or not manifest.is_file():
+        return os.path.lexists(file)
+    with reading(manifest):
+        return file.name in read_manifest(manifest).get("files", {})
+
+
 def _read_own(file: Path, classes: Sequence[type] = ()) -> nn.Module:
     """Read what `save` wrote."""
-    _refuse_unfinished(file)
+    _check_run(file)
     tensors, metadata = read_safetensors(file)
     with reading(file):
         config = json.loads(metadata.get("mechatlas", "null"))
@@ -246,7 +256,7 @@ def _read_shards(files: Sequence[Path]) -> nn.Module:
     """Join the files of a dictionary that was trained by several processes."""
     parts, ranges, config = [], [], {}
     for file in files:
-        _refuse_unfinished(file)
+        _check_run(file)
         tensors, metadata = read_safetensors(file)
         with reading(file):
             start, stop, total = map(int, json.loads(metadata["shard"]))
@@ -266,17 +276,24 @@ def _read_shards(files: Sequence[Path]) -> nn.Module:
     return _rebuild(config, joined, files[0], ())
 
 
-def _refuse_unfinished(file: Path) -> None:
-    """Refuse a dictionary in the folder of a run that has not ended."""
+def _check_run(file: Path) -> None:
+    """Refuse a dictionary of a run that has not ended, or beside the manifest of another run."""
     manifest = file.parent / MANIFEST
+    if (lost := lost_manifest(file.parent)) is not None:
+        raise WeightsError(lost)
     if not manifest.is_file():
         return
     with reading(manifest):
-        ended = read_manifest(manifest).get("complete", True)
-    if not ended:
+        values = read_manifest(manifest)
+    if not values.get("complete", True):
         raise WeightsError(
             f"{file} is of a run that has not ended. Run its command again; it goes on where it "
             "stopped."
+        )
+    if values.get("files") and file.name not in values["files"]:
+        raise WeightsError(
+            f"{manifest} is of another run: it has no checksum of {file.name}. Restore it, or move "
+            f"{file.name} alone into another folder."
         )
 
 
@@ -346,6 +363,11 @@ def _pretrained(arguments: dict[str, Any], tensors: dict[str, Tensor], file: Pat
     )
 
 
+def _room(tensor: Tensor) -> Tensor:
+    """Memory for a tensor on the meta device; `to_empty` does this after a second of imports."""
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
+
+
 def _fill(dictionary: nn.Module, tensors: dict[str, Tensor], file: Path) -> None:
     """Copy the tensors of a file into a dictionary, which may be on the meta device."""
     names, wanted = _saved_names(dictionary), dictionary.state_dict()
@@ -356,5 +378,5 @@ def _fill(dictionary: nn.Module, tensors: dict[str, Tensor], file: Path) -> None
     if wrong:
         raise WeightsError(f"{file} does not hold a whole dictionary: {'; '.join(wrong)}.")
     if any(tensor.is_meta for tensor in wanted.values()):
-        dictionary.to_empty(device="cpu")
+        dictionary._apply(_room)
     dictionary.load_state_dict({own: tensors[name] for name, own in names.items()})

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.nn.functional import embedding_bag
 
 from mechatlas.base import InputError
-from mechatlas.dictionaries.autoencoder import SparseCoder, atom_lengths
+from mechatlas.dictionaries.autoencoder import SparseCoder, atom_lengths, is_shell
 from mechatlas.dictionaries.engine.interface import Step
 from mechatlas.dictionaries.objective import Objective
 from mechatlas.dictionaries.revival import AuxK, Resample
@@ -82,12 +82,16 @@ class PoseTied(SparseCoder):
         edges = range(0, d_in + 1, d_block)
         super().__init__(read=row, write=row, edges=edges, config=config)
         self.group, self.d_block, self.n_families = group, d_block, n_latents // group.order
-        random = torch.Generator().manual_seed(seed)
-        atoms = torch.randn(self.n_families, d_in, generator=random)
-        atoms /= atom_lengths(atoms, self.edges)
-        first = atoms[:, : self.d_block]
+        if is_shell():
+            atoms, rows = torch.empty(self.n_families, d_in), torch.empty(self.n_families, d_block)
+        else:
+            random = torch.Generator().manual_seed(seed)
+            atoms = torch.randn(self.n_families, d_in, generator=random)
+            atoms /= atom_lengths(atoms, self.edges)
+            first = atoms[:, :d_block]
+            rows = first / first.square().sum(dim=-1, keepdim=True)
         self._atoms = nn.Parameter(atoms)
-        self._encoder = nn.Parameter(first / first.square().sum(dim=-1, keepdim=True))
+        self._encoder = nn.Parameter(rows)
         self._b_enc = nn.Parameter(torch.zeros(self.n_families))
         self._b_dec = nn.Parameter(torch.zeros(self.d_block))
         self.moved = torch.from_numpy(group.table.astype(np.int64))

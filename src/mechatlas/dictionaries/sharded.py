@@ -283,7 +283,7 @@ class ShardedStep(SparseStep):
         if "threshold" in state and codes is not None:
             # It moves with the smallest code kept: the lowest of the processes that have some.
             lowest = state["threshold"].clone()
-            if not len(codes.values):
+            if not (codes.values > 0).any():
                 lowest.fill_(torch.inf)
             dist.all_reduce(lowest, dist.ReduceOp.MIN, group=self.mesh.get_group("latent"))
             if lowest.isfinite():

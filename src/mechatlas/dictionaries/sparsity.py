@@ -232,13 +232,15 @@ class BatchTopK(Rule):
         """Find the n k largest codes of n rows, and move the threshold."""
         codes = search.largest_of_batch(self.k)
         if len(codes.values):
-            self.update_threshold(codes.values.min(), state)
+            smallest = codes.values.masked_fill(codes.values <= 0, torch.inf).min()
+            self.update_threshold(smallest, state)
         return codes
 
     def update_threshold(self, smallest: Float[Tensor, ""], state: State) -> None:
-        """Move the threshold a hundredth of the way."""
+        """Move the threshold a hundredth of the way; not to infinity, if nothing was kept."""
         threshold = state["threshold"]
-        threshold.copy_(torch.where(threshold < 0, smallest, threshold.lerp(smallest, 0.01)))
+        moved = torch.where(threshold < 0, smallest, threshold.lerp(smallest, 0.01))
+        threshold.copy_(torch.where(smallest < torch.inf, moved, threshold))
 
     def frozen(self, state: State, n_latents: int) -> tuple[Rule, State]:
         """Threshold of all latents; before any training the k largest of each row."""
@@ -397,7 +399,7 @@ class JumpReLU(Rule):
         """
         threshold = state["log_threshold"].detach().exp()
         own = threshold[codes.latents]
-        window = (codes.raw - own).abs() < self.bandwidth / 2
+        window = ((codes.raw - own).abs() < self.bandwidth / 2) & (codes.raw > 0)
         to_threshold = window * (own * d_code + weight * self.l0) * (-own / self.bandwidth)
         gradient = torch.zeros_like(threshold)
         if gradient.device.type == "cpu":

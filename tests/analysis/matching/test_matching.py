@@ -22,7 +22,13 @@ from mechatlas.analysis.matching.held_out import (
     paired_codes,
     transport,
 )
-from mechatlas.analysis.matching.nulls import _draw_replaced, local_fdr, rotate, shuffle
+from mechatlas.analysis.matching.nulls import (
+    PairEvidence,
+    _draw_replaced,
+    local_fdr,
+    rotate,
+    shuffle,
+)
 from mechatlas.analysis.matching.pairing import feature_splitting, match
 from mechatlas.base import InputError
 from mechatlas.dictionaries.autoencoder import Autoencoder
@@ -71,13 +77,19 @@ def test_thresholds_that_were_learnt_are_folded():
     )
 
 
+def paired(*dictionaries, **options):
+    """Match without a null, for what the pairing alone says."""
+    nothing = PairEvidence(np.ones(1), 0, np.zeros(1))
+    return match(*dictionaries, evidence=nothing, **options)
+
+
 @given(seeds, st.floats(0.05, 20))
 @settings(max_examples=5)
 def test_rescaling_a_whole_layer_does_not_change_the_pairing(seed, scale):
     random = np.random.default_rng(seed)
     a, b = random.standard_normal((2, 30, 6)).astype(np.float32)
-    scaled = match(a, (scale * b).astype(np.float32))
-    assert (scaled.columns == match(a, b).columns).mean() > 0.99
+    scaled = paired(a, (scale * b).astype(np.float32))
+    assert (scaled.columns == paired(a, b).columns).mean() > 0.99
 
 
 @given(seeds)
@@ -86,13 +98,13 @@ def test_the_scale_of_single_latents_does_not_matter_once_they_are_folded(seed):
     random = np.random.default_rng(seed)
     rows = units(random.standard_normal((30, 6))).astype(np.float32)
     other = units(random.standard_normal((30, 6))).astype(np.float32)
-    plain = match(rows, other)
+    plain = paired(rows, other)
     for name in ("decoder", "cosine", "encoder", "all", "balanced"):
         a, b, c = (
             dictionary(x, random.lognormal(0, 1, 30), np.random.default_rng(seed))
             for x in (rows, other, other)
         )
-        one, two = match(a, b, cost=name), match(a, c, cost=name)
+        one, two = paired(a, b, cost=name), paired(a, c, cost=name)
         assert (one.columns == two.columns).mean() > 0.9
         if name == "decoder":
             np.testing.assert_array_equal(one.columns, plain.columns)
@@ -101,7 +113,7 @@ def test_the_scale_of_single_latents_does_not_matter_once_they_are_folded(seed):
 def test_every_match_carries_its_proof():
     a, b = chain(200, 24, 2).dictionaries
     for name in ("decoder", "encoder", "all", "balanced", "cosine"):
-        found = match(a, b, cost=name)
+        found = paired(a, b, cost=name)
         assert abs(found.gap) < 1e-9 * max(1, found.cost)
         assert found.lower_bound == pytest.approx(found.cost)
         assert found.assignment.certify(found.costs).gap < 1e-8
@@ -177,7 +189,7 @@ def test_the_stated_rate_holds_where_one_side_is_much_larger(sizes):
 def test_a_few_latents_without_partners_do_not_match(sizes):
     random = np.random.default_rng(0)
     any_matched = [
-        match(*(random.standard_normal((n, 32)) for n in sizes)).matched.any() for _ in range(30)
+        match(*(random.standard_normal((n, 32)) for n in sizes)).matched.any() for _ in range(20)
     ]
     assert np.mean(any_matched) <= 0.1
 
@@ -276,7 +288,7 @@ def test_splitting_and_merging_are_seen_from_both_sides():
 
 
 def test_the_joint_solution_reaches_further_than_composition():
-    planted = chain(300, 96, 6, noise=LEVELS["high"], turn=0.2, seed=3)
+    planted = chain(120, 96, 6, noise=LEVELS["high"], turn=0.2, seed=3)
     matches = [match(*planted.dictionaries[k : k + 2]) for k in range(5)]
     composed = compose([np.where(m.matched, m.columns, -1) for m in matches])
     layers = [m.unit_a for m in matches] + [matches[-1].unit_b]
@@ -311,7 +323,7 @@ def test_through_two_layers_tracks_are_pairs_that_stand_from_both_sides():
 
 
 def test_life_lines_of_a_chain_show_its_births_and_deaths():
-    planted = chain(300, 64, 4, noise=0.3, churn=0.2, splits=0)
+    planted = chain(150, 64, 4, noise=0.3, churn=0.2, splits=0)
     matches = [match(*planted.dictionaries[k : k + 2]) for k in range(3)]
     tracks = track([m.unit_a for m in matches] + [matches[-1].unit_b], matches)
     lines = survival(tracks, matches)
@@ -629,7 +641,7 @@ def with_more(dictionary, random):
 
 
 @given(seeds)
-@settings(max_examples=6)
+@settings(max_examples=3)
 def test_degenerate_latents_are_never_matched_and_change_nothing_for_others(seed):
     random = np.random.default_rng(seed)
     plain = chain(150, 24, 2, noise=0.5, seed=seed).dictionaries

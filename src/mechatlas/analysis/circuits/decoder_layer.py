@@ -260,11 +260,7 @@ def _repeat(own: ModuleCall, target: Site) -> Callable[[Tensor], Tensor]:
 
 
 def _norms(calls: Sequence[ModuleCall], linear: Sequence[ModuleCall]) -> Norms:
-    """Normalization around attention and MLP; that of queries and keys is part of attention.
-
-    Raises:
-        SiteError: The numbers are those of no normalization that is known.
-    """
+    """Normalization around attention and MLP; that of queries and keys is part of attention."""
     order = [call for call in calls if is_norm(call.module) or call in linear]
     first, mixed, gate, down = (order.index(linear[i]) for i in (0, 3, 4, 6))
     parts: dict[str, ModuleCall] = {}

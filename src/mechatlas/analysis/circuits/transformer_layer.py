@@ -227,11 +227,7 @@ def _names_of(linear: Sequence[ModuleCall], target: Site) -> str:
 def _parts(
     linear: Sequence[ModuleCall], source: Site, target: Site
 ) -> tuple[Projection, Projection, Projection, Projection, Projection, Projection]:
-    """Projections to queries, keys and values, output projection, and both maps of the MLP.
-
-    Raises:
-        SiteError: The layer has other linear maps.
-    """
+    """Projections to queries, keys and values, output projection, and both maps of the MLP."""
     refusal = SiteError(
         f"The module of {target} after {source} has the linear maps {_names_of(linear, target)}; "
         "circuits through transformers need queries, keys and values (together or apart), one map "
@@ -262,11 +258,7 @@ def _parts(
 def _norms(
     calls: Sequence[ModuleCall], linear: Sequence[ModuleCall], source: Site, target: Site
 ) -> tuple[Literal["before", "after", "none"], tuple[Normalization, Normalization] | None]:
-    """Position of normalization in a layer, and its weights.
-
-    Raises:
-        SiteError: Elsewhere than before or after both parts, or by other means.
-    """
+    """Position of normalization in a layer, and its weights."""
     normalizing = [call for call in calls if is_norm(call.module)]
     calls = [call for call in calls if is_norm(call.module) or weight_of(call.module) is not None]
     mixed, down = (calls.index(linear[i]) for i in (-3, -1))
@@ -288,11 +280,7 @@ def _norms(
 
 
 def _n_heads(network: nn.Module, target: Site) -> int:
-    """Number of attention heads inside a module.
-
-    Raises:
-        SiteError: None is known.
-    """
+    """Number of attention heads inside a module."""
     prefix = f"{target.module}."
     for name, _ in network.named_modules():
         if name.startswith(prefix):

@@ -247,11 +247,7 @@ def channel_range(channels: Channels, width: int, site: Site) -> slice:
 def _between(
     raw: Sequence[Operation], first: int, last: int, source: Site, target: Site
 ) -> list[int]:
-    """Nodes after `first` that `last` depends on, in order.
-
-    Raises:
-        SiteError: There are none, or `last` also depends on the input by a way around `first`.
-    """
+    """Nodes after `first` that `last` depends on, in order."""
     after = {first}
     for number in range(first + 1, last + 1):
         if any(p in after for p in raw[number].parents):
@@ -277,11 +273,7 @@ def _between(
 
 
 def _map_operation(raw: Operation, source: Site, target: Site) -> MapOperation:
-    """Read a recorded operation as one of the kinds that can be composed.
-
-    Raises:
-        SiteError: It is none of them.
-    """
+    """Read a recorded operation as one of the kinds that can be composed."""
     function = raw.function
     if function in _READERS and (step := _READERS[function](raw)) is not None:
         return step
@@ -395,11 +387,7 @@ _READERS: dict[Any, Callable[[Operation], MapOperation | None]] = {
 
 
 def _refuse_sites_between(nodes: Sequence[Node], source: Site, target: Site) -> None:
-    """Refuse two sites with a third of parallel branches in between.
-
-    Raises:
-        SiteError: Channels are concatenated and then convolved again.
-    """
+    """Refuse two sites with a third of parallel branches in between."""
     mixed: dict[int, str] = {}
     for number, node in enumerate(nodes):
         inside = next((mixed[i] for i in node.inputs if i in mixed), None)
@@ -422,11 +410,7 @@ def _routes(
     source: Site,
     target: Site,
 ) -> list[Route]:
-    """Paths from the source to channels that the target site reads.
-
-    Raises:
-        SiteError: There are too many.
-    """
+    """Paths from the source to channels that the target site reads."""
     ways = list(_ways(nodes, len(nodes) - 1))
     if len(ways) > MOST_ROUTES:
         raise SiteError(

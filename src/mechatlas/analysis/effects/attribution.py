@@ -177,11 +177,7 @@ class _Trace(NamedTuple):
 def _trace(
     network: nn.Module, dictionary: Dictionary, batch: Any, output: int | Output, place: Site
 ) -> _Trace:
-    """Run the network on the code and the error of a site, and take the output's gradient there.
-
-    Raises:
-        InputError: The output is not one number, or does not depend on the site.
-    """
+    """Run the network on the code and the error of a site, and take the output's gradient there."""
     seen: dict[str, Tensor] = {}
     n_samples = 0
 
@@ -219,11 +215,7 @@ def _trace(
 
 
 def _scalar(returned: Any, output: int | Output) -> Tensor:
-    """The number that is attributed.
-
-    Raises:
-        InputError: It is not one finite number, or there is no such token.
-    """
+    """The number that is attributed."""
     try:
         logits = returned.logits if hasattr(returned, "logits") else returned
         if not isinstance(logits, Tensor):

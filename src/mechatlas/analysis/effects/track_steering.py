@@ -193,11 +193,7 @@ def compare_steering(
 
 
 def _scales(points: Sequence[Point], scale: float | Sequence[float]) -> list[float]:
-    """Activation of each layer.
-
-    Raises:
-        InputError: There are more or fewer than layers, or a dictionary has no such latent.
-    """
+    """Activation of each layer."""
     if not points:
         raise InputError("A track needs its layers: give (dictionary, latent, site) of each.")
     for dictionary, latent, _ in points:
@@ -239,11 +235,7 @@ def _pushed(
 
 @torch.no_grad()
 def _logits(network: nn.Module, batch: Any) -> Tensor:
-    """Logits of a network, or whatever else it answers with.
-
-    Raises:
-        InputError: It answers with no tensor.
-    """
+    """Logits of a network, or whatever else it answers with."""
     with running(network, batch):
         returned = call_network(network, batch)
     logits = returned.logits if hasattr(returned, "logits") else returned
@@ -253,11 +245,7 @@ def _logits(network: nn.Module, batch: Any) -> Tensor:
 
 
 def _number(measure: Measure, logits: Tensor) -> float:
-    """Measure of some logits.
-
-    Raises:
-        InputError: It is not one finite number.
-    """
+    """Measure of some logits."""
     value = measure(logits)
     if not isinstance(value, Tensor) or value.numel() != 1 or not value.isfinite().all():
         shown = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__

@@ -14,6 +14,7 @@ from mechatlas.app.recipes import TrustConfig
 from mechatlas.app.report.page import report
 from mechatlas.app.run_folder import CommandResult
 from mechatlas.base import DiskError
+from mechatlas.files import cannot_write
 from mechatlas.outputs import writable
 from mechatlas.ranges import COUNT_OR_NONE, check_ranges
 
@@ -68,7 +69,11 @@ def run(config: ReportConfig) -> ReportResult:
         UserError: The folder holds no runs, or the page cannot be written.
     """
     problems: dict[str, str] = {}
-    if config.out.is_dir():
+    try:
+        is_folder = config.out.is_dir()
+    except OSError as error:  # a name that is too long
+        raise DiskError(cannot_write(config.out, error)) from error
+    if is_folder:
         raise DiskError(
             f"{config.out} is a folder, expected the file of a page, such as atlas.html."
         )
@@ -83,6 +88,8 @@ def run(config: ReportConfig) -> ReportResult:
             on_progress=progress,
             on_problem=problems.__setitem__,
         )
+    if not page.is_file():
+        raise DiskError(f"{page} was deleted before the command had ended. Run it again.")
     size = page.stat().st_size
     return ReportResult(out=str(page), page=str(page), bytes=size, problems=problems)
 

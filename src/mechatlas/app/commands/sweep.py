@@ -8,8 +8,10 @@ varied as a list of lists. Each dictionary is a folder in `--out`, as `train` wr
 command trains what is missing.
 """
 
+import contextlib
 import dataclasses
 import itertools
+import shutil
 import typing
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,6 +33,7 @@ from mechatlas.app.run_folder import (
     RunConfig,
     RunFolder,
     as_plain,
+    delete_parts,
     execute,
     read_result,
 )
@@ -100,6 +103,7 @@ def run(config: SweepConfig, folder: RunFolder) -> SweepResult:
             else:
                 done[name] = result
             step(len(done) + len(failed), len(runs))
+    done = {name: done[name] for name in runs if name in done}  # whoever trained them, and when
     folder.table(RUNS, _table(varied, runs, done))
     for name in done:
         folder.parent(name, read_manifest(config.out / name / MANIFEST)["files"][RECIPE])
@@ -206,6 +210,7 @@ def _trained(config: TrainConfig) -> dict[str, Any] | None:
         file = config.out / name
         if not file.is_file() or checksum_file(file) != stated:
             return None
+    delete_parts(config.out)
     return as_plain(read_result(config.out, DICTIONARY))
 
 
@@ -213,12 +218,19 @@ def _train(config: TrainConfig, shared: None) -> tuple[dict[str, Any], str]:
     """Train one dictionary; its result, or the sentence that says why there is none."""
     del shared
     sweep = config.out.parent
+    deleted = f"{sweep} was deleted or moved meanwhile. Run the command again."
     if not (sweep / MANIFEST).is_file():  # the folder must not come back with half of its files
-        return {}, f"{sweep} was deleted or moved meanwhile. Run the command again."
+        return {}, deleted
     try:
-        return as_plain(execute(config)), ""
+        ended = as_plain(execute(config)), ""
     except UserError as error:
-        return {}, str(error)
+        ended = {}, str(error)
+    if not (sweep / MANIFEST).is_file():
+        shutil.rmtree(config.out, ignore_errors=True)
+        with contextlib.suppress(OSError):  # others of its dictionaries may be there
+            sweep.rmdir()
+        return {}, deleted
+    return ended
 
 
 def _estimate(configs: list[TrainConfig]) -> Estimate:

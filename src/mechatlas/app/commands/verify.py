@@ -18,7 +18,7 @@ from mechatlas.activations.store_manifest import read_entries, store_digest
 from mechatlas.app.inputs import checksum_of as checksum_of_dictionary
 from mechatlas.app.run_folder import CHECKPOINT, STORE, UNFINISHED, CommandResult
 from mechatlas.base import DiskError, UserError
-from mechatlas.files import MANIFEST, checksum_file, damaged, read_manifest
+from mechatlas.files import MANIFEST, checksum_file, damaged, lost_manifest, read_manifest
 from mechatlas.tensorfiles import checksum_of, read_safetensors
 
 
@@ -77,6 +77,8 @@ def run(config: VerifyConfig) -> VerifyResult:
         tree.n_files += len(names)
         if MANIFEST in names or MANIFEST in folders:
             tree.read(Path(folder))
+        elif lost := lost_manifest(Path(folder)):
+            tree.runs, tree.wrong[Path(folder, MANIFEST)] = tree.runs + 1, lost
     if not tree.runs:
         raise UserError(f"{config.folder} holds no runs: no {MANIFEST} at any depth.")
     for folder, manifest in tree.manifests.items():

@@ -2,8 +2,10 @@
 
 Step         how one batch changes a dictionary; every kind gives its own
 CodeSearch   how a sparsity rule with a fast path finds the codes of a batch
+TileSearch   how those of some of its rows are found
 """
 
+from collections.abc import Callable, Iterable
 from typing import NamedTuple, Protocol, runtime_checkable
 
 from jaxtyping import Bool, Float, Int
@@ -14,6 +16,15 @@ from mechatlas.dictionaries.revival import AuxK
 
 Dead = tuple[AuxK, Int[Tensor, " dead"]]
 """Dead latents, and how they are brought back."""
+
+TileCodes = tuple[Tensor, Tensor, Tensor]
+"""Number of codes of each row, latents of all codes, and their pre-activations."""
+Find = Callable[[Tensor], TileCodes | None]
+"""Search of some rows; None if it finds more codes than there is room for."""
+
+
+class TooCloseError(Exception):
+    """Screening is of no use: too many pre-activations may be codes."""
 
 
 class StepResult(NamedTuple):
@@ -68,4 +79,31 @@ class CodeSearch(Protocol):
 
     def above(self, low: Float[Tensor, " latent"] | float) -> Codes | None:
         """Find the pre-activations above a bound of their latent; None if they are not sparse."""
+        ...
+
+
+@runtime_checkable
+class TileSearch(Protocol):
+    """Search for codes of tiles of rows, with an encoder that does not change meanwhile."""
+
+    def largest(self, k: int) -> Callable[[Tensor, Tensor, Tensor], None]:
+        """Make a function that writes values and latents of the k largest codes of each row."""
+        ...
+
+    def above(self, low: Float[Tensor, " latent"]) -> Find:
+        """Make a function that finds the pre-activations of some rows above `low`."""
+        ...
+
+
+@runtime_checkable
+class BatchBound(Protocol):
+    """`TileSearch` that knows what the largest codes of a batch are above, without a guess."""
+
+    def bound_of_batch(self, tiles: Iterable[Tensor], k: int) -> Float[Tensor, ""]:
+        """Find a number, zero or more, that the k codes a row that are largest are above.
+
+        Args:
+            tiles: Rows of the batch, tile by tile.
+            k: Codes of a row on average.
+        """
         ...

@@ -24,6 +24,7 @@ import torch
 from jaxtyping import BFloat16, Float, Int16
 from torch import Tensor
 
+from mechatlas.dictionaries.engine.interface import TooCloseError
 from mechatlas.dictionaries.engine.kernels import COMPARED_LATENTS, compiled, write_largest
 from mechatlas.dictionaries.engine.structures import Bounds, EncoderRows, as_arrays
 from mechatlas.dictionaries.engine.vectors import dot_rows
@@ -43,10 +44,6 @@ MAX_FRACTION = 1 / 16
 whole product is faster."""
 GRACE_ROWS = 16
 """Rows allowed to exceed MAX_FRACTION before screening gives up."""
-
-
-class TooCloseError(Exception):
-    """Screening is of no use: too many pre-activations may be codes."""
 
 
 class Screen:

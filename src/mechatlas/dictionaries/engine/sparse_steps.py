@@ -13,9 +13,10 @@ a backend: `kernels` (numba), `triton_kernels` (GPUs) or `fallback` (torch).
 import functools
 import importlib
 import importlib.util
+import operator
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -23,7 +24,16 @@ from torch import Tensor
 
 from mechatlas.dictionaries.autoencoder import LinearCoder
 from mechatlas.dictionaries.engine import fallback, steps
-from mechatlas.dictionaries.engine.interface import Dead, Step, StepResult
+from mechatlas.dictionaries.engine.interface import (
+    BatchBound,
+    Dead,
+    Find,
+    Step,
+    StepResult,
+    TileCodes,
+    TileSearch,
+    TooCloseError,
+)
 from mechatlas.dictionaries.engine.products import product_with
 from mechatlas.dictionaries.engine.steps import AutogradStep
 from mechatlas.dictionaries.engine.structures import (
@@ -58,23 +68,6 @@ THRESHOLD_FRACTIONS = 0.9, 0.5, 0.0
 """Fractions of the estimated threshold tried in turn until at least n candidates are found."""
 SMALLEST_LENGTH = 1e-12
 """Smallest length that an atom is divided by."""
-
-TileCodes = tuple[Tensor, Tensor, Tensor]
-"""Number of codes of each row, latents of all codes, and their pre-activations."""
-Find = Callable[[Tensor], TileCodes]
-
-
-@runtime_checkable
-class TileSearch(Protocol):
-    """Search for codes of tiles of rows, with an encoder that does not change meanwhile."""
-
-    def largest(self, k: int) -> Callable[[Tensor, Tensor, Tensor], None]:
-        """Make a function that writes values and latents of the k largest codes of each row."""
-        ...
-
-    def above(self, low: Float[Tensor, " latent"]) -> Find:
-        """Make a function that finds the pre-activations of some rows above `low`."""
-        ...
 
 
 class WholeProduct:
@@ -136,10 +129,15 @@ class BatchSearch:
 
     def largest_of_batch(self, k: int) -> Codes:
         """Find the codes above zero that are largest in the batch, k a row on average."""
+        n = k * len(self.x)
+        if isinstance(self.tiles, BatchBound):
+            bound = self.tiles.bound_of_batch(map(self._read, range(len(self.spans))), k)
+            low = bound.expand(self.dictionary.n_latents).contiguous()
+            return _keep_largest(self._all_above(self.tiles.above(low)), n)
         sample = self.x[:: -(-len(self.x) // SAMPLED_ROWS), self.dictionary.reads]
         pre = self.dictionary.pre_activations(sample).flatten()
         largest = pre.topk(min(k * len(sample), len(pre)), sorted=False).values
-        threshold, n = float(largest.min()), k * len(self.x)
+        threshold = float(largest.min())
         first, *others = THRESHOLD_FRACTIONS if threshold > 0 else (0.0,)
         codes = self._all_above(self.tiles.above(self._bounds(first * threshold)))
         while len(codes.values) < n and others:
@@ -151,7 +149,10 @@ class BatchSearch:
         """Find the pre-activations above a bound of their latent; None if they are not sparse."""
         find = self.tiles.above(low if isinstance(low, Tensor) else self._bounds(low))
         first = find(self._read(0))
-        if len(first[-1]) > MAX_DENSITY * self.spans[0].stop * self.dictionary.n_latents:
+        if (
+            first is None
+            or len(first[-1]) > MAX_DENSITY * self.spans[0].stop * self.dictionary.n_latents
+        ):
             return None
         return self._all_above(find, first)
 
@@ -159,11 +160,19 @@ class BatchSearch:
         return torch.full_like(self.dictionary.b_enc.data, low)
 
     def _all_above(self, find: Find, *first_tiles: TileCodes) -> Codes:
-        """Codes of all tiles, given those of the first ones."""
+        """Codes of all tiles, given those of the first ones.
+
+        Raises:
+            TooCloseError: A tile has no room for so many.
+        """
         done = len(first_tiles)
         more = self.run(lambda i: find(self._read(done + i)), len(self.spans) - done)
-        parts = zip(*first_tiles, *more, strict=True)
-        counts, latents, values = (torch.cat(part) for part in parts)
+        found = [codes for codes in (*first_tiles, *more) if codes is not None]
+        if len(found) < len(self.spans):
+            raise TooCloseError
+        counts, latents, values = (
+            part[0] if len(part) == 1 else torch.cat(part) for part in zip(*found, strict=True)
+        )
         starts = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
         return Codes(starts, latents, values, values)
 
@@ -173,11 +182,20 @@ def _keep_largest(codes: Codes, n: int) -> Codes:
     values = codes.values
     if len(values) <= n:
         return codes
-    last = values.kthvalue(len(values) - n + 1).values
-    ties = values == last
-    kept = (values > last) | (ties & (ties.cumsum(0) <= n - (values > last).sum()))
-    before = torch.cat([kept.new_zeros(1, dtype=torch.long), kept.cumsum(0)])
-    return Codes(before[codes.starts], codes.latents[kept], values[kept], values[kept])
+    if values.device.type == "cpu":
+        last = values.kthvalue(len(values) - n + 1).values
+        ties = values == last
+        kept = (values > last) | (ties & (ties.cumsum(0) <= n - (values > last).sum()))
+        before = torch.cat([kept.new_zeros(1, dtype=torch.long), kept.cumsum(0)])
+        return Codes(before[codes.starts], codes.latents[kept], values[kept], values[kept])
+    return first_largest(codes, n)
+
+
+def first_largest(codes: Codes, n: int) -> Codes:
+    """Keep the n largest of more codes, of equal ones the first, without a wait for the device."""
+    kept = codes.values.sort(descending=True, stable=True).indices[:n].sort().values
+    latents, values = codes.latents[kept], codes.values[kept]
+    return Codes(torch.searchsorted(kept, codes.starts), latents, values, values)
 
 
 class Plan(NamedTuple):
@@ -276,12 +294,15 @@ class SparseStep:
             screening = importlib.import_module("mechatlas.dictionaries.engine.screening")
             search = screening.Screen(rows, bias, run, self._tiles)
             plan = Plan(tiles(len(x), len(rows), 2 * TILE, screening.MIN_TILE_ROWS), run)
-            with suppress(screening.TooCloseError):
+            with suppress(TooCloseError):
                 return self._find(BatchSearch(dictionary, x, room, search, plan))
         numbers = TILE if x.device.type == "cpu" else steps.DEVICE_TILE
         plan = Plan(tiles(len(x), len(rows), numbers), run)
-        make = getattr(self.backend, "Screen", WholeProduct)
-        search = make(rows, bias, self.backend, plan.spans[0].stop)
+        if hasattr(self.backend, "Screen"):
+            with suppress(TooCloseError):
+                search = self.backend.Screen(rows, bias)
+                return self._find(BatchSearch(dictionary, x, room, search, plan))
+        search = WholeProduct(rows, bias, self.backend, plan.spans[0].stop)
         return self._find(BatchSearch(dictionary, x, room, search, plan))
 
     def _find(self, search: BatchSearch) -> Codes | None:
@@ -373,7 +394,7 @@ class SparseStep:
         pieces = [functools.partial(self._group, codes)]
         pieces += [functools.partial(residual, i) for i in range(len(spans))]
         grouped, *losses = run(lambda i: pieces[i](), len(pieces))
-        return sum(losses), grouped, out._replace(bias=biases.sum(dim=0))
+        return functools.reduce(operator.add, losses), grouped, out._replace(bias=biases.sum(dim=0))
 
     def _by_column_groups(
         self, task: Reconstruction, codes: Codes, run: Run

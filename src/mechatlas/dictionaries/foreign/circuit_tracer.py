@@ -96,11 +96,7 @@ def read_cross_layer(found: Found) -> CrossLayerDictionary | Pretrained:
 def _layer(
     folder: Path, tensors: dict[str, Tensor], i: int, n: int, hooks: dict[str, str]
 ) -> Pretrained:
-    """One layer, which writes itself and all layers after it.
-
-    Raises:
-        WeightsError: Its tensors are not as the layout says.
-    """
+    """One layer, which writes itself and all layers after it."""
     shapes = {
         f"W_enc_{i}": "latent d_in",
         f"b_enc_{i}": "latent",
@@ -189,11 +185,7 @@ def save(dictionary: Any, folder: Path, metadata: Mapping[str, Any] | None = Non
 
 
 def _refuse(whole: Pretrained) -> None:
-    """Refuse what circuit-tracer cannot compute.
-
-    Raises:
-        WeightsError: The dictionary has another rule, or scales or centers its rows.
-    """
+    """Refuse what circuit-tracer cannot compute."""
     if not isinstance(whole.sparsity, ReLU | Threshold):
         raise WeightsError(
             f"circuit-tracer has no transcoder with the sparsity rule {whole.sparsity!r}; it has "

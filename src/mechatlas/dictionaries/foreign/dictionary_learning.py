@@ -197,11 +197,7 @@ def _rule(
 
 
 def _read_k(file: Path, tensors: dict[str, Tensor], config: Fields) -> int:
-    """Latents a sample, from the tensors and the configuration, which have to agree.
-
-    Raises:
-        WeightsError: Neither says, or each says something else.
-    """
+    """Latents a sample, from the tensors and the configuration, which have to agree."""
     k = take_integer(file, tensors, "k")
     k_written = config.integer("k", k)
     if k is not None and k_written != k:
@@ -210,11 +206,7 @@ def _read_k(file: Path, tensors: dict[str, Tensor], config: Fields) -> int:
 
 
 def _take_groups(file: Path, tensors: dict[str, Tensor]) -> bool:
-    """Take the sizes of the nested dictionaries out, if they are there; all latents are used.
-
-    Raises:
-        WeightsError: They do not add up to the number of latents.
-    """
+    """Take the sizes of the nested dictionaries out, if they are there; all latents are used."""
     if "group_sizes" not in tensors:
         return False
     sizes = tensors.pop("group_sizes")
@@ -264,11 +256,7 @@ def save(dictionary: Any, folder: Path, metadata: Mapping[str, Any] | None = Non
 
 
 def _describe(whole: Pretrained) -> tuple[str, dict[str, Tensor]]:
-    """The library's class for a dictionary, and the tensors of its state.
-
-    Raises:
-        WeightsError: It has none.
-    """
+    """The library's class for a dictionary, and the tensors of its state."""
     rule, state, subtracts = whole.sparsity, whole.state, whole.subtracts_b_dec
     if whole.norm is not None or whole.transcodes or whole.spans:
         raise WeightsError(

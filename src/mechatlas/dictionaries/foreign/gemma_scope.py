@@ -129,11 +129,7 @@ def _points(found: Found, n: int) -> list[str]:
 
 
 def _layer(file: Path, tensors: dict[str, Tensor], i: int, points: list[str]) -> Pretrained:
-    """One layer. Sites before its own are left out where all its atoms are zero.
-
-    Raises:
-        WeightsError: Its tensors are not as the format says.
-    """
+    """One layer. Sites before its own are left out where all its atoms are zero."""
     n = len(points)
     shapes = {**LOWER, "w_dec": "latent sites d_out"}
     if SKIP in tensors:

@@ -73,11 +73,7 @@ def read(found: Found) -> Pretrained | CrossLayerDictionary:
 
 
 def _one_site(found: Found, config: Fields) -> Pretrained:
-    """Read an autoencoder, or a transcoder from one site to another.
-
-    Raises:
-        WeightsError: It is damaged, or not as the format says.
-    """
+    """Read an autoencoder, or a transcoder from one site to another."""
     shapes = dict(LINEAR if "encoder.weight" in found.shapes else WEIGHTS)
     names = tuple(shapes)
     bias = () if config.flag("use_decoder_bias", default=True) else names[3:]
@@ -118,11 +114,7 @@ def _one_site(found: Found, config: Fields) -> Pretrained:
 
 
 def _crosscoder(found: Found, config: Fields) -> Pretrained:
-    """Read a crosscoder, whose sites stand side by side in a row.
-
-    Raises:
-        WeightsError: It is damaged, or not as the format says.
-    """
+    """Read a crosscoder, whose sites stand side by side in a row."""
     points = _texts(config, "hook_points")
     parts = _fit(found, config, CROSSCODER, sizes={"site": len(points)})
     atoms, width = parts["W_D"], parts["W_D"].shape[2]
@@ -149,11 +141,7 @@ def _crosscoder(found: Found, config: Fields) -> Pretrained:
 
 
 def _cross_layer(found: Found, config: Fields) -> CrossLayerDictionary | Pretrained:
-    """Read a cross-layer transcoder, or one of its layers: `load(path, layer=3)`.
-
-    Raises:
-        WeightsError: It is damaged, or not as the format says.
-    """
+    """Read a cross-layer transcoder, or one of its layers: `load(path, layer=3)`."""
     reads, writes = _texts(config, "hook_points_in"), _texts(config, "hook_points_out")
     n, wanted = len(reads), found.setting("layer")
     if len(writes) != n:
@@ -196,11 +184,7 @@ def _cross_layer(found: Found, config: Fields) -> CrossLayerDictionary | Pretrai
 
 
 def _texts(config: Fields, key: str) -> list[str]:
-    """Names of some sites.
-
-    Raises:
-        WeightsError: They are no list of different texts.
-    """
+    """Names of some sites."""
     values = config.values.get(key)
     if not isinstance(values, list) or not values or not all(isinstance(v, str) for v in values):
         raise config.wrong(key, "a list of sites")
@@ -227,9 +211,6 @@ def _fit(
         threshold: Axes of the thresholds.
         optional: Weights that may be missing.
         sizes: Further lengths of axes.
-
-    Raises:
-        WeightsError: They do not fit.
     """
     lengths = {name: "" for name in found.shapes if name.startswith(LENGTHS)}
     tensors = dict(found.tensors)
@@ -272,9 +253,6 @@ def _scale(
         parts: Tensors, which may hold the mean length of rows in training.
         point: Site.
         end: Another name of the site among the settings.
-
-    Raises:
-        WeightsError: A mean length is not above zero.
     """
     if config.text("norm_activation", "dataset-wise") != "dataset-wise":
         return 1.0
@@ -309,9 +287,6 @@ def _rule(
         length: Length of each atom in training.
         threshold: Thresholds among the tensors.
         scale: Factor to the units of training, of a threshold in the settings.
-
-    Raises:
-        WeightsError: The settings name none that is read, or miss what it needs.
     """
     kind = config.one_of("act_fn", ACTIVATIONS, "jumprelu")
     weighs = config.flag("sparsity_include_decoder_norm", default=True)

@@ -96,11 +96,7 @@ def _encoder(parts: dict[str, Tensor], atoms: Tensor) -> tuple[Tensor, Tensor | 
 
 
 def _rule(found: Found, parts: dict[str, Tensor], n_latents: int) -> tuple[Rule, dict[str, Tensor]]:
-    """Sparsity rule and its own tensors, from the tensors and the caller.
-
-    Raises:
-        WeightsError: The caller must say more.
-    """
+    """Sparsity rule and its own tensors, from the tensors and the caller."""
     if "Q" in parts:
         return Levels(), {"levels": parts["Q"]}
     if "thresholds" in parts:

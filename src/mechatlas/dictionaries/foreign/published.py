@@ -57,11 +57,7 @@ def _build(
     file_format: str,
     **others: Any,
 ) -> Pretrained:
-    """Read four tensors, whose axes are given in the order encoder, bias, decoder, bias.
-
-    Raises:
-        WeightsError: They are not as the axes say, or k is more than the latents.
-    """
+    """Read four tensors, whose axes are given in the order encoder, bias, decoder, bias."""
     parts = fit(found.file, found.tensors, shapes)
     weights = oriented(parts, shapes, tuple(shapes)[:4])
     if getattr(rule, "k", 1) > len(weights["W_dec"]):

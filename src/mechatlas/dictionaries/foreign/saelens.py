@@ -122,11 +122,7 @@ def _metadata(config: Fields) -> dict[str, Any]:
 
 
 def _architecture(config: Fields) -> str:
-    """The architecture, which older files spell in other ways.
-
-    Raises:
-        WeightsError: It is none that is read.
-    """
+    """The architecture, which older files spell in other ways."""
     architecture = config.one_of("architecture", tuple(SHAPES), "standard")
     if not _before_six(config):
         return architecture
@@ -148,11 +144,7 @@ def _before_six(config: Fields) -> bool:
 
 
 def _norm(config: Fields) -> Callable[[Tensor], Any] | None:
-    """How each row is scaled.
-
-    Raises:
-        WeightsError: It is no known way.
-    """
+    """How each row is scaled."""
     key = "normalize_activations"
     written = config.values.get(key)
     if isinstance(written, bool):  # before there were several ways
@@ -173,11 +165,7 @@ def _norm(config: Fields) -> Callable[[Tensor], Any] | None:
 def _fit(
     found: Found, config: Fields, architecture: str, sizes: dict[str, int]
 ) -> dict[str, Tensor]:
-    """The checked tensors, with all that only rescales them taken into the weights.
-
-    Raises:
-        WeightsError: They do not fit, or a scaling factor is there that is not to be used.
-    """
+    """The checked tensors, with all that only rescales them taken into the weights."""
     file, tensors = found.file, found.tensors
     shapes = {
         "W_enc": "d_in latent",
@@ -213,11 +201,7 @@ def _fit(
 def _rule(
     config: Fields, architecture: str, parts: dict[str, Tensor], n_latents: int
 ) -> tuple[Rule, dict[str, Tensor]]:
-    """Sparsity rule and its own tensors.
-
-    Raises:
-        WeightsError: `k` is missing, or not a number of latents.
-    """
+    """Sparsity rule and its own tensors."""
     if architecture == "matching_pursuit":
         residual = config.values.get("residual_threshold", 0.01)
         if not isinstance(residual, int | float) or isinstance(residual, bool):
@@ -304,11 +288,7 @@ def save(
 
 
 def _describe(whole: Pretrained) -> tuple[str, dict[str, Tensor], dict[str, Any]]:
-    """SAELens' name for what makes the code sparse, and the tensors and settings it needs.
-
-    Raises:
-        WeightsError: It has none.
-    """
+    """SAELens' name for what makes the code sparse, and the tensors and settings it needs."""
     if whole.spans:
         raise WeightsError("SAELens has no crosscoders, which write several sites.")
     rule, b_enc, state = whole.sparsity, {"b_enc": whole.b_enc}, whole.state

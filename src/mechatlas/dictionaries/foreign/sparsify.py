@@ -57,11 +57,7 @@ def read(found: Found) -> Pretrained:
 
 
 def _rule(config: Fields, n_latents: int) -> Rule:
-    """Sparsity rule.
-
-    Raises:
-        WeightsError: `k` is not a number of latents, or does not divide them into groups.
-    """
+    """Sparsity rule."""
     k = config.integer("k", 32)
     if k > n_latents:
         raise config.wrong("k", f"at most the number of latents, {n_latents}")

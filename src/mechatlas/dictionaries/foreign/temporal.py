@@ -92,11 +92,7 @@ def _settings(text: str) -> dict[str, Any]:
 def _build(
     found: Found, config: Fields, names: Any, site: str | None, kept: Any, *, scales: bool
 ) -> TemporalDictionary:
-    """Make a dictionary of some settings, and fill it.
-
-    Raises:
-        WeightsError: They do not fit.
-    """
+    """Make a dictionary of some settings, and fill it."""
     d_in, n_latents = config.integer("d_in"), config.integer("d_sae")
     n_heads = config.integer("n_heads", 8)
     n_layers, bottleneck = (

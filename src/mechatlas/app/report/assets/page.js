@@ -9,6 +9,7 @@ const atlas = (() => {
   };
 
   function bytesOf(text) {
+    if (Uint8Array.fromBase64) return Uint8Array.fromBase64(text);
     const raw = atob(text);
     const bytes = new Uint8Array(raw.length);
     for (let i = 0; i < raw.length; i++) bytes[i] = raw.charCodeAt(i);
@@ -76,10 +77,13 @@ const atlas = (() => {
     return createImageBitmap(new Blob([bytes], { type: "image/webp" }));
   });
 
+  // A script from an address is compiled beside the main thread.
   const plotly = once(async () => {
-    const script = document.createElement("script");
-    script.textContent = new TextDecoder().decode(await unpack(takeText("#plotly")[1]));
+    const script = document.createElement("script"), code = await unpack(takeText("#plotly")[1]);
+    script.src = URL.createObjectURL(new Blob([code], { type: "text/javascript" }));
     document.head.append(script);
+    await new Promise((done) => { script.onload = done; });
+    URL.revokeObjectURL(script.src);
     return window.Plotly;
   });
 
@@ -103,7 +107,8 @@ const atlas = (() => {
   }
 
   const color = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
-  const category = (number) => `--branch-${number % 8}`;
+  const categories = Number(color("--categories"));
+  const category = (number) => `--branch-${number % categories}`, swatch = (number) => `c${number % categories}`;
 
   // Three digits, as people write them.
   function number(value) {
@@ -133,7 +138,7 @@ const atlas = (() => {
       paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
       font: { family: "inherit", size: 12, color: ink },
       margin: { l: 44, r: 12, t: 8, b: 38 },
-      colorway: [0, 1, 2, 3, 4, 5, 6, 7].map((k) => color(category(k))),
+      colorway: Array.from({ length: categories }, (_, k) => color(category(k))),
       legend: { orientation: "h", x: 0, y: 1.02, yanchor: "bottom", font: { size: 11 }, itemsizing: "constant" },
       hoverlabel: { font: { family: "inherit" } },
       ...own,
@@ -269,6 +274,6 @@ const atlas = (() => {
     array: (chapter, name) => array(`${chapter}/${name}`),
     ranges, kinds,
     image: (chapter, name) => image(`${chapter}/${name}`),
-    el, svg, color, category, number, percent, whenSeen, rest, soon, land, save, csv,
+    el, svg, color, category, categories, swatch, number, percent, whenSeen, rest, soon, land, save, csv,
   };
 })();

@@ -145,8 +145,8 @@ def _finding(each: _FeatureData) -> Finding:
     active = np.flatnonzero(each.statistics.density > 0)
     drawn = np.random.default_rng(0).permutation(active)[:12].tolist()
     return Finding(
-        text=f"{n:,} features of {each.run.manifest['site']} stand for "
-        f"{percent(1 - result['fvu'])} of its variance, {number(result.get('l0'))} of them active "
+        text=f"{n:,} features of {each.run.manifest['site']} explain "
+        f"{percent(1 - result['fvu'])} of its variance, with {number(result.get('l0'))} active "
         "at a time.",
         evidence=f"Rows that were not trained on; {len(active):,} features are ever active in the "
         f"{each.statistics.n_rows:,} rows read. Pictures: features drawn at random.",
