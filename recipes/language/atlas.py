@@ -188,14 +188,14 @@ def main() -> None:
         if (path / "worth.json").is_file():
             results[path.name] = cattrs.structure(read_json(path / "worth.json"), NetworkEvaluation)
     first, last = min(stream), max(stream)
-    modules = {
-        kind: tuple(path for n, path in found[kind].items() if first < n <= last)
+    attention, mlp = (
+        tuple(path for n, path in found[kind].items() if first < n <= last)
         for kind in ("attention", "mlp")
-    }
-    paths = [*stream.values(), *modules["attention"], *modules["mlp"]]
+    )
+    paths = [*stream.values(), *attention, *mlp]
     flow = made(
         FlowConfig(
-            dictionaries=tuple(stream.values()), **modules,
+            dictionaries=tuple(stream.values()), attention=attention, mlp=mlp,
             sites=tuple(sites[path] for path in paths), out=Path("flow"),
         ),
         FLOW,
