@@ -241,11 +241,11 @@ const atlas = (() => {
   const overflow = new ResizeObserver((entries) => entries.forEach(({ target }) => {
     const cut = target.scrollWidth > target.clientWidth + 1;
     target.classList.toggle("cut", cut);
-    if (cut) { target.tabIndex = 0; target.setAttribute("role", "region"); target.setAttribute("aria-label", `Table ${tables.indexOf(target) + 1} of ${target.closest(".chapter")?.id ?? "the page"}, scrolls sideways`); }
-    else target.removeAttribute("tabindex");
+    if (cut) { target.setAttribute("role", "region"); target.setAttribute("aria-label", `Table ${tables.indexOf(target) + 1} of ${target.closest(".chapter")?.id ?? "the page"}, scrolls sideways`); }
+    else { target.removeAttribute("role"); target.removeAttribute("aria-label"); }
   }));
   const tables = [...document.querySelectorAll(".scroll")];
-  tables.forEach((element) => overflow.observe(element));
+  tables.forEach((element) => { element.tabIndex = 0; overflow.observe(element); });
 
   function save(name, text, type = "application/json") {
     const url = URL.createObjectURL(new Blob([text], { type }));
