@@ -38,7 +38,7 @@ test-cluster: setup
 	$(PIP) -e '.[ray]'
 	$(BIN)/pytest -m 'cluster or not slow' tests/app/test_engines.py tests/app/test_cluster.py
 
-# Kills, damage, full disks, two writers, hostile files: half an hour; `faults.md` has the table.
+# Kills, damage, full disks, two writers, hostile files: over an hour on a busy core; `faults.md` has the table.
 faults: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults
 

@@ -7,6 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from mechatlas.dictionaries.pretrained import CrossLayerDictionary, Pretrained
+from mechatlas.dictionaries.sparsity import ReLU
 from mechatlas.maths.actions import Rotate
 from mechatlas.maths.named_groups import group
 
@@ -190,3 +192,70 @@ class Windows:
 
     def stack(self, samples: abc.Sequence[np.ndarray]) -> Tensor:
         return torch.from_numpy(np.stack(samples)).long()
+
+
+class Layered(nn.Module):
+    """Three layers on tokens: rows are mixed from the left, then an MLP is added to each."""
+
+    def __init__(self, width: int = 8) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = nn.Embedding(50, width)
+        self.layers = nn.ModuleList([Layer(width) for _ in range(3)])
+        self.head = nn.Linear(width, 50)
+        self.eval()
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embed(tokens)
+        for layer in self.layers:
+            x = layer(x)
+        return self.head(x)
+
+
+class Layer(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.mix = Mixer(width, causal=True)
+        self.mlp = nn.Sequential(nn.Linear(width, 16), nn.GELU(), nn.Linear(16, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.mix(x)
+        return x + self.mlp(x)
+
+
+class Residual(nn.Module):
+    """The MLPs of `Layered` alone, on rows of eight numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.start = nn.Linear(8, 8)
+        self.layers = nn.ModuleList([Layer(8).mlp for _ in range(3)])
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.start(x)
+        for mlp in self.layers:
+            x = x + mlp(x)
+        return self.head(x)
+
+
+def residual() -> Residual:
+    return Residual().eval()
+
+
+def cross_layer(n_latents: int = 12, dtype: torch.dtype = torch.float32) -> CrossLayerDictionary:
+    """Cross-layer transcoder of `Layered`, each of whose layers writes its own and all later."""
+    random = torch.Generator().manual_seed(5)
+    layers = [
+        Pretrained(
+            W_enc=torch.randn(8, n_latents, generator=random).to(dtype),
+            b_enc=torch.randn(n_latents, generator=random).to(dtype) - 1,
+            W_dec=torch.randn(n_latents, 8 * (3 - i), generator=random).to(dtype) / 4,
+            b_dec=torch.randn(8 * (3 - i), generator=random).to(dtype) / 4,
+            sparsity=ReLU(), subtracts_b_dec=False, transcodes=True, site=f"in.{i}",
+            widths={f"out.{j}": 8 for j in range(i, 3)},
+        )
+        for i in range(3)
+    ]  # fmt: skip
+    return CrossLayerDictionary(layers, [f"in.{i}" for i in range(3)])

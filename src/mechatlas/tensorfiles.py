@@ -461,7 +461,7 @@ def non_finite(tensors: Mapping[str, Tensor]) -> list[str]:
     """List the tensors with a NaN or an infinity, and where the first one is."""
     places = []
     for name, tensor in tensors.items():
-        rows = max(1, (1 << 22) * len(tensor) // max(tensor.numel(), 1)) if tensor.ndim else 1
+        rows = max(1, (1 << 20) * len(tensor) // max(tensor.numel(), 1)) if tensor.ndim else 1
         for number, part in enumerate(tensor.split(rows) if tensor.ndim else (tensor,)):
             bad = part.isfinite().logical_not_()
             if bad.any():

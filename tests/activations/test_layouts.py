@@ -1,5 +1,7 @@
 """Layouts of networks in many words; the truth is written beside each."""
 
+import itertools
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -295,6 +297,50 @@ def test_what_is_not_known_is_refused_with_the_way_to_say_it():
 
     with pytest.raises(SiteError, match="which axis is the batch"):
         layouts_of(Table(), VECTORS, [Site("table")])
+
+
+class Mixing(nn.Module):
+    """Layers that take time on the first axis, whatever is given to the network."""
+
+    def __init__(self, core: nn.Module) -> None:
+        super().__init__()
+        self.core, self.out = core, nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.core(x)
+        return self.out(hidden[0] if isinstance(hidden, tuple) else hidden)
+
+
+def mixing_networks():
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(6, 2, 8)
+    norm = nn.BatchNorm1d(7, track_running_stats=False)
+    for core in (nn.GRU(6, 6), layer, nn.Sequential(nn.Linear(6, 6), norm)):
+        yield Mixing(core).eval()
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_a_network_that_mixes_samples_is_refused(n):
+    x = torch.randn(n, 7, 6, generator=torch.Generator().manual_seed(0))
+    for network in mixing_networks():
+        with pytest.raises(SiteError, match=r"at out change with the other samples.*: out@btc\."):
+            layouts_of(network, x, [Site("out")])
+        named = Site("out", axes="btc")
+        assert layouts_of(network, x, [named]) == {named: Layout("btc")}
+
+
+def test_networks_whose_samples_are_apart_are_not_refused_for_rounding_or_chance():
+    torch.manual_seed(0)
+    x = torch.randn(3, 7, 6)
+    cores = nn.TransformerEncoderLayer(6, 2, 8, batch_first=True), Noise()
+    for core, kind in itertools.product(cores, (torch.float32, torch.bfloat16)):
+        network = Mixing(core).to(kind).eval()
+        assert layouts_of(network, x.to(kind), [Site("out")])[Site("out")] == Layout("btc")
+
+
+class Noise(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.randn_like(x)
 
 
 def test_nothing_of_the_network_is_changed():

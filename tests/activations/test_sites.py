@@ -502,6 +502,26 @@ def test_a_branch_may_be_any_choice_of_channels(channels, write):
 
 
 @pytest.mark.parametrize(
+    "channels", [slice(6, 9), [6], [1, 1], [], [0.5], ["a"], [[1, 2]]], ids=str
+)
+def test_a_branch_of_channels_that_are_not_there_is_refused(channels):
+    network, x = nn.Sequential(nn.Conv1d(3, 6, 1)), torch.randn(2, 3, 5)
+    vars(network[0])["branches"] = {"some": channels}
+    with pytest.raises(SiteError, match=r"ranch .*channels"):
+        read_activations(network, x, ["0/some"])
+    edits = {"0/some": torch.zeros_like}
+    with pytest.raises(SiteError, match=r"ranch .*channels"), intervene(network, edits):
+        network(x)
+
+
+def test_an_attribute_of_another_meaning_names_no_branches():
+    network, x = nn.Sequential(nn.Linear(3, 6)), torch.randn(2, 3)
+    for other in ({"left": 3}, {"a": nn.ReLU(), "b": [1]}, {"depth": "two"}):
+        vars(network[0])["branches"] = other
+        assert [info.branches for info in list_sites(network, x)] == [{}]
+
+
+@pytest.mark.parametrize(
     "edit", [lambda a: a.mul_(0), lambda a: a.zero_().clone(), torch.zeros_like]
 )
 def test_an_edit_in_place_reaches_neither_skips_nor_inputs_nor_what_it_returns(edit):

@@ -218,7 +218,7 @@ def test_a_place_that_cannot_be_written_is_found_before_any_work(here, capsys, m
     long = "n" * 300 + ".html"
     assert "File name too long" in refused(["report", ".", "--out", long], capsys)
     Path("loop.toml").symlink_to("loop.toml")
-    assert "loop.toml cannot be read: Too many" in refused(["train", "loop.toml"], capsys)
+    assert "no recipe file loop.toml" in refused(["train", "loop.toml"], capsys)
     monkeypatch.setattr("mechatlas.app.commands.report.report", lambda *_, **__: Path("gone.html"))
     assert "gone.html was deleted" in refused(["report", ".", "--out", "gone.html"], capsys)
 

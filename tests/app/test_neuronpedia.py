@@ -36,13 +36,27 @@ SITE = "model.layers.0"
 
 
 @pytest.fixture
-def here(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def here(world, monkeypatch):
+    monkeypatch.chdir(world)
+    return world
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("neuronpedia")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        make(folder)
+    return folder
+
+
+def make(folder):
+    """Store of a small model's texts, and a dictionary of one of its sites."""
     model("llama").save_pretrained("llama")
     byte_tokenizer(first="<s>").save_pretrained("llama")
     rows = [{"text": f"Text {i} of {i * i} words. "} for i in range(30)]
-    (tmp_path / "texts.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    (tmp_path / "collect.toml").write_text(RECIPE)
+    (folder / "texts.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (folder / "collect.toml").write_text(RECIPE)
     main(["collect", "collect.toml"])
     rows = Store("store").rows(SITE)
     sae = Autoencoder(d_in=16, n_latents=12, sparsity=TopK(k=2))
@@ -50,7 +64,6 @@ def here(tmp_path, monkeypatch):
         sae.W_dec.mul_(torch.linspace(0.5, 2, 12)[:, None])  # lengths that must be taken out
         sae.W_enc.copy_(sae.W_dec.T / rows.held_out(50).x.std())
     save(sae, "sae")
-    return tmp_path
 
 
 def codes():

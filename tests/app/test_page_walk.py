@@ -49,6 +49,18 @@ AXE = """axe.run(document, { rules: { 'skip-link': { enabled: false } },
   + each.nodes[0].failureSummary.slice(0, 300)))"""
 
 
+def logits(n: int) -> ma.LogitEffects:
+    """Effects on the logits of a made-up vocabulary; the first feature raises a token."""
+    tokens = np.tile(np.arange(6), (n, 1))
+    effects = np.linspace(2, 1, 6, dtype=np.float32) * np.ones((n, 1), np.float32)
+    q = np.where(np.arange(n) == 0, 0.01, 0.9)
+    return ma.LogitEffects(
+        latents=np.arange(n), top_tokens=tokens, top_effects=effects, bottom_tokens=tokens,
+        bottom_effects=-effects, p_top=q, p_bottom=np.ones(n), q_top=q, q_bottom=np.ones(n),
+        null_top=1.0, n_random=500, scale=1.0, words={k: f"word {k}" for k in range(6)},
+    )  # fmt: skip
+
+
 def axe() -> str:
     """Script of axe-core, where a package on this machine has it."""
     given = os.environ.get("MECHATLAS_AXE")
@@ -79,6 +91,7 @@ def page(world, tmp_path_factory):
         "3": [
             ma.branches(world.last, halves),
             posed_features(),
+            logits(world.last.n_latents),
             ma.evaluate(world.last, network=world.network, samples=world.samples, site="3"),
             ma.attribute(
                 world.network,
@@ -132,7 +145,8 @@ def test_nothing_is_wrong_on_the_way_through_the_page(window, page, width, dark)
     assert [c for c in window.complaints if "GL Driver" not in c] == []
 
 
-@pytest.mark.parametrize(("width", "dark"), [(1400, False), (420, True)])
+@pytest.mark.parametrize("dark", [False, True])
+@pytest.mark.parametrize("width", [1400, 420])
 def test_axe_finds_no_fault(window, page, width, dark):
     script = axe()
     window.open(page, width, 900, dark=dark)
@@ -153,7 +167,7 @@ def test_a_dossier_has_every_claim_with_its_evidence(window, page, width):
     window.until("document.querySelector('dialog[open] .claims[data-ready]')")
     titles = window.run("[...document.querySelectorAll('dialog h4')].map((e) => e.textContent)")
     assert {"Strongest", "At ten quantiles", "Activations", "Nearest features"} <= set(titles)
-    assert {"Symmetry", "Branches", "Goes to", "Circuits in"} <= set(titles)
+    assert {"Symmetry", "Branches", "Goes to", "Circuits in", "Next tokens"} <= set(titles)
     assert window.run(BARE) == []
     wide, box = window.run("(({ scrollWidth, clientWidth }) => [scrollWidth, clientWidth])"
                            "(document.querySelector('dialog'))")  # fmt: skip

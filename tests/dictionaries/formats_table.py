@@ -3,18 +3,22 @@
     python -m tests.dictionaries.formats_table
 
 writes it anew. Differences are the largest of codes, reconstructions and outputs against the
-library's own numbers, for the golden files.
+library's own numbers, for the golden files. Memory is that of loading the same layout with many
+times the latents in half precision, where files count as large from a megabyte.
 """
 
 import tempfile
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
 
 from mechatlas.base import WeightsError
+from mechatlas.dictionaries.ends import ends_of, parts_of
 from mechatlas.dictionaries.formats import WRITERS, save
 from tests.dictionaries.golden import (
     EXPECTED,
+    GIVEN,
     GOLDEN,
     NAMES,
     PUBLISHED,
@@ -25,10 +29,13 @@ from tests.dictionaries.golden import (
     read_published,
     read_temporal,
 )
+from tests.dictionaries.large_files import lengthen, peaks
 
 DOCS = Path(__file__).parents[2] / "docs" / "formats.md"
 BEGIN, END = "<!-- formats: begin -->\n", "<!-- formats: end -->\n"
 LIMIT = 1e-5
+MEMORY_LIMIT = 2.5
+"""Largest memory of loading, over the size of the file: mapped pages and one copy of them."""
 
 
 def rows() -> dict[str, tuple[str, float]]:
@@ -69,11 +76,44 @@ def written(dictionary: torch.nn.Module) -> set[str]:
     return kept
 
 
+def memory(formats: Collection[str] = ()) -> dict[str, float]:
+    """Library and class -> largest memory of loading a large file, over the size of the file.
+
+    Args:
+        formats: Libraries and classes to measure; by default all that have a layout of latents.
+    """
+    found: dict[str, float] = {}
+    for name in (*NAMES, *PUBLISHED):
+        dictionary = read(GOLDEN / name) if name in NAMES else read_published(name)
+        library = dictionary.file_format
+        if library in found or (formats and library not in formats):
+            continue
+        n_latents = {part.latents.stop - part.latents.start for part in parts_of(dictionary)}
+        ends = ends_of(dictionary)
+        widths = {s.stop - s.start for spans in ends for s in spans.values()}
+        others = widths | {dictionary.d_in, dictionary.d_out, len(ends.reads), len(ends.writes)}
+        if n_latents & others:
+            continue
+        with tempfile.TemporaryDirectory() as folder:
+            place = Path(folder) / name
+            size = lengthen(GOLDEN / name, place, n_latents, others)
+            given = GIVEN.get(name, {})
+            (small, _), (large, problem) = peaks([(GOLDEN / name, given), (place, given)])
+        if not problem:
+            found[library] = max(0.0, large - small) / size
+    return found
+
+
 def table() -> str:
     """Table in Markdown."""
-    lines = ["| library and class | written for | largest difference |", "|---|---|---|"]
+    sizes = memory()
+    lines = [
+        "| library and class | written for | largest difference | memory of loading |",
+        "|---|---|---|---|",
+    ]
     for name, (writes, difference) in rows().items():
-        lines.append(f"| {name} | {writes or 'mechatlas alone'} | {difference:.0e} |")
+        size = f"{sizes[name]:.2f}" if name in sizes else "-"
+        lines.append(f"| {name} | {writes or 'mechatlas alone'} | {difference:.0e} | {size} |")
     return "\n".join(lines) + "\n"
 
 

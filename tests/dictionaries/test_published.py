@@ -21,7 +21,15 @@ from mechatlas.dictionaries.metrics import evaluate
 from mechatlas.dictionaries.pretrained import CrossLayerDictionary, Pretrained
 from mechatlas.dictionaries.sparsity import ReLU
 from tests.conformance import CHECKS
-from tests.dictionaries.golden import GIVEN, GOLDEN, PUBLISHED, SITES, expected, read_published
+from tests.dictionaries.golden import (
+    GIVEN,
+    GOLDEN,
+    PUBLISHED,
+    SITES,
+    X,
+    expected,
+    read_published,
+)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -171,6 +179,23 @@ def test_shards_are_read_as_one_and_their_index_names_no_other_folder(tmp_path):
         load(tmp_path)
     index.write_text("[]")
     with pytest.raises(WeightsError, match="has no weight_map"):
+        load(tmp_path)
+
+
+def test_what_crosscoder_learning_publishes_on_the_hub_names_no_class(tmp_path):
+    theirs = load(GOLDEN / "dictionary_learning_batchtopk")
+    tensors = torch.load(GOLDEN / "dictionary_learning_batchtopk" / "ae.pt", weights_only=True)
+    k = int(tensors.pop("k"))
+    whole = {key: tensor.contiguous() for key, tensor in tensors.items()}
+    safetensors.torch.save_file(whole, tmp_path / "model.safetensors")
+    sizes = {"activation_dim": theirs.d_in, "dict_size": theirs.n_latents, "k": k}
+    (tmp_path / "config.json").write_text(json.dumps(sizes))
+    found = load(tmp_path)
+    assert isinstance(found, Pretrained)
+    assert torch.equal(found(X), theirs(X))
+    assert found.file_format == "dictionary_learning BatchTopKSAE"
+    (tmp_path / "config.json").write_text(json.dumps({**sizes, "dict_size": 7}))
+    with pytest.raises(WeightsError, match="encoder"):
         load(tmp_path)
 
 

@@ -11,10 +11,9 @@ from mechatlas.activations.store import Store
 from mechatlas.analysis.evaluation.evaluate import evaluate
 from mechatlas.analysis.examples.statistics import feature_statistics
 from mechatlas.analysis.matching.pairing import match
-from mechatlas.app.cli import main
 from mechatlas.app.report.from_python import report
 from mechatlas.base import Site, UserError
-from tests.dictionaries.golden import GOLDEN, read_published, read_temporal
+from tests.dictionaries.golden import read_published, read_temporal
 from tests.networks import Reader, Windows
 
 SEVERAL = {
@@ -55,12 +54,3 @@ def test_atoms_are_matched_and_rows_of_one_site_are_refused(name, world, tmp_pat
     ):  # fmt: skip
         with pytest.raises(UserError, match=SEVERAL[name]):
             use()
-
-
-def test_a_circuit_of_several_sites_is_refused_before_anything_runs(tmp_path, capsys):
-    for name in ("gemma_scope_two_layer_1_4_7_width_6", "circuit_tracer_clt_relu"):
-        place = str(GOLDEN / name)
-        with pytest.raises(SystemExit) as exit_:
-            main(["circuit", place, place, "--sites", "a", "b", "--out", str(tmp_path / "c")])
-        assert exit_.value.code == 2
-        assert "cannot be part of a circuit: it writes several sites" in capsys.readouterr().err

@@ -100,7 +100,8 @@ def _write(source: Path, n_bytes: int) -> None:
     else:
         lines = b"a few words of this size and that\n" * (1 << 15)
         if source.suffix == ".jsonl":
-            lines = b'{"text": "a few words of this size and that"}\n' * (1 << 15)
+            text = b"a few words of this size and that " * 64
+            lines = b'{"text": "%b"}\n' % text * (1 << 9)
         if source.suffix != ".zip":
             with open(source, "wb") as file:
                 for _ in range(n_bytes // len(lines)):

@@ -14,7 +14,7 @@ from mechatlas.dictionaries.autoencoder import Autoencoder
 from mechatlas.dictionaries.foreign.weights import as_pretrained
 from mechatlas.dictionaries.formats import save
 from mechatlas.dictionaries.sparsity import TopK
-from tests.app.test_neuronpedia import here  # noqa: F401 - a fixture
+from tests.app.test_neuronpedia import here, world  # noqa: F401 - fixtures
 from tests.dictionaries.golden import (
     GOLDEN,
     NAMES,

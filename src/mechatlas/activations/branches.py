@@ -38,11 +38,17 @@ def branches_of(
         network: Network that has the module.
         module_name: Name of the module, as in `named_modules()`.
         take: Whether the slices are of the module's output or of its input.
+
+    Raises:
+        SiteError: What a module names as channels is none of these.
     """
     network = unwrapped(network)
     branches = getattr(network.get_submodule(module_name), "branches", None)
     if isinstance(branches, Mapping) and not isinstance(branches, nn.Module):
-        return {n: as_channels(c) for n, c in branches.items()} if take == "output" else {}
+        channels = {n: c for n, c in branches.items() if isinstance(c, _CHANNELS)}
+        if take == "input" or len(channels) < len(branches):  # an attribute that means others
+            return {}
+        return {n: as_channels(c, f"{module_name}/{n}") for n, c in channels.items()}
     if take == "output" and (named := named_heads(network, module_name)):
         return dict(named)
     n_heads, width = _heads(network, module_name, take)
@@ -82,12 +88,32 @@ def _first(module: object, *names: str) -> int | None:
     return next((value for value in values if isinstance(value, int)), None)
 
 
-def as_channels(value: Any) -> Channels:
-    """Convert a slice, numbers of channels or one bool a channel."""
+_CHANNELS = slice | range | list | tuple | np.ndarray | Tensor
+
+
+def as_channels(value: Any, name: str, width: int | None = None) -> Channels:
+    """Convert a slice, numbers of channels or one bool a channel.
+
+    Args:
+        value: The channels.
+        name: Name of the branch, for the message.
+        width: Number of channels, where it is known.
+
+    Raises:
+        SiteError: The value is something else, or names a channel twice.
+    """
     if isinstance(value, slice):
         return value
-    numbers = np.asarray(value.tolist() if isinstance(value, Tensor) else list(value))
+    numbers = np.asarray(value.tolist() if isinstance(value, Tensor) else value)
+    if numbers.dtype == bool and width not in (None, numbers.size):
+        raise SiteError(f"The branch {name!r} has {numbers.size} bools, for {width} channels.")
     numbers = np.flatnonzero(numbers) if numbers.dtype == bool else numbers
+    whole = not numbers.size or np.issubdtype(numbers.dtype, np.integer)
+    if numbers.ndim != 1 or not whole or len(np.unique(numbers)) < len(numbers):
+        raise SiteError(
+            f"The branch {name!r} is {value!r}; expected a slice, numbers of channels, each once, "
+            "or one bool a channel."
+        )
     return [int(number) for number in numbers]
 
 

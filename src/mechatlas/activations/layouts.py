@@ -7,7 +7,8 @@
 
 Nothing is guessed by the number of axes. Modules of torch say where their channels are; for all
 others the axes are followed from operation to operation (`axes.py`). The batch is the axis that
-doubles from one sample to two. What stays unknown is refused, and can be given as `site@bct`.
+doubles from one sample to two. What stays unknown is refused, and can be given as `site@bct`; so
+are activations of a sample that are others beside another sample.
 """
 
 import dataclasses
@@ -31,7 +32,10 @@ from mechatlas.activations.passes import unobserved, unwrapped
 from mechatlas.activations.reading import hook_module
 from mechatlas.activations.values import tensors_in
 from mechatlas.base import Site, SiteError
-from mechatlas.maths.arrays import Channels
+from mechatlas.maths.arrays import Channels, numbers_of
+
+MIXING = 0.01
+"""Change of a sample's activations with the batch, of the largest, from which it is no rounding."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,10 +159,15 @@ class Layout:
 
 
 def _forward(channels: Channels, n: int) -> Channels:
-    """Channels as torch indexes them: it has no slices that run backward."""
-    if isinstance(channels, slice) and (channels.step or 1) < 0:
-        return list(range(n))[channels]
-    return channels
+    """Channels as torch indexes them: it has no slices that run backward.
+
+    Raises:
+        SiteError: There are no such channels, or none at all.
+    """
+    numbers = numbers_of(channels, n)
+    if not numbers or not -n <= min(numbers) <= max(numbers) < n:
+        raise SiteError(f"A branch has the channels {channels}, of activations with {n} channels.")
+    return channels if isinstance(channels, slice) and (channels.step or 1) > 0 else numbers
 
 
 def expect_patterns(
@@ -245,8 +254,10 @@ def find_layouts(
         Exception: Never; it becomes an `InputError`.
     """
     root = unwrapped(network)
+    two = _two_samples(inputs)
+    second = tree_map_only(Tensor, lambda t: t[1:] if t.ndim else t, two)
     with running(root, inputs, sites or ()):
-        passes = [_watch(root, *arguments_of(root, _take(inputs, n)), sites) for n in (2, 1)]
+        passes = [_watch(root, *arguments_of(root, part), sites) for part in (two, second)]
         double, single = (each.seen for each in passes)
         if all(each.error for each in passes):  # a network for one size of batch
             whole = _watch(root, *arguments_of(root, inputs), sites)
@@ -259,9 +270,30 @@ def find_layouts(
     for site in sites:
         two, one = double.get(_call(site)), single.get(_call(site))
         layout = _decide(site, two, one)
+        if isinstance(layout, Layout) and not site.axes and two and one and not passes[0].is_random:
+            layout = _mixed(site, layout, two.sample, one.sample) or layout
         seen = one or two
-        found[site] = Found(layout, tuple(seen[0]) if seen else ())
+        found[site] = Found(layout, tuple(seen.shape) if seen else ())
     return found
+
+
+def _mixed(site: Site, layout: Layout, two: Tensor | None, one: Tensor | None) -> str | None:
+    """Sentence that refuses a site where the second of two samples is another than alone."""
+    if two is None or one is None or not one.numel():
+        return None
+    beside, alone = layout.rows(two)[1].float(), layout.rows(one)[0].float()
+    if beside.shape != alone.shape:
+        return None
+    change = float((beside - alone).abs().max() / alone.abs().max().clamp_min(1e-30))
+    if not change > max(MIXING, 8 * torch.finfo(one.dtype).eps):
+        return None
+    given = dataclasses.replace(site, axes=layout.axes)
+    return (
+        f"The activations of a sample at {site} change with the other samples of the batch, by up "
+        f"to {change:.0%} of the largest. The network mixes samples, or takes the first axis of "
+        "its inputs as time: put a module around it that transposes them. To read the site as it "
+        f"is, name its axes: {given}."
+    )
 
 
 def _call(site: Site) -> Site:
@@ -294,34 +326,47 @@ def channel_axis(
     seen = _watch(network, args, kwargs, [site]).seen.get(_call(site))
     if seen is None:
         return None
-    channels = _channels(seen[1], _batch(*seen, None)[0])
+    channels = _channels(seen.axes, _batch(seen.shape, seen.axes, None)[0])
     return channels[0] if len(channels) == 1 else None
 
 
-def _take(inputs: Any, n: int) -> Any:
-    """First samples of a batch; the first one again where there are fewer."""
+def _two_samples(inputs: Any) -> Any:
+    """First two samples of a batch; of a single one also the reverse, as another sample."""
     if isinstance(inputs, Mapping):
         inputs = dict(inputs)
 
     def first(tensor: Tensor) -> Tensor:
-        return tensor[:n] if len(tensor) >= n else tensor[:1].expand(n, *tensor.shape[1:])
+        one = tensor[:1]
+        return tensor[:2] if len(tensor) > 1 else torch.cat([one, one.flip(-1)])
 
     return tree_map_only(Tensor, lambda t: first(t) if t.ndim else t, inputs)
 
 
-class _Seen:
-    """Tensors at some sites in one pass: their shapes, and their axes as far as they are known."""
+class _Seen(NamedTuple):
+    """Tensor at a site in a pass."""
+
+    shape: torch.Size
+    axes: Axes
+    """Axes, as far as they are known."""
+    sample: Tensor | None
+    """Copy of the tensor, where sites were named."""
+
+
+class _Watched:
+    """Tensors at some sites in one pass, with their axes as far as they are known."""
 
     def __init__(self) -> None:
-        self.seen: dict[Site, tuple[torch.Size, Axes]] = {}
+        self.seen: dict[Site, _Seen] = {}
         self.error: Exception | None = None
+        self.is_random = False
+        """Whether the network drew random numbers."""
 
 
 def _watch(
     root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], sites: Sequence[Site] | None
-) -> _Seen:
+) -> _Watched:
     """Run the network in a mode that follows the axes; an error ends the pass where it occurs."""
-    result, n_calls = _Seen(), Counter[tuple[str, str]]()
+    result, n_calls = _Watched(), Counter[tuple[str, str]]()
     tracker = AxisTracker(root)
     modules = {name: m for name, m in root.named_modules() if not isinstance(m, ScriptModule)}
     if sites is None:
@@ -336,7 +381,9 @@ def _watch(
         if first is not None and (sites is not None or first.is_floating_point()):
             call = dataclasses.replace(site, call=n_calls[site.module, site.take])
             if first.ndim > 1 or sites is not None:
-                result.seen[call] = first.shape, tracker.axes(first)
+                is_kept = sites is not None and first.is_floating_point()
+                copy = first.detach().clone() if is_kept else None
+                result.seen[call] = _Seen(first.shape, tracker.axes(first), copy)
         return value
 
     def stamp(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -360,24 +407,22 @@ def _watch(
         for tensor in tensors_in((args, kwargs)):
             for axis in tracker.axes(tensor)[:1]:
                 axis[0].kind = BATCH
+        random = torch.get_rng_state()
         try:
             with tracker:
                 root(*args, **kwargs)
         except Exception as error:  # the pass that the user asks for will say it
             result.error = error
+        result.is_random = not torch.equal(random, torch.get_rng_state())
     return result
 
 
-def _decide(
-    site: Site,
-    double: tuple[torch.Size, Axes] | None,
-    single: tuple[torch.Size, Axes] | None,
-) -> Layout | str:
+def _decide(site: Site, double: _Seen | None, single: _Seen | None) -> Layout | str:
     """Layout of a site from a pass of two samples and one of a single sample."""
     seen = double or single
     if seen is None:
         return f"The network ran without calling the module of: {site}."
-    shape, axes = seen
+    shape, axes = seen.shape, seen.axes
     if site.axes is not None:
         if len(site.axes) != len(shape):
             return (
@@ -385,7 +430,7 @@ def _decide(
                 f"{tuple(shape)} have {len(shape)}."
             )
         return Layout(site.axes)
-    batch, merged = _batch(shape, axes, single[0] if double and single else None)
+    batch, merged = _batch(shape, axes, single.shape if double and single else None)
     if batch is None:
         return unknown_axis(site, shape, "which axis is the batch")
     channels = _channels(axes, batch)

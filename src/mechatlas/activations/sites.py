@@ -1,6 +1,7 @@
 """Sites of a network: find them, read activations there, replace activations there.
 
     as_site             text or site -> the site of a network
+    place_sites         names that a dictionary has for its sites -> the sites of a network
     find_sites          globs -> sites
     list_sites          every site of a network, with its shape and branches
     read_activations    run a network just far enough and return the activations at some sites
@@ -53,7 +54,7 @@ from mechatlas.activations.site_names import (
     translate,
 )
 from mechatlas.activations.values import replace_tensor, tensor_of
-from mechatlas.base import Site, SiteError
+from mechatlas.base import InputError, Site, SiteError
 from mechatlas.maths.arrays import Channels
 
 Edit = Callable[[Tensor], Tensor]
@@ -103,6 +104,40 @@ def as_site(network: nn.Module, site: Site | str) -> Site:
         raise SiteError(hint or _no_such_module(parsed, names))
     own = {name: value for name, value in given.items() if value not in (None, "output", text)}
     return dataclasses.replace(parsed, **own)
+
+
+def place_sites(
+    network: nn.Module,
+    names: Sequence[str],
+    given: Site | str | Sequence[Site | str] | None,
+    what: str,
+) -> dict[str, Site]:
+    """Find the sites that a dictionary names in a network.
+
+    Args:
+        network: Network of the sites.
+        names: Names that the dictionary has for them; those in angle brackets are of no network.
+        given: Sites in their place, one for each name in this order.
+        what: Words on what the dictionary reads and writes, for messages.
+
+    Raises:
+        InputError: There are more or fewer sites than names, or a site is not named at all.
+        SiteError: The network has no such site.
+    """
+    if given is None:
+        if any(name.startswith("<") for name in names):
+            raise InputError(
+                f"The dictionary {what}, and does not say of which site it is; give `site`."
+            )
+        chosen: Sequence[Site | str] = names
+    else:
+        chosen = [given] if isinstance(given, Site | str) else list(given)
+    if len(chosen) != len(names):
+        raise InputError(
+            f"The dictionary {what}: give {len(names)} sites in this order, got "
+            f"{', '.join(map(str, chosen))}."
+        )
+    return {name: as_site(network, site) for name, site in zip(names, chosen, strict=True)}
 
 
 def _has_module(network: nn.Module, name: str) -> bool:

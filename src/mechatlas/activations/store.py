@@ -477,6 +477,7 @@ class PairedRows(Result):
     def __init__(self, rows: Sequence[StoreRows]) -> None:
         self.rows: list[StoreRows] = list(rows)
         self.d_in = sum(r.d_in for r in rows)
+        self.site: str = ", ".join(r.site for r in rows)
         self.n_rows, self.n_held_out = rows[0].n_rows, rows[0].n_held_out
         for r in rows:  # the same pools, hence the same order
             r.n_pools = max(other.n_pools for other in rows)
@@ -505,6 +506,12 @@ class PairedRows(Result):
         """First rows of the held-out split."""
         batches = [r.held_out(n_rows) for r in self.rows]
         return Batch(torch.cat([batch.x for batch in batches], dim=1), batches[0].row)
+
+    def scan(self) -> Iterator[tuple[Batch, Int[Tensor, "batch 3"]]]:
+        """Every row once in stored order; see `StoreRows.scan`."""
+        for parts in zip(*(r.scan() for r in self.rows), strict=True):
+            x = torch.cat([batch.x for batch, _ in parts], dim=1)
+            yield Batch(x, parts[0][0].row), parts[0][1]
 
     def describe(self, row: int) -> str:
         """File and line of a row, at every site."""

@@ -2,6 +2,7 @@
 
 open_dictionary     a folder or file -> the dictionary and the site that it reads
 open_dictionaries   several of them, each with a name of its own
+sites_of            an opened dictionary -> the sites that it reads and writes
 find_store          an opened dictionary -> the store that it was trained on
 refuse_other_network   a dictionary and a store of another network -> a sentence
 open_network        a store -> its network and samples
@@ -27,6 +28,7 @@ from mechatlas.app.commands.collect import CollectConfig
 from mechatlas.app.recipes import TrustConfig, from_dict
 from mechatlas.app.run_folder import HISTORY, RECIPE, RESULT
 from mechatlas.base import RecipeError, StoreError, TrustError
+from mechatlas.dictionaries.ends import UNNAMED, ends_of
 from mechatlas.dictionaries.formats import load
 from mechatlas.dictionaries.hub import fetch, is_address
 from mechatlas.files import MANIFEST, checksum, checksum_file, read_manifest
@@ -117,6 +119,20 @@ def open_dictionaries(
     if len({each.name for each in opened}) == len(opened):
         return opened
     return [dataclasses.replace(each, name=str(each.path)) for each in opened]
+
+
+def sites_of(opened: OpenedDictionary) -> str | None:
+    """Sites of a dictionary: those that it reads, then others that it writes, with commas.
+
+    None where neither its manifest nor its file says them.
+    """
+    ends, written = ends_of(opened.dictionary), opened.manifest.get("writes")
+    if len(ends.names) == 1 or opened.manifest.get("group"):
+        return opened.site
+    if opened.site and isinstance(written, list) and len(written) == 1:  # a transcoder of ours
+        return f"{opened.site},{written[0]}"
+    named = [name for name in ends.names if name not in UNNAMED]
+    return ",".join(named) if len(named) == len(ends.names) else opened.site
 
 
 def expect_several(paths: Sequence[Path], command: str) -> None:

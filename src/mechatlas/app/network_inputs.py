@@ -24,6 +24,7 @@ from mechatlas.app.inputs import (
     open_network,
     recorded_network,
     refuse_other_network,
+    sites_of,
 )
 from mechatlas.app.recipes import CONVERTER, from_dict
 from mechatlas.app.run_folder import DeviceConfig
@@ -51,7 +52,8 @@ class MeasureConfig(DeviceConfig):
     store: Path | None = None
     """Store that says what is missing; by default that which the dictionary was trained on."""
     site: str | None = None
-    """Site of the dictionary, where it does not say so itself."""
+    """Site of the dictionary, where it does not say so itself; of one of several sites all of them
+    with commas, those that it reads and then others that it writes."""
 
 
 class Measured(NamedTuple):
@@ -59,6 +61,7 @@ class Measured(NamedTuple):
 
     opened: OpenedDictionary
     site: str
+    """Site of the dictionary; several with commas."""
     network: nn.Module
     samples: Samples
     numbers: list[int] | None
@@ -74,9 +77,12 @@ def open_measured(config: MeasureConfig, n_samples: int) -> Measured:
         RecipeError: The site is not known.
         UserError: The network, the samples or the store are not to be found, or do not fit.
     """
-    opened = open_dictionary(config.dictionary, site=config.site)
+    several = config.site is not None and "," in config.site
+    opened = open_dictionary(config.dictionary, site=None if several else config.site)
     store = _store(config, opened)
-    site = opened.site or (store.sites[0] if store and len(store.sites) == 1 else None)
+    site = config.site if several else sites_of(opened)
+    if site is None and store and len(store.sites) == 1:
+        site = store.sites[0]
     if site is None:
         raise RecipeError(f"{config.dictionary} does not say of which site it is; give --site.")
     if config.network is None and config.samples is None and store is not None:

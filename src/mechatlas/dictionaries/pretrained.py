@@ -376,10 +376,10 @@ class CrossLayerDictionary(nn.Module):
     @property
     def config(self) -> dict[str, Any]:
         """Conventions of each dictionary, from which `formats` builds it again."""
-        return {"layers": [each.config for each, *_ in self._parts()], "reads": list(self.reads)}
+        return {"layers": [each.config for each, *_ in self.parts()], "reads": list(self.reads)}
 
-    def _parts(self) -> list[tuple[Pretrained, slice, slice, slice]]:
-        """Each dictionary, and its columns read, its latents and its columns written."""
+    def parts(self) -> list[tuple[Pretrained, slice, slice, slice]]:
+        """List each dictionary, its columns read, its latents and its columns written."""
         own = [each for each in self.layers if isinstance(each, Pretrained)]
         edges = accumulate((each.n_latents for each in own), initial=0)
         latents = [slice(low, high) for low, high in pairwise(edges)]
@@ -391,7 +391,7 @@ class CrossLayerDictionary(nn.Module):
     def W_enc(self) -> Float[Tensor, "d_in latent"]:  # noqa: N802 - the field's name
         """Encoder weights of all sites, mostly zeros; made anew at each call."""
         whole = torch.zeros(self.d_in, self.n_latents)
-        for each, read, latents, _ in self._parts():
+        for each, read, latents, _ in self.parts():
             whole[read, latents] = each.W_enc.to(whole)
         return whole
 
@@ -399,19 +399,19 @@ class CrossLayerDictionary(nn.Module):
     def W_dec(self) -> Float[Tensor, "latent d_out"]:  # noqa: N802
         """Atoms over all sites, zero where a site is not written; made anew at each call."""
         whole = torch.zeros(self.n_latents, self.d_out)
-        for each, _, latents, written in self._parts():
+        for each, _, latents, written in self.parts():
             whole[latents, written] = each.W_dec.to(whole)
         return whole
 
     @property
     def b_enc(self) -> Float[Tensor, " latent"]:
         """Encoder biases of all sites."""
-        return torch.cat([each.b_enc for each, *_ in self._parts()])
+        return torch.cat([each.b_enc for each, *_ in self.parts()])
 
     @property
     def b_dec(self) -> Float[Tensor, " d_out"]:
         """Biases of the reconstructions of all sites."""
-        parts = self._parts()
+        parts = self.parts()
         whole = torch.zeros(self.d_out, device=parts[0][0].b_dec.device)
         for each, _, _, written in parts:
             whole[written] += each.b_dec
@@ -425,12 +425,12 @@ class CrossLayerDictionary(nn.Module):
         """
         x = as_batch(x, self.b_enc.device)
         check_width(x, self.d_in, self.b_enc.device)
-        return torch.cat([each.encode(x[..., read]) for each, read, *_ in self._parts()], dim=-1)
+        return torch.cat([each.encode(x[..., read]) for each, read, *_ in self.parts()], dim=-1)
 
     def decode(self, code: Float[Tensor, "batch latent"]) -> Float[Tensor, "batch d_out"]:
         """Reconstruction of all sites."""
         out = self.b_dec.to(code).expand(*code.shape[:-1], self.d_out).clone()
-        for each, _, latents, written in self._parts():
+        for each, _, latents, written in self.parts():
             out[..., written] += _sum_of_atoms(code[..., latents], each.W_dec)
         return out
 
@@ -443,7 +443,7 @@ class CrossLayerDictionary(nn.Module):
             InputError: No site of that name is written.
         """
         out = self.b_dec[span_of(self.spans, site)].to(code)
-        for each, _, latents, _ in self._parts():
+        for each, _, latents, _ in self.parts():
             if site in each.spans:
                 out = out + _sum_of_atoms(code[..., latents], each.W_dec[:, each.spans[site]])
         return out
@@ -451,7 +451,7 @@ class CrossLayerDictionary(nn.Module):
     def forward(self, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch d_out"]:
         """Encode, then decode, and add what the skip connections pass."""
         out = self.decode(self.encode(x))
-        for each, read, _, written in self._parts():
+        for each, read, _, written in self.parts():
             if each.W_skip is not None:
                 out[..., written] += x[..., read].to(out.dtype) @ each.W_skip.to(out.dtype)
         return out

@@ -12,6 +12,7 @@ branch's share of the channels or, where activations are given, of their varianc
 Source: Bozoukov, Branch specialization with k-sparse autoencoders (2025), for the share.
 """
 
+import contextlib
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -33,7 +34,7 @@ from mechatlas.analysis.branches.null import (
     tail_probability,
     whitening_pair,
 )
-from mechatlas.base import InputError, Result
+from mechatlas.base import InputError, Result, SiteError
 from mechatlas.maths.arrays import Channels, as_array, numbers_of
 from mechatlas.maths.directions import distinct_rows
 from mechatlas.maths.statistics import q_values, wilson
@@ -436,11 +437,15 @@ def _refuse_unless_finite(block: np.ndarray, name: str, start: int) -> None:
 def _channels(name: str, given: Any, d: int) -> list[int]:
     """Numbers of the channels of a branch, in ascending order."""
     pair = isinstance(given, tuple | list) and len(given) == 2 and not isinstance(given[0], bool)
+    at: list[int] = []
     if isinstance(given, slice):
         inside = (given.start or 0) >= 0 and (given.stop or 0) <= d
         at = numbers_of(given, d) if inside else []
+    elif pair:
+        at = list(range(*map(int, given)))
     else:
-        at = list(range(*map(int, given))) if pair else numbers_of(as_channels(given), d)
+        with contextlib.suppress(SiteError):  # whose sentence does not know how many there are
+            at = numbers_of(as_channels(given, name, d), d)
     if not at or not 0 <= min(at) <= max(at) < d or len(set(at)) < len(at):
         raise InputError(
             f"Branch {name!r} is {given}; expected some of the channels 0 to {d - 1}, each once: a "

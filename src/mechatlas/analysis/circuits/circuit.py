@@ -10,7 +10,7 @@ gates on samples, `compose_responses` the effect of every feature, `strongest_ed
 
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 import torch
@@ -18,12 +18,19 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 
 from mechatlas.activations.passes import unwrapped
-from mechatlas.activations.sites import as_site, read_activations
+from mechatlas.activations.sites import place_sites, read_activations
 from mechatlas.analysis.circuits.attention import AttentionRecording, record_layer
 from mechatlas.analysis.circuits.compose import LinearDictionary, Response
+from mechatlas.analysis.circuits.direct import (
+    N_TARGETS,
+    DirectCircuit,
+    PlacedDictionary,
+    find_direct_circuit,
+)
 from mechatlas.analysis.circuits.effects import (
     Ablation,
     AblationAgreement,
+    AblationEvidence,
     ablate,
     ablation_agreement,
     reproduced_variance,
@@ -40,29 +47,16 @@ from mechatlas.analysis.circuits.virtual_weights import (
 )
 from mechatlas.analysis.circuits.wiring import SiteMap, Wiring
 from mechatlas.base import InputError, Progress, Result, Site, no_progress
+from mechatlas.dictionaries.ends import ends_of, in_words
 
 Inputs = Shaped[Tensor, "_ ..."] | Shaped[np.ndarray, "_ ..."] | Sequence[Any]
 """Inputs of a network, one for each sample."""
 Connection = Wiring | AttentionLayer
 """Computation between two sites."""
+AnySites = Site | str | Sequence[Site | str] | None
+"""Site of a dictionary, or all sites of one of several."""
 Maps = Callable[[], Iterable[SiteMap]]
 """Source of the activations (sample, channel, y, x) of the earlier site's module, in batches."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class AblationEvidence:
-    """Rank agreement of virtual weights with what ablations do, for three choices of gates."""
-
-    n_ablated: int
-    """Features removed one at a time, drawn at random."""
-    agreement: AblationAgreement
-    """Agreement with the gates that each feature meets."""
-    agreement_shared_gates: AblationAgreement
-    """Agreement with gates averaged over all positions, the same for all features."""
-    agreement_open_gates: AblationAgreement | None = None
-    """Agreement with all gates open; None for transformers."""
-    n_samples: int = 0
-    """Held-out samples that they were removed on."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -89,9 +83,29 @@ class Circuit(Result):
     """Agreement with ablations; None if no feature was ablated."""
 
     @property
+    def sites(self) -> tuple[str, str]:
+        """Both sites."""
+        return str(self.connection.source), str(self.connection.target)
+
+    @property
+    def n_latents(self) -> tuple[int, int]:
+        """Latents of both dictionaries."""
+        return self.a.W_enc.shape[1], self.b.W_enc.shape[1]
+
+    @property
+    def n_samples(self) -> int:
+        """Samples recorded."""
+        return self.recording.n_samples
+
+    @property
     def routes(self) -> tuple[str, ...]:
         """Names of the routes, such as branches or attention heads."""
         return tuple(route.name for route in self.connection.routes)
+
+    @property
+    def taps(self) -> list[Int[np.ndarray, "_ 2"]]:
+        """Positions of the kernels of each route."""
+        return [response.taps for response in self.responses]
 
     @property
     def significant(self) -> Bool[np.ndarray, " edge"]:
@@ -119,6 +133,7 @@ class Circuit(Result):
         return "\n".join(lines)
 
 
+@overload
 def circuit(
     network: nn.Module,
     a: LinearDictionary,
@@ -130,25 +145,71 @@ def circuit(
     held_out: Inputs | None = None,
     top_k_sources: int = 8,
     n_ablated: int = 0,
+    n_targets: int = N_TARGETS,
     fdr: float = 0.05,
     batch_size: int = 16,
     seed: int = 0,
     on_progress: Progress = no_progress,
-) -> Circuit:
+) -> Circuit: ...
+
+
+@overload
+def circuit(
+    network: nn.Module,
+    a: LinearDictionary,
+    b: LinearDictionary,
+    samples: Inputs,
+    *,
+    site_a: AnySites = None,
+    site_b: AnySites = None,
+    held_out: Inputs | None = None,
+    top_k_sources: int = 8,
+    n_ablated: int = 0,
+    n_targets: int = N_TARGETS,
+    fdr: float = 0.05,
+    batch_size: int = 16,
+    seed: int = 0,
+    on_progress: Progress = no_progress,
+) -> Circuit | DirectCircuit: ...
+
+
+def circuit(
+    network: nn.Module,
+    a: LinearDictionary,
+    b: LinearDictionary,
+    samples: Inputs,
+    *,
+    site_a: AnySites = None,
+    site_b: AnySites = None,
+    held_out: Inputs | None = None,
+    top_k_sources: int = 8,
+    n_ablated: int = 0,
+    n_targets: int = N_TARGETS,
+    fdr: float = 0.05,
+    batch_size: int = 16,
+    seed: int = 0,
+    on_progress: Progress = no_progress,
+) -> Circuit | DirectCircuit:
     """Find which features of a site are computed from which features of an earlier site.
+
+    Where a dictionary is a transcoder or of several sites, effects are derivatives of the network,
+    with all that `a` writes held: a `DirectCircuit`. A cross-layer transcoder may be both `a` and
+    `b`.
 
     Args:
         network: Network in evaluation mode; called as `network(samples)`.
         a: Dictionary of the earlier site.
         b: Dictionary of the later site.
         samples: Inputs of the network on which gates and codes are recorded.
-        site_a: Site of `a`.
+        site_a: Site of `a`, by default as its file names it; of several sites, those that it reads
+            and then others that it writes.
         site_b: Site of `b`, with no site of parallel branches in between.
         held_out: Inputs on which features are ablated and variances measured; by default the last
             third of `samples`, which is then not recorded.
         top_k_sources: Strongest sources kept of each feature of `b`.
         n_ablated: Features of `a`, drawn at random, that are removed to validate the weights; 0 to
             skip the validation.
+        n_targets: Active features of `b`, drawn at random, whose sources a `DirectCircuit` has.
         fdr: False discovery rate at which an edge counts as significant.
         batch_size: Samples that the network runs on at once.
         seed: Seed of the activations that are followed, of the null and of the features ablated.
@@ -174,7 +235,10 @@ def circuit(
         (('1x1', '3x3', '5x5', 'pool'), True)
     """
     network = unwrapped(network)
-    source, target = (as_site(network, site) for site in (site_a, site_b))
+    placed = [
+        PlacedDictionary(each, place_sites(network, ends_of(each).names, site, in_words(each)))
+        for each, site in ((a, site_a), (b, site_b))
+    ]
     known = _as_inputs(samples, network)
     if held_out is None:
         cut = len(known) - len(known) // 3
@@ -186,6 +250,14 @@ def circuit(
             f"A circuit needs samples to record and samples to validate it on, got {len(known)} "
             f"and {len(unseen)}."
         )
+    if any(len(each.sites) > 1 for each in placed):
+        return find_direct_circuit(
+            network, placed[0], placed[1],
+            lambda: known.split(batch_size), lambda: unseen.split(batch_size),
+            top_k_sources=top_k_sources, n_targets=n_targets, n_ablated=n_ablated, fdr=fdr,
+            seed=seed, on_progress=on_progress,
+        )  # fmt: skip
+    source, target = (site for each in placed for site in each.sites.values())
     connection = connect(network, source, target, known[:1])
 
     def maps(inputs: Tensor) -> Maps:

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from scipy import stats
 from torch import Tensor
 
@@ -280,12 +280,30 @@ class AblationAgreement:
         )
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AblationEvidence:
+    """Rank agreement of virtual weights with what ablations do, for three choices of gates."""
+
+    n_ablated: int
+    """Features removed one at a time, drawn at random."""
+    agreement: AblationAgreement
+    """Agreement with the gates that each feature meets, or with derivatives."""
+    agreement_shared_gates: AblationAgreement | None = None
+    """Agreement with gates averaged over all positions, the same for all features; None for
+    derivatives."""
+    agreement_open_gates: AblationAgreement | None = None
+    """Agreement with all gates open; None for transformers."""
+    n_samples: int = 0
+    """Held-out samples that they were removed on."""
+
+
 def ablation_agreement(
     predicted: Float[np.ndarray, "source target"],
     measured: Float[np.ndarray, "source target"],
     *,
     seed: int = 0,
     resamples: int = 200,
+    possible: Bool[np.ndarray, "source target"] | None = None,
 ) -> AblationAgreement:
     """Spearman's rank correlation over all pairs, with its interval and its nulls.
 
@@ -294,13 +312,17 @@ def ablation_agreement(
         measured: Losses of pre-activations.
         seed: Seed of the resampling and of the nulls.
         resamples: Draws for each interval.
+        possible: Pairs that are compared, where some cannot act on each other; by default all.
     """
     random = np.random.default_rng(seed)
-    n, m = predicted.shape
-    x = stats.rankdata(predicted).reshape(n, m)
-    y = stats.rankdata(measured).reshape(n, m)
+    n = len(predicted)
+    counted = np.ones(predicted.shape, bool) if possible is None else possible
+    x, y = np.zeros(predicted.shape), np.zeros(predicted.shape)
+    x[counted], y[counted] = stats.rankdata(predicted[counted]), stats.rankdata(measured[counted])
 
     def correlation(p: np.ndarray, q: np.ndarray) -> float:
+        if not p.size:
+            return 0.0
         p, q = p - p.mean(), q - q.mean()
         size = float(np.sqrt((p * p).sum() * (q * q).sum()))
         return float((p * q).sum()) / size if size else 0.0
@@ -308,16 +330,17 @@ def ablation_agreement(
     drawn, null, other = [], [], []
     for _ in range(resamples):
         rows = random.integers(n, size=n)
-        drawn.append(correlation(x[rows], y[rows]))
-        null.append(correlation(random.permutation(x.ravel()), y.ravel()))
+        drawn.append(correlation(x[rows][counted[rows]], y[rows][counted[rows]]))
+        null.append(correlation(random.permutation(x[counted]), y[counted]))
         shift = random.permutation(n)
-        other.append(correlation(x[shift], y))
+        both = counted & counted[shift]
+        other.append(correlation(x[shift][both], y[both]))
     low, high = np.quantile(drawn, [0.025, 0.975])
     ends, others = np.quantile(null, [0.025, 0.975]), np.quantile(other, [0.025, 0.975])
     return AblationAgreement(
-        correlation(x, y), float(low), float(high),
+        correlation(x[counted], y[counted]), float(low), float(high),
         float(np.mean(null)), float(ends[0]), float(ends[1]),
-        float(np.mean(other)), float(others[0]), float(others[1]), n * m,
+        float(np.mean(other)), float(others[0]), float(others[1]), int(counted.sum()),
     )  # fmt: skip
 
 

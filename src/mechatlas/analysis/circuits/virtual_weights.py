@@ -3,6 +3,7 @@
     compose_responses    effect of every feature of the source on the target's channels, by route
     pair_blocks          all pairs of features, a few targets at a time
     strongest_edges      strongest sources of each target, with their q-values
+    select_edges         the same from contributions that are known
     edge_kernels         spatial kernels of some edges
 
 For a pair of features and a route, the kernel is the change of the target's pre-activation for
@@ -16,11 +17,11 @@ the source is around the places where the target is.
 """
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from mechatlas.analysis.circuits.attention import (
@@ -77,7 +78,7 @@ def compose_responses(
 class PairBlock:
     """Virtual weights of some targets with all sources, by each route."""
 
-    targets: slice
+    targets: slice | Int[np.ndarray, " target"]
     """Latents of the target's dictionary."""
     weight: Float[np.ndarray, "route target source"]
     norm: Float[np.ndarray, "route target source"]
@@ -239,15 +240,40 @@ def strongest_edges(
         block_bytes: Memory for one block of pairs.
         on_progress: Called with the number of targets done and their total.
     """
-    encoder = b.W_enc.detach()
-    alive_a = _alive(recording.codes_a)
-    alive_b = _alive(recording.codes_b)
-    evidence = _Histograms(len(responses), alive_a, alive_b)
+    alive_a, alive_b = _alive(recording.codes_a), _alive(recording.codes_b)
+
+    def blocks() -> Iterator[PairBlock]:
+        for block in pair_blocks(
+            wiring, responses, b.W_enc.detach(), recording, decoys=DECOYS, seed=seed,
+            block_bytes=block_bytes,
+        ):  # fmt: skip
+            yield block
+            on_progress(int(np.arange(b.n_latents)[block.targets][-1]) + 1, b.n_latents)
+
+    return select_edges(blocks(), alive_a, alive_b, len(responses), top_k_sources=top_k_sources)
+
+
+def select_edges(
+    blocks: Iterable[PairBlock],
+    alive_a: Bool[np.ndarray, " latent_a"],
+    alive_b: Bool[np.ndarray, " latent_b"],
+    n_routes: int,
+    *,
+    top_k_sources: int,
+) -> CircuitEdges:
+    """Select the strongest sources of each target, with q-values; see `strongest_edges`.
+
+    Args:
+        blocks: Contributions, with those of the null.
+        alive_a: Sources that are active often enough.
+        alive_b: Targets that are active often enough.
+        n_routes: Number of routes.
+        top_k_sources: Strongest sources kept of each target.
+    """
+    evidence = _Histograms(n_routes, alive_a, alive_b)
     parts: list[dict[str, np.ndarray]] = []
-    for block in pair_blocks(
-        wiring, responses, encoder, recording, decoys=DECOYS, seed=seed, block_bytes=block_bytes
-    ):
-        targets = np.arange(block.targets.start, block.targets.stop)
+    for block in blocks:
+        targets = np.arange(len(alive_b))[block.targets]
         assert block.contribution is not None
         whole = block.contribution.sum(axis=0)
         whole[:, ~alive_a] = 0
@@ -262,19 +288,18 @@ def strongest_edges(
         column = best.ravel()
         real = whole[row, column] != 0
         row, column = row[real], column[real]
-        routes = np.arange(len(responses))
+        routes = np.arange(n_routes)
         pick = (routes[None, :], row[:, None], column[:, None])
         parts.append({
-            "source": np.repeat(column, len(responses)),
-            "target": np.repeat(targets[row], len(responses)),
+            "source": np.repeat(column, n_routes),
+            "target": np.repeat(targets[row], n_routes),
             "route": np.tile(routes, len(row)),
             "weight": block.weight[pick].ravel(),
             "norm": block.norm[pick].ravel(),
             "contribution": block.contribution[pick].ravel(),
-            "share": np.repeat(whole[row, column] / total[row, 0], len(responses)),
+            "share": np.repeat(whole[row, column] / total[row, 0], n_routes),
             "z": z[pick].ravel(),
         })  # fmt: skip
-        on_progress(block.targets.stop, encoder.shape[1])
     columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     z = columns.pop("z")
     q_value, discoveries, tested = evidence.q_values(z, columns["route"])

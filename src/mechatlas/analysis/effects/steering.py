@@ -24,6 +24,7 @@ from mechatlas.activations.layouts import Layout
 from mechatlas.activations.passes import unwrapped
 from mechatlas.activations.sites import as_site, intervene
 from mechatlas.base import Dictionary, InputError, Site
+from mechatlas.dictionaries.ends import ends_of, in_words
 from mechatlas.dictionaries.pretrained import reading_of
 
 EditCode = Callable[[Tensor], Tensor]
@@ -155,10 +156,15 @@ def site_of(network: nn.Module, dictionary: Any, site: Site | str | None) -> Sit
         site: Site that the user gave.
 
     Raises:
-        InputError: None is named, it is another than the dictionary's, or the dictionary writes
-            another site than it reads.
+        InputError: None is named, it is another than the dictionary's, or the dictionary is of
+            several sites.
         SiteError: The network has no such site.
     """
+    if len(ends_of(dictionary).names) > 1:
+        raise InputError(
+            f"The dictionary {in_words(dictionary)}; take one that writes the one site that it "
+            "reads."
+        )
     named = getattr(dictionary, "site", None)
     given = named if site is None else site
     if given is None:
@@ -166,10 +172,6 @@ def site_of(network: nn.Module, dictionary: Any, site: Site | str | None) -> Sit
     place = as_site(network, given)
     if named is not None and as_site(network, named) != place:
         raise InputError(f"The dictionary is of site {named}, not of {place}.")
-    if getattr(dictionary, "d_out", dictionary.d_in) != dictionary.d_in:
-        raise InputError(
-            "The dictionary writes another site than it reads; take one that writes its own."
-        )
     return place
 
 

@@ -155,26 +155,29 @@ def compare_steering(
         raise InputError(f"A track needs two layers or more, got {len(points)}.")
     whole, shared = _scales(points, [scale] * len(points)), _scales(points, scale)
     batch = as_input(network, inputs)
-    plain = _logits(network, batch)
-    baseline = _number(measure, plain)
+    logits = _logits(network, batch)
+    baseline = _number(measure, logits)
+    plain = functional.log_softmax(logits, dim=-1)
     random = torch.Generator().manual_seed(seed)
+
+    def measured() -> tuple[float, float]:  # logits are large: no two of them are kept
+        logits = _logits(network, batch)
+        return _number(measure, logits) - baseline, _divergence(plain, logits)
 
     def effect(way: str, chosen: Sequence[Point], amounts: Sequence[float]) -> SteeringEffect:
         with steer_track(network, chosen, amounts):
-            steered = _logits(network, batch)
-        drawn = []
-        for _ in range(n_random):
+            change, cost = measured()
+        drawn = np.empty((n_random, 2))
+        for each in drawn:
             with _pushed(network, chosen, amounts, random):
-                drawn.append(_logits(network, batch))
-        change = _number(measure, steered) - baseline
-        changes = np.array([_number(measure, logits) - baseline for logits in drawn])
+                each[:] = measured()
+        changes = drawn[:, 0]
         beyond = int((changes * np.sign(change) >= abs(change)).sum())
         low, high = np.quantile(changes, [0.025, 0.975]) if n_random else (np.nan, np.nan)
-        costs = [_divergence(plain, logits) for logits in drawn]
+        mean, mean_cost = drawn.mean(axis=0) if n_random else (np.nan, np.nan)
         return SteeringEffect(
-            way, change, _divergence(plain, steered),
-            float(changes.mean()) if n_random else float("nan"), float(low), float(high),
-            float(np.mean(costs)) if n_random else float("nan"), (1 + beyond) / (1 + n_random),
+            way, change, cost, float(mean), float(low), float(high), float(mean_cost),
+            (1 + beyond) / (1 + n_random),
         )  # fmt: skip
 
     return SteeringComparison(
@@ -250,7 +253,7 @@ def _number(measure: Measure, logits: Tensor) -> float:
     return float(value)
 
 
-def _divergence(plain: Tensor, steered: Tensor) -> float:
-    """Mean Kullback-Leibler divergence of the answers, in nats."""
-    before, after = (functional.log_softmax(x, dim=-1) for x in (plain, steered))
-    return float((before.exp() * (before - after)).sum(-1).mean())
+def _divergence(before: Tensor, steered: Tensor) -> float:
+    """Mean Kullback-Leibler divergence of the answers from logarithms of probabilities, in nats."""
+    after = functional.log_softmax(steered, dim=-1)
+    return float(functional.kl_div(after, before, log_target=True, reduction="none").sum(-1).mean())

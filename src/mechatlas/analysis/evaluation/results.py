@@ -62,6 +62,8 @@ class NetworkEvaluation(Result):
     """Network that goes on from zeros."""
     mean_ablated: OutputEffect
     """Network that goes on from the mean of the rows."""
+    fvu_by_site: dict[str, Estimate] = dataclasses.field(default_factory=dict)
+    """Fraction of variance unexplained at each site, of a dictionary that writes several."""
     loss_recovered: Estimate | None = None
     """(L_zero - L_spliced) / (L_zero - L_intact): 1 is the intact network, 0 is zero ablation."""
     loss_recovered_from_mean: Estimate | None = None
@@ -77,6 +79,9 @@ class NetworkEvaluation(Result):
             f"{_in_words(self.fvu_with_outliers)}",
             f"l0 {_in_words(self.l0, 1)}, dead {_in_words(self.dead_share)}",
         ]
+        if self.fvu_by_site:
+            sites = (f"{site} {found.value:.3f}" for site, found in self.fvu_by_site.items())
+            lines.append(f"fvu by site: {', '.join(sites)}")
         effect = self.spliced
         lines.append(
             f"spliced: kl {_in_words(effect.kl_divergence)} nats, agreement "

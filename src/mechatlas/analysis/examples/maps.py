@@ -18,7 +18,7 @@ from mechatlas.activations.receptive import ReceptiveField
 from mechatlas.activations.samples import Samples
 from mechatlas.activations.sites import read_activations
 from mechatlas.analysis.examples.statistics import FeatureStatistics, encode, rows_at_once
-from mechatlas.base import Dictionary, Progress, Result, Site, no_progress
+from mechatlas.base import Dictionary, InputError, Progress, Result, Site, no_progress
 
 MOST_APART = 16
 """Largest number of tokens beside the patches of an image: class, distillation, registers."""
@@ -77,14 +77,19 @@ class Examples(Result):
 class ExamplesWanted:
     """Dictionary whose examples are wanted."""
 
-    site: Site
-    """Site of the dictionary."""
+    site: Site | tuple[Site, ...]
+    """Site of the dictionary, or all sites that it reads, in the order of its columns."""
     dictionary: Dictionary
     """Any dictionary; only `encode` is used."""
     statistics: FeatureStatistics
     """Statistics from `feature_statistics`."""
     field: ReceptiveField | None = None
     """Receptive field of a position, if the samples are images; squares show all of it."""
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        """All sites that the dictionary reads."""
+        return (self.site,) if isinstance(self.site, Site) else self.site
 
 
 @torch.inference_mode()
@@ -115,7 +120,7 @@ def examples_together(
     """
     shown = np.concatenate([each.statistics.sample.ravel() for each in wanted])
     needed = np.unique(shown[shown >= 0])
-    sites = list(dict.fromkeys(each.site for each in wanted))
+    sites = list(dict.fromkeys(site for each in wanted for site in each.sites))
     maps: list[_Maps] = []
     done = 0
     while done < len(needed):
@@ -124,11 +129,11 @@ def examples_together(
         activations = _read(network, inputs, sites)
         if not maps:
             for each in wanted:
-                at = activations[each.site]
+                at = _beside(activations, each)
                 window = _window(network, at, inputs, each.field, smallest_crop, context)
                 maps.append(_Maps(each.statistics, window))
         for each, filled in zip(wanted, maps, strict=True):
-            _fill(filled, activations[each.site], each.dictionary, chunk)
+            _fill(filled, _beside(activations, each), each.dictionary, chunk)
         done += len(chunk)
         on_progress(done, len(needed))
     empty = _Window((1, 1), (1, 1), (0, 0), None, 0)
@@ -142,6 +147,21 @@ def _read(network: nn.Module, inputs: Tensor, sites: Sequence[Site]) -> dict[Sit
     layouts = layouts_of(network, inputs, sites)
     read = read_activations(network, inputs, list(sites))
     return {site: layouts[site].rows(read[site]) for site in sites}
+
+
+def _beside(activations: dict[Site, Tensor], wanted: ExamplesWanted) -> Tensor:
+    """Activations of all sites that a dictionary reads, side by side.
+
+    Raises:
+        InputError: The sites have other positions.
+    """
+    parts = [activations[site] for site in wanted.sites]
+    if len({part.shape[:-1] for part in parts}) > 1:
+        raise InputError(
+            f"The sites {', '.join(map(str, wanted.sites))} have other positions than each other, "
+            "so no row holds all of them."
+        )
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
 
 def _samples_at_once(wanted: Sequence[ExamplesWanted], maps: "Sequence[_Maps]") -> int:

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mechatlas.activations.store import StoreRows
+from mechatlas.activations.store import PairedRows, StoreRows
 from mechatlas.base import Dictionary, InputError, Progress, Result, no_progress
 from mechatlas.dictionaries.pretrained import reading_of
 
@@ -73,7 +73,7 @@ class FeatureStatistics(Result):
 @torch.inference_mode()
 def feature_statistics(
     dictionary: Dictionary,
-    rows: StoreRows,
+    rows: StoreRows | PairedRows,
     *,
     top: int = 9,
     quantiles: int = 0,
@@ -84,7 +84,7 @@ def feature_statistics(
 
     Args:
         dictionary: Any; only `encode` is used.
-        rows: Rows of the site that it was trained on.
+        rows: Rows of the site that it was trained on, or of all sites that it reads.
         top: Number of strongest rows kept for each latent.
         quantiles: Number of rows kept at evenly spaced quantiles of the activation where it is
             above zero, estimated from `POOL` such rows drawn at random.
@@ -122,7 +122,7 @@ def feature_statistics(
 @torch.inference_mode()
 def linear_histograms(
     dictionary: Dictionary,
-    rows: StoreRows,
+    rows: StoreRows | PairedRows,
     largest: Float[np.ndarray, " latent"],
     *,
     n_bins: int = 50,
@@ -178,7 +178,7 @@ def _at_quantiles(
 
 
 def _blocks(
-    rows: StoreRows, dictionary: Dictionary, n_rows: int
+    rows: StoreRows | PairedRows, dictionary: Dictionary, n_rows: int
 ) -> Iterator[tuple[Tensor, np.ndarray]]:
     size = rows_at_once(dictionary)
     for batch, where in rows.scan():

@@ -24,16 +24,16 @@ from tyro.conf import Positional, arg
 
 from mechatlas.activations.images import ImageSamples
 from mechatlas.activations.samples import Samples
+from mechatlas.activations.sites import place_sites
 from mechatlas.activations.store import Store
 from mechatlas.analysis.circuits.circuit import (
-    AblationEvidence,
-    Circuit,
     Connection,
     ablation_evidence,
     draw_sources,
     find_circuit,
     site_maps,
 )
+from mechatlas.analysis.circuits.direct import N_TARGETS, PlacedDictionary, find_direct_circuit
 from mechatlas.analysis.circuits.effects import (
     Ablation,
     Attribution,
@@ -45,32 +45,39 @@ from mechatlas.analysis.circuits.paths import CircuitPath, strongest_paths
 from mechatlas.analysis.circuits.transformer_layer import connect
 from mechatlas.analysis.circuits.virtual_weights import CircuitEdges
 from mechatlas.analysis.visualization import VisualizeConfig, visualize
+from mechatlas.app.circuit_results import (
+    CircuitResult,
+    ExplainedFeature,
+    PairResult,
+    describe_circuits,
+    edge_columns,
+    kernel_tensors,
+    pair_result,
+    write_edges,
+)
 from mechatlas.app.inputs import (
+    OpenedDictionary,
     expect_several,
     expect_sites,
     find_store,
     open_dictionaries,
     open_network,
     refuse_other_network,
+    sites_of,
 )
 from mechatlas.app.progress import bar
 from mechatlas.app.recipes import TrustConfig
-from mechatlas.app.run_folder import (
-    CIRCUIT,
-    EDGES,
-    KERNELS,
-    PICTURES,
-    CommandResult,
-    Outputs,
-    RunConfig,
-    RunFolder,
-)
+from mechatlas.app.run_folder import CIRCUIT, PICTURES, RunConfig, RunFolder
 from mechatlas.base import InputError, Site, StoreError
+from mechatlas.dictionaries.ends import ends_of
+from mechatlas.dictionaries.ends import in_words as ends_in_words
 from mechatlas.ranges import COUNT, COUNT_OR_NONE, RATE, SEED, check_ranges
 
 KIND = CIRCUIT
 PICTURE_BATCH = 16
 """Pictures optimized together."""
+DIRECT_BATCH = 8
+"""Samples that the network runs on at once for dictionaries of several sites."""
 MAP_NUMBERS = 1 << 22
 """Entries of the source's maps that the network runs on at once."""
 
@@ -80,9 +87,11 @@ class CircuitConfig(TrustConfig, RunConfig):
     """Find which features of a site are computed from which features of the site before."""
 
     dictionaries: Annotated[Positional[tuple[Path, ...]], arg(metavar="DICT_A DICT_B ...")]
-    """Folders of dictionaries of consecutive sites, in the order of the network."""
+    """Folders of dictionaries of consecutive sites, in the order of the network. A cross-layer
+    transcoder can be alone."""
     sites: tuple[str, ...] = ()
-    """Site of each dictionary, in the same order, where the dictionaries do not say it."""
+    """Site of each dictionary, in the same order, where the dictionaries do not say it; of one of
+    several sites all with commas, those that it reads and then others that it writes."""
     store: Path | None = None
     """Store whose network and samples to run; by default the one of the first dictionary."""
     samples: int = 256
@@ -91,6 +100,8 @@ class CircuitConfig(TrustConfig, RunConfig):
     """Held-out samples on which features are ablated and pre-activations attributed."""
     n_ablated: int = 32
     """Features of each site, drawn at random, that are ablated to validate the weights."""
+    n_targets: int = N_TARGETS
+    """Features, drawn at random, whose sources are found, of dictionaries of several sites."""
     top_k_sources: int = 8
     """Strongest sources kept of each feature."""
     features: int = 8
@@ -108,96 +119,13 @@ class CircuitConfig(TrustConfig, RunConfig):
             samples=COUNT,
             held_out="[2, 1000000000]",
             n_ablated="[2, 1000000000]",
+            n_targets=COUNT,
             top_k_sources=COUNT,
             features=COUNT,
             fdr=RATE,
             visualize_steps=COUNT_OR_NONE,
             seed=SEED,
         )
-
-
-@dataclasses.dataclass(frozen=True)
-class Quartiles:
-    """Quartiles over the features of a site."""
-
-    low_quartile: float
-    """Lower quartile."""
-    median: float
-    """Median."""
-    high_quartile: float
-    """Upper quartile."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class PairResult(AblationEvidence):
-    """Circuit of two consecutive dictionaries, with its agreement with ablations."""
-
-    a: str
-    """Name of the earlier dictionary."""
-    b: str
-    """Name of the later dictionary."""
-    n_a: int
-    """Latents of the earlier dictionary."""
-    n_b: int
-    """Latents of the later dictionary."""
-    branches: list[str]
-    """Routes between the sites: branches, or attention heads past and through the MLP."""
-    kernel_taps: list[int]
-    """Positions in the kernels of each route."""
-    pairs_tested: int
-    """Pairs of features tested by each route."""
-    edges: int
-    """Edges kept."""
-    n_significant: int
-    """Edges kept that are significant at the false discovery rate."""
-    discoveries: dict[str, float]
-    """Fraction of all pairs that is significant at 5 %, by route."""
-    variance_reproduced: Quartiles | None
-    """Fraction of the variance of pre-activations that the kernels reproduce; None if undefined."""
-    seconds: float
-    """CPU seconds of recording and weighing."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ExplainedFeature:
-    """Share of a feature's pre-activation that its sources explain, on held-out samples."""
-
-    layer: int
-    """Number of its dictionary."""
-    latent: int
-    """Number of the latent in its dictionary."""
-    places: int
-    """Positions where it is active."""
-    pre_activation: float | None
-    """Mean pre-activation that all features of the earlier site make together."""
-    explained_by_paths: float | None
-    """Fraction of it by the sources on the paths shown."""
-    explained_by_kept: float | None
-    """Fraction of it by all sources kept."""
-    attribution_gap: float | None
-    """Fraction that the integrated gradients miss."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class CircuitResult(CommandResult):
-    """Fields of `result.json`."""
-
-    dictionaries: list[str]
-    """Names of the dictionaries."""
-    sites: list[str]
-    """Their sites."""
-    fdr: float
-    """False discovery rate asked for."""
-    samples: int
-    """Samples recorded."""
-    held_out_samples: int
-    """Samples of ablations and attributions."""
-    pairs: list[PairResult]
-    """Circuits of consecutive dictionaries."""
-    paths: list[CircuitPath]
-    """Strongest paths through all sites."""
-    features: list[ExplainedFeature]
-    """Features on the paths, and how much of each is explained."""
 
 
 def in_words(result: CircuitResult) -> str:
@@ -227,6 +155,11 @@ class _Inputs:
     known: Int[np.ndarray, " sample"]
     unseen: Int[np.ndarray, " held_out"]
 
+    def batches(self, numbers: Int[np.ndarray, " n"]) -> Iterator[Tensor]:
+        """Inputs of the network, batch by batch."""
+        for part in np.array_split(numbers, -(-len(numbers) // DIRECT_BATCH)):
+            yield self.samples.stack([self.samples.read(int(i)) for i in part])
+
     def maps(self, site: Site, numbers: Int[np.ndarray, " n"]) -> Iterator[Tensor]:
         """Activations of a site's module, batch by batch."""
         size = 1
@@ -255,13 +188,15 @@ def run(config: CircuitConfig, folder: RunFolder) -> CircuitResult:
 
     Raises:
         DiskError: The folder cannot be written.
-        InputError: A dictionary does not fit its site, or reads more than it writes.
+        InputError: A dictionary does not fit its sites, or is not linear in its rows.
         RecipeError: Fewer than two dictionaries, or one that does not say its site.
         SiteError: Two sites are not consecutive, or an operation between them cannot be composed.
         StoreError: The store is missing or damaged, or of another network.
     """
-    expect_several(config.dictionaries, "circuit")
-    inputs = _open(config)
+    opened = _opened(config)
+    inputs = _open(config, opened)
+    if any(_is_several(each) for each in opened):
+        return _run_direct(config, folder, opened, inputs)
     first = inputs.samples.stack([inputs.samples.read(int(inputs.known[0]))])
     connections = [
         connect(inputs.network, a, b, first) for a, b in itertools.pairwise(inputs.sites)
@@ -288,7 +223,8 @@ def run(config: CircuitConfig, folder: RunFolder) -> CircuitResult:
         explained += _explained(k, pair, attribution, paths)
     kernels: dict[str, np.ndarray] = {}
     for k, pair in enumerate(pairs):
-        kernels |= kernel_tensors(k, pair.connection, pair.taps, pair.kernels)
+        routes = [route.name for route in pair.connection.routes]
+        kernels |= kernel_tensors(k, routes, pair.taps, pair.kernels)
     write_edges(folder, tables, kernels)
     if pictures := _pictures(config, inputs, paths):
         folder.tensors(PICTURES, pictures)
@@ -333,20 +269,84 @@ def _read(arrays: dict[str, Shaped[np.ndarray, "..."]], connection: Connection) 
     )
 
 
-def _open(config: CircuitConfig) -> _Inputs:
-    """Open the dictionaries, and the network and samples of their store."""
-    opened = open_dictionaries(config.dictionaries, sites=config.sites)
-    sites = expect_sites(opened)
+def _opened(config: CircuitConfig) -> list[OpenedDictionary]:
+    """Open the dictionaries, and refuse what cannot be part of a circuit."""
+    listed = any("," in site for site in config.sites)
+    opened = open_dictionaries(config.dictionaries, sites=() if listed else config.sites)
+    several = [_is_several(each) for each in opened]
+    if not any(several):
+        expect_several(config.dictionaries, "circuit")
+    if not listed:
+        expect_sites([each for each, is_several in zip(opened, several, strict=True)
+                      if not is_several])  # fmt: skip
     for each in opened:
-        several = len(getattr(each.dictionary, "sites", ())) > 1
-        other = several or each.dictionary.d_in != each.dictionary.d_out
-        other = other or each.manifest.get("writes")
-        if other or getattr(each.dictionary, "norm", None) is not None:
+        if getattr(each.dictionary, "norm", None) is not None:
             raise InputError(
-                f"{each.path} cannot be part of a circuit: "
-                + ("it writes several sites, or others than it reads." if other else
-                   "it scales every row by itself, so its pre-activations are not linear.")
+                f"{each.path} cannot be part of a circuit: it scales every row by itself, so its "
+                "pre-activations are not linear."
+            )
+    return opened
+
+
+def _is_several(opened: OpenedDictionary) -> bool:
+    """Whether a dictionary reads or writes several sites, or others than it reads."""
+    return len(ends_of(opened.dictionary).names) > 1
+
+
+def _run_direct(
+    config: CircuitConfig,
+    folder: RunFolder,
+    opened: Sequence[OpenedDictionary],
+    inputs: _Inputs,
+) -> CircuitResult:
+    """Find the direct effects of dictionaries of several sites.
+
+    Raises:
+        InputError: A dictionary does not fit its sites, or none follows another.
+        SiteError: The network has no such site.
+    """
+    given = config.sites or [sites_of(each) for each in opened]
+    placed = [
+        PlacedDictionary(
+            each.dictionary,
+            place_sites(
+                inputs.network, ends_of(each.dictionary).names,
+                None if sites is None else sites.split(","), ends_in_words(each.dictionary),
+            ),
+        )
+        for each, sites in zip(opened, given, strict=True)
+    ]  # fmt: skip
+    for name, mark in zip(inputs.names, inputs.checksums, strict=True):
+        folder.parent(name, mark)
+    folder.parent("store", inputs.store.digest)
+    twice = [0, 0] if len(opened) == 1 else range(len(opened))
+    folder.facts(
+        dictionaries=[str(config.dictionaries[i].resolve()) for i in twice],
+        store=str(inputs.store.root.resolve()),
+    )
+    circuits, seconds = [], []
+    for i, j in itertools.pairwise(twice):
+        clock = time.process_time()
+        with bar(f"weighing {inputs.names[i]} -> {inputs.names[j]}") as progress:
+            found = find_direct_circuit(
+                inputs.network, placed[i], placed[j],
+                lambda: inputs.batches(inputs.known), lambda: inputs.batches(inputs.unseen),
+                top_k_sources=config.top_k_sources, n_targets=config.n_targets,
+                n_ablated=config.n_ablated, fdr=config.fdr, seed=config.seed,
+                on_progress=progress,
             )  # fmt: skip
+        circuits.append(found)
+        seconds.append(round(time.process_time() - clock, 3))
+    names = [inputs.names[i] for i in twice]
+    return describe_circuits(circuits, names, folder, features=config.features, seconds=seconds)
+
+
+def _open(config: CircuitConfig, opened: Sequence[OpenedDictionary]) -> _Inputs:
+    """Open the network and samples of the store of dictionaries.
+
+    Raises:
+        StoreError: The store is missing, of another network, or has no held-out samples.
+    """
     store = Store(config.store) if config.store is not None else find_store(opened[0])
     for each in opened[1:] if config.store is None else ():
         if find_store(each).manifest["network"] != store.manifest["network"]:
@@ -364,7 +364,7 @@ def _open(config: CircuitConfig) -> _Inputs:
     return _Inputs(
         [each.name for each in opened],
         [each.checksum for each in opened],
-        list(map(Site.parse, sites)),
+        [Site.parse(str(each.site or "")) for each in opened],
         [each.dictionary.cpu() for each in opened],
         store, network, samples, known, unseen,
     )  # fmt: skip
@@ -389,41 +389,6 @@ def _weigh(config: CircuitConfig, inputs: _Inputs, k: int, connection: Connectio
     result = pair_result(circuit, evidence, *inputs.names[k : k + 2], seconds=seconds)
     taps = [response.taps for response in circuit.responses]
     return _Pair(connection, circuit.edges, taps, circuit.kernels(), ablation, result)
-
-
-def pair_result(
-    circuit: Circuit, evidence: AblationEvidence, a: str, b: str, *, seconds: float = 0.0
-) -> PairResult:
-    """Count the edges of a circuit, beside its agreement with ablations.
-
-    Args:
-        circuit: Circuit of two dictionaries.
-        evidence: Agreement with ablations.
-        a: Name of the earlier dictionary.
-        b: Name of the later dictionary.
-        seconds: CPU seconds of recording and weighing.
-    """
-    return PairResult(
-        a=a,
-        b=b,
-        n_a=circuit.a.W_enc.shape[1],
-        n_b=circuit.b.W_enc.shape[1],
-        branches=list(circuit.routes),
-        kernel_taps=[len(response.taps) for response in circuit.responses],
-        pairs_tested=circuit.edges.tested,
-        edges=len(circuit.edges.source),
-        n_significant=int(circuit.significant.sum()),
-        discoveries=dict(zip(circuit.routes, circuit.edges.discoveries.tolist(), strict=True)),
-        variance_reproduced=_quartiles(circuit.reproduced_variance),
-        seconds=seconds,
-        **vars(evidence),
-    )
-
-
-def _quartiles(values: Float[np.ndarray, " feature"]) -> Quartiles | None:
-    if np.isnan(values).all():
-        return None
-    return Quartiles(*(float(v) for v in np.nanquantile(values, [0.25, 0.5, 0.75])))
 
 
 def _of_layer(paths: Sequence[CircuitPath], layer: int) -> Int[np.ndarray, " latent"]:
@@ -470,36 +435,6 @@ def _table(
     part_of_edge = attribution.part[edges.route[known]]
     attributed[known] = attribution.attributed[at[known], part_of_edge, edges.source[known]]
     return columns
-
-
-def edge_columns(
-    edges: CircuitEdges, routes: Sequence[str], k: int
-) -> dict[str, Shaped[np.ndarray, " edge"]]:
-    """Columns of the table of edges; effects and attributions are NaN until they are measured.
-
-    Args:
-        edges: Edges of two sites.
-        routes: Names of the routes.
-        k: Number of the pair of sites.
-    """
-    n = len(edges.source)
-    kernel = np.zeros(n, np.int32)
-    for r in range(len(routes)):
-        kernel[edges.route == r] = np.arange((edges.route == r).sum())
-    unknown = ("attribution", "effect", "effect_low", "effect_high")
-    return {
-        "pair": np.full(n, k, np.int32),
-        "latent_a": edges.source.astype(np.int32),
-        "latent_b": edges.target.astype(np.int32),
-        "branch": np.array([routes[r] for r in edges.route], dtype=object),
-        "weight": edges.weight,
-        "norm": edges.norm,
-        "contribution": edges.contribution,
-        "share": edges.share.astype(np.float32),
-        "q_value": edges.q_value,
-        **{name: np.full(n, np.nan) for name in unknown},
-        "kernel": kernel,
-    }
 
 
 def _explained(
@@ -550,29 +485,3 @@ def _pictures(
             pictures[f"{layer}.latents"] = latents.astype(np.int32)
             pictures[f"{layer}.pictures"] = np.rint(255 * np.concatenate(parts)).astype(np.uint8)
     return pictures
-
-
-def kernel_tensors(
-    k: int,
-    connection: Connection,
-    taps: Sequence[Int[np.ndarray, "_ 2"]],
-    kernels: Sequence[Float[np.ndarray, "_ _"]],
-) -> dict[str, Shaped[np.ndarray, "_ ..."]]:
-    """Name the kernels of the edges of pair `k` of sites, route by route, and their positions."""
-    arrays = {}
-    for route, positions, kernel in zip(connection.routes, taps, kernels, strict=True):
-        arrays[f"{k}.{route.name}.taps"] = positions.astype(np.int32)
-        arrays[f"{k}.{route.name}.kernels"] = kernel
-    return arrays
-
-
-def write_edges(
-    folder: Outputs,
-    tables: Sequence[dict[str, Shaped[np.ndarray, " _"]]],
-    kernels: dict[str, Shaped[np.ndarray, "_ ..."]],
-) -> None:
-    """Write the edges of all pairs of sites, and their kernels."""
-    columns = {name: np.concatenate([table[name] for table in tables]) for name in tables[0]}
-    columns["branch"] = columns["branch"].astype(str)
-    folder.table(EDGES, columns)
-    folder.tensors(KERNELS, kernels)

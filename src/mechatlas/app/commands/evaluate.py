@@ -71,7 +71,7 @@ def run(config: EvaluateConfig, folder: RunFolder) -> EvaluateResult:
             measured.opened.dictionary,
             network=measured.network,
             samples=measured.samples,
-            site=measured.site,
+            site=measured.site.split(",") if "," in measured.site else measured.site,
             n_samples=config.n_samples,
             numbers=measured.numbers,
             positions=positions,

@@ -306,7 +306,7 @@ def explain_in_words(verification: Verification) -> str:
             f"({losses[worst]:.1f}) because {reason}."
         )
     against = (
-        f"Every pair is certified. The ideal margin of {ideal:.1f} logits stands against losses of "
+        f"Every pair is certified. The ideal margin is {ideal:.1f} logits, the losses are "
         f"{total:.1f} for a typical pair"
     )
     if float((verification.stages == 1).mean()) > 0.5:

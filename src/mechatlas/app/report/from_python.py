@@ -25,7 +25,7 @@ from mechatlas.activations.sites import as_site
 from mechatlas.activations.store import Store
 from mechatlas.analysis.branches.specialization import Specialization
 from mechatlas.analysis.circuits.circuit import Circuit
-from mechatlas.analysis.circuits.paths import strongest_paths
+from mechatlas.analysis.circuits.direct import DirectCircuit
 from mechatlas.analysis.effects.attribution import Attribution
 from mechatlas.analysis.effects.logits import LogitEffects
 from mechatlas.analysis.evaluation.results import NetworkEvaluation
@@ -36,6 +36,7 @@ from mechatlas.analysis.matching.pairing import Match
 from mechatlas.analysis.proofs.prove import AccuracyBound
 from mechatlas.analysis.symmetry.classify import Symmetry
 from mechatlas.app.basis_spectra import spectra_of
+from mechatlas.app.circuit_results import CircuitResult, describe_circuits
 from mechatlas.app.commands import (
     basis,
     branches,
@@ -74,7 +75,9 @@ from mechatlas.app.run_folder import (
     as_plain,
 )
 from mechatlas.app.symmetry_tables import write_features
-from mechatlas.base import InputError, Progress, SiteError, no_progress
+from mechatlas.base import InputError, Progress, Site, SiteError, no_progress
+from mechatlas.dictionaries.ends import UNNAMED as UNNAMED_SITES
+from mechatlas.dictionaries.ends import ends_of, in_words
 from mechatlas.files import write
 
 UNNAMED = ("dictionary", "A", "B")
@@ -207,14 +210,28 @@ def _dictionary_run(
 ) -> MemoryRun:
     """Make a run of a dictionary, and find its site and its store."""
     given, dictionary = value if isinstance(value, tuple) else (None, value)
-    spellings = [str(given)] if given else [name, str(getattr(dictionary, "site", None) or name)]
-    site, store = spellings[0], None
-    for spelling in [*spellings, *_own_spellings(network, spellings)]:
-        for each in stores if store is None else ():
-            if spelling in each.shapes or spelling.partition("/")[0] in each.shapes:
-                site, store = spelling, each
+    names = [name for name in ends_of(dictionary).reads if name not in UNNAMED_SITES]
+    if isinstance(given, str | Site):
+        names = [str(given)]
+    elif given is not None:
+        names = [str(each) for each in given]
+    wanted = [[each] for each in names] or [[name]]
+    if len(wanted) == 1 and given is None:
+        wanted[0] = [name, *names]
+    found, store = [each[0] for each in wanted], None
+    for each in stores:
+        there = [_site_in(each, spellings, network) for spellings in wanted]
+        if all(there):
+            found, store = [str(site) for site in there], each
+    site = found[0] if len(found) == 1 else f"{found[0]} and {len(found) - 1} more"
     if store is None and stores:
         sites = ", ".join(site for each in stores for site in each.sites)
+        if len(found) > 1:
+            raise InputError(
+                f"The dictionary {name!r} {in_words(dictionary)}, and no store has them all; there "
+                f"are {sites}. Give those of a store in their place: "
+                f'dictionaries={{"{name}": (["SITE", "SITE"], dictionary)}}.'
+            )
         raise InputError(
             f"No store has the site {site!r} of the dictionary {name!r}; there are {sites}. "
             f"Name the dictionary by its site, or give (site, dictionary): "
@@ -224,7 +241,9 @@ def _dictionary_run(
     measured = {} if history is None else as_plain(history)
     last = {key: values[-1] for key, values in measured.items() if values}
     sizes = {key: getattr(dictionary, key, None) for key in ("n_latents", "d_in")}
-    facts = {"site": site, "complete": True}
+    facts: dict[str, Any] = {"site": site, "complete": True}
+    if len(found) > 1:
+        facts["reads"] = found
     if store is not None:
         facts |= {"store": str(store.root.resolve()), "parents": {"store": store.digest}}
     return MemoryRun(
@@ -234,6 +253,14 @@ def _dictionary_run(
         result={**sizes, **last, "steps": last.get("step")},
         contents={} if history is None else {HISTORY: measured},
         returned=dictionary,
+    )
+
+
+def _site_in(store: Store, spellings: list[str], network: nn.Module | None) -> str | None:
+    """Site of a store in one of some spellings, the first that fits; None if it has none."""
+    every = [*spellings, *_own_spellings(network, spellings)]
+    return next(
+        (s for s in every if s in store.shapes or s.partition("/")[0] in store.shapes), None
     )
 
 
@@ -250,8 +277,8 @@ def _result_runs(name: Any, value: Any, known: Mapping[str, MemoryRun]) -> list[
     names = (name,) if isinstance(name, str) else tuple(map(str, name))
     results = list(value) if isinstance(value, list | tuple) else [value]
     chains = [[r for r in results if isinstance(r, Match | Tracks)],
-              [r for r in results if isinstance(r, Circuit)]]  # fmt: skip
-    alone = [[r] for r in results if not isinstance(r, Match | Tracks | Circuit)]
+              [r for r in results if isinstance(r, Circuit | DirectCircuit)]]  # fmt: skip
+    alone = [[r] for r in results if not isinstance(r, Match | Tracks | Circuit | DirectCircuit)]
     return [memory_run(names, part, known) for part in [*chains, *alone] if part]
 
 
@@ -343,32 +370,9 @@ def _refuse_other_sizes(rows: Any, name: str, known: Mapping[str, MemoryRun]) ->
 
 def _describe_circuits(
     names: Sequence[str], results: Sequence[Any], known: Mapping[str, MemoryRun], out: _Contents
-) -> circuit.CircuitResult:
-    circuits: Sequence[Circuit] = results
-    _refuse_other_lengths(names, circuits)
-    pairs, kernels = [], {}
-    for k, each in enumerate(circuits):
-        if each.evidence is None:
-            raise InputError(
-                "The circuit has no evidence: no feature was ablated. Find it with "
-                "`ma.circuit(..., n_ablated=32)`."
-            )
-        pairs.append(circuit.pair_result(each, each.evidence, *names[k : k + 2]))
-        taps = [response.taps for response in each.responses]
-        kernels |= circuit.kernel_tensors(k, each.connection, taps, each.kernels())
-    tables = [circuit.edge_columns(c.edges, c.routes, k) for k, c in enumerate(circuits)]
-    circuit.write_edges(out, tables, kernels)
-    return circuit.CircuitResult(
-        dictionaries=list(names),
-        sites=[str(each.connection.source) for each in circuits]
-        + [str(circuits[-1].connection.target)],
-        fdr=circuits[0].fdr,
-        samples=circuits[0].recording.n_samples,
-        held_out_samples=circuits[0].evidence.n_samples if circuits[0].evidence else 0,
-        pairs=pairs,
-        paths=strongest_paths([each.edges for each in circuits], fdr=circuits[0].fdr),
-        features=[],
-    )
+) -> CircuitResult:
+    _refuse_other_lengths(names, results)
+    return describe_circuits(results, names, out)
 
 
 def _describe_branches(
@@ -471,6 +475,7 @@ DESCRIBED: dict[type, tuple[Any, Any, bool]] = {
     Tracks: (_describe_matches, match, True),
     FeatureFlow: (_describe_flow, flow, True),
     Circuit: (_describe_circuits, circuit, True),
+    DirectCircuit: (_describe_circuits, circuit, True),
     Specialization: (_describe_branches, branches, True),
     Symmetry: (_describe_symmetry, symmetry, True),
     NetworkEvaluation: (_describe_evaluation, evaluate, True),
@@ -514,7 +519,8 @@ def draw(result: Any, names: Sequence[str] = ()) -> Drawing:
     Raises:
         InputError: No chapter draws such a result.
     """
-    chosen = tuple(names) or (UNNAMED[1:] if isinstance(result, Match | Circuit) else UNNAMED[:1])
+    of_pair = isinstance(result, Match | Circuit | DirectCircuit)
+    chosen = tuple(names) or (UNNAMED[1:] if of_pair else UNNAMED[:1])
     runs = Runs(Path(), [memory_run(chosen, [result], {})], 0, TrustConfig(), {})
     chapters = [each for each in make_chapters(runs) if each.name != "appendix"]
     refuse_nothing(runs, chapters)

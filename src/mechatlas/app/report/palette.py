@@ -1,7 +1,8 @@
 """Colors of the page: one table for the style sheet and for all figures.
 
-A figure names a color as `var(--branch-0)`; the browser resolves it for the theme that is on, and
-`resolved` for places that have no style sheet.
+A figure names a color as `var(--branch-0)`, with two hexadecimal digits of opacity behind it if it
+is not opaque; the browser resolves it for the theme that is on, and `resolved` for places that have
+no style sheet.
 """
 
 from typing import Any
@@ -28,6 +29,10 @@ COLORS: dict[str, tuple[str, str]] = {
     "branch-5": ("#8d62b8", "#b08bd8"),
     "branch-6": ("#3b8fc4", "#62b1e0"),
     "branch-7": ("#9c7448", "#c49a6c"),
+    "branch-8": ("#5d6673", "#a7b1c0"),
+    "branch-9": ("#b5402c", "#e5806b"),
+    "branch-10": ("#1d6b45", "#72c79b"),
+    "branch-11": ("#a18d10", "#d8c552"),
 }
 """Name of a color -> its value in the light and in the dark theme."""
 N_BRANCHES = sum(name.startswith("branch-") for name in COLORS)
@@ -44,8 +49,9 @@ def style_sheet() -> str:
     light, dark = (
         " ".join(f"--{name}: {pair[theme]};" for name, pair in COLORS.items()) for theme in (0, 1)
     )
+    classes = " ".join(f".c{k} {{ --c: {category(k)}; }}" for k in range(N_BRANCHES))
     return (
-        f":root {{ color-scheme: light dark; {light} }}\n"
+        f":root {{ color-scheme: light dark; --categories: {N_BRANCHES}; {light} }}\n{classes}\n"
         f"@media (prefers-color-scheme: dark) {{ :root {{ {dark} }} }}\n"
         f"@media print {{ :root {{ color-scheme: light; {light} }} }}"
     )
@@ -58,5 +64,6 @@ def resolved(figure: Any, *, dark: bool = False) -> Any:
     if isinstance(figure, list):
         return [resolved(value, dark=dark) for value in figure]
     if isinstance(figure, str) and figure.startswith("var(--"):
-        return COLORS[figure[6:-1]][dark]
+        name, _, alpha = figure[6:].partition(")")
+        return COLORS[name][dark] + alpha
     return figure

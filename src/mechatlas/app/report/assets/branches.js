@@ -17,7 +17,7 @@
         const lost = one.ablation === null ? "" : ` · lost without it ${number(one.ablation)}`;
         return el("article", { class: "card still", "data-claim": true },
           el("header", {}, head, el("span", { class: "brief" }, `share ${number(one.share)}`),
-            el("span", { class: "lean" }, el("i", { class: `dot c${k % 8}` }), one.significant ? `specialized to ${name}` : "could be chance")),
+            el("span", { class: "lean" }, el("i", { class: `dot ${atlas.swatch(k)}` }), one.significant ? `specialized to ${name}` : "could be chance")),
           el("p", { class: "evidence", "data-evidence": true }, `expected ${number(one.expected)}, q ${number(one.q)} at ${percent(fdr)}${lost}`),
           d ? cards.exampleList(d, one.feature, d.kind === "image" ? 4 : 3, 72, true) : null);
       });

@@ -175,7 +175,7 @@ const cards = (() => {
     d.branches.forEach((name, b) => {
       const share = d.shares[i * n + b];
       const bar = el("span", { class: "share", title: `${name}: share ${number(share)}, its width predicts ${number(d.expected[b])}` },
-        el("span", { class: `fill c${b % 8}`, style: `width:${(100 * share).toFixed(1)}%` }),
+        el("span", { class: `fill ${atlas.swatch(b)}`, style: `width:${(100 * share).toFixed(1)}%` }),
         el("span", { class: "tick", style: `left:${(100 * d.expected[b]).toFixed(1)}%` }));
       if (named) bars.append(el("span", { class: "label" }, name), bar, el("span", { class: "n" }, share.toFixed(2)));
       else bars.append(bar);
@@ -213,7 +213,7 @@ const cards = (() => {
       el("header", {}, el("a", { href: link(d, i), "aria-label": `feature ${i}${name ? `, ${name}` : ""}` }, String(i)),
         name ? el("span", { class: "name" }, name) : null,
         el("span", { class: "brief" }, d.density[i] > 0 ? `active ${percent(d.density[i])} · max ${number(d.max[i])}` : "not active"),
-        branch >= 0 && d.density[i] > 0 ? el("span", { class: "lean" }, el("i", { class: `dot c${branch % 8}` }), d.branches[branch]) : null));
+        branch >= 0 && d.density[i] > 0 ? el("span", { class: "lean" }, el("i", { class: `dot ${atlas.swatch(branch)}` }), d.branches[branch]) : null));
     element.addEventListener("click", (event) => { event.preventDefault(); open(i); });
     const body = el("div", { class: "body" });
     element.append(body);

@@ -21,7 +21,7 @@
     if (d) body.append(cards.exampleList(d, fact.latent, d.kind === "image" ? 6 : 2, 80, true));
     const share = layer && fact.explained_by_paths != null
       ? el("p", { class: "caption" },
-        `The edges shown make ${percent(fact.explained_by_paths)} of its mean pre-activation, all edges kept ${percent(fact.explained_by_kept)} (${number(fact.places)} positions of held-out samples; signs count).`) : null;
+        `The edges shown account for ${percent(fact.explained_by_paths)} of its mean pre-activation, all edges kept ${percent(fact.explained_by_kept)} (${number(fact.places)} positions of held-out samples; signs count).`) : null;
     return el("article", { class: "unit", "data-layer": layer, "data-latent": fact.latent }, el("header", {}, head), body, share);
   }
 
@@ -112,6 +112,6 @@
       }), "400px");
     }
     const painted = part.pictures.length ? " The framed picture was optimized from noise to excite the feature." : "";
-    place.append(el("p", { class: "caption" }, `A column is a site; the crops are the strongest examples of each feature.${painted} Each line is a pair of features, as thick as its share of all contributions to the later one (sizes, without signs); orange excites, blue inhibits, dashed is not significant. On it are the kernels of the two branches that carry most: each cell is a position of the earlier feature (in a text, a token before or after; the outermost cells stand for all that lie farther). Click or tap one for its numbers.`));
+    place.append(el("p", { class: "caption" }, `A column is a site; the crops are the strongest examples of each feature.${painted} Each line is a pair of features; its thickness is the pair’s share of all contributions to the later feature (absolute values). Orange excites, blue inhibits, dashed is not significant. On the line are the kernels of the two branches that carry most: each cell is a position of the earlier feature (in a text, a token before or after; the outermost cells include everything farther away). Click or tap a kernel for its numbers.`));
   });
 })();

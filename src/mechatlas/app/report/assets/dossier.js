@@ -28,7 +28,7 @@ const dossier = (() => {
     const css = 132, n = cards.ranksOf(d, i).length;
     if (!n) return part("Examples", "", el("p", { class: "empty" }, "Not active in the rows read."));
     const image = d.kind === "image"
-      ? d.apart ? " Each square is the whole image; brightness is the activation at every patch, and the frame is the patch itself. Tokens without a place in the image stand below it."
+      ? d.apart ? " Each square is the whole image; brightness is the activation at every patch, and the frame is the patch itself. Tokens without a place in the image are below it."
         : " Each square is the receptive field of the position, cut to the image; brightness is the activation at every position, relative to the feature’s largest, and the frame is the position itself."
       : d.kind === "text" ? " Click one for the whole context; hover over a token for its activation." : "";
     return el("div", { class: "columns two" },
@@ -50,7 +50,7 @@ const dossier = (() => {
     return lines.map((b) => {
       const k = Math.max(0, d.branches.indexOf(b.branch)), share = b.share ?? 0;
       const bar = el("span", { class: "share", title: `share ${number(b.share)}, expected ${number(b.expected)}` },
-        el("span", { class: `fill c${k % 8}`, style: `width:${(100 * share).toFixed(1)}%` }),
+        el("span", { class: `fill ${atlas.swatch(k)}`, style: `width:${(100 * share).toFixed(1)}%` }),
         el("span", { class: "tick", style: `left:${(100 * b.expected).toFixed(1)}%` }));
       const measured = [b.ablation === null ? "" : `; lost without it ${number(b.ablation)}`, b.activation === null ? "" : `; of its activation ${number(b.activation)}`].join("");
       return claim(b.anchor, [el("span", {}, b.significant ? `Specialized to ${b.branch}` : b.branch), bar, el("span", { class: "n" }, number(b.share))],
@@ -88,10 +88,10 @@ const dossier = (() => {
   async function flow(f) {
     const from = f.before ? el("span", {}, "from ", await cards.mention(...f.before, f.before_name)) : null;
     const written = f.module ? el("span", {}, "written by ", await cards.mention(...f.module, f.module_name)) : null;
-    const links = [f.before ? `layer before: cosine ${number(f.cosine)}, q ${number(f.q)}` : `nearest partner before: cosine ${number(f.cosine)}, q ${number(f.q)}`,
+    const links = [f.before ? `previous layer: cosine ${number(f.cosine)}, q ${number(f.q)}` : `nearest in the previous layer: cosine ${number(f.cosine)}, q ${number(f.q)}`,
       f.module ? `module: cosine ${number(f.module_cosine)}, q ${number(f.module_q)}` : "no module is matched"];
     return claim(f.anchor, [`${f.origin[0].toUpperCase()}${f.origin.slice(1)}`, from, written].filter(Boolean),
-      `At a false match rate of ${percent(f.fdr)}; ${links.join("; ")}. On its track since ${f.since}; a link of it is wrong with a probability of at most ${percent(f.wrong)}.`, f.origin !== "unexplained");
+      `At a false match rate of ${percent(f.fdr)}; ${links.join("; ")}. On its track since ${f.since}; the probability that one of its links is wrong is at most ${percent(f.wrong)}.`, f.origin !== "unexplained");
   }
 
   // Claims of every analysis that was run on this dictionary.
@@ -163,7 +163,7 @@ const dossier = (() => {
       paintings(d, i),
       el("div", { class: "columns" },
         part("Activations", `Measured on ${read} of the store. Bars: number of rows by activation, with ratios across and square roots up; the first bar holds everything weaker.`, cards.facts(d, i), d.density[i] > 0 ? cards.histogram(d, i) : null),
-        bars ? part("Branches", "Length of the atom’s positive part inside each branch, relative to its whole length. The tick is the share expected from the branch’s width. A description, not a test: “mechatlas branches” tests it.", bars) : null,
+        bars ? part("Branches", "Norm of the atom’s positive part inside each branch, relative to its whole norm. The tick is the share expected from the branch’s width. A description, not a test: “mechatlas branches” tests it.", bars) : null,
         part("Nearest features", `Cosine of decoder rows, among features that are ever active. One shuffled atom in a hundred reaches ${number(d.chance)}; fainter ones are below that.${d.recall < 1 ? ` The search is approximate: it found ${percent(d.recall)} of the nearest of features drawn at random.` : ""}`, neighbors(d, i, showHeat))),
       said,
     ];

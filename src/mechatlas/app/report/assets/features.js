@@ -76,11 +76,14 @@
     }
     const size = served.shape[1];
     const fetchRun = async (first, last) => {
-      const [bytes, claims] = await Promise.all([served.read(first * size, last * size), at ? lines.read(at[first], at[last]) : null]);
-      for (let i = first; i < last; i++) {
-        const row = Object.fromEntries(served.layout.map(([name, kind, begin, count]) => [name, new atlas.kinds[kind](bytes.buffer, (i - first) * size + begin, count)]));
-        keep(i, row, claimsOf(claims, i, at?.[first]));
-        asked.delete(i);
+      try {
+        const [bytes, claims] = await Promise.all([served.read(first * size, last * size), at ? lines.read(at[first], at[last]) : null]);
+        for (let i = first; i < last; i++) {
+          const row = Object.fromEntries(served.layout.map(([name, kind, begin, count]) => [name, new atlas.kinds[kind](bytes.buffer, (i - first) * size + begin, count)]));
+          keep(i, row, claimsOf(claims, i, at?.[first]));
+        }
+      } finally {
+        for (let i = first; i < last; i++) asked.delete(i);
       }
     };
     d.row = (i) => kept.get(i) ?? null;
@@ -288,7 +291,7 @@
   async function choose(index) {
     if (state.d?.index === index) return;
     const d = await openDictionary(index);
-    Object.assign(state, { d, lasso: null, open: null });
+    Object.assign(state, { d, found: [], lasso: null, open: null });
     root.querySelectorAll("[role=tab]").forEach((tab, k) => tab.setAttribute("aria-selected", k === index));
     const option = (value, text = value) => el("option", { value }, text);
     const words = { match: "cosine of its match", origin: "cosine of its origin" };

@@ -59,11 +59,11 @@ const map = (() => {
     const name = nameOf(d, by), of = Array.from(points, name);
     const count = new Map(named(of)), listed = by === "branch" ? d.branches.map((b) => [b, count.get(b) ?? 0]) : [...count];
     const other = atlas.color("--pale");
-    const colors = new Map(listed.slice(0, 8).map(([each], k) => [each, each === "not matched" || each === "not shown" ? other : atlas.color(atlas.category(k))]));
+    const colors = new Map(listed.slice(0, atlas.categories).map(([each], k) => [each, each === "not matched" || each === "not shown" ? other : atlas.color(atlas.category(k))]));
     const numbers = new Map([...colors].map(([each, color]) => [each, packed(rgb(color))])), rest = packed(rgb(other));
     state.colors = Uint32Array.from(of, (each) => numbers.get(each) ?? rest);
     const keys = [...colors].map(([each, color], k) => el("span", {}, el("i", { class: "dot", style: `--c:${color}` }), `${each} ${number(listed[k][1])}`));
-    if (listed.length > 8) keys.push(el("span", {}, el("i", { class: "dot", style: `--c:${other}` }), `${number(listed.length - 8)} more`));
+    if (listed.length > atlas.categories) keys.push(el("span", {}, el("i", { class: "dot", style: `--c:${other}` }), `${number(listed.length - atlas.categories)} more`));
     if (!listed.length) keys.push(el("span", { class: "hint" }, by === "label" ? "No feature has a name yet." : "No feature has one."));
     legend.replaceChildren(...keys);
   }
@@ -184,7 +184,8 @@ const map = (() => {
     if (state.d.kind === "text") {
       context.font = "11px system-ui, sans-serif";
       context.fillStyle = atlas.color("--ink");
-      context.fillText(word(i).slice(0, 14), x + 4, y + 4);
+      const text = word(i).slice(0, 14);
+      context.fillText(text, Math.min(x + 4, 2 * state.half[0] - context.measureText(text).width - 2), y + 4);
       return;
     }
     const picture = thumb(i);

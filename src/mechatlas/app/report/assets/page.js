@@ -9,6 +9,7 @@ const atlas = (() => {
   };
 
   function bytesOf(text) {
+    if (Uint8Array.fromBase64) return Uint8Array.fromBase64(text);
     const raw = atob(text);
     const bytes = new Uint8Array(raw.length);
     for (let i = 0; i < raw.length; i++) bytes[i] = raw.charCodeAt(i);
@@ -76,10 +77,13 @@ const atlas = (() => {
     return createImageBitmap(new Blob([bytes], { type: "image/webp" }));
   });
 
+  // A script from an address is compiled beside the main thread.
   const plotly = once(async () => {
-    const script = document.createElement("script");
-    script.textContent = new TextDecoder().decode(await unpack(takeText("#plotly")[1]));
+    const script = document.createElement("script"), code = await unpack(takeText("#plotly")[1]);
+    script.src = URL.createObjectURL(new Blob([code], { type: "text/javascript" }));
     document.head.append(script);
+    await new Promise((done) => { script.onload = done; });
+    URL.revokeObjectURL(script.src);
     return window.Plotly;
   });
 
@@ -103,7 +107,8 @@ const atlas = (() => {
   }
 
   const color = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
-  const category = (number) => `--branch-${number % 8}`;
+  const categories = Number(color("--categories"));
+  const category = (number) => `--branch-${number % categories}`, swatch = (number) => `c${number % categories}`;
 
   // Three digits, as people write them.
   function number(value) {
@@ -133,7 +138,7 @@ const atlas = (() => {
       paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
       font: { family: "inherit", size: 12, color: ink },
       margin: { l: 44, r: 12, t: 8, b: 38 },
-      colorway: [0, 1, 2, 3, 4, 5, 6, 7].map((k) => color(category(k))),
+      colorway: Array.from({ length: categories }, (_, k) => color(category(k))),
       legend: { orientation: "h", x: 0, y: 1.02, yanchor: "bottom", font: { size: 11 }, itemsizing: "constant" },
       hoverlabel: { font: { family: "inherit" } },
       ...own,
@@ -236,11 +241,11 @@ const atlas = (() => {
   const overflow = new ResizeObserver((entries) => entries.forEach(({ target }) => {
     const cut = target.scrollWidth > target.clientWidth + 1;
     target.classList.toggle("cut", cut);
-    if (cut) { target.tabIndex = 0; target.setAttribute("role", "region"); target.setAttribute("aria-label", `Table ${tables.indexOf(target) + 1} of ${target.closest(".chapter")?.id ?? "the page"}, scrolls sideways`); }
-    else target.removeAttribute("tabindex");
+    if (cut) { target.setAttribute("role", "region"); target.setAttribute("aria-label", `Table ${tables.indexOf(target) + 1} of ${target.closest(".chapter")?.id ?? "the page"}, scrolls sideways`); }
+    else { target.removeAttribute("role"); target.removeAttribute("aria-label"); }
   }));
   const tables = [...document.querySelectorAll(".scroll")];
-  tables.forEach((element) => overflow.observe(element));
+  tables.forEach((element) => { element.tabIndex = 0; overflow.observe(element); });
 
   function save(name, text, type = "application/json") {
     const url = URL.createObjectURL(new Blob([text], { type }));
@@ -269,6 +274,6 @@ const atlas = (() => {
     array: (chapter, name) => array(`${chapter}/${name}`),
     ranges, kinds,
     image: (chapter, name) => image(`${chapter}/${name}`),
-    el, svg, color, category, number, percent, whenSeen, rest, soon, land, save, csv,
+    el, svg, color, category, categories, swatch, number, percent, whenSeen, rest, soon, land, save, csv,
   };
 })();

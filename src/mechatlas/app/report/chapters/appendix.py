@@ -10,6 +10,7 @@ from mechatlas.activations.networks import has_weights
 from mechatlas.activations.samples import Samples
 from mechatlas.activations.sites import SiteInfo, list_sites
 from mechatlas.app.report.chapter import MISSING, Chapter, render
+from mechatlas.app.report.palette import N_BRANCHES
 from mechatlas.app.report.runs import Run, Runs
 from mechatlas.base import Progress, UserError
 
@@ -103,7 +104,7 @@ def _branches(info: SiteInfo) -> list[Branch]:
     }
     total = max(sum(widths.values()), 1)
     return [
-        Branch(name, width, width / total, number % 8)
+        Branch(name, width, width / total, number % N_BRANCHES)
         for number, (name, width) in enumerate(widths.items())
     ]
 

@@ -94,10 +94,11 @@ def _finding(
             anchor=anchor,
         )
     best = [one for one in listed if one["significant"]][:4]
-    words = ", ".join(word.strip() for word in best[0]["raises"][:IN_WORDS])
+    does = "raises" if best[0]["q_raises"] <= result.fdr else "lowers"
+    words = ", ".join(word.strip() for word in best[0][does][:IN_WORDS])
     return Finding(
         text=f"Of {of}, {result.n_raising:,} raise and {result.n_lowering:,} lower a token "
-        f"directly: feature {best[0]['feature']} raises {words}.",
+        f"directly: feature {best[0]['feature']} {does} {words}.",
         evidence=f"False discovery rate {percent(result.fdr)} {null}{frozen}.",
         anchor=anchor,
         rows=(tuple(FeatureAt(run, one["feature"]) for one in best),),

@@ -13,7 +13,7 @@ from mechatlas.activations.images import ImageSamples
 from mechatlas.activations.networks import has_weights
 from mechatlas.activations.receptive import ReceptiveField, receptive_field
 from mechatlas.activations.samples import Samples, TextSamples
-from mechatlas.activations.store import POOL_BYTES, StoreRows
+from mechatlas.activations.store import POOL_BYTES, PairedRows, Store, StoreRows
 from mechatlas.analysis.branches.specialization import plain_shares
 from mechatlas.analysis.examples.maps import Examples, ExamplesWanted, examples_together
 from mechatlas.analysis.examples.statistics import (
@@ -28,8 +28,10 @@ from mechatlas.app.report.dossiers import FeatureAt, Finding
 from mechatlas.app.report.galleries import Gallery, gallery
 from mechatlas.app.report.paintings import most_in_each, paint
 from mechatlas.app.report.runs import Run, Runs
-from mechatlas.base import Progress, Site, UserError
+from mechatlas.base import Progress, Site, StoreError, UserError
+from mechatlas.dictionaries.ends import ends_of
 from mechatlas.dictionaries.formats import FILE
+from mechatlas.dictionaries.pretrained import reading_of
 
 TOP = 12
 """Number of strongest examples of each feature."""
@@ -51,7 +53,7 @@ class _FeatureData:
     run: Run
     key: str
     atoms: np.ndarray
-    rows: StoreRows
+    rows: StoreRows | PairedRows
     store: Path
     samples: Samples
     statistics: FeatureStatistics
@@ -145,8 +147,8 @@ def _finding(each: _FeatureData) -> Finding:
     active = np.flatnonzero(each.statistics.density > 0)
     drawn = np.random.default_rng(0).permutation(active)[:12].tolist()
     return Finding(
-        text=f"{n:,} features of {each.run.manifest['site']} stand for "
-        f"{percent(1 - result['fvu'])} of its variance, {number(result.get('l0'))} of them active "
+        text=f"{n:,} features of {each.run.manifest['site']} explain "
+        f"{percent(1 - result['fvu'])} of its variance, with {number(result.get('l0'))} active "
         "at a time.",
         evidence=f"Rows that were not trained on; {len(active):,} features are ever active in the "
         f"{each.statistics.n_rows:,} rows read. Pictures: features drawn at random.",
@@ -177,10 +179,11 @@ class _Measured:
     """Dictionary with the statistics of its latents."""
 
     run: Run
-    site: Site
+    sites: tuple[Site, ...]
+    """Sites that it reads."""
     dictionary: Any
     store: Path
-    rows: StoreRows
+    rows: StoreRows | PairedRows
     statistics: FeatureStatistics
 
 
@@ -197,8 +200,11 @@ def _measure(run: Run, runs: Runs, on_progress: Progress) -> _Measured:
         )
     folder = runs.store_of(run)
     store = runs.open_store(folder)
-    rows = store.rows(written)
-    if store.manifest.get("group"):  # the untransformed block: what the network gives for a sample
+    sites = _sites_read(run, dictionary, store)
+    rows = store.paired(sites) if len(sites) > 1 else store.rows(sites[0])
+    if isinstance(rows, StoreRows) and store.manifest.get(
+        "group"
+    ):  # the untransformed block: what the network gives for a sample
         rows = StoreRows(store, rows.site, slice(0, dictionary.d_in), POOL_BYTES)
     statistics = feature_statistics(
         dictionary,
@@ -208,7 +214,28 @@ def _measure(run: Run, runs: Runs, on_progress: Progress) -> _Measured:
         max_rows=MAX_ROWS,
         on_progress=on_progress,
     )
-    return _Measured(run, Site.parse(written), dictionary, folder, rows, statistics)
+    parsed = tuple(map(Site.parse, sites))
+    return _Measured(run, parsed, dictionary, folder, rows, statistics)
+
+
+def _sites_read(run: Run, dictionary: Any, store: Store) -> list[str]:
+    """Sites of a store that a dictionary reads: one of several names them.
+
+    Raises:
+        StoreError: The store does not have one of them.
+    """
+    own = str(run.manifest["site"])
+    reads = run.manifest.get("reads") or list(ends_of(dictionary).reads)
+    if len(reads) < 2 or store.manifest.get("group"):
+        return [own]
+    missing = [site for site in reads if site not in store.shapes]
+    if missing:
+        raise StoreError(
+            f"The dictionary reads {reading_of(dictionary)}; {store.root} has "
+            f"{', '.join(store.sites)}. Collect all of them, or name those of the store in their "
+            'order: dictionaries={"name": (["SITE", "SITE"], dictionary)}.'
+        )
+    return reads
 
 
 def _open(group: list[_Measured], runs: Runs, on_progress: Progress) -> list[_FeatureData]:
@@ -216,13 +243,13 @@ def _open(group: list[_Measured], runs: Runs, on_progress: Progress) -> list[_Fe
     folder = group[0].store
     network, samples = runs.reopen(folder)
     fields = [
-        receptive_field(network, each.site, samples.side, samples.channels)
+        receptive_field(network, each.sites[0], samples.side, samples.channels)
         if isinstance(samples, ImageSamples)
         else None
         for each in group
     ]
     wanted = [
-        ExamplesWanted(each.site, each.dictionary, each.statistics, field)
+        ExamplesWanted(each.sites, each.dictionary, each.statistics, field)
         for each, field in zip(group, fields, strict=True)
     ]
     found = examples_together(
@@ -240,7 +267,7 @@ def _open(group: list[_Measured], runs: Runs, on_progress: Progress) -> list[_Fe
         _FeatureData(
             run=each.run,
             key="",
-            atoms=each.dictionary.W_dec.detach()[:, : each.rows.d_in].float().cpu().numpy(),
+            atoms=_atoms(each),
             rows=each.rows,
             store=folder,
             samples=samples,
@@ -252,6 +279,14 @@ def _open(group: list[_Measured], runs: Runs, on_progress: Progress) -> list[_Fe
         )
         for each, field, shown in zip(group, fields, found, strict=True)
     ]
+
+
+def _atoms(each: _Measured) -> np.ndarray:
+    """Atoms of a dictionary: over all sites, or of the untransformed block of a group."""
+    atoms, rows = each.dictionary.W_dec.detach(), each.rows
+    if isinstance(rows, StoreRows) and rows.store.manifest.get("group"):
+        atoms = atoms[:, : rows.d_in]
+    return atoms.float().cpu().numpy()
 
 
 def _drifted(shown: Examples) -> list[str]:
@@ -271,13 +306,15 @@ def _painted(
     network, samples = runs.reopen(each.store)
     if not runs.visualize or field is None or dictionary.W_enc.shape[0] != rows.d_in:
         return {}
+    if isinstance(rows, PairedRows):  # a picture excites the encoder of one site
+        return {}
     assert isinstance(samples, ImageSamples)
     branches = _branches(rows)
     shares, _ = plain_shares(dictionary.W_dec.detach().float().cpu().numpy(), branches)
     latents = most_in_each(shares, each.statistics.density, runs.visualize)
     home = shares[latents].argmax(axis=1) if branches else np.full(len(latents), -1)
     return paint(
-        network, samples, each.site, dictionary.W_enc, latents, branches, home,
+        network, samples, each.sites[0], dictionary.W_enc, latents, branches, home,
         on_progress=on_progress,
     )  # fmt: skip
 
@@ -392,8 +429,8 @@ def _facts(
     }
 
 
-def _branches(rows: StoreRows) -> dict[str, slice]:
+def _branches(rows: StoreRows | PairedRows) -> dict[str, slice]:
     """Branches of the site, if the dictionary reads all of its channels."""
-    if rows.d_in != rows.shape.width:
+    if isinstance(rows, PairedRows) or rows.d_in != rows.shape.width:
         return {}
     return {name: slice(*ends) for name, ends in rows.shape.branches.items()}

@@ -1,6 +1,7 @@
 """Chapter on interaction bases: spectra, free directions, ablation curves, interaction graph."""
 
 import dataclasses
+import itertools
 from typing import Any
 
 import numpy as np
@@ -72,6 +73,21 @@ def _draw(made: Chapter, k: int, run: Run) -> dict[str, Any]:
 def _found(result: Any, k: int, *, drawn: bool) -> list[Finding | Absence]:
     """Sum up free directions and modules of a run."""
     anchor, found = f"interaction-{k}", []
+    for layer in result.layers[:1]:
+        needed = {kind: n for kind, n in layer.by_basis.items() if n.edges_needed is not None}
+        if (lib := needed.pop("lib", None)) is not None and needed:
+            others = "; ".join(
+                f"{LABELS.get(kind, kind)} need {n.edges_needed:,} of {n.edges:,}"
+                for kind, n in needed.items()
+            )
+            found.append(Finding(
+                text=f"{lib.edges_needed:,} edges of the local interaction basis of {layer.name} "
+                "suffice for the same answers.",
+                evidence=f"Ablation on {result.samples:,} samples; {others}. A number that "
+                "suffices, not proved the smallest.",
+                anchor=anchor,
+                figure=f"edges-{k}",
+            ))  # fmt: skip
     if result.modularity is not None:
         evidence = (
             f"modularity {number(result.modularity)}; random graphs with the same degrees reach "
@@ -94,9 +110,9 @@ def _found(result: Any, k: int, *, drawn: bool) -> list[Finding | Absence]:
             ))  # fmt: skip
     if result.free_directions:
         bound = "" if result.free_directions_exact else "at least "
-        gap = "the spectra have a gap of a decade or more, so the count does not hang on the " \
+        gap = "the spectra have a gap of a decade or more, so the count does not depend on the " \
             "threshold" if result.free_directions_have_gap else "the spectra have no gap: the " \
-            "count hangs on the threshold"  # fmt: skip
+            "count depends on the threshold"  # fmt: skip
         found.append(Finding(
             text=f"{bound}{result.free_directions:,} of {result.n_parameters:,} directions of the "
             "weights change no output.".capitalize(),
@@ -212,20 +228,30 @@ def _graph(graph: DrawnGraph, names: list[str]) -> dict[str, Any]:
     weight, source, target = (np.array(x) for x in (graph.weight, graph.source, graph.target))
     traces: list[dict[str, Any]] = []
     width = np.minimum((N_LINE_WIDTHS * weight / weight.max()).astype(int), N_LINE_WIDTHS - 1)
-    for k in range(N_LINE_WIDTHS):
-        drawn = width == k
+    modules = np.unique(module).tolist()
+    colors = {m: category(k) for k, m in enumerate(modules)}
+    inside = np.where(module[source] == module[target], module[source], -1)
+    own = [(inside == m, colors[m], 0.7) for m in modules] if graph.significant else []
+    others = inside < 0 if graph.significant else np.ones(len(inside), bool)
+    for (of_color, color, opacity), k in itertools.product(
+        [(others, "var(--pale)", 0.35), *own], range(N_LINE_WIDTHS)
+    ):
+        drawn = of_color & (width == k)
+        if not drawn.any():
+            continue
         traces.append({
             "type": "scatter",
             "mode": "lines",
             "x": _segments(layer[source[drawn]], layer[target[drawn]]),
             "y": _segments(height[source[drawn]], height[target[drawn]]),
-            "line": {"width": 0.4 + k, "color": "var(--pale)"},
+            "line": {"width": 0.4 + k, "color": color},
+            "opacity": opacity,
             "hoverinfo": "skip",
             "showlegend": False,
         })  # fmt: skip
-    for k in np.unique(module):
-        nodes = np.flatnonzero(module == k)
-        label = f"module {k}" if graph.significant else f"group {k} (not significant)"
+    for m in modules:
+        nodes = np.flatnonzero(module == m)
+        label = f"module {m}" if graph.significant else f"group {m} (not significant)"
         traces.append({
             "type": "scatter",
             "mode": "markers",
@@ -237,7 +263,7 @@ def _graph(graph: DrawnGraph, names: list[str]) -> dict[str, Any]:
                 for i in nodes
             ],
             "hovertemplate": "%{text}<extra>" + label + "</extra>",
-            "marker": {"size": 8},
+            "marker": {"size": 8, "color": colors[m]},
         })  # fmt: skip
     return {
         "data": traces,

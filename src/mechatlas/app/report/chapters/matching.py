@@ -104,7 +104,7 @@ def _finding(place: _Place, k: int, pair: "PairResult", table: Columns) -> Findi
     """Sum up the matches of two consecutive dictionaries."""
     names, smaller = place.names, min(pair.n_a, pair.n_b)
     threshold = "" if pair.cosine_threshold is None else (
-        f", which takes a cosine of {number(pair.cosine_threshold)}"
+        f" (a cosine of at least {number(pair.cosine_threshold)})"
     )  # fmt: skip
     if not pair.matched:
         return Absence(
@@ -114,18 +114,20 @@ def _finding(place: _Place, k: int, pair: "PairResult", table: Columns) -> Findi
             anchor=place.anchor,
         )
     own = np.flatnonzero((table["pair"] == k) & table["matched"])
-    best = own[np.argsort(-table["cosine"][own], kind="stable")][:4]
+    most = own[np.argsort(-table["cosine"][own], kind="stable")][:4]
+    exact = pair.gap <= 1e-9 * max(abs(pair.cost), 1)
+    best = "the cheapest pairing there is" if exact else "nearly the cheapest pairing"
     return Finding(
         text=f"{pair.matched:,} of {smaller:,} features of {names[k]} continue in {names[k + 1]}.",
         evidence=f"False match rate {percent(place.fdr)} against null dictionaries{threshold}; "
-        f"the pairing is within {number(pair.gap)} of the best one.",
+        f"{best} (gap {number(pair.gap)}).",
         anchor=place.anchor,
         rows=tuple(
             (
                 FeatureAt(place.runs[k], int(table["latent_a"][i])),
                 FeatureAt(place.runs[k + 1], int(table["latent_b"][i])),
             )
-            for i in best
+            for i in most
         ),
     )
 
@@ -212,7 +214,9 @@ def _flow(
                     "x": [min(0.999, max(0.001, place)) for place in x],
                     "pad": 14,
                     "thickness": 12,
+                    "color": "var(--pale)",
                 },
+                "textfont": {"color": "var(--ink)", "size": 12},
                 "link": links,
             }
         ],
@@ -222,7 +226,7 @@ def _flow(
 
 def _link(links: dict[str, list[Any]], source: int, target: int, n: int, birth: int) -> None:
     if n:
-        color = "var(--line)" if birth < 0 else category(birth)
+        color = "var(--line)" if birth < 0 else f"{category(birth)}66"  # so that labels are read
         for key, value in zip(links, (source, target, n, color), strict=True):
             links[key].append(value)
 

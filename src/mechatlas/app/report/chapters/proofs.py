@@ -67,16 +67,16 @@ def _finding(
     result: "ProveResult", details: NetworkDetails, number: int, drawings: list[Drawing]
 ) -> Finding:
     """Sum up the bound."""
-    exact = result.accuracy_exact
+    exact, at_least = result.accuracy_exact, "at least " if result.accuracy_bound < 1 else ""
     known = f"; the exact accuracy is {_accuracy(exact)}" if exact is not None else ""
     sizes = [len(grid.left_vectors) for grid in details.grids]
     largest = f"proof{number}set{int(np.argmax(sizes))}" if sizes else ""
     names = [drawing.name for drawing in drawings]
     return Finding(
-        text=f"A network on a group of order {result.order} is certified at least "
+        text=f"A network on a group of order {result.order} is certified {at_least}"
         f"{_accuracy(result.accuracy_bound)} accurate over all {result.order**2:,} pairs, at "
-        f"{percent(result.multiply_adds_share)} of the multiply-adds of checking each.",
-        evidence=f"A bound that was verified ({result.verifier}){known}.",
+        f"{percent(result.multiply_adds_share)} of the cost of checking every pair.",
+        evidence=f"Lower bound with a verified proof ({result.verifier}){known}.",
         anchor=f"proofs-{number}",
         figure=largest if largest in names else names[0],
     )
@@ -84,7 +84,7 @@ def _finding(
 
 def _accuracy(value: float) -> str:
     """Accuracy with four digits after the point, which bounds need."""
-    return f"{100 * value:.4f}".rstrip("0").removesuffix(".") + " %"
+    return f"{100 * value:.4f}".rstrip("0").removesuffix(".") + "%"
 
 
 def _irreps(details: NetworkDetails) -> list[dict[str, Any]]:
@@ -146,6 +146,9 @@ def _budget(budget: dict[str, float]) -> dict[str, Any]:
                 "x": [*TERMS.values(), "bound"],
                 "y": [budget[name] for name in TERMS] + [0],
                 "hovertemplate": "%{x}<br>%{delta:.2f} logits<extra></extra>",
+                "increasing": {"marker": {"color": "var(--branch-0)"}},
+                "decreasing": {"marker": {"color": "var(--branch-3)"}},
+                "totals": {"marker": {"color": "var(--branch-2)"}},
             }
         ],
         "layout": {"yaxis": {"title": {"text": "logits"}}, "showlegend": False},
