@@ -151,9 +151,7 @@ def train(
             settings |= {f"{name} {number}": value for name, value in run.begin().items()}
         if checkpoint is not None:
             done = _resume(Path(checkpoint), runs, settings)
-        batches = staged(
-            _batches(rows, device)(batch_size, seed=seed, start=done), steps - done, device
-        )
+        batches = staged(_batches(rows, device, batch_size, seed, done), steps - done, device)
         clock = time.process_time()
         while done < steps:
             batch, on_device = next(batches)
@@ -491,10 +489,12 @@ def _begin(dictionary: SparseCoder | Adapter, x: Tensor) -> None:
     dictionary.initialize(x)
 
 
-def _batches(rows: Rows, device: torch.device) -> Callable[..., Iterator[Batch]]:
-    """Method that yields batches: for a GPU, as they are stored, which is less to copy."""
-    stored = getattr(rows, "stored_batches", None)
-    return rows.batches if device.type != "cuda" or stored is None else stored
+def _batches(
+    rows: Rows, device: torch.device, batch_size: int, seed: int, start: int
+) -> Iterator[Batch]:
+    """Batches from a step on: for a GPU, as they are stored, which is less to copy."""
+    stored = getattr(rows, "stored_batches", None) if device.type == "cuda" else None
+    return (stored or rows.batches)(batch_size, seed=seed, start=start)
 
 
 def _checked(batch: Batch, rows: Rows) -> Tensor:

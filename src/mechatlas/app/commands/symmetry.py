@@ -239,8 +239,7 @@ def run(config: SymmetryConfig, folder: RunFolder) -> SymmetryResult:
     network = pose_interventions.open_posed_network(
         store, posed.site, config.downstream, wanted=config.interventions > 0, trust=config
     )
-    with on_device(posed.dictionary, as_device(config.device)):
-        estimates = _estimate(posed, folder, config.seed)
+    estimates = _estimate(posed, folder, config)
     with bar("comparing features") as progress:
         symmetries = symmetry(
             estimates.blocks, posed.group, estimates.halves, fdr=config.fdr,
@@ -352,13 +351,14 @@ def group_facts(group: Group, action: str, classes: Sequence[str]) -> dict[str, 
     }
 
 
-def _estimate(posed: PosedDictionary, folder: RunFolder, seed: int) -> BlockEstimates:
+def _estimate(posed: PosedDictionary, folder: RunFolder, config: SymmetryConfig) -> BlockEstimates:
     """Estimate blocks, or continue with the blocks that an interrupted run has kept."""
     kept = folder.kept(KEPT)
     if kept is not None:
         return BlockEstimates.from_arrays(kept)
-    with bar("reading posed activations") as progress:
-        estimates = estimate_blocks(posed, seed=seed, on_progress=progress)
+    device = as_device(config.device)
+    with bar("reading posed activations") as progress, on_device(posed.dictionary, device):
+        estimates = estimate_blocks(posed, seed=config.seed, on_progress=progress)
     folder.keep(KEPT, estimates.arrays())
     return estimates
 
