@@ -144,7 +144,7 @@ def _in_memory(samples: Any, network: nn.Module) -> Samples:
     array = hasattr(samples, "__array__") or isinstance(samples, Mapping | Sequence)
     if isinstance(samples, torch_data.DataLoader | torch_data.Dataset) or (numbered and not array):
         return DatasetSamples(samples, network)
-    return ArraySamples(as_numbers(samples, "The samples"), "array", network)
+    return ArraySamples(as_numbers(samples, "The array of samples"), "array", network)
 
 
 def _are_texts(samples: Any) -> bool:
