@@ -314,7 +314,7 @@
       ["active, density", "share of the store’s rows where the feature is active (above zero)"],
       ["max, mean", "largest and mean activation where it is active, in the units of the code"],
       ["heat", "brightness is the activation at every position, relative to the feature’s largest in the examples shown; dimmed positions are not active"],
-      ["examples", `from ${number(d.rows)} of ${number(d.allRows)} rows, then run through the network again; the two agree within ${number(d.drift)} of each feature’s maximum`],
+      ["examples", `from ${number(d.rows)} of ${number(d.allRows)} rows, then run through the network again; nine in ten agree within ${number(d.drift)} of the feature’s maximum`],
     ];
     if (d.branches.length) terms.push(["branch bars", "share of the atom’s length in each branch; the tick is the share expected from the branch’s width. A feature’s nearest branch exceeds its tick by the largest factor"]);
     byId("legend").replaceChildren(...terms.flatMap(([term, text]) => [el("dt", {}, term), el("dd", {}, text)]));

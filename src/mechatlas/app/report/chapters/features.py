@@ -293,8 +293,8 @@ def _drifted(shown: Examples) -> list[str]:
     if shown.drift <= DRIFT:
         return []
     return [
-        f"Activations differ from those in the store by up to {shown.drift:.0%} of a feature's "
-        "maximum: network, samples and store do not belong together."
+        f"One in ten activations differs from that in the store by more than {shown.drift:.0%} of "
+        "the feature's maximum: network, samples and store do not belong together."
     ]
 
 
