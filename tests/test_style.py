@@ -204,7 +204,7 @@ def test_using_the_package_imports_no_tool_of_the_page_and_no_compiler(tmp_path)
     code = (
         "import sys, mechatlas as m; m.collect, m.train\n"
         "for sae in (m.Autoencoder(d_in=8, n_latents=16, sparsity=m.JumpReLU()),"
-        "            m.PoseTied(group=m.group('C2'), d_in=8, n_latents=16)):\n"
+        "            m.PoseTied(group=m.group('C2'), d_in=8, n_latents=64)):\n"
         "    m.load(m.save(sae, sys.argv[1]))\n"
         "heavy = ('numba', 'plotly', 'transformers', 'tyro', 'sympy')\n"
         "print([x for x in heavy if x in sys.modules])"

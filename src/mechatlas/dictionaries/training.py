@@ -439,7 +439,8 @@ def _outliers(x: Tensor, limits: Sequence[tuple[slice, float]]) -> Tensor:
     outlier = torch.zeros(len(x), dtype=torch.bool, device=x.device)
     for site, limit in limits:
         if limit < math.inf:
-            outlier |= torch.linalg.vector_norm(x[:, site], dim=1, dtype=torch.float32) > limit
+            dtype = torch.promote_types(x.dtype, torch.float32)
+            outlier |= torch.linalg.vector_norm(x[:, site], dim=1, dtype=dtype) > limit
     return outlier
 
 

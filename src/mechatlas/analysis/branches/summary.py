@@ -199,7 +199,8 @@ def _agreement(a: np.ndarray, b: np.ndarray, stratum: np.ndarray, seed: int) -> 
     chance = float(chance / n)
     share = proportion(same, n)
     kappa = (share.value - chance) / (1 - chance) if chance < 1 else None
-    return Agreement(n, *share, chance, (1 + hits) / (1 + DRAWS), kappa)
+    p_value = (1 + hits) / (1 + DRAWS)
+    return Agreement(n, share.value, share.low, share.high, chance, p_value, kappa)
 
 
 class Order(NamedTuple):
