@@ -43,7 +43,9 @@ class World:
 
     def circuit(self, **options) -> ma.Circuit:
         sites = {"site_a": "1", "site_b": "3"}
-        return ma.circuit(self.network, self.first, self.last, self.samples, **sites, **options)
+        found = ma.circuit(self.network, self.first, self.last, self.samples, **sites, **options)
+        assert isinstance(found, ma.Circuit)
+        return found
 
 
 @pytest.fixture(scope="module")

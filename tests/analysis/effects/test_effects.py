@@ -335,4 +335,4 @@ def test_what_cannot_be_is_refused_in_a_sentence(llama):
     assert "no language-model head" in refusal(lambda: ma.logit_effects(headless, sae))
     assert "no language-model head" in refusal(lambda: ma.logit_effects(nn.Linear(2, 2), sae))
     transcoder = ma.Transcoder(d_in=16, d_out=12, n_latents=24, sparsity=ma.TopK(k=4))
-    assert "writes the one site that it reads" in refusal(lambda: steered(llama, transcoder, 3, 1.0))
+    assert "writes the one site" in refusal(lambda: steered(llama, transcoder, 3, 1.0))
