@@ -128,3 +128,19 @@ def test_what_cannot_be_is_refused_in_a_sentence():
     names = ["layers.0", "layers.1", "layers.2"]
     with pytest.raises(InputError, match="opens its latents site by site"):
         circuit(network, opens, opens, TOKENS, site_a=names, site_b=names)
+
+
+@pytest.mark.parametrize("n_ablated", [0, 4])
+def test_dictionaries_with_no_active_latent_are_refused(n_ablated):
+    network = Layered().double()
+    live, dead = (cross_layer(dtype=torch.float64) for _ in range(2))
+    for layer in dead.layers:
+        assert isinstance(layer.b_enc, torch.Tensor)
+        layer.b_enc.data -= 1e6
+    sites = [*READS, *WRITES]
+    for a, b, which in ((live, dead, "later"), (dead, live, "earlier")):
+        with pytest.raises(InputError, match=f"No latent of the {which} .* 10 positions"):
+            circuit(
+                network, a, b, KNOWN, held_out=UNSEEN, site_a=sites, site_b=sites,
+                n_ablated=n_ablated,
+            )  # fmt: skip

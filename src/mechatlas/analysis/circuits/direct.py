@@ -195,8 +195,8 @@ def find_direct_circuit(
         on_progress: Called with the number of targets done and their total.
 
     Raises:
-        InputError: There are no samples, nothing that `b` reads follows what `a` writes, or a
-            dictionary does not fit its sites.
+        InputError: There are no samples, nothing that `b` reads follows what `a` writes, a
+            dictionary does not fit its sites, or too few of its latents are active.
     """
     a.refuse_nonlinear()
     b.refuse_nonlinear()
@@ -210,6 +210,11 @@ def find_direct_circuit(
     able = np.flatnonzero(alive_b & np.asarray(followed)[b.part_of])
     targets = np.sort(random.permutation(able)[:n_targets])
     sources = np.flatnonzero(alive_a & np.asarray(acting)[a.part_of])
+    if not len(targets) or not len(sources):
+        raise InputError(
+            f"No latent of the {'earlier' if len(targets) else 'later'} dictionary that can take "
+            f"part is active at {MIN_ACTIVE} positions of the samples; give more samples."
+        )
     sources = np.sort(random.permutation(sources)[:n_ablated])
     chosen = np.zeros(len(alive_b), bool)
     chosen[targets] = True
