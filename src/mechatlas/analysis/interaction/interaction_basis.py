@@ -168,12 +168,7 @@ def basis(
     model = unwrapped(model)
     inputs = dataclasses.replace(inputs, tensor=as_input(model, inputs.tensor))
     sites = [as_site(model, site) for site in layers]
-    coarse = {p.dtype for p in model.parameters()} & {torch.float16, torch.bfloat16}
-    if coarse:
-        raise InputError(
-            f"The network computes in {coarse.pop()}, which is too coarse for ranks and gradients; "
-            "give `network.float()` and inputs in float32."
-        )
+    _refuse_half_precision(model)
     if checkpoints is None:
         checkpoints = {}
     kept, keep = (
@@ -209,6 +204,15 @@ def basis(
             result,
             learning_coefficient=analysis.learning_coefficient(),
             module_degeneracy=analysis.module_degeneracy(unit_modules),
+        )
+
+
+def _refuse_half_precision(model: nn.Module) -> None:
+    coarse = {p.dtype for p in model.parameters()} & {torch.float16, torch.bfloat16}
+    if coarse:
+        raise InputError(
+            f"The network computes in {coarse.pop()}, which is too coarse for ranks and gradients; "
+            "give `network.float()` and inputs in float32."
         )
 
 
