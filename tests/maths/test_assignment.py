@@ -234,6 +234,7 @@ def test_exchanged_columns_come_back():
     random = np.random.default_rng(0)
     a, b, others = (random.normal(size=(40, 8)).astype(np.float32) for _ in range(3))
     kept = Factors.squared_distances(a, b).kept()
+    assert isinstance(kept, pricing.Kept)
     before = kept.block(slice(0, 40)).copy()
     columns = np.array([3, 30, 17])
     changed = b.copy()
