@@ -8,15 +8,15 @@
     written        a text that names local copies -> the same text with their addresses
 
 The copy of PROTOCOL://PLACE is CACHE/PROTOCOL/PLACE, so that every process can tell one from the
-other. CACHE is `MECHATLAS_CACHE`, by default ~/.cache/mechatlas. Files are put at their address
-before they get their name in the copy: what is in the copy is at the address as well, and the files
-used longest ago are deleted from the copy where it would have more than `MECHATLAS_CACHE_GIB`.
+other; `cache` says where that is and keeps it small. Files are put at their address before they get
+their name in the copy: what is in the copy is at the address as well.
 
 Addresses are those of fsspec (the extra `remote`), with the credentials and settings that its file
 systems read from the environment. What may pass is tried again with growing pauses.
 """
 
 import contextlib
+import datetime
 import errno
 import functools
 import hashlib
@@ -32,13 +32,12 @@ from typing import Any, NamedTuple, TypeVar
 
 import xxhash
 
+from mechatlas import cache
 from mechatlas.base import DiskError
 
 MANIFEST = "manifest.json"
 TEMPORARY = ".mechatlas.tmp"
 """Ending of a file that is being written; a killed command leaves one."""
-CACHE_GIB = 20.0
-"""Default size of the local copies, in GiB."""
 TRIES = 5
 """Attempts at a request, each of which the file system may repeat by itself."""
 PAUSE = 0.5
@@ -47,9 +46,6 @@ AT_ONCE = 8
 """Files fetched at the same time."""
 SETTINGS = (".json", ".yaml", ".yml", ".toml")
 """Endings of the files that are fetched with a single file beside them."""
-YOUNG = 86_400.0
-"""Seconds for which a file that is no shard stays in the copy after its last use."""
-_SHARD = re.compile(r"(?:train|held)-\d{5,}\.safetensors")
 _ADDRESS = re.compile(r"([a-z][a-z0-9+.-]+):/{1,2}(.*)", re.DOTALL)
 _FINAL = (
     "NoCredentialsError", "PartialCredentialsError", "ProfileNotFound", "TokenRetrievalError",
@@ -91,16 +87,15 @@ def located(path: Path | str) -> Path:
     if protocol == "file":
         return Path("/", place)
     _refuse_strange(place, str(path))
-    return _cache() / protocol / place
+    return cache.folder() / protocol / place
 
 
 def address_of(path: Path) -> str | None:
     """Find the address of a local copy; None for any other path."""
-    cache = str(_cache())
-    text = os.path.abspath(path)
-    if not text.startswith(cache + os.sep):
+    root, text = f"{cache.folder()}{os.sep}", os.path.abspath(path)
+    if not text.startswith(root):
         return None
-    protocol, _, place = text[len(cache) + 1 :].replace(os.sep, "/").partition("/")
+    protocol, _, place = text.removeprefix(root).replace(os.sep, "/").partition("/")
     return f"{protocol}://{place}"
 
 
@@ -109,8 +104,8 @@ def written(text: Path | str) -> str:
     parts = _ADDRESS.fullmatch(str(text)) if isinstance(text, Path) else None
     if parts is not None:
         return f"{parts[1]}://{parts[2]}"
-    cache = f"{_cache()}{os.sep}"
-    return re.sub(re.escape(cache) + r"([a-z0-9+.-]+)/", r"\1://", str(text))
+    root = f"{cache.folder()}{os.sep}"
+    return re.sub(re.escape(root) + r"([a-z0-9+.-]+)/", r"\1://", str(text))
 
 
 def followed(named: str, by: Path) -> Path:
@@ -178,7 +173,7 @@ def prepared(path: Path | str, parts: Iterable[str] = (), *, alone: bool = True)
     if MANIFEST not in files and {name.split("/")[0] for name in files} - {*parts}:
         raise DiskError(f"{address} is not empty and is no run. Choose another --out.")
     _copy(local, files, delete=alone)
-    _WRITING.add(local)
+    cache.keep(local)
     if alone:
         system, place = _system(address)
         probe = f"{place}/probe{TEMPORARY}"
@@ -218,6 +213,13 @@ def bring(file: Path, expected: str) -> None:
     _bring(file, expected)
 
 
+def forget(files: Iterable[Path]) -> None:
+    """Delete files of a local copy, which are fetched again when they are asked for."""
+    for file in files:
+        if address_of(file) is not None:
+            file.unlink(missing_ok=True)
+
+
 def bring_ahead(files: Mapping[Path, str]) -> None:
     """Begin to fetch shards that `bring` will ask for, several at once.
 
@@ -255,10 +257,10 @@ def upload(source: Path, file: Path) -> None:
         found = _as_listed(system.info(place))
         if found.size != size:
             raise WrongBytesError(f"it has {found.size:,} bytes there, expected {size:,}")
-        _mark(source, found.version)
+        cache.mark(source, found.version)
 
     _persist(f"Cannot write {address}", put)
-    _make_room(size)
+    cache.make_room(size)
 
 
 def remove(path: Path) -> None:
@@ -282,42 +284,11 @@ def remove(path: Path) -> None:
 _LOCK = threading.Lock()
 _COMING: dict[Path, Future[None]] = {}
 """Shards that are on their way."""
-_WRITING: set[Path] = set()
-"""Folders that this process writes."""
-_USED: dict[Path, int] = {}
-"""Bytes in the local copies, by the folder of all, as far as this process knows."""
 
 
 @functools.cache
 def _workers() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(AT_ONCE, thread_name_prefix="mechatlas-fetch")
-
-
-def _cache() -> Path:
-    """Folder of all local copies."""
-    named = os.environ.get("MECHATLAS_CACHE")
-    if named is None:
-        base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-        named = os.path.join(base, "mechatlas")
-    return _resolved(named)
-
-
-@functools.cache
-def _resolved(folder: str) -> Path:
-    return Path(os.path.realpath(folder))
-
-
-def _limit() -> int:
-    """Bytes that the local copies may have.
-
-    Raises:
-        DiskError: `MECHATLAS_CACHE_GIB` is no number above 0.
-    """
-    text = os.environ.get("MECHATLAS_CACHE_GIB", str(CACHE_GIB))
-    with contextlib.suppress(ValueError, OverflowError):
-        if float(text) > 0:
-            return int(float(text) * 2**30)
-    raise DiskError(f"MECHATLAS_CACHE_GIB is {text!r}, expected a size in GiB above 0.")
 
 
 def _refuse_strange(place: str, address: str) -> None:
@@ -331,7 +302,6 @@ def _refuse_strange(place: str, address: str) -> None:
         raise DiskError(f"{address!r:.200} is not a path within a bucket: no empty parts, '..'.")
 
 
-@functools.cache
 def _system(address: str) -> tuple[Any, str]:
     """File system of an address, and the path in it.
 
@@ -404,15 +374,23 @@ def _listed(local: Path, *, deep: bool = True) -> dict[str, Listed]:
     """
     address = str(address_of(local))
     system, place = _system(address)
-    depth = None if deep else 1
 
-    def walk() -> list[dict[str, Any]]:
-        system.invalidate_cache()
-        try:  # `find` would leave out whatever cannot be listed
-            folders = [*system.walk(place, maxdepth=depth, detail=True, on_error="raise")]
+    def entries(folder: str) -> list[dict[str, Any]]:
+        try:
+            return system.ls(folder, detail=True)
         except _GONE:
             return []
-        return [info for _, _, files in folders for info in files.values()]
+
+    def walk() -> list[dict[str, Any]]:  # fsspec's own leaves out what cannot be listed
+        system.invalidate_cache()
+        files, folders = [], [place]
+        for folder in folders:
+            for info in entries(folder):
+                if info["type"] != "directory":
+                    files.append(info)
+                elif deep and info["name"].rstrip("/") != folder:
+                    folders.append(info["name"].rstrip("/"))
+        return files
 
     listed = {}
     for info in _persist(f"{address} cannot be read", walk):
@@ -427,8 +405,9 @@ def _listed(local: Path, *, deep: bool = True) -> dict[str, Listed]:
 
 def _as_listed(info: Mapping[str, Any]) -> Listed:
     keys = ("ETag", "etag", "md5Hash", "generation", "mtime", "created")
-    version = next((str(info[key]) for key in keys if info.get(key)), None)
-    return Listed(int(info["size"]), version)
+    found = next((info[key] for key in keys if info.get(key)), None)
+    found = found.timestamp() if isinstance(found, datetime.datetime) else found
+    return Listed(int(info["size"]), None if found is None else str(found))
 
 
 def _runs(files: Iterable[str]) -> set[str]:
@@ -458,7 +437,7 @@ def _copy(
     coming = []
     for name, listed in files.items():
         path = PurePosixPath(name)
-        if _SHARD.fullmatch(path.name) is None or str(path.parent.parent) not in runs:
+        if cache.SHARD.fullmatch(path.name) is None or str(path.parent.parent) not in runs:
             coming.append(_workers().submit(_get, folder / name, listed))
     for each in coming:
         each.result()
@@ -481,11 +460,8 @@ def _is_there(file: Path) -> bool:
 
 def _get(file: Path, listed: Listed) -> None:
     """Fetch a file unless the local copy has this version of it."""
-    with contextlib.suppress(OSError):
-        status = file.stat()
-        same = status.st_size == listed.size and listed.version is not None
-        if same and status.st_mtime_ns == _time_of(listed.version):
-            return _use(file)
+    if cache.is_version(file, *listed):
+        return cache.use(file)
     address = str(address_of(file))
     system, place = _system(address)
 
@@ -494,7 +470,7 @@ def _get(file: Path, listed: Listed) -> None:
         size = temporary.stat().st_size
         if size != listed.size:
             raise WrongBytesError(f"{size:,} bytes arrived, expected {listed.size:,}")
-        _mark(temporary, listed.version)
+        cache.mark(temporary, listed.version)
 
     return _fetch(file, address, get)
 
@@ -503,7 +479,7 @@ def _bring(file: Path, expected: str) -> None:
     """Fetch a shard unless the local copy has it and it is whole."""
     with contextlib.suppress(OSError):
         if _checksum(file) == expected:
-            return _use(file)
+            return cache.use(file)
     address = str(address_of(file))
     system, place = _system(address)
 
@@ -539,58 +515,11 @@ def _fetch(file: Path, address: str, get: Callable[[Path], None]) -> None:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-    _use(file)
+    cache.use(file)
     with contextlib.suppress(OSError):
-        _make_room(file.stat().st_size)
+        cache.make_room(file.stat().st_size)
 
 
 def _checksum(file: Path) -> str:
     with open(file, "rb") as opened:
         return hashlib.file_digest(opened, xxhash.xxh3_128).hexdigest()  # type: ignore[arg-type]
-
-
-def _time_of(version: str | None) -> int:
-    """Time of the last change, in ns, that stands for a version of a file."""
-    return xxhash.xxh3_64(str(version).encode()).intdigest() % (2**60)
-
-
-def _mark(file: Path, version: str | None) -> None:
-    """Remember which version of a file this is."""
-    if version is not None:
-        os.utime(file, ns=(time.time_ns(), _time_of(version)))
-
-
-def _use(file: Path) -> None:
-    """Note that a file is used now, in the time of its last use alone."""
-    with contextlib.suppress(OSError):  # deleted by another process that needs room
-        os.utime(file, ns=(time.time_ns(), file.stat().st_mtime_ns))
-
-
-def _make_room(n_bytes: int) -> None:
-    """Delete the files used longest ago where the local copies have grown too large.
-
-    Args:
-        n_bytes: Size of what has just come.
-    """
-    cache, limit = _cache(), _limit()
-    with _LOCK:
-        if cache in _USED:
-            _USED[cache] += n_bytes
-        if _USED.get(cache, limit + 1) <= limit:
-            return
-        found: list[tuple[float, int, Path]] = []
-        for path in cache.rglob("*"):
-            with contextlib.suppress(OSError):  # of other processes
-                status = path.stat(follow_symlinks=False)
-                if path.is_file():
-                    found.append((status.st_atime, status.st_size, path))
-        total = sum(size for _, size, _ in found)
-        young = time.time() - YOUNG
-        for used, size, path in sorted(found)[:-1] if total > limit else ():
-            if total <= 0.9 * limit:
-                break
-            old = used < young and not _WRITING & set(path.parents)
-            if old or _SHARD.fullmatch(path.name):
-                path.unlink(missing_ok=True)
-                total -= size
-        _USED[cache] = total

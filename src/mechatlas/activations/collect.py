@@ -359,14 +359,9 @@ def _do_round_elsewhere(number: int, job: _Job) -> RoundResult:
         network, samples = job.reopen()
         samples = open_samples(samples, network, memory_mib=job.settings.memory_mib)
         network.to(job.device)
+        out = remote.located(job.out)
         collection, rounds = _prepare(
-            network,
-            samples,
-            job.sites,
-            job.settings,
-            job.group,
-            job.device,
-            remote.located(job.out),
+            network, samples, job.sites, job.settings, job.group, job.device, out
         )
         found = _new_manifest(collection, len(rounds), {})
         if differing := [key for key in found if found[key] != job.state[key]]:

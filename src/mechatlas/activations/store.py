@@ -240,12 +240,10 @@ class _MappedShard(NamedTuple):
 
     def check(self) -> None:
         """Refuse a file that was changed meanwhile: a page cut off would end the process."""
-        if self.signature is None:
-            return
         signature = None
         with contextlib.suppress(OSError):
             signature = _signature(self.path)
-        if signature != self.signature:
+        if self.signature not in (None, signature):
             raise StoreError(
                 f"{self.path} was changed, replaced or deleted while it was being read. "
                 "Let nothing write to a store that is in use; start again."

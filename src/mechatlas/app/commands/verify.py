@@ -19,7 +19,7 @@ from mechatlas.app.inputs import checksum_of as checksum_of_dictionary
 from mechatlas.app.run_folder import CHECKPOINT, STORE, UNFINISHED, CommandResult
 from mechatlas.base import DiskError, UserError
 from mechatlas.files import MANIFEST, checksum_file, damaged, lost_manifest, read_manifest
-from mechatlas.remote import AT_ONCE, bring, bring_ahead, located, sizes, written
+from mechatlas.remote import AT_ONCE, bring, bring_ahead, forget, located, sizes, written
 from mechatlas.tensorfiles import checksum_of, read_safetensors
 
 
@@ -135,6 +135,7 @@ class _Tree:
             del self.right[path]
             return
         files = [(folder / name, expected) for name, expected in stated.items()]
+        forget(file for file, _ in files)  # what lies at the address is verified, not a copy
         for i, each in enumerate(files):
             bring_ahead(dict(files[i + 1 : i + 1 + AT_ONCE]))
             self.verify(*each)
