@@ -5,9 +5,13 @@ import gzip
 import json
 import re
 from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
+from markupsafe import Markup
 
 from mechatlas.activations.store import Store
 from mechatlas.analysis.branches.specialization import plain_shares
@@ -17,10 +21,12 @@ from mechatlas.app.report import paintings
 from mechatlas.app.report.atoms import flat_map, neighbors
 from mechatlas.app.report.chapter import Chapter, as_json, render
 from mechatlas.app.report.chapters import features
+from mechatlas.app.report.dossiers import Absence, Finding
+from mechatlas.app.report.first_screen import first_screen
 from mechatlas.app.report.galleries import gallery
 from mechatlas.app.report.layout import umap
 from mechatlas.app.report.page import CHAPTERS, assemble, report
-from mechatlas.app.report.runs import find_runs
+from mechatlas.app.report.runs import Run, Runs, find_runs
 from mechatlas.base import DiskError, UserError, no_progress
 from mechatlas.dictionaries.formats import load
 
@@ -152,6 +158,43 @@ def test_findings_training_and_appendix_are_there(read):
     text = " ".join(read.text)
     assert "The network tests.networks:tiny" in text
     assert "fraction of variance unexplained" in text
+
+
+def no_runs() -> Any:
+    return Mock(spec=Runs, all=[], of_kind=lambda kind: [])
+
+
+def test_of_each_chapter_the_strongest_finding_comes_first():
+    def chapter(name, **strengths):
+        found = [
+            Finding(text=text, evidence="1", anchor=name, strength=strength)
+            for text, strength in strengths.items()
+        ]
+        return Chapter(name=name, title=name, html=Markup(), findings=found)
+
+    chapters = [chapter("one", weak=0.1, strong=0.9), chapter("two", middle=0.5)]
+    html = first_screen(no_runs(), chapters).html
+    assert re.findall(r">(weak|middle|strong)<", html) == ["strong", "middle", "weak"]
+
+
+def test_of_many_questions_without_a_finding_five_are_listed_and_the_others_folded():
+    absences = [Absence(text=f"None of {k}.", power="1", anchor="one") for k in range(7)]
+    chapters = [Chapter(name="one", title="One", html=Markup(), absences=absences)]
+    shown, folded = first_screen(no_runs(), chapters).html.split("<details>")
+    assert [f"None of {k}." in shown for k in range(7)] == [True] * 5 + [False] * 2
+    assert "2 more" in folded
+    assert "None of 6." in folded
+
+
+def test_a_language_model_is_called_by_its_file():
+    def name(network):
+        return Run(Path("store"), "store", {"recipe": {"network": network}}, {}).network_name
+
+    path = "models/SmolLM2-135M.gguf"
+    assert name({"name": "transformer", "arguments": {"path": path}}) == "SmolLM2-135M"
+    assert name({"name": "transformer", "arguments": {}}) == "transformer"
+    assert name({"name": "a:b", "arguments": {"path": path}}) == "a:b"
+    assert name("a:b") == "a:b"
 
 
 def test_a_page_is_small(page):

@@ -236,6 +236,17 @@ def test_texts_show_their_tokens(tab, page):
     assert max(float(h or 0) for h in heat) == 1
 
 
+def test_excerpts_among_the_findings_are_as_wide_as_their_card(tab, page):
+    tab.open(f"{page}#findings")
+    tab.until("[...document.querySelectorAll('[data-finding]')].every((e) => e.dataset.ready)")
+    widths = tab.run(
+        "[...document.querySelectorAll('.finding .excerpt .tokens')]"
+        ".map((e) => e.offsetWidth / e.closest('.finding').offsetWidth)"
+    )
+    assert len(widths) == 6
+    assert min(widths) > 0.7
+
+
 @pytest.mark.parametrize("dark", [False, True])
 @pytest.mark.parametrize("size", [(1440, 1000), (400, 860)])
 def test_nothing_is_wider_than_the_window(tab, page, size, dark, tmp_path):

@@ -42,7 +42,7 @@ COMMANDS = (
 )
 FROM_RECIPES = ("collect", "train", "basis")
 """Commands whose settings are too many for a command line alone."""
-ESTIMATED = ("collect", "train", "sweep", "match")
+ESTIMATED = ("collect", "train", "sweep", "match", "basis")
 """Commands that say beforehand what they cost, if that is over a minute."""
 OVERVIEW = """\
 mechatlas: an atlas of the features of a trained PyTorch network.
@@ -60,8 +60,8 @@ Try:
 
 Every command takes --json (print the result as one JSON object, and nothing else) and a
 RECIPE.toml as its first word, such as the recipe.toml of an earlier run, whose fields the other
-words replace. collect, train, sweep and match take --dry-run (say how long, how much memory and
-disk, and do nothing). `mechatlas --version` prints the version.
+words replace. {estimated} take --dry-run (say how long, how much
+memory and disk, and do nothing). `mechatlas --version` prints the version.
 
 Folders may be addresses, such as s3://bucket/run or gs://bucket/run, to read and to write, with the
 credentials in the environment (pip install 'mechatlas[remote]').
@@ -259,7 +259,9 @@ def overview() -> str:
         source: Any = spec.loader
         text = ast.get_docstring(ast.parse(source.get_source(spec.name))) or ""
         lines.append(f"  {name:<9} {text.partition(chr(10))[0].rstrip('.')}")
-    return OVERVIEW.format(commands="\n".join(lines))
+    *others, last = ESTIMATED
+    estimated = f"{', '.join(others)} and {last}"
+    return OVERVIEW.format(commands="\n".join(lines), estimated=estimated)
 
 
 def fail(message: str) -> Never:

@@ -211,7 +211,7 @@ def in_words(result: BranchesResult) -> str:
         f"{result.n_specialized_permuted}"
     ]
     for each in result.branches:
-        power = "" if each.power is None else f" ({each.power:.0%} found of features moved there)"
+        power = "" if each.power is None else f" (power {each.power:.0%})"
         lines.append(
             f"  {each.name:12} {each.width:4} channels, expected share {each.expected_share:.2f}: "
             f"{each.n_specialized} specialized{power}"

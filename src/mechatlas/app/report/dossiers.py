@@ -226,6 +226,8 @@ class Finding:
     """Features to show: a row for each example of the finding."""
     figure: str = ""
     """Figure of the chapter to show in place of features."""
+    strength: float = 0.0
+    """Share of what was asked that was found; of a chapter's findings the strongest come first."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

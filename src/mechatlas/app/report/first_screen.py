@@ -37,10 +37,11 @@ def first_screen(runs: Runs, chapters: list[Chapter]) -> Chapter:
 
 
 def _choose(chapters: list[Chapter]) -> list[tuple[str, Finding]]:
-    """Choose the first finding of every chapter, then the second of each, and so on."""
+    """Choose the strongest finding of every chapter, then the second of each, and so on."""
     ordered = [c for c in chapters if c.name not in LAST] + [c for c in chapters if c.name in LAST]
-    depth = max((len(c.findings) for c in ordered), default=0)
-    every = [(c.name, c.findings[k]) for k in range(depth) for c in ordered if k < len(c.findings)]
+    ranked = [(c.name, sorted(c.findings, key=lambda f: -f.strength)) for c in ordered]
+    depth = max((len(found) for _, found in ranked), default=0)
+    every = [(name, found[k]) for k in range(depth) for name, found in ranked if k < len(found)]
     return every[:MOST]
 
 

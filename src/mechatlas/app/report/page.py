@@ -83,6 +83,8 @@ CHAPTERS: tuple[ChapterOf, ...] = (
 
 STEPS = 1000
 """Progress steps of one chapter."""
+SLOW: dict[ChapterOf, int] = {features.chapter: 30}
+"""Chapters that take longer than others, and by how much."""
 
 
 Keep = Callable[[Data], str]
@@ -194,14 +196,16 @@ def write_parts(runs: Runs, folder: Path, *, on_progress: Progress = no_progress
 def make_chapters(runs: Runs, on_progress: Progress = no_progress) -> list[Chapter]:
     """Make the chapters of all runs that they can be made of."""
     chapters = []
-    total = len(CHAPTERS) * STEPS
+    steps = [STEPS * SLOW.get(make, 1) for make in CHAPTERS]
+    total = sum(steps)
     for number, make in enumerate(CHAPTERS):
-        on_progress(number * STEPS, total)
+        before, own = sum(steps[:number]), steps[number]
+        on_progress(before, total)
         made = _chapter(
             make,
             runs,
-            lambda done, of, before=number: on_progress(
-                before * STEPS + done * STEPS // max(of, 1), total
+            lambda done, of, before=before, own=own: on_progress(
+                before + done * own // max(of, 1), total
             ),
         )
         if made is not None:

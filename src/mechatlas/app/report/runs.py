@@ -9,6 +9,7 @@ Runs         the runs, and what they open to; each network and store is opened o
 import dataclasses
 import functools
 import os
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -65,9 +66,17 @@ class Run:
 
     @property
     def network_name(self) -> str:
-        """Name of the network in the recipe of the run; empty if there is none."""
+        """Name of the network in the recipe of the run; empty if there is none.
+
+        Of language models, which all have the same factory, the name of their folder or file.
+        """
         network = self.manifest.get("recipe", {}).get("network", "")
-        return str(network.get("name", "") if isinstance(network, dict) else network)
+        if not isinstance(network, dict):
+            return str(network)
+        name, arguments = str(network.get("name", "")), network.get("arguments")
+        if name == "transformer" and isinstance(arguments, dict) and "path" in arguments:
+            return Path(str(arguments["path"])).name.removesuffix(".gguf")
+        return name
 
     def typed_result(self) -> Any:
         """Result of the command, as the type that `run_folder.RESULTS` names for the kind.
@@ -155,6 +164,12 @@ def _columns(table: pa.Table) -> dict[str, Any]:
     }
 
 
+def _as_counted(path: Path) -> list[tuple[bool, int, str]]:
+    """Key that sorts layer4 before layer10."""
+    parts = re.findall(r"\d+|\D+", str(path))
+    return [(p.isdecimal(), int(p) if p.isdecimal() else 0, p) for p in parts]
+
+
 def find_runs(
     folder: Path,
     *,
@@ -181,7 +196,7 @@ def find_runs(
         raise DiskError(f"There is no folder {folder}.")
     runs, problems = [], {}
     for depth in range(DEPTH + 1):
-        for path in sorted(folder.glob("*/" * depth + MANIFEST)):
+        for path in sorted(folder.glob("*/" * depth + MANIFEST), key=_as_counted):
             name = path.parent.relative_to(folder).as_posix()
             name = folder.resolve().name if name == "." else name
             try:

@@ -117,8 +117,10 @@ const cards = (() => {
     if (first > 0 && !whole) line.append("… ");
     for (let t = first; t <= last; t++) {
       const heat = row.heat[rank * n + t - begin];
-      const token = el("span", { class: t === peak ? "peak" : null, title: heat ? `${number((heat / 255) * row.scale[0])} in ${name}` : null },
-        d.words[d.tokens[slot * d.length + t]].replaceAll("\n", "↵"));
+      const written = d.words[d.tokens[slot * d.length + t]].replaceAll("\n", "↵");
+      const text = whole ? written : written.replace(/ {3,}/g, "  "), word = text.trimStart() || text;
+      if (word !== text) line.append(text.slice(0, -word.length));  // a line may end there
+      const token = el("span", { class: t === peak ? "peak" : null, title: heat ? `${number((heat / 255) * row.scale[0])} in ${name}` : null }, word);
       if (showHeat && heat) token.style.setProperty("--heat", (heat / 255).toFixed(3));
       line.append(token);
     }

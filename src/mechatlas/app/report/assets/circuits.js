@@ -40,7 +40,7 @@
     const { pair, a, b } = edges[0];
     return el("div", { class: "claim", "data-claim": true },
       el("div", { class: "says" }, `${part.sites[pair]}/${a} → ${part.sites[pair + 1]}/${b}: ${percent(edges[0].share)} of all contributions`),
-      ...edges.map((edge) => el("p", { class: "evidence", "data-evidence": true }, cards.kernel(edge.kernel, 72), ` ${edge.branch}. ${evidence(edge, part.fdr)}`)));
+      ...edges.map((edge) => el("p", { class: "evidence", "data-evidence": true }, cards.kernel(edge.kernel, 72), el("span", {}, `${edge.branch}. ${evidence(edge, part.fdr)}`))));
   }
 
   // Lines from the right edge of a card to the left edge of another, kernels in the middle.

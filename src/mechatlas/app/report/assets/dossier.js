@@ -12,7 +12,7 @@ const dossier = (() => {
     return el("div", { class: sure ? "claim" : "claim unsure", "data-claim": true },
       el("div", { class: "says" }, ...[statement].flat()), ...more,
       el("p", { class: "evidence", "data-evidence": true }, evidence, " ",
-        el("a", { href: `#${anchor}`, "data-leave": true }, "all of it")));
+        el("a", { href: `#${anchor}`, "data-leave": true }, "in its chapter")));
   }
 
   function paintings(d, i) {

@@ -6,7 +6,7 @@
   const tracks = atlas.data("flow");
 
   async function step([name, run, latent, origin, module, moduleRun, ofModule]) {
-    const written = module ? el("span", { class: "faint" }, origin === "passed on" ? "" : `${origin}: `, await cards.mention(moduleRun, ofModule, module)) : origin ? el("span", { class: "faint" }, origin) : null;
+    const written = module ? el("span", { class: "faint" }, origin === "passed on" ? "" : `${origin}: `, await cards.mention(moduleRun, ofModule, module)) : origin && origin !== "passed on" ? el("span", { class: "faint" }, origin) : null;
     return el("li", {}, await cards.mention(run, latent, name, 1), written);
   }
 

@@ -161,7 +161,8 @@ const map = (() => {
     if (state.show !== "points" && d.kind !== "array") {
       const shown = taken.filter((k) => k >= 0), missing = Array.from(shown, (k) => points[k]).filter((i) => d.kind === "text" && !d.row(i));
       if (missing.length) d.need(missing).then(redrawLater);
-      for (const k of shown) illustrate(context, ...onScreen(points[k]), k);
+      const boxes = [];  // of the words so far
+      for (const k of shown.toSorted((a, b) => d.density[points[b]] - d.density[points[a]])) illustrate(context, ...onScreen(points[k]), k, boxes);
     }
     if (state.open !== null && Number.isFinite(state.d.flat[2 * state.open])) ring(context, ...onScreen(state.open));
     if (state.hover !== null) ring(context, ...onScreen(state.hover));
@@ -179,13 +180,15 @@ const map = (() => {
     for (let y = Math.max(0, top); y < bottom; y++) pixels.fill(color, y * width + Math.max(0, left), y * width + Math.max(0, right));
   }
 
-  function illustrate(context, x, y, k) {
+  function illustrate(context, x, y, k, boxes) {
     const i = state.points[k];
     if (state.d.kind === "text") {
       context.font = "11px system-ui, sans-serif";
       context.fillStyle = atlas.color("--ink");
-      const text = word(i).slice(0, 14);
-      context.fillText(text, Math.min(x + 4, 2 * state.half[0] - context.measureText(text).width - 2), y + 4);
+      const text = word(i).slice(0, 14), wide = context.measureText(text).width, left = Math.min(x + 4, 2 * state.half[0] - wide - 2);
+      if (boxes.some(([l, t, w]) => left < l + w + 4 && l < left + wide + 4 && Math.abs(t - y) < 13)) return;
+      boxes.push([left, y, wide]);
+      context.fillText(text, left, y + 4);
       return;
     }
     const picture = thumb(i);

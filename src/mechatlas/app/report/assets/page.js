@@ -118,7 +118,12 @@ const atlas = (() => {
     if (size >= 100) return value.toLocaleString("en", { maximumFractionDigits: 0 });
     return size >= 1e-3 ? String(Number(value.toPrecision(3))) : value.toExponential(1);
   }
-  const percent = (value) => (value == null || !Number.isFinite(value) ? "–" : `${(100 * value).toFixed(Math.abs(value) >= 0.0995 && Math.abs(value) <= 0.99 ? 0 : 1).replace(/\.0$/, "")}%`);
+  function percent(value) {
+    if (value == null || !Number.isFinite(value)) return "–";
+    const size = Math.abs(value);
+    if (size > 0 && size < 0.0005) return `${number(Number((100 * value).toPrecision(1)))}%`;
+    return `${(100 * value).toFixed(size >= 0.0995 && size <= 0.99 ? 0 : 1).replace(/\.0$/, "")}%`;
+  }
 
   // ---- figures -------------------------------------------------------------------------
 
@@ -150,7 +155,8 @@ const atlas = (() => {
   async function draw(element) {
     const { data, layout } = colored(chapters[element.dataset.chapter].figures[element.dataset.figure]);
     const Plotly = await plotly();
-    const small = element.classList.contains("tiny") ? { showlegend: false, margin: { l: 30, r: 8, t: 6, b: 24 } } : {};
+    const few = data.length === 2 || data.length === 3;  // so many names fit into a small figure
+    const small = element.classList.contains("tiny") ? { showlegend: few && layout?.showlegend !== false, margin: { l: 30, r: 8, t: 6, b: 24 } } : {};
     await Plotly.react(element, data, themed({ ...layout, ...small }), { responsive: true, displaylogo: false, displayModeBar: false });
     element.dataset.drawn = "yes";
   }

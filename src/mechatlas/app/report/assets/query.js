@@ -87,33 +87,42 @@ const query = (() => {
     return (remembered.get(d)[name] ??= make());
   }
 
-  // Text -> features, of the samples among the examples, or of the words that they are active on.
+  // Text -> features, ascending, of the samples among the examples, or of the words that they are active on.
   function collect(d, add) {
     const found = new Map();
     for (let i = 0; i < d.n; i++) {
       add(i, (text) => {
-        if (!found.has(text)) found.set(text, new Set());
-        found.get(text).add(i);
+        const features = found.get(text);
+        if (!features) found.set(text, [i]);
+        else if (features[features.length - 1] !== i) features.push(i);
       });
     }
     return found;
   }
+
+  // The word at a token of a sample, in small letters; dictionaries of one gallery share them.
+  function wordAt(d, slot, token) {
+    const known = (d.gallery.wordsAt ??= new Array(d.tokens.length)), at = slot * d.length + token;
+    return (known[at] ??= cards.spelled(d, slot, ...cards.wordAround(d, slot, token)).trim().toLowerCase());
+  }
+
   const indexes = {
-    file: (d) => collect(d, (i, put) => {
-      for (let k = 0; k < d.shown; k++) {
-        const slot = d.arrays.slot[i * d.shown + k];
-        if (slot >= 0) put(d.names[slot].toLowerCase());
-      }
-    }),
+    file: (d) => {
+      const names = d.names.map((name) => name.toLowerCase());
+      return collect(d, (i, put) => {
+        for (let k = 0; k < d.shown; k++) {
+          const slot = d.arrays.slot[i * d.shown + k];
+          if (slot >= 0) put(names[slot]);
+        }
+      });
+    },
     token: (d) => (d.kind !== "text" ? new Map() : collect(d, (i, put) => {
       const n = d.heat_shape[0], { slot, first: begins, heat } = d.arrays;
       for (let k = 0; k < d.shown; k++) {
         const at = i * d.shown + k;
         if (slot[at] < 0) continue;
         for (let t = 0, begin = begins[2 * at]; t < n; t++) {
-          if (!heat[at * n + t]) continue;
-          const [first, last] = cards.wordAround(d, slot[at], begin + t);
-          put(cards.spelled(d, slot[at], first, last).trim().toLowerCase());
+          if (heat[at * n + t]) put(wordAt(d, slot[at], begin + t));
         }
       }
     })),

@@ -1,6 +1,7 @@
 """Appendix: networks, stores and dictionaries with their numbers and checksums."""
 
 import dataclasses
+import re
 from typing import Any
 
 import torch
@@ -13,6 +14,9 @@ from mechatlas.app.report.chapter import MISSING, Chapter, render
 from mechatlas.app.report.palette import N_BRANCHES
 from mechatlas.app.report.runs import Run, Runs
 from mechatlas.base import Progress, UserError
+
+FEW = 4
+"""Sites that have rows of their own among the branches, however much they are alike."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +44,8 @@ class Subject:
     hidden: list[SiteInfo]
     """Sites inside other sites, folded away at first."""
     branched: dict[str, list[Branch]]
+    bars: list[tuple[str, int, list[Branch]]]
+    """Sites with branches, and their number where several of equal branches share a row."""
     samples: int | None
 
 
@@ -73,7 +79,7 @@ def _subject(run: Run, runs: Runs) -> Subject:
         infos = list_sites(network, _one(network, samples))
     except UserError as error:
         runs.problems[run.name] = str(error)
-        return Subject(str(name), "", None, written, str(error), [], [], {}, None)
+        return Subject(str(name), "", None, written, str(error), [], [], {}, [], None)
     problem = ""
     if not has_weights(network, written):
         problem = "The weights found now are not those that the store was collected from."
@@ -88,6 +94,7 @@ def _subject(run: Run, runs: Runs) -> Subject:
         sites=[i for i in infos if i not in inside],
         hidden=inside,
         branched=branched,
+        bars=_bars(branched),
         samples=len(samples),
     )
 
@@ -95,6 +102,21 @@ def _subject(run: Run, runs: Runs) -> Subject:
 def _one(network: nn.Module, samples: Samples) -> torch.Tensor:
     device = next((p.device for p in network.parameters()), torch.device("cpu"))
     return samples.stack([samples.read(0)]).to(device)
+
+
+def _bars(branched: dict[str, list[Branch]]) -> list[tuple[str, int, list[Branch]]]:
+    """Join sites that differ by a number alone, such as the layers of a transformer, if many do."""
+    alike: dict[tuple[Any, ...], list[str]] = {}
+    for site, branches in branched.items():
+        key = (re.sub(r"\d+", "*", site), tuple((b.name, b.width) for b in branches))
+        alike.setdefault(key, []).append(site)
+    bars: list[tuple[str, int, list[Branch]]] = []
+    for (pattern, _), sites in alike.items():
+        if len(sites) > FEW:
+            bars.append((pattern, len(sites), branched[sites[0]]))
+        else:
+            bars += [(site, 1, branched[site]) for site in sites]
+    return bars
 
 
 def _branches(info: SiteInfo) -> list[Branch]:

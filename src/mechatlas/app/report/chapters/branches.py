@@ -79,8 +79,8 @@ def _finding(
     control = f"{result.n_specialized_permuted:,} with the channels permuted"
     powers = [b.power for b in result.branches if b.power is not None]
     power = "power not measured (too few features)" if not powers else (
-        f"of features moved most of the way into a branch, the test finds {percent(min(powers))} "
-        f"to {percent(max(powers))}"
+        f"of features planted in a branch, the test finds {percent(min(powers))} to "
+        f"{percent(max(powers))} (power)"
     )  # fmt: skip
     if not result.n_specialized:
         return Absence(

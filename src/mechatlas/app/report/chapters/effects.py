@@ -36,21 +36,30 @@ def chapter(runs: Runs, on_progress: Progress) -> Chapter | None:
     Raises:
         DiskError: A result is damaged.
     """
-    return part_for_each(
-        "Effects", runs.of_kind(EFFECTS), partial(_draw, runs), on_progress,
+    silent: list[tuple["EffectsResult", str]] = []
+    made = part_for_each(
+        "Effects", runs.of_kind(EFFECTS), partial(_draw, runs, silent), on_progress,
         scripts=("effects.js",), shown=SHOWN,
     )  # fmt: skip
+    if made is not None and silent:
+        made.note(_absence(silent))
+    return made
 
 
-def _draw(runs: Runs, made: Chapter, k: int, run: Run) -> dict[str, Any]:
-    """Draw a run."""
+def _draw(
+    runs: Runs, silent: list[tuple["EffectsResult", str]], made: Chapter, k: int, run: Run
+) -> dict[str, Any]:
+    """Draw a run; those without a finding are noted among the silent ones."""
     result: "EffectsResult" = run.typed_result()
     of_run, anchor = runs.dictionary_at(run.manifest["dictionary"]), f"effects-{k}"
     listed: list[dict[str, Any]] = []
     if run.has(LOGITS):
         table = run.table(LOGITS)
         listed = _strongest(table, result.fdr)
-        made.note(_finding(result, listed, of_run, anchor))
+        if result.n_raising + result.n_lowering:
+            made.note(_finding(result, listed, of_run, anchor))
+        else:
+            silent.append((result, anchor))
         made.statements.extend(_lines(result, table, of_run, anchor))
     made.data.append(of_run)
     answers = [_answer(each) for each in result.attributions]
@@ -76,32 +85,39 @@ def _strongest(table: Table, fdr: float) -> list[dict[str, Any]]:
     ]
 
 
+def _absence(silent: list[tuple["EffectsResult", str]]) -> Absence:
+    """Sum up all dictionaries without a feature that raises or lowers a token."""
+    results, most = [result for result, _ in silent], max(r.null_top or 0 for r, _ in silent)
+    sites = ", ".join(result.site for result in results)
+    return Absence(
+        text=f"Of {sum(r.n_latents for r in results):,} features of {sites}, none raises or lowers "
+        "a token directly more than by chance.",
+        power=f"False discovery rate {percent(results[0].fdr)} against {results[0].n_random:,} "
+        f"random directions of the same norm, whose largest rise is {number(most)} in the median.",
+        anchor=silent[0][1],
+    )
+
+
 def _finding(
     result: "EffectsResult", listed: list[dict[str, Any]], run: str, anchor: str
-) -> Finding | Absence:
+) -> Finding:
     """Sum up how many features write something in particular into the logits."""
     null = f"against {result.n_random:,} random directions of the same norm"
     frozen = "" if (e := result.unfrozen_difference) is None else (
         f"; freezing the final norm is off by {percent(e.value)} "
         f"[{percent(e.low)}, {percent(e.high)}]"
     )  # fmt: skip
-    of = f"{result.n_latents:,} features of {result.site}"
-    if not result.n_raising + result.n_lowering:
-        return Absence(
-            text=f"Of {of}, none raises or lowers a token directly more than by chance.",
-            power=f"False discovery rate {percent(result.fdr)} {null}, whose largest rise is "
-            f"{number(result.null_top)} in the median{frozen}.",
-            anchor=anchor,
-        )
     best = [one for one in listed if one["significant"]][:4]
     does = "raises" if best[0]["q_raises"] <= result.fdr else "lowers"
     words = ", ".join(word.strip() for word in best[0][does][:IN_WORDS])
     return Finding(
-        text=f"Of {of}, {result.n_raising:,} raise and {result.n_lowering:,} lower a token "
-        f"directly: feature {best[0]['feature']} {does} {words}.",
+        text=f"Of {result.n_latents:,} features of {result.site}, {result.n_raising:,} raise and "
+        f"{result.n_lowering:,} lower a token directly: feature {best[0]['feature']} {does} "
+        f"{words}.",
         evidence=f"False discovery rate {percent(result.fdr)} {null}{frozen}.",
         anchor=anchor,
         rows=(tuple(FeatureAt(run, one["feature"]) for one in best),),
+        strength=(result.n_raising + result.n_lowering) / result.n_latents,
     )
 
 

@@ -1,5 +1,6 @@
 """Chapter on evaluation: what dictionaries are worth to their network."""
 
+import dataclasses
 from typing import TYPE_CHECKING, Any
 
 from mechatlas.app.report.chapter import Chapter, number, percent, render
@@ -22,6 +23,8 @@ WAYS = {
     "zero_ablated": "zeros",
 }
 """Ways in which the site is written, in the words of the page."""
+FIGURES = ("worth", "losses", "density")
+"""Figures, the one that says most first."""
 
 
 def chapter(runs: Runs, on_progress: Progress) -> Chapter | None:
@@ -50,8 +53,14 @@ def chapter(runs: Runs, on_progress: Progress) -> Chapter | None:
         title="Evaluation",
         html=render("evaluation.html", rows=rows, ways=WAYS, figures=figures),
         figures=figures,
-        findings=[_finding(each["result"], k) for k, each in enumerate(rows)],
+        findings=_findings(results, [name for name in FIGURES if name in figures]),
     )
+
+
+def _findings(results: list["EvaluateResult"], figures: list[str]) -> list[Finding]:
+    """Sum up each dictionary, the best one with a figure."""
+    found = sorted(map(_finding, results, range(len(results))), key=lambda f: -f.strength)
+    return [dataclasses.replace(found[0], figure=figures[0]), *found[1:]]
 
 
 def _finding(result: "EvaluateResult", k: int) -> Finding:
@@ -62,21 +71,22 @@ def _finding(result: "EvaluateResult", k: int) -> Finding:
 
     spliced = result.spliced
     evidence = (
-        f"95 % intervals over {result.samples:,} held-out samples; KL divergence "
+        f"95% intervals over {result.samples:,} held-out samples; KL divergence "
         f"{interval(spliced.kl_divergence, number)} nats, same answer "
         f"{interval(spliced.agreement, percent)}, FVU {interval(result.fvu, number)}."
     )
     if (recovered := result.loss_recovered) is not None:
         text = (
-            f"With {result.site} written by its dictionary the network recovers "
-            f"{interval(recovered, percent)} of the loss that zeros there add."
+            f"With {result.site} replaced by its dictionary's reconstruction, the network keeps "
+            f"{interval(recovered, percent)} of what it loses when the site is set to zero."
         )
     else:
         text = (
-            f"With {result.site} written by its dictionary the network gives the same answer in "
-            f"{interval(spliced.agreement, percent)} of the cases."
+            f"With {result.site} replaced by its dictionary's reconstruction, the network gives "
+            f"the same answer in {interval(spliced.agreement, percent)} of the cases."
         )
-    return Finding(text=text, evidence=evidence, anchor=f"evaluation-{k}")
+    strength = (recovered or spliced.agreement).value
+    return Finding(text=text, evidence=evidence, anchor=f"evaluation-{k}", strength=strength)
 
 
 def _densities(rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -86,7 +96,7 @@ def _densities(rows: list[dict[str, Any]]) -> dict[str, Any]:
         bins = row["result"].density
         traces.append({
             "type": "scatter", "mode": "lines+markers", "name": row["name"],
-            "x": ["never", *(f"{b.high:.1e}" for b in bins[1:])],
+            "x": ["never", *(percent(b.high) for b in bins[1:])],
             "y": [b.share.value for b in bins],
             "marker": {"size": 5, "color": category(k)}, "line": {"color": category(k)},
             "hovertemplate": "active in up to %{x} of rows<br>%{y:.1%} of the latents",

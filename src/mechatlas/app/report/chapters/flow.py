@@ -20,7 +20,7 @@ from mechatlas.base import Progress
 if TYPE_CHECKING:
     from mechatlas.app.commands.flow import FlowResult
 
-UNEXPLAINED = "unexplained"
+PASSED_ON, UNEXPLAINED = "passed on", "unexplained"
 SHOWN = 8
 """Tracks drawn."""
 
@@ -59,7 +59,13 @@ def _draw(runs: Runs, made: Chapter, k: int, run: Run) -> dict[str, Any]:
         ]
         for track in tracks
     ])  # fmt: skip
-    return {"result": result, "origins": list(result.steps[0].counts), "tracks": tracks}
+    return {"result": result, "origins": _possible(result), "tracks": tracks}
+
+
+def _possible(result: "FlowResult") -> list[str]:
+    """Origins that some feature has, and those that need no dictionary of a module."""
+    found = {o for step in result.steps for o, count in step.counts.items() if count}
+    return [o for o in result.steps[0].counts if o in found | {PASSED_ON, UNEXPLAINED}]
 
 
 def _finding(result: "FlowResult", places: dict[str, str], anchor: str) -> Finding | Absence:
@@ -67,7 +73,7 @@ def _finding(result: "FlowResult", places: dict[str, str], anchor: str) -> Findi
     n = sum(step.n for step in result.steps)
     counts = {o: sum(step.counts[o] for step in result.steps) for o in result.steps[0].counts}
     known = {o: count for o, count in counts.items() if o != UNEXPLAINED and count}
-    layers = f"{len(result.dictionaries)} layers of the stream"
+    layers = f"{len(result.dictionaries)} layers of the residual stream"
     thresholds = [t for step in result.steps for t in step.thresholds.values() if t is not None]
     takes = f"; a link takes a cosine of {number(min(thresholds))} or more" if thresholds else ""
     evidence = f"False match rate {percent(result.fdr)} of the links to each dictionary{takes}."
@@ -140,10 +146,11 @@ def _origins(result: "FlowResult") -> dict[str, Any]:
                 [step.shares[origin].low, step.shares[origin].high] for step in result.steps
             ],
             "marker": {"color": "var(--line)" if origin == UNEXPLAINED else category(k)},
-            "hovertemplate": f"%{{x}}: %{{y:.1%}} {origin}<br>95 % interval "
+            "hovertemplate": f"%{{x}}: %{{y:.1%}} {origin}<br>95% interval "
             "%{customdata[0]:.1%} to %{customdata[1]:.1%}<extra></extra>",
         }
         for k, origin in enumerate(result.steps[0].shares)
+        if origin in _possible(result)
     ]
     return {
         "data": traces,
@@ -169,7 +176,8 @@ def _turnover(result: "FlowResult") -> dict[str, Any]:
                 "array": [s.high - s.value for s in shares],
                 "arrayminus": [s.value - s.low for s in shares],
             },
-            "marker": {"color": category(k)}, "line": {"color": category(k)},
+            "marker": {"color": category(k)},
+            "line": {"color": category(k), "dash": ("solid", "dot")[k]},  # equal ones are both seen
             "hovertemplate": f"%{{x}}<br>%{{y:.1%}} {name}<extra></extra>",
         })  # fmt: skip
     return {

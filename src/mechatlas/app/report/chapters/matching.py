@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 Columns = dict[str, np.ndarray]
 """Columns of a table, by name."""
+MOST_BANDED = 6
+"""Dictionaries between which bands can still be followed by the eye."""
 MAX_TRACKS = 40
 """Tracks in the table of tracks."""
 WAYS = {
@@ -61,7 +63,7 @@ def chapter(runs: Runs, on_progress: Progress) -> Chapter | None:
     """
     return part_for_each(
         "Matching", runs.of_kind(MATCHING), partial(_draw, runs), on_progress,
-        scripts=("matching.js",),
+        scripts=("matching.js",), most_banded=MOST_BANDED,
     )  # fmt: skip
 
 
@@ -83,6 +85,7 @@ def _draw(runs: Runs, made: Chapter, k: int, run: Run) -> dict[str, Any]:
     made.statements.extend([*_matches(place, table), *_tracks(place, tracks)])
     return {
         "fdr": result.fdr,
+        "names": names,
         "pairs": result.pairs,
         "evidence": [_evidence(pair) for pair in result.pairs],
         "survival": _survival(result.tracks),
@@ -116,11 +119,11 @@ def _finding(place: _Place, k: int, pair: "PairResult", table: Columns) -> Findi
     own = np.flatnonzero((table["pair"] == k) & table["matched"])
     most = own[np.argsort(-table["cosine"][own], kind="stable")][:4]
     exact = pair.gap <= 1e-9 * max(abs(pair.cost), 1)
-    best = "the cheapest pairing there is" if exact else "nearly the cheapest pairing"
+    best = "the pairing is optimal" if exact else "the pairing is nearly optimal"
     return Finding(
         text=f"{pair.matched:,} of {smaller:,} features of {names[k]} continue in {names[k + 1]}.",
         evidence=f"False match rate {percent(place.fdr)} against null dictionaries{threshold}; "
-        f"{best} (gap {number(pair.gap)}).",
+        f"{best} (gap {0 if exact else number(pair.gap)}).",
         anchor=place.anchor,
         rows=tuple(
             (
@@ -129,6 +132,7 @@ def _finding(place: _Place, k: int, pair: "PairResult", table: Columns) -> Findi
             )
             for i in most
         ),
+        strength=pair.matched / smaller,
     )
 
 
@@ -178,6 +182,8 @@ def _flow(
     One band a birth layer, however many features there are, so thousands stay readable.
     """
     births, n_layers = _births(pairs, table, tracks), len(names)
+    if n_layers > MOST_BANDED:
+        return _stacked(births, names)
     labels: list[str] = []
     at: dict[tuple[int, int], int] = {}
     for layer in range(n_layers):
@@ -222,6 +228,23 @@ def _flow(
         ],
         "layout": {"margin": {"l": 8, "r": 8, "t": 8, "b": 8}},
     }  # fmt: skip
+
+
+def _stacked(births: list[np.ndarray], names: list[str]) -> dict[str, Any]:
+    """Draw the features of each of many layers by the layer of their birth, as stacked bars."""
+    traces = [
+        {
+            "type": "bar",
+            "name": f"since {name}",
+            "x": names[birth:],
+            "y": [int((own == birth).sum()) for own in births[birth:]],
+            "marker": {"color": category(birth)},
+            "hovertemplate": f"%{{x}}: %{{y:,}} born in {name}<extra></extra>",
+        }
+        for birth, name in enumerate(names)
+    ]
+    axes = {"xaxis": {"type": "category"}, "yaxis": {"title": {"text": "features"}}}
+    return {"data": traces, "layout": {"barmode": "stack", **axes}}
 
 
 def _link(links: dict[str, list[Any]], source: int, target: int, n: int, birth: int) -> None:

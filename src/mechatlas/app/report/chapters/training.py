@@ -8,13 +8,15 @@ from mechatlas.app.run_folder import DICTIONARY, HISTORY
 from mechatlas.base import Progress
 
 CURVES = {
-    "fvu": "fvu, held out",
-    "l0": "l0, held out",
+    "fvu": "FVU, held out",
+    "l0": "L0, held out",
     "dead_share": "dead share",
 }
 
 BESIDE = 3
-"""Dictionaries from which on they are drawn side by side."""
+"""Dictionaries from which on they are drawn side by side, if they differ in L0."""
+ALIKE = 1.05
+"""Ratio of the largest L0 to the smallest up to which it says nothing of the dictionaries."""
 
 
 def chapter(runs: Runs, on_progress: Progress) -> Chapter | None:
@@ -29,7 +31,8 @@ def chapter(runs: Runs, on_progress: Progress) -> Chapter | None:
     if not histories:
         return None
     figures = {key: _figure(key, histories) for key in CURVES}
-    beside = len(histories) >= BESIDE
+    l0 = [history["l0"][-1] for history in histories.values()]
+    beside = len(histories) >= BESIDE and max(l0) > ALIKE * min(l0)
     if beside:
         figures["frontier"] = _frontier(histories)
     return Chapter(
@@ -50,13 +53,13 @@ def _frontier(histories: dict[str, Any]) -> dict[str, Any]:
         "x": [values["l0"] for values in last.values()],
         "y": [values["fvu"] for values in last.values()],
         "marker": {"size": 9},
-        "hovertemplate": "%{text}<br>l0 %{x:.3g}, fvu %{y:.3g}<extra></extra>",
+        "hovertemplate": "%{text}<br>L0 %{x:.3g}, FVU %{y:.3g}<extra></extra>",
     }
     return {
         "data": [trace],
         "layout": {
-            "xaxis": {"title": {"text": "l0, held out"}, "type": "log"},
-            "yaxis": {"title": {"text": "fvu, held out"}, "rangemode": "tozero"},
+            "xaxis": {"title": {"text": "L0, held out"}, "type": "log"},
+            "yaxis": {"title": {"text": "FVU, held out"}, "rangemode": "tozero"},
             "showlegend": False,
         },
     }
