@@ -10,18 +10,11 @@ import socket
 import threading
 import time
 
+import fsspec
+import fsspec.config
 import numpy as np
 import pytest
 import torch
-
-pytest.importorskip("s3fs", reason="needs s3fs, and moto's server (make test-remote)")
-pytest.importorskip("moto.server", reason="needs moto's server (make test-remote)")
-
-import boto3
-import fsspec
-import s3fs.core
-from moto.server import DomainDispatcherApplication, create_backend_app
-from werkzeug.serving import make_server
 
 from mechatlas import remote
 from mechatlas.activations import collect as collecting
@@ -33,6 +26,10 @@ from mechatlas.dictionaries.formats import load, save
 from mechatlas.files import write
 from tests.test_remote import another_machine, collected, files, in_rounds, trained
 
+boto3, s3fs, moto, serving = (
+    pytest.importorskip(name, reason="needs s3fs and moto's server (make test-remote)")
+    for name in ("boto3", "s3fs.core", "moto.server", "werkzeug.serving")
+)
 ERROR = "<?xml version='1.0'?><Error><Code>{0}</Code><Message>{1}</Message></Error>"
 
 
@@ -80,8 +77,8 @@ class Faults:
 @pytest.fixture(scope="module")
 def faults():
     logging.getLogger("werkzeug").setLevel(logging.CRITICAL)
-    app = Faults(DomainDispatcherApplication(create_backend_app))
-    server = make_server("127.0.0.1", 0, app, threaded=True)
+    app = Faults(moto.DomainDispatcherApplication(moto.create_backend_app))
+    server = serving.make_server("127.0.0.1", 0, app, threaded=True)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.port}")
@@ -147,7 +144,7 @@ def test_an_upload_that_is_always_cut_leaves_nothing_and_goes_on_later(
 
 
 def test_a_large_file_comes_in_parts_or_not_at_all(faults, bucket, tmp_path, monkeypatch):
-    monkeypatch.setattr(s3fs.core, "calculate_chunksize", lambda *_, **__: 5 << 20)
+    monkeypatch.setattr(s3fs, "calculate_chunksize", lambda *_, **__: 5 << 20)
     data = np.random.default_rng(0).bytes(11 << 20)
     file = remote.located(f"{bucket}/folder/large.bin")
     faults.plan.append(["cut", "PUT", "large.bin", 1000])
