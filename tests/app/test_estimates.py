@@ -90,6 +90,26 @@ def test_training_has_the_same_bytes_whether_its_cost_was_estimated(
     assert files[0].read_bytes() == files[1].read_bytes()
 
 
+def test_a_dry_run_of_a_basis_knows_its_size_and_writes_nothing(tmp_path, capsys):
+    np.save(tmp_path / "x.npy", np.random.default_rng(0).normal(size=(90, 24)).astype("float32"))
+    recipe = tmp_path / "basis.toml"
+    recipe.write_text(
+        'layers = ["0", "1"]\n[network]\nname = "tests.app.test_estimates:wide"\n[samples]\n'
+        f'type = "Arrays"\nsource = "{tmp_path}/x.npy"\n[settings]\nn_null_graphs = 1'
+    )
+    found = dry(capsys, "basis", recipe, "--out", tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+    assert 0 < found["seconds"] < 60
+    main(["basis", str(recipe), "--out", str(tmp_path / "basis"), "--json"])
+    assert json.loads(capsys.readouterr().out)["layers"][0]["n_edge_samples"] == 90
+    size = (tmp_path / "basis" / "basis.safetensors").stat().st_size
+    assert 0.7 * size < found["disk"] < 1.5 * size
+
+
+def wide():
+    return nn.Sequential(nn.Identity(), nn.Sequential(nn.Linear(24, 32), nn.ReLU()))
+
+
 def test_a_dry_run_makes_the_mistakes_known(store, tmp_path, capsys):
     recipe = training(tmp_path / "train.toml", store, 'site = "7"')
     with pytest.raises(SystemExit):

@@ -26,12 +26,24 @@ from mechatlas.base import InputError, SiteError
 from .test_layer_maps import LAYERS, NETWORKS, setting
 
 
-@given(st.integers(0, 200), st.integers(0, 200))
-def test_the_search_ends_at_a_number_that_suffices(enough, of):
-    found = find_needed(of, lambda n: 1.0 if n >= enough else 0.5, 1.0)
+@given(st.integers(0, 200), st.integers(0, 200), st.integers(0, 250))
+def test_the_search_ends_at_a_number_that_suffices_wherever_it_begins(enough, of, guess):
+    found = find_needed(of, lambda n: 1.0 if n >= enough else 0.5, 1.0, guess=guess)
     assert found.n_needed == (enough if enough <= of else None)
     assert all(score in (0.5, 1.0) for score in found.scores)
     assert len(found.kept) <= 20
+
+
+def test_a_search_from_a_good_guess_tries_few_numbers():
+    tried = []
+
+    def score(n):
+        tried.append(n)
+        return float(n >= 138_141)
+
+    exact = find_needed(146_689, score, 1.0, guess=140_000)
+    assert exact.n_needed == 138_141
+    assert min(tried) > 130_000
 
 
 @pytest.mark.parametrize("name", NETWORKS)

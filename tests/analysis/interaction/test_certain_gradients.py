@@ -1,11 +1,14 @@
 """The global basis says how certain it is, and searches of what has no closed form are bounded."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
 import mechatlas as ma
+from mechatlas.analysis.interaction.costs import Costs
 from mechatlas.analysis.interaction.interaction_basis import basis
 from mechatlas.analysis.interaction.layer_maps import layer_maps
 from mechatlas.analysis.interaction.statistics import Inputs, output_gradients
@@ -63,16 +66,39 @@ class Attention(nn.Module):
         return x + self.attend(x, x, x, need_weights=False)[0]
 
 
-def test_a_search_without_a_closed_form_takes_as_many_samples_as_it_can_afford():
+def test_parts_without_a_closed_form_take_as_many_samples_as_they_can_afford():
     torch.manual_seed(0)
     network = nn.Sequential(nn.Identity(), Attention(), nn.Linear(8, 3)).double().eval()
     x = torch.randn(60, 4, 8, dtype=torch.float64)
-    settings = ma.InteractionConfig(kinds=("pca",), jacobian_samples=8)
-    plenty = basis(network, x, ["0", "1", "2"], settings)
+    told: list[Costs] = []
+    settings = ma.InteractionConfig(kinds=("pca",), jacobian_samples=40)
+    plenty = basis(network, x, ["0", "1", "2"], settings, on_costs=told.append)
     assert plenty.n_ablation_samples == 60
-    little = basis(
-        network, x, ["0", "1", "2"],
-        ma.InteractionConfig(kinds=("pca",), jacobian_samples=8, max_ablation_flops=1.0),
-    )  # fmt: skip
-    assert little.n_ablation_samples == 16
+    assert plenty["0"].edges_by_basis["pca"].n_samples == 40
+    settings = dataclasses.replace(settings, max_flops=1.0)
+    little = basis(network, x, ["0", "1", "2"], settings, on_costs=told.append)
+    assert little.n_ablation_samples == little["0"].edges_by_basis["pca"].n_samples == 16
+    assert little["1"].edges_by_basis["pca"].n_samples == 40  # a product of matrices
     assert little["0"].edge_curves["pca"].n_needed is not None
+    (derivatives, runs), (fewer, fewer_runs) = (costs.operations() for costs in told)
+    assert fewer < derivatives
+    assert fewer_runs < runs
+    assert told[0].seconds() > 0
+
+
+def test_edges_and_searches_are_bounded_by_operations():
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Identity(), Attention(), nn.Linear(8, 3)).double().eval()
+    x = torch.randn(100, 4, 8, dtype=torch.float64)
+    sites = [Site("0"), Site("1"), Site("2")]
+    maps = layer_maps(network, sites, x[:9])
+    inputs = Inputs.from_data(x).with_activations(network, sites, batch_size=50)
+    to_end = [layer_maps(network, [s, sites[-1]], x[:9])[0] for s in sites[:-1]]
+    a_run = Costs(maps, to_end, inputs, ma.InteractionConfig()).maps[0].a_run
+    assert a_run >= 2 * 4 * 8 * (3 * 8 + 8)  # four products with a row at each of four positions
+    settings = ma.InteractionConfig(max_flops=20 * a_run * 3 * 8)
+    costs = Costs(maps, to_end, inputs, settings)
+    assert costs.edge_samples(0, 8, 8) == 20  # three points for each of eight coordinates
+    assert costs.edge_samples(0, 4, 8) == 40
+    assert costs.search_samples(0, 8) == 16  # at least
+    assert costs.search_samples(1, 3) == 100

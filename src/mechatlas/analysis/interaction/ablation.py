@@ -14,14 +14,12 @@ Source: Bushnaq et al., The local interaction basis (2024), section 5.1.
 """
 
 import dataclasses
-import math
 from collections.abc import Callable
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from mechatlas.analysis.interaction.bases import Basis
 from mechatlas.analysis.interaction.edges import InteractionEdges
@@ -31,8 +29,6 @@ from mechatlas.deprecated import renamed_attributes
 
 MAX_ACCURACY_DROP = 0.001
 """Default of the largest fall of the score."""
-MIN_SAMPLES = 16
-"""Samples on which ablated networks are scored at least, however long that takes."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -109,44 +105,22 @@ class AblationCurve:
         return self.scores[self.kept.index(self.n if self.n_needed is None else self.n_needed)]
 
 
-def affordable_samples(
-    layer_map: LayerMap, inputs: Inputs, source: int, target: int, max_flops: float
-) -> int:
-    """Number of samples on which a search for needed edges costs at most so many operations.
-
-    A map without a closed form runs once for each target coordinate and number of edges tried.
-
-    Args:
-        layer_map: Map that is ablated.
-        inputs: Samples of the search.
-        source: Number of source coordinates.
-        target: Number of target coordinates.
-        max_flops: Upper limit on floating-point operations.
-
-    Returns:
-        At least `MIN_SAMPLES`, and at most all.
-    """
-    if layer_map.form is not None or not len(inputs):
-        return len(inputs)
-    one = inputs[:1]
-    counter = FlopCounterMode(display=False)
-    with torch.no_grad(), counter:
-        layer_map.run(one.activations[layer_map.source], one.tensor)
-    n_tried = 2 * math.log2(max(source * target, 2))
-    a_sample = max(counter.get_total_flops(), 1) * target * n_tried
-    return max(min(int(max_flops / a_sample), len(inputs)), min(MIN_SAMPLES, len(inputs)))
-
-
 def find_needed(
-    n: int, score: Callable[[int], float], unchanged: float, max_drop: float = MAX_ACCURACY_DROP
+    n: int,
+    score: Callable[[int], float],
+    unchanged: float,
+    max_drop: float = MAX_ACCURACY_DROP,
+    *,
+    guess: int = 0,
 ) -> AblationCurve:
-    """Find the number that suffices, by doubling and bisection.
+    """Find the number that suffices, by steps that double from a guess, and bisection.
 
     Args:
         n: Number of edges or vectors there are.
         score: Score with a number of them kept.
         unchanged: Score of the unchanged network.
         max_drop: Largest fall of the score.
+        guess: Number that is tried first.
     """
     scores: dict[int, float] = {}
 
@@ -155,9 +129,16 @@ def find_needed(
             scores[number] = score(number)
         return scores[number] >= unchanged - max_drop - 1e-12
 
-    low, high = -1, 0
-    while not suffices(high) and high < n:
-        low, high = high, min(max(2 * high, 1), n)
+    def step(number: int) -> int:
+        return max(abs(number - guess), guess // 16, 1)
+
+    guess = low = high = min(guess, n)
+    if suffices(guess):
+        while low >= 0 and suffices(low):
+            low, high = max(low - step(low), 0) if low else -1, low
+    else:
+        while not suffices(high) and high < n:
+            low, high = high, min(high + step(high), n)
     while suffices(high) and high - low > 1:
         middle = (low + high) // 2
         low, high = (low, middle) if suffices(middle) else (middle, high)
@@ -237,6 +218,9 @@ def ablate_edges(
 ) -> AblationCurve:
     """Find the fewest edges of a layer map, strongest first, that suffice.
 
+    Where the score is 1 - FVU, the first number tried is that whose other edges have together the
+    allowed share of all strength: as if the contributions of edges were independent.
+
     Args:
         site: Layer map in its network.
         edges: Strength of the edges.
@@ -255,7 +239,12 @@ def ablate_edges(
         on_try()
         return result
 
-    return find_needed(len(order), score, site.behavior.unchanged, max_drop)
+    guess = 0
+    if site.behavior.labels is None:
+        weakest_first = np.cumsum(edges.strength.ravel()[order[::-1]])
+        spare = np.searchsorted(weakest_first, max_drop * weakest_first[-1])
+        guess = len(order) - int(spare)
+    return find_needed(len(order), score, site.behavior.unchanged, max_drop, guess=guess)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

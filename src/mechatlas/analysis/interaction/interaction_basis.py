@@ -36,10 +36,10 @@ from mechatlas.analysis.interaction.ablation import (
     ablate_edges,
     ablate_vectors,
     ablation_sites,
-    affordable_samples,
 )
 from mechatlas.analysis.interaction.bases import Basis, BasisKind
 from mechatlas.analysis.interaction.certain_gradients import Steps, certain_gradients
+from mechatlas.analysis.interaction.costs import Costs
 from mechatlas.analysis.interaction.degeneracy import (
     DegeneracyCount,
     EffectiveParameters,
@@ -120,6 +120,7 @@ def basis(
     unit_modules: Mapping[str, Int[Any, " unit"]] | None = None,
     checkpoints: Checkpoints | MutableMapping[str, NamedArrays] | None = None,
     on_progress: Progress = no_progress,
+    on_costs: Callable[[Costs], None] = lambda _costs: None,
 ) -> InteractionBasis:
     """Find the directions that matter in some layers of a network, and how they interact.
 
@@ -137,6 +138,7 @@ def basis(
         checkpoints: Store of finished parts; an interrupted call with the same other arguments
             continues from it. A mapping is written to and read from.
         on_progress: Callback with the number of steps done and their total.
+        on_costs: Callback with what it will cost, before the work begins.
 
     Returns:
         A `LayerResult` for each layer, and the graph between them.
@@ -166,12 +168,7 @@ def basis(
     model = unwrapped(model)
     inputs = dataclasses.replace(inputs, tensor=as_input(model, inputs.tensor))
     sites = [as_site(model, site) for site in layers]
-    coarse = {p.dtype for p in model.parameters()} & {torch.float16, torch.bfloat16}
-    if coarse:
-        raise InputError(
-            f"The network computes in {coarse.pop()}, which is too coarse for ranks and gradients; "
-            "give `network.float()` and inputs in float32."
-        )
+    _refuse_half_precision(model)
     if checkpoints is None:
         checkpoints = {}
     kept, keep = (
@@ -185,15 +182,19 @@ def basis(
         steps = Steps(on_progress, 3 + 3 * len(maps) * len(settings.kinds))
         subset = inputs.random_subset(
             max(settings.jacobian_samples, settings.ablation_samples), seed=settings.seed
-        )
+        ).with_activations(model, sites, batch_size=settings.batch_size)
+        maps_to_end = [layer_maps(model, [s, sites[-1]], first)[0] for s in sites[:-1]]
+        costs = Costs(maps, maps_to_end, subset, settings)
+        on_costs(costs)
         analysis = _Analysis(
             model=model,
             inputs=inputs,
-            subset=subset.with_activations(model, sites, batch_size=settings.batch_size),
+            subset=subset,
             sites=sites,
             settings=settings,
             maps=maps,
-            maps_to_end=[layer_maps(model, [s, sites[-1]], first)[0] for s in sites[:-1]],
+            maps_to_end=maps_to_end,
+            costs=costs,
             kept=kept,
             keep=keep,
             steps=steps,
@@ -203,6 +204,15 @@ def basis(
             result,
             learning_coefficient=analysis.learning_coefficient(),
             module_degeneracy=analysis.module_degeneracy(unit_modules),
+        )
+
+
+def _refuse_half_precision(model: nn.Module) -> None:
+    coarse = {p.dtype for p in model.parameters()} & {torch.float16, torch.bfloat16}
+    if coarse:
+        raise InputError(
+            f"The network computes in {coarse.pop()}, which is too coarse for ranks and gradients; "
+            "give `network.float()` and inputs in float32."
         )
 
 
@@ -237,6 +247,7 @@ class _Analysis:
     settings: InteractionConfig
     maps: list[LayerMap]
     maps_to_end: list[LayerMap]
+    costs: Costs
     kept: Callable[[str], NamedArrays | None]
     keep: Callable[[str, NamedArrays], None]
     steps: Steps
@@ -254,16 +265,9 @@ class _Analysis:
             all_bases[LATENTS] = latents
             pairs[LATENTS] = {i: (source, targets[i + 1]) for i, source in latents.items()}
         edges = {kind: self.edges(each, kind) for kind, each in pairs.items()}
-        scored = self.subset[: settings.ablation_samples]
-        if settings.ablations:
-            n_scored = min(
-                affordable_samples(
-                    self.maps[i], scored, len(pair[0]), len(pair[1]), settings.max_ablation_flops
-                )
-                for each in pairs.values()
-                for i, pair in each.items()
-            )
-            scored = scored[:n_scored]
+        targets = [(i, len(to)) for each in pairs.values() for i, (_, to) in each.items()]
+        n_scored = min(self.costs.search_samples(*each) for each in targets)
+        scored = self.subset[: n_scored if settings.ablations else settings.ablation_samples]
         ablations = ablation_sites(
             self.model, self.maps, self.maps_to_end, scored, fvu=settings.score == "fvu"
         )
@@ -351,7 +355,7 @@ class _Analysis:
     def gradients(self, layers: list[LayerMoments]) -> NamedArrays:
         """Second moments of the gradients of the outputs, and how certain global bases are."""
         settings = self.settings
-        samples = self.subset[: settings.jacobian_samples]
+        samples = self.subset[: self.costs.output_gradient_samples()]
         n = min(max(settings.jacobian_samples // 8, 1), len(samples))
 
         def moments_of(part: Inputs) -> list[np.ndarray]:
@@ -425,7 +429,7 @@ class _Analysis:
             gradients = pullback(
                 self.model,
                 self.maps[number],
-                self.subset[: self.settings.jacobian_samples],
+                self.subset[: self.costs.gradient_samples(number, len(after))],
                 after.to_basis,
                 batch_size=self.settings.batch_size,
                 gradient_probes=self.settings.gradient_probes,
@@ -436,9 +440,9 @@ class _Analysis:
 
     def edges(self, pairs: _Pairs, name: str) -> dict[int, InteractionEdges]:
         """Edges of every map between a pair of bases."""
-        samples = self.subset[: self.settings.jacobian_samples]
         edges = {}
         for number, pair in pairs.items():
+            samples = self.subset[: self.costs.edge_samples(number, *map(len, pair))]
             measure = partial(
                 measure_edges, self.model, self.maps[number], *pair, samples,
                 quadrature_points=self.settings.quadrature_points,

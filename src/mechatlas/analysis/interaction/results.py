@@ -47,10 +47,11 @@ class InteractionConfig:
     from half of the samples."""
     ablation_samples: int = 4096
     """Samples on which ablated networks are scored, at most."""
-    max_ablation_flops: float = 2e13
-    """Floating-point operations of one search for needed edges, at most, where a layer map has no
-    closed form and runs for each target coordinate (transformer layers): above that fewer samples
-    are scored, down to 16."""
+    max_flops: float = 2e12
+    """Floating-point operations of one part, at most, where a layer map has no closed form
+    (transformer layers, whole convolutional modules): the edges of a basis, a search for needed
+    edges, gradients. Above that fewer samples are taken, down to 16, or to 256 rows of positions in
+    4 samples or more."""
     gradient_probes: int = 64
     """Random sums over outputs whose gradients are taken, where a layer has too many outputs
     (coordinates times positions, more than 512) to take the gradient of each."""
@@ -86,7 +87,7 @@ class InteractionConfig:
             rank_threshold=RATE,
             synchrony_tolerance="[0, 1)",
             n_beta=POSITIVE,
-            max_ablation_flops="(0, 1e18]",
+            max_flops="(0, 1e18]",
             n_null_graphs=COUNT_OR_NONE,
             seed=SEED,
         )

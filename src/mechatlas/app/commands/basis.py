@@ -33,6 +33,7 @@ from mechatlas.analysis.interaction.results import (
     count_in_words,
 )
 from mechatlas.app import basis_spectra
+from mechatlas.app.estimates import of_basis
 from mechatlas.app.inputs import open_dictionary
 from mechatlas.app.progress import bar
 from mechatlas.app.run_folder import BASIS, SPECTRA, CommandResult, RunConfig, RunFolder
@@ -138,6 +139,8 @@ class LayerEntry:
     """Basis vectors needed; null for the last layer, or if all do not suffice."""
     basis: str
     """Basis that is reported."""
+    n_edge_samples: int | None = None
+    """Samples that the edges are averaged over; null for the last layer."""
     global_agreement: float | None = None
     """Smallest correlation of a coordinate of the global interaction basis with the nearest one
     of a basis whose gradients are from half of the samples; null without that basis."""
@@ -219,6 +222,7 @@ def run(config: BasisConfig, folder: RunFolder) -> BasisResult:
             folder.parent(name, checksum_file(path))
     for layer, opened in dictionaries.items():
         folder.parent(f"dictionary {layer}", opened.checksum)
+    weights = sum(p.numel() * p.element_size() for p in network.parameters())
     with bar("analyzing") as progress:
         result = basis(
             network,
@@ -229,6 +233,7 @@ def run(config: BasisConfig, folder: RunFolder) -> BasisResult:
             unit_modules=read_arrays(config.unit_modules) if config.unit_modules else None,
             checkpoints=folder,
             on_progress=progress,
+            on_costs=lambda costs: folder.expect(lambda: of_basis(costs, len(inputs), weights)),
         )
     folder.tensors(TENSORS, _tensors(result))
     folder.json(SPECTRA, basis_spectra.spectra_of(result))
@@ -301,8 +306,9 @@ def _layer_entry(layer: LayerResult) -> LayerEntry:
         )
         for kind, each in layer.bases.items()
     }
-    agreement = layer.global_agreement
+    agreement, own_edges = layer.global_agreement, layer.edges_by_basis.get(layer.kind)
     return LayerEntry(
+        n_edge_samples=None if own_edges is None else own_edges.n_samples,
         global_agreement=None if agreement is None or not len(agreement) else agreement.min(),
         rank_activations=layer.rank_activations.rank,
         rank_activations_decades=layer.rank_activations.decades,
