@@ -171,6 +171,10 @@ const atlas = (() => {
     if (!working) { working = true; setTimeout(work, 0); }
   }
   async function work() {
+    if (document.readyState === "loading") {  // a task may need what a later script gives
+      document.addEventListener("DOMContentLoaded", work, { once: true });
+      return;
+    }
     if (performance.now() - scrolled < 150) { setTimeout(work, 60); return; }
     const task = waiting.shift();
     if (!task) { working = false; return; }
