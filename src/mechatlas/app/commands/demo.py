@@ -66,7 +66,7 @@ class DemoResult:
     runs: dict[str, Any]
     """Result of each command, by the name of its folder."""
     findings: list[str]
-    """What the commands say of their results, a line each."""
+    """Words of the commands on their results, a line each."""
     page: report.ReportResult
     """Page of all runs."""
     wall_seconds: float
