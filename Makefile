@@ -5,7 +5,7 @@ PEERS ?= .venv-peers
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: setup demo test test-slow test-triton test-cluster faults test-peers page-test bench bench-peers docs clean
+.PHONY: setup demo test test-slow test-triton test-cluster test-remote faults test-peers page-test bench bench-peers docs clean
 
 setup: $(VENV)/.ready
 
@@ -41,6 +41,12 @@ test-cluster: setup
 # Kills, damage, full disks, two writers, hostile files: over an hour on a busy core; `faults.md` has the table.
 faults: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults
+
+# Folders in an object store: moto's server of S3 on this machine, in an environment of its own.
+test-remote: setup
+	$(PYTHON) -m venv $(VENV)-remote
+	$(VENV)-remote/bin/pip install --quiet -c constraints.txt -e '.[remote,demo]' 'moto[server]' pytest hypothesis beartype
+	$(VENV)-remote/bin/pytest tests/test_remote.py tests/test_remote_s3.py
 
 # The libraries whose files we read, in an environment of their own.
 $(PEERS)/.ready: tools/make_peers.sh

@@ -35,6 +35,15 @@ SEARCHES = ["density>0.01", "branch:5x5 density>0.001", "1x1", "file:cat", "matc
 SEARCH = """atlas.features.ofRun('mixed4a').then(async (d) => {
   for (let k = 0; k < 5; k++) query.sort((await query.select(%r, d)).found, 'max', false, d);
 })"""
+TYPED = """new Promise((done) => {
+  const box = document.getElementById('search'), began = performance.now();
+  new MutationObserver((_, observer) => {
+    observer.disconnect();
+    requestAnimationFrame(() => setTimeout(() => done(performance.now() - began), 0));
+  }).observe(document.getElementById('count'), { childList: true });
+  box.value = %r;
+  box.dispatchEvent(new Event('input'));
+})"""
 SCROLL = """new Promise((done) => {
   let left = 400, by = 30;
   const frame = () => {
@@ -144,6 +153,13 @@ def look(address: str, profile: Path) -> None:
         browser.run("new Promise((done) => setTimeout(done, 3000))")
         spent = ((text, sum(browser.tasks(SEARCH % text)) / 5) for text in SEARCHES)
         print("search and sort, CPU ms:", *(f"{text!r} {ms:.0f}" for text, ms in spent))
+        typed = []
+        for text in SEARCHES:
+            typed.append((text, browser.run(TYPED % text)))
+            browser.run("new Promise((done) => setTimeout(done, 1000))")
+        print("from typing to cards on the screen, ms by the clock:",
+              *(f"{text!r} {ms:.0f}" for text, ms in typed))  # fmt: skip
+        browser.run(TYPED % "")
         browser.run("scrollTo(0, 0)")
         for what in ("first", "second"):
             tasks = browser.tasks(SCROLL)

@@ -40,6 +40,7 @@ BLOCK = re.compile(r"^```(\w+)(?: title=\"([^\"]+)\")?\n(.*?)^```$", re.MULTILIN
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
 def test_the_code_on_a_page_runs(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MECHATLAS_CACHE", str(tmp_path / "cache"))
     names: dict[str, object] = {"__name__": page.stem}
     ran = 0
     for language, title, code in BLOCK.findall(page.read_text()):

@@ -50,6 +50,7 @@ ALLOWED = {
     "tensorfiles.py": "the readers",
     "sources.py": "files of samples, of any size",
     "outputs.py": "locks of folders",
+    "remote.py": "local copies, to hash them",
     "dictionaries/hub.py": "what was downloaded, to hash it, and the registry of the package",
     "app/cli.py": "a pipe that was closed",
     "app/report/chapter.py": "assets of the package",

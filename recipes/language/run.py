@@ -65,9 +65,7 @@ def settings() -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=512)
     parser.add_argument("--samples", type=int, default=128, help="windows of each evaluation")
     parser.add_argument("--context", type=int, default=64)
-    parser.add_argument(
-        "--scale", default="threshold", help="mean folds by mean activations: slower by far"
-    )
+    parser.add_argument("--scale", default="threshold", help="mean folds by mean activations")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument(
         "--train-only", action="store_true", help="stop there; other layers may train beside it"

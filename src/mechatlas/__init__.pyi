@@ -43,7 +43,8 @@ from .dictionaries.pose_tied import PoseTied
 from .dictionaries.revival import AuxK, Resample
 from .dictionaries.sparsity import BatchTopK, Gated, JumpReLU, ReLU, TopK
 from .dictionaries.training import train
-from .maths.assignment import Assignment, CertificateError, assign
+from .maths.assignment import assign
+from .maths.certificate import Assignment, CertificateError
 from .maths.named_groups import group
 
 __version__: str

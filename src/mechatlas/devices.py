@@ -1,8 +1,9 @@
-"""Devices to compute on.
+"""Devices and precisions to compute in.
 
-as_device    the name of a device -> a device that is there
-staged       batches of rows, the next one copied while the device works on this one
-LateNumber   a number that is read while the device works on
+as_device                the name of a device -> a device that is there
+staged                   batches of rows, the next one copied while the device works on this one
+LateNumber               a number that is read while the device works on
+refuse_half_precision    for analyses that rounding of 8 or 11 bits would drown
 """
 
 import itertools
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mechatlas.base import Batch, RecipeError
+from mechatlas.base import Batch, InputError, RecipeError
 
 
 def as_device(device: torch.device | str | None, network: nn.Module | None = None) -> torch.device:
@@ -49,6 +50,24 @@ def as_device(device: torch.device | str | None, network: nn.Module | None = Non
             f"({torch.__version__}) have {', '.join(['cpu', *have])}."
         ) from error
     return tried
+
+
+def refuse_half_precision(network: nn.Module, why: str) -> None:
+    """Refuse a network that computes in half precision.
+
+    Args:
+        network: The network.
+        why: What that is too coarse for.
+
+    Raises:
+        InputError: A parameter is in float16 or bfloat16.
+    """
+    coarse = {p.dtype for p in network.parameters()} & {torch.float16, torch.bfloat16}
+    if coarse:
+        raise InputError(
+            f"The network computes in {coarse.pop()}, which is too coarse for {why}; load "
+            "it in float32, or give `network.float()`, and inputs in float32."
+        )
 
 
 class LateNumber:

@@ -2,11 +2,12 @@
 
 open_regular     a path -> a file to read; a pipe, folder or device is refused, never waited for
 read             a path -> the bytes, checked against the manifest beside it
+read_ahead       files that will be read soon
 read_json        the same for JSON, read_toml for TOML
 read_manifest    `manifest.json` of a run -> its values, checked against its own checksum
 about            an error about the content of a file -> the same, with its path
 Fields           values of a JSON object, checked as they are asked for
-write            bytes to a file, under a temporary name first
+write            bytes to a file, under a temporary name first; remove deletes one
 create_folder    a folder in one that exists
 cannot_write     error of the system -> one sentence, with the cause and what to do
 write_json       the same for an object, write_manifest for a manifest with its checksum
@@ -23,6 +24,7 @@ import json
 import os
 import re
 import reprlib
+import shutil
 import stat
 import tomllib
 from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -31,13 +33,12 @@ from typing import Any
 
 import xxhash
 
+from mechatlas import remote
 from mechatlas.base import DiskError, UserError
+from mechatlas.remote import MANIFEST, TEMPORARY
 
-MANIFEST = "manifest.json"
 RUN_FILES = ("recipe.toml", "result.json")
 """Files that every run writes beside its manifest."""
-TEMPORARY = ".mechatlas.tmp"
-"""Ending of a file that is being written; a killed command leaves one."""
 JSON_LIMIT = 512 << 20
 """Size in bytes above which a JSON file is refused."""
 TOML_LIMIT = 4 << 20
@@ -99,6 +100,18 @@ def read(path: Path | str, *, expected: str | None = None, limit: int | None = N
     if expected is not None and checksum(data) != expected:
         raise DiskError(damaged(path))
     return data
+
+
+def read_ahead(files: Mapping[Path, str]) -> None:
+    """Ask the disk for files, or begin to fetch those of an address; nothing is waited for.
+
+    Args:
+        files: Files that will be read soon, and their checksums.
+    """
+    remote.bring_ahead(files)
+    for file in files if hasattr(os, "posix_fadvise") else ():
+        with contextlib.suppress(OSError, DiskError), open_regular(file) as opened:
+            os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
 
 
 def _reason(error: BaseException) -> str:
@@ -332,7 +345,7 @@ def write(path: Path, data: Data, *, make_folder: bool = True, apart: bool = Fal
     """Write a file so that no reader ever sees half of it.
 
     Args:
-        path: Place of the file.
+        path: Place of the file, or its address; one in a local copy is put at its address too.
         data: Its contents, or blocks of them.
         make_folder: Whether its folder is created where it is missing.
         apart: Whether another process may write the same file at the same time, as a worker that
@@ -341,6 +354,7 @@ def write(path: Path, data: Data, *, make_folder: bool = True, apart: bool = Fal
     Raises:
         DiskError: The disk is full or the place is not writable; nothing new is left.
     """
+    path = remote.located(path)
     temporary = path.with_name(f"{path.name}{f'.{os.getpid()}' if apart else ''}{TEMPORARY}")
     try:
         if make_folder and not path.parent.is_dir():
@@ -350,6 +364,7 @@ def write(path: Path, data: Data, *, make_folder: bool = True, apart: bool = Fal
                 file.write(block)
             file.flush()
             os.fsync(file.fileno())
+        remote.upload(temporary, path)
         os.replace(temporary, path)
     except BaseException as error:
         with contextlib.suppress(OSError):  # the place may be gone; the first error says more
@@ -357,6 +372,19 @@ def write(path: Path, data: Data, *, make_folder: bool = True, apart: bool = Fal
         if isinstance(error, OSError):
             raise DiskError(cannot_write(path, error)) from error
         raise
+
+
+def remove(path: Path) -> None:
+    """Delete a file, or a folder with all that is in it, also at its address where it has one.
+
+    Raises:
+        DiskError: It cannot be deleted at its address.
+    """
+    remote.remove(path)
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def create_folder(path: Path) -> None:

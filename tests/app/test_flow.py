@@ -58,6 +58,18 @@ def test_origins_are_told_with_their_links(here):
     assert "of the links to each dictionary" in flow.findings[0].evidence
 
 
+def test_origins_that_nothing_could_show_are_not_drawn(here):
+    result, _ = run_command(
+        "flow", str(here / "a"), str(here / "b"), "--sites", *SITES[:2],
+        "--out", str(here / "alone/flow"),
+    )  # fmt: skip
+    assert result["steps"][0]["counts"]["born in the MLP"] == 0
+    flow = next(c for c in make_chapters(find_runs(here / "alone")) if c.name == "flow")
+    names = [trace["name"] for trace in flow.figures["origins0"]["data"]]
+    assert names == ["passed on", "unexplained"]
+    assert "born in the MLP" not in flow.html
+
+
 @pytest.mark.parametrize(
     ("sites", "message"),
     [

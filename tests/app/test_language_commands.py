@@ -65,6 +65,24 @@ def test_sites_are_listed_in_both_spellings_with_heads_and_inputs(here, capsys):
     assert "TransformerLens" not in capsys.readouterr().out
 
 
+def test_a_network_in_half_precision_has_circuits(here):
+    recipe = RECIPE.replace('"float32"', '"bfloat16"').replace('"llama"', '"whole.gguf"')
+    recipe = recipe.replace(', "blocks.0.attn.hook_z/head1"', "")
+    write_gguf(here / "whole.gguf")
+    (here / "half.toml").write_text(f"{recipe}\n[storage]\nheld_out = 0.3\n")
+    main(["collect", "half.toml"])
+    for layer in ("0", "1"):
+        (here / f"{layer}.toml").write_text(
+            f'store = "store"\nsite = "model.layers.{layer}"\nout = "{layer}"\n'
+            "n_latents = 32\nsteps = 60\nbatch_size = 64\n"
+        )
+        main(["train", f"{layer}.toml"])
+    main(["circuit", "0", "1", "--out", "circuit", "--n-ablated", "12", "--features", "2"])
+    (pair,) = json.loads((here / "circuit" / "result.json").read_text())["pairs"]
+    assert pair["agreement"]["spearman"] > 0.8
+    assert pair["agreement"]["low"] > pair["agreement"]["null_high"]
+
+
 def test_a_store_is_collected_by_the_names_of_transformer_lens(here):
     main(["collect", "collect.toml"])
     store = Store(here / "store")

@@ -54,6 +54,22 @@ def test_the_flow_counts_every_latent_once(folder):
     assert sum(going) == written[0]["matched"]
 
 
+def test_matches_of_many_dictionaries_are_stacked_and_count_every_latent(folder, monkeypatch):
+    monkeypatch.setattr(matching, "MOST_BANDED", 2)
+    made = matching.chapter(find_runs(folder), no_progress)
+    assert made is not None
+    traces = made.figures["flow0"]["data"]
+    assert [trace["name"] for trace in traces] == [f"since <b>{k}" for k in range(3)]
+    heights = dict.fromkeys(traces[0]["x"], 0)
+    for trace in traces:
+        for name, n in zip(trace["x"], trace["y"], strict=True):
+            heights[name] += n
+    assert heights == {f"<b>{k}": 30 for k in range(3)}
+    written = json.loads((folder / "match" / "result.json").read_text())["pairs"]
+    assert traces[0]["y"][1] == written[0]["matched"]
+    assert "its height is their number" in made.html
+
+
 def test_runs_without_a_matching_have_no_such_chapter(folder, tmp_path):
     (tmp_path / "manifest.json").write_text('{"kind": "dictionary"}')
     assert matching.chapter(find_runs(tmp_path), no_progress) is None

@@ -19,8 +19,8 @@ from mechatlas.analysis.examples.statistics import feature_statistics
 from mechatlas.app.recipes import TrustConfig
 from mechatlas.app.report import paintings
 from mechatlas.app.report.atoms import flat_map, neighbors
-from mechatlas.app.report.chapter import Chapter, as_json, render
-from mechatlas.app.report.chapters import features
+from mechatlas.app.report.chapter import MISSING, Chapter, as_json, percent, render
+from mechatlas.app.report.chapters import appendix, features
 from mechatlas.app.report.dossiers import Absence, Finding
 from mechatlas.app.report.first_screen import first_screen
 from mechatlas.app.report.galleries import gallery
@@ -184,6 +184,33 @@ def test_of_many_questions_without_a_finding_five_are_listed_and_the_others_fold
     assert [f"None of {k}." in shown for k in range(7)] == [True] * 5 + [False] * 2
     assert "2 more" in folded
     assert "None of 6." in folded
+
+
+@pytest.mark.parametrize(
+    ("value", "written"),
+    [(0.0, "0%"), (0.0004, "0.04%"), (0.00004, "0.004%"), (0.001, "0.1%"), (0.054, "5.4%"),
+     (0.5, "50%"), (0.998, "99.8%"), (1.0, "100%"), (-0.0002, "-0.02%"), (-4e-19, "0%"),
+     (None, MISSING)],
+)  # fmt: skip
+def test_a_share_is_not_written_as_zero_unless_it_is(value, written):
+    assert percent(value) == written
+
+
+def test_runs_come_in_the_order_of_their_numbers(tmp_path):
+    for number in (10, 4, 26):
+        folder = tmp_path / f"layer{number}"
+        folder.mkdir()
+        (folder / "manifest.json").write_text('{"kind": "dictionary", "complete": true}')
+    names = [run.name for run in find_runs(tmp_path).all]
+    assert names == ["layer4", "layer10", "layer26"]
+
+
+def test_layers_of_equal_branches_share_a_row_in_the_appendix():
+    heads = [appendix.Branch("head0", 4, 0.5, 0), appendix.Branch("head1", 4, 0.5, 1)]
+    other = [appendix.Branch("1x1", 4, 1.0, 0)]
+    branched = {f"layers.{k}.attention": heads for k in range(6)} | {"mixed3": other}
+    bars = appendix.branch_rows(branched)
+    assert bars == [("layers.*.attention", 6, heads), ("mixed3", 1, other)]
 
 
 def test_a_language_model_is_called_by_its_file():

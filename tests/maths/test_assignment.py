@@ -10,8 +10,9 @@ from hypothesis.extra.numpy import arrays
 from scipy.optimize import linear_sum_assignment
 
 from mechatlas.base import InputError
-from mechatlas.maths import assignment, pricing
-from mechatlas.maths.assignment import CertificateError, State, assign
+from mechatlas.maths import assignment, pricing, selection
+from mechatlas.maths.assignment import State, assign, nearly_cheapest
+from mechatlas.maths.certificate import CertificateError
 from mechatlas.maths.pricing import Factors, Matrix
 
 sizes = st.tuples(st.integers(1, 12), st.integers(1, 12))
@@ -52,7 +53,7 @@ def test_no_pairing_is_cheaper(cost):
 
 
 @pytest.mark.parametrize("unmatched", [math.inf, 0.3])
-@pytest.mark.parametrize(("n", "m"), [(90, 90), (60, 90), (90, 60)])
+@pytest.mark.parametrize(("n", "m"), [(90, 90), (60, 90), (90, 60), (84, 90), (90, 81)])
 @pytest.mark.parametrize("kind", ["random", "clusters", "few directions", "twins"])
 def test_costs_that_are_never_kept_lead_to_the_same_optimum(kind, n, m, unmatched, monkeypatch):
     monkeypatch.setattr(pricing, "KEPT_BYTES", 0)
@@ -170,7 +171,7 @@ def planted(n, m, d, seed=0):
 
 
 @pytest.mark.long_lists
-@pytest.mark.parametrize(("n", "m"), [(700, 700), (500, 900), (900, 500)])
+@pytest.mark.parametrize(("n", "m"), [(700, 700), (500, 900), (900, 500), (650, 700), (700, 699)])
 def test_larger_problems_agree_with_scipy(n, m):
     a, b = planted(n, m, 24)
     factors = Factors.squared_distances(a, b)
@@ -189,8 +190,9 @@ def test_the_answer_does_not_depend_on_the_number_of_threads():
     np.testing.assert_array_equal(one.columns, two.columns)
 
 
-def test_a_run_that_was_stopped_ends_as_if_it_had_not_been():
-    factors = Factors.squared_distances(*planted(200, 200, 6))
+@pytest.mark.parametrize(("n", "m"), [(200, 200), (190, 200)])
+def test_a_run_that_was_stopped_ends_as_if_it_had_not_been(n, m):
+    factors = Factors.squared_distances(*planted(n, m, 6))
     kept: list[dict[str, Any]] = []
 
     def keep(state: State) -> None:
@@ -212,6 +214,37 @@ def test_later_rounds_look_at_few_rows():
     assert found.rows_priced[0] == 2000
     assert sum(found.rows_priced[1:]) < 2000
     assert found.rounds == len(found.rows_priced)
+
+
+@pytest.mark.long_lists
+@pytest.mark.parametrize(("n", "m"), [(800, 800), (760, 800), (500, 800)])
+def test_a_nearly_cheapest_pairing_overpays_little(n, m):
+    factors = Factors.squared_distances(*planted(n, m, 24))
+    columns = nearly_cheapest(factors)
+    rows = np.flatnonzero(columns >= 0)
+    assert len(rows) >= 0.99 * n
+    assert len(np.unique(columns[rows])) == len(rows)
+    cheapest_ones = assign(factors)
+    alone = np.setdiff1d(np.arange(n), rows)
+    spared = factors.exact(alone, cheapest_ones.columns[alone]).sum()
+    assert factors.exact(rows, columns[rows]).sum() <= 1.01 * (cheapest_ones.cost - spared)
+
+
+def test_exchanged_columns_come_back():
+    random = np.random.default_rng(0)
+    a, b, others = (random.normal(size=(40, 8)).astype(np.float32) for _ in range(3))
+    kept = Factors.squared_distances(a, b).kept()
+    assert isinstance(kept, pricing.Kept)
+    before = kept.block(slice(0, 40)).copy()
+    columns = np.array([3, 30, 17])
+    changed = b.copy()
+    changed[columns] = others[columns]
+    with kept.replaced(columns, changed) as costs:
+        true = Factors.squared_distances(a, changed)
+        np.testing.assert_allclose(costs.block(slice(0, 40)), true.block(slice(0, 40)), rtol=1e-6)
+        np.testing.assert_array_equal(costs.column_offsets, true.column_offsets)
+        assert assign(costs).cost == assign(true).cost
+    np.testing.assert_array_equal(kept.block(slice(0, 40)), before)
 
 
 def test_progress_ends_where_it_said_it_would():
@@ -277,3 +310,27 @@ def test_costs_may_be_tensors_arrays_or_lists(convert, dtype):
 def test_what_is_no_matrix_of_costs_is_refused():
     with pytest.raises(InputError, match=r"costs has shape \(3,\), expected an array \(n, m\)"):
         assign([1.0, 2.0, 3.0])
+
+
+@given(st.integers(0, 10**6))
+@settings(max_examples=40)
+def test_the_cheapest_columns_of_rows_are_those_of_a_sort(seed):
+    random = np.random.default_rng(seed)
+    m = int(random.integers(1, 3000))
+    kept = int(random.integers(1, min(m, 60) + 1))
+    scale = 10.0 ** random.integers(-3, 4)
+    block = (scale * random.normal(size=(3, m))).astype([np.float32, np.float64][seed % 2])
+    prices = scale * random.normal(size=m)
+    if seed % 3 == 0:  # ties, and differences that float32 does not see
+        block[:] = np.round(block / scale)
+        prices = np.round(prices / scale) + 1e-9 * random.integers(0, 3, m)
+    if seed % 5 == 0:  # one price far beyond the others
+        prices[random.integers(m)] = -1e6 * scale
+    values, following = np.empty((3, kept)), np.empty(3)
+    names = np.empty((3, kept), np.int32)
+    selection.keep_cheapest_of_rows(block, prices, (0, 3), values, names, following)
+    beyond = np.sort(block - prices, axis=1)
+    np.testing.assert_array_equal(values, beyond[:, :kept])
+    np.testing.assert_array_equal(following, beyond[:, kept] if kept < m else np.inf)
+    np.testing.assert_array_equal(np.take_along_axis(block - prices, names.astype(int), 1), values)
+    assert all(len(np.unique(row)) == kept for row in names)

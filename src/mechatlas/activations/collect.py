@@ -25,6 +25,7 @@ import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 
+from mechatlas import remote
 from mechatlas.activations import networks
 from mechatlas.activations.layouts import layouts_of
 from mechatlas.activations.networks import as_input
@@ -184,7 +185,8 @@ def collect(
         network: Network; run in evaluation mode, and put back in its own and on its own device.
         samples: Inputs of the network: whatever `open_samples` takes, such as an array.
         sites: Sites to read, or their written form, all in one pass that stops after the last.
-        out: Folder of the store. An unfinished store of the same recipe is continued.
+        out: Folder of the store, or its address. An unfinished store of the same recipe is
+            continued.
         settings: Positions kept, number format, memory; by default `StoreConfig()`.
         group: Group in whose poses each input is read. A row then has the channels of element
             0, the input itself, followed by the channels of element 1, and so on.
@@ -224,7 +226,8 @@ def collect(
         >>> next(store.rows().batches(32)).x.shape
         torch.Size([32, 8])
     """
-    settings, out, device = settings or StoreConfig(), Path(out), as_device(device, network)
+    settings, device = settings or StoreConfig(), as_device(device, network)
+    out = remote.prepared(out)
     samples = open_samples(samples, network, memory_mib=settings.memory_mib)
     if recipe is None and isinstance(samples, ArraySamples):
         recipe = samples.made_from()
@@ -248,7 +251,8 @@ def collect(
                 running = _in_turn(collection, rounds, todo, on_progress)
             else:
                 state = _new_manifest(collection, len(rounds), {})
-                job = _Job(reopen, chosen, settings, group, str(device), out.resolve(), state)
+                place = remote.written(out.resolve())
+                job = _Job(reopen, chosen, settings, group, str(device), place, state)
                 running = engine.map(_do_round_elsewhere, todo, shared=job)
             done = len(samples) - sum(len(rounds[number].samples) for number in todo)
             for i, result in running:
@@ -339,7 +343,7 @@ class _Job(NamedTuple):
     settings: StoreConfig
     group: PoseConfig | Action | None
     device: str
-    out: Path
+    out: str
     state: dict[str, Any]
     """Manifest of the store before its first round; a worker must come to the same."""
 
@@ -350,13 +354,14 @@ _JOBS: dict[str, tuple[_Collection, list[Round]]] = {}
 
 def _do_round_elsewhere(number: int, job: _Job) -> RoundResult:
     """Do a round in a worker, which opens network and samples at its first."""
-    key = checksum(json.dumps([str(job.out), job.state]).encode())
+    key = checksum(json.dumps([job.out, job.state]).encode())
     if key not in _JOBS:
         network, samples = job.reopen()
         samples = open_samples(samples, network, memory_mib=job.settings.memory_mib)
         network.to(job.device)
+        out = remote.located(job.out)
         collection, rounds = _prepare(
-            network, samples, job.sites, job.settings, job.group, job.device, job.out
+            network, samples, job.sites, job.settings, job.group, job.device, out
         )
         found = _new_manifest(collection, len(rounds), {})
         if differing := [key for key in found if found[key] != job.state[key]]:
@@ -459,9 +464,11 @@ def _damaged(
 ) -> dict[int, list[Shard]]:
     """Rounds that were done and have a damaged or missing shard, with the shards they should have.
 
-    Of a complete store only the sizes are looked at: whoever reads it verifies the checksums.
+    Of a complete store, or one at an address, only the sizes are looked at: whoever reads it
+    verifies the checksums.
     """
-    out, is_whole = collection.out, has_size if manifest["complete"] else has_checksum
+    out, at_address = collection.out, remote.sizes(collection.out)
+    by_size = manifest["complete"] or at_address is not None
     listed = {shard.file: shard for shard in shards_of(manifest)}
     damaged = {}
     for number in rounds_done(manifest):
@@ -471,7 +478,10 @@ def _damaged(
             for i in _shard_numbers(collection, site, rounds, number)
             if (file := shard_file(str(site), rounds[number].split, i)) in listed
         ]
-        if not all(is_whole(out, shard) for shard in shards):
+        if not all(
+            has_size(out, shard, at_address) if by_size else has_checksum(out, shard)
+            for shard in shards
+        ):
             damaged[number] = shards
     return damaged
 

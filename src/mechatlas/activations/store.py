@@ -15,7 +15,6 @@ import contextlib
 import json
 import math
 import mmap
-import os
 import weakref
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -30,6 +29,7 @@ import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
+from mechatlas import remote
 from mechatlas.activations.store_manifest import Shard, SiteShape, Split, read_entries, store_digest
 from mechatlas.base import Batch, DiskError, Result, Site, StoreError, WeightsError
 from mechatlas.files import (
@@ -39,11 +39,12 @@ from mechatlas.files import (
     create_folder,
     damaged,
     open_regular,
+    read_ahead,
     write,
 )
 from mechatlas.maths.arrays import Channels, numbers_of
 from mechatlas.maths.groups import Group
-from mechatlas.tensorfiles import DTYPES, read_safetensors
+from mechatlas.tensorfiles import DTYPES, read_safetensors, reading
 
 POOL_BYTES = 64 << 20
 """Default size of a pool of rows that are shuffled together."""
@@ -51,7 +52,6 @@ BATCHES_AHEAD = 3
 """Batches gathered before they are asked for."""
 POOLS_AHEAD = 2
 """Pools requested from the disk beyond the current one: one is checked, one is on its way."""
-
 Signature = tuple[int, int, int]
 """Inode, size in bytes and time of the last change, by which a changed file is noticed."""
 
@@ -120,7 +120,7 @@ class Store(Result):
     """
 
     def __init__(self, root: Path | str) -> None:
-        self.root: Path = Path(root)
+        self.root: Path = remote.fetched(root)
         entries = read_entries(self.root)
         self.manifest: dict[str, Any] = entries.manifest
         self.shapes: dict[str, SiteShape] = entries.shapes
@@ -233,7 +233,8 @@ class _MappedShard(NamedTuple):
     """Shard whose checksum was right, mapped into memory."""
 
     path: Path
-    signature: Signature
+    signature: Signature | None
+    """None in a local copy, whose files are replaced or deleted but never changed."""
     dtype: torch.dtype
     rows: UInt8[np.ndarray, "row byte"]
 
@@ -242,7 +243,7 @@ class _MappedShard(NamedTuple):
         signature = None
         with contextlib.suppress(OSError):
             signature = _signature(self.path)
-        if signature != self.signature:
+        if self.signature not in (None, signature):
             raise StoreError(
                 f"{self.path} was changed, replaced or deleted while it was being read. "
                 "Let nothing write to a store that is in use; start again."
@@ -416,6 +417,7 @@ class StoreRows(Result):
             StoreError: A shard is damaged or missing; it is named.
         """
         for i, shard in enumerate(self._all):
+            self._fetch(range(len(self._all))[i + 1 : i + 1 + remote.AT_ONCE])
             rows, where = read_shard(self.store.root, shard, self.shape.width)
             ids = torch.arange(int(self._first[i]), int(self._first[i + 1]))
             yield Batch(rows[:, self.channels].float(), ids), where
@@ -425,15 +427,9 @@ class StoreRows(Result):
         i = int(np.searchsorted(self._first, row, side="right")) - 1
         return f"{self.store.root / self._all[i].file} row {row - int(self._first[i])}"
 
-    def _fetch(self, shards: list[int]) -> None:
-        """Ask the disk for shards while others are checked and used."""
-        if hasattr(os, "posix_fadvise"):
-            for i in shards:  # what is wrong with a file is said when it is mapped
-                with (
-                    contextlib.suppress(OSError, DiskError),
-                    open_regular(self.store.root / self._all[i].file) as file,
-                ):
-                    os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
+    def _fetch(self, shards: Sequence[int]) -> None:
+        """Ask for shards while others are checked and used."""
+        read_ahead({self.store.root / self._all[i].file: self._all[i].xxh3 for i in shards})
 
     def _load(self, shards: list[int]) -> _Pool:
         entries = [self._all[i] for i in shards]
@@ -445,6 +441,8 @@ class StoreRows(Result):
         """Map a shard into memory; check the whole file unless this store has done so."""
         path = self.store.root / shard.file
         try:
+            with reading(path, StoreError):
+                remote.bring(path, shard.xxh3)
             signature = _signature(path)
             if signature[1] != shard.bytes:
                 raise StoreError(_damaged(path, shard, signature[1]))
@@ -461,7 +459,8 @@ class StoreRows(Result):
         if rows["shape"] != [shard.rows, self.shape.width]:
             raise StoreError(_other_shape(path, rows["shape"], shard, self.shape.width))
         cells = np.asarray(data[begin:end]).reshape(shard.rows, -1)
-        return _MappedShard(path, signature, DTYPES[rows["dtype"]], cells)
+        kept = None if remote.address_of(path) else signature
+        return _MappedShard(path, kept, DTYPES[rows["dtype"]], cells)
 
 
 class PairedRows(Result):
@@ -533,6 +532,8 @@ def read_shard(
     """
     path, size = root / shard.file, 0
     try:
+        with reading(path, StoreError):
+            remote.bring(path, shard.xxh3)
         size = _signature(path)[1]
         if size != shard.bytes:
             raise StoreError(_damaged(path, shard, size))

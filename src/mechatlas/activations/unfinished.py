@@ -8,10 +8,11 @@ has_checksum    whether a shard is as the manifest says
 """
 
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from mechatlas import remote
 from mechatlas.activations.store import folder_of, read_shard
 from mechatlas.activations.store_manifest import Shard
 from mechatlas.base import DiskError, InputError, StoreError
@@ -68,7 +69,8 @@ def begin_store(out: Path, manifest: dict[str, Any], *, n_bytes: int) -> dict[st
     leftovers = {folder_of(site) for site in manifest["sites"]} | {"recipe.toml", "result.json"}
     if any(p.name not in leftovers for p in out.iterdir() if not p.name.endswith(TEMPORARY)):
         raise StoreError(f"{out} is not empty and is not a store. Choose another --out.")
-    _check_space(out, n_bytes)
+    if remote.address_of(out) is None:
+        _check_space(out, n_bytes)
     write_manifest(path, manifest, make_folder=False)
     return manifest
 
@@ -151,8 +153,9 @@ def refuse_absent(out: Path, manifest: dict[str, Any]) -> None:
     Raises:
         StoreError: A shard was deleted or cut meanwhile.
     """
+    at_address = remote.sizes(out)
     for shard in shards_of(manifest):
-        if not has_size(out, shard):
+        if not has_size(out, shard, at_address):
             raise StoreError(
                 f"{out / shard.file} was deleted or changed while the store was being collected. "
                 "Run the same command again; it collects what is missing."
@@ -182,8 +185,16 @@ def shards_of(manifest: dict[str, Any]) -> Iterator[Shard]:
     return (Shard(*entry) for entry in entries)
 
 
-def has_size(out: Path, shard: Shard) -> bool:
-    """Whether a shard has the size in the manifest."""
+def has_size(out: Path, shard: Shard, at_address: Mapping[str, int] | None = None) -> bool:
+    """Whether a shard has the size in the manifest.
+
+    Args:
+        out: Folder of the store.
+        shard: Entry of the shard.
+        at_address: Sizes of all files at the address of a store that has one.
+    """
+    if at_address is not None:
+        return at_address.get(shard.file) == shard.bytes
     path = out / shard.file
     return path.is_file() and path.stat().st_size == shard.bytes
 

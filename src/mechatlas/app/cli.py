@@ -62,6 +62,9 @@ Every command takes --json (print the result as one JSON object, and nothing els
 RECIPE.toml as its first word, such as the recipe.toml of an earlier run, whose fields the other
 words replace. {estimated} take --dry-run (say how long, how much
 memory and disk, and do nothing). `mechatlas --version` prints the version.
+
+Folders may be addresses, such as s3://bucket/run or gs://bucket/run, to read and to write, with the
+credentials in the environment (pip install 'mechatlas[remote]').
 """
 
 
@@ -163,6 +166,7 @@ def run(name: str, words: list[str], *, as_json: bool, dry_run: bool = False) ->
     from mechatlas.app.estimates import OnlyEstimate
     from mechatlas.app.run_folder import as_plain, execute
     from mechatlas.base import RecipeError
+    from mechatlas.remote import written
 
     if dry_run and name not in ESTIMATED:
         raise RecipeError(
@@ -178,7 +182,7 @@ def run(name: str, words: list[str], *, as_json: bool, dry_run: bool = False) ->
         return json.dumps(as_plain(end.estimate)) if as_json else str(end)
     values = as_plain(result) if as_json else {}
     shown = {key: values[key] for key in values if key != "out" or values[key]}
-    text = json.dumps(shown) if as_json else command.in_words(result)
+    text = json.dumps(shown) if as_json else written(command.in_words(result))
     if hasattr(command, "failed") and command.failed(result):
         print(text)
         raise SystemExit(2)
@@ -266,5 +270,7 @@ def fail(message: str) -> Never:
     Raises:
         SystemExit: Always, with code 2.
     """
-    print(f"mechatlas: {message}", file=sys.stderr)
+    from mechatlas.remote import written
+
+    print(f"mechatlas: {written(message)}", file=sys.stderr)
     raise SystemExit(2)

@@ -32,6 +32,7 @@ from mechatlas.dictionaries.ends import UNNAMED, ends_of
 from mechatlas.dictionaries.formats import load
 from mechatlas.dictionaries.hub import fetch, is_address
 from mechatlas.files import MANIFEST, checksum, checksum_file, read_manifest
+from mechatlas.remote import followed
 
 NOT_DATA = (MANIFEST, RECIPE, RESULT, HISTORY)
 """Files in the folder of a dictionary that say nothing about its weights."""
@@ -185,7 +186,7 @@ def find_store(opened: OpenedDictionary) -> Store:
     Raises:
         StoreError: It is nowhere to be found.
     """
-    written = Path(str(opened.manifest.get("store", "")))
+    written = followed(str(opened.manifest.get("store", "")), opened.path)
     beside = sorted(opened.path.resolve().parent.glob(f"*/{MANIFEST}"))
     wanted = opened.manifest.get("parents", {}).get("store")
     for file in (written / MANIFEST, *beside):

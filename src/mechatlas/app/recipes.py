@@ -23,6 +23,7 @@ from mechatlas.base import DiskError, RecipeError
 from mechatlas.dictionaries.revival import AuxK, Resample
 from mechatlas.dictionaries.sparsity import Sparsity, TopK
 from mechatlas.files import MANIFEST, read_toml
+from mechatlas.remote import fetched, written
 
 Recipe = TypeVar("Recipe")
 
@@ -39,7 +40,7 @@ def _converter() -> cattrs.Converter:
         return structure_network({"name": value} if isinstance(value, str) else value, Network)
 
     converter.register_structure_hook(Network, network)
-    converter.register_unstructure_hook(Path, str)
+    converter.register_unstructure_hook(Path, written)
     for union, default in ((SampleRecipe, Images), (Sparsity, TopK), (AuxK | Resample, AuxK)):
         _tell_kinds_by_type(converter, union, default)
     either: Any = AuxK | Resample
@@ -122,9 +123,10 @@ def read_recipe(path: Path, kind: type[Recipe]) -> Recipe:
         RecipeError: There is no such file, it is not TOML, or it has unknown keys or wrong
             values; the message lists all of them.
     """
+    path = fetched(path)
     raw = read_raw(path)
     if path.name == "recipe.toml" and (path.parent / MANIFEST).is_file():
-        raw.setdefault("out", str(path.parent))
+        raw.setdefault("out", written(path.parent))
     if spoken := [key for key in _spoken(kind) if key in raw]:
         raise RecipeError(
             f"{path} has {', '.join(spoken)}: code that may run is named on the command line only."

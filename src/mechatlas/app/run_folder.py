@@ -17,7 +17,6 @@ import json
 import math
 import os
 import resource
-import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -32,7 +31,7 @@ import tomli_w
 from jaxtyping import Shaped
 from safetensors.numpy import save
 
-from mechatlas import deprecated
+from mechatlas import deprecated, remote
 from mechatlas.app.engines import is_first, n_processes
 from mechatlas.app.estimates import WORTH_SAYING, Estimate, OnlyEstimate, in_words
 from mechatlas.app.old_runs import renamed
@@ -48,6 +47,7 @@ from mechatlas.files import (
     create_folder,
     read_json,
     read_manifest,
+    remove,
     write,
     write_json,
     write_manifest,
@@ -109,7 +109,8 @@ class RunConfig:
     """Fields of every command with a folder."""
 
     out: Path
-    """Folder for the result. The same command continues a run that was stopped."""
+    """Folder for the result, or an address such as s3://bucket/run. The same command continues a
+    run that was stopped."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -169,14 +170,41 @@ def execute(config: Any, *, dry_run: bool = False) -> Any:
     if isinstance(config, DeviceConfig):
         as_device(config.device)
     if not hasattr(command, "KIND") or config.out is None:
-        clock, result = time.process_time(), command.run(config)
+        clock, result = time.process_time(), command.run(_at_hand(config))
         return _costed(result, clock) if isinstance(result, CommandResult) else result
     if n_processes() > 1 and (command.KIND != DICTIONARY or dry_run):
         raise RecipeError("torchrun is for `mechatlas train` alone; other commands have --engine.")
+    here = _at_hand(config, is_run=True)
     if not is_first():
-        return command.run(config, Follower(config.out))
-    with RunFolder(config.out, command.KIND, config, dry_run=dry_run) as folder:
-        return folder.finish(command.run(config, folder))
+        return command.run(here, Follower(here.out))
+    with RunFolder(here.out, command.KIND, config, dry_run=dry_run) as folder:
+        return folder.finish(command.run(here, folder))
+
+
+def _at_hand(config: Any, *, is_run: bool = False) -> Any:
+    """Configuration with local copies in place of addresses.
+
+    Args:
+        config: Configuration of a command.
+        is_run: Whether the command writes the folder of a run.
+    """
+    values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    here = {name: _fetched(value) for name, value in values.items() if name != "out"}
+    if values.get("out") is not None:
+        parts = (UNFINISHED, CHECKPOINT)
+        out = remote.located(values["out"])
+        here["out"] = remote.prepared(values["out"], parts, alone=is_first()) if is_run else out
+    changed = {name: value for name, value in here.items() if value != values[name]}
+    return dataclasses.replace(config, **changed) if changed else config
+
+
+def _fetched(value: Any) -> Any:
+    """Fetch the paths in a value that are addresses."""
+    if isinstance(value, tuple):
+        return tuple(map(_fetched, value)) if type(value) is tuple else value
+    if isinstance(value, dict):
+        return {key: _fetched(each) for key, each in value.items()}
+    return remote.fetched(value) if isinstance(value, Path) else value
 
 
 def _costed(result: CommandResult, clock: float, **fields: str) -> Any:
@@ -255,7 +283,7 @@ class RunFolder:
 
     def facts(self, **values: Any) -> None:
         """Add plain values to the manifest."""
-        self._facts |= values
+        self._facts |= as_plain(values)
 
     def parent(self, name: str, digest: str) -> None:
         """Note the checksum of an input; parts kept of other inputs are not continued."""
@@ -354,7 +382,7 @@ class RunFolder:
             DiskError: The folder, or a file in it, was deleted or replaced meanwhile.
         """
         self._refuse_absent()
-        result = _costed(result, self._clock, out=str(self.path))
+        result = _costed(result, self._clock, out=remote.written(self.path))
         values = as_plain(result)
         recipe = as_dict(self.config)
         for place in ("out", "engine"):  # the folder has the same bytes wherever it is made
@@ -369,7 +397,7 @@ class RunFolder:
             self._state_in_store(self._files)
             return result
         for name in self._earlier.keys() - self._files.keys():
-            (self.path / name).unlink(missing_ok=True)
+            remove(self.path / name)
         self._write_manifest(complete=True)
         delete_parts(self.path)
         self._refuse_absent()
@@ -388,7 +416,8 @@ class RunFolder:
 def delete_parts(path: Path) -> None:
     """Delete the parts kept of a run that has ended; one killed at its very end leaves them."""
     for name in (UNFINISHED, CHECKPOINT):
-        shutil.rmtree(path / name, ignore_errors=True)
+        if (path / name).is_dir():
+            remove(path / name)
 
 
 def _files_of(path: Path) -> dict[str, str]:
@@ -438,7 +467,12 @@ def read_result(folder: Path, kind: str, *, schema: int = SCHEMA) -> Any:
 
 
 def as_plain(value: Any) -> Any:
-    """Make plain values for JSON: dataclasses and named tuples become objects, NaN null."""
+    """Make plain values for JSON: dataclasses and named tuples become objects, NaN null.
+
+    Local copies are named by their addresses.
+    """
+    if isinstance(value, str):
+        return remote.written(value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {f.name: as_plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, Mapping):

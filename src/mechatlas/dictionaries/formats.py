@@ -25,6 +25,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from mechatlas import remote
 from mechatlas.base import WeightsError
 from mechatlas.deprecated import ARGUMENTS
 from mechatlas.dictionaries import hub
@@ -100,7 +101,7 @@ def save(
 
     Args:
         dictionary: Dictionary to write.
-        path: Folder to write into.
+        path: Folder to write into, or its address.
         format: `mechatlas`, or the library that is to load it: `saelens`, `dictionary_learning`,
             `sparsify` or `circuit-tracer`.
         metadata: Further entries for that library: `model_name`, `hook_name` and the like.
@@ -195,7 +196,8 @@ def load(
     disk until they are used.
 
     Args:
-        path: Folder, file, or address on the Hugging Face Hub: `hf://owner/name/folder@revision`.
+        path: Folder, file, or address: `s3://bucket/folder` and others of fsspec, or on the
+            Hugging Face Hub `hf://owner/name/folder@revision`.
         classes: Classes of your own, of dictionaries or sparsity rules, that the file may need.
         device: Device of the dictionary; by default the CPU.
         dtype: Number format of the weights; by default float32, of large files that of the file.
@@ -212,7 +214,7 @@ def load(
         >>> ma.load("sae").n_latents
         64
     """
-    path = hub.fetch(str(path)) if hub.is_address(path) else Path(path)
+    path = hub.fetch(str(path)) if hub.is_address(path) else remote.fetched(path)
     own = path / FILE if path.is_dir() else path
     if own.name == FILE and _is_own(own):
         dictionary = _read_own(own, classes)

@@ -4,15 +4,12 @@ Main path, in reading order:
 
     assign       look at every pair once, in blocks, and keep a short list for each row (`_begin`);
                  find prices near to the best ones by bids that overpay by less and less
-                 (`_approach`), which needs as many columns as rows; pair exactly from there
+                 (`_approach`), which needs as many columns as rows, so a few rows that cost
+                 nothing are added where it is nearly so (`Padded`); pair exactly from there
                  (`_pair`); where a list was too short to say what is cheapest, look at those
                  rows again, at the prices of then (`_list`); until nothing is open
-    Assignment   the pairing, and prices of rows and columns that prove it; `certify` checks the
-                 proof by pricing every pair again, independently of the solver
 
-Proof: for prices u, v with u_i + v_j <= c_ij for every pair, v <= 0 where columns may stay free
-(and u_i at most the price of staying unmatched), no pairing costs less than the sum of all prices.
-The difference is the gap.
+The result is an `Assignment` (`certificate`), with prices that prove it.
 """
 
 import dataclasses
@@ -25,13 +22,14 @@ from jaxtyping import Float, Int
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from mechatlas.base import InputError, Progress, Result, no_progress
+from mechatlas.base import InputError, Progress, no_progress
+from mechatlas.maths.certificate import Assignment, total_cost
 from mechatlas.maths.pricing import (
     Costs,
     Factors,
     Kept,
     Matrix,
-    Replaced,
+    Padded,
     as_costs,
     block_rows,
     in_threads,
@@ -52,8 +50,6 @@ FINER = 6.0
 """Factor by which the overpayment falls from round to round."""
 TIMES = 3
 """Rounds of bids that overpay."""
-NEARLY = 2
-"""Rounds of bids that overpay for a pairing that need not be the cheapest."""
 BIDS = 300
 """Bids for each row in one round, and exact ones before paths are searched."""
 FEW = 500
@@ -61,164 +57,12 @@ FEW = 500
 SMALL = ((1 << 20, 1), (1 << 24, 6))
 """Numbers of pairs up to which paths are searched over all pairs, each with the number of times
 that lists must have been made longer before."""
+NEARLY = 2
+"""Rounds of bids that overpay for a pairing that need not be the cheapest."""
+PADDED = 1 / 8
+"""Largest share of rows that are added to have as many rows as columns."""
 SAMPLED = 16
 """Reciprocal of the share of rows looked at for first prices where costs are not kept."""
-
-
-class CertificateError(AssertionError):
-    """Prices do not prove what they should."""
-
-
-@dataclasses.dataclass(frozen=True, eq=False, repr=False)
-class Certificate(Result):
-    """Proof of optimality, checked by pricing every pair."""
-
-    lower_bound: float
-    """Cost below which no pairing lies."""
-    gap: float
-    """Cost less lower bound: the most that a better pairing could save."""
-    breach: float
-    """Largest excess of prices over a cost; the lower bound takes it into account."""
-    pairs: int
-    """Pairs priced."""
-    exact: int
-    """Pairs among them whose float32 cost was too near to its prices to tell, which were
-    computed in float64."""
-    rounding: float
-    """Bound on the error of a float32 cost that was used."""
-
-    def summary(self) -> str:
-        """Bound and gap, and the number of pairs priced."""
-        return (
-            f"No pairing costs less than {self.lower_bound:.6g} (gap {self.gap:.1e})\n"
-            f"{self.pairs:,} pairs priced, {self.exact:,} of them in float64; prices exceed a "
-            f"cost by {self.breach:.1e} at most"
-        )
-
-
-@dataclasses.dataclass(frozen=True, eq=False, repr=False)
-class Assignment(Result):
-    """One-to-one pairing of rows and columns, and prices that prove it cheapest."""
-
-    columns: Int[np.ndarray, " n"]
-    """Column paired with each row; -1 for a row that stays unmatched."""
-    row_prices: Float[np.ndarray, " n"]
-    """Dual prices of rows."""
-    column_prices: Float[np.ndarray, " m"]
-    """Dual prices of columns."""
-    cost: float
-    """Cost of all pairs, and the price of each row that stays unmatched."""
-    lower_bound: float
-    """Sum of all prices: no pairing costs less."""
-    gap: float
-    """Cost less lower bound."""
-    unmatched: float
-    """Price of a row that stays unmatched; infinite if every row must be paired."""
-    rows_priced: tuple[int, ...]
-    """Rows whose costs were computed in each pricing round; all of them in the first."""
-
-    @property
-    def rounds(self) -> int:
-        """Number of pricing rounds."""
-        return len(self.rows_priced)
-
-    def summary(self) -> str:
-        """Cost with its lower bound, and the number of pairs."""
-        n, m, paired = len(self.columns), len(self.column_prices), int((self.columns >= 0).sum())
-        return (
-            f"{paired:,} pairs of {n:,} rows and {m:,} columns at cost {self.cost:.6g}\n"
-            f"No pairing costs less than {self.lower_bound:.6g} (gap {self.gap:.1e}); "
-            "certify(costs) checks the proof"
-        )
-
-    def certify(
-        self,
-        costs: Costs | ArrayLike | Tensor,
-        *,
-        tolerance: float = 1e-9,
-        on_progress: Progress = no_progress,
-    ) -> Certificate:
-        """Prove the pairing optimal for `costs` by pricing every pair.
-
-        Args:
-            costs: Costs that the assignment was made for.
-            tolerance: Largest gap accepted, as a share of the sum of the sizes of all prices;
-                the last digits of float64 are accepted besides.
-            on_progress: Callback with the number of rows that are done.
-
-        Raises:
-            CertificateError: The columns are no pairing of rows with different columns, a price
-                exceeds a cost, or the gap is larger than `tolerance` allows.
-        """
-        costs = as_costs(costs)
-        n, m = costs.n_rows, costs.n_columns
-        self._check_pairs(n, m)
-        breach, exact = self._breaches(costs, on_progress)
-        u, v, unmatched = self.row_prices, self.column_prices, self.unmatched
-        cost = _total(costs, self.columns, unmatched if math.isfinite(unmatched) else 0.0)
-        bound = math.fsum(u) + math.fsum(v) - math.fsum(breach)
-        bound = min(bound - _breach_of_signs(u, v, unmatched), cost)
-        size = math.fsum(np.abs(u)) + math.fsum(np.abs(v)) + abs(cost)
-        certificate = Certificate(
-            lower_bound=bound,
-            gap=cost - bound,
-            breach=float(breach.max()),
-            pairs=n * m,
-            exact=exact,
-            rounding=float(costs.rounding(slice(0, n)).max()),
-        )
-        allowed = tolerance * size + (n + m) * costs.last_digits()
-        if certificate.gap > allowed:
-            worst = int(breach.argmax())
-            raise CertificateError(
-                f"A cheaper pairing may exist: duality gap {certificate.gap:.3g} at cost "
-                f"{cost:.6g} (tolerance {allowed:.3g}); prices exceed a cost of row {worst} by "
-                f"{breach[worst]:.3g}. Were the costs changed after `assign`?"
-            )
-        return certificate
-
-    def _check_pairs(self, n: int, m: int) -> None:
-        if (len(self.row_prices), len(self.column_prices), len(self.columns)) != (n, m, n):
-            raise CertificateError(
-                f"The pairing is of {len(self.row_prices)} x {len(self.column_prices)}, the costs "
-                f"are of {n} x {m}."
-            )
-        paired = self.columns[self.columns >= 0]
-        if len(np.unique(paired)) < len(paired) or paired.max(initial=-1) >= m:
-            raise CertificateError("Two rows have the same column, or one that does not exist.")
-        if math.isinf(self.unmatched) and len(paired) < min(n, m):
-            raise CertificateError(f"Only {len(paired)} of {min(n, m)} could-be pairs were made.")
-
-    def _breaches(self, costs: Costs, on_progress: Progress) -> tuple[Float[np.ndarray, " n"], int]:
-        """Excess of prices over the costs of each row, and the number of exact costs computed."""
-        from mechatlas.maths.selection import underpriced
-
-        n, u, v = costs.n_rows, self.row_prices, self.column_prices
-        breach, n_exact, step = np.zeros(n), 0, block_rows(costs)
-        error = costs.rounding(slice(0, n))
-        for start in range(0, n, step):
-            part = slice(start, min(start + step, n))
-            block = costs.block(part)
-
-            def low(
-                first: int, last: int, block: np.ndarray = block, part: slice = part
-            ) -> tuple[np.ndarray, np.ndarray]:
-                room = 64 * (last - first)
-                while True:
-                    rows, columns = np.empty(room, np.int64), np.empty(room, np.int64)
-                    prices = u[part] + error[part], v
-                    n_low = underpriced(block, *prices, (first, last), rows, columns)
-                    if n_low <= room:
-                        return rows[:n_low], columns[:n_low]
-                    room = n_low
-
-            for rows, columns in in_threads(low, len(block)):
-                rows += start
-                excess = u[rows] + v[columns] - costs.exact(rows, columns)
-                np.maximum.at(breach, rows, excess)
-                n_exact += len(rows)
-            on_progress(part.stop, n)
-        return breach, n_exact
 
 
 @dataclasses.dataclass(eq=False)
@@ -296,8 +140,8 @@ def assign(
             on_state=on_state,
         )
         return _turned_back(turned, costs.n_rows, unmatched)
+    costs = _with_few_rows_added(costs.kept() if isinstance(costs, Factors) else costs, unmatched)
     n = costs.n_rows
-    costs = costs.kept() if isinstance(costs, Factors) else costs
     state = resume
     if state is None:
         state = _begin(costs, unmatched, on_progress)
@@ -320,19 +164,26 @@ def nearly_cheapest(costs: Factors) -> Int[np.ndarray, " n"]:
     """Pair rows with columns at nearly the least cost, without proof, in less time than `assign`.
 
     Bids end with the overpayment `STEP` / `FINER`; a few rows may stay without a column (-1). With
-    unequal numbers of rows and columns the pairing is the cheapest.
+    very unequal numbers of rows and columns the pairing is the cheapest.
     """
-    costs = costs.kept()
-    if costs.n_rows == costs.n_columns:
-        state = _begin(costs, math.inf, no_progress)
+    whole = _with_few_rows_added(costs.kept(), math.inf)
+    if whole.n_rows == whole.n_columns:
+        state = _begin(whole, math.inf, no_progress)
         if state.plan[1]:
             state.plan[1] = NEARLY
             while state.plan[1]:
-                wanted = _approach(state, costs, math.inf, keep=True)
+                wanted = _approach(state, whole, math.inf, keep=True)
                 if len(wanted):
-                    _list_again(state, costs, wanted, 1.0)
-            return state.column_of.astype(np.int64)
+                    _list_again(state, whole, wanted, 1.0)
+            return state.column_of[: costs.n_rows].astype(np.int64)
     return assign(costs).columns
+
+
+def _with_few_rows_added(costs: Costs, unmatched: float) -> Costs:
+    """Costs with as many rows as columns, if that takes few more rows and every row is paired."""
+    added = costs.n_columns - costs.n_rows
+    few = 0 < added <= PADDED * costs.n_rows
+    return Padded(costs) if few and math.isinf(unmatched) else costs
 
 
 def _done(state: State) -> float:
@@ -387,22 +238,26 @@ def _begin(costs: Costs, unmatched: float, on_progress: Progress) -> State:
         plan=np.array([0.0, 0.0, BIDS * n, 0.0]),
         rows_priced=np.array([n]),
     )
+    own = np.arange(costs.costs.n_rows if isinstance(costs, Padded) else n)
     if all_paired:
-        _lower_to_least(costs, state.column_prices, np.arange(n)[:: 1 if _kept(costs) else SAMPLED])
+        _lower_to_least(costs, state.column_prices, own[:: 1 if _kept(costs) else SAMPLED])
     step = block_rows(costs)
-    for start in range(0, n, step):
-        _list(state, costs, np.arange(start, min(start + step, n)), lower=all_paired)
+    for start in range(0, len(own), step):
+        _list(state, costs, own[start : start + step], lower=all_paired)
         on_progress(min(start + step, n), 2 * n)
     keys = lists["keys"].reshape(n, listed)
     state.row_prices = np.minimum(keys[:, 0], unmatched)
-    overpaid = STEP * float(np.median(keys[:, -1] - keys[:, 0]) or np.ptp(keys))
+    overpaid = STEP * float(np.median(keys[own, -1] - keys[own, 0]) or np.ptp(keys[own]))
+    added = np.arange(len(own), n)  # all of them like the same columns, as many as they are
+    _list(state, costs, added, 1 + 2 * len(added) / listed)
     if all_paired and overpaid > FINER**TIMES * costs.last_digits():
         state.plan[:2] = overpaid, TIMES
     return state
 
 
 def _kept(costs: Costs) -> bool:
-    return isinstance(costs, Kept | Matrix | Replaced)
+    costs = costs.costs if isinstance(costs, Padded) else costs
+    return isinstance(costs, Kept | Matrix)
 
 
 def _lower_to_least(costs: Costs, prices: np.ndarray, rows: np.ndarray) -> None:
@@ -452,9 +307,9 @@ def _list(
             lists["keys"][place] = values - error[:, None]
             lists["rough"][place] = values + prices[names]
             lists["costs"][place] = np.nan
-            if isinstance(costs, Matrix):
-                lists["rough"][place] = block[np.arange(len(part))[:, None], names]
-                lists["costs"][place] = lists["rough"][place]
+            exact = error == 0  # those of a matrix, and of rows that were added
+            lists["rough"][place[exact]] = block[np.flatnonzero(exact)[:, None], names[exact]]
+            lists["costs"][place[exact]] = lists["rough"][place[exact]]
             lists["horizon"][part] = following - error
 
 
@@ -558,6 +413,7 @@ def _for_kernels(
     lists = ShortLists(*(state.lists[name] for name in ShortLists._fields))
     prices = unmatched, state.row_prices, state.column_prices
     factors = Products(np.empty((0, 0)), np.empty((0, 0)), np.empty(0), np.empty(0))
+    costs = costs.costs if isinstance(costs, Padded) else costs
     if isinstance(costs, Factors):
         factors = Products(costs.a, costs.b, costs.row_offsets, costs.column_offsets)
     return lists, Solution(*prices, state.row_of, state.column_of), factors
@@ -567,9 +423,12 @@ def _finish(state: State, costs: Costs, unmatched: float) -> Assignment:
     from mechatlas.maths.augmenting import reprice
 
     reprice(*_for_kernels(state, costs, unmatched))
-    u, v = state.row_prices, state.column_prices
-    columns = np.where(state.column_of < 0, -1, state.column_of).astype(np.int64)
-    cost = _total(costs, columns, unmatched)
+    u, v, rows_priced = state.row_prices, state.column_prices, state.rows_priced
+    if isinstance(costs, Padded):  # a column that is free is worth most to the rows that were added
+        costs, rows_priced = costs.costs, np.minimum(rows_priced, costs.costs.n_rows)
+        u, v = u[: costs.n_rows] + v.max(), v - v.max()
+    columns = np.where(state.column_of < 0, -1, state.column_of)[: len(u)].astype(np.int64)
+    cost = total_cost(costs, columns, unmatched)
     # No optimum is above what this pairing costs; prices can be, by their last digit.
     bound = min(math.fsum(u) + math.fsum(v), cost)
     return Assignment(
@@ -580,21 +439,5 @@ def _finish(state: State, costs: Costs, unmatched: float) -> Assignment:
         lower_bound=bound,
         gap=cost - bound,
         unmatched=unmatched,
-        rows_priced=tuple(int(x) for x in state.rows_priced),
+        rows_priced=tuple(int(x) for x in rows_priced),
     )
-
-
-def _total(costs: Costs, columns: np.ndarray, unmatched: float) -> float:
-    rows = np.flatnonzero(columns >= 0)
-    alone = len(columns) - len(rows)
-    return math.fsum([*costs.exact(rows, columns[rows]), unmatched * alone if alone else 0.0])
-
-
-def _breach_of_signs(u: np.ndarray, v: np.ndarray, unmatched: float) -> float:
-    # Who may stay alone must not have a price above what that costs: 0 for columns.
-    lost = 0.0
-    if math.isfinite(unmatched):
-        lost += math.fsum(np.maximum(u - unmatched, 0)) + math.fsum(np.maximum(v, 0))
-    elif len(u) != len(v):
-        lost += math.fsum(np.maximum(v if len(u) < len(v) else u, 0))
-    return lost

@@ -20,7 +20,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from mechatlas.base import InputError
-from mechatlas.maths.assignment import Assignment
+from mechatlas.maths.certificate import Assignment
 from mechatlas.maths.pricing import Costs, Factors, as_costs, block_rows, in_threads
 
 if TYPE_CHECKING:  # compiles when it is imported

@@ -2,6 +2,7 @@
 
     Factors    c_ij = row_offset_i + column_offset_j - <a_i, b_j>, such as squared distances
     Matrix     costs that are given as a matrix
+    Padded     costs of any kind, with rows added that cost nothing
     as_costs   an array-like value -> `Matrix`
 
 Both give blocks of costs in the arithmetic that is fast, a bound on how far a block is from the
@@ -20,7 +21,7 @@ from typing import Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Bool, Float, Int, Shaped
 from numpy.typing import ArrayLike
 from torch import Tensor
 
@@ -167,6 +168,17 @@ class Factors:
             block = torch.addmm(column_offsets, a[some], b.T, alpha=-1)
         return block.add_(row_offsets[some, None]).cpu().numpy()
 
+    def block_of_columns(
+        self, rows: Index, columns: Int[np.ndarray, " part_of_columns"]
+    ) -> Float[np.ndarray, "part part_of_columns"]:
+        """Costs of some rows with some columns, in float32."""
+        a, b, row_offsets, column_offsets = self._tensors
+        some = rows if isinstance(rows, slice) else torch.tensor(rows, device=self.device)
+        few = torch.tensor(columns, device=self.device)
+        with _full_precision():
+            block = torch.addmm(column_offsets[few], a[some], b[few].T, alpha=-1)
+        return block.add_(row_offsets[some, None]).cpu().numpy()
+
     @cached_property
     def _norms(self) -> tuple[np.ndarray, np.ndarray]:
         lengths = [np.sqrt(np.einsum("nd,nd->n", x, x, dtype=np.float64)) for x in (self.a, self.b)]
@@ -235,61 +247,37 @@ class Kept(Factors):
         return values
 
     def block(self, rows: Index) -> Float[np.ndarray, "part m"]:
-        """Costs of some rows with every column, in float32."""
+        """Costs of some rows with every column, in float32; rows in a row are not copied."""
+        if not isinstance(rows, slice) and len(rows) and rows[-1] - rows[0] == len(rows) - 1:
+            rows = slice(int(rows[0]), int(rows[-1]) + 1)
         return self._values[rows]
 
     def kept(self) -> "Kept":
         """Costs as they are."""
         return self
 
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Replaced(Factors):
-    """Kept factors of which some columns are replaced; only their products are computed."""
-
-    base: Kept
-    """Factors before."""
-    replaced: Int[np.ndarray, " columns"]
-    """Columns that are replaced."""
-
-    @classmethod
-    def squared_distances_with(
-        cls,
-        base: Kept,
-        replaced: Int[np.ndarray, " columns"],
-        b: Float[np.ndarray, "m d"],
-    ) -> "Replaced":
-        """Squared distances where some columns of `base` are replaced.
+    @contextlib.contextmanager
+    def replaced(
+        self, columns: Int[np.ndarray, " part"], b: Float[np.ndarray, "m d"]
+    ) -> "Iterator[Kept]":
+        """Squared distances where some columns are others, which stand in their place meanwhile.
 
         Args:
-            base: Squared distances.
-            replaced: Columns that are replaced.
+            columns: Columns that are replaced.
             b: Vectors of all columns.
         """
-        offsets = base.column_offsets.copy()
-        offsets[replaced] = np.einsum("nd,nd->n", b[replaced], b[replaced], dtype=np.float64)
-        return cls(base.a, b, base.row_offsets, offsets, base, replaced, device=base.device)
+        from mechatlas.maths.selection import exchange_columns  # compiles when it is imported
 
-    @cached_property
-    def _new(self) -> Float[np.ndarray, "n columns"]:
-        """Costs of all rows with the new columns."""
-        a, b, row_offsets, column_offsets = self._tensors
-        columns = torch.tensor(self.replaced, device=self.device)
-        with _full_precision():
-            new = torch.addmm(column_offsets[columns], a, b[columns].T, alpha=-1)
-        return new.add_(row_offsets[:, None]).cpu().numpy()
-
-    def block(self, rows: Index) -> Float[np.ndarray, "part m"]:
-        """Costs of some rows with every column, in float32."""
-        from mechatlas.maths.selection import replace_columns  # compiles when it is imported
-
-        block = self.base.block(rows).copy()
-        replace_columns(block, self.replaced, self._new[rows])
-        return block
-
-    def kept(self) -> "Replaced":
-        """Costs as they are."""
-        return self
+        offsets = self.column_offsets.copy()
+        offsets[columns] = np.einsum("nd,nd->n", b[columns], b[columns], dtype=np.float64)
+        costs = Kept(self.a, b, self.row_offsets, offsets, device=self.device)
+        others = costs.block_of_columns(slice(0, self.n_rows), columns)
+        exchange_columns(self._values, columns, others)
+        vars(costs)["_values"] = self._values
+        try:
+            yield costs
+        finally:
+            exchange_columns(self._values, columns, others)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -341,6 +329,70 @@ class Matrix:
     def transposed(self) -> "Matrix":
         """Costs with rows and columns exchanged."""
         return Matrix(self.values.T)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Padded:
+    """Costs with rows added that cost nothing with any column, so that none of these stays free."""
+
+    costs: Costs
+    """Costs of the rows before those that are added."""
+
+    @property
+    def n_rows(self) -> int:
+        """Number of rows: as many as columns."""
+        return self.costs.n_columns
+
+    @property
+    def n_columns(self) -> int:
+        """Number of columns."""
+        return self.costs.n_columns
+
+    def _own(self, rows: Index) -> tuple[Int[np.ndarray, " own"], Bool[np.ndarray, " part"]]:
+        """Numbers of the rows that were not added, and where they are among `rows`."""
+        numbers = np.arange(self.n_rows)[rows]
+        is_own = numbers < self.costs.n_rows
+        return numbers[is_own], is_own
+
+    def block(self, rows: Index) -> Float[np.ndarray, "part m"]:
+        """Costs of some rows with every column."""
+        own, is_own = self._own(rows)
+        if is_own.all():
+            return self.costs.block(rows)
+        some = self.costs.block(own)
+        block = np.zeros((len(is_own), self.n_columns), some.dtype)
+        block[is_own] = some
+        return block
+
+    def rounding(self, rows: Index) -> Float[np.ndarray, " part"]:
+        """Bound on the rounding of `block`; zero for the rows that were added."""
+        own, is_own = self._own(rows)
+        rounding = np.zeros(len(is_own))
+        rounding[is_own] = self.costs.rounding(own)
+        return rounding
+
+    def exact(
+        self, rows: Int[np.ndarray, " pair"], columns: Int[np.ndarray, " pair"]
+    ) -> Float[np.ndarray, " pair"]:
+        """Costs of pairs in float64."""
+        is_own = rows < self.costs.n_rows
+        costs = np.zeros(len(rows))
+        costs[is_own] = self.costs.exact(rows[is_own], columns[is_own])
+        return costs
+
+    def matrix(self) -> Float[np.ndarray, "m m"]:
+        """All costs in float64."""
+        matrix = np.zeros((self.n_rows, self.n_columns))
+        matrix[: self.costs.n_rows] = self.costs.matrix()
+        return matrix
+
+    def last_digits(self) -> float:
+        """Bound on the rounding of a cost in float64, plus or minus its prices."""
+        return self.costs.last_digits()
+
+    def transposed(self) -> Matrix:
+        """Costs with rows and columns exchanged."""
+        return Matrix(self.matrix().T)
 
 
 def block_rows(costs: Costs) -> int:

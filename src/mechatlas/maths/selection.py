@@ -3,7 +3,7 @@
     keep_cheapest_of_rows       the cheapest columns of each row of a block
     least_of_columns            the least cost of each column, over all blocks so far
     rivals                      the best cosines of rows and columns besides those of their pairs
-    replace_columns             other costs in some columns
+    exchange_columns            other costs in some columns, and the old ones back
     underpriced                 the pairs of a block that cost less than their prices say
 
 Each runs on one thread without the interpreter's lock and writes only its own rows or columns,
@@ -16,8 +16,12 @@ from jaxtyping import Float, Int
 
 from mechatlas.maths.compilation import compiled
 
-CHUNK = 64
-"""Number of columns looked at together."""
+GROUPS = 256
+"""Least number of groups of columns."""
+SPREAD = 8
+"""Groups for each column that is kept."""
+MARGIN = 2.0**-20
+"""Margin for the rounding of float32, as a share of the numbers that are subtracted."""
 
 
 @compiled
@@ -49,6 +53,20 @@ def _sort(values, names, start, n):
 
 
 @compiled
+def _least_of_groups(costs, prices, least):
+    """Write the least cost less price of columns k, k + n, k + 2 n, ... for each k of n."""
+    n = len(least)
+    for k in range(n):
+        least[k] = costs[k] - prices[k]
+    for start in range(n, len(costs), n):
+        end = min(start + n, len(costs))
+        some, others = costs[start:end], prices[start:end]
+        for k in range(end - start):
+            value = some[k] - others[k]
+            least[k] = value if value < least[k] else least[k]
+
+
+@compiled
 def keep_cheapest_of_rows(
     block: Float[np.ndarray, "row column"],
     prices: Float[np.ndarray, " column"],
@@ -58,6 +76,10 @@ def keep_cheapest_of_rows(
     following: Float[np.ndarray, " row"],
 ) -> None:
     """Write the cheapest columns of some rows of a block, by cost less price, ascending.
+
+    Columns are looked at in groups. Where so many groups have a least value up to a limit, none of
+    the cheapest is above it, so that only the groups below it are looked at one by one. Rounded
+    values decide that, with a margin for the rounding.
 
     Args:
         block: Costs.
@@ -70,22 +92,28 @@ def keep_cheapest_of_rows(
     first, last = part
     n_columns = block.shape[1]
     n_kept = values.shape[1]
-    heap = np.empty(n_kept + 1, np.float64)
-    who = np.empty(n_kept + 1, np.int32)
+    size = min(n_kept + 1, n_columns)
+    n_groups = min(n_columns, max(GROUPS, SPREAD * size))
+    heap, who = np.empty(size, np.float64), np.empty(size, np.int32)
+    rounded = prices.astype(block.dtype)
+    largest = np.abs(prices).max()
+    least = np.empty(n_groups, block.dtype)
     for row in range(first, last):
-        size = min(n_kept + 1, n_columns)
+        _least_of_groups(block[row], rounded, least)
         heap[:] = np.inf
         who[:] = -1
-        for start in range(0, n_columns, CHUNK):
-            end = min(start + CHUNK, n_columns)
-            some, limit = 0, heap[0]
-            for j in range(start, end):  # no branch: many at a time
-                some += block[row, j] - prices[j] < limit
-            if some == 0:
+        for k in range(n_groups):
+            if least[k] < heap[0]:
+                _sink(heap, who, 0, size, np.float64(least[k]), k)
+        limit = heap[0] + MARGIN * (abs(heap[0]) + 2 * largest)
+        heap[:] = np.inf
+        who[:] = -1
+        for k in range(n_groups):
+            if least[k] > limit:
                 continue
-            for j in range(start, end):
+            for j in range(k, n_columns, n_groups):
                 value = block[row, j] - prices[j]
-                if value < heap[0]:
+                if value <= limit and value < heap[0]:
                     _sink(heap, who, 0, size, value, j)
         _sort(heap, who, 0, size)
         for k in range(min(n_kept, size)):
@@ -109,20 +137,26 @@ def least_of_columns(
         last: Column after the last.
         least: Least cost of each column so far, lowered in place.
     """
+    found = np.full(last - first, np.inf, block.dtype)
     for row in range(block.shape[0]):
-        for j in range(first, last):
-            least[j] = min(least[j], block[row, j])
+        costs = block[row, first:last]
+        for k in range(last - first):
+            found[k] = costs[k] if costs[k] < found[k] else found[k]
+    for k in range(last - first):
+        least[first + k] = min(least[first + k], found[k])
 
 
 def _scan(costs, offset, scale, others, first, last, of_columns):
     """Raise the best and the sum of squares of columns first..last; return those of the row."""
     best, total = np.float32(-1.0), np.float32(0.0)
-    for j in range(first, last):
-        cosine = (offset + others[0][j] - costs[j]) * scale * others[1][j]
-        best = max(best, cosine)
-        of_columns[0, j] = max(of_columns[0, j], cosine)
+    costs, offsets, scales = costs[first:last], others[0][first:last], others[1][first:last]
+    best_of, squares_of = of_columns[0, first:last], of_columns[1, first:last]
+    for j in range(last - first):
+        cosine = (offset + offsets[j] - costs[j]) * scale * scales[j]
+        best = cosine if cosine > best else best
+        best_of[j] = cosine if cosine > best_of[j] else best_of[j]
         square = cosine * cosine
-        of_columns[1, j] += square
+        squares_of[j] += square
         total += square
     return best, total
 
@@ -171,21 +205,22 @@ def rivals(
 
 
 @compiled
-def replace_columns(
+def exchange_columns(
     block: Float[np.ndarray, "row column"],
     columns: Int[np.ndarray, " new"],
     values: Float[np.ndarray, "row new"],
 ) -> None:
-    """Write new values into some columns of a block.
+    """Exchange some columns of a block and other values.
 
     Args:
         block: Costs, written in place.
-        columns: Columns that are replaced.
-        values: Their new costs.
+        columns: Columns that are exchanged.
+        values: Their new costs; their old ones afterwards.
     """
     for row in range(block.shape[0]):
         for k in range(len(columns)):
-            block[row, columns[k]] = values[row, k]
+            j = columns[k]
+            block[row, j], values[row, k] = values[row, k], block[row, j]
 
 
 @compiled

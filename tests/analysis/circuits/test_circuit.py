@@ -76,3 +76,9 @@ def test_too_few_samples_are_refused():
     a, b = pair()
     with pytest.raises(InputError, match="samples to validate it on, got 2 and 0"):
         circuit(two(0, torch.float32), a, b, images(2), site_a=A, site_b=B)
+
+
+def test_half_precision_is_refused():
+    a, b = pair()
+    with pytest.raises(InputError, match=r"bfloat16, which is too coarse .* `network.float\(\)`"):
+        circuit(two(0, torch.bfloat16), a, b, images(12), site_a=A, site_b=B)

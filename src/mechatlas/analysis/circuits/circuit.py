@@ -47,6 +47,7 @@ from mechatlas.analysis.circuits.virtual_weights import (
 )
 from mechatlas.analysis.circuits.wiring import SiteMap, Wiring
 from mechatlas.base import InputError, Progress, Result, Site, no_progress
+from mechatlas.devices import refuse_half_precision
 from mechatlas.dictionaries.ends import ends_of, in_words
 
 Inputs = Shaped[Tensor, "_ ..."] | Shaped[np.ndarray, "_ ..."] | Sequence[Any]
@@ -216,7 +217,8 @@ def circuit(
         on_progress: Called with the number of targets done and their total.
 
     Raises:
-        InputError: There are too few samples, or a dictionary does not fit its site.
+        InputError: There are too few samples, a dictionary does not fit its site, or the network
+            computes in half precision.
         SiteError: The sites are not consecutive, or an operation between them cannot be composed.
 
     Source:
@@ -235,6 +237,7 @@ def circuit(
         (('1x1', '3x3', '5x5', 'pool'), True)
     """
     network = unwrapped(network)
+    refuse_half_precision(network, "the effects of single features")
     placed = [
         PlacedDictionary(each, place_sites(network, ends_of(each).names, site, in_words(each)))
         for each, site in ((a, site_a), (b, site_b))

@@ -21,7 +21,6 @@ from functools import partial
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
-import torch
 from jaxtyping import Float, Int
 from torch import nn
 
@@ -81,13 +80,13 @@ from mechatlas.analysis.interaction.statistics import (
 )
 from mechatlas.base import (
     Dictionary,
-    InputError,
     Progress,
     Site,
     SiteError,
     UserError,
     no_progress,
 )
+from mechatlas.devices import refuse_half_precision
 from mechatlas.maths.arrays import as_array
 from mechatlas.maths.linalg import cut, spectral
 
@@ -168,7 +167,7 @@ def basis(
     model = unwrapped(model)
     inputs = dataclasses.replace(inputs, tensor=as_input(model, inputs.tensor))
     sites = [as_site(model, site) for site in layers]
-    _refuse_half_precision(model)
+    refuse_half_precision(model, "ranks and gradients")
     if checkpoints is None:
         checkpoints = {}
     kept, keep = (
@@ -204,15 +203,6 @@ def basis(
             result,
             learning_coefficient=analysis.learning_coefficient(),
             module_degeneracy=analysis.module_degeneracy(unit_modules),
-        )
-
-
-def _refuse_half_precision(model: nn.Module) -> None:
-    coarse = {p.dtype for p in model.parameters()} & {torch.float16, torch.bfloat16}
-    if coarse:
-        raise InputError(
-            f"The network computes in {coarse.pop()}, which is too coarse for ranks and gradients; "
-            "give `network.float()` and inputs in float32."
         )
 
 

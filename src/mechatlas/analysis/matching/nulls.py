@@ -30,6 +30,7 @@ dictionaries have nearer than null ones.
 Source: Storey (2002) for q-values from the number of discoveries; the rest is ours.
 """
 
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -41,7 +42,7 @@ from torch import Tensor
 
 from mechatlas.analysis.matching.folding import unit_rows
 from mechatlas.maths.assignment import nearly_cheapest
-from mechatlas.maths.pricing import Factors, Kept, Replaced, block_rows, in_threads
+from mechatlas.maths.pricing import Factors, Kept, block_rows, in_threads
 
 FIRST_SAMPLE = 1024
 """Latents in the first, rough estimate of the null."""
@@ -320,15 +321,20 @@ class _NullWorld:
         """Similarity of the pairs that are wrong once some latents of B are null ones."""
         b = self.costs.b.copy()
         b[replaced] = vectors[replaced]
-        if isinstance(self.costs, Kept):
-            costs = Replaced.squared_distances_with(self.costs, replaced, b)
-        else:
-            costs = Factors.squared_distances(self.costs.a / 2, b, self.costs.device)
-        columns = nearly_cheapest(costs)
         is_new = np.zeros(len(b), bool)
         is_new[replaced] = True
-        wrong = (columns >= 0) & ((columns != self.partners) | is_new[columns])
-        return measure(costs, columns, np.flatnonzero(wrong))
+        with self._costs(replaced, b) as costs:
+            columns = nearly_cheapest(costs)
+            wrong = (columns >= 0) & ((columns != self.partners) | is_new[columns])
+            return measure(costs, columns, np.flatnonzero(wrong))
+
+    def _costs(
+        self, replaced: Int[np.ndarray, " k"], b: np.ndarray
+    ) -> contextlib.AbstractContextManager[Factors]:
+        if isinstance(self.costs, Kept):
+            return self.costs.replaced(replaced, b)
+        costs = Factors.squared_distances(self.costs.a / 2, b, self.costs.device)
+        return contextlib.nullcontext(costs)
 
 
 class _Similarity:

@@ -357,6 +357,9 @@ def _open(config: CircuitConfig, opened: Sequence[OpenedDictionary]) -> _Inputs:
     for each in opened:
         refuse_other_network(each, store)
     network, samples = open_network(store, config)
+    # Rounding to half precision would hide the effects of single features. (transformers refuses
+    # `network.float()` of what was quantized in its file.)
+    nn.Module.float(network)
     known = np.array(store.samples("train", config.samples), np.int64)
     unseen = np.array(store.samples("held", config.held_out), np.int64)
     if len(unseen) < 2:

@@ -11,7 +11,6 @@ command trains what is missing.
 import contextlib
 import dataclasses
 import itertools
-import shutil
 import typing
 from collections.abc import Iterator
 from pathlib import Path
@@ -38,7 +37,7 @@ from mechatlas.app.run_folder import (
     read_result,
 )
 from mechatlas.base import DiskError, RecipeError, UserError
-from mechatlas.files import MANIFEST, checksum_file, read_manifest, read_toml
+from mechatlas.files import MANIFEST, checksum_file, read_manifest, read_toml, remove
 
 KIND = SWEEP
 RUNS = "runs.parquet"
@@ -226,7 +225,7 @@ def _train(config: TrainConfig, shared: None) -> tuple[dict[str, Any], str]:
     except UserError as error:
         ended = {}, str(error)
     if not (sweep / MANIFEST).is_file():
-        shutil.rmtree(config.out, ignore_errors=True)
+        remove(config.out)
         with contextlib.suppress(OSError):  # others of its dictionaries may be there
             sweep.rmdir()
         return {}, deleted

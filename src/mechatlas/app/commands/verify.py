@@ -19,6 +19,7 @@ from mechatlas.app.inputs import checksum_of as checksum_of_dictionary
 from mechatlas.app.run_folder import CHECKPOINT, STORE, UNFINISHED, CommandResult
 from mechatlas.base import DiskError, UserError
 from mechatlas.files import MANIFEST, checksum_file, damaged, lost_manifest, read_manifest
+from mechatlas.remote import AT_ONCE, bring, bring_ahead, forget, located, sizes, written
 from mechatlas.tensorfiles import checksum_of, read_safetensors
 
 
@@ -27,7 +28,7 @@ class VerifyConfig:
     """Verify every checksum of a tree of runs."""
 
     folder: Annotated[Positional[Path], arg(metavar="DIR")]
-    """Folder with runs, at any depth."""
+    """Folder with runs, at any depth, or its address: there every file is fetched again."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -83,15 +84,17 @@ def run(config: VerifyConfig) -> VerifyResult:
         raise UserError(f"{config.folder} holds no runs: no {MANIFEST} at any depth.")
     for folder, manifest in tree.manifests.items():
         tree.compare_parents(folder, manifest)
-    n_bytes = sum(path.stat().st_size for path in tree.right)
-    listed = len(tree.right) + sum(os.path.lexists(p) and not p.is_dir() for p in tree.wrong)
+    there = [path for path in tree.wrong if os.path.lexists(path) and not path.is_dir()]
+    if (at_address := sizes(config.folder)) is not None:  # shards may be gone from the copy again
+        tree.n_files = len(at_address)
+        there = list(tree.wrong.keys() & {config.folder / name for name in at_address})
     return VerifyResult(
-        out=str(config.folder),
+        out=written(config.folder),
         runs=tree.runs,
         unfinished=sum(not each.get("complete", True) for each in tree.manifests.values()),
         files=len(tree.right),
-        bytes=n_bytes,
-        without_checksum=tree.n_files - listed,
+        bytes=sum(tree.right.values()),
+        without_checksum=tree.n_files - len(tree.right) - len(there),
         parents=tree.n_parents,
         parents_elsewhere=sorted(tree.elsewhere),
         damaged=[Damage(file=str(path), reason=why) for path, why in tree.wrong.items()],
@@ -105,7 +108,8 @@ class _Tree:
         self.runs = self.n_files = self.n_parents = 0
         self.manifests: dict[Path, dict[str, Any]] = {}
         self.stores: dict[str, Path] = {}
-        self.right: list[Path] = []
+        self.right: dict[Path, int] = {}
+        """Size of each file whose checksum is right."""
         self.wrong: dict[Path, str] = {}
         self.elsewhere: set[str] = set()
 
@@ -121,17 +125,20 @@ class _Tree:
             return  # of somebody else
         self.runs += 1
         self.manifests[folder] = manifest
-        self.right.append(path)
+        self.right[path] = path.stat().st_size
         if manifest["kind"] == STORE:
             self.stores[store_digest(path)] = folder
         try:
             stated = dict(_stated(folder, manifest))
         except UserError as error:
             self.wrong[path] = str(error)
-            self.right.remove(path)
+            del self.right[path]
             return
-        for name, expected in stated.items():
-            self.verify(folder / name, expected)
+        files = [(folder / name, expected) for name, expected in stated.items()]
+        forget(file for file, _ in files)  # what lies at the address is verified, not a copy
+        for i, each in enumerate(files):
+            bring_ahead(dict(files[i + 1 : i + 1 + AT_ONCE]))
+            self.verify(*each)
         for part in (CHECKPOINT, UNFINISHED):
             for file in sorted((folder / part).glob("*.safetensors")):
                 if manifest["kind"] != STORE:
@@ -145,9 +152,10 @@ class _Tree:
                 found = checksum_of(tensors, metadata.get("mechatlas", ""))
                 right = metadata.get("checksum") in (None, found)
             else:
+                bring(file, expected)
                 right = checksum_file(file) == expected
             if right:
-                self.right.append(file)
+                self.right[file] = file.stat().st_size
             else:
                 own = f"{file} is damaged: its checksum is not that of its content."
                 self.wrong[file] = own if expected is None else damaged(file)
@@ -158,7 +166,7 @@ class _Tree:
         """Look for the store and the dictionaries that a run was made from."""
         parents: dict[str, str] = manifest.get("parents", {})
         if "store" in parents:
-            place = Path(str(manifest.get("store", "")), MANIFEST)
+            place = located(str(manifest.get("store", ""))) / MANIFEST
             if parents["store"] in self.stores:
                 self.n_parents += 1
             else:
@@ -167,7 +175,7 @@ class _Tree:
         places = [*(listed if isinstance(listed, list) else []), manifest.get("dictionary")]
         for place in places:
             if isinstance(place, str):
-                self._parent(folder, Path(place), parents, checksum_of_dictionary)
+                self._parent(folder, located(place), parents, checksum_of_dictionary)
 
     def _parent(self, folder: Path, place: Path, parents: dict[str, str], digest: Any) -> None:
         """Compare what is now at the place of a parent with the parent."""

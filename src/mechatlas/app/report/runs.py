@@ -27,6 +27,7 @@ from mechatlas.base import DiskError, StoreError, UserError
 from mechatlas.dictionaries.formats import FILE as DICTIONARY_FILE
 from mechatlas.dictionaries.formats import load
 from mechatlas.files import MANIFEST, read_json, read_manifest
+from mechatlas.remote import followed
 from mechatlas.tensorfiles import read_arrays, read_table
 
 FROM_PYTHON = (
@@ -326,7 +327,7 @@ class Runs:
                 f"{run.name} does not say which store it was trained on. Train it with `mechatlas "
                 "train`, or draw it from Python: ma.report(out, stores=..., dictionaries=...)."
             )
-        written = Path(str(run.manifest["store"]))
+        written = followed(str(run.manifest["store"]), run.folder)
         for path in (run.folder / written, self.folder / written, written):
             if (path / MANIFEST).is_file():
                 return path

@@ -21,7 +21,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from mechatlas.base import DiskError, WeightsError
 from mechatlas.dictionaries.engine.checkpoints import refuse_other_run
-from mechatlas.files import checksum, read_manifest, write, write_manifest
+from mechatlas.files import checksum, read_manifest, remove, write, write_manifest
 from mechatlas.outputs import claim
 from mechatlas.tensorfiles import read_safetensors
 
@@ -83,7 +83,7 @@ class ShardFiles:
             write_manifest(folder / SHARDS, facts | state, make_folder=False)
             for file in folder.glob("*.safetensors"):
                 if file.name not in {name for name, *_ in files}:
-                    file.unlink()
+                    remove(file)
         dist.barrier()
 
     def continued(

@@ -60,13 +60,13 @@ const dossier = (() => {
 
   async function match(m) {
     const other = await cards.mention(...m.other, m.name, 3);
-    return claim(m.anchor, [m.after ? "continues as " : "comes from ", other], `${m.matched ? "Matched" : "Could be chance"}: cosine ${number(m.cosine)}, q ${number(m.q)} at a false match rate of ${percent(m.fdr)}.`, m.matched);
+    return claim(m.anchor, other, `${m.matched ? "Matched" : "Could be chance"}: cosine ${number(m.cosine)}, q ${number(m.q)} at a false match rate of ${percent(m.fdr)}.`, m.matched);
   }
 
   async function track(t) {
     const steps = await Promise.all(t.steps.map(async ([name, run, latent]) =>
       el("li", {}, latent === null ? el("span", { class: "faint" }, `${name} –`) : await cards.mention(run, latent, name, 1))));
-    return claim(t.anchor, ["Life line", el("ol", { class: "track" }, ...steps)], `Mean cosine ${number(t.cosine)}; may reach from ${t.earliest} to ${t.latest}.`);
+    return claim(t.anchor, el("ol", { class: "track" }, ...steps), `Mean cosine ${number(t.cosine)}; may reach from ${t.earliest} to ${t.latest}.`);
   }
 
   async function circuit(c) {

@@ -142,14 +142,14 @@ const map = (() => {
     const context = canvas.getContext("2d");
     context.setTransform(ratio, 0, 0, ratio, 0, 0);
     context.clearRect(0, 0, w, h);
-    const { points, colors, found, d } = state, image = new ImageData(canvas.width, canvas.height), pixels = new Uint32Array(image.data.buffer);
+    const { points, colors, found, d, view } = state, image = new ImageData(canvas.width, canvas.height), pixels = new Uint32Array(image.data.buffer);
     const size = Math.max(1, Math.round(ratio * (points.length > 1e5 ? 1 : points.length > 3000 ? 3 : points.length > 800 ? 4.5 : 6)));
     const columns = Math.ceil((w + 2 * TILE) / CELL), taken = new Int32Array(columns * Math.ceil((h + 2 * TILE) / CELL)).fill(-1);
     for (const listed of found ? [false, true] : [true]) {
       for (let k = 0; k < points.length; k++) {
         const i = points[k];
         if (found && (found[i] === 1) !== listed) continue;
-        const [x, y] = onScreen(i);
+        const x = w / 2 + (d.flat[2 * i] - view.x) * view.scale, y = h / 2 + (d.flat[2 * i + 1] - view.y) * view.scale;  // as onScreen, without arrays
         if (x < -TILE || y < -TILE || x > w + TILE || y > h + TILE) continue;
         square(pixels, canvas.width, Math.round(x * ratio - size / 2), Math.round(y * ratio - size / 2), size, (colors[k] & 0xffffff | (listed ? 0xd9000000 : 0x1f000000)) >>> 0);
         if (!listed) continue;

@@ -94,7 +94,7 @@ def _subject(run: Run, runs: Runs) -> Subject:
         sites=[i for i in infos if i not in inside],
         hidden=inside,
         branched=branched,
-        bars=_bars(branched),
+        bars=branch_rows(branched),
         samples=len(samples),
     )
 
@@ -104,7 +104,7 @@ def _one(network: nn.Module, samples: Samples) -> torch.Tensor:
     return samples.stack([samples.read(0)]).to(device)
 
 
-def _bars(branched: dict[str, list[Branch]]) -> list[tuple[str, int, list[Branch]]]:
+def branch_rows(branched: dict[str, list[Branch]]) -> list[tuple[str, int, list[Branch]]]:
     """Join sites that differ by a number alone, such as the layers of a transformer, if many do."""
     alike: dict[tuple[Any, ...], list[str]] = {}
     for site, branches in branched.items():

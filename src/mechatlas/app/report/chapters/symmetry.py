@@ -241,10 +241,11 @@ def _lattice(
     np.fill_diagonal(holds, False)
     covers = holds & ~(holds.astype(int) @ holds.astype(int) > 0)
     order = np.array([lattice.classes[c].order for c in shown])
-    x = np.zeros(len(shown))
+    x, above = np.zeros(len(shown)), np.ones(len(shown), bool)
     for level in np.unique(order):
         row = np.flatnonzero(order == level)
         x[row] = (np.arange(len(row)) - (len(row) - 1) / 2) / max(1, len(row) - 1) ** 0.3
+        above[row[1::2]] = False  # so that the names of neighbors do not meet
     y = np.log2(order)
     edges_x, edges_y = [], []
     for big, small in np.argwhere(covers):
@@ -254,7 +255,8 @@ def _lattice(
     nodes = {
         "type": "scatter", "mode": "markers+text", "x": x.tolist(), "y": y.tolist(),
         "text": [f"{names[c]}<br><b>{counts[c]:,}</b>" for c in shown],
-        "textposition": "top center", "hoverinfo": "text", "showlegend": False,
+        "textposition": np.where(above, "top center", "bottom center").tolist(),
+        "hoverinfo": "text", "showlegend": False,
         "marker": {"size": size, "opacity": 1, "line": {"width": 0},
                    "color": [colors.get(names[c], "var(--line)") for c in shown]},
     }  # fmt: skip
@@ -264,7 +266,7 @@ def _lattice(
     }  # fmt: skip
     levels = np.unique(order)
     bare = {"showgrid": False, "zeroline": False}
-    wide = [float(x.min()) - 0.4, float(x.max()) + 1]
+    wide = [float(x.min()) - 0.7, float(x.max()) + 0.7]
     return {
         "data": [lines, nodes],
         "layout": {
