@@ -423,6 +423,10 @@ def test_commands_read_and_write_addresses(system, tmp_path, monkeypatch, capsys
         main(["verify", runs])
     assert end.value.code == 2
     assert "faulty:/" + shard in capsys.readouterr().out
+    main(["report", runs, "--out", f"{runs}/page.html"])
+    page = system.cat_file("/bucket/runs/page.html").decode()
+    assert f"{runs}/other was collected from Python" in page
+    assert str(tmp_path) not in page
 
 
 def test_training_goes_on_from_the_checkpoint_at_the_address(system, tmp_path, monkeypatch):

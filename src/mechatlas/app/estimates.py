@@ -40,7 +40,7 @@ PROCESS = 400 << 20
 PER_ENTRY = 22_000
 """Operations for each entry of a cost matrix, pairing and nulls together (`bench_matching.py` at
 4,096 x 512 and 8,192 x 1,024), at rows of up to 1,024 columns; more in proportion beyond."""
-JACOBIANS = 600 << 20
+JACOBIANS = 1000 << 20
 """Bytes of Jacobians and tangents of an interaction basis, at most."""
 PRODUCT = 1024
 """Rows of the matrices whose product is timed."""
