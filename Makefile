@@ -42,11 +42,10 @@ test-cluster: setup
 faults: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults
 
-# Folders in an object store: moto's server of S3 on this machine, in an environment of its own.
+# Folders in an object store: moto's server of S3 on this machine.
 test-remote: setup
-	$(PYTHON) -m venv $(VENV)-remote
-	$(VENV)-remote/bin/pip install --quiet -c constraints.txt -e '.[remote,demo]' 'moto[server]' pytest hypothesis beartype
-	$(VENV)-remote/bin/pytest tests/test_remote.py tests/test_remote_s3.py
+	$(PIP) -e '.[remote]' 'moto[server]'
+	$(BIN)/pytest tests/test_remote.py tests/test_remote_s3.py
 
 # The libraries whose files we read, in an environment of their own.
 $(PEERS)/.ready: tools/make_peers.sh

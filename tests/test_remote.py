@@ -2,7 +2,9 @@
 
 import errno
 import json
+import os
 import re
+import signal
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -16,6 +18,7 @@ from torch import nn
 from mechatlas import cache, remote
 from mechatlas.activations import collect as collecting
 from mechatlas.activations.collect import StoreConfig, collect
+from mechatlas.activations.images import Images
 from mechatlas.activations.store import Store
 from mechatlas.app.cli import main
 from mechatlas.app.inputs import find_store, open_dictionary
@@ -23,6 +26,7 @@ from mechatlas.base import DiskError, StoreError, UserError
 from mechatlas.dictionaries.autoencoder import Autoencoder
 from mechatlas.dictionaries.formats import load, save
 from mechatlas.files import MANIFEST, write
+from tests.networks import tiny
 
 
 class Faulty(MemoryFileSystem):
@@ -83,7 +87,18 @@ def in_rounds(n, shapes, settings, plan=collecting._plan):
         collecting.Round(r.split, part)
         for r in plan(n, shapes, settings)
         for part in np.array_split(r.samples, 3)
+        if len(part)
     ]
+
+
+def reopen(photos, mark):
+    """Open the inputs in a worker, with rounds as small as here; the first one to come dies."""
+    collecting._plan, collecting.SHARD_BYTES = in_rounds, 2000
+    torch.set_num_threads(1)
+    if not mark.exists():
+        mark.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return tiny(), Images(source=str(photos), side=9)
 
 
 def another_machine(monkeypatch, tmp_path):
@@ -98,11 +113,11 @@ def collected(out, n=300):
     return collect(network, torch.from_numpy(samples), ["1"], out, StoreConfig(held_out=0.1))
 
 
-def trained(store, out, folder):
+def trained(store, out, folder, *words):
     recipe = folder / "train.toml"
     values = f'store = "{store}"\nn_latents = 24\nsteps = 4\nbatch_size = 32\n'
     recipe.write_text(f"{values}[sparsity]\nk = 3\n")
-    main(["train", str(recipe), "--out", out])
+    main(["train", str(recipe), "--out", out, *words])
 
 
 @pytest.fixture(scope="module")
@@ -408,6 +423,40 @@ def test_commands_read_and_write_addresses(system, tmp_path, monkeypatch, capsys
         main(["verify", runs])
     assert end.value.code == 2
     assert "faulty:/" + shard in capsys.readouterr().out
+    main(["report", runs, "--out", f"{runs}/page.html"])
+    page = system.cat_file("/bucket/runs/page.html").decode()
+    assert f"{runs}/other was collected from Python" in page
+    assert str(tmp_path) not in page
+
+
+def test_training_goes_on_from_the_checkpoint_at_the_address(system, tmp_path, monkeypatch):
+    collected("faulty://bucket/store")
+    words = (tmp_path, "--steps", "6", "--checkpoint-every", "2")
+
+    def puts_of_checkpoints():
+        return sum(request == "put" and "/checkpoint/" in path for request, path in system.asked)
+
+    trained("faulty://bucket/store", "faulty://bucket/whole", *words)
+    assert puts_of_checkpoints() == 3
+    system.asked.clear()
+
+    def fault(asked, path, data):
+        if asked == "put" and puts_of_checkpoints() == 2:
+            raise PermissionError("The provided token has expired")
+
+    system.faults.append(fault)
+    with pytest.raises(SystemExit):
+        trained("faulty://bucket/store", "faulty://bucket/sae", *words)
+    assert system.find("/bucket/sae/checkpoint")
+    assert not system.exists("/bucket/sae/dictionary.safetensors")
+    system.faults.clear()
+    system.asked.clear()
+    another_machine(monkeypatch, tmp_path)
+    trained("faulty://bucket/store", "faulty://bucket/sae", *words)
+    assert puts_of_checkpoints() == 2  # of steps 4 and 6
+    assert not system.find("/bucket/sae/checkpoint")
+    name = "dictionary.safetensors"
+    assert system.cat_file(f"/bucket/sae/{name}") == system.cat_file(f"/bucket/whole/{name}")
 
 
 def test_a_run_that_is_made_again_leaves_nothing_of_the_earlier_one(system, tmp_path):

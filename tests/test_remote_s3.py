@@ -3,28 +3,34 @@
 Needs moto's server and s3fs: `make test-remote`.
 """
 
+import functools
 import itertools
 import json
 import logging
 import socket
 import threading
 import time
+from typing import Any
 
 import fsspec
 import fsspec.config
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from mechatlas import remote
 from mechatlas.activations import collect as collecting
+from mechatlas.activations.images import Images
 from mechatlas.activations.store import Store
 from mechatlas.app.cli import main
+from mechatlas.app.engines import Processes
 from mechatlas.base import DiskError, StoreError
 from mechatlas.dictionaries.autoencoder import Autoencoder
 from mechatlas.dictionaries.formats import load, save
 from mechatlas.files import write
-from tests.test_remote import another_machine, collected, files, in_rounds, trained
+from tests.networks import tiny
+from tests.test_remote import another_machine, collected, files, in_rounds, reopen, trained
 
 boto3, s3fs, moto, serving = (
     pytest.importorskip(name, reason="needs s3fs and moto's server (make test-remote)")
@@ -196,6 +202,21 @@ def test_what_nothing_helps_against_ends_a_command_with_one_sentence(faults, buc
             "bucket": "There is nothing at" if words[0] == "verify" else "does not exist",
         }
         assert wanted[kind] in message
+
+
+def test_workers_write_to_the_address_and_one_that_is_killed_costs_its_round(bucket, tmp_path):
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 9, 9, 3), dtype=np.uint8)
+    for i, each in enumerate(pixels):
+        Image.fromarray(each).save(photos / f"{i:02}.png")
+    network, samples = tiny(), Images(source=str(photos), side=9)
+    plain = collecting.collect(network, samples, ["mixed"], tmp_path / "plain")
+    open_again = functools.partial(reopen, photos, tmp_path / "killed once")
+    two: Any = {"engine": Processes(2), "reopen": open_again}
+    collecting.collect(network, samples, ["mixed"], f"{bucket}/store", **two)
+    assert (tmp_path / "killed once").exists()
+    assert there(f"{bucket}/store") == files(plain.root)
 
 
 def test_commands_and_dictionaries(bucket, tmp_path, monkeypatch, capsys):

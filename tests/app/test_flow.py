@@ -68,6 +68,7 @@ def test_origins_that_nothing_could_show_are_not_drawn(here):
     names = [trace["name"] for trace in flow.figures["origins0"]["data"]]
     assert names == ["passed on", "unexplained"]
     assert "born in the MLP" not in flow.html
+    assert "0% <small>" not in flow.html, "what could not be found has no share"
 
 
 @pytest.mark.parametrize(

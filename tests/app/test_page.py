@@ -189,7 +189,8 @@ def test_of_many_questions_without_a_finding_five_are_listed_and_the_others_fold
 @pytest.mark.parametrize(
     ("value", "written"),
     [(0.0, "0%"), (0.0004, "0.04%"), (0.00004, "0.004%"), (0.001, "0.1%"), (0.054, "5.4%"),
-     (0.5, "50%"), (0.998, "99.8%"), (1.0, "100%"), (-0.0002, "-0.02%"), (None, MISSING)],
+     (0.5, "50%"), (0.998, "99.8%"), (1.0, "100%"), (-0.0002, "-0.02%"), (-4e-19, "0%"),
+     (None, MISSING)],
 )  # fmt: skip
 def test_a_share_is_not_written_as_zero_unless_it_is(value, written):
     assert percent(value) == written

@@ -2,7 +2,6 @@
 
 of_collecting    a batch is read, timed and multiplied
 of_training      some steps on held-out rows are taken, timed and multiplied
-of_basis         runs of the layer maps, counted, at the speed of some
 of_matching      entries of the cost matrices, at the speed of this machine's products
 in_words         an estimate as a sentence
 """
@@ -24,7 +23,6 @@ from mechatlas.activations.layouts import layouts_of
 from mechatlas.activations.networks import as_input
 from mechatlas.activations.samples import Samples, first_batch
 from mechatlas.activations.sites import read_activations
-from mechatlas.analysis.interaction.costs import Costs
 from mechatlas.app.progress import duration
 from mechatlas.base import Site
 from mechatlas.dictionaries.training import train
@@ -40,8 +38,6 @@ PROCESS = 400 << 20
 PER_ENTRY = 22_000
 """Operations for each entry of a cost matrix, pairing and nulls together (`bench_matching.py` at
 4,096 x 512 and 8,192 x 1,024), at rows of up to 1,024 columns; more in proportion beyond."""
-JACOBIANS = 600 << 20
-"""Bytes of Jacobians and tangents of an interaction basis, at most."""
 PRODUCT = 1024
 """Rows of the matrices whose product is timed."""
 
@@ -156,27 +152,6 @@ def of_training(
         seconds=steps * step,
         memory=PROCESS + 6 * weights + 16 * options["batch_size"] * rows.shape[1],
         disk=weights,
-    )
-
-
-def of_basis(costs: Costs, n_samples: int, weights: int) -> Estimate:
-    """Estimate an interaction basis from what its parts cost.
-
-    Args:
-        costs: Costs of its parts.
-        n_samples: Number of samples.
-        weights: Bytes of the network's weights.
-    """
-    maps, settings = costs.maps, costs.settings
-    widths = [maps[0].source, *(each.target for each in maps)]
-    kept = min(max(settings.jacobian_samples, settings.ablation_samples), n_samples)
-    activations = 4 * kept * sum(w * maps[0].positions for w in widths)
-    numbers = sum(w * w for w in widths) + sum(w * v for w, v in itertools.pairwise(widths))
-    disk = 16 * len(settings.kinds) * numbers
-    return Estimate(
-        seconds=costs.seconds(),
-        memory=PROCESS + weights + 2 * activations + 2 * disk + JACOBIANS,
-        disk=disk,
     )
 
 

@@ -154,7 +154,8 @@ def _rotations(
     if kind == "real":
         return trace[:, None, None].copy()
     cosine = trace / 2
-    return np.stack([cosine, -sine, sine, cosine], axis=-1).reshape(-1, 2, 2)
+    # A copy of its own memory: verifiers keep what they found out about arrays that are no views.
+    return np.stack([cosine, -sine, sine, cosine], axis=-1).reshape(-1, 2, 2).copy()
 
 
 def _attempt(

@@ -178,7 +178,7 @@ def basis(
     with evaluation_mode(model), differentiable():
         first = inputs[:16].tensor
         maps = layer_maps(model, sites, first)
-        steps = Steps(on_progress, 3 + 3 * len(maps) * len(settings.kinds))
+        steps = Steps(on_progress, 3 + len(maps) * (3 * len(settings.kinds) + 1))  # one is rotated
         subset = inputs.random_subset(
             max(settings.jacobian_samples, settings.ablation_samples), seed=settings.seed
         ).with_activations(model, sites, batch_size=settings.batch_size)

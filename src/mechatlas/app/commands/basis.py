@@ -9,6 +9,7 @@ command.
 """
 
 import dataclasses
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from mechatlas.activations.networks import Network, digest, load_network
 from mechatlas.activations.samples import SampleRecipe, open_samples
 from mechatlas.activations.sites import find_sites
 from mechatlas.analysis.interaction.ablation import AblationCurve
+from mechatlas.analysis.interaction.costs import Costs
 from mechatlas.analysis.interaction.degeneracy import DegeneracyCount, EffectiveParameters
 from mechatlas.analysis.interaction.interaction_basis import basis
 from mechatlas.analysis.interaction.learning_coefficient import LearningCoefficient
@@ -33,7 +35,7 @@ from mechatlas.analysis.interaction.results import (
     count_in_words,
 )
 from mechatlas.app import basis_spectra
-from mechatlas.app.estimates import of_basis
+from mechatlas.app.estimates import PROCESS, Estimate
 from mechatlas.app.inputs import open_dictionary
 from mechatlas.app.progress import bar
 from mechatlas.app.run_folder import BASIS, SPECTRA, CommandResult, RunConfig, RunFolder
@@ -44,6 +46,8 @@ from mechatlas.tensorfiles import read_array, read_arrays
 
 KIND = BASIS
 TENSORS = "basis.safetensors"
+JACOBIANS = 1000 << 20
+"""Bytes of Jacobians and tangents, at most."""
 SAME = ("free_directions", "n_parameters", "score", "measure", "learning_coefficient",
         "module_degeneracy")  # fmt: skip
 """Fields of the result of `basis` that are in `result.json` as they are."""
@@ -233,11 +237,26 @@ def run(config: BasisConfig, folder: RunFolder) -> BasisResult:
             unit_modules=read_arrays(config.unit_modules) if config.unit_modules else None,
             checkpoints=folder,
             on_progress=progress,
-            on_costs=lambda costs: folder.expect(lambda: of_basis(costs, len(inputs), weights)),
+            on_costs=lambda costs: folder.expect(lambda: _estimate(costs, len(inputs), weights)),
         )
     folder.tensors(TENSORS, _tensors(result))
     folder.json(SPECTRA, basis_spectra.spectra_of(result))
     return summarize(result, config.network.name, len(inputs))
+
+
+def _estimate(costs: Costs, n_samples: int, weights: int) -> Estimate:
+    """Estimate time, memory and disk from what the parts cost, and the bytes of the weights."""
+    maps, settings = costs.maps, costs.settings
+    widths = [maps[0].source, *(each.target for each in maps)]
+    kept = min(max(settings.jacobian_samples, settings.ablation_samples), n_samples)
+    activations = 4 * kept * sum(w * maps[0].positions for w in widths)
+    numbers = sum(w * w for w in widths) + sum(w * v for w, v in itertools.pairwise(widths))
+    disk = 16 * len(settings.kinds) * numbers
+    return Estimate(
+        seconds=costs.seconds(),
+        memory=PROCESS + weights + 2 * activations + 2 * disk + JACOBIANS,
+        disk=disk,
+    )
 
 
 def _find_site(network: torch.nn.Module, layer: str) -> Site:

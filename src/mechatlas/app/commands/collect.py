@@ -45,7 +45,8 @@ class CollectConfig(EngineConfig, DeviceConfig):
     """Keep the activations of every input in all poses of a group, such as `name = "D4"` in a
     table [group]; by default only of the input as it is."""
     out: Path = Path("store")
-    """Folder of the store. The same command continues an unfinished one."""
+    """Folder of the store, or its address, such as s3://bucket/store. The same command continues
+    an unfinished one."""
 
     def __post_init__(self) -> None:
         if not self.sites:

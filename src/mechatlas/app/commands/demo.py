@@ -65,6 +65,8 @@ class DemoResult:
     """Folder of the runs."""
     runs: dict[str, Any]
     """Result of each command, by the name of its folder."""
+    findings: list[str]
+    """Words of the commands on their results, a line each."""
     page: report.ReportResult
     """Page of all runs."""
     wall_seconds: float
@@ -80,9 +82,17 @@ def run(config: DemoConfig) -> DemoResult:
     """
     started, out = time.perf_counter(), config.out
     tour = tour_of_images(out) if config.tour == "images" else tour_of_texts(out)
+    runs: dict[str, Any] = {}
+    findings: list[str] = []
+    for each in tour:
+        runs[each.out.name] = execute(each)
+        command: Any = sys.modules[type(each).__module__]
+        words = command.in_words(runs[each.out.name]).splitlines()[:-1]  # without the folder
+        findings += [f"{each.out.name}: {words[0]}", *words[1:]]
     result = DemoResult(
         out=str(out),
-        runs={each.out.name: execute(each) for each in tour},
+        runs=runs,
+        findings=findings,
         page=execute(report.ReportConfig(folder=out, out=out / "atlas.html")),
         wall_seconds=round(time.perf_counter() - started, 1),
     )
@@ -199,11 +209,5 @@ def _photographs(*, side: int, crops: int) -> Images:
 
 def in_words(result: DemoResult) -> str:
     """Findings of the tour, a line each."""
-    lines = []
-    for name, part in result.runs.items():
-        command: Any = sys.modules[type(part).__module__]
-        words = command.in_words(part).splitlines()[:-1]  # without the folder
-        lines += [f"{name}: {words[0]}", *words[1:]]
-    lines.append(f"Done in {result.wall_seconds:.0f} s.")
-    lines.append(f"Page: {result.page.page}")
-    return "\n".join(lines)
+    done = f"Done in {result.wall_seconds:.0f} s."
+    return "\n".join([*result.findings, done, f"Page: {result.page.page}"])

@@ -82,7 +82,7 @@ class TrainConfig(DeviceConfig):
     """Train one dictionary on the activations of one site."""
 
     store: Path | None = None
-    """Activation store to read, as written by `mechatlas collect`."""
+    """Activation store to read, as written by `mechatlas collect`; a folder or its address."""
     source: SourceConfig | None = None
     """Network and samples to read in place of a store, in tables [source.network] and
     [source.samples]."""
@@ -92,7 +92,7 @@ class TrainConfig(DeviceConfig):
     """Sites that are written, if not the one read: one makes a transcoder, several a crosscoder,
     which reads all of them if `site` is left out. The store must be collected as paired."""
     out: Path = Path("dictionary")
-    """Folder for the weights, the recipe and the training curve."""
+    """Folder for the weights, the recipe and the training curve, or its address."""
     n_latents: int = 4096
     """Size of the dictionary."""
     sparsity: Sparsity = dataclasses.field(default_factory=TopK)

@@ -28,7 +28,7 @@ class VerifyConfig:
     """Verify every checksum of a tree of runs."""
 
     folder: Annotated[Positional[Path], arg(metavar="DIR")]
-    """Folder with runs, at any depth."""
+    """Folder with runs, at any depth, or its address: there every file is fetched again."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

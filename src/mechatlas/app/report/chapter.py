@@ -95,11 +95,13 @@ def number(value: Any) -> str:
 def percent(value: float | None) -> str:
     """Write a share in percent, with one digit below ten and above 99; a dash if there is none.
 
-    What one digit would call zero has one that counts: 0.03%.
+    What one digit would call zero has one that counts: 0.03%. Less than a millionth is rounding.
     """
     if value is None:
         return MISSING
-    if 0 < abs(value) < 0.0005:
+    if abs(value) < 1e-6:
+        return "0%"
+    if abs(value) < 0.0005:
         return f"{number(float(f'{100 * value:.1g}'))}%"
     digits = 0 if 0.0995 <= abs(value) <= 0.99 else 1
     return f"{100 * value:.{digits}f}".removesuffix(".0") + "%"

@@ -64,6 +64,7 @@ from mechatlas.app.report.runs import Runs, find_runs
 from mechatlas.app.run_folder import STORE
 from mechatlas.base import Progress, UserError, no_progress
 from mechatlas.files import Data, write
+from mechatlas.remote import written
 
 CHAPTERS: tuple[ChapterOf, ...] = (
     features.chapter,
@@ -255,7 +256,7 @@ def assemble(
             everything is inside.
     """
     scripts = ["page.js", *(name for chapter in chapters for name in chapter.scripts)]
-    return render(
+    page = render(
         "template.html",
         title=title,
         version=importlib.metadata.version("mechatlas"),
@@ -276,6 +277,7 @@ def assemble(
         plotly=packed(get_plotlyjs().encode()),
         scripts=[text_of(name) for name in dict.fromkeys(scripts)],
     )
+    return written(page)
 
 
 def _arrays(

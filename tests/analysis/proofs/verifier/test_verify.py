@@ -9,6 +9,7 @@ from hypothesis import given, settings
 
 from mechatlas.analysis.proofs.explain import explain
 from mechatlas.analysis.proofs.prove import prove
+from mechatlas.analysis.proofs.verifier import checks
 from mechatlas.analysis.proofs.verifier.explanation import Explanation, ProofError
 from mechatlas.analysis.proofs.verifier.structures import Weights
 from mechatlas.analysis.proofs.verifier.verify import verify
@@ -290,3 +291,17 @@ def test_matrices_that_are_no_representation_are_refused():
 @given(st.integers(0, 2**32 - 1), st.sampled_from([("S4", 0.02, 1), ("D5", 0.02, 3)]))
 def test_thousands_of_explanations_give_no_bound_above_the_truth(seed, net):
     _try_mutated(seed, net)
+
+
+def test_the_irreps_of_a_group_are_checked_once(monkeypatch):
+    angle, phase = 2 * np.pi / 3 * np.arange(3), 2 * np.pi / 9 * np.arange(9)
+    side = np.cos(angle[:, None] + phase).astype(np.float32)
+    unembed = np.cos(2 * phase[:, None] + angle).astype(np.float32)
+    of, explanation = group("C3"), prove(side, side, unembed, group("C3")).proof.explanation
+    assert explanation.circuits
+    checks._KNOWN.clear()
+    first = verify(side, side, unembed, of, explanation)
+    for work in ("_irreps", "_actions"):
+        monkeypatch.setattr(checks, work, lambda *_: pytest.fail("checked again"))
+    again = verify(side, side, unembed, of, explanation)
+    np.testing.assert_array_equal(again.margins, first.margins)

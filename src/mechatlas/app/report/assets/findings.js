@@ -23,6 +23,7 @@
         const shown = (await Promise.all(row.map(picture))).filter((e) => !e.matches(".excerpt") || left-- > 0);
         if (shown.length) place.append(el("div", { class: pairwise ? "row-of pairwise" : "row-of" }, ...shown));
       }
+      if (!place.querySelector(".shown")) place.remove();  // their dictionaries are not on the page
       place.dataset.ready = "yes";
     }));
   }

@@ -121,7 +121,8 @@ const atlas = (() => {
   function percent(value) {
     if (value == null || !Number.isFinite(value)) return "–";
     const size = Math.abs(value);
-    if (size > 0 && size < 0.0005) return `${number(Number((100 * value).toPrecision(1)))}%`;
+    if (size < 1e-6) return "0%";
+    if (size < 0.0005) return `${number(Number((100 * value).toPrecision(1)))}%`;
     return `${(100 * value).toFixed(size >= 0.0995 && size <= 0.99 ? 0 : 1).replace(/\.0$/, "")}%`;
   }
 

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from mechatlas.app.commands.flow import FlowResult
 
 PASSED_ON, UNEXPLAINED = "passed on", "unexplained"
+ALWAYS = {PASSED_ON, UNEXPLAINED}
+"""Origins that need no dictionary of a module."""
 SHOWN = 8
 """Tracks drawn."""
 
@@ -59,13 +61,13 @@ def _draw(runs: Runs, made: Chapter, k: int, run: Run) -> dict[str, Any]:
         ]
         for track in tracks
     ])  # fmt: skip
-    return {"result": result, "origins": _possible(result), "tracks": tracks}
+    return {"result": result, "origins": _possible(result), "always": ALWAYS, "tracks": tracks}
 
 
 def _possible(result: "FlowResult") -> list[str]:
-    """Origins that some feature has, and those that need no dictionary of a module."""
+    """Origins that some feature has, and those that are always possible."""
     found = {o for step in result.steps for o, count in step.counts.items() if count}
-    return [o for o in result.steps[0].counts if o in found | {PASSED_ON, UNEXPLAINED}]
+    return [o for o in result.steps[0].counts if o in found | ALWAYS]
 
 
 def _finding(result: "FlowResult", places: dict[str, str], anchor: str) -> Finding | Absence:
