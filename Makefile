@@ -26,7 +26,7 @@ test: setup
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
 
 test-slow: setup
-	$(BIN)/pytest -m slow
+	MECHATLAS_CHECK_ALL=1 $(BIN)/pytest -m slow
 
 # Kernels for GPUs, run by Triton's interpreter on the CPU.
 test-triton: setup

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import hypothesis
 import pytest
-from jaxtyping import install_import_hook
 
-# Before anything imports the package: from here on every annotated call is checked.
-hook = install_import_hook("mechatlas", "beartype.beartype")
+from tests import shape_checks
+
+hook = shape_checks.install()  # before anything imports the package
 
 import torch  # noqa: E402
 
@@ -17,6 +17,12 @@ DATA = Path(os.environ.get("MECHATLAS_DATA", Path(__file__).parents[2] / "shared
 hypothesis.settings.register_profile("untimed", deadline=None)  # the first example may compile
 hypothesis.settings.load_profile("untimed")
 torch.set_num_threads(1)  # on a busy machine threads that wait for one another are slow
+
+
+@pytest.fixture(autouse=True)
+def shapes_are_checked() -> None:
+    """The first calls of each function in each test are checked."""
+    shape_checks.new_test()
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from jaxtyping import install_import_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import mechatlas as ma
@@ -24,7 +23,7 @@ from mechatlas.dictionaries.engine.structures import (
     Update,
     Weights,
 )
-from tests import conftest
+from tests import conftest, shape_checks
 from tests.simulated_device import VIEWS, WAITING
 
 os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -35,7 +34,7 @@ from triton.runtime.interpreter import GridExecutor  # noqa: E402 # pyright: ign
 
 from mechatlas.dictionaries.engine import triton_kernels, triton_screening  # noqa: E402
 
-conftest.hook = install_import_hook("mechatlas", "beartype.beartype")
+conftest.hook = shape_checks.install()
 
 pytestmark = [
     pytest.mark.triton,
