@@ -3,6 +3,7 @@
     Positions        rule of the draw, and the tokens whose rows are left out
     left_out         tokens of some samples -> positions that are left out, and why
     is_causal        whether a network reads tokens from left to right
+    skips_first      whether the first row of each sample is left out by default
 
 Position p of sample s gets the key log w_p + Gumbel(s, p) and the largest keys win, which
 draws without replacement with probability proportional to w. The noise depends on the seed
@@ -198,6 +199,19 @@ def is_causal(
             if (new - old).norm() > CAUSAL_TOLERANCE * old.norm():
                 return False
     return last > 0
+
+
+def skips_first(network: nn.Module, inputs: Any, sites: Sequence[Site]) -> bool:
+    """Whether inputs are token ids of a causal model, the first row of which is like no other.
+
+    Args:
+        network: The network.
+        inputs: Input of one sample.
+        sites: Sites that are read.
+    """
+    if not isinstance(inputs, Tensor) or inputs.is_floating_point() or inputs.ndim != 2:
+        return False
+    return is_causal(network, inputs, np.zeros(inputs.shape[1], bool), sites)
 
 
 def same_place(

@@ -13,10 +13,11 @@ from mechatlas.analysis.circuits import attention
 from mechatlas.analysis.circuits.attention import record_layer
 from mechatlas.analysis.circuits.circuit import circuit
 from mechatlas.analysis.circuits.decoder_layer import DecoderLayer
-from mechatlas.analysis.circuits.effects import ablate, ablation_agreement
+from mechatlas.analysis.circuits.effects import ablate, ablation_agreement, reproduced_variance
 from mechatlas.analysis.circuits.layer_parts import as_maps
 from mechatlas.analysis.circuits.transformer_layer import connect
 from mechatlas.analysis.circuits.virtual_weights import compose_responses, pair_blocks
+from mechatlas.analysis.circuits.wiring import Masked
 from mechatlas.base import SiteError
 from tests.analysis.circuits.small import Linear
 from tests.language_models import model, smollm2
@@ -141,6 +142,47 @@ def test_a_circuit_of_a_decoder_names_its_heads():
     assert found.routes == ("direct", *heads, "mlp", *(f"{head} > mlp" for head in heads))
     assert found.evidence is not None
     assert found.evidence.agreement.spearman > 0.9
+
+
+def test_no_feature_is_active_at_the_first_token_of_a_causal_model():
+    network, ids = decoder("llama"), tokens(12, 8)
+    a, b = (Linear(WIDTH, 12, seed=seed, dtype=torch.float32) for seed in (4, 5))
+    found = circuit(network, a, b, ids, site_a=EARLIER, site_b=LATER, n_ablated=12)
+    assert isinstance(found.connection, DecoderLayer)
+    for codes in (found.recording.codes_a, found.recording.codes_b):
+        active = codes.toarray().reshape(8, 8, 12) != 0
+        assert not active[:, 0].any()
+        assert active[:, 1:].any(axis=(1, 2)).all()
+        assert codes.nnz == active.sum(), "zeros that are entries would count as activations"
+    x = as_maps(read_activations(network, ids[8:], [EARLIER])[EARLIER])
+    code = a.encode(x[:, :, 0, 1:].movedim(1, -1))
+    first = (torch.arange(8) == 0).expand(4, -1)
+    ablation = ablate(found.connection, a, [Masked(x, first)], np.arange(4))
+    for source in range(4):
+        less = x.clone()
+        less[:, :, 0, 1:] -= (code[..., [source]] * a.W_dec[source]).movedim(-1, 1)
+        with torch.no_grad():
+            lost = (found.connection.run(x) - found.connection.run(less)).mean(dim=(2, 3))
+        np.testing.assert_allclose(ablation.lost[source], lost.numpy(), atol=1e-5)
+
+
+def test_rows_left_out_are_not_in_the_variance_that_kernels_reproduce():
+    network, ids = decoder("llama"), tokens(12, 8)
+    layer, x = layer_of(network, ids)
+    a, b = (Linear(WIDTH, 12, seed=seed, dtype=torch.float32) for seed in (4, 5))
+    left_out = torch.zeros(12, 8, dtype=torch.bool)
+    left_out[:, 0] = left_out[3, 5:] = True
+    batches = [Masked(x[:5], left_out[:5]), Masked(x[5:], left_out[5:])]
+    recording = record_layer(layer, a, b, batches)
+    responses = compose_responses(layer, a, recording.gates)
+    found = reproduced_variance(layer, responses, a, b, batches)
+    assert np.isfinite(found).all()
+    wild = x.clone()  # later tokens change no earlier row
+    wild[3, :, :, 5:] *= 300
+    again = reproduced_variance(layer, responses, a, b, [Masked(wild, left_out)])
+    np.testing.assert_allclose(again, found, atol=1e-5)
+    everything = reproduced_variance(layer, responses, a, b, [x])
+    assert np.abs(everything - found).max() > 1e-3
 
 
 @pytest.mark.slow

@@ -20,14 +20,20 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from scipy import sparse
 from torch import Tensor
 
 from mechatlas.analysis.circuits.compose import LinearDictionary, Response
 from mechatlas.analysis.circuits.layer_parts import AttentionLayer, LayerNonlinearities
-from mechatlas.analysis.circuits.recording import check_width, encode, prior_of, stacked
-from mechatlas.analysis.circuits.wiring import Route, SiteMap
+from mechatlas.analysis.circuits.recording import (
+    check_width,
+    encode,
+    kept_rows,
+    prior_of,
+    stacked,
+)
+from mechatlas.analysis.circuits.wiring import Masked, Route, SiteMap, masked
 from mechatlas.base import InputError
 from mechatlas.maths.arrays import SparseMatrix
 
@@ -136,7 +142,10 @@ def arriving(
 
 @torch.no_grad()
 def record_layer(
-    layer: AttentionLayer, a: LinearDictionary, b: LinearDictionary, maps: Iterable[SiteMap]
+    layer: AttentionLayer,
+    a: LinearDictionary,
+    b: LinearDictionary,
+    maps: Iterable[SiteMap | Masked],
 ) -> AttentionRecording:
     """Record codes at both sites, and the frozen nonlinearities of the layer for each feature.
 
@@ -152,13 +161,13 @@ def record_layer(
     check_width(layer, a, b)
     sums = _Sums(layer, a.n_latents)
     codes_a, codes_b, patterns, grid = [], [], [], (1, 1)
-    for x in maps:
+    for x, left_out in masked(maps):
         frozen = layer.nonlinearities(x)
         grid = (1, x.shape[3])
-        codes_a.append(encode(a, x[:, layer.writes]))
-        codes_b.append(encode(b, layer.run(x)[:, layer.reads]))
+        codes_a.append(encode(a, x[:, layer.writes], left_out))
+        codes_b.append(encode(b, layer.run(x)[:, layer.reads], left_out))
         patterns.append(frozen.pattern.float().cpu())
-        sums.add(frozen, codes_a[-1])
+        sums.add(frozen, codes_a[-1], left_out)
     if not patterns:
         raise InputError("There are no samples to average a layer over.")
     whole, every = stacked(codes_a), torch.cat(patterns)
@@ -177,9 +186,15 @@ class _Sums:
         self.inner = np.zeros((ways, n + 1, hidden), np.float32)
         self.weight = np.zeros(n + 1, np.float32)
 
-    def add(self, frozen: LayerNonlinearities, codes: SparseMatrix) -> None:
+    def add(
+        self,
+        frozen: LayerNonlinearities,
+        codes: SparseMatrix,
+        left_out: Bool[Tensor, "sample token"] | None,
+    ) -> None:
         """Add one batch."""
-        ones = sparse.csr_matrix(np.ones((codes.shape[0], 1), np.float32))
+        every = np.ones((codes.shape[0], 1), np.float32)
+        ones = sparse.csr_matrix(every if left_out is None else kept_rows(left_out))
         active = sparse.csr_matrix(sparse.hstack([codes, ones]))
         weight = np.asarray(active.sum(axis=0)).ravel()
         self.weight += weight

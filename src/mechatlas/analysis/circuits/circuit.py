@@ -18,6 +18,7 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 
 from mechatlas.activations.passes import unwrapped
+from mechatlas.activations.positions import skips_first
 from mechatlas.activations.sites import place_sites, read_activations
 from mechatlas.analysis.circuits.attention import AttentionRecording, record_layer
 from mechatlas.analysis.circuits.compose import LinearDictionary, Response
@@ -45,7 +46,7 @@ from mechatlas.analysis.circuits.virtual_weights import (
     pair_blocks,
     strongest_edges,
 )
-from mechatlas.analysis.circuits.wiring import SiteMap, Wiring
+from mechatlas.analysis.circuits.wiring import Masked, SiteMap, Wiring
 from mechatlas.base import InputError, Progress, Result, Site, no_progress
 from mechatlas.devices import refuse_half_precision
 from mechatlas.dictionaries.ends import ends_of, in_words
@@ -56,7 +57,7 @@ Connection = Wiring | AttentionLayer
 """Computation between two sites."""
 AnySites = Site | str | Sequence[Site | str] | None
 """Site of a dictionary, or all sites of one of several."""
-Maps = Callable[[], Iterable[SiteMap]]
+Maps = Callable[[], Iterable[SiteMap | Masked]]
 """Source of the activations (sample, channel, y, x) of the earlier site's module, in batches."""
 
 
@@ -262,9 +263,13 @@ def circuit(
         )  # fmt: skip
     source, target = (site for each in placed for site in each.sites.values())
     connection = connect(network, source, target, known[:1])
+    skip_first = skips_first(network, known[:1], [source])
 
     def maps(inputs: Tensor) -> Maps:
-        return lambda: site_maps(network, source, inputs.split(batch_size))
+        return lambda: (
+            Masked(x, _first(x) if skip_first else None)
+            for x in site_maps(network, source, inputs.split(batch_size))
+        )
 
     result = find_circuit(
         connection, a, b, maps(known), maps(unseen),
@@ -282,6 +287,11 @@ def _as_inputs(samples: Inputs, network: nn.Module) -> Tensor:
     inputs = samples if isinstance(samples, Tensor) else torch.from_numpy(np.asarray(samples))
     like = next(network.parameters(), inputs)
     return inputs.to(like) if inputs.is_floating_point() else inputs.to(like.device)
+
+
+def _first(x: SiteMap) -> Bool[Tensor, "sample position"]:
+    """The first position of each sample."""
+    return (torch.arange(x.shape[2] * x.shape[3]) == 0).expand(len(x), -1)
 
 
 @torch.no_grad()

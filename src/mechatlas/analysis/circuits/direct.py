@@ -31,9 +31,10 @@ from torch import Tensor, nn
 
 from mechatlas.activations.layouts import Layout, layouts_of
 from mechatlas.activations.networks import as_input, call_network, running
+from mechatlas.activations.positions import skips_first
 from mechatlas.activations.sites import intervene
 from mechatlas.analysis.circuits.effects import Ablation, AblationEvidence, ablation_agreement
-from mechatlas.analysis.circuits.recording import stacked
+from mechatlas.analysis.circuits.recording import only, stacked
 from mechatlas.analysis.circuits.virtual_weights import (
     BLOCK_BYTES,
     DECOYS,
@@ -240,7 +241,8 @@ def find_direct_circuit(
     if not n_ablated:
         return found
     compared = possible[a.part_of[sources]][:, b.part_of[targets]]
-    return _validated(found, _ablate(network, a, b, held_out, sources), weights, compared, seed)
+    ablation = _ablate(network, a, b, held_out, sources, skip_first=recording.skip_first)
+    return _validated(found, ablation, weights, compared, seed)
 
 
 def _validated(
@@ -362,6 +364,8 @@ class _Recorded:
     codes_b: SparseMatrix
     n_samples: int
     order: dict[Site, int]
+    skip_first: bool
+    """Whether no latent counts as active at the first position of a sample."""
 
     def reached(
         self, a: PlacedDictionary, b: PlacedDictionary
@@ -384,13 +388,19 @@ class _Recorded:
         return found
 
 
-def _encoded(each: PlacedDictionary, rows: Tensor) -> SparseMatrix:
+def _encoded(
+    each: PlacedDictionary, rows: Float[Tensor, "row d"], n_samples: int, *, skip_first: bool
+) -> SparseMatrix:
     """Codes of rows, part by part, so that no dense code of all latents is made."""
     parts = [
         sparse.csr_matrix(part.dictionary.encode(rows[:, part.reads]).detach().cpu().numpy())
         for part in parts_of(each.dictionary)
     ]
-    return sparse.csr_matrix(sparse.hstack(parts))
+    codes = sparse.csr_matrix(sparse.hstack(parts))
+    if not skip_first:
+        return codes
+    place = np.arange(len(rows)) % (len(rows) // n_samples)
+    return only(codes, (place > 0)[:, None])
 
 
 @torch.no_grad()
@@ -403,15 +413,17 @@ def _record(
         InputError: There are no samples, or a dictionary does not fit its sites.
     """
     codes: tuple[list[SparseMatrix], list[SparseMatrix]] = ([], [])
-    n_samples, order = 0, {}
+    n_samples, order, skip_first = 0, {}, False
     for batch in batches():
+        if not n_samples:
+            skip_first = skips_first(network, batch[:1], list(a.sites.values()))
         done = _run(network, a, b, batch, lambda _site, old: old)
-        codes[0].append(_encoded(a, done.rows_a))
-        codes[1].append(_encoded(b, done.rows_b))
+        for kept, each, rows in zip(codes, (a, b), (done.rows_a, done.rows_b), strict=True):
+            kept.append(_encoded(each, rows, done.n_samples, skip_first=skip_first))
         n_samples, order = n_samples + done.n_samples, done.order
     if not n_samples:
         raise InputError("There are no samples to find a circuit on.")
-    return _Recorded(stacked(codes[0]), stacked(codes[1]), n_samples, order)
+    return _Recorded(stacked(codes[0]), stacked(codes[1]), n_samples, order, skip_first)
 
 
 def _blocks(
@@ -506,6 +518,8 @@ def _ablate(
     b: PlacedDictionary,
     batches: Batches,
     sources: Int[np.ndarray, " source"],
+    *,
+    skip_first: bool,
 ) -> Ablation:
     """Remove latents one at a time from all that they write, with the others held.
 
@@ -515,12 +529,14 @@ def _ablate(
         b: Dictionary whose rows are compared.
         batches: Inputs.
         sources: Latents to remove.
+        skip_first: Whether they stay at the first position of a sample.
     """
     parts: list[np.ndarray] = []
     total, positions = np.zeros(len(sources)), 0
     for batch in batches():
         kept = _run(network, a, b, batch, lambda _site, old: old)
-        codes = _encoded(a, kept.rows_a)[:, sources].toarray()
+        codes = _encoded(a, kept.rows_a, kept.n_samples, skip_first=skip_first)
+        codes = codes[:, sources].toarray()
         total, positions = total + codes.sum(axis=0), positions + len(codes)
         lost = np.zeros((len(sources), kept.n_samples, kept.rows_b.shape[1]))
         for k, source in enumerate(sources):

@@ -24,7 +24,7 @@ from mechatlas.analysis.circuits.attention import AttentionResponse, arriving
 from mechatlas.analysis.circuits.compose import LinearDictionary, Response
 from mechatlas.analysis.circuits.layer_parts import AttentionLayer
 from mechatlas.analysis.circuits.recording import encode, seen
-from mechatlas.analysis.circuits.wiring import SiteMap, Wiring
+from mechatlas.analysis.circuits.wiring import Masked, SiteMap, Wiring, masked
 
 RESAMPLES = 1000
 """Bootstrap samples for an interval."""
@@ -54,7 +54,7 @@ class Ablation:
 def ablate(
     wiring: Wiring | AttentionLayer,
     a: LinearDictionary,
-    maps: Iterable[SiteMap],
+    maps: Iterable[SiteMap | Masked],
     sources: Int[np.ndarray, " source"],
 ) -> Ablation:
     """Remove features one at a time and run on.
@@ -69,9 +69,9 @@ def ablate(
     width = wiring.reads.stop - wiring.reads.start
     means: list[np.ndarray] = []
     total, positions = np.zeros(len(sources)), 0
-    for x in maps:
+    for x, left_out in masked(maps):
         out = wiring.run(x)[:, wiring.reads]
-        code = encode(a, x[:, wiring.writes])[:, sources].tocsc()
+        code = encode(a, x[:, wiring.writes], left_out)[:, sources].tocsc()
         positions += code.shape[0]
         part = np.zeros((len(sources), len(x), width), np.float32)
         for k, source in enumerate(sources):
@@ -112,7 +112,7 @@ def attribute(
     wiring: Wiring | AttentionLayer,
     a: LinearDictionary,
     b: LinearDictionary,
-    maps: Iterable[SiteMap],
+    maps: Iterable[SiteMap | Masked],
     targets: Int[np.ndarray, " target"],
     parts: Sequence[slice],
     *,
@@ -138,11 +138,11 @@ def attribute(
     apart = [part for k, part in enumerate(parts) if part not in parts[:k]]
     attributed = np.zeros((len(targets), len(apart), a.n_latents))
     pre_activation, places = np.zeros(len(targets)), np.zeros(len(targets), np.int64)
-    for x in maps:
+    for x, left_out in masked(maps):
         with torch.no_grad():
             out = wiring.run(x)[:, wiring.reads]
-            code = encode(a, x[:, wiring.writes])
-            on = encode(b, out)[:, targets].toarray() > 0
+            code = encode(a, x[:, wiring.writes], left_out)
+            on = encode(b, out, left_out)[:, targets].toarray() > 0
             features = torch.from_numpy(code @ written).to(x)
             features = features.view(len(x), *x.shape[2:], -1).movedim(-1, 1)
             bare = x.clone()
@@ -198,7 +198,7 @@ def reproduced_variance(
     responses: Sequence[Response],
     a: LinearDictionary,
     b: LinearDictionary,
-    maps: Iterable[SiteMap],
+    maps: Iterable[SiteMap | Masked],
 ) -> Float[np.ndarray, " target"]:
     """Fraction of the variance of each pre-activation that the composed kernels reproduce.
 
@@ -217,9 +217,9 @@ def reproduced_variance(
     """
     encoder = b.W_enc.detach()
     sums, squares, count = np.zeros((2, b.n_latents)), np.zeros((2, b.n_latents)), 0
-    for x in maps:
+    for x, left_out in masked(maps):
         out = wiring.run(x)
-        code = encode(a, x[:, wiring.writes])
+        code = encode(a, x[:, wiring.writes], left_out)
         made = np.zeros((len(out) * out.shape[2] * out.shape[3], out.shape[1]), np.float32)
         frozen = wiring.nonlinearities(x) if isinstance(wiring, AttentionLayer) else None
         for response in responses:
@@ -236,6 +236,8 @@ def reproduced_variance(
                 made[here, response.channels] += code[there] @ values.float().cpu().numpy()
         true = out[:, wiring.reads].movedim(1, -1).flatten(0, 2) @ encoder
         guess = torch.from_numpy(made[:, wiring.reads]).to(true) @ encoder
+        if left_out is not None:
+            true, guess = (rows[~left_out.flatten().to(rows.device)] for rows in (true, guess))
         true, rest = true.double().cpu().numpy(), (true - guess).double().cpu().numpy()
         count += len(true)
         sums[0] += true.sum(axis=0)

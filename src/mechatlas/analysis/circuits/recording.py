@@ -33,7 +33,16 @@ from mechatlas.analysis.circuits.compose import (
     window,
 )
 from mechatlas.analysis.circuits.layer_parts import AttentionLayer
-from mechatlas.analysis.circuits.wiring import Gate, MaxPool, Node, Route, SiteMap, Wiring
+from mechatlas.analysis.circuits.wiring import (
+    Gate,
+    Masked,
+    MaxPool,
+    Node,
+    Route,
+    SiteMap,
+    Wiring,
+    masked,
+)
 from mechatlas.base import InputError
 from mechatlas.dictionaries.pretrained import reading_of
 from mechatlas.maths.arrays import SparseMatrix
@@ -130,7 +139,7 @@ def record_gates(
     wiring: Wiring,
     a: LinearDictionary,
     b: LinearDictionary,
-    maps: Iterable[SiteMap],
+    maps: Iterable[SiteMap | Masked],
     *,
     seed: int = 0,
 ) -> Recording:
@@ -151,12 +160,12 @@ def record_gates(
     sums: dict[RouteState, Tensor] = {}
     gated_means = [_no_gated_mean(wiring, route, a.n_latents) for route in wiring.routes]
     random = np.random.default_rng([seed, 7])
-    for x in maps:
+    for x, left_out in masked(maps):
         values = wiring.values(x)
         out = values[len(wiring.nodes) - 1]
         grids = _sides(x), _sides(out)
-        codes_a.append(encode(a, x[:, wiring.writes]))
-        codes_b.append(encode(b, out[:, wiring.reads]))
+        codes_a.append(encode(a, x[:, wiring.writes], left_out))
+        codes_b.append(encode(b, out[:, wiring.reads], left_out))
         open_gates = _open_gates(wiring, values)
         for place, gate in open_gates.items():
             n = gate.grid[0] * gate.grid[1]
@@ -199,15 +208,32 @@ def _sides(x: Tensor) -> tuple[int, int]:
     return (x.shape[2], x.shape[3])
 
 
-def encode(dictionary: LinearDictionary, x: Float[Tensor, "n channel y x"]) -> SparseMatrix:
-    """Encode every position, ordered by sample, y and x."""
+def encode(
+    dictionary: LinearDictionary,
+    x: Float[Tensor, "n channel y x"],
+    left_out: Bool[Tensor, "n position"] | None,
+) -> SparseMatrix:
+    """Encode every position, ordered by sample, y and x; codes are zero where it is left out."""
     rows = x.movedim(1, -1).reshape(-1, x.shape[1])
     size = max(1, CODE_BYTES // (4 * dictionary.n_latents))
     parts = [
         sparse.csr_matrix(dictionary.encode(part).detach().float().cpu().numpy())
         for part in rows.split(size)
     ]
-    return stacked(parts)
+    codes = stacked(parts)
+    return codes if left_out is None else only(codes, kept_rows(left_out))
+
+
+def kept_rows(left_out: Bool[Tensor, "n position"]) -> Float[np.ndarray, "row 1"]:
+    """Ones for positions that count, zeros for others."""
+    return (~left_out.flatten()[:, None]).float().cpu().numpy()
+
+
+def only(codes: SparseMatrix, kept: Shaped[np.ndarray, "row 1"]) -> SparseMatrix:
+    """Codes without those of the other rows, which leave no zeros that would count as entries."""
+    codes = sparse.csr_matrix(codes.multiply(kept))
+    codes.eliminate_zeros()
+    return codes
 
 
 def stacked(parts: list[SparseMatrix]) -> SparseMatrix:

@@ -8,11 +8,11 @@ is used only if it gives the same numbers as the network.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float, Shaped
+from jaxtyping import Bool, Float, Shaped
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -26,6 +26,25 @@ from mechatlas.maths.arrays import Channels
 MOST_ROUTES = 32
 aten: Any = torch.ops.aten
 SiteMap = Float[Tensor, "_sample _channel _y _x"]
+
+
+class Masked(NamedTuple):
+    """Maps of some samples, and the positions at which no feature counts as active.
+
+    These are the rows that dictionaries are not trained on: of special tokens, padding and the
+    first position of a causal model, whose row is often hundreds of times as long as the others.
+    """
+
+    x: SiteMap
+    left_out: Bool[Tensor, "_sample _position"] | None
+
+
+def masked(maps: Iterable[SiteMap | Masked]) -> Iterator[Masked]:
+    """Maps with their masks; `None` where all positions count."""
+    for each in maps:
+        yield each if isinstance(each, Masked) else Masked(each, None)
+
+
 """Activations of a site's module for some samples."""
 
 

@@ -10,6 +10,7 @@ import dataclasses
 import itertools
 import json
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -18,11 +19,12 @@ from typing import Annotated, Any
 import cattrs
 import numpy as np
 import torch
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 from tyro.conf import Positional, arg
 
 from mechatlas.activations.images import ImageSamples
+from mechatlas.activations.positions import Positions, TokenSamples, left_out
 from mechatlas.activations.samples import Samples
 from mechatlas.activations.sites import place_sites
 from mechatlas.activations.store import Store
@@ -44,6 +46,7 @@ from mechatlas.analysis.circuits.effects import (
 from mechatlas.analysis.circuits.paths import CircuitPath, strongest_paths
 from mechatlas.analysis.circuits.transformer_layer import connect
 from mechatlas.analysis.circuits.virtual_weights import CircuitEdges
+from mechatlas.analysis.circuits.wiring import Masked
 from mechatlas.analysis.visualization import VisualizeConfig, visualize
 from mechatlas.app.circuit_results import (
     CircuitResult,
@@ -160,15 +163,25 @@ class _Inputs:
         for part in np.array_split(numbers, -(-len(numbers) // DIRECT_BATCH)):
             yield self.samples.stack([self.samples.read(int(i)) for i in part])
 
-    def maps(self, site: Site, numbers: Int[np.ndarray, " n"]) -> Iterator[Tensor]:
-        """Activations of a site's module, batch by batch."""
+    def maps(self, site: Site, numbers: Int[np.ndarray, " n"]) -> Iterator[Masked]:
+        """Activations of a site's module, batch by batch, without the rows that the store lacks."""
         size = 1
         while len(numbers):
-            batch = self.samples.stack([self.samples.read(int(i)) for i in numbers[:size]])
+            now, numbers = [int(i) for i in numbers[:size]], numbers[size:]
+            batch = self.samples.stack([self.samples.read(i) for i in now])
             (x,) = site_maps(self.network, site, [batch])
-            numbers = numbers[size:]
             size = max(1, min(64, MAP_NUMBERS // max(1, x[0].numel())))
-            yield x
+            yield Masked(x, self._left_out(now, x.shape[2] * x.shape[3]))
+
+    def _left_out(
+        self, numbers: list[int], n_positions: int
+    ) -> Bool[Tensor, "sample position"] | None:
+        """Positions of some samples that the store leaves out; `None` if it has all."""
+        if not (isinstance(self.samples, TokenSamples) and self.store.manifest.get("left_out")):
+            return None
+        rule = Positions.of_store(self.store.manifest)
+        found = left_out(self.samples, numbers, rule, Counter())
+        return found if found.shape[1] == n_positions else None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
