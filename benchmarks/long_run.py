@@ -82,35 +82,39 @@ def watch(words: list[str], samples: list[Sample]) -> None:
 
 
 def draw(samples: list[Sample], file: Path, budget_mib: int) -> None:
-    """Draw memory and open files over time, one command after another, as SVG."""
+    """Draw memory and open files over time as SVG, a panel for each command."""
     runs = _runs(samples)
-    spans = [run[-1].seconds for run in runs]
     highest = 1.1 * max(budget_mib, *(s.anonymous_mib for s in samples))
     most = 1.1 * max(s.files for s in samples)
-    per_second = (WIDE - 2 * EDGE) / sum(spans)
+    panel = (WIDE - 2 * EDGE) / len(runs)
     lines, left = [], float(EDGE)
-    for run, span in zip(runs, spans, strict=True):
+    for run in runs:
+        span = run[-1].seconds
         for values, top, color in (
             ([s.anonymous_mib for s in run], highest, "#1f6feb"),
             ([s.files for s in run], most, "#999"),
         ):
+            corners: dict[int, list[float]] = {}
+            for s, value in zip(run, values, strict=True):
+                corners.setdefault(round(s.seconds / span * (panel - 8)), []).append(value)
             points = " ".join(
-                f"{left + s.seconds * per_second:.1f},{HIGH - EDGE - value / top * ROOM:.1f}"
-                for s, value in zip(run, values, strict=True)
+                f"{left + x:.0f},{HIGH - EDGE - value / top * ROOM:.1f}"
+                for x, found in corners.items()
+                for value in (min(found), max(found))
             )
             lines.append(f'<polyline points="{points}" fill="none" stroke="{color}"/>')
         label = f"{run[0].command}, {span:.0f} s"
         lines.append(f'<text x="{left + 2:.0f}" y="{HIGH - EDGE + 16}">{label}</text>')
-        left += span * per_second
+        left += panel
     floor, right = HIGH - EDGE, WIDE - EDGE
     y = floor - budget_mib / highest * ROOM
     lines += [
         f'<line x1="{EDGE}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}" stroke="#d33"/>',
         f'<text x="{EDGE}" y="{y - 4:.1f}" fill="#d33">budget of collect, {budget_mib} MiB</text>',
         f'<line x1="{EDGE}" x2="{right}" y1="{floor}" y2="{floor}" stroke="#333"/>',
-        f'<text x="{EDGE}" y="{HIGH - 4}" fill="#1f6feb">anonymous memory, at most '
+        f'<text x="{EDGE}" y="12" fill="#1f6feb">anonymous memory, at most '
         f"{max(s.anonymous_mib for s in samples):.0f} MiB</text>",
-        f'<text x="{WIDE / 2:.0f}" y="{HIGH - 4}" fill="#777">open files, at most '
+        f'<text x="{WIDE / 2:.0f}" y="12" fill="#777">open files, at most '
         f"{max(s.files for s in samples)}</text>",
     ]
     text = "\n".join(lines)
