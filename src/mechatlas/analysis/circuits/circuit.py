@@ -9,6 +9,7 @@ gates on samples, `compose_responses` the effect of every feature, `strongest_ed
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, overload
 
@@ -263,14 +264,9 @@ def circuit(
         )  # fmt: skip
     source, target = (site for each in placed for site in each.sites.values())
     connection = connect(network, source, target, known[:1])
-    skip_first = skips_first(network, known[:1], [source])
-
-    def maps(inputs: Tensor) -> Maps:
-        return lambda: (
-            Masked(x, _first(x) if skip_first else None)
-            for x in site_maps(network, source, inputs.split(batch_size))
-        )
-
+    maps = functools.partial(
+        _maps, network, source, batch_size, skips_first(network, known[:1], [source])
+    )
     result = find_circuit(
         connection, a, b, maps(known), maps(unseen),
         top_k_sources=top_k_sources, fdr=fdr, seed=seed, on_progress=on_progress,
@@ -289,9 +285,16 @@ def _as_inputs(samples: Inputs, network: nn.Module) -> Tensor:
     return inputs.to(like) if inputs.is_floating_point() else inputs.to(like.device)
 
 
-def _first(x: SiteMap) -> Bool[Tensor, "sample position"]:
-    """The first position of each sample."""
-    return (torch.arange(x.shape[2] * x.shape[3]) == 0).expand(len(x), -1)
+def _maps(
+    network: nn.Module, site: Site, batch_size: int, skip_first: bool, inputs: Tensor
+) -> Maps:
+    """Source of the activations of a site, without the first position of each sample or with it."""
+
+    def masked(x: SiteMap) -> Masked:
+        first = torch.arange(x.shape[2] * x.shape[3]) == 0
+        return Masked(x, first.expand(len(x), -1) if skip_first else None)
+
+    return lambda: map(masked, site_maps(network, site, inputs.split(batch_size)))
 
 
 @torch.no_grad()
