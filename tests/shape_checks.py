@@ -38,7 +38,7 @@ def check_some(function: Any = None, *, typechecker: Any) -> Any:
     """Check the first calls of a function in each test, and some of the later ones."""
     if function is None:
         return functools.partial(check_some, typechecker=typechecker)
-    if inspect.isclass(function) and hasattr(function.__init__, "is_checked"):
+    if inspect.isclass(function) and hasattr(function.__init__, "__wrapped__"):
         return function
     if not isinstance(function, FunctionType):
         return check_always(function, typechecker=typechecker)
@@ -60,7 +60,6 @@ def check_some(function: Any = None, *, typechecker: Any) -> Any:
             checked = check_always(function, typechecker=typechecker)
         return checked(*args, **options)
 
-    vars(call)["is_checked"] = True
     return call
 
 

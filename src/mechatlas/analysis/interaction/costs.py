@@ -137,7 +137,7 @@ class Costs:
         if not cost.is_run:
             return most
         affordable = int(self.settings.max_flops / (max(cost.a_run, 1) * n_runs))
-        least = max(min(MIN_SAMPLES, MIN_ROWS // cost.positions), FEWEST)
+        least = max(min(MIN_SAMPLES, MIN_ROWS // max(cost.positions, 1)), FEWEST)
         return max(min(affordable, most), min(least, most))
 
     def _n_gradients(self, n_outputs: int) -> int:
