@@ -136,7 +136,7 @@ class Costs:
         most = min(wanted, self.n_samples)
         if not cost.is_run:
             return most
-        affordable = int(self.settings.max_flops / (max(cost.a_run, 1) * n_runs))
+        affordable = int(self.settings.max_flops / max(cost.a_run * n_runs, 1))
         least = max(min(MIN_SAMPLES, MIN_ROWS // max(cost.positions, 1)), FEWEST)
         return max(min(affordable, most), min(least, most))
 
