@@ -14,6 +14,7 @@ from mechatlas.analysis.evaluation import evaluate as module
 from mechatlas.base import InputError
 from mechatlas.dictionaries.autoencoder import Autoencoder, Transcoder
 from mechatlas.dictionaries.sparsity import TopK
+from mechatlas.maths.bootstrap import resample
 from tests.networks import Reader, Windows
 
 evaluate: Any = module.evaluate
@@ -179,3 +180,16 @@ def test_the_network_is_left_as_it_was():
     evaluate(dictionary(), network=network, samples=SAMPLES, site="block")
     assert torch.equal(network(TOKENS), before)
     assert not network.block._forward_hooks
+
+
+def test_the_interval_of_the_dead_share_holds_the_share_that_is_expected():
+    random, held = np.random.default_rng(0), []
+    rates = random.uniform(0.002, 0.2, 400)
+    expected = float(np.mean((1 - rates) ** 60))  # on 60 samples of one row
+    for seed in range(40):
+        active = (random.random((60, 400)) < rates).astype(np.int64)
+        dead, density = module._densities(active, np.ones(60), resample(60, seed=seed))
+        assert dead.value == (~active.any(axis=0)).mean()
+        assert all(b.share.low <= b.share.value <= b.share.high for b in density)
+        held.append(dead.low <= expected <= dead.high)
+    assert np.mean(held) > 0.85

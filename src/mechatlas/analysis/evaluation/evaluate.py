@@ -569,7 +569,11 @@ def _densities(
     n_rows: Float[np.ndarray, " sample"],
     times: Int[np.ndarray, "resample sample"],
 ) -> tuple[Estimate, list[DensityBin]]:
-    """Share of dead latents, and the histogram of densities; the first bin is of the dead."""
+    """Share of dead latents, and the histogram of densities; the first bin is of the dead.
+
+    A resample lacks a third of the samples, so more latents are dead in it than on all of them: its
+    spread around its mean counts.
+    """
     counts = active.astype(np.float32)
     edges = np.array([*BINS[1:], np.inf])
 
@@ -580,6 +584,7 @@ def _densities(
 
     whole = shares(np.ones(len(counts)))
     resampled = np.stack([shares(weights) for weights in times])
+    resampled = np.clip(whole + resampled - resampled.mean(axis=0), 0.0, 1.0)
     found = [estimate(whole[i], resampled[:, i], len(counts)) for i in range(len(whole))]
     ends = [0.0, 0.0, *BINS[1:]]
     bins = zip(ends[:-1], ends[1:], found[:-1], strict=True)
