@@ -3,8 +3,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
-from mechatlas.activations.positions import Positions
+from mechatlas.activations.positions import Positions, skips_first
+from mechatlas.base import Site
+from tests.networks import Layered, Mixer
 
 rules = st.sampled_from(["norm", "random", "all"])
 
@@ -47,3 +50,24 @@ def test_silent_samples_still_give_positions():
 def test_none_at_all_is_refused():
     with pytest.raises(ValueError, match="per_sample must be at least 1, got 0"):
         Positions(per_sample=0)
+
+
+class Sum(nn.Module):
+    """Network of one row for all tokens of a sample."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(20, 8)
+        self.read = nn.Linear(8, 8)
+
+    def forward(self, tokens):
+        return self.read(self.embed(tokens).sum(dim=1))
+
+
+def test_only_rows_of_tokens_that_are_read_in_order_have_a_first_one():
+    tokens = torch.arange(6)[None]
+    assert skips_first(Layered(), tokens, [Site("layers.1")])
+    assert not skips_first(Sum(), tokens, [Site("read")]), "its only row is no first token"
+    assert not skips_first(Layered(), tokens.float(), [Site("layers.1")])
+    both_ways = nn.Sequential(nn.Embedding(20, 8), Mixer(8, causal=False)).eval()
+    assert not skips_first(both_ways, tokens, [Site("1")]), "its rows see later tokens"

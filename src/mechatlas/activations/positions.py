@@ -201,6 +201,7 @@ def is_causal(
     return last > 0
 
 
+@torch.inference_mode()
 def skips_first(network: nn.Module, inputs: Any, sites: Sequence[Site]) -> bool:
     """Whether inputs are token ids of a causal model, the first row of which is like no other.
 
@@ -211,7 +212,11 @@ def skips_first(network: nn.Module, inputs: Any, sites: Sequence[Site]) -> bool:
     """
     if not isinstance(inputs, Tensor) or inputs.is_floating_point() or inputs.ndim != 2:
         return False
-    return is_causal(network, inputs, np.zeros(inputs.shape[1], bool), sites)
+    n_tokens = inputs.shape[1]
+    rows = read_activations(network, inputs, sites).values()
+    if any(x.ndim != 3 or x.shape[1] != n_tokens for x in rows):  # a row for all tokens, or none
+        return False
+    return is_causal(network, inputs, np.zeros(n_tokens, bool), sites)
 
 
 def same_place(

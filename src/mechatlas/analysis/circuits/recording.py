@@ -230,7 +230,7 @@ def kept_rows(left_out: Bool[Tensor, "n position"]) -> Float[np.ndarray, "row 1"
 
 
 def only(codes: SparseMatrix, kept: Shaped[np.ndarray, "row 1"]) -> SparseMatrix:
-    """Codes without those of the other rows, which leave no zeros that would count as entries."""
+    """Keep the codes of some rows; those of others are no longer stored, not even as zeros."""
     codes = sparse.csr_matrix(codes.multiply(kept))
     codes.eliminate_zeros()
     return codes
