@@ -308,10 +308,10 @@ def grid_spans(
 ) -> GridSpans:
     """Bound how much the residual within the cells of all grids could take, for each two answers.
 
-    A cell holds the sum of s_i e_i(z) of its neurons, `shares @ e`. The loss of z against w to s T is a sum over
-    cells of T times the difference of two such numbers, at most |T| times the distance of z and w
-    over the cells. T has no row and column means, so those of the cells may be taken out first;
-    what means T has all the same is `off_center`. Opposite cells have the same T.
+    A cell holds the sum of s_i e_i(z) of its neurons, `shares @ e`. The loss of z against w to s T
+    is a sum over cells of T times the difference of two such numbers, at most |T| times the
+    distance of z and w over the cells. T has no row and column means, so those of the cells may be
+    taken out first; what means T has all the same is `off_center`. Opposite cells have the same T.
 
     Args:
         residual: e_i(z).
