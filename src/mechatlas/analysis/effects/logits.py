@@ -27,7 +27,7 @@ from mechatlas.activations.passes import unwrapped
 from mechatlas.activations.site_names import lens_sites
 from mechatlas.activations.sites import read_activations
 from mechatlas.analysis.effects.steering import check_latents, site_of, site_rows
-from mechatlas.base import Dictionary, InputError, Result, Site
+from mechatlas.base import Dictionary, InputError, Progress, Result, Site, no_progress
 from mechatlas.maths.bootstrap import Estimate, estimate, resample
 from mechatlas.maths.statistics import q_values
 
@@ -146,6 +146,7 @@ def logit_effects(
     n_top: int = 10,
     n_random: int = N_RANDOM,
     seed: int = 0,
+    on_progress: Progress = no_progress,
 ) -> LogitEffects:
     """Find the tokens whose logits latents raise and lower most, directly.
 
@@ -159,6 +160,7 @@ def logit_effects(
         n_top: Tokens listed at each end.
         n_random: Random directions of the null.
         seed: Seed of the null and the interval.
+        on_progress: Callback with the number of latents and random directions done.
 
     Raises:
         InputError: The network has no head that is known, there is no such latent, or the
@@ -187,13 +189,18 @@ def logit_effects(
         place = site_of(network, dictionary, site)
         scale, difference = _on_tokens(network, head, dictionary, place, chosen, tokens, seed)
     n_top = min(n_top, vocabulary)
-    parts = [_ends(head, part, n_top) for part in vectors.split(LATENTS_AT_ONCE)]
+    done, parts, null = 0, [], []
+    for part in vectors.split(LATENTS_AT_ONCE):
+        parts.append(_ends(head, part, n_top))
+        on_progress(done := done + len(part), len(vectors) + n_random)
     ids = [torch.cat([part[i] for part in parts]).cpu().numpy() for i in (1, 3)]
     effects = [torch.cat([part[i] for part in parts]).cpu().double().numpy() for i in (0, 2)]
     # Not the stream of torch with this seed, which weights may have been drawn from.
     random = np.random.default_rng([seed, 32]).standard_normal((n_random, width))
     random = functional.normalize(torch.from_numpy(random), dim=1).to(vectors)
-    null = [head.effects(part).aminmax(dim=1) for part in random.split(LATENTS_AT_ONCE)]
+    for part in random.split(LATENTS_AT_ONCE):
+        null.append(head.effects(part).aminmax(dim=1))
+        on_progress(done := done + len(part), len(vectors) + n_random)
     norms = vectors.norm(dim=1).cpu().double().numpy()
     lowest, largest = (torch.cat(end).cpu().double().numpy() for end in zip(*null, strict=True))
     p_top = _p_values(effects[0][:, 0], norms, largest)
