@@ -1,4 +1,4 @@
-"""Sweeps: every combination is trained once, named, listed, and made up for when missing."""
+"""Sweeps: every combination is run once, named, listed, and made up for when missing."""
 
 import json
 import shutil
@@ -6,11 +6,13 @@ import shutil
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from safetensors.numpy import save_file
 
 import mechatlas as ma
 from mechatlas.app.cli import main
 from mechatlas.app.run_folder import CHECKPOINT, execute
 from mechatlas.files import MANIFEST, read_manifest
+from tests.analysis.proofs.planted import planted
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +131,9 @@ def test_a_folder_that_is_deleted_meanwhile_does_not_come_back_in_part(
         (['site = "1"', "n_latents = []"], "n_latents is an empty list"),
         (['site = "1"', "n_latents = [40, 0]"], "n_latents-0"),
         (['site = "1"', "n_latent = [40, 41]"], "n_latent"),
-        (['site = "1"', "n_latents = [40, 40]"], "two dictionaries would be called"),
+        (['command = "report"'], "command must be one of train, prove"),
+        (['command = "match"', "trust = true"], "named on the command line only"),
+        (['site = "1"', "n_latents = [40, 40]"], "two runs would be called"),
         (
             ['site = "1"', f"seed = {list(range(101))}", f"n_latents = {list(range(1, 101))}"],
             "10,100",
@@ -151,4 +155,59 @@ def test_other_settings_under_the_same_names_are_refused(store, tmp_path, capsys
     other = write(tmp_path / "b.toml", store, "seed = 1", *FOUR)
     with pytest.raises(SystemExit):
         main(["sweep", other, "--out", str(out)])
-    assert "holds a dictionary of other settings" in capsys.readouterr().err
+    assert "holds a run of other settings" in capsys.readouterr().err
+
+
+def test_proofs_of_several_networks_are_the_same_on_every_engine(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    s3 = ma.group("S3")
+    np.save("table.npy", s3.table)
+    for seed in (0, 1):
+        arrays = zip(("left", "right", "unembed"), planted(s3, noise=0.02, seed=seed), strict=True)
+        save_file(dict(arrays), f"net{seed}.safetensors")
+    recipe = tmp_path / "sweep.toml"
+    recipe.write_text(
+        'command = "prove"\ntable = "table.npy"\nweights = ["net0.safetensors", '
+        '"net1.safetensors", "none.safetensors"]\n'
+    )
+    tables = []
+    for engine in ("here", "processes:1"):
+        with pytest.raises(SystemExit) as ended:
+            main(["sweep", str(recipe), "--out", engine[:4], "--engine", engine])
+        assert ended.value.code == 2
+        said = capsys.readouterr().out
+        assert "2 of 3 runs of prove done" in said
+        assert "Failed: weights-none.safetensors: There is no file" in said
+        tables.append(pq.read_table(f"{engine[:4]}/runs.parquet").to_pydict())
+    single = ["prove", "net1.safetensors", "--table", "table.npy", "--out", "one"]
+    main(single)
+    for name in ("proof.safetensors", "neurons.json"):
+        one = (tmp_path / "one" / name).read_bytes()
+        for place in ("here", "proc"):
+            assert (tmp_path / place / "weights-net1.safetensors" / name).read_bytes() == one
+    here, there = tables
+    assert here["weights"] == ["net0.safetensors", "net1.safetensors", "none.safetensors"]
+    assert here["accuracy_bound"] == there["accuracy_bound"]
+    assert (
+        here["accuracy_bound"][1]
+        == json.loads((tmp_path / "one/result.json").read_text())["accuracy_bound"]
+    )
+    assert here["accuracy_bound"][2] is None
+    main(["verify", "here"])
+
+
+def test_matches_of_several_pairs_and_costs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name in "abc":
+        sae = ma.Autoencoder(d_in=8, n_latents=24, sparsity=ma.TopK(k=2), seed=ord(name))
+        ma.save(sae, name)
+    (tmp_path / "sweep.toml").write_text(
+        'command = "match"\ncost = ["decoder", "cosine"]\n'
+        'dictionaries = [["a", "b"], ["b", "c"], ["a", "b", "c"]]\n'
+    )
+    found = sweep(capsys, "sweep.toml", "--out", "out")
+    assert (found["n_runs"], found["command"], found["best"]) == (6, "match", "")
+    table = pq.read_table("out/runs.parquet").to_pydict()
+    assert table["name"][:2] == ["cost-decoder_dictionaries-a+b", "cost-decoder_dictionaries-b+c"]
+    assert table["n_a"] == [24, 24, None, 24, 24, None]  # of single pairs
+    assert sweep(capsys, "sweep.toml", "--out", "out")["n_kept"] == 6

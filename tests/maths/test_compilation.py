@@ -1,5 +1,7 @@
-"""Machine code is kept for one set of fields of named tuples, and for no other."""
+"""Machine code is kept for the code, constants and fields that it was made of, and for no other."""
 
+import importlib
+import sys
 from typing import Any, NamedTuple
 
 import pytest
@@ -41,4 +43,30 @@ def test_machine_code_has_the_fields_in_its_name():
         loop: Any = compiled(width, structures=structures)
         names.append(loop.py_func.__qualname__)
     assert len(set(names)) == 4
-    assert names[3] == "width"
+
+
+INNER = """from mechatlas.maths.compilation import compiled
+STEP = {step}
+@compiled
+def inner(x):
+    return x + {added}
+"""
+OUTER = """from mechatlas.maths.compilation import compiled
+from kept_inner import STEP, inner
+@compiled
+def outer(x):
+    return STEP * inner(x)
+"""
+
+
+def test_a_loop_is_compiled_again_after_a_change_of_another_file(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "kept_outer.py").write_text(OUTER)
+    results = []
+    for step, added in ((1, 1), (10, 1), (10, 100)):
+        (tmp_path / "kept_inner.py").write_text(INNER.format(step=step, added=added))
+        importlib.invalidate_caches()
+        for name in ("kept_outer", "kept_inner"):
+            sys.modules.pop(name, None)
+        results.append(importlib.import_module("kept_outer").outer(1))
+    assert results == [2, 20, 1010]

@@ -127,11 +127,25 @@ def read_recipe(path: Path, kind: type[Recipe]) -> Recipe:
     raw = read_raw(path)
     if path.name == "recipe.toml" and (path.parent / MANIFEST).is_file():
         raw.setdefault("out", written(path.parent))
+    refuse_spoken(path, raw, kind)
+    return from_dict(deprecated.renamed_keys(_command(kind), raw), kind, str(path))
+
+
+def refuse_spoken(path: Path, raw: dict[str, Any], kind: type) -> None:
+    """Refuse values of a recipe that are read from the command line only.
+
+    Args:
+        path: File of the recipe.
+        raw: Values by key.
+        kind: Dataclass of the configuration.
+
+    Raises:
+        RecipeError: It says which code may run.
+    """
     if spoken := [key for key in _spoken(kind) if key in raw]:
         raise RecipeError(
             f"{path} has {', '.join(spoken)}: code that may run is named on the command line only."
         )
-    return from_dict(deprecated.renamed_keys(_command(kind), raw), kind, str(path))
 
 
 def _command(kind: type) -> str:

@@ -1,9 +1,11 @@
 """Compilation of inner loops to machine code that is kept on disk."""
 
+import functools
 import inspect
 import logging
 import zlib
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
+from types import ModuleType
 from typing import Any, TypeVar
 
 import numba
@@ -18,9 +20,10 @@ def compiled(
 ) -> Loop:
     """Compile a loop without the interpreter's lock, and keep the result where that is possible.
 
-    Numba keeps machine code on disk by the name of a loop and the age of its file, but reads named
-    tuples by the place of their fields. With the fields in the name, code that was compiled for
-    other fields is never taken, nor is a tuple looked for that is no longer there.
+    Numba keeps machine code on disk by the name of a loop and the age of its file. But it reads
+    named tuples by the place of their fields, and builds in constants and loops of other files,
+    whose age it does not look at. With all these in the name, code that was compiled for others is
+    never taken, nor is a tuple looked for that is no longer there.
 
     Args:
         function: The loop, in the part of Python that numba compiles.
@@ -28,8 +31,9 @@ def compiled(
         structures: Classes of the named tuples that the loop, and any loop it calls, takes.
     """
     function = inspect.unwrap(function)  # tests wrap functions in checks
-    if fields := sorted((each.__name__, each._fields) for each in structures):
-        function.__qualname__ += f"_{zlib.crc32(repr(fields).encode()):08x}"
+    fields = sorted((each.__name__, each._fields) for each in structures)
+    built_in = repr((fields, *_built_in(function)))
+    function.__qualname__ += f"_{zlib.crc32(built_in.encode()):08x}"
     freedoms = fastmath if isinstance(fastmath, bool) else set(fastmath)
     options: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": freedoms}
     compiler: Any = numba.njit
@@ -37,6 +41,30 @@ def compiled(
         return compiler(cache=True, **options)(function)
     except RuntimeError:  # no writable place for the cache: compile in every process
         return compiler(**options)(function)
+
+
+def _built_in(function: Callable[..., Any]) -> Iterator[tuple[str, object]]:
+    """Source of a loop's own file, and what becomes part of its machine code from elsewhere."""
+    yield function.__module__, _source(inspect.getmodule(function))
+    variables = inspect.getclosurevars(function)
+    for name, value in sorted({**variables.nonlocals, **variables.globals}.items()):
+        if loop := getattr(value, "py_func", None):  # compiled here: its name has all that it reads
+            yield name, loop.__qualname__
+        elif isinstance(value, (bool, int, float, str, tuple)):
+            yield name, value
+        else:
+            yield name, _source(inspect.getmodule(value))
+
+
+@functools.cache
+def _source(module: ModuleType | None) -> str:
+    """Source of a module, or nothing of numpy, math and what is not written in Python."""
+    if module is None or module.__name__.partition(".")[0] in ("numpy", "math", "numba"):
+        return ""
+    try:
+        return inspect.getsource(module)
+    except (OSError, TypeError):
+        return ""
 
 
 class _Notice(event.Listener):
