@@ -34,8 +34,7 @@ REVIVALS = {
     "auxk": ma.AuxK(k=4, dead_after_rows=300),
     "resample": ma.Resample(every=5, dead_after_rows=300),
 }
-MOST_CALLS = {"topk": 100, "batch topk": 130, "relu": 100, "jumprelu": 130, "gated": 110}
-MOST_WAITS = {"topk": 0, "batch topk": 6, "relu": 2, "jumprelu": 2, "gated": 0}
+MOST_WAITS = {"topk": 0, "batch topk": 0, "relu": 1, "jumprelu": 1, "gated": 0}
 
 
 @pytest.mark.parametrize(
@@ -56,7 +55,7 @@ def test_a_device_trains_the_same_dictionary(kind, revival, steps):
         torch.testing.assert_close(there.state_dict()[name], wanted, atol=2e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("kind", MOST_CALLS)
+@pytest.mark.parametrize("kind", MOST_WAITS)
 def test_a_step_is_few_calls_and_waits_for_nothing(kind, monkeypatch):
     monkeypatch.setattr(training, "MEASUREMENTS", 1)
     with simulated_cuda() as device:
@@ -70,7 +69,7 @@ def test_a_step_is_few_calls_and_waits_for_nothing(kind, monkeypatch):
     calls, waits = (
         (sum(b.values()) - sum(a.values())) / 20 for a, b in zip(few, many, strict=True)
     )
-    assert 20 < calls <= MOST_CALLS[kind]
+    assert 20 < calls <= 100
     assert waits <= MOST_WAITS[kind]
 
 

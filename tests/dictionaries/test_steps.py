@@ -241,8 +241,8 @@ def test_codes_that_are_not_sparse_are_left_to_autograd(rule):
         assert all(map(torch.equal, mine, theirs))
 
 
-@given(st.integers(1, 30), st.integers(2, 60), st.integers(0, 99), st.floats(-1, 3))
-def test_a_batch_keeps_its_largest_whatever_was_guessed(n, m, seed, guess):
+@given(st.integers(1, 30), st.integers(2, 60), st.integers(0, 99), st.floats(-1, 3), st.booleans())
+def test_a_batch_keeps_its_largest_whatever_was_guessed(n, m, seed, guess, compiled):
     random = torch.Generator().manual_seed(seed)
     k = 1 + seed % min(m, 5)
     built = Autoencoder(d_in=m, n_latents=m, sparsity=BatchTopK(k=k))
@@ -251,11 +251,31 @@ def test_a_batch_keeps_its_largest_whatever_was_guessed(n, m, seed, guess):
         built._W_enc.copy_(torch.eye(m))
         built.state["threshold"].fill_(guess)
     x = torch.randn(n, m, generator=random)
-    codes = sparse_steps.SparseStep(built)._select(x, lambda piece, n: [piece(i) for i in range(n)])
+    step = sparse_steps.SparseStep(built, compiled=compiled)
+    codes = step._select(x, lambda piece, n: [piece(i) for i in range(n)])
     assert codes is not None
+    assert torch.equal(as_rows(codes, m), built.rule.training_code(x, built.state))
+
+
+def as_rows(codes, n_latents):
+    """Codes of each row, with zeros."""
     rows = fallback.rows_of(codes)
-    found = torch.zeros(n, m).index_put((rows.long(), codes.latents.long()), codes.values)
-    assert torch.equal(found, built.rule.training_code(x, built.state))
+    found = torch.zeros(len(codes.starts) - 1, n_latents)
+    return found.index_put((rows.long(), codes.latents.long()), codes.values)
+
+
+@given(st.integers(1, 20), st.integers(1, 9), st.integers(1, 12), st.integers(0, 99))
+def test_the_largest_of_a_batch_are_from_all_of_its_tiles(n_rows, tile, n, seed):
+    random = torch.Generator().manual_seed(seed)
+    pre = torch.randn(n_rows, 7, generator=random) - seed % 3
+    bias = torch.randn(7, generator=random)
+    n = min(n, pre.numel())
+    codes = fallback.largest_of_batch([part.clone() for part in pre.split(tile)], bias, n)
+    assert len(codes.values) == n
+    whole = (pre + bias).flatten()
+    top = whole.topk(n)
+    wanted = torch.zeros_like(whole).scatter_(0, top.indices, top.values.relu())
+    assert torch.equal(as_rows(codes, 7), wanted.view_as(pre))
 
 
 def test_the_threshold_of_a_batch_gives_its_l0_to_single_rows():

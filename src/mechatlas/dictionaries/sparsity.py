@@ -313,7 +313,7 @@ class _Jump(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Any) -> Any:
         (gradient,), (pre, threshold) = gradients, ctx.saved_tensors
         window = _window(pre, threshold, ctx.bandwidth)
-        to_threshold = -(threshold / ctx.bandwidth) * (window * gradient).sum(dim=0)
+        to_threshold = threshold / -ctx.bandwidth * (window * gradient).sum(dim=0)
         return gradient * (pre > threshold), to_threshold, None
 
 
@@ -330,7 +330,7 @@ class _Count(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Any) -> Any:
         (gradient,), (pre, threshold) = gradients, ctx.saved_tensors
         window = _window(pre, threshold, ctx.bandwidth)
-        return None, -(window * gradient).sum(dim=0) / ctx.bandwidth, None
+        return None, (window * gradient).sum(dim=0) / -ctx.bandwidth, None
 
 
 def _window(pre: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
@@ -399,8 +399,8 @@ class JumpReLU(Rule):
         """
         threshold = state["log_threshold"].detach().exp()
         own = threshold[codes.latents]
-        window = ((codes.raw - own).abs() < self.bandwidth / 2) & (codes.raw > 0)
-        to_threshold = window * (own * d_code + weight * self.l0) * (-own / self.bandwidth)
+        window = (codes.raw - own).abs() < self.bandwidth / 2  # `find_codes` finds none below zero
+        to_threshold = window * (own * d_code + weight * self.l0) * (own / -self.bandwidth)
         gradient = torch.zeros_like(threshold)
         if gradient.device.type == "cpu":
             gradient.index_add_(0, codes.latents, to_threshold)

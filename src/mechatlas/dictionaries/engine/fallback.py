@@ -10,7 +10,7 @@ batch holds.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 
 import torch
@@ -75,6 +75,32 @@ def above(
     return kept.sum(dim=1), latent.int(), whole[row, latent]
 
 
+def largest_of_batch(
+    tiles: Iterable[Float[Tensor, "_ latent"]], bias: Float[Tensor, " latent"], n: int
+) -> Codes:
+    """Find the n largest entries of `pre + bias` of a batch, zero if below.
+
+    Args:
+        tiles: Pre-activations without the bias, some rows at a time. May be overwritten.
+        bias: Bias of each latent.
+        n: Codes of the batch.
+    """
+    values, places, n_rows = bias[:0], bias[:0].long(), 0
+    for pre in tiles:
+        entries = pre.add_(bias).view(-1)
+        top = entries.topk(min(n, len(entries)), sorted=False)
+        values = torch.cat([values, top.values])
+        places = torch.cat([places, top.indices + n_rows * len(bias)])
+        n_rows += len(pre)
+        if len(values) > n:
+            top = values.topk(n, sorted=False)
+            values, places = top.values, places[top.indices]
+    places, order = places.sort()
+    values = values[order].relu_()
+    firsts = torch.arange(0, (n_rows + 1) * len(bias), len(bias), device=bias.device)
+    return Codes(torch.searchsorted(places, firsts), places % len(bias), values, values)
+
+
 def residual(task: Reconstruction, codes: Codes, out: ErrorGradients) -> Tensor:
     """Write the gradient of the reconstructions and of each code.
 
@@ -90,11 +116,11 @@ def residual(task: Reconstruction, codes: Codes, out: ErrorGradients) -> Tensor:
     n_levels, latents = len(task.widths), codes.latents.long()
     rows = rows_of(codes)
     level = torch.searchsorted(task.widths, latents, right=True) if n_levels > 1 else None
-    error, loss = task.bias - task.target, task.target.new_zeros(())
+    error, losses = task.bias - task.target, []
     for i in range(n_levels):
         values = codes.values if level is None else codes.values * (level == i)
         error = error + summed(latents, task.atoms, codes.starts, values)
-        loss = loss + (error.square().sum(dim=-1) * task.scales).sum() / 2
+        losses.append((error.square().sum(dim=-1) * task.scales).sum() / 2)
         torch.mul(error, task.scales[:, None], out=out.rows[i])
     for i in range(n_levels - 2, -1, -1):
         out.rows[i] += out.rows[i + 1]
@@ -105,8 +131,8 @@ def residual(task: Reconstruction, codes: Codes, out: ErrorGradients) -> Tensor:
     for low in range(0, len(latents), share):
         part = slice(low, low + share)
         atoms, g = task.atoms.index_select(0, latents[part]), back.index_select(0, index[part])
-        out.codes[part] += atoms.mul_(g).sum(dim=-1)
-    return loss
+        out.codes[part].add_(atoms.mul_(g).sum(dim=-1))
+    return functools.reduce(torch.add, losses)
 
 
 def rows_of(codes: Codes) -> Int[Tensor, " pairs"]:
@@ -229,7 +255,7 @@ def remove_along(
     parts = _lengths(atoms, edges)
     tiny = torch.finfo(atoms.dtype).tiny
     if len(parts) == 1:
-        normal, n_sites = atoms / parts[0].clamp_min(tiny), 1
+        normal, n_sites = atoms / parts[0].clamp_min(tiny), None
     else:
         n_sites = (torch.stack(parts) > 0).sum(dim=0).clamp_min(1)
         normal = torch.cat(
@@ -240,7 +266,7 @@ def remove_along(
             dim=1,
         )
     along = (gradient * normal).sum(dim=-1, keepdim=True)
-    gradient.sub_(normal.mul_(along / n_sites))
+    gradient.sub_(normal.mul_(along if n_sites is None else along / n_sites))
 
 
 def step_adam(learned: Sequence[Learned], gradients: Sequence[Tensor], adam: Adam) -> None:

@@ -130,6 +130,9 @@ class BatchSearch:
     def largest_of_batch(self, k: int) -> Codes:
         """Find the codes above zero that are largest in the batch, k a row on average."""
         n = k * len(self.x)
+        if isinstance(self.tiles, WholeProduct) and self.tiles.backend is fallback:
+            tiles = (self.tiles.product(self._read(i)) for i in range(len(self.spans)))
+            return fallback.largest_of_batch(tiles, self.tiles.bias, n)
         if isinstance(self.tiles, BatchBound):
             bound = self.tiles.bound_of_batch(map(self._read, range(len(self.spans))), k)
             low = bound.expand(self.dictionary.n_latents).contiguous()

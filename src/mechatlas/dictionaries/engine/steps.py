@@ -74,9 +74,9 @@ class AutogradStep:
         self.optimizer = torch.optim.Adam(parameters.values(), betas=BETAS, eps=EPSILON, fused=True)
         missing = {name: p.data for name, p in parameters.items() if name not in (moments or {})}
         self.moments = {**(moments or {}), **moments_of(missing)}
-        for name, p in parameters.items():
+        self._counts = dictionary.b_dec.new_zeros(len(parameters), dtype=torch.float32)
+        for count, (name, p) in zip(self._counts, parameters.items(), strict=True):
             first, second = self.moments[name]
-            count = torch.zeros((), dtype=torch.float32, device=p.device)
             self.optimizer.state[p] = {"step": count, "exp_avg": first, "exp_avg_sq": second}
 
     @torch.enable_grad()
@@ -91,8 +91,7 @@ class AutogradStep:
         """Change the dictionary in place; see `Step`."""
         dictionary = self.dictionary
         self.optimizer.param_groups[0]["lr"] = lr
-        for state in self.optimizer.state.values():
-            state["step"].fill_(self.n_steps)
+        self._counts.fill_(self.n_steps)
         self.n_steps += 1
         self.optimizer.zero_grad(set_to_none=True)
         weights = self.objective.weights(x[:, dictionary.writes])
