@@ -261,7 +261,11 @@ class Analysis:
         return from_arrays(kind, self.once(name, lambda: as_arrays(compute())))
 
     def dictionary_bases(self, dictionaries: Mapping[str, Dictionary]) -> dict[int, Basis]:
-        """Latents of the dictionary of a layer, by its number."""
+        """Latents of the dictionary of a layer, by its number.
+
+        Raises:
+            SiteError: A dictionary is for a layer that does not act on a next one.
+        """
         sources = {str(site): number for number, site in enumerate(self.sites[:-1])}
         if unknown := set(dictionaries) - set(sources):
             raise SiteError(

@@ -434,7 +434,7 @@ def _rivals(
 def _rivals_of_block(
     part: slice, shared: tuple[Factors, Int[np.ndarray, " n"]]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """What `_rivals` finds in some rows: for each of them, and for each column."""
+    """Part of `_rivals` for some rows: of each of them, and of each column."""
     from mechatlas.maths.selection import rivals  # compiles when it is imported
 
     costs, columns = shared
