@@ -16,7 +16,11 @@ Loop = TypeVar("Loop", bound=Callable[..., Any])
 
 
 def compiled(
-    function: Loop, *, fastmath: bool | Collection[str] = False, structures: Iterable[Any] = ()
+    function: Loop,
+    *,
+    fastmath: bool | Collection[str] = False,
+    structures: Iterable[Any] = (),
+    inner: bool = False,
 ) -> Loop:
     """Compile a loop without the interpreter's lock, and keep the result where that is possible.
 
@@ -29,14 +33,21 @@ def compiled(
         function: The loop, in the part of Python that numba compiles.
         fastmath: Freedoms in floating-point arithmetic, by LLVM's names; by default none.
         structures: Classes of the named tuples that the loop, and any loop it calls, takes.
+        inner: Whether only compiled loops call the loop. Then it has no form for Python, nor one on
+            disk, where it is part of its callers: both take as long to make as the loop itself.
     """
     function = inspect.unwrap(function)  # tests wrap functions in checks
     fields = sorted((each.__name__, each._fields) for each in structures)
     built_in = repr((fields, *_built_in(function)))
     function.__qualname__ += f"_{zlib.crc32(built_in.encode()):08x}"
     freedoms = fastmath if isinstance(fastmath, bool) else set(fastmath)
-    options: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": freedoms}
+    options: dict[str, Any] = {
+        "nogil": True, "error_model": "numpy", "fastmath": freedoms,
+        "no_cfunc_wrapper": True, "no_cpython_wrapper": inner,
+    }  # fmt: skip
     compiler: Any = numba.njit
+    if inner:
+        return compiler(**options)(function)
     try:
         return compiler(cache=True, **options)(function)
     except RuntimeError:  # no writable place for the cache: compile in every process

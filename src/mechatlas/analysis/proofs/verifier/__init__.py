@@ -8,7 +8,7 @@ Read in this order:
     checks       conditions that a bound rests on: shapes, homomorphisms, permutations
     terms        all terms of the bound that do not depend on the pair, and all rounding
     reference    the loops in numpy: short, slow, and meant to be read
-    compiled_*   the same loops compiled, tested against `reference`
+    compiled     the loops over pairs compiled, tested against `reference`
     packing, structures   layouts of arrays, no arithmetic
     exact        exact accuracy by brute force, for pairs that are not certified
 

@@ -148,11 +148,11 @@ def check(
             raise ProofError(f"{name} must be from 0 to 1, got {getattr(e, name)}.")
     irreps = _recall(packed.matrices, group, KnownIrreps) or _irreps(packed.matrices, group)
     actions = _recall(packed.actions, group, KnownActions) or _actions(packed.actions, group)
-    for grid, sides in zip(grids.shapes.tolist(), packed.sides.tolist(), strict=True):
-        for size, start, side in zip(grid[2:4], grid[4:6], sides, strict=True):
-            antipodes = grids.antipodes[start : start + size]
-            if not loops.preserves_antipodes(antipodes, packed.actions[side]):
-                raise ProofError("Opposite points of a grid do not stay opposite.")
+    for number, action in enumerate(packed.actions):
+        starts = grids.shapes[:, 4:6][packed.sides == number]
+        antipodes = grids.antipodes[starts[:, None] + np.arange(action.shape[1])]
+        if not loops.preserves_antipodes(antipodes, action):
+            raise ProofError("Opposite points of a grid do not stay opposite.")
     return packed, irreps, actions
 
 
@@ -258,19 +258,15 @@ def _actions(arrays: tuple[Int[np.ndarray, "_ _"], ...], group: Group) -> KnownA
 
 def _distinct_rows(rho: Float32[np.ndarray, "entry order"]) -> DistinctRows:
     """Merge rows of rho that are the same up to sign, as cosines and sines are."""
-    signs, to = np.ones(len(rho), np.float32), np.zeros(len(rho), np.int64)
+    first = rho[np.arange(len(rho)), (rho != 0).argmax(axis=1)]
+    signs = np.where(first < 0, -1, 1).astype(np.float32)
+    to, kept = np.zeros(len(rho), np.int64), []
     seen: dict[bytes, int] = {}
-    kept = []
-    for i, row in enumerate(rho + np.float32(0)):
-        for sign in (1, -1):
-            earlier = seen.get((np.float32(sign) * row + np.float32(0)).tobytes())
-            if earlier is not None:
-                signs[i], to[i] = sign, earlier
-                break
-        else:
-            seen[row.tobytes()] = to[i] = len(kept)
+    for i, row in enumerate(rho * signs[:, None] + np.float32(0)):  # -0 becomes 0
+        to[i] = seen.setdefault(row.tobytes(), len(kept))
+        if to[i] == len(kept):
             kept.append(i)
-    return DistinctRows(signs, to, np.ascontiguousarray(rho[kept]))
+    return DistinctRows(signs * signs[kept][to], to, np.ascontiguousarray(rho[kept]))
 
 
 def _largest(matrices: Float[np.ndarray, "count d d"]) -> float:

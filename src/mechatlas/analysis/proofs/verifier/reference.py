@@ -23,6 +23,8 @@ network. Choose this module with `mechatlas prove --check PROOF WEIGHTS --refere
 `proof.check(..., reference=True)`: no compiler runs then.
 """
 
+from typing import Any
+
 import numpy as np
 from jaxtyping import Float, Float32, Int, Int8
 
@@ -78,35 +80,38 @@ def find_fault(
     itself = (times == 1) & ~dead & is_itself
     if not (itself | (times == 0) & (dead | (times[representative_of] == 1))).all():
         return 6
-    for start, count, k, k2, left, right, cell, _ in shapes:
-        mine = slice(start, start + count)
-        if not (_is_label(points[0, mine], 0, k) and _is_label(points[1, mine], 0, k2)):
-            return 7
-        left_antipodes, right_antipodes = antipodes[left : left + k], antipodes[right : right + k2]
-        if not (_is_label(left_antipodes, 0, k) and _is_label(right_antipodes, 0, k2)):
-            return 8
-        table = tables[cell : cell + k * k2].reshape(k, k2)
-        if not np.array_equal(table[left_antipodes][:, right_antipodes], table):
+    neurons, sizes = shapes[:, 1], shapes[:, 2:4]
+    starts = np.repeat(shapes[:, 0] - np.cumsum(neurons) + neurons, neurons)
+    limits = np.repeat(sizes, neurons, axis=0).T
+    if not _is_label(points[:, starts + np.arange(len(starts))], 0, limits):
+        return 7
+    if not _is_label(antipodes, 0, np.repeat(sizes.ravel(), sizes.ravel())):
+        return 8
+    for _, _, k, k2, left, right, cell, _ in shapes:
+        opposite = antipodes[left : left + k, None] * k2 + antipodes[right : right + k2]
+        table = tables[cell : cell + k * k2]
+        if (table[opposite.ravel()] != table).any():
             return 9
     return 0
 
 
 def _is_below(values: np.ndarray, limit: float) -> bool:
     """Whether all values are smaller than a limit; false for NaN."""
-    return not values.size or bool(np.abs(values).max() < limit)
+    return bool((np.abs(values) < limit).all())
 
 
-def _is_label(values: np.ndarray, low: int, high: int | np.integer) -> bool:
+def _is_label(values: np.ndarray, low: int, high: Any) -> bool:
     """Whether all values are from `low` to `high` - 1."""
-    return not values.size or bool(values.min() >= low and values.max() < high)
+    return bool(((values >= low) & (values < high)).all())
 
 
 def preserves_antipodes(
-    antipodes: Int[np.ndarray, " point"], action: Int[np.ndarray, "order point"]
+    antipodes: Int[np.ndarray, "side point"], action: Int[np.ndarray, "order point"]
 ) -> bool:
     """Whether antipodes are pairs of points or points alone, and the action preserves them."""
-    paired = np.array_equal(antipodes[antipodes], np.arange(len(antipodes)))
-    return paired and np.array_equal(action[:, antipodes], antipodes[action])
+    sides = np.arange(len(antipodes))[:, None]
+    paired = (antipodes[sides, antipodes] == np.arange(antipodes.shape[1])).all()
+    return bool(paired and (action[:, antipodes] == antipodes[:, action].swapaxes(0, 1)).all())
 
 
 def merge_neurons(
@@ -126,31 +131,29 @@ def merge_neurons(
         representatives: The neurons that are kept.
         factor: Power of two for left and right of each of them.
     """
-    left, right, unembed = (w.astype(np.float64) for w in weights)
+    left, right, unembed = weights
     dead, representative_of, scale_factors = clusters
-    place = np.zeros(len(dead), np.int64)
-    place[representatives] = np.arange(len(representatives))
-    c = scale_factors.astype(np.float64)
-    live, members = ~dead, ~dead & (representative_of != np.arange(len(dead)))
-    span = 1.000001 * (unembed.max(axis=1) - unembed.min(axis=1))
+    k, c = len(representatives), scale_factors.astype(np.float64)
+    members = np.flatnonzero(~dead & (representative_of != np.arange(len(dead))))
+    span = 1.000001 * np.subtract(unembed.max(axis=1), unembed.min(axis=1), dtype=np.float64)
     x_loss, y_loss = (
         np.maximum(w[:, dead], 0) @ span[dead]
         + np.abs(w[:, members] - c[members] * w[:, representative_of[members]]) @ span[members]
         for w in (left, right)
     )
-    to = place[representative_of[live]]
-    parts = (np.abs(c[live]) / factor.astype(np.float64)[to])[:, None] * unembed[live]
-    parts = parts.astype(np.float32)
-    u, linear, sums = np.zeros((3, len(representatives), len(left)), np.float32)
-    np.add.at(u, to, parts)
-    np.add.at(sums, to, np.abs(parts))
-    negative = c[live] < 0
-    np.add.at(linear, to[negative], -parts[negative])
-    mirrored = np.bincount(to[negative], minlength=len(representatives)) > 0
-    scaled_left = weights.left[:, representatives] * factor
-    scaled_right = np.ascontiguousarray((weights.right[:, representatives] * factor).T)
-    sizes = np.abs(np.concatenate([scaled_left.ravel(), scaled_right.ravel()]))
-    too_small = bool(((sizes > 0) & (sizes < 2.0**-80)).any())
+    place = np.zeros(len(dead), np.int64)
+    place[representatives] = np.arange(k)
+    live = np.flatnonzero(~dead)
+    factor_of = factor[place[representative_of[live]]]
+    parts = (np.abs(c[live]) / factor_of).astype(np.float32)[:, None] * unembed[live]
+    is_member = (representative_of[live] == representatives[:, None]).astype(np.float32)
+    u, sums = is_member @ parts, is_member @ np.abs(parts)
+    is_negative = is_member * (c[live] < 0)
+    mirrored = is_negative.any(axis=1)
+    linear = -(is_negative @ parts) if mirrored.any() else np.zeros_like(u)
+    scaled_left = left[:, representatives] * factor
+    scaled_right = np.ascontiguousarray((right[:, representatives] * factor).T)
+    too_small = any(bool(w[np.abs(w) < 2.0**-80].any()) for w in (scaled_left, scaled_right))
     mass = sums.max(axis=1, initial=0).astype(np.float64)
     return MergedNetwork(
         scaled_left, scaled_right, u, linear, mirrored, mass, x_loss, y_loss, too_small
@@ -261,14 +264,14 @@ def float32_error_sums(
     return first @ scaled, second @ scaled, size
 
 
-def _distances(
-    vectors: Float32[np.ndarray, "row order"], rate: float
-) -> Float32[np.ndarray, "order order"]:
-    """Distances between all columns, or a little more."""
-    gram = vectors.T @ vectors
-    norms = np.diag(gram)
-    rounding = np.float32(rate * norms.max(initial=0))
-    return np.sqrt(np.maximum(norms + norms[:, None] + rounding - 2 * gram, 0))
+def _products(
+    vectors: Float32[np.ndarray, "row order"],
+) -> tuple[Float32[np.ndarray, "order order"], Float32[np.ndarray, " order"]]:
+    """-2 times the products of all columns, and the squared norm of each."""
+    products = vectors.T @ vectors
+    norms = products.diagonal().copy()
+    products *= -2
+    return products, norms
 
 
 def residual_distances(
@@ -290,9 +293,10 @@ def residual_distances(
     """
     errors = np.zeros((len(block_offsets) - 1, residual.shape[1]), np.float32)
     for b in range(len(errors)):
-        block = residual[block_offsets[b] : block_offsets[b + 1]]
-        with_zero = np.pad(block, ((0, 0), (0, 1)))
-        errors[b] = inflate * _distances(with_zero, rate)[:-1].max(axis=1)
+        squares, norms = _products(residual[block_offsets[b] : block_offsets[b + 1]])
+        squares += norms
+        most = squares.max(axis=1, initial=0).astype(np.float64) + norms
+        errors[b] = inflate * np.sqrt(most + rate * norms.max())
     return errors
 
 
@@ -304,10 +308,10 @@ def grid_spans(
 ) -> GridSpans:
     """Bound how much the residual within the cells of all grids could take, for each two answers.
 
-    A cell holds the sum of s_i e_i(z) of its neurons. The loss of z against w to s T is a sum over
-    cells of T times the difference of two such numbers, at most |T| times the distance of z and w
-    over the cells. T has no row and column means, so those of the cells may be taken out first;
-    what means T has all the same is `off_center`. Opposite cells have the same T.
+    A cell holds the sum of s_i e_i(z) of its neurons, `shares @ e`. The loss of z against w to s T
+    is a sum over cells of T times the difference of two such numbers, at most |T| times the
+    distance of z and w over the cells. T has no row and column means, so those of the cells may be
+    taken out first; what means T has all the same is `off_center`. Opposite cells have the same T.
 
     Args:
         residual: e_i(z).
@@ -320,23 +324,29 @@ def grid_spans(
     inflate = 1.000002 + 2.0**-22 * len(grids.shapes)
     for start, count, k, k2, left, right, cell, _ in grids.shapes:
         mine = slice(start, start + count)
-        left_antipodes, right_antipodes = (
-            grids.antipodes[left : left + k],
-            grids.antipodes[right : right + k2],
-        )
         p, q = grids.points[:, mine]
-        cells = np.zeros((k, k2, n))
-        half = 0.5 * grids.scale[mine].astype(np.float64)[:, None] * residual[mine]
-        np.add.at(cells, (p, q), half)
-        np.add.at(cells, (left_antipodes[p], right_antipodes[q]), half)
-        cells = cells - cells.mean(axis=0) - cells.mean(axis=1, keepdims=True) + cells.mean((0, 1))
-        itself, other = np.arange(k * k2), (left_antipodes[:, None] * k2 + right_antipodes).ravel()
-        times = np.where(itself == other, 1, np.sqrt(2))[itself <= other, None]
-        kept = times * cells.reshape(k * k2, -1)[itself <= other]
+        left_antipodes = grids.antipodes[left : left + k]
+        right_antipodes = grids.antipodes[right : right + k2]
         t = grids.tables[cell : cell + k * k2].reshape(k, k2).astype(np.float64)
-        means = t.mean(axis=0) + t.mean(axis=1, keepdims=True) - t.mean()
+        rows, columns = t.sum(axis=1) / k2, t.sum(axis=0) / k
+        means = rows[:, None] + (columns - columns.sum() / k2)
         size = 1.000001 * float(np.linalg.norm(t))
-        spans += (inflate * _distances((size * kept).astype(np.float32), rate)).astype(np.float32)
+        cells = np.arange(k * k2).reshape(k, k2)
+        others = left_antipodes[:, None] * k2 + right_antipodes
+        row, column = (cells <= others).nonzero()
+        # 1 at a point, less the mean: products of two have no row and column means.
+        at_left, at_right = np.eye(k) - 1 / k, np.eye(k2) - 1 / k2
+        at_left, at_right = at_left[row], at_right[column]
+        shares = at_left[:, p] * at_right[:, q]
+        shares += at_left[:, left_antipodes[p]] * at_right[:, right_antipodes[q]]
+        times = np.where(row * k2 + column == others[row, column], size / 2, size / np.sqrt(2))
+        kept = times[:, None] * shares * grids.scale[mine]
+        squares, norms = _products((kept @ residual[mine]).astype(np.float32))
+        squares += norms
+        squares += (norms + np.float32(rate) * norms.max())[:, None]
+        np.sqrt(np.maximum(squares, 0, out=squares), out=squares)
+        squares *= np.float32(inflate)
+        spans += squares
         total = float(weight[mine] @ np.abs(grids.scale[mine]))
         off_center += 2.02 * (float(np.linalg.norm(means)) + 1e-10 * size) * total
         largest += 4 * size * total
@@ -363,20 +373,20 @@ def class_minima(
         inflate: Factor for rounding in the sums that the norms enter.
     """
     n_classes = int(class_of.max()) + 1
-    least = np.full(n_classes, np.inf)
-    np.minimum.at(least, class_of, gaps)
+    order = np.argsort(class_of, kind="stable")
+    starts = np.searchsorted(class_of[order], np.arange(n_classes))
+    least = np.minimum.reduceat(gaps[order], starts)
+    largest = np.maximum.reduceat(norms[order], starts, axis=0)
     low, high = least[1:].min(initial=np.inf), least[1:].max(initial=-np.inf)
     count = max(min(most, n_classes - 1), 1)
     bin_of = np.arange(n_classes) - 1
     if n_classes - 1 > most:
         share = (least - low) / (high - low) if high > low else np.zeros(n_classes)
         bin_of = np.clip((share * count).astype(int), 0, count - 1)
-    others = class_of > 0
     out_gaps = np.full(count, np.inf)
     out_norms = np.zeros((count, norms.shape[1]), np.float32)
-    np.minimum.at(out_gaps, bin_of[class_of[others]], gaps[others])
-    inflated = (norms[others] * inflate).astype(np.float32)
-    np.maximum.at(out_norms, bin_of[class_of[others]], inflated)
+    np.minimum.at(out_gaps, bin_of[1:], least[1:])
+    np.maximum.at(out_norms, bin_of[1:], (largest[1:] * inflate).astype(np.float32))
     return ClassMinima(out_gaps.astype(np.float32), out_norms)
 
 

@@ -1,6 +1,6 @@
 """Groups of arrays that the loops of both verifiers take and return. No arithmetic.
 
-All named tuples that compiled loops use stand here: `compiled_checks.compiled` keeps compiled code
+All named tuples that compiled loops use stand here: `compiled.compiled` keeps compiled code
 apart by their fields.
 
 Axes: `order` elements of the group, `width` neurons of the network, `neuron` cluster
