@@ -1,5 +1,7 @@
 """Verbs on a device that is simulated: the numbers of the CPU, and no mixing of devices."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -86,10 +88,9 @@ def regressed(device):
 def language_model(device):
     """GPT-2 of two layers, and tokens."""
     torch.manual_seed(0)
-    config = transformers.GPT2Config(
-        vocab_size=50, n_positions=16, n_embd=8, n_layer=2, n_head=2, bos_token_id=0,
-        eos_token_id=0, attn_implementation="eager",
-    )  # fmt: skip
+    sizes: dict[str, Any] = {"vocab_size": 50, "n_positions": 16, "n_embd": 8, "n_layer": 2}
+    rest: dict[str, Any] = {"bos_token_id": 0, "eos_token_id": 0, "attn_implementation": "eager"}
+    config = transformers.GPT2Config(n_head=2, **sizes, **rest)
     tokens = torch.randint(0, 50, (24, 10), generator=torch.Generator().manual_seed(5))
     return transformers.GPT2LMHeadModel(config).eval().to(device), tokens
 
