@@ -255,6 +255,7 @@ def time(n, d):
     print(f"{(cpu + splitting) / one:.1f} products, {peak:.2f} GiB, {result.matched.sum()} matched")
 
 
+COMMANDS = {"rates": rates, "independent": independent, "time": time, "trained": trained}
+
 if __name__ == "__main__":
-    commands = {"rates": rates, "independent": independent, "time": time, "trained": trained}
-    commands[sys.argv[1]](*map(int, sys.argv[2:]))
+    COMMANDS[sys.argv[1]](*map(int, sys.argv[2:]))

@@ -273,6 +273,21 @@ class Here:
             yield number, work(piece, shared)
 
 
+def in_order(found: Iterable[tuple[int, Any]]) -> Iterator[Any]:
+    """Yield the results of `Engine.map` in the order of the pieces, each as soon as it is its turn.
+
+    Args:
+        found: Numbers and results, in any order.
+    """
+    waiting: dict[int, Any] = {}
+    next_number = 0
+    for number, result in found:
+        waiting[number] = result
+        while next_number in waiting:
+            yield waiting.pop(next_number)
+            next_number += 1
+
+
 Progress = Callable[[int, int], None]
 """Callback with the number of steps done and their total. The command line draws a bar from it."""
 

@@ -5,13 +5,23 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from mechatlas.activations.collect import StoreConfig
+from mechatlas.activations.networks import Network
+from mechatlas.activations.posing import PoseConfig
+from mechatlas.activations.positions import Positions
+from mechatlas.activations.samples import Images
 from mechatlas.activations.store import write_shard
 from mechatlas.activations.store_manifest import SCHEMA, Split
+from mechatlas.app.commands.collect import CollectConfig
+from mechatlas.app.run_folder import execute
 from mechatlas.dictionaries.autoencoder import Autoencoder, Crosscoder
+from mechatlas.dictionaries.formats import save
 from mechatlas.dictionaries.sparsity import ReLU
 from mechatlas.files import write_manifest
 from mechatlas.maths.named_groups import group
 from tests.analysis.symmetry.planted import function_on_cosets
+from tests.analysis.symmetry.test_interchange import true_features
+from tests.app.worlds import photographs
 
 D4 = group("D4")
 SUBGROUPS = [frozenset({0}), frozenset({0, 2}), frozenset({0, 4}), frozenset(range(4)),
@@ -100,3 +110,28 @@ def group_crosscoder():
         made.W_dec.copy_(torch.from_numpy(blocks.reshape(len(blocks), -1)))
         made._W_enc.copy_(torch.linalg.pinv(torch.from_numpy(blocks[:, 0])))
     return made
+
+
+def turning_world(root: Path, name="D4", *, side=11, per_sample=20):
+    """Store of a network that sees every pose alike, its features, and their stabilizers."""
+    execute(
+        CollectConfig(
+            network=Network(name="tests.networks:turning"),
+            sites=("seen",),
+            samples=Images(source=str(photographs(root / "photos.zip")), side=side, crops=4),
+            storage=StoreConfig(
+                positions=Positions(rule="random", per_sample=per_sample),
+                held_out=0.3,
+                batch_size=32,
+            ),
+            group=PoseConfig(name=name),
+            out=root / "store",
+        )
+    )
+    blocks, stabilizers = true_features()
+    made = Autoencoder(d_in=40, n_latents=len(blocks), sparsity=ReLU())
+    with torch.no_grad():
+        made.W_dec.copy_(torch.from_numpy(blocks[:, 0]))
+        made._W_enc.copy_(torch.linalg.pinv(torch.from_numpy(blocks[:, 0])))
+    save(made, root / "plain")
+    return blocks, stabilizers

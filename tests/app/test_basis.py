@@ -11,7 +11,7 @@ import torch
 from safetensors.numpy import load_file, save_file
 from torch import nn
 
-from mechatlas.analysis.interaction import interaction_basis
+from mechatlas.analysis.interaction import basis_analysis
 from mechatlas.analysis.interaction.learning_coefficient import learning_coefficient
 from mechatlas.app.cli import main
 from mechatlas.app.commands.basis import BasisConfig
@@ -109,7 +109,7 @@ def test_a_killed_run_goes_on_where_it_stopped(here, capsys, monkeypatch):
     capsys.readouterr()
     whole = (here / "basis" / "basis.safetensors").read_bytes()
     done: list[str] = []
-    search = interaction_basis.ablate_edges
+    search = basis_analysis.ablate_edges
 
     def killed(*arguments, **options):
         done.append("search")
@@ -117,7 +117,7 @@ def test_a_killed_run_goes_on_where_it_stopped(here, capsys, monkeypatch):
             raise KeyboardInterrupt
         return search(*arguments, **options)
 
-    monkeypatch.setattr(interaction_basis, "ablate_edges", killed)
+    monkeypatch.setattr(basis_analysis, "ablate_edges", killed)
     again = ["basis", "basis.toml", "--json", "--out", "again"]
     with pytest.raises(SystemExit) as stopped:
         main(again)
@@ -125,9 +125,9 @@ def test_a_killed_run_goes_on_where_it_stopped(here, capsys, monkeypatch):
     capsys.readouterr()
     assert {path.name for path in (here / "again").iterdir()} == {"manifest.json", "unfinished"}
     assert not json.loads((here / "again" / "manifest.json").read_text())["complete"]
-    monkeypatch.setattr(interaction_basis, "collect_statistics", None)
-    only_rotated = edges_of_rotated(interaction_basis.measure_edges)
-    monkeypatch.setattr(interaction_basis, "measure_edges", only_rotated)
+    monkeypatch.setattr(basis_analysis, "collect_statistics", None)
+    only_rotated = edges_of_rotated(basis_analysis.measure_edges)
+    monkeypatch.setattr(basis_analysis, "measure_edges", only_rotated)
     main(again)
     capsys.readouterr()
     assert len(done) == 3 + 3  # of five searches two were done
@@ -140,9 +140,19 @@ def test_a_killed_run_goes_on_where_it_stopped(here, capsys, monkeypatch):
     assert not (here / "again" / "unfinished").exists()
 
 
+def test_edges_and_searches_on_an_engine_are_the_same_bytes(here, capsys, monkeypatch):
+    main(["basis", "basis.toml", "--json"])
+    for name in ("ablate_edges", "ablate_vectors"):
+        monkeypatch.setattr(basis_analysis, name, interrupted)  # these run in the worker
+    main(["basis", "basis.toml", "--json", "--out", "there", "--engine", "processes:1"])
+    capsys.readouterr()
+    for name in ("basis.safetensors", "spectra.json", "recipe.toml"):
+        assert (here / "there" / name).read_bytes() == (here / "basis" / name).read_bytes()
+
+
 def test_what_another_recipe_left_is_not_taken(here, capsys, monkeypatch):
     main(["basis", "basis.toml", "--json"])
-    monkeypatch.setattr(interaction_basis, "ablate_vectors", interrupted)
+    monkeypatch.setattr(basis_analysis, "ablate_vectors", interrupted)
     with pytest.raises(SystemExit):
         main(["basis", "basis.toml", "--out", "other", "--settings.rank-threshold", "0.3"])
     assert (here / "other" / "unfinished" / "edges.lib.0.safetensors").is_file()
@@ -162,7 +172,7 @@ def test_learning_coefficient_and_free_directions_of_modules_are_in_the_result_a
     here, capsys, monkeypatch
 ):
     few = partial(learning_coefficient, samples=20, burn_in=20, chains=2)
-    monkeypatch.setattr(interaction_basis, "learning_coefficient", few)
+    monkeypatch.setattr(basis_analysis, "learning_coefficient", few)
     save_file({"0": np.arange(6) % 2, "1": np.arange(8) % 2, "2": np.array([0, 1, -1])},
               "modules.safetensors")  # fmt: skip
     words = ["--settings.learning-coefficient", "--unit-modules", "modules.safetensors"]

@@ -1,8 +1,9 @@
-"""Kills in the middle of collecting: of a worker, of the driver, and of the cluster.
+"""Kills in the middle of collecting, matching and proving: of a worker, the driver, the cluster.
 
 Run by `make test-cluster`, on processes and on Ray clusters of this machine.
 """
 
+import contextlib
 import functools
 import json
 import os
@@ -16,12 +17,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import save_file
 
 import mechatlas as ma
 from mechatlas.app.cli import main
+from mechatlas.app.commands import match, sweep
 from mechatlas.app.engines import as_engine
+from mechatlas.maths import assignment, pricing
 from tests.activations import test_collect_engines as rounds
 from tests.activations.test_collect_engines import photos
+from tests.analysis.proofs.planted import planted
 
 __all__ = ["photos"]
 pytestmark = pytest.mark.cluster
@@ -35,6 +40,15 @@ from tests.app import test_cluster
 if __name__ == "__main__":
     test_cluster.drive(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3])
 """
+COMMAND = """
+import sys
+from tests.app import test_cluster
+if __name__ == "__main__":
+    test_cluster.command_slowly(sys.argv[1:])
+"""
+PIECES = {"match": (match, "_pair_elsewhere"), "prove": (sweep, "_run_one")}
+WORK = {name: getattr(*place) for name, place in PIECES.items()}
+N_PIECES = 4
 
 
 def slowly(photos):
@@ -124,35 +138,144 @@ def test_after_a_kill_of_the_driver_workers_end_and_the_same_command_goes_on(
     assert rounds.files(out) == rounds.files(tmp_path / "whole")
 
 
-def test_after_a_kill_of_the_head_of_the_cluster_the_same_command_goes_on(photos, tmp_path):
+@contextlib.contextmanager
+def ray_head():
+    """Start a cluster of two workers; its first process, and its address."""
     needs_ray("ray")
-    rounds.collected(photos, tmp_path / "whole")
-    out = tmp_path / "other"
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
+        port = free.getsockname()[1]
     head = subprocess.Popen(
         [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block",
-         "--num-cpus=2", "--node-ip-address=127.0.0.1", f"--port={address.partition(':')[2]}",
+         "--num-cpus=2", "--node-ip-address=127.0.0.1", f"--port={port}",
          "--include-dashboard=false"],
-        cwd=ROOT, env=os.environ | OPEN,
+        cwd=ROOT, env=os.environ | OPEN, stdout=subprocess.DEVNULL,
     )  # fmt: skip
-    cluster = []
     try:
-        time.sleep(5)
-        driver = started(photos, out, "ray", RAY_ADDRESS=address, **OPEN)
-        cluster = children(head.pid)
-        for pid in cluster:
+        while not any("raylet" in command_of(pid) for pid in children(head.pid)):
+            assert head.poll() is None
+            time.sleep(0.5)
+        yield head, f"127.0.0.1:{port}"
+    finally:
+        for pid in [*children(head.pid), head.pid]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        head.wait()
+
+
+def command_of(pid):
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ")
+    except OSError:
+        return ""
+
+
+def kill_head(head):
+    for pid in [*children(head.pid), head.pid]:
+        with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
+
+
+def test_after_a_kill_of_the_head_of_the_cluster_the_same_command_goes_on(photos, tmp_path):
+    rounds.collected(photos, tmp_path / "whole")
+    out = tmp_path / "other"
+    with ray_head() as (head, address):
+        driver = started(photos, out, "ray", RAY_ADDRESS=address, **OPEN)
+        kill_head(head)
         assert driver.wait(timeout=300) != 0
         said = driver.communicate()[1]  # Ray itself may end the driver before it can speak
-        assert "goes on from there" in said or "The program will terminate" in said
-    finally:
-        head.kill()
-        head.wait()
+        assert "goes on from there" in said
     assert rounds_done(out) >= 2
     drive(photos, out, "processes:1")
     assert rounds.files(out) == rounds.files(tmp_path / "whole")
+
+
+def slow(name, piece, shared):
+    time.sleep(1)
+    return WORK[name](piece, shared)
+
+
+def command_slowly(words):
+    """Run a command whose pieces take their time."""
+    for name, (module, work) in PIECES.items():
+        setattr(module, work, functools.partial(slow, name))
+    main(words)
+
+
+@pytest.fixture(scope="module")
+def jobs(tmp_path_factory):
+    """Words of commands of four pieces each, and a folder with what they write here."""
+    folder = tmp_path_factory.mktemp("jobs")
+    with contextlib.chdir(folder):
+        s3 = ma.group("S3")
+        np.save("table.npy", s3.table)
+        for k in range(N_PIECES):
+            parts = zip(("left", "right", "unembed"), planted(s3, noise=0.02, seed=k), strict=True)
+            save_file(dict(parts), f"net{k}.safetensors")
+        for k in range(N_PIECES + 1):
+            ma.save(ma.Autoencoder(d_in=8, n_latents=40, sparsity=ma.TopK(k=4), seed=k), f"l{k}")
+        weights = json.dumps([f"net{k}.safetensors" for k in range(N_PIECES)])
+        Path("nets.toml").write_text(f'command="prove"\ntable="table.npy"\nweights={weights}\n')
+        words = {"match": ["match", *(f"l{k}" for k in range(N_PIECES + 1))],
+                 "prove": ["sweep", "nets.toml"]}  # fmt: skip
+        for name, each in words.items():
+            main([*each, "--out", f"whole_{name}"])
+    return folder, words
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    with ray_head() as both:
+        yield both
+
+
+def outputs(out):
+    names = ("matches.parquet", "tracks.parquet", "proof.safetensors", "neurons.json")
+    return {str(p.relative_to(out)): p.read_bytes() for p in out.rglob("*") if p.name in names}
+
+
+def pieces_done(out):
+    found = len(list(out.glob("unfinished/evidence*.safetensors")))
+    for path in out.glob("*/manifest.json"):
+        with contextlib.suppress(ValueError):
+            found += json.loads(path.read_text())["complete"]
+    return found
+
+
+@pytest.mark.parametrize("victim", ["worker", "driver", "head"])
+@pytest.mark.parametrize("name", ["match", "prove"])
+def test_after_a_kill_matches_and_proofs_are_the_same_bytes(jobs, cluster, tmp_path, name, victim):
+    folder, words = jobs
+    out = tmp_path / "out"
+    command = [sys.executable, "-c", COMMAND, *words[name], "--out", str(out), "--engine"]
+    with contextlib.ExitStack() as context:
+        head, address = context.enter_context(ray_head()) if victim == "head" else cluster
+        path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+        there = os.environ | OPEN | {"RAY_ADDRESS": address, "PYTHONPATH": path}
+        driver = subprocess.Popen(
+            [*command, "ray"], cwd=folder, env=there, stderr=subprocess.PIPE, text=True
+        )
+        while pieces_done(out) < 1:
+            assert driver.poll() is None, driver.communicate()[1]
+            time.sleep(0.02)
+        if victim == "worker":
+            busy = [pid for pid in children(head.pid) if "ray::_run_in" in command_of(pid)]
+            os.kill(busy[0], signal.SIGKILL)
+            assert driver.wait(timeout=300) == 0, driver.communicate()[1]
+        elif victim == "driver":
+            driver.kill()
+            driver.wait()
+        else:
+            kill_head(head)
+            assert driver.wait(timeout=300) != 0
+            assert "goes on from there" in driver.communicate()[1]
+        if victim != "worker":
+            assert 1 <= pieces_done(out) < N_PIECES
+            while any("ray::_run_in" in command_of(pid) for pid in children(head.pid)):
+                time.sleep(0.1)
+            engine = "processes:1" if victim == "head" else "ray"
+            subprocess.run([*command, engine], cwd=folder, env=there, check=True)
+    assert outputs(out) == outputs(folder / f"whole_{name}")
 
 
 @pytest.mark.parametrize("engine", ["processes:2", "ray"])
@@ -171,3 +294,15 @@ def test_matchings_are_the_same_bytes_on_every_engine(tmp_path, engine):
     for file in ("matches.parquet", "tracks.parquet"):
         here, there = (tmp_path / f"on {name}" / file for name in ("here", engine))
         assert here.read_bytes() == there.read_bytes()
+
+
+@pytest.mark.parametrize("engine", ["processes:2", "ray"])
+def test_blocks_of_one_match_give_the_same_on_every_engine(jobs, tmp_path, engine, monkeypatch):
+    needs_ray(engine)
+    for module, name, value in ((pricing, "KEPT_BYTES", 0), (pricing, "BLOCK_BYTES", 40 * 4 * 16),
+                                (assignment, "WORTH_SENDING", 40 * 40)):  # fmt: skip
+        monkeypatch.setattr(module, name, value)
+    monkeypatch.chdir(jobs[0])
+    for name in ("here", engine):
+        main(["match", "l0", "l1", "--out", str(tmp_path / name[:4]), "--engine", name])
+    assert outputs(tmp_path / "here") == outputs(tmp_path / engine[:4])

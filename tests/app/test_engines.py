@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -60,6 +62,17 @@ def test_a_piece_that_ends_three_workers_ends_the_work_and_is_named():
 def test_an_error_of_the_work_is_raised_here():
     with pytest.raises(RecipeError, match="piece three is wrong"):
         list(Processes(1).map(refuse, range(9)))
+
+
+def test_a_process_that_is_ended_from_outside_still_says_how_to_go_on():
+    code = (
+        "import os; from mechatlas.app.engines import _last_words\n"
+        "with _last_words(): pass\n"
+        "with _last_words(): os._exit(3)"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True)
+    assert ended.returncode == 3
+    assert ended.stderr.count("the same command goes on from there") == 1
 
 
 def test_names():

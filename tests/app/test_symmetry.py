@@ -1,3 +1,4 @@
+import io
 import json
 import shutil
 
@@ -5,33 +6,31 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from PIL import Image
 from safetensors.numpy import load_file
 
-from mechatlas.activations.collect import StoreConfig
-from mechatlas.activations.networks import Network
-from mechatlas.activations.posing import PoseConfig
-from mechatlas.activations.positions import Positions
-from mechatlas.activations.samples import Images
 from mechatlas.analysis.symmetry import interchange
+from mechatlas.analysis.symmetry.stimuli import draw_stimuli
 from mechatlas.app import cli, pose_interventions
 from mechatlas.app.commands import symmetry
-from mechatlas.app.commands.collect import CollectConfig
 from mechatlas.app.commands.symmetry import SymmetryConfig
 from mechatlas.app.report.chapters.symmetry import chapter as symmetry_chapter
+from mechatlas.app.report.dossiers import TuningLine
 from mechatlas.app.report.runs import find_runs
 from mechatlas.app.run_folder import FEATURES, SYMMETRY_TENSORS, execute
+from mechatlas.app.stimuli import SUPPORT
 from mechatlas.base import DiskError, SiteError, WeightsError, no_progress
 from mechatlas.dictionaries.autoencoder import Autoencoder, Transcoder
-from mechatlas.dictionaries.formats import save
+from mechatlas.dictionaries.formats import load, save
 from mechatlas.dictionaries.pose_tied import PoseTied
-from mechatlas.dictionaries.sparsity import ReLU, TopK
+from mechatlas.dictionaries.sparsity import TopK
 from mechatlas.files import read_json, write_json
 from mechatlas.maths.named_groups import group
 from tests.analysis.symmetry.planted import adjusted_rand
-from tests.analysis.symmetry.test_interchange import true_features
 from tests.app import posed
-from tests.app.worlds import bytes_in, dry_run, photographs
+from tests.app.worlds import bytes_in, dry_run
 from tests.forging import forge
+from tests.networks import turning as turning_network
 
 KEYS = {"n_features", "classes", "fdr", "noise_ceiling", "families", "r2", "discoveries_shuffled"}
 COLUMNS = {
@@ -261,25 +260,7 @@ def test_the_command_prints_the_result_as_json(world, tmp_path, capsys):
 def turning(tmp_path_factory):
     """Posed activations of a network that sees every pose alike, and what it sees."""
     root = tmp_path_factory.mktemp("turning")
-    execute(
-        CollectConfig(
-            network=Network(name="tests.networks:turning"),
-            sites=("seen",),
-            samples=Images(source=str(photographs(root / "photos.zip")), side=11, crops=4),
-            storage=StoreConfig(
-                positions=Positions(rule="random", per_sample=20), held_out=0.3, batch_size=32
-            ),
-            group=PoseConfig(name="D4"),
-            out=root / "store",
-        )
-    )
-    blocks, stabilizers = true_features()
-    made = Autoencoder(d_in=40, n_latents=len(blocks), sparsity=ReLU())
-    with torch.no_grad():
-        made.W_dec.copy_(torch.from_numpy(blocks[:, 0]))
-        made._W_enc.copy_(torch.linalg.pinv(torch.from_numpy(blocks[:, 0])))
-    save(made, root / "plain")
-    return root, blocks, stabilizers
+    return root, *posed.turning_world(root)
 
 
 def test_swapped_poses_pass_in_a_network_that_sees_every_pose_alike(turning, tmp_path):
@@ -305,6 +286,63 @@ def test_swapped_poses_pass_in_a_network_that_sees_every_pose_alike(turning, tmp
     assert "28 of 28" in chapter.html.replace("\n", " ")
     assert np.isnan(table["intervention_q_value"].to_numpy()).tolist() == [*[False] * 28, True]
     assert np.isfinite(table["intervention_symmetric_change"].to_numpy()).sum() == 5
+
+
+def test_dossiers_have_the_tuning_of_features_with_known_symmetries(turning, tmp_path):
+    root, _, stabilizers = turning
+    result, _ = run(root, "plain", tmp_path / "out", interventions=0)
+    made = symmetry_chapter(find_runs(tmp_path), no_progress)
+    assert made is not None
+    lines = {f.latent: line for f, line in made.statements if isinstance(line, TuningLine)}
+    assert sorted(lines) == list(range(len(stabilizers)))
+    # The same from the network itself: the field of the middle place is 5 pixels wide.
+    stimuli = draw_stimuli(11, (5.0, 5.0), 2.5, 16)
+    network = turning_network()
+    with torch.no_grad():
+        seen = network.seen(network.posed(torch.from_numpy(stimuli.images) - 0.5))[:, :, 3, 3]
+        codes = load(root / "plain").encode(seen).numpy()[stimuli.image_of]
+    for i, stabilizer in enumerate(stabilizers):
+        line, best = lines[i], codes[..., i].max(axis=1).argmax()
+        assert line.name == stimuli.names[best] == stimuli.names[line.picture]
+        curve = codes[best, :, i] / codes[best, :, i].max()
+        np.testing.assert_allclose(line.curve, curve[:16], atol=1e-3)
+        assert line.response == pytest.approx(codes[best, :, i].max(), rel=1e-3)
+        assert line.turn is not None
+        assert line.mirror is not None
+        assert (line.period == line.turn[0] < 360) == (line.turn[2] > SUPPORT)
+        if 1 in stabilizer:
+            assert line.turn == (90, 1, 1, 1)
+        assert 2 not in stabilizer or line.period in (90, 180)
+        assert (line.mirror[1:] == (1, 1, 1)) == any(h >= 4 for h in stabilizer)
+        assert line.claimed is None or line.claimed[1:] == (1, 1, 1)
+    assert len({line.period for line in lines.values()}) > 1
+    assert result.tuning.responding == len(stabilizers)
+    sheet = Image.open(io.BytesIO(made.images["stimuli"]))
+    assert sheet.size == (sheet.height * len(stimuli.names), sheet.height)
+
+
+def test_the_group_of_the_paper_goes_all_the_way(tmp_path):
+    """D16: sixteen rotations, most of which interpolate, and their mirror images."""
+    posed.turning_world(tmp_path, "D16", side=17, per_sample=4)
+    result, text = classify(tmp_path / "plain", tmp_path / "store", tmp_path / "out")
+    assert (result.group.name, result.group.order) == ("D16", 32)
+    assert len(result.r2["dictionary"]) == 32
+    assert "features under D16" in text
+    assert result.interpolation is not None
+    assert result.interventions.tested > 0
+    tensors = load_file(tmp_path / "out" / SYMMETRY_TENSORS)
+    assert tensors["stabilizer_function"].shape == (29, 32)
+    # The network knows the poses of a square: what they leave unchanged, they leave so here.
+    similarity = tensors["tuning_similarity"]
+    assert similarity.shape == (29, 32)
+    np.testing.assert_allclose(similarity[28, 0::4], 1, atol=1e-4)
+    np.testing.assert_allclose(similarity[24:, 8], 1, atol=1e-4)
+    assert (similarity[:28, 4] < 0.999).all()
+    made = symmetry_chapter(find_runs(tmp_path), no_progress)
+    assert made is not None
+    lines = [line for _, line in made.statements if isinstance(line, TuningLine)]
+    assert {len(line.curve) for line in lines} == {16}
+    assert {line.n_mirrors for line in lines} == {16}
 
 
 def test_poses_are_swapped_where_the_network_can_be_run_again_or_it_is_said_why_not(

@@ -6,15 +6,33 @@ from mechatlas.app.commands.symmetry import SymmetryConfig
 from mechatlas.app.report.page import report
 from mechatlas.app.run_folder import execute
 from mechatlas.dictionaries.formats import save
+from mechatlas.files import write_json
 
 from . import browser, posed
 from .test_page_in_browser import DRIVER
+from .test_page_walk import BARE, CONTRAST
 
 PROGRAM = browser.find()
 pytestmark = [
     pytest.mark.page,
     pytest.mark.skipif(PROGRAM is None, reason=f"none of {', '.join(browser.NAMES)} is on PATH"),
 ]
+
+
+@pytest.fixture(scope="module")
+def tuned(tmp_path_factory):
+    """Page of features that saw synthetic stimuli, in a network that can be run again."""
+    root = tmp_path_factory.mktemp("tuned")
+    posed.turning_world(root)
+    facts = {"kind": "dictionary", "site": "seen", "store": str(root / "store")}
+    write_json(root / "plain" / "manifest.json", facts)
+    execute(
+        SymmetryConfig(
+            dictionary=root / "plain", store=root / "store", out=root / "symmetry", trust=True,
+            interventions=0,
+        )
+    )  # fmt: skip
+    return report(root, root / "atlas.html", trust=True).as_uri()
 
 
 @pytest.fixture(scope="module")
@@ -34,8 +52,8 @@ def tab(tmp_path_factory):
     opened.until("document.querySelector('section.symmetry[data-ready]')")
     yield opened
     assert [c for c in opened.complaints if DRIVER not in c] == []
-    asked = {r.partition("#")[0] for r in opened.requests if not r.startswith("blob:null/")}
-    assert asked <= {page, "about:blank"}
+    own = ("blob:null/", "about:blank", "file:")
+    assert [r for r in opened.requests if not r.startswith(own)] == []
     opened.close()
 
 
@@ -65,3 +83,28 @@ def test_the_figures_are_drawn(tab):
     for name in ("lattice0", "r20"):
         tab.run(f"document.querySelector('[data-figure={name}]').scrollIntoView()")
         tab.until(f"document.querySelector('[data-figure={name}]').dataset.drawn")
+
+
+@pytest.mark.parametrize(("width", "dark"), [(1400, False), (420, True)])
+def test_a_dossier_draws_the_tuning_of_its_feature(tab, tuned, width, dark):
+    tab.open(f"{tuned}#seen/24", width, 900, dark=dark)
+    tab.until("document.querySelector('dialog[open] .claims[data-ready] .stimulus[data-drawn]')")
+    dial = "document.querySelector('[aria-label^=\"response to the stimulus\"]')"
+    assert tab.run(f"{dial}.querySelectorAll('polygon')[1].points.numberOfItems") == 16
+    said = tab.run(f"{dial}.closest('.claim').textContent")
+    assert "Responds alike every 90°" in said  # the feature is unchanged by half-turns
+    assert "Under the stabilizer claimed from its blocks 1 [1, 1]" in said
+    # The stimulus is painted: black in the middle, white around it.
+    middle, edge = tab.run(
+        "(({ data }) => [48, 2].map((x) => [...data.slice(4 * x, 4 * x + 4)]))(document"
+        ".querySelector('.stimulus').getContext('2d').getImageData(0, 48, 96, 1))"
+    )
+    assert max(middle[:3]) < 40
+    assert min(edge) > 215
+    assert tab.run(BARE) == []
+    assert tab.run(CONTRAST) == []
+    box = tab.run("(({ scrollWidth, clientWidth }) => [scrollWidth, clientWidth])"
+                  "(document.querySelector('dialog'))")  # fmt: skip
+    assert box[0] <= box[1]
+    tab.open(f"{tuned}#seen?q=stimulus:center")
+    tab.until("/^\\d+ of 29/.test(document.getElementById('count').textContent)")

@@ -113,6 +113,17 @@ def folders() -> tuple[Path, ...]:
     return _FOLDERS.get()
 
 
+def reload_network(network: "Network", beside: tuple[Path, ...]) -> nn.Module:
+    """Load a network again in a worker; it is one that the first process has loaded.
+
+    Args:
+        network: Network and its weights.
+        beside: Folders in which the first process looks for modules.
+    """
+    with looking_in(*beside):
+        return load_network(network)
+
+
 @contextlib.contextmanager
 def _importable(name: str) -> Iterator[None]:
     """Let Python import a network's module from the folders, after all others that it knows.

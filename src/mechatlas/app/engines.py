@@ -16,6 +16,8 @@ import dataclasses
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import threading
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -28,6 +30,7 @@ from mechatlas.base import Engine, Here, RecipeError, UserError, Work
 
 TRIES = 3
 """Workers that a piece may lose."""
+GO_ON = "What is finished is kept; the same command goes on from there."
 
 
 class LostPieceError(UserError):
@@ -177,9 +180,13 @@ class Ray:
             import ray  # pyright: ignore[reportMissingImports]
         except ImportError as error:
             raise RecipeError("The engine ray needs Ray: pip install 'mechatlas[ray]'.") from error
-        lost = (ray.exceptions.RaySystemError, ray.exceptions.RayActorError, ConnectionError)
-        own = not ray.is_initialized()
+        names = ("RaySystemError", "RayActorError", "LocalRayletDiedError", "NodeDiedError",
+                 "ObjectLostError")  # fmt: skip
+        lost = (*(getattr(ray.exceptions, name) for name in names), ConnectionError)
+        crashed = (ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError)
+        own, context = not ray.is_initialized(), contextlib.ExitStack()
         try:
+            context.enter_context(_last_words())
             if own:
                 # Not the cluster that Ray remembers, of a driver that may have been killed.
                 address = self.address or os.environ.get("RAY_ADDRESS") or "local"
@@ -198,19 +205,38 @@ class Ray:
                 number, piece = running.pop(done)
                 try:
                     yield number, ray.get(done)
-                except ray.exceptions.WorkerCrashedError as error:
+                except crashed as error:
                     raise LostPieceError(_lost(number, piece, str(error))) from error
                 except ray.exceptions.RayTaskError as error:
                     raise error.cause or error from error
         except lost as error:
             raise LostClusterError(
                 f"The Ray cluster {self.address or 'of this machine'} cannot be reached: "
-                f"{str(error).partition(chr(10))[0]}. What is finished is kept; the same command "
-                "goes on from there."
+                f"{str(error).partition(chr(10))[0]}. {GO_ON}"
             ) from error
         finally:
             if own:
                 ray.shutdown()
+            context.close()
+
+
+@contextlib.contextmanager
+def _last_words() -> Iterator[None]:
+    """Say how to go on if this process is ended meanwhile, as Ray does where its cluster is gone.
+
+    A process that waits says it, since this one is not asked.
+    """
+    code = "import sys; sys.stdin.read(1) or sys.exit(sys.argv[1])"
+    sentence = f"mechatlas: this process was ended, with its Ray cluster or by itself. {GO_ON}"
+    with subprocess.Popen(
+        [sys.executable, "-I", "-S", "-c", code, sentence],
+        stdin=subprocess.PIPE,
+        start_new_session=True,  # Ctrl-C is not for it
+    ) as waiting:
+        try:
+            yield
+        finally:
+            waiting.communicate(b".")
 
 
 def _run_in(home: str, work: Work, piece: Any, shared: Any) -> Any:

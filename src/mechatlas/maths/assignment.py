@@ -15,14 +15,14 @@ The result is an `Assignment` (`certificate`), with prices that prove it.
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from mechatlas.base import InputError, Progress, no_progress
+from mechatlas.base import Engine, Here, InputError, Progress, no_progress
 from mechatlas.maths.certificate import Assignment, total_cost
 from mechatlas.maths.pricing import (
     Costs,
@@ -61,6 +61,10 @@ NEARLY = 2
 """Rounds of bids that overpay for a pairing that need not be the cheapest."""
 PADDED = 1 / 8
 """Largest share of rows that are added to have as many rows as columns."""
+WORTH_SENDING = 1 << 31
+"""Number of pairs looked at from which on blocks of rows do not wait for the prices that others
+lower, so that an engine can price them: 46,000 x 46,000. They do not in this process either, so
+that all engines find the same; it costs a tenth more products."""
 SAMPLED = 16
 """Reciprocal of the share of rows looked at for first prices where costs are not kept."""
 
@@ -103,6 +107,7 @@ def assign(
     resume: State | None = None,
     on_progress: Progress = no_progress,
     on_state: Callable[[State], None] | None = None,
+    engine: Engine | None = None,
 ) -> Assignment:
     """Pair rows with columns at the least cost.
 
@@ -115,6 +120,7 @@ def assign(
         resume: Last state that `on_state` was called with, in a run that was stopped.
         on_progress: Callback with how many rows have been priced or paired, of about how many.
         on_state: Callback with the state after every pricing round; the last one has no free rows.
+        engine: Engine that prices blocks of rows of large costs; bids are made in this process.
 
     Raises:
         InputError: The costs are empty or not finite, or `unmatched` is NaN.
@@ -138,13 +144,14 @@ def assign(
             resume=resume,
             on_progress=on_progress,
             on_state=on_state,
+            engine=engine,
         )
         return _turned_back(turned, costs.n_rows, unmatched)
     costs = _with_few_rows_added(costs.kept() if isinstance(costs, Factors) else costs, unmatched)
     n = costs.n_rows
     state = resume
     if state is None:
-        state = _begin(costs, unmatched, on_progress)
+        state = _begin(costs, unmatched, on_progress, engine)
         if on_state is not None:
             on_state(state)
     while len(state.free):
@@ -153,30 +160,34 @@ def assign(
         else:
             wanted, longer = _pair(state, costs, unmatched)
         if len(wanted):
-            _list_again(state, costs, wanted, longer)
+            _list_again(state, costs, wanted, longer, engine)
         on_progress(n + round(n * _done(state)), 2 * n)
         if on_state is not None:
             on_state(state)
     return _finish(state, costs, unmatched)
 
 
-def nearly_cheapest(costs: Factors) -> Int[np.ndarray, " n"]:
+def nearly_cheapest(costs: Factors, *, engine: Engine | None = None) -> Int[np.ndarray, " n"]:
     """Pair rows with columns at nearly the least cost, without proof, in less time than `assign`.
 
     Bids end with the overpayment `STEP` / `FINER`; a few rows may stay without a column (-1). With
     very unequal numbers of rows and columns the pairing is the cheapest.
+
+    Args:
+        costs: Costs of all pairs.
+        engine: Engine that prices blocks of rows, as for `assign`.
     """
     whole = _with_few_rows_added(costs.kept(), math.inf)
     if whole.n_rows == whole.n_columns:
-        state = _begin(whole, math.inf, no_progress)
+        state = _begin(whole, math.inf, no_progress, engine)
         if state.plan[1]:
             state.plan[1] = NEARLY
             while state.plan[1]:
                 wanted = _approach(state, whole, math.inf, keep=True)
                 if len(wanted):
-                    _list_again(state, whole, wanted, 1.0)
+                    _list_again(state, whole, wanted, 1.0, engine)
             return state.column_of[: costs.n_rows].astype(np.int64)
-    return assign(costs).columns
+    return assign(costs, engine=engine).columns
 
 
 def _with_few_rows_added(costs: Costs, unmatched: float) -> Costs:
@@ -209,7 +220,7 @@ def _turned_back(turned: Assignment, n_rows: int, unmatched: float) -> Assignmen
     )
 
 
-def _begin(costs: Costs, unmatched: float, on_progress: Progress) -> State:
+def _begin(costs: Costs, unmatched: float, on_progress: Progress, engine: Engine | None) -> State:
     """First prices, and a list for each row: every pair is looked at.
 
     Where all columns are paired, prices may be any, and begin with what each column costs at least.
@@ -241,10 +252,10 @@ def _begin(costs: Costs, unmatched: float, on_progress: Progress) -> State:
     own = np.arange(costs.costs.n_rows if isinstance(costs, Padded) else n)
     if all_paired:
         _lower_to_least(costs, state.column_prices, own[:: 1 if _kept(costs) else SAMPLED])
-    step = block_rows(costs)
-    for start in range(0, len(own), step):
-        _list(state, costs, own[start : start + step], lower=all_paired)
-        on_progress(min(start + step, n), 2 * n)
+    _list(
+        state, costs, own, lower=all_paired, engine=engine,
+        on_progress=lambda done: on_progress(done, 2 * n),
+    )  # fmt: skip
     keys = lists["keys"].reshape(n, listed)
     state.row_prices = np.minimum(keys[:, 0], unmatched)
     overpaid = STEP * float(np.median(keys[own, -1] - keys[own, 0]) or np.ptp(keys[own]))
@@ -272,48 +283,99 @@ def _lower_to_least(costs: Costs, prices: np.ndarray, rows: np.ndarray) -> None:
 
 
 def _list(
-    state: State, costs: Costs, rows: np.ndarray, longer: float = 1.0, *, lower: bool = False
+    state: State,
+    costs: Costs,
+    rows: Int[np.ndarray, " rows"],
+    longer: float = 1.0,
+    *,
+    lower: bool = False,
+    engine: Engine | None = None,
+    on_progress: Callable[[int], None] = lambda _done: None,
 ) -> None:
     """Look at all columns of some rows, at the prices of now, and keep the cheapest.
 
-    With `lower`, prices fall to the least cost first, where these rows have one that is less.
+    Args:
+        state: Search whose lists of these rows are replaced.
+        costs: Costs of all pairs.
+        rows: Rows with a new list.
+        longer: Least factor on the lengths of the lists.
+        lower: Whether prices fall to the least cost first, where a block of rows has one that is
+            less.
+        engine: Engine that does it where it is worth it.
+        on_progress: Callback with the number of rows that are done.
     """
-    from mechatlas.maths.selection import keep_cheapest_of_rows, least_of_columns
-
-    lists, prices = state.lists, state.column_prices
+    lists = state.lists
     length = lists["counts"][rows]
     if longer > 1:
         length = 2 ** np.ceil(np.log2(longer * length))
         length = np.minimum(length, costs.n_columns).astype(np.int64)
-    step = block_rows(costs)
+    step, blocks = block_rows(costs), []
     for listed in np.unique(length):
         group = rows[length == listed]
         _make_room(lists, group, int(listed))
-        for start in range(0, len(group), step):
-            part = group[start : start + step]
-            block = costs.block(part)
-            if lower:
-                in_threads(lambda i, j, b=block: least_of_columns(b, i, j, prices), len(prices))
-            shape = len(part), listed
-            cheapest = np.empty(shape), np.empty(shape, np.int32), np.empty(len(part))
-            in_threads(
-                lambda i, j, b=block, c=cheapest: keep_cheapest_of_rows(b, prices, (i, j), *c),
-                len(part),
-            )
-            values, names, following = cheapest
-            error = lists["error"][part]
-            place = lists["starts"][part, None] + np.arange(listed)
-            lists["columns"][place] = names
-            lists["keys"][place] = values - error[:, None]
-            lists["rough"][place] = values + prices[names]
-            lists["costs"][place] = np.nan
-            exact = error == 0  # those of a matrix, and of rows that were added
-            lists["rough"][place[exact]] = block[np.flatnonzero(exact)[:, None], names[exact]]
-            lists["costs"][place[exact]] = lists["rough"][place[exact]]
-            lists["horizon"][part] = following - error
+        blocks += [_Block(group[k : k + step], int(listed)) for k in range(0, len(group), step)]
+    is_large = len(rows) * costs.n_columns >= WORTH_SENDING
+    runner = engine if engine is not None and is_large else Here()
+    shared, done = (costs, state.column_prices, lower), 0
+    for number, found in runner.map(_price, blocks, shared=shared):
+        part, listed = blocks[number]
+        place, error = lists["starts"][part, None] + np.arange(listed), lists["error"][part]
+        lists["columns"][place] = found.columns
+        lists["keys"][place] = found.keys - error[:, None]
+        lists["rough"][place] = found.rough
+        lists["costs"][place] = np.where(error[:, None] == 0, found.rough, np.nan)
+        lists["horizon"][part] = found.horizon - error
+        if not is_large:
+            state.column_prices[:] = found.prices  # the next block is priced at these
+        done += len(part)
+        on_progress(done)
 
 
-def _list_again(state: State, costs: Costs, rows: np.ndarray, longer: float) -> None:
+class _Block(NamedTuple):
+    """Rows that are priced together."""
+
+    rows: Int[np.ndarray, " part"]
+    listed: int
+    """Number of cheapest columns wanted of each."""
+
+
+class _Cheapest(NamedTuple):
+    """Cheapest columns of the rows of a block."""
+
+    columns: Int[np.ndarray, "part listed"]
+    keys: Float[np.ndarray, "part listed"]
+    """Reduced costs."""
+    rough: Float[np.ndarray, "part listed"]
+    """Costs."""
+    horizon: Float[np.ndarray, " part"]
+    """Reduced cost of the one that follows."""
+    prices: Float[np.ndarray, " m"]
+    """Prices of all columns at which it is so."""
+
+
+def _price(block: _Block, shared: tuple[Costs, Float[np.ndarray, " m"], bool]) -> _Cheapest:
+    """Find the cheapest columns of some rows."""
+    from mechatlas.maths.selection import keep_cheapest_of_rows, least_of_columns
+
+    costs, prices, lower = shared
+    entries, shape = costs.block(block.rows), (len(block.rows), block.listed)
+    if lower:
+        prices = prices.copy()
+        in_threads(lambda i, j: least_of_columns(entries, i, j, prices), len(prices))
+    keys, columns, horizon = np.empty(shape), np.empty(shape, np.int32), np.empty(shape[0])
+    in_threads(
+        lambda i, j: keep_cheapest_of_rows(entries, prices, (i, j), keys, columns, horizon),
+        shape[0],
+    )
+    rough = keys + prices[columns]
+    is_exact = costs.rounding(block.rows) == 0  # of a matrix, and of rows that were added
+    rough[is_exact] = entries[np.flatnonzero(is_exact)[:, None], columns[is_exact]]
+    return _Cheapest(columns, keys, rough, horizon, prices)
+
+
+def _list_again(
+    state: State, costs: Costs, rows: np.ndarray, longer: float, engine: Engine | None
+) -> None:
     """New lists for rows; twice as long for those whose last one did not even last a round.
 
     Where many rows like the same columns equally well, a list of the same length would be used up
@@ -321,8 +383,8 @@ def _list_again(state: State, costs: Costs, rows: np.ndarray, longer: float) -> 
     """
     made, now = state.lists["made"], len(state.rows_priced)
     used_up = made[rows] == now - 1 if longer == 1 and now > 1 else np.zeros(len(rows), bool)
-    _list(state, costs, rows[~used_up], longer)
-    _list(state, costs, rows[used_up], max(longer, 2.0))
+    _list(state, costs, rows[~used_up], longer, engine=engine)
+    _list(state, costs, rows[used_up], max(longer, 2.0), engine=engine)
     made[rows] = now
     state.rows_priced = np.append(state.rows_priced, len(rows))
 

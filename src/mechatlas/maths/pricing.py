@@ -17,7 +17,7 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
-from typing import Protocol, TypeVar, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 import torch
@@ -142,6 +142,10 @@ class Factors:
         """
         squares = [np.einsum("nd,nd->n", x, x, dtype=np.float64) for x in (a, b)]
         return cls(2 * a, b, *squares, device=device)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Fields alone: a worker makes by itself what is kept beside them."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
 
     @property
     def n_rows(self) -> int:

@@ -71,7 +71,7 @@ def test_responses_have_the_symmetry_of_the_filter(stimuli):
     assert (tuning.high >= tuning.similarity - 1e-9).all()
     grades = ["exact"] * 24 + ["none"] * 8
     true = class_agreement(tuning, subgroups, grades)
-    assert true.n_claimed, true.n_none == (24, 8)
+    assert (true.n_claimed, true.n_none) == (24, 8)
     assert true.auc is not None
     assert true.p_value is not None
     assert true.auc > 0.99

@@ -41,6 +41,8 @@ from scipy.optimize import isotonic_regression
 from torch import Tensor
 
 from mechatlas.analysis.matching.folding import unit_rows
+from mechatlas.base import Engine, Here, in_order
+from mechatlas.maths import assignment
 from mechatlas.maths.assignment import nearly_cheapest
 from mechatlas.maths.pricing import Factors, Kept, block_rows, in_threads
 
@@ -220,6 +222,7 @@ def compare_with_null(
     widths: Sequence[int] = (),
     seed: int = 0,
     costs: Factors | None = None,
+    engine: Engine | None = None,
 ) -> PairEvidence:
     """Compare pairs with pairs that chance makes.
 
@@ -233,16 +236,20 @@ def compare_with_null(
             one part.
         seed: Seed of the null.
         costs: Squared distances of the vectors, which save time where they are kept.
+        engine: Engine that compares blocks of latents of large dictionaries.
 
     Source:
         Storey, A direct approach to false discovery rates (2002).
     """
     if len(b) < len(a):  # a null of few latents would lie in the few directions that they span
-        return compare_with_null(b, a, columns, rows, nulls=nulls, widths=widths, seed=seed)
+        return compare_with_null(
+            b, a, columns, rows, nulls=nulls, widths=widths, seed=seed, engine=engine
+        )
     random = np.random.default_rng([seed, 5])
     made = _NullDictionaries(b, nulls, widths, random)
-    world = _NullWorld(rows, columns, costs or Factors.squared_distances(a, b).kept())
-    measure = _Similarity(a, made.vectors, random)
+    costs = costs or Factors.squared_distances(a, b).kept()
+    world = _NullWorld(rows, columns, costs, engine)
+    measure = _Similarity(a, made.vectors, random, engine)
     pairs, nulls_of = measure(world.costs, world.partners, rows), [measure.by_chance]
     before, n_null, q_values = 0, len(rows), np.empty(0)
     draws: list[list[_Pairs]] = [[] for _ in nulls]
@@ -310,8 +317,10 @@ class _NullDictionaries:
 class _NullWorld:
     """Two dictionaries in which some latents of B are replaced by null ones."""
 
-    def __init__(self, rows: np.ndarray, columns: np.ndarray, costs: Factors) -> None:
-        self.costs = costs
+    def __init__(
+        self, rows: np.ndarray, columns: np.ndarray, costs: Factors, engine: Engine | None
+    ) -> None:
+        self.costs, self._engine = costs, engine
         self.partners = np.full(costs.n_rows, -1)
         self.partners[rows] = columns
 
@@ -324,7 +333,7 @@ class _NullWorld:
         is_new = np.zeros(len(b), bool)
         is_new[replaced] = True
         with self._costs(replaced, b) as costs:
-            columns = nearly_cheapest(costs)
+            columns = nearly_cheapest(costs, engine=self._engine)
             wrong = (columns >= 0) & ((columns != self.partners) | is_new[columns])
             return measure(costs, columns, np.flatnonzero(wrong))
 
@@ -346,8 +355,13 @@ class _Similarity:
     """
 
     def __init__(
-        self, a: np.ndarray, nulls: Sequence[np.ndarray], random: np.random.Generator
+        self,
+        a: np.ndarray,
+        nulls: Sequence[np.ndarray],
+        random: np.random.Generator,
+        engine: Engine | None,
     ) -> None:
+        self._engine = engine
         x = unit_rows(a[random.permutation(len(a))[:FIRST_SAMPLE]])
         cosines, typical = [], []
         for null in nulls:
@@ -373,7 +387,7 @@ class _Similarity:
         self, costs: Factors, columns: Int[np.ndarray, " n"], rows: Int[np.ndarray, " pair"]
     ) -> _Pairs:
         """Measure the pairs of some rows, where every row has the column in `columns`."""
-        of_rows, of_columns = _rivals(costs, columns)
+        of_rows, of_columns = _rivals(costs, columns, self._engine)
         paired = columns[rows]
         cosine = np.einsum(
             "pd,pd->p", unit_rows(costs.a[rows]), unit_rows(costs.b[paired]), dtype=np.float64
@@ -394,36 +408,50 @@ def _typical(of_rows: np.ndarray, of_columns: np.ndarray) -> Float[np.ndarray, "
     return np.sqrt(np.sqrt(of_rows * of_columns, dtype=np.float64))
 
 
-def _rivals(costs: Factors, columns: Int[np.ndarray, " n"]) -> tuple[np.ndarray, np.ndarray]:
+def _rivals(
+    costs: Factors, columns: Int[np.ndarray, " n"], engine: Engine | None
+) -> tuple[np.ndarray, np.ndarray]:
     """Largest cosine of each latent but its partner's, and the sum of the squares of all of them.
 
     Returns:
         Both for each row, and both for each column.
     """
+    of_rows = np.full((2, costs.n_rows), -1, np.float32)
+    of_columns = np.zeros((2, costs.n_columns), np.float32)
+    of_columns[0] = -1
+    step = block_rows(costs)
+    parts = [slice(k, min(k + step, costs.n_rows)) for k in range(0, costs.n_rows, step)]
+    if engine is None or costs.n_rows * costs.n_columns < assignment.WORTH_SENDING:
+        engine = Here()
+    found = engine.map(_rivals_of_block, parts, shared=(costs, columns))
+    for part, (rows, others) in zip(parts, in_order(found), strict=True):
+        of_rows[:, part] = rows
+        np.maximum(of_columns[0], others[0], out=of_columns[0])
+        of_columns[1] += others[1]
+    return of_rows, of_columns
+
+
+def _rivals_of_block(
+    part: slice, shared: tuple[Factors, Int[np.ndarray, " n"]]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Part of `_rivals` for some rows: of each of them, and of each column."""
     from mechatlas.maths.selection import rivals  # compiles when it is imported
 
-    scales = [1 / np.maximum(np.linalg.norm(x, axis=1), 1e-30) for x in (costs.a, costs.b)]
+    costs, columns = shared
+    block = costs.block(part)
+    scales = [1 / np.maximum(np.linalg.norm(x, axis=1), 1e-30) for x in (costs.a[part], costs.b)]
     of_a, of_b = (scale.astype(np.float32) for scale in scales)
-    offsets = costs.row_offsets.astype(np.float32), costs.column_offsets.astype(np.float32)
-    of_rows = np.zeros((2, costs.n_rows), np.float32)
+    sides = (
+        (costs.row_offsets[part].astype(np.float32), of_a),
+        (costs.column_offsets.astype(np.float32), of_b),
+    )
     of_columns = np.zeros((2, costs.n_columns), np.float32)
-    for x in (of_rows, of_columns):
-        x[0] = -1
-    step = block_rows(costs)
-    for start in range(0, costs.n_rows, step):
-        part = slice(start, min(start + step, costs.n_rows))
-        block = costs.block(part)
-
-        def work(
-            first: int, last: int, block: np.ndarray = block, part: slice = part
-        ) -> tuple[np.ndarray, np.ndarray]:
-            sides = (offsets[0][part], of_a[part]), (offsets[1], of_b)
-            return rivals(block, *sides, columns[part], (first, last), of_columns)
-
-        for best, squares in in_threads(work, costs.n_columns):
-            np.maximum(of_rows[0, part], best, out=of_rows[0, part])
-            of_rows[1, part] += squares
-    return of_rows, of_columns
+    of_columns[0] = -1
+    found = in_threads(
+        lambda i, j: rivals(block, *sides, columns[part], (i, j), of_columns), costs.n_columns
+    )
+    best, squares = (np.stack(each) for each in zip(*found, strict=True))
+    return np.stack([best.max(axis=0), squares.sum(axis=0)]), of_columns
 
 
 def _draw_replaced(

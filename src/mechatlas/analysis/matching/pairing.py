@@ -28,7 +28,7 @@ from mechatlas.analysis.matching.folding import (
     vectors,
 )
 from mechatlas.analysis.matching.nulls import NULLS, Null, PairEvidence, compare_with_null
-from mechatlas.base import InputError, Progress, Result, no_progress
+from mechatlas.base import Engine, InputError, Progress, Result, no_progress
 from mechatlas.deprecated import renamed_arguments, renamed_attributes
 from mechatlas.devices import as_device
 from mechatlas.maths.arrays import as_array
@@ -159,6 +159,7 @@ def match(
     evidence: PairEvidence | None = None,
     on_progress: Progress = no_progress,
     on_state: Callable[[State], None] | None = None,
+    engine: Engine | None = None,
 ) -> Match:
     """Pair the latents of two dictionaries one to one at the smallest total cost.
 
@@ -177,6 +178,8 @@ def match(
         evidence: Evidence from an earlier run of the same match, which saves the null.
         on_progress: Callback with the progress of the pairing.
         on_state: Callback with the state of the pairing after every round.
+        engine: Engine that compares blocks of the latents of large dictionaries (46,000 and more),
+            in the pairing and in its null; the result is the same on all.
 
     Raises:
         InputError: The dictionaries cannot be folded, have different widths, or a choice is
@@ -208,11 +211,14 @@ def match(
     # Of float32 sums on other devices no bound is known.
     at = at if at.type == "cuda" else torch.device("cpu")
     costs = Factors.squared_distances(*paired, at).kept()
-    assignment = assign(costs, resume=resume, on_progress=on_progress, on_state=on_state)
+    assignment = assign(
+        costs, resume=resume, on_progress=on_progress, on_state=on_state, engine=engine
+    )
     widths = part_widths(folded[0], cost)
     result = with_evidence(
-        assignment, costs, fdr=fdr, nulls=nulls, widths=widths, seed=seed, evidence=evidence
-    )
+        assignment, costs, fdr=fdr, nulls=nulls, widths=widths, seed=seed, evidence=evidence,
+        engine=engine,
+    )  # fmt: skip
     return _among_all(result, side_a, side_b)
 
 
@@ -284,6 +290,7 @@ def with_evidence(
     widths: Sequence[int] = (),
     seed: int = 0,
     evidence: PairEvidence | None = None,
+    engine: Engine | None = None,
 ) -> Match:
     """Add the evidence for each pair to a pairing.
 
@@ -295,6 +302,7 @@ def with_evidence(
         widths: Number of numbers in each part of a vector that has a length of its own.
         seed: Seed of the null.
         evidence: Evidence from an earlier run, which saves the null.
+        engine: Engine that compares blocks of latents.
     """
     n = costs.n_rows
     unit_a, unit_b = unit_rows(costs.a), unit_rows(costs.b)
@@ -309,6 +317,7 @@ def with_evidence(
         widths=widths,
         seed=seed,
         costs=costs,
+        engine=engine,
     )
     pair_costs, cosines, q_values = np.full(n, np.nan), np.zeros(n), np.ones(n)
     pair_costs[rows] = costs.exact(rows, columns)

@@ -9,6 +9,7 @@ command.
 """
 
 import dataclasses
+import functools
 import itertools
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mechatlas.activations.images import Images
-from mechatlas.activations.networks import Network, digest, load_network
+from mechatlas.activations.networks import Network, digest, folders, load_network, reload_network
 from mechatlas.activations.samples import SampleRecipe, open_samples
 from mechatlas.activations.sites import find_sites
 from mechatlas.analysis.interaction.ablation import AblationCurve
@@ -35,6 +36,7 @@ from mechatlas.analysis.interaction.results import (
     count_in_words,
 )
 from mechatlas.app import basis_spectra
+from mechatlas.app.engines import EngineConfig
 from mechatlas.app.estimates import PROCESS, Estimate
 from mechatlas.app.inputs import open_dictionary
 from mechatlas.app.progress import bar
@@ -57,7 +59,7 @@ SAME_IN_LAYER = ("name", "width", "limited_by_samples", "dead_units", "always_on
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class BasisConfig(RunConfig):
+class BasisConfig(EngineConfig, RunConfig):
     """Find degeneracy, interaction basis and modules of some layers of a network.
 
     Example:  mechatlas basis recipes/quick/basis.toml --settings.learning-coefficient
@@ -236,6 +238,8 @@ def run(config: BasisConfig, folder: RunFolder) -> BasisResult:
             dictionaries={layer: opened.dictionary for layer, opened in dictionaries.items()},
             unit_modules=read_arrays(config.unit_modules) if config.unit_modules else None,
             checkpoints=folder,
+            engine=config.elsewhere(),
+            reopen=functools.partial(reload_network, config.network, folders()),
             on_progress=progress,
             on_costs=lambda costs: folder.expect(lambda: _estimate(costs, len(inputs), weights)),
         )

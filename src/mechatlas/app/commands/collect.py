@@ -15,7 +15,7 @@ from torch import nn
 from mechatlas.activations.collect import StoreConfig
 from mechatlas.activations.collect import collect as collect_rows
 from mechatlas.activations.images import Images
-from mechatlas.activations.networks import Network, folders, load_network, looking_in
+from mechatlas.activations.networks import Network, folders, load_network, reload_network
 from mechatlas.activations.outlier_rows import OutlierRows
 from mechatlas.activations.posing import PoseConfig, action_of
 from mechatlas.activations.samples import SampleRecipe, open_samples
@@ -128,9 +128,8 @@ def run(config: CollectConfig, folder: RunFolder) -> CollectResult:
 
 
 def _reopen(config: CollectConfig, beside: tuple[Path, ...]) -> tuple[nn.Module, SampleRecipe]:
-    """Load the network again in a worker; it is one that the first process has loaded."""
-    with looking_in(*beside):
-        return load_network(config.network), config.samples
+    """Open network and samples again in a worker."""
+    return reload_network(config.network, beside), config.samples
 
 
 def in_words(result: CollectResult) -> str:

@@ -281,8 +281,8 @@ def run(config: MatchConfig, folder: RunFolder) -> MatchResult:
         settings={"cost": config.cost},
     )
     engine, n_pairs = config.elsewhere(), len(inputs.opened) - 1
-    if engine is None:
-        pairs = [_pair(config, k, inputs, folder) for k in range(n_pairs)]
+    if engine is None or n_pairs == 1:  # whose blocks are priced on the engine
+        pairs = [_pair(config, k, inputs, folder, engine) for k in range(n_pairs)]
     else:
         pairs = _pairs_on(engine, config, inputs.names, folder)
     matches = [matching for matching, _ in pairs]
@@ -387,11 +387,15 @@ def _pair_elsewhere(
 
 
 def _pair(
-    config: MatchConfig, k: int, inputs: _Inputs, folder: RunFolder | _Kept
+    config: MatchConfig,
+    k: int,
+    inputs: _Inputs,
+    folder: RunFolder | _Kept,
+    engine: Engine | None = None,
 ) -> tuple[Match, PairResult]:
     """Match two consecutive dictionaries and measure what the match is worth."""
     clock, wall = time.process_time(), time.perf_counter()
-    matching = _resumable_match(config, k, inputs, folder)
+    matching = _resumable_match(config, k, inputs, folder, engine)
     first, second = inputs.opened[k : k + 2]
     pair = dataclasses.replace(
         pair_result(matching, *inputs.names[k : k + 2]),
@@ -446,7 +450,11 @@ def pair_result(matching: Match, a: str, b: str) -> PairResult:
 
 
 def _resumable_match(
-    config: MatchConfig, k: int, inputs: _Inputs, folder: RunFolder | _Kept
+    config: MatchConfig,
+    k: int,
+    inputs: _Inputs,
+    folder: RunFolder | _Kept,
+    engine: Engine | None,
 ) -> Match:
     """Match two dictionaries, from where an interrupted run stopped."""
     state, evidence = folder.kept(f"state{k}"), folder.kept(f"evidence{k}")
@@ -478,6 +486,7 @@ def _resumable_match(
             ),
             on_progress=progress,
             on_state=keep_state,
+            engine=engine,
         )
     arrays = {name: np.asarray(value) for name, value in matching.evidence._asdict().items()}
     folder.keep(f"evidence{k}", arrays)

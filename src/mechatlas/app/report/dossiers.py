@@ -65,6 +65,48 @@ class SymmetryLine(ClaimLine):
     """Latents and poses of the other members, up to a dozen."""
 
 
+Likeness = tuple[float, float | None, float | None, float | None]
+"""Angle in degrees, correlation of responses under it, and the ends of its 95 % interval."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TuningLine(DossierLine):
+    """Responses of a feature to synthetic stimuli, relative to its largest."""
+
+    name: str
+    """Stimulus with the largest response; empty if the feature responds to none."""
+    n_images: int
+    """Images shown."""
+    picture: int = -1
+    """Number of the stimulus on the sheet of all; -1 if it is not there."""
+    curve: list[float] = dataclasses.field(default_factory=list)
+    """Response to that stimulus in each orientation, counter-clockwise."""
+    mirrored: list[float] = dataclasses.field(default_factory=list)
+    """Response to its mirror image in each; empty where that is the same."""
+    oriented: str = ""
+    """Kind with the largest response of those that change when they are turned."""
+    oriented_curve: list[float] = dataclasses.field(default_factory=list)
+    """Largest response to stimuli of that kind in each orientation."""
+    kinds: list[tuple[str, float | None]] = dataclasses.field(default_factory=list)
+    """Largest response to stimuli of each kind, largest first."""
+    response: float | None = None
+    """Largest response."""
+    period: float | None = None
+    """Smallest turn after which responses certainly repeat, in degrees; 360 if none does."""
+    turn: Likeness | None = None
+    """Responses after that turn, or after the one after which they are most alike."""
+    mirror: Likeness | None = None
+    """Responses in the mirror in which they are most certainly alike, by the angle of its axis."""
+    n_mirrors: int = 0
+    """Mirrors of the group."""
+    claimed: Likeness | None = None
+    """Mean over the stabilizer that is claimed from the decoder blocks."""
+    support: float | None = None
+    """Correlation above which responses repeat."""
+    chance: float | None = None
+    """Median correlation of random pairs of features in their best pose."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BranchLine(ClaimLine):
     """Share of a feature in one branch, with its test."""
@@ -187,7 +229,10 @@ class FlowLine(ClaimLine):
     """Probability that some link of the track so far is wrong, at most."""
 
 
-Line = SymmetryLine | BranchLine | MatchLine | TrackLine | CircuitLine | LogitLine | FlowLine
+Line = (
+    SymmetryLine | TuningLine | BranchLine | MatchLine | TrackLine | CircuitLine | LogitLine
+    | FlowLine
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -195,6 +240,7 @@ class FeatureRecord:
     """Lines of the dossier of one feature."""
 
     symmetry: list[SymmetryLine] = dataclasses.field(default_factory=list)
+    stimuli: list[TuningLine] = dataclasses.field(default_factory=list)
     branches: list[BranchLine] = dataclasses.field(default_factory=list)
     matches: list[MatchLine] = dataclasses.field(default_factory=list)
     tracks: list[TrackLine] = dataclasses.field(default_factory=list)
@@ -205,9 +251,9 @@ class FeatureRecord:
     def add(self, line: Line) -> None:
         """Add a line of whatever kind."""
         lists = {
-            SymmetryLine: self.symmetry, BranchLine: self.branches, MatchLine: self.matches,
-            TrackLine: self.tracks, CircuitLine: self.circuits, LogitLine: self.logits,
-            FlowLine: self.flow,
+            SymmetryLine: self.symmetry, TuningLine: self.stimuli, BranchLine: self.branches,
+            MatchLine: self.matches, TrackLine: self.tracks, CircuitLine: self.circuits,
+            LogitLine: self.logits, FlowLine: self.flow,
         }  # fmt: skip
         lists[type(line)].append(line)
 

@@ -131,6 +131,7 @@ def _words(record: FeatureRecord) -> Iterator[tuple[str, str]]:
     for line in record.symmetry:
         yield "class", line.name
         yield from [("family", str(line.family))] if line.members else []
+    yield from (("stimulus", line.name or "none") for line in record.stimuli)
     yield from (("origin", line.origin) for line in record.flow)
     for line in record.logits:
         yield from (("raises", word) for word, _ in line.raises)

@@ -2,7 +2,7 @@
 "use strict";
 
 const dossier = (() => {
-  const { el, number, percent } = atlas;
+  const { el, svg, number, percent } = atlas;
 
   const part = (title, caption, ...children) =>
     el("section", {}, el("h4", {}, title), ...children, caption ? el("p", { class: "caption" }, caption) : null);
@@ -40,10 +40,49 @@ const dossier = (() => {
   function symmetry(line) {
     const statement = line.claimed ? `Stabilizer: ${line.name} (order ${line.order})` : line.name === "not shown" ? "Symmetry: neither shown nor ruled out" : `Symmetry: ${line.name}`;
     const others = line.members.length
-      ? el("p", { class: "says" }, `Family ${line.family}, pose ${line.pose}; others: `, ...line.members.flatMap(([j, pose], k) => [k ? ", " : "", el("a", { href: "#", "data-feature": j }, `${j} (${pose})`)])) : null;
+      ? el("p", { class: "says" }, `Family ${line.family}, pose ${line.pose}; others: `, ...line.members.map(([j, pose], k) => el("span", {}, el("a", { href: "#", "data-feature": j }, `${j} (${pose})`), k + 1 < line.members.length ? "," : ""))) : null;
     const wheel = el("span", { class: "wheel-small" });
     if (atlas.symmetry) atlas.symmetry.polar(line.part, line.feature).then((picture) => wheel.append(picture));
     return claim(line.anchor, [statement], `q ${number(line.q)} at a false discovery rate of ${percent(line.fdr)}; noise ceiling ${number(line.ceiling)}.`, line.claimed, wheel, others);
+  }
+
+  // Response to a stimulus in each orientation: up is its first pose, to the left it is turned counter-clockwise.
+  function dial(t) {
+    const n = t.curve.length, place = (v, k) => [60 - 52 * v * Math.sin((2 * Math.PI * k) / n), 60 - 52 * v * Math.cos((2 * Math.PI * k) / n)];
+    const degrees = (k) => `${number((360 * k) / n)}°`, points = (values) => values.map((v, k) => place(v, k).join(",")).join(" ");
+    const title = [...t.curve.map((v, k) => `${degrees(k)}: ${number(v)}`), ...t.mirrored.map((v, k) => `mirrored, ${degrees(k)}: ${number(v)}`), ...t.oriented_curve.map((v, k) => `any ${t.oriented}, ${degrees(k)}: ${number(v)}`)].join("\n");
+    return svg("svg", { viewBox: "0 0 120 120", role: "img", "aria-label": "response to the stimulus in every orientation" },
+      svg("g", { class: "polar" }, svg("title", {}, title),
+        svg("circle", { cx: 60, cy: 60, r: 52, class: "rim" }), svg("circle", { cx: 60, cy: 60, r: 26, class: "rim faint" }),
+        svg("polygon", { points: points(t.oriented_curve), class: "beside" }),
+        svg("polygon", { points: points(t.curve), style: "--c: var(--accent)" }),
+        ...t.mirrored.map((v, k) => svg("circle", { cx: place(v, k)[0], cy: place(v, k)[1], r: 2.6, class: "mirror", style: "--c: var(--accent)" }))));
+  }
+
+  // The stimulus in the pose with the largest response.
+  function stimulus(t) {
+    const angle = 360 * Math.max(0, t.curve.indexOf(1)) / t.curve.length, mirrored = !t.curve.includes(1);
+    const turned = mirrored ? 360 * Math.max(0, t.mirrored.indexOf(1)) / t.curve.length : angle;
+    const canvas = el("canvas", { class: "stimulus", width: 96, height: 96, role: "img", "aria-label": t.name, title: t.name, style: `transform: rotate(${-turned}deg)${mirrored ? " scaleX(-1)" : ""}` });
+    atlas.image("symmetry", "stimuli").then((sheet) => {
+      canvas.getContext("2d").drawImage(sheet, t.picture * sheet.height, 0, sheet.height, sheet.height, 0, 0, 96, 96);
+      canvas.dataset.drawn = "yes";
+    });
+    return canvas;
+  }
+
+  function stimuli(t) {
+    if (!t.name) return claim(t.anchor, "Responds to no synthetic stimulus", `${number(t.n_images)} images were shown.`, false);
+    const span = ([, value, low, high]) => `${number(value)} [${number(low)}, ${number(high)}]`;
+    const repeats = t.period < 360, same = t.mirror && t.mirror[2] > t.support;
+    const says = [`Responds most to ${t.name}.`, repeats ? `Responds alike every ${number(t.period)}°.` : t.turn ? "Not shown to respond alike before 360°." : "",
+      same ? `Alike in a mirror with its axis at ${number(t.mirror[0])}°.` : t.mirror ? "Not shown to be mirror-symmetric." : ""];
+    const rests = [t.turn ? `after ${number(t.turn[0])}° ${span(t.turn)}` : "", t.mirror ? `in the surest of ${t.n_mirrors} mirrors (axis at ${number(t.mirror[0])}°) ${span(t.mirror)}` : ""].filter(Boolean).join(", ");
+    const others = [t.claimed ? ` Under the stabilizer claimed from its blocks ${span(t.claimed)}.` : "", t.chance === null ? "" : ` Random pairs of features in their best pose: ${number(t.chance)}.`].join("");
+    return claim(t.anchor, says.filter(Boolean).join(" "),
+      `Correlation of responses to ${number(t.n_images)} images with those to the same images posed: ${rests}; 95% intervals over stimuli, shown above ${number(t.support)}.${others} Largest response ${number(t.response)}; relative to it ${t.kinds.map(([kind, value]) => `${kind} ${number(value)}`).join(", ")}.`,
+      repeats || same, el("span", { class: "wheel-small" }, dial(t), t.picture < 0 ? null : stimulus(t),
+        el("span", { class: "caption" }, `Response by orientation, turned counter-clockwise from the top; dashed: the largest to any ${t.oriented}. Beside it the stimulus in its best pose.`)));
   }
 
   function branches(d, lines) {
@@ -103,6 +142,7 @@ const dossier = (() => {
     const groups = [
       ["Next tokens", of("logits").map(logits)],
       ["Symmetry", of("symmetry").map((s) => symmetry({ ...s, feature: i }))],
+      ["Synthetic stimuli", of("stimuli").map(stimuli)],
       ["Branches", branches(d, of("branches"))],
       ["Origin", await Promise.all(of("flow").map(flow))],
       ["Comes from", await Promise.all(before.map(match))],

@@ -29,7 +29,7 @@
   const text = (bytes) => new TextDecoder().decode(bytes);
   const WHOLE = ["density", "mean", "max", "shares", "flat"];
   const OF_CARDS = ["histogram", "upper", "near", "cosine", "slot", "place", "value", "first", "corner", "heat", "apart", "scale"];
-  const KINDS = ["is", "class", "family", "specialized", "origin", "raises", "lowers"];
+  const KINDS = ["is", "class", "family", "specialized", "stimulus", "origin", "raises", "lowers"];
   const MOST_BYTES = 48e6, MOST_ROWS = 8192;
 
   async function load(index) {

@@ -76,7 +76,7 @@ const query = (() => {
       const b = d.branches.findIndex((name) => name.toLowerCase() === word);
       return (i) => d.density[i] > 0 && nearestBranch(d, i) === b;
     },
-    class: within("class"), family: equal("family"), specialized: equal("specialized"), origin: within("origin"),
+    class: within("class"), family: equal("family"), specialized: equal("specialized"), origin: within("origin"), stimulus: within("stimulus"),
     raises: within("raises"), lowers: within("lowers"), token: within("token"), file: within("file"),
     label: (d, word) => labeled(d, (label) => includes(`${label.name ?? ""} ${label.note ?? ""}`, word)),
   };

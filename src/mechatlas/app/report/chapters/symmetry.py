@@ -17,8 +17,10 @@ from mechatlas.app.report.dossiers import (
     SymmetryLine,
     finite,
 )
+from mechatlas.app.report.paintings import as_webp
 from mechatlas.app.report.palette import category
 from mechatlas.app.report.runs import Run, Runs
+from mechatlas.app.report.tuning_lines import stimulus_sheet, tuning_lines
 from mechatlas.app.run_folder import FEATURES, SYMMETRY, SYMMETRY_TENSORS
 from mechatlas.base import Progress
 from mechatlas.maths.groups import Group
@@ -32,6 +34,8 @@ MAX_NODES = 40
 """Number of classes above which a lattice shows only those with features."""
 MEMBERS = 12
 """Members of a family that are named in a dossier."""
+SHEET = "stimuli"
+"""Name of the picture of all synthetic stimuli."""
 PREDICTORS = {
     "linear": "best linear map",
     "dictionary": "this dictionary",
@@ -77,6 +81,10 @@ def _draw(runs: Runs, made: Chapter, k: int, run: Run) -> dict[str, Any]:
     for found in _found(place, result, table, families):
         made.note(found)
     made.statements.extend(_lines(place, table))
+    tuned = tuning_lines(place.anchor, group, result.tuning, table, tensors)
+    made.statements.extend((FeatureAt(of_run, i), line) for i, line in tuned)
+    if not result.tuning.missing and SHEET not in made.images:
+        made.images[SHEET] = as_webp(stimulus_sheet()[0])
     made.data.append({
         "run": of_run,
         "elements": list(group.element_names),
