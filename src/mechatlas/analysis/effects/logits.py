@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from mechatlas.activations.passes import unwrapped
+from mechatlas.activations.samples import whole_batch
 from mechatlas.activations.site_names import lens_sites
 from mechatlas.activations.sites import read_activations
 from mechatlas.analysis.effects.steering import check_latents, site_of, site_rows
@@ -141,7 +142,7 @@ def logit_effects(
     dictionary: Dictionary,
     latents: Sequence[int] | None = None,
     *,
-    tokens: Int[Tensor, "sample token"] | None = None,
+    tokens: Any = None,
     site: Site | str | None = None,
     n_top: int = 10,
     n_random: int = N_RANDOM,
@@ -153,8 +154,9 @@ def logit_effects(
         network: Language model with its head.
         dictionary: Dictionary of a site in the residual stream, or of what is added to it.
         latents: Latents; by default all.
-        tokens: Token ids to run the network on: they give the scale of the stream, and how far
-            frozen and unfrozen norm differ.
+        tokens: Token ids of shape (sample, token), or texts, as for `open_samples`, to run the
+            network on: they give the scale of the stream, and how far frozen and unfrozen norm
+            differ.
         site: Site of the dictionary, for `tokens`; by default the one that its file names.
         n_top: Tokens listed at each end.
         n_random: Random directions of the null.
@@ -294,11 +296,11 @@ def _on_tokens(
     dictionary: Dictionary,
     place: Site,
     latents: Sequence[int],
-    tokens: Tensor,
+    tokens: Any,
     seed: int,
 ) -> tuple[float, Estimate | None]:
     """Scale of the stream before the final norm, and the difference that freezing it makes."""
-    read = read_activations(network, tokens, [place, head.reads])
+    read = read_activations(network, whole_batch(tokens, network), [place, head.reads])
     rows, _ = site_rows(network, place, read[place], dictionary)
     stream = read[head.reads].reshape(-1, head.unembed.shape[1])
     scale = float(head.scale(stream).median())
