@@ -246,8 +246,7 @@ def run(config: SymmetryConfig, folder: RunFolder) -> SymmetryResult:
     network = pose_interventions.open_posed_network(
         store, posed.site, config.downstream, wanted=config.interventions > 0, trust=config
     )
-    folder.expect(lambda: _expected(posed, network, config), is_long=posed.rows.n_rows >= LONG_ROWS)
-    estimates = _estimate(posed, folder, config)
+    estimates = _estimate(posed, network, folder, config)
     with bar("comparing features") as progress:
         symmetries = symmetry(
             estimates.blocks, posed.group, estimates.halves, fdr=config.fdr,
@@ -386,8 +385,14 @@ def _expected(
     return of_work([read, compare, intervene], memory=memory, disk=blocks.nbytes // 2)
 
 
-def _estimate(posed: PosedDictionary, folder: RunFolder, config: SymmetryConfig) -> BlockEstimates:
+def _estimate(
+    posed: PosedDictionary,
+    network: interchange.PosedNetwork | str,
+    folder: RunFolder,
+    config: SymmetryConfig,
+) -> BlockEstimates:
     """Estimate blocks, or continue with the blocks that an interrupted run has kept."""
+    folder.expect(lambda: _expected(posed, network, config), is_long=posed.rows.n_rows >= LONG_ROWS)
     kept = folder.kept(KEPT)
     if kept is not None:
         return BlockEstimates.from_arrays(kept)
