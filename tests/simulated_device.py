@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
@@ -135,10 +136,13 @@ class OnDevice(torch.Tensor):
     def is_meta(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
         return False
 
+    def __getitem__(self, index: Any) -> Any:
+        return super().__getitem__(_with_tensors(index))
+
     def __setitem__(self, index: Any, value: Any) -> None:
         if isinstance(value, int | float | bool):
             value = OnDevice(_TENSOR(value, dtype=self.dtype))
-        super().__setitem__(index, value)
+        super().__setitem__(_with_tensors(index), value)
 
     def __float__(self) -> float:
         _wait("float")
@@ -176,10 +180,25 @@ class OnDevice(torch.Tensor):
         return self.numpy()
 
     @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func is torch.where:  # which would make numbers tensors where it takes this one to be
+            args = tuple(_TENSOR(a) if isinstance(a, int | float) else a for a in args)
+        return torch._C._disabled_torch_function_impl(func, types, args, kwargs or {})
+
+    @classmethod
     def __torch_dispatch__(
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         return _run(func, args, kwargs or {})
+
+
+def _with_tensors(index: Any) -> Any:
+    """Lists and arrays as tensors of the host; torch makes them where it takes this one to be."""
+    if isinstance(index, tuple):
+        return tuple(map(_with_tensors, index))
+    return _TENSOR(index) if isinstance(index, list | np.ndarray) else index
 
 
 def _held(value: Any) -> Any:
@@ -334,6 +353,10 @@ def _new_tensor(tensor: torch.Tensor, data: Any, **options: Any) -> torch.Tensor
     return _tensor(data, **{"dtype": tensor.dtype, "device": tensor.device, **options})
 
 
+def _no_jvp(*_: Any) -> Any:
+    raise NotImplementedError("torch.func hides that a tensor is of this device")
+
+
 def _fork_rng(*_: Any, **__: Any) -> Any:
     return _FORK_RNG(devices=[])
 
@@ -348,6 +371,9 @@ def simulated_cuda() -> Iterator[Device]:
         (sparse_steps, "can_use_triton"): lambda _: False,  # its kernels want a driver
         (torch, "tensor"): _tensor,
         (torch, "as_tensor"): _as_tensor,
+        # A parameter that is converted is another tensor: this one keeps what it holds.
+        (torch, "_has_compatible_shallow_copy_type"): lambda *_: False,
+        (torch.func, "jvp"): _no_jvp,
         (torch.Tensor, "to"): _to,
         (torch.Tensor, "new_tensor"): _new_tensor,
         (torch.random, "fork_rng"): _fork_rng,

@@ -112,17 +112,19 @@ def group_crosscoder():
     return made
 
 
-def turning_world(root: Path):
+def turning_world(root: Path, name="D4", *, side=11, per_sample=20):
     """Store of a network that sees every pose alike, its features, and their stabilizers."""
     execute(
         CollectConfig(
             network=Network(name="tests.networks:turning"),
             sites=("seen",),
-            samples=Images(source=str(photographs(root / "photos.zip")), side=11, crops=4),
+            samples=Images(source=str(photographs(root / "photos.zip")), side=side, crops=4),
             storage=StoreConfig(
-                positions=Positions(rule="random", per_sample=20), held_out=0.3, batch_size=32
+                positions=Positions(rule="random", per_sample=per_sample),
+                held_out=0.3,
+                batch_size=32,
             ),
-            group=PoseConfig(name="D4"),
+            group=PoseConfig(name=name),
             out=root / "store",
         )
     )

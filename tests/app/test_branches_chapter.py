@@ -64,7 +64,7 @@ def test_the_chapter_shows_counts_features_and_layers_and_escapes_names(folder):
     assert made is not None
     assert HOSTILE not in made.html
     assert "&lt;i&gt;1x1" in made.html
-    for words in ("1 of 2", "80%", "curve", "no such pairs"):
+    for words in ("1 of 2", "80%", "curve", "0</span> such pairs"):
         assert words in made.html
     strongest = made.data[0]["strongest"]
     assert [one["feature"] for one in strongest[0]] == [0, 1]

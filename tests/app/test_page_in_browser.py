@@ -9,6 +9,7 @@ from PIL import Image
 from mechatlas.app.report.page import report
 
 from . import browser
+from .test_page_walk import BARE, CONTRAST, OPEN, READY, SCROLL, WIDE
 from .worlds import HOSTILE_RUN, pictures_and_words
 
 PROGRAM = browser.find()
@@ -249,11 +250,23 @@ def test_excerpts_among_the_findings_are_as_wide_as_their_card(tab, page):
 
 @pytest.mark.parametrize("dark", [False, True])
 @pytest.mark.parametrize("size", [(1440, 1000), (400, 860)])
-def test_nothing_is_wider_than_the_window(tab, page, size, dark, tmp_path):
+def test_pictures_and_texts_fit_and_can_be_read(tab, page, size, dark, tmp_path):
     tab.open(f"{page}#mixed", *size, dark=dark)
     tab.until("document.querySelector('.card')")
     tab.run("document.getElementById('cards').scrollIntoView()")
     tab.until("document.querySelectorAll('.card canvas[data-drawn]').length > 0")
+    tab.run(OPEN)
+    tab.run(SCROLL)
+    tab.until(READY)
     assert tab.run("document.documentElement.scrollWidth") <= size[0]
+    for fault in (WIDE, CONTRAST, BARE):
+        assert tab.run(fault) == []
     picture = np.asarray(Image.open(io.BytesIO(tab.picture(tmp_path / "page.png"))).convert("L"))
     assert (picture[-40:, :6].mean() < 60) == dark
+    tab.open(f"{page}#out/1", *size, dark=dark)
+    tab.until("document.querySelector('dialog[open] .claims[data-ready]')")
+    wide, box = tab.run("(({ scrollWidth, clientWidth }) => [scrollWidth, clientWidth])"
+                        "(document.querySelector('dialog'))")  # fmt: skip
+    assert wide <= box
+    assert tab.run(CONTRAST) == []
+    tab.press("Escape")

@@ -28,6 +28,7 @@ from mechatlas.files import read_json, write_json
 from mechatlas.maths.named_groups import group
 from tests.analysis.symmetry.planted import adjusted_rand
 from tests.app import posed
+from tests.app.worlds import bytes_in, dry_run
 from tests.forging import forge
 from tests.networks import turning as turning_network
 
@@ -320,6 +321,30 @@ def test_dossiers_have_the_tuning_of_features_with_known_symmetries(turning, tmp
     assert sheet.size == (sheet.height * len(stimuli.names), sheet.height)
 
 
+def test_the_group_of_the_paper_goes_all_the_way(tmp_path):
+    """D16: sixteen rotations, most of which interpolate, and their mirror images."""
+    posed.turning_world(tmp_path, "D16", side=17, per_sample=4)
+    result, text = classify(tmp_path / "plain", tmp_path / "store", tmp_path / "out")
+    assert (result.group.name, result.group.order) == ("D16", 32)
+    assert len(result.r2["dictionary"]) == 32
+    assert "features under D16" in text
+    assert result.interpolation is not None
+    assert result.interventions.tested > 0
+    tensors = load_file(tmp_path / "out" / SYMMETRY_TENSORS)
+    assert tensors["stabilizer_function"].shape == (29, 32)
+    # The network knows the poses of a square: what they leave unchanged, they leave so here.
+    similarity = tensors["tuning_similarity"]
+    assert similarity.shape == (29, 32)
+    np.testing.assert_allclose(similarity[28, 0::4], 1, atol=1e-4)
+    np.testing.assert_allclose(similarity[24:, 8], 1, atol=1e-4)
+    assert (similarity[:28, 4] < 0.999).all()
+    made = symmetry_chapter(find_runs(tmp_path), no_progress)
+    assert made is not None
+    lines = [line for _, line in made.statements if isinstance(line, TuningLine)]
+    assert {len(line.curve) for line in lines} == {16}
+    assert {line.n_mirrors for line in lines} == {16}
+
+
 def test_poses_are_swapped_where_the_network_can_be_run_again_or_it_is_said_why_not(
     world, turning, tmp_path
 ):
@@ -398,3 +423,10 @@ def test_an_interrupted_run_continues_to_the_same_files_without_reading_the_stor
     for file in (FEATURES, SYMMETRY_TENSORS):
         assert (tmp_path / "out" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
     assert not (tmp_path / "out" / "unfinished").exists()
+
+
+def test_a_dry_run_knows_the_size_of_the_blocks(world, tmp_path):
+    run(world, "plain", tmp_path / "out")
+    words = (world / "plain", "--store", world / "store", "--trust")
+    found, size = dry_run("symmetry", *words, out=tmp_path / "new"), bytes_in(tmp_path / "out")
+    assert 0.2 * size < found.disk < 5 * size

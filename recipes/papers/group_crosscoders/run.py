@@ -1,13 +1,15 @@
 """Group crosscoders on a stand-in network: classes, types and their tuning, beside the paper's.
 
     python recipes/papers/group_crosscoders/run.py                           # minutes
+    python recipes/papers/group_crosscoders/run.py --networks inception_mini efficientnet_lite0
     python recipes/papers/group_crosscoders/run.py --photographs FOLDER --full
 
 Gorton (2024) trains a group crosscoder on mixed3b of InceptionV1 under 16 rotations and their
 mirror images. The quick form takes fire4 of the bundled SqueezeNet, photographs of scikit-image and
-the group D4; `--full` fire3 to fire5, more rows, latents and steps. Below `--out` are the runs of
-`mechatlas collect`, `train` and `symmetry`, for the network and for one with random weights;
-`paper.json` and `paper.html` have our numbers beside the paper's. What is there is not made again.
+the group D4; `--full` all three networks, fire3 to fire5, more rows, latents and steps. Below
+`--out` are the runs of `mechatlas collect`, `train` and `symmetry`, for each network and for the
+same with random weights; `paper.json` and `paper.html` have our numbers beside the paper's. What is
+there is not made again.
 """
 
 import argparse
@@ -15,7 +17,7 @@ import runpy
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from mechatlas.activations.collect import StoreConfig
 from mechatlas.activations.networks import Network
@@ -37,19 +39,43 @@ MISSING = [
 ]
 
 
+class StandIn(NamedTuple):
+    """Network, and the size of its images at which all poses of a square are exact."""
+
+    side: int
+    crops: int
+    """Crops of each photograph."""
+    places: int
+    """Places of each crop."""
+    sites: tuple[str, ...]
+    """Sites of the quick form."""
+    all_sites: tuple[str, ...]
+
+
+NETWORKS = {
+    "squeezenet": StandIn(95, 30, 100, ("fire4",), ("fire3", "fire4", "fire5")),
+    "inception_mini": StandIn(63, 60, 40, ("mixed3b",), ("mixed3b", "mixed4a")),
+    "efficientnet_lite0": StandIn(231, 6, 200, ("blocks.2",), ("blocks.2",)),
+}
+
+
 def analyze(
-    name: str, weights: Path | None, site: str, options: argparse.Namespace
+    network: str, weights: Path | None, site: str, options: argparse.Namespace
 ) -> dict[str, Any]:
-    """Collect, train and classify one site of one network, with an autoencoder beside."""
-    root = options.out / name
-    samples = Images(source=options.photographs, side=95, crops=30 if not options.full else 60)
+    """Collect, train and classify one site of a network, or of one with random weights."""
+    of = NETWORKS[network]
+    folder = options.out / network
+    root = folder / ("untrained" if weights else "trained")
+    samples = Images(
+        source=options.photographs, side=of.side, crops=of.crops * (2 if options.full else 1)
+    )
     once(CollectConfig(
-        network=Network(name="squeezenet", weights=weights),
-        sites=options.sites,
+        network=Network(name=network, weights=weights),
+        sites=sites_of(network, options),
         samples=samples,
         group=PoseConfig(name="D4"),
         storage=StoreConfig(
-            positions=Positions(rule="norm", per_sample=100), dtype="float16", batch_size=32
+            positions=Positions(rule="norm", per_sample=of.places), dtype="float16", batch_size=32
         ),
         out=root / "store",
     ))  # fmt: skip
@@ -61,8 +87,14 @@ def analyze(
         store=root / "store",
         out=root / f"{site}-symmetry",
         interventions=20 if options.full else 0,
-        control=options.out / "untrained" / f"{site}-symmetry" if name == "trained" else None,
+        control=None if weights else folder / "untrained" / f"{site}-symmetry",
     ))  # fmt: skip
+
+
+def sites_of(network: str, options: argparse.Namespace) -> tuple[str, ...]:
+    """Sites of a network that are analyzed."""
+    of = NETWORKS[network]
+    return tuple(options.sites or (of.all_sites if options.full else of.sites))
 
 
 def agreed(result: dict[str, Any]) -> str:
@@ -116,27 +148,29 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, default=Path("runs/papers/group_crosscoders"))
     parser.add_argument("--photographs", default="scikit-image", help="folder or zip")
-    parser.add_argument("--sites", nargs="+")
+    parser.add_argument("--networks", nargs="+", choices=list(NETWORKS))
+    parser.add_argument("--sites", nargs="+", help="of one network")
     parser.add_argument("--latents", type=int)
     parser.add_argument("--steps", type=int)
     parser.add_argument("--full", action="store_true")
     options = parser.parse_args()
-    options.sites = tuple(
-        options.sites or (("fire3", "fire4", "fire5") if options.full else ("fire4",))
-    )
+    networks = options.networks or list(NETWORKS)[: None if options.full else 1]
+    if options.sites and len(networks) > 1:
+        parser.error("--sites are of one network: name it with --networks")
     options.latents = options.latents or (512 if options.full else 256)
     options.steps = options.steps or (1000 if options.full else 400)
-    untrained = options.out / "untrained.safetensors"
-    if not untrained.is_file():
-        options.out.mkdir(parents=True, exist_ok=True)
-        script = [sys.executable, str(HERE.parents[1] / "branches" / "untrained.py"), "squeezenet"]
-        subprocess.run([*script, "--out", str(untrained)], check=True)
     rows, numbers = [], {}
-    for site in options.sites:
-        random = analyze("untrained", untrained, site, options)
-        own = analyze("trained", None, site, options)
-        numbers[site] = {"trained": own, "untrained": random}
-        rows += rows_of(site, own, random)
+    for network in networks:
+        untrained = options.out / network / "untrained.safetensors"
+        if not untrained.is_file():
+            untrained.parent.mkdir(parents=True, exist_ok=True)
+            script = [sys.executable, str(HERE.parents[1] / "branches" / "untrained.py"), network]
+            subprocess.run([*script, "--out", str(untrained)], check=True)
+        for site in sites_of(network, options):
+            random = analyze(network, untrained, site, options)
+            own = analyze(network, None, site, options)
+            numbers[f"{network} {site}"] = {"trained": own, "untrained": random}
+            rows += rows_of(f"{network} {site}", own, random)
     write_paper(options.out, TITLE, rows, MISSING, numbers)
 
 

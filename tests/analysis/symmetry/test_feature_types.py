@@ -11,24 +11,25 @@ D4 = group("D4")
 SPECTRUM = 1 / np.sqrt(1 + 16 * np.arange(32) / 32)
 
 
-def features_of_types(n_types, members, alone, deviation, random):
+def features_of_types(n_types, members, alone, deviation, random, of=D4):
     """Members are poses of a template that deviate from it; the other features have no type."""
+    shape = (of.order, 32)
     blocks, labels = [], []
     for kind in range(n_types):
-        template = random.standard_normal((8, 32)) * SPECTRUM
+        template = random.standard_normal(shape) * SPECTRUM
         for _ in range(members):
-            made = template + deviation * random.standard_normal((8, 32)) * SPECTRUM
-            blocks.append(made[D4.table[:, random.integers(8)]])
+            made = template + deviation * random.standard_normal(shape) * SPECTRUM
+            blocks.append(made[of.table[:, random.integers(of.order)]])
             labels.append(kind)
-    blocks += list(random.standard_normal((alone, 8, 32)) * SPECTRUM)
+    blocks += list(random.standard_normal((alone, *shape)) * SPECTRUM)
     return np.array(blocks), np.array(labels + list(range(1000, 1000 + alone)))
 
 
-@pytest.mark.parametrize("deviation", [0.3, 0.9])
-def test_types_are_found_though_members_deviate_and_differ_in_pose(deviation):
-    random = np.random.default_rng(0)
-    blocks, labels = features_of_types(6, 8, 60, deviation, random)
-    found = find_types(blocks, D4)
+@pytest.mark.parametrize(("name", "deviation"), [("D4", 0.3), ("D4", 0.9), ("D16", 0.3)])
+def test_types_are_found_though_members_deviate_and_differ_in_pose(name, deviation):
+    random, of = np.random.default_rng(0), group(name)
+    blocks, labels = features_of_types(6, 8, 60, deviation, random, of)
+    found = find_types(blocks, of)
     alone = found.labels < 0
     clusters = np.where(alone, 100 + np.arange(len(blocks)), found.labels)
     assert adjusted_rand(clusters, labels) > 0.9
@@ -38,7 +39,7 @@ def test_types_are_found_though_members_deviate_and_differ_in_pose(deviation):
     assert found.n_by_chance <= 0.05 * found.sizes.sum()
     if deviation == 0.3:  # D_g is most similar to the reference's block gh
         for i in np.flatnonzero(~alone):
-            reference = blocks[found.references[i]][D4.table[:, found.poses[i]]]
+            reference = blocks[found.references[i]][of.table[:, found.poses[i]]]
             cosine = (blocks[i] * reference).sum() / np.linalg.norm(blocks[i])
             assert cosine / np.linalg.norm(reference) > 0.8
 
