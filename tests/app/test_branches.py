@@ -18,7 +18,7 @@ from mechatlas.app.commands.train import TrainConfig
 from mechatlas.app.run_folder import execute
 from mechatlas.base import DiskError, InputError, RecipeError, StoreError
 from mechatlas.dictionaries.sparsity import TopK
-from tests.app.worlds import photographs, run_command
+from tests.app.worlds import bytes_in, dry_run, photographs, run_command
 
 COLUMNS = ("feature", "branch", "share", "expected_share", "p_value", "q_value")
 
@@ -208,3 +208,10 @@ def test_the_command_line_knows_it(world, tmp_path, capsys):
               str(tmp_path / "out"), "--rows", "300"])  # fmt: skip
     assert "mixed: " in capsys.readouterr().out
     assert Store(world / "store").shapes["mixed"].branches["right"] == [5, 8]
+
+
+def test_a_dry_run_knows_the_size_of_the_table(world, tmp_path):
+    run(world, tmp_path / "out")
+    words = (world / "whole", "--store", world / "store", "--rows", "600")
+    found, size = dry_run("branches", *words, out=tmp_path / "new"), bytes_in(tmp_path / "out")
+    assert 0.2 * size < found.disk < 5 * size

@@ -26,6 +26,7 @@ from mechatlas.dictionaries.sparsity import TopK
 
 pytest.importorskip("transformers")
 
+from tests.app.worlds import bytes_in, dry_run
 from tests.language_models import byte_tokenizer, model
 
 SITE = "model.layers.1"
@@ -154,3 +155,11 @@ def test_results_from_python_are_drawn(here):
     assert drawn is not None
     assert "50</dd>" in drawn.html
     assert "Rank correlation with 4 ablations" in drawn.html
+
+
+def test_a_dry_run_knows_the_size_of_the_table(here, tmp_path, monkeypatch):
+    monkeypatch.chdir(here)
+    words = ("runs/sae", "--n-samples", "6", "--n-random", "300", "--n-ablated", "6")
+    found = dry_run("effects", *words, out=tmp_path / "new")
+    size = bytes_in(here / "runs/effects")
+    assert 0.3 * size < found.disk < 3 * size

@@ -118,3 +118,30 @@ def test_a_dry_run_makes_the_mistakes_known(store, tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["verify", str(store), "--dry-run"])
     assert "`mechatlas verify` makes no estimate; collect, train" in capsys.readouterr().err
+    first = tmp_path / "first"
+    main(["train", training(tmp_path / "t.toml", store, 'site = "1"'), "--out", str(first)])
+    words = (str(first), str(first), "--cost", "codes", "--store", str(store))
+    with pytest.raises(SystemExit):
+        main(["match", *words, "--out", str(tmp_path / "codes"), "--dry-run"])
+    assert "There is no estimate of this: leave out --dry-run." in capsys.readouterr().err
+    assert not (tmp_path / "codes").exists()
+
+
+def test_work_is_extrapolated_from_its_beginning(monkeypatch):
+    clock = iter(range(10_000))
+    monkeypatch.setattr(estimates.time, "perf_counter", lambda: float(next(clock)))
+    done = []
+
+    def work(progress):
+        for i in range(500):
+            done.append(i)
+            progress(i + 1, 500)
+
+    assert estimates.of_work([work], memory=0).seconds == 500  # a second a unit, by this clock
+    assert len(done) == 1 + estimates.PROBE_SECONDS
+
+
+def test_short_work_is_measured_whole(monkeypatch):
+    clock = iter(range(10))
+    monkeypatch.setattr(estimates.time, "perf_counter", lambda: float(next(clock)))
+    assert estimates.of_work([lambda progress: progress(1, 1)] * 2, memory=5).seconds == 4

@@ -6,6 +6,7 @@ import pytest
 
 from mechatlas.activations.images import Images
 from mechatlas.activations.networks import Network
+from mechatlas.app import estimates
 from mechatlas.app.cli import main
 from mechatlas.app.commands.collect import CollectConfig
 from mechatlas.app.commands.evaluate import EvaluateConfig
@@ -14,6 +15,7 @@ from mechatlas.app.run_folder import execute, read_result
 from mechatlas.base import RecipeError
 from mechatlas.dictionaries.formats import save
 from mechatlas.dictionaries.sparsity import TopK
+from tests.app.worlds import dry_run
 
 
 @pytest.fixture(scope="module")
@@ -61,3 +63,9 @@ def test_a_network_and_samples_can_be_given_for_a_file_from_anywhere(trained, tm
     nowhere = EvaluateConfig(dictionary=tmp_path / "alone", out=tmp_path / "no", **options)
     with pytest.raises(RecipeError, match="does not say of which site it is; give --site"):
         execute(nowhere)
+
+
+def test_a_dry_run_measures_some_batches(trained, tmp_path):
+    found = dry_run("evaluate", trained / "sae", out=tmp_path / "new")
+    assert found.disk == 0
+    assert found.memory > estimates.PROCESS

@@ -8,6 +8,7 @@ import torch
 from mechatlas.activations.site_names import lens_name
 from mechatlas.app.cli import main
 from mechatlas.dictionaries.formats import load
+from tests.app.worlds import dry_run, run_command
 from tests.dictionaries.golden import GOLDEN, expected
 
 FILES = {"cfg.json", "sae_weights.safetensors"}
@@ -84,3 +85,10 @@ def test_what_a_library_lacks_is_refused_and_exits_with_2(tmp_path, capsys):
 )
 def test_sites_of_language_models_get_their_names_in_transformer_lens(site, name):
     assert lens_name(site) == name
+
+
+def test_a_dry_run_knows_the_size_of_the_files(tmp_path):
+    words = (GOLDEN / "llama_scope", "--format", "saelens", "--site", "model.layers.3")
+    found, out = dry_run("export", *words, out=tmp_path / "new"), tmp_path / "out"
+    run_command("export", *map(str, words), "--out", str(out))
+    assert found.disk == sum((out / name).stat().st_size for name in FILES)

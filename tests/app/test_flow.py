@@ -5,6 +5,7 @@ import pytest
 import torch
 
 import mechatlas as ma
+from mechatlas.app import estimates
 from mechatlas.app.commands.flow import FlowConfig
 from mechatlas.app.report.dossiers import FlowLine
 from mechatlas.app.report.page import make_chapters
@@ -13,7 +14,7 @@ from mechatlas.app.run_folder import execute
 from mechatlas.base import RecipeError
 from tests.analysis.matching.test_flow import planted
 
-from .worlds import run_command
+from .worlds import dry_run, run_command
 
 SITES = ("model.layers.3", "model.layers.5", "model.layers.4.self_attn", "model.layers.5.mlp")
 
@@ -87,3 +88,11 @@ def test_modules_find_their_step_by_their_site(here, sites, message):
         run_command("flow", *words(here, sites))
     with pytest.raises(RecipeError, match="needs two dictionaries or more, got 1"):
         execute(FlowConfig(dictionaries=(here / "a",), out=here / "none"))
+
+
+def test_a_dry_run_counts_every_link(here, monkeypatch):
+    monkeypatch.setattr(estimates, "_products_per_second", lambda: 1e9)
+    found = dry_run("flow", *words(here)[:-2], out=here / "new")
+    sizes = {name: ma.load(here / name).n_latents for name in ("a", "b", "heads", "neurons")}
+    entries = sizes["b"] * (sizes["a"] + sizes["heads"] + sizes["neurons"])
+    assert found.seconds == pytest.approx(estimates.PER_ENTRY * entries / 1e9)

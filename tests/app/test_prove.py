@@ -9,11 +9,13 @@ import pytest
 from safetensors.numpy import save_file
 
 from mechatlas.analysis.proofs.verifier.structures import Weights
+from mechatlas.app import estimates
 from mechatlas.app.cli import main
 from mechatlas.app.commands import prove
 from mechatlas.app.report.page import report
 from mechatlas.maths.named_groups import group
 from tests.analysis.proofs.planted import planted, true_margins
+from tests.app.worlds import bytes_in, dry_run
 
 
 @pytest.fixture(scope="module")
@@ -193,3 +195,18 @@ def test_a_bad_recipe_of_a_group_is_refused(tmp_path, capsys):
     ):
         (tmp_path / "bad.toml").write_text(text)
         assert words in _refused(capsys, "train", tmp_path / "bad.toml")
+
+
+def test_a_dry_run_knows_the_size_of_the_proof(net, tmp_path, monkeypatch):
+    monkeypatch.setattr(estimates, "_products_per_second", lambda: 1e6)
+    folder, weights, _ = net
+    words = (folder / "net.safetensors", "--table", folder / "table.npy")
+    found, out = dry_run("prove", *words, out=tmp_path / "new"), tmp_path / "out"
+    brute_force = 2 * 24**3 * len(weights.unembed) / 1e6
+    assert found.seconds == pytest.approx(prove.PREPARATION + prove.SEARCH * brute_force)
+    run("prove", *words, "--out", out)
+    assert 0.3 * bytes_in(out) < found.disk < 3 * bytes_in(out)
+    more = dry_run("prove", *words, "--compare", out=tmp_path / "new")
+    assert more.seconds > found.seconds + 20 * brute_force
+    with pytest.raises(SystemExit):
+        run("prove", folder / "net.safetensors", "--check", out, "--dry-run")

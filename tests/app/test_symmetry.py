@@ -28,6 +28,7 @@ from mechatlas.files import read_json, write_json
 from mechatlas.maths.named_groups import group
 from tests.analysis.symmetry.planted import adjusted_rand
 from tests.app import posed
+from tests.app.worlds import bytes_in, dry_run
 from tests.forging import forge
 from tests.networks import turning as turning_network
 
@@ -422,3 +423,10 @@ def test_an_interrupted_run_continues_to_the_same_files_without_reading_the_stor
     for file in (FEATURES, SYMMETRY_TENSORS):
         assert (tmp_path / "out" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
     assert not (tmp_path / "out" / "unfinished").exists()
+
+
+def test_a_dry_run_knows_the_size_of_the_blocks(world, tmp_path):
+    run(world, "plain", tmp_path / "out")
+    words = (world / "plain", "--store", world / "store", "--trust")
+    found, size = dry_run("symmetry", *words, out=tmp_path / "new"), bytes_in(tmp_path / "out")
+    assert 0.2 * size < found.disk < 5 * size

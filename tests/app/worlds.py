@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from mechatlas.activations.samples import Images, Texts
 from mechatlas.app.cli import configure
 from mechatlas.app.commands.collect import CollectConfig
 from mechatlas.app.commands.train import TrainConfig
+from mechatlas.app.estimates import Estimate, OnlyEstimate
 from mechatlas.app.run_folder import as_plain, execute
 from mechatlas.dictionaries.sparsity import TopK
 
@@ -27,6 +29,23 @@ def run_command(name: str, *words: str) -> tuple[dict[str, Any], str]:
     command = importlib.import_module(f"mechatlas.app.commands.{name}")
     result = execute(configure(command, name, list(words)))
     return as_plain(result), command.in_words(result)
+
+
+def dry_run(name: str, *words: str | Path, out: Path) -> Estimate:
+    """Estimate of a command, which writes nothing."""
+    command = importlib.import_module(f"mechatlas.app.commands.{name}")
+    config = configure(command, name, [*map(str, words), "--out", str(out)])
+    with pytest.raises(OnlyEstimate) as end:
+        execute(config, dry_run=True)
+    assert not out.exists()
+    assert 0 < end.value.estimate.seconds < 600
+    return end.value.estimate
+
+
+def bytes_in(folder: Path) -> int:
+    """Bytes of the tables and tensors of a run."""
+    files = (*folder.glob("*.parquet"), *folder.glob("*.safetensors"))
+    return sum(path.stat().st_size for path in files)
 
 
 HOSTILE_FILE = "a</script><script>alert(1)</script>&<b>.png"

@@ -268,6 +268,11 @@ def as_input(network: nn.Module, inputs: Any) -> Any:
     ):
         return inputs  # as most are
     wanted = dtype_of(network)
+    if hasattr(inputs, "stack") and hasattr(inputs, "read"):
+        raise InputError(
+            f"{type(inputs).__name__} is not a batch. Make one of it: "
+            "samples.stack([samples.read(i) for i in range(8)])."
+        )
     if not isinstance(inputs, Tensor):
         array = as_numbers(inputs, "The batch of inputs")
         floats = array.dtype.kind == "f"

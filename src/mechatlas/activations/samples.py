@@ -2,6 +2,7 @@
 
     Images, Arrays, Texts     recipes: source of the samples, and how they are cut
     open_samples              a recipe, an array, a data set or a path, and a network -> `Samples`
+    whole_batch               any of these, and a network -> all samples as one batch
 
 Reading a sample depends on nothing but the recipe and the sample's number, so a run can
 be resumed anywhere and a page can show later exactly what the network saw.
@@ -22,7 +23,8 @@ from torch import Tensor, nn
 from torch.utils import data as torch_data
 
 from mechatlas.activations.images import Images, ImageSamples
-from mechatlas.activations.networks import dtype_of
+from mechatlas.activations.networks import as_input, dtype_of
+from mechatlas.activations.positions import TokenSamples
 from mechatlas.activations.text_input import TextInput
 from mechatlas.activations.text_sources import Document, documents, is_text
 from mechatlas.activations.texts import Texts, TextSamples, text_samples
@@ -154,6 +156,32 @@ def _are_texts(samples: Any) -> bool:
     if hasattr(samples, "__getitem__") and hasattr(samples, "__len__"):
         return len(samples) > 0 and isinstance(samples[0], str | Mapping)
     return isinstance(samples, Iterable)
+
+
+def whole_batch(samples: Any, network: nn.Module) -> Any:
+    """Read all samples as one batch, on the device and in the number format of a network.
+
+    Args:
+        samples: A batch, as for `as_input`, or what `open_samples` takes.
+        network: Network that reads them.
+
+    Raises:
+        InputError: There are none, they do not fit the network, or windows of tokens are padded.
+    """
+    listed = isinstance(samples, list) and not _are_texts(samples)
+    if listed or isinstance(samples, tuple | Mapping) or hasattr(samples, "__array__"):
+        return as_input(network, samples)
+    opened = open_samples(samples, network)
+    if not len(opened):
+        raise InputError("There are no samples to run the network on.")
+    if isinstance(opened, TokenSamples) and any(
+        opened.padding(i).any() for i in range(len(opened))
+    ):
+        raise InputError(
+            "Some windows of the samples are padded, and all are read as one batch, without a "
+            "mask. Cut the texts into full windows: packing='cut' or packing='packed'."
+        )
+    return as_input(network, opened.stack([opened.read(i) for i in range(len(opened))]))
 
 
 def first_batch(samples: Samples, *, skip_bad: bool) -> tuple[int, Any]:

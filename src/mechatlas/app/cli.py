@@ -42,7 +42,10 @@ COMMANDS = (
 )
 FROM_RECIPES = ("collect", "train", "basis")
 """Commands whose settings are too many for a command line alone."""
-ESTIMATED = ("collect", "train", "sweep", "match", "basis")
+ESTIMATED = (
+    "collect", "train", "sweep", "evaluate", "effects", "export", "basis", "match", "flow",
+    "symmetry", "branches", "prove",
+)  # fmt: skip
 """Commands that say beforehand what they cost, if that is over a minute."""
 OVERVIEW = """\
 mechatlas: an atlas of the features of a trained PyTorch network.
@@ -60,8 +63,8 @@ Try:
 
 Every command takes --json (print the result as one JSON object, and nothing else) and a
 RECIPE.toml as its first word, such as the recipe.toml of an earlier run, whose fields the other
-words replace. {estimated} take --dry-run (say how long, how much
-memory and disk, and do nothing). `mechatlas --version` prints the version.
+words replace. All but {others} take --dry-run
+(say how long, how much memory and disk, and do nothing). `mechatlas --version` prints the version.
 
 Folders may be addresses, such as s3://bucket/run or gs://bucket/run, to read and to write, with the
 credentials in the environment (pip install 'mechatlas[remote]').
@@ -259,9 +262,9 @@ def overview() -> str:
         source: Any = spec.loader
         text = ast.get_docstring(ast.parse(source.get_source(spec.name))) or ""
         lines.append(f"  {name:<9} {text.partition(chr(10))[0].rstrip('.')}")
-    *others, last = ESTIMATED
-    estimated = f"{', '.join(others)} and {last}"
-    return OVERVIEW.format(commands="\n".join(lines), estimated=estimated)
+    *others, last = (name for name in COMMANDS if name not in ESTIMATED)
+    others = f"{', '.join(others)} and {last}"
+    return OVERVIEW.format(commands="\n".join(lines), others=others)
 
 
 def fail(message: str) -> Never:

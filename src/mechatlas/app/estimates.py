@@ -3,15 +3,16 @@
 of_collecting    a batch is read, timed and multiplied
 of_training      some steps on held-out rows are taken, timed and multiplied
 of_matching      entries of the cost matrices, at the speed of this machine's products
+of_products      operations of products of matrices, at the same speed
+of_work          work that reports its progress is begun, timed and multiplied
 in_words         an estimate as a sentence
 """
 
 import dataclasses
-import itertools
 import math
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from mechatlas.activations.networks import as_input
 from mechatlas.activations.samples import Samples, first_batch
 from mechatlas.activations.sites import read_activations
 from mechatlas.app.progress import duration
-from mechatlas.base import Site
+from mechatlas.base import Progress, Site
 from mechatlas.dictionaries.training import train
 
 WORTH_SAYING = 60.0
@@ -33,6 +34,8 @@ WORTH_MEASURING = 50
 """Batches or tens of steps from which on a measurement beforehand costs little beside the work."""
 PROBE_STEPS = 8
 """Steps of training that are timed; the first half is warming up."""
+PROBE_SECONDS = 2.0
+"""Seconds for which work that reports its progress is timed."""
 PROCESS = 400 << 20
 """Bytes of a process that has imported everything."""
 PER_ENTRY = 22_000
@@ -109,10 +112,9 @@ def of_collecting(
         n_rows, every = math.prod(grid), settings.positions.rule == "all"
         n_rows = n_rows if every else min(n_rows, settings.positions.per_sample)
         sample_bytes += n_rows * (width * size * n_poses + 12)
-    weights = sum(p.numel() * p.element_size() for p in network.parameters())
     return Estimate(
         seconds=seconds * n_poses * len(samples) / n,
-        memory=max(PROCESS + weights, settings.memory_mib << 20),
+        memory=max(PROCESS + bytes_of(network), settings.memory_mib << 20),
         disk=sample_bytes * len(samples),
     )
 
@@ -155,14 +157,78 @@ def of_training(
     )
 
 
-def of_matching(shapes: Sequence[tuple[int, int]]) -> Estimate:
-    """Estimate the matching of consecutive dictionaries from their sizes."""
-    seconds, largest = 0.0, 0
-    rate = _products_per_second()
-    for (n_a, d), (n_b, _) in itertools.pairwise(shapes):
-        seconds += n_a * n_b * PER_ENTRY * max(1.0, d / 1024) / rate
+def of_matching(pairs: Iterable[tuple[tuple[int, int], tuple[int, int]]]) -> Estimate:
+    """Estimate matchings from the sizes of the two dictionaries of each: latents and width."""
+    entries, largest = 0.0, 0
+    for (n_a, d), (n_b, _) in pairs:
+        entries += n_a * n_b * max(1.0, d / 1024)
         largest = max(largest, 4 * d * (n_a + n_b))
-    return Estimate(seconds=seconds, memory=PROCESS + 8 * largest)
+    return of_products(PER_ENTRY * entries, memory=8 * largest)
+
+
+def of_products(operations: float, *, memory: int, disk: int = 0) -> Estimate:
+    """Estimate products of matrices from their operations, at the speed of this machine.
+
+    Args:
+        operations: Floating-point operations, two for each multiply-add.
+        memory: Bytes of the command beyond those of a process.
+        disk: Bytes that are written.
+    """
+    return Estimate(seconds=operations / _products_per_second(), memory=PROCESS + memory, disk=disk)
+
+
+class _Enough(Exception):  # noqa: N818 - a signal
+    """Signal that ends work of which enough was seen, with the seconds of all of it."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+
+
+def of_work(
+    works: Iterable[Callable[[Progress], object]], *, memory: int, disk: int = 0
+) -> Estimate:
+    """Estimate work that reports its progress from the beginning of each of its parts.
+
+    The first unit of a part, with what is prepared, imported and compiled before, counts once; the
+    next ones are timed for some seconds, and count as many times as there are. Whatever is done is
+    thrown away.
+
+    Args:
+        works: Parts of the work, which may write nothing: callables with a callback for progress.
+        memory: Bytes of the command beyond those of a process.
+        disk: Bytes that are written.
+
+    Raises:
+        UserError: The work cannot be done.
+    """
+    seconds = sum(map(_seconds_of, works))
+    return Estimate(seconds=seconds, memory=PROCESS + memory, disk=disk)
+
+
+def _seconds_of(work: Callable[[Progress], object]) -> float:
+    """Seconds of work, of which only the beginning is done unless it is short."""
+    start, first = time.perf_counter(), (0.0, 0)
+
+    def progress(done: int, total: int) -> None:
+        nonlocal first
+        now = time.perf_counter()
+        (since, before), left = first, total - done
+        if not before:
+            first = now, done
+        elif left > 0 and done > before and now - since >= PROBE_SECONDS:
+            raise _Enough(now - start + left * (now - since) / (done - before))
+
+    try:
+        work(progress)
+    except _Enough as end:
+        return end.seconds
+    return time.perf_counter() - start
+
+
+def bytes_of(*modules: Any) -> int:
+    """Bytes of the weights of networks and dictionaries."""
+    parameters = (p for m in modules for p in getattr(m, "parameters", tuple)())
+    return sum(p.numel() * p.element_size() for p in parameters)
 
 
 def _products_per_second() -> float:

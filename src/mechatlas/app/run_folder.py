@@ -97,6 +97,7 @@ PROOF_FILE, NEURONS = "proof.safetensors", "neurons.json"
 DECODER_PICTURE, SPECTRA = "picture.json", "spectra.json"
 UNFINISHED, CHECKPOINT = "unfinished", "checkpoint"
 """Folders with the parts of a run that was interrupted."""
+NO_ESTIMATE = "There is no estimate of this: leave out --dry-run."
 PLACES = ("out", "device", "engine")
 """Fields of a configuration that say where the work is done, not what it is."""
 SCHEMA = 2
@@ -170,6 +171,8 @@ def execute(config: Any, *, dry_run: bool = False) -> Any:
     if isinstance(config, DeviceConfig):
         as_device(config.device)
     if not hasattr(command, "KIND") or config.out is None:
+        if dry_run:
+            raise RecipeError(NO_ESTIMATE)
         clock, result = time.process_time(), command.run(_at_hand(config))
         return _costed(result, clock) if isinstance(result, CommandResult) else result
     if n_processes() > 1 and (command.KIND != DICTIONARY or dry_run):
@@ -321,10 +324,17 @@ class RunFolder:
 
         Raises:
             DiskError: The folder was deleted or replaced meanwhile.
+            RecipeError: It is a dry run, and no estimate was made.
         """
+        self._refuse_dry_run()
         self._claim.check()
         if not self._files and self.kind != STORE:  # a store writes its own manifest
             self._write_manifest(complete=False)
+
+    def _refuse_dry_run(self) -> None:
+        """Refuse to write in a dry run, where a command makes no estimate of what was asked."""
+        if self.dry_run:
+            raise RecipeError(NO_ESTIMATE)
 
     def _write_manifest(self, *, complete: bool) -> None:
         files = self._files if complete else self._earlier | self._files
@@ -345,6 +355,7 @@ class RunFolder:
 
     def keep(self, name: str, arrays: Mapping[str, Shaped[np.ndarray, "..."]]) -> None:
         """Keep a finished part of the work, from which the same command continues."""
+        self._refuse_dry_run()
         self._claim.check()
         if not (self.path / MANIFEST).is_file():
             self._write_manifest(complete=False)

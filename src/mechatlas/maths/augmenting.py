@@ -109,6 +109,7 @@ class Path(NamedTuple):
 compiled = functools.partial(
     compilation.compiled, structures=(ShortLists, Solution, Products, SearchTree, Path)
 )
+inner = functools.partial(compiled, inner=True)
 
 
 def _dot(a, b):
@@ -118,10 +119,10 @@ def _dot(a, b):
     return total
 
 
-_product = compiled(_dot, fastmath={"reassoc", "contract", "nsz"})
+_product = inner(_dot, fastmath={"reassoc", "contract", "nsz"})
 
 
-@compiled
+@inner
 def _cost(k, i, lists, factors):
     """Exact cost of entry k, which is in the list of row i."""
     if np.isnan(lists.costs[k]):
@@ -190,7 +191,7 @@ def approach(
     return bids
 
 
-@compiled
+@inner
 def _two_cheapest(i, lists, solution, factors):
     """Least and second least cost less price of a row, and the columns that cost the least."""
     starts, counts, horizon, error, columns, keys, rough, _ = lists
@@ -285,7 +286,7 @@ def bid(
     return left, steps
 
 
-@compiled
+@inner
 def _up(heap, place, dist, at):
     j = heap[at]
     while at > 0:
@@ -299,7 +300,7 @@ def _up(heap, place, dist, at):
     place[j] = at
 
 
-@compiled
+@inner
 def _pop(heap, place, dist, size):
     """Remove the nearest column; returns it. The heap is one shorter then."""
     top = heap[0]
@@ -324,7 +325,7 @@ def _pop(heap, place, dist, size):
     return top
 
 
-@compiled
+@inner
 def _search(root, lists, solution, wanted, factors, tree):
     """Find the cheapest path of a free row."""
     dist, before, place, heap, seen, tree_rows, tree_dist = tree
@@ -373,7 +374,7 @@ def _search(root, lists, solution, wanted, factors, tree):
         i, so_far = row_of[j], dist[j]
 
 
-@compiled
+@inner
 def _pass_on(path, solution, tree):
     """Raise the prices of the tree, and let each row of the path pass its column on."""
     _, u, v, row_of, column_of = solution

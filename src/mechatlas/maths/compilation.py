@@ -54,6 +54,11 @@ def compiled(
         return compiler(**options)(function)
 
 
+def inner(function: Loop, *, fastmath: bool | Collection[str] = False) -> Loop:
+    """Compile a loop that takes no named tuple and that only compiled loops call."""
+    return compiled(function, fastmath=fastmath, inner=True)
+
+
 def _built_in(function: Callable[..., Any]) -> Iterator[tuple[str, object]]:
     """Source of a loop's own file, and what becomes part of its machine code from elsewhere."""
     yield function.__module__, _source(inspect.getmodule(function))

@@ -46,9 +46,10 @@ class Closing(NamedTuple):
 
 
 compiled = functools.partial(compilation.compiled, structures=(Edges, Closing))
+inner = functools.partial(compiled, inner=True)
 
 
-@compiled
+@inner
 def _edge(node, row, closing):
     """Exact weight of the edge from any node to a row."""
     if node == len(closing.row_prices):
@@ -64,7 +65,7 @@ def _edge(node, row, closing):
     return max(cost - closing.row_prices[node] - closing.column_prices[row], 0.0)
 
 
-@compiled
+@inner
 def _push(heap, keys, size, node, key):
     """Add a node to a heap whose nearest node is the first."""
     at = size
@@ -74,7 +75,7 @@ def _push(heap, keys, size, node, key):
     heap[at], keys[at] = node, key
 
 
-@compiled
+@inner
 def _take(heap, keys, size):
     """Remove the first node of a heap, which is one shorter then."""
     node, key, at = heap[size - 1], keys[size - 1], 0
@@ -90,7 +91,7 @@ def _take(heap, keys, size):
     heap[at], keys[at] = node, key
 
 
-@compiled
+@inner
 def _mark_short(passed, distance, horizon, bound, wanted):
     """Mark the nodes whose lists end before a length."""
     for node in passed:

@@ -14,7 +14,7 @@ so a pair is compared with one number and is nearly always passed over.
 import numpy as np
 from jaxtyping import Float, Int
 
-from mechatlas.maths.compilation import compiled
+from mechatlas.maths.compilation import compiled, inner
 
 GROUPS = 256
 """Least number of groups of columns."""
@@ -24,35 +24,35 @@ MARGIN = 2.0**-20
 """Margin for the rounding of float32, as a share of the numbers that are subtracted."""
 
 
-@compiled
-def _sink(values, names, start, n, value, name):
+@inner
+def _sink(values, names, n, value, name):
     """Put an entry at the top of a heap (dearest first) and let it sink to its place."""
     hole = 0
     while True:
         child = 2 * hole + 1
         if child >= n:
             break
-        if child + 1 < n and values[start + child + 1] > values[start + child]:
+        if child + 1 < n and values[child + 1] > values[child]:
             child += 1
-        if values[start + child] <= value:
+        if values[child] <= value:
             break
-        values[start + hole] = values[start + child]
-        names[start + hole] = names[start + child]
+        values[hole] = values[child]
+        names[hole] = names[child]
         hole = child
-    values[start + hole] = value
-    names[start + hole] = name
+    values[hole] = value
+    names[hole] = name
 
 
-@compiled
-def _sort(values, names, start, n):
+@inner
+def _sort(values, names, n):
     """Turn a heap into an ascending list."""
     for last in range(n - 1, 0, -1):
-        value, name = values[start + last], names[start + last]
-        values[start + last], names[start + last] = values[start], names[start]
-        _sink(values, names, start, last, value, name)
+        value, name = values[last], names[last]
+        values[last], names[last] = values[0], names[0]
+        _sink(values, names, last, value, name)
 
 
-@compiled
+@inner
 def _least_of_groups(costs, prices, least):
     """Write the least cost less price of columns k, k + n, k + 2 n, ... for each k of n."""
     n = len(least)
@@ -96,7 +96,9 @@ def keep_cheapest_of_rows(
     n_groups = min(n_columns, max(GROUPS, SPREAD * size))
     heap, who = np.empty(size, np.float64), np.empty(size, np.int32)
     rounded = prices.astype(block.dtype)
-    largest = np.abs(prices).max()
+    largest = 0.0
+    for j in range(n_columns):  # `max` of an array takes as long to compile as half of this
+        largest = max(largest, abs(prices[j]))
     least = np.empty(n_groups, block.dtype)
     for row in range(first, last):
         _least_of_groups(block[row], rounded, least)
@@ -104,7 +106,7 @@ def keep_cheapest_of_rows(
         who[:] = -1
         for k in range(n_groups):
             if least[k] < heap[0]:
-                _sink(heap, who, 0, size, np.float64(least[k]), k)
+                _sink(heap, who, size, np.float64(least[k]), np.int32(k))
         limit = heap[0] + MARGIN * (abs(heap[0]) + 2 * largest)
         heap[:] = np.inf
         who[:] = -1
@@ -114,8 +116,8 @@ def keep_cheapest_of_rows(
             for j in range(k, n_columns, n_groups):
                 value = block[row, j] - prices[j]
                 if value <= limit and value < heap[0]:
-                    _sink(heap, who, 0, size, value, j)
-        _sort(heap, who, 0, size)
+                    _sink(heap, who, size, value, np.int32(j))
+        _sort(heap, who, size)
         for k in range(min(n_kept, size)):
             values[row, k] = heap[k]
             names[row, k] = who[k]
@@ -137,7 +139,8 @@ def least_of_columns(
         last: Column after the last.
         least: Least cost of each column so far, lowered in place.
     """
-    found = np.full(last - first, np.inf, block.dtype)
+    found = np.empty(last - first, block.dtype)
+    found[:] = np.inf
     for row in range(block.shape[0]):
         costs = block[row, first:last]
         for k in range(last - first):
@@ -161,7 +164,7 @@ def _scan(costs, offset, scale, others, first, last, of_columns):
     return best, total
 
 
-_scan_quickly = compiled(_scan, fastmath={"reassoc", "contract", "nsz", "nnan"})
+_scan_quickly = inner(_scan, fastmath={"reassoc", "contract", "nsz", "nnan"})
 
 
 @compiled

@@ -336,3 +336,36 @@ def test_what_cannot_be_is_refused_in_a_sentence(llama):
     assert "no language-model head" in refusal(lambda: ma.logit_effects(nn.Linear(2, 2), sae))
     transcoder = ma.Transcoder(d_in=16, d_out=12, n_latents=24, sparsity=ma.TopK(k=4))
     assert "writes the one site" in refusal(lambda: steered(llama, transcoder, 3, 1.0))
+
+
+def test_verbs_of_language_models_take_texts(llama):
+    tokenizer = language_models.byte_tokenizer()
+    llama.input = TextInput("Bytes", tokenizer, vocabulary=258, context=64, causal=True)
+    try:
+        lines = ["the cat sat on the mat, and the dog", "shares fell on monday, and rose on friday"]
+        texts = ma.text_samples(lines, llama, context=8, packing="cut")
+        ids = texts.stack([texts.read(i) for i in range(len(texts))])
+        sae, later = dictionary(), dictionary()
+        points = [(sae, 3, SITE), (later, 5, "blocks.1.hook_resid_post")]
+        for verb in (
+            lambda x: ma.attribute(llama, sae, x, 7, site=SITE, n_ablated=2).values,
+            lambda x: ma.logit_effects(llama, sae, [3], tokens=x, site=SITE, n_random=50).scale,
+            lambda x: (
+                ma.compare_steering(
+                    llama, points, x, lambda y: y[..., 7].mean(), scale=1.0, n_random=1
+                ).track.change
+            ),
+            lambda x: (
+                ma.circuit(
+                    llama, sae, later, x, site_a=SITE, site_b="blocks.1.hook_resid_post"
+                ).edges.weight
+            ),
+        ):
+            assert np.array_equal(verb(texts), verb(ids))
+        padded = ma.text_samples(lines, llama, context=16, packing="document")
+        with pytest.raises(InputError, match="packing='cut'"):
+            ma.attribute(llama, sae, padded, 7, site=SITE)
+        with pytest.raises(InputError, match=r"TextSamples is not a batch.*samples\.stack"):
+            ma.read_activations(llama, texts, [SITE])
+    finally:
+        del llama.input

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from mechatlas.activations.passes import unwrapped
 from mechatlas.activations.positions import skips_first
+from mechatlas.activations.samples import whole_batch
 from mechatlas.activations.sites import place_sites, read_activations
 from mechatlas.analysis.circuits.attention import AttentionRecording, record_layer
 from mechatlas.analysis.circuits.compose import LinearDictionary, Response
@@ -52,8 +53,6 @@ from mechatlas.base import InputError, Progress, Result, Site, no_progress
 from mechatlas.devices import refuse_half_precision
 from mechatlas.dictionaries.ends import ends_of, in_words
 
-Inputs = Shaped[Tensor, "_ ..."] | Shaped[np.ndarray, "_ ..."] | Sequence[Any]
-"""Inputs of a network, one for each sample."""
 Connection = Wiring | AttentionLayer
 """Computation between two sites."""
 AnySites = Site | str | Sequence[Site | str] | None
@@ -141,11 +140,11 @@ def circuit(
     network: nn.Module,
     a: LinearDictionary,
     b: LinearDictionary,
-    samples: Inputs,
+    samples: Any,
     *,
     site_a: Site | str,
     site_b: Site | str,
-    held_out: Inputs | None = None,
+    held_out: Any = None,
     top_k_sources: int = 8,
     n_ablated: int = 0,
     n_targets: int = N_TARGETS,
@@ -161,11 +160,11 @@ def circuit(
     network: nn.Module,
     a: LinearDictionary,
     b: LinearDictionary,
-    samples: Inputs,
+    samples: Any,
     *,
     site_a: AnySites = None,
     site_b: AnySites = None,
-    held_out: Inputs | None = None,
+    held_out: Any = None,
     top_k_sources: int = 8,
     n_ablated: int = 0,
     n_targets: int = N_TARGETS,
@@ -180,11 +179,11 @@ def circuit(
     network: nn.Module,
     a: LinearDictionary,
     b: LinearDictionary,
-    samples: Inputs,
+    samples: Any,
     *,
     site_a: AnySites = None,
     site_b: AnySites = None,
-    held_out: Inputs | None = None,
+    held_out: Any = None,
     top_k_sources: int = 8,
     n_ablated: int = 0,
     n_targets: int = N_TARGETS,
@@ -203,7 +202,7 @@ def circuit(
         network: Network in evaluation mode; called as `network(samples)`.
         a: Dictionary of the earlier site.
         b: Dictionary of the later site.
-        samples: Inputs of the network on which gates and codes are recorded.
+        samples: Inputs of the network on which gates and codes are recorded, as for `open_samples`.
         site_a: Site of `a`, by default as its file names it; of several sites, those that it reads
             and then others that it writes.
         site_b: Site of `b`, with no site of parallel branches in between.
@@ -244,12 +243,12 @@ def circuit(
         PlacedDictionary(each, place_sites(network, ends_of(each).names, site, in_words(each)))
         for each, site in ((a, site_a), (b, site_b))
     ]
-    known = _as_inputs(samples, network)
+    known = whole_batch(samples, network)
     if held_out is None:
         cut = len(known) - len(known) // 3
         known, unseen = known[:cut], known[cut:]
     else:
-        unseen = _as_inputs(held_out, network)
+        unseen = whole_batch(held_out, network)
     if not len(known) or not len(unseen):
         raise InputError(
             f"A circuit needs samples to record and samples to validate it on, got {len(known)} "
@@ -277,12 +276,6 @@ def circuit(
     ablation = ablate(connection, a, maps(unseen)(), sources)
     evidence = ablation_evidence(result, ablation, sources, seed=seed)
     return dataclasses.replace(result, evidence=evidence)
-
-
-def _as_inputs(samples: Inputs, network: nn.Module) -> Tensor:
-    inputs = samples if isinstance(samples, Tensor) else torch.from_numpy(np.asarray(samples))
-    like = next(network.parameters(), inputs)
-    return inputs.to(like) if inputs.is_floating_point() else inputs.to(like.device)
 
 
 def _maps(

@@ -21,8 +21,9 @@ from jaxtyping import Float, Int
 from scipy import stats
 from torch import Tensor, nn
 
-from mechatlas.activations.networks import as_input, call_network, running
+from mechatlas.activations.networks import call_network, running
 from mechatlas.activations.predictions import output_of
+from mechatlas.activations.samples import whole_batch
 from mechatlas.activations.sites import intervene
 from mechatlas.analysis.effects.steering import changed_rows, site_of, site_rows
 from mechatlas.base import Dictionary, InputError, Result, Site
@@ -113,7 +114,7 @@ def attribute(
     Args:
         network: Network, left as it is.
         dictionary: Dictionary of the site.
-        inputs: Batch of inputs, such as token ids.
+        inputs: Batch of inputs, such as token ids, or samples, as for `open_samples`.
         output: Function from what the network returns (its logits, where it has these) to one
             number; or a token id, whose logit after the last token is meant, summed over samples.
         site: Site of the dictionary; by default the one that its file names.
@@ -139,7 +140,7 @@ def attribute(
         (5, 1, 16)
     """
     place = site_of(network, dictionary, site)
-    batch = as_input(network, inputs)
+    batch = whole_batch(inputs, network)
     traced = _trace(network, dictionary, batch, output, place)
     values, shape = traced.code * traced.code_gradient, traced.shape
     ablated = _chosen(values.sum(dim=0).cpu(), (traced.code != 0).any(dim=0).cpu(), n_ablated, seed)

@@ -14,7 +14,7 @@ the wild (2022), for direct effects with a frozen norm.
 
 import copy
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,10 +24,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from mechatlas.activations.passes import unwrapped
+from mechatlas.activations.samples import whole_batch
 from mechatlas.activations.site_names import lens_sites
 from mechatlas.activations.sites import read_activations
 from mechatlas.analysis.effects.steering import check_latents, site_of, site_rows
-from mechatlas.base import Dictionary, InputError, Result, Site
+from mechatlas.base import Dictionary, InputError, Progress, Result, Site, no_progress
 from mechatlas.maths.bootstrap import Estimate, estimate, resample
 from mechatlas.maths.statistics import q_values
 
@@ -136,16 +137,30 @@ class LogitEffects(Result):
 
 
 @torch.no_grad()
+def _counter(total: int, on_progress: Progress) -> Callable[[Tensor], Iterator[Tensor]]:
+    """Make a function that splits vectors and counts those that are done."""
+    done = 0
+
+    def counted(vectors: Tensor) -> Iterator[Tensor]:
+        nonlocal done
+        for part in vectors.split(LATENTS_AT_ONCE):
+            yield part
+            on_progress(done := done + len(part), total)
+
+    return counted
+
+
 def logit_effects(
     network: nn.Module,
     dictionary: Dictionary,
     latents: Sequence[int] | None = None,
     *,
-    tokens: Int[Tensor, "sample token"] | None = None,
+    tokens: Any = None,
     site: Site | str | None = None,
     n_top: int = 10,
     n_random: int = N_RANDOM,
     seed: int = 0,
+    on_progress: Progress = no_progress,
 ) -> LogitEffects:
     """Find the tokens whose logits latents raise and lower most, directly.
 
@@ -153,12 +168,14 @@ def logit_effects(
         network: Language model with its head.
         dictionary: Dictionary of a site in the residual stream, or of what is added to it.
         latents: Latents; by default all.
-        tokens: Token ids to run the network on: they give the scale of the stream, and how far
-            frozen and unfrozen norm differ.
+        tokens: Token ids of shape (sample, token), or texts, as for `open_samples`, to run the
+            network on: they give the scale of the stream, and how far frozen and unfrozen norm
+            differ.
         site: Site of the dictionary, for `tokens`; by default the one that its file names.
         n_top: Tokens listed at each end.
         n_random: Random directions of the null.
         seed: Seed of the null and the interval.
+        on_progress: Callback with the number of latents and random directions done.
 
     Raises:
         InputError: The network has no head that is known, there is no such latent, or the
@@ -187,13 +204,14 @@ def logit_effects(
         place = site_of(network, dictionary, site)
         scale, difference = _on_tokens(network, head, dictionary, place, chosen, tokens, seed)
     n_top = min(n_top, vocabulary)
-    parts = [_ends(head, part, n_top) for part in vectors.split(LATENTS_AT_ONCE)]
+    counted = _counter(len(vectors) + n_random, on_progress)
+    parts = [_ends(head, part, n_top) for part in counted(vectors)]
     ids = [torch.cat([part[i] for part in parts]).cpu().numpy() for i in (1, 3)]
     effects = [torch.cat([part[i] for part in parts]).cpu().double().numpy() for i in (0, 2)]
     # Not the stream of torch with this seed, which weights may have been drawn from.
     random = np.random.default_rng([seed, 32]).standard_normal((n_random, width))
     random = functional.normalize(torch.from_numpy(random), dim=1).to(vectors)
-    null = [head.effects(part).aminmax(dim=1) for part in random.split(LATENTS_AT_ONCE)]
+    null = [head.effects(part).aminmax(dim=1) for part in counted(random)]
     norms = vectors.norm(dim=1).cpu().double().numpy()
     lowest, largest = (torch.cat(end).cpu().double().numpy() for end in zip(*null, strict=True))
     p_top = _p_values(effects[0][:, 0], norms, largest)
@@ -294,11 +312,11 @@ def _on_tokens(
     dictionary: Dictionary,
     place: Site,
     latents: Sequence[int],
-    tokens: Tensor,
+    tokens: Any,
     seed: int,
 ) -> tuple[float, Estimate | None]:
     """Scale of the stream before the final norm, and the difference that freezing it makes."""
-    read = read_activations(network, tokens, [place, head.reads])
+    read = read_activations(network, whole_batch(tokens, network), [place, head.reads])
     rows, _ = site_rows(network, place, read[place], dictionary)
     stream = read[head.reads].reshape(-1, head.unembed.shape[1])
     scale = float(head.scale(stream).median())

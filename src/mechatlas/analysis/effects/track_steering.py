@@ -23,7 +23,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
-from mechatlas.activations.networks import as_input, call_network, running
+from mechatlas.activations.networks import call_network, running
+from mechatlas.activations.samples import whole_batch
 from mechatlas.activations.sites import intervene
 from mechatlas.analysis.effects.logits import atoms
 from mechatlas.analysis.effects.steering import check_latents, site_of, site_rows, steer
@@ -128,7 +129,7 @@ def compare_steering(
     Args:
         network: Network, left as it is.
         points: Dictionary, latent and site of each layer of the track, two or more.
-        inputs: Batch of inputs, such as token ids.
+        inputs: Batch of inputs, such as token ids, or samples, as for `open_samples`.
         measure: Function from the logits to one number, such as a mean log-probability.
         scale: Activation that is added in all.
         n_random: Random directions of the same norms, for each way.
@@ -154,7 +155,7 @@ def compare_steering(
     if len(points) < 2:
         raise InputError(f"A track needs two layers or more, got {len(points)}.")
     whole, shared = _scales(points, [scale] * len(points)), _scales(points, scale)
-    batch = as_input(network, inputs)
+    batch = whole_batch(inputs, network)
     logits = _logits(network, batch)
     baseline = _number(measure, logits)
     plain = functional.log_softmax(logits, dim=-1)

@@ -24,6 +24,7 @@ from torch import nn
 from mechatlas import deprecated
 from mechatlas.activations.networks import as_input, digest
 from mechatlas.activations.passes import evaluation_mode, unwrapped
+from mechatlas.activations.samples import whole_batch
 from mechatlas.activations.sites import as_site
 from mechatlas.analysis.interaction.basis_analysis import Analysis, Coordinates
 from mechatlas.analysis.interaction.costs import Costs
@@ -75,7 +76,8 @@ def basis(
 
     Args:
         model: Any module; called as `model(inputs)`, in evaluation mode.
-        data: Inputs as a tensor or array, or a pair of inputs and labels.
+        data: Inputs as a tensor or array, or a pair of inputs and labels; or samples, as for
+            `open_samples`.
         layers: Sites in the order in which the network reaches them; the last holds the outputs
             whose behavior counts.
         settings: Bases to compare, numbers of samples, thresholds.
@@ -122,6 +124,8 @@ def basis(
             "Workers of an engine open the network by themselves: give basis(reopen=f), a function "
             "of a module that returns it."
         )
+    if not (isinstance(data, tuple | list) or hasattr(data, "__array__")):
+        data = whole_batch(data, model)
     inputs = Inputs.from_data(data)
     model = unwrapped(model)
     inputs = dataclasses.replace(inputs, tensor=as_input(model, inputs.tensor))

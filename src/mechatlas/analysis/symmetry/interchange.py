@@ -117,6 +117,16 @@ def usable_elements(places: Places, action: Action) -> Bool[np.ndarray, " elemen
     return exact
 
 
+def n_runs(n_features: int) -> int:
+    """Inputs that the network runs on for the trials of some features, at most.
+
+    An input and its poses, answers before, without and after, all features, wrong poses, nulls; for
+    poses that leave a feature unchanged only the first four.
+    """
+    n_nulls = max(MIN_NULLS, math.ceil(POOL / max(n_features, 1)))
+    return n_features * SAMPLES * (6 + WRONG_POSES + n_nulls + 4)
+
+
 def draw_trials(
     codes: SparseMatrix,
     samples: Int[np.ndarray, " row"],

@@ -21,6 +21,7 @@ from tyro.conf import Positional, arg
 
 from mechatlas.activations.store import Store
 from mechatlas.analysis.branches.activity import (
+    GROUPS,
     ROWS_AT_ONCE,
     ActivityShares,
     Shares,
@@ -48,6 +49,7 @@ from mechatlas.app.branch_inputs import (
     open_site,
     read_labels,
 )
+from mechatlas.app.estimates import Estimate, bytes_of, of_work
 from mechatlas.app.progress import bar
 from mechatlas.app.run_folder import (
     BRANCHES,
@@ -57,6 +59,7 @@ from mechatlas.app.run_folder import (
     RunConfig,
     RunFolder,
 )
+from mechatlas.base import Progress
 from mechatlas.maths.arrays import numbers_of
 from mechatlas.maths.statistics import proportion
 from mechatlas.ranges import RATE, SEED, check_ranges
@@ -66,6 +69,16 @@ ROWS = 16_384
 """Default number of rows."""
 LABELS_SHOWN = 50
 """Number of labels in `result.json`, surest first."""
+LONG_ROWS = 100_000
+"""Rows from which on the cost is estimated beforehand."""
+PROBE_ROWS = 2048
+"""Rows whose statistics are enough to time a test."""
+PROBE_FEATURES = 256
+"""Features that are tested at once to time a test."""
+TESTS = 3
+"""Tests of each feature: as it is, with permuted channels, and moved into a branch."""
+CELL_BYTES = 80
+"""Bytes of `features.parquet` for a feature and a branch."""
 PICTURE_ROWS = 160
 """Number of rows in the picture of a decoder; each is the mean of neighbors."""
 Arrays = dict[str, Shaped[np.ndarray, "..."]]
@@ -252,6 +265,7 @@ def run(config: BranchesConfig, folder: RunFolder) -> BranchesResult:
         dictionary=str(config.dictionary.resolve()),
         store=str(config.store.resolve()),
     )
+    folder.expect(lambda: _estimate(site, config.rows), is_long=config.rows >= LONG_ROWS)
     known = _known(site, config.rows, folder, "statistics")
     activity = _activity(site, config.rows, known, folder)
     alive = activity.active > 0
@@ -266,6 +280,29 @@ def run(config: BranchesConfig, folder: RunFolder) -> BranchesResult:
     folder.table(FEATURES, features_table(tested, activity))
     folder.json(DECODER_PICTURE, _picture(site, known))
     return dataclasses.replace(result, consistency=agreements)
+
+
+def _estimate(site: BranchSite, n_rows: int) -> Estimate:
+    """Estimate the work on rows, and the tests of the features from statistics of a few rows."""
+    dictionary, n = site.dictionary, site.dictionary.n_latents
+    known = channel_statistics(x for x, _ in site.read(PROBE_ROWS))
+
+    def read(progress: Progress) -> None:
+        channel_statistics(x for x, _ in site.read(n_rows))
+        activity_shares(
+            dictionary, site.read(n_rows), site.branches, known.mean, n_rows=n_rows,
+            on_progress=progress,
+        )  # fmt: skip
+
+    def test(progress: Progress) -> None:
+        for k in range(0, TESTS * n, PROBE_FEATURES):
+            rows = dictionary.W_dec.detach()[np.arange(k, k + PROBE_FEATURES) % n]
+            branches(rows, site.branches, known)
+            progress(k + PROBE_FEATURES, TESTS * n)
+
+    cells = n * len(site.branches)
+    memory = 3 * bytes_of(dictionary) + 16 * GROUPS * cells
+    return of_work([read, test], memory=memory, disk=CELL_BYTES * cells)
 
 
 def _resumed(folder: RunFolder, name: str, make: Callable[[], dict[str, Any]]) -> Arrays:

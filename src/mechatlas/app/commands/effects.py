@@ -11,6 +11,7 @@ store runs on its held-out samples.
 
 import dataclasses
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,11 +22,17 @@ from torch import Tensor, nn
 from mechatlas.activations.passes import on_device
 from mechatlas.activations.samples import TextSamples
 from mechatlas.analysis.effects.attribution import N_ABLATED, Attribution, attribute
-from mechatlas.analysis.effects.logits import N_RANDOM, LogitEffects, logit_effects
+from mechatlas.analysis.effects.logits import (
+    LATENTS_AT_ONCE,
+    N_RANDOM,
+    LogitEffects,
+    logit_effects,
+)
+from mechatlas.app.estimates import WORTH_MEASURING, bytes_of, of_work
 from mechatlas.app.network_inputs import MeasureConfig, Measured, open_measured
 from mechatlas.app.progress import bar
 from mechatlas.app.run_folder import EFFECTS, LOGITS, CommandResult, RunFolder
-from mechatlas.base import InputError
+from mechatlas.base import InputError, Progress
 from mechatlas.devices import as_device
 from mechatlas.maths.bootstrap import Estimate
 from mechatlas.ranges import COUNT, COUNT_OR_NONE, RATE, SEED, check_ranges
@@ -35,6 +42,8 @@ FDR = 0.05
 """Default false discovery rate."""
 STRONGEST = 10
 """Latents listed of each attributed answer."""
+TOKEN_BYTES = 10
+"""Bytes of `logits.parquet` for each token of a latent: its number, its effect and its text."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -141,17 +150,33 @@ def run(config: EffectsConfig, folder: RunFolder) -> EffectsResult:
     folder.parent("dictionary", measured.opened.checksum)
     folder.facts(site=measured.site, dictionary=str(config.dictionary.resolve()))
     tokens = samples.stack([samples.read(i) for i in numbers])
-    with on_device(network, device), on_device(dictionary, device), bar("effects") as progress:
-        progress(0, 1 + config.attribute)
-        found = logit_effects(
-            network, dictionary, tokens=tokens.to(device), site=measured.site,
+    with on_device(network, device), on_device(dictionary, device):
+        effects = partial(
+            logit_effects, network, dictionary, tokens=tokens.to(device), site=measured.site,
             n_top=config.n_top, n_random=config.n_random, seed=config.seed,
         )  # fmt: skip
-        answers = []
-        for done, i in enumerate(numbers[: config.attribute]):
-            progress(1 + done, 1 + config.attribute)
-            window = samples.stack([samples.read(i)[~samples.padding(i)]]).to(device)
-            answers.append(_attribute(config, measured, window, samples.name(i)))
+
+        def attributions(progress: Progress) -> list[AttributedAnswer]:
+            answers = []
+            for done, i in enumerate(numbers[: config.attribute], start=1):
+                window = samples.stack([samples.read(i)[~samples.padding(i)]]).to(device)
+                answers.append(_attribute(config, measured, window, samples.name(i)))
+                progress(done, config.attribute)
+            return answers
+
+        folder.expect(
+            lambda: of_work(
+                [lambda progress: effects(on_progress=progress), attributions],
+                memory=2 * bytes_of(network, dictionary),
+                disk=TOKEN_BYTES * (2 * config.n_top + 4) * dictionary.n_latents,
+            ),
+            is_long=dictionary.n_latents >= WORTH_MEASURING * LATENTS_AT_ONCE
+            or config.attribute >= WORTH_MEASURING,
+        )
+        with bar("effects") as progress:
+            found = effects(on_progress=progress)
+        with bar("attributing") as progress:
+            answers = attributions(progress)
     folder.table(LOGITS, logit_columns(found))
     return EffectsResult(
         **logit_counts(found, config.fdr), site=measured.site, attributions=answers

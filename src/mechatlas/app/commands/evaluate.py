@@ -8,11 +8,13 @@ samples.
 """
 
 import dataclasses
+from functools import partial
 
 from mechatlas.activations.positions import Positions
 from mechatlas.analysis.evaluation.evaluate import N_SAMPLES
 from mechatlas.analysis.evaluation.evaluate import evaluate as evaluate_dictionary
 from mechatlas.analysis.evaluation.results import NetworkEvaluation
+from mechatlas.app.estimates import WORTH_MEASURING, bytes_of, of_work
 from mechatlas.app.network_inputs import MeasureConfig, open_measured
 from mechatlas.app.progress import bar
 from mechatlas.app.run_folder import EVALUATION, CommandResult, RunFolder
@@ -66,21 +68,29 @@ def run(config: EvaluateConfig, folder: RunFolder) -> EvaluateResult:
     if positions is None and store is not None and store.manifest.get("left_out"):
         positions = Positions.of_store(store.manifest)
     folder.parent("dictionary", measured.opened.checksum)
+    evaluation = partial(
+        evaluate_dictionary,
+        measured.opened.dictionary,
+        network=measured.network,
+        samples=measured.samples,
+        site=measured.site.split(",") if "," in measured.site else measured.site,
+        n_samples=config.n_samples,
+        numbers=measured.numbers,
+        positions=positions,
+        outlier_norms=config.outlier_norms,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        device=config.device,
+    )
+    folder.expect(
+        lambda: of_work(
+            [lambda progress: evaluation(on_progress=progress)],
+            memory=3 * bytes_of(measured.network, measured.opened.dictionary),
+        ),
+        is_long=config.n_samples >= WORTH_MEASURING * config.batch_size,
+    )
     with bar("evaluating") as progress:
-        found = evaluate_dictionary(
-            measured.opened.dictionary,
-            network=measured.network,
-            samples=measured.samples,
-            site=measured.site.split(",") if "," in measured.site else measured.site,
-            n_samples=config.n_samples,
-            numbers=measured.numbers,
-            positions=positions,
-            outlier_norms=config.outlier_norms,
-            batch_size=config.batch_size,
-            seed=config.seed,
-            device=config.device,
-            on_progress=progress,
-        )
+        found = evaluation(on_progress=progress)
     folder.facts(site=measured.site, dictionary=str(config.dictionary.resolve()))
     folder.begin()
     return EvaluateResult(site=measured.site, **vars(found))

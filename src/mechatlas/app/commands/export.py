@@ -22,6 +22,7 @@ from tyro.conf import Positional, arg
 from mechatlas.activations.site_names import lens_name
 from mechatlas.activations.store import Store
 from mechatlas.activations.texts import TextSamples
+from mechatlas.app.estimates import Estimate, bytes_of, of_work
 from mechatlas.app.inputs import (
     OpenedDictionary,
     TrustConfig,
@@ -34,6 +35,7 @@ from mechatlas.app.progress import bar
 from mechatlas.app.run_folder import EXPORT, CommandResult, RunConfig, RunFolder
 from mechatlas.base import RecipeError
 from mechatlas.dictionaries.formats import save
+from mechatlas.outputs import temporary_folder
 from mechatlas.ranges import COUNT, check_ranges
 
 KIND = EXPORT
@@ -106,10 +108,13 @@ def run(config: ExportConfig, folder: RunFolder) -> ExportResult:
     folder.parent("dictionary", opened.checksum)
     folder.facts(format=config.format, **({} if site is None else {"site": site}))
     features = _features(config, opened, site) if config.format == "neuronpedia" else None
+    write = partial(save, opened.dictionary, format=config.format, metadata=entries)
+    if config.format != "neuronpedia":
+        folder.expect(lambda: _estimate(write, opened), is_long=False)
     folder.begin()
     before = _inodes(folder.path)  # files of an earlier run have the same names
     if features is None:
-        save(opened.dictionary, folder.path, format=config.format, metadata=entries)
+        write(folder.path)
     else:
         with bar("features") as progress:
             features(
@@ -122,6 +127,15 @@ def run(config: ExportConfig, folder: RunFolder) -> ExportResult:
     for name in written:
         folder.note(name)
     return ExportResult(format=config.format, files=written, site=site)
+
+
+def _estimate(write: Callable[[Path], object], opened: OpenedDictionary) -> Estimate:
+    """Estimate what writing takes by doing it elsewhere: it costs hardly more than reading."""
+    with temporary_folder() as folder:
+        return dataclasses.replace(
+            of_work([lambda _: write(folder)], memory=2 * bytes_of(opened.dictionary)),
+            disk=sum(path.stat().st_size for path in folder.iterdir()),
+        )
 
 
 def _inodes(folder: Path) -> set[tuple[str, tuple[int, int]]]:

@@ -19,6 +19,7 @@ from tyro.conf import Positional, arg
 
 from mechatlas.analysis.matching.flow import KINDS, ORIGINS, FeatureFlow, feature_flow
 from mechatlas.analysis.matching.pairing import FDR
+from mechatlas.app.estimates import of_matching
 from mechatlas.app.inputs import OpenedDictionary, expect_several, open_dictionaries
 from mechatlas.app.progress import bar
 from mechatlas.app.run_folder import FLOW, FLOWS, CommandResult, RunConfig, RunFolder
@@ -134,6 +135,13 @@ def run(config: FlowConfig, folder: RunFolder) -> FlowResult:
         dictionaries=[paths_of[each.name] for each in stream],
         modules=[paths_of[name] for name in modules],
     )
+    folder.expect(
+        lambda: of_matching(
+            (_shape(stream[k + 1]), _shape(before))
+            for k in range(n - 1)
+            for before in (stream[k], *between[KINDS[0]][k], *between[KINDS[1]][k])
+        )
+    )
     with bar("following features") as progress:
         flow = feature_flow(
             [each.dictionary for each in stream],
@@ -146,6 +154,11 @@ def run(config: FlowConfig, folder: RunFolder) -> FlowResult:
     names = {kind: [[d.name for d in step] for step in between[kind]] for kind in KINDS}
     folder.table(FLOWS, flow_columns(flow, names, modules))
     return describe_flow(flow, [each.name for each in stream], names, modules)
+
+
+def _shape(opened: OpenedDictionary) -> tuple[int, int]:
+    """Latents of a dictionary and their width."""
+    return opened.dictionary.n_latents, opened.dictionary.d_in
 
 
 def _layer(opened: OpenedDictionary) -> int:

@@ -9,6 +9,7 @@ more, `tracks.parquet`. An interrupted run is continued by the same command.
 
 import dataclasses
 import functools
+import itertools
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -270,7 +271,7 @@ def run(config: MatchConfig, folder: RunFolder) -> MatchResult:
     inputs = _open(config)
     if config.cost != "codes":
         shapes = [(each.dictionary.n_latents, each.dictionary.d_in) for each in inputs.opened]
-        folder.expect(lambda: of_matching(shapes))
+        folder.expect(lambda: of_matching(itertools.pairwise(shapes)))
     for name, opened in zip(inputs.names, inputs.opened, strict=True):
         folder.parent(name, opened.checksum)
     if config.store is not None:

@@ -26,6 +26,7 @@ from mechatlas.analysis.proofs.verifier.explanation import ProofError
 from mechatlas.analysis.proofs.verifier.proof import as_weights, load_proof
 from mechatlas.analysis.proofs.verifier.structures import Weights
 from mechatlas.analysis.proofs.verifier.verify import LogitBudget, Verification, verify
+from mechatlas.app.estimates import Estimate, of_products
 from mechatlas.app.proof_details import CosetSummary, describe, measure_cosets, summarize_cosets
 from mechatlas.app.run_folder import (
     NEURONS,
@@ -44,6 +45,11 @@ from mechatlas.tensorfiles import read_array, read_arrays
 KIND = PROOF
 KEPT = "explanation"
 """Name of the part from which an interrupted run is continued."""
+PREPARATION = 1.0
+"""Seconds of a proof whatever the size: irreps, and loops that are read or compiled."""
+SEARCH = 8.0
+"""Time of looking for an explanation, of verifying some and of describing the network, in times of
+brute force in float32, from S5 on."""
 REPEATS = 5
 """Number of times that brute force and verification are run in turn; once for large groups."""
 
@@ -164,6 +170,7 @@ def run(config: ProveConfig, folder: RunFolder | None = None) -> ProveResult | C
         group = Group(table, name=config.table.stem.removesuffix("_table"))
     with about(config.weights):
         weights = as_weights(*given, group.order)
+    folder.expect(lambda: _estimate(config, *weights.unembed.shape), is_long=False)
     folder.facts(group=group.name, weights=str(config.weights.resolve()))
     folder.parent("weights", checksum_file(config.weights))
     folder.parent("table", checksum_file(config.table))
@@ -175,6 +182,17 @@ def run(config: ProveConfig, folder: RunFolder | None = None) -> ProveResult | C
         accuracy, seconds = exact_accuracy(bound, *weights)
         result = dataclasses.replace(result, accuracy_exact=accuracy, seconds_exact=seconds)
     return _compare(weights, group, bound, result) if config.compare else result
+
+
+def _estimate(config: ProveConfig, width: int, order: int) -> Estimate:
+    """Estimate a proof from the multiply-adds of brute force."""
+    repeats = REPEATS if order < 300 else 1
+    times = SEARCH + config.exact + config.compare * (4 * repeats + 2)  # float64 takes two
+    found = of_products(
+        2.0 * times * order**3 * width,
+        memory=8 * order * (12 * order + 6 * width), disk=12 * order * width + 8 * order**2,
+    )  # fmt: skip
+    return dataclasses.replace(found, seconds=PREPARATION + found.seconds)
 
 
 def describe_bound(bound: AccuracyBound, folder: Outputs) -> ProveResult:

@@ -14,6 +14,7 @@ from tyro.conf import Positional, arg
 
 from mechatlas.activations.passes import on_device
 from mechatlas.activations.store import Store
+from mechatlas.analysis.symmetry import interchange
 from mechatlas.analysis.symmetry.class_names import NOT_SHOWN, name_classes
 from mechatlas.analysis.symmetry.classify import FDR, Symmetry, count_shuffled_discoveries, symmetry
 from mechatlas.analysis.symmetry.control_comparison import ClassComparison, compare_with_control
@@ -28,6 +29,7 @@ from mechatlas.analysis.symmetry.posed_dictionary import (
 )
 from mechatlas.analysis.symmetry.shift_evidence import EQUALITY_THRESHOLD, SUPPORT_THRESHOLD
 from mechatlas.app import pose_interventions, stimuli
+from mechatlas.app.estimates import Estimate, bytes_of, of_work
 from mechatlas.app.inputs import manifest_of, open_dictionary, refuse_other_network
 from mechatlas.app.old_runs import renamed_columns
 from mechatlas.app.pose_interventions import InterventionsResult, rounded
@@ -49,7 +51,7 @@ from mechatlas.app.symmetry_tables import (
     types_in_words,
     write_features,
 )
-from mechatlas.base import RecipeError
+from mechatlas.base import Progress, RecipeError
 from mechatlas.devices import as_device
 from mechatlas.files import MANIFEST, Fields
 from mechatlas.maths.actions import Rotate
@@ -60,6 +62,11 @@ from mechatlas.tensorfiles import read_table
 KIND = SYMMETRY
 KEPT = "blocks"
 ALL_POSES, UNTRANSFORMED = "all poses", "the untransformed input"
+
+LONG_ROWS = 100_000
+"""Rows from which on the cost is estimated beforehand."""
+PROBE_SAMPLES = 16
+"""Samples that the network runs on together to time interventions."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -239,7 +246,7 @@ def run(config: SymmetryConfig, folder: RunFolder) -> SymmetryResult:
     network = pose_interventions.open_posed_network(
         store, posed.site, config.downstream, wanted=config.interventions > 0, trust=config
     )
-    estimates = _estimate(posed, folder, config)
+    estimates = _estimate(posed, network, folder, config)
     with bar("comparing features") as progress:
         symmetries = symmetry(
             estimates.blocks, posed.group, estimates.halves, fdr=config.fdr,
@@ -351,8 +358,41 @@ def group_facts(group: Group, action: str, classes: Sequence[str]) -> dict[str, 
     }
 
 
-def _estimate(posed: PosedDictionary, folder: RunFolder, config: SymmetryConfig) -> BlockEstimates:
+def _expected(
+    posed: PosedDictionary, network: interchange.PosedNetwork | str, config: SymmetryConfig
+) -> Estimate:
+    """Estimate the regression, the comparison of features and the interventions."""
+    dictionary, order = posed.dictionary, posed.group.order
+    n = dictionary.n_latents // (order if posed.pose_tied else 1)
+    blocks = np.random.default_rng(0).normal(size=(2, n, order, posed.d)).astype(np.float32)
+
+    def read(progress: Progress) -> None:
+        with on_device(dictionary, as_device(config.device)):
+            estimate_blocks(posed, on_progress=progress)
+
+    def compare(progress: Progress) -> None:
+        symmetry(blocks[0], posed.group, blocks, on_progress=progress)
+
+    def intervene(progress: Progress) -> None:
+        total = 0 if isinstance(network, str) else interchange.n_runs(min(config.interventions, n))
+        for done in range(0, total, PROBE_SAMPLES):
+            assert not isinstance(network, str)
+            network.answer(network.inputs(np.arange(min(PROBE_SAMPLES, len(network.samples)))))
+            progress(min(done + PROBE_SAMPLES, total), total)
+
+    width, codes = order * posed.d, dictionary.n_latents
+    memory = 3 * bytes_of(dictionary) + 8 * codes * (2 * codes + 3 * width) + 5 * blocks.nbytes
+    return of_work([read, compare, intervene], memory=memory, disk=blocks.nbytes // 2)
+
+
+def _estimate(
+    posed: PosedDictionary,
+    network: interchange.PosedNetwork | str,
+    folder: RunFolder,
+    config: SymmetryConfig,
+) -> BlockEstimates:
     """Estimate blocks, or continue with the blocks that an interrupted run has kept."""
+    folder.expect(lambda: _expected(posed, network, config), is_long=posed.rows.n_rows >= LONG_ROWS)
     kept = folder.kept(KEPT)
     if kept is not None:
         return BlockEstimates.from_arrays(kept)

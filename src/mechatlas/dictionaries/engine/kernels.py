@@ -59,16 +59,25 @@ COPIED_COLUMNS = 128
 """Columns that `columns` copies at a time: long enough for memory, few enough for the cache."""
 
 
-def compiled(kernel: Any) -> Any:
+def compiled(kernel: Any, *, inner: bool = False) -> Any:
     """Compile a kernel whose sums may be reordered and whose multiplications may be fused.
 
     Vector units need both. NaN and infinity keep their meaning.
+
+    Args:
+        kernel: The kernel.
+        inner: Whether only kernels call it.
     """
     freedoms = ("reassoc", "contract", "nsz")
-    return compilation.compiled(kernel, fastmath=freedoms, structures=STRUCTURES)
+    return compilation.compiled(kernel, fastmath=freedoms, structures=STRUCTURES, inner=inner)
 
 
-@compiled
+def inner(kernel: Any) -> Any:
+    """Compile a part of kernels."""
+    return compiled(kernel, inner=True)
+
+
+@inner
 def _kth_largest(values, n, k):
     """The k-th largest of the first n values, which are reordered (Hoare's selection)."""
     left, right, target = 0, n - 1, k - 1
@@ -93,7 +102,7 @@ def _kth_largest(values, n, k):
     return values[target]
 
 
-@compiled
+@inner
 def _maxima(row, bias, maxima):
     """Write the largest of each strided group of row + bias: c, c + n, c + 2 n, ..."""
     n = len(maxima)
@@ -108,7 +117,7 @@ def _maxima(row, bias, maxima):
             maxima[c] = value if value > maxima[c] else maxima[c]
 
 
-@compiled
+@inner
 def _reach(values, n, low):
     """Count the first n values that are at least `low`."""
     part, count = values[:n], 0
@@ -117,7 +126,7 @@ def _reach(values, n, low):
     return count
 
 
-@compiled
+@inner
 def _exceed(values, n, low):
     """Count the first n values that are above `low`."""
     part, count = values[:n], 0
@@ -126,7 +135,7 @@ def _exceed(values, n, low):
     return count
 
 
-@compiled
+@inner
 def _reached_by(values, k):
     """Bisect for a bound that at least k values reach, and hardly more than k."""
     low, high = values[0], values[0]
@@ -146,7 +155,7 @@ def _reached_by(values, k):
     return low
 
 
-@compiled
+@inner
 def _last_of(values, n, k, scratch):
     """The k-th largest of the first n values; few are compared each with each."""
     if n <= COMPARED_VALUES:
@@ -158,7 +167,7 @@ def _last_of(values, n, k, scratch):
     return _kth_largest(scratch, n, k)
 
 
-@compiled
+@inner
 def write_largest(kept, where, n_kept, k, scratch, values, latents):
     """Write the k largest candidates, zero if below, and their latents; return their number.
 
@@ -197,7 +206,7 @@ def _select(pre, bias, k, n_groups, values, latents):
         _maxima(row, bias, maxima)
         # k groups have a member of at least `bound`, so the k largest are at least that.
         bound = _reached_by(maxima, k)
-        n_kept = 0
+        n_kept = np.int64(0)  # for a literal, what takes it would be compiled once more
         for c in range(n_groups):
             if maxima[c] >= bound:
                 for j in range(c, m, n_groups):
@@ -255,7 +264,7 @@ def above(pre: Tensor, bias: Tensor, low: Tensor) -> tuple[Tensor, Tensor, Tenso
     return counts, latents[:n].clone(), values[:n].clone()  # never touched, the rest is free
 
 
-@compiled
+@inner
 def _bounds(starts, i, latents, widths, bounds):
     """Write the first pair of a row of each level, that is, of no narrower one."""
     bounds[0] = starts[i]
@@ -350,7 +359,7 @@ def group(latents: Tensor, values: Tensor, n_latents: int) -> tuple[Tensor, Tens
     return order[: int(starts[-1])], starts
 
 
-@compiled
+@inner
 def _copy(whole, low, part):
     """Copy the columns from `low`, as many as the part has."""
     for i in range(len(part)):
@@ -411,7 +420,7 @@ def columns(
     return _columns(span.start, span.stop, *structures)
 
 
-@compiled
+@inner
 def step_adam(p, first, second, gradient, adam):
     """Compiled form of `fallback.step_adam`.
 
@@ -426,7 +435,7 @@ def step_adam(p, first, second, gradient, adam):
         p[c] -= adam.rate * m / (np.sqrt(v) * adam.correction + adam.epsilon)
 
 
-@compiled
+@inner
 def _length(part):
     square = part[0] * part[0]
     for c in range(1, len(part)):
@@ -434,7 +443,7 @@ def _length(part):
     return np.sqrt(square)
 
 
-@compiled
+@inner
 def remove_along(gradient, atom, edges):
     """Compiled form of `fallback.remove_along` for one atom.
 
@@ -462,7 +471,7 @@ def remove_along(gradient, atom, edges):
                 part_gradient[c] -= factor * part[c]
 
 
-@compiled
+@inner
 def unit_length(atom, edges, least):
     """Scale an atom so that its lengths at the sites sum to 1.
 
@@ -479,7 +488,7 @@ def unit_length(atom, edges, least):
         atom[c] *= inverse
 
 
-@compiled
+@inner
 def _gradients(j, level, pairs, batch, added, tied, scratch):
     """Write the gradients of one latent."""
     starts, row_of, values = pairs.starts, pairs.rows, pairs.values

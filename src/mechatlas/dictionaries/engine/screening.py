@@ -25,7 +25,7 @@ from jaxtyping import BFloat16, Float, Int16
 from torch import Tensor
 
 from mechatlas.dictionaries.engine.interface import TooCloseError
-from mechatlas.dictionaries.engine.kernels import COMPARED_LATENTS, compiled, write_largest
+from mechatlas.dictionaries.engine.kernels import COMPARED_LATENTS, compiled, inner, write_largest
 from mechatlas.dictionaries.engine.structures import Bounds, EncoderRows, as_arrays
 from mechatlas.dictionaries.engine.vectors import dot_rows
 
@@ -162,7 +162,7 @@ def _rounded(number):
     return np.int32(word + 0x7FFF + ((word >> 16) & 1)) >> 16
 
 
-@compiled
+@inner
 def _round_row(row, half):
     """Write a row as bfloat16; return the length of the rounding error, and that of the row."""
     lost, length = row[0] - row[0], row[0] - row[0]
@@ -215,19 +215,19 @@ def _most(n_rows, m):
     return int(MAX_FRACTION * m * (n_rows + GRACE_ROWS)) + m + 1
 
 
-@compiled
+@inner
 def _number(bits):
     """The value of a bfloat16."""
     return np.int32(np.int32(bits) << 16).view(np.float32)
 
 
-@compiled
+@inner
 def _truncated(number):
     """The bits of the next bfloat16 towards zero."""
     return np.int16(np.float32(number).view(np.int32) >> 16)
 
 
-@compiled
+@inner
 def _reached_by(bits, k):
     """Find the k-th largest of positive numbers, or one that few more reach; 0 if fewer do.
 
@@ -250,7 +250,7 @@ def _reached_by(bits, k):
     return low
 
 
-@compiled
+@inner
 def _maxima(row, maxima):
     """Write the largest of each strided group: c, c + n, c + 2 n, ..."""
     n = len(maxima)
@@ -262,7 +262,7 @@ def _maxima(row, maxima):
             maxima[c] = part[c] if part[c] > maxima[c] else maxima[c]
 
 
-@compiled
+@inner
 def _near(bounds, k, n_groups, starts, near):
     """Write the latents of each row that may be among its k largest; False if they are many."""
     bits, lengths, reach = bounds
