@@ -31,7 +31,10 @@ from tests.analysis.proofs.planted import planted
 __all__ = ["photos"]
 pytestmark = pytest.mark.cluster
 ROOT = Path(__file__).parents[2]
-OPEN = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled"}
+OPEN = {
+    "RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled", "RAY_worker_niceness": "0",
+    "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+}  # fmt: skip
 """Environment of a cluster on loopback that is started by hand."""
 DRIVER = """
 import sys
@@ -250,8 +253,7 @@ def test_after_a_kill_matches_and_proofs_are_the_same_bytes(jobs, cluster, tmp_p
     command = [sys.executable, "-c", COMMAND, *words[name], "--out", str(out), "--engine"]
     with contextlib.ExitStack() as context:
         head, address = context.enter_context(ray_head()) if victim == "head" else cluster
-        path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-        there = os.environ | OPEN | {"RAY_ADDRESS": address, "PYTHONPATH": path}
+        there = os.environ | OPEN | {"RAY_ADDRESS": address}
         driver = subprocess.Popen(
             [*command, "ray"], cwd=folder, env=there, stderr=subprocess.PIPE, text=True
         )
@@ -306,3 +308,41 @@ def test_blocks_of_one_match_give_the_same_on_every_engine(jobs, tmp_path, engin
     for name in ("here", engine):
         main(["match", "l0", "l1", "--out", str(tmp_path / name[:4]), "--engine", name])
     assert outputs(tmp_path / "here") == outputs(tmp_path / engine[:4])
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_a_killed_training_of_two_ranks_is_continued_by_another_number(tmp_path, n, capsys):
+    x = np.random.default_rng(0).normal(size=(4000, 16)).astype("float32")
+    network = torch.nn.Sequential(torch.nn.Linear(16, 32), torch.nn.ReLU())
+    ma.collect(network, x, ["1"], tmp_path / "store")
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(
+        f'store = "{tmp_path}/store"\nsite = "1"\nn_latents = 96\nsteps = 600\n'
+        "batch_size = 512\ncheckpoint_every = 20\n[sparsity]\nk = 4\n"
+    )
+    main(["train", str(recipe), "--out", str(tmp_path / "whole")])
+    out, words = tmp_path / "out", [str(recipe), "--out", str(tmp_path / "out")]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    train = ["-m", "mechatlas", "train", *words]
+    ranks = subprocess.Popen([*torchrun, "--nproc-per-node=2", *train])
+    while not (out / "checkpoint" / "shards.json").is_file():
+        assert ranks.poll() is None
+        time.sleep(0.01)
+    for pid in [*children(ranks.pid), ranks.pid]:
+        os.kill(pid, signal.SIGKILL)
+    ranks.wait()
+    files = sorted(path.name[9:] for path in (out / "checkpoint").glob("*.safetensors"))
+    assert {"00000000.safetensors", "00000048.safetensors"} <= set(files)
+    with pytest.raises(SystemExit):
+        main(["train", *words, "--batch-size", "256"])
+    assert "batch_size was 512, is 256" in capsys.readouterr().err
+    if n == 1:
+        main(["train", *words])
+    else:
+        subprocess.run([*torchrun, f"--nproc-per-node={n}", *train], check=True)
+    whole, again = (
+        json.loads((tmp_path / name / "result.json").read_text()) for name in ("whole", "out")
+    )
+    assert again["fvu"] == pytest.approx(whole["fvu"], abs=0.02)
+    assert ma.load(out).n_latents == 96
+    assert not (out / "checkpoint").exists()

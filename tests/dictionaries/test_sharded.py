@@ -13,6 +13,7 @@ import torch.distributed as dist
 from mechatlas.base import Batch, RecipeError, WeightsError
 from mechatlas.dictionaries.autoencoder import Autoencoder, Transcoder
 from mechatlas.dictionaries.engine import sparse_steps
+from mechatlas.dictionaries.engine.shard_files import ShardFiles
 from mechatlas.dictionaries.formats import load, save
 from mechatlas.dictionaries.objective import Objective
 from mechatlas.dictionaries.revival import AuxK
@@ -224,6 +225,12 @@ def test_another_number_of_processes_goes_on_from_a_checkpoint(together, alone, 
     file.write_bytes(file.read_bytes()[:-4] + b"\0\0\1\1")
     with pytest.raises(WeightsError, match=file.name):
         train(shard_of(whole(), alone), rows(), **options(60), checkpoint=folder)
+
+
+def test_the_checkpoint_of_a_single_process_is_refused(alone, tmp_path):
+    (tmp_path / "checkpoint.safetensors").write_bytes(b"")
+    with pytest.raises(WeightsError, match="is of a single process: continue it without torchrun"):
+        ShardFiles(alone, range(4), 4).continued(tmp_path, {}, {})
 
 
 def test_what_cannot_be_shared_out_is_refused(alone):

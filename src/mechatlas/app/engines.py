@@ -190,7 +190,10 @@ class Ray:
             if own:
                 # Not the cluster that Ray remembers, of a driver that may have been killed.
                 address = self.address or os.environ.get("RAY_ADDRESS") or "local"
-                ray.init(address, log_to_driver=False, include_dashboard=False)
+                try:
+                    ray.init(address, log_to_driver=False, include_dashboard=False)
+                except ValueError as error:  # no address, or one of another kind
+                    raise RecipeError(f"Ray has no cluster at {address!r}: {error}") from error
             at_once = 2 * max(1, int(ray.cluster_resources().get("CPU", 1)))
             everywhere, left = ray.put(shared), enumerate(pieces)
             remote = ray.remote(max_retries=TRIES - 1)(_run_in)

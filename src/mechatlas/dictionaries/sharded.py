@@ -11,6 +11,7 @@ message of a step. No gradient is exchanged: a process has every code and row th
 from. The whole dictionary is never on one host.
 """
 
+import os
 from itertools import pairwise
 from typing import Any
 
@@ -45,7 +46,7 @@ DRAWN = 2**20
 
 
 def mesh_of(*, n_data: int = 1, device: str = "cpu") -> DeviceMesh:
-    """Arrange the processes of `torchrun` along `data` and `latent`.
+    """Arrange the processes of `torchrun` along `data` and `latent`; without it there is one.
 
     Args:
         n_data: Processes that share out the rows of a batch; the others share out the latents.
@@ -55,7 +56,9 @@ def mesh_of(*, n_data: int = 1, device: str = "cpu") -> DeviceMesh:
         RecipeError: The number of processes is not a multiple of `n_data`.
     """
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if device == "cuda" else "gloo")
+        alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+        together = {} if "RANK" in os.environ else alone
+        dist.init_process_group("nccl" if device == "cuda" else "gloo", **together)
     n = dist.get_world_size()
     if n_data < 1 or n % n_data:
         raise RecipeError(f"n_data is {n_data}, expected a divisor of the {n} processes.")

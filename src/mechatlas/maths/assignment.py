@@ -95,7 +95,8 @@ class State:
 
     @classmethod
     def from_arrays(cls, arrays: dict[str, np.ndarray]) -> "State":
-        """Undo `arrays`."""
+        """Undo `arrays`, which may be read-only: a cluster hands out views of shared memory."""
+        arrays = {name: np.array(array) for name, array in arrays.items()}
         lists = {n[6:]: a for n, a in arrays.items() if n.startswith("lists.")}
         return cls(lists, **{n: a for n, a in arrays.items() if not n.startswith("lists.")})
 
@@ -358,9 +359,9 @@ def _price(block: _Block, shared: tuple[Costs, Float[np.ndarray, " m"], bool]) -
     from mechatlas.maths.selection import keep_cheapest_of_rows, least_of_columns
 
     costs, prices, lower = shared
+    prices = prices.copy()
     entries, shape = costs.block(block.rows), (len(block.rows), block.listed)
     if lower:
-        prices = prices.copy()
         in_threads(lambda i, j: least_of_columns(entries, i, j, prices), len(prices))
     keys, columns, horizon = np.empty(shape), np.empty(shape, np.int32), np.empty(shape[0])
     in_threads(

@@ -41,6 +41,7 @@ from mechatlas.dictionaries.autoencoder import (
     SparseCoder,
     Transcoder,
 )
+from mechatlas.dictionaries.engine.shard_files import SHARDS
 from mechatlas.dictionaries.formats import FILE, save
 from mechatlas.dictionaries.objective import Objective, Schedule
 from mechatlas.dictionaries.pose_tied import PoseTied
@@ -285,8 +286,11 @@ def run(config: TrainConfig, folder: RunFolder) -> TrainResult:
 
 
 def _build(config: TrainConfig, data: "_Data") -> SparseCoder:
-    """Build the dictionary, or the share of it that this process of `torchrun` has."""
-    if n_processes() == 1:
+    """Build the dictionary, or the share of it that this process of `torchrun` has.
+
+    One process has all of it, and goes on from a checkpoint of several.
+    """
+    if n_processes() == 1 and not (config.out / CHECKPOINT / SHARDS).is_file():
         return config.build(data.widths, data.group)
     mesh = mesh_of(n_data=config.row_processes, device=as_device(config.device).type)
     least = getattr(config.sparsity, "k", 1)  # of its form only the widths count

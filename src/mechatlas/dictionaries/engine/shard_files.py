@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from mechatlas.base import DiskError, WeightsError
-from mechatlas.dictionaries.engine.checkpoints import refuse_other_run
+from mechatlas.dictionaries.engine.checkpoints import FILE, refuse_other_run
 from mechatlas.files import checksum, read_manifest, remove, write, write_manifest
 from mechatlas.outputs import claim
 from mechatlas.tensorfiles import read_safetensors
@@ -104,6 +104,11 @@ class ShardFiles:
         """
         manifest = folder / SHARDS
         if not os.path.lexists(manifest):
+            if os.path.lexists(folder / FILE):
+                raise WeightsError(
+                    f"{folder / FILE} is of a single process: continue it without torchrun, or "
+                    "delete it to train anew."
+                )
             return None
         try:
             state = read_manifest(manifest)
