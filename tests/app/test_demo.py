@@ -56,7 +56,7 @@ def test_commands_run_once_their_inputs_are_there_and_two_at_once(monkeypatch):
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
 
         class Threads:
-            def map(self, work, pieces, *, shared):
+            def map(self, work, pieces, *, shared=None):
                 futures = [pool.submit(work, piece, shared) for piece in pieces]
                 for done in concurrent.futures.as_completed(futures):
                     yield futures.index(done), done.result()
