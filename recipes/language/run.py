@@ -248,7 +248,7 @@ def effects(network: Any, sites: list[str], folders: list[Path], given: Any) -> 
     print(f"{site}: {found}", flush=True)
     latent = int(found.latents[found.p_top.argmin()])
     rows = ma.read_activations(network, tokens[:, 1:], [site])[site].flatten(0, 1)
-    scale = float(sae.encode(rows.float()).detach().max())
+    scale = float(sae.encode(rows.float()).detach().max(dim=1).values.median())  # typical strength
     options: dict[str, Any] = {"max_new_tokens": 16, "do_sample": False}
     plain = network.generate(tokens[:1, :12], **options)[0].tolist()
     with ma.steer(network, sae, latent, scale, site=site):

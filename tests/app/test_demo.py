@@ -1,7 +1,11 @@
 """The tours: lists of commands on what is in the package."""
 
+import concurrent.futures
+import dataclasses
 import json
 import sys
+import threading
+from pathlib import Path
 
 import pytest
 
@@ -21,6 +25,46 @@ def test_every_command_of_a_tour_has_a_folder_of_its_own_and_inputs_made_before(
             assert path is None or path in made, (config.out.name, name)
         assert set(getattr(config, "dictionaries", ())) <= made
         made.add(config.out)
+
+
+@dataclasses.dataclass(frozen=True)
+class Note:
+    """A command with a folder and inputs."""
+
+    out: Path
+    store: Path | None = None
+    dictionaries: tuple[Path, ...] = ()
+
+
+NOTES = [
+    Note(Path("a")), Note(Path("b")), Note(Path("c"), store=Path("a")),
+    Note(Path("d"), dictionaries=(Path("b"), Path("c"))), Note(Path("e"), store=Path("d/net.x")),
+]  # fmt: skip
+
+
+def test_commands_run_once_their_inputs_are_there_and_two_at_once(monkeypatch):
+    both, order = threading.Barrier(2, timeout=60), []
+
+    def ran(config):
+        if config.out.name in "ab":
+            both.wait()  # neither needs the other
+        order.append(config.out.name)
+        return config.out.name.upper()
+
+    monkeypatch.setattr(demo, "execute", ran)
+    # Threads, so that nothing has to be imported anew.
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+
+        class Threads:
+            def map(self, work, pieces, *, shared=None):
+                futures = [pool.submit(work, piece, shared) for piece in pieces]
+                for done in concurrent.futures.as_completed(futures):
+                    yield futures.index(done), done.result()
+
+        found = demo._run_all(NOTES, Threads())
+    assert found == {"a": "A", "b": "B", "c": "C", "d": "D", "e": "E"}
+    assert sorted(order[:2]) == ["a", "b"]
+    assert order[2:] == ["c", "d", "e"]
 
 
 def test_every_command_of_a_tour_can_put_its_result_into_words(tmp_path, monkeypatch):

@@ -33,8 +33,8 @@ def compiled(
         function: The loop, in the part of Python that numba compiles.
         fastmath: Freedoms in floating-point arithmetic, by LLVM's names; by default none.
         structures: Classes of the named tuples that the loop, and any loop it calls, takes.
-        inner: Whether only compiled loops call the loop. Then it has no form for Python, nor one on
-            disk, where it is part of its callers: both take as long to make as the loop itself.
+        inner: Whether only compiled loops call the loop. Then it is not kept on disk by itself, but
+            as a part of its callers.
     """
     function = inspect.unwrap(function)  # tests wrap functions in checks
     fields = sorted((each.__name__, each._fields) for each in structures)
@@ -43,7 +43,7 @@ def compiled(
     freedoms = fastmath if isinstance(fastmath, bool) else set(fastmath)
     options: dict[str, Any] = {
         "nogil": True, "error_model": "numpy", "fastmath": freedoms,
-        "no_cfunc_wrapper": True, "no_cpython_wrapper": inner,
+        "no_cfunc_wrapper": True,
     }  # fmt: skip
     compiler: Any = numba.njit
     if inner:

@@ -3,13 +3,15 @@
     mechatlas demo --out runs/demo
     mechatlas demo --tour text --out runs/text
 
-A tour is a list of commands. The one of images takes SqueezeNet, a small GoogLeNet and a network on
-the group S4, all in the package; the one of texts a language model from an installed wheel.
+A tour is a list of commands, of which two run at once where they do not need one another. The one
+of images takes SqueezeNet, a small GoogLeNet and a network on the group S4, all in the package; the
+one of texts a language model from an installed wheel.
 """
 
 import dataclasses
 import sys
 import time
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -31,10 +33,14 @@ from mechatlas.app.commands.match import MatchConfig
 from mechatlas.app.commands.prove import ProveConfig
 from mechatlas.app.commands.symmetry import SymmetryConfig
 from mechatlas.app.commands.train import TrainConfig
+from mechatlas.app.engines import Processes
+from mechatlas.app.progress import bar
 from mechatlas.app.run_folder import RESULT, as_plain, execute
-from mechatlas.base import RecipeError
+from mechatlas.base import Engine, Here, RecipeError
 from mechatlas.dictionaries.sparsity import TopK
 from mechatlas.files import write, write_json
+from mechatlas.outputs import temporary_folder
+from mechatlas.ranges import check_ranges
 
 SITES = ("fire4", "fire5")
 WHEELS = {
@@ -45,6 +51,8 @@ WHEELS = {
 }  # fmt: skip
 """Package with a language model -> its name for pip, the heads of its first layer, its layers."""
 LAYERS = (2, 3)
+PAUSE = 0.05
+"""Seconds between two looks for the inputs of a command."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -55,6 +63,11 @@ class DemoConfig:
     """Folder for the runs and the page."""
     tour: Literal["images", "text"] = "images"
     """Kind of inputs; text needs the wheel of a language model."""
+    processes: int = 2
+    """Number of commands that run at once."""
+
+    def __post_init__(self) -> None:
+        check_ranges(self, processes="[1, 64]")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -74,7 +87,7 @@ class DemoResult:
 
 
 def run(config: DemoConfig) -> DemoResult:
-    """Run the commands of a tour, one after another, and draw their page.
+    """Run the commands of a tour, each as soon as its inputs are there, and draw their page.
 
     Raises:
         RecipeError: There is no wheel with a language model.
@@ -82,10 +95,9 @@ def run(config: DemoConfig) -> DemoResult:
     """
     started, out = time.perf_counter(), config.out
     tour = tour_of_images(out) if config.tour == "images" else tour_of_texts(out)
-    runs: dict[str, Any] = {}
+    runs = _run_all(tour, Processes(config.processes) if config.processes > 1 else Here())
     findings: list[str] = []
     for each in tour:
-        runs[each.out.name] = execute(each)
         command: Any = sys.modules[type(each).__module__]
         words = command.in_words(runs[each.out.name]).splitlines()[:-1]  # without the folder
         findings += [f"{each.out.name}: {words[0]}", *words[1:]]
@@ -98,6 +110,39 @@ def run(config: DemoConfig) -> DemoResult:
     )
     write_json(out / RESULT, as_plain(result))
     return result
+
+
+def _run_all(tour: Sequence[Any], engine: Engine) -> dict[str, Any]:
+    """Run commands, and return their results by the names of their folders, in order."""
+    found: dict[str, Any] = {}
+    with temporary_folder() as finished, bar("tour") as progress:
+        for number, result in engine.map(_run_one, tour, shared=(finished, _inputs(tour))):
+            name = tour[number].out.name
+            found[name] = result
+            write(finished / name, b"")
+            progress(len(found), len(tour))
+    return {each.out.name: found[each.out.name] for each in tour}
+
+
+def _run_one(config: Any, shared: tuple[Path, dict[str, list[str]]]) -> Any:
+    """Run a command once what it needs is there: earlier ones of the list, which all run by now."""
+    finished, inputs = shared
+    while not all((finished / name).is_file() for name in inputs[config.out.name]):
+        time.sleep(PAUSE)
+    return execute(config)
+
+
+def _inputs(tour: Sequence[Any]) -> dict[str, list[str]]:
+    """Names of the folders that each command of a tour reads, of those that others write."""
+    outs = {each.out: each.out.name for each in tour}
+    inputs = {}
+    for each in tour:
+        values = [getattr(each, field.name) for field in dataclasses.fields(each)]
+        paths = [p for v in values for p in (v if isinstance(v, tuple) else (v,))]
+        folders = {p for p in paths if isinstance(p, Path)}
+        folders |= {p.parent for p in folders}
+        inputs[each.out.name] = sorted(outs[p] for p in folders - {each.out} if p in outs)
+    return inputs
 
 
 def tour_of_images(out: Path) -> list[Any]:
@@ -135,7 +180,7 @@ def tour_of_images(out: Path) -> list[Any]:
     )
     net = group_net.GroupNetConfig(group="S4", steps=1200, batch_size=256, out=out / "s4_net")
     return [
-        store, first, last, seed1, few, layers,
+        store, posed, first, last, seed1, few, net, layers,
         MatchConfig(dictionaries=(last.out, seed1.out), out=out / "seeds", **rows),
         BranchesConfig(
             dictionary=last.out, store=store.out, match=layers.out, out=out / "branches"
@@ -144,11 +189,9 @@ def tour_of_images(out: Path) -> list[Any]:
             dictionaries=(first.out, last.out), samples=24, held_out=16, n_ablated=16, features=4,
             visualize_steps=0, out=out / "circuit",
         ),
-        posed,
         SymmetryConfig(
             dictionary=few.out, store=posed.out, interventions=0, out=out / "symmetry"
         ),
-        net,
         ProveConfig(
             weights=net.out / group_net.NET, table=net.out / group_net.TABLE, exact=True,
             out=out / "s4_proof",

@@ -262,7 +262,7 @@ def _maxima(row, maxima):
             maxima[c] = part[c] if part[c] > maxima[c] else maxima[c]
 
 
-@inner
+@compiled
 def _near(bounds, k, n_groups, starts, near):
     """Write the latents of each row that may be among its k largest; False if they are many."""
     bits, lengths, reach = bounds
