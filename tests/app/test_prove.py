@@ -63,6 +63,10 @@ def test_a_proof_is_made_checked_and_drawn(net, tmp_path, capsys):
     assert (short["accuracy_bound"], short["reference"]) == (result["accuracy_bound"], True)
     run("prove", "--check", out, folder / "net.safetensors", "--table", folder / "table.npy")
     np.save(tmp_path / "other.npy", s4.table.T)
+    said = _refused(
+        capsys, "prove", "--check", out, folder / "net.safetensors", "--out", tmp_path / "no"
+    )
+    assert "leave out --out" in said
     said = _refused(capsys, "prove", "--check", out, folder / "net.safetensors",
                     "--table", tmp_path / "other.npy")  # fmt: skip
     assert "about another table" in said

@@ -136,7 +136,6 @@ class LogitEffects(Result):
         return " ".join(repr(self.words[int(i)]) if self.words else str(i) for i in ids)
 
 
-@torch.no_grad()
 def _counter(total: int, on_progress: Progress) -> Callable[[Tensor], Iterator[Tensor]]:
     """Make a function that splits vectors and counts those that are done."""
     done = 0
@@ -150,6 +149,7 @@ def _counter(total: int, on_progress: Progress) -> Callable[[Tensor], Iterator[T
     return counted
 
 
+@torch.no_grad()
 def logit_effects(
     network: nn.Module,
     dictionary: Dictionary,

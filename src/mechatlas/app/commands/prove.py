@@ -78,6 +78,8 @@ class ProveConfig:
 
     def __post_init__(self) -> None:
         check_ranges(self, compute_budget="[0, 1e12]")
+        if self.check is not None and self.out is not None:
+            raise RecipeError("To check a proof writes nothing: leave out --out.")
 
 
 SOUND: dict[str, str] = {
