@@ -12,6 +12,7 @@ import importlib.util
 import inspect
 import io
 import json
+import os
 import re
 import runpy
 import shlex
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import torch
 
 from mechatlas.app.cli import COMMANDS, configure
 from mechatlas.base import UserError
@@ -139,6 +141,19 @@ class Parsed(BaseException):
     """End of a script that has understood its words."""
 
 
+@contextlib.contextmanager
+def restored() -> Iterator[None]:
+    """Undo what scripts set for their whole process, which is that of the tests here."""
+    threads, grad, variables = torch.get_num_threads(), torch.is_grad_enabled(), dict(os.environ)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        torch.set_grad_enabled(grad)
+        os.environ.clear()
+        os.environ.update(variables)
+
+
 def complaint_of_script(words: list[str], monkeypatch: pytest.MonkeyPatch) -> str:
     """What a script says to its words; scripts end when they have been understood."""
     if words[0] == "-m":
@@ -211,7 +226,8 @@ def test_scripts_understand_their_words(given, monkeypatch):
     told = []
     for each in given:
         if each.words[0].startswith("python") and (each.whole or len(each.words) > 2):
-            why = complaint_of_script(each.words[1:], monkeypatch)
+            with restored():
+                why = complaint_of_script(each.words[1:], monkeypatch)
             if why and (each.whole or "required" not in why):
                 told.append(f"{each.where}: {each.text}: {why}")
     assert told == []

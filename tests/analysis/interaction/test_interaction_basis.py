@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import mechatlas as ma
-from mechatlas.analysis.interaction import interaction_basis
+from mechatlas.analysis.interaction import basis_analysis
 from mechatlas.analysis.interaction.interaction_basis import basis
 from mechatlas.analysis.interaction.results import InteractionConfig
 
@@ -42,7 +42,7 @@ def test_a_result_prints_as_a_few_lines_with_its_evidence():
 def test_parts_of_an_interrupted_call_are_taken_from_a_mapping(monkeypatch):
     network, x, parts = stack([4, 6, 3], 0), samples(4, 0), {}
     first = basis(network, x, LAYERS, FEW, checkpoints=parts)
-    monkeypatch.setattr(interaction_basis, "measure_edges", pytest.fail)
+    monkeypatch.setattr(basis_analysis, "measure_edges", pytest.fail)
     second = basis(network, x, LAYERS, FEW, checkpoints=parts)
     assert first.score == second.score
     assert first["0"].edge_curves == second["0"].edge_curves
