@@ -14,6 +14,7 @@ Main path, in reading order:
 """
 
 import dataclasses
+import os
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -124,7 +125,7 @@ def basis(
             "Workers of an engine open the network by themselves: give basis(reopen=f), a function "
             "of a module that returns it."
         )
-    if not (isinstance(data, tuple | list) or hasattr(data, "__array__")):
+    if not (isinstance(data, tuple | list | str | os.PathLike) or hasattr(data, "__array__")):
         data = whole_batch(data, model)
     inputs = Inputs.from_data(data)
     model = unwrapped(model)
