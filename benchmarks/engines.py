@@ -1,6 +1,7 @@
 """Wall time of engines: two processes beside one, Ray beside processes, two ranks beside one.
 
-    python benchmarks/engines.py collect [crops]     rounds here, on one process and on two
+    python benchmarks/engines.py ceiling [pieces]    what two cores give: products that share nothing
+    python benchmarks/engines.py collect [crops]     rounds here and on two processes
     python benchmarks/engines.py sweep [steps]       eight trainings likewise
     python benchmarks/engines.py overhead [pieces]   pieces of 5 CPU seconds on processes:2 and ray
     python benchmarks/engines.py ranks [steps]       768 x 12,288, one and two ranks of torchrun
@@ -65,18 +66,34 @@ def store_config(out, engine, crops):
         out=out,
     )
     return dataclasses.replace(
-        config, storage=dataclasses.replace(config.storage, memory_mib=512, dtype="float32")
+        config, storage=dataclasses.replace(config.storage, memory_mib=128, dtype="float32")
     )
 
 
-def collect(folder, crops=4000):
+def products(piece, n):
+    """Multiply matrices that fit into a core's cache, with one thread."""
+    torch.set_num_threads(1)
+    x = torch.randn(768, 768, generator=torch.Generator().manual_seed(piece))
+    for _ in range(n):
+        x = torch.tanh(x @ x)
+    return piece
+
+
+def ceiling(_folder, pieces=8):
+    def run(name):
+        assert len(dict(as_engine(name).map(products, range(pieces), shared=300))) == pieces
+
+    compare("ceiling", run, ("here", "processes:2"))
+
+
+def collect(folder, crops=3000):
     def run(engine):
         execute(store_config(folder / engine.replace(":", ""), engine, crops))
 
-    compare("collect", run, ("here", "processes:1", "processes:2"))
+    compare("collect", run, ("here", "processes:2"))
 
 
-def sweep(folder, steps=300):
+def sweep(folder, steps=600):
     execute(store_config(folder / "store", "here", 100))
     recipe = folder / "sweep.toml"
     recipe.write_text(
@@ -87,7 +104,7 @@ def sweep(folder, steps=300):
     def run(engine):
         execute(SweepConfig(recipe=recipe, out=folder / engine.replace(":", ""), engine=engine))
 
-    compare("sweep", run, ("here", "processes:1", "processes:2"))
+    compare("sweep", run, ("here", "processes:2"))
 
 
 def busy(piece, seconds):
@@ -122,9 +139,11 @@ def ranks(_folder, steps=20):
 def rank(_folder, steps):
     """Train as one of the ranks of torchrun, and print the wall seconds of a step."""
     import mechatlas as ma
+    from mechatlas.dictionaries import training
     from mechatlas.dictionaries.sharded import Shard, mesh_of
 
     torch.set_num_threads(1)
+    training.MEASUREMENTS = 1  # held-out rows are for long runs to look at
     x = torch.randn(20_000, D, generator=torch.Generator().manual_seed(0))
     form = ma.Autoencoder(d_in=D, n_latents=K, sparsity=ma.TopK(k=K))
     mesh = mesh_of()
@@ -147,7 +166,7 @@ def rank(_folder, steps):
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as made:
-        part = {each.__name__: each for each in (collect, sweep, overhead, ranks, rank)}[
+        part = {each.__name__: each for each in (ceiling, collect, sweep, overhead, ranks, rank)}[
             sys.argv[1]
         ]
         part(Path(made), *map(int, sys.argv[2:3]))
