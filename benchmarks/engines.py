@@ -1,6 +1,6 @@
 """Wall time of engines: two processes beside one, Ray beside processes, two ranks beside one.
 
-    python benchmarks/engines.py ceiling [pieces]    what two cores give: products that share nothing
+    python benchmarks/engines.py ceiling [pieces]    what two cores give: separate products
     python benchmarks/engines.py collect [crops]     rounds here and on two processes
     python benchmarks/engines.py sweep [steps]       eight trainings likewise
     python benchmarks/engines.py overhead [pieces]   pieces of 5 CPU seconds on processes:2 and ray
