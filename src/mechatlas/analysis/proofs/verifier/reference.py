@@ -267,7 +267,7 @@ def float32_error_sums(
 def _products(
     vectors: Float32[np.ndarray, "row order"],
 ) -> tuple[Float32[np.ndarray, "order order"], Float32[np.ndarray, " order"]]:
-    """-2 times the products of all columns, and the squared norm of each; both factors are exact."""
+    """-2 times the products of all columns, and the squared norm of each: 2 is exact."""
     products = (np.float32(-2) * vectors).T @ vectors
     return products, np.float32(-0.5) * products.diagonal()
 
