@@ -159,9 +159,7 @@ def test_a_dry_run_of_a_page_and_of_the_tour_writes_nothing(store, tmp_path, cap
     assert 0 < found["seconds"] < 60
     capsys.readouterr()
 
-    one, two = (
-        dry(capsys, "demo", "--out", tmp_path / "demo", "--processes", n) for n in (1, 2)
-    )
+    one, two = (dry(capsys, "demo", "--out", tmp_path / "demo", "--processes", n) for n in (1, 2))
     assert not (tmp_path / "demo").exists()
     assert one["seconds"] > two["seconds"] > 0
     assert one["disk"] == two["disk"] > 0
