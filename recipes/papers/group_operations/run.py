@@ -107,12 +107,11 @@ def course_of(config: GroupNetConfig, seed: int, file: Path) -> dict[str, Any]:
 
 def courses_of(rows: list[dict[str, Any]]) -> list[TrainingCourse]:
     """Courses of the trainings of some networks."""
-    plain = [row["course"] for row in rows if row["course"]]
-    lists = ("irreps",)
-    return [
-        TrainingCourse(**{k: tuple(v) if k in lists else np.array(v) for k, v in each.items()})
-        for each in plain
-    ]
+    courses = []
+    for plain in (row["course"] for row in rows if row["course"]):
+        arrays = {name: np.array(value) for name, value in plain.items() if name != "irreps"}
+        courses.append(TrainingCourse(irreps=tuple(plain["irreps"]), **arrays))
+    return courses
 
 
 def rows_of_training(name: str, rows: list[dict[str, Any]]) -> list[Any]:
