@@ -46,7 +46,7 @@ class BooleanFeatures(Result):
     """Share of the held-out rows on which the latent or its combination fires where only one
     does; 1 where there is no such row."""
     single_error: Float[np.ndarray, " latent_b"]
-    """The same share for the better one of the two latents alone."""
+    """Held-out error of the better one of the two latents alone."""
     p_value: Float[np.ndarray, " latent_b"]
     """Sign test over held-out samples that the combination is no better than each latent alone,
     or than never firing; the largest of the three. 1 where the combination has no smaller error."""
