@@ -8,7 +8,7 @@ Bushnaq et al. (2024), `The local interaction basis`. FOLDER has the one-layer t
 authors' repository (github.com/ApolloResearch/rib) for addition modulo 113, one file a seed,
 `modadd_p113_seed*.safetensors` with TransformerLens's names. Writes `paper.json` and `paper.html`.
 `--full` takes means over all 3,830 pairs, as the authors do, instead of 1,024. A toy model of
-superposition is decomposed into rank-one parameters (Bushnaq, Braun, Sharkey, 2025) beside the basis.
+superposition is decomposed into rank-one parameters beside the basis (Bushnaq et al., 2025).
 """
 
 import argparse
