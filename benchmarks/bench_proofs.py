@@ -52,6 +52,7 @@ def compare(weights: Weights, of: Group, rounds: int) -> dict[str, float]:
         "accuracy_bound": bound.accuracy_bound,
         "multiply_adds_share": bound.verification.multiply_adds
         / (of.order**3 * weights[0].shape[1]),
+        "verify_over_f32": medians["verify"] / medians["f32"],
         "verify_over_f64": medians["verify"] / medians["f64"],
         "exact_over_f32": medians["exact"] / medians["f32"],
         "exact_over_f64": medians["exact"] / medians["f64"],

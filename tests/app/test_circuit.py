@@ -77,6 +77,17 @@ def test_the_folder_holds_edges_kernels_and_their_validation(folder):
     assert all(0 <= q <= 1 for q in table["q_value"])
 
 
+def test_a_dry_run_estimates_every_part_and_writes_nothing(folder, tmp_path, capsys):
+    words = [str(folder / site) for site in SITES[:2]]
+    words += ["--n-ablated", "8", "--features", "3", "--visualize-steps", "2"]
+    main(["circuit", *words, "--out", str(tmp_path / "new"), "--dry-run", "--json"])
+    found = json.loads(capsys.readouterr().out)
+    assert not (tmp_path / "new").exists()
+    assert 0 < found["seconds"] < 60
+    written = sum(each.stat().st_size for each in (folder / "circuit").glob("*"))
+    assert 0.3 * written < found["disk"] < 3 * written
+
+
 def test_the_chapter_draws_what_was_found(folder):
     made = circuits.chapter(find_runs(folder), no_progress)
     assert made is not None

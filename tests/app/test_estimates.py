@@ -83,7 +83,7 @@ def test_training_has_the_same_bytes_whether_its_cost_was_estimated(
     main(["train", recipe, "--out", str(tmp_path / "plain")])
     assert "About" not in capsys.readouterr().err
     monkeypatch.setattr(train_command, "WORTH_MEASURING", 0)
-    monkeypatch.setattr("mechatlas.app.run_folder.WORTH_SAYING", 0)
+    monkeypatch.setattr("mechatlas.app.estimates.WORTH_SAYING", 0)
     main(["train", recipe, "--out", str(tmp_path / "estimated")])
     assert "mechatlas: About" in capsys.readouterr().err
     files = [tmp_path / name / "dictionary.safetensors" for name in ("plain", "estimated")]
@@ -117,7 +117,7 @@ def test_a_dry_run_makes_the_mistakes_known(store, tmp_path, capsys):
     assert "7" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["verify", str(store), "--dry-run"])
-    assert "`mechatlas verify` makes no estimate; collect, train" in capsys.readouterr().err
+    assert "`mechatlas verify` makes no estimate; demo, collect, train" in capsys.readouterr().err
     first = tmp_path / "first"
     main(["train", training(tmp_path / "t.toml", store, 'site = "1"'), "--out", str(first)])
     words = (str(first), str(first), "--cost", "codes", "--store", str(store))
@@ -145,3 +145,29 @@ def test_short_work_is_measured_whole(monkeypatch):
     clock = iter(range(10))
     monkeypatch.setattr(estimates.time, "perf_counter", lambda: float(next(clock)))
     assert estimates.of_work([lambda progress: progress(1, 1)] * 2, memory=5).seconds == 4
+
+
+def test_a_dry_run_of_a_page_and_of_the_tour_writes_nothing(store, tmp_path, capsys):
+    recipe = training(tmp_path / "train.toml", store, 'site = "1"', "n_latents = 64")
+    main(["train", recipe, "--out", str(tmp_path / "runs" / "first")])
+    capsys.readouterr()
+    page = tmp_path / "page.html"
+    found = dry(capsys, "report", tmp_path / "runs", "--out", page)
+    assert not page.exists()
+    main(["report", str(tmp_path / "runs"), "--out", str(page)])
+    assert 0.3 * page.stat().st_size < found["disk"] < 3 * page.stat().st_size
+    assert 0 < found["seconds"] < 60
+    capsys.readouterr()
+
+    one, two = (dry(capsys, "demo", "--out", tmp_path / "demo", "--processes", n) for n in (1, 2))
+    assert not (tmp_path / "demo").exists()
+    assert one["seconds"] > two["seconds"] > 0
+    assert one["disk"] == two["disk"] > 0
+
+
+def test_only_work_over_a_minute_is_announced(capsys):
+    for seconds, said in ((59.0, ""), (90.0, "mechatlas: About 1.5 minutes, 1 MiB of memory.\n")):
+        estimate = Estimate(seconds=seconds, memory=1 << 20)
+        estimates.expect(lambda estimate=estimate: estimate, is_long=True, dry_run=False)
+        assert capsys.readouterr().err == said
+    estimates.expect(lambda: pytest.fail("it is made"), is_long=False, dry_run=False)

@@ -12,7 +12,7 @@ from mechatlas.activations.collect import StoreConfig
 from mechatlas.activations.networks import Network
 from mechatlas.activations.positions import Positions
 from mechatlas.activations.samples import Images
-from mechatlas.analysis.matching import pairing
+from mechatlas.analysis.matching import pairing, spaces
 from mechatlas.app import cli
 from mechatlas.app.commands import match as matching
 from mechatlas.app.commands.collect import CollectConfig
@@ -268,6 +268,23 @@ def test_sites_can_be_named_where_dictionaries_do_not_say_theirs(paired, tmp_pat
     assert execute(folders).pairs[0].co_firing == named.pairs[0].co_firing
     recipe = tomllib.loads((tmp_path / "out" / "recipe.toml").read_text())
     assert recipe["sites"] == ["first", "mixed"]
+
+
+def test_matched_by_codes_the_spaces_are_compared(paired, tmp_path, monkeypatch):
+    for module in (matching, spaces):
+        monkeypatch.setattr(module, "MIN_PAIRS", 4)
+    config = MatchConfig(
+        dictionaries=(paired / "mixed", paired / "mixed"), out=tmp_path / "codes",
+        store=paired / "store", samples=0, cost="codes",
+    )  # fmt: skip
+    found = execute(config)
+    same = found.pairs[0].spaces
+    assert same is not None
+    assert same.n == found.pairs[0].matched
+    assert same.rsa.value == pytest.approx(1)
+    assert f"RSA 1.00 (paired at random {same.rsa.expected:.2f}" in matching.in_words(found)
+    rows = dataclasses.replace(config, cost="decoder", out=tmp_path / "rows")
+    assert execute(rows).pairs[0].spaces is None  # matched rows are alike by themselves
 
 
 def test_the_old_name_of_a_scale_still_works(paired, tmp_path):

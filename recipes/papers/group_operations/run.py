@@ -5,23 +5,37 @@
 
 Wu, Jaburi, Drori and Gross (ICLR 2025) bound 100 networks of S5. Below `--out` are the runs
 `GROUP/nets` and `GROUP/proof_SEED`, `paper.json` and `paper.html` (all numbers, with the paper's
-beside) and `scatter.html` (bound against time, as a share of brute force in float32). Runs that are
+beside), `scatter.html` (bound against time, as a share of brute force in float32) and
+`training.html` (which irreps carry the energy of the weights at which step, beside accuracy and
+bound; `--checkpoints 0` leaves it out). Runs that are
 there already are not made again, so that the same command continues one that was stopped.
 """
 
 import argparse
+import dataclasses
 import runpy
 import statistics
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import plotly.graph_objects as go
+from plotly.subplots import make_subplots
 
-from mechatlas.app.commands.group_net import TABLE, GroupNetConfig, net_file
+from mechatlas.analysis.proofs.training_course import (
+    PURE,
+    TrainingCourse,
+    first_lasting,
+    follow_training,
+)
+from mechatlas.analysis.proofs.verifier.structures import Weights
+from mechatlas.app.commands.group_net import TABLE, GroupNetConfig, checkpoint_file, net_file
 from mechatlas.app.commands.prove import ProveConfig
 from mechatlas.app.recipes import read_recipe
 from mechatlas.app.run_folder import RESULT, execute
-from mechatlas.files import read_json, write
+from mechatlas.files import read_json, write, write_json
+from mechatlas.maths.named_groups import group
+from mechatlas.tensorfiles import read_tensors
 
 RECIPES = Path(__file__).parents[2] / "groups"
 _SIDE = runpy.run_path(str(Path(__file__).parents[1] / "side_by_side.py"))
@@ -43,6 +57,7 @@ def bound_nets(name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
         n_seeds = min(SIDE_BY_SIDE, options.n_seeds - first)
         folder = options.out / name / f"nets_{first}_{n_seeds}"
         changes = {"seed": first, "n_seeds": n_seeds, "out": folder}
+        changes["n_checkpoints"] = options.checkpoints
         recipe = read_recipe(RECIPES / f"{name.lower()}.toml", GroupNetConfig)
         config = GroupNetConfig(**{**vars(recipe), **changes})
         if not (folder / RESULT).is_file():
@@ -61,13 +76,118 @@ def bound_nets(name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
                 row[f"time_over_{f}"] = (
                     result["seconds_verify"] / result[f"seconds_brute_force_{f}"]
                 )
-            rows.append(row)
+            rows.append(row | course_of(config, seed, options.out / name / f"course_{seed}.json"))
             print(
                 f"{name} seed {seed}: accuracy {accuracy:.4f}, bound {row['accuracy_bound']:.4f}, "
                 f"verification {row['time_over_f32']:.2f} of brute force in float32",
                 flush=True,
             )
     return rows
+
+
+def course_of(config: GroupNetConfig, seed: int, file: Path) -> dict[str, Any]:
+    """Follow the training of a network through its checkpoints, unless that is done or none are."""
+    steps = config.checkpoints()
+    paths = {step: config.out / checkpoint_file(config, seed, step) for step in steps}
+    if not paths or not all(path.is_file() for path in paths.values()):
+        return {"course": None}
+    if not file.is_file():
+        nets = {
+            step: Weights(**{k: v.numpy() for k, v in read_tensors(path).items()})
+            for step, path in paths.items()
+        }
+        course = follow_training(nets, group(config.group))
+        plain = {
+            name: value.tolist() if isinstance(value, np.ndarray) else value
+            for name, value in dataclasses.asdict(course).items()
+        }
+        write_json(file, plain)
+    return {"course": read_json(file)}
+
+
+def courses_of(rows: list[dict[str, Any]]) -> list[TrainingCourse]:
+    """Courses of the trainings of some networks."""
+    courses = []
+    for plain in (row["course"] for row in rows if row["course"]):
+        arrays = {name: np.array(value) for name, value in plain.items() if name != "irreps"}
+        courses.append(TrainingCourse(irreps=tuple(plain["irreps"]), **arrays))
+    return courses
+
+
+def rows_of_training(name: str, rows: list[dict[str, Any]]) -> list[Any]:
+    """Lines of the page about what is learned when, if checkpoints were kept."""
+    courses = courses_of(rows)
+    if not courses:
+        return []
+
+    def median(holds: list[np.ndarray]) -> str:
+        found = [first_lasting(c.steps, h) for c, h in zip(courses, holds, strict=True)]
+        known = [step for step in found if step is not None]
+        if not known:
+            return "never"
+        return f"step {statistics.median(known):.0f}" + (
+            f" ({len(known)} of {len(found)})" if len(known) < len(found) else ""
+        )
+
+    learned = [course.learned_at() for course in courses]
+    irreps = sorted({irrep for each in learned for irrep in each})
+    parts = []
+    for irrep in irreps:
+        own = [each[irrep] for each in learned if irrep in each]
+        first = sum(each[irrep] == min(each.values()) for each in learned if irrep in each)
+        parts.append(
+            f"{irrep} in {len(own)} networks, median step {statistics.median(own):.0f}, first (or "
+            f"as early as any) in {first}"
+        )
+    pure = [c.neurons.sum(axis=1) for c in courses]
+    events = {
+        "half of the final single-irrep neurons": [n >= n[-1] / 2 for n in pure],
+        "accuracy of 0.99": [c.accuracy >= 0.99 for c in courses],
+        f"bound of {CERTIFIED}": [c.bound >= CERTIFIED for c in courses],
+    }
+    note = f"single-irrep: at least {PURE:.0%} of left, right and unembedding each in one irrep"
+    return [
+        Row(
+            f"{name}: step at which irreps are learned", "; ".join(parts), "not in the paper", note
+        ),
+        Row(
+            f"{name}: median step from which on there is",
+            "; ".join(f"{event}: {median(holds)}" for event, holds in events.items()),
+            "not in the paper",
+            f"looked at {len(courses[0].steps)} steps",
+        ),
+    ]
+
+
+def draw_training(rows: list[dict[str, Any]]) -> str:
+    """Draw energy of irreps, single-irrep neurons, accuracy and bound over training."""
+    names = list(dict.fromkeys(r["group"] for r in rows))
+    figure = make_subplots(rows=len(names), cols=1, subplot_titles=names)
+    for at, name in enumerate(names, start=1):
+        courses = courses_of([row for row in rows if row["group"] == name])
+        if not courses:
+            continue
+        curves = {
+            f"energy in {irrep}": np.mean([c.energy[:, k] for c in courses], axis=0)
+            for k, irrep in enumerate(courses[0].irreps)
+            if k
+        }
+        for key in ("accuracy", "bound"):
+            curves[key] = np.mean([getattr(c, key) for c in courses], axis=0)
+        for what, values in {
+            "single-irrep neurons": [c.neurons.sum(axis=1) for c in courses],
+            "neurons in circuits": [c.in_circuits for c in courses],
+        }.items():
+            most = max(int(v.max()) for v in values) or 1
+            curves[f"{what}, of {most}"] = np.mean(values, axis=0) / most
+        for curve, y in curves.items():
+            dash = "solid" if curve.startswith("energy") else "dash"
+            figure.add_scatter(
+                x=courses[0].steps, y=y, name=f"{name}: {curve}", line_dash=dash, row=at, col=1
+            )
+    figure.update_xaxes(type="log", title="step of training (mean of the networks)")
+    figure.update_layout(height=450 * len(names))
+    return figure.to_html(include_plotlyjs=True)
 
 
 def summarize(name: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -133,7 +253,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/papers/group_operations"))
     parser.add_argument("--n-seeds", type=int, default=5, help="networks of each group")
     parser.add_argument("--groups", nargs="+", default=["S4", "A5", "S5"])
+    parser.add_argument(
+        "--checkpoints", type=int, default=10, help="steps at which each training is looked at"
+    )
     options = parser.parse_args()
+    if options.checkpoints < 0:
+        parser.error(f"--checkpoints must be at least 0, got {options.checkpoints}.")
     if options.n_seeds < 1:
         parser.error(f"--n-seeds must be at least 1, got {options.n_seeds}.")
     rows: list[dict[str, Any]] = []
@@ -142,10 +267,14 @@ def main() -> None:
         own = bound_nets(name, options)
         rows += own
         summaries[name] = summarize(name, own)
+    lines = [row_of(*pair) for pair in summaries.items()]
+    for name in options.groups:
+        lines += rows_of_training(name, [row for row in rows if row["group"] == name])
     write_paper(
-        options.out, TITLE, [row_of(*pair) for pair in summaries.items()], MISSING,
-        {"groups": summaries, "networks": rows},
+        options.out, TITLE, lines, MISSING, {"groups": summaries, "networks": rows}
     )  # fmt: skip
+    if any(row["course"] for row in rows):
+        write(options.out / "training.html", draw_training(rows).encode())
     write(options.out / "scatter.html", draw(rows).encode())
     print("\ngroup  networks  bound >= 0.95  mean bound  time/f32  time/f64   (paper)")
     for name, s in summaries.items():

@@ -1,13 +1,14 @@
 """Edges needed in the interaction basis on modular addition and digits, beside the paper's figures.
 
-    python recipes/papers/interaction_basis/run.py                     # digits: a minute or two
+    python recipes/papers/interaction_basis/run.py                     # digits, toy model: minutes
     python recipes/papers/interaction_basis/run.py --weights FOLDER    # and modular addition
     python recipes/papers/interaction_basis/run.py --weights FOLDER --full
 
 Bushnaq et al. (2024), `The local interaction basis`. FOLDER has the one-layer transformers of the
 authors' repository (github.com/ApolloResearch/rib) for addition modulo 113, one file a seed,
 `modadd_p113_seed*.safetensors` with TransformerLens's names. Writes `paper.json` and `paper.html`.
-`--full` takes means over all 3,830 pairs, as the authors do, instead of 1,024.
+`--full` takes means over all 3,830 pairs, as the authors do, instead of 1,024. A toy model of
+superposition is decomposed into rank-one parameters beside the basis (Bushnaq et al., 2025).
 """
 
 import argparse
@@ -24,6 +25,7 @@ _SIDE = runpy.run_path(str(HERE.parent / "side_by_side.py"))
 Row, write_paper = (_SIDE["Row"], _SIDE["write_paper"])
 _NETWORKS = runpy.run_path(str(HERE / "addition.py"))
 addition, training_pairs = _NETWORKS["addition"], _NETWORKS["training_pairs"]
+decompose_toy = runpy.run_path(str(HERE / "superposition.py"))["decompose_toy"]
 TITLE = "The local interaction basis (Bushnaq et al., 2024)"
 LAYERS = ["embed", "attend", "feed", "unembed"]
 REFERENCE = {"before attention": 86.6, "before the MLP": 74.0, "unembedding": 634.2}
@@ -91,7 +93,7 @@ def main() -> None:
     parser.add_argument("--weights", type=Path, help="folder of the modular-addition networks")
     parser.add_argument("--full", action="store_true", help="means over all pairs")
     options = parser.parse_args()
-    numbers: dict[str, Any] = {"digits": digits()}
+    numbers: dict[str, Any] = {"digits": digits(), "superposition": decompose_toy()}
     own = numbers["digits"]
     rows = [
         Row(
@@ -103,6 +105,16 @@ def main() -> None:
         )
         for k in range(3)
     ]
+    for name, k in (("first", "1"), ("second", "2")):
+        toy = numbers["superposition"][k]
+        rows.append(Row(
+            f"parameter decomposition of five features in two dimensions, {name} layer",
+            f"MMCS {toy['mean_max_cosine']:.3f}, ratio of lengths {toy['mean_length_ratio']:.2f}; "
+            f"{toy['needed']} subcomponents suffice, {toy['vectors_needed']['lib']} vectors of the "
+            "local interaction basis",
+            "about 1.00 and 1.00 (first layer)",
+            "smaller batches, fewer steps; a basis has at most two vectors in two dimensions",
+        ))  # fmt: skip
     missing = list(MISSING)
     if options.weights:
         networks = modular_addition(options.weights, full=options.full)

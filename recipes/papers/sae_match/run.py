@@ -99,6 +99,16 @@ def rows_of(pair: dict[str, Any]) -> list[Any]:
         "; ".join(f"{way} {estimate(each)}" for way, each in values.items() if each),
         "approximates the hidden state of the next layer, best near l0 = 70 (plot)",
     ))  # fmt: skip
+    spaces = pair.get("spaces")
+    if spaces:
+        rows.append(Row(
+            f"{name}: similarity of the decoder rows of {spaces['n']} pairs matched by codes",
+            "; ".join(
+                f"{way.upper()} {each['value']:.2f}, paired at random {each['expected']:.2f} "
+                f"(p {each['p_value']:.3f})" for way, each in spaces.items() if way != "n"
+            ),
+            "not in this paper; Lan et al. (2024) find it far above random pairings across models",
+        ))  # fmt: skip
     losses = {
         way: (spliced.get(way) or {})
         for way in ("match", "random", "layer_drop", "b_reconstruction")

@@ -43,8 +43,8 @@ COMMANDS = (
 FROM_RECIPES = ("collect", "train", "basis")
 """Commands whose settings are too many for a command line alone."""
 ESTIMATED = (
-    "collect", "train", "sweep", "evaluate", "effects", "export", "basis", "match", "flow",
-    "symmetry", "branches", "prove",
+    "demo", "collect", "train", "sweep", "evaluate", "effects", "export", "basis", "match", "flow",
+    "symmetry", "branches", "circuit", "prove", "report",
 )  # fmt: skip
 """Commands that say beforehand what they cost, if that is over a minute."""
 OVERVIEW = """\

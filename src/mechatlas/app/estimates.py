@@ -5,11 +5,13 @@ of_training      some steps on held-out rows are taken, timed and multiplied
 of_matching      entries of the cost matrices, at the speed of this machine's products
 of_products      operations of products of matrices, at the same speed
 of_work          work that reports its progress is begun, timed and multiplied
+expect           say an estimate before the work, or end a dry run with it
 in_words         an estimate as a sentence
 """
 
 import dataclasses
 import math
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable, Sequence
@@ -63,6 +65,26 @@ class OnlyEstimate(Exception):  # noqa: N818 - a signal
     def __init__(self, estimate: Estimate) -> None:
         super().__init__(in_words(estimate))
         self.estimate = estimate
+
+
+def expect(estimate: Callable[[], Estimate], *, is_long: bool, dry_run: bool) -> None:
+    """Say what a command costs, if that is over a minute, before the work begins.
+
+    Args:
+        estimate: Function that makes the estimate, which may take some seconds.
+        is_long: Whether the work may be so long that the estimate is worth its time.
+        dry_run: Whether the estimate is all that was asked for.
+
+    Raises:
+        OnlyEstimate: It is a dry run.
+    """
+    if not (is_long or dry_run):
+        return
+    found = estimate()
+    if dry_run:
+        raise OnlyEstimate(found)
+    if found.seconds > WORTH_SAYING:
+        print(f"mechatlas: {in_words(found)}", file=sys.stderr, flush=True)
 
 
 def in_words(estimate: Estimate) -> str:
@@ -233,9 +255,9 @@ def bytes_of(*modules: Any) -> int:
 
 def _products_per_second() -> float:
     """Floating-point operations a second of a product of float32 matrices."""
-    x, seconds = torch.randn(PRODUCT, PRODUCT), 0.0
-    for _ in range(2):  # the first one warms up
+    x, seconds = torch.randn(PRODUCT, PRODUCT), []
+    for _ in range(8):  # the first one warms up, and others share the core
         start = time.perf_counter()
         torch.mm(x, x)
-        seconds = time.perf_counter() - start
-    return 2 * PRODUCT**3 / seconds
+        seconds.append(time.perf_counter() - start)
+    return 2 * PRODUCT**3 / min(seconds)

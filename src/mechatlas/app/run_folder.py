@@ -33,7 +33,7 @@ from safetensors.numpy import save
 
 from mechatlas import deprecated, remote
 from mechatlas.app.engines import is_first, n_processes
-from mechatlas.app.estimates import WORTH_SAYING, Estimate, OnlyEstimate, in_words
+from mechatlas.app.estimates import Estimate, expect
 from mechatlas.app.old_runs import renamed
 from mechatlas.app.recipes import as_dict
 from mechatlas.base import DiskError, RecipeError, WeightsError
@@ -171,9 +171,12 @@ def execute(config: Any, *, dry_run: bool = False) -> Any:
     if isinstance(config, DeviceConfig):
         as_device(config.device)
     if not hasattr(command, "KIND") or config.out is None:
-        if dry_run:
+        here = _at_hand(config)
+        if is_estimated := not hasattr(command, "KIND") and hasattr(command, "estimate"):
+            expect(lambda: command.estimate(here), is_long=command.is_long(here), dry_run=dry_run)
+        if dry_run and not is_estimated:
             raise RecipeError(NO_ESTIMATE)
-        clock, result = time.process_time(), command.run(_at_hand(config))
+        clock, result = time.process_time(), command.run(here)
         return _costed(result, clock) if isinstance(result, CommandResult) else result
     if n_processes() > 1 and (command.KIND != DICTIONARY or dry_run):
         raise RecipeError("torchrun is for `mechatlas train` alone; other commands have --engine.")
@@ -276,13 +279,7 @@ class RunFolder:
         Raises:
             OnlyEstimate: It is a dry run.
         """
-        if not (is_long or self.dry_run):
-            return
-        found = estimate()
-        if self.dry_run:
-            raise OnlyEstimate(found)
-        if found.seconds > WORTH_SAYING:
-            print(f"mechatlas: {in_words(found)}", file=sys.stderr, flush=True)
+        expect(estimate, is_long=is_long, dry_run=self.dry_run)
 
     def facts(self, **values: Any) -> None:
         """Add plain values to the manifest."""

@@ -39,7 +39,7 @@ from mechatlas.analysis.circuits.effects import (
     reproduced_variance,
 )
 from mechatlas.analysis.circuits.layer_parts import AttentionLayer, as_maps
-from mechatlas.analysis.circuits.recording import Recording, record_gates
+from mechatlas.analysis.circuits.recording import Recording, record_gates, stacked
 from mechatlas.analysis.circuits.transformer_layer import connect
 from mechatlas.analysis.circuits.virtual_weights import (
     CircuitEdges,
@@ -334,10 +334,7 @@ def find_circuit(
     Raises:
         InputError: There are no samples, or a dictionary does not fit its site.
     """
-    if isinstance(connection, AttentionLayer):
-        recording = record_layer(connection, a, b, maps())
-    else:
-        recording = record_gates(connection, a, b, maps(), seed=seed)
+    recording = record(connection, a, b, maps(), seed=seed)
     responses = compose_responses(connection, a, recording.gates)
     edges = strongest_edges(
         connection, responses, b, recording,
@@ -345,6 +342,49 @@ def find_circuit(
     )  # fmt: skip
     variance = reproduced_variance(connection, responses, a, b, held_out())
     return Circuit(connection, a, b, recording, responses, edges, variance, fdr)
+
+
+def record(
+    connection: Connection,
+    a: LinearDictionary,
+    b: LinearDictionary,
+    maps: Iterable[SiteMap | Masked],
+    *,
+    seed: int = 0,
+) -> Recording | AttentionRecording:
+    """Record codes at both sites and the gates between them.
+
+    Args:
+        connection: Computation from the site of `a` to that of `b`.
+        a: Dictionary of the earlier site.
+        b: Dictionary of the later site.
+        maps: Activations of the earlier site, batch by batch.
+        seed: Seed of the activations that are followed.
+
+    Raises:
+        InputError: There are no samples, or a dictionary does not fit its site.
+    """
+    if isinstance(connection, AttentionLayer):
+        return record_layer(connection, a, b, maps)
+    return record_gates(connection, a, b, maps, seed=seed)
+
+
+def repeated(
+    recording: Recording | AttentionRecording, n_samples: int
+) -> Recording | AttentionRecording:
+    """Recording of as many samples, or a few more, of which all are copies: for its cost.
+
+    Args:
+        recording: Record of a few samples.
+        n_samples: Number of samples.
+    """
+    times = -(-n_samples // recording.n_samples)
+    longer: dict[str, Any] = {
+        name: stacked([getattr(recording, name)] * times) for name in ("codes_a", "codes_b")
+    }
+    if isinstance(recording, AttentionRecording):
+        longer["patterns"] = recording.patterns.repeat(times, 1, 1, 1)
+    return dataclasses.replace(recording, **longer, n_samples=times * recording.n_samples)
 
 
 def draw_sources(

@@ -14,6 +14,7 @@ universality (2023), for architecture and training.
 """
 
 import dataclasses
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -26,6 +27,8 @@ from mechatlas.ranges import COUNT, SEED, check_ranges
 
 WARM_UP, FALL = 50, 0.1
 """Steps in which the learning rate rises, and fraction of the training in which it falls."""
+FIRST_CHECKPOINT = 20
+"""Steps before the first of several checkpoints."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,6 +52,9 @@ class GroupTrainingConfig:
     """Seed of the weights and batches of the first network."""
     n_seeds: int = 1
     """Number of networks trained side by side, from the seeds `seed`, `seed` + 1, ..."""
+    n_checkpoints: int = 0
+    """Number of times at which weights are kept, from the first steps to the last one; the ratio
+    of one step to the next is constant."""
 
     def __post_init__(self) -> None:
         counts = ("width", "embedding_width", "steps", "batch_size", "n_seeds")
@@ -58,13 +64,23 @@ class GroupTrainingConfig:
             lr="(0, 1000]",
             weight_decay="[0, 1000]",
             seed=SEED,
+            n_checkpoints="[0, 1000]",
         )
+
+    def checkpoints(self) -> list[int]:
+        """Steps after which weights are kept."""
+        if self.n_checkpoints < 2:
+            return [self.steps] * self.n_checkpoints
+        first = min(FIRST_CHECKPOINT, self.steps)
+        steps = np.geomspace(first, self.steps, self.n_checkpoints).round().astype(int)
+        return sorted(set(steps.tolist()))
 
 
 def train_group_nets(
     table: Int[np.ndarray, "order order"],
     settings: GroupTrainingConfig,
     *,
+    on_checkpoint: Callable[[int, list[Weights]], None] | None = None,
     on_progress: Progress = no_progress,
 ) -> list[Weights]:
     """Train one network for each seed on all pairs, as batched products.
@@ -74,6 +90,8 @@ def train_group_nets(
     Args:
         table: Right answers.
         settings: Widths, steps, learning rate, weight decay and seeds.
+        on_checkpoint: Callback with the number of steps done and the weights of each network then,
+            at the checkpoints of the settings.
         on_progress: Callback with the number of steps done and their total.
 
     Returns:
@@ -94,6 +112,7 @@ def train_group_nets(
     answers = torch.from_numpy(table.astype(np.int64))
     first = n * torch.arange(s.n_seeds)[:, None]  # row of each network's first element
     adam = torch.optim.Adam(parameters, lr=s.lr, weight_decay=s.weight_decay, betas=(0.9, 0.98))
+    kept = set(s.checkpoints()) if on_checkpoint else set()
     for step in range(s.steps):
         fall = min(1.0, max(0.02, (s.steps - step) / (FALL * s.steps)))
         adam.param_groups[0]["lr"] = s.lr * min(1.0, (step + 1) / WARM_UP) * fall
@@ -110,14 +129,23 @@ def train_group_nets(
         adam.zero_grad()
         (loss / s.batch_size).backward()
         adam.step()
+        if on_checkpoint and step + 1 in kept:
+            on_checkpoint(step + 1, _multiplied_out(*parameters))
         on_progress(step + 1, s.steps)
+    return _multiplied_out(*parameters)
+
+
+def _multiplied_out(
+    embed_x: Tensor, embed_y: Tensor, map_x: Tensor, map_y: Tensor, unembed: Tensor
+) -> list[Weights]:
+    """Weights of each network, from its factors."""
     with torch.no_grad():
-        left = torch.bmm(embed_x.double(), map_x.double()).float()
-        right = torch.bmm(embed_y.double(), map_y.double()).float()
-    return [
-        Weights(*(p[i].detach().numpy().copy() for p in (left, right, unembed)))
-        for i in range(s.n_seeds)
-    ]
+        left, right = (
+            torch.bmm(embed.double(), map_.double()).float()
+            for embed, map_ in ((embed_x, map_x), (embed_y, map_y))
+        )
+    packed = (part.detach().numpy().copy() for part in (left, right, unembed))
+    return [Weights(*each) for each in zip(*packed, strict=True)]
 
 
 def _rows(values: Tensor, rows: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import itertools
 import json
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any
@@ -33,19 +33,28 @@ from mechatlas.analysis.circuits.circuit import (
     ablation_evidence,
     draw_sources,
     find_circuit,
+    record,
+    repeated,
     site_maps,
 )
 from mechatlas.analysis.circuits.direct import N_TARGETS, PlacedDictionary, find_direct_circuit
 from mechatlas.analysis.circuits.effects import (
+    STEPS,
     Ablation,
     Attribution,
     ablate,
     attribute,
     bootstrap_interval,
+    reproduced_variance,
 )
 from mechatlas.analysis.circuits.paths import CircuitPath, strongest_paths
 from mechatlas.analysis.circuits.transformer_layer import connect
-from mechatlas.analysis.circuits.virtual_weights import CircuitEdges
+from mechatlas.analysis.circuits.virtual_weights import (
+    BLOCK_BYTES,
+    CircuitEdges,
+    compose_responses,
+    strongest_edges,
+)
 from mechatlas.analysis.circuits.wiring import Masked
 from mechatlas.analysis.visualization import VisualizeConfig, visualize
 from mechatlas.app.circuit_results import (
@@ -58,6 +67,7 @@ from mechatlas.app.circuit_results import (
     pair_result,
     write_edges,
 )
+from mechatlas.app.estimates import Estimate, bytes_of, of_work
 from mechatlas.app.inputs import (
     OpenedDictionary,
     expect_several,
@@ -71,12 +81,18 @@ from mechatlas.app.inputs import (
 from mechatlas.app.progress import bar
 from mechatlas.app.recipes import TrustConfig
 from mechatlas.app.run_folder import CIRCUIT, PICTURES, RunConfig, RunFolder
-from mechatlas.base import InputError, Site, StoreError
+from mechatlas.base import InputError, Progress, Site, StoreError
 from mechatlas.dictionaries.ends import ends_of
 from mechatlas.dictionaries.ends import in_words as ends_in_words
 from mechatlas.ranges import COUNT, COUNT_OR_NONE, RATE, SEED, check_ranges
 
 KIND = CIRCUIT
+PROBE_SAMPLES, PROBE_STEPS, PROBE_BYTES = 2, 4, 16 << 20
+"""Samples in a batch, steps of a picture and memory of a block where the cost is estimated."""
+LONG, LONG_LATENTS = 20.0, 8192
+"""Seconds of runs, and latents, from which on the cost is estimated beforehand."""
+EDGE_BYTES = 120
+"""Size of an edge in the tables, with its kernel."""
 PICTURE_BATCH = 16
 """Pictures optimized together."""
 DIRECT_BATCH = 8
@@ -163,14 +179,14 @@ class _Inputs:
         for part in np.array_split(numbers, -(-len(numbers) // DIRECT_BATCH)):
             yield self.samples.stack([self.samples.read(int(i)) for i in part])
 
-    def maps(self, site: Site, numbers: Int[np.ndarray, " n"]) -> Iterator[Masked]:
-        """Activations of a site's module, batch by batch, without the rows that the store lacks."""
+    def maps(self, site: Site, numbers: Int[np.ndarray, " n"], most: int = 64) -> Iterator[Masked]:
+        """Activations of a site's module in batches, without the rows that the store lacks."""
         size = 1
         while len(numbers):
             now, numbers = [int(i) for i in numbers[:size]], numbers[size:]
             batch = self.samples.stack([self.samples.read(i) for i in now])
             (x,) = site_maps(self.network, site, [batch])
-            size = max(1, min(64, MAP_NUMBERS // max(1, x[0].numel())))
+            size = max(1, min(most, MAP_NUMBERS // max(1, x[0].numel())))
             yield Masked(x, self._left_out(now, x.shape[2] * x.shape[3]))
 
     def _left_out(
@@ -217,6 +233,8 @@ def run(config: CircuitConfig, folder: RunFolder) -> CircuitResult:
     for name, mark in zip(inputs.names, inputs.checksums, strict=True):
         folder.parent(name, mark)
     folder.parent("store", inputs.store.digest)
+    is_long = _is_long(config, inputs, connections[0])
+    folder.expect(lambda: _expected(config, inputs, connections), is_long=is_long)
     folder.facts(
         dictionaries=[str(path.resolve()) for path in config.dictionaries],
         store=str(inputs.store.root.resolve()),
@@ -251,6 +269,84 @@ def run(config: CircuitConfig, folder: RunFolder) -> CircuitResult:
         paths=paths,
         features=explained,
     )
+
+
+def _is_long(config: CircuitConfig, inputs: _Inputs, first: Connection) -> bool:
+    """Whether the work may take minutes, from the time that one sample takes."""
+    start = time.perf_counter()
+    ((x, _),) = inputs.maps(inputs.sites[0], inputs.known[:1])
+    first.run(x)  # which warms up
+    read = time.perf_counter()
+    first.run(x)
+    to_read, to_run = read - start, time.perf_counter() - read
+    held = len(inputs.unseen)
+    runs = held * (config.n_ablated + config.features * (1 + 2 * STEPS))
+    most = max(each.n_latents for each in inputs.dictionaries)
+    seconds = (len(inputs.known) + 4 * held) * to_read + runs * to_run
+    return seconds > LONG or most >= LONG_LATENTS
+
+
+def _expected(
+    config: CircuitConfig, inputs: _Inputs, connections: Sequence[Connection]
+) -> Estimate:
+    """Estimate recording, weighing and validating each two sites, and drawing their features."""
+    works = [work for k, each in enumerate(connections) for work in _works(config, inputs, k, each)]
+    samples, n_sites = inputs.samples, len(inputs.sites)
+    pictures = 0
+    if config.visualize_steps and isinstance(samples, ImageSamples) and samples.channels == 3:
+        pictures = n_sites * config.features
+        n_steps = n_sites * -(-config.features // PICTURE_BATCH) * config.visualize_steps
+        rows = inputs.dictionaries[0].W_enc.detach().T[: min(config.features, PICTURE_BATCH)]
+        side = samples.side
+
+        def draw(progress: Progress) -> None:
+            settings = VisualizeConfig(steps=PROBE_STEPS)
+            for done in range(0, n_steps, PROBE_STEPS):
+                visualize(inputs.network, inputs.sites[0], rows, side=side, config=settings)
+                progress(min(done + PROBE_STEPS, n_steps), n_steps)
+
+        works.append(draw)
+    later = zip(inputs.dictionaries[1:], connections, strict=True)
+    edges = config.top_k_sources * sum(b.n_latents * len(each.routes) for b, each in later)
+    return of_work(
+        works,
+        memory=2 * BLOCK_BYTES + 3 * bytes_of(inputs.network, *inputs.dictionaries),
+        disk=EDGE_BYTES * edges + 3 * pictures * getattr(samples, "side", 0) ** 2,
+    )  # fmt: skip
+
+
+def _works(
+    config: CircuitConfig, inputs: _Inputs, k: int, connection: Connection
+) -> list[Callable[[Progress], object]]:
+    """Parts of the work on two sites, by samples or by targets, for `of_work`."""
+    a, b = inputs.dictionaries[k : k + 2]
+
+    def counted(numbers: Int[np.ndarray, " n"], progress: Progress) -> Iterator[Masked]:
+        for done, each in enumerate(inputs.maps(connection.source, numbers, 1), start=1):
+            yield each
+            progress(done, len(numbers))
+
+    own, unseen = (connection, a, b), inputs.unseen
+    few = record(*own, inputs.maps(connection.source, inputs.known[:PROBE_SAMPLES]))
+    responses = compose_responses(connection, a, few.gates)
+    sources, targets = (np.unique(codes.indices) for codes in (few.codes_a, few.codes_b))
+    sources = sources[: config.n_ablated + config.features].astype(np.int64)
+    targets = targets[: config.features].astype(np.int64)
+    parts = [route.channels for route in connection.routes]
+
+    def weigh(progress: Progress) -> None:
+        strongest_edges(
+            connection, responses, b, repeated(few, len(inputs.known)),
+            block_bytes=PROBE_BYTES, on_progress=progress,
+        )  # fmt: skip
+
+    return [
+        lambda on: record(*own, counted(inputs.known, on)),
+        weigh,
+        lambda on: reproduced_variance(connection, responses, a, b, counted(unseen, on)),
+        lambda on: ablate(connection, a, counted(unseen, on), sources),
+        lambda on: attribute(*own, counted(unseen, on), targets, parts),
+    ]
 
 
 def _arrays(pair: _Pair) -> dict[str, Shaped[np.ndarray, "..."]]:

@@ -9,6 +9,7 @@ one of texts a language model from an installed wheel.
 """
 
 import dataclasses
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -34,6 +35,7 @@ from mechatlas.app.commands.prove import ProveConfig
 from mechatlas.app.commands.symmetry import SymmetryConfig
 from mechatlas.app.commands.train import TrainConfig
 from mechatlas.app.engines import Processes
+from mechatlas.app.estimates import Estimate, of_products
 from mechatlas.app.progress import bar
 from mechatlas.app.run_folder import RESULT, as_plain, execute
 from mechatlas.base import Engine, Here, RecipeError
@@ -51,6 +53,11 @@ WHEELS = {
 }  # fmt: skip
 """Package with a language model -> its name for pip, the heads of its first layer, its layers."""
 LAYERS = (2, 3)
+COSTS = {"images": (22e12, 700 << 20, 154 << 20), "text": (14e12, 410 << 20, 118 << 20)}
+"""Cost of each tour: time of all commands in operations of products of matrices, memory of the
+largest process beyond that of any, disk."""
+MOST_AT_ONCE = 2
+"""Commands of a tour of which none needs another."""
 PAUSE = 0.05
 """Seconds between two looks for the inputs of a command."""
 
@@ -84,6 +91,19 @@ class DemoResult:
     """Page of all runs."""
     wall_seconds: float
     """Wall seconds of the whole tour."""
+
+
+def is_long(config: DemoConfig) -> bool:
+    """Whether the tour may take over a minute."""
+    del config
+    return True
+
+
+def estimate(config: DemoConfig) -> Estimate:
+    """Estimate a tour from what it took, at the speed of this machine's products."""
+    operations, memory, disk = COSTS[config.tour]
+    n = max(1, min(config.processes, MOST_AT_ONCE, os.cpu_count() or 1))
+    return of_products(operations / n, memory=memory, disk=disk)
 
 
 def run(config: DemoConfig) -> DemoResult:

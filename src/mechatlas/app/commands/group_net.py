@@ -3,7 +3,8 @@
     mechatlas train recipes/groups/s5.toml
 
 `mechatlas train` does this with a recipe that names a group. The folder has `net.safetensors`
-(`net_SEED.safetensors` for each of several seeds) and `table.npy`, which `mechatlas prove` reads.
+(`net_SEED.safetensors` for each of several seeds) and `table.npy`, which `mechatlas prove` reads;
+with `--n-checkpoints N` also N files `step_STEP_net.safetensors`, the network during training.
 """
 
 import dataclasses
@@ -14,6 +15,7 @@ import numpy as np
 
 from mechatlas.analysis.proofs.group_training import GroupTrainingConfig, train_group_nets
 from mechatlas.analysis.proofs.verifier.exact import brute_force_accuracy
+from mechatlas.analysis.proofs.verifier.structures import Weights
 from mechatlas.app.progress import bar
 from mechatlas.app.run_folder import GROUP_NET, CommandResult, RunFolder
 from mechatlas.base import RecipeError
@@ -88,10 +90,16 @@ def run(config: GroupNetConfig, folder: RunFolder) -> GroupNetResult:
         GroupError: See `find_group`.
     """
     group = find_group(config)
+    table = np.asarray(group.table)
+
+    def keep(step: int, nets: list[Weights]) -> None:
+        for seed, weights in enumerate(nets, start=config.seed):
+            folder.tensors(checkpoint_file(config, seed, step), weights._asdict())
+
     with bar("training") as progress:
-        nets = train_group_nets(np.asarray(group.table), config, on_progress=progress)
+        nets = train_group_nets(table, config, on_checkpoint=keep, on_progress=progress)
     packed = io.BytesIO()
-    np.save(packed, np.asarray(group.table))
+    np.save(packed, table)
     folder.facts(group=group.name)
     folder.file(TABLE, packed.getvalue())
     for seed, weights in enumerate(nets, start=config.seed):
@@ -109,6 +117,11 @@ def run(config: GroupNetConfig, folder: RunFolder) -> GroupNetResult:
 def net_file(config: GroupNetConfig, seed: int) -> str:
     """Name of the file with the network of a seed; a single network needs no number."""
     return NET if config.n_seeds == 1 else f"net_{seed}.safetensors"
+
+
+def checkpoint_file(config: GroupNetConfig, seed: int, step: int) -> str:
+    """Name of the file with the network of a seed after some steps."""
+    return f"step_{step}_{net_file(config, seed)}"
 
 
 def in_words(result: GroupNetResult) -> str:

@@ -34,6 +34,7 @@ from mechatlas.analysis.matching.folding import Cost, mean_active, varying
 from mechatlas.analysis.matching.held_out import CoFiring, co_firing, paired_codes
 from mechatlas.analysis.matching.nulls import NULLS, Null, PairEvidence
 from mechatlas.analysis.matching.pairing import FDR, Match, feature_splitting, match
+from mechatlas.analysis.matching.spaces import MIN_PAIRS, SpaceSimilarity, compare_spaces
 from mechatlas.app.engines import EngineConfig
 from mechatlas.app.estimates import of_matching
 from mechatlas.app.inputs import (
@@ -159,6 +160,9 @@ class PairResult(PairQuality):
     """Wall seconds of the pairing and its evidence."""
     peak_bytes: int
     """Largest resident memory of the process so far."""
+    spaces: SpaceSimilarity | None = None
+    """Similarity of the decoder rows of matched pairs, beside random pairings of them; by codes,
+    which do not make the rows alike by themselves."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -231,6 +235,12 @@ def in_words(result: MatchResult) -> str:
                 f"[{together.low:.1%}, {together.high:.1%}] of rows; "
                 f"random pairs in {chance.value:.1%}"
             )
+        if pair.spaces is not None:
+            svcca, rsa = (
+                f"{each.value:.2f} (paired at random {each.expected:.2f}, p {each.p_value:.3f})"
+                for each in (pair.spaces.svcca, pair.spaces.rsa)
+            )
+            lines.append(f"  decoder rows of matched pairs: SVCCA {svcca}, RSA {rsa}")
         if pair.not_run:
             lines.append(f"  the effect on the network's output was not measured: {pair.not_run}")
     if result.tracks is not None:
@@ -406,6 +416,9 @@ def _pair(
     if inputs.rows is None:
         return matching, pair
     a, b = first.dictionary, second.dictionary
+    if config.cost == "codes" and matching.matched.sum() >= MIN_PAIRS:
+        spaces = compare_spaces(a, b, matching.matched_columns(), seed=config.seed)
+        pair = dataclasses.replace(pair, spaces=spaces)
     scales = inputs.scales[k], inputs.scales[k + 1]
     ways = pairings(a, b, scales, matching, seed=config.seed)
     quality = held_out_quality(a, b, ways, *inputs.rows.held_out[k : k + 2], seed=config.seed)

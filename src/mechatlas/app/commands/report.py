@@ -9,14 +9,23 @@ from typing import Annotated
 
 from tyro.conf import Positional, arg
 
+from mechatlas.app.estimates import Estimate, of_work
 from mechatlas.app.progress import bar
 from mechatlas.app.recipes import TrustConfig
-from mechatlas.app.report.page import report
-from mechatlas.app.run_folder import CommandResult
+from mechatlas.app.report.page import make_chapters, report
+from mechatlas.app.report.runs import Runs, find_runs
+from mechatlas.app.run_folder import DICTIONARY, CommandResult
 from mechatlas.base import DiskError
 from mechatlas.files import cannot_write
 from mechatlas.outputs import writable
 from mechatlas.ranges import COUNT_OR_NONE, check_ranges
+
+MANY_DICTIONARIES = 8
+"""Dictionaries from which on the cost of a page is estimated beforehand."""
+PAGE_BYTES, DICTIONARY_BYTES, LATENT_BYTES = 5 << 20, 1 << 19, 1 << 10
+"""Size of a page without features, and what a dictionary and each of its latents add."""
+ROWS_BYTES = 256 << 20
+"""Memory for the rows that are read."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -59,6 +68,33 @@ class ReportResult(PageResult):
 
     page: str
     """File of the page."""
+
+
+def _runs(config: ReportConfig) -> Runs:
+    trusted = TrustConfig(network=config.network, trust=config.trust)
+    return find_runs(config.folder, visualize=config.visualize, trust=trusted)
+
+
+def is_long(config: ReportConfig) -> bool:
+    """Whether a page may take over a minute."""
+    return config.visualize > 0 or len(_runs(config).of_kind(DICTIONARY)) >= MANY_DICTIONARIES
+
+
+def estimate(config: ReportConfig) -> Estimate:
+    """Estimate a page from the beginning of its chapters.
+
+    Raises:
+        UserError: The folder holds no runs.
+    """
+    runs = _runs(config)
+    dictionaries = runs.of_kind(DICTIONARY)
+    sizes = [sum(file.stat().st_size for file in run.folder.glob("*")) for run in dictionaries]
+    latents = sum(int(run.manifest.get("n_latents", 0)) for run in dictionaries)
+    page = PAGE_BYTES + DICTIONARY_BYTES * len(dictionaries) + LATENT_BYTES * latents
+    return of_work(
+        [lambda progress: make_chapters(runs, progress)],
+        memory=ROWS_BYTES + 2 * max(sizes, default=0) + 4 * page, disk=page,
+    )  # fmt: skip
 
 
 def run(config: ReportConfig) -> ReportResult:

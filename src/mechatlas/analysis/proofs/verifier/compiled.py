@@ -194,8 +194,12 @@ def _largest(values, maxima):
         part = values[start : start + 16]
         for c in range(16):
             maxima[c] = part[c] if part[c] > maxima[c] else maxima[c]
+    for c in range(8):  # by halves: one after the other takes longer than all before
+        maxima[c] = maxima[c + 8] if maxima[c + 8] > maxima[c] else maxima[c]
+    for c in range(4):
+        maxima[c] = maxima[c + 4] if maxima[c + 4] > maxima[c] else maxima[c]
     best = maxima[0]
-    for c in range(1, 16):
+    for c in range(1, 4):
         best = maxima[c] if maxima[c] > best else best
     for c in range(n - n % 16, n):
         best = values[c] if values[c] > best else best
@@ -210,23 +214,24 @@ def _bound_second(x, ys, zs, v, i, second, room, value, out):
     """
     signs, to, rho = second.rho
     x_sum, y_sums, spans = second.sums.x[x], second.sums.y, second.spans
-    n, zero = rho.shape[1], np.float32(0)
-    summed, logits = room[0][: len(ys)], room[1][: len(ys)]
-    for j in range(len(ys)):
-        _fill(summed[j], zero)
+    n, count = rho.shape[1], len(ys)
+    size = len(rho) * count
+    summed = room[0][:size].reshape((len(rho), count))
+    logits = room[1][:count]
+    _fill(room[0][:size], np.float32(0))
     for r in range(len(signs)):
-        source, sign, g = v[r, i], signs[r], to[r]
-        for j in range(len(ys)):
-            summed[j, g] += sign * source[ys[j]]
-    np.dot(summed, rho, logits)
+        source, sign, total = v[r, i], signs[r], summed[to[r]]
+        for j in range(count):
+            total[j] += sign * source[ys[j]]
+    np.dot(summed.T, rho, logits)
     maxima = np.empty(16, np.float32)
-    for j in range(len(ys)):
+    for j in range(count):
         y = ys[j]
         z = zs[y]
         y_sum, logit, span = y_sums[y], logits[j], spans[z]
+        right = logit[z] + x_sum[z] + y_sum[z]
         for w in range(n):
             value[w] = logit[w] + x_sum[w] + y_sum[w] + span[w]
-        right = value[z] - span[z]
         value[z] = -np.inf
         out[j] = right - _largest(value, maxima)
 
@@ -242,7 +247,7 @@ def bound_pairs(table, neurons, lookup, circuits, first, second, out):
     residuals = np.empty((2, len(sample_residuals), n), np.float32)
     deviations = np.empty((2, len(sample_deviations), n), np.float32)
     v, failed = np.empty((len(circuits.rho), 2, n), np.float32), np.empty(n, np.int64)
-    room = (np.empty((n, len(second.rho.rows)), np.float32), np.empty((n, n), np.float32))
+    room = (np.empty(n * len(second.rho.rows), np.float32), np.empty((n, n), np.float32))
     lines = np.empty((4, n), np.float32)
     rest, total, worst, sharper = lines[0], lines[1], lines[2], lines[3]
     used = open_pairs = 0

@@ -97,7 +97,7 @@ def find_fault(
 
 def _is_below(values: np.ndarray, limit: float) -> bool:
     """Whether all values are smaller than a limit; false for NaN."""
-    return bool((np.abs(values) < limit).all())
+    return bool(-limit < values.min(initial=0) and values.max(initial=0) < limit)
 
 
 def _is_label(values: np.ndarray, low: int, high: Any) -> bool:
@@ -148,9 +148,9 @@ def merge_neurons(
     parts = (np.abs(c[live]) / factor_of).astype(np.float32)[:, None] * unembed[live]
     is_member = (representative_of[live] == representatives[:, None]).astype(np.float32)
     u, sums = is_member @ parts, is_member @ np.abs(parts)
-    is_negative = is_member * (c[live] < 0)
-    mirrored = is_negative.any(axis=1)
-    linear = -(is_negative @ parts) if mirrored.any() else np.zeros_like(u)
+    is_negative = c[live] < 0
+    linear = -(is_member[:, is_negative] @ parts[is_negative])
+    mirrored = is_member[:, is_negative].any(axis=1)
     scaled_left = left[:, representatives] * factor
     scaled_right = np.ascontiguousarray((right[:, representatives] * factor).T)
     too_small = any(bool(w[np.abs(w) < 2.0**-80].any()) for w in (scaled_left, scaled_right))
@@ -267,11 +267,9 @@ def float32_error_sums(
 def _products(
     vectors: Float32[np.ndarray, "row order"],
 ) -> tuple[Float32[np.ndarray, "order order"], Float32[np.ndarray, " order"]]:
-    """-2 times the products of all columns, and the squared norm of each."""
-    products = vectors.T @ vectors
-    norms = products.diagonal().copy()
-    products *= -2
-    return products, norms
+    """-2 times the products of all columns, and the squared norm of each: 2 is exact."""
+    products = (np.float32(-2) * vectors).T @ vectors
+    return products, np.float32(-0.5) * products.diagonal()
 
 
 def residual_distances(
@@ -294,8 +292,8 @@ def residual_distances(
     errors = np.zeros((len(block_offsets) - 1, residual.shape[1]), np.float32)
     for b in range(len(errors)):
         squares, norms = _products(residual[block_offsets[b] : block_offsets[b + 1]])
-        squares += norms
-        most = squares.max(axis=1, initial=0).astype(np.float64) + norms
+        squares += norms[:, None]
+        most = squares.max(axis=0, initial=0).astype(np.float64) + norms
         errors[b] = inflate * np.sqrt(most + rate * norms.max())
     return errors
 
@@ -345,12 +343,12 @@ def grid_spans(
         squares += norms
         squares += (norms + np.float32(rate) * norms.max())[:, None]
         np.sqrt(np.maximum(squares, 0, out=squares), out=squares)
-        squares *= np.float32(inflate)
         spans += squares
         total = float(weight[mine] @ np.abs(grids.scale[mine]))
         off_center += 2.02 * (float(np.linalg.norm(means)) + 1e-10 * size) * total
         largest += 4 * size * total
         n_cells += len(kept) + 2
+    spans *= np.float32(inflate)
     return GridSpans(spans, off_center, largest, n_cells)
 
 
