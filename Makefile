@@ -5,7 +5,7 @@ PEERS ?= .venv-peers
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: setup demo test test-slow test-triton test-cluster test-remote faults test-peers page-test bench bench-peers docs clean
+.PHONY: setup demo test types tests test-slow test-triton test-cluster test-remote faults test-peers page-test bench bench-peers docs clean
 
 setup: $(VENV)/.ready
 
@@ -21,8 +21,14 @@ demo: setup
 test: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/pyright
 	$(BIN)/lint-imports
+	$(MAKE) --no-print-directory -j 2 types tests
+
+# Beside one another, since each leaves a core idle for some time.
+types:
+	$(BIN)/pyright
+
+tests:
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
 
 test-slow: setup

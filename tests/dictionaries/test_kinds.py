@@ -242,6 +242,19 @@ def test_rows_of_a_stream_come_once_an_epoch_and_never_those_held_out():
     assert rows.describe(7) == "row 7 of the stream"
 
 
+def test_filling_the_pool_from_small_arrays_looks_at_each_a_few_times(monkeypatch):
+    n_calls, length = [0], torch.Tensor.__len__
+
+    def counted(tensor):
+        n_calls[0] += 1
+        return length(tensor)
+
+    monkeypatch.setattr(torch.Tensor, "__len__", counted)
+    stream = (torch.ones(1, 3) * i for i in range(2000))
+    next(StreamRows(stream, held_out=500, pool=1000).batches(100))
+    assert n_calls[0] < 20 * 2000
+
+
 def test_a_stream_that_does_not_fit_is_refused():
     built = Autoencoder(d_in=24, n_latents=48, sparsity=TopK(k=3))
     with pytest.raises(InputError, match=r"ended after 6000 rows\. Train fewer steps"):

@@ -128,12 +128,13 @@ class StreamRows:
         if first is None:
             raise InputError("The stream of activations is empty.")
         kept = [_matrix(first)]
-        self.d_in = kept[0].shape[1]
-        while sum(map(len, kept)) <= held_out:
+        self.d_in, n_rows = kept[0].shape[1], len(kept[0])
+        while n_rows <= held_out:
             chunk = next(self._chunks, None)
             if chunk is None:
                 break
             kept.append(self._fitting(chunk))
+            n_rows += len(kept[-1])
         rows = torch.cat(kept).float()
         self._n_held = held_out if len(rows) > held_out else len(rows) // 2
         self._held, self._left = rows[: self._n_held], rows[self._n_held :]
@@ -188,9 +189,10 @@ class StreamRows:
         x, ids = self._held[:0], torch.empty(0, dtype=torch.long)
         number = 0
         while True:
-            more = [Batch(x, ids)]
-            while sum(len(part.row) for part in more) < room:
+            more, n_rows = [Batch(x, ids)], len(ids)
+            while n_rows < room:
                 more.append(next(chunks))
+                n_rows += len(more[-1].row)
             x, ids = torch.cat([part.x for part in more]), torch.cat([part.row for part in more])
             order = torch.from_numpy(random.permutation(len(ids)))
             n_batches = max(1, len(ids) // 2 // batch_size)
