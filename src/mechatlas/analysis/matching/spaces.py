@@ -2,8 +2,8 @@
 
     compare_spaces    decoder rows and a pairing by codes -> SVCCA and RSA, beside random pairings
 
-The rows may have different widths, as those of different models do. A pairing by decoder rows would
-make the rows alike by itself; one by codes does not.
+The rows may have different widths, as those of different models do. Pairs are of latents with like
+codes: those of like decoder rows would be alike by themselves.
 
 Source: Lan et al., Sparse autoencoders reveal universal feature spaces across large language models
 (2024).

@@ -3,7 +3,9 @@
 mechatlas report runs/demo --out atlas.html
 """
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -70,9 +72,29 @@ class ReportResult(PageResult):
     """File of the page."""
 
 
+@contextlib.contextmanager
+def _place(config: ReportConfig) -> Iterator[None]:
+    """Make sure that the page can be written.
+
+    Raises:
+        DiskError: It cannot.
+    """
+    try:
+        is_folder = config.out.is_dir()
+    except OSError as error:  # a name that is too long
+        raise DiskError(cannot_write(config.out, error)) from error
+    if is_folder:
+        raise DiskError(
+            f"{config.out} is a folder, expected the file of a page, such as atlas.html."
+        )
+    with writable(config.out.parent):
+        yield
+
+
 def _runs(config: ReportConfig) -> Runs:
     trusted = TrustConfig(network=config.network, trust=config.trust)
-    return find_runs(config.folder, visualize=config.visualize, trust=trusted)
+    with _place(config):
+        return find_runs(config.folder, visualize=config.visualize, trust=trusted)
 
 
 def is_long(config: ReportConfig) -> bool:
@@ -84,7 +106,7 @@ def estimate(config: ReportConfig) -> Estimate:
     """Estimate a page from the beginning of its chapters.
 
     Raises:
-        UserError: The folder holds no runs.
+        UserError: The folder holds no runs, or the page cannot be written.
     """
     runs = _runs(config)
     dictionaries = runs.of_kind(DICTIONARY)
@@ -105,15 +127,7 @@ def run(config: ReportConfig) -> ReportResult:
         UserError: The folder holds no runs, or the page cannot be written.
     """
     problems: dict[str, str] = {}
-    try:
-        is_folder = config.out.is_dir()
-    except OSError as error:  # a name that is too long
-        raise DiskError(cannot_write(config.out, error)) from error
-    if is_folder:
-        raise DiskError(
-            f"{config.out} is a folder, expected the file of a page, such as atlas.html."
-        )
-    with writable(config.out.parent), bar("drawing the page") as progress:
+    with _place(config), bar("drawing the page") as progress:
         page = report(
             config.folder,
             config.out,
