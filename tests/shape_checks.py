@@ -20,11 +20,11 @@ from typing import Any
 import jaxtyping
 from jaxtyping import _decorator, install_import_hook
 
-FIRST = 2
+FIRST = 1
 """Calls of each function that are checked in each test."""
 EVERY = 32
 """Of later ones, one in so many is."""
-INNER = 4
+INNER = 1
 """Times that a function within another is checked after it was defined, in each process."""
 TESTS = [0]
 """Number of tests that began."""
