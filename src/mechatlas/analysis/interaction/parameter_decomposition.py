@@ -177,15 +177,15 @@ def decompose(
     """
     config = config or DecompositionConfig()
     modules = dict(network.named_modules())
+    linear = {name: each for name, each in modules.items() if isinstance(each, nn.Linear)}
     for name in layers:
-        if not isinstance(modules.get(name), nn.Linear):
-            linear = [key for key, each in modules.items() if isinstance(each, nn.Linear)]
+        if name not in linear:
             raise InputError(
                 f"The network has no linear layer {name!r}; it has {', '.join(linear) or 'none'}."
             )
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)
-        parts = nn.ModuleList(_Layer(network.get_submodule(name), config) for name in layers)  # type: ignore
+        parts = nn.ModuleList(_Layer(linear[name], config) for name in layers)
         named = dict(zip(layers, parts, strict=True))
         optimizer = torch.optim.Adam(parts.parameters(), lr=config.lr, fused=True)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.steps)
@@ -227,9 +227,10 @@ def _stochastic(
         with _masked(network, masks):
             return (network(x) - outputs).square().mean()
 
-    minimality = sum(_upper_leaky(g).add(1e-12).pow(p).sum(dim=-1).mean() for g in gates.values())
-    one_by_one = sum(error([k]) for k in parts) / len(parts)
-    return error(tuple(parts)), one_by_one, minimality  # type: ignore
+    sizes = [_upper_leaky(g).add(1e-12).pow(p).sum(dim=-1).mean() for g in gates.values()]
+    errors = [error([k]) for k in parts]
+    layerwise = torch.stack(errors).mean()
+    return error(tuple(parts)), layerwise, torch.stack(sizes).sum()
 
 
 def _inputs(
