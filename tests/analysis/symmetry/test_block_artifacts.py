@@ -205,5 +205,5 @@ def test_features_that_are_active_in_few_images_are_not_shown(world):
 def test_shapes_that_do_not_fit_are_refused(world):
     with pytest.raises(InputError, match=r"blocks \(24, 8, 24\)"):
         measure_scaling(world.codes, world.posed, world.blocks[:-1], world.image)
-    with pytest.raises(InputError, match="between 0 and 1, got 1.5"):
+    with pytest.raises(InputError, match=r"between 0 and 1, got 1\.5"):
         find_artifacts(world.estimates, fdr=1.5)
