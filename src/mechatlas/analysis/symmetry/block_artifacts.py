@@ -182,7 +182,8 @@ class LatentScaling:
 
 def zero_blocks(norms: Float[np.ndarray, "feature order"]) -> Bool[np.ndarray, "feature order"]:
     """Mark the blocks that are at most `ZERO_BLOCK` times as long as the feature's largest."""
-    return norms <= ZERO_BLOCK * np.where(norms.any(axis=1), norms.max(axis=1), -1)[:, None]
+    largest = np.where(norms.any(axis=1), norms.max(axis=1), -1)  # dead features have none
+    return np.less_equal(norms, ZERO_BLOCK * largest[:, None])
 
 
 def _energies(
