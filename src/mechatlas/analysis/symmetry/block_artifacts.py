@@ -247,7 +247,7 @@ class BlockArtifacts:
     @property
     def affected(self) -> Bool[np.ndarray, " feature"]:
         """Mask of features with a block that is shrunk or decoupled."""
-        return (self.of_class("shrunk") | self.of_class("decoupled")).any(axis=1)
+        return np.any(self.of_class("shrunk") | self.of_class("decoupled"), axis=1)
 
 
 def find_artifacts(estimates: ScalingEstimates, *, fdr: float = FDR) -> BlockArtifacts:
