@@ -36,6 +36,7 @@ from mechatlas.analysis.matching.pairing import Match
 from mechatlas.analysis.proofs.prove import AccuracyBound
 from mechatlas.analysis.symmetry.classify import Symmetry
 from mechatlas.app.basis_spectra import spectra_of
+from mechatlas.app.block_artifacts import ArtifactsResult
 from mechatlas.app.circuit_results import CircuitResult, describe_circuits
 from mechatlas.app.commands import (
     basis,
@@ -400,6 +401,7 @@ def _describe_symmetry(
     unknown: dict[str, float | None] = dict.fromkeys(PREDICTORS)
     return symmetry.SymmetryResult(
         **symmetry.count_classes(found),
+        artifacts=ArtifactsResult(missing="The rows of the dictionary are not known."),
         discoveries_shuffled=None,
         agreement=None,
         group=symmetry.GroupDescription(name=group.name, order=group.order, action=""),
