@@ -270,7 +270,7 @@ class PatchTransformer(nn.Module):
         self.patch = nn.Conv2d(3, d, 4, 4)
         self.special = nn.Parameter(torch.randn(1, 1 + registers, d))
         self.place = nn.Parameter(torch.randn(1, (side // 4) ** 2, d))
-        self.layers = nn.ModuleList(PatchLayer(d) for _ in range(2))
+        self.layers: Any = nn.ModuleList(PatchLayer(d) for _ in range(2))
         self.norm = nn.LayerNorm(d)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -311,6 +311,6 @@ class PatchAttention(nn.Module):
         return self.proj((pattern @ v).transpose(1, 2).flatten(2))
 
 
-def patch_transformer() -> nn.Module:
+def patch_transformer() -> PatchTransformer:
     torch.manual_seed(0)
     return PatchTransformer()

@@ -5,7 +5,7 @@ from torch import nn
 from mechatlas.activations.components import decompose_layer
 from mechatlas.activations.sites import read_activations
 from mechatlas.base import Site, SiteError
-from tests.networks import PatchTransformer, patch_transformer
+from tests.networks import PatchLayer, PatchTransformer, patch_transformer
 
 INPUTS = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))
 
@@ -27,13 +27,13 @@ def parts_by_hand(network, x):
 
 
 def test_components_are_those_of_the_attention_patterns_and_add_up():
-    network, site = patch_transformer().eval(), Site("layers.1")
+    network, site = patch_transformer(), Site("layers.1")
     layer = decompose_layer(network, site, INPUTS)
     found = dict(zip(layer.names, layer.read(INPUTS), strict=True))
     x, out = read_activations(network, INPUTS, ["layers.0", "layers.1"]).values()
     for name, part in parts_by_hand(network, x).items():
         assert torch.allclose(found[name], part, atol=1e-5), name
-    assert torch.allclose(sum(found.values()), out, atol=1e-4)
+    assert torch.allclose(torch.stack(list(found.values())).sum(0), out, atol=1e-4)
     constant = network.layers[1].attention.proj.bias * network.layers[1].scales[0]
     assert torch.allclose(found["input"], x + constant, atol=1e-5)
 
@@ -71,7 +71,7 @@ def test_layers_of_transformers_are_decomposed(kind):
 class NormalizedAfterwards(nn.Module):
     def __init__(self):
         super().__init__()
-        self.inside, self.norm = patch_transformer().layers[0], nn.LayerNorm(24)
+        self.inside, self.norm = PatchLayer(24), nn.LayerNorm(24)
 
     def forward(self, x):
         return self.norm(self.inside(x))
@@ -80,7 +80,7 @@ class NormalizedAfterwards(nn.Module):
 class Around(nn.Module):
     def __init__(self):
         super().__init__()
-        self.first, self.block = patch_transformer().patch, NormalizedAfterwards()
+        self.first, self.block = nn.Conv2d(3, 24, 4, 4), NormalizedAfterwards()
 
     def forward(self, x):
         return self.block(self.first(x).flatten(2).transpose(1, 2))

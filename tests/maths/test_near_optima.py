@@ -43,6 +43,8 @@ def test_bounds_hold_against_all_pairings(group, monkeypatch):
         matrix = costs.matrix().astype(np.float64) if isinstance(costs, Factors) else costs
         found = count_near_optimal(assign(costs), costs, SHARES)
         for each, number in zip(found, counted(matrix, SHARES), strict=True):
+            assert each.log10_at_most is not None
+            assert each.log10_estimate is not None
             assert 10**each.log10_at_least <= number * (1 + 1e-6), (matrix.shape, each, number)
             assert 10**each.log10_at_most >= number * (1 - 1e-6), (matrix.shape, each, number)
             assert each.log10_at_least <= each.log10_estimate <= each.log10_at_most
@@ -75,6 +77,7 @@ def test_disjoint_swaps_are_counted(n_pairs, few, tolerance, monkeypatch):
         (found,) = count_near_optimal(assign(cost), cost, [share])
         assert found.log10_at_least <= number + 1e-6
         assert found.log10_at_least >= (1 - tolerance) * number - 1.0
+        assert found.log10_at_most is not None
         assert found.log10_at_most >= number - 1e-6
         assert found.log10_estimate == pytest.approx(number, rel=0.1, abs=0.5)
 
