@@ -50,7 +50,7 @@ class GroupTrainingConfig:
     """Coefficient of the L2 penalty on every factor. The penalty is part of the loss (Adam, not
     AdamW), so that weights of no use vanish fast."""
     weight_decay_warm_up: float = 0.0
-    """Fraction of the steps over which the penalty grows in proportion to the step. A large group
+    """Fraction of the steps over which the penalty grows with the square of the step. A large group
     needs it: a penalty that leaves few irreps at the end lets none grow at first."""
     seed: int = 0
     """Seed of the weights and batches of the first network."""
@@ -138,7 +138,7 @@ def train_group_nets(
         fall = min(1.0, max(0.02, (s.steps - step) / (FALL * s.steps)))
         grown = min(1.0, (step + 1) / max(s.weight_decay_warm_up * s.steps, 1.0))
         adam.param_groups[0]["lr"] = s.lr * min(1.0, (step + 1) / WARM_UP) * fall
-        adam.param_groups[0]["weight_decay"] = s.weight_decay * grown
+        adam.param_groups[0]["weight_decay"] = s.weight_decay * grown**2
         x, y = torch.stack(
             [torch.randint(0, n, (2, s.batch_size), generator=random) for random in randoms], dim=1
         )
