@@ -58,7 +58,7 @@ def test_a_dry_run_of_collect_knows_the_size_of_the_store_and_writes_nothing(tmp
 def test_a_dry_run_of_training_is_as_long_as_its_steps(store, tmp_path, capsys, monkeypatch):
     clock = iter(range(1000))
     monkeypatch.setattr(estimates.time, "perf_counter", lambda: float(next(clock)))
-    times = itertools.count(0.0, 7.0)  # seconds between the begin and when the estimate is asked for
+    times = itertools.count(0.0, 7.0)  # from the begin to the estimate
     monkeypatch.setattr(estimates.time, "monotonic", lambda: next(times))
     recipe = training(tmp_path / "train.toml", store, 'site = "1"', "n_latents = 64")
     out = tmp_path / "new"
