@@ -111,17 +111,15 @@ class Screen:
         level = maxima.view(-1).topk(min(k * n, maxima.numel()), sorted=False).values.amin()
         found = []
         for x in tiles:
-            starts, near, counts = self._candidates(x, level, None, len(x) * m)
-            values = self._computed(x, None, (starts, near, counts))
-            if len(tiles) > 1:
-                starts, near, values, _ = _keep_largest((starts, near, values), k * n, m - 1)
-                starts = starts[:-1] + len(found) * k * n
-            found.append((starts, near, values))
-        if len(tiles) == 1:
-            return _keep_largest(found[0], k * n, m - 1)
-        found.append((starts.new_full((1,), len(found) * k * n), near[:0], values[:0]))
-        starts, near, values = (torch.cat(parts) for parts in zip(*found, strict=True))
-        return _keep_largest((starts, near, values), k * n, m - 1)
+            near = self._candidates(x, level, None, len(x) * m)
+            pairs = *near[:2], self._computed(x, None, near)
+            if len(tiles) == 1:
+                return _keep_largest(pairs, k * n, m - 1)
+            kept = _keep_largest(pairs, k * n, m - 1)
+            found.append((kept.starts[:-1] + len(found) * k * n, kept.latents, kept.values))
+        starts, *pairs = (list(parts) for parts in zip(*found, strict=True))
+        starts.append(starts[0].new_full((1,), len(found) * k * n))
+        return _keep_largest((torch.cat(starts), *map(torch.cat, pairs)), k * n, m - 1)
 
     def above(self, low: Float[Tensor, " latent"]) -> Find:
         """Make a function that finds the pre-activations of some rows above `low`.
@@ -416,7 +414,7 @@ def _search_whole(
         tl.store(latents + i * k + t, latent, mask=kept)
 
 
-def _keep_largest(pairs: tuple[Tensor, Tensor, Tensor], n: int, last: int) -> Codes:
+def _keep_largest(pairs: Sequence[Tensor], n: int, last: int) -> Codes:
     """Keep the n largest codes above zero of a batch, of equal ones the first.
 
     Args:
