@@ -93,7 +93,7 @@ PROBE_SAMPLES, PROBE_STEPS, PROBE_BYTES = 2, 4, 16 << 20
 LONG, LONG_LATENTS = 20.0, 8192
 """Seconds of runs, and latents, from which on the cost is estimated beforehand."""
 LONG_TARGETS = 1 << 15
-"""The same for the samples of dictionaries of several sites, counted once for each target."""
+"""Samples of dictionaries of several sites, counted once for each target, from which on it is too."""
 EDGE_BYTES = 120
 """Size of an edge in the tables, with its kernel."""
 PICTURE_BATCH = 16
