@@ -93,7 +93,7 @@ PROBE_SAMPLES, PROBE_STEPS, PROBE_BYTES = 2, 4, 16 << 20
 LONG, LONG_LATENTS = 20.0, 8192
 """Seconds of runs, and latents, from which on the cost is estimated beforehand."""
 LONG_TARGETS = 1 << 15
-"""Samples of dictionaries of several sites, counted once for each target, from which on it is too."""
+"""Samples times targets of dictionaries of several sites from which on it is estimated too."""
 EDGE_BYTES = 120
 """Size of an edge in the tables, with its kernel."""
 PICTURE_BATCH = 16
