@@ -30,7 +30,7 @@ from mechatlas.analysis.effects.attribution import Attribution
 from mechatlas.analysis.effects.logits import LogitEffects
 from mechatlas.analysis.evaluation.results import NetworkEvaluation
 from mechatlas.analysis.interaction.results import InteractionBasis
-from mechatlas.analysis.matching.chains import Tracks, survival
+from mechatlas.analysis.matching.chains import Tracks, survival, tracks_table
 from mechatlas.analysis.matching.flow import KINDS, FeatureFlow
 from mechatlas.analysis.matching.pairing import Match
 from mechatlas.analysis.proofs.prove import AccuracyBound
@@ -349,7 +349,7 @@ def _describe_matches(
     out.table(MATCHES, match.matches_table(matches))
     curves = None if tracks is None else survival(tracks, matches, fdr=matches[0].fdr)
     if tracks is not None and curves is not None:
-        out.table(TRACKS, match.tracks_table(tracks, curves))
+        out.table(TRACKS, tracks_table(tracks, curves))
     return match.MatchResult(
         cost="",
         fdr=matches[0].fdr,
