@@ -106,7 +106,7 @@ def group_crosscoder(blocks=None, *, zeroed=(), decoupled=()):
     same code write it.
     """
     blocks = features()[0] if blocks is None else blocks.astype(np.float32)
-    d = blocks.shape[2]
+    d = int(blocks.shape[2])
     encoder = np.linalg.pinv(blocks[:, 0])
     further = np.zeros((len(decoupled), 8, d), np.float32)
     for own, (feature, g) in zip(further, decoupled, strict=True):
