@@ -95,7 +95,8 @@ def follow_training(
         on_progress(len(rows), len(snapshots))
     steps, *columns = (np.array(column) for column in zip(*rows, strict=True))
     width = len(next(iter(snapshots.values())).unembed)
-    return TrainingCourse(steps, tuple(irrep.name for irrep in irreps), *columns, width)
+    names = tuple(irrep.name for irrep in irreps)
+    return TrainingCourse(steps, names, *columns, width=width)
 
 
 def _spectrum(functions: Float[np.ndarray, "neuron order"], group: Group) -> np.ndarray:
