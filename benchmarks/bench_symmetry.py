@@ -9,15 +9,18 @@ Nominal false discovery rate: 5 %.
 """
 
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from mechatlas.analysis.symmetry.block_artifacts import find_artifacts
 from mechatlas.analysis.symmetry.classify import count_shuffled_discoveries, symmetry
 from mechatlas.maths.named_groups import group
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from tests.analysis.symmetry import test_block_artifacts as zeroed
 from tests.analysis.symmetry.planted import NOISE, plant, score
 
 MIXTURES = {
@@ -80,3 +83,21 @@ def test_full_width(benchmark, n):
     assert scores["f1"] >= 0.95
     assert scores["fdr"] <= 0.05
     assert scores["ari"] >= 0.9
+
+
+@pytest.mark.parametrize("noise", [0.5, 2.0, 8.0])
+def test_zero_blocks(benchmark, noise):
+    """Classes of planted zero blocks, with artifacts and without."""
+    counts = Counter()
+    for seed in range(20):
+        for artifacts in (True, False):
+            world = zeroed.plant(noise=noise, seed=seed, artifacts=artifacts)
+            found = zeroed.names_of(find_artifacts(world.estimates))
+            zero = world.truth != "present"
+            kinds = (f"{name}{'' if artifacts else ' alone'}" for name in world.truth[zero])
+            counts.update(zip(kinds, found[zero], strict=True))
+    benchmark.pedantic(find_artifacts, (world.estimates,), rounds=1)
+    table = {f"{truth}: {name}": n for (truth, name), n in sorted(counts.items())}
+    print(f"\nnoise {noise}: {table}")
+    benchmark.extra_info.update(table)
+    assert all(name in (truth.removesuffix(" alone"), "not shown") for truth, name in counts)
