@@ -335,14 +335,24 @@ class SparseStep:
         )
         by_columns = self._by_columns(dead)
         reconstruct = self._by_column_groups if by_columns else self._by_tiles
-        loss, grouped, out = reconstruct(task, codes, run)
         weight = sparsity_coefficient / len(x)
         rule, state = dictionary.rule, dictionary.state
+        of_gates = None
+        if rule.has_gates:  # first: what is kept of the codes takes its room
+            scales = self.objective.weights(target).mul_(2 * weight)
+            gates = task._replace(scales=scales, widths=self._levels[-1:])
+            of_gates = reconstruct(gates, codes._replace(values=codes.raw), run)
+        loss, grouped, out = reconstruct(task, codes, run)
+        fired = grouped.starts[1:] > grouped.starts[:-1]
         penalty, learned = rule.penalize_codes(codes, out.codes, weight, state)
+        if of_gates is not None:  # a gate learns where it is open, even if its size is zero
+            error, by_gate, d_gates = of_gates
+            penalty += error
+            out.codes.add_(d_gates.codes)
+            grouped = by_gate._replace(values=codes.values.index_select(0, by_gate.order))
         d_code = out.codes.index_select(0, grouped.order)
-        if (
-            self.backend is fallback
-        ):  # codes of zero are behind the last latent, and none of its pairs
+        if self.backend is fallback and of_gates is None:
+            # Codes of zero are behind the last latent, and none of its pairs.
             d_code = d_code.masked_fill_(grouped.values == 0, 0)
         batch = LatentGradients(self._room["x"], out.rows, out.atoms, d_code, task.widths)
         added = self._revival(dead, task.scales, out.rows)
@@ -364,7 +374,7 @@ class SparseStep:
         gradients = [g if factor == 1 else g * factor for g in learned.values()]
         own = [Learned(self._parameter(name), *self.moments[name]) for name in learned]
         fallback.step_adam(own, gradients, adam)
-        return StepResult(steps.at_hand(loss + penalty), grouped.starts[1:] > grouped.starts[:-1])
+        return StepResult(steps.at_hand(loss + penalty), fired)
 
     def _group(self, codes: Codes) -> Grouped:
         """Group codes by latent."""
