@@ -1,6 +1,6 @@
 """Cost of a proof relative to brute force, by order of the group and noise.
 
-Run: `python benchmarks/scaling_proofs.py --out scaling.html`. Prints a table and the fitted
+Run: `python benchmarks/scaling_proofs.py --out scaling.png`. Prints a table and the fitted
 exponents, and draws both ratios in a log-log plot. What is in scaling.json is not done again.
 Synthetic circuits (full grids B x B', about 128 neurons) on groups of order 24 to 720. Times are
 medians of process CPU seconds, brute force and verification in turn (S6: once).
@@ -15,8 +15,8 @@ import math
 from pathlib import Path
 
 import numpy as np
-import plotly.graph_objects as go
 from bench_proofs import compare
+from matplotlib.figure import Figure
 from tests.analysis.proofs.planted import wide
 
 from mechatlas.maths.named_groups import group
@@ -49,34 +49,29 @@ def exponent(rows: list[dict], key: str) -> float:
     return float(np.polyfit(x, [math.log(row[key]) for row in rows], 1)[0])
 
 
-def draw(rows: list[dict], fits: list[dict]) -> go.Figure:
-    """Both ratios against the order, and the theory."""
-    figure = go.Figure()
-    for key, dash in (("multiply_adds", "solid"), ("time", "dot")):
-        for fit in fits:
+def draw(rows: list[dict], fits: list[dict], out: Path) -> None:
+    """Draw both ratios against the order, and the theory."""
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    axes = figure.subplots()
+    for key, style in (("multiply_adds", "-"), ("time", ":")):
+        for number, fit in enumerate(fits):
             mine = [row for row in rows if row["noise"] == fit["noise"]]
-            name = f"{key.replace('_', '-')}, noise {fit['noise']:g}: n^{fit[key]:.2f}"
-            figure.add_scatter(
-                x=[row["order"] for row in mine], y=[row[key] for row in mine], name=name,
-                mode="lines+markers", line={"dash": dash},
+            axes.loglog(
+                [row["order"] for row in mine], [row[key] for row in mine], style, marker="o",
+                color=f"C{number}",
+                label=f"{key.replace('_', '-')}, noise {fit['noise']:g}: n^{fit[key]:.2f}",
             )  # fmt: skip
-    orders = [24, 720]
-    figure.add_scatter(
-        x=orders, y=[12 / n for n in orders], name="theory: n^-1", mode="lines",
-        line={"color": "black", "dash": "dash"},
-    )  # fmt: skip
-    axes = {"type": "log"}
-    figure.update_layout(
-        xaxis=axes | {"title": "order of the group"},
-        yaxis=axes | {"title": "verification as a share of brute force"},
-    )
-    return figure
+    axes.loglog([24, 720], [12 / 24, 12 / 720], "k--", label="theory: n^-1")
+    axes.set(xlabel="order of the group", ylabel="verification as a share of brute force")
+    axes.legend(fontsize=8)
+    axes.grid(alpha=0.3)
+    figure.savefig(out, dpi=110)
 
 
 def main() -> None:
     """Measure, print and draw."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path("scaling.html"))
+    parser.add_argument("--out", type=Path, default=Path("scaling.png"))
     parser.add_argument("--noises", nargs="*", type=float, default=NOISES)
     parser.add_argument("--groups", nargs="*", default=GROUPS, help="those to measure now")
     options = parser.parse_args()
@@ -112,7 +107,7 @@ def main() -> None:
             f"n^{fits[-1]['time']:.2f}; from n = 120 on n^{tail['multiply_adds']:.2f}, "
             f"n^{tail['time']:.2f} (theory n^-1)"
         )
-    draw(rows, fits).write_html(out, include_plotlyjs=True)
+    draw(rows, fits, out)
     kept.write_text(json.dumps({"rows": list(done.values()), "fits": fits}, indent=1))
     print(f"Drawn: {out}")
 

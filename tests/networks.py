@@ -259,3 +259,58 @@ def cross_layer(n_latents: int = 12, dtype: torch.dtype = torch.float32) -> Cros
         for i in range(3)
     ]  # fmt: skip
     return CrossLayerDictionary(layers, [f"in.{i}" for i in range(3)])
+
+
+class PatchTransformer(nn.Module):
+    """Vision transformer with a class token, two registers and scales after attention and MLP."""
+
+    def __init__(self, side: int = 16, d: int = 24, *, registers: int = 2) -> None:
+        super().__init__()
+        self.num_register_tokens = registers
+        self.patch = nn.Conv2d(3, d, 4, 4)
+        self.special = nn.Parameter(torch.randn(1, 1 + registers, d))
+        self.place = nn.Parameter(torch.randn(1, (side // 4) ** 2, d))
+        self.layers: Any = nn.ModuleList(PatchLayer(d) for _ in range(2))
+        self.norm = nn.LayerNorm(d)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.patch(x).flatten(2).transpose(1, 2) + self.place
+        x = torch.cat([self.special.expand(len(x), -1, -1), x], dim=1)
+        for layer in self.layers:
+            x = layer(x)
+        return self.norm(x)
+
+
+class PatchLayer(nn.Module):
+    def __init__(self, d: int) -> None:
+        super().__init__()
+        self.attention, self.up, self.down = PatchAttention(d), nn.Linear(d, 48), nn.Linear(48, d)
+        self.norms = nn.ModuleList([nn.LayerNorm(d), nn.LayerNorm(d)])
+        self.scales = nn.Parameter(torch.rand(2, d) + 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.scales[0] * self.attention(self.norms[0](x))
+        return x + self.scales[1] * self.down(self.up(self.norms[1](x)).relu())
+
+
+class PatchAttention(nn.Module):
+    """Attention with queries, keys and values in one layer, and its parts for tests."""
+
+    def __init__(self, d: int) -> None:
+        super().__init__()
+        self.num_heads, self.head_dim = 3, d // 3
+        self.qkv, self.proj = nn.Linear(d, 3 * d), nn.Linear(d, d)
+
+    def parts(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Patterns (sample, head, query, key) and values (sample, head, token, k)."""
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        return (q @ k.transpose(2, 3) * self.head_dim**-0.5).softmax(-1), v
+
+    def forward(self, x: Tensor) -> Tensor:
+        pattern, v = self.parts(x)
+        return self.proj((pattern @ v).transpose(1, 2).flatten(2))
+
+
+def patch_transformer() -> PatchTransformer:
+    torch.manual_seed(0)
+    return PatchTransformer()

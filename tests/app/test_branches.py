@@ -16,7 +16,7 @@ from mechatlas.app.commands.collect import CollectConfig
 from mechatlas.app.commands.match import MatchConfig
 from mechatlas.app.commands.train import TrainConfig
 from mechatlas.app.run_folder import execute
-from mechatlas.base import DiskError, InputError, RecipeError, StoreError
+from mechatlas.base import DiskError, InputError, RecipeError, StoreError, TrustError
 from mechatlas.dictionaries.sparsity import TopK
 from tests.app.worlds import bytes_in, dry_run, photographs, run_command
 
@@ -215,3 +215,36 @@ def test_a_dry_run_knows_the_size_of_the_table(world, tmp_path):
     words = (world / "whole", "--store", world / "store", "--rows", "600")
     found, size = dry_run("branches", *words, out=tmp_path / "new"), bytes_in(tmp_path / "out")
     assert 0.2 * size < found.disk < 5 * size
+
+
+def test_features_of_a_residual_stream_are_tested_for_heads_tokens_and_mlp(tmp_path):
+    collect = CollectConfig(
+        network=Network(name="tests.networks:patch_transformer"),
+        sites=("layers.1",),
+        samples=Images(source=str(photographs(tmp_path / "photos.zip")), side=16, crops=3),
+        out=tmp_path / "store",
+    )
+    execute(collect)
+    execute(
+        TrainConfig(store=collect.out, site="layers.1", out=tmp_path / "whole", n_latents=60,
+              steps=40, sparsity=TopK(k=3), batch_size=128)
+    )  # fmt: skip
+    with pytest.raises(TrustError, match=r"--network tests\.networks:patch_transformer"):
+        run(tmp_path, tmp_path / "out")
+    result, text = run(tmp_path, tmp_path / "out", "--trust")
+    names = ["input", "head0", "head1", "head2", "class token", "registers", "mlp"]
+    assert [one["name"] for one in result["branches"]] == names
+    assert result["components"]
+    assert result["n_rows"] == 600
+    assert "with their coordinates permuted" in text
+    table = pq.read_table(tmp_path / "out" / "features.parquet")
+    shares = table["share"].to_numpy().reshape(60, 7)
+    there = ~np.isnan(shares).any(axis=1)
+    assert there.sum() > 10
+    assert np.square(shares[there]).sum(axis=1) == pytest.approx(1)
+    activation = table["activation_share"].to_numpy().reshape(60, 7)
+    there = ~np.isnan(activation).any(axis=1)
+    assert activation[there].sum(axis=1) == pytest.approx(1, abs=1e-4)
+    page = tmp_path / "page.html"
+    run_command("report", str(tmp_path), "--out", str(page))
+    assert "components of the residual stream" in page.read_text()

@@ -8,9 +8,11 @@ import pytest
 import torch
 
 from mechatlas.activations.store import Store
-from mechatlas.app.cli import main
+from mechatlas.app.cli import configure, main
+from mechatlas.app.commands import circuit
+from mechatlas.app.estimates import OnlyEstimate
 from mechatlas.app.report.from_python import report
-from mechatlas.app.run_folder import read_result
+from mechatlas.app.run_folder import execute, read_result
 from mechatlas.base import UserError
 from mechatlas.dictionaries.autoencoder import Autoencoder
 from mechatlas.dictionaries.formats import load, save
@@ -69,6 +71,28 @@ def test_a_circuit_within_a_cross_layer_transcoder_and_its_page(here, capsys):
     assert 0 < abs(edges["effect"][one]) < 10 * mean
     main(["report", "circuit", "--out", "page.html"])
     assert "clt/" in (here / "page.html").read_text()
+
+
+def test_a_dry_run_of_such_a_circuit_begins_every_pair_and_writes_nothing(here, monkeypatch):
+    done = []
+
+    def begun(works, **sizes):
+        for work in works:
+            work(lambda *progress: done.append(progress))
+        return of_work([lambda _: None], **sizes)
+
+    of_work = circuit.of_work
+    monkeypatch.setattr(circuit, "of_work", begun)
+    words = ["clt", "clt", "clt", "--store", "store", "--sites", *[SITES] * 3, "--trust"]
+    config = configure(circuit, "circuit", [*words, "--n-targets", "10", "--out", "new"])
+    with pytest.raises(OnlyEstimate) as end:
+        execute(config, dry_run=True)
+    assert not (here / "new").exists()
+    n = len(Store(here / "store").samples("train", config.samples))
+    assert [a for a, b in done if a == b] == [10 * n] * 2  # targets times samples, of two pairs
+    assert {b for _, b in done} == {10 * n}
+    assert len(done) > 4  # so that a long one is not done to its end
+    assert end.value.estimate.disk == circuit.EDGE_BYTES * 8 * 10 * 3 * 2
 
 
 def test_what_a_cross_layer_transcoder_is_worth(here, capsys):

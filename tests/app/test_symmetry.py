@@ -15,7 +15,7 @@ from mechatlas.app import cli, pose_interventions
 from mechatlas.app.commands import symmetry
 from mechatlas.app.commands.symmetry import SymmetryConfig
 from mechatlas.app.report.chapters.symmetry import chapter as symmetry_chapter
-from mechatlas.app.report.dossiers import TuningLine
+from mechatlas.app.report.dossiers import SymmetryLine, TuningLine
 from mechatlas.app.report.runs import find_runs
 from mechatlas.app.run_folder import FEATURES, SYMMETRY_TENSORS, execute
 from mechatlas.app.stimuli import SUPPORT
@@ -115,6 +115,35 @@ def test_nothing_is_found_where_poses_do_not_belong_together(world, tmp_path):
     assert result.discoveries == 0
     assert result.families == 0
     assert abs(result.r2_mean["dictionary"]) < 0.05
+
+
+def test_zero_blocks_that_the_code_drives_are_no_lack_of_symmetry(world, tmp_path):
+    save(posed.group_crosscoder(zeroed=[(0, 3), (0, 6), (8, 2)]), tmp_path / "shrunk")
+    result, text = classify(tmp_path / "shrunk", world / "store", tmp_path / "out")
+    found = result.artifacts
+    assert (found.features, found.tested, found.blocks, found.shrunk) == (2, 2, 3, 3)
+    assert (found.affected, found.withheld) == (2, 1)
+    assert "2 features have 3 zero blocks: 0 really absent, 3 shrunk" in text
+    table = pq.read_table(tmp_path / "out" / FEATURES).to_pydict()
+    assert [k for k, name in enumerate(table["block_classes"][0]) if name == "shrunk"] == [3, 6]
+    assert set(table["block_classes"][1]) == {"present"}
+    # Its stabilizer is {e}, but not shown to be while blocks are missing; the line's is certain.
+    assert (table["grade"][0], table["grade"][1], table["grade"][8]) == (
+        "not shown", "none", "exact"
+    )  # fmt: skip
+    tensors = load_file(tmp_path / "out" / SYMMETRY_TENSORS)
+    assert tensors["nu_error_low"][0, 3] > 0.2
+    assert np.isnan(tensors["nu_error"][0, 4])
+    chapter = symmetry_chapter(find_runs(tmp_path), no_progress)
+    assert chapter is not None
+    assert "3, in 2 features" in chapter.html
+    lines = [line for _, line in chapter.statements if isinstance(line, SymmetryLine)]
+    assert [each[:2] for each in lines[0].zero] == [
+        (posed.D4.element_names[g], "shrunk") for g in (3, 6)
+    ]
+    assert not lines[1].zero
+    sound, _ = run(world, "plain", tmp_path / "plain")
+    assert "no decoder block for each pose" in sound.artifacts.missing
 
 
 def test_classes_stand_beside_those_of_a_control(world, tmp_path):

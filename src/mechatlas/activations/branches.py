@@ -16,7 +16,7 @@ from mechatlas.activations.site_names import joined, named_heads
 from mechatlas.base import Site, SiteError
 from mechatlas.maths.arrays import Channels, numbers_of
 
-OUTPUT_PROJECTIONS = {"c_proj", "o_proj", "out_proj", "out_lin", "dense"}
+OUTPUT_PROJECTIONS = {"c_proj", "o_proj", "out_proj", "out_lin", "dense", "proj"}
 """Names of the linear layers that take the heads, side by side, and mix them."""
 INPUT_PROJECTIONS = {"query", "key", "value"} | {
     f"{x}_{end}" for x in "qkv" for end in ("proj", "lin")

@@ -1,27 +1,38 @@
 """Inputs of `mechatlas branches`: a dictionary with the rows and branches of its site, and matches.
 
-open_site       a dictionary -> the rows of its site, and its branches
+open_site       a dictionary -> the rows of its site, and its branches or components
 read_labels     FILE.parquet:COLUMN -> a label for each feature
 open_matches    the folder of a matching -> matched features of neighbors
 """
 
 import dataclasses
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
-from jaxtyping import Bool, Int
-from torch import Tensor
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
 
+from mechatlas.activations.components import LayerComponents, decompose_layer
+from mechatlas.activations.positions import Positions, TokenSamples, left_out
+from mechatlas.activations.samples import Samples
 from mechatlas.activations.store import Store, StoreRows
+from mechatlas.activations.store_manifest import Split
 from mechatlas.app.feature_labels import names_of
-from mechatlas.app.inputs import checksum_of, open_dictionary, refuse_other_network
+from mechatlas.app.inputs import checksum_of, open_dictionary, open_network, refuse_other_network
+from mechatlas.app.recipes import TrustConfig
 from mechatlas.app.run_folder import MATCHES, MATCHING, RunFolder
-from mechatlas.base import DiskError, InputError, RecipeError, StoreError
+from mechatlas.base import DiskError, InputError, RecipeError, Site, SiteError, StoreError
 from mechatlas.files import MANIFEST, Fields, checksum_file, read_manifest
 from mechatlas.maths.arrays import Channels
 from mechatlas.tensorfiles import read_table
+
+SPLITS: tuple[Split, ...] = get_args(Split)
+SAMPLES_AT_ONCE = 8
+"""Samples that a network runs on at once where components are read."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -44,11 +55,52 @@ class BranchSite:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
+class ComponentSite:
+    """A dictionary of the residual stream after a layer, with the components of that sum."""
+
+    dictionary: Any
+    """A `Dictionary` on the CPU."""
+    rows: StoreRows
+    layer: LayerComponents
+    samples: Samples
+    numbers: list[int]
+    """Samples of the store."""
+
+    @property
+    def branches(self) -> dict[str, Channels]:
+        """Place of each component where all are side by side."""
+        d = self.dictionary.d_in
+        return {n: slice(k * d, (k + 1) * d) for k, n in enumerate(self.layer.names)}
+
+    def blocks(
+        self, n_rows: int
+    ) -> Iterator[tuple[Float[Tensor, "component row d"], Int[Tensor, " row"]]]:
+        """Components of the rows of the first samples, with the sample of each row."""
+        missing, rule = n_rows, Positions.of_store(self.rows.store.manifest)
+        for start in range(0, len(self.numbers), SAMPLES_AT_ONCE):
+            if missing <= 0:
+                return
+            now = self.numbers[start : start + SAMPLES_AT_ONCE]
+            found = self.layer.read(self.samples.stack([self.samples.read(i) for i in now]))
+            kept = torch.ones(found.shape[1:3], dtype=torch.bool)
+            if isinstance(self.samples, TokenSamples):
+                kept = ~left_out(self.samples, now, rule, Counter())
+            sample = torch.tensor(now)[:, None].expand(kept.shape)[kept]
+            yield found[:, kept].float().cpu()[:, :missing], sample[:missing]
+            missing -= min(missing, len(sample))
+
+    def read(self, n_rows: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Rows with all components side by side, with the sample of each."""
+        for found, sample in self.blocks(n_rows):
+            yield found.transpose(0, 1).flatten(1), sample
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class NeighborMatch:
     """Matched features of two dictionaries, one of which is the dictionary tested."""
 
     names: tuple[str, str]
-    sites: tuple[BranchSite | None, BranchSite | None]
+    sites: tuple[BranchSite | ComponentSite | None, BranchSite | ComponentSite | None]
     """Sites of the two dictionaries; None for the one that is tested."""
     latent_a: Int[np.ndarray, " pair"]
     latent_b: Int[np.ndarray, " pair"]
@@ -56,19 +108,24 @@ class NeighborMatch:
     """Whether the match of each pair is significant."""
 
 
-def open_site(path: Path, site: str | None, store: Store, folder: RunFolder) -> BranchSite:
-    """Open a dictionary and find the branches of its site.
+def open_site(
+    path: Path, site: str | None, store: Store, folder: RunFolder, trust: TrustConfig
+) -> BranchSite | ComponentSite:
+    """Open a dictionary and find the branches of its site, or the components of its sum.
 
     Args:
         path: Folder or file of the dictionary.
         site: Site that it reads, if it does not say so.
         store: Store that has the site.
         folder: Folder that notes the checksum of the dictionary.
+        trust: Code that may run, where components are read from the network.
 
     Raises:
         InputError: It reads one branch only.
         RecipeError: Its site is not known, or another than `site`.
-        StoreError: The store misses the site, or the site has no branches, or another width.
+        StoreError: The store misses the site, or the site has neither branches nor components, or
+            another width.
+        TrustError: The store names code that the user has not named.
     """
     opened = open_dictionary(path, site=site)
     refuse_other_network(opened, store)
@@ -80,19 +137,35 @@ def open_site(path: Path, site: str | None, store: Store, folder: RunFolder) -> 
             f"and there is nothing to compare. Give a dictionary of {rows.site}; to find the "
             "features of a branch in it, use `mechatlas match`."
         )
-    if not rows.shape.channels:
-        have = [name for name, shape in store.shapes.items() if shape.channels]
-        raise StoreError(
-            f"{name} has no named branches. Sites of {store.root} that have some: "
-            f"{', '.join(have) or 'none'}."
-        )
     if dictionary.d_in != rows.d_in or dictionary.d_out != rows.d_in:
         raise StoreError(
             f"{store.root} has {rows.d_in} numbers a row at {rows.site}; {path} reads "
             f"{dictionary.d_in} and writes {dictionary.d_out}."
         )
     folder.parent(str(path.resolve()), opened.checksum)
-    return BranchSite(dictionary, rows, rows.shape.channels)
+    if rows.shape.channels:
+        return BranchSite(dictionary, rows, rows.shape.channels)
+    return _component_site(dictionary, rows, trust)
+
+
+def _component_site(dictionary: Any, rows: StoreRows, trust: TrustConfig) -> ComponentSite:
+    """Open the network of a site without branches, whose activations may be a sum."""
+    store, site = rows.store, Site.parse(rows.site)
+    have = [name for name, shape in store.shapes.items() if shape.channels]
+    instead = (
+        f"{rows.site} has no named branches. Sites of {store.root} that have some: "
+        f"{', '.join(have) or 'none'}."
+    )
+    if store.shapes[rows.site].grid[1] != 1 or store.group is not None:
+        raise StoreError(instead)
+    network, samples = open_network(store, trust, instead=instead)
+    nn.Module.float(network)
+    numbers = [i for split in SPLITS for i in store.samples(split, len(samples))]
+    try:
+        layer = decompose_layer(network, site, samples.stack([samples.read(numbers[0])]))
+    except SiteError as error:
+        raise StoreError(f"{instead} Nor is it the sum of heads and an MLP: {error}") from error
+    return ComponentSite(dictionary, rows, layer, samples, numbers)
 
 
 def read_labels(text: str, dictionary: Path, n: int, folder: RunFolder) -> list[Any]:
@@ -144,7 +217,7 @@ def _parquet(path: Path, name: str, folder: RunFolder) -> dict[str, Any]:
 
 
 def open_matches(
-    match: Path, dictionary: Path, store: Store, folder: RunFolder
+    match: Path, dictionary: Path, store: Store, folder: RunFolder, trust: TrustConfig
 ) -> list[NeighborMatch]:
     """Open the matches of a dictionary with its neighbors.
 
@@ -153,6 +226,7 @@ def open_matches(
         dictionary: Dictionary that is tested.
         store: Store that has the sites of all dictionaries.
         folder: Folder that notes the checksums of the matching and the neighbors.
+        trust: Code that may run, as for `open_site`.
 
     Raises:
         DiskError: The folder holds no finished matching.
@@ -189,7 +263,7 @@ def open_matches(
                 if checksum_of(path) not in manifest.get("parents", {}).values():
                     raise RecipeError(f"{path} has changed since {match} was made. Match again.")
             mine = columns["pair"] == number
-            a, b = (None if p == own else open_site(p, None, store, folder) for p in two)
+            a, b = (None if p == own else open_site(p, None, store, folder, trust) for p in two)
             pairs = (columns[name][mine] for name in ("latent_a", "latent_b", "matched"))
             matches.append(NeighborMatch((two[0].name, two[1].name), (a, b), *pairs))
     return matches

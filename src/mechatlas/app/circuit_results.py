@@ -3,6 +3,7 @@
     describe_circuits    circuits of a chain of dictionaries -> their tables and a `CircuitResult`
     pair_result          one circuit -> counts of its edges, beside its evidence
     edge_columns         edges -> columns of `edges.parquet`
+    explained_features   what the sources shown explain of a feature
 
 The command and the page of runs made in Python both write them.
 """
@@ -15,7 +16,11 @@ from jaxtyping import Float, Int, Shaped
 
 from mechatlas.analysis.circuits.circuit import Circuit
 from mechatlas.analysis.circuits.direct import DirectCircuit
-from mechatlas.analysis.circuits.effects import AblationEvidence, bootstrap_interval
+from mechatlas.analysis.circuits.effects import (
+    AblationEvidence,
+    Attribution,
+    bootstrap_interval,
+)
 from mechatlas.analysis.circuits.paths import CircuitPath, strongest_paths
 from mechatlas.analysis.circuits.virtual_weights import CircuitEdges
 from mechatlas.app.run_folder import EDGES, KERNELS, CommandResult, Outputs
@@ -265,3 +270,36 @@ def write_edges(
     columns["branch"] = columns["branch"].astype(str)
     folder.table(EDGES, columns)
     folder.tensors(KERNELS, kernels)
+
+
+def explained_features(
+    k: int, edges: CircuitEdges, attribution: Attribution, paths: Sequence[CircuitPath]
+) -> list[ExplainedFeature]:
+    """Compute the fractions of pre-activations that the shown and the kept sources explain.
+
+    Args:
+        k: Number of the pair of sites.
+        edges: Edges that were kept.
+        attribution: Attribution of the pre-activations of features at the later site.
+        paths: Paths that are shown.
+    """
+    pairs = {(path.latents[k], path.latents[k + 1]) for path in paths}
+    explained = []
+    for t, target in enumerate(attribution.targets.tolist()):
+        by_source = attribution.attributed[t].sum(axis=0)
+        kept = np.unique(edges.source[edges.target == target])
+        shown = np.array(sorted(j for j, i in pairs if i == target), np.int64)
+        whole = float(attribution.pre_activation[t])
+        known = bool(attribution.places[t] > 0) and whole != 0
+        explained.append(
+            ExplainedFeature(
+                layer=k + 1,
+                latent=int(target),
+                places=int(attribution.places[t]),
+                pre_activation=whole if known else None,
+                explained_by_paths=float(by_source[shown].sum() / whole) if known else None,
+                explained_by_kept=float(by_source[kept].sum() / whole) if known else None,
+                attribution_gap=float(attribution.gap[t]) if known else None,
+            )
+        )
+    return explained

@@ -14,6 +14,7 @@ import os
 import signal
 import sys
 import threading
+import time
 import warnings
 from collections.abc import Iterator, Sequence
 from importlib import metadata
@@ -137,6 +138,7 @@ def _terminable() -> Iterator[None]:
 
 def _answer(name: str, words: list[str], *, as_json: bool, dry_run: bool) -> None:
     """Run a command and print its result."""
+    began = time.monotonic()  # before what takes long to import
     from mechatlas.activations.networks import looking_in  # with torch
     from mechatlas.app.engines import is_first
     from mechatlas.base import UserError
@@ -145,14 +147,14 @@ def _answer(name: str, words: list[str], *, as_json: bool, dry_run: bool) -> Non
     recipe = [Path(os.path.realpath(words[0])).parent] if is_recipe else []
     try:
         with looking_in(*recipe):
-            text = run(name, words, as_json=as_json, dry_run=dry_run)
+            text = run(name, words, as_json=as_json, dry_run=dry_run, began=began)
         if is_first():
             print(text)
     except UserError as error:
         fail(str(error))
 
 
-def run(name: str, words: list[str], *, as_json: bool, dry_run: bool = False) -> str:
+def run(name: str, words: list[str], *, as_json: bool, dry_run: bool, began: float) -> str:
     """Run a command and describe its result, or what it would cost.
 
     Args:
@@ -160,13 +162,14 @@ def run(name: str, words: list[str], *, as_json: bool, dry_run: bool = False) ->
         words: Words after it.
         as_json: Whether to describe it as a JSON object instead of in words.
         dry_run: Whether to estimate its time, memory and disk and do nothing else.
+        began: Time, by the clock `time.monotonic`, when the program began.
 
     Raises:
         RecipeError: It is a dry run of a command that makes no estimate.
         SystemExit: 2, after printing, if the command found that something is damaged.
         UserError: The input is bad, or the folder holds something else.
     """
-    from mechatlas.app.estimates import OnlyEstimate
+    from mechatlas.app.estimates import OnlyEstimate, in_words
     from mechatlas.app.run_folder import as_plain, execute
     from mechatlas.base import RecipeError
     from mechatlas.remote import written
@@ -182,7 +185,8 @@ def run(name: str, words: list[str], *, as_json: bool, dry_run: bool = False) ->
     try:
         result = execute(config, dry_run=dry_run)
     except OnlyEstimate as end:
-        return json.dumps(as_plain(end.estimate)) if as_json else str(end)
+        found = end.from_beginning(began)
+        return json.dumps(as_plain(found)) if as_json else in_words(found)
     values = as_plain(result) if as_json else {}
     shown = {key: values[key] for key in values if key != "out" or values[key]}
     text = json.dumps(shown) if as_json else written(command.in_words(result))

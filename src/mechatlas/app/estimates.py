@@ -62,9 +62,15 @@ class Estimate:
 class OnlyEstimate(Exception):  # noqa: N818 - a signal
     """Signal that ends a dry run, with its estimate."""
 
-    def __init__(self, estimate: Estimate) -> None:
-        super().__init__(in_words(estimate))
-        self.estimate = estimate
+    def __init__(self, estimate: Estimate, reached: float) -> None:
+        """Take an estimate, and the time by the clock `time.monotonic` when it was asked for."""
+        super().__init__()
+        self.estimate, self.reached = estimate, reached
+
+    def from_beginning(self, began: float) -> Estimate:
+        """Estimate with the seconds from when the program began to when it was asked for."""
+        seconds = self.estimate.seconds + self.reached - began
+        return dataclasses.replace(self.estimate, seconds=seconds)
 
 
 def expect(estimate: Callable[[], Estimate], *, is_long: bool, dry_run: bool) -> None:
@@ -80,9 +86,9 @@ def expect(estimate: Callable[[], Estimate], *, is_long: bool, dry_run: bool) ->
     """
     if not (is_long or dry_run):
         return
-    found = estimate()
+    reached, found = time.monotonic(), estimate()
     if dry_run:
-        raise OnlyEstimate(found)
+        raise OnlyEstimate(found, reached)
     if found.seconds > WORTH_SAYING:
         print(f"mechatlas: {in_words(found)}", file=sys.stderr, flush=True)
 

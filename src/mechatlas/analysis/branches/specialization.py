@@ -16,7 +16,7 @@ import contextlib
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -57,6 +57,31 @@ class ChannelStatistics:
     """Whether any activation is negative."""
 
 
+@runtime_checkable
+class ChanceTest(Protocol):
+    """Test of features for branches, with a control and its power."""
+
+    rows: np.ndarray
+    branches: dict[str, Channels]
+    tested: Bool[np.ndarray, " feature"] | None
+    positive: bool
+
+    @property
+    def n_rows(self) -> int:
+        """Rows of activations that its statistics are from."""
+        ...
+
+    def permuted(self, *, seed: int = 0) -> "Specialization":
+        """Test features mixed up at random: those found specialized are false."""
+        ...
+
+    def power(
+        self, *, excess: float = 0.9, fdr: float = FDR, seed: int = 0
+    ) -> Float[np.ndarray, " branch"]:
+        """Measure which fraction of the features that belong to a branch the test finds."""
+        ...
+
+
 @deprecated.renamed_attributes
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Specialization(Result):
@@ -86,7 +111,7 @@ class Specialization(Result):
     """Upper end of the interval."""
     n_effective: Float[np.ndarray, "feature branch"]
     """Effective number of independent components of the row, after correlations of channels."""
-    test: "BranchTest | None" = None
+    test: "ChanceTest | None" = None
     """Test that gave the result, for its permutation control and its power."""
 
     @property
@@ -224,6 +249,11 @@ class BranchTest:
             inside = np.zeros(d, dtype=bool)
             inside[channels] = True
             self._groups.append(channel_groups(variance, inside, together))
+
+    @property
+    def n_rows(self) -> int:
+        """Rows of activations that its statistics are from."""
+        return 0 if self.known is None else self.known.n_rows
 
     def run(self) -> Specialization:
         """Test all features.

@@ -3,6 +3,7 @@
     label_enrichment    labels that the features of a branch carry more often than the others
     consistency         agreement of the branches of matched features of two layers with chance
     svd_order           units in the order of the largest difference between their weights
+    decoder_picture     decoder rows and channels in that order
 
 Source: Distill, Branch specialization (Voss et al., 2021), for enrichment and the ordering.
 """
@@ -14,10 +15,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
+from torch import Tensor
 
 from mechatlas.base import InputError
+from mechatlas.maths.arrays import Channels
 from mechatlas.maths.statistics import enrichment, proportion, q_values
 
+PICTURE_ROWS = 160
+"""Number of rows in the picture of a decoder; each is the mean of neighbors."""
 DRAWS = 1999
 """Permutations behind the p-value of an agreement."""
 
@@ -244,3 +249,40 @@ def svd_order(weights: Float[np.ndarray, "row column"], *, component: int = 1) -
     return Order(
         np.argsort(row, kind="stable"), np.argsort(column, kind="stable"), row, column, explained
     )
+
+
+def decoder_picture(
+    W_dec: Float[Tensor, "latent d"],  # noqa: N803 - the field's name
+    branches: Mapping[str, Channels],
+    *,
+    signed: bool,
+) -> dict[str, Any]:
+    """Picture of a decoder: rows and channels sorted by the largest difference among them.
+
+    Args:
+        W_dec: Decoder rows.
+        branches: Channels of each branch.
+        signed: Whether negative entries count, as where activations may be negative.
+
+    Returns:
+        Numbers for `picture.json`; nothing if there is no difference to sort by.
+    """
+    atoms = W_dec.detach().float().cpu().numpy().astype(np.float64)
+    part = np.abs(atoms) if signed else np.maximum(atoms, 0)
+    length = np.sqrt(np.square(part).sum(axis=1, keepdims=True))
+    unit = part[length[:, 0] > 0] / length[length[:, 0] > 0]
+    if min(unit.shape) < 2:
+        return {}
+    order = svd_order(unit)
+    sorted_rows = unit[order.rows][:, order.columns]
+    blocks = np.array_split(sorted_rows, min(len(sorted_rows), PICTURE_ROWS))
+    branch_of = np.full(atoms.shape[1], -1)
+    for k, s in enumerate(branches.values()):
+        branch_of[s] = k
+    return {
+        "rows": [np.round(block.mean(axis=0), 4).tolist() for block in blocks],
+        "channels": order.columns.tolist(),
+        "branch": branch_of[order.columns].tolist(),
+        "loading": np.round(order.column_loading[order.columns], 5).tolist(),
+        "explained": order.explained,
+    }

@@ -19,6 +19,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+from mechatlas.activations.components import weight_of
 from mechatlas.activations.passes import evaluation_mode
 from mechatlas.activations.tracing import ModuleCall, same_numbers
 from mechatlas.activations.values import tensor_of
@@ -31,7 +32,6 @@ from mechatlas.analysis.circuits.layer_parts import (
     is_norm,
     layer_norm_of,
     projection_of,
-    weight_of,
 )
 from mechatlas.base import Site, SiteError
 

@@ -193,7 +193,7 @@ def find_direct_circuit(
         n_ablated: Active latents of `a`, drawn at random, that are ablated; 0 for none.
         fdr: False discovery rate at which an edge counts as significant.
         seed: Seed of the draws and of the null.
-        on_progress: Called with the number of targets done and their total.
+        on_progress: Called with the samples done, counted once for each target, and their total.
 
     Raises:
         InputError: There are no samples, nothing that `b` reads follows what `a` writes, a
@@ -223,11 +223,10 @@ def find_direct_circuit(
 
     def blocks() -> Iterator[PairBlock]:
         done = 0
-        for block in _blocks(network, a, b, known, recording, targets, random):
+        for block in _blocks(network, a, b, known, recording, targets, random, on_progress):
             n = block.weight.shape[1]
             weights[:, done : done + n] = block.weight.sum(axis=0)[:, sources].T
             done += n
-            on_progress(done, len(targets))
             yield block
 
     routes = tuple(str(site) for site in a.writes)
@@ -434,11 +433,13 @@ def _blocks(
     recording: _Recorded,
     targets: Int[np.ndarray, " target"],
     random: np.random.Generator,
+    on_progress: Progress,
 ) -> Iterator[PairBlock]:
     """Contributions of all sources to some targets at a time."""
     n_a, n_routes = recording.codes_a.shape[1], len(a.writes)
     size = max(1, BLOCK_BYTES // (8 * n_a * n_routes * (2 + DECOYS)))
     total = np.asarray(recording.codes_a.sum(axis=0)).ravel()
+    n_done, n_all = 0, len(targets) * recording.n_samples
     for first in range(0, len(targets), size):
         own = targets[first : first + size]
         sums = np.zeros((2 + DECOYS, n_routes, len(own), n_a))
@@ -456,6 +457,8 @@ def _blocks(
                 for way, (mask, latent) in enumerate([*ways, *((active, d[t]) for d in decoys)]):
                     if bool(mask.any()):
                         sums[way, :, t] += _carried(a, b, done, codes, mask, int(latent))
+                n_done += done.n_samples
+                on_progress(n_done, n_all)
         count = np.maximum(np.bincount(recording.codes_b.indices, minlength=b.encoder.shape[1]), 1)
         lengths = np.maximum(b.encoder.norm(dim=0).double().cpu().numpy(), 1e-30)
         contribution = sums[0] / count[own][:, None]

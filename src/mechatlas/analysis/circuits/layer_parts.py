@@ -17,6 +17,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
+from mechatlas.activations.components import weight_of
 from mechatlas.analysis.circuits.wiring import Route
 from mechatlas.base import Site
 
@@ -124,15 +125,6 @@ def as_rows(x: Float[Tensor, "sample channel 1 token"]) -> Float[Tensor, "sample
 def as_maps(activations: Float[Tensor, "sample ..."]) -> Float[Tensor, "sample channel y x"]:
     """Activations of a site's module as maps, sequences too."""
     return activations.transpose(1, 2)[:, :, None] if activations.ndim == 3 else activations
-
-
-def weight_of(module: nn.Module) -> Tensor | None:
-    """The matrix (n_in, n_out) of a linear layer; `None` for other modules."""
-    if isinstance(module, nn.Linear):
-        return module.weight.detach().T
-    if type(module).__name__ == "Conv1D":  # transformers' name of a linear layer in GPT-2
-        return module.get_parameter("weight").detach()
-    return None
 
 
 def projection_of(module: nn.Module) -> Projection:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from mechatlas.activations.branches import branches_of, select
+from mechatlas.activations.components import weight_of
 from mechatlas.activations.layouts import expect_patterns
 from mechatlas.activations.tracing import ModuleCall, Trace, same_numbers, trace
 from mechatlas.analysis.circuits.decoder_layer import decoder_layer
@@ -33,7 +34,6 @@ from mechatlas.analysis.circuits.layer_parts import (
     is_norm,
     layer_norm_of,
     projection_of,
-    weight_of,
 )
 from mechatlas.analysis.circuits.wiring import Wiring, channel_range, trace_wiring
 from mechatlas.base import Site, SiteError

@@ -13,15 +13,13 @@ import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
 
+from mechatlas.activations.components import patches_of
 from mechatlas.activations.layouts import layouts_of
 from mechatlas.activations.receptive import ReceptiveField
 from mechatlas.activations.samples import Samples
 from mechatlas.activations.sites import read_activations
 from mechatlas.analysis.examples.statistics import FeatureStatistics, encode, rows_at_once
 from mechatlas.base import Dictionary, InputError, Progress, Result, Site, no_progress
-
-MOST_APART = 16
-"""Largest number of tokens beside the patches of an image: class, distillation, registers."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -218,23 +216,6 @@ class _Window:
         return np.clip(first, 0, np.array(self.grid) - np.array(self.shape)).astype(np.int32)
 
 
-def _patches(network: nn.Module, inputs: Tensor, n_tokens: int) -> tuple[int, int]:
-    """Side of the square of patches that the tokens of an image form, and number of the others.
-
-    The patches are those of the first convolution whose steps are as large as its kernel; without
-    one, the largest square that leaves few tokens. The side is 0 if there is none.
-    """
-    side = int(inputs.shape[-1])
-    steps = [
-        m.stride[0] for m in network.modules()
-        if isinstance(m, nn.Conv2d) and m.stride == m.kernel_size and m.stride[0] > 1
-    ]  # fmt: skip
-    for grid in (*(side // step for step in steps[:1]), math.isqrt(n_tokens)):
-        if grid > 1 and 0 <= n_tokens - grid * grid <= MOST_APART:
-            return grid, n_tokens - grid * grid
-    return 0, n_tokens
-
-
 def _window(
     network: nn.Module,
     activation: Tensor,
@@ -250,7 +231,7 @@ def _window(
         return _Window(grid, (rows, grid[1]), (context[0] if grid[1] == 1 else 0, 0), None, 0)
     side = int(inputs.shape[2])
     if activation.ndim == 3:  # tokens of an image
-        patches, apart = _patches(network, inputs, grid[0])
+        patches, apart = patches_of(network, inputs, grid[0])
         crop = Crop(side, side / max(patches, 1), 0.0)
         tokens = max(patches, 1)
         return _Window((tokens, tokens), (tokens, tokens), (0, 0), crop, side, apart)

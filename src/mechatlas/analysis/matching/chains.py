@@ -4,6 +4,7 @@
     track       the joint solution: every latent belongs to one track, and every track has at most
                 one latent of a layer, so that no two ways round a cycle disagree
     survival    birth, persistence and death of tracks, with intervals
+    tracks_table    the latents of all tracks as columns
 
 The joint solution starts from the matches of neighboring layers. Then two neighbors are matched
 again, each latent together with the rest of its track on its own side, nearer layers weighing
@@ -367,3 +368,21 @@ def survival(tracks: Tracks, matches: Sequence[Match], *, fdr: float = FDR) -> S
         birth_share=np.bincount(birth, minlength=n_layers) / size,
         death_share=np.bincount(death, minlength=n_layers) / size,
     )
+
+
+def tracks_table(tracks: Tracks, curves: SurvivalCurves) -> dict[str, np.ndarray]:
+    """Latents of all tracks, track by track."""
+    present = tracks.latents >= 0
+    number, layer = np.nonzero(present)
+    return {
+        "track": number,
+        "layer": layer.astype(np.int32),
+        "latent": tracks.latents[present],
+        "cosine": tracks.cosines[present],
+        "q_value": tracks.q_values[present],
+        "link_error_probability": tracks.link_error_probability[present],
+        "birth": curves.birth[number],
+        "earliest_birth": curves.earliest_birth[number],
+        "death": curves.death[number],
+        "latest_death": curves.latest_death[number],
+    }

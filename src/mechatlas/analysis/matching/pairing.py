@@ -34,6 +34,7 @@ from mechatlas.devices import as_device
 from mechatlas.maths.arrays import as_array
 from mechatlas.maths.assignment import Assignment, State, assign
 from mechatlas.maths.margins import MAX_LISTED, Margins, margins
+from mechatlas.maths.near_optima import SHARES, NearOptimal, count_near_optimal
 from mechatlas.maths.pricing import Factors
 
 FDR = 0.05
@@ -129,6 +130,18 @@ class Match(Result):
         rise, exact = np.full(n, np.nan), np.zeros(n, bool)
         rise[self.active_a], exact[self.active_a] = found
         return Margins(rise, exact)
+
+    def near_optimal(self, shares: Sequence[float] = SHARES) -> list[NearOptimal]:
+        """Bound how many one-to-one pairings cost nearly as little as the optimum.
+
+        Nothing is listed if the optimum costs nothing, as of a dictionary with itself.
+
+        Args:
+            shares: Shares of the cost of the optimum that the others may cost more.
+        """
+        if self.assignment.lower_bound <= 0:
+            return []
+        return count_near_optimal(self.assignment, self.costs.kept(), shares)
 
     def partial_assignment(self) -> Int[np.ndarray, " latent_a"]:
         """Optimal pairing by cosine in which a latent may stay unmatched.

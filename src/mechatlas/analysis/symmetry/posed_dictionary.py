@@ -22,6 +22,7 @@ from torch import Tensor
 
 from mechatlas.activations.store import Store, StoreRows
 from mechatlas.analysis.symmetry.baselines import PoseMapFit, PoseMaps, PoseR2
+from mechatlas.analysis.symmetry.block_artifacts import LatentScaling, ScalingEstimates
 from mechatlas.analysis.symmetry.regression import CodeRegression
 from mechatlas.base import Progress, StoreError, WeightsError, no_progress
 from mechatlas.maths.arrays import Channels, SparseMatrix, numbers_of
@@ -182,11 +183,15 @@ class BlockEstimates:
     """Number of rows in each half."""
     active: Int[np.ndarray, " feature"]
     """Number of rows on which each feature was active."""
+    scaling: ScalingEstimates | None = None
+    """Slopes of single codes, if the dictionary has blocks of its own that may be zero."""
 
     def arrays(self) -> dict[str, Shaped[np.ndarray, "..."]]:
         """Collect all arrays by name, for a file."""
-        arrays = {name: value for name, value in vars(self).items() if name != "maps"}
-        arrays |= {f"maps.{name}": value for name, value in vars(self.maps).items()}
+        parts = {name: getattr(self, name) for name in ("maps", "scaling")}
+        arrays = {name: value for name, value in vars(self).items() if name not in parts}
+        for part, values in parts.items():
+            arrays |= {f"{part}.{k}": v for k, v in (vars(values) if values else {}).items()}
         arrays["maps.untransformed"] = np.array(
             [self.maps.untransformed.start, self.maps.untransformed.stop]
         )
@@ -195,13 +200,17 @@ class BlockEstimates:
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, Shaped[np.ndarray, "..."]]) -> "BlockEstimates":
         """Rebuild estimates from the arrays of `arrays()`."""
-        maps = {name[5:]: array for name, array in arrays.items() if name.startswith("maps.")}
+        maps, scaling = (
+            {k.removeprefix(part): array for k, array in arrays.items() if k.startswith(part)}
+            for part in ("maps.", "scaling.")
+        )
         own = slice(*maps.pop("untransformed").tolist())
         names = ("blocks", "halves", "rows", "active")
         return cls(
             **{name: arrays[name] for name in names},
             intercept=arrays.get("intercept"),
             maps=PoseMaps(untransformed=own, **maps),
+            scaling=ScalingEstimates(**scaling) if scaling else None,
         )
 
 
@@ -223,7 +232,9 @@ def estimate_blocks(
     width = d if posed.pose_tied else order * d
     regression = CodeRegression(posed.dictionary.n_latents, width, posed.device)
     maps = PoseMapFit(order, d, posed.group.identity, seed=seed)
-    _read_training_rows(posed, regression, maps, on_progress)
+    own = None if posed.pose_tied else posed.decoder_blocks
+    scaling = None if own is None else LatentScaling(own)
+    _read_training_rows(posed, regression, maps, scaling, on_progress)
     halves = np.stack([_as_blocks(posed, half) for half in regression.halves()])
     blocks, intercept, rows = posed.decoder_blocks, None, regression.rows
     if blocks is None:
@@ -232,7 +243,8 @@ def estimate_blocks(
     active = regression.active.sum(axis=0)
     if posed.pose_tied:
         rows, active = rows // order, active[: len(blocks)]
-    return BlockEstimates(blocks, halves, intercept, maps.solve(), rows, active)
+    slopes_alone = None if scaling is None else scaling.solve()
+    return BlockEstimates(blocks, halves, intercept, maps.solve(), rows, active, slopes_alone)
 
 
 def _as_blocks(
@@ -247,19 +259,26 @@ def _as_blocks(
 
 @torch.no_grad()
 def _read_training_rows(
-    posed: PosedDictionary, regression: CodeRegression, maps: PoseMapFit, on_progress: Progress
+    posed: PosedDictionary,
+    regression: CodeRegression,
+    maps: PoseMapFit,
+    scaling: LatentScaling | None,
+    on_progress: Progress,
 ) -> None:
-    """Add the training rows to the regression on codes and to the fit of linear maps."""
+    """Add the training rows to the regression on codes, the linear maps and the slopes of codes."""
     n_read = 0
     for batch, where in posed.rows.scan():
         if int(batch.row[0]) >= posed.rows.n_rows:
             break
         x = posed.select_columns(batch.x)
-        second = (where[:, 0].numpy() // posed.crops) % 2 == 1
+        image = where[:, 0].numpy() // posed.crops
+        second = image % 2 == 1
         for i in range(0, len(x), BATCH):
             part = slice(i, i + BATCH)
             for codes, targets in _equations(posed, x[part]):
                 regression.add(codes, targets, second[part])
+                if scaling is not None:
+                    scaling.add(codes, targets, image[part])
         if maps.n < MAP_ROWS:
             maps.add(x.numpy())
         n_read += len(x)

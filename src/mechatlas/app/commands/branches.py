@@ -27,9 +27,16 @@ from mechatlas.analysis.branches.activity import (
     Shares,
     activity_shares,
 )
+from mechatlas.analysis.branches.components import (
+    ComponentStatistics,
+    ComponentTest,
+    OfComponents,
+    component_statistics,
+)
 from mechatlas.analysis.branches.specialization import (
     FDR,
     BranchTest,
+    ChanceTest,
     ChannelStatistics,
     Specialization,
     branches,
@@ -39,11 +46,12 @@ from mechatlas.analysis.branches.summary import (
     Consistency,
     LabelEnrichment,
     consistency,
+    decoder_picture,
     label_enrichment,
-    svd_order,
 )
 from mechatlas.app.branch_inputs import (
     BranchSite,
+    ComponentSite,
     NeighborMatch,
     open_matches,
     open_site,
@@ -51,6 +59,7 @@ from mechatlas.app.branch_inputs import (
 )
 from mechatlas.app.estimates import Estimate, bytes_of, of_work
 from mechatlas.app.progress import bar
+from mechatlas.app.recipes import TrustConfig
 from mechatlas.app.run_folder import (
     BRANCHES,
     DECODER_PICTURE,
@@ -79,20 +88,21 @@ TESTS = 3
 """Tests of each feature: as it is, with permuted channels, and moved into a branch."""
 CELL_BYTES = 80
 """Bytes of `features.parquet` for a feature and a branch."""
-PICTURE_ROWS = 160
-"""Number of rows in the picture of a decoder; each is the mean of neighbors."""
+AnySite = BranchSite | ComponentSite
+Statistics = ChannelStatistics | ComponentStatistics
 Arrays = dict[str, Shaped[np.ndarray, "..."]]
 """Part of the work as it is kept."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class BranchesConfig(RunConfig):
+class BranchesConfig(TrustConfig, RunConfig):
     """Test every feature of a dictionary for a branch of its own."""
 
     dictionary: Annotated[Positional[Path], arg(metavar="DICT")]
-    """Folder or file of a dictionary, in any supported format, of a whole site with branches."""
+    """Folder or file of a dictionary, in any supported format, of a whole site with branches; or of
+    the output of a transformer's layer, whose heads, MLP and input are then the branches."""
     store: Path
-    """Store that has the site."""
+    """Store that has the site; its network runs if the site is the output of a layer."""
     site: str | None = None
     """Site that the dictionary reads, if its file does not say."""
     rows: int = ROWS
@@ -208,6 +218,9 @@ class BranchesResult(CommandResult):
     """Rows read."""
     positive: bool
     """Whether only positive parts of decoder rows count."""
+    components: bool = False
+    """Whether the branches are components of the residual stream: shares are then of the variance
+    of pre-activations, not of decoder rows, and the control permutes principal coordinates."""
     rank_correlations: RankCorrelations
     """Agreement of the three shares."""
     labels: LabelsResult | None = None
@@ -218,9 +231,10 @@ class BranchesResult(CommandResult):
 
 def in_words(result: BranchesResult) -> str:
     """Describe the specialized features, and a line for each branch and match."""
+    permuted = "coordinates" if result.components else "channels"
     lines = [
         f"{result.site}: {result.n_specialized} of {result.n_tested} features specialized to a "
-        f"branch (false discovery rate {result.fdr:.0%}); with their channels permuted "
+        f"branch (false discovery rate {result.fdr:.0%}); with their {permuted} permuted "
         f"{result.n_specialized_permuted}"
     ]
     for each in result.branches:
@@ -253,12 +267,12 @@ def run(config: BranchesConfig, folder: RunFolder) -> BranchesResult:
         StoreError: The store misses the site, or the site has no branches.
     """
     store = Store(config.store)
-    site = open_site(config.dictionary, config.site, store, folder)
+    site = open_site(config.dictionary, config.site, store, folder, config)
     labels, matches = None, []
     if config.labels is not None:
         labels = read_labels(config.labels, config.dictionary, site.dictionary.n_latents, folder)
     if config.match is not None:
-        matches = open_matches(config.match, config.dictionary, store, folder)
+        matches = open_matches(config.match, config.dictionary, store, folder, config)
     folder.parent("store", store.digest)
     folder.facts(
         site=site.rows.site,
@@ -270,7 +284,7 @@ def run(config: BranchesConfig, folder: RunFolder) -> BranchesResult:
     activity = _activity(site, config.rows, known, folder)
     alive = activity.active > 0
     tested = _tested(site, known, folder, "specialization", lambda: alive)
-    test = BranchTest(site.dictionary, site.branches, known, tested=alive)
+    test = _test(site, known, alive)
     result = summarize(
         tested, test, site=site.rows.site, fdr=config.fdr, seed=config.seed, activity=activity
     )
@@ -278,23 +292,28 @@ def run(config: BranchesConfig, folder: RunFolder) -> BranchesResult:
         result = dataclasses.replace(result, labels=_enriched(config, tested, labels, alive))
     agreements = [_consistency(config, k, each, tested, folder) for k, each in enumerate(matches)]
     folder.table(FEATURES, features_table(tested, activity))
-    folder.json(DECODER_PICTURE, _picture(site, known))
+    picture = {}
+    if isinstance(known, ChannelStatistics):  # channels of components belong to none
+        picture = decoder_picture(site.dictionary.W_dec, site.branches, signed=known.signed)
+    folder.json(DECODER_PICTURE, picture)
     return dataclasses.replace(result, consistency=agreements)
 
 
-def _estimate(site: BranchSite, n_rows: int) -> Estimate:
+def _estimate(site: AnySite, n_rows: int) -> Estimate:
     """Estimate the work on rows, and the tests of the features from statistics of a few rows."""
     dictionary, n = site.dictionary, site.dictionary.n_latents
-    known = channel_statistics(x for x, _ in site.read(PROBE_ROWS))
+    known = _statistics(site, PROBE_ROWS)
 
     def read(progress: Progress) -> None:
-        channel_statistics(x for x, _ in site.read(n_rows))
-        activity_shares(
-            dictionary, site.read(n_rows), site.branches, known.mean, n_rows=n_rows,
-            on_progress=progress,
-        )  # fmt: skip
+        _statistics(site, n_rows)
+        _activity_shares(site, n_rows, known, progress)
 
     def test(progress: Progress) -> None:
+        if isinstance(known, ComponentStatistics):
+            for k in range(TESTS):
+                ComponentTest(dictionary, known).run()
+                progress(k + 1, TESTS)
+            return
         for k in range(0, TESTS * n, PROBE_FEATURES):
             rows = dictionary.W_dec.detach()[np.arange(k, k + PROBE_FEATURES) % n]
             branches(rows, site.branches, known)
@@ -314,29 +333,56 @@ def _resumed(folder: RunFolder, name: str, make: Callable[[], dict[str, Any]]) -
     return arrays
 
 
-def _known(site: BranchSite, n_rows: int, folder: RunFolder, name: str) -> ChannelStatistics:
-    """Measure variances and correlations of the channels."""
-    rows = (x for x, _ in site.read(n_rows))
-    arrays = _resumed(folder, name, lambda: vars(channel_statistics(rows)))
-    scalars = {key: arrays[key].item() for key in ("n_rows", "signed")}
-    return ChannelStatistics(**{**arrays, **scalars})
+def _statistics(site: AnySite, n_rows: int) -> Statistics:
+    """Measure variances and correlations of the channels, or covariances of the components."""
+    if isinstance(site, ComponentSite):
+        return component_statistics((x for x, _ in site.blocks(n_rows)), site.layer.names)
+    return channel_statistics(x for x, _ in site.read(n_rows))
 
 
-def _activity(
-    site: BranchSite, n_rows: int, known: ChannelStatistics, folder: RunFolder
+def _known(site: AnySite, n_rows: int, folder: RunFolder, name: str) -> Statistics:
+    """Measure the statistics of a site, unless an interrupted run has."""
+
+    def measure() -> dict[str, Any]:
+        return {k: v for k, v in vars(_statistics(site, n_rows)).items() if k != "names"}
+
+    arrays = _resumed(folder, name, measure)
+    values: dict[str, Any] = arrays | {
+        key: v.item() for key, v in arrays.items() if key in ("n_rows", "signed")
+    }
+    if isinstance(site, ComponentSite):
+        return ComponentStatistics(names=site.layer.names, **values)
+    return ChannelStatistics(**values)
+
+
+def _test(site: AnySite, known: Statistics, tested: Bool[np.ndarray, " feature"]) -> ChanceTest:
+    if isinstance(known, ComponentStatistics):
+        return ComponentTest(site.dictionary, known, tested=tested)
+    return BranchTest(site.dictionary, site.branches, known, tested=tested)
+
+
+def _activity_shares(
+    site: AnySite, n_rows: int, known: Statistics, progress: Progress
 ) -> ActivityShares:
+    dictionary = site.dictionary
+    if isinstance(known, ComponentStatistics):
+        dictionary = OfComponents(dictionary, len(known.names))
+    return activity_shares(
+        dictionary,
+        site.read(n_rows),
+        site.branches,
+        known.mean.ravel(),
+        n_rows=known.n_rows,
+        on_progress=progress,
+    )
+
+
+def _activity(site: AnySite, n_rows: int, known: Statistics, folder: RunFolder) -> ActivityShares:
     """Measure how much of the activity of each feature comes from each branch."""
 
     def measure() -> dict[str, Any]:
         with bar("setting branches to their mean") as progress:
-            shares = activity_shares(
-                site.dictionary,
-                site.read(n_rows),
-                site.branches,
-                known.mean,
-                n_rows=known.n_rows,
-                on_progress=progress,
-            )
+            shares = _activity_shares(site, n_rows, known, progress)
         parts = {"activation": shares.activation, "ablation": shares.ablation}
         return {"n_rows": shares.n_rows, "active": shares.active} | {
             f"{part}.{end}": values
@@ -354,8 +400,8 @@ def _activity(
 
 
 def _tested(
-    site: BranchSite,
-    known: ChannelStatistics,
+    site: AnySite,
+    known: Statistics,
     folder: RunFolder,
     name: str,
     alive: Callable[[], Bool[np.ndarray, " feature"]],
@@ -363,7 +409,10 @@ def _tested(
     """Test the features that are ever active."""
 
     def test() -> dict[str, Any]:
-        specialization = branches(site.dictionary, site.branches, known, tested=alive())
+        if isinstance(known, ComponentStatistics):
+            specialization = ComponentTest(site.dictionary, known, tested=alive()).run()
+        else:
+            specialization = branches(site.dictionary, site.branches, known, tested=alive())
         return {k: v for k, v in vars(specialization).items() if k not in ("names", "test")}
 
     matrices: dict[str, Any] = _resumed(folder, name, test)
@@ -372,7 +421,7 @@ def _tested(
 
 def summarize(
     tested: Specialization,
-    test: BranchTest,
+    test: ChanceTest,
     *,
     site: str,
     fdr: float = FDR,
@@ -427,8 +476,9 @@ def summarize(
         n_specialized=n,
         n_specialized_permuted=by_chance,
         fdr_permuted=min(1.0, by_chance / n) if n else None,
-        n_rows=0 if test.known is None else test.known.n_rows,
+        n_rows=test.n_rows,
         positive=test.positive,
+        components=isinstance(test, ComponentTest),
         rank_correlations=RankCorrelations(
             activation=_rank_correlation(tested, activity and activity.activation),
             ablation=_rank_correlation(tested, activity and activity.ablation),
@@ -476,29 +526,6 @@ def features_table(
     return columns
 
 
-def _picture(site: BranchSite, known: ChannelStatistics) -> dict[str, Any]:
-    """The decoder as a picture: rows and channels sorted by the largest difference among them."""
-    atoms = site.dictionary.W_dec.detach().float().cpu().numpy().astype(np.float64)
-    part = np.abs(atoms) if known.signed else np.maximum(atoms, 0)
-    length = np.sqrt(np.square(part).sum(axis=1, keepdims=True))
-    unit = part[length[:, 0] > 0] / length[length[:, 0] > 0]
-    if min(unit.shape) < 2:
-        return {}
-    order = svd_order(unit)
-    sorted_rows = unit[order.rows][:, order.columns]
-    blocks = np.array_split(sorted_rows, min(len(sorted_rows), PICTURE_ROWS))
-    branch_of = np.full(atoms.shape[1], -1)
-    for k, s in enumerate(site.branches.values()):
-        branch_of[s] = k
-    return {
-        "rows": [np.round(block.mean(axis=0), 4).tolist() for block in blocks],
-        "channels": order.columns.tolist(),
-        "branch": branch_of[order.columns].tolist(),
-        "loading": np.round(order.column_loading[order.columns], 5).tolist(),
-        "explained": order.explained,
-    }
-
-
 def _enriched(
     config: BranchesConfig,
     tested: Specialization,
@@ -540,7 +567,7 @@ def _consistency(
     return NeighborResult(**vars(specialized), a=a, b=b, nearest_branch=nearest)
 
 
-def _neighbor(site: BranchSite, n_rows: int, folder: RunFolder, name: str) -> Specialization:
+def _neighbor(site: AnySite, n_rows: int, folder: RunFolder, name: str) -> Specialization:
     """Test the features of another dictionary that are ever active."""
 
     @torch.no_grad()

@@ -7,6 +7,7 @@ The folder has `edges.parquet` (a row for each pair of features and route), `ker
 """
 
 import dataclasses
+import functools
 import itertools
 import json
 import time
@@ -59,10 +60,10 @@ from mechatlas.analysis.circuits.wiring import Masked
 from mechatlas.analysis.visualization import VisualizeConfig, visualize
 from mechatlas.app.circuit_results import (
     CircuitResult,
-    ExplainedFeature,
     PairResult,
     describe_circuits,
     edge_columns,
+    explained_features,
     kernel_tensors,
     pair_result,
     write_edges,
@@ -91,6 +92,8 @@ PROBE_SAMPLES, PROBE_STEPS, PROBE_BYTES = 2, 4, 16 << 20
 """Samples in a batch, steps of a picture and memory of a block where the cost is estimated."""
 LONG, LONG_LATENTS = 20.0, 8192
 """Seconds of runs, and latents, from which on the cost is estimated beforehand."""
+LONG_TARGETS = 1 << 15
+"""Samples times targets of dictionaries of several sites from which on it is estimated too."""
 EDGE_BYTES = 120
 """Size of an edge in the tables, with its kernel."""
 PICTURE_BATCH = 16
@@ -251,7 +254,7 @@ def run(config: CircuitConfig, folder: RunFolder) -> CircuitResult:
     for k, pair in enumerate(pairs):
         ablation, attribution = _measure(inputs, k, pair, paths)
         tables.append(_table(inputs, k, pair, ablation, attribution))
-        explained += _explained(k, pair, attribution, paths)
+        explained += explained_features(k, pair.edges, attribution, paths)
     kernels: dict[str, np.ndarray] = {}
     for k, pair in enumerate(pairs):
         routes = [route.name for route in pair.connection.routes]
@@ -429,24 +432,32 @@ def _run_direct(
         folder.parent(name, mark)
     folder.parent("store", inputs.store.digest)
     twice = [0, 0] if len(opened) == 1 else range(len(opened))
+    weigh = functools.partial(
+        find_direct_circuit, inputs.network,
+        known=lambda: inputs.batches(inputs.known), held_out=lambda: inputs.batches(inputs.unseen),
+        top_k_sources=config.top_k_sources, n_targets=config.n_targets, fdr=config.fdr,
+        seed=config.seed,
+    )  # fmt: skip
+    pairs = [(placed[i], placed[j]) for i, j in itertools.pairwise(twice)]
+    n_edges = config.top_k_sources * config.n_targets * sum(len(a.writes) for a, _ in pairs)
+    folder.expect(
+        lambda: of_work(
+            [lambda on, both=both: weigh(*both, on_progress=on) for both in pairs],
+            memory=BLOCK_BYTES + 3 * bytes_of(inputs.network, *inputs.dictionaries),
+            disk=EDGE_BYTES * n_edges,
+        ),
+        is_long=config.n_targets * len(inputs.known) >= LONG_TARGETS,
+    )
     folder.facts(
         dictionaries=[str(config.dictionaries[i].resolve()) for i in twice],
         store=str(inputs.store.root.resolve()),
     )
-    circuits, seconds = [], []
-    for i, j in itertools.pairwise(twice):
+    circuits, seconds, names = [], [], [inputs.names[i] for i in twice]
+    for both, (a, b) in zip(pairs, itertools.pairwise(names), strict=True):
         clock = time.process_time()
-        with bar(f"weighing {inputs.names[i]} -> {inputs.names[j]}") as progress:
-            found = find_direct_circuit(
-                inputs.network, placed[i], placed[j],
-                lambda: inputs.batches(inputs.known), lambda: inputs.batches(inputs.unseen),
-                top_k_sources=config.top_k_sources, n_targets=config.n_targets,
-                n_ablated=config.n_ablated, fdr=config.fdr, seed=config.seed,
-                on_progress=progress,
-            )  # fmt: skip
-        circuits.append(found)
+        with bar(f"weighing {a} -> {b}") as progress:
+            circuits.append(weigh(*both, n_ablated=config.n_ablated, on_progress=progress))
         seconds.append(round(time.process_time() - clock, 3))
-    names = [inputs.names[i] for i in twice]
     return describe_circuits(circuits, names, folder, features=config.features, seconds=seconds)
 
 
@@ -547,32 +558,6 @@ def _table(
     part_of_edge = attribution.part[edges.route[known]]
     attributed[known] = attribution.attributed[at[known], part_of_edge, edges.source[known]]
     return columns
-
-
-def _explained(
-    k: int, pair: _Pair, attribution: Attribution, paths: Sequence[CircuitPath]
-) -> list[ExplainedFeature]:
-    """Fractions of each shown feature's pre-activation by the shown sources and the kept ones."""
-    pairs = {(path.latents[k], path.latents[k + 1]) for path in paths}
-    explained = []
-    for t, target in enumerate(attribution.targets.tolist()):
-        by_source = attribution.attributed[t].sum(axis=0)
-        kept = np.unique(pair.edges.source[pair.edges.target == target])
-        shown = np.array(sorted(j for j, i in pairs if i == target), np.int64)
-        whole = float(attribution.pre_activation[t])
-        known = bool(attribution.places[t] > 0) and whole != 0
-        explained.append(
-            ExplainedFeature(
-                layer=k + 1,
-                latent=int(target),
-                places=int(attribution.places[t]),
-                pre_activation=whole if known else None,
-                explained_by_paths=float(by_source[shown].sum() / whole) if known else None,
-                explained_by_kept=float(by_source[kept].sum() / whole) if known else None,
-                attribution_gap=float(attribution.gap[t]) if known else None,
-            )
-        )
-    return explained
 
 
 def _pictures(

@@ -28,6 +28,7 @@ from mechatlas.analysis.matching.chains import (
     cycle_agreement,
     survival,
     track,
+    tracks_table,
 )
 from mechatlas.analysis.matching.codes import correlate, permute_samples, sample_block
 from mechatlas.analysis.matching.folding import Cost, mean_active, varying
@@ -67,6 +68,8 @@ from mechatlas.app.run_folder import (
 )
 from mechatlas.base import Engine, RecipeError
 from mechatlas.maths.assignment import State
+from mechatlas.maths.near_optima import NearOptimal
+from mechatlas.maths.near_optima import in_words as near_optimal_in_words
 from mechatlas.ranges import COUNT_OR_NONE, RATE, SEED, check_ranges
 
 KIND = MATCHING
@@ -163,6 +166,9 @@ class PairResult(PairQuality):
     spaces: SpaceSimilarity | None = None
     """Similarity of the decoder rows of matched pairs, beside random pairings of them; by codes,
     which do not make the rows alike by themselves."""
+    near_optimal: list[NearOptimal] = dataclasses.field(default_factory=list)
+    """Number of one-to-one pairings that cost at most a tenth of a percent, and a percent, more
+    than the optimum: a lower bound, and for few latents an upper bound and an estimate."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -227,6 +233,7 @@ def in_words(result: MatchResult) -> str:
             f"{pair.a} -> {pair.b}: {pair.matched} of {min(pair.n_a, pair.n_b)} latents matched "
             f"(false match rate {result.fdr:.0%}), cost {pair.cost:.6g}, gap {pair.gap:.1e}"
         )
+        lines += [f"  {near_optimal_in_words(each)}" for each in pair.near_optimal]
         if pair.matched and pair.co_firing is not None:
             together = pair.co_firing["matched"].p_b_given_a
             chance = pair.co_firing["random"].p_b_given_a
@@ -454,6 +461,7 @@ def pair_result(matching: Match, a: str, b: str) -> PairResult:
         passes=sum(matching.assignment.rows_priced) / len(matching.assignment.columns),
         degenerate_a=int(matching.degenerate_a.sum()),
         degenerate_b=int(matching.degenerate_b.sum()),
+        near_optimal=matching.near_optimal(),
         split=len(splitting.split()),
         merged=len(splitting.merged()),
         seconds=0.0,
@@ -573,21 +581,3 @@ def matches_table(matches: list[Match]) -> dict[str, np.ndarray]:
         "matched": [m.matched[r] for m, r in parts],
     }
     return {name: np.concatenate(values) for name, values in columns.items()}
-
-
-def tracks_table(tracks: Tracks, curves: SurvivalCurves) -> dict[str, np.ndarray]:
-    """Latents of all tracks, track by track."""
-    present = tracks.latents >= 0
-    number, layer = np.nonzero(present)
-    return {
-        "track": number,
-        "layer": layer.astype(np.int32),
-        "latent": tracks.latents[present],
-        "cosine": tracks.cosines[present],
-        "q_value": tracks.q_values[present],
-        "link_error_probability": tracks.link_error_probability[present],
-        "birth": curves.birth[number],
-        "earliest_birth": curves.earliest_birth[number],
-        "death": curves.death[number],
-        "latest_death": curves.latest_death[number],
-    }

@@ -15,6 +15,7 @@ from tyro.conf import Positional, arg
 from mechatlas.activations.passes import on_device
 from mechatlas.activations.store import Store
 from mechatlas.analysis.symmetry import interchange
+from mechatlas.analysis.symmetry.block_artifacts import FOLDS, MAX_TESTED
 from mechatlas.analysis.symmetry.class_names import NOT_SHOWN, name_classes
 from mechatlas.analysis.symmetry.classify import FDR, Symmetry, count_shuffled_discoveries, symmetry
 from mechatlas.analysis.symmetry.control_comparison import ClassComparison, compare_with_control
@@ -28,7 +29,8 @@ from mechatlas.analysis.symmetry.posed_dictionary import (
     reconstruct,
 )
 from mechatlas.analysis.symmetry.shift_evidence import EQUALITY_THRESHOLD, SUPPORT_THRESHOLD
-from mechatlas.app import pose_interventions, stimuli
+from mechatlas.app import block_artifacts, pose_interventions, stimuli
+from mechatlas.app.block_artifacts import ArtifactsResult, CheckedBlocks
 from mechatlas.app.estimates import Estimate, bytes_of, of_work
 from mechatlas.app.inputs import manifest_of, open_dictionary, refuse_other_network
 from mechatlas.app.old_runs import renamed_columns
@@ -183,6 +185,10 @@ class SymmetryResult(CommandResult):
     """Features in families of two or more."""
     largest_family: int
     """Features of the largest family."""
+    artifacts: ArtifactsResult = dataclasses.field(
+        default_factory=lambda: ArtifactsResult(missing="The run is older than this test.")
+    )
+    """Zero blocks of the decoder that are crosscoder artifacts."""
     types: TypesResult | None = None
     """Families of a wider sense; null in runs that are older."""
     tuning: TuningResult = dataclasses.field(
@@ -257,6 +263,8 @@ def run(config: SymmetryConfig, folder: RunFolder) -> SymmetryResult:
         estimates.halves, posed.group, fdr=config.fdr,
         equality_threshold=config.equality_threshold, seed=config.seed,
     )  # fmt: skip
+    checked = block_artifacts.check_blocks(symmetries, estimates.scaling)
+    symmetries = checked.symmetries
     with on_device(posed.dictionary, as_device(config.device)):
         r2, held_out, n_held_out = measure_r2(posed, estimates)
     tested = pose_interventions.run_interventions(
@@ -264,21 +272,17 @@ def run(config: SymmetryConfig, folder: RunFolder) -> SymmetryResult:
         lambda codes: reconstruct(posed, estimates, codes), folder,
         n_features=config.interventions, seed=config.seed,
     )  # fmt: skip
-    types, tuning = _describe_features(config, posed, store, estimates, symmetries, tested, folder)
+    types, tuning = _describe_features(config, posed, store, estimates, checked, tested, folder)
     by_pose = {name: [rounded(v) for v in values] for name, values in r2.items()}
     description = store.manifest["group"]
     return SymmetryResult(
         **count_classes(symmetries),
+        artifacts=checked.result,
         types=types,
         tuning=tuning,
         discoveries_shuffled=n_shuffled,
         agreement=_agreement(estimates, symmetries),
-        group=GroupDescription(
-            name=posed.group.name,
-            order=posed.group.order,
-            action=posed.action,
-            closes=bool(description.get("closes", True)),
-        ),
+        group=_describe_group(posed, description),
         interpolation=_interpolation(posed, description, symmetries),
         site=posed.site,
         blocks="estimated from codes" if posed.decoder_blocks is None else "decoder",
@@ -298,11 +302,12 @@ def _describe_features(
     posed: PosedDictionary,
     store: Store,
     estimates: BlockEstimates,
-    symmetries: Symmetry,
+    checked: CheckedBlocks,
     tested: pose_interventions.MeasuredInterventions,
     folder: RunFolder,
 ) -> tuple[TypesResult, TuningResult]:
     """Find types, measure responses to stimuli, and write all that is known of each feature."""
+    symmetries = checked.symmetries
     types = find_types(
         estimates.blocks, posed.group, symmetries.reliability, fdr=config.fdr, seed=config.seed
     )
@@ -310,9 +315,21 @@ def _describe_features(
         posed, store, symmetries, types, n_angles=config.stimuli, seed=config.seed, trust=config
     )
     untransformed = estimates.blocks[:, posed.group.identity]
-    columns = type_columns(types, posed.group) | tuned.columns | tested.columns
-    write_features(folder, symmetries, untransformed, estimates.active, columns, tuned.tensors)
+    columns = type_columns(types, posed.group) | checked.columns | tuned.columns | tested.columns
+    write_features(
+        folder, symmetries, untransformed, estimates.active, columns,
+        checked.tensors | tuned.tensors,
+    )  # fmt: skip
     return count_types(types), tuned.result
+
+
+def _describe_group(posed: PosedDictionary, description: dict[str, Any]) -> GroupDescription:
+    return GroupDescription(
+        name=posed.group.name,
+        order=posed.group.order,
+        action=posed.action,
+        closes=bool(description.get("closes", True)),
+    )
 
 
 def _check(config: SymmetryConfig) -> None:
@@ -382,6 +399,8 @@ def _expected(
 
     width, codes = order * posed.d, dictionary.n_latents
     memory = 3 * bytes_of(dictionary) + 8 * codes * (2 * codes + 3 * width) + 5 * blocks.nbytes
+    if posed.decoder_blocks is not None:
+        memory += 8 * FOLDS * min(n, MAX_TESTED) * (codes + width)
     return of_work([read, compare, intervene], memory=memory, disk=blocks.nbytes // 2)
 
 
@@ -517,6 +536,7 @@ def in_words(result: SymmetryResult) -> str:
         f"have none, of {result.grades['not shown']} neither is shown "
         f"({result.discoveries_shuffled} exact with shuffled pairing); median noise ceiling "
         f"{ceiling}.",
+        block_artifacts.in_words(result.artifacts),
         f"{result.families} families of two or more hold {result.features_in_families}.",
         types_in_words(result.types) if result.types else "",
         f"R2 of other poses, held out: dictionary {r2['dictionary']}, linear map {r2['linear']}, "

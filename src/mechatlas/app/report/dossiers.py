@@ -41,6 +41,11 @@ class ClaimLine(DossierLine):
     """False discovery rate, or false match rate, asked for."""
 
 
+ZeroBlock = tuple[str, str, float | None, float | None, float | None, int]
+"""Pose and class of a zero block, the relative norm that speaks for the class with the ends of its
+95 % interval, and the latent that writes most of it (-1 for none)."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SymmetryLine(ClaimLine):
     """Symmetry of a feature, with its evidence."""
@@ -63,6 +68,8 @@ class SymmetryLine(ClaimLine):
     """Element that moves the reference of the family here."""
     members: list[tuple[int, str]]
     """Latents and poses of the other members, up to a dozen."""
+    zero: list[ZeroBlock] = dataclasses.field(default_factory=list)
+    """Zero blocks of the decoder."""
 
 
 Likeness = tuple[float, float | None, float | None, float | None]

@@ -30,12 +30,13 @@ from mechatlas.analysis.effects.attribution import Attribution
 from mechatlas.analysis.effects.logits import LogitEffects
 from mechatlas.analysis.evaluation.results import NetworkEvaluation
 from mechatlas.analysis.interaction.results import InteractionBasis
-from mechatlas.analysis.matching.chains import Tracks, survival
+from mechatlas.analysis.matching.chains import Tracks, survival, tracks_table
 from mechatlas.analysis.matching.flow import KINDS, FeatureFlow
 from mechatlas.analysis.matching.pairing import Match
 from mechatlas.analysis.proofs.prove import AccuracyBound
 from mechatlas.analysis.symmetry.classify import Symmetry
 from mechatlas.app.basis_spectra import spectra_of
+from mechatlas.app.block_artifacts import ArtifactsResult
 from mechatlas.app.circuit_results import CircuitResult, describe_circuits
 from mechatlas.app.commands import (
     basis,
@@ -348,7 +349,7 @@ def _describe_matches(
     out.table(MATCHES, match.matches_table(matches))
     curves = None if tracks is None else survival(tracks, matches, fdr=matches[0].fdr)
     if tracks is not None and curves is not None:
-        out.table(TRACKS, match.tracks_table(tracks, curves))
+        out.table(TRACKS, tracks_table(tracks, curves))
     return match.MatchResult(
         cost="",
         fdr=matches[0].fdr,
@@ -400,6 +401,7 @@ def _describe_symmetry(
     unknown: dict[str, float | None] = dict.fromkeys(PREDICTORS)
     return symmetry.SymmetryResult(
         **symmetry.count_classes(found),
+        artifacts=ArtifactsResult(missing="The rows of the dictionary are not known."),
         discoveries_shuffled=None,
         agreement=None,
         group=symmetry.GroupDescription(name=group.name, order=group.order, action=""),

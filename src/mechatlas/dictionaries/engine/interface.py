@@ -5,7 +5,7 @@ CodeSearch   how a sparsity rule with a fast path finds the codes of a batch
 TileSearch   how those of some of its rows are found
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol, runtime_checkable
 
 from jaxtyping import Bool, Float, Int
@@ -96,11 +96,11 @@ class TileSearch(Protocol):
 
 
 @runtime_checkable
-class BatchBound(Protocol):
-    """`TileSearch` that knows what the largest codes of a batch are above, without a guess."""
+class BatchTileSearch(Protocol):
+    """`TileSearch` that finds the largest codes of a whole batch by itself."""
 
-    def bound_of_batch(self, tiles: Iterable[Tensor], k: int) -> Float[Tensor, ""]:
-        """Find a number, zero or more, that the k codes a row that are largest are above.
+    def largest_of_batch(self, tiles: Sequence[Tensor], k: int) -> Codes:
+        """Find the codes above zero that are largest in the batch, of equal ones the first.
 
         Args:
             tiles: Rows of the batch, tile by tile.

@@ -25,7 +25,7 @@ from torch import Tensor
 from mechatlas.dictionaries.autoencoder import LinearCoder
 from mechatlas.dictionaries.engine import fallback, steps
 from mechatlas.dictionaries.engine.interface import (
-    BatchBound,
+    BatchTileSearch,
     Dead,
     Find,
     Step,
@@ -133,10 +133,9 @@ class BatchSearch:
         if isinstance(self.tiles, WholeProduct) and self.tiles.backend is fallback:
             tiles = (self.tiles.product(self._read(i)) for i in range(len(self.spans)))
             return fallback.largest_of_batch(tiles, self.tiles.bias, n)
-        if isinstance(self.tiles, BatchBound):
-            bound = self.tiles.bound_of_batch(map(self._read, range(len(self.spans))), k)
-            low = bound.expand(self.dictionary.n_latents).contiguous()
-            return _keep_largest(self._all_above(self.tiles.above(low)), n)
+        if isinstance(self.tiles, BatchTileSearch):
+            rows = [self._read(i) for i in range(len(self.spans))]
+            return self.tiles.largest_of_batch(rows, k)
         sample = self.x[:: -(-len(self.x) // SAMPLED_ROWS), self.dictionary.reads]
         pre = self.dictionary.pre_activations(sample).flatten()
         largest = pre.topk(min(k * len(sample), len(pre)), sorted=False).values
@@ -181,24 +180,20 @@ class BatchSearch:
 
 
 def _keep_largest(codes: Codes, n: int) -> Codes:
-    """Keep the n largest codes, or all if there are fewer."""
+    """Keep the n largest codes, of equal ones the first, or all if there are fewer."""
     values = codes.values
     if len(values) <= n:
         return codes
-    if values.device.type == "cpu":
-        last = values.kthvalue(len(values) - n + 1).values
-        ties = values == last
-        kept = (values > last) | (ties & (ties.cumsum(0) <= n - (values > last).sum()))
-        before = torch.cat([kept.new_zeros(1, dtype=torch.long), kept.cumsum(0)])
-        return Codes(before[codes.starts], codes.latents[kept], values[kept], values[kept])
-    return first_largest(codes, n)
+    last = values.kthvalue(len(values) - n + 1).values
+    ties = values == last
+    kept = (values > last) | (ties & (ties.cumsum(0) <= n - (values > last).sum()))
+    before = torch.cat([kept.new_zeros(1, dtype=torch.long), kept.cumsum(0)])
+    return Codes(before[codes.starts], codes.latents[kept], values[kept], values[kept])
 
 
-def first_largest(codes: Codes, n: int) -> Codes:
-    """Keep the n largest of more codes, of equal ones the first, without a wait for the device."""
-    kept = codes.values.sort(descending=True, stable=True).indices[:n].sort().values
-    latents, values = codes.latents[kept], codes.values[kept]
-    return Codes(torch.searchsorted(kept, codes.starts), latents, values, values)
+def _total(parts: Tensor) -> Tensor:
+    """Sum of parts of a result, most often one."""
+    return parts[0] if len(parts) == 1 else parts.sum(dim=0)
 
 
 class Plan(NamedTuple):
@@ -373,14 +368,18 @@ class SparseStep:
         learned["b_dec"] = to_bias(d_input)
         gradients = [g if factor == 1 else g * factor for g in learned.values()]
         own = [Learned(self._parameter(name), *self.moments[name]) for name in learned]
-        fallback.step_adam(own, gradients, adam)
+        step_adam = fallback.step_adam if self._in_parts else self.backend.step_adam
+        step_adam(own, gradients, adam)
         return StepResult(steps.at_hand(loss + penalty), fired)
 
     def _group(self, codes: Codes) -> Grouped:
         """Group codes by latent."""
         n_latents = self.dictionary.n_latents
         order, starts = self.backend.group(codes.latents, codes.values, n_latents)
-        rows = fallback.rows_of(codes).int().index_select(0, order)
+        if self._in_parts:
+            rows = fallback.rows_of(codes).int().index_select(0, order)
+        else:  # fewer launches, which on a CPU take longer
+            rows = torch.searchsorted(codes.starts[1:], order, right=True, out_int32=True)
         return Grouped(starts, rows, codes.values.index_select(0, order), order)
 
     def _by_tiles(
@@ -407,7 +406,7 @@ class SparseStep:
         pieces = [functools.partial(self._group, codes)]
         pieces += [functools.partial(residual, i) for i in range(len(spans))]
         grouped, *losses = run(lambda i: pieces[i](), len(pieces))
-        return functools.reduce(operator.add, losses), grouped, out._replace(bias=biases.sum(dim=0))
+        return functools.reduce(operator.add, losses), grouped, out._replace(bias=_total(biases))
 
     def _by_column_groups(
         self, task: Reconstruction, codes: Codes, run: Run
@@ -427,7 +426,7 @@ class SparseStep:
             return self.backend.columns(spans[i], *read, out._replace(codes=out.codes[i]))
 
         loss = sum(run(columns, len(spans)))
-        return loss, grouped, out._replace(codes=d_codes.sum(dim=0))
+        return loss, grouped, out._replace(codes=_total(d_codes))
 
     def _update(
         self,
@@ -446,7 +445,7 @@ class SparseStep:
         weights = Weights(*(Learned(self._parameter(n), *self.moments[n]) for n in names))
         fixed = (pairs, batch, weights, rule, added)
         squares = run(lambda i: self.backend.update(blocks[i], *fixed, d_input[i]), len(blocks))
-        return sum(squares), d_input.sum(dim=0)
+        return sum(squares), _total(d_input)
 
     def _revival(self, dead: Dead | None, scales: Tensor, rows: Tensor) -> AddedGradients:
         """Gradients of dead latents from the residual of the widest level."""

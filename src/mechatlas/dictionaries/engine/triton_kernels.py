@@ -3,6 +3,7 @@
     Screen     codes of a batch (`triton_screening`)
     residual   reconstruction, error, loss and gradients of codes in two passes over the rows
     update     gradients, Adam and unit length in one pass over the latents, written once
+    step_adam  Adam of what is no latent's
 
 The functions are those of `fallback.py`, which is the one to read, and call it for gradients that
 are clipped.
@@ -12,6 +13,7 @@ are clipped.
 # pyright: reportIndexIssue=false, reportAttributeAccessIssue=false, reportMissingImports=false
 
 import functools
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -21,11 +23,13 @@ from torch import Tensor
 
 from mechatlas.dictionaries.engine import fallback, triton_screening
 from mechatlas.dictionaries.engine.structures import (
+    Adam,
     AddedGradients,
     Codes,
     ErrorGradients,
     Grouped,
     LatentGradients,
+    Learned,
     Reconstruction,
     Update,
     Weights,
@@ -139,6 +143,27 @@ def update(
     options = {"wide_in": wide_block(d_in), "wide_out": wide_block(d_out), "tied": rule.tied}
     _step_latent[(len(span),)](*read, rule.least, *rule.adam, *sizes, **options)
     return 0.0
+
+
+def step_adam(learned: Sequence[Learned], gradients: Sequence[Tensor], adam: Adam) -> None:
+    """Take one step of Adam, in place; see `fallback.step_adam`."""
+    for own, gradient in zip(learned, gradients, strict=True):
+        n = gradient.numel()
+        _step_parameter[(triton.cdiv(n, 1024),)](*own, gradient, n, *adam, block=1024)
+
+
+@triton.jit
+def _step_parameter(
+    value, first, second, gradient, n, decay1, weight1, decay2, weight2, rate, fix, eps,
+    block: tl.constexpr,
+):  # fmt: skip
+    at = tl.program_id(0) * block + tl.arange(0, block)
+    inside = at < n
+    slope = tl.load(gradient + at, mask=inside, other=0.0)
+    moved = _adam(
+        value, first, second, at, inside, slope, decay1, weight1, decay2, weight2, rate, fix, eps
+    )
+    tl.store(value + at, moved, mask=inside)
 
 
 @functools.cache

@@ -4,14 +4,15 @@ Each pre-activation is bounded as the CPU's `screening` does: the product of the
 bfloat16 is no further from the whole product than |x - h(x)| |w| + |h(x)| |w - h(w)| and what was
 lost while summing (Cauchy and Schwarz). Latents that may be among the k largest of a row or of
 the batch, or above their bound, are computed again in float32. A row of which more than `ROOM` may
-be among the k largest is searched whole, in float32, by the kernel itself. The other searches tell
+be among the k largest is searched whole, in float32, by the kernel itself. For a whole batch all
+pairs have room. The search for what is above a bound tells
 the host how many pairs there are, while the device computes them.
 """
 
 # Kernels are read by Triton, which need not be installed, and are not called as functions.
 # pyright: reportIndexIssue=false, reportAttributeAccessIssue=false, reportMissingImports=false
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from mechatlas.devices import LateNumber
 from mechatlas.dictionaries.engine.interface import Find, TileCodes
+from mechatlas.dictionaries.engine.structures import Codes
 
 ROOM = 4
 """Candidates of a row that have room, as a multiple of k."""
@@ -46,7 +48,7 @@ def wide_block(n: int) -> int:
 
 
 class Screen:
-    """A `TileSearch` that also bounds the codes of a batch (`BatchBound`)."""
+    """A `TileSearch` that also finds the largest codes of a batch (`BatchTileSearch`)."""
 
     def __init__(self, rows: Float[Tensor, "latent d_in"], bias: Float[Tensor, " latent"]) -> None:
         """Round an encoder that does not change while this is used."""
@@ -89,53 +91,89 @@ class Screen:
 
         return select
 
-    def bound_of_batch(self, tiles: Iterable[Tensor], k: int) -> Float[Tensor, ""]:
-        """Find a number, zero or more, that the k codes a row that are largest are above.
+    def largest_of_batch(self, tiles: Sequence[Float[Tensor, "_ d_in"]], k: int) -> Codes:
+        """Find the codes above zero that are largest in the batch, of equal ones the first.
+
+        Nobody waits for the device: all pairs of a tile have room. Where fewer than k a row are
+        above zero, the last row has as many of zero more.
 
         Args:
             tiles: Rows of the batch, tile by tile.
             k: Codes of a row on average.
         """
-        m, maxima = len(self.half), []
+        n, m = sum(map(len, tiles)), len(self.half)
+        maxima, done = self.half.new_empty(n, groups := self._groups(k)), 0
         for x in tiles:
-            bounds, _ = self._bounds(x)
-            maxima.append(bounds.new_empty(len(x), groups := self._groups(k)))
-            _maxima[(len(x),)](bounds, maxima[-1], m, n_groups=groups)
-        every = torch.cat(maxima)
+            to = maxima[done : done + len(x)]
+            _maxima[(len(x),)](self._bounds(x)[0], to, m, n_groups=groups)
+            done += len(x)
         # As many groups have a member of at least the least of these.
-        least = every.flatten().topk(min(k * len(every), every.numel()), sorted=False).values.amin()
-        return (least.float() * (1 - HALF_ERROR.value)).clamp_min(0)
+        level = maxima.view(-1).topk(min(k * n, maxima.numel()), sorted=False).values.amin()
+        found = []
+        for x in tiles:
+            near = self._candidates(x, level, None, len(x) * m)
+            pairs = *near[:2], self._computed(x, None, near)
+            if len(tiles) == 1:
+                return _keep_largest(pairs, k * n, m - 1)
+            kept = _keep_largest(pairs, k * n, m - 1)
+            found.append((kept.starts[:-1] + len(found) * k * n, kept.latents, kept.values))
+        starts, *pairs = (list(parts) for parts in zip(*found, strict=True))
+        starts.append(starts[0].new_full((1,), len(found) * k * n))
+        return _keep_largest((torch.cat(starts), *map(torch.cat, pairs)), k * n, m - 1)
 
     def above(self, low: Float[Tensor, " latent"]) -> Find:
         """Make a function that finds the pre-activations of some rows above `low`.
 
         Pairs that may have been above it and are not have a value of zero.
         """
-        m, d = self.encoder[0].shape
-        least = low.amin()
+        m, least = len(self.half), low.amin()
 
         def find(x: Float[Tensor, "row d_in"]) -> TileCodes | None:
-            n = len(x)
-            bounds, lengths = self._bounds(x)
-            most = n * min(m, max(GROUPS // 2, int(PAIRS * m)))
-            starts = torch.zeros(n + 1, dtype=torch.int64, device=x.device)
-            counts = torch.empty(n, dtype=torch.int32, device=x.device)
-            near = torch.empty(most, dtype=torch.int32, device=x.device)
-            found, sizes = (starts, near, counts), (most, most)
-            reach = (lengths, self.reach, self.furthest)
-            own = (bounds, *reach, least, low, *found, 0, m, *sizes)
-            block = {"block": min(GROUPS, wide_block(m)), "bounded": True}
-            _near[(n,)](*own, **block, writes=False)
-            torch.cumsum(counts, 0, out=starts[1:])
+            most = len(x) * min(m, max(GROUPS // 2, int(PAIRS * m)))
+            starts, near, counts = self._candidates(x, least, low, most)
             total = LateNumber(starts[-1])
-            _near[(n,)](*own, **block)
-            values = x.new_empty(most)
-            read = (x, *self.encoder, low, *found)
-            _compute[(n,)](*read, values, d, *sizes, wide=wide_block(d), bounded=True)
+            values = self._computed(x, low, (starts, near, counts))
             n_pairs = int(total)
             return (counts, near[:n_pairs], values[:n_pairs]) if n_pairs <= most else None
 
         return find
+
+    def _candidates(
+        self, x: Float[Tensor, "row d_in"], level: Tensor, low: Tensor | None, most: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """List the pairs that may be above a level and the bound of their latent.
+
+        Args:
+            x: Some rows.
+            level: Number that is the same for all pairs.
+            low: Bound of each latent, if there is one.
+            most: Number of pairs that have room.
+
+        Returns:
+            First pair of each row with their number, the latents, and the number in each row.
+        """
+        n, m = len(x), len(self.half)
+        starts = torch.zeros(n + 1, dtype=torch.int64, device=x.device)
+        near = torch.empty(most, dtype=torch.int32, device=x.device)
+        counts = torch.empty(n, dtype=torch.int32, device=x.device)
+        bounds, lengths = self._bounds(x)
+        own = (bounds, lengths, self.reach, self.furthest, level, level if low is None else low)
+        own += (starts, near, counts, 0, m, most, most)
+        block = {"block": min(GROUPS, wide_block(m)), "bounded": low is not None}
+        _near[(n,)](*own, **block, writes=False)
+        torch.cumsum(counts, 0, out=starts[1:])
+        _near[(n,)](*own, **block)
+        return starts, near, counts
+
+    def _computed(
+        self, x: Float[Tensor, "row d_in"], low: Tensor | None, found: tuple[Tensor, ...]
+    ) -> Float[Tensor, " pairs"]:
+        """Pre-activations of candidates in float32; zero for those that are not above `low`."""
+        values, d = x.new_empty(len(found[1])), x.shape[1]
+        read = (x, *self.encoder, values if low is None else low, *found, values, d)
+        block = {"wide": wide_block(d), "bounded": low is not None}
+        _compute[(len(x),)](*read, len(values), len(values), **block)
+        return values
 
     def _groups(self, k: int) -> int:
         """Number of groups of latents of which k have a member among the k largest."""
@@ -233,7 +271,7 @@ def _group_maxima(bounds, i, m, n_groups: tl.constexpr):
 def _maxima(bounds, maxima, m, n_groups: tl.constexpr):
     i = tl.program_id(0).to(tl.int64)
     to = maxima + i * n_groups + tl.arange(0, n_groups)
-    tl.store(to, _group_maxima(bounds, i, m, n_groups).to(tl.bfloat16))
+    tl.store(to, tl.maximum(_group_maxima(bounds, i, m, n_groups), 0.0).to(tl.bfloat16))
 
 
 @triton.jit
@@ -249,9 +287,8 @@ def _row_levels(bounds, levels, m, k, n_groups: tl.constexpr):
         enough = tl.sum((maxima >= level).to(tl.int32)) >= k
         low = tl.where(enough, middle, low)
         high = tl.where(enough, high, middle - 1)
-    # k groups have a member of at least `bound`, so the k largest are at least that.
-    bound = (low << 16).to(tl.float32, bitcast=True)
-    tl.store(levels + i, bound - bound * HALF_ERROR)
+    # k groups have a member of at least this, so the k largest are at least that.
+    tl.store(levels + i, (low << 16).to(tl.float32, bitcast=True))
 
 
 @triton.jit
@@ -278,7 +315,8 @@ def _near(
     c = tl.arange(0, block)
     lost = tl.load(lengths + i * 2) * INTERVAL
     length = tl.load(lengths + i * 2 + 1) * INTERVAL
-    level = tl.load(levels + i * stride)
+    level = tl.load(levels + i * stride).to(tl.float32)
+    level -= tl.abs(level) * HALF_ERROR  # it may have been rounded up
     far = lost * tl.load(furthest) + length * tl.load(furthest + 1) + tl.load(furthest + 2)
     floor = level - far
     floor -= tl.abs(floor) * 2 * HALF_ERROR
@@ -374,3 +412,95 @@ def _search_whole(
         latent = tl.where(latent < m, latent, 0)
         tl.store(values + i * k + t, value, mask=kept)
         tl.store(latents + i * k + t, latent, mask=kept)
+
+
+def _keep_largest(pairs: Sequence[Tensor], n: int, last: int) -> Codes:
+    """Keep the n largest codes above zero of a batch, of equal ones the first.
+
+    Args:
+        pairs: First pair of each row with their number, latents, and pre-activations.
+        n: Number of codes; if fewer are above zero, others follow those of the last row.
+        last: Latent of the others.
+    """
+    starts, latents, values = pairs
+    n_rows = len(starts) - 1
+    limit = latents.new_empty(2)
+    _find_limit[(1,)](values, starts[n_rows:], limit, n, num_warps=16)
+    before = starts.new_empty(2, n_rows)
+    _count_kept[(n_rows,)](values, starts, limit, before, n_rows)
+    torch.cumsum(before, 1, out=before)
+    kept = Codes(starts.new_empty(n_rows + 1), latents.new_empty(n), values.new_empty(n), values)
+    _write_kept[(n_rows,)](values, latents, starts, limit, before, *kept[:3], n_rows, n, last)
+    return kept._replace(raw=kept.values)
+
+
+@triton.jit
+def _find_limit(values, total, limit, n, block: tl.constexpr = 4096):
+    """Write the n-th largest number above zero, and how many of its equals are among the n.
+
+    If there are fewer, both are zero.
+    """
+    t, bins = tl.arange(0, block), tl.arange(0, 512)
+    end = tl.load(total)
+    known, left = 0, n
+    # Bits of numbers above zero are in their order: eight of them at a time.
+    for digit in range(4):
+        shift = 24 - 8 * digit
+        counts = tl.zeros([512], tl.int32)
+        for first in range(0, end, block):
+            value = tl.load(values + first + t, mask=first + t < end, other=0.0)
+            bits = tl.where(value > 0, value, 0.0).to(tl.int32, bitcast=True) >> shift
+            counts += tl.histogram(tl.where((bits >> 8) == known, bits & 255, 256), 512)
+        counts = tl.where(bins < 256, counts, 0)
+        larger = tl.sum(counts) - tl.cumsum(counts, 0)
+        found = tl.sum((larger >= left).to(tl.int32))
+        left -= tl.sum(tl.where(bins == found, larger, 0))
+        known = known * 256 + found
+    tl.store(limit, known)
+    tl.store(limit + 1, tl.where(known > 0, left, 0))
+
+
+@triton.jit
+def _count_kept(values, starts, limit, before, n_rows, block: tl.constexpr = 128):
+    """Write how many numbers of a row are above the limit, and how many equal it."""
+    i = tl.program_id(0).to(tl.int64)
+    t = tl.arange(0, block)
+    smallest = tl.load(limit).to(tl.float32, bitcast=True)
+    end = tl.load(starts + i + 1)
+    above, ties = 0, 0
+    for first in range(tl.load(starts + i), end, block):
+        value = tl.load(values + first + t, mask=first + t < end, other=-1.0)
+        above += tl.sum((value > smallest).to(tl.int32))
+        ties += tl.sum((value == smallest).to(tl.int32))
+    tl.store(before + i, above)
+    tl.store(before + n_rows + i, ties)
+
+
+@triton.jit
+def _write_kept(
+    values, latents, starts, limit, before, kept_starts, kept_latents, kept_values,
+    n_rows, n, last, block: tl.constexpr = 128,
+):  # fmt: skip
+    """Write the codes of a row, in their order; of the last row, those of zero too."""
+    i = tl.program_id(0).to(tl.int64)
+    t = tl.arange(0, block)
+    smallest, n_ties = tl.load(limit).to(tl.float32, bitcast=True), tl.load(limit + 1)
+    ties = tl.load(before + n_rows + i - 1, mask=i > 0, other=0)
+    to = tl.load(before + i - 1, mask=i > 0, other=0) + tl.minimum(ties, n_ties)
+    tl.store(kept_starts + i, to)
+    end = tl.load(starts + i + 1)
+    for first in range(tl.load(starts + i), end, block):
+        value = tl.load(values + first + t, mask=first + t < end, other=-1.0)
+        tied = (value == smallest).to(tl.int32)
+        kept = (value > smallest) | ((tied > 0) & (ties + tl.cumsum(tied, 0) <= n_ties))
+        at = to + tl.cumsum(kept.to(tl.int32), 0) - 1
+        tl.store(kept_values + at, value, mask=kept)
+        latent = tl.load(latents + first + t, mask=kept, other=0)
+        tl.store(kept_latents + at, latent, mask=kept)
+        ties += tl.sum(tied)
+        to += tl.sum(kept.to(tl.int32))
+    if i == n_rows - 1:
+        tl.store(kept_starts + n_rows, n)
+        for first in range(to, n, block):
+            tl.store(kept_values + first + t, t * 0.0, mask=first + t < n)
+            tl.store(kept_latents + first + t, t * 0 + last, mask=first + t < n)

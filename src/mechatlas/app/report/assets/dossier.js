@@ -41,9 +41,14 @@ const dossier = (() => {
     const statement = line.claimed ? `Stabilizer: ${line.name} (order ${line.order})` : line.name === "not shown" ? "Symmetry: neither shown nor ruled out" : `Symmetry: ${line.name}`;
     const others = line.members.length
       ? el("p", { class: "says" }, `Family ${line.family}, pose ${line.pose}; others: `, ...line.members.map(([j, pose], k) => el("span", {}, el("a", { href: "#", "data-feature": j }, `${j} (${pose})`), k + 1 < line.members.length ? "," : ""))) : null;
+    const what = { absent: "really absent", shrunk: "shrunk although the code drives it", decoupled: "written by other latents", "not shown": "not shown to be absent" };
+    const zero = line.zero.length
+      ? el("p", { class: "says" }, "Zero blocks: ", ...line.zero.map(([pose, name, value, low, high, carrier], k) => el("span", {},
+        `${pose} ${what[name]}`, carrier < 0 ? "" : el("span", {}, ", most by ", el("a", { href: "#", "data-feature": carrier }, carrier)),
+        value === null ? "" : ` (${name === "decoupled" ? "written" : "driven"} ${number(value)} [${number(low)}, ${number(high)}] of the largest block)`, k + 1 < line.zero.length ? "; " : "."))) : null;
     const wheel = el("span", { class: "wheel-small" });
     if (atlas.symmetry) atlas.symmetry.polar(line.part, line.feature).then((picture) => wheel.append(picture));
-    return claim(line.anchor, [statement], `q ${number(line.q)} at a false discovery rate of ${percent(line.fdr)}; noise ceiling ${number(line.ceiling)}.`, line.claimed, wheel, others);
+    return claim(line.anchor, [statement], `q ${number(line.q)} at a false discovery rate of ${percent(line.fdr)}; noise ceiling ${number(line.ceiling)}.`, line.claimed, wheel, others, zero);
   }
 
   // Response to a stimulus in each orientation: up is its first pose, to the left it is turned counter-clockwise.

@@ -27,7 +27,6 @@ STRONGEST = 6
 """Number of features shown of each branch."""
 DOTS = 400
 """Number of features drawn of each branch in the picture of shares."""
-SHARE_AXIS = {"title": {"text": "share of the decoder row"}, "range": [-0.02, 1.04]}
 LEGEND = {"orientation": "h", "y": 1.12, "itemsizing": "constant"}
 Table = dict[str, Any]
 
@@ -54,7 +53,7 @@ def _draw(runs: Runs, made: Chapter, k: int, run: Run) -> dict[str, Any]:
         for branch in range(len(names))
     ]
     made.figures[f"shares{k}"] = _shares(result, of_branch, names)
-    made.figures[f"agree{k}"] = _agreement(of_branch, names)
+    made.figures[f"agree{k}"] = _agreement(result, of_branch, names)
     picture = run.read(DECODER_PICTURE)
     if picture:
         made.figures[f"picture{k}"] = _picture(picture, names)
@@ -76,7 +75,8 @@ def _finding(
     result: "BranchesResult", strongest: list[list[dict[str, Any]]], run: str, anchor: str
 ) -> Finding | Absence:
     """Sum up the test of all features."""
-    control = f"{result.n_specialized_permuted:,} with the channels permuted"
+    permuted = "coordinates" if result.components else "channels"
+    control = f"{result.n_specialized_permuted:,} with the {permuted} permuted"
     powers = [b.power for b in result.branches if b.power is not None]
     power = "power not measured (too few features)" if not powers else (
         f"of features planted in a branch, the test finds {percent(min(powers))} to "
@@ -166,11 +166,21 @@ def _shares(result: "BranchesResult", of_branch: list[Table], names: list[str]) 
         for k, share in enumerate(branch.expected_share for branch in result.branches)
     ]
     ticks = {"tickvals": list(range(len(names))), "ticktext": names}
-    layout = {"xaxis": {**ticks, "showgrid": False, "zeroline": False}, "yaxis": SHARE_AXIS}
+    layout = {
+        "xaxis": {**ticks, "showgrid": False, "zeroline": False},
+        "yaxis": _share_axis(result),
+    }
     return {"data": traces, "layout": {**layout, "shapes": shapes, "legend": LEGEND}}
 
 
-def _agreement(of_branch: list[Table], names: list[str]) -> dict[str, Any]:
+def _share_axis(result: "BranchesResult") -> dict[str, Any]:
+    of = "pre-activation's variance, root" if result.components else "decoder row"
+    return {"title": {"text": f"share of the {of}"}, "range": [-0.02, 1.04]}
+
+
+def _agreement(
+    result: "BranchesResult", of_branch: list[Table], names: list[str]
+) -> dict[str, Any]:
     """Activity lost without a branch, against the share of the decoder row."""
     random = np.random.default_rng(0)
     hover = "%{text} in %{fullData.name}<br>share %{x:.3f}, lost %{y:.3f}<extra></extra>"
@@ -184,7 +194,10 @@ def _agreement(of_branch: list[Table], names: list[str]) -> dict[str, Any]:
         color = category(k)
         traces.append(_dots(name, x, y, words, hover, size=3, color=color, opacity=0.6))
     lost = {"title": {"text": "activity lost without the branch"}}
-    return {"data": traces, "layout": {"xaxis": SHARE_AXIS, "yaxis": lost, "legend": LEGEND}}
+    return {
+        "data": traces,
+        "layout": {"xaxis": _share_axis(result), "yaxis": lost, "legend": LEGEND},
+    }
 
 
 def _drawn(there: np.ndarray, most: int, random: np.random.Generator) -> np.ndarray:

@@ -1,5 +1,6 @@
 """Chapter on symmetry: counts of stabilizers, their lattice, families of features."""
 
+from collections.abc import Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -15,6 +16,7 @@ from mechatlas.app.report.dossiers import (
     Finding,
     Statements,
     SymmetryLine,
+    ZeroBlock,
     finite,
 )
 from mechatlas.app.report.paintings import as_webp
@@ -80,7 +82,7 @@ def _draw(runs: Runs, made: Chapter, k: int, run: Run) -> dict[str, Any]:
     place = _Place(k, of_run, names, result.fdr)
     for found in _found(place, result, table, families):
         made.note(found)
-    made.statements.extend(_lines(place, table))
+    made.statements.extend(_lines(place, table, list(_zero_blocks(group, table, tensors))))
     tuned = tuning_lines(place.anchor, group, result.tuning, table, tensors)
     made.statements.extend((FeatureAt(of_run, i), line) for i, line in tuned)
     if not result.tuning.missing and SHEET not in made.images:
@@ -184,8 +186,24 @@ def _claimed(table: dict[str, Any], classes: list[str]) -> np.ndarray:
     return (table["class"] != classes[0]) & (table["class"] != NOT_SHOWN)
 
 
-def _lines(place: _Place, table: dict[str, Any]) -> Statements:
-    """Lines on the symmetry and the family of each feature."""
+def _zero_blocks(
+    group: Group, table: dict[str, Any], tensors: dict[str, np.ndarray]
+) -> Iterator[list[ZeroBlock]]:
+    """List the zero blocks of each feature; none if they were not tested."""
+    names = group.element_names
+    for i in range(len(table["class"])):
+        classes = table["block_classes"][i] if "block_classes" in table else []
+        blocks = []
+        for g, name in enumerate(classes):
+            if name != "present":
+                key = "nu_reconstruction" if name == "decoupled" else "nu_error"
+                ends = (finite(tensors[f"{key}{end}"][i, g]) for end in ("", "_low", "_high"))
+                blocks.append((names[g], name, *ends, table["block_carriers"][i][g]))
+        yield blocks
+
+
+def _lines(place: _Place, table: dict[str, Any], zero: list[list[ZeroBlock]]) -> Statements:
+    """Lines on the symmetry, the family and the zero blocks of each feature."""
     claimed, statements = _claimed(table, place.classes), []
     elements = table.get("claimed_elements", table["stabilizer_elements"])
     members: dict[int, list[tuple[int, str]]] = {}
@@ -198,7 +216,7 @@ def _lines(place: _Place, table: dict[str, Any]) -> Statements:
             order=len(elements[i]), claimed=bool(claimed[i]),
             q=finite(table["q_value"][i]), ceiling=finite(table["noise_ceiling"][i]),
             fdr=place.fdr, family=family, pose=str(table["pose_name"][i]),
-            members=[each for each in members[family] if each[0] != i][:MEMBERS],
+            members=[each for each in members[family] if each[0] != i][:MEMBERS], zero=zero[i],
         )  # fmt: skip
         statements.append((FeatureAt(place.run, i), line))
     return statements
