@@ -99,16 +99,29 @@ def plain_dictionary():
     return made
 
 
-def group_crosscoder():
-    """Reads the same, and writes all blocks."""
-    blocks, _, _ = features()
+def group_crosscoder(blocks=None, *, zeroed=(), decoupled=()):
+    """Reads the same, and writes all blocks.
+
+    Of pairs of a feature and an element, the block is zero; if decoupled, further latents with the
+    same code write it.
+    """
+    blocks = features()[0] if blocks is None else blocks.astype(np.float32)
+    d = int(blocks.shape[2])
+    encoder = np.linalg.pinv(blocks[:, 0])
+    further = np.zeros((len(decoupled), 8, d), np.float32)
+    for own, (feature, g) in zip(further, decoupled, strict=True):
+        own[g] = blocks[feature, g]
+        encoder = np.hstack([encoder, encoder[:, [feature]]])
+    for feature, g in (*zeroed, *decoupled):
+        blocks[feature, g] = 0
+    blocks = np.concatenate([blocks, further])
     made = Crosscoder(
-        widths=dict.fromkeys(D4.element_names, D), n_latents=len(blocks), sparsity=ReLU(),
+        widths=dict.fromkeys(D4.element_names, d), n_latents=len(blocks), sparsity=ReLU(),
         reads="e",
     )  # fmt: skip
     with torch.no_grad():
         made.W_dec.copy_(torch.from_numpy(blocks.reshape(len(blocks), -1)))
-        made._W_enc.copy_(torch.linalg.pinv(torch.from_numpy(blocks[:, 0])))
+        made._W_enc.copy_(torch.from_numpy(encoder))
     return made
 
 

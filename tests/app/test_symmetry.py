@@ -118,11 +118,7 @@ def test_nothing_is_found_where_poses_do_not_belong_together(world, tmp_path):
 
 
 def test_zero_blocks_that_the_code_drives_are_no_lack_of_symmetry(world, tmp_path):
-    made = posed.group_crosscoder()
-    with torch.no_grad():
-        blocks = made.W_dec.view(19, 8, posed.D)
-        blocks[[0, 0, 8], [3, 6, 2]] = 0  # of a curve, twice, and of a line
-    save(made, tmp_path / "shrunk")
+    save(posed.group_crosscoder(zeroed=[(0, 3), (0, 6), (8, 2)]), tmp_path / "shrunk")
     result, text = classify(tmp_path / "shrunk", world / "store", tmp_path / "out")
     found = result.artifacts
     assert (found.features, found.tested, found.blocks, found.shrunk) == (2, 2, 3, 3)

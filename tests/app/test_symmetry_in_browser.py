@@ -1,5 +1,7 @@
 """The chapter on symmetry as a reader meets it, in a real Chromium."""
 
+import shutil
+
 import pytest
 
 from mechatlas.app.commands.symmetry import SymmetryConfig
@@ -30,6 +32,25 @@ def tuned(tmp_path_factory):
         SymmetryConfig(
             dictionary=root / "plain", store=root / "store", out=root / "symmetry", trust=True,
             interventions=0,
+        )
+    )  # fmt: skip
+    return report(root, root / "atlas.html", trust=True).as_uri()
+
+
+@pytest.fixture(scope="module")
+def zeroed(tmp_path_factory):
+    """Page of a crosscoder of which a block was zeroed, and one copied to a latent of its own."""
+    root = tmp_path_factory.mktemp("zeroed")
+    blocks, _ = posed.turning_world(root)
+    made = posed.group_crosscoder(blocks, zeroed=[(0, 3)], decoupled=[(1, 2)])
+    shutil.rmtree(root / "plain")
+    save(made, root / "crosscoder")
+    facts = {"kind": "dictionary", "site": "seen", "store": str(root / "store")}
+    write_json(root / "crosscoder" / "manifest.json", facts)
+    execute(
+        SymmetryConfig(
+            dictionary=root / "crosscoder", store=root / "store", out=root / "symmetry", trust=True,
+            interventions=0, stimuli=0,
         )
     )  # fmt: skip
     return report(root, root / "atlas.html", trust=True).as_uri()
@@ -108,3 +129,16 @@ def test_a_dossier_draws_the_tuning_of_its_feature(tab, tuned, width, dark):
     assert box[0] <= box[1]
     tab.open(f"{tuned}#seen?q=stimulus:center")
     tab.until("/^\\d+ of 29/.test(document.getElementById('count').textContent)")
+
+
+def test_a_dossier_names_zero_blocks_and_the_latent_that_writes_one(tab, zeroed):
+    says = "document.querySelector('dialog[open] .claims[data-ready]').textContent"
+    for feature, said in (
+        (0, "r^3 shrunk although the code drives it (driven "),
+        (1, "r^2 written"),
+    ):
+        tab.open(f"{zeroed}#seen/{feature}", 1400, 900)
+        tab.until("document.querySelector('dialog[open] .claims[data-ready]')")
+        assert said in tab.run(says)
+    assert "written by other latents, most by 29" in tab.run(says)
+    assert tab.run("document.querySelectorAll('.claims [data-feature=\"29\"]').length") >= 1

@@ -10,12 +10,12 @@ with the feature may write it (latent decoupling). With the covariances C of the
 code j with the activation in pose g, and slopes of the one code alone,
 
     error slope     e_jg = (X_jg - sum over k != j of C_jk D_kg) / C_jj    on what the others leave
-    others' slope   r_jg = (sum over k != j of C_jk D_kg) / C_jj           on what the others write
+    others' slope   r_jg = (sum over k in O_j of C_jk D_kg) / C_jj         on what they write
 
-e_jg is the block that would explain most if all other blocks stayed as they are. Sizes are relative
-to the feature's largest block, D_jm: ||e_jg|| / ||D_jm|| is nu_error. A feature that merely occurs
-together with others has an r of the same size in all poses, so nu_reconstruction is the root of
-(||r_jg||^2 - ||r_jm||^2) / ||D_jm||^2: what the others write beyond that.
+e_jg is the block that would explain most if all other blocks stayed as they are. A feature that
+merely occurs together with j writes with it in all poses. So O_j are the latents whose own block is
+zero in the pose m of j's largest block: they write in other poses what j does not. Norms are
+relative to ||D_jm||: nu_error is that of e_jg, nu_reconstruction that of r_jg.
 
 Squared norms are sums of products of different folds of the images, whose noise is independent, so
 noise does not add to them; their standard errors are those of the jackknife over folds.
@@ -74,7 +74,7 @@ class ScalingEstimates:
     active_folds: Int[np.ndarray, " tested"]
     """Number of folds in which the feature was active."""
     carriers: Int[np.ndarray, "tested order"]
-    """Other latent that contributes most to the others' slope."""
+    """Latent that contributes most to the others' slope."""
 
 
 class LatentScaling:
@@ -146,11 +146,15 @@ class LatentScaling:
         own = gram[:, at, latents]
         gram[:, at, latents] = 0
         others = np.stack([each @ self.blocks.reshape(n, -1) for each in gram])
+        # Latents that write nothing in the pose of the feature's largest block.
+        gram *= zero_blocks(self.norms)[:, self.norms[latents].argmax(axis=1)].T
+        written = np.stack([each @ self.blocks.reshape(n, -1) for each in gram])
         shape = (FOLDS, len(at), order, d)
-        energies = [_energies(each.reshape(shape), own) for each in (sums - others, others, sums)]
-        written = others.sum(axis=0).reshape(shape[1:])
+        slopes = sums - others, written, sums - others + written
+        energies = [_energies(each.reshape(shape), own) for each in slopes]
+        mean = written.sum(axis=0).reshape(shape[1:])
         carriers = [
-            (gram.sum(axis=0) * (written[:, g] @ self.blocks[:, g].T)).argmax(axis=1)
+            (gram.sum(axis=0) * (mean[:, g] @ self.blocks[:, g].T)).argmax(axis=1)
             for g in range(order)
         ]
         active = (self._gram[:, part][:, at, latents] > 0).sum(axis=0)
@@ -225,8 +229,8 @@ class BlockArtifacts:
     nu_error: Scaling
     """Norm of the error slope, relative to the feature's largest block."""
     nu_reconstruction: Scaling
-    """Norm of what other latents write when the feature is active, beyond that in the pose of its
-    largest block, relative to this block."""
+    """Norm of what latents that write nothing in the pose of the feature's largest block write when
+    the feature is active, relative to this block."""
     q_shrunk: Float[np.ndarray, "feature order"]
     """Smallest false discovery rates at which a block is shrunk; NaN if it was not tested."""
     q_decoupled: Float[np.ndarray, "feature order"]
@@ -254,9 +258,8 @@ def find_artifacts(estimates: ScalingEstimates, *, fdr: float = FDR) -> BlockArt
     """Tell which zero blocks are absent, which are shrunk, and which others write.
 
     A block is shrunk if nu_error is certainly larger than its own norm, by `SHRUNK`; decoupled if
-    nu_reconstruction is certainly above `ABSENT`, and it is not shrunk; absent if both nu_error and
-    all that follows the code, by itself or by others, are certainly below `ABSENT`. Other zero
-    blocks are not shown.
+    nu_reconstruction is certainly above `ABSENT`, and it is not shrunk; absent if nu_error, and the
+    norm of both slopes together, are certainly below `ABSENT`. Other zero blocks are not shown.
 
     Args:
         estimates: Slopes of single codes.
@@ -268,13 +271,11 @@ def find_artifacts(estimates: ScalingEstimates, *, fdr: float = FDR) -> BlockArt
     if not 0 < fdr < 1:
         raise InputError(f"The false discovery rate must lie between 0 and 1, got {fdr}.")
     norms, latents = estimates.norms, estimates.latents
-    largest = norms[latents].argmax(axis=1)
-    at = np.arange(len(latents))
-    error, others, both = estimates.energies / np.square(norms[latents, largest])[:, None]
-    beside = others[:, at, largest][:, :, None]
+    largest = norms[latents].max(axis=1)[:, None]
     freedom = np.where(estimates.active_folds >= MIN_ACTIVE_FOLDS, estimates.active_folds - 1, 0)
-    tests = [_Jackknife.of(each, freedom) for each in (error, others - beside, both - beside)]
-    own, reconstruction, follows = tests
+    own, reconstruction, follows = (
+        _Jackknife.of(each, freedom) for each in estimates.energies / np.square(largest)
+    )
     zero = zero_blocks(norms)
 
     def spread(values: np.ndarray, fill: float = np.nan) -> np.ndarray:
@@ -282,7 +283,7 @@ def find_artifacts(estimates: ScalingEstimates, *, fdr: float = FDR) -> BlockArt
         out[latents] = values
         return np.where(zero, out, fill)
 
-    longer = norms[latents] / norms[latents, largest][:, None] + SHRUNK
+    longer = norms[latents] / largest + SHRUNK
     absent = np.maximum(own.p_below(ABSENT), follows.p_below(ABSENT))
     q_shrunk, q_decoupled, q_absent = (
         q_values(spread(p)) for p in (own.p_above(longer), reconstruction.p_above(ABSENT), absent)
