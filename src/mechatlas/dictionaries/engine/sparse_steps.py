@@ -351,12 +351,22 @@ class SparseStep:
             d_code = d_code.masked_fill_(grouped.values == 0, 0)
         batch = LatentGradients(self._room["x"], out.rows, out.atoms, d_code, task.widths)
         added = self._revival(dead, task.scales, out.rows)
-        adam = steps.adam(lr, self.n_steps)
+        self._descend((grouped, batch, added, run), learned, out.bias, lr)
+        return StepResult(steps.at_hand(loss + penalty), fired)
+
+    def _descend(
+        self,
+        sums: tuple[Grouped, LatentGradients, AddedGradients, Run],
+        learned: dict[str, Tensor],
+        bias: Tensor,
+        lr: float,
+    ) -> None:
+        """Step along what a batch has summed, the gradients `learned` and that of `b_dec`."""
+        dictionary, adam = self.dictionary, steps.adam(lr, self.n_steps)
         update = Update(adam, self._edges, 1.0, SMALLEST_LENGTH, dictionary.tied, True)
-        sums = (grouped, batch, added, run)
 
         def to_bias(d_input: Tensor) -> Tensor:
-            return out.bias - d_input if dictionary.subtracts_b_dec else out.bias
+            return bias - d_input if dictionary.subtracts_b_dec else bias
 
         factor = 1.0
         if self.objective.clip is not None:
@@ -370,7 +380,6 @@ class SparseStep:
         own = [Learned(self._parameter(name), *self.moments[name]) for name in learned]
         step_adam = fallback.step_adam if self._in_parts else self.backend.step_adam
         step_adam(own, gradients, adam)
-        return StepResult(steps.at_hand(loss + penalty), fired)
 
     def _group(self, codes: Codes) -> Grouped:
         """Group codes by latent."""
