@@ -79,7 +79,7 @@ def test_disjoint_swaps_are_counted(n_pairs, few, tolerance, monkeypatch):
         assert found.log10_at_least >= (1 - tolerance) * number - 1.0
         assert found.log10_at_most is not None
         assert found.log10_at_most >= number - 1e-6
-        assert found.log10_estimate == pytest.approx(number, rel=0.1, abs=0.5)
+        assert found.log10_estimate == pytest.approx(number, rel=0.2, abs=1.0)
 
 
 def test_what_cannot_be_counted_is_refused():

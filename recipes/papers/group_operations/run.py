@@ -13,6 +13,7 @@ there already are not made again, so that the same command continues one that wa
 
 import argparse
 import dataclasses
+import itertools
 import runpy
 import statistics
 from pathlib import Path
@@ -20,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import plotly.graph_objects as go
+from plotly.colors import qualitative
 from plotly.subplots import make_subplots
 
 from mechatlas.analysis.proofs.training_course import (
@@ -46,6 +48,8 @@ PAPER = {"S5": {"n_nets": 100, "share_at_095": 0.45, "time_over_brute_force": 0.
 """Figures of the paper: networks, share of bounds of at least 0.95, cost of verification."""
 CERTIFIED = 0.95
 FLOATS = ("f32", "f64")
+VISIBLE = 0.02
+"""Share of the variance that an irrep must reach at some step to be drawn."""
 SIDE_BY_SIDE = 10
 """Networks trained in one run; a run that is stopped is begun anew."""
 
@@ -57,7 +61,7 @@ def bound_nets(name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
         n_seeds = min(SIDE_BY_SIDE, options.n_seeds - first)
         folder = options.out / name / f"nets_{first}_{n_seeds}"
         changes = {"seed": first, "n_seeds": n_seeds, "out": folder}
-        changes["n_checkpoints"] = options.checkpoints
+        changes["n_checkpoints"] = options.checkpoints if first < options.followed else 0
         recipe = read_recipe(RECIPES / f"{name.lower()}.toml", GroupNetConfig)
         config = GroupNetConfig(**{**vars(recipe), **changes})
         if not (folder / RESULT).is_file():
@@ -76,7 +80,10 @@ def bound_nets(name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
                 row[f"time_over_{f}"] = (
                     result["seconds_verify"] / result[f"seconds_brute_force_{f}"]
                 )
-            rows.append(row | course_of(config, seed, options.out / name / f"course_{seed}.json"))
+            course = {"course": None}
+            if seed < options.followed:
+                course = course_of(config, seed, options.out / name / f"course_{seed}.json")
+            rows.append(row | course)
             print(
                 f"{name} seed {seed}: accuracy {accuracy:.4f}, bound {row['accuracy_bound']:.4f}, "
                 f"verification {row['time_over_f32']:.2f} of brute force in float32",
@@ -109,8 +116,8 @@ def courses_of(rows: list[dict[str, Any]]) -> list[TrainingCourse]:
     """Courses of the trainings of some networks."""
     courses = []
     for plain in (row["course"] for row in rows if row["course"]):
-        arrays = {name: np.array(value) for name, value in plain.items() if name != "irreps"}
-        courses.append(TrainingCourse(irreps=tuple(plain["irreps"]), **arrays))
+        values = {k: np.array(v) if isinstance(v, list) else v for k, v in plain.items()}
+        courses.append(TrainingCourse(**{**values, "irreps": tuple(plain["irreps"])}))
     return courses
 
 
@@ -160,34 +167,80 @@ def rows_of_training(name: str, rows: list[dict[str, Any]]) -> list[Any]:
 
 
 def draw_training(rows: list[dict[str, Any]]) -> str:
-    """Draw energy of irreps, single-irrep neurons, accuracy and bound over training."""
-    names = list(dict.fromkeys(r["group"] for r in rows))
-    figure = make_subplots(rows=len(names), cols=1, subplot_titles=names)
+    """Draw irreps, accuracy, bound and neurons over training: a line of two panels for a group."""
+    names = list(dict.fromkeys(row["group"] for row in rows if row["course"]))
+    titles = [
+        title
+        for name in names
+        for title in (
+            f"{name}: share of the variance of the weights in each irrep",
+            f"{name}: accuracy, bound and neurons",
+        )
+    ]
+    figure = make_subplots(
+        rows=len(names), cols=2, subplot_titles=titles, horizontal_spacing=0.06,
+        vertical_spacing=0.25 / len(names),
+    )  # fmt: skip
     for at, name in enumerate(names, start=1):
         courses = courses_of([row for row in rows if row["group"] == name])
-        if not courses:
-            continue
-        curves = {
-            f"energy in {irrep}": np.mean([c.energy[:, k] for c in courses], axis=0)
-            for k, irrep in enumerate(courses[0].irreps)
-            if k
-        }
-        for key in ("accuracy", "bound"):
-            curves[key] = np.mean([getattr(c, key) for c in courses], axis=0)
-        for what, values in {
-            "single-irrep neurons": [c.neurons.sum(axis=1) for c in courses],
-            "neurons in circuits": [c.in_circuits for c in courses],
-        }.items():
-            most = max(int(v.max()) for v in values) or 1
-            curves[f"{what}, of {most}"] = np.mean(values, axis=0) / most
-        for curve, y in curves.items():
-            dash = "solid" if curve.startswith("energy") else "dash"
-            figure.add_scatter(
-                x=courses[0].steps, y=y, name=f"{name}: {curve}", line_dash=dash, row=at, col=1
-            )
-    figure.update_xaxes(type="log", title="step of training (mean of the networks)")
-    figure.update_layout(height=450 * len(names))
+        draw_irreps(figure, at, courses)
+        draw_network(figure, at, courses)
+        top = {"y": 1 - (at - 1) / len(names), "yanchor": "top", "x": 1.01}
+        figure.update_layout({legend_of(at): {**top, "tracegroupgap": 8}})
+    figure.update_xaxes(type="log", title="step of training", dtick=1)
+    figure.update_yaxes(range=[-0.02, 1.04])
+    figure.update_layout(
+        height=360 * len(names) + 80, width=1200, template="plotly_white",
+        title="What is learned when. Thick: mean of the networks; thin: each of them.",
+    )  # fmt: skip
     return figure.to_html(include_plotlyjs=True)
+
+
+def legend_of(at: int) -> str:
+    """Name of the legend beside a line of panels."""
+    return "legend" if at == 1 else f"legend{at}"
+
+
+def draw_irreps(figure: go.Figure, at: int, courses: list[TrainingCourse]) -> None:
+    """Draw the energy of each irrep that ever has some, strongest at the end first."""
+    steps, energy = courses[0].steps, np.mean([c.energy for c in courses], axis=0)
+    order = [k for k in np.argsort(-energy[-1]) if k and energy[:, k].max() >= VISIBLE]
+    for k, color in zip(order, itertools.cycle(qualitative.D3), strict=False):
+        line = {"color": color, "width": 3}
+        figure.add_scatter(
+            x=steps, y=energy[:, k], name=courses[0].irreps[k], line=line, legendgroup="irreps",
+            legendgrouptitle_text="irreps", legend=legend_of(at), row=at, col=1,
+        )  # fmt: skip
+        for course in courses if len(courses) > 1 else ():
+            thin = {"color": color, "width": 0.6}
+            figure.add_scatter(
+                x=steps, y=course.energy[:, k], mode="lines", line=thin, hoverinfo="skip",
+                showlegend=False, row=at, col=1,
+            )  # fmt: skip
+
+
+def draw_network(figure: go.Figure, at: int, courses: list[TrainingCourse]) -> None:
+    """Draw accuracy, bound, and neurons as a share of the width."""
+    curves = {
+        "accuracy": [c.accuracy for c in courses],
+        "bound": [c.bound for c in courses],
+        "single-irrep neurons, of all": [c.neurons.sum(axis=1) / c.width for c in courses],
+        "neurons in circuits, of all": [c.in_circuits / c.width for c in courses],
+    }
+    colors = ("#222222", "#c8102e", "#0072b2", "#56b4e9")
+    for (name, values), color in zip(curves.items(), colors, strict=True):
+        line = {"color": color, "width": 3, "dash": "dot" if "neurons" in name else "solid"}
+        figure.add_scatter(
+            x=courses[0].steps, y=np.mean(values, axis=0), name=name, line=line,
+            legendgroup="network", legendgrouptitle_text="network", legend=legend_of(at),
+            row=at, col=2,
+        )  # fmt: skip
+        for each in values if len(courses) > 1 and "neurons" not in name else ():
+            thin = {"color": color, "width": 0.6}
+            figure.add_scatter(
+                x=courses[0].steps, y=each, mode="lines", line=thin, hoverinfo="skip",
+                showlegend=False, row=at, col=2,
+            )  # fmt: skip
 
 
 def summarize(name: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -254,7 +307,10 @@ def main() -> None:
     parser.add_argument("--n-seeds", type=int, default=5, help="networks of each group")
     parser.add_argument("--groups", nargs="+", default=["S4", "A5", "S5"])
     parser.add_argument(
-        "--checkpoints", type=int, default=10, help="steps at which each training is looked at"
+        "--checkpoints", type=int, default=10, help="steps at which a training is looked at"
+    )
+    parser.add_argument(
+        "--followed", type=int, default=3, help="networks of each group whose training is followed"
     )
     options = parser.parse_args()
     if options.checkpoints < 0:

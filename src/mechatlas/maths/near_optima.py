@@ -47,15 +47,16 @@ BERRY_ESSEEN = 0.56
 """Constant of the theorem for summands of different distributions (Shevtsova, 2010)."""
 MOST_SQUARE = 2048
 """Longest side of the costs for which the upper bound and the estimate are computed."""
-TILTS, TURNS = 24, 8
+TILTS, TURNS = 12, 5
 """Values of b that are tried, and rounds in which rows and columns are scaled for each."""
-ALONE, COOLING = 0.05, 1.4
+ALONE, COOLING = 0.05, 1.5
 """Logarithm of the sum of all weights, relative to the optimum's, from which on pairings are drawn,
 and factor from one b to the next."""
-BURN_IN, DRAWS = 60, 120
-"""Rounds of exchanges before pairings of a b count, and those that count."""
-FAR = 0.1
-"""Fraction of the exchanges that are with any row; the others are with those listed."""
+BURN_IN, DRAWS = 20, 60
+"""Rounds of exchanges before pairings of a b count, and those that count; a third and an eighth of
+the number of rows are added, since many rows need longer."""
+NEAR, FAR = 32, 0.2
+"""Rows that a row exchanges its partner with, and fraction of the exchanges that are with any."""
 SLACK = 1e-9
 """Share of a budget that rounding may cost."""
 
@@ -301,10 +302,12 @@ def _estimates(
         return [0.0] * len(budgets)
     row_of = np.empty(n, np.int64)
     row_of[columns] = np.arange(n)
-    listed = min(LISTED, n - 1)
+    listed = min(NEAR, n - 1)
     own = reduced + 0.0
     own[np.arange(n), columns] = np.inf
-    near = row_of[np.argpartition(own, listed - 1, axis=1)[:, :listed]]
+    cheap = np.argpartition(own, listed - 1, axis=1)[:, :listed]
+    order = np.argsort(np.take_along_axis(own, cheap, axis=1), axis=1)
+    near = row_of[np.take_along_axis(cheap, order, axis=1)]
     tilt, ground = 1 / largest, _log_weights(rises, 1e12 / largest)
     while _log_weights(rises, tilt) > ground + ALONE:
         tilt *= COOLING
@@ -333,9 +336,10 @@ def _drawn(
 ) -> Float[np.ndarray, " draw"]:
     """Rises of pairings drawn one after another; `now`, the columns of rows, ends as the last."""
     n, found = len(now), []
-    for step in range(BURN_IN + DRAWS):
+    burn_in, draws = BURN_IN + n // 3, DRAWS + n // 8
+    for step in range(burn_in + draws):
         one = random.permutation(n)
-        listed = near[one, random.integers(0, near.shape[1], n)]
+        listed = near[one, (near.shape[1] * random.random(n) ** 3).astype(int)]  # the first often
         other = np.where(random.random(n) < FAR, random.integers(0, n, n), listed)
         # Of the exchanges of a row, the first counts, so that all may happen at once.
         ends = np.stack([one, other], axis=1).ravel()
@@ -348,6 +352,6 @@ def _drawn(
         accepted = np.log(random.random(len(i))) < -tilt * rise
         i, j = i[accepted], j[accepted]
         now[i], now[j] = now[j], now[i]
-        if step >= BURN_IN:
+        if step >= burn_in:
             found.append(reduced[np.arange(n), now].sum())
     return np.array(found)

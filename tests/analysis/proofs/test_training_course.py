@@ -45,7 +45,7 @@ def test_an_irrep_that_is_lost_again_is_learned_only_when_it_stays():
     neurons = np.array([[0, 4, 0], [0, 0, 5], [0, 2, 9], [0, 4, 9]])
     flat, none = np.zeros(4), np.zeros(4, int)
     course = TrainingCourse(
-        np.array([1, 2, 3, 4]), ("1a", "2a", "3a"), neurons / 10, neurons, none, flat, flat
+        np.array([1, 2, 3, 4]), ("1a", "2a", "3a"), neurons / 10, neurons, none, flat, flat, 9
     )
     assert course.learned_at() == {"3a": 2, "2a": 3}
 

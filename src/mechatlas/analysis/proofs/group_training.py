@@ -14,7 +14,8 @@ universality (2023), for architecture and training.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -48,6 +49,9 @@ class GroupTrainingConfig:
     weight_decay: float = 2e-4
     """Coefficient of the L2 penalty on every factor. The penalty is part of the loss (Adam, not
     AdamW), so that weights of no use vanish fast."""
+    weight_decay_warm_up: float = 0.0
+    """Fraction of the steps over which the penalty grows with the square of the step. A large group
+    needs it: a penalty that leaves few irreps at the end lets none grow at first."""
     seed: int = 0
     """Seed of the weights and batches of the first network."""
     n_seeds: int = 1
@@ -63,6 +67,7 @@ class GroupTrainingConfig:
             **dict.fromkeys(counts, COUNT),
             lr="(0, 1000]",
             weight_decay="[0, 1000]",
+            weight_decay_warm_up="[0, 1]",
             seed=SEED,
             n_checkpoints="[0, 1000]",
         )
@@ -76,6 +81,22 @@ class GroupTrainingConfig:
         return sorted(set(steps.tolist()))
 
 
+@contextmanager
+def without_subnormals() -> Iterator[None]:
+    """Count numbers too small to be normal as 0.
+
+    Weights of no use fall by a constant factor in each step and would be such numbers for long,
+    with which a processor computes many times more slowly.
+    """
+    before = float(torch.tensor(1e-40) * 1.0) == 0
+    torch.set_flush_denormal(True)
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(before)
+
+
+@without_subnormals()
 def train_group_nets(
     table: Int[np.ndarray, "order order"],
     settings: GroupTrainingConfig,
@@ -115,7 +136,9 @@ def train_group_nets(
     kept = set(s.checkpoints()) if on_checkpoint else set()
     for step in range(s.steps):
         fall = min(1.0, max(0.02, (s.steps - step) / (FALL * s.steps)))
+        grown = min(1.0, (step + 1) / max(s.weight_decay_warm_up * s.steps, 1.0))
         adam.param_groups[0]["lr"] = s.lr * min(1.0, (step + 1) / WARM_UP) * fall
+        adam.param_groups[0]["weight_decay"] = s.weight_decay * grown**2
         x, y = torch.stack(
             [torch.randint(0, n, (2, s.batch_size), generator=random) for random in randoms], dim=1
         )

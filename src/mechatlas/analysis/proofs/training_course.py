@@ -43,6 +43,8 @@ class TrainingCourse:
     """Accuracy on all pairs, by brute force."""
     bound: Float[np.ndarray, " checkpoint"]
     """Certified accuracy, by `prove`."""
+    width: int
+    """Hidden neurons of the network."""
 
     def learned_at(self) -> dict[str, int]:
         """Find when each irrep is learned, in the order of learning.
@@ -92,7 +94,9 @@ def follow_training(
         rows.append((step, energy, counts, in_circuits, accuracy, bound.accuracy_bound))
         on_progress(len(rows), len(snapshots))
     steps, *columns = (np.array(column) for column in zip(*rows, strict=True))
-    return TrainingCourse(steps, tuple(irrep.name for irrep in irreps), *columns)
+    width = len(next(iter(snapshots.values())).unembed)
+    names = tuple(irrep.name for irrep in irreps)
+    return TrainingCourse(steps, names, *columns, width=width)
 
 
 def _spectrum(functions: Float[np.ndarray, "neuron order"], group: Group) -> np.ndarray:
