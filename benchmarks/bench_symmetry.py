@@ -96,7 +96,7 @@ def test_zero_blocks(benchmark, noise):
             zero = world.truth != "present"
             kinds = (f"{name}{'' if artifacts else ' alone'}" for name in world.truth[zero])
             counts.update(zip(kinds, found[zero], strict=True))
-    benchmark.pedantic(find_artifacts, (world.estimates,), rounds=1)
+    benchmark.pedantic(find_artifacts, (zeroed.plant(noise=noise).estimates,), rounds=1)
     table = {f"{truth}: {name}": n for (truth, name), n in sorted(counts.items())}
     print(f"\nnoise {noise}: {table}")
     benchmark.extra_info.update(table)
