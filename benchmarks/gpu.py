@@ -26,6 +26,7 @@ from mechatlas.dictionaries.engine import sparse_steps
 from mechatlas.dictionaries.engine.sparse_steps import SparseStep
 
 Trainer = Callable[[torch.Tensor], Any]
+Rule = type[ma.TopK] | type[ma.BatchTopK]
 
 
 class Clock:
@@ -60,21 +61,21 @@ def options() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def autoencoder(given: argparse.Namespace) -> ma.Autoencoder:
+def autoencoder(given: argparse.Namespace, rule: Rule = ma.TopK) -> ma.Autoencoder:
     """Make the dictionary that all of ours train."""
     d, m = map(int, given.shape.split("x"))
-    made = ma.Autoencoder(d_in=d, n_latents=m, sparsity=ma.TopK(k=given.k))
+    made = ma.Autoencoder(d_in=d, n_latents=m, sparsity=rule(k=given.k))
     return made.to(given.device)
 
 
-def ours(given: argparse.Namespace, *, triton: bool) -> Trainer:
+def ours(given: argparse.Namespace, rule: Rule = ma.TopK, *, triton: bool) -> Trainer:
     """Make a step by our kernels, or by plain torch."""
     usual = sparse_steps.can_use_triton
     sparse_steps.can_use_triton = lambda _: triton
     kernels = sparse_steps.can_compile
     sparse_steps.can_compile = lambda _: False
     try:
-        step = SparseStep(autoencoder(given))
+        step = SparseStep(autoencoder(given, rule))
     finally:
         sparse_steps.can_use_triton, sparse_steps.can_compile = usual, kernels
     return lambda x: step(x, 1e-3)
@@ -144,13 +145,15 @@ def check(given: argparse.Namespace) -> dict[str, float]:
     error = (values.sort(dim=1, descending=True).values - wanted).abs().max() / wanted.max()
     found = {"largest relative error of a selected code": float(error)}
     small = argparse.Namespace(**{**vars(given), "shape": f"{min(d, 256)}x{min(m, 2048)}"})
-    steps = [ours(small, triton=triton) for triton in (True, False)]
-    losses = []
-    for _ in range(5):
-        batch = torch.randn(min(n, 64), min(d, 256), generator=random).to(given.device)
-        losses.append([float(step(batch).loss) for step in steps])
-    gaps = [abs(a - b) / b for a, b in losses]
-    return {**found, "largest relative gap of a loss to plain torch": max(gaps)}
+    for rule in (ma.TopK, ma.BatchTopK):
+        steps = [ours(small, rule, triton=triton) for triton in (True, False)]
+        gaps = []
+        for _ in range(5):
+            batch = torch.randn(min(n, 64), min(d, 256), generator=random).to(given.device)
+            loss, wanted = (float(step(batch).loss) for step in steps)
+            gaps.append(abs(loss - wanted) / wanted)
+        found[f"largest relative gap of a loss to plain torch, {rule.__name__}"] = max(gaps)
+    return found
 
 
 def measure(given: argparse.Namespace, make: Callable[[], Trainer | None]) -> dict[str, float]:
@@ -181,6 +184,7 @@ def main() -> None:
         print(f"{name}: {value:.2e}")
     makers: dict[str, Callable[[], Trainer | None]] = {
         "mechatlas, Triton": lambda: ours(given, triton=True),
+        "mechatlas, Triton, BatchTopK": lambda: ours(given, ma.BatchTopK, triton=True),
         "mechatlas, plain torch": lambda: ours(given, triton=False),
         "dense, encoder in bfloat16": lambda: dense(given),
         "sparsify": lambda: sparsify(given),
