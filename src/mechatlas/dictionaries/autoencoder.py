@@ -36,10 +36,13 @@ from mechatlas.dictionaries.objective import Objective
 from mechatlas.dictionaries.pretrained import Pretrained, span_of
 from mechatlas.dictionaries.revival import AuxK, Resample
 from mechatlas.dictionaries.rows import as_batch, check_width
-from mechatlas.dictionaries.sparsity import TopK, as_rule
+from mechatlas.dictionaries.sparsity import Gated, ReLU, TopK, as_rule
 
 FIRST_ROWS = 1024
 """Rows of the first batch used to estimate the initial size of the codes."""
+FIRST_DENSITY = 0.03
+"""Fraction of those rows on which a latent is active at first, if its rule has no k and no
+threshold."""
 
 
 class SparseCoder(nn.Module, abc.ABC):
@@ -174,19 +177,26 @@ class SparseCoder(nn.Module, abc.ABC):
         that together they overshoot a row; and where sites are written that are not read, they
         say nothing of these yet. Codes start at the geometric mean of the size that is best now
         and their size if atoms were learned. The k largest stay the same.
+
+        Without a k or a threshold, half of all codes would be above zero, for as long as it takes
+        the penalty to close them. Biases start where each latent is active on few rows, and codes
+        at the size that is best now.
         """
         self.start_at(x.mean(dim=0))
-        if self.tied or not hasattr(self.sparsity, "k"):
-            return
-        x = x[:FIRST_ROWS]
+        x, by_bias = x[:FIRST_ROWS], isinstance(self.sparsity, ReLU | Gated)
+        read, target = x[:, self.reads], x[:, self.writes] - self.b_dec
         with workers(x.device):  # one thread, since several would sum in another order
-            reconstruction = self.decode(self.encode(x[:, self.reads])) - self.b_dec
-            target = x[:, self.writes] - self.b_dec
+            if by_bias:
+                n_active = math.ceil(FIRST_DENSITY * len(x))
+                self.b_enc.sub_(self.pre_activations(read).topk(n_active, dim=0).values[-1])
+            if self.tied or not (by_bias or hasattr(self.sparsity, "k")):
+                return
+            reconstruction = self.decode(self.encode(read)) - self.b_dec
             squares = reconstruction.square().sum().clamp(min=1e-30)
             best = float((reconstruction * target).sum() / squares)
-        if 0 < best < 1:
+        if best > 0:
             for parameter in self.encoder_parameters:
-                parameter.mul_(math.sqrt(best))
+                parameter.mul_(best if by_bias else min(1, math.sqrt(best)))
 
     def as_pretrained(self) -> Pretrained:
         """Copy this dictionary into the parts of other libraries."""
