@@ -21,7 +21,7 @@ from tests.dictionaries.test_checkpoints import KilledError, kill_after
 RULES = {
     "topk": TopK(k=3),
     "batchtopk": BatchTopK(k=3),
-    "relu": ReLU(l1=2.0),
+    "relu": ReLU(l1=1.0),
     "jumprelu": JumpReLU(l0=1.0),
     "gated": Gated(l1=2.0),
 }
