@@ -65,8 +65,12 @@ def store_config(out, engine, crops):
         engine=engine,
         out=out,
     )
+    many = dataclasses.replace(config.storage.positions, per_sample=50)
     return dataclasses.replace(
-        config, storage=dataclasses.replace(config.storage, memory_mib=128, dtype="float32")
+        config,
+        storage=dataclasses.replace(
+            config.storage, positions=many, memory_mib=512, dtype="float32"
+        ),
     )
 
 
@@ -86,7 +90,7 @@ def ceiling(_folder, pieces=8):
     compare("ceiling", run, ("here", "processes:2"))
 
 
-def collect(folder, crops=3000):
+def collect(folder, crops=2000):
     def run(engine):
         execute(store_config(folder / engine.replace(":", ""), engine, crops))
 
@@ -130,8 +134,8 @@ def overhead(_folder, pieces=8):
     ray.shutdown()
 
 
-def ranks(_folder, steps=20):
-    for n in (1, 2, 1, 2):
+def ranks(_folder, steps=50):
+    for n in 3 * (1, 2):
         command = ["-m", "torch.distributed.run", f"--nproc-per-node={n}", "--standalone"]
         subprocess.run([sys.executable, *command, __file__, "rank", str(steps)], check=True)
 

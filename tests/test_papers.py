@@ -58,3 +58,19 @@ def test_the_quick_form_of_the_interaction_basis_ends_with_a_page(tmp_path, monk
     assert digits["accuracy"] > 0.9
     assert all(lib < n for lib, n in zip(digits["lib"], digits["neurons"], strict=True))
     assert (tmp_path / "paper.html").is_file()
+
+
+def test_courses_are_drawn_group_by_group_without_irreps_that_never_have_any_weight():
+    recipe_of = runpy.run_path(str(PAPERS / "group_operations" / "run.py"))
+    course = {
+        "steps": [20, 200], "irreps": ["1a", "2b", "3c"], "width": 8,
+        "energy": [[0.0, 0.99, 0.01], [0.0, 0.99, 0.01]], "neurons": [[0, 0, 0], [0, 6, 0]],
+        "in_circuits": [0, 2], "accuracy": [0.5, 1.0], "bound": [0.0, 0.9],
+    }  # fmt: skip
+    rows = [{"group": name, "course": course} for name in ("S4", "A5", "A5")]
+    page = recipe_of["draw_training"]([*rows, {"group": "S5", "course": None}])
+    assert "S4: share of the variance" in page
+    assert "A5: accuracy, bound and neurons" in page
+    assert "S5" not in page.split("<body>")[1].split("Plotly.newPlot")[-1]
+    assert '"name":"2b"' in page
+    assert '"name":"3c"' not in page

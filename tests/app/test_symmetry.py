@@ -123,7 +123,7 @@ def test_zero_blocks_that_the_code_drives_are_no_lack_of_symmetry(world, tmp_pat
     found = result.artifacts
     assert (found.features, found.tested, found.blocks, found.shrunk) == (2, 2, 3, 3)
     assert (found.affected, found.withheld) == (2, 1)
-    assert "2 features have 3 zero blocks: 0 really absent, 3 shrunk" in text
+    assert "2 features have 3 zero blocks: 0 absent, 3 shrunk" in text
     table = pq.read_table(tmp_path / "out" / FEATURES).to_pydict()
     assert [k for k, name in enumerate(table["block_classes"][0]) if name == "shrunk"] == [3, 6]
     assert set(table["block_classes"][1]) == {"present"}

@@ -34,7 +34,7 @@ REVIVALS = {
     "auxk": ma.AuxK(k=4, dead_after_rows=300),
     "resample": ma.Resample(every=5, dead_after_rows=300),
 }
-MOST_WAITS = {"topk": 0, "batch topk": 0, "relu": 1, "jumprelu": 1, "gated": 0}
+MOST_WAITS = {"topk": 0, "batch topk": 0, "relu": 1, "jumprelu": 1, "gated": 1}
 
 
 @pytest.mark.parametrize(

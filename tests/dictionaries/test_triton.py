@@ -329,6 +329,7 @@ RULES = {
     "batch topk": ma.BatchTopK(k=3),
     "relu": ma.ReLU(l1=0.5),
     "jumprelu": ma.JumpReLU(l0=0.3),
+    "gated": ma.Gated(l1=0.5),
 }
 FORMS = {
     "plain": lambda **rest: ma.Autoencoder(d_in=20, **rest),
@@ -343,7 +344,8 @@ FORMS = {
     ("rule", "form", "steps"),
     [("topk", "plain", 60), ("batch topk", "plain", 5), ("jumprelu", "plain", 5)]
     + [("relu", "tied", 5), ("batch topk", "matryoshka", 5), ("jumprelu", "matryoshka", 5)]
-    + [("topk", "crosscoder", 5), ("batch topk", "transcoder", 5)],
+    + [("topk", "crosscoder", 5), ("batch topk", "transcoder", 5)]
+    + [("gated", "plain", 5), ("gated", "matryoshka", 5)],
 )
 def test_steps_are_those_of_the_cpu(rule, form, steps, monkeypatch):
     usual, dense = sparse_steps.can_compile, []

@@ -2,12 +2,14 @@
 
     python recipes/papers/group_operations/run.py                 # 5 networks each: minutes
     python recipes/papers/group_operations/run.py --n-seeds 100   # as in the paper
+    python recipes/papers/group_operations/run.py --groups S6 --n-seeds 1 --checkpoints 0
 
 Wu, Jaburi, Drori and Gross (ICLR 2025) bound 100 networks of S5. Below `--out` are the runs
 `GROUP/nets` and `GROUP/proof_SEED`, `paper.json` and `paper.html` (all numbers, with the paper's
 beside), `scatter.html` (bound against time, as a share of brute force in float32) and
 `training.html` (which irreps carry the energy of the weights at which step, beside accuracy and
-bound; `--checkpoints 0` leaves it out). Runs that are
+bound, of the first `--followed` networks; `--checkpoints 0` leaves it out). The settings of each
+group are those of `recipes/groups`; a network on S6 takes minutes, not seconds. Runs that are
 there already are not made again, so that the same command continues one that was stopped.
 """
 

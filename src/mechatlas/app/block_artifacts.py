@@ -38,7 +38,7 @@ class ArtifactsResult:
     decoupled: int = 0
     """Zero blocks that other latents write (latent decoupling)."""
     absent: int = 0
-    """Zero blocks in whose pose the activation does not follow the code."""
+    """Zero blocks in whose pose less than half of the largest block follows the code, if any."""
     affected: int = 0
     """Features with a block that is shrunk or decoupled."""
     withheld: int = 0
@@ -89,8 +89,8 @@ def in_words(result: ArtifactsResult) -> str:
         return ""
     unknown = result.blocks - result.shrunk - result.decoupled - result.absent
     return (
-        f"{result.features} features have {result.blocks} zero blocks: {result.absent} really "
-        f"absent, {result.shrunk} shrunk although the code drives them, {result.decoupled} written "
-        f"by other latents, {unknown} not shown. Less is claimed of {result.withheld} features for "
+        f"{result.features} features have {result.blocks} zero blocks: {result.absent} absent, "
+        f"{result.shrunk} shrunk although the code drives them, {result.decoupled} written by "
+        f"other latents, {unknown} not shown. Less is claimed of {result.withheld} features for "
         "this reason."
     )

@@ -56,6 +56,8 @@ class Rule(abc.ABC):
     """Whether codes are found step by step from rows and atoms (`pursue`), without an encoder."""
     by_site = False
     """Whether a site that is written uses a part of the code alone (`at_site`)."""
+    has_gates = False
+    """Whether pre-activations above zero are a code of their own, whose error the penalty has."""
 
     def at_site(self, code: Latents, state: State, site: int) -> Latents:
         """Code as one of several sites uses it: all of it, but for a rule of sites."""
@@ -131,11 +133,11 @@ class Rule(abc.ABC):
     def penalize_codes(
         self, codes: Codes, d_code: Pairs, weight: float, state: State
     ) -> tuple[Tensor | float, dict[str, Tensor]]:
-        """Add the gradient of the penalty to that of each code, in place.
+        """Make the gradient of each code, in place, that of its pre-activation, with the penalty's.
 
         Args:
             codes: Codes that `find_codes` gave.
-            d_code: Gradient of each code.
+            d_code: Gradient of each code. The error of gates is added by the caller.
             weight: Weight of a row's penalty in the loss.
             state: Tensors of this rule.
 
@@ -401,11 +403,7 @@ class JumpReLU(Rule):
         own = threshold[codes.latents]
         window = (codes.raw - own).abs() < self.bandwidth / 2  # `find_codes` finds none below zero
         to_threshold = window * (own * d_code + weight * self.l0) * (own / -self.bandwidth)
-        gradient = torch.zeros_like(threshold)
-        if gradient.device.type == "cpu":
-            gradient.index_add_(0, codes.latents, to_threshold)
-        else:  # which sums in one order there, as `index_add_` does not
-            gradient.index_put_((codes.latents.long(),), to_threshold, accumulate=True)
+        gradient = _by_latent(codes, to_threshold, len(threshold))
         n_kept = (codes.values != 0).sum(dtype=codes.values.dtype)
         return weight * self.l0 * n_kept, {"log_threshold": gradient}
 
@@ -417,6 +415,15 @@ class JumpReLU(Rule):
     def rescale(self, factor: float, state: State) -> None:
         """The threshold has the pre-activations' units."""
         state["log_threshold"].add_(math.log(factor))
+
+
+def _by_latent(codes: Codes, numbers: Pairs, n_latents: int) -> Float[Tensor, " latent"]:
+    """Sum numbers of pairs by their latent."""
+    sums = numbers.new_zeros(n_latents)
+    if sums.device.type == "cpu":
+        return sums.index_add_(0, codes.latents, numbers)
+    # This sums in one order there, as `index_add_` does not.
+    return sums.index_put_((codes.latents.long(),), numbers, accumulate=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -444,6 +451,8 @@ class Gated(Rule):
     l1: float = 1.0
     """Weight of the open gates' sum beside the squared errors."""
 
+    has_gates = True
+
     def __post_init__(self) -> None:
         check_ranges(self, l1=POSITIVE)
 
@@ -468,6 +477,33 @@ class Gated(Rule):
         del code, state
         gates = pre.relu()
         return self.l1 * gates.sum(dim=-1) + unexplained(gates)
+
+    def find_codes(self, search: CodeSearch, state: State) -> Codes | None:
+        """Find the sizes of the pre-activations above zero; some sizes may be zero."""
+        gates = search.above(0.0)
+        if gates is None:
+            return None
+        factor, offset = (state[name].detach()[gates.latents] for name in ("r_mag", "b_mag"))
+        return gates._replace(values=(gates.raw * factor.exp() + offset).relu())
+
+    def penalize_codes(
+        self, codes: Codes, d_code: Pairs, weight: float, state: State
+    ) -> tuple[Tensor | float, dict[str, Tensor]]:
+        """Lead the gradient of each size to its gate, factor and offset; add that of the sum.
+
+        Args:
+            codes: Codes, with the gates' pre-activations `raw`, all above zero.
+            d_code: Gradient of each size, which becomes that of its gate.
+        """
+        factor = state["r_mag"].detach().exp()[codes.latents]
+        d_size = d_code * (codes.values > 0)
+        n_latents = len(state["r_mag"])
+        learned = {
+            "r_mag": _by_latent(codes, d_size * codes.raw * factor, n_latents),
+            "b_mag": _by_latent(codes, d_size, n_latents),
+        }
+        torch.mul(d_size, factor, out=d_code).add_(weight * self.l1)
+        return weight * self.l1 * codes.raw.sum(), learned
 
     def rescale(self, factor: float, state: State) -> None:
         """`b_mag` has the pre-activations' units."""

@@ -48,6 +48,7 @@ def test_a_sign_flip_and_an_irrep_of_dimension_two_are_recovered():
     parts = [[0], [1, 2], [3]]
     found = fit_code_action(codes, posed, decoder, D4, HELD, parts=parts)
     assert found.exact.all()
+    assert found.distance.max() < 0.02
     np.testing.assert_allclose(found.matrices, truth, atol=0.06)
     products = found.matrices[:, None] @ found.matrices[None]
     np.testing.assert_allclose(found.matrices[D4.table], products, atol=1e-8)
@@ -87,6 +88,7 @@ def test_random_rows_give_no_gain():
         found = fit_code_action(codes, shuffled, decoder, D4, HELD)
         assert found.gain_low <= 0
         assert found.gain < 0
+        assert found.distance > 0.8
 
 
 def test_a_regular_action_is_learnt_but_gains_nothing():

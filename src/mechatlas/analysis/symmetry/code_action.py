@@ -59,7 +59,10 @@ class CodeAction:
     matrices: Float[np.ndarray, "order latent latent"]
     """rho(g), block-diagonal over the parts; a part without a representation is left unchanged."""
     exact: Bool[np.ndarray, " part"]
-    """Whether a representation was found near the matrices that fit best."""
+    """Whether averages of the matrices that fit best converged to a representation."""
+    distance: Float[np.ndarray, " part"]
+    """Norm of the difference of the representation and these matrices, relative to its own: about 1
+    for codes that say nothing of other poses."""
     multiplicities: Int[np.ndarray, "part irrep"]
     """Number of times each of `group.irreps()` occurs in a part; 0 for parts without one."""
     fvu: dict[Predictor, Float[np.ndarray, " order"]]
@@ -103,6 +106,9 @@ def fit_code_action(
 ) -> CodeAction:
     """Learn how a group acts on codes, and compare with the regular action on held-out rows.
 
+    Keeps several matrices of order x latents^2, so it is for hundreds of latents, not for many
+    thousands.
+
     Args:
         codes: Codes of the untransformed activations `(n, latents)`, numpy or torch.
         posed: Activations in all poses `(n, order, d)`.
@@ -133,9 +139,12 @@ def fit_code_action(
     matrices = np.tile(np.eye(m), (group.order, 1, 1))
     irreps = group.irreps()
     exact, counts = np.zeros(len(listed), bool), np.zeros((len(listed), len(irreps)), int)
+    distance = np.empty(len(listed))
     for i, part in enumerate(listed):
         inside = np.ix_(range(group.order), part, part)
         near = _nearest_representation(best[inside], group)
+        close = matrices[inside] if near is None else near
+        distance[i] = np.linalg.norm(best[inside] - close) / np.linalg.norm(close)
         if near is None:
             continue
         exact[i], matrices[inside] = True, near
@@ -153,6 +162,7 @@ def fit_code_action(
     return CodeAction(
         matrices=matrices,
         exact=exact,
+        distance=distance,
         multiplicities=counts,
         fvu=_fvu(sums.sum(axis=0)),
         **dict(zip(("gain", "gain_low", "gain_high"), _gain(sums, others), strict=True)),

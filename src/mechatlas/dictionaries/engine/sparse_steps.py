@@ -330,23 +330,43 @@ class SparseStep:
         )
         by_columns = self._by_columns(dead)
         reconstruct = self._by_column_groups if by_columns else self._by_tiles
-        loss, grouped, out = reconstruct(task, codes, run)
         weight = sparsity_coefficient / len(x)
         rule, state = dictionary.rule, dictionary.state
+        of_gates = None
+        if rule.has_gates:  # first: what is kept of the codes takes its room
+            scales = self.objective.weights(target).mul_(2 * weight)
+            gates = task._replace(scales=scales, widths=self._levels[-1:])
+            of_gates = reconstruct(gates, codes._replace(values=codes.raw), run)
+        loss, grouped, out = reconstruct(task, codes, run)
+        fired = grouped.starts[1:] > grouped.starts[:-1]
         penalty, learned = rule.penalize_codes(codes, out.codes, weight, state)
+        if of_gates is not None:  # a gate learns where it is open, even if its size is zero
+            error, by_gate, d_gates = of_gates
+            penalty += error
+            out.codes.add_(d_gates.codes)
+            grouped = by_gate._replace(values=codes.values.index_select(0, by_gate.order))
         d_code = out.codes.index_select(0, grouped.order)
-        if (
-            self.backend is fallback
-        ):  # codes of zero are behind the last latent, and none of its pairs
+        if self.backend is fallback and of_gates is None:
+            # Codes of zero are behind the last latent, and none of its pairs.
             d_code = d_code.masked_fill_(grouped.values == 0, 0)
         batch = LatentGradients(self._room["x"], out.rows, out.atoms, d_code, task.widths)
         added = self._revival(dead, task.scales, out.rows)
-        adam = steps.adam(lr, self.n_steps)
+        self._descend((grouped, batch, added, run), learned, out.bias, lr)
+        return StepResult(steps.at_hand(loss + penalty), fired)
+
+    def _descend(
+        self,
+        sums: tuple[Grouped, LatentGradients, AddedGradients, Run],
+        learned: dict[str, Tensor],
+        bias: Tensor,
+        lr: float,
+    ) -> None:
+        """Step along what a batch has summed, the gradients `learned` and that of `b_dec`."""
+        dictionary, adam = self.dictionary, steps.adam(lr, self.n_steps)
         update = Update(adam, self._edges, 1.0, SMALLEST_LENGTH, dictionary.tied, True)
-        sums = (grouped, batch, added, run)
 
         def to_bias(d_input: Tensor) -> Tensor:
-            return out.bias - d_input if dictionary.subtracts_b_dec else out.bias
+            return bias - d_input if dictionary.subtracts_b_dec else bias
 
         factor = 1.0
         if self.objective.clip is not None:
@@ -360,7 +380,6 @@ class SparseStep:
         own = [Learned(self._parameter(name), *self.moments[name]) for name in learned]
         step_adam = fallback.step_adam if self._in_parts else self.backend.step_adam
         step_adam(own, gradients, adam)
-        return StepResult(steps.at_hand(loss + penalty), grouped.starts[1:] > grouped.starts[:-1])
 
     def _group(self, codes: Codes) -> Grouped:
         """Group codes by latent."""

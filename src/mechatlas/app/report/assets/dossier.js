@@ -41,7 +41,7 @@ const dossier = (() => {
     const statement = line.claimed ? `Stabilizer: ${line.name} (order ${line.order})` : line.name === "not shown" ? "Symmetry: neither shown nor ruled out" : `Symmetry: ${line.name}`;
     const others = line.members.length
       ? el("p", { class: "says" }, `Family ${line.family}, pose ${line.pose}; others: `, ...line.members.map(([j, pose], k) => el("span", {}, el("a", { href: "#", "data-feature": j }, `${j} (${pose})`), k + 1 < line.members.length ? "," : ""))) : null;
-    const what = { absent: "really absent", shrunk: "shrunk although the code drives it", decoupled: "written by other latents", "not shown": "not shown to be absent" };
+    const what = { absent: "absent", shrunk: "shrunk although the code drives it", decoupled: "written by other latents", "not shown": "not shown to be absent" };
     const zero = line.zero.length
       ? el("p", { class: "says" }, "Zero blocks: ", ...line.zero.map(([pose, name, value, low, high, carrier], k) => el("span", {},
         `${pose} ${what[name]}`, carrier < 0 ? "" : el("span", {}, ", most by ", el("a", { href: "#", "data-feature": carrier }, carrier)),

@@ -338,7 +338,7 @@
       d.key, el("small", {}, `${number(d.n)} features`))));
   let wait = 0;
   const again = async () => { await show(); remember(); };
-  byId("search").addEventListener("input", () => { clearTimeout(wait); wait = setTimeout(again, 40); });
+  byId("search").addEventListener("input", () => { clearTimeout(wait); wait = setTimeout(again, state.d?.n > 1e5 ? 40 : 0); });
   root.querySelector("form").addEventListener("submit", (event) => { event.preventDefault(); again(); });
   byId("sort").addEventListener("change", () => { setOrder(risingAtFirst()); again(); });
   byId("direction").addEventListener("click", () => { setOrder(!state.rising); again(); });
