@@ -25,7 +25,7 @@ from tyro.conf import Positional, arg
 from mechatlas.activations.networks import folders, looking_in
 from mechatlas.app.commands.train import TrainConfig, estimate
 from mechatlas.app.engines import EngineConfig, as_engine
-from mechatlas.app.estimates import WORTH_MEASURING, Estimate
+from mechatlas.app.estimates import PROCESS, WORTH_MEASURING, Estimate
 from mechatlas.app.progress import bar
 from mechatlas.app.recipes import TrustConfig, as_dict, from_dict, read_raw, refuse_spoken
 from mechatlas.app.run_folder import (
@@ -279,7 +279,7 @@ def _estimate(configs: list[TrainConfig]) -> Estimate:
     n_latents = [each.n_latents for each in configs]
     return Estimate(
         seconds=first.seconds * steps / (config.steps * config.batch_size * config.n_latents),
-        memory=int(first.memory * max(1.0, max(n_latents) / config.n_latents)),
+        memory=PROCESS + (first.memory - PROCESS) * max(n_latents) // config.n_latents,
         disk=first.disk * sum(n_latents) // config.n_latents,
     )
 
