@@ -25,7 +25,7 @@ from tyro.conf import Positional, arg
 from mechatlas.activations.networks import folders, looking_in
 from mechatlas.app.commands.train import TrainConfig, estimate
 from mechatlas.app.engines import EngineConfig, as_engine
-from mechatlas.app.estimates import PROCESS, WORTH_MEASURING, Estimate
+from mechatlas.app.estimates import WORTH_MEASURING, Estimate
 from mechatlas.app.progress import bar
 from mechatlas.app.recipes import TrustConfig, as_dict, from_dict, read_raw, refuse_spoken
 from mechatlas.app.run_folder import (
@@ -273,14 +273,14 @@ def _run_one(config: Any, beside: tuple[Path, ...]) -> tuple[dict[str, Any], str
 
 
 def _estimate(configs: list[TrainConfig]) -> Estimate:
-    """Estimate the cost of all dictionaries from that of one, in proportion to their sizes."""
-    config, first = _first_estimate(configs)
+    """Estimate the cost of all dictionaries from that of the largest, in proportion to sizes."""
+    largest = sorted(configs, key=lambda each: -each.n_latents)
+    config, found = _first_estimate(largest)
     steps = sum(each.steps * each.batch_size * each.n_latents for each in configs)
-    n_latents = [each.n_latents for each in configs]
-    return Estimate(
-        seconds=first.seconds * steps / (config.steps * config.batch_size * config.n_latents),
-        memory=PROCESS + (first.memory - PROCESS) * max(n_latents) // config.n_latents,
-        disk=first.disk * sum(n_latents) // config.n_latents,
+    return dataclasses.replace(
+        found,
+        seconds=found.seconds * steps / (config.steps * config.batch_size * config.n_latents),
+        disk=found.disk * sum(each.n_latents for each in configs) // config.n_latents,
     )
 
 
