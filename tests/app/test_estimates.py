@@ -71,7 +71,9 @@ def test_a_dry_run_of_training_is_as_long_as_its_steps(store, tmp_path, capsys, 
     capsys.readouterr()
 
     sweep = training(tmp_path / "sweep.toml", store, 'site = "1"', "n_latents = [64, 128]")
-    assert dry(capsys, "sweep", sweep, "--out", tmp_path / "sweep")["seconds"] == 90 + 7
+    whole = dry(capsys, "sweep", sweep, "--out", tmp_path / "sweep")
+    assert whole["seconds"] == 45 + 7
+    assert found["memory"] <= whole["memory"] < 1.1 * found["memory"]  # most is of any process
     assert not (tmp_path / "sweep").exists()
 
     other = dry(capsys, "match", out, out, "--out", tmp_path / "match")

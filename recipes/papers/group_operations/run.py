@@ -9,8 +9,9 @@ Wu, Jaburi, Drori and Gross (ICLR 2025) bound 100 networks of S5. Below `--out` 
 beside), `scatter.html` (bound against time, as a share of brute force in float32) and
 `training.html` (which irreps carry the energy of the weights at which step, beside accuracy and
 bound, of the first `--followed` networks; `--checkpoints 0` leaves it out). The settings of each
-group are those of `recipes/groups`; a network on S6 takes minutes, not seconds. Runs that are
-there already are not made again, so that the same command continues one that was stopped.
+group are those of `recipes/groups`; a network on S6 takes four CPU minutes, one on S5 twenty
+seconds. Runs that are there already are not made again, so that the same command continues one
+that was stopped.
 """
 
 import argparse

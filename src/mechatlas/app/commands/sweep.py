@@ -273,14 +273,14 @@ def _run_one(config: Any, beside: tuple[Path, ...]) -> tuple[dict[str, Any], str
 
 
 def _estimate(configs: list[TrainConfig]) -> Estimate:
-    """Estimate the cost of all dictionaries from that of one, in proportion to their sizes."""
-    config, first = _first_estimate(configs)
+    """Estimate the cost of all dictionaries from that of the largest, in proportion to sizes."""
+    largest = sorted(configs, key=lambda each: -each.n_latents)
+    config, found = _first_estimate(largest)
     steps = sum(each.steps * each.batch_size * each.n_latents for each in configs)
-    n_latents = [each.n_latents for each in configs]
-    return Estimate(
-        seconds=first.seconds * steps / (config.steps * config.batch_size * config.n_latents),
-        memory=int(first.memory * max(1.0, max(n_latents) / config.n_latents)),
-        disk=first.disk * sum(n_latents) // config.n_latents,
+    return dataclasses.replace(
+        found,
+        seconds=found.seconds * steps / (config.steps * config.batch_size * config.n_latents),
+        disk=found.disk * sum(each.n_latents for each in configs) // config.n_latents,
     )
 
 
