@@ -179,8 +179,7 @@ class SparseCoder(nn.Module, abc.ABC):
         and their size if atoms were learned. The k largest stay the same.
 
         Without a k or a threshold, half of all codes would be above zero, for as long as it takes
-        the penalty to close them. Biases start where each latent is active on few rows. (With a
-        threshold that explains more too, but AuxK revives few latents from below zero.)
+        the penalty to close them. Biases start where each latent is active on few rows.
         """
         self.start_at(x.mean(dim=0))
         x, by_bias = x[:FIRST_ROWS], isinstance(self.sparsity, ReLU | Gated)
