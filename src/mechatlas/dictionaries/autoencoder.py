@@ -36,13 +36,12 @@ from mechatlas.dictionaries.objective import Objective
 from mechatlas.dictionaries.pretrained import Pretrained, span_of
 from mechatlas.dictionaries.revival import AuxK, Resample
 from mechatlas.dictionaries.rows import as_batch, check_width
-from mechatlas.dictionaries.sparsity import Gated, ReLU, TopK, as_rule
+from mechatlas.dictionaries.sparsity import Gated, JumpReLU, ReLU, TopK, as_rule
 
 FIRST_ROWS = 1024
 """Rows of the first batch used to estimate the initial size of the codes."""
 FIRST_DENSITY = 0.03
-"""Fraction of those rows on which a latent is active at first, if its rule has no k and no
-threshold."""
+"""Fraction of those rows on which a latent learns at first, if its rule has no k."""
 
 
 class SparseCoder(nn.Module, abc.ABC):
@@ -178,17 +177,18 @@ class SparseCoder(nn.Module, abc.ABC):
         say nothing of these yet. Codes start at the geometric mean of the size that is best now
         and their size if atoms were learned. The k largest stay the same.
 
-        Without a k or a threshold, half of all codes would be above zero, for as long as it takes
-        the penalty to close them. Biases start where each latent is active on few rows.
+        Without a k, half of all codes would be above zero, for as long as it takes the penalty to
+        close them. Biases start where each latent learns on few rows.
         """
         self.start_at(x.mean(dim=0))
-        x, by_bias = x[:FIRST_ROWS], isinstance(self.sparsity, ReLU | Gated)
+        x, by_bias = x[:FIRST_ROWS], isinstance(self.sparsity, ReLU | JumpReLU | Gated)
         read, target = x[:, self.reads], x[:, self.writes] - self.b_dec
         with workers(x.device):  # one thread, since several would sum in another order
             if by_bias:
                 n_active = min(math.ceil(FIRST_DENSITY * len(x)), len(x) - 1)
                 largest = self.pre_activations(read).topk(n_active + 1, dim=0).values
-                self.b_enc.sub_(largest[-2:].mean(dim=0))  # between two rows, at neither
+                least = self.rule.least_that_learns(self.state)
+                self.b_enc.sub_(largest[-2:].mean(dim=0) - least)  # between two rows, at neither
             if self.tied or not (by_bias or hasattr(self.sparsity, "k")):
                 return
             reconstruction = self.decode(self.encode(read)) - self.b_dec

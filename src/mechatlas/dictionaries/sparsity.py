@@ -147,6 +147,11 @@ class Rule(abc.ABC):
         del codes, d_code, weight, state
         return 0.0, {}
 
+    def least_that_learns(self, state: State) -> Float[Tensor, " latent"] | float:
+        """Pre-activation of each latent up to which it has no gradient."""
+        del state
+        return 0.0
+
     def frozen(self, state: State, n_latents: int) -> tuple["Rule", State]:
         """Rule with the same codes that no longer learns, as other libraries have it."""
         del n_latents
@@ -382,12 +387,16 @@ class JumpReLU(Rule):
         del code, unexplained
         return self.l0 * _Count.apply(pre, state["log_threshold"].exp(), self.bandwidth).sum(dim=-1)
 
+    def least_that_learns(self, state: State) -> Float[Tensor, " latent"]:
+        """Lower end of the window around each threshold."""
+        return (state["log_threshold"].detach().exp() - self.bandwidth / 2).clamp_min(0)
+
     def find_codes(self, search: CodeSearch, state: State) -> Codes | None:
         """Find the pre-activations above the lower end of the window around their threshold."""
-        threshold = state["log_threshold"].detach().exp()
-        codes = search.above((threshold - self.bandwidth / 2).clamp_min(0))
+        codes = search.above(self.least_that_learns(state))
         if codes is None:
             return None
+        threshold = state["log_threshold"].detach().exp()
         return codes._replace(values=codes.raw * (codes.raw > threshold[codes.latents]))
 
     def penalize_codes(
