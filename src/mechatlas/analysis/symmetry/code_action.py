@@ -14,8 +14,8 @@ nothing changes), made orthogonal in their mean metric, and averaged over the gr
 
     N(g)  <-  mean over h of N(h)^-1 N(hg),
 
-which converges to a representation from matrices that nearly are one. It is exact at the end, or
-the part is said not to have one.
+which converges to a representation from matrices that nearly are one. If a part does not converge,
+its codes are left unchanged and `exact` is False.
 
 Source: Erdogan and Lucic, Group equivariance meets mechanistic interpretability: equivariant sparse
 autoencoders (2025), for the learnt action; Babai, Friedl and Lukacs, Near representations of finite

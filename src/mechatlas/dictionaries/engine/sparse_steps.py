@@ -334,7 +334,7 @@ class SparseStep:
         rule, state = dictionary.rule, dictionary.state
         of_gates = None
         if rule.has_gates:  # first: what is kept of the codes takes its room
-            scales = self.objective.weights(target).mul_(2 * weight)
+            scales = task.scales * (sparsity_coefficient * len(levels))
             gates = task._replace(scales=scales, widths=self._levels[-1:])
             of_gates = reconstruct(gates, codes._replace(values=codes.raw), run)
         loss, grouped, out = reconstruct(task, codes, run)
