@@ -146,6 +146,13 @@ def test_zero_blocks_that_the_code_drives_are_no_lack_of_symmetry(world, tmp_pat
     assert "no decoder block for each pose" in sound.artifacts.missing
 
 
+def test_a_learnt_action_on_codes_is_judged_by_held_out_poses(world, tmp_path):
+    result, text = run(world, "crosscoder", tmp_path / "out", code_action=True)
+    found = result.code_action
+    print(found)
+    assert 0
+
+
 def test_classes_stand_beside_those_of_a_control(world, tmp_path):
     control, _ = run(world, "plain", tmp_path / "control")
     assert control.control is None
