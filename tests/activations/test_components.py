@@ -194,3 +194,26 @@ def test_layers_of_bert_which_normalize_sums_are_decomposed():
     assert not without[2].any()
     cosine = torch.cosine_similarity(without[1], found[1], dim=-1)
     assert float(cosine.min()) > 0.9999
+
+
+def test_layers_that_normalize_what_they_add_are_decomposed():
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.Gemma2Config(
+        vocab_size=30, hidden_size=24, num_hidden_layers=2, num_attention_heads=3, head_dim=8,
+        num_key_value_heads=1, intermediate_size=48, max_position_embeddings=8,
+    )  # fmt: skip
+    network = transformers.Gemma2Model(config).eval()
+    with torch.no_grad():
+        for name, weight in network.named_parameters():
+            if "norm" in name:
+                weight.normal_(0, 0.3)
+    tokens = torch.randint(0, 30, (3, 8), generator=torch.Generator().manual_seed(0))
+    layer = decompose_layer(network, Site("layers.1"), tokens)
+    sites = ["layers.0", "layers.1.post_feedforward_layernorm", "layers.1"]
+    before, written, out = read_activations(network, tokens, sites).values()
+    found = dict(zip(layer.names, layer.read(tokens), strict=True))
+    assert list(found) == ["input", "head0", "head1", "head2", "mlp"]
+    assert torch.allclose(found["input"], before)
+    assert torch.allclose(found["mlp"], written, atol=1e-5)
+    assert torch.allclose(sum(found.values()), out, atol=1e-5)

@@ -15,8 +15,6 @@ made again.
 
 import argparse
 import runpy
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,7 +30,7 @@ from mechatlas.dictionaries.sparsity import TopK
 
 HERE = Path(__file__).parent
 _SIDE = runpy.run_path(str(HERE.parent / "side_by_side.py"))
-Row, once, write_paper = (_SIDE["Row"], _SIDE["once"], _SIDE["write_paper"])
+Row, once, untrained = (_SIDE[name] for name in ("Row", "once", "untrained"))
 TITLE = "Group crosscoders for mechanistic analysis of symmetry (Gorton, 2024)"
 MISSING = [
     "mixed3b of InceptionV1 under D16: mechatlas collect recipes/inception_v1/collect_d16.toml "
@@ -172,17 +170,13 @@ def main() -> None:
     options.steps = options.steps or (1000 if options.full else 400)
     rows, numbers = [], {}
     for network in networks:
-        untrained = options.out / network / "untrained.safetensors"
-        if not untrained.is_file():
-            untrained.parent.mkdir(parents=True, exist_ok=True)
-            script = [sys.executable, str(HERE.parents[1] / "branches" / "untrained.py"), network]
-            subprocess.run([*script, "--out", str(untrained)], check=True)
+        fresh = untrained(network, options.out / network)
         for site in sites_of(network, options):
-            random = analyze(network, untrained, site, options)
+            random = analyze(network, fresh, site, options)
             own = analyze(network, None, site, options)
             numbers[f"{network} {site}"] = {"trained": own, "untrained": random}
             rows += rows_of(f"{network} {site}", own, random)
-    write_paper(options.out, TITLE, rows, MISSING, numbers)
+    _SIDE["write_paper"](options.out, TITLE, rows, MISSING, numbers)
 
 
 if __name__ == "__main__":

@@ -7,8 +7,9 @@ The components are what the layer was given, what each head of attention adds (i
 attention mixes, times its rows of the output projection), and what the MLP adds. What attention
 brings from the tokens of an image that are no patches (class token, registers) is apart from the
 heads: it is read with the values of all other tokens set to 0, which changes no attention pattern.
-Where a layer normalizes after adding, its components pass the normalization with its factor held
-at its value on the sum, so that they add up to the output; its shift counts as part of the input.
+Where a layer normalizes sums, or what it adds, its components pass the normalization with its
+factor held at its value on all of them, so that they add up to the output; its shift counts as part
+of the input.
 
 A layer is decomposed only if the components add up to its output. Scales of channels after
 attention and MLP (LayerScale) are found by that sum.
@@ -155,7 +156,9 @@ class LayerComponents:
     tokens: dict[str, slice]
     """Tokens of an image that are no patches, by the name of their component."""
     norms: tuple[Normalization, Normalization] | None
-    """Normalization of the sum with attention and of that with the MLP; None if sums stay."""
+    """Normalization of the sum with attention and of that with the MLP; None without."""
+    of_added: bool = False
+    """Whether attention and the output of the MLP are normalized before they are added, not sums."""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -171,16 +174,20 @@ class LayerComponents:
         )
         heads = (mixed - sum(apart)).unflatten(-1, (len(self.projection), -1))
         rows = self.projection.flatten(0, 1)
-        parts = torch.stack(
+        first, second = self.norms or (None, None)
+        added = torch.stack(
             [
-                before + self.constant,
+                self.constant.expand_as(before),
                 *torch.einsum("sthk,hkd->hstd", heads, self.projection),
                 *(each @ rows for each in apart),
             ]
         )
-        first, second = self.norms or (None, None)
-        parts = torch.cat([_passed(parts, first), (mlp * self.scale)[None]])
-        return _passed(parts, second)
+        written = (mlp * self.scale)[None]
+        if self.of_added:
+            added, written = _passed(added, first), _passed(written, second)
+            first = second = None
+        added[0] += before
+        return _passed(torch.cat([_passed(added, first), written]), second)
 
 
 def _passed(
@@ -204,8 +211,7 @@ def decompose_layer(network: nn.Module, site: Site, inputs: Tensor) -> LayerComp
         inputs: A few samples.
 
     Raises:
-        SiteError: The site is no layer whose output is its input, attention and MLP added up, or
-            the normalization of these sums.
+        SiteError: The site is no layer whose output is its input, attention and MLP added up.
     """
     root = unwrapped(network)
     expect_patterns(network, inputs, [site], ["bpc", "pbc"], "A sum of heads and an MLP")
@@ -251,12 +257,14 @@ def decompose_layer(network: nn.Module, site: Site, inputs: Tensor) -> LayerComp
         tokens=tokens,
         norms=norms,
     )
-    if read[0][..., 0].numel() < 4 or not same_numbers(layer.read(inputs).sum(dim=0), read[-1]):
-        raise SiteError(
-            f"The output of {site} is not the sum of its input, its attention and its MLP, nor the "
-            "normalization of such sums: it has no components to compare."
-        )
-    return layer
+    forms = [layer, dataclasses.replace(layer, of_added=True)] if norms else [layer]
+    for each in forms if read[0][..., 0].numel() >= 4 else ():
+        if same_numbers(each.read(inputs).sum(dim=0), read[-1]):
+            return each
+    raise SiteError(
+        f"The output of {site} is not the sum of its input, its attention and its MLP, normalized "
+        "or not: it has no components to compare."
+    )
 
 
 def weight_of(module: nn.Module) -> Tensor | None:
@@ -303,11 +311,11 @@ def _heads(root: nn.Module, call: ModuleCall, calls: list[ModuleCall]) -> int:
 def _norms(
     calls: list[ModuleCall], mixed: ModuleCall, later: list[ModuleCall]
 ) -> tuple[Normalization, Normalization] | None:
-    """Normalization after attention is added and after the MLP is, if the layer ends with it."""
+    """Normalization after attention and after the MLP, if the layer ends with it."""
     norms = [call for call in calls if is_norm(call.module)]
     between = [n for n in norms if (mixed.finished or 0) < n.started < later[0].started]
     last = [n for n in norms if n.started > (later[-1].finished or 0)]
-    return (norm_of(between[-1]), norm_of(last[-1])) if between and last else None
+    return (norm_of(between[0]), norm_of(last[0])) if between and last else None
 
 
 def _scales(read: list[Rows]) -> Float[Tensor, "2 d"]:
