@@ -124,9 +124,9 @@ def rows_of(site: str, own: dict[str, Any], random: dict[str, Any]) -> list[Any]
     found = ", ".join(f"{n} {name}" for name, n in own["classes"].items())
     grades, others = (", ".join(f"{n} {g}" for g, n in r["grades"].items()) for r in (own, random))
     gathered, by_chance = (
-        f"{r['families']} families with {r['features_in_families']} features, {r['types']['types']} "
-        f"types with {r['types']['features']} of {r['types']['n_clustered']} (by chance "
-        f"{r['types']['features_by_chance']:.1f})"
+        f"{r['families']} families with {r['features_in_families']} features, "
+        f"{r['types']['types']} types with {r['types']['features']} of "
+        f"{r['types']['n_clustered']} (by chance {r['types']['features_by_chance']:.1f})"
         for r in (own, random)
     )
     return [

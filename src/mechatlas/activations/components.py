@@ -158,7 +158,7 @@ class LayerComponents:
     norms: tuple[Normalization, Normalization] | None
     """Normalization of the sum with attention and of that with the MLP; None without."""
     of_added: bool = False
-    """Whether attention and the output of the MLP are normalized before they are added, not sums."""
+    """Whether attention and the output of the MLP are normalized before they are added."""
 
     @property
     def names(self) -> tuple[str, ...]:

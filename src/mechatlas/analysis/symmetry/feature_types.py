@@ -61,8 +61,8 @@ class FeatureTypes:
     similarity: Float[np.ndarray, " feature"]
     """Similarity to the reference in that pose, corrected for noise."""
     offsets: Float[np.ndarray, " feature"]
-    """Rotation that follows the pose, in steps of the group, from -0.5 to 0.5: 0 under groups of few
-    rotations."""
+    """Rotation that follows the pose, in steps of the group, from -0.5 to 0.5: 0 under groups of
+    few rotations."""
     cut: float
     """Mean similarity at which clusters are cut; NaN if no cut keeps to the rate."""
     n_clustered: int
