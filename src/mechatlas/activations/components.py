@@ -70,9 +70,7 @@ class MixingLayer:
             assert self.values is not None
             site, channels = self.values
 
-            def keep(
-                values: Tensor, each: slice = each, channels: slice = channels
-            ) -> Tensor:
+            def keep(values: Tensor, each: slice = each, channels: slice = channels) -> Tensor:
                 rows = self.layout.rows(values)
                 kept = rows.clone()
                 kept[..., channels] = 0

@@ -1,7 +1,7 @@
 """Normalization of rows, as a linear map times a factor that can be held.
 
-    norm_of          call of a module -> its `Normalization`
-    Normalization    LayerNorm or RMSNorm
+norm_of          call of a module -> its `Normalization`
+Normalization    LayerNorm or RMSNorm
 """
 
 from typing import NamedTuple

@@ -420,9 +420,7 @@ def channel_statistics(activations: Any) -> ChannelStatistics:
     scale = np.where(varies, deviation, np.inf)
     correlation = np.clip(covariance / scale[:, None] / scale, -1, 1)
     np.fill_diagonal(correlation, 1.0)
-    return ChannelStatistics(
-        n, moments.mean, np.where(varies, variance, 0), correlation, low < 0
-    )
+    return ChannelStatistics(n, moments.mean, np.where(varies, variance, 0), correlation, low < 0)
 
 
 def _blocks(activations: Any) -> Iterator[np.ndarray]:

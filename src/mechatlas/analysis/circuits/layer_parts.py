@@ -11,7 +11,6 @@ import abc
 import dataclasses
 from typing import NamedTuple
 
-import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
