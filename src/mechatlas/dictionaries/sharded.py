@@ -18,10 +18,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.nn.functional import pad
 
 from mechatlas.base import RecipeError
 from mechatlas.dictionaries.autoencoder import LinearCoder
@@ -250,7 +250,7 @@ class MeshSearch:
         kept, complete = largest_of_rows(values, k, self.mesh)
         more = (~complete).nonzero().flatten()
         if few < k and len(more):
-            values, latents, kept = (F.pad(x, (0, k - few)) for x in (values, latents, kept))
+            values, latents, kept = (pad(x, (0, k - few)) for x in (values, latents, kept))
             for rows in more.split(ROWS):
                 # No screening, which may give up in one process and not in another.
                 x = self.search.x[rows][:, dictionary.reads]
@@ -363,7 +363,7 @@ class ShardedStep(SparseStep):
         found = Revival(latents, *map(torch.zeros_like, (atoms, encoder, bias)))
         for part, left in zip(x.split(ROWS), residual.split(ROWS), strict=True):
             top = (part @ encoder.T + bias).topk(min(k, len(latents)), dim=-1)
-            values = F.pad(top.values.relu(), (0, k - top.values.shape[1]))
+            values = pad(top.values.relu(), (0, k - top.values.shape[1]))
             values = values * largest_of_rows(values, k, self.mesh)[0]
             code = part.new_zeros(len(part), len(latents))
             code.scatter_(-1, top.indices, values[:, : top.values.shape[1]])
