@@ -132,14 +132,14 @@ def of_torch_layer(layer, x):
     }
 
     def passed(parts, norm):
-        whole = sum(parts.values())
+        whole = torch.stack(list(parts.values())).sum(0)
         deviation = (whole.var(-1, unbiased=False, keepdim=True) + norm.eps).sqrt()
         held = {k: (p - p.mean(-1, keepdim=True)) / deviation * norm.weight
                 for k, p in parts.items()}  # fmt: skip
         return held | {"input": held["input"] + norm.bias}
 
     parts = parts if layer.norm_first else passed(parts, layer.norm1)
-    stream = sum(parts.values())
+    stream = torch.stack(list(parts.values())).sum(0)
     given = layer.norm2(stream) if layer.norm_first else stream
     parts["mlp"] = layer.linear2(layer.linear1(given).relu())
     return parts if layer.norm_first else passed(parts, layer.norm2)
@@ -159,7 +159,7 @@ def test_layers_of_torch_are_decomposed_also_where_they_normalize_sums(norm_firs
     assert list(found) == list(parts)
     for name, part in parts.items():
         assert torch.allclose(found[name].double(), part, atol=1e-5), name
-    assert torch.allclose(sum(found.values()), out, atol=1e-5)
+    assert torch.allclose(torch.stack(list(found.values())).sum(0), out, atol=1e-5)
     assert network.training
 
 
@@ -216,4 +216,4 @@ def test_layers_that_normalize_what_they_add_are_decomposed():
     assert list(found) == ["input", "head0", "head1", "head2", "mlp"]
     assert torch.allclose(found["input"], before)
     assert torch.allclose(found["mlp"], written, atol=1e-5)
-    assert torch.allclose(sum(found.values()), out, atol=1e-5)
+    assert torch.allclose(torch.stack(list(found.values())).sum(0), out, atol=1e-5)
