@@ -325,9 +325,7 @@ def run(config: MatchConfig, folder: RunFolder) -> MatchResult:
             dataclasses.replace(pair, n_combinations=int(each.significant.sum()))
             for pair, each in zip(results, found, strict=True)
         ]
-    result = MatchResult(
-        cost=config.cost, fdr=config.fdr, dictionaries=inputs.names, pairs=results
-    )
+    result = MatchResult(cost=config.cost, fdr=config.fdr, dictionaries=inputs.names, pairs=results)
     if len(matches) > 1 and len({m.unit_b.shape[1] for m in matches}) == 1:
         return _joint(config, result, matches, inputs, folder)
     return result
