@@ -498,7 +498,9 @@ def _resumable_match(
 ) -> Match:
     """Match two dictionaries, from where an interrupted run stopped."""
     state, kept = folder.kept(f"state{k}"), folder.kept(f"evidence{k}")
-    evidence = kept and PairEvidence(**kept | {"n_null": int(kept["n_null"].item())})
+    evidence = None
+    if kept is not None:
+        evidence = PairEvidence(kept["q_values"], int(kept["n_null"].item()), kept["null"])
     last = time.monotonic()
 
     def keep_state(now: State) -> None:
