@@ -147,14 +147,14 @@ def merge_neurons(
     factor_of = factor[place[representative_of[live]]]
     parts = (np.abs(c[live]) / factor_of).astype(np.float32)[:, None] * unembed[live]
     is_member = (representative_of[live] == representatives[:, None]).astype(np.float32)
-    u, sums = is_member @ parts, is_member @ np.abs(parts)
+    u, mass = is_member @ parts, is_member @ np.abs(parts).max(axis=1, initial=0)
     is_negative = c[live] < 0
     linear = -(is_member[:, is_negative] @ parts[is_negative])
     mirrored = is_member[:, is_negative].any(axis=1)
     scaled_left = left[:, representatives] * factor
     scaled_right = np.ascontiguousarray((right[:, representatives] * factor).T)
     too_small = any(bool(w[np.abs(w) < 2.0**-80].any()) for w in (scaled_left, scaled_right))
-    mass = sums.max(axis=1, initial=0).astype(np.float64)
+    mass = 1.0001 * mass.astype(np.float64)
     return MergedNetwork(
         scaled_left, scaled_right, u, linear, mirrored, mass, x_loss, y_loss, too_small
     )
@@ -260,7 +260,7 @@ def float32_error_sums(
     top = np.abs(weights.unembed).max(axis=1)
     first, second = np.maximum(weights.left, 0), np.maximum(weights.right, 0)
     scaled = (rate * top.astype(np.float64)).astype(np.float32)
-    size = sum(float(part.sum(dtype=np.float64)) for part in (top, first, second))
+    size = 1.01 * sum(float(part.sum()) for part in (top, first, second))
     return first @ scaled, second @ scaled, size
 
 
@@ -324,8 +324,8 @@ def grid_spans(
         mine = slice(start, start + count)
         p, q = grids.points[:, mine]
         t = grids.tables[cell : cell + k * k2].reshape(k, k2).astype(np.float64)
-        rows, columns = t.mean(axis=1), t.mean(axis=0)
-        means = rows[:, None] + (columns - columns.mean())
+        rows, columns = t.sum(axis=1) / k2, t.sum(axis=0) / k
+        means = rows[:, None] + (columns - columns.sum() / k2)
         size = 1.000001 * float(np.linalg.norm(t))
         # 1 at a point, less the mean: products of two have no row and column means.
         at_left, at_right = np.eye(k) - 1 / k, np.eye(k2) - 1 / k2
@@ -366,10 +366,9 @@ def class_minima(
         inflate: Factor for rounding in the sums that the norms enter.
     """
     n_classes = int(class_of.max()) + 1
-    order = np.argsort(class_of, kind="stable")
-    starts = np.searchsorted(class_of[order], np.arange(n_classes))
-    least = np.minimum.reduceat(gaps[order], starts)
-    largest = np.maximum.reduceat(norms[order], starts, axis=0)
+    least, largest = np.full(n_classes, np.inf), np.zeros((n_classes, norms.shape[1]))
+    np.minimum.at(least, class_of, gaps)
+    np.maximum.at(largest, class_of, norms)
     low, high = least[1:].min(initial=np.inf), least[1:].max(initial=-np.inf)
     count = max(min(most, n_classes - 1), 1)
     bin_of = np.arange(n_classes) - 1

@@ -63,7 +63,7 @@ class MergedNetwork(NamedTuple):
     mirrored: Bool[np.ndarray, " neuron"]
     """Representatives with a member with c < 0."""
     mass: Float[np.ndarray, " neuron"]
-    """Largest sum of |u| over the members of a cluster, over z."""
+    """Sum of the largest |u| over z of the members of a cluster, or a little more."""
     x_loss: Float[np.ndarray, " order"]
     """Part of x in the most that dead neurons and imperfect merging could take from a margin."""
     y_loss: Float[np.ndarray, " order"]
