@@ -28,7 +28,11 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Float32, Int, Int8
 
-from mechatlas.analysis.proofs.verifier.explanation import NOT_TRIED, PATIENCE
+from mechatlas.analysis.proofs.verifier.explanation import (
+    NOT_TRIED,
+    PATIENCE,
+    WORTH_COMPARING,
+)
 from mechatlas.analysis.proofs.verifier.structures import (
     AdditiveLosses,
     CircuitTerms,
@@ -379,7 +383,11 @@ def class_minima(
     out_norms = np.zeros((count, norms.shape[1]), np.float32)
     np.minimum.at(out_gaps, bin_of[1:], least[1:])
     np.maximum.at(out_norms, bin_of[1:], (largest[1:] * inflate).astype(np.float32))
-    return ClassMinima(out_gaps.astype(np.float32), out_norms)
+    bin_of[0] = -1
+    bins = bin_of[class_of]
+    elements = np.argsort(bins, kind="stable")[1:]
+    offsets = np.searchsorted(bins[elements], np.arange(count + 1))
+    return ClassMinima(out_gaps.astype(np.float32), out_norms, elements, offsets)
 
 
 def additive_losses(sums: LogitSums, spans: Float32[np.ndarray, "order order"]) -> AdditiveLosses:
@@ -413,6 +421,7 @@ def bound_pairs(
     losses, slack, inflate = first.losses, first.slack, first.inflate
     residuals, deviations = np.empty_like(out.residuals), np.empty_like(out.deviations)
     n, pairs_left, used, uncertified = len(table), second.max_pairs, 0, 0
+    framed = compared = poor = 0
     failures = 2 + n // PATIENCE  # elements x that may fail, such as damaged rows of weights
     for x in range(n):
         interaction = np.maximum(left[x][:, None] + right, 0) - additive_x[x][:, None] - additive_y
@@ -426,15 +435,22 @@ def bound_pairs(
         zs, lost = table[x], slack.x[x] + slack.y
         total = losses.x[x, zs] + losses.y[np.arange(n), zs]
         total = total + (residuals * first.residual[:, zs]).sum(axis=0)
-        worst = (first.bins.gaps[:, None] - first.bins.norms @ deviations).min(axis=0)
-        out.margins[x] = worst.astype(np.float64) - inflate * total.astype(np.float64) - lost
+        lost_in_all = inflate * total.astype(np.float64) + lost
         error = first.float32_error.x[x] + first.float32_error.y
+        by_bin = first.bins.gaps[:, None] - first.bins.norms @ deviations
+        out.margins[x] = by_bin.min(axis=0).astype(np.float64) - lost_in_all
         ys = np.flatnonzero(~(out.margins[x] > error))
+        if len(ys) and poor <= n // PATIENCE:
+            frame = first.frame_slack * lost
+            compared += _compare_bins(x, by_bin, lost_in_all + error, frame, v, circuits, first)
+            out.margins[x] = by_bin.min(axis=0).astype(np.float64) - lost_in_all
+            before, ys = len(ys), np.flatnonzero(~(out.margins[x] > error))
+            framed, poor = framed + 1, poor + (len(ys) > (1 - WORTH_COMPARING) * before)
         uncertified += len(ys)
         hopeless = uncertified > (1 - second.give_up_share / 5) * (x + 1) * n
         if x >= n // 8 and not pairs_left and hopeless:
             out.margins[x + 1 :] = NOT_TRIED
-            return PairCounts(used, uncertified + (n - x - 1) * n, x + 1)
+            return PairCounts(used, uncertified + (n - x - 1) * n, x + 1, framed, compared)
         ys = ys[:pairs_left]
         if not len(ys):
             continue
@@ -449,7 +465,7 @@ def bound_pairs(
         failures -= good < second.give_up_share * len(ys)
         if failures < 0:
             pairs_left = 0
-    return PairCounts(used, uncertified, n)
+    return PairCounts(used, uncertified, n, framed, compared)
 
 
 def _add_circuits(
@@ -470,6 +486,37 @@ def _add_circuits(
         deviations[c] = np.sqrt(np.square(v[mine] - mean.reshape(d * d, -1)).sum(axis=0))
         base, offset = base + d * d, offset + d * d * k
     return v
+
+
+def _compare_bins(
+    x: int,
+    by_bin: Float32[np.ndarray, "bin order"],
+    needed: Float[np.ndarray, " order"],
+    rounding: Float[np.ndarray, " order"],
+    v: Float32[np.ndarray, "entry order"],
+    circuits: CircuitTerms,
+    first: FirstStage,
+) -> int:
+    """Compute margins exactly over bins that do not certify all y.
+
+    With W = rho(x)^T V rho(y)^T the margin of z* over z = x g y is <W, 1 - rho(g)>.
+
+    Returns:
+        Number of elements g that were compared with the identity.
+    """
+    offsets, base = first.bins.offsets, 0
+    failing = np.flatnonzero(~(by_bin > needed).all(axis=1))
+    framed = np.empty_like(v)
+    for d in circuits.shapes[:, 0]:
+        mine = slice(base, base + d * d)
+        own, rho = v[mine].reshape(d, d, -1), circuits.rho[mine].reshape(d, d, -1)
+        half = np.tensordot(rho[:, :, x].T, own, axes=1)
+        framed[mine] = np.einsum("afy,bfy->aby", half, rho).reshape(d * d, -1)
+        base += d * d
+    for k in failing:
+        margins = first.differences[offsets[k] : offsets[k + 1]] @ framed
+        by_bin[k] = np.maximum(by_bin[k], margins.min(axis=0) - rounding.astype(np.float32))
+    return int((offsets[failing + 1] - offsets[failing]).sum())
 
 
 def _bound_second(
