@@ -237,6 +237,26 @@ def test_local_copies_stay_within_their_limit(system, tmp_path, monkeypatch):
     assert 0 < sum(map(len, files(remote.located("faulty://bucket")).values())) <= limit
 
 
+def test_what_a_thread_is_about_to_open_stays(system, tmp_path, monkeypatch):
+    monkeypatch.setattr(collecting, "SHARD_BYTES", 300)
+    monkeypatch.setattr(cache, "LEAST_KEPT", 1)
+    wanted = collected(tmp_path / "here")
+    collected("faulty://bucket/store")
+    another_machine(monkeypatch, tmp_path)
+    monkeypatch.setenv("MECHATLAS_CACHE_GIB", str(1 / 2**30))
+    root = Store("faulty://bucket/store").root
+    first, *others, last = wanted.shards
+    remote.bring(root / first.file, first.xxh3)
+    remote.bring_ahead({root / shard.file: shard.xxh3 for shard in others})
+    for coming in [*remote._COMING.values()]:
+        coming.result()
+    assert (root / first.file).exists()
+    assert not (root / others[0].file).exists(), "there is no room for two"
+    remote.bring(root / last.file, last.xxh3)
+    remote.bring(root / others[0].file, others[0].xxh3)
+    assert not (root / first.file).exists()
+
+
 @pytest.mark.parametrize("text", ["much", "0", "-1", "nan"])
 def test_a_limit_that_is_none_is_refused(system, monkeypatch, text):
     monkeypatch.setenv("MECHATLAS_CACHE_GIB", text)

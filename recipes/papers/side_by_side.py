@@ -1,11 +1,14 @@
 """Our numbers beside those of a paper: `paper.json` and a page.
 
 once          run a command unless its folder is there
+untrained     weights of the control
 write_paper   rows of numbers -> paper.json and paper.html
 """
 
 import dataclasses
 import html
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +45,24 @@ def once(config: RunConfig) -> dict[str, Any]:
     if not (config.out / RESULT).is_file():
         execute(config)
     return read_json(config.out / RESULT)
+
+
+def untrained(network: str, out: Path, weights: Path | None = None) -> Path:
+    """Write weights drawn anew for a network, unless they are there, and return their file.
+
+    Args:
+        network: Bundled name of the network.
+        out: Folder.
+        weights: File of weights, if the network needs one.
+    """
+    fresh = out / "untrained.safetensors"
+    if not fresh.is_file():
+        out.mkdir(parents=True, exist_ok=True)
+        given = ["--weights", str(weights)] if weights else []
+        script = Path(__file__).parents[1] / "branches" / "untrained.py"
+        words = [sys.executable, str(script), network, *given, "--out", str(fresh)]
+        subprocess.run(words, check=True)
+    return fresh
 
 
 def write_paper(

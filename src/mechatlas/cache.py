@@ -3,6 +3,7 @@
     folder       folder of all copies
     use          note that a file is used now; mark and is_version tell versions of a file apart
     keep         a folder that is being written: only shards of stores are deleted there
+    hold         keep a file until it is open
     make_room    delete files where the copies have grown too large
 
 `MECHATLAS_CACHE` names the folder, by default ~/.cache/mechatlas, and `MECHATLAS_CACHE_GIB` its
@@ -33,6 +34,8 @@ _LOCK = threading.Lock()
 _USED: dict[Path, int] = {}
 """Bytes of all copies, by their folder, as far as this process knows."""
 _WRITTEN: set[Path] = set()
+_OPENED: dict[int, Path] = {}
+"""The file that each thread opens next, or has opened last."""
 
 
 def folder() -> Path:
@@ -49,6 +52,11 @@ def _folder(named: str | None, base: str | None) -> Path:
 def keep(path: Path) -> None:
     """Keep the files of a folder while this process writes it, but for the shards of stores."""
     _WRITTEN.add(path)
+
+
+def hold(file: Path) -> None:
+    """Keep a file until this thread, which is going to open it, holds another."""
+    _OPENED[threading.get_ident()] = file
 
 
 def mark(file: Path, version: str | None) -> None:
@@ -103,7 +111,7 @@ def make_room(n_bytes: int) -> None:
             if total <= 0.9 * limit:
                 break
             old = used < young and not _WRITTEN & set(path.parents)
-            if old or SHARD.fullmatch(path.name):
+            if (old or SHARD.fullmatch(path.name)) and path not in [*_OPENED.values()]:
                 path.unlink(missing_ok=True)
                 total -= size
         _USED[root] = total

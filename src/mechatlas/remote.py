@@ -199,6 +199,8 @@ def sizes(folder: Path) -> Mapping[str, int] | None:
 def bring(file: Path, expected: str) -> None:
     """Fetch a shard unless the local copy has it; any other file is left alone.
 
+    It stays there until the thread that asked for it asks for another.
+
     Args:
         file: Shard in the local copy.
         expected: Checksum (xxh3) that the manifest states.
@@ -208,6 +210,7 @@ def bring(file: Path, expected: str) -> None:
     """
     if address_of(file) is None:
         return
+    cache.hold(file)
     with _LOCK:
         coming = _COMING.pop(file, None)
     if coming is not None:

@@ -99,18 +99,19 @@ def test_an_interrupted_run_continues_and_ends_with_the_same_bytes(world, tmp_pa
     )
     more = ("--match", str(tmp_path / "match"))
     run(world, tmp_path / "whole", *more)
-    steps = ("channel_statistics", "activity_shares", "branches", "consistency")
-    for done, step in enumerate(steps):
+    read, shares = (command, "channel_statistics"), (command, "activity_shares")
+    tested = command.BranchTest, "run"
+    for done, step in enumerate((read, shares, tested, (command, "consistency"))):
         with monkeypatch.context() as patch:
-            patch.setattr(command, step, interrupt)
+            patch.setattr(*step, interrupt)
             if done > 2:
-                patch.setattr(command, "activity_shares", interrupt)
+                patch.setattr(*shares, interrupt)
             with pytest.raises(KeyboardInterrupt):
                 run(world, tmp_path / "parts", *more)
         kept = {path.stem for path in (tmp_path / "parts" / "unfinished").glob("*")}
         assert len(kept) == (0, 1, 2, 5)[done], kept
-    for step in ("channel_statistics", "activity_shares", "branches"):
-        monkeypatch.setattr(command, step, interrupt)
+    for step in (read, shares, tested):
+        monkeypatch.setattr(*step, interrupt)
     run(world, tmp_path / "parts", *more)
     for file in ("features.parquet", "picture.json"):
         assert (tmp_path / "parts" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()

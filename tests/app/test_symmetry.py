@@ -11,7 +11,7 @@ from safetensors.numpy import load_file
 
 from mechatlas.analysis.symmetry import interchange
 from mechatlas.analysis.symmetry.stimuli import draw_stimuli
-from mechatlas.app import cli, pose_interventions
+from mechatlas.app import cli, code_action, pose_interventions
 from mechatlas.app.commands import symmetry
 from mechatlas.app.commands.symmetry import SymmetryConfig
 from mechatlas.app.report.chapters.symmetry import chapter as symmetry_chapter
@@ -144,6 +144,27 @@ def test_zero_blocks_that_the_code_drives_are_no_lack_of_symmetry(world, tmp_pat
     assert not lines[1].zero
     sound, _ = run(world, "plain", tmp_path / "plain")
     assert "no decoder block for each pose" in sound.artifacts.missing
+
+
+def test_a_learnt_action_on_codes_is_judged_by_held_out_poses(world, tmp_path, monkeypatch):
+    result, text = run(world, "crosscoder", tmp_path / "out", code_action=True)
+    found = result.code_action
+    assert (found.parts, found.represented) == (5, 5)  # one for each family
+    assert (found.rows, found.held_out_rows) == (4320, 480)
+    assert found.irreps["1a"] == 5  # a permutation of cosets has the trivial irrep once
+    # Families of all poses have the regular action, which leaves the noise.
+    assert found.fvu["regular"] == pytest.approx(1 - result.r2_mean["dictionary"], abs=1e-3)
+    assert found.fvu["learnt"] == pytest.approx(found.fvu["regular"], abs=1e-3)
+    assert found.fvu["unchanged"] > 1
+    assert abs(found.gain) < 1e-3
+    assert "5 of 5 parts have a representation: 5 1a" in text
+    chapter = symmetry_chapter(find_runs(tmp_path), no_progress)
+    assert chapter is not None
+    assert "5 of 5: 5 1a" in chapter.html
+    monkeypatch.setattr(code_action, "MAX_LATENTS", 5)
+    refused, text = run(world, "crosscoder", tmp_path / "few", code_action=True)
+    assert "19 latents are active; an action is learnt for 5" in refused.code_action.missing
+    assert "No action on codes was learnt: 19 latents" in text
 
 
 def test_classes_stand_beside_those_of_a_control(world, tmp_path):

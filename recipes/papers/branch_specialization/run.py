@@ -28,7 +28,7 @@ from mechatlas.files import read_json
 HERE = Path(__file__).parent
 RECIPES = HERE.parents[1]
 _SIDE = runpy.run_path(str(HERE.parent / "side_by_side.py"))
-Row, once, write_paper = (_SIDE["Row"], _SIDE["once"], _SIDE["write_paper"])
+Row, once, untrained = (_SIDE[name] for name in ("Row", "once", "untrained"))
 TITLE = "Branch specialization with k-sparse autoencoders (Bozoukov, 2025)"
 MISSING = [
     "InceptionV1: --inception-v1 WEIGHTS with your file of its weights (either naming)",
@@ -117,16 +117,11 @@ def main() -> None:
     parser.add_argument("--full", action="store_true")
     options = parser.parse_args()
     name = "inception_v1" if options.inception_v1 else "squeezenet"
-    fresh = options.out / "untrained.safetensors"
-    if not fresh.is_file():
-        options.out.mkdir(parents=True, exist_ok=True)
-        given = ["--weights", str(options.inception_v1)] if options.inception_v1 else []
-        script = [sys.executable, str(RECIPES / "branches" / "untrained.py"), name, *given]
-        subprocess.run([*script, "--out", str(fresh)], check=True)
+    fresh = untrained(name, options.out, options.inception_v1)
     own = analyze("trained", Network(name=name, weights=options.inception_v1), options)
     random = analyze("untrained", Network(name=name, weights=fresh), options)
     numbers = {"trained": own, "untrained": random}
-    write_paper(options.out, TITLE, rows_of(own, random), MISSING, numbers)
+    _SIDE["write_paper"](options.out, TITLE, rows_of(own, random), MISSING, numbers)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from mechatlas.activations.layouts import layouts_of
 from mechatlas.activations.receptive import receptive_field
 from mechatlas.activations.sites import read_activations
 from mechatlas.activations.store import Store
+from mechatlas.analysis.symmetry.class_names import n_turns
 from mechatlas.analysis.symmetry.classify import Symmetry
 from mechatlas.analysis.symmetry.feature_types import FeatureTypes
 from mechatlas.analysis.symmetry.posed_dictionary import PosedDictionary
@@ -101,7 +102,7 @@ def measure(
         TrustError: The store names code that the user has not named.
     """
     group, n = posed.group, len(symmetries.stabilizers)
-    turns = group.order // 2 if group.name.startswith("D") else group.order
+    turns = n_turns(group)
     if not n_angles:
         return _missing(n, "Not asked for (--stimuli 0).")
     if posed.action != Rotate.name:

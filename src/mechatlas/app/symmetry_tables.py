@@ -69,6 +69,7 @@ def type_columns(types: FeatureTypes, group: Group) -> dict[str, Any]:
         "type_reference": types.references.astype(np.int32),
         "type_pose": types.poses.astype(np.int32),
         "type_pose_name": [group.element_names[h] for h in types.poses],
+        "type_offset": types.offsets,
         "type_similarity": types.similarity,
     }
 

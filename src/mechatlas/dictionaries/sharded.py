@@ -11,6 +11,7 @@ message of a step. No gradient is exchanged: a process has every code and row th
 from. The whole dictionary is never on one host.
 """
 
+import math
 import os
 from itertools import pairwise
 from typing import Any
@@ -20,6 +21,7 @@ import torch.distributed as dist
 from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.nn.functional import pad
 
 from mechatlas.base import RecipeError
 from mechatlas.dictionaries.autoencoder import LinearCoder
@@ -35,6 +37,9 @@ from mechatlas.dictionaries.sparsity import BatchTopK, TopK
 
 DRAWN = 2**20
 """Random numbers that are drawn at once; a multiple of 16, which torch draws together."""
+
+SPREAD = 3.0
+"""Codes of a process that are looked for beyond its share of k, in standard deviations."""
 
 
 def mesh_of(*, n_data: int = 1, device: str = "cpu") -> DeviceMesh:
@@ -133,7 +138,7 @@ class Shard(LinearCoder):
         pre = self.pre_activations(x)
         top = pre.topk(self.k, dim=-1)
         values = top.values.relu()
-        values = values * largest_of_rows(values, self.k, self.mesh)
+        values = values * largest_of_rows(values, self.k, self.mesh)[0]
         return torch.zeros_like(pre).scatter_(-1, top.indices, values)
 
     def decode(self, code: Float[Tensor, "batch latent"]) -> Float[Tensor, "batch d_out"]:
@@ -182,15 +187,21 @@ def gathered(x: Tensor, mesh: DeviceMesh, dim: str) -> list[Tensor]:
 
 def largest_of_rows(
     values: Float[Tensor, "row candidate"], k: int, mesh: DeviceMesh
-) -> Bool[Tensor, "row candidate"]:
-    """Candidates of this process that are among the k largest of a row, of all processes."""
+) -> tuple[Bool[Tensor, "row candidate"], Bool[Tensor, " row"]]:
+    """Candidates of this process that are among the k largest of a row, of all processes.
+
+    Returns:
+        Which of them, and whether no process kept all of its own, each above zero.
+    """
     parts = [torch.empty_like(values) for _ in range(mesh["latent"].size())]
     dist.all_gather(parts, values.contiguous(), group=mesh.get_group("latent"))
-    every = torch.cat(parts, dim=1)
-    kept = torch.zeros_like(every, dtype=torch.bool)
-    kept.scatter_(1, every.topk(min(k, every.shape[1]), dim=1).indices, True)
-    first = mesh.get_local_rank("latent") * values.shape[1]
-    return kept[:, first : first + values.shape[1]]
+    every = torch.stack(parts, dim=1)
+    flat = every.flatten(1)
+    kept = torch.zeros_like(flat, dtype=torch.bool)
+    kept.scatter_(1, flat.topk(min(k, flat.shape[1]), dim=1).indices, True)
+    kept = kept.view_as(every)
+    exhausted = (kept & (every > 0)).all(dim=2).any(dim=1)
+    return kept[:, mesh.get_local_rank("latent")], ~exhausted
 
 
 def largest_of_batch(
@@ -219,10 +230,28 @@ class MeshSearch:
         self.search, self.mesh = search, mesh
 
     def largest_of_rows(self, k: int) -> Codes:
-        """Find the k largest codes of each row, of which these latents have some."""
-        codes = self.search.largest_of_rows(k)
-        kept = largest_of_rows(codes.values.view(-1, k), k, self.mesh)
-        return self._of_all_rows(codes, kept.flatten())
+        """Find the k largest codes of each row, of which these latents have some.
+
+        They seldom have many more than their share, so no more are looked for at first: only
+        where all that some process found are kept may it have further ones.
+        """
+        dictionary, share = self.search.dictionary, k / self.mesh["latent"].size()
+        few = min(k, math.ceil(share + SPREAD * math.sqrt(share)))
+        codes = self.search.largest_of_rows(few)
+        values, latents = codes.values.view(-1, few), codes.latents.view(-1, few)
+        kept, complete = largest_of_rows(values, k, self.mesh)
+        more = (~complete).nonzero().flatten()
+        if few < k and len(more):
+            values, latents, kept = (pad(x, (0, k - few)) for x in (values, latents, kept))
+            for rows in more.split(ROWS):
+                # No screening, which may give up in one process and not in another.
+                x = self.search.x[rows][:, dictionary.reads]
+                top = dictionary.pre_activations(x).topk(k)
+                values[rows], latents[rows] = top.values.relu(), top.indices.int()
+                kept[rows] = largest_of_rows(values[rows], k, self.mesh)[0]
+        starts = torch.arange(0, values.numel() + 1, values.shape[1], device=values.device)
+        flat = values.flatten()
+        return self._of_all_rows(Codes(starts, latents.flatten(), flat, flat), kept.flatten())
 
     def largest_of_batch(self, k: int) -> Codes:
         """Find the codes above zero that are largest in the batch, k a row on average."""
@@ -314,8 +343,8 @@ class ShardedStep(SparseStep):
         found = Revival(latents, *map(torch.zeros_like, (atoms, encoder, bias)))
         for part, left in zip(x.split(ROWS), residual.split(ROWS), strict=True):
             top = (part @ encoder.T + bias).topk(min(k, len(latents)), dim=-1)
-            values = torch.nn.functional.pad(top.values.relu(), (0, k - top.values.shape[1]))
-            values = values * largest_of_rows(values, k, self.mesh)
+            values = pad(top.values.relu(), (0, k - top.values.shape[1]))
+            values = values * largest_of_rows(values, k, self.mesh)[0]
             code = part.new_zeros(len(part), len(latents))
             code.scatter_(-1, top.indices, values[:, : top.values.shape[1]])
             error = summed(code @ atoms, self.mesh).sub_(left).mul_(2 * weight / len(x))

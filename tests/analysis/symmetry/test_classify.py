@@ -1,5 +1,7 @@
 """Stabilizers, families and poses of features for which they are known."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -130,6 +132,39 @@ def test_a_feature_that_is_nearly_symmetric_is_not_called_symmetric():
     assert symmetries.n_discoveries == 0
     assert symmetries.reliable.all()
     assert symmetries.stabilizer_function[:, 2] == pytest.approx(0.85, abs=0.05)
+
+
+def test_features_are_graded_and_their_likeness_has_its_error():
+    random = np.random.default_rng(1)
+    line, other = (
+        np.array([function_on_cosets(D4, own, 64, random) for _ in range(40)])
+        for own in ({0, 2}, {0})
+    )
+    nearly, barely = (
+        np.sqrt(share) * line[10:20] + np.sqrt(1 - share) * other[10:20] for share in (0.85, 0.71)
+    )
+    blocks = np.concatenate([line[:10], nearly, barely, other[:10]])
+    halves = blocks + 0.2 * random.standard_normal((2, *blocks.shape))
+    found, truth = (
+        symmetry(np.mean(each, axis=0), D4, each) for each in (halves, [blocks, blocks])
+    )
+    assert found.grades[:20] + found.grades[30:] == (
+        ["exact"] * 10 + ["approximate"] * 10 + ["none"] * 10
+    )
+    assert found.grades[20:30].count("not shown") >= 5
+    assert sum(found.grade_counts.values()) == 40
+    assert found.n_discoveries == found.grade_counts["exact"] == 10
+    assert found.class_counts["approximately half-turn (line-like)"] >= 10
+    value, error = found.likeness()
+    deviation = (value - truth.likeness()[0])[:, 1:] / error[:, 1:]
+    assert np.abs(deviation).max() < 4.5
+    assert (np.abs(deviation) < 1.96).mean() > 0.93
+    at = found.group.lattice().class_of(frozenset({0, 2}))
+    assert value[10:20, at] == pytest.approx(0.85, abs=0.06)
+    # A claim of a feature that the halves do not agree on is no discovery.
+    doubted = dataclasses.replace(found, reliable=np.arange(40) >= 4)
+    assert doubted.n_discoveries == 6
+    assert doubted.grades[:4] == ["approximate"] * 4
 
 
 def test_weak_features_are_not_reliable_whatever_the_others_are():

@@ -62,3 +62,28 @@ def test_features_that_cannot_be_reproduced_take_no_part():
     none = find_types(blocks, D4, np.zeros(len(blocks)))
     assert none.n_clustered == 0
     assert not len(none.sizes)
+
+
+def test_angles_between_the_rotations_of_a_group_are_interpolated():
+    of, random = group("D16"), np.random.default_rng(3)
+    steps = 16 * random.random(24)
+
+    def turned(template, angle):
+        """Blocks of a smooth function of the angle, turned by any number of steps."""
+        halves = []
+        for part, at in zip(template, (np.arange(16) + angle, np.arange(16) - angle), strict=True):
+            phase = 2 * np.pi * at[:, None] / 16 * np.array([1, 2])
+            halves.append(np.hstack([np.ones((16, 1)), np.cos(phase), np.sin(phase)]) @ part)
+        return np.concatenate(halves)
+
+    templates = random.standard_normal((4, 2, 5, 32))
+    blocks = [turned(templates[i // 6], angle) for i, angle in enumerate(steps)]
+    blocks += [turned(random.standard_normal((2, 5, 32)), 0.0) for _ in range(40)]
+    found = find_types(np.array(blocks), of)
+    assert found.sizes.tolist() == [6] * 4
+    angle = (steps - steps[found.references[:24]]) % 16
+    error = (found.poses[:24] + found.offsets[:24] - angle + 8) % 16 - 8
+    assert np.abs(error).max() < 0.05  # of 22.5 degrees
+    assert np.abs(found.offsets[:24]).max() > 0.3
+    assert found.similarity[:24].min() > 0.995
+    assert not find_types(np.array(blocks)[:, ::4], group("D4")).offsets.any()

@@ -24,16 +24,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from scipy import optimize, stats
 from scipy.interpolate import PchipInterpolator
 from torch import Tensor
 
-from mechatlas.analysis.branches.specialization import FDR, Specialization
+from mechatlas.analysis.branches.specialization import FDR, ChanceTest, Specialization
 from mechatlas.base import InputError
 from mechatlas.maths.arrays import Channels, as_array
-from mechatlas.maths.directions import distinct_rows
-from mechatlas.maths.statistics import q_values, wilson
+from mechatlas.maths.linalg import Moments
 
 POINTS = 12
 """Shares at which the tail of a component is computed; it is interpolated in between."""
@@ -65,35 +64,32 @@ def component_statistics(
     Raises:
         InputError: There are fewer than two rows or components, or a value is not finite.
     """
-    n_rows, shift = 0, None
-    total = square = torch.zeros(0)
+    n, moments = 0, [Moments(0)]
     for block in blocks:
-        rows = block.double()
-        if not torch.isfinite(rows).all():
+        if not torch.isfinite(block).all():
             raise InputError(
-                f"A component is not finite in the {block.shape[1]} rows after row {n_rows}."
+                f"A component is not finite in the {block.shape[1]} rows after row {n}."
             )
-        if shift is None:
-            shift = rows.mean(dim=1, keepdim=True)
-            total, square = torch.zeros_like(shift), rows.new_zeros(len(rows), *2 * rows.shape[2:])
-        rows = rows - shift
-        total = total + rows.sum(dim=1, keepdim=True)
-        square += rows.transpose(1, 2) @ rows
-        n_rows += rows.shape[1]
-    if shift is None or n_rows < 2 or len(names) < 2:
+        moments = moments if n else [Moments(block.shape[2]) for _ in names]
+        for each, rows in zip(moments, block, strict=True):
+            each.add(rows)
+        n += block.shape[1]
+    if n < 2 or len(names) < 2:
         raise InputError(
-            f"Shares of components need two rows and two components or more, got {n_rows} rows of "
+            f"Shares of components need two rows and two components or more, got {n} rows of "
             f"{len(names)}."
         )
-    mean = total / n_rows
-    covariance = (square - n_rows * mean.transpose(1, 2) @ mean) / (n_rows - 1)
+    covariance = np.stack([each.covariance for each in moments]) * (n / (n - 1))
     return ComponentStatistics(
-        tuple(names), n_rows, (mean + shift)[:, 0].numpy(), covariance.numpy()
+        tuple(names), n, np.stack([each.mean for each in moments]), covariance
     )
 
 
-class ComponentTest:
+class ComponentTest(ChanceTest):
     """Test of features for components, with its control and its power.
+
+    In `power`, directions in which the component has much of the variance are stretched; an excess
+    of 1 is the largest share that any direction has.
 
     Args:
         encoder: Encoder columns, as rows (n_features, d), or a dictionary; of one without a linear
@@ -123,20 +119,11 @@ class ComponentTest:
                 f"Features read {d} channels and the components have {known.covariance.shape[1]}; "
                 "both must be of one site, and finite."
             )
-        self.known, self.tested = known, tested
+        self.known, self.tested, self.n_rows = known, tested, known.n_rows
         self.branches: dict[str, Channels] = {name: slice(0, d) for name in known.names}
         self._whole = known.covariance.sum(axis=0)
         if not self._whole.any():
             raise InputError(f"The components are the same in all {known.n_rows} rows.")
-
-    @property
-    def n_rows(self) -> int:
-        """Rows that the statistics are from."""
-        return self.known.n_rows
-
-    def run(self) -> Specialization:
-        """Test all features."""
-        return dataclasses.replace(self._test(self.rows), test=self)
 
     def permuted(self, *, seed: int = 0) -> Specialization:
         """Test features of mixed-up directions: those found specialized are false.
@@ -151,27 +138,10 @@ class ComponentTest:
         rows[at] = mixed
         return self._test(rows)
 
-    def power(
-        self, *, excess: float = 0.9, fdr: float = FDR, seed: int = 0
-    ) -> Float[np.ndarray, " branch"]:
-        """Measure which fraction of the features that belong to a component the test finds.
+    def _movable(self, rows: np.ndarray) -> Int[np.ndarray, " some"]:
+        return self._units(rows)[0]
 
-        A tenth of the features, and no more than 100 for each component, are moved: directions in
-        which the component has much of the variance are stretched until the share has the excess.
-
-        Args:
-            excess: Effect size that they are moved to, where 1 is the largest share that any
-                direction has.
-            fdr: False discovery rate.
-            seed: Seed of the choice of features.
-
-        Returns:
-            For each component the fraction found of the features moved there; NaN if none was.
-        """
-        rows, names = self.rows.copy(), self.known.names
-        order = np.random.default_rng([seed, 5]).permutation(self._units(rows)[0])
-        size = min(100, len(order) // (10 * len(names)))
-        parts = [order[k * size : (k + 1) * size] for k in range(len(names))]
+    def _move(self, rows: np.ndarray, parts: list[np.ndarray], excess: float) -> None:
         values, vectors = np.linalg.eigh(self._whole)
         varies = values > FAINT * values[-1]
         color = vectors[:, varies] * np.sqrt(values[varies])
@@ -183,8 +153,6 @@ class ComponentTest:
             aim = expected + excess * (own[-1] - expected)
             for row in part:
                 rows[row] = whiten @ axes @ _moved(axes.T @ color.T @ rows[row], own, aim)
-        significant = self._test(rows).specialized(fdr)
-        return np.array([significant[p, k].mean() if size else np.nan for k, p in enumerate(parts)])
 
     def _units(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Features that are tested, by their numbers, scaled to a pre-activation of variance 1."""
@@ -194,7 +162,6 @@ class ComponentTest:
         return at, rows[at] / np.sqrt(variance[at])[:, None]
 
     def _test(self, rows: np.ndarray) -> Specialization:
-        """Share of every feature in every component, with its tail under the null."""
         at, unit = self._units(rows)
         found = self._against(rows, at, unit, unit)
         p = found.p_values[at].min(axis=1, initial=np.inf)
@@ -220,21 +187,7 @@ class ComponentTest:
             expected[at, k] = np.sqrt(max(mean, 0.0))
             n_effective[at, k] = max(mean * (1 - mean), 0.0) / max(float(spread), FAINT)
             p[at, k] = _tails(energy[at, k], own, whole, mean)
-        low, high = wilson(energy, n_effective)
-        distinct = distinct_rows(rows)
-        p[~np.isin(np.arange(len(rows)), distinct.kept)] = np.nan
-        q = q_values(p)
-        p[~distinct.unique], q[~distinct.unique] = np.nan, np.nan
-        return Specialization(
-            names=self.known.names,
-            share=np.sqrt(np.maximum(energy, 0)),
-            expected=expected,
-            p_values=p,
-            q_values=q,
-            low=np.sqrt(np.maximum(low, 0)),
-            high=np.sqrt(np.maximum(high, 0)),
-            n_effective=n_effective,
-        )
+        return self._judged(rows, energy, expected, p, n_effective)
 
 
 def tail_of_ratio(

@@ -12,13 +12,15 @@ branch's share of the channels or, where activations are given, of their varianc
 Source: Bozoukov, Branch specialization with k-sparse autoencoders (2025), for the share.
 """
 
+import abc
 import contextlib
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import numpy as np
+import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.utils import data
@@ -37,6 +39,7 @@ from mechatlas.analysis.branches.null import (
 from mechatlas.base import InputError, Result, SiteError
 from mechatlas.maths.arrays import Channels, as_array, numbers_of
 from mechatlas.maths.directions import distinct_rows
+from mechatlas.maths.linalg import Moments
 from mechatlas.maths.statistics import q_values, wilson
 
 ROWS_AT_ONCE = 1024
@@ -57,29 +60,94 @@ class ChannelStatistics:
     """Whether any activation is negative."""
 
 
-@runtime_checkable
-class ChanceTest(Protocol):
-    """Test of features for branches, with a control and its power."""
+class ChanceTest(abc.ABC):
+    """Test of features for branches, with its permutation control and its power."""
 
-    rows: np.ndarray
+    rows: Float[np.ndarray, "feature d"]
     branches: dict[str, Channels]
     tested: Bool[np.ndarray, " feature"] | None
     positive: bool
+    """Whether only the positive part of a row counts."""
+    n_rows: int
+    """Rows of activations that its statistics are from."""
 
-    @property
-    def n_rows(self) -> int:
-        """Rows of activations that its statistics are from."""
-        ...
+    def run(self) -> "Specialization":
+        """Test all features.
 
+        Raises:
+            InputError: A value is not finite.
+        """
+        return dataclasses.replace(self._test(self.rows), test=self)
+
+    @abc.abstractmethod
     def permuted(self, *, seed: int = 0) -> "Specialization":
         """Test features mixed up at random: those found specialized are false."""
-        ...
 
     def power(
         self, *, excess: float = 0.9, fdr: float = FDR, seed: int = 0
     ) -> Float[np.ndarray, " branch"]:
-        """Measure which fraction of the features that belong to a branch the test finds."""
-        ...
+        """Measure which fraction of the features that belong to a branch the test finds.
+
+        A tenth of the features, and no more than 100 for each branch, are moved into branches, as
+        far as the effect size says. All features are tested then.
+
+        Args:
+            excess: Effect size that they are moved to.
+            fdr: False discovery rate.
+            seed: Seed of the choice of features.
+
+        Returns:
+            For each branch the fraction found of the features moved there; NaN if none was.
+        """
+        rows, n = self.rows.astype(np.float64), len(self.branches)
+        order = np.random.default_rng([seed, 5]).permutation(self._movable(rows))
+        size = min(100, len(order) // (10 * n))
+        parts = [order[k * size : (k + 1) * size] for k in range(n)]
+        self._move(rows, parts, excess)
+        significant = self._test(rows).specialized(fdr)
+        return np.array([significant[p, k].mean() if size else np.nan for k, p in enumerate(parts)])
+
+    @abc.abstractmethod
+    def _test(self, rows: np.ndarray) -> "Specialization":
+        """Share of every row in every branch, with its tail under the null."""
+
+    @abc.abstractmethod
+    def _movable(self, rows: np.ndarray) -> Int[np.ndarray, " some"]:
+        """Features that can be moved into a branch."""
+
+    @abc.abstractmethod
+    def _move(self, rows: np.ndarray, parts: list[np.ndarray], excess: float) -> None:
+        """Change the rows of the features of each part so that the branch has the excess."""
+
+    def _judged(
+        self,
+        rows: Float[np.ndarray, "feature d"],
+        energy: Float[np.ndarray, "feature branch"],
+        expected: Float[np.ndarray, "feature branch"],
+        p: Float[np.ndarray, "feature branch"],
+        n_effective: Float[np.ndarray, "feature branch"],
+    ) -> "Specialization":
+        """Correct for the number of features; rows that say nothing of their own take no part.
+
+        Args:
+            rows: Rows of the features.
+            energy: Squared share.
+            expected: Root mean square of the share under the null.
+            p: p-values of all rows.
+            n_effective: Effective number of independent components.
+        """
+        low, high = wilson(energy, n_effective)
+        distinct = distinct_rows(rows)
+        p[~np.isin(np.arange(len(rows)), distinct.kept)] = np.nan
+        if self.tested is not None:
+            p[~self.tested] = np.nan
+        q = q_values(p)
+        p[~distinct.unique], q[~distinct.unique] = np.nan, np.nan
+        share, low, high = (np.sqrt(np.maximum(each, 0)) for each in (energy, low, high))
+        return Specialization(
+            names=tuple(self.branches), share=share, expected=expected, p_values=p, q_values=q,
+            low=low, high=high, n_effective=n_effective,
+        )  # fmt: skip
 
 
 @deprecated.renamed_attributes
@@ -196,11 +264,10 @@ def branches(
         >>> result.specialized().sum(axis=0).tolist()
         [20, 0]
     """
-    test = BranchTest(W_dec, branches, activations, positive=positive, tested=tested)
-    return dataclasses.replace(test.run(), test=test)
+    return BranchTest(W_dec, branches, activations, positive=positive, tested=tested).run()
 
 
-class BranchTest:
+class BranchTest(ChanceTest):
     """Test of features for branches, with its permutation control and its power.
 
     Args:
@@ -230,6 +297,7 @@ class BranchTest:
         self.branches, self.tested = checked_branches(branches, d), tested
         given = activations is None or isinstance(activations, ChannelStatistics)
         self.known = known = activations if given else channel_statistics(activations)
+        self.n_rows = 0 if known is None else known.n_rows
         self.positive = (known is None or not known.signed) if positive is None else positive
         variance, together, self._leaked = np.ones(d), None, None
         if known is not None:
@@ -250,19 +318,6 @@ class BranchTest:
             inside[channels] = True
             self._groups.append(channel_groups(variance, inside, together))
 
-    @property
-    def n_rows(self) -> int:
-        """Rows of activations that its statistics are from."""
-        return 0 if self.known is None else self.known.n_rows
-
-    def run(self) -> Specialization:
-        """Test all features.
-
-        Raises:
-            InputError: A value is not finite.
-        """
-        return self._test(self.rows)
-
     def permuted(self, *, seed: int = 0) -> Specialization:
         """Test rows whose channels were permuted at random: features found specialized are false.
 
@@ -280,40 +335,20 @@ class BranchTest:
         entries = rows / np.maximum(deviation, least) @ whiten
         return self._test(np.take_along_axis(entries, order, axis=1) @ color * deviation)
 
-    def power(
-        self, *, excess: float = 0.9, fdr: float = FDR, seed: int = 0
-    ) -> Float[np.ndarray, " branch"]:
-        """Measure which fraction of the features that belong to a branch the test finds.
-
-        A tenth of the rows, and no more than 100 for each branch, are moved into branches: their
-        entries inside and outside are stretched until the share has the excess. All rows are
-        tested then.
-
-        Args:
-            excess: Effect size that they are moved to.
-            fdr: False discovery rate.
-            seed: Seed of the choice of features.
-
-        Returns:
-            For each branch the fraction found of the features moved there; NaN if none was.
-        """
-        rows, slices = self.rows.astype(np.float64), list(self.branches.values())
+    def _movable(self, rows: np.ndarray) -> Int[np.ndarray, " some"]:
         squares = np.square(plain_shares(rows, self.branches, positive=self.positive)[0])
         free = ((squares > 0) & (squares < 1)).all(axis=1)
-        order = np.flatnonzero(free if self.tested is None else free & self.tested)
-        order = np.random.default_rng([seed, 5]).permutation(order)
-        size = min(100, len(order) // (10 * len(slices)))
-        parts = [order[k * size : (k + 1) * size] for k in range(len(slices))]
-        for k, (part, channels) in enumerate(zip(parts, slices, strict=True)):
+        return np.flatnonzero(free if self.tested is None else free & self.tested)
+
+    def _move(self, rows: np.ndarray, parts: list[np.ndarray], excess: float) -> None:
+        squares = np.square(plain_shares(rows, self.branches, positive=self.positive)[0])
+        for k, (part, channels) in enumerate(zip(parts, self.branches.values(), strict=True)):
             aim = self._groups[k].share + excess * (1 - self._groups[k].share)
             inside = rows[part, channels] * np.sqrt(aim / squares[part, k])[:, None]
             rows[part] *= np.sqrt((1 - aim) / (1 - squares[part, k]))[:, None]
             rows[part, channels] = inside
-        significant = self._test(rows).specialized(fdr)
-        return np.array([significant[p, k].mean() if size else np.nan for k, p in enumerate(parts)])
 
     def _test(self, rows: np.ndarray) -> Specialization:
-        """Share of the energy of every row in every branch, with its tail under the null."""
         energy, p, n_effective = (np.full((len(rows), len(self._groups)), np.nan) for _ in "epn")
         for start in range(0, len(rows), ROWS_AT_ONCE):
             block = rows[start : start + ROWS_AT_ONCE].astype(np.float64)
@@ -328,26 +363,9 @@ class BranchTest:
             components = Components.of(squares, self._variance, self._leaked)
             for k, groups in enumerate(self._groups):
                 p[at, k], n_effective[at, k] = tail_probability(components, energy[at, k], groups)
-        low, high = wilson(energy, n_effective)
-        distinct = distinct_rows(rows)
-        taking_part = np.isin(np.arange(len(rows)), distinct.kept)
-        p[~taking_part] = np.nan
-        if self.tested is not None:
-            p[~self.tested] = np.nan
-        q = q_values(p)
-        p[~distinct.unique], q[~distinct.unique] = np.nan, np.nan
         expected = np.sqrt([[groups.share for groups in self._groups]]) * np.ones(energy.shape)
         expected[np.isnan(energy)] = np.nan
-        return Specialization(
-            names=tuple(self.branches),
-            share=np.sqrt(energy),
-            expected=expected,
-            p_values=p,
-            q_values=q,
-            low=np.sqrt(low),
-            high=np.sqrt(high),
-            n_effective=n_effective,
-        )
+        return self._judged(rows, energy, expected, p, n_effective)
 
 
 def plain_shares(
@@ -382,36 +400,27 @@ def channel_statistics(activations: Any) -> ChannelStatistics:
     Raises:
         InputError: There are fewer than two rows, or a value is not finite.
     """
-    count, low = 0, 0.0
-    total = square = None
-    shift = np.zeros(0)
+    moments, low = None, 0.0
     for block in _blocks(activations):
-        if total is None or square is None:
-            shift = block.mean(axis=0)
-            total, square = np.zeros(len(shift)), np.zeros((len(shift), len(shift)))
-        if block.shape[1] != len(shift):
+        moments = moments or Moments(block.shape[1])
+        if block.shape[1] != moments.width:
             raise InputError(
-                f"Rows of activations have {block.shape[1]} channels, earlier ones {len(shift)}."
+                f"Rows of activations have {block.shape[1]} channels, earlier ones {moments.width}."
             )
-        _refuse_unless_finite(block, "activations", count)
+        _refuse_unless_finite(block, "activations", moments.n)
         low = min(low, float(block.min()))
-        block = block - shift  # else a large mean would drown a small variance
-        total += block.sum(axis=0)
-        square += block.T @ block
-        count += len(block)
-    if total is None or square is None or count < 2:
-        raise InputError(f"Variances need two rows of activations or more, got {count}.")
-    mean = total / count
-    covariance = (square - count * np.outer(mean, mean)) / (count - 1)
+        moments.add(torch.from_numpy(block))
+    n = 0 if moments is None else moments.n
+    if moments is None or n < 2:
+        raise InputError(f"Variances need two rows of activations or more, got {n}.")
+    covariance = moments.covariance * (n / (n - 1))
     variance = np.maximum(np.diag(covariance), 0)
     deviation = np.sqrt(variance)
     varies = deviation > 1e-12 * max(float(deviation.max()), 1e-300)
     scale = np.where(varies, deviation, np.inf)
     correlation = np.clip(covariance / scale[:, None] / scale, -1, 1)
     np.fill_diagonal(correlation, 1.0)
-    return ChannelStatistics(
-        count, mean + shift, np.where(varies, variance, 0), correlation, low < 0
-    )
+    return ChannelStatistics(n, moments.mean, np.where(varies, variance, 0), correlation, low < 0)
 
 
 def _blocks(activations: Any) -> Iterator[np.ndarray]:

@@ -20,20 +20,18 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from mechatlas.activations.components import weight_of
+from mechatlas.activations.normalization import Normalization, is_norm, norm_of
 from mechatlas.activations.passes import evaluation_mode
 from mechatlas.activations.tracing import ModuleCall, same_numbers
 from mechatlas.activations.values import tensor_of
 from mechatlas.analysis.circuits.layer_parts import (
     AttentionLayer,
     LayerNonlinearities,
-    Normalization,
     as_maps,
     as_rows,
-    is_norm,
-    layer_norm_of,
     projection_of,
 )
-from mechatlas.base import Site, SiteError
+from mechatlas.base import Site
 
 
 class GatedModules(NamedTuple):
@@ -274,25 +272,7 @@ def _norms(calls: Sequence[ModuleCall], linear: Sequence[ModuleCall]) -> Norms:
         elif number < gate:
             after = torch.equal(call.tensors[0], linear[3].output)
             parts["after_attention" if after else "before_mlp"] = call
-    return Norms(**{name: _norm_of(call) for name, call in parts.items()})
-
-
-def _norm_of(call: ModuleCall) -> Normalization:
-    module, (x, *_) = call.module, call.tensors
-    if isinstance(module, nn.LayerNorm):
-        return layer_norm_of(module)
-    weight = getattr(module, "weight", None)
-    eps = next((e for n in ("variance_epsilon", "eps", "epsilon")
-                if isinstance(e := getattr(module, n, None), float)), 0.0)  # fmt: skip
-    if isinstance(weight, Tensor):
-        for scale in (weight.detach(), 1 + weight.detach()):
-            norm = Normalization(scale, torch.zeros_like(scale), eps, is_centered=False)
-            if same_numbers(norm(x), call.output):
-                return norm
-    raise SiteError(
-        f"Module {call.name!r}, a {type(module).__name__}, does not divide rows by their root mean "
-        "square, so a circuit cannot hold it fixed."
-    )
+    return Norms(**{name: norm_of(call) for name, call in parts.items()})
 
 
 def _is_right(

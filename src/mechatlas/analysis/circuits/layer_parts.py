@@ -3,7 +3,6 @@
     AttentionLayer        layer whose attention, normalization and slopes can be frozen
     LayerNonlinearities   these, on some samples
     Projection            linear map of rows
-    Normalization         LayerNorm or RMSNorm
 
 To look like maps, sequences are (sample, channel, 1, token).
 """
@@ -12,10 +11,8 @@ import abc
 import dataclasses
 from typing import NamedTuple
 
-import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn import functional
 
 from mechatlas.activations.components import weight_of
 from mechatlas.analysis.circuits.wiring import Route
@@ -31,30 +28,6 @@ class Projection(NamedTuple):
     def __call__(self, x: Tensor) -> Tensor:
         """Apply the map."""
         return x @ self.weight + self.bias
-
-
-class Normalization(NamedTuple):
-    """Layer normalization, or normalization by the root mean square where it is not centered."""
-
-    scale: Float[Tensor, " d"]
-    shift: Float[Tensor, " d"]
-    eps: float
-    is_centered: bool = True
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """Apply the map."""
-        if self.is_centered:
-            return functional.layer_norm(x, x.shape[-1:], self.scale, self.shift, self.eps)
-        return x * self.size(x)[..., None] * self.scale + self.shift
-
-    def size(self, x: Float[Tensor, "*rows d"]) -> Float[Tensor, "*rows"]:
-        """Factor that a row is multiplied by."""
-        square = x.var(dim=-1, correction=0) if self.is_centered else x.square().mean(dim=-1)
-        return (square + self.eps).rsqrt()
-
-    def held(self, x: Float[Tensor, "*rows d"]) -> Float[Tensor, "*rows d"]:
-        """Linear part of the normalization, with the factor held at 1."""
-        return (x - x.mean(dim=-1, keepdim=True) if self.is_centered else x) * self.scale
 
 
 class LayerNonlinearities(NamedTuple):
@@ -132,17 +105,3 @@ def projection_of(module: nn.Module) -> Projection:
     weight, bias = weight_of(module), getattr(module, "bias", None)
     assert weight is not None
     return Projection(weight, bias.detach() if isinstance(bias, Tensor) else 0.0)
-
-
-def is_norm(module: nn.Module) -> bool:
-    """Whether a module normalizes, by its class."""
-    return isinstance(module, nn.LayerNorm) or "norm" in type(module).__name__.lower()
-
-
-def layer_norm_of(module: nn.Module) -> Normalization:
-    """Weights of layer normalization."""
-    assert isinstance(module, nn.LayerNorm)
-    d = module.normalized_shape[-1]
-    scale = torch.ones(d) if module.weight is None else module.weight.detach()
-    shift = torch.zeros(d) if module.bias is None else module.bias.detach()
-    return Normalization(scale, shift, module.eps)

@@ -22,17 +22,15 @@ from torch.nn import functional
 from mechatlas.activations.branches import branches_of, select
 from mechatlas.activations.components import weight_of
 from mechatlas.activations.layouts import expect_patterns
+from mechatlas.activations.normalization import Normalization, is_norm, norm_of
 from mechatlas.activations.tracing import ModuleCall, Trace, same_numbers, trace
 from mechatlas.analysis.circuits.decoder_layer import decoder_layer
 from mechatlas.analysis.circuits.layer_parts import (
     AttentionLayer,
     LayerNonlinearities,
-    Normalization,
     Projection,
     as_maps,
     as_rows,
-    is_norm,
-    layer_norm_of,
     projection_of,
 )
 from mechatlas.analysis.circuits.wiring import Wiring, channel_range, trace_wiring
@@ -267,7 +265,7 @@ def _norms(
         return "none", None
     plain = all(isinstance(call.module, nn.LayerNorm) for call in normalizing)
     if plain and len(normalizing) == 2:
-        first, second = (layer_norm_of(call.module) for call in normalizing)
+        first, second = (norm_of(call) for call in normalizing)
         if places[0] == 0 and mixed < places[1] < down:
             return "before", (first, second)
         if mixed < places[0] < down < places[1]:

@@ -3,7 +3,7 @@
 name_classes         a name for each conjugacy class of subgroups
 APPROXIMATELY        word before the name of a class of approximate stabilizers
 NOT_SHOWN            label of features of which neither a symmetry nor a lack of it is shown
-rotation_subgroup    the rotations inside a dihedral group
+rotation_subgroup    the rotations inside a dihedral group; `n_turns` counts them by its name
 """
 
 import re
@@ -34,6 +34,11 @@ def rotation_subgroup(group: Group) -> frozenset[int] | None:
             if (group.element_orders[outside] == 2).all():
                 return rotations
     return frozenset(range(n)) if group.name in ("D1", "D2") else None
+
+
+def n_turns(group: Group) -> int:
+    """Number of rotations of a group that is called Cn or Dn."""
+    return group.order // 2 if group.name.startswith("D") else group.order
 
 
 def name_classes(group: Group, *, acts_by_rotation: bool = True) -> tuple[str, ...]:

@@ -5,8 +5,11 @@
 
 Exact poses of one feature are rare in real networks; curves of several orientations are similar
 rather than equal. So features are clustered (average linkage) by their largest cosine over all
-shifts, corrected for noise. Similarity alone proves nothing, since features that share a few strong
-directions are all similar. The null are dictionaries of features that have no types:
+shifts, corrected for noise. Features need not be turned by whole steps, so under eight rotations or
+more the cosine and the angle are interpolated between neighboring ones (by a parabola).
+
+Similarity alone proves nothing, since features that share a few strong directions are all similar.
+The null are dictionaries of features that have no types:
 
     channels    each channel with its whole orbit from another feature, with a random sign
     mixtures    random rotations among features: the same second moments of all entries
@@ -26,6 +29,7 @@ from jaxtyping import Float, Int
 from scipy.cluster import hierarchy
 from scipy.spatial.distance import squareform
 
+from mechatlas.analysis.symmetry.class_names import n_turns
 from mechatlas.analysis.symmetry.families import TILE, GroupSpectra
 from mechatlas.analysis.symmetry.shift_evidence import common_direction, remove_direction
 from mechatlas.maths.groups import Group
@@ -40,6 +44,8 @@ MANY = 1024
 """Number of features from which fewer null dictionaries are made."""
 CUTS = np.linspace(0.99, 0.2, 80)
 """Similarities at which clusters may be cut."""
+MIN_TURNS = 8
+"""Rotations from which on similarities are interpolated: blocks of fewer say nothing in between."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -54,6 +60,9 @@ class FeatureTypes:
     """Element h with D_g most similar to reference_gh."""
     similarity: Float[np.ndarray, " feature"]
     """Similarity to the reference in that pose, corrected for noise."""
+    offsets: Float[np.ndarray, " feature"]
+    """Rotation that follows the pose, in steps of the group, from -0.5 to 0.5: 0 under groups of
+    few rotations."""
     cut: float
     """Mean similarity at which clusters are cut; NaN if no cut keeps to the rate."""
     n_clustered: int
@@ -110,7 +119,7 @@ def find_types(
     random = np.random.default_rng([seed, 0x7479])
     n_nulls = N_NULLS if len(usable) <= MANY else -(-N_NULLS // 3)
     spectra = GroupSpectra(unit, share, group)
-    similarity = _best_similarity(spectra)
+    similarity = _best_similarity(spectra, group)
     tree = _tree(similarity)
     nulls: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
     for name, make in NULLS.items():
@@ -118,7 +127,7 @@ def find_types(
         for _ in range(n_nulls):
             null = make(unit, random)
             own = random.permutation(share) * np.einsum("igk,igk->i", null, null, dtype=np.float64)
-            near = _best_similarity(GroupSpectra(null, own, group))
+            near = _best_similarity(GroupSpectra(null, own, group), group)
             nulls[name].append((near, _tree(near)))
     by_chance = np.max(
         [np.mean([_n_in_clusters(tree) for _, tree in each], axis=0) for each in nulls.values()],
@@ -145,7 +154,7 @@ def find_types(
 def _no_types(n: int, group: Group, n_clustered: int) -> FeatureTypes:
     return FeatureTypes(
         np.full(n, -1), np.arange(n), np.full(n, group.identity), np.ones(n),
-        np.nan, n_clustered, 0.0, np.nan, np.empty(0),
+        np.zeros(n), np.nan, n_clustered, 0.0, np.nan, np.empty(0),
     )  # fmt: skip
 
 
@@ -169,25 +178,50 @@ def _describe(
         by_pose = spectra.correlate(np.array([reference]), members)[0]
         found.labels[usable[members]] = k
         found.references[usable[members]] = usable[reference]
-        found.poses[usable[members]] = by_pose.argmax(axis=1)
-        found.similarity[usable[members]] = by_pose.max(axis=1)
-        found.poses[usable[reference]], found.similarity[usable[reference]] = group.identity, 1.0
+        peaks, offsets = _interpolated(by_pose, group)
+        best, rows = peaks.argmax(axis=1), np.arange(len(members))
+        found.poses[usable[members]] = best
+        found.similarity[usable[members]] = peaks[rows, best]
+        found.offsets[usable[members]] = offsets[rows, best]
+        found.poses[usable[reference]] = group.identity
+        found.similarity[usable[reference]], found.offsets[usable[reference]] = 1.0, 0.0
     return dataclasses.replace(
         found, cut=cut, n_by_chance=n_by_chance, null_separation=null_separation,
         separation=_separation(similarity, labels),
     )  # fmt: skip
 
 
-def _best_similarity(spectra: GroupSpectra) -> Float[np.ndarray, "n n"]:
+def _best_similarity(spectra: GroupSpectra, group: Group) -> Float[np.ndarray, "n n"]:
     """Largest similarity of each pair over all shifts."""
     n = spectra.n
     best = np.empty((n, n), np.float32)
     for i in range(0, n, TILE):
         for j in range(i, n, TILE):
             a, b = slice(i, i + TILE), slice(j, j + TILE)
-            best[a, b] = spectra.correlate(a, b).max(axis=2)
+            best[a, b] = _interpolated(spectra.correlate(a, b), group)[0].max(axis=2)
             best[b, a] = best[a, b].T
     return best
+
+
+def _interpolated(
+    by_pose: Float[np.ndarray, "*pair element"], group: Group
+) -> tuple[Float[np.ndarray, "*pair element"], Float[np.ndarray, "*pair element"]]:
+    """Interpolate similarities between a rotation and its neighbors, with the place of the peak.
+
+    Elements of C_n and D_n are rotations r^k first, then r^k s; the angle of both is that of r^k.
+    Without enough rotations, similarities stay and all peaks are at the elements.
+    """
+    n = n_turns(group)
+    turns = (np.arange(n) + 1) % n
+    if n < MIN_TURNS or not np.array_equal(group.table[1, :n], turns):
+        return by_pose, np.zeros_like(by_pose)
+    values = by_pose.reshape(*by_pose.shape[:-1], -1, n)
+    before, after = np.roll(values, 1, axis=-1), np.roll(values, -1, axis=-1)
+    bend = 2 * values - before - after
+    is_peak = (values >= before) & (values >= after) & (bend > 0)
+    offset = np.where(is_peak, (after - before) / (2 * np.where(is_peak, bend, 1)), 0)
+    peak = values + (after - before) * offset / 4
+    return peak.reshape(by_pose.shape), offset.reshape(by_pose.shape)
 
 
 def _tree(similarity: Float[np.ndarray, "n n"]) -> Float[np.ndarray, "merge 4"]:

@@ -74,11 +74,9 @@ def select_stabilizers(evidence: ShiftEvidence, group: Group, fdr: float) -> Sel
     unlike = 1 - evidence.p_support <= fdr / others  # the test against the opposite
     unlike[:, group.identity] = False
     n_inside = _contained(masks, masks).sum(axis=1)  # subgroups inside each, itself included
-    n_possible = np.concatenate(
-        [_contained(~part, masks).sum(axis=1) for part in _parts(refuted, len(masks))]
-    )
-    n_similar = np.concatenate(
-        [_contained(~part, masks).sum(axis=1) for part in _parts(unlike, len(masks))]
+    n_possible, n_similar = (
+        np.concatenate([_contained(~part, masks).sum(axis=1) for part in _parts(x, len(masks))])
+        for x in (refuted, unlike)
     )
     reproduced = q_values(evidence.p_signal) <= fdr
     return SelectedStabilizers(

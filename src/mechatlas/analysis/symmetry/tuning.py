@@ -17,6 +17,7 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+from mechatlas.analysis.symmetry.class_names import n_turns
 from mechatlas.analysis.symmetry.stimuli import KINDS, Stimuli
 from mechatlas.maths.groups import Group
 from mechatlas.maths.statistics import proportion
@@ -72,7 +73,7 @@ def poses_of_elements(group: Group, n_angles: int) -> Int[np.ndarray, " element"
         group: C_n or D_n, in the order of `named_groups`; n divides `n_angles`.
         n_angles: Orientations of the stimuli.
     """
-    n = group.order // 2 if group.name.startswith("D") else group.order
+    n = n_turns(group)
     g = np.arange(group.order)
     return (g % n) * (n_angles // n) + np.where(g >= n, n_angles, 0)
 

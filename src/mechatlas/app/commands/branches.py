@@ -409,11 +409,8 @@ def _tested(
     """Test the features that are ever active."""
 
     def test() -> dict[str, Any]:
-        if isinstance(known, ComponentStatistics):
-            specialization = ComponentTest(site.dictionary, known, tested=alive()).run()
-        else:
-            specialization = branches(site.dictionary, site.branches, known, tested=alive())
-        return {k: v for k, v in vars(specialization).items() if k not in ("names", "test")}
+        found = vars(_test(site, known, alive()).run())
+        return {k: v for k, v in found.items() if k not in ("names", "test")}
 
     matrices: dict[str, Any] = _resumed(folder, name, test)
     return Specialization(names=tuple(site.branches), **matrices)

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, UInt8
 
+from mechatlas.analysis.symmetry.class_names import n_turns
 from mechatlas.analysis.symmetry.stimuli import KINDS, draw_stimuli
 from mechatlas.app.report.dossiers import Likeness, TuningLine, finite
 from mechatlas.app.stimuli import SUPPORT, TuningResult
@@ -50,7 +51,7 @@ def tuning_lines(
     """
     if result.missing or "tuning_curves" not in tensors:
         return
-    n = group.order // 2 if group.name.startswith("D") else group.order
+    n = n_turns(group)
     names = stimulus_sheet()[1]
     pairs = [each.similarity_by_chance for each in (result.types, result.families) if each]
     chance = next((each for each in pairs if each is not None), None)
