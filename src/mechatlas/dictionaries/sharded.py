@@ -320,7 +320,7 @@ class ShardedStep(SparseStep):
         return False
 
     def left_by_others(self, target: Tensor, codes: Codes) -> Tensor:
-        """What the latents of other processes leave of the rows."""
+        """Rows less what the latents of other processes reconstruct."""
         atoms = self.dictionary.W_dec.data
         own = fallback.summed(codes.latents.long(), atoms, codes.starts, codes.values)
         return target - summed(own.clone(), self.mesh).sub_(own)

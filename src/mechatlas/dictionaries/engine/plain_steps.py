@@ -48,38 +48,17 @@ def learn(
         dead: Latents that also learn from the residual.
         sparsity_coefficient: Fraction of the sparsity penalty that counts.
     """
-    dictionary, levels, m = step.dictionary, step.levels, step.dictionary.n_latents
+    dictionary, m = step.dictionary, step.dictionary.n_latents
     step.n_steps += 1
-    target, gated = x[:, dictionary.writes], dictionary.rule.has_gates
-    scales = step.objective.weights(target).mul_(2 / len(x) / len(levels))
+    target, weight = x[:, dictionary.writes], sparsity_coefficient / len(x)
+    scales = step.objective.weights(target).mul_(2 / len(x) / len(step.levels))
     target = step.left_by_others(target, codes)
-    latents, rows = codes.latents.long(), rows_of(codes)
-    level = torch.searchsorted(levels, latents, right=True) if len(levels) > 1 else None
-    atoms = dictionary.W_dec.data
-    # Of each level, the gradient of the part of the reconstruction that it adds.
-    back = step.room_for("g", (len(levels), *target.shape), target)
-    error = constant = dictionary.b_dec.data - target
-    losses = []
-    for i in range(len(levels)):
-        values = codes.values if level is None else codes.values * (level == i)
-        error = error + summed(latents, atoms, codes.starts, values)
-        torch.mul(error, scales[:, None], out=back[i])
-        losses.append((error * back[i]).sum())
-    for i in range(len(levels) - 2, -1, -1):
-        back[i] += back[i + 1]
-    index = rows if level is None else level * len(x) + rows
-    sides = [(back.flatten(0, 1), index)]
-    if gated:  # they are a code of their own, by a decoder that does not learn from it
-        error = constant + summed(latents, atoms, codes.starts, codes.raw)
-        of_gates = error * (scales * (sparsity_coefficient * len(levels)))[:, None]
-        losses.append((error * of_gates).sum())
-        sides.append((of_gates, rows))
-    loss = functools.reduce(torch.add, losses) / 2
-    d_code, *d_gates = _along(atoms, latents, sides)
-    weight = sparsity_coefficient / len(x)
+    loss, rows, (d_code, *d_gates), (back, index) = _rebuild(
+        step, target, scales, codes, sparsity_coefficient
+    )
     penalty, learned = dictionary.rule.penalize_codes(codes, d_code, weight, dictionary.state)
     grouped = codes.latents
-    if gated:  # a gate learns where it is open, even if its size is zero
+    if d_gates:  # a gate learns where it is open, even if its size is zero
         d_code.add_(d_gates[0])
     else:  # codes of zero are behind the last latent, and none of its pairs
         silent = codes.values == 0
@@ -88,8 +67,9 @@ def learn(
     ordered = grouped.sort(stable=True)
     numbers = torch.arange(m + 1, device=x.device, dtype=grouped.dtype)
     starts, order = torch.searchsorted(ordered.values, numbers), ordered.indices
-    if gated:
-        fired = codes.values.new_zeros(m).scatter_reduce_(0, latents, codes.values, "amax") > 0
+    if d_gates:
+        largest = codes.values.new_zeros(m)
+        fired = largest.scatter_reduce_(0, grouped.long(), codes.values, "amax") > 0
     else:
         fired = starts[1:] > starts[:-1]
     read, rows, d_code = step.room["x"], rows[order], d_code[order]
@@ -107,6 +87,51 @@ def learn(
             slope[chosen] += gradient
     descend(step, slopes, {**learned, "b_dec": bias}, lr)
     return StepResult(steps.at_hand(loss + penalty), fired)
+
+
+def _rebuild(
+    step: "SparseStep",
+    target: Float[Tensor, "batch d_out"],
+    scales: Float[Tensor, " batch"],
+    codes: Codes,
+    sparsity_coefficient: float,
+) -> tuple[Tensor, Tensor, list[Tensor], tuple[Tensor, Tensor]]:
+    """Reconstruct the rows of a batch.
+
+    Args:
+        step: Dictionary.
+        target: Rows.
+        scales: Twice the weight of each row's squared error.
+        codes: Codes of the batch.
+        sparsity_coefficient: Fraction of the sparsity penalty that counts.
+
+    Returns:
+        The loss; the row of each pair; the gradient of each code, and of each gate if there are
+        gates; the gradient of the part of the reconstruction that each level adds, and the row of
+        each pair there.
+    """
+    dictionary, levels = step.dictionary, step.levels
+    latents, rows, atoms = codes.latents.long(), rows_of(codes), dictionary.W_dec.data
+    level = torch.searchsorted(levels, latents, right=True) if len(levels) > 1 else None
+    back = step.room_for("g", (len(levels), *target.shape), target)
+    error = constant = dictionary.b_dec.data - target
+    losses = []
+    for i in range(len(levels)):
+        values = codes.values if level is None else codes.values * (level == i)
+        error = error + summed(latents, atoms, codes.starts, values)
+        torch.mul(error, scales[:, None], out=back[i])
+        losses.append((error * back[i]).sum())
+    for i in range(len(levels) - 2, -1, -1):
+        back[i] += back[i + 1]
+    index = rows if level is None else level * len(target) + rows
+    sides = [(back.flatten(0, 1), index)]
+    if dictionary.rule.has_gates:  # a code of their own, by a decoder that does not learn from it
+        error = constant + summed(latents, atoms, codes.starts, codes.raw)
+        of_gates = error * (scales * (sparsity_coefficient * len(levels)))[:, None]
+        losses.append((error * of_gates).sum())
+        sides.append((of_gates, rows))
+    loss = functools.reduce(torch.add, losses) / 2
+    return loss, rows, _along(atoms, latents, sides), (back, index)
 
 
 def _along(

@@ -324,7 +324,7 @@ class SparseStep:
         return self.dictionary.rule.find_codes(search, self.dictionary.state)
 
     def left_by_others(self, target: Tensor, codes: Codes) -> Tensor:
-        """What these latents are to reconstruct: all, where there are no others."""
+        """Rows less what other latents reconstruct, where these are not all."""
         del codes
         return target
 

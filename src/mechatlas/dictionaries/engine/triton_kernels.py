@@ -69,7 +69,7 @@ class Numbers(NamedTuple):
 
 
 class Pass(NamedTuple):
-    """What the pass over rows leaves to that over latents."""
+    """Results of the pass over rows, which that over latents reads."""
 
     bits: Int[Tensor, "latent word"]
     """Rows with a code of a latent."""
@@ -307,12 +307,10 @@ def _rebuild_above(
 
 
 @triton.jit
-def _adam(
-    to, first, second, at, inside, gradient, decay1, weight1, decay2, weight2, rate, fix, eps
-):
+def _adam(to, first, second, at, inside, gradient, b1, w1, b2, w2, rate, fix, eps):
     """Parameter after a step of Adam, whose moments are written."""
-    m1 = decay1 * tl.load(first + at, mask=inside, other=0.0) + weight1 * gradient
-    m2 = decay2 * tl.load(second + at, mask=inside, other=0.0) + weight2 * gradient * gradient
+    m1 = b1 * tl.load(first + at, mask=inside, other=0.0) + w1 * gradient
+    m2 = b2 * tl.load(second + at, mask=inside, other=0.0) + w2 * gradient * gradient
     tl.store(first + at, m1, mask=inside)
     tl.store(second + at, m2, mask=inside)
     value = tl.load(to + at, mask=inside, other=0.0)
@@ -321,15 +319,12 @@ def _adam(
 
 @triton.jit
 def _step_parameter(
-    value, first, second, gradient, factor, n,
-    decay1, weight1, decay2, weight2, rate, fix, eps, block: tl.constexpr,
-):  # fmt: skip
+    value, first, second, gradient, factor, n, b1, w1, b2, w2, rate, fix, eps, block: tl.constexpr
+):
     at = tl.program_id(0) * block + tl.arange(0, block)
     inside = at < n
     slope = tl.load(gradient + at, mask=inside, other=0.0) * tl.load(factor)
-    moved = _adam(
-        value, first, second, at, inside, slope, decay1, weight1, decay2, weight2, rate, fix, eps
-    )
+    moved = _adam(value, first, second, at, inside, slope, b1, w1, b2, w2, rate, fix, eps)
     tl.store(value + at, moved, mask=inside)
 
 
@@ -341,19 +336,113 @@ def _length_at(values, o, edges, site):
 
 
 @triton.jit
+def _tangent(slope, atom, o, edges, n_sites):
+    """Gradient of an atom without the part that would change its length."""
+    normal, n_used = atom * 0, 0
+    for site in range(n_sites):
+        length, here = _length_at(atom, o, edges, site)
+        normal += tl.where(here, atom / tl.maximum(length, 1.1754944e-38), 0.0)
+        n_used += (length > 0).to(tl.int32)
+    return slope - tl.sum(slope * normal) / tl.maximum(n_used, 1) * normal
+
+
+@triton.jit
+def _of_code(pre, d_code, d_gate, own, offset, penalty, bandwidth, kind: tl.constexpr):
+    """Code, gradients of its pre-activation and of the tensors of the rule; 1 if it is not zero."""
+    value, to_p, to_q = tl.maximum(pre, 0.0), pre * 0, pre * 0
+    d_pre, is_code = d_code + penalty, pre * 0 + 1
+    if kind == JUMP:
+        near = tl.abs(pre - own) < bandwidth / 2
+        to_p = tl.where(near, (own * d_code + penalty) * (own / -bandwidth), 0.0)
+        is_code = tl.where(pre > own, 1.0, 0.0)
+        value, d_pre = value * is_code, d_code * is_code
+    if kind == GATED:
+        value = tl.maximum(pre * own + offset, 0.0)
+        is_code = tl.where(value > 0, 1.0, 0.0)
+        to_q = d_code * is_code
+        to_p = to_q * pre * own
+        d_pre = to_q * own + penalty + d_gate
+    return value, d_pre, to_p, to_q, is_code
+
+
+@triton.jit
+def _slopes(
+    set_bits, row, atom, constant, to_row, to_atom, x, g, gates, own, offset, penalty, bandwidth,
+    d_in, d_out, words: tl.constexpr, wide_in: tl.constexpr, wide_out: tl.constexpr,
+    kind: tl.constexpr,
+):  # fmt: skip
+    """Sum the gradients of a latent over the rows of its bits; number of its codes."""
+    c, o, w = tl.arange(0, wide_in), tl.arange(0, wide_out), tl.arange(0, words)
+    slope, p, q, n_codes = constant * 0, constant * 0, constant * 0, constant * 0
+    t = tl.min(tl.where(set_bits != 0, w, words), 0)
+    while t < words:
+        word = tl.sum(tl.where(w == t, set_bits, 0), 0)
+        while word != 0:
+            bit = word & -word
+            word = word ^ bit
+            exponent = bit.to(tl.float32).to(tl.int32, bitcast=True) >> 23
+            i = (t * WORD + exponent - 127).to(tl.int64)
+            x_i = tl.load(x + i * d_in + c, mask=c < d_in, other=0.0)
+            back = tl.load(g + i * d_out + o, mask=o < d_out, other=0.0)
+            d_gate = constant * 0
+            if kind == GATED:
+                of_gates = tl.load(gates + i * d_out + o, mask=o < d_out, other=0.0)
+                d_gate = tl.sum(atom * of_gates)
+            value, d_pre, to_p, to_q, is_code = _of_code(
+                tl.sum(row * x_i) + constant, tl.sum(atom * back), d_gate,
+                own, offset, penalty, bandwidth, kind,
+            )  # fmt: skip
+            to_atom += value * back
+            to_row += d_pre * x_i
+            slope, p, q, n_codes = slope + d_pre, p + to_p, q + to_q, n_codes + is_code
+        t = tl.min(tl.where((set_bits != 0) & (w > t), w, words), 0)
+    return to_row, to_atom, slope, p, q, n_codes
+
+
+@triton.jit
+def _move(
+    to_atom, to_row, slope, to_p, to_q,
+    atoms, atoms1, atoms2, encoder, encoder1, encoder2, bias, bias1, bias2, p, p1, p2, q, q1, q2,
+    edges, least, j, d_in, d_out, n_sites, b1, w1, b2, w2, rate, fix, eps,
+    wide_in: tl.constexpr, wide_out: tl.constexpr, tied: tl.constexpr, kind: tl.constexpr,
+):  # fmt: skip
+    """Take the step of Adam of a latent, and give its atom length 1."""
+    c, o = tl.arange(0, wide_in), tl.arange(0, wide_out)
+    at = j * d_out + o
+    atom = _adam(
+        atoms, atoms1, atoms2, at, o < d_out, to_atom, b1, w1, b2, w2, rate, fix, eps
+    )  # fmt: skip
+    atom = tl.where(o < d_out, atom, 0.0)
+    length = slope * 0
+    for site in range(n_sites):
+        of_site, _ = _length_at(atom, o, edges, site)
+        length += of_site
+    tl.store(atoms + at, atom / tl.maximum(length, least), mask=o < d_out)
+    if not tied:
+        at_row = j * d_in + c
+        row = _adam(
+            encoder, encoder1, encoder2, at_row, c < d_in, to_row, b1, w1, b2, w2, rate, fix, eps
+        )  # fmt: skip
+        tl.store(encoder + at_row, row, mask=c < d_in)
+    own = j >= 0
+    tl.store(bias + j, _adam(bias, bias1, bias2, j, own, slope, b1, w1, b2, w2, rate, fix, eps))
+    if kind != PLAIN:
+        tl.store(p + j, _adam(p, p1, p2, j, own, to_p, b1, w1, b2, w2, rate, fix, eps))
+    if kind == GATED:
+        tl.store(q + j, _adam(q, q1, q2, j, own, to_q, b1, w1, b2, w2, rate, fix, eps))
+
+
+@triton.jit
 def _learn(
-    bits, x, g, gates, widths, edges, place, added_atoms, added_encoder, added_bias,
-    own, offset,
-    atoms, atoms1, atoms2, encoder, encoder1, encoder2, bias, bias1, bias2,
-    p, p1, p2, q, q1, q2, fired, through, squares, factor,
-    penalty, bandwidth, least, decay1, weight1, decay2, weight2, rate, fix, eps,
+    bits, x, g, gates, widths, edges, place, added_atoms, added_encoder, added_bias, own, offset,
+    atoms, atoms1, atoms2, encoder, encoder1, encoder2, bias, bias1, bias2, p, p1, p2, q, q1, q2,
+    fired, through, squares, factor, penalty, bandwidth, least, b1, w1, b2, w2, rate, fix, eps,
     n, m, d_in, d_out, n_levels, n_sites, n_words,
     words: tl.constexpr, wide_in: tl.constexpr, wide_out: tl.constexpr, tied: tl.constexpr,
     kind: tl.constexpr, share: tl.constexpr, apply: tl.constexpr,
 ):  # fmt: skip
     """Gradients of some latents, and their step or the squares of their gradients."""
     c, o, w = tl.arange(0, wide_in), tl.arange(0, wide_out), tl.arange(0, words)
-    read, written = c < d_in, o < d_out
     sent = tl.zeros([wide_in], tl.float32)
     first = tl.program_id(0) * share
     for number in range(first, tl.minimum(first + share, m)):
@@ -361,101 +450,35 @@ def _learn(
         level = j * 0
         for t in range(n_levels - 1):
             level += (j >= tl.load(widths + t)).to(tl.int64)
-        atom = tl.load(atoms + j * d_out + o, mask=written, other=0.0)
-        row = tl.load(encoder + j * d_in + c, mask=read, other=0.0)
-        constant = tl.load(bias + j)
+        atom = tl.load(atoms + j * d_out + o, mask=o < d_out, other=0.0)
+        row = tl.load(encoder + j * d_in + c, mask=c < d_in, other=0.0)
         dead = tl.load(place + j).to(tl.int64)
         dead_out, dead_in = tl.where(dead >= 0, d_out, 0), tl.where(dead >= 0, d_in, 0)
         to_atom = tl.load(added_atoms + dead * d_out + o, mask=o < dead_out, other=0.0)
         to_row = tl.load(added_encoder + dead * d_in + c, mask=c < dead_in, other=0.0)
-        slope, to_p, to_q, n_codes = constant * 0, constant * 0, constant * 0, constant * 0
-        own_j, offset_j = tl.load(own + j), tl.load(offset + j)
         set_bits = tl.load(bits + j * n_words + w, mask=w < n_words, other=0)
-        t = tl.min(tl.where(set_bits != 0, w, words), 0)
-        while t < words:
-            word = tl.sum(tl.where(w == t, set_bits, 0), 0)
-            while word != 0:
-                bit = word & -word
-                exponent = bit.to(tl.float32).to(tl.int32, bitcast=True) >> 23
-                i = (t * WORD + exponent - 127).to(tl.int64)
-                word = word ^ bit
-                x_i = tl.load(x + i * d_in + c, mask=read, other=0.0)
-                back = tl.load(g + (level * n + i) * d_out + o, mask=written, other=0.0)
-                pre = tl.sum(row * x_i) + constant
-                d_pre = tl.sum(atom * back)
-                value = tl.maximum(pre, 0.0)
-                if kind == PLAIN:
-                    d_pre += penalty
-                    n_codes += 1.0
-                if kind == JUMP:
-                    near = tl.abs(pre - own_j) < bandwidth / 2
-                    to_own = (own_j * d_pre + penalty) * (own_j / -bandwidth)
-                    to_p += tl.where(near, to_own, 0.0)
-                    is_open = pre > own_j
-                    value = tl.where(is_open, value, 0.0)
-                    d_pre = tl.where(is_open, d_pre, 0.0)
-                    n_codes += tl.where(is_open, 1.0, 0.0)
-                if kind == GATED:
-                    value = tl.maximum(pre * own_j + offset_j, 0.0)
-                    d_size = tl.where(value > 0, d_pre, 0.0)
-                    to_p += d_size * pre * own_j
-                    to_q += d_size
-                    n_codes += tl.where(value > 0, 1.0, 0.0)
-                    of_gates = tl.load(gates + i * d_out + o, mask=written, other=0.0)
-                    d_pre = d_size * own_j + penalty + tl.sum(atom * of_gates)
-                to_atom += value * back
-                to_row += d_pre * x_i
-                slope += d_pre
-            t = tl.min(tl.where((set_bits != 0) & (w > t), w, words), 0)
+        to_row, to_atom, slope, to_p, to_q, n_codes = _slopes(
+            set_bits, row, atom, tl.load(bias + j), to_row, to_atom, x, g + level * n * d_out,
+            gates, tl.load(own + j), tl.load(offset + j), penalty, bandwidth, d_in, d_out,
+            words, wide_in, wide_out, kind,
+        )  # fmt: skip
         sent += slope * row  # what dead latents learn has no part in it
         tl.store(fired + j, n_codes > 0)
         slope += tl.load(added_bias + dead, mask=dead >= 0, other=0.0)
         if tied:
             to_atom += to_row
-        normal, n_used = atom * 0, 0
-        for site in range(n_sites):
-            length, here = _length_at(atom, o, edges, site)
-            normal += tl.where(here, atom / tl.maximum(length, 1.1754944e-38), 0.0)
-            n_used += (length > 0).to(tl.int32)
-        to_atom -= tl.sum(to_atom * normal) / tl.maximum(n_used, 1) * normal
+        to_atom = _tangent(to_atom, atom, o, edges, n_sites)
         if apply:
-            scale = tl.load(factor)
-            moved = _adam(
-                atoms, atoms1, atoms2, j * d_out + o, written, to_atom * scale,
-                decay1, weight1, decay2, weight2, rate, fix, eps,
+            s = tl.load(factor)
+            _move(
+                to_atom * s, to_row * s, slope * s, to_p * s, to_q * s, atoms, atoms1, atoms2,
+                encoder, encoder1, encoder2, bias, bias1, bias2, p, p1, p2, q, q1, q2,
+                edges, least, j, d_in, d_out, n_sites, b1, w1, b2, w2, rate, fix, eps,
+                wide_in, wide_out, tied, kind,
             )  # fmt: skip
-            moved = tl.where(written, moved, 0.0)
-            length = scale * 0
-            for site in range(n_sites):
-                of_site, _ = _length_at(moved, o, edges, site)
-                length += of_site
-            tl.store(atoms + j * d_out + o, moved / tl.maximum(length, least), mask=written)
-            if not tied:
-                moved = _adam(
-                    encoder, encoder1, encoder2, j * d_in + c, read, to_row * scale,
-                    decay1, weight1, decay2, weight2, rate, fix, eps,
-                )  # fmt: skip
-                tl.store(encoder + j * d_in + c, moved, mask=read)
-            moved = _adam(
-                bias, bias1, bias2, j, j >= 0, slope * scale,
-                decay1, weight1, decay2, weight2, rate, fix, eps,
-            )  # fmt: skip
-            tl.store(bias + j, moved)
-            if kind != PLAIN:
-                moved = _adam(
-                    p, p1, p2, j, j >= 0, to_p * scale,
-                    decay1, weight1, decay2, weight2, rate, fix, eps,
-                )  # fmt: skip
-                tl.store(p + j, moved)
-            if kind == GATED:
-                moved = _adam(
-                    q, q1, q2, j, j >= 0, to_q * scale,
-                    decay1, weight1, decay2, weight2, rate, fix, eps,
-                )  # fmt: skip
-                tl.store(q + j, moved)
         else:
             square = slope * slope + to_p * to_p + to_q * to_q + tl.sum(to_atom * to_atom)
             if not tied:
                 square += tl.sum(to_row * to_row)
             tl.store(squares + j, square)
-    tl.store(through + tl.program_id(0).to(tl.int64) * d_in + c, sent, mask=read)
+    tl.store(through + tl.program_id(0).to(tl.int64) * d_in + c, sent, mask=c < d_in)

@@ -257,7 +257,7 @@ def _row_levels(bounds, levels, m, k, n_groups: tl.constexpr):
 def reaches(
     bounds, lengths, reach, furthest, i, level, low, at, end, m, bounded: tl.constexpr
 ):  # fmt: skip
-    """Which latents of a row may reach a level, and their own bound."""
+    """Latents of a row that may reach a level, and their own bound."""
     lost = tl.load(lengths + i * 2) * INTERVAL
     length = tl.load(lengths + i * 2 + 1) * INTERVAL
     far = lost * tl.load(furthest) + length * tl.load(furthest + 1) + tl.load(furthest + 2)
