@@ -37,7 +37,7 @@ from mechatlas.analysis.matching.nulls import NULLS, Null, PairEvidence
 from mechatlas.analysis.matching.pairing import FDR, Match, feature_splitting, match
 from mechatlas.analysis.matching.spaces import MIN_PAIRS, SpaceSimilarity, compare_spaces
 from mechatlas.app.engines import EngineConfig
-from mechatlas.app.estimates import of_matching
+from mechatlas.app.estimates import Estimate, of_matching
 from mechatlas.app.inputs import (
     OpenedDictionary,
     expect_several,
@@ -54,6 +54,7 @@ from mechatlas.app.match_quality import (
     open_held_samples,
     open_rows,
     pairings,
+    seconds_of_effects,
 )
 from mechatlas.app.progress import bar
 from mechatlas.app.recipes import TrustConfig
@@ -287,8 +288,7 @@ def run(config: MatchConfig, folder: RunFolder) -> MatchResult:
     _check(config)
     inputs = _open(config)
     if config.cost != "codes":
-        shapes = [(each.dictionary.n_latents, each.dictionary.d_in) for each in inputs.opened]
-        folder.expect(lambda: of_matching(itertools.pairwise(shapes)))
+        folder.expect(lambda: _estimate(inputs))
     for name, opened in zip(inputs.names, inputs.opened, strict=True):
         folder.parent(name, opened.checksum)
     if config.store is not None:
@@ -313,6 +313,15 @@ def run(config: MatchConfig, folder: RunFolder) -> MatchResult:
     if len(matches) > 1 and len({m.unit_b.shape[1] for m in matches}) == 1:
         return _joint(config, result, matches, inputs, folder)
     return result
+
+
+def _estimate(inputs: _Inputs) -> Estimate:
+    """Estimate all pairings, and what the first is worth in the network as often as there are."""
+    shapes = [(each.dictionary.n_latents, each.dictionary.d_in) for each in inputs.opened]
+    found, first = of_matching(itertools.pairwise(shapes)), inputs.opened[:2]
+    sites, dictionaries = zip(*((e.site, e.dictionary) for e in first), strict=True)
+    effects = seconds_of_effects(inputs.held, sites, dictionaries)
+    return dataclasses.replace(found, seconds=found.seconds + effects * (len(shapes) - 1))
 
 
 def _check(config: MatchConfig) -> None:
@@ -430,7 +439,10 @@ def _pair(
     ways = pairings(a, b, scales, matching, seed=config.seed)
     quality = held_out_quality(a, b, ways, *inputs.rows.held_out[k : k + 2], seed=config.seed)
     sites = str(first.site), str(second.site)
-    effects = effects_on_output(inputs.held, sites, a, b, ways, seed=config.seed)
+    with bar("running the network") as progress:
+        effects = effects_on_output(
+            inputs.held, sites, a, b, ways, seed=config.seed, on_progress=progress
+        )
     for each in (quality, effects):
         measured = {name: value for name, value in vars(each).items() if value is not None}
         pair = dataclasses.replace(pair, **measured)
