@@ -12,13 +12,17 @@ from mechatlas.activations.collect import StoreConfig
 from mechatlas.activations.networks import Network
 from mechatlas.activations.positions import Positions
 from mechatlas.activations.samples import Images
+from mechatlas.activations.store import Store
 from mechatlas.analysis.matching import pairing, spaces
+from mechatlas.analysis.matching.boolean import OPERATIONS, boolean_features
+from mechatlas.analysis.matching.held_out import paired_codes
 from mechatlas.app import cli
 from mechatlas.app.commands import match as matching
 from mechatlas.app.commands.collect import CollectConfig
 from mechatlas.app.commands.match import MatchConfig
 from mechatlas.app.commands.train import TrainConfig
 from mechatlas.app.inputs import open_dictionary
+from mechatlas.app.match_quality import first_rows
 from mechatlas.app.run_folder import execute
 from mechatlas.base import DiskError, RecipeError, StoreError, UserError
 from mechatlas.dictionaries.autoencoder import Autoencoder
@@ -228,6 +232,26 @@ def test_with_a_store_the_network_runs_on_what_a_match_writes(paired, tmp_path):
         assert ("fire together" in words) == bool(matched)
 
 
+def test_latents_are_described_by_two_of_the_dictionary_before(paired, tmp_path):
+    config = MatchConfig(
+        dictionaries=(paired / "first", paired / "mixed"), out=tmp_path / "out", cost="codes",
+        store=paired / "store", samples=0, rows=50, combinations=True, fdr=0.5,
+    )  # fmt: skip
+    pair = execute(config).pairs[0]
+    table = pq.read_table(tmp_path / "out" / "combinations.parquet").to_pydict()
+    a, b = (open_dictionary(path).dictionary for path in config.dictionaries)
+    store = Store(paired / "store")
+    (x, samples), (y, _) = (first_rows(store.rows(site), 800) for site in ("first", "mixed"))
+    found = boolean_features(paired_codes(a, b, x, y), samples, fdr=0.5, seed=config.seed)
+    own = np.flatnonzero(found.first >= 0)
+    assert table["latent_b"] == own.tolist()
+    assert len(own) > 4
+    assert table["first"] == found.first[own].tolist()
+    assert table["operation"] == [OPERATIONS[k] for k in found.operation[own]]
+    assert table["q_value"] == found.q_values[own].tolist()
+    assert pair.n_combinations == sum(table["significant"]) == found.significant.sum()
+
+
 def test_where_the_network_cannot_be_run_the_match_stands_and_says_why(paired, tmp_path):
     recipe = MatchConfig(
         trust=True,
@@ -303,6 +327,7 @@ def test_the_old_name_of_a_scale_still_works(paired, tmp_path):
     [
         ({"dictionaries": ()}, RecipeError, "needs two dictionaries or more, got 0"),
         ({"cost": "codes"}, RecipeError, "give --store STORE too"),
+        ({"combinations": True}, RecipeError, "and --combinations need rows"),
         ({"cost": "decode"}, RecipeError, "must be one of decoder, .* got 'decode'"),
         ({"fdr": 2.0}, RecipeError, r"fdr must be in \(0, 1\)"),
         ({"store": "nowhere"}, StoreError, "nowhere"),

@@ -6,10 +6,12 @@ held_out_quality     co-firing and explained variance, for each pairing
 open_held_samples    the network of the store and batches of held-out samples
 effects_on_output    the network's output with a site written through each pairing
 seconds_of_effects   how long that takes
+find_combinations    latents of each dictionary as boolean combinations of those before
 """
 
 import dataclasses
 import functools
+import itertools
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,6 +24,7 @@ from torch import Tensor, nn
 
 from mechatlas.activations.positions import Positions, TokenSamples, left_out
 from mechatlas.activations.store import Store, StoreRows
+from mechatlas.analysis.matching.boolean import OPERATIONS, BooleanFeatures, boolean_features
 from mechatlas.analysis.matching.folding import fold
 from mechatlas.analysis.matching.held_out import (
     CoFiring,
@@ -328,3 +331,36 @@ def seconds_of_effects(
         effects_on_output, held, (str(sites[0]), str(sites[1])), a, b, ways, seed=0
     )
     return of_work([lambda progress: run(on_progress=progress)], memory=0).seconds
+
+
+def find_combinations(
+    dictionaries: Sequence[Dictionary], rows: PairedRows, *, fdr: float, seed: int
+) -> list[BooleanFeatures]:
+    """Describe the latents of each dictionary but the first by two latents of the one before.
+
+    Args:
+        dictionaries: Dictionaries in the order of the network.
+        rows: Rows of each, of which the training split is used.
+        fdr: False discovery rate of the claims.
+        seed: Seed of the halves.
+
+    Raises:
+        InputError: The rows are of one sample.
+    """
+    sides = itertools.pairwise(zip(dictionaries, rows.known, strict=True))
+    codes = [paired_codes(a, b, x, y) for (a, x), (b, y) in sides]
+    return [boolean_features(each, rows.samples, fdr=fdr, seed=seed) for each in codes]
+
+
+def combinations_table(found: Sequence[BooleanFeatures]) -> dict[str, Any]:
+    """Combination of each latent that has one, pair of dictionaries by pair."""
+    parts = [(number, each, np.flatnonzero(each.first >= 0)) for number, each in enumerate(found)]
+    columns: dict[str, list[Any]] = {
+        "pair": [np.full(len(rows), number, np.int32) for number, _, rows in parts],
+        "latent_b": [rows for _, _, rows in parts],
+        "operation": [np.array(OPERATIONS)[each.operation[rows]] for _, each, rows in parts],
+    }
+    for name in ("first", "second", "error", "single_error", "p_value", "significant"):
+        columns[name] = [getattr(each, name)[rows] for _, each, rows in parts]
+    columns["q_value"] = [each.q_values[rows] for _, each, rows in parts]
+    return {name: np.concatenate(values) for name, values in columns.items()}

@@ -9,13 +9,15 @@ pairings of known cost. They are counted by dynamic programming over groups, wit
 of many groups by the central limit theorem with a bound on its error and weights exp(-b rise).
 
 **Upper bound.** The number is at most `exp(b budget)` times the permanent of exp(-b w), for any b
-and the reduced costs w; and a permanent is at most the product of the sums of its rows, after any
-scaling of rows and columns.
+and the reduced costs w. The permanent is linear in each row, and a row a is a sum of rows of ones
+at its k largest places, times a_k - a_k+1; of rows of ones, Bregman's theorem bounds it by the
+product of (k!)^(1/k). So it is at most the product over rows of sum_k a_k ((k!)^(1/k) -
+(k-1)!^(1/(k-1))), by rows or by columns, after any scaling of both.
 
 **Estimate.** Pairings are drawn with weights exp(-b rise) for one b after another, and the entropy
 is summed up from the mean rises (thermodynamic integration).
 
-Source: Schrijver, Counting 1-factors in regular bipartite graphs (1998), for permanents; Shevtsova,
+Source: Soules, Permanental bounds for nonnegative matrices via decomposition (2005); Shevtsova,
 An improvement of convergence rate estimates in the Lyapunov theorem (2010), for the central limit.
 """
 
@@ -268,15 +270,21 @@ def _square(assignment: Assignment, costs: Costs) -> tuple[np.ndarray, np.ndarra
 def _at_most(reduced: Float[np.ndarray, "n n"], log_copies: float, budget: float) -> float:
     """Logarithm of an upper bound on the number of pairings within a budget."""
     n, best = len(reduced), np.inf
+    counts = np.arange(1, n + 1)
+    steps = np.diff(np.exp(gammaln(counts + 1) / counts), prepend=0)
     for tilt in np.geomspace(0.1, 100.0 * n, TILTS) / budget:
         kernel = np.exp(-tilt * reduced)
         rows, columns = np.ones(n), np.ones(n)
         for _ in range(TURNS):
             rows = 1 / (kernel @ columns)
             columns = 1 / (rows @ kernel)
-        # The columns of the scaled kernel add up to 1, so its permanent is at most 1.
-        log_permanent = -float(np.log(rows).sum() + np.log(columns).sum())
-        best = min(best, tilt * budget + log_permanent)
+        kernel *= rows[:, None] * columns
+        scaled = -float(np.log(rows).sum() + np.log(columns).sum())
+        log_permanent = min(
+            float(np.log(np.sort(each, axis=1)[:, ::-1] @ steps).sum())
+            for each in (kernel, kernel.T)
+        )
+        best = min(best, tilt * budget + scaled + log_permanent)
     return best - log_copies
 
 

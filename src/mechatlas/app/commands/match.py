@@ -2,9 +2,11 @@
 
     mechatlas match runs/layer3 runs/layer4 --out runs/match
     mechatlas match runs/l*/ --out runs/tracks --store runs/store --engine processes:4
+    mechatlas match runs/layer3 runs/layer4 --out runs/match --store runs/store --combinations
 
-The folder has `matches.parquet` (a row for each pair of latents) and, with three dictionaries or
-more, `tracks.parquet`. An interrupted run is continued by the same command.
+The folder has `matches.parquet` (a row for each pair of latents), with three dictionaries or more
+`tracks.parquet`, and with `--combinations` what each latent is a boolean combination of
+(`combinations.parquet`). An interrupted run is continued by the same command.
 """
 
 import dataclasses
@@ -49,7 +51,9 @@ from mechatlas.app.match_quality import (
     HeldSamples,
     PairedRows,
     PairQuality,
+    combinations_table,
     effects_on_output,
+    find_combinations,
     held_out_quality,
     open_held_samples,
     open_rows,
@@ -59,6 +63,7 @@ from mechatlas.app.match_quality import (
 from mechatlas.app.progress import bar
 from mechatlas.app.recipes import TrustConfig
 from mechatlas.app.run_folder import (
+    COMBINATIONS,
     MATCHES,
     MATCHING,
     TRACKS,
@@ -110,6 +115,9 @@ class MatchConfig(TrustConfig, EngineConfig, DeviceConfig):
     samples: int = 64
     """Held-out samples of the store on which the network runs with the second site written from
     the first; 0 for none."""
+    combinations: bool = False
+    """Whether to describe each latent by two latents of the dictionary before (or, and, and not),
+    on the rows to fold with, half of their samples held out."""
     seed: int = 0
     """Seed of the nulls and intervals."""
 
@@ -167,6 +175,8 @@ class PairResult(PairQuality):
     spaces: SpaceSimilarity | None = None
     """Similarity of the decoder rows of matched pairs, beside random pairings of them; by codes,
     which do not make the rows alike by themselves."""
+    n_combinations: int | None = None
+    """Latents of B that two latents of A describe better than one; with `--combinations`."""
     near_optimal: list[NearOptimal] = dataclasses.field(default_factory=list)
     """Number of one-to-one pairings that cost at most a tenth of a percent, and a percent, more
     than the optimum: a lower bound, and for few latents an upper bound and an estimate."""
@@ -249,6 +259,8 @@ def in_words(result: MatchResult) -> str:
                 for each in (pair.spaces.svcca, pair.spaces.rsa)
             )
             lines.append(f"  decoder rows of matched pairs: SVCCA {svcca}, RSA {rsa}")
+        if (n := pair.n_combinations) is not None:
+            lines.append(f"  two latents of {pair.a} describe {n} of {pair.b} better than one does")
         if pair.not_run:
             lines.append(f"  the effect on the network's output was not measured: {pair.not_run}")
     if result.tracks is not None:
@@ -302,14 +314,18 @@ def run(config: MatchConfig, folder: RunFolder) -> MatchResult:
         pairs = [_pair(config, k, inputs, folder, engine) for k in range(n_pairs)]
     else:
         pairs = _pairs_on(engine, config, inputs.names, folder)
-    matches = [matching for matching, _ in pairs]
-    result = MatchResult(
-        cost=config.cost,
-        fdr=config.fdr,
-        dictionaries=inputs.names,
-        pairs=[pair for _, pair in pairs],
-    )
+    matches, results = map(list, zip(*pairs, strict=True))
     folder.table(MATCHES, matches_table(matches))
+    if config.combinations:
+        assert inputs.rows is not None
+        dictionaries = [each.dictionary for each in inputs.opened]
+        found = find_combinations(dictionaries, inputs.rows, fdr=config.fdr, seed=config.seed)
+        folder.table(COMBINATIONS, combinations_table(found))
+        results = [
+            dataclasses.replace(pair, n_combinations=int(each.significant.sum()))
+            for pair, each in zip(results, found, strict=True)
+        ]
+    result = MatchResult(cost=config.cost, fdr=config.fdr, dictionaries=inputs.names, pairs=results)
     if len(matches) > 1 and len({m.unit_b.shape[1] for m in matches}) == 1:
         return _joint(config, result, matches, inputs, folder)
     return result
@@ -331,8 +347,11 @@ def _check(config: MatchConfig) -> None:
     for name, value, allowed in choices:
         if value not in allowed:
             raise RecipeError(f"--{name} must be one of {', '.join(allowed)}, got {value!r}.")
-    if config.store is None and (config.cost == "codes" or config.scale == "mean"):
-        raise RecipeError("--cost codes and --scale mean need rows: give --store STORE too.")
+    of_rows = config.cost == "codes" or config.scale == "mean" or config.combinations
+    if config.store is None and of_rows:
+        raise RecipeError(
+            "--cost codes, --scale mean and --combinations need rows: give --store STORE too."
+        )
 
 
 def _open(config: MatchConfig) -> _Inputs:
@@ -490,7 +509,10 @@ def _resumable_match(
     engine: Engine | None,
 ) -> Match:
     """Match two dictionaries, from where an interrupted run stopped."""
-    state, evidence = folder.kept(f"state{k}"), folder.kept(f"evidence{k}")
+    state, kept = folder.kept(f"state{k}"), folder.kept(f"evidence{k}")
+    evidence = None
+    if kept is not None:
+        evidence = PairEvidence(kept["q_values"], int(kept["n_null"].item()), kept["null"])
     last = time.monotonic()
 
     def keep_state(now: State) -> None:
@@ -502,8 +524,7 @@ def _resumable_match(
 
     with bar(f"pairing {k + 1} of {len(inputs.views) - 1}") as progress:
         matching = match(
-            inputs.views[k],
-            inputs.views[k + 1],
+            *inputs.views[k : k + 2],
             cost=config.cost,  # pyright: ignore[reportArgumentType]
             scale=(inputs.scales[k], inputs.scales[k + 1]),
             live=(inputs.live[k], inputs.live[k + 1]),
@@ -512,11 +533,7 @@ def _resumable_match(
             seed=config.seed,
             device=config.device,
             resume=None if state is None else State.from_arrays(state),
-            evidence=None
-            if evidence is None
-            else PairEvidence(
-                evidence["q_values"], int(evidence["n_null"].item()), evidence["null"]
-            ),
+            evidence=evidence,
             on_progress=progress,
             on_state=keep_state,
             engine=engine,

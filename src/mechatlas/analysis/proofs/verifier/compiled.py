@@ -61,44 +61,24 @@ def compiled_form(function: Loop) -> Callable[[Callable[..., Any]], Loop]:
 def _interact(x, i, neurons, lookup, interaction, residuals):
     """Compute the interaction of all neurons at one x and every y, and the norms of D by block.
 
-    `i` says which of the two x at work it is. Loops are short and over whole rows, because the
-    compiler vectorizes only loops over a few whole arrays.
+    `i` says which of the two x at work it is.
     """
     left, additive_x, right, additive_y, scale, offsets = neurons
-    n, zero = right.shape[1], np.float32(0)
-    for j in range(len(right)):
-        a, b, r, c = left[x, j], additive_x[x, j], right[j], additive_y[j]
-        value = interaction[j, i]
-        for y in range(n):
-            t = a + r[y]
-            value[y] = (t if t > zero else zero) - b - c[y]
-    for b in range(len(offsets) - 1):
-        block = (offsets[b], offsets[b + 1])
-        _residual_norms(x, i, block, scale, lookup, interaction, residuals[b])
-
-
-@compiled
-def _residual_norms(x, i, block, scale, lookup, interaction, squares):
-    """Compute the norm of I - s T over a block of neurons, at every y."""
     first, points, moves, tables, _ = lookup
-    j, stop = block
-    _fill(squares, np.float32(0))
-    while j + 1 < stop:  # two at a time: each sum is loaded and stored less often
-        value, value2 = interaction[j, i], interaction[j + 1, i]
-        s, s2 = scale[j], scale[j + 1]
-        table = tables[first[j] + moves[x, points[j]]]
-        table2 = tables[first[j + 1] + moves[x, points[j + 1]]]
-        for y in range(len(squares)):
-            rest, rest2 = value[y] - s * table[y], value2[y] - s2 * table2[y]
-            squares[y] += rest * rest + rest2 * rest2
-        j += 2
-    if j < stop:
-        value, s = interaction[j, i], scale[j]
-        table = tables[first[j] + moves[x, points[j]]]
-        for y in range(len(squares)):
-            rest = value[y] - s * table[y]
-            squares[y] += rest * rest
-    _root(squares)
+    n, zero = right.shape[1], np.float32(0)
+    for block in range(len(residuals)):
+        squares = residuals[block]
+        _fill(squares, zero)
+        for j in range(offsets[block], offsets[block + 1]):
+            a, b, s = left[x, j], additive_x[x, j], scale[j]
+            row = first[j] + moves[x, points[j]]
+            for y in range(n):
+                t = a + right[j, y]
+                value = (t if t > zero else zero) - b - additive_y[j, y]
+                interaction[j, i, y] = value
+                rest = value - s * tables[row, y]
+                squares[y] += rest * rest
+        _root(squares)
 
 
 @compiled

@@ -323,23 +323,18 @@ def grid_spans(
     for start, count, k, k2, left, right, cell, _ in grids.shapes:
         mine = slice(start, start + count)
         p, q = grids.points[:, mine]
-        left_antipodes = grids.antipodes[left : left + k]
-        right_antipodes = grids.antipodes[right : right + k2]
         t = grids.tables[cell : cell + k * k2].reshape(k, k2).astype(np.float64)
-        rows, columns = t.sum(axis=1) / k2, t.sum(axis=0) / k
-        means = rows[:, None] + (columns - columns.sum() / k2)
+        rows, columns = t.mean(axis=1), t.mean(axis=0)
+        means = rows[:, None] + (columns - columns.mean())
         size = 1.000001 * float(np.linalg.norm(t))
-        cells = np.arange(k * k2).reshape(k, k2)
-        others = left_antipodes[:, None] * k2 + right_antipodes
-        row, column = (cells <= others).nonzero()
         # 1 at a point, less the mean: products of two have no row and column means.
         at_left, at_right = np.eye(k) - 1 / k, np.eye(k2) - 1 / k2
-        at_left, at_right = at_left[row], at_right[column]
-        shares = at_left[:, p] * at_right[:, q]
-        shares += at_left[:, left_antipodes[p]] * at_right[:, right_antipodes[q]]
-        times = np.where(row * k2 + column == others[row, column], size / 2, size / np.sqrt(2))
-        kept = times[:, None] * shares * grids.scale[mine]
-        squares, norms = _products((kept @ residual[mine]).astype(np.float32))
+        shares = at_left[p, :, None] * at_right[q, None]
+        p, q = grids.antipodes[left + p], grids.antipodes[right + q]
+        shares += at_left[p, :, None] * at_right[q, None]
+        times = size / 2 * grids.scale[mine]
+        cells = (times[:, None] * shares.reshape(count, -1)).T @ residual[mine]
+        squares, norms = _products(cells.astype(np.float32))
         squares += norms
         squares += (norms + np.float32(rate) * norms.max())[:, None]
         np.sqrt(np.maximum(squares, 0, out=squares), out=squares)
@@ -347,7 +342,7 @@ def grid_spans(
         total = float(weight[mine] @ np.abs(grids.scale[mine]))
         off_center += 2.02 * (float(np.linalg.norm(means)) + 1e-10 * size) * total
         largest += 4 * size * total
-        n_cells += len(kept) + 2
+        n_cells += int(k * k2) + 2
     spans *= np.float32(inflate)
     return GridSpans(spans, off_center, largest, n_cells)
 
