@@ -36,7 +36,7 @@ from mechatlas.analysis.matching.codes import correlate, permute_samples, sample
 from mechatlas.analysis.matching.folding import Cost, mean_active, varying
 from mechatlas.analysis.matching.held_out import CoFiring, co_firing, paired_codes
 from mechatlas.analysis.matching.nulls import NULLS, Null, PairEvidence
-from mechatlas.analysis.matching.pairing import FDR, Match, feature_splitting, match
+from mechatlas.analysis.matching.pairing import FDR, Match, feature_splitting, match, matches_table
 from mechatlas.analysis.matching.spaces import MIN_PAIRS, SpaceSimilarity, compare_spaces
 from mechatlas.app.engines import EngineConfig
 from mechatlas.app.estimates import Estimate, of_matching
@@ -591,22 +591,3 @@ def tracks_result(tracks: Tracks, curves: SurvivalCurves) -> TracksResult:
         longer_than_one=int((curves.death > curves.birth).sum()),
         **{name: getattr(curves, name).tolist() for name in CURVES},
     )
-
-
-def matches_table(matches: list[Match]) -> dict[str, np.ndarray]:
-    """Pairs of all matches, one after another."""
-    rows = [np.flatnonzero(m.columns >= 0) for m in matches]
-    parts = list(zip(matches, rows, strict=True))
-    margins = [m.margins() for m in matches]
-    columns: dict[str, list[np.ndarray]] = {
-        "pair": [np.full(len(r), number, np.int32) for number, r in enumerate(rows)],
-        "latent_a": rows,
-        "latent_b": [m.columns[r] for m, r in parts],
-        "cost": [m.pair_costs[r] for m, r in parts],
-        "cosine": [m.cosines[r] for m, r in parts],
-        "q_value": [m.q_values[r] for m, r in parts],
-        "margin": [found.rise[r] for found, r in zip(margins, rows, strict=True)],
-        "margin_exact": [found.exact[r] for found, r in zip(margins, rows, strict=True)],
-        "matched": [m.matched[r] for m, r in parts],
-    }
-    return {name: np.concatenate(values) for name, values in columns.items()}
