@@ -27,7 +27,7 @@ import tempfile
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
-from resource import RUSAGE_CHILDREN, RUSAGE_SELF, getrusage
+from resource import RUSAGE_SELF, getrusage
 from time import perf_counter
 from typing import Any
 
@@ -272,8 +272,7 @@ def shared(n, d, workers):
     result = match(a, b, engine=engine)
     wall, cpu = perf_counter() - wall, sum(os.times()[:4]) - cpu
     print(f"{wall:.0f} s wall, {cpu:.0f} CPU s, {cpu / one:.1f} products; gap {result.gap:.2g}")
-    here, worker = (getrusage(of).ru_maxrss / 2**20 for of in (RUSAGE_SELF, RUSAGE_CHILDREN))
-    print(f"peak of {here:.2f} GiB here, {worker:.2f} in the largest worker")
+    print(f"peak of {getrusage(RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB in the main process")
     pairs = result.columns.tobytes() + result.matched.tobytes()
     print(f"{result.matched.sum()} matched; pairs {xxhash.xxh3_64_hexdigest(pairs)}")
 
