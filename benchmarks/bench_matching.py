@@ -11,6 +11,7 @@ and the same with no partners at all:
     python benchmarks/bench_matching.py rates 16384 128 1 all balanced        and costs
     python benchmarks/bench_matching.py independent 600 96 12
     python benchmarks/bench_matching.py time 16384 2304        match and evidence, in products
+    python benchmarks/bench_matching.py shared 131072 256 2    likewise, here or on two processes
 
 Partners planted among the codes and decoder rows of two dictionaries of the bundled network, which
 are trained for 400 steps and have clusters of nearly equal latents:
@@ -21,16 +22,20 @@ are trained for 400 steps and have clusters of nearly equal latents:
 import dataclasses
 import functools
 import itertools
+import os
 import sys
 import tempfile
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
+from resource import RUSAGE_SELF, getrusage
+from time import perf_counter
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import xxhash
 
 from mechatlas.activations.collect import StoreConfig
 from mechatlas.activations.images import Images
@@ -44,6 +49,7 @@ from mechatlas.analysis.matching.nulls import NULLS, rotate
 from mechatlas.analysis.matching.pairing import feature_splitting, match
 from mechatlas.app.commands.collect import CollectConfig
 from mechatlas.app.commands.train import TrainConfig
+from mechatlas.app.engines import as_engine
 from mechatlas.app.match_quality import first_rows
 from mechatlas.app.run_folder import execute
 from mechatlas.dictionaries.formats import load
@@ -256,7 +262,29 @@ def time(n, d):
     print(f"{(cpu + splitting) / one:.1f} products, {peak:.2f} GiB, {result.matched.sum()} matched")
 
 
-COMMANDS = {"rates": rates, "independent": independent, "time": time, "trained": trained}
+def shared(n, d, workers):
+    """Print wall and CPU seconds of a match and its evidence on some processes."""
+    torch.set_num_threads(1)
+    a, b = planted_rows(n, d, noise=0.8)
+    _, one, _ = timed(lambda: product(a, b))
+    print(f"product {one:.2f} s", flush=True)
+    engine = as_engine(f"processes:{workers}") if workers > 1 else None
+    wall, cpu = perf_counter(), sum(os.times()[:4])
+    result = match(a, b, engine=engine)
+    wall, cpu = perf_counter() - wall, sum(os.times()[:4]) - cpu
+    print(f"{wall:.0f} s wall, {cpu:.0f} CPU s, {cpu / one:.1f} products; gap {result.gap:.2g}")
+    print(f"peak of {getrusage(RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB in the main process")
+    pairs = result.columns.tobytes() + result.matched.tobytes()
+    print(f"{result.matched.sum()} matched; pairs {xxhash.xxh3_64_hexdigest(pairs)}")
+
+
+COMMANDS = {
+    "shared": shared,
+    "rates": rates,
+    "independent": independent,
+    "time": time,
+    "trained": trained,
+}
 
 if __name__ == "__main__":
     COMMANDS[sys.argv[1]](*(int(word) if word.isdigit() else word for word in sys.argv[2:]))

@@ -2,7 +2,6 @@
 
 as_device                the name of a device -> a device that is there
 staged                   batches of rows, the next one copied while the device works on this one
-LateNumber               a number that is read while the device works on
 refuse_half_precision    for analyses that rounding of 8 or 11 bits would drown
 """
 
@@ -68,29 +67,6 @@ def refuse_half_precision(network: nn.Module, why: str) -> None:
             f"The network computes in {coarse.pop()}, which is too coarse for {why}; load "
             "it in float32, or give `network.float()`, and inputs in float32."
         )
-
-
-class LateNumber:
-    """Number of a tensor that is read while its device works on.
-
-    Where there is a copy beside the work, the host waits for no more than what was asked of the
-    device before this was made.
-    """
-
-    def __init__(self, number: Tensor) -> None:
-        """Begin to copy a whole number."""
-        self._number, self._copied = number, None
-        if number.device.type == "cuda":
-            self._number = torch.empty_like(number, device="cpu", pin_memory=True)
-            self._number.copy_(number, non_blocking=True)
-            self._copied = torch.cuda.Event()
-            self._copied.record()
-
-    def __int__(self) -> int:
-        """Wait for the copy and read it."""
-        if self._copied is not None:
-            self._copied.synchronize()
-        return int(self._number)
 
 
 def staged(

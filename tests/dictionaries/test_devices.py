@@ -8,8 +8,8 @@ import torch
 
 import mechatlas as ma
 from mechatlas.base import NonFiniteError
-from mechatlas.devices import LateNumber
 from mechatlas.dictionaries import training
+from mechatlas.dictionaries.engine import sparse_steps
 from mechatlas.dictionaries.sparsity import Gated
 from tests.simulated_device import OnDevice, simulated_cuda
 
@@ -34,7 +34,6 @@ REVIVALS = {
     "auxk": ma.AuxK(k=4, dead_after_rows=300),
     "resample": ma.Resample(every=5, dead_after_rows=300),
 }
-MOST_WAITS = {"topk": 0, "batch topk": 0, "relu": 1, "jumprelu": 1, "gated": 1}
 
 
 @pytest.mark.parametrize(
@@ -55,9 +54,13 @@ def test_a_device_trains_the_same_dictionary(kind, revival, steps):
         torch.testing.assert_close(there.state_dict()[name], wanted, atol=2e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("kind", MOST_WAITS)
-def test_a_step_is_few_calls_and_waits_for_nothing(kind, monkeypatch):
+@pytest.mark.parametrize(
+    ("kind", "density"),
+    [(kind, 1) for kind in KINDS] + [(kind, -1) for kind in ("relu", "jumprelu", "gated")],
+)
+def test_a_step_is_few_calls_and_waits_for_nothing(kind, density, monkeypatch):
     monkeypatch.setattr(training, "MEASUREMENTS", 1)
+    monkeypatch.setattr(sparse_steps, "MAX_DENSITY", density)  # all steps are sparse, or all dense
     with simulated_cuda() as device:
 
         def counts(steps):
@@ -69,8 +72,8 @@ def test_a_step_is_few_calls_and_waits_for_nothing(kind, monkeypatch):
     calls, waits = (
         (sum(b.values()) - sum(a.values())) / 20 for a, b in zip(few, many, strict=True)
     )
-    assert 20 < calls <= 100
-    assert waits <= MOST_WAITS[kind]
+    assert 20 < calls <= 100, kind
+    assert waits == (kind in ("relu", "jumprelu", "gated"))  # for the number of codes
 
 
 def test_rows_are_copied_as_they_are_stored_while_the_device_works():
@@ -81,14 +84,6 @@ def test_rows_are_copied_as_they_are_stored_while_the_device_works():
         there = ma.train(KINDS["topk"](), half, device="cuda", **options)
     torch.testing.assert_close(there.W_dec, here.W_dec, atol=1e-5, rtol=1e-4)
     assert device.staged == {torch.bfloat16: 9}  # by a stream of its own
-
-
-def test_a_late_number_is_read_when_it_has_come():
-    with simulated_cuda() as device:
-        number = LateNumber(torch.tensor(7).to("cuda:0"))
-        assert int(number._number) == 0  # not yet
-        assert int(number) == 7
-    assert not device.syncs
 
 
 def test_rows_of_a_device_come_as_a_stream():

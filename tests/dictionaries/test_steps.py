@@ -251,7 +251,7 @@ def test_a_batch_keeps_its_largest_whatever_was_guessed(n, m, seed, guess, compi
         built.state["threshold"].fill_(guess)
     x = torch.randn(n, m, generator=random)
     step = sparse_steps.SparseStep(built, compiled=compiled)
-    codes = step._select(x, lambda piece, n: [piece(i) for i in range(n)])
+    codes = step.select(x, lambda piece, n: [piece(i) for i in range(n)])
     assert codes is not None
     assert torch.equal(as_rows(codes, m), built.rule.training_code(x, built.state))
 

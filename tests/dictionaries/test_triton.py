@@ -1,5 +1,6 @@
 """Kernels in Triton, run by its interpreter on the CPU, against float64 and the CPU's own step."""
 
+import copy
 import os
 from collections import Counter
 from typing import Any
@@ -11,18 +12,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import mechatlas as ma
 from mechatlas.dictionaries.engine import fallback, sparse_steps
 from mechatlas.dictionaries.engine.sparse_steps import SparseStep
-from mechatlas.dictionaries.engine.structures import (
-    Adam,
-    AddedGradients,
-    Codes,
-    ErrorGradients,
-    Grouped,
-    LatentGradients,
-    Learned,
-    Reconstruction,
-    Update,
-    Weights,
-)
 from tests import conftest, shape_checks
 from tests.simulated_device import VIEWS, WAITING
 
@@ -51,12 +40,6 @@ def largest(rows, bias, x, k):
     latents = torch.full((len(x), k), -7, dtype=torch.int32)
     triton_kernels.Screen(rows, bias).largest(k)(x, values, latents)
     return values, latents
-
-
-def above(rows, bias, low, x):
-    found = triton_kernels.Screen(rows, bias).above(low)(x)
-    assert found is not None
-    return found
 
 
 def check_largest(rows, bias, x, k):
@@ -90,7 +73,7 @@ def test_selection_among_numbers_that_half_precision_cannot_tell_apart(monkeypat
         def __getitem__(self, grid):
             def run(*args, **options):
                 near[grid](*args, **options)
-                searched.append(args[8].clone())
+                searched.append(args[7].clone())
 
             return run
 
@@ -112,7 +95,7 @@ def selected(rows, bias, x, k, monkeypatch, *, uses_triton):
     built.encoder_rows.copy_(rows)
     built.b_enc.data.copy_(bias)
     with torch.no_grad():
-        codes = SparseStep(built)._select(x, lambda piece, n: [piece(i) for i in range(n)])
+        codes = SparseStep(built).select(x, lambda piece, n: [piece(i) for i in range(n)])
     assert codes is not None
     return codes, float(built.state["threshold"])
 
@@ -155,142 +138,136 @@ def test_of_equal_codes_those_of_the_cpu_are_kept(offset, k, tile, monkeypatch):
     assert torch.equal(found.latents[:n_codes], wanted.latents)
 
 
-@pytest.mark.parametrize("lowest", [-1.0, 0.0, 0.4])
-def test_pre_activations_above_a_bound_of_each_latent_are_those_of_full_precision(lowest):
-    m, d, n = 150, 19, 4
-    rows, bias, x = drawn(m, d), drawn(m, seed=1) / 3, drawn(n, d, seed=2)
-    low = lowest + drawn(m, seed=3).abs() * 3
-    x[1] = 0  # no more than the bias
-    counts, latents, values = above(rows, bias, low, x)
-    pre = x.double() @ rows.double().T + bias.double()
-    dense = torch.zeros(n, m)
-    sizes = counts.tolist()
-    for row, (part, own) in enumerate(zip(latents.split(sizes), values.split(sizes), strict=True)):
-        assert (part.diff() > 0).all()  # ascending
-        dense[row, part.long()] = own
-    kept = pre > low
-    torch.testing.assert_close(dense.double(), pre * kept, atol=1e-5, rtol=1e-5)
-    assert len(values) <= 1.3 * int(kept.sum()) + 3  # few are computed in vain
+@torch.no_grad()
+def fresh(rule, form, n_latents=18, density=0.2):
+    """A dictionary after its first batch; of which a fraction of the pairs learns."""
+    built = FORMS[form](n_latents=n_latents, sparsity=RULES[rule])
+    x = drawn(64, 20)
+    built.initialize(x)
+    if "topk" not in rule:
+        pre = built.pre_activations(x[:, built.reads]) - built.rule.least_that_learns(built.state)
+        built.b_enc -= pre.flatten().quantile(1 - density)
+    return built
 
 
-def test_rows_with_more_codes_than_there_is_room_for_are_refused(monkeypatch):
-    monkeypatch.setattr(triton_screening, "GROUPS", 16)
-    rows, x = drawn(200, 8), drawn(3, 8, seed=1)
-    screen = triton_kernels.Screen(rows, torch.zeros(200))
-    assert screen.above(torch.zeros(200))(x) is None
-    assert screen.above(torch.full((200,), 4.0))(x) is not None
+def on_triton(built, objective=None):
+    """A step of Triton's kernels, whatever the device."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sparse_steps, "can_compile", lambda _: False)
+        patch.setattr(sparse_steps, "can_use_triton", lambda _: True)
+        step = SparseStep(built, objective)
+    assert step.backend is triton_kernels
+    return step
 
 
-def test_what_is_no_number_is_computed_in_full(monkeypatch):
-    rows, x = drawn(40, 8), drawn(3, 8, seed=1)
-    rows[7, 2] = torch.nan
-    _, latents, values = above(rows, torch.zeros(40), torch.ones(40), x)
-    assert (latents == 7).sum() == 3
-    assert (values[latents == 7] == 0).all()  # which is not above its bound
-
-
-def codes_of(n, m, k, seed=5):
-    latents = torch.stack(
-        [torch.randperm(m, generator=torch.Generator().manual_seed(seed + i))[:k] for i in range(n)]
-    )
-    values, latents = drawn(n, k, seed=seed).relu().flatten(), latents.sort(dim=1).values
-    return Codes(torch.arange(0, n * k + 1, k), latents.int().flatten(), values, values)
-
-
-@pytest.mark.parametrize(
-    ("n", "m", "d", "k", "widths"),
-    [(5, 30, 20, 3, []), (3, 17, 33, 1, []), (4, 30, 20, 5, [3, 11]), (2, 17, 33, 1, [16])],
-)
-def test_residual_and_gradients_are_those_of_float64(n, m, d, k, widths):
-    codes, scales = codes_of(n, m, k), torch.rand(n, generator=torch.Generator().manual_seed(9))
-    task = Reconstruction(
-        drawn(n, d), scales, drawn(m, d, seed=1), drawn(d, seed=2), torch.tensor([*widths, m])
-    )
-    levels = len(widths) + 1
-    out = ErrorGradients(
-        torch.empty(levels, n, d), task.atoms[:0], torch.zeros(n * k), torch.zeros(d)
-    )
-    loss = triton_kernels.residual(task, codes, out)
-    dense = torch.zeros(n, m, dtype=torch.float64)
-    dense.scatter_(1, codes.latents.view(n, k).long(), codes.values.view(n, k).double())
-    dense.requires_grad_()
-    wanted, errors = torch.zeros((), dtype=torch.float64), []
-    for width in (*widths, m):
-        error = dense[:, :width] @ task.atoms[:width].double() + task.bias.double() - task.target
-        wanted = wanted + (error.square().sum(dim=1) * scales.double()).sum() / 2
-        errors.append((error * scales.double()[:, None]).detach())
-    wanted.backward()
-    assert float(loss) == pytest.approx(float(wanted.detach()), rel=1e-5)
-    backs = [torch.stack(errors[level:]).sum(dim=0) for level in range(levels)]
-    torch.testing.assert_close(out.rows.double(), torch.stack(backs), atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(out.bias.double(), backs[0].sum(dim=0), atol=1e-5, rtol=1e-5)
-    assert dense.grad is not None
-    slopes = dense.grad.gather(1, codes.latents.view(n, k).long()).flatten()
-    torch.testing.assert_close(out.codes.double(), slopes, atol=1e-4, rtol=1e-4)
-
-
-@pytest.mark.parametrize(
-    ("d_in", "d_out", "form"),
-    [(20, 20, "plain"), (17, 33, "plain"), (20, 20, "tied"), (9, 20, "levels"), (9, 20, "sites")]
-    + [(20, 20, "dead"), (17, 33, "dead")],
-)
-def test_an_update_is_that_of_plain_torch_in_float64(d_in, d_out, form):
-    n, m, k = 6, 25, 3
-    codes = codes_of(n, m, k)  # some latents have no pair
-    order, starts = fallback.group(codes.latents, codes.values, m)
-    pairs = Grouped(starts, fallback.rows_of(codes).int()[order], codes.values[order], order)
-    widths = torch.tensor([4, 11, m] if form == "levels" else [m])
-    x, g = drawn(n, d_in), drawn(len(widths), n, d_out, seed=1)
-    d_codes = drawn(n * k, seed=2)[order]
-    d_codes[pairs.values == 0] = 0
-    adam = Adam(0.9, 0.1, 0.999, 0.001, 3e-3, 1.3, 1e-8)
-    edges = torch.tensor([0, 5, 12, d_out] if form == "sites" else [0, d_out])
-    rule = Update(adam, edges, 1.0, 1e-6, form == "tied", True)
-
-    def run(backend, dtype):
-        shapes = {"atoms": (m, d_out), "encoder": (m, d_in), "bias": (m,)}
-        weights = Weights(
-            *(
-                Learned(
-                    drawn(*shape, seed=i).to(dtype),
-                    drawn(*shape, seed=i + 3).to(dtype),
-                    drawn(*shape, seed=i + 6).square().to(dtype),
-                )
-                for i, shape in enumerate(shapes.values())
+def compare_step(built, x, *, dead=None, objective=None, coefficient=0.7):
+    """A step is that of plain torch in float64: loss, latents that fired and all moments."""
+    exact = SparseStep(copy.deepcopy(built).double(), objective, compiled=False)
+    step = on_triton(built, objective)
+    found = step(x, 1e-3, dead, sparsity_coefficient=coefficient)
+    wanted = exact(x.double(), 1e-3, dead, sparsity_coefficient=coefficient)
+    assert float(found.loss) == pytest.approx(float(wanted.loss), rel=2e-6)
+    assert torch.equal(found.fired, wanted.fired)
+    assert step.moments.keys() == exact.moments.keys()
+    for name, pair in exact.moments.items():
+        for mine, theirs in zip(step.moments[name], pair, strict=True):
+            size = float(theirs.abs().max())
+            torch.testing.assert_close(
+                mine.double(), theirs, atol=1e-5 * size, rtol=1e-5, msg=f"{name}"
             )
-        )
-        if form == "tied":
-            weights = weights._replace(encoder=weights.atoms)
-        if form == "sites":
-            weights.atoms.value[3, 5:12] = 0  # a latent that one of the sites does not have
-        batch = LatentGradients(
-            x.to(dtype), g.to(dtype), g.new_empty(0, d_out), d_codes.to(dtype), widths
-        )
-        place, n_dead = torch.full((m,), -1, dtype=torch.int32), 3 if form == "dead" else 0
-        place[[2, 24, 0][:n_dead]] = torch.arange(n_dead, dtype=torch.int32)
-        shapes = [(n_dead, d_out), (n_dead, d_in), (n_dead,)]
-        added = AddedGradients(place, *(drawn(*shape, seed=4).to(dtype) for shape in shapes))
-        d_input = torch.zeros(d_in, dtype=dtype)
-        own = pairs._replace(values=pairs.values.to(dtype))
-        backend.update(range(m), own, batch, weights, rule, added, d_input)
-        return [d_input, *(t for learned in weights for t in learned)]
-
-    for found, wanted in zip(
-        run(triton_kernels, torch.float32), run(fallback, torch.float64), strict=True
-    ):
-        torch.testing.assert_close(found.double(), wanted, atol=2e-5, rtol=2e-5)
+    return step, exact, wanted
 
 
-MOST_LAUNCHES = {ma.TopK(k=4): 50, ma.BatchTopK(k=4): 60, ma.ReLU(): 50, ma.JumpReLU(): 70}
+@pytest.mark.parametrize("form", ["plain", "tied", "matryoshka", "transcoder", "crosscoder"])
+@pytest.mark.parametrize("rule", ["topk", "batch topk", "relu", "jumprelu", "gated"])
+def test_a_step_learns_the_gradients_of_float64(rule, form, monkeypatch):
+    monkeypatch.setattr(sparse_steps, "MAX_DENSITY", 1)
+    monkeypatch.setattr(sparse_steps, "TILE", 18 * 17)  # of 17 and 18 rows: more than one tile
+    monkeypatch.setattr(triton_kernels, "BLOCK", 16)  # of latents: more than one too
+    n_rows = 8 if "topk" in rule and form != "plain" else 35  # the bits of more than one word
+    x = drawn(n_rows, 20, seed=3)
+    x[4] = 0
+    dead = (ma.AuxK(k=2), torch.tensor([4, 17])) if form in ("tied", "crosscoder") else None
+    objective = ma.Objective(clip=0.02, normalize_mse=True) if form in ("plain", "tied") else None
+    built = fresh(rule, form)
+    if form == "crosscoder":
+        built.W_dec.data[3, 5:] = 0  # a latent that one of the sites does not have
+        built.normalize()
+    _, exact, wanted = compare_step(built, x, dead=dead, objective=objective)
+    assert wanted.fired.any()
+    n_used = sum(bool(first.any()) for first, _ in exact.moments.values())
+    assert n_used == len(exact.moments)
 
 
-@pytest.mark.parametrize("rule", MOST_LAUNCHES)
-def test_a_step_is_few_launches_and_waits_at_most_for_the_number_of_pairs(rule, monkeypatch):
-    monkeypatch.setattr(sparse_steps, "can_compile", lambda _: False)
-    monkeypatch.setattr(sparse_steps, "can_use_triton", lambda _: True)
+@pytest.mark.parametrize("rule", ["topk", "relu", "jumprelu", "gated"])
+def test_shapes_that_fill_no_block_and_latents_without_codes(rule):
+    built = fresh(rule, "plain", n_latents=33)  # four programs of eight latents, and one
+    built.b_enc.data[::2] -= 100
+    step, _, wanted = compare_step(built, drawn(1, 20, seed=8))
+    assert not wanted.fired[::2].any()
+    before = built.encoder_rows.clone()
+    step(drawn(32, 20, seed=9), 1e-3)
+    assert not torch.equal(built.encoder_rows, before)
+
+
+@pytest.mark.parametrize("rule", ["relu", "jumprelu", "gated"])
+def test_dense_codes_are_stepped_too(rule, monkeypatch):
+    monkeypatch.setattr(sparse_steps, "MAX_DENSITY", 1)
+    compare_step(fresh(rule, "plain", density=0.9), drawn(9, 20, seed=1))
+
+
+@pytest.mark.parametrize("rule", ["relu", "jumprelu", "gated"])
+def test_pre_activations_that_half_precision_cannot_tell_from_their_bound(rule):
+    built = fresh(rule, "plain")
+    x = 1 + 1e-4 * drawn(7, 20, seed=2)
+    low = built.rule.least_that_learns(built.state)
+    with torch.no_grad():
+        built.b_dec.zero_()
+        built.b_enc.copy_(low - x[3] @ built.W_enc)  # some rows above, some below
+    pre = x.double() @ built.W_enc.double() + built.b_enc.double() - low
+    kept = pre > 0
+    assert 0.2 < kept.double().mean() < 0.8
+    assert pre.abs().max() < 2.0**-8
+    step = on_triton(built)
+    bits = []
+    learn: Any = triton_kernels._learn
+
+    class Noting:
+        def __getitem__(self, grid):
+            return lambda *args, **options: (
+                bits.append(args[0].clone()) or learn[grid](*args, **options)
+            )
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(triton_kernels, "_learn", Noting())
+        step(x, 1e-3)
+    found = (bits[0] >> torch.arange(7)).bitwise_and(1).T.bool()
+    sure = pre.abs() > 2e-6  # of numbers nearer to the bound float32 itself is not sure
+    assert torch.equal(found[sure], kept[sure])
+
+
+def test_a_latent_without_numbers_leaves_the_others_as_they_are():
+    built = fresh("relu", "plain")
+    with torch.no_grad():
+        built.encoder_rows[7, 2] = torch.nan
+    found = on_triton(built)(drawn(9, 20), 1e-3)
+    assert not found.fired[7]
+    assert found.fired.any()
+    assert built.W_dec.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("rule", "form", "clip", "most"),
+    [("topk", "plain", None, 31), ("topk", "matryoshka", 0.1, 60), ("topk", "crosscoder", None, 31)]
+    + [("batch topk", "plain", None, 40), ("batch topk", "matryoshka", 0.1, 60)]
+    + [("relu", "plain", None, 20), ("relu", "tied", 0.1, 60)]
+    + [("jumprelu", "plain", None, 20), ("gated", "plain", None, 20)]
+    + [("gated", "matryoshka", 0.1, 60)],
+)
+def test_a_step_is_few_launches_and_waits_for_nothing(rule, form, clip, most, monkeypatch):
     monkeypatch.setattr(sparse_steps.steps, "at_hand", lambda loss: loss)  # as on a device
-    step = SparseStep(ma.Autoencoder(d_in=16, n_latents=64, sparsity=rule))
-    step.dictionary.b_enc.data -= 1  # no more than a few codes
+    step, x = on_triton(fresh(rule, form), ma.Objective(clip=clip)), drawn(3, 20)
+    step(x, 1e-3)  # what is made once is made here
     kernels, inside = [], []
     launch = GridExecutor.__call__
 
@@ -314,14 +291,12 @@ def test_a_step_is_few_launches_and_waits_at_most_for_the_number_of_pairs(rule, 
             return func(*args, **(kwargs or {}))
 
     monkeypatch.setattr(GridExecutor, "__call__", counted)
+    places = {name: p.data_ptr() for name, p in step.dictionary.state_dict().items()}
     with Operators() as operators:
-        step(drawn(32, 16), 1e-3)
-    assert 9 <= len(kernels) <= 14
-    assert 30 < sum(operators.names.values()) + len(kernels) <= MOST_LAUNCHES[rule]
-    n_numbers = 0 if isinstance(rule, ma.TopK | ma.BatchTopK) else 1
-    assert {name: operators.names[name] for name in WAITING & set(operators.names)} == (
-        {"_local_scalar_dense": n_numbers} if n_numbers else {}
-    )
+        step(x, 1e-3)
+    assert not WAITING & set(operators.names)
+    assert 12 < sum(operators.names.values()) + len(kernels) <= most
+    assert places == {name: p.data_ptr() for name, p in step.dictionary.state_dict().items()}
 
 
 RULES = {
@@ -347,29 +322,17 @@ FORMS = {
     + [("topk", "crosscoder", 5), ("batch topk", "transcoder", 5)]
     + [("gated", "plain", 5), ("gated", "matryoshka", 5)],
 )
-def test_steps_are_those_of_the_cpu(rule, form, steps, monkeypatch):
-    usual, dense = sparse_steps.can_compile, []
-    autograd = sparse_steps.AutogradStep
-    monkeypatch.setattr(
-        sparse_steps, "AutogradStep", lambda *a, **k: dense.append(1) or autograd(*a, **k)
-    )
-
-    def trained(uses_triton):
-        monkeypatch.setattr(sparse_steps, "can_compile", lambda t: not uses_triton and usual(t))
-        monkeypatch.setattr(sparse_steps, "can_use_triton", lambda _: uses_triton)
-        built = FORMS[form](n_latents=18, sparsity=RULES[rule])
-        built.initialize(drawn(64, 20))
-        built.b_enc.data -= 1.5 if "topk" not in rule else 0  # few codes
-        step = SparseStep(built)
-        assert (step.backend is triton_kernels) == uses_triton
+def test_steps_are_those_of_the_cpu(rule, form, steps):
+    def trained(make):
+        built = fresh(rule, form)
+        step = make(built)
         aux = ma.AuxK(k=3), torch.tensor([4, 17])
         dead = aux if form in ("tied", "crosscoder") else None
         losses = [float(step(drawn(5, 20, seed=t), 1e-3, dead).loss) for t in range(steps)]
         return losses, built.state_dict()
 
-    losses, found = trained(True)
-    assert len(dense) < steps / 2
-    wanted_losses, wanted = trained(False)
+    losses, found = trained(on_triton)
+    wanted_losses, wanted = trained(SparseStep)
     assert losses == pytest.approx(wanted_losses, rel=1e-4)
     for name, tensor in wanted.items():
         torch.testing.assert_close(found[name], tensor, atol=2e-5, rtol=1e-4)

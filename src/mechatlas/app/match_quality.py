@@ -5,10 +5,12 @@ pairings             a match -> the match and its baselines, with the scale of e
 held_out_quality     co-firing and explained variance, for each pairing
 open_held_samples    the network of the store and batches of held-out samples
 effects_on_output    the network's output with a site written through each pairing
+seconds_of_effects   how long that takes
 find_combinations    latents of each dictionary as boolean combinations of those before
 """
 
 import dataclasses
+import functools
 import itertools
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -35,12 +37,23 @@ from mechatlas.analysis.matching.held_out import (
 )
 from mechatlas.analysis.matching.pairing import Match
 from mechatlas.analysis.matching.splicing import SpliceEffect, permuted, references, splice
+from mechatlas.app.estimates import of_work
 from mechatlas.app.inputs import open_network
 from mechatlas.app.recipes import TrustConfig
-from mechatlas.base import Dictionary, Site, StoreError, TrustError, UserError
+from mechatlas.base import (
+    Dictionary,
+    Progress,
+    Site,
+    StoreError,
+    TrustError,
+    UserError,
+    no_progress,
+)
 
 SAMPLES_AT_ONCE = 32
 """Samples in one forward pass."""
+N_WAYS = 8
+"""Number of the matched pairs, the optimum and the baselines."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -263,6 +276,7 @@ def effects_on_output(
     ways: Mapping[str, Pairing],
     *,
     seed: int,
+    on_progress: Progress = no_progress,
 ) -> PairQuality:
     """Run the network with B's site written from A's, once for every pairing.
 
@@ -273,6 +287,7 @@ def effects_on_output(
         b: Dictionary B.
         ways: Pairings by name.
         seed: Seed of the intervals.
+        on_progress: Callback with the number of replacements so far, and of all.
 
     Returns:
         The effects by way, or why the network was not run, such as sites in the wrong order.
@@ -290,10 +305,32 @@ def effects_on_output(
             left_out=held.left_out,
             padding=held.padding,
             seed=seed,
+            on_progress=on_progress,
         )
     except UserError as error:
         return PairQuality(not_run=str(error))
     return PairQuality(samples=sum(map(len, held.batches)), spliced=effects)
+
+
+def seconds_of_effects(
+    held: HeldSamples | str, sites: Sequence[Any], dictionaries: Sequence[Dictionary]
+) -> float:
+    """Estimate the seconds of `effects_on_output` from the first replacements.
+
+    Args:
+        held: Network and samples, or the reason why there are none.
+        sites: Sites of A and B.
+        dictionaries: A and B.
+    """
+    if isinstance(held, str):
+        return 0.0
+    a, b = dictionaries
+    some = Pairing(np.arange(a.n_latents) % b.n_latents, np.ones(a.n_latents))
+    ways = dict.fromkeys(map(str, range(N_WAYS)), some)
+    run = functools.partial(
+        effects_on_output, held, (str(sites[0]), str(sites[1])), a, b, ways, seed=0
+    )
+    return of_work([lambda progress: run(on_progress=progress)], memory=0).seconds
 
 
 def find_combinations(

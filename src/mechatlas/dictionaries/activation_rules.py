@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mechatlas.dictionaries.sparsity import NONE, Rule, State, Threshold
+from mechatlas.dictionaries.sparsity import NONE, Latents, Rule, State, Threshold
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -25,9 +25,7 @@ class AbsTopK(Rule):
     k: int
     """Latents kept in each sample."""
 
-    def __call__(
-        self, pre: Float[Tensor, "batch latent"], state: State = NONE
-    ) -> Float[Tensor, "batch latent"]:
+    def __call__(self, pre: Latents, state: State = NONE) -> Latents:
         """Zero all but the k largest sizes of each row."""
         del state
         index = pre.abs().topk(self.k, dim=-1).indices
@@ -41,9 +39,7 @@ class GroupMax(Rule):
     k: int
     """Runs, all of one length."""
 
-    def __call__(
-        self, pre: Float[Tensor, "batch latent"], state: State = NONE
-    ) -> Float[Tensor, "batch latent"]:
+    def __call__(self, pre: Latents, state: State = NONE) -> Latents:
         """Zero all but one of each run."""
         del state
         groups = pre.relu().unflatten(-1, (self.k, -1))
@@ -58,9 +54,7 @@ class SignedTopK(Rule):
     k: int
     """Latents kept in each sample."""
 
-    def __call__(
-        self, pre: Float[Tensor, "batch latent"], state: State = NONE
-    ) -> Float[Tensor, "batch latent"]:
+    def __call__(self, pre: Latents, state: State = NONE) -> Latents:
         """Zero all but the k largest entries of each row."""
         del state
         top = pre.topk(self.k, dim=-1)
@@ -74,9 +68,7 @@ class WeightedTopK(Rule):
     k: int
     """Latents kept in each sample."""
 
-    def __call__(
-        self, pre: Float[Tensor, "batch latent"], state: State = NONE
-    ) -> Float[Tensor, "batch latent"]:
+    def __call__(self, pre: Latents, state: State = NONE) -> Latents:
         """Zero all but k entries of each row, and those below zero."""
         index = (pre * state["length"]).topk(self.k, dim=-1).indices
         return torch.zeros_like(pre).scatter(-1, index, pre.gather(-1, index).relu())
@@ -94,9 +86,7 @@ class BySite(Rule):
 
     by_site = True
 
-    def __call__(
-        self, pre: Float[Tensor, "batch latent"], state: State = NONE
-    ) -> Float[Tensor, "batch latent"]:
+    def __call__(self, pre: Latents, state: State = NONE) -> Latents:
         """Zero what no site uses."""
         n_sites = len(state["site_length" if self.k else "site_threshold"])
         opened = torch.zeros_like(pre, dtype=torch.bool)
@@ -104,9 +94,7 @@ class BySite(Rule):
             opened |= self.at_site(pre, state, site) != 0
         return torch.where(opened, pre, 0.0)
 
-    def at_site(
-        self, code: Float[Tensor, "batch latent"], state: State, site: int
-    ) -> Float[Tensor, "batch latent"]:
+    def at_site(self, code: Latents, state: State, site: int) -> Latents:
         """Code as one site uses it."""
         if self.k:
             return WeightedTopK(k=self.k)(code, {"length": state["site_length"][site]})
@@ -117,9 +105,7 @@ class BySite(Rule):
 class Levels(Rule):
     """Mean of learned levels, weighted by their nearness to the pre-activation (Q-SAE)."""
 
-    def __call__(
-        self, pre: Float[Tensor, "batch latent"], state: State = NONE
-    ) -> Float[Tensor, "batch latent"]:
+    def __call__(self, pre: Latents, state: State = NONE) -> Latents:
         """Mean of the levels for each entry."""
         levels = state["levels"]
         nearness = -(pre[..., None] - levels).square()
@@ -144,9 +130,7 @@ class Pursuit(Rule):
 
     pursues = True
 
-    def __call__(
-        self, pre: Float[Tensor, "batch latent"], state: State = NONE
-    ) -> Float[Tensor, "batch latent"]:
+    def __call__(self, pre: Latents, state: State = NONE) -> Latents:
         """Refuse pre-activations.
 
         Raises:

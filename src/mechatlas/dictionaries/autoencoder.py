@@ -19,6 +19,7 @@ sparse autoencoders (2025); Lindsey et al., Sparse crosscoders (2024).
 """
 
 import abc
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate, pairwise
@@ -525,7 +526,7 @@ def atom_lengths(
 ) -> Float[Tensor, "latent 1"]:
     """Length of each atom: the sum, over the sites between the edges, of its length there."""
     parts = [atoms[:, low:high].norm(dim=-1, keepdim=True) for low, high in pairwise(edges)]
-    return torch.stack(parts).sum(dim=0).clamp_min(1e-12)
+    return functools.reduce(torch.add, parts).clamp_min(1e-12)
 
 
 def _check_sizes(built: SparseCoder) -> None:

@@ -7,6 +7,7 @@ Schedule    learning rate and sparsity warm-up over a run
 import dataclasses
 import math
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -37,6 +38,11 @@ class Objective:
             return target.new_ones(len(target))
         squares = target.square().sum(dim=-1)
         return 1 / squares.clamp_min(SHORT_ROW * squares.mean())
+
+    def factor_of(self, squares: Tensor) -> Tensor:
+        """Factor of the gradient where the squares are, so that nobody waits for a device."""
+        factor = ((self.clip or torch.inf) / squares.sqrt()).clamp_max(1.0)
+        return torch.where(squares.isfinite(), factor, torch.nan)
 
     def factor(self, squares: float) -> float:
         """Factor of the gradient that keeps its norm within the limit."""

@@ -29,15 +29,7 @@ from mechatlas.dictionaries.engine import fallback
 from mechatlas.dictionaries.engine.interface import Dead, Step
 from mechatlas.dictionaries.engine.shard_files import ShardFiles
 from mechatlas.dictionaries.engine.sparse_steps import BatchSearch, SparseStep
-from mechatlas.dictionaries.engine.structures import (
-    AddedGradients,
-    Codes,
-    ErrorGradients,
-    Grouped,
-    LatentGradients,
-    Reconstruction,
-    Update,
-)
+from mechatlas.dictionaries.engine.structures import Codes
 from mechatlas.dictionaries.engine.threads import Run
 from mechatlas.dictionaries.objective import Objective
 from mechatlas.dictionaries.revival import ROWS, AuxK, Resample, Revival
@@ -297,15 +289,15 @@ class ShardedStep(SparseStep):
         super().__init__(dictionary, objective)
         self.mesh = dictionary.mesh
 
-    def _select(self, x: Tensor, run: Run) -> Codes | None:
+    def select(self, x: Tensor, run: Run) -> Codes | None:
         """Codes of all rows; this process looks for those of its share of the rows."""
         part, parts = self.mesh.get_local_rank("data"), self.mesh["data"].size()
         mine = slice(part * len(x) // parts, (part + 1) * len(x) // parts)
-        codes = super()._select(x[mine], run)
+        codes = super().select(x[mine], run)
         if parts > 1:
             dictionary = self.dictionary
             read = x[:, dictionary.reads]
-            self._room["x"] = read - dictionary.b_dec if dictionary.subtracts_b_dec else read
+            self.room["x"] = read - dictionary.b_dec if dictionary.subtracts_b_dec else read
         return codes
 
     def _find(self, search: BatchSearch) -> Codes | None:
@@ -327,35 +319,23 @@ class ShardedStep(SparseStep):
         del dead
         return False
 
-    def _by_tiles(
-        self, task: Reconstruction, codes: Codes, run: Run
-    ) -> tuple[Tensor | float, Grouped, ErrorGradients]:
-        """Reconstruct by these latents what those of other processes leave of the rows."""
-        own = fallback.summed(codes.latents.long(), task.atoms, codes.starts, codes.values)
-        others = summed(own.clone(), self.mesh).sub_(own)
-        return super()._by_tiles(task._replace(target=task.target - others), codes, run)
+    def left_by_others(self, target: Tensor, codes: Codes) -> Tensor:
+        """Rows less what the latents of other processes reconstruct."""
+        atoms = self.dictionary.W_dec.data
+        own = fallback.summed(codes.latents.long(), atoms, codes.starts, codes.values)
+        return target - summed(own.clone(), self.mesh).sub_(own)
 
-    def _update(
-        self,
-        rule: Update,
-        pairs: Grouped,
-        batch: LatentGradients,
-        added: AddedGradients,
-        run: Run,
-    ) -> tuple[float, Tensor]:
-        """Update these latents; the gradient of the encoder's input is that of all."""
-        squares, d_input = super()._update(rule, pairs, batch, added, run)
-        if not rule.apply:
-            squares = self.dictionary.total(squares)
-        return squares, summed(d_input, self.mesh)
+    def over_all(self, part: Any) -> Any:
+        """Sum of a number or tensor over the latents of all processes."""
+        return summed(part, self.mesh) if isinstance(part, Tensor) else self.dictionary.total(part)
 
-    def _n_dead(self, dead: Dead) -> int:
+    def n_dead(self, dead: Dead) -> int:
         """Number of dead latents of all processes."""
         return int(self.dictionary.total(len(dead[1])))
 
-    def _revive(self, dead: Dead, x: Tensor, residual: Tensor) -> Revival:
+    def revive(self, dead: Dead, x: Tensor, residual: Tensor) -> Revival:
         """Gradients of the dead latents of this process, which reconstruct with all others."""
-        (aux, latents), k = dead, min(dead[0].k, self._n_dead(dead))
+        (aux, latents), k = dead, min(dead[0].k, self.n_dead(dead))
         dictionary = self.dictionary
         parameters = dictionary.W_dec.data, dictionary.encoder_rows, dictionary.b_enc.data
         atoms, encoder, bias = (each[latents] for each in parameters)

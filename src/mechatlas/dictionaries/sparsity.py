@@ -308,36 +308,22 @@ class ReLU(Rule):
 
 
 class _Jump(torch.autograd.Function):
-    """`x` where it is above the threshold, with a pseudo-derivative for the threshold."""
+    """`x`, or 1, where `x` is above the threshold, with a pseudo-derivative for the threshold."""
 
     @staticmethod
-    def forward(ctx: Any, pre: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
+    def forward(ctx: Any, pre: Tensor, threshold: Tensor, bandwidth: float, counts: bool) -> Tensor:
         ctx.save_for_backward(pre, threshold)
-        ctx.bandwidth = bandwidth
-        return pre * (pre > threshold)
+        ctx.bandwidth, ctx.counts = bandwidth, counts
+        is_open = pre > threshold
+        return is_open.to(pre.dtype) if counts else pre * is_open
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
         (gradient,), (pre, threshold) = gradients, ctx.saved_tensors
-        window = _window(pre, threshold, ctx.bandwidth)
-        to_threshold = threshold / -ctx.bandwidth * (window * gradient).sum(dim=0)
-        return gradient * (pre > threshold), to_threshold, None
-
-
-class _Count(torch.autograd.Function):
-    """1 where `x` is above the threshold, with a pseudo-derivative for the threshold."""
-
-    @staticmethod
-    def forward(ctx: Any, pre: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
-        ctx.save_for_backward(pre, threshold)
-        ctx.bandwidth = bandwidth
-        return (pre > threshold).to(pre.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Any) -> Any:
-        (gradient,), (pre, threshold) = gradients, ctx.saved_tensors
-        window = _window(pre, threshold, ctx.bandwidth)
-        return None, (window * gradient).sum(dim=0) / -ctx.bandwidth, None
+        near = (_window(pre, threshold, ctx.bandwidth) * gradient).sum(dim=0)
+        if ctx.counts:
+            return None, near / -ctx.bandwidth, None, None
+        return gradient * (pre > threshold), threshold / -ctx.bandwidth * near, None, None
 
 
 def _window(pre: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
@@ -373,7 +359,7 @@ class JumpReLU(Rule):
 
     def training_code(self, pre: Latents, state: State = NONE) -> Latents:
         """Code of each sample, from which the threshold learns."""
-        return _Jump.apply(pre, state["log_threshold"].exp(), self.bandwidth)
+        return _Jump.apply(pre, state["log_threshold"].exp(), self.bandwidth, False)
 
     def penalty(
         self, pre: Latents, code: Latents, unexplained: Unexplained, state: State = NONE
@@ -385,7 +371,8 @@ class JumpReLU(Rule):
             state: Tensors of this rule, to which the penalty has a pseudo-derivative.
         """
         del code, unexplained
-        return self.l0 * _Count.apply(pre, state["log_threshold"].exp(), self.bandwidth).sum(dim=-1)
+        threshold = state["log_threshold"].exp()
+        return self.l0 * _Jump.apply(pre, threshold, self.bandwidth, True).sum(dim=-1)
 
     def least_that_learns(self, state: State) -> Float[Tensor, " latent"]:
         """Lower end of the window around each threshold."""

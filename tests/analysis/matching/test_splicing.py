@@ -7,8 +7,16 @@ import torch
 from torch import nn
 
 from mechatlas.activations.sites import read_activations
-from mechatlas.analysis.matching.held_out import Estimate
+from mechatlas.analysis.matching.held_out import Estimate, baselines
+from mechatlas.analysis.matching.pairing import match
 from mechatlas.analysis.matching.splicing import permuted, references, splice
+from mechatlas.app import estimates
+from mechatlas.app.match_quality import (
+    HeldSamples,
+    Pairing,
+    effects_on_output,
+    seconds_of_effects,
+)
 from mechatlas.base import InputError, Site
 from tests import language_models
 
@@ -200,3 +208,20 @@ def test_change_of_next_token_loss_is_that_of_a_plain_computation():
         expected = sum(rises) / sum(loss(i, None)[1] for i in range(6))
         assert value(found[way].loss_change) == pytest.approx(expected, abs=1e-5), way
         assert abs(expected) > 1e-3
+
+
+def test_how_long_it_takes_is_known_after_a_few_replacements(network, monkeypatch):
+    calls = []
+    network.register_forward_hook(lambda *_: calls.append(None))
+    monkeypatch.setattr(estimates.time, "perf_counter", lambda: float(len(calls)))  # one a second
+    held = HeldSamples(network, 10 * BATCHES, [], [])
+    a = rotation(0)
+    seconds = seconds_of_effects(held, (FIRST, SECOND), (a, a))
+    assert len(calls) < 6
+    rows = np.random.default_rng(0).normal(size=(20, 6))
+    names = ["matched", *baselines(rows, rows, match(rows, rows))]
+    ways = dict.fromkeys(names, Pairing(np.arange(6), np.ones(6)))
+    calls.clear()
+    assert effects_on_output(held, ("0", "1"), a, a, ways, seed=0).spliced is not None
+    assert seconds == pytest.approx(len(calls), rel=0.1)
+    assert seconds_of_effects("there is no network", (FIRST, SECOND), (a, a)) == 0

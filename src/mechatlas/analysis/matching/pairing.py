@@ -4,6 +4,7 @@ Main path, in reading order:
 
     match               fold, pair exactly, compare every pair with a null
     Match               the pairing with its evidence
+    matches_table       pairs of several matches, as columns
     feature_splitting   feature splitting and merging: pairs as similar as partners
 
 Source: Balagansky et al., Mechanistic permutability (2024).
@@ -363,6 +364,25 @@ def with_evidence(
         degenerate_a=np.zeros(n, bool),
         degenerate_b=np.zeros(costs.n_columns, bool),
     )
+
+
+def matches_table(matches: list[Match]) -> dict[str, np.ndarray]:
+    """Pairs of all matches, one after another."""
+    rows = [np.flatnonzero(m.columns >= 0) for m in matches]
+    parts = list(zip(matches, rows, strict=True))
+    margins = [m.margins() for m in matches]
+    columns: dict[str, list[np.ndarray]] = {
+        "pair": [np.full(len(r), number, np.int32) for number, r in enumerate(rows)],
+        "latent_a": rows,
+        "latent_b": [m.columns[r] for m, r in parts],
+        "cost": [m.pair_costs[r] for m, r in parts],
+        "cosine": [m.cosines[r] for m, r in parts],
+        "q_value": [m.q_values[r] for m, r in parts],
+        "margin": [found.rise[r] for found, r in zip(margins, rows, strict=True)],
+        "margin_exact": [found.exact[r] for found, r in zip(margins, rows, strict=True)],
+        "matched": [m.matched[r] for m, r in parts],
+    }
+    return {name: np.concatenate(values) for name, values in columns.items()}
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)

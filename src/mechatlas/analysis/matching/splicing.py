@@ -12,7 +12,7 @@ Source: Balagansky et al., Mechanistic permutability (2024), encode-permute-deco
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
@@ -27,7 +27,7 @@ from mechatlas.activations.passes import evaluation_mode
 from mechatlas.activations.positions import is_causal
 from mechatlas.activations.predictions import compare, next_token_losses, output_of
 from mechatlas.activations.sites import intervene
-from mechatlas.base import Dictionary, InputError, Site
+from mechatlas.base import Dictionary, InputError, Progress, Site, no_progress
 from mechatlas.maths.bootstrap import Estimate, ratio_estimate, resample
 from mechatlas.maths.outliers import norm_limit
 
@@ -98,13 +98,14 @@ def references(a: Dictionary, b: Dictionary) -> dict[str, Writer]:
 @torch.no_grad()
 def splice(
     network: nn.Module,
-    batches: Iterable[Shaped[Tensor, "_ ..."]],
+    batches: Sequence[Shaped[Tensor, "_ ..."]],
     sites: tuple[Site, Site],
     ways: Mapping[str, Writer],
     *,
     left_out: Sequence[Bool[np.ndarray, "_ _"]] = (),
     padding: Sequence[Bool[np.ndarray, "_ _"]] = (),
     seed: int = 0,
+    on_progress: Progress = no_progress,
 ) -> dict[str, SpliceEffect]:
     """Run a network with the second site replaced, once for each way.
 
@@ -118,6 +119,7 @@ def splice(
             dictionaries are not trained on them. By default every row is replaced.
         padding: Tokens of each batch that are padding, no losses; by default none.
         seed: Seed of the intervals.
+        on_progress: Callback with the number of replacements so far, and of all.
 
     Raises:
         InputError: B's site is reached before A's, or there are no samples.
@@ -136,7 +138,8 @@ def splice(
             pad = torch.from_numpy(padding[number]) if padding else None
             tokens = _NextTokens.of(before, batch, pad) if predicts else None
             same = torch.from_numpy(left_out[number]) if left_out else None
-            for way, write in ways.items():
+            for done, (way, write) in enumerate(ways.items(), number * len(ways)):
+                on_progress(done, len(ways) * len(batches))
                 with _replaced(network, batch, sites, write, same):
                     after = output_of(run_network(network, batch)).x
                 effects[way].append(_compare(before, after, tokens))

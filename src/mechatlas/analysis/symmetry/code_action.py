@@ -41,6 +41,8 @@ FOLDS = 10
 """Number of folds of the held-out images for the interval of the gain."""
 SWEEPS = 200
 """Maximum number of passes over the parts in the least-squares fit."""
+CONVERGED = 1e-6
+"""Largest change of a pass, relative to the largest entry, at which the fit has converged."""
 ROUNDS = 60
 """Maximum number of averages over the group."""
 TOLERANCE = 1e-10
@@ -239,7 +241,7 @@ def _least_squares(
             step = of_codes @ left @ of_atoms
             out[inside] = block + step
             change = max(change, float(np.abs(step).max()))
-        if change <= 1e-9 * float(np.abs(out).max()):
+        if change <= CONVERGED * float(np.abs(out).max()):
             break
     return out.swapaxes(1, 2)
 

@@ -36,10 +36,10 @@ from mechatlas.analysis.matching.codes import correlate, permute_samples, sample
 from mechatlas.analysis.matching.folding import Cost, mean_active, varying
 from mechatlas.analysis.matching.held_out import CoFiring, co_firing, paired_codes
 from mechatlas.analysis.matching.nulls import NULLS, Null, PairEvidence
-from mechatlas.analysis.matching.pairing import FDR, Match, feature_splitting, match
+from mechatlas.analysis.matching.pairing import FDR, Match, feature_splitting, match, matches_table
 from mechatlas.analysis.matching.spaces import MIN_PAIRS, SpaceSimilarity, compare_spaces
 from mechatlas.app.engines import EngineConfig
-from mechatlas.app.estimates import of_matching
+from mechatlas.app.estimates import Estimate, of_matching
 from mechatlas.app.inputs import (
     OpenedDictionary,
     expect_several,
@@ -58,6 +58,7 @@ from mechatlas.app.match_quality import (
     open_held_samples,
     open_rows,
     pairings,
+    seconds_of_effects,
 )
 from mechatlas.app.progress import bar
 from mechatlas.app.recipes import TrustConfig
@@ -299,8 +300,7 @@ def run(config: MatchConfig, folder: RunFolder) -> MatchResult:
     _check(config)
     inputs = _open(config)
     if config.cost != "codes":
-        shapes = [(each.dictionary.n_latents, each.dictionary.d_in) for each in inputs.opened]
-        folder.expect(lambda: of_matching(itertools.pairwise(shapes)))
+        folder.expect(lambda: _estimate(inputs))
     for name, opened in zip(inputs.names, inputs.opened, strict=True):
         folder.parent(name, opened.checksum)
     if config.store is not None:
@@ -329,6 +329,15 @@ def run(config: MatchConfig, folder: RunFolder) -> MatchResult:
     if len(matches) > 1 and len({m.unit_b.shape[1] for m in matches}) == 1:
         return _joint(config, result, matches, inputs, folder)
     return result
+
+
+def _estimate(inputs: _Inputs) -> Estimate:
+    """Estimate all pairings, and what the first is worth in the network as often as there are."""
+    shapes = [(each.dictionary.n_latents, each.dictionary.d_in) for each in inputs.opened]
+    found, first = of_matching(itertools.pairwise(shapes)), inputs.opened[:2]
+    sites, dictionaries = zip(*((e.site, e.dictionary) for e in first), strict=True)
+    effects = seconds_of_effects(inputs.held, sites, dictionaries)
+    return dataclasses.replace(found, seconds=found.seconds + effects * (len(shapes) - 1))
 
 
 def _check(config: MatchConfig) -> None:
@@ -449,7 +458,10 @@ def _pair(
     ways = pairings(a, b, scales, matching, seed=config.seed)
     quality = held_out_quality(a, b, ways, *inputs.rows.held_out[k : k + 2], seed=config.seed)
     sites = str(first.site), str(second.site)
-    effects = effects_on_output(inputs.held, sites, a, b, ways, seed=config.seed)
+    with bar("running the network") as progress:
+        effects = effects_on_output(
+            inputs.held, sites, a, b, ways, seed=config.seed, on_progress=progress
+        )
     for each in (quality, effects):
         measured = {name: value for name, value in vars(each).items() if value is not None}
         pair = dataclasses.replace(pair, **measured)
@@ -579,22 +591,3 @@ def tracks_result(tracks: Tracks, curves: SurvivalCurves) -> TracksResult:
         longer_than_one=int((curves.death > curves.birth).sum()),
         **{name: getattr(curves, name).tolist() for name in CURVES},
     )
-
-
-def matches_table(matches: list[Match]) -> dict[str, np.ndarray]:
-    """Pairs of all matches, one after another."""
-    rows = [np.flatnonzero(m.columns >= 0) for m in matches]
-    parts = list(zip(matches, rows, strict=True))
-    margins = [m.margins() for m in matches]
-    columns: dict[str, list[np.ndarray]] = {
-        "pair": [np.full(len(r), number, np.int32) for number, r in enumerate(rows)],
-        "latent_a": rows,
-        "latent_b": [m.columns[r] for m, r in parts],
-        "cost": [m.pair_costs[r] for m, r in parts],
-        "cosine": [m.cosines[r] for m, r in parts],
-        "q_value": [m.q_values[r] for m, r in parts],
-        "margin": [found.rise[r] for found, r in zip(margins, rows, strict=True)],
-        "margin_exact": [found.exact[r] for found, r in zip(margins, rows, strict=True)],
-        "matched": [m.matched[r] for m, r in parts],
-    }
-    return {name: np.concatenate(values) for name, values in columns.items()}

@@ -104,7 +104,7 @@ class SymmetryConfig(TrustConfig, DeviceConfig):
     what is claimed; 0 shows none."""
     code_action: bool = False
     """Learn how the group acts on codes, types of features among themselves, and measure on
-    held-out rows how well other poses follow from it."""
+    held-out rows how well other poses follow from it; some seconds for 500 active latents."""
     seed: int = 0
     """Seed of the nulls, and of the features drawn for interventions."""
 
@@ -409,6 +409,7 @@ def _expected(
 
     width, codes = order * posed.d, dictionary.n_latents
     memory = 3 * bytes_of(dictionary) + 8 * codes * (2 * codes + 3 * width) + 5 * blocks.nbytes
+    memory += 3 * code_action.MAX_BYTES * config.code_action
     if posed.decoder_blocks is not None:
         memory += 8 * FOLDS * min(n, MAX_TESTED) * (codes + width)
     return of_work([read, compare, intervene], memory=memory, disk=blocks.nbytes // 2)

@@ -32,7 +32,7 @@ from mechatlas.analysis.evaluation.results import NetworkEvaluation
 from mechatlas.analysis.interaction.results import InteractionBasis
 from mechatlas.analysis.matching.chains import Tracks, survival, tracks_table
 from mechatlas.analysis.matching.flow import KINDS, FeatureFlow
-from mechatlas.analysis.matching.pairing import Match
+from mechatlas.analysis.matching.pairing import Match, matches_table
 from mechatlas.analysis.proofs.prove import AccuracyBound
 from mechatlas.analysis.symmetry.classify import Symmetry
 from mechatlas.app.basis_spectra import spectra_of
@@ -346,7 +346,7 @@ def _describe_matches(
     for each, name, other in zip(matches, names, names[1:], strict=False):
         _refuse_other_sizes(each.unit_a, name, known)
         _refuse_other_sizes(each.unit_b, other, known)
-    out.table(MATCHES, match.matches_table(matches))
+    out.table(MATCHES, matches_table(matches))
     curves = None if tracks is None else survival(tracks, matches, fdr=matches[0].fdr)
     if tracks is not None and curves is not None:
         out.table(TRACKS, tracks_table(tracks, curves))

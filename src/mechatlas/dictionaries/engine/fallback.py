@@ -1,15 +1,9 @@
-"""Kernels of a sparse training step in plain torch, for any device.
+"""Parts of a training step in plain torch, for any device.
 
-The functions are those of `kernels.py`, with the same results to rounding. They use no product
-of sparse matrices, which on some CPUs torch does not have: sums over the codes of a row or
-of a latent are bags of embeddings.
-
-They work on a whole batch and on all latents at once, so that a step is few operators, and they
-read no number of a tensor, so that nobody waits for a GPU: shapes and bounds of bags say what a
-batch holds.
+`select` and `above` are those of `kernels.py`, with the same results to rounding. They work on a
+whole batch, so that they are few operators.
 """
 
-import functools
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 
@@ -18,21 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-from mechatlas.dictionaries.engine.structures import (
-    Adam,
-    AddedGradients,
-    Codes,
-    ErrorGradients,
-    Grouped,
-    LatentGradients,
-    Learned,
-    Reconstruction,
-    Update,
-    Weights,
-)
-
-GATHERED = {"cpu": 2**22, "cuda": 2**28}
-"""Numbers of atoms that are gathered at once, by kind of device."""
+from mechatlas.dictionaries.engine.structures import Adam, Codes, Learned
 
 
 def select(
@@ -101,40 +81,6 @@ def largest_of_batch(
     return Codes(torch.searchsorted(places, firsts), places % len(bias), values, values)
 
 
-def residual(task: Reconstruction, codes: Codes, out: ErrorGradients) -> Tensor:
-    """Write the gradient of the reconstructions and of each code.
-
-    Args:
-        task: Batch to reconstruct.
-        codes: Codes of the batch.
-        out: Gradients. `rows` of each level is written, with those of all wider levels added;
-            `codes` and `bias` are added to.
-
-    Returns:
-        The squared errors times their weights, summed over rows and levels.
-    """
-    n_levels, latents = len(task.widths), codes.latents.long()
-    rows = rows_of(codes)
-    level = torch.searchsorted(task.widths, latents, right=True) if n_levels > 1 else None
-    error, losses = task.bias - task.target, []
-    for i in range(n_levels):
-        values = codes.values if level is None else codes.values * (level == i)
-        error = error + summed(latents, task.atoms, codes.starts, values)
-        losses.append((error.square().sum(dim=-1) * task.scales).sum() / 2)
-        torch.mul(error, task.scales[:, None], out=out.rows[i])
-    for i in range(n_levels - 2, -1, -1):
-        out.rows[i] += out.rows[i + 1]
-    out.bias.add_(out.rows[0].sum(dim=0))
-    back = out.rows.flatten(0, 1)
-    index = rows if level is None else level * len(task.target) + rows
-    share = max(1, GATHERED.get(error.device.type, 2**24) // error.shape[1])
-    for low in range(0, len(latents), share):
-        part = slice(low, low + share)
-        atoms, g = task.atoms.index_select(0, latents[part]), back.index_select(0, index[part])
-        out.codes[part].add_(atoms.mul_(g).sum(dim=-1))
-    return functools.reduce(torch.add, losses)
-
-
 def rows_of(codes: Codes) -> Int[Tensor, " pairs"]:
     """Row of each pair."""
     counts = codes.starts[1:] - codes.starts[:-1]
@@ -152,92 +98,7 @@ def summed(index: Tensor, table: Tensor, starts: Tensor, weights: Tensor) -> Ten
     )
 
 
-def group(
-    latents: Int[Tensor, " pairs"], values: Float[Tensor, " pairs"], n_latents: int
-) -> tuple[Int[Tensor, " grouped"], Int[Tensor, " latents_and_one"]]:
-    """Order the pairs of a row and a latent by latent, those with a value of zero last.
-
-    Args:
-        latents: Latent of each pair.
-        values: Value of each pair.
-        n_latents: Number of latents, of which some may have no pair.
-
-    Returns:
-        Pairs, latent by latent and in their own order within each, and where each latent's
-        begin (one entry more than there are latents; behind the last are the zeros).
-    """
-    ordered = latents.masked_fill(values == 0, n_latents).sort(stable=True)
-    bounds = torch.arange(n_latents + 1, device=latents.device, dtype=latents.dtype)
-    return ordered.indices, torch.searchsorted(ordered.values, bounds)
-
-
-def update(
-    span: range,
-    pairs: Grouped,
-    batch: LatentGradients,
-    weights: Weights,
-    rule: Update,
-    added: AddedGradients,
-    d_input: Tensor,
-) -> float:
-    """Take one step of Adam on all latents, and add to the input's gradient.
-
-    Args:
-        span: Latents to update, which are all.
-        pairs: Codes of the batch latent by latent.
-        batch: Rows that the encoder read, and the gradients that `residual` wrote.
-        weights: Parameters and moments. Changed in place.
-        rule: Numbers of the update.
-        added: Gradients of dead latents.
-        d_input: Gradient of the sum of the encoder's inputs, (d_in,). Added to.
-
-    Returns:
-        Sum of the squared gradients if they were only measured, else 0.
-    """
-    gradients = _gradients(span, pairs, batch)
-    d_input += gradients["bias"] @ weights.encoder.value
-    if len(added.bias):
-        dead = (added.place >= 0).nonzero()[:, 0]
-        places = added.place[dead].long()
-        for name, gradient in gradients.items():
-            gradient[dead] += getattr(added, name)[places]
-    if rule.tied:
-        gradients["atoms"] += gradients.pop("encoder")
-    atoms, bounds = weights.atoms.value, rule.edges.tolist()
-    remove_along(gradients["atoms"], atoms, bounds)
-    if not rule.apply:
-        return float(sum(gradient.double().square().sum() for gradient in gradients.values()))
-    if rule.clip < 1:
-        torch._foreach_mul_(list(gradients.values()), rule.clip)
-    step_adam([getattr(weights, name) for name in gradients], list(gradients.values()), rule.adam)
-    length = functools.reduce(torch.add, _lengths(atoms, bounds))
-    atoms /= length.clamp_min(rule.least)
-    return 0.0
-
-
-def _gradients(span: range, pairs: Grouped, batch: LatentGradients) -> dict[str, Tensor]:
-    """Gradients of the reconstruction's error for all latents."""
-    rows, starts = pairs.rows.long(), pairs.starts.long()
-    x, g = batch.x, batch.rows
-    index = rows
-    if len(batch.widths) > 1:
-        counts = starts[1:] - starts[:-1]
-        level = torch.searchsorted(
-            batch.widths, torch.arange(span.start, span.stop, device=x.device), right=True
-        )
-        # Pairs with a value of zero are behind the last latent: their level is never read.
-        bounds = torch.cumsum(counts, dim=0)
-        place = torch.arange(len(rows), device=x.device)
-        latent = torch.searchsorted(bounds, place, right=True).clamp_max(len(level) - 1)
-        index = level[latent] * len(x) + rows
-    return {
-        "atoms": summed(index, g.flatten(0, 1), starts, pairs.values),
-        "encoder": summed(rows, x, starts, batch.codes),
-        "bias": summed(rows, torch.ones_like(x[:, :1]), starts, batch.codes)[:, 0],
-    }
-
-
-def _lengths(atoms: Tensor, edges: list[int]) -> list[Tensor]:
+def lengths(atoms: Tensor, edges: list[int]) -> list[Tensor]:
     """Compute the length of each atom at each site, as columns."""
     return [atoms[:, low:high].norm(dim=-1, keepdim=True) for low, high in pairwise(edges)]
 
@@ -252,7 +113,7 @@ def remove_along(
         atoms: Atoms, whose length is the sum of their lengths at the sites.
         edges: Bounds of the sites in an atom, the first 0 and the last d_out.
     """
-    parts = _lengths(atoms, edges)
+    parts = lengths(atoms, edges)
     tiny = torch.finfo(atoms.dtype).tiny
     if len(parts) == 1:
         normal, n_sites = atoms / parts[0].clamp_min(tiny), None

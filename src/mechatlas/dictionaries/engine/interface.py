@@ -97,7 +97,11 @@ class TileSearch(Protocol):
 
 @runtime_checkable
 class BatchTileSearch(Protocol):
-    """`TileSearch` that finds the largest codes of a whole batch by itself."""
+    """Search for the largest codes of rows, and of a whole batch, by itself."""
+
+    def largest(self, k: int) -> Callable[[Tensor, Tensor, Tensor], None]:
+        """Make a function that writes values and latents of the k largest codes of each row."""
+        ...
 
     def largest_of_batch(self, tiles: Sequence[Tensor], k: int) -> Codes:
         """Find the codes above zero that are largest in the batch, of equal ones the first.

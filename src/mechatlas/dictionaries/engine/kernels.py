@@ -7,15 +7,13 @@
     columns     `residual` and the gradients of atoms together, for some columns of many
     update      codes by latent -> gradients, Adam and unit length, one latent at a time
 
-Codes are pairs of a row and a latent, row by row: for each row where its pairs begin, and for
-each pair its latent and its value.
+Codes are pairs of a row and a latent, row by row.
 
-`fallback.py` has the same functions in plain torch, and is the one to read. Each runs on one
+`plain_steps` has the same step in plain torch, and is the one to read. Each function runs on one
 thread without the interpreter's lock and writes only what it is given, so that callers may split
-rows and latents over threads; what is computed does not depend on how many there are.
+rows and latents over threads.
 
-Nothing of the size batch x latent or of a dense gradient exists here: the pre-activations come
-in tiles, and the gradient of a latent is used while it is still in cache.
+Nothing of the size batch x latent or of a dense gradient exists here.
 """
 
 from typing import Any
@@ -325,10 +323,15 @@ def _residual(task, codes, out):
 
 
 def residual(task: Reconstruction, codes: Codes, out: ErrorGradients) -> float:
-    """Compiled form of `fallback.residual`.
+    """Write the gradient of the reconstructions and of each code.
 
     Args:
+        task: Rows to reconstruct.
         codes: Codes whose latents ascend within each row if there is more than one level.
+        out: Gradients. `rows` is written; `codes` and `bias` are added to.
+
+    Returns:
+        The squared errors times their weights, summed.
     """
     return _residual(as_arrays(task), as_arrays(codes), as_arrays(out))
 
@@ -348,10 +351,15 @@ def _group(values, latents, starts, order):
 
 
 def group(latents: Tensor, values: Tensor, n_latents: int) -> tuple[Tensor, Tensor]:
-    """Compiled form of `fallback.group`.
+    """Order the pairs of a row and a latent latent by latent, without those of zero.
 
     Args:
         latents: Latent of each pair, whose number format the results have.
+        values: Value of each pair.
+        n_latents: Number of latents, of which some may have no pair.
+
+    Returns:
+        Pairs, in their own order within each latent, and the first of each latent.
     """
     starts = latents.new_zeros(n_latents + 1)
     order = latents.new_empty(values.numel())
@@ -569,10 +577,16 @@ def update(
     added: AddedGradients,
     d_input: Tensor,
 ) -> float:
-    """Compiled form of `fallback.update`.
+    """Take one step of Adam on some latents, and add to the input's gradient.
 
     Args:
         batch: Rows that the encoder read, and the gradients that `residual` or `columns` wrote.
+        weights: Parameters and moments. Changed in place.
+        added: Gradients of dead latents.
+        d_input: Gradient of the sum of the encoder's inputs, (d_in,). Added to.
+
+    Returns:
+        Sum of the squared gradients if they were only measured, else 0.
     """
     weights = weights._replace(bias=Learned(*(t[:, None] for t in weights.bias)))
     structures = map(as_arrays, (pairs, batch, weights, rule_in(rule, pairs.values), added))

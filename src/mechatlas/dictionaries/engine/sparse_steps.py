@@ -6,8 +6,8 @@
 Only the encoder's product is dense. Its result, the pre-activations of a batch, never exists:
 it comes in tiles of `TILE` numbers, of which only the codes are kept, as pairs of a row and a
 latent; where the processor is fast at numbers of half the size, the product is of those, and
-the codes are exact none the less (`screening`). The rest is sparse: it is done by the functions of
-a backend: `kernels` (numba), `triton_kernels` (GPUs) or `fallback` (torch).
+the codes are exact none the less (`screening`). The rest is sparse: it is done by numba's `kernels`
+here, by `triton_kernels` on GPUs, or by plain torch (`plain_steps`).
 """
 
 import functools
@@ -16,14 +16,14 @@ import importlib.util
 import operator
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from mechatlas.dictionaries.autoencoder import LinearCoder
-from mechatlas.dictionaries.engine import fallback, steps
+from mechatlas.dictionaries.engine import fallback, plain_steps, steps
 from mechatlas.dictionaries.engine.interface import (
     BatchTileSearch,
     Dead,
@@ -34,6 +34,7 @@ from mechatlas.dictionaries.engine.interface import (
     TileSearch,
     TooCloseError,
 )
+from mechatlas.dictionaries.engine.plain_steps import SMALLEST_LENGTH
 from mechatlas.dictionaries.engine.products import product_with
 from mechatlas.dictionaries.engine.steps import AutogradStep
 from mechatlas.dictionaries.engine.structures import (
@@ -66,8 +67,6 @@ SAMPLED_ROWS = 32
 would be nearer, but a run that was continued would not have it."""
 THRESHOLD_FRACTIONS = 0.9, 0.5, 0.0
 """Fractions of the estimated threshold tried in turn until at least n candidates are found."""
-SMALLEST_LENGTH = 1e-12
-"""Smallest length that an atom is divided by."""
 
 
 class WholeProduct:
@@ -86,11 +85,23 @@ class WholeProduct:
         return lambda x: self.backend.above(self.product(x), self.bias, low)
 
 
+def read_rows(dictionary: LinearCoder, x: Tensor, out: Tensor) -> Tensor:
+    """Write rows as the encoder reads them."""
+    if dictionary.subtracts_b_dec:
+        return torch.sub(x[:, dictionary.reads], dictionary.b_dec.data, out=out)
+    return out.copy_(x[:, dictionary.reads])
+
+
 class BatchSearch:
     """A `CodeSearch` that looks through the tiles of a batch."""
 
     def __init__(
-        self, dictionary: LinearCoder, x: Tensor, room: Tensor, tiles: TileSearch, plan: "Plan"
+        self,
+        dictionary: LinearCoder,
+        x: Tensor,
+        room: Tensor,
+        tiles: TileSearch | BatchTileSearch,
+        plan: "Plan",
     ) -> None:
         """Prepare the search.
 
@@ -106,13 +117,7 @@ class BatchSearch:
 
     def _read(self, i: int) -> Tensor:
         """Rows of a tile as the encoder reads them."""
-        dictionary, span = self.dictionary, self.spans[i]
-        rows = self.room[span]
-        if dictionary.subtracts_b_dec:
-            torch.sub(self.x[span, dictionary.reads], dictionary.b_dec.data, out=rows)
-        else:
-            rows.copy_(self.x[span, dictionary.reads])
-        return rows
+        return read_rows(self.dictionary, self.x[self.spans[i]], self.room[self.spans[i]])
 
     def largest_of_rows(self, k: int) -> Codes:
         """Find the k largest codes of each row, zero where the pre-activation is below."""
@@ -149,7 +154,8 @@ class BatchSearch:
 
     def above(self, low: Float[Tensor, " latent"] | float) -> Codes | None:
         """Find the pre-activations above a bound of their latent; None if they are not sparse."""
-        find = self.tiles.above(low if isinstance(low, Tensor) else self._bounds(low))
+        search = cast(TileSearch, self.tiles)
+        find = search.above(low if isinstance(low, Tensor) else self._bounds(low))
         first = find(self._read(0))
         if (
             first is None
@@ -206,9 +212,9 @@ class Plan(NamedTuple):
 class SparseStep:
     """Steps of a dictionary whose sparsity rule has a fast path.
 
-    Rows are shared out in tiles and latents in blocks over as many threads as torch uses. The
-    shares do not depend on the number of threads, so neither do the results. A batch whose codes
-    are not sparse (ReLU and JumpReLU, at the start) is left to autograd.
+    On a CPU rows are shared out in tiles and latents in blocks over as many threads as torch uses.
+    The shares do not depend on the number of threads, so neither do the results. A batch whose
+    codes are not sparse (ReLU, JumpReLU and Gated, at the start) is left to autograd.
     """
 
     def __init__(
@@ -224,7 +230,7 @@ class SparseStep:
             dictionary: Changed in place by each step.
             objective: Squared error that is minimized.
             compiled: Whether numba's kernels are used; by default on a CPU with numba installed.
-                Elsewhere Triton's are, on its devices where it is installed, or plain torch.
+                Elsewhere Triton takes the steps of our rules, where it can, or plain torch.
 
         Raises:
             ValueError: The sparsity rule has no fast path.
@@ -235,9 +241,8 @@ class SparseStep:
             )
         self.dictionary, self.n_steps = dictionary, 0
         self.objective = objective or Objective()
-        self._learned = list(dictionary.rule.parameters(1))
         tied = [] if dictionary.tied else ["W_enc"]
-        names = ["W_dec", "b_enc", "b_dec", *tied, *self._learned]
+        names = ["W_dec", "b_enc", "b_dec", *tied, *dictionary.rule.parameters(1)]
         self.moments = steps.moments_of({name: self._parameter(name) for name in names})
         self.backend: Any = fallback
         self._screens = False
@@ -245,11 +250,11 @@ class SparseStep:
             self.backend = importlib.import_module("mechatlas.dictionaries.engine.kernels")
             self._screens = can_screen(dictionary.W_dec)
         elif compiled is None and can_use_triton(dictionary.W_dec):
-            self.backend = importlib.import_module("mechatlas.dictionaries.engine.triton_kernels")
-        self._in_parts = hasattr(self.backend, "columns")  # numba's kernels run on many threads
-        self._levels = torch.tensor(dictionary.matryoshka_widths, device=dictionary.W_dec.device)
+            kernels = importlib.import_module("mechatlas.dictionaries.engine.triton_kernels")
+            self.backend = kernels if type(dictionary.rule) in kernels.RULES else fallback
+        self.levels = torch.tensor(dictionary.matryoshka_widths, device=dictionary.W_dec.device)
         self._edges = torch.tensor(dictionary.edges)  # of the host, whatever the device
-        self._room: dict[str, Tensor] = {}
+        self.room: dict[str, Tensor] = {}
         self._tiles: list[Tensor] = []
 
     def _parameter(self, name: str) -> Tensor:
@@ -257,6 +262,10 @@ class SparseStep:
         if name == "W_enc":
             return self.dictionary.encoder_rows
         return getattr(self.dictionary, name).data
+
+    def learned(self, name: str) -> Learned:
+        """A parameter with its moments, latents first."""
+        return Learned(self._parameter(name), *self.moments[name])
 
     @torch.no_grad()
     def __call__(
@@ -269,7 +278,11 @@ class SparseStep:
     ) -> StepResult:
         """Change the dictionary in place; see `Step`."""
         with workers(x.device) as run:
-            codes = self._select(x, run)
+            if hasattr(self.backend, "step"):
+                return self.backend.step(self, x, lr, dead, sparsity_coefficient, run)
+            codes = self.select(x, run)
+            if codes is not None and self.backend is fallback:
+                return plain_steps.learn(self, x, codes, lr, dead, sparsity_coefficient)
             if codes is not None:
                 return self._learn(x, codes, lr, dead, sparsity_coefficient, run)
         dense = AutogradStep(self.dictionary, self.objective, moments=self._moments_of_parameters())
@@ -283,29 +296,41 @@ class SparseStep:
             moments["_W_enc"] = (first.T, second.T)
         return moments
 
-    def _select(self, x: Tensor, run: Run) -> Codes | None:
+    def select(self, x: Tensor, run: Run) -> Codes | None:
         """Codes of a batch; None if they are not sparse."""
         dictionary = self.dictionary
         rows, bias = dictionary.encoder_rows, dictionary.b_enc.data
-        room = self._room_for("x", (len(x), dictionary.d_in), x)
+        room = self.room_for("x", (len(x), dictionary.d_in), x)
         if self._screens:
             screening = importlib.import_module("mechatlas.dictionaries.engine.screening")
             search = screening.Screen(rows, bias, run, self._tiles)
             plan = Plan(tiles(len(x), len(rows), 2 * TILE, screening.MIN_TILE_ROWS), run)
             with suppress(TooCloseError):
                 return self._find(BatchSearch(dictionary, x, room, search, plan))
-        numbers = TILE if x.device.type == "cpu" else steps.DEVICE_TILE
-        plan = Plan(tiles(len(x), len(rows), numbers), run)
+        plan = Plan(self.spans(x), run)
         if hasattr(self.backend, "Screen"):
-            with suppress(TooCloseError):
-                search = self.backend.Screen(rows, bias)
-                return self._find(BatchSearch(dictionary, x, room, search, plan))
-        search = WholeProduct(rows, bias, self.backend, plan.spans[0].stop)
+            search = self.backend.Screen(rows, bias)
+        else:
+            search = WholeProduct(rows, bias, self.backend, plan.spans[0].stop)
         return self._find(BatchSearch(dictionary, x, room, search, plan))
+
+    def spans(self, x: Tensor) -> list[slice]:
+        """Tiles of a batch whose pre-activations may exist at once."""
+        numbers = TILE if x.device.type == "cpu" else steps.DEVICE_TILE
+        return tiles(len(x), self.dictionary.n_latents, numbers)
 
     def _find(self, search: BatchSearch) -> Codes | None:
         """Find the codes that the sparsity rule keeps."""
         return self.dictionary.rule.find_codes(search, self.dictionary.state)
+
+    def left_by_others(self, target: Tensor, codes: Codes) -> Tensor:
+        """Rows less what other latents reconstruct, where these are not all."""
+        del codes
+        return target
+
+    def over_all(self, part: Any) -> Any:
+        """Sum of a number or tensor over all latents, where these are not all."""
+        return part
 
     def _learn(
         self,
@@ -316,26 +341,25 @@ class SparseStep:
         sparsity_coefficient: float,
         run: Run,
     ) -> StepResult:
-        """Change the dictionary by a batch, given its codes."""
+        """Change the dictionary by a batch, given its codes, with numba's kernels."""
         dictionary = self.dictionary
         self.n_steps += 1
         target = x[:, dictionary.writes]
         levels = dictionary.matryoshka_widths
         task = Reconstruction(
-            target,
+            self.left_by_others(target, codes),
             self.objective.weights(target).mul_(2 / len(x) / len(levels)),
             dictionary.W_dec.data,
             dictionary.b_dec.data,
-            self._levels,
+            self.levels,
         )
-        by_columns = self._by_columns(dead)
-        reconstruct = self._by_column_groups if by_columns else self._by_tiles
+        reconstruct = self._by_column_groups if self._by_columns(dead) else self._by_tiles
         weight = sparsity_coefficient / len(x)
         rule, state = dictionary.rule, dictionary.state
         of_gates = None
         if rule.has_gates:  # first: what is kept of the codes takes its room
             scales = task.scales * (sparsity_coefficient * len(levels))
-            gates = task._replace(scales=scales, widths=self._levels[-1:])
+            gates = task._replace(scales=scales, widths=self.levels[-1:])
             of_gates = reconstruct(gates, codes._replace(values=codes.raw), run)
         loss, grouped, out = reconstruct(task, codes, run)
         fired = grouped.starts[1:] > grouped.starts[:-1]
@@ -346,13 +370,10 @@ class SparseStep:
             out.codes.add_(d_gates.codes)
             grouped = by_gate._replace(values=codes.values.index_select(0, by_gate.order))
         d_code = out.codes.index_select(0, grouped.order)
-        if self.backend is fallback and of_gates is None:
-            # Codes of zero are behind the last latent, and none of its pairs.
-            d_code = d_code.masked_fill_(grouped.values == 0, 0)
-        batch = LatentGradients(self._room["x"], out.rows, out.atoms, d_code, task.widths)
-        added = self._revival(dead, task.scales, out.rows)
+        batch = LatentGradients(self.room["x"], out.rows, out.atoms, d_code, task.widths)
+        added = self.revival(dead, task.scales, out.rows)
         self._descend((grouped, batch, added, run), learned, out.bias, lr)
-        return StepResult(steps.at_hand(loss + penalty), fired)
+        return StepResult(float(loss + penalty), fired)
 
     def _descend(
         self,
@@ -377,34 +398,28 @@ class SparseStep:
         _, d_input = self._update(update._replace(clip=factor), *sums)
         learned["b_dec"] = to_bias(d_input)
         gradients = [g if factor == 1 else g * factor for g in learned.values()]
-        own = [Learned(self._parameter(name), *self.moments[name]) for name in learned]
-        step_adam = fallback.step_adam if self._in_parts else self.backend.step_adam
-        step_adam(own, gradients, adam)
+        fallback.step_adam([self.learned(name) for name in learned], gradients, adam)
 
     def _group(self, codes: Codes) -> Grouped:
         """Group codes by latent."""
-        n_latents = self.dictionary.n_latents
-        order, starts = self.backend.group(codes.latents, codes.values, n_latents)
-        if self._in_parts:
-            rows = fallback.rows_of(codes).int().index_select(0, order)
-        else:  # fewer launches, which on a CPU take longer
-            rows = torch.searchsorted(codes.starts[1:], order, right=True, out_int32=True)
+        order, starts = self.backend.group(codes.latents, codes.values, self.dictionary.n_latents)
+        rows = fallback.rows_of(codes).int().index_select(0, order)
         return Grouped(starts, rows, codes.values.index_select(0, order), order)
 
     def _by_tiles(
         self, task: Reconstruction, codes: Codes, run: Run
-    ) -> tuple[Tensor | float, Grouped, ErrorGradients]:
+    ) -> tuple[float, Grouped, ErrorGradients]:
         """Squared error, codes latent by latent, and gradients of rows, codes and bias.
 
         One thread groups the codes meanwhile.
         """
         n, d_out = task.target.shape
-        spans = tiles(n, self.dictionary.n_latents) if self._in_parts else [slice(0, n)]
-        room = self._room_for("g", (len(task.widths), n, d_out), task.target)
+        spans = tiles(n, self.dictionary.n_latents)
+        room = self.room_for("g", (len(task.widths), n, d_out), task.target)
         biases = task.target.new_zeros(len(spans), d_out)
         out = ErrorGradients(room, task.atoms[:0], torch.zeros_like(codes.values), biases)
 
-        def residual(i: int) -> Tensor | float:
+        def residual(i: int) -> float:
             rows = spans[i]
             target = task.target[rows].contiguous()
             part = task._replace(target=target, scales=task.scales[rows])
@@ -425,7 +440,7 @@ class SparseStep:
         d_out = target.shape[1]
         share = -(-d_out // COLUMN_GROUPS)
         spans = [range(i, min(i + share, d_out)) for i in range(0, d_out, share)]
-        atoms = self._room_for("atoms", (len(task.atoms), d_out), target)
+        atoms = self.room_for("atoms", (len(task.atoms), d_out), target)
         rows = target.new_empty(len(task.widths), 0, d_out)
         d_codes = target.new_zeros(len(spans), len(codes.values))
         out = ErrorGradients(rows, atoms, d_codes, target.new_zeros(d_out))
@@ -447,35 +462,34 @@ class SparseStep:
     ) -> tuple[float, Tensor]:
         """Update all latents, or measure their gradients; gradient of the encoder's input."""
         n = self.dictionary.n_latents
-        block = LATENT_BLOCK if self._in_parts else n
-        blocks = [range(i, min(i + block, n)) for i in range(0, n, block)]
+        blocks = [range(i, min(i + LATENT_BLOCK, n)) for i in range(0, n, LATENT_BLOCK)]
         d_input = batch.x.new_zeros(len(blocks), batch.x.shape[1])
         names = ("W_dec", "W_dec" if rule.tied else "W_enc", "b_enc")
-        weights = Weights(*(Learned(self._parameter(n), *self.moments[n]) for n in names))
-        fixed = (pairs, batch, weights, rule, added)
+        fixed = (pairs, batch, Weights(*map(self.learned, names)), rule, added)
         squares = run(lambda i: self.backend.update(blocks[i], *fixed, d_input[i]), len(blocks))
-        return sum(squares), _total(d_input)
+        total = 0.0 if rule.apply else self.over_all(sum(squares))
+        return total, self.over_all(_total(d_input))
 
-    def _revival(self, dead: Dead | None, scales: Tensor, rows: Tensor) -> AddedGradients:
+    def revival(self, dead: Dead | None, scales: Tensor, rows: Tensor) -> AddedGradients:
         """Gradients of dead latents from the residual of the widest level."""
         dictionary = self.dictionary
         atoms, encoder = dictionary.W_dec.data, dictionary.encoder_rows
         bias = dictionary.b_enc.data
-        if "place" not in self._room:
-            self._room["place"] = torch.full_like(bias, -1, dtype=torch.int32)
-        if dead is None or not self._n_dead(dead):
-            return AddedGradients(self._room["place"], atoms[:0], encoder[:0], bias[:0])
+        if "place" not in self.room:
+            self.room["place"] = torch.full_like(bias, -1, dtype=torch.int32)
+        if dead is None or not self.n_dead(dead):
+            return AddedGradients(self.room["place"], atoms[:0], encoder[:0], bias[:0])
         place = torch.full_like(bias, -1, dtype=torch.int32)
         residual = rows[-1] / -scales[:, None]
-        latents, *gradients = self._revive(dead, self._room["x"], residual)
+        latents, *gradients = self.revive(dead, self.room["x"], residual)
         place[latents] = torch.arange(len(latents), dtype=torch.int32, device=bias.device)
         return AddedGradients(place, *gradients)
 
-    def _n_dead(self, dead: Dead) -> int:
+    def n_dead(self, dead: Dead) -> int:
         """Number of dead latents."""
         return len(dead[1])
 
-    def _revive(self, dead: Dead, x: Tensor, residual: Tensor) -> Revival:
+    def revive(self, dead: Dead, x: Tensor, residual: Tensor) -> Revival:
         """Gradients of the dead latents, on rows that the encoder read."""
         dictionary = self.dictionary
         parameters = dictionary.W_dec.data, dictionary.encoder_rows, dictionary.b_enc.data
@@ -484,13 +498,13 @@ class SparseStep:
     def _by_columns(self, dead: Dead | None) -> bool:
         """Whether the atoms are too wide for whole rows; the dead read whole rows."""
         wide = self.dictionary.n_latents * self.dictionary.d_out > COLUMN_SPLIT_SIZE
-        return wide and self._in_parts and (dead is None or not len(dead[1]))
+        return wide and (dead is None or not len(dead[1]))
 
-    def _room_for(self, name: str, shape: tuple[int, ...], x: Tensor) -> Tensor:
+    def room_for(self, name: str, shape: tuple[int, ...], x: Tensor) -> Tensor:
         """Array that is kept from step to step."""
-        if name not in self._room or self._room[name].shape != shape:
-            self._room[name] = x.new_empty(shape)
-        return self._room[name]
+        if name not in self.room or self.room[name].shape != shape:
+            self.room[name] = x.new_empty(shape)
+        return self.room[name]
 
 
 def step_for(dictionary: LinearCoder, objective: Objective | None = None) -> Step:

@@ -3,10 +3,9 @@
 Each pre-activation is bounded as the CPU's `screening` does: the product of the numbers rounded to
 bfloat16 is no further from the whole product than |x - h(x)| |w| + |h(x)| |w - h(w)| and what was
 lost while summing (Cauchy and Schwarz). Latents that may be among the k largest of a row or of
-the batch, or above their bound, are computed again in float32. A row of which more than `ROOM` may
-be among the k largest is searched whole, in float32, by the kernel itself. For a whole batch all
-pairs have room. The search for what is above a bound tells
-the host how many pairs there are, while the device computes them.
+the batch, or above their bound (`reaches`), are computed again in float32. A row of which more than
+`ROOM` may be among the k largest is searched whole, in float32, by the kernel itself. For a whole
+batch all pairs have room.
 """
 
 # Kernels are read by Triton, which need not be installed, and are not called as functions.
@@ -21,14 +20,10 @@ import triton.language as tl
 from jaxtyping import Float
 from torch import Tensor
 
-from mechatlas.devices import LateNumber
-from mechatlas.dictionaries.engine.interface import Find, TileCodes
 from mechatlas.dictionaries.engine.structures import Codes
 
 ROOM = 4
 """Candidates of a row that have room, as a multiple of k."""
-PAIRS = 1 / 8
-"""Fraction of the pairs of a row and a latent that has room where codes are not k for each row."""
 GROUPS = 1024
 """Groups of latents whose largest bounds decide what is a candidate."""
 EXTRA = 8
@@ -48,7 +43,7 @@ def wide_block(n: int) -> int:
 
 
 class Screen:
-    """A `TileSearch` that also finds the largest codes of a batch (`BatchTileSearch`)."""
+    """A search for the k largest codes of rows, or of a batch (`BatchTileSearch`)."""
 
     def __init__(self, rows: Float[Tensor, "latent d_in"], bias: Float[Tensor, " latent"]) -> None:
         """Round an encoder that does not change while this is used."""
@@ -67,7 +62,7 @@ class Screen:
 
         def select(x: Float[Tensor, "row d_in"], values: Tensor, latents: Tensor) -> None:
             n = len(x)
-            bounds, lengths = self._bounds(x)
+            bounds, lengths = self.bounds(x)
             levels = x.new_empty(n)
             _row_levels[(n,)](bounds, levels, m, k, n_groups=self._groups(k))
             starts = torch.arange(0, n * room, room, device=x.device)
@@ -77,10 +72,8 @@ class Screen:
             found, sizes = (starts, near, counts), (room, n * room)
             reach = (lengths, self.reach, self.furthest)
             block = {"block": min(GROUPS, wide_block(m))}
-            _near[(n,)](bounds, *reach, levels, levels, *found, 1, m, *sizes, **block)
-            _compute[(n,)](
-                x, *self.encoder, levels, *found, computed, d, *sizes, wide=wide_block(d)
-            )
+            _near[(n,)](bounds, *reach, levels, *found, 1, m, *sizes, **block)
+            _compute[(n,)](x, *self.encoder, *found, computed, d, *sizes, wide=wide_block(d))
             top = computed.topk(k, dim=1)
             values.copy_(top.values.relu())
             latents.copy_(near.gather(1, top.indices))
@@ -105,81 +98,50 @@ class Screen:
         maxima, done = self.half.new_empty(n, groups := self._groups(k)), 0
         for x in tiles:
             to = maxima[done : done + len(x)]
-            _maxima[(len(x),)](self._bounds(x)[0], to, m, n_groups=groups)
+            _maxima[(len(x),)](self.bounds(x)[0], to, m, n_groups=groups)
             done += len(x)
         # As many groups have a member of at least the least of these.
         level = maxima.view(-1).topk(min(k * n, maxima.numel()), sorted=False).values.amin()
         found = []
         for x in tiles:
-            near = self._candidates(x, level, None, len(x) * m)
-            pairs = *near[:2], self._computed(x, None, near)
+            kept = _keep_largest(self._candidates(x, level), k * n, m - 1)
             if len(tiles) == 1:
-                return _keep_largest(pairs, k * n, m - 1)
-            kept = _keep_largest(pairs, k * n, m - 1)
+                return kept
             found.append((kept.starts[:-1] + len(found) * k * n, kept.latents, kept.values))
         starts, *pairs = (list(parts) for parts in zip(*found, strict=True))
         starts.append(starts[0].new_full((1,), len(found) * k * n))
         return _keep_largest((torch.cat(starts), *map(torch.cat, pairs)), k * n, m - 1)
 
-    def above(self, low: Float[Tensor, " latent"]) -> Find:
-        """Make a function that finds the pre-activations of some rows above `low`.
-
-        Pairs that may have been above it and are not have a value of zero.
-        """
-        m, least = len(self.half), low.amin()
-
-        def find(x: Float[Tensor, "row d_in"]) -> TileCodes | None:
-            most = len(x) * min(m, max(GROUPS // 2, int(PAIRS * m)))
-            starts, near, counts = self._candidates(x, least, low, most)
-            total = LateNumber(starts[-1])
-            values = self._computed(x, low, (starts, near, counts))
-            n_pairs = int(total)
-            return (counts, near[:n_pairs], values[:n_pairs]) if n_pairs <= most else None
-
-        return find
-
-    def _candidates(
-        self, x: Float[Tensor, "row d_in"], level: Tensor, low: Tensor | None, most: int
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """List the pairs that may be above a level and the bound of their latent.
+    def _candidates(self, x: Float[Tensor, "row d_in"], level: Tensor) -> tuple[Tensor, ...]:
+        """List the pairs that may be above a level; there is room for all.
 
         Args:
             x: Some rows.
             level: Number that is the same for all pairs.
-            low: Bound of each latent, if there is one.
-            most: Number of pairs that have room.
 
         Returns:
-            First pair of each row with their number, the latents, and the number in each row.
+            First pair of each row with their number, the latents, and the pre-activations.
         """
         n, m = len(x), len(self.half)
         starts = torch.zeros(n + 1, dtype=torch.int64, device=x.device)
-        near = torch.empty(most, dtype=torch.int32, device=x.device)
+        near = torch.empty(n * m, dtype=torch.int32, device=x.device)
         counts = torch.empty(n, dtype=torch.int32, device=x.device)
-        bounds, lengths = self._bounds(x)
-        own = (bounds, lengths, self.reach, self.furthest, level, level if low is None else low)
-        own += (starts, near, counts, 0, m, most, most)
-        block = {"block": min(GROUPS, wide_block(m)), "bounded": low is not None}
-        _near[(n,)](*own, **block, writes=False)
+        own = (*self.bounds(x), self.reach, self.furthest, level, starts, near, counts)
+        own += (0, m, n * m, n * m)
+        block = min(GROUPS, wide_block(m))
+        _near[(n,)](*own, block=block, writes=False)
         torch.cumsum(counts, 0, out=starts[1:])
-        _near[(n,)](*own, **block)
-        return starts, near, counts
-
-    def _computed(
-        self, x: Float[Tensor, "row d_in"], low: Tensor | None, found: tuple[Tensor, ...]
-    ) -> Float[Tensor, " pairs"]:
-        """Pre-activations of candidates in float32; zero for those that are not above `low`."""
-        values, d = x.new_empty(len(found[1])), x.shape[1]
-        read = (x, *self.encoder, values if low is None else low, *found, values, d)
-        block = {"wide": wide_block(d), "bounded": low is not None}
-        _compute[(len(x),)](*read, len(values), len(values), **block)
-        return values
+        _near[(n,)](*own, block=block)
+        values, d = x.new_empty(n * m), x.shape[1]
+        found = (starts, near, counts, values, d, n * m, n * m)
+        _compute[(n,)](x, *self.encoder, *found, wide=wide_block(d))
+        return starts, near, values
 
     def _groups(self, k: int) -> int:
         """Number of groups of latents of which k have a member among the k largest."""
         return min(max(GROUPS, wide_block(2 * k)), wide_block(len(self.half)))
 
-    def _bounds(self, x: Float[Tensor, "row d_in"]) -> tuple[Tensor, Tensor]:
+    def bounds(self, x: Float[Tensor, "row d_in"]) -> tuple[Tensor, Tensor]:
         """Lower bounds of pre-activations, and the rows' share in their distance.
 
         Those of the last rows are known: a batch that is one tile is multiplied once.
@@ -292,73 +254,56 @@ def _row_levels(bounds, levels, m, k, n_groups: tl.constexpr):
 
 
 @triton.jit
-def _near(
-    bounds,
-    lengths,
-    reach,
-    furthest,
-    levels,
-    low,
-    starts,
-    near,
-    counts,
-    stride,
-    m,
-    room,
-    total,
-    block: tl.constexpr,
-    bounded: tl.constexpr = False,
-    writes: tl.constexpr = True,
-):
-    """Write the latents of a row that may reach its level and their bound, and their number."""
-    i = tl.program_id(0).to(tl.int64)
-    c = tl.arange(0, block)
+def reaches(
+    bounds, lengths, reach, furthest, i, level, low, at, end, m, bounded: tl.constexpr
+):  # fmt: skip
+    """Latents of a row that may reach a level, and their own bound."""
     lost = tl.load(lengths + i * 2) * INTERVAL
     length = tl.load(lengths + i * 2 + 1) * INTERVAL
-    level = tl.load(levels + i * stride).to(tl.float32)
-    level -= tl.abs(level) * HALF_ERROR  # it may have been rounded up
     far = lost * tl.load(furthest) + length * tl.load(furthest + 1) + tl.load(furthest + 2)
     floor = level - far
     floor -= tl.abs(floor) * 2 * HALF_ERROR
+    least = tl.load(bounds + i * m + at, mask=at < end, other=0.0).to(tl.float32)
+    near = (at < end) & ~(least < floor)  # NaN is kept
+    if tl.sum(near.to(tl.int32)) > 0:
+        r = reach + at.to(tl.int64) * 3
+        most = least + tl.abs(least) * HALF_ERROR + lost * tl.load(r, mask=near, other=0.0)
+        most += length * tl.load(r + 1, mask=near, other=0.0)
+        most += tl.load(r + 2, mask=near, other=0.0)
+        near = near & ~(most < level)
+        if bounded:
+            near = near & ~(most < tl.load(low + at, mask=near, other=0.0))
+    return near
+
+
+@triton.jit
+def _near(
+    bounds, lengths, reach, furthest, levels, starts, near, counts, stride, m, room, total,
+    block: tl.constexpr, writes: tl.constexpr = True,
+):  # fmt: skip
+    """Write the latents of a row that may reach its level, and their number."""
+    i = tl.program_id(0).to(tl.int64)
+    c = tl.arange(0, block)
+    level = tl.load(levels + i * stride).to(tl.float32)
+    level -= tl.abs(level) * HALF_ERROR  # it may have been rounded up
     begin = tl.load(starts + i)
     end = tl.minimum(begin + room, total)
     n = 0
     for first in range(0, m, block):
         at = first + c
-        least = tl.load(bounds + i * m + at, mask=at < m, other=0.0).to(tl.float32)
-        kept = (at < m) & ~(least < floor)  # NaN is kept
-        if tl.sum(kept.to(tl.int32)) > 0:
-            r = reach + at.to(tl.int64) * 3
-            most = least + tl.abs(least) * HALF_ERROR + lost * tl.load(r, mask=kept, other=0.0)
-            most += length * tl.load(r + 1, mask=kept, other=0.0)
-            most += tl.load(r + 2, mask=kept, other=0.0)
-            kept = kept & ~(most < level)
-            if bounded:
-                kept = kept & ~(most < tl.load(low + at, mask=kept, other=0.0))
-            if writes:
-                to = begin + n + tl.cumsum(kept.to(tl.int32), 0) - 1
-                tl.store(near + to, at.to(tl.int32), mask=kept & (to < end))
-            n += tl.sum(kept.to(tl.int32))
+        kept = reaches(bounds, lengths, reach, furthest, i, level, levels, at, m, m, False)
+        if writes:
+            to = begin + n + tl.cumsum(kept.to(tl.int32), 0) - 1
+            tl.store(near + to, at, mask=kept & (to < end))
+        n += tl.sum(kept.to(tl.int32))
     tl.store(counts + i, n)
 
 
 @triton.jit
 def _compute(
-    x,
-    rows,
-    bias,
-    low,
-    starts,
-    near,
-    counts,
-    computed,
-    d,
-    room,
-    total,
-    wide: tl.constexpr,
-    bounded: tl.constexpr = False,
-):
-    """Write the pre-activations of a row's candidates in float32, or zero below their bound."""
+    x, rows, bias, starts, near, counts, computed, d, room, total, wide: tl.constexpr
+):  # fmt: skip
+    """Write the pre-activations of a row's candidates in float32."""
     i = tl.program_id(0).to(tl.int64)
     c = tl.arange(0, wide)
     row = tl.load(x + i * d + c, mask=c < d, other=0.0)
@@ -367,27 +312,14 @@ def _compute(
     for p in range(begin, end):
         j = tl.load(near + p).to(tl.int64)
         own = tl.load(rows + j * d + c, mask=c < d, other=0.0)
-        value = tl.sum(row * own) + tl.load(bias + j)
-        if bounded:
-            value = tl.where(value > tl.load(low + j), value, 0.0)
-        tl.store(computed + p, value)
+        tl.store(computed + p, tl.sum(row * own) + tl.load(bias + j))
 
 
 @triton.jit
 def _search_whole(
-    x,
-    rows,
-    bias,
-    counts,
-    values,
-    latents,
-    m,
-    k,
-    d,
-    room: tl.constexpr,
-    n_kept: tl.constexpr,
-    wide: tl.constexpr,
-):
+    x, rows, bias, counts, values, latents, m, k, d,
+    room: tl.constexpr, n_kept: tl.constexpr, wide: tl.constexpr,
+):  # fmt: skip
     """Write the k largest of a row whose candidates had no room, from all its pre-activations."""
     i = tl.program_id(0).to(tl.int64)
     if tl.load(counts + i) > room:

@@ -242,15 +242,13 @@ def _open(group: list[_Measured], runs: Runs, on_progress: Progress) -> list[_Fe
     """Run the network of a store on the samples that its dictionaries show."""
     folder = group[0].store
     network, samples = runs.reopen(folder)
-    fields = [
-        receptive_field(network, each.sites[0], samples.side, samples.channels)
-        if isinstance(samples, ImageSamples)
-        else None
-        for each in group
-    ]
+    fields: dict[Site, ReceptiveField] = {}
+    if isinstance(samples, ImageSamples):
+        for site in dict.fromkeys(each.sites[0] for each in group):
+            fields[site] = receptive_field(network, site, samples.side, samples.channels)
     wanted = [
-        ExamplesWanted(each.sites, each.dictionary, each.statistics, field)
-        for each, field in zip(group, fields, strict=True)
+        ExamplesWanted(each.sites, each.dictionary, each.statistics, fields.get(each.sites[0]))
+        for each in group
     ]
     found = examples_together(
         network,
@@ -274,10 +272,10 @@ def _open(group: list[_Measured], runs: Runs, on_progress: Progress) -> list[_Fe
             statistics=each.statistics,
             shown=shown,
             words=words,
-            painted=_painted(each, field, runs, _part(on_progress, 80, 20, 100)),
+            painted=_painted(each, wants.field, runs, _part(on_progress, 80, 20, 100)),
             problems=problems + _drifted(shown),
         )
-        for each, field, shown in zip(group, fields, found, strict=True)
+        for each, wants, shown in zip(group, wanted, found, strict=True)
     ]
 
 
