@@ -193,9 +193,9 @@ def _frame(x, i, base, d, v, rho, framed):
 
 
 @compiled
-def _compare_bins(x, i, by_bin, needed, v, circuits, first):
+def _compare_bins(x, i, by_bin, lost, allowed, v, circuits, first):
     """Compute margins exactly over bins that do not certify all y."""
-    n, offsets, slack, n_elements = len(needed), first.bins.offsets, first.slack, 0
+    n, offsets, slack, n_elements = len(lost), first.bins.offsets, first.slack, 0
     framed, base = np.empty((len(circuits.rho), n), np.float32), np.int64(0)
     for c in range(len(circuits.shapes)):
         d = circuits.shapes[c, 0]
@@ -204,7 +204,7 @@ def _compare_bins(x, i, by_bin, needed, v, circuits, first):
     for k in range(len(by_bin)):
         n_open, value = 0, by_bin[k]
         for y in range(n):
-            n_open += not value[y] > needed[y]
+            n_open += not value[y] > lost[y] + allowed[y]
         if n_open:
             start, stop = offsets[k], offsets[k + 1]
             n_elements += stop - start
@@ -303,7 +303,7 @@ def bound_pairs(table, neurons, lookup, circuits, first, second, out):
     room = (np.empty(n * len(second.rho.rows), np.float32), np.empty((n, n), np.float32))
     lines = np.empty((4, n), np.float32)
     rest, total, worst, sharper = lines[0], lines[1], lines[2], lines[3]
-    lost, needed, allowed = np.empty(n), np.empty(n), np.empty(n)
+    lost, allowed = np.empty(n), np.empty(n)
     by_bin = np.empty((len(first.bins.gaps), n), np.float32)
     used = open_pairs = framed = compared = poor = 0
     failures = 2 + n // PATIENCE
@@ -321,11 +321,10 @@ def bound_pairs(table, neurons, lookup, circuits, first, second, out):
         _bound_first(x, zs, residuals[i], deviations[i], first, by_bin, total)
         for y in range(n):
             lost[y] = inflate * np.float64(total[y]) + slack.x[x] + slack.y[y]
-            needed[y] = lost[y] + error.x[x] + error.y[y]
             allowed[y] = error.x[x] + error.y[y]
         count = _settle(by_bin, lost, allowed, worst, margins[x], failed)
         if count and poor <= n // PATIENCE:
-            compared += _compare_bins(x, i, by_bin, needed, v, circuits, first)
+            compared += _compare_bins(x, i, by_bin, lost, allowed, v, circuits, first)
             before, count = count, _settle(by_bin, lost, allowed, worst, margins[x], failed)
             framed, poor = framed + 1, poor + (count > (1 - WORTH_COMPARING) * before)
         open_pairs += count
@@ -345,12 +344,9 @@ def bound_pairs(table, neurons, lookup, circuits, first, second, out):
             if bound > margins[x, y]:
                 margins[x, y] = bound
                 stages[x, y] = 2
-            good += bound > error.x[x] + error.y[y]
-        used += count
-        open_pairs -= good
-        pairs_left -= count
-        if good < give_up_share * count:
-            failures -= 1
+            good += bound > allowed[y]
+        used, open_pairs, pairs_left = used + count, open_pairs - good, pairs_left - count
+        failures -= good < give_up_share * count
         if failures < 0:
             pairs_left = 0
     return PairCounts(used, open_pairs, n, framed, compared)
