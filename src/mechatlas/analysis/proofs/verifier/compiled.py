@@ -323,7 +323,7 @@ def bound_pairs(table, neurons, lookup, circuits, first, second, out):
             lost[y] = inflate * np.float64(total[y]) + slack.x[x] + slack.y[y]
             allowed[y] = error.x[x] + error.y[y]
         count = _settle(by_bin, lost, allowed, worst, margins[x], failed)
-        if count and poor <= n // PATIENCE:
+        if count and poor <= n // (4 * PATIENCE):
             compared += _compare_bins(x, i, by_bin, lost, allowed, v, circuits, first)
             before, count = count, _settle(by_bin, lost, allowed, worst, margins[x], failed)
             framed, poor = framed + 1, poor + (count > (1 - WORTH_COMPARING) * before)

@@ -440,7 +440,7 @@ def bound_pairs(
         by_bin = first.bins.gaps[:, None] - first.bins.norms @ deviations
         out.margins[x] = by_bin.min(axis=0).astype(np.float64) - lost_in_all
         ys = np.flatnonzero(~(out.margins[x] > error))
-        if len(ys) and poor <= n // PATIENCE:
+        if len(ys) and poor <= n // (4 * PATIENCE):
             frame = first.frame_slack * lost
             compared += _compare_bins(x, by_bin, lost_in_all + error, frame, v, circuits, first)
             out.margins[x] = by_bin.min(axis=0).astype(np.float64) - lost_in_all
