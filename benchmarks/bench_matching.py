@@ -8,6 +8,7 @@ Rate and power of every cost on two JumpReLU dictionaries, 31 % of the latents w
 and the same with no partners at all:
 
     python benchmarks/bench_matching.py rates 600 96 12        latents, width, seeds
+    python benchmarks/bench_matching.py rates 16384 128 1 all balanced        and costs
     python benchmarks/bench_matching.py independent 600 96 12
     python benchmarks/bench_matching.py time 16384 2304        match and evidence, in products
     python benchmarks/bench_matching.py shared 131072 256 2    likewise, here or on two processes
@@ -135,9 +136,9 @@ def planted_codes(n, alone, seed):
     return a, b[order], partner
 
 
-def planted_by_cost(n, d, n_seeds, alone):
+def planted_by_cost(n, d, n_seeds, alone, costs=COSTS):
     """Share of partners found, of matches that are wrong and of latents matched, by setting."""
-    for cost, tied, spread in itertools.product(COSTS, (True, False), (0.0, 0.5)):
+    for cost, tied, spread in itertools.product(costs, (True, False), (0.0, 0.5)):
         if cost == "codes" and (tied or spread):
             continue
         scores = []
@@ -158,9 +159,9 @@ def planted_by_cost(n, d, n_seeds, alone):
         yield name, np.asarray(scores)
 
 
-def rates(n, d, n_seeds):
+def rates(n, d, n_seeds, *costs):
     """Print the share of partners found and of matches that are wrong, with its standard error."""
-    for name, scores in planted_by_cost(n, d, n_seeds, 0.31):
+    for name, scores in planted_by_cost(n, d, n_seeds, 0.31, costs or COSTS):
         found, wrong, matched = scores.mean(axis=0)
         # matches of one pair of dictionaries count as independent where there is one seed only
         alone = np.sqrt(wrong * (1 - wrong) / max(matched * n, 1))
@@ -286,4 +287,4 @@ COMMANDS = {
 }
 
 if __name__ == "__main__":
-    COMMANDS[sys.argv[1]](*map(int, sys.argv[2:]))
+    COMMANDS[sys.argv[1]](*(int(word) if word.isdigit() else word for word in sys.argv[2:]))
