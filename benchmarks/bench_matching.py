@@ -8,6 +8,7 @@ Rate and power of every cost on two JumpReLU dictionaries, 31 % of the latents w
 and the same with no partners at all:
 
     python benchmarks/bench_matching.py rates 600 96 12        latents, width, seeds
+    python benchmarks/bench_matching.py rates 16384 128 1 all balanced        and costs
     python benchmarks/bench_matching.py independent 600 96 12
     python benchmarks/bench_matching.py time 16384 2304        match and evidence, in products
     python benchmarks/bench_matching.py shared 131072 256 2    likewise, here or on two processes
@@ -27,7 +28,7 @@ import tempfile
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
-from resource import RUSAGE_CHILDREN, RUSAGE_SELF, getrusage
+from resource import RUSAGE_SELF, getrusage
 from time import perf_counter
 from typing import Any
 
@@ -135,9 +136,9 @@ def planted_codes(n, alone, seed):
     return a, b[order], partner
 
 
-def planted_by_cost(n, d, n_seeds, alone):
+def planted_by_cost(n, d, n_seeds, alone, costs=COSTS):
     """Share of partners found, of matches that are wrong and of latents matched, by setting."""
-    for cost, tied, spread in itertools.product(COSTS, (True, False), (0.0, 0.5)):
+    for cost, tied, spread in itertools.product(costs, (True, False), (0.0, 0.5)):
         if cost == "codes" and (tied or spread):
             continue
         scores = []
@@ -158,9 +159,9 @@ def planted_by_cost(n, d, n_seeds, alone):
         yield name, np.asarray(scores)
 
 
-def rates(n, d, n_seeds):
+def rates(n, d, n_seeds, *costs):
     """Print the share of partners found and of matches that are wrong, with its standard error."""
-    for name, scores in planted_by_cost(n, d, n_seeds, 0.31):
+    for name, scores in planted_by_cost(n, d, n_seeds, 0.31, costs or COSTS):
         found, wrong, matched = scores.mean(axis=0)
         # matches of one pair of dictionaries count as independent where there is one seed only
         alone = np.sqrt(wrong * (1 - wrong) / max(matched * n, 1))
@@ -272,8 +273,7 @@ def shared(n, d, workers):
     result = match(a, b, engine=engine)
     wall, cpu = perf_counter() - wall, sum(os.times()[:4]) - cpu
     print(f"{wall:.0f} s wall, {cpu:.0f} CPU s, {cpu / one:.1f} products; gap {result.gap:.2g}")
-    here, worker = (getrusage(of).ru_maxrss / 2**20 for of in (RUSAGE_SELF, RUSAGE_CHILDREN))
-    print(f"peak of {here:.2f} GiB here, {worker:.2f} in the largest worker")
+    print(f"peak of {getrusage(RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB in the main process")
     pairs = result.columns.tobytes() + result.matched.tobytes()
     print(f"{result.matched.sum()} matched; pairs {xxhash.xxh3_64_hexdigest(pairs)}")
 
@@ -287,4 +287,4 @@ COMMANDS = {
 }
 
 if __name__ == "__main__":
-    COMMANDS[sys.argv[1]](*map(int, sys.argv[2:]))
+    COMMANDS[sys.argv[1]](*(int(word) if word.isdigit() else word for word in sys.argv[2:]))

@@ -138,6 +138,9 @@ def test_zero_blocks_that_the_code_drives_are_no_lack_of_symmetry(world, tmp_pat
     assert chapter is not None
     assert "3, in 2 features" in chapter.html
     lines = [line for _, line in chapter.statements if isinstance(line, SymmetryLine)]
+    for i, value in ((1, 0.12), (8, 1.0)):
+        ends = [pytest.approx(value, abs=0.02)] * 3
+        assert lines[i].likeness == ("half-turn (line-like)", *ends)
     assert [each[:2] for each in lines[0].zero] == [
         (posed.D4.element_names[g], "shrunk") for g in (3, 6)
     ]

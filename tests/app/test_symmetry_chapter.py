@@ -9,7 +9,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from mechatlas.app.commands.symmetry import SymmetryConfig
-from mechatlas.app.old_runs import COLUMNS, KEYS
+from mechatlas.app.old_runs import COLUMNS, KEYS, renamed_columns
 from mechatlas.app.report.chapters import symmetry
 from mechatlas.app.report.page import assemble
 from mechatlas.app.report.runs import find_runs
@@ -126,3 +126,9 @@ def test_a_run_of_version_0_1_is_drawn_as_before(folder, made, tmp_path):
     assert drawn.figures == made.figures
     for name, array in made.arrays.items():
         np.testing.assert_array_equal(drawn.arrays[name], array)
+
+
+def test_a_column_that_was_renamed_keeps_its_name_where_the_new_one_is_there_too():
+    assert renamed_columns({"likeness": 1}, "symmetry") == {"similarity": 1}
+    today = {"likeness": 1, "similarity": 2}
+    assert renamed_columns(today, "symmetry") == today

@@ -1,5 +1,6 @@
 """The chapter on symmetry as a reader meets it, in a real Chromium."""
 
+import re
 import shutil
 
 import pytest
@@ -140,5 +141,6 @@ def test_a_dossier_names_zero_blocks_and_the_latent_that_writes_one(tab, zeroed)
         tab.open(f"{zeroed}#seen/{feature}", 1400, 900)
         tab.until("document.querySelector('dialog[open] .claims[data-ready]')")
         assert said in tab.run(says)
+    assert re.search(r"similar to itself under .+ by -?\d.* \[.+, .+\]", tab.run(says))
     assert "written by other latents, most by 29" in tab.run(says)
     assert tab.run("document.querySelectorAll('.claims [data-feature=\"29\"]').length") >= 1

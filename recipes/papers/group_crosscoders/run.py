@@ -54,7 +54,7 @@ class StandIn(NamedTuple):
 NETWORKS = {
     "squeezenet": StandIn(95, 30, 100, ("fire4",), ("fire3", "fire4", "fire5")),
     "inception_mini": StandIn(63, 60, 40, ("mixed3b",), ("mixed3b", "mixed4a")),
-    "efficientnet_lite0": StandIn(231, 6, 200, ("blocks.2",), ("blocks.2",)),
+    "efficientnet_lite0": StandIn(135, 12, 100, ("blocks.2",), ("blocks.2",)),
 }
 
 

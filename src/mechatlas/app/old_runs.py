@@ -143,9 +143,15 @@ def renamed(value: Any, kind: str) -> Any:
 
 
 def renamed_columns(columns: Mapping[str, Any], kind: str) -> dict[str, Any]:
-    """Replace the old names of columns or tensors, and old words in them."""
+    """Replace the old names of columns or tensors, and old words in them.
+
+    A name stays where the new one is there too: it means something else today.
+    """
     table, words = COLUMNS.get(kind, {}), VALUES.get(kind, {})
-    new = {table.get(name, name): values for name, values in columns.items()}
+    new = {
+        name if table.get(name) in columns else table.get(name, name): values
+        for name, values in columns.items()
+    }
     for name in words.keys() & new.keys():
         listed = [words[name].get(value, value) for value in new[name]]
         new[name] = np.array(listed) if isinstance(new[name], np.ndarray) else listed

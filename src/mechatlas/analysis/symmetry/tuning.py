@@ -209,23 +209,21 @@ def class_agreement(
     n = len(claimed)
     rows, random = np.arange(n), np.random.default_rng([seed, 0x617563])
 
-    def auc(own: np.ndarray, others: np.ndarray) -> float:
+    def auc(asked: np.ndarray, own: np.ndarray, others: np.ndarray) -> float:
         """Mean over claims of the share of features without one that respond less alike."""
-        mine, theirs = under[rows, own][:, None], under[rows][:, others]
+        mine, theirs = under[asked, own][:, None], under[asked][:, others]
         return float((mine > theirs).mean() + (mine == theirs).mean() / 2)
 
-    drawn = []
-    for _ in range(N_BOOTSTRAP):
+    def drawn() -> float:
         picked, beside = random.integers(0, n, n), random.integers(0, len(none), len(none))
-        mine = under[picked, picked][:, None]
-        theirs = under[picked][:, n + beside]
-        drawn.append(float((mine > theirs).mean() + (mine == theirs).mean() / 2))
-    found = auc(rows, n + np.arange(len(none)))
+        return auc(picked, picked, n + beside)
+
+    low, high = np.quantile([drawn() for _ in range(N_BOOTSTRAP)], [0.025, 0.975])
+    found = auc(rows, rows, n + np.arange(len(none)))
     n_as_large = 0
     for _ in range(N_PERMUTATIONS):
         order = random.permutation(n + len(none))
-        n_as_large += auc(order[:n], order[n:]) >= found
-    low, high = np.quantile(drawn, [0.025, 0.975])
+        n_as_large += auc(rows, order[:n], order[n:]) >= found
     return ClassAgreement(
         n_claimed=n,
         n_none=len(none),

@@ -330,7 +330,8 @@ def explain_in_words(verification: Verification) -> str:
         f"{total:.1f} for a typical pair"
     )
     if float((verification.stages == 1).mean()) > 0.5:
-        return f"{against}."
+        more = "" if total < ideal else " by norms; answer by answer, the margin is larger"
+        return f"{against}{more}."
     return (
         f"{against}, most of them ({losses[worst]:.1f}) because {reason}: the circuits alone do "
         "not prove it, the low rank of the unembedding does."

@@ -104,7 +104,7 @@ class SymmetryConfig(TrustConfig, DeviceConfig):
     what is claimed; 0 shows none."""
     code_action: bool = False
     """Learn how the group acts on codes, types of features among themselves, and measure on
-    held-out rows how well other poses follow from it; about a minute for 500 active latents."""
+    held-out rows how well other poses follow from it; some seconds for 500 active latents."""
     seed: int = 0
     """Seed of the nulls, and of the features drawn for interventions."""
 

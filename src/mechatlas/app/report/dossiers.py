@@ -70,6 +70,9 @@ class SymmetryLine(ClaimLine):
     """Latents and poses of the other members, up to a dozen."""
     zero: list[ZeroBlock] = dataclasses.field(default_factory=list)
     """Zero blocks of the decoder."""
+    likeness: tuple[str, float | None, float | None, float | None] | None = None
+    """Class that is claimed, or else the nearest, similarity of the feature to itself under it, and
+    the ends of its 95 % interval; None in runs that are older."""
 
 
 Likeness = tuple[float, float | None, float | None, float | None]

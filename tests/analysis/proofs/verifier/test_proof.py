@@ -75,4 +75,5 @@ def test_a_proof_of_version_0_1_still_holds():
     for short in (False, True):
         verification = proof.check(**weights, reference=short)
         assert verification.accuracy_bound == proof.accuracy_bound == expected["accuracy_bound"]
-        assert list(verification.margins[0]) == pytest.approx(expected["margins"], abs=1e-5)
+        # Those of version 0.1 were by the second stage, which sees more than it takes to certify.
+        assert (verification.margins[0] <= np.array(expected["margins"]) + 1e-5).all()

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 
 from mechatlas.analysis.proofs.explain import explain
 from mechatlas.analysis.proofs.prove import prove
-from mechatlas.analysis.proofs.verifier import checks
+from mechatlas.analysis.proofs.verifier import checks, reference
 from mechatlas.analysis.proofs.verifier.explanation import Explanation, ProofError
 from mechatlas.analysis.proofs.verifier.structures import Weights
 from mechatlas.analysis.proofs.verifier.verify import verify
@@ -305,3 +305,15 @@ def test_the_irreps_of_a_group_are_checked_once(monkeypatch):
         monkeypatch.setattr(checks, work, lambda *_: pytest.fail("checked again"))
     again = verify(side, side, unembed, of, explanation)
     np.testing.assert_array_equal(again.margins, first.margins)
+
+
+def test_classes_that_norms_do_not_certify_are_computed_in_the_frame_of_the_pair(monkeypatch):
+    of, weights = group("S4"), planted(group("S4"), noise=0.02, seed=1, missing=2)
+    e = prove(*weights, of).proof.explanation
+    e = dataclasses.replace(e, second_stage_budget=0.0, third_stage_budget=0.0)
+    fast, slow = (verify(*weights, of, e, reference=short) for short in (False, True))
+    assert (fast.margins <= true_margins(weights, of.table)).all()
+    assert fast.accuracy_bound == slow.accuracy_bound > 0.2
+    assert fast.multiply_adds == slow.multiply_adds
+    monkeypatch.setattr(reference, "_compare_bins", lambda *_: 0)
+    assert verify(*weights, of, e, reference=True).accuracy_bound == 0

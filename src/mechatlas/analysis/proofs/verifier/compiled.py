@@ -10,7 +10,11 @@ from typing import Any, TypeVar, cast
 import numpy as np
 
 from mechatlas.analysis.proofs.verifier import reference, structures
-from mechatlas.analysis.proofs.verifier.explanation import NOT_TRIED, PATIENCE
+from mechatlas.analysis.proofs.verifier.explanation import (
+    NOT_TRIED,
+    PATIENCE,
+    WORTH_COMPARING,
+)
 from mechatlas.analysis.proofs.verifier.reference import (
     absolute_sums,
     additive_losses,
@@ -143,9 +147,9 @@ def _add_circuits(x, circuits, interaction, rest, v, deviations):
 
 
 @compiled
-def _bound_first(x, zs, residuals, deviations, first, value, total, worst):
-    """Compute the bound of the first stage at one x: `worst` less `total`."""
-    gaps, norms = first.bins
+def _bound_first(x, zs, residuals, deviations, first, by_bin, total):
+    """Compute the bound of the first stage at one x: the least `by_bin` less `total`."""
+    gaps, norms = first.bins.gaps, first.bins.norms
     x_loss, y_loss, errors = first.losses.x[x], first.losses.y, first.residual
     for y in range(len(zs)):
         z = zs[y]
@@ -154,15 +158,84 @@ def _bound_first(x, zs, residuals, deviations, first, value, total, worst):
         rest, error = residuals[b], errors[b]
         for y in range(len(zs)):
             total[y] += rest[y] * error[zs[y]]
-    _fill(worst, np.float32(np.inf))
     for k in range(len(gaps)):
+        value = by_bin[k]
         _fill(value, gaps[k])
         for c in range(len(deviations)):
             part, norm = deviations[c], norms[k, c]
             for y in range(len(zs)):
                 value[y] -= part[y] * norm
-        for y in range(len(zs)):
+
+
+@compiled
+def _frame(x, i, base, d, v, rho, framed):
+    """Compute rho(x)^T V rho(y)^T of a circuit at every y."""
+    n = rho.shape[1]
+    turn, own, half = (
+        np.empty((d, d), np.float32), np.empty((d, d * n), np.float32),
+        np.empty((d, d * n), np.float32),
+    )  # fmt: skip
+    for a in range(d):
+        for b in range(d):
+            turn[a, b] = rho[base + b * d + a, x]
+            source, target = v[base + a * d + b, i], own[a, b * n : (b + 1) * n]
+            for y in range(n):
+                target[y] = source[y]
+    np.dot(turn, own, half)
+    for a in range(d):
+        for b in range(d):
+            target = framed[base + a * d + b]
+            _fill(target, np.float32(0))
+            for f in range(d):
+                source, factor = half[a, f * n : (f + 1) * n], rho[base + b * d + f]
+                for y in range(n):
+                    target[y] += source[y] * factor[y]
+
+
+@compiled
+def _compare_bins(x, i, by_bin, lost, allowed, v, circuits, first):
+    """Compute margins exactly over bins that do not certify all y."""
+    n, offsets, slack, n_elements = len(lost), first.bins.offsets, first.slack, 0
+    framed, base = np.empty((len(circuits.rho), n), np.float32), np.int64(0)
+    for c in range(len(circuits.shapes)):
+        d = circuits.shapes[c, 0]
+        _frame(x, i, base, d, v, circuits.rho, framed)
+        base += d * d
+    for k in range(len(by_bin)):
+        n_open, value = 0, by_bin[k]
+        for y in range(n):
+            n_open += not value[y] > lost[y] + allowed[y]
+        if n_open:
+            start, stop = offsets[k], offsets[k + 1]
+            n_elements += stop - start
+            margins = np.empty((stop - start, n), np.float32)
+            np.dot(first.differences[start:stop], framed, margins)
+            least = margins[0]
+            for j in range(1, len(margins)):
+                other = margins[j]
+                for y in range(n):
+                    least[y] = other[y] if other[y] < least[y] else least[y]
+            for y in range(n):
+                exact = least[y] - np.float32(first.frame_slack * (slack.x[x] + slack.y[y]))
+                value[y] = exact if exact > value[y] else value[y]
+    return n_elements
+
+
+@compiled
+def _settle(by_bin, lost, allowed, worst, margins, failed):
+    """Take the worst bin less what is lost as margins, and find the pairs that are left."""
+    _fill(worst, np.float32(np.inf))
+    for k in range(len(by_bin)):
+        value = by_bin[k]
+        for y in range(len(worst)):
             worst[y] = value[y] if value[y] < worst[y] else worst[y]
+    count = 0
+    for y in range(len(worst)):
+        margins[y] = np.float64(worst[y]) - lost[y]
+        if not margins[y] > allowed[y]:
+            failed[count] = y
+            count += 1
+    return count
 
 
 @compiled
@@ -230,7 +303,9 @@ def bound_pairs(table, neurons, lookup, circuits, first, second, out):
     room = (np.empty(n * len(second.rho.rows), np.float32), np.empty((n, n), np.float32))
     lines = np.empty((4, n), np.float32)
     rest, total, worst, sharper = lines[0], lines[1], lines[2], lines[3]
-    used = open_pairs = 0
+    lost, allowed = np.empty(n), np.empty(n)
+    by_bin = np.empty((len(first.bins.gaps), n), np.float32)
+    used = open_pairs = framed = compared = poor = 0
     failures = 2 + n // PATIENCE
     for x in range(n):
         i = x % 2
@@ -243,18 +318,19 @@ def bound_pairs(table, neurons, lookup, circuits, first, second, out):
             _copy(residuals[0], sample_residuals)
             _copy(deviations[0], sample_deviations)
         zs = table[x]
-        _bound_first(x, zs, residuals[i], deviations[i], first, rest, total, worst)
-        count = 0
+        _bound_first(x, zs, residuals[i], deviations[i], first, by_bin, total)
         for y in range(n):
-            bound = np.float64(worst[y]) - inflate * np.float64(total[y]) - slack.x[x] - slack.y[y]
-            margins[x, y] = bound
-            if not bound > error.x[x] + error.y[y]:
-                failed[count] = y
-                count += 1
+            lost[y] = inflate * np.float64(total[y]) + slack.x[x] + slack.y[y]
+            allowed[y] = error.x[x] + error.y[y]
+        count = _settle(by_bin, lost, allowed, worst, margins[x], failed)
+        if count and poor <= n // (4 * PATIENCE):
+            compared += _compare_bins(x, i, by_bin, lost, allowed, v, circuits, first)
+            before, count = count, _settle(by_bin, lost, allowed, worst, margins[x], failed)
+            framed, poor = framed + 1, poor + (count > (1 - WORTH_COMPARING) * before)
         open_pairs += count
         if x >= n // 8 and not pairs_left and open_pairs > (1 - give_up_share / 5) * (x + 1) * n:
             margins[x + 1 :] = NOT_TRIED
-            return PairCounts(used, open_pairs + (n - x - 1) * n, x + 1)
+            return PairCounts(used, open_pairs + (n - x - 1) * n, x + 1, framed, compared)
         count = count if count < pairs_left else pairs_left
         if not count:
             continue
@@ -268,15 +344,12 @@ def bound_pairs(table, neurons, lookup, circuits, first, second, out):
             if bound > margins[x, y]:
                 margins[x, y] = bound
                 stages[x, y] = 2
-            good += bound > error.x[x] + error.y[y]
-        used += count
-        open_pairs -= good
-        pairs_left -= count
-        if good < give_up_share * count:
-            failures -= 1
+            good += bound > allowed[y]
+        used, open_pairs, pairs_left = used + count, open_pairs - good, pairs_left - count
+        failures -= good < give_up_share * count
         if failures < 0:
             pairs_left = 0
-    return PairCounts(used, open_pairs, n)
+    return PairCounts(used, open_pairs, n, framed, compared)
 
 
 @compiled

@@ -28,7 +28,11 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Float32, Int, Int8
 
-from mechatlas.analysis.proofs.verifier.explanation import NOT_TRIED, PATIENCE
+from mechatlas.analysis.proofs.verifier.explanation import (
+    NOT_TRIED,
+    PATIENCE,
+    WORTH_COMPARING,
+)
 from mechatlas.analysis.proofs.verifier.structures import (
     AdditiveLosses,
     CircuitTerms,
@@ -147,14 +151,14 @@ def merge_neurons(
     factor_of = factor[place[representative_of[live]]]
     parts = (np.abs(c[live]) / factor_of).astype(np.float32)[:, None] * unembed[live]
     is_member = (representative_of[live] == representatives[:, None]).astype(np.float32)
-    u, sums = is_member @ parts, is_member @ np.abs(parts)
+    u, mass = is_member @ parts, is_member @ np.abs(parts).max(axis=1, initial=0)
     is_negative = c[live] < 0
     linear = -(is_member[:, is_negative] @ parts[is_negative])
     mirrored = is_member[:, is_negative].any(axis=1)
     scaled_left = left[:, representatives] * factor
     scaled_right = np.ascontiguousarray((right[:, representatives] * factor).T)
     too_small = any(bool(w[np.abs(w) < 2.0**-80].any()) for w in (scaled_left, scaled_right))
-    mass = sums.max(axis=1, initial=0).astype(np.float64)
+    mass = 1.0001 * mass.astype(np.float64)
     return MergedNetwork(
         scaled_left, scaled_right, u, linear, mirrored, mass, x_loss, y_loss, too_small
     )
@@ -260,7 +264,7 @@ def float32_error_sums(
     top = np.abs(weights.unembed).max(axis=1)
     first, second = np.maximum(weights.left, 0), np.maximum(weights.right, 0)
     scaled = (rate * top.astype(np.float64)).astype(np.float32)
-    size = sum(float(part.sum(dtype=np.float64)) for part in (top, first, second))
+    size = 1.01 * sum(float(part.sum()) for part in (top, first, second))
     return first @ scaled, second @ scaled, size
 
 
@@ -324,8 +328,8 @@ def grid_spans(
         mine = slice(start, start + count)
         p, q = grids.points[:, mine]
         t = grids.tables[cell : cell + k * k2].reshape(k, k2).astype(np.float64)
-        rows, columns = t.mean(axis=1), t.mean(axis=0)
-        means = rows[:, None] + (columns - columns.mean())
+        rows, columns = t.sum(axis=1) / k2, t.sum(axis=0) / k
+        means = rows[:, None] + (columns - columns.sum() / k2)
         size = 1.000001 * float(np.linalg.norm(t))
         # 1 at a point, less the mean: products of two have no row and column means.
         at_left, at_right = np.eye(k) - 1 / k, np.eye(k2) - 1 / k2
@@ -366,10 +370,9 @@ def class_minima(
         inflate: Factor for rounding in the sums that the norms enter.
     """
     n_classes = int(class_of.max()) + 1
-    order = np.argsort(class_of, kind="stable")
-    starts = np.searchsorted(class_of[order], np.arange(n_classes))
-    least = np.minimum.reduceat(gaps[order], starts)
-    largest = np.maximum.reduceat(norms[order], starts, axis=0)
+    least, largest = np.full(n_classes, np.inf), np.zeros((n_classes, norms.shape[1]))
+    np.minimum.at(least, class_of, gaps)
+    np.maximum.at(largest, class_of, norms)
     low, high = least[1:].min(initial=np.inf), least[1:].max(initial=-np.inf)
     count = max(min(most, n_classes - 1), 1)
     bin_of = np.arange(n_classes) - 1
@@ -380,7 +383,11 @@ def class_minima(
     out_norms = np.zeros((count, norms.shape[1]), np.float32)
     np.minimum.at(out_gaps, bin_of[1:], least[1:])
     np.maximum.at(out_norms, bin_of[1:], (largest[1:] * inflate).astype(np.float32))
-    return ClassMinima(out_gaps.astype(np.float32), out_norms)
+    bin_of[0] = -1
+    bins = bin_of[class_of]
+    elements = np.argsort(bins, kind="stable")[1:]
+    offsets = np.searchsorted(bins[elements], np.arange(count + 1))
+    return ClassMinima(out_gaps.astype(np.float32), out_norms, elements, offsets)
 
 
 def additive_losses(sums: LogitSums, spans: Float32[np.ndarray, "order order"]) -> AdditiveLosses:
@@ -414,6 +421,7 @@ def bound_pairs(
     losses, slack, inflate = first.losses, first.slack, first.inflate
     residuals, deviations = np.empty_like(out.residuals), np.empty_like(out.deviations)
     n, pairs_left, used, uncertified = len(table), second.max_pairs, 0, 0
+    framed = compared = poor = 0
     failures = 2 + n // PATIENCE  # elements x that may fail, such as damaged rows of weights
     for x in range(n):
         interaction = np.maximum(left[x][:, None] + right, 0) - additive_x[x][:, None] - additive_y
@@ -427,15 +435,22 @@ def bound_pairs(
         zs, lost = table[x], slack.x[x] + slack.y
         total = losses.x[x, zs] + losses.y[np.arange(n), zs]
         total = total + (residuals * first.residual[:, zs]).sum(axis=0)
-        worst = (first.bins.gaps[:, None] - first.bins.norms @ deviations).min(axis=0)
-        out.margins[x] = worst.astype(np.float64) - inflate * total.astype(np.float64) - lost
+        lost_in_all = inflate * total.astype(np.float64) + lost
         error = first.float32_error.x[x] + first.float32_error.y
+        by_bin = first.bins.gaps[:, None] - first.bins.norms @ deviations
+        out.margins[x] = by_bin.min(axis=0).astype(np.float64) - lost_in_all
         ys = np.flatnonzero(~(out.margins[x] > error))
+        if len(ys) and poor <= n // (4 * PATIENCE):
+            frame = first.frame_slack * lost
+            compared += _compare_bins(x, by_bin, lost_in_all + error, frame, v, circuits, first)
+            out.margins[x] = by_bin.min(axis=0).astype(np.float64) - lost_in_all
+            before, ys = len(ys), np.flatnonzero(~(out.margins[x] > error))
+            framed, poor = framed + 1, poor + (len(ys) > (1 - WORTH_COMPARING) * before)
         uncertified += len(ys)
         hopeless = uncertified > (1 - second.give_up_share / 5) * (x + 1) * n
         if x >= n // 8 and not pairs_left and hopeless:
             out.margins[x + 1 :] = NOT_TRIED
-            return PairCounts(used, uncertified + (n - x - 1) * n, x + 1)
+            return PairCounts(used, uncertified + (n - x - 1) * n, x + 1, framed, compared)
         ys = ys[:pairs_left]
         if not len(ys):
             continue
@@ -450,7 +465,7 @@ def bound_pairs(
         failures -= good < second.give_up_share * len(ys)
         if failures < 0:
             pairs_left = 0
-    return PairCounts(used, uncertified, n)
+    return PairCounts(used, uncertified, n, framed, compared)
 
 
 def _add_circuits(
@@ -471,6 +486,37 @@ def _add_circuits(
         deviations[c] = np.sqrt(np.square(v[mine] - mean.reshape(d * d, -1)).sum(axis=0))
         base, offset = base + d * d, offset + d * d * k
     return v
+
+
+def _compare_bins(
+    x: int,
+    by_bin: Float32[np.ndarray, "bin order"],
+    needed: Float[np.ndarray, " order"],
+    rounding: Float[np.ndarray, " order"],
+    v: Float32[np.ndarray, "entry order"],
+    circuits: CircuitTerms,
+    first: FirstStage,
+) -> int:
+    """Compute margins exactly over bins that do not certify all y.
+
+    With W = rho(x)^T V rho(y)^T the margin of z* over z = x g y is <W, 1 - rho(g)>.
+
+    Returns:
+        Number of elements g that were compared with the identity.
+    """
+    offsets, base = first.bins.offsets, 0
+    failing = np.flatnonzero(~(by_bin > needed).all(axis=1))
+    framed = np.empty_like(v)
+    for d in circuits.shapes[:, 0]:
+        mine = slice(base, base + d * d)
+        own, rho = v[mine].reshape(d, d, -1), circuits.rho[mine].reshape(d, d, -1)
+        half = np.tensordot(rho[:, :, x].T, own, axes=1)
+        framed[mine] = np.einsum("afy,bfy->aby", half, rho).reshape(d * d, -1)
+        base += d * d
+    for k in failing:
+        margins = first.differences[offsets[k] : offsets[k + 1]] @ framed
+        by_bin[k] = np.maximum(by_bin[k], margins.min(axis=0) - rounding.astype(np.float32))
+    return int((offsets[failing + 1] - offsets[failing]).sum())
 
 
 def _bound_second(

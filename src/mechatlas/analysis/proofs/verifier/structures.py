@@ -63,7 +63,7 @@ class MergedNetwork(NamedTuple):
     mirrored: Bool[np.ndarray, " neuron"]
     """Representatives with a member with c < 0."""
     mass: Float[np.ndarray, " neuron"]
-    """Largest sum of |u| over the members of a cluster, over z."""
+    """Sum of the largest |u| over z of the members of a cluster, or a little more."""
     x_loss: Float[np.ndarray, " order"]
     """Part of x in the most that dead neurons and imperfect merging could take from a margin."""
     y_loss: Float[np.ndarray, " order"]
@@ -165,6 +165,10 @@ class ClassMinima(NamedTuple):
     """Least ideal margin gamma(g)."""
     norms: Float32[np.ndarray, "bin circuit"]
     """Largest Frobenius norm of 1 - rho(g)."""
+    elements: Int[np.ndarray, " element"]
+    """Elements but the identity, bin by bin."""
+    offsets: Int[np.ndarray, " offset"]
+    """First element of each bin, and the end of the last."""
 
 
 class AdditiveLosses(NamedTuple):
@@ -235,6 +239,10 @@ class FirstStage(NamedTuple):
     """Rounding of the network in float32."""
     inflate: float
     """Factor that makes up for rounding in sums of losses, which are never negative."""
+    differences: Float32[np.ndarray, "element entry"]
+    """Entries of 1 - rho(g) for the elements of the bins."""
+    frame_slack: float
+    """Rounding of V in the frame of x and y, as a share of `slack`."""
 
 
 class SecondStage(NamedTuple):
@@ -274,3 +282,7 @@ class PairCounts(NamedTuple):
     """Pairs that are not certified."""
     tried: int
     """Elements x that were tried; where the first eighth is hopeless, the others are not."""
+    framed: int
+    """Elements x at which V was moved into the frame of x and y."""
+    compared: int
+    """Elements g whose margins were computed from it, over all these x."""

@@ -27,6 +27,7 @@ from mechatlas.analysis.proofs.verifier.packing import Packed
 from mechatlas.analysis.proofs.verifier.structures import (
     AdditiveLosses,
     CircuitTerms,
+    ClassMinima,
     FirstStage,
     GridSpans,
     LogitSums,
@@ -65,6 +66,8 @@ class Terms:
     """Multiply-adds of the preparation."""
     first_cost: int
     """Multiply-adds for one pair in the first stage."""
+    frame_cost: int
+    """Multiply-adds for moving V of one pair into the frame of x and y."""
     second_cost: int
     """Multiply-adds for one pair in the second stage."""
     third_cost: int
@@ -104,6 +107,7 @@ def build_terms(
     losses: AdditiveLosses = loops.additive_losses(sums, spans.spans)
     rate = _rounding_rate(packed, len(rho)) + 16 * irreps.defect
     slack = _slack(packed, merged, weight, rate, index, spans, loops)
+    bins: ClassMinima = loops.class_minima(gaps, irreps.norms, group.class_of, BINS, inflate)
     return Terms(
         weights=weights,
         neurons=Neurons(
@@ -113,13 +117,15 @@ def build_terms(
         lookup=index,
         circuits=CircuitTerms(packed.circuits.shapes, packed.circuits.coefficients, framed, rho),
         first=FirstStage(
-            loops.class_minima(gaps, irreps.norms, group.class_of, BINS, inflate),
-            losses, errors, slack, checks.float32_errors(weights, loops), inflate,
+            bins, losses, errors, slack, checks.float32_errors(weights, loops), inflate,
+            np.ascontiguousarray((rho[:, [group.identity]] - rho[:, bins.elements]).T),
+            4.4 * packed.widest**0.5 * growth(packed.widest + 4, U32) / rate,
         ),
         second=SecondStage(irreps.distinct, sums, spans.spans, 0, GIVE_UP_SHARE),
         prepared=n * n * (3 * k + spans.n_cells) + n * len(packed.circuits.coefficients) + n * m,
         first_cost=3 * k + len(packed.circuits.coefficients) + int((d**3 + d**2).sum())
         + 8 * (len(d) + len(blocks)),
+        frame_cost=int(2 * (d**3).sum()),
         second_cost=n * (len(irreps.distinct.rows) + 4),
         third_cost=n * m,
     )  # fmt: skip
@@ -182,7 +188,7 @@ def _rounding_rate(p: Packed, rows: int) -> float:
     single = growth(k + 3 * p.widest + 24, U32)  # matrices V, and Vm in its frame
     single += growth(2 * k + 8, U32)  # additive parts
     single += growth(p.width + p.widest**2 + 16, U32)  # u, and the residual e
-    single += growth(rows + 8, U32)  # logits of the second stage
+    single += growth(rows + 8, U32)  # logits of the second stage, or margins over bins
     single += growth(len(p.circuits.shapes) + 32, U32)  # the rest of a sum
     double = growth(16 * (k + p.width + 64) + 8 * p.largest + p.widest**2, U64)
     return 2.2 * single + 8 * double * (1 + p.largest)

@@ -13,8 +13,10 @@ I_i = s_i T + D_i, the margin of z* = xy over z = x g y is the sum of
     residual           sum of (e_i(z*) - e_i(z)) D_i(x, y)
 
 The last three are bounded by Cauchy-Schwarz: within an irrep, among the cells of a grid
-(with row and column means taken out, which T does not have), among neurons. The second stage
-takes V exactly, where that was not enough; the third computes all logits of a few pairs.
+(with row and column means taken out, which T does not have), among neurons. For the conjugacy
+classes of g where that is not enough, ideal_margin and non_equivariance are computed together, as
+<rho(x)^T V rho(y)^T, 1 - rho(g)> for each g of the class. The second stage takes V exactly for all
+z, and the additive part as well; the third computes all logits of a few pairs.
 A, B, M, T, s and Vm are claims of the explanation: any values give a true statement.
 
 Before that, neurons are merged that are about multiples of one another: with l_i = c l_j + dl
@@ -102,7 +104,7 @@ class Verification(Result):
         Each at the class of elements where the pair is weakest.
         """
         sample, t = self.sample, self.sample.terms
-        gaps, norms = t.first.bins
+        gaps, norms, *_ = t.first.bins
         losses, z = t.first.losses, sample.answers
         all_pulls = norms @ sample.deviations.astype(np.float64)
         worst = (gaps[:, None] - all_pulls).argmin(axis=0)
@@ -185,7 +187,8 @@ def verify(
     counts: PairCounts = loops.bound_pairs(
         table, t.neurons, t.lookup, t.circuits, t.first, second, out
     )
-    used = t.prepared + counts.tried * n * t.first_cost + counts.second_stage * t.second_cost
+    used = t.prepared + n * (counts.tried * t.first_cost + counts.framed * t.frame_cost)
+    used += n * counts.compared * len(t.circuits.rho) + counts.second_stage * t.second_cost
     few = int(explanation.third_stage_budget * brute_force / t.third_cost)
     if few and counts.uncertified:
         used += t.third_cost * _bound_outright(t, table, few, out)

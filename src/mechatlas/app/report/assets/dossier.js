@@ -46,9 +46,10 @@ const dossier = (() => {
       ? el("p", { class: "says" }, "Zero blocks: ", ...line.zero.map(([pose, name, value, low, high, carrier], k) => el("span", {},
         `${pose} ${what[name]}`, carrier < 0 ? "" : el("span", {}, ", most by ", el("a", { href: "#", "data-feature": carrier }, carrier)),
         value === null ? "" : ` (${name === "decoupled" ? "written" : "driven"} ${number(value)} [${number(low)}, ${number(high)}] of the largest block)`, k + 1 < line.zero.length ? "; " : "."))) : null;
+    const like = line.likeness ? `; similar to itself under ${line.likeness[0]} by ${number(line.likeness[1])} [${number(line.likeness[2])}, ${number(line.likeness[3])}]` : "";
     const wheel = el("span", { class: "wheel-small" });
     if (atlas.symmetry) atlas.symmetry.polar(line.part, line.feature).then((picture) => wheel.append(picture));
-    return claim(line.anchor, [statement], `q ${number(line.q)} at a false discovery rate of ${percent(line.fdr)}; noise ceiling ${number(line.ceiling)}.`, line.claimed, wheel, others, zero);
+    return claim(line.anchor, [statement], `q ${number(line.q)} at a false discovery rate of ${percent(line.fdr)}; noise ceiling ${number(line.ceiling)}${like}.`, line.claimed, wheel, others, zero);
   }
 
   // Response to a stimulus in each orientation: up is its first pose, to the left it is turned counter-clockwise.

@@ -217,9 +217,20 @@ def _lines(place: _Place, table: dict[str, Any], zero: list[list[ZeroBlock]]) ->
             q=finite(table["q_value"][i]), ceiling=finite(table["noise_ceiling"][i]),
             fdr=place.fdr, family=family, pose=str(table["pose_name"][i]),
             members=[each for each in members[family] if each[0] != i][:MEMBERS], zero=zero[i],
+            likeness=_likeness(table, i),
         )  # fmt: skip
         statements.append((FeatureAt(place.run, i), line))
     return statements
+
+
+def _likeness(
+    table: dict[str, Any], i: int
+) -> tuple[str, float | None, float | None, float | None] | None:
+    """Class that a feature is most like itself under, with the similarity and its interval."""
+    if "likeness" not in table:  # a run that is older
+        return None
+    value, low, high = (finite(table[f"likeness{end}"][i]) for end in ("", "_low", "_high"))
+    return str(table["likeness_class"][i]), value, low, high
 
 
 def _class_colors(names: list[str], of: np.ndarray) -> dict[str, str]:
