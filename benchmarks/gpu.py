@@ -38,8 +38,9 @@ def stand_in_for_missing_packages() -> None:
     """Let the package be imported where only torch, Triton and numpy are installed."""
     sys.path.insert(0, str(Path(__file__).parents[1] / "src"))
     contents: dict[str, dict[str, Any]] = {
-        "jaxtyping": dict.fromkeys(("BFloat16", "Bool", "Float", "Int", "Int16"), _Shape),
+        "jaxtyping": dict.fromkeys(["BFloat16", "Bool", "Float", "Int", "Int16", "Shaped"], _Shape),
         "lazy_loader": {"attach_stub": lambda *_: (None, None, None)},
+        "scipy": {"sparse": types.SimpleNamespace(spmatrix=_Shape, sparray=_Shape)},
         "xxhash": {},
     }
     for name, content in contents.items():

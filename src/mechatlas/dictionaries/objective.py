@@ -41,14 +41,14 @@ class Objective:
 
     def factor_of(self, squares: Tensor) -> Tensor:
         """Factor of the gradient where the squares are, so that nobody waits for a device."""
-        factor = ((self.clip or torch.inf) / squares.sqrt()).clamp_max(1.0)
+        factor = ((self.clip or math.inf) / squares.sqrt()).clamp_max(1.0)
         return torch.where(squares.isfinite(), factor, torch.nan)
 
     def factor(self, squares: float) -> float:
         """Factor of the gradient that keeps its norm within the limit."""
-        if self.clip is None or squares <= self.clip**2:
+        if self.clip is None:
             return 1.0
-        return self.clip / math.sqrt(squares) if math.isfinite(squares) else math.nan
+        return float(self.factor_of(torch.tensor(squares, dtype=torch.float64)))
 
 
 @renamed_fields

@@ -14,6 +14,8 @@ from torch import Tensor
 from mechatlas.dictionaries.engine.structures import Codes
 from mechatlas.dictionaries.revival import AuxK
 
+Rows = Float[Tensor, "batch width"]
+"""Rows of activations, with all columns that a dictionary reads or writes."""
 Dead = tuple[AuxK, Int[Tensor, " dead"]]
 """Dead latents, and how they are brought back."""
 
@@ -47,17 +49,12 @@ class Step(Protocol):
     """First and second moment of each parameter; with `n_steps` all that a step remembers."""
 
     def __call__(
-        self,
-        x: Float[Tensor, "batch width"],
-        lr: float,
-        dead: Dead | None = None,
-        *,
-        sparsity_coefficient: float = 1.0,
+        self, x: Rows, lr: float, dead: Dead | None = None, *, sparsity_coefficient: float = 1.0
     ) -> StepResult:
         """Change the dictionary in place.
 
         Args:
-            x: Rows of activations, with all columns that the dictionary reads or writes.
+            x: Rows of activations.
             lr: Learning rate.
             dead: Latents that also learn from the residual.
             sparsity_coefficient: Fraction of the sparsity penalty that counts.

@@ -10,11 +10,10 @@ import functools
 import importlib
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from mechatlas.dictionaries.engine import fallback, steps
-from mechatlas.dictionaries.engine.interface import Dead, StepResult
+from mechatlas.dictionaries.engine.interface import Dead, Rows, StepResult
 from mechatlas.dictionaries.engine.products import product_with
 from mechatlas.dictionaries.engine.sparse_steps import SMALLEST_LENGTH, can_compile, tiles
 from mechatlas.dictionaries.engine.steps import ReconstructionStep
@@ -66,12 +65,7 @@ class PosedStep:
 
     @torch.no_grad()
     def __call__(
-        self,
-        x: Float[Tensor, "batch width"],
-        lr: float,
-        dead: Dead | None = None,
-        *,
-        sparsity_coefficient: float = 1.0,
+        self, x: Rows, lr: float, dead: Dead | None = None, *, sparsity_coefficient: float = 1.0
     ) -> StepResult:
         """Change the dictionary in place; see `Step`.
 

@@ -28,6 +28,7 @@ from mechatlas.dictionaries.engine.interface import (
     BatchTileSearch,
     Dead,
     Find,
+    Rows,
     Step,
     StepResult,
     TileCodes,
@@ -269,12 +270,7 @@ class SparseStep:
 
     @torch.no_grad()
     def __call__(
-        self,
-        x: Float[Tensor, "batch width"],
-        lr: float,
-        dead: Dead | None = None,
-        *,
-        sparsity_coefficient: float = 1.0,
+        self, x: Rows, lr: float, dead: Dead | None = None, *, sparsity_coefficient: float = 1.0
     ) -> StepResult:
         """Change the dictionary in place; see `Step`."""
         with workers(x.device) as run:
@@ -453,12 +449,7 @@ class SparseStep:
         return loss, grouped, out._replace(codes=_total(d_codes))
 
     def _update(
-        self,
-        rule: Update,
-        pairs: Grouped,
-        batch: LatentGradients,
-        added: AddedGradients,
-        run: Run,
+        self, rule: Update, pairs: Grouped, batch: LatentGradients, added: AddedGradients, run: Run
     ) -> tuple[float, Tensor]:
         """Update all latents, or measure their gradients; gradient of the encoder's input."""
         n = self.dictionary.n_latents

@@ -14,12 +14,11 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from mechatlas.dictionaries.autoencoder import LinearCoder
 from mechatlas.dictionaries.engine import fallback
-from mechatlas.dictionaries.engine.interface import Dead, StepResult
+from mechatlas.dictionaries.engine.interface import Dead, Rows, StepResult
 from mechatlas.dictionaries.engine.structures import Adam, Learned
 from mechatlas.dictionaries.objective import Objective
 from mechatlas.dictionaries.pretrained import Pretrained
@@ -81,12 +80,7 @@ class AutogradStep:
 
     @torch.enable_grad()
     def __call__(
-        self,
-        x: Float[Tensor, "batch width"],
-        lr: float,
-        dead: Dead | None = None,
-        *,
-        sparsity_coefficient: float = 1.0,
+        self, x: Rows, lr: float, dead: Dead | None = None, *, sparsity_coefficient: float = 1.0
     ) -> StepResult:
         """Change the dictionary in place; see `Step`."""
         dictionary = self.dictionary
@@ -199,12 +193,7 @@ class ReconstructionStep:
 
     @torch.no_grad()
     def __call__(
-        self,
-        x: Float[Tensor, "batch width"],
-        lr: float,
-        dead: Dead | None = None,
-        *,
-        sparsity_coefficient: float = 1.0,
+        self, x: Rows, lr: float, dead: Dead | None = None, *, sparsity_coefficient: float = 1.0
     ) -> StepResult:
         """Change the dictionary in place; see `Step`.
 
