@@ -112,7 +112,7 @@ def main() -> None:
             f"MMCS {toy['mean_max_cosine']:.3f}, ratio of lengths {toy['mean_length_ratio']:.2f}; "
             f"{toy['needed']} subcomponents suffice, {toy['vectors_needed']['lib']} vectors of the "
             "local interaction basis",
-            "about 1.00 and 1.00 (first layer)",
+            "1.000 and .993 (first layer)",
             "smaller batches, fewer steps; a basis has at most two vectors in two dimensions",
         ))  # fmt: skip
     missing = list(MISSING)
