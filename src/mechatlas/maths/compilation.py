@@ -33,8 +33,9 @@ def compiled(
         function: The loop, in the part of Python that numba compiles.
         fastmath: Freedoms in floating-point arithmetic, by LLVM's names; by default none.
         structures: Classes of the named tuples that the loop, and any loop it calls, takes.
-        inner: Whether only compiled loops call the loop. Then it is not kept on disk by itself, but
-            as a part of its callers.
+        inner: Whether only compiled loops call the loop. Then it is a part of each of them, and
+            nothing by itself. Were it a function that several call, a process would take whichever
+            of their copies it met first, and with freedoms in arithmetic these round differently.
     """
     function = inspect.unwrap(function)  # tests wrap functions in checks
     fields = sorted((each.__name__, each._fields) for each in structures)
@@ -47,7 +48,7 @@ def compiled(
     }  # fmt: skip
     compiler: Any = numba.njit
     if inner:
-        return compiler(**options)(function)
+        return compiler(forceinline=True, **options)(function)
     try:
         return compiler(cache=True, **options)(function)
     except RuntimeError:  # no writable place for the cache: compile in every process

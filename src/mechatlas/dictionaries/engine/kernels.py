@@ -7,13 +7,10 @@
     columns     `residual` and the gradients of atoms together, for some columns of many
     update      codes by latent -> gradients, Adam and unit length, one latent at a time
 
-Codes are pairs of a row and a latent, row by row.
-
-`plain_steps` has the same step in plain torch, and is the one to read. Each function runs on one
-thread without the interpreter's lock and writes only what it is given, so that callers may split
-rows and latents over threads.
-
-Nothing of the size batch x latent or of a dense gradient exists here.
+Codes are pairs of a row and a latent, row by row. `plain_steps` has the same step in plain torch,
+and is the one to read. Each function runs on one thread without the interpreter's lock and writes
+only what it is given, so that callers may split rows and latents over threads. Nothing of the size
+batch x latent or of a dense gradient exists here.
 """
 
 from typing import Any
@@ -224,8 +221,7 @@ def select(pre: Tensor, bias: Tensor, k: int, values: Tensor, latents: Tensor) -
         pre: Pre-activations without the bias. Not changed.
     """
     n_groups = min(pre.shape[1], max(512, 2 * k))
-    arrays = (pre.numpy(), bias.numpy(), k, n_groups, values.numpy(), latents.numpy())
-    _select(*arrays)
+    _select(pre.numpy(), bias.numpy(), k, n_groups, values.numpy(), latents.numpy())
 
 
 @compiled
@@ -257,8 +253,7 @@ def above(pre: Tensor, bias: Tensor, low: Tensor) -> tuple[Tensor, Tensor, Tenso
     """
     counts = low.new_empty(len(pre), dtype=torch.int64)
     latents, values = low.new_empty(pre.numel(), dtype=torch.int32), low.new_empty(pre.numel())
-    arrays = (pre, bias, low, counts, latents, values)
-    n = _above(*(t.numpy() for t in arrays))
+    n = _above(*(t.numpy() for t in (pre, bias, low, counts, latents, values)))
     return counts, latents[:n].clone(), values[:n].clone()  # never touched, the rest is free
 
 
@@ -275,8 +270,9 @@ def _bounds(starts, i, latents, widths, bounds):
         bounds[level + 1] = last
 
 
-@compiled
-def _residual(task, codes, out):
+@inner
+def _errors(task, codes, out):
+    """Write the gradients of reconstructions and codes; return the weighted squared errors."""
     target, scales, atoms, bias, widths = task
     starts, latents, values = codes.starts, codes.latents, codes.values
     g, d_code, g_sum = out.rows, out.codes, out.bias
@@ -320,6 +316,11 @@ def _residual(task, codes, out):
         for c in range(d):
             g_sum[c] += row[c]
     return loss
+
+
+@compiled
+def _residual(task, codes, out):
+    return _errors(task, codes, out)
 
 
 def residual(task: Reconstruction, codes: Codes, out: ErrorGradients) -> float:
@@ -394,7 +395,7 @@ def _columns(low, high, task, codes, grouped, out):
         _copy(target, first, wanted)
         _copy(atoms, first, packed)
         part = reconstruction(wanted, scales, packed, bias[first:last], widths)
-        loss += _residual(part, codes, gradients(g, packed, out.codes, out.bias[first:last]))
+        loss += _errors(part, codes, gradients(g, packed, out.codes, out.bias[first:last]))
         level = 0
         for j in range(n_latents):
             while j >= widths[level]:
@@ -549,8 +550,7 @@ def _update(low, high, pairs, batch, weights, rule, added, d_input):
             if rule.tied:
                 for c in range(len(encoder_gradient)):
                     squares -= encoder_gradient[c] * encoder_gradient[c]
-        # Through the input's bias: before the encoder row changes. The added gradients have
-        # no part in it.
+        # Before the encoder row changes; the added gradients have no part in it.
         place = added.place[j]
         through = d_bias[0] if place < 0 else d_bias[0] - added.bias[place]
         for c in range(len(d_input)):

@@ -96,7 +96,7 @@ class Screen:
 
         def find(x: Float[Tensor, "row d_in"]) -> tuple[Tensor, Tensor, Tensor]:
             counts = low.new_empty(len(x), dtype=torch.int64)
-            values = low.new_empty(_most(len(x), len(self.rows)))
+            values = low.new_empty(_most.py_func(len(x), len(self.rows)))
             latents = torch.empty_like(values, dtype=torch.int32)
             out = (low.numpy(), counts.numpy(), latents.numpy(), values.numpy())
             with self._bounds(x, half) as (bits, _):
@@ -155,7 +155,7 @@ def _bits(half: Tensor) -> np.ndarray:
     return half.view(torch.int16).numpy()
 
 
-@compiled
+@inner
 def _rounded(number):
     """The bits of the nearest bfloat16, or of two the even one."""
     word = np.float32(number).view(np.int32)
@@ -209,7 +209,7 @@ def _round_batch(half, rows, lengths):
         lengths[i, 0], lengths[i, 1] = lost, length
 
 
-@compiled
+@inner
 def _most(n_rows, m):
     """Room for the pairs that may be computed, and for one row whose pairs are too many."""
     return int(MAX_FRACTION * m * (n_rows + GRACE_ROWS)) + m + 1
@@ -262,7 +262,7 @@ def _maxima(row, maxima):
             maxima[c] = part[c] if part[c] > maxima[c] else maxima[c]
 
 
-@compiled
+@inner
 def _near(bounds, k, n_groups, starts, near):
     """Write the latents of each row that may be among its k largest; False if they are many."""
     bits, lengths, reach = bounds
@@ -304,7 +304,7 @@ def _near(bounds, k, n_groups, starts, near):
     return True
 
 
-@compiled
+@inner
 def _compute(x, encoder, starts, latents, values):
     """Write pre-activations in float32, latent by latent: rows of a tile stay in the cache."""
     rows, bias = encoder
