@@ -7,8 +7,9 @@
     PYTHONPATH=recipes/branches mechatlas branches runs/vit/layer3 --store runs/vit/store \
         --out runs/vit/branches3 --trust
 
-`--steps 0` writes random weights, the control. Four layers of four heads and 64 channels on patches
-of 4 x 4, a class token and four registers.
+`--steps 0` writes random weights, the control. Four layers of torch's own
+(`nn.TransformerEncoderLayer`) with four heads and 64 channels, on patches of 4 x 4, a class token
+and four registers.
 """
 
 import argparse
@@ -26,36 +27,6 @@ SIDE, PATCH, CHANNELS, HEADS, LAYERS, REGISTERS = 32, 4, 64, 4, 4, 4
 BATCH, RATE, N_TRAINED, N_TESTED = 128, 1e-3, 20_000, 2_000
 
 
-class Attention(nn.Module):
-    """Attention with queries, keys and values in one layer."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.num_heads, self.head_dim = HEADS, CHANNELS // HEADS
-        self.qkv, self.proj = nn.Linear(CHANNELS, 3 * CHANNELS), nn.Linear(CHANNELS, CHANNELS)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Rows that the heads add up to."""
-        q, k, v = self.qkv(x).unflatten(-1, (3, HEADS, -1)).permute(2, 0, 3, 1, 4)
-        mixed = functional.scaled_dot_product_attention(q, k, v)
-        return self.proj(mixed.transpose(1, 2).flatten(2))
-
-
-class Layer(nn.Module):
-    """Attention and an MLP, each on the normalized stream and added to it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.attention, self.first = Attention(), nn.LayerNorm(CHANNELS)
-        self.second = nn.LayerNorm(CHANNELS)
-        self.up, self.down = nn.Linear(CHANNELS, 4 * CHANNELS), nn.Linear(4 * CHANNELS, CHANNELS)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Residual stream after the layer."""
-        x = x + self.attention(self.first(x))
-        return x + self.down(functional.gelu(self.up(self.second(x))))
-
-
 class VisionTransformer(nn.Module):
     """Logits of ten classes, from the class token."""
 
@@ -65,7 +36,12 @@ class VisionTransformer(nn.Module):
         self.patches = nn.Conv2d(3, CHANNELS, PATCH, PATCH)
         self.special = nn.Parameter(0.02 * torch.randn(1, 1 + REGISTERS, CHANNELS))
         self.place = nn.Parameter(0.02 * torch.randn(1, (SIDE // PATCH) ** 2, CHANNELS))
-        self.layers = nn.ModuleList(Layer() for _ in range(LAYERS))
+        self.layers = nn.ModuleList(
+            nn.TransformerEncoderLayer(
+                CHANNELS, HEADS, 4 * CHANNELS, 0.0, "gelu", batch_first=True, norm_first=True
+            )
+            for _ in range(LAYERS)
+        )
         self.norm, self.head = nn.LayerNorm(CHANNELS), nn.Linear(CHANNELS, 10)
 
     def forward(self, x: Tensor) -> Tensor:

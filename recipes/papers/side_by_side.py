@@ -47,20 +47,22 @@ def once(config: RunConfig) -> dict[str, Any]:
     return read_json(config.out / RESULT)
 
 
-def untrained(network: str, out: Path, weights: Path | None = None) -> Path:
+def untrained(network: str, out: Path, weights: Path | None = None, *, seed: int = 0) -> Path:
     """Write weights drawn anew for a network, unless they are there, and return their file.
 
     Args:
         network: Bundled name of the network.
         out: Folder.
         weights: File of weights, if the network needs one.
+        seed: Seed of the weights.
     """
     fresh = out / "untrained.safetensors"
     if not fresh.is_file():
         out.mkdir(parents=True, exist_ok=True)
         given = ["--weights", str(weights)] if weights else []
         script = Path(__file__).parents[1] / "branches" / "untrained.py"
-        words = [sys.executable, str(script), network, *given, "--out", str(fresh)]
+        seeded = ["--out", str(fresh), "--seed", str(seed)]
+        words = [sys.executable, str(script), network, *given, *seeded]
         subprocess.run(words, check=True)
     return fresh
 

@@ -24,6 +24,7 @@ from triton.runtime.interpreter import GridExecutor  # noqa: E402 # pyright: ign
 from mechatlas.dictionaries.engine import triton_kernels, triton_screening  # noqa: E402
 
 conftest.hook = shape_checks.install()
+from tests.simulated_graph import simulated_graphs  # noqa: E402
 
 pytestmark = [
     pytest.mark.triton,
@@ -261,7 +262,7 @@ def test_a_latent_without_numbers_leaves_the_others_as_they_are():
     [("topk", "plain", None, 31), ("topk", "matryoshka", 0.1, 60), ("topk", "crosscoder", None, 31)]
     + [("batch topk", "plain", None, 40), ("batch topk", "matryoshka", 0.1, 60)]
     + [("relu", "plain", None, 20), ("relu", "tied", 0.1, 60)]
-    + [("jumprelu", "plain", None, 20), ("gated", "plain", None, 20)]
+    + [("jumprelu", "plain", None, 21), ("gated", "plain", None, 20)]
     + [("gated", "matryoshka", 0.1, 60)],
 )
 def test_a_step_is_few_launches_and_waits_for_nothing(rule, form, clip, most, monkeypatch):
@@ -336,3 +337,75 @@ def test_steps_are_those_of_the_cpu(rule, form, steps):
     assert losses == pytest.approx(wanted_losses, rel=1e-4)
     for name, tensor in wanted.items():
         torch.testing.assert_close(found[name], tensor, atol=2e-5, rtol=1e-4)
+
+
+def steps_of(rule, form, n, objective=None):
+    """Results of steps of which all changes that can change, and what they leave."""
+    built = fresh(rule, form)
+    step, aux, none = on_triton(built, objective), ma.AuxK(k=3), torch.tensor([], dtype=torch.long)
+    results = []
+    for t in range(n):
+        if t == 30:
+            built.W_dec.data = built.W_dec.data.clone()  # the parameter has moved
+        dead = (aux, torch.tensor([4, 17]) if t % 11 == 5 else none) if form == "plain" else None
+        x, lr = drawn(2 if t % 9 == 4 else 3, 20, seed=t), 1e-3 * (1 - t / n)
+        results.append(step(x, lr, dead, sparsity_coefficient=min(1.0, 2 * (t + 1) / n)))
+    moments = [moment for pair in step.moments.values() for moment in pair]
+    return [*(t for result in results for t in result), *built.state_dict().values(), *moments]
+
+
+@pytest.mark.parametrize(
+    ("rule", "form", "n", "clip"),
+    [("topk", "plain", 60, None), ("batch topk", "matryoshka", 8, 0.1)]
+    + [("relu", "plain", 8, None), ("jumprelu", "crosscoder", 8, None)]
+    + [("gated", "tied", 8, 0.1)],
+)
+def test_steps_that_a_graph_repeats_are_the_same_to_the_bit(rule, form, n, clip, monkeypatch):
+    monkeypatch.setattr(sparse_steps.steps, "at_hand", lambda loss: loss)  # as on a device
+    if n < 60:
+        monkeypatch.setattr(sparse_steps, "TILE", 18 * 2)  # more than one tile
+    wanted = steps_of(rule, form, n, ma.Objective(clip=clip))
+    with simulated_graphs() as replays:
+        found = steps_of(rule, form, n, ma.Objective(clip=clip))
+    assert sum(replays) >= n // 2 - 1 > 2
+    assert all(map(torch.equal, found, wanted))
+
+
+def test_where_nothing_can_be_captured_steps_are_taken_as_ever(monkeypatch):
+    monkeypatch.setattr(sparse_steps.steps, "at_hand", lambda loss: loss)
+    wanted = steps_of("topk", "plain", 5)
+
+    def refuse(*_, **__):
+        raise RuntimeError("no graphs here\nat line 3")
+
+    with simulated_graphs() as replays:
+        monkeypatch.setattr(torch.cuda, "graph", refuse)
+        with pytest.warns(UserWarning, match="no graphs here$") as said:
+            found = steps_of("topk", "plain", 5)
+    assert len(said) == 1
+    assert not replays
+    assert all(map(torch.equal, found, wanted))
+
+
+def test_a_run_that_graphs_repeat_continues_with_the_same_bytes(tmp_path, monkeypatch):
+    monkeypatch.setattr(sparse_steps, "can_compile", lambda _: False)
+    monkeypatch.setattr(sparse_steps, "can_use_triton", lambda _: True)
+
+    def trained(folder, stop):
+        def interrupt(done, _):
+            if done == stop:
+                raise KeyboardInterrupt
+
+        built = FORMS["plain"](n_latents=18, sparsity=RULES["batch topk"])
+        options: dict[str, Any] = {"checkpoint": tmp_path / folder, "checkpoint_every": 4}
+        options |= {"steps": 10, "batch_size": 4, "on_progress": interrupt}
+        return ma.train(built, drawn(200, 20), **options).state_dict()
+
+    with simulated_graphs() as replays:
+        wanted = trained("whole", None)
+        n_replays = sum(replays)
+        with pytest.raises(KeyboardInterrupt):
+            trained("stopped", 5)
+        found = trained("stopped", None)
+    assert n_replays == 7
+    assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items())

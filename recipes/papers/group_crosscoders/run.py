@@ -78,7 +78,7 @@ def analyze(
         out=root / "store",
     ))  # fmt: skip
     train = {"store": root / "store", "n_latents": options.latents, "sparsity": TopK(k=16),
-             "steps": options.steps, "batch_size": 1024}  # fmt: skip
+             "steps": options.steps, "batch_size": 1024, "seed": options.seed}  # fmt: skip
     once(TrainConfig(site=site, out=root / site, **train))
     return once(SymmetryConfig(
         dictionary=root / site,
@@ -92,7 +92,7 @@ def analyze(
 def sites_of(network: str, options: argparse.Namespace) -> tuple[str, ...]:
     """Sites of a network that are analyzed."""
     of = NETWORKS[network]
-    return of.all_sites if options.full else of.sites
+    return tuple(options.sites or (of.all_sites if options.full else of.sites))
 
 
 def agreed(result: dict[str, Any]) -> str:
@@ -160,9 +160,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/papers/group_crosscoders"))
     parser.add_argument("--photographs", default="scikit-image", help="folder or zip")
     parser.add_argument("--networks", nargs="+", choices=list(NETWORKS))
+    parser.add_argument("--sites", nargs="+", help="of a single network")
     parser.add_argument("--crops", type=int, help="of each photograph")
     parser.add_argument("--latents", type=int)
     parser.add_argument("--steps", type=int)
+    parser.add_argument("--seed", type=int, default=0, help="of dictionaries and random weights")
     parser.add_argument("--full", action="store_true")
     options = parser.parse_args()
     networks = options.networks or list(NETWORKS)[: None if options.full else 1]
@@ -170,7 +172,7 @@ def main() -> None:
     options.steps = options.steps or (1000 if options.full else 400)
     rows, numbers = [], {}
     for network in networks:
-        fresh = untrained(network, options.out / network)
+        fresh = untrained(network, options.out / network, seed=options.seed)
         for site in sites_of(network, options):
             random = analyze(network, fresh, site, options)
             own = analyze(network, None, site, options)

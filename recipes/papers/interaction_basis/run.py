@@ -12,7 +12,9 @@ superposition is decomposed into rank-one parameters beside the basis (Bushnaq e
 """
 
 import argparse
+import importlib
 import runpy
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +24,11 @@ import mechatlas as ma
 
 HERE = Path(__file__).parent
 _SIDE = runpy.run_path(str(HERE.parent / "side_by_side.py"))
-Row, write_paper = (_SIDE["Row"], _SIDE["write_paper"])
+Row, once, write_paper = (_SIDE[name] for name in ("Row", "once", "write_paper"))
 _NETWORKS = runpy.run_path(str(HERE / "addition.py"))
 addition, training_pairs = _NETWORKS["addition"], _NETWORKS["training_pairs"]
-decompose_toy = runpy.run_path(str(HERE / "superposition.py"))["decompose_toy"]
+sys.path.insert(0, str(HERE))
+ToyConfig = importlib.import_module("superposition").ToyConfig
 TITLE = "The local interaction basis (Bushnaq et al., 2024)"
 LAYERS = ["embed", "attend", "feed", "unembed"]
 REFERENCE = {"before attention": 86.6, "before the MLP": 74.0, "unembedding": 634.2}
@@ -93,7 +96,8 @@ def main() -> None:
     parser.add_argument("--weights", type=Path, help="folder of the modular-addition networks")
     parser.add_argument("--full", action="store_true", help="means over all pairs")
     options = parser.parse_args()
-    numbers: dict[str, Any] = {"digits": digits(), "superposition": decompose_toy()}
+    toy = once(ToyConfig(out=options.out / "superposition"))
+    numbers: dict[str, Any] = {"digits": digits(), "superposition": toy}
     own = numbers["digits"]
     rows = [
         Row(
@@ -105,13 +109,12 @@ def main() -> None:
         )
         for k in range(3)
     ]
-    for name, k in (("first", "1"), ("second", "2")):
-        toy = numbers["superposition"][k]
+    for name, found in toy["layers"].items():
+        cosine, ratio = found["mean_max_cosine"], found["mean_length_ratio"]
         rows.append(Row(
             f"parameter decomposition of five features in two dimensions, {name} layer",
-            f"MMCS {toy['mean_max_cosine']:.3f}, ratio of lengths {toy['mean_length_ratio']:.2f}; "
-            f"{toy['needed']} subcomponents suffice, {toy['vectors_needed']['lib']} vectors of the "
-            "local interaction basis",
+            f"MMCS {cosine:.3f}, ratio of lengths {ratio:.2f}; {found['needed']} subcomponents "
+            f"suffice, {found['vectors_needed']['lib']} vectors of the local interaction basis",
             "1.000 and .993 (first layer)",
             "smaller batches, fewer steps; a basis has at most two vectors in two dimensions",
         ))  # fmt: skip

@@ -13,7 +13,7 @@ from mechatlas.analysis.interaction.parameter_decomposition import (
     decompose,
     recovered_columns,
 )
-from mechatlas.base import InputError
+from mechatlas.base import InputError, NonFiniteError, RecipeError
 
 LAYERS = ("0", "1")
 
@@ -23,8 +23,9 @@ def toy():
     return nn.Sequential(nn.Linear(5, 2, bias=False), nn.Linear(2, 5), nn.ReLU())
 
 
-def draw(n):
-    return torch.rand(n, 5) * (torch.rand(n, 5) < 0.3)
+def draw(n, random=None):
+    values, there = torch.rand(2, n, 5, generator=random)
+    return values * (there < 0.3)
 
 
 @pytest.fixture(scope="module")
@@ -109,3 +110,45 @@ def test_halves_of_a_column_have_its_direction_and_half_its_length():
 def test_a_layer_that_is_not_linear_is_refused():
     with pytest.raises(InputError, match="no linear layer '2'; it has 0, 1"):
         decompose(toy(), draw, ("2",))
+
+
+@pytest.mark.parametrize("stopped", [1, 4, 5, 7])
+def test_a_stopped_training_continues_as_if_it_had_never_been_stopped(monkeypatch, stopped):
+    monkeypatch.setattr(decomposition, "CHECKPOINT_STEPS", 2)
+    config = DecompositionConfig(steps=7, batch_size=16)
+    whole, kept, steps = decompose(toy(), draw, LAYERS, config), {}, []
+
+    def stop(done, total):
+        steps.append(done)
+        if done == stopped:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        decompose(toy(), draw, LAYERS, config, checkpoints=kept, on_progress=stop)
+    before = len(steps)
+    stopped = None
+    again = decompose(toy(), draw, LAYERS, config, checkpoints=kept, on_progress=stop)
+    assert steps[before:] == list(range(before - before % 2 + 1, 8)) or before == 7
+    for layer in LAYERS:
+        assert np.array_equal(whole.components(layer), again.components(layer))
+    assert (whole.faithfulness, whole.reconstruction) == (
+        again.faithfulness, again.reconstruction,
+    )  # fmt: skip
+
+
+def test_a_gate_is_the_network_of_its_own_inner_activation():
+    network = toy()
+    found = decompose(network, draw, LAYERS, DecompositionConfig(steps=2, batch_size=8))
+    part: Any = found.parts[0]
+    x = draw(6).reshape(2, 3, 5)
+    hidden = nn.functional.gelu((x @ part.v)[..., None] * part.gate_in + part.gate_bias)
+    torch.testing.assert_close(
+        part.gate(x), (hidden * part.gate_out).sum(dim=-1) + part.gate_offset
+    )
+
+
+def test_what_cannot_be_trained_is_said():
+    with pytest.raises(RecipeError, match="lr must be > 0, got 0"):
+        DecompositionConfig(lr=0.0)
+    with pytest.raises(NonFiniteError, match="after 3 steps: lower `lr`"):
+        decompose(toy(), draw, LAYERS, DecompositionConfig(steps=3, batch_size=8, lr=1e12))

@@ -58,6 +58,16 @@ class Checkpoints(Protocol):
         ...
 
 
+def open_checkpoints(
+    checkpoints: Checkpoints | MutableMapping[str, NamedArrays] | None,
+) -> tuple[Callable[[str], NamedArrays | None], Callable[[str, NamedArrays], None]]:
+    """Functions that read and keep a part; without a store, parts are kept for this call alone."""
+    if isinstance(checkpoints, Checkpoints):
+        return checkpoints.kept, checkpoints.keep
+    mapping = {} if checkpoints is None else checkpoints
+    return mapping.get, mapping.__setitem__
+
+
 @deprecated.renamed_arguments
 def basis(
     model: nn.Module,
@@ -132,13 +142,7 @@ def basis(
     inputs = dataclasses.replace(inputs, tensor=as_input(model, inputs.tensor))
     sites = [as_site(model, site) for site in layers]
     refuse_half_precision(model, "ranks and gradients")
-    if checkpoints is None:
-        checkpoints = {}
-    kept, keep = (
-        (checkpoints.get, checkpoints.__setitem__)
-        if isinstance(checkpoints, MutableMapping)
-        else (checkpoints.kept, checkpoints.keep)
-    )
+    kept, keep = open_checkpoints(checkpoints)
     with evaluation_mode(model), differentiable():
         analysis = Analysis.of(model, inputs, sites, settings, kept, keep, on_progress)
         on_costs(analysis.costs)

@@ -14,7 +14,7 @@ Source: Bushnaq, Braun, Sharkey, Stochastic parameter decomposition (2025).
 import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,10 +23,19 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from mechatlas.analysis.interaction.ablation import AblationCurve, find_needed
-from mechatlas.base import InputError, Progress, no_progress
+from mechatlas.analysis.interaction.interaction_basis import Checkpoints, open_checkpoints
+from mechatlas.analysis.interaction.statistics import NamedArrays
+from mechatlas.base import InputError, NonFiniteError, Progress, no_progress
+from mechatlas.ranges import COUNT, POSITIVE, SEED, check_ranges
 
 LEAK = 0.01
 """Slope of the leaky sides of the two hard sigmoids."""
+CHECKPOINT_STEPS = 500
+"""Steps between two states that are kept."""
+STATE = "decomposition"
+"""Name of the kept state."""
+MOMENTS = ("exp_avg", "exp_avg_sq")
+"""Moments of Adam, by its names."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,7 +61,14 @@ class DecompositionConfig:
     lr: float = 5e-3
     """Learning rate of Adam at first; it falls to zero by a cosine."""
     seed: int = 0
-    """Seed of the initial weights and the masks."""
+    """Seed of the initial weights, the inputs and the masks."""
+
+    def __post_init__(self) -> None:
+        counts = ("n_components", "gate_width", "steps", "batch_size")
+        positive = ("importance", "p", "lr")
+        check_ranges(
+            self, seed=SEED, **dict.fromkeys(counts, COUNT), **dict.fromkeys(positive, POSITIVE)
+        )
 
 
 class _LowerLeaky(torch.autograd.Function):
@@ -66,28 +82,33 @@ class _LowerLeaky(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Tensor:
         (x,), (grad,) = ctx.saved_tensors, grads
-        below = torch.where(grad < 0, LEAK * grad, 0.0)
-        return torch.where(x <= 0, below, torch.where(x <= 1, grad, 0.0))
+        return torch.where(x <= 0, LEAK * grad.clamp(max=0), grad) * (x <= 1)
 
 
 def _upper_leaky(x: Tensor) -> Tensor:
     """Hard sigmoid that rises slowly above 1."""
-    return torch.where(x > 1, 1 + LEAK * (x - 1), x.clamp(min=0))
+    return x.clamp(min=0) - (1 - LEAK) * (x - 1).clamp(min=0)
 
 
 class _Layer(nn.Module):
     """Subcomponents of one linear layer, with a small network for the importance of each."""
 
-    def __init__(self, linear: nn.Linear, config: DecompositionConfig) -> None:
+    def __init__(
+        self, linear: nn.Linear, config: DecompositionConfig, random: torch.Generator
+    ) -> None:
         super().__init__()
         d_out, d_in = linear.weight.shape
         n, width = config.n_components, config.gate_width
         new = linear.weight.new_empty
-        self.v = nn.Parameter(new(d_in, n).normal_(std=1 / math.sqrt(d_out)))
-        self.u = nn.Parameter(new(n, d_out).normal_(std=1 / math.sqrt(n)))
-        self.gate_in = nn.Parameter(new(n, width).normal_(std=math.sqrt(2)))
+
+        def normal(*shape: int, std: float) -> nn.Parameter:
+            return nn.Parameter(new(shape).normal_(std=std, generator=random))
+
+        self.v = normal(d_in, n, std=1 / math.sqrt(d_out))
+        self.u = normal(n, d_out, std=1 / math.sqrt(n))
+        self.gate_in = normal(n, width, std=math.sqrt(2))
         self.gate_bias = nn.Parameter(new(n, width).zero_())
-        self.gate_out = nn.Parameter(new(n, width).normal_(std=1 / math.sqrt(width)))
+        self.gate_out = normal(n, width, std=1 / math.sqrt(width))
         self.gate_offset = nn.Parameter(new(n).zero_())
 
     def weight(self) -> Float[Tensor, "d_out d_in"]:
@@ -95,9 +116,16 @@ class _Layer(nn.Module):
         return (self.v @ self.u).T
 
     def gate(self, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch n"]:
-        """Causal importances before the hard sigmoid."""
-        hidden = nn.functional.gelu((x @ self.v)[..., None] * self.gate_in + self.gate_bias)
-        return (hidden * self.gate_out).sum(dim=-1) + self.gate_offset
+        """Causal importances before the hard sigmoid; samples without any input share a row."""
+        there = x.any(dim=-1)
+        row = torch.where(there, there.flatten().cumsum(0).view(there.shape), 0)
+        inner = torch.cat([x.new_zeros(1, x.shape[-1]), x[there]]) @ self.v
+        # a product for each subcomponent is faster than all of them entry by entry
+        hidden = nn.functional.gelu(
+            torch.baddbmm(self.gate_bias[:, None], inner.T[..., None], self.gate_in[:, None])
+        )
+        gates = (hidden @ self.gate_out[..., None])[..., 0].T + self.gate_offset
+        return nn.functional.embedding(row, gates)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -154,23 +182,28 @@ class ParameterDecomposition:
 
 def decompose(
     network: nn.Module,
-    draw: Callable[[int], Float[Tensor, "batch d"]],
+    draw: Callable[[int, torch.Generator], Float[Tensor, "batch d"]],
     layers: Sequence[str],
     config: DecompositionConfig | None = None,
     *,
+    checkpoints: Checkpoints | MutableMapping[str, NamedArrays] | None = None,
     on_progress: Progress = no_progress,
 ) -> ParameterDecomposition:
     """Train rank-one subcomponents of linear layers, and the causal importance of each.
 
     Args:
         network: Network; its weights stay as they are.
-        draw: Function that draws a batch of inputs of a given size.
+        draw: Function of a size and a generator of random numbers that draws a batch of inputs.
         layers: Names of the linear layers.
         config: Settings.
+        checkpoints: Store of the state of the training, every `CHECKPOINT_STEPS` steps; an
+            interrupted call with the same other arguments continues from it and ends as if it had
+            never been stopped. A mapping is written to and read from.
         on_progress: Callback with the number of steps done.
 
     Raises:
         InputError: A layer is not an `nn.Linear` of the network.
+        NonFiniteError: The loss became infinite or NaN.
 
     Source:
         Bushnaq, Braun, Sharkey (2025), section 2.
@@ -183,26 +216,62 @@ def decompose(
             raise InputError(
                 f"The network has no linear layer {name!r}; it has {', '.join(linear) or 'none'}."
             )
-    with torch.random.fork_rng():
-        torch.manual_seed(config.seed)
-        parts = nn.ModuleList(_Layer(linear[name], config) for name in layers)
-        named = dict(zip(layers, parts, strict=True))
-        optimizer = torch.optim.Adam(parts.parameters(), lr=config.lr, fused=True)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.steps)
-        faithfulness = reconstruction = torch.zeros(())
-        for step in range(config.steps):
-            x = draw(config.batch_size)
-            faithfulness = _faithfulness(network, named)
-            reconstruction, layerwise, minimality = _stochastic(network, named, x, config.p)
-            loss = faithfulness + reconstruction + layerwise + config.importance * minimality
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-            on_progress(step + 1, config.steps)
-    return ParameterDecomposition(
-        network, parts, tuple(layers), float(faithfulness.detach()), float(reconstruction.detach())
-    )
+    kept, keep = open_checkpoints(checkpoints)
+    random = torch.Generator().manual_seed(config.seed)
+    parts = nn.ModuleList(_Layer(linear[name], config, random) for name in layers)
+    named = dict(zip(layers, parts, strict=True))
+    adam = torch.optim.Adam(parts.parameters(), lr=config.lr, fused=True)
+    done, losses = _resume(kept(STATE), adam, random)
+    while done < config.steps:
+        adam.param_groups[0]["lr"] = config.lr * (1 + math.cos(math.pi * done / config.steps)) / 2
+        x = draw(config.batch_size, random)
+        faithfulness = _faithfulness(network, named)
+        reconstruction, layerwise, minimality = _stochastic(network, named, x, config.p, random)
+        loss = faithfulness + reconstruction + layerwise + config.importance * minimality
+        adam.zero_grad()
+        loss.backward()
+        adam.step()
+        done += 1
+        if done % CHECKPOINT_STEPS == 0 or done == config.steps:
+            losses = torch.stack([faithfulness, reconstruction]).detach()
+            if not loss.isfinite():
+                raise NonFiniteError(
+                    f"The loss is {float(loss.detach())} after {done} steps: lower `lr`."
+                )
+            keep(STATE, _state(done, losses, adam, random))
+        on_progress(done, config.steps)
+    return ParameterDecomposition(network, parts, tuple(layers), *losses.tolist())
+
+
+def _state(
+    done: int, losses: Tensor, adam: torch.optim.Adam, random: torch.Generator
+) -> NamedArrays:
+    """State of the training: weights and moments as vectors, and the random numbers to come."""
+    weights = adam.param_groups[0]["params"]
+    vectors = {
+        name: torch.cat([adam.state[each][name].flatten() for each in weights]) for name in MOMENTS
+    }
+    vectors |= {"weights": nn.utils.parameters_to_vector(weights).detach(), "losses": losses}
+    arrays = {name: vector.numpy() for name, vector in vectors.items()}
+    return arrays | {"random": random.get_state().numpy(), "done": np.array([done])}
+
+
+def _resume(
+    kept: NamedArrays | None, adam: torch.optim.Adam, random: torch.Generator
+) -> tuple[int, Tensor]:
+    """Go back to a state; the number of steps done and the losses of the last one."""
+    if kept is None:
+        return 0, torch.zeros(2)
+    state = {name: torch.tensor(array) for name, array in kept.items()}  # copies
+    weights = adam.param_groups[0]["params"]
+    sizes = [each.numel() for each in weights]
+    nn.utils.vector_to_parameters(state["weights"], weights)
+    for name in MOMENTS:
+        for each, part in zip(weights, state[name].split(sizes), strict=True):
+            adam.state[each][name] = part.view_as(each)
+            adam.state[each]["step"] = state["done"][0].float()
+    random.set_state(state["random"])
+    return int(state["done"]), state["losses"]
 
 
 def _faithfulness(network: nn.Module, parts: dict[str, Any]) -> Tensor:
@@ -213,7 +282,7 @@ def _faithfulness(network: nn.Module, parts: dict[str, Any]) -> Tensor:
 
 
 def _stochastic(
-    network: nn.Module, parts: dict[str, Any], x: Tensor, p: float
+    network: nn.Module, parts: dict[str, Any], x: Tensor, p: float, random: torch.Generator
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Losses of a batch: all layers masked at once, one after another, and importances."""
     with torch.no_grad():
@@ -222,7 +291,7 @@ def _stochastic(
     lower: dict[str, Any] = {k: _LowerLeaky.apply(gate) for k, gate in gates.items()}
 
     def error(names: Sequence[str]) -> Tensor:
-        drawn = {k: torch.rand_like(lower[k]) for k in names}
+        drawn = {k: torch.rand(lower[k].shape, generator=random) for k in names}
         masks = {k: (parts[k], lower[k] + (1 - lower[k]) * drawn[k]) for k in names}
         with _masked(network, masks):
             return (network(x) - outputs).square().mean()

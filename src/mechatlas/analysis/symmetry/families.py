@@ -162,6 +162,28 @@ def _symmetric_graph(
     return sparse.csr_array(half + half.T)
 
 
+def shuffle_channels(
+    blocks: Float[np.ndarray, "feature order d"],
+    n: int,
+    random: np.random.Generator,
+    among: Int[np.ndarray, " some"] | None = None,
+) -> Float[np.ndarray, "n order d"]:
+    """Draw features whose channels come, with their orbits, from different features.
+
+    Each has a random sign: channels keep their size and how they change with the pose, and lose
+    what they have to do with one another.
+
+    Args:
+        blocks: Decoder blocks.
+        n: Number of features to draw.
+        random: Source of random numbers.
+        among: Features whose channels are taken; by default all.
+    """
+    source = random.choice(len(blocks) if among is None else among, (n, blocks.shape[2]))
+    signs = random.choice(np.array([-1, 1], blocks.dtype), source.shape)
+    return np.take_along_axis(blocks, source[:, None], axis=0) * signs[:, None]
+
+
 def similarity_by_chance(
     blocks: Float[np.ndarray, "feature order d"],
     energy: Float[np.ndarray, " feature"],
@@ -170,10 +192,6 @@ def similarity_by_chance(
     seed: int,
 ) -> float:
     """Estimate the similarity of features to random ones whose channels come from many features.
-
-    Each channel of a random feature comes with its whole orbit from another feature, and with a
-    random sign: channels keep their size and how they change with the pose, and lose what they
-    have to do with one another.
 
     Args:
         blocks: Decoder blocks without their common direction.
@@ -186,12 +204,8 @@ def similarity_by_chance(
     alive = np.flatnonzero(energy > 0)
     if len(alive) < 2:
         return 1.0
-    n, d = min(N_NULL_FEATURES, len(alive)), blocks.shape[2]
-    source = random.choice(alive, (n, d))
-    signs = random.choice(np.array([-1, 1], blocks.dtype), (n, d))
-    null = np.empty((n, group.order, d), blocks.dtype)
-    for i in range(n):
-        null[i] = blocks[source[i], :, np.arange(d)].T * signs[i]
+    n = min(N_NULL_FEATURES, len(alive))
+    null = shuffle_channels(blocks, n, random, alive)
     real = blocks[random.choice(alive, n, replace=False)]
     null_spectra, real_spectra = (
         GroupSpectra(each, _squared_lengths(each), group) for each in (null, real)

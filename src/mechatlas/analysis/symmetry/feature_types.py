@@ -30,7 +30,7 @@ from scipy.cluster import hierarchy
 from scipy.spatial.distance import squareform
 
 from mechatlas.analysis.symmetry.class_names import n_turns
-from mechatlas.analysis.symmetry.families import TILE, GroupSpectra
+from mechatlas.analysis.symmetry.families import TILE, GroupSpectra, shuffle_channels
 from mechatlas.analysis.symmetry.shift_evidence import common_direction, remove_direction
 from mechatlas.maths.groups import Group
 
@@ -271,16 +271,6 @@ def _separation(similarity: Float[np.ndarray, "n n"], labels: Int[np.ndarray, " 
     return float((own - others.max(axis=1)).mean())
 
 
-def _shuffle_channels(
-    unit: Float[np.ndarray, "n order d"], random: np.random.Generator
-) -> Float[np.ndarray, "n order d"]:
-    """Features whose channels come, with their orbits, from different features."""
-    n, _, d = unit.shape
-    source = random.integers(0, n, (n, d))
-    signs = random.choice(np.array([-1, 1], unit.dtype), (n, 1, d))
-    return np.take_along_axis(unit, source[:, None, :], axis=0) * signs
-
-
 def _mix(
     unit: Float[np.ndarray, "n order d"], random: np.random.Generator
 ) -> Float[np.ndarray, "n order d"]:
@@ -292,7 +282,7 @@ def _mix(
 
 
 NULLS: dict[str, Callable[[np.ndarray, np.random.Generator], np.ndarray]] = {
-    "channels": _shuffle_channels,
+    "channels": lambda unit, random: shuffle_channels(unit, len(unit), random),
     "mixtures": _mix,
 }
 """Kind of null -> function that makes a dictionary without types."""

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from mechatlas.dictionaries.autoencoder import LinearCoder
 from mechatlas.dictionaries.engine import fallback, plain_steps, steps
+from mechatlas.dictionaries.engine.graphs import Repeated
 from mechatlas.dictionaries.engine.interface import (
     BatchTileSearch,
     Dead,
@@ -256,6 +257,7 @@ class SparseStep:
         self.levels = torch.tensor(dictionary.matryoshka_widths, device=dictionary.W_dec.device)
         self._edges = torch.tensor(dictionary.edges)  # of the host, whatever the device
         self.room: dict[str, Tensor] = {}
+        self.repeated = Repeated()
         self._tiles: list[Tensor] = []
 
     def _parameter(self, name: str) -> Tensor:
@@ -275,7 +277,8 @@ class SparseStep:
         """Change the dictionary in place; see `Step`."""
         with workers(x.device) as run:
             if hasattr(self.backend, "step"):
-                return self.backend.step(self, x, lr, dead, sparsity_coefficient, run)
+                with torch.cuda.device_of(x):  # that kernels are launched on
+                    return self.backend.step(self, x, lr, dead, sparsity_coefficient, run)
             codes = self.select(x, run)
             if codes is not None and self.backend is fallback:
                 return plain_steps.learn(self, x, codes, lr, dead, sparsity_coefficient)
