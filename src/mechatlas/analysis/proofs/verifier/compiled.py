@@ -344,6 +344,7 @@ def bound_pairs(table, neurons, lookup, circuits, first, second, out):
     """
     (k, n), r, d = neurons.right.shape, len(circuits.rho), circuits.shapes[:, 0].max(initial=1)
     step, width = max(1, ROWS // n), n + -n % 32
+    numbers = d * d * k + (2 * r + 5 * d * d + width) * step * n
     neurons = neurons._replace(
         right=_padded(neurons.right, width), additive_y=_padded(neurons.additive_y, width)
     )
@@ -358,7 +359,7 @@ def bound_pairs(table, neurons, lookup, circuits, first, second, out):
         *(np.zeros((count, *shape), np.float32) for count in (k, len(first.residual), r)),
         np.zeros((len(circuits.shapes), *shape), np.float32), np.zeros((3, width), np.float32),
         np.empty((step, n)), np.empty((3, pairs), np.int64), np.empty(pairs),
-        np.empty(pairs, np.float32), np.empty(d * d * k + (2 * r + 5 * d * d + width) * pairs, np.float32),
+        np.empty(pairs, np.float32), np.empty(numbers, np.float32),
     )  # fmt: skip
     return PairCounts(*_bound_pairs(table, neurons, lookup, circuits, first, second, room, *out))
 
