@@ -5,6 +5,7 @@ the one to read. Compiling takes seconds, once: what does not run for every pair
 and memory is made in numpy, since each kind of array that a loop makes is compiled as well.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar, cast
 
@@ -354,12 +355,14 @@ def bound_pairs(table, neurons, lookup, circuits, first, second, out):
         rho=second.rho._replace(rows=_padded(second.rho.rows, width)),
         sums=_padded(second.sums, width, -np.inf), spans=_padded(second.spans, width),
     )  # fmt: skip
-    shape, pairs = (step, width), step * n
+    interaction, residuals, v, deviations = (
+        np.zeros((count, step, width), np.float32)
+        for count in (k, len(first.residual), r, len(circuits.shapes))
+    )
     room = Room(
-        *(np.zeros((count, *shape), np.float32) for count in (k, len(first.residual), r)),
-        np.zeros((len(circuits.shapes), *shape), np.float32), np.zeros((3, width), np.float32),
-        np.empty((step, n)), np.empty((3, pairs), np.int64), np.empty(pairs),
-        np.empty(pairs, np.float32), np.empty(numbers, np.float32),
+        interaction, residuals, v, deviations, np.zeros((3, width), np.float32),
+        np.empty((step, n)), np.empty((3, step * n), np.int64), np.empty(step * n),
+        np.empty(step * n, np.float32), np.empty(numbers, np.float32),
     )  # fmt: skip
     return PairCounts(*_bound_pairs(table, neurons, lookup, circuits, first, second, room, *out))
 
@@ -371,7 +374,7 @@ def _padded(rows, width, value=0):
     return out
 
 
-@compiled_form(reference.bound_pairs)
+@functools.partial(compiled, inner=False)
 def _bound_pairs(table, neurons, lookup, circuits, first, second, room, margins, stages):
     """Compiled part of `bound_pairs`."""
     slack, error, inflate, lost = first.slack, first.float32_error, first.inflate, room.lost
@@ -445,7 +448,7 @@ def add_distances(vectors, rate, out):
     _add_roots(products, norms, norms + np.float32(rate) * norms.max(), out)
 
 
-@compiled_form(reference.bound_pairs)
+@functools.partial(compiled, inner=False)
 def _add_roots(products, norms, more, out):
     """Add the distances of columns to `out`, from their products."""
     for z in range(len(norms)):

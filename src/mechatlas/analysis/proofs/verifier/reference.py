@@ -150,7 +150,7 @@ def merge_neurons(
     mass = 1.0001 * (shares @ np.abs(unembed).max(axis=1)).astype(np.float64)
     is_negative = ~dead & (c < 0)
     linear = -(shares[:, is_negative] @ unembed[is_negative])
-    mirrored = shares[:, is_negative].any(axis=1)
+    mirrored = np.asarray(shares[:, is_negative].any(axis=1))
     scaled = sides[:, representatives] * factor[:, None]
     too_small = bool((np.abs(scaled) < 2.0**-80).any())
     return MergedNetwork(scaled, shares @ unembed, linear, mirrored, mass, losses, too_small)
