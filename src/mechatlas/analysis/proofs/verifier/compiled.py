@@ -364,10 +364,11 @@ def bound_pairs(table, neurons, lookup, circuits, first, second, out):
         np.empty((step, n)), np.empty((3, step * n), np.int64), np.empty(step * n),
         np.empty(step * n, np.float32), np.empty(numbers, np.float32),
     )  # fmt: skip
-    return PairCounts(*_bound_pairs(table, neurons, lookup, circuits, first, second, room, *out))
+    counts: Any = _bound_pairs(table, neurons, lookup, circuits, first, second, room, *out)
+    return PairCounts(*counts)
 
 
-def _padded(rows, width, value=0):
+def _padded(rows, width, value=0.0):
     """Copy rows with a value appended to each."""
     out = np.full((*rows.shape[:-1], width), value, np.float32)
     out[..., : rows.shape[-1]] = rows
