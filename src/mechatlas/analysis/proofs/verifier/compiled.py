@@ -188,8 +188,11 @@ def _add_circuits(start, count, circuits, room):
 
 
 @compiled
-def _bound_first(x, i, zs, first, room):
-    """Compute the bound of the first stage at one x: the least of all bins, and all losses."""
+def _bound_first(x, i, zs, first, room, margins, count):
+    """Bound the margins at one x by the first stage, and add those that are left to `room.pairs`.
+
+    `count` is the number of such pairs so far.
+    """
     gaps, norms, residuals, deviations = (
         first.bins.gaps, first.bins.norms, room.residuals, room.deviations
     )  # fmt: skip
@@ -213,6 +216,14 @@ def _bound_first(x, i, zs, first, room):
                 value[y] -= part[y] * norm
         for y in range(len(value)):
             worst[y] = value[y] if value[y] < worst[y] else worst[y]
+    for y in range(len(zs)):
+        allowed = first.float32_error.x[x] + first.float32_error.y[y]
+        margins[y] = np.float64(worst[y]) - lost[y]
+        if not margins[y] > allowed:
+            room.pairs[0, count], room.pairs[1, count] = x, y
+            room.needed[count] = lost[y] + allowed
+            count += 1
+    return count
 
 
 @compiled
@@ -380,7 +391,7 @@ def _bound_pairs(table, neurons, lookup, circuits, first, second, room, margins,
     """Compiled part of `bound_pairs`."""
     slack, error, inflate, lost = first.slack, first.float32_error, first.inflate, room.lost
     pairs_left, give_up_share, residuals = second.max_pairs, second.give_up_share, room.residuals
-    n, step, pairs, needed, worst = len(table), len(lost), room.pairs, room.needed, room.worst
+    n, step, pairs, worst = len(table), len(lost), room.pairs, room.worst
     used = uncertified = framed = compared = poor = 0
     failures = 2 + n // PATIENCE
     for start in range(0, n, step):
@@ -390,15 +401,7 @@ def _bound_pairs(table, neurons, lookup, circuits, first, second, room, margins,
         _add_circuits(start, done - start, circuits, room)
         count = np.int64(0)
         for x in range(start, done):
-            i = x - start
-            _bound_first(x, i, table[x], first, room)
-            for y in range(n):
-                allowed = error.x[x] + error.y[y]
-                margins[x, y] = np.float64(room.lines[2, y]) - lost[i, y]
-                if not margins[x, y] > allowed:
-                    pairs[0, count], pairs[1, count] = x, y
-                    needed[count] = lost[i, y] + allowed
-                    count += 1
+            count = _bound_first(x, x - start, table[x], first, room, margins[x], count)
         if count and poor <= n // (4 * PATIENCE * step):
             compared += count * _compare_bins(start, count, circuits, first, room)
             before, count = count, np.int64(0)
