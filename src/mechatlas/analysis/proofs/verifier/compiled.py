@@ -16,7 +16,7 @@ from mechatlas.analysis.proofs.verifier import reference, structures
 from mechatlas.analysis.proofs.verifier.explanation import (
     NOT_TRIED,
     PATIENCE,
-    ROWS,
+    PAIRS,
     WORTH_COMPARING,
 )
 from mechatlas.analysis.proofs.verifier.reference import (
@@ -25,10 +25,6 @@ from mechatlas.analysis.proofs.verifier.reference import (
     class_minima,
     find_fault,
     float32_error_sums,
-    grid_cells,
-    index_tables,
-    merge_neurons,
-    preserves_antipodes,
     unembedding_residual,
 )
 from mechatlas.analysis.proofs.verifier.structures import PairCounts
@@ -36,8 +32,8 @@ from mechatlas.maths import compilation
 
 __all__ = [
     "absolute_sums", "add_distances", "additive_losses", "bound_pairs", "class_minima",
-    "find_fault", "float32_error_sums", "grid_cells", "hidden_values", "index_tables",
-    "judge_margins", "merge_neurons", "preserves_antipodes", "unembedding_residual",
+    "find_fault", "float32_error_sums", "hidden_values", "index_tables", "judge_margins",
+    "merge_neurons", "sum_cells", "unembedding_residual",
 ]  # fmt: skip
 
 Loop = TypeVar("Loop", bound=Callable[..., Any])
@@ -86,6 +82,12 @@ def compiled(loop: Loop, *, inner: bool = True) -> Loop:
 def compiled_form(function: Loop) -> Callable[[Callable[..., Any]], Loop]:
     """Compile a loop that has the parameters, types and result of a function of `reference`."""
     return lambda loop: cast(Loop, compiled(loop, inner=False))
+
+
+merge_neurons, index_tables, sum_cells = (
+    compiled(loop, inner=False)
+    for loop in (reference.merge_neurons, reference.index_tables, reference.sum_cells)
+)
 
 
 @compiled
@@ -333,10 +335,16 @@ def _bound_second(start, begin, end, second, room):
     logits = _matrix(room.flat[len(rho) * count :], count, rho.shape[1])
     for r in range(len(summed)):
         _fill(summed[r], np.float32(0))
+    x = xs[0] - start
+    is_row = count == len(second.sums[0]) and xs[0] == xs[count - 1]  # all y of one x
     for r in range(len(signs)):
-        sign, total = signs[r], summed[to[r]]
-        for p in range(count):
-            total[p] += sign * v[r, xs[p] - start, ys[p]]
+        sign, total, row = signs[r], summed[to[r]], v[r, x]
+        if is_row:
+            for p in range(count):
+                total[p] += sign * row[p]
+        else:
+            for p in range(count):
+                total[p] += sign * v[r, xs[p] - start, ys[p]]
     np.dot(summed.T, rho, logits)
     maxima = room.lines[0, :16]
     for p in range(count):
@@ -355,7 +363,7 @@ def bound_pairs(table, neurons, lookup, circuits, first, second, out):
     Rows have a multiple of 32 places, so that no vector is cut short.
     """
     (k, n), r, d = neurons.right.shape, len(circuits.rho), circuits.shapes[:, 0].max(initial=1)
-    step, width = max(1, ROWS // n), n + -n % 32
+    step, width = max(1, PAIRS // n), n + -n % 32
     numbers = d * d * k + (2 * r + 5 * d * d + width) * step * n
     neurons = neurons._replace(
         right=_padded(neurons.right, width), additive_y=_padded(neurons.additive_y, width)
@@ -402,7 +410,8 @@ def _bound_pairs(table, neurons, lookup, circuits, first, second, room, margins,
         count = np.int64(0)
         for x in range(start, done):
             count = _bound_first(x, x - start, table[x], first, room, margins[x], count)
-        if count and poor <= n // (4 * PATIENCE * step):
+        explained = len(lookup.rows) > 1 or not pairs_left
+        if count and explained and poor <= n // (4 * PATIENCE * step):
             compared += count * _compare_bins(start, count, circuits, first, room)
             before, count = count, np.int64(0)
             for p in range(before):

@@ -97,15 +97,25 @@ def build_terms(
     merged = _merge(weights, packed, loops)
     residual, sizes = loops.unembedding_residual(merged.unembed, packed.circuits, rho)
     inner = packed.circuits.means @ rho  # gamma(g) = <Vm, 1 - rho(g)>
-    gaps = inner[group.identity] - inner
-    index = loops.index_tables(packed.grids, actions.packed._replace(sides=packed.sides))
+    gaps = inner[group.identity] - inner[irreps.elements]
+    grids = packed.grids
+    index = TableIndex(
+        np.full(k, len(grids.tables), np.int64), np.zeros(k, np.int64), actions.packed.inverse,
+        np.zeros((len(grids.tables) + 1, n), np.float32), np.zeros(k, np.float32),
+    )  # fmt: skip
+    fault = loops.index_tables(grids, actions.packed._replace(sides=packed.sides), index)
+    if fault:
+        raise ProofError(checks.FAULTS[fault])
     weight = merged.mass + 1.01 * np.sqrt(packed.widest) * sizes
     inflate = 1 + 1.01 * growth(2 * k + packed.widest**2 + len(d) + len(blocks) + 64, U32)
-    cells, off_center, largest = loops.grid_cells(residual, weight, packed.grids)
-    spans = np.zeros((n, n), np.float32)
-    for each in cells:
-        loops.add_distances(each, 8 * growth(4 * packed.largest + 64, U32), spans)
-    spans *= np.float32(1.000002 + 2.0**-22 * len(cells))
+    cells, spans = np.zeros((len(grids.tables), n)), np.zeros((n, n), np.float32)
+    means = loops.sum_cells(residual, weight, grids, cells)
+    for start, size in zip(
+        grids.shapes[:, 6], grids.shapes[:, 2] * grids.shapes[:, 3], strict=True
+    ):
+        mine = cells[start : start + size].astype(np.float32)
+        loops.add_distances(mine, 8 * growth(4 * packed.largest + 64, U32), spans)
+    spans *= np.float32(1.000002 + 2.0**-22 * len(grids.shapes))
     errors = np.zeros((len(blocks) - 1, n), np.float32)
     for b, error in enumerate(errors):
         distances = np.zeros((n, n), np.float32)
@@ -115,8 +125,9 @@ def build_terms(
     sums = _additive_logits(packed, merged)
     losses: AdditiveLosses = loops.additive_losses(sums, spans)
     rate = _rounding_rate(packed, len(rho)) + 16 * irreps.defect
-    slack = _slack(packed, merged, weight, rate, index, (off_center, largest), loops)
-    bins: ClassMinima = loops.class_minima(gaps, irreps.norms, group.class_of, BINS, inflate)
+    slack = _slack(packed, merged, weight, rate, index, means, loops)
+    classes = group.class_of[irreps.elements]
+    bins: ClassMinima = loops.class_minima(gaps, irreps.norms, classes, BINS, inflate)
     return Terms(
         weights=weights,
         neurons=Neurons(
@@ -130,11 +141,11 @@ def build_terms(
         ),
         first=FirstStage(
             bins, losses, errors, slack, checks.float32_errors(weights, loops), inflate,
-            np.ascontiguousarray((rho[:, [group.identity]] - rho[:, bins.elements]).T),
+            irreps.differences[bins.order[: n - 1]],
             4.4 * packed.widest**0.5 * growth(packed.widest + 4, U32) / rate,
         ),
         second=SecondStage(irreps.distinct, sums, spans, 0, GIVE_UP_SHARE),
-        prepared=n * n * (3 * k + sum(map(len, cells))) + n * (k * len(rho) + m),
+        prepared=n * n * (3 * k + len(cells) + 2 * len(grids.shapes)) + n * (k * len(rho) + m),
         first_cost=3 * k + int((d**3 + d**2 * (packed.circuits.shapes[:, 2] + 1)).sum())
         + 8 * (len(d) + len(blocks)),
         frame_cost=int(2 * (d**3).sum()),
@@ -147,13 +158,21 @@ def _merge(weights: Weights, packed: Packed, loops: ModuleType) -> MergedNetwork
     """Merge clusters of neurons, and scale all weights by powers of two."""
     representatives = packed.layout.representatives
     factor = np.ldexp(np.float32(1), packed.layout.exponents).astype(np.float32)
-    merged = loops.merge_neurons(weights, packed.clusters, representatives, factor)
-    if merged.too_small:
-        # Scaling is exact unless it leaves the normal numbers; a weight may itself be below them.
-        for after, before in zip(merged.sides, weights[:2], strict=True):
-            if not np.array_equal(after.T / factor, before[:, representatives]):
-                raise ProofError("The exponents make weights too small for float32.")
-    return merged
+    k, (width, n) = len(representatives), weights.unembed.shape
+    sides, place = np.empty((2, width, n), np.float32), np.zeros(width, np.int64)
+    sides[0], sides[1] = weights.left.T, weights.right.T
+    place[representatives] = np.arange(k)
+    unembed, linear = np.zeros((2, k, n), np.float32)
+    out = MergedNetwork(
+        np.zeros((2, k, n), np.float32), unembed, linear, np.zeros(k, bool), np.zeros(k),
+        np.zeros((2, n)),
+    )  # fmt: skip
+    dense = np.ascontiguousarray(weights.unembed)
+    is_small = loops.merge_neurons(sides, dense, packed.clusters, place, factor, out)
+    # Scaling is exact unless it leaves the normal numbers; a weight may itself be below them.
+    if is_small and not np.array_equal(out.sides / factor[:, None], sides[:, representatives]):
+        raise ProofError("The exponents make weights too small for float32.")
+    return out
 
 
 def _slack(
