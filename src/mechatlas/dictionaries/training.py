@@ -135,9 +135,7 @@ def train(
         ValueError: `steps`, `batch_size`, `lr` or `checkpoint_every` is not positive.
         WeightsError: The checkpoint is damaged or of a run with other settings.
     """
-    _check(steps=steps, batch_size=batch_size, lr=lr, checkpoint_every=checkpoint_every)
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype must be {' or '.join(DTYPES)}, got {dtype!r}.")
+    _check(dtype, steps=steps, batch_size=batch_size, lr=lr, checkpoint_every=checkpoint_every)
     coders = list(map(as_coder, dictionary if isinstance(dictionary, Sequence) else [dictionary]))
     rows = as_rows(data)
     device = as_device(device)
@@ -389,8 +387,10 @@ def _resume(folder: Path, runs: Sequence[_Run], settings: dict[str, Any]) -> int
     return progress["done"]
 
 
-def _check(**numbers: int | float | None) -> None:
-    """Refuse numbers that are given and not positive."""
+def _check(dtype: str, **numbers: int | float | None) -> None:
+    """Refuse an unknown number format, and numbers that are given and not positive."""
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype must be {' or '.join(DTYPES)}, got {dtype!r}.")
     given = {name: number for name, number in numbers.items() if number is not None}
     if wrong := [f"{name} ({number})" for name, number in given.items() if not number > 0]:
         raise ValueError(f"{', '.join(wrong)} must be > 0.")
