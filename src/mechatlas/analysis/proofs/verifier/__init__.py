@@ -25,11 +25,11 @@ group, m the width of the network, and k the number of cluster representatives:
     B, B'      -              rho-sets, by their permutations: `Grid.left_action`, `.right_action`
     p, p'      k, k           points of B and B' of each neuron: `Grid.left_points`, `.right_points`
     A_i, B_i   n, n           additive parts: `Explanation.additive_x`, `.additive_y`
-    I_i        n n            interaction relu(l_i + r_i) - A_i - B_i: `reference.bound_pairs`
+    I_i        n n            interaction relu(l_i + r_i) - A_i - B_i: `reference.measure_pairs`
     T          |B| |B'|       interaction by points of rho-sets: `Grid.table`
     s_i        k              scale, I_i is about s_i T: `Grid.scale`
-    D_i        n n            rest of the interaction, I_i - s_i T: `reference.bound_pairs`
-    V          d d            sum of I_i M_i, for each x and y: `reference.bound_pairs`
+    D_i        n n            rest of the interaction, I_i - s_i T: `reference.measure_pairs`
+    V          d d            sum of I_i M_i, for each x and y: `reference.measure_pairs`
     Vm         d d            mean of rho(x)^T V rho(y)^T: `IrrepCircuit.mean_matrix`
-    gamma(g)   n              ideal margin <Vm, 1 - rho(g)>: `reference.ideal_margins`
+    gamma(g)   n              ideal margin <Vm, 1 - rho(g)>: `terms.build_terms`
 """

@@ -16,10 +16,8 @@ from jaxtyping import Bool, Float32, Int
 
 from mechatlas.analysis.proofs.verifier import checks
 from mechatlas.analysis.proofs.verifier.checks import U64, growth
+from mechatlas.analysis.proofs.verifier.explanation import ROWS
 from mechatlas.analysis.proofs.verifier.structures import Weights
-
-ROWS = 1024
-"""Number of pairs whose logits are held at a time; at least all pairs of one x."""
 
 
 def decide_exactly(

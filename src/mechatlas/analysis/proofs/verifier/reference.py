@@ -6,10 +6,9 @@ of `verify`, a function for each step:
     find_fault, preserves_antipodes   refuse what is impossible; nothing else is refused
     merge_neurons                     dead neurons and clusters: a smaller network and a loss
     unembedding_residual              e_i(z) = u_i(z) - <M_i, rho(z)>
-    ideal_margins                     gamma(g) = <Vm, 1 - rho(g)>, and rho(x) Vm
     index_tables                      T of each neuron, over all y
-    grid_spans                        e against s T, by Cauchy-Schwarz within the cells of a grid
-    residual_distances                e against D, by Cauchy-Schwarz within a block of neurons
+    grid_cells                        e against s T, by Cauchy-Schwarz within the cells of a grid
+    add_distances                     the same for each two answers, and for D in place of s T
     class_minima                      the least gamma(g), and the largest |1 - rho(g)|
     additive_losses                   A and B, and the above, for the worst other answer
     absolute_sums, float32_error_sums sums that bounds on rounding are proportional to
@@ -31,6 +30,7 @@ from jaxtyping import Float, Float32, Int, Int8
 from mechatlas.analysis.proofs.verifier.explanation import (
     NOT_TRIED,
     PATIENCE,
+    ROWS,
     WORTH_COMPARING,
 )
 from mechatlas.analysis.proofs.verifier.structures import (
@@ -39,9 +39,7 @@ from mechatlas.analysis.proofs.verifier.structures import (
     ClassMinima,
     Clusters,
     FirstStage,
-    GridSpans,
     Layout,
-    LogitSums,
     MergedNetwork,
     Neurons,
     PackedActions,
@@ -135,33 +133,27 @@ def merge_neurons(
         representatives: The neurons that are kept.
         factor: Power of two for left and right of each of them.
     """
-    left, right, unembed = weights
     dead, representative_of, scale_factors = clusters
-    k, c = len(representatives), scale_factors.astype(np.float64)
+    unembed, c = weights.unembed, scale_factors.astype(np.float64)
     members = np.flatnonzero(~dead & (representative_of != np.arange(len(dead))))
     span = 1.000001 * np.subtract(unembed.max(axis=1), unembed.min(axis=1), dtype=np.float64)
-    x_loss, y_loss = (
-        np.maximum(w[:, dead], 0) @ span[dead]
-        + np.abs(w[:, members] - c[members] * w[:, representative_of[members]]) @ span[members]
-        for w in (left, right)
-    )
+    sides = np.empty((2, *unembed.shape), np.float32)
+    sides[0], sides[1] = weights.left.T, weights.right.T
+    off = np.abs(sides[:, members] - c[members, None] * sides[:, representative_of[members]])
+    losses = span[dead] @ np.maximum(sides[:, dead], 0) + span[members] @ off
     place = np.zeros(len(dead), np.int64)
-    place[representatives] = np.arange(k)
+    place[representatives] = np.arange(len(representatives))
     live = np.flatnonzero(~dead)
-    factor_of = factor[place[representative_of[live]]]
-    parts = (np.abs(c[live]) / factor_of).astype(np.float32)[:, None] * unembed[live]
-    is_member = (representative_of[live] == representatives[:, None]).astype(np.float32)
-    u, mass = is_member @ parts, is_member @ np.abs(parts).max(axis=1, initial=0)
-    is_negative = c[live] < 0
-    linear = -(is_member[:, is_negative] @ parts[is_negative])
-    mirrored = is_member[:, is_negative].any(axis=1)
-    scaled_left = left[:, representatives] * factor
-    scaled_right = np.ascontiguousarray((right[:, representatives] * factor).T)
-    too_small = any(bool(w[np.abs(w) < 2.0**-80].any()) for w in (scaled_left, scaled_right))
-    mass = 1.0001 * mass.astype(np.float64)
-    return MergedNetwork(
-        scaled_left, scaled_right, u, linear, mirrored, mass, x_loss, y_loss, too_small
-    )
+    to = place[representative_of[live]]
+    shares = np.zeros((len(representatives), len(dead)), np.float32)
+    shares[to, live] = np.abs(c[live]) / factor[to]
+    mass = 1.0001 * (shares @ np.abs(unembed).max(axis=1)).astype(np.float64)
+    is_negative = ~dead & (c < 0)
+    linear = -(shares[:, is_negative] @ unembed[is_negative])
+    mirrored = np.asarray(shares[:, is_negative].any(axis=1))
+    scaled = sides[:, representatives] * factor[:, None]
+    too_small = bool((np.abs(scaled) < 2.0**-80).any())
+    return MergedNetwork(scaled, shares @ unembed, linear, mirrored, mass, losses, too_small)
 
 
 def unembedding_residual(
@@ -179,36 +171,10 @@ def unembedding_residual(
     Returns:
         e_i(z), and the sum of the norms of all M_i of each neuron.
     """
-    residual, sizes = u.copy(), np.zeros(len(u))
-    base = offset = 0
-    for d, start, count in circuits.shapes:
-        mine = slice(start, start + count)
-        m = circuits.coefficients[offset : offset + d * d * count].reshape(d * d, count)
-        residual[mine] -= m.T @ rho[base : base + d * d]
-        sizes[mine] += np.sqrt(np.square(m, dtype=np.float64).sum(axis=0))
-        base, offset = base + d * d, offset + d * d * count
-    return residual, sizes
-
-
-def ideal_margins(
-    circuits: PackedCircuits, rho: Float32[np.ndarray, "entry order"], identity: int
-) -> tuple[Float32[np.ndarray, "entry order"], Float[np.ndarray, " order"]]:
-    """Compute rho(x) Vm of each x, and the ideal margin gamma(g) = <Vm, 1 - rho(g)> of each g.
-
-    Args:
-        circuits: Circuits with their mean matrices.
-        rho: Matrix entries of their irreps.
-        identity: Number of the identity.
-    """
-    framed, base = np.zeros(rho.shape, np.float32), 0
-    for d in circuits.shapes[:, 0]:
-        mine = slice(base, base + d * d)
-        mean = circuits.means[mine].reshape(d, d).astype(np.float32)
-        product = np.einsum("aex,eb->abx", rho[mine].reshape(d, d, -1), mean)
-        framed[mine] = product.reshape(d * d, -1)
-        base += d * d
-    inner = circuits.means @ rho
-    return framed, inner[identity] - inner
+    starts = np.cumsum(np.square(circuits.shapes[:, 0])) - np.square(circuits.shapes[:, 0])
+    squares = np.square(circuits.coefficients, dtype=np.float64)
+    sizes = np.sqrt(np.add.reduceat(squares, starts, axis=0)) if len(starts) else squares
+    return u - circuits.coefficients.T @ rho, sizes.sum(axis=0)
 
 
 def index_tables(grids: PackedGrids, actions: PackedActions) -> TableIndex:
@@ -236,7 +202,7 @@ def absolute_sums(
     additive_x: Float32[np.ndarray, "order neuron"],
     additive_y: Float32[np.ndarray, "neuron order"],
     small: Float32[np.ndarray, " neuron"],
-) -> tuple[Float32[np.ndarray, " order"], Float32[np.ndarray, " order"], float]:
+) -> tuple[Float32[np.ndarray, "2 order"], float]:
     """Sum small_i (|l_i(x)| + |A_i(x)|) over neurons for each x, and the same for each y.
 
     Args:
@@ -248,9 +214,10 @@ def absolute_sums(
     Returns:
         The sums of x and of y, and a number larger than all those that were added up.
     """
-    x_sizes = np.abs(network.left) + np.abs(additive_x)
-    y_sizes = np.abs(network.right) + np.abs(additive_y)
-    return x_sizes @ small, small @ y_sizes, float(x_sizes.sum()) + float(y_sizes.sum())
+    sizes = np.abs(network.sides)
+    sizes[0] += np.abs(additive_x.T)
+    sizes[1] += np.abs(additive_y)
+    return small @ sizes, float(sizes.sum())
 
 
 def float32_error_sums(
@@ -268,62 +235,44 @@ def float32_error_sums(
     return first @ scaled, second @ scaled, size
 
 
-def _products(
-    vectors: Float32[np.ndarray, "row order"],
-) -> tuple[Float32[np.ndarray, "order order"], Float32[np.ndarray, " order"]]:
-    """-2 times the products of all columns, and the squared norm of each: 2 is exact."""
-    products = (np.float32(-2) * vectors).T @ vectors
-    return products, np.float32(-0.5) * products.diagonal()
-
-
-def residual_distances(
-    residual: Float32[np.ndarray, "neuron order"],
-    block_offsets: Int[np.ndarray, " offset"],
-    rate: float,
-    inflate: float,
-) -> Float32[np.ndarray, "block order"]:
-    """Bound the distance of each column e(z) from any other and from 0, in each block of neurons.
-
-    The loss of z against w to D is <e(z) - e(w), D> <= |e(z) - e(w)| |D| in each block. The
-    distance from 0 is not needed; with it both verifiers give the same numbers.
+def add_distances(
+    vectors: Float32[np.ndarray, "row order"], rate: float, out: Float32[np.ndarray, "order order"]
+) -> None:
+    """Add the distance of each two columns to `out`, or a little more.
 
     Args:
-        residual: e_i(z).
-        block_offsets: First neuron of each block, and the end of the last.
+        vectors: The columns.
         rate: Relative rounding of a squared distance.
-        inflate: Factor for rounding in the sums that these distances enter.
+        out: Sums of distances so far.
     """
-    errors = np.zeros((len(block_offsets) - 1, residual.shape[1]), np.float32)
-    for b in range(len(errors)):
-        squares, norms = _products(residual[block_offsets[b] : block_offsets[b + 1]])
-        squares += norms[:, None]
-        most = squares.max(axis=0, initial=0).astype(np.float64) + norms
-        errors[b] = inflate * np.sqrt(most + rate * norms.max())
-    return errors
+    products = vectors.T @ vectors
+    norms = products.diagonal()
+    squares = np.float32(-2) * products + norms + (norms + np.float32(rate) * norms.max())[:, None]
+    out += np.sqrt(np.maximum(squares, 0))
 
 
-def grid_spans(
+def grid_cells(
     residual: Float32[np.ndarray, "neuron order"],
     weight: Float[np.ndarray, " neuron"],
     grids: PackedGrids,
-    rate: float,
-) -> GridSpans:
-    """Bound how much the residual within the cells of all grids could take, for each two answers.
+) -> tuple[list[Float32[np.ndarray, "cell order"]], float, float]:
+    """Sum the residual within the cells of each grid, so that distances bound the loss to s T.
 
     A cell holds the sum of s_i e_i(z) of its neurons, `shares @ e`. The loss of z against w to s T
     is a sum over cells of T times the difference of two such numbers, at most |T| times the
     distance of z and w over the cells. T has no row and column means, so those of the cells may be
-    taken out first; what means T has all the same is `off_center`. Opposite cells have the same T.
+    taken out first; what means T has all the same is returned. Opposite cells have the same T.
 
     Args:
         residual: e_i(z).
         weight: Largest |u_i|, and sum of the norms of M_i, of each neuron.
         grids: Grids of the explanation.
-        rate: Relative rounding of a squared distance.
+
+    Returns:
+        Cells of each grid times |T|, the loss owed to row and column means of the tables, which
+        should be 0, and more than the largest number in a cell.
     """
-    n = residual.shape[1]
-    spans, off_center, largest, n_cells = np.zeros((n, n), np.float32), 0.0, 0.0, 0
-    inflate = 1.000002 + 2.0**-22 * len(grids.shapes)
+    parts, off_center, largest = [], 0.0, 0.0
     for start, count, k, k2, left, right, cell, _ in grids.shapes:
         mine = slice(start, start + count)
         p, q = grids.points[:, mine]
@@ -338,17 +287,11 @@ def grid_spans(
         shares += at_left[p, :, None] * at_right[q, None]
         times = size / 2 * grids.scale[mine]
         cells = (times[:, None] * shares.reshape(count, -1)).T @ residual[mine]
-        squares, norms = _products(cells.astype(np.float32))
-        squares += norms
-        squares += (norms + np.float32(rate) * norms.max())[:, None]
-        np.sqrt(np.maximum(squares, 0, out=squares), out=squares)
-        spans += squares
+        parts.append(cells.astype(np.float32))
         total = float(weight[mine] @ np.abs(grids.scale[mine]))
         off_center += 2.02 * (float(np.linalg.norm(means)) + 1e-10 * size) * total
         largest += 4 * size * total
-        n_cells += int(k * k2) + 2
-    spans *= np.float32(inflate)
-    return GridSpans(spans, off_center, largest, n_cells)
+    return parts, off_center, largest
 
 
 def class_minima(
@@ -390,11 +333,18 @@ def class_minima(
     return ClassMinima(out_gaps.astype(np.float32), out_norms, elements, offsets)
 
 
-def additive_losses(sums: LogitSums, spans: Float32[np.ndarray, "order order"]) -> AdditiveLosses:
-    """Bound the loss of a right answer z to additive parts and to the cells of grids."""
+def additive_losses(
+    sums: Float32[np.ndarray, "2 order order"], spans: Float32[np.ndarray, "order order"]
+) -> AdditiveLosses:
+    """Bound the loss of a right answer z to additive parts and to the cells of grids.
+
+    Args:
+        sums: Additive part of each logit, of x and of y.
+        spans: Most that the residual could do within the cells of grids, for each two answers.
+    """
     cells = spans.max(axis=1)
-    x_loss = sums.x.max(axis=1)[:, None] - sums.x + cells
-    return AdditiveLosses(x_loss, sums.y.max(axis=1)[:, None] - sums.y, cells)
+    x_loss, y_loss = sums.max(axis=2, keepdims=True) - sums
+    return AdditiveLosses(x_loss + cells, y_loss, cells)
 
 
 def bound_pairs(
@@ -417,92 +367,124 @@ def bound_pairs(
         second: Terms and limits of the second stage.
         out: Arrays for the bounds.
     """
-    left, additive_x, right, additive_y, scale, offsets = neurons
-    losses, slack, inflate = first.losses, first.slack, first.inflate
-    residuals, deviations = np.empty_like(out.residuals), np.empty_like(out.deviations)
+    losses, slack, error, inflate = first.losses, first.slack, first.float32_error, first.inflate
     n, pairs_left, used, uncertified = len(table), second.max_pairs, 0, 0
-    framed = compared = poor = 0
+    step, framed, compared, poor = max(1, ROWS // n), 0, 0, 0
     failures = 2 + n // PATIENCE  # elements x that may fail, such as damaged rows of weights
-    for x in range(n):
-        interaction = np.maximum(left[x][:, None] + right, 0) - additive_x[x][:, None] - additive_y
-        tables = lookup.rows[lookup.first + lookup.moves[x, lookup.columns]]
-        squares = np.square(interaction - scale[:, None] * tables)
-        for b in range(len(residuals)):
-            residuals[b] = np.sqrt(squares[offsets[b] : offsets[b + 1]].sum(axis=0))
-        v = _add_circuits(x, circuits, interaction, deviations)
-        if x == 0:
-            out.residuals[:], out.deviations[:] = residuals, deviations
-        zs, lost = table[x], slack.x[x] + slack.y
-        total = losses.x[x, zs] + losses.y[np.arange(n), zs]
-        total = total + (residuals * first.residual[:, zs]).sum(axis=0)
-        lost_in_all = inflate * total.astype(np.float64) + lost
-        error = first.float32_error.x[x] + first.float32_error.y
+    for start in range(0, n, step):
+        xs = np.arange(start, min(start + step, n))
+        x, y = np.repeat(xs, n), np.tile(np.arange(n), len(xs))
+        z = table[x, y]
+        residuals, v, deviations = measure_pairs(xs, neurons, lookup, circuits)
+        rounding, needed = slack.x[x] + slack.y[y], error.x[x] + error.y[y]
+        total = losses.x[x, z] + losses.y[y, z] + (residuals * first.residual[:, z]).sum(axis=0)
+        lost = inflate * total.astype(np.float64) + rounding
         by_bin = first.bins.gaps[:, None] - first.bins.norms @ deviations
-        out.margins[x] = by_bin.min(axis=0).astype(np.float64) - lost_in_all
-        ys = np.flatnonzero(~(out.margins[x] > error))
-        if len(ys) and poor <= n // (4 * PATIENCE):
-            frame = first.frame_slack * lost
-            compared += _compare_bins(x, by_bin, lost_in_all + error, frame, v, circuits, first)
-            out.margins[x] = by_bin.min(axis=0).astype(np.float64) - lost_in_all
-            before, ys = len(ys), np.flatnonzero(~(out.margins[x] > error))
-            framed, poor = framed + 1, poor + (len(ys) > (1 - WORTH_COMPARING) * before)
-        uncertified += len(ys)
-        hopeless = uncertified > (1 - second.give_up_share / 5) * (x + 1) * n
-        if x >= n // 8 and not pairs_left and hopeless:
-            out.margins[x + 1 :] = NOT_TRIED
-            return PairCounts(used, uncertified + (n - x - 1) * n, x + 1, framed, compared)
-        ys = ys[:pairs_left]
-        if not len(ys):
-            continue
-        sharper = _bound_second(x, ys, zs, v, second).astype(np.float64)
-        loss = (residuals[:, ys].astype(np.float64) * first.residual[:, zs[ys]]).sum(axis=0)
-        sharper -= inflate * loss + lost[ys]
-        out.stages[x, ys] = np.where(sharper > out.margins[x, ys], 2, out.stages[x, ys])
-        out.margins[x, ys] = np.maximum(sharper, out.margins[x, ys])
-        used, pairs_left = used + len(ys), pairs_left - len(ys)
-        good = int((sharper > error[ys]).sum())
-        uncertified -= good
-        failures -= good < second.give_up_share * len(ys)
-        if failures < 0:
-            pairs_left = 0
+        margins = by_bin.min(axis=0).astype(np.float64) - lost
+        stages = np.ones(len(margins), np.int8)
+        left_over = np.flatnonzero(~(margins > needed))
+        if len(left_over) and poor <= n // (4 * PATIENCE * step):
+            p = left_over
+            worst, count = _compare_bins(
+                x[p], y[p], by_bin[:, p], (lost + needed)[p], rounding[p], v[:, p], circuits, first
+            )
+            margins[p] = worst - lost[p]
+            left_over = p[~(margins[p] > needed[p])]
+            framed, compared = framed + len(p), compared + count * len(p)
+            poor += len(left_over) > (1 - WORTH_COMPARING) * len(p)
+        uncertified += len(left_over)
+        done = start + len(xs)
+        hopeless = uncertified > (1 - second.give_up_share / 5) * done * n
+        p = left_over[:pairs_left]
+        if len(p):
+            sharper = _bound_second(x[p], y[p], z[p], v[:, p], second).astype(np.float64)
+            loss = (residuals[:, p].astype(np.float64) * first.residual[:, z[p]]).sum(axis=0)
+            sharper -= inflate * loss + rounding[p]
+            stages[p] = np.where(sharper > margins[p], 2, 1)
+            margins[p] = np.maximum(sharper, margins[p])
+            used, pairs_left = used + len(p), pairs_left - len(p)
+            sure = sharper > needed[p]
+            uncertified -= int(sure.sum())
+            tried, good = np.bincount(x[p]), np.bincount(x[p], weights=sure)
+            failures -= int((good < second.give_up_share * tried).sum())
+            if failures < 0:
+                pairs_left = 0
+        out.margins[xs], out.stages[xs] = margins.reshape(-1, n), stages.reshape(-1, n)
+        if hopeless and not len(p) and not pairs_left and done > n // 8:
+            out.margins[done:] = NOT_TRIED
+            return PairCounts(used, uncertified + (n - done) * n, done, framed, compared)
     return PairCounts(used, uncertified, n, framed, compared)
 
 
+def measure_pairs(
+    xs: Int[np.ndarray, " some"], neurons: Neurons, lookup: TableIndex, circuits: CircuitTerms
+) -> tuple[
+    Float32[np.ndarray, "block pair"],
+    Float32[np.ndarray, "entry pair"],
+    Float32[np.ndarray, "circuit pair"],
+]:
+    """Compute what is known about some x and all y: the norm of D of each block, V, and its error.
+
+    Args:
+        xs: Elements x.
+        neurons: Cluster representatives.
+        lookup: Tables of the grids.
+        circuits: Circuits.
+
+    Returns:
+        The norms of D, the matrices V, and their distances from rho(x) Vm rho(y).
+    """
+    left, additive_x, right, additive_y, scale, offsets = neurons
+    inputs = left[:, xs, None] + right[:, None]
+    interaction = np.maximum(inputs, 0) - additive_x[xs].T[:, :, None] - additive_y[:, None]
+    tables = lookup.rows[(lookup.first + lookup.moves[xs][:, lookup.columns]).T]
+    squares = np.square(interaction - scale[:, None, None] * tables)
+    n, pairs = right.shape[1], len(xs) * right.shape[1]
+    residuals = np.empty((len(offsets) - 1, pairs), np.float32)
+    for b in range(len(residuals)):
+        residuals[b] = np.sqrt(squares[offsets[b] : offsets[b + 1]].sum(axis=0)).ravel()
+    x, y = np.repeat(xs, n), np.tile(np.arange(n), len(xs))
+    v, deviations = _add_circuits(x, y, circuits, interaction.reshape(len(scale), pairs))
+    return residuals, v, deviations
+
+
 def _add_circuits(
-    x: int,
+    x: Int[np.ndarray, " pair"],
+    y: Int[np.ndarray, " pair"],
     circuits: CircuitTerms,
-    interaction: Float32[np.ndarray, "neuron order"],
-    deviations: Float32[np.ndarray, "circuit order"],
-) -> Float32[np.ndarray, "entry order"]:
-    """Compute the matrices V at x and every y, and their distances from rho(x) Vm rho(y)."""
-    v = np.empty((len(circuits.rho), interaction.shape[1]), np.float32)
-    base = offset = 0
+    interaction: Float32[np.ndarray, "neuron pair"],
+) -> tuple[Float32[np.ndarray, "entry pair"], Float32[np.ndarray, "circuit pair"]]:
+    """Compute the matrices V of some pairs, and their distances from rho(x) Vm rho(y)."""
+    v, base = np.empty((len(circuits.rho), len(x)), np.float32), 0
+    deviations = np.empty((len(circuits.shapes), len(x)), np.float32)
     for c, (d, start, k) in enumerate(circuits.shapes):
         mine = slice(base, base + d * d)
-        m = circuits.coefficients[offset : offset + d * d * k].reshape(d * d, k)
-        v[mine] = m @ interaction[start : start + k]
-        framed, rho = circuits.framed_means[mine, x], circuits.rho[mine]
-        mean = np.tensordot(framed.reshape(d, d), rho.reshape(d, d, -1), axes=1)
-        deviations[c] = np.sqrt(np.square(v[mine] - mean.reshape(d * d, -1)).sum(axis=0))
-        base, offset = base + d * d, offset + d * d * k
-    return v
+        v[mine] = circuits.coefficients[mine, start : start + k] @ interaction[start : start + k]
+        mean, rho = circuits.means[mine].reshape(d, d), circuits.rho[mine].reshape(d, d, -1)
+        framed = np.einsum("aex,eb->abx", rho, mean)[:, :, x]
+        distance = v[mine] - np.einsum("aep,ebp->abp", framed, rho[:, :, y]).reshape(d * d, -1)
+        deviations[c] = np.sqrt(np.square(distance).sum(axis=0))
+        base += d * d
+    return v, deviations
 
 
 def _compare_bins(
-    x: int,
-    by_bin: Float32[np.ndarray, "bin order"],
-    needed: Float[np.ndarray, " order"],
-    rounding: Float[np.ndarray, " order"],
-    v: Float32[np.ndarray, "entry order"],
+    x: Int[np.ndarray, " pair"],
+    y: Int[np.ndarray, " pair"],
+    by_bin: Float32[np.ndarray, "bin pair"],
+    needed: Float[np.ndarray, " pair"],
+    rounding: Float[np.ndarray, " pair"],
+    v: Float32[np.ndarray, "entry pair"],
     circuits: CircuitTerms,
     first: FirstStage,
-) -> int:
-    """Compute margins exactly over bins that do not certify all y.
+) -> tuple[Float[np.ndarray, " pair"], int]:
+    """Compute margins exactly over bins that do not certify all of some pairs.
 
     With W = rho(x)^T V rho(y)^T the margin of z* over z = x g y is <W, 1 - rho(g)>.
 
     Returns:
-        Number of elements g that were compared with the identity.
+        The least margin over all bins, and the number of elements g that were compared with the
+        identity.
     """
     offsets, base = first.bins.offsets, 0
     failing = np.flatnonzero(~(by_bin > needed).all(axis=1))
@@ -510,32 +492,35 @@ def _compare_bins(
     for d in circuits.shapes[:, 0]:
         mine = slice(base, base + d * d)
         own, rho = v[mine].reshape(d, d, -1), circuits.rho[mine].reshape(d, d, -1)
-        half = np.tensordot(rho[:, :, x].T, own, axes=1)
-        framed[mine] = np.einsum("afy,bfy->aby", half, rho).reshape(d * d, -1)
+        half = np.einsum("eap,efp->afp", rho[:, :, x], own)
+        framed[mine] = np.einsum("afp,bfp->abp", half, rho[:, :, y]).reshape(d * d, -1)
         base += d * d
     for k in failing:
         margins = first.differences[offsets[k] : offsets[k + 1]] @ framed
-        by_bin[k] = np.maximum(by_bin[k], margins.min(axis=0) - rounding.astype(np.float32))
-    return int((offsets[failing + 1] - offsets[failing]).sum())
+        by_bin[k] = np.maximum(
+            by_bin[k], margins.min(axis=0) - (first.frame_slack * rounding).astype(np.float32)
+        )
+    count = int((offsets[failing + 1] - offsets[failing]).sum())
+    return by_bin.min(axis=0).astype(np.float64), count
 
 
 def _bound_second(
-    x: int,
-    ys: Int[np.ndarray, " pair"],
-    zs: Int[np.ndarray, " order"],
-    v: Float32[np.ndarray, "entry order"],
+    x: Int[np.ndarray, " pair"],
+    y: Int[np.ndarray, " pair"],
+    z: Int[np.ndarray, " pair"],
+    v: Float32[np.ndarray, "entry pair"],
     second: SecondStage,
 ) -> Float32[np.ndarray, " pair"]:
-    """Compute the right logit less the largest other one, from V itself, at one x and some y.
+    """Compute the right logit less the largest other one, from V itself.
 
     Every other logit gets the most that the cells of grids could give it.
     """
     signs, to, rho = second.rho
-    summed = np.zeros((len(rho), len(ys)), np.float32)
-    np.add.at(summed, to, signs[:, None] * v[:, ys])
-    z, pairs = zs[ys], np.arange(len(ys))
-    logits = summed.T @ rho + second.sums.x[x] + second.sums.y[ys] + second.spans[z]
-    right = logits[pairs, z] - second.spans[z, z]
+    summed, pairs = np.zeros((len(rho), len(z)), np.float32), np.arange(len(z))
+    np.add.at(summed, to, signs[:, None] * v)
+    logits = summed.T @ rho + second.sums[0, x] + second.sums[1, y]
+    right = logits[pairs, z]
+    logits += second.spans[z]
     logits[pairs, z] = -np.inf
     return right - logits.max(axis=1)
 

@@ -10,7 +10,7 @@ import dataclasses
 from types import ModuleType
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Float32
 
 from mechatlas.analysis.proofs.verifier import checks
 from mechatlas.analysis.proofs.verifier.checks import (
@@ -29,8 +29,6 @@ from mechatlas.analysis.proofs.verifier.structures import (
     CircuitTerms,
     ClassMinima,
     FirstStage,
-    GridSpans,
-    LogitSums,
     MergedNetwork,
     Neurons,
     PairSum,
@@ -75,7 +73,11 @@ class Terms:
 
 
 def build_terms(
-    weights: Weights, packed: Packed, irreps: KnownIrreps, actions: KnownActions, loops: ModuleType
+    weights: Weights,
+    packed: Packed,
+    irreps: KnownIrreps,
+    actions: KnownActions,
+    loops: ModuleType,
 ) -> Terms:
     """Prepare a bound.
 
@@ -91,39 +93,49 @@ def build_terms(
     """
     group, rho = irreps.group, irreps.rho
     n, m, blocks = group.order, packed.width, packed.block_offsets
-    k = len(packed.layout.representatives)
+    k, d = len(packed.layout.representatives), packed.circuits.shapes[:, 0]
     merged = _merge(weights, packed, loops)
     residual, sizes = loops.unembedding_residual(merged.unembed, packed.circuits, rho)
-    framed, gaps = loops.ideal_margins(packed.circuits, rho, group.identity)
+    inner = packed.circuits.means @ rho  # gamma(g) = <Vm, 1 - rho(g)>
+    gaps = inner[group.identity] - inner
     index = loops.index_tables(packed.grids, actions.packed._replace(sides=packed.sides))
     weight = merged.mass + 1.01 * np.sqrt(packed.widest) * sizes
-    d = packed.circuits.shapes[:, 0]
     inflate = 1 + 1.01 * growth(2 * k + packed.widest**2 + len(d) + len(blocks) + 64, U32)
-    spans = loops.grid_spans(
-        residual, weight, packed.grids, 8 * growth(4 * packed.largest + 64, U32)
-    )
-    errors = loops.residual_distances(residual, blocks, 8 * growth(4 * k + 64, U32), inflate)
+    cells, off_center, largest = loops.grid_cells(residual, weight, packed.grids)
+    spans = np.zeros((n, n), np.float32)
+    for each in cells:
+        loops.add_distances(each, 8 * growth(4 * packed.largest + 64, U32), spans)
+    spans *= np.float32(1.000002 + 2.0**-22 * len(cells))
+    errors = np.zeros((len(blocks) - 1, n), np.float32)
+    for b, error in enumerate(errors):
+        distances = np.zeros((n, n), np.float32)
+        block = residual[blocks[b] : blocks[b + 1]]
+        loops.add_distances(block, 8 * growth(4 * k + 64, U32), distances)
+        error[:] = inflate * distances.max(axis=1)
     sums = _additive_logits(packed, merged)
-    losses: AdditiveLosses = loops.additive_losses(sums, spans.spans)
+    losses: AdditiveLosses = loops.additive_losses(sums, spans)
     rate = _rounding_rate(packed, len(rho)) + 16 * irreps.defect
-    slack = _slack(packed, merged, weight, rate, index, spans, loops)
+    slack = _slack(packed, merged, weight, rate, index, (off_center, largest), loops)
     bins: ClassMinima = loops.class_minima(gaps, irreps.norms, group.class_of, BINS, inflate)
     return Terms(
         weights=weights,
         neurons=Neurons(
-            merged.left, packed.layout.additive_x, merged.right, packed.layout.additive_y,
+            merged.sides[0], packed.layout.additive_x, merged.sides[1], packed.layout.additive_y,
             packed.grids.scale, blocks,
         ),
         lookup=index,
-        circuits=CircuitTerms(packed.circuits.shapes, packed.circuits.coefficients, framed, rho),
+        circuits=CircuitTerms(
+            packed.circuits.shapes, packed.circuits.coefficients,
+            packed.circuits.means.astype(np.float32), rho,
+        ),
         first=FirstStage(
             bins, losses, errors, slack, checks.float32_errors(weights, loops), inflate,
             np.ascontiguousarray((rho[:, [group.identity]] - rho[:, bins.elements]).T),
             4.4 * packed.widest**0.5 * growth(packed.widest + 4, U32) / rate,
         ),
-        second=SecondStage(irreps.distinct, sums, spans.spans, 0, GIVE_UP_SHARE),
-        prepared=n * n * (3 * k + spans.n_cells) + n * len(packed.circuits.coefficients) + n * m,
-        first_cost=3 * k + len(packed.circuits.coefficients) + int((d**3 + d**2).sum())
+        second=SecondStage(irreps.distinct, sums, spans, 0, GIVE_UP_SHARE),
+        prepared=n * n * (3 * k + sum(map(len, cells))) + n * (k * len(rho) + m),
+        first_cost=3 * k + int((d**3 + d**2 * (packed.circuits.shapes[:, 2] + 1)).sum())
         + 8 * (len(d) + len(blocks)),
         frame_cost=int(2 * (d**3).sum()),
         second_cost=n * (len(irreps.distinct.rows) + 4),
@@ -138,8 +150,8 @@ def _merge(weights: Weights, packed: Packed, loops: ModuleType) -> MergedNetwork
     merged = loops.merge_neurons(weights, packed.clusters, representatives, factor)
     if merged.too_small:
         # Scaling is exact unless it leaves the normal numbers; a weight may itself be below them.
-        for after, before in ((merged.left.T, weights.left), (merged.right, weights.right)):
-            if not np.array_equal(after / factor[:, None], before[:, representatives].T):
+        for after, before in zip(merged.sides, weights[:2], strict=True):
+            if not np.array_equal(after.T / factor, before[:, representatives]):
                 raise ProofError("The exponents make weights too small for float32.")
     return merged
 
@@ -150,7 +162,7 @@ def _slack(
     weight: Float[np.ndarray, " neuron"],
     rate: float,
     index: TableIndex,
-    spans: GridSpans,
+    cells: tuple[float, float],
     loops: ModuleType,
 ) -> PairSum:
     """Bound the rounding of the verification, and all that was left out.
@@ -161,23 +173,21 @@ def _slack(
         weight: Largest |u_i|, and sum of the norms of M_i, of each neuron.
         rate: Relative rounding of the bound, per unit of all its terms.
         index: Tables of the grids.
-        spans: Residual in the cells of the grids.
+        cells: Loss owed to means of the tables, and more than the largest number in a cell.
         loops: See `checks.choose_loops`.
     """
     # In float32 these sums are off by less than a thousandth, which the 1.01 covers.
     small = (1.01 * rate * weight).astype(np.float32)
-    x_sums, y_sums, size = loops.absolute_sums(
-        merged, p.layout.additive_x, p.layout.additive_y, small
-    )
+    sums, size = loops.absolute_sums(merged, p.layout.additive_x, p.layout.additive_y, small)
     framed = 1.01 * p.widest * float(np.abs(p.circuits.means).sum())
     size += float(index.largest.sum())
     most = framed + float(weight.max(initial=0))
-    lost = spans.off_center + _below_normal(p) * (1 + size) * (1 + most)
+    lost = cells[0] + _below_normal(p) * (1 + size) * (1 + most)
     constant = rate * framed + float(small @ index.largest) + lost + 1e-12
-    x_slack = x_sums.astype(np.float64) + 1.0001 * merged.x_loss + constant
-    y_slack = y_sums.astype(np.float64) + 1.0001 * merged.y_loss
+    x_slack, y_slack = sums.astype(np.float64) + 1.0001 * merged.losses
+    x_slack += constant
     # Now squares of all that is added up are finite in float32, and NaN is nowhere.
-    if not (max(size, most, spans.largest) < LARGEST and x_slack.max() + y_slack.max() < 1e10):
+    if not (max(size, most, cells[1]) < LARGEST and x_slack.max() + y_slack.max() < 1e10):
         raise ProofError("The explanation has absurd sizes: rounding could be anything.")
     return PairSum(x_slack, y_slack)
 
@@ -187,7 +197,7 @@ def _rounding_rate(p: Packed, rows: int) -> float:
     k = len(p.layout.representatives)
     single = growth(k + 3 * p.widest + 24, U32)  # matrices V, and Vm in its frame
     single += growth(2 * k + 8, U32)  # additive parts
-    single += growth(p.width + p.widest**2 + 16, U32)  # u, and the residual e
+    single += growth(p.width + rows + 16, U32)  # u, and the residual e
     single += growth(rows + 8, U32)  # logits of the second stage, or margins over bins
     single += growth(len(p.circuits.shapes) + 32, U32)  # the rest of a sum
     double = growth(16 * (k + p.width + 64) + 8 * p.largest + p.widest**2, U64)
@@ -205,12 +215,11 @@ def _below_normal(p: Packed) -> float:
     return 16 * terms * TINIEST**0.5
 
 
-def _additive_logits(p: Packed, merged: MergedNetwork) -> LogitSums:
+def _additive_logits(p: Packed, merged: MergedNetwork) -> Float32[np.ndarray, "2 order order"]:
     """Sum the additive parts, and the linear parts of mirrored neurons, into each logit."""
     u, mirrored = merged.unembed, merged.mirrored
-    x_sums, y_sums = p.layout.additive_x @ u, p.layout.additive_y.T @ u
+    sums = np.stack([p.layout.additive_x @ u, p.layout.additive_y.T @ u])
     linear = merged.linear[mirrored]
     if len(linear):
-        x_sums += merged.left[:, mirrored] @ linear
-        y_sums += merged.right[mirrored].T @ linear
-    return LogitSums(x_sums, y_sums)
+        sums += merged.sides[:, mirrored].transpose(0, 2, 1) @ linear
+    return sums
