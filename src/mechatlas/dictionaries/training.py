@@ -137,8 +137,7 @@ def train(
     """
     _check(dtype, steps=steps, batch_size=batch_size, lr=lr, checkpoint_every=checkpoint_every)
     coders = list(map(as_coder, dictionary if isinstance(dictionary, Sequence) else [dictionary]))
-    rows = as_rows(data)
-    device = as_device(device)
+    rows, device = as_rows(data), as_device(device)
     schedule, objective = schedule or Schedule(), objective or Objective()
     held_out = _checked(held := rows.held_out(HELD_OUT_ROWS), rows).to(device)
     runs = [
