@@ -161,8 +161,8 @@ def test_many_codes_are_found_by_the_compiled_loop_as_by_torch():
     pre = torch.randn(300, 512, generator=torch.Generator().manual_seed(0))
     pre[7], pre[9, 40:] = -1, -2
     rule = TopK(k=16)
-    by_torch = torch.cat([rule(part) for part in pre.split(50)])
-    assert pre.numel() >= WORTH_COMPILING > pre[:50].numel()
+    by_torch = torch.cat([rule(part) for part in pre.split(20)])
+    assert pre.numel() >= WORTH_COMPILING > pre[:20].numel()
     assert torch.equal(rule(pre), by_torch)
     assert torch.equal(rule(pre.requires_grad_()), by_torch)
     pre = pre.detach()

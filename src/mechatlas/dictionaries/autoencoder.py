@@ -134,7 +134,7 @@ class SparseCoder(nn.Module, abc.ABC):
         Raises:
             InputError: The rows are not `d_in` wide, or are no real numbers.
         """
-        rows = as_batch(x, self.W_dec.device).to(self.W_dec.dtype)
+        rows = as_batch(x, self.W_dec.device).to(self.b_dec.dtype)
         return self.rule(self.pre_activations(rows), self.state)
 
     @abc.abstractmethod
@@ -281,8 +281,9 @@ class LinearCoder(SparseCoder):
         """Encoder weights, latents first and each side by side in memory, to change in place."""
         if self.tied:
             return self.W_dec.data
-        if not self._W_enc.data.T.is_contiguous():
-            self._W_enc.data = self._W_enc.data.T.contiguous().T
+        rows = self._W_enc.data.T
+        if not rows.is_contiguous() and rows.stride(1) != 1:
+            self._W_enc.data = rows.contiguous().T
         return self._W_enc.data.T
 
     @property
@@ -306,11 +307,12 @@ class LinearCoder(SparseCoder):
             InputError: The rows are not `d_in` wide.
         """
         check_width(x, self.d_in, self.b_dec.device)
-        return (x - self.b_dec if self.subtracts_b_dec else x) @ self.W_enc + self.b_enc
+        read = x - self.b_dec if self.subtracts_b_dec else x
+        return read.to(self.W_enc.dtype) @ self.W_enc + self.b_enc
 
     def decode(self, code: Float[Tensor, "batch latent"]) -> Float[Tensor, "batch d_out"]:
         """Reconstruction in the units of the activations written."""
-        return code @ self.W_dec + self.b_dec
+        return code.to(self.W_dec.dtype) @ self.W_dec + self.b_dec
 
     def step(self, objective: Objective, revival: AuxK | Resample | None = None) -> Step:
         """Make the optimizer: sparse where the sparsity rule has a fast path, else autograd."""
@@ -329,7 +331,7 @@ class LinearCoder(SparseCoder):
         """Set the biases so that the mean row has code zero and is reconstructed."""
         self.b_dec.copy_(mean[self.writes])
         if not self.subtracts_b_dec:
-            self.b_enc.copy_(-(mean[self.reads] @ self.W_enc))
+            self.b_enc.copy_(-(mean[self.reads].to(self.W_enc.dtype) @ self.W_enc))
 
     @torch.no_grad()
     def rescale(self, scale: Float[Tensor, " width"]) -> None:

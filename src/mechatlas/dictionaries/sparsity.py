@@ -43,7 +43,7 @@ State = Mapping[str, Tensor]
 """Tensors of a rule's own."""
 Unexplained = Callable[[Tensor], Tensor]
 """Squared error of each sample that a code leaves, by a decoder that does not learn from it."""
-WORTH_COMPILING = 100_000
+WORTH_COMPILING = 20_000
 """Pre-activations from which on a compiled loop finds the largest."""
 NONE: State = MappingProxyType({})
 """State of a rule without tensors."""

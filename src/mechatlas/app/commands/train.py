@@ -11,7 +11,7 @@ file of its own. A recipe that names a group trains a network on the group's tab
 import dataclasses
 import time
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch.distributed as dist
 
@@ -125,6 +125,9 @@ class TrainConfig(DeviceConfig):
     others share out the latents."""
     checkpoint_every: int = 1000
     """Steps between two checkpoints. The same command continues a run that was stopped."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Number format of atoms, encoder and their moments: float32, or bfloat16, rounded at random,
+    in half the memory of a GPU (docs/gpu.md says what it costs)."""
     seed: int = 0
     """Seed of the weights and of the order of batches."""
 
@@ -307,6 +310,7 @@ def _options(config: TrainConfig) -> dict[str, Any]:
     """Options of a step of training."""
     names = (
         "batch_size", "lr", "seed", "device", "schedule", "objective", "revival", "outlier_norms",
+        "dtype",
     )  # fmt: skip
     return {name: getattr(config, name) for name in names}
 
