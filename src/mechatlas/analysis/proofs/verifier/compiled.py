@@ -15,8 +15,8 @@ from jaxtyping import Float, Float32, Int
 from mechatlas.analysis.proofs.verifier import reference, structures
 from mechatlas.analysis.proofs.verifier.explanation import (
     NOT_TRIED,
-    PATIENCE,
     PAIRS,
+    PATIENCE,
     WORTH_COMPARING,
 )
 from mechatlas.analysis.proofs.verifier.reference import (

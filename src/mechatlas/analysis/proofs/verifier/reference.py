@@ -27,8 +27,8 @@ from jaxtyping import Float, Float32, Int, Int8
 
 from mechatlas.analysis.proofs.verifier.explanation import (
     NOT_TRIED,
-    PATIENCE,
     PAIRS,
+    PATIENCE,
     WORTH_COMPARING,
 )
 from mechatlas.analysis.proofs.verifier.structures import (
