@@ -19,21 +19,12 @@ from mechatlas.analysis.proofs.verifier.explanation import (
     PATIENCE,
     WORTH_COMPARING,
 )
-from mechatlas.analysis.proofs.verifier.reference import (
-    absolute_sums,
-    additive_losses,
-    class_minima,
-    find_fault,
-    float32_error_sums,
-    unembedding_residual,
-)
 from mechatlas.analysis.proofs.verifier.structures import PairCounts
 from mechatlas.maths import compilation
 
 __all__ = [
-    "absolute_sums", "add_distances", "additive_losses", "bound_pairs", "class_minima",
-    "find_fault", "float32_error_sums", "hidden_values", "index_tables", "judge_margins",
-    "merge_neurons", "sum_cells", "unembedding_residual",
+    "add_distances", "bound_pairs", "hidden_values", "index_tables", "judge_margins",
+    "merge_neurons", "sum_cells",
 ]  # fmt: skip
 
 Loop = TypeVar("Loop", bound=Callable[..., Any])

@@ -1,18 +1,15 @@
 """The loops of the verifier in numpy: the version that a skeptic can audit.
 
-How to read it. `verify` has the formula; this module evaluates it, in the order of `terms` and then
-of `verify`, a function for each step:
+How to read it. `verify` has the formula; `terms` evaluates what does not depend on the pair; this
+module has the loops of both, in the order in which they run:
 
-    find_fault                        refuse what is impossible
-    merge_neurons                     dead neurons and clusters: a smaller network and a loss
-    unembedding_residual              e_i(z) = u_i(z) - <M_i, rho(z)>
-    index_tables                      T of each neuron, over all y
-    sum_cells                         e against s T, by Cauchy-Schwarz within the cells of a grid
-    add_distances                     the same for each two answers, and for D in place of s T
-    class_minima                      the least gamma(g), and the largest |1 - rho(g)|
-    additive_losses                   A and B, and the above, for the worst other answer
-    absolute_sums, float32_error_sums sums that bounds on rounding are proportional to
-    bound_pairs                       the bound of each pair, from all of these
+    merge_neurons   dead neurons and clusters: a smaller network and a loss
+    index_tables    T of each neuron, over all y
+    sum_cells       e against s T, by Cauchy-Schwarz within the cells of a grid
+    add_distances   the same for each two answers, and for D in place of s T
+    bound_pairs     the bound of each pair, from all terms
+
+The first three are compiled as they stand here.
 
 Whatever the explanation says, each step holds: where a claimed number is wrong, the quantity that
 it is compared with is measured here, and the difference is a loss. No function reads a claim
@@ -32,66 +29,18 @@ from mechatlas.analysis.proofs.verifier.explanation import (
     WORTH_COMPARING,
 )
 from mechatlas.analysis.proofs.verifier.structures import (
-    AdditiveLosses,
     CircuitTerms,
-    ClassMinima,
     Clusters,
     FirstStage,
-    Layout,
     MergedNetwork,
     Neurons,
     PackedActions,
-    PackedCircuits,
     PackedGrids,
     PairBounds,
     PairCounts,
     SecondStage,
     TableIndex,
-    Weights,
 )
-
-
-def find_fault(
-    clusters: Clusters, layout: Layout, circuits: PackedCircuits, grids: PackedGrids, limit: float
-) -> int:
-    """Number of the first impossible thing in an explanation, or 0; see `checks.FAULTS`.
-
-    Args:
-        clusters: Dead neurons and clusters.
-        layout: Cluster representatives.
-        circuits: Circuits of the explanation.
-        grids: Grids of the explanation.
-        limit: Numbers must be below this.
-    """
-    dead, representative_of, scale_factors = clusters
-    width = len(representative_of)
-    tests = [
-        _is_label(layout.exponents, -40, 41),
-        _is_below(layout.additive_x, limit) and _is_below(layout.additive_y, limit),
-        _is_below(circuits.coefficients, limit) and _is_below(circuits.means, limit),
-        all(_is_below(values, limit) for values in (grids.tables, grids.scale, scale_factors)),
-        _is_label(representative_of, 0, width) and _is_label(layout.representatives, 0, width),
-    ]
-    if not all(tests):
-        return tests.index(False) + 1
-    times = np.bincount(layout.representatives, minlength=width)
-    is_itself = (representative_of == np.arange(width)) & (scale_factors == 1)
-    itself = (times == 1) & ~dead & is_itself
-    if not (itself | (times == 0) & (dead | (times[representative_of] == 1))).all():
-        return 6
-    return 0
-
-
-@np.errstate(over="ignore", invalid="ignore")
-def _is_below(values: np.ndarray, limit: float) -> bool:
-    """Whether the root of the sum of squares is below a limit; false for NaN."""
-    values = values.ravel()
-    return bool(np.dot(values, values) < limit**2)
-
-
-def _is_label(values: np.ndarray, low: int, high: int) -> bool:
-    """Whether all values are from `low` to `high` - 1."""
-    return bool(values.min(initial=low) >= low and values.max(initial=low) < high)
 
 
 def merge_neurons(
@@ -153,27 +102,6 @@ def merge_neurons(
     return is_small
 
 
-def unembedding_residual(
-    u: Float32[np.ndarray, "neuron order"],
-    circuits: PackedCircuits,
-    rho: Float32[np.ndarray, "entry order"],
-) -> tuple[Float32[np.ndarray, "neuron order"], Float[np.ndarray, " neuron"]]:
-    """Subtract <M_i, rho(z)> from u_i(z).
-
-    Args:
-        u: u_i(z).
-        circuits: Circuits with their M_i.
-        rho: Matrix entries of their irreps.
-
-    Returns:
-        e_i(z), and the sum of the norms of all M_i of each neuron.
-    """
-    starts = np.cumsum(np.square(circuits.shapes[:, 0])) - np.square(circuits.shapes[:, 0])
-    squares = np.square(circuits.coefficients, dtype=np.float64)
-    sizes = np.sqrt(np.add.reduceat(squares, starts, axis=0)) if len(starts) else squares
-    return u - circuits.coefficients.T @ rho, sizes.sum(axis=0)
-
-
 def index_tables(grids: PackedGrids, actions: PackedActions, out: TableIndex) -> int:
     """Lay out the tables of all grids so that each neuron finds T over all y in one row.
 
@@ -220,44 +148,6 @@ def index_tables(grids: PackedGrids, actions: PackedActions, out: TableIndex) ->
             out.first[j], out.columns[j] = cell + q * k, p + actions.offsets[actions.sides[g, 0]]
             out.largest[j] = np.float32(1.0001) * abs(grids.scale[j]) * most
     return 0
-
-
-def absolute_sums(
-    network: MergedNetwork,
-    additive_x: Float32[np.ndarray, "order neuron"],
-    additive_y: Float32[np.ndarray, "neuron order"],
-    small: Float32[np.ndarray, " neuron"],
-) -> tuple[Float32[np.ndarray, "2 order"], float]:
-    """Sum small_i (|l_i(x)| + |A_i(x)|) over neurons for each x, and the same for each y.
-
-    Args:
-        network: The merged network.
-        additive_x: A_i(x).
-        additive_y: B_i(y).
-        small: Weight of each neuron in the sum.
-
-    Returns:
-        The sums of x and of y, and a number larger than all those that were added up.
-    """
-    sizes = np.abs(network.sides)
-    sizes[0] += np.abs(additive_x.T)
-    sizes[1] += np.abs(additive_y)
-    return small @ sizes, float(sizes.sum())
-
-
-def float32_error_sums(
-    weights: Weights, rate: float
-) -> tuple[Float32[np.ndarray, " order"], Float32[np.ndarray, " order"], float]:
-    """Sum rate max |u_i| relu(l_i(x)) over neurons for each x, and the same with r_i for each y.
-
-    Returns:
-        The sums of x and of y, and a number larger than all those that were added up.
-    """
-    top = np.abs(weights.unembed).max(axis=1)
-    first, second = np.maximum(weights.left, 0), np.maximum(weights.right, 0)
-    scaled = (rate * top.astype(np.float64)).astype(np.float32)
-    size = 1.01 * sum(float(part.sum()) for part in (top, first, second))
-    return first @ scaled, second @ scaled, size
 
 
 def add_distances(
@@ -344,59 +234,6 @@ def sum_cells(
         off_center += 2.02 * (np.sqrt(means) + 1e-10 * size) * total
         largest += 4 * size * total
     return off_center, largest
-
-
-def class_minima(
-    gaps: Float[np.ndarray, " element"],
-    norms: Float[np.ndarray, "element circuit"],
-    classes: Int[np.ndarray, " element"],
-    most: int,
-    inflate: float,
-) -> ClassMinima:
-    """Take the least gap and the largest norms of each bin of the group without the identity.
-
-    A bin is a conjugacy class, or classes with about the same gap.
-
-    Args:
-        gaps: Ideal margin gamma(g).
-        norms: Frobenius norm of 1 - rho(g), of each circuit.
-        classes: Conjugacy class of each element, ascending from 1.
-        most: Largest number of bins.
-        inflate: Factor for rounding in the sums that the norms enter.
-    """
-    if not len(gaps):  # the trivial group has no other answers
-        classes, gaps, norms = (
-            np.ones(1, np.int64),
-            np.full(1, np.inf),
-            np.zeros((1, norms.shape[1])),
-        )
-    order, labels = np.arange(len(gaps)), classes
-    if classes[-1] > most:
-        least = np.minimum.reduceat(gaps, np.flatnonzero(np.diff(classes, prepend=0)))
-        share = (least - least.min()) / max(float(np.ptp(least)), 1e-300)
-        labels = np.minimum((share * most).astype(int), most - 1)[classes - 1]
-        order = np.argsort(labels, kind="stable")
-        gaps, norms, labels = gaps[order], norms[order], labels[order]
-    starts = np.flatnonzero(np.diff(labels, prepend=-1))
-    return ClassMinima(
-        np.minimum.reduceat(gaps, starts).astype(np.float32),
-        (np.maximum.reduceat(norms, starts, axis=0) * inflate).astype(np.float32),
-        order, np.append(starts, len(gaps)),
-    )  # fmt: skip
-
-
-def additive_losses(
-    sums: Float32[np.ndarray, "2 order order"], spans: Float32[np.ndarray, "order order"]
-) -> AdditiveLosses:
-    """Bound the loss of a right answer z to additive parts and to the cells of grids.
-
-    Args:
-        sums: Additive part of each logit, of x and of y.
-        spans: Most that the residual could do within the cells of grids, for each two answers.
-    """
-    cells = spans.max(axis=1)
-    x_loss, y_loss = sums.max(axis=2, keepdims=True) - sums
-    return AdditiveLosses(x_loss + cells, y_loss, cells)
 
 
 def bound_pairs(

@@ -165,7 +165,7 @@ def verify(
     """
     weights, loops = Weights(left, right, unembed), checks.choose_loops(reference=reference)
     table, n = group.table, group.order
-    packed, irreps, actions = checks.check(len(unembed), group, explanation, loops)
+    packed, irreps, actions = checks.check(len(unembed), group, explanation)
     t = build_terms(weights, packed, irreps, actions, loops)
     brute_force = n * n * n * len(unembed)
     out = PairBounds(
