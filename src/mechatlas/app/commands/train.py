@@ -410,9 +410,8 @@ def in_words(result: TrainResult) -> str:
     quality = f"fvu {result.fvu:.4f}{others}, l0 {result.l0:.1f}, dead {result.dead_share:.1%}"
     words = [f"Held out: {quality}."]
     if result.dead_share > MANY_DEAD and result.lr is not None:
-        half = result.lr / 2
         words.append(
-            f"Fewer latents die at a smaller learning rate, as `--lr {half:.2g}`, which may explain "
-            "less, or with a table [revival] in the recipe."
+            "Fewer latents die at a smaller learning rate, which may explain less "
+            f"(`--lr {result.lr / 2:.2g}`), or with a table [revival] in the recipe."
         )
     return "\n".join([*words, f"Dictionary: {result.out}"])
