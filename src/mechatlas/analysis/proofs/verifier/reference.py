@@ -280,7 +280,7 @@ def bound_pairs(
             )
             margins[p] = worst - lost[p]
             left_over = p[~(margins[p] > needed[p])]
-            framed, compared = framed + len(p), compared + count * len(p)
+            framed, compared = framed + n * len(np.unique(x[p])), compared + count
             poor += len(left_over) > (1 - WORTH_COMPARING) * len(p)
         uncertified += len(left_over)
         done = start + len(xs)
@@ -368,16 +368,14 @@ def _compare_bins(
     circuits: CircuitTerms,
     first: FirstStage,
 ) -> tuple[Float[np.ndarray, " pair"], int]:
-    """Compute margins exactly over bins that do not certify all of some pairs.
+    """Compute margins exactly over the bins that do not certify a pair.
 
     With W = rho(x)^T V rho(y)^T the margin of z* over z = x g y is <W, 1 - rho(g)>.
 
     Returns:
-        The least margin over all bins, and the number of elements g that were compared with the
-        identity.
+        The least margin over all bins, and the number of such margins that were computed.
     """
-    offsets, base = first.bins.offsets, 0
-    failing = np.flatnonzero(~(by_bin > needed).all(axis=1))
+    offsets, base, count = first.bins.offsets, 0, 0
     framed = np.empty_like(v)
     for d in circuits.shapes[:, 0]:
         mine = slice(base, base + d * d)
@@ -385,12 +383,13 @@ def _compare_bins(
         half = np.einsum("eap,efp->afp", rho[:, :, x], own)
         framed[mine] = np.einsum("afp,bfp->abp", half, rho[:, :, y]).reshape(d * d, -1)
         base += d * d
-    for k in failing:
-        margins = first.differences[offsets[k] : offsets[k + 1]] @ framed
-        by_bin[k] = np.maximum(
-            by_bin[k], margins.min(axis=0) - (first.frame_slack * rounding).astype(np.float32)
-        )
-    count = int((offsets[failing + 1] - offsets[failing]).sum())
+    for k, bound in enumerate(by_bin):
+        p = np.flatnonzero(~(bound > needed))
+        if len(p):
+            margins = first.differences[offsets[k] : offsets[k + 1]] @ framed[:, p]
+            lost = (first.frame_slack * rounding[p]).astype(np.float32)
+            bound[p] = np.maximum(bound[p], margins.min(axis=0) - lost)
+            count += margins.size
     return by_bin.min(axis=0).astype(np.float64), count
 
 

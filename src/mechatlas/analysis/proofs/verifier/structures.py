@@ -253,4 +253,4 @@ class PairCounts(NamedTuple):
     framed: int
     """Pairs for which V was moved into the frame of x and y."""
     compared: int
-    """Elements g whose margins were computed from it, over all these pairs."""
+    """Margins that had to be computed from it, each of a pair and an element g."""
