@@ -378,12 +378,13 @@ def bound_pairs(table, neurons, lookup, circuits, first, second, out):
         rho=second.rho._replace(rows=_padded(second.rho.rows, width)),
         sums=_padded(second.sums, width, -np.inf), spans=_padded(second.spans, width),
     )  # fmt: skip
-    interaction, residuals, v, deviations, framed = (
-        np.zeros((count, step, width), np.float32)
-        for count in (k, len(first.residual), r, len(circuits.shapes), r)
+    residuals, v, deviations, framed = (
+        np.empty((count, step, width), np.float32)
+        for count in (len(first.residual), r, len(circuits.shapes), r)
     )
     room = Room(
-        interaction, residuals, v, deviations, np.zeros((3, width), np.float32),
+        np.zeros((k, step, width), np.float32), residuals, v, deviations,
+        np.zeros((3, width), np.float32),
         np.empty((step, n)), np.empty((3, step * n), np.int64), np.empty(step * n),
         np.empty(step * n, np.float32), np.empty(numbers, np.float32), framed,
         np.empty(step * n, np.int64),
