@@ -48,13 +48,15 @@ from mechatlas.dictionaries.pose_tied import PoseTied
 from mechatlas.dictionaries.revival import AuxK, Resample
 from mechatlas.dictionaries.sharded import Shard, mesh_of
 from mechatlas.dictionaries.sparsity import Sparsity, TopK
-from mechatlas.dictionaries.training import HELD_OUT_ROWS
+from mechatlas.dictionaries.training import HELD_OUT_ROWS, default_rate
 from mechatlas.dictionaries.training import train as train_dictionary
 from mechatlas.maths.groups import Group
 from mechatlas.maths.outliers import OUTLIER_NORMS
 from mechatlas.ranges import COUNT, SEED, check_ranges
 
 KIND = DICTIONARY
+MANY_DEAD = 0.25
+"""Share of dead latents above which the command says what keeps them."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -232,6 +234,8 @@ class TrainResult(CommandResult):
     the mean."""
     fvu_with_outliers: float | None = None
     """Fraction of variance unexplained on all held-out rows, outlier rows included."""
+    lr: float | None = None
+    """Largest learning rate of Adam."""
 
 
 def run(config: TrainConfig, folder: RunFolder) -> TrainResult:
@@ -285,6 +289,7 @@ def run(config: TrainConfig, folder: RunFolder) -> TrainResult:
         held_out_rows=data.n_held_out,
         fvu_median=history.fvu_median[-1],
         fvu_with_outliers=history.fvu_with_outliers[-1],
+        lr=config.lr or default_rate(dictionary, config.steps),
     )
 
 
@@ -403,4 +408,10 @@ def in_words(result: TrainResult) -> str:
     outliers = result.fvu_with_outliers
     others = f" ({outliers:.4f} with outlier rows)" if outliers not in (None, result.fvu) else ""
     quality = f"fvu {result.fvu:.4f}{others}, l0 {result.l0:.1f}, dead {result.dead_share:.1%}"
-    return f"Held out: {quality}.\nDictionary: {result.out}"
+    words = [f"Held out: {quality}."]
+    if result.dead_share > MANY_DEAD and result.lr is not None:
+        words.append(
+            "Fewer latents die at a smaller learning rate, which may explain less "
+            f"(`--lr {result.lr / 2:.2g}`), or with a table [revival] in the recipe."
+        )
+    return "\n".join([*words, f"Dictionary: {result.out}"])

@@ -7,7 +7,7 @@ Read in this order:
     verify       the formula of the bound, and `verify`
     checks       conditions that a bound rests on: shapes, homomorphisms, permutations
     terms        all terms of the bound that do not depend on the pair, and all rounding
-    reference    the loops in numpy: short, slow, and meant to be read
+    reference    the loops, over pairs in numpy: slow, and meant to be read
     compiled     the loops over pairs compiled, tested against `reference`
     packing, structures   layouts of arrays, no arithmetic
     exact        exact accuracy by brute force, for pairs that are not certified
@@ -21,7 +21,7 @@ group, m the width of the network, and k the number of cluster representatives:
     c          m              factor of a neuron and its representative: `Explanation.scale_factors`
     rho        n d d          irrep: `IrrepCircuit.matrices`; by entry: `checks.KnownIrreps.rho`
     M_i        d d            Fourier coefficient of u_i: `IrrepCircuit.coefficients`
-    e_i        n              residual u_i(z) - <M_i, rho(z)>: `reference.unembedding_residual`
+    e_i        n              residual u_i(z) - <M_i, rho(z)>: `terms.build_terms`
     B, B'      -              rho-sets, by their permutations: `Grid.left_action`, `.right_action`
     p, p'      k, k           points of B and B' of each neuron: `Grid.left_points`, `.right_points`
     A_i, B_i   n, n           additive parts: `Explanation.additive_x`, `.additive_y`

@@ -15,29 +15,16 @@ from jaxtyping import Float, Float32, Int
 from mechatlas.analysis.proofs.verifier import reference, structures
 from mechatlas.analysis.proofs.verifier.explanation import (
     NOT_TRIED,
+    PAIRS,
     PATIENCE,
-    ROWS,
     WORTH_COMPARING,
-)
-from mechatlas.analysis.proofs.verifier.reference import (
-    absolute_sums,
-    additive_losses,
-    class_minima,
-    find_fault,
-    float32_error_sums,
-    grid_cells,
-    index_tables,
-    merge_neurons,
-    preserves_antipodes,
-    unembedding_residual,
 )
 from mechatlas.analysis.proofs.verifier.structures import PairCounts
 from mechatlas.maths import compilation
 
 __all__ = [
-    "absolute_sums", "add_distances", "additive_losses", "bound_pairs", "class_minima",
-    "find_fault", "float32_error_sums", "grid_cells", "hidden_values", "index_tables",
-    "judge_margins", "merge_neurons", "preserves_antipodes", "unembedding_residual",
+    "add_distances", "bound_pairs", "hidden_values", "index_tables", "judge_margins",
+    "merge_neurons", "sum_cells",
 ]  # fmt: skip
 
 Loop = TypeVar("Loop", bound=Callable[..., Any])
@@ -66,6 +53,10 @@ class Room(NamedTuple):
     """Margin before losses of such a pair."""
     flat: Float32[np.ndarray, " number"]
     """Numbers for what is multiplied as matrices."""
+    framed: Float32[np.ndarray, "entry x y"]
+    """V in the frame of x and y."""
+    at: Int[np.ndarray, " pair"]
+    """Place of a pair that is left among all."""
 
 
 STRUCTURES = [Room, *(each for each in vars(structures).values() if hasattr(each, "_fields"))]
@@ -86,6 +77,12 @@ def compiled(loop: Loop, *, inner: bool = True) -> Loop:
 def compiled_form(function: Loop) -> Callable[[Callable[..., Any]], Loop]:
     """Compile a loop that has the parameters, types and result of a function of `reference`."""
     return lambda loop: cast(Loop, compiled(loop, inner=False))
+
+
+merge_neurons, index_tables, sum_cells = (
+    compiled(loop, inner=False)
+    for loop in (reference.merge_neurons, reference.index_tables, reference.sum_cells)
+)
 
 
 @compiled
@@ -168,7 +165,7 @@ def _squared_deviations(x, i, base, d, v, means, rho, framed, rest, squares):
 def _add_circuits(start, count, circuits, room):
     """Compute the matrices V at some x, and their distances from rho(x) Vm rho(y)."""
     shapes, coefficients, means, rho = circuits
-    interaction, _, v, deviations, lines, _, _, _, _, flat = room
+    interaction, _, v, deviations, lines, _, _, _, _, flat, _, _ = room
     pairs = v.shape[1] * v.shape[2]
     whole, product = interaction.reshape((len(interaction), pairs)), v.reshape((len(v), pairs))
     base = np.int64(0)  # of a literal another form would be compiled
@@ -227,47 +224,48 @@ def _bound_first(x, i, zs, first, room, margins, count):
 
 
 @compiled
-def _frame(start, xs, ys, base, d, v, rho, framed, flat):
-    """Compute rho(x)^T V rho(y)^T of a circuit for some pairs."""
-    count = len(xs)
-    size = d * d * count
-    of_x, of_y = _matrix(flat, d * d, count), _matrix(flat[size:], d * d, count)
-    own, half = _matrix(flat[2 * size :], d * d, count), _matrix(flat[3 * size :], d * d, count)
-    for r in range(d * d):
-        for p in range(count):
-            of_x[r, p], of_y[r, p] = rho[base + r, xs[p]], rho[base + r, ys[p]]
-            own[r, p] = v[base + r, xs[p] - start, ys[p]]
-    for a in range(d):
-        for f in range(d):
-            target = half[a * d + f]
-            _fill(target, np.float32(0))
-            for e in range(d):
-                turn, source = of_x[e * d + a], own[e * d + f]
-                for p in range(count):
-                    target[p] += turn[p] * source[p]
+def _frame(x, i, base, d, v, rho, framed, flat):
+    """Compute rho(x)^T V rho(y)^T of a circuit at every y."""
+    n = v.shape[2]
+    turn, size = _matrix(flat, d, d), d * d
+    own, half = _matrix(flat[size:], d, d * n), _matrix(flat[size + size * n :], d, d * n)
     for a in range(d):
         for b in range(d):
-            target = framed[base + a * d + b]
-            _fill(target, np.float32(0))
-            for f in range(d):
-                turn, source = of_y[b * d + f], half[a * d + f]
-                for p in range(count):
-                    target[p] += turn[p] * source[p]
+            turn[a, b] = rho[base + b * d + a, x]
+            source, target = v[base + a * d + b, i], own[a, b * n : (b + 1) * n]
+            for y in range(n):
+                target[y] = source[y]
+    np.dot(turn, own, half)
+    for a in range(d):
+        for b in range(d):
+            target, source, factor = framed[base + a * d + b, i], half[a, :n], rho[base + b * d]
+            for y in range(n):
+                target[y] = source[y] * factor[y]
+            for f in range(1, d):
+                source, factor = half[a, f * n : (f + 1) * n], rho[base + b * d + f]
+                for y in range(n):
+                    target[y] += source[y] * factor[y]
 
 
 @compiled
 def _compare_bins(start, count, circuits, first, room):
-    """Compute margins exactly over bins that do not certify all of some pairs."""
+    """Compute margins exactly over the bins that do not certify a pair, and count them."""
     gaps, norms, _, offsets = first.bins
-    _, _, v, deviations, _, _, pairs, needed, worst, flat = room
-    xs, ys, n_elements, slack = pairs[0, :count], pairs[1, :count], 0, first.slack
-    framed = _matrix(flat, len(v), count)
-    parts, base = _matrix(flat[len(v) * count :], len(deviations) + 1, count), np.int64(0)
-    rest, value = flat[(len(v) + len(deviations) + 1) * count :], parts[len(deviations)]
+    _, _, v, deviations, _, _, pairs, needed, worst, flat, framed, _ = room
+    xs, ys, chosen, slack = pairs[0, :count], pairs[1, :count], pairs[2, :count], first.slack
+    compared, columns = 0, framed.shape[1] * framed.shape[2]
+    whole, at = framed.reshape((len(v), columns)), room.at[:count]
+    for p in range(count):
+        at[p] = (xs[p] - start) * framed.shape[2] + ys[p]
+        if p == 0 or xs[p] != xs[p - 1]:
+            base = np.int64(0)
+            for c in range(len(deviations)):
+                d = circuits.shapes[c, 0]
+                _frame(xs[p], xs[p] - start, base, d, v, circuits.rho, framed, flat)
+                base += d * d
+    parts, rest = _matrix(flat, len(deviations) + 1, count), flat[(len(deviations) + 1) * count :]
+    value = parts[len(deviations)]
     for c in range(len(deviations)):
-        d = circuits.shapes[c, 0]
-        _frame(start, xs, ys, base, d, v, circuits.rho, framed, rest)
-        base += d * d
         for p in range(count):
             parts[c, p] = deviations[c, xs[p] - start, ys[p]]
     _fill(worst[:count], np.float32(np.inf))
@@ -279,24 +277,32 @@ def _compare_bins(start, count, circuits, first, room):
                 value[p] -= part[p] * norm
         n_open = 0
         for p in range(count):
-            n_open += not value[p] > needed[p]
+            if not value[p] > needed[p]:
+                chosen[n_open] = p
+                n_open += 1
         if n_open:
-            begin, stop = offsets[k], offsets[k + 1]
-            n_elements += stop - begin
-            margins = _matrix(rest, stop - begin, count)
-            np.dot(first.differences[begin:stop], framed, margins)
-            least = margins[0]
+            elements = first.differences[offsets[k] : offsets[k + 1]]
+            is_most = 2 * n_open > columns  # then picking them out takes longer than all
+            own = whole if is_most else _matrix(rest, len(v), n_open)
+            margins = _matrix(rest[len(v) * n_open :], len(elements), own.shape[1])
+            if not is_most:
+                for r in range(len(v)):
+                    for q in range(n_open):
+                        own[r, q] = whole[r, at[chosen[q]]]
+            np.dot(elements, own, margins)
+            least, compared = margins[0], compared + len(margins) * n_open
             for j in range(1, len(margins)):
                 other = margins[j]
-                for p in range(count):
-                    least[p] = other[p] if other[p] < least[p] else least[p]
-            for p in range(count):
+                for q in range(len(least)):
+                    least[q] = other[q] if other[q] < least[q] else least[q]
+            for q in range(n_open):
+                p = chosen[q]
                 rounding = first.frame_slack * (slack.x[xs[p]] + slack.y[ys[p]])
-                exact = least[p] - np.float32(rounding)
+                exact = least[at[p] if is_most else q] - np.float32(rounding)
                 value[p] = exact if exact > value[p] else value[p]
         for p in range(count):
             worst[p] = value[p] if value[p] < worst[p] else worst[p]
-    return n_elements
+    return compared
 
 
 @compiled
@@ -333,10 +339,16 @@ def _bound_second(start, begin, end, second, room):
     logits = _matrix(room.flat[len(rho) * count :], count, rho.shape[1])
     for r in range(len(summed)):
         _fill(summed[r], np.float32(0))
+    x = xs[0] - start
+    is_row = count == len(second.sums[0]) and xs[0] == xs[count - 1]  # all y of one x
     for r in range(len(signs)):
-        sign, total = signs[r], summed[to[r]]
-        for p in range(count):
-            total[p] += sign * v[r, xs[p] - start, ys[p]]
+        sign, total, row = signs[r], summed[to[r]], v[r, x]
+        if is_row:
+            for p in range(count):
+                total[p] += sign * row[p]
+        else:
+            for p in range(count):
+                total[p] += sign * v[r, xs[p] - start, ys[p]]
     np.dot(summed.T, rho, logits)
     maxima = room.lines[0, :16]
     for p in range(count):
@@ -355,8 +367,8 @@ def bound_pairs(table, neurons, lookup, circuits, first, second, out):
     Rows have a multiple of 32 places, so that no vector is cut short.
     """
     (k, n), r, d = neurons.right.shape, len(circuits.rho), circuits.shapes[:, 0].max(initial=1)
-    step, width = max(1, ROWS // n), n + -n % 32
-    numbers = d * d * k + (2 * r + 5 * d * d + width) * step * n
+    step, width = max(1, PAIRS // n), n + -n % 32
+    numbers = d * d * (k + 1 + 2 * width) + (2 * r + 1 + width) * step * width
     neurons = neurons._replace(
         right=_padded(neurons.right, width), additive_y=_padded(neurons.additive_y, width)
     )
@@ -366,14 +378,15 @@ def bound_pairs(table, neurons, lookup, circuits, first, second, out):
         rho=second.rho._replace(rows=_padded(second.rho.rows, width)),
         sums=_padded(second.sums, width, -np.inf), spans=_padded(second.spans, width),
     )  # fmt: skip
-    interaction, residuals, v, deviations = (
+    interaction, residuals, v, deviations, framed = (
         np.zeros((count, step, width), np.float32)
-        for count in (k, len(first.residual), r, len(circuits.shapes))
+        for count in (k, len(first.residual), r, len(circuits.shapes), r)
     )
     room = Room(
         interaction, residuals, v, deviations, np.zeros((3, width), np.float32),
         np.empty((step, n)), np.empty((3, step * n), np.int64), np.empty(step * n),
-        np.empty(step * n, np.float32), np.empty(numbers, np.float32),
+        np.empty(step * n, np.float32), np.empty(numbers, np.float32), framed,
+        np.empty(step * n, np.int64),
     )  # fmt: skip
     counts: Any = _bound_pairs(table, neurons, lookup, circuits, first, second, room, *out)
     return PairCounts(*counts)
@@ -402,16 +415,18 @@ def _bound_pairs(table, neurons, lookup, circuits, first, second, room, margins,
         count = np.int64(0)
         for x in range(start, done):
             count = _bound_first(x, x - start, table[x], first, room, margins[x], count)
-        if count and poor <= n // (4 * PATIENCE * step):
-            compared += count * _compare_bins(start, count, circuits, first, room)
+        explained = len(lookup.rows) > 1 or not pairs_left
+        if count and explained and poor <= n // (4 * PATIENCE * step):
+            compared += _compare_bins(start, count, circuits, first, room)
             before, count = count, np.int64(0)
             for p in range(before):
                 x, y = pairs[0, p], pairs[1, p]
+                framed += n if p == 0 or x != pairs[0, p - 1] else 0
                 margins[x, y] = np.float64(worst[p]) - lost[x - start, y]
                 if not margins[x, y] > error.x[x] + error.y[y]:
                     pairs[0, count], pairs[1, count] = x, y
                     count += 1
-            framed, poor = framed + before, poor + (count > (1 - WORTH_COMPARING) * before)
+            poor += count > (1 - WORTH_COMPARING) * before
         uncertified += count
         hopeless = uncertified > (1 - give_up_share / 5) * done * n
         if hopeless and not pairs_left and done > n // 8:

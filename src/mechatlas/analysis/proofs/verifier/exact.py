@@ -16,8 +16,10 @@ from jaxtyping import Bool, Float32, Int
 
 from mechatlas.analysis.proofs.verifier import checks
 from mechatlas.analysis.proofs.verifier.checks import U64, growth
-from mechatlas.analysis.proofs.verifier.explanation import ROWS
 from mechatlas.analysis.proofs.verifier.structures import Weights
+
+ROWS = 1024
+"""Number of pairs whose logits are held at a time; at least all pairs of one x."""
 
 
 def decide_exactly(
@@ -42,7 +44,7 @@ def decide_exactly(
     left, right, unembed = weights
     m, n = unembed.shape
     is_right = np.zeros(table.shape, bool)
-    x_error, y_error = (1.0001 * part for part in checks.float32_errors(weights, loops))
+    x_error, y_error = (1.0001 * part for part in checks.float32_errors(weights))
     xs, ys = np.nonzero(pairs)
     step = max(1, ROWS // n) * n
     rows = min(step, len(xs))

@@ -64,8 +64,6 @@ class MergedNetwork(NamedTuple):
     """Sum of the largest |u| over z of the members of a cluster, or a little more."""
     losses: Float[np.ndarray, "2 order"]
     """Most that dead neurons and imperfect merging could take from a margin: parts of x and y."""
-    too_small: bool
-    """Whether a scaled weight is so small that scaling may have rounded it."""
 
 
 class PackedCircuits(NamedTuple):
@@ -161,8 +159,8 @@ class ClassMinima(NamedTuple):
     """Least ideal margin gamma(g)."""
     norms: Float32[np.ndarray, "bin circuit"]
     """Largest Frobenius norm of 1 - rho(g)."""
-    elements: Int[np.ndarray, " element"]
-    """Elements but the identity, bin by bin."""
+    order: Int[np.ndarray, " element"]
+    """Elements but the identity, bin by bin, as places in the order of their classes."""
     offsets: Int[np.ndarray, " offset"]
     """First element of each bin, and the end of the last."""
 
@@ -255,4 +253,4 @@ class PairCounts(NamedTuple):
     framed: int
     """Pairs for which V was moved into the frame of x and y."""
     compared: int
-    """Elements g whose margins were computed from it, over all these pairs."""
+    """Margins that had to be computed from it, each of a pair and an element g."""

@@ -36,12 +36,13 @@ Algorithms (2002), section 3.1, for rounding.
 
 import dataclasses
 import functools
+from types import ModuleType
 
 import numpy as np
 from jaxtyping import Float, Float32, Int
 
 from mechatlas.analysis.proofs.verifier import checks
-from mechatlas.analysis.proofs.verifier.explanation import Explanation, ProofError
+from mechatlas.analysis.proofs.verifier.explanation import PAIRS, Explanation, ProofError
 from mechatlas.analysis.proofs.verifier.reference import measure_pairs
 from mechatlas.analysis.proofs.verifier.structures import PairBounds, PairCounts, PairSum, Weights
 from mechatlas.analysis.proofs.verifier.terms import Terms, build_terms
@@ -164,7 +165,7 @@ def verify(
     """
     weights, loops = Weights(left, right, unembed), checks.choose_loops(reference=reference)
     table, n = group.table, group.order
-    packed, irreps, actions = checks.check(len(unembed), group, explanation, loops)
+    packed, irreps, actions = checks.check(len(unembed), group, explanation)
     t = build_terms(weights, packed, irreps, actions, loops)
     brute_force = n * n * n * len(unembed)
     out = PairBounds(
@@ -180,29 +181,29 @@ def verify(
     used += counts.compared * len(t.circuits.rho) + counts.second_stage * t.second_cost
     few = int(explanation.third_stage_budget * brute_force / t.third_cost)
     if few and counts.uncertified:
-        used += t.third_cost * _bound_outright(t, table, few, out)
+        used += t.third_cost * _bound_outright(t, table, few, out, loops)
     if not np.isfinite(out.margins.sum()):
         raise ProofError("The bound is not a number: the explanation has absurd sizes.")
     return Verification(out.margins, t.first.float32_error, out.stages, used, t, table[0])
 
 
 def _bound_outright(
-    t: Terms, table: Int[np.ndarray, "order order"], few: int, out: PairBounds
+    t: Terms, table: Int[np.ndarray, "order order"], few: int, out: PairBounds, loops: ModuleType
 ) -> int:
     """Compute all logits of a few of the pairs that are left, and return how many."""
     error, margins = t.first.float32_error, out.margins
     x, y = (i[:few] for i in np.nonzero(margins <= error.x[:, None] + error.y))
-    left, right, unembed = (w.astype(np.float64) for w in t.weights)
-    step = max(1, 2**20 // len(unembed))
-    for start in range(0, len(x), step):
-        some = slice(start, start + step)
-        z = table[x[some], y[some]]
-        logits = np.maximum(left[x[some]] + right[y[some]], 0) @ unembed
-        pairs = np.arange(len(z))
-        answer = logits[pairs, z].copy()
+    left, right, unembed = t.weights
+    hidden = np.empty((min(PAIRS, len(x)), len(unembed)), np.float32)
+    for start in range(0, len(x), PAIRS):
+        some = x[start : start + PAIRS], y[start : start + PAIRS]
+        z, pairs = table[some], np.arange(len(some[0]))
+        loops.hidden_values(left, right, *some, hidden)
+        logits = hidden[: len(z)] @ unembed
+        answer = logits[pairs, z]
         logits[pairs, z] = -np.inf
-        # In float64 the error is at most this share of that in float32.
-        rounding = 1e-6 * (error.x[x[some]] + error.y[y[some]])
-        margins[x[some], y[some]] = answer - logits.max(axis=1) - rounding
+        # The difference is rounded as well.
+        rounding = 1.0001 * (error.x[some[0]] + error.y[some[1]])
+        margins[some] = (answer - logits.max(axis=1)).astype(np.float64) - rounding
     out.stages[x, y] = 3
     return len(x)
