@@ -144,10 +144,18 @@ def autoencoder(given: argparse.Namespace, rule: Sparsity, x: torch.Tensor) -> L
 
 
 def ours(
-    given: argparse.Namespace, x: torch.Tensor, rule: Sparsity | None = None, *, triton: bool = True
+    given: argparse.Namespace,
+    x: torch.Tensor,
+    rule: Sparsity | None = None,
+    *,
+    triton: bool = True,
+    halves: bool = False,
 ) -> Trainer:
-    """Make a step by our kernels, or by plain torch."""
+    """Make a step by our kernels, with weights in float32 or bfloat16, or by plain torch."""
     made = autoencoder(given, rule or TopK(k=given.k), x)
+    if halves:
+        with triton_anywhere():
+            sparse_steps.keep_halves(made)
     step = triton_step(made) if triton else SparseStep(made, compiled=False)
     return lambda x: step(x, 1e-3)
 
@@ -274,14 +282,14 @@ def check_steps(given: argparse.Namespace) -> Numbers:
 
 def check_graph(given: argparse.Namespace) -> Numbers:
     """Compare steps that a graph repeats with steps that the host launches: no bit may differ."""
-    if not given.device.startswith("cuda"):
+    if not graphs.can_capture(torch.empty(0, device=given.device)):
         return {}
-    d, m, k = min(given.width, 256), min(given.latents, 2048), given.k
+    d, m, n, k = min(given.width, 256), min(given.latents, 2048), min(given.batch, 100), given.k
     found = {}
     for rule in (TopK(k=k), BatchTopK(k=k), Gated(l1=0.5)):
         left = []
         for capture in (True, False):
-            x = rows(given, 4, (100, d))
+            x = rows(given, 4, (n, d))
             made = sparse(Autoencoder(d_in=d, n_latents=m, sparsity=rule).to(x.device), x, k)
             step = triton_step(made, Objective(clip=1.0))
             with nullcontext() if capture else without_graphs():
@@ -331,6 +339,7 @@ def main() -> None:
     makers: dict[str, Callable[[argparse.Namespace, torch.Tensor], Trainer | None]] = {
         "mechatlas, TopK": ours,
         "mechatlas, TopK, without a graph": uncaptured,
+        "mechatlas, TopK, in bfloat16": functools.partial(ours, halves=True),
         "mechatlas, BatchTopK": functools.partial(ours, rule=BatchTopK(k=given.k)),
         "mechatlas, ReLU": functools.partial(ours, rule=ReLU()),
         "mechatlas, JumpReLU": functools.partial(ours, rule=JumpReLU()),

@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import mechatlas as ma
 from mechatlas.dictionaries.engine import fallback, sparse_steps
+from mechatlas.dictionaries.engine.resampling import resample
 from mechatlas.dictionaries.engine.sparse_steps import SparseStep
 from tests import conftest, shape_checks
 from tests.simulated_device import VIEWS, WAITING
@@ -491,3 +492,18 @@ def test_in_bfloat16_there_is_no_other_copy_of_the_encoder():
     kept = [t for name in ("W_dec", "W_enc") for t in step.learned(name)]
     n_bytes = sum(t.untyped_storage().nbytes() for t in kept)
     assert n_bytes == 2 * (6 * size + triton_screening.EXTRA * built.n_latents)
+
+
+def test_in_bfloat16_rows_are_encoded_and_latents_resampled():
+    built, x, dead = fresh("jumprelu", "plain"), drawn(64, 20, seed=5), torch.tensor([4, 17])
+    triton_kernels.keep_halves(built)
+    exact = copy.deepcopy(built).float()
+    wanted = exact.encode(x)
+    assert (built.encode(x) - wanted).abs().mean() < 0.02 * wanted.mean()
+    assert (built(x) - exact(x)).abs().mean() < 0.02 * x.abs().mean()
+    for each in (built, exact):
+        resample(each, dead, {}, x, torch.Generator().manual_seed(1))
+    for name, tensor in exact.named_parameters():
+        found = dict(built.named_parameters())[name]
+        torch.testing.assert_close(found.float(), tensor, atol=0.03, rtol=0.03)
+    assert built.encoder_rows.stride(0) == 20 + triton_screening.EXTRA

@@ -30,6 +30,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from mechatlas.deprecated import renamed_arguments
+from mechatlas.dictionaries.engine.fallback import lengths
 from mechatlas.dictionaries.engine.interface import Step
 from mechatlas.dictionaries.engine.threads import workers
 from mechatlas.dictionaries.metrics import History
@@ -43,6 +44,8 @@ FIRST_ROWS = 1024
 """Rows of the first batch used to estimate the initial size of the codes."""
 FIRST_DENSITY = 0.03
 """Fraction of those rows on which a latent learns at first, if its rule has no k."""
+SMALLEST_LENGTH = 1e-12
+"""Smallest length that an atom is divided by."""
 
 
 class SparseCoder(nn.Module, abc.ABC):
@@ -527,8 +530,7 @@ def atom_lengths(
     atoms: Float[Tensor, "latent d_out"], edges: Sequence[int]
 ) -> Float[Tensor, "latent 1"]:
     """Length of each atom: the sum, over the sites between the edges, of its length there."""
-    parts = [atoms[:, low:high].norm(dim=-1, keepdim=True) for low, high in pairwise(edges)]
-    return functools.reduce(torch.add, parts).clamp_min(1e-12)
+    return functools.reduce(torch.add, lengths(atoms, edges)).clamp_min(SMALLEST_LENGTH)
 
 
 def _check_sizes(built: SparseCoder) -> None:

@@ -2,7 +2,6 @@
 
 Step         how one batch changes a dictionary; every kind gives its own
 CodeSearch   how a sparsity rule with a fast path finds the codes of a batch
-TileSearch   how those of some of its rows are found
 """
 
 from collections.abc import Callable
@@ -76,16 +75,4 @@ class CodeSearch(Protocol):
 
     def above(self, low: Float[Tensor, " latent"] | float) -> Codes | None:
         """Find the pre-activations above a bound of their latent; None if they are not sparse."""
-        ...
-
-
-class TileSearch(Protocol):
-    """Search for codes of tiles of rows, with an encoder that does not change meanwhile."""
-
-    def largest(self, k: int) -> Callable[[Tensor, Tensor, Tensor], None]:
-        """Make a function that writes values and latents of the k largest codes of each row."""
-        ...
-
-    def above(self, low: Float[Tensor, " latent"]) -> Find:
-        """Make a function that finds the pre-activations of some rows above `low`."""
         ...

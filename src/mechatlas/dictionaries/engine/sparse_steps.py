@@ -23,7 +23,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mechatlas.base import RecipeError
-from mechatlas.dictionaries.autoencoder import LinearCoder
+from mechatlas.dictionaries.autoencoder import SMALLEST_LENGTH, LinearCoder
 from mechatlas.dictionaries.engine import fallback, plain_steps, steps
 from mechatlas.dictionaries.engine.graphs import Repeated
 from mechatlas.dictionaries.engine.interface import (
@@ -35,7 +35,6 @@ from mechatlas.dictionaries.engine.interface import (
     TileCodes,
     TooCloseError,
 )
-from mechatlas.dictionaries.engine.plain_steps import SMALLEST_LENGTH
 from mechatlas.dictionaries.engine.products import product_with
 from mechatlas.dictionaries.engine.steps import AutogradStep
 from mechatlas.dictionaries.engine.structures import (
@@ -71,7 +70,7 @@ THRESHOLD_FRACTIONS = 0.9, 0.5, 0.0
 
 
 class WholeProduct:
-    """A `TileSearch` among all pre-activations."""
+    """Search for codes of tiles of rows among all pre-activations."""
 
     def __init__(self, rows: Tensor, bias: Tensor, backend: Any, tile: int) -> None:
         self.rows, self.bias, self.backend = rows, bias, backend
@@ -111,7 +110,7 @@ class BatchSearch:
             dictionary: Changes nothing of it.
             x: Rows of the batch.
             room: Memory for the rows that the encoder reads, (batch, d_in), written by tiles.
-            tiles: Search of one tile, a `TileSearch`; it may find the largest of a batch itself.
+            tiles: Search of one tile, as `WholeProduct` is, and of a batch if it can.
             spans: Tiles.
             run: Runner of the work on tiles.
         """

@@ -26,14 +26,10 @@ import triton.language as tl
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from mechatlas.dictionaries.autoencoder import LinearCoder
+from mechatlas.dictionaries.autoencoder import SMALLEST_LENGTH, LinearCoder
 from mechatlas.dictionaries.engine import steps
 from mechatlas.dictionaries.engine.interface import Dead, StepResult
-from mechatlas.dictionaries.engine.sparse_steps import (
-    SMALLEST_LENGTH,
-    SparseStep,
-    read_rows,
-)
+from mechatlas.dictionaries.engine.sparse_steps import SparseStep, read_rows
 from mechatlas.dictionaries.engine.structures import AddedGradients
 from mechatlas.dictionaries.engine.threads import Run
 from mechatlas.dictionaries.engine.triton_screening import EXTRA, Screen, reaches, wide_block
