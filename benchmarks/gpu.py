@@ -5,7 +5,7 @@
 
 Needs torch, Triton and numpy, no network and no file. First what the kernels select and learn is
 compared with float64. Then every trainer that is there takes steps, and medians of the device's
-own clock are printed: ours with Triton for each sparsity rule, as a captured graph, and in plain
+own clock are printed: ours with Triton for each sparsity rule, without a graph, and in plain
 torch; a dense trainer whose encoder is in bfloat16; and sparsify's.
 """
 
@@ -19,7 +19,7 @@ import sys
 import time
 import types
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +52,7 @@ def stand_in_for_missing_packages() -> None:
 stand_in_for_missing_packages()
 
 from mechatlas.dictionaries.autoencoder import Autoencoder, Crosscoder, LinearCoder  # noqa: E402
-from mechatlas.dictionaries.engine import sparse_steps  # noqa: E402
+from mechatlas.dictionaries.engine import graphs, sparse_steps  # noqa: E402
 from mechatlas.dictionaries.engine.sparse_steps import SparseStep  # noqa: E402
 from mechatlas.dictionaries.objective import Objective  # noqa: E402
 from mechatlas.dictionaries.sparsity import (  # noqa: E402
@@ -144,43 +144,41 @@ def autoencoder(given: argparse.Namespace, rule: Sparsity, x: torch.Tensor) -> L
 
 
 def ours(
-    given: argparse.Namespace, x: torch.Tensor, rule: Sparsity | None = None, *, triton: bool = True
+    given: argparse.Namespace,
+    x: torch.Tensor,
+    rule: Sparsity | None = None,
+    *,
+    triton: bool = True,
+    halves: bool = False,
 ) -> Trainer:
-    """Make a step by our kernels, or by plain torch."""
+    """Make a step by our kernels, with weights in float32 or bfloat16, or by plain torch."""
     made = autoencoder(given, rule or TopK(k=given.k), x)
+    if halves:
+        with triton_anywhere():
+            sparse_steps.keep_halves(made)
     step = triton_step(made) if triton else SparseStep(made, compiled=False)
     return lambda x: step(x, 1e-3)
 
 
-def captured(given: argparse.Namespace, x: torch.Tensor) -> Trainer | None:
-    """Make a step by our kernels, captured as a graph of which the last step is repeated.
+@contextmanager
+def without_graphs() -> Iterator[None]:
+    """Let no step be captured as a graph."""
+    before, graphs.can_capture = graphs.can_capture, lambda _: False
+    try:
+        yield
+    finally:
+        graphs.can_capture = before
 
-    The first repetition is compared with a step that is not captured: all bytes must be equal.
-    """
-    if not given.device.startswith("cuda"):
-        return None
-    built = autoencoder(given, TopK(k=given.k), x)
-    steps = [triton_step(each) for each in (built, copy.deepcopy(built))]
-    fixed, stream = x.clone(), torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):  # what is made once is made here
-        for step in steps:
-            for _ in range(3):
-                step(fixed, 1e-3)
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        steps[0](fixed, 1e-3)
-    graph.replay()
-    steps[1](fixed, 1e-3)
-    pairs = zip(*(step.dictionary.parameters() for step in steps), strict=True)
-    print("captured step equals the other to the bit:", all(torch.equal(a, b) for a, b in pairs))
 
-    def repeat(x: torch.Tensor) -> None:
-        fixed.copy_(x)
-        graph.replay()
+def uncaptured(given: argparse.Namespace, x: torch.Tensor) -> Trainer:
+    """Make a step by our kernels, each of which the host launches."""
+    step = ours(given, x)
 
-    return repeat
+    def take(x: torch.Tensor) -> None:
+        with without_graphs():
+            step(x)
+
+    return take
 
 
 def dense(given: argparse.Namespace, x: torch.Tensor) -> Trainer:
@@ -282,6 +280,27 @@ def check_steps(given: argparse.Namespace) -> Numbers:
     return found
 
 
+def check_graph(given: argparse.Namespace) -> Numbers:
+    """Compare steps that a graph repeats with steps that the host launches: no bit may differ."""
+    if not graphs.can_capture(torch.empty(0, device=given.device)):
+        return {}
+    d, m, n, k = min(given.width, 256), min(given.latents, 2048), min(given.batch, 100), given.k
+    found = {}
+    for rule in (TopK(k=k), BatchTopK(k=k), Gated(l1=0.5)):
+        left = []
+        for capture in (True, False):
+            x = rows(given, 4, (n, d))
+            made = sparse(Autoencoder(d_in=d, n_latents=m, sparsity=rule).to(x.device), x, k)
+            step = triton_step(made, Objective(clip=1.0))
+            with nullcontext() if capture else without_graphs():
+                for t in range(12):
+                    step(x[int(t == 8) :] + t, 1e-3 / (t + 1), sparsity_coefficient=t / 12)
+            left.append([*made.parameters(), *made.buffers()])
+        differ = sum(not torch.equal(*pair) for pair in zip(*left, strict=True))
+        found[f"{type(rule).__name__}: tensors that a graph makes otherwise"] = float(differ)
+    return found
+
+
 def measure(
     given: argparse.Namespace, make: Callable[[argparse.Namespace, torch.Tensor], Trainer | None]
 ) -> Numbers:
@@ -300,7 +319,7 @@ def measure(
     trainer = make(given, batches[0])
     if trainer is None:
         return {}
-    for batch in batches[:2]:  # kernels are compiled here
+    for batch in 2 * batches:  # kernels are compiled here, and steps are captured
         trainer(batch)
     times = [clock(functools.partial(trainer, batches[i % 4])) for i in range(given.steps)]
     step = statistics.median(times)
@@ -314,12 +333,13 @@ def measure(
 def main() -> None:
     """Check, measure, print and write."""
     given, start = options(), time.perf_counter()
-    checks = check_selection(given) | check_steps(given)
+    checks = check_selection(given) | check_steps(given) | check_graph(given)
     for name, value in checks.items():
         print(f"{name}: {value:.1e}{'' if value < 1e-3 else '   TOO LARGE'}", flush=True)
     makers: dict[str, Callable[[argparse.Namespace, torch.Tensor], Trainer | None]] = {
         "mechatlas, TopK": ours,
-        "mechatlas, TopK, as a graph": captured,
+        "mechatlas, TopK, without a graph": uncaptured,
+        "mechatlas, TopK, in bfloat16": functools.partial(ours, halves=True),
         "mechatlas, BatchTopK": functools.partial(ours, rule=BatchTopK(k=given.k)),
         "mechatlas, ReLU": functools.partial(ours, rule=ReLU()),
         "mechatlas, JumpReLU": functools.partial(ours, rule=JumpReLU()),

@@ -32,6 +32,7 @@ NAMES = (
     "symmetry",
     "branches",
     "proofs",
+    "gpu",
 )
 PAGES = [ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in NAMES)]
 BLOCK = re.compile(r"^```(\w+)(?: title=\"([^\"]+)\")?\n(.*?)^```$", re.MULTILINE | re.DOTALL)

@@ -1,5 +1,6 @@
 """Recipes of every kind of dictionary, from a store of two sites that belong together."""
 
+import dataclasses
 import json
 from typing import Any
 
@@ -15,6 +16,7 @@ from mechatlas.activations.positions import Positions
 from mechatlas.activations.samples import Arrays
 from mechatlas.activations.store import Store
 from mechatlas.app.cli import main
+from mechatlas.app.commands import train
 from mechatlas.app.commands.collect import CollectConfig
 from mechatlas.app.commands.train import SourceConfig, TrainConfig
 from mechatlas.app.recipes import as_dict, from_dict
@@ -25,6 +27,7 @@ from mechatlas.dictionaries.formats import load
 from mechatlas.dictionaries.objective import Objective
 from mechatlas.dictionaries.revival import AuxK, Resample
 from mechatlas.dictionaries.sparsity import BatchTopK, JumpReLU, TopK
+from mechatlas.dictionaries.training import default_rate
 
 
 def two_layers() -> nn.Sequential:
@@ -107,6 +110,16 @@ def test_a_recipe_with_a_source_trains_straight_from_the_network(stores, tmp_pat
     ma.train(own, rows, steps=20, batch_size=128, seed=2)
     for name, weights in own.state_dict().items():
         assert torch.equal(again.state_dict()[name], weights), name
+
+
+def test_the_command_says_what_keeps_latents_where_many_are_dead(stores, tmp_path):
+    config = TrainConfig(store=stores / "apart", site="1", out=tmp_path / "d", **OPTIONS)
+    result = execute(config)
+    dictionary: Any = load(tmp_path / "d")
+    assert result.lr == default_rate(dictionary, config.steps)
+    few, many = (dataclasses.replace(result, dead_share=share) for share in (0.1, 0.5))
+    assert "--lr" not in train.in_words(few)
+    assert f"`--lr {result.lr / 2:.2g}`" in train.in_words(many)
 
 
 def test_a_file_with_tables_of_the_source_is_read_by_the_command(stores, tmp_path, capsys):

@@ -9,7 +9,7 @@ from mechatlas.dictionaries.autoencoder import Autoencoder, Crosscoder
 from mechatlas.dictionaries.metrics import evaluate, fvu
 from mechatlas.dictionaries.pose_tied import PoseTied
 from mechatlas.dictionaries.rows import ArrayRows, as_rows
-from mechatlas.dictionaries.sparsity import JumpReLU, ReLU, TopK
+from mechatlas.dictionaries.sparsity import WORTH_COMPILING, JumpReLU, ReLU, TopK
 from mechatlas.dictionaries.training import train
 from mechatlas.maths.named_groups import group
 from tests.conformance import CHECKS
@@ -155,6 +155,19 @@ def test_topk_keeps_the_k_largest_positive_entries(k, seed):
     for row, given_row in zip(code, pre, strict=True):
         expected = sorted((v for v in given_row.tolist() if v > 0), reverse=True)[:k]
         assert sorted(row[row != 0].tolist(), reverse=True) == expected
+
+
+def test_many_codes_are_found_by_the_compiled_loop_as_by_torch():
+    pre = torch.randn(300, 512, generator=torch.Generator().manual_seed(0))
+    pre[7], pre[9, 40:] = -1, -2
+    rule = TopK(k=16)
+    by_torch = torch.cat([rule(part) for part in pre.split(20)])
+    assert pre.numel() >= WORTH_COMPILING > pre[:20].numel()
+    assert torch.equal(rule(pre), by_torch)
+    assert torch.equal(rule(pre.requires_grad_()), by_torch)
+    pre = pre.detach()
+    pre[3, 5] = torch.nan
+    assert rule(pre)[3].isnan().any()
 
 
 @given(st.integers(0, 2**31), st.integers(1, 5))

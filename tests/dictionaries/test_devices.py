@@ -157,3 +157,11 @@ def test_the_simulation_refuses_what_a_gpu_refuses():
             there.numpy()
         assert float((there + 1).sum()) == 6
     assert sum(device.syncs.values()) == 1
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_number_formats_without_kernels_are_refused_before_anything_changes(dtype):
+    built = KINDS["topk"]()
+    with pytest.raises((ma.RecipeError, ValueError), match=r"dtype .*'float32'|dtype must be"):
+        ma.train(built, ROWS, steps=2, dtype=dtype)
+    assert built.W_dec.dtype == torch.float32

@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import mechatlas as ma
 from mechatlas.dictionaries.engine import fallback, sparse_steps
+from mechatlas.dictionaries.engine.resampling import resample
 from mechatlas.dictionaries.engine.sparse_steps import SparseStep
 from tests import conftest, shape_checks
 from tests.simulated_device import VIEWS, WAITING
@@ -19,11 +20,14 @@ os.environ.setdefault("TRITON_INTERPRET", "1")
 pytest.importorskip("triton", reason="Triton is not installed: make test-triton")
 # Triton reads the source of its kernels: they cannot be wrapped as all else is in the tests.
 conftest.hook.uninstall()
+import triton  # noqa: E402 # pyright: ignore
+import triton.language as tl  # noqa: E402 # pyright: ignore
 from triton.runtime.interpreter import GridExecutor  # noqa: E402 # pyright: ignore
 
 from mechatlas.dictionaries.engine import triton_kernels, triton_screening  # noqa: E402
 
 conftest.hook = shape_checks.install()
+from tests.simulated_graph import simulated_graphs  # noqa: E402
 
 pytestmark = [
     pytest.mark.triton,
@@ -261,7 +265,7 @@ def test_a_latent_without_numbers_leaves_the_others_as_they_are():
     [("topk", "plain", None, 31), ("topk", "matryoshka", 0.1, 60), ("topk", "crosscoder", None, 31)]
     + [("batch topk", "plain", None, 40), ("batch topk", "matryoshka", 0.1, 60)]
     + [("relu", "plain", None, 20), ("relu", "tied", 0.1, 60)]
-    + [("jumprelu", "plain", None, 20), ("gated", "plain", None, 20)]
+    + [("jumprelu", "plain", None, 21), ("gated", "plain", None, 20)]
     + [("gated", "matryoshka", 0.1, 60)],
 )
 def test_a_step_is_few_launches_and_waits_for_nothing(rule, form, clip, most, monkeypatch):
@@ -336,3 +340,170 @@ def test_steps_are_those_of_the_cpu(rule, form, steps):
     assert losses == pytest.approx(wanted_losses, rel=1e-4)
     for name, tensor in wanted.items():
         torch.testing.assert_close(found[name], tensor, atol=2e-5, rtol=1e-4)
+
+
+def steps_of(rule, form, n, objective=None, *, halves=False):
+    """Results of steps of which all changes that can change, and what they leave."""
+    built = fresh(rule, form)
+    if halves:
+        triton_kernels.keep_halves(built)
+    step, aux, none = on_triton(built, objective), ma.AuxK(k=3), torch.tensor([], dtype=torch.long)
+    results = []
+    for t in range(n):
+        if t == 30:
+            built.W_dec.data = built.W_dec.data.clone()  # the parameter has moved
+        dead = (aux, torch.tensor([4, 17]) if t % 11 == 5 else none) if form == "plain" else None
+        x, lr = drawn(2 if t % 9 == 4 else 3, 20, seed=t), 1e-3 * (1 - t / n)
+        results.append(step(x, lr, dead, sparsity_coefficient=min(1.0, 2 * (t + 1) / n)))
+    moments = [moment for pair in step.moments.values() for moment in pair]
+    return [*(t for result in results for t in result), *built.state_dict().values(), *moments]
+
+
+@pytest.mark.parametrize(
+    ("rule", "form", "n", "clip", "halves"),
+    [("topk", "plain", 60, None, False), ("batch topk", "matryoshka", 8, 0.1, False)]
+    + [("relu", "plain", 8, None, False), ("jumprelu", "crosscoder", 8, None, True)]
+    + [("gated", "tied", 8, 0.1, True)],
+)
+def test_steps_that_a_graph_repeats_are_the_same_to_the_bit(
+    rule, form, n, clip, halves, monkeypatch
+):
+    monkeypatch.setattr(sparse_steps.steps, "at_hand", lambda loss: loss)  # as on a device
+    if n < 60:
+        monkeypatch.setattr(sparse_steps, "TILE", 18 * 2)  # more than one tile
+    wanted = steps_of(rule, form, n, ma.Objective(clip=clip), halves=halves)
+    with simulated_graphs() as replays:
+        found = steps_of(rule, form, n, ma.Objective(clip=clip), halves=halves)
+    assert sum(replays) >= n // 2 - 1 > 2
+    assert all(map(torch.equal, found, wanted))
+
+
+def test_where_nothing_can_be_captured_steps_are_taken_as_ever(monkeypatch):
+    monkeypatch.setattr(sparse_steps.steps, "at_hand", lambda loss: loss)
+    wanted = steps_of("topk", "plain", 5)
+
+    def refuse(*_, **__):
+        raise RuntimeError("no graphs here\nat line 3")
+
+    with simulated_graphs() as replays:
+        monkeypatch.setattr(torch.cuda, "graph", refuse)
+        with pytest.warns(UserWarning, match="no graphs here$") as said:
+            found = steps_of("topk", "plain", 5)
+    assert len(said) == 1
+    assert not replays
+    assert all(map(torch.equal, found, wanted))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_run_that_graphs_repeat_continues_with_the_same_bytes(dtype, tmp_path, monkeypatch):
+    monkeypatch.setattr(sparse_steps, "can_compile", lambda _: False)
+    monkeypatch.setattr(sparse_steps, "can_use_triton", lambda _: True)
+
+    def trained(folder, stop):
+        def interrupt(done, _):
+            if done == stop:
+                raise KeyboardInterrupt
+
+        built = FORMS["plain"](n_latents=18, sparsity=RULES["batch topk"])
+        options: dict[str, Any] = {"checkpoint": tmp_path / folder, "checkpoint_every": 4}
+        options |= {"steps": 10, "batch_size": 4, "on_progress": interrupt, "dtype": dtype}
+        return ma.train(built, drawn(200, 20), **options).state_dict()
+
+    with simulated_graphs() as replays:
+        wanted = trained("whole", None)
+        n_replays = sum(replays)
+        with pytest.raises(KeyboardInterrupt):
+            trained("stopped", 5)
+        found = trained("stopped", None)
+    assert n_replays == 7
+    assert wanted["W_dec"].dtype == torch.float32
+    assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items())
+
+
+@triton.jit
+def write(to, values, now, n, block: tl.constexpr):
+    at = tl.program_id(0) * block + tl.arange(0, block)
+    value = tl.load(values + at, mask=at < n)
+    triton_kernels._write(to, at, at < n, value, now, 3)
+
+
+def rounded_at(number, values):
+    """Numbers as the kernels write them in a step."""
+    to, now = torch.zeros_like(values, dtype=torch.bfloat16), torch.full((5,), float(number))
+    kernel: Any = write
+    kernel[(triton.cdiv(len(values), 1024),)](to, values, now, len(values), block=1024)
+    return to.float()
+
+
+@pytest.mark.parametrize("share", [0.02, 0.5, 0.9])
+def test_numbers_are_rounded_to_both_sides_as_likely_as_each_is_near(share):
+    low = torch.tensor([1.0, -3.0, 2.0**-80, 6.5e30]).bfloat16().repeat(1024)
+    high = (low.view(torch.int16) + 1).view(torch.bfloat16).double()
+    low = low.double()
+    values = (low + share * (high - low)).float()
+    exact = ((values.double() - low) / (high - low)).mean()
+    up = torch.stack([rounded_at(t, values) for t in (1, 2, 777_777)]).double() == high
+    assert ((rounded_at(1, values).double() == low) | up[0]).all()
+    spread = (share * (1 - share) / up.numel()) ** 0.5
+    assert abs(up.double().mean() - exact) < 4 * spread
+    for a, b in ((up[0], up[1]), (up[1], up[2]), (up[:, 1:], up[:, :-1]), (up[:, 4:], up[:, :-4])):
+        together = (a.double() - share) * (b.double() - share)  # of other steps, and of neighbors
+        assert abs(together.mean()) < 4 * share * (1 - share) / together.numel() ** 0.5
+    assert torch.equal(rounded_at(1, values), rounded_at(1, values))
+    assert torch.equal(rounded_at(5, low.float()).double(), low)  # nothing to round
+
+
+@pytest.mark.parametrize(
+    ("rule", "form"),
+    [("topk", "plain"), ("batch topk", "tied"), ("relu", "transcoder"), ("jumprelu", "matryoshka")]
+    + [("gated", "crosscoder")],
+)
+def test_in_bfloat16_a_step_is_that_of_float64_but_for_one_rounding(rule, form):
+    built = fresh(rule, form)
+    triton_kernels.keep_halves(built)
+    exact = SparseStep(copy.deepcopy(built).double(), compiled=False)
+    step, x = on_triton(built), drawn(9, 20, seed=3)
+    dead = (ma.AuxK(k=2), torch.tensor([4, 17]))
+    found, wanted = step(x, 1e-2, dead), exact(x.double(), 1e-2, dead)
+    assert float(found.loss) == pytest.approx(float(wanted.loss), rel=2e-6)
+    assert torch.equal(found.fired, wanted.fired)
+    assert found.fired.any()
+    for name, pair in exact.moments.items():
+        for mine, theirs in zip(step.learned(name), exact.learned(name), strict=True):
+            halves = name in ("W_dec", "W_enc")
+            assert mine.dtype == (torch.bfloat16 if halves else torch.float32)
+            sure = pair[0].abs() > 1e-4 * pair[0].abs().max()  # Adam divides by it at first
+            one = 2.0**-7 if halves else 1e-4
+            gap = (mine.double() - theirs).abs() - one * theirs.abs() - 1e-9
+            assert (gap[sure] <= 0).all(), name
+    assert (built.W_dec.data.float().norm(dim=1) - 1).abs().max() < 0.05 or form == "crosscoder"
+
+
+def test_in_bfloat16_there_is_no_other_copy_of_the_encoder():
+    built = fresh("topk", "plain")
+    size = built.W_dec.numel()
+    triton_kernels.keep_halves(built)
+    step = on_triton(built)
+    step(drawn(9, 20), 1e-3)
+    rows, bias = built.encoder_rows, built.b_enc.data
+    screen = triton_kernels.Screen(rows, bias)
+    assert screen.half.data_ptr() == rows.data_ptr()
+    check_largest(rows, bias, drawn(5, 20, seed=2), 3)
+    kept = [t for name in ("W_dec", "W_enc") for t in step.learned(name)]
+    n_bytes = sum(t.untyped_storage().nbytes() for t in kept)
+    assert n_bytes == 2 * (6 * size + triton_screening.EXTRA * built.n_latents)
+
+
+def test_in_bfloat16_rows_are_encoded_and_latents_resampled():
+    built, x, dead = fresh("jumprelu", "plain"), drawn(64, 20, seed=5), torch.tensor([4, 17])
+    triton_kernels.keep_halves(built)
+    exact = copy.deepcopy(built).float()
+    wanted = exact.encode(x)
+    assert (built.encode(x) - wanted).abs().mean() < 0.02 * wanted.mean()
+    assert (built(x) - exact(x)).abs().mean() < 0.02 * x.abs().mean()
+    for each in (built, exact):
+        resample(each, dead, {}, x, torch.Generator().manual_seed(1))
+    for name, tensor in exact.named_parameters():
+        found = dict(built.named_parameters())[name]
+        torch.testing.assert_close(found.float(), tensor, atol=0.03, rtol=0.03)
+    assert built.encoder_rows.stride(0) == 20 + triton_screening.EXTRA

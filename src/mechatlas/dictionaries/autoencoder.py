@@ -30,6 +30,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from mechatlas.deprecated import renamed_arguments
+from mechatlas.dictionaries.engine.fallback import lengths
 from mechatlas.dictionaries.engine.interface import Step
 from mechatlas.dictionaries.engine.threads import workers
 from mechatlas.dictionaries.metrics import History
@@ -43,6 +44,8 @@ FIRST_ROWS = 1024
 """Rows of the first batch used to estimate the initial size of the codes."""
 FIRST_DENSITY = 0.03
 """Fraction of those rows on which a latent learns at first, if its rule has no k."""
+SMALLEST_LENGTH = 1e-12
+"""Smallest length that an atom is divided by."""
 
 
 class SparseCoder(nn.Module, abc.ABC):
@@ -134,7 +137,7 @@ class SparseCoder(nn.Module, abc.ABC):
         Raises:
             InputError: The rows are not `d_in` wide, or are no real numbers.
         """
-        rows = as_batch(x, self.W_dec.device).to(self.W_dec.dtype)
+        rows = as_batch(x, self.W_dec.device).to(self.b_dec.dtype)
         return self.rule(self.pre_activations(rows), self.state)
 
     @abc.abstractmethod
@@ -281,8 +284,9 @@ class LinearCoder(SparseCoder):
         """Encoder weights, latents first and each side by side in memory, to change in place."""
         if self.tied:
             return self.W_dec.data
-        if not self._W_enc.data.T.is_contiguous():
-            self._W_enc.data = self._W_enc.data.T.contiguous().T
+        rows = self._W_enc.data.T
+        if not rows.is_contiguous() and rows.stride(1) != 1:
+            self._W_enc.data = rows.contiguous().T
         return self._W_enc.data.T
 
     @property
@@ -306,11 +310,12 @@ class LinearCoder(SparseCoder):
             InputError: The rows are not `d_in` wide.
         """
         check_width(x, self.d_in, self.b_dec.device)
-        return (x - self.b_dec if self.subtracts_b_dec else x) @ self.W_enc + self.b_enc
+        read = x - self.b_dec if self.subtracts_b_dec else x
+        return read.to(self.W_enc.dtype) @ self.W_enc + self.b_enc
 
     def decode(self, code: Float[Tensor, "batch latent"]) -> Float[Tensor, "batch d_out"]:
         """Reconstruction in the units of the activations written."""
-        return code @ self.W_dec + self.b_dec
+        return code.to(self.W_dec.dtype) @ self.W_dec + self.b_dec
 
     def step(self, objective: Objective, revival: AuxK | Resample | None = None) -> Step:
         """Make the optimizer: sparse where the sparsity rule has a fast path, else autograd."""
@@ -329,7 +334,7 @@ class LinearCoder(SparseCoder):
         """Set the biases so that the mean row has code zero and is reconstructed."""
         self.b_dec.copy_(mean[self.writes])
         if not self.subtracts_b_dec:
-            self.b_enc.copy_(-(mean[self.reads] @ self.W_enc))
+            self.b_enc.copy_(-(mean[self.reads].to(self.W_enc.dtype) @ self.W_enc))
 
     @torch.no_grad()
     def rescale(self, scale: Float[Tensor, " width"]) -> None:
@@ -525,8 +530,7 @@ def atom_lengths(
     atoms: Float[Tensor, "latent d_out"], edges: Sequence[int]
 ) -> Float[Tensor, "latent 1"]:
     """Length of each atom: the sum, over the sites between the edges, of its length there."""
-    parts = [atoms[:, low:high].norm(dim=-1, keepdim=True) for low, high in pairwise(edges)]
-    return functools.reduce(torch.add, parts).clamp_min(1e-12)
+    return functools.reduce(torch.add, lengths(atoms, edges)).clamp_min(SMALLEST_LENGTH)
 
 
 def _check_sizes(built: SparseCoder) -> None:

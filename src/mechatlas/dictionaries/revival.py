@@ -58,7 +58,7 @@ class Revival(NamedTuple):
     """Gradients of dead latents."""
 
     latents: Int[Tensor, " dead"]
-    atoms: Float[Tensor, "dead d_in"]
+    atoms: Float[Tensor, "dead d_out"]
     rows: Float[Tensor, "dead d_in"]
     """Gradients of encoder rows."""
     bias: Float[Tensor, " dead"]
@@ -68,10 +68,10 @@ def revive(
     aux: AuxK,
     dead: Int[Tensor, " dead"],
     parameters: tuple[
-        Float[Tensor, "latent d_in"], Float[Tensor, "latent d_in"], Float[Tensor, " latent"]
+        Float[Tensor, "latent d_out"], Float[Tensor, "latent d_in"], Float[Tensor, " latent"]
     ],
     x: Float[Tensor, "batch d_in"],
-    residual: Float[Tensor, "batch d_in"],
+    residual: Float[Tensor, "batch d_out"],
 ) -> Revival:
     """Gradients of the residual's squared error, for the dead latents.
 
@@ -88,7 +88,7 @@ def revive(
     Returns:
         Gradients of the loss.
     """
-    atoms, rows, bias = (p.detach()[dead].requires_grad_() for p in parameters)
+    atoms, rows, bias = (p.detach()[dead].to(x.dtype).requires_grad_() for p in parameters)
     k = min(aux.k, len(dead))
     weight = aux.auxk_alpha / residual.square().mean().clamp_min(1e-12)
     with torch.enable_grad():

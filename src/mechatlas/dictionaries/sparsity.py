@@ -43,6 +43,8 @@ State = Mapping[str, Tensor]
 """Tensors of a rule's own."""
 Unexplained = Callable[[Tensor], Tensor]
 """Squared error of each sample that a code leaves, by a decoder that does not learn from it."""
+WORTH_COMPILING = 20_000
+"""Pre-activations from which on a compiled loop finds the largest."""
 NONE: State = MappingProxyType({})
 """State of a rule without tensors."""
 
@@ -192,8 +194,22 @@ class TopK(Rule):
     def __call__(self, pre: Latents, state: State = NONE) -> Latents:
         """Zero all but the k largest entries of each row, and those below zero."""
         del state
+        if pre.ndim == 2 and pre.numel() >= WORTH_COMPILING and not pre.requires_grad:
+            from mechatlas.dictionaries.engine.sparse_steps import can_compile  # imports this
+
+            if can_compile(pre) and not pre.sum().isnan():  # the loop takes no NaN to be large
+                return self._code(pre.contiguous())
         top = pre.topk(self.k, dim=-1)
         return torch.zeros_like(pre).scatter_(-1, top.indices, top.values.relu())
+
+    def _code(self, pre: Latents) -> Latents:
+        """Find the same code by the loop of training, two to three times as fast as torch's."""
+        from mechatlas.dictionaries.engine.kernels import select  # compiles when it is imported
+
+        values = pre.new_empty(len(pre), self.k)
+        latents = torch.empty_like(values, dtype=torch.int32)
+        select(pre, pre.new_zeros(pre.shape[1]), self.k, values, latents)
+        return torch.zeros_like(pre).scatter_(-1, latents.long(), values)
 
     def find_codes(self, search: CodeSearch, state: State) -> Codes:
         """Find the k largest codes of each row."""

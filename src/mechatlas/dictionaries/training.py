@@ -30,6 +30,7 @@ from mechatlas.dictionaries.autoencoder import LinearCoder, SparseCoder
 from mechatlas.dictionaries.engine import checkpoints
 from mechatlas.dictionaries.engine.adapter import Adapter, as_coder
 from mechatlas.dictionaries.engine.resampling import resample
+from mechatlas.dictionaries.engine.sparse_steps import keep_halves
 from mechatlas.dictionaries.metrics import History, evaluate
 from mechatlas.dictionaries.objective import Objective, Schedule
 from mechatlas.dictionaries.revival import AuxK, Resample
@@ -52,6 +53,8 @@ SHORT_RUN = 100
 """Number of steps below which the angle does not grow any more."""
 ADAM_RATE = 1e-3
 """Learning rate for modules of other projects."""
+DTYPES = ("float32", "bfloat16")
+"""Number formats that atoms, encoder and their moments may be kept in."""
 
 Trained = TypeVar("Trained")  # a dictionary, or several
 OnMeasure = Callable[[int, dict[str, float]], None]
@@ -73,6 +76,7 @@ def train(
     objective: Objective | None = None,
     revival: AuxK | Resample | None = None,
     outlier_norms: float = OUTLIER_NORMS,
+    dtype: str = "float32",
     seed: int = 0,
     device: torch.device | str = "cpu",
     checkpoint: Path | str | None = None,
@@ -99,6 +103,8 @@ def train(
         revival: How dead latents are brought back; by default they are not.
         outlier_norms: Median norms beyond which a row is neither trained on nor counted; rows of
             a crosscoder count as outliers where they are at one of its sites; `inf` keeps all.
+        dtype: Number format of atoms, encoder and their moments from step to step: "float32", or
+            "bfloat16", rounded at random, in half the memory of a GPU (see docs/gpu.md).
         seed: Seed of the order of rows.
         device: Device to train on.
         checkpoint: Folder for the state of the run. If there is one of a run with the same
@@ -125,22 +131,21 @@ def train(
             or the dictionary has nothing to learn.
         NonFiniteError: A row has a NaN or an infinity (nothing was trained on it), or the loss
             became infinite.
-        RecipeError: There is no such device here.
+        RecipeError: There is no such device here, or no training in this number format.
         ValueError: `steps`, `batch_size`, `lr` or `checkpoint_every` is not positive.
         WeightsError: The checkpoint is damaged or of a run with other settings.
     """
-    _check(steps=steps, batch_size=batch_size, lr=lr, checkpoint_every=checkpoint_every)
+    _check(dtype, steps=steps, batch_size=batch_size, lr=lr, checkpoint_every=checkpoint_every)
     coders = list(map(as_coder, dictionary if isinstance(dictionary, Sequence) else [dictionary]))
-    rows = as_rows(data)
-    device = as_device(device)
+    rows, device = as_rows(data), as_device(device)
     schedule, objective = schedule or Schedule(), objective or Objective()
     held_out = _checked(held := rows.held_out(HELD_OUT_ROWS), rows).to(device)
     runs = [
-        _Run(coder, part, held_out, objective, revival, lr, steps, seed, outlier_norms)
+        _Run(coder, part, held_out, objective, revival, lr, steps, seed, outlier_norms, dtype)
         for coder, part in zip(coders, _columns(coders, rows, held_out), strict=True)
     ]
     _warn_of_outliers(runs, held, rows)
-    options = (steps, batch_size, lr, seed, schedule, objective, revival, outlier_norms)
+    options = (steps, batch_size, lr, seed, schedule, objective, revival, outlier_norms, dtype)
     settings = _settings(rows, held_out, options)
     done, every = 0, _steps_between_measurements(steps, batch_size, len(held_out))
     with contextlib.ExitStack() as at_the_end:
@@ -185,6 +190,7 @@ class _Run:
         steps: int,
         seed: int,
         outlier_norms: float,
+        dtype: str,
     ) -> None:
         self.dictionary, self.revival, self.seed = dictionary, revival, seed
         self.columns = columns  # of a row, that are this dictionary's
@@ -199,6 +205,9 @@ class _Run:
         self.outlier = _outliers(held_out, self.limits)
         self.scale = _scale(dictionary, held_out[~self.outlier])
         self.held_out = held_out  # as they are: scaled ones would take room in every step
+        self.halves = dtype == "bfloat16"
+        if self.halves:
+            keep_halves(dictionary)
         self.take_step = dictionary.step(objective, revival)
         self.last_fired = torch.zeros(
             dictionary.n_latents, dtype=torch.long, device=held_out.device
@@ -225,6 +234,8 @@ class _Run:
 
     def finish(self) -> None:
         """Go back to rows as they are, to the device of the start and to its precision."""
+        if self.halves:
+            self.module.float()
         if self.done or not self.to_begin:
             self.dictionary.rescale(self.scale)
         if self.done:
@@ -375,8 +386,10 @@ def _resume(folder: Path, runs: Sequence[_Run], settings: dict[str, Any]) -> int
     return progress["done"]
 
 
-def _check(**numbers: int | float | None) -> None:
-    """Refuse numbers that are given and not positive."""
+def _check(dtype: str, **numbers: int | float | None) -> None:
+    """Refuse an unknown number format, and numbers that are given and not positive."""
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype must be {' or '.join(DTYPES)}, got {dtype!r}.")
     given = {name: number for name, number in numbers.items() if number is not None}
     if wrong := [f"{name} ({number})" for name, number in given.items() if not number > 0]:
         raise ValueError(f"{', '.join(wrong)} must be > 0.")
@@ -389,20 +402,23 @@ def _steps_between_measurements(steps: int, batch_size: int, n_held_out: int) ->
 
 def _settings(rows: Rows, held_out: Tensor, options: tuple[Any, ...]) -> dict[str, Any]:
     """Settings that a run can only be continued with."""
-    names = ("steps", "batch_size", "lr", "seed", "schedule", "objective", "revival", "outliers")
+    names = ("steps", "batch_size", "lr", "seed", "schedule", "objective", "revival")
+    names = (*names, "outliers", "dtype")
     kept: dict[str, Any] = {
         "rows": [rows.n_rows, rows.d_in],
         checkpoints.HELD_OUT: _checksum([held_out]),
     }
     for name, value in zip(names, options, strict=True):
         kept[name] = value if isinstance(value, int | float) else repr(value)
-    if kept["outliers"] == OUTLIER_NORMS:  # checkpoints of older versions do not state it
-        del kept["outliers"]
+    for name, usual in (("outliers", OUTLIER_NORMS), ("dtype", repr("float32"))):
+        if kept[name] == usual:  # checkpoints of older versions do not state it
+            del kept[name]
     return kept
 
 
 def _checksum(tensors: Iterable[Tensor]) -> str:
-    return checksum(b"".join(t.detach().cpu().contiguous().numpy().data for t in tensors))
+    whole = (t.detach().cpu().contiguous().flatten().view(torch.uint8) for t in tensors)
+    return checksum(b"".join(part.numpy().data for part in whole))
 
 
 def _columns(coders: Sequence[SparseCoder | Adapter], rows: Rows, held_out: Tensor) -> list[slice]:

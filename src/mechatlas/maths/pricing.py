@@ -168,7 +168,7 @@ class Factors:
         """Costs of some rows with every column, in float32."""
         a, b, row_offsets, column_offsets = self._tensors
         some = rows if isinstance(rows, slice) else torch.tensor(rows, device=self.device)
-        with _full_precision():
+        with multiplying("highest"):  # the bound is of float32
             block = torch.addmm(column_offsets, a[some], b.T, alpha=-1)
         return block.add_(row_offsets[some, None]).cpu().numpy()
 
@@ -179,7 +179,7 @@ class Factors:
         a, b, row_offsets, column_offsets = self._tensors
         some = rows if isinstance(rows, slice) else torch.tensor(rows, device=self.device)
         few = torch.tensor(columns, device=self.device)
-        with _full_precision():
+        with multiplying("highest"):  # the bound is of float32
             block = torch.addmm(column_offsets[few], a[some], b[few].T, alpha=-1)
         return block.add_(row_offsets[some, None]).cpu().numpy()
 
@@ -415,13 +415,13 @@ def in_threads(work: Callable[[int, int], Work], n: int) -> list[Work]:
 
 
 @contextlib.contextmanager
-def _full_precision() -> Iterator[None]:
-    # The bound is of float32; torch may have been allowed to use shorter numbers.
+def multiplying(precision: str) -> Iterator[None]:
+    """Multiply matrices in a precision of torch's, whatever it has been allowed to use so far.
+
+    "highest" is float32. "medium" is bfloat16 with sums in float32, where that is faster.
+    """
     before = torch.get_float32_matmul_precision()
-    if before == "highest":
-        yield
-        return
-    torch.set_float32_matmul_precision("highest")
+    torch.set_float32_matmul_precision(precision)
     try:
         yield
     finally:

@@ -29,7 +29,7 @@ from mechatlas.analysis.matching.nulls import (
     rotate,
     shuffle,
 )
-from mechatlas.analysis.matching.pairing import feature_splitting, match
+from mechatlas.analysis.matching.pairing import _pairs_above, feature_splitting, match
 from mechatlas.base import InputError
 from mechatlas.dictionaries.autoencoder import Autoencoder
 from mechatlas.dictionaries.sparsity import BatchTopK, Gated, JumpReLU, ReLU, TopK
@@ -749,3 +749,15 @@ def test_chance_pairs_of_a_large_dictionary_are_counted_without_bias():
         (partner < 0).sum(), rel=0.04
     )  # else 1.07 times as many
     assert 0.04 < wrong < 0.06  # 0.033 where the draws of the first, rough round count
+
+
+def test_pairs_above_a_cosine_are_found_whatever_the_product_is_computed_in():
+    random = np.random.default_rng(0)
+    a, b = (units(random.standard_normal((n, 64))).astype(np.float32) for n in (300, 400))
+    exact = a.astype(np.float64) @ b.T.astype(np.float64)
+    largest = np.sort(exact.ravel())[::-1]
+    for k in (*range(1, 100), len(largest) // 5):
+        least = float(largest[k - 1 : k + 1].mean())  # between two of them
+        i, j, cosine = _pairs_above(a, b, least)
+        np.testing.assert_array_equal(np.stack([i, j], axis=1), np.argwhere(exact >= least))
+        np.testing.assert_allclose(cosine, exact[i, j], atol=1e-6)

@@ -36,7 +36,7 @@ from mechatlas.maths.arrays import as_array
 from mechatlas.maths.assignment import Assignment, State, assign
 from mechatlas.maths.margins import MAX_LISTED, Margins, margins
 from mechatlas.maths.near_optima import SHARES, NearOptimal, count_near_optimal
-from mechatlas.maths.pricing import Factors
+from mechatlas.maths.pricing import Factors, multiplying
 
 FDR = 0.05
 """Default false match rate."""
@@ -44,6 +44,10 @@ SPLITTING_RATIO = 0.75
 """Smallest cosine of a split feature's pairs, relative to the best cosine of either latent."""
 BLOCK = 1024
 """Latents compared at once with all of the other side."""
+ROUNDING = 0.01
+"""Upper bound on the error of a cosine in bfloat16, where each factor errs by up to 1 in 512."""
+FEW = 1e-3
+"""Share of all pairs up to which those near the least cosine are computed one by one."""
 
 
 @renamed_attributes
@@ -447,21 +451,37 @@ def _nearest_pairs(
     matching: Match, most: int
 ) -> tuple[Int[np.ndarray, " pair"], Int[np.ndarray, " pair"]]:
     """Find the pairs as similar as partners that are among the most similar of one of the two."""
-    a, b = torch.from_numpy(matching.unit_a), torch.from_numpy(matching.unit_b).T
+    a, b = matching.unit_a, matching.unit_b
     least = max(matching.cosine_threshold, 1e-6)
     i, j = np.empty((2, 0), np.int64)
     values, row_rank = np.empty(0, np.float32), np.empty(0, np.int64)
     for start in range(0, len(a) if least <= 1 + 1e-6 else 0, BLOCK):
-        block = a[start : start + BLOCK] @ b
-        rows, columns = (block >= least).nonzero(as_tuple=True)
-        new = block[rows, columns].numpy()
-        row_rank = np.append(row_rank, _rank(rows.numpy(), new))
-        i, j = np.append(i, start + rows.numpy()), np.append(j, columns.numpy())
+        rows, columns, new = _pairs_above(a[start : start + BLOCK], b, least)
+        row_rank = np.append(row_rank, _rank(rows, new))
+        i, j = np.append(i, start + rows), np.append(j, columns)
         values = np.append(values, new)
         keep = (row_rank < most) | (_rank(j, values) < most)
         i, j, values, row_rank = i[keep], j[keep], values[keep], row_rank[keep]
     order = np.lexsort((j, i))
     return i[order], j[order]
+
+
+def _pairs_above(
+    a: Float[np.ndarray, "n d"], b: Float[np.ndarray, "m d"], least: float
+) -> tuple[Int[np.ndarray, " pair"], Int[np.ndarray, " pair"], Float[np.ndarray, " pair"]]:
+    """Find the pairs of unit rows with at least some cosine; a short product shows the few."""
+    x, y = torch.from_numpy(a), torch.from_numpy(b).T
+    with multiplying("medium"):
+        i, j = (x @ y >= least - ROUNDING).numpy().nonzero()
+    if len(i) <= FEW * len(a) * len(b):
+        cosine = np.einsum("pd,pd->p", a[i], b[j])
+    else:
+        with multiplying("highest"):
+            block = (x @ y).numpy()
+        i, j = (block >= least).nonzero()
+        cosine = block[i, j]
+    above = cosine >= least
+    return i[above], j[above], cosine[above]
 
 
 def _rank(group: Int[np.ndarray, " n"], values: Float[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:

@@ -11,7 +11,7 @@ file of its own. A recipe that names a group trains a network on the group's tab
 import dataclasses
 import time
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch.distributed as dist
 
@@ -48,13 +48,15 @@ from mechatlas.dictionaries.pose_tied import PoseTied
 from mechatlas.dictionaries.revival import AuxK, Resample
 from mechatlas.dictionaries.sharded import Shard, mesh_of
 from mechatlas.dictionaries.sparsity import Sparsity, TopK
-from mechatlas.dictionaries.training import HELD_OUT_ROWS
+from mechatlas.dictionaries.training import HELD_OUT_ROWS, default_rate
 from mechatlas.dictionaries.training import train as train_dictionary
 from mechatlas.maths.groups import Group
 from mechatlas.maths.outliers import OUTLIER_NORMS
 from mechatlas.ranges import COUNT, SEED, check_ranges
 
 KIND = DICTIONARY
+MANY_DEAD = 0.25
+"""Share of dead latents above which the command says what keeps them."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -125,6 +127,9 @@ class TrainConfig(DeviceConfig):
     others share out the latents."""
     checkpoint_every: int = 1000
     """Steps between two checkpoints. The same command continues a run that was stopped."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Number format of atoms, encoder and their moments: float32, or bfloat16, rounded at random,
+    in half the memory of a GPU (docs/gpu.md says what it costs)."""
     seed: int = 0
     """Seed of the weights and of the order of batches."""
 
@@ -229,6 +234,8 @@ class TrainResult(CommandResult):
     the mean."""
     fvu_with_outliers: float | None = None
     """Fraction of variance unexplained on all held-out rows, outlier rows included."""
+    lr: float | None = None
+    """Largest learning rate of Adam."""
 
 
 def run(config: TrainConfig, folder: RunFolder) -> TrainResult:
@@ -282,6 +289,7 @@ def run(config: TrainConfig, folder: RunFolder) -> TrainResult:
         held_out_rows=data.n_held_out,
         fvu_median=history.fvu_median[-1],
         fvu_with_outliers=history.fvu_with_outliers[-1],
+        lr=config.lr or default_rate(dictionary, config.steps),
     )
 
 
@@ -307,6 +315,7 @@ def _options(config: TrainConfig) -> dict[str, Any]:
     """Options of a step of training."""
     names = (
         "batch_size", "lr", "seed", "device", "schedule", "objective", "revival", "outlier_norms",
+        "dtype",
     )  # fmt: skip
     return {name: getattr(config, name) for name in names}
 
@@ -399,4 +408,10 @@ def in_words(result: TrainResult) -> str:
     outliers = result.fvu_with_outliers
     others = f" ({outliers:.4f} with outlier rows)" if outliers not in (None, result.fvu) else ""
     quality = f"fvu {result.fvu:.4f}{others}, l0 {result.l0:.1f}, dead {result.dead_share:.1%}"
-    return f"Held out: {quality}.\nDictionary: {result.out}"
+    words = [f"Held out: {quality}."]
+    if result.dead_share > MANY_DEAD and result.lr is not None:
+        words.append(
+            "Fewer latents die at a smaller learning rate, which may explain less "
+            f"(`--lr {result.lr / 2:.2g}`), or with a table [revival] in the recipe."
+        )
+    return "\n".join([*words, f"Dictionary: {result.out}"])

@@ -98,7 +98,7 @@ def summed(index: Tensor, table: Tensor, starts: Tensor, weights: Tensor) -> Ten
     )
 
 
-def lengths(atoms: Tensor, edges: list[int]) -> list[Tensor]:
+def lengths(atoms: Tensor, edges: Sequence[int]) -> list[Tensor]:
     """Compute the length of each atom at each site, as columns."""
     return [atoms[:, low:high].norm(dim=-1, keepdim=True) for low, high in pairwise(edges)]
 

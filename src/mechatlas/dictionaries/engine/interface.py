@@ -2,10 +2,9 @@
 
 Step         how one batch changes a dictionary; every kind gives its own
 CodeSearch   how a sparsity rule with a fast path finds the codes of a batch
-TileSearch   how those of some of its rows are found
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple, Protocol, runtime_checkable
 
 from jaxtyping import Bool, Float, Int
@@ -76,35 +75,4 @@ class CodeSearch(Protocol):
 
     def above(self, low: Float[Tensor, " latent"] | float) -> Codes | None:
         """Find the pre-activations above a bound of their latent; None if they are not sparse."""
-        ...
-
-
-@runtime_checkable
-class TileSearch(Protocol):
-    """Search for codes of tiles of rows, with an encoder that does not change meanwhile."""
-
-    def largest(self, k: int) -> Callable[[Tensor, Tensor, Tensor], None]:
-        """Make a function that writes values and latents of the k largest codes of each row."""
-        ...
-
-    def above(self, low: Float[Tensor, " latent"]) -> Find:
-        """Make a function that finds the pre-activations of some rows above `low`."""
-        ...
-
-
-@runtime_checkable
-class BatchTileSearch(Protocol):
-    """Search for the largest codes of rows, and of a whole batch, by itself."""
-
-    def largest(self, k: int) -> Callable[[Tensor, Tensor, Tensor], None]:
-        """Make a function that writes values and latents of the k largest codes of each row."""
-        ...
-
-    def largest_of_batch(self, tiles: Sequence[Tensor], k: int) -> Codes:
-        """Find the codes above zero that are largest in the batch, of equal ones the first.
-
-        Args:
-            tiles: Rows of the batch, tile by tile.
-            k: Codes of a row on average.
-        """
         ...

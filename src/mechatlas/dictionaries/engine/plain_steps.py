@@ -26,8 +26,6 @@ if TYPE_CHECKING:
 
 GATHERED = {"cpu": 2**22, "cuda": 2**28}
 """Numbers of atoms that are gathered at once, by kind of device."""
-SMALLEST_LENGTH = 1e-12
-"""Smallest length that an atom is divided by."""
 
 
 def learn(
@@ -166,11 +164,10 @@ def descend(
             tensors of the rule.
         lr: Learning rate.
     """
-    dictionary, objective = step.dictionary, step.objective
+    dictionary, objective, atoms = step.dictionary, step.objective, step.dictionary.W_dec.data
     if dictionary.tied:
         slopes["W_dec"] += slopes.pop("W_enc")
-    atoms, edges = dictionary.W_dec.data, list(dictionary.edges)
-    fallback.remove_along(slopes["W_dec"], atoms, edges)
+    fallback.remove_along(slopes["W_dec"], atoms, list(dictionary.edges))
     gradients = [*slopes.values(), *others.values()]
     if objective.clip is not None:
         own = [slope.double().square().sum() for slope in slopes.values()]
@@ -180,5 +177,4 @@ def descend(
         gradients = torch._foreach_mul(gradients, objective.factor_of(squares).to(atoms.dtype))
     learned = [step.learned(name) for name in (*slopes, *others)]
     fallback.step_adam(learned, gradients, steps.adam(lr, step.n_steps))
-    length = functools.reduce(torch.add, fallback.lengths(atoms, edges))
-    atoms /= length.clamp_min(SMALLEST_LENGTH)
+    dictionary.normalize()

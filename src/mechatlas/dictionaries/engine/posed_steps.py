@@ -12,10 +12,11 @@ import importlib
 import torch
 from torch import Tensor
 
+from mechatlas.dictionaries.autoencoder import SMALLEST_LENGTH
 from mechatlas.dictionaries.engine import fallback, steps
 from mechatlas.dictionaries.engine.interface import Dead, Rows, StepResult
 from mechatlas.dictionaries.engine.products import product_with
-from mechatlas.dictionaries.engine.sparse_steps import SMALLEST_LENGTH, can_compile, tiles
+from mechatlas.dictionaries.engine.sparse_steps import can_compile, tiles
 from mechatlas.dictionaries.engine.steps import ReconstructionStep
 from mechatlas.dictionaries.engine.structures import (
     Learned,

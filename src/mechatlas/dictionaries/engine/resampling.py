@@ -53,9 +53,9 @@ def resample(
     center = dictionary.b_dec if dictionary.subtracts_b_dec else read.mean(dim=0)
     rows = read[drawn] - center
     rows *= length / rows.norm(dim=-1, keepdim=True).clamp_min(1e-12)
-    dictionary.W_dec[dead] = target[drawn] - dictionary.b_dec
+    dictionary.W_dec[dead] = (target[drawn] - dictionary.b_dec).to(dictionary.W_dec.dtype)
     if not dictionary.tied:
-        dictionary.encoder_parameters[0][:, dead] = rows.T
+        dictionary.encoder_parameters[0][:, dead] = rows.T.to(dictionary.W_enc.dtype)
     bias = rows.new_zeros(len(dead)) if dictionary.subtracts_b_dec else -(rows @ center)
     if not hasattr(dictionary.sparsity, "k"):
         n_fires = min(len(x) // 2, RESAMPLED_RATE * n_used // max(1, int(alive.sum())))

@@ -47,7 +47,7 @@ GRACE_ROWS = 16
 
 
 class Screen:
-    """A `TileSearch` whose methods, and the functions they give, raise `TooCloseError`."""
+    """Search as `WholeProduct`; its methods, and the functions they give, raise `TooCloseError`."""
 
     def __init__(
         self,

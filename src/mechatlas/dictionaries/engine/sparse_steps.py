@@ -16,26 +16,25 @@ import importlib.util
 import operator
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import Any, NamedTuple, cast
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mechatlas.dictionaries.autoencoder import LinearCoder
+from mechatlas.base import RecipeError
+from mechatlas.dictionaries.autoencoder import SMALLEST_LENGTH, LinearCoder
 from mechatlas.dictionaries.engine import fallback, plain_steps, steps
+from mechatlas.dictionaries.engine.graphs import Repeated
 from mechatlas.dictionaries.engine.interface import (
-    BatchTileSearch,
     Dead,
     Find,
     Rows,
     Step,
     StepResult,
     TileCodes,
-    TileSearch,
     TooCloseError,
 )
-from mechatlas.dictionaries.engine.plain_steps import SMALLEST_LENGTH
 from mechatlas.dictionaries.engine.products import product_with
 from mechatlas.dictionaries.engine.steps import AutogradStep
 from mechatlas.dictionaries.engine.structures import (
@@ -71,7 +70,7 @@ THRESHOLD_FRACTIONS = 0.9, 0.5, 0.0
 
 
 class WholeProduct:
-    """A `TileSearch` among all pre-activations."""
+    """Search for codes of tiles of rows among all pre-activations."""
 
     def __init__(self, rows: Tensor, bias: Tensor, backend: Any, tile: int) -> None:
         self.rows, self.bias, self.backend = rows, bias, backend
@@ -101,8 +100,9 @@ class BatchSearch:
         dictionary: LinearCoder,
         x: Tensor,
         room: Tensor,
-        tiles: TileSearch | BatchTileSearch,
-        plan: "Plan",
+        tiles: Any,
+        spans: Sequence[slice],
+        run: Run,
     ) -> None:
         """Prepare the search.
 
@@ -110,11 +110,12 @@ class BatchSearch:
             dictionary: Changes nothing of it.
             x: Rows of the batch.
             room: Memory for the rows that the encoder reads, (batch, d_in), written by tiles.
-            tiles: Search of one tile.
-            plan: Tiles, and the runner of their work.
+            tiles: Search of one tile, as `WholeProduct` is, and of a batch if it can.
+            spans: Tiles.
+            run: Runner of the work on tiles.
         """
         self.dictionary, self.x, self.room = dictionary, x, room
-        self.tiles, (self.spans, self.run) = tiles, plan
+        self.tiles, self.spans, self.run = tiles, spans, run
 
     def _read(self, i: int) -> Tensor:
         """Rows of a tile as the encoder reads them."""
@@ -139,9 +140,9 @@ class BatchSearch:
         if isinstance(self.tiles, WholeProduct) and self.tiles.backend is fallback:
             tiles = (self.tiles.product(self._read(i)) for i in range(len(self.spans)))
             return fallback.largest_of_batch(tiles, self.tiles.bias, n)
-        if isinstance(self.tiles, BatchTileSearch):
-            rows = [self._read(i) for i in range(len(self.spans))]
-            return self.tiles.largest_of_batch(rows, k)
+        whole: Any = getattr(self.tiles, "largest_of_batch", None)
+        if whole is not None:
+            return whole([self._read(i) for i in range(len(self.spans))], k)
         sample = self.x[:: -(-len(self.x) // SAMPLED_ROWS), self.dictionary.reads]
         pre = self.dictionary.pre_activations(sample).flatten()
         largest = pre.topk(min(k * len(sample), len(pre)), sorted=False).values
@@ -155,8 +156,7 @@ class BatchSearch:
 
     def above(self, low: Float[Tensor, " latent"] | float) -> Codes | None:
         """Find the pre-activations above a bound of their latent; None if they are not sparse."""
-        search = cast(TileSearch, self.tiles)
-        find = search.above(low if isinstance(low, Tensor) else self._bounds(low))
+        find = self.tiles.above(low if isinstance(low, Tensor) else self._bounds(low))
         first = find(self._read(0))
         if (
             first is None
@@ -203,13 +203,6 @@ def _total(parts: Tensor) -> Tensor:
     return parts[0] if len(parts) == 1 else parts.sum(dim=0)
 
 
-class Plan(NamedTuple):
-    """Tiles of a batch, and the runner of their work."""
-
-    spans: Sequence[slice]
-    run: Run
-
-
 class SparseStep:
     """Steps of a dictionary whose sparsity rule has a fast path.
 
@@ -250,12 +243,12 @@ class SparseStep:
         if compiled or (compiled is None and can_compile(dictionary.W_dec)):
             self.backend = importlib.import_module("mechatlas.dictionaries.engine.kernels")
             self._screens = can_screen(dictionary.W_dec)
-        elif compiled is None and can_use_triton(dictionary.W_dec):
-            kernels = importlib.import_module("mechatlas.dictionaries.engine.triton_kernels")
-            self.backend = kernels if type(dictionary.rule) in kernels.RULES else fallback
+        elif compiled is None:
+            self.backend = triton_for(dictionary) or fallback
         self.levels = torch.tensor(dictionary.matryoshka_widths, device=dictionary.W_dec.device)
         self._edges = torch.tensor(dictionary.edges)  # of the host, whatever the device
         self.room: dict[str, Tensor] = {}
+        self.repeated = Repeated()
         self._tiles: list[Tensor] = []
 
     def _parameter(self, name: str) -> Tensor:
@@ -275,7 +268,8 @@ class SparseStep:
         """Change the dictionary in place; see `Step`."""
         with workers(x.device) as run:
             if hasattr(self.backend, "step"):
-                return self.backend.step(self, x, lr, dead, sparsity_coefficient, run)
+                with torch.cuda.device_of(x):  # that kernels are launched on
+                    return self.backend.step(self, x, lr, dead, sparsity_coefficient, run)
             codes = self.select(x, run)
             if codes is not None and self.backend is fallback:
                 return plain_steps.learn(self, x, codes, lr, dead, sparsity_coefficient)
@@ -300,15 +294,15 @@ class SparseStep:
         if self._screens:
             screening = importlib.import_module("mechatlas.dictionaries.engine.screening")
             search = screening.Screen(rows, bias, run, self._tiles)
-            plan = Plan(tiles(len(x), len(rows), 2 * TILE, screening.MIN_TILE_ROWS), run)
+            spans = tiles(len(x), len(rows), 2 * TILE, screening.MIN_TILE_ROWS)
             with suppress(TooCloseError):
-                return self._find(BatchSearch(dictionary, x, room, search, plan))
-        plan = Plan(self.spans(x), run)
+                return self._find(BatchSearch(dictionary, x, room, search, spans, run))
+        spans = self.spans(x)
         if hasattr(self.backend, "Screen"):
             search = self.backend.Screen(rows, bias)
         else:
-            search = WholeProduct(rows, bias, self.backend, plan.spans[0].stop)
-        return self._find(BatchSearch(dictionary, x, room, search, plan))
+            search = WholeProduct(rows, bias, self.backend, spans[0].stop)
+        return self._find(BatchSearch(dictionary, x, room, search, spans, run))
 
     def spans(self, x: Tensor) -> list[slice]:
         """Tiles of a batch whose pre-activations may exist at once."""
@@ -469,7 +463,8 @@ class SparseStep:
         if "place" not in self.room:
             self.room["place"] = torch.full_like(bias, -1, dtype=torch.int32)
         if dead is None or not self.n_dead(dead):
-            return AddedGradients(self.room["place"], atoms[:0], encoder[:0], bias[:0])
+            none = bias.new_empty(0, atoms.shape[1]), bias.new_empty(0, encoder.shape[1])
+            return AddedGradients(self.room["place"], *none, bias[:0])
         place = torch.full_like(bias, -1, dtype=torch.int32)
         residual = rows[-1] / -scales[:, None]
         latents, *gradients = self.revive(dead, self.room["x"], residual)
@@ -513,9 +508,34 @@ def can_compile(tensor: Tensor) -> bool:
 
 def can_use_triton(tensor: Tensor) -> bool:
     """Whether Triton's kernels can work on a tensor."""
-    if tensor.device.type != "cuda" or tensor.dtype != torch.float32:
+    if tensor.device.type != "cuda" or tensor.dtype not in (torch.float32, torch.bfloat16):
         return False
     return importlib.util.find_spec("triton") is not None
+
+
+def triton_for(dictionary: LinearCoder) -> Any:
+    """Give Triton's kernels where they can take the steps of a dictionary, else None."""
+    if not can_use_triton(dictionary.W_dec) or dictionary.b_enc.dtype != torch.float32:
+        return None
+    kernels = importlib.import_module("mechatlas.dictionaries.engine.triton_kernels")
+    return kernels if type(dictionary.rule) in kernels.RULES else None
+
+
+def keep_halves(dictionary: Any) -> None:
+    """Keep atoms and encoder in bfloat16 from now on, as the steps made after this expect it.
+
+    Raises:
+        RecipeError: No kernels take such steps.
+    """
+    usual = isinstance(dictionary, LinearCoder) and type(dictionary).step is LinearCoder.step
+    kernels = triton_for(dictionary) if usual else None
+    if kernels is None:
+        raise RecipeError(
+            "dtype 'bfloat16' needs a CUDA device with Triton (pip install mechatlas[gpu]) and a "
+            "TopK, BatchTopK, ReLU, JumpReLU or Gated dictionary that one process trains; give "
+            "dtype 'float32'."
+        )
+    kernels.keep_halves(dictionary)
 
 
 @functools.cache

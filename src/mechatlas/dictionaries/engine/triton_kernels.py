@@ -1,7 +1,8 @@
 """A sparse training step in Triton, for NVIDIA and AMD GPUs: a pass over rows, one over latents.
 
-    step     a step of a `SparseStep` whose sparsity rule is one of `RULES`
-    Screen   codes of a batch, k a row (`triton_screening`)
+    step          a step of a `SparseStep` whose sparsity rule is one of `RULES`
+    keep_halves   weights and moments in bfloat16 from step to step, rounded at random
+    Screen        codes of a batch, k a row (`triton_screening`)
 
 The pass over rows finds the codes of a row, reconstructs it, and sets a bit for each code. The pass
 over latents follows the bits of a latent and computes its codes once more, from the encoder row and
@@ -16,6 +17,7 @@ of a step, and there is room for all.
 # pyright: reportIndexIssue=false, reportAttributeAccessIssue=false, reportMissingImports=false
 
 import functools
+import itertools
 from typing import NamedTuple
 
 import torch
@@ -24,19 +26,16 @@ import triton.language as tl
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from mechatlas.dictionaries.autoencoder import SMALLEST_LENGTH, LinearCoder
 from mechatlas.dictionaries.engine import steps
 from mechatlas.dictionaries.engine.interface import Dead, StepResult
-from mechatlas.dictionaries.engine.sparse_steps import (
-    SMALLEST_LENGTH,
-    SparseStep,
-    read_rows,
-)
+from mechatlas.dictionaries.engine.sparse_steps import SparseStep, read_rows
 from mechatlas.dictionaries.engine.structures import AddedGradients
 from mechatlas.dictionaries.engine.threads import Run
-from mechatlas.dictionaries.engine.triton_screening import Screen, reaches, wide_block
+from mechatlas.dictionaries.engine.triton_screening import EXTRA, Screen, reaches, wide_block
 from mechatlas.dictionaries.sparsity import BatchTopK, Gated, JumpReLU, ReLU, TopK
 
-__all__ = ["RULES", "Screen", "step"]
+__all__ = ["RULES", "Screen", "keep_halves", "step"]
 
 RULES = (TopK, BatchTopK, ReLU, JumpReLU, Gated)
 """Sparsity rules whose codes the kernels compute."""
@@ -50,6 +49,12 @@ BLOCK = 1024
 """Latents whose bounds the pass over rows reads at once."""
 LANES = 512
 """Numbers of a row for each warp of a program."""
+RATE, CORRECTION, PENALTY, BY_GATES, NUMBER = map(tl.constexpr, range(5))
+"""Places of the numbers of a step that change from one to the next: read from a tensor, so that a
+graph can repeat the step. Two of Adam, the penalty of a code, the weight of the gates' error, and
+how many steps there were."""
+DECAY1, DECAY2 = map(tl.constexpr, steps.BETAS)
+EPSILON, LEAST = tl.constexpr(steps.EPSILON), tl.constexpr(SMALLEST_LENGTH)
 
 
 class Numbers(NamedTuple):
@@ -62,7 +67,6 @@ class Numbers(NamedTuple):
     """Threshold of each latent, or factor of its gate."""
     offset: Float[Tensor, " latent"]
     """Offset of the size of a code from its gate."""
-    penalty: float
     bandwidth: float
     learned: tuple[str, ...]
     """Names of the tensors of the rule that learn."""
@@ -80,18 +84,30 @@ class Pass(NamedTuple):
     """Gradient of the reconstruction by the gates, if there are any."""
 
 
-def numbers_of(step: SparseStep, weight: float) -> Numbers:
-    """Numbers of the rule of a `SparseStep`, with `weight` as the factor of its penalty."""
+def numbers_of(step: SparseStep) -> Numbers:
+    """Numbers of the rule of a `SparseStep`."""
     rule, state, bias = step.dictionary.rule, step.dictionary.state, step.dictionary.b_enc.data
     if isinstance(rule, JumpReLU):
         own, low = state["log_threshold"].detach().exp(), rule.least_that_learns(state)
-        learned = ("log_threshold",)
-        return Numbers(JUMP.value, low, own, bias, weight * rule.l0, rule.bandwidth, learned)
-    low, penalty = torch.zeros_like(bias), weight * getattr(rule, "l1", 0.0)
+        return Numbers(JUMP.value, low, own, bias, rule.bandwidth, ("log_threshold",))
+    low = torch.zeros_like(bias)
     if isinstance(rule, Gated):
         own, offset = state["r_mag"].detach().exp(), state["b_mag"].detach()
-        return Numbers(GATED.value, low, own, offset, penalty, 1.0, ("r_mag", "b_mag"))
-    return Numbers(PLAIN.value, low, bias, bias, penalty, 1.0, ())
+        return Numbers(GATED.value, low, own, offset, 1.0, ("r_mag", "b_mag"))
+    return Numbers(PLAIN.value, low, bias, bias, 1.0, ())
+
+
+def keep_halves(dictionary: LinearCoder) -> None:
+    """Round atoms and encoder to bfloat16, in which steps leave them.
+
+    Behind each encoder row there is room for what bounds the error of its product.
+    """
+    dictionary.W_dec.data = dictionary.W_dec.data.bfloat16()
+    if not dictionary.tied:
+        rows = dictionary.encoder_rows
+        wide = rows.new_zeros(len(rows), dictionary.d_in + EXTRA, dtype=torch.bfloat16)
+        wide[:, : dictionary.d_in] = rows
+        dictionary.encoder_parameters[0].data = wide[:, : dictionary.d_in].T
 
 
 def step(
@@ -108,12 +124,34 @@ def step(
         sparsity_coefficient: Fraction of the sparsity penalty that counts.
         run: Runner of the work on tiles of the batch.
     """
-    dictionary, widths = step.dictionary, step.levels
+    step.n_steps += 1
+    dictionary, rule, adam = step.dictionary, step.dictionary.rule, steps.adam(lr, step.n_steps)
+    penalty = sparsity_coefficient / len(x) * getattr(rule, "l0", getattr(rule, "l1", 0.0))
+    now, by_gates = step.room_for("now", (5,), x), sparsity_coefficient * len(step.levels)
+    _note[(1,)](now, adam.rate, adam.correction, penalty, by_gates, float(step.n_steps))
+    work = functools.partial(_take, step, dead=dead, run=run)
+    if type(step) is not SparseStep or (dead is not None and len(dead[1])):
+        return work(x)
+    learned = dictionary.parameters(), dictionary.buffers(), *step.moments.values()
+    return step.repeated(work, x, itertools.chain(*learned), step.room)
+
+
+def _take(
+    step: SparseStep, x: Float[Tensor, "batch width"], *, dead: Dead | None, run: Run
+) -> StepResult:
+    """Take a step whose numbers are noted, and which is the same for all batches of one shape.
+
+    Args:
+        step: Step, which has the moments.
+        x: Rows of activations.
+        dead: Latents that also learn from the residual.
+        run: Runner of the work on tiles of the batch.
+    """
+    dictionary, widths, now = step.dictionary, step.levels, step.room["now"]
     n, n_levels, target = len(x), len(widths), x[:, dictionary.writes]
     (m, d_out), d_in = dictionary.W_dec.shape, dictionary.d_in
     codes = step.select(x, run) if hasattr(dictionary.rule, "k") else None
-    step.n_steps += 1
-    numbers = numbers_of(step, sparsity_coefficient / n)
+    numbers = numbers_of(step)
     scales = step.objective.weights(target).mul_(2 / n / n_levels)
     bits = torch.zeros(m, triton.cdiv(n, WORD.value), dtype=torch.int32, device=x.device)
     g = step.room_for("g", (n_levels, n, d_out), target)
@@ -127,26 +165,26 @@ def step(
         _rebuild[(n,)](target, *written, losses, *codes[:3], *sizes, **options)
     else:
         encoder = dictionary.encoder_rows, dictionary.b_enc.data
-        weight, screen = sparsity_coefficient * n_levels, Screen(*encoder)
-        own = (*numbers[1:4], numbers.low.amin(), numbers.penalty, weight)
+        screen, own = Screen(*encoder), (*numbers[1:4], numbers.low.amin(), now)
         read, target = step.room_for("x", (n, d_in), x), target.contiguous()
+        pitch = encoder[0].stride(0)
         for span in step.spans(x):
             rows = read_rows(dictionary, x[span], read[span])
             bounds = (*screen.bounds(rows), screen.reach, screen.furthest)
             _rebuild_above[(len(rows),)](
                 target, *written, losses, gates, read, *encoder, *bounds, *own,
-                *sizes, span.start, m, d_in, block=min(BLOCK, wide_block(m)),
+                *sizes, span.start, m, pitch, d_in, block=min(BLOCK, wide_block(m)),
                 wide_in=wide_block(d_in), kind=numbers.kind, **options,
             )  # fmt: skip
     for level in range(n_levels - 2, -1, -1):
         g[level] += g[level + 1]
     left = Pass(bits, step.room_for("x", (n, d_in), x), g, gates)
-    fired = _descend(step, left, numbers, step.revival(dead, scales, g), lr)
+    fired = _descend(step, left, numbers, step.revival(dead, scales, g))
     return StepResult(steps.at_hand(losses.sum()), fired)
 
 
 def _descend(
-    step: SparseStep, batch: Pass, numbers: Numbers, added: AddedGradients, lr: float
+    step: SparseStep, batch: Pass, numbers: Numbers, added: AddedGradients
 ) -> Bool[Tensor, " latent"]:
     """Take the step of all parameters; latents that had a code.
 
@@ -155,9 +193,8 @@ def _descend(
         batch: Results of the pass over rows.
         numbers: Numbers of the rule.
         added: Gradients of dead latents.
-        lr: Learning rate.
     """
-    dictionary, adam = step.dictionary, steps.adam(lr, step.n_steps)
+    dictionary, now = step.dictionary, step.room["now"]
     (m, d_out), d_in, n = dictionary.W_dec.shape, dictionary.d_in, len(batch.x)
     names = ["W_dec", "W_dec" if dictionary.tied else "W_enc", "b_enc", *numbers.learned]
     learned = [t for name in names for t in step.learned(name)]
@@ -167,17 +204,18 @@ def _descend(
     through, squares = batch.x.new_empty(programs, d_in), batch.x.new_empty(m)
     edges = _on_device(tuple(dictionary.edges), batch.x.device)
     read = (*batch, step.levels, edges, *added, *numbers[2:4], *learned)
-    sizes = (n, m, d_in, d_out, *map(len, (step.levels, dictionary.edges[1:])), batch.bits.shape[1])
+    pitch = learned[3].stride(0)
+    n_levels, n_sites = len(step.levels), len(dictionary.edges) - 1
+    sizes = (n, m, pitch, d_in, d_out, n_levels, n_sites, batch.bits.shape[1])
     options = {
         "words": wide_block(batch.bits.shape[1]), "wide_in": wide_block(d_in),
         "wide_out": wide_block(d_out), "tied": dictionary.tied, "kind": numbers.kind,
         "share": SHARE, "num_warps": _warps(max(d_in, d_out)),
     }  # fmt: skip
-    rule = (numbers.penalty, numbers.bandwidth, SMALLEST_LENGTH, *adam)
 
     def learn(factor: Tensor, *, apply: bool) -> Tensor:
-        out = (fired, through, squares, factor)
-        _learn[(programs,)](*read, *out, *rule, *sizes, **options, apply=apply)
+        out = (fired, through, squares, factor, now, numbers.bandwidth)
+        _learn[(programs,)](*read, *out, *sizes, **options, apply=apply)
         slope = batch.rows[0].sum(dim=0)
         d_input = step.over_all(through.sum(dim=0)) if dictionary.subtracts_b_dec else 0.0
         return slope.sub_(d_input)
@@ -188,9 +226,8 @@ def _descend(
         total = step.over_all(squares.double().sum()) + bias.double().square().sum()
         factor = step.objective.factor_of(total).float()
     bias = learn(factor, apply=True)
-    own = step.learned("b_dec")
     grid = (triton.cdiv(d_out, 1024),)
-    _step_parameter[grid](*own, bias, factor, d_out, *adam, block=1024)
+    _step_parameter[grid](*step.learned("b_dec"), bias, factor, now, d_out, block=1024)
     return fired
 
 
@@ -203,6 +240,16 @@ def _warps(width: int) -> int:
 def _on_device(numbers: tuple[float, ...], device: torch.device) -> Tensor:
     """Numbers that are the same in every step."""
     return torch.tensor(numbers, device=device)
+
+
+@triton.jit
+def _note(now, rate, correction, penalty, by_gates, number):
+    """Write the numbers of a step."""
+    tl.store(now + RATE, rate)
+    tl.store(now + CORRECTION, correction)
+    tl.store(now + PENALTY, penalty)
+    tl.store(now + BY_GATES, by_gates)
+    tl.store(now + NUMBER, number)
 
 
 @triton.jit
@@ -242,7 +289,7 @@ def _rebuild(
         for p in range(first, end):
             j = tl.load(latents + p).to(tl.int64)
             value = tl.load(values + p)
-            error += value * tl.load(atoms + j * d + o, mask=inside, other=0.0)
+            error += value * tl.load(atoms + j * d + o, mask=inside, other=0.0).to(tl.float32)
             _set_bit(bits, j, i, n_words, value > 0)
         loss += tl.sum(error * error * scale) / 2
         tl.store(gradients + (level * n + i) * d + o, error * scale, mask=inside)
@@ -254,8 +301,8 @@ def _rebuild(
 def _rebuild_above(
     target, scales, bias, widths, atoms, bits, gradients, losses, gates,
     x, encoder, encoder_bias, bounds, lengths, reach, furthest,
-    low, own, offset, lowest, penalty, gate_weight,
-    n, d, n_levels, n_words, before, m, d_in,
+    low, own, offset, lowest, now,
+    n, d, n_levels, n_words, before, m, pitch, d_in,
     block: tl.constexpr, wide_in: tl.constexpr, wide_out: tl.constexpr, kind: tl.constexpr,
 ):  # fmt: skip
     """Find the codes of a row above their bounds, and reconstruct it."""
@@ -280,8 +327,8 @@ def _rebuild_above(
             j = tl.min(tl.where(near, at, end), 0)
             while j < end:
                 to = j.to(tl.int64)
-                weights = tl.load(encoder + to * d_in + c, mask=c < d_in, other=0.0)
-                pre = tl.sum(row * weights) + tl.load(encoder_bias + j)
+                weights = tl.load(encoder + to * pitch + c, mask=c < d_in, other=0.0)
+                pre = tl.sum(row * weights.to(tl.float32)) + tl.load(encoder_bias + j)
                 found = pre > tl.load(low + j)
                 _set_bit(bits, to, i, n_words, found)
                 value = tl.where(found, pre, 0.0)
@@ -291,6 +338,7 @@ def _rebuild_above(
                 else:
                     size += value
                 atom = tl.load(atoms + to * d + o, mask=o < tl.where(found, d, 0), other=0.0)
+                atom = atom.to(tl.float32)
                 if kind == GATED:
                     by_gates += value * atom
                     value = tl.maximum(value * tl.load(own + j) + tl.load(offset + j), 0.0)
@@ -300,31 +348,60 @@ def _rebuild_above(
         tl.store(gradients + (level * n + i) * d + o, error * scale, mask=inside)
         begin = end
     if kind == GATED:
-        scale *= gate_weight
+        scale *= tl.load(now + BY_GATES)
         loss += tl.sum(by_gates * by_gates * scale) / 2
         tl.store(gates + i * d + o, by_gates * scale, mask=inside)
-    tl.store(losses + i, loss + penalty * size)
+    tl.store(losses + i, loss + tl.load(now + PENALTY) * size)
 
 
 @triton.jit
-def _adam(to, first, second, at, inside, gradient, b1, w1, b2, w2, rate, fix, eps):
+def _mixed(x):
+    """Bits of a number that follow from it and look random (lowbias32 of Wellons, 2018)."""
+    x = (x ^ (x >> 16)) * 0x7FEB352D
+    x = (x ^ (x >> 15)) * 0x846CA68B
+    return x ^ (x >> 16)
+
+
+@triton.jit
+def _write(to, at, inside, value, now, which: tl.constexpr):
+    """Write numbers; in bfloat16 rounded up or down, as likely as each is near.
+
+    That follows from the number of the step, the tensor (`which`) and the place in it.
+    """
+    if to.dtype.element_ty == tl.bfloat16:
+        key = _mixed(tl.load(now + NUMBER).to(tl.uint32) * 8 + which)
+        bits = value.to(tl.uint32, bitcast=True) + (_mixed(at.to(tl.uint32) ^ key) & 0xFFFF)
+        value = (bits & 0xFFFF0000).to(tl.float32, bitcast=True)
+    tl.store(to + at, value, mask=inside)
+
+
+@triton.jit
+def _adam(value, first, second, at, inside, gradient, now, which: tl.constexpr):
     """Parameter after a step of Adam, whose moments are written."""
-    m1 = b1 * tl.load(first + at, mask=inside, other=0.0) + w1 * gradient
-    m2 = b2 * tl.load(second + at, mask=inside, other=0.0) + w2 * gradient * gradient
-    tl.store(first + at, m1, mask=inside)
-    tl.store(second + at, m2, mask=inside)
-    value = tl.load(to + at, mask=inside, other=0.0)
-    return value - rate * m1 / (tl.sqrt(m2) * fix + eps)
+    m1 = tl.load(first + at, mask=inside, other=0.0).to(tl.float32)
+    m2 = tl.load(second + at, mask=inside, other=0.0).to(tl.float32)
+    m1 = DECAY1 * m1 + (1 - DECAY1) * gradient
+    m2 = DECAY2 * m2 + (1 - DECAY2) * gradient * gradient
+    _write(first, at, inside, m1, now, which)
+    _write(second, at, inside, m2, now, which + 1)
+    down = tl.sqrt(m2) * tl.load(now + CORRECTION) + EPSILON
+    return value - tl.load(now + RATE) * m1 / down
 
 
 @triton.jit
-def _step_parameter(
-    value, first, second, gradient, factor, n, b1, w1, b2, w2, rate, fix, eps, block: tl.constexpr
-):
+def _step_number(value, first, second, at, slope, now):
+    """Step of one number, in float32."""
+    moved = _adam(tl.load(value + at), first, second, at, at >= 0, slope, now, 0)
+    tl.store(value + at, moved)
+
+
+@triton.jit
+def _step_parameter(value, first, second, gradient, factor, now, n, block: tl.constexpr):
     at = tl.program_id(0) * block + tl.arange(0, block)
     inside = at < n
     slope = tl.load(gradient + at, mask=inside, other=0.0) * tl.load(factor)
-    moved = _adam(value, first, second, at, inside, slope, b1, w1, b2, w2, rate, fix, eps)
+    moved = tl.load(value + at, mask=inside, other=0.0)
+    moved = _adam(moved, first, second, at, inside, slope, now, 0)
     tl.store(value + at, moved, mask=inside)
 
 
@@ -401,43 +478,37 @@ def _slopes(
 
 @triton.jit
 def _move(
-    to_atom, to_row, slope, to_p, to_q,
+    atom, row, to_atom, to_row, slope, to_p, to_q,
     atoms, atoms1, atoms2, encoder, encoder1, encoder2, bias, bias1, bias2, p, p1, p2, q, q1, q2,
-    edges, least, j, d_in, d_out, n_sites, b1, w1, b2, w2, rate, fix, eps,
+    edges, now, j, pitch, d_in, d_out, n_sites,
     wide_in: tl.constexpr, wide_out: tl.constexpr, tied: tl.constexpr, kind: tl.constexpr,
 ):  # fmt: skip
     """Take the step of Adam of a latent, and give its atom length 1."""
     c, o = tl.arange(0, wide_in), tl.arange(0, wide_out)
     at = j * d_out + o
-    atom = _adam(
-        atoms, atoms1, atoms2, at, o < d_out, to_atom, b1, w1, b2, w2, rate, fix, eps
-    )  # fmt: skip
+    atom = _adam(atom, atoms1, atoms2, at, o < d_out, to_atom, now, 1)
     atom = tl.where(o < d_out, atom, 0.0)
     length = slope * 0
     for site in range(n_sites):
         of_site, _ = _length_at(atom, o, edges, site)
         length += of_site
-    tl.store(atoms + at, atom / tl.maximum(length, least), mask=o < d_out)
+    _write(atoms, at, o < d_out, atom / tl.maximum(length, LEAST), now, 0)
     if not tied:
-        at_row = j * d_in + c
-        row = _adam(
-            encoder, encoder1, encoder2, at_row, c < d_in, to_row, b1, w1, b2, w2, rate, fix, eps
-        )  # fmt: skip
-        tl.store(encoder + at_row, row, mask=c < d_in)
-    own = j >= 0
-    tl.store(bias + j, _adam(bias, bias1, bias2, j, own, slope, b1, w1, b2, w2, rate, fix, eps))
+        row = _adam(row, encoder1, encoder2, j * d_in + c, c < d_in, to_row, now, 4)
+        _write(encoder, j * pitch + c, c < d_in, row, now, 3)
+    _step_number(bias, bias1, bias2, j, slope, now)
     if kind != PLAIN:
-        tl.store(p + j, _adam(p, p1, p2, j, own, to_p, b1, w1, b2, w2, rate, fix, eps))
+        _step_number(p, p1, p2, j, to_p, now)
     if kind == GATED:
-        tl.store(q + j, _adam(q, q1, q2, j, own, to_q, b1, w1, b2, w2, rate, fix, eps))
+        _step_number(q, q1, q2, j, to_q, now)
 
 
 @triton.jit
 def _learn(
     bits, x, g, gates, widths, edges, place, added_atoms, added_encoder, added_bias, own, offset,
     atoms, atoms1, atoms2, encoder, encoder1, encoder2, bias, bias1, bias2, p, p1, p2, q, q1, q2,
-    fired, through, squares, factor, penalty, bandwidth, least, b1, w1, b2, w2, rate, fix, eps,
-    n, m, d_in, d_out, n_levels, n_sites, n_words,
+    fired, through, squares, factor, now, bandwidth,
+    n, m, pitch, d_in, d_out, n_levels, n_sites, n_words,
     words: tl.constexpr, wide_in: tl.constexpr, wide_out: tl.constexpr, tied: tl.constexpr,
     kind: tl.constexpr, share: tl.constexpr, apply: tl.constexpr,
 ):  # fmt: skip
@@ -450,8 +521,8 @@ def _learn(
         level = j * 0
         for t in range(n_levels - 1):
             level += (j >= tl.load(widths + t)).to(tl.int64)
-        atom = tl.load(atoms + j * d_out + o, mask=o < d_out, other=0.0)
-        row = tl.load(encoder + j * d_in + c, mask=c < d_in, other=0.0)
+        atom = tl.load(atoms + j * d_out + o, mask=o < d_out, other=0.0).to(tl.float32)
+        row = tl.load(encoder + j * pitch + c, mask=c < d_in, other=0.0).to(tl.float32)
         dead = tl.load(place + j).to(tl.int64)
         dead_out, dead_in = tl.where(dead >= 0, d_out, 0), tl.where(dead >= 0, d_in, 0)
         to_atom = tl.load(added_atoms + dead * d_out + o, mask=o < dead_out, other=0.0)
@@ -459,8 +530,8 @@ def _learn(
         set_bits = tl.load(bits + j * n_words + w, mask=w < n_words, other=0)
         to_row, to_atom, slope, to_p, to_q, n_codes = _slopes(
             set_bits, row, atom, tl.load(bias + j), to_row, to_atom, x, g + level * n * d_out,
-            gates, tl.load(own + j), tl.load(offset + j), penalty, bandwidth, d_in, d_out,
-            words, wide_in, wide_out, kind,
+            gates, tl.load(own + j), tl.load(offset + j), tl.load(now + PENALTY), bandwidth,
+            d_in, d_out, words, wide_in, wide_out, kind,
         )  # fmt: skip
         sent += slope * row  # what dead latents learn has no part in it
         tl.store(fired + j, n_codes > 0)
@@ -471,10 +542,10 @@ def _learn(
         if apply:
             s = tl.load(factor)
             _move(
-                to_atom * s, to_row * s, slope * s, to_p * s, to_q * s, atoms, atoms1, atoms2,
-                encoder, encoder1, encoder2, bias, bias1, bias2, p, p1, p2, q, q1, q2,
-                edges, least, j, d_in, d_out, n_sites, b1, w1, b2, w2, rate, fix, eps,
-                wide_in, wide_out, tied, kind,
+                atom, row, to_atom * s, to_row * s, slope * s, to_p * s, to_q * s,
+                atoms, atoms1, atoms2, encoder, encoder1, encoder2,
+                bias, bias1, bias2, p, p1, p2, q, q1, q2,
+                edges, now, j, pitch, d_in, d_out, n_sites, wide_in, wide_out, tied, kind,
             )  # fmt: skip
         else:
             square = slope * slope + to_p * to_p + to_q * to_q + tl.sum(to_atom * to_atom)

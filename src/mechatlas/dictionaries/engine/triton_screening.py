@@ -43,15 +43,19 @@ def wide_block(n: int) -> int:
 
 
 class Screen:
-    """A search for the k largest codes of rows, or of a batch (`BatchTileSearch`)."""
+    """A search for the k largest codes of rows, or of a batch."""
 
     def __init__(self, rows: Float[Tensor, "latent d_in"], bias: Float[Tensor, " latent"]) -> None:
         """Round an encoder that does not change while this is used."""
         m, d = rows.shape
         self.encoder = rows, bias
-        self.half = rows.new_empty(m, d + EXTRA, dtype=torch.bfloat16)
-        self.reach = rows.new_empty(m, 3)
-        _round_encoder[(m,)](rows, bias, self.half, self.reach, d, d + EXTRA, wide=wide_block(d))
+        if apart := rows.stride(0) != d + EXTRA:
+            self.half = rows.new_empty(m, d + EXTRA, dtype=torch.bfloat16)
+        else:  # there is room behind each row
+            self.half = rows.as_strided((m, d + EXTRA), rows.stride())
+        self.reach = bias.new_empty(m, 3)
+        own = rows, bias, self.half, self.reach, rows.stride(0), d, d + EXTRA
+        _round_encoder[(m,)](*own, wide=wide_block(d), apart=apart)
         self.furthest = self.reach.amax(dim=0)
         self._known: tuple[int, Tensor, Tensor] | None = None
 
@@ -73,13 +77,14 @@ class Screen:
             reach = (lengths, self.reach, self.furthest)
             block = {"block": min(GROUPS, wide_block(m))}
             _near[(n,)](bounds, *reach, levels, *found, 1, m, *sizes, **block)
-            _compute[(n,)](x, *self.encoder, *found, computed, d, *sizes, wide=wide_block(d))
+            pitch = self.encoder[0].stride(0)
+            _compute[(n,)](x, *self.encoder, *found, computed, pitch, d, *sizes, wide=wide_block(d))
             top = computed.topk(k, dim=1)
             values.copy_(top.values.relu())
             latents.copy_(near.gather(1, top.indices))
             whole = (x, *self.encoder, counts, values, latents)
             _search_whole[(n,)](
-                *whole, m, k, d, room=room, n_kept=wide_block(k), wide=wide_block(d)
+                *whole, pitch, m, k, d, room=room, n_kept=wide_block(k), wide=wide_block(d)
             )
 
         return select
@@ -133,7 +138,7 @@ class Screen:
         torch.cumsum(counts, 0, out=starts[1:])
         _near[(n,)](*own, block=block)
         values, d = x.new_empty(n * m), x.shape[1]
-        found = (starts, near, counts, values, d, n * m, n * m)
+        found = (starts, near, counts, values, self.encoder[0].stride(0), d, n * m, n * m)
         _compute[(n,)](x, *self.encoder, *found, wide=wide_block(d))
         return starts, near, values
 
@@ -169,10 +174,12 @@ def _sums_in_full() -> Iterator[None]:
 
 
 @triton.jit
-def _round_encoder(rows, bias, half, reach, d, stride, wide: tl.constexpr):
+def _round_encoder(
+    rows, bias, half, reach, pitch, d, stride, wide: tl.constexpr, apart: tl.constexpr
+):  # fmt: skip
     j = tl.program_id(0).to(tl.int64)
     c = tl.arange(0, wide)
-    row = tl.load(rows + j * d + c, mask=c < d, other=0.0)
+    row = tl.load(rows + j * pitch + c, mask=c < d, other=0.0).to(tl.float32)
     rounded = row.to(tl.bfloat16)
     left = row - rounded.to(tl.float32)
     lost, length = tl.sqrt(tl.sum(left * left)), tl.sqrt(tl.sum(row * row))
@@ -181,7 +188,8 @@ def _round_encoder(rows, bias, half, reach, d, stride, wide: tl.constexpr):
     b = tl.load(bias + j)
     offset = b - summing * tl.abs(b)
     to = half + j * stride
-    tl.store(to + c, rounded, mask=c < d)
+    if apart:
+        tl.store(to + c, rounded, mask=c < d)
     for column in range(3):
         part = offset.to(tl.bfloat16)
         tl.store(to + d + column, part)
@@ -301,7 +309,7 @@ def _near(
 
 @triton.jit
 def _compute(
-    x, rows, bias, starts, near, counts, computed, d, room, total, wide: tl.constexpr
+    x, rows, bias, starts, near, counts, computed, pitch, d, room, total, wide: tl.constexpr
 ):  # fmt: skip
     """Write the pre-activations of a row's candidates in float32."""
     i = tl.program_id(0).to(tl.int64)
@@ -311,13 +319,13 @@ def _compute(
     end = tl.minimum(begin + tl.minimum(tl.load(counts + i), room), total)
     for p in range(begin, end):
         j = tl.load(near + p).to(tl.int64)
-        own = tl.load(rows + j * d + c, mask=c < d, other=0.0)
+        own = tl.load(rows + j * pitch + c, mask=c < d, other=0.0).to(tl.float32)
         tl.store(computed + p, tl.sum(row * own) + tl.load(bias + j))
 
 
 @triton.jit
 def _search_whole(
-    x, rows, bias, counts, values, latents, m, k, d,
+    x, rows, bias, counts, values, latents, pitch, m, k, d,
     room: tl.constexpr, n_kept: tl.constexpr, wide: tl.constexpr,
 ):  # fmt: skip
     """Write the k largest of a row whose candidates had no room, from all its pre-activations."""
@@ -333,8 +341,8 @@ def _search_whole(
             for s in range(n_kept):
                 j = first + s
                 if j < m:
-                    own = tl.load(rows + j.to(tl.int64) * d + c, mask=c < d, other=0.0)
-                    value = tl.sum(row * own) + tl.load(bias + j)
+                    own = tl.load(rows + j.to(tl.int64) * pitch + c, mask=c < d, other=0.0)
+                    value = tl.sum(row * own.to(tl.float32)) + tl.load(bias + j)
                     bits = tl.maximum(value, 0.0).to(tl.int32, bitcast=True).to(tl.int64)
                     keys = tl.where(t == s, (bits << 32) | (0x7FFFFFFF - j).to(tl.int64), keys)
             best = tl.sort(tl.maximum(best, tl.sort(keys)), descending=True)

@@ -7,7 +7,7 @@ Read in this order:
     verify       the formula of the bound, and `verify`
     checks       conditions that a bound rests on: shapes, homomorphisms, permutations
     terms        all terms of the bound that do not depend on the pair, and all rounding
-    reference    the loops in numpy: short, slow, and meant to be read
+    reference    the loops, over pairs in numpy: slow, and meant to be read
     compiled     the loops over pairs compiled, tested against `reference`
     packing, structures   layouts of arrays, no arithmetic
     exact        exact accuracy by brute force, for pairs that are not certified
@@ -21,15 +21,15 @@ group, m the width of the network, and k the number of cluster representatives:
     c          m              factor of a neuron and its representative: `Explanation.scale_factors`
     rho        n d d          irrep: `IrrepCircuit.matrices`; by entry: `checks.KnownIrreps.rho`
     M_i        d d            Fourier coefficient of u_i: `IrrepCircuit.coefficients`
-    e_i        n              residual u_i(z) - <M_i, rho(z)>: `reference.unembedding_residual`
+    e_i        n              residual u_i(z) - <M_i, rho(z)>: `terms.build_terms`
     B, B'      -              rho-sets, by their permutations: `Grid.left_action`, `.right_action`
     p, p'      k, k           points of B and B' of each neuron: `Grid.left_points`, `.right_points`
     A_i, B_i   n, n           additive parts: `Explanation.additive_x`, `.additive_y`
-    I_i        n n            interaction relu(l_i + r_i) - A_i - B_i: `reference.bound_pairs`
+    I_i        n n            interaction relu(l_i + r_i) - A_i - B_i: `reference.measure_pairs`
     T          |B| |B'|       interaction by points of rho-sets: `Grid.table`
     s_i        k              scale, I_i is about s_i T: `Grid.scale`
-    D_i        n n            rest of the interaction, I_i - s_i T: `reference.bound_pairs`
-    V          d d            sum of I_i M_i, for each x and y: `reference.bound_pairs`
+    D_i        n n            rest of the interaction, I_i - s_i T: `reference.measure_pairs`
+    V          d d            sum of I_i M_i, for each x and y: `reference.measure_pairs`
     Vm         d d            mean of rho(x)^T V rho(y)^T: `IrrepCircuit.mean_matrix`
-    gamma(g)   n              ideal margin <Vm, 1 - rho(g)>: `reference.ideal_margins`
+    gamma(g)   n              ideal margin <Vm, 1 - rho(g)>: `terms.build_terms`
 """

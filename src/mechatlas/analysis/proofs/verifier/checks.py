@@ -20,8 +20,12 @@ from jaxtyping import Float, Float32, Int
 from mechatlas.analysis.proofs.verifier.explanation import Explanation, ProofError
 from mechatlas.analysis.proofs.verifier.packing import Packed, pack
 from mechatlas.analysis.proofs.verifier.structures import (
+    Clusters,
     DistinctRows,
+    Layout,
     PackedActions,
+    PackedCircuits,
+    PackedGrids,
     PairSum,
     Weights,
 )
@@ -45,8 +49,9 @@ FAULTS = (
     "A neuron of a grid is at a point that the grid does not have.",
     "The antipode of a point is one that the grid does not have.",
     "A table changes when both points are replaced by their antipodes.",
+    "Opposite points of a grid do not stay opposite.",
 )
-"""Messages for the numbers that `find_fault` returns."""
+"""Messages for the numbers that `_find_fault` and `reference.index_tables` return."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -62,7 +67,11 @@ class KnownIrreps:
     all a, b and all irreps, rounding of the check included."""
     rho: Float32[np.ndarray, "entry order"]
     """Entries of all matrices, a row for each entry."""
-    norms: Float[np.ndarray, "order irrep"]
+    elements: Int[np.ndarray, " element"]
+    """Elements but the identity, in the order of their conjugacy classes."""
+    differences: Float32[np.ndarray, "element entry"]
+    """Entries of 1 - rho(g) of these elements."""
+    norms: Float[np.ndarray, "element irrep"]
     """Frobenius norm of 1 - rho(g)."""
     distinct: DistinctRows
     """Rows of rho that differ by more than a sign."""
@@ -105,27 +114,26 @@ def growth(operations: int, unit: float) -> float:
     return operations * unit / (1 - operations * unit)
 
 
-def float32_errors(weights: Weights, loops: ModuleType) -> PairSum:
+def float32_errors(weights: Weights) -> PairSum:
     """Bound the error of a margin when the network runs in float32.
 
     For each logit m + 2 operations in a row on terms of at most max |u_i| (relu(l) + relu(r)).
     """
-    m = len(weights.unembed)
-    x_error, y_error, size = loops.float32_error_sums(weights, 2.05 * growth(m + 2, U32))
+    m, top = len(weights.unembed), np.abs(weights.unembed).max(axis=1)
+    scaled = (2.05 * growth(m + 2, U32) * top.astype(np.float64)).astype(np.float32)
+    first, second = np.maximum(weights.left, 0), np.maximum(weights.right, 0)
+    size = 1.01 * sum(float(part.sum()) for part in (top, first, second))
     tiny = 8 * m * TINIEST * (1 + size)
-    return PairSum(x_error.astype(np.float64) + tiny, y_error.astype(np.float64))
+    return PairSum((first @ scaled).astype(np.float64) + tiny, (second @ scaled).astype(np.float64))
 
 
-def check(
-    width: int, group: Group, e: Explanation, loops: ModuleType
-) -> tuple[Packed, KnownIrreps, KnownActions]:
+def check(width: int, group: Group, e: Explanation) -> tuple[Packed, KnownIrreps, KnownActions]:
     """Refuse an explanation that is not well formed.
 
     Args:
         width: Number of neurons.
         group: The group.
         e: The explanation.
-        loops: See `choose_loops`.
 
     Returns:
         The explanation as flat arrays, and facts about its irreps and actions.
@@ -139,8 +147,7 @@ def check(
             f"The explanation is about {packed.width} neurons and a group of order "
             f"{packed.order}, the network has {width} and {group.order}."
         )
-    grids = packed.grids
-    fault = loops.find_fault(packed.clusters, packed.layout, packed.circuits, grids, LARGEST)
+    fault = _find_fault(packed.clusters, packed.layout, packed.circuits, packed.grids)
     if fault:
         raise ProofError(FAULTS[fault])
     for name in ("second_stage_budget", "third_stage_budget"):
@@ -148,12 +155,49 @@ def check(
             raise ProofError(f"{name} must be from 0 to 1, got {getattr(e, name)}.")
     irreps = _recall(packed.matrices, group, KnownIrreps) or _irreps(packed.matrices, group)
     actions = _recall(packed.actions, group, KnownActions) or _actions(packed.actions, group)
-    for number, action in enumerate(packed.actions):
-        starts = grids.shapes[:, 4:6][packed.sides == number]
-        antipodes = grids.antipodes[starts[:, None] + np.arange(action.shape[1])]
-        if not loops.preserves_antipodes(antipodes, action):
-            raise ProofError("Opposite points of a grid do not stay opposite.")
     return packed, irreps, actions
+
+
+def _find_fault(
+    clusters: Clusters, layout: Layout, circuits: PackedCircuits, grids: PackedGrids
+) -> int:
+    """Number of the first impossible thing in an explanation, or 0; see `FAULTS`.
+
+    Args:
+        clusters: Dead neurons and clusters.
+        layout: Cluster representatives.
+        circuits: Circuits of the explanation.
+        grids: Grids of the explanation.
+    """
+    dead, representative_of, scale_factors = clusters
+    width = len(representative_of)
+    tests = [
+        _is_label(layout.exponents, -40, 41),
+        _is_below(layout.additive_x) and _is_below(layout.additive_y),
+        _is_below(circuits.coefficients) and _is_below(circuits.means),
+        all(_is_below(values) for values in (grids.tables, grids.scale, scale_factors)),
+        _is_label(representative_of, 0, width) and _is_label(layout.representatives, 0, width),
+    ]
+    if not all(tests):
+        return tests.index(False) + 1
+    times = np.bincount(layout.representatives, minlength=width)
+    is_itself = (representative_of == np.arange(width)) & (scale_factors == 1)
+    itself = (times == 1) & ~dead & is_itself
+    if not (itself | (times == 0) & (dead | (times[representative_of] == 1))).all():
+        return 6
+    return 0
+
+
+@np.errstate(over="ignore", invalid="ignore")
+def _is_below(values: np.ndarray) -> bool:
+    """Whether the root of the sum of squares is below `LARGEST`; false for NaN."""
+    values = values.ravel()
+    return bool(np.dot(values, values) < LARGEST**2)
+
+
+def _is_label(values: np.ndarray, low: int, high: int) -> bool:
+    """Whether all values are from `low` to `high` - 1."""
+    return bool(values.min(initial=low) >= low and values.max(initial=low) < high)
 
 
 @functools.lru_cache(maxsize=32)
@@ -226,16 +270,20 @@ def _recall(arrays: tuple[np.ndarray, ...], group: Group, kind: type[_Known]) ->
 def _irreps(arrays: tuple[Float[np.ndarray, "_ _ _"], ...], group: Group) -> KnownIrreps:
     """Check that matrices are orthogonal representations, and lay out their entries."""
     n, defect = group.order, 0.0
-    rows, norms = [np.zeros((0, n), np.float32)], [np.zeros((n, 0))]
+    elements = np.argsort(group.class_of, kind="stable")[1:]
+    rows, norms = [np.zeros((0, n), np.float32)], [np.zeros((n - 1, 0))]
     for number, matrices in enumerate(arrays):
         defect = max(defect, _defect(f"circuit {number}", matrices, group))
         flat = matrices.reshape(n, -1)
-        distance = flat[group.identity] - flat
+        distance = flat[group.identity] - flat[elements]
         norms.append(np.sqrt(np.einsum("ij,ij->i", distance, distance))[:, None])
         rows.append(flat.T.astype(np.float32))
     rho = np.ascontiguousarray(np.concatenate(rows))
     size = np.ascontiguousarray(np.concatenate(norms, axis=1))
-    return _remember(KnownIrreps(arrays, group, defect, rho, size, _distinct_rows(rho)))
+    differences = np.ascontiguousarray((rho[:, [group.identity]] - rho[:, elements]).T)
+    return _remember(
+        KnownIrreps(arrays, group, defect, rho, elements, differences, size, _distinct_rows(rho))
+    )
 
 
 def _actions(arrays: tuple[Int[np.ndarray, "_ _"], ...], group: Group) -> KnownActions:

@@ -24,9 +24,11 @@ from mechatlas.base import UserError
 
 NOT_TRIED = -1e30
 """Margin of pairs that a verifier did not look at, because there was no hope."""
+PAIRS = 640
+"""Number of pairs that are worked on together; at least all pairs of one x."""
 WORTH_COMPARING = 0.9
-"""Share of the open pairs of an x that comparing elements must certify to go on with; it ends after
-failing at more than n / (4 PATIENCE) elements x."""
+"""Share of the open pairs that comparing elements must certify to go on with; it ends after
+failing on more than n / (4 PATIENCE) elements x."""
 PATIENCE = 16
 """Divisor of the order n: the second stage ends after failing at more than 2 + n / PATIENCE
 elements x."""

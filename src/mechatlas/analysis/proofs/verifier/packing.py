@@ -87,6 +87,11 @@ def _pack(width: int, order: int, e: Explanation) -> Packed:
         if shape[0] != d * d or not 0 <= start <= k - shape[1]:
             raise ProofError(f"{name}: coefficients {shape} from {start} do not fit.")
     shapes = [(len(c.mean_matrix), c.first_neuron, c.coefficients.shape[1]) for c in e.circuits]
+    coefficients = np.zeros((sum(d * d for d, _, _ in shapes), k), np.float32)
+    base = 0
+    for c, (d, start, count) in zip(e.circuits, shapes, strict=True):
+        coefficients[base : base + d * d, start : start + count] = c.coefficients
+        base += d * d
     actions, grids, sides = _grids(e, cuts, order)
     points, scale = np.zeros((2, k), np.int64), np.zeros(k, np.float32)
     for grid in e.grids:
@@ -101,7 +106,7 @@ def _pack(width: int, order: int, e: Explanation) -> Packed:
         matrices=tuple(c.matrices for c in e.circuits),
         circuits=PackedCircuits(
             shapes=np.array(shapes, np.int64).reshape(-1, 3),
-            coefficients=np.concatenate([none, *(c.coefficients.ravel() for c in e.circuits)]),
+            coefficients=coefficients,
             means=np.concatenate([np.zeros(0), *(c.mean_matrix.ravel() for c in e.circuits)]),
         ),
         actions=actions,

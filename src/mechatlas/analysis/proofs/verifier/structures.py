@@ -52,10 +52,8 @@ class Layout(NamedTuple):
 class MergedNetwork(NamedTuple):
     """Network of the cluster representatives alone, scaled by powers of two."""
 
-    left: Float32[np.ndarray, "order neuron"]
-    """l_i(x), scaled."""
-    right: Float32[np.ndarray, "neuron order"]
-    """r_i(y), scaled and transposed."""
+    sides: Float32[np.ndarray, "2 neuron order"]
+    """l_i(x) and r_i(y), scaled and transposed."""
     unembed: Float32[np.ndarray, "neuron order"]
     """u_i(z), summed over the cluster and scaled."""
     linear: Float32[np.ndarray, "neuron order"]
@@ -64,12 +62,8 @@ class MergedNetwork(NamedTuple):
     """Representatives with a member with c < 0."""
     mass: Float[np.ndarray, " neuron"]
     """Sum of the largest |u| over z of the members of a cluster, or a little more."""
-    x_loss: Float[np.ndarray, " order"]
-    """Part of x in the most that dead neurons and imperfect merging could take from a margin."""
-    y_loss: Float[np.ndarray, " order"]
-    """Part of y in the same loss."""
-    too_small: bool
-    """Whether a scaled weight is so small that scaling may have rounded it."""
+    losses: Float[np.ndarray, "2 order"]
+    """Most that dead neurons and imperfect merging could take from a margin: parts of x and y."""
 
 
 class PackedCircuits(NamedTuple):
@@ -77,8 +71,8 @@ class PackedCircuits(NamedTuple):
 
     shapes: Int[np.ndarray, "circuit 3"]
     """Width d of the matrices, first neuron, number of neurons."""
-    coefficients: Float32[np.ndarray, " coefficient"]
-    """M_i of all neurons of all circuits; d * d rows of neurons for each circuit."""
+    coefficients: Float32[np.ndarray, "entry neuron"]
+    """M_i of all circuits, one below the other; 0 for neurons that are not in the circuit."""
     means: Float[np.ndarray, " entry"]
     """Mean matrices Vm, row by row."""
 
@@ -116,7 +110,7 @@ class PackedActions(NamedTuple):
 class Neurons(NamedTuple):
     """Neurons as the loop over pairs reads them."""
 
-    left: Float32[np.ndarray, "order neuron"]
+    left: Float32[np.ndarray, "neuron order"]
     """l_i(x), scaled."""
     additive_x: Float32[np.ndarray, "order neuron"]
     """A_i(x)."""
@@ -150,10 +144,10 @@ class CircuitTerms(NamedTuple):
 
     shapes: Int[np.ndarray, "circuit 3"]
     """Width d of the matrices, first neuron, number of neurons."""
-    coefficients: Float32[np.ndarray, " coefficient"]
-    """M_i of all neurons of all circuits."""
-    framed_means: Float32[np.ndarray, "entry order"]
-    """rho(x) Vm."""
+    coefficients: Float32[np.ndarray, "entry neuron"]
+    """M_i of all circuits."""
+    means: Float32[np.ndarray, " entry"]
+    """Mean matrices Vm, row by row."""
     rho: Float32[np.ndarray, "entry order"]
     """Matrix entries of all irreps."""
 
@@ -165,8 +159,8 @@ class ClassMinima(NamedTuple):
     """Least ideal margin gamma(g)."""
     norms: Float32[np.ndarray, "bin circuit"]
     """Largest Frobenius norm of 1 - rho(g)."""
-    elements: Int[np.ndarray, " element"]
-    """Elements but the identity, bin by bin."""
+    order: Int[np.ndarray, " element"]
+    """Elements but the identity, bin by bin, as places in the order of their classes."""
     offsets: Int[np.ndarray, " offset"]
     """First element of each bin, and the end of the last."""
 
@@ -180,19 +174,6 @@ class AdditiveLosses(NamedTuple):
     """Part of y and z."""
     cells: Float32[np.ndarray, " order"]
     """Largest loss within the cells of grids, by z."""
-
-
-class GridSpans(NamedTuple):
-    """Most that the unembedding residual could do within the cells of all grids."""
-
-    spans: Float32[np.ndarray, "order order"]
-    """Loss for each two answers."""
-    off_center: float
-    """Loss owed to row and column means of the tables, which should be 0."""
-    largest: float
-    """More than the largest number in a cell."""
-    n_cells: int
-    """Number of cells, for the count of multiply-adds."""
 
 
 class DistinctRows(NamedTuple):
@@ -213,15 +194,6 @@ class PairSum(NamedTuple):
     """Part of x."""
     y: Float[np.ndarray, " order"]
     """Part of y."""
-
-
-class LogitSums(NamedTuple):
-    """Additive part of each logit."""
-
-    x: Float32[np.ndarray, "order order"]
-    """Part of x, by x and z."""
-    y: Float32[np.ndarray, "order order"]
-    """Part of y, by y and z."""
 
 
 class FirstStage(NamedTuple):
@@ -250,14 +222,14 @@ class SecondStage(NamedTuple):
 
     rho: DistinctRows
     """Matrix entries of all irreps."""
-    sums: LogitSums
-    """Additive part of each logit."""
+    sums: Float32[np.ndarray, "2 order order"]
+    """Additive part of each logit: part of x by x and z, and part of y by y and z."""
     spans: Float32[np.ndarray, "order order"]
     """Most that the residual could do within the cells of grids, for each two answers."""
     max_pairs: int
     """Number of pairs that the stage may take."""
     give_up_share: float
-    """Share of certified pairs below which the stage has failed at an element x."""
+    """Share of certified pairs below which the stage has failed on some elements x."""
 
 
 class PairBounds(NamedTuple):
@@ -267,10 +239,6 @@ class PairBounds(NamedTuple):
     """Lower bound on the margin of each pair."""
     stages: Int8[np.ndarray, "order order"]
     """Stage that gave the bound."""
-    residuals: Float32[np.ndarray, "block order"]
-    """Norm of D of each block, for the first x."""
-    deviations: Float32[np.ndarray, "circuit order"]
-    """Norm of V - rho(x) Vm rho(y) of each circuit, for the first x."""
 
 
 class PairCounts(NamedTuple):
@@ -283,6 +251,6 @@ class PairCounts(NamedTuple):
     tried: int
     """Elements x that were tried; where the first eighth is hopeless, the others are not."""
     framed: int
-    """Elements x at which V was moved into the frame of x and y."""
+    """Pairs for which V was moved into the frame of x and y."""
     compared: int
-    """Elements g whose margins were computed from it, over all these x."""
+    """Margins that had to be computed from it, each of a pair and an element g."""

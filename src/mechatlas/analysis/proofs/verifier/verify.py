@@ -36,12 +36,14 @@ Algorithms (2002), section 3.1, for rounding.
 
 import dataclasses
 import functools
+from types import ModuleType
 
 import numpy as np
 from jaxtyping import Float, Float32, Int
 
 from mechatlas.analysis.proofs.verifier import checks
-from mechatlas.analysis.proofs.verifier.explanation import Explanation, ProofError
+from mechatlas.analysis.proofs.verifier.explanation import PAIRS, Explanation, ProofError
+from mechatlas.analysis.proofs.verifier.reference import measure_pairs
 from mechatlas.analysis.proofs.verifier.structures import PairBounds, PairCounts, PairSum, Weights
 from mechatlas.analysis.proofs.verifier.terms import Terms, build_terms
 from mechatlas.base import Result
@@ -67,20 +69,6 @@ class LogitBudget:
     """Rounding, dead neurons and imperfect clusters."""
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class BudgetSample:
-    """Terms of the pairs of the first x, from which `Verification.logit_budget` is computed."""
-
-    terms: Terms
-    """Terms that do not depend on the pair."""
-    answers: Int[np.ndarray, " order"]
-    """Right answer for each y."""
-    residuals: Float32[np.ndarray, "block order"]
-    """Norm of D of each block."""
-    deviations: Float32[np.ndarray, "circuit order"]
-    """Norm of V - rho(x) Vm rho(y) of each circuit."""
-
-
 @renamed_attributes
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Verification(Result):
@@ -94,8 +82,10 @@ class Verification(Result):
     """Stage that gave the bound of the pair: 1, 2 or 3."""
     multiply_adds: int
     """Multiply-adds of this verification."""
-    sample: BudgetSample
-    """Terms of the pairs of the first x."""
+    terms: Terms
+    """Terms that do not depend on the pair."""
+    answers: Int[np.ndarray, " order"]
+    """Right answers for the first x."""
 
     @property
     def logit_budget(self) -> LogitBudget:
@@ -103,13 +93,15 @@ class Verification(Result):
 
         Each at the class of elements where the pair is weakest.
         """
-        sample, t = self.sample, self.sample.terms
+        t, z = self.terms, self.answers
+        residuals, _, deviations = measure_pairs(
+            np.zeros(1, np.int64), t.neurons, t.lookup, t.circuits
+        )
         gaps, norms, *_ = t.first.bins
-        losses, z = t.first.losses, sample.answers
-        all_pulls = norms @ sample.deviations.astype(np.float64)
+        losses, all_pulls = t.first.losses, norms @ deviations.astype(np.float64)
         worst = (gaps[:, None] - all_pulls).argmin(axis=0)
         pull = np.take_along_axis(all_pulls, worst[None], 0)[0]
-        residual = (sample.residuals.astype(np.float64) * t.first.residual[:, z]).sum(axis=0)
+        residual = (residuals.astype(np.float64) * t.first.residual[:, z]).sum(axis=0)
         cells = losses.cells[z]
         additive = losses.x[0, z] + losses.y[np.arange(len(z)), z] - cells
         slack = t.first.slack.x[0] + t.first.slack.y
@@ -173,48 +165,45 @@ def verify(
     """
     weights, loops = Weights(left, right, unembed), checks.choose_loops(reference=reference)
     table, n = group.table, group.order
-    packed, irreps, actions = checks.check(len(unembed), group, explanation, loops)
+    packed, irreps, actions = checks.check(len(unembed), group, explanation)
     t = build_terms(weights, packed, irreps, actions, loops)
     brute_force = n * n * n * len(unembed)
     out = PairBounds(
         margins=np.empty((n, n)),
         stages=np.ones((n, n), np.int8),
-        residuals=np.empty((len(packed.block_offsets) - 1, n), np.float32),
-        deviations=np.empty((len(packed.circuits.shapes), n), np.float32),
     )
     few = int(explanation.second_stage_budget * brute_force / t.second_cost)
     second = t.second._replace(max_pairs=few)
     counts: PairCounts = loops.bound_pairs(
         table, t.neurons, t.lookup, t.circuits, t.first, second, out
     )
-    used = t.prepared + n * (counts.tried * t.first_cost + counts.framed * t.frame_cost)
-    used += n * counts.compared * len(t.circuits.rho) + counts.second_stage * t.second_cost
+    used = t.prepared + n * counts.tried * t.first_cost + counts.framed * t.frame_cost
+    used += counts.compared * len(t.circuits.rho) + counts.second_stage * t.second_cost
     few = int(explanation.third_stage_budget * brute_force / t.third_cost)
     if few and counts.uncertified:
-        used += t.third_cost * _bound_outright(t, table, few, out)
+        used += t.third_cost * _bound_outright(t, table, few, out, loops)
     if not np.isfinite(out.margins.sum()):
         raise ProofError("The bound is not a number: the explanation has absurd sizes.")
-    sample = BudgetSample(t, table[0], out.residuals, out.deviations)
-    return Verification(out.margins, t.first.float32_error, out.stages, used, sample)
+    return Verification(out.margins, t.first.float32_error, out.stages, used, t, table[0])
 
 
 def _bound_outright(
-    t: Terms, table: Int[np.ndarray, "order order"], few: int, out: PairBounds
+    t: Terms, table: Int[np.ndarray, "order order"], few: int, out: PairBounds, loops: ModuleType
 ) -> int:
     """Compute all logits of a few of the pairs that are left, and return how many."""
     error, margins = t.first.float32_error, out.margins
     x, y = (i[:few] for i in np.nonzero(margins <= error.x[:, None] + error.y))
-    left, right, unembed = (w.astype(np.float64) for w in t.weights)
-    step = max(1, 2**20 // len(unembed))
-    for start in range(0, len(x), step):
-        some = slice(start, start + step)
-        z = table[x[some], y[some]]
-        logits = np.maximum(left[x[some]] + right[y[some]], 0) @ unembed
-        pairs = np.arange(len(z))
-        answer = logits[pairs, z].copy()
+    left, right, unembed = t.weights
+    hidden = np.empty((min(PAIRS, len(x)), len(unembed)), np.float32)
+    for start in range(0, len(x), PAIRS):
+        some = x[start : start + PAIRS], y[start : start + PAIRS]
+        z, pairs = table[some], np.arange(len(some[0]))
+        loops.hidden_values(left, right, *some, hidden)
+        logits = hidden[: len(z)] @ unembed
+        answer = logits[pairs, z]
         logits[pairs, z] = -np.inf
-        # In float64 the error is at most this share of that in float32.
-        rounding = 1e-6 * (error.x[x[some]] + error.y[y[some]])
-        margins[x[some], y[some]] = answer - logits.max(axis=1) - rounding
+        # The difference is rounded as well.
+        rounding = 1.0001 * (error.x[some[0]] + error.y[some[1]])
+        margins[some] = (answer - logits.max(axis=1)).astype(np.float64) - rounding
     out.stages[x, y] = 3
     return len(x)
