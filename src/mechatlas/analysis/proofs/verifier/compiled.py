@@ -367,7 +367,7 @@ def bound_pairs(table, neurons, lookup, circuits, first, second, out):
     Rows have a multiple of 32 places, so that no vector is cut short.
     """
     (k, n), r, d = neurons.right.shape, len(circuits.rho), circuits.shapes[:, 0].max(initial=1)
-    step, width = max(1, PAIRS // n), n + -n % 32
+    step, width = max(1, min(PAIRS // n, n // 8)), n + -n % 32
     numbers = d * d * (k + 1 + 2 * width) + (2 * r + 1 + width) * step * width
     neurons = neurons._replace(
         right=_padded(neurons.right, width), additive_y=_padded(neurons.additive_y, width)
