@@ -36,9 +36,9 @@ def stochastic(x: Tensor, random: torch.Generator) -> None:
 Round = Callable[[Tensor, torch.Generator], None]
 WAYS: dict[str, tuple[Round, int] | None] = {
     "float32": None,
-    "weights to the nearest": (nearest, 1),
-    "weights at random": (stochastic, 1),
     "weights and moments at random": (stochastic, 3),
+    "weights at random": (stochastic, 1),
+    "weights to the nearest": (nearest, 1),
 }
 """Rounding, and how many of a parameter and its two moments are rounded."""
 
