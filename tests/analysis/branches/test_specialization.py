@@ -339,3 +339,27 @@ def test_intervals_of_shares_cover_what_features_are_drawn_with(name):
     truth = np.sqrt(4 * inside / (4 * inside + outside))
     k = list(BRANCHES).index("3x3")
     assert np.mean((found.low[:, k] <= truth) & (truth <= found.high[:, k])) >= 0.9
+
+
+def test_a_feature_that_few_channels_carry_is_found_by_all_its_other_entries():
+    at = world()
+    atoms = null_atoms(at, 400)
+    mine = slice(BRANCHES["5x5"].start, BRANCHES["5x5"].stop)
+    atoms[:100] *= 0.1
+    atoms[:100, mine] *= 10
+    atoms[:100, mine.start] = 25.0  # so large that a share says nothing
+    tested = branches(atoms, BRANCHES, at.statistics)
+    assert tested.n_effective[:100, 2].max() < 4
+    assert tested.specialized()[:100, 2].mean() > 0.9
+    assert tested.specialized()[100:].sum() <= 3
+    atoms[:100, mine.start] = 0.1
+    atoms[:100, 0] = 25.0  # the largest entry elsewhere: less in the branch than by chance
+    assert not branches(atoms, BRANCHES, at.statistics).specialized()[:100, 2].any()
+
+
+@pytest.mark.parametrize("k", [2, 5])
+def test_entries_that_a_larger_one_leaks_are_no_witnesses_of_their_own(k):
+    at = clusters(16, 0.5)
+    tested = branches(mixed(few_entries(1000, k), at), BRANCHES, at.statistics)
+    assert (tested.p_values < 0.001).mean() <= 0.001
+    assert not tested.specialized().any()

@@ -10,6 +10,10 @@ channels are all in the null. Three steps:
     Components          the largest components of a row one by one, the others in groups
     channel_groups      channels of a branch and outside it, and how they vary together
     tail_probability    probability of at least such a share
+    branch_tail         the smaller of two: of the share, and with no component much above others
+
+Where few channels carry most of a feature, a share can hardly be improbable. So it is tested twice:
+as it is, and with components that count for no more than others do (`evened`).
 
 `tail_probability` is a saddlepoint approximation with independent draws, which for large
 deviations bounds the tail of a permutation; its exponent is then divided by a design effect, the
@@ -60,6 +64,13 @@ one channel decides, which the grouping of channels blurs. Measured on planted n
 FAINTEST = 0.1
 """Least standard deviation, over the root mean square of all, that the entry of a channel (or of a
 component of their correlations) is divided by: the rest of a row in a dead one says nothing."""
+LARGEST, STEEPEST = 8, 16.0
+"""Components count no more than this one of their row by size, or than the largest over this."""
+OWN = 0.75
+"""Least part of a component that no larger one has leaked, for it to count there. Two of the same
+size leak four times what one does, and only one of them is known."""
+PLAIN = 0.8
+"""Part of the error rate that the plain share has; the evened one has the rest."""
 NO_FACTOR = 1e9
 """Degrees of freedom of a factor that does not vary."""
 
@@ -207,7 +218,8 @@ class Components:
     """Sum of squares before grouping; 1 over it is the effective number of components."""
     plain: Float[np.ndarray, " row"]
     """Sum of squares of the energies themselves, not in units of the variances."""
-    channels: int
+    own: Float[np.ndarray, "row d"]
+    """Components at their channels; those that a larger one may have leaked are 0."""
 
     @classmethod
     def of(
@@ -225,11 +237,12 @@ class Components:
         """
         plain = np.einsum("ad,ad->a", energy, energy)
         components = energy if units is None else energy / units
-        components = components / components.sum(axis=1, keepdims=True)
+        own = components = components / components.sum(axis=1, keepdims=True)
         if leaked is not None:
             apart = np.einsum("ad,ad->a", components, components)
             components = _merged(components, leaked)
             plain = plain * np.einsum("ad,ad->a", components, components) / apart
+            own = np.where(components >= OWN * own, components, 0)
         ordered = -np.sort(-components, axis=1)
         square = np.einsum("ad,ad->a", ordered, ordered)
         d = ordered.shape[1]
@@ -239,7 +252,21 @@ class Components:
             count = np.concatenate([count[:SINGLE], np.diff(edges)])
             grouped = np.add.reduceat(ordered, edges[:-1], axis=1) / count[SINGLE:]
             kept = np.concatenate([ordered[:, :SINGLE], grouped], axis=1)
-        return cls(kept, count, square, plain, d)
+        return cls(kept, count, square, plain, own)
+
+    def take(self, rows: Int[np.ndarray, " some"]) -> "Components":
+        """Components of some of the rows."""
+        parts = (self.size, self.square, self.plain, self.own)
+        size, square, plain, own = (part[rows] for part in parts)
+        return Components(size, self.count, square, plain, own)
+
+    def evened(self, units: Float[np.ndarray, " d"]) -> Float[np.ndarray, "row d"]:
+        """Energy in each channel if components count for no more than others of their row do."""
+        k = min(LARGEST, self.own.shape[1]) - 1
+        limit = -np.partition(-self.own, k, axis=1)[:, k, None]
+        limit = np.maximum(limit, self.own.max(axis=1, keepdims=True) / STEEPEST)
+        energy = np.minimum(self.own, limit) * units
+        return energy / energy.sum(axis=1, keepdims=True)
 
 
 def _merged(
@@ -294,13 +321,39 @@ def tail_probability(
     return Tail(np.where(t > 0, np.clip(p, 0, 1), 1.0), n_effective)
 
 
+def branch_tail(
+    components: Components,
+    inside: Float[np.ndarray, " row"],
+    evened: Components,
+    inside_evened: Float[np.ndarray, " row"],
+    groups: ChannelGroups,
+) -> Tail:
+    """Probability of at least such a share, as it is or evened: the smaller one, for two tests.
+
+    The evened share counts only for rows whose plain share is above the expected one.
+
+    Args:
+        components: Components of each row.
+        inside: Share of the energy of each row in the branch.
+        evened: Components that count for no more than others of their row do.
+        inside_evened: Share of their energy in the branch.
+        groups: Channels as the branch divides them.
+    """
+    p, n_effective = tail_probability(components, inside, groups)
+    same = np.isclose(evened.square, components.square, rtol=1e-9)  # then there is one test
+    p, above = np.minimum(p / np.where(same, 1, PLAIN), 1), np.flatnonzero(inside > groups.share)
+    other = tail_probability(evened.take(above), inside_evened[above], groups).p_value
+    p[above] = np.minimum(p[above], other / (1 - PLAIN))
+    return Tail(p, n_effective)
+
+
 def _design(components: Components, groups: ChannelGroups) -> tuple[np.ndarray, np.ndarray]:
     """Ratio of the variance of the share to the variance that independent draws would give.
 
     Returns:
         The ratio for the components and channels as they are, and for their groups.
     """
-    d, square = components.channels, components.square
+    d, square = components.own.shape[1], components.square
     without_replacement = (square - 1 / d) / square * d / max(d - 1, 1)
     effect = 1 - (1 - without_replacement) * groups.evenness + UNEVEN * (1 - groups.evenness)
     spread = max(groups.spread, 1e-300)

@@ -30,10 +30,10 @@ from mechatlas.activations.branches import as_channels
 from mechatlas.analysis.branches.null import (
     FAINTEST,
     Components,
+    branch_tail,
     channel_groups,
     covariance_of_squares,
     leakage,
-    tail_probability,
     whitening_pair,
 )
 from mechatlas.base import InputError, Result, SiteError
@@ -168,7 +168,8 @@ class Specialization(Result):
     expected: Float[np.ndarray, "feature branch"]
     """Root mean square of the share under the null."""
     p_values: Float[np.ndarray, "feature branch"]
-    """Probability of at least such a share if the feature belonged to no branch."""
+    """Probability of at least such a share if the feature belonged to no branch, as it is or with
+    entries that count for no more than others do: the smaller one, corrected for two tests."""
     q_values: Float[np.ndarray, "feature branch"]
     """Smallest false discovery rate, over all features and branches, at which the feature still
     counts as specialized to the branch."""
@@ -358,11 +359,16 @@ class BranchTest(ChanceTest):
             there = np.flatnonzero((whole > 0) & (squares / self._variance).any(axis=1))
             squares = squares[there] / whole[there, None]
             at = start + there
-            for k, channels in enumerate(self.branches.values()):
-                energy[at, k] = squares[:, channels].sum(axis=1)
             components = Components.of(squares, self._variance, self._leaked)
-            for k, groups in enumerate(self._groups):
-                p[at, k], n_effective[at, k] = tail_probability(components, energy[at, k], groups)
+            even = components.evened(self._variance)
+            evened = Components.of(even, self._variance)
+            pairs = zip(self.branches.values(), self._groups, strict=True)
+            for k, (channels, groups) in enumerate(pairs):
+                inside, inside_evened = (x[:, channels].sum(axis=1) for x in (squares, even))
+                energy[at, k] = inside
+                p[at, k], n_effective[at, k] = branch_tail(
+                    components, inside, evened, inside_evened, groups
+                )
         expected = np.sqrt([[groups.share for groups in self._groups]]) * np.ones(energy.shape)
         expected[np.isnan(energy)] = np.nan
         return self._judged(rows, energy, expected, p, n_effective)

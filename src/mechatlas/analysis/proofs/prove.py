@@ -178,12 +178,12 @@ def _saves_time(verification: Verification, explanation: Explanation, brute_forc
     """Whether verifying before brute force is likely to be faster than brute force alone.
 
     Measured over many networks, verification takes as long as brute force in float32 with
-    this many multiply-adds: 1.1 for each of its own, twenty for each logit of a pair in the
-    second stage, 15,000 for each x and circuit, and ten million that depend on nothing.
+    this many multiply-adds: 1.8 for each of its own, eight for each logit of a pair in the
+    second stage, 15,000 for each x and circuit, and twenty million that depend on nothing.
     """
     n = len(explanation.additive_x)
     logits, products = n * int((verification.stages > 1).sum()), n * len(explanation.circuits)
-    work = 1.1 * verification.multiply_adds + 20 * logits + 1.5e4 * products + 1e7
+    work = 1.8 * verification.multiply_adds + 8 * logits + 1.5e4 * products + 2e7
     return work < 0.85 * verification.accuracy_bound * brute_force
 
 
