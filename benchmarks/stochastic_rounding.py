@@ -36,9 +36,9 @@ def stochastic(x: Tensor, random: torch.Generator) -> None:
 Round = Callable[[Tensor, torch.Generator], None]
 WAYS: dict[str, tuple[Round, int] | None] = {
     "float32": None,
-    "weights to the nearest": (nearest, 1),
-    "weights at random": (stochastic, 1),
     "weights and moments at random": (stochastic, 3),
+    "weights at random": (stochastic, 1),
+    "weights to the nearest": (nearest, 1),
 }
 """Rounding, and how many of a parameter and its two moments are rounded."""
 
@@ -81,13 +81,14 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--batch-size", type=int, default=512)
     parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
     given = parser.parse_args()
     rows = ma.Store(given.store).rows(given.site)
     for seed in range(given.seeds):
-        for name, way in WAYS.items():
+        for name in given.ways:
             size, rule = given.expansion * rows.d_in, ma.TopK(k=given.k)
             dictionary = Rounded(d_in=rows.d_in, n_latents=size, sparsity=rule, seed=seed)
-            dictionary.way = way
+            dictionary.way = WAYS[name]
             ma.train(dictionary, rows, steps=given.steps, batch_size=given.batch_size, seed=seed)
             history = dictionary.history
             assert history is not None

@@ -7,7 +7,7 @@ and memory is made in numpy, since each kind of array that a loop makes is compi
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from jaxtyping import Float, Float32, Int
@@ -74,14 +74,9 @@ def compiled(loop: Loop, *, inner: bool = True) -> Loop:
     return compilation.compiled(loop, fastmath=freedoms, structures=STRUCTURES, inner=inner)
 
 
-def compiled_form(function: Loop) -> Callable[[Callable[..., Any]], Loop]:
-    """Compile a loop that has the parameters, types and result of a function of `reference`."""
-    return lambda loop: cast(Loop, compiled(loop, inner=False))
-
-
-merge_neurons, index_tables, sum_cells = (
-    compiled(loop, inner=False)
-    for loop in (reference.merge_neurons, reference.index_tables, reference.sum_cells)
+entry = functools.partial(compiled, inner=False)
+merge_neurons, index_tables, sum_cells = map(
+    entry, (reference.merge_neurons, reference.index_tables, reference.sum_cells)
 )
 
 
@@ -367,7 +362,7 @@ def bound_pairs(table, neurons, lookup, circuits, first, second, out):
     Rows have a multiple of 32 places, so that no vector is cut short.
     """
     (k, n), r, d = neurons.right.shape, len(circuits.rho), circuits.shapes[:, 0].max(initial=1)
-    step, width = max(1, PAIRS // n), n + -n % 32
+    step, width = max(1, min(PAIRS // n, n // 8)), n + -n % 32
     numbers = d * d * (k + 1 + 2 * width) + (2 * r + 1 + width) * step * width
     neurons = neurons._replace(
         right=_padded(neurons.right, width), additive_y=_padded(neurons.additive_y, width)
@@ -400,7 +395,7 @@ def _padded(rows, width, value=0.0):
     return out
 
 
-@functools.partial(compiled, inner=False)
+@entry
 def _bound_pairs(table, neurons, lookup, circuits, first, second, room, margins, stages):
     """Compiled part of `bound_pairs`."""
     slack, error, inflate, lost = first.slack, first.float32_error, first.inflate, room.lost
@@ -468,7 +463,7 @@ def add_distances(vectors, rate, out):
     _add_roots(products, norms, norms + np.float32(rate) * norms.max(), out)
 
 
-@functools.partial(compiled, inner=False)
+@entry
 def _add_roots(products, norms, more, out):
     """Add the distances of columns to `out`, from their products."""
     for z in range(len(norms)):
@@ -478,7 +473,7 @@ def _add_roots(products, norms, more, out):
             to[w] += np.sqrt(square if square > np.float32(0) else np.float32(0))
 
 
-@compiled_form(reference.hidden_values)
+@entry
 def hidden_values(left, right, xs, ys, out):
     """Compiled form of `reference.hidden_values`."""
     zero = np.float32(0)
@@ -489,7 +484,7 @@ def hidden_values(left, right, xs, ys, out):
             to[j] = t if t > zero else zero
 
 
-@compiled_form(reference.judge_margins)
+@entry
 def judge_margins(logits, answers, bounds, out):
     """Compiled form of `reference.judge_margins`."""
     maxima = np.empty(16, np.float32)

@@ -25,7 +25,7 @@ from mechatlas.base import UserError
 NOT_TRIED = -1e30
 """Margin of pairs that a verifier did not look at, because there was no hope."""
 PAIRS = 640
-"""Number of pairs that are worked on together; at least all pairs of one x."""
+"""Number of pairs that are worked on together: those of one x, or of up to an eighth of all x."""
 WORTH_COMPARING = 0.9
 """Share of the open pairs that comparing elements must certify to go on with; it ends after
 failing on more than n / (4 PATIENCE) elements x."""

@@ -258,7 +258,7 @@ def bound_pairs(
     """
     losses, slack, error, inflate = first.losses, first.slack, first.float32_error, first.inflate
     n, pairs_left, used, uncertified = len(table), second.max_pairs, 0, 0
-    step, framed, compared, poor = max(1, PAIRS // n), 0, 0, 0
+    step, framed, compared, poor = max(1, min(PAIRS // n, n // 8)), 0, 0, 0
     failures = 2 + n // PATIENCE  # elements x that may fail, such as damaged rows of weights
     for start in range(0, n, step):
         xs = np.arange(start, min(start + step, n))
