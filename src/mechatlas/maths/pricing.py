@@ -143,6 +143,11 @@ class Factors:
         squares = [np.einsum("nd,nd->n", x, x, dtype=np.float64) for x in (a, b)]
         return cls(2 * a, b, *squares, device=device)
 
+    def with_columns(self, b: Float[np.ndarray, "m d"]) -> "Factors":
+        """Squared distances of the same rows to other vectors."""
+        squares = np.einsum("nd,nd->n", b, b, dtype=np.float64)
+        return Factors(self.a, b, self.row_offsets, squares, device=self.device)
+
     def __getstate__(self) -> dict[str, Any]:
         """Fields alone: a worker makes by itself what is kept beside them."""
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}

@@ -93,8 +93,9 @@ def fold(
             f"Latent {worst} of {name} has the threshold or scale {factor[worst]:g}; folding "
             "divides by it, so it must be > 0. Fold by mean activations instead (give a store)."
         )
+    folded = np.empty(decoder.shape, np.float32)
     return FoldedDictionary(
-        decoder=np.ascontiguousarray(decoder * factor[:, None], dtype=np.float32),
+        decoder=np.multiply(decoder, factor[:, None], out=folded, casting="same_kind"),
         encoder=None if encoder is None else encoder / factor[:, None],
         bias=None if bias is None else bias / factor,
         scale=factor,
@@ -258,4 +259,5 @@ def unit_rows(x: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "n d"]:
     """Divide rows by their lengths, summed in float64; rows of zeros stay zero."""
     x = np.asarray(x, dtype=np.float32)
     length = np.sqrt(np.einsum("nd,nd->n", x, x, dtype=np.float64))
-    return (x / np.maximum(length, 1e-30)[:, None]).astype(np.float32)
+    made = np.empty_like(x)  # no row exists in float64
+    return np.divide(x, np.maximum(length, 1e-30)[:, None], out=made, casting="same_kind")

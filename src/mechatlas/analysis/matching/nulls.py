@@ -227,7 +227,7 @@ def compare_with_null(
     """Compare pairs with pairs that chance makes.
 
     Args:
-        a: Vectors of A, as they were paired.
+        a: Vectors of A, as they were paired; up to a common factor where there are costs.
         b: Vectors of B.
         rows: Latent of A in each pair.
         columns: Latent of B in each pair.
@@ -235,7 +235,7 @@ def compare_with_null(
         widths: Number of numbers in each part of a vector that has a length of its own; by default
             one part.
         seed: Seed of the null.
-        costs: Squared distances of the vectors, which save time where they are kept.
+        costs: Squared distances of the vectors, of which B has at least as many as A.
         engine: Engine that compares blocks of latents of large dictionaries.
 
     Source:
@@ -342,8 +342,7 @@ class _NullWorld:
     ) -> contextlib.AbstractContextManager[Factors]:
         if isinstance(self.costs, Kept):
             return self.costs.replaced(replaced, b)
-        costs = Factors.squared_distances(self.costs.a / 2, b, self.costs.device)
-        return contextlib.nullcontext(costs)
+        return contextlib.nullcontext(self.costs.with_columns(b))
 
 
 class _Similarity:

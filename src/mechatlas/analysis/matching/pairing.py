@@ -222,22 +222,40 @@ def match(
         raise InputError(f"cost must be one of {', '.join(get_args(Cost))}, got {cost!r}.")
     if seed < 0:
         raise InputError(f"The seed must be at least 0, got {seed}.")
-    folded = fold(a, scale=scale[0]), fold(b, scale=scale[1], name="B")
-    x, y = _compared(*folded, cost)
-    side_a, side_b = sides(x, y, folded, cost, (_mask(live[0], x, "A"), _mask(live[1], y, "B")))
-    paired, at = (_rows(x, side_a.paired), _rows(y, side_b.paired)), as_device(device)
-    # Of float32 sums on other devices no bound is known.
-    at = at if at.type == "cuda" else torch.device("cpu")
-    costs = Factors.squared_distances(*paired, at).kept()
+    costs, side_a, side_b, widths = _prepared((a, b), cost, scale, live, as_device(device))
     assignment = assign(
         costs, resume=resume, on_progress=on_progress, on_state=on_state, engine=engine
     )
-    widths = part_widths(folded[0], cost)
     result = with_evidence(
         assignment, costs, fdr=fdr, nulls=nulls, widths=widths, seed=seed, evidence=evidence,
         engine=engine,
     )  # fmt: skip
     return _among_all(result, side_a, side_b)
+
+
+def _prepared(
+    given: tuple[Any, Any],
+    cost: Cost,
+    scale: tuple[Any, Any],
+    live: tuple[Any, Any],
+    device: torch.device,
+) -> tuple[Factors, Side, Side, tuple[int, ...]]:
+    """Costs of the latents that are paired, which these are, and widths of a vector's parts.
+
+    Args:
+        given: Both dictionaries.
+        cost: Vectors that are compared.
+        scale: Activation of each latent of both that counts as 1.
+        live: Masks of the latents of both that are paired.
+        device: Device that computes the costs.
+    """
+    folded = fold(given[0], scale=scale[0]), fold(given[1], scale=scale[1], name="B")
+    x, y = _compared(*folded, cost)
+    side_a, side_b = sides(x, y, folded, cost, (_mask(live[0], x, "A"), _mask(live[1], y, "B")))
+    # Of float32 sums on other devices no bound is known.
+    at = device if device.type == "cuda" else torch.device("cpu")
+    costs = Factors.squared_distances(_rows(x, side_a.paired), _rows(y, side_b.paired), at)
+    return costs.kept(), side_a, side_b, part_widths(folded[0], cost)
 
 
 def _mask(live: Any, x: np.ndarray, name: str) -> Bool[np.ndarray, " latent"] | None:
@@ -323,20 +341,21 @@ def with_evidence(
         engine: Engine that compares blocks of latents.
     """
     n = costs.n_rows
-    unit_a, unit_b = unit_rows(costs.a), unit_rows(costs.b)
     rows = np.flatnonzero(assignment.columns >= 0)
     columns = assignment.columns[rows]
+    in_turn = costs.n_columns < n  # other costs are computed then
     evidence = evidence or compare_with_null(
-        costs.a / 2,
+        costs.a / 2 if in_turn else costs.a,
         costs.b,
         rows,
         columns,
         nulls=nulls,
         widths=widths,
         seed=seed,
-        costs=costs,
+        costs=None if in_turn else costs,
         engine=engine,
     )
+    unit_a, unit_b = unit_rows(costs.a), unit_rows(costs.b)
     pair_costs, cosines, q_values = np.full(n, np.nan), np.zeros(n), np.ones(n)
     pair_costs[rows] = costs.exact(rows, columns)
     cosines[rows] = np.einsum("pd,pd->p", unit_a[rows], unit_b[columns], dtype=np.float64)
