@@ -24,6 +24,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+import tyro
 
 from mechatlas.app.cli import COMMANDS, configure
 from mechatlas.base import UserError
@@ -169,7 +170,7 @@ def complaint_of_script(words: list[str], monkeypatch: pytest.MonkeyPatch) -> st
     source = file.read_text()
     monkeypatch.setattr(sys, "argv", [str(file), *words[1:]])
     monkeypatch.setattr(sys, "path", [str(file.parent), *sys.path])
-    if "parse_args()" not in source:
+    if "parse_args()" not in source and "tyro.cli(" not in source:
         return complaint_of_call(file, source, words[1:])
     said = io.StringIO()
     try:
@@ -221,8 +222,13 @@ def test_scripts_understand_their_words(given, monkeypatch):
         parse_known(self, args, namespace)
         raise Parsed
 
-    parse_known = argparse.ArgumentParser.parse_args
+    def read(*types, **options):
+        cli(*types, **options)
+        raise Parsed
+
+    parse_known, cli = argparse.ArgumentParser.parse_args, tyro.cli
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse)
+    monkeypatch.setattr(tyro, "cli", read)
     told = []
     for each in given:
         if each.words[0].startswith("python") and (each.whole or len(each.words) > 2):
