@@ -29,6 +29,7 @@ from mechatlas.activations.sites import read_activations
 from mechatlas.app.progress import duration
 from mechatlas.base import Progress, Site
 from mechatlas.dictionaries.training import train
+from mechatlas.maths.pricing import KEPT_BYTES
 
 WORTH_SAYING = 60.0
 """Seconds from which on a command says beforehand how long it takes."""
@@ -190,8 +191,9 @@ def of_matching(pairs: Iterable[tuple[tuple[int, int], tuple[int, int]]]) -> Est
     entries, largest = 0.0, 0
     for (n_a, d), (n_b, _) in pairs:
         entries += n_a * n_b * max(1.0, d / 1024)
-        largest = max(largest, 4 * d * (n_a + n_b))
-    return of_products(PER_ENTRY * entries, memory=8 * largest)
+        kept = 4 * n_a * n_b if 4 * n_a * n_b <= KEPT_BYTES else 0
+        largest = max(largest, kept + 8 * 4 * d * (n_a + n_b))
+    return of_products(PER_ENTRY * entries, memory=largest)
 
 
 def of_products(operations: float, *, memory: int, disk: int = 0) -> Estimate:

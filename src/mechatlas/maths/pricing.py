@@ -34,8 +34,8 @@ EPSILON = 2.0**-52
 """Distance from 1 to the next number in float64."""
 BLOCK_BYTES = 192 << 20
 """Size of a block of costs in float32."""
-KEPT_BYTES = 1280 << 20
-"""Size up to which all costs in float32 are kept: 18,000 x 18,000."""
+KEPT_BYTES = 2400 << 20
+"""Size up to which all costs in float32 are kept: 25,000 x 25,000."""
 CPU = torch.device("cpu")
 FEW = 16
 """Number of rows that are not worth another thread."""
