@@ -53,7 +53,7 @@ WHEELS = {
 }  # fmt: skip
 """Package with a language model -> its name for pip, the heads of its first layer, its layers."""
 LAYERS = (2, 3)
-COSTS = {"images": (22e12, 700 << 20, 154 << 20), "text": (14e12, 410 << 20, 118 << 20)}
+COSTS = {"images": (16e12, 700 << 20, 154 << 20), "text": (14e12, 410 << 20, 118 << 20)}
 """Cost of each tour: time of all commands in operations of products of matrices, memory of the
 largest process beyond that of any, disk."""
 MOST_AT_ONCE = 2
