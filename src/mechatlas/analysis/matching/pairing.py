@@ -343,16 +343,16 @@ def with_evidence(
     n = costs.n_rows
     rows = np.flatnonzero(assignment.columns >= 0)
     columns = assignment.columns[rows]
-    in_turn = costs.n_columns < n  # other costs are computed then
+    turned = costs.n_columns < n  # both sides are exchanged then, and their costs computed
     evidence = evidence or compare_with_null(
-        costs.a / 2 if in_turn else costs.a,
+        costs.a / 2 if turned else costs.a,
         costs.b,
         rows,
         columns,
         nulls=nulls,
         widths=widths,
         seed=seed,
-        costs=None if in_turn else costs,
+        costs=None if turned else costs,
         engine=engine,
     )
     unit_a, unit_b = unit_rows(costs.a), unit_rows(costs.b)
