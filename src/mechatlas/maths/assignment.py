@@ -317,7 +317,8 @@ def _list(
         blocks += [_Block(group[k : k + step], int(listed)) for k in range(0, len(group), step)]
     is_large = len(rows) * costs.n_columns >= WORTH_SENDING
     runner = engine if engine is not None and is_large else Here()
-    shared, done = (costs, state.column_prices, lower), 0
+    prices = state.column_prices.copy() if is_large else state.column_prices
+    shared, done = (costs, prices, lower), 0
     for number, found in runner.map(_price, blocks, shared=shared):
         part, listed = blocks[number]
         place, error = lists["starts"][part, None] + np.arange(listed), lists["error"][part]
@@ -326,8 +327,8 @@ def _list(
         lists["rough"][place] = found.rough
         lists["costs"][place] = np.where(error[:, None] == 0, found.rough, np.nan)
         lists["horizon"][part] = found.horizon - error
-        if not is_large:
-            state.column_prices[:] = found.prices  # the next block is priced at these
+        # Lists are true at the prices that they were made at, and at lower ones.
+        np.minimum(state.column_prices, found.prices, out=state.column_prices)
         done += len(part)
         on_progress(done)
 
