@@ -192,7 +192,7 @@ def test_what_crosscoder_learning_publishes_on_the_hub_names_no_class(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(sizes))
     found = load(tmp_path)
     assert isinstance(found, Pretrained)
-    assert torch.equal(found(X), theirs(X))
+    torch.testing.assert_close(found(X), theirs(X))  # of weights that lie elsewhere in memory
     assert found.file_format == "dictionary_learning BatchTopKSAE"
     (tmp_path / "config.json").write_text(json.dumps({**sizes, "dict_size": 7}))
     with pytest.raises(WeightsError, match="encoder"):

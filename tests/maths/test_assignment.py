@@ -11,7 +11,7 @@ from scipy.optimize import linear_sum_assignment
 
 from mechatlas.base import InputError
 from mechatlas.maths import assignment, pricing, selection
-from mechatlas.maths.assignment import State, assign, nearly_cheapest
+from mechatlas.maths.assignment import State, assign
 from mechatlas.maths.certificate import CertificateError
 from mechatlas.maths.pricing import Factors, Matrix
 
@@ -232,37 +232,6 @@ def test_later_rounds_look_at_few_rows():
     assert found.rows_priced[0] == 2000
     assert sum(found.rows_priced[1:]) < 2000
     assert found.rounds == len(found.rows_priced)
-
-
-@pytest.mark.long_lists
-@pytest.mark.parametrize(("n", "m"), [(800, 800), (760, 800), (500, 800)])
-def test_a_nearly_cheapest_pairing_overpays_little(n, m):
-    factors = Factors.squared_distances(*planted(n, m, 24))
-    columns = nearly_cheapest(factors)
-    rows = np.flatnonzero(columns >= 0)
-    assert len(rows) >= 0.99 * n
-    assert len(np.unique(columns[rows])) == len(rows)
-    cheapest_ones = assign(factors)
-    alone = np.setdiff1d(np.arange(n), rows)
-    spared = factors.exact(alone, cheapest_ones.columns[alone]).sum()
-    assert factors.exact(rows, columns[rows]).sum() <= 1.01 * (cheapest_ones.cost - spared)
-
-
-def test_exchanged_columns_come_back():
-    random = np.random.default_rng(0)
-    a, b, others = (random.normal(size=(40, 8)).astype(np.float32) for _ in range(3))
-    kept = Factors.squared_distances(a, b).kept()
-    assert isinstance(kept, pricing.Kept)
-    before = kept.block(slice(0, 40)).copy()
-    columns = np.array([3, 30, 17])
-    changed = b.copy()
-    changed[columns] = others[columns]
-    with kept.replaced(columns, changed) as costs:
-        true = Factors.squared_distances(a, changed)
-        np.testing.assert_allclose(costs.block(slice(0, 40)), true.block(slice(0, 40)), rtol=1e-5)
-        np.testing.assert_array_equal(costs.column_offsets, true.column_offsets)
-        assert assign(costs).cost == assign(true).cost
-    np.testing.assert_array_equal(kept.block(slice(0, 40)), before)
 
 
 def test_progress_ends_where_it_said_it_would():

@@ -30,6 +30,7 @@ from mechatlas.maths.pricing import (
     Kept,
     Matrix,
     Padded,
+    Replaced,
     as_costs,
     block_rows,
     in_threads,
@@ -57,8 +58,6 @@ FEW = 500
 SMALL = ((1 << 20, 1), (1 << 24, 6))
 """Numbers of pairs up to which paths are searched over all pairs, each with the number of times
 that lists must have been made longer before."""
-NEARLY = 2
-"""Rounds of bids that overpay for a pairing that need not be the cheapest."""
 PADDED = 1 / 8
 """Largest share of rows that are added to have as many rows as columns."""
 WORTH_SENDING = 1 << 31
@@ -87,6 +86,32 @@ class State:
     """Overpayment of bids, rounds of them still to do, bids left in this round, and the number of
     times that lists were made longer."""
     rows_priced: Int[np.ndarray, " round"]
+
+    @classmethod
+    def begin(cls, costs: Costs, listed: int) -> "State":
+        """State in which nothing is priced and all rows wait, with room for a list of each."""
+        n, m = costs.n_rows, costs.n_columns
+        lists = {
+            "columns": np.zeros(n * listed, np.int32),
+            "keys": np.zeros(n * listed),
+            "rough": np.zeros(n * listed),
+            "costs": np.zeros(n * listed),
+            "starts": np.arange(n) * listed,
+            "counts": np.full(n, listed),
+            "horizon": np.zeros(n),
+            "error": costs.rounding(slice(0, n)),
+            "made": np.zeros(n, np.int64),
+        }
+        return cls(
+            lists=lists,
+            row_prices=np.zeros(n),
+            column_prices=np.zeros(m),
+            row_of=np.full(m, -1, np.int32),
+            column_of=np.full(n, -1, np.int32),
+            free=np.arange(n - 1, -1, -1, dtype=np.int32),
+            plan=np.array([0.0, 0.0, BIDS * n, 0.0]),
+            rows_priced=np.array([n]),
+        )
 
     def arrays(self) -> dict[str, np.ndarray]:
         """Everything, by name, to be written down."""
@@ -148,7 +173,7 @@ def assign(
             engine=engine,
         )
         return _turned_back(turned, costs.n_rows, unmatched)
-    costs = _with_few_rows_added(costs.kept() if isinstance(costs, Factors) else costs, unmatched)
+    costs = with_few_rows_added(costs.kept() if isinstance(costs, Factors) else costs, unmatched)
     n = costs.n_rows
     state = resume
     if state is None:
@@ -168,30 +193,30 @@ def assign(
     return _finish(state, costs, unmatched)
 
 
-def nearly_cheapest(costs: Factors, *, engine: Engine | None = None) -> Int[np.ndarray, " n"]:
+def nearly_cheapest(
+    state: State, costs: Costs, *, engine: Engine | None = None
+) -> Int[np.ndarray, " n"]:
     """Pair rows with columns at nearly the least cost, without proof, in less time than `assign`.
 
     Bids end with the overpayment `STEP` / `FINER`; a few rows may stay without a column (-1). With
     very unequal numbers of rows and columns the pairing is the cheapest.
 
     Args:
+        state: First state, after `make_plan`.
         costs: Costs of all pairs.
         engine: Engine that prices blocks of rows, as for `assign`.
     """
-    whole = _with_few_rows_added(costs.kept(), math.inf)
-    if whole.n_rows == whole.n_columns:
-        state = _begin(whole, math.inf, no_progress, engine)
-        if state.plan[1]:
-            state.plan[1] = NEARLY
-            while state.plan[1]:
-                wanted = _approach(state, whole, math.inf, keep=True)
-                if len(wanted):
-                    _list_again(state, whole, wanted, 1.0, engine)
-            return state.column_of[: costs.n_rows].astype(np.int64)
-    return assign(costs, engine=engine).columns
+    if not state.plan[1]:
+        return assign(costs, resume=state, engine=engine).columns
+    state.plan[:2] = state.plan[0] / FINER, 1
+    while state.plan[1]:
+        wanted = _approach(state, costs, math.inf, keep=True)
+        if len(wanted):
+            _list_again(state, costs, wanted, 1.0, engine)
+    return state.column_of.astype(np.int64)
 
 
-def _with_few_rows_added(costs: Costs, unmatched: float) -> Costs:
+def with_few_rows_added(costs: Costs, unmatched: float = math.inf) -> Costs:
     """Costs with as many rows as columns, if that takes few more rows and every row is paired."""
     added = costs.n_columns - costs.n_rows
     few = 0 < added <= PADDED * costs.n_rows
@@ -222,65 +247,63 @@ def _turned_back(turned: Assignment, n_rows: int, unmatched: float) -> Assignmen
 
 
 def _begin(costs: Costs, unmatched: float, on_progress: Progress, engine: Engine | None) -> State:
-    """First prices, and a list for each row: every pair is looked at.
-
-    Where all columns are paired, prices may be any, and begin with what each column costs at least.
-    """
-    n, m = costs.n_rows, costs.n_columns
-    listed = min((1 if _kept(costs) else FARTHER) * LISTED, m)
-    all_paired = n == m and math.isinf(unmatched)
-    lists = {
-        "columns": np.zeros(n * listed, np.int32),
-        "keys": np.zeros(n * listed),
-        "rough": np.zeros(n * listed),
-        "costs": np.zeros(n * listed),
-        "starts": np.arange(n) * listed,
-        "counts": np.full(n, listed),
-        "horizon": np.zeros(n),
-        "error": costs.rounding(slice(0, n)),
-        "made": np.zeros(n, np.int64),
-    }
-    state = State(
-        lists=lists,
-        row_prices=np.zeros(n),
-        column_prices=np.zeros(m),
-        row_of=np.full(m, -1, np.int32),
-        column_of=np.full(n, -1, np.int32),
-        free=np.arange(n - 1, -1, -1, dtype=np.int32),
-        plan=np.array([0.0, 0.0, BIDS * n, 0.0]),
-        rows_priced=np.array([n]),
-    )
-    own = np.arange(costs.costs.n_rows if isinstance(costs, Padded) else n)
+    """First prices, and a list for each row: every pair is looked at."""
+    state = State.begin(costs, first_length(costs))
+    all_paired = costs.n_rows == costs.n_columns and math.isinf(unmatched)
     if all_paired:
-        _lower_to_least(costs, state.column_prices, own[:: 1 if _kept(costs) else SAMPLED])
+        state.column_prices[:] = first_prices(costs)
     _list(
-        state, costs, own, lower=all_paired, engine=engine,
-        on_progress=lambda done: on_progress(done, 2 * n),
+        state, costs, _own_rows(costs), lower=all_paired, engine=engine,
+        on_progress=lambda done: on_progress(done, 2 * costs.n_rows),
     )  # fmt: skip
-    keys = lists["keys"].reshape(n, listed)
-    state.row_prices = np.minimum(keys[:, 0], unmatched)
-    overpaid = STEP * float(np.median(keys[own, -1] - keys[own, 0]) or np.ptp(keys[own]))
-    added = np.arange(len(own), n)  # all of them like the same columns, as many as they are
-    _list(state, costs, added, 1 + 2 * len(added) / listed)
-    if all_paired and overpaid > FINER**TIMES * costs.last_digits():
-        state.plan[:2] = overpaid, TIMES
+    make_plan(state, costs, unmatched)
     return state
 
 
-def _kept(costs: Costs) -> bool:
-    costs = costs.costs if isinstance(costs, Padded) else costs
-    return isinstance(costs, Kept | Matrix)
+def first_length(costs: Costs) -> int:
+    """Length of the first list of each row."""
+    return min((1 if _kept(costs) else FARTHER) * LISTED, costs.n_columns)
 
 
-def _lower_to_least(costs: Costs, prices: np.ndarray, rows: np.ndarray) -> None:
-    """Set prices to the least cost of each column in some rows."""
+def first_prices(costs: Costs) -> Float[np.ndarray, " m"]:
+    """What each column costs at least, in all rows or, where they are not kept, in some.
+
+    Where all columns are paired, prices may be any.
+    """
     from mechatlas.maths.selection import least_of_columns
 
-    prices[:] = np.inf
+    rows = _own_rows(costs)[:: 1 if _kept(costs) else SAMPLED]
+    prices = np.full(costs.n_columns, np.inf)
     step = block_rows(costs)
     for start in range(0, len(rows), step):
         block = costs.block(rows[start : start + step])
         in_threads(lambda i, j, b=block: least_of_columns(b, i, j, prices), len(prices))
+    return prices
+
+
+def make_plan(state: State, costs: Costs, unmatched: float) -> None:
+    """Decide on bids once rows have lists, and list the rows that were added."""
+    lists, n = state.lists, costs.n_rows
+    listed = len(lists["keys"]) // n
+    keys, own = lists["keys"].reshape(n, listed), _own_rows(costs)
+    state.row_prices = np.minimum(keys[:, 0], unmatched)
+    farthest = np.minimum(keys[own, -1], lists["horizon"][own])
+    overpaid = STEP * float(np.median(farthest - keys[own, 0]) or np.ptp(keys[own]))
+    added = np.arange(len(own), n)  # all of them like the same columns, as many as they are
+    _list(state, costs, added, 1 + 2 * len(added) / listed)
+    all_paired = n == costs.n_columns and math.isinf(unmatched)
+    if all_paired and overpaid > FINER**TIMES * costs.last_digits():
+        state.plan[:2] = overpaid, TIMES
+
+
+def _own_rows(costs: Costs) -> Int[np.ndarray, " own"]:
+    """Rows besides those that were added."""
+    return np.arange(costs.costs.n_rows if isinstance(costs, Padded) else costs.n_rows)
+
+
+def _kept(costs: Costs) -> bool:
+    costs = costs.costs if isinstance(costs, Padded) else costs
+    return isinstance(costs, Kept | Replaced | Matrix)
 
 
 def _list(

@@ -30,6 +30,8 @@ from mechatlas.maths.arrays import as_array
 
 HALF_ULP = 2.0**-24
 """Unit roundoff of float32."""
+BFLOAT16_HALF_ULP = 2.0**-8
+"""Unit roundoff of bfloat16."""
 EPSILON = 2.0**-52
 """Distance from 1 to the next number in float64."""
 BLOCK_BYTES = 192 << 20
@@ -110,6 +112,8 @@ class Factors:
     column_offsets: Float[np.ndarray, " m"]
     device: torch.device = dataclasses.field(default=CPU, kw_only=True)
     """Device on which blocks are computed."""
+    precision: str = dataclasses.field(default="highest", kw_only=True)
+    """Precision of blocks: "highest" is float32, "medium" may be bfloat16 with sums in float32."""
 
     def __post_init__(self) -> None:
         parts = {"rows": self.a, "columns": self.b}
@@ -143,10 +147,11 @@ class Factors:
         squares = [np.einsum("nd,nd->n", x, x, dtype=np.float64) for x in (a, b)]
         return cls(2 * a, b, *squares, device=device)
 
-    def with_columns(self, b: Float[np.ndarray, "m d"]) -> "Factors":
+    def with_columns(self, b: Float[np.ndarray, "m d"], precision: str = "highest") -> "Factors":
         """Squared distances of the same rows to other vectors."""
         squares = np.einsum("nd,nd->n", b, b, dtype=np.float64)
-        return Factors(self.a, b, self.row_offsets, squares, device=self.device)
+        offsets = self.row_offsets, squares
+        return Factors(self.a, b, *offsets, device=self.device, precision=precision)
 
     def __getstate__(self) -> dict[str, Any]:
         """Fields alone: a worker makes by itself what is kept beside them."""
@@ -173,19 +178,8 @@ class Factors:
         """Costs of some rows with every column, in float32."""
         a, b, row_offsets, column_offsets = self._tensors
         some = rows if isinstance(rows, slice) else torch.tensor(rows, device=self.device)
-        with multiplying("highest"):  # the bound is of float32
+        with multiplying(self.precision):
             block = torch.addmm(column_offsets, a[some], b.T, alpha=-1)
-        return block.add_(row_offsets[some, None]).cpu().numpy()
-
-    def block_of_columns(
-        self, rows: Index, columns: Int[np.ndarray, " part_of_columns"]
-    ) -> Float[np.ndarray, "part part_of_columns"]:
-        """Costs of some rows with some columns, in float32."""
-        a, b, row_offsets, column_offsets = self._tensors
-        some = rows if isinstance(rows, slice) else torch.tensor(rows, device=self.device)
-        few = torch.tensor(columns, device=self.device)
-        with multiplying("highest"):  # the bound is of float32
-            block = torch.addmm(column_offsets[few], a[some], b[few].T, alpha=-1)
         return block.add_(row_offsets[some, None]).cpu().numpy()
 
     @cached_property
@@ -203,6 +197,8 @@ class Factors:
         """Bound by Cauchy and Schwarz, with two roundings of offsets and factors and two sums."""
         terms = self.a.shape[1] + 6
         share = terms * HALF_ULP / (1 - terms * HALF_ULP)
+        if self.precision != "highest":
+            share = (1 + share) * (1 + BFLOAT16_HALF_ULP) ** 2 - 1  # both factors are rounded
         a, b = self._norms
         sizes = a[rows] * b.max() + np.abs(self.row_offsets)[rows]
         # Numbers below the smallest normal one lose up to that much in each operation.
@@ -239,8 +235,7 @@ class Factors:
         """Costs whose blocks are kept, if that takes moderate memory."""
         if 4 * self.n_rows * self.n_columns > KEPT_BYTES:
             return self
-        offsets = self.row_offsets, self.column_offsets
-        return Kept(self.a, self.b, *offsets, device=self.device)
+        return Kept(**self.__getstate__())
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -265,28 +260,28 @@ class Kept(Factors):
         """Costs as they are."""
         return self
 
-    @contextlib.contextmanager
-    def replaced(
-        self, columns: Int[np.ndarray, " part"], b: Float[np.ndarray, "m d"]
-    ) -> "Iterator[Kept]":
-        """Squared distances where some columns are others, which stand in their place meanwhile.
 
-        Args:
-            columns: Columns that are replaced.
-            b: Vectors of all columns.
-        """
-        from mechatlas.maths.selection import exchange_columns  # compiles when it is imported
+@dataclasses.dataclass(frozen=True, eq=False)
+class Replaced(Factors):
+    """Factors of which some columns are others than those of costs that are kept."""
 
-        offsets = self.column_offsets.copy()
-        offsets[columns] = np.einsum("nd,nd->n", b[columns], b[columns], dtype=np.float64)
-        costs = Kept(self.a, b, self.row_offsets, offsets, device=self.device)
-        others = costs.block_of_columns(slice(0, self.n_rows), columns)
-        exchange_columns(self._values, columns, others)
-        vars(costs)["_values"] = self._values
-        try:
-            yield costs
-        finally:
-            exchange_columns(self._values, columns, others)
+    before: Kept = dataclasses.field(kw_only=True)
+    """Costs of all columns before that."""
+    columns: Int[np.ndarray, " new"] = dataclasses.field(kw_only=True)
+    """Columns that are others now."""
+    others: Factors = dataclasses.field(kw_only=True)
+    """Costs of these alone."""
+
+    def block(self, rows: Index) -> Float[np.ndarray, "part m"]:
+        """Costs of some rows with every column, in float32."""
+        block = self.before.block(rows)
+        block = block if block.flags.owndata else block.copy()
+        block[:, self.columns] = self.others.block(rows)
+        return block
+
+    def kept(self) -> "Replaced":
+        """Costs as they are."""
+        return self
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -2,8 +2,8 @@
 
     keep_cheapest_of_rows       the cheapest columns of each row of a block
     least_of_columns            the least cost of each column, over all blocks so far
-    rivals                      the best cosines of rows and columns besides those of their pairs
-    exchange_columns            other costs in some columns, and the old ones back
+    cosines_of_block            cosines, and the two rows that are nearest to each column
+    merge_cheapest              the cheapest columns of two lists, without some of the first
     underpriced                 the pairs of a block that cost less than their prices say
 
 Each runs on one thread without the interpreter's lock and writes only its own rows or columns,
@@ -12,7 +12,7 @@ so a pair is compared with one number and is nearly always passed over.
 """
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from mechatlas.maths.compilation import compiled, inner
 
@@ -20,6 +20,8 @@ GROUPS = 256
 """Least number of groups of columns."""
 SPREAD = 8
 """Groups for each column that is kept."""
+STRETCH = 64
+"""Columns that are compared with their second nearest rows at once."""
 MARGIN = 2.0**-20
 """Margin for the rounding of float32, as a share of the numbers that are subtracted."""
 
@@ -149,81 +151,131 @@ def least_of_columns(
         least[first + k] = min(least[first + k], found[k])
 
 
-def _scan(costs, offset, scale, others, first, last, of_columns):
-    """Raise the best and the sum of squares of columns first..last; return those of the row."""
-    best, total = np.float32(-1.0), np.float32(0.0)
-    costs, offsets, scales = costs[first:last], others[0][first:last], others[1][first:last]
-    best_of, squares_of = of_columns[0, first:last], of_columns[1, first:last]
-    for j in range(last - first):
+def _cosines_of_row(costs, offset, scale, others, negated, squares):
+    """Write a row's cosines, negated; add their squares to the columns' and return the sum."""
+    total = np.float32(0.0)
+    offsets, scales = others
+    for j in range(len(costs)):
         cosine = (offset + offsets[j] - costs[j]) * scale * scales[j]
-        best = cosine if cosine > best else best
-        best_of[j] = cosine if cosine > best_of[j] else best_of[j]
+        negated[j] = -cosine
         square = cosine * cosine
-        squares_of[j] += square
+        squares[j] += square
         total += square
-    return best, total
+    return total
 
 
-_scan_quickly = inner(_scan, fastmath={"reassoc", "contract", "nsz", "nnan"})
+_cosines_quickly = inner(_cosines_of_row, fastmath={"reassoc", "contract", "nsz", "nnan"})
+
+
+@inner
+def _keep_two(negated, row, best, names):
+    """Put a row among the two nearest of each column where it belongs there, which is seldom."""
+    for start in range(0, len(negated), STRETCH):
+        end = min(start + STRETCH, len(negated))
+        some, second = negated[start:end], best[1, start:end]
+        more = np.float32(-1.0)
+        for k in range(end - start):
+            excess = -some[k] - second[k]
+            more = excess if excess > more else more
+        if more <= 0:
+            continue
+        for j in range(start, end):
+            cosine = -negated[j]
+            if cosine > best[0, j]:
+                best[1, j], names[1, j] = best[0, j], names[0, j]
+                best[0, j], names[0, j] = cosine, row
+            elif cosine > best[1, j]:
+                best[1, j], names[1, j] = cosine, row
 
 
 @compiled
-def rivals(
+def cosines_of_block(
     block: Float[np.ndarray, "row column"],
     of_rows: tuple[Float[np.ndarray, " row"], Float[np.ndarray, " row"]],
-    others: tuple[Float[np.ndarray, " column"], Float[np.ndarray, " column"]],
-    partners: Int[np.ndarray, " row"],
+    of_columns: tuple[Float[np.ndarray, " column"], Float[np.ndarray, " column"]],
     part: tuple[int, int],
-    of_columns: Float[np.ndarray, "2 column"],
-) -> tuple[Float[np.ndarray, " row"], Float[np.ndarray, " row"]]:
-    """Find the largest cosines in some columns of a block of squared distances.
+    negated: Float[np.ndarray, "row column"],
+    nearest: tuple[Float[np.ndarray, "2 column"], Int[np.ndarray, "2 column"]],
+    squares: Float[np.ndarray, " column"],
+) -> Float[np.ndarray, " row"]:
+    """Turn squared distances into cosines, and keep the two largest of each column.
 
     Args:
         block: Squared distances.
         of_rows: Squared length of each row, and the reciprocal of its length.
-        others: Squared length of each column, and the reciprocal of its length.
-        partners: Column of each row that is left out of the largest; -1 for none.
-        part: First column, and the one after the last.
-        of_columns: Largest cosine of each column and the sum of squares of all, raised in place.
+        of_columns: The same for each column.
+        part: First column, and the one after the last; others are left as they are.
+        negated: Cosines, negated, so that the largest come first as the cheapest do.
+        nearest: Two largest cosines of each column, and their rows.
+        squares: Sum of the squared cosines of each column.
 
     Returns:
-        The same for each row.
+        The sum of the squared cosines of each row.
     """
     first, last = part
-    best = np.empty(len(block), np.float32)
-    squares = np.empty(len(block), np.float32)
+    best, names = nearest[0][:, first:last], nearest[1][:, first:last]
+    others, squares = (of_columns[0][first:last], of_columns[1][first:last]), squares[first:last]
+    sums = np.empty(len(block), np.float32)
     for row in range(len(block)):
-        offset, scale, own = of_rows[0][row], of_rows[1][row], partners[row]
-        if own < first or own >= last:
-            best[row], squares[row] = _scan_quickly(
-                block[row], offset, scale, others, first, last, of_columns
-            )
-            continue
-        before, b = _scan_quickly(block[row], offset, scale, others, first, own, of_columns)
-        after, c = _scan_quickly(block[row], offset, scale, others, own + 1, last, of_columns)
-        square = ((offset + others[0][own] - block[row, own]) * scale * others[1][own]) ** 2
-        of_columns[1, own] += square
-        best[row], squares[row] = max(before, after), b + c + square
-    return best, squares
+        costs, cosines = block[row, first:last], negated[row, first:last]
+        sums[row] = _cosines_quickly(
+            costs, of_rows[0][row], of_rows[1][row], others, cosines, squares
+        )
+        _keep_two(cosines, row, best, names)
+    return sums
 
 
 @compiled
-def exchange_columns(
-    block: Float[np.ndarray, "row column"],
-    columns: Int[np.ndarray, " new"],
-    values: Float[np.ndarray, "row new"],
+def merge_cheapest(
+    first: tuple[Float[np.ndarray, "row a"], Int[np.ndarray, "row a"], Float[np.ndarray, " row"]],
+    second: tuple[Float[np.ndarray, "row b"], Int[np.ndarray, "row b"], Float[np.ndarray, " row"]],
+    gone: Bool[np.ndarray, " column"],
+    prices: Float[np.ndarray, " column"],
+    part: tuple[int, int],
+    keys: Float[np.ndarray, "row kept"],
+    names: Int[np.ndarray, "row kept"],
+    following: Float[np.ndarray, " row"],
 ) -> None:
-    """Exchange some columns of a block and other values.
+    """Merge two lists of the cheapest columns of each row, without some columns of the first.
 
     Args:
-        block: Costs, written in place.
-        columns: Columns that are exchanged.
-        values: Their new costs; their old ones afterwards.
+        first: Costs of the columns of a list, cheapest at their prices first; their numbers; and
+            the least cost less price of every column that is not listed.
+        second: The same of other columns.
+        gone: Columns that are left out of the first list.
+        prices: Prices of columns.
+        part: First row, and the one after the last.
+        keys: Cost less price of the columns of the merged list; infinite where it is short.
+        names: Numbers of the columns.
+        following: Least cost less price of every column that is not listed.
     """
-    for row in range(block.shape[0]):
-        for k in range(len(columns)):
-            j = columns[k]
-            block[row, j], values[row, k] = values[row, k], block[row, j]
+    n_first, n_second, n_kept = first[0].shape[1], second[0].shape[1], keys.shape[1]
+    for row in range(part[0], part[1]):
+        limit = min(first[2][row], second[2][row])
+        i, j, count = 0, 0, 0
+        while True:
+            while i < n_first and gone[first[1][row, i]]:
+                i += 1
+            one, two = np.inf, np.inf
+            if i < n_first:
+                one = first[0][row, i] - prices[first[1][row, i]]
+            if j < n_second:
+                two = second[0][row, j] - prices[second[1][row, j]]
+            value = min(one, two)
+            if count == n_kept or value >= limit or value == np.inf:
+                break
+            keys[row, count] = value
+            if one <= two:
+                names[row, count] = first[1][row, i]
+                i += 1
+            else:
+                names[row, count] = second[1][row, j]
+                j += 1
+            count += 1
+        following[row] = min(limit, value)
+        for k in range(count, n_kept):
+            keys[row, k] = np.inf
+            names[row, k] = 0
 
 
 @compiled

@@ -482,7 +482,7 @@ def test_rows_of_one_sample_that_are_alike_do_not_make_partners():
         assert kept[0].shape[1] == sums
         null = functools.partial(permute_samples, block=sample_block(samples))
         assert match(*kept, cost="codes", nulls=(null,)).matched.mean() < 0.02
-        assert match(*kept, cost="codes", nulls=(permute_samples,)).matched.mean() > 0.2
+        assert match(*kept, cost="codes", nulls=(permute_samples,)).matched.mean() > 0.1
     # Partners are still found, and a sample of very many rows does not need as many numbers.
     order = torch.from_numpy(random.permutation(d))
     kept = [correlate(plain, y, samples=samples // 50, sketch_size=2048) for y in (a, a[:, order])]

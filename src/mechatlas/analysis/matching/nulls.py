@@ -30,21 +30,20 @@ dictionaries have nearer than null ones.
 Source: Storey (2002) for q-values from the number of discoveries; the rest is ours.
 """
 
-import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from scipy.optimize import isotonic_regression
 from torch import Tensor
 
 from mechatlas.analysis.matching.folding import unit_rows
-from mechatlas.base import Engine, Here, in_order
-from mechatlas.maths import assignment
-from mechatlas.maths.assignment import nearly_cheapest
-from mechatlas.maths.pricing import Factors, Kept, block_rows, in_threads
+from mechatlas.base import Engine
+from mechatlas.maths.assignment import with_few_rows_added
+from mechatlas.maths.pricing import Factors, Kept, Replaced, block_rows
+from mechatlas.maths.replacing import Look, cosines, look, pair_again
 
 FIRST_SAMPLE = 1024
 """Latents in the first, rough estimate of the null."""
@@ -183,7 +182,8 @@ def rotate(
     k = len(white.colors[0])
     rotation, r = torch.linalg.qr(torch.from_numpy(random.standard_normal((k, k), np.float32)))
     rotation = rotation * r.diagonal().sign()
-    return white.colored([torch.from_numpy(rows) @ rotation for rows in white.rows])
+    colors = [(rotation @ torch.from_numpy(color)).numpy() for color in white.colors]
+    return white._replace(colors=colors).colored([torch.from_numpy(rows) for rows in white.rows])
 
 
 def shuffle(
@@ -248,9 +248,9 @@ def compare_with_null(
     random = np.random.default_rng([seed, 5])
     made = _NullDictionaries(b, nulls, widths, random)
     costs = costs or Factors.squared_distances(a, b).kept()
-    world = _NullWorld(rows, columns, costs, engine)
-    measure = _Similarity(a, made.vectors, random, engine)
-    pairs, nulls_of = measure(world.costs, world.partners, rows), [measure.by_chance]
+    world = NullWorld(rows, columns, costs, engine)
+    measure = _Similarity(a, made.vectors, random)
+    pairs, nulls_of = measure(world.pairs()), [measure.by_chance]
     before, n_null, q_values = 0, len(rows), np.empty(0)
     draws: list[list[_Pairs]] = [[] for _ in nulls]
     for turn in range(ROUNDS):
@@ -266,7 +266,7 @@ def compare_with_null(
         last = turn >= ROUNDS - KEPT_ROUNDS
         repeats = min(MAX_REPEATS, -(-MIN_DRAWS // len(replaced))) if last else 1
         for k in [turn % len(nulls)] if one else range(len(nulls)):
-            new = [world.chance_pairs(replaced, made.again(k), measure) for _ in range(repeats)]
+            new = [measure(world.chance_pairs(replaced, made.again(k))) for _ in range(repeats)]
             draws[k].append(_Pairs.joined(new))
         nulls_of = [_Pairs.joined(each[-KEPT_ROUNDS:]) for each in draws if each]
         q_values = _q_values(pairs.distinct, [null.distinct for null in nulls_of], n_null)
@@ -314,35 +314,132 @@ class _NullDictionaries:
         return self.vectors[k]
 
 
-class _NullWorld:
+class Seen(NamedTuple):
+    """Cosine of each pair, and what its latents have besides, of the row and of the column."""
+
+    cosine: Float[np.ndarray, " pair"]
+    squares: tuple[Float[np.ndarray, " pair"], Float[np.ndarray, " pair"]]
+    """Mean of the squared cosines with all of the other side."""
+    following: tuple[Float[np.ndarray, " pair"], Float[np.ndarray, " pair"]]
+    """Largest cosine with the other side but for the partner."""
+
+
+class NullWorld:
     """Two dictionaries in which some latents of B are replaced by null ones."""
 
     def __init__(
         self, rows: np.ndarray, columns: np.ndarray, costs: Factors, engine: Engine | None
     ) -> None:
-        self.costs, self._engine = costs, engine
-        self.partners = np.full(costs.n_rows, -1)
-        self.partners[rows] = columns
+        self._costs, self._engine, self._rows, self._columns = costs, engine, rows, columns
+        self._partners = np.full(costs.n_rows, -1)
+        self._partners[rows] = columns
+        self._all_paired = with_few_rows_added(costs).n_rows == costs.n_columns
+        self._precision = "medium" if self._all_paired else "highest"
+        self._before = self._look(costs, (rows, columns))
 
-    def chance_pairs(
-        self, replaced: Int[np.ndarray, " k"], vectors: np.ndarray, measure: "_Similarity"
-    ) -> _Pairs:
-        """Similarity of the pairs that are wrong once some latents of B are null ones."""
-        b = self.costs.b.copy()
+    def _look(self, costs: Factors, pairs: tuple[np.ndarray, np.ndarray] | None = None) -> Look:
+        return look(costs, pairs, all_paired=self._all_paired, engine=self._engine)
+
+    def pairs(self) -> Seen:
+        """See the pairs of the real dictionaries."""
+        rows, columns, before = self._rows, self._columns, self._before
+        cosines, names = before.near_rows
+        of_rows, _ = _largest(cosines[rows], names[rows] != columns[:, None])
+        return Seen(
+            _cosines(self._costs, rows, columns),
+            self._mean_squares(before.squares[0][rows], before.squares[1][columns]),
+            (of_rows, _next_of_columns(before, columns, rows)),
+        )
+
+    def chance_pairs(self, replaced: Int[np.ndarray, " k"], vectors: np.ndarray) -> Seen:
+        """See the pairs that are wrong once some latents of B are null ones."""
+        b = self._costs.b.copy()
         b[replaced] = vectors[replaced]
-        is_new = np.zeros(len(b), bool)
-        is_new[replaced] = True
-        with self._costs(replaced, b) as costs:
-            columns = nearly_cheapest(costs, engine=self._engine)
-            wrong = (columns >= 0) & ((columns != self.partners) | is_new[columns])
-            return measure(costs, columns, np.flatnonzero(wrong))
+        costs = self._costs.with_columns(b, self._precision)
+        new_costs = costs.with_columns(b[replaced], self._precision)
+        if isinstance(self._costs, Kept):
+            new_costs = new_costs.kept()
+            costs = Replaced(
+                **costs.__getstate__(), before=self._costs, columns=replaced, others=new_costs
+            )
+        before, others = self._before, self._look(new_costs)
+        columns = pair_again(costs, before, replaced, others, engine=self._engine)
+        place = np.full(len(b), -1)
+        place[replaced] = np.arange(len(replaced))
+        wrong = (columns >= 0) & ((columns != self._partners) | (place[columns] >= 0))
+        rows = np.flatnonzero(wrong)
+        columns = columns[rows]
+        new = place[columns] >= 0
+        squares = before.squares[1][columns]
+        squares[new] = others.squares[1][place[columns[new]]]
+        of_columns = _next_of_columns(before, columns, rows)
+        of_columns[new] = _next_of_columns(others, place[columns[new]], rows[new])
+        lost = _squared_cosines(self._costs.a[rows], self._costs.b[replaced])
+        return Seen(
+            _cosines(costs, rows, columns),
+            self._mean_squares(before.squares[0][rows] - lost + others.squares[0][rows], squares),
+            (self._next_of_rows(costs, rows, columns, place, others), of_columns),
+        )
 
-    def _costs(
-        self, replaced: Int[np.ndarray, " k"], b: np.ndarray
-    ) -> contextlib.AbstractContextManager[Factors]:
-        if isinstance(self.costs, Kept):
-            return self.costs.replaced(replaced, b)
-        return contextlib.nullcontext(self.costs.with_columns(b))
+    def _next_of_rows(
+        self,
+        costs: Factors,
+        rows: Int[np.ndarray, " pair"],
+        columns: Int[np.ndarray, " pair"],
+        place: Int[np.ndarray, " column"],
+        others: Look,
+    ) -> Float[np.ndarray, " pair"]:
+        """Largest cosine of each row but its partner's."""
+        old, names = (near[rows] for near in self._before.near_rows)
+        best, found = _largest(old, (place[names] < 0) & (names != columns[:, None]))
+        new, names = (near[rows] for near in others.near_rows)
+        second, _ = _largest(new, names != place[columns][:, None])
+        best = np.maximum(best, second)
+        # Others are less similar than the last that was kept, unless all of them are gone.
+        unsure = np.flatnonzero(~found & (best < old[:, -1]) & (old.shape[1] < len(place)))
+        step = block_rows(costs)
+        for start in range(0, len(unsure), step):
+            some = unsure[start : start + step]
+            block = cosines(costs, rows[some])
+            block[np.arange(len(some)), columns[some]] = -1
+            best[some] = block.max(axis=1)
+        return best
+
+    def _mean_squares(self, of_rows: np.ndarray, of_columns: np.ndarray) -> Any:
+        of_rows = np.maximum(of_rows, 0) / self._costs.n_columns
+        return of_rows, of_columns / self._costs.n_rows
+
+
+def _largest(
+    cosines: Float[np.ndarray, "row near"], allowed: Bool[np.ndarray, "row near"]
+) -> tuple[Float[np.ndarray, " row"], Bool[np.ndarray, " row"]]:
+    """Largest of the cosines that are allowed, -1 for none; and whether there is one."""
+    return np.where(allowed, cosines, -1).max(axis=1), np.asarray(allowed.any(axis=1))
+
+
+def _next_of_columns(
+    seen: Look, columns: Int[np.ndarray, " pair"], rows: Int[np.ndarray, " pair"]
+) -> Float[np.ndarray, " pair"]:
+    """Largest cosine of each column but that with a row."""
+    two, names = (near[:, columns] for near in seen.near_columns)
+    return np.where(names[0] == rows, two[1], two[0])
+
+
+def _cosines(
+    costs: Factors, rows: Int[np.ndarray, " pair"], columns: Int[np.ndarray, " pair"]
+) -> Float[np.ndarray, " pair"]:
+    a, b = unit_rows(costs.a[rows]), unit_rows(costs.b[columns])
+    return np.einsum("pd,pd->p", a, b, dtype=np.float64)
+
+
+def _squared_cosines(
+    x: Float[np.ndarray, "row d"], y: Float[np.ndarray, "other d"]
+) -> Float[np.ndarray, " row"]:
+    """Sum of the squared cosines of each row with all others, in whichever way is shorter."""
+    x, y = unit_rows(x), unit_rows(y)
+    if len(x) * len(y) < (len(x) + len(y)) * x.shape[1]:
+        return np.square(x @ y.T).sum(axis=1)
+    return np.einsum("nd,nd->n", x @ (y.T @ y), x)
 
 
 class _Similarity:
@@ -354,13 +451,8 @@ class _Similarity:
     """
 
     def __init__(
-        self,
-        a: np.ndarray,
-        nulls: Sequence[np.ndarray],
-        random: np.random.Generator,
-        engine: Engine | None,
+        self, a: np.ndarray, nulls: Sequence[np.ndarray], random: np.random.Generator
     ) -> None:
-        self._engine = engine
         x = unit_rows(a[random.permutation(len(a))[:FIRST_SAMPLE]])
         cosines, typical = [], []
         for null in nulls:
@@ -382,75 +474,20 @@ class _Similarity:
     def _beyond(self, cosine: np.ndarray, other: np.ndarray) -> Float[np.ndarray, " pair"]:
         return self._average + (1 - self._average) * (cosine - other) / (1 - other)
 
-    def __call__(
-        self, costs: Factors, columns: Int[np.ndarray, " n"], rows: Int[np.ndarray, " pair"]
-    ) -> _Pairs:
-        """Measure the pairs of some rows, where every row has the column in `columns`."""
-        of_rows, of_columns = _rivals(costs, columns, self._engine)
-        paired = columns[rows]
-        cosine = np.einsum(
-            "pd,pd->p", unit_rows(costs.a[rows]), unit_rows(costs.b[paired]), dtype=np.float64
-        )
-        squares = of_rows[1][rows] / costs.n_columns, of_columns[1][paired] / costs.n_rows
-        expected = self._expected(_typical(*squares))
-        two = of_rows[0][rows], of_columns[0][paired]
-        larger, smaller = np.maximum(*two), np.minimum(*two)
+    def __call__(self, seen: Seen) -> _Pairs:
+        """Measure pairs."""
+        expected = self._expected(_typical(*seen.squares))
+        larger, smaller = np.maximum(*seen.following), np.minimum(*seen.following)
         following = np.minimum(smaller + LARGER * (larger - smaller), MAX_NEXT_COSINE)
         return _Pairs(
-            self._beyond(cosine, expected),
-            self._beyond(cosine, np.maximum(expected, following)),
+            self._beyond(seen.cosine, expected),
+            self._beyond(seen.cosine, np.maximum(expected, following)),
         )
 
 
 def _typical(of_rows: np.ndarray, of_columns: np.ndarray) -> Float[np.ndarray, " pair"]:
     """Root mean square of the cosines with all of the other side, mean of both latents."""
     return np.sqrt(np.sqrt(of_rows * of_columns, dtype=np.float64))
-
-
-def _rivals(
-    costs: Factors, columns: Int[np.ndarray, " n"], engine: Engine | None
-) -> tuple[np.ndarray, np.ndarray]:
-    """Largest cosine of each latent but its partner's, and the sum of the squares of all of them.
-
-    Returns:
-        Both for each row, and both for each column.
-    """
-    of_rows = np.full((2, costs.n_rows), -1, np.float32)
-    of_columns = np.zeros((2, costs.n_columns), np.float32)
-    of_columns[0] = -1
-    step = block_rows(costs)
-    parts = [slice(k, min(k + step, costs.n_rows)) for k in range(0, costs.n_rows, step)]
-    if engine is None or costs.n_rows * costs.n_columns < assignment.WORTH_SENDING:
-        engine = Here()
-    found = engine.map(_rivals_of_block, parts, shared=(costs, columns))
-    for part, (rows, others) in zip(parts, in_order(found), strict=True):
-        of_rows[:, part] = rows
-        np.maximum(of_columns[0], others[0], out=of_columns[0])
-        of_columns[1] += others[1]
-    return of_rows, of_columns
-
-
-def _rivals_of_block(
-    part: slice, shared: tuple[Factors, Int[np.ndarray, " n"]]
-) -> tuple[np.ndarray, np.ndarray]:
-    """Part of `_rivals` for some rows: of each of them, and of each column."""
-    from mechatlas.maths.selection import rivals  # compiles when it is imported
-
-    costs, columns = shared
-    block = costs.block(part)
-    scales = [1 / np.maximum(np.linalg.norm(x, axis=1), 1e-30) for x in (costs.a[part], costs.b)]
-    of_a, of_b = (scale.astype(np.float32) for scale in scales)
-    sides = (
-        (costs.row_offsets[part].astype(np.float32), of_a),
-        (costs.column_offsets.astype(np.float32), of_b),
-    )
-    of_columns = np.zeros((2, costs.n_columns), np.float32)
-    of_columns[0] = -1
-    found = in_threads(
-        lambda i, j: rivals(block, *sides, columns[part], (i, j), of_columns), costs.n_columns
-    )
-    best, squares = (np.stack(each) for each in zip(*found, strict=True))
-    return np.stack([best.max(axis=0), squares.sum(axis=0)]), of_columns
 
 
 def _draw_replaced(
