@@ -459,6 +459,17 @@ def test_codes_of_many_rows_are_added_up_and_keep_their_products():
     assert not correlate(one, x, min_active_rows=500)[rare].any()
 
 
+def test_progress_tells_of_the_pairing_and_then_of_its_null():
+    told: list[tuple[int, int]] = []
+    rows = np.random.default_rng(0).normal(size=(2, 90, 12)).astype(np.float32)
+    match(*rows, on_progress=lambda *each: told.append(each))
+    shares = [done / total for done, total in told]
+    assert shares == sorted(shares)
+    assert shares[-1] == 1
+    assert sum(share <= 0.5 for share in shares) >= 2  # the pairing
+    assert sum(share > 0.5 for share in shares) >= 3  # rounds of the null
+
+
 def test_rare_codes_that_coincide_by_chance_do_not_match():
     random = np.random.default_rng(0)
     rate = random.beta(0.3, 10, (2, 250, 1))  # many latents are active on a handful of rows

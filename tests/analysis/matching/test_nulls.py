@@ -52,7 +52,7 @@ def test_a_null_world_sees_what_all_cosines_say(kept, m, share, near, monkeypatc
         return found["columns"]
 
     monkeypatch.setattr("mechatlas.analysis.matching.nulls.pair_again", paired)
-    seen = world.chance_pairs(replaced, null)
+    seen = world.chance_pairs(replaced, null[replaced])
     changed = b.copy()
     changed[replaced] = null[replaced]
     now = found["columns"]

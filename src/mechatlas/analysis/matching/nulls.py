@@ -30,7 +30,7 @@ dictionaries have nearer than null ones.
 Source: Storey (2002) for q-values from the number of discoveries; the rest is ours.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -40,7 +40,7 @@ from scipy.optimize import isotonic_regression
 from torch import Tensor
 
 from mechatlas.analysis.matching.folding import unit_rows
-from mechatlas.base import Engine
+from mechatlas.base import Engine, Progress, no_progress
 from mechatlas.maths.assignment import with_few_rows_added
 from mechatlas.maths.pricing import Factors, Kept, Replaced, block_rows
 from mechatlas.maths.replacing import Look, cosines, look, pair_again
@@ -222,6 +222,7 @@ def compare_with_null(
     widths: Sequence[int] = (),
     seed: int = 0,
     costs: Factors | None = None,
+    on_progress: Progress = no_progress,
     engine: Engine | None = None,
 ) -> PairEvidence:
     """Compare pairs with pairs that chance makes.
@@ -236,6 +237,7 @@ def compare_with_null(
             one part.
         seed: Seed of the null.
         costs: Squared distances of the vectors, of which B has at least as many as A.
+        on_progress: Callback with the rounds that are done, of at most how many.
         engine: Engine that compares blocks of latents of large dictionaries.
 
     Source:
@@ -243,17 +245,27 @@ def compare_with_null(
     """
     if len(b) < len(a):  # a null of few latents would lie in the few directions that they span
         return compare_with_null(
-            b, a, columns, rows, nulls=nulls, widths=widths, seed=seed, engine=engine
+            b,
+            a,
+            columns,
+            rows,
+            nulls=nulls,
+            widths=widths,
+            seed=seed,
+            on_progress=on_progress,
+            engine=engine,
         )
     random = np.random.default_rng([seed, 5])
-    made = _NullDictionaries(b, nulls, widths, random)
     costs = costs or Factors.squared_distances(a, b).kept()
+    keep = isinstance(costs, Kept) and len(b) > ENOUGH_DRAWS
+    made = _NullDictionaries(b, nulls, widths, random, keep)
     world = NullWorld(rows, columns, costs, engine)
-    measure = _Similarity(a, made.vectors, random)
+    measure = _Similarity(a, map(made.vectors, range(len(nulls))), random)
     pairs, nulls_of = measure(world.pairs()), [measure.by_chance]
     before, n_null, q_values = 0, len(rows), np.empty(0)
     draws: list[list[_Pairs]] = [[] for _ in nulls]
     for turn in range(ROUNDS):
+        on_progress(turn, ROUNDS)
         before, n_null = n_null, _count_null(pairs, nulls_of)
         if turn == 1 or abs(n_null - before) > MAX_CHANGE * before:
             draws = [[] for _ in nulls]  # these were made with other pairs replaced
@@ -266,10 +278,14 @@ def compare_with_null(
         last = turn >= ROUNDS - KEPT_ROUNDS
         repeats = min(MAX_REPEATS, -(-MIN_DRAWS // len(replaced))) if last else 1
         for k in [turn % len(nulls)] if one else range(len(nulls)):
-            new = [measure(world.chance_pairs(replaced, made.again(k))) for _ in range(repeats)]
+            new = [
+                measure(world.chance_pairs(replaced, made.vectors(k)[replaced]))
+                for _ in range(repeats)
+            ]
             draws[k].append(_Pairs.joined(new))
         nulls_of = [_Pairs.joined(each[-KEPT_ROUNDS:]) for each in draws if each]
         q_values = _q_values(pairs.distinct, [null.distinct for null in nulls_of], n_null)
+    on_progress(ROUNDS, ROUNDS)
     q_values = _q_values(pairs.distinct, [null.distinct for null in nulls_of], max(n_null, 1))
     return PairEvidence(q_values, n_null, _Pairs.joined(nulls_of).similar)
 
@@ -289,7 +305,7 @@ class _Pairs(NamedTuple):
 
 
 class _NullDictionaries:
-    """Null dictionaries, made anew for each use where they are small."""
+    """Null dictionaries, made anew for each use, or kept where that would take long."""
 
     def __init__(
         self,
@@ -297,21 +313,21 @@ class _NullDictionaries:
         nulls: Sequence[Null],
         widths: Sequence[int],
         random: np.random.Generator,
+        keep: bool,
     ) -> None:
         self._nulls, self._random, self._b = nulls, random, b
         self._white = whiten(b, widths) if any(make in NULLS for make in nulls) else None
-        self.vectors = [self._make(make) for make in nulls]
-        if len(b) > ENOUGH_DRAWS:
-            self._white = None
+        self._kept: dict[int, np.ndarray] | None = {} if keep else None
 
-    def _make(self, make: Null) -> np.ndarray:
-        return make(self._white if make in NULLS else self._b, self._random)
-
-    def again(self, k: int) -> np.ndarray:
+    def vectors(self, k: int) -> np.ndarray:
         """Vectors of all latents, for one null."""
-        if len(self._b) <= ENOUGH_DRAWS:
-            self.vectors[k] = self._make(self._nulls[k])
-        return self.vectors[k]
+        if self._kept is not None and k in self._kept:
+            return self._kept[k]
+        make = self._nulls[k]
+        made = make(self._white if make in NULLS else self._b, self._random)
+        if self._kept is not None:
+            self._kept[k] = made
+        return made
 
 
 class Seen(NamedTuple):
@@ -351,12 +367,14 @@ class NullWorld:
             (of_rows, _next_of_columns(before, columns, rows)),
         )
 
-    def chance_pairs(self, replaced: Int[np.ndarray, " k"], vectors: np.ndarray) -> Seen:
+    def chance_pairs(
+        self, replaced: Int[np.ndarray, " k"], new: Float[np.ndarray, "k width"]
+    ) -> Seen:
         """See the pairs that are wrong once some latents of B are null ones."""
         b = self._costs.b.copy()
-        b[replaced] = vectors[replaced]
+        b[replaced] = new
         costs = self._costs.with_columns(b, self._precision)
-        new_costs = costs.with_columns(b[replaced], self._precision)
+        new_costs = costs.with_columns(new, self._precision)
         if isinstance(self._costs, Kept):
             new_costs = new_costs.kept()
             costs = Replaced(
@@ -369,11 +387,11 @@ class NullWorld:
         wrong = (columns >= 0) & ((columns != self._partners) | (place[columns] >= 0))
         rows = np.flatnonzero(wrong)
         columns = columns[rows]
-        new = place[columns] >= 0
+        is_new = place[columns] >= 0
         squares = before.squares[1][columns]
-        squares[new] = others.squares[1][place[columns[new]]]
+        squares[is_new] = others.squares[1][place[columns[is_new]]]
         of_columns = _next_of_columns(before, columns, rows)
-        of_columns[new] = _next_of_columns(others, place[columns[new]], rows[new])
+        of_columns[is_new] = _next_of_columns(others, place[columns[is_new]], rows[is_new])
         lost = _squared_cosines(self._costs.a[rows], self._costs.b[replaced])
         return Seen(
             _cosines(costs, rows, columns),
@@ -451,12 +469,13 @@ class _Similarity:
     """
 
     def __init__(
-        self, a: np.ndarray, nulls: Sequence[np.ndarray], random: np.random.Generator
+        self, a: np.ndarray, nulls: Iterable[np.ndarray], random: np.random.Generator
     ) -> None:
         x = unit_rows(a[random.permutation(len(a))[:FIRST_SAMPLE]])
         cosines, typical = [], []
         for null in nulls:
-            block = x @ unit_rows(null).T
+            block = x @ null.T
+            block /= np.maximum(np.linalg.norm(null, axis=1), 1e-30)
             nearest = block.argmax(axis=1)
             cosines.append(block[np.arange(len(x)), nearest].astype(np.float64))
             of_rows = np.einsum("nm,nm->n", block, block) / len(null)

@@ -194,7 +194,7 @@ def match(
         device: Device that computes the costs; other devices than CUDA's leave that to the CPU.
         resume: State of an interrupted pairing, as `on_state` received it.
         evidence: Evidence from an earlier run of the same match, which saves the null.
-        on_progress: Callback with the progress of the pairing.
+        on_progress: Callback with the progress of the pairing, and of its null as the second half.
         on_state: Callback with the state of the pairing after every round.
         engine: Engine that compares blocks of the latents of large dictionaries (46,000 and more),
             in the pairing and in its null; the result is the same on all.
@@ -224,12 +224,23 @@ def match(
         raise InputError(f"The seed must be at least 0, got {seed}.")
     costs, side_a, side_b, widths = _prepared((a, b), cost, scale, live, as_device(device))
     assignment = assign(
-        costs, resume=resume, on_progress=on_progress, on_state=on_state, engine=engine
+        costs,
+        resume=resume,
+        on_progress=lambda done, total: on_progress(done, 2 * total),
+        on_state=on_state,
+        engine=engine,
     )
     result = with_evidence(
-        assignment, costs, fdr=fdr, nulls=nulls, widths=widths, seed=seed, evidence=evidence,
+        assignment,
+        costs,
+        fdr=fdr,
+        nulls=nulls,
+        widths=widths,
+        seed=seed,
+        evidence=evidence,
+        on_progress=lambda done, total: on_progress(total + done, 2 * total),
         engine=engine,
-    )  # fmt: skip
+    )
     return _among_all(result, side_a, side_b)
 
 
@@ -326,6 +337,7 @@ def with_evidence(
     widths: Sequence[int] = (),
     seed: int = 0,
     evidence: PairEvidence | None = None,
+    on_progress: Progress = no_progress,
     engine: Engine | None = None,
 ) -> Match:
     """Add the evidence for each pair to a pairing.
@@ -338,6 +350,7 @@ def with_evidence(
         widths: Number of numbers in each part of a vector that has a length of its own.
         seed: Seed of the null.
         evidence: Evidence from an earlier run, which saves the null.
+        on_progress: Callback with the rounds of the null that are done, of at most how many.
         engine: Engine that compares blocks of latents.
     """
     n = costs.n_rows
@@ -353,6 +366,7 @@ def with_evidence(
         widths=widths,
         seed=seed,
         costs=None if turned else costs,
+        on_progress=on_progress,
         engine=engine,
     )
     unit_a, unit_b = unit_rows(costs.a), unit_rows(costs.b)
