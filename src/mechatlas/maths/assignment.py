@@ -266,7 +266,7 @@ def first_length(costs: Costs) -> int:
 
 
 def first_prices(costs: Costs) -> Float[np.ndarray, " m"]:
-    """What each column costs at least, in all rows or, where they are not kept, in some.
+    """Find what each column costs at least, in all rows or, where they are not kept, in some.
 
     Where all columns are paired, prices may be any.
     """

@@ -30,7 +30,7 @@ NEAREST = 16
 
 
 class Look(NamedTuple):
-    """What one look at all pairs of rows and columns says; costs are squared distances."""
+    """Result of one look at all pairs of rows and columns; costs are squared distances."""
 
     prices: Float[np.ndarray, " column"]
     """Prices at which columns were listed."""

@@ -358,17 +358,9 @@ def with_evidence(
     columns = assignment.columns[rows]
     turned = costs.n_columns < n  # both sides are exchanged then, and their costs computed
     evidence = evidence or compare_with_null(
-        costs.a / 2 if turned else costs.a,
-        costs.b,
-        rows,
-        columns,
-        nulls=nulls,
-        widths=widths,
-        seed=seed,
-        costs=None if turned else costs,
-        on_progress=on_progress,
-        engine=engine,
-    )
+        costs.a / 2 if turned else costs.a, costs.b, rows, columns, nulls=nulls, widths=widths,
+        seed=seed, costs=None if turned else costs, on_progress=on_progress, engine=engine,
+    )  # fmt: skip
     unit_a, unit_b = unit_rows(costs.a), unit_rows(costs.b)
     pair_costs, cosines, q_values = np.full(n, np.nan), np.zeros(n), np.ones(n)
     pair_costs[rows] = costs.exact(rows, columns)
