@@ -517,7 +517,9 @@ def _draw_replaced(
 ) -> Int[np.ndarray, " n"]:
     """Draw as many pairs as appear to be chance, each as often as it is likely to be chance.
 
-    The least similar alone would be latents of unusual directions, which have no siblings.
+    The least similar alone would be latents of unusual directions, which have no siblings. Where
+    fewer pairs can be chance, by more than a standard error, fewer are drawn: others are partners,
+    whose null latents may be more similar than those of chance pairs.
 
     Source:
         Madow, On the theory of systematic sampling (1949), for draws with given probabilities.
@@ -525,7 +527,7 @@ def _draw_replaced(
     if not len(q_values):
         return np.argsort(similarity, kind="stable")[:n]
     weight = np.maximum(local_fdr(q_values), 1e-12)
-    n = min(n, len(weight))
+    n = min(n, len(weight), round(weight.sum() + np.sqrt(n)))
     included = np.zeros(len(weight))
     free = np.ones(len(weight), bool)
     while True:  # probabilities in proportion to the weights, none above 1
