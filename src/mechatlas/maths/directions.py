@@ -9,6 +9,7 @@ is_constant           rows whose entries are all equal
 from typing import NamedTuple
 
 import numpy as np
+import xxhash
 from jaxtyping import Bool, Float, Int
 from scipy.sparse import csr_array
 from scipy.sparse.csgraph import connected_components
@@ -47,11 +48,13 @@ def distinct_rows(rows: Float[np.ndarray, "n d"]) -> DistinctRows:
 def first_of_direction(units: Float[np.ndarray, "n d"]) -> Int[np.ndarray, " n"]:
     """Find the first row that is the same as each, but for rounding."""
     seen: dict[bytes, int] = {}
-    first = np.array([seen.setdefault(row.tobytes(), k) for k, row in enumerate(units)])
+    digests = (xxhash.xxh3_128_digest(row.tobytes()) for row in units)
+    first = np.array([seen.setdefault(digest, k) for k, digest in enumerate(digests)])
     distinct = np.fromiter(seen.values(), np.int64)
     directions = np.random.default_rng(0).standard_normal((units.shape[1], PROJECTIONS))
+    directions = directions.astype(units.dtype)
     reach = SAME * float(np.linalg.norm(directions))
-    near = KDTree(units[distinct] @ directions).query_pairs(reach, output_type="ndarray")
+    near = KDTree((units @ directions)[distinct]).query_pairs(reach, output_type="ndarray")
     i, j = distinct[near].T
     same = np.linalg.norm(units[i].astype(np.float64) - units[j], axis=1) <= SAME
     n, pairs = len(units), np.stack([i[same], j[same]])

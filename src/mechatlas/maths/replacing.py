@@ -18,7 +18,6 @@ from mechatlas.maths import assignment
 from mechatlas.maths.assignment import (
     State,
     first_length,
-    first_prices,
     make_plan,
     nearly_cheapest,
     with_few_rows_added,
@@ -49,27 +48,16 @@ class Look(NamedTuple):
 
 
 def look(
-    costs: Factors,
-    pairs: tuple[Int[np.ndarray, " pair"], Int[np.ndarray, " pair"]] | None = None,
-    *,
-    all_paired: bool,
-    engine: Engine | None = None,
+    costs: Factors, prices: Float[np.ndarray, " column"], *, engine: Engine | None = None
 ) -> Look:
     """Look at all pairs.
 
     Args:
         costs: Squared distances.
-        pairs: Rows and columns that are known to be cheap together.
-        all_paired: Whether prices begin with what columns cost at least, as they may where every
-            column is paired; otherwise with zero.
+        prices: Prices at which columns are listed: zero where some columns stay unpaired, else any.
         engine: Engine that looks at blocks of rows where it is worth it.
     """
     n, m = costs.n_rows, costs.n_columns
-    prices = np.zeros(m)
-    if all_paired:
-        prices = first_prices(costs)
-        if pairs is not None:
-            np.minimum.at(prices, pairs[1], costs.exact(*pairs))
     listed = first_length(costs)
     found = Look(
         prices,
@@ -132,12 +120,9 @@ def _offsets_and_scales(
     costs: Factors, rows: slice | Int[np.ndarray, " part"]
 ) -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
     """Squared length and reciprocal of the length of some rows, and of all columns."""
-    scales = [1 / np.maximum(np.linalg.norm(x, axis=1), 1e-30) for x in (costs.a[rows], costs.b)]
-    of_rows, of_columns = (scale.astype(np.float32) for scale in scales)
-    return (
-        (costs.row_offsets[rows].astype(np.float32), of_rows),
-        (costs.column_offsets.astype(np.float32), of_columns),
-    )
+    both = costs.row_offsets[rows].astype(np.float32), costs.column_offsets.astype(np.float32)
+    of_rows, of_columns = (1 / np.sqrt(np.maximum(squares, 1e-30)) for squares in both)
+    return (both[0], of_rows / 2), (both[1], of_columns)  # costs have the product twice
 
 
 def _keep_two_nearest(

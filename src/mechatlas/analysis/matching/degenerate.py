@@ -69,7 +69,7 @@ _NONE_ACTIVE = (
 
 
 def _side(rows: Float[np.ndarray, "latent width"], usable: Int[np.ndarray, " usable"]) -> Side:
-    first = first_of_direction(unit_rows(rows[usable]))
+    first = first_of_direction(unit_rows(rows if len(usable) == len(rows) else rows[usable]))
     n_same = np.bincount(first, minlength=len(usable))
     unique = np.zeros(len(rows), bool)
     unique[usable] = n_same[first] == 1
