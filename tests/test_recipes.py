@@ -1,9 +1,12 @@
 """Every recipe in `recipes/` is valid, and a bad one is refused with every mistake at once."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+from mechatlas.app.cli import run_script
 from mechatlas.app.commands.basis import BasisConfig
 from mechatlas.app.commands.collect import CollectConfig
 from mechatlas.app.commands.group_net import GroupNetConfig
@@ -14,6 +17,9 @@ from mechatlas.dictionaries.sparsity import TopK
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted((ROOT / "recipes").rglob("*.toml"))
+SCRIPTS = [
+    path for path in sorted((ROOT / "recipes").rglob("*.py")) if "__main__" in path.read_text()
+]
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: str(p.relative_to(ROOT)))
@@ -88,3 +94,35 @@ def test_whole_numbers_will_do_for_floats():
     assert from_dict({"store": "s", "sparsity": {"k": 5}}, TrainConfig, "here").sparsity == TopK(
         k=5
     )
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda p: str(p.relative_to(ROOT)))
+def test_every_script_ends_as_commands_do(path):
+    assert path.read_text().endswith("    run_script(main)\n")
+
+
+def test_a_script_says_a_mistake_in_a_sentence(tmp_path):
+    script = ROOT / "recipes" / "branches" / "run.py"
+    done = subprocess.run(
+        [sys.executable, script, tmp_path / "nowhere"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "nowhere" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (RecipeError("Give a number."), 2, "mechatlas: Give a number.\n"),
+        (KeyboardInterrupt(), 130, "mechatlas: interrupted; what was finished is kept.\n"),
+    ],
+)
+def test_a_script_ends_with_the_code_of_a_command(error, code, said, capsys):
+    def script():
+        raise error
+
+    with pytest.raises(SystemExit) as end:
+        run_script(script)
+    assert end.value.code == code
+    assert capsys.readouterr().err == said

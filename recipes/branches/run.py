@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import mechatlas as ma
+from mechatlas.app.cli import run_script
 from mechatlas.app.commands.branches import ROWS, BranchesConfig, BranchesResult
 from mechatlas.app.commands.match import MatchConfig
 from mechatlas.app.commands.train import TrainConfig
@@ -164,4 +165,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -21,6 +21,7 @@ import safetensors.torch
 import torch
 
 import mechatlas as ma
+from mechatlas.app.cli import run_script
 from mechatlas.files import write
 
 
@@ -63,4 +64,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import mechatlas as ma
+from mechatlas.app.cli import run_script
 from mechatlas.app.progress import bar
 
 SIDE, PATCH, CHANNELS, HEADS, LAYERS, REGISTERS = 32, 4, 64, 4, 4, 4
@@ -105,4 +106,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -16,6 +16,7 @@ import dataclasses
 from pathlib import Path
 
 import mechatlas as ma
+from mechatlas.app.cli import run_script
 from mechatlas.app.commands import circuit, report
 from mechatlas.app.commands.train import TrainConfig
 from mechatlas.app.recipes import read_recipe
@@ -77,4 +78,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

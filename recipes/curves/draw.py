@@ -15,6 +15,7 @@ from typing import Any
 import plotly.graph_objects as go
 
 import mechatlas as ma
+from mechatlas.app.cli import run_script
 from mechatlas.app.progress import bar
 from mechatlas.files import read_json, write, write_json
 
@@ -129,4 +130,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

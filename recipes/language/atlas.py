@@ -28,6 +28,7 @@ import torch
 import mechatlas as ma
 from mechatlas.activations.positions import Positions
 from mechatlas.analysis.evaluation.results import NetworkEvaluation
+from mechatlas.app.cli import run_script
 from mechatlas.app.commands.circuit import CircuitConfig
 from mechatlas.app.commands.collect import CollectConfig
 from mechatlas.app.commands.effects import (
@@ -228,4 +229,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     torch.set_grad_enabled(False)
-    main()
+    run_script(main)

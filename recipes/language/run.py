@@ -27,6 +27,7 @@ import mechatlas as ma
 from mechatlas.activations.networks import Network
 from mechatlas.activations.positions import Positions
 from mechatlas.activations.texts import Texts
+from mechatlas.app.cli import run_script
 from mechatlas.app.commands.collect import CollectConfig
 from mechatlas.app.commands.match import MatchConfig, MatchResult
 from mechatlas.app.match_quality import first_rows
@@ -325,4 +326,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -25,6 +25,7 @@ import mechatlas as ma
 from mechatlas.analysis.matching.codes import correlate, permute_samples, sample_block
 from mechatlas.analysis.matching.folding import fold, unit_rows
 from mechatlas.analysis.matching.nulls import NULLS, Null
+from mechatlas.app.cli import run_script
 from mechatlas.app.commands.match import CODES, ROWS
 from mechatlas.app.match_quality import first_rows
 from mechatlas.files import read_json
@@ -105,4 +106,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import mechatlas as ma
+from mechatlas.app.cli import run_script
 from mechatlas.app.commands import match as matching
 from mechatlas.app.commands.train import TrainConfig
 from mechatlas.app.old_runs import renamed
@@ -172,4 +173,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import mechatlas as ma
+from mechatlas.app.cli import run_script
 from mechatlas.app.progress import bar
 
 WIDTH, BATCH, PASSES, RATE = 100, 64, 12, 1e-3
@@ -105,4 +106,4 @@ def _cifar10(source: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

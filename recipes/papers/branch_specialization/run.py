@@ -21,6 +21,7 @@ from mechatlas.activations.collect import StoreConfig
 from mechatlas.activations.networks import Network
 from mechatlas.activations.positions import Positions
 from mechatlas.activations.samples import Images
+from mechatlas.app.cli import run_script
 from mechatlas.app.commands.collect import CollectConfig
 from mechatlas.app.recipes import read_recipe
 from mechatlas.files import read_json
@@ -125,4 +126,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

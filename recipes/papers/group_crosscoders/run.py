@@ -23,6 +23,7 @@ from mechatlas.activations.networks import Network
 from mechatlas.activations.posing import PoseConfig
 from mechatlas.activations.positions import Positions
 from mechatlas.activations.samples import Images
+from mechatlas.app.cli import run_script
 from mechatlas.app.commands.collect import CollectConfig
 from mechatlas.app.commands.symmetry import SymmetryConfig
 from mechatlas.app.commands.train import TrainConfig
@@ -182,4 +183,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -34,6 +34,7 @@ from mechatlas.analysis.proofs.training_course import (
     follow_training,
 )
 from mechatlas.analysis.proofs.verifier.structures import Weights
+from mechatlas.app.cli import run_script
 from mechatlas.app.commands.group_net import TABLE, GroupNetConfig, checkpoint_file, net_file
 from mechatlas.app.commands.prove import ProveConfig
 from mechatlas.app.recipes import read_recipe
@@ -350,4 +351,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

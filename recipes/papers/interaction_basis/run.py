@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 import mechatlas as ma
+from mechatlas.app.cli import run_script
 
 HERE = Path(__file__).parent
 _SIDE = runpy.run_path(str(HERE.parent / "side_by_side.py"))
@@ -145,4 +146,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -24,6 +24,7 @@ from mechatlas.analysis.interaction.parameter_decomposition import (
     decompose,
     recovered_columns,
 )
+from mechatlas.app.cli import run_script
 from mechatlas.app.estimates import OnlyEstimate, in_words, of_work
 from mechatlas.app.progress import bar
 from mechatlas.app.run_folder import CommandResult, RunConfig, RunFolder, execute
@@ -139,4 +140,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

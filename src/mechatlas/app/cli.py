@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Never
@@ -108,10 +108,35 @@ def _main(arguments: Sequence[str] | None) -> None:
         with _terminable():
             _answer(words[0], words[1:], as_json=as_json, dry_run=dry_run)
     except KeyboardInterrupt as error:
-        terminated = isinstance(error, Terminated)
-        cause = "terminated" if terminated else "interrupted"
-        print(f"mechatlas: {cause}; what was finished is kept.", file=sys.stderr)
-        raise SystemExit(143 if terminated else 130) from None
+        _end_interrupted(error)
+
+
+def run_script(script: Callable[[], None]) -> None:
+    """Run the main function of a script, which ends as a command does.
+
+    Args:
+        script: Main function; it reads the command line by itself.
+
+    Raises:
+        SystemExit: 2 for a user's mistake, after one sentence; 130 when interrupted, 143 when
+            terminated.
+    """
+    from mechatlas.base import UserError
+
+    try:
+        with _terminable():
+            script()
+    except UserError as error:
+        fail(str(error))
+    except KeyboardInterrupt as error:
+        _end_interrupted(error)
+
+
+def _end_interrupted(error: KeyboardInterrupt) -> Never:
+    terminated = isinstance(error, Terminated)
+    cause = "terminated" if terminated else "interrupted"
+    print(f"mechatlas: {cause}; what was finished is kept.", file=sys.stderr)
+    raise SystemExit(143 if terminated else 130) from None
 
 
 class Terminated(KeyboardInterrupt):
