@@ -287,8 +287,9 @@ def make_plan(state: State, costs: Costs, unmatched: float) -> None:
     listed = len(lists["keys"]) // n
     keys, own = lists["keys"].reshape(n, listed), _own_rows(costs)
     state.row_prices = np.minimum(keys[:, 0], unmatched)
-    farthest = np.minimum(keys[own, -1], lists["horizon"][own])
-    overpaid = STEP * float(np.median(farthest - keys[own, 0]) or np.ptp(keys[own]))
+    farthest = np.minimum(keys[own, min(LISTED, listed) - 1], lists["horizon"][own])
+    reach = float(np.median(farthest - keys[own, 0]))
+    overpaid = STEP * (reach or float(np.ptp(keys[np.isfinite(keys)])))
     added = np.arange(len(own), n)  # all of them like the same columns, as many as they are
     _list(state, costs, added, 1 + 2 * len(added) / listed)
     all_paired = n == costs.n_columns and math.isinf(unmatched)

@@ -33,6 +33,7 @@ from mechatlas.analysis.matching.pairing import _pairs_above, feature_splitting,
 from mechatlas.base import InputError
 from mechatlas.dictionaries.autoencoder import Autoencoder
 from mechatlas.dictionaries.sparsity import BatchTopK, Gated, JumpReLU, ReLU, TopK
+from mechatlas.maths import pricing
 from tests.analysis.matching.planted import LEVELS, chain, dictionary, jump_relu_pair, units
 
 seeds = st.integers(0, 10**6)
@@ -457,6 +458,23 @@ def test_codes_of_many_rows_are_added_up_and_keep_their_products():
     assert off.std() < 1.3 / np.sqrt(1500)
     rare = one.encode(x).count_nonzero(dim=0).numpy() < 500
     assert not correlate(one, x, min_active_rows=500)[rare].any()
+
+
+@pytest.mark.parametrize("kept", [True, False])
+@pytest.mark.parametrize(("n", "d", "k"), [(500, 2, 3), (400, 6, 5)])
+def test_clusters_that_both_have_do_not_make_partners(n, d, k, kept, monkeypatch):
+    if not kept:
+        monkeypatch.setattr(pricing, "KEPT_BYTES", 0)
+    shares = []
+    for seed in range(3):
+        random = np.random.default_rng(seed)
+        centers = random.standard_normal((k, d))
+        a, b = (
+            centers[random.integers(0, k, n)] + 1e-3 * random.standard_normal((n, d))
+            for _ in range(2)
+        )
+        shares.append(match(a.astype(np.float32), b.astype(np.float32)).matched.mean())
+    assert np.mean(shares) < 0.02
 
 
 def test_progress_tells_of_the_pairing_and_then_of_its_null():
