@@ -169,9 +169,15 @@ def pair_again(
     n, listed = before.columns.shape
     is_new = np.zeros(costs.n_columns, np.bool_)
     is_new[replaced] = True
-    prices = before.prices.copy()
+    whole = with_few_rows_added(costs)
+    state, own = State.begin(whole, listed), slice(0, n * listed)
+    prices = state.column_prices
+    prices[:] = before.prices
     prices[replaced] = others.prices
-    keys, columns, horizon = np.empty((n, listed)), np.empty((n, listed), np.int32), np.empty(n)
+    keys, columns, rough = (
+        state.lists[name][own].reshape(n, listed) for name in ("keys", "columns", "rough")
+    )
+    horizon = state.lists["horizon"][:n]
     lists = (
         (before.costs, before.columns, before.horizon),
         (others.costs, replaced.astype(np.int32)[others.columns], others.horizon),
@@ -179,16 +185,11 @@ def pair_again(
     in_threads(
         lambda i, j: merge_cheapest(*lists, is_new, prices, (i, j), keys, columns, horizon), n
     )
-    whole = with_few_rows_added(costs)
-    state, own = State.begin(whole, listed), slice(0, n * listed)
+    np.add(keys, prices[columns], out=rough)
     if whole.n_rows == whole.n_columns:  # no proof is wanted, and rounding is far below its bound
         state.lists["error"][:] = 0
-    error = state.lists["error"][:n]
-    state.column_prices[:] = prices
-    state.lists["columns"][own] = columns.ravel()
-    state.lists["keys"][own] = (keys - error[:, None]).ravel()
-    state.lists["rough"][own] = (keys + prices[columns]).ravel()
+    keys -= state.lists["error"][:n, None]
+    horizon -= state.lists["error"][:n]
     state.lists["costs"][own] = np.nan
-    state.lists["horizon"][:n] = horizon - error
     make_plan(state, whole, math.inf)
     return nearly_cheapest(state, whole, engine=engine)[:n]

@@ -59,6 +59,8 @@ MAX_CHANGE = 0.1
 """Change of the number of chance pairs above which earlier draws no longer count."""
 ENOUGH_DRAWS = 4096
 """Size of the null that needs no further round."""
+COORDINATES = 256
+"""Coordinates that are shuffled at a time."""
 LENGTH_PASSES = 2
 """Times that the lengths of whitened rows are made more equal."""
 MAX_CHANCE_COSINE = 0.9
@@ -99,19 +101,27 @@ class Whitened(NamedTuple):
     widths: tuple[int, ...]
     """Number of numbers in each part."""
 
-    def colored(self, rows: Sequence[Tensor]) -> Float[np.ndarray, "n width"]:
-        """Turn whitened rows into vectors whose parts are as long as those of the originals."""
-        colors = map(torch.from_numpy, self.colors)
-        turned = [white @ color for white, color in zip(rows, colors, strict=True)]
-        directions = (turned[0] if len(turned) == 1 else torch.cat(turned, dim=1)).numpy()
-        parts, start = [], 0
+    def with_lengths(
+        self, directions: Sequence[Float[np.ndarray, "n _width"]]
+    ) -> Float[np.ndarray, "n width"]:
+        """Give the parts of vectors the lengths that those of the originals have, in place."""
+        if len(self.widths) == 1:
+            vectors = directions[0]
+        else:
+            vectors = np.empty((len(self.lengths), sum(self.widths)), np.float32)
+            rows = [k for k, width in enumerate(self.widths) if width > 1]
+            kept = np.repeat(np.isin(np.arange(len(self.widths)), rows), self.widths)
+            vectors[:, kept] = np.concatenate(directions, axis=1)
+        start = 0
         for width, length in zip(self.widths, self.lengths.T, strict=True):
-            if width == 1:
-                parts.append(length[:, None])
-                continue
-            parts.append(unit_rows(directions[:, start : start + width]) * length[:, None])
+            part = vectors[:, start : start + width]
             start += width
-        return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
+            if width == 1:
+                part[:] = length[:, None]
+                continue
+            now = np.sqrt(np.einsum("nd,nd->n", part, part, dtype=np.float64))
+            part *= (length / np.maximum(now, 1e-30)).astype(np.float32)[:, None]
+        return vectors
 
 
 def whiten(x: Float[np.ndarray, "n width"], widths: Sequence[int] = ()) -> Whitened:
@@ -181,8 +191,10 @@ def rotate(
     k = len(white.colors[0])
     rotation, r = torch.linalg.qr(torch.from_numpy(random.standard_normal((k, k), np.float32)))
     rotation = rotation * r.diagonal().sign()
-    colors = [(rotation @ torch.from_numpy(color)).numpy() for color in white.colors]
-    return white._replace(colors=colors).colored([torch.from_numpy(rows) for rows in white.rows])
+    parts = zip(white.rows, white.colors, strict=True)
+    return white.with_lengths(
+        [(torch.from_numpy(rows) @ (rotation @ torch.from_numpy(c))).numpy() for rows, c in parts]
+    )
 
 
 def shuffle(
@@ -192,17 +204,24 @@ def shuffle(
     white = x if isinstance(x, Whitened) else whiten(x)
     n, k = white.rows[0].shape
     shifts = random.integers(0, n, k)  # the order of latents says nothing, so a shift is a shuffle
-    return white.colored([torch.from_numpy(_shifted(rows, shifts)) for rows in white.rows])
+    parts = zip(white.rows, white.colors, strict=True)
+    return white.with_lengths([_shifted(rows, shifts, color) for rows, color in parts])
 
 
 def _shifted(
-    rows: Float[np.ndarray, "n k"], shifts: Int[np.ndarray, " k"]
-) -> Float[np.ndarray, "n k"]:
-    """Move each coordinate to other rows, those at the end to the beginning."""
-    turned = np.ascontiguousarray(rows.T)
-    for coordinate, shift in zip(turned, shifts, strict=True):
-        coordinate[:] = np.roll(coordinate, shift)
-    return turned.T
+    rows: Float[np.ndarray, "n k"],
+    shifts: Int[np.ndarray, " k"],
+    color: Float[np.ndarray, "k width"],
+) -> Float[np.ndarray, "n width"]:
+    """Move each coordinate to other rows, those at the end to the beginning, and color them."""
+    total = torch.zeros(len(rows), color.shape[1])
+    for start in range(0, len(shifts), COORDINATES):
+        part = slice(start, start + COORDINATES)
+        turned = np.ascontiguousarray(rows[:, part].T)
+        for coordinate, shift in zip(turned, shifts[part], strict=True):
+            coordinate[:] = np.roll(coordinate, shift)
+        total.addmm_(torch.from_numpy(turned).T, torch.from_numpy(color[part]))
+    return total.numpy()
 
 
 Null = Callable[[Any, np.random.Generator], np.ndarray]
@@ -344,7 +363,8 @@ class _Similarity:
         cosines, typical = [], []
         for null in nulls:
             block = x @ null.T
-            block /= np.maximum(np.linalg.norm(null, axis=1), 1e-30)
+            length = np.sqrt(np.einsum("nd,nd->n", null, null, dtype=np.float64))
+            block /= np.maximum(length, 1e-30).astype(np.float32)
             nearest = block.argmax(axis=1)
             cosines.append(block[np.arange(len(x)), nearest].astype(np.float64))
             of_rows = np.einsum("nm,nm->n", block, block) / len(null)
