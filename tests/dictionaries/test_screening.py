@@ -1,5 +1,6 @@
 """What is found from a product of half the precision is what the whole product would find."""
 
+import numba
 import pytest
 import torch
 from hypothesis import given, settings
@@ -117,13 +118,15 @@ def test_few_are_computed_that_are_not_selected(monkeypatch):
     x, rows, bias = problem(400, 4096, 256, "plain", 0)
     rows /= rows.norm(dim=1, keepdim=True)
     k, computed = 16, []
-    original = screening._compute
+    original = numba.njit(screening._compute)
 
     def counting(x, encoder, starts, latents, values):
         computed.append(starts[-1])
         original(x, encoder, starts, latents, values)
 
     monkeypatch.setattr(screening, "_compute", counting)
+    monkeypatch.setattr(screening, "_near", numba.njit(screening._near))
+    monkeypatch.setattr(screening, "write_largest", numba.njit(screening.write_largest))
     monkeypatch.setattr(screening, "_select", screening._select.py_func)
     values, latents = torch.empty(len(x), k), torch.empty(len(x), k, dtype=torch.int32)
     Screen(rows, bias * 0, one_by_one, []).largest(k)(x, values, latents)

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import numba
 from numba.core import event
+from numba.extending import register_jitable
 
 NOTICE = "Compiling inner loops for this machine; this takes some seconds, and happens once."
 Loop = TypeVar("Loop", bound=Callable[..., Any])
@@ -34,8 +35,9 @@ def compiled(
         fastmath: Freedoms in floating-point arithmetic, by LLVM's names; by default none.
         structures: Classes of the named tuples that the loop, and any loop it calls, takes.
         inner: Whether only compiled loops call the loop. Then it is a part of each of them, and
-            nothing by itself. Were it a function that several call, a process would take whichever
-            of their copies it met first, and with freedoms in arithmetic these round differently.
+            for Python, which need not wait for a form of its own, the function that it was. Were it
+            a compiled function that several call, a process would take whichever of their copies it
+            met first, and with freedoms in arithmetic these round differently.
     """
     function = inspect.unwrap(function)  # tests wrap functions in checks
     fields = sorted((each.__name__, each._fields) for each in structures)
@@ -48,7 +50,7 @@ def compiled(
     }  # fmt: skip
     compiler: Any = numba.njit
     if inner:
-        return compiler(forceinline=True, **options)(function)
+        return register_jitable(forceinline=True, no_cpython_wrapper=True, **options)(function)
     try:
         return compiler(cache=True, **options)(function)
     except RuntimeError:  # no writable place for the cache: compile in every process
@@ -65,7 +67,8 @@ def _built_in(function: Callable[..., Any]) -> Iterator[tuple[str, object]]:
     yield function.__module__, _source(inspect.getmodule(function))
     variables = inspect.getclosurevars(function)
     for name, value in sorted({**variables.nonlocals, **variables.globals}.items()):
-        if loop := getattr(value, "py_func", None):  # compiled here: its name has all that it reads
+        loop = getattr(value, "py_func", value)
+        if inspect.isfunction(loop):  # compiled here: its name has all that it reads
             yield name, loop.__qualname__
         elif isinstance(value, (bool, int, float, str, tuple)):
             yield name, value

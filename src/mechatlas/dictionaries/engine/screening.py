@@ -96,7 +96,7 @@ class Screen:
 
         def find(x: Float[Tensor, "row d_in"]) -> tuple[Tensor, Tensor, Tensor]:
             counts = low.new_empty(len(x), dtype=torch.int64)
-            values = low.new_empty(_most.py_func(len(x), len(self.rows)))
+            values = low.new_empty(_most(len(x), len(self.rows)))
             latents = torch.empty_like(values, dtype=torch.int32)
             out = (low.numpy(), counts.numpy(), latents.numpy(), values.numpy())
             with self._bounds(x, half) as (bits, _):
