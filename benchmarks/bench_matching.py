@@ -216,7 +216,7 @@ def trained(n_seeds):
 
     def by_rows(seed, share, cosine):
         random = np.random.default_rng(seed)
-        noise, chance = (rotate(units, random) for _ in range(2))
+        noise, chance = (rotate(units, random)(np.arange(len(units))) for _ in range(2))
         similar = cosine * units + (1 - cosine**2) ** 0.5 * noise
         partners, order = random.random(len(units)) < share, random.permutation(len(units))
         second = np.where(partners[:, None], similar, chance)[order]

@@ -69,7 +69,7 @@ def test_costs_that_are_never_kept_lead_to_the_same_optimum(kind, n, m, unmatche
         a[1::2], b[: len(b) // 2] = a[: len(a) // 2], b[len(b) - len(b) // 2 :]
     a, b = (np.ascontiguousarray(x, dtype=np.float32) for x in (a, b))
     offsets = random.normal(size=n), random.normal(size=m)
-    dense = offsets[0][:, None] + offsets[1] - a.astype(np.float64) @ b.T.astype(np.float64)
+    dense = offsets[0][:, None] + offsets[1] - 2 * a.astype(np.float64) @ b.T.astype(np.float64)
     check(Factors(a, b, *offsets), dense, unmatched)
 
 

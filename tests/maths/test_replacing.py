@@ -48,12 +48,9 @@ def test_a_pairing_with_other_columns_overpays_little(n, m, share, precision, ki
     before = look(costs, first_prices(costs) if all_paired else np.zeros(m))
     precision = precision if all_paired else "highest"
     others = costs.with_columns(new[replaced], precision).kept()
-    changed = costs.with_columns(new, precision)
-    if isinstance(costs, Kept):
-        parts = {"before": costs, "columns": replaced, "others": others}
-        changed = Replaced(**changed.__getstate__(), **parts)
+    changed = Replaced(costs, replaced, others)
     prices = first_prices(others) if all_paired else np.zeros(len(replaced))
-    columns = pair_again(changed, before, replaced, look(others, prices))
+    columns = pair_again(changed, before, look(others, prices))
     rows = np.flatnonzero(columns >= 0)
     assert len(rows) >= 0.99 * n
     assert len(np.unique(columns[rows])) == len(rows)
@@ -94,22 +91,28 @@ def test_a_look_says_what_all_pairs_say(kind, monkeypatch):
     np.testing.assert_allclose(cosines(costs, some), true[some], atol=1e-5)
 
 
-def test_replaced_columns_cost_what_the_new_ones_do():
+@pytest.mark.parametrize("kept", [True, False])
+def test_replaced_columns_cost_what_the_new_ones_do(kept):
     a, b = planted(40, 40, 8)
     new = planted(40, 40, 8, seed=1)[1]
-    kept = Factors.squared_distances(a, b).kept()
-    assert isinstance(kept, Kept)
-    whole = kept.block(slice(0, 40)).copy()
+    before = Factors.squared_distances(a, b.copy())
+    before = before.kept() if kept else before
+    assert isinstance(before, Kept) == kept
+    whole = before.block(slice(0, 40)).copy()
     columns = np.array([3, 30, 17])
     b[columns] = new[columns]
     true = Factors.squared_distances(a, b)
-    others = kept.with_columns(b[columns])
-    costs = Replaced(
-        **kept.with_columns(b).__getstate__(), before=kept, columns=columns, others=others
-    )
+    costs = Replaced(before, columns, before.with_columns(b[columns]))
+    np.testing.assert_array_equal(costs.b, b)
+    i, j = np.divmod(np.arange(1600), 40)
+    np.testing.assert_array_equal(costs.exact(i, j), true.exact(i, j))
+    np.testing.assert_array_equal(costs.matrix(), true.matrix())
+    np.testing.assert_array_equal(costs.transposed().values, true.matrix().T)
     for rows in (slice(0, 40), np.array([5, 1]), np.arange(3, 9)):
         np.testing.assert_allclose(costs.block(rows), true.block(rows), rtol=1e-4, atol=1e-5)
-    np.testing.assert_array_equal(kept.block(slice(0, 40)), whole)
+        far = np.abs(costs.block(rows) - true.matrix()[rows])
+        assert (far <= costs.rounding(rows)[:, None]).all()
+    np.testing.assert_array_equal(before.block(slice(0, 40)), whole)
     assert assign(costs).cost == assign(true).cost
 
 

@@ -202,11 +202,12 @@ def nearly_cheapest(
     very unequal numbers of rows and columns the pairing is the cheapest.
 
     Args:
-        state: First state, after `make_plan`.
+        state: First state, after `make_plan`, with lists whose exact costs are not known.
         costs: Costs of all pairs.
         engine: Engine that prices blocks of rows, as for `assign`.
     """
     if not state.plan[1]:
+        state.lists["costs"][: len(_own_rows(costs)) * first_length(costs)] = np.nan
         return assign(costs, resume=state, engine=engine).columns
     state.plan[:2] = state.plan[0] / FINER, 1
     while state.plan[1]:
@@ -304,7 +305,8 @@ def _own_rows(costs: Costs) -> Int[np.ndarray, " own"]:
 
 def _kept(costs: Costs) -> bool:
     costs = costs.costs if isinstance(costs, Padded) else costs
-    return isinstance(costs, Kept | Replaced | Matrix)
+    costs = costs.before if isinstance(costs, Replaced) else costs
+    return isinstance(costs, Kept | Matrix)
 
 
 def _list(
@@ -436,7 +438,7 @@ def _approach(
     from mechatlas.maths.augmenting import approach, near_horizon
 
     n = len(state.row_prices)
-    lists, solution, _ = _for_kernels(state, costs, unmatched)
+    lists, solution = _for_kernels(state, unmatched)
     queue, wanted = np.empty(n, np.int32), np.zeros(n, np.bool_)
     queue[: len(state.free)] = state.free
     overpaid, most = state.plan[0], int(state.plan[2])
@@ -467,7 +469,7 @@ def _pair(state: State, costs: Costs, unmatched: float) -> tuple[np.ndarray, flo
     from mechatlas.maths.augmenting import augment, bid, finish, reprice
 
     n = len(state.row_prices)
-    lists, solution, factors = _for_kernels(state, costs, unmatched)
+    (lists, solution), factors = _for_kernels(state, unmatched), _factors(costs)
     free, n_free, wanted = np.empty(n, np.int32), len(state.free), np.zeros(n, np.bool_)
     free[:n_free] = state.free
     if state.plan[2]:
@@ -493,24 +495,28 @@ def _pair(state: State, costs: Costs, unmatched: float) -> tuple[np.ndarray, flo
     return np.flatnonzero(wanted), LONGER
 
 
-def _for_kernels(
-    state: State, costs: Costs, unmatched: float
-) -> tuple["ShortLists", "Solution", "Products"]:
-    from mechatlas.maths.augmenting import Products, ShortLists, Solution
+def _for_kernels(state: State, unmatched: float) -> tuple["ShortLists", "Solution"]:
+    from mechatlas.maths.augmenting import ShortLists, Solution
 
     lists = ShortLists(*(state.lists[name] for name in ShortLists._fields))
     prices = unmatched, state.row_prices, state.column_prices
-    factors = Products(np.empty((0, 0)), np.empty((0, 0)), np.empty(0), np.empty(0))
+    return lists, Solution(*prices, state.row_of, state.column_of)
+
+
+def _factors(costs: Costs) -> "Products":
+    """Factors of exact costs; empty where all that is listed is exact already."""
+    from mechatlas.maths.augmenting import Products
+
     costs = costs.costs if isinstance(costs, Padded) else costs
-    if isinstance(costs, Factors):
-        factors = Products(costs.a, costs.b, costs.row_offsets, costs.column_offsets)
-    return lists, Solution(*prices, state.row_of, state.column_of), factors
+    if isinstance(costs, Factors | Replaced):
+        return Products(costs.a, costs.b, costs.row_offsets, costs.column_offsets)
+    return Products(np.empty((0, 0)), np.empty((0, 0)), np.empty(0), np.empty(0))
 
 
 def _finish(state: State, costs: Costs, unmatched: float) -> Assignment:
     from mechatlas.maths.augmenting import reprice
 
-    reprice(*_for_kernels(state, costs, unmatched))
+    reprice(*_for_kernels(state, unmatched), _factors(costs))
     u, v, rows_priced = state.row_prices, state.column_prices, state.rows_priced
     if isinstance(costs, Padded):  # a column that is free is worth most to the rows that were added
         costs, rows_priced = costs.costs, np.minimum(rows_priced, costs.costs.n_rows)

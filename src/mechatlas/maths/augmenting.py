@@ -128,7 +128,7 @@ def _cost(k, i, lists, factors):
     if np.isnan(lists.costs[k]):
         j = lists.columns[k]
         offset = factors.row_offsets[i] + factors.column_offsets[j]
-        lists.costs[k] = offset - _product(factors.a[i], factors.b[j])
+        lists.costs[k] = offset - 2 * _product(factors.a[i], factors.b[j])
     return lists.costs[k]
 
 

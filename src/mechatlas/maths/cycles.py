@@ -61,7 +61,7 @@ def _edge(node, row, closing):
         cost = 0.0
         for k in range(closing.a.shape[1]):
             cost -= np.float64(closing.a[node, k]) * np.float64(closing.b[j, k])
-        cost += closing.row_offsets[node] + closing.column_offsets[j]
+        cost = 2 * cost + closing.row_offsets[node] + closing.column_offsets[j]
     return max(cost - closing.row_prices[node] - closing.column_prices[row], 0.0)
 
 

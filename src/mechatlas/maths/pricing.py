@@ -1,6 +1,7 @@
 """Costs of pairing rows with columns, priced block by block; nothing of the size rows x columns.
 
-    Factors    c_ij = row_offset_i + column_offset_j - <a_i, b_j>, such as squared distances
+    Factors    c_ij = row_offset_i + column_offset_j - 2 <a_i, b_j>, such as squared distances
+    Replaced   such costs of which some columns are others'
     Matrix     costs that are given as a matrix
     Padded     costs of any kind, with rows added that cost nothing
     as_costs   an array-like value -> `Matrix`
@@ -98,7 +99,7 @@ def as_costs(costs: "Costs | ArrayLike | Tensor") -> Costs:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Factors:
-    """Costs row_offset_i + column_offset_j - <a_i, b_j>, never all of them at once.
+    """Costs row_offset_i + column_offset_j - 2 <a_i, b_j>, never all of them at once.
 
     Raises:
         InputError: A factor is empty or not finite, or costs are more than float32 holds.
@@ -145,7 +146,7 @@ class Factors:
             InputError: A factor is empty or has a NaN or an infinity.
         """
         squares = [np.einsum("nd,nd->n", x, x, dtype=np.float64) for x in (a, b)]
-        return cls(2 * a, b, *squares, device=device)
+        return cls(a, b, *squares, device=device)
 
     def with_columns(self, b: Float[np.ndarray, "m d"], precision: str = "highest") -> "Factors":
         """Squared distances of the same rows to other vectors."""
@@ -179,7 +180,7 @@ class Factors:
         a, b, row_offsets, column_offsets = self._tensors
         some = rows if isinstance(rows, slice) else torch.tensor(rows, device=self.device)
         with multiplying(self.precision):
-            block = torch.addmm(column_offsets, a[some], b.T, alpha=-1)
+            block = torch.addmm(column_offsets, a[some], b.T, alpha=-2)
         return block.add_(row_offsets[some, None]).cpu().numpy()
 
     @cached_property
@@ -191,7 +192,7 @@ class Factors:
         """Bound on every cost and every sum on the way to it."""
         a, b = self._norms
         offsets = np.abs(self.row_offsets).max() + np.abs(self.column_offsets).max()
-        return float(a.max() * b.max() + offsets)
+        return float(2 * a.max() * b.max() + offsets)
 
     def rounding(self, rows: Index) -> Float[np.ndarray, " part"]:
         """Bound by Cauchy and Schwarz, with two roundings of offsets and factors and two sums."""
@@ -200,9 +201,9 @@ class Factors:
         if self.precision != "highest":
             share = (1 + share) * (1 + BFLOAT16_HALF_ULP) ** 2 - 1  # both factors are rounded
         a, b = self._norms
-        sizes = a[rows] * b.max() + np.abs(self.row_offsets)[rows]
+        sizes = 2 * a[rows] * b.max() + np.abs(self.row_offsets)[rows]
         # Numbers below the smallest normal one lose up to that much in each operation.
-        tiny = terms * float(np.finfo(np.float32).tiny)
+        tiny = 2 * terms * float(np.finfo(np.float32).tiny)
         return share * (sizes + np.abs(self.column_offsets).max()) * (1 + 1e-9) + tiny
 
     def exact(
@@ -214,13 +215,13 @@ class Factors:
             part = slice(start, start + 4096)
             i, j = rows[part], columns[part]
             dots = np.einsum("nd,nd->n", self.a[i], self.b[j], dtype=np.float64)
-            costs[part] = self.row_offsets[i].astype(np.float64) + self.column_offsets[j] - dots
+            costs[part] = self.row_offsets[i].astype(np.float64) + self.column_offsets[j] - 2 * dots
         return costs
 
     def matrix(self) -> Float[np.ndarray, "n m"]:
         """All costs in float64."""
         wide = self.a.astype(np.float64) @ self.b.T.astype(np.float64)
-        return self.row_offsets[:, None] + self.column_offsets - wide
+        return self.row_offsets[:, None] + self.column_offsets - 2 * wide
 
     def last_digits(self) -> float:
         """Bound on the rounding of a cost in float64, plus or minus its prices."""
@@ -262,15 +263,61 @@ class Kept(Factors):
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Replaced(Factors):
-    """Factors of which some columns are others than those of costs that are kept."""
+class Replaced:
+    """Factors of which some columns are others', which no copy of all columns is needed for."""
 
-    before: Kept = dataclasses.field(kw_only=True)
+    before: Factors
     """Costs of all columns before that."""
-    columns: Int[np.ndarray, " new"] = dataclasses.field(kw_only=True)
+    columns: Int[np.ndarray, " new"]
     """Columns that are others now."""
-    others: Factors = dataclasses.field(kw_only=True)
+    others: Factors
     """Costs of these alone."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Fields alone: a worker makes by itself what is kept beside them."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+
+    @property
+    def n_rows(self) -> int:
+        """Number of rows."""
+        return self.before.n_rows
+
+    @property
+    def n_columns(self) -> int:
+        """Number of columns."""
+        return self.before.n_columns
+
+    @cached_property
+    def place(self) -> Int[np.ndarray, " m"]:
+        """Number of each column among the others; -1 for those that stay."""
+        place = np.full(self.n_columns, -1)
+        place[self.columns] = np.arange(len(self.columns))
+        return place
+
+    @property
+    def a(self) -> Float[np.ndarray, "n d"]:
+        """Vectors of rows."""
+        return self.before.a
+
+    @cached_property
+    def b(self) -> Float[np.ndarray, "m d"]:
+        """Vectors of columns, a copy."""
+        return self._with_others(self.before.b, self.others.b)
+
+    @property
+    def row_offsets(self) -> Float[np.ndarray, " n"]:
+        """Offsets of rows."""
+        return self.before.row_offsets
+
+    @cached_property
+    def column_offsets(self) -> Float[np.ndarray, " m"]:
+        """Offsets of columns."""
+        return self._with_others(self.before.column_offsets, self.others.column_offsets)
+
+    def _with_others(self, values: np.ndarray, others: np.ndarray) -> np.ndarray:
+        values = values.copy()
+        values[self.columns] = others
+        return values
 
     def block(self, rows: Index) -> Float[np.ndarray, "part m"]:
         """Costs of some rows with every column, in float32."""
@@ -279,9 +326,31 @@ class Replaced(Factors):
         block[:, self.columns] = self.others.block(rows)
         return block
 
-    def kept(self) -> "Replaced":
-        """Costs as they are."""
-        return self
+    def rounding(self, rows: Index) -> Float[np.ndarray, " part"]:
+        """Bound on the distance of a cost of `block` from the exact one, for each row."""
+        return np.maximum(self.before.rounding(rows), self.others.rounding(rows))
+
+    def exact(
+        self, rows: Int[np.ndarray, " pair"], columns: Int[np.ndarray, " pair"]
+    ) -> Float[np.ndarray, " pair"]:
+        """Costs of pairs in float64."""
+        place, costs = self.place[columns], np.empty(len(rows))
+        new, old = np.flatnonzero(place >= 0), np.flatnonzero(place < 0)
+        costs[old] = self.before.exact(rows[old], columns[old])
+        costs[new] = self.others.exact(rows[new], place[new])
+        return costs
+
+    def matrix(self) -> Float[np.ndarray, "n m"]:
+        """All costs in float64."""
+        return self._with_others(self.before.matrix().T, self.others.matrix().T).T
+
+    def last_digits(self) -> float:
+        """Bound on the rounding of a cost in float64, plus or minus its prices."""
+        return max(self.before.last_digits(), self.others.last_digits())
+
+    def transposed(self) -> "Matrix":
+        """Costs with rows and columns exchanged."""
+        return Matrix(self.matrix().T)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -22,7 +22,7 @@ from mechatlas.maths.assignment import (
     nearly_cheapest,
     with_few_rows_added,
 )
-from mechatlas.maths.pricing import Factors, block_rows, in_threads
+from mechatlas.maths.pricing import Factors, Replaced, block_rows, in_threads
 
 NEAREST = 16
 """Number of nearest columns kept of each row."""
@@ -117,7 +117,7 @@ def _look_at_block(part: slice, shared: tuple[Factors, Float[np.ndarray, " colum
 
 
 def _offsets_and_scales(
-    costs: Factors, rows: slice | Int[np.ndarray, " part"]
+    costs: Factors | Replaced, rows: slice | Int[np.ndarray, " part"]
 ) -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
     """Squared length and reciprocal of the length of some rows, and of all columns."""
     both = costs.row_offsets[rows].astype(np.float32), costs.column_offsets.astype(np.float32)
@@ -136,7 +136,9 @@ def _keep_two_nearest(
     found[1][:] = np.take_along_axis(rows, order, axis=0)
 
 
-def cosines(costs: Factors, rows: Int[np.ndarray, " part"]) -> Float[np.ndarray, "part column"]:
+def cosines(
+    costs: Factors | Replaced, rows: Int[np.ndarray, " part"]
+) -> Float[np.ndarray, "part column"]:
     """Cosines of some rows with all columns."""
     (row_offsets, row_scales), (column_offsets, column_scales) = _offsets_and_scales(costs, rows)
     products = row_offsets[:, None] + column_offsets - costs.block(rows)
@@ -144,9 +146,8 @@ def cosines(costs: Factors, rows: Int[np.ndarray, " part"]) -> Float[np.ndarray,
 
 
 def pair_again(
-    costs: Factors,
+    costs: Replaced,
     before: Look,
-    replaced: Int[np.ndarray, " new"],
     others: Look,
     *,
     engine: Engine | None = None,
@@ -160,7 +161,6 @@ def pair_again(
     Args:
         costs: Costs of all pairs as they are now.
         before: Look at all pairs as they were.
-        replaced: Columns that are others now.
         others: Look at the pairs of these alone.
         engine: Engine that prices blocks of rows, as for `assign`.
     """
@@ -168,19 +168,19 @@ def pair_again(
 
     n, listed = before.columns.shape
     is_new = np.zeros(costs.n_columns, np.bool_)
-    is_new[replaced] = True
+    is_new[costs.columns] = True
     whole = with_few_rows_added(costs)
     state, own = State.begin(whole, listed), slice(0, n * listed)
     prices = state.column_prices
     prices[:] = before.prices
-    prices[replaced] = others.prices
+    prices[costs.columns] = others.prices
     keys, columns, rough = (
         state.lists[name][own].reshape(n, listed) for name in ("keys", "columns", "rough")
     )
     horizon = state.lists["horizon"][:n]
     lists = (
         (before.costs, before.columns, before.horizon),
-        (others.costs, replaced.astype(np.int32)[others.columns], others.horizon),
+        (others.costs, costs.columns.astype(np.int32)[others.columns], others.horizon),
     )
     in_threads(
         lambda i, j: merge_cheapest(*lists, is_new, prices, (i, j), keys, columns, horizon), n
@@ -190,6 +190,5 @@ def pair_again(
         state.lists["error"][:] = 0
     keys -= state.lists["error"][:n, None]
     horizon -= state.lists["error"][:n]
-    state.lists["costs"][own] = np.nan
     make_plan(state, whole, math.inf)
     return nearly_cheapest(state, whole, engine=engine)[:n]

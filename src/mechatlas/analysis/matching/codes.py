@@ -16,6 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mechatlas.analysis.matching.folding import BATCH, differs, unit_rows
+from mechatlas.analysis.matching.nulls import Draw, Latents
 from mechatlas.base import Dictionary
 
 SKETCH_SIZE = 4096
@@ -35,16 +36,20 @@ def sample_block(samples: Int[np.ndarray, " row"] | None) -> int:
 
 def permute_samples(
     x: Float[np.ndarray, "n width"], random: np.random.Generator, *, block: int = 1
-) -> Float[np.ndarray, "n width"]:
-    """Permute the samples under codes: a null for vectors made by `correlate`.
+) -> Draw:
+    """Permute the samples under codes: a null dictionary for vectors made by `correlate`.
 
     Args:
         x: Codes.
         random: Generator of the order.
         block: Adjacent numbers that stay together, from `sample_block`.
     """
-    blocks = x.reshape(len(x), -1, block)
-    return blocks[:, random.permutation(blocks.shape[1])].reshape(x.shape)
+    order = random.permutation(x.shape[1] // block)
+
+    def draw(latents: Latents) -> Float[np.ndarray, "some width"]:
+        return x[latents].reshape(len(latents), -1, block)[:, order].reshape(len(latents), -1)
+
+    return draw
 
 
 @torch.no_grad()

@@ -93,14 +93,22 @@ def fold(
             f"Latent {worst} of {name} has the threshold or scale {factor[worst]:g}; folding "
             "divides by it, so it must be > 0. Fold by mean activations instead (give a store)."
         )
-    folded = np.empty(decoder.shape, np.float32)
+    is_array = isinstance(dictionary, np.ndarray)  # weights may be trained on, and are copied
     return FoldedDictionary(
-        decoder=np.multiply(decoder, factor[:, None], out=folded, casting="same_kind"),
-        encoder=None if encoder is None else encoder / factor[:, None],
+        decoder=decoder if is_array and own is None else _scaled(decoder, factor),
+        encoder=encoder if encoder is None or own is None else _scaled(encoder, 1 / factor),
         bias=None if bias is None else bias / factor,
         scale=factor,
         live=live,
     )
+
+
+def _scaled(
+    rows: Float[np.ndarray, "latent width"], factor: Float[np.ndarray, " latent"]
+) -> Float[np.ndarray, "latent width"]:
+    """Multiply rows; none exists in float64."""
+    made = np.empty(rows.shape, np.float32)
+    return np.multiply(rows, factor[:, None], out=made, casting="same_kind")
 
 
 def _weights(
@@ -241,7 +249,7 @@ def vectors(
         sides.append([side.decoder, side.encoder, side.bias[:, None]])
     pieces = sides[0]
     if cost == "encoder":
-        return np.ascontiguousarray(pieces[1], dtype=np.float32)
+        return np.array(pieces[1], dtype=np.float32, order="C")
     if cost == "balanced":
         lengths = [np.sqrt(sum(np.square(side[k]).sum() for side in sides)) for k in range(3)]
         pieces = [piece / max(length, 1e-30) for piece, length in zip(pieces, lengths, strict=True)]

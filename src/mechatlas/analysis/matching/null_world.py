@@ -8,6 +8,7 @@ priced: see `maths.replacing`.
 """
 
 import dataclasses
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -44,12 +45,13 @@ class NullWorld:
         self._partners[rows] = columns
         self._all_paired = with_few_rows_added(costs).n_rows == costs.n_columns
         self._precision = "medium" if self._all_paired else "highest"
+        self._rough = costs
         if not isinstance(costs, Kept):
-            costs = dataclasses.replace(costs, precision=self._precision)
-        prices = self._first_prices(costs)
+            self._rough = dataclasses.replace(costs, precision=self._precision)
+        prices = self._first_prices(self._rough)
         if self._all_paired:  # a partner is cheaper than what was looked at first
             np.minimum.at(prices, columns, costs.exact(rows, columns))
-        self._before = look(costs, prices, engine=engine)
+        self._before = look(self._rough, prices, engine=engine)
 
     def _first_prices(self, costs: Factors) -> Float[np.ndarray, " column"]:
         return first_prices(costs) if self._all_paired else np.zeros(costs.n_columns)
@@ -69,20 +71,14 @@ class NullWorld:
         self, replaced: Int[np.ndarray, " k"], new: Float[np.ndarray, "k width"]
     ) -> Seen:
         """See the pairs that are wrong once some latents of B are null ones."""
-        b = self._costs.b.copy()
-        b[replaced] = new
-        costs = self._costs.with_columns(b, self._precision)
-        new_costs = costs.with_columns(new, self._precision)
+        new_costs = self._costs.with_columns(new, self._precision)
         if isinstance(self._costs, Kept):
             new_costs = new_costs.kept()
-            costs = Replaced(
-                **costs.__getstate__(), before=self._costs, columns=replaced, others=new_costs
-            )
+        costs = Replaced(self._rough, replaced, new_costs)
         before = self._before
         others = look(new_costs, self._first_prices(new_costs), engine=self._engine)
-        columns = pair_again(costs, before, replaced, others, engine=self._engine)
-        place = np.full(len(b), -1)
-        place[replaced] = np.arange(len(replaced))
+        columns = pair_again(costs, before, others, engine=self._engine)
+        place = costs.place
         wrong = (columns >= 0) & ((columns != self._partners) | (place[columns] >= 0))
         rows = np.flatnonzero(wrong)
         columns = columns[rows]
@@ -95,18 +91,18 @@ class NullWorld:
         return Seen(
             _cosines(costs, rows, columns),
             self._mean_squares(before.squares[0][rows] - lost + others.squares[0][rows], squares),
-            (self._next_of_rows(costs, rows, columns, place, others), of_columns),
+            (self._next_of_rows(costs, rows, columns, others), of_columns),
         )
 
     def _next_of_rows(
         self,
-        costs: Factors,
+        costs: Replaced,
         rows: Int[np.ndarray, " pair"],
         columns: Int[np.ndarray, " pair"],
-        place: Int[np.ndarray, " column"],
         others: Look,
     ) -> Float[np.ndarray, " pair"]:
         """Largest cosine of each row but its partner's."""
+        place = costs.place
         old, names = (near[rows] for near in self._before.near_rows)
         best, found = _largest(old, (place[names] < 0) & (names != columns[:, None]))
         new, names = (near[rows] for near in others.near_rows)
@@ -143,10 +139,12 @@ def _next_of_columns(
 
 
 def _cosines(
-    costs: Factors, rows: Int[np.ndarray, " pair"], columns: Int[np.ndarray, " pair"]
+    costs: Factors | Replaced, rows: Int[np.ndarray, " pair"], columns: Int[np.ndarray, " pair"]
 ) -> Float[np.ndarray, " pair"]:
-    a, b = unit_rows(costs.a[rows]), unit_rows(costs.b[columns])
-    return np.einsum("pd,pd->p", a, b, dtype=np.float64)
+    """Cosines of pairs, from their squared distances."""
+    squares = costs.row_offsets[rows], costs.column_offsets[columns]
+    products = sum(squares) - costs.exact(rows, columns)
+    return products / (2 * np.sqrt(np.maximum(squares[0] * squares[1], 1e-60)))
 
 
 def _squared_cosines(
@@ -156,14 +154,29 @@ def _squared_cosines(
     others: Int[np.ndarray, " other"],
 ) -> Float[np.ndarray, " row"]:
     """Sum of the squared cosines of each row with all others, in whichever way is shorter."""
-    d = x.shape[1]
-    if len(rows) * len(others) < (len(rows) + len(others)) * d:
-        return np.square(unit_rows(x[rows]) @ unit_rows(y[others]).T).sum(axis=1)
-    moments, sums = np.zeros((d, d), np.float32), np.empty(len(rows))
-    for start in range(0, len(others), MANY):
-        units = unit_rows(y[others[start : start + MANY]])
-        moments += units.T @ units
-    for start in range(0, len(rows), MANY):
-        units = unit_rows(x[rows[start : start + MANY]])
-        sums[start : start + MANY] = np.einsum("nd,nd->n", units @ moments, units)
+    d, sums = x.shape[1], np.zeros(len(rows))
+    by_pairs = len(rows) * len(others) < (len(rows) + len(others)) * d
+    moments = np.zeros((d, d), np.float32)
+    for units in _units(y, others):
+        if by_pairs:
+            done = 0
+            for some in _units(x, rows):
+                sums[done : done + len(some)] += np.square(some @ units.T).sum(axis=1)
+                done += len(some)
+        else:
+            moments += units.T @ units
+    if by_pairs:
+        return sums
+    done = 0
+    for some in _units(x, rows):
+        sums[done : done + len(some)] = np.einsum("nd,nd->n", some @ moments, some)
+        done += len(some)
     return sums
+
+
+def _units(
+    x: Float[np.ndarray, "n d"], rows: Int[np.ndarray, " row"]
+) -> Iterator[Float[np.ndarray, "_part d"]]:
+    """Some rows at length 1, a part at a time."""
+    for start in range(0, len(rows), MANY):
+        yield unit_rows(x[rows[start : start + MANY]])

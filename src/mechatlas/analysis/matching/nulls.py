@@ -30,6 +30,7 @@ dictionaries have nearer than null ones.
 Source: Storey (2002) for q-values from the number of discoveries; the rest is ours.
 """
 
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -40,9 +41,9 @@ from scipy.optimize import isotonic_regression
 from torch import Tensor
 
 from mechatlas.analysis.matching.folding import unit_rows
-from mechatlas.analysis.matching.null_world import NullWorld, Seen
+from mechatlas.analysis.matching.null_world import MANY, NullWorld, Seen
 from mechatlas.base import Engine, Progress, no_progress
-from mechatlas.maths.pricing import Factors, Kept
+from mechatlas.maths.pricing import Factors
 
 FIRST_SAMPLE = 1024
 """Latents in the first, rough estimate of the null."""
@@ -78,6 +79,10 @@ STOREY_QUANTILE = 0.65
 """Quantile of the null below which pairs are counted to estimate how many are chance."""
 
 
+Latents = Int[np.ndarray, " some"]
+"""Numbers of some latents."""
+
+
 class PairEvidence(NamedTuple):
     """Evidence for each pair from its comparison with the null."""
 
@@ -102,18 +107,19 @@ class Whitened(NamedTuple):
     """Number of numbers in each part."""
 
     def with_lengths(
-        self, directions: Sequence[Float[np.ndarray, "n _width"]]
-    ) -> Float[np.ndarray, "n width"]:
-        """Give the parts of vectors the lengths that those of the originals have, in place."""
+        self, directions: Sequence[Float[np.ndarray, "some _width"]], latents: Latents
+    ) -> Float[np.ndarray, "some width"]:
+        """Give the parts of vectors the lengths that those of some originals have, in place."""
+        lengths = self.lengths[latents]
         if len(self.widths) == 1:
             vectors = directions[0]
         else:
-            vectors = np.empty((len(self.lengths), sum(self.widths)), np.float32)
+            vectors = np.empty((len(lengths), sum(self.widths)), np.float32)
             rows = [k for k, width in enumerate(self.widths) if width > 1]
             kept = np.repeat(np.isin(np.arange(len(self.widths)), rows), self.widths)
             vectors[:, kept] = np.concatenate(directions, axis=1)
         start = 0
-        for width, length in zip(self.widths, self.lengths.T, strict=True):
+        for width, length in zip(self.widths, lengths.T, strict=True):
             part = vectors[:, start : start + width]
             start += width
             if width == 1:
@@ -158,7 +164,7 @@ def _in_one_space(parts: list[Float[np.ndarray, "n _width"]]) -> bool:
 
 
 def _whiten(x: Float[np.ndarray, "n d"]) -> tuple[Tensor, Tensor, Tensor]:
-    """Whiten rows; returns them, and the length and direction of each axis.
+    """Whiten rows in place; returns them, and the length and direction of each axis.
 
     Rows at length 1 are short along the axes where they vary most; a null made of them and brought
     to length 1 once more would be too short there, and too seldom similar. So lengths are first
@@ -175,57 +181,70 @@ def _whiten(x: Float[np.ndarray, "n d"]) -> tuple[Tensor, Tensor, Tensor]:
         moments = rows.T @ rows
         ridge = 1e-6 * moments.diagonal().mean() * torch.eye(len(moments))
         root = torch.linalg.cholesky(moments + ridge)
-        length = torch.linalg.solve_triangular(root, rows.T, upper=False).norm(dim=0)[:, None]
-        rows = rows / length.where(length > 1e-6 * length.max(), torch.ones(1))
+        length = torch.cat(
+            [torch.linalg.solve_triangular(root, part.T, upper=False).norm(dim=0)
+             for part in rows.split(MANY)]
+        )  # fmt: skip
+        rows /= length.where(length > 1e-6 * length.max(), torch.ones(1))[:, None]
     variances, axes = torch.linalg.eigh(rows.T @ rows)
     present = variances > 1e-6 * variances[-1]
     sizes, axes = variances[present].sqrt(), axes[:, present]
-    return rows @ (axes / sizes), sizes, axes
+    turned = rows if present.all() else rows.new_empty(len(rows), len(sizes))
+    for part, to in zip(rows.split(MANY), turned.split(MANY), strict=True):
+        to.copy_(part @ (axes / sizes))
+    return turned, sizes, axes
 
 
-def rotate(
-    x: Float[np.ndarray, "n width"] | Whitened, random: np.random.Generator
-) -> Float[np.ndarray, "n width"]:
+def rotate(x: Float[np.ndarray, "n width"] | Whitened, random: np.random.Generator) -> "Draw":
     """Make vectors with the same second moments of their directions, in random directions."""
     white = x if isinstance(x, Whitened) else whiten(x)
     k = len(white.colors[0])
     rotation, r = torch.linalg.qr(torch.from_numpy(random.standard_normal((k, k), np.float32)))
     rotation = rotation * r.diagonal().sign()
-    parts = zip(white.rows, white.colors, strict=True)
-    return white.with_lengths(
-        [(torch.from_numpy(rows) @ (rotation @ torch.from_numpy(c))).numpy() for rows, c in parts]
-    )
+    parts = [(each, rotation @ torch.from_numpy(c)) for each, c in zip(*white[:2], strict=True)]
+
+    def draw(latents: Latents) -> Float[np.ndarray, "some width"]:
+        made = [(torch.from_numpy(each[latents]) @ turn).numpy() for each, turn in parts]
+        return white.with_lengths(made, latents)
+
+    return draw
 
 
-def shuffle(
-    x: Float[np.ndarray, "n width"] | Whitened, random: np.random.Generator
-) -> Float[np.ndarray, "n width"]:
+def shuffle(x: Float[np.ndarray, "n width"] | Whitened, random: np.random.Generator) -> "Draw":
     """Make vectors with the same distribution along each principal axis, mixed among latents."""
     white = x if isinstance(x, Whitened) else whiten(x)
     n, k = white.rows[0].shape
     shifts = random.integers(0, n, k)  # the order of latents says nothing, so a shift is a shuffle
-    parts = zip(white.rows, white.colors, strict=True)
-    return white.with_lengths([_shifted(rows, shifts, color) for rows, color in parts])
+
+    def draw(latents: Latents) -> Float[np.ndarray, "some width"]:
+        parts = zip(*white[:2], strict=True)
+        made = [_shifted(each, shifts, latents, color) for each, color in parts]
+        return white.with_lengths(made, latents)
+
+    return draw
 
 
 def _shifted(
     rows: Float[np.ndarray, "n k"],
     shifts: Int[np.ndarray, " k"],
+    latents: Latents,
     color: Float[np.ndarray, "k width"],
-) -> Float[np.ndarray, "n width"]:
-    """Move each coordinate to other rows, those at the end to the beginning, and color them."""
-    total = torch.zeros(len(rows), color.shape[1])
-    for start in range(0, len(shifts), COORDINATES):
-        part = slice(start, start + COORDINATES)
-        turned = np.ascontiguousarray(rows[:, part].T)
-        for coordinate, shift in zip(turned, shifts[part], strict=True):
-            coordinate[:] = np.roll(coordinate, shift)
-        total.addmm_(torch.from_numpy(turned).T, torch.from_numpy(color[part]))
-    return total.numpy()
+) -> Float[np.ndarray, "some width"]:
+    """Give some latents each coordinate of another row, as far on as its shift, and color them."""
+    total = np.zeros((len(latents), color.shape[1]), np.float32)
+    for first in range(0, len(latents), MANY):
+        to = slice(first, first + MANY)
+        some = latents[to, None]
+        for start in range(0, len(shifts), COORDINATES):
+            own = np.arange(start, min(start + COORDINATES, len(shifts)))
+            total[to] += rows[(some - shifts[own]) % len(rows), own] @ color[own]
+    return total
 
 
-Null = Callable[[Any, np.random.Generator], np.ndarray]
-"""Function that makes the vectors of a null dictionary from those of a real one."""
+Draw = Callable[[Latents], Float[np.ndarray, "some width"]]
+"""A null dictionary, as a function that gives the vectors of some latents."""
+Null = Callable[[Any, np.random.Generator], Draw]
+"""Function that makes a null dictionary from the vectors of a real one."""
 NULLS: tuple[Null, ...] = (rotate, shuffle)
 """Nulls of weights, which are given them whitened."""
 
@@ -275,10 +294,15 @@ def compare_with_null(
         )
     random = np.random.default_rng([seed, 5])
     costs = costs or Factors.squared_distances(a, b).kept()
-    keep = isinstance(costs, Kept) and len(b) > ENOUGH_DRAWS
-    made = _NullDictionaries(b, nulls, widths, random, keep)
+    white = whiten(b, widths) if any(make in NULLS for make in nulls) else None
+
+    def null(k: int) -> Draw:
+        return nulls[k](white if nulls[k] in NULLS else b, random)
+
+    if len(b) > ENOUGH_DRAWS:  # one is large enough to be used again, and takes long to make
+        null = functools.cache(null)
     world = NullWorld(rows, columns, costs, engine)
-    measure = _Similarity(a, map(made.vectors, range(len(nulls))), random)
+    measure = _Similarity(a, len(b), map(null, range(len(nulls))), random)
     pairs, nulls_of = measure(world.pairs()), [measure.by_chance]
     before, n_null, q_values = 0, len(rows), np.empty(0)
     draws: list[list[_Pairs]] = [[] for _ in nulls]
@@ -296,10 +320,7 @@ def compare_with_null(
         last = turn >= ROUNDS - KEPT_ROUNDS
         repeats = min(MAX_REPEATS, -(-MIN_DRAWS // len(replaced))) if last else 1
         for k in [turn % len(nulls)] if one else range(len(nulls)):
-            new = [
-                measure(world.chance_pairs(replaced, made.vectors(k)[replaced]))
-                for _ in range(repeats)
-            ]
+            new = [measure(world.chance_pairs(replaced, null(k)(replaced))) for _ in range(repeats)]
             draws[k].append(_Pairs.joined(new))
         nulls_of = [_Pairs.joined(each[-KEPT_ROUNDS:]) for each in draws if each]
         q_values = _q_values(pairs.distinct, [null.distinct for null in nulls_of], n_null)
@@ -322,32 +343,6 @@ class _Pairs(NamedTuple):
         return cls(*map(np.concatenate, zip(*parts, strict=True)))
 
 
-class _NullDictionaries:
-    """Null dictionaries, made anew for each use, or kept where that would take long."""
-
-    def __init__(
-        self,
-        b: np.ndarray,
-        nulls: Sequence[Null],
-        widths: Sequence[int],
-        random: np.random.Generator,
-        keep: bool,
-    ) -> None:
-        self._nulls, self._random, self._b = nulls, random, b
-        self._white = whiten(b, widths) if any(make in NULLS for make in nulls) else None
-        self._kept: dict[int, np.ndarray] | None = {} if keep else None
-
-    def vectors(self, k: int) -> np.ndarray:
-        """Vectors of all latents, for one null."""
-        if self._kept is not None and k in self._kept:
-            return self._kept[k]
-        make = self._nulls[k]
-        made = make(self._white if make in NULLS else self._b, self._random)
-        if self._kept is not None:
-            self._kept[k] = made
-        return made
-
-
 class _Similarity:
     """Cosine of pairs beyond chance, and beyond the next best of their latents.
 
@@ -357,18 +352,22 @@ class _Similarity:
     """
 
     def __init__(
-        self, a: np.ndarray, nulls: Iterable[np.ndarray], random: np.random.Generator
+        self, a: np.ndarray, n_columns: int, nulls: Iterable[Draw], random: np.random.Generator
     ) -> None:
         x = unit_rows(a[random.permutation(len(a))[:FIRST_SAMPLE]])
         cosines, typical = [], []
-        for null in nulls:
-            block = x @ null.T
-            length = np.sqrt(np.einsum("nd,nd->n", null, null, dtype=np.float64))
-            block /= np.maximum(length, 1e-30).astype(np.float32)
-            nearest = block.argmax(axis=1)
-            cosines.append(block[np.arange(len(x)), nearest].astype(np.float64))
-            of_rows = np.einsum("nm,nm->n", block, block) / len(null)
-            of_columns = np.einsum("nm,nm->m", block, block)[nearest] / len(x)
+        for draw in nulls:
+            of_rows, nearest, of_columns = np.zeros((3, len(x)))
+            nearest -= np.inf
+            for start in range(0, n_columns, MANY):
+                block = x @ unit_rows(draw(np.arange(start, min(start + MANY, n_columns)))).T
+                of_rows += np.einsum("nm,nm->n", block, block) / n_columns
+                best = block.argmax(axis=1)
+                found = block[np.arange(len(x)), best].astype(np.float64)
+                squares = np.einsum("nm,nm->m", block, block) / len(x)
+                of_columns = np.where(found > nearest, squares[best], of_columns)
+                nearest = np.maximum(nearest, found)
+            cosines.append(nearest)
             typical.append(_typical(of_rows, of_columns))
         cosine, expected = np.concatenate(cosines), np.concatenate(typical)
         self._average = float(np.clip(cosine.mean(), 0.0, MAX_CHANCE_COSINE))

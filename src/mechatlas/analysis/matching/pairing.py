@@ -358,7 +358,7 @@ def with_evidence(
     columns = assignment.columns[rows]
     turned = costs.n_columns < n  # both sides are exchanged then, and their costs computed
     evidence = evidence or compare_with_null(
-        costs.a / 2 if turned else costs.a, costs.b, rows, columns, nulls=nulls, widths=widths,
+        costs.a, costs.b, rows, columns, nulls=nulls, widths=widths,
         seed=seed, costs=None if turned else costs, on_progress=on_progress, engine=engine,
     )  # fmt: skip
     unit_a, unit_b = unit_rows(costs.a), unit_rows(costs.b)
