@@ -10,6 +10,7 @@ from torch import nn
 import mechatlas as ma
 from mechatlas.app import estimates
 from mechatlas.app.cli import main
+from mechatlas.app.commands import match as match_command
 from mechatlas.app.commands import train as train_command
 from mechatlas.app.estimates import Estimate, in_words
 
@@ -115,7 +116,7 @@ def wide():
     return nn.Sequential(nn.Identity(), nn.Sequential(nn.Linear(24, 32), nn.ReLU()))
 
 
-def test_a_dry_run_makes_the_mistakes_known(store, tmp_path, capsys):
+def test_a_dry_run_makes_the_mistakes_known(store, tmp_path, capsys, monkeypatch):
     recipe = training(tmp_path / "train.toml", store, 'site = "7"')
     with pytest.raises(SystemExit):
         main(["train", recipe, "--dry-run"])
@@ -123,13 +124,33 @@ def test_a_dry_run_makes_the_mistakes_known(store, tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["verify", str(store), "--dry-run"])
     assert "`mechatlas verify` makes no estimate; demo, collect, train" in capsys.readouterr().err
-    first = tmp_path / "first"
-    main(["train", training(tmp_path / "t.toml", store, 'site = "1"'), "--out", str(first)])
-    words = (str(first), str(first), "--cost", "codes", "--store", str(store))
+    monkeypatch.setattr(train_command, "n_processes", lambda: 2)
     with pytest.raises(SystemExit):
-        main(["match", *words, "--out", str(tmp_path / "codes"), "--dry-run"])
+        main(["train", training(tmp_path / "t.toml", store, 'site = "1"'), "--dry-run"])
     assert "There is no estimate of this: leave out --dry-run." in capsys.readouterr().err
-    assert not (tmp_path / "codes").exists()
+
+
+@pytest.mark.parametrize(("cost", "width"), [("decoder", 32), ("all", 64), ("codes", 380)])
+def test_a_dry_run_of_a_match_knows_the_width_of_what_is_compared(
+    cost, width, store, tmp_path, capsys, monkeypatch
+):
+    sides, seen = [], []
+
+    def of_matching(pairs):
+        seen.extend(pairs)
+        return estimates.of_matching(seen)
+
+    monkeypatch.setattr(match_command, "of_matching", of_matching)
+    for seed in ("1", "2"):
+        recipe = training(tmp_path / f"{seed}.toml", store, 'site = "1"', "n_latents = 40")
+        main(["train", recipe, "--seed", seed, "--out", str(tmp_path / seed)])
+        sides.append(tmp_path / seed)
+    capsys.readouterr()
+    new = tmp_path / "new"
+    found = dry(capsys, "match", *sides, "--cost", cost, "--store", store, "--out", new)
+    assert not new.exists()
+    assert found["seconds"] > 0
+    assert seen == [((40, width), (40, width))]
 
 
 def test_work_is_extrapolated_from_its_beginning(monkeypatch):

@@ -299,8 +299,7 @@ def run(config: MatchConfig, folder: RunFolder) -> MatchResult:
     """
     _check(config)
     inputs = _open(config)
-    if config.cost != "codes":
-        folder.expect(lambda: _estimate(inputs))
+    folder.expect(lambda: _estimate(inputs, config.cost))
     for name, opened in zip(inputs.names, inputs.opened, strict=True):
         folder.parent(name, opened.checksum)
     if config.store is not None:
@@ -331,9 +330,14 @@ def run(config: MatchConfig, folder: RunFolder) -> MatchResult:
     return result
 
 
-def _estimate(inputs: _Inputs) -> Estimate:
+def _estimate(inputs: _Inputs, cost: Cost) -> Estimate:
     """Estimate all pairings, and what the first is worth in the network as often as there are."""
-    shapes = [(each.dictionary.n_latents, each.dictionary.d_in) for each in inputs.opened]
+    if cost == "codes":
+        shapes = [view.shape for view in inputs.views]
+    else:
+        parts = 2 if cost in ("all", "balanced") else 1
+        sides = [each.dictionary for each in inputs.opened]
+        shapes = [(side.n_latents, parts * side.d_in) for side in sides]
     found, first = of_matching(itertools.pairwise(shapes)), inputs.opened[:2]
     sites, dictionaries = zip(*((e.site, e.dictionary) for e in first), strict=True)
     effects = seconds_of_effects(inputs.held, sites, dictionaries)

@@ -270,7 +270,6 @@ def _bounds(starts, i, latents, widths, bounds):
         bounds[level + 1] = last
 
 
-@inner
 def _errors(task, codes, out):
     """Write the gradients of reconstructions and codes; return the weighted squared errors."""
     target, scales, atoms, bias, widths = task
@@ -318,9 +317,8 @@ def _errors(task, codes, out):
     return loss
 
 
-@compiled
-def _residual(task, codes, out):
-    return _errors(task, codes, out)
+_residual = compiled(_errors)
+_errors = inner(_errors)  # as a part of `_columns`, which few dictionaries need
 
 
 def residual(task: Reconstruction, codes: Codes, out: ErrorGradients) -> float:
