@@ -1,5 +1,7 @@
 """What is found from a product of half the precision is what the whole product would find."""
 
+from typing import Any
+
 import numba
 import pytest
 import torch
@@ -118,7 +120,7 @@ def test_few_are_computed_that_are_not_selected(monkeypatch):
     x, rows, bias = problem(400, 4096, 256, "plain", 0)
     rows /= rows.norm(dim=1, keepdim=True)
     k, computed = 16, []
-    original = numba.njit(screening._compute)
+    original: Any = numba.njit(screening._compute)
 
     def counting(x, encoder, starts, latents, values):
         computed.append(starts[-1])

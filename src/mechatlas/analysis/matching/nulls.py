@@ -294,13 +294,7 @@ def compare_with_null(
         )
     random = np.random.default_rng([seed, 5])
     costs = costs or Factors.squared_distances(a, b).kept()
-    white = whiten(b, widths) if any(make in NULLS for make in nulls) else None
-
-    def null(k: int) -> Draw:
-        return nulls[k](white if nulls[k] in NULLS else b, random)
-
-    if len(b) > ENOUGH_DRAWS:  # one is large enough to be used again, and takes long to make
-        null = functools.cache(null)
+    null = _null_dictionaries(b, nulls, widths, random)
     world = NullWorld(rows, columns, costs, engine)
     measure = _Similarity(a, len(b), map(null, range(len(nulls))), random)
     pairs, nulls_of = measure(world.pairs()), [measure.by_chance]
@@ -327,6 +321,21 @@ def compare_with_null(
     on_progress(ROUNDS, ROUNDS)
     q_values = _q_values(pairs.distinct, [null.distinct for null in nulls_of], max(n_null, 1))
     return PairEvidence(q_values, n_null, _Pairs.joined(nulls_of).similar)
+
+
+def _null_dictionaries(
+    b: Float[np.ndarray, "m width"],
+    nulls: Sequence[Null],
+    widths: Sequence[int],
+    random: np.random.Generator,
+) -> Callable[[int], Draw]:
+    """Make a function that makes the null dictionaries by number, large ones once."""
+    white = whiten(b, widths) if any(make in NULLS for make in nulls) else None
+
+    def make(k: int) -> Draw:
+        return nulls[k](white if nulls[k] in NULLS else b, random)
+
+    return functools.cache(make) if len(b) > ENOUGH_DRAWS else make
 
 
 class _Pairs(NamedTuple):

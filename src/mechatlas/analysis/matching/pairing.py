@@ -182,7 +182,8 @@ def match(
     """Pair the latents of two dictionaries one to one at the smallest total cost.
 
     Args:
-        a: Dictionary A, or a matrix of decoder rows (latent, d_in): numpy, torch or lists.
+        a: Dictionary A, or a matrix of decoder rows (latent, d_in): numpy, torch or lists. Arrays
+            of float32 are not copied, so the match is about them as long as they do not change.
         b: Dictionary B, likewise.
         cost: Vectors that are compared, always by squared distance.
         scale: Activation of each latent of A and of B that counts as 1; by default thresholds.
