@@ -192,7 +192,7 @@ def write_largest(kept, where, n_kept, k, scratch, values, latents):
 @compiled
 def _select(pre, bias, k, n_groups, values, latents):
     n_rows, m = pre.shape
-    maxima = np.empty(n_groups, pre.dtype)
+    maxima, groups = np.empty(n_groups, pre.dtype), np.empty(n_groups + 1, np.int32)
     scratch = np.empty(m + 1, pre.dtype)
     kept = np.empty(m + 1, pre.dtype)
     where = np.empty(m + 1, np.int32)
@@ -201,14 +201,17 @@ def _select(pre, bias, k, n_groups, values, latents):
         _maxima(row, bias, maxima)
         # k groups have a member of at least `bound`, so the k largest are at least that.
         bound = _reached_by(maxima, k)
-        n_kept = np.int64(0)  # for a literal, what takes it would be compiled once more
+        # Written always, kept if counted: no branch to be guessed wrong. Of a literal 0, what takes
+        # the number would be compiled once more.
+        n_reaching = n_kept = np.int64(0)
         for c in range(n_groups):
-            if maxima[c] >= bound:
-                for j in range(c, m, n_groups):
-                    # Written always, kept if counted: no branch to be guessed wrong.
-                    value = row[j] + bias[j]
-                    kept[n_kept], where[n_kept] = value, j
-                    n_kept += value >= bound
+            groups[n_reaching] = c
+            n_reaching += maxima[c] >= bound
+        for g in range(n_reaching):
+            for j in range(groups[g], m, n_groups):
+                value = row[j] + bias[j]
+                kept[n_kept], where[n_kept] = value, j
+                n_kept += value >= bound
         n = write_largest(kept, where, n_kept, k, scratch, values[i], latents[i])
         for t in range(n, k):  # only if there are NaN among the pre-activations
             values[i, t], latents[i, t] = np.nan, t

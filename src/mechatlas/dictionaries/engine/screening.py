@@ -267,7 +267,7 @@ def _near(bounds, k, n_groups, starts, near):
     """Write the latents of each row that may be among its k largest; False if they are many."""
     bits, lengths, reach = bounds
     n_rows, m = bits.shape
-    maxima = np.empty(n_groups, np.int16)
+    maxima, groups = np.empty(n_groups, np.int16), np.empty(n_groups + 1, np.int32)
     long, slack, spread = reach[0]
     for j in range(m):
         long, slack = max(long, reach[j, 0]), max(slack, reach[j, 1])
@@ -284,13 +284,16 @@ def _near(bounds, k, n_groups, starts, near):
         floor = _truncated(max((1 - 2 * BFLOAT16_ERROR) * (bound - furthest), 0))
         if floor == 0:
             floor = np.int16(-32768)  # of numbers below zero bits have another order
-        n = first = starts[i]
+        # Written always, kept if counted: no branch to be guessed wrong.
+        n_reaching = np.int64(0)
         for c in range(n_groups):
-            if maxima[c] >= floor:
-                for j in range(c, m, n_groups):
-                    # Written always, kept if counted: no branch to be guessed wrong.
-                    near[n] = j
-                    n += row[j] >= floor
+            groups[n_reaching] = c
+            n_reaching += maxima[c] >= floor
+        n = first = starts[i]
+        for g in range(n_reaching):
+            for j in range(groups[g], m, n_groups):
+                near[n] = j
+                n += row[j] >= floor
         last, n = n, first
         for t in range(first, last):
             r = reach[near[t]]
