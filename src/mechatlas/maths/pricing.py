@@ -322,7 +322,8 @@ class Replaced:
     def block(self, rows: Index) -> Float[np.ndarray, "part m"]:
         """Costs of some rows with every column, in float32."""
         block = self.before.block(rows)
-        block = block if block.flags.owndata else block.copy()
+        if isinstance(self.before, Kept) and not block.flags.owndata:
+            block = block.copy()  # of what is kept
         block[:, self.columns] = self.others.block(rows)
         return block
 
