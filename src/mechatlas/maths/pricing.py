@@ -37,6 +37,8 @@ EPSILON = 2.0**-52
 """Distance from 1 to the next number in float64."""
 BLOCK_BYTES = 192 << 20
 """Size of a block of costs in float32."""
+COLUMNS = 16384
+"""Columns that are multiplied at a time: a product in bfloat16 begins with a copy of them."""
 KEPT_BYTES = 2400 << 20
 """Size up to which all costs in float32 are kept: 25,000 x 25,000."""
 CPU = torch.device("cpu")
@@ -179,8 +181,12 @@ class Factors:
         """Costs of some rows with every column, in float32."""
         a, b, row_offsets, column_offsets = self._tensors
         some = rows if isinstance(rows, slice) else torch.tensor(rows, device=self.device)
+        some_a = a[some]
+        block = a.new_empty(len(some_a), len(b))
         with multiplying(self.precision):
-            block = torch.addmm(column_offsets, a[some], b.T, alpha=-2)
+            for start in range(0, len(b), COLUMNS):
+                part = slice(start, start + COLUMNS)
+                block[:, part] = torch.addmm(column_offsets[part], some_a, b[part].T, alpha=-2)
         return block.add_(row_offsets[some, None]).cpu().numpy()
 
     @cached_property

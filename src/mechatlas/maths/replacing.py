@@ -24,6 +24,8 @@ from mechatlas.maths.assignment import (
 )
 from mechatlas.maths.pricing import Factors, Replaced, block_rows, in_threads
 
+MANY = 4096
+"""Number of rows whose lists are worked on at a time."""
 NEAREST = 16
 """Number of nearest columns kept of each row."""
 
@@ -145,6 +147,15 @@ def cosines(
     return products * row_scales[:, None] * column_scales
 
 
+def cosines_of_pairs(
+    costs: Factors | Replaced, rows: Int[np.ndarray, " pair"], columns: Int[np.ndarray, " pair"]
+) -> Float[np.ndarray, " pair"]:
+    """Cosines of pairs, from their squared distances in float64."""
+    squares = costs.row_offsets[rows], costs.column_offsets[columns]
+    products = sum(squares) - costs.exact(rows, columns)
+    return products / (2 * np.sqrt(np.maximum(squares[0] * squares[1], 1e-60)))
+
+
 def pair_again(
     costs: Replaced,
     before: Look,
@@ -185,7 +196,9 @@ def pair_again(
     in_threads(
         lambda i, j: merge_cheapest(*lists, is_new, prices, (i, j), keys, columns, horizon), n
     )
-    np.add(keys, prices[columns], out=rough)
+    for row in range(0, n, MANY):  # no prices of all entries at once
+        part = slice(row, row + MANY)
+        np.add(keys[part], prices[columns[part]], out=rough[part])
     if whole.n_rows == whole.n_columns:  # no proof is wanted, and rounding is far below its bound
         state.lists["error"][:] = 0
     keys -= state.lists["error"][:n, None]

@@ -788,14 +788,16 @@ def test_pairs_above_a_cosine_are_found_whatever_the_product_is_computed_in():
         np.testing.assert_allclose(cosine, exact[i, j], atol=1e-6)
 
 
-@pytest.mark.parametrize("seed", [0, 1])
-def test_evidence_is_the_same_whichever_dictionary_is_the_larger(seed):
-    random = np.random.default_rng(seed)
-    a = random.standard_normal((240, 24))
-    b = a[:160] + 1.2 * random.standard_normal((160, 24))
-    one, other = match(a, b), match(b, a)
-    latents, partners = np.arange(160), other.columns
-    assert 0 < other.matched.sum() < 160
-    np.testing.assert_array_equal(one.columns[partners], latents)
+def test_evidence_is_the_same_whichever_dictionary_is_the_larger():
+    farthest = []
+    for seed in range(6):
+        random = np.random.default_rng(seed)
+        a = random.standard_normal((240, 24))
+        b = a[:160] + 1.2 * random.standard_normal((160, 24))
+        one, other = match(a, b), match(b, a)
+        partners = other.columns
+        assert 0 < other.matched.sum() < 160
+        np.testing.assert_array_equal(one.columns[partners], np.arange(160))
+        farthest.append(np.abs(one.q_values[partners] - other.q_values).max())
     # The draws differ; with vectors of another length the null would be off by .08 and more.
-    np.testing.assert_allclose(one.q_values[partners], other.q_values, atol=0.03)
+    assert np.mean(farthest) < 0.04

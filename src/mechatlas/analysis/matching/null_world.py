@@ -18,7 +18,7 @@ from mechatlas.analysis.matching.folding import unit_rows
 from mechatlas.base import Engine
 from mechatlas.maths.assignment import first_prices, with_few_rows_added
 from mechatlas.maths.pricing import Factors, Kept, Replaced, block_rows
-from mechatlas.maths.replacing import Look, cosines, look, pair_again
+from mechatlas.maths.replacing import Look, cosines, cosines_of_pairs, look, pair_again
 
 MANY = 4096
 """Number of rows that are compared at a time."""
@@ -62,7 +62,7 @@ class NullWorld:
         cosines, names = before.near_rows
         of_rows, _ = _largest(cosines[rows], names[rows] != columns[:, None])
         return Seen(
-            _cosines(self._costs, rows, columns),
+            cosines_of_pairs(self._costs, rows, columns),
             self._mean_squares(before.squares[0][rows], before.squares[1][columns]),
             (of_rows, _next_of_columns(before, columns, rows)),
         )
@@ -89,7 +89,7 @@ class NullWorld:
         of_columns[is_new] = _next_of_columns(others, place[columns[is_new]], rows[is_new])
         lost = _squared_cosines(self._costs.a, rows, self._costs.b, replaced)
         return Seen(
-            _cosines(costs, rows, columns),
+            cosines_of_pairs(costs, rows, columns),
             self._mean_squares(before.squares[0][rows] - lost + others.squares[0][rows], squares),
             (self._next_of_rows(costs, rows, columns, others), of_columns),
         )
@@ -136,15 +136,6 @@ def _next_of_columns(
     """Largest cosine of each column but that with a row."""
     two, names = (near[:, columns] for near in seen.near_columns)
     return np.where(names[0] == rows, two[1], two[0])
-
-
-def _cosines(
-    costs: Factors | Replaced, rows: Int[np.ndarray, " pair"], columns: Int[np.ndarray, " pair"]
-) -> Float[np.ndarray, " pair"]:
-    """Cosines of pairs, from their squared distances."""
-    squares = costs.row_offsets[rows], costs.column_offsets[columns]
-    products = sum(squares) - costs.exact(rows, columns)
-    return products / (2 * np.sqrt(np.maximum(squares[0] * squares[1], 1e-60)))
 
 
 def _squared_cosines(

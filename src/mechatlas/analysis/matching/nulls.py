@@ -36,7 +36,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Float16, Int
 from scipy.optimize import isotonic_regression
 from torch import Tensor
 
@@ -97,7 +97,7 @@ class PairEvidence(NamedTuple):
 class Whitened(NamedTuple):
     """Directions of vectors, with equal second moments along all axes of each."""
 
-    rows: list[Float[np.ndarray, "n k"]]
+    rows: list[Float16[np.ndarray, "n k"]]
     """Whitened directions: one array, or one for each part where a rotation turns all alike."""
     colors: list[Float[np.ndarray, "k _width"]]
     """Matrices that turn whitened rows back into directions."""
@@ -148,13 +148,18 @@ def whiten(x: Float[np.ndarray, "n width"], widths: Sequence[int] = ()) -> White
     whole = [unit_rows(p) for p in pieces if p.shape[1] > 1] or [np.ones_like(x)]
     if len(whole) == 1 or not _in_one_space(whole):
         rows, sizes, axes = _whiten(whole[0] if len(whole) == 1 else np.concatenate(whole, axis=1))
-        return Whitened([rows.numpy()], [(sizes[:, None] * axes.T).numpy()], *sides)
+        return Whitened([_short(rows)], [(sizes[:, None] * axes.T).numpy()], *sides)
     made = [_whiten(each) for each in whole]
     frame = torch.linalg.eigh(sum((axes * sizes) @ axes.T for _, sizes, axes in made))[1]
-    rows = [(white @ (axes.T @ frame)).numpy() for white, _, axes in made]
+    rows = [_short(white @ (axes.T @ frame)) for white, _, axes in made]
     return Whitened(
         rows, [(frame.T @ (axes * sizes) @ axes.T).numpy() for _, sizes, axes in made], *sides
     )
+
+
+def _short(rows: Tensor) -> Float16[np.ndarray, "n k"]:
+    """Keep whitened rows in half the memory: chance has no fourth digit."""
+    return rows.half().numpy()
 
 
 def _in_one_space(parts: list[Float[np.ndarray, "n _width"]]) -> bool:
@@ -204,7 +209,7 @@ def rotate(x: Float[np.ndarray, "n width"] | Whitened, random: np.random.Generat
     parts = [(each, rotation @ torch.from_numpy(c)) for each, c in zip(*white[:2], strict=True)]
 
     def draw(latents: Latents) -> Float[np.ndarray, "some width"]:
-        made = [(torch.from_numpy(each[latents]) @ turn).numpy() for each, turn in parts]
+        made = [(torch.from_numpy(each[latents]).float() @ turn).numpy() for each, turn in parts]
         return white.with_lengths(made, latents)
 
     return draw
@@ -225,7 +230,7 @@ def shuffle(x: Float[np.ndarray, "n width"] | Whitened, random: np.random.Genera
 
 
 def _shifted(
-    rows: Float[np.ndarray, "n k"],
+    rows: Float16[np.ndarray, "n k"],
     shifts: Int[np.ndarray, " k"],
     latents: Latents,
     color: Float[np.ndarray, "k width"],
@@ -237,7 +242,8 @@ def _shifted(
         some = latents[to, None]
         for start in range(0, len(shifts), COORDINATES):
             own = np.arange(start, min(start + COORDINATES, len(shifts)))
-            total[to] += rows[(some - shifts[own]) % len(rows), own] @ color[own]
+            moved = rows[(some - shifts[own]) % len(rows), own].astype(np.float32)
+            total[to] += moved @ color[own]
     return total
 
 

@@ -37,6 +37,7 @@ from mechatlas.maths.assignment import Assignment, State, assign
 from mechatlas.maths.margins import MAX_LISTED, Margins, margins
 from mechatlas.maths.near_optima import SHARES, NearOptimal, count_near_optimal
 from mechatlas.maths.pricing import Factors, multiplying
+from mechatlas.maths.replacing import cosines_of_pairs
 
 FDR = 0.05
 """Default false match rate."""
@@ -365,7 +366,7 @@ def with_evidence(
     unit_a, unit_b = unit_rows(costs.a), unit_rows(costs.b)
     pair_costs, cosines, q_values = np.full(n, np.nan), np.zeros(n), np.ones(n)
     pair_costs[rows] = costs.exact(rows, columns)
-    cosines[rows] = np.einsum("pd,pd->p", unit_a[rows], unit_b[columns], dtype=np.float64)
+    cosines[rows] = cosines_of_pairs(costs, rows, columns)
     q_values[rows] = evidence.q_values
     matched = q_values <= fdr
     # As many pairs as are matched; where all of them are alike, chance says where the line is.
