@@ -41,9 +41,9 @@ PROBE_SECONDS = 2.0
 """Seconds for which work that reports its progress is timed."""
 PROCESS = 400 << 20
 """Bytes of a process that has imported everything."""
-PER_ENTRY = 22_000
+PER_ENTRY = 15_000
 """Operations for each entry of a cost matrix, pairing and nulls together (`bench_matching.py` at
-4,096 x 512 and 8,192 x 1,024), at rows of up to 1,024 columns; more in proportion beyond."""
+4,096 x 512 to 65,536 x 2,304), at rows of up to 1,024 columns; more in proportion beyond."""
 PRODUCT = 1024
 """Rows of the matrices whose product is timed."""
 
@@ -192,7 +192,7 @@ def of_matching(pairs: Iterable[tuple[tuple[int, int], tuple[int, int]]]) -> Est
     for (n_a, d), (n_b, _) in pairs:
         entries += n_a * n_b * max(1.0, d / 1024)
         kept = 4 * n_a * n_b if 4 * n_a * n_b <= KEPT_BYTES else 0
-        largest = max(largest, kept + 8 * 4 * d * (n_a + n_b))
+        largest = max(largest, kept + 5 * 4 * d * (n_a + n_b))
     return of_products(PER_ENTRY * entries, memory=largest)
 
 
