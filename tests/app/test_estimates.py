@@ -125,9 +125,11 @@ def test_a_dry_run_makes_the_mistakes_known(store, tmp_path, capsys, monkeypatch
         main(["verify", str(store), "--dry-run"])
     assert "`mechatlas verify` makes no estimate; demo, collect, train" in capsys.readouterr().err
     monkeypatch.setattr(train_command, "n_processes", lambda: 2)
+    words = [training(tmp_path / "t.toml", store, 'site = "1"'), "--out", str(tmp_path / "new")]
     with pytest.raises(SystemExit):
-        main(["train", training(tmp_path / "t.toml", store, 'site = "1"'), "--dry-run"])
+        main(["train", *words, "--dry-run"])
     assert "There is no estimate of this: leave out --dry-run." in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()  # and nothing was trained
 
 
 @pytest.mark.parametrize(("cost", "width"), [("decoder", 32), ("all", 64), ("codes", 380)])

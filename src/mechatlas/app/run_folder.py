@@ -323,13 +323,17 @@ class RunFolder:
             DiskError: The folder was deleted or replaced meanwhile.
             RecipeError: It is a dry run, and no estimate was made.
         """
-        self._refuse_dry_run()
+        self.refuse_dry_run()
         self._claim.check()
         if not self._files and self.kind != STORE:  # a store writes its own manifest
             self._write_manifest(complete=False)
 
-    def _refuse_dry_run(self) -> None:
-        """Refuse to write in a dry run, where a command makes no estimate of what was asked."""
+    def refuse_dry_run(self) -> None:
+        """Refuse a dry run, where a command makes no estimate of what was asked.
+
+        Raises:
+            RecipeError: It is a dry run.
+        """
         if self.dry_run:
             raise RecipeError(NO_ESTIMATE)
 
@@ -352,7 +356,7 @@ class RunFolder:
 
     def keep(self, name: str, arrays: Mapping[str, Shaped[np.ndarray, "..."]]) -> None:
         """Keep a finished part of the work, from which the same command continues."""
-        self._refuse_dry_run()
+        self.refuse_dry_run()
         self._claim.check()
         if not (self.path / MANIFEST).is_file():
             self._write_manifest(complete=False)
