@@ -8,11 +8,12 @@ import pytest
 from torch import nn
 
 import mechatlas as ma
-from mechatlas.app import estimates
+from mechatlas.app import estimates, run_folder
 from mechatlas.app.cli import main
 from mechatlas.app.commands import match as match_command
 from mechatlas.app.commands import train as train_command
 from mechatlas.app.estimates import Estimate, in_words
+from mechatlas.base import RecipeError
 
 
 @pytest.fixture(scope="module")
@@ -124,12 +125,29 @@ def test_a_dry_run_makes_the_mistakes_known(store, tmp_path, capsys, monkeypatch
     with pytest.raises(SystemExit):
         main(["verify", str(store), "--dry-run"])
     assert "`mechatlas verify` makes no estimate; demo, collect, train" in capsys.readouterr().err
-    monkeypatch.setattr(train_command, "n_processes", lambda: 2)
-    words = [training(tmp_path / "t.toml", store, 'site = "1"'), "--out", str(tmp_path / "new")]
+    monkeypatch.setattr(run_folder, "n_processes", lambda: 2)
     with pytest.raises(SystemExit):
-        main(["train", *words, "--dry-run"])
-    assert "There is no estimate of this: leave out --dry-run." in capsys.readouterr().err
-    assert not (tmp_path / "new").exists()  # and nothing was trained
+        main(["train", recipe, "--dry-run"])
+    assert "--dry-run is for one process: leave out torchrun." in capsys.readouterr().err
+
+
+def test_a_dry_run_of_what_makes_no_estimate_ends_before_it_writes(tmp_path):
+    config = train_command.TrainConfig(store=tmp_path, site="1", out=tmp_path / "new")
+    folder = run_folder.RunFolder(config.out, "dictionary", config, dry_run=True)
+    with pytest.raises(RecipeError, match="There is no estimate of this"), folder:
+        folder.begin()
+    assert not config.out.exists()
+
+
+def test_a_dry_run_of_a_group_net_trains_a_little_and_writes_nothing(tmp_path, capsys):
+    recipe = tmp_path / "s3.toml"
+    recipe.write_text('group = "S3"\nsteps = 4000\nwidth = 16\nn_seeds = 2')
+    found = dry(capsys, "train", recipe, "--out", tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+    assert found["seconds"] > 0
+    main(["train", str(recipe), "--steps", "20", "--out", str(tmp_path / "nets")])
+    size = sum(path.stat().st_size for path in (tmp_path / "nets").glob("net_*.safetensors"))
+    assert 0.4 * size < found["disk"] < 1.1 * size
 
 
 @pytest.mark.parametrize(("cost", "width"), [("decoder", 32), ("all", 64), ("codes", 380)])

@@ -178,7 +178,9 @@ def execute(config: Any, *, dry_run: bool = False) -> Any:
             raise RecipeError(NO_ESTIMATE)
         clock, result = time.process_time(), command.run(here)
         return _costed(result, clock) if isinstance(result, CommandResult) else result
-    if n_processes() > 1 and (command.KIND != DICTIONARY or dry_run):
+    if n_processes() > 1 and dry_run:
+        raise RecipeError("--dry-run is for one process: leave out torchrun.")
+    if n_processes() > 1 and command.KIND != DICTIONARY:
         raise RecipeError("torchrun is for `mechatlas train` alone; other commands have --engine.")
     here = _at_hand(config, is_run=True)
     if not is_first():
@@ -323,17 +325,13 @@ class RunFolder:
             DiskError: The folder was deleted or replaced meanwhile.
             RecipeError: It is a dry run, and no estimate was made.
         """
-        self.refuse_dry_run()
+        self._refuse_dry_run()
         self._claim.check()
         if not self._files and self.kind != STORE:  # a store writes its own manifest
             self._write_manifest(complete=False)
 
-    def refuse_dry_run(self) -> None:
-        """Refuse a dry run, where a command makes no estimate of what was asked.
-
-        Raises:
-            RecipeError: It is a dry run.
-        """
+    def _refuse_dry_run(self) -> None:
+        """Refuse to write in a dry run, where a command makes no estimate of what was asked."""
         if self.dry_run:
             raise RecipeError(NO_ESTIMATE)
 
@@ -356,7 +354,7 @@ class RunFolder:
 
     def keep(self, name: str, arrays: Mapping[str, Shaped[np.ndarray, "..."]]) -> None:
         """Keep a finished part of the work, from which the same command continues."""
-        self.refuse_dry_run()
+        self._refuse_dry_run()
         self._claim.check()
         if not (self.path / MANIFEST).is_file():
             self._write_manifest(complete=False)

@@ -16,6 +16,7 @@ import numpy as np
 from mechatlas.analysis.proofs.group_training import GroupTrainingConfig, train_group_nets
 from mechatlas.analysis.proofs.verifier.exact import brute_force_accuracy
 from mechatlas.analysis.proofs.verifier.structures import Weights
+from mechatlas.app.estimates import Estimate, of_work
 from mechatlas.app.progress import bar
 from mechatlas.app.run_folder import GROUP_NET, CommandResult, RunFolder
 from mechatlas.base import RecipeError
@@ -27,6 +28,8 @@ from mechatlas.tensorfiles import read_array
 
 KIND = GROUP_NET
 NET, TABLE = "net.safetensors", "table.npy"
+LONG = 2_000_000
+"""Steps of all networks, times the order of the group, from which on training is timed first."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -91,6 +94,8 @@ def run(config: GroupNetConfig, folder: RunFolder) -> GroupNetResult:
     """
     group = find_group(config)
     table = np.asarray(group.table)
+    is_long = config.n_seeds * config.steps * group.order >= LONG
+    folder.expect(lambda: _estimate(config, table), is_long=is_long)
 
     def keep(step: int, nets: list[Weights]) -> None:
         for seed, weights in enumerate(nets, start=config.seed):
@@ -111,6 +116,19 @@ def run(config: GroupNetConfig, folder: RunFolder) -> GroupNetResult:
         accuracy=min(accuracies),
         accuracies=accuracies,
         steps=config.steps,
+    )
+
+
+def _estimate(config: GroupNetConfig, table: np.ndarray) -> Estimate:
+    """Estimate the training from its first steps."""
+    n, width, n_nets = len(table), config.width, config.n_seeds
+    written = 3 * n * width * (1 + config.n_checkpoints)
+    learned = 2 * config.embedding_width * (n + width) + n * width
+    passed = min(config.batch_size, n * n) * 4 * (n + width)
+    return of_work(
+        [lambda progress: train_group_nets(table, config, on_progress=progress)],
+        memory=4 * n_nets * (4 * learned + passed),  # Adam has two moments
+        disk=4 * n_nets * written,
     )
 
 

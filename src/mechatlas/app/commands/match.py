@@ -330,7 +330,7 @@ def run(config: MatchConfig, folder: RunFolder) -> MatchResult:
     return result
 
 
-def _estimate(inputs: _Inputs, cost: Cost) -> Estimate:
+def _estimate(inputs: _Inputs, cost: str) -> Estimate:
     """Estimate all pairings, and what the first is worth in the network as often as there are."""
     if cost == "codes":
         shapes = [view.shape for view in inputs.views]

@@ -246,8 +246,6 @@ def run(config: TrainConfig, folder: RunFolder) -> TrainResult:
         UserError: See `mechatlas.dictionaries.training.train`.
     """
     data = _open(config)
-    if n_processes() > 1:
-        folder.refuse_dry_run()
     rows = data.rows
     try:
         dictionary = _build(config, data)
