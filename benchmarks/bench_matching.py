@@ -207,7 +207,8 @@ def trained(n_seeds):
     def by_codes(seed, share, noise):
         random, generator = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
         noisy = x + noise * x.std(dim=0) * torch.randn(x.shape, generator=generator)
-        second, latents = null(b, random).copy(), random.permutation(len(a))[: int(share * len(a))]
+        second = null(b, random)(np.arange(len(b)))
+        latents = random.permutation(len(a))[: int(share * len(a))]
         places = random.permutation(len(b))[: len(latents)]
         second[places] = codes(dictionaries[0], noisy)[latents]
         partner = np.full(len(a), -1)

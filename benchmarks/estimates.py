@@ -22,10 +22,7 @@ COMMANDS = {
     "basis": "basis",
 }  # fmt: skip
 """Kind of a run -> command that makes it."""
-LARGER = {
-    "store": ["--samples.crops", "40"],
-    "fire4": ["--n-latents", "2048", "--steps", "3000", "--batch-size", "1024"],
-}
+LARGER = {"fire4": ["--n-latents", "2048", "--steps", "3000", "--batch-size", "1024"]}
 """Run of the tour -> arguments of a larger one from its recipe."""
 SIZE = r"([\d.,]+) (MiB|GiB)"
 SAID = re.compile(rf"About ([\d.,]+) (\w+?)s?, {SIZE} of memory(?: and {SIZE})?")
