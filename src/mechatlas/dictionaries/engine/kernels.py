@@ -193,17 +193,15 @@ def write_largest(kept, where, n_kept, k, scratch, values, latents):
 def _select(pre, bias, k, n_groups, values, latents):
     n_rows, m = pre.shape
     maxima, groups = np.empty(n_groups, pre.dtype), np.empty(n_groups + 1, np.int32)
-    scratch = np.empty(m + 1, pre.dtype)
-    kept = np.empty(m + 1, pre.dtype)
+    scratch, kept = np.empty(m + 1, pre.dtype), np.empty(m + 1, pre.dtype)
     where = np.empty(m + 1, np.int32)
     for i in range(n_rows):
         row = pre[i]
         _maxima(row, bias, maxima)
         # k groups have a member of at least `bound`, so the k largest are at least that.
         bound = _reached_by(maxima, k)
-        # Written always, kept if counted: no branch to be guessed wrong. Of a literal 0, what takes
-        # the number would be compiled once more.
-        n_reaching = n_kept = np.int64(0)
+        # Written always, kept if counted: no branch to be guessed wrong.
+        n_reaching = n_kept = np.int64(0)  # of a literal, another form would be compiled
         for c in range(n_groups):
             groups[n_reaching] = c
             n_reaching += maxima[c] >= bound
@@ -321,7 +319,7 @@ def _errors(task, codes, out):
 
 
 _residual = compiled(_errors)
-_errors = inner(_errors)  # as a part of `_columns`, which few dictionaries need
+_errors = inner(_errors)  # a part of `_columns`, which few need
 
 
 def residual(task: Reconstruction, codes: Codes, out: ErrorGradients) -> float:
