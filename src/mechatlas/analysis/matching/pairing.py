@@ -36,7 +36,7 @@ from mechatlas.maths.arrays import as_array
 from mechatlas.maths.assignment import Assignment, State, assign
 from mechatlas.maths.margins import MAX_LISTED, Margins, margins
 from mechatlas.maths.near_optima import SHARES, NearOptimal, count_near_optimal
-from mechatlas.maths.pricing import Factors, multiplying
+from mechatlas.maths.pricing import COLUMNS, Factors, multiplying
 from mechatlas.maths.replacing import cosines_of_pairs
 
 FDR = 0.05
@@ -463,7 +463,11 @@ def feature_splitting(matching: Match, *, max_partners: int = 4) -> FeatureSplit
         array([0])
     """
     i, j = _nearest_pairs(matching, max_partners)
-    cosine = np.einsum("pd,pd->p", matching.unit_a[i], matching.unit_b[j], dtype=np.float64)
+    cosine = np.empty(len(i))
+    for start in range(0, len(i), BLOCK):
+        some = slice(start, start + BLOCK)
+        sides = matching.unit_a[i[some]], matching.unit_b[j[some]]
+        cosine[some] = np.einsum("pd,pd->p", *sides, dtype=np.float64)
     best = [np.zeros(len(x)) for x in (matching.unit_a, matching.unit_b)]
     for most, latents in zip(best, (i, j), strict=True):
         np.maximum.at(most, latents, cosine)
@@ -483,7 +487,13 @@ def _nearest_pairs(
     i, j = np.empty((2, 0), np.int64)
     values, row_rank = np.empty(0, np.float32), np.empty(0, np.int64)
     for start in range(0, len(a) if least <= 1 + 1e-6 else 0, BLOCK):
-        rows, columns, new = _pairs_above(a[start : start + BLOCK], b, least)
+        some = a[start : start + BLOCK]
+        parts = [
+            (rows, first + columns, new)
+            for first in range(0, len(b), COLUMNS)
+            for rows, columns, new in [_pairs_above(some, b[first : first + COLUMNS], least)]
+        ]
+        rows, columns, new = map(np.concatenate, zip(*parts, strict=True))
         row_rank = np.append(row_rank, _rank(rows, new))
         i, j = np.append(i, start + rows), np.append(j, columns)
         values = np.append(values, new)
