@@ -51,9 +51,9 @@ def test_machine_code_has_the_fields_in_its_name():
     assert len(set(names)) == 4
 
 
-INNER = """from mechatlas.maths.compilation import compiled
+INNER = """from mechatlas.maths.compilation import compiled, inner as part
 STEP = {step}
-@compiled
+@{form}
 def inner(x):
     return x + {added}
 """
@@ -65,12 +65,13 @@ def outer(x):
 """
 
 
-def test_a_loop_is_compiled_again_after_a_change_of_another_file(tmp_path, monkeypatch):
+@pytest.mark.parametrize("form", ["compiled", "part"])
+def test_a_loop_is_compiled_again_after_a_change_of_another_file(form, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "kept_outer.py").write_text(OUTER)
     results = []
     for step, added in ((1, 1), (10, 1), (10, 100)):
-        (tmp_path / "kept_inner.py").write_text(INNER.format(step=step, added=added))
+        (tmp_path / "kept_inner.py").write_text(INNER.format(form=form, step=step, added=added))
         importlib.invalidate_caches()
         for name in ("kept_outer", "kept_inner"):
             sys.modules.pop(name, None)

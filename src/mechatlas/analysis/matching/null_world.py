@@ -146,28 +146,21 @@ def _squared_cosines(
 ) -> Float[np.ndarray, " row"]:
     """Sum of the squared cosines of each row with all others, in whichever way is shorter."""
     d, sums = x.shape[1], np.zeros(len(rows))
-    by_pairs = len(rows) * len(others) < (len(rows) + len(others)) * d
+    if len(rows) * len(others) < (len(rows) + len(others)) * d:
+        for units in _units(y, others):
+            parts = [np.square(some @ units.T).sum(axis=1) for some in _units(x, rows)]
+            sums += np.concatenate(parts)
+        return sums
     moments = np.zeros((d, d), np.float32)
     for units in _units(y, others):
-        if by_pairs:
-            done = 0
-            for some in _units(x, rows):
-                sums[done : done + len(some)] += np.square(some @ units.T).sum(axis=1)
-                done += len(some)
-        else:
-            moments += units.T @ units
-    if by_pairs:
-        return sums
-    done = 0
-    for some in _units(x, rows):
-        sums[done : done + len(some)] = np.einsum("nd,nd->n", some @ moments, some)
-        done += len(some)
-    return sums
+        moments += units.T @ units
+    parts = [np.einsum("nd,nd->n", some @ moments, some) for some in _units(x, rows)]
+    return np.concatenate(parts)
 
 
 def _units(
     x: Float[np.ndarray, "n d"], rows: Int[np.ndarray, " row"]
 ) -> Iterator[Float[np.ndarray, "_part d"]]:
-    """Some rows at length 1, a part at a time."""
-    for start in range(0, len(rows), MANY):
+    """Some rows at length 1, a part at a time, and at least one part."""
+    for start in range(0, max(len(rows), 1), MANY):
         yield unit_rows(x[rows[start : start + MANY]])

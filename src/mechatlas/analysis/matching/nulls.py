@@ -201,7 +201,7 @@ def _whiten(x: Float[np.ndarray, "n d"]) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def rotate(x: Float[np.ndarray, "n width"] | Whitened, random: np.random.Generator) -> "Draw":
-    """Make vectors with the same second moments of their directions, in random directions."""
+    """Make a null dictionary whose directions have the same second moments, and are random."""
     white = x if isinstance(x, Whitened) else whiten(x)
     k = len(white.colors[0])
     rotation, r = torch.linalg.qr(torch.from_numpy(random.standard_normal((k, k), np.float32)))
@@ -216,7 +216,7 @@ def rotate(x: Float[np.ndarray, "n width"] | Whitened, random: np.random.Generat
 
 
 def shuffle(x: Float[np.ndarray, "n width"] | Whitened, random: np.random.Generator) -> "Draw":
-    """Make vectors with the same distribution along each principal axis, mixed among latents."""
+    """Make a null dictionary with the same distribution along each axis, mixed among latents."""
     white = x if isinstance(x, Whitened) else whiten(x)
     n, k = white.rows[0].shape
     shifts = random.integers(0, n, k)  # the order of latents says nothing, so a shift is a shuffle
@@ -323,9 +323,9 @@ def compare_with_null(
             new = [measure(world.chance_pairs(replaced, null(k)(replaced))) for _ in range(repeats)]
             draws[k].append(_Pairs.joined(new))
         nulls_of = [_Pairs.joined(each[-KEPT_ROUNDS:]) for each in draws if each]
-        q_values = _q_values(pairs.distinct, [null.distinct for null in nulls_of], n_null)
+        q_values = _q_values(pairs.distinct, [each.distinct for each in nulls_of], n_null)
     on_progress(ROUNDS, ROUNDS)
-    q_values = _q_values(pairs.distinct, [null.distinct for null in nulls_of], max(n_null, 1))
+    q_values = _q_values(pairs.distinct, [each.distinct for each in nulls_of], max(n_null, 1))
     return PairEvidence(q_values, n_null, _Pairs.joined(nulls_of).similar)
 
 
